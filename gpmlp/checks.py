@@ -1,0 +1,103 @@
+"""Checks of shapes and values: every error that a user can cause is worded here or raised as one of these types."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """Input that gpmlp cannot use; the message says what is wrong, where, and what to do. The command line exits with 2."""
+
+
+class DataWarning(UserWarning):
+    """Data that can be used but look wrong; the message gives the numbers."""
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """Return `` Perhaps you meant '...'.`` for the nearest valid name, or the list of valid names."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    return f" Perhaps you meant '{close[0]}'." if close else f" Valid names: {', '.join(valid)}."
+
+
+def choose(kind: str, name: str, options: Sequence[str] | dict) -> None:
+    """Raise UserError unless name is one of options."""
+    if name not in options:
+        raise UserError(f"Unknown {kind} '{name}'.{suggest(name, options)}")
+
+
+def shape(name: str, tensor: Tensor, required: tuple[int | str, ...], hint: str = "") -> None:
+    """Raise UserError unless tensor has the required shape; a string stands for any size and names the axis."""
+    got = tuple(tensor.shape)
+    fits = len(got) == len(required) and all(isinstance(r, str) or r == g for r, g in zip(required, got, strict=True))
+    if not fits:
+        wanted = ", ".join(str(r) for r in required)
+        raise UserError(f"`{name}` must have shape ({wanted}); got {got}.{' ' + hint if hint else ''}")
+
+
+def finite(name: str, tensor: Tensor, where: str = "entry") -> None:
+    """Raise UserError if any entry is NaN or infinite, naming the first row."""
+    bad = ~torch.isfinite(tensor)
+    if bad.any():
+        row = bad.nonzero()[0][0].item()
+        raise UserError(f"`{name}` holds a NaN or infinite number at {where} {row}; correct or remove it.")
+
+
+def positive(name: str, value: float, allow_zero: bool = False) -> None:
+    """Raise UserError unless value is positive (or zero, where allowed) and finite."""
+    ok = value == value and value < float("inf") and (value >= 0 if allow_zero else value > 0)
+    if not ok:
+        raise UserError(f"`{name}` must be {'zero or ' if allow_zero else ''}positive; got {value}.")
+
+
+def cell(cell: Tensor, periodic: Tensor, where: str) -> None:
+    """Raise UserError if the periodic lattice vectors of one structure are zero, flat or not finite.
+
+    Args:
+        cell: (3, 3) rows are lattice vectors, A.
+        periodic: (3,) bool.
+        where: name of the structure for the message.
+    """
+    if not torch.isfinite(cell).all():
+        raise UserError(f"{where}: the cell holds a NaN or infinite number.")
+    if not periodic.any():
+        return
+    lengths = cell.norm(dim=1)
+    vectors = cell[periodic]
+    if (lengths[periodic] < 1e-3).any():
+        raise UserError(f"{where}: periodic along a lattice vector of zero length; give the cell, or set pbc to F there.")
+    # the volume spanned by unit vectors along the periodic axes: 0 when they lie in a line or a plane
+    unit = vectors / lengths[periodic, None]
+    span = torch.linalg.det(unit @ unit.T).clamp_min(0).sqrt().item()
+    if span < 1e-3:
+        raise UserError(f"{where}: the cell is flat (its periodic lattice vectors span no volume, normalised volume {span:.1e}).")
+
+
+def memory_budget(available_bytes: int, fraction: float = 0.25, ceiling: int = 6 << 30) -> int:
+    """Return the bytes a fit may use for its factors, from what the machine has free."""
+    return int(min(ceiling, fraction * available_bytes))
+
+
+_SYMBOLS = tuple(
+    (
+        "X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr Nb Mo "
+        "Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb "
+        "Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
+    ).split()
+)
+
+
+def symbol(atomic_number: int) -> str:
+    """Chemical symbol of an atomic number."""
+    return _SYMBOLS[atomic_number] if 0 <= atomic_number < len(_SYMBOLS) else f"Z{atomic_number}"
+
+
+def atomic_number(symbol: str) -> int:
+    """Atomic number of a chemical symbol; UserError for anything else."""
+    if symbol not in _SYMBOLS[1:]:
+        raise UserError(f"'{symbol}' is not a chemical symbol.{suggest(symbol, _SYMBOLS[1:]) if symbol else ''}")
+    return _SYMBOLS.index(symbol)

@@ -1,0 +1,46 @@
+"""Descriptors turn surroundings into environments; each is made here from its recipe name and parameters."""
+
+from __future__ import annotations
+
+from gpmlp import checks
+from gpmlp.environments import Descriptor
+
+NAMES = ("soap", "dscribe-soap", "dscribe-acsf")
+
+
+def make(species: tuple[int, ...], parameters: dict) -> Descriptor:
+    """Build a descriptor.
+
+    Args:
+        species: atomic numbers it may see, sorted.
+        parameters: the resolved `descriptor` section of a recipe, as a dictionary.
+    """
+    name = parameters["name"]
+    checks.choose("descriptor", name, NAMES)
+    if name != "soap":
+        from gpmlp.descriptors import dscribe
+
+        return dscribe.make(species, parameters)
+    from gpmlp.descriptors.power_spectrum import SoapPowerSpectrum
+    from gpmlp.descriptors.weights import NeighborWeights
+
+    scaling = parameters["radial_scaling"] or {"scale": 1.0, "exponent": 0.0}
+    weights = NeighborWeights(
+        cutoff=parameters["cutoff"],
+        function=parameters["cutoff_function"],
+        width=parameters["cutoff_width"],
+        cutoff_exponent=parameters["cutoff_exponent"],
+        scale=scaling["scale"],
+        exponent=scaling["exponent"],
+    )
+    return SoapPowerSpectrum(
+        species=species,
+        cutoff=parameters["cutoff"],
+        n_max=parameters["n_max"],
+        l_max=parameters["l_max"],
+        sigma_atom=parameters["sigma_atom"],
+        weights=weights,
+        basis=parameters["basis"],
+        shortest=parameters["shortest"],
+        central_weight=parameters["central_weight"],
+    )

@@ -1,0 +1,201 @@
+"""The SOAP power spectrum: rotational invariants of the smoothed neighbour density, with analytic derivatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gpmlp import checks
+from gpmlp.descriptors import radial
+from gpmlp.descriptors.harmonics import harmonics
+from gpmlp.descriptors.weights import NeighborWeights
+from gpmlp.environments import Environments, Surroundings
+
+
+@dataclass(frozen=True)
+class SoapPowerSpectrum:
+    """Bartok, Kondor, Csanyi, PRB 87, 184115 (2013).
+
+    c_anlm = sum_{j of species a} w(r_j) I_nl(r_j) Y_lm(r_j), the central atom counted at r = 0 with weight central_weight;
+    p_{an,bn',l} = pi sqrt(8 / (2l+1)) sum_m c_anlm c_bn'lm for an <= bn', off-diagonal entries times sqrt(2), so that dot products
+    are those of the full spectrum; features = p / |p|.
+
+    Attributes:
+        species: all atomic numbers that may be seen.
+        cutoff: A.
+        n_max, l_max: number of radial functions; largest angular momentum.
+        sigma_atom: width of the Gaussian density, A.
+        basis: 'gto' or 'optimal' (descriptors/radial.py); shortest: A, distance from which the optimal basis counts.
+        weights: the cutoff and radial scaling of neighbours.
+    """
+
+    species: tuple[int, ...]
+    cutoff: float
+    n_max: int
+    l_max: int
+    sigma_atom: float
+    weights: NeighborWeights
+    basis: str = "optimal"
+    shortest: float = 0.0
+    central_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.positive("cutoff", self.cutoff)
+        checks.positive("sigma_atom", self.sigma_atom)
+
+    @property
+    def channels(self) -> int:
+        """Number of (species, n) combinations."""
+        return len(self.species) * self.n_max
+
+    @property
+    def n_features(self) -> int:
+        return self.channels * (self.channels + 1) // 2 * (self.l_max + 1)
+
+    @cached_property
+    def _radial(self) -> radial.RadialIntegrals:
+        return radial.tabulate(
+            self.basis, self.n_max, self.l_max, self.sigma_atom, self.cutoff, self.shortest, self.weights
+        )
+
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Channel indices (a, b) with a <= b of the unique products."""
+        a, b = torch.triu_indices(self.channels, self.channels)
+        return a, b
+
+    def _prefactors(self, like: Tensor) -> Tensor:
+        """(unique products, l_max + 1) pi sqrt(8/(2l+1)), times sqrt(2) off the diagonal."""
+        a, b = self._pairs
+        l = torch.arange(self.l_max + 1, dtype=torch.float64)
+        double = torch.where(a == b, 1.0, 2.0).to(torch.float64).sqrt()
+        return (torch.pi * double[:, None] * (8 / (2 * l + 1)).sqrt()[None]).to(device=like.device, dtype=like.dtype)
+
+    def _slot(self, species: Tensor) -> Tensor:
+        """Index of each atomic number within self.species."""
+        known = torch.tensor(self.species, device=species.device)
+        slot = torch.searchsorted(known, species.contiguous()).clamp_max(len(self.species) - 1)
+        if (known[slot] != species).any():
+            missing = sorted(set(species.tolist()) - set(self.species))
+            raise checks.UserError(f"The descriptor was not made for species with atomic numbers {missing}.")
+        return slot
+
+    def _expand_l(self, per_l: Tensor) -> Tensor:
+        """Repeat the last axis (l) to (l, m)."""
+        repeats = torch.arange(1, 2 * self.l_max + 2, 2, device=per_l.device)
+        return per_l.repeat_interleave(repeats, dim=-1, output_size=(self.l_max + 1) ** 2)
+
+    def _l_blocks(self) -> list[slice]:
+        return [slice(l * l, (l + 1) ** 2) for l in range(self.l_max + 1)]
+
+    def __call__(self, surroundings: Surroundings) -> Environments:
+        pairs = _PairTerms.of(self, surroundings)
+        density = self._density(surroundings, pairs)
+        spectrum = self._spectrum(density)
+        norm = spectrum.norm(dim=1, keepdim=True)
+        features = spectrum / norm
+        return Environments(
+            surroundings,
+            features,
+            lambda cotangents: self._pull_back(surroundings, pairs, density, features, norm, cotangents),
+            lambda: self._jacobian(surroundings, pairs, density, features, norm),
+        )
+
+    def _density(self, surroundings: Surroundings, pairs: _PairTerms) -> Tensor:
+        """(environments, channels, (l_max+1)^2) expansion coefficients c_anlm."""
+        n_env, n_species = len(surroundings), len(self.species)
+        products = self._expand_l(pairs.radial) * pairs.harmonics[:, None, :]
+        density = products.new_zeros(n_env * n_species, self.n_max, (self.l_max + 1) ** 2)
+        density = density.index_add(0, surroundings.centers * n_species + pairs.slots, products)
+        at_zero, _ = self._radial(products.new_zeros(1))
+        own = torch.arange(n_env, device=density.device) * n_species + self._slot(surroundings.species)
+        center = torch.zeros_like(density[:1])
+        center[0, :, 0] = self.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5
+        density = density.index_add(0, own, center.expand(n_env, -1, -1))
+        return density.reshape(n_env, self.channels, -1)
+
+    def _spectrum(self, density: Tensor) -> Tensor:
+        a, b = self._pairs
+        products = torch.stack([density[:, :, m] @ density[:, :, m].transpose(1, 2) for m in self._l_blocks()], dim=-1)
+        return (products[:, a, b] * self._prefactors(density)).flatten(1)
+
+    def _pull_back(
+        self, surroundings: Surroundings, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor, cotangents: Tensor
+    ) -> Tensor:
+        """One cotangent per environment: features -> density -> pairs; nothing of size pairs x features."""
+        n_env, a_b = len(surroundings), self._pairs
+        on_spectrum = (cotangents - features * (features * cotangents).sum(1, keepdim=True)) / norm
+        scaled = on_spectrum.reshape(n_env, -1, self.l_max + 1) * self._prefactors(density)
+        full = scaled.new_zeros(n_env, self.channels, self.channels, self.l_max + 1)
+        full[:, a_b[0], a_b[1]] = scaled
+        full = full + full.transpose(1, 2)
+        on_density = torch.cat([full[..., l] @ density[:, :, m] for l, m in enumerate(self._l_blocks())], dim=-1)
+        # gather the block of the neighbour's species, then contract with d(R Y)/dr = R' Y r^ + R dY
+        block = on_density.reshape(n_env * len(self.species), self.n_max, -1)[
+            surroundings.centers * len(self.species) + pairs.slots
+        ]
+        radial_part = (block * self._expand_l(pairs.d_radial)).sum(1)
+        angular_part = (block * self._expand_l(pairs.radial)).sum(1)
+        along = (radial_part * pairs.harmonics).sum(1, keepdim=True) * pairs.directions
+        return along + (pairs.d_harmonics @ angular_part[:, :, None])[:, :, 0]
+
+    def _jacobian(
+        self, surroundings: Surroundings, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor
+    ) -> Tensor:
+        """d(features)/dr_ij. With A_bl = sum_m Y_lm c_blm and B_bl = sum_m dY_lm c_blm the derivative of the product (a, b) is
+        [R'_a A_b + R'_b A_a] r^ + R_a B_b + R_b B_a, where R_a is zero unless a is of the neighbour's species."""
+        n_pairs, centers = len(surroundings.centers), surroundings.centers
+        at_center = density[centers]
+        both = torch.cat([pairs.harmonics[:, None], pairs.d_harmonics], dim=1).transpose(1, 2)
+        contracted = torch.stack([at_center[:, :, m] @ both[:, m] for m in self._l_blocks()], dim=-1)
+        inner, gradient = contracted[:, :, 0], contracted[:, :, 1:].transpose(1, 2)
+        # sum the radial slope into the gradient first: R' r^ A + R B, one product over channels and xyz
+        place = torch.arange(self.n_max, device=centers.device) + pairs.slots[:, None] * self.n_max
+
+        def spread(values: Tensor) -> Tensor:
+            full = values.new_zeros(n_pairs, self.channels, self.l_max + 1)
+            return full.scatter_(1, place[:, :, None].expand_as(values), values)
+
+        value, slope = spread(pairs.radial), spread(pairs.d_radial)
+        a, b = self._pairs
+        factors = self._prefactors(density)
+        value_a, value_b = value[:, a] * factors, value[:, b] * factors
+        radial_part = slope[:, a] * factors * inner[:, b] + slope[:, b] * factors * inner[:, a]
+        out = pairs.directions[:, :, None, None] * radial_part[:, None]
+        for x in range(3):
+            out[:, x].addcmul_(value_a, gradient[:, x, b]).addcmul_(value_b, gradient[:, x, a])
+        out = out.reshape(n_pairs, 3, -1)
+        # x = p/|p|:  dx = (dp - x (x . dp)) / |p|
+        unit = features[centers]
+        shares = out @ unit[:, :, None]
+        return out.addcmul_(shares, unit[:, None, :], value=-1).div_(norm[centers][:, :, None])
+
+
+@dataclass(frozen=True, eq=False)
+class _PairTerms:
+    """Per pair: species slot, unit direction, w I_nl and its slope, Y_lm and its gradient."""
+
+    slots: Tensor
+    directions: Tensor
+    radial: Tensor
+    d_radial: Tensor
+    harmonics: Tensor
+    d_harmonics: Tensor
+
+    @staticmethod
+    def of(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> _PairTerms:
+        r = surroundings.vectors.norm(dim=1)
+        value, slope = descriptor._radial(r)
+        weight, d_weight = (w[:, None, None] for w in descriptor.weights(r))
+        y, dy = harmonics(descriptor.l_max, surroundings.vectors)
+        return _PairTerms(
+            descriptor._slot(surroundings.neighbor_species),
+            surroundings.vectors / r[:, None],
+            weight * value,
+            weight * slope + d_weight * value,
+            y,
+            dy,
+        )

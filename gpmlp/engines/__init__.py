@@ -1,0 +1,1 @@
+"""Engines convert, call a potential and convert back; they never train."""

@@ -1,0 +1,68 @@
+"""GPCalculator is an ASE calculator that asks a potential; ASE's units are gpmlp's, only shapes change here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.data import chemical_symbols
+
+from gpmlp.checks import UserError
+from gpmlp.io.atoms import results, structures_from_ase
+from gpmlp.potential import Potential
+
+# what the energy depends on; charges and magnetic moments set on the Atoms change nothing
+RELEVANT_CHANGES = ("positions", "numbers", "cell", "pbc")
+
+
+class GPCalculator(Calculator):
+    """Energy, free energy (the same: no electrons), energies, forces and stress from a fitted potential.
+
+    Stress (eV/A^3, Voigt xx yy zz yz xz xy, positive = tension) is there where at least one axis is periodic and the cell has a
+    volume; asked for elsewhere it raises ASE's PropertyNotImplementedError. Cells, species and pbc may change between calls.
+    """
+
+    implemented_properties = ("energy", "free_energy", "energies", "forces", "stress")
+    ignored_changes = frozenset(all_changes) - frozenset(RELEVANT_CHANGES)
+
+    def __init__(self, potential: Potential, name: str = "atoms") -> None:
+        """Wrap a potential.
+
+        Args:
+            name: what error messages call the structure.
+        """
+        super().__init__()
+        self.potential = potential
+        self.label_in_errors = name
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Predict everything at once: forces and stress cost little more than the energy.
+
+        Raises:
+            UserError: an element that the potential was not trained on, or atoms on top of each other.
+        """
+        super().calculate(atoms, list(properties), list(system_changes))
+        check_species(self.potential, self.atoms, self.label_in_errors)
+        structures = structures_from_ase([self.atoms], [self.label_in_errors])
+        prediction = self.potential(structures)
+        self.results = results(prediction, 0, slice(0, len(self.atoms)))
+
+
+def check_species(potential: Potential, atoms: Atoms, name: str) -> None:
+    """Raise UserError naming the elements that the potential does not know."""
+    unknown = sorted(set(atoms.numbers.tolist()) - set(potential.species))
+    if unknown:
+        raise UserError(
+            f"{name}: the potential was not trained on {_symbols(unknown)}; it knows {_symbols(sorted(potential.species))}. "
+            "Fit one with data that hold every element."
+        )
+
+
+def _symbols(numbers: Sequence[int]) -> str:
+    return ", ".join(chemical_symbols[z] for z in numbers)

@@ -1,0 +1,115 @@
+"""Environments are what each atom sees, as numbers: unit features of its neighbourhood and their derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gpmlp.neighbors import Neighbors
+from gpmlp.structures import Structures
+
+
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """The neighbourhoods of a set of centres, cut loose from the structures they came from: all a descriptor needs.
+
+    Attributes:
+        species: (environments,) Z of the centre.
+        centers: (pairs,) environment index of each pair, sorted.
+        neighbor_species: (pairs,) Z of the neighbour.
+        vectors: (pairs, 3) from centre to neighbour, A.
+    """
+
+    species: Tensor
+    centers: Tensor
+    neighbor_species: Tensor
+    vectors: Tensor
+
+    def __len__(self) -> int:
+        return self.species.shape[0]
+
+    @staticmethod
+    def of(structures: Structures, neighbors: Neighbors) -> Surroundings:
+        """The surroundings of every atom, in the order of atoms."""
+        vectors = neighbors.vectors(structures)
+        return Surroundings(structures.species, neighbors.centers, structures.species[neighbors.neighbors], vectors)
+
+    def pairs_of(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Return, for the pairs of the given environments, their position in `indices` and their pair index."""
+        indices = torch.as_tensor(indices, device=self.species.device, dtype=torch.long)
+        counts = torch.bincount(self.centers, minlength=len(self))
+        starts = counts.cumsum(0) - counts
+        wanted = counts[indices]
+        local = torch.repeat_interleave(torch.arange(len(indices), device=indices.device), wanted)
+        first = wanted.cumsum(0) - wanted
+        return local, torch.arange(len(local), device=indices.device) + (starts[indices] - first)[local]
+
+    def select(self, indices: Sequence[int] | Tensor) -> Surroundings:
+        """Return the surroundings of the given environments, in that order."""
+        indices = torch.as_tensor(indices, device=self.species.device, dtype=torch.long)
+        local, pairs = self.pairs_of(indices)
+        return Surroundings(self.species[indices], local, self.neighbor_species[pairs], self.vectors[pairs])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Surroundings]) -> Surroundings:
+        """Return all environments of the parts."""
+        shifts = torch.tensor([0] + [len(p) for p in parts]).cumsum(0).tolist()
+        return Surroundings(
+            torch.cat([p.species for p in parts]),
+            torch.cat([p.centers + s for p, s in zip(parts, shifts, strict=False)]),
+            torch.cat([p.neighbor_species for p in parts]),
+            torch.cat([p.vectors for p in parts]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Environments:
+    """Features of surroundings, and how they change when a neighbour moves.
+
+    Attributes:
+        surroundings: what the features were made of.
+        features: (environments, features), unit norm.
+    """
+
+    surroundings: Surroundings
+    features: Tensor
+    _pull_back: Callable[[Tensor], Tensor]
+    _jacobian: Callable[[], Tensor]
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def species(self) -> Tensor:
+        """(environments,) Z of the centre."""
+        return self.surroundings.species
+
+    def pull_back(self, cotangents: Tensor) -> Tensor:
+        """Turn dE/d(features) into pair gradients g_ij = dE/dr_ij.
+
+        Args:
+            cotangents: (environments, features), or (k, environments, features) for k of them at once.
+
+        Returns:
+            (pairs, 3) or (k, pairs, 3).
+        """
+        if cotangents.dim() == 3:
+            return torch.stack([self._pull_back(c) for c in cotangents])
+        return self._pull_back(cotangents)
+
+    def jacobian(self) -> Tensor:
+        """(pairs, 3, features) d(features of the centre)/dr_ij. Large: ask for it a chunk of environments at a time."""
+        return self._jacobian()
+
+
+class Descriptor(Protocol):
+    """Turns surroundings into environments. Implementations are values: equal parameters give equal features."""
+
+    cutoff: float
+    n_features: int
+
+    def __call__(self, surroundings: Surroundings) -> Environments: ...

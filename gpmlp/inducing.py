@@ -1,0 +1,147 @@
+"""Inducing sets: centres chosen from a pool that streams by, and the gradient directions each of them carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpmlp import neighbors, selection
+from gpmlp.environments import Descriptor, Surroundings
+from gpmlp.gp.covariances import InducingBlock
+from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.gp.posterior import independent_columns
+from gpmlp.structures import Structures
+
+POOL_BYTES = 192 << 20  # features in memory while choosing; a fuller pool is thinned to half by the selection itself
+
+
+@dataclass
+class _Pool:
+    """Environments of one species seen so far."""
+
+    features: list[Tensor]
+    surroundings: list[Surroundings]
+
+    def size(self) -> int:
+        return sum(len(f) for f in self.features)
+
+    def merge(self) -> tuple[Tensor, Surroundings]:
+        self.features = [torch.cat(self.features)]
+        self.surroundings = [Surroundings.concatenate(self.surroundings)]
+        return self.features[0], self.surroundings[0]
+
+    def keep(self, chosen: Tensor) -> None:
+        features, surroundings = self.merge()
+        self.features, self.surroundings = [features[chosen]], [surroundings.select(chosen)]
+
+
+def choose_centers(
+    parts: Sequence[Structures],
+    descriptor: Descriptor,
+    kernel: ZonalKernel,
+    method: str,
+    n: int,
+    shares: str | dict[int, int],
+    seed: int,
+    progress: Callable[[float], None],
+) -> tuple[dict[int, tuple[Tensor, Surroundings]], dict[int, int]]:
+    """Stream over the structures once and choose n centres.
+
+    Args:
+        shares: 'species' (in proportion to how many environments there are), 'total' (the best of all species together) or
+            a number for each species.
+
+    Returns:
+        by species (features, surroundings) of the chosen centres, most important first; and the number of environments seen.
+    """
+    pools: dict[int, _Pool] = {}
+    seen: dict[int, int] = {}
+
+    def profile(s: Tensor) -> Tensor:
+        return kernel.profile(s)[0]
+
+    for done, part in enumerate(parts):
+        surroundings = Surroundings.of(part, neighbors.find(part, descriptor.cutoff))
+        features = descriptor(surroundings).features
+        for z in part.distinct_species:
+            mine = (part.species == z).nonzero()[:, 0]
+            pool = pools.setdefault(z, _Pool([], []))
+            pool.features.append(features[mine])
+            pool.surroundings.append(surroundings.select(mine))
+            seen[z] = seen.get(z, 0) + len(mine)
+        held = sum(pool.size() for pool in pools.values())
+        if held * descriptor.n_features * features.element_size() > max(POOL_BYTES, 4 * n * descriptor.n_features * 8):
+            for pool in pools.values():
+                merged, _ = pool.merge()
+                pool.keep(selection.select(method, merged, max(n, len(merged) // 2), profile, seed)[0].sort().values)
+        progress(done + 1)
+    quota = _quotas(n, shares, seen)
+    chosen = {z: selection.select(method, pool.merge()[0], quota[z], profile, seed + z) for z, pool in pools.items()}
+    if shares == "total":
+        chosen = _best_of_all(chosen, n)
+    out = {}
+    for z, pool in sorted(pools.items()):
+        features, surroundings = pool.merge()
+        out[z] = features[chosen[z][0]], surroundings.select(chosen[z][0])
+    return out, seen
+
+
+def _quotas(n: int, shares: str | dict[int, int], seen: dict[int, int]) -> dict[int, int]:
+    if isinstance(shares, dict):
+        return {z: shares.get(z, 1) for z in seen}
+    if shares == "total":
+        return dict.fromkeys(seen, n)
+    total = sum(seen.values())
+    return {z: max(1, round(n * count / total)) for z, count in seen.items()}
+
+
+def _best_of_all(chosen: dict[int, tuple[Tensor, Tensor]], n: int) -> dict[int, tuple[Tensor, Tensor]]:
+    scores = torch.cat([s for _, s in chosen.values()])
+    if len(scores) <= n:
+        return chosen
+    threshold = scores.topk(n).values[-1]
+    return {z: (i[: max(1, int((s >= threshold).sum()))], s) for z, (i, s) in chosen.items()}
+
+
+def directions(descriptor: Descriptor, surroundings: Surroundings, n_directions: int, block: int = 64) -> Tensor:
+    """Leading right singular vectors of the feature Jacobian of each centre: what small displacements of neighbours change most.
+
+    Returns:
+        (centres, n_directions, features) orthonormal rows, zero where the Jacobian has no more directions.
+    """
+    out = []
+    for start in range(0, len(surroundings), block):
+        part = surroundings.select(torch.arange(start, min(start + block, len(surroundings))))
+        environments = descriptor(part)
+        jacobian, n = environments.jacobian(), len(part)
+        counts = torch.bincount(part.centers, minlength=n)
+        slot = torch.arange(len(part.centers)) - (counts.cumsum(0) - counts)[part.centers].cpu()
+        padded = jacobian.new_zeros(n, max(int(counts.max()), 1), 3, jacobian.shape[2])
+        padded[part.centers, slot.to(part.centers.device)] = jacobian
+        flat = padded.flatten(1, 2)
+        values, vectors = torch.linalg.eigh(flat @ flat.transpose(1, 2))
+        rank = min(n_directions, values.shape[1])
+        values, vectors = values.flip(1)[:, :rank], vectors.flip(2)[:, :, :rank]
+        usable = values > 1e-10 * values[:, :1].clamp_min(1e-300)
+        scale = torch.where(usable, values.clamp_min(1e-300).rsqrt(), torch.zeros_like(values))
+        tangents = (vectors.transpose(1, 2) @ flat) * scale[:, :, None]
+        padding = tangents.new_zeros(n, n_directions - rank, tangents.shape[2])
+        out.append(torch.cat([tangents, padding], dim=1))
+    return torch.cat(out) if out else torch.zeros(0, n_directions, descriptor.n_features)
+
+
+def make_block(
+    species: int, features: Tensor, surroundings: Surroundings, descriptor: Descriptor, kernel: ZonalKernel, n_directions: int
+) -> tuple[InducingBlock, Tensor, float]:
+    """Build the inducing block of one species, dependent columns dropped.
+
+    Returns:
+        the block, the Cholesky factor of its covariance, and the jitter that was needed.
+    """
+    tangents = directions(descriptor, surroundings, n_directions).to(features)
+    every = torch.arange(len(features) * (1 + n_directions), device=features.device)
+    kept, lower, jitter = independent_columns(kernel, InducingBlock(species, features, tangents, every))
+    return InducingBlock(species, features, tangents, kept), lower, jitter

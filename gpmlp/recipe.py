@@ -1,0 +1,146 @@
+"""Recipe is the validated list of choices from which a potential is made; None means: chosen from the data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RadialScaling(_Section):
+    """Neighbour weights 1 / (1 + (r / scale)^exponent); Willatt, Musil, Ceriotti, PCCP 20, 29661 (2018)."""
+
+    scale: Positive | None = None
+    exponent: Annotated[float, Field(ge=0, le=20)] | None = None
+
+
+class DescriptorRecipe(_Section):
+    """One descriptor; lengths in A."""
+
+    name: Literal["soap", "dscribe-soap", "dscribe-acsf"] = "soap"
+    cutoff: Positive | None = None
+    n_max: Annotated[int, Field(ge=1, le=40)] | None = None
+    l_max: Annotated[int, Field(ge=0, le=20)] | None = None
+    sigma_atom: Positive | None = None
+    basis: Literal["optimal", "gto"] = "optimal"
+    radial_scaling: RadialScaling | Literal[False] = RadialScaling()
+    cutoff_function: Literal["smoothstep", "poly"] = "smoothstep"
+    cutoff_width: Positive | None = None
+    cutoff_exponent: Annotated[float, Field(ge=2, le=10)] = 2.0
+    central_weight: Annotated[float, Field(ge=0)] = 1.0
+    shortest: Positive | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DescriptorRecipe:
+        if self.cutoff is not None and self.cutoff_width is not None and self.cutoff_width > self.cutoff:
+            raise ValueError(f"cutoff_width {self.cutoff_width} A is larger than the cutoff {self.cutoff} A")
+        return self
+
+
+class KernelRecipe(_Section):
+    """A zonal kernel f(x.x'): polynomial (x.x')^zeta, exponential exp((x.x' - 1)/length^2), or a weighted sum of terms."""
+
+    name: Literal["polynomial", "exponential", "sum"] = "polynomial"
+    zeta: Annotated[int, Field(ge=1, le=16)] | None = None
+    length: Positive | None = None
+    weight: Positive = 1.0
+    terms: tuple[KernelRecipe, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KernelRecipe:
+        if (self.name == "sum") != bool(self.terms):
+            raise ValueError("`terms` lists the kernels of name: sum, and only of it")
+        return self
+
+
+class InducingRecipe(_Section):
+    """Sparse points: n centres in all (of each descriptor), each with a value and up to `gradients` directional derivatives."""
+
+    method: Literal["greedy", "farthest", "cur", "random"] = "greedy"
+    n: Count | None = None
+    gradients: Annotated[int, Field(ge=0, le=300)] | None = None
+    shares: Literal["species", "total"] | dict[str, Count] = "species"
+
+
+class NoiseRecipe(_Section):
+    """Standard deviations: energy_per_atom eV/atom, force eV/A, stress eV/A^3; learned by evidence where None."""
+
+    energy_per_atom: Positive | None = None
+    force: Positive | None = None
+    stress: Positive | None = None
+    config_types: dict[str, NoiseOverride] = {}
+
+
+class NoiseOverride(_Section):
+    """Standard deviations for the structures of one config_type; where None, the common ones."""
+
+    energy_per_atom: Positive | None = None
+    force: Positive | None = None
+    stress: Positive | None = None
+
+
+class ZBLRecipe(_Section):
+    """Screened nuclear repulsion, switched off smoothly between inner and outer (A)."""
+
+    inner: Positive | None = None
+    outer: Positive | None = None
+
+
+class BaselineRecipe(_Section):
+    """Energy terms that are added, not learned. isolated_atoms: 'auto' (config_type=isolated_atom frames where there, else
+    least squares over compositions), 'least_squares', 'none', or energies in eV by chemical symbol."""
+
+    isolated_atoms: Literal["auto", "least_squares", "none"] | dict[str, float] = "auto"
+    zbl: ZBLRecipe | Literal[False] = ZBLRecipe()
+
+
+class Recipe(_Section):
+    """Everything that `fit` may be told. memory_GB bounds the factors of the fit."""
+
+    descriptor: DescriptorRecipe | tuple[DescriptorRecipe, ...] = DescriptorRecipe()
+    kernel: KernelRecipe | tuple[KernelRecipe, ...] = KernelRecipe()
+    inducing: InducingRecipe | tuple[InducingRecipe, ...] = InducingRecipe()
+    noise: NoiseRecipe = NoiseRecipe()
+    baseline: BaselineRecipe = BaselineRecipe()
+    use_energies: bool = True
+    use_forces: bool = True
+    use_stresses: bool = True
+    memory_GB: Positive | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: Literal["float64", "float32"] = "float64"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        n = len(self.descriptors)
+        for name in ("kernel", "inducing"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != n:
+                raise ValueError(f"`{name}` lists {len(value)} entries for {n} descriptors; give one, or one for each")
+        if not (self.use_energies or self.use_forces or self.use_stresses):
+            raise ValueError("nothing to learn from: use_energies, use_forces and use_stresses are all false")
+        return self
+
+    @property
+    def descriptors(self) -> tuple[DescriptorRecipe, ...]:
+        return self.descriptor if isinstance(self.descriptor, tuple) else (self.descriptor,)
+
+    @property
+    def kernels(self) -> tuple[KernelRecipe, ...]:
+        return self.kernel if isinstance(self.kernel, tuple) else (self.kernel,) * len(self.descriptors)
+
+    @property
+    def inducings(self) -> tuple[InducingRecipe, ...]:
+        return self.inducing if isinstance(self.inducing, tuple) else (self.inducing,) * len(self.descriptors)
+
+
+KernelRecipe.model_rebuild()
+NoiseRecipe.model_rebuild()
+Recipe.model_rebuild()

@@ -1,0 +1,142 @@
+"""Structures is a batch of periodic, partly periodic or isolated atomic structures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gpmlp import checks
+
+
+@dataclass(frozen=True, eq=False)
+class Structures:
+    """A batch of atomic structures, their atoms one after another.
+
+    Attributes:
+        positions: (atoms, 3) A.
+        cells: (structures, 3, 3) A; ROWS are lattice vectors; any value along axes that are not periodic.
+        periodic: (structures, 3) bool.
+        species: (atoms,) atomic numbers Z.
+        structure_of_atom: (atoms,) index of the structure of each atom, sorted.
+        names: how error messages call each structure, e.g. "train.xyz frame 12".
+
+    Raises:
+        checks.UserError: wrong shape, not finite, flat cell, unsorted or out-of-range structure index.
+    """
+
+    positions: Tensor
+    cells: Tensor
+    periodic: Tensor
+    species: Tensor
+    structure_of_atom: Tensor
+    names: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        checks.shape("positions", self.positions, ("atoms", 3))
+        n_atoms = self.positions.shape[0]
+        checks.shape(
+            "cells", self.cells, ("structures", 3, 3), "Rows are lattice vectors; for one structure pass cell[None]."
+        )
+        n = self.cells.shape[0]
+        checks.shape("periodic", self.periodic, (n, 3))
+        checks.shape("species", self.species, (n_atoms,))
+        checks.shape("structure_of_atom", self.structure_of_atom, (n_atoms,))
+        if not self.names:
+            object.__setattr__(self, "names", tuple(f"structure {i}" for i in range(n)))
+        if len(self.names) != n:
+            raise checks.UserError(f"`names` must hold {n} names; got {len(self.names)}.")
+        if n_atoms:
+            steps = self.structure_of_atom.diff()
+            in_range = 0 <= self.structure_of_atom[0] and self.structure_of_atom[-1] < n
+            if (steps < 0).any() or not in_range:
+                raise checks.UserError(f"`structure_of_atom` must be sorted with values 0 to {n - 1}.")
+        bad = ~torch.isfinite(self.positions).all(dim=1)
+        if bad.any():
+            atom = int(bad.nonzero()[0, 0])
+            raise checks.UserError(f"{self.names[int(self.structure_of_atom[atom])]}: a position is NaN or infinite.")
+        for i in range(n):
+            checks.cell(self.cells[i], self.periodic[i], self.names[i])
+
+    def __len__(self) -> int:
+        return self.cells.shape[0]
+
+    @property
+    def n_atoms(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def counts(self) -> Tensor:
+        """(structures,) number of atoms of each structure."""
+        return torch.bincount(self.structure_of_atom, minlength=len(self))
+
+    @property
+    def offsets(self) -> Tensor:
+        """(structures + 1,) index of the first atom of each structure; the last entry is the number of atoms."""
+        return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
+
+    @property
+    def volumes(self) -> Tensor:
+        """(structures,) A^3; NaN where no axis is periodic or the cell has no volume (there is no stress there)."""
+        volume = torch.linalg.det(self.cells).abs()
+        return torch.where(self.periodic.any(dim=1) & (volume > 1e-6), volume, torch.full_like(volume, float("nan")))
+
+    @property
+    def distinct_species(self) -> tuple[int, ...]:
+        """Sorted atomic numbers that occur."""
+        return tuple(int(z) for z in self.species.unique())
+
+    def composition(self, species: Sequence[int]) -> Tensor:
+        """(structures, len(species)) number of atoms of each of the given species."""
+        counts = torch.zeros(len(self), len(species), dtype=self.positions.dtype, device=self.positions.device)
+        for k, z in enumerate(species):
+            counts[:, k] = torch.bincount(self.structure_of_atom[self.species == z], minlength=len(self))
+        return counts
+
+    def select(self, indices: Sequence[int] | Tensor) -> Structures:
+        """Return the structures with the given indices, in that order."""
+        indices = torch.as_tensor(indices, device=self.positions.device, dtype=torch.long)
+        counts, offsets = self.counts[indices], self.offsets
+        # atoms of the chosen structures: a running index plus the shift from new to old first atoms
+        new_structure = torch.repeat_interleave(torch.arange(len(indices), device=indices.device), counts)
+        starts = counts.cumsum(0) - counts
+        atoms = torch.arange(int(counts.sum()), device=indices.device) + (offsets[indices] - starts)[new_structure]
+        return Structures(
+            self.positions[atoms],
+            self.cells[indices],
+            self.periodic[indices],
+            self.species[atoms],
+            new_structure,
+            tuple(self.names[i] for i in indices.tolist()),
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Structures:
+        """Return the same structures on another device or in another floating-point type."""
+        return Structures(
+            self.positions.to(device=device, dtype=dtype),
+            self.cells.to(device=device, dtype=dtype),
+            self.periodic.to(device=device),
+            self.species.to(device=device),
+            self.structure_of_atom.to(device=device),
+            self.names,
+        )
+
+    def with_positions(self, positions: Tensor, cells: Tensor | None = None) -> Structures:
+        """Return the same atoms at other positions (and in other cells)."""
+        cells = self.cells if cells is None else cells
+        return Structures(positions, cells, self.periodic, self.species, self.structure_of_atom, self.names)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Structures]) -> Structures:
+        """Return one batch of all structures of the parts."""
+        shifts = torch.tensor([0] + [len(p) for p in parts]).cumsum(0).tolist()
+        return Structures(
+            torch.cat([p.positions for p in parts]),
+            torch.cat([p.cells for p in parts]),
+            torch.cat([p.periodic for p in parts]),
+            torch.cat([p.species for p in parts]),
+            torch.cat([p.structure_of_atom + s for p, s in zip(parts, shifts, strict=False)]),
+            tuple(name for p in parts for name in p.names),
+        )
