@@ -1,0 +1,54 @@
+"""gpmlp is a potential energy surface with error bars: a sparse Gaussian process over SOAP power spectra.
+
+    import gpmlp
+    structures, targets = gpmlp.read("train.xyz")
+    potential, report = gpmlp.fit(structures, targets)
+    gpmlp.save(potential, "silicon.gpmlp")
+
+Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+
+_HOMES = {
+    "Potential": "gpmlp.potential",
+    "Prediction": "gpmlp.quantities",
+    "Structures": "gpmlp.structures",
+    "Targets": "gpmlp.quantities",
+    "load": "gpmlp.io.archive",
+    "read": "gpmlp.io.atoms",
+    "save": "gpmlp.io.archive",
+}
+
+__all__ = ["Potential", "Prediction", "Structures", "Targets", "fit", "load", "read", "save"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("gpmlp.versions").of("gpmlp")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'gpmlp' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+class _Package(types.ModuleType):
+    """The package, in which `fit` is the function even after its home, the submodule gpmlp.fit, has been imported."""
+
+    @property
+    def fit(self):
+        return sys.modules["gpmlp.fit"].fit if "gpmlp.fit" in sys.modules else importlib.import_module("gpmlp.fit").fit
+
+    @fit.setter
+    def fit(self, module: types.ModuleType) -> None:
+        """The import system binds submodules to their package; the name stays the function's."""
+
+
+sys.modules[__name__].__class__ = _Package

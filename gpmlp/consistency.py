@@ -147,7 +147,7 @@ def _copies(structures: Structures, members: Tensor) -> Tensor:
     positions = structures.positions[starts[:, None] + torch.arange(n)].double()
     fractional = torch.linalg.solve(structures.cells[members].double().mT, positions.mT).mT
     fractional = fractional - fractional[:, :1]
-    # periodic and smooth: each of the numbers changes by less than 2 pi sqrt(2) SAME_COORDINATE < 9 SAME_COORDINATE between copies
+    # periodic and smooth: between copies each number changes by less than 2 pi sqrt(2) SAME_COORDINATE < 9 SAME_COORDINATE
     weights = torch.cos(torch.arange(3 * n * SIGNATURES, dtype=torch.float64) * 2.399963).view(3 * n, SIGNATURES)
     waves = torch.sin(2 * torch.pi * fractional) + torch.cos(2 * torch.pi * fractional)
     signature = waves.flatten(1) @ weights / (3 * n)
@@ -176,7 +176,11 @@ def _compare(structures: Structures, targets: Targets, first: Tensor, second: Te
     size = torch.stack([s.flatten(1).norm(dim=1) for s in strains]).max(0).values
     keep = (size > SMALLEST_STRAIN) & (size < LARGEST_STRAIN)
     n = atoms[first]
-    values = ((energies[second] - energies[first]) / n, (works[0] + works[1]) / n, (volumes[second] - volumes[first]) / n)
+    values = (
+        (energies[second] - energies[first]) / n,
+        (works[0] + works[1]) / n,
+        (volumes[second] - volumes[first]) / n,
+    )
     error = (ENERGY_NOISE**2 + (TRAPEZOID * size**3) ** 2).sqrt()
     mean_volume = float(volumes[first[keep]].mean()) if keep.any() else float("nan")
     return Pairs(first[keep], second[keep], *(v[keep] for v in values), error[keep], mean_volume)
@@ -191,7 +195,9 @@ def _fit(pairs: Pairs, slope: bool) -> tuple[Tensor, Tensor]:
     # columns of like size: a wrong unit makes the work thousands of times larger than the volume change
     columns = torch.stack([pairs.work * weight, pairs.volume * weight], 1)
     scale = columns.norm(dim=0).clamp_min(1e-300)
-    solution = torch.linalg.lstsq(columns / scale, (pairs.energy * weight)[:, None], driver="gelsd").solution[:, 0] / scale
+    solution = (
+        torch.linalg.lstsq(columns / scale, (pairs.energy * weight)[:, None], driver="gelsd").solution[:, 0] / scale
+    )
     return solution[0], solution[1]
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gpmlp import baselines, checks, defaults, descriptors, inducing, neighbors, units
 from gpmlp.baselines import Baseline
+from gpmlp.consistency import check_stress_consistency
 from gpmlp.environments import Descriptor
+from gpmlp.fit_report import FitReport, Progress, Stages
 from gpmlp.gp import covariances, evidence, likelihood, posterior
 from gpmlp.gp.covariances import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
@@ -24,73 +23,9 @@ from gpmlp.quantities import KINDS, ErrorTable, Prediction, Targets, errors
 from gpmlp.recipe import Recipe
 from gpmlp.structures import Structures
 
-Progress = Callable[[str, float, float, str], None]
-EVIDENCE_COLUMNS = 2500  # columns with which noises are learned first; the rest only refines them
+EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
 PASS_ATOMS = 128  # atoms of a chunk of rows
 NOISE_FIELDS = {"energies": "energy_per_atom", "forces": "force", "stresses": "stress"}
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """What happened in a fit.
-
-    Attributes:
-        rows: number of observations by kind.
-        noise: standard deviations used, 'energies' eV/atom, 'forces' eV/A, 'stresses' eV/A^3.
-        signal: prior standard deviation of local energies by descriptor and species, eV.
-        environments: number seen of each species; centres: chosen of each species, by descriptor.
-        columns: inducing variables asked for; rank: those kept, not linearly dependent on others.
-        condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
-        negative_log_evidence: DTC, nats.
-        train_rmse: residuals of the training labels by kind, eV/atom, eV/A, eV/A^3.
-        validation_errors: ErrorTable, or None.
-        stages: (name, seconds, peak memory of the process so far in MB).
-        warnings: sentences for the user.
-    """
-
-    rows: dict[str, int]
-    noise: dict[str, float]
-    signal: dict[str, float]
-    environments: dict[str, int]
-    centres: dict[str, int]
-    columns: int
-    rank: int
-    condition: float
-    jitter: float
-    negative_log_evidence: float
-    train_rmse: dict[str, float]
-    validation_errors: ErrorTable | None
-    stages: tuple[tuple[str, float, float], ...]
-    warnings: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict:
-        """JSON-able form."""
-        return asdict(self)
-
-
-@dataclass
-class _Stages:
-    """Times the stages and passes progress on."""
-
-    progress: Progress | None
-    done: list[tuple[str, float, float]] = field(default_factory=list)
-    _name: str = ""
-    _start: float = 0.0
-
-    def begin(self, name: str) -> None:
-        self.end()
-        self._name, self._start = name, time.perf_counter()
-        self.tell(0.0, 1.0)
-
-    def end(self) -> None:
-        if self._name:
-            self.tell(1.0, 1.0)
-            self.done.append((self._name, time.perf_counter() - self._start, peak_memory_MB()))
-            self._name = ""
-
-    def tell(self, done: float, total: float, note: str = "") -> None:
-        if self.progress:
-            self.progress(self._name, done, total, note)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +62,10 @@ def fit(
             atoms on top of each other.
     """
     recipe = Recipe() if recipe is None else recipe
-    stages = _Stages(progress)
+    stages = Stages(progress)
     stages.begin("data")
     structures, targets = _prepared(structures, targets, recipe)
+    suspicions = check_stress_consistency(structures, targets)
     found = defaults.survey(structures, targets)
     recipe = defaults.resolve(recipe, found, len(structures.distinct_species))
     base = _baselines(structures, targets, recipe, found)
@@ -158,7 +94,7 @@ def fit(
     if validation is not None:
         validation_errors = errors(*validation, potential(validation[0]), units.GPA)
     stages.end()
-    report = _report(models, seen, parameters, counts, solved, result, validation_errors, stages)
+    report = _report(models, seen, parameters, counts, solved, result, validation_errors, stages, suspicions)
     return replace(potential, report=report.as_dict()), report
 
 
@@ -262,7 +198,7 @@ def _split(targets: Targets, parts: Sequence[Structures]) -> list[Targets]:
 
 
 def _models(
-    recipe: Recipe, structures: Structures, parts: Sequence[Structures], stages: _Stages
+    recipe: Recipe, structures: Structures, parts: Sequence[Structures], stages: Stages
 ) -> tuple[list[_Model], dict[int, int]]:
     models: list[_Model] = []
     seen: dict[int, int] = {}
@@ -294,7 +230,7 @@ def _models(
 
 
 def _stream(
-    recipe: Recipe, models: Sequence[_Model], parts: Sequence[Structures], targets: Sequence[Targets], stages: _Stages
+    recipe: Recipe, models: Sequence[_Model], parts: Sequence[Structures], targets: Sequence[Targets], stages: Stages
 ) -> dict[str, RowFactor]:
     """Make the rows of each chunk once and fold them into one triangular factor for each kind of observation."""
     columns = sum(b.n_columns for m in models for b in m.blocks)
@@ -326,7 +262,7 @@ def _stream(
 
 
 def _learn(
-    recipe: Recipe, models: Sequence[_Model], whitened: dict[str, Tensor], counts: dict[str, int], stages: _Stages
+    recipe: Recipe, models: Sequence[_Model], whitened: dict[str, Tensor], counts: dict[str, int], stages: Stages
 ) -> tuple[Hyperparameters, Tensor, evidence.EvidenceResult]:
     """Learn noises and signal variances: first with some of the columns, then with all."""
     given = {kind: getattr(recipe.noise, key) for kind, key in NOISE_FIELDS.items()}
@@ -348,10 +284,10 @@ def _learn(
         some = torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
         some = some.to(device)
         small = {k: evidence.Statistics.of(w, counts[k], some) for k, w in whitened.items()}
-        evidence.optimise(small, parameters, block_of_column[some], 40, tell)
+        evidence.optimise(small, parameters, block_of_column[some], progress=tell)
     statistics = {k: evidence.Statistics.of(w, counts[k]) for k, w in whitened.items()}
-    result = evidence.optimise(statistics, parameters, block_of_column, 40 if total <= EVIDENCE_COLUMNS else 10, tell)
-    return parameters, block_of_column, result
+    learn = evidence.refine if total > EVIDENCE_COLUMNS else evidence.optimise
+    return parameters, block_of_column, learn(statistics, parameters, block_of_column, progress=tell)
 
 
 def _terms(models: Sequence[_Model], solved: SparsePosterior) -> list[Term]:
@@ -375,12 +311,14 @@ def _report(
     solved: SparsePosterior,
     result: evidence.EvidenceResult,
     validation_errors: ErrorTable | None,
-    stages: _Stages,
+    stages: Stages,
+    suspicions: Sequence[str],
 ) -> FitReport:
     labels = [f"{k}:{checks.symbol(b.species)}" for k, m in enumerate(models) for b in m.blocks]
     every = [b for m in models for b in m.blocks]
     warnings = [
-        f"{name} ended at a bound of its allowed range; the data may not determine it." for name in result.at_bound
+        *suspicions,
+        *(f"{name} ended at a bound of its allowed range; the data may not determine it." for name in result.at_bound),
     ]
     jitter = max(m.jitter for m in models)
     if jitter:
@@ -401,9 +339,3 @@ def _report(
         stages=tuple(stages.done),
         warnings=tuple(warnings),
     )
-
-
-def peak_memory_MB() -> float:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)

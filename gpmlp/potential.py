@@ -76,7 +76,7 @@ class Potential:
         terms: one for each descriptor; their energies add up.
         baselines: terms that were not learned.
         species: atomic numbers it was trained on.
-        recipe: every choice made, none left open.
+        recipe: the choices made, those left to the data filled in; learned noises are in `noise`, see also the baselines.
         noise: standard deviations of the likelihood, 'energies' eV/atom, 'forces' eV/A, 'stresses' eV/A^3.
         provenance: training files with hashes, package versions.
         report: the FitReport as a dictionary.
@@ -149,6 +149,8 @@ class Potential:
     def from_state(cls, header: dict, tensors: dict[str, Tensor]) -> Potential:
         """Build a potential again from state()."""
         recipe = Recipe.model_validate(header["recipe"])
+        if torch.device(recipe.device).type == "cuda" and not torch.cuda.is_available():
+            recipe = recipe.model_copy(update={"device": "cpu"})  # fitted on a GPU, used where there is none
         species = tuple(header["species"])
         terms = []
         for k, (descriptor, kernel) in enumerate(zip(recipe.descriptors, recipe.kernels, strict=True)):

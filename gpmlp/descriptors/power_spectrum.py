@@ -95,7 +95,8 @@ class SoapPowerSpectrum:
         pairs = _PairTerms.of(self, surroundings)
         density = self._density(surroundings, pairs)
         spectrum = self._spectrum(density)
-        norm = spectrum.norm(dim=1, keepdim=True)
+        # an atom alone and without weight of its own has features of zero, not NaN
+        norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
         features = spectrum / norm
         return Environments(
             surroundings,
@@ -112,10 +113,10 @@ class SoapPowerSpectrum:
         density = density.index_add(0, surroundings.centers * n_species + pairs.slots, products)
         at_zero, _ = self._radial(products.new_zeros(1))
         own = torch.arange(n_env, device=density.device) * n_species + self._slot(surroundings.species)
-        center = torch.zeros_like(density[:1])
+        center = density.new_zeros(1, *density.shape[1:])
         center[0, :, 0] = self.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5
         density = density.index_add(0, own, center.expand(n_env, -1, -1))
-        return density.reshape(n_env, self.channels, -1)
+        return density.reshape(n_env, self.channels, (self.l_max + 1) ** 2)
 
     def _spectrum(self, density: Tensor) -> Tensor:
         a, b = self._pairs
@@ -128,13 +129,13 @@ class SoapPowerSpectrum:
         """One cotangent per environment: features -> density -> pairs; nothing of size pairs x features."""
         n_env, a_b = len(surroundings), self._pairs
         on_spectrum = (cotangents - features * (features * cotangents).sum(1, keepdim=True)) / norm
-        scaled = on_spectrum.reshape(n_env, -1, self.l_max + 1) * self._prefactors(density)
+        scaled = on_spectrum.unflatten(1, (-1, self.l_max + 1)) * self._prefactors(density)
         full = scaled.new_zeros(n_env, self.channels, self.channels, self.l_max + 1)
         full[:, a_b[0], a_b[1]] = scaled
         full = full + full.transpose(1, 2)
         on_density = torch.cat([full[..., l] @ density[:, :, m] for l, m in enumerate(self._l_blocks())], dim=-1)
         # gather the block of the neighbour's species, then contract with d(R Y)/dr = R' Y r^ + R dY
-        block = on_density.reshape(n_env * len(self.species), self.n_max, -1)[
+        block = on_density.unflatten(1, (len(self.species), self.n_max)).flatten(0, 1)[
             surroundings.centers * len(self.species) + pairs.slots
         ]
         radial_part = (block * self._expand_l(pairs.d_radial)).sum(1)
@@ -167,7 +168,7 @@ class SoapPowerSpectrum:
         out = pairs.directions[:, :, None, None] * radial_part[:, None]
         for x in range(3):
             out[:, x].addcmul_(value_a, gradient[:, x, b]).addcmul_(value_b, gradient[:, x, a])
-        out = out.reshape(n_pairs, 3, -1)
+        out = out.flatten(2)
         # x = p/|p|:  dx = (dp - x (x . dp)) / |p|
         unit = features[centers]
         shares = out @ unit[:, :, None]

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
-from ase.data import chemical_symbols
 
-from gpmlp.checks import UserError
 from gpmlp.io.atoms import results, structures_from_ase
 from gpmlp.potential import Potential
 
@@ -48,21 +46,6 @@ class GPCalculator(Calculator):
             UserError: an element that the potential was not trained on, or atoms on top of each other.
         """
         super().calculate(atoms, list(properties), list(system_changes))
-        check_species(self.potential, self.atoms, self.label_in_errors)
         structures = structures_from_ase([self.atoms], [self.label_in_errors])
         prediction = self.potential(structures)
         self.results = results(prediction, 0, slice(0, len(self.atoms)))
-
-
-def check_species(potential: Potential, atoms: Atoms, name: str) -> None:
-    """Raise UserError naming the elements that the potential does not know."""
-    unknown = sorted(set(atoms.numbers.tolist()) - set(potential.species))
-    if unknown:
-        raise UserError(
-            f"{name}: the potential was not trained on {_symbols(unknown)}; it knows {_symbols(sorted(potential.species))}. "
-            "Fit one with data that hold every element."
-        )
-
-
-def _symbols(numbers: Sequence[int]) -> str:
-    return ", ".join(chemical_symbols[z] for z in numbers)

@@ -8,7 +8,6 @@ and ``header``, what Potential.state() returned beside its tensors. Nothing in i
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from gpmlp import versions
 from gpmlp.checks import UserError
 from gpmlp.io.atomic import atomic
 
@@ -49,13 +49,13 @@ def save(potential: Stateful, path: str | os.PathLike[str]) -> None:
     content = {
         "archive_sha256": BLANK,
         "format": FORMAT_VERSION,
-        "version": importlib.metadata.version("gpmlp"),
+        "version": versions.of("gpmlp"),
         "units": UNITS,
         "header": header,
     }
     # clones: tensors that share memory or are strided cannot be stored as they are
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(plain, metadata={"gpmlp": json.dumps(content)})
+    data = safetensors.torch.save(plain, metadata={"gpmlp": json.dumps(content, separators=(",", ":"))})
     match = CHECKSUM.search(data)
     if match is None:
         raise RuntimeError("safetensors wrote its metadata in an unexpected way; the checksum has no place")
@@ -95,7 +95,9 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _verified(path: Path) -> tuple[dict[str, Any], bytes]:
     """Return the JSON content and all bytes of a model file whose checksum is right."""
     if path.is_dir() or not path.exists():
-        raise UserError(f"{path}: there is no such file." if not path.exists() else f"{path}: is a folder, not a model file.")
+        raise UserError(
+            f"{path}: there is no such file." if not path.exists() else f"{path}: is a folder, not a model file."
+        )
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -110,7 +112,9 @@ def _verified(path: Path) -> tuple[dict[str, Any], bytes]:
     match = CHECKSUM.search(data)
     digest = hashlib.sha256(data[: match.start(1)] + BLANK.encode() + data[match.end(1) :]).hexdigest() if match else ""
     if match is None or digest != match[1].decode():
-        raise UserError(f"{path}: the model file is damaged or was altered (its checksum does not fit); fetch or fit it again.")
+        raise UserError(
+            f"{path}: the model file is damaged or was altered (its checksum does not fit); fetch or fit it again."
+        )
     return content, data
 
 
@@ -128,7 +132,9 @@ def _content(path: Path, data: bytes) -> dict[str, Any]:
         ends = [entry["data_offsets"][1] for entry in outer.values()]
         if 8 + size + max(ends, default=0) > len(data):
             needed = 8 + size + max(ends)
-            raise UserError(f"{path}: the model file is cut off: {len(data)} of {needed} bytes are there; fetch or fit it again.")
+            raise UserError(
+                f"{path}: the model file is cut off: {len(data)} of {needed} bytes are there; fetch or fit it again."
+            )
         if "gpmlp" not in metadata:
             raise UserError(f"{path}: holds tensors (safetensors) but is not a gpmlp model file.")
         content = json.loads(metadata["gpmlp"])

@@ -15,6 +15,8 @@ from gpmlp.checks import UserError
 def check_target(path: str | os.PathLike[str]) -> None:
     """Raise UserError if no file can be written at path (asked before a long computation, not after it)."""
     path = Path(path)
+    if _special(path):
+        return
     folder = path.resolve().parent
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file to write.")
@@ -36,25 +38,31 @@ def atomic(path: str | os.PathLike[str], text: bool = False) -> Iterator[IO]:
     """
     check_target(path)
     # a link keeps pointing at the file it pointed at
-    target = Path(path).resolve()
+    special = _special(Path(path))
+    target = Path(path) if special else Path(path).resolve()
     mode, encoding = ("w", "utf-8") if text else ("wb", None)
-    if target.exists() and not target.is_file():
-        with open(target, mode, encoding=encoding) as file:
-            yield file
-        return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, mode.replace("w", "x"), encoding=encoding) as file:
+        with open(
+            target if special else temporary, mode if special else mode.replace("w", "x"), encoding=encoding
+        ) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
+            if not special:
+                file.flush()
+                os.fsync(file.fileno())
+        if not special:
+            os.replace(temporary, target)
+            _sync_folder(target.parent)
     except OSError as error:
-        kept = "; the old file is untouched" if target.exists() else ""
+        kept = "; the old file is untouched" if target.is_file() else ""
         raise UserError(f"{path}: could not be written: {error.strerror or error}{kept}.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _special(path: Path) -> bool:
+    """Whether path is a device or a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _sync_folder(folder: Path) -> None:

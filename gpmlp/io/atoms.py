@@ -22,7 +22,16 @@ from gpmlp.quantities import Prediction, Targets
 from gpmlp.structures import Structures
 
 # what readers of the many formats raise on input that they do not understand
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AssertionError, AttributeError, RuntimeError, UnknownFileTypeError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AssertionError,
+    AttributeError,
+    RuntimeError,
+    UnknownFileTypeError,
+)
 
 
 def read(path: str | os.PathLike[str], index: str | int | slice = ":") -> tuple[Structures, Targets]:
@@ -194,3 +203,18 @@ def write(path: str | os.PathLike[str], atoms: Atoms | Sequence[Atoms]) -> None:
     """
     with atomic(path, text=True) as file:
         ase.io.write(file, atoms, format="extxyz")
+
+
+def beside(structures: Structures, targets: Targets, prediction: Prediction) -> list[Atoms]:
+    """Atoms with the references as calculator results, and predictions beside them.
+
+    Predictions are gpmlp_energy, gpmlp_forces and gpmlp_stress (Voigt xx yy zz yz xz xy), so that read() sees the references.
+    """
+    frames, predicted = to_ase(structures, targets), to_ase(structures, prediction)
+    for frame, own in zip(frames, predicted, strict=True):
+        found = own.calc.results
+        frame.info["gpmlp_energy"] = found["energy"]
+        frame.arrays["gpmlp_forces"] = found["forces"]
+        if "stress" in found:
+            frame.info["gpmlp_stress"] = found["stress"]
+    return frames

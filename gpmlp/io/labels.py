@@ -117,8 +117,14 @@ def _energy(atoms: Atoms, name: str, results: dict, info: dict, remarks: list[tu
         raise UserError(f"{name}: the energy is infinite; correct it or remove the frame.")
     extrapolated = _first(results, {}, ("energy",))
     for other, text in (
-        (extrapolated, "`free_energy` and `energy` differ by {} eV/atom; the first is used, because forces belong to it"),
-        (_first({}, info, ("energy",)), "`energy` of the calculator and the plain key differ by {} eV/atom; the first is used"),
+        (
+            extrapolated,
+            "`free_energy` and `energy` differ by {} eV/atom; the first is used, because forces belong to it",
+        ),
+        (
+            _first({}, info, ("energy",)),
+            "`energy` of the calculator and the plain key differ by {} eV/atom; the first is used",
+        ),
     ):
         if other is not None:
             difference = abs(energy - float(_array(name, "energy", other, ()))) / len(atoms)

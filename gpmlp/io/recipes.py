@@ -52,7 +52,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -98,7 +100,9 @@ def _set(data: dict[str, Any], override: str) -> None:
             holder[place], holder, place = inner, inner, int(step)
         else:
             if isinstance(inner, list):
-                raise UserError(f"--set {override}: a list stands before '{step}'; number the entry, e.g. {steps[0]}.0.{step}.")
+                raise UserError(
+                    f"--set {override}: a list stands before '{step}'; number the entry, e.g. {steps[0]}.0.{step}."
+                )
             if not isinstance(inner, dict):
                 inner = {}
             inner.setdefault(step, {})

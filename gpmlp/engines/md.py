@@ -1,0 +1,246 @@
+"""Dynamics is a short molecular dynamics run with ASE, as a generator of states, and the files that record it."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ase.io
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.calculator import Calculator
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.md.bussi import Bussi
+from ase.md.verlet import VelocityVerlet
+
+from gpmlp import checks
+from gpmlp.checks import UserError
+from gpmlp.io import xyz
+from gpmlp.io.atomic import check_target
+from gpmlp.io.atoms import read_frames
+
+COLUMNS = ("step", "time_fs", "temperature_K", "potential_eV", "kinetic_eV", "conserved_eV", "drift_eV_per_atom")
+HOTTEST = 1e6  # K; beyond, the integration has blown up
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is.
+
+    Attributes:
+        ensemble: 'nve' (velocity Verlet) or 'nvt' (the same with Bussi's stochastic velocity rescaling).
+        temperature_K: of the thermostat, and of the initial velocities of atoms that have none.
+        steps: number of the last step.
+        timestep_fs, relaxation_fs: time step, and time constant of the thermostat.
+        interval: steps between two states.
+        seed: of initial velocities and thermostat.
+    """
+
+    ensemble: Literal["nve", "nvt"] = "nve"
+    temperature_K: float | None = None
+    steps: int = 1000
+    timestep_fs: float = 1.0
+    relaxation_fs: float = 100.0
+    interval: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks.choose("ensemble", self.ensemble, ("nve", "nvt"))
+        checks.positive("timestep_fs", self.timestep_fs)
+        checks.positive("relaxation_fs", self.relaxation_fs)
+        checks.positive("steps", self.steps, allow_zero=True)
+        checks.positive("interval", self.interval)
+        if self.temperature_K is not None:
+            checks.positive("temperature_K", self.temperature_K, allow_zero=self.ensemble == "nve")
+        elif self.ensemble == "nvt":
+            raise UserError("`temperature_K` must be given for ensemble nvt.")
+
+
+@dataclass(frozen=True)
+class State:
+    """One moment of a run.
+
+    Attributes:
+        conserved_eV: total energy, less the heat that the thermostat brought in.
+        drift_eV_per_atom: conserved_eV since step 0, per atom.
+        atoms: copy of the atoms with velocities, energy, forces and stress.
+    """
+
+    step: int
+    time_fs: float
+    temperature_K: float
+    potential_eV: float
+    kinetic_eV: float
+    conserved_eV: float
+    drift_eV_per_atom: float
+    atoms: Atoms
+
+    def row(self) -> str:
+        """One line of the energies file."""
+        return (
+            f"{self.step:10d} {self.time_fs:14.4f} {self.temperature_K:12.3f} {self.potential_eV:18.9f} "
+            f"{self.kinetic_eV:16.9f} {self.conserved_eV:18.9f} {self.drift_eV_per_atom:14.6e}"
+        )
+
+
+def run(atoms: Atoms, calculator: Calculator, settings: Settings) -> Iterator[State]:
+    """Run dynamics, yielding the state every `interval` steps, and the first and the last.
+
+    Atoms that come from a state of an earlier run (info: step, time_fs, heat_eV, conserved_start_eV) go on from there and
+    yield only what is new. The thermostat of a continued run draws from a generator seeded with (seed, step).
+
+    Raises:
+        UserError: no velocities and no temperature, or the run has blown up.
+    """
+    atoms = atoms.copy()
+    first = int(atoms.info.get("step", 0))
+    earlier_time = float(atoms.info.get("time_fs", 0.0))
+    earlier_heat, start = float(atoms.info.get("heat_eV", 0.0)), atoms.info.get("conserved_start_eV")
+    generator = np.random.default_rng([settings.seed, first])
+    _set_velocities(atoms, settings, generator)
+    atoms.calc = calculator
+    dynamics = _integrator(atoms, settings, generator)
+
+    def state(step: int) -> State:
+        nonlocal start
+        kinetic, potential = atoms.get_kinetic_energy(), atoms.get_potential_energy()
+        heat = earlier_heat + getattr(dynamics, "transferred_energy", 0.0)
+        conserved, temperature = kinetic + potential - heat, atoms.get_temperature()
+        if not (math.isfinite(conserved) and temperature < HOTTEST):
+            raise UserError(
+                f"step {step}: the run has blown up (temperature {temperature:.3g} K, energy {conserved:.3g} eV); take a shorter "
+                "time step, relax the start, or train on structures like those it went to."
+            )
+        start = conserved if start is None else start
+        time = earlier_time + (step - first) * settings.timestep_fs
+        snapshot = _snapshot(atoms, {"step": step, "time_fs": time, "heat_eV": heat, "conserved_start_eV": start})
+        drift = (conserved - start) / len(atoms)
+        return State(step, time, temperature, potential, kinetic, conserved, drift, snapshot)
+
+    if not first:
+        yield state(0)
+    step = first
+    while step < settings.steps:
+        stride = min(settings.interval - step % settings.interval, settings.steps - step)
+        try:
+            dynamics.run(stride)
+        except UserError as error:
+            raise UserError(f"between steps {step} and {step + stride}: {error}") from error
+        step += stride
+        yield state(step)
+
+
+def _integrator(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> VelocityVerlet:
+    timestep = settings.timestep_fs * units.fs
+    if settings.ensemble == "nve":
+        return VelocityVerlet(atoms, timestep)
+    return Bussi(atoms, timestep, settings.temperature_K, settings.relaxation_fs * units.fs, rng=generator)
+
+
+def _set_velocities(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> None:
+    """Keep the velocities that the atoms have; draw them at the temperature if they have none."""
+    moving = atoms.has("momenta") and np.abs(atoms.get_momenta()).max() > 0
+    if moving:
+        return
+    if settings.temperature_K is None:
+        raise UserError("The start has no velocities: give a temperature to draw them at (temperature_K).")
+    masses = atoms.get_masses()[:, None]
+    # Maxwell-Boltzmann: each component of v has variance kT / m; then the centre of mass is brought to rest
+    velocities = generator.standard_normal((len(atoms), 3)) * np.sqrt(units.kB * settings.temperature_K / masses)
+    if len(atoms) > 1:
+        velocities -= (masses * velocities).sum(0) / masses.sum()
+        velocities *= math.sqrt(len(atoms) / (len(atoms) - 1))
+    atoms.set_velocities(velocities)
+
+
+def _snapshot(atoms: Atoms, info: dict[str, float]) -> Atoms:
+    """Copy atoms with what the calculator knows of them."""
+    snapshot = atoms.copy()
+    snapshot.info |= info
+    snapshot.calc = SinglePointCalculator(snapshot, **atoms.calc.results)
+    return snapshot
+
+
+@contextmanager
+def record(trajectory: str | os.PathLike[str], energies: str | os.PathLike[str] | None) -> Iterator:
+    """Yield a function that appends a State to an extended XYZ trajectory and to a table of energies.
+
+    Each frame and line is written in one piece and flushed, so an interrupted run leaves complete ones.
+    """
+    with (
+        open(trajectory, "a", encoding="utf-8") as frames,
+        open(energies or os.devnull, "a", encoding="utf-8") as table,
+    ):
+        if table.tell() == 0:
+            table.write("# " + " ".join(COLUMNS) + "\n")
+
+        def append(state: State) -> None:
+            text = io.StringIO()
+            ase.io.write(text, state.atoms, format="extxyz")
+            try:
+                for file, piece in ((frames, text.getvalue()), (table, state.row() + "\n")):
+                    file.write(piece)
+                    file.flush()
+            except OSError as error:
+                raise UserError(
+                    f"{trajectory}: could not be written at step {state.step}: {error.strerror}."
+                ) from error
+
+        yield append
+
+
+def fresh(paths: list[Path], overwrite: bool, start: Path) -> None:
+    """Make room for the files of a new run.
+
+    Raises:
+        UserError: a file is there already and may not be overwritten, is the start itself, or cannot be written.
+    """
+    for path in paths:
+        check_target(path)
+        if path.resolve() == start.resolve():
+            raise UserError(f"{path}: is the start structure of this run; write to another file.")
+        if Path(path).is_file() and not overwrite:
+            raise UserError(f"{path}: exists; continue that run with --resume, or replace it with --overwrite.")
+    for path in paths:
+        if Path(path).is_file():
+            Path(path).unlink()
+
+
+def resume(trajectory: str | os.PathLike[str], energies: str | os.PathLike[str] | None) -> Atoms:
+    """Return the last complete frame of a trajectory and cut off, in both files, what came after it.
+
+    Raises:
+        UserError: no trajectory, no complete frame in it, or not one written by a run.
+    """
+    path = Path(trajectory)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no trajectory to resume.")
+    layout = xyz.scan(path)
+    if not layout.starts:
+        raise UserError(f"{path}: holds no complete frame to resume from; start anew with --overwrite.")
+    os.truncate(path, layout.end)
+    frame = read_frames(path, -1)[0][0]
+    if "step" not in frame.info or not frame.has("momenta"):
+        raise UserError(f"{path}: its last frame has no step and velocities; it was not written by gpmlp md.")
+    if energies is not None and Path(energies).is_file():
+        _cut_table(Path(energies), int(frame.info["step"]))
+    return frame
+
+
+def _cut_table(path: Path, last_step: int) -> None:
+    """Drop the lines of later steps, and an incomplete last line."""
+    end = 0
+    with open(path, "rb") as file:
+        for line in file:
+            words = line.split()
+            later = words and words[0] != b"#" and (not words[0].isdigit() or int(words[0]) > last_step)
+            if later or not line.endswith(b"\n"):
+                break
+            end += len(line)
+    os.truncate(path, end)

@@ -1,0 +1,82 @@
+"""FitReport says what happened in a fit: rows, noise, rank, condition, jitter, errors, time and memory of each stage."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from gpmlp.quantities import ErrorTable
+
+Progress = Callable[[str, float, float, str], None]
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What happened in a fit.
+
+    Attributes:
+        rows: number of observations by kind.
+        noise: standard deviations used, 'energies' eV/atom, 'forces' eV/A, 'stresses' eV/A^3.
+        signal: prior standard deviation of local energies by descriptor and species, eV.
+        environments: number seen of each species; centres: chosen of each species, by descriptor.
+        columns: inducing variables asked for; rank: those kept, not linearly dependent on others.
+        condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
+        negative_log_evidence: DTC, nats.
+        train_rmse: residuals of the training labels by kind, eV/atom, eV/A, eV/A^3.
+        validation_errors: ErrorTable, or None.
+        stages: (name, seconds, peak memory of the process so far in MB).
+        warnings: sentences for the user.
+    """
+
+    rows: dict[str, int]
+    noise: dict[str, float]
+    signal: dict[str, float]
+    environments: dict[str, int]
+    centres: dict[str, int]
+    columns: int
+    rank: int
+    condition: float
+    jitter: float
+    negative_log_evidence: float
+    train_rmse: dict[str, float]
+    validation_errors: ErrorTable | None
+    stages: tuple[tuple[str, float, float], ...]
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict:
+        """JSON-able form."""
+        return asdict(self)
+
+
+@dataclass
+class Stages:
+    """Times the stages and passes progress on."""
+
+    progress: Progress | None
+    done: list[tuple[str, float, float]] = field(default_factory=list)
+    _name: str = ""
+    _start: float = 0.0
+
+    def begin(self, name: str) -> None:
+        self.end()
+        self._name, self._start = name, time.perf_counter()
+        self.tell(0.0, 1.0)
+
+    def end(self) -> None:
+        if self._name:
+            self.tell(1.0, 1.0)
+            self.done.append((self._name, time.perf_counter() - self._start, peak_memory_MB()))
+            self._name = ""
+
+    def tell(self, done: float, total: float, note: str = "") -> None:
+        if self.progress:
+            self.progress(self._name, done, total, note)
+
+
+def peak_memory_MB() -> float:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)

@@ -1,0 +1,97 @@
+"""Shared data: small cells of copper labelled by ASE's effective medium theory, and a potential fitted to them once."""
+
+from __future__ import annotations
+
+import ase.build
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from gpmlp.io import archive, atoms, recipes
+
+
+def labelled(frame: Atoms) -> Atoms:
+    """The frame with energy, free energy, forces and (where it is periodic) stress by EMT as results."""
+    frame.calc = EMT()
+    frame.get_forces()
+    if frame.pbc.any():
+        frame.get_stress()
+    kept = ("energy", "free_energy", "forces", "stress")
+    frame.calc = SinglePointCalculator(frame, **{k: v for k, v in frame.calc.results.items() if k in kept})
+    return frame
+
+
+def copper(seed: int, cells: int = 1, strain: float = 0.03, rattle: float = 0.08) -> Atoms:
+    """A strained and rattled cubic cell of fcc copper."""
+    rng = np.random.default_rng(seed)
+    frame = ase.build.bulk("Cu", cubic=True) * (cells, 1, 1)
+    frame.set_cell(frame.cell.array @ (np.eye(3) + strain * rng.standard_normal((3, 3))), scale_atoms=True)
+    frame.rattle(rattle, rng=rng)
+    frame.info["config_type"] = "small" if cells == 1 else "big"
+    return labelled(frame)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Small tensors gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def small_atoms() -> list[Atoms]:
+    """16 labelled cells of 4 and 8 copper atoms."""
+    return [copper(seed, 1 + seed % 2) for seed in range(16)]
+
+
+@pytest.fixture(scope="session")
+def small_set(small_atoms):
+    """Structures and targets of small_atoms."""
+    return atoms.from_ase(small_atoms)
+
+
+@pytest.fixture(scope="session")
+def small_recipe():
+    """A recipe that fits in seconds."""
+    return recipes.validate(
+        {
+            "descriptor": {"cutoff": 4.0, "n_max": 5, "l_max": 3},
+            "kernel": {"zeta": 2},
+            "inducing": {"n": 20, "gradients": 1},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def fitted(small_set, small_recipe):
+    """(Potential, FitReport) of small_set."""
+    from gpmlp.fit import fit
+
+    return fit(*small_set, small_recipe)
+
+
+@pytest.fixture(scope="session")
+def potential(fitted):
+    """The potential of small_set."""
+    return fitted[0]
+
+
+@pytest.fixture(scope="session")
+def model_file(potential, tmp_path_factory):
+    """The potential of small_set in a file; not to be written to."""
+    path = tmp_path_factory.mktemp("model") / "copper.gpmlp"
+    archive.save(potential, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def train_file(small_atoms, tmp_path_factory):
+    """small_atoms as extended XYZ; not to be written to."""
+    path = tmp_path_factory.mktemp("data") / "train.xyz"
+    atoms.write(path, small_atoms)
+    return path

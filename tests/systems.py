@@ -1,0 +1,209 @@
+"""Small structures, and one case of every descriptor, kernel and baseline that the package knows: what the batteries run over."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from gpmlp import baselines, descriptors, neighbors
+from gpmlp.environments import Descriptor, Surroundings
+from gpmlp.gp import kernels
+from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.potential import MeanBlock, Term
+from gpmlp.quantities import Prediction, Targets
+from gpmlp.recipe import DescriptorRecipe, KernelRecipe
+from gpmlp.structures import Structures
+
+CUTOFF = 3.6  # A: of every descriptor here, so that environments hold a handful of neighbours
+SPECIES = (1, 6, 8)
+
+
+def structure(positions, species, cell=None, periodic=(False, False, False)) -> Structures:
+    """One structure from plain lists or tensors."""
+    positions = torch.as_tensor(positions, dtype=torch.float64)
+    cell = torch.zeros(3, 3) if cell is None else torch.as_tensor(cell)
+    species = torch.as_tensor(species)
+    return Structures(
+        positions, cell.double()[None], torch.tensor([periodic]), species, torch.zeros(len(species), dtype=torch.long)
+    )
+
+
+def scattered(n: int, box: Tensor, seed: int, closest: float = 1.1) -> Tensor:
+    """n random points in a box (rows are its edges), none closer to another than `closest` in the open box."""
+    generator = torch.Generator().manual_seed(seed)
+    points: list[Tensor] = []
+    while len(points) < n:
+        trial = torch.rand(3, generator=generator, dtype=torch.float64) @ box
+        if all((trial - p).norm() > closest for p in points):
+            points.append(trial)
+    return torch.stack(points)
+
+
+def cluster(species=(6, 1, 8, 1, 6), seed: int = 0, size: float = 3.2) -> Structures:
+    """An isolated molecule-like heap of atoms."""
+    return structure(scattered(len(species), size * torch.eye(3, dtype=torch.float64), seed), species)
+
+
+TRICLINIC = torch.tensor([[3.1, 0.2, -0.3], [0.9, 3.4, 0.4], [-0.6, 0.8, 3.7]], dtype=torch.float64)
+LEFT_HANDED = TRICLINIC[[1, 0, 2]]
+CELLS = {  # cell and periodic axes; lengths are below the cutoff in most, so that atoms see their own images
+    "cubic": (3.9 * torch.eye(3, dtype=torch.float64), (True, True, True)),
+    "triclinic": (TRICLINIC, (True, True, True)),
+    "left-handed": (LEFT_HANDED, (True, True, True)),
+    "slab": (torch.diag(torch.tensor([3.3, 3.5, 14.0], dtype=torch.float64)), (True, True, False)),
+    "slab-no-height": (
+        torch.tensor([[3.3, 0.2, 0.0], [0.4, 3.5, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64), (True, True, False)
+    ),
+    "wire": (torch.diag(torch.tensor([3.3, 9.0, 9.0], dtype=torch.float64)), (True, False, False)),
+}
+
+
+def crystal(kind: str = "triclinic", species=(6, 8), seed: int = 1) -> Structures:
+    """Atoms in one of CELLS, placed so that neither they nor their images are closer than about 1.2 A."""
+    cell, periodic = CELLS[kind]
+    fractions = torch.tensor([[0.05, 0.10, 0.02], [0.52, 0.47, 0.55], [0.10, 0.55, 0.60]], dtype=torch.float64)[: len(species)]
+    box = cell.clone()
+    for axis in range(3):
+        if not periodic[axis]:
+            box[axis] = torch.nn.functional.one_hot(torch.tensor(axis), 3).double() * 3.0
+    noise = torch.rand(len(species), 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return structure(fractions @ box + 0.15 * noise, species, cell, periodic)
+
+
+def everything() -> Structures:
+    """One of each kind of structure, of several species, in one batch."""
+    return Structures.concatenate([cluster(), *(crystal(kind) for kind in CELLS), structure([[0, 0, 0]], [1])])
+
+
+def dimer(r: float, species=(6, 8)) -> Structures:
+    return structure([[0, 0, 0], [0.6 * r, 0, 0.8 * r]], species)
+
+
+# one case of everything that is registered ----------------------------------------------------------------------------------
+
+
+def _descriptor_cases() -> dict[str, dict]:
+    plain = {
+        "cutoff": CUTOFF, "n_max": 3, "l_max": 3, "sigma_atom": 0.5, "basis": "gto", "cutoff_function": "smoothstep",
+        "cutoff_width": 1.0, "cutoff_exponent": 2.0, "central_weight": 1.0, "shortest": 1.0,
+        "radial_scaling": {"scale": 2.0, "exponent": 3.0},
+    }
+    cases = {}
+    for name in descriptors.NAMES:
+        if name == "soap":
+            for basis in get_args(DescriptorRecipe.model_fields["basis"].annotation):
+                cases[f"soap {basis}"] = plain | {"name": name, "basis": basis}
+            cases["soap poly"] = plain | {"name": name, "cutoff_function": "poly", "radial_scaling": False}
+        else:
+            cases[name] = plain | {"name": name}
+    return cases
+
+
+DESCRIPTORS = _descriptor_cases()
+
+
+def descriptor(case: str, species: tuple[int, ...] = SPECIES, **changes) -> Descriptor:
+    """The descriptor of a case of DESCRIPTORS, some of its parameters changed."""
+    return descriptors.make(species, DESCRIPTORS[case] | changes)
+
+
+def _kernel_cases() -> dict[str, ZonalKernel]:
+    cases: dict[str, ZonalKernel] = {}
+    for name in get_args(KernelRecipe.model_fields["name"].annotation):
+        if name == "polynomial":
+            cases |= {f"polynomial {zeta}": kernels.make(name, zeta, None) for zeta in (1, 2, 3, 4)}
+        elif name == "sum":
+            terms = [(0.7, kernels.make("polynomial", 2, None)), (1.9, kernels.make("exponential", None, 0.6))]
+            cases[name] = kernels.make(name, None, None, terms)
+        else:
+            cases[name] = kernels.make(name, None, 0.7)
+    return cases
+
+
+KERNELS = _kernel_cases()
+
+
+def _baseline_cases() -> dict:
+    pairs = [(a, b) for a in SPECIES for b in SPECIES if a <= b]
+    made = {
+        "IsolatedAtoms": lambda: baselines.IsolatedAtoms({1: -13.5, 6: -1029.0, 8: -2041.0}),
+        "ZBL": lambda: baselines.ZBL(dict.fromkeys(pairs, 0.9), dict.fromkeys(pairs, CUTOFF - 0.5)),
+    }
+    # a baseline is what has a state() and can be called; one without a case here is a KeyError
+    known = [n for n, c in inspect.getmembers(baselines, inspect.isclass) if hasattr(c, "state") and n != "Baseline"]
+    return {name: made[name] for name in known}
+
+
+BASELINES = _baseline_cases()
+
+
+def random_term(made: Descriptor, kernel: ZonalKernel, seed: int = 3, scale: float = 1.0) -> Term:
+    """An energy term with random weights on values and on gradients: whatever a fit could come to."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = {}
+    for z in SPECIES:
+        source = Structures.concatenate([cluster((z, *SPECIES), 40 + z + k) for k in range(3)])
+        centers = (source.species == z).nonzero()[:, 0]
+        surroundings = Surroundings.of(source, neighbors.find(source, made.cutoff)).select(centers)
+        x = made(surroundings).features
+        weights = torch.randn(len(x), generator=generator, dtype=torch.float64)
+        tangents = torch.randn(x.shape, generator=generator, dtype=torch.float64) / x.shape[1] ** 0.5
+        blocks[z] = MeanBlock(x, scale * weights, scale * tangents)
+    return Term(made, kernel, blocks)
+
+
+def _term_cases() -> dict:
+    """Every descriptor with one kernel, every kernel with one descriptor, every baseline: name -> energy term."""
+    usual = KERNELS["polynomial 3"]
+    cases = {name: (lambda name=name: random_term(descriptor(name), usual)) for name in DESCRIPTORS}
+    first = next(iter(DESCRIPTORS))
+    cases |= {f"{first} {k}": (lambda k=k: random_term(descriptor(first), KERNELS[k])) for k in KERNELS}
+    return cases | BASELINES
+
+
+TERMS = _term_cases()
+
+
+def reach(term) -> float:
+    """Distance at which atoms stop seeing each other in an energy term; 0 where they never do."""
+    return term.descriptor.cutoff if isinstance(term, Term) else getattr(term, "cutoff", 0.0)
+
+
+def single(term):
+    """The same energy term with its weights in single precision."""
+    if not isinstance(term, Term):
+        return term
+    blocks = {z: MeanBlock(*(v.float() for v in vars(b).values())) for z, b in term.blocks.items()}
+    return Term(term.descriptor, term.kernel, blocks)
+
+
+def targets_of(structures: Structures, prediction: Prediction) -> Targets:
+    """Labels equal to a prediction."""
+    unknown = vars(Targets.unknown(structures))
+    return Targets(
+        **unknown
+        | {"energies": prediction.energies, "forces": prediction.forces, "stresses": prediction.stresses}
+    )
+
+
+def rotation(seed: int = 0) -> Tensor:
+    """A random proper rotation matrix."""
+    q, r = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    q = q * r.diagonal().sign()
+    return q if torch.linalg.det(q) > 0 else -q
+
+
+def replicate(one: Structures, times: tuple[int, int, int]) -> Structures:
+    """The same crystal in a larger cell; atoms of the first cell come first."""
+    cell = one.cells[0]
+    shifts = [
+        torch.tensor([i, j, k], dtype=torch.float64) @ cell
+        for i in range(times[0]) for j in range(times[1]) for k in range(times[2])
+    ]
+    positions = torch.cat([one.positions + s for s in shifts])
+    larger = cell * torch.tensor(times, dtype=torch.float64)[:, None]
+    return structure(positions, one.species.repeat(math.prod(times)), larger, tuple(one.periodic[0].tolist()))

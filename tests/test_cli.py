@@ -1,0 +1,203 @@
+"""The command line: files it writes, exit status, and one clear message for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import ase.io
+import numpy as np
+import pytest
+
+from gpmlp import cli
+from gpmlp.io import archive, atoms
+
+ERRORS = (
+    "energy_mae_meV_per_atom",
+    "energy_rmse_meV_per_atom",
+    "force_mae_meV_per_A",
+    "force_rmse_meV_per_A",
+    "stress_mae_GPa",
+    "stress_rmse_GPa",
+)
+QUICK = ["--set", "descriptor.cutoff=4", "--set", "descriptor.n_max=4", "--set", "descriptor.l_max=2"]
+QUICK += ["--set", "inducing.n=10", "--set", "inducing.gradients=0"]
+
+
+@pytest.fixture
+def gpmlp(capsys):
+    """Run a command: (status, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+# --- what it does
+
+
+def test_fit_evaluate_info_cite(gpmlp, train_file, tmp_path):
+    model, result, predicted = tmp_path / "m.gpmlp", tmp_path / "e.json", tmp_path / "p.xyz"
+    status, out, err = gpmlp("fit", train_file, "--valid", train_file, *QUICK, "-o", model)
+    assert status == 0, err
+    assert "observations" in out and "validation MAE" in out and f"wrote {model}" in out
+    assert "covariances: " in err  # one line for each stage where there is no terminal
+
+    status, out, err = gpmlp("evaluate", model, train_file, "--json", result, "--xyz", predicted)
+    assert status == 0, err
+    assert "warning: " in err and "is the file this model was trained on" in err
+    assert "meV/atom" in out and "big" in out and "small" in out
+    numbers = json.loads(result.read_text())
+    assert set(numbers) == {*ERRORS, "n_structures", "n_atoms", "by_config_type"}
+    assert (numbers["n_structures"], numbers["n_atoms"]) == (16, 96)
+    assert set(numbers["by_config_type"]) == {"big", "small"}
+    assert numbers["by_config_type"]["big"]["n_structures"] == 8
+    frames = ase.io.read(predicted, ":")
+    differences = [f.info["gpmlp_energy"] / len(f) - f.get_potential_energy() / len(f) for f in frames]
+    assert 1e3 * np.abs(differences).mean() == pytest.approx(numbers["energy_mae_meV_per_atom"], rel=1e-6)
+    forces = np.concatenate([(f.arrays["gpmlp_forces"] - f.get_forces()).ravel() for f in frames])
+    assert 1e3 * np.sqrt((forces**2).mean()) == pytest.approx(numbers["force_rmse_meV_per_A"], rel=1e-4)
+
+    status, out, _ = gpmlp("info", model)
+    assert status == 0 and "Cu" in out and "training train.xyz" in out and "n_max: 4" in out
+    status, out, _ = gpmlp("info", model, "--json")
+    content = json.loads(out)
+    assert content["header"]["recipe"]["seed"] == 0
+    assert len(content["header"]["provenance"]["files"]["training"]["sha256"]) == 64
+    assert content["header"]["report"]["rows"]["energies"] == 16
+
+    status, out, _ = gpmlp("cite", model)
+    assert status == 0
+    assert "Bartok2013" in out and "Ziegler1985" in out and "Himanen2020" not in out
+
+
+def test_errors_without_labels_are_null(gpmlp, model_file, small_atoms, tmp_path):
+    frames = [frame.copy() for frame in small_atoms[:2]]
+    frames[0].info["energy"] = 0.0
+    ase.io.write(tmp_path / "e.xyz", frames)
+    status, out, _ = gpmlp("evaluate", model_file, tmp_path / "e.xyz", "--json", tmp_path / "e.json")
+    numbers = json.loads((tmp_path / "e.json").read_text())
+    assert status == 0
+    assert numbers["force_mae_meV_per_A"] is None and numbers["stress_rmse_GPa"] is None
+    assert numbers["energy_mae_meV_per_atom"] > 0
+    assert "- / -" in out
+
+
+def test_json_to_standard_output(model_file, train_file):
+    # in a process of its own: the capture of the tests stands in for standard output
+    command = [sys.executable, "-m", "gpmlp", "evaluate", str(model_file), str(train_file), "--json", "/dev/stdout"]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert '"energy_mae_meV_per_atom"' in run.stdout
+
+
+def test_md_runs_and_resumes(gpmlp, model_file, train_file, tmp_path):
+    trajectory, table = tmp_path / "t.xyz", tmp_path / "e.dat"
+    common = ["md", model_file, train_file, "-o", trajectory, "--energies", table, "--timestep-fs", 2, "--interval", 2]
+    status, out, err = gpmlp(*common, "--temperature-K", 200, "--steps", 4, "--ensemble", "nvt", "--seed", 3)
+    assert status == 0, err
+    assert "step 4" in out
+    status, _, err = gpmlp(*common, "--steps", 6, "--resume")
+    assert status == 0, err
+    assert [f.info["step"] for f in ase.io.read(trajectory, ":")] == [0, 2, 4, 6]
+    assert np.loadtxt(table)[:, 0].tolist() == [0, 2, 4, 6]
+    status, _, err = gpmlp(*common, "--steps", 6, "--resume")
+    assert status == 0 and "reached already" in err
+    status, _, err = gpmlp(*common, "--steps", 6, "--temperature-K", 200)
+    assert status == 2 and "exists; continue that run with --resume" in err
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bogus"], "No such command 'bogus'. Try 'gpmlp --help'"),
+        (["fit"], "Missing argument"),
+        (["fit", "none.xyz", "-o", "m"], "none.xyz: there is no such file"),
+        (["fit", "none.xyz", "-o", "no/where/m"], "does not exist; make it first"),
+        (["fit", "none.xyz", "-o", "m", "--set", "kernel.zta=2"], "Perhaps you meant 'kernel.zeta'"),
+        (["fit", "none.xyz", "-o", "none.xyz"], "is also a data file of this fit"),
+        (["fit", "none.xyz", "-o", "m", "--recipe", "none.yaml"], "none.yaml: the recipe cannot be read"),
+        (["info", "none.gpmlp"], "none.gpmlp: there is no such file"),
+        (["evaluate", "none.gpmlp", "none.xyz", "--json", "no/e.json"], "does not exist; make it first"),
+        (["md", "m", "s.xyz", "-o", "t.xyz", "--steps", "many"], "'--steps'"),
+        (["md", "m", "s.xyz", "-o", "t.xyz", "--ensemble", "npt"], "'--ensemble'"),
+        (["md", "m", "s.xyz", "-o", "t.xyz", "--ensemble", "nvt"], "`temperature_K` must be given"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(gpmlp, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = gpmlp(*arguments)
+    assert status == 2
+    assert message in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert out == "" and "Traceback" not in err
+
+
+def test_no_command_shows_the_help(gpmlp):
+    status, out, err = gpmlp()
+    assert status == 2
+    assert "evaluate" in out + err and "Traceback" not in err
+
+
+def test_version_and_help(gpmlp):
+    assert gpmlp("--version")[:2][1].startswith("gpmlp ")
+    status, out, _ = gpmlp("md", "--help")
+    assert status == 0 and "--temperature-K" in out
+
+
+def test_our_faults_are_status_1(gpmlp, monkeypatch, model_file):
+    def broken(path):
+        raise RuntimeError("a wheel came off")
+
+    monkeypatch.setattr(archive, "read_header", broken)
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+    status, _, err = gpmlp("info", model_file)
+    assert status == 1
+    assert "RuntimeError: a wheel came off. This is a fault of gpmlp" in err and "Traceback" not in err
+    status, _, err = gpmlp("info", model_file, "--debug")
+    assert status == 1 and "Traceback" in err
+    monkeypatch.setenv(cli.DEBUG, "1")
+    assert "Traceback" in gpmlp("info", model_file)[2]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (MemoryError, 1)])
+def test_interruption_and_memory(gpmlp, monkeypatch, model_file, error, status):
+    def stop(path):
+        raise error
+
+    monkeypatch.setattr(archive, "read_header", stop)
+    got, _, err = gpmlp("info", model_file)
+    assert got == status
+    assert err.count("\n") == 1
+
+
+def test_warnings_are_one_line_on_standard_error(gpmlp, model_file, small_atoms, tmp_path):
+    frame = small_atoms[0].copy()
+    frame.info |= {"energy": 1.0, "free_energy": 2.0}
+    ase.io.write(tmp_path / "w.xyz", frame)
+    status, out, err = gpmlp("evaluate", model_file, tmp_path / "w.xyz")
+    assert status == 0
+    (line,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert "w.xyz frame 0: `free_energy` and `energy` differ by 0.25 eV/atom" in line
+    assert "warning" not in out
+
+
+def test_an_interrupted_fit_leaves_the_old_model(gpmlp, monkeypatch, train_file, tmp_path):
+    model = tmp_path / "m.gpmlp"
+    model.write_text("old")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atoms, "from_ase", interrupted)
+    assert gpmlp("fit", train_file, *QUICK, "-o", model)[0] == 130
+    assert model.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gpmlp"]

@@ -1,0 +1,269 @@
+"""Covariance rows and the covariance of inducing variables, against differences, strained cells and explicit double sums."""
+
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+from systems import CUTOFF, DESCRIPTORS, KERNELS, SPECIES, cluster, crystal, descriptor, everything
+
+from gpmlp import neighbors
+from gpmlp.environments import Surroundings
+from gpmlp.gp import covariances, posterior
+from gpmlp.gp.covariances import InducingBlock
+from gpmlp.inducing import directions, make_block
+from gpmlp.potential import MeanBlock
+from gpmlp.structures import Structures
+
+FIRST = "soap gto"
+CASES = [(d, "polynomial 3") for d in DESCRIPTORS] + [(FIRST, k) for k in KERNELS if k != "polynomial 3"]
+STEP = 1e-4  # A; see test_physics.py for the size of the errors
+FINITE_DIFFERENCE = 1e-6
+
+
+def inducing_blocks(made, kernel, n_directions: int, of: Structures | None = None, species=SPECIES):
+    """One block for each species from environments of a few heaps of atoms."""
+    of = Structures.concatenate([cluster(seed=s) for s in (20, 21)]) if of is None else of
+    surroundings = Surroundings.of(of, neighbors.find(of, made.cutoff))
+    blocks, lowers = [], []
+    for z in species:
+        mine = surroundings.select((of.species == z).nonzero()[:, 0])
+        block, lower, jitter = make_block(z, made(mine).features, mine, made, kernel, n_directions)
+        assert jitter == 0
+        blocks.append(block)
+        lowers.append(lower)
+    return tuple(blocks), lowers
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: ", ".join(c))
+def model(request):
+    made, kernel = descriptor(request.param[0]), KERNELS[request.param[1]]
+    blocks, _ = inducing_blocks(made, kernel, 2)
+    return made, kernel, blocks
+
+
+def _rows(structures: Structures, model, **kinds) -> covariances.Rows:
+    made, kernel, blocks = model
+    return covariances.rows(structures, neighbors.find(structures, made.cutoff), made, kernel, blocks, **kinds)
+
+
+def test_force_rows_are_minus_the_gradient_of_energy_rows(model):
+    batch = Structures.concatenate([cluster(), crystal("triclinic", (6, 8))])
+    forces = _rows(batch, model).forces
+    for atom, axis in ((0, 0), (3, 1), (5, 2), (6, 0)):
+        sides = []
+        for sign in (-1, 1):
+            moved = batch.positions.clone()
+            moved[atom, axis] += sign * STEP
+            sides.append(_rows(batch.with_positions(moved), model, forces=False, stresses=False).energies.sum(0))
+        slope = (sides[1] - sides[0]) / (2 * STEP)
+        torch.testing.assert_close(forces[3 * atom + axis], -slope, atol=FINITE_DIFFERENCE, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["triclinic", "left-handed", "slab"])
+def test_stress_rows_are_the_strain_derivative_of_energy_rows(model, kind):
+    one = crystal(kind)
+    stresses = _rows(one, model).stresses
+    for k, (a, b) in enumerate(covariances.VOIGT):
+        sides = []
+        for sign in (-1, 1):
+            strain = torch.eye(3, dtype=torch.float64)
+            strain[a, b] += 0.5 * sign * STEP
+            strain[b, a] += 0.5 * sign * STEP
+            strained = one.with_positions(one.positions @ strain, one.cells @ strain)
+            sides.append(_rows(strained, model, forces=False, stresses=False).energies[0])
+        slope = (sides[1] - sides[0]) / (2 * STEP) / one.volumes[0]
+        torch.testing.assert_close(stresses[k], slope, atol=FINITE_DIFFERENCE, rtol=1e-6)
+
+
+def test_rows_are_the_double_sums_of_the_oracle(model):
+    """Every energy, force and stress row against explicit sums over environments and pairs."""
+    made, kernel, blocks = model
+    batch = Structures.concatenate([cluster((6, 1, 8)), crystal("triclinic")])
+    gp = oracles.DenseGP(made, kernel.profile, dict.fromkeys(SPECIES, 1.0))
+    every, x, z = gp.functionals(batch)
+    inducing, features, species = [], [], []
+    for block in blocks:
+        m, r = block.tangents.shape[:2]
+        zero = torch.zeros_like(block.features[0])
+        columns = []
+        for j in range(m):
+            columns.append(oracles.Functional())
+            columns[-1].add(len(features) + j, 1.0, zero)
+        for j in range(m):
+            for k in range(r):
+                columns.append(oracles.Functional())
+                columns[-1].add(len(features) + j, 0.0, block.tangents[j, k])
+        inducing += [columns[c] for c in block.kept.tolist()]
+        features += list(block.features)
+        species += [block.species] * m
+    u, z_u = torch.stack(features), torch.tensor(species)
+    found = _rows(batch, model)
+    expected = {kind: gp.covariance(fs, x, z, inducing, u, z_u) for kind, fs in every.items()}
+    # the same sums in another order; up to 50 pairs of terms of order 1
+    torch.testing.assert_close(found.energies / batch.counts[:, None], expected["energies"], atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.forces, expected["forces"], atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.stresses, expected["stresses"], atol=1e-12, rtol=0)
+    if len(CASES) and made is not None:
+        start = 0
+        between = gp.covariance(inducing, u, z_u, inducing, u, z_u)
+        for block in blocks:
+            here = slice(start, start + block.n_columns)
+            start = here.stop
+            own = covariances.covariance(kernel, block, block)
+            torch.testing.assert_close(own, between[here, here], atol=1e-12, rtol=0)
+            assert between[here, start:].abs().max() == 0 if start < len(inducing) else True
+
+
+def test_rows_do_not_depend_on_the_size_of_blocks(model, monkeypatch):
+    batch = everything()
+    whole = _rows(batch, model)
+    monkeypatch.setattr(covariances, "BLOCK_BYTES", 1)  # one environment at a time
+    single = _rows(batch, model)
+    for name in ("energies", "forces", "stresses"):
+        torch.testing.assert_close(getattr(single, name), getattr(whole, name), atol=1e-12, rtol=0)
+
+
+def test_only_what_is_asked_for(model):
+    batch = Structures.concatenate([cluster(), crystal("slab")])
+    full = _rows(batch, model)
+    assert (full.stresses[:6] == 0).all()  # no volume
+    energies = _rows(batch, model, forces=False, stresses=False)
+    assert energies.forces is None
+    assert energies.stresses is None
+    torch.testing.assert_close(energies.energies, full.energies, atol=1e-13, rtol=0)
+    forces, stresses = _rows(batch, model, stresses=False), _rows(batch, model, forces=False)
+    torch.testing.assert_close(forces.forces, full.forces, atol=1e-13, rtol=0)
+    torch.testing.assert_close(stresses.stresses, full.stresses, atol=1e-13, rtol=0)
+
+
+def test_two_point_covariances_are_derivatives_of_the_kernel():
+    """The oracle's own formula for cov(v.d/dx eps(x), w.d/dy eps(y)), by forward-mode differentiation of f(x.y)."""
+    kernel = KERNELS["polynomial 3"]
+    x, y, v, w = (torch.randn(5, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in range(4))
+
+    def f(x, y):
+        return (x @ y) ** 3
+
+    def slope(y):
+        return torch.func.jvp(lambda a: f(a, y), (x,), (v,))[1]
+
+    both = torch.func.jvp(slope, (y,), (w,))[1]
+    _, f1, f2 = kernel.profile(x @ y)
+    assert float(both) == pytest.approx(float(f1 * (v @ w) + f2 * (x @ w) * (v @ y)), rel=1e-13)
+
+
+# inducing variables ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_covariance_of_inducing_variables_is_symmetric_and_positive_definite(model):
+    made, kernel, blocks = model
+    for block in blocks:
+        k = covariances.covariance(kernel, block, block)
+        assert torch.equal(block.kept, block.kept.unique())
+        torch.testing.assert_close(k, k.T, atol=1e-14, rtol=0)
+        values = torch.linalg.eigvalsh(k)
+        # columns kept have at least RANK_TOLERANCE of variance of their own, so det > 0; eigenvalues may be smaller by the number of columns
+        assert values.min() > posterior.RANK_TOLERANCE * 1e-3
+
+
+def test_tangents_are_orthonormal_physical_directions(model):
+    """t_jr: orthonormal, orthogonal to x_j, and in the span of the rows of the descriptor's Jacobian."""
+    made, _, _ = model
+    heap = cluster()
+    surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF))
+    environments = made(surroundings)
+    tangents = directions(made, surroundings, 4)
+    for e in range(len(surroundings)):
+        t = tangents[e]
+        torch.testing.assert_close(t @ t.T, torch.eye(4).double(), atol=1e-9, rtol=0)  # right singular vectors by way of J Jᵀ
+        assert (t @ environments.features[e]).abs().max() < 1e-9
+        rows = environments.jacobian()[surroundings.centers == e].flatten(0, 1)
+        inside = torch.linalg.lstsq(rows.T, t.T, driver="gelsd").solution
+        torch.testing.assert_close(rows.T @ inside, t.T, atol=1e-8, rtol=0)
+
+
+def test_more_directions_than_there_are_come_as_zeros_and_are_dropped():
+    """Two neighbours move the features in 3 ways only (two lengths, one angle); an isolated atom has none at all."""
+    made, kernel = descriptor(FIRST), KERNELS["polynomial 3"]
+    trimer = cluster((6, 1, 8), 2, 2.5)
+    surroundings = Surroundings.of(trimer, neighbors.find(trimer, CUTOFF))
+    assert len(surroundings.centers) == 6
+    tangents = directions(made, surroundings, 8)
+    assert (tangents.norm(dim=2) > 0.5).sum(1).tolist() == [3, 3, 3]
+    mine = surroundings.select([0])
+    block, _, _ = make_block(6, made(mine).features, mine, made, kernel, 8)
+    assert block.kept.tolist() == [0, 1, 2, 3]
+    assert not block.is_whole
+    nobody = Surroundings(torch.tensor([6]), mine.centers[:0], mine.neighbor_species[:0], mine.vectors[:0])
+    block, _, _ = make_block(6, made(nobody).features, nobody, made, kernel, 5)
+    assert block.kept.tolist() == [0]
+
+
+def test_duplicates_and_perfect_crystals_are_dropped_without_jitter():
+    made, kernel = descriptor(FIRST), KERNELS["polynomial 3"]
+    heap = cluster()
+    surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF))
+    carbon = surroundings.select([0, 4])
+    alone, _, _ = make_block(6, made(carbon).features, carbon, made, kernel, 2)
+    twice = Surroundings.concatenate([carbon, carbon, carbon])
+    block, lower, jitter = make_block(6, made(twice).features, twice, made, kernel, 2)
+    assert jitter == 0
+    assert block.n_columns == alone.n_columns == 6
+    assert torch.isfinite(lower).all()
+    # a simple cubic crystal: every atom sees the same, and no displacement changes the features to first order
+    from systems import replicate, structure
+
+    perfect = replicate(structure([[0, 0, 0]], [6], 2.4 * torch.eye(3), (True, True, True)), (2, 2, 1))
+    surroundings = Surroundings.of(perfect, neighbors.find(perfect, CUTOFF))
+    block, lower, jitter = make_block(6, made(surroundings).features, surroundings, made, kernel, 6)
+    assert jitter == 0
+    assert 1 <= block.n_columns <= 1 + 6
+    assert (block.kept < 4).sum() == 1
+
+
+def test_rank_is_that_of_the_feature_space():
+    """zeta = 1: f(x.y) = x.y has no more independent values than features; here all gradients and values span a few."""
+    made, kernel = descriptor(FIRST, (6,), n_max=2, l_max=0), KERNELS["polynomial 1"]
+    heap = cluster((6, 6, 6, 6, 6, 6), 4, 4.0)
+    surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF))
+    block, _, jitter = make_block(6, made(surroundings).features, surroundings, made, kernel, 3)
+    assert jitter == 0
+    assert block.n_columns == made.n_features == 3
+
+
+def test_pivoted_rank_of_matrices_with_known_rank():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(12, 5, generator=generator, dtype=torch.float64)
+    kept = posterior.pivoted_rank(a @ a.T, 1e-9)
+    assert len(kept) == 5
+    assert torch.equal(kept, kept.sort().values)
+    assert torch.linalg.matrix_rank(a[kept]) == 5
+    padded = torch.block_diag(torch.zeros(2, 2, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+    assert posterior.pivoted_rank(padded, 1e-9).tolist() == [2, 3, 4]
+
+
+# collapse -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_directions_collapse_into_one_vector_per_centre(name):
+    """MeanBlock against the uncollapsed sum over all values and derivatives, to 1e-12 of its terms."""
+    made, kernel = descriptor(FIRST), KERNELS[name]
+    heap = Structures.concatenate([cluster(seed=7), cluster(seed=8)])
+    surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF)).select((heap.species == 6).nonzero()[:, 0])
+    block, _, _ = make_block(6, made(surroundings).features, surroundings, made, kernel, 5)
+    assert (not block.is_whole) or name != "polynomial 1"
+    weights = torch.randn(block.n_columns, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mean = MeanBlock(block.features, *posterior.collapse(block, weights))
+    others = cluster(seed=9)
+    x = made(Surroundings.of(others, neighbors.find(others, CUTOFF))).features
+    points = InducingBlock(6, x, x.new_zeros(len(x), 0, x.shape[1]), torch.arange(len(x)))
+    expected = covariances.covariance(kernel, points, block) @ weights
+    energy, slope = mean(kernel, x)
+    torch.testing.assert_close(energy, expected, atol=1e-12, rtol=1e-12)
+    # the slope along any direction is the covariance of that derivative
+    along = torch.randn(len(x), 1, x.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    n = len(x)
+    slopes = covariances.covariance(kernel, InducingBlock(6, x, along, torch.arange(n, 2 * n)), block) @ weights
+    torch.testing.assert_close((slope * along[:, 0]).sum(1), slopes, atol=1e-11, rtol=1e-12)  # terms of order |along| ~ 15

@@ -1,0 +1,201 @@
+"""The ASE calculator and molecular dynamics with it."""
+
+from __future__ import annotations
+
+import ase.build
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.calculators.calculator import PropertyNotImplementedError
+from conftest import copper
+
+from gpmlp.checks import UserError
+from gpmlp.engines import md
+from gpmlp.engines.ase import GPCalculator
+
+
+@pytest.fixture
+def calculator(potential):
+    return GPCalculator(potential, "my cell")
+
+
+def test_everything_a_calculator_has(calculator, potential, small_atoms, small_set):
+    prediction = potential(small_set[0].select([3]))
+    frame = small_atoms[3].copy()
+    frame.calc = calculator
+    assert frame.get_potential_energy() == pytest.approx(float(prediction.energies), abs=1e-12)
+    assert frame.get_potential_energy(force_consistent=True) == frame.get_potential_energy()
+    np.testing.assert_allclose(frame.get_potential_energies(), prediction.atom_energies.numpy(), atol=1e-12)
+    np.testing.assert_allclose(frame.get_forces(), prediction.forces.numpy(), atol=1e-12)
+    np.testing.assert_allclose(frame.get_stress(voigt=False), prediction.stresses[0].numpy(), atol=1e-12)
+
+
+def test_forces_and_stress_are_derivatives(calculator):
+    frame = copper(40)
+    frame.calc = calculator
+    step = 1e-4
+    energies = []
+    for sign in (1, -1):
+        moved = frame.copy()
+        moved.positions[1, 2] += sign * step
+        moved.calc = calculator
+        energies.append(moved.get_potential_energy())
+    # central differences: error of the order step^2 = 1e-8 times the third derivative
+    assert -(energies[0] - energies[1]) / (2 * step) == pytest.approx(frame.get_forces()[1, 2], abs=1e-5)
+    energies = []
+    for sign in (1, -1):
+        strain = np.eye(3)
+        strain[1, 2] = strain[2, 1] = 0.5 * sign * step
+        strained = frame.copy()
+        strained.set_cell(frame.cell.array @ strain, scale_atoms=True)
+        strained.calc = calculator
+        energies.append(strained.get_potential_energy())
+    stress = (energies[0] - energies[1]) / (2 * step) / frame.get_volume()
+    assert stress == pytest.approx(frame.get_stress()[3], abs=1e-7)
+
+
+def test_changes_are_noticed(calculator, potential):
+    frame = copper(41)
+    frame.calc = calculator
+    first = frame.get_potential_energy()
+    frame.set_cell(frame.cell.array * 1.02, scale_atoms=True)
+    second = frame.get_potential_energy()
+    assert second != first
+    frame.pbc = [True, True, False]
+    third = frame.get_potential_energy()
+    assert third != second
+    frame.pbc = True
+    del frame[0]
+    assert frame.get_forces().shape == (3, 3)
+    frame.set_initial_charges([1.0, 0.0, 0.0])
+    assert calculator.check_state(frame) == []
+
+
+def test_stress_needs_a_volume(calculator):
+    cluster = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 2.4]])
+    cluster.calc = calculator
+    assert np.isfinite(cluster.get_forces()).all()
+    with pytest.raises(PropertyNotImplementedError):
+        cluster.get_stress()
+    # energies of an infinite crystal in a periodic cell come with one
+    crystal = ase.build.bulk("Cu")
+    crystal.calc = calculator
+    assert crystal.get_stress().shape == (6,)
+
+
+def test_unknown_species_are_named(calculator):
+    frame = ase.build.bulk("NaCl", "rocksalt", a=5.6)
+    frame.calc = calculator
+    with pytest.raises(UserError, match=r"my cell: the potential was not trained on Na .*it knows Cu"):
+        frame.get_potential_energy()
+
+
+def test_atoms_on_top_of_each_other(calculator):
+    frame = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 0.1]])
+    frame.calc = calculator
+    with pytest.raises(UserError, match="my cell: atoms . and . are 0.100 A apart"):
+        frame.get_potential_energy()
+
+
+# --- dynamics
+
+
+def start() -> Atoms:
+    return copper(42, cells=2, strain=0.0, rattle=0.02)
+
+
+def test_nve_conserves_energy(calculator):
+    settings = md.Settings("nve", temperature_K=300, steps=60, timestep_fs=2.0, interval=20, seed=1)
+    states = list(md.run(start(), calculator, settings))
+    assert [state.step for state in states] == [0, 20, 40, 60]
+    assert states[-1].time_fs == pytest.approx(120.0)
+    # velocity Verlet at 2 fs: fluctuations of 1e-4 of the kinetic energy exchanged, ~0.04 eV/atom
+    assert max(abs(state.drift_eV_per_atom) for state in states) < 2e-4
+    assert abs(states[-1].kinetic_eV - states[0].kinetic_eV) > 1e-3
+    assert states[-1].atoms.calc.results["forces"].shape == (8, 3)
+
+
+def test_nvt_is_reproducible_and_conserves_energy_less_heat(calculator):
+    settings = md.Settings("nvt", temperature_K=300, steps=20, timestep_fs=2.0, relaxation_fs=20.0, seed=5)
+    first, again = (list(md.run(start(), calculator, settings)) for _ in range(2))
+    assert first[-1].potential_eV == again[-1].potential_eV
+    assert abs(first[-1].drift_eV_per_atom) < 2e-4
+    assert abs(first[-1].atoms.info["heat_eV"]) > 1e-3
+    other = list(md.run(start(), calculator, md.Settings("nvt", 300, 20, 2.0, 20.0, seed=6)))
+    assert other[-1].potential_eV != first[-1].potential_eV
+
+
+def test_velocities_of_the_start_are_kept(calculator):
+    frame = start()
+    frame.set_velocities(np.full((8, 3), 0.01))
+    state = next(md.run(frame, calculator, md.Settings("nve")))
+    assert state.kinetic_eV == pytest.approx(frame.get_kinetic_energy())
+    with pytest.raises(UserError, match="no velocities: give a temperature"):
+        next(md.run(start(), calculator, md.Settings("nve")))
+
+
+def test_settings_are_checked():
+    with pytest.raises(UserError, match="`temperature_K` must be given for ensemble nvt"):
+        md.Settings("nvt")
+    with pytest.raises(UserError, match="`timestep_fs` must be positive; got -1"):
+        md.Settings(timestep_fs=-1)
+    with pytest.raises(UserError, match="Unknown ensemble 'nve2'. Perhaps you meant 'nve'"):
+        md.Settings("nve2")
+
+
+def test_a_run_that_blows_up_says_so(calculator):
+    frame = start()
+    frame.set_velocities(np.random.default_rng(0).standard_normal((8, 3)) * 10 / units.fs)
+    with pytest.raises(UserError, match="blown up|apart"):
+        list(md.run(frame, calculator, md.Settings("nve", steps=5, timestep_fs=1.0, interval=1)))
+
+
+def test_resumed_run_equals_an_uninterrupted_one(calculator, tmp_path):
+    whole = md.Settings("nve", 300, steps=20, timestep_fs=2.0, interval=5, seed=1)
+    half = md.Settings("nve", 300, steps=10, timestep_fs=2.0, interval=5, seed=1)
+    expected = list(md.run(start(), calculator, whole))
+    trajectory, table = tmp_path / "t.xyz", tmp_path / "e.dat"
+    with md.record(trajectory, table) as append:
+        for state in md.run(start(), calculator, half):
+            append(state)
+    # killed while writing the next frame and line
+    with open(trajectory, "a") as file:
+        file.write("8\nProperties=species:S:1:pos:R:3\nCu 0.0 0.0 0.0\n")
+    with open(table, "a") as file:
+        file.write("        15   30.0")
+    again = md.resume(trajectory, table)
+    with md.record(trajectory, table) as append:
+        for state in md.run(again, calculator, whole):
+            append(state)
+    frames = ase.io.read(trajectory, ":")
+    assert [frame.info["step"] for frame in frames] == [0, 5, 10, 15, 20]
+    # extended XYZ keeps 8 decimals of positions and momenta
+    np.testing.assert_allclose(frames[-1].positions, expected[-1].atoms.positions, atol=1e-6)
+    rows = np.loadtxt(table)
+    np.testing.assert_allclose(rows[:, 0], [0, 5, 10, 15, 20])
+    np.testing.assert_allclose(rows[-1, 3], expected[-1].potential_eV, atol=1e-6)
+    np.testing.assert_allclose(rows[-1, 6], expected[-1].drift_eV_per_atom, atol=1e-6)
+    assert table.read_text().startswith("# step time_fs temperature_K potential_eV")
+
+
+def test_resume_needs_a_trajectory(tmp_path, small_atoms):
+    with pytest.raises(UserError, match="there is no trajectory to resume"):
+        md.resume(tmp_path / "none.xyz", None)
+    ase.io.write(tmp_path / "other.xyz", small_atoms[0])
+    with pytest.raises(UserError, match="was not written by gpmlp md"):
+        md.resume(tmp_path / "other.xyz", None)
+    (tmp_path / "cut.xyz").write_text("8\n")
+    with pytest.raises(UserError, match="holds no complete frame"):
+        md.resume(tmp_path / "cut.xyz", None)
+
+
+def test_old_files_are_not_replaced_unasked(tmp_path):
+    old, begin = tmp_path / "t.xyz", tmp_path / "s.xyz"
+    old.touch()
+    with pytest.raises(UserError, match="exists; continue that run with --resume"):
+        md.fresh([old], False, begin)
+    with pytest.raises(UserError, match="is the start structure of this run"):
+        md.fresh([begin], True, begin)
+    md.fresh([old], True, begin)
+    assert not old.exists()

@@ -1,0 +1,102 @@
+"""The neighbour list against trying every lattice shift, and the scatters against autograd."""
+
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+from systems import CELLS, CUTOFF, cluster, crystal, dimer, everything, structure
+
+from gpmlp import neighbors
+from gpmlp.checks import UserError
+from gpmlp.environments import Surroundings
+from gpmlp.structures import Structures
+
+
+def as_set(found, first=0):
+    columns = torch.cat([found.centers[:, None] - first, found.neighbors[:, None] - first, found.shifts], dim=1)
+    return {tuple(row) for row in columns.tolist()}
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("cutoff", [2.0, CUTOFF, 7.5])
+def test_pairs_are_those_of_brute_force(kind, cutoff):
+    one = crystal(kind, (6, 8, 1))
+    found = neighbors.find(one, cutoff)
+    assert as_set(found) == oracles.neighbor_set(one, cutoff)
+    assert len(found) == len(as_set(found))  # none twice
+
+
+def test_a_batch_is_its_structures_one_after_another():
+    batch = everything()
+    found = neighbors.find(batch, CUTOFF)
+    assert (found.centers.diff() >= 0).all()
+    offsets = batch.offsets.tolist()
+    for s in range(len(batch)):
+        mine = batch.structure_of_atom[found.centers] == s
+        part = neighbors.Neighbors(found.centers[mine], found.neighbors[mine], found.shifts[mine], CUTOFF)
+        assert as_set(part, offsets[s]) == oracles.neighbor_set(batch.select([s]), CUTOFF)
+
+
+def test_atoms_far_outside_the_cell_and_cells_of_one_atom():
+    one = crystal("triclinic")
+    moved = one.positions + torch.tensor([[30.0, -12.0, 5.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    far = one.with_positions(moved)
+    assert as_set(neighbors.find(far, CUTOFF)) == oracles.neighbor_set(far, CUTOFF, reach=16)
+    small = structure([[0.1, 0.2, 0.3]], [29], 2.3 * torch.eye(3), (True, True, True))
+    assert as_set(neighbors.find(small, 5.0)) == oracles.neighbor_set(small, 5.0)
+
+
+def test_no_atoms_within_reach_and_no_structures():
+    assert len(neighbors.find(dimer(9.0), CUTOFF)) == 0
+    assert len(neighbors.find(everything().select([]), CUTOFF)) == 0
+
+
+def test_within_drops_the_pairs_beyond_a_smaller_cutoff():
+    batch = everything()
+    smaller, direct = neighbors.find(batch, 5.0).within(batch, 3.0), neighbors.find(batch, 3.0)
+    assert as_set(smaller) == as_set(direct)
+
+
+def test_atoms_on_top_of_each_other_are_named():
+    batch = Structures.concatenate([cluster(), dimer(0.2)])
+    with pytest.raises(UserError, match=r"structure 0: atoms 0 and 1 are 0\.200 A apart \(closer than 0\.3 A\)"):
+        neighbors.find(batch, CUTOFF)
+    same = structure([[0, 0, 0], [0, 0, 0]], [6, 8])
+    with pytest.raises(UserError, match=r"0\.000 A apart"):
+        neighbors.find(same, CUTOFF)
+
+
+def test_vectors_are_differentiable_and_scatters_are_their_transposes():
+    """forces() and virials() against autograd through positions and strain of an arbitrary pair function."""
+    batch = Structures.concatenate([crystal("triclinic"), crystal("left-handed", (1, 6, 8))])
+    pairs = neighbors.find(batch, CUTOFF)
+    positions = batch.positions.clone().requires_grad_()
+    strain = torch.zeros(len(batch), 3, 3, dtype=torch.float64, requires_grad=True)
+    deform = torch.eye(3, dtype=torch.float64) + 0.5 * (strain + strain.transpose(1, 2))
+    r = torch.einsum("pa,pab->pb", batch.positions.new_zeros(len(pairs), 3), deform[batch.structure_of_atom[pairs.centers]])
+    strained = torch.einsum("na,nab->nb", positions, deform[batch.structure_of_atom])
+    cells = batch.cells @ deform
+    shift = torch.einsum("pa,pab->pb", pairs.shifts.double(), cells[batch.structure_of_atom[pairs.centers]])
+    r = strained[pairs.neighbors] + shift - strained[pairs.centers]
+    weights = torch.linspace(-1, 1, len(pairs), dtype=torch.float64)
+    energy = (weights * (r.square().sum(1) + r[:, 0] * r[:, 1] ** 2)).sum()
+    vectors = pairs.vectors(batch)
+    gradients = weights[:, None] * (2 * vectors)
+    gradients[:, 0] += weights * vectors[:, 1] ** 2
+    gradients[:, 1] += weights * 2 * vectors[:, 0] * vectors[:, 1]
+    on_positions, on_strain = torch.autograd.grad(energy, (positions, strain))
+    # the same sums in another order
+    torch.testing.assert_close(neighbors.forces(pairs, batch.n_atoms, gradients), -on_positions, atol=1e-11, rtol=0)
+    torch.testing.assert_close(neighbors.virials(batch, pairs, vectors, gradients), on_strain, atol=1e-11, rtol=0)
+
+
+def test_surroundings_select_and_concatenate():
+    batch = everything()
+    whole = Surroundings.of(batch, neighbors.find(batch, CUTOFF))
+    chosen = whole.select([3, 0, 8])
+    again = Surroundings.concatenate([whole.select([3]), whole.select([0, 8])])
+    for name in ("species", "centers", "neighbor_species", "vectors"):
+        assert torch.equal(getattr(chosen, name), getattr(again, name))
+    assert torch.equal(chosen.vectors[chosen.centers == 2], whole.vectors[whole.centers == 8])
+    assert chosen.species.tolist() == whole.species[[3, 0, 8]].tolist()
