@@ -32,7 +32,9 @@ class IsolatedAtoms:
         local = torch.zeros(structures.n_atoms, dtype=like.dtype, device=like.device)
         for z in structures.distinct_species:
             if z not in self.energies:
-                raise checks.UserError(f"No isolated-atom energy for atomic number {z}; known: {sorted(self.energies)}.")
+                raise checks.UserError(
+                    f"No isolated-atom energy for atomic number {z}; known: {sorted(self.energies)}."
+                )
             local[structures.species == z] = self.energies[z]
         energies = local.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, local)
         nowhere = torch.where(structures.volumes.isnan(), structures.volumes, torch.zeros_like(structures.volumes))

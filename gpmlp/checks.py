@@ -69,12 +69,16 @@ def cell(cell: Tensor, periodic: Tensor, where: str) -> None:
     lengths = cell.norm(dim=1)
     vectors = cell[periodic]
     if (lengths[periodic] < 1e-3).any():
-        raise UserError(f"{where}: periodic along a lattice vector of zero length; give the cell, or set pbc to F there.")
+        raise UserError(
+            f"{where}: periodic along a lattice vector of zero length; give the cell, or set pbc to F there."
+        )
     # the volume spanned by unit vectors along the periodic axes: 0 when they lie in a line or a plane
     unit = vectors / lengths[periodic, None]
     span = torch.linalg.det(unit @ unit.T).clamp_min(0).sqrt().item()
     if span < 1e-3:
-        raise UserError(f"{where}: the cell is flat (its periodic lattice vectors span no volume, normalised volume {span:.1e}).")
+        raise UserError(
+            f"{where}: the cell is flat (its periodic lattice vectors span no volume, normalised volume {span:.1e})."
+        )
 
 
 def memory_budget(available_bytes: int, fraction: float = 0.25, ceiling: int = 6 << 30) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -57,15 +58,30 @@ def survey(structures: Structures, targets: Targets, at_most: int = 400) -> Surv
     return Survey(shortest, float(nearest.median()) if len(nearest) else 2.0, periodic, n_labels, structures.n_atoms)
 
 
+# docs/decisions/003-default-recipe.md tells what was measured for these
+MATRICES = 10  # of columns^2 doubles that a fit holds at its peak (docs/memory.md)
+LABELS_PER_COLUMN = {True: 6, False: 3}  # periodic, isolated: molecules gain longer from more columns
+GRADIENTS = {True: 3, False: 12}
+MOST_COLUMNS = 8500  # beyond, a fit takes more than some minutes on two cores
+MEMORY_GB = 6.0
+
+
 def resolve(recipe: Recipe, found: Survey, n_species: int) -> Recipe:
-    """Return the recipe with every None replaced; docs/decisions tells where the numbers come from."""
-    descriptors = tuple(_descriptor(d, found, n_species) for d in recipe.descriptors)
-    kernels = tuple(_kernel(k) for k in recipe.kernels)
-    budget = (recipe.memory_GB or 3.0) * 1e9
-    inducing = tuple(_inducing(i, found, budget, len(descriptors)) for i in recipe.inducings)
+    """Return the recipe with every None replaced, except for what is learned (noise) and ZBL radii (one for each pair)."""
+    budget = recipe.memory_GB or min(MEMORY_GB, 0.4 * physical_memory_GB())
     return recipe.model_copy(
-        update={"descriptor": descriptors, "kernel": kernels, "inducing": inducing, "memory_GB": budget / 1e9}
+        update={
+            "descriptor": tuple(_descriptor(d, found, n_species) for d in recipe.descriptors),
+            "kernel": tuple(_kernel(k, found) for k in recipe.kernels),
+            "inducing": tuple(_inducing(i, found, budget, len(recipe.descriptors)) for i in recipe.inducings),
+            "memory_GB": budget,
+        }
     )
+
+
+def physical_memory_GB() -> float:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def _descriptor(d: DescriptorRecipe, found: Survey, n_species: int) -> DescriptorRecipe:
@@ -74,40 +90,47 @@ def _descriptor(d: DescriptorRecipe, found: Survey, n_species: int) -> Descripto
     scaling = d.radial_scaling
     if scaling is not False:
         scaling = RadialScaling(
-            scale=scaling.scale or (0.85 * found.bond if found.periodic else 2.0),
+            scale=scaling.scale or (0.85 * found.bond if found.periodic and n_species == 1 else 2.0),
             exponent=3.0 if scaling.exponent is None else scaling.exponent,
         )
     return d.model_copy(
         update={
             "cutoff": cutoff,
-            "n_max": d.n_max or 8,
+            "n_max": d.n_max or (8 if n_species == 1 else 6),
             "l_max": (6 if n_species == 1 else 4) if d.l_max is None else d.l_max,
-            "sigma_atom": d.sigma_atom or (0.4 if found.periodic else 0.3),
+            "sigma_atom": d.sigma_atom or (0.5 if found.periodic else 0.4),
+            "basis": d.basis or ("optimal" if n_species == 1 else "gto"),
             "radial_scaling": scaling,
             "cutoff_width": d.cutoff_width or min(cutoff, 1.0),
-            "shortest": d.shortest or 0.8 * shortest,
+            "shortest": d.shortest or min(0.8 * shortest, 0.5 * cutoff),
         }
     )
 
 
-def _kernel(k: KernelRecipe) -> KernelRecipe:
+def _kernel(k: KernelRecipe, found: Survey) -> KernelRecipe:
     return k.model_copy(
-        update={"zeta": 3 if k.zeta is None else k.zeta, "length": k.length or 0.5, "terms": tuple(_kernel(t) for t in k.terms)}
+        update={
+            "zeta": (4 if found.periodic else 2) if k.zeta is None else k.zeta,
+            "length": k.length or 0.5,
+            "terms": tuple(_kernel(t, found) for t in k.terms),
+        }
     )
 
 
 def _inducing(i: InducingRecipe, found: Survey, budget: float, n_descriptors: int) -> InducingRecipe:
-    # the factors and their work space: about 8 matrices of columns^2 doubles
-    columns = int((budget / 64) ** 0.5)
-    columns = min(columns, max(50, found.n_labels // 6)) // n_descriptors
-    if i.n is None and i.gradients is None:
-        gradients = 3 if found.periodic else 12
-        n = columns // (1 + gradients)
-    elif i.n is None:
-        gradients = i.gradients
-        n = columns // (1 + gradients)
+    """As many columns as memory, data and patience allow, spread over centres and their gradients."""
+    columns = min(
+        int((budget * 1e9 / (8 * MATRICES)) ** 0.5), MOST_COLUMNS, found.n_labels // LABELS_PER_COLUMN[found.periodic]
+    )
+    columns = max(columns, 50) // n_descriptors
+    gradients = i.gradients
+    if isinstance(i.shares, dict):
+        n = i.n or sum(i.shares.values())
     else:
-        n = i.n
-        gradients = i.gradients if i.gradients is not None else min(15, max(0, columns // n - 1))
-    n = max(1, n) if i.n else max(1, min(n, found.n_environments))
+        n = i.n or max(
+            1,
+            min(columns // (1 + (GRADIENTS[found.periodic] if gradients is None else gradients)), found.n_environments),
+        )
+    if gradients is None:
+        gradients = max(0, min(15, columns // n - 1)) if i.n else GRADIENTS[found.periodic]
     return i.model_copy(update={"n": n, "gradients": gradients})

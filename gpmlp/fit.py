@@ -13,7 +13,7 @@ from gpmlp.baselines import Baseline
 from gpmlp.consistency import check_stress_consistency
 from gpmlp.environments import Descriptor
 from gpmlp.fit_report import FitReport, Progress, Stages
-from gpmlp.gp import covariances, evidence, likelihood, posterior
+from gpmlp.gp import covariances, evidence, leave_one_out, likelihood, posterior
 from gpmlp.gp.covariances import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.likelihood import Hyperparameters
@@ -79,12 +79,13 @@ def fit(
     stages.begin("evidence")
     lowers = [lower for m in models for lower in m.lowers]
     counts = {kind: f.count for kind, f in factors.items()}
-    whitened = {kind: posterior.whiten(f.factor(), lowers) for kind, f in factors.items()}
+    whitened = {kind: posterior.whiten(f.factor().double(), lowers) for kind, f in factors.items()}
     factors.clear()
     parameters, block_of_column, result = _learn(recipe, models, whitened, counts, stages)
     stages.begin("posterior")
-    noise = parameters.noise()
-    signal = parameters.signal().to(block_of_column.device)
+    noise, signal = parameters.noise(), parameters.signal().to(block_of_column.device)
+    if "energies" in parameters.learned and 10 <= counts["energies"] <= len(block_of_column):
+        noise["energies"] = leave_one_out.energy_noise(whitened, noise, signal[block_of_column])
     solved = posterior.solve(whitened, counts, noise | {FIXED: 1.0}, signal[block_of_column], lowers)
     potential = Potential(
         tuple(_terms(models, solved)), base, structures.distinct_species, recipe, noise, dict(provenance or {})
@@ -94,7 +95,7 @@ def fit(
     if validation is not None:
         validation_errors = errors(*validation, potential(validation[0]), units.GPA)
     stages.end()
-    report = _report(models, seen, parameters, counts, solved, result, validation_errors, stages, suspicions)
+    report = _report(models, seen, noise, parameters, counts, solved, result, validation_errors, stages, suspicions)
     return replace(potential, report=report.as_dict()), report
 
 
@@ -113,7 +114,9 @@ def _prepared(structures: Structures, targets: Targets, recipe: Recipe) -> tuple
     no_volume = structures.volumes.isnan() & ~targets.stresses.isnan().all(2).all(1)
     if no_volume.any():
         name = structures.names[int(no_volume.nonzero()[0, 0])]
-        raise checks.UserError(f"{name}: has a stress but is not periodic or has no volume; remove the stress or set pbc.")
+        raise checks.UserError(
+            f"{name}: has a stress but is not periodic or has no volume; remove the stress or set pbc."
+        )
     known = {kind: int((~getattr(targets, kind).isnan()).sum()) for kind in KINDS}
     if not sum(known.values()):
         raise checks.UserError(
@@ -131,7 +134,9 @@ def _with_config_noise(targets: Targets, structures: Structures, recipe: Recipe)
     if unknown:
         name = sorted(unknown)[0]
         hint = checks.suggest(name, {c for c in targets.config_types if c})
-        raise checks.UserError(f"noise.config_types names '{name}', but no training structure has this config_type.{hint}")
+        raise checks.UserError(
+            f"noise.config_types names '{name}', but no training structure has this config_type.{hint}"
+        )
     if not given:
         return targets
     values = {f"{kind}_noise": getattr(targets, f"{kind}_noise").clone() for kind in KINDS}
@@ -297,7 +302,7 @@ def _terms(models: Sequence[_Model], solved: SparsePosterior) -> list[Term]:
         for block in m.blocks:
             weights = solved.weights[start : start + block.n_columns]
             start += block.n_columns
-            alpha, tau = posterior.collapse(block, weights)
+            alpha, tau = posterior.collapse(block, weights.to(block.features))
             blocks[block.species] = MeanBlock(block.features, alpha, tau if block.tangents.shape[1] else tau[:0])
         terms.append(Term(m.descriptor, m.kernel, blocks))
     return terms
@@ -306,6 +311,7 @@ def _terms(models: Sequence[_Model], solved: SparsePosterior) -> list[Term]:
 def _report(
     models: Sequence[_Model],
     seen: dict[int, int],
+    noise: dict[str, float],
     parameters: Hyperparameters,
     counts: dict[str, int],
     solved: SparsePosterior,
@@ -325,7 +331,8 @@ def _report(
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
     return FitReport(
         rows=counts,
-        noise=parameters.noise(),
+        noise=noise,
+        noise_by_evidence=parameters.noise(),
         signal=dict(zip(labels, parameters.signal().tolist(), strict=True)),
         environments={checks.symbol(z): n for z, n in sorted(seen.items())},
         centres={label: len(b.features) for label, b in zip(labels, every, strict=True)},

@@ -20,6 +20,7 @@ class FitReport:
     Attributes:
         rows: number of observations by kind.
         noise: standard deviations used, 'energies' eV/atom, 'forces' eV/A, 'stresses' eV/A^3.
+        noise_by_evidence: the same before leave-one-out chose that of the energies (gp/leave_one_out.py).
         signal: prior standard deviation of local energies by descriptor and species, eV.
         environments: number seen of each species; centres: chosen of each species, by descriptor.
         columns: inducing variables asked for; rank: those kept, not linearly dependent on others.
@@ -33,6 +34,7 @@ class FitReport:
 
     rows: dict[str, int]
     noise: dict[str, float]
+    noise_by_evidence: dict[str, float]
     signal: dict[str, float]
     environments: dict[str, int]
     centres: dict[str, int]

@@ -15,7 +15,9 @@ from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.posterior import independent_columns
 from gpmlp.structures import Structures
 
-POOL_BYTES = 192 << 20  # features in memory while choosing; a fuller pool is thinned to half by the selection itself
+POOL_BYTES = (
+    96 << 20
+)  # features and selection factors in memory while choosing; a fuller pool is thinned by the selection itself
 
 
 @dataclass
@@ -73,10 +75,13 @@ def choose_centers(
             pool.surroundings.append(surroundings.select(mine))
             seen[z] = seen.get(z, 0) + len(mine)
         held = sum(pool.size() for pool in pools.values())
-        if held * descriptor.n_features * features.element_size() > max(POOL_BYTES, 4 * n * descriptor.n_features * 8):
-            for pool in pools.values():
+        # the selection itself needs a factor of pool x 2n at most
+        limit = max(4 * n, POOL_BYTES // ((descriptor.n_features + 2 * n) * features.element_size()))
+        if held > limit:
+            spare = _quotas(2 * n, shares, seen)
+            for z, pool in pools.items():
                 merged, _ = pool.merge()
-                pool.keep(selection.select(method, merged, max(n, len(merged) // 2), profile, seed)[0].sort().values)
+                pool.keep(selection.select(method, merged, spare[z], profile, seed)[0].sort().values)
         progress(done + 1)
     quota = _quotas(n, shares, seen)
     chosen = {z: selection.select(method, pool.merge()[0], quota[z], profile, seed + z) for z, pool in pools.items()}
@@ -91,7 +96,8 @@ def choose_centers(
 
 def _quotas(n: int, shares: str | dict[int, int], seen: dict[int, int]) -> dict[int, int]:
     if isinstance(shares, dict):
-        return {z: shares.get(z, 1) for z in seen}
+        scale = n / sum(shares.values())
+        return {z: round(scale * shares.get(z, 0)) or 1 for z in seen}
     if shares == "total":
         return dict.fromkeys(seen, n)
     total = sum(seen.values())
@@ -121,7 +127,7 @@ def directions(descriptor: Descriptor, surroundings: Surroundings, n_directions:
         slot = torch.arange(len(part.centers)) - (counts.cumsum(0) - counts)[part.centers].cpu()
         padded = jacobian.new_zeros(n, max(int(counts.max()), 1), 3, jacobian.shape[2])
         padded[part.centers, slot.to(part.centers.device)] = jacobian
-        flat = padded.flatten(1, 2)
+        flat = padded.flatten(1, 2).double()  # squares of single precision would not tell directions from rounding
         values, vectors = torch.linalg.eigh(flat @ flat.transpose(1, 2))
         rank = min(n_directions, values.shape[1])
         values, vectors = values.flip(1)[:, :rank], vectors.flip(2)[:, :, :rank]
@@ -134,7 +140,12 @@ def directions(descriptor: Descriptor, surroundings: Surroundings, n_directions:
 
 
 def make_block(
-    species: int, features: Tensor, surroundings: Surroundings, descriptor: Descriptor, kernel: ZonalKernel, n_directions: int
+    species: int,
+    features: Tensor,
+    surroundings: Surroundings,
+    descriptor: Descriptor,
+    kernel: ZonalKernel,
+    n_directions: int,
 ) -> tuple[InducingBlock, Tensor, float]:
     """Build the inducing block of one species, dependent columns dropped.
 

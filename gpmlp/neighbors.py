@@ -101,7 +101,9 @@ def forces(neighbors: Neighbors, n_atoms: int, pair_gradients: Tensor) -> Tensor
         (atoms, 3, ...) eV/A.
     """
     out = pair_gradients.new_zeros(n_atoms, *pair_gradients.shape[1:])
-    return out.index_add(0, neighbors.centers, pair_gradients).index_add(0, neighbors.neighbors, pair_gradients, alpha=-1)
+    return out.index_add(0, neighbors.centers, pair_gradients).index_add(
+        0, neighbors.neighbors, pair_gradients, alpha=-1
+    )
 
 
 def virials(structures: Structures, neighbors: Neighbors, vectors: Tensor, pair_gradients: Tensor) -> Tensor:

@@ -92,7 +92,9 @@ class Targets:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Targets:
         """Return the same targets on another device or in another floating-point type."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Targets(**{k: v.to(device=device, dtype=dtype) if isinstance(v, Tensor) else v for k, v in values.items()})
+        return Targets(
+            **{k: v.to(device=device, dtype=dtype) if isinstance(v, Tensor) else v for k, v in values.items()}
+        )
 
     def minus(self, prediction: Prediction) -> Targets:
         """Return the targets with predicted energies, forces and stresses taken off (NaN stays NaN)."""

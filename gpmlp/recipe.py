@@ -29,9 +29,9 @@ class DescriptorRecipe(_Section):
     n_max: Annotated[int, Field(ge=1, le=40)] | None = None
     l_max: Annotated[int, Field(ge=0, le=20)] | None = None
     sigma_atom: Positive | None = None
-    basis: Literal["optimal", "gto"] = "optimal"
+    basis: Literal["optimal", "gto"] | None = None
     radial_scaling: RadialScaling | Literal[False] = RadialScaling()
-    cutoff_function: Literal["smoothstep", "poly"] = "smoothstep"
+    cutoff_function: Literal["smoothstep", "poly", "none"] = "smoothstep"
     cutoff_width: Positive | None = None
     cutoff_exponent: Annotated[float, Field(ge=2, le=10)] = 2.0
     central_weight: Annotated[float, Field(ge=0)] = 1.0

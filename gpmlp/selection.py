@@ -101,7 +101,7 @@ def farthest(features: Tensor, n: int) -> tuple[Tensor, Tensor]:
         chosen.append(int(distance.argmax()))
         scores.append(float(distance.max()))
         distance = torch.minimum(distance, (features - features[chosen[-1]]).square().sum(1))
-    return torch.tensor(chosen, dtype=torch.long, device=features.device), torch.tensor(scores).to(features)
+    return torch.tensor(chosen, device=features.device), torch.tensor(scores, dtype=torch.float64).to(features)
 
 
 def cur(features: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,9 @@ def neighbor_set(one: Structures, cutoff: float, reach: int = 6) -> set[tuple[in
 # SOAP -----------------------------------------------------------------------------------------------------------------------
 
 
-def gto_coefficients(vectors: np.ndarray, weights: np.ndarray, n_max: int, l_max: int, sigma: float, cutoff: float) -> np.ndarray:
+def gto_coefficients(
+    vectors: np.ndarray, weights: np.ndarray, n_max: int, l_max: int, sigma: float, cutoff: float
+) -> np.ndarray:
     """(n, (l_max+1)^2) overlap of sum_j w_j exp(-|x - r_j|^2 / (2 sigma^2)) with g_nl(x) Y_lm(x), by quadrature over space.
 
     The radial functions are orthonormalised numerically too. Gauss-Legendre in r and cos(theta), equidistant in phi.
@@ -47,7 +49,9 @@ def gto_coefficients(vectors: np.ndarray, weights: np.ndarray, n_max: int, l_max
     ).reshape(-1, 3)
     solid = np.repeat(du, len(phi)) * 2 * np.pi / 120
     points = r[:, None, None] * directions
-    density = sum(w * np.exp(-((points - v) ** 2).sum(-1) / (2 * sigma**2)) for v, w in zip(vectors, weights, strict=True))
+    density = sum(
+        w * np.exp(-((points - v) ** 2).sum(-1) / (2 * sigma**2)) for v, w in zip(vectors, weights, strict=True)
+    )
     out = np.zeros((n_max, (l_max + 1) ** 2))
     radii = np.linspace(1.0, cutoff, n_max)
     for l in range(l_max + 1):
@@ -55,7 +59,9 @@ def gto_coefficients(vectors: np.ndarray, weights: np.ndarray, n_max: int, l_max
         values, vecs = np.linalg.eigh((raw * r**2 * dr) @ raw.T)
         g = vecs @ np.diag(values**-0.5) @ vecs.T @ raw  # Loewdin: S^(-1/2)
         for m in range(-l, l + 1):
-            y = scipy.special.sph_harm_y(l, abs(m), np.arccos(directions[:, 2]), np.arctan2(directions[:, 1], directions[:, 0]))
+            y = scipy.special.sph_harm_y(
+                l, abs(m), np.arccos(directions[:, 2]), np.arctan2(directions[:, 1], directions[:, 0])
+            )
             real = y.real if m == 0 else math.sqrt(2) * (y.real if m > 0 else y.imag)
             out[:, l * l + l + m] = (g * r**2 * dr) @ (density @ (solid * real))
     return out
@@ -180,7 +186,9 @@ class DenseGP:
                 y, b, w = x_right[g], torch.tensor(b, dtype=x_left.dtype)[None, :], torch.stack(w)
                 f0, f1, f2 = self.profile(x @ y.T)
                 # (a + v.d/dx)(b + w.d/dy) f(x.y)
-                terms = a * b * f0 + a * f1 * (x @ w.T) + b * f1 * (v @ y.T) + f1 * (v @ w.T) + f2 * (x @ w.T) * (v @ y.T)
+                terms = (
+                    a * b * f0 + a * f1 * (x @ w.T) + b * f1 * (v @ y.T) + f1 * (v @ w.T) + f2 * (x @ w.T) * (v @ y.T)
+                )
                 same = z_left[e][:, None] == z_right[g][None, :]
                 scale = torch.tensor([self.signal[int(z)] for z in z_left[e]], dtype=x_left.dtype)[:, None] ** 2
                 out[p, q] = (terms * same * scale).sum()

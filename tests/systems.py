@@ -56,7 +56,8 @@ CELLS = {  # cell and periodic axes; lengths are below the cutoff in most, so th
     "left-handed": (LEFT_HANDED, (True, True, True)),
     "slab": (torch.diag(torch.tensor([3.3, 3.5, 14.0], dtype=torch.float64)), (True, True, False)),
     "slab-no-height": (
-        torch.tensor([[3.3, 0.2, 0.0], [0.4, 3.5, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64), (True, True, False)
+        torch.tensor([[3.3, 0.2, 0.0], [0.4, 3.5, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64),
+        (True, True, False),
     ),
     "wire": (torch.diag(torch.tensor([3.3, 9.0, 9.0], dtype=torch.float64)), (True, False, False)),
 }
@@ -65,7 +66,9 @@ CELLS = {  # cell and periodic axes; lengths are below the cutoff in most, so th
 def crystal(kind: str = "triclinic", species=(6, 8), seed: int = 1) -> Structures:
     """Atoms in one of CELLS, placed so that neither they nor their images are closer than about 1.2 A."""
     cell, periodic = CELLS[kind]
-    fractions = torch.tensor([[0.05, 0.10, 0.02], [0.52, 0.47, 0.55], [0.10, 0.55, 0.60]], dtype=torch.float64)[: len(species)]
+    fractions = torch.tensor([[0.05, 0.10, 0.02], [0.52, 0.47, 0.55], [0.10, 0.55, 0.60]], dtype=torch.float64)[
+        : len(species)
+    ]
     box = cell.clone()
     for axis in range(3):
         if not periodic[axis]:
@@ -88,8 +91,16 @@ def dimer(r: float, species=(6, 8)) -> Structures:
 
 def _descriptor_cases() -> dict[str, dict]:
     plain = {
-        "cutoff": CUTOFF, "n_max": 3, "l_max": 3, "sigma_atom": 0.5, "basis": "gto", "cutoff_function": "smoothstep",
-        "cutoff_width": 1.0, "cutoff_exponent": 2.0, "central_weight": 1.0, "shortest": 1.0,
+        "cutoff": CUTOFF,
+        "n_max": 3,
+        "l_max": 3,
+        "sigma_atom": 0.5,
+        "basis": "gto",
+        "cutoff_function": "smoothstep",
+        "cutoff_width": 1.0,
+        "cutoff_exponent": 2.0,
+        "central_weight": 1.0,
+        "shortest": 1.0,
         "radial_scaling": {"scale": 2.0, "exponent": 3.0},
     }
     cases = {}
@@ -185,8 +196,7 @@ def targets_of(structures: Structures, prediction: Prediction) -> Targets:
     """Labels equal to a prediction."""
     unknown = vars(Targets.unknown(structures))
     return Targets(
-        **unknown
-        | {"energies": prediction.energies, "forces": prediction.forces, "stresses": prediction.stresses}
+        **unknown | {"energies": prediction.energies, "forces": prediction.forces, "stresses": prediction.stresses}
     )
 
 
@@ -202,7 +212,9 @@ def replicate(one: Structures, times: tuple[int, int, int]) -> Structures:
     cell = one.cells[0]
     shifts = [
         torch.tensor([i, j, k], dtype=torch.float64) @ cell
-        for i in range(times[0]) for j in range(times[1]) for k in range(times[2])
+        for i in range(times[0])
+        for j in range(times[1])
+        for k in range(times[2])
     ]
     positions = torch.cat([one.positions + s for s in shifts])
     larger = cell * torch.tensor(times, dtype=torch.float64)[:, None]

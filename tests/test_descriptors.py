@@ -34,7 +34,9 @@ def case(request):
 def test_features_are_unit_vectors_of_the_promised_length(case):
     made, surroundings, environments = case
     assert environments.features.shape == (len(surroundings), made.n_features)
-    torch.testing.assert_close(environments.features.norm(dim=1), torch.ones(len(surroundings)).double(), atol=1e-14, rtol=0)
+    torch.testing.assert_close(
+        environments.features.norm(dim=1), torch.ones(len(surroundings)).double(), atol=1e-14, rtol=0
+    )
     assert len(environments) == len(surroundings)
     assert torch.equal(environments.species, surroundings.species)
 
@@ -57,7 +59,10 @@ def test_the_order_of_neighbours_does_not_matter(case):
     made, surroundings, environments = case
     order = torch.cat([(surroundings.centers == e).nonzero()[:, 0].flip(0) for e in range(len(surroundings))])
     shuffled = Surroundings(
-        surroundings.species, surroundings.centers[order], surroundings.neighbor_species[order], surroundings.vectors[order]
+        surroundings.species,
+        surroundings.centers[order],
+        surroundings.neighbor_species[order],
+        surroundings.vectors[order],
     )
     torch.testing.assert_close(made(shuffled).features, environments.features, atol=1e-13, rtol=0)  # order of sums
 
@@ -119,7 +124,9 @@ def test_a_neighbour_of_another_species_changes_the_features(case):
 def test_an_atom_alone_without_weight_has_features_of_zero(name):
     alone = structure([[0, 0, 0]], [6])
     made = descriptor(name, central_weight=0.0)
-    assert torch.equal(made(Surroundings.of(alone, neighbors.find(alone, CUTOFF))).features, torch.zeros(1, made.n_features).double())
+    assert torch.equal(
+        made(Surroundings.of(alone, neighbors.find(alone, CUTOFF))).features, torch.zeros(1, made.n_features).double()
+    )
 
 
 # SOAP against its definition ------------------------------------------------------------------------------------------------
@@ -130,7 +137,10 @@ def test_an_atom_alone_without_weight_has_features_of_zero(name):
 def test_dot_products_are_those_of_the_full_spectrum_by_pair_sums(name, central_weight):
     soap, surroundings = descriptor(name, central_weight=central_weight), _surroundings()
     full = torch.stack(
-        [oracles.full_spectrum(soap, surroundings, e, surroundings.vectors[surroundings.centers == e]) for e in range(6)]
+        [
+            oracles.full_spectrum(soap, surroundings, e, surroundings.vectors[surroundings.centers == e])
+            for e in range(6)
+        ]
     )
     features = soap(surroundings).features
     # the same polynomial of the same radial integrals; 1e-13 is the rounding of sums of a thousand products
@@ -164,7 +174,9 @@ def test_gradcheck_of_the_features():
         @staticmethod
         def forward(ctx, vectors):
             environments = soap(
-                Surroundings(surroundings.species, surroundings.centers, surroundings.neighbor_species, vectors.detach())
+                Surroundings(
+                    surroundings.species, surroundings.centers, surroundings.neighbor_species, vectors.detach()
+                )
             )
             ctx.environments = environments
             return environments.features
@@ -173,7 +185,9 @@ def test_gradcheck_of_the_features():
         def backward(ctx, cotangents):
             return ctx.environments.pull_back(cotangents)
 
-    assert torch.autograd.gradcheck(Features.apply, (surroundings.vectors.clone().requires_grad_(),), eps=1e-5, atol=1e-7)
+    assert torch.autograd.gradcheck(
+        Features.apply, (surroundings.vectors.clone().requires_grad_(),), eps=1e-5, atol=1e-7
+    )
 
 
 def test_the_spectrum_of_a_density_expanded_by_quadrature():
@@ -191,7 +205,9 @@ def test_the_spectrum_of_a_density_expanded_by_quadrature():
         p = [np.sqrt(8 / (2 * l + 1)) * c[:, l * l : (l + 1) ** 2] @ c[:, l * l : (l + 1) ** 2].T for l in range(3)]
         spectra.append(np.ravel(p) / np.linalg.norm(np.ravel(p)))
     full = np.array(spectra)
-    np.testing.assert_allclose((features @ features.T).numpy(), full @ full.T, atol=1e-9)  # splines 1e-10, quadrature less
+    np.testing.assert_allclose(
+        (features @ features.T).numpy(), full @ full.T, atol=1e-9
+    )  # splines 1e-10, quadrature less
 
 
 def test_the_optimal_basis_converges_to_the_complete_kernel():
@@ -211,13 +227,19 @@ def test_the_optimal_basis_converges_to_the_complete_kernel():
         total = 0.0
         for l in range(l_max + 1):
             radial = [
-                [oracles.gaussian_overlap(float(p.norm()), float(q.norm()), l, sigma) / (4 * np.pi) for q in b] for p in a
+                [oracles.gaussian_overlap(float(p.norm()), float(q.norm()), l, sigma) / (4 * np.pi) for q in b]
+                for p in a
             ]
             c = torch.tensor(radial) * w_a[:, None] * w_b[None, :] * (4 * np.pi)
             unit_a, unit_b = (x / x.norm(dim=1, keepdim=True).clamp_min(1e-12) for x in (a, b))
             # |sum_pq c_pq Y_lm(p) Y_lm'(q)|^2 = ((2l+1)/(4 pi))^2 sum_pq,p'q' c_pq c_p'q' P_l(p.p') P_l(q.q')
             p_a, p_b = (oracles.legendre(l, x @ x.T) for x in (unit_a, unit_b))
-            total += 8 / (2 * l + 1) * ((2 * l + 1) / (4 * np.pi)) ** 2 * float((p_a * (c.double() @ p_b @ c.double().T)).sum())
+            total += (
+                8
+                / (2 * l + 1)
+                * ((2 * l + 1) / (4 * np.pi)) ** 2
+                * float((p_a * (c.double() @ p_b @ c.double().T)).sum())
+            )
         return total
 
     exact = torch.tensor([[overlap(i, j) for j in range(4)] for i in range(4)], dtype=torch.float64)

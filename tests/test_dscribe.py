@@ -106,7 +106,9 @@ def test_dscribe_soap_is_our_soap(system):
     dots = [e.features @ e.features.T for e in (ours, theirs)]
     torch.testing.assert_close(*dots, atol=AGREEMENT, rtol=0)
     jacobians = [e.jacobian().flatten(0, 1) for e in (ours, theirs)]
-    torch.testing.assert_close(*(j @ e.features.T for j, e in zip(jacobians, (ours, theirs), strict=True)), atol=AGREEMENT, rtol=0)
+    torch.testing.assert_close(
+        *(j @ e.features.T for j, e in zip(jacobians, (ours, theirs), strict=True)), atol=AGREEMENT, rtol=0
+    )
     torch.testing.assert_close(*(j @ j.T for j in jacobians), atol=AGREEMENT, rtol=0)
 
 
@@ -119,7 +121,9 @@ def test_dscribes_analytic_derivatives_are_ours():
     ours, theirs = _environments(ours, one), _environments(theirs, one)
     jacobians = [e.jacobian().flatten(0, 1) for e in (ours, theirs)]
     torch.testing.assert_close(*(j @ j.T for j in jacobians), atol=AGREEMENT, rtol=0)
-    torch.testing.assert_close(*(j @ e.features.T for j, e in zip(jacobians, (ours, theirs), strict=True)), atol=AGREEMENT, rtol=0)
+    torch.testing.assert_close(
+        *(j @ e.features.T for j, e in zip(jacobians, (ours, theirs), strict=True)), atol=AGREEMENT, rtol=0
+    )
 
 
 def test_dscribes_own_derivatives_of_a_whole_molecule_are_ours():
@@ -151,7 +155,11 @@ def test_dscribe_acsf_is_dscribes_on_the_whole_crystal():
     made = descriptor("dscribe-acsf", species)
     calculator = made.calculator
     whole = ACSF(
-        r_cut=CUTOFF, species=list(species), periodic=True, g2_params=calculator.g2_params, g4_params=calculator.g4_params
+        r_cut=CUTOFF,
+        species=list(species),
+        periodic=True,
+        g2_params=calculator.g2_params,
+        g4_params=calculator.g4_params,
     )
     entries = whole.create(_ase(one))
     entries = np.hstack([np.ones((len(entries), 1)), entries])
@@ -163,14 +171,18 @@ def test_acsf_has_more_functions_for_larger_settings_and_tells_angles_apart():
     small, large = (descriptor("dscribe-acsf", (6,), n_max=n, l_max=l) for n, l in ((2, 1), (6, 4)))
     assert small.n_features == 1 + 1 + 4 + 2
     assert large.n_features == 1 + 1 + 12 + 3 * 3 * 2
-    bent, straight = (structure([[0, 0, 0], [1.2, 0, 0], [-1.2 * c, 1.2 * (1 - c * c) ** 0.5, 0]], [6, 6, 6]) for c in (0.5, 1.0))
+    bent, straight = (
+        structure([[0, 0, 0], [1.2, 0, 0], [-1.2 * c, 1.2 * (1 - c * c) ** 0.5, 0]], [6, 6, 6]) for c in (0.5, 1.0)
+    )
     assert (_environments(large, bent).features[0] - _environments(large, straight).features[0]).norm() > 1e-3
 
 
 def test_recipe_choices_dscribe_has_not_are_left_out():
     """smoothstep, cutoff_width, radial_scaling and basis do not change dscribe-soap (its docstring says so)."""
     one, species = SYSTEMS["cluster"]
-    plain = _environments(descriptor("dscribe-soap", species, cutoff_function="poly", radial_scaling=False, basis="gto"), one)
+    plain = _environments(
+        descriptor("dscribe-soap", species, cutoff_function="poly", radial_scaling=False, basis="gto"), one
+    )
     other = _environments(descriptor("dscribe-soap", species, cutoff_function="smoothstep", basis="optimal"), one)
     assert torch.equal(plain.features, other.features)
     with pytest.raises(UserError, match="dscribe-soap needs a cutoff above 1 A; got 0.8"):

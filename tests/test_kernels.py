@@ -34,7 +34,9 @@ def test_profiles_are_derivatives_of_each_other(kernel):
         twice = torch.zeros_like(s)
     torch.testing.assert_close(second, twice, atol=1e-12, rtol=1e-12)
     for order in range(2):
-        assert torch.autograd.gradcheck(lambda x, o=order: kernel.profile(x)[o] + 0 * x, (S[:12].clone().requires_grad_(),))
+        assert torch.autograd.gradcheck(
+            lambda x, o=order: kernel.profile(x)[o] + 0 * x, (S[:12].clone().requires_grad_(),)
+        )
 
 
 def test_a_vector_with_itself_has_covariance_one(kernel):

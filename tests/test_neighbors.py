@@ -74,7 +74,9 @@ def test_vectors_are_differentiable_and_scatters_are_their_transposes():
     positions = batch.positions.clone().requires_grad_()
     strain = torch.zeros(len(batch), 3, 3, dtype=torch.float64, requires_grad=True)
     deform = torch.eye(3, dtype=torch.float64) + 0.5 * (strain + strain.transpose(1, 2))
-    r = torch.einsum("pa,pab->pb", batch.positions.new_zeros(len(pairs), 3), deform[batch.structure_of_atom[pairs.centers]])
+    r = torch.einsum(
+        "pa,pab->pb", batch.positions.new_zeros(len(pairs), 3), deform[batch.structure_of_atom[pairs.centers]]
+    )
     strained = torch.einsum("na,nab->nb", positions, deform[batch.structure_of_atom])
     cells = batch.cells @ deform
     shift = torch.einsum("pa,pab->pb", pairs.shifts.double(), cells[batch.structure_of_atom[pairs.centers]])

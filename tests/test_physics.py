@@ -88,7 +88,9 @@ def test_translation_and_wrapping(term):
     one = crystal("triclinic")
     moved = one.positions.clone()
     moved[0] += 2 * one.cells[0, 0] - one.cells[0, 2]  # another image of the same atom
-    torch.testing.assert_close(term(one.with_positions(moved)).forces, term(one).forces, atol=ROUNDING_OF_FORCES, rtol=0)
+    torch.testing.assert_close(
+        term(one.with_positions(moved)).forces, term(one).forces, atol=ROUNDING_OF_FORCES, rtol=0
+    )
 
 
 def test_permutation_of_atoms_and_of_structures(term):

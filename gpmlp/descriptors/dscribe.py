@@ -34,7 +34,9 @@ def make(species: tuple[int, ...], parameters: dict) -> DscribeDescriptor:
     """
     cutoff, name = parameters["cutoff"], parameters["name"]
     if name == "dscribe-acsf":
-        calculator = ACSF(r_cut=cutoff, species=list(species), **_acsf_grids(cutoff, parameters["n_max"], parameters["l_max"]))
+        calculator = ACSF(
+            r_cut=cutoff, species=list(species), **_acsf_grids(cutoff, parameters["n_max"], parameters["l_max"])
+        )
         n = calculator.get_number_of_features()
         return DscribeDescriptor(cutoff, calculator, np.ones(n), parameters["central_weight"], False)
     if cutoff <= 1:
@@ -55,7 +57,9 @@ def make(species: tuple[int, ...], parameters: dict) -> DscribeDescriptor:
         species=list(species),
         periodic=False,
     )
-    return DscribeDescriptor(cutoff, calculator, _full_product(calculator, species, parameters["n_max"]), None, analytic)
+    return DscribeDescriptor(
+        cutoff, calculator, _full_product(calculator, species, parameters["n_max"]), None, analytic
+    )
 
 
 def _full_product(calculator: SOAP, species: tuple[int, ...], n_max: int) -> np.ndarray:

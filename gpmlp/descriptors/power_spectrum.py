@@ -124,7 +124,13 @@ class SoapPowerSpectrum:
         return (products[:, a, b] * self._prefactors(density)).flatten(1)
 
     def _pull_back(
-        self, surroundings: Surroundings, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor, cotangents: Tensor
+        self,
+        surroundings: Surroundings,
+        pairs: _PairTerms,
+        density: Tensor,
+        features: Tensor,
+        norm: Tensor,
+        cotangents: Tensor,
     ) -> Tensor:
         """One cotangent per environment: features -> density -> pairs; nothing of size pairs x features."""
         n_env, a_b = len(surroundings), self._pairs

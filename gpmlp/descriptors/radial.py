@@ -105,7 +105,13 @@ def _overlap(r: np.ndarray, s: np.ndarray, l: int, sigma: float) -> np.ndarray:
     x = r[:, None] * s[None, :] / (2 * sigma**2)
     safe = np.where(x > 0, x, 1.0)
     scaled_bessel = np.where(x > 0, np.sqrt(np.pi / (2 * safe)) * ive(l + 0.5, safe), float(l == 0))
-    return 4 * np.pi * (np.pi * sigma**2) ** 1.5 * np.exp(-((r[:, None] - s[None, :]) ** 2) / (4 * sigma**2)) * scaled_bessel
+    return (
+        4
+        * np.pi
+        * (np.pi * sigma**2) ** 1.5
+        * np.exp(-((r[:, None] - s[None, :]) ** 2) / (4 * sigma**2))
+        * scaled_bessel
+    )
 
 
 def _spline(

@@ -14,8 +14,9 @@ from gpmlp import checks
 class NeighborWeights:
     """w(r) = f_c(r) / (1 + (r / scale)^exponent).
 
-    f_c is either 'smoothstep', 1 - 10 x^3 + 15 x^4 - 6 x^5 with x = (r - cutoff + width) / width clamped to [0, 1] (C2), or
-    'poly', ((1 - x)^2 (1 + 2 x))^cutoff_exponent with x = r / cutoff (dscribe's `poly` weighting; C2 for exponents of 2 or more).
+    f_c is 'smoothstep', 1 - 10 x^3 + 15 x^4 - 6 x^5 with x = (r - cutoff + width) / width clamped to [0, 1] (C2); or
+    'poly', ((1 - x)^2 (1 + 2 x))^cutoff_exponent with x = r / cutoff (dscribe's `poly` weighting; C2 for exponents of 2 or more);
+    or 'none', a step, not smooth: only for comparison with dscribe.
     The radial scaling is that of Willatt, Musil, Ceriotti, PCCP 20, 29661 (2018), eq. 20; exponent 0 switches it off.
     """
 

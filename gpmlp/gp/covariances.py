@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from gpmlp.neighbors import Neighbors
 from gpmlp.structures import Structures
 
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
-BLOCK_BYTES = 64 << 20  # of one block of covariance rows: a few times the cache, far below the factors
+BLOCK_BYTES = 8 << 20  # of one block of covariance rows: what stays in cache between its product and its scatter
+ENVIRONMENTS = 64  # whose Jacobian is in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class InducingBlock:
     def n_columns(self) -> int:
         return self.kept.shape[0]
 
-    @property
+    @cached_property
     def vectors(self) -> Tensor:
         """(M + M R, features) the centres, then the tangents."""
         return torch.cat([self.features, self.tangents.flatten(0, 1)])
@@ -110,76 +111,73 @@ def rows(
         here = slice(start, start + block.n_columns)
         start = here.stop
         mine = (structures.species == block.species).nonzero()[:, 0]
-        vectors = block.vectors
-        for centers in _batches(surroundings, mine, vectors.shape[0], forces or stresses):
-            _add_block(out, here, structures, neighbors, surroundings, descriptor, kernel, block, vectors, centers)
+        if not len(mine):
+            continue
+        # one atom more than there are: where empty neighbour slots and virial rows may add without harm
+        width = len(block.vectors)
+        sums = Rows(
+            like.new_zeros(n, width),
+            like.new_zeros(atoms + 1, 3, width) if forces else None,
+            like.new_zeros(n, 6, width) if stresses else None,
+        )
+        for centers in mine.split(ENVIRONMENTS):
+            _add_environments(sums, structures, neighbors, surroundings, descriptor, kernel, block, centers)
+        out.energies[:, here] = block.keep(sums.energies)
+        if forces:
+            out.forces[:, here] = block.keep(sums.forces[:-1].flatten(0, 1))
+        if stresses:
+            out.stresses[:, here] = block.keep(sums.stresses.flatten(0, 1))
     return out
 
 
-def _batches(surroundings: Surroundings, wanted: Tensor, n_vectors: int, derivatives: bool) -> Iterator[Tensor]:
-    """Split environments so that a block of rows has about BLOCK_BYTES."""
-    if not len(wanted):
-        return
-    counts = torch.bincount(surroundings.centers, minlength=len(surroundings))[wanted]
-    per_environment = (3 * int(counts.max()) + 9 if derivatives else 1) * n_vectors * surroundings.vectors.element_size()
-    yield from wanted.split(max(1, BLOCK_BYTES // per_environment))
-
-
-def _add_block(
-    out: Rows,
-    here: slice,
+def _add_environments(
+    sums: Rows,
     structures: Structures,
     neighbors: Neighbors,
     surroundings: Surroundings,
     descriptor: Descriptor,
     kernel: ZonalKernel,
     block: InducingBlock,
-    vectors: Tensor,
     centers: Tensor,
 ) -> None:
-    """Add what the environments `centers` (one species) contribute to the rows of their structures."""
+    """Add what the environments `centers` (all of the block's species) contribute to the rows of their structures."""
     local, pairs = surroundings.pairs_of(centers)
     environments = descriptor(surroundings.select(centers))
     m, r = block.tangents.shape[:2]
-    dots = environments.features @ vectors.T
+    dots = environments.features @ block.vectors.T
     value, first, second = kernel.profile(dots[:, :m])
     along = dots[:, m:].reshape(len(centers), m, r)
     energy = torch.cat([value, (first[:, :, None] * along).flatten(1)], dim=1) if r else value
     owner = structures.structure_of_atom[centers]
-    out.energies[:, here].index_add_(0, owner, block.keep(energy))
-    if out.forces is None and out.stresses is None or not len(pairs):
+    sums.energies.index_add_(0, owner, energy)
+    if sums.forces is None and sums.stresses is None or not len(pairs):
         return
-    padded, slots = _padded_jacobian(environments, local, out.stresses is not None)
-    gradients = (padded.flatten(0, 1) @ vectors.T).reshape(len(centers), padded.shape[1], -1)
-    # d/dr f(s) = f' J x_j  and  d/dr [f'(s) x.t] = f' J t + f'' (x.t) J x_j, in place
-    on_values = gradients[..., :m]
-    if r:
-        on_tangents = gradients[..., m:].unflatten(-1, (m, r))
-        on_tangents.mul_(first[:, None, :, None])
-        on_tangents.addcmul_(on_values[..., None], (second[:, :, None] * along)[:, None])
-    on_values.mul_(first[:, None, :])
-    if out.forces is not None:
-        n_slots = 3 * (int(slots.max()) + 1)
-        # F_i = sum_j (g_ij - g_ji); empty slots are zero rows, it does not matter whom they are added to
-        away = centers[:, None].repeat(1, n_slots // 3)
-        away[local, slots] = neighbors.neighbors[pairs]
-        target = out.forces.unflatten(0, (-1, 3))[..., here]
-        for index, part, sign in (
-            (away.flatten(), gradients[:, :n_slots].unflatten(1, (-1, 3)).flatten(0, 1), -1),
-            (centers, gradients[:, n_slots : n_slots + 3], 1),
-        ):
-            target.index_add_(0, index, block.keep(part), alpha=sign)
-    if out.stresses is not None:
-        volumes = structures.volumes[owner]
-        per_volume = torch.nan_to_num(1 / volumes)
-        virial = gradients[:, -6:] * per_volume[:, None, None]
-        target = out.stresses[:, here].reshape(len(structures), 6, -1)
-        target = target.index_add(0, owner, block.keep(virial))
-        out.stresses[:, here] = target.flatten(0, 1)
+    jacobian, slots = _padded_jacobian(environments, local, sums.stresses is not None)
+    n_rows, nobody = jacobian.shape[1], structures.n_atoms
+    targets = centers.new_full((len(centers), n_rows // 3), nobody)
+    targets[local, slots] = neighbors.neighbors[pairs]
+    targets[:, int(slots.max()) + 1] = centers
+    per_volume = torch.nan_to_num(1 / structures.volumes)[owner]
+    size = max(1, BLOCK_BYTES // (n_rows * len(block.vectors) * jacobian.element_size()))
+    for some in torch.arange(len(centers), device=centers.device).split(size):
+        gradients = (jacobian[some].flatten(0, 1) @ block.vectors.T).unflatten(0, (len(some), n_rows))
+        # d/dr f(s) = f' J x_j  and  d/dr [f'(s) x.t] = f' J t + f'' (x.t) J x_j, in place
+        on_values = gradients[..., :m]
+        if r:
+            on_tangents = gradients[..., m:].unflatten(-1, (m, r))
+            on_tangents.mul_(first[some, None, :, None])
+            on_tangents.addcmul_(on_values[..., None], (second[some, :, None] * along[some])[:, None])
+        on_values.mul_(first[some, None, :])
+        if sums.forces is not None:
+            sums.forces.index_add_(0, targets[some].flatten(), gradients.view(-1, 3, gradients.shape[2]), alpha=-1)
+        if sums.stresses is not None:
+            sums.stresses.index_add_(0, owner[some], gradients[:, -6:] * per_volume[some, None, None])
 
 
 def _padded_jacobian(environments, local: Tensor, stresses: bool) -> tuple[Tensor, Tensor]:
-    """Jacobian rows of each environment: 3 for every neighbour slot, 3 for the centre (their sum), 6 for the virial.
+    """Jacobian rows of each environment: 3 for every neighbour slot, 3 for the centre, 6 for the virial.
+
+    F_i = sum_j (g_ij - g_ji), so with the centre's rows minus the sum of its neighbours' all of them enter forces with a minus sign.
 
     Returns:
         (environments, 3 slots + 3 (+ 6), features) and the slot of each pair.
@@ -198,7 +196,7 @@ def _padded_jacobian(environments, local: Tensor, stresses: bool) -> tuple[Tenso
     # one small product per environment: [ones; r_x; r_y; r_z] (4, slots) times the Jacobian (slots, 3 features)
     left = torch.cat([torch.ones_like(displacements[..., :1]), displacements], dim=2).transpose(1, 2)
     sums = (left @ by_neighbor.flatten(2)).unflatten(2, (3, n_features))
-    padded[:, 3 * n_slots : 3 * n_slots + 3] = sums[:, 0]
+    padded[:, 3 * n_slots : 3 * n_slots + 3] = -sums[:, 0]
     if stresses:
         for k, (a, b) in enumerate(VOIGT):
             padded[:, 3 * n_slots + 3 + k] = 0.5 * (sums[:, 1 + a, b] + sums[:, 1 + b, a])

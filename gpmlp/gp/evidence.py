@@ -91,7 +91,9 @@ def _cholesky(system: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(system)
         if not int(failed):
             return lower
-    raise ArithmeticError("the evidence could not be evaluated: the data rows hold numbers too large for double precision")
+    raise ArithmeticError(
+        "the evidence could not be evaluated: the data rows hold numbers too large for double precision"
+    )
 
 
 def optimise(
@@ -113,7 +115,9 @@ def optimise(
         calls += 1
         _assign(parameters, names, sizes, x)
         noise = parameters.noise() | {"given": 1.0}
-        value, d_noise, d_signal = negative_log_evidence(statistics, noise, parameters.signal().to(device), block_of_column)
+        value, d_noise, d_signal = negative_log_evidence(
+            statistics, noise, parameters.signal().to(device), block_of_column
+        )
         gradient = []
         for name in names:
             prior, d_prior = parameters.log_prior(name)

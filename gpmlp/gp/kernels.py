@@ -55,7 +55,9 @@ class ExponentialKernel(ZonalKernel):
         checks.positive("kernel.length", length)
         self.register_parameter("raw_length", torch.nn.Parameter(torch.zeros((), dtype=torch.float64)))
         self.register_constraint("raw_length", Positive())
-        self.initialize(raw_length=self.raw_length_constraint.inverse_transform(torch.tensor(length, dtype=torch.float64)))
+        self.initialize(
+            raw_length=self.raw_length_constraint.inverse_transform(torch.tensor(length, dtype=torch.float64))
+        )
 
     @property
     def length(self) -> Tensor:
@@ -90,7 +92,9 @@ class SumKernel(ZonalKernel):
         return tuple(sum(w * p[order] for w, p in zip(weights, profiles, strict=True)) for order in range(3))
 
 
-def make(name: str, zeta: int | None, length: float | None, terms: Sequence[tuple[float, ZonalKernel]] = ()) -> ZonalKernel:
+def make(
+    name: str, zeta: int | None, length: float | None, terms: Sequence[tuple[float, ZonalKernel]] = ()
+) -> ZonalKernel:
     """Build the kernel of a recipe's name."""
     checks.choose("kernel", name, ("polynomial", "exponential", "sum"))
     if name == "polynomial":

@@ -40,7 +40,7 @@ class Hyperparameters(gpytorch.Module):
                 start, low, high = fixed[kind], 0.5 * fixed[kind], 2 * fixed[kind]
             else:
                 self.learned.append(kind)
-            self._add(kind, torch.tensor([start]), low, high)
+            self._add(kind, torch.tensor([start], dtype=torch.float64), low, high)
         self._add("signal", torch.full((n_blocks,), SIGNAL_BOUNDS[0]), *SIGNAL_BOUNDS[1:])
         self.learned.append("signal")
 

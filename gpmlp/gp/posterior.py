@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,8 +60,11 @@ def independent_columns(kernel: ZonalKernel, block: InducingBlock) -> tuple[Tens
     Returns:
         indices of the columns kept (sorted), L of those, and the jitter that had to be added (0 as a rule).
     """
+    # in double precision whatever the features have; what their rounding makes up is no rank
+    tolerance = max(RANK_TOLERANCE, 10 * torch.finfo(block.features.dtype).eps)
+    block = replace(block, features=block.features.double(), tangents=block.tangents.double())
     everything = covariance(kernel, block, block)
-    kept = pivoted_rank(everything, RANK_TOLERANCE)
+    kept = pivoted_rank(everything, tolerance)
     k_uu = everything[kept][:, kept]
     jitter = 0.0
     for attempt in range(8):
@@ -70,7 +73,9 @@ def independent_columns(kernel: ZonalKernel, block: InducingBlock) -> tuple[Tens
         if not int(failed):
             return kept, lower, jitter
         jitter = 1e-12 * 10**attempt
-    raise ArithmeticError(f"the covariance of {len(kept)} inducing variables is not positive definite even with jitter {jitter}")
+    raise ArithmeticError(
+        f"the covariance of {len(kept)} inducing variables is not positive definite even with jitter {jitter}"
+    )
 
 
 def pivoted_rank(matrix: Tensor, tolerance: float) -> Tensor:
@@ -112,7 +117,11 @@ class SparsePosterior:
 
 
 def solve(
-    whitened: dict[str, Tensor], counts: dict[str, int], noise: dict[str, float], signal: Tensor, lowers: Sequence[Tensor]
+    whitened: dict[str, Tensor],
+    counts: dict[str, int],
+    noise: dict[str, float],
+    signal: Tensor,
+    lowers: Sequence[Tensor],
 ) -> SparsePosterior:
     """QR of the stacked small factors, [A_k D / σ_k; I] β = [b_k / σ_k; 0], never the normal equations.
 

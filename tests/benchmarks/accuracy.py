@@ -1,6 +1,6 @@
 """Accuracy and cost of gpmlp, and of QUIP's gap_fit beside it in the same run, on data that are not shipped.
 
-    python tests/benchmarks/accuracy.py --data DATA [--cases zuo_si_matched ethanol] [--peer-python /opt/quip/bin/python]
+    python tests/benchmarks/accuracy.py --data DATA [--cases zuo_si_matched ethanol] [--peer-python /path/to/quippy/bin/python]
 
 DATA holds the folders named in CASES. Every fit is a process of its own; CPU seconds and peak memory are that process's. The
 recipe of a case is recipes/CASE.yaml (an empty one is the default recipe); the peer's settings stand in CASES. The peer

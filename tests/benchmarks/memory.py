@@ -1,6 +1,6 @@
 """Peak memory of a fit as the training set grows by repetition: the same structures 1, 2, 4 and 8 times over.
 
-    python tests/benchmarks/memory.py --data DATA/zuo2020_Si/train.xyz [--peer-python /opt/quip/bin/python]
+    python tests/benchmarks/memory.py --data DATA/zuo2020_Si/train.xyz [--peer-python /path/to/quippy/bin/python]
 
 The recipe fixes the number of inducing points, so the factors of the fit have one size; what may grow is what is kept of the
 structures themselves (docs/memory.md).

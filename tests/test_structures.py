@@ -1,0 +1,157 @@
+"""Structures, Targets and Prediction: shapes, selections, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from systems import cluster, crystal, everything, structure
+
+from gpmlp import units
+from gpmlp.checks import UserError
+from gpmlp.quantities import Prediction, Targets, errors
+from gpmlp.structures import Structures
+
+BATCH = everything()
+FIELDS = ("positions", "cells", "periodic", "species", "structure_of_atom")
+
+
+def _changed(**changes) -> Structures:
+    return Structures(**{name: getattr(BATCH, name) for name in FIELDS} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions": BATCH.positions[:, :2]}, r"`positions` must have shape \(atoms, 3\); got \(18, 2\)"),
+        ({"cells": BATCH.cells[0]}, r"`cells` must have shape \(structures, 3, 3\); got \(3, 3\). .*pass cell\[None\]"),
+        ({"periodic": BATCH.periodic[:2]}, r"`periodic` must have shape \(8, 3\); got \(2, 3\)"),
+        ({"species": BATCH.species[:4]}, r"`species` must have shape \(18\); got \(4,\)"),
+        ({"structure_of_atom": BATCH.structure_of_atom.flip(0)}, "`structure_of_atom` must be sorted with values 0 to 7"),
+        ({"structure_of_atom": BATCH.structure_of_atom + 1}, "must be sorted with values 0 to 7"),
+        ({"names": ("only one",)}, "`names` must hold 8 names; got 1"),
+        ({"positions": BATCH.positions.clone().index_fill_(0, torch.tensor([6]), float("nan"))}, "structure 1: a position is NaN"),
+        ({"cells": BATCH.cells * float("inf")}, "the cell holds a NaN or infinite number"),
+        ({"cells": torch.zeros_like(BATCH.cells)}, "structure 1: periodic along a lattice vector of zero length"),
+        ({"cells": torch.ones_like(BATCH.cells)}, "structure 1: the cell is flat .* normalised volume"),
+    ],
+)  # fmt: skip
+def test_structures_refuse(changes, message):
+    with pytest.raises(UserError, match=message):
+        _changed(**changes)
+
+
+def test_names_are_used_in_errors():
+    with pytest.raises(UserError, match=r"train\.xyz frame 3: the cell is flat"):
+        _changed(names=tuple(f"train.xyz frame {i + 2}" for i in range(8)), cells=torch.ones_like(BATCH.cells))
+
+
+def test_counts_offsets_volumes_and_compositions():
+    assert BATCH.counts.tolist() == [5, 2, 2, 2, 2, 2, 2, 1]
+    assert BATCH.offsets.tolist() == [0, 5, 7, 9, 11, 13, 15, 17, 18]
+    assert len(BATCH) == 8
+    assert BATCH.n_atoms == 18
+    assert BATCH.distinct_species == (1, 6, 8)
+    assert BATCH.composition((6, 1))[0].tolist() == [2.0, 2.0]
+    assert BATCH.volumes.isnan().tolist() == [True, False, False, False, False, True, False, True]
+    assert float(BATCH.volumes[2]) == pytest.approx(float(BATCH.volumes[3]))  # left-handed cells have positive volume
+    assert float(crystal("cubic").volumes) == pytest.approx(3.9**3)
+
+
+def test_select_and_concatenate_are_inverse():
+    parts = [BATCH.select([i]) for i in range(len(BATCH))]
+    whole = Structures.concatenate(parts)
+    for name in FIELDS:
+        assert torch.equal(getattr(whole, name), getattr(BATCH, name))
+    chosen = BATCH.select([3, 0, 3])
+    assert chosen.counts.tolist() == [2, 5, 2]
+    assert torch.equal(chosen.positions[2:7], BATCH.positions[:5])
+    assert torch.equal(chosen.positions[7:], chosen.positions[:2])
+    assert _changed(names=tuple("abcdefgh")).select([3, 0, 3]).names == ("d", "a", "d")
+    assert len(BATCH.select([])) == 0
+
+
+def test_conversion_and_replacement():
+    assert BATCH.to(dtype=torch.float32).cells.dtype == torch.float32
+    moved = BATCH.with_positions(BATCH.positions + 1)
+    assert torch.equal(moved.cells, BATCH.cells)
+    assert moved.names == BATCH.names
+
+
+# targets --------------------------------------------------------------------------------------------------------------------
+
+
+def _targets() -> Targets:
+    unknown = Targets.unknown(BATCH)
+    count = torch.arange(1.0, 9.0, dtype=torch.float64)
+    return replace(
+        unknown, energies=count, forces=BATCH.positions.clone(), stresses=count[:, None, None] * torch.eye(3).double(),
+        config_types=tuple("abcdefgh"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"energies": torch.zeros(8, 1)}, r"`energies` must have shape \(structures\); got \(8, 1\)"),
+        ({"forces": torch.zeros(18, 2)}, r"`forces` must have shape \(atoms, 3\); got \(18, 2\)"),
+        ({"stresses": torch.zeros(8, 6)}, r"`stresses` must have shape \(8, 3, 3\); got \(8, 6\)"),
+        ({"energies_noise": torch.ones(3)}, r"`energies_noise` must have shape \(8\); got \(3,\)"),
+        ({"forces_noise": torch.ones(17, 3)}, r"`forces_noise` must have shape \(18, 3\); got \(17, 3\)"),
+        ({"stresses_noise": torch.ones(9)}, r"`stresses_noise` must have shape"),
+        ({"config_types": ("a",)}, "`config_types` must hold 8 labels; got 1"),
+        ({"energies": torch.full((8,), float("inf"))}, "`energies` holds an infinite value"),
+        ({"forces": torch.full((18, 3), -float("inf"))}, "`forces` holds an infinite value"),
+        ({"energies_noise": torch.zeros(8)}, "`energies_noise` must be positive and finite"),
+        ({"forces_noise": -torch.ones(18, 3)}, "`forces_noise` must be positive and finite"),
+        ({"stresses_noise": torch.full((8,), float("inf"))}, "`stresses_noise` must be positive and finite"),
+    ],
+)
+def test_targets_refuse(changes, message):
+    with pytest.raises(UserError, match=message):
+        replace(_targets(), **changes)
+
+
+def test_targets_select_as_structures_do():
+    targets = _targets()
+    chosen = targets.select(BATCH, [7, 0])
+    assert chosen.energies.tolist() == [8.0, 1.0]
+    assert chosen.config_types == ("h", "a")
+    assert torch.equal(chosen.forces, torch.cat([BATCH.positions[17:], BATCH.positions[:5]]))
+    assert len(targets.select(BATCH, [])) == 0
+    assert targets.to(dtype=torch.float32).forces.dtype == torch.float32
+
+
+def test_minus_keeps_unknown_labels_unknown():
+    zero = torch.zeros(8, dtype=torch.float64)
+    prediction = Prediction(
+        zero + 0.5, torch.zeros(18), BATCH.positions / 2, torch.full((8, 3, 3), float("nan")).double()
+    )
+    left = _targets().minus(prediction)
+    assert left.energies.tolist() == [0.5 + i for i in range(8)]
+    torch.testing.assert_close(left.forces, BATCH.positions / 2)
+    assert torch.equal(left.stresses, _targets().stresses)  # nothing to take off where there is no predicted stress
+    assert Targets.unknown(BATCH).minus(prediction).energies.isnan().all()
+
+
+def test_the_error_table():
+    targets = _targets()
+    prediction = Prediction(
+        targets.energies + BATCH.counts * 0.002, torch.zeros(18), targets.forces + torch.tensor([0.1, 0.0, -0.2]).double(),
+        targets.stresses + 2 * units.GPA,
+    )  # fmt: skip
+    table = errors(BATCH, targets, prediction, units.GPA)
+    assert table.energy_mae_meV_per_atom == pytest.approx(2.0)
+    assert table.force_mae_meV_per_A == pytest.approx(100.0)
+    assert table.force_rmse_meV_per_A == pytest.approx(1e3 * math.sqrt(0.05 / 3))
+    assert table.stress_mae_GPa == pytest.approx(2.0)
+    assert (table.n_structures, table.n_atoms) == (8, 18)
+    nothing = errors(BATCH, Targets.unknown(BATCH), prediction, units.GPA)
+    assert math.isnan(nothing.energy_mae_meV_per_atom)
+
+
+def test_one_structure_without_atoms_of_a_species():
+    assert cluster((6, 8)).composition((1,)).tolist() == [[0.0]]
+    assert structure([[0, 0, 0]], [6]).counts.tolist() == [1]
