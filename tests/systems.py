@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from gpmlp import baselines, descriptors, neighbors
+from gpmlp.descriptors import radial
 from gpmlp.environments import Descriptor, Surroundings
 from gpmlp.gp import kernels
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.potential import MeanBlock, Term
 from gpmlp.quantities import Prediction, Targets
-from gpmlp.recipe import DescriptorRecipe, KernelRecipe
+from gpmlp.recipe import KernelRecipe
 from gpmlp.structures import Structures
 
 CUTOFF = 3.6  # A: of every descriptor here, so that environments hold a handful of neighbours
@@ -106,7 +107,7 @@ def _descriptor_cases() -> dict[str, dict]:
     cases = {}
     for name in descriptors.NAMES:
         if name == "soap":
-            for basis in get_args(DescriptorRecipe.model_fields["basis"].annotation):
+            for basis in radial.BASES:
                 cases[f"soap {basis}"] = plain | {"name": name, "basis": basis}
             cases["soap poly"] = plain | {"name": name, "cutoff_function": "poly", "radial_scaling": False}
         else:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpmlp import checks
 
+BASES = ("optimal", "gto")
 _DEGREE = 5
 
 
@@ -134,7 +135,7 @@ def tabulate(
     basis: str, n_max: int, l_max: int, sigma: float, cutoff: float, shortest: float, weights: Callable[[Tensor], tuple]
 ) -> RadialIntegrals:
     """Return the table of the named basis; equal arguments share one table."""
-    checks.choose("radial basis", basis, ("optimal", "gto"))
+    checks.choose("radial basis", basis, BASES)
     if basis == "gto":
         return gto(n_max, l_max, sigma, cutoff)
 
