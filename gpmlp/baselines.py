@@ -48,7 +48,7 @@ class IsolatedAtoms:
         """Energies of the one-atom frames labelled config_type=isolated_atom, by atomic number."""
         found: dict[int, float] = {}
         for i, label in enumerate(targets.config_types):
-            if label.lower() in ("isolated_atom", "isolatedatom") and structures.counts[i] == 1:
+            if is_isolated_atom(label) and structures.counts[i] == 1:
                 energy = float(targets.energies[i])
                 if energy == energy:
                     found[int(structures.species[structures.offsets[i]])] = energy
@@ -66,6 +66,11 @@ class IsolatedAtoms:
         left, right = (counts * weights[:, None]).cpu().double(), (energies * weights).cpu().double()
         solution = torch.linalg.lstsq(left, right[:, None], driver="gelsd").solution[:, 0]
         return dict(zip(species, solution.tolist(), strict=True))
+
+
+def is_isolated_atom(config_type: str) -> bool:
+    """Whether a config_type says so: isolated_atom, IsolatedAtom, ..."""
+    return config_type.lower().replace("_", "") == "isolatedatom"
 
 
 # universal screening function: Ziegler, Biersack, Littmark, The Stopping and Range of Ions in Matter (1985)

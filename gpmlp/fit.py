@@ -24,6 +24,7 @@ from gpmlp.recipe import Recipe
 from gpmlp.structures import Structures
 
 EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
+ISOLATED_NOISE = 1e-3  # eV
 PASS_ATOMS = 128  # atoms of a chunk of rows
 NOISE_FIELDS = {"energies": "energy_per_atom", "forces": "force", "stresses": "stress"}
 
@@ -69,7 +70,7 @@ def fit(
     found = defaults.survey(structures, targets)
     recipe = defaults.resolve(recipe, found, len(structures.distinct_species))
     base = _baselines(structures, targets, recipe, found)
-    remaining = targets.minus(_sum(base, structures))
+    remaining = _trust_isolated_atoms(structures, targets.minus(_sum(base, structures)))
     parts = list(chunks(structures, PASS_ATOMS))
 
     stages.begin("inducing points")
@@ -177,6 +178,13 @@ def _baselines(
         if set(from_frames) >= set(species):
             energies = from_frames
     return (*out, baselines.IsolatedAtoms(energies))
+
+
+def _trust_isolated_atoms(structures: Structures, targets: Targets) -> Targets:
+    """Give isolated-atom energies a small noise of their own: they lie far from all else and would inflate the common one."""
+    alone = torch.tensor([baselines.is_isolated_atom(label) for label in targets.config_types]) & (structures.counts.cpu() == 1)
+    given = torch.where(alone.to(targets.energies.device) & targets.energies_noise.isnan(), ISOLATED_NOISE, targets.energies_noise)
+    return replace(targets, energies_noise=given)
 
 
 def _sum(base: Sequence[Baseline], structures: Structures) -> Prediction:

@@ -128,15 +128,33 @@ def directions(descriptor: Descriptor, surroundings: Surroundings, n_directions:
         padded = jacobian.new_zeros(n, max(int(counts.max()), 1), 3, jacobian.shape[2])
         padded[part.centers, slot.to(part.centers.device)] = jacobian
         flat = padded.flatten(1, 2).double()  # squares of single precision would not tell directions from rounding
-        values, vectors = torch.linalg.eigh(flat @ flat.transpose(1, 2))
-        rank = min(n_directions, values.shape[1])
-        values, vectors = values.flip(1)[:, :rank], vectors.flip(2)[:, :, :rank]
+        values, vectors = _leading_eigenpairs(flat @ flat.transpose(1, 2), n_directions)
+        rank = values.shape[1]
         usable = values > 1e-10 * values[:, :1].clamp_min(1e-300)
         scale = torch.where(usable, values.clamp_min(1e-300).rsqrt(), torch.zeros_like(values))
         tangents = (vectors.transpose(1, 2) @ flat) * scale[:, :, None]
         padding = tangents.new_zeros(n, n_directions - rank, tangents.shape[2])
         out.append(torch.cat([tangents, padding], dim=1))
     return torch.cat(out) if out else torch.zeros(0, n_directions, descriptor.n_features)
+
+
+def _leading_eigenpairs(matrices: Tensor, at_most: int) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalues (batch, k), falling, and eigenvectors (batch, size, k) of positive matrices, k = min(at_most, size).
+
+    Large matrices by subspace iteration (Halko, Martinsson, Tropp, SIAM Rev. 53, 217 (2011), algorithm 4.4): the last step is exact in
+    the subspace found, so tangents come out orthonormal, and near-degenerate directions may mix, which does not matter here.
+    """
+    size = matrices.shape[1]
+    k, width = min(at_most, size), at_most + 8
+    if size <= 2 * width:
+        values, vectors = torch.linalg.eigh(matrices)
+        return values.flip(1)[:, :k], vectors.flip(2)[:, :, :k]
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(size, width, generator=generator, dtype=torch.float64).to(matrices).expand(len(matrices), -1, -1)
+    for _ in range(6):
+        basis = torch.linalg.qr(matrices @ basis).Q
+    values, rotation = torch.linalg.eigh(basis.transpose(1, 2) @ matrices @ basis)
+    return values.flip(1)[:, :k], (basis @ rotation).flip(2)[:, :, :k]
 
 
 def make_block(
