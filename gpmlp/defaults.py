@@ -60,8 +60,9 @@ def survey(structures: Structures, targets: Targets, at_most: int = 400) -> Surv
 
 # docs/decisions/003-default-recipe.md tells what was measured for these
 MATRICES = 10  # of columns^2 doubles that a fit holds at its peak (docs/memory.md)
-LABELS_PER_COLUMN = {True: 6, False: 3}  # periodic, isolated: molecules gain longer from more columns
+LABELS_PER_COLUMN = {True: 12, False: 3}  # periodic, isolated: molecules gain longer from more columns
 GRADIENTS = {True: 3, False: 12}
+CHEAP_COLUMNS = 1500  # a fit with so many takes seconds: small sets of solids may have them too
 MOST_COLUMNS = 8500  # beyond, a fit takes more than some minutes on two cores
 MEMORY_GB = 6.0
 
@@ -98,7 +99,7 @@ def _descriptor(d: DescriptorRecipe, found: Survey, n_species: int) -> Descripto
             "cutoff": cutoff,
             "n_max": d.n_max or (8 if n_species == 1 else 6),
             "l_max": (6 if n_species == 1 else 4) if d.l_max is None else d.l_max,
-            "sigma_atom": d.sigma_atom or (0.5 if found.periodic else 0.4),
+            "sigma_atom": d.sigma_atom or 0.4,
             "basis": d.basis or ("optimal" if n_species == 1 else "gto"),
             "radial_scaling": scaling,
             "cutoff_width": d.cutoff_width or min(cutoff, 1.0),
@@ -119,9 +120,9 @@ def _kernel(k: KernelRecipe, found: Survey) -> KernelRecipe:
 
 def _inducing(i: InducingRecipe, found: Survey, budget: float, n_descriptors: int) -> InducingRecipe:
     """As many columns as memory, data and patience allow, spread over centres and their gradients."""
-    columns = min(
-        int((budget * 1e9 / (8 * MATRICES)) ** 0.5), MOST_COLUMNS, found.n_labels // LABELS_PER_COLUMN[found.periodic]
-    )
+    memory = int((budget * 1e9 / (8 * MATRICES)) ** 0.5)
+    wanted = max(found.n_labels // LABELS_PER_COLUMN[found.periodic], min(found.n_labels // 3, CHEAP_COLUMNS))
+    columns = min(memory, MOST_COLUMNS, wanted)
     columns = max(columns, 50) // n_descriptors
     gradients = i.gradients
     if isinstance(i.shares, dict):

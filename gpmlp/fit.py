@@ -182,8 +182,12 @@ def _baselines(
 
 def _trust_isolated_atoms(structures: Structures, targets: Targets) -> Targets:
     """Give isolated-atom energies a small noise of their own: they lie far from all else and would inflate the common one."""
-    alone = torch.tensor([baselines.is_isolated_atom(label) for label in targets.config_types]) & (structures.counts.cpu() == 1)
-    given = torch.where(alone.to(targets.energies.device) & targets.energies_noise.isnan(), ISOLATED_NOISE, targets.energies_noise)
+    alone = torch.tensor([baselines.is_isolated_atom(label) for label in targets.config_types]) & (
+        structures.counts.cpu() == 1
+    )
+    given = torch.where(
+        alone.to(targets.energies.device) & targets.energies_noise.isnan(), ISOLATED_NOISE, targets.energies_noise
+    )
     return replace(targets, energies_noise=given)
 
 

@@ -150,7 +150,9 @@ def _leading_eigenpairs(matrices: Tensor, at_most: int) -> tuple[Tensor, Tensor]
         values, vectors = torch.linalg.eigh(matrices)
         return values.flip(1)[:, :k], vectors.flip(2)[:, :, :k]
     generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(size, width, generator=generator, dtype=torch.float64).to(matrices).expand(len(matrices), -1, -1)
+    basis = (
+        torch.randn(size, width, generator=generator, dtype=torch.float64).to(matrices).expand(len(matrices), -1, -1)
+    )
     for _ in range(6):
         basis = torch.linalg.qr(matrices @ basis).Q
     values, rotation = torch.linalg.eigh(basis.transpose(1, 2) @ matrices @ basis)
