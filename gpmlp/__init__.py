@@ -1,4 +1,4 @@
-"""gpmlp is a potential energy surface with error bars: a sparse Gaussian process over SOAP power spectra.
+"""gpmlp turns ab initio data into a potential energy surface: a sparse Gaussian process over SOAP power spectra.
 
     import gpmlp
     structures, targets = gpmlp.read("train.xyz")
