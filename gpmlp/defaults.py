@@ -32,9 +32,9 @@ class Survey:
     n_environments: int
 
 
-def survey(structures: Structures, targets: Targets, at_most: int = 400) -> Survey:
-    """Look at up to `at_most` structures, evenly spread, for distances and at all for labels."""
-    step = max(1, len(structures) // at_most)
+def survey(structures: Structures, targets: Targets, at_most: int = 10_000) -> Survey:
+    """Look at structures with about `at_most` atoms, evenly spread, for distances and at all for labels."""
+    step = max(1, round(structures.n_atoms / at_most))
     sample = structures.select(range(0, len(structures), step))
     reach = 4.0
     pairs = neighbors.find(sample, reach)
