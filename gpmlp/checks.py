@@ -39,14 +39,6 @@ def shape(name: str, tensor: Tensor, required: tuple[int | str, ...], hint: str 
         raise UserError(f"`{name}` must have shape ({wanted}); got {got}.{' ' + hint if hint else ''}")
 
 
-def finite(name: str, tensor: Tensor, where: str = "entry") -> None:
-    """Raise UserError if any entry is NaN or infinite, naming the first row."""
-    bad = ~torch.isfinite(tensor)
-    if bad.any():
-        row = bad.nonzero()[0][0].item()
-        raise UserError(f"`{name}` holds a NaN or infinite number at {where} {row}; correct or remove it.")
-
-
 def positive(name: str, value: float, allow_zero: bool = False) -> None:
     """Raise UserError unless value is positive (or zero, where allowed) and finite."""
     ok = value == value and value < float("inf") and (value >= 0 if allow_zero else value > 0)
@@ -79,11 +71,6 @@ def cell(cell: Tensor, periodic: Tensor, where: str) -> None:
         raise UserError(
             f"{where}: the cell is flat (its periodic lattice vectors span no volume, normalised volume {span:.1e})."
         )
-
-
-def memory_budget(available_bytes: int, fraction: float = 0.25, ceiling: int = 6 << 30) -> int:
-    """Return the bytes a fit may use for its factors, from what the machine has free."""
-    return int(min(ceiling, fraction * available_bytes))
 
 
 _SYMBOLS = tuple(
