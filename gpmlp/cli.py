@@ -105,8 +105,11 @@ def evaluate_command(
     xyz_file: Annotated[
         Path | None, typer.Option("--xyz", help="Write predictions beside references to this file.")
     ] = None,
+    variance: Annotated[
+        bool, typer.Option("--variance/--no-variance", help="Predict uncertainties and score them (some times slower).")
+    ] = True,
 ) -> None:
-    """Compare a potential with reference data: errors in all and by config_type."""
+    """Compare a potential with reference data: errors in all and by config_type, and how well they were foreseen."""
     from gpmlp import console
     from gpmlp.evaluation import evaluate
     from gpmlp.io import archive, atoms, provenance
@@ -125,14 +128,46 @@ def evaluate_command(
             stacklevel=1,
         )
     with console.Stages() as stages:
-        result = evaluate(potential, structures, targets, stages)
+        result = evaluate(potential, structures, targets, stages, variance)
     if json_file is not None:
         with atomic(json_file, text=True) as file:
             json.dump(result.as_dict(), file, indent=2, allow_nan=False)
             file.write("\n")
     if xyz_file is not None:
         atoms.write(xyz_file, atoms.beside(structures, targets, result.prediction))
-    console.output().print(console.evaluation_table(result))
+    out = console.output()
+    out.print(console.evaluation_table(result))
+    if any(entry.n for entry in result.scores.values()):
+        out.print(console.scores_table(result))
+
+
+@app.command("report")
+def report_command(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="Reference data: extended XYZ, or any format of ASE.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to; made if it is not there.")],
+) -> None:
+    """Write the uncertainty report: one HTML page, its figures, and every number as JSON."""
+    from gpmlp import console, reporting
+    from gpmlp.evaluation import evaluate
+    from gpmlp.io import archive, atoms
+    from gpmlp.io.atomic import atomic
+    from gpmlp.report import build
+
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; give the name of a folder.")
+    version = archive.read_header(model)["version"]
+    potential = archive.load(model)
+    structures, targets = atoms.read(data)
+    with console.Stages() as stages:
+        result = evaluate(potential, structures, targets, stages)
+        stages("report", 0, 1, "figures")
+        collected = reporting.collect(potential, structures, targets, result, model.name, data.name, version)
+        page = build(collected, output, atomic)
+        stages("report", 1, 1, "figures")
+    out = console.output()
+    out.print(console.evaluation_table(result))
+    out.print(f"wrote {page}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -105,6 +105,29 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     return error_table("Errors (MAE / RMSE)", {"all": evaluation.overall, **evaluation.by_config_type})
 
 
+def scores_table(evaluation: Evaluation) -> Table:
+    """How well predicted standard deviations match errors: coverage of intervals, scores, rank correlation."""
+    table = Table(title="Predicted uncertainty (calibrated)", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("coverage 50 / 68 / 90 / 95 %", "rms std", "NLL", "ENCE", "Spearman"):
+        table.add_column(name, justify="right")
+    shown = {"energies": (1e3, "meV/atom"), "forces": (1e3, "meV/A"), "stresses": (1 / GPA, "GPa")}
+    for kind, entry in evaluation.scores.items():
+        if not entry.n:
+            continue
+        factor, unit = shown[kind]
+        covered = (entry.coverage_50, entry.coverage_68, entry.coverage_90, entry.coverage_95)
+        table.add_row(
+            kind,
+            " / ".join(f"{100 * c:.0f}" for c in covered),
+            f"{factor * entry.sharpness:.3g} {unit}",
+            f"{entry.nll:.2f}",
+            f"{entry.ence:.2f}",
+            f"{entry.spearman:.2f}",
+        )
+    return table
+
+
 def pairs_table(title: str, pairs: Sequence[tuple[str, str]]) -> Table:
     """Two columns without rules: what, and its value."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)

@@ -65,6 +65,7 @@ GRADIENTS = {True: 3, False: 12}
 CHEAP_COLUMNS = 1500  # a fit with so many takes seconds: small sets of solids may have them too
 MOST_COLUMNS = 8500  # beyond, a fit takes more than some minutes on two cores
 MEMORY_GB = 6.0
+VARIANCE_COLUMNS = 1500  # of the posterior kept for variances
 
 
 def resolve(recipe: Recipe, found: Survey, n_species: int) -> Recipe:
@@ -76,6 +77,8 @@ def resolve(recipe: Recipe, found: Survey, n_species: int) -> Recipe:
             "kernel": tuple(_kernel(k, found) for k in recipe.kernels),
             "inducing": tuple(_inducing(i, found, budget, len(recipe.descriptors)) for i in recipe.inducings),
             "memory_GB": budget,
+            "variance": recipe.variance
+            and recipe.variance.model_copy(update={"columns": recipe.variance.columns or VARIANCE_COLUMNS}),
         }
     )
 

@@ -97,8 +97,6 @@ class Environments:
         Returns:
             (pairs, 3) or (k, pairs, 3).
         """
-        if cotangents.dim() == 3:
-            return torch.stack([self._pull_back(c) for c in cotangents])
         return self._pull_back(cotangents)
 
     def jacobian(self) -> Tensor:

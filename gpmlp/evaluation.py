@@ -1,39 +1,72 @@
-"""Evaluation is the comparison of a potential with reference labels: errors in all and by config_type."""
+"""Evaluation is the comparison of a potential with reference labels: errors, and whether their predicted size is right."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-from gpmlp import units
-from gpmlp.potential import Potential, chunks
+import torch
+from torch import Tensor
+
+from gpmlp import held_out, units
+from gpmlp.potential import Potential
 from gpmlp.quantities import ErrorTable, Prediction, Targets, errors
 from gpmlp.structures import Structures
+from gpmlp.terms import chunks
+from gpmlp.uncertainty.calibration import Calibration
+from gpmlp.uncertainty.scores import Scores, scores
+from gpmlp.variances import VARIANCES
 
-CHUNK_ATOMS = 2000  # atoms between two calls of progress
+CHUNK_ATOMS = 500  # atoms between two calls of progress
+LEVELS = (0.5, 0.68, 0.9, 0.95)
+# keys of the JSON: name of a kind there, and the unit of its sharpness
+KEYS = {
+    "energies": ("energy", "meV_per_atom", 1e3),
+    "forces": ("force", "meV_per_A", 1e3),
+    "stresses": ("stress", "GPa", 1 / units.GPA),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A prediction and its errors.
+    """A prediction, its errors, and how well its variances say how large they are.
 
     Attributes:
         prediction: of all structures.
         overall: errors over all structures.
         by_config_type: errors over the structures of each config_type; empty if no structure has one.
+        scores: by kind, Scores of the variances (energies per atom); empty where none were predicted.
+        scores_by_config_type: the same for each config_type.
     """
 
     prediction: Prediction
     overall: ErrorTable
     by_config_type: dict[str, ErrorTable]
+    scores: dict[str, Scores] = field(default_factory=dict)
+    scores_by_config_type: dict[str, dict[str, Scores]] = field(default_factory=dict)
 
     def as_dict(self) -> dict:
-        """JSON-able form, units in the names; None where there is no label of the kind."""
+        """JSON-able form, units in the names; None where there is no label of the kind.
 
-        def plain(table: ErrorTable) -> dict:
-            return {key: None if value != value else value for key, value in asdict(table).items()}
+        Of variances, for energy (per atom), force and stress: `force_coverage_50`, `_68`, `_90`, `_95` (share of components in the
+        intervals), `force_miscalibration_area`, `force_ence`, `force_nll` (nats, errors in eV/A), `force_crps` (eV/A),
+        `force_sharpness_meV_per_A` (rms standard deviation), `force_spearman` (of forces per atom).
+        """
+        named = self.by_config_type
+        whole = _plain(self.overall, self.scores)
+        return whole | {
+            "by_config_type": {k: _plain(t, self.scores_by_config_type.get(k, {})) for k, t in named.items()}
+        }
 
-        return plain(self.overall) | {"by_config_type": {name: plain(t) for name, t in self.by_config_type.items()}}
+
+def _plain(table: ErrorTable, found: dict[str, Scores]) -> dict:
+    values = asdict(table)
+    for kind, entry in found.items():
+        name, unit, factor = KEYS[kind]
+        numbers = asdict(entry)
+        values[f"{name}_sharpness_{unit}"] = factor * numbers.pop("sharpness")
+        values |= {f"{name}_{key}": value for key, value in numbers.items() if key != "n"}
+    return {key: None if value != value else value for key, value in values.items()}
 
 
 def evaluate(
@@ -41,36 +74,60 @@ def evaluate(
     structures: Structures,
     targets: Targets,
     progress: Callable[[str, float, float, str], None] | None = None,
+    variances: bool = True,
 ) -> Evaluation:
     """Predict all structures and compare with what is known of them.
 
     Args:
         progress: called as progress(stage, done, total, note), in atoms.
+        variances: whether to predict variances and novelty too, if the potential can.
     """
+    variances = variances and potential.variances is not None
     parts, done = [], 0
     if progress:
         progress("prediction", 0, structures.n_atoms, "")
     for chunk in chunks(structures, CHUNK_ATOMS):
-        parts.append(potential(chunk))
+        parts.append(potential(chunk, VARIANCES if variances else None, potential.novelty is not None and variances))
         done += chunk.n_atoms
         if progress:
             progress("prediction", done, structures.n_atoms, f"{done} atoms")
     prediction = Prediction.concatenate(parts)
-    tables = {}
+    tables, tables_of_scores = {}, {}
     for name in sorted(set(targets.config_types) - {""}):
         members = [i for i, label in enumerate(targets.config_types) if label == name]
-        part = select(prediction, structures, members)
-        tables[name] = errors(structures.select(members), targets.select(structures, members), part, units.GPA)
-    return Evaluation(prediction, errors(structures, targets, prediction, units.GPA), tables)
+        some = structures.select(members), targets.select(structures, members), prediction.select(structures, members)
+        tables[name] = errors(*some, units.GPA)
+        tables_of_scores[name] = judge(*some, potential.calibration)
+    overall = errors(structures, targets, prediction, units.GPA)
+    found = judge(structures, targets, prediction, potential.calibration)
+    return Evaluation(prediction, overall, tables, found, tables_of_scores)
 
 
-def select(prediction: Prediction, structures: Structures, members: list[int]) -> Prediction:
-    """The prediction for structures.select(members)."""
-    offsets = structures.offsets.tolist()
-    atoms = [a for i in members for a in range(offsets[i], offsets[i + 1])]
-    return Prediction(
-        prediction.energies[members],
-        prediction.atom_energies[atoms],
-        prediction.forces[atoms],
-        prediction.stresses[members],
-    )
+def judge(
+    structures: Structures, targets: Targets, prediction: Prediction, calibration: Calibration
+) -> dict[str, Scores]:
+    """Scores of the variances of a prediction by kind; kinds without variances are left out."""
+    found = {}
+    for kind, name in held_out.FIELDS.items():
+        if getattr(prediction, name) is None:
+            continue
+        error, std, species = errors_and_std(kind, structures, targets, prediction)
+        known = ~error.isnan() & std.isfinite()
+        error, std = error[known], std[known]
+        z = None if species is None else species[known]
+        widths = {level: calibration.half_width(kind, std, level, z) for level in LEVELS}
+        atom = (
+            torch.arange(structures.n_atoms, device=std.device).repeat_interleave(3)[known]
+            if kind == "forces"
+            else None
+        )
+        found[kind] = scores(error, std, widths, atom)
+    return found
+
+
+def errors_and_std(
+    kind: str, structures: Structures, targets: Targets, prediction: Prediction
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Errors (n,) of a kind (energies per atom), predicted standard deviations (n,), and of forces Z of the atom (n,)."""
+    error, parts, species = held_out.residuals(kind, structures, targets, prediction)
+    return error, parts.sum(1).sqrt(), species

@@ -8,37 +8,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpmlp import baselines, checks, defaults, descriptors, inducing, neighbors, units
+from gpmlp import baselines, checks, defaults, held_out, neighbors, regression, units
 from gpmlp.baselines import Baseline
 from gpmlp.consistency import check_stress_consistency
-from gpmlp.environments import Descriptor
+from gpmlp.environments import Descriptor, Surroundings
 from gpmlp.fit_report import FitReport, Progress, Stages
-from gpmlp.gp import covariances, evidence, leave_one_out, likelihood, posterior
-from gpmlp.gp.covariances import InducingBlock
-from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.gp import evidence, leave_one_out, posterior
 from gpmlp.gp.likelihood import Hyperparameters
-from gpmlp.gp.posterior import FIXED, RowFactor, SparsePosterior
-from gpmlp.potential import MeanBlock, Potential, Term, chunks, make_kernel
+from gpmlp.gp.posterior import SparsePosterior
+from gpmlp.potential import Potential
 from gpmlp.quantities import KINDS, ErrorTable, Prediction, Targets, errors
 from gpmlp.recipe import Recipe
+from gpmlp.regression import NOISE_FIELDS, Learned, Model
 from gpmlp.structures import Structures
+from gpmlp.terms import chunks
+from gpmlp.uncertainty import label_noise, mahalanobis
+from gpmlp.uncertainty.calibration import Calibration
+from gpmlp.uncertainty.mahalanobis import Mahalanobis, Reservoir
 
-EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
 ISOLATED_NOISE = 1e-3  # eV
 PASS_ATOMS = 128  # atoms of a chunk of rows
-NOISE_FIELDS = {"energies": "energy_per_atom", "forces": "force", "stresses": "stress"}
-
-
-@dataclass(frozen=True, eq=False)
-class _Model:
-    """One descriptor of the model with its kernel and inducing blocks and their Cholesky factors."""
-
-    descriptor: Descriptor
-    kernel: ZonalKernel
-    blocks: tuple[InducingBlock, ...]
-    lowers: tuple[Tensor, ...]
-    jitter: float
-    asked: int
+SAMPLE_BYTES = 16 << 20  # of features of one species from which novelty is learned
 
 
 def fit(
@@ -71,33 +61,108 @@ def fit(
     recipe = defaults.resolve(recipe, found, len(structures.distinct_species))
     base = _baselines(structures, targets, recipe, found)
     remaining = _trust_isolated_atoms(structures, targets.minus(_sum(base, structures)))
-    parts = list(chunks(structures, PASS_ATOMS))
-
-    stages.begin("inducing points")
-    models, seen = _models(recipe, structures, parts, stages)
-    stages.begin("covariances")
-    factors = _stream(recipe, models, parts, _split(remaining, parts), stages)
-    stages.begin("evidence")
+    aside = recipe.variance and recipe.calibration
+    kept, held = held_out.choose(structures, targets, aside, recipe.seed)
+    seen, unseen = ((structures.select(some), remaining.select(structures, some)) for some in (kept, held))
+    trained = _trained(recipe, structures, seen, unseen, stages)
+    learned, models = trained.learned, trained.models
+    scatter = label_noise.of_forces(structures, targets)
+    learned = replace(learned, label_noise={"forces": scatter} if scatter == scatter else {})
     lowers = [lower for m in models for lower in m.lowers]
-    counts = {kind: f.count for kind, f in factors.items()}
-    whitened = {kind: posterior.whiten(f.factor().double(), lowers) for kind, f in factors.items()}
-    factors.clear()
-    parameters, block_of_column, result = _learn(recipe, models, whitened, counts, stages)
+
+    def potential_of(weights: Tensor, learned: Learned, **more: object) -> Potential:
+        terms, factor = regression.make_terms(models, weights), regression.make_variances(recipe, models, learned)
+        species, origin = structures.distinct_species, dict(provenance or {})
+        return Potential(terms, base, species, recipe, learned.noise, origin, variances=factor, **more)
+
+    calibration = Calibration.identity()
+    if len(held):
+        stages.begin("calibration")
+        interim = potential_of(learned.weights(lowers), learned)
+        calibration = held_out.calibrate(interim, structures.select(held), targets.select(structures, held))
+        del interim
+        learned = learned.joined(*trained.held)
     stages.begin("posterior")
-    noise, signal = parameters.noise(), parameters.signal().to(block_of_column.device)
-    if "energies" in parameters.learned and 10 <= counts["energies"] <= len(block_of_column):
-        noise["energies"] = leave_one_out.energy_noise(whitened, noise, signal[block_of_column])
-    solved = posterior.solve(whitened, counts, noise | {FIXED: 1.0}, signal[block_of_column], lowers)
-    potential = Potential(
-        tuple(_terms(models, solved)), base, structures.distinct_species, recipe, noise, dict(provenance or {})
-    )
+    solved = posterior.solve(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
+    potential = potential_of(solved.weights, learned, calibration=calibration, novelty=trained.novelty)
     stages.begin("validation")
     validation_errors = None
     if validation is not None:
         validation_errors = errors(*validation, potential(validation[0]), units.GPA)
     stages.end()
-    report = _report(models, seen, noise, parameters, counts, solved, result, validation_errors, stages, suspicions)
+    shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
+    report = _report(trained, learned, solved, calibration, validation_errors, stages, suspicions, len(held), shortest)
     return replace(potential, report=report.as_dict()), report
+
+
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """What the data seen have come to, with the whitened rows of those set aside and their number by kind."""
+
+    models: list[Model]
+    environments: dict[int, int]
+    learned: Learned
+    held: tuple[dict[str, Tensor], dict[str, int]]
+    novelty: Mahalanobis | None
+    parameters: Hyperparameters
+    result: evidence.EvidenceResult
+
+
+def _trained(
+    recipe: Recipe,
+    structures: Structures,
+    seen: tuple[Structures, Targets],
+    unseen: tuple[Structures, Targets],
+    stages: Stages,
+) -> _Trained:
+    """Choose inducing variables, stream the rows, learn noises and signals; all from the data seen alone."""
+    (parts, targets), (held, held_targets) = (_chunked(*some) for some in (seen, unseen))
+    stages.begin("inducing points")
+    sample = _Sample(recipe)
+    models, environments = regression.make_models(recipe, structures, parts, stages, sample.add)
+    novelty = sample.fit(models[0].descriptor, held)
+    stages.begin("covariances")
+    factors, traces = regression.stream(recipe, models, parts, targets, stages)
+    extra, _ = regression.stream(recipe, models, held, held_targets, stages)
+    stages.begin("evidence")
+    lowers = [lower for m in models for lower in m.lowers]
+    counts, counts_held = ({kind: f.count for kind, f in some.items()} for some in (factors, extra))
+    whitened, whitened_held = (
+        {kind: posterior.whiten(some.pop(kind).factor().double(), lowers) for kind in list(some)}
+        for some in (factors, extra)
+    )
+    parameters, block_of_column, result = regression.learn(recipe, models, whitened, counts, traces, stages)
+    noise, signal = parameters.noise(), parameters.signal().to(block_of_column.device)[block_of_column]
+    if "energies" in parameters.learned and 10 <= counts["energies"] <= len(block_of_column):
+        noise["energies"] = leave_one_out.energy_noise(whitened, noise, signal)
+    learned = Learned(whitened, counts, noise, {}, signal)
+    return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, parameters, result)
+
+
+class _Sample:
+    """A sample of the features that stream by, by species, and the novelty learned from it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.choices, self.seed = recipe.novelty, recipe.seed
+        self.reservoirs: dict[int, Reservoir] = {}
+
+    def add(self, z: int, features: Tensor) -> None:
+        if self.choices is False:
+            return
+        rows = max(10, min(self.choices.samples, SAMPLE_BYTES // (features.shape[1] * features.element_size())))
+        self.reservoirs.setdefault(z, Reservoir(rows, self.seed + z)).add(features)
+
+    def fit(self, descriptor: Descriptor, held: Sequence[Structures]) -> Mahalanobis | None:
+        """Distances whose thresholds come from the environments of held-out structures, where there are enough."""
+        if self.choices is False:
+            return None
+        unseen: dict[int, list[Tensor]] = {}
+        for part in held:
+            features = descriptor(Surroundings.of(part, neighbors.find(part, descriptor.cutoff))).features
+            for z in part.distinct_species:
+                unseen.setdefault(z, []).append(features[part.species == z].double())
+        seen = {z: r.rows().double() for z, r in self.reservoirs.items()}
+        return mahalanobis.fit(seen, {z: torch.cat(x) for z, x in unseen.items()}, self.choices.quantile, self.seed)
 
 
 def _prepared(structures: Structures, targets: Targets, recipe: Recipe) -> tuple[Structures, Targets]:
@@ -201,8 +266,9 @@ def _sum(base: Sequence[Baseline], structures: Structures) -> Prediction:
     return total
 
 
-def _split(targets: Targets, parts: Sequence[Structures]) -> list[Targets]:
-    """The targets of each chunk."""
+def _chunked(structures: Structures, targets: Targets) -> tuple[list[Structures], list[Targets]]:
+    """Chunks of PASS_ATOMS atoms, and the targets of each."""
+    parts = list(chunks(structures, PASS_ATOMS))
     out, first, atom = [], 0, 0
     for part in parts:
         here, atoms = slice(first, first + len(part)), slice(atom, atom + part.n_atoms)
@@ -211,127 +277,21 @@ def _split(targets: Targets, parts: Sequence[Structures]) -> list[Targets]:
         }
         out.append(Targets(**values))
         first, atom = here.stop, atoms.stop
-    return out
-
-
-def _models(
-    recipe: Recipe, structures: Structures, parts: Sequence[Structures], stages: Stages
-) -> tuple[list[_Model], dict[int, int]]:
-    models: list[_Model] = []
-    seen: dict[int, int] = {}
-    species = structures.distinct_species
-    for k, (d, kern, ind) in enumerate(zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True)):
-        descriptor, kernel = descriptors.make(species, d.model_dump()), make_kernel(kern)
-        wanted = sum(ind.shares.values()) if isinstance(ind.shares, dict) else ind.n
-        if wanted > structures.n_atoms:
-            raise checks.UserError(
-                f"inducing.n asks for {wanted} inducing points, but the training data hold only {structures.n_atoms} "
-                "environments (atoms); ask for fewer."
-            )
-        shares = ind.shares
-        if isinstance(shares, dict):
-            shares = {checks.atomic_number(s): n for s, n in shares.items()}
-
-        def tell(done: float, k: int = k) -> None:
-            stages.tell(done + k * len(parts), len(parts) * len(recipe.descriptors))
-
-        chosen, seen = inducing.choose_centers(parts, descriptor, kernel, ind.method, wanted, shares, recipe.seed, tell)
-        made = [
-            inducing.make_block(z, features, surroundings, descriptor, kernel, ind.gradients)
-            for z, (features, surroundings) in chosen.items()
-        ]
-        blocks, lowers = tuple(m[0] for m in made), tuple(m[1] for m in made)
-        asked = sum(len(b.features) * (1 + ind.gradients) for b in blocks)
-        models.append(_Model(descriptor, kernel, blocks, lowers, max(m[2] for m in made), asked))
-    return models, seen
-
-
-def _stream(
-    recipe: Recipe, models: Sequence[_Model], parts: Sequence[Structures], targets: Sequence[Targets], stages: Stages
-) -> dict[str, RowFactor]:
-    """Make the rows of each chunk once and fold them into one triangular factor for each kind of observation."""
-    columns = sum(b.n_columns for m in models for b in m.blocks)
-    factors = {kind: RowFactor(columns, 2 * columns) for kind in (*KINDS, FIXED)}
-    for done, (part, target) in enumerate(zip(parts, targets, strict=True)):
-        known = likelihood.observations(target, part.counts, covariances.VOIGT)
-        forces, stresses = len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0
-        made = [
-            covariances.rows(
-                part, neighbors.find(part, m.descriptor.cutoff), m.descriptor, m.kernel, m.blocks, forces, stresses
-            )
-            for m in models
-        ]
-        for kind, seen in known.items():
-            if not len(seen.rows):
-                continue
-            pieces = [getattr(r, kind)[seen.rows] for r in made]
-            rows = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
-            rows = rows * seen.scale[:, None] if kind == "energies" else rows
-            common = seen.noise.isnan()
-            if common.all():
-                factors[kind].add(rows, seen.values)
-            else:
-                factors[kind].add(rows[common], seen.values[common])
-                own = ~common
-                factors[FIXED].add(rows[own] / seen.noise[own, None], seen.values[own] / seen.noise[own])
-        stages.tell(done + 1, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
-    return {kind: f for kind, f in factors.items() if f.count}
-
-
-def _learn(
-    recipe: Recipe, models: Sequence[_Model], whitened: dict[str, Tensor], counts: dict[str, int], stages: Stages
-) -> tuple[Hyperparameters, Tensor, evidence.EvidenceResult]:
-    """Learn noises and signal variances: first with some of the columns, then with all."""
-    given = {kind: getattr(recipe.noise, key) for kind, key in NOISE_FIELDS.items()}
-    fixed = {kind: value for kind, value in given.items() if value is not None}
-    widths = [b.n_columns for m in models for b in m.blocks]
-    device = next(iter(whitened.values())).device
-    block_of_column = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(device)
-    parameters = Hyperparameters(tuple(k for k in KINDS if k in whitened), fixed, len(widths))
-
-    def tell(calls: int, value: float) -> None:
-        noises = ", ".join(f"{k} {v:.2g}" for k, v in parameters.noise().items())
-        stages.tell(min(calls, 39), 40, f"-log evidence {value:.0f}; {noises}")
-
-    total = sum(widths)
-    if total > EVIDENCE_COLUMNS:
-        # columns of each block come most important first, so leading ones are a smaller model of the same data
-        share = EVIDENCE_COLUMNS / total
-        starts = torch.tensor([0, *widths]).cumsum(0).tolist()
-        some = torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
-        some = some.to(device)
-        small = {k: evidence.Statistics.of(w, counts[k], some) for k, w in whitened.items()}
-        evidence.optimise(small, parameters, block_of_column[some], progress=tell)
-    statistics = {k: evidence.Statistics.of(w, counts[k]) for k, w in whitened.items()}
-    learn = evidence.refine if total > EVIDENCE_COLUMNS else evidence.optimise
-    return parameters, block_of_column, learn(statistics, parameters, block_of_column, progress=tell)
-
-
-def _terms(models: Sequence[_Model], solved: SparsePosterior) -> list[Term]:
-    terms, start = [], 0
-    for m in models:
-        blocks = {}
-        for block in m.blocks:
-            weights = solved.weights[start : start + block.n_columns]
-            start += block.n_columns
-            alpha, tau = posterior.collapse(block, weights.to(block.features))
-            blocks[block.species] = MeanBlock(block.features, alpha, tau if block.tangents.shape[1] else tau[:0])
-        terms.append(Term(m.descriptor, m.kernel, blocks))
-    return terms
+    return parts, out
 
 
 def _report(
-    models: Sequence[_Model],
-    seen: dict[int, int],
-    noise: dict[str, float],
-    parameters: Hyperparameters,
-    counts: dict[str, int],
+    trained: _Trained,
+    learned: Learned,
     solved: SparsePosterior,
-    result: evidence.EvidenceResult,
+    calibration: Calibration,
     validation_errors: ErrorTable | None,
     stages: Stages,
     suspicions: Sequence[str],
+    n_held: int,
+    shortest: dict[str, float],
 ) -> FitReport:
+    models, parameters, result = trained.models, trained.parameters, trained.result
     labels = [f"{k}:{checks.symbol(b.species)}" for k, m in enumerate(models) for b in m.blocks]
     every = [b for m in models for b in m.blocks]
     warnings = [
@@ -342,19 +302,23 @@ def _report(
     if jitter:
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
     return FitReport(
-        rows=counts,
-        noise=noise,
+        rows=learned.counts,
+        held_out=n_held,
+        noise=learned.noise,
         noise_by_evidence=parameters.noise(),
+        label_noise=learned.label_noise,
         signal=dict(zip(labels, parameters.signal().tolist(), strict=True)),
-        environments={checks.symbol(z): n for z, n in sorted(seen.items())},
+        environments={checks.symbol(z): n for z, n in sorted(trained.environments.items())},
         centres={label: len(b.features) for label, b in zip(labels, every, strict=True)},
+        shortest=shortest,
         columns=sum(m.asked for m in models),
         rank=sum(b.n_columns for b in every),
         condition=solved.condition,
         jitter=jitter,
         negative_log_evidence=result.negative_log_evidence,
+        evidence_trace=result.trace,
         train_rmse=solved.rms,
         validation_errors=validation_errors,
         stages=tuple(stages.done),
-        warnings=tuple(warnings),
+        warnings=tuple(warnings + held_out.misspecified(calibration)),
     )

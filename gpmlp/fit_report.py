@@ -19,13 +19,17 @@ class FitReport:
 
     Attributes:
         rows: number of observations by kind.
+        held_out: structures that were set aside to learn the calibration, and then learned from too.
         noise: standard deviations used, 'energies' eV/atom, 'forces' eV/A, 'stresses' eV/A^3.
         noise_by_evidence: the same before leave-one-out chose that of the energies (gp/leave_one_out.py).
+        label_noise: how much of it the labels themselves show (uncertainty/label_noise.py); forces only.
         signal: prior standard deviation of local energies by descriptor and species, eV.
         environments: number seen of each species; centres: chosen of each species, by descriptor.
+        shortest: distance of each pair of species in the data, A.
         columns: inducing variables asked for; rank: those kept, not linearly dependent on others.
         condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
-        negative_log_evidence: DTC, nats.
+        negative_log_evidence: of the posterior's columns, nats, priors of the hyperparameters included.
+        evidence_trace: (evaluation, negative log evidence) as it was minimised, with all columns.
         train_rmse: residuals of the training labels by kind, eV/atom, eV/A, eV/A^3.
         validation_errors: ErrorTable, or None.
         stages: (name, seconds, peak memory of the process so far in MB).
@@ -33,16 +37,20 @@ class FitReport:
     """
 
     rows: dict[str, int]
+    held_out: int
     noise: dict[str, float]
     noise_by_evidence: dict[str, float]
+    label_noise: dict[str, float]
     signal: dict[str, float]
     environments: dict[str, int]
     centres: dict[str, int]
+    shortest: dict[str, float]
     columns: int
     rank: int
     condition: float
     jitter: float
     negative_log_evidence: float
+    evidence_trace: tuple[tuple[int, float], ...]
     train_rmse: dict[str, float]
     validation_errors: ErrorTable | None
     stages: tuple[tuple[str, float, float], ...]

@@ -49,12 +49,14 @@ def choose_centers(
     shares: str | dict[int, int],
     seed: int,
     progress: Callable[[float], None],
+    observe: Callable[[int, Tensor], None] = lambda z, features: None,
 ) -> tuple[dict[int, tuple[Tensor, Surroundings]], dict[int, int]]:
     """Stream over the structures once and choose n centres.
 
     Args:
         shares: 'species' (in proportion to how many environments there are), 'total' (the best of all species together) or
             a number for each species.
+        observe: called with Z and features of all environments as they stream by.
 
     Returns:
         by species (features, surroundings) of the chosen centres, most important first; and the number of environments seen.
@@ -72,6 +74,7 @@ def choose_centers(
             mine = (part.species == z).nonzero()[:, 0]
             pool = pools.setdefault(z, _Pool([], []))
             pool.features.append(features[mine])
+            observe(z, pool.features[-1])
             pool.surroundings.append(surroundings.select(mine))
             seen[z] = seen.get(z, 0) + len(mine)
         held = sum(pool.size() for pool in pools.values())

@@ -111,13 +111,13 @@ def virials(structures: Structures, neighbors: Neighbors, vectors: Tensor, pair_
 
     Args:
         vectors: (pairs, 3) r_ij, A.
-        pair_gradients: (pairs, 3) eV/A.
+        pair_gradients: (pairs, 3, ...) eV/A; trailing axes are carried along.
 
     Returns:
-        (structures, 3, 3) eV.
+        (structures, 3, 3, ...) eV.
     """
-    outer = vectors[:, :, None] * pair_gradients[:, None, :]
-    out = outer.new_zeros(len(structures), 3, 3)
+    outer = torch.einsum("pa,pb...->pab...", vectors, pair_gradients)
+    out = outer.new_zeros(len(structures), *outer.shape[1:])
     out = out.index_add(0, structures.structure_of_atom[neighbors.centers], outer)
     return 0.5 * (out + out.transpose(1, 2))
 

@@ -2,70 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from gpmlp import baselines, checks, descriptors, neighbors
+from gpmlp import baselines, checks, descriptors, samples
 from gpmlp.baselines import Baseline
-from gpmlp.environments import Descriptor, Surroundings
 from gpmlp.gp import kernels
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.quantities import Prediction
 from gpmlp.recipe import KernelRecipe, Recipe
 from gpmlp.structures import Structures
-
-CHUNK_ATOMS = 256  # atoms whose pair quantities are in memory together
-
-
-@dataclass(frozen=True, eq=False)
-class MeanBlock:
-    """The posterior mean of local energies of one central species, ε(x) = Σ_j [α_j f(x·x_j) + f'(x·x_j) x·τ_j].
-
-    Attributes:
-        features: (M, features) centres x_j.
-        weights: (M,) α_j, eV.
-        tangents: (M, features) τ_j, eV; empty (0, features) where no centre carries gradients.
-    """
-
-    features: Tensor
-    weights: Tensor
-    tangents: Tensor
-
-    def __call__(self, kernel: ZonalKernel, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ε (environments,) and dε/dx (environments, features)."""
-        value, first, second = kernel.profile(x @ self.features.T)
-        energy = value @ self.weights
-        on_dots = first * self.weights
-        if not len(self.tangents):
-            return energy, on_dots @ self.features
-        along = x @ self.tangents.T
-        energy = energy + (first * along).sum(1)
-        return energy, (on_dots + second * along) @ self.features + first @ self.tangents
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """One descriptor with its kernel and, for each central species, the mean of the local energies."""
-
-    descriptor: Descriptor
-    kernel: ZonalKernel
-    blocks: dict[int, MeanBlock]
-
-    def __call__(self, structures: Structures) -> Prediction:
-        pairs = neighbors.find(structures, self.descriptor.cutoff)
-        surroundings = Surroundings.of(structures, pairs)
-        environments = self.descriptor(surroundings)
-        local = structures.positions.new_zeros(structures.n_atoms)
-        cotangents = torch.zeros_like(environments.features)
-        for z, block in self.blocks.items():
-            mine = (structures.species == z).nonzero()[:, 0]
-            if len(mine):
-                local[mine], cotangents[mine] = block(self.kernel, environments.features[mine])
-        gradients = environments.pull_back(cotangents)
-        return neighbors.prediction(structures, pairs, surroundings.vectors, local, gradients)
+from gpmlp.terms import CHUNK_ATOMS, MeanBlock, Term, chunks
+from gpmlp.uncertainty.calibration import Calibration
+from gpmlp.uncertainty.mahalanobis import Mahalanobis
+from gpmlp.variances import FORMS, VARIANCES, VarianceModel, Wanted, rescaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +33,9 @@ class Potential:
         noise: standard deviations of the likelihood, 'energies' eV/atom, 'forces' eV/A, 'stresses' eV/A^3.
         provenance: training files with hashes, package versions.
         report: the FitReport as a dictionary.
+        variances: the posterior factor, for variances; None where only the mean was kept.
+        calibration: what makes variances agree with errors on held-out data.
+        novelty: Mahalanobis distances in the space of the first descriptor; None where none was kept.
     """
 
     terms: tuple[Term, ...]
@@ -89,35 +45,104 @@ class Potential:
     noise: dict[str, float] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
     report: dict = field(default_factory=dict)
+    variances: VarianceModel | None = None
+    calibration: Calibration = field(default_factory=Calibration.identity)
+    novelty: Mahalanobis | None = None
 
     @property
     def cutoff(self) -> float:
         """Largest distance at which atoms see each other, A."""
         return max(term.descriptor.cutoff for term in self.terms)
 
-    def __call__(self, structures: Structures) -> Prediction:
-        """Predict energies, forces and stresses.
+    def __call__(
+        self,
+        structures: Structures,
+        variance: str | Sequence[str] | None = None,
+        novelty: bool = False,
+        atoms: Sequence[int] | Tensor | None = None,
+        form: str = "dtc",
+        calibrated: bool = True,
+    ) -> Prediction:
+        """Predict energies, forces and stresses, and variances of them where asked for.
+
+        Args:
+            variance: one or more of VARIANCES ('atom_energies', 'energies', 'forces', 'stresses'), or 'all'.
+            novelty: whether to compute the Mahalanobis distance of each environment from the training data.
+            atoms: indices of the atoms whose force variances are wanted (others NaN); all if not given.
+            form: 'dtc' or 'vfe' (the same predictive variance, with the part that the inducing set cannot represent), 'sor'
+                (without it: small far from the data, where it should be large).
+            calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
 
         Raises:
-            checks.UserError: a species that was not in the training data; atoms on top of each other.
+            checks.UserError: a species that was not in the training data; atoms on top of each other; a variance or a form that is
+                not known; a model without variances.
         """
-        self._check_species(structures)
+        self.check_species(structures)
+        wanted = self._wanted(variance, form, atoms)
+        if novelty and self.novelty is None:
+            raise checks.UserError(
+                "This model was fitted without novelty (recipe: novelty: false); fit it again with it."
+            )
         device, dtype = structures.positions.device, structures.positions.dtype
         own = {"device": self.recipe.device, "dtype": getattr(torch, self.recipe.dtype)}
-        parts = [self._predict(chunk.to(**own)) for chunk in chunks(structures, CHUNK_ATOMS)]
+        parts, first = [], 0
+        for chunk in chunks(structures, CHUNK_ATOMS):
+            parts.append(self._predict(chunk.to(**own), wanted.within(first, chunk.n_atoms), novelty))
+            first += chunk.n_atoms
         if not parts:
             raise checks.UserError("There are no structures to predict.")
         together = Prediction.concatenate(parts)
-        return Prediction(*(v.to(device=device, dtype=dtype) for v in vars(together).values()))
+        if calibrated and wanted.any:
+            together = rescaled(together, self.calibration)
+        return together.map(lambda v: v.to(device=device, dtype=dtype))
 
-    def _predict(self, structures: Structures) -> Prediction:
+    def _wanted(self, variance: str | Sequence[str] | None, form: str, atoms: Sequence[int] | Tensor | None) -> Wanted:
+        names = () if variance is None else (variance,) if isinstance(variance, str) else tuple(variance)
+        for name in names:
+            checks.choose("variance", name, (*VARIANCES, "all"))
+        checks.choose("form of the variance", form, FORMS)
+        if names and self.variances is None:
+            raise checks.UserError(
+                "This model holds no posterior factor (recipe: variance: false), so it can give no variances; fit it again."
+            )
+        names = VARIANCES if "all" in names else names
+        chosen = None if atoms is None else torch.as_tensor(atoms, dtype=torch.long, device=self.recipe.device)
+        return Wanted(*(name in names for name in VARIANCES), chosen, form != "sor")
+
+    def _predict(self, structures: Structures, wanted: Wanted, novelty: bool) -> Prediction:
+        views = [term.view(structures) for term in self.terms]
         total = None
-        for term in (*self.terms, *self.baselines):
-            part = term(structures)
+        for term, view in zip(self.terms, views, strict=True):
+            part = term.mean(structures, view)
             total = part if total is None else total + part
-        return total
+        for term in self.baselines:
+            total = term(structures) if total is None else total + term(structures)
+        found = self.variances(structures, views, wanted) if wanted.any else {}
+        if novelty:
+            found["novelty"] = self.novelty.novelty(structures.species, views[0].environments.features)
+        return replace(total, **found)
 
-    def _check_species(self, structures: Structures) -> None:
+    def sample(self, k: int, seed: int, calibrated: bool = True) -> samples.Samples:
+        """Draw k potentials from the posterior (samples.draw): each with consistent energies, forces and stresses."""
+        return samples.draw(self, k, seed, "posterior", calibrated)
+
+    def committee(self, k: int, seed: int, calibrated: bool = True) -> samples.Samples:
+        """k potentials as fitted to labels that scatter by their noise (samples.draw), without fitting again."""
+        return samples.draw(self, k, seed, "label_noise", calibrated)
+
+    def covariance(self, structures: Structures) -> Tensor:
+        """Posterior covariance (no noise, not calibrated) of all energies, forces and stresses of a few structures, each with each.
+
+        Rows and columns: energies (structures) eV, forces (3 atoms) eV/A, stresses (6 structures, Voigt; zero without volume) eV/A^3.
+        """
+        self.check_species(structures)
+        if self.variances is None:
+            raise checks.UserError("This model holds no posterior factor (recipe: variance: false).")
+        moved = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
+        joint = self.variances.joint(moved, [term.view(moved) for term in self.terms])
+        return joint.to(device=structures.positions.device)
+
+    def check_species(self, structures: Structures) -> None:
         for i, z in enumerate(structures.distinct_species):
             if z not in self.species:
                 atom = int((structures.species == structures.distinct_species[i]).nonzero()[0, 0])
@@ -136,14 +161,21 @@ class Potential:
             "provenance": self.provenance,
             "report": self.report,
             "baselines": [b.state() for b in self.baselines],
+            "calibration": self.calibration.as_dict(),
         }
         tensors = {
-            f"term{k}.Z{z}.{name}": value.detach().cpu().contiguous()
+            f"term{k}.Z{z}.{name}": value
             for k, term in enumerate(self.terms)
             for z, block in term.blocks.items()
             for name, value in vars(block).items()
         }
-        return header, tensors
+        if self.variances is not None:
+            header["variances"], more = self.variances.state()
+            tensors |= {f"variances.{name}": value for name, value in more.items()}
+        if self.novelty is not None:
+            header["novelty"], more = self.novelty.state()
+            tensors |= {f"novelty.{name}": value for name, value in more.items()}
+        return header, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     @classmethod
     def from_state(cls, header: dict, tensors: dict[str, Tensor]) -> Potential:
@@ -151,6 +183,7 @@ class Potential:
         recipe = Recipe.model_validate(header["recipe"])
         if torch.device(recipe.device).type == "cuda" and not torch.cuda.is_available():
             recipe = recipe.model_copy(update={"device": "cpu"})  # fitted on a GPU, used where there is none
+        tensors = {name: value.to(recipe.device) for name, value in tensors.items()}
         species = tuple(header["species"])
         terms = []
         for k, (descriptor, kernel) in enumerate(zip(recipe.descriptors, recipe.kernels, strict=True)):
@@ -158,8 +191,19 @@ class Potential:
             for z in species:
                 if f"term{k}.Z{z}.features" in tensors:
                     names = ("features", "weights", "tangents")
-                    blocks[z] = MeanBlock(*(tensors[f"term{k}.Z{z}.{n}"].to(recipe.device) for n in names))
+                    blocks[z] = MeanBlock(*(tensors[f"term{k}.Z{z}.{n}"] for n in names))
             terms.append(Term(descriptors.make(species, descriptor.model_dump()), make_kernel(kernel), blocks))
+        own: dict[str, object] = {}
+        if "variances" in header:
+            features = [{z: block.features for z, block in term.blocks.items()} for term in terms]
+            made = [(term.descriptor, term.kernel) for term in terms]
+            own["variances"] = VarianceModel.from_state(
+                header["variances"], _under("variances.", tensors), made, features
+            )
+        if "novelty" in header:
+            own["novelty"] = Mahalanobis.from_state(header["novelty"], _under("novelty.", tensors))
+        if "calibration" in header:
+            own["calibration"] = Calibration.from_dict(header["calibration"])
         return cls(
             tuple(terms),
             tuple(baselines.make(state) for state in header["baselines"]),
@@ -168,23 +212,15 @@ class Potential:
             dict(header["noise"]),
             dict(header["provenance"]),
             dict(header["report"]),
+            **own,
         )
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def make_kernel(recipe: KernelRecipe) -> ZonalKernel:
     """Build the kernel that a recipe describes."""
     terms = [(term.weight, make_kernel(term)) for term in recipe.terms]
     return kernels.make(recipe.name, recipe.zeta, recipe.length, terms)
-
-
-def chunks(structures: Structures, atoms: int) -> Iterator[Structures]:
-    """Consecutive structures, as many as have about that many atoms together (at least one)."""
-    start, filled = 0, 0
-    counts = structures.counts.tolist()
-    for i, count in enumerate(counts):
-        if filled and filled + count > atoms:
-            yield structures.select(range(start, i))
-            start, filled = i, 0
-        filled += count
-    if start < len(counts):
-        yield structures.select(range(start, len(counts)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,6 +12,11 @@ from gpmlp import checks
 from gpmlp.structures import Structures
 
 KINDS = ("energies", "forces", "stresses")
+VOIGT_OF = (
+    (0, 5, 4),
+    (5, 1, 3),
+    (4, 3, 2),
+)  # place of a component of a symmetric matrix in the order xx yy zz yz xz xy
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +116,41 @@ class Targets:
 
 
 @dataclass(frozen=True, eq=False)
+class Variance:
+    """The variance of a prediction by cause, all in the squared unit of the quantity; NaN where it was not asked for.
+
+    Attributes:
+        inducing: what the inducing set cannot represent.
+        data: what the data have not fixed.
+        misspecification: what the model class cannot express, whatever the data.
+        noise: what labels scatter by themselves.
+    """
+
+    inducing: Tensor
+    data: Tensor
+    misspecification: Tensor
+    noise: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """All parts: of a new label around the prediction."""
+        return self.inducing + self.data + self.misspecification + self.noise
+
+    @property
+    def epistemic(self) -> Tensor:
+        """Without label noise: of the true value around the prediction."""
+        return self.inducing + self.data + self.misspecification
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Variance:
+        """Apply a function to every part."""
+        return Variance(*(function(getattr(self, f.name)) for f in fields(self)))
+
+    def diagonal(self) -> Variance:
+        """Variances of the components, from covariances (..., n, n)."""
+        return self.each(lambda part: part.diagonal(dim1=-2, dim2=-1))
+
+
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """What a potential says of structures.
 
@@ -119,20 +159,87 @@ class Prediction:
         atom_energies: (atoms,) eV, summing to energies.
         forces: (atoms, 3) eV/A.
         stresses: (structures, 3, 3) eV/A^3, positive = tension; NaN where the structure has no volume.
+        energies_variance: (structures,) eV^2; this and what follows is None where it was not asked for.
+        atom_energies_variance: (atoms,) eV^2.
+        forces_covariance: (atoms, 3, 3) (eV/A)^2, of the components of one atom.
+        stresses_covariance: (structures, 6, 6) (eV/A^3)^2, in the order xx yy zz yz xz xy.
+        novelty: (atoms,) Mahalanobis distance of each environment over the threshold of its species; above 1: outside the data.
     """
 
     energies: Tensor
     atom_energies: Tensor
     forces: Tensor
     stresses: Tensor
+    energies_variance: Variance | None = None
+    atom_energies_variance: Variance | None = None
+    forces_covariance: Variance | None = None
+    stresses_covariance: Variance | None = None
+    novelty: Tensor | None = None
+
+    @property
+    def forces_variance(self) -> Variance | None:
+        """(atoms, 3) (eV/A)^2, of each component."""
+        return None if self.forces_covariance is None else self.forces_covariance.diagonal()
+
+    @property
+    def stresses_variance(self) -> Variance | None:
+        """(structures, 3, 3) (eV/A^3)^2, of each component."""
+        if self.stresses_covariance is None:
+            return None
+        order = torch.tensor(VOIGT_OF, device=self.stresses.device)
+        return self.stresses_covariance.diagonal().each(lambda part: part[:, order])
 
     def __add__(self, other: Prediction) -> Prediction:
-        return Prediction(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        """The sum of energy terms; what only one of them has (variances, novelty) is kept."""
+
+        def plus(a: Tensor | Variance | None, b: Tensor | Variance | None) -> Tensor | Variance | None:
+            if a is None or b is None:
+                return b if a is None else a
+            if isinstance(a, Variance):
+                return Variance(*(getattr(a, f.name) + getattr(b, f.name) for f in fields(a)))
+            return a + b
+
+        return Prediction(*(plus(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Prediction:
+        """Apply a function to every tensor."""
+
+        def apply(value: Tensor | Variance | None) -> Tensor | Variance | None:
+            if value is None:
+                return None
+            return value.each(function) if isinstance(value, Variance) else function(value)
+
+        return Prediction(*(apply(getattr(self, f.name)) for f in fields(self)))
 
     @staticmethod
     def concatenate(parts: Sequence[Prediction]) -> Prediction:
         """Return the prediction for the concatenated structures of the parts."""
-        return Prediction(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Prediction)))
+
+        def join(values: list) -> Tensor | Variance | None:
+            if values[0] is None:
+                return None
+            if isinstance(values[0], Variance):
+                return Variance(*(torch.cat([getattr(v, f.name) for v in values]) for f in fields(Variance)))
+            return torch.cat(values)
+
+        return Prediction(*(join([getattr(p, f.name) for p in parts]) for f in fields(Prediction)))
+
+    def select(self, structures: Structures, indices: Sequence[int] | Tensor) -> Prediction:
+        """Return the prediction of structures.select(indices)."""
+        device = self.energies.device
+        indices = torch.as_tensor(indices, device=device, dtype=torch.long)
+        offsets = structures.offsets.tolist()
+        wanted = [torch.arange(offsets[i], offsets[i + 1], device=device) for i in indices.tolist()]
+        atoms = torch.cat(wanted) if wanted else indices
+        per_atom = {"atom_energies", "forces", "atom_energies_variance", "forces_covariance", "novelty"}
+
+        def pick(name: str, value: Tensor | Variance | None) -> Tensor | Variance | None:
+            where = atoms if name in per_atom else indices
+            if value is None:
+                return None
+            return value.each(lambda part: part[where]) if isinstance(value, Variance) else value[where]
+
+        return Prediction(*(pick(f.name, getattr(self, f.name)) for f in fields(self)))
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,26 @@ class BaselineRecipe(_Section):
     zbl: ZBLRecipe | Literal[False] = ZBLRecipe()
 
 
+class VarianceRecipe(_Section):
+    """The posterior kept for variances: at most `columns` inducing variables, the most important ones."""
+
+    columns: Count | None = None
+
+
+class CalibrationRecipe(_Section):
+    """What is set aside to learn how large errors are: a share of the structures, at most about so many atoms."""
+
+    fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    atoms: Count = 1000
+
+
+class NoveltyRecipe(_Section):
+    """Mahalanobis distances: the threshold is this quantile of held-out environments; learned from at most `samples` per species."""
+
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    samples: Annotated[int, Field(ge=10)] = 2000
+
+
 class Recipe(_Section):
     """Everything that `fit` may be told. memory_GB bounds the factors of the fit."""
 
@@ -109,6 +129,10 @@ class Recipe(_Section):
     inducing: InducingRecipe | tuple[InducingRecipe, ...] = InducingRecipe()
     noise: NoiseRecipe = NoiseRecipe()
     baseline: BaselineRecipe = BaselineRecipe()
+    evidence: Literal["dtc", "vfe"] = "dtc"
+    variance: VarianceRecipe | Literal[False] = VarianceRecipe()
+    calibration: CalibrationRecipe | Literal[False] = CalibrationRecipe()
+    novelty: NoveltyRecipe | Literal[False] = NoveltyRecipe()
     use_energies: bool = True
     use_forces: bool = True
     use_stresses: bool = True

@@ -203,12 +203,18 @@ class DenseGP:
         self.seen = [f for f, known in zip(self.seen, ~torch.isnan(y), strict=True) if known]
         sigma, y = sigma[~torch.isnan(y)], y[~torch.isnan(y)]
         k = self.covariance(self.seen, self.x, self.z, self.seen, self.x, self.z) + torch.diag(sigma**2)
-        lower = torch.linalg.cholesky(k)
+        self.lower = lower = torch.linalg.cholesky(k)
         self.weights = torch.cholesky_solve(y[:, None], lower)[:, 0]
         self.log_evidence = float(
             -0.5 * y @ self.weights - lower.diagonal().log().sum() - 0.5 * len(y) * math.log(2 * math.pi)
         )
         return self
+
+    def posterior_covariance(self, functionals: list[Functional], x: Tensor, z: Tensor) -> Tensor:
+        """k_gg - k_gs (K + noise)^-1 k_sg of every functional with every other."""
+        cross = self.covariance(functionals, x, z, self.seen, self.x, self.z)
+        prior = self.covariance(functionals, x, z, functionals, x, z)
+        return prior - cross @ torch.cholesky_solve(cross.T, self.lower)
 
     def predict(self, structures: Structures) -> dict[str, Tensor]:
         """Posterior means of energies per atom, force components and stress components."""

@@ -14,10 +14,10 @@ from gpmlp.descriptors import radial
 from gpmlp.environments import Descriptor, Surroundings
 from gpmlp.gp import kernels
 from gpmlp.gp.kernels import ZonalKernel
-from gpmlp.potential import MeanBlock, Term
 from gpmlp.quantities import Prediction, Targets
 from gpmlp.recipe import KernelRecipe
 from gpmlp.structures import Structures
+from gpmlp.terms import MeanBlock, Term
 
 CUTOFF = 3.6  # A: of every descriptor here, so that environments hold a handful of neighbours
 SPECIES = (1, 6, 8)

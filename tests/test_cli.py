@@ -53,7 +53,12 @@ def test_fit_evaluate_info_cite(gpmlp, train_file, tmp_path):
     assert "warning: " in err and "is the file this model was trained on" in err
     assert "meV/atom" in out and "big" in out and "small" in out
     numbers = json.loads(result.read_text())
-    assert set(numbers) == {*ERRORS, "n_structures", "n_atoms", "by_config_type"}
+    scored = {
+        f"{kind}_{score}"
+        for kind in ("energy", "force")
+        for score in ("coverage_90", "nll", "crps", "ence", "spearman")
+    }
+    assert {*ERRORS, *scored, "n_structures", "n_atoms", "by_config_type"} <= set(numbers)
     assert (numbers["n_structures"], numbers["n_atoms"]) == (16, 96)
     assert set(numbers["by_config_type"]) == {"big", "small"}
     assert numbers["by_config_type"]["big"]["n_structures"] == 8

@@ -23,8 +23,8 @@ from gpmlp.environments import Surroundings
 from gpmlp.gp import covariances, posterior
 from gpmlp.gp.covariances import InducingBlock
 from gpmlp.inducing import directions, make_block
-from gpmlp.potential import MeanBlock
 from gpmlp.structures import Structures
+from gpmlp.terms import MeanBlock
 
 FIRST = "soap gto"
 CASES = [(d, "polynomial 3") for d in DESCRIPTORS] + [(FIRST, k) for k in KERNELS if k != "polynomial 3"]

@@ -57,7 +57,7 @@ def test_places_in_lists(recipe_file):
         ("descriptor: [{cutoff: 5}, {nmax: 3}]", r"'descriptor.1.nmax'. Perhaps you meant 'descriptor.1.n_max'"),
         ("baseline: {zbl: {iner: 1}}", r"'baseline.zbl.iner'. Perhaps you meant 'baseline.zbl.inner'"),
         ("noise: {config_types: {liquid: {forc: 1}}}", r"'noise.config_types.liquid.forc'. Perhaps .*liquid.force'"),
-        ("qwertz: 5", r"unknown key 'qwertz'. Valid names: baseline, descriptor"),
+        ("qwertz: 5", r"unknown key 'qwertz'. Valid names: baseline, calibration, descriptor"),
         ("descriptor: {cutoff: -1}", r"`descriptor.cutoff` must be greater than 0; got -1"),
         ("noise: {force: 0}", r"`noise.force` must be greater than 0; got 0"),
         ("noise: {energy_per_atom: -0.1}", r"`noise.energy_per_atom` must be greater than 0; got -0.1"),

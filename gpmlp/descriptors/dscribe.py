@@ -123,9 +123,11 @@ class DscribeDescriptor:
                 yield (slopes - (slopes @ x)[..., None] * x) / np.maximum(norm, 1e-300)
 
         def pull_back(cotangents: Tensor) -> Tensor:
-            on_features = cotangents.detach().cpu().double().numpy()
-            parts = [j @ c for j, c in zip(jacobians(), on_features, strict=True)]
-            return torch.as_tensor(np.concatenate(parts or [np.zeros((0, 3))])).to(like)
+            on_features = np.moveaxis(cotangents.detach().cpu().double().numpy(), -2, 0)
+            parts = [np.moveaxis(j @ c.T, (0, 1), (-2, -1)) for j, c in zip(jacobians(), on_features, strict=True)]
+            return torch.as_tensor(np.concatenate(parts or [np.zeros((*cotangents.shape[:-2], 0, 3))], axis=-2)).to(
+                like
+            )
 
         def jacobian() -> Tensor:
             return torch.as_tensor(np.concatenate(list(jacobians()) or [np.zeros((0, 3, self.n_features))])).to(like)

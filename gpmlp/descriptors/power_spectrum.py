@@ -132,14 +132,16 @@ class SoapPowerSpectrum:
         norm: Tensor,
         cotangents: Tensor,
     ) -> Tensor:
-        """One cotangent per environment: features -> density -> pairs; nothing of size pairs x features."""
-        n_env, a_b = len(surroundings), self._pairs
-        on_spectrum = (cotangents - features * (features * cotangents).sum(1, keepdim=True)) / norm
-        scaled = on_spectrum.unflatten(1, (-1, self.l_max + 1)) * self._prefactors(density)
-        full = scaled.new_zeros(n_env, self.channels, self.channels, self.l_max + 1)
-        full[:, a_b[0], a_b[1]] = scaled
-        full = full + full.transpose(1, 2)
+        """One cotangent (environments, features) or k of them: features -> density -> pairs; nothing of size pairs x features."""
+        a, b = self._pairs
+        on_spectrum = (cotangents - features * (features * cotangents).sum(-1, keepdim=True)) / norm
+        scaled = on_spectrum.unflatten(-1, (-1, self.l_max + 1)) * self._prefactors(density)
+        full = scaled.new_zeros(*cotangents.shape[:-1], self.channels, self.channels, self.l_max + 1)
+        full[..., a, b, :] = scaled
+        full = full + full.transpose(-3, -2)
         on_density = torch.cat([full[..., l] @ density[:, :, m] for l, m in enumerate(self._l_blocks())], dim=-1)
+        if cotangents.dim() == 3:
+            return self._pull_back_many(surroundings, pairs, on_density)
         # gather the block of the neighbour's species, then contract with d(R Y)/dr = R' Y r^ + R dY
         block = on_density.unflatten(1, (len(self.species), self.n_max)).flatten(0, 1)[
             surroundings.centers * len(self.species) + pairs.slots
@@ -148,6 +150,25 @@ class SoapPowerSpectrum:
         angular_part = (block * self._expand_l(pairs.radial)).sum(1)
         along = (radial_part * pairs.harmonics).sum(1, keepdim=True) * pairs.directions
         return along + (pairs.d_harmonics @ angular_part[:, :, None])[:, :, 0]
+
+    def _pull_back_many(self, surroundings: Surroundings, pairs: _PairTerms, on_density: Tensor) -> Tensor:
+        """(k, pairs, 3) from (k, environments, channels, lm): d(R Y)/dr of a pair once, then a product per environment and species."""
+        groups = surroundings.centers * len(self.species) + pairs.slots
+        n_groups, k = len(surroundings) * len(self.species), len(on_density)
+        order = torch.argsort(groups, stable=True)
+        counts = torch.bincount(groups, minlength=n_groups)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[groups[order]]
+        slopes = (
+            pairs.directions[:, :, None, None] * (self._expand_l(pairs.d_radial) * pairs.harmonics[:, None])[:, None]
+        )
+        slopes += self._expand_l(pairs.radial)[:, None] * pairs.d_harmonics[:, :, None]
+        width = int(counts.max()) if len(groups) else 0
+        padded = slopes.new_zeros(n_groups, width, 3, slopes[0, 0].numel() if len(groups) else 0)
+        padded[groups, place] = slopes.flatten(2)
+        weights = on_density.unflatten(2, (len(self.species), self.n_max)).flatten(1, 2).flatten(2)
+        made = (padded.flatten(1, 2) @ weights.movedim(0, 2)).unflatten(1, (width, 3)) if width else None
+        return made[groups, place].movedim(2, 0) if width else on_density.new_zeros(k, 0, 3)
 
     def _jacobian(
         self, surroundings: Surroundings, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor

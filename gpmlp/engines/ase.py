@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
-from gpmlp.io.atoms import results, structures_from_ase
+from gpmlp.io.atoms import results, structures_from_ase, uncertainties
 from gpmlp.potential import Potential
 
 # what the energy depends on; charges and magnetic moments set on the Atoms change nothing
@@ -19,19 +19,32 @@ class GPCalculator(Calculator):
 
     Stress (eV/A^3, Voigt xx yy zz yz xz xy, positive = tension) is there where at least one axis is periodic and the cell has a
     volume; asked for elsewhere it raises ASE's PropertyNotImplementedError. Cells, species and pbc may change between calls.
+
+    With `uncertainty`, `results` also hold calibrated standard deviations `energy_std` (eV), `local_energy_std` (atoms,) eV,
+    `forces_std` (atoms, 3) eV/A, `stress_std` (6,) eV/A^3 and `novelty` (atoms,), each where it was asked for.
     """
 
     implemented_properties = ("energy", "free_energy", "energies", "forces", "stress")
     ignored_changes = frozenset(all_changes) - frozenset(RELEVANT_CHANGES)
 
-    def __init__(self, potential: Potential, name: str = "atoms") -> None:
+    def __init__(
+        self,
+        potential: Potential,
+        name: str = "atoms",
+        uncertainty: str | Sequence[str] | None = None,
+        novelty: bool = False,
+    ) -> None:
         """Wrap a potential.
 
         Args:
             name: what error messages call the structure.
+            uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'.
+            novelty: whether to compute Mahalanobis distances too.
         """
         super().__init__()
         self.potential = potential
+        self.uncertainty = uncertainty
+        self.novelty = novelty
         self.label_in_errors = name
 
     def calculate(
@@ -47,5 +60,6 @@ class GPCalculator(Calculator):
         """
         super().calculate(atoms, list(properties), list(system_changes))
         structures = structures_from_ase([self.atoms], [self.label_in_errors])
-        prediction = self.potential(structures)
-        self.results = results(prediction, 0, slice(0, len(self.atoms)))
+        prediction = self.potential(structures, self.uncertainty, self.novelty)
+        everything = slice(0, len(self.atoms))
+        self.results = results(prediction, 0, everything) | uncertainties(prediction, 0, everything)

@@ -79,7 +79,7 @@ class Rows:
 
     Attributes:
         energies: (structures, columns).
-        forces: (3 atoms, columns), None if not asked for.
+        forces: (3 atoms, columns), or of the atoms asked for; None if not asked for.
         stresses: (6 structures, columns) Voigt order xx yy zz yz xz xy; zero where there is no volume; None if not asked for.
     """
 
@@ -96,13 +96,20 @@ def rows(
     inducing: tuple[InducingBlock, ...],
     forces: bool = True,
     stresses: bool = True,
+    atoms: Tensor | None = None,
 ) -> Rows:
-    """Covariance rows by pull-back: GEMMs of a block's feature Jacobian with all centres and tangents of its species."""
+    """Covariance rows by pull-back: GEMMs of a block's feature Jacobian with all centres and tangents of its species.
+
+    Args:
+        atoms: distinct atoms whose force rows are wanted, in that order; then only environments that see one of them are looked at, and
+            `energies` and `stresses` are not to be used.
+    """
     like = structures.positions
-    n, atoms, columns = len(structures), structures.n_atoms, sum(b.n_columns for b in inducing)
+    local, seeing = _places(structures, neighbors, atoms)
+    n, n_forces, columns = len(structures), int(local[-1]), sum(b.n_columns for b in inducing)
     out = Rows(
         like.new_zeros(n, columns),
-        like.new_zeros(3 * atoms, columns) if forces else None,
+        like.new_zeros(3 * n_forces, columns) if forces else None,
         like.new_zeros(6 * n, columns) if stresses else None,
     )
     surroundings = Surroundings.of(structures, neighbors)
@@ -110,24 +117,60 @@ def rows(
     for block in inducing:
         here = slice(start, start + block.n_columns)
         start = here.stop
-        mine = (structures.species == block.species).nonzero()[:, 0]
+        mine = ((structures.species == block.species) & seeing).nonzero()[:, 0]
         if not len(mine):
             continue
         # one atom more than there are: where empty neighbour slots and virial rows may add without harm
         width = len(block.vectors)
         sums = Rows(
             like.new_zeros(n, width),
-            like.new_zeros(atoms + 1, 3, width) if forces else None,
+            like.new_zeros(n_forces + 1, 3, width) if forces else None,
             like.new_zeros(n, 6, width) if stresses else None,
         )
         for centers in mine.split(ENVIRONMENTS):
-            _add_environments(sums, structures, neighbors, surroundings, descriptor, kernel, block, centers)
+            _add_environments(sums, structures, neighbors, surroundings, descriptor, kernel, block, centers, local)
         out.energies[:, here] = block.keep(sums.energies)
         if forces:
             out.forces[:, here] = block.keep(sums.forces[:-1].flatten(0, 1))
         if stresses:
             out.stresses[:, here] = block.keep(sums.stresses.flatten(0, 1))
     return out
+
+
+def atom_rows(features: Tensor, species: Tensor, kernel: ZonalKernel, inducing: tuple[InducingBlock, ...]) -> Tensor:
+    """(environments, columns) covariances of the local energies themselves, unit signal variance."""
+    pieces = []
+    for block in inducing:
+        mine = species == block.species
+        if mine.all():
+            pieces.append(block.keep(_values(kernel, block, features)[0]))
+            continue
+        piece = features.new_zeros(len(features), block.n_columns)
+        piece[mine] = block.keep(_values(kernel, block, features[mine])[0])
+        pieces.append(piece)
+    return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+
+
+def _values(kernel: ZonalKernel, block: InducingBlock, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k(x, u) of values and gradients (environments, M + M R); f' and f'' (environments, M); x.t (environments, M, R)."""
+    m, r = block.tangents.shape[:2]
+    dots = features @ block.vectors.T
+    value, first, second = kernel.profile(dots[:, :m])
+    along = dots[:, m:].reshape(len(features), m, r)
+    return torch.cat([value, (first[:, :, None] * along).flatten(1)], dim=1) if r else value, first, second, along
+
+
+def _places(structures: Structures, neighbors: Neighbors, atoms: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where the forces of each atom go (atoms + 1,), those not wanted and the last entry to a bin after all others; and which
+    environments (atoms,) see a wanted atom."""
+    n_atoms, device = structures.n_atoms, structures.positions.device
+    if atoms is None:
+        return torch.arange(n_atoms + 1, device=device), torch.ones(n_atoms, dtype=torch.bool, device=device)
+    place = torch.full((n_atoms + 1,), len(atoms), device=device)
+    place[atoms] = torch.arange(len(atoms), device=device)
+    seeing = place[:-1] < len(atoms)
+    seeing[neighbors.centers[seeing[neighbors.neighbors]]] = True
+    return place, seeing
 
 
 def _add_environments(
@@ -139,24 +182,22 @@ def _add_environments(
     kernel: ZonalKernel,
     block: InducingBlock,
     centers: Tensor,
+    place: Tensor,
 ) -> None:
     """Add what the environments `centers` (all of the block's species) contribute to the rows of their structures."""
     local, pairs = surroundings.pairs_of(centers)
     environments = descriptor(surroundings.select(centers))
     m, r = block.tangents.shape[:2]
-    dots = environments.features @ block.vectors.T
-    value, first, second = kernel.profile(dots[:, :m])
-    along = dots[:, m:].reshape(len(centers), m, r)
-    energy = torch.cat([value, (first[:, :, None] * along).flatten(1)], dim=1) if r else value
+    energy, first, second, along = _values(kernel, block, environments.features)
     owner = structures.structure_of_atom[centers]
     sums.energies.index_add_(0, owner, energy)
     if sums.forces is None and sums.stresses is None or not len(pairs):
         return
-    jacobian, slots = _padded_jacobian(environments, local, sums.stresses is not None)
-    n_rows, nobody = jacobian.shape[1], structures.n_atoms
-    targets = centers.new_full((len(centers), n_rows // 3), nobody)
-    targets[local, slots] = neighbors.neighbors[pairs]
-    targets[:, int(slots.max()) + 1] = centers
+    jacobian, slots = padded_jacobian(environments, local, sums.stresses is not None)
+    n_rows = jacobian.shape[1]
+    targets = centers.new_full((len(centers), n_rows // 3), int(place[-1]))
+    targets[local, slots] = place[neighbors.neighbors[pairs]]
+    targets[:, int(slots.max()) + 1] = place[centers]
     per_volume = torch.nan_to_num(1 / structures.volumes)[owner]
     size = max(1, BLOCK_BYTES // (n_rows * len(block.vectors) * jacobian.element_size()))
     for some in torch.arange(len(centers), device=centers.device).split(size):
@@ -174,7 +215,7 @@ def _add_environments(
             sums.stresses.index_add_(0, owner[some], gradients[:, -6:] * per_volume[some, None, None])
 
 
-def _padded_jacobian(environments, local: Tensor, stresses: bool) -> tuple[Tensor, Tensor]:
+def padded_jacobian(environments, local: Tensor, stresses: bool) -> tuple[Tensor, Tensor]:
     """Jacobian rows of each environment: 3 for every neighbour slot, 3 for the centre, 6 for the virial.
 
     F_i = sum_j (g_ij - g_ji), so with the centre's rows minus the sum of its neighbours' all of them enter forces with a minus sign.

@@ -15,28 +15,44 @@ from gpmlp.gp.likelihood import Hyperparameters
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Sufficient statistics of one kind of observation with unit noise: G = AᵀA, h = Aᵀy, yy = yᵀy, n observations."""
+    """Sufficient statistics of one kind of observation with unit noise: G = AᵀA, h = Aᵀy, yy = yᵀy, n observations.
+
+    `prior` (blocks,), if given, is the trace of the prior covariance of the observations by block with unit signal; with it the
+    evidence is the collapsed bound of VFE (Titsias, AISTATS 2009, eq. 9), without it that of DTC.
+    """
 
     gram: Tensor
     projection: Tensor
     square: float
     count: int
+    prior: Tensor | None = None
 
     @staticmethod
-    def of(whitened: Tensor, count: int, columns: Tensor | None = None) -> Statistics:
+    def of(whitened: Tensor, count: int, columns: Tensor | None = None, prior: Tensor | None = None) -> Statistics:
         """From a whitened factor [A | y]; `columns` restricts the model to some of its columns."""
         a, y = whitened[:, :-1], whitened[:, -1]
         a = a if columns is None else a[:, columns]
-        return Statistics(a.T @ a, a.T @ y, float(y @ y), count)
+        return Statistics(a.T @ a, a.T @ y, float(y @ y), count, prior)
+
+    def missed(self, block_of_column: Tensor) -> Tensor:
+        """(blocks,) tr(K_ff - Q_ff) with unit signal: variance of the observations that the inducing set cannot represent."""
+        if self.prior is None:
+            return torch.zeros(int(block_of_column.max()) + 1, dtype=self.gram.dtype, device=self.gram.device)
+        explained = torch.zeros_like(self.prior).index_add(0, block_of_column, self.gram.diagonal())
+        return (self.prior - explained).clamp_min(0)
 
 
 @dataclass(frozen=True)
 class EvidenceResult:
-    """Where the optimisation ended: the negative log evidence, how many evaluations, and parameters at a bound."""
+    """Where the optimisation ended: the negative log evidence, parameters at a bound, and how it got there."""
 
     negative_log_evidence: float
-    evaluations: int
     at_bound: tuple[str, ...]
+    trace: tuple[tuple[int, float], ...]
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.trace)
 
 
 def negative_log_evidence(
@@ -45,7 +61,8 @@ def negative_log_evidence(
     """DTC: y ~ N(0, A D² Aᵀ + Σ) in the whitened basis, O(columns³) whatever the number of data.
 
     With S = I + Σ_k D G_k D / σ_k² and h = Σ_k D h_k / σ_k²:
-    -2 log p = Σ_k [n_k log(2π σ_k²) + yy_k / σ_k²] + log det S - hᵀ S⁻¹ h   (Quiñonero-Candela, Rasmussen, JMLR 6, 1939, eq. 26).
+    -2 log p = Σ_k [n_k log(2π σ_k²) + yy_k / σ_k²] + log det S - hᵀ S⁻¹ h   (Quiñonero-Candela, Rasmussen, JMLR 6, 1939, eq. 26);
+    VFE, where the statistics hold traces of the prior: + Σ_k tr(K_k - Q_k) / σ_k² (Titsias, AISTATS 2009, eq. 9).
 
     Returns:
         -log p, its derivatives with respect to log σ_k, and with respect to log δ of each block.
@@ -74,12 +91,27 @@ def negative_log_evidence(
         scaled_mean = scale * mean
         trace = float(torch.einsum("ij,ij,i,j->", inverse, s.gram, scale, scale))
         fit = s.square - 2 * float(s.projection @ scaled_mean) + float(scaled_mean @ (s.gram @ scaled_mean))
+        missed = float(signal.square() @ s.missed(block_of_column))
+        total += tau * missed
         # d/d log σ = -2 τ d/dτ, halved because total is -2 log p
-        d_noise[kind] = -tau * (fit + trace) + s.count
+        d_noise[kind] = -tau * (fit + trace + missed) + s.count
     leverage = (inverse * precision_part).sum(1)
     per_column = leverage - right * mean + mean * (precision_part @ mean)
     d_signal = torch.zeros_like(signal).index_add(0, block_of_column, per_column)
+    for kind, s in statistics.items():
+        d_signal = d_signal + noise[kind] ** -2 * signal.square() * s.missed(block_of_column)
     return 0.5 * total, d_noise, d_signal
+
+
+def mean(statistics: dict[str, Statistics], noise: dict[str, float], signal: Tensor) -> Tensor:
+    """(columns,) D β: the posterior mean in the whitened basis, signal (columns,) being the diagonal of D."""
+    system = torch.zeros(len(signal), len(signal), dtype=signal.dtype, device=signal.device)
+    right = torch.zeros_like(signal)
+    for kind, s in statistics.items():
+        system.add_(s.gram, alpha=noise[kind] ** -2)
+        right.add_(s.projection, alpha=noise[kind] ** -2)
+    system.mul_(signal[:, None]).mul_(signal[None, :]).diagonal().add_(1)
+    return signal * torch.cholesky_solve((signal * right)[:, None], _cholesky(system))[:, 0]
 
 
 def _cholesky(system: Tensor) -> Tensor:
@@ -108,11 +140,10 @@ def optimise(
     sizes = [parameters.log_std(n).numel() for n in names]
     bounds = [parameters.bounds(n) for n, size in zip(names, sizes, strict=True) for _ in range(size)]
     start = np.concatenate([parameters.log_std(n).detach().cpu().numpy() for n in names])
-    device, calls = block_of_column.device, 0
+    device = block_of_column.device
+    trace: list[tuple[int, float]] = []
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal calls
-        calls += 1
         _assign(parameters, names, sizes, x)
         noise = parameters.noise() | {"given": 1.0}
         value, d_noise, d_signal = negative_log_evidence(
@@ -123,15 +154,16 @@ def optimise(
             prior, d_prior = parameters.log_prior(name)
             value -= prior
             gradient.append((d_signal.cpu().numpy() if name == "signal" else d_noise[name]) - d_prior.numpy())
+        trace.append((len(trace) + 1, value))
         if progress:
-            progress(calls, value)
+            progress(*trace[-1])
         return value, np.concatenate(gradient)
 
     found = scipy.optimize.minimize(
         objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxfun": max_evaluations, "ftol": 1e-10}
     )
     _assign(parameters, names, sizes, found.x)
-    return EvidenceResult(float(found.fun), calls, at_bound(parameters))
+    return EvidenceResult(float(found.fun), at_bound(parameters), tuple(trace))
 
 
 def refine(
@@ -154,7 +186,7 @@ def refine(
     size, device = len(block_of_column), block_of_column.device
     generator = torch.Generator().manual_seed(seed)
     probes = torch.randint(0, 2, (size, n_probes), generator=generator).to(device=device, dtype=torch.float64) * 2 - 1
-    value, iteration = float("nan"), 0
+    trace: list[tuple[int, float]] = []
     for iteration in range(1, max_iterations + 1):
         scale = parameters.signal().to(device)[block_of_column]
         noise = parameters.noise() | {"given": 1.0}
@@ -170,15 +202,15 @@ def refine(
         lower = _cholesky(system)
         right = right * scale
         mean = torch.cholesky_solve(right[:, None], lower)[:, 0]
-        value = 0.5 * float(constant + 2 * lower.diagonal().log().sum() - right @ mean)
+        trace.append((iteration, 0.5 * float(constant + 2 * lower.diagonal().log().sum() - right @ mean)))
         del system
         determined = {kind: probes * torch.cholesky_solve(image, lower) for kind, image in images.items()}
         change = _fixed_point_step(statistics, parameters, block_of_column, noise, scale * mean, mean, determined)
         if progress:
-            progress(iteration, value)
+            progress(*trace[-1])
         if change < tolerance:
             break
-    return EvidenceResult(value, iteration, at_bound(parameters))
+    return EvidenceResult(trace[-1][1], at_bound(parameters), tuple(trace))
 
 
 def _fixed_point_step(

@@ -90,13 +90,23 @@ def pivoted_rank(matrix: Tensor, tolerance: float) -> Tensor:
 
 
 def whiten(factor: Tensor, lowers: Sequence[Tensor]) -> Tensor:
-    """[R L⁻ᵀ | y] for the block-diagonal L, in place of [R | y]."""
+    """[R L⁻ᵀ | y] for the block-diagonal L, in place of [R | y]; rows without y likewise."""
     start = 0
     for lower in lowers:
         here = slice(start, start + lower.shape[0])
         factor[:, here] = torch.linalg.solve_triangular(lower, factor[:, here].T, upper=False).T
         start = here.stop
     return factor
+
+
+def unwhiten(factor: Tensor, lowers: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
+    """Columns `chosen` of each block of [R | y] again, from [R L⁻ᵀ | y]."""
+    start, pieces = 0, []
+    for lower, columns in zip(lowers, chosen, strict=True):
+        here = slice(start, start + lower.shape[0])
+        pieces.append(factor[:, here] @ lower[columns].T)
+        start = here.stop
+    return torch.cat([*pieces, factor[:, start:]], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,13 +156,19 @@ def solve(
     for kind, rows in whitened.items():
         residual = rows[:, columns] - rows[:, :columns] @ (signal * beta)
         rms[kind] = float((residual.square().sum() / max(counts[kind], 1)).sqrt())
-    scaled_beta, weights, start = signal * beta, torch.empty_like(beta), 0
-    for lower in lowers:
-        here = slice(start, start + lower.shape[0])
-        weights[here] = torch.linalg.solve_triangular(lower.T, scaled_beta[here, None], upper=True)[:, 0]
-        start = here.stop
+    weights = unwhitened(signal * beta, lowers)
     diagonal = factor.diagonal().abs()
     return SparsePosterior(weights, factor, rms, float(diagonal.max() / diagonal.min()))
+
+
+def unwhitened(coefficients: Tensor, lowers: Sequence[Tensor]) -> Tensor:
+    """w = L⁻ᵀ v for the block-diagonal L."""
+    weights, start = torch.empty_like(coefficients), 0
+    for lower in lowers:
+        here = slice(start, start + lower.shape[0])
+        weights[here] = torch.linalg.solve_triangular(lower.T, coefficients[here, None], upper=True)[:, 0]
+        start = here.stop
+    return weights
 
 
 def collapse(block: InducingBlock, weights: Tensor) -> tuple[Tensor, Tensor]:

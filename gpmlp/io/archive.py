@@ -23,7 +23,7 @@ from gpmlp import versions
 from gpmlp.checks import UserError
 from gpmlp.io.atomic import atomic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: posterior factor, calibration and novelty beside the mean
 UNITS = "eV, angstrom, atomic mass units; stress eV/angstrom^3, positive = tension"
 BLANK = "0" * 64
 # the checksum comes first in the JSON text, whose quotes safetensors escapes

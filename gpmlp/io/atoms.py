@@ -195,6 +195,26 @@ def results(values: Prediction | Targets, s: int, atoms: slice) -> dict[str, flo
     return found
 
 
+def uncertainties(prediction: Prediction, s: int, atoms: slice) -> dict[str, float | np.ndarray]:
+    """Standard deviations and novelty of structure s, whose atoms are the given rows, as far as they were predicted."""
+    found: dict[str, float | np.ndarray] = {}
+
+    def numbers(tensor: torch.Tensor) -> np.ndarray:
+        return tensor.detach().cpu().double().numpy()
+
+    if prediction.energies_variance is not None:
+        found["energy_std"] = float(prediction.energies_variance.total[s].sqrt())
+    if prediction.atom_energies_variance is not None:
+        found["local_energy_std"] = numbers(prediction.atom_energies_variance.total[atoms].sqrt())
+    if prediction.forces_variance is not None:
+        found["forces_std"] = numbers(prediction.forces_variance.total[atoms].sqrt())
+    if prediction.stresses_variance is not None and not bool(prediction.stresses_variance.total[s].isnan().any()):
+        found["stress_std"] = full_3x3_to_voigt_6_stress(numbers(prediction.stresses_variance.total[s].sqrt()))
+    if prediction.novelty is not None:
+        found["novelty"] = numbers(prediction.novelty[atoms])
+    return found
+
+
 def write(path: str | os.PathLike[str], atoms: Atoms | Sequence[Atoms]) -> None:
     """Write Atoms as extended XYZ, atomically.
 
@@ -208,11 +228,16 @@ def write(path: str | os.PathLike[str], atoms: Atoms | Sequence[Atoms]) -> None:
 def beside(structures: Structures, targets: Targets, prediction: Prediction) -> list[Atoms]:
     """Atoms with the references as calculator results, and predictions beside them.
 
-    Predictions are gpmlp_energy, gpmlp_forces and gpmlp_stress (Voigt xx yy zz yz xz xy), so that read() sees the references.
+    Predictions are gpmlp_energy, gpmlp_forces and gpmlp_stress (Voigt xx yy zz yz xz xy), so that read() sees the references;
+    standard deviations are gpmlp_energy_std, gpmlp_forces_std, gpmlp_local_energy_std and gpmlp_stress_std, where they were
+    predicted, and gpmlp_novelty is the Mahalanobis distance in units of its threshold.
     """
     frames, predicted = to_ase(structures, targets), to_ase(structures, prediction)
-    for frame, own in zip(frames, predicted, strict=True):
+    offsets = structures.offsets.tolist()
+    for s, (frame, own) in enumerate(zip(frames, predicted, strict=True)):
         found = own.calc.results
+        for key, value in uncertainties(prediction, s, slice(offsets[s], offsets[s + 1])).items():
+            (frame.arrays if np.ndim(value) and key != "stress_std" else frame.info)[f"gpmlp_{key}"] = value
         frame.info["gpmlp_energy"] = found["energy"]
         frame.arrays["gpmlp_forces"] = found["forces"]
         if "stress" in found:

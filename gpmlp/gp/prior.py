@@ -1,0 +1,235 @@
+"""Prior covariances of energies, forces and stresses with themselves: what the kernel alone allows, before any data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpmlp.environments import Descriptor, Environments, Surroundings
+from gpmlp.gp.covariances import ENVIRONMENTS, padded_jacobian
+from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.neighbors import Neighbors
+from gpmlp.structures import Structures
+
+CHUNK_ATOMS = 128  # whose force covariances are made together
+CHUNK_ROWS = 512  # environments of one structure that meet all others at a time
+CHUNK_JOINT = 4  # environments whose Jacobian rows meet those of all others at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """The Gaussian process before it has seen data: one descriptor, its kernel, and a signal for each central species.
+
+    Attributes:
+        signal: standard deviation of local energies by Z, eV.
+    """
+
+    descriptor: Descriptor
+    kernel: ZonalKernel
+    signal: dict[int, float]
+
+    def atom_energies(self, structures: Structures) -> Tensor:
+        """(atoms,) variance of local energies, δ_z² f(1), eV^2."""
+        return self._scales(structures.species, structures.positions).square()
+
+    def energies(self, structures: Structures, features: Tensor) -> Tensor:
+        """(structures,) variance of total energies, Σ_ij δ_i δ_j f(x_i.x_j) over atoms of equal species, eV^2."""
+        out = features.new_zeros(len(structures))
+        for s, members in self._groups(structures):
+            x, scale = features[members], self._scale(structures, members)
+            for some in torch.arange(len(members), device=x.device).split(CHUNK_ROWS):
+                out[s] += scale**2 * self.kernel.profile(x[some] @ x.T)[0].sum()
+        return out
+
+    def stresses(self, structures: Structures, surroundings: Surroundings) -> Tensor:
+        """(structures, 6, 6) covariance of stress components in Voigt order, (eV/A^3)^2; NaN where there is no volume.
+
+        V^2 cov(σ_k, σ_l) = Σ_ij δ_i δ_j [f'(s_ij) w_ik.w_jl + f''(s_ij) (w_ik.x_j)(x_i.w_jl)], w_ik = dx_i/d(strain k).
+        """
+        volumes = structures.volumes
+        out = volumes.new_full((len(structures), 6, 6), float("nan"))
+        for s, members in self._groups(structures):
+            if volumes[s].isnan():
+                continue
+            out[s].nan_to_num_(0.0)
+            x, w = self._strained(surroundings, members)
+            for some in torch.arange(len(members), device=x.device).split(CHUNK_ROWS):
+                _, first, second = self.kernel.profile(x[some] @ x.T)
+                seen = torch.einsum("ikf,jf->kij", w[some], x)
+                back = torch.einsum("if,jkf->kij", x[some], w)
+                part = torch.einsum("ikf,ijlf->kl", w[some], (first @ w.flatten(1)).unflatten(1, w.shape[1:])[:, None])
+                part = part + torch.einsum("kij,lij->kl", seen * second, back)
+                out[s] += self._scale(structures, members) ** 2 * part / volumes[s] ** 2
+        return out
+
+    def forces(self, structures: Structures, neighbors: Neighbors, surroundings: Surroundings, atoms: Tensor) -> Tensor:
+        """(len(atoms), 3, 3) covariance of the force components of each of the given atoms, (eV/A)^2.
+
+        cov(F_ia, F_ib) = Σ_ee' δ_e δ_e' [f'(s_ee') v_ea.v_e'b + f''(s_ee') (v_ea.x_e')(x_e.v_e'b)], v_e = dx_e/dr_i, over the
+        environments e, e' of equal species that see atom i: its own and its neighbours'.
+        """
+        out = structures.positions.new_zeros(len(atoms), 3, 3)
+        for some in near_together(structures, atoms).split(CHUNK_ATOMS):
+            out[some] = self._forces(structures, neighbors, surroundings, atoms[some])
+        return out
+
+    def _forces(
+        self, structures: Structures, neighbors: Neighbors, surroundings: Surroundings, atoms: Tensor
+    ) -> Tensor:
+        n, n_atoms, device = len(atoms), structures.n_atoms, atoms.device
+        local = torch.full((n_atoms,), -1, dtype=torch.long, device=device)
+        local[atoms] = torch.arange(n, device=device)
+        hit = (local[neighbors.neighbors] >= 0).nonzero()[:, 0]
+        # one incidence for each (atom, environment that sees it), the images of an atom together
+        own = local[atoms] * n_atoms + atoms
+        keys = torch.unique(torch.cat([local[neighbors.neighbors[hit]] * n_atoms + neighbors.centers[hit], own]))
+        x, v = self._incidences(surroundings, neighbors, local, keys)
+        owner, environment = keys // n_atoms, keys % n_atoms
+        counts = torch.bincount(owner, minlength=n)
+        slot = torch.arange(len(keys), device=device) - (counts.cumsum(0) - counts)[owner]
+        width = int(counts.max())
+        features, gradients = x.new_zeros(n, width, x.shape[1]), v.new_zeros(n, width, 3, x.shape[1])
+        scale, species = x.new_zeros(n, width), slot.new_zeros(n, width)
+        features[owner, slot], gradients[owner, slot] = x, v
+        species[owner, slot] = structures.species[environment]
+        scale[owner, slot] = self._scales(structures.species[environment], x)
+        weight = scale[:, :, None] * scale[:, None, :] * (species[:, :, None] == species[:, None, :])
+        _, first, second = self.kernel.profile(features @ features.transpose(1, 2))
+        flat = gradients.flatten(1, 2)
+        along = (flat @ features.transpose(1, 2)).unflatten(1, (width, 3))  # v_ea . x_e'
+        summed = torch.einsum("nef,nfd->ned", weight * first, gradients.flatten(2)).unflatten(2, (3, -1))
+        out = torch.einsum("nead,nebd->nab", gradients, summed)
+        return out + torch.einsum("neaf,nef,nfbe->nab", along, weight * second, along)
+
+    def _incidences(
+        self, surroundings: Surroundings, neighbors: Neighbors, local: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x_e and v_e = dx_e/dr_i of the (atom i, environment e) pairs in `keys` (local index of i times atoms plus e), sorted."""
+        n_atoms = len(local)
+        features, gradients = None, None
+        for centers in torch.unique(keys % n_atoms).split(ENVIRONMENTS):
+            within, pairs = surroundings.pairs_of(centers)
+            environments = self.descriptor(surroundings.select(centers))
+            jacobian = environments.jacobian()
+            if features is None:
+                features = jacobian.new_zeros(len(keys), jacobian.shape[2])
+                gradients = jacobian.new_zeros(len(keys), 3, jacobian.shape[2])
+            center, neighbor = centers[within], neighbors.neighbors[pairs]
+            for atom, sign in (
+                (neighbor, 1.0),
+                (center, -1.0),
+            ):  # x_e changes when a neighbour moves, oppositely when e does
+                asked = local[atom] >= 0
+                place = torch.searchsorted(keys, local[atom[asked]] * n_atoms + center[asked])
+                gradients.index_add_(0, place, jacobian[asked], alpha=sign)
+            mine = torch.isin(keys % n_atoms, centers)
+            features[mine] = environments.features[torch.searchsorted(centers, keys[mine] % n_atoms)]
+        return features, gradients
+
+    def joint(self, structures: Structures, neighbors: Neighbors, surroundings: Surroundings) -> Tensor:
+        """Covariances of all energies (structures), forces (3 atoms) and stresses (6 structures, Voigt), each with each.
+
+        Rows and columns in that order; stresses of structures without volume are zero. Holds the full square: for small batches.
+        """
+        n, atoms = len(structures), structures.n_atoms
+        size = n + 3 * atoms + 6 * n
+        like = structures.positions
+        out = like.new_zeros(size + 3, size + 3)  # a bin more for empty neighbour slots
+        for z in structures.distinct_species:
+            members = (structures.species == z).nonzero()[:, 0]
+            made = [self._functionals(structures, neighbors, surroundings, c) for c in members.split(ENVIRONMENTS)]
+            x = torch.cat([m[0] for m in made])
+            width = max(m[1].shape[1] for m in made)
+            rows = torch.cat([torch.nn.functional.pad(m[1], (0, 0, 0, width - m[1].shape[1])) for m in made])
+            places = torch.cat([torch.nn.functional.pad(m[2], (0, width - m[2].shape[1]), value=size) for m in made])
+            owner = structures.structure_of_atom[members]
+            for some in torch.arange(len(members), device=like.device).split(CHUNK_JOINT):
+                value, first, second = self.kernel.profile(x[some] @ x.T)
+                to_values = torch.einsum("ird,jd->irj", rows[some], x)
+                from_values = torch.einsum("id,jrd->ijr", x[some], rows)
+                block = torch.einsum("ird,jqd->irjq", rows[some], rows) * first[:, None, :, None]
+                block += (second[:, None, :] * to_values)[..., None] * from_values[:, None]
+                scale = self.signal[z] ** 2
+                _add(out, places[some].flatten(), places.flatten(), scale * block.flatten(2).flatten(0, 1))
+                _add(out, owner[some], owner, scale * value)
+                _add(out, places[some].flatten(), owner, scale * (to_values * first[:, None]).flatten(0, 1))
+                _add(out, owner[some], places.flatten(), scale * (from_values * first[..., None]).flatten(1))
+        return out[:size, :size]
+
+    def _functionals(
+        self, structures: Structures, neighbors: Neighbors, surroundings: Surroundings, centers: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features; rows of derivatives; and the entry of the joint covariance that each row adds to."""
+        n, atoms = len(structures), structures.n_atoms
+        within, pairs = surroundings.pairs_of(centers)
+        environments = self.descriptor(surroundings.select(centers))
+        if not len(pairs):
+            empty = centers.new_zeros(len(centers), 0)
+            return (
+                environments.features,
+                environments.features.new_zeros(len(centers), 0, len(environments.features[0])),
+                empty,
+            )
+        jacobian, slots = padded_jacobian(environments, within, True)
+        n_slots = (jacobian.shape[1] - 9) // 3
+        atom = centers.new_full((len(centers), n_slots + 1), -1)
+        atom[within, slots] = neighbors.neighbors[pairs]
+        atom[:, n_slots] = centers
+        xyz = torch.arange(3, device=atom.device)
+        forces = torch.where(atom[..., None] >= 0, n + 3 * atom[..., None] + xyz, n + 3 * atoms + 6 * n + xyz).flatten(
+            1
+        )
+        owner = structures.structure_of_atom[centers]
+        virial = n + 3 * atoms + 6 * owner[:, None] + torch.arange(6, device=atom.device)
+        rows = -jacobian  # F = -dE/dr
+        rows[:, -6:] *= -torch.nan_to_num(1 / structures.volumes)[owner, None, None]
+        return environments.features, rows, torch.cat([forces, virial], dim=1)
+
+    def _strained(self, surroundings: Surroundings, members: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (members, features) and their derivatives with respect to the six strains (members, 6, features)."""
+        features, strained = [], []
+        for centers in members.split(ENVIRONMENTS):
+            within, pairs = surroundings.pairs_of(centers)
+            environments: Environments = self.descriptor(surroundings.select(centers))
+            features.append(environments.features)
+            if len(pairs):
+                strained.append(padded_jacobian(environments, within, True)[0][:, -6:])
+            else:
+                strained.append(environments.features.new_zeros(len(centers), 6, environments.features.shape[1]))
+        return torch.cat(features), torch.cat(strained)
+
+    def _groups(self, structures: Structures):
+        """(structure, its atoms of one species), every combination that occurs."""
+        offsets = structures.offsets.tolist()
+        for s in range(len(structures)):
+            atoms = torch.arange(offsets[s], offsets[s + 1], device=structures.species.device)
+            for z in torch.unique(structures.species[atoms]).tolist():
+                yield s, atoms[structures.species[atoms] == z]
+
+    def _scale(self, structures: Structures, members: Tensor) -> float:
+        return self.signal[int(structures.species[members[0]])]
+
+    def _scales(self, species: Tensor, like: Tensor) -> Tensor:
+        out = torch.zeros(len(species), dtype=like.dtype, device=like.device)
+        for z, value in self.signal.items():
+            out[species == z] = value
+        return out
+
+
+def _add(out: Tensor, rows: Tensor, columns: Tensor, block: Tensor) -> None:
+    """Add a block to scattered rows and columns, repeated ones summed."""
+    narrow = block.new_zeros(block.shape[0], out.shape[1]).index_add_(1, columns, block)
+    out.index_add_(0, rows, narrow)
+
+
+def near_together(structures: Structures, atoms: Tensor) -> Tensor:
+    """An order of the atoms in which consecutive ones are near each other: neighbours' Jacobians are then made few times."""
+    if len(atoms) <= CHUNK_ATOMS:
+        return torch.arange(len(atoms), device=atoms.device)
+    box = (structures.positions[atoms] / 6.0).floor().long()
+    box = box - box.amin(0)
+    sides = box.amax(0) + 1
+    key = (structures.structure_of_atom[atoms] * sides[0] + box[:, 0]) * sides[1] + box[:, 1]
+    return torch.argsort(key * sides[2] + box[:, 2], stable=True)

@@ -1,0 +1,125 @@
+"""Held out are the structures that a fit sets aside, to learn from them how wrong it is where it has not looked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gpmlp import baselines, checks
+from gpmlp.potential import Potential
+from gpmlp.quantities import KINDS, Prediction, Targets, Variance
+from gpmlp.recipe import CalibrationRecipe
+from gpmlp.structures import Structures
+from gpmlp.uncertainty.calibration import Calibration, weigh
+from gpmlp.variances import VARIANCES, rescaled
+
+FEWEST = 20  # structures; of fewer none is set aside
+ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
+LARGE = 0.2  # share of the size of forces that the model class may miss before it is told
+FIELDS = {"energies": "energies_variance", "forces": "forces_variance", "stresses": "stresses_variance"}
+
+
+def choose(
+    structures: Structures, targets: Targets, recipe: CalibrationRecipe | bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return the indices of the structures to learn from and of those to set aside.
+
+    Of every config_type the same share, at random; isolated atoms always stay. At most about `recipe.atoms` atoms are set aside: that
+    many tell the scale of the errors, and more would only be missing from the inducing set.
+    """
+    everything = torch.arange(len(structures))
+    usable = torch.tensor([not baselines.is_isolated_atom(label) for label in targets.config_types])
+    if recipe is False or int(usable.sum()) < FEWEST:
+        return everything, everything[:0]
+    share = min(recipe.fraction, recipe.atoms / structures.n_atoms)
+    order = everything[usable][torch.randperm(int(usable.sum()), generator=torch.Generator().manual_seed(seed))]
+    groups: dict[str, list[int]] = {}
+    for i in order.tolist():
+        groups.setdefault(targets.config_types[i], []).append(i)
+    held, owed = [], 0.0
+    for label in sorted(groups):  # what rounding leaves of one group goes to the next
+        owed += share * len(groups[label])
+        held += groups[label][: int(owed + 0.5)]
+        owed -= int(owed + 0.5)
+    mask = torch.zeros(len(structures), dtype=torch.bool)
+    mask[held] = True
+    return everything[~mask], everything[mask]
+
+
+def calibrate(potential: Potential, structures: Structures, targets: Targets) -> Calibration:
+    """Learn a Calibration from structures that the potential has not seen.
+
+    The posterior variance has the right shape and often the wrong size: the kernel that the data chose is rougher than the energy
+    surface, so what the inducing set cannot represent is overestimated, and noise that is in truth a misfit of the model is the
+    same everywhere. Forces, of which there are many, decide with which weights the parts enter (calibration.weigh); then each
+    kind has its own scale.
+    """
+    prediction = potential(structures, variance=VARIANCES, calibrated=False)
+    data: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+    weights: dict[str, Tensor] = {}
+    for kind in ("forces", "energies", "stresses"):
+        errors, parts, species = residuals(kind, structures, targets, prediction)
+        known = ~errors.isnan() & parts.isfinite().all(1)
+        errors, parts, species = errors[known], parts[known], species if species is None else species[known]
+        if not len(errors):
+            continue
+        if weights:  # the same process: what forces say of its parts holds here too
+            weights[kind] = next(iter(weights.values()))
+        elif len(errors) >= ENOUGH:
+            weights[kind] = weigh(errors, parts)
+        used = weights.get(kind, torch.ones(parts.shape[1], dtype=parts.dtype))
+        data[kind] = (errors, (parts @ used.to(parts)).sqrt(), species)
+    source: dict[str, object] = {
+        "held_out_structures": len(structures),
+        "held_out_atoms": structures.n_atoms,
+        "names": list(structures.names[:200]),
+        "how": "set aside from the training set, at random within each config_type; learned from afterwards",
+    }
+    calibration = Calibration.fit(data, source, weights)
+    if prediction.forces_variance is not None and "forces" in data:
+        labels = targets.forces[~targets.forces.isnan()]
+        misfit = rescaled(prediction, calibration).forces_variance.misspecification
+        source["force_eV_per_A"] = labels.square().mean().sqrt().item()
+        source["misspecification_eV_per_A"] = misfit.mean().sqrt().item()
+    return replace(calibration, source=source)
+
+
+def misspecified(calibration: Calibration) -> list[str]:
+    """A warning where what the model class cannot express is a large share of the forces themselves."""
+    misfit, size = (calibration.source.get(key, 0.0) for key in ("misspecification_eV_per_A", "force_eV_per_A"))
+    if misfit < LARGE * size or not size:
+        return []
+    return [
+        f"Misspecification: the model class misses held-out forces (rms {size:.3g} eV/A) by about {misfit:.2g} eV/A that is neither "
+        "noise of the labels nor lack of data. Try a longer descriptor.cutoff first, then larger l_max and n_max, then more "
+        "inducing points."
+    ]
+
+
+def residuals(
+    kind: str, structures: Structures, targets: Targets, prediction: Prediction
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Errors of a kind, per atom for energies, and by what their variance is made up.
+
+    Returns:
+        errors (n,); parts of the variance (n, 3): inducing set, data, all that is constant; Z of the atom (n,), of forces only.
+    """
+    checks.choose("kind of observation", kind, KINDS)
+    difference = getattr(prediction, kind) - getattr(targets, kind)
+    variance: Variance | None = getattr(prediction, FIELDS[kind])
+    if variance is None:
+        raise ValueError(f"the prediction has no variance of {kind}")
+    scale, species = torch.ones((), dtype=difference.dtype, device=difference.device), None
+    if kind == "energies":
+        scale = 1 / structures.counts.to(difference)
+    if kind == "stresses":  # nine components, six of them different
+        a, b = torch.triu_indices(3, 3, device=difference.device)
+        difference = difference[:, a, b]
+        variance = variance.each(lambda part: part[:, a, b])
+    if kind == "forces":
+        species = structures.species.repeat_interleave(3)
+    causes = (variance.inducing, variance.data, variance.misspecification + variance.noise)
+    parts = torch.stack([(part * scale**2).flatten() for part in causes], dim=1)
+    return (difference * scale).flatten(), parts, species

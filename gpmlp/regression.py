@@ -1,0 +1,262 @@
+"""Regression is the linear algebra of a fit: inducing models, rows streamed into factors, noises learned, weights found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpmlp import checks, descriptors, inducing, neighbors, variances
+from gpmlp.environments import Descriptor, Surroundings
+from gpmlp.fit_report import Stages
+from gpmlp.gp import covariances, evidence, likelihood, posterior
+from gpmlp.gp.covariances import InducingBlock
+from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.gp.likelihood import Hyperparameters
+from gpmlp.gp.posterior import FIXED, RowFactor
+from gpmlp.gp.prior import Prior
+from gpmlp.potential import make_kernel
+from gpmlp.quantities import KINDS, Targets
+from gpmlp.recipe import Recipe
+from gpmlp.structures import Structures
+from gpmlp.terms import MeanBlock, Term
+from gpmlp.variances import VarianceModel
+
+EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
+NOISE_FIELDS = {"energies": "energy_per_atom", "forces": "force", "stresses": "stress"}
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One descriptor of the model with its kernel and inducing blocks and their Cholesky factors."""
+
+    descriptor: Descriptor
+    kernel: ZonalKernel
+    blocks: tuple[InducingBlock, ...]
+    lowers: tuple[Tensor, ...]
+    jitter: float
+    asked: int
+
+
+def make_models(
+    recipe: Recipe,
+    structures: Structures,
+    parts: Sequence[Structures],
+    stages: Stages,
+    observe: Callable[[int, Tensor], None],
+) -> tuple[list[Model], dict[int, int]]:
+    """Choose the inducing variables of every descriptor, in one pass over the chunks.
+
+    Returns:
+        the models, and the number of environments seen of each species.
+    """
+    models: list[Model] = []
+    seen: dict[int, int] = {}
+    species = structures.distinct_species
+    for k, (d, kern, ind) in enumerate(zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True)):
+        descriptor, kernel = descriptors.make(species, d.model_dump()), make_kernel(kern)
+        wanted = sum(ind.shares.values()) if isinstance(ind.shares, dict) else ind.n
+        if wanted > structures.n_atoms:
+            raise checks.UserError(
+                f"inducing.n asks for {wanted} inducing points, but the training data hold only {structures.n_atoms} "
+                "environments (atoms); ask for fewer."
+            )
+        shares = ind.shares
+        if isinstance(shares, dict):
+            shares = {checks.atomic_number(s): n for s, n in shares.items()}
+
+        def tell(done: float, k: int = k) -> None:
+            stages.tell(done + k * len(parts), len(parts) * len(recipe.descriptors))
+
+        chosen, seen = inducing.choose_centers(
+            parts, descriptor, kernel, ind.method, wanted, shares, recipe.seed, tell, *([observe] if k == 0 else [])
+        )
+        made = [
+            inducing.make_block(z, features, surroundings, descriptor, kernel, ind.gradients)
+            for z, (features, surroundings) in chosen.items()
+        ]
+        blocks, lowers = tuple(m[0] for m in made), tuple(m[1] for m in made)
+        asked = sum(len(b.features) * (1 + ind.gradients) for b in blocks)
+        models.append(Model(descriptor, kernel, blocks, lowers, max(m[2] for m in made), asked))
+    return models, seen
+
+
+def stream(
+    recipe: Recipe, models: Sequence[Model], parts: Sequence[Structures], targets: Sequence[Targets], stages: Stages
+) -> tuple[dict[str, RowFactor], dict[str, Tensor]]:
+    """Make the rows of each chunk once and fold them into one triangular factor for each kind of observation.
+
+    Returns:
+        the factors, and for VFE the traces of the prior covariance of the same observations by block, unit signal (else empty).
+    """
+    traces: dict[str, Tensor] = {}
+    columns = sum(b.n_columns for m in models for b in m.blocks)
+    factors = {kind: RowFactor(columns, 2 * columns) for kind in (*KINDS, FIXED)}
+    for done, (part, target) in enumerate(zip(parts, targets, strict=True)):
+        known = likelihood.observations(target, part.counts, covariances.VOIGT)
+        forces, stresses = len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0
+        made = [
+            covariances.rows(
+                part, neighbors.find(part, m.descriptor.cutoff), m.descriptor, m.kernel, m.blocks, forces, stresses
+            )
+            for m in models
+        ]
+        priors = _prior_diagonals(models, part, forces, stresses) if recipe.evidence == "vfe" else {}
+        for kind, seen in known.items():
+            if not len(seen.rows):
+                continue
+            for name, trace in _traces(priors.get(kind), kind, seen):
+                traces[name] = traces.get(name, 0.0) + trace
+            pieces = [getattr(r, kind)[seen.rows] for r in made]
+            rows = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+            rows = rows * seen.scale[:, None] if kind == "energies" else rows
+            common = seen.noise.isnan()
+            if common.all():
+                factors[kind].add(rows, seen.values)
+            else:
+                factors[kind].add(rows[common], seen.values[common])
+                own = ~common
+                factors[FIXED].add(rows[own] / seen.noise[own, None], seen.values[own] / seen.noise[own])
+        stages.tell(done + 1, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
+    return {kind: f for kind, f in factors.items() if f.count}, traces
+
+
+def _prior_diagonals(models: Sequence[Model], part: Structures, forces: bool, stresses: bool) -> dict[str, Tensor]:
+    """Prior variances (observations, blocks) of total energies, force components and stress components, unit signal."""
+    found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    for m in models:
+        pairs = neighbors.find(part, m.descriptor.cutoff)
+        surroundings = Surroundings.of(part, pairs)
+        features = m.descriptor(surroundings).features
+        for block in m.blocks:
+            prior = Prior(m.descriptor, m.kernel, {z: float(z == block.species) for z in part.distinct_species})
+            found["energies"].append(prior.energies(part, features))
+            if forces:
+                every = torch.arange(part.n_atoms, device=features.device)
+                covariance = prior.forces(part, pairs, surroundings, every)
+                found["forces"].append(covariance.diagonal(dim1=1, dim2=2).flatten())
+            if stresses:
+                found["stresses"].append(prior.stresses(part, surroundings).diagonal(dim1=1, dim2=2).flatten())
+    return {kind: torch.stack(columns, dim=1) for kind, columns in found.items() if columns}
+
+
+def _traces(prior: Tensor | None, kind: str, seen: likelihood.Observations) -> list[tuple[str, Tensor]]:
+    """(kind or FIXED, summed prior variances (blocks,)) of the known observations, scaled as their rows are."""
+    if prior is None:
+        return []
+    scaled = prior[seen.rows] * seen.scale[:, None].square()
+    common = seen.noise.isnan()
+    own = scaled[~common] / seen.noise[~common, None].square()
+    return [(kind, scaled[common].sum(0)), (FIXED, own.sum(0))]
+
+
+def learn(
+    recipe: Recipe,
+    models: Sequence[Model],
+    whitened: dict[str, Tensor],
+    counts: dict[str, int],
+    traces: dict[str, Tensor],
+    stages: Stages,
+) -> tuple[Hyperparameters, Tensor, evidence.EvidenceResult]:
+    """Learn noises and signal variances: first with some of the columns, then with all."""
+    given = {kind: getattr(recipe.noise, key) for kind, key in NOISE_FIELDS.items()}
+    fixed = {kind: value for kind, value in given.items() if value is not None}
+    widths = [b.n_columns for m in models for b in m.blocks]
+    device = next(iter(whitened.values())).device
+    block_of_column = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(device)
+    parameters = Hyperparameters(tuple(k for k in KINDS if k in whitened), fixed, len(widths))
+
+    def tell(calls: int, value: float) -> None:
+        noises = ", ".join(f"{k} {v:.2g}" for k, v in parameters.noise().items())
+        stages.tell(min(calls, 39), 40, f"-log evidence {value:.0f}; {noises}")
+
+    total = sum(widths)
+    if total > EVIDENCE_COLUMNS:
+        # columns of each block come most important first, so leading ones are a smaller model of the same data
+        share = EVIDENCE_COLUMNS / total
+        starts = torch.tensor([0, *widths]).cumsum(0).tolist()
+        some = torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
+        some = some.to(device)
+        small = {k: evidence.Statistics.of(w, counts[k], some, traces.get(k)) for k, w in whitened.items()}
+        evidence.optimise(small, parameters, block_of_column[some], progress=tell)
+    statistics = {k: evidence.Statistics.of(w, counts[k], prior=traces.get(k)) for k, w in whitened.items()}
+    # the fixed point is one of DTC alone
+    learn = evidence.refine if total > EVIDENCE_COLUMNS and not traces else evidence.optimise
+    return parameters, block_of_column, learn(statistics, parameters, block_of_column, progress=tell)
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What the data have come to: whitened factors by kind, and the hyperparameters.
+
+    Attributes:
+        whitened: by kind, [R L⁻ᵀ | y] (posterior.whiten).
+        counts: number of observations by kind.
+        noise: standard deviation by kind.
+        label_noise: as much of it as the labels themselves show, by kind.
+        signal: (columns,) δ of each column, eV.
+    """
+
+    whitened: dict[str, Tensor]
+    counts: dict[str, int]
+    noise: dict[str, float]
+    label_noise: dict[str, float]
+    signal: Tensor
+
+    @property
+    def every_noise(self) -> dict[str, float]:
+        return self.noise | {FIXED: 1.0}
+
+    def joined(self, others: dict[str, Tensor], counts: dict[str, int]) -> Learned:
+        """With the whitened rows of more data; empties `whitened` of both on the way, so that little is held twice."""
+        together = {}
+        for kind in [*self.whitened, *(k for k in others if k not in self.whitened)]:
+            rows = [r.pop(kind) for r in (self.whitened, others) if kind in r]
+            together[kind] = torch.cat(rows) if len(rows) > 1 else rows[0]
+        total = {kind: self.counts.get(kind, 0) + counts.get(kind, 0) for kind in together}
+        return Learned(together, total, self.noise, self.label_noise, self.signal)
+
+    def weights(self, lowers: Sequence[Tensor]) -> Tensor:
+        """(columns,) weights by the normal equations: half the digits of posterior.solve, a fraction of its cost."""
+        statistics = {kind: evidence.Statistics.of(rows, self.counts[kind]) for kind, rows in self.whitened.items()}
+        return posterior.unwhitened(evidence.mean(statistics, self.every_noise, self.signal), lowers)
+
+
+def make_terms(models: Sequence[Model], weights: Tensor) -> tuple[Term, ...]:
+    """Energy terms of the mean: all directions of a centre collapse into one."""
+    terms, start = [], 0
+    for m in models:
+        blocks = {}
+        for block in m.blocks:
+            part = weights[start : start + block.n_columns]
+            start += block.n_columns
+            alpha, tau = posterior.collapse(block, part.to(block.features))
+            blocks[block.species] = MeanBlock(block.features, alpha, tau if block.tangents.shape[1] else tau[:0])
+        terms.append(Term(m.descriptor, m.kernel, blocks))
+    return tuple(terms)
+
+
+def make_variances(recipe: Recipe, models: Sequence[Model], learned: Learned) -> VarianceModel | None:
+    """The posterior factor for variances, as large as the recipe wants it."""
+    if recipe.variance is False:
+        return None
+    priors, start = [], 0
+    for m in models:
+        signal = {}
+        for block in m.blocks:
+            signal[block.species] = float(learned.signal[start])
+            start += block.n_columns
+        priors.append(Prior(m.descriptor, m.kernel, signal))
+    return variances.build(
+        priors,
+        [m.blocks for m in models],
+        [lower for m in models for lower in m.lowers],
+        learned.whitened,
+        learned.counts,
+        learned.noise,
+        learned.label_noise,
+        learned.signal,
+        recipe.variance.columns,
+    )

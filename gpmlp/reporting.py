@@ -1,0 +1,185 @@
+"""Reporting gathers what the uncertainty report shows: a potential, labelled structures and their evaluation become plain arrays."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpmlp import checks, references
+from gpmlp.evaluation import Evaluation
+from gpmlp.potential import Potential
+from gpmlp.quantities import Targets, Variance
+from gpmlp.report.data import ReportData
+from gpmlp.structures import Structures
+from gpmlp.terms import chunks
+from gpmlp.uncertainty.scores import auroc, spearman
+
+WORST = 0.1  # share of atoms whose force error counts as large in the ranking of indicators
+DIMER_POINTS = 60
+VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
+
+
+def collect(
+    potential: Potential,
+    structures: Structures,
+    targets: Targets,
+    found: Evaluation,
+    model_name: str,
+    data_name: str,
+    version: str,
+) -> ReportData:
+    """Everything the report shows of a potential on labelled structures.
+
+    Args:
+        found: evaluation.evaluate of the same; without variances the sections that need them say so.
+        version: of the package that made the model, for the citation.
+    """
+    prediction = found.prediction
+    forces, energies, stresses = prediction.forces_variance, prediction.energies_variance, prediction.stresses_variance
+    offsets = structures.offsets[:-1][structures.structure_of_atom]
+    atoms = torch.arange(structures.n_atoms) - offsets.cpu()
+    scored = {kind: _plain(vars(s)) for kind, s in found.scores.items() if s.n}
+    return ReportData(
+        title=f"Uncertainty report: {model_name}",
+        model_name=model_name,
+        data_name=data_name,
+        names=structures.names,
+        n_atoms=_numpy(structures.counts),
+        energy_reference=_numpy(targets.energies),
+        energy_predicted=_numpy(prediction.energies),
+        structure=_numpy(structures.structure_of_atom),
+        species=_numpy(structures.species),
+        atom=_numpy(atoms),
+        force_reference=_numpy(targets.forces),
+        force_predicted=_numpy(prediction.forces),
+        config_type=targets.config_types,
+        energy_std=_std(energies),
+        energy_variance=_parts(energies),
+        force_std=_std(forces),
+        force_variance=_parts(forces),
+        force_half_width_90=_half_widths(potential, structures, forces),
+        local_energy_std=_std(prediction.atom_energies_variance),
+        novelty=None if prediction.novelty is None else _numpy(prediction.novelty),
+        positions=_numpy(structures.positions),
+        cells=_numpy(structures.cells),
+        periodic=_numpy(structures.periodic),
+        cutoff=potential.cutoff,
+        stress_reference=_numpy(targets.stresses[:, VOIGT[0], VOIGT[1]]),
+        stress_predicted=_numpy(prediction.stresses[:, VOIGT[0], VOIGT[1]]),
+        stress_std=None if stresses is None else _numpy(stresses.total[:, VOIGT[0], VOIGT[1]].sqrt()),
+        scores=scored,
+        rivals=rivals(potential, structures, targets, found),
+        model=_model(potential),
+        dimers=tuple(dimers(potential)),
+        citations=tuple(work.bibtex() for work in references.of(potential.recipe, version)),
+    )
+
+
+def rivals(
+    potential: Potential, structures: Structures, targets: Targets, found: Evaluation
+) -> dict[str, dict[str, float]] | None:
+    """How well each indicator ranks force errors: Spearman's coefficient, and AUROC of finding the worst tenth of the atoms.
+
+    Trivial indicators stand beside: distance to the nearest inducing environment, and the size of the predicted force.
+    """
+    prediction = found.prediction
+    error = (prediction.forces - targets.forces).norm(dim=1)
+    known = ~error.isnan()
+    if int(known.sum()) < 20 or prediction.forces_variance is None:
+        return None
+    indicators: dict[str, Tensor] = {
+        "predicted std of the force": prediction.forces_variance.total.sum(1).sqrt(),
+        "distance to the nearest inducing environment": nearest_centre(potential, structures),
+        "size of the predicted force": prediction.forces.norm(dim=1),
+    }
+    if prediction.atom_energies_variance is not None:
+        indicators["std of the local energy"] = prediction.atom_energies_variance.total.sqrt()
+    if prediction.novelty is not None:
+        indicators["novelty (Mahalanobis)"] = prediction.novelty
+        indicators["std of the force x novelty"] = indicators["predicted std of the force"] * prediction.novelty
+    large = error >= error[known].quantile(1 - WORST)
+    return {
+        name: {"Spearman": spearman(value[known], error[known]), "AUROC, worst 10 %": auroc(value[known], large[known])}
+        for name, value in indicators.items()
+    }
+
+
+def nearest_centre(potential: Potential, structures: Structures) -> Tensor:
+    """(atoms,) |x - x_j| of each environment to the nearest inducing centre of its species, in features of the first descriptor."""
+    term, out = potential.terms[0], []
+    for chunk in chunks(structures, 500):
+        features = term.view(chunk).environments.features
+        nearest = features.new_full((len(features),), math.inf)
+        for z, block in term.blocks.items():
+            mine = chunk.species == z
+            if mine.any():
+                dots = (features[mine] @ block.features.T).amax(1)
+                nearest[mine] = (2 - 2 * dots).clamp_min(0).sqrt()
+        out.append(nearest)
+    return torch.cat(out)
+
+
+def dimers(potential: Potential) -> list[dict[str, Any]]:
+    """Energy of each pair of species against distance, with its standard deviation, from close repulsion to the cutoff."""
+    made = []
+    shortest = potential.report.get("shortest", {})
+    for a in potential.species:
+        for b in potential.species:
+            if b < a:
+                continue
+            pair = f"{checks.symbol(a)}-{checks.symbol(b)}"
+            start = 0.6 * shortest.get(pair, 1.5)
+            r = torch.linspace(start, potential.cutoff + 0.3, DIMER_POINTS, dtype=torch.float64)
+            positions = torch.zeros(DIMER_POINTS, 2, 3, dtype=torch.float64)
+            positions[:, 1, 0] = r
+            structures = Structures(
+                positions.flatten(0, 1),
+                torch.zeros(DIMER_POINTS, 3, 3, dtype=torch.float64),
+                torch.zeros(DIMER_POINTS, 3, dtype=torch.bool),
+                torch.tensor([a, b]).repeat(DIMER_POINTS),
+                torch.arange(DIMER_POINTS).repeat_interleave(2),
+            )
+            prediction = potential(structures, variance=None if potential.variances is None else "energies")
+            std = prediction.energies_variance
+            entry = {
+                "pair": pair,
+                "r": _numpy(r),
+                "energy": _numpy(prediction.energies),
+                "shortest": shortest.get(pair),
+            }
+            made.append(entry | {"std": None if std is None else _numpy(std.epistemic.sqrt())})
+    return made
+
+
+def _model(potential: Potential) -> dict[str, Any]:
+    recipe = potential.recipe.model_dump(mode="json")
+    own = {"recipe": recipe, "provenance": potential.provenance, "calibration": potential.calibration.as_dict()}
+    return dict(potential.report) | own | {"noise": potential.noise}
+
+
+def _half_widths(potential: Potential, structures: Structures, forces: Variance | None) -> np.ndarray | None:
+    if forces is None:
+        return None
+    species = structures.species.repeat_interleave(3)
+    width = potential.calibration.half_width("forces", forces.total.sqrt().flatten(), 0.9, species)
+    return _numpy(width.view(-1, 3))
+
+
+def _parts(variance: Variance | None) -> dict[str, np.ndarray]:
+    return {} if variance is None else {name: _numpy(part) for name, part in vars(variance).items()}
+
+
+def _std(variance: Variance | None) -> np.ndarray | None:
+    return None if variance is None else _numpy(variance.total.sqrt())
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()
+
+
+def _plain(numbers: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in numbers.items()}

@@ -1,0 +1,213 @@
+"""Samples are whole potentials drawn from the posterior: one descriptor evaluation, many energy surfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gpmlp import checks, neighbors
+from gpmlp.gp import covariances, posterior
+from gpmlp.gp.covariances import InducingBlock
+from gpmlp.quantities import Prediction
+from gpmlp.structures import Structures
+from gpmlp.terms import CHUNK_ATOMS, MeanBlock, Term, chunks
+from gpmlp.variances import CALIBRATED_AS, VarianceModel
+
+HOW = ("posterior", "label_noise")
+
+
+class Drawable(Protocol):
+    """What samples need of a potential, a frozen dataclass."""
+
+    terms: tuple[Term, ...]
+    baselines: tuple[Any, ...]
+    recipe: Any
+    variances: VarianceModel | None
+    calibration: Any
+
+    def check_species(self, structures: Structures) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Sequence):
+    """k potentials that differ in their weights; indexing gives each as a Potential of its own (to save, to run dynamics with).
+
+    Attributes:
+        mean: the potential they were drawn from.
+        blocks: for each term and species, α (k, M) and τ (k, M, features) of the samples (τ empty where no centre has gradients).
+    """
+
+    mean: Drawable
+    blocks: tuple[dict[int, tuple[Tensor, Tensor]], ...]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.blocks[0].values()))[0])
+
+    def __getitem__(self, index: int) -> Drawable:
+        index = range(len(self))[index]
+        terms = []
+        for term, drawn in zip(self.mean.terms, self.blocks, strict=True):
+            made = {
+                z: MeanBlock(block.features, drawn[z][0][index], drawn[z][1][index]) for z, block in term.blocks.items()
+            }
+            terms.append(Term(term.descriptor, term.kernel, made))
+        return replace(self.mean, terms=tuple(terms), variances=None)
+
+    def __iter__(self) -> Iterator[Drawable]:
+        return (self[i] for i in range(len(self)))
+
+    def __call__(self, structures: Structures) -> Prediction:
+        """Predictions of all samples, stacked: every field of the Prediction has a leading axis (samples).
+
+        Neighbours, features and kernels are made once; what differs is matrix products with the weights.
+        """
+        self.mean.check_species(structures)
+        device, dtype = structures.positions.device, structures.positions.dtype
+        recipe = self.mean.recipe
+        parts = []
+        for chunk in chunks(structures, CHUNK_ATOMS):
+            own = chunk.to(device=recipe.device, dtype=getattr(torch, recipe.dtype))
+            total = sum(
+                (term(own).map(lambda v: v[None]) for term in self.mean.baselines), start=_nothing(own, len(self))
+            )
+            for term, drawn in zip(self.mean.terms, self.blocks, strict=True):
+                total = total + _evaluate(term, drawn, own)
+            parts.append(total)
+        joined = {
+            name: torch.cat([getattr(p, name) for p in parts], dim=1)
+            for name in ("energies", "atom_energies", "forces", "stresses")
+        }
+        return Prediction(**joined).map(lambda v: v.to(device=device, dtype=dtype))
+
+
+def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibrated: bool = True) -> Samples:
+    """Draw k potentials around the mean.
+
+    'posterior': weights of the inducing variables from their posterior, δβ = R⁻¹z, w = w̄ + L⁻ᵀ D δβ; where the variances are of a
+    subset of the fit's columns, what this subset misses is drawn from the prior conditioned on it, at the other centres (Wilson
+    et al., ICML 2020, eq. 9: a path is a prior path corrected at the inducing points). 'label_noise': the committee of fits to
+    labels that scatter by their noise, δβ = S⁻¹(S − 1)^½ z; it knows nothing of what the data do not touch, and is narrower.
+
+    Args:
+        calibrated: whether deviations are scaled as the calibration scales the variances of forces; its constant parts
+            (misspecification, noise) are no function of the structure that could be drawn.
+
+    Raises:
+        checks.UserError: k < 1, an unknown `how`, or a model without variances.
+    """
+    checks.choose("way of sampling", how, HOW)
+    if k < 1:
+        raise checks.UserError(f"The number of samples must be 1 or more; got {k}.")
+    model = potential.variances
+    if model is None:
+        raise checks.UserError(
+            "This model holds no posterior factor (recipe: variance: false), so nothing can be drawn."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    learned = potential.calibration.kinds[CALIBRATED_AS["forces_covariance"]]
+    inducing, data = (learned.scale * w**0.5 for w in (learned.weights or (1.0, 1.0))[:2]) if calibrated else (1.0, 1.0)
+    deviations = data * model.signal[:, None] * _whitened_deviations(model, k, generator, how)
+    start, i, made = 0, 0, []
+    for term, blocks, prior in zip(potential.terms, model.blocks, model.priors, strict=True):
+        drawn = {}
+        for block in blocks:
+            here = slice(start, start + block.n_columns)
+            lower = model.lowers[i]
+            start, i = here.stop, i + 1
+            weights = torch.linalg.solve_triangular(lower.T, deviations[here], upper=True)
+            mean = term.blocks[block.species]
+            extra = None
+            if how == "posterior" and len(mean.features) > len(block.features):
+                extra, correction = _missed(term, block, lower, mean.features[len(block.features) :], k, generator)
+                scale = inducing * prior.signal[block.species]
+                weights, extra = weights + scale * correction, scale * extra
+            drawn[block.species] = _around(mean, block, weights, extra)
+        made.append(drawn)
+    return Samples(potential, tuple(made))
+
+
+def _whitened_deviations(model: VarianceModel, k: int, generator: torch.Generator, how: str) -> Tensor:
+    """(columns, k) draws of β - β̄."""
+    z = torch.randn(model.n_columns, k, generator=generator, dtype=torch.float64).to(model.factor)
+    if how == "posterior":
+        return torch.linalg.solve_triangular(model.factor, z, upper=True)
+    values, vectors = torch.linalg.eigh(model.factor.T @ model.factor)
+    return vectors @ ((values - 1).clamp_min(0).sqrt() / values)[:, None].mul(z)
+
+
+def _missed(
+    term: Term, block: InducingBlock, lower: Tensor, centres: Tensor, k: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Prior paths conditioned on zero at the block's variables: weights at other centres (n, k) and their correction (columns, k).
+
+    With S = K_ww - K_wu K_uu⁻¹ K_uw = C Cᵀ: h(x) = (k_xw - k_xu K_uu⁻¹ K_uw) C⁻ᵀ ξ has the covariance of the prior residual at w.
+    """
+    none = centres.new_zeros(len(centres), 0, centres.shape[1])
+    others = InducingBlock(block.species, centres, none, torch.arange(len(centres), device=centres.device))
+    cross = torch.linalg.solve_triangular(lower, covariances.covariance(term.kernel, block, others), upper=False)
+    residual = covariances.covariance(term.kernel, others, others) - cross.T @ cross
+    values, vectors = torch.linalg.eigh(residual)
+    usable = values > posterior.RANK_TOLERANCE
+    xi = torch.randn(int(usable.sum()), k, generator=generator, dtype=torch.float64).to(centres)
+    weights = (vectors[:, usable] * values[usable].rsqrt()) @ xi
+    return weights, -torch.linalg.solve_triangular(lower.T, cross @ weights, upper=True)
+
+
+def _around(mean: MeanBlock, block: InducingBlock, weights: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+    """α (k, M) and τ (k, M, features): the mean's plus the deviations (columns, k) of the block, and (others, k) at the other centres."""
+    k, m, r = weights.shape[1], len(block.features), block.tangents.shape[1]
+    full = weights.new_zeros(m + m * r, k)
+    full[block.kept] = weights
+    alpha = mean.weights.repeat(k, 1)
+    alpha[:, :m] += full[:m].T
+    if extra is not None:
+        alpha[:, m:] += extra.T
+    if not len(mean.tangents) and not r:
+        return alpha, mean.tangents.expand(k, -1, -1)
+    tau = (mean.tangents if len(mean.tangents) else torch.zeros_like(mean.features)).repeat(k, 1, 1)
+    tau[:, :m] += torch.einsum("mrk,mrf->kmf", full[m:].reshape(m, r, k), block.tangents)
+    return alpha, tau
+
+
+def _evaluate(term: Term, drawn: dict[int, tuple[Tensor, Tensor]], structures: Structures) -> Prediction:
+    """One term of all samples, with a leading axis (samples)."""
+    view = term.view(structures)
+    features = view.environments.features
+    k = len(next(iter(drawn.values()))[0])
+    local = features.new_zeros(k, len(features))
+    cotangents = features.new_zeros(k, *features.shape)
+    for z, block in term.blocks.items():
+        mine = (structures.species == z).nonzero()[:, 0]
+        if not len(mine):
+            continue
+        alpha, tau = (part.to(features) for part in drawn[z])
+        x = features[mine]
+        value, first, second = term.kernel.profile(x @ block.features.T)
+        local[:, mine] = alpha @ value.T
+        on_dots = first * alpha[:, None, :]
+        if tau.shape[1]:
+            along = x @ tau.mT
+            local[:, mine] += (first * along).sum(2)
+            cotangents[:, mine] = (on_dots + second * along) @ block.features + first @ tau
+        else:
+            cotangents[:, mine] = (on_dots.flatten(0, 1) @ block.features).unflatten(0, (k, len(mine)))
+    gradients = view.environments.pull_back(cotangents)
+    vectors = view.surroundings.vectors
+    # the scatters carry trailing axes along: samples go last and come back first
+    last = gradients.movedim(0, -1)
+    forces = neighbors.forces(view.neighbors, structures.n_atoms, last).movedim(-1, 0)
+    stresses = neighbors.virials(structures, view.neighbors, vectors, last).movedim(-1, 0)
+    energies = local.new_zeros(k, len(structures)).index_add(1, structures.structure_of_atom, local)
+    return Prediction(energies, local, forces, stresses / structures.volumes[:, None, None])
+
+
+def _nothing(structures: Structures, k: int) -> Prediction:
+    like, n = structures.positions, len(structures)
+    stresses = (0.0 * structures.volumes)[:, None, None].expand(k, n, 3, 3)
+    return Prediction(
+        like.new_zeros(k, n), like.new_zeros(k, structures.n_atoms), like.new_zeros(k, structures.n_atoms, 3), stresses
+    )

@@ -1,0 +1,96 @@
+"""Terms are the learned parts of the energy: a descriptor with its kernel and the posterior mean of local energies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpmlp import neighbors
+from gpmlp.environments import Descriptor, Environments, Surroundings
+from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.neighbors import Neighbors
+from gpmlp.quantities import Prediction
+from gpmlp.structures import Structures
+
+CHUNK_ATOMS = 256  # atoms whose pair quantities are in memory together
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What one descriptor sees of some structures: made once, used by mean, variances and novelty."""
+
+    neighbors: Neighbors
+    surroundings: Surroundings
+    environments: Environments
+
+
+@dataclass(frozen=True, eq=False)
+class MeanBlock:
+    """The posterior mean of local energies of one central species, ε(x) = Σ_j [α_j f(x·x_j) + f'(x·x_j) x·τ_j].
+
+    Attributes:
+        features: (M, features) centres x_j.
+        weights: (M,) α_j, eV.
+        tangents: (M, features) τ_j, eV; empty (0, features) where no centre carries gradients.
+    """
+
+    features: Tensor
+    weights: Tensor
+    tangents: Tensor
+
+    def __call__(self, kernel: ZonalKernel, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ε (environments,) and dε/dx (environments, features)."""
+        value, first, second = kernel.profile(x @ self.features.T)
+        energy = value @ self.weights
+        on_dots = first * self.weights
+        if not len(self.tangents):
+            return energy, on_dots @ self.features
+        along = x @ self.tangents.T
+        energy = energy + (first * along).sum(1)
+        return energy, (on_dots + second * along) @ self.features + first @ self.tangents
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One descriptor with its kernel and, for each central species, the mean of the local energies."""
+
+    descriptor: Descriptor
+    kernel: ZonalKernel
+    blocks: dict[int, MeanBlock]
+
+    def view(self, structures: Structures) -> View:
+        """What the descriptor sees."""
+        pairs = neighbors.find(structures, self.descriptor.cutoff)
+        surroundings = Surroundings.of(structures, pairs)
+        return View(pairs, surroundings, self.descriptor(surroundings))
+
+    def mean(self, structures: Structures, view: View) -> Prediction:
+        """Posterior mean of energies, forces and stresses."""
+        environments = view.environments
+        local = structures.positions.new_zeros(structures.n_atoms)
+        cotangents = torch.zeros_like(environments.features)
+        for z, block in self.blocks.items():
+            mine = (structures.species == z).nonzero()[:, 0]
+            if len(mine):
+                local[mine], cotangents[mine] = block(self.kernel, environments.features[mine])
+        gradients = environments.pull_back(cotangents)
+        return neighbors.prediction(structures, view.neighbors, view.surroundings.vectors, local, gradients)
+
+    def __call__(self, structures: Structures) -> Prediction:
+        return self.mean(structures, self.view(structures))
+
+
+def chunks(structures: Structures, atoms: int) -> Iterator[Structures]:
+    """Consecutive structures, as many as have about that many atoms together (at least one)."""
+    start, filled = 0, 0
+    counts = structures.counts.tolist()
+    for i, count in enumerate(counts):
+        if filled and filled + count > atoms:
+            yield structures.select(range(start, i))
+            start, filled = i, 0
+        filled += count
+    if start < len(counts):
+        yield structures.select(range(start, len(counts)))

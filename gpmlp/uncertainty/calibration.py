@@ -1,0 +1,299 @@
+"""Calibration rescales standard deviations so that they match held-out errors, and gives intervals with a known coverage.
+
+For each kind of observation: one factor on the standard deviation (maximum likelihood), if wanted weights of the parts of the variance
+(`weigh`), and split-conformal intervals whose half-width is a multiple of the calibrated standard deviation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpmlp import checks
+from gpmlp.quantities import KINDS
+from gpmlp.uncertainty.scores import gaussian_multiplier, known, least
+
+LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.99)
+MEMBERS = 30  # a group with fewer, or with fewer than 3/(1 − p), has no multiplier of its own at level p
+TERTILES = (1 / 3, 2 / 3)
+PRIOR = 2.0  # standard deviation of log w about 0 in `weigh`: a factor of 7 either way costs half a nat
+WEIGHTS = (1e-8, 1e8)  # bounds of the weights
+EVERYTHING = "all"
+
+
+@dataclass(frozen=True)
+class KindCalibration:
+    """Calibration of one kind of observation.
+
+    Attributes:
+        scale: factor on the predicted std.
+        n: number of held-out errors it was learned from; 0 = nothing learned.
+        multipliers: by group, half-widths in calibrated std at each of LEVELS. Groups are 'all', '*/bin' and 'species/bin', bins
+            counting up from small to large std; a group that was too small is absent.
+        counts: by group, number of held-out errors.
+        edges: of the bins, calibrated std, unit of the errors; none = one bin.
+        floor: smallest calibrated std, unit of the errors: smaller ones count as this in intervals.
+        weights: of the parts of the variance (`weigh`) from which the std was formed; empty = 1 each.
+    """
+
+    scale: float
+    n: int
+    multipliers: dict[str, tuple[float, ...]]
+    counts: dict[str, int] = field(default_factory=dict)
+    edges: tuple[float, ...] = ()
+    floor: float = 0.0
+    weights: tuple[float, ...] = ()
+
+    @staticmethod
+    def identity() -> KindCalibration:
+        """Return what changes nothing: scale 1 and Gaussian intervals."""
+        return KindCalibration(1.0, 0, {EVERYTHING: tuple(gaussian_multiplier(p) for p in LEVELS)})
+
+    @staticmethod
+    def fit(
+        errors: Tensor, std: Tensor, species: Tensor | None = None, weights: tuple[float, ...] = ()
+    ) -> KindCalibration:
+        """Learn from held-out errors; see Calibration.fit."""
+        keep, e, s = known(errors, std)
+        if not len(e):
+            return KindCalibration.identity()
+        floor = least(s, e)
+        s = s.clamp_min(floor)
+        # argmax over s of Σ log N(e; 0, s²σ²)
+        scale = max((e / s).square().mean().sqrt().item(), 1e-12)  # errors that are all 0 must leave a std
+        s = scale * s
+        edges = _edges(s)
+        labels = None
+        if species is not None:
+            checks.shape("species", species, (len(errors),))
+            labels = species[keep].cpu()
+        multipliers, counts = _table((e.abs() / s).cpu(), _bins(s, edges).cpu(), labels, len(edges) + 1)
+        return KindCalibration(scale, len(e), multipliers, counts, edges, scale * floor, weights)
+
+    def variance(self, parts: Tensor) -> Tensor:
+        """Calibrated variance (n,) of parts of variance (n, parts): scale² Σ_k w_k part_k."""
+        if not self.weights:
+            return self.scale**2 * parts.sum(1)
+        checks.shape("parts", parts, ("n", len(self.weights)))
+        return self.scale**2 * (parts @ torch.tensor(self.weights).to(parts))
+
+    def half_width(self, std: Tensor, level: float, species: Tensor | None = None) -> Tensor:
+        """See Calibration.half_width."""
+        if not 0 < level <= LEVELS[-1]:
+            raise checks.UserError(f"`level` must be above 0 and at most {LEVELS[-1]}, as 0.9 for 90 %; got {level}.")
+        checks.shape("std", std, ("n",))
+        column = next(k for k, p in enumerate(LEVELS) if p >= level - 1e-9)
+        if species is not None:
+            checks.shape("species", species, (len(std),))
+        bins = _bins(std, self.edges)
+        factor = self._factors(None, column).to(std)[bins]
+        named = {name.split("/")[0] for name in self.multipliers} if species is not None else set()
+        for z in sorted(named - {EVERYTHING, "*"}):
+            of_species = species == int(z)
+            factor = torch.where(of_species, self._factors(z, column).to(std)[bins], factor)
+        return factor * std.clamp_min(self.floor)
+
+    def _factors(self, species: str | None, column: int) -> Tensor:
+        """(bins,) multipliers of a species: its own, else those of the bin, else those of all."""
+        found = []
+        for b in range(len(self.edges) + 1):
+            names = (f"{species}/{b}", f"*/{b}", EVERYTHING)
+            found.append(next(self.multipliers[name][column] for name in names if name in self.multipliers))
+        return torch.tensor(found, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration of every kind of observation.
+
+    Attributes:
+        kinds: by 'energies', 'forces', 'stresses'.
+        source: what it was learned from, as plain data for the model file: number of structures, names or hash, how they were held out.
+    """
+
+    kinds: dict[str, KindCalibration]
+    source: dict = field(default_factory=dict)
+
+    @staticmethod
+    def identity() -> Calibration:
+        """Return what changes nothing, for when there is nothing to calibrate with."""
+        return Calibration({kind: KindCalibration.identity() for kind in KINDS}, {})
+
+    @staticmethod
+    def fit(
+        data: Mapping[str, tuple[Tensor, Tensor, Tensor | None]],
+        source: dict | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Calibration:
+        """Learn from held-out errors.
+
+        The scale is sqrt(mean((e/σ)²)), the maximum of the Gaussian likelihood: it makes the mean square right and so follows single
+        large errors; the intervals do not depend on it.
+
+        Intervals are split-conformal (Vovk, Gammerman, Shafer, Algorithmic Learning in a Random World, 2005; Angelopoulos & Bates,
+        arXiv:2107.07511, sections 1 and 2.3): with conformity scores |e|/(scale σ), the ⌈(n+1)p⌉-th smallest of n covers a new error
+        that is exchangeable with them with probability at least p, whatever the distribution. If ⌈(n+1)p⌉ > n the largest score is
+        taken and the guarantee is lost. It is an average over new data: not for each structure, and not for data of another kind
+        than the held-out ones; atoms of one structure are less than exchangeable.
+        Multipliers are by species × bin of calibrated std (tertiles of the held-out data), by bin where that group has fewer
+        than max(30, 3/(1 − p)) members, by all where the bin has. They never fall with the level.
+
+        Args:
+            data: by kind, (errors, std, species): (n,) predicted − known with NaN = not known; (n,) predicted std; (n,) Z of the
+                central atom, or None. Flatten the components of forces and stresses, and repeat the species.
+            source: kept as it is; JSON-able.
+            weights: by kind, weights of the parts of variance (`weigh`) that were used for std; kept for KindCalibration.variance.
+
+        Raises:
+            checks.UserError: an unknown kind, wrong shapes, a std that is negative or not finite where the error is known.
+        """
+        for kind in data:
+            checks.choose("kind of observation", kind, KINDS)
+        kinds = {kind: KindCalibration.identity() for kind in KINDS}
+        for kind, (errors, std, species) in data.items():
+            used = tuple(float(w) for w in (weights or {}).get(kind, ()))
+            kinds[kind] = KindCalibration.fit(errors, std, species, used)
+        return Calibration(kinds, dict(source or {}))
+
+    def scaled(self, kind: str, std: Tensor) -> Tensor:
+        """Calibrated std of a predicted one, any shape."""
+        checks.choose("kind of observation", kind, self.kinds)
+        return self.kinds[kind].scale * std
+
+    def half_width(self, kind: str, std: Tensor, level: float, species: Tensor | None = None) -> Tensor:
+        """Half-width (n,) of the interval about the prediction that holds a new error with probability `level`.
+
+        Args:
+            std: (n,) calibrated standard deviation (`scaled`).
+            level: up to 0.99; between two of LEVELS the next higher is used.
+            species: (n,) Z of the central atom; not needed.
+        """
+        checks.choose("kind of observation", kind, self.kinds)
+        return self.kinds[kind].half_width(std, level, species)
+
+    def as_dict(self) -> dict:
+        """Return plain data for JSON; from_dict restores it exactly."""
+        kinds = {}
+        for kind, calibration in self.kinds.items():
+            plain = asdict(calibration)
+            plain["multipliers"] = {name: list(row) for name, row in calibration.multipliers.items()}
+            kinds[kind] = plain | {"edges": list(calibration.edges), "weights": list(calibration.weights)}
+        return {"levels": list(LEVELS), "kinds": kinds, "source": self.source}
+
+    @staticmethod
+    def from_dict(plain: dict) -> Calibration:
+        """Restore what as_dict gave.
+
+        Raises:
+            checks.UserError: a table on other levels than LEVELS.
+        """
+        if tuple(plain["levels"]) != LEVELS:
+            raise checks.UserError(f"Calibration on levels {plain['levels']}; this version of gpmlp knows {LEVELS}.")
+        kinds = {}
+        for kind, entry in plain["kinds"].items():
+            rows = {name: tuple(row) for name, row in entry["multipliers"].items()}
+            tuples = {"multipliers": rows, "edges": tuple(entry["edges"]), "weights": tuple(entry["weights"])}
+            kinds[kind] = KindCalibration(**(entry | tuples))
+        return Calibration(kinds, plain["source"])
+
+
+def _edges(std: Tensor) -> tuple[float, ...]:
+    """Tertiles of std; none where it is constant."""
+    ordered = std.sort().values
+    edges = [ordered[int(q * len(std))].item() for q in TERTILES]
+    return tuple(dict.fromkeys(edges)) if ordered[0] < ordered[-1] else ()
+
+
+def _bins(std: Tensor, edges: tuple[float, ...]) -> Tensor:
+    return torch.bucketize(std.contiguous(), torch.tensor(edges, dtype=torch.float64).to(std))
+
+
+def _table(
+    conformity: Tensor, bins: Tensor, species: Tensor | None, n_bins: int
+) -> tuple[dict[str, tuple[float, ...]], dict[str, int]]:
+    """Multipliers at LEVELS and number of members of each group that has enough; what it lacks comes from the wider group."""
+    multipliers = {EVERYTHING: _row(conformity, None)}
+    counts = {EVERYTHING: len(conformity)}
+
+    def add(name: str, members: Tensor, wider: str) -> None:
+        if len(members) >= MEMBERS:
+            multipliers[name], counts[name] = _row(members, multipliers[wider]), len(members)
+
+    for b in range(n_bins if n_bins > 1 else 0):
+        add(f"*/{b}", conformity[bins == b], EVERYTHING)
+    for z in [] if species is None else species.unique().tolist():
+        for b in range(n_bins):
+            wider = f"*/{b}" if f"*/{b}" in multipliers else EVERYTHING
+            add(f"{z}/{b}", conformity[(bins == b) & (species == z)], wider)
+    return multipliers, counts
+
+
+def _row(conformity: Tensor, wider: tuple[float, ...] | None) -> tuple[float, ...]:
+    """The ⌈(n+1)p⌉-th smallest score for each level, or the wider group's multiplier where n is too small for the level."""
+    ordered, n = conformity.sort().values, len(conformity)
+    row: list[float] = []
+    for k, level in enumerate(LEVELS):
+        # 1e-9: (n + 1) p that is an integer must not be rounded up to the next
+        rank = min(n, math.ceil((n + 1) * level - 1e-9))
+        enough = n >= max(MEMBERS, 3 * math.ceil(1 / (1 - level) - 1e-9))
+        value = ordered[rank - 1].item() if wider is None or enough else wider[k]
+        row.append(max([value, *row[-1:]]))
+    return tuple(row)
+
+
+def weigh(errors: Tensor, parts: Tensor) -> Tensor:
+    """Weights (parts,) of the parts of a variance: those that make held-out errors most likely under var = Σ_k w_k part_k.
+
+    Maximises Σ_i log N(e_i; 0, var_i) − Σ_k (log w_k)² / (2·PRIOR²) by L-BFGS-B in log w, within WEIGHTS. The prior decides only where
+    the errors do not: a part that is 0, or two parts that are proportional.
+
+    Args:
+        errors: (n,) NaN = not known, dropped.
+        parts: (n, parts) variances by cause, zero or positive, unit of the errors squared.
+
+    Raises:
+        checks.UserError: shapes that do not belong together; a part that is negative or not finite where the error is known.
+    """
+    from scipy.optimize import minimize
+
+    checks.shape("errors", errors, ("n",))
+    checks.shape("parts", parts, (len(errors), "parts"))
+    total = parts.sum(1)
+    _, e, s = known(errors, torch.where((parts >= 0).all(1), total.clamp_min(0).sqrt(), math.nan))
+    p = parts[~torch.isnan(errors)].double()
+    if not len(e):
+        return torch.ones(parts.shape[1], dtype=torch.float64, device=parts.device)
+    floor = least(s, e) ** 2
+    # start where a common factor is best
+    common = (e.square() / (p.sum(1) + floor)).mean().clamp(*WEIGHTS).log().item()
+    found = minimize(
+        _negative_log_posterior,
+        np.full(p.shape[1], common),
+        args=(e.square().cpu().numpy(), p.cpu().numpy(), floor),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[tuple(math.log(w) for w in WEIGHTS)] * p.shape[1],
+        options={"ftol": 1e-14, "gtol": 1e-9, "maxiter": 500},
+    )
+    return torch.from_numpy(np.exp(found.x)).to(parts.device)
+
+
+def _negative_log_posterior(
+    log_weights: np.ndarray, squared: np.ndarray, parts: np.ndarray, floor: float
+) -> tuple[float, np.ndarray]:
+    """What `weigh` minimises, per error, and its gradient in log w; `floor` is added to each variance.
+
+    f = ½ Σ_i [log v_i + e_i²/v_i] + ½ Σ_k (a_k/τ)²,  v = Σ_k exp(a_k) p_k + floor
+    ∂f/∂a_k = ½ Σ_i (1/v_i − e_i²/v_i²) exp(a_k) p_ik + a_k/τ²
+    """
+    n = len(squared)
+    weighted = parts * np.exp(log_weights)
+    variance = weighted.sum(1) + floor
+    value = 0.5 * (np.log(variance) + squared / variance).sum() + 0.5 * np.square(log_weights / PRIOR).sum()
+    gradient = 0.5 * ((1 - squared / variance) / variance) @ weighted + log_weights / PRIOR**2
+    return value / n, gradient / n

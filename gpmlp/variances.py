@@ -1,0 +1,339 @@
+"""Posterior variances of what a potential predicts, told apart by cause: inducing set, data, misspecification, noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gpmlp.environments import Descriptor
+from gpmlp.gp import covariances, posterior
+from gpmlp.gp.covariances import InducingBlock
+from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.gp.prior import Prior, near_together
+from gpmlp.quantities import Prediction, Variance
+from gpmlp.structures import Structures
+from gpmlp.terms import View
+from gpmlp.uncertainty.calibration import Calibration
+
+VARIANCES = ("atom_energies", "energies", "forces", "stresses")
+FORMS = ("dtc", "vfe", "sor")
+# local energies have no labels; of the forces, which are their slopes, there are most
+CALIBRATED_AS = {
+    "energies_variance": "energies",
+    "atom_energies_variance": "forces",
+    "forces_covariance": "forces",
+    "stresses_covariance": "stresses",
+}
+FORCE_ATOMS = 512  # atoms whose force rows are in memory together
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which variances to compute.
+
+    Attributes:
+        atom_energies, energies, stresses: whether.
+        forces: whether; for `atoms` only, if given (indices).
+        residual: whether to count what the inducing set cannot represent: DTC (Quiñonero-Candela, Rasmussen 2005, eq. 20), which
+            is also the predictive variance of VFE (Titsias 2009); without it SoR (eq. 16).
+    """
+
+    atom_energies: bool = False
+    energies: bool = False
+    forces: bool = False
+    stresses: bool = False
+    atoms: Tensor | None = None
+    residual: bool = True
+
+    @property
+    def any(self) -> bool:
+        return self.atom_energies or self.energies or self.forces or self.stresses
+
+    def within(self, first: int, n_atoms: int) -> Wanted:
+        """The same for a chunk of structures that begins with atom `first`; atoms are counted from there."""
+        if self.atoms is None:
+            return self
+        here = self.atoms[(self.atoms >= first) & (self.atoms < first + n_atoms)] - first
+        return replace(self, atoms=here)
+
+
+@dataclass(frozen=True, eq=False)
+class VarianceModel:
+    """The posterior of a set of inducing variables, kept for variances.
+
+    For a linear functional g of local energies with covariances k_gu and a = D L⁻¹ k_ug:
+    var = [k_gg - a.a] + |R⁻ᵀ a|² + noise, RᵀR = I + D L⁻¹ K_uo Σ⁻¹ K_ou L⁻ᵀ D (Quiñonero-Candela, Rasmussen, JMLR 6, 1939 (2005), eq. 20).
+
+    Attributes:
+        priors: one for each descriptor.
+        blocks: for each descriptor, the inducing variables of its species.
+        lowers: L of every block, in order.
+        signal: (columns,) δ of each column, eV.
+        factor: (columns, columns) R, upper triangular.
+        noise: standard deviation by kind, as learned: of the labels and of what the model class cannot express together.
+        label_noise: by kind, as much of `noise` as the labels themselves show (uncertainty/label_noise.py); absent = all of it.
+        of_fit: number of columns of the mean; these are a subset if they are fewer.
+    """
+
+    priors: tuple[Prior, ...]
+    blocks: tuple[tuple[InducingBlock, ...], ...]
+    lowers: tuple[Tensor, ...]
+    signal: Tensor
+    factor: Tensor
+    noise: dict[str, float]
+    label_noise: dict[str, float]
+    of_fit: int
+
+    @property
+    def n_columns(self) -> int:
+        return len(self.signal)
+
+    def whitened(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """a = D L⁻¹ k_ug and R⁻ᵀ a, as rows (n, columns): their squares are what the inducing set explains and the data leave."""
+        a = posterior.whiten(rows.to(self.signal, copy=True), self.lowers) * self.signal
+        return a, torch.linalg.solve_triangular(self.factor.T, a.T, upper=False).T
+
+    def __call__(self, structures: Structures, views: Sequence[View], wanted: Wanted) -> dict[str, Variance]:
+        """Variances by name of the field of Prediction that holds them."""
+        out: dict[str, Variance] = {}
+        if wanted.atom_energies or wanted.energies:
+            rows = self._atom_rows(structures, views)
+            if wanted.atom_energies:
+                out["atom_energies_variance"] = self._atom_energies(structures, rows, wanted.residual)
+            if wanted.energies:
+                out["energies_variance"] = self._energies(structures, views, rows, wanted.residual)
+        if wanted.forces:
+            out["forces_covariance"] = self._forces(structures, views, wanted)
+        if wanted.stresses:
+            out["stresses_covariance"] = self._stresses(structures, views, wanted.residual)
+        return out
+
+    def _atom_rows(self, structures: Structures, views: Sequence[View]) -> Tensor:
+        every = zip(self.priors, self.blocks, views, strict=True)
+        return torch.cat(
+            [covariances.atom_rows(v.environments.features, structures.species, p.kernel, b) for p, b, v in every],
+            dim=1,
+        )
+
+    def _atom_energies(self, structures: Structures, rows: Tensor, residual: bool) -> Variance:
+        a, left = self.whitened(rows)
+        prior = sum(p.atom_energies(structures) for p in self.priors)
+        inducing = (prior - a.square().sum(1)).clamp_min(0) if residual else torch.zeros_like(prior)
+        # local energies are never observed, so no label noise belongs to them
+        none = torch.zeros_like(prior)
+        return Variance(inducing, left.square().sum(1), none, none)
+
+    def _energies(self, structures: Structures, views: Sequence[View], rows: Tensor, residual: bool) -> Variance:
+        summed = rows.new_zeros(len(structures), rows.shape[1]).index_add(0, structures.structure_of_atom, rows)
+        a, left = self.whitened(summed)
+        inducing = torch.zeros_like(a[:, 0])
+        if residual:
+            prior = sum(
+                p.energies(structures, v.environments.features) for p, v in zip(self.priors, views, strict=True)
+            )
+            inducing = (prior - a.square().sum(1)).clamp_min(0)
+        counts = structures.counts.to(a.dtype).square()
+        misfit, noise = (counts * part for part in self._constant("energies"))
+        return Variance(inducing, left.square().sum(1), misfit, noise)
+
+    def _forces(self, structures: Structures, views: Sequence[View], wanted: Wanted) -> Variance:
+        atoms = wanted.atoms
+        chosen = torch.arange(structures.n_atoms, device=structures.species.device) if atoms is None else atoms
+        like = structures.positions.to(self.signal.dtype)
+        inducing, data, misfit, noise = (like.new_full((structures.n_atoms, 3, 3), float("nan")) for _ in range(4))
+        misfit[chosen], noise[chosen] = (part * torch.eye(3).to(like) for part in self._constant("forces"))
+        for some in near_together(structures, chosen).split(FORCE_ATOMS):
+            here = chosen[some]
+            rows = [
+                covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b, True, False, here).forces
+                for p, b, v in zip(self.priors, self.blocks, views, strict=True)
+            ]
+            a, left = (part.unflatten(0, (len(here), 3)) for part in self.whitened(torch.cat(rows, dim=1)))
+            data[here] = left @ left.mT
+            inducing[here] = 0.0
+            if wanted.residual:
+                prior = sum(
+                    p.forces(structures, v.neighbors, v.surroundings, here)
+                    for p, v in zip(self.priors, views, strict=True)
+                )
+                inducing[here] = _without_rounding(prior - a @ a.mT)
+        return Variance(inducing, data, misfit, noise)
+
+    def _stresses(self, structures: Structures, views: Sequence[View], residual: bool) -> Variance:
+        rows = [
+            covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b, False, True).stresses
+            for p, b, v in zip(self.priors, self.blocks, views, strict=True)
+        ]
+        a, left = (part.unflatten(0, (len(structures), 6)) for part in self.whitened(torch.cat(rows, dim=1)))
+        unknown = structures.volumes.isnan()
+        data = left @ left.mT
+        data[unknown] = float("nan")
+        inducing = torch.zeros_like(data)
+        if residual:
+            prior = sum(p.stresses(structures, v.surroundings) for p, v in zip(self.priors, views, strict=True))
+            inducing[~unknown] = _without_rounding((prior - a @ a.mT)[~unknown])
+        inducing[unknown] = float("nan")
+        parts = [(part * torch.eye(6).to(data)).expand_as(data).clone() for part in self._constant("stresses")]
+        for part in parts:
+            part[unknown] = float("nan")
+        return Variance(inducing, data, *parts)
+
+    def _constant(self, kind: str) -> tuple[float, float]:
+        """Variances that are the same everywhere: what the model class cannot express, and noise of the labels."""
+        everything = self.noise.get(kind, 0.0) ** 2
+        noise = min(everything, self.label_noise.get(kind, math.inf) ** 2)
+        return everything - noise, noise
+
+    def joint(self, structures: Structures, views: Sequence[View]) -> Tensor:
+        """Posterior covariance (without noise) of all energies, force components and stress components, each with each.
+
+        Rows and columns: energies (structures), forces (3 atoms), stresses (6 structures, Voigt; zero where there is no volume).
+        """
+        made = [
+            covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b)
+            for p, b, v in zip(self.priors, self.blocks, views, strict=True)
+        ]
+        rows = torch.cat([torch.cat([r.energies, r.forces, r.stresses]) for r in made], dim=1)
+        a, left = self.whitened(rows)
+        prior = sum(p.joint(structures, v.neighbors, v.surroundings) for p, v in zip(self.priors, views, strict=True))
+        return prior - a @ a.T + left @ left.T
+
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """What a model file holds beside the mean: a JSON-able header and tensors. Centres are the first ones of the mean's."""
+        header = {
+            "noise": self.noise,
+            "label_noise": self.label_noise,
+            "of_fit": self.of_fit,
+            "blocks": [[{"species": b.species, "centres": len(b.features)} for b in blocks] for blocks in self.blocks],
+            "signal": [{str(z): s for z, s in prior.signal.items()} for prior in self.priors],
+        }
+        every = [b for blocks in self.blocks for b in blocks]
+        tensors = {"factor": _packed(self.factor.T), "signal": self.signal}
+        for i, (block, lower) in enumerate(zip(every, self.lowers, strict=True)):
+            tensors |= {f"{i}.tangents": block.tangents, f"{i}.kept": block.kept, f"{i}.lower": _packed(lower)}
+        return header, tensors
+
+    @staticmethod
+    def from_state(
+        header: dict,
+        tensors: dict[str, Tensor],
+        models: Sequence[tuple[Descriptor, ZonalKernel]],
+        features: Sequence[dict[int, Tensor]],
+    ) -> VarianceModel:
+        """Restore what state gave, with the descriptors, kernels and centres (by Z) of the mean."""
+        priors, blocks, lowers, i = [], [], [], 0
+        for k, (descriptor, kernel) in enumerate(models):
+            priors.append(Prior(descriptor, kernel, {int(z): s for z, s in header["signal"][k].items()}))
+            mine = []
+            for entry in header["blocks"][k]:
+                centres = features[k][entry["species"]][: entry["centres"]]
+                mine.append(InducingBlock(entry["species"], centres, tensors[f"{i}.tangents"], tensors[f"{i}.kept"]))
+                lowers.append(_unpacked(tensors[f"{i}.lower"]))
+                i += 1
+            blocks.append(tuple(mine))
+        factor = _unpacked(tensors["factor"]).T
+        noises = dict(header["noise"]), dict(header["label_noise"])
+        return VarianceModel(
+            tuple(priors), tuple(blocks), tuple(lowers), tensors["signal"], factor, *noises, header["of_fit"]
+        )
+
+
+def _packed(lower: Tensor) -> Tensor:
+    """The entries of a lower triangular matrix, row by row."""
+    rows, columns = torch.tril_indices(*lower.shape, device=lower.device)
+    return lower[rows, columns]
+
+
+def _unpacked(entries: Tensor) -> Tensor:
+    size = int(((8 * len(entries) + 1) ** 0.5 - 1) / 2 + 0.5)
+    out = entries.new_zeros(size, size)
+    rows, columns = torch.tril_indices(size, size, device=entries.device)
+    out[rows, columns] = entries
+    return out
+
+
+def build(
+    priors: Sequence[Prior],
+    blocks: Sequence[Sequence[InducingBlock]],
+    lowers: Sequence[Tensor],
+    whitened: dict[str, Tensor],
+    counts: dict[str, int],
+    noise: dict[str, float],
+    label_noise: dict[str, float],
+    signal: Tensor,
+    at_most: int,
+) -> VarianceModel:
+    """The variance model of a fit, with all its columns or, if these are more than `at_most`, with those of leading centres.
+
+    A subset is a sparse process of its own with the same hyperparameters: its factors are columns of those of the fit.
+
+    Args:
+        whitened: by kind, [R L⁻ᵀ | y] (posterior.whiten); 'given' are rows divided by their own noise.
+        signal: (columns,) δ of each column.
+    """
+    of_fit = len(signal)
+    if of_fit > at_most:
+        chosen = [_leading(block, at_most / of_fit) for terms in blocks for block in terms]
+        starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
+        columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
+        picked = iter(chosen)
+        blocks = [[_restricted(block, next(picked)) for block in terms] for terms in blocks]
+        whitened = {kind: posterior.unwhiten(rows, lowers, chosen) for kind, rows in whitened.items()}
+        lowers = [torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(lowers, chosen, strict=True)]
+        whitened = {kind: posterior.whiten(rows, lowers) for kind, rows in whitened.items()}
+        signal = signal[columns]
+    factor = posterior.solve(whitened, counts, noise | {posterior.FIXED: 1.0}, signal, lowers).factor
+    groups = tuple(tuple(b) for b in blocks)
+    return VarianceModel(tuple(priors), groups, tuple(lowers), signal, factor, noise, label_noise, of_fit)
+
+
+def _leading(block: InducingBlock, share: float) -> Tensor:
+    """Positions of the columns of that share of the centres, the most important ones."""
+    centre, _ = _address(block)
+    return (centre < max(1, int(share * len(block.features)))).nonzero()[:, 0]
+
+
+def _address(block: InducingBlock) -> tuple[Tensor, Tensor]:
+    """Centre and direction (-1 for the value) of each column."""
+    m, r = block.tangents.shape[:2]
+    gradient = block.kept - m
+    is_value = gradient < 0
+    return torch.where(is_value, block.kept, gradient // max(r, 1)), torch.where(is_value, -1, gradient % max(r, 1))
+
+
+def _restricted(block: InducingBlock, chosen: Tensor) -> InducingBlock:
+    """The block with the chosen columns only, and without the centres and tangents that none of them needs."""
+    centre, direction = (part[chosen] for part in _address(block))
+    m, r = int(centre.max()) + 1, int(direction.max()) + 1
+    kept = torch.where(direction < 0, centre, m + centre * r + direction)
+    return InducingBlock(block.species, block.features[:m], block.tangents[:m, :r].contiguous(), kept)
+
+
+def rescaled(prediction: Prediction, calibration: Calibration) -> Prediction:
+    """The prediction with its variances as the calibration has them: each part times its weight and the square of the scale."""
+    changed = {}
+    for field, kind in CALIBRATED_AS.items():
+        variance: Variance | None = getattr(prediction, field)
+        if variance is None:
+            continue
+        learned = calibration.kinds[kind]
+        inducing, data, constant = (learned.scale**2 * w for w in learned.weights or (1.0, 1.0, 1.0))
+        # of what is the same everywhere, label noise comes first; the model class has to answer for the rest, and for errors beyond
+        # what the data leave open: a posterior that more data would narrow while the errors stay
+        floor = constant * (variance.misspecification + variance.noise)
+        noise = torch.minimum(floor, variance.noise)
+        excess = max(0.0, data - 1.0) * variance.data
+        changed[field] = Variance(
+            inducing * variance.inducing, min(1.0, data) * variance.data, floor - noise + excess, noise
+        )
+    return replace(prediction, **changed)
+
+
+def _without_rounding(matrices: Tensor) -> Tensor:
+    """The nearest positive semi-definite matrices: exact differences are, and only rounding makes them not."""
+    values, vectors = torch.linalg.eigh(0.5 * (matrices + matrices.mT))
+    return (vectors * values.clamp_min(0)[..., None, :]) @ vectors.mT

@@ -1,0 +1,274 @@
+"""Calibration: the scale, the weights of the parts of a variance, conformal intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+import torch
+
+from gpmlp.checks import UserError
+from gpmlp.quantities import KINDS
+from gpmlp.uncertainty import calibration as c
+from gpmlp.uncertainty.calibration import LEVELS, Calibration
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _heavy(n: int, seed: int, freedom: float = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Errors of Student's t (heavy tails) with a std that is wrong by a factor that depends on itself."""
+    rng = np.random.default_rng(seed)
+    true = np.exp(rng.standard_normal(n))
+    return torch.from_numpy(true * rng.standard_t(freedom, n)), torch.from_numpy(0.3 * true**0.7)
+
+
+def _covered(fitted: Calibration, errors: torch.Tensor, std: torch.Tensor, level: float, species=None) -> torch.Tensor:
+    half = fitted.half_width("forces", fitted.scaled("forces", std), level, species)
+    return (errors.abs() <= half).double()
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.0, 7.0])
+def test_scale_is_recovered(factor):
+    std = torch.rand(20_000, generator=_generator(0), dtype=torch.float64) + 0.1
+    e = factor * std * torch.randn(20_000, generator=_generator(1), dtype=torch.float64)
+    fitted = Calibration.fit({"energies": (e, std, None)})
+    # relative error of an rms of n numbers: 1/sqrt(2n) = 0.005
+    assert fitted.kinds["energies"].scale == pytest.approx(factor, rel=0.02)
+    assert fitted.kinds["energies"].n == 20_000
+    assert torch.equal(fitted.scaled("energies", std[:3]), fitted.kinds["energies"].scale * std[:3])
+    assert fitted.kinds["forces"] == c.KindCalibration.identity()
+
+
+def test_scale_is_the_maximum_of_the_likelihood():
+    e, std = _heavy(300, 0)
+    found = c.KindCalibration.fit(e, std).scale
+    best = scipy.optimize.minimize_scalar(
+        lambda a: -scipy.stats.norm.logpdf(e, scale=math.exp(a) * std).sum(), bracket=(-1, 3), tol=1e-10
+    )
+    assert found == pytest.approx(math.exp(best.x), rel=1e-6)  # a minimum is found to the root of the rounding
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
+def test_guarantee_at_twenty_held_out_errors(level):
+    """Coverage over all splits is at least the level where (n+1) p <= n, and the rank over n + 1 exactly; beyond, n/(n + 1)."""
+    n, trials, each = 20, 500, 10
+    shares = []
+    for seed in range(trials):
+        e, std = _heavy(n + each, seed)
+        fitted = Calibration.fit({"forces": (e[:n], std[:n], None)})
+        shares.append(_covered(fitted, e[n:], std[n:], level).mean())
+    shares = torch.stack(shares)
+    exact = min(n, math.ceil((n + 1) * level)) / (n + 1)
+    assert (exact >= level) == (level < 0.95)
+    assert abs(float(shares.mean()) - exact) < 4 * float(shares.std()) / math.sqrt(trials)
+
+
+def test_coverage_of_groups_over_splits():
+    """Heavy tails, std wrong in its shape and by species: each species, and each third of std, is covered as the whole is."""
+    n, level = 1200, 0.9
+    inside = {name: [] for name in ("all", "species 1", "species 8", "small", "large")}
+    for seed in range(25):
+        e, std = _heavy(2 * n, seed)
+        species = torch.randint(0, 2, (2 * n,), generator=_generator(seed)) * 7 + 1
+        e = torch.where(species == 8, 4 * e, e)
+        fitted = Calibration.fit({"forces": (e[:n], std[:n], species[:n])})
+        test = slice(n, None)
+        hit = _covered(fitted, e[test], std[test], level, species[test])
+        third = std[test].quantile(torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
+        for name, rows in {
+            "all": hit == hit,
+            "species 1": species[test] == 1,
+            "species 8": species[test] == 8,
+            "small": std[test] < third[0],
+            "large": std[test] > third[1],
+        }.items():
+            inside[name].append(hit[rows].mean())
+    for name, shares in inside.items():
+        shares = torch.stack(shares)
+        slack = 4 * float(shares.std()) / 5
+        # members of the smallest group: 200, so that its coverage is within 1/201 above the level
+        assert level - slack < float(shares.mean()) < level + 0.005 + slack, name
+    # one multiplier for all would not do: the species differ by a factor of four
+    table = fitted.kinds["forces"].multipliers
+    assert table["8/1"][3] > 2 * table["1/1"][3]
+
+
+def test_small_groups_take_the_multiplier_of_the_wider_one():
+    n = 320
+    std = torch.linspace(1, 2, n, dtype=torch.float64)
+    species = torch.full((n,), 1)
+    species[::32] = 8  # 10 of them
+    e = torch.randn(n, generator=_generator(0), dtype=torch.float64) * std
+    fitted = c.KindCalibration.fit(e, std, species)
+    assert set(fitted.multipliers) == {"all", "*/0", "*/1", "*/2", "1/0", "1/1", "1/2"}
+    assert fitted.counts["*/0"] + fitted.counts["*/1"] + fitted.counts["*/2"] == fitted.counts["all"] == n
+    # about 107 in a bin: enough for 0.95 (60), not for 0.99 (300), which comes from all
+    assert fitted.multipliers["*/1"][4] != fitted.multipliers["all"][4]
+    assert fitted.multipliers["*/1"][5] == max(fitted.multipliers["all"][5], fitted.multipliers["*/1"][4])
+    point = torch.tensor([1.5], dtype=torch.float64) * fitted.scale
+    of_bin = fitted.half_width(point, 0.9) / point
+    assert of_bin.item() == pytest.approx(fitted.multipliers["*/1"][3])
+    for z, name in ((8, "*/1"), (26, "*/1"), (1, "1/1")):
+        found = fitted.half_width(point, 0.9, torch.tensor([z])) / point
+        assert found.item() == pytest.approx(fitted.multipliers[name][3]), z
+
+
+def test_multipliers_never_fall_with_the_level():
+    """8 large errors of 100 in a group, of 3000 in all: its own multiplier at 0.95 is above that of the bin at 0.99."""
+    std = torch.linspace(1, 2, 3000, dtype=torch.float64)
+    species = torch.ones(3000)
+    species[1200:1300] = 8
+    e = std * torch.randn(3000, generator=_generator(0), dtype=torch.float64).clamp(-3, 3)
+    e[1200:1208] = 100
+    table = c.KindCalibration.fit(e, std, species.long()).multipliers
+    assert table["*/1"][5] < table["8/1"][4]
+    assert table["8/1"][5] == table["8/1"][4]
+    for row in table.values():
+        assert list(row) == sorted(row)
+
+
+def test_multiplier_is_the_order_statistic():
+    """n = 19: (n + 1) 0.95 = 19, the largest, and (n + 1) 0.9 = 18, the second largest; float must not push it up."""
+    e = torch.arange(1.0, 20.0, dtype=torch.float64)[torch.randperm(19, generator=_generator(0))]
+    fitted = c.KindCalibration.fit(e, torch.ones(19, dtype=torch.float64))
+    found = [round(m * fitted.scale, 9) for m in fitted.multipliers["all"]]
+    assert found == [10, 14, 16, 18, 19, 19]
+    assert set(fitted.multipliers) == {"all"}
+    assert fitted.edges == ()  # constant std
+    e = torch.arange(1.0, 75.0, dtype=torch.float64)
+    fitted = c.KindCalibration.fit(e, torch.ones(74, dtype=torch.float64))
+    assert 75 * 0.68 > 51
+    assert fitted.multipliers["all"][1] * fitted.scale == pytest.approx(51)
+
+
+def test_level_between_the_grid_is_the_next_higher():
+    e, std = _heavy(500, 0)
+    fitted = Calibration.fit({"forces": (e, std, None)})
+    half = {p: fitted.half_width("forces", std, p) for p in (0.3, 0.5, 0.85, 0.9)}
+    assert torch.equal(half[0.85], half[0.9])
+    assert torch.equal(half[0.3], half[0.5])
+    assert (half[0.9] > half[0.5]).all()
+    for bad in (0.0, 0.995, 90.0, math.nan):
+        with pytest.raises(UserError, match="`level` must be above 0 and at most 0.99"):
+            fitted.half_width("forces", std, bad)
+
+
+@pytest.mark.parametrize("data", [{}, {"forces": (torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long))}])
+def test_identity_where_there_is_nothing(data):
+    fitted = Calibration.fit(data)
+    assert fitted == Calibration.identity()
+    assert set(fitted.kinds) == set(KINDS)
+    std = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    assert torch.equal(fitted.scaled("forces", std), std)
+    expected = scipy.stats.norm.ppf(0.95) * std
+    torch.testing.assert_close(fitted.half_width("forces", std, 0.9), expected)
+    torch.testing.assert_close(fitted.half_width("forces", std, 0.9, torch.tensor([1, 1, 8])), expected)
+
+
+def test_unknown_errors_and_std_of_zero():
+    e, std = _heavy(200, 0)
+    holes = torch.cat([e, torch.full((7,), math.nan)])
+    with_holes = c.KindCalibration.fit(holes, torch.cat([std, torch.ones(7)]), torch.ones(207))
+    assert with_holes == c.KindCalibration.fit(e, std, torch.ones(200))
+    zero = torch.zeros(40, dtype=torch.float64)
+    for errors, spread in ((zero, zero), (zero + 1, zero), (zero, zero + 1)):
+        fitted = c.KindCalibration.fit(errors, spread)
+        half = fitted.half_width(fitted.scale * spread, 0.9)
+        assert torch.isfinite(half).all()
+        assert (half >= errors.abs() * (1 - 1e-9)).all()
+    # the floor is far below: a std smaller than those held out keeps its own interval
+    fitted = c.KindCalibration.fit(e, std)
+    small = fitted.scale * std[:1] * 1e-3
+    assert fitted.half_width(small, 0.9).item() == pytest.approx(fitted.multipliers["*/0"][3] * small.item())
+
+
+def test_round_trip_through_json_is_exact():
+    e, std = _heavy(1000, 0)
+    species = torch.arange(1000) % 2 + 13
+    source = {"n_structures": 12, "held_out": "10 % of the training set, seed 0"}
+    weights = {"forces": torch.tensor([0.1, 2.0], dtype=torch.float64)}
+    fitted = Calibration.fit({"forces": (e, std, species), "energies": (e[:9], std[:9], None)}, source, weights)
+    again = Calibration.from_dict(json.loads(json.dumps(fitted.as_dict(), allow_nan=False)))
+    assert again == fitted
+    assert again.kinds["forces"].weights == (0.1, 2.0)
+    assert again.source == source
+    old = fitted.as_dict() | {"levels": [0.5, 0.9]}
+    with pytest.raises(UserError, match="levels"):
+        Calibration.from_dict(old)
+
+
+def test_unknown_kind():
+    with pytest.raises(UserError, match="Perhaps you meant 'forces'"):
+        Calibration.fit({"force": (torch.ones(1), torch.ones(1), None)})
+    with pytest.raises(UserError, match="Perhaps you meant 'energies'"):
+        Calibration.identity().half_width("energy", torch.ones(1), 0.9)
+
+
+def _parts(n: int = 20_000) -> torch.Tensor:
+    """Three causes of variance, of different sizes and shapes."""
+    drawn = torch.randn(n, 3, generator=_generator(5), dtype=torch.float64).exp()
+    return drawn * torch.tensor([1e-4, 1e-3, 3e-4], dtype=torch.float64)
+
+
+def test_weights_are_recovered():
+    parts, truth = _parts(), torch.tensor([30.0, 0.5, 2.0], dtype=torch.float64)
+    e = (parts @ truth).sqrt() * torch.randn(len(parts), generator=_generator(6), dtype=torch.float64)
+    e[::100] = math.nan
+    found = c.weigh(e, parts)
+    assert (found / truth - 1).abs().max() < 0.15  # errors of the estimate by the curvature at the truth: up to 5 %
+    fitted = c.KindCalibration.fit(e, (parts @ found).sqrt(), weights=tuple(found.tolist()))
+    # where no direction helps, a common factor does not; the prior moves it by Σ log w / (PRIOR² n) = 4e-5
+    assert fitted.scale == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(fitted.variance(parts), fitted.scale**2 * (parts @ found))
+    # a maximum: worse in every direction
+    known = ~torch.isnan(e)
+    squared, p = (e[known] ** 2).numpy(), parts[known].numpy()
+    best = c._negative_log_posterior(found.log().numpy(), squared, p, 0.0)[0]
+    for k in range(3):
+        for step in (-0.1, 0.1):
+            moved = found.log().numpy().copy()
+            moved[k] += step
+            assert c._negative_log_posterior(moved, squared, p, 0.0)[0] > best
+
+
+def test_gradient_of_the_weights():
+    parts = _parts(50).numpy()
+    squared = np.random.default_rng(0).chisquare(1, 50) * 1e-3
+    at = np.array([0.3, -1.0, 2.0])
+    gradient = c._negative_log_posterior(at, squared, parts, 1e-6)[1]
+    h = 1e-5
+    for k in range(3):
+        plus, minus = (c._negative_log_posterior(at + d * np.eye(3)[k], squared, parts, 1e-6)[0] for d in (h, -h))
+        # truncation h² and rounding eps/h are both about 1e-10
+        assert gradient[k] == pytest.approx((plus - minus) / (2 * h), abs=1e-8)
+
+
+def test_weights_that_the_errors_do_not_determine_stay_near_one():
+    parts = _parts(2000)[:, :1]
+    e = parts[:, 0].sqrt() * torch.randn(2000, generator=_generator(7), dtype=torch.float64)
+    with_zero = torch.cat([parts, torch.zeros_like(parts)], dim=1)
+    found = c.weigh(e, with_zero)
+    assert found[1].item() == pytest.approx(1, rel=1e-4)
+    assert found[0].item() == pytest.approx(1, abs=0.15)  # sqrt(2/2000) = 0.03
+    assert torch.equal(c.weigh(e[:0], with_zero[:0]), torch.ones(2, dtype=torch.float64))
+    assert torch.isfinite(c.weigh(torch.zeros(5), torch.zeros(5, 2))).all()
+
+
+def test_bad_parts_are_errors():
+    with pytest.raises(UserError, match="`parts` must have shape"):
+        c.weigh(torch.ones(3), torch.ones(2, 2))
+    with pytest.raises(UserError, match="must be finite"):
+        c.weigh(torch.ones(2), torch.tensor([[1.0, -0.5], [1.0, 1.0]]))
+    with pytest.raises(UserError, match="`parts` must have shape"):
+        c.KindCalibration(1.0, 0, {}, weights=(1.0, 2.0)).variance(torch.ones(3, 3))
+
+
+def test_multipliers_stand_on_the_grid():
+    for kind in KINDS:
+        assert [len(row) for row in Calibration.identity().kinds[kind].multipliers.values()] == [len(LEVELS)]

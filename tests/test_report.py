@@ -1,0 +1,470 @@
+"""The uncertainty report: built from synthetic data of every kind, whole and with parts missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from gpmlp import report
+from gpmlp.checks import UserError
+from gpmlp.io.atomic import atomic
+from gpmlp.report import figures, neighbourhood, numbers, scatter, worst
+from gpmlp.report.data import CAUSES, Labelled
+
+QUESTIONS = (
+    "How wrong is it?",
+    "Does it know?",
+    "Where is it blind?",
+    "Why?",
+    "What to label next?",
+    "How was the model made?",
+)
+VOID = {"meta", "img", "br", "input", "link", "hr", "circle", "line"}
+TYPES = ("bulk", "liquid", "surface", "defect", "amorphous", "high pressure")
+
+
+def crystal(rng: np.random.Generator, cells: int, amplitude: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions, cell and species of a rattled zincblende crystal of Si and C."""
+    a = 4.36
+    fcc = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
+    basis = np.concatenate([fcc, fcc + 0.25])
+    corners = np.stack(np.meshgrid(*[np.arange(cells)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    positions = a * (corners[:, None] + basis[None]).reshape(-1, 3)
+    species = np.tile(np.repeat([14, 6], 4), len(corners))
+    return positions + amplitude * rng.standard_normal(positions.shape), a * cells * np.eye(3), species
+
+
+def synthetic(structures: int = 30, cells: int = 1, seed: int = 0) -> report.ReportData:
+    """A model that is good inside what it saw, and knows mostly where it is not: 'high pressure' is out of distribution."""
+    rng = np.random.default_rng(seed)
+    kinds = [TYPES[k % len(TYPES)] for k in range(structures)]
+    hard = {"bulk": 0.4, "liquid": 1.4, "surface": 1.0, "defect": 0.8, "amorphous": 1.2, "high pressure": 4.0}
+    parts = [crystal(rng, cells, 0.05 + 0.1 * hard[kind]) for kind in kinds]
+    n = np.array([len(p[0]) for p in parts])
+    structure = np.repeat(np.arange(structures), n)
+    scale = np.array([hard[kind] for kind in kinds])[structure]
+    species = np.concatenate([p[2] for p in parts])
+    novelty = 0.35 * scale * rng.lognormal(0, 0.3, len(structure))
+    std = 0.03 * scale * rng.lognormal(0, 0.45, len(structure)) * np.where(species == 6, 1.4, 1.0)
+    tilt = np.clip(novelty, 0, 1.5)[:, None]
+    weights = dict(zip(CAUSES, (0.3 / scale[:, None], 0.2 + tilt, 0.35 + 0 * tilt, 0.1 + 0.5 * tilt**2), strict=True))
+    total = sum(weights.values())
+    std3 = std[:, None] * rng.lognormal(0, 0.1, (len(structure), 3))
+    forces = 1.2 * np.sqrt(scale)[:, None] * rng.standard_normal((len(structure), 3))
+    error = std3 * (0.75 * rng.standard_normal(std3.shape) + 0.55 * rng.standard_t(4, std3.shape))
+    forces_std = {c: std3**2 * w / total for c, w in weights.items()}
+    energy = -7.3 * n + 0.12 * n * rng.standard_normal(structures)
+    energy_std = 0.002 * n * np.array([hard[k] for k in kinds])
+    stress = 0.03 * rng.standard_normal((structures, 6))
+    stress_std = 0.0015 * np.array([hard[k] for k in kinds])[:, None] * np.ones(6)
+    return report.ReportData(
+        title="Silicon carbide, test set",
+        model_name="sic.gpmlp",
+        data_name="test.xyz",
+        names=tuple(f"test.xyz frame {k}" for k in range(structures)),
+        n_atoms=n,
+        energy_reference=energy,
+        energy_predicted=energy + energy_std * rng.standard_normal(structures),
+        energy_std=energy_std,
+        energy_variance={c: energy_std**2 * share for c, share in zip(CAUSES, (0.2, 0.3, 0.4, 0.1), strict=True)},
+        structure=structure,
+        species=species,
+        atom=np.concatenate([np.arange(k) for k in n]),
+        force_reference=forces,
+        force_predicted=forces + error,
+        config_type=tuple(kinds),
+        force_std=std3,
+        force_variance=forces_std,
+        force_half_width_90=1.7 * std3,
+        local_energy_std=0.3 * std,
+        novelty=novelty,
+        positions=np.concatenate([p[0] for p in parts]),
+        cells=np.stack([p[1] for p in parts]),
+        periodic=np.ones((structures, 3), dtype=bool),
+        cutoff=4.2,
+        stress_reference=stress,
+        stress_predicted=stress + stress_std * rng.standard_normal((structures, 6)),
+        stress_std=stress_std,
+        scores={
+            "forces": {
+                "n": 3 * int(n.sum()),
+                "miscalibration_area": 0.021,
+                "nll": -1.32,
+                "crps": 0.034,
+                "sharpness": 0.06,
+                "spearman": 0.58,
+            },
+            "energies": {
+                "n": structures,
+                "miscalibration_area": 0.034,
+                "nll": -2.1,
+                "crps": 0.0014,
+                "sharpness": 0.003,
+                "spearman": 0.47,
+            },
+        },
+        rivals={
+            "std": {"spearman": 0.58, "auroc_worst_5_percent": 0.91},
+            "novelty": {"spearman": 0.49, "auroc_worst_5_percent": 0.86},
+            "nearest-neighbour distance": {"spearman": 0.41, "auroc_worst_5_percent": 0.78},
+        },
+        model=made(rng),
+        dimers=tuple(pair(name, shortest) for name, shortest in (("Si-Si", 2.1), ("Si-C", 1.6), ("C-C", 1.35))),
+        citations=(
+            "@article{Bartok2010,\n  title = {Gaussian approximation potentials},\n  url = {https://example.org/a},\n}",
+        ),
+    )
+
+
+def made(rng: np.random.Generator) -> dict:
+    """What a fit leaves behind."""
+    values = 5200 - 900 * (1 - np.exp(-np.arange(40) / 8)) + 40 * rng.random(40)
+    return {
+        "recipe": {
+            "descriptors": [
+                {
+                    "name": "soap",
+                    "cutoff": 4.2,
+                    "n_max": 8,
+                    "l_max": 4,
+                    "radial_scaling": {"scale": 2.1, "exponent": 4.0},
+                }
+            ],
+            "kernel": {"name": "polynomial", "zeta": 4},
+            "inducing": {"method": "greedy", "n": 900, "gradients": 12, "shares": "species"},
+            "baseline": {"zbl": True},
+        },
+        "noise": {"energies": 0.0012, "forces": 0.041, "stresses": 0.0009},
+        "signal": {"soap Si": 1.31, "soap C": 1.76},
+        "rows": {"energies": 640, "forces": 98304, "stresses": 3840},
+        "rank": 11420,
+        "columns": 11700,
+        "condition": 3.2e8,
+        "warnings": ["The noise of stresses ended at its lower bound: 0.0009 eV/Å³ over 3840 rows."],
+        "stages": [
+            ("survey", 12.1, 640.0),
+            ("centres", 48.0, 1210.0),
+            ("evidence", 312.0, 2210.0),
+            ("solve", 140.2, 3105.0),
+        ],
+        "evidence_trace": list(enumerate(values.tolist())),
+        "provenance": {
+            "files": {
+                "training": {"name": "train.xyz", "sha256": "9f" * 32},
+                "validation": {"name": "valid.xyz", "sha256": "0a" * 32},
+            },
+            "versions": {"gpmlp": "0.1.0", "torch": "2.9.0"},
+            "created": "2026-01-12T10:03:00+00:00",
+        },
+        "calibration": {
+            "method": "scaled per species, conformal",
+            "structures": 64,
+            "factors": {"forces": 1.12, "energies": 0.94},
+        },
+    }
+
+
+def pair(name: str, shortest: float) -> dict:
+    """A Morse curve whose error bar opens where there are no data."""
+    r = np.linspace(0.8, 5, 90)
+    energy = 3.2 * ((1 - np.exp(-1.7 * (r - shortest * 1.12))) ** 2 - 1)
+    return {
+        "pair": name,
+        "r": r,
+        "energy": energy,
+        "std": 0.15 + 2.5 * np.clip(shortest - r, 0, None) ** 1.5,
+        "shortest": shortest,
+    }
+
+
+class Balanced(HTMLParser):
+    """Every tag is closed in order; ids are unique; what is loaded is remembered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.loads, self.ids, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        assert len(values) == len(attrs), f"{tag} repeats an attribute"
+        self.loads += [values[k] for k in ("src", "srcset", "href", "action", "data") if values.get(k)]
+        self.ids += [values["id"]] if "id" in values else []
+        if tag == "img":
+            assert values.get("alt")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert tag in VOID
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.text.append(data)
+
+
+def parse(page: str) -> Balanced:
+    parser = Balanced()
+    parser.feed(page)
+    parser.close()
+    assert not parser.open
+    assert len(set(parser.ids)) == len(parser.ids)
+    assert all(load.startswith(("data:", "#")) for load in parser.loads), "something is loaded from outside"
+    return parser
+
+
+def built(data: report.ReportData, folder) -> tuple[str, dict, Balanced]:
+    path = report.build(data, folder, atomic)
+    page = path.read_text("utf-8")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in report.json")
+
+    return page, json.loads((folder / "report.json").read_text("utf-8"), parse_constant=refuse), parse(page)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return *built(synthetic(), folder), folder
+
+
+def test_the_page_answers_the_questions_in_order(whole):
+    page, numbers_, parser, _ = whole
+    words = "".join(parser.text)
+    places = [page.index(f">{question}</h2>") for question in QUESTIONS]
+    assert places == sorted(places)
+    assert tuple(numbers_["answers"]) == QUESTIONS
+    for answer in numbers_["answers"].values():
+        assert answer in words and "nan" not in answer and answer.endswith(".")
+    assert 'class="missing"' not in page
+
+
+def test_nothing_is_loaded_from_outside(whole):
+    page = whole[0]
+    citations = page.index("What to cite")
+    assert "http://" not in page and "https://" not in page[:citations]
+    assert page.count("https://") == 1  # the text of the citation
+
+
+def test_figures_are_beside_the_page(whole):
+    page, _, _, folder = whole
+    names = {path.stem for path in (folder / "figures").iterdir()}
+    wanted = {
+        "parity_energies",
+        "parity_forces",
+        "parity_stresses",
+        "reliability",
+        "novelty_std",
+        "evidence",
+        "dimer_1",
+    }
+    assert wanted <= names
+    for name in names:
+        assert (folder / "figures" / f"{name}.svg").read_bytes().startswith(b"<?xml")
+        assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len(page) < 3e6
+
+
+def test_building_twice_gives_the_same_bytes(tmp_path):
+    data = bare(synthetic(3))
+    first, second = built(data, tmp_path / "a")[0], built(data, tmp_path / "b")[0]
+    assert first == second
+
+
+def test_errors_of_the_json_are_those_of_the_data(whole):
+    data, table = synthetic(), whole[1]["errors"]["overall"]
+    error = 1e3 * (data.force_predicted - data.force_reference)
+    assert table["force_mae_meV_per_A"] == pytest.approx(np.abs(error).mean())
+    assert table["force_rmse_meV_per_A"] == pytest.approx(np.sqrt((error**2).mean()))
+    energy = 1e3 * (data.energy_predicted - data.energy_reference) / data.n_atoms
+    assert table["energy_mae_meV_per_atom"] == pytest.approx(np.abs(energy).mean())
+
+
+def test_strings_of_the_data_are_escaped(tmp_path):
+    evil = '</script><img src="http://x"> & \'"<b>'
+    data = synthetic(6)
+    model = data.model | {
+        "warnings": [evil],
+        "recipe": {evil: [evil]},
+        "provenance": {"files": {evil: {"name": evil, "sha256": evil}}},
+    }
+    scores = {"forces": {evil: 1.0, "coverage_68": None, "miscalibration_area": float("nan")}}
+    data = dataclasses.replace(
+        data, title=evil, model_name=evil, data_name=evil, names=(evil,) * 6, config_type=(evil + "$x",) * 6, model=model,
+        dimers=({"pair": evil + "$", "r": [1, 2], "energy": [0, 1], "std": None, "shortest": None},), citations=(evil,),
+        stress_reference=None, rivals={evil: {evil: 1.0}}, scores=scores,
+    )  # fmt: skip
+    page, record, parser = built(data, tmp_path)
+    assert evil not in page
+    assert record["title"] == evil
+    assert evil in "".join(parser.text)
+
+
+def bare(data: report.ReportData) -> report.ReportData:
+    """The same predictions without anything optional."""
+    required = [
+        f.name
+        for f in dataclasses.fields(data)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    return report.ReportData(**{name: getattr(data, name) for name in required})
+
+
+def no_labels(data: report.ReportData) -> report.ReportData:
+    nothing = {
+        k: np.full_like(getattr(data, k), np.nan) for k in ("energy_reference", "force_reference", "stress_reference")
+    }
+    return dataclasses.replace(data, **nothing)
+
+
+def odd_novelty(data: report.ReportData) -> report.ReportData:
+    novelty = data.novelty.copy()
+    novelty[:3], novelty[3:6] = np.inf, np.nan
+    return dataclasses.replace(data, novelty=novelty)
+
+
+DEGENERATE = {
+    "bare": lambda: bare(synthetic(6)),
+    "no labels": lambda: no_labels(synthetic(6)),
+    "no labels, nothing else": lambda: no_labels_bare(),
+    "one structure": lambda: dataclasses.replace(synthetic(1), dimers=(), model={}),
+    "one species": lambda: dataclasses.replace(synthetic(6), species=np.full(48, 14)),
+    "infinite and unknown novelty": lambda: odd_novelty(synthetic(6)),
+    "all unseen": lambda: dataclasses.replace(synthetic(6), novelty=np.full(48, np.inf)),
+    "zero and NaN std": lambda: dataclasses.replace(synthetic(6), force_std=np.where(np.arange(144).reshape(48, 3) % 2, 0, np.nan)),
+    "exact": lambda: dataclasses.replace(exact(synthetic(6)), stress_reference=None, dimers=(), model={}),
+    "no cells": lambda: dataclasses.replace(synthetic(6), cells=None, periodic=None, config_type=()),
+    "only some labels": lambda: some_labels(synthetic(12)),
+    "nothing at all": lambda: report.ReportData(
+        "t", "m", "d", (), np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0, int), np.zeros(0, int), np.zeros(0, int),
+        np.zeros((0, 3)), np.zeros((0, 3)),
+    ),
+}  # fmt: skip
+
+
+def exact(data: report.ReportData) -> report.ReportData:
+    return dataclasses.replace(data, force_predicted=data.force_reference, energy_predicted=data.energy_reference)
+
+
+def no_labels_bare() -> report.ReportData:
+    return dataclasses.replace(bare(no_labels(synthetic(3))))
+
+
+def some_labels(data: report.ReportData) -> report.ReportData:
+    forces, energies = data.force_reference.copy(), data.energy_reference.copy()
+    forces[data.structure % 2 == 0] = np.nan
+    energies[::3] = np.nan
+    return dataclasses.replace(data, force_reference=forces, energy_reference=energies, stress_reference=None)
+
+
+def only_paint(paint, alt, *args, **_):
+    """In place of figures.draw: the marks are made, the slow laying out of text is left."""
+    from matplotlib.figure import Figure
+
+    paint(Figure().add_subplot(), *args)
+    return figures.Picture(b"<svg/>", b"", alt, 1.0)
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.filterwarnings("error")
+def test_missing_parts_are_explained(name, tmp_path, monkeypatch):
+    if name != "one structure":
+        monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
+    page, record, _ = built(DEGENERATE[name](), tmp_path)
+    assert all(f">{question}</h2>" in page for question in QUESTIONS)
+    assert not {"nan", "None", "inf"} & set("".join(record["answers"].values()).replace(".", " ").split())
+    if name == "bare":
+        assert page.count('class="missing"') >= 6
+
+
+def test_wrong_shapes_are_refused():
+    data = synthetic(3)
+    with pytest.raises(UserError, match=r"`force_std` must have shape \(24, 3\); got \(24,\)"):
+        dataclasses.replace(data, force_std=np.zeros(24))
+    with pytest.raises(UserError, match="`config_type` must hold 3 labels; got 1"):
+        dataclasses.replace(data, config_type=("a",))
+    with pytest.raises(UserError, match="`structure` must hold indices of structures, 0 to 2"):
+        dataclasses.replace(data, structure=data.structure + 1)
+
+
+def normal_view(n: int = 40000) -> Labelled:
+    rng = np.random.default_rng(3)
+    std = rng.lognormal(0, 0.6, n)
+    rows = np.arange(n)
+    return Labelled("forces", np.zeros(n), std * rng.standard_normal(n), std, rows, rows, rows % 3)
+
+
+def test_calibrated_errors_are_found_calibrated():
+    view = normal_view()
+    # the standard error of a share of 40000 is below 0.0025; four of them
+    np.testing.assert_allclose(numbers.coverage(view, [0.5, 0.68, 0.9]), [0.5, 0.68, 0.9], atol=0.01)
+    curve = numbers.reliability(view)
+    assert curve["area"] < 0.01
+    bins = numbers.binned(view)
+    np.testing.assert_allclose(bins["rmse"], bins["std"], rtol=0.1)  # 2000 in each bin: relative error 1/sqrt(4000)
+
+
+def test_sparsification_ends_between_nothing_and_the_oracle():
+    curve = numbers.sparsification(normal_view())
+    assert 0 < curve["share_of_oracle"] < 1
+    assert all(a >= b for a, b in zip(curve["rmse"], curve["oracle"], strict=True))
+
+
+def test_thinning_keeps_the_worst():
+    plot = scatter.parity(normal_view())
+    kept = plot.kept()
+    assert len(kept) == scatter.THINNED == len(set(kept))
+    assert np.isin(np.argsort(-plot.worst)[: scatter.THINNED // 2], kept).all()
+
+
+def test_neighbours_are_those_of_the_crystal():
+    positions, cell, species = crystal(np.random.default_rng(0), 1, 0.0)
+    data = dataclasses.replace(
+        synthetic(1), positions=positions, cells=cell[None], species=species, cutoff=2.0, periodic=np.ones((1, 3), bool)
+    )
+    vectors, kinds = neighbourhood.neighbours(data, 0)
+    assert len(vectors) == 5  # itself and four of the other element, a sqrt(3)/4 away
+    assert set(kinds[1:]) == {6}
+    np.testing.assert_allclose(np.linalg.norm(vectors[1:], axis=1), 4.36 * np.sqrt(3) / 4)
+    alone = dataclasses.replace(data, periodic=np.zeros((1, 3), bool))
+    assert len(neighbourhood.neighbours(alone, 0)[0]) == 2  # the corner atom keeps one
+
+
+def test_flags_say_why():
+    data = synthetic(12)
+    listed = worst.environments(data)
+    assert set(listed) == {"by_error_over_std", "by_std"}
+    ratios = [row["error_over_std"] for row in listed["by_error_over_std"]]
+    assert ratios == sorted(ratios, reverse=True)
+    assert any("outside the trust region" in row["why"] for row in listed["by_std"])
+    owners = [row["structure"] for row in listed["by_std"]]
+    assert max(owners.count(name) for name in owners) <= worst.PER_STRUCTURE
+
+
+def test_budget_adds_up_to_the_variance():
+    data = synthetic(6)
+    shares = numbers.budget(data)["overall"]
+    assert tuple(shares) == CAUSES
+    assert sum(shares.values()) == pytest.approx(1e6 * np.mean(data.force_std**2))
+
+
+def test_atoms_outside_the_trust_region_are_counted():
+    data = synthetic(12)
+    region = numbers.trust(data)
+    assert region["n_outside"] == (data.novelty > 1).sum() > 0
+    error = 1e3 * (data.force_predicted - data.force_reference)[data.novelty > 1]
+    assert region["rmse_outside_meV_per_A"] == pytest.approx(np.sqrt((error**2).mean()))
+
+
+def test_structures_to_label_are_diverse():
+    rows = worst.label_next(synthetic(60))
+    assert len(rows) == 15
+    assert rows[0]["config_type"] == "high pressure"
+    assert len({row["config_type"] for row in rows}) >= 4

@@ -1,0 +1,282 @@
+"""Posterior variances: equality with the dense process, invariances, parts, subsets, calibration.
+
+Tolerance of the equality: as in test_dense_gp.py, where the sparse process is the dense one; variances are differences of prior
+covariances of the order of 10, so 1e-8 leaves six digits for rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import oracles
+import pytest
+import torch
+from systems import cluster, crystal, replicate, rotation, structure
+from test_dense_gp import TIGHT, dense_fit, other_structures, recipe, targets, training_set
+
+import gpmlp
+from gpmlp import checks, defaults, regression
+from gpmlp.fit import _chunked, fit
+from gpmlp.fit_report import Stages
+from gpmlp.gp import posterior
+from gpmlp.gp.evidence import Statistics, negative_log_evidence
+from gpmlp.quantities import Targets
+from gpmlp.recipe import Recipe
+from gpmlp.structures import Structures
+
+PARTS = ("inducing", "data", "misspecification", "noise")
+FIELDS = ("energies_variance", "atom_energies_variance", "forces_covariance", "stresses_covariance")
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """A potential whose inducing variables span everything that was observed, and the dense process on the same labels."""
+    structures = training_set()
+    wanted = targets(structures)
+    potential, report = fit(structures, wanted, recipe())
+    return potential, dense_fit(structures, wanted, report)
+
+
+@pytest.fixture(scope="module")
+def silicon():
+    """A small model of real data, with a calibration."""
+    structures, known = gpmlp.read("data/silicon/train.xyz", "::3")
+    return fit(structures, known, Recipe(inducing={"n": 40, "gradients": 3}))[0], structures, known
+
+
+def every_functional(dense, structures: Structures):
+    """Energies in total, forces, stresses, as the joint covariance orders them."""
+    groups, x, z = dense.functionals(structures)
+    scale = torch.cat([structures.counts.double(), torch.ones(3 * structures.n_atoms + 6 * len(structures))])
+    return [f for kind in ("energies", "forces", "stresses") for f in groups[kind]], x, z, scale.double()
+
+
+def test_joint_covariance_is_that_of_the_dense_process(exact):
+    """Energies, forces and stresses of several structures, and all cross-covariances between them."""
+    potential, dense = exact
+    others = other_structures()
+    functionals, x, z, scale = every_functional(dense, others)
+    expected = dense.posterior_covariance(functionals, x, z) * scale[:, None] * scale
+    torch.testing.assert_close(potential.covariance(others), expected, atol=TIGHT, rtol=0)
+    n = len(others)
+    assert expected[:n, :n].fill_diagonal_(0).abs().max() > 1e-3  # different structures do have something in common
+
+
+def test_variances_are_those_of_the_dense_process(exact):
+    potential, dense = exact
+    others = other_structures()
+    found = potential(others, variance="all", calibrated=False)
+    functionals, x, z, scale = every_functional(dense, others)
+    expected = dense.posterior_covariance(functionals, x, z) * scale[:, None] * scale
+    n, m = len(others), 3 * others.n_atoms
+    torch.testing.assert_close(found.energies_variance.epistemic, expected.diagonal()[:n], atol=TIGHT, rtol=0)
+    blocks = expected[n : n + m, n : n + m].reshape(others.n_atoms, 3, others.n_atoms, 3)
+    atoms = torch.arange(others.n_atoms)
+    torch.testing.assert_close(found.forces_covariance.epistemic, blocks[atoms, :, atoms], atol=TIGHT, rtol=0)
+    stresses = expected[n + m :, n + m :].reshape(n, 6, n, 6)[torch.arange(n), :, torch.arange(n)]
+    known = ~others.volumes.isnan()
+    torch.testing.assert_close(found.stresses_covariance.epistemic[known], stresses[known], atol=TIGHT, rtol=0)
+    assert found.stresses_covariance.total[~known].isnan().all()
+    local = []
+    for i in range(others.n_atoms):
+        one = oracles.Functional()
+        one.add(i, 1.0, torch.zeros_like(x[0]))
+        local.append(one)
+    expected = dense.posterior_covariance(local, x, z).diagonal()
+    torch.testing.assert_close(found.atom_energies_variance.total, expected, atol=TIGHT, rtol=0)
+
+
+def test_noise_is_that_of_the_likelihood(exact):
+    potential, _ = exact
+    others = other_structures()
+    found = potential(others, variance="all", calibrated=False)
+    constant = found.energies_variance.misspecification + found.energies_variance.noise
+    torch.testing.assert_close(constant.sqrt(), 0.01 * others.counts.double())
+    constant = found.forces_variance.misspecification + found.forces_variance.noise
+    torch.testing.assert_close(constant, torch.full_like(constant, 0.05**2))
+
+
+def test_nothing_is_computed_that_was_not_asked_for(exact):
+    potential, _ = exact
+    assert all(getattr(potential(cluster((6, 8))), name) is None for name in FIELDS)
+    found = potential(cluster((6, 8)), variance="energies")
+    assert [name for name in FIELDS if getattr(found, name) is not None] == ["energies_variance"]
+
+
+def test_forces_of_some_atoms(silicon):
+    potential, structures, _ = silicon
+    some = structures.select(range(0, 60, 20))
+    everything = potential(some, variance="forces").forces_variance.total
+    picked = potential(some, variance="forces", atoms=[1, some.n_atoms - 1]).forces_variance.total
+    torch.testing.assert_close(picked[[1, -1]], everything[[1, -1]], rtol=1e-9, atol=1e-14)
+    assert picked[[0, 2]].isnan().all()
+
+
+@pytest.mark.parametrize("form", ["dtc", "vfe", "sor"])
+def test_parts_are_never_negative(silicon, form):
+    """On the training structures, where the first part is a difference of equal numbers."""
+    potential, structures, _ = silicon
+    found = potential(structures.select(range(0, len(structures), 9)), variance="all", form=form)
+    for name in FIELDS:
+        whole = getattr(found, name)
+        whole = whole.diagonal() if name.endswith("covariance") else whole
+        for part in PARTS:
+            values = getattr(whole, part)
+            assert (values[~values.isnan()] >= 0).all(), (name, part)
+        assert bool((whole.inducing.nan_to_num() == 0).all()) == (form == "sor")
+
+
+def test_rotation_turns_the_covariance(silicon):
+    potential, structures, _ = silicon
+    one = structures.select([20])
+    turn = rotation()
+    turned = replace(one, positions=one.positions @ turn.T, cells=one.cells @ turn.T)
+    before, after = (potential(s, variance="all") for s in (one, turned))
+    for part in PARTS:
+        a, b = (getattr(p.forces_covariance, part) for p in (before, after))
+        torch.testing.assert_close(
+            turn @ a @ turn.T, b, rtol=1e-7, atol=1e-9 * float(before.forces_covariance.total.max())
+        )
+    torch.testing.assert_close(before.energies_variance.total, after.energies_variance.total, rtol=1e-7, atol=1e-12)
+
+
+def test_replicated_cell(silicon):
+    """Per-atom variances do not see the size of the cell; the force on an atom moves with all its images, so the cells are wide."""
+    potential, *_ = silicon
+    cell = 10.9 * torch.eye(3, dtype=torch.float64)
+    grid = torch.cartesian_prod(*[torch.arange(4.0, dtype=torch.float64)] * 3) * 2.725
+    noise = 0.1 * torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one = structure(grid + noise, [14] * 64, cell, (True, True, True))
+    two = replicate(one, (2, 1, 1))
+    a, b = (potential(s, variance=("forces", "atom_energies")) for s in (one, two))
+    torch.testing.assert_close(a.forces_covariance.total, b.forces_covariance.total[:64], rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(
+        a.atom_energies_variance.total, b.atom_energies_variance.total[:64], rtol=1e-7, atol=1e-12
+    )
+
+
+def test_a_subset_of_columns_sees_less():
+    """Fewer inducing variables represent less; what is kept of them is a process of its own."""
+    structures, known = gpmlp.read("data/silicon/train.xyz", "::6")
+    choices = {"inducing": {"n": 30, "gradients": 3}, "calibration": False}
+    every = fit(structures, known, Recipe.model_validate(choices))[0]
+    some = fit(structures, known, Recipe.model_validate(choices | {"variance": {"columns": 40}}))[0]
+    assert every.variances.n_columns == every.variances.of_fit > 100
+    assert 30 <= some.variances.n_columns <= 40
+    test = structures.select([3, 17])
+    a, b = (p(test, variance="all") for p in (every, some))
+    torch.testing.assert_close(a.forces, b.forces)  # the mean is not touched
+    assert (b.atom_energies_variance.inducing >= a.atom_energies_variance.inducing - 1e-12).all()
+    assert (b.energies_variance.inducing > a.energies_variance.inducing).all()
+    reference = fit(structures, known, Recipe.model_validate(choices))[0]
+    torch.testing.assert_close(reference(test, variance="all").energies_variance.total, a.energies_variance.total)
+
+
+def test_calibration_scales_and_can_be_left_out(silicon):
+    potential, structures, _ = silicon
+    some = structures.select([5])
+    raw, ready = (potential(some, variance="all", calibrated=c) for c in (False, True))
+    learned = potential.calibration.kinds["forces"]
+    assert learned.n >= 100 and len(learned.weights) == 3
+    inducing, data, constant = (learned.scale**2 * w for w in learned.weights)
+    expected = (
+        inducing * raw.forces_variance.inducing
+        + data * raw.forces_variance.data
+        + constant * potential.noise["forces"] ** 2
+    )
+    torch.testing.assert_close(ready.forces_variance.total, expected)
+    assert data > 1  # the data part is left as it is, and what exceeds it is misspecification
+    torch.testing.assert_close(ready.forces_variance.data, raw.forces_variance.data)
+    assert potential.calibration.source["held_out_structures"] == 9
+
+
+def test_archive_keeps_variances(silicon, tmp_path):
+    potential, structures, _ = silicon
+    gpmlp.save(potential, tmp_path / "model")
+    again = gpmlp.load(tmp_path / "model")
+    some = structures.select([0, 40])
+    a, b = (p(some, variance="all", novelty=True) for p in (potential, again))
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(a, name).total, getattr(b, name).total, rtol=1e-10, atol=0, equal_nan=True)
+    torch.testing.assert_close(a.novelty, b.novelty)
+    assert again.calibration == potential.calibration
+
+
+def test_uncertainty_grows_away_from_the_data(silicon):
+    potential, structures, _ = silicon
+    known = potential(structures.select([12]), variance="atom_energies", novelty=True)
+    odd = structure([[0, 0, 0], [1.7, 0, 0], [0, 1.9, 0], [1.2, 1.2, 1.2]], [14] * 4)
+    strange = potential(odd, variance="atom_energies", novelty=True)
+    assert strange.atom_energies_variance.total.min() > known.atom_energies_variance.total.max()
+    assert strange.novelty.min() > 1 > known.novelty.max()
+
+
+def test_mistakes(exact):
+    potential, _ = exact
+    with pytest.raises(checks.UserError, match="variance"):
+        potential(cluster((6, 8)), variance="force")
+    with pytest.raises(checks.UserError, match="form"):
+        potential(cluster((6, 8)), variance="forces", form="fitc")
+    bare = replace(potential, variances=None)
+    with pytest.raises(checks.UserError, match="no posterior factor"):
+        bare(cluster((6, 8)), variance="forces")
+    with pytest.raises(checks.UserError, match="novelty"):
+        replace(potential, novelty=None)(cluster((6, 8)), novelty=True)
+
+
+def test_unknown_labels_are_no_obstacle():
+    """Energies alone: calibration and variances of everything are there, from energies."""
+    structures, known = gpmlp.read("data/silicon/train.xyz", "::4")
+    blank = Targets.unknown(structures)
+    energies = replace(blank, energies=known.energies, config_types=known.config_types)
+    potential, _ = fit(structures, energies, Recipe(inducing={"n": 30, "gradients": 0}))
+    found = potential(structures.select([1]), variance="all")
+    assert (found.forces_variance.total > 0).all()
+    assert potential.calibration.kinds["energies"].n == 7
+    assert potential.calibration.kinds["forces"].n == 0
+
+
+def test_triclinic_and_slab_have_variances(exact):
+    potential, _ = exact
+    found = potential(Structures.concatenate([crystal("triclinic"), crystal("slab")]), variance="all")
+    assert (found.stresses_variance.total > 0).all()
+
+
+def vfe_statistics(n: int):
+    """Statistics of silicon labels under n inducing values, with traces of the prior."""
+    structures, known = gpmlp.read("data/silicon/train.xyz", "5::60")
+    choices = Recipe(
+        inducing={"n": n, "gradients": 0}, evidence="vfe", descriptor={"cutoff": 4.0, "n_max": 4, "l_max": 2}
+    )
+    choices = defaults.resolve(choices, defaults.survey(structures, known), 1)
+    parts, targets = _chunked(structures, known)
+    models, _ = regression.make_models(choices, structures, parts, Stages(None), lambda z, x: None)
+    factors, traces = regression.stream(choices, models, parts, targets, Stages(None))
+    statistics = {}
+    for kind, factor in factors.items():
+        whitened = posterior.whiten(factor.factor(), models[0].lowers)
+        statistics[kind] = Statistics.of(whitened, factor.count, prior=traces[kind])
+    return statistics, torch.zeros(models[0].blocks[0].n_columns, dtype=torch.long)
+
+
+def test_titsias_bound():
+    """The bound lies below the evidence of the sparse process and rises with the inducing set; its gradient by differences."""
+    noise, signal = {"energies": 0.01, "forces": 0.1, "stresses": 0.005}, torch.tensor([1.3], dtype=torch.float64)
+    values = []
+    for n in (5, 20, 30):
+        statistics, block = vfe_statistics(n)
+        bound, d_noise, d_signal = negative_log_evidence(statistics, noise, signal, block)
+        plain = {k: replace(s, prior=None) for k, s in statistics.items()}
+        assert bound > negative_log_evidence(plain, noise, signal, block)[0]
+        values.append(bound)
+    assert values[0] > values[1] > values[2]
+    h = 1e-4
+
+    def at(noise, signal) -> float:
+        return negative_log_evidence(statistics, noise, signal, block)[0]
+
+    for kind, slope in d_noise.items():
+        sides = [at(noise | {kind: noise[kind] * 2.718281828459045 ** (s * h)}, signal) for s in (-1, 1)]
+        assert slope == pytest.approx((sides[1] - sides[0]) / (2 * h), rel=1e-5, abs=1e-3)
+    sides = [at(noise, signal * 2.718281828459045 ** (s * h)) for s in (-1, 1)]
+    assert float(d_signal[0]) == pytest.approx((sides[1] - sides[0]) / (2 * h), rel=1e-5, abs=1e-3)
