@@ -91,15 +91,23 @@ def evaluate(
         done += chunk.n_atoms
         if progress:
             progress("prediction", done, structures.n_atoms, f"{done} atoms")
-    prediction = Prediction.concatenate(parts)
+    return compare(structures, targets, Prediction.concatenate(parts), potential.calibration)
+
+
+def compare(structures: Structures, targets: Targets, prediction: Prediction, calibration: Calibration) -> Evaluation:
+    """Evaluate a prediction that is there already.
+
+    Args:
+        calibration: of the variances in the prediction; gives their conformal intervals.
+    """
     tables, tables_of_scores = {}, {}
     for name in sorted(set(targets.config_types) - {""}):
         members = [i for i, label in enumerate(targets.config_types) if label == name]
         some = structures.select(members), targets.select(structures, members), prediction.select(structures, members)
         tables[name] = errors(*some, units.GPA)
-        tables_of_scores[name] = judge(*some, potential.calibration)
+        tables_of_scores[name] = judge(*some, calibration)
     overall = errors(structures, targets, prediction, units.GPA)
-    found = judge(structures, targets, prediction, potential.calibration)
+    found = judge(structures, targets, prediction, calibration)
     return Evaluation(prediction, overall, tables, found, tables_of_scores)
 
 

@@ -28,6 +28,7 @@ from gpmlp.uncertainty.mahalanobis import Mahalanobis, Reservoir
 
 ISOLATED_NOISE = 1e-3  # eV
 PASS_ATOMS = 128  # atoms of a chunk of rows
+FEWEST_ENERGIES = 10  # that leaving one out can judge
 SAMPLE_BYTES = 16 << 20  # of features of one species from which novelty is learned
 
 
@@ -133,8 +134,8 @@ def _trained(
     )
     parameters, block_of_column, result = regression.learn(recipe, models, whitened, counts, traces, stages)
     noise, signal = parameters.noise(), parameters.signal().to(block_of_column.device)[block_of_column]
-    if "energies" in parameters.learned and 10 <= counts["energies"] <= len(block_of_column):
-        noise["energies"] = leave_one_out.energy_noise(whitened, noise, signal)
+    if "energies" in parameters.learned and counts.get("energies", 0) >= FEWEST_ENERGIES:
+        noise["energies"] = leave_one_out.energy_noise(whitened, counts["energies"], noise, signal)
     learned = Learned(whitened, counts, noise, {}, signal)
     return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, parameters, result)
 
