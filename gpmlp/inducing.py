@@ -15,9 +15,7 @@ from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.posterior import independent_columns
 from gpmlp.structures import Structures
 
-POOL_BYTES = (
-    96 << 20
-)  # features and selection factors in memory while choosing; a fuller pool is thinned by the selection itself
+POOL_BYTES = 128 << 20  # in memory while choosing; a fuller pool is thinned by the selection itself
 
 
 @dataclass
@@ -78,8 +76,11 @@ def choose_centers(
             pool.surroundings.append(surroundings.select(mine))
             seen[z] = seen.get(z, 0) + len(mine)
         held = sum(pool.size() for pool in pools.values())
-        # the selection itself needs a factor of pool x 2n at most
-        limit = max(4 * n, POOL_BYTES // ((descriptor.n_features + 2 * n) * features.element_size()))
+        # features twice while merging, a factor of pool x 2n at most in the selection, and the pairs
+        per_pair = 3 * features.element_size() + 16
+        own = 2 * (descriptor.n_features + n) * features.element_size()
+        each = own + per_pair * len(surroundings.centers) // max(1, len(surroundings))
+        limit = max(4 * n, POOL_BYTES // each)
         if held > limit:
             spare = _quotas(2 * n, shares, seen)
             for z, pool in pools.items():

@@ -36,6 +36,7 @@ from gpmlp.uncertainty.scores import Scores, scores
 from gpmlp.variances import VARIANCES, rescaled
 
 MEMBERS = 8
+SHARE = 6  # of the centres, for each member
 
 
 def read(paths: list[Path]) -> tuple[Structures, Targets]:
@@ -49,7 +50,7 @@ def read(paths: list[Path]) -> tuple[Structures, Targets]:
 def committee(recipe: Recipe, structures: Structures, targets: Targets, tests: dict) -> tuple[dict[str, Scores], float]:
     """Forces of bootstrap members: their mean as prediction, their weighted variance and a constant as uncertainty."""
     kept, held = held_out.choose(structures, targets, recipe.calibration, recipe.seed)
-    inducing = tuple(i.model_copy(update={"n": max(1, round(i.n / MEMBERS**0.5))}) for i in recipe.inducings)
+    inducing = tuple(i.model_copy(update={"n": max(1, round(i.n / SHARE))}) for i in recipe.inducings)
     small = recipe.model_copy(update={"inducing": inducing, "variance": False, "calibration": False, "novelty": False})
     sets = tests | {"held out": (structures.select(held), targets.select(structures, held))}
     forces: dict[str, list[torch.Tensor]] = {name: [] for name in sets}

@@ -1,0 +1,134 @@
+"""What is set aside and what is learned from it; noise that was put in is found again; a model class that is too narrow is told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from systems import cluster
+
+import gpmlp
+from gpmlp import held_out
+from gpmlp.fit import fit
+from gpmlp.quantities import Targets
+from gpmlp.recipe import CalibrationRecipe, Recipe
+from gpmlp.structures import Structures
+from gpmlp.uncertainty import label_noise
+
+SMALL = {"descriptor": {"cutoff": 4.0, "n_max": 4, "l_max": 2}, "inducing": {"n": 30, "gradients": 0}}
+BARE = {"calibration": False, "novelty": False, "variance": False, "baseline": {"zbl": False, "isolated_atoms": "none"}}
+NOISE = {"energies": 1e-3, "forces": 0.02, "stresses": 5e-4}
+
+
+@pytest.fixture(scope="module")
+def silicon():
+    return gpmlp.read("data/silicon/train.xyz", "1:")
+
+
+def many(labels: list[str], atoms: int = 2) -> tuple[Structures, Targets]:
+    structures = Structures.concatenate([cluster((6,) * atoms, seed) for seed in range(len(labels))])
+    return structures, replace(Targets.unknown(structures), config_types=tuple(labels))
+
+
+def test_every_config_type_gives_its_share():
+    structures, targets = many(["a"] * 40 + ["b"] * 20 + ["isolated_atom"])
+    kept, held = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.1), 0)
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(61))
+    assert sum(i < 40 for i in held.tolist()) == 4 and sum(40 <= i < 60 for i in held.tolist()) == 2
+    assert 60 in kept.tolist()
+    again = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.1), 0)[1]
+    other = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.1), 1)[1]
+    assert torch.equal(held, again) and not torch.equal(held, other)
+
+
+def test_no_more_atoms_than_asked():
+    structures, targets = many(["a"] * 50)
+    _, held = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.3, atoms=10), 0)
+    assert len(held) == 5
+
+
+@pytest.mark.parametrize("labels, recipe", [(["a"] * 19, CalibrationRecipe()), (["a"] * 60, False)])
+def test_nothing_is_set_aside(labels, recipe):
+    assert len(held_out.choose(*many(labels), recipe, 0)[1]) == 0
+
+
+def test_what_was_set_aside_is_learned_from_too(silicon):
+    """All labels are in the posterior, and the fit says how many structures calibrated it."""
+    structures, targets = silicon
+    some = list(range(0, 120, 2))
+    data = structures.select(some), targets.select(structures, some)
+    potential, report = fit(*data, Recipe.model_validate(SMALL))
+    assert report.held_out == 6 == potential.calibration.source["held_out_structures"]
+    assert report.rows["forces"] == 3 * data[0].n_atoms and report.rows["energies"] == 60
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_noise_that_was_put_in_is_found(silicon, size):
+    """Labels of a potential of the class, with noise: within 10 % on average over 5 seeds, three standard errors each."""
+    structures, targets = silicon
+    truth = fit(structures, targets, Recipe.model_validate(SMALL | BARE))[0](structures)
+    ratios: dict[str, list[float]] = {kind: [] for kind in NOISE}
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+
+        def scatter(like: torch.Tensor, generator=generator) -> torch.Tensor:
+            return torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+        upper = torch.triu(scatter(truth.stresses))
+        stresses = upper + torch.triu(upper, 1).transpose(1, 2)
+        noisy = replace(
+            targets,
+            energies=truth.energies + size * NOISE["energies"] * structures.counts * scatter(truth.energies),
+            forces=truth.forces + size * NOISE["forces"] * scatter(truth.forces),
+            stresses=truth.stresses + size * NOISE["stresses"] * stresses,
+        )
+        _, report = fit(structures, noisy, Recipe.model_validate(SMALL | BARE))
+        for kind, sigma in NOISE.items():
+            ratios[kind].append(report.noise[kind] / (size * sigma))
+        assert report.label_noise["forces"] == pytest.approx(size * NOISE["forces"], rel=0.15)
+    for kind, found in ratios.items():
+        n = {"energies": 240, "forces": 6000, "stresses": 1500}[kind]  # what is left of them after 30 columns
+        assert sum(found) / 5 == pytest.approx(1, abs=0.1), kind
+        assert max(abs(r - 1) for r in found) < 0.01 + 3.5 / math.sqrt(2 * n), (kind, found)
+
+
+def test_label_noise_needs_whole_structures():
+    structures = cluster((6, 8, 6))
+    unknown = Targets.unknown(structures)
+    assert math.isnan(label_noise.of_forces(structures, unknown))
+    forces = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-1, -1, 0]], dtype=torch.float64)
+    assert label_noise.of_forces(structures, replace(unknown, forces=forces)) == pytest.approx(0, abs=1e-15)
+    one_missing = forces.clone()
+    one_missing[0] = float("nan")
+    assert math.isnan(label_noise.of_forces(structures, replace(unknown, forces=one_missing)))
+
+
+def test_a_cutoff_that_is_too_short_is_told(silicon):
+    """And it is misspecification that grows, not what more data would fix."""
+    every_other = range(0, 268, 2)
+    structures, targets = silicon[0].select(every_other), silicon[1].select(silicon[0], every_other)
+    found = {}
+    for cutoff in (2.6, 5.0):
+        recipe = Recipe(descriptor={"cutoff": cutoff, "n_max": 6, "l_max": 4}, inducing={"n": 100, "gradients": 2})
+        potential, report = fit(structures, targets, recipe)
+        told = [w for w in report.warnings if w.startswith("Misspecification")]
+        variance = potential(structures.select(range(0, 130, 10)), variance="forces").forces_variance
+        found[cutoff] = float(variance.misspecification.mean()), float(variance.data.mean()), told
+    assert found[2.6][2] and not found[5.0][2]
+    assert found[2.6][0] > 2 * found[5.0][0]
+    assert found[2.6][0] > 5 * found[2.6][1]
+
+
+def test_more_data_narrow_the_data_part_alone(silicon):
+    structures, targets = silicon
+    recipe = Recipe.model_validate(SMALL | {"calibration": False})
+    some = list(range(0, 268, 10))
+    probe = structures.select(range(5, 268, 30))
+    few = fit(structures.select(some), targets.select(structures, some), recipe)[0](probe, variance="forces")
+    many_ = fit(structures, targets, recipe)[0](probe, variance="forces")
+    data = float(many_.forces_variance.data.mean() / few.forces_variance.data.mean())
+    rest = [float((p.forces_variance.misspecification + p.forces_variance.noise).mean()) for p in (few, many_)]
+    assert data < 0.3  # ten times the data
+    assert 0.5 < rest[1] / rest[0] < 2
