@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from gpmlp.neighbors import Neighbors
 from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
 
+JACOBIAN_BYTES = 192 << 20  # of the environments of a chunk; more is made again for each use
 CHUNK_ATOMS = 256  # atoms whose pair quantities are in memory together
 
 
@@ -25,6 +27,25 @@ class View:
     neighbors: Neighbors
     surroundings: Surroundings
     environments: Environments
+
+    @cached_property
+    def look(self) -> Callable[[Tensor], Environments] | None:
+        """Environments of some centres with Jacobians made once for all, where these are not too large to keep."""
+        features = self.environments.features
+        if 3 * len(self.neighbors) * features.shape[1] * features.element_size() > JACOBIAN_BYTES:
+            return None
+        jacobian = self.environments.jacobian()
+
+        def look(centers: Tensor) -> Environments:
+            pairs = self.surroundings.pairs_of(centers)[1]
+            some = self.surroundings.select(centers)
+            return Environments(some, features[centers], _not_needed, lambda: jacobian[pairs])
+
+        return look
+
+
+def _not_needed(cotangents: Tensor) -> Tensor:
+    raise RuntimeError("these environments were cut out for their Jacobians; pull back through the whole view")
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,11 +106,26 @@ class VarianceModel:
                 out["atom_energies_variance"] = self._atom_energies(structures, rows, wanted.residual)
             if wanted.energies:
                 out["energies_variance"] = self._energies(structures, views, rows, wanted.residual)
+        together = wanted.forces and wanted.stresses and wanted.atoms is None and structures.n_atoms <= FORCE_ATOMS
+        forces, stresses = self._rows(structures, views, True, True) if together else (None, None)
         if wanted.forces:
-            out["forces_covariance"] = self._forces(structures, views, wanted)
+            out["forces_covariance"] = self._forces(structures, views, wanted, forces)
         if wanted.stresses:
-            out["stresses_covariance"] = self._stresses(structures, views, wanted.residual)
+            out["stresses_covariance"] = self._stresses(structures, views, wanted.residual, stresses)
         return out
+
+    def _rows(
+        self, structures: Structures, views: Sequence[View], forces: bool, stresses: bool, atoms: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Covariances of forces and of stresses with all columns."""
+        made = [
+            covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b, forces, stresses, atoms, v.look)
+            for p, b, v in zip(self.priors, self.blocks, views, strict=True)
+        ]
+        return (
+            torch.cat([r.forces for r in made], dim=1) if forces else None,
+            torch.cat([r.stresses for r in made], dim=1) if stresses else None,
+        )
 
     def _atom_rows(self, structures: Structures, views: Sequence[View]) -> Tensor:
         every = zip(self.priors, self.blocks, views, strict=True)
@@ -140,7 +155,7 @@ class VarianceModel:
         misfit, noise = (counts * part for part in self._constant("energies"))
         return Variance(inducing, left.square().sum(1), misfit, noise)
 
-    def _forces(self, structures: Structures, views: Sequence[View], wanted: Wanted) -> Variance:
+    def _forces(self, structures: Structures, views: Sequence[View], wanted: Wanted, rows: Tensor | None) -> Variance:
         atoms = wanted.atoms
         chosen = torch.arange(structures.n_atoms, device=structures.species.device) if atoms is None else atoms
         like = structures.positions.to(self.signal.dtype)
@@ -148,33 +163,30 @@ class VarianceModel:
         misfit[chosen], noise[chosen] = (part * torch.eye(3).to(like) for part in self._constant("forces"))
         for some in near_together(structures, chosen).split(FORCE_ATOMS):
             here = chosen[some]
-            rows = [
-                covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b, True, False, here).forces
-                for p, b, v in zip(self.priors, self.blocks, views, strict=True)
-            ]
-            a, left = (part.unflatten(0, (len(here), 3)) for part in self.whitened(torch.cat(rows, dim=1)))
+            mine = rows.unflatten(0, (-1, 3))[some].flatten(0, 1) if rows is not None else None
+            mine = self._rows(structures, views, True, False, here)[0] if mine is None else mine
+            a, left = (part.unflatten(0, (len(here), 3)) for part in self.whitened(mine))
             data[here] = left @ left.mT
             inducing[here] = 0.0
             if wanted.residual:
                 prior = sum(
-                    p.forces(structures, v.neighbors, v.surroundings, here)
+                    p.looking(v.look).forces(structures, v.neighbors, v.surroundings, here)
                     for p, v in zip(self.priors, views, strict=True)
                 )
                 inducing[here] = _without_rounding(prior - a @ a.mT)
         return Variance(inducing, data, misfit, noise)
 
-    def _stresses(self, structures: Structures, views: Sequence[View], residual: bool) -> Variance:
-        rows = [
-            covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b, False, True).stresses
-            for p, b, v in zip(self.priors, self.blocks, views, strict=True)
-        ]
-        a, left = (part.unflatten(0, (len(structures), 6)) for part in self.whitened(torch.cat(rows, dim=1)))
+    def _stresses(self, structures: Structures, views: Sequence[View], residual: bool, rows: Tensor | None) -> Variance:
+        rows = self._rows(structures, views, False, True)[1] if rows is None else rows
+        a, left = (part.unflatten(0, (len(structures), 6)) for part in self.whitened(rows))
         unknown = structures.volumes.isnan()
         data = left @ left.mT
         data[unknown] = float("nan")
         inducing = torch.zeros_like(data)
         if residual:
-            prior = sum(p.stresses(structures, v.surroundings) for p, v in zip(self.priors, views, strict=True))
+            prior = sum(
+                p.looking(v.look).stresses(structures, v.surroundings) for p, v in zip(self.priors, views, strict=True)
+            )
             inducing[~unknown] = _without_rounding((prior - a @ a.mT)[~unknown])
         inducing[unknown] = float("nan")
         parts = [(part * torch.eye(6).to(data)).expand_as(data).clone() for part in self._constant("stresses")]

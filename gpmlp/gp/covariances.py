@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from gpmlp.environments import Descriptor, Surroundings
+from gpmlp.environments import Descriptor, Environments, Surroundings
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.neighbors import Neighbors
 from gpmlp.structures import Structures
@@ -16,6 +17,7 @@ from gpmlp.structures import Structures
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 BLOCK_BYTES = 8 << 20  # of one block of covariance rows: what stays in cache between its product and its scatter
 ENVIRONMENTS = 64  # whose Jacobian is in memory at a time
+Look = Callable[[Tensor], Environments]  # centres (indices) -> their environments
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +99,14 @@ def rows(
     forces: bool = True,
     stresses: bool = True,
     atoms: Tensor | None = None,
+    look: Look | None = None,
 ) -> Rows:
     """Covariance rows by pull-back: GEMMs of a block's feature Jacobian with all centres and tangents of its species.
 
     Args:
         atoms: distinct atoms whose force rows are wanted, in that order; then only environments that see one of them are looked at, and
             `energies` and `stresses` are not to be used.
+        look: environments of given centres, if they are there already.
     """
     like = structures.positions
     local, seeing = _places(structures, neighbors, atoms)
@@ -113,6 +117,7 @@ def rows(
         like.new_zeros(6 * n, columns) if stresses else None,
     )
     surroundings = Surroundings.of(structures, neighbors)
+    look = look or (lambda centers: descriptor(surroundings.select(centers)))
     start = 0
     for block in inducing:
         here = slice(start, start + block.n_columns)
@@ -128,7 +133,7 @@ def rows(
             like.new_zeros(n, 6, width) if stresses else None,
         )
         for centers in mine.split(ENVIRONMENTS):
-            _add_environments(sums, structures, neighbors, surroundings, descriptor, kernel, block, centers, local)
+            _add_environments(sums, structures, neighbors, surroundings, look(centers), kernel, block, centers, local)
         out.energies[:, here] = block.keep(sums.energies)
         if forces:
             out.forces[:, here] = block.keep(sums.forces[:-1].flatten(0, 1))
@@ -178,7 +183,7 @@ def _add_environments(
     structures: Structures,
     neighbors: Neighbors,
     surroundings: Surroundings,
-    descriptor: Descriptor,
+    environments: Environments,
     kernel: ZonalKernel,
     block: InducingBlock,
     centers: Tensor,
@@ -186,7 +191,6 @@ def _add_environments(
 ) -> None:
     """Add what the environments `centers` (all of the block's species) contribute to the rows of their structures."""
     local, pairs = surroundings.pairs_of(centers)
-    environments = descriptor(surroundings.select(centers))
     m, r = block.tangents.shape[:2]
     energy, first, second, along = _values(kernel, block, environments.features)
     owner = structures.structure_of_atom[centers]

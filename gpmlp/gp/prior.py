@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gpmlp.environments import Descriptor, Environments, Surroundings
-from gpmlp.gp.covariances import ENVIRONMENTS, padded_jacobian
+from gpmlp.gp.covariances import ENVIRONMENTS, Look, padded_jacobian
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.neighbors import Neighbors
 from gpmlp.structures import Structures
@@ -24,11 +24,20 @@ class Prior:
 
     Attributes:
         signal: standard deviation of local energies by Z, eV.
+        look: environments of given centres of the structures asked about, if they are there already.
     """
 
     descriptor: Descriptor
     kernel: ZonalKernel
     signal: dict[int, float]
+    look: Look | None = None
+
+    def looking(self, look: Look | None) -> Prior:
+        """The same with environments that are there already."""
+        return replace(self, look=look)
+
+    def _environments(self, surroundings: Surroundings, centers: Tensor) -> Environments:
+        return self.look(centers) if self.look else self.descriptor(surroundings.select(centers))
 
     def atom_energies(self, structures: Structures) -> Tensor:
         """(atoms,) variance of local energies, δ_z² f(1), eV^2."""
@@ -111,7 +120,7 @@ class Prior:
         features, gradients = None, None
         for centers in torch.unique(keys % n_atoms).split(ENVIRONMENTS):
             within, pairs = surroundings.pairs_of(centers)
-            environments = self.descriptor(surroundings.select(centers))
+            environments = self._environments(surroundings, centers)
             jacobian = environments.jacobian()
             if features is None:
                 features = jacobian.new_zeros(len(keys), jacobian.shape[2])
@@ -164,7 +173,7 @@ class Prior:
         """Features; rows of derivatives; and the entry of the joint covariance that each row adds to."""
         n, atoms = len(structures), structures.n_atoms
         within, pairs = surroundings.pairs_of(centers)
-        environments = self.descriptor(surroundings.select(centers))
+        environments = self._environments(surroundings, centers)
         if not len(pairs):
             empty = centers.new_zeros(len(centers), 0)
             return (
@@ -192,7 +201,7 @@ class Prior:
         features, strained = [], []
         for centers in members.split(ENVIRONMENTS):
             within, pairs = surroundings.pairs_of(centers)
-            environments: Environments = self.descriptor(surroundings.select(centers))
+            environments: Environments = self._environments(surroundings, centers)
             features.append(environments.features)
             if len(pairs):
                 strained.append(padded_jacobian(environments, within, True)[0][:, -6:])
