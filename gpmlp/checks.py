@@ -30,6 +30,28 @@ def choose(kind: str, name: str, options: Sequence[str] | dict) -> None:
         raise UserError(f"Unknown {kind} '{name}'.{suggest(name, options)}")
 
 
+def devices() -> tuple[str, ...]:
+    """Kinds of devices that torch can use here: 'cpu', and 'cuda' and 'mps' where they are there."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return ("cpu", *(kind for kind, there in found.items() if there))
+
+
+def device(name: str) -> None:
+    """Raise UserError unless torch can use the device called name ('cpu', 'cuda', 'cuda:1', ...) on this machine."""
+    if name == "cpu":
+        return
+    kind, _, index = name.partition(":")
+    have = devices()
+    there = kind in have and (not index or index.isdigit())
+    if there and kind == "cuda":
+        there = int(index or 0) < torch.cuda.device_count()
+    if not there:
+        count = f" ({torch.cuda.device_count()} of them)" if "cuda" in have else ""
+        raise UserError(
+            f"device '{name}' cannot be used: torch has {', '.join(have)}{count} on this machine; choose one of these."
+        )
+
+
 def shape(name: str, tensor: Tensor, required: tuple[int | str, ...], hint: str = "") -> None:
     """Raise UserError unless tensor has the required shape; a string stands for any size and names the axis."""
     got = tuple(tensor.shape)

@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gpmlp import versions
+from gpmlp import cli_tune, versions
 from gpmlp.checks import DataWarning, UserError, symbol
 
 # typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
 ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 DEBUG = "GPMLP_DEBUG"
+OUT_OF_MEMORY = (
+    "out of memory; lower memory_GB or inducing.n (--set memory_GB=1) or take a smaller descriptor.cutoff (--set "
+    "descriptor.cutoff=5; what one chunk needs grows with its third power), or use a larger machine."
+)
 INTERRUPTED = 130  # by convention 128 + the number of the signal; typer turns Ctrl-C into this status
 
 app = typer.Typer(
@@ -39,6 +46,17 @@ class Ensemble(StrEnum):
 
     nve = "nve"
     nvt = "nvt"
+
+
+class Method(StrEnum):
+    """Methods of `gpmlp select` (gpmlp.picking.METHODS; not imported here, so that --help is quick)."""
+
+    both = "both"
+    variance = "variance"
+    mahalanobis = "mahalanobis"
+    farthest = "farthest"
+    cur = "cur"
+    random = "random"
 
 
 Model = Annotated[Path, typer.Argument(help="Model file written by `gpmlp fit`.")]
@@ -76,16 +94,15 @@ def fit_command(
     from gpmlp import console
     from gpmlp.fit import fit
     from gpmlp.io import archive, atoms, provenance
-    from gpmlp.io.atomic import check_target
+    from gpmlp.io.atomic import check_apart, check_target
     from gpmlp.io.recipes import load_recipe
 
     check_target(output)
-    for path in (train, valid):
-        if path is not None and path.resolve() == output.resolve():
-            raise UserError(f"{output}: is also a data file of this fit; give the model another name.")
+    sources = {"the training data": train, "the validation data": valid, "the recipe": recipe}
+    check_apart({"the model (--output)": output}, sources)
     chosen = load_recipe(recipe, settings or [])
-    structures, targets = atoms.read(train)
-    validation = atoms.read(valid) if valid is not None else None
+    structures, targets = atoms.read(train, labelled=True)
+    validation = atoms.read(valid, labelled=True) if valid is not None else None
     origin = provenance.of_files(training=train, validation=valid)
     with console.Stages() as stages:
         potential, report = fit(structures, targets, chosen, validation, stages, origin)
@@ -95,6 +112,9 @@ def fit_command(
     out = console.output()
     out.print(console.fit_summary(report.as_dict()))
     out.print(f"wrote {output}", soft_wrap=True, markup=False)
+
+
+app.command("tune")(cli_tune.tune)
 
 
 @app.command("evaluate")
@@ -113,13 +133,15 @@ def evaluate_command(
     from gpmlp import console
     from gpmlp.evaluation import evaluate
     from gpmlp.io import archive, atoms, provenance
-    from gpmlp.io.atomic import atomic, check_target
+    from gpmlp.io.atomic import atomic, check_apart, check_target
 
     for path in (json_file, xyz_file):
         if path is not None:
             check_target(path)
+    targets_of = {"the errors (--json)": json_file, "the predictions (--xyz)": xyz_file}
+    check_apart(targets_of, {"the model": model, "the data": data})
     potential = archive.load(model)
-    structures, targets = atoms.read(data)
+    structures, targets = atoms.read(data, labelled=True)
     role = provenance.same_data(potential.provenance, data)
     if role == "training":
         warnings.warn(
@@ -151,14 +173,14 @@ def report_command(
     from gpmlp import console, reporting
     from gpmlp.evaluation import evaluate
     from gpmlp.io import archive, atoms
-    from gpmlp.io.atomic import atomic
+    from gpmlp.io.atomic import atomic, check_apart, check_folder
     from gpmlp.report import build
 
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; give the name of a folder.")
+    check_apart({"the report (--output)": output}, {"the model": model, "the data": data})
+    check_folder(output)
     version = archive.read_header(model)["version"]
     potential = archive.load(model)
-    structures, targets = atoms.read(data)
+    structures, targets = atoms.read(data, labelled=True)
     with console.Stages() as stages:
         result = evaluate(potential, structures, targets, stages)
         stages("report", 0, 1, "figures")
@@ -168,6 +190,52 @@ def report_command(
     out = console.output()
     out.print(console.evaluation_table(result))
     out.print(f"wrote {page}", soft_wrap=True, markup=False)
+
+
+@app.command("select")
+def select_command(
+    data: Annotated[Path, typer.Argument(help="The pool: extended XYZ, or any format of ASE; labels are not needed.")],
+    number: Annotated[int, typer.Option("--number", "-n", help="How many to pick.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, extended XYZ; best first.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Model file; variance and mahalanobis need one.")
+    ] = None,
+    method: Annotated[
+        Method | None, typer.Option("--method", help="If not given: both with a model, farthest without.")
+    ] = None,
+    environments: Annotated[
+        bool, typer.Option("--environments", help="Pick atoms with their surroundings instead of structures.")
+    ] = False,
+    exclude: Annotated[
+        Path | None, typer.Option("--exclude", help="Structures labelled already: nothing like them is picked.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of cur and random; the others draw nothing.")] = 0,
+) -> None:
+    """Pick the structures of a pool that are most worth a reference calculation."""
+    from gpmlp import console, picking
+    from gpmlp.io import archive, atoms
+    from gpmlp.io.atomic import check_apart, check_target
+
+    check_target(output)
+    check_apart({"the selection (--output)": output}, {"the pool": data, "the model": model, "--exclude": exclude})
+    potential = archive.load(model) if model is not None else None
+    frames, pool = atoms.read_unlabelled(data)
+    known = atoms.read_unlabelled(exclude)[1] if exclude is not None else None
+    name = method.value if method is not None else None
+    with console.Stages() as stages:
+        picked = picking.pick(pool, number, name, potential, environments, seed, known, stages)
+    if picked.repeats:
+        warnings.warn(
+            f"{data}: the last {picked.repeats} of {number} are like others picked before; nothing else was left.",
+            DataWarning,
+            stacklevel=1,
+        )
+    chosen = atoms.selected(frames, picked.structures.tolist(), picked.scores.tolist(), picked.places(pool))
+    atoms.write(output, chosen)
+    what = f"{number} environments in {len(chosen)}" if environments else f"{number}"
+    text = f"picked {what} of {len(frames)} structures ({sum(map(len, chosen))} of {pool.n_atoms} atoms) by {picked.method}"
+    scores = f"scores {picked.scores[0]:.3g} to {picked.scores[-1]:.3g}{picking.UNITS[picked.method]}"
+    console.output().print(f"{text}, {scores}; wrote {output}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -218,7 +286,9 @@ def md(
     interval: Annotated[int, typer.Option("--interval", help="Steps between two frames.")] = 10,
     seed: Annotated[int, typer.Option("--seed", help="Of initial velocities and thermostat.")] = 0,
     energies: Annotated[Path | None, typer.Option("--energies", help="Table of energies to write.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last frame of the trajectory.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last frame of the trajectory; START is only compared.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Run a short molecular dynamics with a potential."""
@@ -226,16 +296,27 @@ def md(
     from gpmlp.engines import md as dynamics
     from gpmlp.engines.ase import GPCalculator
     from gpmlp.io import archive, atoms
+    from gpmlp.io.atomic import check_apart
 
-    settings = dynamics.Settings(ensemble.value, temperature_k, steps, timestep_fs, relaxation_fs, interval, seed)
+    if resume and overwrite:
+        raise UserError("--resume goes on with files that --overwrite would replace; give one of them.")
+    targets = {"the trajectory (--output)": output, "the table (--energies)": energies}
+    own = resume and start.resolve() == output.resolve()
+    check_apart(targets, {"the model": model} | ({} if own else {"the start": start}))
+    with _arguments_named_as_options():
+        settings = dynamics.Settings(ensemble.value, temperature_k, steps, timestep_fs, relaxation_fs, interval, seed)
+    dynamics.check_files([path for path in targets.values() if path is not None], existing=resume or overwrite)
     calculator = GPCalculator(archive.load(model), start.name)
+    first = None if own else atoms.read_frames(start, -1)[0][0]
     if resume:
-        first = dynamics.resume(output, energies)
+        first = dynamics.resume(output, energies, first)
     else:
-        first = atoms.read_frames(start, -1)[0][0]
         first.info = {key: first.info[key] for key in ("config_type",) if key in first.info}
-        dynamics.fresh([path for path in (output, energies) if path is not None], overwrite, start)
-    with dynamics.record(output, energies) as append, console.Stages() as stages:
+    with (
+        _arguments_named_as_options(),
+        dynamics.record(output, energies, overwrite) as append,
+        console.Stages() as stages,
+    ):
         state = None
         for state in dynamics.run(first, calculator, settings):
             append(state)
@@ -248,6 +329,16 @@ def md(
         console.output().print(
             f"step {state.step}: {note.split(', ', 1)[1]}; wrote {output}", soft_wrap=True, markup=False
         )
+
+
+@contextmanager
+def _arguments_named_as_options() -> Iterator[None]:
+    """Let the errors of `md` name --temperature-K where the library says `temperature_K`."""
+    try:
+        yield
+    except UserError as error:
+        names = "|".join(("temperature_K", "steps", "timestep_fs", "relaxation_fs", "interval"))
+        raise UserError(re.sub(f"`({names})`", lambda name: "--" + name[1].replace("_", "-"), str(error))) from error
 
 
 def _show_warning(text: Any, category: type[Warning], *_: object, **__: object) -> None:
@@ -283,12 +374,10 @@ def main(arguments: list[str] | None = None) -> int:
             # the reader of a pipe (head, less) has gone: nobody is left to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except MemoryError:
-            message(
-                "error", "out of memory; lower memory_GB or inducing.n (--set memory_GB=1), or use a larger machine."
-            )
-            return 1
         except Exception as error:  # reported, with a traceback on demand: the last line of defence
+            if _out_of_memory(error):
+                message("error", OUT_OF_MEMORY)
+                return 1
             if debug:
                 traceback.print_exc()
             message(
@@ -297,6 +386,14 @@ def main(arguments: list[str] | None = None) -> int:
                 f"command, the traceback (run again with --debug) and the version ({versions.of('gpmlp')}).",
             )
             return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is used up; torch says it by a RuntimeError, on a GPU by a subclass of it."""
+    said = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in said)
+    )
 
 
 def _usage_error(error: Any) -> int:
@@ -308,5 +405,6 @@ def _usage_error(error: Any) -> int:
         return 2
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "gpmlp"
-    message("error", f"{error.format_message().rstrip('.')}. Try '{command} --help'.")
+    said = error.format_message().rstrip(".")
+    message("error", f"{said}{'' if said.endswith('?') else '.'} Try '{command} --help'.")
     return 2

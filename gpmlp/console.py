@@ -11,13 +11,17 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from gpmlp.evaluation import Evaluation
 from gpmlp.quantities import ErrorTable
+from gpmlp.tuning import Trial, best
 from gpmlp.units import GPA
 
 PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
+LONG = 1e6  # numbers from here on are written as powers of ten
+BAR_WIDTH = 24
+LONGEST_STAGE = len("inducing points")
 
 
 def output() -> Console:
@@ -38,51 +42,71 @@ def message(kind: str, text: str) -> None:
 
 
 class Stages:
-    """Shows progress(stage, done, total, note) as bars on a terminal, elsewhere as one line for each stage."""
+    """Shows progress(stage, done, total, note) as bars on a terminal, elsewhere as one line for each stage when it is over.
+
+    A stage lasts from the end of the one before it (or from __enter__) to its own last report.
+    """
 
     def __init__(self) -> None:
         self.console = errors_to()
         self.live = self.console.is_terminal
+        whole = Column(no_wrap=True)
+        # where the line is too short only the note gives way
+        note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         self.bars = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            SpinnerColumn(table_column=whole),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=LONGEST_STAGE)),
+            BarColumn(bar_width=BAR_WIDTH, table_column=Column(no_wrap=True, min_width=BAR_WIDTH)),
+            TaskProgressColumn(table_column=Column(no_wrap=True, min_width=len("100%"))),
+            TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=len("0:00:00"))),
+            TextColumn("[dim]{task.fields[note]}", table_column=note),
             console=self.console,
             disable=not self.live,
+            expand=True,
         )
         self.tasks: dict[str, TaskID] = {}
-        self.started: dict[str, float] = {}
-        self.notes: dict[str, str] = {}
-        self.finished: set[str] = set()
+        self.stage, self.note, self.complete = "", "", False
+        self.begun = self.last = time.monotonic()
 
     def __enter__(self) -> Stages:
         self.bars.start()
+        self.begun = self.last = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over()
         self.bars.stop()
 
     def __call__(self, stage: str, done: float, total: float, note: str = "") -> None:
         """Take one report of progress."""
-        self.notes[stage] = note or self.notes.get(stage, "")
+        if stage != self.stage:
+            self._over()
+            self.stage, self.note, self.begun = stage, "", self.last
+        self.note = note or self.note
+        self.complete, self.last = done >= total, time.monotonic()
         if self.live:
             if stage not in self.tasks:
                 self.tasks[stage] = self.bars.add_task(escape(stage), total=total, note="")
-            self.bars.update(self.tasks[stage], completed=done, total=total, note=escape(self.notes[stage]))
-            return
-        self.started.setdefault(stage, time.perf_counter())
-        if done >= total and stage not in self.finished:
-            self.finished.add(stage)
-            seconds = time.perf_counter() - self.started[stage]
-            self.console.print(escape(f"{stage}: {seconds:.1f} s {self.notes[stage]}".rstrip()))
+                self.bars.tasks[-1].start_time = self.begun
+            # rich stops the clock of a bar that is full, but a stage may go on after its last report of work done
+            almost = min(done, (1 - 1e-6) * total)
+            self.bars.update(self.tasks[stage], completed=almost, total=total, note=escape(self.note))
+
+    def _over(self) -> None:
+        if self.complete and self.live:
+            task = self.tasks[self.stage]
+            self.bars.update(task, completed=self.bars.tasks[task].total)
+        elif self.complete:
+            self.console.print(escape(f"{self.stage}: {self.last - self.begun:.1f} s {self.note}".rstrip()))
+        self.complete = False
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for a table; '-' where there is none."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}g}"
+    """A number for a table, with all digits before the point if these are few; '-' where there is none."""
+    if value is None or math.isnan(value):
+        return "-"
+    short = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e+" in short and abs(value) < LONG else short
 
 
 def error_table(title: str, rows: Mapping[str, ErrorTable]) -> Table:
@@ -120,7 +144,7 @@ def scores_table(evaluation: Evaluation) -> Table:
         table.add_row(
             kind,
             " / ".join(f"{100 * c:.0f}" for c in covered),
-            f"{factor * entry.sharpness:.3g} {unit}",
+            f"{number(factor * entry.sharpness)} {unit}",
             f"{entry.nll:.2f}",
             f"{entry.ence:.2f}",
             f"{entry.spearman:.2f}",
@@ -145,7 +169,7 @@ def noises(noise: Mapping[str, float]) -> str:
         "forces": ("force", 1e3, "meV/A"),
         "stresses": ("stress", 1 / GPA, "GPa"),
     }
-    return ", ".join(f"{units[k][0]} {v * units[k][1]:.3g} {units[k][2]}" for k, v in noise.items() if k in units)
+    return ", ".join(f"{units[k][0]} {number(v * units[k][1])} {units[k][2]}" for k, v in noise.items() if k in units)
 
 
 def fit_summary(report: Mapping[str, Any]) -> Table:
@@ -197,6 +221,84 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         ("recipe", yaml.safe_dump(plain(header["recipe"]), sort_keys=False).rstrip()),
     ]
     return pairs_table("Model", pairs)
+
+
+class Trials:
+    """Shows the trials of a search: one line for each that is over, and on a terminal a bar for the one that runs."""
+
+    def __init__(self, budget_s: float, most: int | None, done: Sequence[Trial]) -> None:
+        self.budget_s, self.most, self.done = budget_s, most, list(done)
+        console = errors_to()
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=BAR_WIDTH // 2, table_column=Column(no_wrap=True, min_width=BAR_WIDTH // 2)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            expand=True,
+        )
+        self.task = self.bar.add_task("trial 0", total=1.0, left="", note="")
+
+    def __enter__(self) -> Trials:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, trial: Trial) -> None:
+        """Take a trial that is over."""
+        self.done.append(trial)
+        text = f"{_result(trial)}, {trial.seconds:.1f} s; {_settings(trial)}"
+        self.bar.console.print(f"[dim]trial {trial.number}:[/] {escape(text)}", soft_wrap=True)
+
+    def tick(self, number: int, used_s: float) -> None:
+        """Take the number of the running trial and the time used so far."""
+        share, left_s = used_s / self.budget_s, max(0.0, self.budget_s - used_s)
+        if self.most:
+            share = max(share, number / self.most)
+            left_s = min(left_s, (self.most - number) * used_s / number) if number else left_s
+        top = best(self.done)
+        said = [f"best {_result(t)}" for t in (top,) if t] + [f"last {_settings(t)}" for t in self.done[-1:]]
+        left = f"{math.ceil(left_s / 60)} min left"
+        note = escape("; ".join(said) or "the start recipe")
+        self.bar.update(self.task, description=f"trial {number}", completed=share, left=left, note=note)
+
+
+def _result(trial: Trial) -> str:
+    if trial.objective is None:
+        return f"failed: {trial.failure}"
+    errors = f"{number(trial.force_mae_meV_per_A)} / {number(trial.force_rmse_meV_per_A)} meV/A"
+    return f"{errors}, objective {trial.objective:.4f}"
+
+
+def _settings(trial: Trial) -> str:
+    return ", ".join(f"{key}={value}" for key, value in trial.settings.items())
+
+
+def trials_table(trials: Sequence[Trial], meaning: str, shown: int = 5) -> Table:
+    """The best trials and the start recipe, with their parameters.
+
+    Args:
+        meaning: what the objective is.
+    """
+    failed = sum(t.objective is None for t in trials)
+    minutes = sum(t.seconds for t in trials) / 60
+    title = f"Best of {len(trials)} trials ({failed} failed, {minutes:.1f} min); objective: {meaning}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    settings = list(trials[0].settings)
+    for heading in ("trial", "objective", "force MAE / RMSE\nmeV/A", "s", *settings):
+        table.add_column(escape(heading).replace("_", "\n_"), justify="right")
+    ranked = sorted((t for t in trials if t.objective is not None), key=lambda t: -t.objective)[:shown]
+    for t in [*ranked, *(t for t in trials[:1] if t not in ranked)]:
+        errors = f"{number(t.force_mae_meV_per_A)} / {number(t.force_rmse_meV_per_A)}"
+        name = str(t.number) if t.number else "0 start"
+        value = "failed" if t.objective is None else f"{t.objective:.4f}"
+        table.add_row(name, value, errors, f"{t.seconds:.0f}", *(escape(v) for v in t.settings.values()))
+    return table
 
 
 def plain(value: Any) -> Any:

@@ -86,9 +86,9 @@ def fit(
     stages.begin("posterior")
     solved = posterior.solve(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
     potential = potential_of(solved.weights, learned, calibration=calibration, novelty=trained.novelty)
-    stages.begin("validation")
     validation_errors = None
     if validation is not None:
+        stages.begin("validation")
         validation_errors = errors(*validation, potential(validation[0]), units.GPA)
     stages.end()
     shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}

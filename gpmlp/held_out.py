@@ -17,6 +17,8 @@ from gpmlp.variances import VARIANCES, rescaled
 
 FEWEST = 20  # structures; of fewer none is set aside
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
+FEW = 30  # from which the constant part is weighed against the others for a kind of its own
+LEAST = 1e-3  # weight of the constant part: where symmetry leaves nothing else, labels are still not exact
 LARGE = 0.2  # share of the size of forces that the model class may miss before it is told
 FIELDS = {"energies": "energies_variance", "forces": "forces_variance", "stresses": "stresses_variance"}
 
@@ -65,10 +67,16 @@ def calibrate(potential: Potential, structures: Structures, targets: Targets) ->
         errors, parts, species = errors[known], parts[known], species if species is None else species[known]
         if not len(errors):
             continue
-        if weights:  # the same process: what forces say of its parts holds here too
-            weights[kind] = next(iter(weights.values()))
+        if weights:  # the same process: what forces say of its parts holds here too; noise is a kind's own
+            inducing, spread, constant = next(iter(weights.values())).tolist()
+            if len(errors) >= FEW:
+                both = torch.stack([inducing * parts[:, 0] + spread * parts[:, 1], parts[:, 2]], dim=1)
+                common, constant = weigh(errors, both).tolist()
+                inducing, spread = common * inducing, common * spread
+            weights[kind] = torch.tensor([inducing, spread, max(constant, LEAST)], dtype=torch.float64)
         elif len(errors) >= ENOUGH:
             weights[kind] = weigh(errors, parts)
+            weights[kind][2] = max(float(weights[kind][2]), LEAST)
         used = weights.get(kind, torch.ones(parts.shape[1], dtype=parts.dtype))
         data[kind] = (errors, (parts @ used.to(parts)).sqrt(), species)
     source: dict[str, object] = {

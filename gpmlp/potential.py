@@ -142,7 +142,19 @@ class Potential:
         joint = self.variances.joint(moved, [term.view(moved) for term in self.terms])
         return joint.to(device=structures.positions.device)
 
+    def __repr__(self) -> str:
+        """Species, descriptors and sizes; not the tensors."""
+        species = ", ".join(checks.symbol(z) for z in self.species)
+        names = ", ".join(descriptor.name for descriptor in self.recipe.descriptors)
+        columns = f"{self.report['columns']} columns" if "columns" in self.report else "no report"
+        return f"Potential({species}; {names}; cutoff {self.cutoff:g} A; {columns})"
+
     def check_species(self, structures: Structures) -> None:
+        if not isinstance(structures, Structures):
+            raise checks.UserError(
+                f"A potential takes gpmlp.Structures; got {type(structures).__name__}. Convert ASE's Atoms by "
+                "gpmlp.io.atoms.structures_from_ase([atoms]), or read a file by gpmlp.read."
+            )
         for i, z in enumerate(structures.distinct_species):
             if z not in self.species:
                 atom = int((structures.species == structures.distinct_species[i]).nonzero()[0, 0])
@@ -181,7 +193,9 @@ class Potential:
     def from_state(cls, header: dict, tensors: dict[str, Tensor]) -> Potential:
         """Build a potential again from state()."""
         recipe = Recipe.model_validate(header["recipe"])
-        if torch.device(recipe.device).type == "cuda" and not torch.cuda.is_available():
+        try:
+            checks.device(recipe.device)
+        except checks.UserError:
             recipe = recipe.model_copy(update={"device": "cpu"})  # fitted on a GPU, used where there is none
         tensors = {name: value.to(recipe.device) for name, value in tensors.items()}
         species = tuple(header["species"])

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from gpmlp import checks
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _kind_of_device(name: str) -> str:
+    """Refuse what is no device anywhere; whether this machine has it is asked where it is used (a model may come from another)."""
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"'{name}' is no device of gpmlp; torch has {', '.join(checks.devices())} on this machine")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_kind_of_device)]
 
 
 class _Section(BaseModel):
@@ -138,7 +151,7 @@ class Recipe(_Section):
     use_stresses: bool = True
     memory_GB: Positive | None = None
     seed: int = 0
-    device: str = "cpu"
+    device: Device = "cpu"
     dtype: Literal["float64", "float32"] = "float64"
 
     @model_validator(mode="after")

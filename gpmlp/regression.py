@@ -61,7 +61,7 @@ def make_models(
         if wanted > structures.n_atoms:
             raise checks.UserError(
                 f"inducing.n asks for {wanted} inducing points, but the training data hold only {structures.n_atoms} "
-                "environments (atoms); ask for fewer."
+                f"environment{'s' * (structures.n_atoms != 1)} (atoms); ask for fewer."
             )
         shares = ind.shares
         if isinstance(shares, dict):

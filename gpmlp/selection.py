@@ -92,16 +92,32 @@ def _pivots(block: Tensor, variance: Tensor, at_most: int, threshold: float) -> 
     return taken
 
 
-def farthest(features: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Farthest-point sampling in the distance |x - x'|, starting from the point farthest from the mean."""
+def farthest(features: Tensor, n: int, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Farthest-point sampling in the distance |x - x'|, starting from the point farthest from the mean.
+
+    Args:
+        known: (m, features) rows that count as chosen before; the first point is then the one farthest from all of them.
+    """
     distance = (features - features.mean(0)).square().sum(1)
-    chosen, scores = [int(distance.argmax())], [4.0]
-    distance = (features - features[chosen[0]]).square().sum(1)
+    chosen: list[int] = []
+    scores: list[float] = []
+    if known is not None and len(known):
+        distance = torch.full_like(distance, torch.inf)
+        squares = features.square().sum(1)
+        for some in known.split(256):
+            nearest = (some.square().sum(1) - 2 * features @ some.T).amin(1)
+            distance = torch.minimum(distance, (squares + nearest).clamp_min(0))
+    else:
+        chosen, scores = [int(distance.argmax())], [4.0]
+        distance = (features - features[chosen[0]]).square().sum(1)
     while len(chosen) < n and distance.max() > 1e-14:
         chosen.append(int(distance.argmax()))
         scores.append(float(distance.max()))
         distance = torch.minimum(distance, (features - features[chosen[-1]]).square().sum(1))
-    return torch.tensor(chosen, device=features.device), torch.tensor(scores, dtype=torch.float64).to(features)
+    return (
+        torch.tensor(chosen, dtype=torch.long, device=features.device),
+        torch.tensor(scores, dtype=torch.float64).to(features),
+    )
 
 
 def cur(features: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

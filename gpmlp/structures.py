@@ -113,7 +113,9 @@ class Structures:
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Structures:
-        """Return the same structures on another device or in another floating-point type."""
+        """Return the same structures on another device or in another floating-point type; UserError for a device not there."""
+        if device is not None:
+            checks.device(str(device))
         return Structures(
             self.positions.to(device=device, dtype=dtype),
             self.cells.to(device=device, dtype=dtype),

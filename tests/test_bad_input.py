@@ -20,7 +20,10 @@ from gpmlp import cli
 from gpmlp.checks import UserError
 from gpmlp.fit import fit
 from gpmlp.io import atoms
+from gpmlp.io.recipes import load_recipe
+from gpmlp.potential import Potential
 from gpmlp.quantities import Targets
+from gpmlp.recipe import Recipe
 
 QUICK = ["--set", "descriptor.cutoff=4", "--set", "descriptor.n_max=4", "--set", "descriptor.l_max=2"]
 SMALL = [*QUICK, "--set", "inducing.n=10", "--set", "inducing.gradients=0"]
@@ -93,6 +96,28 @@ def test_no_labels_at_all(refused, frames):
     refused([bare(frame) for frame in frames], "No structure has an energy, forces or a stress to learn from")
 
 
+def test_labels_of_other_names(capsys, model_file, frames, tmp_path):
+    for frame in frames:
+        energy, forces = frame.get_potential_energy(), frame.get_forces()
+        bare(frame)
+        frame.info |= {"E_pbe": energy, "label": "a"}
+        frame.arrays["f_pbe"] = forces
+    atoms.write(tmp_path / "other.xyz", frames)
+    assert cli.main(["evaluate", str(model_file), str(tmp_path / "other.xyz")]) == 0
+    energies, forces = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
+    assert "no energies were recognised in any of its 6 frames; their info hold E_pbe. Energies are called" in energies
+    assert "their arrays hold f_pbe. Forces are called forces or force, bare or after ref_, reference_, dft_" in forces
+    # energies alone are nothing to warn of, unless something looks like forces
+    for k, expected in enumerate((1, 0)):
+        for frame in frames:
+            frame.info["REF_energy"] = 1.0
+            if k:
+                del frame.arrays["f_pbe"]
+        atoms.write(tmp_path / "other.xyz", frames)
+        assert cli.main(["evaluate", str(model_file), str(tmp_path / "other.xyz")]) == 0
+        assert capsys.readouterr().err.count("no forces were recognised") == expected
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_force_that_is_no_number(refused, frames, value):
     with_forces(frames[4], 2, value)
@@ -109,6 +134,23 @@ def test_wrong_shape(refused):
         '1\nLattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3:forces:R:2 energy=1 pbc="T T T"\nCu 0 0 0 0 0\n'
     )
     refused(text, r"train.xyz frame 0: `forces` has the wrong shape: required \(1, 3\), got \(1, 2\)")
+
+
+def test_devices_that_are_not_there(refused, frames, small_set, potential, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    have = r"torch has cpu(, mps)? on this machine"
+    refused(frames, f"device 'cuda:1' cannot be used: {have}; choose one of these", "--set", "device=cuda:1")
+    refused(frames, f"device: 'gpu' is no device of gpmlp; {have}", "--set", "device=gpu")
+    with pytest.raises(UserError, match=f"device 'cuda' cannot be used: {have}"):
+        fit(*small_set, Recipe(device="cuda"))
+    # a model that was fitted on a GPU is used without one
+    header, tensors = potential.state()
+    header["recipe"]["device"] = "cuda"
+    assert Potential.from_state(header, tensors).recipe.device == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"device 'cuda:1' cannot be used: torch has cpu, cuda(, mps)? \(1 of them\)"):
+        load_recipe(overrides=["device=cuda:1"])
 
 
 def test_labels_of_other_structures(small_set, small_recipe):

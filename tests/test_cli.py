@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 
+import ase.build
 import ase.io
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 
-from gpmlp import cli
+from gpmlp import cli, console
+from gpmlp.__main__ import main as gpmlp_main
 from gpmlp.io import archive, atoms
 
 ERRORS = (
@@ -124,26 +130,91 @@ def test_md_runs_and_resumes(gpmlp, model_file, train_file, tmp_path):
     ("arguments", "message"),
     [
         (["bogus"], "No such command 'bogus'. Try 'gpmlp --help'"),
+        (["evaluat"], "No such command 'evaluat'. Did you mean 'evaluate'? Try 'gpmlp --help'."),
         (["fit"], "Missing argument"),
         (["fit", "none.xyz", "-o", "m"], "none.xyz: there is no such file"),
         (["fit", "none.xyz", "-o", "no/where/m"], "does not exist; make it first"),
         (["fit", "none.xyz", "-o", "m", "--set", "kernel.zta=2"], "Perhaps you meant 'kernel.zeta'"),
-        (["fit", "none.xyz", "-o", "none.xyz"], "is also a data file of this fit"),
+        (
+            ["fit", "none.xyz", "-o", "none.xyz"],
+            "is to be written as the model (--output), but is the training data too",
+        ),
         (["fit", "none.xyz", "-o", "m", "--recipe", "none.yaml"], "none.yaml: the recipe cannot be read"),
         (["info", "none.gpmlp"], "none.gpmlp: there is no such file"),
         (["evaluate", "none.gpmlp", "none.xyz", "--json", "no/e.json"], "does not exist; make it first"),
         (["md", "m", "s.xyz", "-o", "t.xyz", "--steps", "many"], "'--steps'"),
         (["md", "m", "s.xyz", "-o", "t.xyz", "--ensemble", "npt"], "'--ensemble'"),
-        (["md", "m", "s.xyz", "-o", "t.xyz", "--ensemble", "nvt"], "`temperature_K` must be given"),
+        (["md", "m", "s.xyz", "-o", "t.xyz", "--ensemble", "nvt"], "--temperature-K must be given"),
+        (["md", "m", "s.xyz", "-o", "t.xyz", "--steps", "-1"], "--steps must be zero or positive; got -1"),
+        (["md", "m", "s.xyz", "-o", "t.xyz", "--resume", "--overwrite"], "give one of them"),
+        (
+            ["md", "m", "s.xyz", "-o", "m", "--overwrite"],
+            "m: is to be written as the trajectory (--output), but is the model",
+        ),
+        (
+            ["md", "m", "s.xyz", "-o", "t.xyz", "--energies", "t.xyz"],
+            "but is the trajectory (--output) too; give the table",
+        ),
+        (["md", "m", "s.xyz", "-o", "t.xyz", "--energies", "s.xyz", "--resume"], "but is the start too"),
+        (
+            ["evaluate", "m", "s.xyz", "--json", "s.xyz"],
+            "s.xyz: is to be written as the errors (--json), but is the data too",
+        ),
+        (
+            ["evaluate", "m", "s.xyz", "--xyz", "./m"],
+            "m: is to be written as the predictions (--xyz), but is the model too",
+        ),
+        (
+            ["evaluate", "m", "s.xyz", "--json", "e", "--xyz", "e"],
+            "e: is to be written as the predictions (--xyz), but is the errors",
+        ),
+        (
+            ["report", "m", "s.xyz", "-o", "s.xyz"],
+            "s.xyz: is to be written as the report (--output), but is the data too",
+        ),
+        (["report", "m", "s.xyz", "-o", "there/is/a"], "a file; choose another place"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(gpmlp, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").touch()
     status, out, err = gpmlp(*arguments)
     assert status == 2
     assert message in err
     assert err.startswith("error: ") and err.count("\n") == 1
     assert out == "" and "Traceback" not in err
+
+
+def test_links_do_not_hide_an_input(gpmlp, model_file, train_file, tmp_path):
+    data, soft, hard = tmp_path / "data.xyz", tmp_path / "soft.xyz", tmp_path / "hard.xyz"
+    data.write_bytes(train_file.read_bytes())
+    soft.symlink_to(data)
+    hard.hardlink_to(data)
+    for option, path in (("--xyz", soft), ("--json", hard)):
+        status, _, err = gpmlp("evaluate", model_file, data, option, path)
+        assert status == 2 and "but is the data too" in err
+    assert data.read_bytes() == train_file.read_bytes()
+
+
+@pytest.mark.parametrize("wrong", ["options", "species", "overlap", "velocities"])
+def test_a_failed_md_touches_no_files(gpmlp, model_file, tmp_path, wrong):
+    start = {
+        "species": ase.build.bulk("Ag", cubic=True),
+        "overlap": ase.Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 0.1]]),
+    }.get(wrong, ase.build.bulk("Cu", cubic=True))
+    ase.io.write(tmp_path / "start.xyz", start)
+    old = tmp_path / "old.xyz"
+    old.write_text("old")
+    run = ["md", model_file, tmp_path / "start.xyz", *(["--interval", 0] if wrong == "options" else [])]
+    run += [] if wrong == "velocities" else ["--temperature-K", 300]
+    for files in (["-o", tmp_path / "new.xyz", "--energies", tmp_path / "new.dat"], ["-o", old, "--overwrite"]):
+        status, _, err = gpmlp(*run, *files)
+        assert status == 2, err
+        assert err.count("\n") == 1
+    if wrong == "velocities":
+        assert "give a temperature to draw them at, --temperature-K." in err
+    assert old.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.xyz", "start.xyz"]
 
 
 def test_no_command_shows_the_help(gpmlp):
@@ -173,7 +244,21 @@ def test_our_faults_are_status_1(gpmlp, monkeypatch, model_file):
     assert "Traceback" in gpmlp("info", model_file)[2]
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (MemoryError, 1)])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (KeyboardInterrupt, 130),
+        (MemoryError, 1),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 1),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to"
+            ),
+            1,
+        ),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 800 bytes."), 1),
+    ],
+)
 def test_interruption_and_memory(gpmlp, monkeypatch, model_file, error, status):
     def stop(path):
         raise error
@@ -182,6 +267,20 @@ def test_interruption_and_memory(gpmlp, monkeypatch, model_file, error, status):
     got, _, err = gpmlp("info", model_file)
     assert got == status
     assert err.count("\n") == 1
+    assert status == 130 or ("out of memory; lower memory_GB" in err and "smaller descriptor.cutoff" in err)
+
+
+def test_interruption_while_importing(monkeypatch, capsys):
+    class Interrupts:
+        def find_spec(self, name, *_):
+            if name == "gpmlp.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delattr("gpmlp.cli")
+    monkeypatch.delitem(sys.modules, "gpmlp.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    assert gpmlp_main() == 130
+    assert capsys.readouterr().err == "error: interrupted before anything was done.\n"
 
 
 def test_warnings_are_one_line_on_standard_error(gpmlp, model_file, small_atoms, tmp_path):
@@ -206,3 +305,50 @@ def test_an_interrupted_fit_leaves_the_old_model(gpmlp, monkeypatch, train_file,
     assert gpmlp("fit", train_file, *QUICK, "-o", model)[0] == 130
     assert model.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["m.gpmlp"]
+
+
+# --- what it shows
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """Run Stages on a terminal of so many columns, with these reports, and return the lines left on it."""
+
+    def shown(width: int, *reports: tuple) -> list[str]:
+        screen = io.StringIO()
+        terminal = Console(file=screen, force_terminal=True, width=width, highlight=False)
+        monkeypatch.setattr(console, "errors_to", lambda: terminal)
+        with console.Stages() as stages:
+            for report in reports:
+                stages(*report)
+        plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+        return [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
+
+    return shown
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_long_note_gives_way_to_bar_and_time(bars, width):
+    note = "-log evidence -12345; energies 0.0123, forces 0.123, stresses 0.00123, and so on " * 2
+    last = bars(width, ("inducing points", 1, 1, "greedy"), ("evidence", 3, 4, note))[-1]
+    assert re.search(r"evidence +━+.* 75% \d:\d\d:\d\d -log evidence -12345.*…$", last)
+    assert width - 2 <= len(last) <= width
+
+
+def test_stages_last_from_the_end_of_the_one_before(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.Stages() as stages:
+        # done twice: a stage may find more to do
+        for seconds, report in ((2, ("a", 1, 1)), (3, ("a", 0, 1)), (4, ("a", 1, 1, "note")), (8, ("b", 1, 1))):
+            now[0] += seconds
+            stages(*report)
+    assert capsys.readouterr().err.splitlines() == ["a: 9.0 s note", "b: 8.0 s"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(5000.0, "5000"), (1234.5, "1234"), (999.7, "1000"), (0.01234, "0.0123"), (5e7, "5e+07")]
+)
+def test_numbers_of_tables(value, text):
+    assert console.number(value) == text
+    assert console.number(float("nan")) == console.number(None) == "-"

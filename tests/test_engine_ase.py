@@ -31,6 +31,22 @@ def test_everything_a_calculator_has(calculator, potential, small_atoms, small_s
     np.testing.assert_allclose(frame.get_stress(voigt=False), prediction.stresses[0].numpy(), atol=1e-12)
 
 
+def test_a_calculator_needs_a_potential(model_file):
+    for name in (str(model_file), model_file):
+        with pytest.raises(UserError, match=r"needs a potential; got .*copper.gpmlp.*GPCalculator\(gpmlp.load\("):
+            GPCalculator(name)
+
+
+def test_a_potential_needs_structures(potential, small_atoms):
+    for atoms in (small_atoms[0], small_atoms):
+        with pytest.raises(UserError, match=r"got (Atoms|list)\. Convert .* gpmlp.io.atoms.structures_from_ase"):
+            potential(atoms)
+
+
+def test_a_potential_shows_itself_in_one_line(potential):
+    assert repr(potential) == "Potential(Cu; soap; cutoff 4 A; 40 columns)"
+
+
 def test_forces_and_stress_are_derivatives(calculator):
     frame = copper(40)
     frame.calc = calculator
@@ -190,12 +206,39 @@ def test_resume_needs_a_trajectory(tmp_path, small_atoms):
         md.resume(tmp_path / "cut.xyz", None)
 
 
+def test_resume_cuts_nothing_off_files_that_are_not_of_the_run(calculator, tmp_path):
+    trajectory, table = tmp_path / "t.xyz", tmp_path / "e.dat"
+    with md.record(trajectory, table) as append:
+        append(next(md.run(start(), calculator, md.Settings("nve", 300))))
+    before = trajectory.read_text() + "8\ncut off"
+    trajectory.write_text(before)
+    for notes in ("my notes\n", "notes without a line end"):
+        (tmp_path / "notes").write_text(notes)
+        with pytest.raises(UserError, match="notes: is no table of energies written by gpmlp md"):
+            md.resume(trajectory, tmp_path / "notes")
+        assert (tmp_path / "notes").read_text() == notes
+    with pytest.raises(UserError, match="t.xyz: is a run of Cu8, but the start is Ag4; give the start which that run"):
+        md.resume(trajectory, table, ase.build.bulk("Ag", cubic=True))
+    assert trajectory.read_text() == before
+    assert md.resume(trajectory, table, start()).info["step"] == 0
+    assert trajectory.read_text() == before.removesuffix("8\ncut off")
+
+
 def test_old_files_are_not_replaced_unasked(tmp_path):
-    old, begin = tmp_path / "t.xyz", tmp_path / "s.xyz"
+    old = tmp_path / "t.xyz"
     old.touch()
     with pytest.raises(UserError, match="exists; continue that run with --resume"):
-        md.fresh([old], False, begin)
-    with pytest.raises(UserError, match="is the start structure of this run"):
-        md.fresh([begin], True, begin)
-    md.fresh([old], True, begin)
-    assert not old.exists()
+        md.check_files([old], existing=False)
+    md.check_files([old], existing=True)
+    with pytest.raises(UserError, match="the folder .* does not exist"):
+        md.check_files([tmp_path / "no" / "t.xyz"], existing=False)
+
+
+def test_files_are_touched_when_the_first_state_has_come(calculator, tmp_path):
+    old, table = tmp_path / "t.xyz", tmp_path / "e.dat"
+    old.write_text("old")
+    with md.record(old, table, replace=True) as append:
+        assert old.read_text() == "old" and not table.exists()
+        for state in md.run(start(), calculator, md.Settings("nve", 300, steps=2, interval=1)):
+            append(state)
+    assert len(ase.io.read(old, ":")) == 3 and len(table.read_text().splitlines()) == 4

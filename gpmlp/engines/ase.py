@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
+from gpmlp.checks import UserError
 from gpmlp.io.atoms import results, structures_from_ase, uncertainties
 from gpmlp.potential import Potential
 
@@ -40,7 +41,15 @@ class GPCalculator(Calculator):
             name: what error messages call the structure.
             uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'.
             novelty: whether to compute Mahalanobis distances too.
+
+        Raises:
+            UserError: what came is no potential, e.g. the name of its file.
         """
+        if not callable(potential):
+            raise UserError(
+                f"GPCalculator needs a potential; got {potential!r}. A model file is read by gpmlp.load: "
+                "GPCalculator(gpmlp.load('model.gpmlp'))."
+            )
         super().__init__()
         self.potential = potential
         self.uncertainty = uncertainty

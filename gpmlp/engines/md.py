@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import ase.io
 import numpy as np
@@ -23,9 +23,10 @@ from gpmlp import checks
 from gpmlp.checks import UserError
 from gpmlp.io import xyz
 from gpmlp.io.atomic import check_target
-from gpmlp.io.atoms import read_frames
+from gpmlp.io.atoms import UNREADABLE
 
 COLUMNS = ("step", "time_fs", "temperature_K", "potential_eV", "kinetic_eV", "conserved_eV", "drift_eV_per_atom")
+HEADER = "# " + " ".join(COLUMNS) + "\n"
 HOTTEST = 1e6  # K; beyond, the integration has blown up
 
 
@@ -149,7 +150,7 @@ def _set_velocities(atoms: Atoms, settings: Settings, generator: np.random.Gener
     if moving:
         return
     if settings.temperature_K is None:
-        raise UserError("The start has no velocities: give a temperature to draw them at (temperature_K).")
+        raise UserError("The start has no velocities: give a temperature to draw them at, `temperature_K`.")
     masses = atoms.get_masses()[:, None]
     # Maxwell-Boltzmann: each component of v has variance kT / m; then the centre of mass is brought to rest
     velocities = generator.standard_normal((len(atoms), 3)) * np.sqrt(units.kB * settings.temperature_K / masses)
@@ -168,55 +169,67 @@ def _snapshot(atoms: Atoms, info: dict[str, float]) -> Atoms:
 
 
 @contextmanager
-def record(trajectory: str | os.PathLike[str], energies: str | os.PathLike[str] | None) -> Iterator:
+def record(
+    trajectory: str | os.PathLike[str], energies: str | os.PathLike[str] | None, replace: bool = False
+) -> Iterator[Callable[[State], None]]:
     """Yield a function that appends a State to an extended XYZ trajectory and to a table of energies.
 
-    Each frame and line is written in one piece and flushed, so an interrupted run leaves complete ones.
+    No file is made or changed before the first State has come. Each frame and line is written in one piece and flushed, so
+    an interrupted run leaves complete ones.
+
+    Args:
+        replace: whether to empty files that are there first.
     """
-    with (
-        open(trajectory, "a", encoding="utf-8") as frames,
-        open(energies or os.devnull, "a", encoding="utf-8") as table,
-    ):
-        if table.tell() == 0:
-            table.write("# " + " ".join(COLUMNS) + "\n")
+    with ExitStack() as stack:
+        files: list[IO[str]] = []
 
         def append(state: State) -> None:
             text = io.StringIO()
             ase.io.write(text, state.atoms, format="extxyz")
+            mode = "w" if replace else "a"
             try:
-                for file, piece in ((frames, text.getvalue()), (table, state.row() + "\n")):
+                if not files:
+                    for path in (trajectory, energies or os.devnull):
+                        files.append(stack.enter_context(open(path, mode, encoding="utf-8")))
+                    if files[1].tell() == 0:
+                        files[1].write(HEADER)
+                for file, piece in zip(files, (text.getvalue(), state.row() + "\n"), strict=True):
                     file.write(piece)
                     file.flush()
             except OSError as error:
-                raise UserError(
-                    f"{trajectory}: could not be written at step {state.step}: {error.strerror}."
-                ) from error
+                names = f"{trajectory}{f' or {energies}' if energies else ''}"
+                raise UserError(f"{names}: could not be written at step {state.step}: {error.strerror}.") from error
 
         yield append
 
 
-def fresh(paths: list[Path], overwrite: bool, start: Path) -> None:
-    """Make room for the files of a new run.
+def check_files(paths: Sequence[str | os.PathLike[str]], existing: bool) -> None:
+    """Raise UserError if a run cannot write these files.
 
-    Raises:
-        UserError: a file is there already and may not be overwritten, is the start itself, or cannot be written.
+    Args:
+        existing: whether files that are there already are to be written to.
     """
     for path in paths:
         check_target(path)
-        if path.resolve() == start.resolve():
-            raise UserError(f"{path}: is the start structure of this run; write to another file.")
-        if Path(path).is_file() and not overwrite:
+        if not Path(path).is_file():
+            continue
+        if not existing:
             raise UserError(f"{path}: exists; continue that run with --resume, or replace it with --overwrite.")
-    for path in paths:
-        if Path(path).is_file():
-            Path(path).unlink()
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{path}: may not be written to; choose another name, or change its permissions.")
 
 
-def resume(trajectory: str | os.PathLike[str], energies: str | os.PathLike[str] | None) -> Atoms:
+def resume(
+    trajectory: str | os.PathLike[str], energies: str | os.PathLike[str] | None, start: Atoms | None = None
+) -> Atoms:
     """Return the last complete frame of a trajectory and cut off, in both files, what came after it.
 
+    Args:
+        start: what the run began from, if known: must hold the same elements in the same order.
+
     Raises:
-        UserError: no trajectory, no complete frame in it, or not one written by a run.
+        UserError: no trajectory, no complete frame in it, not one written by a run, or a run of other atoms; nothing is cut
+            off then.
     """
     path = Path(trajectory)
     if not path.is_file():
@@ -224,23 +237,42 @@ def resume(trajectory: str | os.PathLike[str], energies: str | os.PathLike[str] 
     layout = xyz.scan(path)
     if not layout.starts:
         raise UserError(f"{path}: holds no complete frame to resume from; start anew with --overwrite.")
-    os.truncate(path, layout.end)
-    frame = read_frames(path, -1)[0][0]
+    frame = _last_frame(path, layout)
     if "step" not in frame.info or not frame.has("momenta"):
         raise UserError(f"{path}: its last frame has no step and velocities; it was not written by gpmlp md.")
-    if energies is not None and Path(energies).is_file():
-        _cut_table(Path(energies), int(frame.info["step"]))
+    if start is not None and start.numbers.tolist() != frame.numbers.tolist():
+        raise UserError(
+            f"{path}: is a run of {frame.symbols}, but the start is {start.symbols}; give the start which that run had."
+        )
+    table = Path(energies) if energies is not None and Path(energies).is_file() else None
+    end = _end_of_table(table, int(frame.info["step"])) if table else 0
+    os.truncate(path, layout.end)
+    if table:
+        os.truncate(table, end)
     return frame
 
 
-def _cut_table(path: Path, last_step: int) -> None:
-    """Drop the lines of later steps, and an incomplete last line."""
+def _last_frame(path: Path, layout: xyz.Layout) -> Atoms:
+    """The last complete frame of an extended XYZ file, whatever follows it."""
+    with open(path, "rb") as file:
+        file.seek(layout.starts[-1])
+        text = file.read(layout.end - layout.starts[-1])
+    try:
+        return ase.io.read(io.StringIO(text.decode("utf-8")), format="extxyz")
+    except UNREADABLE as error:
+        raise UserError(f"{path}: its last frame cannot be read: {error}.") from error
+
+
+def _end_of_table(path: Path, last_step: int) -> int:
+    """Number of bytes before the lines of later steps, and before an incomplete last line."""
     end = 0
     with open(path, "rb") as file:
         for line in file:
             words = line.split()
+            if end == 0 and not HEADER.encode().startswith(line):
+                raise UserError(f"{path}: is no table of energies written by gpmlp md; give --energies another name.")
             later = words and words[0] != b"#" and (not words[0].isdigit() or int(words[0]) > last_step)
             if later or not line.endswith(b"\n"):
                 break
             end += len(line)
-    os.truncate(path, end)
+    return end

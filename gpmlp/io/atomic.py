@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -24,6 +24,43 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path}: the folder {folder} does not exist; make it first (mkdir -p {folder}).")
     if not os.access(folder, os.W_OK):
         raise UserError(f"{path}: the folder {folder} may not be written to; choose another place.")
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raise UserError if path is no folder and cannot be made one."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; give the name of a folder.")
+    there = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"{path}: no folder can be made there, because {there} is a file; choose another place.")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{path}: the folder {there} may not be written to; choose another place.")
+
+
+def check_apart(
+    targets: Mapping[str, str | os.PathLike[str] | None], sources: Mapping[str, str | os.PathLike[str] | None]
+) -> None:
+    """Raise UserError if a file to write is also one that is read, or two files to write are one (links followed).
+
+    Args:
+        targets, sources: files by what a message calls them ('the model'); None stands for a file that was not asked for.
+    """
+    seen = {role: Path(path) for role, path in sources.items() if path is not None}
+    for role, path in targets.items():
+        if path is None or _special(Path(path)):
+            continue
+        for other, known in seen.items():
+            if _same(Path(path), known):
+                raise UserError(
+                    f"{path}: is to be written as {role}, but is {other} too; give {role} a name of its own."
+                )
+        seen[role] = Path(path)
+
+
+def _same(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file, whether or not it is there yet."""
+    return a.resolve() == b.resolve() or (a.exists() and b.exists() and os.path.samefile(a, b))
 
 
 @contextmanager

@@ -34,7 +34,9 @@ UNREADABLE = (
 )
 
 
-def read(path: str | os.PathLike[str], index: str | int | slice = ":") -> tuple[Structures, Targets]:
+def read(
+    path: str | os.PathLike[str], index: str | int | slice = ":", labelled: bool = False
+) -> tuple[Structures, Targets]:
     """Read structures and whatever labels they carry from a file in any format known to ASE (extended XYZ is meant).
 
     Energies in eV, forces in eV/A, stresses in eV/A^3 (positive = tension), as ASE stores the results of calculators; else
@@ -43,12 +45,35 @@ def read(path: str | os.PathLike[str], index: str | int | slice = ":") -> tuple[
     Args:
         path: file to read.
         index: frames to keep: 0, -1, ':100', '::10', ... Frames are counted from 0 in the file, whatever is kept.
+        labelled: whether to warn (DataWarning) if no energies or no forces were recognised, though there may be some.
 
     Raises:
         UserError: the file or a frame of it cannot be used; names the file and the frame.
     """
     frames, numbers = read_frames(path, index)
-    return from_ase(frames, [f"{Path(path).name} frame {i}" for i in numbers])
+    structures, targets = from_ase(frames, [f"{Path(path).name} frame {i}" for i in numbers])
+    if labelled:
+        _warn_of_other_names(Path(path), frames, targets)
+    return structures, targets
+
+
+def _warn_of_other_names(path: Path, frames: Sequence[Atoms], targets: Targets) -> None:
+    """Warn of labels that seem to be there under names that are not recognised, or of none at all."""
+    missing = [kind for kind in labels.NAMES if bool(getattr(targets, kind).isnan().all())]
+    nothing = len(missing) == len(labels.NAMES) and bool(targets.stresses.isnan().all())
+    candidates = {kind: labels.unrecognised(frames, kind) for kind in missing}
+    for kind in missing:
+        if not candidates[kind] and not nothing:
+            continue
+        names = " or ".join(labels.NAMES[kind])
+        there = ", ".join(candidates[kind]) if candidates[kind] else "nothing that could be them"
+        where = "info" if kind == "energies" else "arrays"
+        warnings.warn(
+            f"{path}: no {kind} were recognised in any of its {len(frames)} frame{'s' * (len(frames) > 1)}; their {where} hold "
+            f"{there}. {kind.capitalize()} are called {names}, bare or after {', '.join(labels.PREFIXES[:-1])}: rename them.",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def read_frames(path: str | os.PathLike[str], index: str | int | slice = ":") -> tuple[list[Atoms], list[int]]:
@@ -83,6 +108,12 @@ def read_frames(path: str | os.PathLike[str], index: str | int | slice = ":") ->
     if not numbers:
         raise UserError(f"{path}: the index '{index}' keeps none of its {len(frames)} frames.")
     return [frames[i] for i in numbers], numbers
+
+
+def read_unlabelled(path: str | os.PathLike[str]) -> tuple[list[Atoms], Structures]:
+    """Read Atoms, with all that the file tells of them, and their Structures; labels are not looked at."""
+    frames, numbers = read_frames(path)
+    return frames, structures_from_ase(frames, [f"{Path(path).name} frame {i}" for i in numbers])
 
 
 def structures_from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = None) -> Structures:
@@ -243,3 +274,29 @@ def beside(structures: Structures, targets: Targets, prediction: Prediction) -> 
         if "stress" in found:
             frame.info["gpmlp_stress"] = found["stress"]
     return frames
+
+
+def selected(
+    frames: Sequence[Atoms], structures: Sequence[int], scores: Sequence[float], places: Sequence[int] | None
+) -> list[Atoms]:
+    """Copies of the frames that were picked, once each and best first, with info gpmlp_selected_rank and gpmlp_selected_score.
+
+    Args:
+        structures: frame of each pick.
+        scores: of each pick; a frame has that of its best.
+        places: where environments were picked, the atom of each in its frame; arrays gpmlp_selected then hold the rank of each
+            environment, -1 for those that were not picked.
+    """
+    chosen: dict[int, Atoms] = {}
+    for pick, (s, score) in enumerate(zip(structures, scores, strict=True)):
+        if s not in chosen:
+            frame = frames[s].copy()
+            frame.calc = frames[s].calc
+            frame.info |= {"gpmlp_selected_rank": len(chosen), "gpmlp_selected_score": float(score)}
+            frame.arrays.pop("gpmlp_selected", None)  # of an earlier selection
+            if places is not None:
+                frame.new_array("gpmlp_selected", np.full(len(frame), -1))
+            chosen[s] = frame
+        if places is not None:
+            chosen[s].arrays["gpmlp_selected"][places[pick]] = pick
+    return list(chosen.values())

@@ -6,6 +6,7 @@ reference_ or dft_. Per-frame noise: energy_noise (eV/atom), force_noise (eV/A; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from ase import Atoms
 from gpmlp.checks import UserError
 
 PREFIXES = ("ref_", "reference_", "dft_", "")
+NAMES = {"energies": ("free_energy", "energy"), "forces": ("forces", "force")}
+NO_FORCES = frozenset(("positions", "momenta", "velocities", "initial_magmoms", "force_noise"))
 SAME_ENERGY = 1e-6  # eV/atom
 ASYMMETRY = 1e-2  # of the largest component; codes print more digits than that
 VOIGT = ((0, 5, 4), (5, 1, 3), (4, 3, 2))
@@ -56,7 +59,7 @@ def of(atoms: Atoms, name: str) -> Labels:
     info, arrays = _lower(atoms.info), _lower(atoms.arrays)
     return Labels(
         energy=_energy(atoms, name, results, info, remarks),
-        forces=_forces(atoms, name, _first(results, arrays, ("forces", "force"))),
+        forces=_forces(atoms, name, _first(results, arrays, NAMES["forces"])),
         stress=_stress(atoms, name, results, info, remarks),
         energy_noise=float(_noise(name, "energy_noise", info.get("energy_noise"), ())),
         force_noise=_force_noise(atoms, name, info, arrays),
@@ -64,6 +67,21 @@ def of(atoms: Atoms, name: str) -> Labels:
         config_type=str(atoms.info.get("config_type", "")),
         remarks=tuple(remarks),
     )
+
+
+def unrecognised(frames: Sequence[Atoms], kind: str) -> list[str]:
+    """Keys that may hold labels of a kind ('energies', 'forces') under a name that is not known: numbers of its shape."""
+    found: dict[str, None] = {}
+    for frame in frames:
+        places = frame.info if kind == "energies" else frame.arrays
+        for key, value in places.items():
+            name, array = str(key).lower(), np.asarray(value)
+            known = any(name == prefix + k for prefix in PREFIXES for k in NAMES[kind])
+            if known or array.dtype.kind != "f" or name.endswith("_noise") or name in NO_FORCES:
+                continue
+            if array.shape == (() if kind == "energies" else (len(frame), 3)):
+                found[str(key)] = None
+    return list(found)
 
 
 def _lower(mapping: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +127,7 @@ def _array(name: str, key: str, value: Any, *shapes: tuple[int, ...]) -> np.ndar
 
 def _energy(atoms: Atoms, name: str, results: dict, info: dict, remarks: list[tuple[str, str]]) -> float:
     """The force-consistent energy: free_energy where there is one, else energy."""
-    value = _first(results, info, ("free_energy", "energy"))
+    value = _first(results, info, NAMES["energies"])
     if value is None:
         return float("nan")
     energy = float(_array(name, "energy", value, ()))

@@ -1,17 +1,19 @@
-"""Recipe files: YAML and --set overrides in, a validated Recipe out; every mistake names its key and the nearest valid one."""
+"""Recipe files: YAML and --set overrides in, a validated Recipe out (and back); every mistake names its key and the nearest valid one."""
 
 from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from gpmlp import checks
 from gpmlp.checks import UserError, suggest
+from gpmlp.io.atomic import atomic
 from gpmlp.recipe import Recipe
 
 
@@ -23,13 +25,15 @@ def load_recipe(path: str | os.PathLike[str] | None = None, overrides: Sequence[
         overrides: KEY=VALUE with dotted keys, numbers for places in a list; values are read as YAML.
 
     Raises:
-        UserError: the file cannot be read, or a key or a value in it is not valid.
+        UserError: the file cannot be read, a key or a value in it is not valid, or this machine has no such device.
     """
     data = _read(Path(path)) if path is not None else {}
     for override in overrides:
         _set(data, override)
     places = ([str(path)] if path is not None else []) + (["--set"] if overrides else [])
-    return validate(data, " and ".join(places) or "recipe")
+    recipe = validate(data, " and ".join(places) or "recipe")
+    checks.device(recipe.device)
+    return recipe
 
 
 def validate(data: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -42,6 +46,57 @@ def validate(data: dict[str, Any], where: str = "recipe") -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error, data)}") from error
+
+
+def changed(recipe: Recipe, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Return the recipe with other values at dotted keys, e.g. {'kernel.zeta': 2}.
+
+    Args:
+        where: name of the source, for messages.
+    """
+    data = _plain(recipe.model_dump())
+    for key, value in values.items():
+        _put(data, key, value, where)
+    return validate(data, where)
+
+
+def value_at(recipe: Recipe, key: str) -> Any:
+    """What a recipe has at a dotted key; None where the key leads nowhere."""
+    value: Any = _plain(recipe.model_dump())
+    for step in key.split("."):
+        if isinstance(value, list) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def parse_value(text: str, where: str) -> Any:
+    """Read one value as YAML, as --set does."""
+    return _parse(text, where)
+
+
+def save_recipe(recipe: Recipe, path: str | os.PathLike[str], comment: Sequence[str] = ()) -> None:
+    """Write a recipe to a YAML file under lines of comment; what it leaves open is left out."""
+    lines = [f"# {' '.join(line.split())}".rstrip() for line in comment]
+    text = yaml.safe_dump(_given(_plain(recipe.model_dump())), sort_keys=False, allow_unicode=True)
+    with atomic(path, text=True) as file:
+        file.write("\n".join([*lines, text]))
+
+
+def _plain(value: Any) -> Any:
+    """The same value with lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _given(value: Any) -> Any:
+    """The same value without what is None or, in a section, empty."""
+    if isinstance(value, dict):
+        inner = {key: _given(entry) for key, entry in value.items() if entry is not None}
+        return {key: entry for key, entry in inner.items() if entry not in ({}, [])}
+    return [_given(entry) for entry in value] if isinstance(value, list) else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,9 +139,14 @@ def _read(path: Path) -> dict[str, Any]:
 def _set(data: dict[str, Any], override: str) -> None:
     """Put one KEY=VALUE into nested dictionaries and lists, making those that are not there."""
     key, sign, text = override.partition("=")
-    steps = key.strip().split(".")
-    if not sign or not all(steps):
+    if not sign or not all(key.strip().split(".")):
         raise UserError(f"--set {override}: must look like KEY=VALUE with a dotted key, e.g. --set kernel.zeta=2.")
+    _put(data, key.strip(), _parse(text, f"--set {override}"), f"--set {override}")
+
+
+def _put(data: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Put a value at a dotted key into nested dictionaries and lists, making those that are not there."""
+    steps = key.split(".")
     holder, place = {"": data}, ""
     for step in steps:
         inner = holder[place]
@@ -95,19 +155,17 @@ def _set(data: dict[str, Any], override: str) -> None:
                 # a single section is a list of one
                 inner = [inner] if isinstance(inner, dict) and inner else []
             if int(step) > len(inner):
-                raise UserError(f"--set {override}: there are only {len(inner)} entries before place {step}.")
+                raise UserError(f"{where}: there are only {len(inner)} entries before place {step}.")
             inner += [{}] * (int(step) == len(inner))
             holder[place], holder, place = inner, inner, int(step)
         else:
             if isinstance(inner, list):
-                raise UserError(
-                    f"--set {override}: a list stands before '{step}'; number the entry, e.g. {steps[0]}.0.{step}."
-                )
+                raise UserError(f"{where}: a list stands before '{step}'; number the entry, e.g. {steps[0]}.0.{step}.")
             if not isinstance(inner, dict):
                 inner = {}
             inner.setdefault(step, {})
             holder[place], holder, place = inner, inner, step
-    holder[place] = _parse(text, f"--set {override}")
+    holder[place] = value
 
 
 def _explain(error: ValidationError, data: Any) -> str:
