@@ -69,17 +69,21 @@ def fit(
     learned, models = trained.learned, trained.models
     scatter = label_noise.of_forces(structures, targets)
     learned = replace(learned, label_noise={"forces": scatter} if scatter == scatter else {})
+    constant = _given_noise(targets) | trained.parameters.noise()
     lowers = [lower for m in models for lower in m.lowers]
 
     def potential_of(weights: Tensor, learned: Learned, **more: object) -> Potential:
-        terms, factor = regression.make_terms(models, weights), regression.make_variances(recipe, models, learned)
+        terms, factor = (
+            regression.make_terms(models, weights),
+            regression.make_variances(recipe, models, learned, constant),
+        )
         species, origin = structures.distinct_species, dict(provenance or {})
         return Potential(terms, base, species, recipe, learned.noise, origin, variances=factor, **more)
 
     calibration = Calibration.identity()
     if len(held):
         stages.begin("calibration")
-        interim = potential_of(learned.weights(lowers), learned)
+        interim = potential_of(learned.weights(lowers), learned, novelty=trained.novelty)
         calibration = held_out.calibrate(interim, structures.select(held), targets.select(structures, held))
         del interim
         learned = learned.joined(*trained.held)
@@ -94,6 +98,17 @@ def fit(
     shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
     report = _report(trained, learned, solved, calibration, validation_errors, stages, suspicions, len(held), shortest)
     return replace(potential, report=report.as_dict()), report
+
+
+def _given_noise(targets: Targets) -> dict[str, float]:
+    """Root mean square of the noise that labels bring themselves, by kind."""
+    found = {}
+    for kind in KINDS:
+        given = getattr(targets, f"{kind}_noise")
+        given = given[~given.isnan()]
+        if len(given):
+            found[kind] = given.square().mean().sqrt().item()
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,5 +336,5 @@ def _report(
         train_rmse=solved.rms,
         validation_errors=validation_errors,
         stages=tuple(stages.done),
-        warnings=tuple(warnings + held_out.misspecified(calibration)),
+        warnings=tuple(warnings + held_out.misspecified(calibration, learned.label_noise.get("forces", 0.0))),
     )

@@ -13,13 +13,14 @@ from gpmlp.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.recipe import CalibrationRecipe
 from gpmlp.structures import Structures
 from gpmlp.uncertainty.calibration import Calibration, weigh
-from gpmlp.variances import VARIANCES, rescaled
+from gpmlp.variances import VARIANCES, rescaled, widened
 
 FEWEST = 20  # structures; of fewer none is set aside
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
 FEW = 30  # from which the constant part is weighed against the others for a kind of its own
 LEAST = 1e-3  # weight of the constant part: where symmetry leaves nothing else, labels are still not exact
-LARGE = 0.2  # share of the size of forces that the model class may miss before it is told
+REMOVED = 1e-4  # of the size of forces: a net force below it was subtracted
+LARGE = 0.3  # share of the size of forces that the model class may miss before it is told
 FIELDS = {"energies": "energies_variance", "forces": "forces_variance", "stresses": "stresses_variance"}
 
 
@@ -47,7 +48,17 @@ def choose(
         owed -= int(owed + 0.5)
     mask = torch.zeros(len(structures), dtype=torch.bool)
     mask[held] = True
+    _keep_every_species(structures, mask)
     return everything[~mask], everything[mask]
+
+
+def _keep_every_species(structures: Structures, held: Tensor) -> None:
+    """Give back, in place, structures that hold a species which those that stay do not."""
+    species, owner = structures.species.cpu(), structures.structure_of_atom.cpu()
+    for z in structures.distinct_species:
+        with_it = owner[species == z].unique()
+        if held[with_it].all():
+            held[with_it[0]] = False
 
 
 def calibrate(potential: Potential, structures: Structures, targets: Targets) -> Calibration:
@@ -58,7 +69,11 @@ def calibrate(potential: Potential, structures: Structures, targets: Targets) ->
     same everywhere. Forces, of which there are many, decide with which weights the parts enter (calibration.weigh); then each
     kind has its own scale.
     """
-    prediction = potential(structures, variance=VARIANCES, calibrated=False)
+    known_novelty = potential.novelty is not None
+    prediction = raw = potential(structures, variance=VARIANCES, novelty=known_novelty, calibrated=False)
+    typical = max(float(raw.novelty.median()), LEAST) if known_novelty else None
+    if typical is not None:
+        prediction = widened(raw, structures, typical)
     data: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     weights: dict[str, Tensor] = {}
     for kind in ("forces", "energies", "stresses"):
@@ -85,23 +100,25 @@ def calibrate(potential: Potential, structures: Structures, targets: Targets) ->
         "names": list(structures.names[:200]),
         "how": "set aside from the training set, at random within each config_type; learned from afterwards",
     }
-    calibration = Calibration.fit(data, source, weights)
+    calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical)
     if prediction.forces_variance is not None and "forces" in data:
         labels = targets.forces[~targets.forces.isnan()]
-        misfit = rescaled(prediction, calibration).forces_variance.misspecification
+        misfit = rescaled(raw, structures, calibration).forces_variance.misspecification
         source["force_eV_per_A"] = labels.square().mean().sqrt().item()
         source["misspecification_eV_per_A"] = misfit.mean().sqrt().item()
     return replace(calibration, source=source)
 
 
-def misspecified(calibration: Calibration) -> list[str]:
+def misspecified(calibration: Calibration, label_noise: float) -> list[str]:
     """A warning where what the model class cannot express is a large share of the forces themselves."""
     misfit, size = (calibration.source.get(key, 0.0) for key in ("misspecification_eV_per_A", "force_eV_per_A"))
     if misfit < LARGE * size or not size:
         return []
+    removed = label_noise < REMOVED * size
+    known = " (net forces were removed from the labels: what noise they have counts here too)" if removed else ""
     return [
         f"Misspecification: the model class misses held-out forces (rms {size:.3g} eV/A) by about {misfit:.2g} eV/A that is neither "
-        "noise of the labels nor lack of data. Try a longer descriptor.cutoff first, then larger l_max and n_max, then more "
+        f"noise of the labels nor lack of data{known}. Try a longer descriptor.cutoff first, then larger l_max and n_max, then more "
         "inducing points."
     ]
 

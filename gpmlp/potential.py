@@ -78,35 +78,59 @@ class Potential:
                 not known; a model without variances.
         """
         self.check_species(structures)
-        wanted = self._wanted(variance, form, atoms)
+        wanted = self._wanted(variance, form, atoms, structures.n_atoms)
         if novelty and self.novelty is None:
             raise checks.UserError(
-                "This model was fitted without novelty (recipe: novelty: false); fit it again with it."
+                "This model holds no Mahalanobis distances: fitted with novelty: false, or a file of format 1. Fit it again."
             )
         device, dtype = structures.positions.device, structures.positions.dtype
         own = {"device": self.recipe.device, "dtype": getattr(torch, self.recipe.dtype)}
+        widening = (
+            calibrated and wanted.any and self.calibration.typical_novelty is not None and self.novelty is not None
+        )
         parts, first = [], 0
         for chunk in chunks(structures, CHUNK_ATOMS):
-            parts.append(self._predict(chunk.to(**own), wanted.within(first, chunk.n_atoms), novelty))
+            here = wanted.within(first, chunk.n_atoms)
+            parts.append(self._predict(chunk.to(**own), here, novelty or widening))
             first += chunk.n_atoms
         if not parts:
             raise checks.UserError("There are no structures to predict.")
         together = Prediction.concatenate(parts)
         if calibrated and wanted.any:
-            together = rescaled(together, self.calibration)
+            together = rescaled(together, structures.to(device=self.recipe.device), self.calibration)
+            together = together if novelty else replace(together, novelty=None)
         return together.map(lambda v: v.to(device=device, dtype=dtype))
 
-    def _wanted(self, variance: str | Sequence[str] | None, form: str, atoms: Sequence[int] | Tensor | None) -> Wanted:
+    def check_variance(self, variance: str | Sequence[str] | None) -> None:
+        """Raise a UserError if these variances are not known, or the model cannot give them."""
+        self._wanted(variance, "dtc", None, 0)
+
+    def _atoms(self, atoms: Sequence[int] | Tensor, n_atoms: int) -> Tensor:
+        """Indices of atoms, each once, from indices or a mask."""
+        chosen = torch.as_tensor(atoms)
+        if chosen.dtype == torch.bool:
+            checks.shape("atoms", chosen, (n_atoms,), "One entry for each atom, or indices.")
+            chosen = chosen.nonzero()[:, 0]
+        if len(chosen) and not (0 <= int(chosen.min()) and int(chosen.max()) < n_atoms):
+            raise checks.UserError(
+                f"`atoms` must hold indices of atoms, 0 to {n_atoms - 1}; got {chosen.tolist()[:5]}."
+            )
+        return chosen.to(dtype=torch.long, device=self.recipe.device).unique()
+
+    def _wanted(
+        self, variance: str | Sequence[str] | None, form: str, atoms: Sequence[int] | Tensor | None, n_atoms: int
+    ) -> Wanted:
         names = () if variance is None else (variance,) if isinstance(variance, str) else tuple(variance)
         for name in names:
             checks.choose("variance", name, (*VARIANCES, "all"))
         checks.choose("form of the variance", form, FORMS)
         if names and self.variances is None:
             raise checks.UserError(
-                "This model holds no posterior factor (recipe: variance: false), so it can give no variances; fit it again."
+                "This model holds no posterior factor, so it can give no variances: it was fitted with variance: false, is a posterior "
+                "sample, or its file is of format 1. Fit it again."
             )
         names = VARIANCES if "all" in names else names
-        chosen = None if atoms is None else torch.as_tensor(atoms, dtype=torch.long, device=self.recipe.device)
+        chosen = None if atoms is None else self._atoms(atoms, n_atoms)
         return Wanted(*(name in names for name in VARIANCES), chosen, form != "sor")
 
     def _predict(self, structures: Structures, wanted: Wanted, novelty: bool) -> Prediction:

@@ -238,8 +238,15 @@ def make_terms(models: Sequence[Model], weights: Tensor) -> tuple[Term, ...]:
     return tuple(terms)
 
 
-def make_variances(recipe: Recipe, models: Sequence[Model], learned: Learned) -> VarianceModel | None:
-    """The posterior factor for variances, as large as the recipe wants it."""
+def make_variances(
+    recipe: Recipe, models: Sequence[Model], learned: Learned, constant: dict[str, float]
+) -> VarianceModel | None:
+    """The posterior factor for variances, as large as the recipe wants it.
+
+    Args:
+        constant: by kind, what a new label scatters by: the noise of the evidence, not the smaller one that leave-one-out gives
+            energies in the fit.
+    """
     if recipe.variance is False:
         return None
     priors, start = [], 0
@@ -259,4 +266,5 @@ def make_variances(recipe: Recipe, models: Sequence[Model], learned: Learned) ->
         learned.label_noise,
         learned.signal,
         recipe.variance.columns,
+        constant,
     )

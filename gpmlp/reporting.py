@@ -111,7 +111,8 @@ def rivals(
 def nearest_centre(potential: Potential, structures: Structures) -> Tensor:
     """(atoms,) |x - x_j| of each environment to the nearest inducing centre of its species, in features of the first descriptor."""
     term, out = potential.terms[0], []
-    for chunk in chunks(structures, 500):
+    own = {"device": potential.recipe.device, "dtype": getattr(torch, potential.recipe.dtype)}
+    for chunk in (part.to(**own) for part in chunks(structures, 500)):
         features = term.view(chunk).environments.features
         nearest = features.new_full((len(features),), math.inf)
         for z, block in term.blocks.items():
@@ -120,7 +121,7 @@ def nearest_centre(potential: Potential, structures: Structures) -> Tensor:
                 dots = (features[mine] @ block.features.T).amax(1)
                 nearest[mine] = (2 - 2 * dots).clamp_min(0).sqrt()
         out.append(nearest)
-    return torch.cat(out)
+    return torch.cat(out).to(structures.positions)
 
 
 def dimers(potential: Potential) -> list[dict[str, Any]]:

@@ -146,6 +146,8 @@ def _missed(
 
     With S = K_ww - K_wu K_uu⁻¹ K_uw = C Cᵀ: h(x) = (k_xw - k_xu K_uu⁻¹ K_uw) C⁻ᵀ ξ has the covariance of the prior residual at w.
     """
+    centres = centres.to(lower)
+    block = replace(block, features=block.features.to(lower), tangents=block.tangents.to(lower))
     none = centres.new_zeros(len(centres), 0, centres.shape[1])
     others = InducingBlock(block.species, centres, none, torch.arange(len(centres), device=centres.device))
     cross = torch.linalg.solve_triangular(lower, covariances.covariance(term.kernel, block, others), upper=False)
@@ -159,6 +161,7 @@ def _missed(
 
 def _around(mean: MeanBlock, block: InducingBlock, weights: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
     """α (k, M) and τ (k, M, features): the mean's plus the deviations (columns, k) of the block, and (others, k) at the other centres."""
+    weights, extra = weights.to(mean.weights), None if extra is None else extra.to(mean.weights)
     k, m, r = weights.shape[1], len(block.features), block.tangents.shape[1]
     full = weights.new_zeros(m + m * r, k)
     full[block.kept] = weights

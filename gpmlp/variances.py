@@ -163,6 +163,8 @@ class VarianceModel:
         misfit[chosen], noise[chosen] = (part * torch.eye(3).to(like) for part in self._constant("forces"))
         for some in near_together(structures, chosen).split(FORCE_ATOMS):
             here = chosen[some]
+            if not len(here):
+                continue
             mine = rows.unflatten(0, (-1, 3))[some].flatten(0, 1) if rows is not None else None
             mine = self._rows(structures, views, True, False, here)[0] if mine is None else mine
             a, left = (part.unflatten(0, (len(here), 3)) for part in self.whitened(mine))
@@ -278,6 +280,7 @@ def build(
     label_noise: dict[str, float],
     signal: Tensor,
     at_most: int,
+    constant: dict[str, float],
 ) -> VarianceModel:
     """The variance model of a fit, with all its columns or, if these are more than `at_most`, with those of leading centres.
 
@@ -286,6 +289,7 @@ def build(
     Args:
         whitened: by kind, [R L⁻ᵀ | y] (posterior.whiten); 'given' are rows divided by their own noise.
         signal: (columns,) δ of each column.
+        constant: standard deviation of new labels by kind.
     """
     of_fit = len(signal)
     if of_fit > at_most:
@@ -300,7 +304,7 @@ def build(
         signal = signal[columns]
     factor = posterior.solve(whitened, counts, noise | {posterior.FIXED: 1.0}, signal, lowers).factor
     groups = tuple(tuple(b) for b in blocks)
-    return VarianceModel(tuple(priors), groups, tuple(lowers), signal, factor, noise, label_noise, of_fit)
+    return VarianceModel(tuple(priors), groups, tuple(lowers), signal, factor, constant, label_noise, of_fit)
 
 
 def _leading(block: InducingBlock, share: float) -> Tensor:
@@ -325,8 +329,31 @@ def _restricted(block: InducingBlock, chosen: Tensor) -> InducingBlock:
     return InducingBlock(block.species, block.features[:m], block.tangents[:m, :r].contiguous(), kept)
 
 
-def rescaled(prediction: Prediction, calibration: Calibration) -> Prediction:
-    """The prediction with its variances as the calibration has them: each part times its weight and the square of the scale."""
+def widened(prediction: Prediction, structures: Structures, typical: float) -> Prediction:
+    """The prediction with all variances but label noise times max(1, novelty / typical), its mean over the atoms of a structure.
+
+    Far from the data the posterior of a misspecified model is too sure of itself, and held-out data of the same kind cannot tell by
+    how much; the Mahalanobis distance knows how far it is (docs/decisions/004-variances.md).
+    """
+    factor = (prediction.novelty / typical).clamp(1.0, 1e6)
+    sums = factor.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, factor)
+    mean = sums / structures.counts
+    changed = {}
+    for field in CALIBRATED_AS:
+        variance: Variance | None = getattr(prediction, field)
+        if variance is not None:
+            by = mean if field in ("energies_variance", "stresses_covariance") else factor
+            shaped = by.reshape(-1, *(1,) * (variance.data.dim() - 1))
+            parts = (shaped * part for part in (variance.inducing, variance.data, variance.misspecification))
+            changed[field] = Variance(*parts, variance.noise)
+    return replace(prediction, **changed)
+
+
+def rescaled(prediction: Prediction, structures: Structures, calibration: Calibration) -> Prediction:
+    """The prediction with its variances as the calibration has them: widened where it is novel, each part times its weight and the
+    square of the scale."""
+    if calibration.typical_novelty is not None and prediction.novelty is not None:
+        prediction = widened(prediction, structures, calibration.typical_novelty)
     changed = {}
     for field, kind in CALIBRATED_AS.items():
         variance: Variance | None = getattr(prediction, field)

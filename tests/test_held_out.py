@@ -132,3 +132,11 @@ def test_more_data_narrow_the_data_part_alone(silicon):
     rest = [float((p.forces_variance.misspecification + p.forces_variance.noise).mean()) for p in (few, many_)]
     assert data < 0.3  # ten times the data
     assert 0.5 < rest[1] / rest[0] < 2
+
+
+def test_a_rare_species_is_not_set_aside():
+    structures = Structures.concatenate([*(cluster((6, 6), seed) for seed in range(40)), cluster((6, 8), 3)])
+    targets = replace(Targets.unknown(structures), config_types=("a",) * 41)
+    for seed in range(30):
+        kept, held = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.3), seed)
+        assert 40 in kept.tolist() and len(kept) + len(held) == 41

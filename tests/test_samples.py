@@ -122,3 +122,16 @@ def test_mistakes(silicon):
         draw(potential, 2, 0, "bootstrap")
     with pytest.raises(checks.UserError, match="no posterior factor"):
         potential.sample(1, 0)[0].sample(1, 0)
+
+
+def test_single_precision_and_lone_atoms():
+    """Samples follow the type of the model; an atom without neighbours has no pairs to pull back to."""
+    structures, known = gpmlp.read("data/silicon/train.xyz", "::6")
+    choices = {"inducing": {"n": 30, "gradients": 1}, "dtype": "float32", "variance": {"columns": 20}}
+    potential, _ = fit(structures, known, Recipe.model_validate(choices))
+    some = structures.select([0, 4])
+    samples = potential.sample(2, seed=0)
+    together, alone = samples(some), samples[1](some)
+    torch.testing.assert_close(together.forces[1], alone.forces, atol=1e-3, rtol=1e-3)
+    assert samples(structures.select([0])).forces.shape == (2, 1, 3)
+    assert (samples(structures.select([0])).forces == 0).all()

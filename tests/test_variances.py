@@ -23,6 +23,7 @@ from gpmlp.gp.evidence import Statistics, negative_log_evidence
 from gpmlp.quantities import Targets
 from gpmlp.recipe import Recipe
 from gpmlp.structures import Structures
+from gpmlp.variances import widened
 
 PARTS = ("inducing", "data", "misspecification", "noise")
 FIELDS = ("energies_variance", "atom_energies_variance", "forces_covariance", "stresses_covariance")
@@ -175,14 +176,17 @@ def test_a_subset_of_columns_sees_less():
 def test_calibration_scales_and_can_be_left_out(silicon):
     potential, structures, _ = silicon
     some = structures.select([5])
-    raw, ready = (potential(some, variance="all", calibrated=c) for c in (False, True))
+    raw, ready = (potential(some, variance="all", novelty=True, calibrated=c) for c in (False, True))
+    far = (raw.novelty / potential.calibration.typical_novelty).clamp_min(1)
+    assert far.max() > 1  # some are more novel than the typical environment
+    raw = widened(raw, some, potential.calibration.typical_novelty)
     learned = potential.calibration.kinds["forces"]
     assert learned.n >= 100 and len(learned.weights) == 3
     inducing, data, constant = (learned.scale**2 * w for w in learned.weights)
     expected = (
         inducing * raw.forces_variance.inducing
         + data * raw.forces_variance.data
-        + constant * potential.noise["forces"] ** 2
+        + constant * (raw.forces_variance.misspecification + raw.forces_variance.noise)
     )
     torch.testing.assert_close(ready.forces_variance.total, expected)
     assert data > 1  # the data part is left as it is, and what exceeds it is misspecification
@@ -280,3 +284,36 @@ def test_titsias_bound():
         assert slope == pytest.approx((sides[1] - sides[0]) / (2 * h), rel=1e-5, abs=1e-3)
     sides = [at(noise, signal * 2.718281828459045 ** (s * h)) for s in (-1, 1)]
     assert float(d_signal[0]) == pytest.approx((sides[1] - sides[0]) / (2 * h), rel=1e-5, abs=1e-3)
+
+
+def test_atoms_in_one_chunk_of_several(silicon):
+    """Structures of more atoms than a chunk holds; indices, a mask, nobody; and what is refused."""
+    potential, structures, _ = silicon
+    several = structures.select([1 + i % 60 for i in range(45)])
+    assert several.n_atoms > 300
+    everything = potential(several.select([0, 44]), variance="forces").forces_variance.total
+    ends = [0, several.n_atoms - 1]
+    picked = potential(several, variance="forces", atoms=ends).forces_variance.total
+    torch.testing.assert_close(picked[ends], everything[[0, -1]], rtol=1e-8, atol=1e-14)
+    assert int((~picked.isnan()).all(1).sum()) == 2
+    mask = torch.zeros(several.n_atoms, dtype=torch.bool)
+    mask[ends] = True
+    torch.testing.assert_close(
+        potential(several, variance="forces", atoms=mask).forces_variance.total[ends], picked[ends]
+    )
+    assert potential(several, variance="forces", atoms=[]).forces_variance.total.isnan().all()
+    for wrong in ([-1], [several.n_atoms]):
+        with pytest.raises(checks.UserError, match="indices of atoms"):
+            potential(several, variance="forces", atoms=wrong)
+
+
+def test_noise_of_the_labels_themselves():
+    """Labels that bring their own noise: what a new one scatters by is known from them."""
+    structures, known = gpmlp.read("data/silicon/train.xyz", "::8")
+    own = replace(
+        known, forces_noise=torch.full_like(known.forces, 0.2), energies_noise=torch.full_like(known.energies, 0.01)
+    )
+    potential, _ = fit(structures, own, Recipe(inducing={"n": 20, "gradients": 0}, calibration=False))
+    found = potential(structures.select([1]), variance=("energies", "forces"))
+    constant = found.forces_variance.misspecification + found.forces_variance.noise
+    torch.testing.assert_close(constant, torch.full_like(constant, 0.04))

@@ -157,8 +157,10 @@ class SoapPowerSpectrum:
 
     def _pull_back_many(self, surroundings: Surroundings, pairs: _PairTerms, on_density: Tensor) -> Tensor:
         """(k, pairs, 3) from (k, environments, channels, lm): d(R Y)/dr of a pair once, then a product per environment and species."""
+        if not len(surroundings.centers):
+            return on_density.new_zeros(len(on_density), 0, 3)
         groups = surroundings.centers * len(self.species) + pairs.slots
-        n_groups, k = len(surroundings) * len(self.species), len(on_density)
+        n_groups = len(surroundings) * len(self.species)
         order = torch.argsort(groups, stable=True)
         counts = torch.bincount(groups, minlength=n_groups)
         place = torch.empty_like(order)
@@ -167,12 +169,12 @@ class SoapPowerSpectrum:
             pairs.directions[:, :, None, None] * (self._expand_l(pairs.d_radial) * pairs.harmonics[:, None])[:, None]
         )
         slopes += self._expand_l(pairs.radial)[:, None] * pairs.d_harmonics[:, :, None]
-        width = int(counts.max()) if len(groups) else 0
-        padded = slopes.new_zeros(n_groups, width, 3, slopes[0, 0].numel() if len(groups) else 0)
+        width = int(counts.max())
+        padded = slopes.new_zeros(n_groups, width, 3, slopes[0, 0].numel())
         padded[groups, place] = slopes.flatten(2)
         weights = on_density.unflatten(2, (len(self.species), self.n_max)).flatten(1, 2).flatten(2)
-        made = (padded.flatten(1, 2) @ weights.movedim(0, 2)).unflatten(1, (width, 3)) if width else None
-        return made[groups, place].movedim(2, 0) if width else on_density.new_zeros(k, 0, 3)
+        made = (padded.flatten(1, 2) @ weights.movedim(0, 2)).unflatten(1, (width, 3))
+        return made[groups, place].movedim(2, 0)
 
     def _jacobian(
         self, surroundings: Surroundings, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor

@@ -32,14 +32,15 @@ class GPCalculator(Calculator):
         self,
         potential: Potential,
         name: str = "atoms",
-        uncertainty: str | Sequence[str] | None = None,
+        uncertainty: str | Sequence[str] | bool | None = None,
         novelty: bool = False,
     ) -> None:
         """Wrap a potential.
 
         Args:
             name: what error messages call the structure.
-            uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'.
+            uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'
+                (the same as True).
             novelty: whether to compute Mahalanobis distances too.
 
         Raises:
@@ -52,7 +53,8 @@ class GPCalculator(Calculator):
             )
         super().__init__()
         self.potential = potential
-        self.uncertainty = uncertainty
+        self.uncertainty = {True: "all", False: None}[uncertainty] if isinstance(uncertainty, bool) else uncertainty
+        potential.check_variance(self.uncertainty)
         self.novelty = novelty
         self.label_in_errors = name
 

@@ -114,10 +114,13 @@ class Calibration:
     Attributes:
         kinds: by 'energies', 'forces', 'stresses'.
         source: what it was learned from, as plain data for the model file: number of structures, names or hash, how they were held out.
+        typical_novelty: median Mahalanobis novelty of the held-out environments: variances grow in proportion to what is beyond
+            it; None = they do not.
     """
 
     kinds: dict[str, KindCalibration]
     source: dict = field(default_factory=dict)
+    typical_novelty: float | None = None
 
     @staticmethod
     def identity() -> Calibration:
@@ -183,7 +186,7 @@ class Calibration:
             plain = asdict(calibration)
             plain["multipliers"] = {name: list(row) for name, row in calibration.multipliers.items()}
             kinds[kind] = plain | {"edges": list(calibration.edges), "weights": list(calibration.weights)}
-        return {"levels": list(LEVELS), "kinds": kinds, "source": self.source}
+        return {"levels": list(LEVELS), "kinds": kinds, "source": self.source, "typical_novelty": self.typical_novelty}
 
     @staticmethod
     def from_dict(plain: dict) -> Calibration:
@@ -199,7 +202,7 @@ class Calibration:
             rows = {name: tuple(row) for name, row in entry["multipliers"].items()}
             tuples = {"multipliers": rows, "edges": tuple(entry["edges"]), "weights": tuple(entry["weights"])}
             kinds[kind] = KindCalibration(**(entry | tuples))
-        return Calibration(kinds, plain["source"])
+        return Calibration(kinds, plain["source"], plain.get("typical_novelty"))
 
 
 def _edges(std: Tensor) -> tuple[float, ...]:

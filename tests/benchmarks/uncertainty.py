@@ -90,7 +90,7 @@ def run(name: str, data: Path, options: argparse.Namespace) -> dict:
         start = time.process_time()
         plain = potential(some, variance=VARIANCES, novelty=True, calibrated=False)
         result["predict_ms_per_atom"] = 1e3 * (time.process_time() - start) / some.n_atoms
-        found = compare(some, known, rescaled(plain, potential.calibration), potential.calibration)
+        found = compare(some, known, rescaled(plain, some, potential.calibration), potential.calibration)
         entry = {"calibrated": found.as_dict(), "rivals": reporting.rivals(potential, some, known, found)}
         # as the evidence left it: with and without what the inducing set cannot represent
         sor = replace(plain.forces_covariance, inducing=torch.zeros_like(plain.forces_covariance.inducing))
