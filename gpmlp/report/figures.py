@@ -150,7 +150,8 @@ def boxes(axes: Axes, groups: dict[str, np.ndarray], kind: str, colours: Sequenc
     names = list(groups)[:MOST_GROUPS]
     _grid(axes, "x")
     smallest = []
-    least = 1e-5 * max(float(groups[name].max()) for name in names)  # zero by symmetry is no number to draw
+    # zero by symmetry is no number to draw
+    least = max(1e-9, 1e-5 * max(float(groups[name].max()) for name in names))
     for k, name in enumerate(names):
         values = groups[name]
         p05, p25, p50, p75, p95 = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
