@@ -187,6 +187,12 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
         ("noise", noises(report["noise"])),
         ("train RMSE", noises(rms)),
     ]
+    subset = report.get("variance_subset") or {}
+    if subset.get("columns"):
+        text = f"{subset['columns']} of {subset['columns_of_fit']} columns"
+        if "std_ratio_median" in subset:
+            text += f"; std of forces {subset['std_ratio_median']:.2f} of all columns'"
+        pairs.append(("variances", f"{text}; calibrated on {report.get('held_out', 0)} structures"))
     if validation:
         table = ErrorTable(**{key: float("nan") if value is None else value for key, value in validation.items()})
         pairs.append(

@@ -28,6 +28,7 @@ from gpmlp.uncertainty.mahalanobis import Mahalanobis, Reservoir
 
 ISOLATED_NOISE = 1e-3  # eV
 PASS_ATOMS = 128  # atoms of a chunk of rows
+SUBSET_ATOMS = 100  # on which variances from a subset of the columns are compared with those from all
 FEWEST_ENERGIES = 10  # that leaving one out can judge
 SAMPLE_BYTES = 16 << 20  # of features of one species from which novelty is learned
 
@@ -90,13 +91,20 @@ def fit(
     stages.begin("posterior")
     solved = posterior.solve(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
     potential = potential_of(solved.weights, learned, calibration=calibration, novelty=trained.novelty)
+    looked = {}
+    if potential.variances is not None:
+        sizes = structures.select(held if len(held) else kept).counts.cumsum(0)
+        few = (held if len(held) else kept)[: max(1, int((sizes <= SUBSET_ATOMS).sum()))]
+        looked = regression.check_subset(potential, models, learned, solved.factor, structures.select(few))
     validation_errors = None
     if validation is not None:
         stages.begin("validation")
         validation_errors = errors(*validation, potential(validation[0]), units.GPA)
     stages.end()
     shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
-    report = _report(trained, learned, solved, calibration, validation_errors, stages, suspicions, len(held), shortest)
+    report = _report(
+        trained, learned, solved, calibration, validation_errors, stages, suspicions, len(held), shortest, looked
+    )
     return replace(potential, report=report.as_dict()), report
 
 
@@ -306,6 +314,7 @@ def _report(
     suspicions: Sequence[str],
     n_held: int,
     shortest: dict[str, float],
+    looked: dict[str, float],
 ) -> FitReport:
     models, parameters, result = trained.models, trained.parameters, trained.result
     labels = [f"{k}:{checks.symbol(b.species)}" for k, m in enumerate(models) for b in m.blocks]
@@ -327,6 +336,7 @@ def _report(
         environments={checks.symbol(z): n for z, n in sorted(trained.environments.items())},
         centres={label: len(b.features) for label, b in zip(labels, every, strict=True)},
         shortest=shortest,
+        variance_subset=looked,
         columns=sum(m.asked for m in models),
         rank=sum(b.n_columns for b in every),
         condition=solved.condition,

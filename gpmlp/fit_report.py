@@ -26,6 +26,8 @@ class FitReport:
         signal: prior standard deviation of local energies by descriptor and species, eV.
         environments: number seen of each species; centres: chosen of each species, by descriptor.
         shortest: distance of each pair of species in the data, A.
+        variance_subset: columns kept for variances; where they are not all, the median ratio of force standard deviations to those
+            from all and Spearman's coefficient between them, on some structures (regression.check_subset).
         columns: inducing variables asked for; rank: those kept, not linearly dependent on others.
         condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
         negative_log_evidence: of the posterior's columns, nats, priors of the hyperparameters included.
@@ -45,6 +47,7 @@ class FitReport:
     environments: dict[str, int]
     centres: dict[str, int]
     shortest: dict[str, float]
+    variance_subset: dict[str, float]
     columns: int
     rank: int
     condition: float

@@ -161,7 +161,9 @@ def test_a_subset_of_columns_sees_less():
     structures, known = gpmlp.read("data/silicon/train.xyz", "::6")
     choices = {"inducing": {"n": 30, "gradients": 3}, "calibration": False}
     every = fit(structures, known, Recipe.model_validate(choices))[0]
-    some = fit(structures, known, Recipe.model_validate(choices | {"variance": {"columns": 40}}))[0]
+    some, report = fit(structures, known, Recipe.model_validate(choices | {"variance": {"columns": 40}}))
+    assert report.variance_subset["columns_of_fit"] == every.variances.of_fit
+    assert report.variance_subset["std_ratio_median"] > 1 and report.variance_subset["std_spearman"] > 0.5
     assert every.variances.n_columns == every.variances.of_fit > 100
     assert 30 <= some.variances.n_columns <= 40
     test = structures.select([3, 17])
