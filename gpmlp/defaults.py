@@ -59,12 +59,12 @@ def survey(structures: Structures, targets: Targets, at_most: int = 10_000) -> S
 
 
 # docs/decisions/003-default-recipe.md tells what was measured for these
-MATRICES = 10  # of columns^2 doubles that a fit holds at its peak (docs/memory.md)
+MATRICES = 12  # of columns^2 doubles that a fit holds at its peak (docs/memory.md)
 LABELS_PER_COLUMN = {True: 12, False: 3}  # periodic, isolated: molecules gain longer from more columns
 GRADIENTS = {True: 3, False: 12}
 CHEAP_COLUMNS = 1500  # a fit with so many takes seconds: small sets of solids may have them too
-MOST_COLUMNS = 8500  # beyond, a fit takes more than some minutes on two cores
-MEMORY_GB = 6.0
+MOST_COLUMNS = 10_000  # beyond, a fit takes more than some twenty minutes on two cores
+MEMORY_GB = 10.0
 VARIANCE_COLUMNS = 1500  # of the posterior kept for variances
 
 
