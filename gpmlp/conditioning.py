@@ -76,7 +76,7 @@ class _Around:
     def __init__(self, clusters: Clusters) -> None:
         self.pivots: list[int] = []
         self._clusters = clusters
-        self._whitening, self._spread = clusters._precision
+        self._whitening, self._spread = clusters.precision
         self._rows = _Rows(len(clusters.centre))
 
     def append(self, x: Tensor, pivot: int) -> None:

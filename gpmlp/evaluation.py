@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor
 
 from gpmlp import held_out, units
 from gpmlp.potential import Potential
@@ -119,7 +118,8 @@ def judge(
     for kind, name in held_out.FIELDS.items():
         if getattr(prediction, name) is None:
             continue
-        error, std, species = errors_and_std(kind, structures, targets, prediction)
+        error, parts, species = held_out.residuals(kind, structures, targets, prediction)
+        std = parts.sum(1).sqrt()
         known = ~error.isnan() & std.isfinite()
         error, std = error[known], std[known]
         z = None if species is None else species[known]
@@ -131,11 +131,3 @@ def judge(
         )
         found[kind] = scores(error, std, widths, atom)
     return found
-
-
-def errors_and_std(
-    kind: str, structures: Structures, targets: Targets, prediction: Prediction
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Errors (n,) of a kind (energies per atom), predicted standard deviations (n,), and of forces Z of the atom (n,)."""
-    error, parts, species = held_out.residuals(kind, structures, targets, prediction)
-    return error, parts.sum(1).sqrt(), species

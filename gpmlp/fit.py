@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpmlp import baselines, checks, defaults, held_out, neighbors, regression, units
+from gpmlp import baselines, checks, defaults, held_out, regression, units
 from gpmlp.baselines import Baseline
 from gpmlp.consistency import check_stress_consistency
-from gpmlp.environments import Descriptor, Surroundings
+from gpmlp.environments import Descriptor
 from gpmlp.fit_report import FitReport, Progress, Stages
 from gpmlp.gp import evidence, leave_one_out, posterior
 from gpmlp.gp.likelihood import Hyperparameters
@@ -21,7 +21,7 @@ from gpmlp.quantities import KINDS, ErrorTable, Prediction, Targets, errors
 from gpmlp.recipe import Recipe
 from gpmlp.regression import NOISE_FIELDS, Learned, Model
 from gpmlp.structures import Structures
-from gpmlp.terms import chunks
+from gpmlp.terms import View, chunks
 from gpmlp.uncertainty import label_noise, mahalanobis
 from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis, Reservoir
@@ -74,12 +74,9 @@ def fit(
     lowers = [lower for m in models for lower in m.lowers]
 
     def potential_of(weights: Tensor, learned: Learned, **more: object) -> Potential:
-        terms, factor = (
-            regression.make_terms(models, weights),
-            regression.make_variances(recipe, models, learned, constant),
-        )
-        species, origin = structures.distinct_species, dict(provenance or {})
-        return Potential(terms, base, species, recipe, learned.noise, origin, variances=factor, **more)
+        more["variances"] = regression.make_variances(recipe, models, learned, constant)
+        about = structures.distinct_species, recipe, learned.noise, dict(provenance or {})
+        return Potential(regression.make_terms(models, weights), base, *about, **more)
 
     calibration = Calibration.identity()
     if len(held):
@@ -91,11 +88,9 @@ def fit(
     stages.begin("posterior")
     solved = posterior.solve(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
     potential = potential_of(solved.weights, learned, calibration=calibration, novelty=trained.novelty)
-    looked = {}
-    if potential.variances is not None:
-        sizes = structures.select(held if len(held) else kept).counts.cumsum(0)
-        few = (held if len(held) else kept)[: max(1, int((sizes <= SUBSET_ATOMS).sum()))]
-        looked = regression.check_subset(potential, models, learned, solved.factor, structures.select(few))
+    some = structures.select(held if len(held) else kept)
+    few = some.select(range(max(1, int((some.counts.cumsum(0) <= SUBSET_ATOMS).sum()))))
+    looked = regression.check_subset(potential, models, learned, solved.factor, few)
     validation_errors = None
     if validation is not None:
         stages.begin("validation")
@@ -182,7 +177,7 @@ class _Sample:
             return None
         unseen: dict[int, list[Tensor]] = {}
         for part in held:
-            features = descriptor(Surroundings.of(part, neighbors.find(part, descriptor.cutoff))).features
+            features = View.of(descriptor, part).environments.features
             for z in part.distinct_species:
                 unseen.setdefault(z, []).append(features[part.species == z].double())
         seen = {z: r.rows().double() for z, r in self.reservoirs.items()}

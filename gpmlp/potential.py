@@ -160,8 +160,7 @@ class Potential:
         Rows and columns: energies (structures) eV, forces (3 atoms) eV/A, stresses (6 structures, Voigt; zero without volume) eV/A^3.
         """
         self.check_species(structures)
-        if self.variances is None:
-            raise checks.UserError("This model holds no posterior factor (recipe: variance: false).")
+        self.check_variance("forces")
         moved = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
         joint = self.variances.joint(moved, [term.view(moved) for term in self.terms])
         return joint.to(device=structures.positions.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpmlp import checks, descriptors, inducing, neighbors, variances
-from gpmlp.environments import Descriptor, Surroundings
+from gpmlp.environments import Descriptor
 from gpmlp.fit_report import Stages
 from gpmlp.gp import covariances, evidence, likelihood, posterior
 from gpmlp.gp.covariances import InducingBlock
@@ -21,7 +21,7 @@ from gpmlp.potential import Potential, make_kernel
 from gpmlp.quantities import KINDS, Targets
 from gpmlp.recipe import Recipe
 from gpmlp.structures import Structures
-from gpmlp.terms import MeanBlock, Term
+from gpmlp.terms import MeanBlock, Term, View
 from gpmlp.uncertainty.scores import spearman
 from gpmlp.variances import VarianceModel
 
@@ -128,18 +128,18 @@ def _prior_diagonals(models: Sequence[Model], part: Structures, forces: bool, st
     """Prior variances (observations, blocks) of total energies, force components and stress components, unit signal."""
     found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for m in models:
-        pairs = neighbors.find(part, m.descriptor.cutoff)
-        surroundings = Surroundings.of(part, pairs)
-        features = m.descriptor(surroundings).features
+        view = View.of(m.descriptor, part)
+        features = view.environments.features
         for block in m.blocks:
-            prior = Prior(m.descriptor, m.kernel, {z: float(z == block.species) for z in part.distinct_species})
+            alone = {z: float(z == block.species) for z in part.distinct_species}
+            prior = Prior(m.descriptor, m.kernel, alone, view.look)
             found["energies"].append(prior.energies(part, features))
             if forces:
                 every = torch.arange(part.n_atoms, device=features.device)
-                covariance = prior.forces(part, pairs, surroundings, every)
+                covariance = prior.forces(part, view.neighbors, view.surroundings, every)
                 found["forces"].append(covariance.diagonal(dim1=1, dim2=2).flatten())
             if stresses:
-                found["stresses"].append(prior.stresses(part, surroundings).diagonal(dim1=1, dim2=2).flatten())
+                found["stresses"].append(prior.stresses(part, view.surroundings).diagonal(dim1=1, dim2=2).flatten())
     return {kind: torch.stack(columns, dim=1) for kind, columns in found.items() if columns}
 
 
@@ -264,6 +264,8 @@ def check_subset(
         numbers of columns, median ratio of the standard deviations (subset / all), Spearman's coefficient between them.
     """
     kept = potential.variances
+    if kept is None:
+        return {}
     found = {"columns": kept.n_columns, "columns_of_fit": kept.of_fit}
     if kept.n_columns == kept.of_fit:
         return found

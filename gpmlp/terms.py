@@ -28,6 +28,13 @@ class View:
     surroundings: Surroundings
     environments: Environments
 
+    @staticmethod
+    def of(descriptor: Descriptor, structures: Structures) -> View:
+        """Find the neighbours and make the environments."""
+        pairs = neighbors.find(structures, descriptor.cutoff)
+        surroundings = Surroundings.of(structures, pairs)
+        return View(pairs, surroundings, descriptor(surroundings))
+
     @cached_property
     def look(self) -> Callable[[Tensor], Environments] | None:
         """Environments of some centres with Jacobians made once for all, where these are not too large to keep."""
@@ -84,9 +91,7 @@ class Term:
 
     def view(self, structures: Structures) -> View:
         """What the descriptor sees."""
-        pairs = neighbors.find(structures, self.descriptor.cutoff)
-        surroundings = Surroundings.of(structures, pairs)
-        return View(pairs, surroundings, self.descriptor(surroundings))
+        return View.of(self.descriptor, structures)
 
     def mean(self, structures: Structures, view: View) -> Prediction:
         """Posterior mean of energies, forces and stresses."""

@@ -208,12 +208,15 @@ class VarianceModel:
         Rows and columns: energies (structures), forces (3 atoms), stresses (6 structures, Voigt; zero where there is no volume).
         """
         made = [
-            covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b)
+            covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b, look=v.look)
             for p, b, v in zip(self.priors, self.blocks, views, strict=True)
         ]
         rows = torch.cat([torch.cat([r.energies, r.forces, r.stresses]) for r in made], dim=1)
         a, left = self.whitened(rows)
-        prior = sum(p.joint(structures, v.neighbors, v.surroundings) for p, v in zip(self.priors, views, strict=True))
+        prior = sum(
+            p.looking(v.look).joint(structures, v.neighbors, v.surroundings)
+            for p, v in zip(self.priors, views, strict=True)
+        )
         return prior - a @ a.T + left @ left.T
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:

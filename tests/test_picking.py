@@ -154,7 +154,7 @@ def test_novelty_is_measured_from_what_was_picked_in_the_metric_of_the_clusters(
     belief.learn(first, 2)
     belief.update(second)
     clusters, threshold = potential.novelty.species[29], potential.novelty.thresholds[29]
-    whitening, spread = clusters._precision
+    whitening, spread = clusters.precision
     step = second.features[0] - first.features[0][2]
     y = step @ clusters.components
     across = (step - y @ clusters.components.T).square().sum(1)

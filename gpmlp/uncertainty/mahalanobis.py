@@ -105,7 +105,7 @@ class Clusters:
         return empty.updated(x, labels).to(features.device)
 
     @cached_property
-    def _precision(self) -> tuple[Tensor, Tensor]:
+    def precision(self) -> tuple[Tensor, Tensor]:
         """(W, s): W_kᵀW_k = S_k⁻¹ (clusters, r, r), and s (clusters,)."""
         r = self.components.shape[1]
         floor = (RELATIVE_FLOOR * self.variance).clamp_min(ABSOLUTE_FLOOR)
@@ -135,7 +135,7 @@ class Clusters:
     def squared(self, features: Tensor) -> Tensor:
         """d² to each cluster (n, clusters)."""
         y, across = self.reduce(features)
-        whitening, spread = (p.to(features) for p in self._precision)
+        whitening, spread = (p.to(features) for p in self.precision)
         z = torch.einsum("krs,nks->nkr", whitening, y[:, None, :] - self.mean.to(features))
         return z.square().sum(2) + across[:, None] / spread
 
