@@ -121,11 +121,15 @@ def _kernel(k: KernelRecipe, found: Survey) -> KernelRecipe:
     )
 
 
+def columns_for(n_labels: int, periodic: bool) -> int:
+    """How many columns so many labels ask for, whatever the memory."""
+    return min(MOST_COLUMNS, max(n_labels // LABELS_PER_COLUMN[periodic], min(n_labels // 3, CHEAP_COLUMNS)))
+
+
 def _inducing(i: InducingRecipe, found: Survey, budget: float, n_descriptors: int) -> InducingRecipe:
     """As many columns as memory, data and patience allow, spread over centres and their gradients."""
     memory = int((budget * 1e9 / (8 * MATRICES)) ** 0.5)
-    wanted = max(found.n_labels // LABELS_PER_COLUMN[found.periodic], min(found.n_labels // 3, CHEAP_COLUMNS))
-    columns = min(memory, MOST_COLUMNS, wanted)
+    columns = min(memory, columns_for(found.n_labels, found.periodic))
     columns = max(columns, 50) // n_descriptors
     gradients = i.gradients
     if isinstance(i.shares, dict):

@@ -62,21 +62,38 @@ def _keep_every_species(structures: Structures, held: Tensor) -> None:
 
 
 def calibrate(potential: Potential, structures: Structures, targets: Targets) -> Calibration:
-    """Learn a Calibration from structures that the potential has not seen.
+    """Learn a Calibration from structures that the potential has not seen."""
+    novelty = potential.novelty is not None
+    raw = potential(structures, variance=VARIANCES, novelty=novelty, calibrated=False)
+    return learn(
+        raw,
+        structures,
+        targets,
+        "set aside from the training set, at random within each config_type; learned from afterwards",
+    )
+
+
+def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -> Calibration:
+    """Learn a Calibration from uncalibrated predictions that were made before the labels were learned from.
 
     The posterior variance has the right shape and often the wrong size: the kernel that the data chose is rougher than the energy
     surface, so what the inducing set cannot represent is overestimated, and noise that is in truth a misfit of the model is the
     same everywhere. Forces, of which there are many, decide with which weights the parts enter (calibration.weigh); then each
     kind has its own scale.
+
+    Args:
+        raw: with variances of energies and forces, of stresses where they are labelled, and novelty if it is to widen them.
+        how: where the structures come from, for the record.
     """
-    known_novelty = potential.novelty is not None
-    prediction = raw = potential(structures, variance=VARIANCES, novelty=known_novelty, calibrated=False)
-    typical = max(float(raw.novelty.median()), LEAST) if known_novelty else None
+    prediction = raw
+    typical = max(float(raw.novelty.median()), LEAST) if raw.novelty is not None else None
     if typical is not None:
         prediction = widened(raw, structures, typical)
     data: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     weights: dict[str, Tensor] = {}
     for kind in ("forces", "energies", "stresses"):
+        if getattr(prediction, FIELDS[kind]) is None:
+            continue
         errors, parts, species = residuals(kind, structures, targets, prediction)
         known = ~errors.isnan() & parts.isfinite().all(1)
         errors, parts, species = errors[known], parts[known], species if species is None else species[known]
@@ -98,7 +115,7 @@ def calibrate(potential: Potential, structures: Structures, targets: Targets) ->
         "held_out_structures": len(structures),
         "held_out_atoms": structures.n_atoms,
         "names": list(structures.names[:200]),
-        "how": "set aside from the training set, at random within each config_type; learned from afterwards",
+        "how": how,
     }
     calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical)
     if prediction.forces_variance is not None and "forces" in data:

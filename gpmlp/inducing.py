@@ -6,15 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from gpmlp import neighbors, selection
 from gpmlp.environments import Descriptor, Surroundings
+from gpmlp.gp import covariances
 from gpmlp.gp.covariances import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.posterior import independent_columns
 from gpmlp.structures import Structures
+from gpmlp.terms import View
+from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
+WORTH = 1e-6  # of its prior variance: an environment with less left of its own is not worth an inducing point
+MOST_WEIGHT = 10.0  # of novelty beside variance
 POOL_BYTES = 128 << 20  # in memory while choosing; a fuller pool is thinned by the selection itself
 
 
@@ -180,3 +186,94 @@ def make_block(
     every = torch.arange(len(features) * (1 + n_directions), device=features.device)
     kept, lower, jitter = independent_columns(kernel, InducingBlock(species, features, tangents, every))
     return InducingBlock(species, features, tangents, kept), lower, jitter
+
+
+def choose_more(
+    descriptor: Descriptor,
+    kernel: ZonalKernel,
+    blocks: Sequence[InducingBlock],
+    lowers: Sequence[Tensor],
+    signal: Tensor,
+    structures: Structures,
+    n: int,
+    novelty: Mahalanobis | None,
+) -> list[InducingBlock | None]:
+    """Environments that the present inducing variables represent worst, at most n, as blocks of their own.
+
+    A pivoted Cholesky factorisation of the covariance that is left of the environments of each species given its block, in units
+    of energy, weighted with their novelty where that is above 1: posterior variance and Mahalanobis distance together.
+
+    Args:
+        lowers: Cholesky factor of the covariance of each block.
+        signal: (blocks,) standard deviation, eV.
+
+    Returns:
+        for each block its new inducing variables, with tangents, all columns kept; None where there are none.
+    """
+    if not n:
+        return [None] * len(blocks)
+    view = View.of(descriptor, structures)
+    features = view.environments.features
+    weight = torch.ones(len(features), dtype=torch.float64)
+    if novelty is not None:
+        weight = novelty.novelty(structures.species, features.double()).clamp(1.0, MOST_WEIGHT)
+    scores, chosen = [], []
+    for block, lower, size in zip(blocks, lowers, signal.tolist(), strict=True):
+        mine = (structures.species == block.species).nonzero()[:, 0]
+        x = features[mine]
+        known = covariances.atom_rows(x, structures.species[mine], kernel, (block,)).double()
+        whitened = torch.linalg.solve_triangular(lower, known.T, upper=False)
+        left = kernel.profile(x @ x.T)[0].double() - whitened.T @ whitened
+        scale = weight[mine].sqrt() * size
+        order, pivots = _pivots(left * scale[:, None] * scale, WORTH * size**2)
+        scores.append(pivots)
+        chosen.append(mine[order])
+    every = torch.cat(scores)
+    least = every.topk(min(n, len(every))).values.min() if len(every) else 0.0
+    out: list[InducingBlock | None] = []
+    for block, pivots, picks in zip(blocks, scores, chosen, strict=True):
+        taken = picks[pivots >= least]
+        tangents = directions(descriptor, view.surroundings.select(taken), block.tangents.shape[1]).to(features)
+        columns = torch.arange(len(taken) * (1 + block.tangents.shape[1]))
+        out.append(InducingBlock(block.species, features[taken], tangents, columns) if len(taken) else None)
+    return out
+
+
+def _pivots(matrix: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Order and values of the pivots of a Cholesky factorisation that are above `least`."""
+    if not len(matrix):
+        return torch.zeros(0, dtype=torch.long), matrix.new_zeros(0)
+    lower, order, rank, _ = lapack.dpstrf(matrix.numpy(), tol=least, lower=1)
+    pivots = torch.from_numpy(lower.diagonal()[:rank].copy()).square()
+    above = pivots > least
+    return torch.as_tensor(order[:rank] - 1, dtype=torch.long)[above], pivots[above]
+
+
+def joined(block: InducingBlock, new: InducingBlock) -> InducingBlock:
+    """One block with the columns of both in turn."""
+    m, r = block.tangents.shape[:2]
+    more = len(new.features)
+
+    def moved(kept: Tensor, own: int, before: int) -> Tensor:
+        gradient = kept - own
+        return torch.where(gradient < 0, kept + before, m + more + before * r + gradient)
+
+    kept = torch.cat([moved(block.kept, m, 0), moved(new.kept, more, m)])
+    return InducingBlock(
+        block.species,
+        torch.cat([block.features, new.features]),
+        torch.cat([block.tangents, new.tangents]),
+        kept,
+    )
+
+
+def restricted(block: InducingBlock, stays: Tensor) -> tuple[InducingBlock, Tensor]:
+    """The block with only those centres (mask), and which of its columns that leaves."""
+    m, r = block.tangents.shape[:2]
+    gradient = block.kept - m
+    centre = torch.where(gradient < 0, block.kept, gradient // max(r, 1))
+    columns = stays[centre].nonzero()[:, 0]
+    place = stays.long().cumsum(0) - 1
+    direction, value = gradient[columns] % max(r, 1), gradient[columns] < 0
+    kept = torch.where(value, place[centre[columns]], int(stays.sum()) + place[centre[columns]] * r + direction)
+    return InducingBlock(block.species, block.features[stays], block.tangents[stays], kept), columns

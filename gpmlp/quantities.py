@@ -94,6 +94,13 @@ class Targets:
             tuple(self.config_types[i] for i in indices.tolist()),
         )
 
+    @staticmethod
+    def concatenate(parts: Sequence[Targets]) -> Targets:
+        """Return the targets of the concatenated structures of the parts."""
+        values = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Targets)}
+        joined = {name: sum(v, ()) if name == "config_types" else torch.cat(v) for name, v in values.items()}
+        return Targets(**joined)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Targets:
         """Return the same targets on another device or in another floating-point type."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -96,32 +96,44 @@ def stream(
     columns = sum(b.n_columns for m in models for b in m.blocks)
     factors = {kind: RowFactor(columns, 2 * columns) for kind in (*KINDS, FIXED)}
     for done, (part, target) in enumerate(zip(parts, targets, strict=True)):
-        known = likelihood.observations(target, part.counts, covariances.VOIGT)
-        forces, stresses = len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0
-        made = [
-            covariances.rows(
-                part, neighbors.find(part, m.descriptor.cutoff), m.descriptor, m.kernel, m.blocks, forces, stresses
-            )
-            for m in models
-        ]
-        priors = _prior_diagonals(models, part, forces, stresses) if recipe.evidence == "vfe" else {}
-        for kind, seen in known.items():
-            if not len(seen.rows):
-                continue
-            for name, trace in _traces(priors.get(kind), kind, seen):
+        for kind, rows in labelled_rows(models, part, target).items():
+            factors[kind].add(rows[:, :-1], rows[:, -1])
+        if recipe.evidence == "vfe":
+            for name, trace in _traces(models, part, target):
                 traces[name] = traces.get(name, 0.0) + trace
-            pieces = [getattr(r, kind)[seen.rows] for r in made]
-            rows = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
-            rows = rows * seen.scale[:, None] if kind == "energies" else rows
-            common = seen.noise.isnan()
-            if common.all():
-                factors[kind].add(rows, seen.values)
-            else:
-                factors[kind].add(rows[common], seen.values[common])
-                own = ~common
-                factors[FIXED].add(rows[own] / seen.noise[own, None], seen.values[own] / seen.noise[own])
         stages.tell(done + 1, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
     return {kind: f for kind, f in factors.items() if f.count}, traces
+
+
+def labelled_rows(
+    models: Sequence[Model], structures: Structures, targets: Targets, blocks: Sequence[tuple[InducingBlock, ...]] = ()
+) -> dict[str, Tensor]:
+    """Rows [K_ou | y] of the known labels by kind, energies per atom; those with a noise of their own divided by it ('given').
+
+    Args:
+        blocks: inducing variables for each model, if not all of its own.
+    """
+    known = likelihood.observations(targets, structures.counts, covariances.VOIGT)
+    forces, stresses = len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0
+    made = [
+        covariances.rows(
+            structures, neighbors.find(structures, m.descriptor.cutoff), m.descriptor, m.kernel, b, forces, stresses
+        )
+        for m, b in zip(models, blocks or [m.blocks for m in models], strict=True)
+    ]
+    out: dict[str, list[Tensor]] = {}
+    for kind, seen in known.items():
+        if not len(seen.rows):
+            continue
+        rows = torch.cat([*(getattr(r, kind)[seen.rows] for r in made), seen.values[:, None]], dim=1)
+        if kind == "energies":
+            rows[:, :-1] *= seen.scale[:, None]
+        common = seen.noise.isnan()
+        if common.any():
+            out.setdefault(kind, []).append(rows if common.all() else rows[common])
+        if not common.all():
+            out.setdefault(FIXED, []).append(rows[~common] / seen.noise[~common, None])
+    return {kind: torch.cat(some) if len(some) > 1 else some[0] for kind, some in out.items()}
 
 
 def _prior_diagonals(models: Sequence[Model], part: Structures, forces: bool, stresses: bool) -> dict[str, Tensor]:
@@ -143,14 +155,19 @@ def _prior_diagonals(models: Sequence[Model], part: Structures, forces: bool, st
     return {kind: torch.stack(columns, dim=1) for kind, columns in found.items() if columns}
 
 
-def _traces(prior: Tensor | None, kind: str, seen: likelihood.Observations) -> list[tuple[str, Tensor]]:
+def _traces(models: Sequence[Model], part: Structures, target: Targets) -> list[tuple[str, Tensor]]:
     """(kind or FIXED, summed prior variances (blocks,)) of the known observations, scaled as their rows are."""
-    if prior is None:
-        return []
-    scaled = prior[seen.rows] * seen.scale[:, None].square()
-    common = seen.noise.isnan()
-    own = scaled[~common] / seen.noise[~common, None].square()
-    return [(kind, scaled[common].sum(0)), (FIXED, own.sum(0))]
+    known = likelihood.observations(target, part.counts, covariances.VOIGT)
+    priors = _prior_diagonals(models, part, len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0)
+    out = []
+    for kind, seen in known.items():
+        if not len(seen.rows):
+            continue
+        scaled = priors[kind][seen.rows] * seen.scale[:, None].square()
+        common = seen.noise.isnan()
+        own = scaled[~common] / seen.noise[~common, None].square()
+        out += [(kind, scaled[common].sum(0)), (FIXED, own.sum(0))]
+    return out
 
 
 def learn(

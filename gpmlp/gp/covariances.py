@@ -45,10 +45,11 @@ class InducingBlock:
         """(M + M R, features) the centres, then the tangents."""
         return torch.cat([self.features, self.tangents.flatten(0, 1)])
 
-    @property
+    @cached_property
     def is_whole(self) -> bool:
-        """Whether no column was dropped."""
-        return self.n_columns == self.features.shape[0] + self.tangents.shape[0] * self.tangents.shape[1]
+        """Whether no column was dropped and they are in order."""
+        every = len(self.features) + self.tangents.shape[0] * self.tangents.shape[1]
+        return self.n_columns == every and bool((self.kept[1:] > self.kept[:-1]).all())
 
     def keep(self, columns: Tensor) -> Tensor:
         return columns if self.is_whole else columns[..., self.kept]

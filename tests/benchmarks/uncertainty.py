@@ -41,10 +41,7 @@ SHARE = 6  # of the centres, for each member
 
 def read(paths: list[Path]) -> tuple[Structures, Targets]:
     parts = [gpmlp.read(path) for path in paths]
-    structures = Structures.concatenate([s for s, _ in parts])
-    fields = {name: [getattr(t, name) for _, t in parts] for name in vars(parts[0][1])}
-    joined = {name: sum(values, ()) if name == "config_types" else torch.cat(values) for name, values in fields.items()}
-    return structures, Targets(**joined)
+    return Structures.concatenate([s for s, _ in parts]), Targets.concatenate([t for _, t in parts])
 
 
 def committee(recipe: Recipe, structures: Structures, targets: Targets, tests: dict) -> tuple[dict[str, Scores], float]:
