@@ -1,0 +1,66 @@
+"""Bootstrap makes the first structures to label: the starts and copies of them, displaced and strained at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from ase import Atoms
+
+from gpmlp.active.criteria import BOLTZMANN, too_close
+from gpmlp.active.recipe import LearnRecipe
+from gpmlp.active.walker import fixed_atoms
+from gpmlp.io.atoms import structures_from_ase
+
+STIFFNESS = {
+    True: 4.0,
+    False: 25.0,
+}  # eV/A^2 of an atom in a solid, of a bond in a molecule: sizes of displacements only
+LARGEST = 0.15  # A, of a standard deviation
+FEWER = 0.8  # displacements are made smaller by this until no atoms are too close
+TRIES = 20
+
+
+def structures(starts: Sequence[Atoms], recipe: LearnRecipe) -> list[Atoms]:
+    """Starts first, then displaced copies of them in turn, recipe.bootstrap.n in all (each start at least once).
+
+    Displacements grow from copy to copy from half to one and a half times `displacement_A`, so that small and large ones are seen.
+    """
+    chosen = recipe.bootstrap
+    out = [_still(atoms) for atoms in starts]
+    generator = np.random.default_rng([recipe.seed, 1])
+    more = max(0, chosen.n - len(out))
+    for k in range(more):
+        atoms = _still(starts[k % len(starts)])
+        size = chosen.displacement_A or _thermal_displacement(atoms, recipe.dynamics.highest_K)
+        size *= 0.5 + (k / (more - 1) if more > 1 else 0.5)
+        out.append(_displaced(atoms, size, chosen.strain if atoms.pbc.all() else 0.0, recipe, generator))
+    return out
+
+
+def _still(atoms: Atoms) -> Atoms:
+    still = atoms.copy()
+    still.calc = None
+    still.arrays.pop("momenta", None)
+    return still
+
+
+def _thermal_displacement(atoms: Atoms, temperature_K: float) -> float:
+    """sqrt(kT / stiffness), A."""
+    return min(LARGEST, max(0.02, (BOLTZMANN * temperature_K / STIFFNESS[bool(atoms.pbc.any())]) ** 0.5))
+
+
+def _displaced(atoms: Atoms, size: float, strain: float, recipe: LearnRecipe, generator: np.random.Generator) -> Atoms:
+    shifts = generator.standard_normal((len(atoms), 3))
+    shifts[fixed_atoms(atoms)] = 0.0
+    deformation = generator.uniform(-1, 1, (3, 3))
+    deformation = np.eye(3) + strain * 0.5 * (deformation + deformation.T)
+    for _ in range(TRIES):
+        new = atoms.copy()
+        if strain:
+            new.set_cell(atoms.cell.array @ deformation, scale_atoms=True)
+        new.positions += size * shifts
+        if too_close(structures_from_ase([new]), recipe.trigger.guards.distance) is None:
+            return new
+        size *= FEWER
+    return atoms

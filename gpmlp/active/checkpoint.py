@@ -1,0 +1,267 @@
+"""A checkpoint is where a run is, written so that a run that was killed goes on from there as if it had not been."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import ase.io
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpmlp.active.history import History
+from gpmlp.active.recipe import LearnRecipe
+from gpmlp.active.walker import Look, Walker, frame
+from gpmlp.checks import UserError
+from gpmlp.io import archive
+from gpmlp.io.atomic import atomic, check_folder
+
+NAME = "checkpoint.gpmlp-run"
+NEVER = -(10**9)  # a step long ago
+
+
+@dataclass(frozen=True, eq=False)
+class Mind:
+    """A walker with what the loop remembers of it.
+
+    Attributes:
+        walker: where it is; trusted: the last place where all was well.
+        asked: the place whose label it waits for; why: the reason; since: the round when it asked; sent: whether the oracle knows.
+        labelled_at: step of its last label; asked_at: steps of those of the last thousand steps; left: severity right after the last.
+        setbacks: since it last got farther than ever; farthest: step it ever got to; restarts: from its start structure.
+    """
+
+    walker: Walker
+    trusted: Walker
+    asked: Walker | None = None
+    why: str = ""
+    since: int = 0
+    sent: bool = False
+    labelled_at: int = NEVER
+    asked_at: tuple[int, ...] = ()
+    left: float = 0.0
+    setbacks: int = 0
+    farthest: int = 0
+    restarts: int = 0
+
+
+WALKERS = ("walker", "trusted", "asked")
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        first, learned: keys of labels in the order they were learned: the first ones together, then one by one.
+        observer: what observables remember; hours: time the run has taken.
+        round: number of strides so far.
+        written: bytes of each file that belong to this moment.
+        framed: step of the last frame of each walker in the trajectory.
+        stopped: why the run ended; '' while it goes on.
+    """
+
+    first: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
+    minds: tuple[Mind, ...] = ()
+    history: History = field(default_factory=History)
+    observer: dict[str, np.ndarray] = field(default_factory=dict)
+    hours: float = 0.0
+    round: int = 0
+    written: dict[str, int] = field(default_factory=dict)
+    framed: tuple[int, ...] = ()
+    stopped: str = ""
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        return frozenset((*self.first, *self.learned))
+
+    def with_mind(self, i: int, mind: Mind) -> Progress:
+        """With one walker's mind changed."""
+        return replace(self, minds=(*self.minds[:i], mind, *self.minds[i + 1 :]))
+
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """What a checkpoint file holds: a JSON-able header and tensors."""
+        tensors: dict[str, Tensor] = {}
+        minds = []
+        for i, mind in enumerate(self.minds):
+            entry: dict[str, Any] = {f.name: getattr(mind, f.name) for f in fields(Mind) if f.name not in WALKERS}
+            entry["asked_at"] = list(mind.asked_at)
+            for name in WALKERS:
+                one: Walker | None = getattr(mind, name)
+                if one is not None:
+                    entry[name], more = one.state()
+                    tensors |= {f"{i}.{name}.{k}": v for k, v in more.items()}
+            minds.append(entry)
+        history, columns = self.history.state()
+        tensors |= {f"history.{k}": torch.as_tensor(np.array(v)) for k, v in columns.items()}
+        tensors |= {f"observer.{k}": torch.as_tensor(np.array(v)) for k, v in self.observer.items()}
+        header = {
+            "first": list(self.first),
+            "learned": list(self.learned),
+            "minds": minds,
+            "round": self.round,
+            "written": self.written,
+            "framed": list(self.framed),
+            "stopped": self.stopped,
+            "history": history,
+            "hours": self.hours,
+        }
+        return header, tensors
+
+    @staticmethod
+    def from_state(header: dict, tensors: dict[str, Tensor]) -> Progress:
+        """What `state` gave."""
+        minds = []
+        for i, entry in enumerate(header["minds"]):
+            values = dict(entry) | {"asked_at": tuple(entry["asked_at"])}
+            for name in WALKERS:
+                if name in entry:
+                    prefix = f"{i}.{name}."
+                    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                    values[name] = Walker.from_state(entry[name], own)
+            minds.append(Mind(**values))
+        columns, observer = (
+            {k.removeprefix(prefix): v.numpy() for k, v in tensors.items() if k.startswith(prefix)}
+            for prefix in ("history.", "observer.")
+        )
+        return Progress(
+            tuple(header["first"]),
+            tuple(header["learned"]),
+            tuple(minds),
+            History.from_state(header["history"], columns),
+            observer,
+            header["hours"],
+            header["round"],
+            header["written"],
+            tuple(header["framed"]),
+            header["stopped"],
+        )
+
+
+def load(folder: Path) -> Progress | None:
+    """The last checkpoint of a run; None if there is none yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / NAME
+    return archive.load(path, Progress.from_state) if path.exists() else None
+
+
+class Trail:
+    """The files that a run leaves behind it: log.jsonl, trajectory.xyz, run.log, and its checkpoints.
+
+    What was written after the last checkpoint is cut off on resuming, because it will be written again.
+    """
+
+    FILES = ("log.jsonl", "trajectory.xyz")
+
+    def __init__(self, folder: Path, recipe: LearnRecipe, resume: bool) -> None:
+        """Take a folder for a run.
+
+        Raises:
+            UserError: there is a run in it already, of another recipe if it is to be resumed; it cannot be written to.
+        """
+        check_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._files = folder, {}
+        mine, path = recipe.model_dump(mode="json"), folder / "recipe.json"
+        if path.exists():
+            if not resume:
+                raise UserError(f"{folder}: holds a run already; go on with it (--resume), or choose another output.")
+            _same_run(json.loads(path.read_text()), mine, folder)
+        with atomic(path, text=True) as file:
+            file.write(json.dumps(mine, indent=1) + "\n")
+        self._diary: IO[str] = open(folder / "run.log", "a", encoding="utf-8")  # noqa: SIM115: as long as the run
+
+    def cut(self, progress: Progress) -> None:
+        """Open the files where the checkpoint left them."""
+        for name in self.FILES:
+            path, end = self.folder / name, progress.written.get(name, 0)
+            file = open(path, "ab")  # noqa: SIM115: as long as the run
+            if file.tell() < end:
+                raise UserError(f"{path}: is shorter than the run left it; put the file back, or begin anew.")
+            file.truncate(end)
+            self._files[name] = file
+
+    def log(self, event: str, **values: object) -> None:
+        """One line for programs, which holds no time of day, and one for people, which does."""
+        self._write("log.jsonl", (json.dumps({"event": event} | values, default=float) + "\n").encode())
+        if event != "look":
+            told = ", ".join(f"{k} {_short(v)}" for k, v in values.items())
+            self._diary.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {event}: {told}\n")
+            self._diary.flush()
+
+    def frame(self, progress: Progress, now: Look, thin: int, timestep_fs: float) -> Progress:
+        """Add a frame to the trajectory when `thin` steps have gone by since that walker's last one."""
+        i, step = now.walker.number, now.walker.step
+        framed = list(progress.framed or [NEVER] * len(progress.minds))
+        if step // thin == framed[i] // thin or not now.full:
+            return progress
+        framed[i] = step
+        atoms = frame(now)
+        atoms.info |= {"walker": i, "step": step, "time_fs": step * timestep_fs, "temperature_K": now.temperature_K}
+        variance = now.prediction.forces_covariance.total.diagonal(dim1=1, dim2=2).clamp_min(0)
+        atoms.arrays["forces_std"] = variance.sqrt().numpy()
+        atoms.arrays["novelty"] = now.prediction.novelty.numpy()
+        text = io.StringIO()
+        ase.io.write(text, atoms, format="extxyz")
+        self._write("trajectory.xyz", text.getvalue().encode())
+        return replace(progress, framed=tuple(framed))
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            self._files[name].write(data)
+            self._files[name].flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.folder / name}: could not be written: {error.strerror}; make room and go on with --resume."
+            ) from error
+
+    def checkpoint(self, progress: Progress) -> Progress:
+        """Put all files on the disk, and then where the run is."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        progress = replace(progress, written={name: file.tell() for name, file in self._files.items()})
+        archive.save(progress, self.folder / NAME)
+        return progress
+
+    def close(self) -> None:
+        for file in (*self._files.values(), self._diary):
+            file.close()
+
+
+def _same_run(before: dict, now: dict, folder: Path) -> None:
+    """What decides what a run is must not change on the way; when to stop, and how the oracle is run, may."""
+    for key in ("start", "dynamics", "trigger", "model", "bootstrap", "refresh", "seed"):
+        a, b = dict(_flat(before.get(key), key)), dict(_flat(now.get(key), key))
+        for name in sorted(a.keys() | b.keys()):
+            if a.get(name) != b.get(name) and name != "dynamics.steps":
+                raise UserError(
+                    f"{folder}: the run there had {name} = {a.get(name)!r}, the recipe says {b.get(name)!r}; a run is resumed with "
+                    "the recipe it began with (only `stop`, `oracle` and dynamics.steps may change)."
+                )
+
+
+def _flat(value: Any, name: str):
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _flat(entry, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return " ".join(f"{k}={_short(v)}" for k, v in value.items())
+    return str(value)

@@ -1,0 +1,214 @@
+"""Criteria turn a prediction into a decision: go on, ask for a label, or halt; pure functions of what was predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import ase.data
+import numpy as np
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+from gpmlp import checks, neighbors
+from gpmlp.active.recipe import GuardsRecipe, TriggerRecipe
+from gpmlp.quantities import Prediction
+from gpmlp.structures import Structures
+from gpmlp.uncertainty.calibration import Calibration
+
+Action = Literal["continue", "label", "halt"]
+BOLTZMANN = 8.617333262e-5  # eV / K
+NAMED = 10  # atoms that a decision names at most
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with one structure.
+
+    Attributes:
+        atoms: those for whose sake, most important first.
+        reason: in words, with numbers.
+        severity: how far over the limit (1 = at it); below 1 where the run goes on.
+    """
+
+    action: Action
+    atoms: tuple[int, ...] = ()
+    reason: str = ""
+    severity: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits as numbers; None = not looked at.
+
+    Attributes:
+        force: tolerated error of the force on an atom (its norm), eV/A; probability: with which it may be exceeded somewhere.
+        local_energy: standard deviation, eV. novelty: in units of the trust region's radius.
+        halt: factor on `force` at which the run has to stop.
+    """
+
+    force: float | None
+    probability: float
+    local_energy: float | None
+    novelty: float | None
+    halt: float
+    guards: GuardsRecipe
+
+    def times(self, factor: float) -> Limits:
+        """Looser by a factor, as hysteresis asks for; what halts a run stays where it is."""
+        force, local, novelty = (
+            None if v is None else v * factor for v in (self.force, self.local_energy, self.novelty)
+        )
+        return Limits(force, self.probability, local, novelty, max(1.0, self.halt / factor), self.guards)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What guards compare with: the energy a step ago (eV; None = unknown), target and present kinetic temperature (K)."""
+
+    energy: float | None
+    target_K: float
+    temperature_K: float
+
+
+def exceedance(forces_covariance: Tensor, tolerance: float) -> Tensor:
+    """Probability that the error of the force on each atom is longer than the tolerance (eV/A), (atoms,).
+
+    For a normal error with covariance C the squared norm is nearly χ² of n = (tr C)² / tr C² degrees of freedom times tr C / n
+    (Satterthwaite, Biometrics Bull. 2, 110 (1946)); exact where C is isotropic.
+    """
+    trace = forces_covariance.diagonal(dim1=1, dim2=2).sum(1)
+    squares = forces_covariance.square().sum((1, 2))
+    freedom = torch.where(squares > 0, trace.square() / squares.clamp_min(1e-300), torch.ones_like(trace))
+    ratio = tolerance**2 * freedom / trace.clamp_min(1e-300)
+    return torch.from_numpy(np.asarray(chi2.sf(ratio.cpu().numpy(), freedom.cpu().numpy())))
+
+
+def risk(forces_covariance: Tensor, tolerance: float) -> float:
+    """Probability that the force error of some atom exceeds the tolerance, were errors of atoms independent."""
+    each = exceedance(forces_covariance, tolerance)
+    return float(-torch.expm1(torch.log1p(-each.clamp_max(1 - 1e-15)).sum()))
+
+
+def bound(forces_covariance: Tensor, probability: float) -> float:
+    """Tolerance (eV/A) at which `risk` is the probability: what the largest force error stays below, with that exception."""
+    trace = forces_covariance.diagonal(dim1=1, dim2=2).sum(1)
+    low, high = 0.0, 10.0 * float(trace.max().clamp_min(1e-30).sqrt())
+    for _ in range(30):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if risk(forces_covariance, middle) > probability else (low, middle)
+    return high
+
+
+def criteria(prediction: Prediction, structure: Structures, limits: Limits, before: Before | None = None) -> Decision:
+    """Decide about one structure from its prediction, calibrated and with as many variances as are to be judged.
+
+    What breaks a guard comes first, then what halts, then what asks, worst first.
+    """
+    broken = guard(prediction, structure, limits.guards, before)
+    if broken is not None:
+        return broken
+    found = [
+        d for d in (_forces(prediction, limits), _local(prediction, limits), _novel(prediction, structure, limits)) if d
+    ]
+    if not found:
+        return Decision("continue")
+    worst = max(found, key=lambda d: (d.action == "halt", d.action == "label", d.severity))
+    reasons = "; ".join(d.reason for d in found if d.action == worst.action)
+    return Decision(worst.action, worst.atoms, "" if worst.action == "continue" else reasons, worst.severity)
+
+
+def _forces(prediction: Prediction, limits: Limits) -> Decision | None:
+    variance = prediction.forces_covariance
+    if variance is None or limits.force is None:
+        return None
+    total = variance.total
+    largest = bound(total, limits.probability)
+    severity = largest / limits.force
+    order = total.diagonal(dim1=1, dim2=2).sum(1).argsort(descending=True)[:NAMED].tolist()
+    action: Action = "continue" if severity <= 1 else "halt" if severity > limits.halt else "label"
+    text = f"force error of atom {order[0]} may reach {largest:.3g} eV/A (limit {limits.force:.3g})"
+    return Decision(action, tuple(order), text, severity)
+
+
+def _local(prediction: Prediction, limits: Limits) -> Decision | None:
+    variance = prediction.atom_energies_variance
+    if variance is None or limits.local_energy is None:
+        return None
+    std = variance.total.clamp_min(0).sqrt()
+    severity, order = float(std.max()) / limits.local_energy, std.argsort(descending=True)[:NAMED].tolist()
+    text = f"local energy of atom {order[0]} is known to {float(std.max()):.3g} eV only (limit {limits.local_energy:.3g})"
+    return Decision("label" if severity > 1 else "continue", tuple(order), text, severity)
+
+
+def _novel(prediction: Prediction, structure: Structures, limits: Limits) -> Decision | None:
+    if prediction.novelty is None or limits.novelty is None:
+        return None
+    largest = float(prediction.novelty.max())
+    severity, order = largest / limits.novelty, prediction.novelty.argsort(descending=True)[:NAMED].tolist()
+    what = f"{checks.symbol(int(structure.species[order[0]]))} atom {order[0]}"
+    text = f"{what} lies at {largest:.3g} times the radius of the trust region (limit {limits.novelty:.3g})"
+    return Decision("label" if severity > 1 else "continue", tuple(order), text, severity)
+
+
+def guard(
+    prediction: Prediction, structure: Structures, guards: GuardsRecipe, before: Before | None = None
+) -> Decision | None:
+    """A decision to halt where the structure or its prediction is no physics; None where it is."""
+    if not (prediction.energies.isfinite().all() and prediction.forces.isfinite().all()):
+        return Decision("halt", (), "the prediction is not finite", float("inf"))
+    close = too_close(structure, guards.distance)
+    if close is not None:
+        i, j, r, least = close
+        pair = f"{checks.symbol(int(structure.species[i]))}-{checks.symbol(int(structure.species[j]))}"
+        text = f"{pair} distance {r:.2f} A of atoms {i} and {j} (guard {least:.2f})"
+        return Decision("halt", (i, j), text, least / max(r, 1e-6))
+    if before is None:
+        return None
+    # a kinetic temperature scatters by sqrt(2 / 3N): six of these are allowed for
+    hottest = guards.temperature * (1 + 6 * (2 / (3 * structure.n_atoms)) ** 0.5) * max(before.target_K, 50.0)
+    if not before.temperature_K < hottest:
+        text = f"temperature {before.temperature_K:.0f} K at a target of {before.target_K:.0f} K (guard {hottest:.0f})"
+        return Decision("halt", (), text, before.temperature_K / hottest)
+    if before.energy is not None:
+        jump = abs(float(prediction.energies[0]) - before.energy) / structure.n_atoms
+        most = guards.energy_eV_per_atom + 3 * BOLTZMANN * before.target_K
+        if not jump < most:
+            return Decision("halt", (), f"energy changed by {jump:.3g} eV/atom in a step (guard {most:.3g})", jump / most)
+    return None
+
+
+def too_close(structure: Structures, share: float) -> tuple[int, int, float, float] | None:
+    """The pair of atoms nearest in terms of their covalent radii, if nearer than that share of their sum: i, j, distance, guard (A)."""
+    radii = torch.as_tensor(ase.data.covalent_radii, dtype=structure.positions.dtype)[structure.species.cpu()]
+    pairs = neighbors.find(structure, 2 * share * float(radii.max()))
+    if not len(pairs):
+        return None
+    r = pairs.vectors(structure).norm(dim=1).cpu()
+    i, j = pairs.centers.cpu(), pairs.neighbors.cpu()
+    least = share * (radii[i] + radii[j])
+    worst = int((r / least).argmin())
+    if r[worst] >= least[worst]:
+        return None
+    return int(i[worst]), int(j[worst]), float(r[worst]), float(least[worst])
+
+
+def limits_of(
+    trigger: TriggerRecipe, force_rms: float, n_atoms: int, noise: dict[str, float], calibration: Calibration
+) -> Limits:
+    """Numbers for what the recipe leaves to the data.
+
+    Args:
+        force_rms: root mean square of the labelled force components, eV/A.
+        n_atoms: of a structure.
+        noise: standard deviation of new labels by kind; with `calibration` what is left of the error however much is learned.
+    """
+    force = trigger.force
+    if force == "auto":
+        learned = calibration.kinds.get("forces")
+        weight = learned.scale * (learned.weights[2] if learned.weights else 1.0) ** 0.5 if learned else 1.0
+        floor = noise.get("forces", 0.0) * weight
+        eye = (floor**2 * torch.eye(3, dtype=torch.float64)).expand(n_atoms, 3, 3)
+        force = max(trigger.share * 3**0.5 * force_rms, trigger.noise * bound(eye, trigger.probability), 1e-4)
+    return Limits(force, trigger.probability, trigger.local_energy, trigger.novelty, trigger.halt, trigger.guards)

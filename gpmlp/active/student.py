@@ -1,0 +1,92 @@
+"""A Student is a model that is taught label by label: what it knows follows from the labels and their order alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gpmlp.active.recipe import RefreshRecipe
+from gpmlp.active.tape import Entry
+from gpmlp.online import Foreseen, Online
+from gpmlp.potential import Potential
+from gpmlp.quantities import Targets
+from gpmlp.recipe import Recipe
+from gpmlp.structures import Structures
+from gpmlp.uncertainty.calibration import Calibration
+from gpmlp.variances import rescaled
+
+SHARE, FEWEST = 6, 4  # labels between two refreshes: a SHARE-th of those there are, FEWEST at least
+RECENT = 3  # labels over which the likelihood is averaged before it counts as having drifted
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """What is known after some labels.
+
+    Attributes:
+        since: labels learned since hyperparameters were refreshed.
+        surprise: negative log likelihood per force component (nats, eV/A) of labels since then, as they were foreseen.
+        expected: the same right after the refresh, of those it was calibrated with; NaN = unknown.
+    """
+
+    online: Online
+    refresh: RefreshRecipe
+    since: int = 0
+    surprise: tuple[float, ...] = ()
+    expected: float = math.nan
+
+    @staticmethod
+    def begin(entries: Sequence[Entry], recipe: Recipe, refresh: RefreshRecipe) -> Student:
+        """Learn from the first half of the labels together, from the others one by one after foreseeing them.
+
+        Raises:
+            UserError: fewer than two labels.
+        """
+        first = max(2, (len(entries) + 1) // 2)
+        species = {z for e in entries for z in e.structure.distinct_species}
+        while {z for e in entries[:first] for z in e.structure.distinct_species} != species:
+            first += 1
+        structures = Structures.concatenate([e.structure for e in entries[:first]])
+        targets = Targets.concatenate([e.targets for e in entries[:first]])
+        online = Online.begin(structures, targets, recipe)
+        for entry in entries[first:]:
+            online = online.learned(entry.structure, entry.targets)
+        return Student(online, refresh)._refreshed("after the first labels")
+
+    @property
+    def potential(self) -> Potential:
+        return self.online.potential
+
+    def taught(self, entry: Entry) -> Student:
+        """Learn one label; refresh what is due."""
+        online = self.online.learned(entry.structure, entry.targets)
+        surprise = (*self.surprise, surprise_of(online.foreseen[-1], self.online.calibration))
+        new = Student(online.recalibrated(), self.refresh, self.since + 1, surprise, self.expected)
+        due = self.refresh.labels or max(FEWEST, online.n_labels // SHARE)
+        recent = surprise[-RECENT:]
+        drifted = len(recent) == RECENT and sum(recent) / RECENT > self.expected + self.refresh.drift
+        if new.since >= due:
+            return new._refreshed(f"{new.since} labels since the last")
+        if drifted:
+            rise = sum(recent) / RECENT - self.expected
+            return new._refreshed(f"the negative log likelihood of foreseen forces rose by {rise:.2f}")
+        return new
+
+    def _refreshed(self, why: str) -> Student:
+        online = self.online.refreshed(why)
+        found = [surprise_of(f, online.calibration) for f in online.foreseen]
+        expected = sum(found) / len(found) if found else math.nan
+        return Student(online, self.refresh, 0, (), expected)
+
+
+def surprise_of(foreseen: Foreseen, calibration: Calibration) -> float:
+    """Mean negative log likelihood of the force components of a label, as they were predicted before it was learned."""
+    prediction = rescaled(foreseen.prediction, foreseen.structures, calibration)
+    variance = prediction.forces_covariance.total.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
+    error = prediction.forces - foreseen.targets.forces
+    known = error.isfinite() & variance.isfinite()
+    nll = 0.5 * (error.square() / variance + (2 * torch.pi * variance).log())
+    return float(nll[known].mean()) if known.any() else math.nan

@@ -1,0 +1,305 @@
+"""A Walker is one trajectory of molecular dynamics as a value: advance it on a potential and get the next one, and what was seen."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase import units as ase_units
+from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+from ase.md.langevinbaoab import LangevinBAOAB
+
+from gpmlp import units
+from gpmlp.active.criteria import Before, Decision
+from gpmlp.active.recipe import DynamicsRecipe
+from gpmlp.checks import UserError
+from gpmlp.io.atoms import results, structures_from_ase
+from gpmlp.potential import Potential
+from gpmlp.quantities import Prediction
+from gpmlp.structures import Structures
+
+CHEAP = "atom_energies"  # looked at in every step
+FULL = ("atom_energies", "forces")
+PRESSURE_FACTOR = 10.0  # of the barostat's time constant to the thermostat's
+
+
+@dataclass(frozen=True, eq=False)
+class Walker:
+    """Where a trajectory is.
+
+    Attributes:
+        atoms: with momenta; never changed in place.
+        step: number of steps made on accepted dynamics; falls when the walker is set back.
+        p_eps: momentum of the cell (npt), as LangevinBAOAB has it.
+        chance: state of the random numbers of the thermostat.
+        energy: potential energy at this step, eV; None = not computed yet.
+    """
+
+    number: int
+    atoms: Atoms
+    step: int
+    p_eps: Any
+    chance: dict
+    energy: float | None = None
+
+    @staticmethod
+    def begin(number: int, atoms: Atoms, dynamics: DynamicsRecipe, seed: int) -> Walker:
+        """Take a structure and give it velocities of the first temperature, unless it has some."""
+        generator = np.random.default_rng([seed, number])
+        atoms = atoms.copy()
+        atoms.calc = None
+        if not (atoms.has("momenta") and np.abs(atoms.get_momenta()).max() > 0):
+            atoms = _thermal(atoms, dynamics.temperature(0), generator)
+        return Walker(number, atoms, 0, 0.0, generator.bit_generator.state)
+
+    @property
+    def generator(self) -> np.random.Generator:
+        """The random numbers from here on."""
+        generator = np.random.default_rng(0)
+        generator.bit_generator.state = copy.deepcopy(self.chance)
+        return generator
+
+    def rested(self, dynamics: DynamicsRecipe, salt: int) -> Walker:
+        """The same place with new velocities and random numbers: where a trajectory must not repeat itself."""
+        generator = np.random.default_rng([salt, self.number, self.step])
+        atoms = _thermal(self.atoms, dynamics.temperature(self.step), generator)
+        return replace(self, atoms=atoms, p_eps=0.0, chance=generator.bit_generator.state)
+
+    def state(self) -> tuple[dict, dict[str, torch.Tensor]]:
+        """A JSON-able header and tensors: all that is needed to go on bit by bit."""
+        header = {
+            "number": self.number,
+            "step": self.step,
+            "chance": json.dumps(self.chance),
+            "energy": self.energy,
+            "pbc": self.atoms.pbc.tolist(),
+            "cell_momentum": np.shape(self.p_eps) != (),
+        }
+        tensors = {
+            "numbers": torch.as_tensor(self.atoms.numbers.astype(np.int64)),
+            "positions": torch.as_tensor(self.atoms.positions.copy()),
+            "momenta": torch.as_tensor(self.atoms.get_momenta().copy()),
+            "masses": torch.as_tensor(self.atoms.get_masses().copy()),
+            "cell": torch.as_tensor(self.atoms.cell.array.copy()),
+            "p_eps": torch.as_tensor(np.array(self.p_eps, dtype=float).reshape(-1)),
+            "fixed": torch.as_tensor(fixed_atoms(self.atoms)),
+        }
+        return header, tensors
+
+    @staticmethod
+    def from_state(header: dict, tensors: dict[str, torch.Tensor]) -> Walker:
+        """What `state` gave."""
+        t = {name: value.numpy() for name, value in tensors.items()}
+        atoms = Atoms(t["numbers"], t["positions"], cell=t["cell"], pbc=header["pbc"], masses=t["masses"])
+        atoms.set_constraint(FixAtoms(t["fixed"]) if len(t["fixed"]) else None)
+        atoms.set_momenta(t["momenta"])
+        p_eps = t["p_eps"].reshape(3, 3).copy() if header["cell_momentum"] else float(t["p_eps"][0])
+        return Walker(header["number"], atoms, header["step"], p_eps, json.loads(header["chance"]), header["energy"])
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What was seen at one step of a walker.
+
+    Attributes:
+        walker: there.
+        structure, prediction: of one structure; force variances are there if it was looked at fully.
+        decision: what follows.
+    """
+
+    walker: Walker
+    structure: Structures
+    prediction: Prediction
+    decision: Decision
+    temperature_K: float
+
+    @property
+    def full(self) -> bool:
+        return self.prediction.forces_covariance is not None
+
+
+Judge = Callable[[Structures, Prediction, Before], Decision]
+
+
+class Watched(Calculator):
+    """ASE calculator that keeps the whole prediction, and asks for as many variances as it is told to."""
+
+    implemented_properties = ("energy", "free_energy", "forces", "stress")
+
+    def __init__(self, potential: Potential, name: str) -> None:
+        super().__init__()
+        self.potential, self.label_in_errors = potential, name
+        self.variance: str | tuple[str, ...] = CHEAP
+        self.structure: Structures | None = None
+        self.prediction: Prediction | None = None
+
+    def remember(self, atoms: Atoms, seen: Look) -> None:
+        """Take over what was predicted of these atoms already."""
+        self.atoms, self.structure, self.prediction = atoms.copy(), seen.structure, seen.prediction
+        self.results = results(seen.prediction, 0, slice(0, len(atoms)))
+
+    def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=tuple(all_changes)) -> None:
+        """Predict."""
+        super().calculate(atoms, list(properties), list(system_changes))
+        self.structure = structures_from_ase([self.atoms], [self.label_in_errors])
+        self.prediction = self.potential(self.structure, self.variance, novelty=True)
+        self.results = results(self.prediction, 0, slice(0, len(self.atoms)))
+
+
+def look(walker: Walker, potential: Potential, judge: Judge, dynamics: DynamicsRecipe) -> Look:
+    """Look fully at where a walker is."""
+    structure = structures_from_ase([walker.atoms], [f"walker {walker.number}, step {walker.step}"])
+    prediction = potential(structure, FULL, novelty=True)
+    temperature = walker.atoms.get_temperature()
+    before = Before(None, dynamics.temperature(walker.step), temperature)
+    return Look(walker, structure, prediction, judge(structure, prediction, before), temperature)
+
+
+def frame(now: Look) -> Atoms:
+    """The atoms of a look with what was predicted of them."""
+    atoms = now.walker.atoms.copy()
+    atoms.calc = SinglePointCalculator(atoms, **results(now.prediction, 0, slice(0, len(atoms))))
+    return atoms
+
+
+def advance(
+    seen: Look, potential: Potential, judge: Judge, dynamics: DynamicsRecipe, timestep_fs: float, steps: int
+) -> Look:
+    """Make steps from where a walker was last looked at until the decision is not to go on, and look fully at the last one.
+
+    In between, forces' variances are looked at only where the cheap look (local energies, novelty) gives reason: where the
+    standard deviation of a local energy has grown beyond what the last full look found harmless.
+
+    Args:
+        seen: a full look, by the same potential.
+    """
+    walker = seen.walker
+    atoms = walker.atoms.copy()
+    name = f"walker {walker.number}, step {walker.step} to {walker.step + steps}"
+    atoms.calc = watched = Watched(potential, name)
+    generator = walker.generator
+    watched.remember(atoms, seen)
+    integrator = _integrator(atoms, walker, dynamics, timestep_fs, generator)
+    harmless = _per_atom_ratio(seen.prediction)
+    energy = float(seen.prediction.energies[0])
+    for made in range(1, steps + 1):
+        step = walker.step + made
+        _set_targets(integrator, dynamics, step)
+        watched.variance = FULL if made == steps else CHEAP
+        integrator.step()
+        temperature = atoms.get_temperature()
+        prediction = watched.prediction
+        if not math.isfinite(temperature):
+            temperature = math.inf
+        before = Before(energy, dynamics.temperature(step), temperature)
+        if made < steps:
+            guessed = _with_guess(prediction, harmless)
+            decision = judge(watched.structure, guessed, before)
+            if decision.action != "continue" and _cheap_is_fine(decision):
+                prediction = potential(watched.structure, FULL, novelty=True)
+                decision = judge(watched.structure, prediction, before)
+                harmless = _per_atom_ratio(prediction)
+        else:
+            decision = judge(watched.structure, prediction, before)
+        energy = float(prediction.energies[0])
+        if decision.action != "continue":
+            break
+    now = _caught(walker, atoms, step, integrator, generator, energy)
+    return Look(now, watched.structure, prediction, decision, temperature)
+
+
+def _cheap_is_fine(decision: Decision) -> bool:
+    """Whether looking more closely makes sense: not where physics is broken."""
+    return math.isfinite(decision.severity)
+
+
+def _per_atom_ratio(prediction: Prediction) -> torch.Tensor:
+    """Force covariance of each atom per variance of its local energy, (atoms, 3, 3) 1/A^2."""
+    local = prediction.atom_energies_variance.total.clamp_min(1e-12)
+    return prediction.forces_covariance.total / local[:, None, None]
+
+
+def _with_guess(prediction: Prediction, ratio: torch.Tensor) -> Prediction:
+    """With force covariances guessed from the variances of local energies by the ratios of the last full look."""
+    from gpmlp.quantities import Variance
+
+    local = prediction.atom_energies_variance.total[:, None, None]
+    none = torch.zeros_like(ratio)
+    return replace(prediction, forces_covariance=Variance(none, ratio * local, none, none))
+
+
+def _integrator(
+    atoms: Atoms, walker: Walker, dynamics: DynamicsRecipe, timestep_fs: float, generator: np.random.Generator
+) -> LangevinBAOAB:
+    relaxation = dynamics.relaxation_fs * ase_units.fs
+    options: dict[str, Any] = {}
+    if dynamics.ensemble != "nve":
+        options |= {"temperature_K": dynamics.temperature(walker.step), "T_tau": relaxation, "rng": generator}
+    if dynamics.ensemble == "npt":
+        stress = -dynamics.pressure(walker.step) * units.GPA
+        options |= {"externalstress": stress, "P_tau": PRESSURE_FACTOR * relaxation}
+        options |= {"hydrostatic": dynamics.cell == "isotropic"}
+    integrator = LangevinBAOAB(atoms, timestep_fs * ase_units.fs, **options)
+    if dynamics.ensemble == "npt":
+        integrator.p_eps = walker.p_eps if np.shape(walker.p_eps) else integrator.p_eps + walker.p_eps
+    return integrator
+
+
+def _set_targets(integrator: LangevinBAOAB, dynamics: DynamicsRecipe, step: int) -> None:
+    if dynamics.ensemble != "nve" and isinstance(dynamics.temperature_K, tuple):
+        integrator.set_temperature(dynamics.temperature(step))
+    if dynamics.ensemble == "npt" and isinstance(dynamics.pressure_GPa, tuple):
+        stress = -dynamics.pressure(step) * units.GPA
+        integrator.externalstress = stress if dynamics.cell == "isotropic" else stress * np.identity(3)
+
+
+def _caught(
+    walker: Walker, atoms: Atoms, step: int, integrator: LangevinBAOAB, generator: np.random.Generator, energy: float
+) -> Walker:
+    still = atoms.copy()
+    still.calc = None
+    p_eps = copy.deepcopy(getattr(integrator, "p_eps", 0.0))
+    return Walker(walker.number, still, step, p_eps, generator.bit_generator.state, energy)
+
+
+def _thermal(atoms: Atoms, temperature_K: float, generator: np.random.Generator) -> Atoms:
+    """A copy with Maxwell-Boltzmann velocities, the centre of mass at rest."""
+    atoms = atoms.copy()
+    masses = atoms.get_masses()[:, None]
+    velocities = generator.standard_normal((len(atoms), 3)) * np.sqrt(ase_units.kB * temperature_K / masses)
+    if len(atoms) > 1:
+        velocities -= (masses * velocities).sum(0) / masses.sum()
+        velocities *= math.sqrt(len(atoms) / (len(atoms) - 1))
+    atoms.set_velocities(velocities)
+    return atoms
+
+
+def fixed_atoms(atoms: Atoms) -> np.ndarray:
+    """Indices of atoms that do not move.
+
+    Raises:
+        UserError: a constraint other than FixAtoms.
+    """
+    fixed = np.zeros(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        if not isinstance(constraint, FixAtoms):
+            raise UserError(f"The start has a {type(constraint).__name__}; only fixed atoms (FixAtoms) can be kept.")
+        fixed[constraint.index] = True
+    return fixed.nonzero()[0]
+
+
+def default_timestep_fs(numbers: np.ndarray) -> float:
+    """A time step for the lightest element: 0.5 fs with hydrogen, 1 fs up to neon, else 2 fs."""
+    if not len(numbers):
+        raise UserError("The start structure has no atoms.")
+    lightest = int(numbers.min())
+    return 0.5 if lightest == 1 else 1.0 if lightest <= 10 else 2.0
