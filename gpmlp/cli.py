@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gpmlp import cli_tune, versions
+from gpmlp import cli_learn, cli_tune, versions
 from gpmlp.checks import DataWarning, UserError, symbol
 
 # typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
@@ -115,6 +115,7 @@ def fit_command(
 
 
 app.command("tune")(cli_tune.tune)
+app.command("learn")(cli_learn.learn)
 
 
 @app.command("evaluate")

@@ -126,10 +126,14 @@ def columns_for(n_labels: int, periodic: bool) -> int:
     return min(MOST_COLUMNS, max(n_labels // LABELS_PER_COLUMN[periodic], min(n_labels // 3, CHEAP_COLUMNS)))
 
 
+def affordable(memory_GB: float) -> int:
+    """How many columns a fit may have in so much memory."""
+    return int((memory_GB * 1e9 / (8 * MATRICES)) ** 0.5)
+
+
 def _inducing(i: InducingRecipe, found: Survey, budget: float, n_descriptors: int) -> InducingRecipe:
     """As many columns as memory, data and patience allow, spread over centres and their gradients."""
-    memory = int((budget * 1e9 / (8 * MATRICES)) ** 0.5)
-    columns = min(memory, columns_for(found.n_labels, found.periodic))
+    columns = min(affordable(budget), columns_for(found.n_labels, found.periodic))
     columns = max(columns, 50) // n_descriptors
     gradients = i.gradients
     if isinstance(i.shares, dict):

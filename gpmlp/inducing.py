@@ -197,6 +197,7 @@ def choose_more(
     structures: Structures,
     n: int,
     novelty: Mahalanobis | None,
+    view: View | None = None,
 ) -> list[InducingBlock | None]:
     """Environments that the present inducing variables represent worst, at most n, as blocks of their own.
 
@@ -206,13 +207,14 @@ def choose_more(
     Args:
         lowers: Cholesky factor of the covariance of each block.
         signal: (blocks,) standard deviation, eV.
+        view: what the descriptor sees of the structures, if that is there already.
 
     Returns:
         for each block its new inducing variables, with tangents, all columns kept; None where there are none.
     """
     if not n:
         return [None] * len(blocks)
-    view = View.of(descriptor, structures)
+    view = view or View.of(descriptor, structures)
     features = view.environments.features
     weight = torch.ones(len(features), dtype=torch.float64)
     if novelty is not None:
@@ -269,11 +271,10 @@ def joined(block: InducingBlock, new: InducingBlock) -> InducingBlock:
 
 def restricted(block: InducingBlock, stays: Tensor) -> tuple[InducingBlock, Tensor]:
     """The block with only those centres (mask), and which of its columns that leaves."""
-    m, r = block.tangents.shape[:2]
-    gradient = block.kept - m
-    centre = torch.where(gradient < 0, block.kept, gradient // max(r, 1))
+    r = block.tangents.shape[1]
+    centre, direction = block.addresses
     columns = stays[centre].nonzero()[:, 0]
-    place = stays.long().cumsum(0) - 1
-    direction, value = gradient[columns] % max(r, 1), gradient[columns] < 0
-    kept = torch.where(value, place[centre[columns]], int(stays.sum()) + place[centre[columns]] * r + direction)
+    place = (stays.long().cumsum(0) - 1)[centre[columns]]
+    gradient = int(stays.sum()) + place * r + direction[columns]
+    kept = torch.where(direction[columns] < 0, place, gradient)
     return InducingBlock(block.species, block.features[stays], block.tangents[stays], kept), columns

@@ -116,9 +116,12 @@ def virials(structures: Structures, neighbors: Neighbors, vectors: Tensor, pair_
     Returns:
         (structures, 3, 3, ...) eV.
     """
-    outer = torch.einsum("pa,pb...->pab...", vectors, pair_gradients)
-    out = outer.new_zeros(len(structures), *outer.shape[1:])
-    out = out.index_add(0, structures.structure_of_atom[neighbors.centers], outer)
+    if len(structures) == 1:
+        out = torch.einsum("pa,pb...->ab...", vectors, pair_gradients)[None]
+    else:
+        outer = torch.einsum("pa,pb...->pab...", vectors, pair_gradients)
+        out = outer.new_zeros(len(structures), *outer.shape[1:])
+        out = out.index_add(0, structures.structure_of_atom[neighbors.centers], outer)
     return 0.5 * (out + out.transpose(1, 2))
 
 

@@ -15,7 +15,7 @@ from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.quantities import Prediction
 from gpmlp.recipe import KernelRecipe, Recipe
 from gpmlp.structures import Structures
-from gpmlp.terms import CHUNK_ATOMS, MeanBlock, Term, chunks
+from gpmlp.terms import CHUNK_ATOMS, MeanBlock, Term, View, chunks
 from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 from gpmlp.variances import FORMS, VARIANCES, VarianceModel, Wanted, rescaled
@@ -62,6 +62,7 @@ class Potential:
         atoms: Sequence[int] | Tensor | None = None,
         form: str = "dtc",
         calibrated: bool = True,
+        views: Sequence[View] = (),
     ) -> Prediction:
         """Predict energies, forces and stresses, and variances of them where asked for.
 
@@ -72,6 +73,7 @@ class Potential:
             form: 'dtc' or 'vfe' (the same predictive variance, with the part that the inducing set cannot represent), 'sor'
                 (without it: small far from the data, where it should be large).
             calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
+            views: what each term sees of all the structures, if that is there already; then they are predicted in one chunk.
 
         Raises:
             checks.UserError: a species that was not in the training data; atoms on top of each other; a variance or a form that is
@@ -89,9 +91,9 @@ class Potential:
             calibrated and wanted.any and self.calibration.typical_novelty is not None and self.novelty is not None
         )
         parts, first = [], 0
-        for chunk in chunks(structures, CHUNK_ATOMS):
+        for chunk in [structures] if views else chunks(structures, CHUNK_ATOMS):
             here = wanted.within(first, chunk.n_atoms)
-            parts.append(self._predict(chunk.to(**own), here, novelty or widening))
+            parts.append(self._predict(chunk.to(**own), here, novelty or widening, views))
             first += chunk.n_atoms
         if not parts:
             raise checks.UserError("There are no structures to predict.")
@@ -133,8 +135,8 @@ class Potential:
         chosen = None if atoms is None else self._atoms(atoms, n_atoms)
         return Wanted(*(name in names for name in VARIANCES), chosen, form != "sor")
 
-    def _predict(self, structures: Structures, wanted: Wanted, novelty: bool) -> Prediction:
-        views = [term.view(structures) for term in self.terms]
+    def _predict(self, structures: Structures, wanted: Wanted, novelty: bool, views: Sequence[View] = ()) -> Prediction:
+        views = views or [term.view(structures) for term in self.terms]
         total = None
         for term, view in zip(self.terms, views, strict=True):
             part = term.mean(structures, view)

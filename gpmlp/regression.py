@@ -12,7 +12,7 @@ from gpmlp import checks, descriptors, inducing, neighbors, variances
 from gpmlp.environments import Descriptor
 from gpmlp.fit_report import Stages
 from gpmlp.gp import covariances, evidence, likelihood, posterior
-from gpmlp.gp.covariances import InducingBlock
+from gpmlp.gp.covariances import Facets, InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import FIXED, RowFactor
@@ -106,21 +106,40 @@ def stream(
 
 
 def labelled_rows(
-    models: Sequence[Model], structures: Structures, targets: Targets, blocks: Sequence[tuple[InducingBlock, ...]] = ()
+    models: Sequence[Model],
+    structures: Structures,
+    targets: Targets,
+    blocks: Sequence[tuple[InducingBlock, ...]] = (),
+    views: Sequence[View] = (),
+    facets: Sequence[tuple[Facets, ...]] = (),
 ) -> dict[str, Tensor]:
     """Rows [K_ou | y] of the known labels by kind, energies per atom; those with a noise of their own divided by it ('given').
 
     Args:
         blocks: inducing variables for each model, if not all of its own.
+        views, facets: what each descriptor sees of the structures, and its environments laid out for rows, if they are there already.
     """
     known = likelihood.observations(targets, structures.counts, covariances.VOIGT)
     forces, stresses = len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0
-    made = [
-        covariances.rows(
-            structures, neighbors.find(structures, m.descriptor.cutoff), m.descriptor, m.kernel, b, forces, stresses
-        )
-        for m, b in zip(models, blocks or [m.blocks for m in models], strict=True)
-    ]
+    made = []
+    for k, m in enumerate(models):
+        inducing_ = blocks[k] if blocks else m.blocks
+        if facets:
+            here = facets[k]
+            made.append(
+                covariances.rows_of(
+                    structures,
+                    lambda z, here=here: (f for f in here if f.species == z),
+                    m.kernel,
+                    inducing_,
+                    forces,
+                    stresses,
+                )
+            )
+            continue
+        pairs = views[k].neighbors if views else neighbors.find(structures, m.descriptor.cutoff)
+        look = views[k].look if views else None
+        made.append(covariances.rows(structures, pairs, m.descriptor, m.kernel, inducing_, forces, stresses, look=look))
     out: dict[str, list[Tensor]] = {}
     for kind, seen in known.items():
         if not len(seen.rows):

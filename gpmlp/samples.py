@@ -18,6 +18,8 @@ from gpmlp.terms import CHUNK_ATOMS, MeanBlock, Term, chunks
 from gpmlp.variances import CALIBRATED_AS, VarianceModel
 
 HOW = ("posterior", "label_noise")
+SLOPE_BYTES = 8 << 20  # of slopes with respect to kernel arguments in memory together: what stays in cache
+TANGENT_BYTES = 16 << 20  # the same where each sample has τ of its own, to be read for every lot
 
 
 class Drawable(Protocol):
@@ -181,31 +183,35 @@ def _evaluate(term: Term, drawn: dict[int, tuple[Tensor, Tensor]], structures: S
     view = term.view(structures)
     features = view.environments.features
     k = len(next(iter(drawn.values()))[0])
-    local = features.new_zeros(k, len(features))
-    cotangents = features.new_zeros(k, *features.shape)
+    local = features.new_zeros(len(features), k)
+    cotangents = features.new_zeros(len(features), k, features.shape[1])
     for z, block in term.blocks.items():
-        mine = (structures.species == z).nonzero()[:, 0]
-        if not len(mine):
-            continue
         alpha, tau = (part.to(features) for part in drawn[z])
-        x = features[mine]
-        value, first, second = term.kernel.profile(x @ block.features.T)
-        local[:, mine] = alpha @ value.T
-        on_dots = first * alpha[:, None, :]
-        if tau.shape[1]:
-            along = x @ tau.mT
-            local[:, mine] += (first * along).sum(2)
-            cotangents[:, mine] = (on_dots + second * along) @ block.features + first @ tau
-        else:
-            cotangents[:, mine] = (on_dots.flatten(0, 1) @ block.features).unflatten(0, (k, len(mine)))
-    gradients = view.environments.pull_back(cotangents)
+        at_a_time = (TANGENT_BYTES if tau.shape[1] else SLOPE_BYTES) // (alpha.numel() * alpha.element_size())
+        for some in (structures.species == z).nonzero()[:, 0].split(max(1, at_a_time)):
+            local[some], cotangents[some] = _energies(term, block, alpha, tau, features[some])
+    gradients = view.environments.pull_back(cotangents.movedim(1, 0))
     vectors = view.surroundings.vectors
     # the scatters carry trailing axes along: samples go last and come back first
     last = gradients.movedim(0, -1)
     forces = neighbors.forces(view.neighbors, structures.n_atoms, last).movedim(-1, 0)
     stresses = neighbors.virials(structures, view.neighbors, vectors, last).movedim(-1, 0)
-    energies = local.new_zeros(k, len(structures)).index_add(1, structures.structure_of_atom, local)
-    return Prediction(energies, local, forces, stresses / structures.volumes[:, None, None])
+    energies = local.new_zeros(len(structures), k).index_add(0, structures.structure_of_atom, local)
+    return Prediction(energies.T, local.T, forces, stresses / structures.volumes[:, None, None])
+
+
+def _energies(term: Term, block: MeanBlock, alpha: Tensor, tau: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """ε (environments, samples) and dε/dx (environments, samples, features) of all samples, as MeanBlock has them for one."""
+    value, first, second = term.kernel.profile(x @ block.features.T)
+    local = value @ alpha.T
+    slopes = first[:, None, :] * alpha
+    if not tau.shape[1]:
+        return local, (slopes.flatten(0, 1) @ block.features).unflatten(0, slopes.shape[:2])
+    along = (x @ tau.flatten(0, 1).T).unflatten(1, alpha.shape)
+    local = local + (first[:, None, :] * along).sum(2)
+    slopes.addcmul_(second[:, None, :], along)
+    on_features = (slopes.flatten(0, 1) @ block.features).unflatten(0, slopes.shape[:2])
+    return local, on_features + (first @ tau).movedim(0, 1)
 
 
 def _nothing(structures: Structures, k: int) -> Prediction:

@@ -300,7 +300,7 @@ def build(
         starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
         columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
         picked = iter(chosen)
-        blocks = [[_restricted(block, next(picked)) for block in terms] for terms in blocks]
+        blocks = [[restricted(block, next(picked)) for block in terms] for terms in blocks]
         whitened = {kind: posterior.unwhiten(rows, lowers, chosen) for kind, rows in whitened.items()}
         lowers = [torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(lowers, chosen, strict=True)]
         whitened = {kind: posterior.whiten(rows, lowers) for kind, rows in whitened.items()}
@@ -312,21 +312,13 @@ def build(
 
 def _leading(block: InducingBlock, share: float) -> Tensor:
     """Positions of the columns of that share of the centres, the most important ones."""
-    centre, _ = _address(block)
+    centre, _ = block.addresses
     return (centre < max(1, int(share * len(block.features)))).nonzero()[:, 0]
 
 
-def _address(block: InducingBlock) -> tuple[Tensor, Tensor]:
-    """Centre and direction (-1 for the value) of each column."""
-    m, r = block.tangents.shape[:2]
-    gradient = block.kept - m
-    is_value = gradient < 0
-    return torch.where(is_value, block.kept, gradient // max(r, 1)), torch.where(is_value, -1, gradient % max(r, 1))
-
-
-def _restricted(block: InducingBlock, chosen: Tensor) -> InducingBlock:
+def restricted(block: InducingBlock, chosen: Tensor) -> InducingBlock:
     """The block with the chosen columns only, and without the centres and tangents that none of them needs."""
-    centre, direction = (part[chosen] for part in _address(block))
+    centre, direction = (part[chosen] for part in block.addresses)
     m, r = int(centre.max()) + 1, int(direction.max()) + 1
     kept = torch.where(direction < 0, centre, m + centre * r + direction)
     return InducingBlock(block.species, block.features[:m], block.tangents[:m, :r].contiguous(), kept)

@@ -24,7 +24,7 @@ FLOORS = {
     "terms": 6, "variances": 6, "samples": 6, "held_out": 6, "regression": 6, "preparation": 6, "conditioning": 6,
     "fit": 7, "online": 7, "fit_report": 6, "io": 7, "report": 7, "evaluation": 7, "references": 7, "picking": 7,
     "engines": 8, "active": 8, "reporting": 8, "search_space": 8, "tuning": 8,
-    "cli": 9, "cli_tune": 9, "console": 9,
+    "cli": 9, "cli_tune": 9, "cli_learn": 9, "console_learn": 9, "console": 9,
 }  # fmt: skip
 # External packages that only some parts may know
 CONFINED = {
@@ -36,8 +36,8 @@ CONFINED = {
     "vesin": {"neighbors"},
     "safetensors": {"io"},
     "yaml": {"io", "console"},
-    "typer": {"cli", "cli_tune"},
-    "rich": {"console"},
+    "typer": {"cli", "cli_tune", "cli_learn"},
+    "rich": {"console", "console_learn"},
     "optuna": {"search_space"},
     "matplotlib": {"report"},
     "plotly": {"report"},

@@ -8,7 +8,8 @@ from typing import Literal
 import ase.data
 import numpy as np
 import torch
-from scipy.stats import chi2
+from scipy.optimize import brentq
+from scipy.special import gammaincc
 from torch import Tensor
 
 from gpmlp import checks, neighbors
@@ -72,33 +73,48 @@ class Before:
     temperature_K: float
 
 
-def exceedance(forces_covariance: Tensor, tolerance: float) -> Tensor:
+def exceedance(forces_covariance: Tensor, tolerance: float) -> np.ndarray:
     """Probability that the error of the force on each atom is longer than the tolerance (eV/A), (atoms,).
 
     For a normal error with covariance C the squared norm is nearly χ² of n = (tr C)² / tr C² degrees of freedom times tr C / n
     (Satterthwaite, Biometrics Bull. 2, 110 (1946)); exact where C is isotropic.
     """
-    trace = forces_covariance.diagonal(dim1=1, dim2=2).sum(1)
-    squares = forces_covariance.square().sum((1, 2))
-    freedom = torch.where(squares > 0, trace.square() / squares.clamp_min(1e-300), torch.ones_like(trace))
-    ratio = tolerance**2 * freedom / trace.clamp_min(1e-300)
-    return torch.from_numpy(np.asarray(chi2.sf(ratio.cpu().numpy(), freedom.cpu().numpy())))
+    return _exceedance(*_moments(forces_covariance), tolerance)
 
 
 def risk(forces_covariance: Tensor, tolerance: float) -> float:
     """Probability that the force error of some atom exceeds the tolerance, were errors of atoms independent."""
-    each = exceedance(forces_covariance, tolerance)
-    return float(-torch.expm1(torch.log1p(-each.clamp_max(1 - 1e-15)).sum()))
+    return _any(exceedance(forces_covariance, tolerance))
 
 
 def bound(forces_covariance: Tensor, probability: float) -> float:
     """Tolerance (eV/A) at which `risk` is the probability: what the largest force error stays below, with that exception."""
-    trace = forces_covariance.diagonal(dim1=1, dim2=2).sum(1)
-    low, high = 0.0, 10.0 * float(trace.max().clamp_min(1e-30).sqrt())
-    for _ in range(30):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if risk(forces_covariance, middle) > probability else (low, middle)
-    return high
+    trace, freedom = _moments(forces_covariance)
+    if not np.isfinite(trace).all():
+        return float("inf")
+    top = max(float(trace.max()), 1e-30) ** 0.5
+
+    def excess(log: float) -> float:
+        return _any(_exceedance(trace, freedom, np.exp(log))) - probability
+
+    # the largest norm is no less than 1e-3 and no more than 20 standard deviations of the worst atom
+    low, high = np.log(1e-3 * top), np.log(20 * top)
+    return float(np.exp(brentq(excess, low, high, xtol=1e-4)))
+
+
+def _moments(forces_covariance: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """tr C of each atom, and its degrees of freedom."""
+    c = forces_covariance.cpu().double().numpy()
+    trace, squares = np.trace(c, axis1=1, axis2=2).clip(1e-300), (c * c).sum((1, 2)).clip(1e-300)
+    return trace, (trace**2 / squares).clip(1.0, 3.0)
+
+
+def _exceedance(trace: np.ndarray, freedom: np.ndarray, tolerance: float) -> np.ndarray:
+    return gammaincc(0.5 * freedom, 0.5 * tolerance**2 * freedom / trace)
+
+
+def _any(each: np.ndarray) -> float:
+    return float(-np.expm1(np.log1p(-each.clip(0, 1 - 1e-15)).sum()))
 
 
 def criteria(prediction: Prediction, structure: Structures, limits: Limits, before: Before | None = None) -> Decision:
@@ -138,7 +154,9 @@ def _local(prediction: Prediction, limits: Limits) -> Decision | None:
         return None
     std = variance.total.clamp_min(0).sqrt()
     severity, order = float(std.max()) / limits.local_energy, std.argsort(descending=True)[:NAMED].tolist()
-    text = f"local energy of atom {order[0]} is known to {float(std.max()):.3g} eV only (limit {limits.local_energy:.3g})"
+    text = (
+        f"local energy of atom {order[0]} is known to {float(std.max()):.3g} eV only (limit {limits.local_energy:.3g})"
+    )
     return Decision("label" if severity > 1 else "continue", tuple(order), text, severity)
 
 
@@ -175,7 +193,9 @@ def guard(
         jump = abs(float(prediction.energies[0]) - before.energy) / structure.n_atoms
         most = guards.energy_eV_per_atom + 3 * BOLTZMANN * before.target_K
         if not jump < most:
-            return Decision("halt", (), f"energy changed by {jump:.3g} eV/atom in a step (guard {most:.3g})", jump / most)
+            return Decision(
+                "halt", (), f"energy changed by {jump:.3g} eV/atom in a step (guard {most:.3g})", jump / most
+            )
     return None
 
 

@@ -379,13 +379,14 @@ class _Run:
         if now.full:
             sigma = now.prediction.forces_covariance.total.diagonal(dim1=1, dim2=2).sum(1).sqrt()
             thermostat = dynamics.ensemble != "nve"
+            seen = self.observer(walker.frame(now), w.number, w.step * self.timestep_fs)
             record = Record.of(
                 w.number, w.step, w.step * self.timestep_fs, now.structure.species.numpy(), sigma.numpy(),
                 now.prediction.novelty.numpy(), temperature_K=now.temperature_K,
                 target_temperature_K=dynamics.temperature(w.step) if thermostat else float("nan"),
                 target_pressure_GPa=dynamics.pressure(w.step) if dynamics.ensemble == "npt" else float("nan"),
                 ramp_finished=w.step >= dynamics.ramp, threshold=self.limits.force or float("nan"),
-                labelled=now.decision.action != "continue", observables=self.observer(walker.frame(now), w.number, w.step * self.timestep_fs),
+                labelled=now.decision.action != "continue", observables=seen,
             )  # fmt: skip
             self.progress = replace(self.progress, history=self.progress.history.append(record))
             self.trail.log("look", **record.plain())

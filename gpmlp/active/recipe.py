@@ -91,7 +91,7 @@ class TriggerRecipe(_Section):
     noise: Positive = 1.2
     probability: Share = 0.1
     local_energy: Positive | None = None
-    novelty: Positive | None = 3.0
+    novelty: Positive | None = 1.5
     halt: Annotated[float, Field(gt=1)] = 4.0
     every: Count = 10
     cooldown: Annotated[int, Field(ge=0)] = 20

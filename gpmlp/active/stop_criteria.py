@@ -293,7 +293,7 @@ def _atoms(found: Novelties, frames: float, quantile: float, recipe: CoverageRec
         },
     }
     for name, (total, out) in everything.items():
-        if not total.sum():
+        if not total.sum() or (name != "atoms" and len(found.atoms) == 1):
             continue
         share = 1 - float(out.sum() / total.sum())
         low, high = wilson(share, _effective(total, out, frames))

@@ -25,6 +25,7 @@ from gpmlp.active.calculators import OracleError, resolve
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 STOPPED = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LONGEST_REASON = 600
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class _TimedOut(BaseException):
@@ -89,13 +90,13 @@ def _made(job: Mapping[str, Any], own: bool) -> dict[str, Any]:
     folder.mkdir(parents=True)
     try:
         resolve(job["calculator"])  # importing it takes no time of the label's
-        began = time.monotonic()
+        began, started = time.monotonic(), uptime()
         with _output(folder, own), _limited(job["timeout_s"], folder, own):
             answer = calculation.compute(job, folder)
     except OracleError as error:
         return outcome(job, spool.UNUSABLE, str(error))
     except _TimedOut:
-        kill_children()
+        kill_children(started)
         return outcome(job, spool.FAILED, f"no answer within timeout_s {job['timeout_s']:g}")
     except (Exception, SystemExit) as error:
         return outcome(job, *_told(error, folder))
@@ -114,8 +115,7 @@ def _told(error: BaseException, folder: Path) -> tuple[str, str]:
             return spool.INTERRUPTED, f"{cause.cmd} was ended by a signal"
         cause = cause.__cause__ or cause.__context__
     text = str(error) if isinstance(error, LabelError) else f"{type(error).__name__}: {error}"
-    text = f"{text} {calculation.explain(folder)}"
-    return spool.FAILED, text
+    return spool.FAILED, f"{text} {calculation.explain(folder)}"
 
 
 @contextmanager
@@ -165,26 +165,31 @@ def _limited(timeout: float | None, folder: Path, own: bool) -> Iterator[None]:
                 (folder / "hung.txt").unlink(missing_ok=True)
 
 
-def children(pid: int) -> list[int]:
-    """Processes that a process started, and those that they started."""
-    parents: dict[int, list[int]] = {}
+def children(pid: int, since: float = 0.0) -> list[int]:
+    """Processes that a process started, and those that they started; only those begun since a time after boot (s)."""
+    known: dict[int, list[tuple[int, float]]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):
-            parents.setdefault(int(entry.read_text().rpartition(")")[2].split()[1]), []).append(int(entry.parent.name))
-    found = list(parents.get(pid, []))
-    for child in found:  # grows while it is read
-        found += parents.get(child, [])
-    return found
+            values = entry.read_text().rpartition(")")[2].split()
+            known.setdefault(int(values[1]), []).append((int(entry.parent.name), int(values[19]) / TICKS))
+    found = list(known.get(pid, []))
+    for child, _ in found:  # grows while it is read
+        found += known.get(child, [])
+    return [child for child, began in found if began >= since]
 
 
-def kill_children() -> None:
+def uptime() -> float:
+    """Seconds since boot, in whole ticks of the clock that processes are begun by."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS) / TICKS
+
+
+def kill_children(since: float) -> None:
     """End what a calculator started and did not wait for."""
-    for pid in children(os.getpid()):
+    for pid in children(os.getpid(), since):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        with suppress(ChildProcessError):  # a grandchild, or one that somebody waited for
+            os.waitpid(pid, 0)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpmlp import checks
-from gpmlp.descriptors import radial
+from gpmlp.descriptors import fused, radial
 from gpmlp.descriptors.harmonics import harmonics
 from gpmlp.descriptors.weights import NeighborWeights
 from gpmlp.environments import Environments, Surroundings
@@ -96,6 +96,13 @@ class SoapPowerSpectrum:
         return [slice(l * l, (l + 1) ** 2) for l in range(self.l_max + 1)]
 
     def __call__(self, surroundings: Surroundings) -> Environments:
+        """By compiled loops where these can be used, else as `reference` does it: the same to rounding."""
+        if fused.usable(surroundings.vectors):
+            return fused.environments(self, surroundings)
+        return self.reference(surroundings)
+
+    def reference(self, surroundings: Surroundings) -> Environments:
+        """In plain PyTorch on any device, differentiable in the vectors: what the loops are tested against."""
         pairs = _PairTerms.of(self, surroundings)
         density = self._density(surroundings, pairs)
         spectrum = self._spectrum(density)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,6 +51,15 @@ class InducingBlock:
         every = len(self.features) + self.tangents.shape[0] * self.tangents.shape[1]
         return self.n_columns == every and bool((self.kept[1:] > self.kept[:-1]).all())
 
+    @cached_property
+    def addresses(self) -> tuple[Tensor, Tensor]:
+        """(columns,) centre and direction (-1 for the value) of each column."""
+        m, r = self.tangents.shape[:2]
+        gradient = self.kept - m
+        is_value = gradient < 0
+        centre = torch.where(is_value, self.kept, gradient // max(r, 1))
+        return centre, torch.where(is_value, -1, gradient % max(r, 1))
+
     def keep(self, columns: Tensor) -> Tensor:
         return columns if self.is_whole else columns[..., self.kept]
 
@@ -91,6 +100,62 @@ class Rows:
     stresses: Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class Facets:
+    """Environments of one species laid out for rows: all that covariances need of them, whatever the inducing set.
+
+    Attributes:
+        species: Z.
+        centers: (environments,) their atoms.
+        features: (environments, features).
+        jacobian: (environments, rows, features), see padded_jacobian; None where there are no pairs or nothing is differentiated.
+        atoms: (environments, rows / 3) the atom whose force each three rows belong to; one behind the last atom for none.
+    """
+
+    species: int
+    centers: Tensor
+    features: Tensor
+    jacobian: Tensor | None
+    atoms: Tensor | None
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.features, self.jacobian, self.atoms) if t is not None)
+
+
+def facets(
+    structures: Structures,
+    neighbors: Neighbors,
+    surroundings: Surroundings,
+    look: Look,
+    species: int,
+    derivatives: bool = True,
+    stresses: bool = True,
+    seeing: Tensor | None = None,
+) -> Iterator[Facets]:
+    """The environments of a species, ENVIRONMENTS at a time.
+
+    Args:
+        derivatives: whether Jacobians are wanted; stresses: with their virials.
+        seeing: (atoms,) mask of the environments wanted; all if None.
+    """
+    mine = structures.species == species
+    for centers in (mine if seeing is None else mine & seeing).nonzero()[:, 0].split(ENVIRONMENTS):
+        if not len(centers):
+            continue
+        environments = look(centers)
+        local = environments.surroundings.centers
+        if not derivatives or not len(local):
+            yield Facets(species, centers, environments.features, None, None)
+            continue
+        jacobian, slots = padded_jacobian(environments, local, stresses)
+        atoms = centers.new_full((len(centers), jacobian.shape[1] // 3), structures.n_atoms)
+        pairs = surroundings.pairs_of(centers)[1]
+        atoms[local, slots] = neighbors.neighbors[pairs]
+        atoms[:, int(slots.max()) + 1] = centers
+        yield Facets(species, centers, environments.features, jacobian, atoms)
+
+
 def rows(
     structures: Structures,
     neighbors: Neighbors,
@@ -109,32 +174,53 @@ def rows(
             `energies` and `stresses` are not to be used.
         look: environments of given centres, if they are there already.
     """
+    place, seeing = _places(structures, neighbors, atoms)
+    surroundings = Surroundings.of(structures, neighbors)
+    look = look or (lambda centers: descriptor(surroundings.select(centers)))
+
+    def made(species: int) -> Iterator[Facets]:
+        return facets(structures, neighbors, surroundings, look, species, forces or stresses, stresses, seeing)
+
+    return rows_of(structures, made, kernel, inducing, forces, stresses, place)
+
+
+def rows_of(
+    structures: Structures,
+    seen: Callable[[int], Iterable[Facets]],
+    kernel: ZonalKernel,
+    inducing: tuple[InducingBlock, ...],
+    forces: bool = True,
+    stresses: bool = True,
+    place: Tensor | None = None,
+) -> Rows:
+    """Covariance rows from the facets of each species.
+
+    Args:
+        place: (atoms + 1,) where the forces of each atom go; in their order if None.
+    """
     like = structures.positions
-    local, seeing = _places(structures, neighbors, atoms)
-    n, n_forces, columns = len(structures), int(local[-1]), sum(b.n_columns for b in inducing)
+    place = torch.arange(structures.n_atoms + 1, device=like.device) if place is None else place
+    n, n_forces, columns = len(structures), int(place[-1]), sum(b.n_columns for b in inducing)
     out = Rows(
         like.new_zeros(n, columns),
         like.new_zeros(3 * n_forces, columns) if forces else None,
         like.new_zeros(6 * n, columns) if stresses else None,
     )
-    surroundings = Surroundings.of(structures, neighbors)
-    look = look or (lambda centers: descriptor(surroundings.select(centers)))
     start = 0
     for block in inducing:
         here = slice(start, start + block.n_columns)
         start = here.stop
-        mine = ((structures.species == block.species) & seeing).nonzero()[:, 0]
-        if not len(mine):
-            continue
         # one atom more than there are: where empty neighbour slots and virial rows may add without harm
-        width = len(block.vectors)
-        sums = Rows(
-            like.new_zeros(n, width),
-            like.new_zeros(n_forces + 1, 3, width) if forces else None,
-            like.new_zeros(n, 6, width) if stresses else None,
-        )
-        for centers in mine.split(ENVIRONMENTS):
-            _add_environments(sums, structures, neighbors, surroundings, look(centers), kernel, block, centers, local)
+        width, sums = len(block.vectors), None
+        for some in seen(block.species):
+            sums = sums or Rows(
+                like.new_zeros(n, width),
+                like.new_zeros(n_forces + 1, 3, width) if forces else None,
+                like.new_zeros(n, 6, width) if stresses else None,
+            )
+            _add(sums, structures, some, kernel, block, place)
+        if sums is None:
+            continue
         out.energies[:, here] = block.keep(sums.energies)
         if forces:
             out.forces[:, here] = block.keep(sums.forces[:-1].flatten(0, 1))
@@ -179,45 +265,34 @@ def _places(structures: Structures, neighbors: Neighbors, atoms: Tensor | None) 
     return place, seeing
 
 
-def _add_environments(
-    sums: Rows,
-    structures: Structures,
-    neighbors: Neighbors,
-    surroundings: Surroundings,
-    environments: Environments,
-    kernel: ZonalKernel,
-    block: InducingBlock,
-    centers: Tensor,
-    place: Tensor,
+def _add(
+    sums: Rows, structures: Structures, seen: Facets, kernel: ZonalKernel, block: InducingBlock, place: Tensor
 ) -> None:
-    """Add what the environments `centers` (all of the block's species) contribute to the rows of their structures."""
-    local, pairs = surroundings.pairs_of(centers)
+    """Add what environments (all of the block's species) contribute to the rows of their structures."""
     m, r = block.tangents.shape[:2]
-    energy, first, second, along = _values(kernel, block, environments.features)
-    owner = structures.structure_of_atom[centers]
+    energy, first, second, along = _values(kernel, block, seen.features)
+    owner = structures.structure_of_atom[seen.centers]
     sums.energies.index_add_(0, owner, energy)
-    if sums.forces is None and sums.stresses is None or not len(pairs):
+    if sums.forces is None and sums.stresses is None or seen.jacobian is None:
         return
-    jacobian, slots = padded_jacobian(environments, local, sums.stresses is not None)
+    jacobian, targets = seen.jacobian, place[seen.atoms]
     n_rows = jacobian.shape[1]
-    targets = centers.new_full((len(centers), n_rows // 3), int(place[-1]))
-    targets[local, slots] = place[neighbors.neighbors[pairs]]
-    targets[:, int(slots.max()) + 1] = place[centers]
     per_volume = torch.nan_to_num(1 / structures.volumes)[owner]
     size = max(1, BLOCK_BYTES // (n_rows * len(block.vectors) * jacobian.element_size()))
-    for some in torch.arange(len(centers), device=centers.device).split(size):
-        gradients = (jacobian[some].flatten(0, 1) @ block.vectors.T).unflatten(0, (len(some), n_rows))
+    for some in torch.arange(len(owner), device=owner.device).split(size):
+        part = slice(int(some[0]), int(some[-1]) + 1)
+        gradients = (jacobian[part].flatten(0, 1) @ block.vectors.T).unflatten(0, (len(some), n_rows))
         # d/dr f(s) = f' J x_j  and  d/dr [f'(s) x.t] = f' J t + f'' (x.t) J x_j, in place
         on_values = gradients[..., :m]
         if r:
             on_tangents = gradients[..., m:].unflatten(-1, (m, r))
-            on_tangents.mul_(first[some, None, :, None])
-            on_tangents.addcmul_(on_values[..., None], (second[some, :, None] * along[some])[:, None])
-        on_values.mul_(first[some, None, :])
+            on_tangents.mul_(first[part, None, :, None])
+            on_tangents.addcmul_(on_values[..., None], (second[part, :, None] * along[part])[:, None])
+        on_values.mul_(first[part, None, :])
         if sums.forces is not None:
-            sums.forces.index_add_(0, targets[some].flatten(), gradients.view(-1, 3, gradients.shape[2]), alpha=-1)
+            sums.forces.index_add_(0, targets[part].flatten(), gradients.view(-1, 3, gradients.shape[2]), alpha=-1)
         if sums.stresses is not None:
-            sums.stresses.index_add_(0, owner[some], gradients[:, -6:] * per_volume[some, None, None])
+            sums.stresses.index_add_(0, owner[part], gradients[:, -6:] * per_volume[part, None, None])
 
 
 def padded_jacobian(environments, local: Tensor, stresses: bool) -> tuple[Tensor, Tensor]:

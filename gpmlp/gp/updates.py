@@ -13,13 +13,15 @@ from torch import Tensor
 from gpmlp.gp.posterior import RANK_TOLERANCE, RowFactor
 
 PANEL = 32  # columns that LAPACK's QR of a triangle and rows takes together
+SLICE = 128  # rows, and columns, that a downdate takes together
+LEAST_LEFT = 1e-6  # of the square of a diagonal entry: with less left, a downdate has lost more than six digits of it
 Passes = Callable[
     [], Iterable[tuple[Tensor, Tensor]]
 ]  # each call streams (rows as the factor has them, new columns of these rows)
 
 
 class DowndateError(ArithmeticError):
-    """Rows cannot be removed: to working precision the rest would not be positive definite. Start again from the data."""
+    """Rows cannot be removed: of what they told, too little would be left to be told from rounding. Start again from the data."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,37 +30,30 @@ class Factor:
 
     Attributes:
         upper: (M, M + 1) R, upper triangular, and c.
-        probe: (M,) a fixed random vector z.
-        image: (M,) what RᵀR z is without R: I z plus the sum of Aᵀ(A z) over rows that came, less those that went.
-        settled: backward error that had built up before the columns last changed.
         changes: number of updates since the factor was made from all rows.
+        drift: error of the factor when it was last measured; initial: when it was made.
     """
 
     upper: Tensor
-    probe: Tensor
-    image: Tensor
-    settled: float = 0.0
     changes: int = 0
+    drift: float = 0.0
+    initial: float = 0.0
 
     @staticmethod
     def of(rows: Iterable[Tensor], columns: int) -> Factor:
         """From all rows (n, columns + 1), by QR as they stream by."""
-        folded, probe = RowFactor(columns, 2 * columns), _probe(columns)
-        image = probe.clone()
-        eye = torch.eye(columns, dtype=torch.float64)
-        folded.add(eye, torch.zeros(columns, dtype=torch.float64))
+        folded = RowFactor(columns, 2 * columns)
+        folded.add(torch.eye(columns, dtype=torch.float64), torch.zeros(columns, dtype=torch.float64))
         for some in rows:
             folded.add(some[:, :-1], some[:, -1])
-            image += some[:, :-1].T @ (some[:, :-1] @ probe)
         upper = folded.factor()
-        if upper.shape[0] <= columns:  # no rows: what was added is still there as it was
-            return Factor(upper[:columns], probe, image)
-        upper = torch.linalg.qr(upper, mode="r").R[:columns]
-        return Factor(upper, probe, image)
+        if upper.shape[0] > columns:  # fewer: no rows, and what was added is still there as it was
+            upper = torch.linalg.qr(upper, mode="r").R
+        return Factor(upper[:columns])
 
     @property
     def columns(self) -> int:
-        return len(self.probe)
+        return len(self.upper)
 
     @property
     def mean(self) -> Tensor:
@@ -71,11 +66,27 @@ class Factor:
         diagonal = self.upper.diagonal().abs()
         return float(diagonal.max() / diagonal.min()) if len(diagonal) else 1.0
 
-    @property
-    def drift(self) -> float:
-        """Backward error built up by updates: how far RᵀR z is from what it should be, relative."""
-        r = self.upper[:, :-1]
-        return self.settled + float((r.T @ (r @ self.probe) - self.image).norm() / self.image.norm().clamp_min(1e-300))
+    def measured(self, rows: Iterable[Tensor]) -> Factor:
+        """With its drift: how far it is from all the rows that it stands for, in one pass, O(n columns).
+
+        In the metric of the posterior, where an error is one of predictions: the larger of max |R⁻ᵀ(I + AᵀA)R⁻¹ w - w|, w random signs,
+        relative error of variances, and |R⁻ᵀAᵀy - c| / |c|, of the mean.
+        """
+        if not self.columns:
+            return self
+        r, c = self.upper[:, :-1], self.upper[:, -1]
+        generator = torch.Generator().manual_seed(self.columns)
+        signs = 2.0 * torch.randint(0, 2, (self.columns,), generator=generator).to(r) - 1.0
+        z = torch.linalg.solve_triangular(r, signs[:, None], upper=True)[:, 0]
+        image, right = z.clone(), torch.zeros_like(z)
+        for some in rows:
+            a, y = some[:, :-1], some[:, -1]
+            image += a.T @ (a @ z)
+            right += a.T @ y
+        back = torch.linalg.solve_triangular(r.T, torch.stack([image, right], dim=1), upper=False)
+        of_mean = (back[:, 1] - c).norm() / c.norm().clamp_min(1.0)
+        drift = max(float((back[:, 0] - signs).abs().max()), float(of_mean))
+        return replace(self, drift=drift, initial=self.initial if self.changes else drift)
 
     def appended(self, rows: Tensor) -> Factor:
         """With rows (k, columns + 1) more: a QR that leaves the triangle's zeros alone, O(k columns²) (Foster et al. 2009, section 5)."""
@@ -87,34 +98,33 @@ class Factor:
         new, _, _, info = lapack.dtpqrt(0, min(PANEL, size), square, np.asfortranarray(rows.numpy()), 1, 0)
         if info:
             raise ArithmeticError(f"QR of new rows failed (dtpqrt: {info})")
-        upper = torch.from_numpy(np.triu(new)[:-1].copy())
-        a = rows[:, :-1]
-        return replace(self, upper=upper, image=self.image + a.T @ (a @ self.probe), changes=self.changes + 1)
+        return replace(self, upper=torch.from_numpy(np.triu(new)[:-1].copy()), changes=self.changes + 1)
 
     def removed(self, rows: Tensor) -> Factor:
-        """Without rows (k, columns + 1) that it holds: hyperbolic Householder transformations, O(k columns²).
+        """Without rows (k, columns + 1) that it holds: a hyperbolic downdate by blocks, O(k columns²).
 
-        In the mixed form of Bojanczyk, Brent, Van Dooren, de Hoog (SIAM J. Sci. Stat. Comput. 8, 210 (1987)): for each column, with
-        a the rows' entries and ρ² = r² - a.a, the factor's row becomes R' = (r R - aᵀA) / ρ, and A' = A - a (R + R') / (r + ρ).
+        For a block of columns, R = [R₁ R₂] and rows [A₁ A₂], with P = R₁⁻ᵀA₁ᵀ, GᵀG = I - PPᵀ and CᵀC = I - PᵀP, what is left is
+
+            R₁' = G R₁,   R₂' = G⁻ᵀ(R₂ - P A₂),   A₂' = C(A₂ - PᵀG⁻¹R₂'),
+
+        the mixed form of Bojanczyk, Brent, Van Dooren, de Hoog (SIAM J. Sci. Stat. Comput. 8, 210 (1987)): R₂' is used in A₂', so that R
+        comes from R' and A' by an orthogonal matrix.
 
         Raises:
-            DowndateError: ρ² is not positive.
+            DowndateError: too little would be left of a column.
         """
         if not len(rows):
             return self
-        upper, a = self.upper.numpy().copy(), rows.numpy().copy()
-        for j in range(self.columns):
-            r, column = upper[j, j], a[:, j].copy()
-            left = r * r - column @ column
-            if not left > 1e-14 * r * r:
-                raise DowndateError(f"column {j} of {self.columns}: {left:.1e} of {r * r:.1e} would be left")
-            rho = np.copysign(np.sqrt(left), r)
-            old = upper[j, j:].copy()
-            upper[j, j:] = (r * old - column @ a[:, j:]) / rho
-            a[:, j:] -= np.outer(column / (r + rho), old + upper[j, j:])
-        rest = rows[:, :-1]
-        image = self.image - rest.T @ (rest @ self.probe)
-        return replace(self, upper=torch.from_numpy(upper), image=image, changes=self.changes + 1)
+        upper = self.upper.clone()
+        for some in rows.split(SLICE):
+            a = some.clone()
+            for start in range(0, self.columns, SLICE):
+                stop = min(start + SLICE, self.columns)
+                _downdate(upper[start:stop, start:], a[:, start:], stop - start)
+        left = (upper.diagonal() / self.upper.diagonal()).square()
+        if self.columns and not left.min() > LEAST_LEFT:
+            raise DowndateError(f"of column {int(left.argmin())} of {self.columns} {left.min():.0e} would be left")
+        return replace(self, upper=upper, changes=self.changes + 1)
 
     def extended(self, passes: Passes) -> Factor:
         """With columns (prior: the identity) more, behind the others: bordered in two passes over the rows.
@@ -123,7 +133,7 @@ class Factor:
         is left of the new columns, e = b - B x, is factorised by QR itself and not through a difference of squares, and its
         remaining overlap with B corrects r.
         """
-        r = self.upper[:, :-1]
+        r, c = self.upper[:, :-1], self.upper[:, -1:]
         overlap = sum(old[:, :-1].T @ new for old, new in passes())
         if isinstance(overlap, int):
             raise ValueError("a factor is extended with rows; there are none")
@@ -140,54 +150,57 @@ class Factor:
             rest.add(left, old[:, -1])
         correction = torch.linalg.solve_triangular(r.T, missed, upper=False)
         corner = torch.linalg.qr(rest.factor(), mode="r").R[:m]
-        behind = (
-            corner[:, -1]
-            - torch.linalg.solve_triangular(corner[:, :-1].T, (correction.T @ self.upper[:, -1])[:, None], upper=False)[
-                :, 0
-            ]
-        )
-        upper = torch.zeros(len(r) + m, len(r) + m + 1, dtype=x.dtype)
-        upper[: len(r), : len(r)], upper[: len(r), len(r) : -1] = r, border + correction
-        upper[: len(r), -1] = self.upper[:, -1]
-        upper[len(r) :, len(r) : -1], upper[len(r) :, -1] = corner[:, :-1], behind
-        return self._restarted(upper)
+        overlapping = torch.linalg.solve_triangular(corner[:, :-1].T, correction.T @ c, upper=False)
+        top = torch.cat([r, border + correction, c], dim=1)
+        bottom = torch.cat([torch.zeros(m, len(r), dtype=x.dtype), corner[:, :-1], corner[:, -1:] - overlapping], dim=1)
+        return replace(self, upper=torch.cat([top, bottom]), changes=self.changes + 1)
 
-    def turned(self, turn: Callable[[Tensor], Tensor]) -> Factor:
-        """In another basis, of all or some of its columns: RᵀR becomes Qᵀ RᵀR Q.
+    def turned(self, turn: Callable[[Tensor], Tensor], first: int = 0) -> Factor:
+        """In another basis, of all or some of its columns: RᵀR becomes Qᵀ RᵀR Q, by a QR of the triangle from `first` on.
 
         Args:
             turn: rows [. | y] (n, columns + 1) -> [. Q | y], Q with orthonormal columns.
+            first: columns before it stay as they are.
         """
-        turned = turn(self.upper)
-        return self._restarted(torch.linalg.qr(turned, mode="r").R[: turned.shape[1] - 1])
-
-    def _restarted(self, upper: Tensor) -> Factor:
-        """With other columns: the probe begins anew, and what had built up is remembered."""
-        probe, r = _probe(len(upper)), upper[:, :-1]
-        return Factor(upper, probe, r.T @ (r @ probe), self.drift, self.changes + 1)
-
-
-def _probe(columns: int) -> Tensor:
-    return torch.randn(columns, generator=torch.Generator().manual_seed(columns), dtype=torch.float64)
+        upper = turn(self.upper)
+        size = upper.shape[1] - 1
+        out = upper[:size].clone()
+        out[first:] = 0.0
+        out[first:, first:] = torch.linalg.qr(upper[first:, first:], mode="r").R[: size - first]
+        return replace(self, upper=out, changes=self.changes + 1)
 
 
-def bordered(lower: Tensor, cross: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
+def _downdate(upper: Tensor, rows: Tensor, width: int) -> None:
+    """One block of columns of Factor.removed, in place: the rows [R₁ R₂] of the factor and [A₁ A₂] to be removed."""
+    r1, r2, a1, a2 = upper[:, :width], upper[:, width:], rows[:, :width], rows[:, width:]
+    p = torch.linalg.solve_triangular(r1.T, a1.T, upper=False)
+    g, failed = torch.linalg.cholesky_ex(torch.eye(width, dtype=p.dtype) - p @ p.T, upper=True)
+    c, failed_too = torch.linalg.cholesky_ex(torch.eye(len(a1), dtype=p.dtype) - p.T @ p, upper=True)
+    if int(failed) or int(failed_too):
+        raise DowndateError("the rest would not be positive definite")
+    r1.copy_(g @ r1)
+    r2.copy_(torch.linalg.solve_triangular(g.T, r2 - p @ a2, upper=False))
+    a2.copy_(c @ (a2 - p.T @ torch.linalg.solve_triangular(g, r2, upper=True)))
+
+
+def bordered(lower: Tensor, cross: Tensor, corner: Tensor, tolerance: float = RANK_TOLERANCE) -> tuple[Tensor, Tensor]:
     """Cholesky factor of [[K, C], [Cᵀ, N]] from that of K, without new columns that depend on others.
 
     Args:
         lower: (M, M) of K.
         cross, corner: (M, m) C and (m, m) N.
+        tolerance: of the prior variance, with less of which of its own left a column depends on others.
 
     Returns:
         (M + k, M + k) the factor, and which k of the new columns it has (sorted).
     """
     v = torch.linalg.solve_triangular(lower, cross, upper=False)
-    # in units of the prior, of which RANK_TOLERANCE has to be left
+    # in units of the prior, of which the tolerance has to be left
     scale = corner.diagonal().clamp_min(1e-300).sqrt()
     rest = corner / (scale[:, None] * scale) - (v / scale).T @ (v / scale)
-    _, pivots, rank, _ = lapack.dpstrf(rest.numpy(), tol=RANK_TOLERANCE, lower=1)
+    _, pivots, rank, _ = lapack.dpstrf(rest.numpy(), tol=tolerance, lower=1)
     kept = torch.as_tensor(pivots[:rank] - 1, dtype=torch.long).sort().values
-    kept = kept[rest.diagonal()[kept] > RANK_TOLERANCE]
+    kept = kept[rest.diagonal()[kept] > tolerance]
     size = len(lower) + len(kept)
     out = torch.zeros(size, size, dtype=lower.dtype)
     out[: len(lower), : len(lower)], out[len(lower) :, : len(lower)] = lower, v[:, kept].T

@@ -6,7 +6,7 @@ import os
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,9 @@ from gpmlp import checks
 from gpmlp.checks import UserError, suggest
 from gpmlp.io.atomic import atomic
 from gpmlp.recipe import Recipe
+
+
+T = TypeVar("T", bound=BaseModel)
 
 
 def load_recipe(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Recipe:
@@ -27,25 +30,31 @@ def load_recipe(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     Raises:
         UserError: the file cannot be read, a key or a value in it is not valid, or this machine has no such device.
     """
-    data = _read(Path(path)) if path is not None else {}
-    for override in overrides:
-        _set(data, override)
-    places = ([str(path)] if path is not None else []) + (["--set"] if overrides else [])
-    recipe = validate(data, " and ".join(places) or "recipe")
+    recipe = load_as(Recipe, path, overrides)
     checks.device(recipe.device)
     return recipe
 
 
-def validate(data: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Return the Recipe that nested dictionaries describe.
+def load_as(model: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> T:
+    """Read a recipe of another kind, in the same way."""
+    data = _read(Path(path)) if path is not None else {}
+    for override in overrides:
+        _set(data, override)
+    places = ([str(path)] if path is not None else []) + (["--set"] if overrides else [])
+    return validate(data, " and ".join(places) or "recipe", model)
+
+
+def validate(data: dict[str, Any], where: str = "recipe", model: type[T] = Recipe) -> T:
+    """Return the recipe that nested dictionaries describe.
 
     Args:
         where: name of the source, for messages.
+        model: of which kind.
     """
     try:
-        return Recipe.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error, data)}") from error
+        raise UserError(f"{where}: {_explain(error, data, model)}") from error
 
 
 def changed(recipe: Recipe, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -168,7 +177,7 @@ def _put(data: dict[str, Any], key: str, value: Any, where: str) -> None:
     holder[place] = value
 
 
-def _explain(error: ValidationError, data: Any) -> str:
+def _explain(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
     """Turn pydantic's list of errors, one for each branch of each union, into one sentence about one key."""
     found = [(*_locate(entry["loc"], data, entry["type"]), entry) for entry in error.errors()]
     # errors of branches that suit the value, then of the deepest place: a typo is found before its consequences
@@ -176,7 +185,9 @@ def _explain(error: ValidationError, data: Any) -> str:
     path, _, first = found[0]
     dotted = ".".join(path)
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{dotted}'.{_nearest(path)}"
+        return f"unknown key '{dotted}'.{_nearest(path, model)}"
+    if first["type"] == "missing":
+        return f"`{dotted}` is missing and has to be given."
     if first["type"] == "value_error":
         text = str(first["ctx"]["error"])
         return f"{dotted}: {text}." if dotted else f"{text}."
@@ -230,15 +241,15 @@ def _words(expected: str) -> list[str]:
     return [word.strip("' ") for word in expected.replace(" or ", ",").split(",") if word.strip("' ")]
 
 
-def _nearest(path: tuple[str, ...]) -> str:
+def _nearest(path: tuple[str, ...], model: type[BaseModel]) -> str:
     """Suggest the nearest key of the section; else the same key in another section; else list the section's keys."""
     *section, key = path
-    here = [".".join([*section, name]) for name in _keys(tuple(section))]
+    here = [".".join([*section, name]) for name in _keys(tuple(section), model)]
     local = suggest(key, [name.rsplit(".", 1)[-1] for name in here])
     if "Perhaps" in local:
         prefix = "".join(step + "." for step in section)
         return local.replace("meant '", f"meant '{prefix}")
-    elsewhere = {name.rsplit(".", 1)[-1]: name for name in reversed(_all_keys(Recipe))}
+    elsewhere = {name.rsplit(".", 1)[-1]: name for name in reversed(_all_keys(model))}
     if key in elsewhere:
         return f" Perhaps you meant '{elsewhere[key]}'."
     return suggest(".".join(path), here)
@@ -251,9 +262,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in typing.get_args(annotation) for model in _models(part)]
 
 
-def _keys(section: tuple[str, ...]) -> list[str]:
+def _keys(section: tuple[str, ...], model: type[BaseModel]) -> list[str]:
     """Valid keys of a section."""
-    model: type[BaseModel] = Recipe
     for step in section:
         # places in lists and free names (config types) stay with the section they belong to
         if step in model.model_fields:

@@ -25,6 +25,7 @@ def wilson(share: float, n: float, confidence: float = CONFIDENCE) -> tuple[floa
         raise UserError(f"`share` must lie between 0 and 1 and `n` must not be negative; got {share} and {n}.")
     if n == 0:
         return 0.0, 1.0
+    share, n = float(share), float(n)
     z = float(scipy.special.ndtri(confidence))
     middle, below = share + z * z / (2 * n), 1 + z * z / n
     reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

@@ -1,0 +1,57 @@
+"""The command `gpmlp learn`: a recipe in, a run of the learning loop, its progress and what came of it out."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def learn(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe with start, oracle and dynamics; see docs/learning.md.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; may be repeated.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report/ when the run has stopped.")] = True,
+) -> None:
+    """Run molecular dynamics on a model that learns while it runs, asking an ab initio code when it does not know."""
+    from gpmlp import console, console_learn
+    from gpmlp.active import after, loop
+    from gpmlp.active.recipe import LearnRecipe
+    from gpmlp.io.recipes import load_as
+
+    chosen = load_as(LearnRecipe, recipe, settings or [])
+    folder = recipe.parent / chosen.output
+    last = None
+    with _terminated_as_interrupted(), console_learn.Learning(chosen) as show:
+        states = loop.learn(chosen, recipe.parent, resume)
+        try:
+            for last in states:
+                show(last)
+        except KeyboardInterrupt:
+            console.message("stopped", f"interrupted; go on with: gpmlp learn {recipe} --resume")
+            raise
+        finally:
+            states.close()
+    if report:
+        after.report(folder, chosen)
+    console.output().print(console_learn.learning_table(last, folder))
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Batch systems end a job by SIGTERM: treat it as Ctrl-C, so that everything is closed in order."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

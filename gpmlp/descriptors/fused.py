@@ -1,0 +1,153 @@
+"""Fused power spectra are the same numbers as power_spectrum.py gives, by compiled loops over environments (loops.py), on CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpmlp.descriptors import harmonics
+from gpmlp.environments import Environments, Surroundings
+
+if TYPE_CHECKING:
+    from gpmlp.descriptors.loops import Basis, Pairs
+    from gpmlp.descriptors.power_spectrum import SoapPowerSpectrum
+
+BLOCK = 32  # environments whose harmonics are in memory at a time
+FEW = 8  # environments whose Jacobian stays in cache while many cotangents are pulled back
+
+
+def usable(vectors: Tensor) -> bool:
+    """Whether the loops can take these pairs: in the memory of the CPU, in single or double precision, nothing recorded by autograd."""
+    recorded = vectors.requires_grad and torch.is_grad_enabled()
+    return vectors.device.type == "cpu" and vectors.dtype in (torch.float32, torch.float64) and not recorded
+
+
+def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> Environments:
+    """Features of all surroundings; derivatives when asked for."""
+    from gpmlp.descriptors import loops
+
+    vectors, l_max = surroundings.vectors.detach().contiguous(), descriptor.l_max
+    basis, pairs = _basis(descriptor, vectors.dtype), _pairs(descriptor, surroundings, vectors)
+    n = len(surroundings)
+    density = _centers(descriptor, surroundings, vectors)
+    features, norms = vectors.new_empty(n, descriptor.n_features), vectors.new_empty(n)
+    made = density.numpy(), features.numpy(), norms.numpy()
+    tiny = basis.numbers.dtype.type(torch.finfo(vectors.dtype).tiny)
+    starts = pairs.starts[:: basis.n_species].tolist()
+
+    def expand(lo: int, hi: int) -> None:
+        y = harmonics.values(l_max, vectors[starts[lo] : starts[hi]]).numpy()
+        loops.expand(lo, hi, starts[lo], pairs, basis, tiny, y, *made)
+
+    _in_blocks(0, n, expand)
+
+    def derivatives(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
+        y, dy = harmonics.harmonics(l_max, vectors[starts[lo] : starts[hi]])
+        return y.numpy(), dy.flatten(1).numpy()
+
+    def jacobian(start: int = 0, end: int = n, out: Tensor | None = None) -> Tensor:
+        """Of environments start to end, in the first rows of `out` if it is given."""
+        n_pairs = starts[end] - starts[start]
+        out = vectors.new_empty(n_pairs, 3, descriptor.n_features) if out is None else out[:n_pairs]
+        array = out.numpy()
+
+        def block(lo: int, hi: int) -> None:
+            here = array[starts[lo] - starts[start] :]
+            loops.jacobian(lo, hi, starts[lo], pairs, basis, *derivatives(lo, hi), *made, here)
+
+        _in_blocks(start, end, block)
+        return out
+
+    def pull_back(cotangents: Tensor) -> Tensor:
+        cotangents = cotangents.detach()
+        if cotangents.dim() == 3:
+            return _pull_back_many(jacobian, starts, cotangents)
+        out = torch.empty_like(vectors)
+        given, array = cotangents.contiguous().numpy(), out.numpy()
+
+        def block(lo: int, hi: int) -> None:
+            loops.pull_back(lo, hi, starts[lo], pairs, basis, *derivatives(lo, hi), *made, given, array)
+
+        _in_blocks(0, n, block)
+        return out
+
+    return Environments(surroundings, features, pull_back, jacobian)
+
+
+def _pull_back_many(jacobian: Callable[[int, int, Tensor], Tensor], starts: list[int], cotangents: Tensor) -> Tensor:
+    """(k, pairs, 3) from (k, environments, features): a product with the Jacobian of each environment. Samples are last in memory."""
+    k, n, n_features = cotangents.shape
+    out = cotangents.new_empty(3 * starts[-1], k)
+    edges = [*range(0, n, FEW), n]
+    most = max((starts[hi] - starts[lo] for lo, hi in pairwise(edges)), default=0)
+    buffer = cotangents.new_empty(most, 3, n_features)
+    for lo, hi in pairwise(edges):
+        rows = jacobian(lo, hi, buffer).flatten(0, 1)
+        for e in range(lo, hi):
+            here = slice(3 * (starts[e] - starts[lo]), 3 * (starts[e + 1] - starts[lo]))
+            torch.mm(rows[here], cotangents[:, e].T, out=out[3 * starts[e] : 3 * starts[e + 1]])
+    return out.unflatten(0, (-1, 3)).movedim(2, 0)
+
+
+def _in_blocks(start: int, end: int, work: Callable[[int, int], None]) -> None:
+    """Do work(lo, hi) for blocks of start to end, in as many threads as PyTorch may use."""
+    lows = range(start, end, BLOCK)
+    threads = min(torch.get_num_threads(), len(lows))
+    if threads < 2:
+        for lo in lows:
+            work(lo, min(end, lo + BLOCK))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda lo: work(lo, min(end, lo + BLOCK)), lows))
+
+
+def _centers(descriptor: SoapPowerSpectrum, surroundings: Surroundings, like: Tensor) -> Tensor:
+    """(environments, channels, (l_max + 1)^2) density of the central atoms alone."""
+    n = len(surroundings)
+    density = like.new_zeros(n, descriptor.channels, (descriptor.l_max + 1) ** 2)
+    at_zero, _ = descriptor._radial(like.new_zeros(1))
+    own = descriptor._slot(surroundings.species)[:, None] * descriptor.n_max + torch.arange(descriptor.n_max)
+    density[torch.arange(n)[:, None], own, 0] = descriptor.central_weight * at_zero[:, :, 0] / (4 * torch.pi) ** 0.5
+    return density
+
+
+def _pairs(descriptor: SoapPowerSpectrum, surroundings: Surroundings, vectors: Tensor) -> Pairs:
+    from gpmlp.descriptors.loops import Pairs
+
+    n_species, table = len(descriptor.species), descriptor._radial
+    slots = descriptor._slot(surroundings.neighbor_species)
+    groups = surroundings.centers * n_species + slots
+    order = torch.argsort(groups, stable=True) if n_species > 1 else torch.arange(len(groups))
+    counts = torch.bincount(groups, minlength=len(surroundings) * n_species)
+    r = vectors.norm(dim=1)
+    weight, d_weight = descriptor.weights(r)
+    scaled = r / table.step
+    interval = scaled.floor().long().clamp(0, len(table.coefficients) - 1)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    every = order, starts, vectors / r[:, None], weight, d_weight, interval, scaled - interval
+    return Pairs(*(part.contiguous().numpy() for part in every), int(counts.max()) if len(counts) else 0)
+
+
+@lru_cache(maxsize=32)
+def _basis(descriptor: SoapPowerSpectrum, dtype: torch.dtype) -> Basis:
+    """Equal descriptors share one."""
+    from gpmlp.descriptors.loops import Basis
+
+    table, like = descriptor._radial, torch.zeros(0, dtype=dtype)
+    numbers = torch.arange(6, dtype=dtype).numpy()
+    return Basis(
+        table.coefficients.to(dtype).contiguous().numpy(),
+        numbers.dtype.type(1 / table.step),
+        numbers,
+        descriptor._prefactors(like).flatten().numpy(),
+        descriptor.n_max,
+        descriptor.l_max,
+        len(descriptor.species),
+    )

@@ -1,0 +1,581 @@
+"""When a run stops: each criterion on series whose answer is known, and all together where a plateau alone would be wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.signal
+
+from gpmlp.active.history import History, Record
+from gpmlp.active.stop_criteria import Novelties, converged, coverage, every, label_rate, plateau, steady
+from gpmlp.active.stop_recipe import CoverageRecipe, ObservableRecipe, PlateauRecipe, StopRecipe
+from gpmlp.active.stopping import ensemble, judge, observable, window
+from gpmlp.checks import UserError
+
+
+def correlated(n: int, phi: float, seed: int, width: int = 1) -> np.ndarray:
+    """(n,) or (n, width) AR(1) of variance 1, stationary."""
+    noise = np.random.default_rng(seed).standard_normal((n + 2000, width))
+    x = scipy.signal.lfilter([math.sqrt(1 - phi**2)], [1, -phi], noise, axis=0)[2000:]
+    return x[:, 0] if width == 1 else x
+
+
+# --- plateau
+
+
+def test_steady():
+    times = np.arange(600.0) * 10
+    noise = np.exp(0.2 * correlated(600, 0.8, 1))
+    flat = steady("largest", [noise], [times])
+    assert flat.met is True, flat
+    assert "steady" in flat.sentence
+    falling = steady("largest", [noise * np.exp(-times / 6000)], [times])
+    assert falling.met is False
+    assert "falling" in falling.sentence
+    rising = steady("largest", [noise * np.exp(times / 6000)], [times])
+    assert rising.met is False
+    assert "rising" in rising.sentence
+    # units of σ and of time do not matter
+    same = steady("largest", [1e-3 * noise], [7 * times])
+    assert (same.met, same.numbers["drift"]) == (True, pytest.approx(flat.numbers["drift"]))
+
+
+def test_steady_with_outliers():
+    times, sigma = np.arange(600.0), np.exp(0.1 * correlated(600, 0.7, 2))
+    sigma[[5, 40, 77]] = 30
+    assert steady("largest", [sigma], [times]).met is True
+
+
+def test_steady_refuses_to_judge():
+    # 400 frames, but a correlation time of 199
+    slow = steady("largest", [np.exp(0.1 * correlated(400, 0.99, 3))], [np.arange(400.0)])
+    assert slow.met is None
+    assert "correlation times" in slow.sentence
+    assert steady("largest", [np.ones(3)], [np.arange(3.0)]).met is None
+    assert steady("largest", [np.full(50, math.nan)], [np.arange(50.0)]).met is None
+    # so noisy that a large drift cannot be excluded
+    noisy = steady("largest", [np.exp(1.0 * correlated(60, 0.3, 4))], [np.arange(60.0)])
+    assert noisy.met is None
+    assert "cannot be excluded" in noisy.sentence
+
+
+def test_a_significant_but_tiny_trend_does_not_count():
+    times = np.arange(20_000.0)
+    sigma = 1 + 0.02 * correlated(20_000, 0.3, 5) - 0.01 * times / 20_000
+    found = steady("median", [sigma], [times])
+    assert found.numbers["p"] < 1e-3
+    assert found.met is True
+
+
+def test_rate_of_labels():
+    recipe = PlateauRecipe(labels_per_1000_steps=1.0)
+    assert label_rate([], 2900, recipe).met is None  # −ln 0.05 = 3.00
+    assert label_rate([], 3000, recipe).met is True
+    assert label_rate([100, 2000, 3500], 4000, recipe).met is None
+    assert label_rate(np.linspace(10, 990, 30), 1000, recipe).met is False
+    early = label_rate([10, 50, 60, 200, 300, 500], 20_000, recipe)
+    assert early.met is False
+    assert "still getting rarer" in early.sentence
+    assert label_rate([], 0, recipe).met is None
+
+
+def test_plateau_needs_all_three():
+    times = [np.arange(800.0) * 10]
+    sigma = [0.5 * np.exp(0.1 * correlated(800, 0.5, 6))]
+    assert plateau(sigma, sigma, times, [], 8000).met is True
+    assert plateau(sigma, sigma, times, [], 800).met is None
+    fall = [sigma[0] * np.linspace(2, 1, 800)]
+    assert plateau(fall, sigma, times, [], 8000).met is False
+    assert plateau(sigma, fall, times, [], 8000).met is False
+    assert every([True, None]) is None
+    assert every([None, False]) is False
+    assert every([]) is True
+
+
+# --- observables
+
+
+def test_converged():
+    x = correlated(4000, 0.9, 7)
+    exact = math.sqrt(19 / 4000)
+    good = converged("energy", [x], 1.4 * exact, False)
+    assert good.met is True, good
+    assert good.numbers["sem"] == pytest.approx(exact, rel=0.3)
+    assert converged("energy", [x], 0.5 * exact, False).met is False
+    assert converged("energy", [x + 100], 0.01, True).met is True
+    assert converged("energy", [x + 100], 1e-4, True).met is False
+    # rows that are not known are left out
+    holes = np.concatenate([np.full(100, math.nan), x])
+    assert converged("energy", [holes], 1.4 * exact, False).numbers == good.numbers
+
+
+def test_converged_refuses_below_20_correlation_times():
+    short = converged("energy", [correlated(1900, 0.99, 8)], 10.0, False)  # g = 199: 9.5 times
+    assert short.met is None
+    assert "correlation times so far, 20 are needed" in short.sentence
+    assert converged("energy", [np.ones(2)], 1.0, False).met is None
+
+
+def test_a_jump_in_the_middle_is_seen():
+    x = correlated(2000, 0.5, 9)
+    x[1000:] += 1.5
+    assert converged("energy", [x], 10.0, False).met is not True
+    ramp = correlated(4000, 0.3, 10) + np.linspace(0, 3, 4000)
+    assert converged("energy", [ramp], 10.0, False).met is not True
+
+
+def test_equilibration_is_left_out():
+    x = 0.3 * correlated(3000, 0.7, 11) + 20 * np.exp(-np.arange(3000) / 100)
+    found = converged("energy", [x], 0.1, False)
+    assert found.met is True
+    assert abs(found.numbers["mean"]) < 0.05
+    assert found.numbers["frames"] < 2800
+
+
+def test_walkers_in_different_basins():
+    basins = [correlated(2000, 0.5, 12 + w) + 5 * (w % 2) for w in range(4)]
+    assert converged("energy", basins, 10.0, False).met is None  # hopping between them takes longer than the run
+    together = [correlated(2000, 0.5, 12 + w) for w in range(4)]
+    assert converged("energy", together, 0.05, False).met is True
+
+
+def test_vector_observables():
+    x = 1 + 0.2 * correlated(2000, 0.8, 16, width=40)
+    found = converged("rdf", [x], 0.05, False)
+    assert found.met is True, found
+    exact = 0.2 * math.sqrt(9 / 2000)
+    assert found.numbers["sem"] == pytest.approx(exact, rel=0.4)
+    x[:, :3] += 0.4 * correlated(2000, 0.999, 17)[:, None]  # few bins that move slowly are not averaged away
+    assert converged("rdf", [x], 0.05, False).met is None
+
+
+def test_false_alarms_of_halves_are_rare():
+    wrong = [converged("energy", [correlated(1500, 0.9, 100 + k)], 1.0, False).met is False for k in range(100)]
+    assert np.mean(wrong) <= 0.05
+
+
+# --- coverage
+
+
+def novelties(novelty: np.ndarray, species: np.ndarray | None = None) -> Novelties:
+    """Of (frames, atoms) of one walker."""
+    species = np.full(novelty.shape[1], 13) if species is None else species
+    outside = novelty > 1
+    return Novelties(
+        [novelty.max(1)],
+        {int(z): [np.full(len(novelty), int((species == z).sum()))] for z in np.unique(species)},
+        {int(z): [outside[:, species == z].sum(1)] for z in np.unique(species)},
+        [outside.mean(0)],
+    )
+
+
+def usual(frames: int, atoms: int, seed: int) -> np.ndarray:
+    """Novelty of environments like the held-out ones: 1 % lie above 1 by construction, and nearly none above 1.5."""
+    rng = np.random.default_rng(seed)
+    return np.sqrt(rng.chisquare(40, (frames, atoms)) / 63.69)
+
+
+@pytest.mark.parametrize("atoms", [9, 108, 1000])
+def test_usual_frames_are_inside(atoms):
+    """Of 1000 atoms ten are outside in each frame, because that is what the threshold means."""
+    novelty = usual(300, atoms, 20)
+    assert 0.008 < (novelty > 1).mean() < 0.012
+    found = coverage(novelties(novelty))
+    assert found.met is True, found
+    assert found.numbers["frames"] > 0.97
+
+
+@pytest.mark.parametrize("far", [1.05, 1.3, 5.0, math.inf])
+def test_one_percent_of_alien_atoms_is_not_averaged_away(far):
+    """Ten of 1000 atoms are always outside; 1 % more is within what the share of all atoms allows."""
+    novelty = usual(300, 1000, 21)
+    novelty[:, 100:110] = far
+    found = coverage(novelties(novelty))
+    assert found.numbers["atoms_inside"] > 0.97
+    assert found.met is False
+    assert found.numbers["lasting_atoms"] == 10
+    assert "10 atoms are outside" in found.sentence
+    # and where all others are well inside, so that the share is just that of the quantile
+    calm = np.full((300, 1000), 0.5)
+    calm[:, 100:110] = far
+    assert coverage(novelties(calm)).met is False
+
+
+def test_alien_atoms_that_change():
+    """Each frame other ones: nobody lasts, but they are too far, or too many for chance."""
+    rng = np.random.default_rng(22)
+    for level, number in ((2.0, 10), (1.1, 30)):
+        novelty = usual(300, 1000, 23)
+        for row in novelty:
+            row[rng.choice(1000, number, replace=False)] = level
+        found = coverage(novelties(novelty))
+        assert found.met is False, found
+        assert found.numbers["lasting_atoms"] == 0
+
+
+def test_a_rare_species_is_judged_by_itself():
+    species = np.full(1000, 13)
+    species[:5] = 29
+    novelty = usual(300, 1000, 24)
+    novelty[:, :5] = np.where(np.random.default_rng(25).random((300, 5)) < 0.15, 1.2, 0.5)
+    found = coverage(novelties(novelty, species))
+    assert found.met is False
+    assert "Cu" in found.sentence
+    assert found.numbers["Cu_inside"] == pytest.approx(0.85, abs=0.03)
+    assert found.numbers["Al_inside"] > 0.98
+
+
+def test_coverage_refuses_to_judge():
+    assert coverage(novelties(usual(5, 100, 26))).met is None
+    # a novelty that hardly changes in 300 frames
+    slow = 0.6 + 0.05 * correlated(300, 0.995, 27)[:, None] * np.ones(100)
+    assert coverage(novelties(slow)).met is None
+    unknown = usual(300, 100, 28)
+    unknown[3] = math.nan
+    found = coverage(replace(novelties(unknown), largest=[unknown.max(1)]))
+    assert found.met is None
+    assert "not computed" in found.sentence
+    with pytest.raises(UserError, match="between 0 and 1"):
+        coverage(novelties(unknown), 1.0)
+
+
+def test_coverage_of_part_of_the_frames():
+    novelty = usual(400, 50, 29)
+    novelty[200:280] = 1.8  # a fifth of the time elsewhere
+    assert coverage(novelties(novelty)).met is False
+    assert (
+        coverage(novelties(novelty), recipe=CoverageRecipe(frames=0.5, atoms=0.5, far=2.0, persistent=0.5)).met
+        is not True
+    )
+
+
+# --- history
+
+
+def record(k: int, walker: int = 0, **others: object) -> Record:
+    values = {
+        "temperature_K": 300.0 + k % 7 - 3,
+        "target_temperature_K": 300.0,
+        "sigma_max": 0.05,
+        "sigma_median": 0.02,
+        "threshold": 0.1,
+        "novelty_max": 0.8,
+        "atoms": {13: 32},
+        "observables": {"energy": -3.0 + 0.01 * math.sin(k)},
+    }
+    return Record(walker, 10 * k, 10.0 * k, **(values | others))
+
+
+def test_history_grows_and_is_restored():
+    history, seen = History(), []
+    for k in range(200):
+        extra = {"outside": {29: 2}, "outside_atoms": (k % 5, 7)} if k % 3 == 0 else {}
+        observables = {"energy": float(k), "rdf": np.arange(4.0) + k} if k > 50 else {"energy": float(k)}
+        seen.append(record(k, k % 2, observables=observables, labelled=k % 10 == 0, **extra))
+        longer = history.append(seen[-1])
+        assert len(longer) == len(history) + 1
+        history = longer
+    assert history.column("observable/energy")[:, 0].tolist() == list(range(200))
+    assert np.isnan(history.column("observable/rdf")[50]).all()
+    assert history.column("observable/rdf")[60].tolist() == [60, 61, 62, 63]
+    assert history.column("outside/29").sum() == 2 * 67
+    assert history.outside_atoms(3).tolist() == [3, 7]
+    assert history.outside_atoms(4).tolist() == []
+    assert history.species == (13,)
+    assert history.walkers == (0, 1)
+    assert set(history.observables) == {"energy", "rdf"}
+    header, arrays = history.state()
+    json.dumps(header)
+    assert all(a.dtype.kind in "fib" for a in arrays.values())  # no pickle in an npz
+    again = History.from_state(json.loads(json.dumps(header)), arrays)
+    by_log = History()
+    for r in seen:
+        by_log = by_log.append(Record.from_plain(json.loads(json.dumps(r.plain(), allow_nan=False))))
+    for other in (again.append(record(200)), by_log.append(record(200))):
+        ours = history.append(record(200))
+        for name in arrays.keys() - {"outside_atoms"}:
+            assert np.array_equal(ours.column(name), other.column(name), equal_nan=True), name
+        assert [ours.outside_atoms(k).tolist() for k in range(201)] == [
+            other.outside_atoms(k).tolist() for k in range(201)
+        ]
+
+
+def test_history_does_not_change():
+    short = History()
+    for k in range(70):
+        short = short.append(record(k))
+    one, other = short.append(record(100, labelled=True)), short.append(record(101))
+    assert len(short) == 70
+    assert (one.column("step")[-1], other.column("step")[-1]) == (1000, 1010)
+    assert (one.column("labelled")[-1], other.column("labelled")[-1]) == (True, False)
+    with pytest.raises(ValueError, match="read-only"):
+        one.column("step")[0] = 3
+    empty = History()
+    assert (len(empty), empty.walkers, len(History.from_state(*empty.state()))) == (0, (), 0)
+
+
+def test_history_refuses():
+    history = History().append(record(0))
+    with pytest.raises(UserError, match="always the same"):
+        history.append(record(1, observables={"energy": np.zeros(3)}))
+    with pytest.raises(UserError, match="Perhaps you meant 'energy'"):
+        history.column("observable/enery")
+    with pytest.raises(UserError, match="Perhaps you meant 'sigma_max'"):
+        history.column("sigma_mx")
+    with pytest.raises(UserError, match="one row for each"):
+        Record.of(0, 0, 0.0, np.array([13, 13]), novelty=np.zeros(3))
+
+
+def test_record_of_arrays():
+    species = np.array([13, 13, 29, 29])
+    sigma = np.array([[0.3, 0.4, 0], [0, 0, 0.1], [0, 0, 0.2], [0, 0, 0.3]])
+    found = Record.of(1, 20, 40.0, species, sigma, np.array([0.5, 1.2, 0.9, math.nan]), threshold=0.2)
+    assert (found.sigma_max, found.sigma_median) == (pytest.approx(0.5), pytest.approx(0.25))
+    assert found.novelty_max == math.inf
+    assert (found.atoms, found.outside, found.outside_atoms) == ({13: 2, 29: 2}, {13: 1, 29: 1}, (1, 3))
+    assert Record.from_plain(json.loads(json.dumps(found.plain(), allow_nan=False))).novelty_max == math.inf
+    assert math.isnan(Record.of(0, 0, 0.0, species).sigma_max)
+
+
+# --- the window and all together
+
+
+def test_window():
+    history = History()
+    for k in range(100):
+        for w in range(2):
+            others = {"labelled": w == 0 and k in (20, 40), "ramp_finished": k >= 50 - 20 * w}
+            history = history.append(record(k, w, **others))
+            if k == 45 and w == 1:
+                ramping = window(history)
+    assert ramping.ramping == (0,)
+    assert [r.tolist()[0] for r in ramping.rows] == [82, 81]  # after the label of walker 0 at k = 40, ramp or not
+    found = window(history)
+    assert found.ramping == ()
+    assert [len(r) for r in found.rows] == [50, 60]
+    assert found.steps == 10 * (50 + 60)
+    two = window(history, StopRecipe(labels_in_window=1, window_steps=700))
+    assert [len(r) for r in two.rows] == [50, 70]
+    assert len(window(history.append(record(100, updated=True))).rows[0]) == 0
+    plain = History()
+    for k in range(100):
+        plain = plain.append(record(k, labelled=k in (20, 40)))
+    assert window(plain, StopRecipe(labels_in_window=1)).label_steps == (200.0,)
+    assert window(plain, StopRecipe(labels_in_window=9)).label_steps == (200.0, 400.0)
+
+
+def test_window_of_a_walker_that_was_set_back():
+    history = History()
+    for k in (*range(10), *range(5, 15)):
+        history = history.append(record(k))
+    assert window(history).steps == 90 + 90
+    assert window(history, StopRecipe(window_steps=100)).steps == 90
+
+
+def filled(n: int = 3000, seed: int = 30, **others: object) -> History:
+    """A run that has nothing more to learn."""
+    noise = correlated(n, 0.7, seed, width=5)
+    history = History()
+    for k in range(n):
+        values = {
+            "temperature_K": 300 + 10 * noise[k, 0],
+            "sigma_max": 0.05 * math.exp(0.2 * noise[k, 1]),
+            "sigma_median": 0.02 * math.exp(0.1 * noise[k, 2]),
+            "novelty_max": 0.8 + 0.05 * noise[k, 3],
+            "observables": {"energy": -3.0 + 0.003 * noise[k, 4]},
+        }
+        values |= {name: f(k) if callable(f) else f for name, f in others.items()}
+        history = history.append(record(k, **values))
+    return history
+
+
+@pytest.fixture(scope="module")
+def learned() -> History:
+    return filled(800)
+
+
+def test_stops_when_all_is_well(learned):
+    verdict = judge(learned)
+    assert (verdict.stop, verdict.converged, verdict.limit) == (True, True, ""), verdict.sentence
+    assert [c.name for c in verdict.criteria] == ["ensemble", "plateau", "observable energy", "coverage"]
+    assert verdict.sentence.startswith("stopped: ")
+    json.dumps(verdict.plain(), allow_nan=False)
+
+
+def test_each_criterion_stands_in_the_way():
+    cases = {
+        "ensemble": {"temperature_K": lambda k: 200.0 + k % 7},
+        "plateau": {"sigma_max": lambda k: 0.1 * math.exp(-k / 400)},
+        "observable energy": {"observables": lambda k: {"energy": -3 + 1e-3 * k}},
+        "coverage": {"novelty_max": lambda k: 2.0, "outside": lambda k: {13: 1}, "outside_atoms": lambda k: (4,)},
+    }
+    for name, change in cases.items():
+        verdict = judge(filled(800, **change))
+        assert not verdict.stop, name
+        assert [c.name for c in verdict.criteria if c.met is not True] == [name], verdict.sentence
+        assert verdict.sentence.startswith("going on: ")
+    off = StopRecipe(observable=False, coverage=False)
+    assert judge(filled(800, **cases["coverage"]), off).stop
+    assert judge(filled(800, **cases["observable energy"]), off).stop
+
+
+def test_a_recent_label_begins_anew(learned):
+    assert not judge(learned.append(record(800, labelled=True))).stop
+    assert not judge(learned.append(record(800, updated=True))).stop
+
+
+def test_limits(learned):
+    recipe = StopRecipe(labels_at_most=5, time_at_most_h=2)
+    fresh = History().append(record(0))
+    assert not judge(fresh, recipe, labels=4, elapsed_h=1.9).stop
+    by_labels = judge(fresh, recipe, labels=5)
+    assert (by_labels.stop, by_labels.converged, by_labels.limit) == (True, False, "labels")
+    assert "not converged: 5 labels" in by_labels.sentence
+    assert judge(fresh, recipe, labels=0, elapsed_h=2.1).limit == "time"
+    assert judge(learned, recipe, labels=9).converged  # what is converged as well is called so
+    assert not judge(learned, StopRecipe(at_least_steps=10**6)).stop
+    nothing = StopRecipe(plateau=False, observable=False, coverage=False)
+    assert not judge(learned, nothing).stop
+    assert "switched off" in judge(learned, nothing).sentence
+    assert not judge(History()).stop
+
+
+def test_ensemble():
+    def steps(temperature: float, **others: object) -> History:
+        history = History()
+        for k, x in enumerate(correlated(300, 0.5, 40)):
+            history = history.append(record(k, temperature_K=temperature + 20 * x, **others))
+        return history
+
+    assert ensemble(window(steps(300))).met is True
+    assert ensemble(window(steps(330, atoms={13: 1000}))).met is False
+    assert ensemble(window(steps(267, atoms={6: 3, 1: 6}))).met is True  # nine atoms whose centre of mass is held
+    assert ensemble(window(steps(900, target_temperature_K=math.nan))).met is True
+    pressure = {"pressure_GPa": 3.0, "target_pressure_GPa": 0.0}
+    assert ensemble(window(steps(300, **pressure))).met is False
+    assert ensemble(window(steps(300, ramp_finished=False))).met is False
+
+
+def test_default_tolerances(learned):
+    found = observable(window(learned))
+    assert found.numbers["tolerance"] == pytest.approx(0.05 * 8.617333262e-5 * 300)
+    wanted = observable(window(learned), ObservableRecipe(tolerance=0.5, relative=True))
+    assert wanted.numbers["tolerance"] == pytest.approx(1.5, rel=0.01)
+    missing = observable(window(learned), ObservableRecipe(name="pressure"))
+    assert missing.met is None
+    assert "not been recorded" in missing.sentence
+
+
+def test_recipe():
+    assert StopRecipe.model_validate({"observable": [{"name": "energy"}, {"name": "rdf"}]}).observables[1].name == "rdf"
+    for bad in ({"observable": [{}, {}]}, {"windw": 3}, {"coverage": True}, {"plateau": {"drift": 0}}):
+        with pytest.raises(ValueError, match="twice|Extra|False|greater"):
+            StopRecipe.model_validate(bad)
+    assert StopRecipe.model_validate(StopRecipe().model_dump()) == StopRecipe()
+
+
+# --- a trajectory trapped in one basin
+
+
+class Learner:
+    """A Gaussian process of a force f(x) in one dimension: the posterior variance decides when to ask."""
+
+    length, signal, noise = 0.25, 3.0, 0.05
+
+    def __init__(self) -> None:
+        self.x, self.y = np.zeros(0), np.zeros(0)
+
+    def learn(self, x: float, force: float) -> None:
+        self.x, self.y = np.append(self.x, x), np.append(self.y, force)
+        gram = self._kernel(self.x, self.x) + self.noise**2 * np.eye(len(self.x))
+        self.factor = scipy.linalg.cho_factor(gram, lower=True)
+        self.weights = scipy.linalg.cho_solve(self.factor, self.y)
+
+    def _kernel(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return self.signal**2 * np.exp(-0.5 * ((a[:, None] - b) / self.length) ** 2)
+
+    def __call__(self, x: float) -> tuple[float, float]:
+        k = self._kernel(self.x, np.array([x]))[:, 0]
+        variance = self.signal**2 - k @ scipy.linalg.cho_solve(self.factor, k)
+        return float(k @ self.weights), math.sqrt(max(variance, 0.0))
+
+    def novelty(self, x: float) -> float:
+        return float(np.abs(self.x - x).min()) / (2 * self.length)
+
+
+def true_force(x: float) -> float:
+    """−dV/dx of V = 4 (x² − 1)²: wells at ±1, a barrier of 4."""
+    return -16 * x * (x * x - 1)
+
+
+def learn_on_the_fly(recipe: StopRecipe, held: int, ramp: int, cold: float, hot: float, most: int, seed: int) -> dict:
+    """Langevin dynamics (BAOAB) on the learner's force: `held` steps at temperature cold, then a ramp to hot of `ramp` steps."""
+    rng, learner, history = np.random.default_rng(seed), Learner(), History()
+    x, v, dt, friction, threshold = -1.0, 0.0, 0.05, 1.0, 0.4
+    learner.learn(x, true_force(x))
+    force, _ = learner(x)
+    kept, alone = math.exp(-friction * dt), []
+    for step in range(1, most):
+        target = cold + (hot - cold) * min(1.0, max(0.0, (step - held) / ramp))
+        v += 0.5 * dt * force
+        x += 0.5 * dt * v
+        v = kept * v + math.sqrt((1 - kept**2) * target) * rng.standard_normal()
+        x += 0.5 * dt * v
+        force, sigma = learner(x)
+        v += 0.5 * dt * force
+        ask = sigma > threshold
+        if step % 5 == 0 or ask:
+            novelty = learner.novelty(x)
+            history = history.append(
+                Record(
+                    *(0, step, dt * step, v * v, target),
+                    ramp_finished=step >= held + ramp,
+                    sigma_max=sigma,
+                    sigma_median=sigma,
+                    threshold=threshold,
+                    novelty_max=novelty,
+                    atoms={1: 1},
+                    outside={1: int(novelty > 1)},
+                    outside_atoms=(0,) if novelty > 1 else (),
+                    labelled=ask,
+                    observables={"energy": 4 * (x * x - 1) ** 2, "temperature": v * v},
+                )
+            )
+        if ask:
+            learner.learn(x, true_force(x))
+            force, _ = learner(x)
+        if step % 500 == 0:
+            verdict = judge(history, recipe)
+            others = [c.met for c in verdict.criteria if c.name != "ensemble"]
+            if all(m is True for m in others) and not verdict.stop:
+                alone.append((step, float(learner.x.max())))
+            if verdict.stop:
+                return {"step": step, "learner": learner, "alone": alone, "verdict": verdict, "labels": len(learner.x)}
+    return {"step": most, "learner": learner, "alone": alone, "verdict": verdict, "labels": len(learner.x)}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_basins_and_a_ramp(seed):
+    """Cold, the walker sits in the left well: plateau, mean and coverage are all met, and the right well was never seen. A rule that
+    looks only at them would stop; ours goes on through the ramp, learns the right well, and then stops."""
+    recipe = StopRecipe(
+        plateau=PlateauRecipe(drift=0.5),
+        observable=ObservableRecipe(tolerance=0.2, relative=True),
+        temperature=0.1,
+    )
+    run = learn_on_the_fly(recipe, held=9000, ramp=3000, cold=0.25, hot=3.0, most=60_000, seed=seed)
+    trapped = [step for step, right in run["alone"] if step <= 9000 and right < 0]
+    assert trapped, "without looking at the ramp it would have stopped in the first well"
+    assert run["verdict"].converged, run["verdict"].sentence
+    assert run["step"] > 12_000 + 3000  # three thousand steps without a label after the ramp at least
+    learner = run["learner"]
+    assert learner.x.max() > 1.2  # the second well is known,
+    for x in np.linspace(-1.4, 1.4, 29):
+        force, sigma = learner(float(x))
+        assert sigma < 0.6, x  # all of it,
+        assert abs(force - true_force(float(x))) < 1.5, x  # and right: forces are up to 16
