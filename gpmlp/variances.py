@@ -101,7 +101,7 @@ class VarianceModel:
         """Variances by name of the field of Prediction that holds them."""
         out: dict[str, Variance] = {}
         if wanted.atom_energies or wanted.energies:
-            rows = self._atom_rows(structures, views)
+            rows = self.atom_rows(structures, views)
             if wanted.atom_energies:
                 out["atom_energies_variance"] = self._atom_energies(structures, rows, wanted.residual)
             if wanted.energies:
@@ -127,7 +127,7 @@ class VarianceModel:
             torch.cat([r.stresses for r in made], dim=1) if stresses else None,
         )
 
-    def _atom_rows(self, structures: Structures, views: Sequence[View]) -> Tensor:
+    def atom_rows(self, structures: Structures, views: Sequence[View]) -> Tensor:
         every = zip(self.priors, self.blocks, views, strict=True)
         return torch.cat(
             [covariances.atom_rows(v.environments.features, structures.species, p.kernel, b) for p, b, v in every],

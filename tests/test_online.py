@@ -51,7 +51,9 @@ def labelled(seed: int, kind: str = FULL, periodic: bool | None = None) -> tuple
     if kind == HOLES:
         forces[0], forces[-1, 1] = float("nan"), float("nan")
     if kind == GIVEN:
-        targets = replace(targets, energies_noise=torch.full_like(energies, 0.01), forces_noise=torch.full_like(forces, 0.02))
+        targets = replace(
+            targets, energies_noise=torch.full_like(energies, 0.01), forces_noise=torch.full_like(forces, 0.02)
+        )
     return one, replace(targets, config_types=(kind,))
 
 
@@ -136,3 +138,259 @@ def test_five_hundred_mixed_updates_equal_a_refit():
     print(seen, worst, largest, online.factor.drift, len(online.events))
     assert worst < 1e-8
     assert min(seen.values()) > 60 and len(seen) == 4
+
+
+def same(a: Potential, b: Potential) -> bool:
+    """Whether they predict the same, to the last bit."""
+    return difference(a, b, probes()) == 0.0
+
+
+def test_what_is_learned_is_the_fit_of_all_labels():
+    """learned = added and extended; a species with more than one block width, columns in the order of the blocks."""
+    online = begun(6)
+    for seed in (20, 21, 22):
+        online = online.learned(*labelled(seed))
+    assert online.n_labels == 9 and len(online.foreseen) == 3
+    assert sum(len(b.features) for b in online.models[0].blocks) > 4
+    assert difference(online.potential, refit(online), probes()) < 1e-9
+
+
+def test_an_older_state_is_not_touched():
+    """What was, predicts as before to the last bit, and shares no memory that changes."""
+    online = begun()
+    before = online.potential
+    frozen = [rows.clone() for b in online.batches for rows in b.rows.values()] + [online.factor.upper.clone()]
+    later = online.learned(*labelled(30)).extended(labelled(31)[0], 2).removed(0)
+    later = later.without(0, 6, [0]).refreshed("a test").learned(*labelled(33))
+    assert later.n_labels == 2 and online.n_labels == 8
+    now = [rows for b in online.batches for rows in b.rows.values()] + [online.factor.upper]
+    assert all(torch.equal(a, b) for a, b in zip(frozen, now, strict=True))
+    again = replace(online)  # without what was cached
+    assert same(again.potential, before)
+
+
+def test_a_refresh_learns_the_noise_that_a_fit_learns():
+    """The same evidence from the same rows; energies by leaving one out. The optimiser stops at 1e-10 of a value of some hundreds."""
+    data = first_data(12)
+    options = recipe(calibration=False, novelty=False, inducing={"n": 4, "gradients": 2})
+    _, report = fit(*data, replace_noise(options))
+    online = Online.begin(*data, replace_noise(options))
+    for kind, sigma in report.noise.items():
+        assert online.noise[kind] == pytest.approx(sigma, rel=1e-3), kind
+    signal = torch.tensor(list(report.signal.values()), dtype=torch.float64)
+    torch.testing.assert_close(online.signal, signal, rtol=1e-3, atol=0)
+
+
+def replace_noise(options: Recipe) -> Recipe:
+    """Without noises by config_type, which a fit wants to meet in its data."""
+    return options.model_copy(update={"noise": type(options.noise)()})
+
+
+def test_a_refresh_of_updated_rows_is_one_of_rows_made_anew():
+    online = begun()
+    for seed in (40, 41, 42):
+        online = online.learned(*labelled(seed))
+    online = online.removed(0).without(0, 8, [1]).refreshed("a test")
+    lowers = online.lowers
+    made = regression.labelled_rows(
+        online.models, online.structures, Targets.concatenate([b.remaining for b in online.batches])
+    )
+    whitened = {k: posterior.whiten(rows.double(), lowers) for k, rows in made.items()}
+    counts = {k: len(rows) for k, rows in whitened.items()}
+    parameters, _, _ = regression.learn(online.recipe, online.models, whitened, counts, {}, Stages(None))
+    for kind, sigma in parameters.noise().items():
+        if kind != "energies":  # leaving one out lessens it
+            assert online.noise[kind] == pytest.approx(sigma, rel=1e-6)
+    torch.testing.assert_close(online.signal, parameters.signal(), rtol=1e-6, atol=0)
+    assert difference(online.potential, refit(online), probes()) < 1e-9
+    assert online.events[-1] == "3 labels: refreshed: a test"
+
+
+def test_first_labels_of_a_kind_bring_its_noise():
+    data = together(*(labelled(seed, periodic=False) for seed in range(6)))
+    online = Online.begin(*data, recipe())
+    assert set(online.noise) == {"energies", "forces"}
+    later = online.added(*labelled(50, periodic=True))
+    assert later.noise["stresses"] > 0 and later.events[-1] == "7 labels: refreshed: first stresses"
+    assert difference(later.potential, refit(later), probes()) < 1e-9
+
+
+def test_energies_alone_will_do():
+    online = Online.begin(*together(*(labelled(seed, ENERGY) for seed in range(8))), recipe())
+    online = online.learned(*labelled(60, ENERGY)).learned(*labelled(63, ENERGY))
+    assert set(online.noise) == {"energies"}
+    assert difference(online.potential, refit(online), probes()) < 1e-9
+
+
+def test_calibration_comes_from_what_was_foreseen():
+    online = begun()
+    assert online.calibration.source == {} or "how" not in online.calibration.source
+    for seed in range(70, 82):
+        online = online.learned(*labelled(seed, FULL if seed % 2 else ENERGY))
+    calibrated = online.recalibrated()
+    source = calibrated.calibration.source
+    assert source["held_out_structures"] == 12 and "before they were learned" in source["how"]
+    assert "forces" in calibrated.calibration.kinds and "energies" in calibrated.calibration.kinds
+    assert len(online.foreseen) == 12 <= FORESEEN
+    foreseen = online.foreseen[-1]
+    raw = online.removed(len(online.batches) - 1)  # of the state before, but for the inducing points
+    assert foreseen.prediction.forces_covariance is not None and raw.n_labels == online.n_labels - 1
+    covered = calibrated.potential(probes(), variance="forces").forces_variance
+    assert (covered.total > 0).all()
+
+
+def test_no_variances_no_novelty_no_calibration_where_none_is_wanted():
+    online = begun(variance=False, novelty=False, calibration=False).learned(*labelled(90))
+    assert online.foreseen == () and online.novelty is None and online.recalibrated() is online
+    assert online.potential.variances is None
+
+
+def test_novelty_counts_what_was_learned():
+    online = begun()
+    one, targets = labelled(95)
+    before = online.potential(one, novelty=True).novelty
+    after = online.learned(one, targets).potential(one, novelty=True).novelty
+    assert (after < before).all()
+
+
+def test_jacobians_kept_or_made_again_give_the_same(monkeypatch):
+    """To 1e-12: the same sums, of environments made in chunks of another size."""
+    sequence = [labelled(seed) for seed in (100, 101, 102)]
+
+    def run() -> Online:
+        online = begun()
+        for data in sequence:
+            online = online.learned(*data)
+        return online.added(*sequence[0]).extended(labelled(103)[0], 3)
+
+    kept = run()
+    assert all(b.facets for b in kept.batches) and sum(b.n_bytes for b in kept.batches) < batches.KEPT_BYTES
+    monkeypatch.setattr(batches, "KEPT_BYTES", kept.batches[0].n_bytes + 1)  # of the first alone
+    some = run()
+    assert some.batches[0].facets and not some.batches[-1].facets
+    monkeypatch.setattr(batches, "KEPT_BYTES", 0)
+    none = run()
+    assert not any(b.facets for b in none.batches)
+    for other in (some, none):
+        assert difference(kept.potential, other.potential, probes()) < 1e-12
+        for a, b in zip(kept.batches, other.batches, strict=True):
+            torch.testing.assert_close(a.features, b.features, rtol=0, atol=1e-14)
+
+
+def test_a_dependent_column_is_dropped():
+    """The environments of a lone pair of atoms change in one direction only, so that one of their two tangents is zero."""
+    online, pair = begun(), structure([[0, 0, 0], [0, 0, 1.3]], [6, 8])
+    new = online.extended(pair, 2)
+    assert [
+        len(b.features) - len(a.features) for a, b in zip(online.models[0].blocks, new.models[0].blocks, strict=True)
+    ] == [1, 1]
+    assert new.factor.columns == online.factor.columns + 4
+    assert difference(new.potential, refit(new), probes()) < 1e-9
+    assert new.extended(pair, 2) is new  # what is there already brings nothing
+
+
+def test_inducing_points_grow_with_the_labels_up_to_the_recipe():
+    online = begun(inducing={"n": 8, "gradients": 2})
+    counts = [sum(len(b.features) for b in online.models[0].blocks)]
+    for seed in range(120, 150):
+        online = online.learned(*labelled(seed))
+        counts.append(sum(len(b.features) for b in online.models[0].blocks))
+        labels = sum(b.count for b in online.batches)
+        assert counts[-1] <= min(8, max(counts[0], defaults.columns_for(labels, False) // 3))
+    assert counts[0] <= 8 and counts[-1] == 8 and counts == sorted(counts)
+    free = begun(inducing={"gradients": 2})
+    for seed in range(120, 130):
+        free = free.learned(*labelled(seed))
+    assert sum(len(b.features) for b in free.models[0].blocks) > 8
+
+
+def test_more_inducing_points_asked_for_than_there_are_atoms():
+    """A fit refuses that; here it is the most there may ever be."""
+    online = Online.begin(*first_data(2), recipe(inducing={"n": 500, "gradients": 0}))
+    assert sum(len(b.features) for b in online.models[0].blocks) <= 500
+
+
+def test_variances_of_many_columns_by_some_of_them():
+    """The subset is a sparse process of its own with all centres: the same from the factor as from rows made anew."""
+    online = begun()
+    for seed in range(150, 156):
+        online = online.added(*labelled(seed)).extended(labelled(seed)[0], 4)
+    wide = online.factor.columns
+    for share in (2, 4):  # fewer gradients; none, and not all values
+        fewer = online.recipe.variance.model_copy(update={"columns": wide // share})
+        some = replace(online, recipe=online.recipe.model_copy(update={"variance": fewer})).potential
+        small = some.variances
+        assert 0.6 * wide / share < small.n_columns < 1.4 * wide / share and small.of_fit == wide
+        models = [replace(m, blocks=b) for m, b in zip(online.models, small.blocks, strict=True)]
+        remaining = Targets.concatenate([b.remaining for b in online.batches])
+        made = regression.labelled_rows(models, online.structures, remaining)
+        lowers = [torch.linalg.cholesky(covariances.covariance(m.kernel, b, b)) for m in models for b in m.blocks]
+        rows = {k: posterior.whiten(r, lowers) for k, r in made.items()}
+        noise = online.noise | {posterior.FIXED: 1.0}
+        factor = posterior.solve(rows, {k: len(r) for k, r in rows.items()}, noise, small.signal, lowers).factor
+        anew = replace(some, variances=replace(small, lowers=tuple(lowers), factor=factor))
+        assert difference(some, anew, probes()) < 1e-9
+
+
+def test_a_factor_that_has_drifted_is_made_again_and_says_so():
+    online = begun()
+    for seed in range(160, 163):
+        online = online.added(*labelled(seed))
+    upper = online.factor.upper.clone()
+    upper[3, 5] += 1e-6 * upper[3, 3]
+    spoilt = replace(online, factor=replace(online.factor, upper=upper))
+    well = online.removed(-1)
+    again = spoilt.removed(-1)
+    assert again.factor.changes == 0 and len(again.events) == len(online.events) + 1
+    assert "rounding of" in again.events[-1] and "had grown to" in again.events[-1]
+    assert well.events == online.events and well.factor.changes > 0
+    assert difference(again.potential, well.potential, probes()) < 1e-9
+    wrong_mean = online.factor.upper.clone()
+    wrong_mean[:, -1] *= 1 + 1e-7
+    assert len(replace(online, factor=replace(online.factor, upper=wrong_mean)).removed(-1).events) == len(again.events)
+
+
+def test_labels_that_told_nearly_all_are_removed_without_a_downdate():
+    """A first batch of much smaller noise: what is left after it cannot be told from rounding by a downdate."""
+    sure, targets = labelled(170, periodic=False)
+    targets = replace(
+        targets,
+        energies_noise=torch.full_like(targets.energies, 1e-7),
+        forces_noise=torch.full_like(targets.forces, 1e-7),
+    )
+    online = begun().added(sure, targets)
+    left = online.removed(-1)
+    assert "could not be removed by a downdate" in left.events[-1]
+    assert difference(left.potential, begun().potential, probes()) < 1e-9
+
+
+def test_a_state_knows_what_it_is():
+    online = begun()
+    assert len(online.structures) == len(online.targets) == online.n_labels == 8
+    report = online.report()
+    assert report["rank"] == online.factor.columns <= report["columns"]
+    assert report["events"] == ["8 labels: refreshed: first data"]
+    assert online.potential.report["rows"]["forces"] > 0
+
+
+@pytest.mark.parametrize("act", ["learned", "added"])
+def test_a_species_that_was_not_there_is_refused(act):
+    stranger = cluster((6, 1, 8), 3)
+    with pytest.raises(checks.UserError, match="H was not among the structures.*it knows C, O"):
+        getattr(begun(), act)(stranger, Targets.unknown(stranger))
+
+
+def test_what_is_refused():
+    online = begun(4)
+    with pytest.raises(checks.UserError, match="last labels"):
+        online.removed(0)
+    with pytest.raises(checks.UserError, match="All inducing points of C"):
+        online.without(0, 6, range(len(online.models[0].blocks[0].features)))
+    with pytest.raises(checks.UserError, match="no inducing points of H"):
+        online.without(0, 1, [0])
+    with pytest.raises(checks.UserError, match="counted from 0; got"):
+        online.without(0, 6, [99])
+    with pytest.raises(checks.UserError, match="leave out `evidence: vfe`"):
+        begun(evidence="vfe")
+    with pytest.raises(checks.UserError, match="No structure has an energy"):
+        online.added(labelled(1)[0], Targets.unknown(labelled(1)[0]))

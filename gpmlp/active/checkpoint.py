@@ -25,6 +25,8 @@ from gpmlp.io.atomic import atomic, check_folder
 
 NAME = "checkpoint.gpmlp-run"
 NEVER = -(10**9)  # a step long ago
+SENTENCES = {"judged": "sentence", "stopped": "reason"}  # what says all there is to say of an event
+UNTOLD = ("atoms", "foreseen", "criteria")  # too long for a line that a person reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,7 @@ class Progress:
 
     Attributes:
         first, learned: keys of labels in the order they were learned: the first ones together, then one by one.
-        observer: what observables remember; hours: time the run has taken.
+        observer: what observables remember; hours: time the run has taken; seconds: by what it did.
         round: number of strides so far.
         written: bytes of each file that belong to this moment.
         framed: step of the last frame of each walker in the trajectory.
@@ -74,6 +76,7 @@ class Progress:
     history: History = field(default_factory=History)
     observer: dict[str, np.ndarray] = field(default_factory=dict)
     hours: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
     round: int = 0
     written: dict[str, int] = field(default_factory=dict)
     framed: tuple[int, ...] = ()
@@ -113,6 +116,7 @@ class Progress:
             "stopped": self.stopped,
             "history": history,
             "hours": self.hours,
+            "seconds": self.seconds,
         }
         return header, tensors
 
@@ -139,6 +143,7 @@ class Progress:
             History.from_state(header["history"], columns),
             observer,
             header["hours"],
+            header.get("seconds", {}),
             header["round"],
             header["written"],
             tuple(header["framed"]),
@@ -196,9 +201,14 @@ class Trail:
         """One line for programs, which holds no time of day, and one for people, which does."""
         self._write("log.jsonl", (json.dumps({"event": event} | values, default=float) + "\n").encode())
         if event != "look":
-            told = ", ".join(f"{k} {_short(v)}" for k, v in values.items())
-            self._diary.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {event}: {told}\n")
-            self._diary.flush()
+            self.tell(event, **values)
+
+    def tell(self, event: str, **values: object) -> None:
+        """One line for people alone, which may say how long something took."""
+        sentence = values.get(SENTENCES.get(event, ""))
+        told = sentence or ", ".join(f"{k} {_short(v)}" for k, v in values.items() if k not in UNTOLD)
+        self._diary.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {event}: {told}\n")
+        self._diary.flush()
 
     def frame(self, progress: Progress, now: Look, thin: int, timestep_fs: float) -> Progress:
         """Add a frame to the trajectory when `thin` steps have gone by since that walker's last one."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ase import Atoms
 
-from gpmlp.active import bootstrap, observables, stopping, walker
+from gpmlp.active import bootstrap, explore, observables, prophecy, stopping, walker
 from gpmlp.active.checkpoint import Mind, Progress, Trail, load
 from gpmlp.active.criteria import Before, Decision, Limits, criteria, guard, limits_of
 from gpmlp.active.history import Record
@@ -17,6 +17,7 @@ from gpmlp.active.labelling import Labeller, stop_if_told
 from gpmlp.active.oracle import Refusal
 from gpmlp.active.recipe import LearnRecipe
 from gpmlp.active.stopping import Verdict
+from gpmlp.active.stopwatch import Stopwatch
 from gpmlp.active.student import Student
 from gpmlp.active.tape import Entry, Tape, canonical, key_of
 from gpmlp.active.walker import Look, Walker
@@ -97,7 +98,7 @@ class _Run:
         self.limits: Limits | None = None
         self.looks: list[Look | None] = []
         self.saved, self.unsaved = time.monotonic(), False
-        self.progress = Progress()
+        self.progress, self.clock = Progress(), Stopwatch()
 
     def close(self) -> None:
         self.labeller.close()
@@ -108,6 +109,7 @@ class _Run:
     def states(self) -> Iterator[State]:
         """Go on from the last checkpoint, or begin."""
         self.progress = load(self.folder) or Progress()
+        self.clock = Stopwatch(self.progress.seconds)
         self.observer = self.observer.restore(self.progress.observer)
         self.trail.cut(self.progress)
         if not self.progress.first:
@@ -144,16 +146,42 @@ class _Run:
             raise UserError(
                 f"Only {len(entries)} of the first {len(structures)} structures could be labelled; see {self.tape.refused_path}."
             )
-        self.student = Student.begin(entries, self.recipe.model, self.recipe.refresh)
+        with self.clock("learning"):
+            self.student = Student.begin(entries, self.recipe.model, self.recipe.refresh)
+        self.progress = replace(self.progress, first=tuple(e.key for e in entries))
+        yield from self._explore()
         dynamics = self.recipe.dynamics
         walkers = [
             Walker.begin(i, self.starts[i % len(self.starts)], dynamics, self.recipe.seed)
             for i in range(dynamics.walkers)
         ]
         minds = tuple(Mind(w, w) for w in walkers)
-        self.progress = replace(self.progress, first=tuple(e.key for e in entries), minds=minds)
+        self.progress = replace(self.progress, minds=minds)
         self._taught("first labels")
         self._checkpoint()
+
+    def _explore(self) -> Iterator[State]:
+        """Label structures made where the first ones have left the model blind."""
+        chosen = self.recipe.explore
+        for k in range(chosen.directed):
+            start = structures_from_ase([self.starts[k % len(self.starts)]], [f"explored {k}"])
+            share = self.recipe.trigger.guards.distance
+            if k % 2:
+                made, how = explore.ascend(self.potential, start, chosen.radius_A, share=share), "up the slope of σ"
+            else:
+                atom = k // 2 % start.n_atoms
+                made, how = (
+                    explore.rare(self.potential, start, atom, chosen.radius_A, share),
+                    f"rare around atom {atom}",
+                )
+            asked, self.reason = canonical(made), f"explored: {how}"
+            self._ask(asked)
+            yield self._state("first labels")
+            entry = self._answer(asked, self.reason, {"walker": -1, "step": 0})
+            if entry is not None and entry.key not in self.progress.known:
+                self.progress = replace(self.progress, learned=(*self.progress.learned, entry.key))
+                with self.clock("learning"):
+                    self.student = self.student.taught(entry)
 
     def _remember(self) -> Iterator[State]:
         """Teach a student all that was learned before, in the same order: what it knows is then the same, bit by bit."""
@@ -181,7 +209,10 @@ class _Run:
                 continue
             stride = min(trigger.every, dynamics.steps - mind.walker.step)
             judge = self._judge_of(i)
-            now = walker.advance(self.looks[i], self.potential, judge, dynamics, self.timestep_fs, stride)
+            with self.clock("dynamics"):
+                now = walker.advance(
+                    self.looks[i], self.potential, judge, dynamics, self.timestep_fs, stride, self.recipe.explore.bias
+                )
             self._follow(i, now)
             yield self._state("dynamics")
         yield from self._serve()
@@ -300,8 +331,11 @@ class _Run:
         else:
             self.progress = replace(self.progress.with_mind(i, mind), learned=(*self.progress.learned, key))
             yield self._state("learning")
-            self.student = self.student.taught(entry)
-            self._taught(self.reason)
+            before = self.student.online.calibration
+            with self.clock("learning"):
+                self.student = self.student.taught(entry)
+            told = prophecy.plain(self.student.online.foreseen[-1], before, self.recipe.trigger.probability)
+            self._taught(self.reason, key=key, walker=i, step=step, foreseen=told)
         self.progress = self.progress.with_mind(
             i, replace(self.progress.minds[i], left=self.looks[i].decision.severity)
         )
@@ -314,7 +348,8 @@ class _Run:
         key = key_of(structure, self.oracle_hash)
         if key in self.tape or self.tape.refusal(key) is not None:
             return
-        self.labeller.submit(key, structure)
+        with self.clock("oracle"):
+            self.labeller.submit(key, structure)
 
     def _answer(self, structure: Structures, reason: str, notes: dict) -> Entry | None:
         """The label of a structure that was asked for, once it is on the tape; None if there is none."""
@@ -323,7 +358,8 @@ class _Run:
             return self.tape.find(key)
         refusal = self.tape.refusal(key)
         if refusal is None:
-            found = self.labeller.result(key)
+            with self.clock("oracle"):
+                found = self.labeller.result(key)
             self.calls += 1
             if isinstance(found, Refusal):
                 self.tape.refuse(found)
@@ -331,6 +367,7 @@ class _Run:
             else:
                 entry = self.tape.append(Entry(structure, found.targets, key, reason, self.oracle_hash, notes))
                 self.labeller.forget(key)
+                self.trail.tell("labelled", key=key, seconds=found.seconds, attempts=found.attempts)
                 return entry
             self.labeller.forget(key)
         stop_if_told(self.recipe.oracle, refusal, self.tape.refused_in_a_row)
@@ -339,13 +376,13 @@ class _Run:
 
     # ------------------------------------------------------------ learning
 
-    def _taught(self, why: str) -> None:
+    def _taught(self, why: str, **more: object) -> None:
         """What follows from a new label: limits, looks, the model file, the log."""
         self._renew()
         online = self.student.online
         self.trail.log(
             "learned", reason=why, labels=online.n_labels, columns=online.factor.columns, noise=online.noise,
-            force_limit=self.limits.force, refreshed=self.student.since == 0,
+            force_limit=self.limits.force, refreshed=self.student.since == 0, **more,
         )  # fmt: skip
         self._save_model()
 
@@ -420,7 +457,8 @@ class _Run:
     def _checkpoint(self) -> None:
         hours = self.progress.hours + (time.monotonic() - self.began) / 3600
         self.began = time.monotonic()
-        self.progress = self.trail.checkpoint(replace(self.progress, observer=self.observer.state(), hours=hours))
+        spent = {"observer": self.observer.state(), "hours": hours, "seconds": dict(self.clock.seconds)}
+        self.progress = self.trail.checkpoint(replace(self.progress, **spent))
         self.saved, self.unsaved = time.monotonic(), False
 
 

@@ -113,6 +113,19 @@ class BootstrapRecipe(_Section):
     given: str | None = None
 
 
+class ExploreRecipe(_Section):
+    """Structures made on purpose where data are thin.
+
+    directed: how many are labelled after the first ones, in turn displaced along a rare direction of descriptor space around an atom
+    and led up the slope of the local energies' standard deviations; radius_A: the farthest that an atom is moved.
+    bias: share of rms forces with which dynamics is pushed towards uncertainty (0: it is not); not with ensemble nve.
+    """
+
+    directed: Annotated[int, Field(ge=0)] = 0
+    radius_A: Positive = 0.3
+    bias: Annotated[float, Field(ge=0, le=2)] = 0.0
+
+
 class RefreshRecipe(_Section):
     """When noises, signals and novelty are learned again: every `labels` labels (None: a sixth of those there are, 4 at least), or
     when the running negative log likelihood of foreseen forces has risen by `drift` nats per component."""
@@ -131,6 +144,7 @@ class LearnRecipe(_Section):
     stop: StopRecipe = StopRecipe()
     model: Recipe = Recipe()
     bootstrap: BootstrapRecipe = BootstrapRecipe()
+    explore: ExploreRecipe = ExploreRecipe()
     refresh: RefreshRecipe = RefreshRecipe()
     seed: int = 0
     output: str = "learned"
@@ -142,6 +156,8 @@ class LearnRecipe(_Section):
             raise ValueError("model.evidence: an online model learns its noises by the DTC evidence; leave it out")
         if self.model.variance is False or self.model.novelty is False:
             raise ValueError("model.variance and model.novelty steer the run; they cannot be false")
+        if self.dynamics.ensemble == "nve" and self.explore.bias:
+            raise ValueError("explore.bias does not conserve the energy; take dynamics.ensemble: nvt, or no bias")
         if self.dynamics.ensemble == "nve" and isinstance(self.dynamics.temperature_K, tuple):
             raise ValueError("dynamics: nve has no thermostat, so temperature_K cannot be a ramp; take ensemble: nvt")
         return self

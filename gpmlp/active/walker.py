@@ -17,8 +17,10 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.md.langevinbaoab import LangevinBAOAB
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from gpmlp import units
+from gpmlp.active import explore
 from gpmlp.active.criteria import Before, Decision
 from gpmlp.active.recipe import DynamicsRecipe
 from gpmlp.checks import UserError
@@ -135,9 +137,9 @@ class Watched(Calculator):
 
     implemented_properties = ("energy", "free_energy", "forces", "stress")
 
-    def __init__(self, potential: Potential, name: str) -> None:
+    def __init__(self, potential: Potential, name: str, bias: float) -> None:
         super().__init__()
-        self.potential, self.label_in_errors = potential, name
+        self.potential, self.label_in_errors, self.bias = potential, name, explore.Bias(bias) if bias else None
         self.variance: str | tuple[str, ...] = CHEAP
         self.structure: Structures | None = None
         self.prediction: Prediction | None = None
@@ -145,14 +147,25 @@ class Watched(Calculator):
     def remember(self, atoms: Atoms, seen: Look) -> None:
         """Take over what was predicted of these atoms already."""
         self.atoms, self.structure, self.prediction = atoms.copy(), seen.structure, seen.prediction
-        self.results = results(seen.prediction, 0, slice(0, len(atoms)))
+        self._take()
+
+    def _take(self) -> None:
+        """Results that drive the dynamics: those of the potential, and the bias."""
+        self.results = results(self.prediction, 0, slice(0, len(self.atoms)))
+        if self.bias is not None:
+            energy, forces, stress = self.bias(self.potential, self.structure, self.prediction.forces)
+            self.results["energy"] += energy
+            self.results["free_energy"] = self.results["energy"]
+            self.results["forces"] = self.results["forces"] + forces.numpy()
+            if "stress" in self.results:
+                self.results["stress"] = self.results["stress"] + full_3x3_to_voigt_6_stress(stress.numpy())
 
     def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=tuple(all_changes)) -> None:
         """Predict."""
         super().calculate(atoms, list(properties), list(system_changes))
         self.structure = structures_from_ase([self.atoms], [self.label_in_errors])
         self.prediction = self.potential(self.structure, self.variance, novelty=True)
-        self.results = results(self.prediction, 0, slice(0, len(self.atoms)))
+        self._take()
 
 
 def look(walker: Walker, potential: Potential, judge: Judge, dynamics: DynamicsRecipe) -> Look:
@@ -172,7 +185,13 @@ def frame(now: Look) -> Atoms:
 
 
 def advance(
-    seen: Look, potential: Potential, judge: Judge, dynamics: DynamicsRecipe, timestep_fs: float, steps: int
+    seen: Look,
+    potential: Potential,
+    judge: Judge,
+    dynamics: DynamicsRecipe,
+    timestep_fs: float,
+    steps: int,
+    bias: float = 0.0,
 ) -> Look:
     """Make steps from where a walker was last looked at until the decision is not to go on, and look fully at the last one.
 
@@ -181,11 +200,12 @@ def advance(
 
     Args:
         seen: a full look, by the same potential.
+        bias: share of the rms forces that pushes towards uncertainty.
     """
     walker = seen.walker
     atoms = walker.atoms.copy()
     name = f"walker {walker.number}, step {walker.step} to {walker.step + steps}"
-    atoms.calc = watched = Watched(potential, name)
+    atoms.calc = watched = Watched(potential, name, bias)
     generator = walker.generator
     watched.remember(atoms, seen)
     integrator = _integrator(atoms, walker, dynamics, timestep_fs, generator)

@@ -127,7 +127,7 @@ def scatter(axes: Axes, plot: Scatter) -> None:
         colour = {"c": plot.value, "cmap": colours, "vmin": 0, "vmax": 1} if coloured else {"color": plot.colour}
         axes.scatter(plot.px, plot.py, s=9, alpha=0.7, lw=0, rasterized=len(plot.px) > 500, **colour)
     for line in plot.lines:
-        style = "--" if line.dashed else "-"
+        style = "" if line.bare else "--" if line.dashed else "-"
         marker = {"marker": "o", "ms": 3.5} if line.dots else {}
         x, y = plot.x.place(np.array(line.x)), plot.y.place(np.array(line.y))
         axes.plot(x, y, style, color=line.colour, lw=1.1, label=line.label, **marker)

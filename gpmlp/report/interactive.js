@@ -121,7 +121,7 @@
         context.setLineDash(line.dashed ? [5, 4] : []);
         context.beginPath();
         line.x.forEach((v, k) => context.lineTo(box.left + place(spec.x, v) * box.width, box.top + (1 - place(spec.y, line.y[k])) * box.height));
-        context.stroke();
+        if (!line.bare) context.stroke();
         context.setLineDash([]);
         if (line.dots) line.x.forEach((v, k) => {
           context.beginPath();
@@ -204,7 +204,7 @@
       const where = document.createElement("div");
       where.className = "where";
       const part = component ? ", " + spec.components[component[k]] : "";
-      where.textContent = (row[k] >= 0 ? `${atoms.element[row[k]]} atom ${atoms.index[row[k]]}${part}` : "whole structure" + part) + (type ? ` · ${type}` : "");
+      where.textContent = (row[k] >= 0 ? `${atoms.element[row[k]]} atom ${atoms.index[row[k]]}${part}` : structures.whole + part) + (type ? ` · ${type}` : "");
       for (const c of columns) add(c.label, show(c.values[k]) + (c.unit ? " " + c.unit : ""));
       label.replaceChildren(head, where, ...lines);
       label.hidden = false;

@@ -83,7 +83,8 @@ def live(pictures: dict[str, Picture], plot: Scatter, title: str, caption: str, 
 def _key(line: Line) -> str:
     dash = ' stroke-dasharray="4 3"' if line.dashed else ""
     dot = f'<circle cx="11" cy="5" r="2.6" fill="{line.colour}"/>' if line.dots else ""
-    mark = f'<line x1="1" y1="5" x2="21" y2="5" stroke="{line.colour}" stroke-width="1.6"{dash}/>{dot}'
+    mark = f'<line x1="1" y1="5" x2="21" y2="5" stroke="{line.colour}" stroke-width="1.6"{dash}/>'
+    mark = dot if line.bare else mark + dot
     return f'<span class="key"><svg viewBox="0 0 22 10" aria-hidden="true">{mark}</svg>{text(line.label)}</span>'
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
@@ -95,6 +95,30 @@ def plain(value: Any) -> Any:
 def as_html(content: Content, shown: list[tuple[str, str, str, str]]) -> str:
     """The whole page."""
     data = content.data
+    size = f"{len(data.names):,} structures, {len(data.structure):,} atoms"
+    about = f"<span>Model <b>{text(data.model_name)}</b></span> <span>Data <b>{text(data.data_name)}</b></span> <span>{size}</span>"
+    tiles = answers.key_numbers(data, content.labelled, content.numbers)
+    return whole(
+        "Uncertainty report", data.title, about, tiles, shown, scatter.payload(data, list(content.scatters.values()))
+    )
+
+
+def whole(
+    kind: str,
+    title: str,
+    about: str,
+    key_numbers: Sequence[tuple[str, str]],
+    shown: Sequence[tuple[str, str, str, str]],
+    payload: dict[str, Any],
+) -> str:
+    """A page of sections.
+
+    Args:
+        about: HTML of the line below the title.
+        key_numbers: (number, what it is).
+        shown: (id, question, answer, HTML) of each section.
+        payload: of the interactive plots.
+    """
     here = resources.files("gpmlp.report")
     contents = "".join(f'<li><a href="#{name}">{text(question)}</a></li>' for name, question, _, _ in shown)
     body = "".join(
@@ -102,16 +126,12 @@ def as_html(content: Content, shown: list[tuple[str, str, str, str]]) -> str:
         f'<p class="answer">{text(answer)}</p>{inside}</section>'
         for name, question, answer, inside in shown
     )
-    tiles = "".join(
-        f"<li><b>{text(value)}</b> <span>{text(what)}</span></li>"
-        for value, what in answers.key_numbers(data, content.labelled, content.numbers)
-    )
-    packed = json.dumps(plain(scatter.payload(data, list(content.scatters.values()))), allow_nan=False)
+    tiles = "".join(f"<li><b>{text(value)}</b> <span>{text(what)}</span></li>" for value, what in key_numbers)
+    packed = json.dumps(plain(payload), allow_nan=False)
     return Template((here / "template.html").read_text("utf-8")).substitute(
-        title=text(data.title),
-        model=text(data.model_name),
-        data=text(data.data_name),
-        size=f"{len(data.names):,} structures, {len(data.structure):,} atoms",
+        kind=text(kind),
+        title=text(title),
+        meta=about,
         tiles=f'<ul class="tiles">{tiles}</ul>' if tiles else "",
         contents=contents,
         body=body,

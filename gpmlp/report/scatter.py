@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """A polyline over the points."""
+    """A polyline over the points; with `bare` only its dots."""
 
     x: list[float]
     y: list[float]
@@ -50,6 +51,7 @@ class Line:
     label: str
     dashed: bool = False
     dots: bool = False
+    bare: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,15 +255,40 @@ def _columns(view: Labelled) -> tuple[tuple[str, str, np.ndarray], ...]:
     return tuple(columns)
 
 
-def payload(data: ReportData, plots: Sequence[Scatter]) -> dict:
-    """What interactive.js draws; only structures and atoms that can be pointed at are in it."""
+class Places(Protocol):
+    """What points belong to: structures with their names, and the atoms in them."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def config_type(self) -> Sequence[str]: ...
+
+    @property
+    def species(self) -> np.ndarray: ...
+
+    @property
+    def atom(self) -> np.ndarray: ...
+
+
+def payload(data: Places, plots: Sequence[Scatter], whole: str = "whole structure") -> dict:
+    """What interactive.js draws; only structures and atoms that can be pointed at are in it.
+
+    Args:
+        whole: what a point without an atom is.
+    """
     kept = [plot.kept() for plot in plots]
     structures = _distinct(plot.structure[k] for plot, k in zip(plots, kept, strict=True))
     rows = _distinct(plot.row[k] for plot, k in zip(plots, kept, strict=True))
     rows = rows[rows >= 0]
     types, type_of = np.unique(np.array([data.config_type[i] for i in structures], dtype=str), return_inverse=True)
     return {
-        "structures": {"name": [data.names[i] for i in structures], "type": type_of.tolist(), "types": types.tolist()},
+        "structures": {
+            "name": [data.names[i] for i in structures],
+            "type": type_of.tolist(),
+            "types": types.tolist(),
+            "whole": whole,
+        },
         "atoms": {
             "element": [symbol(int(z)) for z in np.asarray(data.species)[rows]],
             "index": np.asarray(data.atom)[rows].tolist(),
@@ -309,7 +336,15 @@ def _plot(plot: Scatter, kept: np.ndarray, structures: np.ndarray, rows: np.ndar
             {"label": label, "unit": unit, "values": _packed(v[kept], "<f4")} for label, unit, v in plot.columns
         ],
         "lines": [
-            {"x": li.x, "y": li.y, "colour": li.colour, "label": li.label, "dashed": li.dashed, "dots": li.dots}
+            {
+                "x": li.x,
+                "y": li.y,
+                "colour": li.colour,
+                "label": li.label,
+                "dashed": li.dashed,
+                "dots": li.dots,
+                "bare": li.bare,
+            }
             for li in plot.lines
         ],
         "valueLabel": plot.value_label if plot.value is not None else "",

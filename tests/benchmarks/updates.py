@@ -1,0 +1,189 @@
+"""Cost of updates: one new 64-atom silicon structure with energy, forces and stress learned from, beside a refit of everything.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/updates.py [--columns 250 500 1000 2000] [--labels 20 50 100] [--at 1000] [--json times.json]
+
+First the time of an update against the number of columns M, with the slope of log time against log M by least squares: the factor alone
+with the rows of the structure more (appended) and less (removed), the whole of `Online.added` and `removed`. Then, at one M and after
+so many labels: `learned` (foresee, add, new inducing points), its parts, `refreshed`, and `fit` to the same labels with as many inducing
+points. Wall-clock seconds, the least of the repeats; labels are those of a small potential fitted to the data of this repository, with
+noise. Default recipe but for the number of inducing points and, of `fit`, no structures set aside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import common
+import numpy as np
+import torch
+
+sys.path.insert(0, str(common.ROOT))
+
+from ase.build import bulk
+
+import gpmlp
+from gpmlp import growth
+from gpmlp.gp.updates import Factor
+from gpmlp.io.atoms import structures_from_ase
+from gpmlp.online import Online
+from gpmlp.potential import Potential
+from gpmlp.quantities import Targets
+from gpmlp.recipe import Recipe
+from gpmlp.structures import Structures
+
+TRUTH = {
+    "descriptor": {"cutoff": 5.0, "n_max": 4, "l_max": 2},
+    "inducing": {"n": 100, "gradients": 0},
+    "calibration": False, "novelty": False, "variance": False,
+}  # fmt: skip
+GRADIENTS = 3
+NOISE = {"energies": 1e-3, "forces": 0.02}  # eV/atom, eV/A
+Label = tuple[Structures, Targets]
+
+
+def label(truth: Potential, seed: int) -> Label:
+    """A rattled and strained cell of 64 atoms."""
+    atoms = bulk("Si", cubic=True).repeat(2)
+    atoms.rattle(0.12, seed=seed)
+    atoms.set_cell(atoms.cell * (1 + 0.02 * math.sin(seed)), scale_atoms=True)
+    cell = structures_from_ase([atoms])
+    true, generator = truth(cell), torch.Generator().manual_seed(seed)
+
+    def noise(like: torch.Tensor, size: float) -> torch.Tensor:
+        return size * torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+    energies = true.energies + noise(true.energies, NOISE["energies"] * len(atoms))
+    forces = true.forces + noise(true.forces, NOISE["forces"])
+    return cell, replace(Targets.unknown(cell), energies=energies, forces=forces, stresses=true.stresses)
+
+
+def together(labels: Sequence[Label]) -> Label:
+    return Structures.concatenate([s for s, _ in labels]), Targets.concatenate([t for _, t in labels])
+
+
+def least(repeats: int, run: Callable[[], object]) -> float:
+    """Seconds, the least of the repeats."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def with_columns(online: Online, columns: int) -> Online:
+    """Inducing points from the structures there are until there are so many columns."""
+    missing = columns // (1 + GRADIENTS) - sum(len(b.features) for b in online.models[0].blocks)
+    return online.extended(online.structures, missing) if missing > 0 else online
+
+
+def slope(columns: Sequence[int], times: Sequence[float]) -> float:
+    """Of log time against log columns."""
+    return float(np.polyfit(np.log(columns), np.log(times), 1)[0])
+
+
+def against_columns(labels: Sequence[Label], columns: Sequence[int], repeats: int) -> list[dict[str, float]]:
+    """Times of updates by the last label, after all others."""
+    recipe = Recipe.model_validate({"inducing": {"n": min(columns) // (1 + GRADIENTS), "gradients": GRADIENTS}})
+    start = Online.begin(*together(labels[:-1]), recipe)
+    out = []
+    for m in columns:
+        online = with_columns(start, m)
+        more = online.added(*labels[-1])
+        rows = torch.cat(list(more.batches[-1].rows.values()))
+        larger = online.factor.appended(rows)
+        every = [r for b in more.batches for r in b.rows.values()]
+        out.append(
+            {
+                "columns": online.factor.columns,
+                "rows of the structure": len(rows),
+                "factor appended": least(repeats, lambda o=online, r=rows: o.factor.appended(r)),
+                "factor removed": least(repeats, lambda f=larger, r=rows: f.removed(r)),
+                "added": least(repeats, lambda o=online: o.added(*labels[-1])),
+                "removed": least(repeats, lambda o=more: o.removed(-1)),
+                "factor from all rows": least(1, lambda e=every, n=online.factor.columns: Factor.of(e, n)),
+            }
+        )
+        print(out[-1], file=sys.stderr)
+    return out
+
+
+def learning(
+    labels: Sequence[Label], at: int, counts: Sequence[int], repeats: int, refit: bool
+) -> list[dict[str, float]]:
+    """Times of learning the last label after some of the others, of a refresh, and of a refit."""
+    recipe = Recipe.model_validate({"inducing": {"gradients": GRADIENTS}})
+    first = min(20, *counts)
+    online, out = with_columns(Online.begin(*together(labels[:first]), recipe), at), []
+    for n in counts:
+        while online.n_labels < n:
+            online = online.added(*labels[online.n_labels])
+        new, more = online.learned(*labels[-1]), online.added(*labels[-1])
+        room = growth.room(online.asked, online.recipe, online.models, 0, sum(b.count for b in more.batches), True)
+        fixed = online.recipe.inducings[0].model_copy(update={"n": at // (1 + GRADIENTS)})
+        full = recipe.model_copy(update={"inducing": fixed, "calibration": False})
+        wanted = ("energies", "forces", "stresses")
+        found = {
+            "labels": n,
+            "columns": online.factor.columns,
+            "new columns": new.factor.columns - online.factor.columns,
+            "room for centres": room,
+            "kept GB": sum(b.n_bytes for b in online.batches) / 1e9,
+            "rows GB": sum(r.numel() * 8 for b in online.batches for r in b.rows.values()) / 1e9,
+            "learned": least(repeats, lambda o=online: replace(o).learned(*labels[-1])),
+            "of it: foreseen": least(
+                repeats, lambda o=online: o.potential(labels[-1][0], variance=wanted, novelty=True)
+            ),
+            "of it: added": least(repeats, lambda o=online: o.added(*labels[-1])),
+            "of it: extended": least(repeats, lambda o=more: o.extended(labels[-1][0])),
+            "refreshed": least(1, lambda o=online: o.refreshed("benchmark")),
+        }
+        if refit:
+            found["refit"] = least(1, lambda f=full, n=n: gpmlp.fit(*together(labels[:n]), f))
+        out.append(found)
+        print(found, file=sys.stderr)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--columns", type=int, nargs="+", default=[250, 500, 1000, 2000])
+    parser.add_argument(
+        "--labels", type=int, nargs="+", default=[20, 50, 100], help="structures learned before, for `learned`"
+    )
+    parser.add_argument("--at", type=int, default=1000, help="columns for `learned`")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-refit", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    data = gpmlp.read(Path(common.ROOT) / "data/silicon/train.xyz", "1:")
+    truth = gpmlp.fit(*data, Recipe.model_validate(TRUTH))[0]
+    labels = [label(truth, seed) for seed in range(max(*options.labels, 10) + 1)]
+    steps = against_columns([*labels[:10], labels[-1]], options.columns, options.repeats)
+    done = learning(labels, options.at, options.labels, options.repeats, not options.no_refit)
+    names = [n for n in steps[0] if n not in ("columns", "rows of the structure")]
+    slopes = {n: slope([s["columns"] for s in steps], [s[n] for s in steps]) for n in names}
+    threads = torch.get_num_threads()
+    print(f"64 atoms, {steps[0]['rows of the structure']} rows, after 10 others; {threads} thread(s); seconds")
+    rows = [[n, *(f"{s[n]:.3f}" for s in steps), f"{slopes[n]:.2f}"] for n in names]
+    print(common.table(rows, ["", *(f"M = {s['columns']}" for s in steps), "slope"]), "\n")
+    names = [n for n in done[0] if n != "labels"]
+    print(
+        common.table(
+            [[n, *(f"{d[n]:.3g}" for d in done)] for n in names], ["", *(f"{d['labels']} labels" for d in done)]
+        )
+    )
+    if options.json:
+        record = {"threads": threads, "against_columns": steps, "slopes": slopes, "learning": done}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

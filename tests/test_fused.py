@@ -1,0 +1,96 @@
+"""The compiled loops of the power spectrum against its plain PyTorch path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from systems import CUTOFF, DESCRIPTORS, descriptor, everything
+
+from gpmlp import neighbors
+from gpmlp.descriptors import fused
+from gpmlp.environments import Surroundings
+
+SOAPS = [name for name in DESCRIPTORS if name.startswith("soap")]
+# sums of up to some hundred terms of order 1 in another order: 1e-16 or 1e-7 times about ten, and derivatives grow with l
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
+
+
+def seen(cutoff: float = CUTOFF, dtype: torch.dtype = torch.float64) -> Surroundings:
+    batch = everything()
+    whole = Surroundings.of(batch, neighbors.find(batch, cutoff))
+    return Surroundings(whole.species, whole.centers, whole.neighbor_species, whole.vectors.to(dtype))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def compare(made, surroundings: Surroundings) -> None:
+    """Features, Jacobian, and one and several cotangents."""
+    ours, reference = fused.environments(made, surroundings), made.reference(surroundings)
+    tolerance = {"rtol": 0, "atol": TOLERANCE[surroundings.vectors.dtype]}
+    torch.testing.assert_close(ours.features, reference.features, **tolerance)
+    torch.testing.assert_close(ours.jacobian(), reference.jacobian(), **tolerance)
+    cotangents = random(3, *ours.features.shape, dtype=ours.features.dtype)
+    tolerance["atol"] *= 10  # another sum, over hundreds of features
+    torch.testing.assert_close(ours.pull_back(cotangents[0]), reference.pull_back(cotangents[0]), **tolerance)
+    torch.testing.assert_close(ours.pull_back(cotangents), reference.pull_back(cotangents), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
+@pytest.mark.parametrize("name", SOAPS)
+def test_as_the_reference(name, dtype):
+    compare(descriptor(name), seen(dtype=dtype))
+
+
+def test_more_neighbours_than_are_worked_on_together():
+    """The Jacobian takes the pairs of several environments together, or one with more of them than that alone."""
+    from gpmlp.descriptors import loops
+
+    surroundings = seen(cutoff=12.0)
+    counts = torch.bincount(surroundings.centers)
+    assert counts.max() > 2 * loops.TOGETHER and counts.min() < loops.TOGETHER
+    compare(descriptor(SOAPS[0], cutoff=12.0), surroundings)
+
+
+def test_environments_in_another_order_and_without_neighbours():
+    surroundings = seen()
+    some = surroundings.select([7, 0, 11, 3])
+    vectors = some.vectors[some.centers > 1]
+    parted = Surroundings(
+        some.species, some.centers[some.centers > 1], some.neighbor_species[some.centers > 1], vectors
+    )
+    compare(descriptor(SOAPS[0]), parted)
+    compare(descriptor(SOAPS[0]), surroundings.select([]))
+
+
+def test_threads_change_nothing():
+    """More blocks than threads, each environment done by one: equal to the last bit."""
+    surroundings = Surroundings.concatenate([seen()] * 8)
+    made, before = descriptor(SOAPS[0]), torch.get_num_threads()
+    assert len(surroundings) > 3 * fused.BLOCK
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            environments = fused.environments(made, surroundings)
+            pulled = environments.pull_back(environments.features.roll(1, 0))
+            found.append((environments.features, environments.jacobian(), pulled))
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*found, strict=True):
+        assert torch.equal(one, three)
+
+
+def test_what_autograd_records_goes_the_plain_way():
+    surroundings = seen().select([0, 3])
+    recorded = Surroundings(
+        surroundings.species, surroundings.centers, surroundings.neighbor_species, surroundings.vectors.requires_grad_()
+    )
+    made = descriptor(SOAPS[0])
+    assert not fused.usable(recorded.vectors) and not fused.usable(recorded.vectors.detach().half())
+    (slopes,) = torch.autograd.grad(made(recorded).features[0, 0], recorded.vectors)
+    with torch.no_grad():
+        assert fused.usable(recorded.vectors)
+        jacobian = made(recorded).jacobian()
+    torch.testing.assert_close(slopes[recorded.centers == 0], jacobian[recorded.centers == 0, :, 0])
