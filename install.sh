@@ -1,4 +1,4 @@
-# Read by quickstart.sh and run_tests.sh (not run by itself): make the virtual environment $VENV and install gpmlp$EXTRAS into it.
+# Read by quickstart.sh, fit_silicon.sh and run_tests.sh (not run by itself): make the virtual environment $VENV and install gpmlp$EXTRAS into it.
 # PYTHON names the interpreter, 3.11 or 3.12; the first of python3.11, python3.12, python3 that is one of these if it is not set.
 VENV=${VENV:-.venv}
 suits() { "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; }

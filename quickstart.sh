@@ -1,9 +1,8 @@
 #!/bin/sh
-# Install gpmlp with pinned versions into a virtual environment (.venv, or $VENV), fit the shipped silicon data, print the errors.
-# Arguments go to the fit: sh quickstart.sh --set kernel.zeta=2
+# Install gpmlp with pinned versions into a virtual environment (.venv, or $VENV) and let it learn a molecule on the fly, with
+# GFN2-xTB as oracle. Arguments go to the run: sh quickstart.sh --set dynamics.temperature_K=500
 set -eu
 cd "$(dirname "$0")"
-EXTRAS=
+EXTRAS="[learn]"
 . ./install.sh
-"$VENV/bin/gpmlp" fit data/silicon/train.xyz --valid data/silicon/validation.xyz --output silicon.gpmlp "$@"
-"$VENV/bin/gpmlp" evaluate silicon.gpmlp data/silicon/test.xyz
+"$VENV/bin/gpmlp" learn data/learning/ethanol.yaml "$@"

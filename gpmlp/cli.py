@@ -166,11 +166,18 @@ def evaluate_command(
 
 @app.command("report")
 def report_command(
-    model: Model,
-    data: Annotated[Path, typer.Argument(help="Reference data: extended XYZ, or any format of ASE.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to; made if it is not there.")],
+    model: Annotated[Path, typer.Argument(help="Model file; or the folder of a learning run, for the page about it.")],
+    data: Annotated[Path | None, typer.Argument(help="Reference data: extended XYZ, or any format of ASE.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write to; made if not there.")
+    ] = None,
 ) -> None:
     """Write the uncertainty report: one HTML page, its figures, and every number as JSON."""
+    if model.is_dir():
+        cli_learn.report_of_run(model, data, output)
+        return
+    if data is None or output is None:
+        raise UserError("`gpmlp report MODEL` needs DATA and --output; only the folder of a learning run goes without.")
     from gpmlp import console, reporting
     from gpmlp.evaluation import evaluate
     from gpmlp.io import archive, atoms

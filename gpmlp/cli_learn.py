@@ -17,7 +17,9 @@ def learn(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; may be repeated.")
     ] = None,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report/ when the run has stopped.")] = True,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report/ when the run has stopped.")
+    ] = True,
 ) -> None:
     """Run molecular dynamics on a model that learns while it runs, asking an ab initio code when it does not know."""
     from gpmlp import console, console_learn
@@ -27,7 +29,7 @@ def learn(
 
     chosen = load_as(LearnRecipe, recipe, settings or [])
     folder = recipe.parent / chosen.output
-    last = None
+    last, page = None, None
     with _terminated_as_interrupted(), console_learn.Learning(chosen) as show:
         states = loop.learn(chosen, recipe.parent, resume)
         try:
@@ -38,9 +40,24 @@ def learn(
             raise
         finally:
             states.close()
-    if report:
-        after.report(folder, chosen)
-    console.output().print(console_learn.learning_table(last, folder))
+        if report:
+            show.report()
+            page = after.report(folder, chosen)
+    console.output().print(console_learn.learning_table(last, folder, page))
+
+
+def report_of_run(folder: Path, data: Path | None, output: Path | None) -> None:
+    """Write the page about a run, finished or not."""
+    from gpmlp import console
+    from gpmlp.active import after
+    from gpmlp.checks import UserError
+
+    if data is not None or output is not None:
+        raise UserError(
+            f"{folder}: is a folder; the report of a run goes to {folder / 'report'}: leave out DATA and --output."
+        )
+    page = after.report(folder, after.recipe_of(folder))
+    console.output().print(f"wrote {page}", soft_wrap=True, markup=False)
 
 
 @contextmanager

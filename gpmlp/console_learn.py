@@ -9,36 +9,46 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
+from gpmlp.active.criteria import bound
 from gpmlp.active.loop import State
 from gpmlp.active.recipe import LearnRecipe
-from gpmlp.console import errors_to, number, pairs_table
+from gpmlp.active.walker import Look
+from gpmlp.console import errors_to, noises, number, pairs_table
 
-BAR = 12
+BAR, SHORT_BAR = 12, 6
+WIDE = 100  # columns of a terminal on which there is room for more than numbers
 QUIET_S = 30.0  # between two lines where there is no terminal for a bar
+MARKS = {True: "met", False: "not met", None: "cannot be judged yet"}
 
 
 class Learning:
     """Shows a run while it goes on."""
 
     def __init__(self, recipe: LearnRecipe) -> None:
-        self.recipe, self.labels, self.refused, self.reason = recipe, 0, 0, ""
+        self.recipe = recipe
+        self.labels = self.refused = -1  # not known before the first state
+        self.reason = self.where = ""
         self.told = time.monotonic()
         console = errors_to()
+        self.wide = console.width >= WIDE
+        whole, bar = Column(no_wrap=True), BAR if self.wide else SHORT_BAR
         fields = ("step", "temperature", "force", "novelty", "labels")
-        columns = [TextColumn(f"{{task.fields[{name}]}}", table_column=Column(no_wrap=True)) for name in fields]
+        columns = [TextColumn(f"{{task.fields[{name}]}}", table_column=whole) for name in fields]
+        if self.wide:
+            note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            columns.append(TextColumn("[dim]{task.fields[note]}", table_column=note))
         self.bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=BAR, table_column=Column(no_wrap=True, min_width=BAR)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len("labelling"))),
+            BarColumn(bar_width=bar, table_column=Column(no_wrap=True, min_width=bar)),
             *columns,
-            TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=console,
             disable=not console.is_terminal,
             transient=True,
-            expand=True,
+            expand=self.wide,
         )
         total = recipe.dynamics.steps * recipe.dynamics.walkers
-        self.task = self.bar.add_task("first labels", total=total, note="", **dict.fromkeys(fields, ""))
+        self.task = self.bar.add_task("start", total=total, note="", **dict.fromkeys(fields, ""))
 
     def __enter__(self) -> Learning:
         self.bar.start()
@@ -49,65 +59,107 @@ class Learning:
 
     def __call__(self, state: State) -> None:
         """Take a state."""
+        if self.labels < 0:  # of a run that is resumed they were shown before
+            self.labels, self.refused = state.labels, state.refused
         if state.labels > self.labels or state.refused > self.refused:
-            self._line(state, f"label {state.labels}" if state.labels > self.labels else "set aside")
+            self._line(f"label {state.labels}" if state.labels > self.labels else "set aside", self.where, self.reason)
             self.labels, self.refused = state.labels, state.refused
         elif not self.bar.console.is_terminal and time.monotonic() - self.told > QUIET_S:
-            self._line(state, state.phase)
-        if state.phase == "labelling":
-            self.reason = state.reason
-        seen = [look for look in state.looks if look is not None]
-        fields = {"labels": f"labels {state.labels}", "note": escape(_note(state))}
-        if seen and state.limits is not None:
-            worst = max(seen, key=lambda look: look.decision.severity)
-            fields |= {
-                "step": f"step {worst.walker.step}",
-                "temperature": f"{worst.temperature_K:.0f} K",
-                "force": f"error {_largest(worst)}/{state.limits.force or 0:.2g} eV/A",
-                "novelty": f"novelty {float(worst.prediction.novelty.max()):.1f}",
-            }
+            self._line(state.phase, _places(state), _note(state))
+        self.reason, self.where = state.reason, _asking(state)
         done = sum(mind.walker.step for mind in state.progress.minds)
+        fields = {"labels": f"labels {state.labels}", "note": escape(_note(state))} | _physics(
+            state, " eV/A" if self.wide else ""
+        )
         self.bar.update(self.task, description=state.phase, completed=done, **fields)
 
-    def _line(self, state: State, what: str) -> None:
+    def report(self) -> None:
+        """The page about the run is being written."""
+        self.bar.update(self.task, description="report", note="")
+
+    def _line(self, what: str, where: str, said: str) -> None:
         self.told = time.monotonic()
-        seen = [look for look in state.looks if look is not None]
-        where = ""
-        if seen:
-            worst = max(seen, key=lambda look: look.decision.severity)
-            where = f" step {worst.walker.step}, {worst.temperature_K:.0f} K:"
-        self.bar.console.print(f"[dim]{what}:[/]{where} {escape(state.reason or state.phase)}", soft_wrap=True)
+        where = f" {where}:" if where else ""
+        self.bar.console.print(f"[dim]{what}:[/]{where} {escape(said)}", soft_wrap=True)
 
 
-def _largest(look) -> str:
-    """What the largest force error may be, eV/A: severity is in units of the limit, the decision has what was looked at last."""
-    variance = look.prediction.forces_covariance
-    if variance is None:
-        return "?"
-    return f"{float(variance.total.diagonal(dim1=1, dim2=2).sum(1).max().sqrt()):.2g}"
+def _worst(state: State) -> Look | None:
+    """The last look at the walker that is nearest to its limits."""
+    seen = [look for look in state.looks if look is not None]
+    return max(seen, key=lambda look: look.decision.severity) if seen else None
+
+
+def _physics(state: State, unit: str) -> dict[str, str]:
+    """Step, temperature, what the largest force error may be, and novelty, of the walker nearest to its limits."""
+    worst = _worst(state)
+    if worst is None or state.limits is None:
+        return {}
+    covariance = worst.prediction.forces_covariance
+    force = "?" if covariance is None else f"{bound(covariance.total, state.limits.probability):.2g}"
+    limit = "" if state.limits.force is None else f"/{state.limits.force:.2g}"
+    return {
+        "step": f"step {worst.walker.step}",
+        "temperature": f"{worst.temperature_K:.0f} K",
+        "force": f"error {force}{limit}{unit}",
+        "novelty": f"novelty {float(worst.prediction.novelty.max()):.2f}",
+    }
+
+
+def _places(state: State) -> str:
+    """Where all walkers are."""
+    return f"step {', '.join(str(mind.walker.step) for mind in state.progress.minds)}" if state.progress.minds else ""
+
+
+def _asking(state: State) -> str:
+    """Which walker waits for the label that is being asked for, and where."""
+    if state.phase != "labelling":
+        return ""
+    found = [
+        (i, mind.asked)
+        for i, mind in enumerate(state.progress.minds)
+        if mind.asked is not None and mind.why == state.reason
+    ]
+    return f"walker {found[0][0]}, step {found[0][1].step}" if found else ""
 
 
 def _note(state: State) -> str:
-    if state.phase == "dynamics" and state.verdict is not None:
-        return state.verdict.sentence
+    if state.phase == "dynamics":
+        return state.verdict.sentence if state.verdict is not None else ""
     return state.reason
 
 
-def learning_table(state: State, folder: Path) -> Table:
-    """What came of a run."""
-    online = state.student.online
-    history = state.progress.history
+def learning_table(state: State, folder: Path, page: Path | None) -> Table:
+    """What came of a run.
+
+    Args:
+        page: about it, if one was written.
+    """
+    online, progress = state.student.online, state.progress
+    steps = sum(mind.walker.step for mind in progress.minds)
+    asked = len(progress.known) - len(progress.first)
+    aside = f", {state.refused} structures set aside" if state.refused else ""
+    rare = f", one label in {steps / asked:.0f}" if asked else ""
+    limit = f"{number(state.limits.force)} eV/A" if state.limits.force else "none"
     pairs = [
-        ("why it stopped", state.stopped),
-        ("labels", f"{state.labels} ({state.calls} asked of the oracle in this run), {state.refused} set aside"),
-        ("steps", f"{sum(m.walker.step for m in state.progress.minds)} made"),
-        ("frames looked at", str(len(history))),
+        ("why it stopped", _why(state)),
+        *((c.name, f"{MARKS[c.met]}: {c.sentence}") for c in (state.verdict.criteria if state.verdict else ())),
+        ("labels", f"{state.labels}: {len(progress.first)} to begin with, {asked} asked for{aside}"),
+        ("steps", f"{steps} of {len(progress.minds)} walkers{rare}"),
+        ("force error, limit", limit),
+        ("noise", noises(online.noise)),
         ("inducing variables", str(online.factor.columns)),
-        ("noise", ", ".join(f"{kind} {number(value)}" for kind, value in online.noise.items())),
-        ("limit of the force error", f"{number(state.limits.force)} eV/A"),
-        ("written", f"{folder / 'model.gpmlp'}, labels.xyz, trajectory.xyz, log.jsonl, report/ beside it"),
+        ("model", str(folder / "model.gpmlp")),
+        ("labels, trajectory, log", f"labels.xyz, trajectory.xyz, run.log, log.jsonl in {folder}"),
     ]
-    if state.verdict is not None:
-        marks = {True: "met", False: "not met", None: "cannot be judged yet"}
-        pairs += [(c.name, f"{marks[c.met]}: {c.sentence}") for c in state.verdict.criteria]
-    return pairs_table("Learning run", pairs)
+    return pairs_table("Learning run", [*pairs, ("report", str(page))] if page is not None else pairs)
+
+
+def _why(state: State) -> str:
+    """The reason, without what the criteria say themselves."""
+    if state.verdict is None:
+        return state.stopped
+    if state.verdict.converged:
+        return "converged: all criteria are met"
+    if state.verdict.limit:
+        return state.stopped.split(";")[0]
+    return state.stopped.removesuffix(state.verdict.sentence).rstrip("; ") + "; it is not converged"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -102,6 +103,42 @@ class Environments:
     def jacobian(self) -> Tensor:
         """(pairs, 3, features) d(features of the centre)/dr_ij. Large: ask for it a chunk of environments at a time."""
         return self._jacobian()
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Environments with a Jacobian that was made once for all; called with centres (indices), it cuts some out.
+
+    Attributes:
+        environments: of all centres.
+        jacobian: (pairs, 3, features).
+    """
+
+    environments: Environments
+    jacobian: Tensor
+
+    def __call__(self, centers: Tensor) -> Environments:
+        surroundings = self.environments.surroundings
+        pairs = surroundings.pairs_of(centers)[1]
+        return Environments(
+            surroundings.select(centers), self.environments.features[centers], _cut_out, lambda: self._rows(pairs)
+        )
+
+    def _rows(self, pairs: Tensor) -> Tensor:
+        """Of some pairs; not copied where they follow each other, as those of consecutive centres do."""
+        if len(pairs) and int(pairs[-1] - pairs[0]) == len(pairs) - 1 and bool((pairs[1:] > pairs[:-1]).all()):
+            return self.jacobian[int(pairs[0]) : int(pairs[-1]) + 1]
+        return self.jacobian[pairs]
+
+    @cached_property
+    def of_centers(self) -> Tensor:
+        """(environments, 3, features) derivatives with respect to the centres' own positions: a shift of all changes nothing."""
+        out = self.jacobian.new_zeros(len(self.environments), *self.jacobian.shape[1:])
+        return out.index_add_(0, self.environments.surroundings.centers, self.jacobian, alpha=-1)
+
+
+def _cut_out(cotangents: Tensor) -> Tensor:
+    raise RuntimeError("these environments were cut out for their Jacobians; pull back through all of them")
 
 
 class Descriptor(Protocol):

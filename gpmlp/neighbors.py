@@ -84,9 +84,11 @@ def find(structures: Structures, cutoff: float) -> Neighbors:
 
 def _padding(cell: np.ndarray, periodic: np.ndarray) -> np.ndarray:
     """Lattice vectors for the axes that are not periodic: unit vectors normal to the periodic ones."""
+    padding = np.zeros((3, 3))
+    if periodic.all():
+        return padding
     kept = cell[periodic]
     _, _, basis = np.linalg.svd(np.vstack([kept, np.zeros((1, 3))]))
-    padding = np.zeros((3, 3))
     padding[~periodic] = basis[len(kept) :]
     return padding
 

@@ -29,7 +29,8 @@ from gpmlp.variances import VarianceModel
 
 LARGEST_ERROR = 1e-9  # measured error of the factor at which it is made again from the rows
 WORSE = 10.0  # times that when it was made: where rounding allows no better, there is no use in making it again
-FORESEEN = 40  # structures whose predictions before learning are kept for the calibration
+FORESEEN = 8  # latest structures, at least, whose predictions before learning are kept for the calibration
+FORESEEN_COMPONENTS = 1000  # force components that they have together: older predictions are of models that knew less
 FEWEST_ENERGIES = 10  # that leaving one out can judge
 NOVELTY_ROWS = 4000  # environments of a species from which novelty is learned
 HOW = "predicted before they were learned from, in the order in which they came (prequential)"
@@ -174,7 +175,7 @@ class Online:
         views = [View.of(m.descriptor, here) for m in self.models] if here.n_atoms <= CHUNK_ATOMS else []
         foreseen = self._foreseen(structures, targets, views)
         new = self.added(structures, targets, views).extended(structures, None, views)
-        new = replace(new, foreseen=(*self.foreseen, *foreseen)[-FORESEEN:])
+        new = replace(new, foreseen=_latest((*self.foreseen, *foreseen)))
         if new.novelty is None:
             return new
         batch = new.batches[-1]
@@ -384,3 +385,13 @@ class Online:
         signal = self._scales.columns([len(lower) for lower in lowers])
         about = signal, upper, self.constant, self.label_noise, self.factor.columns
         return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), *about)
+
+
+def _latest(foreseen: tuple[Foreseen, ...]) -> tuple[Foreseen, ...]:
+    """The latest ones that tell enough."""
+    kept, components = 0, 0
+    for one in reversed(foreseen):
+        if kept >= FORESEEN and components >= FORESEEN_COMPONENTS:
+            break
+        kept, components = kept + 1, components + int(one.targets.forces.isfinite().sum())
+    return foreseen[len(foreseen) - kept :]

@@ -137,13 +137,14 @@ class Potential:
 
     def _predict(self, structures: Structures, wanted: Wanted, novelty: bool, views: Sequence[View] = ()) -> Prediction:
         views = views or [term.view(structures) for term in self.terms]
+        profiles = [term.profiles(structures, view) for term, view in zip(self.terms, views, strict=True)]
         total = None
-        for term, view in zip(self.terms, views, strict=True):
-            part = term.mean(structures, view)
+        for term, view, known in zip(self.terms, views, profiles, strict=True):
+            part = term.mean(structures, view, known)
             total = part if total is None else total + part
         for term in self.baselines:
             total = term(structures) if total is None else total + term(structures)
-        found = self.variances(structures, views, wanted) if wanted.any else {}
+        found = self.variances(structures, views, wanted, profiles) if wanted.any else {}
         if novelty:
             found["novelty"] = self.novelty.novelty(structures.species, views[0].environments.features)
         return replace(total, **found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class Structures:
         """(structures + 1,) index of the first atom of each structure; the last entry is the number of atoms."""
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
 
-    @property
+    @cached_property
     def volumes(self) -> Tensor:
         """(structures,) A^3; NaN where no axis is periodic or the cell has no volume (there is no stress there)."""
         volume = torch.linalg.det(self.cells).abs()
@@ -116,8 +117,11 @@ class Structures:
         """Return the same structures on another device or in another floating-point type; UserError for a device not there."""
         if device is not None:
             checks.device(str(device))
+        positions = self.positions.to(device=device, dtype=dtype)
+        if positions is self.positions:  # as everything else then is
+            return self
         return Structures(
-            self.positions.to(device=device, dtype=dtype),
+            positions,
             self.cells.to(device=device, dtype=dtype),
             self.periodic.to(device=device),
             self.species.to(device=device),

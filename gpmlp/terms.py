@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from gpmlp import neighbors
-from gpmlp.environments import Descriptor, Environments, Surroundings
+from gpmlp.environments import Descriptor, Environments, Kept, Surroundings
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.neighbors import Neighbors
 from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
 
 JACOBIAN_BYTES = 192 << 20  # of the environments of a chunk; more is made again for each use
+Profile = tuple[Tensor, Tensor, Tensor]  # f, f', f'' of the dot products of environments with centres
 CHUNK_ATOMS = 256  # atoms whose pair quantities are in memory together
 
 
@@ -36,23 +37,19 @@ class View:
         return View(pairs, surroundings, descriptor(surroundings))
 
     @cached_property
-    def look(self) -> Callable[[Tensor], Environments] | None:
+    def look(self) -> Kept | None:
         """Environments of some centres with Jacobians made once for all, where these are not too large to keep."""
         features = self.environments.features
         if 3 * len(self.neighbors) * features.shape[1] * features.element_size() > JACOBIAN_BYTES:
             return None
-        jacobian = self.environments.jacobian()
+        return Kept(self.environments, self.environments.jacobian())
 
-        def look(centers: Tensor) -> Environments:
-            pairs = self.surroundings.pairs_of(centers)[1]
-            some = self.surroundings.select(centers)
-            return Environments(some, features[centers], _not_needed, lambda: jacobian[pairs])
-
-        return look
-
-
-def _not_needed(cotangents: Tensor) -> Tensor:
-    raise RuntimeError("these environments were cut out for their Jacobians; pull back through the whole view")
+    def look_at(self, n_atoms: int) -> Kept | None:
+        """The same for derivatives of so many atoms, unless the few environments that see them are made with less work."""
+        n = len(self.surroundings)
+        if "look" not in vars(self) and 2 * n_atoms * (n + len(self.neighbors)) < n * n:
+            return None
+        return self.look
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +66,9 @@ class MeanBlock:
     weights: Tensor
     tangents: Tensor
 
-    def __call__(self, kernel: ZonalKernel, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ε (environments,) and dε/dx (environments, features)."""
-        value, first, second = kernel.profile(x @ self.features.T)
+    def __call__(self, kernel: ZonalKernel, x: Tensor, profile: Profile | None = None) -> tuple[Tensor, Tensor]:
+        """Return ε (environments,) and dε/dx (environments, features); `profile` is that of x with the centres, if it is known."""
+        value, first, second = profile or kernel.profile(x @ self.features.T)
         energy = value @ self.weights
         on_dots = first * self.weights
         if not len(self.tangents):
@@ -93,15 +90,23 @@ class Term:
         """What the descriptor sees."""
         return View.of(self.descriptor, structures)
 
-    def mean(self, structures: Structures, view: View) -> Prediction:
+    def profiles(self, structures: Structures, view: View) -> dict[int, Profile]:
+        """Kernel of the environments of each species with all its centres: what mean and variances of local energies share."""
+        out = {}
+        for z, block in self.blocks.items():
+            mine = structures.species == z
+            if mine.any():
+                out[z] = self.kernel.profile(view.environments.features[mine] @ block.features.T)
+        return out
+
+    def mean(self, structures: Structures, view: View, profiles: dict[int, Profile] | None = None) -> Prediction:
         """Posterior mean of energies, forces and stresses."""
         environments = view.environments
         local = structures.positions.new_zeros(structures.n_atoms)
         cotangents = torch.zeros_like(environments.features)
-        for z, block in self.blocks.items():
+        for z, profile in (self.profiles(structures, view) if profiles is None else profiles).items():
             mine = (structures.species == z).nonzero()[:, 0]
-            if len(mine):
-                local[mine], cotangents[mine] = block(self.kernel, environments.features[mine])
+            local[mine], cotangents[mine] = self.blocks[z](self.kernel, environments.features[mine], profile)
         gradients = environments.pull_back(cotangents)
         return neighbors.prediction(structures, view.neighbors, view.surroundings.vectors, local, gradients)
 
@@ -111,6 +116,9 @@ class Term:
 
 def chunks(structures: Structures, atoms: int) -> Iterator[Structures]:
     """Consecutive structures, as many as have about that many atoms together (at least one)."""
+    if len(structures) == 1 or 0 < structures.n_atoms <= atoms:
+        yield structures
+        return
     start, filled = 0, 0
     counts = structures.counts.tolist()
     for i, count in enumerate(counts):

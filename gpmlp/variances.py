@@ -16,7 +16,7 @@ from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.prior import Prior, near_together
 from gpmlp.quantities import Prediction, Variance
 from gpmlp.structures import Structures
-from gpmlp.terms import View
+from gpmlp.terms import Profile, View
 from gpmlp.uncertainty.calibration import Calibration
 
 VARIANCES = ("atom_energies", "energies", "forces", "stresses")
@@ -97,11 +97,17 @@ class VarianceModel:
         a = posterior.whiten(rows.to(self.signal, copy=True), self.lowers) * self.signal
         return a, torch.linalg.solve_triangular(self.factor.T, a.T, upper=False).T
 
-    def __call__(self, structures: Structures, views: Sequence[View], wanted: Wanted) -> dict[str, Variance]:
-        """Variances by name of the field of Prediction that holds them."""
+    def __call__(
+        self,
+        structures: Structures,
+        views: Sequence[View],
+        wanted: Wanted,
+        profiles: Sequence[dict[int, Profile]] | None = None,
+    ) -> dict[str, Variance]:
+        """Variances by name of the field of Prediction that holds them; `profiles` are those of the terms, if they are known."""
         out: dict[str, Variance] = {}
         if wanted.atom_energies or wanted.energies:
-            rows = self.atom_rows(structures, views)
+            rows = self.atom_rows(structures, views, profiles)
             if wanted.atom_energies:
                 out["atom_energies_variance"] = self._atom_energies(structures, rows, wanted.residual)
             if wanted.energies:
@@ -118,8 +124,9 @@ class VarianceModel:
         self, structures: Structures, views: Sequence[View], forces: bool, stresses: bool, atoms: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Covariances of forces and of stresses with all columns."""
+        n = structures.n_atoms if atoms is None else len(atoms)
         made = [
-            covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b, forces, stresses, atoms, v.look)
+            covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b, forces, stresses, atoms, v.look_at(n))
             for p, b, v in zip(self.priors, self.blocks, views, strict=True)
         ]
         return (
@@ -127,12 +134,16 @@ class VarianceModel:
             torch.cat([r.stresses for r in made], dim=1) if stresses else None,
         )
 
-    def atom_rows(self, structures: Structures, views: Sequence[View]) -> Tensor:
-        every = zip(self.priors, self.blocks, views, strict=True)
-        return torch.cat(
-            [covariances.atom_rows(v.environments.features, structures.species, p.kernel, b) for p, b, v in every],
-            dim=1,
-        )
+    def atom_rows(
+        self, structures: Structures, views: Sequence[View], profiles: Sequence[dict[int, Profile]] | None = None
+    ) -> Tensor:
+        """(atoms, columns) covariances of local energies. The centres are the first ones of the mean's, so their profiles will do."""
+        known = profiles or [{}] * len(views)
+        made = [
+            covariances.atom_rows(v.environments.features, structures.species, p.kernel, b, k)
+            for p, b, v, k in zip(self.priors, self.blocks, views, known, strict=True)
+        ]
+        return torch.cat(made, dim=1) if len(made) > 1 else made[0]
 
     def _atom_energies(self, structures: Structures, rows: Tensor, residual: bool) -> Variance:
         a, left = self.whitened(rows)
@@ -172,7 +183,7 @@ class VarianceModel:
             inducing[here] = 0.0
             if wanted.residual:
                 prior = sum(
-                    p.looking(v.look).forces(structures, v.neighbors, v.surroundings, here)
+                    p.looking(v.look_at(len(here))).forces(structures, v.neighbors, v.surroundings, here)
                     for p, v in zip(self.priors, views, strict=True)
                 )
                 inducing[here] = _without_rounding(prior - a @ a.mT)

@@ -9,8 +9,10 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
+from gpmlp.active.recipe import LearnRecipe
 from gpmlp.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +79,43 @@ def test_every_recipe_key_is_described():
     text = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")
     missing = sorted(key for key in _keys(Recipe) if f"`{key}`" not in text)
     assert not missing, f"docs/recipe.md says nothing of {missing}"
+
+
+def _defaults(model: type[BaseModel], prefix: str = "") -> dict[str, object]:
+    """Default of each setting that is a single value."""
+    found: dict[str, object] = {}
+    for name, field in model.model_fields.items():
+        inner = _sections(field.annotation) - {model}
+        for section in inner:
+            found |= _defaults(section, f"{prefix}{name}.")
+        if not inner:
+            found[prefix + name] = field.default
+    return found
+
+
+def test_every_key_of_a_learning_run_is_described():
+    """Those of `model` are in docs/recipe.md; numbers that stand for defaults are the defaults."""
+    text = (ROOT / "docs/learning.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| [^|]* \| ([^|]*) \|", text, flags=re.MULTILINE))
+    wanted = {key for key in _keys(LearnRecipe) if not key.startswith("model.")}
+    assert not wanted - set(rows), f"docs/learning.md says nothing of {sorted(wanted - set(rows))}"
+    assert not set(rows) - wanted, f"docs/learning.md tells of {sorted(set(rows) - wanted)}, which is not there"
+    for key, default in _defaults(LearnRecipe).items():
+        if key in wanted and isinstance(default, (int, float)) and not isinstance(default, bool):
+            assert float(rows[key]) == default, f"docs/learning.md: {key} is {default} if left out, not {rows[key]}"
+        elif key in wanted and isinstance(default, str):
+            assert f"`{default}`" in rows[key], f"docs/learning.md: {key} is {default} if left out, not {rows[key]}"
+
+
+def test_recipes_of_the_docs_are_valid():
+    for page in ("learning", "oracles"):
+        text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+        for block in re.findall(r"^```yaml\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+            given = {"start": "start.xyz", "dynamics": {"temperature_K": 300}} if page == "oracles" else {}
+            try:
+                LearnRecipe.model_validate(given | yaml.safe_load(block))
+            except ValueError as error:  # codes that are not installed here can be shown
+                assert "is not installed" in str(error) or "No module" in str(error), block
 
 
 def test_links_lead_somewhere():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from ase import Atoms
 
 from gpmlp.active.criteria import BOLTZMANN, too_close
 from gpmlp.active.recipe import LearnRecipe
+from gpmlp.active.tape import Entry, canonical, key_of
 from gpmlp.active.walker import fixed_atoms
-from gpmlp.io.atoms import structures_from_ase
+from gpmlp.checks import UserError
+from gpmlp.io.atoms import read, read_frames, structures_from_ase
 
 STIFFNESS = {
     True: 4.0,
@@ -19,6 +22,30 @@ STIFFNESS = {
 LARGEST = 0.15  # A, of a standard deviation
 FEWER = 0.8  # displacements are made smaller by this until no atoms are too close
 TRIES = 20
+FEWEST, MOST, ATOMS = 6, 20, 150  # structures to begin with, and atoms that they should hold together
+
+
+def starts(path: Path) -> list[Atoms]:
+    """Structures that trajectories begin from.
+
+    Raises:
+        UserError: there are none, or they hold constraints that are not kept.
+    """
+    frames, _ = read_frames(path)
+    for atoms in frames:
+        fixed_atoms(atoms)
+        atoms.calc = None
+    if not frames:
+        raise UserError(f"{path}: holds no structure to start from.")
+    return frames
+
+
+def given(path: Path) -> Iterator[Entry]:
+    """Labelled structures of a file, as entries of a tape."""
+    structures, targets = read(path)
+    for i in range(len(structures)):
+        one = canonical(structures.select([i]))
+        yield Entry(one, targets.select(structures, [i]), key_of(one), "given", "", {"frame": i})
 
 
 def structures(starts: Sequence[Atoms], recipe: LearnRecipe) -> list[Atoms]:
@@ -29,7 +56,8 @@ def structures(starts: Sequence[Atoms], recipe: LearnRecipe) -> list[Atoms]:
     chosen = recipe.bootstrap
     out = [_still(atoms) for atoms in starts]
     generator = np.random.default_rng([recipe.seed, 1])
-    more = max(0, chosen.n - len(out))
+    n = chosen.n or min(MOST, max(FEWEST, round(ATOMS * len(starts) / sum(len(a) for a in starts))))
+    more = max(0, n - len(out))
     for k in range(more):
         atoms = _still(starts[k % len(starts)])
         size = chosen.displacement_A or _thermal_displacement(atoms, recipe.dynamics.highest_K)
@@ -50,6 +78,13 @@ def _thermal_displacement(atoms: Atoms, temperature_K: float) -> float:
     return min(LARGEST, max(0.02, (BOLTZMANN * temperature_K / STIFFNESS[bool(atoms.pbc.any())]) ** 0.5))
 
 
+def _too_close(atoms: Atoms, share: float) -> bool:
+    try:
+        return too_close(structures_from_ase([atoms]), share) is not None
+    except UserError:  # closer than any two atoms may be
+        return True
+
+
 def _displaced(atoms: Atoms, size: float, strain: float, recipe: LearnRecipe, generator: np.random.Generator) -> Atoms:
     shifts = generator.standard_normal((len(atoms), 3))
     shifts[fixed_atoms(atoms)] = 0.0
@@ -60,7 +95,7 @@ def _displaced(atoms: Atoms, size: float, strain: float, recipe: LearnRecipe, ge
         if strain:
             new.set_cell(atoms.cell.array @ deformation, scale_atoms=True)
         new.positions += size * shifts
-        if too_close(structures_from_ase([new]), recipe.trigger.guards.distance) is None:
+        if not _too_close(new, recipe.trigger.guards.distance):
             return new
         size *= FEWER
     return atoms

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +20,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpmlp.active import spool
 from gpmlp.active.history import History
-from gpmlp.active.recipe import LearnRecipe
+from gpmlp.active.recipe import DynamicsRecipe, LearnRecipe
 from gpmlp.active.walker import Look, Walker, frame
 from gpmlp.checks import UserError
 from gpmlp.io import archive
 from gpmlp.io.atomic import atomic, check_folder
 
 NAME = "checkpoint.gpmlp-run"
+DIARY = "run.log"
 NEVER = -(10**9)  # a step long ago
 SENTENCES = {"judged": "sentence", "stopped": "reason"}  # what says all there is to say of an event
+HOW = (
+    "timeout_s",
+    "retries",
+    "retry_kwargs",
+    "on_failure",
+    "at_most_failures",
+    "workers",
+    "executor",
+    "executor_options",
+)
+HOW += ("directory", "keep", "check_forces", "largest_force", "largest_net_force", "check_every", "kwargs.command")
+MAY_CHANGE = ("stop.", "thin", "output", "dynamics.steps", "dynamics.ramp_steps", *(f"oracle.{name}" for name in HOW))
 UNTOLD = ("atoms", "foreseen", "criteria")  # too long for a line that a person reads
 
 
@@ -67,7 +85,7 @@ class Progress:
         round: number of strides so far.
         written: bytes of each file that belong to this moment.
         framed: step of the last frame of each walker in the trajectory.
-        stopped: why the run ended; '' while it goes on.
+        stopped: why the run ended, '' while it goes on; judged: frames there were when that was last asked.
     """
 
     first: tuple[str, ...] = ()
@@ -81,6 +99,7 @@ class Progress:
     written: dict[str, int] = field(default_factory=dict)
     framed: tuple[int, ...] = ()
     stopped: str = ""
+    judged: int = 0
 
     @cached_property
     def known(self) -> frozenset[str]:
@@ -114,6 +133,7 @@ class Progress:
             "written": self.written,
             "framed": list(self.framed),
             "stopped": self.stopped,
+            "judged": self.judged,
             "history": history,
             "hours": self.hours,
             "seconds": self.seconds,
@@ -148,6 +168,7 @@ class Progress:
             header["written"],
             tuple(header["framed"]),
             header["stopped"],
+            header["judged"],
         )
 
 
@@ -176,30 +197,40 @@ class Trail:
             UserError: there is a run in it already, of another recipe if it is to be resumed; it cannot be written to.
         """
         check_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._files = folder, {}
-        mine, path = recipe.model_dump(mode="json"), folder / "recipe.json"
-        if path.exists():
-            if not resume:
-                raise UserError(f"{folder}: holds a run already; go on with it (--resume), or choose another output.")
-            _same_run(json.loads(path.read_text()), mine, folder)
-        with atomic(path, text=True) as file:
-            file.write(json.dumps(mine, indent=1) + "\n")
-        self._diary: IO[str] = open(folder / "run.log", "a", encoding="utf-8")  # noqa: SIM115: as long as the run
+        begun = any((folder / name).exists() for name in (NAME, "labels.xyz", "refused.jsonl"))
+        if begun and not resume:
+            raise UserError(f"{folder}: holds a run already; go on with it (--resume), or choose another output.")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._files[DIARY] = _alone(folder / DIARY)
+            mine, path = recipe.model_dump(mode="json"), folder / "recipe.json"
+            before = json.loads(path.read_text()) if begun and path.exists() else mine
+            _same_run(before, mine, folder)
+            self.changed = before != mine
+            with atomic(path, text=True) as file:
+                file.write(json.dumps(mine, indent=1) + "\n")
+        except OSError as error:
+            self.close()
+            raise UserError(f"{folder}: cannot be written to: {error.strerror or error}.") from error
+        except BaseException:
+            self.close()
+            raise
 
     def cut(self, progress: Progress) -> None:
         """Open the files where the checkpoint left them."""
         for name in self.FILES:
             path, end = self.folder / name, progress.written.get(name, 0)
-            file = open(path, "ab")  # noqa: SIM115: as long as the run
-            if file.tell() < end:
-                raise UserError(f"{path}: is shorter than the run left it; put the file back, or begin anew.")
-            file.truncate(end)
-            self._files[name] = file
+            with _told(path):
+                self._files[name] = file = open(path, "ab", buffering=0)  # noqa: SIM115 - as long as the run
+                if file.seek(0, os.SEEK_END) < end:
+                    raise UserError(f"{path}: is shorter than the run left it; put the file back, or begin anew.")
+                file.truncate(end)
+                file.seek(end)
 
     def log(self, event: str, **values: object) -> None:
         """One line for programs, which holds no time of day, and one for people, which does."""
-        self._write("log.jsonl", (json.dumps({"event": event} | values, default=float) + "\n").encode())
+        self._write("log.jsonl", (json.dumps(_finite({"event": event} | values), allow_nan=False) + "\n").encode())
         if event != "look":
             self.tell(event, **values)
 
@@ -207,14 +238,13 @@ class Trail:
         """One line for people alone, which may say how long something took."""
         sentence = values.get(SENTENCES.get(event, ""))
         told = sentence or ", ".join(f"{k} {_short(v)}" for k, v in values.items() if k not in UNTOLD)
-        self._diary.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {event}: {told}\n")
-        self._diary.flush()
+        self._write(DIARY, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {event}: {told}\n".encode())
 
     def frame(self, progress: Progress, now: Look, thin: int, timestep_fs: float) -> Progress:
-        """Add a frame to the trajectory when `thin` steps have gone by since that walker's last one."""
+        """Add a frame to the trajectory where a walker enters the next `thin` steps; what it walks again is not written again."""
         i, step = now.walker.number, now.walker.step
         framed = list(progress.framed or [NEVER] * len(progress.minds))
-        if step // thin == framed[i] // thin or not now.full:
+        if step // thin <= framed[i] // thin or not now.full:
             return progress
         framed[i] = step
         atoms = frame(now)
@@ -228,45 +258,83 @@ class Trail:
         return replace(progress, framed=tuple(framed))
 
     def _write(self, name: str, data: bytes) -> None:
-        try:
-            self._files[name].write(data)
-            self._files[name].flush()
-        except OSError as error:
-            raise UserError(
-                f"{self.folder / name}: could not be written: {error.strerror}; make room and go on with --resume."
-            ) from error
+        with _told(self.folder / name):
+            while data:  # once, unless the disk is nearly full
+                data = data[self._files[name].write(data) :]
 
     def checkpoint(self, progress: Progress) -> Progress:
         """Put all files on the disk, and then where the run is."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
-        progress = replace(progress, written={name: file.tell() for name, file in self._files.items()})
+        for name, file in self._files.items():
+            with _told(self.folder / name):
+                os.fsync(file.fileno())
+        progress = replace(progress, written={name: self._files[name].tell() for name in self.FILES})
         archive.save(progress, self.folder / NAME)
         return progress
 
     def close(self) -> None:
-        for file in (*self._files.values(), self._diary):
+        for file in self._files.values():
             file.close()
+
+
+def _alone(path: Path) -> IO[bytes]:
+    """A file to write to, which nobody else has as long as this process lives."""
+    file = open(path, "ab", buffering=0)  # noqa: SIM115 - as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(f"{path.parent}: another process is at work on this run; wait for it, or end it.") from error
+    except OSError as error:
+        if error.errno not in spool.NO_LOCKS:  # a file system without locks
+            file.close()
+            raise
+    return file
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: could not be written: {error.strerror or error}; make room and go on with --resume."
+        ) from error
 
 
 def _same_run(before: dict, now: dict, folder: Path) -> None:
     """What decides what a run is must not change on the way; when to stop, and how the oracle is run, may."""
-    for key in ("start", "dynamics", "trigger", "model", "bootstrap", "refresh", "seed"):
-        a, b = dict(_flat(before.get(key), key)), dict(_flat(now.get(key), key))
-        for name in sorted(a.keys() | b.keys()):
-            if a.get(name) != b.get(name) and name != "dynamics.steps":
-                raise UserError(
-                    f"{folder}: the run there had {name} = {a.get(name)!r}, the recipe says {b.get(name)!r}; a run is resumed with "
-                    "the recipe it began with (only `stop`, `oracle` and dynamics.steps may change)."
-                )
+    a, b = dict(_flat(before, "")), dict(_flat(now, ""))
+    for name in sorted(a.keys() | b.keys()):
+        if a.get(name) != b.get(name) and not name.startswith(MAY_CHANGE):
+            raise UserError(
+                f"{folder}: the run there had {name} = {a.get(name)!r}, the recipe says {b.get(name)!r}; a run is resumed with "
+                "the recipe it began with (only `stop`, `thin`, dynamics.steps and how the oracle is run may change)."
+            )
+    ramps = [DynamicsRecipe.model_validate(recipe["dynamics"]).ramp for recipe in (before, now)]
+    if ramps[0] != ramps[1]:
+        raise UserError(
+            f"{folder}: with these dynamics.steps the ramp would take {ramps[1]} steps instead of {ramps[0]}; give "
+            f"dynamics.ramp_steps: {ramps[0]}."
+        )
 
 
 def _flat(value: Any, name: str):
     if isinstance(value, dict):
         for key, entry in value.items():
-            yield from _flat(entry, f"{name}.{key}")
+            yield from _flat(entry, f"{name}.{key}" if name else key)
     else:
         yield name, value
+
+
+def _finite(value: Any) -> Any:
+    """A value that JSON knows: numbers that are none become null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    return float(value) if math.isfinite(value) else None
 
 
 def _short(value: object) -> str:

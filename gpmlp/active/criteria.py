@@ -20,6 +20,7 @@ from gpmlp.uncertainty.calibration import Calibration
 
 Action = Literal["continue", "label", "halt"]
 BOLTZMANN = 8.617333262e-5  # eV / K
+SURE = 1e-30  # eV^2/A^2; no force varies by less, unless symmetry makes it zero
 NAMED = 10  # atoms that a decision names at most
 
 
@@ -66,11 +67,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Before:
-    """What guards compare with: the energy a step ago (eV; None = unknown), target and present kinetic temperature (K)."""
+    """What guards compare with: the energy a step ago (eV; None = unknown), target and present kinetic temperature (K).
+
+    freedom: number of velocity components that temperature is the mean of; None: three for each atom.
+    """
 
     energy: float | None
     target_K: float
     temperature_K: float
+    freedom: int | None = None
 
 
 def exceedance(forces_covariance: Tensor, tolerance: float) -> np.ndarray:
@@ -92,7 +97,9 @@ def bound(forces_covariance: Tensor, probability: float) -> float:
     trace, freedom = _moments(forces_covariance)
     if not np.isfinite(trace).all():
         return float("inf")
-    top = max(float(trace.max()), 1e-30) ** 0.5
+    if not trace.max(initial=0.0) > SURE:
+        return 0.0
+    top = float(trace.max()) ** 0.5
 
     def excess(log: float) -> float:
         return _any(_exceedance(trace, freedom, np.exp(log))) - probability
@@ -153,7 +160,7 @@ def _local(prediction: Prediction, limits: Limits) -> Decision | None:
     if variance is None or limits.local_energy is None:
         return None
     std = variance.total.clamp_min(0).sqrt()
-    severity, order = float(std.max()) / limits.local_energy, std.argsort(descending=True)[:NAMED].tolist()
+    severity, order = _severity(std, limits.local_energy)
     text = (
         f"local energy of atom {order[0]} is known to {float(std.max()):.3g} eV only (limit {limits.local_energy:.3g})"
     )
@@ -164,10 +171,16 @@ def _novel(prediction: Prediction, structure: Structures, limits: Limits) -> Dec
     if prediction.novelty is None or limits.novelty is None:
         return None
     largest = float(prediction.novelty.max())
-    severity, order = largest / limits.novelty, prediction.novelty.argsort(descending=True)[:NAMED].tolist()
+    severity, order = _severity(prediction.novelty, limits.novelty)
     what = f"{checks.symbol(int(structure.species[order[0]]))} atom {order[0]}"
     text = f"{what} lies at {largest:.3g} times the radius of the trust region (limit {limits.novelty:.3g})"
     return Decision("label" if severity > 1 else "continue", tuple(order), text, severity)
+
+
+def _severity(values: Tensor, limit: float) -> tuple[float, list[int]]:
+    """The largest in units of the limit, and the atoms it is of, worst first; what is unknown counts as infinite."""
+    values = values.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return float(values.max()) / limit, values.argsort(descending=True)[:NAMED].tolist()
 
 
 def guard(
@@ -184,8 +197,9 @@ def guard(
         return Decision("halt", (i, j), text, least / max(r, 1e-6))
     if before is None:
         return None
-    # a kinetic temperature scatters by sqrt(2 / 3N): six of these are allowed for
-    hottest = guards.temperature * (1 + 6 * (2 / (3 * structure.n_atoms)) ** 0.5) * max(before.target_K, 50.0)
+    # a kinetic temperature scatters by sqrt(2 / freedom): six of these are allowed for
+    freedom = max(1, 3 * structure.n_atoms if before.freedom is None else before.freedom)
+    hottest = guards.temperature * (1 + 6 * (2 / freedom) ** 0.5) * max(before.target_K, 50.0)
     if not before.temperature_K < hottest:
         text = f"temperature {before.temperature_K:.0f} K at a target of {before.target_K:.0f} K (guard {hottest:.0f})"
         return Decision("halt", (), text, before.temperature_K / hottest)

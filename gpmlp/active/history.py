@@ -40,7 +40,7 @@ class Record:
         atoms: by atomic number, how many there are.
         outside: by atomic number, how many have a novelty above 1.
         outside_atoms: indices of these atoms.
-        labelled: whether this frame asked for a label (of any walker: the model is common).
+        labelled: whether a label was learned after this frame (of any walker: the model is common); `History.with_label` says so.
         updated: whether the model changed after this frame for another reason, such as new hyperparameters.
         observables: by name, a number or (components,); NaN = not known yet.
     """
@@ -219,6 +219,16 @@ class History:
         buffer.put("outside_end", row, start + len(record.outside_atoms), np.array(0))
         buffer.used = row + 1
         return _view(buffer, row + 1)
+
+    def with_label(self) -> History:
+        """Return the history with a label learned after its last record; of several, each at a record of its own."""
+        history = _view(_copy(self), self._n)
+        free = (~history.column("labelled").astype(bool)).nonzero()[0] if self._n else ()
+        if len(free):
+            labelled = np.array(history.column("labelled"))
+            labelled[free[-1]] = True
+            history._buffer.arrays["labelled"] = labelled
+        return history
 
     def column(self, name: str) -> np.ndarray:
         """(records,) of a field of Record, or (records, components) of 'observable/NAME'; read-only.

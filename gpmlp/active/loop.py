@@ -7,33 +7,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ase import Atoms
-
-from gpmlp.active import bootstrap, explore, observables, prophecy, stopping, walker
+from gpmlp.active import bootstrap, explore, observables, prophecy, records, stopping, walker
 from gpmlp.active.checkpoint import Mind, Progress, Trail, load
 from gpmlp.active.criteria import Before, Decision, Limits, criteria, guard, limits_of
-from gpmlp.active.history import Record
-from gpmlp.active.labelling import Labeller, stop_if_told
-from gpmlp.active.oracle import Refusal
+from gpmlp.active.desk import Desk, alike
 from gpmlp.active.recipe import LearnRecipe
 from gpmlp.active.stopping import Verdict
 from gpmlp.active.stopwatch import Stopwatch
 from gpmlp.active.student import Student
-from gpmlp.active.tape import Entry, Tape, canonical, key_of
+from gpmlp.active.tape import canonical
 from gpmlp.active.walker import Look, Walker
 from gpmlp.checks import UserError
 from gpmlp.io import archive
-from gpmlp.io.atoms import read_frames, structures_from_ase
+from gpmlp.io.atoms import structures_from_ase
 from gpmlp.potential import Potential
 from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
-from gpmlp.terms import View
 
 CHECKPOINT_S = 20.0  # between two checkpoints, of dynamics that a restart has to repeat
 MOST_SETBACKS = 8  # of a walker that gets nowhere, before it starts again from the beginning
 MOST_RESTARTS = 3  # before the run gives up on it
 HALTED = "halted"
-ALIKE = 0.999  # covariance of unit environments above which two atoms that ask are one
+PER = 1000  # steps, of trigger.most_per_1000_steps
+SILENT = 1e6  # factor on the limits where labels came too often: only guards halt then
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,35 +79,43 @@ class _Run:
 
     def __init__(self, recipe: LearnRecipe, base: Path, resume: bool) -> None:
         self.recipe, self.folder = recipe, base / recipe.output
-        self.starts = _starts(base / recipe.start)
+        self.starts = bootstrap.starts(base / recipe.start)
+        dynamics = recipe.dynamics
+        self.walkers = [
+            Walker.begin(i, self.starts[i % len(self.starts)], dynamics, recipe.seed) for i in range(dynamics.walkers)
+        ]
         self.given = base / recipe.bootstrap.given if recipe.bootstrap.given else None
         numbers = min((a.numbers for a in self.starts), key=min)
         self.timestep_fs = recipe.dynamics.timestep_fs or walker.default_timestep_fs(numbers)
+        observer = observables.make(recipe.stop.observables)
         self.trail = Trail(self.folder, recipe, resume)
-        self.tape = Tape(self.folder / "labels.xyz")
-        self.labeller = Labeller(recipe.oracle, self.folder)
-        self.oracle_hash = recipe.oracle.settings_hash
-        self.observer = observables.make(recipe.stop.observables)
+        try:
+            self.progress = load(self.folder) or Progress()
+            self.observer, self.clock = observer.restore(self.progress.observer), Stopwatch(self.progress.seconds)
+            self.desk = Desk(recipe.oracle, self.folder, self.trail, self.clock)
+        except BaseException:
+            self.trail.close()
+            raise
         self.began = time.monotonic()
-        self.calls, self.reason, self.verdict = 0, "", None
+        self.reason, self.verdict = "", None
         self.student: Student | None = None
         self.limits: Limits | None = None
         self.looks: list[Look | None] = []
         self.saved, self.unsaved = time.monotonic(), False
-        self.progress, self.clock = Progress(), Stopwatch()
 
     def close(self) -> None:
-        self.labeller.close()
-        self.trail.close()
+        try:
+            self.desk.close()
+        finally:
+            self.trail.close()
 
     # ------------------------------------------------------------ the course of a run
 
     def states(self) -> Iterator[State]:
         """Go on from the last checkpoint, or begin."""
-        self.progress = load(self.folder) or Progress()
-        self.clock = Stopwatch(self.progress.seconds)
-        self.observer = self.observer.restore(self.progress.observer)
         self.trail.cut(self.progress)
+        if self.trail.changed:  # there may be another reason to stop now
+            self.progress = replace(self.progress, stopped="")
         if not self.progress.first:
             yield from self._first_labels()
         else:
@@ -126,37 +130,31 @@ class _Run:
     def _state(self, phase: str) -> State:
         return State(
             phase, self.progress, self.student, tuple(self.looks), self.limits,
-            len(self.tape), len(self.tape.refusals), self.calls, self.reason, self.verdict, self.progress.stopped,
+            len(self.desk.tape), len(self.desk.tape.refusals), self.desk.calls, self.reason, self.verdict,
+            self.progress.stopped,
         )  # fmt: skip
 
     def _first_labels(self) -> Iterator[State]:
-        entries: list[Entry] = []
-        if self.given is not None:
-            entries += [self.tape.append(e) for e in _given(self.given)]
+        found = [self.desk.tape.append(e) for e in bootstrap.given(self.given)] if self.given is not None else []
         wanted = bootstrap.structures(self.starts, self.recipe)
         structures = [canonical(structures_from_ase([a], [f"first structure {i}"])) for i, a in enumerate(wanted)]
         for structure in structures:
-            self._ask(structure)
+            self.desk.ask(structure)
         for i, structure in enumerate(structures):
             self.reason = f"first structure {i + 1} of {len(structures)}"
             yield self._state("first labels")
-            found = self._answer(structure, self.reason, {"walker": -1, "step": 0})
-            entries += [found] if found is not None else []
+            found.append(self.desk.answer(structure, self.reason, {"walker": -1, "step": 0}))
+        entries = {entry.key: entry for entry in found if entry is not None}
         if len(entries) < 2:
             raise UserError(
-                f"Only {len(entries)} of the first {len(structures)} structures could be labelled; see {self.tape.refused_path}."
+                f"Only {len(entries)} of the first {len(structures)} structures could be labelled; two are needed. See "
+                f"{self.desk.tape.refused_path}, or raise bootstrap.n."
             )
         with self.clock("learning"):
-            self.student = Student.begin(entries, self.recipe.model, self.recipe.refresh)
-        self.progress = replace(self.progress, first=tuple(e.key for e in entries))
+            self.student = Student.begin(list(entries.values()), self.recipe.model, self.recipe.refresh)
+        self.progress = replace(self.progress, first=tuple(entries))
         yield from self._explore()
-        dynamics = self.recipe.dynamics
-        walkers = [
-            Walker.begin(i, self.starts[i % len(self.starts)], dynamics, self.recipe.seed)
-            for i in range(dynamics.walkers)
-        ]
-        minds = tuple(Mind(w, w) for w in walkers)
-        self.progress = replace(self.progress, minds=minds)
+        self.progress = replace(self.progress, minds=tuple(Mind(w, w) for w in self.walkers))
         self._taught("first labels")
         self._checkpoint()
 
@@ -175,9 +173,9 @@ class _Run:
                     f"rare around atom {atom}",
                 )
             asked, self.reason = canonical(made), f"explored: {how}"
-            self._ask(asked)
+            self.desk.ask(asked)
             yield self._state("first labels")
-            entry = self._answer(asked, self.reason, {"walker": -1, "step": 0})
+            entry = self.desk.answer(asked, self.reason, {"walker": -1, "step": 0})
             if entry is not None and entry.key not in self.progress.known:
                 self.progress = replace(self.progress, learned=(*self.progress.learned, entry.key))
                 with self.clock("learning"):
@@ -186,19 +184,14 @@ class _Run:
     def _remember(self) -> Iterator[State]:
         """Teach a student all that was learned before, in the same order: what it knows is then the same, bit by bit."""
         first, others = self.progress.first, self.progress.learned
-        self.student = Student.begin([self._entry(k) for k in first], self.recipe.model, self.recipe.refresh)
+        for mind in self.progress.minds:
+            if mind.sent:
+                self.desk.ask(_structure(mind.asked))
+        self.student = Student.begin([self.desk.entry(k) for k in first], self.recipe.model, self.recipe.refresh)
         for key in others:
             yield self._state("learning")
-            self.student = self.student.taught(self._entry(key))
+            self.student = self.student.taught(self.desk.entry(key))
         self._renew()
-
-    def _entry(self, key: str) -> Entry:
-        entry = self.tape.find(key)
-        if entry is None:
-            raise UserError(
-                f"{self.tape.path}: the label {key} that the run learned from is gone; put the file back, or begin anew."
-            )
-        return entry
 
     def _round(self) -> Iterator[State]:
         """Let every walker that does not wait go on for a stride, then see to the labels that were asked for."""
@@ -240,38 +233,37 @@ class _Run:
 
         What was asked before the model last learned is judged again first: it may know now.
         """
+        most = self.recipe.stop.labels_at_most
         for i, mind in enumerate(self.progress.minds):
             if mind.asked is None or mind.sent:
                 continue
             look = walker.look(mind.asked, self.potential, self._judge_of(i), self.recipe.dynamics)
             if look.decision.action == "continue" and not mind.why.startswith(HALTED):
+                self.trail.log("dropped", walker=i, step=mind.asked.step)
                 self.progress = self.progress.with_mind(i, replace(mind, asked=None, why="", trusted=mind.walker))
                 self._renew([i])
                 continue
-            under_way = [m for m in self.progress.minds if m.sent]
-            if len(under_way) >= self.recipe.oracle.workers or any(self._is_like(look, m) for m in under_way):
+            under_way = [_structure(m.asked) for m in self.progress.minds if m.sent]
+            room = len(under_way) < self.recipe.oracle.workers
+            if most is not None and len(self.progress.known) + len(under_way) >= most:
+                room = False
+            if not room or any(alike(self.potential, look, other) for other in under_way):
                 continue
-            self._ask(_structure(mind.asked))
+            self.desk.ask(_structure(mind.asked))
             self.progress = self.progress.with_mind(i, replace(mind, sent=True))
 
-    def _is_like(self, look: Look, other: Mind) -> bool:
-        """Whether the atoms for whose sake a look asks are like atoms of a structure under way."""
-        term, there = self.potential.terms[0], _structure(other.asked)
-        mine = View.of(term.descriptor, look.structure).environments.features
-        known = View.of(term.descriptor, there).environments.features
-        atoms = list(look.decision.atoms[:3]) or list(range(len(mine)))
-        same = look.structure.species[atoms][:, None] == there.species[None]
-        return bool((same & (term.kernel.profile(mine[atoms] @ known.T)[0] > ALIKE)).any())
+    def _looseness(self, i: int) -> float:
+        """Factor on the limits of a walker: more than 1 shortly after a label, and a great number where labels came too often."""
+        mind, trigger = self.progress.minds[i], self.recipe.trigger
+        if sum(step > mind.walker.step - PER for step in mind.asked_at) >= trigger.most_per_1000_steps:
+            return SILENT
+        young = mind.walker.step - mind.labelled_at < trigger.cooldown
+        return max(1.0, trigger.hysteresis * mind.left) if young else 1.0
 
     def _judge_of(self, i: int) -> walker.Judge:
-        """Criteria with the limits that hold for a walker: looser shortly after a label, none where labels came too often."""
-        mind, trigger = self.progress.minds[i], self.recipe.trigger
-        age = mind.walker.step - mind.labelled_at
-        recent = sum(step > mind.walker.step - 1000 for step in mind.asked_at)
-        factor = max(1.0, trigger.hysteresis * mind.left) if age < trigger.cooldown else 1.0
-        if recent >= trigger.most_per_1000_steps:
-            factor = 1e6
-        limits = self.limits.times(factor) if factor > 1 else self.limits
+        """Criteria with the limits that hold for a walker."""
+        loose = self._looseness(i)
+        limits = self.limits.times(loose) if loose > 1 else self.limits
 
         def judge(structure: Structures, prediction: Prediction, before: Before) -> Decision:
             return criteria(prediction, structure, limits, before)
@@ -285,7 +277,8 @@ class _Run:
         if decision.action == "continue":
             setbacks = mind.setbacks if now.walker.step <= mind.farthest else 0
             farthest = max(mind.farthest, now.walker.step)
-            mind = replace(mind, walker=now.walker, trusted=now.walker, setbacks=setbacks, farthest=farthest)
+            trusted = now.walker if decision.severity * self._looseness(i) <= 1 else mind.trusted
+            mind = replace(mind, walker=now.walker, trusted=trusted, setbacks=setbacks, farthest=farthest)
             self.looks[i] = now
         else:
             self.trail.log(
@@ -317,62 +310,29 @@ class _Run:
         """Get the label that a walker waits for, learn it, and let the walker go on from where it is."""
         mind = self.progress.minds[i]
         structure, self.reason = _structure(mind.asked), mind.why
-        key = key_of(structure, self.oracle_hash)
+        key = self.desk.key(structure)
         yield self._state("labelling")
         step = mind.asked.step
         notes = {"walker": i, "step": step, "time_fs": step * self.timestep_fs}
-        entry = None if key in self.progress.known else self._answer(structure, self.reason, notes)
-        recent = (*(s for s in mind.asked_at if step - 1000 < s <= step), step)
+        entry = None if key in self.progress.known else self.desk.answer(structure, self.reason, notes)
+        recent = (*(s for s in mind.asked_at if s > step - PER), step)
         mind = replace(mind, asked=None, why="", sent=False, labelled_at=mind.walker.step, asked_at=recent)
         if entry is None:  # refused, or known already: the same place must not ask for the same thing again
             rested = mind.trusted.rested(self.recipe.dynamics, self.recipe.seed + 31 * (1 + self.progress.round))
             self.progress = self.progress.with_mind(i, replace(mind, walker=rested, trusted=rested))
             self._renew([i])
         else:
-            self.progress = replace(self.progress.with_mind(i, mind), learned=(*self.progress.learned, key))
+            known, history = (*self.progress.learned, key), self.progress.history.with_label()
+            self.progress = replace(self.progress.with_mind(i, mind), learned=known, history=history)
             yield self._state("learning")
             before = self.student.online.calibration
             with self.clock("learning"):
                 self.student = self.student.taught(entry)
             told = prophecy.plain(self.student.online.foreseen[-1], before, self.recipe.trigger.probability)
             self._taught(self.reason, key=key, walker=i, step=step, foreseen=told)
-        self.progress = self.progress.with_mind(
-            i, replace(self.progress.minds[i], left=self.looks[i].decision.severity)
-        )
+        left = criteria(self.looks[i].prediction, self.looks[i].structure, self.limits).severity
+        self.progress = self.progress.with_mind(i, replace(self.progress.minds[i], left=left))
         self.unsaved = True
-
-    # ------------------------------------------------------------ labels
-
-    def _ask(self, structure: Structures) -> None:
-        """Set the oracle to work, unless the answer is known."""
-        key = key_of(structure, self.oracle_hash)
-        if key in self.tape or self.tape.refusal(key) is not None:
-            return
-        with self.clock("oracle"):
-            self.labeller.submit(key, structure)
-
-    def _answer(self, structure: Structures, reason: str, notes: dict) -> Entry | None:
-        """The label of a structure that was asked for, once it is on the tape; None if there is none."""
-        key = key_of(structure, self.oracle_hash)
-        if key in self.tape:
-            return self.tape.find(key)
-        refusal = self.tape.refusal(key)
-        if refusal is None:
-            with self.clock("oracle"):
-                found = self.labeller.result(key)
-            self.calls += 1
-            if isinstance(found, Refusal):
-                self.tape.refuse(found)
-                refusal = found
-            else:
-                entry = self.tape.append(Entry(structure, found.targets, key, reason, self.oracle_hash, notes))
-                self.labeller.forget(key)
-                self.trail.tell("labelled", key=key, seconds=found.seconds, attempts=found.attempts)
-                return entry
-            self.labeller.forget(key)
-        stop_if_told(self.recipe.oracle, refusal, self.tape.refused_in_a_row)
-        self.trail.log("refused", key=key, reason=refusal.reason)
-        return None
 
     # ------------------------------------------------------------ learning
 
@@ -412,51 +372,45 @@ class _Run:
     # ------------------------------------------------------------ records
 
     def _record(self, now: Look) -> None:
-        dynamics, w = self.recipe.dynamics, now.walker
         if now.full:
-            sigma = now.prediction.forces_covariance.total.diagonal(dim1=1, dim2=2).sum(1).sqrt()
-            thermostat = dynamics.ensemble != "nve"
-            seen = self.observer(walker.frame(now), w.number, w.step * self.timestep_fs)
-            record = Record.of(
-                w.number, w.step, w.step * self.timestep_fs, now.structure.species.numpy(), sigma.numpy(),
-                now.prediction.novelty.numpy(), temperature_K=now.temperature_K,
-                target_temperature_K=dynamics.temperature(w.step) if thermostat else float("nan"),
-                target_pressure_GPa=dynamics.pressure(w.step) if dynamics.ensemble == "npt" else float("nan"),
-                ramp_finished=w.step >= dynamics.ramp, threshold=self.limits.force or float("nan"),
-                labelled=now.decision.action != "continue", observables=seen,
-            )  # fmt: skip
+            record = records.of(now, self.recipe.dynamics, self.timestep_fs, self.limits.force, self.observer)
             self.progress = replace(self.progress, history=self.progress.history.append(record))
-            self.trail.log("look", **record.plain())
-        if now.decision.action == "continue":
+            asks = {"labelled": True} if now.decision.action != "continue" else {}
+            self.trail.log("look", **record.plain(), **asks)
+        if now.decision.action != "halt":
             self.progress = self.trail.frame(self.progress, now, self.recipe.thin, self.timestep_fs)
 
     def _judge(self) -> None:
         """Whether the run has reason to stop."""
-        dynamics, minds = self.recipe.dynamics, self.progress.minds
-        looks = len(self.progress.history)
-        made = all(m.walker.step >= dynamics.steps for m in minds)
-        if not looks or (looks % self.recipe.stop.every_frames >= len(minds) and not made):
+        minds, stop = self.progress.minds, self.recipe.stop
+        looks, labels, hours = len(self.progress.history), len(self.progress.known), self._hours()
+        made = all(m.walker.step >= self.recipe.dynamics.steps for m in minds)
+        lost = any(m.restarts > MOST_RESTARTS for m in minds)
+        due = looks - self.progress.judged >= stop.every_frames
+        if not (made or lost or due or stopping.limit(labels, hours, stop)[0]):
             return
-        hours = self.progress.hours + (time.monotonic() - self.began) / 3600
-        labels, quantile = len(self.tape), self.recipe.model.novelty.quantile
-        self.verdict = stopping.judge(
-            self.progress.history, self.recipe.stop, quantile=quantile, labels=labels, elapsed_h=hours
-        )
+        quantile = self.recipe.model.novelty.quantile
+        self.verdict = stopping.judge(self.progress.history, stop, quantile=quantile, labels=labels, elapsed_h=hours)
+        self.progress = replace(self.progress, judged=looks)
         self.trail.log("judged", **self.verdict.plain())
         stopped = ""
         if self.verdict.stop:
             stopped = self.verdict.sentence
-        elif any(m.restarts > MOST_RESTARTS for m in minds):
+        elif lost:
             stopped = "a walker could not be kept stable; see log.jsonl for the guards that fired"
         elif made:
-            stopped = f"all {dynamics.steps} steps of {len(minds)} walker(s) are made; {self.verdict.sentence}"
+            stopped = (
+                f"all {self.recipe.dynamics.steps} steps of {len(minds)} walker(s) are made; {self.verdict.sentence}"
+            )
         if stopped:
             self.progress = replace(self.progress, stopped=stopped)
             self.trail.log("stopped", reason=stopped)
 
+    def _hours(self) -> float:
+        return self.progress.hours + (time.monotonic() - self.began) / 3600
+
     def _checkpoint(self) -> None:
-        hours = self.progress.hours + (time.monotonic() - self.began) / 3600
-        self.began = time.monotonic()
+        hours, self.began = self._hours(), time.monotonic()
         spent = {"observer": self.observer.state(), "hours": hours, "seconds": dict(self.clock.seconds)}
         self.progress = self.trail.checkpoint(replace(self.progress, **spent))
         self.saved, self.unsaved = time.monotonic(), False
@@ -465,22 +419,3 @@ class _Run:
 def _structure(w: Walker) -> Structures:
     """What the oracle is asked for at the place of a walker, as the tape will have it."""
     return canonical(structures_from_ase([w.atoms], [f"walker {w.number}, step {w.step}"]))
-
-
-def _starts(path: Path) -> list[Atoms]:
-    frames, _ = read_frames(path)
-    for atoms in frames:
-        walker.fixed_atoms(atoms)
-        atoms.calc = None
-    if not frames:
-        raise UserError(f"{path}: holds no structure to start from.")
-    return frames
-
-
-def _given(path: Path) -> Iterator[Entry]:
-    from gpmlp.io.atoms import read
-
-    structures, targets = read(path)
-    for i in range(len(structures)):
-        one = canonical(structures.select([i]))
-        yield Entry(one, targets.select(structures, [i]), key_of(one), "given", "", {"frame": i})

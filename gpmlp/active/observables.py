@@ -251,7 +251,7 @@ class Observer:
     def restore(self, state: Mapping[str, np.ndarray]) -> Observer:
         """Return an observer of the same recipes that goes on where state was."""
         observer, lags = Observer(self.recipes), {r.name: r.lag_fs for r in self.recipes}
-        for name, walker in {tuple(key.split("/")[:2]) for key in state}:
+        for name, walker in {tuple(key.split("/")[:2]) for key in state if key.split("/")[0] in lags}:
             arrays = {key.split("/")[2]: v for key, v in state.items() if key.startswith(f"{name}/{walker}/")}
             observer._paths[name, int(walker)] = Path.restored(lags[name], arrays)
         return observer

@@ -45,7 +45,7 @@ class DynamicsRecipe(_Section):
         """Steps that temperature and pressure take to get to their last values."""
         if not isinstance(self.temperature_K, tuple) and not isinstance(self.pressure_GPa, tuple):
             return 0
-        return min(self.ramp_steps or int(RAMP_SHARE * self.steps), self.steps)
+        return min(self.ramp_steps or max(1, int(RAMP_SHARE * self.steps)), self.steps)
 
     def temperature(self, step: int) -> float:
         """Target temperature at a step, K."""
@@ -93,7 +93,7 @@ class TriggerRecipe(_Section):
     local_energy: Positive | None = None
     novelty: Positive | None = 1.5
     halt: Annotated[float, Field(gt=1)] = 4.0
-    every: Count = 10
+    every: Count = 20
     cooldown: Annotated[int, Field(ge=0)] = 20
     hysteresis: Annotated[float, Field(ge=1)] = 1.25
     most_per_1000_steps: Positive = 60.0
@@ -103,11 +103,12 @@ class TriggerRecipe(_Section):
 class BootstrapRecipe(_Section):
     """First labels: the start structures and copies with random displacements and, where a cell may change, strains.
 
+    n: how many; None: so many that they hold some 150 atoms, 6 at least and 20 at most.
     displacement_A: standard deviation of each component; None: that of harmonic vibrations at the highest temperature, for a
     typical force constant. given: a file with labelled structures to begin with.
     """
 
-    n: Annotated[int, Field(ge=2)] = 6
+    n: Annotated[int, Field(ge=2)] | None = None
     displacement_A: Positive | None = None
     strain: Annotated[float, Field(ge=0, lt=0.3)] = 0.02
     given: str | None = None
@@ -146,7 +147,7 @@ class LearnRecipe(_Section):
     bootstrap: BootstrapRecipe = BootstrapRecipe()
     explore: ExploreRecipe = ExploreRecipe()
     refresh: RefreshRecipe = RefreshRecipe()
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     output: str = "learned"
     thin: Count = 100
 
@@ -156,6 +157,12 @@ class LearnRecipe(_Section):
             raise ValueError("model.evidence: an online model learns its noises by the DTC evidence; leave it out")
         if self.model.variance is False or self.model.novelty is False:
             raise ValueError("model.variance and model.novelty steer the run; they cannot be false")
+        coverage, novelty = self.stop.coverage, self.trigger.novelty
+        if coverage and novelty is not None and novelty > coverage.far:
+            raise ValueError(
+                f"trigger.novelty {novelty:g} is above stop.coverage.far {coverage.far:g}: what lies between would neither be "
+                "labelled nor count as covered, and the run never stop; lower the one or raise the other"
+            )
         if self.dynamics.ensemble == "nve" and self.explore.bias:
             raise ValueError("explore.bias does not conserve the energy; take dynamics.ensemble: nvt, or no bias")
         if self.dynamics.ensemble == "nve" and isinstance(self.dynamics.temperature_K, tuple):

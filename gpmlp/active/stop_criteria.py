@@ -237,7 +237,7 @@ def coverage(found: Novelties, quantile: float = 0.99, recipe: CoverageRecipe = 
     if n < FEWEST or np.isnan(np.concatenate(novelty)).any():
         why = "too few frames yet" if n < FEWEST else "the novelty of some frames was not computed"
         return Criterion("coverage", None, f"trust region: {why}", {"frames": n})
-    inside = _inside(found, quantile, recipe.far)
+    inside = frames_inside(found.largest, found.atoms, found.outside, quantile, recipe.far)
     g = _slowest([np.minimum(v, FARTHEST) for v in novelty], [i.astype(float) for i in inside if len(i)])
     frames = n / g
     share = float(np.concatenate(inside).mean())
@@ -271,13 +271,19 @@ def _slowest(*groups: Sequence[np.ndarray]) -> float:
     return max(times)
 
 
-def _inside(found: Novelties, quantile: float, far: float) -> list[np.ndarray]:
-    """By walker (frames,): whether a frame is inside."""
-    inside = [v <= far for v in found.largest]
-    for z, counts in found.atoms.items():
+def frames_inside(
+    largest: Sequence[np.ndarray],
+    atoms: Mapping[int, Sequence[np.ndarray]],
+    outside: Mapping[int, Sequence[np.ndarray]],
+    quantile: float,
+    far: float,
+) -> list[np.ndarray]:
+    """By walker (frames,): whether a frame is inside; see `coverage` and Novelties."""
+    inside = [v <= far for v in largest]
+    for z, counts in atoms.items():
         sizes = np.unique(np.concatenate(list(counts)))
         most = {int(k): most_by_chance(int(k), 1 - quantile) for k in sizes}
-        for w, (total, out) in enumerate(zip(counts, found.outside[z], strict=True)):
+        for w, (total, out) in enumerate(zip(counts, outside[z], strict=True)):
             inside[w] &= out <= np.array([most[int(k)] for k in total], dtype=int)
     return inside
 

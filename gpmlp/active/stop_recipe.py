@@ -25,7 +25,7 @@ class PlateauRecipe(_Section):
 
     drift: Positive = 0.3
     significance: Share = 0.05
-    labels_per_1000_steps: Positive = 1.0
+    labels_per_1000_steps: Positive = 2.0
 
 
 class ObservableRecipe(_Section):

@@ -30,6 +30,7 @@ __all__ = (
     "Window",
     "ensemble",
     "judge",
+    "limit",
     "window",
 )
 # of the standard error of the mean: (tolerance, relative, unit); energy is in units of k_B T of the window
@@ -43,6 +44,7 @@ TOLERANCES = {
 }
 CUSTOM = (0.05, True, "")
 ROOM = 300.0  # K, where no target temperature is known
+NOTHING = {True: "no thermostat: constant energy", False: "too few frames yet"}
 PRESSURE = 0.2  # GPa that the mean pressure may lie off its target
 
 
@@ -192,14 +194,14 @@ def judge(
     early = _early(history, recipe)
     met = every([c.met for c in criteria]) is True and len(criteria) > 1 and not early
     asked = int(history.column("labelled").sum()) if labels is None else labels
-    limit, reached = _limit(asked, elapsed_h, recipe)
+    reached, what = limit(asked, elapsed_h, recipe)
     if met:
         sentence = "stopped: " + "; ".join(c.sentence for c in criteria)
-    elif limit:
-        sentence = f"stopped at a limit, not converged: {reached}; " + _missing(criteria, early)
+    elif reached:
+        sentence = f"stopped at a limit, not converged: {what}; " + _missing(criteria, early)
     else:
         sentence = "going on: " + _missing(criteria, early)
-    return Verdict(met or bool(limit), met, tuple(criteria), sentence, "" if met else limit)
+    return Verdict(met or bool(reached), met, tuple(criteria), sentence, "" if met else reached)
 
 
 def _early(history: History, recipe: StopRecipe) -> str:
@@ -209,7 +211,7 @@ def _early(history: History, recipe: StopRecipe) -> str:
     return f"{done} of at least {recipe.at_least_steps} steps made" if done < recipe.at_least_steps else ""
 
 
-def _limit(labels: int, elapsed_h: float, recipe: StopRecipe) -> tuple[str, str]:
+def limit(labels: int, elapsed_h: float, recipe: StopRecipe) -> tuple[str, str]:
     """(name of the limit that was reached, or '', and a phrase)."""
     if recipe.labels_at_most is not None and labels >= recipe.labels_at_most:
         return "labels", f"{labels} labels"
@@ -256,7 +258,7 @@ def ensemble(recent: Window, recipe: StopRecipe = StopRecipe()) -> Criterion:  #
         verdicts.append(True if off <= reach else False if found.enough else None)
         told.append(f"mean {kind} {numbers[kind]:.4g} {unit} (target {target:.4g})")
     met = every(verdicts) if recent.frames else None
-    return Criterion("ensemble", met, ", ".join(told) or "no thermostat: constant energy", numbers)
+    return Criterion("ensemble", met, ", ".join(told) or NOTHING[recent.frames > 0], numbers)
 
 
 def plateau_of(recent: Window, recipe: PlateauRecipe = PlateauRecipe()) -> Criterion:  # noqa: B008

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,7 @@ from gpmlp.structures import Structures
 CHEAP = "atom_energies"  # looked at in every step
 FULL = ("atom_energies", "forces")
 PRESSURE_FACTOR = 10.0  # of the barostat's time constant to the thermostat's
+SWELLING = 2.0  # factor on the volume between two looks that no dynamics worth following brings about
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,8 @@ class Walker:
     Attributes:
         atoms: with momenta; never changed in place.
         step: number of steps made on accepted dynamics; falls when the walker is set back.
-        p_eps: momentum of the cell (npt), as LangevinBAOAB has it.
+        p_eps, force_eps: momentum of the cell (npt) and the force on it, as LangevinBAOAB has them; its force is of half a step
+            before the velocities, so it cannot be found again. None = find it.
         chance: state of the random numbers of the thermostat.
         energy: potential energy at this step, eV; None = not computed yet.
     """
@@ -52,16 +55,24 @@ class Walker:
     p_eps: Any
     chance: dict
     energy: float | None = None
+    force_eps: Any = None
 
     @staticmethod
     def begin(number: int, atoms: Atoms, dynamics: DynamicsRecipe, seed: int) -> Walker:
-        """Take a structure and give it velocities of the first temperature, unless it has some."""
+        """Take a structure and give it velocities of the first temperature, unless it has some.
+
+        Raises:
+            UserError: npt of what is not periodic.
+        """
+        if dynamics.ensemble == "npt" and not atoms.pbc.all():
+            raise UserError(
+                "dynamics.ensemble npt needs a start that is periodic in all directions; take nvt, or give it a cell and pbc."
+            )
         generator = np.random.default_rng([seed, number])
-        atoms = atoms.copy()
-        atoms.calc = None
         if not (atoms.has("momenta") and np.abs(atoms.get_momenta()).max() > 0):
             atoms = _thermal(atoms, dynamics.temperature(0), generator)
-        return Walker(number, atoms, 0, 0.0, generator.bit_generator.state)
+        # only what a state keeps, so that a run that is resumed leaves the same files as one that is not
+        return Walker.from_state(*Walker(number, atoms, 0, 0.0, generator.bit_generator.state).state())
 
     @property
     def generator(self) -> np.random.Generator:
@@ -74,7 +85,7 @@ class Walker:
         """The same place with new velocities and random numbers: where a trajectory must not repeat itself."""
         generator = np.random.default_rng([salt, self.number, self.step])
         atoms = _thermal(self.atoms, dynamics.temperature(self.step), generator)
-        return replace(self, atoms=atoms, p_eps=0.0, chance=generator.bit_generator.state)
+        return replace(self, atoms=atoms, p_eps=0.0, force_eps=None, chance=generator.bit_generator.state)
 
     def state(self) -> tuple[dict, dict[str, torch.Tensor]]:
         """A JSON-able header and tensors: all that is needed to go on bit by bit."""
@@ -84,7 +95,6 @@ class Walker:
             "chance": json.dumps(self.chance),
             "energy": self.energy,
             "pbc": self.atoms.pbc.tolist(),
-            "cell_momentum": np.shape(self.p_eps) != (),
         }
         tensors = {
             "numbers": torch.as_tensor(self.atoms.numbers.astype(np.int64)),
@@ -93,6 +103,7 @@ class Walker:
             "masses": torch.as_tensor(self.atoms.get_masses().copy()),
             "cell": torch.as_tensor(self.atoms.cell.array.copy()),
             "p_eps": torch.as_tensor(np.array(self.p_eps, dtype=float).reshape(-1)),
+            "force_eps": torch.as_tensor(np.array([] if self.force_eps is None else self.force_eps, float).reshape(-1)),
             "fixed": torch.as_tensor(fixed_atoms(self.atoms)),
         }
         return header, tensors
@@ -101,11 +112,18 @@ class Walker:
     def from_state(header: dict, tensors: dict[str, torch.Tensor]) -> Walker:
         """What `state` gave."""
         t = {name: value.numpy() for name, value in tensors.items()}
-        atoms = Atoms(t["numbers"], t["positions"], cell=t["cell"], pbc=header["pbc"], masses=t["masses"])
+        atoms = Atoms(t["numbers"], t["positions"], cell=t["cell"], pbc=header["pbc"])
+        if (t["masses"] != atoms.get_masses()).any():
+            atoms.set_masses(t["masses"])
         atoms.set_constraint(FixAtoms(t["fixed"]) if len(t["fixed"]) else None)
         atoms.set_momenta(t["momenta"])
-        p_eps = t["p_eps"].reshape(3, 3).copy() if header["cell_momentum"] else float(t["p_eps"][0])
-        return Walker(header["number"], atoms, header["step"], p_eps, json.loads(header["chance"]), header["energy"])
+        about = header["number"], atoms, header["step"], _of_cell(t["p_eps"]), json.loads(header["chance"])
+        return Walker(*about, header["energy"], _of_cell(t["force_eps"]))
+
+
+def _of_cell(flat: np.ndarray) -> Any:
+    """A number, a matrix or None, from as many numbers."""
+    return None if not len(flat) else float(flat[0]) if len(flat) == 1 else flat.reshape(3, 3).copy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +150,10 @@ class Look:
 Judge = Callable[[Structures, Prediction, Before], Decision]
 
 
+class _LostError(Exception):
+    """Dynamics has left what can be predicted at all."""
+
+
 class Watched(Calculator):
     """ASE calculator that keeps the whole prediction, and asks for as many variances as it is told to."""
 
@@ -143,10 +165,12 @@ class Watched(Calculator):
         self.variance: str | tuple[str, ...] = CHEAP
         self.structure: Structures | None = None
         self.prediction: Prediction | None = None
+        self.volume = 0.0
 
     def remember(self, atoms: Atoms, seen: Look) -> None:
         """Take over what was predicted of these atoms already."""
         self.atoms, self.structure, self.prediction = atoms.copy(), seen.structure, seen.prediction
+        self.volume = abs(atoms.cell.volume)
         self._take()
 
     def _take(self) -> None:
@@ -163,8 +187,14 @@ class Watched(Calculator):
     def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=tuple(all_changes)) -> None:
         """Predict."""
         super().calculate(atoms, list(properties), list(system_changes))
-        self.structure = structures_from_ase([self.atoms], [self.label_in_errors])
-        self.prediction = self.potential(self.structure, self.variance, novelty=True)
+        volume = abs(self.atoms.cell.volume)
+        if self.volume and not 1 / SWELLING < volume / self.volume < SWELLING:
+            raise _LostError(f"the volume went from {self.volume:.4g} to {volume:.4g} A^3")
+        try:
+            self.structure = structures_from_ase([self.atoms], [self.label_in_errors])
+            self.prediction = self.potential(self.structure, self.variance, novelty=True)
+        except UserError as error:  # atoms on top of one another, numbers that are none
+            raise _LostError(str(error)) from error
         self._take()
 
 
@@ -173,7 +203,8 @@ def look(walker: Walker, potential: Potential, judge: Judge, dynamics: DynamicsR
     structure = structures_from_ase([walker.atoms], [f"walker {walker.number}, step {walker.step}"])
     prediction = potential(structure, FULL, novelty=True)
     temperature = walker.atoms.get_temperature()
-    before = Before(None, dynamics.temperature(walker.step), temperature)
+    freedom = walker.atoms.get_number_of_degrees_of_freedom()
+    before = Before(None, dynamics.temperature(walker.step), temperature, freedom)
     return Look(walker, structure, prediction, judge(structure, prediction, before), temperature)
 
 
@@ -210,17 +241,20 @@ def advance(
     watched.remember(atoms, seen)
     integrator = _integrator(atoms, walker, dynamics, timestep_fs, generator)
     harmless = _per_atom_ratio(seen.prediction)
-    energy = float(seen.prediction.energies[0])
+    energy, freedom = float(seen.prediction.energies[0]), atoms.get_number_of_degrees_of_freedom()
     for made in range(1, steps + 1):
         step = walker.step + made
         _set_targets(integrator, dynamics, step)
         watched.variance = FULL if made == steps else CHEAP
-        integrator.step()
+        try:
+            integrator.step()
+        except _LostError as lost:
+            return _lost(seen, f"after step {step - 1}: {lost}")
         temperature = atoms.get_temperature()
         prediction = watched.prediction
         if not math.isfinite(temperature):
             temperature = math.inf
-        before = Before(energy, dynamics.temperature(step), temperature)
+        before = Before(energy, dynamics.temperature(step), temperature, freedom)
         if made < steps:
             guessed = _with_guess(prediction, harmless)
             decision = judge(watched.structure, guessed, before)
@@ -235,6 +269,12 @@ def advance(
             break
     now = _caught(walker, atoms, step, integrator, generator, energy)
     return Look(now, watched.structure, prediction, decision, temperature)
+
+
+def _lost(seen: Look, why: str) -> Look:
+    """A decision to halt after what cannot even be looked at; all else is as it was seen last, and no full look."""
+    decision = Decision("halt", (), why, math.inf)
+    return replace(seen, prediction=replace(seen.prediction, forces_covariance=None), decision=decision)
 
 
 def _cheap_is_fine(decision: Decision) -> bool:
@@ -268,9 +308,13 @@ def _integrator(
         stress = -dynamics.pressure(walker.step) * units.GPA
         options |= {"externalstress": stress, "P_tau": PRESSURE_FACTOR * relaxation}
         options |= {"hydrostatic": dynamics.cell == "isotropic"}
-    integrator = LangevinBAOAB(atoms, timestep_fs * ase_units.fs, **options)
+    with warnings.catch_warnings():  # it tells of its mass of the cell, and of fixed atoms
+        warnings.simplefilter("ignore", UserWarning)
+        integrator = LangevinBAOAB(atoms, timestep_fs * ase_units.fs, **options)
     if dynamics.ensemble == "npt":
-        integrator.p_eps = walker.p_eps if np.shape(walker.p_eps) else integrator.p_eps + walker.p_eps
+        integrator.p_eps = copy.deepcopy(walker.p_eps)  # changed in place
+        if walker.force_eps is not None:
+            integrator.force_eps = copy.deepcopy(walker.force_eps)
     return integrator
 
 
@@ -287,8 +331,10 @@ def _caught(
 ) -> Walker:
     still = atoms.copy()
     still.calc = None
-    p_eps = copy.deepcopy(getattr(integrator, "p_eps", 0.0))
-    return Walker(walker.number, still, step, p_eps, generator.bit_generator.state, energy)
+    p_eps, force_eps = (
+        copy.deepcopy(getattr(integrator, n, none)) for n, none in (("p_eps", 0.0), ("force_eps", None))
+    )
+    return Walker(walker.number, still, step, p_eps, generator.bit_generator.state, energy, force_eps)
 
 
 def _thermal(atoms: Atoms, temperature_K: float, generator: np.random.Generator) -> Atoms:
@@ -296,7 +342,7 @@ def _thermal(atoms: Atoms, temperature_K: float, generator: np.random.Generator)
     atoms = atoms.copy()
     masses = atoms.get_masses()[:, None]
     velocities = generator.standard_normal((len(atoms), 3)) * np.sqrt(ase_units.kB * temperature_K / masses)
-    if len(atoms) > 1:
+    if len(atoms) > 1 and not len(fixed_atoms(atoms)):
         velocities -= (masses * velocities).sum(0) / masses.sum()
         velocities *= math.sqrt(len(atoms) / (len(atoms) - 1))
     atoms.set_velocities(velocities)

@@ -36,7 +36,7 @@ def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> E
     vectors, l_max = surroundings.vectors.detach().contiguous(), descriptor.l_max
     basis, pairs = _basis(descriptor, vectors.dtype), _pairs(descriptor, surroundings, vectors)
     n = len(surroundings)
-    density = _centers(descriptor, surroundings, vectors)
+    density = _centers(descriptor, basis, surroundings, vectors)
     features, norms = vectors.new_empty(n, descriptor.n_features), vectors.new_empty(n)
     made = density.numpy(), features.numpy(), norms.numpy()
     tiny = basis.numbers.dtype.type(torch.finfo(vectors.dtype).tiny)
@@ -108,14 +108,12 @@ def _in_blocks(start: int, end: int, work: Callable[[int, int], None]) -> None:
         list(pool.map(lambda lo: work(lo, min(end, lo + BLOCK)), lows))
 
 
-def _centers(descriptor: SoapPowerSpectrum, surroundings: Surroundings, like: Tensor) -> Tensor:
+def _centers(descriptor: SoapPowerSpectrum, basis: Basis, surroundings: Surroundings, like: Tensor) -> Tensor:
     """(environments, channels, (l_max + 1)^2) density of the central atoms alone."""
     n = len(surroundings)
-    density = like.new_zeros(n, descriptor.channels, (descriptor.l_max + 1) ** 2)
-    at_zero, _ = descriptor._radial(like.new_zeros(1))
-    own = descriptor._slot(surroundings.species)[:, None] * descriptor.n_max + torch.arange(descriptor.n_max)
-    density[torch.arange(n)[:, None], own, 0] = descriptor.central_weight * at_zero[:, :, 0] / (4 * torch.pi) ** 0.5
-    return density
+    density = like.new_zeros(n, len(descriptor.species), descriptor.n_max, (descriptor.l_max + 1) ** 2)
+    density[torch.arange(n), descriptor._slot(surroundings.species), :, 0] = torch.from_numpy(basis.center)
+    return density.flatten(1, 2)
 
 
 def _pairs(descriptor: SoapPowerSpectrum, surroundings: Surroundings, vectors: Tensor) -> Pairs:
@@ -142,11 +140,13 @@ def _basis(descriptor: SoapPowerSpectrum, dtype: torch.dtype) -> Basis:
 
     table, like = descriptor._radial, torch.zeros(0, dtype=dtype)
     numbers = torch.arange(6, dtype=dtype).numpy()
+    at_zero, _ = table(like.new_zeros(1))
     return Basis(
         table.coefficients.to(dtype).contiguous().numpy(),
         numbers.dtype.type(1 / table.step),
         numbers,
         descriptor._prefactors(like).flatten().numpy(),
+        (descriptor.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5).numpy(),
         descriptor.n_max,
         descriptor.l_max,
         len(descriptor.species),

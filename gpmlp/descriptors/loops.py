@@ -52,6 +52,7 @@ class Basis(NamedTuple):
         table: (intervals, 6, n_max (l_max + 1)) quintic polynomials, highest power first; per_step: intervals per A.
         numbers: 0 to 5 in the floating type of the pairs.
         prefactors: (features,) of the products, as in power_spectrum.py.
+        center: (n_max,) density of the central atom at l = 0.
         n_max, l_max, n_species: sizes.
     """
 
@@ -59,6 +60,7 @@ class Basis(NamedTuple):
     per_step: float
     numbers: np.ndarray
     prefactors: np.ndarray
+    center: np.ndarray
     n_max: int
     l_max: int
     n_species: int

@@ -229,26 +229,37 @@ def rows_of(
     return out
 
 
-def atom_rows(features: Tensor, species: Tensor, kernel: ZonalKernel, inducing: tuple[InducingBlock, ...]) -> Tensor:
-    """(environments, columns) covariances of the local energies themselves, unit signal variance."""
+def atom_rows(
+    features: Tensor,
+    species: Tensor,
+    kernel: ZonalKernel,
+    inducing: tuple[InducingBlock, ...],
+    profiles: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """(environments, columns) covariances of the local energies themselves, unit signal variance.
+
+    Args:
+        profiles: by species, f, f' and f'' of its environments with centres of which the first ones are the block's, if known.
+    """
     pieces = []
     for block in inducing:
-        mine = species == block.species
+        mine, known = species == block.species, (profiles or {}).get(block.species)
         if mine.all():
-            pieces.append(block.keep(_values(kernel, block, features)[0]))
+            pieces.append(block.keep(_values(kernel, block, features, known)[0]))
             continue
         piece = features.new_zeros(len(features), block.n_columns)
-        piece[mine] = block.keep(_values(kernel, block, features[mine])[0])
+        piece[mine] = block.keep(_values(kernel, block, features[mine], known)[0])
         pieces.append(piece)
     return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
 
-def _values(kernel: ZonalKernel, block: InducingBlock, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _values(
+    kernel: ZonalKernel, block: InducingBlock, features: Tensor, known: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """k(x, u) of values and gradients (environments, M + M R); f' and f'' (environments, M); x.t (environments, M, R)."""
     m, r = block.tangents.shape[:2]
-    dots = features @ block.vectors.T
-    value, first, second = kernel.profile(dots[:, :m])
-    along = dots[:, m:].reshape(len(features), m, r)
+    value, first, second = (p[:, :m] for p in known or kernel.profile(features @ block.features.T))
+    along = (features @ block.tangents.flatten(0, 1).T).unflatten(1, (m, r))
     return torch.cat([value, (first[:, :, None] * along).flatten(1)], dim=1) if r else value, first, second, along
 
 
@@ -275,7 +286,7 @@ def _add(
     sums.energies.index_add_(0, owner, energy)
     if sums.forces is None and sums.stresses is None or seen.jacobian is None:
         return
-    jacobian, targets = seen.jacobian, place[seen.atoms]
+    jacobian, targets = seen.jacobian if sums.forces is not None else seen.jacobian[:, -6:], place[seen.atoms]
     n_rows = jacobian.shape[1]
     per_volume = torch.nan_to_num(1 / structures.volumes)[owner]
     size = max(1, BLOCK_BYTES // (n_rows * len(block.vectors) * jacobian.element_size()))
@@ -309,9 +320,13 @@ def padded_jacobian(environments, local: Tensor, stresses: bool) -> tuple[Tensor
     slot = torch.arange(len(local), device=local.device) - (counts.cumsum(0) - counts)[local]
     n_slots = int(counts.max())
     extra = 9 if stresses else 3
-    padded = jacobian.new_zeros(n_env, 3 * n_slots + extra, n_features)
+    equal = n_env * n_slots == len(local)
+    padded = (jacobian.new_empty if equal else jacobian.new_zeros)(n_env, 3 * n_slots + extra, n_features)
     by_neighbor = padded[:, : 3 * n_slots].unflatten(1, (n_slots, 3))
-    by_neighbor[local, slot] = jacobian
+    if equal:  # sorted by environment: nothing has to be looked up
+        by_neighbor.copy_(jacobian.view_as(by_neighbor))
+    else:
+        by_neighbor[local, slot] = jacobian
     displacements = jacobian.new_zeros(n_env, n_slots, 3)
     displacements[local, slot] = environments.surroundings.vectors
     # one small product per environment: [ones; r_x; r_y; r_z] (4, slots) times the Jacobian (slots, 3 features)

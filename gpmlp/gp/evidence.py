@@ -77,30 +77,41 @@ def negative_log_evidence(
         system.add_(s.gram, alpha=tau)
         right.add_(s.projection, alpha=tau)
         total += s.count * np.log(2 * np.pi / tau) + s.square * tau
-    system.mul_(scale[:, None]).mul_(scale[None, :])
+    system.mul_(scale[:, None]).mul_(scale[None, :]).diagonal().add_(1)
     right = right * scale
-    precision_part = system.clone()
-    system.diagonal().add_(1)
     lower = _cholesky(system)
     mean = torch.cholesky_solve(right[:, None], lower)[:, 0]
     total += float(2 * lower.diagonal().log().sum() - right @ mean)
     inverse = torch.cholesky_inverse(lower)
-    d_noise = {}
+    # S⁻¹ (S - 1) = 1 - S⁻¹: its diagonal is the share of each column that the data determine, which their kinds have to share
+    leverage = 1 - inverse.diagonal()
+    determined = _by_kind(statistics, noise, inverse, scale, float(leverage.sum()))
+    scaled_mean = scale * mean
+    along, d_noise = torch.zeros_like(mean), {}
     for kind, s in statistics.items():
         tau = noise[kind] ** -2
-        scaled_mean = scale * mean
-        trace = float(torch.einsum("ij,ij,i,j->", inverse, s.gram, scale, scale))
-        fit = s.square - 2 * float(s.projection @ scaled_mean) + float(scaled_mean @ (s.gram @ scaled_mean))
+        image = s.gram @ scaled_mean
+        along.add_(image, alpha=tau)
+        fit = s.square - 2 * float(s.projection @ scaled_mean) + float(scaled_mean @ image)
         missed = float(signal.square() @ s.missed(block_of_column))
         total += tau * missed
         # d/d log σ = -2 τ d/dτ, halved because total is -2 log p
-        d_noise[kind] = -tau * (fit + trace + missed) + s.count
-    leverage = (inverse * precision_part).sum(1)
-    per_column = leverage - right * mean + mean * (precision_part @ mean)
+        d_noise[kind] = -tau * (fit + missed) - determined[kind] + s.count
+    per_column = leverage - right * mean + scaled_mean * along
     d_signal = torch.zeros_like(signal).index_add(0, block_of_column, per_column)
     for kind, s in statistics.items():
         d_signal = d_signal + noise[kind] ** -2 * signal.square() * s.missed(block_of_column)
     return 0.5 * total, d_noise, d_signal
+
+
+def _by_kind(
+    statistics: dict[str, Statistics], noise: dict[str, float], inverse: Tensor, scale: Tensor, every: float
+) -> dict[str, float]:
+    """tr(S⁻¹ D G_k D) / σ_k², the number of parameters that each kind determines; `every` is their sum. Scales `inverse` in place."""
+    most = max(statistics, key=lambda kind: statistics[kind].count)
+    scaled = inverse.mul_(scale[:, None]).mul_(scale).flatten()
+    found = {k: noise[k] ** -2 * float(scaled @ s.gram.flatten()) for k, s in statistics.items() if k != most}
+    return found | {most: every - sum(found.values())}
 
 
 def mean(statistics: dict[str, Statistics], noise: dict[str, float], signal: Tensor) -> Tensor:
@@ -160,7 +171,7 @@ def optimise(
         return value, np.concatenate(gradient)
 
     found = scipy.optimize.minimize(
-        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxfun": max_evaluations, "ftol": 1e-10}
+        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxfun": max_evaluations, "ftol": 1e-8}
     )
     _assign(parameters, names, sizes, found.x)
     return EvidenceResult(float(found.fun), at_bound(parameters), tuple(trace))

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpmlp.environments import Descriptor, Environments, Surroundings
+from gpmlp.environments import Descriptor, Environments, Kept, Surroundings
 from gpmlp.gp.covariances import ENVIRONMENTS, Look, padded_jacobian
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.neighbors import Neighbors
 from gpmlp.structures import Structures
 
 CHUNK_ATOMS = 128  # whose force covariances are made together
+KEPT_ATOMS = 16  # the same where Jacobians need not be made: what stays in cache
 CHUNK_ROWS = 512  # environments of one structure that meet all others at a time
 CHUNK_JOINT = 4  # environments whose Jacobian rows meet those of all others at a time
 
@@ -80,7 +81,8 @@ class Prior:
         environments e, e' of equal species that see atom i: its own and its neighbours'.
         """
         out = structures.positions.new_zeros(len(atoms), 3, 3)
-        for some in near_together(structures, atoms).split(CHUNK_ATOMS):
+        size = KEPT_ATOMS if isinstance(self.look, Kept) else CHUNK_ATOMS
+        for some in near_together(structures, atoms).split(size):
             out[some] = self._forces(structures, neighbors, surroundings, atoms[some])
         return out
 
@@ -93,23 +95,30 @@ class Prior:
         hit = (local[neighbors.neighbors] >= 0).nonzero()[:, 0]
         # one incidence for each (atom, environment that sees it), the images of an atom together
         own = local[atoms] * n_atoms + atoms
-        keys = torch.unique(torch.cat([local[neighbors.neighbors[hit]] * n_atoms + neighbors.centers[hit], own]))
-        x, v = self._incidences(surroundings, neighbors, local, keys)
+        seen = local[neighbors.neighbors[hit]] * n_atoms + neighbors.centers[hit]
+        keys = torch.unique(torch.cat([seen, own]))
         owner, environment = keys // n_atoms, keys % n_atoms
         counts = torch.bincount(owner, minlength=n)
         slot = torch.arange(len(keys), device=device) - (counts.cumsum(0) - counts)[owner]
         width = int(counts.max())
-        features, gradients = x.new_zeros(n, width, x.shape[1]), v.new_zeros(n, width, 3, x.shape[1])
-        scale, species = x.new_zeros(n, width), slot.new_zeros(n, width)
-        features[owner, slot], gradients[owner, slot] = x, v
+        place = owner * width + slot
+        if isinstance(self.look, Kept) and len(keys) == len(seen) + len(own):
+            pairs, mine = (place[torch.searchsorted(keys, some)] for some in (seen, own))
+            features, gradients = _laid_out(self.look, n * width, place, environment, pairs, hit, mine, atoms)
+        else:
+            x, v = self._incidences(surroundings, neighbors, local, keys)
+            features, gradients = x.new_zeros(n * width, x.shape[1]), v.new_zeros(n * width, 3, x.shape[1])
+            features[place], gradients[place] = x, v
+        features, gradients = features.unflatten(0, (n, width)), gradients.unflatten(0, (n, width))
+        scale, species = features.new_zeros(n, width), slot.new_zeros(n, width)
         species[owner, slot] = structures.species[environment]
-        scale[owner, slot] = self._scales(structures.species[environment], x)
+        scale[owner, slot] = self._scales(structures.species[environment], features)
         weight = scale[:, :, None] * scale[:, None, :] * (species[:, :, None] == species[:, None, :])
         _, first, second = self.kernel.profile(features @ features.transpose(1, 2))
         flat = gradients.flatten(1, 2)
         along = (flat @ features.transpose(1, 2)).unflatten(1, (width, 3))  # v_ea . x_e'
-        summed = torch.einsum("nef,nfd->ned", weight * first, gradients.flatten(2)).unflatten(2, (3, -1))
-        out = torch.einsum("nead,nebd->nab", gradients, summed)
+        summed = ((weight * first) @ gradients.flatten(2)).unflatten(2, (3, -1))
+        out = (gradients.flatten(0, 1) @ summed.flatten(0, 1).mT).unflatten(0, (n, width)).sum(1)
         return out + torch.einsum("neaf,nef,nfbe->nab", along, weight * second, along)
 
     def _incidences(
@@ -231,6 +240,23 @@ def _add(out: Tensor, rows: Tensor, columns: Tensor, block: Tensor) -> None:
     """Add a block to scattered rows and columns, repeated ones summed."""
     narrow = block.new_zeros(block.shape[0], out.shape[1]).index_add_(1, columns, block)
     out.index_add_(0, rows, narrow)
+
+
+def _laid_out(
+    kept: Kept, size: int, place: Tensor, environment: Tensor, pairs: Tensor, hit: Tensor, own: Tensor, atoms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x_e (size, features) and v_e (size, 3, features) at the places of (atom, environment): rows of the Jacobian as they are, because
+    no environment sees two images of an atom. Empty places hold those of others.
+
+    Args:
+        place, environment: of all incidences; pairs, hit: places of those of neighbours, and which pairs these are; own: places of
+            the environments of the atoms themselves.
+    """
+    which, rows = place.new_zeros(size), place.new_zeros(size)
+    which[place], rows[pairs] = environment, hit
+    gradients = kept.jacobian[rows]
+    gradients[own] = kept.of_centers[atoms]
+    return kept.environments.features[which], gradients
 
 
 def near_together(structures: Structures, atoms: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gpmlp.gp.posterior import RANK_TOLERANCE, RowFactor
 
 PANEL = 32  # columns that LAPACK's QR of a triangle and rows takes together
-SLICE = 128  # rows, and columns, that a downdate takes together
+SLICE = 256  # rows, and columns, that a downdate takes together
 LEAST_LEFT = 1e-6  # of the square of a diagonal entry: with less left, a downdate has lost more than six digits of it
 Passes = Callable[
     [], Iterable[tuple[Tensor, Tensor]]
@@ -93,12 +93,12 @@ class Factor:
         if not len(rows):
             return self
         size = self.columns + 1
-        square = np.zeros((size, size), order="F")
+        square = np.zeros((size, size), order="F")  # as LAPACK has it, and `upper` from here on
         square[:-1] = self.upper.numpy()
         new, _, _, info = lapack.dtpqrt(0, min(PANEL, size), square, np.asfortranarray(rows.numpy()), 1, 0)
         if info:
             raise ArithmeticError(f"QR of new rows failed (dtpqrt: {info})")
-        return replace(self, upper=torch.from_numpy(np.triu(new)[:-1].copy()), changes=self.changes + 1)
+        return replace(self, upper=torch.from_numpy(new[:-1]), changes=self.changes + 1)
 
     def removed(self, rows: Tensor) -> Factor:
         """Without rows (k, columns + 1) that it holds: a hyperbolic downdate by blocks, O(k columns²).

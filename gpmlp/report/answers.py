@@ -29,7 +29,7 @@ def how_wrong(data: ReportData, labelled: dict, numbers: dict) -> str:
                 value += f" (RMSE {number(overall[f'{name}_rmse_{unit}'])}{share})"
             parts.append(value)
     count = overall["n_structures"]
-    sentence = f"On {count:,} {'structure' if count == 1 else 'structures'}, it is off on average by {_list(parts)}"
+    sentence = f"On {count:,} {'structure' if count == 1 else 'structures'}, it is off on average by {listed(parts)}"
     tables = numbers["errors"]["by_config_type"]
     kind = "forces" if "forces" in labelled else next(iter(labelled))
     name, unit = KEYS[kind]
@@ -64,7 +64,7 @@ def does_it_know(data: ReportData, numbers: dict) -> str:
     if order <= 0.2:
         rank = f"; but larger error bars hardly go with larger errors (rank correlation {number(order, 2)})"
     others = [f"{percent(numbers['coverage'][k]['coverage_90'])} for {k}" for k in judged[1:]]
-    beside = f" ({_list(others)})" if others else ""
+    beside = f" ({listed(others)})" if others else ""
     return (
         f"{verdict}: {percent(cover['coverage_68'])} of {SINGULAR[kind]} errors lie within one standard deviation (68\u202f% expected) "
         f"and {percent(cover['coverage_90'])} within the 90\u202f% interval{beside}{tail}{rank}."
@@ -92,7 +92,7 @@ def where_blind(data: ReportData, numbers: dict) -> str:
         )
     types = [(t, s) for t, s in region["share_outside_by_config_type"].items() if s > 0.02 and t != NO_TYPE]
     if types:
-        sentence += "; most affected: " + _list([f"{t} ({percent(s)} of its atoms)" for t, s in types[:3]])
+        sentence += "; most affected: " + listed([f"{t} ({percent(s)} of its atoms)" for t, s in types[:3]])
     return sentence + "."
 
 
@@ -114,7 +114,7 @@ def why(data: ReportData, numbers: dict) -> str:
         "misspecification": "a more flexible model would help most, more labels of the same kind little",
         "noise": "the labels themselves limit the model",
     }.get(order[0])
-    return first + (f", {_list(rest)}" if rest else "") + (f": {advice}." if advice else ".")
+    return first + (f", {listed(rest)}" if rest else "") + (f": {advice}." if advice else ".")
 
 
 def label_next(candidates: list[dict]) -> str:
@@ -126,7 +126,7 @@ def label_next(candidates: list[dict]) -> str:
     if not standing:
         return f"Nothing stands out: every structure is about as certain as the others; the least certain is {first['structure']}."
     types = Counter(c["config_type"] for c in standing if c["config_type"])
-    groups = f", of the kinds {_list([f'{t} ({n})' for t, n in types.most_common(3)])}" if types else ""
+    groups = f", of the kinds {listed([f'{t} ({n})' for t, n in types.most_common(3)])}" if types else ""
     words = f"{len(standing)} structures stand out" if len(standing) > 1 else "One structure stands out"
     largest = first["largest_force_std_meV_per_A"]
     size = f", whose force error bar reaches {number(largest)}\u00a0meV/Å" if largest > 0 else ""
@@ -184,5 +184,5 @@ def key_numbers(data: ReportData, labelled: dict, numbers: dict) -> list[tuple[s
     return found
 
 
-def _list(words: list[str]) -> str:
+def listed(words: list[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else ""

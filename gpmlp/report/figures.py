@@ -127,12 +127,14 @@ def scatter(axes: Axes, plot: Scatter) -> None:
         colour = {"c": plot.value, "cmap": colours, "vmin": 0, "vmax": 1} if coloured else {"color": plot.colour}
         axes.scatter(plot.px, plot.py, s=9, alpha=0.7, lw=0, rasterized=len(plot.px) > 500, **colour)
     for line in plot.lines:
-        style = "" if line.bare else "--" if line.dashed else "-"
+        style = "none" if line.bare else "--" if line.dashed else "-"
         marker = {"marker": "o", "ms": 3.5} if line.dots else {}
         x, y = plot.x.place(np.array(line.x)), plot.y.place(np.array(line.y))
-        axes.plot(x, y, style, color=line.colour, lw=1.1, label=line.label, **marker)
+        axes.plot(x, y, ls=style, color=line.colour, lw=1.1, label=line.label, **marker)
     _scale(axes, plot.x, plot.y)
-    if len(plot.lines) > 1:
+    if axes.figure.get_figwidth() > 1.5 * WIDTH:
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2, ncols=len(plot.lines) or 1)
+    elif len(plot.lines) > 1:
         axes.legend(loc="upper left")
     if coloured:
         from matplotlib.cm import ScalarMappable

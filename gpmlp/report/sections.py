@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from gpmlp.report import answers, made
 from gpmlp.report.data import NO_TYPE, SCALES, UNITS, Labelled, ReportData
 from gpmlp.report.figures import Picture
@@ -163,7 +165,8 @@ def _rivals(data: ReportData) -> str:
 def where_blind(content: Content) -> str:
     """Novelty map and the worst environments."""
     data, worst = content.data, content.numbers["worst_environments"]
-    caption = "Right of the dashed line the model has seen nothing like it; dark points there are errors it could have foreseen."
+    caption = "Right of the dashed line the model has seen nothing like it"
+    caption += "; dark points there are errors it could have foreseen." if np.isfinite(data.atom_error).any() else "."
     plot = content.plot("novelty_std", "", caption, "single")
     html = [
         plot
@@ -173,9 +176,7 @@ def where_blind(content: Content) -> str:
         return "".join(html) + missing("No environments are ranked because there are no force error bars.")
     html.append("<h3>The worst environments</h3>")
     drawn = data.positions is not None and bool(data.cutoff)
-    words = (
-        f"At most {PER_STRUCTURE} of each structure. Error and σ are root mean squares over the three force components."
-    )
+    words = f"At most {PER_STRUCTURE} of each structure. σ (and the error) are root mean squares over the three force components."
     words += f" Pictures show the atoms within {number(data.cutoff)} Å; the ringed one is meant." if drawn else ""
     html.append(f'<p class="note">{text(words)}</p>')
     tabs = []
@@ -192,8 +193,14 @@ def where_blind(content: Content) -> str:
 
 
 def _environments(data: ReportData, rows: list[dict], drawn: bool) -> str:
-    head = ["neighbours"] if drawn else []
-    head += ["atom", "error<small>meV/Å</small>", "σ<small>meV/Å</small>", "error / σ", "novelty", "why it is flagged"]
+    columns = {
+        "force_error_meV_per_A": "error<small>meV/Å</small>",
+        "force_std_meV_per_A": "σ<small>meV/Å</small>",
+        "error_over_std": "error / σ",
+        "novelty": "novelty",
+    }
+    columns = {key: name for key, name in columns.items() if any(row[key] == row[key] for row in rows)}
+    head = [*(["neighbours"] if drawn else []), "atom", *columns.values(), "why it is flagged"]
     body = []
     for row in rows:
         type_ = f'<span class="type">{text(row["config_type"])}</span>' if row["config_type"] else ""
@@ -201,9 +208,8 @@ def _environments(data: ReportData, rows: list[dict], drawn: bool) -> str:
         cells += [
             f'<b>{text(row["element"])} {row["atom"]}</b><br><span class="name">{text(row["structure"])}</span>{type_}'
         ]
-        cells += [number(row[k]) for k in ("force_error_meV_per_A", "force_std_meV_per_A", "error_over_std", "novelty")]
-        body.append([*cells, text(row["why"])])
-    return table(head, body, words=(0, 1, 6) if drawn else (0, 5), flow=True)
+        body.append([*cells, *(number(row[key]) for key in columns), text(row["why"])])
+    return table(head, body, words=(*range(1 + drawn), len(head) - 1), flow=True)
 
 
 def why(content: Content) -> str:

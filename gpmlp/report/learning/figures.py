@@ -21,6 +21,7 @@ HALF = 4.9, 3.2
 CAUSE_SHADES = {
     "first": "#a9b4be",
     "given": "#c9d1d8",
+    "explored": "#7d8a4a",
     "force": "#2a6f97",
     "novelty": "#dd9a2e",
     "force and novelty": "#3f8f7f",
@@ -35,6 +36,12 @@ def shade(cause: str) -> str:
     return CAUSE_SHADES.get(cause, "#6b7682")
 
 
+def _legend(axes: Axes, columns: int = 2) -> None:
+    """Above the axes, where it hides nothing."""
+    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2, "handlelength": 1.6}
+    axes.legend(ncols=columns, **place)
+
+
 def rate(axes: Axes, found: dict, wanted: float) -> None:
     """Labels per 1000 steps in stretches of the run, with upper bounds and the rate that was wanted."""
     axes.grid(axis="y", color=GRID, lw=0.7)
@@ -43,10 +50,10 @@ def rate(axes: Axes, found: dict, wanted: float) -> None:
     axes.bar(middle, found["per_1000_steps"], width, color=ACCENT, label="labels")
     axes.plot(middle, found["at_most"], "_", color=PALE, ms=11, mew=1.4, label="at most (95 %)")
     if np.isfinite(wanted):
-        axes.axhline(wanted, color=RING, lw=1.1, ls="--", label=f"wanted: at most {wanted:g}, from window")
+        axes.axhline(wanted, color=RING, lw=1.1, ls="--", label=f"wanted at the end: {wanted:g}")
     axes.set(xlabel="steps of all walkers", ylabel="labels per 1000 steps", xlim=(0, right[-1]))
-    axes.set_ylim(0, 1.35 * max([*found["at_most"], wanted if np.isfinite(wanted) else 0]))
-    axes.legend(loc="upper right", ncols=1)
+    axes.set_ylim(0, 1.08 * max([*found["at_most"], wanted if np.isfinite(wanted) else 0]))
+    _legend(axes, 3)
 
 
 def observable(axes: Axes, seen: Observed) -> None:
@@ -66,10 +73,10 @@ def observable(axes: Axes, seen: Observed) -> None:
     if len(y):
         settled = slice(len(y) // 8, None)
         reach = max(2.2 * seen.tolerance, 1.15 * float(np.abs(y - last)[settled].max() + sem[settled].max()))
-        axes.set_ylim(last - reach, last + 1.5 * reach)
+        axes.set_ylim(last - reach, last + reach)
         axes.set_xlim(0, x[-1])
     axes.set(xlabel="steps of the window, all walkers", ylabel=f"{seen.name}{', ' + seen.unit if seen.unit else ''}")
-    axes.legend(loc="upper right", ncols=2)
+    _legend(axes)
 
 
 def trust(axes: Axes, shares: dict, window: float, frames: float, atoms: float) -> None:
@@ -82,8 +89,8 @@ def trust(axes: Axes, shares: dict, window: float, frames: float, atoms: float) 
             axes.axhline(100 * wanted, color=colour, lw=1.0, ls="--")
     if np.isfinite(window):
         axes.axvspan(window, x[-1], color="#eef1f4", lw=0, zorder=0, label="window")
-    axes.set(xlabel="steps of all walkers", ylabel="running share, %", ylim=(0, 108), xlim=(0, max(x[-1], 1)))
-    axes.legend(loc="lower right")
+    axes.set(xlabel="steps of all walkers", ylabel="running share, %", ylim=(0, 102), xlim=(0, max(x[-1], 1)))
+    _legend(axes, 3)
 
 
 def staircase(axes: Axes, data: RunData) -> None:
@@ -105,7 +112,7 @@ def staircase(axes: Axes, data: RunData) -> None:
         axes.plot([], [], "o", ms=4.5, color=shade(cause), label=cause)
     axes.set(xlabel="time of the trajectory, ps", ylabel="labels asked for", xlim=(0, end), ylim=(0, None))
     if data.asked:
-        axes.legend(loc="upper left")
+        _legend(axes, 3)
 
 
 def causes(axes: Axes, counts: dict[str, int]) -> None:
@@ -141,9 +148,9 @@ def bounds(axes: Axes, data: RunData) -> None:
     if np.isfinite(limit).any():
         axes.plot(number, limit, color=PALE, lw=1.0, ls="--", label="limit of the trigger")
     axes.set(xlabel="label", ylabel="force error of the worst atom, eV/Å")
-    axes.set_ylim(0, 1.45 * float(np.nanmax([bound.max(), error.max()])))
+    axes.set_ylim(0, 1.06 * float(np.nanmax([bound.max(), error.max(), *limit])))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="upper right")
+    _legend(axes)
 
 
 def _strip(plot: Scatter) -> bool:

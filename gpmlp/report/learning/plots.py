@@ -14,6 +14,7 @@ from gpmlp.report.scatter import Axis, Line, Scatter
 
 BINS = 160  # of the running medians
 FEWEST = 8  # frames of a median
+FEWEST_BINS = 4  # fewer make no curve
 DOTS = mix("#2a6f97", "#ffffff", 0.45)
 
 
@@ -97,7 +98,8 @@ def _with_lines(plot: Scatter, data: RunData, values: np.ndarray, drawn: np.ndar
         mine = frames.walker[drawn] == w
         x, y = medians(frames.time_ps[drawn][mine], values[mine])
         name = f"median, walker {w}" if len(frames.walkers) > 1 else "running median"
-        lines.append(Line(x, y, colour_of(w) if len(frames.walkers) > 1 else INK, name))
+        if len(x) >= FEWEST_BINS:
+            lines.append(Line(x, y, colour_of(w) if len(frames.walkers) > 1 else INK, name))
     asked = frames.labelled[drawn] & np.isfinite(values)
     if asked.any():
         x, y = frames.time_ps[drawn][asked].tolist(), values[asked].tolist()

@@ -1,0 +1,103 @@
+"""A Desk is where a run asks for labels and where they come in: what is on the tape is not asked for again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gpmlp.active.checkpoint import Trail
+from gpmlp.active.labelling import Labeller, stop_if_told
+from gpmlp.active.oracle import OracleRecipe, Refusal
+from gpmlp.active.stopwatch import Stopwatch
+from gpmlp.active.tape import Entry, Note, Tape, key_of
+from gpmlp.active.walker import Look
+from gpmlp.checks import UserError
+from gpmlp.potential import Potential
+from gpmlp.structures import Structures
+from gpmlp.terms import View
+
+ALIKE = 0.999  # covariance of unit environments above which two atoms that ask are one
+ASKING = 3  # atoms of a decision that are compared
+
+
+class Desk:
+    """Tape and labeller of a run.
+
+    Attributes:
+        calls: labels that came from the oracle since the desk was opened.
+    """
+
+    def __init__(self, recipe: OracleRecipe, folder: Path, trail: Trail, clock: Stopwatch) -> None:
+        """Raises UserError if the tape cannot be read or the oracle cannot be used."""
+        self.recipe, self.trail, self.clock = recipe, trail, clock
+        self.tape = Tape(folder / "labels.xyz")
+        self.labeller = Labeller(recipe, folder)
+        self.calls = 0
+        if self.tape.repaired:
+            trail.tell("repaired", what=self.tape.repaired)
+
+    def close(self) -> None:
+        self.labeller.close()
+
+    def key(self, structure: Structures) -> str:
+        """Of the label of a structure."""
+        return key_of(structure, self.recipe.settings_hash)
+
+    def entry(self, key: str) -> Entry:
+        """What is on the tape.
+
+        Raises:
+            UserError: it is not there.
+        """
+        entry = self.tape.find(key)
+        if entry is None:
+            raise UserError(
+                f"{self.tape.path}: the label {key} that the run learned from is gone; put the file back, or begin anew."
+            )
+        return entry
+
+    def ask(self, structure: Structures) -> None:
+        """Set the oracle to work, unless the answer is known or on its way."""
+        key = self.key(structure)
+        if key in self.tape or self.tape.refusal(key) is not None:
+            return
+        with self.clock("oracle"):
+            self.labeller.submit(key, structure)
+
+    def answer(self, structure: Structures, reason: str, notes: Mapping[str, Note]) -> Entry | None:
+        """The label of a structure, once it is on the tape; None if there is none.
+
+        Raises:
+            UserError: the oracle failed so often, or at all, that the run has to end; the disk is full.
+        """
+        key = self.key(structure)
+        if key in self.tape:
+            return self.tape.find(key)
+        refusal = self.tape.refusal(key)
+        if refusal is None:
+            self.ask(structure)
+            with self.clock("oracle"):
+                found = self.labeller.result(key)
+            self.calls += 1
+            if not isinstance(found, Refusal):
+                entry = self.tape.append(Entry(structure, found.targets, key, reason, self.recipe.settings_hash, notes))
+                self.labeller.forget(key)
+                self.trail.tell("labelled", key=key, seconds=found.seconds, attempts=found.attempts)
+                return entry
+            refusal = found
+            if self.recipe.on_failure != "stop":  # else it is asked for again when the run goes on
+                self.tape.refuse(refusal)
+            self.labeller.forget(key)
+        stop_if_told(self.recipe, refusal, self.tape.refused_in_a_row)
+        self.trail.log("refused", key=key, reason=refusal.reason)
+        return None
+
+
+def alike(potential: Potential, look: Look, other: Structures) -> bool:
+    """Whether an atom for whose sake a look asks is like an atom of another structure."""
+    term = potential.terms[0]
+    mine = View.of(term.descriptor, look.structure).environments.features
+    known = View.of(term.descriptor, other).environments.features
+    atoms = list(look.decision.atoms[:ASKING]) or list(range(len(mine)))
+    same = look.structure.species[atoms][:, None] == other.species[None]
+    return bool((same & (term.kernel.profile(mine[atoms] @ known.T)[0] > ALIKE)).any())

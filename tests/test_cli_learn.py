@@ -1,0 +1,160 @@
+"""gpmlp learn on the command line: what it says, how it ends, how it goes on."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+
+import ase.build
+import ase.io
+import pytest
+from rich.console import Console
+
+from gpmlp import cli, console_learn
+from gpmlp.active import loop
+from gpmlp.active.recipe import LearnRecipe
+from gpmlp.io.recipes import load_as
+
+RECIPE = """\
+start: start.xyz
+oracle: {calculator: emt, executor: inline}
+dynamics: {temperature_K: 300, steps: 30, timestep_fs: 4}
+trigger: {every: 10}
+stop: {every_frames: 2, at_least_steps: 0}
+model: {descriptor: {n_max: 3, l_max: 2, cutoff: 4.0}, inducing: {n: 20, gradients: 1}}
+bootstrap: {n: 3, displacement_A: 0.05}
+output: out
+thin: 10
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe beside its start: four atoms of aluminium, and an oracle that costs nothing."""
+    ase.io.write(tmp_path / "start.xyz", ase.build.bulk("Al", cubic=True))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def changed(path, before: str, after: str):
+    """The recipe with one text in it replaced."""
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+    return path
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_a_run_and_going_on(recipe, capsys):
+    assert cli.main(["learn", str(recipe), "--no-report"]) == 0
+    said = capsys.readouterr()
+    table = words(said.out)
+    assert "why it stopped all 30 steps of 1 walker(s) are made; it is not converged" in table
+    assert re.search(r"labels 3: 3 to begin with, \d+ asked for", table)
+    assert "coverage cannot be judged yet: " in table and f"model {recipe.parent / 'out' / 'model.gpmlp'}" in table
+    lines = said.err.splitlines()
+    assert lines[:3] == [f"label {k}: first structure {k} of 3" for k in (1, 2, 3)]
+    names = {path.name for path in (recipe.parent / "out").iterdir()}
+    assert {"labels.xyz", "model.gpmlp", "log.jsonl", "run.log", "trajectory.xyz", "recipe.json"} <= names
+    assert "report" not in names
+
+    assert cli.main(["learn", str(recipe), "--no-report"]) == 2
+    assert "out: holds a run already; go on with it (--resume), or choose another output." in words(
+        capsys.readouterr().err
+    )
+
+    arguments = ["learn", str(recipe), "--no-report", "--resume", "--set", "dynamics.steps=50"]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr()
+    assert "all 50 steps" in words(said.out)
+    assert "first structure" not in said.err  # nothing is told twice
+
+
+def test_the_bar_fits(recipe, monkeypatch):
+    """Nothing is cut off on a terminal of 80 columns, and only the note on a wide one."""
+    chosen = load_as(LearnRecipe, recipe)
+    states = list(loop.learn(chosen, recipe.parent))
+    for width in (80, 120):
+        file = io.StringIO()
+        terminal = Console(file=file, force_terminal=True, width=width, soft_wrap=True)
+        monkeypatch.setattr(console_learn, "errors_to", lambda terminal=terminal: terminal)
+        show = console_learn.Learning(chosen)
+        drawn = []
+        for state in states:
+            show(state)
+            with terminal.capture() as capture:
+                terminal.print(show.bar.get_renderable())
+            drawn.append(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capture.get()).strip("\n"))
+        assert max(map(len, drawn)) <= width
+        assert not any("\n" in line for line in drawn)
+        numbers = [line for line in drawn if "step" in line]
+        assert numbers and all(re.search(r"error [\d.e-]+/[\d.]+", line) for line in numbers)
+        assert all(re.search(r"step \d+ +\d+ K .* novelty [\d.]+ +labels \d+", line) for line in numbers)
+
+
+WRONG = {
+    "a missing start": (("start.xyz", "none.xyz"), "none.xyz: there is no such file"),
+    "an unknown key": (("every: 10", "evry: 10"), "unknown key 'trigger.evry'. Perhaps you meant 'trigger.every'"),
+    "no oracle": (("oracle: {calculator: emt, executor: inline}\n", ""), "`oracle` is missing and has to be given"),
+    "an unknown oracle": (
+        ("calculator: emt", "calculator: emtt"),
+        "there is no calculator 'emtt'. Perhaps you meant 'emt'",
+    ),
+    "no dynamics": (("dynamics: {temperature_K: 300, steps: 30, timestep_fs: 4}\n", ""), "`dynamics` is missing"),
+    "a bad value": (("steps: 30", "steps: 0"), "`dynamics.steps` must be at least 1; got 0"),
+    "a contradiction": (("temperature_K: 300", "temperature_K: [300, 600], ensemble: nve"), "nve has no thermostat"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_of_the_user_are_one_message(name, recipe, capsys):
+    (before, after), expected = WRONG[name]
+    assert cli.main(["learn", str(changed(recipe, before, after))]) == 2
+    said = words(capsys.readouterr().err)
+    assert expected in said and said.count("error:") == 1 and "Traceback" not in said
+    assert not (recipe.parent / "out").exists()
+
+
+def test_set_is_checked_as_the_file_is(recipe, capsys):
+    assert cli.main(["learn", str(recipe), "--set", "trigger.probability=2"]) == 2
+    assert "`trigger.probability` must be less than 1; got 2" in words(capsys.readouterr().err)
+
+
+def test_a_recipe_that_is_not_there(tmp_path, capsys):
+    assert cli.main(["learn", str(tmp_path / "none.yaml")]) == 2
+    assert "the recipe cannot be read" in words(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_interrupted(how, recipe, capsys, monkeypatch):
+    closed = []
+
+    def interrupted(*_):
+        try:
+            if how == "SIGTERM":  # as a batch system ends a job
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            closed.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop, "learn", interrupted)
+    assert cli.main(["learn", str(recipe)]) == 130
+    assert f"interrupted; go on with: gpmlp learn {recipe} --resume" in words(capsys.readouterr().err)
+    assert closed and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_report_of_a_folder_needs_nothing_else(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path), "data.xyz"]) == 2
+    assert "leave out DATA and --output" in words(capsys.readouterr().err)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "holds no learning run" in words(capsys.readouterr().err)
+    assert cli.main(["report", "model.gpmlp"]) == 2
+    assert "needs DATA and --output" in words(capsys.readouterr().err)

@@ -1,0 +1,290 @@
+"""Decisions of the learning loop, from predictions made by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from scipy.stats import chi2
+
+from gpmlp.active.criteria import Before, Limits, bound, criteria, exceedance, guard, limits_of, risk, too_close
+from gpmlp.active.recipe import GuardsRecipe, LearnRecipe, TriggerRecipe
+from gpmlp.io.atoms import structures_from_ase
+from gpmlp.quantities import Prediction, Variance
+from gpmlp.uncertainty.calibration import Calibration, KindCalibration
+
+LIMITS = Limits(force=0.1, probability=0.1, local_energy=0.05, novelty=1.5, halt=4.0, guards=GuardsRecipe())
+CALM = Before(energy=-1.0, target_K=300.0, temperature_K=300.0)
+
+
+def structure(n=3, distance=2.8, species="Al"):
+    return structures_from_ase([Atoms(f"{species}{n}", [[distance * i, 0, 0] for i in range(n)])])
+
+
+def variance(total):
+    none = torch.zeros_like(total)
+    return Variance(none, total, none, none)
+
+
+def prediction(n=3, force=0.01, local=0.001, novelty=0.5, energy=-1.0):
+    """Isotropic force errors of a standard deviation, local ones, and novelties; a number or one for each atom."""
+    force, local, novelty = (torch.as_tensor(v, dtype=torch.float64).expand(n) for v in (force, local, novelty))
+    return Prediction(
+        torch.tensor([energy], dtype=torch.float64),
+        torch.full((n,), energy / n, dtype=torch.float64),
+        torch.zeros(n, 3, dtype=torch.float64),
+        torch.full((1, 3, 3), float("nan"), dtype=torch.float64),
+        atom_energies_variance=variance(local**2),
+        forces_covariance=variance((force**2)[:, None, None] * torch.eye(3, dtype=torch.float64)),
+        novelty=novelty,
+    )
+
+
+def decide(limits=LIMITS, before=CALM, **values):
+    return criteria(prediction(**values), structure(), limits, before)
+
+
+# ---------------------------------------------------------------- probabilities
+
+
+def test_exceedance_of_isotropic_errors_is_exact():
+    sigma = np.array([0.02, 0.05, 0.1, 0.2])
+    found = exceedance(torch.tensor(sigma**2)[:, None, None] * torch.eye(3, dtype=torch.float64), 0.15)
+    assert found == pytest.approx(chi2.sf((0.15 / sigma) ** 2, 3), rel=1e-12)
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 0.2, 0.3])
+def test_exceedance_beside_monte_carlo(tolerance):
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((6, 3, 3)) * 0.1 * np.array([1.0, 1.0, 0.1])
+    covariance = root @ root.transpose(0, 2, 1)
+    drawn = np.einsum("aij,saj->sai", root, rng.standard_normal((200_000, 6, 3)))
+    truth = (np.linalg.norm(drawn, axis=2) > tolerance).mean(0)
+    # Satterthwaite matches two moments of |error|^2: probabilities are right to some hundredths, not exact
+    assert exceedance(torch.tensor(covariance), tolerance) == pytest.approx(truth, abs=0.03)
+
+
+def test_exceedance_of_an_error_along_a_line():
+    line = torch.zeros(1, 3, 3, dtype=torch.float64)
+    line[0, 0, 0] = 0.01
+    assert exceedance(line, 0.15) == pytest.approx(chi2.sf(2.25, 1), rel=1e-12)
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("n", [1, 7, 300])
+def test_bound_is_the_inverse_of_risk(n, probability):
+    rng = np.random.default_rng(n)
+    root = torch.tensor(rng.standard_normal((n, 3, 3))) * 0.1
+    covariance = root @ root.mT
+    assert risk(covariance, bound(covariance, probability)) == pytest.approx(probability, rel=1e-2)  # xtol of brentq
+
+
+def test_bound_grows_with_the_number_of_atoms_and_scales_with_errors():
+    eye = torch.eye(3, dtype=torch.float64)
+    few, many = bound(eye.expand(2, 3, 3), 0.1), bound(eye.expand(200, 3, 3), 0.1)
+    assert few < many < 1.7 * few
+    assert bound(1e-8 * eye.expand(2, 3, 3), 0.1) == pytest.approx(1e-4 * few, rel=1e-3)
+
+
+def test_bound_where_nothing_or_everything_is_known():
+    """An atom alone in its cell feels no force, whatever the model."""
+    nothing = torch.zeros(2, 3, 3, dtype=torch.float64)
+    assert bound(nothing, 0.1) == 0.0
+    assert bound(nothing + float("nan"), 0.1) == math.inf
+    one = nothing.clone()
+    one[0] = 0.01 * torch.eye(3)
+    assert bound(one, 0.1) == pytest.approx(0.1 * chi2.isf(0.1, 3) ** 0.5, rel=1e-3)
+
+
+# ---------------------------------------------------------------- triggers
+
+
+def test_all_is_well():
+    found = decide()
+    assert found.action == "continue" and 0 < found.severity < 1 and found.reason == ""
+
+
+def test_force_asks_then_halts():
+    reach = chi2.isf(1 - 0.9 ** (1 / 3), 3) ** 0.5  # of the largest of three atoms, in standard deviations
+    asks = decide(force=0.2 / reach)
+    assert asks.action == "label" and asks.severity == pytest.approx(2.0, rel=1e-3)
+    assert "may reach 0.2 eV/A (limit 0.1)" in asks.reason
+    halts = decide(force=0.41 / reach)
+    assert halts.action == "halt" and halts.severity == pytest.approx(4.1, rel=1e-3)
+
+
+def test_atoms_are_named_worst_first():
+    assert decide(force=[0.1, 0.3, 0.2]).atoms == (1, 2, 0)
+    assert decide(local=[0.06, 0.01, 0.07]).atoms == (2, 0, 1)
+    assert decide(novelty=[1.0, 3.0, 2.0]).atoms == (1, 2, 0)
+
+
+def test_local_energy_asks():
+    found = decide(local=0.1)
+    assert found.action == "label" and found.severity == pytest.approx(2.0)
+    assert "local energy of atom" in found.reason
+
+
+def test_novelty_asks():
+    found = decide(novelty=[0.5, 0.5, 3.0])
+    assert found.action == "label" and found.severity == pytest.approx(2.0)
+    assert "Al atom 2 lies at 3 times" in found.reason
+    assert decide(novelty=[0.5, 0.5, math.inf]).action == "label"
+
+
+@pytest.mark.parametrize("values", [{"novelty": math.nan}, {"local": math.nan}, {"force": math.nan}])
+def test_what_is_unknown_is_not_fine(values):
+    found = decide(**values)
+    assert found.action != "continue" and found.severity == math.inf
+
+
+def test_what_is_switched_off_is_not_looked_at():
+    blind = replace(LIMITS, force=None, local_energy=None, novelty=None)
+    found = decide(blind, force=9.0, local=9.0, novelty=9.0)
+    assert found.action == "continue" and found.severity == 0
+
+
+def test_what_was_not_predicted_is_not_looked_at():
+    bare = replace(prediction(force=9.0), forces_covariance=None, atom_energies_variance=None, novelty=None)
+    assert criteria(bare, structure(), LIMITS, CALM).action == "continue"
+
+
+def test_the_order_of_importance():
+    """A broken guard, then a halt, then what asks, and of these the worst; reasons of one kind are all told."""
+    hot = replace(CALM, temperature_K=1e5)
+    assert "temperature" in decide(before=hot, force=9.0, novelty=9.0).reason
+    halts = decide(force=1.0, novelty=100.0)
+    assert halts.action == "halt" and "novelty" not in halts.reason and "times the radius" not in halts.reason
+    both = decide(force=0.06, novelty=3.1)
+    assert both.action == "label" and "may reach" in both.reason and "times the radius" in both.reason
+    assert both.severity == pytest.approx(3.1 / 1.5)
+    assert decide(force=0.01, novelty=1.4).reason == ""
+
+
+def test_hysteresis():
+    looser = LIMITS.times(2.0)
+    assert (looser.force, looser.local_energy, looser.novelty) == (0.2, 0.1, 3.0)
+    assert looser.force * looser.halt == pytest.approx(LIMITS.force * LIMITS.halt)  # what halts stays
+    assert LIMITS.times(10.0).halt == 1.0  # unless right after a label it was worse
+    assert looser.guards == LIMITS.guards and looser.probability == LIMITS.probability
+    assert replace(LIMITS, novelty=None).times(2.0).novelty is None
+    assert decide(LIMITS, novelty=2.5).action == "label" and decide(looser, novelty=2.5).action == "continue"
+
+
+# ---------------------------------------------------------------- guards
+
+
+def test_distance_guard():
+    radius = 1.21  # of aluminium (Cordero 2008)
+    share = GuardsRecipe().distance
+    least = share * 2 * radius
+    assert too_close(structure(distance=least + 0.01), share) is None
+    i, j, r, limit = too_close(structure(distance=least - 0.01), share)
+    assert {i, j} <= {0, 1, 2} and r == pytest.approx(least - 0.01) and limit == pytest.approx(least)
+    found = criteria(prediction(), structure(distance=least - 0.01), LIMITS, CALM)
+    assert found.action == "halt" and "Al-Al distance 1.44 A of atoms" in found.reason
+
+
+def test_distance_guard_sees_periodic_images():
+    atoms = Atoms("Al2", [[0.1, 0, 0], [7.0, 0, 0]], cell=[8, 8, 8])
+    assert too_close(structures_from_ase([atoms]), 0.6) is None
+    atoms.pbc = True
+    i, j, r, _ = too_close(structures_from_ase([atoms]), 0.6)
+    assert {i, j} == {0, 1} and r == pytest.approx(1.1)
+    alone = Atoms("Al", cell=[8, 8, 1.2], pbc=True)
+    assert too_close(structures_from_ase([alone]), 0.6)[:3] == (0, 0, pytest.approx(1.2))
+
+
+def test_distance_guard_knows_the_elements():
+    pair = structures_from_ase([Atoms("OH", [[0, 0, 0], [0.9, 0, 0]])])
+    assert too_close(pair, 0.6) is None
+    assert too_close(structures_from_ase([Atoms("O2", [[0, 0, 0], [0.75, 0, 0]])]), 0.6) is not None
+
+
+def test_temperature_guard():
+    def at(temperature, n=100, freedom=None, target=300.0):
+        before = Before(None, target, temperature, freedom)
+        return guard(prediction(n), structure(n), GuardsRecipe(), before)
+
+    assert at(700.0) is None
+    assert "temperature 900 K at a target of 300 K" in at(900.0).reason
+    assert at(float("inf")).severity == math.inf and at(float("nan")) is not None
+    assert at(120.0, target=0.0) is None  # no target below 50 K
+
+
+@pytest.mark.parametrize("freedom", [3, 6, 30, 300])
+def test_temperature_guard_allows_for_fluctuation(freedom):
+    """Few atoms are often twice as hot as the thermostat, be they few because the others are fixed."""
+    n = 100
+    hottest = 300 * chi2.isf(1e-6, freedom) / freedom  # once in a million steps
+    wide = Before(None, 300.0, hottest, freedom)
+    assert guard(prediction(n), structure(n), GuardsRecipe(), wide) is None
+
+
+def test_energy_guard():
+    def after(energy, target=300.0):
+        return guard(prediction(energy=energy), structure(), GuardsRecipe(), Before(-1.0, target, target))
+
+    allowed = 0.3 + 3 * 8.617333e-5 * 300
+    assert after(-1.0 + 2.9 * allowed) is None and after(-1.0 - 2.9 * allowed) is None
+    assert "energy changed by" in after(-1.0 + 3.1 * allowed).reason
+    assert after(-1.0 - 3.1 * allowed).action == "halt"
+    assert after(-1.0 + 3.1 * allowed, target=3000.0) is None  # hot atoms gain more in a step
+
+
+@pytest.mark.parametrize("name", ["energies", "forces"])
+def test_nan_halts(name):
+    bad = replace(prediction(), **{name: getattr(prediction(), name) * float("nan")})
+    found = criteria(bad, structure(), LIMITS, None)
+    assert found.action == "halt" and "not finite" in found.reason and found.severity == math.inf
+
+
+# ---------------------------------------------------------------- limits
+
+
+def identity(scale=1.0):
+    kind = replace(KindCalibration.identity(), scale=scale)
+    return Calibration({**Calibration.identity().kinds, "forces": kind}, {})
+
+
+def test_automatic_limit_is_a_share_of_the_forces():
+    limits = limits_of(TriggerRecipe(), 1.0, 32, {"forces": 0.001}, identity())
+    assert limits.force == pytest.approx(0.25 * 3**0.5)
+    assert (limits.novelty, limits.local_energy, limits.halt) == (1.5, None, 4.0)
+
+
+def test_automatic_limit_is_no_less_than_the_noise_allows():
+    eye = torch.eye(3, dtype=torch.float64)
+    quiet = limits_of(TriggerRecipe(), 0.1, 32, {"forces": 0.1}, identity()).force
+    assert quiet == pytest.approx(1.2 * bound(0.01 * eye.expand(32, 3, 3), 0.1), rel=1e-3)
+    assert limits_of(TriggerRecipe(), 0.1, 32, {"forces": 0.1}, identity(2.0)).force == pytest.approx(
+        2 * quiet, rel=1e-3
+    )
+    assert limits_of(TriggerRecipe(), 0.1, 400, {"forces": 0.1}, identity()).force > quiet  # the largest of more
+
+
+def test_automatic_limit_without_noise_or_forces():
+    assert limits_of(TriggerRecipe(), 0.0, 1, {}, Calibration({}, {})).force == 1e-4
+
+
+def test_given_limits_are_taken():
+    given = TriggerRecipe(force=0.3, local_energy=0.02, novelty=None, halt=2.0)
+    limits = limits_of(given, 1.0, 32, {"forces": 9.0}, identity())
+    assert (limits.force, limits.local_energy, limits.novelty, limits.halt) == (0.3, 0.02, None, 2.0)
+    assert limits_of(TriggerRecipe(force=None), 1.0, 32, {}, identity()).force is None
+
+
+def test_novelty_that_neither_asks_nor_counts_as_covered_is_refused():
+    """Between trigger.novelty and coverage's `far` a run would neither label nor stop."""
+    recipe = {"start": "a.xyz", "oracle": {"calculator": "emt"}, "dynamics": {"temperature_K": 300}}
+    default = LearnRecipe.model_validate(recipe)
+    assert default.trigger.novelty <= default.stop.coverage.far
+    with pytest.raises(ValueError, match=r"trigger\.novelty 2 is above stop\.coverage\.far 1\.5"):
+        LearnRecipe.model_validate(recipe | {"trigger": {"novelty": 2.0}})
+    LearnRecipe.model_validate(recipe | {"trigger": {"novelty": 2.0}, "stop": {"coverage": {"far": 2.0}}})
+    LearnRecipe.model_validate(recipe | {"trigger": {"novelty": 2.0}, "stop": {"coverage": False}})
+    LearnRecipe.model_validate(recipe | {"trigger": {"novelty": None}})

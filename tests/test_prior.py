@@ -1,0 +1,61 @@
+"""Prior covariances by whichever way the environments come: made for the purpose, or cut out of those that are there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from systems import cluster, crystal, descriptor
+
+from gpmlp.environments import Kept
+from gpmlp.gp.kernels import PolynomialKernel
+from gpmlp.gp.prior import Prior
+from gpmlp.structures import Structures
+from gpmlp.terms import View
+
+SIGNAL = {1: 0.4, 6: 1.0, 8: 0.7}
+KINDS = {
+    "cluster": cluster,
+    "crystal that sees its own images": lambda: crystal("triclinic"),
+    "both": lambda: Structures.concatenate([cluster(seed=4), crystal("triclinic"), cluster((8, 8, 1))]),
+}
+
+
+@pytest.fixture(params=KINDS)
+def seen(request):
+    structures, made = KINDS[request.param](), descriptor("soap poly")
+    view = View.of(made, structures)
+    return structures, view, Prior(made, PolynomialKernel(3), SIGNAL)
+
+
+def test_forces_with_jacobians_kept_and_made_anew(seen):
+    """The same rows of the Jacobian laid out, where no environment sees two images of an atom, or summed. Rounding of sums."""
+    structures, view, prior = seen
+    assert isinstance(view.look, Kept)
+    for atoms in (torch.arange(structures.n_atoms), torch.tensor([structures.n_atoms - 1, 0])):
+        arguments = structures, view.neighbors, view.surroundings, atoms
+        expected = prior.forces(*arguments)
+        torch.testing.assert_close(prior.looking(view.look).forces(*arguments), expected, rtol=1e-12, atol=1e-13)
+        joint = prior.joint(structures, view.neighbors, view.surroundings)
+        at = len(structures) + 3 * atoms[:, None] + torch.arange(3)
+        torch.testing.assert_close(joint[at[:, :, None], at[:, None, :]], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_kept_environments_are_those_made_for_the_purpose(seen):
+    """Consecutive centres share memory with the whole; others are gathered. A shift of everything changes no features."""
+    structures, view, _ = seen
+    whole = view.look
+    for centers in (
+        torch.arange(structures.n_atoms)[1:3],
+        torch.tensor([structures.n_atoms - 1, 0]),
+        torch.tensor([], dtype=torch.long),
+    ):
+        some = view.surroundings.select(centers)
+        fresh, cut = descriptor("soap poly")(some), whole(centers)
+        torch.testing.assert_close(cut.features, fresh.features, rtol=0, atol=1e-13)
+        torch.testing.assert_close(cut.jacobian(), fresh.jacobian(), rtol=0, atol=1e-12)
+    shared = whole(torch.tensor([0, 1])).jacobian()
+    assert shared.untyped_storage().data_ptr() == whole.jacobian.untyped_storage().data_ptr()
+    of_centers = -whole.jacobian[view.surroundings.centers == 1].sum(0)
+    torch.testing.assert_close(whole.of_centers[1], of_centers, rtol=0, atol=1e-12)
+    with pytest.raises(RuntimeError, match="pull back through all of them"):
+        whole(torch.tensor([0])).pull_back(whole.environments.features[:1])
