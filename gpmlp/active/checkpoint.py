@@ -204,6 +204,8 @@ class Trail:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._files[DIARY] = _alone(folder / DIARY)
+            for stale in folder.glob(".*.tmp"):  # what a kill left of atomic writing
+                stale.unlink()
             mine, path = recipe.model_dump(mode="json"), folder / "recipe.json"
             before = json.loads(path.read_text()) if begun and path.exists() else mine
             _same_run(before, mine, folder)

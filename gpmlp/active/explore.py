@@ -19,6 +19,14 @@ TRIES = 12
 DIRECTIONS = 4  # of which the one is taken that leads farthest
 
 
+def make(k: int, potential: Potential, start: Structures, radius_A: float, share: float) -> tuple[Structures, str]:
+    """The k-th structure of a series, by turns along a rare direction (around one atom after another) and up the slope, and how."""
+    if k % 2:
+        return ascend(potential, start, radius_A, share=share), "explored: up the slope of the standard deviations"
+    atom = k // 2 % start.n_atoms
+    return rare(potential, start, atom, radius_A, share), f"explored: a rare direction around atom {atom}"
+
+
 def rare(
     potential: Potential, structure: Structures, atom: int, radius_A: float = 0.3, share: float = 0.6
 ) -> Structures:

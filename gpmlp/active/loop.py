@@ -163,16 +163,10 @@ class _Run:
         chosen = self.recipe.explore
         for k in range(chosen.directed):
             start = structures_from_ase([self.starts[k % len(self.starts)]], [f"explored {k}"])
-            share = self.recipe.trigger.guards.distance
-            if k % 2:
-                made, how = explore.ascend(self.potential, start, chosen.radius_A, share=share), "up the slope of σ"
-            else:
-                atom = k // 2 % start.n_atoms
-                made, how = (
-                    explore.rare(self.potential, start, atom, chosen.radius_A, share),
-                    f"rare around atom {atom}",
-                )
-            asked, self.reason = canonical(made), f"explored: {how}"
+            made, self.reason = explore.make(
+                k, self.potential, start, chosen.radius_A, self.recipe.trigger.guards.distance
+            )
+            asked = canonical(made)
             self.desk.ask(asked)
             yield self._state("first labels")
             entry = self.desk.answer(asked, self.reason, {"walker": -1, "step": 0})

@@ -87,7 +87,7 @@ class TriggerRecipe(_Section):
     """
 
     force: Positive | Literal["auto"] | None = "auto"
-    share: Positive = 0.25
+    share: Positive = 0.15
     noise: Positive = 1.2
     probability: Share = 0.1
     local_energy: Positive | None = None

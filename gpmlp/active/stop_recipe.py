@@ -33,7 +33,7 @@ class ObservableRecipe(_Section):
     'module:function' of an ase.Atoms that gives a number or a vector.
 
     tolerance: of the standard error of the mean, rms over components; relative to the rms of the mean if `relative`. None: energy
-    0.05 k_B T, pressure 0.2 GPa, temperature 2 %, rdf 0.05, msd 10 %, diffusion 20 %, others 5 %.
+    0.1 k_B T, pressure 0.2 GPa, temperature 2 %, rdf 0.05, msd 10 %, diffusion 20 %, others 5 %.
     cutoff, bins, pair: of rdf, A, such as pair: O-H; all pairs where None. lag_fs: of msd and diffusion.
     """
 

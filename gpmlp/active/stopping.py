@@ -35,7 +35,7 @@ __all__ = (
 )
 # of the standard error of the mean: (tolerance, relative, unit); energy is in units of k_B T of the window
 TOLERANCES = {
-    "energy": (0.05, False, "eV/atom"),
+    "energy": (0.1, False, "eV/atom"),
     "pressure": (0.2, False, "GPa"),
     "temperature": (0.02, True, "K"),
     "rdf": (0.05, False, ""),
