@@ -87,9 +87,9 @@ def collect(
     Args:
         events: of log.jsonl. entries: of the tape by key. refused: key, reason and attempts.
     """
-    progress = checkpoint.load(folder) or checkpoint.Progress()
-    seen = judged.of(events, recipe, len(entries), progress.hours)
-    labels = _labels(events, recipe, entries, progress, *_diary(folder / "run.log"))
+    progress = _progress(folder / checkpoint.NAME)
+    seen = judged.of(events, recipe, len(entries), progress["hours"])
+    labels = _labels(events, entries, progress, *_diary(folder / "run.log"))
     walkers = range(recipe.dynamics.walkers)
     frames = seen.frames
     steps = tuple(int(frames.step[frames.walker == w].max(initial=0)) for w in walkers)
@@ -114,8 +114,8 @@ def collect(
         wanted_frames=coverage.frames if coverage else float("nan"),
         wanted_atoms=judged.wanted_atoms(coverage, quantile) if coverage else float("nan"),
         refused=refused,
-        seconds=progress.seconds,
-        hours=progress.hours,
+        seconds=progress["seconds"],
+        hours=progress["hours"],
         began=began,
         ended_at=ended_at,
         blind=_blind(folder / "trajectory.xyz", potential),
@@ -183,6 +183,12 @@ def _tape(folder: Path) -> tuple[dict[str, Entry], tuple[dict[str, Any], ...]]:
     return {entry.key: entry for entry in tape}, refused
 
 
+def _progress(path: Path) -> dict[str, Any]:
+    """What the last checkpoint says of labels and time; it holds more, which only the run itself has to understand."""
+    blank = {"first": [], "learned": [], "hours": 0.0, "seconds": {}}
+    return blank | archive.read_header(path)["header"] if path.exists() else blank
+
+
 def _diary(path: Path) -> tuple[dict[str, float], dict[str, int]]:
     """What the log for people says of the oracle: (seconds by key, attempts by key)."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -201,15 +207,14 @@ def _times(path: Path) -> tuple[str, str]:
 
 def _labels(
     events: list[dict],
-    recipe: LearnRecipe,
     entries: dict[str, Entry],
-    progress: checkpoint.Progress,
+    progress: dict[str, Any],
     seconds: dict[str, float],
     attempts: dict[str, int],
 ) -> tuple[Labelling, ...]:
     """All labels in the order in which they were learned."""
-    begun = [k for k in (*(progress.first or _first(entries)), *progress.learned) if k in entries]
-    begun = [k for k in dict.fromkeys(begun) if k in progress.first or entries[k].notes.get("walker", -1) == -1]
+    begun = [k for k in (*(progress["first"] or _first(entries)), *progress["learned"]) if k in entries]
+    begun = [k for k in dict.fromkeys(begun) if k in progress["first"] or entries[k].notes.get("walker", -1) == -1]
     found = [Labelling(i, k, cause(entries[k].reason), entries[k].reason) for i, k in enumerate(begun, 1)]
     asks: dict[int, dict] = {}
     temperatures: dict[tuple[int, int], float] = {}

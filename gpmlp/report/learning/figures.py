@@ -139,14 +139,14 @@ def bounds(axes: Axes, data: RunData) -> None:
     error = np.array([label.foretold.largest_error for label in told])
     over = error > bound
     axes.vlines(number, np.minimum(bound, error), np.maximum(bound, error), color=GRID, lw=1.2)
-    exceeded = f"(exceeded with {100 * data.probability:.0f} % chance)"
+    exceeded = f"(passed with {100 * data.probability:.0f} %)"
     axes.plot(number, bound, "_", color=INK, ms=9, mew=1.8, label=f"bound {exceeded}")
     axes.plot(number[~over], error[~over], "o", ms=4.5, color=ACCENT, label="largest error")
     if over.any():
-        axes.plot(number[over], error[over], "o", ms=4.5, color=RING, label="largest error, beyond the bound")
+        axes.plot(number[over], error[over], "o", ms=4.5, color=RING, label="beyond the bound")
     limit = np.array([label.limit for label in told])
     if np.isfinite(limit).any():
-        axes.plot(number, limit, color=PALE, lw=1.0, ls="--", label="limit of the trigger")
+        axes.plot(number, limit, color=PALE, lw=1.0, ls="--", label="limit")
     axes.set(xlabel="label", ylabel="force error of the worst atom, eV/Å")
     axes.set_ylim(0, 1.06 * float(np.nanmax([bound.max(), error.max(), *limit])))
     axes.xaxis.get_major_locator().set_params(integer=True)
