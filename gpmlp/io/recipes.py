@@ -16,7 +16,6 @@ from gpmlp.checks import UserError, suggest
 from gpmlp.io.atomic import atomic
 from gpmlp.recipe import Recipe
 
-
 T = TypeVar("T", bound=BaseModel)
 
 
