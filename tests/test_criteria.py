@@ -253,7 +253,7 @@ def identity(scale=1.0):
 
 def test_automatic_limit_is_a_share_of_the_forces():
     limits = limits_of(TriggerRecipe(), 1.0, 32, {"forces": 0.001}, identity())
-    assert limits.force == pytest.approx(0.25 * 3**0.5)
+    assert limits.force == pytest.approx(0.15 * 3**0.5)
     assert (limits.novelty, limits.local_energy, limits.halt) == (1.5, None, 4.0)
 
 
