@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 
-from gpmlp.active.criteria import BOLTZMANN, too_close
+from gpmlp.active.criteria import too_close
 from gpmlp.active.recipe import LearnRecipe
 from gpmlp.active.tape import Entry, canonical, key_of
 from gpmlp.active.walker import fixed_atoms
 from gpmlp.checks import UserError
 from gpmlp.io.atoms import read, read_frames, structures_from_ase
+from gpmlp.units import BOLTZMANN
 
 STIFFNESS = {
     True: 4.0,

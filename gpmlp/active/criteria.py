@@ -17,9 +17,9 @@ from gpmlp.active.recipe import GuardsRecipe, TriggerRecipe
 from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
 from gpmlp.uncertainty.calibration import Calibration
+from gpmlp.units import BOLTZMANN
 
 Action = Literal["continue", "label", "halt"]
-BOLTZMANN = 8.617333262e-5  # eV / K
 SURE = 1e-30  # eV^2/A^2; no force varies by less, unless symmetry makes it zero
 NAMED = 10  # atoms that a decision names at most
 

@@ -25,9 +25,10 @@ from gpmlp.active import explore
 from gpmlp.active.criteria import Before, Decision
 from gpmlp.active.recipe import DynamicsRecipe
 from gpmlp.checks import UserError
+from gpmlp.engines.md import thermalise
 from gpmlp.io.atoms import results, structures_from_ase
 from gpmlp.potential import Potential
-from gpmlp.quantities import Prediction
+from gpmlp.quantities import Prediction, Variance
 from gpmlp.structures import Structures
 
 CHEAP = "atom_energies"  # looked at in every step
@@ -290,8 +291,6 @@ def _per_atom_ratio(prediction: Prediction) -> torch.Tensor:
 
 def _with_guess(prediction: Prediction, ratio: torch.Tensor) -> Prediction:
     """With force covariances guessed from the variances of local energies by the ratios of the last full look."""
-    from gpmlp.quantities import Variance
-
     local = prediction.atom_energies_variance.total[:, None, None]
     none = torch.zeros_like(ratio)
     return replace(prediction, forces_covariance=Variance(none, ratio * local, none, none))
@@ -340,12 +339,7 @@ def _caught(
 def _thermal(atoms: Atoms, temperature_K: float, generator: np.random.Generator) -> Atoms:
     """A copy with Maxwell-Boltzmann velocities, the centre of mass at rest."""
     atoms = atoms.copy()
-    masses = atoms.get_masses()[:, None]
-    velocities = generator.standard_normal((len(atoms), 3)) * np.sqrt(ase_units.kB * temperature_K / masses)
-    if len(atoms) > 1 and not len(fixed_atoms(atoms)):
-        velocities -= (masses * velocities).sum(0) / masses.sum()
-        velocities *= math.sqrt(len(atoms) / (len(atoms) - 1))
-    atoms.set_velocities(velocities)
+    thermalise(atoms, temperature_K, generator)
     return atoms
 
 

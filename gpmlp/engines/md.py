@@ -151,9 +151,14 @@ def _set_velocities(atoms: Atoms, settings: Settings, generator: np.random.Gener
         return
     if settings.temperature_K is None:
         raise UserError("The start has no velocities: give a temperature to draw them at, `temperature_K`.")
+    thermalise(atoms, settings.temperature_K, generator)
+
+
+def thermalise(atoms: Atoms, temperature_K: float, generator: np.random.Generator) -> None:
+    """Draw velocities at a temperature, in place; the centre of mass rests."""
     masses = atoms.get_masses()[:, None]
     # Maxwell-Boltzmann: each component of v has variance kT / m; then the centre of mass is brought to rest
-    velocities = generator.standard_normal((len(atoms), 3)) * np.sqrt(units.kB * settings.temperature_K / masses)
+    velocities = generator.standard_normal((len(atoms), 3)) * np.sqrt(units.kB * temperature_K / masses)
     if len(atoms) > 1:
         velocities -= (masses * velocities).sum(0) / masses.sum()
         velocities *= math.sqrt(len(atoms) / (len(atoms) - 1))
