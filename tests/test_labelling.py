@@ -125,8 +125,9 @@ def test_failed_twice_is_set_aside(tmp_path):
 
 
 def test_crash_beside_a_running_label(tmp_path):
-    """The process of one label dies while another computes; that one is not disturbed and not asked twice."""
+    """The process of one label dies while another computes; that one is not disturbed and not asked twice; nothing stays open."""
     gate = tmp_path / "gate"
+    before = set(os.listdir("/proc/self/fd"))
     with Labeller(recipe(tmp_path, "well", workers=2, gate=gate), tmp_path) as labeller:
         labeller.submit("slow", copper(1))
         until(lambda: len(calls(tmp_path)) == 1)
@@ -138,6 +139,8 @@ def test_crash_beside_a_running_label(tmp_path):
         assert_label(labeller.result("slow"), copper(1))
         assert_label(labeller.result("bad"), copper(2), attempts=2)
         assert len(calls(tmp_path)) == 3
+        assert set(os.listdir("/proc/self/fd")) > before
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize(

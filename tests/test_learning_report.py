@@ -204,7 +204,7 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # of what other tests left to the collector
 def test_missing_parts_are_explained(name, tmp_path, monkeypatch):
     monkeypatch.setattr("gpmlp.report.learning.figures.draw", only_paint)
     page, record, _ = built(synthetic(**DEGENERATE[name]), tmp_path)

@@ -373,7 +373,7 @@ def only_paint(paint, alt, *args, **_):
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # of what other tests left to the collector
 def test_missing_parts_are_explained(name, tmp_path, monkeypatch):
     if name != "one structure":
         monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)

@@ -123,8 +123,15 @@ class WorkerProcess:
                     os.kill(pid, number)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(patience if number == signal.SIGTERM else None)
-        with suppress(OSError):
-            self._process.stdin.close()
+
+    def close(self) -> None:
+        """End the process if it lives, and give its pipes back; for the thread that calls, after which there is no more to call."""
+        if self.alive:
+            self.end()
+        self._selector.close()
+        for pipe in (self._process.stdin, self._process.stdout, self._said):
+            with suppress(OSError):  # what a crashed process has not read
+                pipe.close()
 
 
 class Processes(Executor):
@@ -161,6 +168,8 @@ class Processes(Executor):
                 with self._lock:
                     if not self._closing and (process is None or not process.alive):
                         self._running.discard(process)
+                        if process is not None:
+                            process.close()
                         process = WorkerProcess(self._threads_each)
                         self._running.add(process)
                 if self._closing:
@@ -171,6 +180,8 @@ class Processes(Executor):
                 future.set_result({**record, "kind": spool.INTERRUPTED} if stopped else record)
             except BaseException as error:
                 future.set_exception(error)
+        if process is not None:
+            process.close()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the worker processes, whatever they are doing; attempts that had not ended are as if never made."""
@@ -205,4 +216,4 @@ def in_own_process(job: Mapping[str, Any]) -> Record:
     try:
         return process.call(job)
     finally:
-        process.end()
+        process.close()
