@@ -19,7 +19,7 @@ SMALL = {
     "start": "start.xyz",
     "oracle": {"calculator": "counting_oracle:Counting", "executor": "inline"},
     "dynamics": {"temperature_K": [100, 600], "steps": 40, "timestep_fs": 4.0, "ramp_steps": 30},
-    "trigger": {"every": 5, "cooldown": 5, "most_per_1000_steps": 500, "force": 0.012},
+    "trigger": {"every": 5, "watch": 1, "cooldown": 5, "most_per_1000_steps": 500, "force": 0.012},
     "stop": {"every_frames": 5},
     "model": {"descriptor": {"n_max": 4, "l_max": 3, "cutoff": 4.0}, "inducing": {"n": 30, "gradients": 1}},
     "bootstrap": {"n": 3, "displacement_A": 0.02},

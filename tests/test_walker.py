@@ -81,13 +81,14 @@ class Springs:
         sigma = self.sigma(shift)
         none, eye = torch.zeros_like(sigma), torch.eye(3, dtype=torch.float64)
         covariance = None
-        if "forces" in variance:
+        if "forces" in (variance or ()):
             self.full += 1
             total = sigma.square()[:, None, None] * eye * 4.0
             covariance = Variance(0 * total, total, 0 * total, 0 * total)
         return Prediction(
             local.sum()[None], local, -self.stiffness * shift, torch.full((1, 3, 3), math.nan, dtype=torch.float64),
-            atom_energies_variance=Variance(none, sigma.square(), none, none), forces_covariance=covariance, novelty=none,
+            atom_energies_variance=Variance(none, sigma.square(), none, none) if variance else None,
+            forces_covariance=covariance, novelty=none,
         )  # fmt: skip
 
 
@@ -322,6 +323,29 @@ def test_the_cheap_look_notices_what_a_full_one_would():
     assert rare.walker.step == every.walker.step and rare.decision == every.decision
     assert rare.full and same(rare.walker, every.walker)
     assert potential.full < 0.5 * every.walker.step
+
+
+def test_watching_in_some_steps_only():
+    """Variances are made in every fourth step, and what passes the limit is noticed there."""
+    atoms, dynamics = cluster(), DynamicsRecipe(temperature_K=600, steps=400, relaxation_fs=20)
+
+    class Counted(Springs):
+        cheap = 0
+
+        def __call__(self, structures, variance, novelty=True):
+            self.cheap += variance == "atom_energies"
+            return super().__call__(structures, variance, novelty)
+
+    potential = Counted(atoms, stiffness=0.2)
+    potential.sigma = lambda shift: 0.01 + 0.3 * shift.norm(dim=1).square()
+    judge = judged(LIMITS)
+    now = look(begin(dynamics, atoms), potential, judge, dynamics)
+    first, fourth = (advance(now, potential, judge, dynamics, 4.0, 200, watch) for watch in (1, 4))
+    assert first.decision.action == fourth.decision.action == "label" and fourth.full
+    assert 0 <= fourth.walker.step - first.walker.step < 4 and fourth.walker.step % 4 == 0
+    potential.sigma, potential.cheap = lambda shift: 0.01 + 0.0 * shift.norm(dim=1), 0
+    assert advance(now, potential, judge, dynamics, 4.0, 40, 4).walker.step == 40
+    assert potential.cheap == 9  # the last of ten is the full look
 
 
 def test_a_false_alarm_of_the_cheap_look_does_not_stop_a_walker():

@@ -198,8 +198,9 @@ class _Run:
             judge = self._judge_of(i)
             with self.clock("dynamics"):
                 now = walker.advance(
-                    self.looks[i], self.potential, judge, dynamics, self.timestep_fs, stride, self.recipe.explore.bias
-                )
+                    self.looks[i], self.potential, judge, dynamics, self.timestep_fs, stride, trigger.watch,
+                    self.recipe.explore.bias,
+                )  # fmt: skip
             self._follow(i, now)
             yield self._state("dynamics")
         yield from self._serve()

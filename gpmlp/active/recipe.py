@@ -81,8 +81,9 @@ class TriggerRecipe(_Section):
     A label is asked for where the probability that the force error of some atom exceeds `force` (eV/A; 'auto': `share` of the rms
     force of the labels, and no less than noise and misfit of the model allow) is more than `probability`; or where the standard
     deviation of a local energy exceeds `local_energy` (eV); or the novelty exceeds `novelty`. The run halts and goes back where the
-    probability holds for `halt` times the force, or a guard is broken. Forces are looked at every `every` steps and whenever the
-    cheaper local energies give reason; after a label the walker has to be `cooldown` steps older, or `hysteresis` times
+    probability holds for `halt` times the force, or a guard is broken. Variances of forces are looked at every `every` steps, those of
+    local energies, which cost far less, every `watch` steps, and forces' whenever these give reason; guards and novelty hold in
+    every step. After a label the walker has to be `cooldown` steps older, or `hysteresis` times
     worse than right after it; more than `most_per_1000_steps` labels are not asked.
     """
 
@@ -93,7 +94,8 @@ class TriggerRecipe(_Section):
     local_energy: Positive | None = None
     novelty: Positive | None = 1.5
     halt: Annotated[float, Field(gt=1)] = 4.0
-    every: Count = 20
+    every: Count = 40
+    watch: Count = 4
     cooldown: Annotated[int, Field(ge=0)] = 20
     hysteresis: Annotated[float, Field(ge=1)] = 1.25
     most_per_1000_steps: Positive = 60.0

@@ -31,7 +31,7 @@ from gpmlp.potential import Potential
 from gpmlp.quantities import Prediction, Variance
 from gpmlp.structures import Structures
 
-CHEAP = "atom_energies"  # looked at in every step
+CHEAP = "atom_energies"  # looked at every few steps
 FULL = ("atom_energies", "forces")
 PRESSURE_FACTOR = 10.0  # of the barostat's time constant to the thermostat's
 SWELLING = 2.0  # factor on the volume between two looks that no dynamics worth following brings about
@@ -163,7 +163,7 @@ class Watched(Calculator):
     def __init__(self, potential: Potential, name: str, bias: float) -> None:
         super().__init__()
         self.potential, self.label_in_errors, self.bias = potential, name, explore.Bias(bias) if bias else None
-        self.variance: str | tuple[str, ...] = CHEAP
+        self.variance: str | tuple[str, ...] | None = None
         self.structure: Structures | None = None
         self.prediction: Prediction | None = None
         self.volume = 0.0
@@ -223,6 +223,7 @@ def advance(
     dynamics: DynamicsRecipe,
     timestep_fs: float,
     steps: int,
+    watch: int = 1,
     bias: float = 0.0,
 ) -> Look:
     """Make steps from where a walker was last looked at until the decision is not to go on, and look fully at the last one.
@@ -232,6 +233,7 @@ def advance(
 
     Args:
         seen: a full look, by the same potential.
+        watch: steps from one cheap look to the next; guards and novelty are looked at in every step.
         bias: share of the rms forces that pushes towards uncertainty.
     """
     walker = seen.walker
@@ -246,7 +248,7 @@ def advance(
     for made in range(1, steps + 1):
         step = walker.step + made
         _set_targets(integrator, dynamics, step)
-        watched.variance = FULL if made == steps else CHEAP
+        watched.variance = FULL if made == steps else CHEAP if made % watch == 0 else None
         try:
             integrator.step()
         except _LostError as lost:
@@ -257,8 +259,7 @@ def advance(
             temperature = math.inf
         before = Before(energy, dynamics.temperature(step), temperature, freedom)
         if made < steps:
-            guessed = _with_guess(prediction, harmless)
-            decision = judge(watched.structure, guessed, before)
+            decision = judge(watched.structure, _with_guess(prediction, harmless), before)
             if decision.action != "continue" and _cheap_is_fine(decision):
                 prediction = potential(watched.structure, FULL, novelty=True)
                 decision = judge(watched.structure, prediction, before)
@@ -290,7 +291,9 @@ def _per_atom_ratio(prediction: Prediction) -> torch.Tensor:
 
 
 def _with_guess(prediction: Prediction, ratio: torch.Tensor) -> Prediction:
-    """With force covariances guessed from the variances of local energies by the ratios of the last full look."""
+    """With force covariances guessed from the variances of local energies, if these are there, by the ratios of the last full look."""
+    if prediction.atom_energies_variance is None:
+        return prediction
     local = prediction.atom_energies_variance.total[:, None, None]
     none = torch.zeros_like(ratio)
     return replace(prediction, forces_covariance=Variance(none, ratio * local, none, none))

@@ -4,8 +4,8 @@
 
 Every case is one recipe (start, oracle, dynamics; all else as it is by default) and is run once for each seed. Models are tested on
 forces of an independent trajectory of the oracle with the same protocol; rivals are fitted to as many frames of another such
-trajectory, drawn at random or evenly spaced, and to ten times as many. Missed: frames of the run, looked at and not labelled, where
-the true error of some atom's force was above the limit that held. False: labels for which it was below.
+trajectory, drawn at random or evenly spaced, and to ten times as many. Missed: frames of the run, whatever was looked at there, that
+were not labelled although the true error of some atom's force was above the limit that held. False: labels for which it was below.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,26 +137,32 @@ def force_errors(potential, data) -> dict[str, float]:
 
 
 def missed(folder: Path, case: Case) -> dict[str, float]:
-    """Share of frames that were not labelled although an error was above the limit, and of labels that were not needed."""
-    limits, step_of_label = {}, []
+    """Share of the thinned frames, all steps alike, that were not labelled although an error was above the limit that held then, and
+    of labels asked for by the trigger that were not needed; each with its number of cases."""
+    limits, asked, needed = defaultdict(list), set(), []
     for line in (folder / "log.jsonl").read_text().splitlines():
         event = json.loads(line)
-        if event["event"] == "look" and not event.get("labelled"):
-            limits[event["walker"], event["step"]] = event.get("threshold", float("nan"))
+        if event["event"] == "look":
+            limits[event["walker"]].append((event["step"], event["threshold"]))
         if event["event"] == "ask":
-            step_of_label.append((event["walker"], event["step"]))
+            asked.add((event["walker"], event["step"]))
+        if event["event"] == "learned" and (event.get("foreseen") or {}).get("largest_error") is not None:
+            needed.append(event["foreseen"]["largest_error"] > limits[event["walker"]][-1][1])
     calculator = calculators.build(case.oracle["calculator"], case.oracle.get("kwargs", {}), folder)
-    over, errors = 0, []
-    frames = ase.io.read(folder / "trajectory.xyz", ":")
+    frames, over = ase.io.read(folder / "trajectory.xyz", ":"), []
     for frame in frames:
+        place = frame.info["walker"], frame.info["step"]
+        if place in asked:
+            continue
         said = frame.get_forces(apply_constraint=False)
         frame.set_constraint()
         frame.calc = calculator
         error = np.linalg.norm(said - frame.get_forces(), axis=1).max()
-        limit = limits.get((frame.info["walker"], frame.info["step"]), float("nan"))
-        errors.append(error / limit)
-        over += bool(error > limit)
-    return {"frames": len(frames), "missed": over / max(1, len(frames)), "asks": len(step_of_label)}
+        over.append(bool(error > next((limit for step, limit in reversed(limits[place[0]]) if step <= place[1]), np.inf)))
+    return {
+        "frames": len(over), "missed": float(np.mean(over)) if over else float("nan"), "asks": len(needed),
+        "false": 1 - float(np.mean(needed)) if needed else float("nan"),
+    }  # fmt: skip
 
 
 def run(name: str, seed: int, work: Path, options: argparse.Namespace) -> dict:
@@ -200,6 +206,7 @@ HEADER = [
     "steps",
     "wall s",
     "missed %",
+    "false %",
     "MAE",
     "p99",
     "max",
@@ -224,7 +231,8 @@ def row(name: str, seed: int, r: dict) -> list[str]:
         else ["-"] * 4
     )
     return [
-        name, str(seed), str(r["labels"]), str(r["steps"]), f"{r['wall_s']:.0f}", f"{100 * r['missed']:.1f}", *mine,
+        name, str(seed), str(r["labels"]), str(r["steps"]), f"{r['wall_s']:.0f}", f"{100 * r['missed']:.1f}",
+        f"{100 * r['false']:.0f}", *mine,
         three("random"), three("uniform"), three("ten times"), r["stopped"][:40],
     ]  # fmt: skip
 
