@@ -11,8 +11,13 @@ Nothing heavy is imported before it is used.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import types
+
+# MKL's products with vectors depend in the last digits on where memory happens to lie, unless told not to: then a run that is
+# resumed, in another process, would not repeat. Read by MKL at its first product; costs nothing that can be measured.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 _HOMES = {
     "Potential": "gpmlp.potential",

@@ -45,11 +45,11 @@ def test_as_the_reference(name, dtype):
 
 def test_more_neighbours_than_are_worked_on_together():
     """The Jacobian takes the pairs of several environments together, or one with more of them than that alone."""
-    from gpmlp.descriptors import loops
+    from gpmlp.descriptors import jacobians
 
     surroundings = seen(cutoff=12.0)
     counts = torch.bincount(surroundings.centers)
-    assert counts.max() > 2 * loops.TOGETHER and counts.min() < loops.TOGETHER
+    assert counts.max() > 2 * jacobians.TOGETHER and counts.min() < jacobians.TOGETHER
     compare(descriptor(SOAPS[0], cutoff=12.0), surroundings)
 
 

@@ -228,3 +228,25 @@ def test_fit_is_the_function_even_after_its_module_was_imported():
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = gpmlp.nothing
+
+
+def test_products_do_not_depend_on_where_memory_lies():
+    """Else a run that is resumed would differ in its last digits; asked of a fresh process, as MKL reads its setting once."""
+    code = """
+import numpy as np, torch, gpmlp
+rng, differ = np.random.default_rng(0), 0
+for _ in range(60):
+    m, k = rng.integers(1, 130, 2)
+    numbers, results = rng.normal(size=m * k), []
+    for offset in (0, 8, 16, 32, 48):
+        memory = np.empty(8 * m * k + 128, np.uint8)
+        start = -memory.ctypes.data % 64 + offset
+        matrix = memory[start : start + 8 * m * k].view(np.float64)
+        matrix[:] = numbers
+        matrix = torch.from_numpy(matrix.reshape(m, k))
+        results.append(matrix @ torch.arange(float(k), dtype=torch.float64))
+    differ += any(not torch.equal(r, results[0]) for r in results)
+print(differ)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "0"

@@ -80,8 +80,10 @@ def _imported(path: str, install: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        missing = getattr(error, "name", None) or module_name
-        hint = install or f"pip install {missing.partition('.')[0]}, or correct the name"
+        missing = (getattr(error, "name", None) or module_name).partition(".")[0]
+        hint = install or f"pip install {missing}, or correct the name"
+        if importlib.util.find_spec(module_name.partition(".")[0]) is not None and error.__cause__ is not None:
+            hint = f"{error.__cause__} (it is installed; another library of this process stands in its way)"
         raise OracleError(f"'{path}' cannot be imported: {error}; {hint}") from error
     found = getattr(module, attribute, None)
     if not callable(found):

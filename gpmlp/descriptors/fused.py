@@ -1,4 +1,4 @@
-"""Fused power spectra are the same numbers as power_spectrum.py gives, by compiled loops over environments (loops.py), on CPUs."""
+"""Fused power spectra: the numbers of power_spectrum.py by compiled loops over environments (loops.py, jacobians.py), on CPUs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def usable(vectors: Tensor) -> bool:
 
 def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> Environments:
     """Features of all surroundings; derivatives when asked for."""
-    from gpmlp.descriptors import loops
+    from gpmlp.descriptors import jacobians, loops
 
     vectors, l_max = surroundings.vectors.detach().contiguous(), descriptor.l_max
     basis, pairs = _basis(descriptor, vectors.dtype), _pairs(descriptor, surroundings, vectors)
@@ -42,11 +42,7 @@ def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> E
     tiny = basis.numbers.dtype.type(torch.finfo(vectors.dtype).tiny)
     starts = pairs.starts[:: basis.n_species].tolist()
 
-    def expand(lo: int, hi: int) -> None:
-        y = harmonics.values(l_max, vectors[starts[lo] : starts[hi]]).numpy()
-        loops.expand(lo, hi, starts[lo], pairs, basis, tiny, y, *made)
-
-    _in_blocks(0, n, expand)
+    _in_blocks(0, n, lambda lo, hi: loops.expand(lo, hi, pairs, basis, tiny, *made))
 
     def derivatives(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
         y, dy = harmonics.harmonics(l_max, vectors[starts[lo] : starts[hi]])
@@ -60,7 +56,7 @@ def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> E
 
         def block(lo: int, hi: int) -> None:
             here = array[starts[lo] - starts[start] :]
-            loops.jacobian(lo, hi, starts[lo], pairs, basis, *derivatives(lo, hi), *made, here)
+            jacobians.jacobian(lo, hi, starts[lo], pairs, basis, *derivatives(lo, hi), *made, here)
 
         _in_blocks(start, end, block)
         return out
@@ -72,10 +68,7 @@ def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> E
         out = torch.empty_like(vectors)
         given, array = cotangents.contiguous().numpy(), out.numpy()
 
-        def block(lo: int, hi: int) -> None:
-            loops.pull_back(lo, hi, starts[lo], pairs, basis, *derivatives(lo, hi), *made, given, array)
-
-        _in_blocks(0, n, block)
+        _in_blocks(0, n, lambda lo, hi: loops.pull_back(lo, hi, pairs, basis, *made, given, array))
         return out
 
     return Environments(surroundings, features, pull_back, jacobian)
@@ -109,11 +102,11 @@ def _in_blocks(start: int, end: int, work: Callable[[int, int], None]) -> None:
 
 
 def _centers(descriptor: SoapPowerSpectrum, basis: Basis, surroundings: Surroundings, like: Tensor) -> Tensor:
-    """(environments, channels, (l_max + 1)^2) density of the central atoms alone."""
+    """(environments, (l_max + 1)^2, channels) density of the central atoms alone."""
     n = len(surroundings)
-    density = like.new_zeros(n, len(descriptor.species), descriptor.n_max, (descriptor.l_max + 1) ** 2)
-    density[torch.arange(n), descriptor._slot(surroundings.species), :, 0] = torch.from_numpy(basis.center)
-    return density.flatten(1, 2)
+    density = like.new_zeros(n, (descriptor.l_max + 1) ** 2, len(descriptor.species), descriptor.n_max)
+    density[torch.arange(n), 0, descriptor._slot(surroundings.species)] = torch.from_numpy(basis.center)
+    return density.flatten(2)
 
 
 def _pairs(descriptor: SoapPowerSpectrum, surroundings: Surroundings, vectors: Tensor) -> Pairs:
@@ -125,18 +118,18 @@ def _pairs(descriptor: SoapPowerSpectrum, surroundings: Surroundings, vectors: T
     order = torch.argsort(groups, stable=True) if n_species > 1 else torch.arange(len(groups))
     counts = torch.bincount(groups, minlength=len(surroundings) * n_species)
     r = vectors.norm(dim=1)
+    inverse, scaled = 1 / r, r / table.step
     weight, d_weight = descriptor.weights(r)
-    scaled = r / table.step
     interval = scaled.floor().long().clamp(0, len(table.coefficients) - 1)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    every = order, starts, vectors / r[:, None], weight, d_weight, interval, scaled - interval
+    every = order, starts, vectors * inverse[:, None], inverse, weight, d_weight, interval, scaled - interval
     return Pairs(*(part.contiguous().numpy() for part in every), int(counts.max()) if len(counts) else 0)
 
 
 @lru_cache(maxsize=32)
 def _basis(descriptor: SoapPowerSpectrum, dtype: torch.dtype) -> Basis:
     """Equal descriptors share one."""
-    from gpmlp.descriptors.loops import Basis
+    from gpmlp.descriptors.loops import Basis, angular
 
     table, like = descriptor._radial, torch.zeros(0, dtype=dtype)
     numbers = torch.arange(6, dtype=dtype).numpy()
@@ -147,6 +140,7 @@ def _basis(descriptor: SoapPowerSpectrum, dtype: torch.dtype) -> Basis:
         numbers,
         descriptor._prefactors(like).flatten().numpy(),
         (descriptor.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5).numpy(),
+        angular(descriptor.l_max).astype(numbers.dtype),
         descriptor.n_max,
         descriptor.l_max,
         len(descriptor.species),

@@ -158,7 +158,9 @@ def missed(folder: Path, case: Case) -> dict[str, float]:
         frame.set_constraint()
         frame.calc = calculator
         error = np.linalg.norm(said - frame.get_forces(), axis=1).max()
-        over.append(bool(error > next((limit for step, limit in reversed(limits[place[0]]) if step <= place[1]), np.inf)))
+        over.append(
+            bool(error > next((limit for step, limit in reversed(limits[place[0]]) if step <= place[1]), np.inf))
+        )
     return {
         "frames": len(over), "missed": float(np.mean(over)) if over else float("nan"), "asks": len(needed),
         "false": 1 - float(np.mean(needed)) if needed else float("nan"),
