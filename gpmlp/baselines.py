@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpmlp import checks, neighbors, units
+from gpmlp.neighbors import Neighbors
 from gpmlp.quantities import Prediction, Targets
 from gpmlp.structures import Structures
 
@@ -16,7 +17,14 @@ from gpmlp.structures import Structures
 class Baseline(Protocol):
     """A term of the energy with its forces and stress."""
 
-    def __call__(self, structures: Structures) -> Prediction: ...
+    def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
+        """`pairs`: neighbours within `cutoff` or more, if they are known."""
+        ...
+
+    @property
+    def cutoff(self) -> float:
+        """Distance within which atoms feel each other, A."""
+        ...
 
     def state(self) -> dict: ...
 
@@ -26,8 +34,9 @@ class IsolatedAtoms:
     """E = sum_i e(Z_i); energies in eV by atomic number."""
 
     energies: dict[int, float]
+    cutoff = 0.0
 
-    def __call__(self, structures: Structures) -> Prediction:
+    def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
         like = structures.positions
         local = torch.zeros(structures.n_atoms, dtype=like.dtype, device=like.device)
         for z in structures.distinct_species:
@@ -100,8 +109,8 @@ class ZBL:
     def cutoff(self) -> float:
         return max(self.outer.values())
 
-    def __call__(self, structures: Structures) -> Prediction:
-        pairs = neighbors.find(structures, self.cutoff)
+    def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
+        pairs = neighbors.find(structures, self.cutoff) if pairs is None else pairs.within(structures, self.cutoff)
         vectors = pairs.vectors(structures)
         z_i, z_j = structures.species[pairs.centers], structures.species[pairs.neighbors]
         inner, outer = self._by_pair(z_i, z_j, vectors)

@@ -35,6 +35,16 @@ class Neighbors:
     def __len__(self) -> int:
         return self.centers.shape[0]
 
+    def to(self, device: torch.device | str) -> Neighbors:
+        """The same on another device."""
+        return Neighbors(self.centers.to(device), self.neighbors.to(device), self.shifts.to(device), self.cutoff)
+
+    def sorted(self) -> Neighbors:
+        """The same in the order of centres, neighbours and shifts."""
+        columns = [*self.shifts.T.flip(0), self.neighbors, self.centers]
+        order = torch.from_numpy(np.lexsort([c.cpu().numpy() for c in columns])).to(self.centers.device)
+        return Neighbors(self.centers[order], self.neighbors[order], self.shifts[order], self.cutoff)
+
     def vectors(self, structures: Structures) -> Tensor:
         """(pairs, 3) r_ij = r_j + shift . cell - r_i, A; differentiable in positions and cells."""
         cells = structures.cells[structures.structure_of_atom[self.centers]]
@@ -42,8 +52,12 @@ class Neighbors:
         return structures.positions[self.neighbors] + shift - structures.positions[self.centers]
 
     def within(self, structures: Structures, cutoff: float) -> Neighbors:
-        """Return the pairs closer than a smaller cutoff."""
-        keep = self.vectors(structures).norm(dim=1) < cutoff
+        """Return the pairs closer than a smaller cutoff, in the same order."""
+        if cutoff == self.cutoff:
+            return self
+        if cutoff > self.cutoff:
+            raise ValueError(f"a list of pairs within {self.cutoff} A does not hold those within {cutoff} A")
+        keep = (self.vectors(structures).norm(dim=1) < cutoff).nonzero()[:, 0]
         return Neighbors(self.centers[keep], self.neighbors[keep], self.shifts[keep], cutoff)
 
 
@@ -80,6 +94,44 @@ def find(structures: Structures, cutoff: float) -> Neighbors:
         torch.as_tensor(shifts.astype(np.int64), device=device),
         float(cutoff),
     )
+
+
+class Skin:
+    """Neighbours of atoms that move little from call to call: pairs are searched for a `skin` beyond the cutoff, and again only when
+    an atom has moved by half of it, or the cell, the periodicity or the atoms are others (Verlet, Phys. Rev. 159, 98 (1967)).
+
+    What is returned does not depend on when was searched: pairs come in the order of atoms and shifts.
+    """
+
+    def __init__(self, cutoff: float, skin: float = 0.6) -> None:
+        """Cutoff and skin in A."""
+        self.cutoff, self.skin = cutoff, skin
+        self._of: Structures | None = None
+        self._pairs: Neighbors | None = None
+
+    def __call__(self, structures: Structures) -> Neighbors:
+        """All pairs of one structure within the cutoff.
+
+        Raises:
+            UserError: as `find`.
+        """
+        if self._of is None or self._moved(structures):
+            self._of, self._pairs = structures, find(structures, self.cutoff + self.skin).sorted()
+        found = self._pairs
+        r = found.vectors(structures).norm(dim=1)
+        if len(r) and r.min() < CLOSEST:
+            find(structures, self.cutoff)  # which says what is wrong
+        keep = (r < self.cutoff).nonzero()[:, 0]
+        return Neighbors(found.centers[keep], found.neighbors[keep], found.shifts[keep], self.cutoff)
+
+    def _moved(self, now: Structures) -> bool:
+        then = self._of
+        if now.n_atoms != then.n_atoms or len(now) != 1 or not torch.equal(now.species, then.species):
+            return True
+        if not (torch.equal(now.cells, then.cells) and torch.equal(now.periodic, then.periodic)):
+            return True
+        moved = (now.positions - then.positions).square().sum(1).max()
+        return not bool(moved < (0.5 * self.skin) ** 2)  # nor where it is no number
 
 
 def _padding(cell: np.ndarray, periodic: np.ndarray) -> np.ndarray:

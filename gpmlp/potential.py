@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from gpmlp import baselines, checks, descriptors, samples
+from gpmlp import baselines, checks, descriptors, neighbors, samples
 from gpmlp.baselines import Baseline
 from gpmlp.gp import kernels
 from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.neighbors import Neighbors
 from gpmlp.quantities import Prediction
 from gpmlp.recipe import KernelRecipe, Recipe
 from gpmlp.structures import Structures
@@ -54,6 +55,11 @@ class Potential:
         """Largest distance at which atoms see each other, A."""
         return max(term.descriptor.cutoff for term in self.terms)
 
+    @property
+    def reach(self) -> float:
+        """Largest distance at which atoms see each other or feel a baseline, A."""
+        return max(self.cutoff, *(term.cutoff for term in self.baselines), 0.0)
+
     def __call__(
         self,
         structures: Structures,
@@ -63,6 +69,7 @@ class Potential:
         form: str = "dtc",
         calibrated: bool = True,
         views: Sequence[View] = (),
+        pairs: Neighbors | None = None,
     ) -> Prediction:
         """Predict energies, forces and stresses, and variances of them where asked for.
 
@@ -74,6 +81,7 @@ class Potential:
                 (without it: small far from the data, where it should be large).
             calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
             views: what each term sees of all the structures, if that is there already; then they are predicted in one chunk.
+            pairs: all neighbours within `reach`, if they are known (neighbors.Skin); also one chunk.
 
         Raises:
             checks.UserError: a species that was not in the training data; atoms on top of each other; a variance or a form that is
@@ -91,9 +99,10 @@ class Potential:
             calibrated and wanted.any and self.calibration.typical_novelty is not None and self.novelty is not None
         )
         parts, first = [], 0
-        for chunk in [structures] if views else chunks(structures, CHUNK_ATOMS):
+        for chunk in [structures] if views or pairs is not None else chunks(structures, CHUNK_ATOMS):
             here = wanted.within(first, chunk.n_atoms)
-            parts.append(self._predict(chunk.to(**own), here, novelty or widening, views))
+            known = None if pairs is None else pairs.to(self.recipe.device)
+            parts.append(self._predict(chunk.to(**own), here, novelty or widening, views, known))
             first += chunk.n_atoms
         if not parts:
             raise checks.UserError("There are no structures to predict.")
@@ -135,15 +144,29 @@ class Potential:
         chosen = None if atoms is None else self._atoms(atoms, n_atoms)
         return Wanted(*(name in names for name in VARIANCES), chosen, form != "sor")
 
-    def _predict(self, structures: Structures, wanted: Wanted, novelty: bool, views: Sequence[View] = ()) -> Prediction:
-        views = views or [term.view(structures) for term in self.terms]
-        profiles = [term.profiles(structures, view) for term, view in zip(self.terms, views, strict=True)]
+    def _predict(
+        self,
+        structures: Structures,
+        wanted: Wanted,
+        novelty: bool,
+        views: Sequence[View] = (),
+        pairs: Neighbors | None = None,
+    ) -> Prediction:
+        if views:
+            pairs = max((view.neighbors for view in views), key=lambda found: found.cutoff)
+        else:
+            pairs = neighbors.find(structures, self.reach) if pairs is None else pairs
+            views = [term.view(structures, pairs) for term in self.terms]
+        profiles = [{}] * len(self.terms)
+        if wanted.atom_energies or wanted.energies:
+            profiles = [term.profiles(structures, view) for term, view in zip(self.terms, views, strict=True)]
         total = None
         for term, view, known in zip(self.terms, views, profiles, strict=True):
             part = term.mean(structures, view, known)
             total = part if total is None else total + part
         for term in self.baselines:
-            total = term(structures) if total is None else total + term(structures)
+            part = term(structures, pairs if term.cutoff <= pairs.cutoff else None)
+            total = part if total is None else total + part
         found = self.variances(structures, views, wanted, profiles) if wanted.any else {}
         if novelty:
             found["novelty"] = self.novelty.novelty(structures.species, views[0].environments.features)

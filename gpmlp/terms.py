@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from gpmlp.structures import Structures
 JACOBIAN_BYTES = 192 << 20  # of the environments of a chunk; more is made again for each use
 Profile = tuple[Tensor, Tensor, Tensor]  # f, f', f'' of the dot products of environments with centres
 CHUNK_ATOMS = 256  # atoms whose pair quantities are in memory together
+ROWS = 64  # environments whose products with all centres stay in cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +32,10 @@ class View:
     environments: Environments
 
     @staticmethod
-    def of(descriptor: Descriptor, structures: Structures) -> View:
-        """Find the neighbours and make the environments."""
-        pairs = neighbors.find(structures, descriptor.cutoff)
+    def of(descriptor: Descriptor, structures: Structures, pairs: Neighbors | None = None) -> View:
+        """Find the neighbours, unless `pairs` within the cutoff or more are known, and make the environments."""
+        known = pairs is not None
+        pairs = pairs.within(structures, descriptor.cutoff) if known else neighbors.find(structures, descriptor.cutoff)
         surroundings = Surroundings.of(structures, pairs)
         return View(pairs, surroundings, descriptor(surroundings))
 
@@ -67,8 +70,13 @@ class MeanBlock:
     tangents: Tensor
 
     def __call__(self, kernel: ZonalKernel, x: Tensor, profile: Profile | None = None) -> tuple[Tensor, Tensor]:
-        """Return ε (environments,) and dε/dx (environments, features); `profile` is that of x with the centres, if it is known."""
-        value, first, second = profile or kernel.profile(x @ self.features.T)
+        """Return ε (environments,) and dε/dx (environments, features), to the last bit the same whether `profile`, of x with the centres,
+        is known or not."""
+        if len(x) > ROWS:
+            known = zip(*(part.split(ROWS) for part in profile), strict=True) if profile else itertools.repeat(None)
+            parts = [self(kernel, some, p) for some, p in zip(x.split(ROWS), known, strict=False)]
+            return torch.cat([energy for energy, _ in parts]), torch.cat([slope for _, slope in parts])
+        value, first, second = profile or self.profile(kernel, x)
         energy = value @ self.weights
         on_dots = first * self.weights
         if not len(self.tangents):
@@ -76,6 +84,44 @@ class MeanBlock:
         along = x @ self.tangents.T
         energy = energy + (first * along).sum(1)
         return energy, (on_dots + second * along) @ self.features + first @ self.tangents
+
+    def profile(self, kernel: ZonalKernel, x: Tensor) -> Profile:
+        """Of environments with all centres."""
+        parts = [kernel.profile(some @ self.features.T) for some in x.split(ROWS)]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def collapsed(self, kernel: ZonalKernel) -> Collapsed | None:
+        """The same mean as a quadratic form, if the kernel allows it and the form is cheaper to evaluate."""
+        m, d = self.features.shape
+        if kernel.quadratic is None or d >= (4 if len(self.tangents) else 2) * m:
+            return None
+        a, b = kernel.quadratic
+        linear, matrix = self.weights @ self.features, (self.features.T * self.weights) @ self.features
+        if len(self.tangents):
+            linear = linear + self.tangents.sum(0)
+            across = self.features.T @ self.tangents
+            matrix = matrix + across + across.T
+        return Collapsed(a * linear, b * matrix)
+
+
+@dataclass(frozen=True, eq=False)
+class Collapsed:
+    """ε(x) = v.x + x.W x: what a kernel f(s) = a s + b s² makes of all centres, whatever their number.
+
+    With f' = a + 2 b s: v = a Σ_j (α_j x_j + τ_j), W = b Σ_j (α_j x_j x_jᵀ + x_j τ_jᵀ + τ_j x_jᵀ).
+
+    Attributes:
+        linear: (features,) v, eV.
+        matrix: (features, features) W, symmetric, eV.
+    """
+
+    linear: Tensor
+    matrix: Tensor
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ε (environments,) and dε/dx (environments, features)."""
+        half = torch.addmm(0.5 * self.linear, x, self.matrix)
+        return (x * half).sum(1) + 0.5 * (x @ self.linear), 2 * half
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +132,15 @@ class Term:
     kernel: ZonalKernel
     blocks: dict[int, MeanBlock]
 
-    def view(self, structures: Structures) -> View:
-        """What the descriptor sees."""
-        return View.of(self.descriptor, structures)
+    def view(self, structures: Structures, pairs: Neighbors | None = None) -> View:
+        """What the descriptor sees; `pairs` as in View.of."""
+        return View.of(self.descriptor, structures, pairs)
+
+    @cached_property
+    def collapsed(self) -> dict[int, Collapsed]:
+        """Means that are cheaper as a quadratic form, by species."""
+        forms = {z: block.collapsed(self.kernel) for z, block in self.blocks.items()}
+        return {z: form for z, form in forms.items() if form is not None}
 
     def profiles(self, structures: Structures, view: View) -> dict[int, Profile]:
         """Kernel of the environments of each species with all its centres: what mean and variances of local energies share."""
@@ -96,19 +148,30 @@ class Term:
         for z, block in self.blocks.items():
             mine = structures.species == z
             if mine.any():
-                out[z] = self.kernel.profile(view.environments.features[mine] @ block.features.T)
+                out[z] = block.profile(self.kernel, view.environments.features[mine])
         return out
 
     def mean(self, structures: Structures, view: View, profiles: dict[int, Profile] | None = None) -> Prediction:
         """Posterior mean of energies, forces and stresses."""
-        environments = view.environments
-        local = structures.positions.new_zeros(structures.n_atoms)
-        cotangents = torch.zeros_like(environments.features)
-        for z, profile in (self.profiles(structures, view) if profiles is None else profiles).items():
-            mine = (structures.species == z).nonzero()[:, 0]
-            local[mine], cotangents[mine] = self.blocks[z](self.kernel, environments.features[mine], profile)
+        environments, species = view.environments, structures.distinct_species
+        if len(species) == 1:
+            local, cotangents = self._local(species[0], environments.features, profiles)
+        else:
+            local = structures.positions.new_zeros(structures.n_atoms)
+            cotangents = torch.empty_like(environments.features)
+            for z in species:
+                mine = (structures.species == z).nonzero()[:, 0]
+                local[mine], cotangents[mine] = self._local(z, environments.features[mine], profiles)
         gradients = environments.pull_back(cotangents)
         return neighbors.prediction(structures, view.neighbors, view.surroundings.vectors, local, gradients)
+
+    def _local(self, z: int, x: Tensor, profiles: dict[int, Profile] | None) -> tuple[Tensor, Tensor]:
+        """Local energies of environments of a species, and their slopes."""
+        if z in self.collapsed:
+            return self.collapsed[z](x)
+        if z not in self.blocks:
+            return x.new_zeros(len(x)), torch.zeros_like(x)
+        return self.blocks[z](self.kernel, x, (profiles or {}).get(z))
 
     def __call__(self, structures: Structures) -> Prediction:
         return self.mean(structures, self.view(structures))

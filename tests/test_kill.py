@@ -144,14 +144,15 @@ def test_killed_in_the_middle_of_everything(killer, reference, tmp_path):
 
 
 def test_killed_at_any_moment(killer, reference, tmp_path):
-    folder, seconds = reference
-    rng, life = random.Random(1), Life(tmp_path / "run", killer)
-    for _ in range(7):
-        life.once(after_s=rng.uniform(0.0, 0.6 * seconds))
-        if life.ended:
-            break
-    life.finish(folder)
-    assert life.kills >= 4
+    (folder, seconds), rng, lives = reference, random.Random(1), []
+    while sum(life.kills for life in lives) < 5:  # a run may end before its next death, on a machine that is busy with other things
+        assert len(lives) < 12
+        lives.append(Life(tmp_path / f"run{len(lives)}", killer))
+        for _ in range(7):
+            lives[-1].once(after_s=rng.uniform(0.0, 0.6 * seconds / len(lives)))
+            if lives[-1].ended:
+                break
+        lives[-1].finish(folder)
 
 
 def test_killed_while_others_compute(killer, reference, tmp_path):

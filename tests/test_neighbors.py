@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import oracles
 import pytest
 import torch
@@ -50,6 +52,36 @@ def test_atoms_far_outside_the_cell_and_cells_of_one_atom():
 def test_no_atoms_within_reach_and_no_structures():
     assert len(neighbors.find(dimer(9.0), CUTOFF)) == 0
     assert len(neighbors.find(everything().select([]), CUTOFF)) == 0
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_skin_gives_what_a_search_gives(kind, monkeypatch):
+    """The same pairs, in an order that tells nothing of the past, with a search now and then; and what is wrong is still said."""
+    one, rng = crystal(kind, (6, 8, 1)), torch.Generator().manual_seed(0)
+    searches, search = [], neighbors.find
+    monkeypatch.setattr(neighbors, "find", lambda s, cutoff: searches.append(cutoff) or search(s, cutoff))
+    skin = neighbors.Skin(CUTOFF, 0.6)
+    for _ in range(25):
+        one = one.with_positions(one.positions + 0.04 * torch.randn(one.positions.shape, generator=rng).double())
+        found, direct = skin(one), search(one, CUTOFF)
+        assert as_set(found) == as_set(direct) and len(found) == len(direct)
+        afresh = search(one, CUTOFF).sorted()
+        for name in ("centers", "neighbors", "shifts"):
+            assert torch.equal(getattr(found, name), getattr(afresh, name))
+    assert 1 < len(searches) < 15
+    count = len(searches)
+    strained = replace(one, positions=one.positions * 1.001, cells=one.cells * 1.001)
+    skin(strained), skin(strained)
+    assert len(searches) == count + 1
+    close = strained.positions.clone()
+    close[1] = close[0] + 0.1
+    with pytest.raises(UserError, match="apart"):
+        skin(strained.with_positions(close))
+
+
+def test_within_does_not_grow():
+    with pytest.raises(ValueError, match="does not hold"):
+        neighbors.find(dimer(2.0), 3.0).within(dimer(2.0), 3.5)
 
 
 def test_within_drops_the_pairs_beyond_a_smaller_cutoff():

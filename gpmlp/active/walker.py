@@ -27,6 +27,7 @@ from gpmlp.active.recipe import DynamicsRecipe
 from gpmlp.checks import UserError
 from gpmlp.engines.md import thermalise
 from gpmlp.io.atoms import results, structures_from_ase
+from gpmlp.neighbors import Skin
 from gpmlp.potential import Potential
 from gpmlp.quantities import Prediction, Variance
 from gpmlp.structures import Structures
@@ -167,6 +168,7 @@ class Watched(Calculator):
         self.structure: Structures | None = None
         self.prediction: Prediction | None = None
         self.volume = 0.0
+        self.skin = Skin(potential.reach)
 
     def remember(self, atoms: Atoms, seen: Look) -> None:
         """Take over what was predicted of these atoms already."""
@@ -193,16 +195,23 @@ class Watched(Calculator):
             raise _LostError(f"the volume went from {self.volume:.4g} to {volume:.4g} A^3")
         try:
             self.structure = structures_from_ase([self.atoms], [self.label_in_errors])
-            self.prediction = self.potential(self.structure, self.variance, novelty=True)
+            self.prediction = _predicted(self.potential, self.structure, self.variance, self.skin)
         except UserError as error:  # atoms on top of one another, numbers that are none
             raise _LostError(str(error)) from error
         self._take()
 
 
+def _predicted(
+    potential: Potential, structure: Structures, variance: str | tuple[str, ...] | None, skin: Skin
+) -> Prediction:
+    """To the last bit the same wherever it is asked from, but for the variances."""
+    return potential(structure, variance, novelty=True, pairs=skin(structure))
+
+
 def look(walker: Walker, potential: Potential, judge: Judge, dynamics: DynamicsRecipe) -> Look:
     """Look fully at where a walker is."""
     structure = structures_from_ase([walker.atoms], [f"walker {walker.number}, step {walker.step}"])
-    prediction = potential(structure, FULL, novelty=True)
+    prediction = _predicted(potential, structure, FULL, Skin(potential.reach))
     temperature = walker.atoms.get_temperature()
     freedom = walker.atoms.get_number_of_degrees_of_freedom()
     before = Before(None, dynamics.temperature(walker.step), temperature, freedom)
@@ -261,7 +270,7 @@ def advance(
         if made < steps:
             decision = judge(watched.structure, _with_guess(prediction, harmless), before)
             if decision.action != "continue" and _cheap_is_fine(decision):
-                prediction = potential(watched.structure, FULL, novelty=True)
+                prediction = _predicted(potential, watched.structure, FULL, watched.skin)
                 decision = judge(watched.structure, prediction, before)
                 harmless = _per_atom_ratio(prediction)
         else:

@@ -9,6 +9,7 @@ from ase.calculators.calculator import Calculator, all_changes
 
 from gpmlp.checks import UserError
 from gpmlp.io.atoms import results, structures_from_ase, uncertainties
+from gpmlp.neighbors import Skin
 from gpmlp.potential import Potential
 
 # what the energy depends on; charges and magnetic moments set on the Atoms change nothing
@@ -56,6 +57,7 @@ class GPCalculator(Calculator):
         self.uncertainty = {True: "all", False: None}[uncertainty] if isinstance(uncertainty, bool) else uncertainty
         potential.check_variance(self.uncertainty)
         self.novelty = novelty
+        self._skin = Skin(potential.reach)
         self.label_in_errors = name
 
     def calculate(
@@ -71,6 +73,6 @@ class GPCalculator(Calculator):
         """
         super().calculate(atoms, list(properties), list(system_changes))
         structures = structures_from_ase([self.atoms], [self.label_in_errors])
-        prediction = self.potential(structures, self.uncertainty, self.novelty)
+        prediction = self.potential(structures, self.uncertainty, self.novelty, pairs=self._skin(structures))
         everything = slice(0, len(self.atoms))
         self.results = results(prediction, 0, everything) | uncertainties(prediction, 0, everything)

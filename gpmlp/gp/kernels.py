@@ -21,6 +21,11 @@ class ZonalKernel(gpytorch.kernels.Kernel):
         """Return f(s), f'(s), f''(s)."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
+    @property
+    def quadratic(self) -> tuple[float, float] | None:
+        """a and b if f(s) = a s + b s², else None."""
+        return None
+
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: object) -> Tensor:
         s = (x1 * x2).sum(-1) if diag else x1 @ x2.transpose(-1, -2)
         return self.profile(s)[0]
@@ -45,6 +50,10 @@ class PolynomialKernel(ZonalKernel):
         lowest = s ** (z - 2)
         first = lowest * s
         return first * s, first * z, lowest * (z * (z - 1))
+
+    @property
+    def quadratic(self) -> tuple[float, float] | None:
+        return {1: (1.0, 0.0), 2: (0.0, 1.0)}.get(self.zeta)
 
 
 class ExponentialKernel(ZonalKernel):
@@ -90,6 +99,13 @@ class SumKernel(ZonalKernel):
         profiles = [k.profile(s) for k in self.kernels]
         weights = self.weights.detach().to(s).unbind()
         return tuple(sum(w * p[order] for w, p in zip(weights, profiles, strict=True)) for order in range(3))
+
+    @property
+    def quadratic(self) -> tuple[float, float] | None:
+        parts, weights = [k.quadratic for k in self.kernels], self.weights.tolist()
+        if None in parts:
+            return None
+        return tuple(sum(w * p[k] for w, p in zip(weights, parts, strict=True)) for k in range(2))
 
 
 def make(
