@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,18 @@ class Neighbors:
     def to(self, device: torch.device | str) -> Neighbors:
         """The same on another device."""
         return Neighbors(self.centers.to(device), self.neighbors.to(device), self.shifts.to(device), self.cutoff)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Neighbors]) -> Neighbors:
+        """Lists of the same cutoff, one after another; indices stay as they are."""
+        joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("centers", "neighbors", "shifts"))
+        return Neighbors(*joined, parts[0].cutoff)
+
+    def between(self, start: int, end: int) -> Neighbors:
+        """The pairs of the centres start to end, atoms counted from `start`: of structures that lie side by side in a batch."""
+        edges = torch.searchsorted(self.centers, torch.tensor([start, end], device=self.centers.device)).tolist()
+        here = slice(*edges)
+        return Neighbors(self.centers[here] - start, self.neighbors[here] - start, self.shifts[here], self.cutoff)
 
     def sorted(self) -> Neighbors:
         """The same in the order of centres, neighbours and shifts."""

@@ -81,7 +81,7 @@ class Potential:
                 (without it: small far from the data, where it should be large).
             calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
             views: what each term sees of all the structures, if that is there already; then they are predicted in one chunk.
-            pairs: all neighbours within `reach`, if they are known (neighbors.Skin); also one chunk.
+            pairs: all neighbours within `reach`, if they are known (neighbors.Skin).
 
         Raises:
             checks.UserError: a species that was not in the training data; atoms on top of each other; a variance or a form that is
@@ -99,9 +99,9 @@ class Potential:
             calibrated and wanted.any and self.calibration.typical_novelty is not None and self.novelty is not None
         )
         parts, first = [], 0
-        for chunk in [structures] if views or pairs is not None else chunks(structures, CHUNK_ATOMS):
+        for chunk in [structures] if views else chunks(structures, CHUNK_ATOMS):
             here = wanted.within(first, chunk.n_atoms)
-            known = None if pairs is None else pairs.to(self.recipe.device)
+            known = None if pairs is None else pairs.between(first, first + chunk.n_atoms).to(self.recipe.device)
             parts.append(self._predict(chunk.to(**own), here, novelty or widening, views, known))
             first += chunk.n_atoms
         if not parts:

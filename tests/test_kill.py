@@ -145,7 +145,9 @@ def test_killed_in_the_middle_of_everything(killer, reference, tmp_path):
 
 def test_killed_at_any_moment(killer, reference, tmp_path):
     (folder, seconds), rng, lives = reference, random.Random(1), []
-    while sum(life.kills for life in lives) < 5:  # a run may end before its next death, on a machine that is busy with other things
+    while (
+        sum(life.kills for life in lives) < 5
+    ):  # a run may end before its next death, on a machine that is busy with other things
         assert len(lives) < 12
         lives.append(Life(tmp_path / f"run{len(lives)}", killer))
         for _ in range(7):
