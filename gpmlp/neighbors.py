@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class Neighbors:
     neighbors: Tensor
     shifts: Tensor
     cutoff: float
+    _last: tuple[Structures, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return self.centers.shape[0]
@@ -60,9 +61,17 @@ class Neighbors:
 
     def vectors(self, structures: Structures) -> Tensor:
         """(pairs, 3) r_ij = r_j + shift . cell - r_i, A; differentiable in positions and cells."""
-        cells = structures.cells[structures.structure_of_atom[self.centers]]
-        shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
-        return structures.positions[self.neighbors] + shift - structures.positions[self.centers]
+        if self._last is not None and self._last[0] is structures:
+            return self._last[1]
+        if len(structures) == 1:
+            shift = self.shifts.to(structures.cells.dtype) @ structures.cells[0]
+        else:
+            cells = structures.cells[structures.structure_of_atom[self.centers]]
+            shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
+        out = shift.add_(structures.positions[self.neighbors]) - structures.positions[self.centers]
+        if not out.requires_grad:  # asked for by descriptors and baselines alike
+            object.__setattr__(self, "_last", (structures, out))
+        return out
 
     def within(self, structures: Structures, cutoff: float) -> Neighbors:
         """Return the pairs closer than a smaller cutoff, in the same order."""
