@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -148,3 +148,32 @@ class Descriptor(Protocol):
     n_features: int
 
     def __call__(self, surroundings: Surroundings) -> Environments: ...
+
+
+@dataclass(frozen=True)
+class InSingle:
+    """A descriptor that works in single precision, between pair vectors and features in double.
+
+    Features are then those of neighbours moved by 1e-7 of their distance. Kernels and what is summed over centres stay double: weights
+    of thousands of eV cancel there, which single precision would not survive.
+    """
+
+    descriptor: Descriptor
+
+    @property
+    def cutoff(self) -> float:
+        """A."""
+        return self.descriptor.cutoff
+
+    @property
+    def n_features(self) -> int:
+        """Of the descriptor."""
+        return self.descriptor.n_features
+
+    def __call__(self, surroundings: Surroundings) -> Environments:
+        """Features in double, of unit norm to its rounding, and derivatives in double."""
+        made = self.descriptor(replace(surroundings, vectors=surroundings.vectors.float()))
+        features = torch.nn.functional.normalize(made.features.double(), dim=1)
+        return Environments(
+            surroundings, features, lambda c: made.pull_back(c.float()).double(), lambda: made.jacobian().double()
+        )

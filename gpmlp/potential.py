@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpmlp import baselines, checks, descriptors, neighbors, samples
 from gpmlp.baselines import Baseline
+from gpmlp.environments import InSingle
 from gpmlp.gp import kernels
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.neighbors import Neighbors
@@ -190,6 +191,28 @@ class Potential:
         moved = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
         joint = self.variances.joint(moved, [term.view(moved) for term in self.terms])
         return joint.to(device=structures.positions.device)
+
+    def to(self, device: str | None = None, descriptors: str | None = None) -> Potential:
+        """The same on another device, or with descriptors in another precision ('float64', 'float32'), which model files do not keep.
+
+        Single precision is faster, above all on GPUs, and changes predictions by far less than their errors (environments.InSingle).
+
+        Raises:
+            checks.UserError: a device that there is not, or another precision.
+        """
+        checks.choose("precision of the descriptors", descriptors or "float64", ("float64", "float32"))
+        header, tensors = self.state()
+        if device is not None:
+            checks.device(device)
+            header["recipe"] = header["recipe"] | {"device": device}
+        made = self.from_state(header, tensors)
+        if descriptors != "float32":
+            return made
+        terms = tuple(replace(term, descriptor=InSingle(term.descriptor)) for term in made.terms)
+        if made.variances is None:
+            return replace(made, terms=terms)
+        priors = tuple(replace(p, descriptor=t.descriptor) for p, t in zip(made.variances.priors, terms, strict=True))
+        return replace(made, terms=terms, variances=replace(made.variances, priors=priors))
 
     def __repr__(self) -> str:
         """Species, descriptors and sizes; not the tensors."""

@@ -28,7 +28,6 @@ CALIBRATED_AS = {
     "forces_covariance": "forces",
     "stresses_covariance": "stresses",
 }
-GROWTH = 1.5  # power of the novelty with which variances grow beyond what is typical (docs/decisions/004-variances.md)
 FORCE_ATOMS = 512  # atoms whose force rows are in memory together
 
 
@@ -337,12 +336,12 @@ def restricted(block: InducingBlock, chosen: Tensor) -> InducingBlock:
 
 
 def widened(prediction: Prediction, structures: Structures, typical: float) -> Prediction:
-    """The prediction with all variances but label noise times max(1, novelty / typical)^GROWTH, its mean over the atoms of a structure.
+    """The prediction with all variances but label noise times max(1, novelty / typical)², its mean over the atoms of a structure.
 
     Far from the data the posterior of a misspecified model is too sure of itself, and held-out data of the same kind cannot tell by
-    how much; the Mahalanobis distance knows how far it is (docs/decisions/004-variances.md).
+    how much; the Mahalanobis distance knows how far it is: standard deviations grow in proportion to it (docs/decisions/004-variances.md).
     """
-    factor = (prediction.novelty / typical).clamp(1.0, 1e4) ** GROWTH
+    factor = (prediction.novelty / typical).clamp(1.0, 1e4) ** 2
     sums = factor.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, factor)
     mean = sums / structures.counts
     changed = {}

@@ -1,0 +1,85 @@
+"""The same numbers with descriptors in single precision, and on a CUDA device: `pytest -m gpu`, skipped where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from systems import CELLS, crystal, everything
+
+import gpmlp
+from gpmlp import neighbors
+from gpmlp.checks import UserError
+from gpmlp.quantities import Targets
+from gpmlp.recipe import Recipe
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CHOICES = {
+    "descriptor": {"cutoff": 3.6, "n_max": 4, "l_max": 3}, "inducing": {"n": 12, "gradients": 1}, "calibration": False,
+    "noise": {"energy_per_atom": 0.01, "force": 0.1, "stress": 0.01},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def potential():
+    batch = everything()
+    generator = torch.Generator().manual_seed(0)
+    energies = torch.randn(len(batch), generator=generator, dtype=torch.float64)
+    forces = 0.3 * torch.randn(batch.n_atoms, 3, generator=generator, dtype=torch.float64)
+    targets = replace(Targets.unknown(batch), energies=energies, forces=forces)
+    return gpmlp.fit(batch, targets, Recipe.model_validate(CHOICES))[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "close"),
+    [
+        ("cpu", "float32", 1e-4),
+        pytest.param("cuda", "float64", 1e-9, marks=GPU),
+        pytest.param("cuda", "float32", 1e-4, marks=GPU),
+    ],
+)
+def test_predictions(potential, device, precision, close):
+    """Means, variances of all kinds and novelties."""
+    batch = everything()
+    here = potential(batch, variance="all", novelty=True)
+    there = potential.to(device, precision)(batch.to(device=device), variance="all", novelty=True)
+    assert there.forces.device.type == device and there.forces.dtype == torch.float64
+    assert precision == "float64" or not torch.equal(there.forces.cpu(), here.forces)
+    for name in ("energies", "atom_energies", "forces", "stresses", "novelty"):
+        ours, theirs = getattr(here, name), getattr(there, name).cpu()
+        torch.testing.assert_close(theirs, ours, rtol=close, atol=close, equal_nan=True)
+    for name in ("atom_energies_variance", "energies_variance", "forces_covariance", "stresses_covariance"):
+        ours, theirs = getattr(here, name).total, getattr(there, name).total.cpu()
+        torch.testing.assert_close(theirs, ours, rtol=100 * close, atol=close, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", CELLS)
+def test_neighbours(kind):
+    one = crystal(kind, (6, 8, 1))
+    here, there = neighbors.find(one, 5.0).sorted(), neighbors.find(one.to(device="cuda"), 5.0).sorted()
+    for name in ("centers", "neighbors", "shifts"):
+        assert torch.equal(getattr(there, name).cpu(), getattr(here, name))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_memory_does_not_grow_and_results_repeat_to_rounding(potential):
+    moved, batch = potential.to("cuda"), everything().to(device="cuda")
+    first = moved(batch)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        again = moved(batch)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before + 16 * again.forces.numel() * again.forces.element_size()
+    torch.testing.assert_close(again.forces, first.forces, rtol=1e-12, atol=1e-12)
+
+
+def test_where_it_cannot_be(potential):
+    with pytest.raises(UserError, match="float16"):
+        potential.to(descriptors="float16")
+    with pytest.raises(UserError, match="device"):
+        potential.to("cuda:77")
