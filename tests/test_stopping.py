@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import scipy.signal
+import torch
 
 from gpmlp.active.history import History, Record
+from gpmlp.active.recipe import DynamicsRecipe
+from gpmlp.active.records import typical_force
 from gpmlp.active.stop_criteria import Novelties, converged, coverage, every, label_rate, plateau, steady
 from gpmlp.active.stop_recipe import CoverageRecipe, ObservableRecipe, PlateauRecipe, StopRecipe
 from gpmlp.active.stopping import ensemble, judge, observable, window
@@ -269,6 +273,19 @@ def record(k: int, walker: int = 0, **others: object) -> Record:
         "observables": {"energy": -3.0 + 0.01 * math.sin(k)},
     }
     return Record(walker, 10 * k, 10.0 * k, **(values | others))
+
+
+def test_typical_forces_are_those_of_the_hottest_dynamics():
+    """From the latest frames, scaled with the temperature; from labels while there are too few frames."""
+    dynamics, history = DynamicsRecipe(temperature_K=[300, 1200]), History()
+    labels = SimpleNamespace(forces=torch.tensor([[3.0, 3.0, math.nan]]))
+    assert typical_force(history, dynamics, labels) == pytest.approx(3.0)
+    for k in range(200):
+        history = history.append(record(k, force_rms=9.0 if k < 150 else 0.5))
+    assert typical_force(history, dynamics, labels) == pytest.approx(1.0)  # 0.5 at 300 K
+    for k in range(200, 250):
+        history = history.append(record(k, force_rms=0.5, target_temperature_K=math.nan))  # nve
+    assert typical_force(history, dynamics, labels) == pytest.approx(0.5)
 
 
 def test_history_grows_and_is_restored():

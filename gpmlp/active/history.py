@@ -16,7 +16,7 @@ from gpmlp.checks import UserError, choose
 
 FLOATS = (
     *("time_fs", "temperature_K", "target_temperature_K", "pressure_GPa", "target_pressure_GPa"),
-    *("sigma_max", "sigma_median", "threshold", "novelty_max"),
+    *("force_rms", "sigma_max", "sigma_median", "threshold", "novelty_max"),
 )
 INTEGERS = ("walker", "step")
 FLAGS = ("ramp_finished", "labelled", "updated")
@@ -34,6 +34,7 @@ class Record:
         temperature_K, pressure_GPa: at this moment; NaN = not known.
         target_temperature_K, target_pressure_GPa: of thermostat and barostat now; NaN = there is none.
         ramp_finished: whether targets will not change any more.
+        force_rms: of the predicted force components, eV/A.
         sigma_max, sigma_median: largest and median calibrated standard deviation of an atom's force, eV/A.
         threshold: that of the trigger, eV/A; NaN = there is none.
         novelty_max: largest novelty of an atom (infinite for a species never seen); NaN = not computed.
@@ -53,6 +54,7 @@ class Record:
     pressure_GPa: float = math.nan
     target_pressure_GPa: float = math.nan
     ramp_finished: bool = True
+    force_rms: float = math.nan
     sigma_max: float = math.nan
     sigma_median: float = math.nan
     threshold: float = math.nan

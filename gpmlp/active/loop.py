@@ -191,6 +191,7 @@ class _Run:
         """Let every walker that does not wait go on for a stride, then see to the labels that were asked for."""
         trigger, dynamics = self.recipe.trigger, self.recipe.dynamics
         self.progress = replace(self.progress, round=self.progress.round + 1)
+        self.limits = self._limits()
         for i, mind in enumerate(self.progress.minds):
             if not self._is_active(mind):
                 continue
@@ -353,16 +354,19 @@ class _Run:
 
     def _renew(self, some: Sequence[int] | None = None) -> None:
         """Limits and looks under the present model."""
-        online = self.student.online
-        forces = online.targets.forces
-        rms = float(forces[forces.isfinite()].square().mean().sqrt())
-        atoms = max(len(a) for a in self.starts)
-        self.limits = limits_of(self.recipe.trigger, rms, atoms, online.constant, online.calibration)
+        self.limits = self._limits()
         self.looks = self.looks or [None] * len(self.progress.minds)
         for i in range(len(self.looks)) if some is None else some:
             self.looks[i] = walker.look(
                 self.progress.minds[i].walker, self.potential, self._judge_of(i), self.recipe.dynamics
             )
+
+    def _limits(self) -> Limits:
+        """From the model and what was seen so far: what a run that is resumed knows too."""
+        online = self.student.online
+        rms = records.typical_force(self.progress.history, self.recipe.dynamics, online.targets)
+        atoms = max(len(a) for a in self.starts)
+        return limits_of(self.recipe.trigger, rms, atoms, online.constant, online.calibration)
 
     # ------------------------------------------------------------ records
 

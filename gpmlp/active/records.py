@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from gpmlp.active import observables, walker
-from gpmlp.active.history import Record
+from gpmlp.active.history import History, Record
 from gpmlp.active.recipe import DynamicsRecipe
 from gpmlp.active.walker import Look
+from gpmlp.quantities import Targets
 
 NAN = math.nan
+RECENT, FEWEST = 50, 5  # frames that say what forces are typical
 
 
 def of(
@@ -36,6 +40,23 @@ def of(
         pressure_GPa=observables.pressure(frame) if has_stress else NAN,
         target_pressure_GPa=dynamics.pressure(place.step) if dynamics.ensemble == "npt" else NAN,
         ramp_finished=place.step >= dynamics.ramp,
+        force_rms=float(now.prediction.forces.square().mean().sqrt()),
         threshold=threshold or NAN,
         observables=observer(frame, place.number, time_fs),
     )
+
+
+def typical_force(history: History, dynamics: DynamicsRecipe, labels: Targets) -> float:
+    """Rms force component that the dynamics will come to at its hottest, eV/A: from the latest frames, from labels where these are too few.
+
+    Squares of forces are taken in proportion to the temperature, as in a harmonic crystal. Labels would not do for long: structures
+    made by random displacements have forces two to three times as large.
+    """
+    if len(history) < FEWEST:
+        known = labels.forces[labels.forces.isfinite()]
+        return float(known.square().mean().sqrt())
+    squares = history.column("force_rms")[-RECENT:].astype(float) ** 2
+    target = history.column("target_temperature_K")[-RECENT:].astype(float)
+    known = np.isfinite(target) & (target > 0)
+    squares[known] *= dynamics.highest_K / target[known]
+    return float(np.sqrt(squares.mean()))
