@@ -262,7 +262,7 @@ def info(
     out = console.output()
     out.print(console.model_summary(content, [symbol(z) for z in content["header"]["species"]]))
     if content["header"].get("report"):
-        out.print(console.fit_summary(content["header"]["report"]))
+        out.print(console.report_summary(content["header"]["report"]))
 
 
 @app.command()

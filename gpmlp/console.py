@@ -208,6 +208,24 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
     return pairs_table("Fit", pairs)
 
 
+def report_summary(report: Mapping[str, Any]) -> Table:
+    """What a model file says of how it came about: of a fit, or label by label."""
+    return fit_summary(report) if "train_rmse" in report else learning_summary(report)
+
+
+def learning_summary(report: Mapping[str, Any]) -> Table:
+    """What a model that learned label by label says of itself, in a few lines."""
+    pairs = [
+        ("observations", ", ".join(f"{n} {kind}" for kind, n in report["rows"].items())),
+        ("inducing", ", ".join(f"{n} {label}" for label, n in report["centres"].items())),
+        ("columns", f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}"),
+        ("noise", noises(report["noise"])),
+        ("updates", f"{report['updates']} of the factor since it was made from all rows; its error {report['drift']:.0e}"),
+    ]
+    pairs += [("last", report["events"][-1])] if report["events"] else []
+    return pairs_table("Learned", pairs)
+
+
 def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
     """What a model file says of itself."""
     header = content["header"]
@@ -215,14 +233,14 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
     files = [
         f"{role} {entry['name']} (sha256 {entry['sha256'][:12]})" for role, entry in provenance.get("files", {}).items()
     ]
+    if learned := provenance.get("learned"):  # such files hold no time, so that runs repeat to the last bit
+        files = [f"{learned['labels']} labels of {learned['oracle']}, learned on the fly"]
+    created = f"{provenance['created']} " if "created" in provenance else ""
     pairs = [
         ("species", ", ".join(symbols)),
         ("noise", noises(header["noise"])),
         ("data", ", ".join(files) or "not recorded"),
-        (
-            "made",
-            f"{provenance.get('created', 'at an unknown time')} by gpmlp {content['version']}, format {content['format']}",
-        ),
+        ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
         ("units", content["units"]),
         ("recipe", yaml.safe_dump(plain(header["recipe"]), sort_keys=False).rstrip()),
     ]

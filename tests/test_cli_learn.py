@@ -57,6 +57,10 @@ def test_a_run_and_going_on(recipe, capsys):
     assert "why it stopped all 30 steps of 1 walker(s) are made; it is not converged" in table
     assert re.search(r"labels 3: 3 to begin with, \d+ asked for", table)
     assert "coverage cannot be judged yet: " in table and f"model {recipe.parent / 'out' / 'model.gpmlp'}" in table
+    model = recipe.parent / "out" / "model.gpmlp"
+    assert cli.main(["info", str(model)]) == 0
+    about = words(capsys.readouterr().out)
+    assert re.search(r"data \d+ labels of emt, learned on the fly made by gpmlp", about) and "columns" in about
     lines = said.err.splitlines()
     assert lines[:3] == [f"label {k}: first structure {k} of 3" for k in (1, 2, 3)]
     names = {path.name for path in (recipe.parent / "out").iterdir()}
