@@ -176,6 +176,8 @@ def report_command(
     if model.is_dir():
         cli_learn.report_of_run(model, data, output)
         return
+    if not model.exists():
+        raise UserError(f"{model}: there is no such file or folder.")
     if data is None or output is None:
         raise UserError("`gpmlp report MODEL` needs DATA and --output; only the folder of a learning run goes without.")
     from gpmlp import console, reporting

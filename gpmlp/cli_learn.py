@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ def learn(
 
     chosen = load_as(LearnRecipe, recipe, settings or [])
     folder = recipe.parent / chosen.output
+    if resume and not folder.exists():
+        console.message("new", f"{folder} does not exist: there is nothing to resume, a new run begins")
     last, page = None, None
     with _terminated_as_interrupted(), console_learn.Learning(chosen) as show:
         states = loop.learn(chosen, recipe.parent, resume)
@@ -36,7 +39,8 @@ def learn(
             for last in states:
                 show(last)
         except KeyboardInterrupt:
-            console.message("stopped", f"interrupted; go on with: gpmlp learn {recipe} --resume")
+            again = shlex.join(["gpmlp", "learn", str(recipe), *(f"--set={s}" for s in settings or []), "--resume"])
+            console.message("stopped", f"interrupted; go on with: {again}")
             raise
         finally:
             states.close()

@@ -220,7 +220,10 @@ def learning_summary(report: Mapping[str, Any]) -> Table:
         ("inducing", ", ".join(f"{n} {label}" for label, n in report["centres"].items())),
         ("columns", f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}"),
         ("noise", noises(report["noise"])),
-        ("updates", f"{report['updates']} of the factor since it was made from all rows; its error {report['drift']:.0e}"),
+        (
+            "updates",
+            f"{report['updates']} of the factor since it was made from all rows; its error {report['drift']:.0e}",
+        ),
     ]
     pairs += [("last", report["events"][-1])] if report["events"] else []
     return pairs_table("Learned", pairs)

@@ -150,8 +150,12 @@ def test_interrupted(how, recipe, capsys, monkeypatch):
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(loop, "learn", interrupted)
-    assert cli.main(["learn", str(recipe)]) == 130
-    assert f"interrupted; go on with: gpmlp learn {recipe} --resume" in words(capsys.readouterr().err)
+    assert cli.main(["learn", str(recipe), "--set", "output=el se"]) == 130
+    assert f"interrupted; go on with: gpmlp learn {recipe} '--set=output=el se' --resume" in words(
+        capsys.readouterr().err
+    )
+    assert cli.main(["learn", str(recipe), "--resume"]) == 130
+    assert "there is nothing to resume, a new run begins" in words(capsys.readouterr().err)
     assert closed and signal.getsignal(signal.SIGTERM) == before
 
 
@@ -160,5 +164,8 @@ def test_report_of_a_folder_needs_nothing_else(tmp_path, capsys):
     assert "leave out DATA and --output" in words(capsys.readouterr().err)
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "holds no learning run" in words(capsys.readouterr().err)
-    assert cli.main(["report", "model.gpmlp"]) == 2
+    assert cli.main(["report", str(tmp_path / "typo")]) == 2
+    assert "there is no such file or folder" in words(capsys.readouterr().err)
+    (tmp_path / "model.gpmlp").write_text("")
+    assert cli.main(["report", str(tmp_path / "model.gpmlp")]) == 2
     assert "needs DATA and --output" in words(capsys.readouterr().err)

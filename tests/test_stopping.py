@@ -435,7 +435,7 @@ def test_each_criterion_stands_in_the_way():
         verdict = judge(filled(800, **change))
         assert not verdict.stop, name
         assert [c.name for c in verdict.criteria if c.met is not True] == [name], verdict.sentence
-        assert verdict.sentence.startswith("going on: ")
+        assert verdict.sentence.startswith("not converged yet: ")
     off = StopRecipe(observable=False, coverage=False)
     assert judge(filled(800, **cases["coverage"]), off).stop
     assert judge(filled(800, **cases["observable energy"]), off).stop

@@ -183,7 +183,7 @@ def judge(
         elapsed_h: time that the run has taken.
     """
     if not len(history):
-        return Verdict(False, False, (), "going on: no frame has been looked at yet")
+        return Verdict(False, False, (), "not converged yet: no frame has been looked at yet")
     recent = window(history, recipe)
     criteria = [ensemble(recent, recipe)]
     if recipe.plateau is not False:
@@ -200,7 +200,7 @@ def judge(
     elif reached:
         sentence = f"stopped at a limit, not converged: {what}; " + _missing(criteria, early)
     else:
-        sentence = "going on: " + _missing(criteria, early)
+        sentence = "not converged yet: " + _missing(criteria, early)
     return Verdict(met or bool(reached), met, tuple(criteria), sentence, "" if met else reached)
 
 
