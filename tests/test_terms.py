@@ -1,0 +1,61 @@
+"""Means that collapse to a quadratic form against the sum over centres, and products done in portions against those done at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gpmlp.gp import kernels
+from gpmlp.terms import ROWS, MeanBlock
+
+QUADRATIC = {
+    "zeta 1": kernels.PolynomialKernel(1),
+    "zeta 2": kernels.PolynomialKernel(2),
+    "sum": kernels.SumKernel([kernels.PolynomialKernel(1), kernels.PolynomialKernel(2)], [0.3, 0.7]),
+}
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(drawn, dim=-1)
+
+
+def block(centres: int, features: int, tangents: bool) -> MeanBlock:
+    """With weights that cancel, as those of fits do."""
+    weights = 1e3 * torch.randn(centres, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return MeanBlock(unit(centres, features), weights, 50 * unit(centres if tangents else 0, features, seed=2))
+
+
+@pytest.mark.parametrize("tangents", [False, True], ids=["values", "gradients"])
+@pytest.mark.parametrize("name", QUADRATIC)
+def test_collapsed_is_the_sum_over_centres(name, tangents):
+    mean, kernel, x = block(60, 20, tangents), QUADRATIC[name], unit(150, 20, seed=3)
+    energy, slope = mean.collapsed(kernel)(x)
+    expected, steep = mean(kernel, x)
+    torch.testing.assert_close(energy, expected, rtol=1e-11, atol=1e-10)
+    torch.testing.assert_close(slope, steep, rtol=1e-11, atol=1e-10)
+
+
+def test_collapsed_only_where_it_is_exact_and_cheaper():
+    assert block(60, 20, False).collapsed(kernels.PolynomialKernel(4)) is None
+    assert (
+        block(60, 20, False).collapsed(kernels.SumKernel([QUADRATIC["zeta 2"], kernels.ExponentialKernel(0.5)], [1, 1]))
+        is None
+    )
+    assert block(10, 20, False).collapsed(QUADRATIC["zeta 2"]) is None  # 2 D² = 4 M D
+    assert block(11, 20, False).collapsed(QUADRATIC["zeta 2"]) is not None
+    assert block(5, 20, True).collapsed(QUADRATIC["zeta 2"]) is None and block(6, 20, True).collapsed(
+        QUADRATIC["zeta 2"]
+    )
+
+
+@pytest.mark.parametrize("tangents", [False, True], ids=["values", "gradients"])
+def test_portions_and_a_known_kernel_change_nothing(tangents):
+    """To the last bit: else dynamics would depend on which variances were asked for on the way."""
+    mean, kernel, x = block(30, 20, tangents), kernels.PolynomialKernel(4), unit(2 * ROWS + 7, 20, seed=3)
+    energy, slope = mean(kernel, x)
+    again, steep = mean(kernel, x, mean.profile(kernel, x))
+    assert torch.equal(energy, again) and torch.equal(slope, steep)
+    parts = [mean(kernel, some) for some in x.split(13)]
+    torch.testing.assert_close(torch.cat([e for e, _ in parts]), energy, rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(torch.cat([s for _, s in parts]), slope, rtol=1e-12, atol=1e-10)
