@@ -206,7 +206,7 @@ def test_a_failed_md_touches_no_files(gpmlp, model_file, tmp_path, wrong):
     old = tmp_path / "old.xyz"
     old.write_text("old")
     run = ["md", model_file, tmp_path / "start.xyz", *(["--interval", 0] if wrong == "options" else [])]
-    run += [] if wrong == "velocities" else ["--temperature-K", 300]
+    run += [] if wrong in ("velocities", "species") else ["--temperature-K", 300]  # the species is said first
     for files in (["-o", tmp_path / "new.xyz", "--energies", tmp_path / "new.dat"], ["-o", old, "--overwrite"]):
         status, _, err = gpmlp(*run, *files)
         assert status == 2, err

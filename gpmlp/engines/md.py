@@ -104,8 +104,9 @@ def run(atoms: Atoms, calculator: Calculator, settings: Settings) -> Iterator[St
     earlier_time = float(atoms.info.get("time_fs", 0.0))
     earlier_heat, start = float(atoms.info.get("heat_eV", 0.0)), atoms.info.get("conserved_start_eV")
     generator = np.random.default_rng([settings.seed, first])
-    _set_velocities(atoms, settings, generator)
     atoms.calc = calculator
+    atoms.get_potential_energy()  # says what cannot be predicted at all before anything else is asked for
+    _set_velocities(atoms, settings, generator)
     dynamics = _integrator(atoms, settings, generator)
 
     def state(step: int) -> State:
