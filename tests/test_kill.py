@@ -24,7 +24,11 @@ from gpmlp.active.loop import learn
 from gpmlp.active.tape import Tape
 
 TESTS = Path(__file__).parent
-RUN = {"dynamics": {"walkers": 2, "ahead": 2, "steps": 20, "ramp_steps": 15}, "oracle": {"workers": 2}}
+RUN = {
+    "trigger": {"force": 0.006},
+    "dynamics": {"walkers": 2, "ahead": 2, "steps": 20, "ramp_steps": 15},
+    "oracle": {"workers": 2},
+}
 ELSEWHERE = merged(RUN, {"oracle": {"executor": "processes"}})
 SIGKILL = -signal.SIGKILL
 

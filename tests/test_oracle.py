@@ -227,7 +227,7 @@ def test_full_disk_is_no_failure_of_the_structure(copper, tmp_path):
 
 def test_label_does_not_depend_on_those_before(tmp_path):
     """Else a resumed run could not be the same to the last bit; tblite starts from its last wave function if it can."""
-    pytest.importorskip("tblite", reason="tblite is not installed (pip install tblite)")
+    pytest.importorskip("tblite.ase", reason="tblite cannot be imported (pip install tblite)", exc_type=ImportError)
     frames = [rattled(ase.build.molecule("CH3OH"), seed, 0.1) for seed in (1, 2)]
     oracle = CalculatorOracle(OracleRecipe(calculator="tblite"))
     both, alone = oracle.label(structures_from_ase(frames)), oracle.label(structures_from_ase(frames[1:]))
@@ -236,7 +236,7 @@ def test_label_does_not_depend_on_those_before(tmp_path):
 
 def test_tblite_forces_are_slopes():
     """GFN2-xTB of ethanol: analytic forces against central differences of the energy."""
-    pytest.importorskip("tblite", reason="tblite is not installed (pip install tblite)")
+    pytest.importorskip("tblite.ase", reason="tblite cannot be imported (pip install tblite)", exc_type=ImportError)
     molecule = rattled(ase.build.molecule("CH3CH2OH"), 1, 0.1)
     oracle = CalculatorOracle(OracleRecipe(calculator="tblite", kwargs={"accuracy": 0.01}))
     forces = oracle.label(structures_from_ase([molecule])).forces

@@ -83,7 +83,9 @@ def _imported(path: str, install: str) -> Callable[..., Any]:
         missing = (getattr(error, "name", None) or module_name).partition(".")[0]
         hint = install or f"pip install {missing}, or correct the name"
         if importlib.util.find_spec(module_name.partition(".")[0]) is not None and error.__cause__ is not None:
-            hint = f"{error.__cause__} (it is installed; another library of this process stands in its way)"
+            hint = (
+                f"{error.__cause__}: it is installed, but another library stands in its way; pip install a newer torch"
+            )
         raise OracleError(f"'{path}' cannot be imported: {error}; {hint}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
