@@ -176,9 +176,9 @@ def report_command(
     if model.is_dir():
         cli_learn.report_of_run(model, data, output)
         return
-    if not model.exists():
-        raise UserError(f"{model}: there is no such file or folder.")
     if data is None or output is None:
+        if not model.exists():
+            raise UserError(f"{model}: there is no such file or folder.")
         raise UserError("`gpmlp report MODEL` needs DATA and --output; only the folder of a learning run goes without.")
     from gpmlp import console, reporting
     from gpmlp.evaluation import evaluate
