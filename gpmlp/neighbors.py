@@ -69,7 +69,8 @@ class Neighbors:
             cells = structures.cells[structures.structure_of_atom[self.centers]]
             shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
         out = shift.add_(structures.positions[self.neighbors]) - structures.positions[self.centers]
-        if not out.requires_grad:  # asked for by descriptors and baselines alike
+        # asked for by descriptors and baselines alike; never without its gradient
+        if not (structures.positions.requires_grad or structures.cells.requires_grad):
             object.__setattr__(self, "_last", (structures, out))
         return out
 

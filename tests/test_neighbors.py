@@ -79,6 +79,17 @@ def test_a_skin_gives_what_a_search_gives(kind, monkeypatch):
         skin(strained.with_positions(close))
 
 
+def test_vectors_that_are_remembered_keep_their_gradient():
+    one = dimer(2.0)
+    moved = one.with_positions(one.positions.clone().requires_grad_())
+    found = neighbors.find(moved, 3.0)
+    with torch.no_grad():
+        found.vectors(moved)
+    found.vectors(moved).square().sum().backward()
+    assert moved.positions.grad.abs().max() > 1
+    assert found.vectors(one) is found.vectors(one) and found.vectors(one) is not found.vectors(moved)
+
+
 def test_within_does_not_grow():
     with pytest.raises(ValueError, match="does not hold"):
         neighbors.find(dimer(2.0), 3.0).within(dimer(2.0), 3.5)

@@ -13,13 +13,6 @@ def _calculator(l_max: int) -> sphericart.torch.SphericalHarmonics:
     return sphericart.torch.SphericalHarmonics(l_max)
 
 
-def values(l_max: int, vectors: Tensor) -> Tensor:
-    """Return Y_lm (pairs, (l_max+1)^2) alone."""
-    if not len(vectors):
-        return vectors.new_zeros(0, (l_max + 1) ** 2)
-    return _calculator(l_max).compute(vectors)
-
-
 def harmonics(l_max: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return Y_lm (pairs, (l_max+1)^2) and dY_lm/dr (pairs, 3, (l_max+1)^2); m runs from -l to l within each l."""
     if not len(vectors):

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import common
@@ -131,7 +131,7 @@ def stages(potential: Potential, cell: Structures) -> list[Stage]:
 
     return [
         alone("neighbours", 0, 9 * p, lambda: neighbors.find(cell, made.cutoff)),
-        alone("vectors of pairs", 24 * p, 14 * p, lambda: Surroundings.of(cell, pairs)),
+        alone("vectors of pairs", 24 * p, 14 * p, lambda: Surroundings.of(cell, replace(pairs))),
         alone("expansion, power spectrum", p * (11 * nl + 4 * lm + 2 * made.n_max * lm + 30) + gram, 18 * p + states,
               lambda: fused.environments(made, view.surroundings)),
         alone("kernel, slope of the mean", 2 * d * d if term.collapsed else 4 * m * d, 3 * d, lambda: term._local(z, x, None)),
