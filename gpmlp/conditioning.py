@@ -98,7 +98,7 @@ class _Around:
 class Belief:
     """What a potential would say of environments, had those it was told of (`learn`) been labelled; labels themselves play no part.
 
-    Variance: the posterior covariance of local energies, C_ij = [k(x_i, x_j) - a_i.a_j] + b_i.b_j, conditioned on the pivots P, whose
+    Variance: the posterior covariance of local energies, C_ij = w [k(x_i, x_j) - a_i.a_j] + b_i.b_j, conditioned on the pivots P, whose
     local energies count as observed with the noise of the energies per atom, s²: C - C_iP (C_PP + s² I)⁻¹ C_Pj by a Cholesky factor
     G Gᵀ = C_PP + s² I that grows by one row for each pivot (Rasmussen, Williams, Gaussian Processes (2006), eq. 2.26).
     Novelty: the distance to the nearest of the clusters seen and of the pivots, in the metric of the clusters.
@@ -133,7 +133,7 @@ class Belief:
             rows = [covariances.atom_rows(v.environments.features, own.species, p.kernel, u) for p, u, v in every]
             a, b = (_plain(part) for part in self._model.whitened(torch.cat(rows, dim=1)))
             prior = _plain(sum(p.atom_energies(own) for p in self._model.priors))
-            variance = (prior - a.square().sum(1)).clamp_min(0) + b.square().sum(1)
+            variance = self._model.amplitude * (prior - a.square().sum(1)).clamp_min(0) + b.square().sum(1)
         if self._novelty is not None:
             novelty = self._novelty.novelty(species, features[0]).clamp_max(FARTHEST)
         ends = structures.offsets.cpu().tolist()
@@ -194,12 +194,12 @@ class Belief:
     def _covariance(self, candidate: Candidate, old: int, new: int) -> Tensor:
         """C between the candidate and the pivots from old to new (n, new - old), eV^2."""
         z = torch.tensor(self._species[old:new])
-        out = candidate.b @ self._b.room[old:new].T - candidate.a @ self._a.room[old:new].T
+        out = -candidate.a @ self._a.room[old:new].T
         for prior, x, pivots in zip(self._model.priors, candidate.features, self._features, strict=True):
             signal = torch.tensor([prior.signal.get(k, 0.0) ** 2 for k in z.tolist()], dtype=torch.float64)
             kernel = prior.kernel.profile(x @ pivots.room[old:new].T)[0]
             out = out + torch.where(candidate.species[:, None] == z, signal * kernel, 0.0)
-        return out
+        return self._model.amplitude * out + candidate.b @ self._b.room[old:new].T
 
 
 def label_variance(potential: Potential, z: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpmlp import checks, defaults, held_out, preparation, regression, units
+from gpmlp import checks, defaults, held_out, left_out, preparation, regression, units
 from gpmlp.consistency import check_stress_consistency
 from gpmlp.environments import Descriptor
 from gpmlp.fit_report import FitReport, Progress, Stages
@@ -86,6 +86,10 @@ def fit(
     stages.begin("posterior")
     solved = posterior.solve(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
     potential = potential_of(solved.weights, learned, calibration=calibration, novelty=trained.novelty)
+    if potential.variances is not None:
+        share = left_out.amplitude(potential, models, learned, solved, structures, remaining, recipe.seed)
+        scaled = replace(potential.variances, amplitude=share)
+        potential = replace(potential, variances=scaled, calibration=calibration.with_amplitude(share))
     some = structures.select(held if len(held) else kept)
     few = some.select(range(max(1, int((some.counts.cumsum(0) <= SUBSET_ATOMS).sum()))))
     looked = regression.check_subset(potential, models, learned, solved.factor, few)
@@ -95,8 +99,9 @@ def fit(
         validation_errors = errors(*validation, potential(validation[0]), units.GPA)
     stages.end()
     shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
+    size = potential.variances.amplitude if potential.variances is not None else 1.0
     report = _report(
-        trained, learned, solved, calibration, validation_errors, stages, suspicions, len(held), shortest, looked
+        trained, learned, solved, calibration, validation_errors, stages, suspicions, len(held), shortest, looked, size
     )
     return replace(potential, report=report.as_dict()), report
 
@@ -196,6 +201,7 @@ def _report(
     n_held: int,
     shortest: dict[str, float],
     looked: dict[str, float],
+    amplitude: float,
 ) -> FitReport:
     models, parameters, result = trained.models, trained.parameters, trained.result
     labels = [f"{k}:{checks.symbol(b.species)}" for k, m in enumerate(models) for b in m.blocks]
@@ -218,6 +224,7 @@ def _report(
         centres={label: len(b.features) for label, b in zip(labels, every, strict=True)},
         shortest=shortest,
         variance_subset=looked,
+        amplitude=amplitude,
         columns=sum(m.asked for m in models),
         rank=sum(b.n_columns for b in every),
         condition=solved.condition,

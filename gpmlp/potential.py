@@ -67,7 +67,7 @@ class Potential:
         variance: str | Sequence[str] | None = None,
         novelty: bool = False,
         atoms: Sequence[int] | Tensor | None = None,
-        form: str = "dtc",
+        form: str = "scaled",
         calibrated: bool = True,
         views: Sequence[View] = (),
         pairs: Neighbors | None = None,
@@ -78,8 +78,9 @@ class Potential:
             variance: one or more of VARIANCES ('atom_energies', 'energies', 'forces', 'stresses'), or 'all'.
             novelty: whether to compute the Mahalanobis distance of each environment from the training data.
             atoms: indices of the atoms whose force variances are wanted (others NaN); all if not given.
-            form: 'dtc' or 'vfe' (the same predictive variance, with the part that the inducing set cannot represent), 'sor'
-                (without it: small far from the data, where it should be large).
+            form: how much of what the inducing set cannot represent counts: 'dtc' or 'vfe' all (the same predictive variance), 'sor'
+                nothing (small far from the data, where it should be large), 'scaled' what the training data show there is
+                (VarianceModel.amplitude). Calibrated, the first three are one: the calibration has weights of its own.
             calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
             views: what each term sees of all the structures, if that is there already; then they are predicted in one chunk.
             pairs: all neighbours within `reach`, if they are known (neighbors.Skin).
@@ -89,6 +90,7 @@ class Potential:
                 not known; a model without variances.
         """
         self.check_species(structures)
+        form = "scaled" if calibrated and form != "sor" and form in FORMS else form
         wanted = self._wanted(variance, form, atoms, structures.n_atoms)
         if novelty and self.novelty is None:
             raise checks.UserError(
@@ -115,7 +117,7 @@ class Potential:
 
     def check_variance(self, variance: str | Sequence[str] | None) -> None:
         """Raise a UserError if these variances are not known, or the model cannot give them."""
-        self._wanted(variance, "dtc", None, 0)
+        self._wanted(variance, "scaled", None, 0)
 
     def _atoms(self, atoms: Sequence[int] | Tensor, n_atoms: int) -> Tensor:
         """Indices of atoms, each once, from indices or a mask."""
@@ -143,7 +145,7 @@ class Potential:
             )
         names = VARIANCES if "all" in names else names
         chosen = None if atoms is None else self._atoms(atoms, n_atoms)
-        return Wanted(*(name in names for name in VARIANCES), chosen, form != "sor")
+        return Wanted(*(name in names for name in VARIANCES), chosen, form)
 
     def _predict(
         self,

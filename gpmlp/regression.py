@@ -316,9 +316,9 @@ def check_subset(
         kept.of_fit,
     )
     some, every = (
-        replace(potential, variances=v)(structures, variance="forces", calibrated=False).forces_variance.epistemic.sum(
-            1
-        )
+        replace(potential, variances=v)(
+            structures, variance="forces", form="dtc", calibrated=False
+        ).forces_variance.epistemic.sum(1)
         for v in (replace(kept, noise={}), full)
     )
     moving = every > 0  # the force on a lone atom is known

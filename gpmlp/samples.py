@@ -125,7 +125,7 @@ def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibra
             extra = None
             if how == "posterior" and len(mean.features) > len(block.features):
                 extra, correction = _missed(term, block, lower, mean.features[len(block.features) :], k, generator)
-                scale = inducing * prior.signal[block.species]
+                scale = inducing * model.amplitude**0.5 * prior.signal[block.species]
                 weights, extra = weights + scale * correction, scale * extra
             drawn[block.species] = _around(mean, block, weights, extra)
         made.append(drawn)

@@ -20,7 +20,7 @@ from gpmlp.terms import Profile, View
 from gpmlp.uncertainty.calibration import Calibration
 
 VARIANCES = ("atom_energies", "energies", "forces", "stresses")
-FORMS = ("dtc", "vfe", "sor")
+FORMS = ("scaled", "dtc", "vfe", "sor")
 # local energies have no labels; of the forces, which are their slopes, there are most
 CALIBRATED_AS = {
     "energies_variance": "energies",
@@ -38,8 +38,8 @@ class Wanted:
     Attributes:
         atom_energies, energies, stresses: whether.
         forces: whether; for `atoms` only, if given (indices).
-        residual: whether to count what the inducing set cannot represent: DTC (Quiñonero-Candela, Rasmussen 2005, eq. 20), which
-            is also the predictive variance of VFE (Titsias 2009); without it SoR (eq. 16).
+        form: how much of what the inducing set cannot represent counts. 'dtc': all of it (Quiñonero-Candela, Rasmussen 2005, eq. 20),
+            also the predictive variance of 'vfe' (Titsias 2009); 'sor': none (eq. 16); 'scaled': VarianceModel.amplitude of it.
     """
 
     atom_energies: bool = False
@@ -47,7 +47,7 @@ class Wanted:
     forces: bool = False
     stresses: bool = False
     atoms: Tensor | None = None
-    residual: bool = True
+    form: str = "scaled"
 
     @property
     def any(self) -> bool:
@@ -66,7 +66,8 @@ class VarianceModel:
     """The posterior of a set of inducing variables, kept for variances.
 
     For a linear functional g of local energies with covariances k_gu and a = D L⁻¹ k_ug:
-    var = [k_gg - a.a] + |R⁻ᵀ a|² + noise, RᵀR = I + D L⁻¹ K_uo Σ⁻¹ K_ou L⁻ᵀ D (Quiñonero-Candela, Rasmussen, JMLR 6, 1939 (2005), eq. 20).
+    var = w [k_gg - a.a] + |R⁻ᵀ a|² + noise,
+    RᵀR = I + D L⁻¹ K_uo Σ⁻¹ K_ou L⁻ᵀ D (Quiñonero-Candela, Rasmussen, JMLR 6, 1939 (2005), eq. 20).
 
     Attributes:
         priors: one for each descriptor.
@@ -77,6 +78,8 @@ class VarianceModel:
         noise: standard deviation by kind, as learned: of the labels and of what the model class cannot express together.
         label_noise: by kind, as much of `noise` as the labels themselves show (uncertainty/label_noise.py); absent = all of it.
         of_fit: number of columns of the mean; these are a subset if they are fewer.
+        amplitude: w of the form 'scaled': DTC's evidence knows the process at the inducing variables only, and that of what lies
+            between them may be of another size (left_out.py).
     """
 
     priors: tuple[Prior, ...]
@@ -87,6 +90,7 @@ class VarianceModel:
     noise: dict[str, float]
     label_noise: dict[str, float]
     of_fit: int
+    amplitude: float = 1.0
 
     @property
     def n_columns(self) -> int:
@@ -106,18 +110,19 @@ class VarianceModel:
     ) -> dict[str, Variance]:
         """Variances by name of the field of Prediction that holds them; `profiles` are those of the terms, if they are known."""
         out: dict[str, Variance] = {}
+        share = {"scaled": self.amplitude, "sor": 0.0}.get(wanted.form, 1.0)
         if wanted.atom_energies or wanted.energies:
             rows = self.atom_rows(structures, views, profiles)
             if wanted.atom_energies:
-                out["atom_energies_variance"] = self._atom_energies(structures, rows, wanted.residual)
+                out["atom_energies_variance"] = self._atom_energies(structures, rows, share)
             if wanted.energies:
-                out["energies_variance"] = self._energies(structures, views, rows, wanted.residual)
+                out["energies_variance"] = self._energies(structures, views, rows, share)
         together = wanted.forces and wanted.stresses and wanted.atoms is None and structures.n_atoms <= FORCE_ATOMS
         forces, stresses = self._rows(structures, views, True, True) if together else (None, None)
         if wanted.forces:
-            out["forces_covariance"] = self._forces(structures, views, wanted, forces)
+            out["forces_covariance"] = self._forces(structures, views, wanted.atoms, share, forces)
         if wanted.stresses:
-            out["stresses_covariance"] = self._stresses(structures, views, wanted.residual, stresses)
+            out["stresses_covariance"] = self._stresses(structures, views, share, stresses)
         return out
 
     def _rows(
@@ -145,29 +150,30 @@ class VarianceModel:
         ]
         return torch.cat(made, dim=1) if len(made) > 1 else made[0]
 
-    def _atom_energies(self, structures: Structures, rows: Tensor, residual: bool) -> Variance:
+    def _atom_energies(self, structures: Structures, rows: Tensor, share: float) -> Variance:
         a, left = self.whitened(rows)
         prior = sum(p.atom_energies(structures) for p in self.priors)
-        inducing = (prior - a.square().sum(1)).clamp_min(0) if residual else torch.zeros_like(prior)
+        inducing = share * (prior - a.square().sum(1)).clamp_min(0)
         # local energies are never observed, so no label noise belongs to them
         none = torch.zeros_like(prior)
         return Variance(inducing, left.square().sum(1), none, none)
 
-    def _energies(self, structures: Structures, views: Sequence[View], rows: Tensor, residual: bool) -> Variance:
+    def _energies(self, structures: Structures, views: Sequence[View], rows: Tensor, share: float) -> Variance:
         summed = rows.new_zeros(len(structures), rows.shape[1]).index_add(0, structures.structure_of_atom, rows)
         a, left = self.whitened(summed)
         inducing = torch.zeros_like(a[:, 0])
-        if residual:
+        if share:
             prior = sum(
                 p.energies(structures, v.environments.features) for p, v in zip(self.priors, views, strict=True)
             )
-            inducing = (prior - a.square().sum(1)).clamp_min(0)
+            inducing = share * (prior - a.square().sum(1)).clamp_min(0)
         counts = structures.counts.to(a.dtype).square()
         misfit, noise = (counts * part for part in self._constant("energies"))
         return Variance(inducing, left.square().sum(1), misfit, noise)
 
-    def _forces(self, structures: Structures, views: Sequence[View], wanted: Wanted, rows: Tensor | None) -> Variance:
-        atoms = wanted.atoms
+    def _forces(
+        self, structures: Structures, views: Sequence[View], atoms: Tensor | None, share: float, rows: Tensor | None
+    ) -> Variance:
         chosen = torch.arange(structures.n_atoms, device=structures.species.device) if atoms is None else atoms
         like = structures.positions.to(self.signal.dtype)
         inducing, data, misfit, noise = (like.new_full((structures.n_atoms, 3, 3), float("nan")) for _ in range(4))
@@ -181,26 +187,26 @@ class VarianceModel:
             a, left = (part.unflatten(0, (len(here), 3)) for part in self.whitened(mine))
             data[here] = left @ left.mT
             inducing[here] = 0.0
-            if wanted.residual:
+            if share:
                 prior = sum(
                     p.looking(v.look_at(len(here))).forces(structures, v.neighbors, v.surroundings, here)
                     for p, v in zip(self.priors, views, strict=True)
                 )
-                inducing[here] = _without_rounding(prior - a @ a.mT)
+                inducing[here] = share * _without_rounding(prior - a @ a.mT)
         return Variance(inducing, data, misfit, noise)
 
-    def _stresses(self, structures: Structures, views: Sequence[View], residual: bool, rows: Tensor | None) -> Variance:
+    def _stresses(self, structures: Structures, views: Sequence[View], share: float, rows: Tensor | None) -> Variance:
         rows = self._rows(structures, views, False, True)[1] if rows is None else rows
         a, left = (part.unflatten(0, (len(structures), 6)) for part in self.whitened(rows))
         unknown = structures.volumes.isnan()
         data = left @ left.mT
         data[unknown] = float("nan")
         inducing = torch.zeros_like(data)
-        if residual:
+        if share:
             prior = sum(
                 p.looking(v.look).stresses(structures, v.surroundings) for p, v in zip(self.priors, views, strict=True)
             )
-            inducing[~unknown] = _without_rounding((prior - a @ a.mT)[~unknown])
+            inducing[~unknown] = share * _without_rounding((prior - a @ a.mT)[~unknown])
         inducing[unknown] = float("nan")
         parts = [(part * torch.eye(6).to(data)).expand_as(data).clone() for part in self._constant("stresses")]
         for part in parts:
@@ -228,7 +234,7 @@ class VarianceModel:
             p.looking(v.look).joint(structures, v.neighbors, v.surroundings)
             for p, v in zip(self.priors, views, strict=True)
         )
-        return prior - a @ a.T + left @ left.T
+        return self.amplitude * (prior - a @ a.T) + left @ left.T
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """What a model file holds beside the mean: a JSON-able header and tensors. Centres are the first ones of the mean's."""
@@ -236,6 +242,7 @@ class VarianceModel:
             "noise": self.noise,
             "label_noise": self.label_noise,
             "of_fit": self.of_fit,
+            "amplitude": self.amplitude,
             "blocks": [[{"species": b.species, "centres": len(b.features)} for b in blocks] for blocks in self.blocks],
             "signal": [{str(z): s for z, s in prior.signal.items()} for prior in self.priors],
         }
@@ -264,10 +271,8 @@ class VarianceModel:
                 i += 1
             blocks.append(tuple(mine))
         factor = _unpacked(tensors["factor"]).T
-        noises = dict(header["noise"]), dict(header["label_noise"])
-        return VarianceModel(
-            tuple(priors), tuple(blocks), tuple(lowers), tensors["signal"], factor, *noises, header["of_fit"]
-        )
+        about = dict(header["noise"]), dict(header["label_noise"]), header["of_fit"], header.get("amplitude", 1.0)
+        return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), tensors["signal"], factor, *about)
 
 
 def _packed(lower: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def local_covariance(potential, pool) -> torch.Tensor:
     prior = sum(
         s[:, None] * s * p.kernel.profile(f @ f.T)[0] * same for s, f, p in zip(scale, x, model.priors, strict=True)
     )
-    return prior - a @ a.T + b @ b.T
+    return model.amplitude * (prior - a @ a.T) + b @ b.T
 
 
 def conditioned(covariance: torch.Tensor, pivots: list[int], noise: float) -> torch.Tensor:

@@ -113,7 +113,7 @@ def test_forces_of_some_atoms(silicon):
     assert picked[[0, 2]].isnan().all()
 
 
-@pytest.mark.parametrize("form", ["dtc", "vfe", "sor"])
+@pytest.mark.parametrize("form", ["scaled", "dtc", "vfe", "sor"])
 def test_parts_are_never_negative(silicon, form):
     """On the training structures, where the first part is a difference of equal numbers."""
     potential, structures, _ = silicon
@@ -240,6 +240,15 @@ def test_unknown_labels_are_no_obstacle():
     assert (found.forces_variance.total > 0).all()
     assert potential.calibration.kinds["energies"].n == 7
     assert potential.calibration.kinds["forces"].n == 0
+
+
+def test_the_force_on_a_lone_atom_is_known(silicon):
+    """Nothing sees it, and it sees nothing: the model is sure of it, by itself and beside others."""
+    potential, structures, _ = silicon
+    lone = structure([[0.0, 0.0, 0.0]], [14])
+    for some in (lone, Structures.concatenate([lone, lone]), Structures.concatenate([lone, structures.select([1])])):
+        found = potential(some, variance="forces", form="dtc", calibrated=False).forces_variance
+        assert (found.inducing[0] == 0).all() and (found.data[0] == 0).all()
 
 
 def test_triclinic_and_slab_have_variances(exact):

@@ -102,7 +102,7 @@ class Prior:
         slot = torch.arange(len(keys), device=device) - (counts.cumsum(0) - counts)[owner]
         width = int(counts.max())
         place = owner * width + slot
-        if isinstance(self.look, Kept) and len(keys) == len(seen) + len(own):
+        if len(hit) and isinstance(self.look, Kept) and len(keys) == len(seen) + len(own):
             pairs, mine = (place[torch.searchsorted(keys, some)] for some in (seen, own))
             features, gradients = _laid_out(self.look, n * width, place, environment, pairs, hit, mine, atoms)
         else:

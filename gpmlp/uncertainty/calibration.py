@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -163,6 +163,14 @@ class Calibration:
             kinds[kind] = KindCalibration.fit(errors, std, species, used)
         return Calibration(kinds, dict(source or {}))
 
+    def with_amplitude(self, amplitude: float) -> Calibration:
+        """The same calibrated variances where the first part is `amplitude` times as large as it was when this was learned."""
+        kinds = {}
+        for kind, learned in self.kinds.items():
+            first, *others = learned.weights or (1.0, 1.0, 1.0)
+            kinds[kind] = replace(learned, weights=(first / amplitude, *others)) if learned.n else learned
+        return replace(self, kinds=kinds)
+
     def scaled(self, kind: str, std: Tensor) -> Tensor:
         """Calibrated std of a predicted one, any shape."""
         checks.choose("kind of observation", kind, self.kinds)
@@ -249,8 +257,8 @@ def _row(conformity: Tensor, wider: tuple[float, ...] | None) -> tuple[float, ..
     return tuple(row)
 
 
-def weigh(errors: Tensor, parts: Tensor) -> Tensor:
-    """Weights (parts,) of the parts of a variance: those that make held-out errors most likely under var = Σ_k w_k part_k.
+def weigh(errors: Tensor, parts: Tensor, rest: Tensor | None = None) -> Tensor:
+    """Weights (parts,) of the parts of a variance: those that make held-out errors most likely under var = Σ_k w_k part_k + rest.
 
     Maximises Σ_i log N(e_i; 0, var_i) − Σ_k (log w_k)² / (2·PRIOR²) by L-BFGS-B in log w, within WEIGHTS. The prior decides only where
     the errors do not: a part that is 0, or two parts that are proportional.
@@ -258,6 +266,7 @@ def weigh(errors: Tensor, parts: Tensor) -> Tensor:
     Args:
         errors: (n,) NaN = not known, dropped.
         parts: (n, parts) variances by cause, zero or positive, unit of the errors squared.
+        rest: (n,) what is not weighed; nothing if not given.
 
     Raises:
         checks.UserError: shapes that do not belong together; a part that is negative or not finite where the error is known.
@@ -271,13 +280,16 @@ def weigh(errors: Tensor, parts: Tensor) -> Tensor:
     p = parts[~torch.isnan(errors)].double()
     if not len(e):
         return torch.ones(parts.shape[1], dtype=torch.float64, device=parts.device)
-    floor = least(s, e) ** 2
+    floor = torch.full_like(e, least(s, e) ** 2)
     # start where a common factor is best
     common = (e.square() / (p.sum(1) + floor)).mean().clamp(*WEIGHTS).log().item()
+    if rest is not None:
+        floor = floor + rest[~torch.isnan(errors)].to(floor)
+        common = 0.0
     found = minimize(
         _negative_log_posterior,
         np.full(p.shape[1], common),
-        args=(e.square().cpu().numpy(), p.cpu().numpy(), floor),
+        args=(e.square().cpu().numpy(), p.cpu().numpy(), floor.cpu().numpy()),
         jac=True,
         method="L-BFGS-B",
         bounds=[tuple(math.log(w) for w in WEIGHTS)] * p.shape[1],
@@ -287,9 +299,9 @@ def weigh(errors: Tensor, parts: Tensor) -> Tensor:
 
 
 def _negative_log_posterior(
-    log_weights: np.ndarray, squared: np.ndarray, parts: np.ndarray, floor: float
+    log_weights: np.ndarray, squared: np.ndarray, parts: np.ndarray, floor: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """What `weigh` minimises, per error, and its gradient in log w; `floor` is added to each variance.
+    """What `weigh` minimises, per error, and its gradient in log w; `floor` (n,) is added to the variances.
 
     f = ½ Σ_i [log v_i + e_i²/v_i] + ½ Σ_k (a_k/τ)²,  v = Σ_k exp(a_k) p_k + floor
     ∂f/∂a_k = ½ Σ_i (1/v_i − e_i²/v_i²) exp(a_k) p_ik + a_k/τ²

@@ -89,9 +89,10 @@ def run(name: str, data: Path, options: argparse.Namespace) -> dict:
         result["predict_ms_per_atom"] = 1e3 * (time.process_time() - start) / some.n_atoms
         found = compare(some, known, rescaled(plain, some, potential.calibration), potential.calibration)
         entry = {"calibrated": found.as_dict(), "rivals": reporting.rivals(potential, some, known, found)}
-        # as the evidence left it: with and without what the inducing set cannot represent
-        sor = replace(plain.forces_covariance, inducing=torch.zeros_like(plain.forces_covariance.inducing))
-        for form, prediction in (("dtc", plain), ("sor", replace(plain, forces_covariance=sor))):
+        # as the evidence left it: with some, all and nothing of what the inducing set cannot represent
+        raw, size = plain.forces_covariance, potential.variances.amplitude
+        for form, share in (("scaled", 1.0), ("dtc", 1 / size), ("sor", 0.0)):
+            prediction = replace(plain, forces_covariance=replace(raw, inducing=share * raw.inducing))
             entry[f"raw_{form}"] = asdict(judge(some, known, prediction, Calibration.identity())["forces"])
         entry |= {"committee": asdict(rival[label])} if rival else {}
         result["tests"][label] = entry
@@ -103,14 +104,14 @@ def rows(results: dict[str, dict]) -> list[list[str]]:
     for name, result in results.items():
         for label, entry in result["tests"].items():
             c = entry["calibrated"]
-            k, raw_dtc, raw_sor = entry.get("committee"), entry["raw_dtc"], entry["raw_sor"]
+            k, raw = entry.get("committee"), [entry[f"raw_{form}"] for form in ("scaled", "dtc", "sor")]
             nearest = (entry["rivals"] or {}).get("distance to the nearest inducing environment", {}).get("Spearman")
             out.append(
                 [
                     f"{name} {label}",
                     f"{c['force_mae_meV_per_A']:.1f}",
                     f"{100 * c['force_coverage_90']:.1f}",
-                    f"{100 * raw_dtc['coverage_90']:.1f} / {100 * raw_sor['coverage_90']:.1f}",
+                    " / ".join(f"{100 * r['coverage_90']:.1f}" for r in raw),
                     f"{c['force_spearman']:.2f} / {nearest:.2f}",
                     f"{c['force_nll']:.3f}",
                     f"{k['nll']:.3f} / {100 * k['coverage_90']:.0f} / {k['spearman']:.2f}" if k else "-",
@@ -122,7 +123,7 @@ def rows(results: dict[str, dict]) -> list[list[str]]:
 
 
 HEADER = [
-    "case", "F MAE", "90 % covered", "raw dtc / sor", "Spearman / nearest", "NLL", "committee NLL / cov / rho", "E cov", "CPU s",
+    "case", "F MAE", "90 % covered", "raw scaled / dtc / sor", "Spearman / nearest", "NLL", "committee NLL / cov / rho", "E cov", "CPU s",
 ]  # fmt: skip
 
 

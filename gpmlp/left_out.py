@@ -1,0 +1,100 @@
+"""Left out in turn, training structures tell how large the process is that the inducing variables do not see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpmlp import regression
+from gpmlp.gp import covariances, likelihood
+from gpmlp.gp.posterior import FIXED, SparsePosterior
+from gpmlp.potential import Potential
+from gpmlp.quantities import Targets
+from gpmlp.regression import Learned, Model
+from gpmlp.structures import Structures
+from gpmlp.uncertainty.calibration import weigh
+from gpmlp.variances import VarianceModel
+
+ATOMS = 400  # of the structures that are left out in turn
+ENOUGH = 100  # forces
+
+
+def amplitude(
+    potential: Potential,
+    models: Sequence[Model],
+    learned: Learned,
+    solved: SparsePosterior,
+    structures: Structures,
+    remaining: Targets,
+    seed: int,
+) -> float:
+    """The w under which forces of structures left out are most likely: var = w [k_gg - k_gu K_uu⁻¹ k_ug] + data + noise.
+
+    DTC's evidence chooses the size of the process at the inducing variables, for which it has data; what lies between them is noise
+    to it, and mostly far smaller than the same size would have it. With C the posterior covariance of the labels of one structure
+    and Σ their noise, leaving the structure out turns its residuals r into Σ (Σ - C)⁻¹ r and C into Σ (Σ - C)⁻¹ C: no fit is
+    made again (Rasmussen & Williams 2006, section 5.4.2, for more labels than one at a time). Inducing variables stay.
+
+    Args:
+        potential: with the variances that w is for.
+        learned, solved: of all columns and all data, these structures included.
+        remaining: labels less the baselines.
+
+    Returns:
+        w; 1 where there are less than 100 forces, or forces all have noises of their own.
+    """
+    kept = potential.variances
+    every = VarianceModel(
+        kept.priors, tuple(m.blocks for m in models), tuple(low for m in models for low in m.lowers), learned.signal,
+        solved.factor, {}, {}, kept.of_fit,
+    )  # fmt: skip
+    errors, parts, rest = [], [], []
+    for structure, targets in _some(structures, remaining, seed):
+        rows = regression.labelled_rows(models, structure, targets)
+        if "forces" not in rows:
+            continue
+        z = {kind: r[:, -1] - r[:, :-1] @ solved.weights.to(r) for kind, r in rows.items()}
+        left, spread = _left_out({k: r[:, :-1] for k, r in rows.items()}, z, every, learned.noise)
+        if kept.n_columns < kept.of_fit:
+            rows = regression.labelled_rows(models, structure, targets, kept.blocks)
+            _, spread = _left_out({k: r[:, :-1] for k, r in rows.items()}, z, kept, learned.noise)
+        seen = likelihood.observations(targets, structure.counts, covariances.VOIGT)["forces"]
+        raw = potential(structure, variance="forces", form="dtc", calibrated=False).forces_variance
+        errors.append(left)
+        parts.append(raw.inducing.flatten()[seen.rows[seen.noise.isnan()]])
+        rest.append(spread + learned.noise["forces"] ** 2)
+    if sum(len(e) for e in errors) < ENOUGH:
+        return 1.0
+    return float(weigh(torch.cat(errors), torch.cat(parts)[:, None], torch.cat(rest)))
+
+
+def _some(structures: Structures, targets: Targets, seed: int) -> list[tuple[Structures, Targets]]:
+    """Structures at random, each by itself, of about ATOMS atoms together."""
+    order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed))
+    fit = structures.counts.cpu()[order].cumsum(0) <= ATOMS
+    chosen = [int(i) for i in order[: max(1, int(fit.sum()))]]
+    return [(structures.select([i]), targets.select(structures, [i])) for i in chosen]
+
+
+def _left_out(
+    rows: dict[str, Tensor], residuals: dict[str, Tensor], model: VarianceModel, noise: dict[str, float]
+) -> tuple[Tensor, Tensor]:
+    """Errors of the forces of a structure, and what the data leave open of them, had it not been learned from.
+
+    Args:
+        rows: by kind, K_ou of its labels; residuals: of the fit with it.
+    """
+    sizes = [len(r) for r in rows.values()]
+    sigma = torch.cat([r.new_full((len(r),), 1.0 if k == FIXED else noise[k]) for k, r in rows.items()])
+    _, left = model.whitened(torch.cat(list(rows.values())) / sigma[:, None])
+    share = left @ left.T  # Σ^-½ C Σ^-½
+    values, vectors = torch.linalg.eigh(share)
+    values = values.clamp(0, 1 - 1e-12)  # labels that were learned leave less than their noise
+    r = torch.cat(list(residuals.values())).to(share) / sigma
+    error = sigma * (vectors @ ((vectors.T @ r) / (1 - values)))
+    variance = sigma**2 * (vectors.square() @ (values / (1 - values)))
+    here = dict(zip(rows, range(len(sizes)), strict=True))["forces"]
+    forces = slice(sum(sizes[:here]), sum(sizes[: here + 1]))
+    return error[forces], variance[forces]

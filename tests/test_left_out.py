@@ -1,0 +1,154 @@
+"""Leaving structures out: the same as learning without them, and what it makes of the part that the inducing set misses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpmlp
+from gpmlp import held_out, left_out, regression
+from gpmlp.gp import posterior
+from gpmlp.gp.posterior import FIXED
+from gpmlp.recipe import Recipe
+
+DATA = Path(__file__).parents[1] / "data" / "silicon"
+
+
+@pytest.fixture(scope="module")
+def silicon():
+    return gpmlp.read(DATA / "train.xyz", "::10")
+
+
+@pytest.fixture(scope="module")
+def caught(silicon):
+    """The arguments with which a fit asks for the amplitude, and the potential that it gives."""
+    recipe = Recipe.model_validate(
+        {"descriptor": {"n_max": 5, "l_max": 3, "cutoff": 4.5}, "inducing": {"n": 60, "gradients": 1},
+         "calibration": False, "novelty": False, "variance": {"columns": 400}}
+    )  # fmt: skip
+    seen = []
+    original = left_out.amplitude
+    left_out.amplitude = lambda *arguments: seen.append(arguments) or original(*arguments)
+    try:
+        potential, _ = gpmlp.fit(*silicon, recipe)
+    finally:
+        left_out.amplitude = original
+    return seen[0], potential
+
+
+def without(arguments, i):
+    """Errors and open variances of the forces of structure i, from a posterior that never saw its labels."""
+    potential, models, learned, _, structures, remaining, _ = arguments
+    lowers = [low for m in models for low in m.lowers]
+    rows: dict[str, list[torch.Tensor]] = {}
+    for k in range(len(structures)):
+        here = regression.labelled_rows(models, structures.select([k]), remaining.select(structures, [k]))
+        if k == i:
+            own = here
+            continue
+        for kind, part in here.items():
+            rows.setdefault(kind, []).append(part.double())
+    whitened = {kind: posterior.whiten(torch.cat(parts), lowers) for kind, parts in rows.items()}
+    counts = {kind: len(part) for kind, part in whitened.items()}
+    solved = posterior.solve(whitened, counts, learned.noise | {FIXED: 1.0}, learned.signal, lowers)
+    error = own["forces"][:, -1] - own["forces"][:, :-1] @ solved.weights
+    model = replace(potential.variances, factor=solved.factor, blocks=tuple(m.blocks for m in models))
+    _, left = model.whitened(own["forces"][:, :-1])
+    return error, left.square().sum(1)
+
+
+@pytest.mark.parametrize("i", [3, 17])
+def test_leaving_out_is_learning_without(caught, i):
+    arguments, _ = caught
+    potential, models, learned, solved, structures, remaining, _ = arguments
+    assert potential.variances.n_columns == potential.variances.of_fit
+    rows = regression.labelled_rows(models, structures.select([i]), remaining.select(structures, [i]))
+    residuals = {kind: r[:, -1] - r[:, :-1] @ solved.weights for kind, r in rows.items()}
+    error, variance = left_out._left_out(
+        {k: r[:, :-1] for k, r in rows.items()}, residuals, potential.variances, learned.noise
+    )
+    expected, spread = without(arguments, i)
+    assert error.abs().max() > 1.05 * residuals["forces"].abs().max()  # what was learned from is nearer
+    torch.testing.assert_close(error, expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(variance, spread, rtol=1e-6, atol=1e-12)
+
+
+def test_the_amplitude_is_the_most_likely(caught, silicon):
+    """On all structures that are left out, refitted one by one, no other size of the missing part is more likely."""
+    arguments, potential = caught
+    raw, _, learned, _, structures, remaining, seed = arguments
+    chosen = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed)).tolist()
+    errors, missed, rest, atoms = [], [], [], 0
+    for i in chosen:
+        atoms += int(structures.counts[i])
+        if atoms > left_out.ATOMS:
+            break
+        error, spread = without(arguments, i)
+        seen = ~remaining.select(structures, [i]).forces.isnan().flatten()
+        found = raw(structures.select([i]), variance="forces", form="dtc", calibrated=False).forces_variance
+        errors.append(error), missed.append(found.inducing.flatten()[seen])
+        rest.append(spread + learned.noise["forces"] ** 2)
+    errors, missed, rest = (torch.cat(x) for x in (errors, missed, rest))
+
+    def value(w):
+        variance = w * missed + rest
+        return float(
+            -0.5 * (variance.log() + errors.square() / variance).sum() - 0.5 * (torch.tensor(w).log() / 2) ** 2
+        )
+
+    best = potential.variances.amplitude
+    assert 1e-6 < best < 1.0  # evidence makes the missing part too large
+    assert value(best) > max(value(1.1 * best), value(best / 1.1))
+
+
+def test_forms(caught, silicon):
+    """`scaled` has the amplitude, `dtc` has not, `sor` leaves the part out; calibrated, dtc is what scaled is."""
+    _, potential = caught
+    some = silicon[0].select([5, 9])
+    found = {f: potential(some, variance="all", form=f, calibrated=False) for f in ("scaled", "dtc", "vfe", "sor")}
+    for name in ("energies_variance", "atom_energies_variance", "forces_covariance", "stresses_covariance"):
+        parts = {form: getattr(prediction, name) for form, prediction in found.items()}
+        size = potential.variances.amplitude
+        torch.testing.assert_close(parts["scaled"].inducing, size * parts["dtc"].inducing, rtol=1e-12, atol=0)
+        torch.testing.assert_close(parts["vfe"].inducing, parts["dtc"].inducing, rtol=0, atol=0)
+        assert parts["sor"].inducing.abs().max() == 0
+        torch.testing.assert_close(parts["scaled"].data, parts["dtc"].data, rtol=0, atol=0)
+    calibrated = [potential(some, variance="forces", form=f).forces_variance.total for f in ("scaled", "dtc")]
+    torch.testing.assert_close(*calibrated, rtol=0, atol=0)
+
+
+def test_calibration_does_not_depend_on_it(silicon, monkeypatch):
+    """Weights learned with one size of the part give the same variances with another."""
+    structures, targets = silicon
+    recipe = Recipe.model_validate({"descriptor": {"n_max": 4, "l_max": 2, "cutoff": 4.0}, "inducing": {"n": 30}})
+    one, _ = gpmlp.fit(structures, targets, recipe)
+    monkeypatch.setattr(left_out, "amplitude", lambda *_: 1.0)
+    other, _ = gpmlp.fit(structures, targets, recipe)
+    assert one.variances.amplitude != 1.0
+    some = structures.select([2, 9])
+    a, b = (p(some, variance="all") for p in (one, other))
+    for name in ("energies_variance", "forces_variance", "stresses_variance", "atom_energies_variance"):
+        torch.testing.assert_close(getattr(a, name).total, getattr(b, name).total, rtol=1e-12, atol=0)
+
+
+def test_what_evidence_alone_says_of_errors(silicon):
+    """Nothing set aside, nothing calibrated: 90 % intervals of forces never seen hold 80 to 97 %, also after a save."""
+    recipe = Recipe.model_validate(
+        {"descriptor": {"n_max": 6, "l_max": 4}, "inducing": {"n": 200, "gradients": 2}, "calibration": False}
+    )
+    potential, report = gpmlp.fit(*silicon, recipe)
+    assert report.amplitude == potential.variances.amplitude
+    structures, targets = gpmlp.read(DATA / "test.xyz")
+    prediction = potential(structures, variance="forces", calibrated=False)
+    errors, parts, _ = held_out.residuals("forces", structures, targets, prediction)
+    covered = (errors.abs() < 1.645 * parts.sum(1).sqrt()).double().mean()
+    assert 0.8 <= covered <= 0.97
+
+
+def test_few_forces_leave_it_alone(silicon):
+    structures, targets = silicon
+    potential, _ = gpmlp.fit(structures, targets, Recipe(use_forces=False, use_stresses=False))
+    assert potential.variances.amplitude == 1.0
