@@ -181,7 +181,7 @@ def report_command(
             raise UserError(f"{model}: there is no such file or folder.")
         raise UserError("`gpmlp report MODEL` needs DATA and --output; only the folder of a learning run goes without.")
     from gpmlp import console, reporting
-    from gpmlp.evaluation import evaluate
+    from gpmlp.evaluation import comparable, evaluate
     from gpmlp.io import archive, atoms
     from gpmlp.io.atomic import atomic, check_apart, check_folder
     from gpmlp.report import build
@@ -191,6 +191,7 @@ def report_command(
     version = archive.read_header(model)["version"]
     potential = archive.load(model)
     structures, targets = atoms.read(data, labelled=True)
+    targets = comparable(potential, targets)
     with console.Stages() as stages:
         result = evaluate(potential, structures, targets, stages)
         stages("report", 0, 1, "figures")

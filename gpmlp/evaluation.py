@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -80,8 +80,11 @@ def evaluate(
     Args:
         progress: called as progress(stage, done, total, note), in atoms.
         variances: whether to predict variances and novelty too, if the potential can.
+
+    Energies count as not known where the potential has not learned from any: its zero of energy is arbitrary.
     """
     variances = variances and potential.variances is not None
+    targets = comparable(potential, targets)
     parts, done = [], 0
     if progress:
         progress("prediction", 0, structures.n_atoms, "")
@@ -91,6 +94,13 @@ def evaluate(
         if progress:
             progress("prediction", done, structures.n_atoms, f"{done} atoms")
     return compare(structures, targets, Prediction.concatenate(parts), potential.calibration)
+
+
+def comparable(potential: Potential, targets: Targets) -> Targets:
+    """The labels that the potential can be held to: without energies, if it has learned from none."""
+    if potential.has_energy_zero:
+        return targets
+    return replace(targets, energies=torch.full_like(targets.energies, float("nan")))
 
 
 def compare(structures: Structures, targets: Targets, prediction: Prediction, calibration: Calibration) -> Evaluation:

@@ -56,7 +56,7 @@ def fit(
     stages = Stages(progress)
     stages.begin("data")
     structures, targets = preparation.prepared(structures, targets, recipe)
-    suspicions = check_stress_consistency(structures, targets)
+    suspicions = [*check_stress_consistency(structures, targets), *preparation.doubts(structures, targets, recipe)]
     found = defaults.survey(structures, targets)
     recipe = defaults.resolve(recipe, found, len(structures.distinct_species))
     base = preparation.make_baselines(structures, targets, recipe, found)
@@ -96,7 +96,10 @@ def fit(
     validation_errors = None
     if validation is not None:
         stages.begin("validation")
-        validation_errors = errors(*validation, potential(validation[0]), units.GPA)
+        some, known = validation
+        if remaining.energies.isnan().all():
+            known = replace(known, energies=torch.full_like(known.energies, float("nan")))
+        validation_errors = errors(some, known, potential(some), units.GPA)
     stages.end()
     shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
     size = potential.variances.amplitude if potential.variances is not None else 1.0

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpmlp import baselines, checks, descriptors, neighbors, samples
 from gpmlp.baselines import Baseline
 from gpmlp.environments import InSingle
-from gpmlp.gp import kernels
+from gpmlp.gp import kernels, posterior
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.neighbors import Neighbors
 from gpmlp.quantities import Prediction
@@ -60,6 +60,12 @@ class Potential:
     def reach(self) -> float:
         """Largest distance at which atoms see each other or feel a baseline, A."""
         return max(self.cutoff, *(term.cutoff for term in self.baselines), 0.0)
+
+    @property
+    def has_energy_zero(self) -> bool:
+        """Whether it was fitted to any energies; forces and stresses alone leave the zero of energy open."""
+        rows = self.report.get("rows", {})
+        return not rows or bool(rows.get("energies") or rows.get(posterior.FIXED))
 
     def __call__(
         self,

@@ -103,6 +103,23 @@ def make_baselines(
     return (*out, baselines.IsolatedAtoms(energies))
 
 
+def doubts(structures: Structures, targets: Targets, recipe: Recipe) -> list[str]:
+    """Warnings about a zero of energy that is not what it may be taken for."""
+    if targets.energies.isnan().all():
+        return [
+            "There are no energies to learn from: the zero of predicted energies is arbitrary, and they are not judged."
+        ]
+    found = baselines.IsolatedAtoms.from_frames(structures, targets)
+    missing = [checks.symbol(z) for z in structures.distinct_species if z not in found]
+    if not found or not missing or recipe.baseline.isolated_atoms != "auto":
+        return []
+    known = ", ".join(checks.symbol(z) for z in sorted(found))
+    return [
+        f"There are isolated_atom frames of {known} but none of {', '.join(missing)}: energies of atoms are least squares over the "
+        "compositions, as if there were none. Add the missing ones, or give all in baseline.isolated_atoms."
+    ]
+
+
 def trust_isolated_atoms(structures: Structures, targets: Targets) -> Targets:
     """Give isolated-atom energies a small noise of their own: they lie far from all else and would inflate the common one."""
     alone = torch.tensor([baselines.is_isolated_atom(label) for label in targets.config_types]) & (

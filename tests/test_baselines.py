@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from systems import cluster, dimer, structure, targets_of
 
-from gpmlp import baselines
+from gpmlp import baselines, preparation
 from gpmlp.baselines import ZBL, IsolatedAtoms
 from gpmlp.checks import UserError
 from gpmlp.quantities import Prediction, Targets
+from gpmlp.recipe import Recipe
 from gpmlp.structures import Structures
 
 
@@ -141,3 +143,13 @@ def test_predictions_add():
     assert isinstance(both, Prediction)
     assert torch.equal(both.energies, a.energies + b.energies)
     assert torch.equal(both.forces, b.forces)
+
+
+def test_isolated_atoms_of_some_species_are_no_zero():
+    """A frame of one element alone cannot be used, and the fit says so."""
+    frames = Structures.concatenate([cluster((6, 8)), structure([[0.0, 0.0, 0.0]], [6])])
+    known = Targets.unknown(frames)
+    known = replace(known, energies=torch.tensor([-3.0, -1.0]).double(), config_types=("", "isolated_atom"))
+    (warning,) = preparation.doubts(frames, known, Recipe())
+    assert "isolated_atom frames of C but none of O" in warning
+    assert preparation.doubts(frames, known, Recipe(baseline={"isolated_atoms": "least_squares"})) == []

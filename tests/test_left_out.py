@@ -10,6 +10,7 @@ import torch
 
 import gpmlp
 from gpmlp import held_out, left_out, regression
+from gpmlp.evaluation import evaluate
 from gpmlp.gp import posterior
 from gpmlp.gp.posterior import FIXED
 from gpmlp.recipe import Recipe
@@ -146,6 +147,18 @@ def test_what_evidence_alone_says_of_errors(silicon):
     errors, parts, _ = held_out.residuals("forces", structures, targets, prediction)
     covered = (errors.abs() < 1.645 * parts.sum(1).sqrt()).double().mean()
     assert 0.8 <= covered <= 0.97
+
+
+def test_without_energies_they_are_not_judged(silicon):
+    """Forces leave the zero of energy open: that is said, and energies are not scored against it."""
+    structures, targets = silicon
+    potential, report = gpmlp.fit(structures, targets, Recipe(use_energies=False, inducing={"n": 30}), silicon)
+    assert not potential.has_energy_zero and any("zero of predicted energies" in w for w in report.warnings)
+    assert report.validation_errors.energy_mae_meV_per_atom != report.validation_errors.energy_mae_meV_per_atom
+    found = evaluate(potential, structures, targets).as_dict()
+    assert found["energy_mae_meV_per_atom"] is None and found["force_mae_meV_per_A"] > 0
+    whole, _ = gpmlp.fit(structures, targets, Recipe(inducing={"n": 30}))
+    assert whole.has_energy_zero and evaluate(whole, structures, targets).as_dict()["energy_mae_meV_per_atom"] > 0
 
 
 def test_few_forces_leave_it_alone(silicon):
