@@ -62,6 +62,7 @@ def survey(structures: Structures, targets: Targets, at_most: int = 10_000) -> S
 MATRICES = 12  # of columns^2 doubles that a fit holds at its peak (docs/memory.md)
 LABELS_PER_COLUMN = {True: 12, False: 3}  # periodic, isolated: molecules gain longer from more columns
 GRADIENTS = {True: 3, False: 12}
+FEW_COLUMNS = 1000  # where labels are that few, there is a column for each
 CHEAP_COLUMNS = 1500  # a fit with so many takes seconds: small sets of solids may have them too
 MOST_COLUMNS = 10_000  # beyond, a fit takes more than some twenty minutes on two cores
 MEMORY_GB = 10.0
@@ -123,7 +124,8 @@ def _kernel(k: KernelRecipe, found: Survey) -> KernelRecipe:
 
 def columns_for(n_labels: int, periodic: bool) -> int:
     """How many columns so many labels ask for, whatever the memory."""
-    return min(MOST_COLUMNS, max(n_labels // LABELS_PER_COLUMN[periodic], min(n_labels // 3, CHEAP_COLUMNS)))
+    cheap = max(min(n_labels, FEW_COLUMNS), min(n_labels // 3, CHEAP_COLUMNS))
+    return min(MOST_COLUMNS, max(n_labels // LABELS_PER_COLUMN[periodic], cheap))
 
 
 def affordable(memory_GB: float) -> int:

@@ -18,6 +18,7 @@ from gpmlp.gp.updates import Factor, bordered, shrunk
 from gpmlp.recipe import Recipe
 from gpmlp.regression import Model
 
+PASS = 400_000  # rows times new columns that one label may cost: about half a second; what it leaves out waits for a model made anew
 State = tuple[tuple[Model, ...], tuple[Batch, ...], Factor]
 
 
@@ -44,7 +45,7 @@ def resolved(asked: Recipe, found: Survey, n_species: int) -> Recipe:
 
 
 def room(asked: Recipe, recipe: Recipe, models: Sequence[Model], k: int, labels: int, periodic: bool) -> int:
-    """How many centres more so many labels ask for, of descriptor k.
+    """How many centres more so many labels ask for, of descriptor k, as far as a pass over them may cost.
 
     Args:
         asked: the recipe as given; recipe: as it was filled in.
@@ -52,7 +53,8 @@ def room(asked: Recipe, recipe: Recipe, models: Sequence[Model], k: int, labels:
     wish, gradients = asked.inducings[k], recipe.inducings[k].gradients
     most = wish.n or (sum(wish.shares.values()) if isinstance(wish.shares, dict) else defaults.MOST_COLUMNS)
     columns = min(defaults.affordable(recipe.memory_GB), defaults.columns_for(labels, periodic)) // len(models)
-    return max(0, min(most, columns // (1 + gradients)) - sum(len(b.features) for b in models[k].blocks))
+    wanted = min(most, columns // (1 + gradients)) - sum(len(b.features) for b in models[k].blocks)
+    return max(0, min(wanted, max(1, PASS // (labels * (1 + gradients)))))
 
 
 def widths(models: Sequence[Model]) -> list[int]:

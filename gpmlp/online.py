@@ -9,15 +9,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gpmlp import batches, checks, defaults, growth, held_out, inducing, preparation, regression
+from gpmlp import batches, checks, defaults, foreseen, growth, inducing, preparation, regression
 from gpmlp.baselines import Baseline
 from gpmlp.batches import Batch, Scales
 from gpmlp.fit_report import Stages
+from gpmlp.foreseen import Foreseen
 from gpmlp.gp import leave_one_out, posterior
 from gpmlp.gp.posterior import FIXED, RowFactor
 from gpmlp.gp.updates import DowndateError, Factor
 from gpmlp.potential import Potential
-from gpmlp.quantities import KINDS, Prediction, Targets
+from gpmlp.quantities import KINDS, Targets
 from gpmlp.recipe import Recipe
 from gpmlp.regression import Model
 from gpmlp.structures import Structures
@@ -29,20 +30,9 @@ from gpmlp.variances import VarianceModel
 
 LARGEST_ERROR = 1e-9  # measured error of the factor at which it is made again from the rows
 WORSE = 10.0  # times that when it was made: where rounding allows no better, there is no use in making it again
-FORESEEN = 8  # latest structures, at least, whose predictions before learning are kept for the calibration
-FORESEEN_COMPONENTS = 1000  # force components that they have together: older predictions are of models that knew less
 FEWEST_ENERGIES = 10  # that leaving one out can judge
+LEAST_TYPICAL = 0.5  # of the threshold: one from few labels is far too wide, and what is typical far below it
 NOVELTY_ROWS = 4000  # environments of a species from which novelty is learned
-HOW = "predicted before they were learned from, in the order in which they came (prequential)"
-
-
-@dataclass(frozen=True, eq=False)
-class Foreseen:
-    """What was predicted of structures, uncalibrated, before their labels were learned from."""
-
-    structures: Structures
-    targets: Targets
-    prediction: Prediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +46,7 @@ class Online:
         factor: the posterior at the present hyperparameters.
         noise, constant: standard deviations by kind in the fit, and of new labels; label_noise: as much as labels themselves show.
         signal: (blocks,) eV.
+        novelty: distances from what was seen; typical_novelty: that of environments that were left out of it, in the middle.
         events: what was done beside learning: refreshes, factors made again, and why.
     """
 
@@ -71,6 +62,7 @@ class Online:
     signal: Tensor
     calibration: Calibration = field(default_factory=Calibration.identity)
     novelty: Mahalanobis | None = None
+    typical_novelty: float | None = None
     foreseen: tuple[Foreseen, ...] = ()
     events: tuple[str, ...] = ()
 
@@ -88,18 +80,9 @@ class Online:
             raise checks.UserError("An online model learns its noises by the DTC evidence; leave out `evidence: vfe`.")
         if torch.device(asked.device).type != "cpu":
             raise checks.UserError(f"An online model is updated on the CPU; leave out `device: {asked.device}`.")
-        structures, targets = preparation.prepared(structures, targets, asked, whole=False)
-        found = defaults.survey(structures, targets)
-        resolved = growth.resolved(asked, found, len(structures.distinct_species))
-        base = preparation.make_baselines(structures, targets, resolved, found)
-        remaining = preparation.trust_isolated_atoms(structures, targets.minus(preparation.total(base, structures)))
-        parts = list(chunks(structures, CHUNK_ATOMS))
-        models, _ = regression.make_models(resolved, structures, parts, Stages(None), lambda z, features: None)
-        lowers = [lower for m in models for lower in m.lowers]
-        unit, empty = Scales.unit(len(lowers)), Factor.of([], sum(len(lower) for lower in lowers))
-        first = Batch.of(models, structures, targets, remaining, unit, batches.KEPT_BYTES)
-        about = asked, resolved, tuple(models), base, (first,), empty
-        return Online(*about, {}, {}, {}, unit.signal).refreshed("first data")
+        return _unlearned(asked, [preparation.prepared(structures, targets, asked, whole=False)]).refreshed(
+            "first data"
+        )
 
     @property
     def n_labels(self) -> int:
@@ -173,9 +156,9 @@ class Online:
         here = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
         # made once for everything that follows, unless these are many
         views = [View.of(m.descriptor, here) for m in self.models] if here.n_atoms <= CHUNK_ATOMS else []
-        foreseen = self._foreseen(structures, targets, views)
+        before = self._foreseen(structures, targets, views)
         new = self.added(structures, targets, views).extended(structures, None, views)
-        new = replace(new, foreseen=_latest((*self.foreseen, *foreseen)))
+        new = replace(new, foreseen=foreseen.latest((*self.foreseen, *before)))
         if new.novelty is None:
             return new
         batch = new.batches[-1]
@@ -281,6 +264,14 @@ class Online:
 
     # ---------------------------------------------------------------- hyperparameters
 
+    def rebuilt(self, why: str) -> Online:
+        """What `begin` makes of all labels there are: recipe, baselines and inducing points chosen anew, noises learned again.
+
+        What was foreseen stays, so that the calibration goes on. Takes as long as a fit.
+        """
+        new = _unlearned(self.asked, [(b.structures, b.targets) for b in self.batches])
+        return replace(new, foreseen=self.foreseen, events=self.events).refreshed(f"made anew, {why}")
+
     def refreshed(self, why: str) -> Online:
         """With noises and signals learned again from the rows, the calibration from what was foreseen, and novelty from what was seen."""
         whitened, counts = self._whitened(), self._counts()
@@ -290,6 +281,7 @@ class Online:
             columns = signal[block_of_column]
             noise["energies"] = leave_one_out.energy_noise(whitened, counts["energies"], noise, columns)
         scatter = label_noise.of_forces(self.structures, self.targets)
+        novelty, typical = self._novelty()
         sizes, scales = growth.widths(self.models), Scales(noise, signal)
         new = replace(
             self,
@@ -298,29 +290,23 @@ class Online:
             constant=preparation.given_noise(self.targets) | parameters.noise(),
             label_noise={"forces": scatter} if scatter == scatter else {},
             signal=signal,
-            novelty=self._novelty(),
+            novelty=novelty,
+            typical_novelty=typical,
         )
         rows = [batches.rescaled(w, k, Scales.unit(len(sizes)), scales, sizes) for k, w in whitened.items()]
         return new._from_rows(f"refreshed: {why}", rows).recalibrated()
 
     def recalibrated(self) -> Online:
-        """With a calibration from the structures foreseen."""
+        """With a calibration from the structures foreseen; variances grow where novelty exceeds what is typical now."""
         if not self.foreseen or self.recipe.calibration is False:
             return self
-        structures = Structures.concatenate([f.structures for f in self.foreseen])
-        targets = Targets.concatenate([f.targets for f in self.foreseen])
-        names = [f.name for f in Prediction.__dataclass_fields__.values()]
-        shared = [n for n in names if all(getattr(f.prediction, n) is not None for f in self.foreseen)]
-        parts = [
-            replace(f.prediction, **{n: None for n in names if n not in shared and n not in ("energies", "forces")})
-            for f in self.foreseen
-        ]
-        return replace(self, calibration=held_out.learn(Prediction.concatenate(parts), structures, targets, HOW))
+        learned = foreseen.calibration(self.foreseen)
+        return replace(self, calibration=replace(learned, typical_novelty=self.typical_novelty))
 
-    def _novelty(self) -> Mahalanobis | None:
-        """Distances with thresholds from structures left out of them, then with these counted too."""
+    def _novelty(self) -> tuple[Mahalanobis | None, float | None]:
+        """Distances with thresholds from structures left out of them, then with these counted too; and how far these lay, in the middle."""
         if self.recipe.novelty is False:
-            return None
+            return None, None
         seen: dict[int, list[Tensor]] = {}
         unseen: dict[int, list[Tensor]] = {}
         number = 0
@@ -336,9 +322,13 @@ class Online:
             seen[z] = unseen.pop(z)
         joined = [{z: torch.cat(x)[-NOVELTY_ROWS:] for z, x in some.items()} for some in (seen, unseen)]
         found = mahalanobis.fit(*joined, self.recipe.novelty.quantile, self.recipe.seed)
-        for z, x in joined[1].items():
-            found = found.updated(torch.full((len(x),), z), x)
-        return found
+        left = [(torch.full((len(x),), z), x) for z, x in joined[1].items()]
+        typical = (
+            max(LEAST_TYPICAL, float(torch.cat([found.novelty(*some) for some in left]).median())) if left else None
+        )
+        for some in left:
+            found = found.updated(*some)
+        return found, typical
 
     # ---------------------------------------------------------------- linear algebra
 
@@ -387,11 +377,20 @@ class Online:
         return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), *about)
 
 
-def _latest(foreseen: tuple[Foreseen, ...]) -> tuple[Foreseen, ...]:
-    """The latest ones that tell enough."""
-    kept, components = 0, 0
-    for one in reversed(foreseen):
-        if kept >= FORESEEN and components >= FORESEEN_COMPONENTS:
-            break
-        kept, components = kept + 1, components + int(one.targets.forces.isfinite().sum())
-    return foreseen[len(foreseen) - kept :]
+def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> Online:
+    """Models, baselines and rows of prepared labels, a batch of each part; their noises have still to be learned."""
+    structures = Structures.concatenate([s for s, _ in parts])
+    targets = Targets.concatenate([t for _, t in parts])
+    found = defaults.survey(structures, targets)
+    recipe = growth.resolved(asked, found, len(structures.distinct_species))
+    base = preparation.make_baselines(structures, targets, recipe, found)
+    pieces = list(chunks(structures, CHUNK_ATOMS))
+    models, _ = regression.make_models(recipe, structures, pieces, Stages(None), lambda z, features: None)
+    widths = growth.widths(models)
+    unit, made, room = Scales.unit(len(widths)), [], batches.KEPT_BYTES
+    for some, labels in parts:
+        remaining = preparation.trust_isolated_atoms(some, labels.minus(preparation.total(base, some)))
+        made.append(Batch.of(models, some, labels, remaining, unit, room))
+        room -= made[-1].n_bytes
+    about = asked, recipe, tuple(models), base, tuple(made), Factor.of([], sum(widths))
+    return Online(*about, {}, {}, {}, unit.signal)

@@ -55,7 +55,8 @@ def test_a_run_and_going_on(recipe, capsys):
     said = capsys.readouterr()
     table = words(said.out)
     assert "why it stopped all 30 steps of 1 walker(s) are made; it is not converged" in table
-    assert re.search(r"labels 3: 3 to begin with, \d+ asked for", table)
+    labels, asked = re.search(r"labels (\d+): 3 to begin with, (\d+) asked for", table).groups()
+    assert int(labels) == 3 + int(asked)
     assert "coverage cannot be judged yet: " in table and f"model {recipe.parent / 'out' / 'model.gpmlp'}" in table
     model = recipe.parent / "out" / "model.gpmlp"
     assert cli.main(["info", str(model)]) == 0

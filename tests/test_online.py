@@ -8,11 +8,11 @@ import pytest
 import torch
 from systems import KERNELS, cluster, crystal, descriptor, random_term, structure, targets_of
 
-from gpmlp import batches, checks, defaults, regression
+from gpmlp import batches, checks, defaults, foreseen, growth, regression
 from gpmlp.fit import fit
 from gpmlp.fit_report import Stages
 from gpmlp.gp import covariances, posterior
-from gpmlp.online import FORESEEN, FORESEEN_COMPONENTS, Online
+from gpmlp.online import Online
 from gpmlp.potential import Potential
 from gpmlp.quantities import KINDS, Targets
 from gpmlp.recipe import Recipe
@@ -205,6 +205,26 @@ def test_a_refresh_of_updated_rows_is_one_of_rows_made_anew():
     assert online.events[-1] == "3 labels: refreshed: a test"
 
 
+def test_made_anew_is_what_all_labels_begin_with():
+    """To 1e-9: the same sums over labels, taken one by one or together."""
+    online = begun(inducing={"gradients": 2})
+    for seed in range(40, 46):
+        online = online.learned(*labelled(seed, (FULL, HOLES, GIVEN, ENERGY)[seed % 4]))
+    anew = online.rebuilt("a test")
+    data = together(first_data(), *(labelled(seed, (FULL, HOLES, GIVEN, ENERGY)[seed % 4]) for seed in range(40, 46)))
+    begin = Online.begin(*data, recipe(inducing={"gradients": 2}))
+    assert (
+        difference(anew.potential, begin.potential, probes())
+        < 1e-9
+        < difference(online.potential, anew.potential, probes())
+    )
+    assert anew.recipe == begin.recipe and anew.noise == pytest.approx(begin.noise, rel=1e-6)
+    assert anew.foreseen == online.foreseen and anew.calibration.source["held_out_structures"] == 6
+    assert [len(b.structures) for b in anew.batches] == [8, 1, 1, 1, 1, 1, 1]
+    assert anew.events == (*online.events, "14 labels: refreshed: made anew, a test")
+    assert difference(anew.removed(-1).potential, refit(anew.removed(-1)), probes()) < 1e-9
+
+
 def test_first_labels_of_a_kind_bring_its_noise():
     data = together(*(labelled(seed, periodic=False) for seed in range(6)))
     online = Online.begin(*data, recipe())
@@ -232,9 +252,32 @@ def test_calibration_comes_from_what_was_foreseen():
     assert "forces" in calibrated.calibration.kinds and "energies" in calibrated.calibration.kinds
     assert len(online.foreseen) == 12
     components = [int(f.targets.forces.isfinite().sum()) for f in online.foreseen]
-    assert sum(components[1:]) < FORESEEN_COMPONENTS or len(components) == FORESEEN
+    assert sum(components[1:]) < foreseen.COMPONENTS or len(components) == foreseen.FEWEST
     covered = calibrated.potential(probes(), variance="forces").forces_variance
     assert (covered.total > 0).all()
+
+
+def test_calibration_does_not_depend_on_the_units_of_novelty_then():
+    """Thresholds of novelty are learned again at every refresh; what was foreseen before has another unit."""
+    online = begun()
+    for seed in range(70, 76):
+        online = online.learned(*labelled(seed))
+    online = online.refreshed("a test")
+    other = replace(
+        online,
+        foreseen=tuple(
+            replace(f, prediction=replace(f.prediction, novelty=0.01 * f.prediction.novelty)) for f in online.foreseen
+        ),
+    ).recalibrated()
+    assert other.calibration.kinds == online.calibration.kinds
+    assert other.calibration.typical_novelty == online.typical_novelty >= 0.5
+    far = online.potential(probes(), novelty=True).novelty
+    near = replace(online, typical_novelty=float(far.median())).recalibrated().potential(probes(), variance="forces")
+    plain = replace(online, typical_novelty=None).recalibrated().potential(probes(), variance="forces")
+    grown = near.forces_variance.data / plain.forces_variance.data
+    expected = (far / far.median()).clamp_min(1.0).square()
+    assert expected.max() > 1
+    torch.testing.assert_close(grown, expected[:, None].expand_as(grown), rtol=1e-9, atol=0)
 
 
 def test_no_variances_no_novelty_no_calibration_where_none_is_wanted():
@@ -300,6 +343,15 @@ def test_inducing_points_grow_with_the_labels_up_to_the_recipe():
     for seed in range(120, 130):
         free = free.learned(*labelled(seed))
     assert sum(len(b.features) for b in free.models[0].blocks) > 8
+
+
+def test_a_label_brings_no_more_inducing_points_than_a_pass_over_the_data_may_cost():
+    online = begun(inducing={"gradients": 2})
+    few, many = (growth.room(online.asked, online.recipe, online.models, 0, labels, False) for labels in (300, 10_000))
+    have = sum(len(b.features) for b in online.models[0].blocks)
+    assert few == 300 // 3 - have  # as many as the labels ask for
+    assert many == growth.PASS // (3 * 10_000) < defaults.columns_for(10_000, False) // 3 - have
+    assert growth.room(online.asked, online.recipe, online.models, 0, 10**7, False) == 1
 
 
 def test_more_inducing_points_asked_for_than_there_are_atoms():

@@ -52,7 +52,8 @@ def given(path: Path) -> Iterator[Entry]:
 def structures(starts: Sequence[Atoms], recipe: LearnRecipe) -> list[Atoms]:
     """Starts first, then displaced copies of them in turn, recipe.bootstrap.n in all (each start at least once).
 
-    Displacements grow from copy to copy from half to one and a half times `displacement_A`, so that small and large ones are seen.
+    Displacements shrink from copy to copy from one and a half times `displacement_A` to half of it: what is foreseen after the first
+    half was learned lies within that, as dynamics will.
     """
     chosen = recipe.bootstrap
     out = [_still(atoms) for atoms in starts]
@@ -62,7 +63,7 @@ def structures(starts: Sequence[Atoms], recipe: LearnRecipe) -> list[Atoms]:
     for k in range(more):
         atoms = _still(starts[k % len(starts)])
         size = chosen.displacement_A or _thermal_displacement(atoms, recipe.dynamics.highest_K)
-        size *= 0.5 + (k / (more - 1) if more > 1 else 0.5)
+        size *= 1.5 - (k / (more - 1) if more > 1 else 0.5)
         out.append(_displaced(atoms, size, chosen.strain if atoms.pbc.all() else 0.0, recipe, generator))
     return out
 

@@ -7,7 +7,7 @@ import math
 import torch
 
 from gpmlp.active.criteria import bound
-from gpmlp.online import Foreseen
+from gpmlp.foreseen import Foreseen
 from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.variances import rescaled
 

@@ -90,7 +90,7 @@ class TriggerRecipe(_Section):
     force: Positive | Literal["auto"] | None = "auto"
     share: Positive = 0.15
     noise: Positive = 1.2
-    probability: Share = 0.1
+    probability: Share = 0.02
     local_energy: Positive | None = None
     novelty: Positive | None = 1.5
     halt: Annotated[float, Field(gt=1)] = 4.0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from gpmlp.active.recipe import RefreshRecipe
 from gpmlp.active.tape import Entry
-from gpmlp.online import Foreseen, Online
+from gpmlp.foreseen import Foreseen
+from gpmlp.online import Online
 from gpmlp.potential import Potential
 from gpmlp.quantities import Targets
 from gpmlp.recipe import Recipe
@@ -19,6 +20,7 @@ from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.variances import rescaled
 
 SHARE, FEWEST = 6, 4  # labels between two refreshes: a SHARE-th of those there are, FEWEST at least
+GROWTH = 1.3  # of the labels since the model was made, at which a refresh makes it anew: all that takes is then a few times the last
 RECENT = 3  # labels over which the likelihood is averaged before it counts as having drifted
 
 
@@ -27,6 +29,7 @@ class Student:
     """What is known after some labels.
 
     Attributes:
+        made: labels there were when the model was made of all of them together.
         since: labels learned since hyperparameters were refreshed.
         surprise: negative log likelihood per force component (nats, eV/A) of labels since then, as they were foreseen.
         expected: the same right after the refresh, of those it was calibrated with; NaN = unknown.
@@ -34,13 +37,14 @@ class Student:
 
     online: Online
     refresh: RefreshRecipe
+    made: int
     since: int = 0
     surprise: tuple[float, ...] = ()
     expected: float = math.nan
 
     @staticmethod
     def begin(entries: Sequence[Entry], recipe: Recipe, refresh: RefreshRecipe) -> Student:
-        """Learn from the first half of the labels together, from the others one by one after foreseeing them.
+        """Learn from the first half of the labels together, from the others one by one after foreseeing them, and from all together.
 
         Raises:
             UserError: fewer than two labels.
@@ -51,10 +55,10 @@ class Student:
             first += 1
         structures = Structures.concatenate([e.structure for e in entries[:first]])
         targets = Targets.concatenate([e.targets for e in entries[:first]])
-        online = Online.begin(structures, targets, recipe)
+        student = Student(Online.begin(structures, targets, recipe), refresh, first)
         for entry in entries[first:]:
-            online = online.learned(entry.structure, entry.targets)
-        return Student(online, refresh)._refreshed("after the first labels")
+            student = student.taught(entry)
+        return student._refreshed("after the first labels", anew=True)
 
     @property
     def potential(self) -> Potential:
@@ -64,7 +68,7 @@ class Student:
         """Learn one label; refresh what is due."""
         online = self.online.learned(entry.structure, entry.targets)
         surprise = (*self.surprise, surprise_of(online.foreseen[-1], self.online.calibration))
-        new = Student(online.recalibrated(), self.refresh, self.since + 1, surprise, self.expected)
+        new = replace(self, online=online.recalibrated(), since=self.since + 1, surprise=surprise)
         due = self.refresh.labels or max(FEWEST, online.n_labels // SHARE)
         recent = surprise[-RECENT:]
         drifted = len(recent) == RECENT and sum(recent) / RECENT > self.expected + self.refresh.drift
@@ -75,11 +79,13 @@ class Student:
             return new._refreshed(f"the negative log likelihood of foreseen forces rose by {rise:.2f}")
         return new
 
-    def _refreshed(self, why: str) -> Student:
-        online = self.online.refreshed(why)
+    def _refreshed(self, why: str, anew: bool = False) -> Student:
+        """With hyperparameters learned again; where labels have grown enough, with a model made anew of all of them."""
+        anew = anew or self.online.n_labels >= GROWTH * self.made
+        online = self.online.rebuilt(why) if anew else self.online.refreshed(why)
         found = [surprise_of(f, online.calibration) for f in online.foreseen]
         expected = sum(found) / len(found) if found else math.nan
-        return Student(online, self.refresh, 0, (), expected)
+        return Student(online, self.refresh, online.n_labels if anew else self.made, 0, (), expected)
 
 
 def surprise_of(foreseen: Foreseen, calibration: Calibration) -> float:
