@@ -18,7 +18,8 @@ from gpmlp.variances import VARIANCES, rescaled, widened
 FEWEST = 20  # structures; of fewer none is set aside
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
 FEW = 30  # from which the constant part is weighed against the others for a kind of its own
-LEAST = 1e-3  # weight of the constant part: where symmetry leaves nothing else, labels are still not exact
+LEAST = 1e-6  # weight of the constant part, a thousandth of its std: where symmetry leaves nothing else, labels are still not exact
+LEAST_NOVELTY = 1e-3  # that is called typical
 REMOVED = 1e-4  # of the size of forces: a net force below it was subtracted
 LARGE = 0.3  # share of the size of forces that the model class may miss before it is told
 FIELDS = {"energies": "energies_variance", "forces": "forces_variance", "stresses": "stresses_variance"}
@@ -86,7 +87,7 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
         how: where the structures come from, for the record.
     """
     prediction = raw
-    typical = max(float(raw.novelty.median()), LEAST) if raw.novelty is not None else None
+    typical = max(float(raw.novelty.median()), LEAST_NOVELTY) if raw.novelty is not None else None
     if typical is not None:
         prediction = widened(raw, structures, typical)
     data: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
