@@ -13,7 +13,7 @@ import torch
 from systems import CUTOFF, DESCRIPTORS, descriptor, everything
 
 from gpmlp import neighbors
-from gpmlp.descriptors import dense
+from gpmlp.descriptors import dense, triton_soap
 from gpmlp.descriptors.harmonics import harmonics
 from gpmlp.descriptors.spherical import Spherical
 from gpmlp.environments import Surroundings
@@ -133,6 +133,27 @@ def in_process(code: str, **environment: str) -> None:
     variables = os.environ | {"PYTHONPATH": paths} | environment
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
+@pytest.mark.parametrize("form", [dense.Products, triton_soap.Kernels])
+@pytest.mark.parametrize("changes", [{}, {"n_max": 9, "l_max": 8}], ids=["small", "large"])
+def test_on_a_device(form, dtype, changes):
+    """Both forms on CUDA against the plain path on the CPU."""
+    made, here = descriptor(SOAPS[0], **changes), seen(dtype=dtype)
+    there = Surroundings(*(part.to("cuda") for part in vars(here).values()))
+    if form is triton_soap.Kernels and not triton_soap.usable(there.vectors):
+        pytest.skip("Triton is not installed")
+    reference, found = made.reference(here), dense.environments(made, there, form.of(made, there.vectors))
+    tolerance = {"rtol": 0, "atol": 10 * TOLERANCE[dtype]}
+    torch.testing.assert_close(found.features.cpu(), reference.features, **tolerance)
+    cotangents = torch.randn(here.species.shape[0], made.n_features, generator=torch.Generator().manual_seed(0)).to(
+        dtype
+    )
+    pulled = found.pull_back(cotangents.to("cuda"))
+    torch.testing.assert_close(pulled.cpu(), reference.pull_back(cotangents), **tolerance)
 
 
 @TRITON

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpmlp.descriptors.spherical import Spherical
 from gpmlp.environments import Environments, Surroundings
+from gpmlp.padded import places
 
 if TYPE_CHECKING:
     from gpmlp.descriptors.power_spectrum import SoapPowerSpectrum
@@ -206,12 +207,3 @@ def _places(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> tuple[
     slots = len(descriptor.species)
     groups = surroundings.centers * slots + descriptor._slot(surroundings.neighbor_species)
     return places(groups, len(surroundings) * slots)
-
-
-def places(groups: Tensor, n_groups: int, multiple: int = 1) -> tuple[Tensor, int]:
-    """Places of members in a table of (groups, width), in their order, and its width: of the largest group, or a multiple of something."""
-    counts = torch.bincount(groups, minlength=n_groups)
-    width = multiple * max(1, -(-int(counts.max()) // multiple)) if n_groups else multiple
-    order = groups.argsort(stable=True)
-    rank = torch.arange(len(groups), device=groups.device) - (counts.cumsum(0) - counts)[groups[order]]
-    return torch.empty_like(groups).index_copy_(0, order, groups[order] * width + rank), width

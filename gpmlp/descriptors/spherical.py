@@ -77,7 +77,7 @@ class Spherical:
         q = units.new_zeros(side, side, len(z))
         cosines, sines = [torch.ones_like(x)], [torch.zeros_like(x)]
         for l in range(side):
-            q[l, l] = self.start[l]
+            q[l, l].fill_(self.start[l])
             if l:
                 torch.mul(self.a[l, :l] * z, q[l - 1, :l], out=q[l, :l])
                 cosines.append(x * cosines[-1] - y * sines[-1])

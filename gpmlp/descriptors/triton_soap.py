@@ -68,7 +68,9 @@ class Kernels:
         weight, d_weight = (part.contiguous() for part in made.weights(vectors.norm(dim=3)))
         density = vectors.new_empty(n, made.channels, (made.l_max + 1) ** 2)
         spectrum = vectors.new_empty(n, made.n_features)
-        if n:
+        if not n:
+            return Expanded(spectrum, density, (vectors, weight, d_weight))
+        with torch.cuda.device_of(vectors):  # which Triton launches on
             inputs = vectors, weight, own, self.numbers.table, self.per_length, self.numbers.center
             triton_kernels.expand[(n,)](
                 *inputs, *self.columns, self.a, self.b, density, width, len(self.numbers.table), **self._shape()
@@ -85,7 +87,9 @@ class Kernels:
 
         vectors, weight, d_weight = made.pairs
         gradients = torch.empty_like(vectors)
-        if len(vectors):
+        if not len(vectors):
+            return gradients
+        with torch.cuda.device_of(vectors):
             inputs = vectors, weight, d_weight, self.numbers.table, self.per_length
             outputs = made.density, self.numbers.factors, on_spectrum.contiguous(), gradients
             sizes = vectors.shape[2], len(self.numbers.table)
