@@ -20,7 +20,7 @@ from gpmlp.quantities import Prediction, Variance
 from gpmlp.structures import Structures
 from gpmlp.variances import growth, scaled
 
-RECORDED = ENVIRONMENTS  # atoms up to which a step is recorded as a CUDA graph: above, launches are no matter
+RECORDED = 1 << 17  # atoms up to which a step is recorded as a CUDA graph: above, launches take no part of the time
 
 
 @dataclass(frozen=True, eq=False)
