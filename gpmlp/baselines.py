@@ -115,7 +115,7 @@ class ZBL:
         z_i, z_j = structures.species[pairs.centers], structures.species[pairs.neighbors]
         inner, outer = self._by_pair(z_i, z_j, vectors)
         r = vectors.norm(dim=1)
-        energy, slope = self._pair(r, z_i.to(r), z_j.to(r), inner, outer)
+        energy, slope = self.of_pair(r, z_i.to(r), z_j.to(r), inner, outer)
         local = r.new_zeros(structures.n_atoms).index_add(0, pairs.centers, 0.5 * energy)
         gradients = 0.5 * slope[:, None] * vectors / r[:, None]
         return neighbors.prediction(structures, pairs, vectors, local, gradients)
@@ -129,7 +129,7 @@ class ZBL:
         return table[0, z_i, z_j], table[1, z_i, z_j]
 
     @staticmethod
-    def _pair(r: Tensor, z_i: Tensor, z_j: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+    def of_pair(r: Tensor, z_i: Tensor, z_j: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
         """Energy of a pair and its derivative with respect to r."""
         length = 0.46850 / (z_i**0.23 + z_j**0.23)
         coulomb = units.COULOMB * z_i * z_j / r

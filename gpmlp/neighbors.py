@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 import vesin
 from torch import Tensor
 
+from gpmlp import cells
 from gpmlp.checks import UserError
 from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
@@ -55,8 +57,7 @@ class Neighbors:
 
     def sorted(self) -> Neighbors:
         """The same in the order of centres, neighbours and shifts."""
-        columns = [*self.shifts.T.flip(0), self.neighbors, self.centers]
-        order = torch.from_numpy(np.lexsort([c.cpu().numpy() for c in columns])).to(self.centers.device)
+        order = arranged(self.centers, self.neighbors, self.shifts)
         return Neighbors(self.centers[order], self.neighbors[order], self.shifts[order], self.cutoff)
 
     def vectors(self, structures: Structures) -> Tensor:
@@ -85,38 +86,46 @@ class Neighbors:
 
 
 def find(structures: Structures, cutoff: float) -> Neighbors:
-    """Find all pairs within the cutoff (vesin; cells smaller than the cutoff, triclinic and left-handed cells included).
+    """Find all pairs within the cutoff; cells smaller than the cutoff, triclinic and left-handed cells included.
+
+    By vesin on the CPU, by `cells` on any other device, where positions then stay.
 
     Raises:
         UserError: two atoms closer than 0.3 A, naming the structure and the atoms.
     """
-    positions = structures.positions.detach().cpu().double().numpy()
-    cells, periodic = structures.cells.detach().cpu().double().numpy(), structures.periodic.cpu().numpy()
-    offsets = structures.offsets.tolist()
-    search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, sorted=True, n_threads=1)
-    found: list[tuple[np.ndarray, ...]] = []
-    for s in range(len(structures)):
-        start, end = offsets[s], offsets[s + 1]
-        box = np.where(periodic[s][:, None], cells[s], _padding(cells[s], periodic[s]))
-        i, j, shift, distance = search.compute(positions[start:end], box, periodic[s], quantities="ijSd")
-        if len(distance) and distance.min() < CLOSEST:
-            k = int(distance.argmin())
-            raise UserError(
-                f"{structures.names[s]}: atoms {i[k]} and {j[k]} are {distance[k]:.3f} A apart (closer than {CLOSEST} A); "
-                "check the positions, the cell and the unit (A) of this structure, or remove it."
-            )
-        found.append((i.astype(np.int64) + start, j.astype(np.int64) + start, shift))
-    if found:
-        centers, neighbors, shifts = (np.concatenate(part) for part in zip(*found, strict=True))
+    positions, box = structures.positions.detach().double(), structures.cells.detach().double()
+    box = cells.boxes(box, structures.periodic)
+    if positions.device.type == "cpu":
+        i, j, shifts, distances = _by_vesin(structures, positions, box, cutoff)
     else:
-        centers, neighbors, shifts = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64)
-    device = structures.positions.device
-    return Neighbors(
-        torch.as_tensor(centers, device=device),
-        torch.as_tensor(neighbors, device=device),
-        torch.as_tensor(shifts.astype(np.int64), device=device),
-        float(cutoff),
-    )
+        i, j, shifts, distances = cells.search(
+            positions, box, structures.periodic, structures.structure_of_atom, cutoff
+        )
+    if len(distances) and distances.min() < CLOSEST:
+        closest = int(distances.argmin())
+        s = int(structures.structure_of_atom[i[closest]])
+        first = int(structures.offsets[s])
+        raise UserError(
+            f"{structures.names[s]}: atoms {int(i[closest]) - first} and {int(j[closest]) - first} are "
+            f"{distances[closest]:.3f} A apart (closer than {CLOSEST} A); "
+            "check the positions, the cell and the unit (A) of this structure, or remove it."
+        )
+    return Neighbors(i, j, shifts, float(cutoff))
+
+
+def _by_vesin(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, ...]:
+    """i, j, shifts and distances as of cells.search, one structure after another."""
+    offsets, periodic = structures.offsets.tolist(), structures.periodic.numpy()
+    search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, sorted=True, n_threads=1)
+    found: list[tuple[np.ndarray, ...]] = [
+        (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64), np.zeros(0))
+    ]
+    for s, (start, end) in enumerate(pairwise(offsets)):
+        i, j, shift, distance = search.compute(
+            positions[start:end].numpy(), boxes[s].numpy(), periodic[s], quantities="ijSd"
+        )
+        found.append((i.astype(np.int64) + start, j.astype(np.int64) + start, shift.astype(np.int64), distance))
+    return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))
 
 
 class Skin:
@@ -157,15 +166,16 @@ class Skin:
         return not bool(moved < (0.5 * self.skin) ** 2)  # nor where it is no number
 
 
-def _padding(cell: np.ndarray, periodic: np.ndarray) -> np.ndarray:
-    """Lattice vectors for the axes that are not periodic: unit vectors normal to the periodic ones."""
-    padding = np.zeros((3, 3))
-    if periodic.all():
-        return padding
-    kept = cell[periodic]
-    _, _, basis = np.linalg.svd(np.vstack([kept, np.zeros((1, 3))]))
-    padding[~periodic] = basis[len(kept) :]
-    return padding
+def arranged(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> Tensor:
+    """Indices that put pairs in the order of centres, neighbours and shifts."""
+    if not len(centers):
+        return centers
+    low = shifts.amin(0)
+    spans = (shifts.amax(0) - low + 1).to(centers.dtype)
+    x, y, z = (shifts - low).to(centers.dtype).unbind(1)
+    order = ((x * spans[1] + y) * spans[2] + z).argsort(stable=True)
+    atoms = torch.maximum(centers.max(), neighbors.max()) + 1
+    return order[(centers * atoms + neighbors)[order].argsort(stable=True)]
 
 
 def forces(neighbors: Neighbors, n_atoms: int, pair_gradients: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from gpmlp.gp.prior import Prior, near_together
 from gpmlp.quantities import Prediction, Variance
 from gpmlp.structures import Structures
 from gpmlp.terms import Profile, View
-from gpmlp.uncertainty.calibration import Calibration
+from gpmlp.uncertainty.calibration import Calibration, KindCalibration
 
 VARIANCES = ("atom_energies", "energies", "forces", "stresses")
 FORMS = ("scaled", "dtc", "vfe", "sor")
@@ -346,7 +346,7 @@ def widened(prediction: Prediction, structures: Structures, typical: float) -> P
     Far from the data the posterior of a misspecified model is too sure of itself, and held-out data of the same kind cannot tell by
     how much; the Mahalanobis distance knows how far it is: standard deviations grow in proportion to it (docs/decisions/004-variances.md).
     """
-    factor = (prediction.novelty / typical).clamp(1.0, 1e4) ** 2
+    factor = growth(prediction.novelty, typical)
     sums = factor.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, factor)
     mean = sums / structures.counts
     changed = {}
@@ -370,17 +370,24 @@ def rescaled(prediction: Prediction, structures: Structures, calibration: Calibr
         variance: Variance | None = getattr(prediction, field)
         if variance is None:
             continue
-        learned = calibration.kinds[kind]
-        inducing, data, constant = (learned.scale**2 * w for w in learned.weights or (1.0, 1.0, 1.0))
-        # of what is the same everywhere, label noise comes first; the model class has to answer for the rest, and for errors beyond
-        # what the data leave open: a posterior that more data would narrow while the errors stay
-        floor = constant * (variance.misspecification + variance.noise)
-        noise = torch.minimum(floor, variance.noise)
-        excess = max(0.0, data - 1.0) * variance.data
-        changed[field] = Variance(
-            inducing * variance.inducing, min(1.0, data) * variance.data, floor - noise + excess, noise
-        )
+        changed[field] = scaled(variance, calibration.kinds[kind])
     return replace(prediction, **changed)
+
+
+def scaled(variance: Variance, learned: KindCalibration) -> Variance:
+    """Each part times its weight and the square of the scale."""
+    inducing, data, constant = (learned.scale**2 * w for w in learned.weights or (1.0, 1.0, 1.0))
+    # of what is the same everywhere, label noise comes first; the model class has to answer for the rest, and for errors beyond
+    # what the data leave open: a posterior that more data would narrow while the errors stay
+    floor = constant * (variance.misspecification + variance.noise)
+    noise = torch.minimum(floor, variance.noise)
+    excess = max(0.0, data - 1.0) * variance.data
+    return Variance(inducing * variance.inducing, min(1.0, data) * variance.data, floor - noise + excess, noise)
+
+
+def growth(novelty: Tensor, typical: float) -> Tensor:
+    """max(1, novelty / typical)², the factor by which variances of an atom are larger where it is novel."""
+    return (novelty / typical).clamp(1.0, 1e4) ** 2
 
 
 def _without_rounding(matrices: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def test_zbl_slope_is_the_derivative_and_changes_sign_nowhere():
     for r in (0.35, 0.7, 1.2, 1.75):
         x = torch.tensor(r, dtype=torch.float64, requires_grad=True)
         z = [torch.tensor(float(k), dtype=torch.float64) for k in (6, 8)]
-        energy, slope = ZBL._pair(x, *z, *torch.tensor([0.6, 1.8], dtype=torch.float64))
+        energy, slope = ZBL.of_pair(x, *z, *torch.tensor([0.6, 1.8], dtype=torch.float64))
         (by_autograd,) = torch.autograd.grad(energy, x)
         assert float(slope) == pytest.approx(float(by_autograd), rel=1e-12)  # two formulas
         found = term(dimer(r))

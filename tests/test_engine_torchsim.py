@@ -71,9 +71,24 @@ def test_the_same_as_the_potential(potential):
     assert set(plain) == {"energy", "forces", "stress"}
 
 
-def test_dynamics(potential):
+def test_on_tables_the_same_as_the_potential(potential):
+    """All systems at once, then others, then the first ones again."""
+    model = GPModel(potential, "atom_energies", novelty=True, tables=True)
+    for systems in (cells(), cells()[1:], cells()):
+        found, there = model(state_of(systems)), potential(structures_from_ase(systems), "atom_energies", novelty=True)
+        close = {"rtol": 1e-8, "atol": 1e-9}
+        for name, value in {"energy": there.energies, "forces": there.forces, "stress": there.stresses}.items():
+            torch.testing.assert_close(found[name], value, **close)
+        torch.testing.assert_close(found["novelty"], there.novelty, **close)
+        std = there.atom_energies_variance.total.sqrt()
+        torch.testing.assert_close(found["local_energy_std"], std, rtol=1e-5, atol=1e-8)
+        assert set(found) == {"energy", "forces", "stress", "novelty", "local_energy_std"}
+
+
+@pytest.mark.parametrize("tables", [None, True], ids=["pairs", "tables"])
+def test_dynamics(potential, tables):
     """NVE of two systems at once: each keeps its energy, whatever the number of steps."""
-    model, totals = GPModel(potential), []
+    model, totals = GPModel(potential, tables=tables), []
     nve = torch_sim.Integrator.nve if hasattr(torch_sim, "Integrator") else torch_sim.integrators.nve
     for steps in (1, 80):
         torch.manual_seed(0)
@@ -86,9 +101,10 @@ def test_dynamics(potential):
     torch.testing.assert_close(*totals, rtol=0, atol=2e-3)
 
 
-def test_relaxation(potential):
+@pytest.mark.parametrize("tables", [None, True], ids=["pairs", "tables"])
+def test_relaxation(potential, tables):
     """Rattled crystals relax until forces are small."""
-    model = GPModel(potential)
+    model = GPModel(potential, tables=tables)
     fire = torch_sim.Optimizer.fire if hasattr(torch_sim, "Optimizer") else torch_sim.optimizers.fire
     small = torch_sim.runners.generate_force_convergence_fn(0.02, include_cell_forces=False)
     end = torch_sim.optimize(
@@ -97,9 +113,10 @@ def test_relaxation(potential):
     assert float(model(end)["forces"].norm(dim=1).max()) < 0.03
 
 
-def test_autobatching(potential):
+@pytest.mark.parametrize("tables", [None, True], ids=["pairs", "tables"])
+def test_autobatching(potential, tables):
     """As many systems at a time as fit: the same energies as all of them together."""
-    model, systems = GPModel(potential), [*cells(), *cells()]
+    model, systems = GPModel(potential, tables=tables), [*cells(), *cells()]
     batcher = torch_sim.autobatching.BinningAutoBatcher(model=model, memory_scales_with="n_atoms", max_memory_scaler=9)
     found = torch_sim.static(system=state_of(systems), model=model, autobatcher=batcher)
     energies = torch.stack([f["potential_energy"].reshape(()) for f in found])
@@ -111,5 +128,7 @@ def test_what_cannot_be_done_is_said(potential):
         GPModel("model.gpmlp")
     with pytest.raises(UserError, match="variance"):
         GPModel(potential, "everything")
+    with pytest.raises(UserError, match="more than local energies"):
+        GPModel(potential, "forces", tables=True)
     with pytest.raises(UserError, match="system 0: the potential was not trained on Al"):
         GPModel(potential)(state_of([bulk("Al", cubic=True)]))

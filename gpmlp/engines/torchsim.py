@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpmlp import centres
 from gpmlp.checks import UserError
 from gpmlp.neighbors import Neighbors, Skin
 from gpmlp.potential import Potential
+from gpmlp.quantities import Prediction
+from gpmlp.stepping import Stepper
 from gpmlp.structures import Structures
 
 try:
@@ -38,15 +41,18 @@ class GPModel(ModelInterface):
         uncertainty: str | Sequence[str] | None = None,
         novelty: bool = False,
         skin: float = 0.6,
+        tables: bool | None = None,
     ) -> None:
         """Wrap a potential.
 
         Args:
             uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'.
             skin: A beyond the cutoff within which neighbours are remembered between calls (neighbors.Skin).
+            tables: whether all systems are stepped together on tables of neighbours (stepping.Stepper), for no variances but those of
+                local energies; if not given, where the potential is on a CUDA device and this can be done.
 
         Raises:
-            UserError: what came is no potential, or it cannot give these variances.
+            UserError: what came is no potential, or it cannot give these variances, or not on tables.
         """
         super().__init__()
         if not isinstance(potential, Potential):
@@ -57,6 +63,12 @@ class GPModel(ModelInterface):
         self._compute_stress = self._compute_forces = True
         self._memory_scales_with = "n_atoms_x_density"
         self._skin, self._skins = skin, []
+        local = uncertainty is None or uncertainty == "atom_energies" or tuple(uncertainty) in ((), ("atom_energies",))
+        why = centres.refusal(potential) or (None if local else "variances of more than local energies are asked for")
+        if tables and why:
+            raise UserError(f"This potential cannot be stepped on tables of neighbours: {why}; leave out `tables`.")
+        self._tables = why is None and (self._device.type == "cuda" if tables is None else tables)
+        self._stepper: Stepper | None = None
 
     def forward(self, state: Any, **_: Any) -> dict[str, Tensor]:
         """Predict all systems of a SimState (or a dictionary with its fields).
@@ -65,7 +77,10 @@ class GPModel(ModelInterface):
             UserError: an element that the potential was not trained on, or atoms on top of each other; systems by their number.
         """
         structures = _structures(state)
-        found = self.potential(structures, self.uncertainty, self.novelty, pairs=self._pairs(structures))
+        if self._tables:
+            found = self._stepped(structures)
+        else:
+            found = self.potential(structures, self.uncertainty, self.novelty, pairs=self._pairs(structures))
         periodic = structures.periodic.any(dim=1)[:, None, None]
         out = {
             "energy": found.energies,
@@ -83,6 +98,15 @@ class GPModel(ModelInterface):
         if found.novelty is not None:
             out["novelty"] = found.novelty
         return out
+
+    def _stepped(self, structures: Structures) -> Prediction:
+        """By the stepper of these atoms, which is made when they are others than in the last call."""
+        known, here = self._stepper and self._stepper.structures, structures.to(device=self._device)
+        names = ("species", "structure_of_atom", "periodic")
+        if known is None or any(not torch.equal(getattr(known, name), getattr(here, name)) for name in names):
+            self._stepper = Stepper(self.potential, here, bool(self.uncertainty), self.novelty, self._skin)
+        found = self._stepper(here.positions, here.cells)
+        return found.map(lambda value: value.to(structures.positions))
 
     def _pairs(self, structures: Structures) -> Neighbors:
         """Neighbours of all systems, each with the memory of the system that had its number in the last call."""

@@ -245,12 +245,19 @@ def atom_rows(
     for block in inducing:
         mine, known = species == block.species, (profiles or {}).get(block.species)
         if mine.all():
-            pieces.append(block.keep(_values(kernel, block, features, known)[0]))
+            pieces.append(local_rows(kernel, block, features, known))
             continue
         piece = features.new_zeros(len(features), block.n_columns)
-        piece[mine] = block.keep(_values(kernel, block, features[mine], known)[0])
+        piece[mine] = local_rows(kernel, block, features[mine], known)
         pieces.append(piece)
     return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+
+
+def local_rows(
+    kernel: ZonalKernel, block: InducingBlock, features: Tensor, known: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Tensor:
+    """(environments, columns) the same of environments of the block's species; `known`: their profile, as in atom_rows."""
+    return block.keep(_values(kernel, block, features, known)[0])
 
 
 def _values(

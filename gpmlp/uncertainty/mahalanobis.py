@@ -142,10 +142,10 @@ class Clusters:
     def distance(self, features: Tensor) -> Tensor:
         """min_k d_k (n,); infinite for features that are not numbers."""
         squared = self.squared(features).amin(1)
-        squared = torch.where(torch.isnan(squared), math.inf, squared)
+        squared = squared.masked_fill(squared.isnan(), math.inf)
         # the root has no derivative at 0: there it is 0
-        apart = squared > 0
-        return torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)
+        zero = squared <= 0
+        return squared.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
     def updated(self, features: Tensor, labels: Tensor | None = None) -> Clusters:
         """Statistics with more rows, each in its nearest cluster or in that of its label; the reduced space stays."""

@@ -1,0 +1,270 @@
+"""Steps on tables of neighbours against the potential itself; what they may not ask of the host; searches that are seldom and in time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from systems import CELLS, CUTOFF, crystal, everything, replicate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpmlp
+from gpmlp import centres, neighbors, stepping
+from gpmlp.baselines import ZBL
+from gpmlp.checks import UserError
+from gpmlp.padded import Padded
+from gpmlp.quantities import Targets
+from gpmlp.recipe import Recipe
+from gpmlp.stepping import Stepper
+from gpmlp.structures import Structures
+
+SOAP = {"cutoff": CUTOFF, "n_max": 3, "l_max": 3}
+CHOICES = {
+    # few features, so that the mean of some species collapses to a quadratic form
+    "quadratic": {"descriptor": SOAP | {"n_max": 1, "l_max": 0}, "kernel": {"zeta": 2}, "inducing": {"n": 50, "gradients": 0}},
+    "tangents": {"descriptor": SOAP, "kernel": {"zeta": 3}, "inducing": {"n": 8, "gradients": 2}},
+    "two": {
+        "descriptor": [SOAP, {"cutoff": 2.8, "n_max": 2, "l_max": 1}],
+        "kernel": [{"zeta": 4}, {"name": "exponential", "length": 0.7}], "inducing": {"n": 8, "gradients": 1},
+    },
+}  # fmt: skip
+
+
+def fitted(name: str):
+    """A potential with ZBL and what else a fit makes."""
+    batch = Structures.concatenate([shaken(everything(), 0.05, seed) for seed in range(6)])
+    generator = torch.Generator().manual_seed(0)
+    energies = torch.randn(len(batch), generator=generator, dtype=torch.float64)
+    forces = 0.3 * torch.randn(batch.n_atoms, 3, generator=generator, dtype=torch.float64)
+    targets = replace(Targets.unknown(batch), energies=energies, forces=forces)
+    noise = {"energy_per_atom": 0.01, "force": 0.1, "stress": 0.01}
+    recipe = Recipe.model_validate(CHOICES[name] | {"noise": noise})
+    return gpmlp.fit(batch, targets, recipe)[0]
+
+
+@pytest.fixture(scope="module", params=CHOICES)
+def potential(request):
+    return fitted(request.param)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return fitted("tangents")
+
+
+def shaken(batch: Structures, by: float, seed: int = 0) -> Structures:
+    noise = torch.randn(batch.positions.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return batch.with_positions(batch.positions + by * noise)
+
+
+def compare(found, there, close: float = 1e-8) -> None:
+    """Means, variances of local energies, novelties; weights of thousands of eV cancel, as labels are random."""
+    for name in ("energies", "atom_energies", "forces", "stresses", "novelty"):
+        torch.testing.assert_close(getattr(found, name), getattr(there, name), rtol=close, atol=close, equal_nan=True)
+    for part in ("inducing", "data", "misspecification", "noise", "total"):
+        ours, theirs = (getattr(p.atom_energies_variance, part) for p in (found, there))
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=close)
+
+
+def test_the_same_as_the_potential(potential):
+    """Of every periodicity and species at once, at the start and after a move; so are energies, forces and all else."""
+    batch = everything()
+    assert any(isinstance(b, ZBL) for b in potential.baselines)
+    assert bool(potential.terms[0].collapsed) == (potential.recipe.kernels[0].zeta == 2)
+    stepper = Stepper(potential, batch, variance=True, novelty=True)
+    for moved in (batch, shaken(batch, 0.03), shaken(batch, 0.13)):
+        compare(stepper(moved.positions), potential(moved, "atom_energies", novelty=True))
+    assert stepper.searches == 2
+
+
+def test_single_precision(plain):
+    batch = everything()
+    stepper = Stepper(plain.to(descriptors="float32"), batch)
+    found, there = stepper(batch.positions), plain(batch)
+    assert not torch.equal(found.forces, there.forces) and found.forces.dtype == torch.float64
+    torch.testing.assert_close(found.forces, there.forces, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_do_not_show(plain, monkeypatch):
+    batch = everything()
+    whole = Stepper(plain, batch, True, True)(batch.positions)
+    monkeypatch.setattr(stepping, "ENVIRONMENTS", 3)
+    compare(Stepper(plain, batch, True, True)(batch.positions), whole, 1e-12)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_long_way_with_few_searches(plain, wait):
+    """Atoms and the cell of a crystal move a little each step: always as a search of its own has it, with one search in many steps."""
+    one = replicate(crystal("triclinic"), (2, 2, 2))
+    batch = Structures.concatenate([one, crystal("slab")])
+    stepper, generator = Stepper(plain, batch, wait=wait), torch.Generator().manual_seed(3)
+    drift = torch.randn(batch.positions.shape, generator=generator, dtype=torch.float64)
+    shear = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    for k in range(30):
+        strain = torch.eye(3, dtype=torch.float64) + 0.0007 * k * shear
+        moved = batch.with_positions((batch.positions + 0.005 * k * drift) @ strain, batch.cells @ strain)
+        found, there = stepper(moved.positions, moved.cells), plain(moved)
+        for name in ("energies", "forces", "stresses"):
+            torch.testing.assert_close(getattr(found, name), getattr(there, name), rtol=1e-9, atol=1e-9, equal_nan=True)
+    assert 1 < stepper.searches < 15
+
+
+def test_a_leap_is_caught(plain):
+    """With `wait` by a search; without, as NaN rather than wrong numbers, and set right two steps later."""
+    batch = everything()
+    leap = shaken(batch, 0.3)
+    careful, swift = Stepper(plain, batch), Stepper(plain, batch, wait=False)
+    there = plain(leap)
+    for stepper in (careful, swift):
+        stepper(batch.positions)
+    torch.testing.assert_close(careful(leap.positions).forces, there.forces, rtol=1e-9, atol=1e-9)
+    found = swift(leap.positions)
+    assert found.forces.isnan().all() and found.energies.isnan().all() and found.atom_energies.isnan().all()
+    swift(leap.positions)
+    torch.testing.assert_close(swift(leap.positions).forces, there.forces, rtol=1e-9, atol=1e-9)
+
+
+class Asked(TorchDispatchMode):
+    """Operations that make the host wait for a device, or whose shapes depend on numbers: they are raised as errors."""
+
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "unique",
+        "masked_select",
+        "bincount",
+        "equal",
+        "is_nonzero",
+        "repeat_interleave",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, name
+        if name == "where":  # a number given to it would be a copy from the host
+            assert all(t.dim() for t in args[1:]), "where with a number"
+        if name.startswith("index"):
+            indices = [
+                t for part in args if isinstance(part, (list, tuple)) for t in part if isinstance(t, torch.Tensor)
+            ]
+            assert not any(t.dtype == torch.bool for t in indices), f"{name} by a mask"
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_nothing_of_the_host(potential):
+    """What a step between two searches consists of, seen from beneath; with `wait`, the two questions are found."""
+    batch = everything()
+    swift, careful = (Stepper(potential, batch, True, True, wait=wait) for wait in (False, True))
+    for stepper in (swift, careful):
+        stepper(batch.positions)
+        stepper(batch.positions)
+    with Asked() as seen:
+        swift._step(batch.positions, batch.cells)
+    assert seen.count > 50
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Asked():
+        careful(batch.positions)
+
+
+def test_tables_hold_every_pair_once_and_its_reverse():
+    for batch in (everything(), replicate(crystal("left-handed"), (2, 1, 1))):
+        pairs, slots = neighbors.find(batch, CUTOFF), (batch.species > 4).long()
+        rows = slots.argsort(stable=True)
+        table = Padded.of(pairs, batch, rows, slots, 2)
+        vectors = table.vectors(batch.positions, batch.cells, 0, batch.n_atoms)
+        assert int(table.real.sum()) == len(pairs) and (vectors[~table.real] == table.beyond).all()
+        flat, back = vectors.flatten(0, 2), table.reverse.flatten()
+        real = table.real.flatten()
+        torch.testing.assert_close(flat[back][real], -flat[real], rtol=0, atol=1e-12)
+        assert torch.equal(back[back], torch.arange(len(back)))
+        gradients = torch.randn(len(pairs), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        # gradients in the order of pairs, put where their vectors are
+        match = torch.cdist(pairs.vectors(batch), flat[real], compute_mode="donot_use_mm_for_euclid_dist") < 1e-9
+        owner = rows[:, None, None].expand_as(table.neighbors).flatten()[real]
+        match &= pairs.centers[:, None] == owner
+        assert (match.sum(1) == 1).all()
+        placed = torch.zeros_like(flat)
+        placed[real.nonzero()[:, 0][match.long().argmax(1)]] = gradients
+        found = torch.empty_like(batch.positions)
+        found[rows] = table.forces(placed.view_as(vectors), 0, batch.n_atoms)
+        there = neighbors.forces(pairs, batch.n_atoms, gradients)
+        torch.testing.assert_close(found, there, rtol=0, atol=1e-12)
+
+
+def test_tables_are_renewed_in_place(plain):
+    batch = everything()
+    stepper = Stepper(plain, batch)
+    stepper(batch.positions)
+    memory = stepper._table.neighbors.data_ptr()
+    stepper(shaken(batch, 0.13).positions)
+    assert stepper.searches == 2 and stepper._table.neighbors.data_ptr() == memory
+    wide = Padded.of(neighbors.find(batch, 6.0), batch, stepper._rows, stepper._slots, 3)
+    assert not stepper._table.take(wide)
+
+
+def test_what_cannot_be_stepped(plain):
+    batch = everything()
+    with pytest.raises(UserError, match="no atoms"):
+        Stepper(plain, batch.select([]))
+    with pytest.raises(UserError, match="skin"):
+        Stepper(plain, batch, skin=0.0)
+    with pytest.raises(UserError, match="not trained on"):
+        Stepper(plain, replace(batch, species=torch.full_like(batch.species, 26)))
+    with pytest.raises(UserError, match="no Mahalanobis"):
+        Stepper(replace(plain, novelty=None), batch, novelty=True)
+    with pytest.raises(UserError, match="posterior factor"):
+        Stepper(replace(plain, variances=None), batch, variance=True)
+    foreign = replace(plain.terms[0], descriptor=object())
+    with pytest.raises(UserError, match="not gpmlp's own SOAP"):
+        Stepper(replace(plain, terms=(foreign,)), batch)
+    assert "no form" in centres.refusal(replace(plain, baselines=(object(),)))
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_atoms_on_top_of_each_other_are_named_or_at_least_noticed(plain, wait):
+    batch = crystal("cubic")
+    stepper = Stepper(plain, batch, skin=4.0, wait=wait)
+    close = batch.positions.clone()
+    close[1] = close[0] + (close[1] - close[0]) * 0.1 / (close[1] - close[0]).norm()
+    stepper(batch.positions)
+    with pytest.raises(UserError, match=r"0\.100 A apart"):
+        for _ in range(3):
+            stepper(close)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("kind", CELLS)
+def test_on_a_device(plain, kind, graphs):
+    """As on the CPU, recorded or not; and PyTorch itself finds nothing that waits for the device between two searches."""
+    one = crystal(kind, (6, 8, 1))
+    moved = shaken(one, 0.02)
+    stepper = Stepper(plain.to("cuda"), one, True, True, wait=False, graphs=graphs)
+    start, later = (x.positions.to("cuda") for x in (one, moved))
+    for _ in range(3):
+        stepper(start)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = stepper(later)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert stepper.searches == 1
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    again = [stepper(later).forces for _ in range(5)][-1]
+    assert torch.equal(again, found.forces)  # sums have one order
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before + 64 * found.forces.numel()
+    parts = ("inducing", "data", "misspecification", "noise")
+    on_host = replace(
+        found.atom_energies_variance, **{p: getattr(found.atom_energies_variance, p).cpu() for p in parts}
+    )
+    names = ("energies", "atom_energies", "forces", "stresses", "novelty")
+    found = replace(found, atom_energies_variance=on_host, **{n: getattr(found, n).cpu() for n in names})
+    compare(found, plain(moved, "atom_energies", novelty=True), 1e-8)
