@@ -87,8 +87,8 @@ class Spread:
     """Variances of local energies of one central species.
 
     Attributes:
-        prior: δ² of all terms, eV².
-        explain: (columns of the species, the same) L⁻ᵀ D; leave: (columns of the species, all columns) L⁻ᵀ D R⁻¹.
+        prior: w δ² of all terms, eV², w the amplitude of the VarianceModel.
+        explain: (columns of the species, the same) √w L⁻ᵀ D; leave: (columns of the species, all columns) L⁻ᵀ D R⁻¹.
     """
 
     prior: float
@@ -108,11 +108,11 @@ class Spread:
                     turned = torch.linalg.solve_triangular(lower, _unit(lower), upper=False).T
                     pieces.append(turned * model.signal[here])
                     rows.append(inverse[here])
-        prior = sum(p.signal.get(z, 0.0) ** 2 for p in model.priors)
+        prior = model.amplitude * sum(p.signal.get(z, 0.0) ** 2 for p in model.priors)
         if not pieces:
             return Spread(prior, inverse[:0, :0], inverse[:0])
         explain = torch.block_diag(*pieces)
-        return Spread(prior, explain, explain @ torch.cat(rows))
+        return Spread(prior, model.amplitude**0.5 * explain, explain @ torch.cat(rows))
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What the inducing set cannot represent, and what the data have not fixed, of covariances (n, columns of the species)."""
