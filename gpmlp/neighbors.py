@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import vesin
 from torch import Tensor
 
+from gpmlp import threads
 from gpmlp.checks import UserError
 from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
 
+ATOMS = 256  # whose neighbours a thread looks for at a time
 CLOSEST = 0.3  # A; nearer pairs are taken for an error in the data
 
 
@@ -63,12 +64,17 @@ class Neighbors:
         """(pairs, 3) r_ij = r_j + shift . cell - r_i, A; differentiable in positions and cells."""
         if self._last is not None and self._last[0] is structures:
             return self._last[1]
-        if len(structures) == 1:
-            shift = self.shifts.to(structures.cells.dtype) @ structures.cells[0]
+        if _compiled(structures.positions, structures.cells):
+            from gpmlp import pair_loops
+
+            out = structures.positions.new_empty(len(self), 3)
+            known = structures.positions, structures.cells, structures.structure_of_atom
+            of_pairs = self.centers, self.neighbors, self.shifts
+            pair_loops.vectors(*(part.detach().numpy() for part in (*known, *of_pairs, out)))
         else:
             cells = structures.cells[structures.structure_of_atom[self.centers]]
             shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
-        out = shift.add_(structures.positions[self.neighbors]) - structures.positions[self.centers]
+            out = structures.positions[self.neighbors] + shift - structures.positions[self.centers]
         # asked for by descriptors and baselines alike; never without its gradient
         if not (structures.positions.requires_grad or structures.cells.requires_grad):
             object.__setattr__(self, "_last", (structures, out))
@@ -85,38 +91,34 @@ class Neighbors:
 
 
 def find(structures: Structures, cutoff: float) -> Neighbors:
-    """Find all pairs within the cutoff (vesin; cells smaller than the cutoff, triclinic and left-handed cells included).
+    """Find all pairs within the cutoff (cells smaller than the cutoff, triclinic and left-handed cells included).
+
+    Neighbours of an atom come in the order of the bins of space that they are in (pair_loops.search).
 
     Raises:
         UserError: two atoms closer than 0.3 A, naming the structure and the atoms.
     """
-    positions = structures.positions.detach().cpu().double().numpy()
-    cells, periodic = structures.cells.detach().cpu().double().numpy(), structures.periodic.cpu().numpy()
-    offsets = structures.offsets.tolist()
-    search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, sorted=True, n_threads=1)
-    found: list[tuple[np.ndarray, ...]] = []
-    for s in range(len(structures)):
-        start, end = offsets[s], offsets[s + 1]
-        box = np.where(periodic[s][:, None], cells[s], _padding(cells[s], periodic[s]))
-        i, j, shift, distance = search.compute(positions[start:end], box, periodic[s], quantities="ijSd")
-        if len(distance) and distance.min() < CLOSEST:
-            k = int(distance.argmin())
-            raise UserError(
-                f"{structures.names[s]}: atoms {i[k]} and {j[k]} are {distance[k]:.3f} A apart (closer than {CLOSEST} A); "
-                "check the positions, the cell and the unit (A) of this structure, or remove it."
-            )
-        found.append((i.astype(np.int64) + start, j.astype(np.int64) + start, shift))
-    if found:
-        centers, neighbors, shifts = (np.concatenate(part) for part in zip(*found, strict=True))
-    else:
-        centers, neighbors, shifts = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64)
-    device = structures.positions.device
-    return Neighbors(
-        torch.as_tensor(centers, device=device),
-        torch.as_tensor(neighbors, device=device),
-        torch.as_tensor(shifts.astype(np.int64), device=device),
-        float(cutoff),
-    )
+    from gpmlp import pair_loops
+
+    positions, boxes = (part.detach().cpu().double().numpy() for part in (structures.positions, structures.cells))
+    periodic, owner = structures.periodic.cpu().numpy(), structures.structure_of_atom.cpu().numpy()
+    boxes = np.where(periodic[:, :, None], boxes, 0.0)
+    for s in np.flatnonzero(~periodic.all(1)):
+        boxes[s] += _padding(boxes[s], periodic[s])
+    n, cutoff, offsets = len(positions), float(cutoff), structures.offsets.cpu().numpy()
+    grid = pair_loops.grid(positions, boxes, np.linalg.inv(boxes), periodic, owner, offsets, cutoff)
+    counts, lows = np.zeros(n, np.int64), range(0, n, ATOMS)
+    parts = threads.each(lambda lo: pair_loops.search(lo, min(n, lo + ATOMS), grid, cutoff, counts), lows)
+    found, shifts, nearest = zip(*parts, strict=True) if parts else ([grid.order], [grid.turns], [])
+    square, i, j = min(nearest, default=(np.inf, -1, -1))
+    if square < CLOSEST**2:
+        s = owner[i]
+        raise UserError(
+            f"{structures.names[s]}: atoms {i - offsets[s]} and {j - offsets[s]} are {square**0.5:.3f} A apart (closer than "
+            f"{CLOSEST} A); check the positions, the cell and the unit (A) of this structure, or remove it."
+        )
+    pairs = np.repeat(np.arange(n), counts), np.concatenate(found), np.concatenate(shifts)
+    return Neighbors(*(torch.from_numpy(part).to(structures.positions.device) for part in pairs), cutoff)
 
 
 class Skin:
@@ -168,6 +170,16 @@ def _padding(cell: np.ndarray, periodic: np.ndarray) -> np.ndarray:
     return padding
 
 
+def _compiled(*tensors: Tensor) -> bool:
+    """Whether compiled loops can take these: in the memory of the CPU, in single or double precision, nothing recorded by autograd."""
+    return all(
+        t.device.type == "cpu"
+        and t.dtype in (torch.float32, torch.float64)
+        and not (t.requires_grad and torch.is_grad_enabled())
+        for t in tensors
+    )
+
+
 def forces(neighbors: Neighbors, n_atoms: int, pair_gradients: Tensor) -> Tensor:
     """Scatter g_ij = dE/dr_ij to forces, F_i = sum_j (g_ij - g_ji).
 
@@ -207,5 +219,15 @@ def prediction(
 ) -> Prediction:
     """Assemble a Prediction from local energies (atoms,) and pair gradients (pairs, 3): the house's one derivative rule."""
     energies = atom_energies.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, atom_energies)
-    stresses = virials(structures, neighbors, vectors, pair_gradients) / structures.volumes[:, None, None]
-    return Prediction(energies, atom_energies, forces(neighbors, structures.n_atoms, pair_gradients), stresses)
+    if _compiled(vectors, pair_gradients):
+        from gpmlp import pair_loops
+
+        on_atoms = pair_gradients.new_zeros(structures.n_atoms, 3)
+        strained = pair_gradients.new_zeros(len(structures), 3, 3)
+        given = structures.structure_of_atom, neighbors.centers, neighbors.neighbors, vectors, pair_gradients
+        pair_loops.collect(*(part.detach().numpy() for part in (*given, on_atoms, strained)))
+        strained = 0.5 * (strained + strained.mT)
+    else:
+        on_atoms = forces(neighbors, structures.n_atoms, pair_gradients)
+        strained = virials(structures, neighbors, vectors, pair_gradients)
+    return Prediction(energies, atom_energies, on_atoms, strained / structures.volumes[:, None, None])

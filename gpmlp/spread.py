@@ -34,8 +34,8 @@ def spread(potential: Potential, structures: Structures) -> Prediction:
     potential.check_species(structures)
     structures = structures.to(device=potential.recipe.device, dtype=getattr(torch, potential.recipe.dtype))
     views = [term.view(structures) for term in potential.terms]
-    a, left = model.whitened(model.atom_rows(structures, views))
-    prior = sum(p.atom_energies(structures) for p in model.priors)
+    a, left = model.whitened(model.atom_rows([view.environments for view in views]))
+    prior = sum(p.atom_energies(structures.species, structures.positions) for p in model.priors)
     std = (prior - a.square().sum(1) + left.square().sum(1)).clamp_min(LEAST**2).sqrt()
     inner = torch.linalg.solve_triangular(model.factor, left.T, upper=True).T - a
     weights = inner * model.signal / std[:, None]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpmlp.environments import Descriptor
+from gpmlp.environments import Descriptor, Environments
 from gpmlp.gp import covariances, posterior
 from gpmlp.gp.covariances import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
@@ -51,7 +51,12 @@ class Wanted:
 
     @property
     def any(self) -> bool:
-        return self.atom_energies or self.energies or self.forces or self.stresses
+        return self.atom_energies or self.correlated
+
+    @property
+    def correlated(self) -> bool:
+        """Whether any is of several environments together, which then have to be there at once."""
+        return self.energies or self.forces or self.stresses
 
     def within(self, first: int, n_atoms: int) -> Wanted:
         """The same for a chunk of structures that begins with atom `first`; atoms are counted from there."""
@@ -102,16 +107,11 @@ class VarianceModel:
         structures: Structures,
         views: Sequence[View],
         wanted: Wanted,
-        profiles: Sequence[dict[int, Profile]] | None = None,
     ) -> dict[str, Variance]:
-        """Variances by name of the field of Prediction that holds them; `profiles` are those of the terms, if they are known."""
+        """Variances of energies, forces and stresses, by name of the field of Prediction that holds them."""
         out: dict[str, Variance] = {}
-        if wanted.atom_energies or wanted.energies:
-            rows = self.atom_rows(structures, views, profiles)
-            if wanted.atom_energies:
-                out["atom_energies_variance"] = self._atom_energies(structures, rows, wanted.residual)
-            if wanted.energies:
-                out["energies_variance"] = self._energies(structures, views, rows, wanted.residual)
+        if wanted.energies:
+            out["energies_variance"] = self._energies(structures, views, wanted.residual)
         together = wanted.forces and wanted.stresses and wanted.atoms is None and structures.n_atoms <= FORCE_ATOMS
         forces, stresses = self._rows(structures, views, True, True) if together else (None, None)
         if wanted.forces:
@@ -134,26 +134,33 @@ class VarianceModel:
             torch.cat([r.stresses for r in made], dim=1) if stresses else None,
         )
 
-    def atom_rows(
-        self, structures: Structures, views: Sequence[View], profiles: Sequence[dict[int, Profile]] | None = None
-    ) -> Tensor:
-        """(atoms, columns) covariances of local energies. The centres are the first ones of the mean's, so their profiles will do."""
-        known = profiles or [{}] * len(views)
+    def atom_rows(self, seen: Sequence[Environments], profiles: Sequence[dict[int, Profile]] | None = None) -> Tensor:
+        """(environments, columns) covariances of local energies. The centres are the first ones of the mean's, so their profiles will do."""
+        known = profiles or [{}] * len(seen)
         made = [
-            covariances.atom_rows(v.environments.features, structures.species, p.kernel, b, k)
-            for p, b, v, k in zip(self.priors, self.blocks, views, known, strict=True)
+            covariances.atom_rows(e.features, e.species, p.kernel, b, k)
+            for p, b, e, k in zip(self.priors, self.blocks, seen, known, strict=True)
         ]
         return torch.cat(made, dim=1) if len(made) > 1 else made[0]
 
-    def _atom_energies(self, structures: Structures, rows: Tensor, residual: bool) -> Variance:
-        a, left = self.whitened(rows)
-        prior = sum(p.atom_energies(structures) for p in self.priors)
+    def of_atoms(
+        self, seen: Sequence[Environments], residual: bool = True, profiles: Sequence[dict[int, Profile]] | None = None
+    ) -> Variance:
+        """Variances of local energies (environments,), eV^2.
+
+        Args:
+            seen: for each descriptor, the same environments.
+            residual: as in Wanted; profiles: kernels of the environments with the centres of the mean, if they are known.
+        """
+        a, left = self.whitened(self.atom_rows(seen, profiles))
+        prior = sum(p.atom_energies(seen[0].species, seen[0].features) for p in self.priors)
         inducing = (prior - a.square().sum(1)).clamp_min(0) if residual else torch.zeros_like(prior)
         # local energies are never observed, so no label noise belongs to them
         none = torch.zeros_like(prior)
         return Variance(inducing, left.square().sum(1), none, none)
 
-    def _energies(self, structures: Structures, views: Sequence[View], rows: Tensor, residual: bool) -> Variance:
+    def _energies(self, structures: Structures, views: Sequence[View], residual: bool) -> Variance:
+        rows = self.atom_rows([v.environments for v in views])
         summed = rows.new_zeros(len(structures), rows.shape[1]).index_add(0, structures.structure_of_atom, rows)
         a, left = self.whitened(summed)
         inducing = torch.zeros_like(a[:, 0])

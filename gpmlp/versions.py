@@ -14,7 +14,7 @@ PACKAGES = (
     "numpy",
     "scipy",
     "ase",
-    "vesin",
+    "numba",
     "sphericart-torch",
     "dscribe",
 )

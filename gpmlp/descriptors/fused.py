@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpmlp import threads
 from gpmlp.descriptors import harmonics
 from gpmlp.environments import Environments, Surroundings
 
@@ -91,14 +91,7 @@ def _pull_back_many(jacobian: Callable[[int, int, Tensor], Tensor], starts: list
 
 def _in_blocks(start: int, end: int, work: Callable[[int, int], None]) -> None:
     """Do work(lo, hi) for blocks of start to end, in as many threads as PyTorch may use."""
-    lows = range(start, end, BLOCK)
-    threads = min(torch.get_num_threads(), len(lows))
-    if threads < 2:
-        for lo in lows:
-            work(lo, min(end, lo + BLOCK))
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda lo: work(lo, min(end, lo + BLOCK)), lows))
+    threads.each(lambda lo: work(lo, min(end, lo + BLOCK)), range(start, end, BLOCK))
 
 
 def _centers(descriptor: SoapPowerSpectrum, basis: Basis, surroundings: Surroundings, like: Tensor) -> Tensor:
