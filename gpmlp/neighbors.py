@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpmlp import threads
+from gpmlp import cells, threads
 from gpmlp.checks import UserError
 from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
@@ -56,8 +56,7 @@ class Neighbors:
 
     def sorted(self) -> Neighbors:
         """The same in the order of centres, neighbours and shifts."""
-        columns = [*self.shifts.T.flip(0), self.neighbors, self.centers]
-        order = torch.from_numpy(np.lexsort([c.cpu().numpy() for c in columns])).to(self.centers.device)
+        order = arranged(self.centers, self.neighbors, self.shifts)
         return Neighbors(self.centers[order], self.neighbors[order], self.shifts[order], self.cutoff)
 
     def vectors(self, structures: Structures) -> Tensor:
@@ -70,7 +69,7 @@ class Neighbors:
             out = structures.positions.new_empty(len(self), 3)
             known = structures.positions, structures.cells, structures.structure_of_atom
             of_pairs = self.centers, self.neighbors, self.shifts
-            pair_loops.vectors(*(part.detach().numpy() for part in (*known, *of_pairs, out)))
+            pair_loops.vectors(*(part.detach().contiguous().numpy() for part in (*known, *of_pairs, out)))
         else:
             cells = structures.cells[structures.structure_of_atom[self.centers]]
             shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
@@ -91,34 +90,54 @@ class Neighbors:
 
 
 def find(structures: Structures, cutoff: float) -> Neighbors:
-    """Find all pairs within the cutoff (cells smaller than the cutoff, triclinic and left-handed cells included).
+    """Find all pairs within the cutoff; cells smaller than the cutoff, triclinic and left-handed cells included.
 
-    Neighbours of an atom come in the order of the bins of space that they are in (pair_loops.search).
+    By compiled loops on the CPU, by `cells` on any other device, where positions then stay.
 
     Raises:
         UserError: two atoms closer than 0.3 A, naming the structure and the atoms.
     """
+    positions, box = structures.positions.detach().double(), structures.cells.detach().double()
+    box, cutoff = cells.boxes(box, structures.periodic), float(cutoff)
+    if positions.device.type == "cpu":
+        *pairs, nearest = _by_loops(structures, positions, box, cutoff)
+    else:
+        *pairs, r = cells.search(positions, box, structures.periodic, structures.structure_of_atom, cutoff)
+        closest = int(r.argmin()) if len(r) else None
+        nearest = (float(r[closest]), int(pairs[0][closest]), int(pairs[1][closest])) if len(r) else (cutoff, 0, 0)
+    distance, i, j = nearest
+    if distance < CLOSEST:
+        s = int(structures.structure_of_atom[i])
+        first = int(structures.offsets[s])
+        raise UserError(
+            f"{structures.names[s]}: atoms {i - first} and {j - first} are {distance:.3f} A apart (closer than {CLOSEST} A); "
+            "check the positions, the cell and the unit (A) of this structure, or remove it."
+        )
+    return Neighbors(*pairs, cutoff)
+
+
+def _by_loops(
+    structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float
+) -> tuple[Tensor, Tensor, Tensor, tuple[float, int, int]]:
+    """i, j and shifts, neighbours in the order of the bins of space that they are in; the shortest distance and its two atoms."""
     from gpmlp import pair_loops
 
-    positions, boxes = (part.detach().cpu().double().numpy() for part in (structures.positions, structures.cells))
-    periodic, owner = structures.periodic.cpu().numpy(), structures.structure_of_atom.cpu().numpy()
-    boxes = np.where(periodic[:, :, None], boxes, 0.0)
-    for s in np.flatnonzero(~periodic.all(1)):
-        boxes[s] += _padding(boxes[s], periodic[s])
-    n, cutoff, offsets = len(positions), float(cutoff), structures.offsets.cpu().numpy()
-    grid = pair_loops.grid(positions, boxes, np.linalg.inv(boxes), periodic, owner, offsets, cutoff)
+    given = (
+        positions,
+        boxes,
+        torch.linalg.inv(boxes),
+        structures.periodic,
+        structures.structure_of_atom,
+        structures.offsets,
+    )
+    grid = pair_loops.grid(*(part.contiguous().numpy() for part in given), cutoff)
+    n = len(positions)
     counts, lows = np.zeros(n, np.int64), range(0, n, ATOMS)
     parts = threads.each(lambda lo: pair_loops.search(lo, min(n, lo + ATOMS), grid, cutoff, counts), lows)
     found, shifts, nearest = zip(*parts, strict=True) if parts else ([grid.order], [grid.turns], [])
-    square, i, j = min(nearest, default=(np.inf, -1, -1))
-    if square < CLOSEST**2:
-        s = owner[i]
-        raise UserError(
-            f"{structures.names[s]}: atoms {i - offsets[s]} and {j - offsets[s]} are {square**0.5:.3f} A apart (closer than "
-            f"{CLOSEST} A); check the positions, the cell and the unit (A) of this structure, or remove it."
-        )
+    square, one, other = min(nearest, default=(cutoff**2, 0, 0))
     pairs = np.repeat(np.arange(n), counts), np.concatenate(found), np.concatenate(shifts)
-    return Neighbors(*(torch.from_numpy(part).to(structures.positions.device) for part in pairs), cutoff)
+    return *(torch.from_numpy(part) for part in pairs), (square**0.5, one, other)
 
 
 class Skin:
@@ -159,15 +178,16 @@ class Skin:
         return not bool(moved < (0.5 * self.skin) ** 2)  # nor where it is no number
 
 
-def _padding(cell: np.ndarray, periodic: np.ndarray) -> np.ndarray:
-    """Lattice vectors for the axes that are not periodic: unit vectors normal to the periodic ones."""
-    padding = np.zeros((3, 3))
-    if periodic.all():
-        return padding
-    kept = cell[periodic]
-    _, _, basis = np.linalg.svd(np.vstack([kept, np.zeros((1, 3))]))
-    padding[~periodic] = basis[len(kept) :]
-    return padding
+def arranged(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> Tensor:
+    """Indices that put pairs in the order of centres, neighbours and shifts."""
+    if not len(centers):
+        return centers
+    low = shifts.amin(0)
+    spans = (shifts.amax(0) - low + 1).to(centers.dtype)
+    x, y, z = (shifts - low).to(centers.dtype).unbind(1)
+    order = ((x * spans[1] + y) * spans[2] + z).argsort(stable=True)
+    atoms = torch.maximum(centers.max(), neighbors.max()) + 1
+    return order[(centers * atoms + neighbors)[order].argsort(stable=True)]
 
 
 def _compiled(*tensors: Tensor) -> bool:
@@ -225,7 +245,7 @@ def prediction(
         on_atoms = pair_gradients.new_zeros(structures.n_atoms, 3)
         strained = pair_gradients.new_zeros(len(structures), 3, 3)
         given = structures.structure_of_atom, neighbors.centers, neighbors.neighbors, vectors, pair_gradients
-        pair_loops.collect(*(part.detach().numpy() for part in (*given, on_atoms, strained)))
+        pair_loops.collect(*(part.detach().contiguous().numpy() for part in (*given, on_atoms, strained)))
         strained = 0.5 * (strained + strained.mT)
     else:
         on_atoms = forces(neighbors, structures.n_atoms, pair_gradients)

@@ -135,7 +135,7 @@ class VarianceModel:
         )
 
     def atom_rows(self, seen: Sequence[Environments], profiles: Sequence[dict[int, Profile]] | None = None) -> Tensor:
-        """(environments, columns) covariances of local energies. The centres are the first ones of the mean's, so their profiles will do."""
+        """(environments, columns) covariances of local energies; centres are the first ones of the mean's, so their profiles will do."""
         known = profiles or [{}] * len(seen)
         made = [
             covariances.atom_rows(e.features, e.species, p.kernel, b, k)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpmlp import checks
-from gpmlp.descriptors import fused, radial
+from gpmlp.descriptors import dense, fused, radial
 from gpmlp.descriptors.harmonics import harmonics
 from gpmlp.descriptors.weights import NeighborWeights
 from gpmlp.environments import Environments, Surroundings
@@ -96,9 +96,11 @@ class SoapPowerSpectrum:
         return [slice(l * l, (l + 1) ** 2) for l in range(self.l_max + 1)]
 
     def __call__(self, surroundings: Surroundings) -> Environments:
-        """By compiled loops where these can be used, else as `reference` does it: the same to rounding."""
+        """By compiled loops or dense tables where these can be used, else as `reference` does it: the same to rounding."""
         if fused.usable(surroundings.vectors):
             return fused.environments(self, surroundings)
+        if dense.usable(surroundings.vectors):
+            return dense.environments(self, surroundings)
         return self.reference(surroundings)
 
     def reference(self, surroundings: Surroundings) -> Environments:

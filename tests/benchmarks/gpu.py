@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import common
+import speed
 import torch
 
-import speed
 from gpmlp import neighbors
 from gpmlp.potential import Potential
 from gpmlp.structures import Structures

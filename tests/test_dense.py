@@ -1,0 +1,146 @@
+"""The dense power spectrum, by batched products and by Triton's kernels (on the CPU, interpreted), against the plain PyTorch path."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from systems import CUTOFF, DESCRIPTORS, descriptor, everything
+
+from gpmlp import neighbors
+from gpmlp.descriptors import dense
+from gpmlp.descriptors.harmonics import harmonics
+from gpmlp.descriptors.spherical import Spherical
+from gpmlp.environments import Surroundings
+
+SOAPS = [name for name in DESCRIPTORS if name.startswith("soap")]
+# sums of up to some hundred terms of order 1 in another order
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def seen(cutoff: float = CUTOFF, dtype: torch.dtype = torch.float64) -> Surroundings:
+    batch = everything()
+    whole = Surroundings.of(batch, neighbors.find(batch, cutoff))
+    return Surroundings(whole.species, whole.centers, whole.neighbor_species, whole.vectors.to(dtype))
+
+
+def compare(made, surroundings: Surroundings, several: bool = True) -> None:
+    """Features, and one and several cotangents."""
+    vectors = surroundings.vectors
+    ours, reference = dense.environments(made, surroundings, dense.form(made, vectors)), made.reference(surroundings)
+    tolerance = {"rtol": 0, "atol": TOLERANCE[vectors.dtype]}
+    torch.testing.assert_close(ours.features, reference.features, **tolerance)
+    cotangents = torch.randn(2, *ours.features.shape, generator=torch.Generator().manual_seed(0)).to(vectors)
+    for some in (cotangents[0], cotangents)[: 1 + several]:
+        torch.testing.assert_close(ours.pull_back(some), reference.pull_back(some), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
+@pytest.mark.parametrize("name", SOAPS)
+def test_as_the_reference(name, dtype):
+    compare(descriptor(name), seen(dtype=dtype))
+
+
+def test_unsorted_environments_without_neighbours_and_none_at_all():
+    made, surroundings = descriptor(SOAPS[0]), seen()
+    some = surroundings.select([7, 0, 11, 3])
+    kept = some.centers > 1
+    compare(made, Surroundings(some.species, some.centers[kept], some.neighbor_species[kept], some.vectors[kept]))
+    compare(made, surroundings.select([]))
+
+
+def test_chunks_do_not_show(monkeypatch):
+    made, surroundings = descriptor(SOAPS[0]), seen()
+    whole = dense.environments(made, surroundings)
+    cotangents = whole.features.roll(1, 0)
+    pulled = whole.pull_back(cotangents)
+    monkeypatch.setattr(dense, "ENVIRONMENTS", 5)
+    parts = dense.environments(made, surroundings)
+    torch.testing.assert_close(parts.features, whole.features, rtol=0, atol=1e-14)
+    torch.testing.assert_close(parts.pull_back(cotangents), pulled, rtol=0, atol=1e-13)
+
+
+def test_jacobians_are_those_of_the_reference():
+    made, surroundings = descriptor(SOAPS[0]), seen().select([0, 5])
+    found = dense.environments(made, surroundings).jacobian()
+    assert torch.equal(found, made.reference(surroundings).jacobian())
+
+
+@pytest.mark.parametrize("l_max", [0, 1, 2, 7, 12])
+def test_harmonics_by_recurrence(l_max):
+    """Values and Cartesian gradients as sphericart has them, at the poles too; slopes grow as l²."""
+    vectors = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    vectors[:2] = torch.tensor([[0.0, 0, 2], [0, 0, -1.5]])
+    made, r = Spherical.of(l_max, vectors), vectors.norm(dim=1)
+    units = (vectors / r[:, None]).T
+    q, slopes, powers = made(units)
+    values, gradients = harmonics(l_max, vectors)
+    torch.testing.assert_close(made.values(q, powers).T, values, rtol=0, atol=1e-12)
+    ours = torch.stack(made.slopes(q, slopes, powers))
+    ours = (ours - units[:, None] * (units[:, None] * ours).sum(0)) / r
+    torch.testing.assert_close(ours.permute(2, 0, 1), gradients, rtol=0, atol=1e-11)
+
+
+PARITY = """
+import torch
+from test_dense import SOAPS, compare, seen
+from systems import descriptor
+from gpmlp.descriptors import dense, triton_soap
+
+def check(surroundings, name=SOAPS[0], **changes):
+    made = descriptor(name, **changes)
+    assert isinstance(dense.form(made, surroundings.vectors), triton_soap.Kernels)
+    compare(made, surroundings, several=False)
+
+# the interpreter takes a tenth of a second for a pair: few of them
+for dtype in (torch.float64, torch.float32):
+    check(seen(dtype=dtype).select([0, 17]))
+check(seen().select([3]), "soap poly")
+check(seen().select([8]), n_max=5, l_max=0)  # not a power of two anywhere
+check(seen(2.2).select([8]), n_max=9, l_max=8)  # more than one warp
+check(seen().select([]))
+"""
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from gpmlp.descriptors import triton_kernels
+
+def compiled(name, constants, number):
+    kernel, types = getattr(triton_kernels, name), {"width": "i32", "intervals": "i32", "own": "*i64"}
+    signature = {a: types.get(a, "*i32" if a.startswith("of_") else "*" + number) for a in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(a),): value for a, value in constants.items()}
+    return compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+
+tile = {"S": 2, "N": 5, "L": 4, "NP": 8, "LM": 16}
+for number in ("fp32", "fp64"):
+    for name, constants in {"expand": tile, "pull_back": tile, "multiply": {"C": 10, "L": 4, "CP": 16, "MP": 8}}.items():
+        assert len(compiled(name, constants, number).asm["cubin"]) > 1000, name
+"""
+
+
+def in_process(code: str, **environment: str) -> None:
+    """Whether kernels are interpreted or compiled is settled when they are imported, so that each way has a process of its own."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    variables = os.environ | {"PYTHONPATH": paths} | environment
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
+    assert run.returncode == 0, run.stderr
+
+
+@TRITON
+def test_triton_as_the_reference():
+    in_process(PARITY, TRITON_INTERPRET="1")
+
+
+@TRITON
+def test_triton_compiles_for_a_device_that_is_not_here():
+    """To machine code of the H100 (sm_90), by the assembler that Triton brings."""
+    in_process(COMPILE, TRITON_INTERPRET="0")
