@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ CALIBRATED_AS = {
     "forces_covariance": "forces",
     "stresses_covariance": "stresses",
 }
+STRIP = 128  # columns of a triangular matrix that are multiplied together
 FORCE_ATOMS = 512  # atoms whose force rows are in memory together
 
 
@@ -102,6 +104,20 @@ class VarianceModel:
         a = posterior.whiten(rows.to(self.signal, copy=True), self.lowers) * self.signal
         return a, torch.linalg.solve_triangular(self.factor.T, a.T, upper=False).T
 
+    @cached_property
+    def _inverses(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        """D L⁻¹ of every block, and R⁻ᵀ in single precision: products with these take half the time of the solves in `whitened`.
+
+        Single precision is enough: no entry of R⁻ᵀ exceeds 1, and squares of its product are added, not taken off (decision 006).
+        """
+
+        def inverse(lower: Tensor) -> Tensor:
+            return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+
+        signals = self.signal.split([len(lower) for lower in self.lowers])
+        scaled = (d[:, None] * inverse(lower) for d, lower in zip(signals, self.lowers, strict=True))
+        return tuple(scaled), inverse(self.factor.T).float()
+
     def __call__(
         self,
         structures: Structures,
@@ -152,7 +168,13 @@ class VarianceModel:
             seen: for each descriptor, the same environments.
             residual: as in Wanted; profiles: kernels of the environments with the centres of the mean, if they are known.
         """
-        a, left = self.whitened(self.atom_rows(seen, profiles))
+        rows, start, pieces = self.atom_rows(seen, profiles).to(self.signal), 0, []
+        inverses, factor = self._inverses
+        for inverse in inverses:
+            pieces.append(_triangular(rows[:, start : start + len(inverse)], inverse))
+            start += len(inverse)
+        a = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+        left = _triangular(a.float(), factor).double()
         prior = sum(p.atom_energies(seen[0].species, seen[0].features) for p in self.priors)
         inducing = (prior - a.square().sum(1)).clamp_min(0) if residual else torch.zeros_like(prior)
         # local energies are never observed, so no label noise belongs to them
@@ -275,6 +297,13 @@ class VarianceModel:
         return VarianceModel(
             tuple(priors), tuple(blocks), tuple(lowers), tensors["signal"], factor, *noises, header["of_fit"]
         )
+
+
+def _triangular(rows: Tensor, lower: Tensor) -> Tensor:
+    """rows @ lower.T for a lower triangular matrix, without most of the zeros."""
+    ends = range(0, len(lower), STRIP)
+    strips = [rows[:, : k + STRIP] @ lower[k : k + STRIP, : k + STRIP].T for k in ends]
+    return torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]
 
 
 def _packed(lower: Tensor) -> Tensor:
