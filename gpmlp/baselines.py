@@ -112,6 +112,9 @@ class ZBL:
     def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
         pairs = neighbors.find(structures, self.cutoff) if pairs is None else pairs.within(structures, self.cutoff)
         vectors = pairs.vectors(structures)
+        if not len(pairs):
+            none = vectors.new_zeros(structures.n_atoms)
+            return neighbors.prediction(structures, pairs, vectors, none, torch.zeros_like(vectors))
         z_i, z_j = structures.species[pairs.centers], structures.species[pairs.neighbors]
         inner, outer = self._by_pair(z_i, z_j, vectors)
         r = vectors.norm(dim=1)

@@ -132,7 +132,7 @@ class Belief:
             every = zip(self._model.priors, self._model.blocks, views, strict=True)
             rows = [covariances.atom_rows(v.environments.features, own.species, p.kernel, u) for p, u, v in every]
             a, b = (_plain(part) for part in self._model.whitened(torch.cat(rows, dim=1)))
-            prior = _plain(sum(p.atom_energies(own) for p in self._model.priors))
+            prior = _plain(sum(p.atom_energies(own.species, own.positions) for p in self._model.priors))
             variance = self._model.amplitude * (prior - a.square().sum(1)).clamp_min(0) + b.square().sum(1)
         if self._novelty is not None:
             novelty = self._novelty.novelty(species, features[0]).clamp_max(FARTHEST)

@@ -55,6 +55,15 @@ class Surroundings:
         local, pairs = self.pairs_of(indices)
         return Surroundings(self.species[indices], local, self.neighbor_species[pairs], self.vectors[pairs])
 
+    def between(self, start: int, end: int) -> Surroundings:
+        """Return the surroundings start to end; nothing is copied but the index of each pair."""
+        if (start, end) == (0, len(self)):
+            return self
+        here = slice(*torch.searchsorted(self.centers, torch.tensor([start, end], device=self.centers.device)).tolist())
+        return Surroundings(
+            self.species[start:end], self.centers[here] - start, self.neighbor_species[here], self.vectors[here]
+        )
+
     @staticmethod
     def concatenate(parts: Sequence[Surroundings]) -> Surroundings:
         """Return all environments of the parts."""

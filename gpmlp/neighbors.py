@@ -64,12 +64,17 @@ class Neighbors:
         """(pairs, 3) r_ij = r_j + shift . cell - r_i, A; differentiable in positions and cells."""
         if self._last is not None and self._last[0] is structures:
             return self._last[1]
-        if len(structures) == 1:
-            shift = self.shifts.to(structures.cells.dtype) @ structures.cells[0]
+        if _compiled(structures.positions, structures.cells):
+            from gpmlp import pair_loops
+
+            out = structures.positions.new_empty(len(self), 3)
+            known = structures.positions, structures.cells, structures.structure_of_atom
+            of_pairs = self.centers, self.neighbors, self.shifts
+            pair_loops.vectors(*(part.detach().contiguous().numpy() for part in (*known, *of_pairs, out)))
         else:
             cells = structures.cells[structures.structure_of_atom[self.centers]]
             shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
-        out = shift.add_(structures.positions[self.neighbors]) - structures.positions[self.centers]
+            out = structures.positions[self.neighbors] + shift - structures.positions[self.centers]
         # asked for by descriptors and baselines alike; never without its gradient
         if not (structures.positions.requires_grad or structures.cells.requires_grad):
             object.__setattr__(self, "_last", (structures, out))
@@ -116,7 +121,7 @@ def find(structures: Structures, cutoff: float) -> Neighbors:
 def _by_vesin(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, ...]:
     """i, j, shifts and distances as of cells.search, one structure after another."""
     offsets, periodic = structures.offsets.tolist(), structures.periodic.numpy()
-    search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, sorted=True, n_threads=1)
+    search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, sorted=True, n_threads=torch.get_num_threads())
     found: list[tuple[np.ndarray, ...]] = [
         (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64), np.zeros(0))
     ]
@@ -178,6 +183,16 @@ def arranged(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> Tensor:
     return order[(centers * atoms + neighbors)[order].argsort(stable=True)]
 
 
+def _compiled(*tensors: Tensor) -> bool:
+    """Whether compiled loops can take these: in the memory of the CPU, in single or double precision, nothing recorded by autograd."""
+    return all(
+        t.device.type == "cpu"
+        and t.dtype in (torch.float32, torch.float64)
+        and not (t.requires_grad and torch.is_grad_enabled())
+        for t in tensors
+    )
+
+
 def forces(neighbors: Neighbors, n_atoms: int, pair_gradients: Tensor) -> Tensor:
     """Scatter g_ij = dE/dr_ij to forces, F_i = sum_j (g_ij - g_ji).
 
@@ -217,5 +232,15 @@ def prediction(
 ) -> Prediction:
     """Assemble a Prediction from local energies (atoms,) and pair gradients (pairs, 3): the house's one derivative rule."""
     energies = atom_energies.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, atom_energies)
-    stresses = virials(structures, neighbors, vectors, pair_gradients) / structures.volumes[:, None, None]
-    return Prediction(energies, atom_energies, forces(neighbors, structures.n_atoms, pair_gradients), stresses)
+    if _compiled(vectors, pair_gradients):
+        from gpmlp import pair_loops
+
+        on_atoms = pair_gradients.new_zeros(structures.n_atoms, 3)
+        strained = pair_gradients.new_zeros(len(structures), 3, 3)
+        given = structures.structure_of_atom, neighbors.centers, neighbors.neighbors, vectors, pair_gradients
+        pair_loops.collect(*(part.detach().contiguous().numpy() for part in (*given, on_atoms, strained)))
+        strained = 0.5 * (strained + strained.mT)
+    else:
+        on_atoms = forces(neighbors, structures.n_atoms, pair_gradients)
+        strained = virials(structures, neighbors, vectors, pair_gradients)
+    return Prediction(energies, atom_energies, on_atoms, strained / structures.volumes[:, None, None])

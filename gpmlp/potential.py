@@ -8,19 +8,21 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from gpmlp import baselines, checks, descriptors, neighbors, samples
+from gpmlp import baselines, checks, descriptors, neighbors, portions, samples
 from gpmlp.baselines import Baseline
-from gpmlp.environments import InSingle
+from gpmlp.environments import Environments, InSingle
 from gpmlp.gp import kernels, posterior
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.neighbors import Neighbors
-from gpmlp.quantities import Prediction
+from gpmlp.quantities import Prediction, Variance
 from gpmlp.recipe import KernelRecipe, Recipe
 from gpmlp.structures import Structures
 from gpmlp.terms import CHUNK_ATOMS, MeanBlock, Term, View, chunks
 from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 from gpmlp.variances import FORMS, VARIANCES, VarianceModel, Wanted, rescaled
+
+LIST_ATOMS = 1 << 14  # atoms whose neighbours are in memory together, unless a structure has more
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ class Potential:
             calibrated and wanted.any and self.calibration.typical_novelty is not None and self.novelty is not None
         )
         parts, first = [], 0
-        for chunk in [structures] if views else chunks(structures, CHUNK_ATOMS):
+        for chunk in [structures] if views else chunks(structures, CHUNK_ATOMS if wanted.correlated else LIST_ATOMS):
             here = wanted.within(first, chunk.n_atoms)
             known = None if pairs is None else pairs.between(first, first + chunk.n_atoms).to(self.recipe.device)
             parts.append(self._predict(chunk.to(**own), here, novelty or widening, views, known))
@@ -163,23 +165,21 @@ class Potential:
     ) -> Prediction:
         if views:
             pairs = max((view.neighbors for view in views), key=lambda found: found.cutoff)
-        else:
-            pairs = neighbors.find(structures, self.reach) if pairs is None else pairs
-            views = [term.view(structures, pairs) for term in self.terms]
-        profiles = [{}] * len(self.terms)
-        if wanted.atom_energies or wanted.energies:
-            profiles = [term.profiles(structures, view) for term, view in zip(self.terms, views, strict=True)]
-        total = None
-        for term, view, known in zip(self.terms, views, profiles, strict=True):
-            part = term.mean(structures, view, known)
-            total = part if total is None else total + part
+        pairs = neighbors.find(structures, self.reach) if pairs is None else pairs
+        lists = [pairs.within(structures, term.descriptor.cutoff) for term in self.terms]
+
+        def beside(seen: Sequence[Environments], profiles: Sequence[dict]) -> tuple[Variance | None, Tensor | None]:
+            variance = self.variances.of_atoms(seen, wanted.form, profiles) if wanted.atom_energies else None
+            return variance, self.novelty.novelty(seen[0].species, seen[0].features) if novelty else None
+
+        total = portions.mean(self.terms, structures, lists, beside, wanted.atom_energies)
         for term in self.baselines:
             part = term(structures, pairs if term.cutoff <= pairs.cutoff else None)
-            total = part if total is None else total + part
-        found = self.variances(structures, views, wanted, profiles) if wanted.any else {}
-        if novelty:
-            found["novelty"] = self.novelty.novelty(structures.species, views[0].environments.features)
-        return replace(total, **found)
+            total = total + part
+        if not wanted.correlated:
+            return total
+        views = views or [term.view(structures, found) for term, found in zip(self.terms, lists, strict=True)]
+        return replace(total, **self.variances(structures, views, wanted))
 
     def sample(self, k: int, seed: int, calibrated: bool = True) -> samples.Samples:
         """Draw k potentials from the posterior (samples.draw): each with consistent energies, forces and stresses."""

@@ -152,6 +152,11 @@ class Variance:
         """Apply a function to every part."""
         return Variance(*(function(getattr(self, f.name)) for f in fields(self)))
 
+    @staticmethod
+    def concatenate(parts: Sequence[Variance]) -> Variance:
+        """Of all atoms or structures of the parts."""
+        return Variance(*(torch.cat([getattr(v, f.name) for v in parts]) for f in fields(Variance)))
+
     def diagonal(self) -> Variance:
         """Variances of the components, from covariances (..., n, n)."""
         return self.each(lambda part: part.diagonal(dim1=-2, dim2=-1))
@@ -225,9 +230,7 @@ class Prediction:
         def join(values: list) -> Tensor | Variance | None:
             if values[0] is None:
                 return None
-            if isinstance(values[0], Variance):
-                return Variance(*(torch.cat([getattr(v, f.name) for v in values]) for f in fields(Variance)))
-            return torch.cat(values)
+            return (Variance.concatenate if isinstance(values[0], Variance) else torch.cat)(values)
 
         return Prediction(*(join([getattr(p, f.name) for p in parts]) for f in fields(Prediction)))
 

@@ -18,7 +18,7 @@ LEAST = 1e-6  # eV, of a standard deviation that is divided by
 def spread(potential: Potential, structures: Structures) -> Prediction:
     """The sum over atoms of the posterior standard deviation of their local energies, uncalibrated, and its derivatives.
 
-    var_i = k_ii - a.a + |R⁻ᵀ a|² with a = D L⁻¹ k_u(x_i), so dvar_i = 2 (L⁻ᵀ D (R⁻¹ R⁻ᵀ a - a)) . dk_u(x_i): for each atom a mean with
+    var_i = w (k_ii - a.a) + |R⁻ᵀ a|² with a = D L⁻¹ k_u(x_i), so dvar_i = 2 (L⁻ᵀ D (R⁻¹ R⁻ᵀ a - w a)) . dk_u(x_i): for each atom a mean with
     weights of its own, pulled back as that of the potential is.
 
     Returns:
@@ -34,10 +34,10 @@ def spread(potential: Potential, structures: Structures) -> Prediction:
     potential.check_species(structures)
     structures = structures.to(device=potential.recipe.device, dtype=getattr(torch, potential.recipe.dtype))
     views = [term.view(structures) for term in potential.terms]
-    a, left = model.whitened(model.atom_rows(structures, views))
-    prior = sum(p.atom_energies(structures) for p in model.priors)
-    std = (prior - a.square().sum(1) + left.square().sum(1)).clamp_min(LEAST**2).sqrt()
-    inner = torch.linalg.solve_triangular(model.factor, left.T, upper=True).T - a
+    a, left = model.whitened(model.atom_rows([view.environments for view in views]))
+    prior = sum(p.atom_energies(structures.species, structures.positions) for p in model.priors)
+    std = (model.amplitude * (prior - a.square().sum(1)) + left.square().sum(1)).clamp_min(LEAST**2).sqrt()
+    inner = torch.linalg.solve_triangular(model.factor, left.T, upper=True).T - model.amplitude * a
     weights = inner * model.signal / std[:, None]
     total, start, lowers = None, 0, iter(model.lowers)
     for prior_of, blocks, view in zip(model.priors, model.blocks, views, strict=True):

@@ -14,7 +14,6 @@ from gpmlp import neighbors
 from gpmlp.environments import Descriptor, Environments, Kept, Surroundings
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.neighbors import Neighbors
-from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
 
 JACOBIAN_BYTES = 192 << 20  # of the environments of a chunk; more is made again for each use
@@ -142,39 +141,33 @@ class Term:
         forms = {z: block.collapsed(self.kernel) for z, block in self.blocks.items()}
         return {z: form for z, form in forms.items() if form is not None}
 
-    def profiles(self, structures: Structures, view: View) -> dict[int, Profile]:
+    def profiles(self, environments: Environments) -> dict[int, Profile]:
         """Kernel of the environments of each species with all its centres: what mean and variances of local energies share."""
         out = {}
         for z, block in self.blocks.items():
-            mine = structures.species == z
+            mine = environments.species == z
             if mine.any():
-                out[z] = block.profile(self.kernel, view.environments.features[mine])
+                out[z] = block.profile(self.kernel, environments.features[mine])
         return out
 
-    def mean(self, structures: Structures, view: View, profiles: dict[int, Profile] | None = None) -> Prediction:
-        """Posterior mean of energies, forces and stresses."""
-        environments, species = view.environments, structures.distinct_species
-        if len(species) == 1:
-            local, cotangents = self._local(species[0], environments.features, profiles)
-        else:
-            local = structures.positions.new_zeros(structures.n_atoms)
-            cotangents = torch.empty_like(environments.features)
-            for z in species:
-                mine = (structures.species == z).nonzero()[:, 0]
-                local[mine], cotangents[mine] = self._local(z, environments.features[mine], profiles)
-        gradients = environments.pull_back(cotangents)
-        return neighbors.prediction(structures, view.neighbors, view.surroundings.vectors, local, gradients)
+    def local(self, environments: Environments, profiles: dict[int, Profile] | None = None) -> tuple[Tensor, Tensor]:
+        """Posterior mean of local energies (environments,), eV, and its slopes with respect to the features (environments, features)."""
+        x, species = environments.features, environments.species
+        distinct = species.unique().tolist()
+        if len(distinct) == 1:
+            return self._local(distinct[0], x, profiles)
+        local, slopes = x.new_zeros(len(x)), torch.empty_like(x)
+        for z in distinct:
+            mine = (species == z).nonzero()[:, 0]
+            local[mine], slopes[mine] = self._local(z, x[mine], profiles)
+        return local, slopes
 
     def _local(self, z: int, x: Tensor, profiles: dict[int, Profile] | None) -> tuple[Tensor, Tensor]:
-        """Local energies of environments of a species, and their slopes."""
         if z in self.collapsed:
             return self.collapsed[z](x)
         if z not in self.blocks:
             return x.new_zeros(len(x)), torch.zeros_like(x)
         return self.blocks[z](self.kernel, x, (profiles or {}).get(z))
-
-    def __call__(self, structures: Structures) -> Prediction:
-        return self.mean(structures, self.view(structures))
 
 
 def chunks(structures: Structures, atoms: int) -> Iterator[Structures]:

@@ -15,6 +15,7 @@ PACKAGES = (
     "scipy",
     "ase",
     "vesin",
+    "numba",
     "sphericart-torch",
     "dscribe",
 )

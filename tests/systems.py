@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from gpmlp import baselines, descriptors, neighbors
+from gpmlp import baselines, descriptors, neighbors, portions
 from gpmlp.descriptors import radial
 from gpmlp.environments import Descriptor, Surroundings
 from gpmlp.gp import kernels
@@ -153,6 +153,13 @@ def _baseline_cases() -> dict:
 BASELINES = _baseline_cases()
 
 
+class OwnTerm(Term):
+    """A term that can be called on structures, as baselines can."""
+
+    def __call__(self, structures: Structures) -> Prediction:
+        return portions.mean([self], structures, [neighbors.find(structures, self.descriptor.cutoff)])
+
+
 def random_term(made: Descriptor, kernel: ZonalKernel, seed: int = 3, scale: float = 1.0) -> Term:
     """An energy term with random weights on values and on gradients: whatever a fit could come to."""
     generator = torch.Generator().manual_seed(seed)
@@ -165,7 +172,7 @@ def random_term(made: Descriptor, kernel: ZonalKernel, seed: int = 3, scale: flo
         weights = torch.randn(len(x), generator=generator, dtype=torch.float64)
         tangents = torch.randn(x.shape, generator=generator, dtype=torch.float64) / x.shape[1] ** 0.5
         blocks[z] = MeanBlock(x, scale * weights, scale * tangents)
-    return Term(made, kernel, blocks)
+    return OwnTerm(made, kernel, blocks)
 
 
 def _term_cases() -> dict:
@@ -190,7 +197,7 @@ def single(term):
     if not isinstance(term, Term):
         return term
     blocks = {z: MeanBlock(*(v.float() for v in vars(b).values())) for z, b in term.blocks.items()}
-    return Term(term.descriptor, term.kernel, blocks)
+    return OwnTerm(term.descriptor, term.kernel, blocks)
 
 
 def targets_of(structures: Structures, prediction: Prediction) -> Targets:

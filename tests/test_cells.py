@@ -1,4 +1,4 @@
-"""The cell lists of the device, run on the CPU, against vesin and against trying every lattice shift."""
+"""The cell lists of the device, run on the CPU, against the compiled search and against trying every lattice shift."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_pairs_are_those_of_brute_force(kind, cutoff):
 
 
 @pytest.mark.parametrize("cutoff", [2.0, CUTOFF, 6.0])
-def test_batches_are_as_vesin_has_them(cutoff):
+def test_batches_are_as_the_search_on_cpus_has_them(cutoff):
     """Narrow and wide cells, of every periodicity, molecules and a single atom at once; some with several bins along each axis."""
     large = [replicate(crystal(kind), (4, 3, 5)) for kind in ("cubic", "triclinic", "left-handed")]
     cloud = structure(scattered(80, 14 * torch.eye(3, dtype=torch.float64), 3), [6] * 80)

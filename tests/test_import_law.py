@@ -15,14 +15,14 @@ PACKAGE = Path(gpmlp.__file__).parent
 # A module imports only from lower floors, or from its own folder: a folder stands for all that is in it, and modules at the top
 # that share a floor may know each other, but not in a circle.
 FLOORS = {
-    "units": 1, "checks": 1, "versions": 1,
+    "units": 1, "checks": 1, "versions": 1, "threads": 1, "pair_loops": 1,
     "structures": 2, "quantities": 2, "selection": 2,
     "cells": 3, "neighbors": 3, "padded": 3, "uncertainty": 3,
     "environments": 4, "baselines": 4,
     "descriptors": 5, "gp": 5,
     "potential": 6, "recipe": 6, "consistency": 6, "defaults": 6, "inducing": 6,
     "terms": 6, "spread": 6, "variances": 6, "samples": 6, "held_out": 6, "left_out": 6, "regression": 6, "preparation": 6,
-    "batches": 6, "growth": 6, "conditioning": 6, "foreseen": 6, "centres": 6, "stepping": 7,
+    "batches": 6, "growth": 6, "conditioning": 6, "foreseen": 6, "centres": 6, "stepping": 7, "portions": 6,
     "fit": 7, "online": 7, "fit_report": 6, "io": 7, "report": 7, "evaluation": 7, "references": 7, "picking": 7,
     "engines": 8, "reporting": 8, "search_space": 8, "tuning": 8,
     "active": 9,
@@ -36,7 +36,7 @@ CONFINED = {
     "torch_sim": {"engines"},
     "dscribe": {"descriptors"},
     "sphericart": {"descriptors"},
-    "numba": {"descriptors"},
+    "numba": {"descriptors", "pair_loops"},
     "triton": {"descriptors"},
     "vesin": {"neighbors"},
     "safetensors": {"io"},

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 import torch
 from ase.calculators.emt import EMT
-from systems import CELLS, DESCRIPTORS, KERNELS, TERMS, cluster, crystal, descriptor, random_term, structure, targets_of
+from systems import (
+    CELLS,
+    DESCRIPTORS,
+    KERNELS,
+    TERMS,
+    OwnTerm,
+    cluster,
+    crystal,
+    descriptor,
+    random_term,
+    structure,
+    targets_of,
+)
 
 from gpmlp import potential as potential_module
 from gpmlp import units
@@ -49,7 +61,8 @@ def test_the_potential_is_its_terms_and_baselines(fitted):
     potential, _ = fitted
     structures = Structures.concatenate([cluster(seed=11), crystal("slab")])
     found = potential(structures)
-    parts = [term(structures) for term in (*potential.terms, *potential.baselines)]
+    terms = [OwnTerm(term.descriptor, term.kernel, term.blocks) for term in potential.terms]
+    parts = [term(structures) for term in (*terms, *potential.baselines)]
     torch.testing.assert_close(found.energies, sum(p.energies for p in parts), atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(found.forces, sum(p.forces for p in parts), atol=1e-12, rtol=0)
     per_structure = found.energies.new_zeros(2).index_add(0, structures.structure_of_atom, found.atom_energies)
@@ -80,7 +93,7 @@ def test_predictions_do_not_depend_on_chunks(fitted, monkeypatch):
     potential, _ = fitted
     structures, _ = _training()
     whole = potential(structures)
-    monkeypatch.setattr(potential_module, "CHUNK_ATOMS", 1)
+    monkeypatch.setattr(potential_module, "LIST_ATOMS", 1)
     single = potential(structures)
     torch.testing.assert_close(single.energies, whole.energies, atol=1e-12, rtol=1e-13)
     torch.testing.assert_close(single.forces, whole.forces, atol=1e-11, rtol=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -12,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpmlp.descriptors import harmonics
+from gpmlp import threads
+from gpmlp.descriptors import harmonics, weights
 from gpmlp.environments import Environments, Surroundings
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> E
     from gpmlp.descriptors import jacobians, loops
 
     vectors, l_max = surroundings.vectors.detach().contiguous(), descriptor.l_max
-    basis, pairs = _basis(descriptor, vectors.dtype), _pairs(descriptor, surroundings, vectors)
+    basis = _basis(descriptor, vectors.dtype)
+    pairs = _pairs(descriptor, surroundings, vectors, basis)
     n = len(surroundings)
     density = _centers(descriptor, basis, surroundings, vectors)
     features, norms = vectors.new_empty(n, descriptor.n_features), vectors.new_empty(n)
@@ -91,14 +92,7 @@ def _pull_back_many(jacobian: Callable[[int, int, Tensor], Tensor], starts: list
 
 def _in_blocks(start: int, end: int, work: Callable[[int, int], None]) -> None:
     """Do work(lo, hi) for blocks of start to end, in as many threads as PyTorch may use."""
-    lows = range(start, end, BLOCK)
-    threads = min(torch.get_num_threads(), len(lows))
-    if threads < 2:
-        for lo in lows:
-            work(lo, min(end, lo + BLOCK))
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda lo: work(lo, min(end, lo + BLOCK)), lows))
+    threads.each(lambda lo: work(lo, min(end, lo + BLOCK)), range(start, end, BLOCK))
 
 
 def _centers(descriptor: SoapPowerSpectrum, basis: Basis, surroundings: Surroundings, like: Tensor) -> Tensor:
@@ -109,21 +103,21 @@ def _centers(descriptor: SoapPowerSpectrum, basis: Basis, surroundings: Surround
     return density.flatten(2)
 
 
-def _pairs(descriptor: SoapPowerSpectrum, surroundings: Surroundings, vectors: Tensor) -> Pairs:
-    from gpmlp.descriptors.loops import Pairs
+def _pairs(descriptor: SoapPowerSpectrum, surroundings: Surroundings, vectors: Tensor, basis: Basis) -> Pairs:
+    from gpmlp.descriptors import layout
 
-    n_species, table = len(descriptor.species), descriptor._radial
-    slots = descriptor._slot(surroundings.neighbor_species)
-    groups = surroundings.centers * n_species + slots
-    order = torch.argsort(groups, stable=True) if n_species > 1 else torch.arange(len(groups))
-    counts = torch.bincount(groups, minlength=len(surroundings) * n_species)
-    r = vectors.norm(dim=1)
-    inverse, scaled = 1 / r, r / table.step
-    weight, d_weight = descriptor.weights(r)
-    interval = scaled.floor().long().clamp(0, len(table.coefficients) - 1)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    every = order, starts, vectors * inverse[:, None], inverse, weight, d_weight, interval, scaled - interval
-    return Pairs(*(part.contiguous().numpy() for part in every), int(counts.max()) if len(counts) else 0)
+    w, table = descriptor.weights, descriptor._radial
+    cut = layout.Cut(
+        weights.FUNCTIONS.index(w.function), w.cutoff, w.width, w.cutoff_exponent, w.scale, float(w.exponent)
+    )
+    given = vectors, surroundings.centers, surroundings.neighbor_species, descriptor._places
+    arrays = (part.contiguous().numpy() for part in given)
+    pairs, known = layout.lay_out(
+        *arrays, len(surroundings), cut, 1 / table.step, len(table.coefficients), basis.numbers
+    )
+    if not known:
+        descriptor._slot(surroundings.neighbor_species)  # which says what is wrong
+    return pairs
 
 
 @lru_cache(maxsize=32)

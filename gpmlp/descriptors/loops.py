@@ -3,7 +3,7 @@
 Neighbours of an environment are worked on together, those of each species in turn: every inner loop runs over pairs, in memory that
 stays in cache. Radial integrals and harmonics of a pair are cheaper to make again than to fetch, so nothing of a pair is kept.
 Loops are short and write to one place each: more of them, and the compiler would not prove that they may be done by vectors.
-Only fused.py and jacobians.py import this: numba takes half a second to import. The machine code is cached on disk after its first use.
+Only fused.py, layout.py and jacobians.py import this: numba takes half a second to import. Machine code is cached on disk.
 Equations are those of power_spectrum.py, whose PyTorch path is the reference.
 """
 

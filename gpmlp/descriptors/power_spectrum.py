@@ -74,6 +74,13 @@ class SoapPowerSpectrum:
         double = torch.where(a == b, 1.0, 2.0).to(torch.float64).sqrt()
         return (torch.pi * double[:, None] * (8 / (2 * l + 1)).sqrt()[None]).to(device=like.device, dtype=like.dtype)
 
+    @cached_property
+    def _places(self) -> Tensor:
+        """(largest Z + 1,) place of each atomic number within self.species, -1 for others."""
+        places = torch.full((max(self.species) + 1,), -1)
+        places[list(self.species)] = torch.arange(len(self.species))
+        return places
+
     def _slot(self, species: Tensor) -> Tensor:
         """Index of each atomic number within self.species."""
         known = torch.tensor(self.species, device=species.device)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gpmlp import checks
 
+FUNCTIONS = ("smoothstep", "poly", "none")
+
 
 @dataclass(frozen=True)
 class NeighborWeights:
@@ -28,7 +30,7 @@ class NeighborWeights:
     exponent: float = 0.0
 
     def __post_init__(self) -> None:
-        checks.choose("cutoff_function", self.function, ("smoothstep", "poly", "none"))
+        checks.choose("cutoff_function", self.function, FUNCTIONS)
         checks.positive("cutoff", self.cutoff)
         checks.positive("cutoff_width", self.width)
         checks.positive("radial_scaling.scale", self.scale)

@@ -40,9 +40,9 @@ class Prior:
     def _environments(self, surroundings: Surroundings, centers: Tensor) -> Environments:
         return self.look(centers) if self.look else self.descriptor(surroundings.select(centers))
 
-    def atom_energies(self, structures: Structures) -> Tensor:
-        """(atoms,) variance of local energies, δ_z² f(1), eV^2."""
-        return self._scales(structures.species, structures.positions).square()
+    def atom_energies(self, species: Tensor, like: Tensor) -> Tensor:
+        """(atoms,) variance of local energies, δ_z² f(1), eV^2, in the type of `like`."""
+        return self._scales(species, like).square()
 
     def energies(self, structures: Structures, features: Tensor) -> Tensor:
         """(structures,) variance of total energies, Σ_ij δ_i δ_j f(x_i.x_j) over atoms of equal species, eV^2."""

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -107,9 +108,9 @@ def stages(potential: Potential, cell: Structures) -> list[Stage]:
     """What a prediction and a fit consist of, each made from the results of those before."""
     term, uncertain = potential.terms[0], potential.variances
     made, block, blocks = term.descriptor, next(iter(term.blocks.values())), uncertain.blocks[0]
-    view, z = View.of(made, cell), cell.distinct_species[0]
+    view = View.of(made, cell)
     pairs, x, vectors = view.neighbors, view.environments.features, view.surroundings.vectors
-    local, cotangents = term._local(z, x, None)
+    local, cotangents = term.local(view.environments)
     gradients = view.environments.pull_back(cotangents)
     rows = covariances.atom_rows(x, cell.species, term.kernel, blocks)
     few = silicon(2)
@@ -134,12 +135,13 @@ def stages(potential: Potential, cell: Structures) -> list[Stage]:
         alone("vectors of pairs", 24 * p, 14 * p, lambda: Surroundings.of(cell, replace(pairs))),
         alone("expansion, power spectrum", p * (11 * nl + 4 * lm + 2 * made.n_max * lm + 30) + gram, 18 * p + states,
               lambda: fused.environments(made, view.surroundings)),
-        alone("kernel, slope of the mean", 2 * d * d if term.collapsed else 4 * m * d, 3 * d, lambda: term._local(z, x, None)),
+        alone("kernel, slope of the mean", 2 * d * d if term.collapsed else 4 * m * d, 3 * d, lambda: term.local(view.environments)),
         alone("pull-back", p * (24 * nl + 4 * made.n_max * lm + 6 * lm) + gram, 12 * p + states,
               lambda: view.environments.pull_back(cotangents)),
         alone("forces, stress", 24 * p, 10 * p, lambda: neighbors.prediction(cell, pairs, vectors, local, gradients)),
         alone(WHOLE, math.nan, math.nan, lambda: potential(cell)),
-        alone("variance of local energies", 2 * columns**2, 4 * columns, lambda: uncertain.whitened(rows)),
+        alone("variance of local energies, its kernel", 2 * columns * (columns + d), 4 * columns,
+              lambda: uncertain.of_atoms([view.environments])),
         alone("whole, with std of local energies", math.nan, math.nan, lambda: potential(cell, variance="atom_energies")),
         alone("fit: force rows", 6 * (q + 1) * columns * d, 3 * columns,
               lambda: covariances.rows(few, seen.neighbors, made, term.kernel, blocks, True, False), few.n_atoms),
@@ -165,26 +167,29 @@ def over_floor(potential: Potential, cell: Structures, machine: Machine, repeats
     return found
 
 
-def scaling(potential: Potential, cells: Sequence[int], repeats: int) -> dict:
-    """Time an atom and peak memory an atom for several sizes, and the slope of log time against log atoms."""
-    sizes, times = [], []
-    for k in cells:
+def scaling(potential: Potential, cells: Sequence[int], repeats: int, variance: str | None = None) -> dict:
+    """Time an atom for several sizes, the slope of log time against log atoms, and by how much the peak memory grew, an atom."""
+    sizes, times, grown = [], [], []
+    for k in sorted(cells):
         cell = silicon(k)
         sizes.append(cell.n_atoms)
-        times.append(least(lambda c=cell: potential(c), max(1, repeats if k < 16 else 1)))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        times.append(least(lambda c=cell: potential(c, variance), max(1, repeats if k < 12 else 1)))
+        grown.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / cell.n_atoms)
     x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (sizes, times))
     slope = (
         float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()) if len(sizes) > 1 else math.nan
     )
-    return {"atoms": sizes, "us": [1e6 * t / n for t, n in zip(times, sizes, strict=True)], "slope": slope}
+    us = [1e6 * t / n for t, n in zip(times, sizes, strict=True)]
+    return {"atoms": sizes, "us": us, "slope": slope, "kB": grown}
 
 
-def threads(potential: Potential, cell: Structures, repeats: int) -> float:
+def threads(potential: Potential, cell: Structures, repeats: int, variance: str | None) -> float:
     """Time with one thread over time with two."""
     before, took = torch.get_num_threads(), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        took.append(least(lambda: potential(cell), repeats))
+        took.append(least(lambda: potential(cell, variance), repeats))
     torch.set_num_threads(before)
     return took[0] / took[1]
 
@@ -253,10 +258,18 @@ def main() -> None:
         print(f"\nzeta {zeta}, {8 * options.cells**3} atoms; an atom:")
         print(common.table(rows, ["stage", "kflop", "kB", "floor us", "us", "floors"]))
         grown = scaling(potential, options.sizes, options.repeats)
-        steps = ", ".join(f"{n}: {t:.1f}" for n, t in zip(grown["atoms"], grown["us"], strict=True))
-        faster = threads(potential, silicon(options.cells), options.repeats)
-        print(f"us/atom by atoms {steps}; slope {grown['slope']:.3f}; two threads {faster:.2f} times as fast as one")
-        record[f"zeta {zeta}"] = {"stages": found, "scaling": grown, "two threads": faster}
+        uncertain = scaling(potential, options.sizes, options.repeats, "atom_energies")
+        for name, found_of in (("mean", grown), ("with std of local energies", uncertain)):
+            columns = zip(found_of["atoms"], found_of["us"], found_of["kB"], strict=True)
+            steps = ", ".join(f"{n}: {t:.1f} us ({kB:.1f} kB)" for n, t, kB in columns)
+            print(f"{name}, an atom by atoms (growth of the peak memory): {steps}; slope {found_of['slope']:.3f}")
+        faster = {
+            v or "mean": threads(potential, silicon(options.cells), options.repeats, v) for v in (None, "atom_energies")
+        }
+        print("two threads: " + ", ".join(f"{name} {ratio:.2f} times as fast as one" for name, ratio in faster.items()))
+        record[f"zeta {zeta}"] = {
+            "stages": found, "scaling": grown, "scaling with std": uncertain, "two threads": faster
+        }  # fmt: skip
     ours = {z: next(s["us"] for s in record[f"zeta {z}"]["stages"] if s["stage"] == WHOLE) for z in options.zeta}
     record |= {"machine": asdict(machine), "peers": peers(options)}
     for name, us in record["peers"].items():

@@ -1,0 +1,125 @@
+"""Predictions made in portions, by one thread or several, against those made at once; and what threads carry over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from systems import CUTOFF, crystal, everything
+from test_gpu import CHOICES
+
+import gpmlp
+from gpmlp import neighbors, portions, threads, variances
+from gpmlp.quantities import Targets
+from gpmlp.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def potential():
+    batch = everything()
+    unknown, generator = Targets.unknown(batch), torch.Generator().manual_seed(0)
+    energies = torch.randn(len(batch), generator=generator, dtype=torch.float64)
+    forces = 0.3 * torch.randn(batch.n_atoms, 3, generator=generator, dtype=torch.float64)
+    targets = Targets(**vars(unknown) | {"energies": energies, "forces": forces})
+    return gpmlp.fit(batch, targets, Recipe.model_validate(CHOICES))[0]
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def large():
+    """One structure of 96 atoms: copies of a cell side by side."""
+    one, n = crystal("triclinic", (6, 8, 1)), 4
+    shifts = torch.cartesian_prod(*[torch.arange(float(n), dtype=torch.float64)] * 2, torch.arange(2.0).double())
+    positions = (one.positions[None] + (shifts @ one.cells[0])[:, None]).flatten(0, 1)
+    moved = positions + 0.05 * torch.randn(positions.shape, generator=torch.Generator().manual_seed(1)).double()
+    cells = one.cells * torch.tensor([n, n, 2.0], dtype=torch.float64)[None, :, None]
+    species = one.species.repeat(len(shifts))
+    return gpmlp.Structures(moved, cells, one.periodic, species, torch.zeros(len(species), dtype=torch.long))
+
+
+def test_portions_are_runs_of_structures_or_parts_of_one():
+    assert portions.spans([3, 4, 2, 9, 1], 8) == [(0, 7), (7, 9), (9, 17), (17, 19)]
+    assert portions.spans([20], 8) == [(0, 8), (8, 16), (16, 20)]
+    assert portions.spans([0, 8, 0], 8) == [(0, 8)] and portions.spans([], 8) == portions.spans([0], 8) == []
+
+
+def fields(prediction):
+    uncertain = prediction.atom_energies_variance
+    return (prediction.energies, prediction.atom_energies, prediction.forces, prediction.stresses, prediction.novelty,
+            uncertain.inducing, uncertain.data)  # fmt: skip
+
+
+def test_a_structure_in_portions_is_the_structure(potential, monkeypatch):
+    """Sums over pairs in another order: rounding of values and forces of order 1 to 10; of variances, of prior variances."""
+    one, made = large(), []
+    for atoms in (1000, 13):
+        monkeypatch.setattr(portions, "ATOMS", atoms)
+        made.append(potential(one, variance="atom_energies", novelty=True, calibrated=False))
+    assert len(portions.spans([one.n_atoms], 13)) == 8
+    for whole, cut in zip(*map(fields, made), strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_threads_and_variances_change_nothing(potential, monkeypatch, two_threads):
+    """To the last bit: else dynamics would depend on the machine, or on what was asked for on the way."""
+    monkeypatch.setattr(portions, "ATOMS", 13)
+    monkeypatch.setattr(neighbors, "ATOMS", 13)
+    one, made = large(), []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        made.append(fields(potential(one, variance="atom_energies", novelty=True)))
+        found = neighbors.find(one, CUTOFF)
+        made[-1] += found.centers, found.neighbors, found.shifts
+    for first, *others in zip(*made, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+    plain = potential(one)
+    assert torch.equal(plain.forces, made[0][2]) and torch.equal(plain.energies, made[0][0])
+
+
+def test_variances_of_atoms_by_products_are_those_by_solves(potential):
+    """To 1e-10; with the data part in single precision wrong by 1e-7 of the prior, or of what it is itself. Never negative."""
+    one, model = large(), potential.variances
+    seen = [term.view(one).environments for term in potential.terms]
+    exact = model.of_atoms(seen)
+    torch.testing.assert_close(exact.data, model.whitened(model.atom_rows(seen))[1].square().sum(1), rtol=1e-10, atol=0)
+    model = potential.to(descriptors="float32").variances
+    found, (a, left) = model.of_atoms(seen), model.whitened(model.atom_rows(seen))
+    prior = sum(p.atom_energies(one.species, one.positions) for p in model.priors)
+    torch.testing.assert_close(
+        found.inducing, (prior - a.square().sum(1)).clamp_min(0), rtol=0, atol=1e-11 * float(prior.max())
+    )
+    assert (found.data >= 0).all() and (found.inducing >= 0).all()
+    assert ((found.data.sqrt() - left.norm(dim=1)).abs() < 1e-6 * prior.sqrt()).all()
+    torch.testing.assert_close(found.data, left.square().sum(1), rtol=2e-5, atol=0)
+    assert model.of_atoms(seen, "sor").inducing.abs().max() == 0
+
+
+def test_a_triangular_product_leaves_out_zeros_only():
+    lower = torch.randn(300, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril()
+    rows = torch.randn(7, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(variances._triangular(rows, lower), rows @ lower.T, rtol=0, atol=1e-12)
+
+
+def test_work_is_done_in_order_in_threads_of_one_core_with_the_modes_of_the_caller(two_threads):
+    def work(k):
+        return k, torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    assert threads.each(work, range(5)) == [(k, 1, True, False) for k in range(5)]
+    with torch.no_grad():
+        assert threads.each(work, range(5)) == [(k, 1, False, False) for k in range(5)]
+    with torch.inference_mode():
+        assert threads.each(work, range(5)) == [(k, 1, False, True) for k in range(5)]
+    assert torch.get_num_threads() == 2  # of the caller, as before
+    assert threads.each(work, []) == []
+    nested = threads.each(lambda k: threads.each(work, range(k)), range(3))
+    assert nested == [[], [(0, 1, True, False)], [(0, 1, True, False), (1, 1, True, False)]]
+
+
+def test_what_a_thread_raises_is_raised(two_threads):
+    with pytest.raises(ZeroDivisionError):
+        threads.each(lambda k: 1 / k, [1, 0, 2])
