@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -48,6 +48,12 @@ class KindCalibration:
     edges: tuple[float, ...] = ()
     floor: float = 0.0
     weights: tuple[float, ...] = ()
+
+    def widened(self, factor: float) -> KindCalibration:
+        """With standard deviations larger by a factor, and the same intervals."""
+        rows = {name: tuple(m / factor for m in row) for name, row in self.multipliers.items()}
+        edges = tuple(factor * e for e in self.edges)
+        return replace(self, scale=factor * self.scale, multipliers=rows, edges=edges, floor=factor * self.floor)
 
     @staticmethod
     def identity() -> KindCalibration:
