@@ -18,7 +18,7 @@ from gpmlp.gp.updates import Factor, bordered, shrunk
 from gpmlp.recipe import Recipe
 from gpmlp.regression import Model
 
-PASS = 400_000  # rows times new columns that one label may cost: about half a second; what it leaves out waits for a model made anew
+PASS = 200_000  # rows times new columns that one label may cost: some tenths of a second; what it leaves out waits for a model made anew
 State = tuple[tuple[Model, ...], tuple[Batch, ...], Factor]
 
 

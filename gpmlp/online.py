@@ -31,7 +31,7 @@ from gpmlp.variances import VarianceModel
 LARGEST_ERROR = 1e-9  # measured error of the factor at which it is made again from the rows
 WORSE = 10.0  # times that when it was made: where rounding allows no better, there is no use in making it again
 FEWEST_ENERGIES = 10  # that leaving one out can judge
-LEAST_TYPICAL = 0.5  # of the threshold: one from few labels is far too wide, and what is typical far below it
+EDGE = 1.0  # novelty at the edge of what was seen, beyond which standard deviations grow with it
 NOVELTY_ROWS = 4000  # environments of a species from which novelty is learned
 
 
@@ -46,7 +46,6 @@ class Online:
         factor: the posterior at the present hyperparameters.
         noise, constant: standard deviations by kind in the fit, and of new labels; label_noise: as much as labels themselves show.
         signal: (blocks,) eV.
-        novelty: distances from what was seen; typical_novelty: that of environments that were left out of it, in the middle.
         events: what was done beside learning: refreshes, factors made again, and why.
     """
 
@@ -62,7 +61,6 @@ class Online:
     signal: Tensor
     calibration: Calibration = field(default_factory=Calibration.identity)
     novelty: Mahalanobis | None = None
-    typical_novelty: float | None = None
     foreseen: tuple[Foreseen, ...] = ()
     events: tuple[str, ...] = ()
 
@@ -281,7 +279,6 @@ class Online:
             columns = signal[block_of_column]
             noise["energies"] = leave_one_out.energy_noise(whitened, counts["energies"], noise, columns)
         scatter = label_noise.of_forces(self.structures, self.targets)
-        novelty, typical = self._novelty()
         sizes, scales = growth.widths(self.models), Scales(noise, signal)
         new = replace(
             self,
@@ -290,23 +287,22 @@ class Online:
             constant=preparation.given_noise(self.targets) | parameters.noise(),
             label_noise={"forces": scatter} if scatter == scatter else {},
             signal=signal,
-            novelty=novelty,
-            typical_novelty=typical,
+            novelty=self._novelty(),
         )
         rows = [batches.rescaled(w, k, Scales.unit(len(sizes)), scales, sizes) for k, w in whitened.items()]
         return new._from_rows(f"refreshed: {why}", rows).recalibrated()
 
     def recalibrated(self) -> Online:
-        """With a calibration from the structures foreseen; variances grow where novelty exceeds what is typical now."""
+        """With a calibration from the structures foreseen; standard deviations grow with novelty outside the trust region."""
         if not self.foreseen or self.recipe.calibration is False:
             return self
-        learned = foreseen.calibration(self.foreseen)
-        return replace(self, calibration=replace(learned, typical_novelty=self.typical_novelty))
+        edge = None if self.novelty is None else EDGE
+        return replace(self, calibration=replace(foreseen.calibration(self.foreseen), typical_novelty=edge))
 
-    def _novelty(self) -> tuple[Mahalanobis | None, float | None]:
-        """Distances with thresholds from structures left out of them, then with these counted too; and how far these lay, in the middle."""
+    def _novelty(self) -> Mahalanobis | None:
+        """Distances with thresholds from structures left out of them, then with these counted too."""
         if self.recipe.novelty is False:
-            return None, None
+            return None
         seen: dict[int, list[Tensor]] = {}
         unseen: dict[int, list[Tensor]] = {}
         number = 0
@@ -322,13 +318,9 @@ class Online:
             seen[z] = unseen.pop(z)
         joined = [{z: torch.cat(x)[-NOVELTY_ROWS:] for z, x in some.items()} for some in (seen, unseen)]
         found = mahalanobis.fit(*joined, self.recipe.novelty.quantile, self.recipe.seed)
-        left = [(torch.full((len(x),), z), x) for z, x in joined[1].items()]
-        typical = (
-            max(LEAST_TYPICAL, float(torch.cat([found.novelty(*some) for some in left]).median())) if left else None
-        )
-        for some in left:
-            found = found.updated(*some)
-        return found, typical
+        for z, x in joined[1].items():
+            found = found.updated(torch.full((len(x),), z), x)
+        return found
 
     # ---------------------------------------------------------------- linear algebra
 

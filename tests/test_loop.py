@@ -82,8 +82,8 @@ def test_the_log(finished):
     learned, asks = events(folder, "learned"), events(folder, "ask")
     assert [e["labels"] for e in learned] == list(range(3, last.labels + 1))
     assert len(asks) == len(learned) - 1 and all(e["reason"] and e["atoms"] for e in asks)
-    assert [e["reason"] for e in asks] == [e["reason"] for e in learned[1:]]
-    assert [e.reason for e in tape(folder)][3:] == [e["reason"] for e in asks]
+    assert [e["reason"] for e in asks] == [e["reason"].removeprefix("halted: ") for e in learned[1:]]
+    assert [e.reason for e in tape(folder)][3:] == [e["reason"] for e in learned[1:]]
     assert found[-1] == {"event": "stopped", "reason": last.stopped}
     looks = events(folder, "look")
     assert [e["step"] for e in looks if e.get("labelled")] == [e["step"] for e in asks]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from systems import KERNELS, cluster, crystal, descriptor, random_term, structure, targets_of
 
-from gpmlp import batches, checks, defaults, foreseen, growth, regression
+from gpmlp import batches, checks, defaults, foreseen, growth, held_out, regression
 from gpmlp.fit import fit
 from gpmlp.fit_report import Stages
 from gpmlp.gp import covariances, posterior
 from gpmlp.online import Online
 from gpmlp.potential import Potential
-from gpmlp.quantities import KINDS, Targets
+from gpmlp.quantities import KINDS, Prediction, Targets
 from gpmlp.recipe import Recipe
 from gpmlp.structures import Structures
 from gpmlp.variances import VARIANCES, VarianceModel
@@ -270,14 +270,36 @@ def test_calibration_does_not_depend_on_the_units_of_novelty_then():
         ),
     ).recalibrated()
     assert other.calibration.kinds == online.calibration.kinds
-    assert other.calibration.typical_novelty == online.typical_novelty >= 0.5
-    far = online.potential(probes(), novelty=True).novelty
-    near = replace(online, typical_novelty=float(far.median())).recalibrated().potential(probes(), variance="forces")
-    plain = replace(online, typical_novelty=None).recalibrated().potential(probes(), variance="forces")
+    novelty = online.potential(probes(), novelty=True).novelty
+    near, plain = (
+        replace(online, calibration=replace(online.calibration, typical_novelty=t)).potential(
+            probes(), variance="forces"
+        )
+        for t in (online.calibration.typical_novelty * float(novelty.median()), None)
+    )
     grown = near.forces_variance.data / plain.forces_variance.data
-    expected = (far / far.median()).clamp_min(1.0).square()
-    assert expected.max() > 1
+    expected = (novelty / novelty.median()).clamp_min(1.0).square()
+    assert expected.max() > 1  # and all of it within the edge of what was seen
     torch.testing.assert_close(grown, expected[:, None].expand_as(grown), rtol=1e-9, atol=0)
+    assert online.calibration.typical_novelty == 1.0
+
+
+def test_error_bars_from_few_structures_are_widened():
+    """By n / chi²_n(0.1), as errors of one structure belong together; the intervals stay."""
+    online = begun()
+    for seed in range(70, 74):
+        online = online.learned(*labelled(seed))
+    learned = online.recalibrated().calibration.kinds["forces"]
+    parts = [replace(f.prediction, novelty=None) for f in online.foreseen]
+    data = together(*((f.structures, f.targets) for f in online.foreseen))
+    raw = held_out.learn(Prediction.concatenate(parts), *data, "a test").kinds["forces"]
+    factor = (4 / 1.0636) ** 0.5  # chi² with 4 degrees of freedom is below 1.0636 in a tenth of all cases (any table)
+    assert learned.scale == pytest.approx(factor * raw.scale, rel=1e-4)
+    std = torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64)
+    for level in (0.5, 0.9):
+        torch.testing.assert_close(
+            learned.half_width(learned.scale * std, level), raw.half_width(raw.scale * std, level), rtol=1e-9, atol=0
+        )
 
 
 def test_no_variances_no_novelty_no_calibration_where_none_is_wanted():

@@ -58,7 +58,8 @@ class Student:
         student = Student(Online.begin(structures, targets, recipe), refresh, first)
         for entry in entries[first:]:
             student = student.taught(entry)
-        return student._refreshed("after the first labels", anew=True)
+        fresh = student.made == len(entries) > first  # the last of them has just brought that about
+        return student if fresh else student._refreshed("after the first labels", anew=True)
 
     @property
     def potential(self) -> Potential:

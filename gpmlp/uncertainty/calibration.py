@@ -49,6 +49,12 @@ class KindCalibration:
     floor: float = 0.0
     weights: tuple[float, ...] = ()
 
+    def widened(self, factor: float) -> KindCalibration:
+        """With standard deviations larger by a factor, and the same intervals."""
+        rows = {name: tuple(m / factor for m in row) for name, row in self.multipliers.items()}
+        edges = tuple(factor * e for e in self.edges)
+        return replace(self, scale=factor * self.scale, multipliers=rows, edges=edges, floor=factor * self.floor)
+
     @staticmethod
     def identity() -> KindCalibration:
         """Return what changes nothing: scale 1 and Gaussian intervals."""

@@ -1,0 +1,60 @@
+"""A Student is taught label by label, and made anew of all labels as these grow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from systems import KERNELS, crystal, descriptor, random_term, targets_of
+
+from gpmlp.active.recipe import RefreshRecipe
+from gpmlp.active.student import Student
+from gpmlp.active.tape import Entry
+from gpmlp.online import Online
+from gpmlp.quantities import Targets
+from gpmlp.recipe import Recipe
+from gpmlp.structures import Structures
+
+RECIPE = Recipe.model_validate(
+    {
+        "descriptor": {"cutoff": 3.2, "n_max": 3, "l_max": 2, "sigma_atom": 0.5},
+        "inducing": {"gradients": 1},
+        "baseline": {"zbl": False, "isolated_atoms": "none"},
+    }
+)
+TRUTH = random_term(descriptor("soap gto"), KERNELS["polynomial 3"])
+
+
+def entries(n: int) -> list[Entry]:
+    out = []
+    for seed in range(n):
+        one = crystal("cubic", (6, 8), seed)
+        out.append(Entry(one, targets_of(one, TRUTH(one)), f"k{seed}", "a test", "", {}))
+    return out
+
+
+def test_the_model_is_made_anew_as_labels_grow():
+    some = entries(12)
+    taught = Student.begin(some[:4], RECIPE, RefreshRecipe(labels=2))
+    made = [taught.made]
+    for entry in some[4:]:
+        taught = taught.taught(entry)
+        made.append(taught.made)
+    # due after every second label: 6 >= 1.3 x 4, 8 >= 1.3 x 6, 10 < 1.3 x 8 (10.4), 12
+    assert made == [4, 4, 6, 6, 8, 8, 8, 8, 12]
+    anew = [e for e in taught.online.events if "made anew" in e]
+    assert [int(e.split()[0]) for e in anew] == [4, 6, 8, 12]
+    assert any(e.startswith("10 labels: refreshed: 2 labels since") for e in taught.online.events)
+
+
+def test_made_anew_it_knows_what_all_labels_together_tell():
+    """Whatever it was before: to 1e-9, the sums over labels being taken in turn or together."""
+    some = entries(6)
+    taught = Student.begin(some[:4], RECIPE, RefreshRecipe(labels=2))
+    for entry in some[4:]:
+        taught = taught.taught(entry)
+    data = Structures.concatenate([e.structure for e in some]), Targets.concatenate([e.targets for e in some])
+    together, probe = Online.begin(*data, RECIPE).potential, crystal("cubic", (6, 8), 99)
+    a, b = taught.potential(probe), together(probe)
+    torch.testing.assert_close(a.forces, b.forces, rtol=0, atol=1e-9)
+    assert float(a.energies) == pytest.approx(float(b.energies), abs=1e-9)
+    assert taught.made == 6  # all of them
