@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpmlp.active import bootstrap, explore, observables, prophecy, records, stopping, walker
-from gpmlp.active.checkpoint import Mind, Progress, Trail, load
-from gpmlp.active.criteria import Before, Decision, Limits, criteria, guard, limits_of
+from gpmlp.active.checkpoint import Progress, Trail, load
+from gpmlp.active.criteria import Before, Decision, Limits, criteria, limits_of
 from gpmlp.active.desk import Desk, alike
+from gpmlp.active.mind import HALTED, Mind
 from gpmlp.active.recipe import LearnRecipe
 from gpmlp.active.stopping import Verdict
 from gpmlp.active.stopwatch import Stopwatch
@@ -25,11 +26,7 @@ from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
 
 CHECKPOINT_S = 20.0  # between two checkpoints, of dynamics that a restart has to repeat
-MOST_SETBACKS = 8  # of a walker that gets nowhere, before it starts again from the beginning
 MOST_RESTARTS = 3  # before the run gives up on it
-HALTED = "halted"
-PER = 1000  # steps, of trigger.most_per_1000_steps
-SILENT = 1e6  # factor on the limits where labels came too often: only guards halt then
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,17 +245,9 @@ class _Run:
             self.desk.ask(_structure(mind.asked))
             self.progress = self.progress.with_mind(i, replace(mind, sent=True))
 
-    def _looseness(self, i: int) -> float:
-        """Factor on the limits of a walker: more than 1 shortly after a label, and a great number where labels came too often."""
-        mind, trigger = self.progress.minds[i], self.recipe.trigger
-        if sum(step > mind.walker.step - PER for step in mind.asked_at) >= trigger.most_per_1000_steps:
-            return SILENT
-        young = mind.walker.step - mind.labelled_at < trigger.cooldown
-        return max(1.0, trigger.hysteresis * mind.left) if young else 1.0
-
     def _judge_of(self, i: int) -> walker.Judge:
         """Criteria with the limits that hold for a walker."""
-        loose = self._looseness(i)
+        loose = self.progress.minds[i].looseness(self.recipe.trigger)
         limits = self.limits.times(loose) if loose > 1 else self.limits
 
         def judge(structure: Structures, prediction: Prediction, before: Before) -> Decision:
@@ -271,36 +260,14 @@ class _Run:
         mind, decision = self.progress.minds[i], now.decision
         self._record(now)
         if decision.action == "continue":
-            setbacks = mind.setbacks if now.walker.step <= mind.farthest else 0
-            farthest = max(mind.farthest, now.walker.step)
-            trusted = now.walker if decision.severity * self._looseness(i) <= 1 else mind.trusted
-            mind = replace(mind, walker=now.walker, trusted=trusted, setbacks=setbacks, farthest=farthest)
             self.looks[i] = now
         else:
             self.trail.log(
                 "ask", walker=i, step=now.walker.step, action=decision.action, reason=decision.reason,
                 severity=decision.severity, atoms=list(decision.atoms),
             )  # fmt: skip
-            mind = self._set_back(mind, now) if decision.action == "halt" else replace(mind, walker=now.walker)
-            asked = now.walker if decision.action == "label" or self._is_physical(now) else mind.trusted
-            why = decision.reason if decision.action == "label" else f"{HALTED}: {decision.reason}"
-            mind = replace(mind, asked=asked, why=why, since=self.progress.round, sent=False)
+        mind = mind.following(now, self.recipe, self.starts, self.progress.round)
         self.progress = self.progress.with_mind(i, mind)
-
-    def _is_physical(self, now: Look) -> bool:
-        return guard(now.prediction, now.structure, self.recipe.trigger.guards) is None
-
-    def _set_back(self, mind: Mind, now: Look) -> Mind:
-        """A walker that halted returns to the last trusted place; from its start if that has led nowhere time and again."""
-        setbacks, restarts, back = mind.setbacks + 1, mind.restarts, mind.trusted
-        if not self._is_physical(now) or setbacks > 1:
-            back = back.rested(self.recipe.dynamics, self.recipe.seed + 7919 * setbacks)
-        if setbacks > MOST_SETBACKS:
-            setbacks, restarts = 0, restarts + 1
-            start = self.starts[mind.walker.number % len(self.starts)]
-            fresh = Walker.begin(mind.walker.number, start, self.recipe.dynamics, self.recipe.seed + 104729 * restarts)
-            back = replace(fresh, step=mind.trusted.step)
-        return replace(mind, walker=back, trusted=back, setbacks=setbacks, restarts=restarts)
 
     def _settle(self, i: int) -> Iterator[State]:
         """Get the label that a walker waits for, learn it, and let the walker go on from where it is."""
@@ -311,11 +278,9 @@ class _Run:
         step = mind.asked.step
         notes = {"walker": i, "step": step, "time_fs": step * self.timestep_fs}
         entry = None if key in self.progress.known else self.desk.answer(structure, self.reason, notes)
-        recent = (*(s for s in mind.asked_at if s > step - PER), step)
-        mind = replace(mind, asked=None, why="", sent=False, labelled_at=mind.walker.step, asked_at=recent)
+        mind = mind.answered()
         if entry is None:  # refused, or known already: the same place must not ask for the same thing again
-            rested = mind.trusted.rested(self.recipe.dynamics, self.recipe.seed + 31 * (1 + self.progress.round))
-            self.progress = self.progress.with_mind(i, replace(mind, walker=rested, trusted=rested))
+            self.progress = self.progress.with_mind(i, mind.rested(self.recipe, self.progress.round))
             self._renew([i])
         else:
             known, history = (*self.progress.learned, key), self.progress.history.with_label()
