@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from gpmlp.active import bootstrap, explore, observables, prophecy, records, stopping, walker
+from gpmlp.active import bootstrap, carving, explore, observables, prophecy, records, stopping, together, walker
 from gpmlp.active.checkpoint import Progress, Trail, load
 from gpmlp.active.criteria import Before, Decision, Limits, criteria, limits_of
-from gpmlp.active.desk import Desk, alike
+from gpmlp.active.desk import Desk, Question, alike
 from gpmlp.active.mind import HALTED, Mind
 from gpmlp.active.recipe import LearnRecipe
 from gpmlp.active.stopping import Verdict
@@ -36,7 +37,7 @@ class State:
     Attributes:
         phase: 'first labels', 'dynamics', 'labelling', 'learning' or 'stopped'.
         looks: the last look at each walker.
-        labels, refused: so far; calls: labels asked of the oracle in this run.
+        labels, refused, surrogates (labels of what was cut out of larger frames): so far; calls: labels asked of the oracle in this run.
         reason: why the last label was asked for.
         verdict: of the stopping criteria; stopped: why the run ended, '' while it goes on.
     """
@@ -48,6 +49,7 @@ class State:
     limits: Limits | None
     labels: int
     refused: int
+    surrogates: int
     calls: int
     reason: str
     verdict: Verdict | None = None
@@ -127,8 +129,8 @@ class _Run:
     def _state(self, phase: str) -> State:
         return State(
             phase, self.progress, self.student, tuple(self.looks), self.limits,
-            len(self.desk.tape), len(self.desk.tape.refusals), self.desk.calls, self.reason, self.verdict,
-            self.progress.stopped,
+            len(self.desk.tape), len(self.desk.tape.refusals), self.desk.surrogates, self.desk.calls, self.reason,
+            self.verdict, self.progress.stopped,
         )  # fmt: skip
 
     def _first_labels(self) -> Iterator[State]:
@@ -136,11 +138,11 @@ class _Run:
         wanted = bootstrap.structures(self.starts, self.recipe)
         structures = [canonical(structures_from_ase([a], [f"first structure {i}"])) for i, a in enumerate(wanted)]
         for structure in structures:
-            self.desk.ask(structure)
+            self.desk.ask(Question(structure))
         for i, structure in enumerate(structures):
             self.reason = f"first structure {i + 1} of {len(structures)}"
             yield self._state("first labels")
-            found.append(self.desk.answer(structure, self.reason, {"walker": -1, "step": 0}))
+            found.append(self.desk.answer(Question(structure), self.reason, {"walker": -1, "step": 0}))
         entries = {entry.key: entry for entry in found if entry is not None}
         if len(entries) < 2:
             raise UserError(
@@ -163,7 +165,7 @@ class _Run:
             made, self.reason = explore.make(
                 k, self.potential, start, chosen.radius_A, self.recipe.trigger.guards.distance
             )
-            asked = canonical(made)
+            asked = self._question(canonical(made), carving.blindest(self.potential, made))
             self.desk.ask(asked)
             yield self._state("first labels")
             entry = self.desk.answer(asked, self.reason, {"walker": -1, "step": 0})
@@ -175,10 +177,10 @@ class _Run:
     def _remember(self) -> Iterator[State]:
         """Teach a student all that was learned before, in the same order: what it knows is then the same, bit by bit."""
         first, others = self.progress.first, self.progress.learned
+        self.student = Student.begin([self.desk.entry(k) for k in first], self.recipe.model, self.recipe.refresh)
         for mind in self.progress.minds:
             if mind.sent:
-                self.desk.ask(_structure(mind.asked))
-        self.student = Student.begin([self.desk.entry(k) for k in first], self.recipe.model, self.recipe.refresh)
+                self.desk.ask(self._question(_structure(mind.asked), mind.around))
         for key in others:
             yield self._state("learning")
             self.student = self.student.taught(self.desk.entry(key))
@@ -186,22 +188,27 @@ class _Run:
 
     def _round(self) -> Iterator[State]:
         """Let every walker that does not wait go on for a stride, then see to the labels that were asked for."""
-        trigger, dynamics = self.recipe.trigger, self.recipe.dynamics
         self.progress = replace(self.progress, round=self.progress.round + 1)
         self.limits = self._limits()
-        for i, mind in enumerate(self.progress.minds):
-            if not self._is_active(mind):
-                continue
-            stride = min(trigger.every, dynamics.steps - mind.walker.step)
-            judge = self._judge_of(i)
-            with self.clock("dynamics"):
-                now = walker.advance(
-                    self.looks[i], self.potential, judge, dynamics, self.timestep_fs, stride, trigger.watch,
-                    self.recipe.explore.bias,
-                )  # fmt: skip
+        active = [i for i, mind in enumerate(self.progress.minds) if self._is_active(mind)]
+        with self.clock("dynamics"):
+            if len(self.progress.minds) == 1:
+                found = [self._advanced(i) for i in active]
+            else:  # even one that goes alone for now: last digits must not depend on who was looked at with whom
+                found = together.advance(self.potential, [partial(self._advanced, i) for i in active])
+        for i, now in zip(active, found, strict=True):
             self._follow(i, now)
             yield self._state("dynamics")
         yield from self._serve()
+
+    def _advanced(self, i: int, ask: walker.Ask | None = None) -> Look:
+        """Where a walker is after a stride, or where it stopped in it."""
+        trigger, dynamics = self.recipe.trigger, self.recipe.dynamics
+        stride = min(trigger.every, dynamics.steps - self.progress.minds[i].walker.step)
+        return walker.advance(
+            self.looks[i], self.potential, self._judge_of(i), dynamics, self.timestep_fs, stride, trigger.watch,
+            self.recipe.explore.bias, ask,
+        )  # fmt: skip
 
     def _is_active(self, mind: Mind) -> bool:
         return mind.asked is None and mind.walker.step < self.recipe.dynamics.steps
@@ -242,8 +249,24 @@ class _Run:
                 room = False
             if not room or any(alike(self.potential, look, other) for other in under_way):
                 continue
-            self.desk.ask(_structure(mind.asked))
-            self.progress = self.progress.with_mind(i, replace(mind, sent=True))
+            around = look.decision.atoms[0] if look.decision.atoms else carving.blindest(self.potential, look.structure)
+            mind = self._carved(i, replace(mind, sent=True, around=around))
+            self.desk.ask(self._question(_structure(mind.asked), mind.around))
+            self.progress = self.progress.with_mind(i, mind)
+
+    def _question(self, frame: Structures, around: int) -> Question:
+        return Question.about(frame, around, self.recipe.carve, self.potential)
+
+    def _carved(self, i: int, mind: Mind) -> Mind:
+        """With the atom around which a surrogate is carved, having said what it is like; without where all is labelled."""
+        frame = _structure(mind.asked)
+        surrogate = self._question(frame, mind.around).surrogate
+        if surrogate is None:
+            return replace(mind, around=-1)
+        differs = carving.differs(self.potential, frame, surrogate)
+        notes = {"walker": i, "step": mind.asked.step, "atoms": surrogate.structure.n_atoms, **surrogate.notes()}
+        self.trail.log("carved", **notes, differs=differs, kept=differs <= carving.SAME)
+        return mind if differs <= carving.SAME else replace(mind, around=-1)
 
     def _judge_of(self, i: int) -> walker.Judge:
         """Criteria with the limits that hold for a walker."""
@@ -272,12 +295,12 @@ class _Run:
     def _settle(self, i: int) -> Iterator[State]:
         """Get the label that a walker waits for, learn it, and let the walker go on from where it is."""
         mind = self.progress.minds[i]
-        structure, self.reason = _structure(mind.asked), mind.why
-        key = self.desk.key(structure)
+        question, self.reason = self._question(_structure(mind.asked), mind.around), mind.why
+        key = self.desk.key(question.structure)
         yield self._state("labelling")
         step = mind.asked.step
         notes = {"walker": i, "step": step, "time_fs": step * self.timestep_fs}
-        entry = None if key in self.progress.known else self.desk.answer(structure, self.reason, notes)
+        entry = None if key in self.progress.known else self.desk.answer(question, self.reason, notes)
         mind = mind.answered()
         if entry is None:  # refused, or known already: the same place must not ask for the same thing again
             self.progress = self.progress.with_mind(i, mind.rested(self.recipe, self.progress.round))
