@@ -9,6 +9,7 @@ import ase.build
 import counting_oracle
 import numpy as np
 import pytest
+from ase import units
 from learning_runs import contents, events, finish, prepare, recipe
 
 from gpmlp.active import loop, together, walker
@@ -103,11 +104,11 @@ def test_each_has_its_own_decision(potential):
 
 def test_one_that_is_lost_harms_no_other(potential, monkeypatch):
     """Atoms on top of one another in one of them: it halts, and the others go where they would have gone."""
-    chosen = recipe(dynamics={"temperature_K": 300}).dynamics
+    chosen = recipe(dynamics={"ensemble": "nve", "temperature_K": 300}).dynamics
     seen = looks(potential, chosen, go_on)
     fast = seen[1].walker.atoms.copy()
     momenta = fast.get_momenta()
-    momenta[0] = 3000.0 * (fast.positions[1] - fast.positions[0])
+    momenta[0] = fast.get_masses()[0] * (fast.positions[1] - fast.positions[0]) / units.fs  # there in one step
     fast.set_momenta(momenta)
     hot = replace(seen[1], walker=replace(seen[1].walker, atoms=fast))
     others = together.advance(potential, tasks([seen[0], hot, seen[3]], potential, chosen, [go_on] * 3))
@@ -176,23 +177,23 @@ def test_lists_side_by_side(potential):
 
 
 def test_runs_of_several_walkers_repeat_and_resume_to_the_last_bit(tmp_path):
-    asks = {"dynamics": {"walkers": 3, "ahead": 2, "steps": 20, "ramp_steps": 15}, "trigger": {"force": 0.01}}
+    asks = {"dynamics": {"walkers": 3, "ahead": 2, "steps": 10, "ramp_steps": 8}, "trigger": {"force": 0.01}}
     finish(recipe(**asks), prepare(tmp_path / "a"))
     prepare(tmp_path / "b")
     seen = 0
     for _ in range(40):
         states = learn(recipe(**asks), tmp_path / "b", resume=True)
         for number, state in enumerate(states):
-            if number > 6 or state.phase == "stopped":
+            if number > 12 or state.phase == "stopped":
                 break
         states.close()
         seen += 1
         if state.phase == "stopped":
             break
-    assert seen > 2
+    assert seen > 1
     finish(recipe(**asks), tmp_path / "b", resume=True)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert len(events(tmp_path / "a", "ask")) > 2
+    assert events(tmp_path / "a", "ask")
 
 
 def test_one_walker_needs_no_company(tmp_path, monkeypatch):
