@@ -16,6 +16,8 @@ if [ ! -x "$VENV/bin/python" ]; then
     "$python" -m venv "$VENV"
 fi
 echo "installing into $VENV (torch is large: this takes minutes the first time)"
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+if "$VENV/bin/python" -c 'import torch' 2>/dev/null; then quiet=--quiet; else quiet=; fi # says what it downloads the first time
+"$VENV/bin/python" -m pip install $quiet --disable-pip-version-check --requirement requirements.txt
+echo "building gpmlp"
 rm -rf build # what setuptools left of an older version would be installed again
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check ".$EXTRAS"

@@ -92,6 +92,12 @@ class Batch:
         return Batch(structures, targets, remaining, rows, features.double(), facets)
 
     @property
+    def told(self) -> Tensor:
+        """(atoms,) bool: of which a label tells something: the force on it, or an energy that it has a share in."""
+        whole = self.targets.energies.isfinite()[self.structures.structure_of_atom]
+        return whole | self.targets.forces.isfinite().any(1)
+
+    @property
     def count(self) -> int:
         return sum(len(rows) for rows in self.rows.values())
 

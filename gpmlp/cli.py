@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gpmlp import cli_learn, cli_tune, versions
+from gpmlp import cli_learn, cli_md, cli_tune, versions
 from gpmlp.checks import DataWarning, UserError, symbol
 
 # typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
@@ -29,7 +26,7 @@ OUT_OF_MEMORY = (
     "out of memory; lower memory_GB or inducing.n (--set memory_GB=1) or take a smaller descriptor.cutoff (--set "
     "descriptor.cutoff=5; what one chunk needs grows with its third power), or use a larger machine."
 )
-INTERRUPTED = 130  # by convention 128 + the number of the signal; typer turns Ctrl-C into this status
+INTERRUPTED = cli_learn.INTERRUPTED  # typer turns Ctrl-C into this status
 
 app = typer.Typer(
     name="gpmlp",
@@ -39,13 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Ensemble(StrEnum):
-    """Ensembles of `gpmlp md`."""
-
-    nve = "nve"
-    nvt = "nvt"
 
 
 class Method(StrEnum):
@@ -116,6 +106,7 @@ def fit_command(
 
 app.command("tune")(cli_tune.tune)
 app.command("learn")(cli_learn.learn)
+app.command("md")(cli_md.md)
 
 
 @app.command("evaluate")
@@ -280,78 +271,6 @@ def cite(model: Model) -> None:
     typer.echo("\n".join(work.bibtex() for work in references.of(recipe, content["version"])))
 
 
-@app.command()
-def md(
-    model: Model,
-    start: Annotated[Path, typer.Argument(help="Start structure (the last frame of the file).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Trajectory to write, extended XYZ.")],
-    ensemble: Annotated[
-        Ensemble, typer.Option("--ensemble", help="nve, or nvt (stochastic velocity rescaling).")
-    ] = Ensemble.nve,
-    temperature_k: Annotated[
-        float | None, typer.Option("--temperature-K", help="Thermostat and initial velocities.")
-    ] = None,
-    steps: Annotated[int, typer.Option("--steps", help="Number of the last step.")] = 1000,
-    timestep_fs: Annotated[float, typer.Option("--timestep-fs", help="Time step.")] = 1.0,
-    relaxation_fs: Annotated[float, typer.Option("--relaxation-fs", help="Time constant of the thermostat.")] = 100.0,
-    interval: Annotated[int, typer.Option("--interval", help="Steps between two frames.")] = 10,
-    seed: Annotated[int, typer.Option("--seed", help="Of initial velocities and thermostat.")] = 0,
-    energies: Annotated[Path | None, typer.Option("--energies", help="Table of energies to write.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last frame of the trajectory; START is only compared.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-) -> None:
-    """Run a short molecular dynamics with a potential."""
-    from gpmlp import console
-    from gpmlp.engines import md as dynamics
-    from gpmlp.engines.ase import GPCalculator
-    from gpmlp.io import archive, atoms
-    from gpmlp.io.atomic import check_apart
-
-    if resume and overwrite:
-        raise UserError("--resume goes on with files that --overwrite would replace; give one of them.")
-    targets = {"the trajectory (--output)": output, "the table (--energies)": energies}
-    own = resume and start.resolve() == output.resolve()
-    check_apart(targets, {"the model": model} | ({} if own else {"the start": start}))
-    with _arguments_named_as_options():
-        settings = dynamics.Settings(ensemble.value, temperature_k, steps, timestep_fs, relaxation_fs, interval, seed)
-    dynamics.check_files([path for path in targets.values() if path is not None], existing=resume or overwrite)
-    calculator = GPCalculator(archive.load(model), start.name)
-    first = None if own else atoms.read_frames(start, -1)[0][0]
-    if resume:
-        first = dynamics.resume(output, energies, first)
-    else:
-        first.info = {key: first.info[key] for key in ("config_type",) if key in first.info}
-    with (
-        _arguments_named_as_options(),
-        dynamics.record(output, energies, overwrite) as append,
-        console.Stages() as stages,
-    ):
-        state = None
-        for state in dynamics.run(first, calculator, settings):
-            append(state)
-            energy = f"{state.potential_eV:.4f} eV, drift {state.drift_eV_per_atom:+.1e} eV/atom"
-            note = f"step {state.step}, {state.temperature_K:.0f} K, {energy}"
-            stages("dynamics", state.step, settings.steps, note)
-    if state is None:
-        console.message("note", f"{output}: step {steps} is reached already; raise --steps to go on.")
-    else:
-        console.output().print(
-            f"step {state.step}: {note.split(', ', 1)[1]}; wrote {output}", soft_wrap=True, markup=False
-        )
-
-
-@contextmanager
-def _arguments_named_as_options() -> Iterator[None]:
-    """Let the errors of `md` name --temperature-K where the library says `temperature_K`."""
-    try:
-        yield
-    except UserError as error:
-        names = "|".join(("temperature_K", "steps", "timestep_fs", "relaxation_fs", "interval"))
-        raise UserError(re.sub(f"`({names})`", lambda name: "--" + name[1].replace("_", "-"), str(error))) from error
-
-
 def _show_warning(text: Any, category: type[Warning], *_: object, **__: object) -> None:
     from gpmlp import console
 
@@ -378,6 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         except ClickException as error:
             return _usage_error(error)
+        except SystemExit as ended:  # of a command that has said all there is to say
+            return ended.code
         except (KeyboardInterrupt, typer.Abort):
             message("error", "interrupted; files that were complete are kept, others are as they were.")
             return INTERRUPTED

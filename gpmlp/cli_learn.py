@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+INTERRUPTED = 130  # by convention 128 + the number of the signal
+
 
 def learn(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe with start, oracle and dynamics; see docs/learning.md.")],
@@ -41,7 +43,7 @@ def learn(
         except KeyboardInterrupt:
             again = shlex.join(["gpmlp", "learn", str(recipe), *(f"--set={s}" for s in settings or []), "--resume"])
             console.message("stopped", f"interrupted; go on with: {again}")
-            raise
+            raise SystemExit(INTERRUPTED) from None
         finally:
             states.close()
         if report:

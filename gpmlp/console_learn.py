@@ -138,12 +138,13 @@ def learning_table(state: State, folder: Path, page: Path | None) -> Table:
     steps = sum(mind.walker.step for mind in progress.minds)
     asked = len(progress.known) - len(progress.first)
     aside = f", {state.refused} structures set aside" if state.refused else ""
+    cut = f", {state.surrogates} of surrogates cut out of larger frames" if state.surrogates else ""
     rare = f", one label in {steps / asked:.0f}" if asked else ""
     limit = f"{number(state.limits.force)} eV/A" if state.limits.force else "none"
     pairs = [
         ("why it stopped", _why(state)),
         *((c.name, f"{MARKS[c.met]}: {c.sentence}") for c in (state.verdict.criteria if state.verdict else ())),
-        ("labels", f"{state.labels}: {len(progress.first)} to begin with, {asked} asked for{aside}"),
+        ("labels", f"{state.labels}: {len(progress.first)} to begin with, {asked} asked for{cut}{aside}"),
         ("steps", f"{steps} of {len(progress.minds)} walkers{rare}"),
         ("force error, limit", limit),
         ("noise", noises(online.noise)),

@@ -49,6 +49,15 @@ class Neighbors:
         joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("centers", "neighbors", "shifts"))
         return Neighbors(*joined, parts[0].cutoff)
 
+    @staticmethod
+    def side_by_side(parts: Sequence[Neighbors], counts: Sequence[int]) -> Neighbors:
+        """Lists of structures with so many atoms, as the list of a batch of them."""
+        firsts = np.cumsum([0, *counts])[:-1].tolist()
+        moved = [
+            Neighbors(p.centers + n, p.neighbors + n, p.shifts, p.cutoff) for p, n in zip(parts, firsts, strict=True)
+        ]
+        return Neighbors.concatenate(moved)
+
     def between(self, start: int, end: int) -> Neighbors:
         """The pairs of the centres start to end, atoms counted from `start`: of structures that lie side by side in a batch."""
         edges = torch.searchsorted(self.centers, torch.tensor([start, end], device=self.centers.device)).tolist()

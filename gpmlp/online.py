@@ -160,7 +160,8 @@ class Online:
         if new.novelty is None:
             return new
         batch = new.batches[-1]
-        return replace(new, novelty=new.novelty.updated(batch.structures.species, batch.features))
+        told = batch.told
+        return replace(new, novelty=new.novelty.updated(batch.structures.species[told], batch.features[told]))
 
     def _foreseen(self, structures: Structures, targets: Targets, views: Sequence[View]) -> tuple[Foreseen, ...]:
         if self.recipe.variance is False:
@@ -310,7 +311,7 @@ class Online:
             left_out = (batch.structures.structure_of_atom + number) % 4 == 3
             number += len(batch.structures)
             for z in batch.structures.distinct_species:
-                here = batch.structures.species == z
+                here = (batch.structures.species == z) & batch.told
                 for parts, which in ((seen, ~left_out), (unseen, left_out)):
                     if (here & which).any():
                         parts.setdefault(z, []).append(batch.features[here & which])

@@ -352,3 +352,17 @@ def test_stages_last_from_the_end_of_the_one_before(monkeypatch, capsys):
 def test_numbers_of_tables(value, text):
     assert console.number(value) == text
     assert console.number(float("nan")) == console.number(None) == "-"
+
+
+@pytest.mark.parametrize(("cell", "said"), [(None, "has no cell"), ([9.0, 9.0, 9.0], "has a cell, but pbc is F F F")])
+def test_md_says_what_a_start_without_periodicity_means(gpmlp, model_file, tmp_path, cell, said):
+    ase.io.write(tmp_path / "start.xyz", ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 2.5]], cell=cell))
+    status, _, err = gpmlp(
+        "md", model_file, tmp_path / "start.xyz", "-o", tmp_path / "md.xyz", "--temperature-K", 100, "--steps", 2
+    )
+    assert status == 0 and said in " ".join(err.split()) and "nve and nvt" in " ".join(err.split())
+    ase.io.write(tmp_path / "start.xyz", ase.build.bulk("Cu", cubic=True))
+    _, _, err = gpmlp(
+        "md", model_file, tmp_path / "start.xyz", "-o", tmp_path / "two.xyz", "--temperature-K", 100, "--steps", 2
+    )
+    assert "empty space" not in err

@@ -26,7 +26,7 @@ FLOORS = {
     "fit": 7, "online": 7, "fit_report": 6, "io": 7, "report": 7, "evaluation": 7, "references": 7, "picking": 7,
     "engines": 8, "reporting": 8, "search_space": 8, "tuning": 8,
     "active": 9,
-    "cli": 10, "cli_tune": 10, "cli_learn": 10, "console_learn": 10, "console": 10,
+    "cli": 10, "cli_md": 10, "cli_tune": 10, "cli_learn": 10, "console_learn": 10, "console": 10,
 }  # fmt: skip
 # External packages that only some parts may know
 CONFINED = {
@@ -41,7 +41,7 @@ CONFINED = {
     "vesin": {"neighbors"},
     "safetensors": {"io"},
     "yaml": {"io", "console"},
-    "typer": {"cli", "cli_tune", "cli_learn"},
+    "typer": {"cli", "cli_md", "cli_tune", "cli_learn"},
     "rich": {"console", "console_learn"},
     "optuna": {"search_space"},
     "matplotlib": {"report"},

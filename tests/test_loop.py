@@ -18,7 +18,7 @@ from counting_oracle import answers
 from learning_runs import cluster, contents, crystal, events, finish, merged, prepare, recipe
 
 from gpmlp import io
-from gpmlp.active import checkpoint, loop
+from gpmlp.active import checkpoint, loop, mind
 from gpmlp.active.history import History, Record
 from gpmlp.active.loop import learn
 from gpmlp.active.stopping import window
@@ -403,7 +403,7 @@ def test_guards_and_a_hot_ramp(tmp_path):
 
 def test_a_start_that_cannot_be_kept(tmp_path, monkeypatch):
     """Guards that fire in the first step, always: the run gives up and says why, and does not go round for ever."""
-    monkeypatch.setattr(loop, "MOST_SETBACKS", 2)
+    monkeypatch.setattr(mind, "MOST_SETBACKS", 2)
     monkeypatch.setattr(loop, "MOST_RESTARTS", 1)
     last = finish(recipe(trigger={"guards": {"temperature": 0.01}}), prepare(tmp_path))
     assert last.stopped == "a walker could not be kept stable; see log.jsonl for the guards that fired"
@@ -446,7 +446,7 @@ def test_what_was_left_after_a_label_is_in_units_of_the_plain_limits(tmp_path):
 def test_labels_at_most(tmp_path):
     last = finish(recipe(stop={"labels_at_most": 5}), prepare(tmp_path / "one"))
     assert last.labels == 5 and last.verdict.limit == "labels"
-    assert "stopped at a limit, not converged: 5 labels" in last.stopped
+    assert "stopped where it was told to, not converged: 5 labels" in last.stopped
     more = finish(recipe(stop={"labels_at_most": 6}), tmp_path / "one", resume=True)
     assert more.labels == 6 and more.calls == 1
     last = finish(recipe(**TWO, stop={"labels_at_most": 5}), prepare(tmp_path / "two"))

@@ -253,9 +253,19 @@ def _labels(
                     species=entry.structure.species.numpy() if entry else np.zeros(0, int),
                     columns=event["columns"],
                     foretold=_foretold(event.get("foreseen")),
+                    surrogate=_surrogate(entry),
                 )
             )
     return tuple(replace(f, seconds=seconds.get(f.key, float("nan")), attempts=attempts.get(f.key, 1)) for f in found)
+
+
+def _surrogate(entry: Entry | None) -> str:
+    """What was labelled in place of a frame that was too large; '' where it was the frame."""
+    if entry is None or "surrogate" not in entry.notes:
+        return ""
+    notes, n = entry.notes, entry.structure.n_atoms
+    what = "all of it learned" if notes["surrogate"] == "small cell" else f"forces on {notes['intact']} of them learned"
+    return f"{notes['surrogate']} of {n} atoms around atom {notes['carved_around']} of {notes['carved_from']}, {what}"
 
 
 def _first(entries: dict[str, Entry]) -> list[str]:

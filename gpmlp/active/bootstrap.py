@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from ase import Atoms
 
+from gpmlp import defaults
+from gpmlp.active.carving import carve
 from gpmlp.active.criteria import too_close
 from gpmlp.active.recipe import LearnRecipe
 from gpmlp.active.tape import Entry, canonical, key_of
 from gpmlp.active.walker import fixed_atoms
 from gpmlp.checks import UserError
 from gpmlp.io.atoms import read, read_frames, structures_from_ase
+from gpmlp.quantities import Targets
 from gpmlp.units import BOLTZMANN
 
 STIFFNESS = {
@@ -49,19 +52,42 @@ def given(path: Path) -> Iterator[Entry]:
         yield Entry(one, targets.select(structures, [i]), key_of(one), "given", "", {"frame": i})
 
 
+def smaller(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms, int], Atoms]:
+    """What first structures are made of: starts, or of those that are too large a cell carved around some atom, which a number picks."""
+    if recipe.carve is None or all(len(atoms) <= recipe.carve.above for atoms in starts):
+        return lambda atoms, _: atoms
+    whole = structures_from_ase(starts)
+    found = defaults.survey(whole, Targets.unknown(whole))
+    resolved = defaults.resolve(recipe.model, found, len(whole.distinct_species))
+    reach = max(d.cutoff for d in resolved.descriptors)
+
+    def small(atoms: Atoms, number: int) -> Atoms:
+        atom = int(np.random.default_rng([recipe.seed, 2, number]).integers(len(atoms)))
+        frame = structures_from_ase([atoms])
+        cut = carve(frame, atom, reach, recipe.carve.core_A) if len(atoms) > recipe.carve.above else None
+        if cut is None:
+            return atoms
+        part = atoms[cut.origin.numpy()]
+        part.set_cell(cut.structure.cells[0].numpy())
+        part.positions = cut.structure.positions.numpy()
+        return part
+
+    return small
+
+
 def structures(starts: Sequence[Atoms], recipe: LearnRecipe) -> list[Atoms]:
     """Starts first, then displaced copies of them in turn, recipe.bootstrap.n in all (each start at least once).
 
     Displacements shrink from copy to copy from one and a half times `displacement_A` to half of it: what is foreseen after the first
     half was learned lies within that, as dynamics will.
     """
-    chosen = recipe.bootstrap
-    out = [_still(atoms) for atoms in starts]
+    chosen, small = recipe.bootstrap, smaller(starts, recipe)
+    out = [small(_still(atoms), k) for k, atoms in enumerate(starts)]
     generator = np.random.default_rng([recipe.seed, 1])
     n = chosen.n or min(MOST, max(FEWEST, round(ATOMS * len(starts) / sum(len(a) for a in starts))))
     more = max(0, n - len(out))
     for k in range(more):
-        atoms = _still(starts[k % len(starts)])
+        atoms = small(_still(starts[k % len(starts)]), len(starts) + k)
         size = chosen.displacement_A or _thermal_displacement(atoms, recipe.dynamics.highest_K)
         size *= 1.5 - (k / (more - 1) if more > 1 else 0.5)
         out.append(_displaced(atoms, size, chosen.strain if atoms.pbc.all() else 0.0, recipe, generator))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gpmlp.active import spool
 from gpmlp.active.history import History
+from gpmlp.active.mind import NEVER, Mind
 from gpmlp.active.recipe import DynamicsRecipe, LearnRecipe
 from gpmlp.active.walker import Look, Walker, frame
 from gpmlp.checks import UserError
@@ -30,7 +31,6 @@ from gpmlp.io.atomic import atomic, check_folder
 
 NAME = "checkpoint.gpmlp-run"
 DIARY = "run.log"
-NEVER = -(10**9)  # a step long ago
 SENTENCES = {"judged": "sentence", "stopped": "reason"}  # what says all there is to say of an event
 HOW = (
     "timeout_s",
@@ -45,31 +45,6 @@ HOW = (
 HOW += ("directory", "keep", "check_forces", "largest_force", "largest_net_force", "check_every", "kwargs.command")
 MAY_CHANGE = ("stop.", "thin", "output", "dynamics.steps", "dynamics.ramp_steps", *(f"oracle.{name}" for name in HOW))
 UNTOLD = ("atoms", "foreseen", "criteria")  # too long for a line that a person reads
-
-
-@dataclass(frozen=True, eq=False)
-class Mind:
-    """A walker with what the loop remembers of it.
-
-    Attributes:
-        walker: where it is; trusted: the last place where all was well.
-        asked: the place whose label it waits for; why: the reason; since: the round when it asked; sent: whether the oracle knows.
-        labelled_at: step of its last label; asked_at: steps of those of the last thousand steps; left: severity right after the last.
-        setbacks: since it last got farther than ever; farthest: step it ever got to; restarts: from its start structure.
-    """
-
-    walker: Walker
-    trusted: Walker
-    asked: Walker | None = None
-    why: str = ""
-    since: int = 0
-    sent: bool = False
-    labelled_at: int = NEVER
-    asked_at: tuple[int, ...] = ()
-    left: float = 0.0
-    setbacks: int = 0
-    farthest: int = 0
-    restarts: int = 0
 
 
 WALKERS = ("walker", "trusted", "asked")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from gpmlp.active.carving import Surrogate, carve
 from gpmlp.active.checkpoint import Trail
 from gpmlp.active.labelling import Labeller, stop_if_told
 from gpmlp.active.oracle import OracleRecipe, Refusal
+from gpmlp.active.recipe import CarveRecipe
 from gpmlp.active.stopwatch import Stopwatch
 from gpmlp.active.tape import Entry, Note, Tape, key_of
 from gpmlp.active.walker import Look
@@ -18,6 +21,26 @@ from gpmlp.terms import View
 
 ALIKE = 0.999  # covariance of unit environments above which two atoms that ask are one
 ASKING = 3  # atoms of a decision that are compared
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A structure to be labelled, and the surrogate that it is where a frame was too large."""
+
+    structure: Structures
+    surrogate: Surrogate | None = None
+
+    @staticmethod
+    def about(frame: Structures, around: int, chosen: CarveRecipe | None, potential: Potential) -> Question:
+        """A frame, or what is labelled in its place: the same whenever it is asked for.
+
+        Args:
+            around: an atom of it; -1 where all of it is to be labelled.
+        """
+        if chosen is None or around < 0 or frame.n_atoms <= chosen.above:
+            return Question(frame)
+        surrogate = carve(frame, around, potential.reach, chosen.core_A)
+        return Question(frame if surrogate is None else surrogate.structure, surrogate)
 
 
 class Desk:
@@ -35,6 +58,11 @@ class Desk:
         self.calls = 0
         if self.tape.repaired:
             trail.tell("repaired", what=self.tape.repaired)
+
+    @property
+    def surrogates(self) -> int:
+        """Labels of what was cut out of larger frames."""
+        return sum("surrogate" in entry.notes for entry in self.tape)
 
     def close(self) -> None:
         self.labeller.close()
@@ -56,31 +84,34 @@ class Desk:
             )
         return entry
 
-    def ask(self, structure: Structures) -> None:
+    def ask(self, question: Question) -> None:
         """Set the oracle to work, unless the answer is known or on its way."""
-        key = self.key(structure)
+        key = self.key(question.structure)
         if key in self.tape or self.tape.refusal(key) is not None:
             return
         with self.clock("oracle"):
-            self.labeller.submit(key, structure)
+            self.labeller.submit(key, question.structure)
 
-    def answer(self, structure: Structures, reason: str, notes: Mapping[str, Note]) -> Entry | None:
-        """The label of a structure, once it is on the tape; None if there is none.
+    def answer(self, question: Question, reason: str, notes: Mapping[str, Note]) -> Entry | None:
+        """The label of a structure, once it is on the tape, of a surrogate as much as is believed; None if there is none.
 
         Raises:
             UserError: the oracle failed so often, or at all, that the run has to end; the disk is full.
         """
+        structure, surrogate = question.structure, question.surrogate
         key = self.key(structure)
         if key in self.tape:
             return self.tape.find(key)
         refusal = self.tape.refusal(key)
         if refusal is None:
-            self.ask(structure)
+            self.ask(question)
             with self.clock("oracle"):
                 found = self.labeller.result(key)
             self.calls += 1
             if not isinstance(found, Refusal):
-                entry = self.tape.append(Entry(structure, found.targets, key, reason, self.recipe.settings_hash, notes))
+                targets = found.targets if surrogate is None else surrogate.believed(found.targets)
+                notes = {**notes, **({} if surrogate is None else surrogate.notes())}
+                entry = self.tape.append(Entry(structure, targets, key, reason, self.recipe.settings_hash, notes))
                 self.labeller.forget(key)
                 self.trail.tell("labelled", key=key, seconds=found.seconds, attempts=found.attempts)
                 return entry

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from gpmlp.active import bootstrap, explore, observables, prophecy, records, stopping, walker
-from gpmlp.active.checkpoint import Mind, Progress, Trail, load
-from gpmlp.active.criteria import Before, Decision, Limits, criteria, guard, limits_of
-from gpmlp.active.desk import Desk, alike
+from gpmlp.active import bootstrap, carving, explore, observables, prophecy, records, stopping, together, walker
+from gpmlp.active.checkpoint import Progress, Trail, load
+from gpmlp.active.criteria import Before, Decision, Limits, criteria, limits_of
+from gpmlp.active.desk import Desk, Question, alike
+from gpmlp.active.mind import HALTED, Mind
 from gpmlp.active.recipe import LearnRecipe
 from gpmlp.active.stopping import Verdict
 from gpmlp.active.stopwatch import Stopwatch
@@ -25,11 +27,7 @@ from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
 
 CHECKPOINT_S = 20.0  # between two checkpoints, of dynamics that a restart has to repeat
-MOST_SETBACKS = 8  # of a walker that gets nowhere, before it starts again from the beginning
 MOST_RESTARTS = 3  # before the run gives up on it
-HALTED = "halted"
-PER = 1000  # steps, of trigger.most_per_1000_steps
-SILENT = 1e6  # factor on the limits where labels came too often: only guards halt then
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +37,7 @@ class State:
     Attributes:
         phase: 'first labels', 'dynamics', 'labelling', 'learning' or 'stopped'.
         looks: the last look at each walker.
-        labels, refused: so far; calls: labels asked of the oracle in this run.
+        labels, refused, surrogates (labels of what was cut out of larger frames): so far; calls: labels asked of the oracle in this run.
         reason: why the last label was asked for.
         verdict: of the stopping criteria; stopped: why the run ended, '' while it goes on.
     """
@@ -51,6 +49,7 @@ class State:
     limits: Limits | None
     labels: int
     refused: int
+    surrogates: int
     calls: int
     reason: str
     verdict: Verdict | None = None
@@ -130,8 +129,8 @@ class _Run:
     def _state(self, phase: str) -> State:
         return State(
             phase, self.progress, self.student, tuple(self.looks), self.limits,
-            len(self.desk.tape), len(self.desk.tape.refusals), self.desk.calls, self.reason, self.verdict,
-            self.progress.stopped,
+            len(self.desk.tape), len(self.desk.tape.refusals), self.desk.surrogates, self.desk.calls, self.reason,
+            self.verdict, self.progress.stopped,
         )  # fmt: skip
 
     def _first_labels(self) -> Iterator[State]:
@@ -139,11 +138,11 @@ class _Run:
         wanted = bootstrap.structures(self.starts, self.recipe)
         structures = [canonical(structures_from_ase([a], [f"first structure {i}"])) for i, a in enumerate(wanted)]
         for structure in structures:
-            self.desk.ask(structure)
+            self.desk.ask(Question(structure))
         for i, structure in enumerate(structures):
             self.reason = f"first structure {i + 1} of {len(structures)}"
             yield self._state("first labels")
-            found.append(self.desk.answer(structure, self.reason, {"walker": -1, "step": 0}))
+            found.append(self.desk.answer(Question(structure), self.reason, {"walker": -1, "step": 0}))
         entries = {entry.key: entry for entry in found if entry is not None}
         if len(entries) < 2:
             raise UserError(
@@ -166,7 +165,7 @@ class _Run:
             made, self.reason = explore.make(
                 k, self.potential, start, chosen.radius_A, self.recipe.trigger.guards.distance
             )
-            asked = canonical(made)
+            asked = self._question(canonical(made), carving.blindest(self.potential, made))
             self.desk.ask(asked)
             yield self._state("first labels")
             entry = self.desk.answer(asked, self.reason, {"walker": -1, "step": 0})
@@ -178,10 +177,10 @@ class _Run:
     def _remember(self) -> Iterator[State]:
         """Teach a student all that was learned before, in the same order: what it knows is then the same, bit by bit."""
         first, others = self.progress.first, self.progress.learned
+        self.student = Student.begin([self.desk.entry(k) for k in first], self.recipe.model, self.recipe.refresh)
         for mind in self.progress.minds:
             if mind.sent:
-                self.desk.ask(_structure(mind.asked))
-        self.student = Student.begin([self.desk.entry(k) for k in first], self.recipe.model, self.recipe.refresh)
+                self.desk.ask(self._question(_structure(mind.asked), mind.around))
         for key in others:
             yield self._state("learning")
             self.student = self.student.taught(self.desk.entry(key))
@@ -189,22 +188,27 @@ class _Run:
 
     def _round(self) -> Iterator[State]:
         """Let every walker that does not wait go on for a stride, then see to the labels that were asked for."""
-        trigger, dynamics = self.recipe.trigger, self.recipe.dynamics
         self.progress = replace(self.progress, round=self.progress.round + 1)
         self.limits = self._limits()
-        for i, mind in enumerate(self.progress.minds):
-            if not self._is_active(mind):
-                continue
-            stride = min(trigger.every, dynamics.steps - mind.walker.step)
-            judge = self._judge_of(i)
-            with self.clock("dynamics"):
-                now = walker.advance(
-                    self.looks[i], self.potential, judge, dynamics, self.timestep_fs, stride, trigger.watch,
-                    self.recipe.explore.bias,
-                )  # fmt: skip
+        active = [i for i, mind in enumerate(self.progress.minds) if self._is_active(mind)]
+        with self.clock("dynamics"):
+            if len(self.progress.minds) == 1:
+                found = [self._advanced(i) for i in active]
+            else:  # even one that goes alone for now: last digits must not depend on who was looked at with whom
+                found = together.advance(self.potential, [partial(self._advanced, i) for i in active])
+        for i, now in zip(active, found, strict=True):
             self._follow(i, now)
             yield self._state("dynamics")
         yield from self._serve()
+
+    def _advanced(self, i: int, ask: walker.Ask | None = None) -> Look:
+        """Where a walker is after a stride, or where it stopped in it."""
+        trigger, dynamics = self.recipe.trigger, self.recipe.dynamics
+        stride = min(trigger.every, dynamics.steps - self.progress.minds[i].walker.step)
+        return walker.advance(
+            self.looks[i], self.potential, self._judge_of(i), dynamics, self.timestep_fs, stride, trigger.watch,
+            self.recipe.explore.bias, ask,
+        )  # fmt: skip
 
     def _is_active(self, mind: Mind) -> bool:
         return mind.asked is None and mind.walker.step < self.recipe.dynamics.steps
@@ -245,20 +249,28 @@ class _Run:
                 room = False
             if not room or any(alike(self.potential, look, other) for other in under_way):
                 continue
-            self.desk.ask(_structure(mind.asked))
-            self.progress = self.progress.with_mind(i, replace(mind, sent=True))
+            around = look.decision.atoms[0] if look.decision.atoms else carving.blindest(self.potential, look.structure)
+            mind = self._carved(i, replace(mind, sent=True, around=around))
+            self.desk.ask(self._question(_structure(mind.asked), mind.around))
+            self.progress = self.progress.with_mind(i, mind)
 
-    def _looseness(self, i: int) -> float:
-        """Factor on the limits of a walker: more than 1 shortly after a label, and a great number where labels came too often."""
-        mind, trigger = self.progress.minds[i], self.recipe.trigger
-        if sum(step > mind.walker.step - PER for step in mind.asked_at) >= trigger.most_per_1000_steps:
-            return SILENT
-        young = mind.walker.step - mind.labelled_at < trigger.cooldown
-        return max(1.0, trigger.hysteresis * mind.left) if young else 1.0
+    def _question(self, frame: Structures, around: int) -> Question:
+        return Question.about(frame, around, self.recipe.carve, self.potential)
+
+    def _carved(self, i: int, mind: Mind) -> Mind:
+        """With the atom around which a surrogate is carved, having said what it is like; without where all is labelled."""
+        frame = _structure(mind.asked)
+        surrogate = self._question(frame, mind.around).surrogate
+        if surrogate is None:
+            return replace(mind, around=-1)
+        differs = carving.differs(self.potential, frame, surrogate)
+        notes = {"walker": i, "step": mind.asked.step, "atoms": surrogate.structure.n_atoms, **surrogate.notes()}
+        self.trail.log("carved", **notes, differs=differs, kept=differs <= carving.SAME)
+        return mind if differs <= carving.SAME else replace(mind, around=-1)
 
     def _judge_of(self, i: int) -> walker.Judge:
         """Criteria with the limits that hold for a walker."""
-        loose = self._looseness(i)
+        loose = self.progress.minds[i].looseness(self.recipe.trigger)
         limits = self.limits.times(loose) if loose > 1 else self.limits
 
         def judge(structure: Structures, prediction: Prediction, before: Before) -> Decision:
@@ -271,51 +283,27 @@ class _Run:
         mind, decision = self.progress.minds[i], now.decision
         self._record(now)
         if decision.action == "continue":
-            setbacks = mind.setbacks if now.walker.step <= mind.farthest else 0
-            farthest = max(mind.farthest, now.walker.step)
-            trusted = now.walker if decision.severity * self._looseness(i) <= 1 else mind.trusted
-            mind = replace(mind, walker=now.walker, trusted=trusted, setbacks=setbacks, farthest=farthest)
             self.looks[i] = now
         else:
             self.trail.log(
                 "ask", walker=i, step=now.walker.step, action=decision.action, reason=decision.reason,
                 severity=decision.severity, atoms=list(decision.atoms),
             )  # fmt: skip
-            mind = self._set_back(mind, now) if decision.action == "halt" else replace(mind, walker=now.walker)
-            asked = now.walker if decision.action == "label" or self._is_physical(now) else mind.trusted
-            why = decision.reason if decision.action == "label" else f"{HALTED}: {decision.reason}"
-            mind = replace(mind, asked=asked, why=why, since=self.progress.round, sent=False)
+        mind = mind.following(now, self.recipe, self.starts, self.progress.round)
         self.progress = self.progress.with_mind(i, mind)
-
-    def _is_physical(self, now: Look) -> bool:
-        return guard(now.prediction, now.structure, self.recipe.trigger.guards) is None
-
-    def _set_back(self, mind: Mind, now: Look) -> Mind:
-        """A walker that halted returns to the last trusted place; from its start if that has led nowhere time and again."""
-        setbacks, restarts, back = mind.setbacks + 1, mind.restarts, mind.trusted
-        if not self._is_physical(now) or setbacks > 1:
-            back = back.rested(self.recipe.dynamics, self.recipe.seed + 7919 * setbacks)
-        if setbacks > MOST_SETBACKS:
-            setbacks, restarts = 0, restarts + 1
-            start = self.starts[mind.walker.number % len(self.starts)]
-            fresh = Walker.begin(mind.walker.number, start, self.recipe.dynamics, self.recipe.seed + 104729 * restarts)
-            back = replace(fresh, step=mind.trusted.step)
-        return replace(mind, walker=back, trusted=back, setbacks=setbacks, restarts=restarts)
 
     def _settle(self, i: int) -> Iterator[State]:
         """Get the label that a walker waits for, learn it, and let the walker go on from where it is."""
         mind = self.progress.minds[i]
-        structure, self.reason = _structure(mind.asked), mind.why
-        key = self.desk.key(structure)
+        question, self.reason = self._question(_structure(mind.asked), mind.around), mind.why
+        key = self.desk.key(question.structure)
         yield self._state("labelling")
         step = mind.asked.step
         notes = {"walker": i, "step": step, "time_fs": step * self.timestep_fs}
-        entry = None if key in self.progress.known else self.desk.answer(structure, self.reason, notes)
-        recent = (*(s for s in mind.asked_at if s > step - PER), step)
-        mind = replace(mind, asked=None, why="", sent=False, labelled_at=mind.walker.step, asked_at=recent)
+        entry = None if key in self.progress.known else self.desk.answer(question, self.reason, notes)
+        mind = mind.answered()
         if entry is None:  # refused, or known already: the same place must not ask for the same thing again
-            rested = mind.trusted.rested(self.recipe.dynamics, self.recipe.seed + 31 * (1 + self.progress.round))
-            self.progress = self.progress.with_mind(i, replace(mind, walker=rested, trusted=rested))
+            self.progress = self.progress.with_mind(i, mind.rested(self.recipe, self.progress.round))
             self._renew([i])
         else:
             known, history = (*self.progress.learned, key), self.progress.history.with_label()

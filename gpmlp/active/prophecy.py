@@ -32,7 +32,7 @@ def plain(foreseen: Foreseen, calibration: Calibration, probability: float) -> d
     out: dict = {"bound": None, "largest_error": None, "worst_atom": None, "novelty": None}
     covariance = prediction.forces_covariance
     if covariance is not None:
-        out["bound"] = _number(bound(covariance.total, probability))
+        out["bound"] = _number(bound(covariance.total[known], probability))
         out["force_sigma"] = _numbers(covariance.diagonal().total.clamp_min(0).sqrt())
     if known.any():
         worst = int(torch.where(known, norm, norm.new_full((), -1.0)).argmax())

@@ -129,6 +129,17 @@ class ExploreRecipe(_Section):
     bias: Annotated[float, Field(ge=0, le=2)] = 0.0
 
 
+class CarveRecipe(_Section):
+    """What is labelled in place of frames that are too large for the oracle.
+
+    above: atoms; of a frame with more, a small surrogate is labelled, cut around the atom that asks most; first structures are made
+    of such cells, too. core_A: around that atom, within which environments are kept as they are in the frame.
+    """
+
+    above: Count
+    core_A: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
 class RefreshRecipe(_Section):
     """When noises, signals and novelty are learned again: every `labels` labels (None: a sixth of those there are, 4 at least), or
     when the running negative log likelihood of foreseen forces has risen by `drift` nats per component."""
@@ -149,6 +160,7 @@ class LearnRecipe(_Section):
     bootstrap: BootstrapRecipe = BootstrapRecipe()
     explore: ExploreRecipe = ExploreRecipe()
     refresh: RefreshRecipe = RefreshRecipe()
+    carve: CarveRecipe | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     output: str = "learned"
     thin: Count = 100

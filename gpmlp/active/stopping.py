@@ -198,7 +198,7 @@ def judge(
     if met:
         sentence = "stopped: " + "; ".join(c.sentence for c in criteria)
     elif reached:
-        sentence = f"stopped at a limit, not converged: {what}; " + _missing(criteria, early)
+        sentence = f"stopped where it was told to, not converged: {what}; " + _missing(criteria, early)
     else:
         sentence = "not converged yet: " + _missing(criteria, early)
     return Verdict(met or bool(reached), met, tuple(criteria), sentence, "" if met else reached)

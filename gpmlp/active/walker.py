@@ -27,7 +27,7 @@ from gpmlp.active.recipe import DynamicsRecipe
 from gpmlp.checks import UserError
 from gpmlp.engines.md import thermalise
 from gpmlp.io.atoms import results, structures_from_ase
-from gpmlp.neighbors import Skin
+from gpmlp.neighbors import Neighbors, Skin
 from gpmlp.potential import Potential
 from gpmlp.quantities import Prediction, Variance
 from gpmlp.structures import Structures
@@ -150,6 +150,7 @@ class Look:
 
 
 Judge = Callable[[Structures, Prediction, Before], Decision]
+Ask = Callable[[Structures, str | tuple[str, ...] | None, Neighbors], Prediction]
 
 
 class _LostError(Exception):
@@ -161,9 +162,10 @@ class Watched(Calculator):
 
     implemented_properties = ("energy", "free_energy", "forces", "stress")
 
-    def __init__(self, potential: Potential, name: str, bias: float) -> None:
+    def __init__(self, potential: Potential, name: str, bias: float, ask: Ask) -> None:
         super().__init__()
         self.potential, self.label_in_errors, self.bias = potential, name, explore.Bias(bias) if bias else None
+        self.ask = ask
         self.variance: str | tuple[str, ...] | None = None
         self.structure: Structures | None = None
         self.prediction: Prediction | None = None
@@ -195,23 +197,21 @@ class Watched(Calculator):
             raise _LostError(f"the volume went from {self.volume:.4g} to {volume:.4g} A^3")
         try:
             self.structure = structures_from_ase([self.atoms], [self.label_in_errors])
-            self.prediction = _predicted(self.potential, self.structure, self.variance, self.skin)
+            self.prediction = self.ask(self.structure, self.variance, self.skin(self.structure))
         except UserError as error:  # atoms on top of one another, numbers that are none
             raise _LostError(str(error)) from error
         self._take()
 
 
-def _predicted(
-    potential: Potential, structure: Structures, variance: str | tuple[str, ...] | None, skin: Skin
-) -> Prediction:
-    """To the last bit the same wherever it is asked from, but for the variances."""
-    return potential(structure, variance, novelty=True, pairs=skin(structure))
+def alone(potential: Potential) -> Ask:
+    """How a walker that goes alone asks: to the last bit the same wherever it is asked from, but for the variances."""
+    return lambda structure, variance, pairs: potential(structure, variance, novelty=True, pairs=pairs)
 
 
 def look(walker: Walker, potential: Potential, judge: Judge, dynamics: DynamicsRecipe) -> Look:
     """Look fully at where a walker is."""
     structure = structures_from_ase([walker.atoms], [f"walker {walker.number}, step {walker.step}"])
-    prediction = _predicted(potential, structure, FULL, Skin(potential.reach))
+    prediction = alone(potential)(structure, FULL, Skin(potential.reach)(structure))
     temperature = walker.atoms.get_temperature()
     freedom = walker.atoms.get_number_of_degrees_of_freedom()
     before = Before(None, dynamics.temperature(walker.step), temperature, freedom)
@@ -234,6 +234,7 @@ def advance(
     steps: int,
     watch: int = 1,
     bias: float = 0.0,
+    ask: Ask | None = None,
 ) -> Look:
     """Make steps from where a walker was last looked at until the decision is not to go on, and look fully at the last one.
 
@@ -244,13 +245,19 @@ def advance(
         seen: a full look, by the same potential.
         watch: steps from one cheap look to the next; guards and novelty are looked at in every step.
         bias: share of the rms forces that pushes towards uncertainty.
+        ask: who predicts; None: the potential, and forces of the first step are those of `seen`. Others, whose last digits need not
+            be those of the potential alone, are asked for these too, so that nothing depends on who looked last.
     """
     walker = seen.walker
     atoms = walker.atoms.copy()
     name = f"walker {walker.number}, step {walker.step} to {walker.step + steps}"
-    atoms.calc = watched = Watched(potential, name, bias)
+    atoms.calc = watched = Watched(potential, name, bias, ask or alone(potential))
     generator = walker.generator
-    watched.remember(atoms, seen)
+    if ask is None:
+        watched.remember(atoms, seen)
+    else:
+        watched.volume = abs(atoms.cell.volume)
+        atoms.get_potential_energy()
     integrator = _integrator(atoms, walker, dynamics, timestep_fs, generator)
     harmless = _per_atom_ratio(seen.prediction)
     energy, freedom = float(seen.prediction.energies[0]), atoms.get_number_of_degrees_of_freedom()
@@ -270,7 +277,7 @@ def advance(
         if made < steps:
             decision = judge(watched.structure, _with_guess(prediction, harmless), before)
             if decision.action != "continue" and _cheap_is_fine(decision):
-                prediction = _predicted(potential, watched.structure, FULL, watched.skin)
+                prediction = watched.ask(watched.structure, FULL, watched.skin(watched.structure))
                 decision = judge(watched.structure, prediction, before)
                 harmless = _per_atom_ratio(prediction)
         else:

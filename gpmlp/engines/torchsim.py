@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,12 +111,8 @@ class GPModel(ModelInterface):
         """Neighbours of all systems, each with the memory of the system that had its number in the last call."""
         while len(self._skins) < len(structures):
             self._skins.append(Skin(self.potential.reach, self._skin))
-        parts, first = [], 0
-        for skin, count, s in zip(self._skins, structures.counts.tolist(), range(len(structures)), strict=False):
-            part = skin(structures.select([s]))
-            parts.append(replace(part, centers=part.centers + first, neighbors=part.neighbors + first))
-            first += count
-        return Neighbors.concatenate(parts)
+        parts = [skin(structures.select([s])) for s, skin in zip(range(len(structures)), self._skins, strict=False)]
+        return Neighbors.side_by_side(parts, structures.counts.tolist())
 
 
 def _structures(state: Any) -> Structures:

@@ -12,8 +12,8 @@ from gpmlp.report.words import duration, number, percent
 EXPECTED = 68.27  # % within one standard deviation
 ENDS = {
     "converged": "all criteria are met",
-    "labels": "limit of labels reached",
-    "time": "limit of time reached",
+    "labels": "as many labels as allowed",
+    "time": "time is up",
     "steps": "all steps are made",
     "unstable": "given up: unstable",
     "": "interrupted, or still going on",
@@ -26,7 +26,7 @@ def why_stopped(data: RunData) -> str:
     if data.ended == "converged":
         return "Yes, it is converged: all criteria are met over the same recent frames."
     lead = {
-        "labels": "It stopped because the limit of labels was reached, and is not converged.",
+        "labels": "It stopped because it had as many labels as it was allowed, and is not converged.",
         "time": "It stopped because its time was up, and is not converged.",
         "steps": "It stopped because all steps are made, and is not converged.",
         "unstable": "It was given up because a walker could not be kept stable; it is not converged.",
@@ -56,9 +56,15 @@ def how_learned(data: RunData, found: dict) -> str:
     if limits and number(limits[0]) != number(limits[-1]):
         moved = f" The limit of the force error went from {number(limits[0])} to {number(limits[-1])}\u00a0eV/Å as labels came."
     last = f"{since:,} steps before the end" if since > 0 else "at the very end"
+    cut = sum(bool(label.surrogate) for label in data.labels)
+    surrogates = (
+        f" {cut} of these labels are of surrogates, cut out of frames that were too large for the oracle."
+        if cut
+        else ""
+    )
     return (
         f"{first} labels before the dynamics, then {len(asked)} that it asked for in {data.total_steps:,} steps: {why}. The last "
-        f"came {last}.{moved}"
+        f"came {last}.{moved}{surrogates}"
     )
 
 

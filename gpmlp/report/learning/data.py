@@ -12,8 +12,8 @@ from gpmlp.report.data import ReportData
 
 FINISHED = {
     "converged": "Converged",
-    "labels": "Stopped at the limit of labels",
-    "time": "Stopped at the limit of time",
+    "labels": "Stopped with as many labels as allowed",
+    "time": "Stopped when its time was up",
     "steps": "All steps made",
     "unstable": "Given up",
     "": "Not finished",
@@ -91,6 +91,7 @@ class Labelling:
         walker: -1 for none; made: steps of all walkers together until it was learned.
         bound: what the force error might reach where it was asked for, eV/A; limit: of the trigger then.
         species: (atoms,). columns: of the model after it. seconds: that it took the oracle.
+        surrogate: what was labelled in place of a frame that was too large, in words; '' = the frame itself.
     """
 
     number: int
@@ -109,6 +110,7 @@ class Labelling:
     seconds: float = float("nan")
     attempts: int = 1
     foretold: Foretold | None = None
+    surrogate: str = ""
 
     @property
     def name(self) -> str:

@@ -173,6 +173,7 @@ def rows_of_labels(data: RunData) -> list[dict[str, Any]]:
                 "columns": label.columns,
                 "seconds": label.seconds,
                 "attempts": label.attempts,
+                "surrogate": label.surrogate or None,
             }
         )
     return out

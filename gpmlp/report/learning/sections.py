@@ -227,7 +227,7 @@ def which(content: Content) -> str:
             strong,
             number(limit),
             number(r["novelty"]),
-            text(r["reason"]),
+            text(f"{r['reason']} ({r['surrogate']})" if r["surrogate"] else r["reason"]),
         ])  # fmt: skip
     head = [
         "", "reason", "walker", "step", "T<small>K</small>", "bound<small>eV/Å</small>", "largest error<small>eV/Å</small>",

@@ -1,0 +1,96 @@
+"""A Mind is a walker with what the loop remembers of it: how it follows what was seen, is set back, and waits for its label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ase import Atoms
+
+from gpmlp.active.criteria import guard
+from gpmlp.active.recipe import LearnRecipe, TriggerRecipe
+from gpmlp.active.walker import Look, Walker
+
+NEVER = -(10**9)  # a step long ago
+MOST_SETBACKS = 8  # of a walker that gets nowhere, before it starts again from the beginning
+HALTED = "halted"
+PER = 1000  # steps, of trigger.most_per_1000_steps
+SILENT = 1e6  # factor on the limits where labels came too often: only guards halt then
+
+
+@dataclass(frozen=True, eq=False)
+class Mind:
+    """A walker with what the loop remembers of it.
+
+    Attributes:
+        walker: where it is; trusted: the last place where all was well.
+        asked: the place whose label it waits for; why: the reason; since: the round when it asked; sent: whether the oracle knows.
+        around: the atom of that place around which a surrogate is carved; -1: none is, all of it is labelled.
+        labelled_at: step of its last label; asked_at: steps of those of the last thousand steps; left: severity right after the last.
+        setbacks: since it last got farther than ever; farthest: step it ever got to; restarts: from its start structure.
+    """
+
+    walker: Walker
+    trusted: Walker
+    asked: Walker | None = None
+    why: str = ""
+    since: int = 0
+    sent: bool = False
+    around: int = -1
+    labelled_at: int = NEVER
+    asked_at: tuple[int, ...] = ()
+    left: float = 0.0
+    setbacks: int = 0
+    farthest: int = 0
+    restarts: int = 0
+
+    def looseness(self, trigger: TriggerRecipe) -> float:
+        """Factor on the limits: more than 1 shortly after a label, and a great number where labels came too often."""
+        if sum(step > self.walker.step - PER for step in self.asked_at) >= trigger.most_per_1000_steps:
+            return SILENT
+        young = self.walker.step - self.labelled_at < trigger.cooldown
+        return max(1.0, trigger.hysteresis * self.left) if young else 1.0
+
+    def following(self, now: Look, recipe: LearnRecipe, starts: Sequence[Atoms], round_: int) -> Mind:
+        """Where the decision of a look leads: on, to a question, or back and to a question."""
+        decision = now.decision
+        if decision.action == "continue":
+            setbacks = self.setbacks if now.walker.step <= self.farthest else 0
+            farthest = max(self.farthest, now.walker.step)
+            trusted = now.walker if decision.severity * self.looseness(recipe.trigger) <= 1 else self.trusted
+            return replace(self, walker=now.walker, trusted=trusted, setbacks=setbacks, farthest=farthest)
+        physical = guard(now.prediction, now.structure, recipe.trigger.guards) is None
+        if decision.action == "label":
+            mind, why = replace(self, walker=now.walker), decision.reason
+        else:
+            mind, why = self._set_back(recipe, starts, fresh=not physical), f"{HALTED}: {decision.reason}"
+        asked = now.walker if decision.action == "label" or physical else mind.trusted
+        return replace(mind, asked=asked, why=why, since=round_, sent=False, around=-1)
+
+    def _set_back(self, recipe: LearnRecipe, starts: Sequence[Atoms], fresh: bool) -> Mind:
+        """At the last trusted place; at its start if that has led nowhere time and again.
+
+        Args:
+            fresh: whether velocities have to be drawn again; they are in any case where that place did not help before.
+        """
+        setbacks, restarts, back = self.setbacks + 1, self.restarts, self.trusted
+        if fresh or setbacks > 1:
+            back = back.rested(recipe.dynamics, recipe.seed + 7919 * setbacks)
+        if setbacks > MOST_SETBACKS:
+            setbacks, restarts = 0, restarts + 1
+            start = starts[self.walker.number % len(starts)]
+            begun = Walker.begin(self.walker.number, start, recipe.dynamics, recipe.seed + 104729 * restarts)
+            back = replace(begun, step=self.trusted.step)
+        return replace(self, walker=back, trusted=back, setbacks=setbacks, restarts=restarts)
+
+    def answered(self) -> Mind:
+        """Without its question."""
+        step = self.asked.step
+        recent = (*(s for s in self.asked_at if s > step - PER), step)
+        mind = replace(self, asked=None, why="", sent=False, around=-1)
+        return replace(mind, labelled_at=self.walker.step, asked_at=recent)
+
+    def rested(self, recipe: LearnRecipe, round_: int) -> Mind:
+        """At the last trusted place with new velocities, where the same place must not ask for the same thing again."""
+        back = self.trusted.rested(recipe.dynamics, recipe.seed + 31 * (1 + round_))
+        return replace(self, walker=back, trusted=back)
