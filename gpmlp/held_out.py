@@ -11,9 +11,10 @@ from gpmlp import baselines, checks
 from gpmlp.potential import Potential
 from gpmlp.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.recipe import CalibrationRecipe
+from gpmlp.rescaling import rescaled, widened
 from gpmlp.structures import Structures
 from gpmlp.uncertainty.calibration import Calibration, weigh
-from gpmlp.variances import VARIANCES, rescaled, widened
+from gpmlp.variances import VARIANCES
 
 FEWEST = 20  # structures; of fewer none is set aside
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned

@@ -16,11 +16,12 @@ from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.neighbors import Neighbors
 from gpmlp.quantities import Prediction, Variance
 from gpmlp.recipe import KernelRecipe, Recipe
+from gpmlp.rescaling import rescaled
 from gpmlp.structures import Structures
 from gpmlp.terms import CHUNK_ATOMS, MeanBlock, Term, View, chunks
 from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
-from gpmlp.variances import FORMS, VARIANCES, VarianceModel, Wanted, rescaled
+from gpmlp.variances import FORMS, VARIANCES, VarianceModel, Wanted
 
 LIST_ATOMS = 1 << 14  # atoms whose neighbours are in memory together, unless a structure has more
 

@@ -18,7 +18,8 @@ LEAST = 1e-6  # eV, of a standard deviation that is divided by
 def spread(potential: Potential, structures: Structures) -> Prediction:
     """The sum over atoms of the posterior standard deviation of their local energies, uncalibrated, and its derivatives.
 
-    var_i = w (k_ii - a.a) + |R⁻ᵀ a|² with a = D L⁻¹ k_u(x_i), so dvar_i = 2 (L⁻ᵀ D (R⁻¹ R⁻ᵀ a - w a)) . dk_u(x_i): for each atom a mean with
+    var_i = w (k_ii - a.a) + |R⁻ᵀ a|² with a = D L⁻¹ k_u(x_i), so
+    dvar_i = 2 (L⁻ᵀ D (R⁻¹ R⁻ᵀ a - w a)) . dk_u(x_i): for each atom a mean with
     weights of its own, pulled back as that of the potential is.
 
     Returns:

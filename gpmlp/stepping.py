@@ -17,8 +17,8 @@ from gpmlp.descriptors.dense import ENVIRONMENTS
 from gpmlp.padded import Padded
 from gpmlp.potential import Potential
 from gpmlp.quantities import Prediction, Variance
+from gpmlp.rescaling import growth, scaled
 from gpmlp.structures import Structures
-from gpmlp.variances import growth, scaled
 
 RECORDED = 1 << 17  # atoms up to which a step is recorded as a CUDA graph: above, launches take no part of the time
 

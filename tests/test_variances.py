@@ -22,8 +22,8 @@ from gpmlp.gp import posterior
 from gpmlp.gp.evidence import Statistics, negative_log_evidence
 from gpmlp.quantities import Targets
 from gpmlp.recipe import Recipe
+from gpmlp.rescaling import widened
 from gpmlp.structures import Structures
-from gpmlp.variances import widened
 
 PARTS = ("inducing", "data", "misspecification", "noise")
 FIELDS = ("energies_variance", "atom_energies_variance", "forces_covariance", "stresses_covariance")

@@ -8,8 +8,8 @@ import torch
 
 from gpmlp.active.criteria import bound
 from gpmlp.foreseen import Foreseen
+from gpmlp.rescaling import rescaled
 from gpmlp.uncertainty.calibration import Calibration
-from gpmlp.variances import rescaled
 
 DIGITS = 4  # significant, of numbers that are many
 

@@ -15,9 +15,9 @@ from gpmlp.online import Online
 from gpmlp.potential import Potential
 from gpmlp.quantities import Targets
 from gpmlp.recipe import Recipe
+from gpmlp.rescaling import rescaled
 from gpmlp.structures import Structures
 from gpmlp.uncertainty.calibration import Calibration
-from gpmlp.variances import rescaled
 
 SHARE, FEWEST = 6, 4  # labels between two refreshes: a SHARE-th of those there are, FEWEST at least
 GROWTH = 1.3  # of the labels since the model was made, at which a refresh makes it anew: all that takes is then a few times the last

@@ -30,10 +30,11 @@ from gpmlp import held_out, reporting
 from gpmlp.evaluation import compare, judge
 from gpmlp.quantities import Targets
 from gpmlp.recipe import Recipe
+from gpmlp.rescaling import rescaled
 from gpmlp.structures import Structures
 from gpmlp.uncertainty.calibration import Calibration, weigh
 from gpmlp.uncertainty.scores import Scores, scores
-from gpmlp.variances import VARIANCES, rescaled
+from gpmlp.variances import VARIANCES
 
 MEMBERS = 8
 SHARE = 6  # of the centres, for each member
