@@ -274,7 +274,9 @@ class Online:
     def refreshed(self, why: str) -> Online:
         """With noises and signals learned again from the rows, the calibration from what was foreseen, and novelty from what was seen."""
         whitened, counts = self._whitened(), self._counts()
-        parameters, block_of_column, _ = regression.learn(self.recipe, self.models, whitened, counts, {}, Stages(None))
+        parameters, block_of_column, _ = regression.learn(
+            self.recipe, self.models, whitened, counts, {}, Stages(None), restarts=0
+        )
         noise, signal = parameters.noise(), parameters.signal().detach().double().cpu()
         if "energies" in parameters.learned and counts.get("energies", 0) >= FEWEST_ENERGIES:
             columns = signal[block_of_column]

@@ -89,7 +89,7 @@ class Potential:
             atoms: indices of the atoms whose force variances are wanted (others NaN); all if not given.
             form: how much of what the inducing set cannot represent counts: 'dtc' or 'vfe' all (the same predictive variance), 'sor'
                 nothing (small far from the data, where it should be large), 'scaled' what the training data show there is
-                (VarianceModel.amplitude). Calibrated, the first three are one: the calibration has weights of its own.
+                (VarianceModel.amplitude). Where a calibration was learned, all but 'sor' are one: it has weights of its own.
             calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
             views: what each term sees of all the structures, if that is there already; then they are predicted in one chunk.
             pairs: all neighbours within `reach`, if they are known (neighbors.Skin).
@@ -99,7 +99,8 @@ class Potential:
                 not known; a model without variances.
         """
         self.check_species(structures)
-        form = "scaled" if calibrated and form != "sor" and form in FORMS else form
+        learned = calibrated and any(kind.n for kind in self.calibration.kinds.values())
+        form = "scaled" if learned and form in ("dtc", "vfe") else form
         wanted = self._wanted(variance, form, atoms, structures.n_atoms)
         if novelty and self.novelty is None:
             raise checks.UserError(

@@ -25,6 +25,7 @@ from gpmlp.terms import MeanBlock, Term, View
 from gpmlp.uncertainty.scores import spearman
 from gpmlp.variances import VarianceModel
 
+RESTART_COLUMNS, RESTARTS = 200, 3  # with so few, noises are learned from several starts
 EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
 NOISE_FIELDS = {"energies": "energy_per_atom", "forces": "force", "stresses": "stress"}
 
@@ -196,8 +197,9 @@ def learn(
     counts: dict[str, int],
     traces: dict[str, Tensor],
     stages: Stages,
+    restarts: int = RESTARTS,
 ) -> tuple[Hyperparameters, Tensor, evidence.EvidenceResult]:
-    """Learn noises and signal variances: first with some of the columns, then with all."""
+    """Learn noises and signal variances: from several starts with few of the columns, then with some, then with all."""
     given = {kind: getattr(recipe.noise, key) for kind, key in NOISE_FIELDS.items()}
     fixed = {kind: value for kind, value in given.items() if value is not None}
     widths = [b.n_columns for m in models for b in m.blocks]
@@ -210,14 +212,21 @@ def learn(
         stages.tell(min(calls, 39), 40, f"-log evidence {value:.0f}; {noises}")
 
     total = sum(widths)
-    if total > EVIDENCE_COLUMNS:
-        # columns of each block come most important first, so leading ones are a smaller model of the same data
-        share = EVIDENCE_COLUMNS / total
-        starts = torch.tensor([0, *widths]).cumsum(0).tolist()
+
+    def smaller(columns: int) -> tuple[dict[str, evidence.Statistics], Tensor]:
+        """Columns of each block come most important first, so leading ones are a smaller model of the same data."""
+        share, starts = min(1.0, columns / total), torch.tensor([0, *widths]).cumsum(0).tolist()
         some = torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
         some = some.to(device)
-        small = {k: evidence.Statistics.of(w, counts[k], some, traces.get(k)) for k, w in whitened.items()}
-        evidence.optimise(small, parameters, block_of_column[some], progress=tell)
+        made = {k: evidence.Statistics.of(w, counts[k], some, traces.get(k)) for k, w in whitened.items()}
+        return made, block_of_column[some]
+
+    if restarts:
+        few, of_few = smaller(RESTART_COLUMNS)
+        evidence.restart(few, parameters, of_few, restarts, recipe.seed)
+    if total > EVIDENCE_COLUMNS:
+        some, of_some = smaller(EVIDENCE_COLUMNS)
+        evidence.optimise(some, parameters, of_some, progress=tell)
     statistics = {k: evidence.Statistics.of(w, counts[k], prior=traces.get(k)) for k, w in whitened.items()}
     # the fixed point is one of DTC alone
     learn = evidence.refine if total > EVIDENCE_COLUMNS and not traces else evidence.optimise

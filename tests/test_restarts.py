@@ -1,0 +1,50 @@
+"""Evidence from several starts: what a single one mistakes, and what does not change where one is enough."""
+
+from __future__ import annotations
+
+import torch
+
+from gpmlp.gp import evidence
+from gpmlp.gp.likelihood import Hyperparameters
+
+COLUMNS = 20
+
+
+def statistics(seed: int, signal: float, noise: float, n: int = 6) -> dict[str, evidence.Statistics]:
+    """Few data of weak columns."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, COLUMNS, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, COLUMNS).double()
+    weights = signal * torch.randn(COLUMNS, generator=generator, dtype=torch.float64)
+    labels = rows @ weights + noise * torch.randn(n, generator=generator, dtype=torch.float64)
+    return {"forces": evidence.Statistics.of(torch.cat([rows, labels[:, None]], dim=1), n)}
+
+
+def learned(data, restarts: int) -> tuple[float, float]:
+    """Negative log evidence and noise."""
+    parameters, blocks = Hyperparameters(("forces",), {}, 1), torch.zeros(COLUMNS, dtype=torch.long)
+    if restarts:
+        evidence.restart(data, parameters, blocks, restarts, seed=0)
+    found = evidence.optimise(data, parameters, blocks)
+    return found.negative_log_evidence, parameters.noise()["forces"]
+
+
+def test_one_start_takes_noise_for_signal():
+    """Six labels that are all noise: from the default start the columns explain them, and there is a better optimum."""
+    data = statistics(seed=0, signal=0.01, noise=2.0)
+    (once, little), (again, much) = learned(data, 0), learned(data, 3)
+    assert again < once - 1.0
+    assert little < 0.3 < 1.0 < much < 4.0  # 2 is true
+
+
+def test_where_one_start_is_enough_nothing_changes():
+    data = statistics(seed=1, signal=300.0, noise=2.0)
+    assert abs(learned(data, 3)[0] - learned(data, 0)[0]) < 1e-5
+
+
+def test_the_fixed_point_counts_the_priors():
+    """Both ways of learning report the same quantity: at a converged optimum they agree."""
+    data, blocks = statistics(seed=2, signal=300.0, noise=0.5, n=200), torch.zeros(COLUMNS, dtype=torch.long)
+    parameters = Hyperparameters(("forces",), {}, 1)
+    smooth = evidence.optimise(data, parameters, blocks).negative_log_evidence
+    fixed = evidence.refine(data, parameters, blocks, n_probes=512).negative_log_evidence
+    assert abs(fixed - smooth) < 0.05
