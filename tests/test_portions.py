@@ -68,7 +68,6 @@ def test_a_structure_in_portions_is_the_structure(potential, monkeypatch):
 def test_threads_and_variances_change_nothing(potential, monkeypatch, two_threads):
     """To the last bit: else dynamics would depend on the machine, or on what was asked for on the way."""
     monkeypatch.setattr(portions, "ATOMS", 13)
-    monkeypatch.setattr(neighbors, "ATOMS", 13)
     one, made = large(), []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
