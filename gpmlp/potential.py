@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from gpmlp import baselines, checks, descriptors, neighbors, portions, samples
+from gpmlp import baselines, checks, descriptors, neighbors, portions, samples, threads
 from gpmlp.baselines import Baseline
 from gpmlp.environments import Environments, InSingle
 from gpmlp.gp import kernels, posterior
@@ -114,8 +115,10 @@ class Potential:
         parts, first = [], 0
         for chunk in [structures] if views else chunks(structures, CHUNK_ATOMS if wanted.correlated else LIST_ATOMS):
             here = wanted.within(first, chunk.n_atoms)
-            known = None if pairs is None else pairs.between(first, first + chunk.n_atoms).to(self.recipe.device)
-            parts.append(self._predict(chunk.to(**own), here, novelty or widening, views, known))
+            # products of correlated variances are large enough to share; nothing else is, but for portions
+            with nullcontext() if wanted.correlated else threads.one_core():
+                known = None if pairs is None else pairs.between(first, first + chunk.n_atoms).to(self.recipe.device)
+                parts.append(self._predict(chunk.to(**own), here, novelty or widening, views, known))
             first += chunk.n_atoms
         if not parts:
             raise checks.UserError("There are no structures to predict.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TypeVar
 import torch
 
 Piece, Made = TypeVar("Piece"), TypeVar("Made")
+_here = threading.local()
 
 
 def each(work: Callable[[Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
@@ -22,9 +24,9 @@ def each(work: Callable[[Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
 
     Pieces are done by threads, so work is worth sharing where it spends its time outside of Python.
     """
-    threads = min(torch.get_num_threads(), len(pieces))
+    threads = min(getattr(_here, "threads", None) or torch.get_num_threads(), len(pieces))
     if threads < 2 or _local("MKL_Set_Num_Threads_Local") is None:
-        with _alone():
+        with one_core():  # the last digits of products depend on it
             return [work(piece) for piece in pieces]
     # of modes that are a thread's own, the ones that change what is computed
     guarded = partial(_as_here, work, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
@@ -51,15 +53,28 @@ def _take_one_core() -> None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """MKL's products in this thread on one core, as in the threads of the pool: the last digits depend on it."""
-    limit = _local("MKL_Set_Num_Threads_Local")
-    before = limit(1) if limit is not None else 0
+def one_core() -> Iterator[None]:
+    """What PyTorch computes in this thread keeps to one core, but for what `each` shares out.
+
+    For work that is nothing but `each` and short passes around it. OpenMP's threads wait for more by turning in circles, and after
+    each pass they would do so on the cores that `each` is about to use.
+    """
+    if getattr(_here, "threads", None) is not None:
+        yield
+        return
+    _here.threads = torch.get_num_threads()
+    omp, mkl = _local("omp_set_num_threads"), _local("MKL_Set_Num_Threads_Local")
+    if omp is not None:
+        omp(1)
+    before = mkl(1) if mkl is not None else 0
     try:
         yield
     finally:
-        if limit is not None:
-            limit(before)
+        if omp is not None:
+            omp(_here.threads)
+        if mkl is not None:
+            mkl(before)
+        _here.threads = None
 
 
 @lru_cache(maxsize=2)
