@@ -96,10 +96,7 @@ def fit(
     validation_errors = None
     if validation is not None:
         stages.begin("validation")
-        some, known = validation
-        if remaining.energies.isnan().all():
-            known = replace(known, energies=torch.full_like(known.energies, float("nan")))
-        validation_errors = errors(some, known, potential(some), units.GPA)
+        validation_errors = _validated(potential, *validation, energies=not remaining.energies.isnan().all())
     stages.end()
     shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
     size = potential.variances.amplitude if potential.variances is not None else 1.0
@@ -107,6 +104,13 @@ def fit(
         trained, learned, solved, calibration, validation_errors, stages, suspicions, len(held), shortest, looked, size
     )
     return replace(potential, report=report.as_dict()), report
+
+
+def _validated(potential: Potential, structures: Structures, targets: Targets, energies: bool) -> ErrorTable:
+    """Errors on data that were not learned from; of energies only if any were learned."""
+    if not energies:
+        targets = replace(targets, energies=torch.full_like(targets.energies, float("nan")))
+    return errors(structures, targets, potential(structures), units.GPA)
 
 
 @dataclass(frozen=True, eq=False)

@@ -260,7 +260,7 @@ def test_automatic_limit_is_a_share_of_the_forces():
 def test_automatic_limit_is_no_less_than_the_noise_allows():
     eye = torch.eye(3, dtype=torch.float64)
     quiet = limits_of(TriggerRecipe(), 0.1, 32, {"forces": 0.1}, identity()).force
-    assert quiet == pytest.approx(1.2 * bound(0.01 * eye.expand(32, 3, 3), 0.1), rel=1e-3)
+    assert quiet == pytest.approx(1.2 * bound(0.01 * eye.expand(32, 3, 3), TriggerRecipe().probability), rel=1e-3)
     assert limits_of(TriggerRecipe(), 0.1, 32, {"forces": 0.1}, identity(2.0)).force == pytest.approx(
         2 * quiet, rel=1e-3
     )
