@@ -127,8 +127,11 @@ def nearest_centre(potential: Potential, structures: Structures) -> Tensor:
 
 
 def dimers(potential: Potential) -> list[dict[str, Any]]:
-    """Energy of each pair of species against distance, with its standard deviation, from close repulsion to the cutoff."""
-    made = []
+    """Interaction energy of each pair of species against distance, with its standard deviation, from close repulsion to the cutoff.
+
+    The energy is that of the pair less that of the same two atoms too far apart to see each other.
+    """
+    made, n = [], DIMER_POINTS + 1
     shortest = potential.report.get("shortest", {})
     for a in potential.species:
         for b in potential.species:
@@ -137,24 +140,24 @@ def dimers(potential: Potential) -> list[dict[str, Any]]:
             pair = f"{checks.symbol(a)}-{checks.symbol(b)}"
             start = 0.6 * shortest.get(pair, 1.5)
             r = torch.linspace(start, potential.cutoff + 0.3, DIMER_POINTS, dtype=torch.float64)
-            positions = torch.zeros(DIMER_POINTS, 2, 3, dtype=torch.float64)
-            positions[:, 1, 0] = r
+            positions = torch.zeros(n, 2, 3, dtype=torch.float64)
+            positions[:, 1, 0] = torch.cat([r, r.new_tensor([2 * potential.reach + 1])])  # the last one: free atoms
             structures = Structures(
                 positions.flatten(0, 1),
-                torch.zeros(DIMER_POINTS, 3, 3, dtype=torch.float64),
-                torch.zeros(DIMER_POINTS, 3, dtype=torch.bool),
-                torch.tensor([a, b]).repeat(DIMER_POINTS),
-                torch.arange(DIMER_POINTS).repeat_interleave(2),
+                torch.zeros(n, 3, 3, dtype=torch.float64),
+                torch.zeros(n, 3, dtype=torch.bool),
+                torch.tensor([a, b]).repeat(n),
+                torch.arange(n).repeat_interleave(2),
             )
             prediction = potential(structures, variance=None if potential.variances is None else "energies")
             std = prediction.energies_variance
             entry = {
                 "pair": pair,
                 "r": _numpy(r),
-                "energy": _numpy(prediction.energies),
+                "energy": _numpy(prediction.energies[:-1] - prediction.energies[-1]),
                 "shortest": shortest.get(pair),
             }
-            made.append(entry | {"std": None if std is None else _numpy(std.epistemic.sqrt())})
+            made.append(entry | {"std": None if std is None else _numpy(std.epistemic[:-1].sqrt())})
     return made
 
 

@@ -75,6 +75,7 @@ def test_fit_evaluate_report_info_cite(gpmlp, train_file, tmp_path, monkeypatch)
     assert "trained on" in record["answers"]["How wrong is it?"]
     overall = record["errors"]["overall"]
     assert {key: overall[key] for key in ERRORS} == pytest.approx({key: numbers[key] for key in ERRORS})
+    assert record["dimers"][0]["energy"][-1] == pytest.approx(0, abs=1e-9)  # less the free atoms, beyond the cutoff
     assert record["rank_correlation"]["forces"]["spearman_of_atoms"] == pytest.approx(numbers["force_spearman"])
     assert set(numbers["by_config_type"]) == {"big", "small"}
     assert numbers["by_config_type"]["big"]["n_structures"] == 8

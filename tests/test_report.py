@@ -520,3 +520,17 @@ def test_structures_to_label_are_diverse():
     assert len(rows) == 15
     assert rows[0]["config_type"] == "high pressure"
     assert len({row["config_type"] for row in rows}) >= 4
+
+
+def test_a_dimer_curve_stays_legible_under_a_huge_error_bar():
+    from matplotlib.figure import Figure
+
+    curve = pair("Si-Si", 2.1)
+    inside = curve["energy"][curve["r"] >= 2.1]
+    for std, told in ((309.0, True), (0.5, False)):
+        axes = Figure().add_subplot()
+        figures.dimer(axes, curve | {"std": np.full(90, std)})
+        low, high = axes.get_ylim()
+        assert low < inside.min() and high > inside.max()
+        assert high - low <= 3.01 * np.ptp(inside)
+        assert any("up to 309 eV" in text.get_text() for text in axes.texts) == told

@@ -28,6 +28,7 @@ from gpmlp.report.palette import (
     species_colours,
 )
 from gpmlp.report.scatter import SPARSE, Axis, Scatter, png
+from gpmlp.report.words import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -255,20 +256,26 @@ def evidence(axes: Axes, trace: Sequence[Sequence[float]]) -> None:
 
 
 def dimer(axes: Axes, curve: dict) -> None:
-    """Energy of a pair of atoms with one and two standard deviations; distances without data shaded."""
+    """Interaction energy of two atoms with one and two standard deviations; distances without data shaded.
+
+    The curve decides the range. Where even one standard deviation is higher than the panel no band is drawn, and a note says so.
+    """
     _grid(axes)
     r, energy = (np.asarray(curve[key], dtype=float) for key in ("r", "energy"))
     std = np.asarray(curve["std"], dtype=float) if curve.get("std") is not None else np.full_like(r, np.nan)
     shortest = curve.get("shortest")
     known = shortest is not None and np.isfinite(shortest)
-    inside = energy[(r >= shortest) & np.isfinite(energy)] if known else energy[np.isfinite(energy)]
+    inside = np.isfinite(energy) & ((r >= shortest) if known else True)
+    low, high = _dimer_range(energy[inside], std[inside]) if inside.any() else (-1.0, 1.0)
+    hidden = (energy - std < low) & (energy + std > high)
     for k, shade in ((2, 0.86), (1, 0.7)):
-        axes.fill_between(r, energy - k * std, energy + k * std, color=mix(ACCENT, "#ffffff", shade), lw=0)
+        band = np.clip(energy - k * std, low, high), np.clip(energy + k * std, low, high)
+        axes.fill_between(r, *band, where=~hidden, color=mix(ACCENT, "#ffffff", shade), lw=0)
     axes.plot(r, energy, color=ACCENT, lw=1.8)
-    if len(inside):
-        low, high = inside.min(), inside.max()
-        room = max(high - low, 0.2)
-        axes.set_ylim(low - 0.5 * room, high + 0.6 * room)
+    if hidden.any():
+        words = f"no band where σ is beyond the panel (up to {number(float(std[hidden].max()))} eV)"
+        axes.text(0.98, 0.03, words, color=PALE, fontsize=7.5, ha="right", transform=axes.transAxes)
+    axes.set_ylim(low, high)
     axes.set_xlim(r.min(), r.max())
     if known and shortest > r.min():
         axes.axvspan(r.min(), min(shortest, r.max()), color="#eef1f4", lw=0, zorder=0)
@@ -276,8 +283,16 @@ def dimer(axes: Axes, curve: dict) -> None:
         axes.text(
             shortest, 0.97, " data from here", color=PALE, fontsize=8, va="top", transform=axes.get_xaxis_transform()
         )
-    axes.set(xlabel="distance, Å", ylabel="energy of the pair, eV")
+    axes.set(xlabel="distance, Å", ylabel="interaction energy, eV")
     axes.set_title(_short(str(curve.get("pair", ""))))
+
+
+def _dimer_range(energy: np.ndarray, std: np.ndarray) -> tuple[float, float]:
+    """The energies of a curve, with room for its typical standard deviation as far as that leaves the curve legible."""
+    span = max(float(np.ptp(energy)), 0.2)
+    known = std[np.isfinite(std)]
+    room = float(np.clip(np.median(known) if len(known) else 0.0, 0.5 * span, span))
+    return float(energy.min()) - room, float(energy.max()) + room
 
 
 def _rows(count: int) -> float:
@@ -319,6 +334,10 @@ def all_of(data: ReportData, labelled: dict, numbers: dict, scatters: Sequence[S
     for k, curve in enumerate(data.dimers):
         if len(curve.get("r", ())) > 1:
             made[f"dimer_{k + 1}"] = draw(
-                dimer, f"Energy of the pair {curve.get('pair', '')} against distance", curve, height=2.9, width=SMALL
+                dimer,
+                f"Interaction energy of the pair {curve.get('pair', '')} against distance",
+                curve,
+                height=2.9,
+                width=SMALL,
             )
     return made
