@@ -534,3 +534,28 @@ def test_a_dimer_curve_stays_legible_under_a_huge_error_bar():
         assert low < inside.min() and high > inside.max()
         assert high - low <= 3.01 * np.ptp(inside)
         assert any("up to 309 eV" in text.get_text() for text in axes.texts) == told
+
+
+def test_a_group_of_tiny_errors_does_not_stretch_the_axis():
+    from matplotlib.figure import Figure
+
+    rng = np.random.default_rng(0)
+    groups = {
+        "liquid": np.abs(rng.normal(0, 60, 900)),
+        "a name longer than there is room for beside": np.full(90, 0.005),
+    }
+    axes = Figure().add_subplot()
+    figures.boxes(axes, groups, "forces", None)
+    low, high = axes.get_xlim()
+    assert high / low < 1e4 and high > groups["liquid"].max()
+    assert any("median 0.005" in text.get_text() for text in axes.texts)
+    assert [line.get_marker() for line in axes.lines].count("<") == 1
+    assert not axes.get_yticks().size  # names stand above the bars, so that long ones leave the axis its width
+
+
+def test_one_element_is_not_shown_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
+    page = built(synthetic(6), tmp_path)[0]
+    assert "Forces by element." in page
+    page = built(dataclasses.replace(synthetic(6), species=np.full(48, 14)), tmp_path)[0]
+    assert "Forces by element." not in page and "Forces by config_type." in page

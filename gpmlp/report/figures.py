@@ -38,6 +38,7 @@ FONTS = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu 
 MOST_GROUPS = 24
 WIDTH, HEIGHT = 4.9, 3.6  # inches
 SMALL = 3.75  # three beside one another
+LEAST = 1e-2  # of the median of all errors, where the axis of their distributions begins
 
 
 @dataclass(frozen=True)
@@ -149,32 +150,41 @@ def scatter(axes: Axes, plot: Scatter) -> None:
 
 
 def boxes(axes: Axes, groups: dict[str, np.ndarray], kind: str, colours: Sequence[str] | None) -> None:
-    """|errors| of groups on a logarithmic axis: 5 to 95 % thin, quartiles thick, median white, largest as a dot."""
+    """|errors| of groups on a logarithmic axis: 5 to 95 % thin, quartiles thick, median white, largest as a dot, names above.
+
+    The axis begins at LEAST of the median of all, so that a group of tiny errors does not stretch it; a triangle marks what goes on
+    below, and where that is the median too, its number is written.
+    """
     names = list(groups)[:MOST_GROUPS]
     _grid(axes, "x")
-    smallest = []
+    everything = np.concatenate([groups[name] for name in names])
     # zero by symmetry is no number to draw
-    least = max(1e-9, 1e-5 * max(float(groups[name].max()) for name in names))
+    floor = max(1e-9, 1e-5 * float(everything.max()), LEAST * float(np.median(everything)))
+    low = max(floor, min(float(np.quantile(groups[name], 0.05)) for name in names)) / 1.5
+    high = max(float(everything.max()) * 1.6, 10 * low)
     for k, name in enumerate(names):
-        values = groups[name]
-        p05, p25, p50, p75, p95 = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
+        values, at = groups[name], k + 0.16
+        found = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
+        p05, p25, p50, p75, p95 = np.maximum(found, low)
         colour = colours[k] if colours else KIND_COLOURS[kind]
-        tiny = max(p05, least)
-        axes.plot([tiny, p95], [k, k], color=mix(colour, "#ffffff", 0.35), lw=1.4, solid_capstyle="round")
-        p25, p50, p75, p95 = np.maximum((p25, p50, p75, p95), tiny)
-        axes.barh(k, p75 - p25, left=p25, height=0.56, color=mix(colour, "#ffffff", 0.15))
-        axes.plot([p50, p50], [k - 0.28, k + 0.28], color="white", lw=1.6)
-        axes.plot(values.max(), k, "o", ms=3.2, color=colour)
-        smallest.append(tiny)
-    low = min(smallest) / 1.5
-    high = max(max(float(groups[n].max()) for n in names) * 1.6, 10 * low)
+        axes.plot([p05, p95], [at, at], color=mix(colour, "#ffffff", 0.35), lw=1.4, solid_capstyle="butt")
+        axes.barh(at, p75 - p25, left=p25, height=0.4, color=mix(colour, "#ffffff", 0.15))
+        text = f"{_short(name, 34)} ({len(values):,})"
+        if found[2] >= low:
+            axes.plot([p50, p50], [at - 0.2, at + 0.2], color="white", lw=1.6)
+        else:
+            text += f", median {number(float(found[2]))}"
+        if found[0] < low:
+            axes.plot(low, at, "<", ms=4.5, color=colour, clip_on=False)
+        if values.max() >= low:
+            axes.plot(values.max(), at, "o", ms=3.2, color=colour, clip_on=False)
+        axes.text(0.0, k - 0.12, text, va="bottom", fontsize=8, transform=axes.get_yaxis_transform())
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.set_xticks(_decades(low, high), [_tick(d) for d in _decades(low, high)])
     axes.set_xticks([], minor=True)
-    axes.set_yticks(range(len(names)), [f"{_short(n)} ({len(groups[n]):,})" for n in names])
+    axes.set_yticks([])
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     noun = {"energies": "energy", "forces": "force component", "stresses": "stress component"}[kind]
     axes.set_xlabel(f"|{noun} error|, {UNITS[kind]}")
@@ -313,7 +323,7 @@ def all_of(data: ReportData, labelled: dict, numbers: dict, scatters: Sequence[S
             colours = [shades[name] for name in groups] if by == "species" else None
             if groups and (by == "species" or set(data.types) != {NO_TYPE} or kind != "forces"):
                 alt = f"Distribution of {kind} errors by {by}: " + ", ".join(list(groups)[:6])
-                height = _rows(len(groups))
+                height = 0.65 + 0.42 * max(min(len(groups), MOST_GROUPS), 2)
                 made[f"errors_{kind}_{by}"] = draw(boxes, alt, groups, kind, colours, height=height, width=SMALL)
     if numbers["reliability"]:
         made["reliability"] = draw(reliability, "Observed against expected coverage", numbers["reliability"])

@@ -113,7 +113,7 @@ def _curves(data: ReportData, pictures: dict[str, Picture]) -> str:
         else ""
     )
     if len(shown) > bool(parts[0]):
-        note = "Pairs: energies less those of the free atoms; bands are one and two standard deviations; no training data at shaded distances."
+        note = "Pairs: energies less those of free atoms; bands: one and two standard deviations; no training data at shaded distances."
         out += f'<p class="note">{note}</p>'
     if not parts[0]:
         out += missing("There is no evidence trace because hyperparameters were not learned or the trace was not kept.")

@@ -59,7 +59,12 @@ def how_wrong(content: Content) -> str:
     if not content.labelled:
         return missing("There are no parity plots or error tables because no structure has a label.")
     names = {"energies": "Energies", "forces": "Forces", "stresses": "Stresses"}
-    plots = [content.plot(f"parity_{kind}", name, "") for kind, name in names.items() if kind in content.labelled]
+    notes = {"energies": "Energies are less a least-squares fit of the composition."}
+    plots = [
+        content.plot(f"parity_{kind}", name, notes.get(kind, ""))
+        for kind, name in names.items()
+        if kind in content.labelled
+    ]
     html = [CHOOSER, _grid(plots)]
     absent = [kind for kind in names if kind not in content.labelled]
     if absent:
@@ -67,13 +72,18 @@ def how_wrong(content: Content) -> str:
     by = numbers["errors"]["by_config_type"]
     kinds = [kind for kind in ("forces", "energies") if kind in content.labelled] or list(content.labelled)
     first = kinds[0]
-    note = "Bar: quartiles; line: 5–95 %; white: median; dot: largest. Numbers in brackets count components."
+    note = (
+        "Bar: quartiles; line: 5–95 %; white: median; dot: largest. Numbers in brackets count components. The axis begins at a "
+        "hundredth of the median of all errors or above; a triangle marks what goes on below."
+    )
     boxes = [
         figure(content.pictures, f"errors_{kind}_config_type", f"{names[kind]} by config_type.", "")
         for kind in kinds
         if by
     ]
-    boxes.insert(1 if by else 0, figure(content.pictures, f"errors_{first}_species", f"{names[first]} by element.", ""))
+    if len(content.data.elements) > 1 or not by:  # of one element it would show the same again
+        species = figure(content.pictures, f"errors_{first}_species", f"{names[first]} by element.", "")
+        boxes.insert(1 if by else 0, species)
     if not by and first != "forces":
         boxes.append(figure(content.pictures, f"errors_{first}_config_type", names[first]))
     html += ["<h3>How errors are spread</h3>", f'<p class="note">{note}</p>', _grid(boxes)]
