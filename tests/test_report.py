@@ -559,3 +559,12 @@ def test_one_element_is_not_shown_twice(tmp_path, monkeypatch):
     assert "Forces by element." in page
     page = built(dataclasses.replace(synthetic(6), species=np.full(48, 14)), tmp_path)[0]
     assert "Forces by element." not in page and "Forces by config_type." in page
+
+
+def test_a_sample_is_called_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
+    data = synthetic(3)
+    sample = {"how": "posterior", "seed": 6, "of": 2, "calibrated": True, "index": 1}
+    model = data.model | {"provenance": data.model["provenance"] | {"sample": sample}}
+    words = "not the mean but a sample: how posterior, seed 6, of 2, calibrated True, index 1"
+    assert words in built(dataclasses.replace(data, model=model), tmp_path)[0]

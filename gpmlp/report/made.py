@@ -98,6 +98,8 @@ def _files(provenance: dict) -> str:
         out = table(["", "file", "SHA-256"], rows, "Data", words=(0, 1, 2))
     versions = provenance.get("versions") or {}
     words = [f"{name} {version}" for name, version in versions.items()]
+    if sample := provenance.get("sample"):
+        out = missing(f"This is not the mean but a sample: {', '.join(f'{k} {v}' for k, v in sample.items())}.") + out
     if provenance.get("created"):
         words.insert(0, f"made {provenance['created']}")
     return out + (f'<p class="note">{text(" · ".join(words))}</p>' if words else "")
