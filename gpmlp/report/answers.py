@@ -70,13 +70,13 @@ def does_it_know(data: ReportData, numbers: dict) -> str:
         f"; larger error bars {'go' if order > 0.2 else 'hardly go'} with larger errors{rank}" if order == order else ""
     )
     others = [f"{percent(cover[k]['coverage_90'])} for {k}" for k in judged[1:]]
-    beside = f" ({listed(others)})" if others else ""
+    beside = f"; {listed(others)}" if others else ""
     conformal = numbers["coverage"]["conformal"].get(kind, {}).get("coverage_90")
-    tighter = f"; the conformal 90\u202f% interval holds {percent(conformal)}" if conformal is not None else ""
+    held = f"; the conformal 90\u202f% interval holds {percent(conformal)}" if conformal is not None else ""
     return (
         f"{verdict}: {percent(cover[kind]['coverage_68'])} of {SINGULAR[kind]} errors lie within one standard deviation "
-        f"(68\u202f% expected) "
-        f"and {percent(cover[kind]['coverage_90'])} within 1.64 of them (90\u202f% expected){beside}{tail}{tighter}{rank}."
+        f"(68\u202f% expected) and {percent(cover[kind]['coverage_90'])} within 1.64 of them (90\u202f% expected{beside})"
+        f"{tail}{held}{rank}."
     )
 
 

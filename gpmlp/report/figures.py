@@ -268,7 +268,7 @@ def evidence(axes: Axes, trace: Sequence[Sequence[float]]) -> None:
 def dimer(axes: Axes, curve: dict) -> None:
     """Interaction energy of two atoms with one and two standard deviations; distances without data shaded.
 
-    The curve decides the range. Where even one standard deviation is higher than the panel no band is drawn, and a note says so.
+    The curve decides the range. Where one standard deviation to both sides fills the panel no band is drawn, and a note says so.
     """
     _grid(axes)
     r, energy = (np.asarray(curve[key], dtype=float) for key in ("r", "energy"))
@@ -277,13 +277,13 @@ def dimer(axes: Axes, curve: dict) -> None:
     known = shortest is not None and np.isfinite(shortest)
     inside = np.isfinite(energy) & ((r >= shortest) if known else True)
     low, high = _dimer_range(energy[inside], std[inside]) if inside.any() else (-1.0, 1.0)
-    hidden = (energy - std < low) & (energy + std > high)
+    hidden = 2 * std > high - low
     for k, shade in ((2, 0.86), (1, 0.7)):
         band = np.clip(energy - k * std, low, high), np.clip(energy + k * std, low, high)
         axes.fill_between(r, *band, where=~hidden, color=mix(ACCENT, "#ffffff", shade), lw=0)
     axes.plot(r, energy, color=ACCENT, lw=1.8)
     if hidden.any():
-        words = f"no band where σ is beyond the panel (up to {number(float(std[hidden].max()))} eV)"
+        words = f"no band where ±σ fills the panel (σ up to {number(float(std[hidden].max()))} eV)"
         axes.text(0.98, 0.03, words, color=PALE, fontsize=7.5, ha="right", transform=axes.transAxes)
     axes.set_ylim(low, high)
     axes.set_xlim(r.min(), r.max())
