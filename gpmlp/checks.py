@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -66,6 +67,17 @@ def positive(name: str, value: float, allow_zero: bool = False) -> None:
     ok = value == value and value < float("inf") and (value >= 0 if allow_zero else value > 0)
     if not ok:
         raise UserError(f"`{name}` must be {'zero or ' if allow_zero else ''}positive; got {value}.")
+
+
+def integer(name: str, value: int, least: int) -> int:
+    """A whole number, of any type that says it is one; raise a UserError naming it if it is none or too small."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise UserError(f"The {name} must be a whole number, as {least + 1}; got {value!r}.") from None
+    if found < least:
+        raise UserError(f"The {name} must be {least} or more; got {found}.")
+    return found
 
 
 def cell(cell: Tensor, periodic: Tensor, where: str) -> None:

@@ -134,13 +134,7 @@ def evaluate_command(
     check_apart(targets_of, {"the model": model, "the data": data})
     potential = archive.load(model)
     structures, targets = atoms.read(data, labelled=True)
-    role = provenance.same_data(potential.provenance, data)
-    if role == "training":
-        warnings.warn(
-            f"{data}: is the file this model was trained on; its errors say nothing of new structures.",
-            DataWarning,
-            stacklevel=1,
-        )
+    provenance.trained_on(potential.provenance, data)
     with console.Stages() as stages:
         result = evaluate(potential, structures, targets, stages, variance)
     if json_file is not None:
@@ -173,7 +167,7 @@ def report_command(
         raise UserError("`gpmlp report MODEL` needs DATA and --output; only the folder of a learning run goes without.")
     from gpmlp import console, reporting
     from gpmlp.evaluation import comparable, evaluate
-    from gpmlp.io import archive, atoms
+    from gpmlp.io import archive, atoms, provenance
     from gpmlp.io.atomic import atomic, check_apart, check_folder
     from gpmlp.report import build
 
@@ -182,12 +176,12 @@ def report_command(
     version = archive.read_header(model)["version"]
     potential = archive.load(model)
     structures, targets = atoms.read(data, labelled=True)
-    targets = comparable(potential, targets)
+    targets, trained_on = comparable(potential, targets), provenance.trained_on(potential.provenance, data)
     with console.Stages() as stages:
         result = evaluate(potential, structures, targets, stages)
         stages("report", 0, 1, "figures")
-        collected = reporting.collect(potential, structures, targets, result, model.name, data.name, version)
-        page = build(collected, output, atomic)
+        names = model.name, data.name, version
+        page = build(reporting.collect(potential, structures, targets, result, *names, trained_on), output, atomic)
         stages("report", 1, 1, "figures")
     out = console.output()
     out.print(console.evaluation_table(result))

@@ -239,8 +239,10 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
     if learned := provenance.get("learned"):  # such files hold no time, so that runs repeat to the last bit
         files = [f"{learned['labels']} labels of {learned['oracle']}, learned on the fly"]
     created = f"{provenance['created']} " if "created" in provenance else ""
+    sample = provenance.get("sample")
     pairs = [
         ("species", ", ".join(symbols)),
+        *([("sample", sample_of(sample))] if sample else []),
         ("noise", noises(header["noise"])),
         ("data", ", ".join(files) or "not recorded"),
         ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
@@ -248,6 +250,13 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         ("recipe", yaml.safe_dump(plain(header["recipe"]), sort_keys=False).rstrip()),
     ]
     return pairs_table("Model", pairs)
+
+
+def sample_of(origin: Mapping[str, Any]) -> str:
+    """Which sample of which draw a model is (samples.draw); its mean is not the best prediction."""
+    scale = "calibrated" if origin["calibrated"] else "not calibrated"
+    kind = {"posterior": "the posterior", "label_noise": "a committee by label noise"}[origin["how"]]
+    return f"index {origin['index']} of {origin['of']} drawn from {kind}, seed {origin['seed']}, {scale}; not the mean"
 
 
 class Trials:

@@ -208,12 +208,15 @@ class Potential:
     def to(self, device: str | None = None, descriptors: str | None = None) -> Potential:
         """The same on another device, or with descriptors in another precision ('float64', 'float32'), which model files do not keep.
 
+        What is not given stays as it is.
         Single precision is faster, above all on GPUs, and changes predictions by far less than their errors (environments.InSingle).
 
         Raises:
             checks.UserError: a device that there is not, or another precision.
         """
         checks.choose("precision of the descriptors", descriptors or "float64", ("float64", "float32"))
+        if descriptors is None and any(isinstance(term.descriptor, InSingle) for term in self.terms):
+            descriptors = "float32"
         header, tensors = self.state()
         if device is not None:
             checks.device(device)

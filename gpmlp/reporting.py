@@ -14,9 +14,10 @@ from gpmlp.evaluation import Evaluation
 from gpmlp.potential import Potential
 from gpmlp.quantities import Targets, Variance
 from gpmlp.report.data import ReportData
+from gpmlp.report.numbers import ORDERED
 from gpmlp.structures import Structures
 from gpmlp.terms import chunks
-from gpmlp.uncertainty.scores import auroc, spearman
+from gpmlp.uncertainty.scores import Scores, auroc, spearman
 
 WORST = 0.1  # share of atoms whose force error counts as large in the ranking of indicators
 DIMER_POINTS = 60
@@ -31,22 +32,24 @@ def collect(
     model_name: str,
     data_name: str,
     version: str,
+    trained_on: bool = False,
 ) -> ReportData:
     """Everything the report shows of a potential on labelled structures.
 
     Args:
         found: evaluation.evaluate of the same; without variances the sections that need them say so.
         version: of the package that made the model, for the citation.
+        trained_on: whether the model has learned from these very labels.
     """
     prediction = found.prediction
     forces, energies, stresses = prediction.forces_variance, prediction.energies_variance, prediction.stresses_variance
     offsets = structures.offsets[:-1][structures.structure_of_atom]
     atoms = torch.arange(structures.n_atoms) - offsets.cpu()
-    scored = {kind: _plain(vars(s)) for kind, s in found.scores.items() if s.n}
     return ReportData(
         title=f"Uncertainty report: {model_name}",
         model_name=model_name,
         data_name=data_name,
+        trained_on=trained_on,
         names=structures.names,
         n_atoms=_numpy(structures.counts),
         energy_reference=_numpy(targets.energies),
@@ -61,7 +64,6 @@ def collect(
         energy_variance=_parts(energies),
         force_std=_std(forces),
         force_variance=_parts(forces),
-        force_half_width_90=_half_widths(potential, structures, forces),
         local_energy_std=_std(prediction.atom_energies_variance),
         novelty=None if prediction.novelty is None else _numpy(prediction.novelty),
         positions=_numpy(structures.positions),
@@ -71,7 +73,7 @@ def collect(
         stress_reference=_numpy(targets.stresses[:, VOIGT[0], VOIGT[1]]),
         stress_predicted=_numpy(prediction.stresses[:, VOIGT[0], VOIGT[1]]),
         stress_std=None if stresses is None else _numpy(stresses.total[:, VOIGT[0], VOIGT[1]].sqrt()),
-        scores=scored,
+        scores={kind: _scores(potential, kind, s) for kind, s in found.scores.items() if s.n},
         rivals=rivals(potential, structures, targets, found),
         model=_model(potential),
         dimers=tuple(dimers(potential)),
@@ -125,8 +127,11 @@ def nearest_centre(potential: Potential, structures: Structures) -> Tensor:
 
 
 def dimers(potential: Potential) -> list[dict[str, Any]]:
-    """Energy of each pair of species against distance, with its standard deviation, from close repulsion to the cutoff."""
-    made = []
+    """Interaction energy of each pair of species against distance, with its standard deviation, from close repulsion to the cutoff.
+
+    The energy is that of the pair less that of the same two atoms too far apart to see each other.
+    """
+    made, n = [], DIMER_POINTS + 1
     shortest = potential.report.get("shortest", {})
     for a in potential.species:
         for b in potential.species:
@@ -135,24 +140,24 @@ def dimers(potential: Potential) -> list[dict[str, Any]]:
             pair = f"{checks.symbol(a)}-{checks.symbol(b)}"
             start = 0.6 * shortest.get(pair, 1.5)
             r = torch.linspace(start, potential.cutoff + 0.3, DIMER_POINTS, dtype=torch.float64)
-            positions = torch.zeros(DIMER_POINTS, 2, 3, dtype=torch.float64)
-            positions[:, 1, 0] = r
+            positions = torch.zeros(n, 2, 3, dtype=torch.float64)
+            positions[:, 1, 0] = torch.cat([r, r.new_tensor([2 * potential.reach + 1])])  # the last one: free atoms
             structures = Structures(
                 positions.flatten(0, 1),
-                torch.zeros(DIMER_POINTS, 3, 3, dtype=torch.float64),
-                torch.zeros(DIMER_POINTS, 3, dtype=torch.bool),
-                torch.tensor([a, b]).repeat(DIMER_POINTS),
-                torch.arange(DIMER_POINTS).repeat_interleave(2),
+                torch.zeros(n, 3, 3, dtype=torch.float64),
+                torch.zeros(n, 3, dtype=torch.bool),
+                torch.tensor([a, b]).repeat(n),
+                torch.arange(n).repeat_interleave(2),
             )
             prediction = potential(structures, variance=None if potential.variances is None else "energies")
             std = prediction.energies_variance
             entry = {
                 "pair": pair,
                 "r": _numpy(r),
-                "energy": _numpy(prediction.energies),
+                "energy": _numpy(prediction.energies[:-1] - prediction.energies[-1]),
                 "shortest": shortest.get(pair),
             }
-            made.append(entry | {"std": None if std is None else _numpy(std.epistemic.sqrt())})
+            made.append(entry | {"std": None if std is None else _numpy(std.epistemic[:-1].sqrt())})
     return made
 
 
@@ -162,12 +167,12 @@ def _model(potential: Potential) -> dict[str, Any]:
     return dict(potential.report) | own | {"noise": potential.noise}
 
 
-def _half_widths(potential: Potential, structures: Structures, forces: Variance | None) -> np.ndarray | None:
-    if forces is None:
-        return None
-    species = structures.species.repeat_interleave(3)
-    width = potential.calibration.half_width("forces", forces.total.sqrt().flatten(), 0.9, species)
-    return _numpy(width.view(-1, 3))
+def _scores(potential: Potential, kind: str, found: Scores) -> dict[str, float]:
+    """Scores of a kind under the names of the report: which rank correlation it is; coverages only if intervals are conformal."""
+    conformal = bool(potential.calibration.kinds[kind].n)
+    values = {name: float(value) for name, value in vars(found).items() if conformal or not name.startswith("coverage")}
+    values[ORDERED[kind]] = values.pop("spearman")
+    return values
 
 
 def _parts(variance: Variance | None) -> dict[str, np.ndarray]:
@@ -180,7 +185,3 @@ def _std(variance: Variance | None) -> np.ndarray | None:
 
 def _numpy(values: Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
-
-
-def _plain(numbers: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in numbers.items()}

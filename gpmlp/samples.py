@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Drawable(Protocol):
     terms: tuple[Term, ...]
     baselines: tuple[Any, ...]
     recipe: Any
+    provenance: dict[str, Any]
     variances: VarianceModel | None
     calibration: Any
 
@@ -36,20 +37,36 @@ class Drawable(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Samples(Sequence):
-    """k potentials that differ in their weights; indexing gives each as a Potential of its own (to save, to run dynamics with).
+    """k potentials that differ in their weights; an index gives one as a Potential (to save, to run dynamics with), a slice some.
 
     Attributes:
         mean: the potential they were drawn from.
         blocks: for each term and species, α (k, M) and τ (k, M, features) of the samples (τ empty where no centre has gradients).
+        origin: how they were drawn; with their index, what the provenance of each says under 'sample'.
+        indices: of these samples in the draw.
     """
 
     mean: Drawable
     blocks: tuple[dict[int, tuple[Tensor, Tensor]], ...]
+    origin: dict[str, Any]
+    indices: tuple[int, ...]
 
     def __len__(self) -> int:
-        return len(next(iter(self.blocks[0].values()))[0])
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> Drawable:
+    @overload
+    def __getitem__(self, index: int) -> Drawable: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+
+    def __getitem__(self, index: int | slice) -> Drawable | Samples:
+        """One sample as a Potential, or some of them as Samples."""
+        if isinstance(index, slice):
+            if not self.indices[index]:
+                raise checks.UserError(f"A slice of samples must hold one or more of the {len(self)}; got {index}.")
+            blocks = tuple({z: (alpha[index], tau[index]) for z, (alpha, tau) in b.items()} for b in self.blocks)
+            return replace(self, blocks=blocks, indices=self.indices[index])
         index = range(len(self))[index]
         terms = []
         for term, drawn in zip(self.mean.terms, self.blocks, strict=True):
@@ -57,7 +74,8 @@ class Samples(Sequence):
                 z: MeanBlock(block.features, drawn[z][0][index], drawn[z][1][index]) for z, block in term.blocks.items()
             }
             terms.append(Term(term.descriptor, term.kernel, made))
-        return replace(self.mean, terms=tuple(terms), variances=None)
+        provenance = self.mean.provenance | {"sample": self.origin | {"index": self.indices[index]}}
+        return replace(self.mean, terms=tuple(terms), variances=None, provenance=provenance)
 
     def __iter__(self) -> Iterator[Drawable]:
         return (self[i] for i in range(len(self)))
@@ -99,15 +117,14 @@ def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibra
             (misspecification, noise) are no function of the structure that could be drawn.
 
     Raises:
-        checks.UserError: k < 1, an unknown `how`, or a model without variances.
+        checks.UserError: k < 1, k or the seed no integer, an unknown `how`, or a model without variances.
     """
     checks.choose("way of sampling", how, HOW)
-    if k < 1:
-        raise checks.UserError(f"The number of samples must be 1 or more; got {k}.")
+    k, seed = checks.integer("number of samples `k`", k, 1), checks.integer("`seed`", seed, 0)
     model = potential.variances
     if model is None:
         raise checks.UserError(
-            "This model holds no posterior factor (recipe: variance: false), so nothing can be drawn."
+            "This model holds no posterior factor (recipe: variance: false, or it is a sample itself), so nothing can be drawn."
         )
     generator = torch.Generator().manual_seed(seed)
     learned = potential.calibration.kinds[CALIBRATED_AS["forces_covariance"]]
@@ -129,7 +146,8 @@ def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibra
                 weights, extra = weights + scale * correction, scale * extra
             drawn[block.species] = _around(mean, block, weights, extra)
         made.append(drawn)
-    return Samples(potential, tuple(made))
+    origin = {"how": how, "seed": seed, "of": k, "calibrated": calibrated}
+    return Samples(potential, tuple(made), origin, tuple(range(k)))
 
 
 def _whitened_deviations(model: VarianceModel, k: int, generator: torch.Generator, how: str) -> Tensor:

@@ -19,6 +19,7 @@ from rich.console import Console
 from gpmlp import cli, console
 from gpmlp.__main__ import main as gpmlp_main
 from gpmlp.io import archive, atoms
+from gpmlp.report.figures import Picture
 
 ERRORS = (
     "energy_mae_meV_per_atom",
@@ -47,7 +48,7 @@ def gpmlp(capsys):
 # --- what it does
 
 
-def test_fit_evaluate_info_cite(gpmlp, train_file, tmp_path):
+def test_fit_evaluate_report_info_cite(gpmlp, train_file, tmp_path, monkeypatch):
     model, result, predicted = tmp_path / "m.gpmlp", tmp_path / "e.json", tmp_path / "p.xyz"
     status, out, err = gpmlp("fit", train_file, "--valid", train_file, *QUICK, "-o", model)
     assert status == 0, err
@@ -66,6 +67,16 @@ def test_fit_evaluate_info_cite(gpmlp, train_file, tmp_path):
     }
     assert {*ERRORS, *scored, "n_structures", "n_atoms", "by_config_type"} <= set(numbers)
     assert (numbers["n_structures"], numbers["n_atoms"]) == (16, 96)
+    monkeypatch.setattr("gpmlp.report.figures.draw", lambda *_, **__: Picture(b"<svg/>", b"", "a figure", 1.0))
+    status, out, err = gpmlp("report", model, train_file, "-o", tmp_path / "report")
+    assert status == 0, err
+    assert "is the file this model was trained on" in err
+    record = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert "trained on" in record["answers"]["How wrong is it?"]
+    overall = record["errors"]["overall"]
+    assert {key: overall[key] for key in ERRORS} == pytest.approx({key: numbers[key] for key in ERRORS})
+    assert record["dimers"][0]["energy"][-1] == pytest.approx(0, abs=1e-9)  # less the free atoms, beyond the cutoff
+    assert record["rank_correlation"]["forces"]["spearman_of_atoms"] == pytest.approx(numbers["force_spearman"])
     assert set(numbers["by_config_type"]) == {"big", "small"}
     assert numbers["by_config_type"]["big"]["n_structures"] == 8
     frames = ase.io.read(predicted, ":")

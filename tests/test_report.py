@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from gpmlp import report
+from gpmlp import report, units
 from gpmlp.checks import UserError
 from gpmlp.io.atomic import atomic
-from gpmlp.report import figures, neighbourhood, numbers, scatter, worst
+from gpmlp.report import answers, figures, neighbourhood, numbers, scatter, worst
 from gpmlp.report.data import CAUSES, Labelled
+from gpmlp.report.words import percent
 
 QUESTIONS = (
     "How wrong is it?",
@@ -79,7 +80,6 @@ def synthetic(structures: int = 30, cells: int = 1, seed: int = 0) -> report.Rep
         config_type=tuple(kinds),
         force_std=std3,
         force_variance=forces_std,
-        force_half_width_90=1.7 * std3,
         local_energy_std=0.3 * std,
         novelty=novelty,
         positions=np.concatenate([p[0] for p in parts]),
@@ -96,7 +96,11 @@ def synthetic(structures: int = 30, cells: int = 1, seed: int = 0) -> report.Rep
                 "nll": -1.32,
                 "crps": 0.034,
                 "sharpness": 0.06,
-                "spearman": 0.58,
+                "spearman_of_atoms": 0.58,
+                "coverage_50": 0.52,
+                "coverage_68": 0.71,
+                "coverage_90": 0.91,
+                "coverage_95": 0.96,
             },
             "energies": {
                 "n": structures,
@@ -104,7 +108,7 @@ def synthetic(structures: int = 30, cells: int = 1, seed: int = 0) -> report.Rep
                 "nll": -2.1,
                 "crps": 0.0014,
                 "sharpness": 0.003,
-                "spearman": 0.47,
+                "spearman_of_structures": 0.47,
             },
         },
         rivals={
@@ -285,6 +289,54 @@ def test_errors_of_the_json_are_those_of_the_data(whole):
     assert table["force_rmse_meV_per_A"] == pytest.approx(np.sqrt((error**2).mean()))
     energy = 1e3 * (data.energy_predicted - data.energy_reference) / data.n_atoms
     assert table["energy_mae_meV_per_atom"] == pytest.approx(np.abs(energy).mean())
+    stress = np.abs(data.stress_predicted - data.stress_reference) / units.GPA
+    # nine components, as `gpmlp evaluate` has them
+    assert table["stress_mae_GPa"] == pytest.approx((stress[:, :3].sum() + 2 * stress[:, 3:].sum()) / (9 * len(stress)))
+
+
+def test_gaussian_and_conformal_intervals_are_told_apart(whole):
+    page, record, _, _ = whole
+    data = synthetic()
+    scaled = np.abs(data.force_predicted - data.force_reference) / data.force_std
+    gaussian = record["coverage"]["gaussian"]["forces"]
+    # 0.9945 and 1.6449 standard deviations
+    assert gaussian["coverage_68"] == pytest.approx((scaled <= 0.99446).mean(), abs=2 / scaled.size)
+    assert gaussian["coverage_90"] == pytest.approx((scaled <= 1.64485).mean(), abs=2 / scaled.size)
+    assert record["coverage"]["conformal"] == {
+        "forces": {f"coverage_{p}": s for p, s in ((50, 0.52), (68, 0.71), (90, 0.91), (95, 0.96))}
+    }
+    answer = record["answers"]["Does it know?"]
+    assert f"{percent(gaussian['coverage_68'])} of force errors lie within one standard deviation" in answer
+    assert f"the conformal 90\u202f% interval holds {percent(0.91)}" in answer
+    assert "forces, Gaussian interval" in page and "forces, conformal interval" in page
+
+
+def test_rank_correlations_say_of_what(whole):
+    data, record = synthetic(), whole[1]
+    assert record["rank_correlation"]["forces"] == {"spearman_of_atoms": 0.58}
+    counted = numbers.rank_correlation(dataclasses.replace(data, scores={}), numbers.views(data))
+    assert counted["forces"] == {"spearman_of_atoms": numbers.spearman(data.atom_std, data.atom_error)}
+    of_components = record["error_against_std"]["forces"]["spearman_of_components"]
+    assert of_components != pytest.approx(counted["forces"]["spearman_of_atoms"], abs=0.01)
+    assert "rank correlation 0.58 over atoms" in record["answers"]["Does it know?"]
+    assert "0.580 <small>of atoms</small>" in whole[0]
+
+
+def test_training_data_are_no_test(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
+    said = "These are the data the model was trained on"
+    _, record, _ = built(dataclasses.replace(synthetic(3), trained_on=True), tmp_path)
+    assert record["answers"]["How wrong is it?"].startswith(said)
+    assert said not in whole[0]
+
+
+def test_kinds_left_out_are_counted():
+    rows = [
+        {"structure": t, "config_type": t, "largest_novelty": 2.0, "score": 3.0, "largest_force_std_meV_per_A": 1.0}
+        for t in "aaabbccdefg"
+    ]
+    assert "of the kinds a (3), b (2), c (2) and others (4);" in answers.label_next(rows)
+    assert "of the kinds a (3), b (2) and c (2);" in answers.label_next(rows[:7])
 
 
 def test_strings_of_the_data_are_escaped(tmp_path):
@@ -468,3 +520,51 @@ def test_structures_to_label_are_diverse():
     assert len(rows) == 15
     assert rows[0]["config_type"] == "high pressure"
     assert len({row["config_type"] for row in rows}) >= 4
+
+
+def test_a_dimer_curve_stays_legible_under_a_huge_error_bar():
+    from matplotlib.figure import Figure
+
+    curve = pair("Si-Si", 2.1)
+    inside = curve["energy"][curve["r"] >= 2.1]
+    for std, told in ((309.0, True), (0.5, False)):
+        axes = Figure().add_subplot()
+        figures.dimer(axes, curve | {"std": np.full(90, std)})
+        low, high = axes.get_ylim()
+        assert low < inside.min() and high > inside.max()
+        assert high - low <= 3.01 * np.ptp(inside)
+        assert any("up to 309 eV" in text.get_text() for text in axes.texts) == told
+
+
+def test_a_group_of_tiny_errors_does_not_stretch_the_axis():
+    from matplotlib.figure import Figure
+
+    rng = np.random.default_rng(0)
+    groups = {
+        "liquid": np.abs(rng.normal(0, 60, 900)),
+        "a name longer than there is room for beside": np.full(90, 0.005),
+    }
+    axes = Figure().add_subplot()
+    figures.boxes(axes, groups, "forces", None)
+    low, high = axes.get_xlim()
+    assert high / low < 1e4 and high > groups["liquid"].max()
+    assert any("median 0.005" in text.get_text() for text in axes.texts)
+    assert [line.get_marker() for line in axes.lines].count("<") == 1
+    assert not axes.get_yticks().size  # names stand above the bars, so that long ones leave the axis its width
+
+
+def test_one_element_is_not_shown_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
+    page = built(synthetic(6), tmp_path)[0]
+    assert "Forces by element." in page
+    page = built(dataclasses.replace(synthetic(6), species=np.full(48, 14)), tmp_path)[0]
+    assert "Forces by element." not in page and "Forces by config_type." in page
+
+
+def test_a_sample_is_called_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
+    data = synthetic(3)
+    sample = {"how": "posterior", "seed": 6, "of": 2, "calibrated": True, "index": 1}
+    model = data.model | {"provenance": data.model["provenance"] | {"sample": sample}}
+    words = "not the mean but a sample: how posterior, seed 6, of 2, calibrated True, index 1"
+    assert words in built(dataclasses.replace(data, model=model), tmp_path)[0]

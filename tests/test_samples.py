@@ -7,9 +7,10 @@ import torch
 
 import gpmlp
 from gpmlp import checks
+from gpmlp.cli import main
 from gpmlp.fit import fit
 from gpmlp.recipe import Recipe
-from gpmlp.samples import draw
+from gpmlp.samples import Samples, draw
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_label_noise_committee_is_narrower(silicon):
     assert committee.forces.std() > 0
 
 
-def test_a_sample_is_a_potential(silicon, tmp_path):
+def test_a_sample_is_a_potential(silicon, tmp_path, capsys):
     potential, structures = silicon
     one = potential.sample(2, seed=6)[1]
     gpmlp.save(one, tmp_path / "sample")
@@ -106,6 +107,25 @@ def test_a_sample_is_a_potential(silicon, tmp_path):
     some = structures.select([10])
     torch.testing.assert_close(again(some).forces, one(some).forces)
     assert (one(some).forces - potential(some).forces).abs().max() > 1e-4
+    origin = {"how": "posterior", "seed": 6, "of": 2, "calibrated": True, "index": 1}
+    assert again.provenance == potential.provenance | {"sample": origin}
+    assert main(["info", str(tmp_path / "sample")]) == 0
+    assert "index 1 of 2 drawn from the posterior, seed 6, calibrated; not the mean" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_slices_are_samples(silicon):
+    potential, structures = silicon
+    some, samples = structures.select([10]), potential.sample(4, seed=9)
+    part = samples[1::2]
+    assert isinstance(part, Samples) and len(part) == 2
+    torch.testing.assert_close(part(some).forces, samples(some).forces[[1, 3]])
+    assert part[-1].provenance["sample"]["index"] == 3
+    with pytest.raises(checks.UserError, match="one or more of the 4"):
+        samples[4:]
+    with pytest.raises(IndexError):
+        part[2]
 
 
 def test_seed_decides(silicon):
@@ -119,6 +139,12 @@ def test_mistakes(silicon):
     potential, _ = silicon
     with pytest.raises(checks.UserError, match="1 or more"):
         potential.sample(0, seed=0)
+    with pytest.raises(checks.UserError, match=r"whole number, as 2; got 2\.5"):
+        potential.sample(2.5, 0)
+    with pytest.raises(checks.UserError, match=r"`seed` must be a whole number"):
+        potential.sample(2, 0.5)
+    with pytest.raises(checks.UserError, match=r"got Samples.*save each for itself"):
+        gpmlp.save(potential.sample(2, 0), "samples")
     with pytest.raises(checks.UserError, match="way of sampling"):
         draw(potential, 2, 0, "bootstrap")
     with pytest.raises(checks.UserError, match="no posterior factor"):

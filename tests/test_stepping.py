@@ -86,6 +86,13 @@ def test_single_precision(plain):
     torch.testing.assert_close(found.forces, there.forces, rtol=1e-4, atol=1e-4)
 
 
+def test_precision_stays_until_it_is_asked_for(plain):
+    batch, single = everything(), plain.to(descriptors="float32")
+    assert not torch.equal(single(batch).forces, plain(batch).forces)
+    assert torch.equal(single.to("cpu")(batch).forces, single(batch).forces)
+    assert torch.equal(single.to("cpu", "float64")(batch).forces, plain(batch).forces)
+
+
 def test_chunks_do_not_show(plain, monkeypatch):
     batch = everything()
     whole = Stepper(plain, batch, True, True)(batch.positions)

@@ -369,7 +369,7 @@ def _report_of_labels(folder: Path, entries: dict[str, Entry], potential: Potent
     targets = Targets.concatenate([e.targets for e in entries.values()])
     with torch.no_grad():
         found = evaluation.evaluate(potential, structures, targets)
-    about = "model.gpmlp", "labels.xyz (learned from: not a test)", versions.of("gpmlp")
+    about = "model.gpmlp", "labels.xyz", versions.of("gpmlp"), True
     data = reporting.collect(potential, structures, targets, found, *about)
     build_model_page(data, folder / "report" / "model", atomic)
     return True

@@ -43,8 +43,13 @@ def save(potential: Stateful, path: str | os.PathLike[str]) -> None:
     """Write a potential to one file, atomically.
 
     Raises:
-        UserError: the file cannot be written; an old file of that name is then untouched.
+        UserError: the file cannot be written; an old file of that name is then untouched. Or this is no potential.
     """
+    if not hasattr(potential, "state"):
+        raise UserError(
+            f"A model file holds one potential; got {type(potential).__name__}. Of samples or a committee save each for itself: "
+            "gpmlp.save(samples[0], 'sample0.gpmlp')."
+        )
     header, tensors = potential.state()
     content = {
         "archive_sha256": BLANK,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
 from gpmlp import versions
-from gpmlp.checks import UserError
+from gpmlp.checks import DataWarning, UserError
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -30,10 +31,10 @@ def of_files(**files: str | os.PathLike[str] | None) -> dict:
     }
 
 
-def same_data(provenance: dict, path: str | os.PathLike[str]) -> str | None:
-    """The role ('training', ...) that a file of these very bytes had in a fit, or None."""
-    digest = file_hash(path)
-    for role, entry in provenance.get("files", {}).items():
-        if entry.get("sha256") == digest:
-            return role
-    return None
+def trained_on(provenance: dict, path: str | os.PathLike[str]) -> bool:
+    """Whether a model was trained on a file of these very bytes; if so, with a warning."""
+    if provenance.get("files", {}).get("training", {}).get("sha256") != file_hash(path):
+        return False
+    text = f"{path}: is the file this model was trained on; its errors say nothing of new structures."
+    warnings.warn(text, DataWarning, stacklevel=2)
+    return True

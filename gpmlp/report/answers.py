@@ -44,30 +44,39 @@ def how_wrong(data: ReportData, labelled: dict, numbers: dict) -> str:
             f"; {kind} are worst in {worst} ({number(values[worst])}\u00a0{UNITS[kind]}) "
             f"and best in {best} ({number(values[best])})"
         )
-    return sentence + "."
+    seen = (
+        "These are the data the model was trained on, so this says nothing of new structures. "
+        if data.trained_on
+        else ""
+    )
+    return f"{seen}{sentence}."
 
 
 def does_it_know(data: ReportData, numbers: dict) -> str:
-    """Whether error bars match errors: coverage, area, rank correlation."""
+    """Whether error bars match errors: coverage by Gaussian and by conformal intervals, area, rank correlation."""
     judged = [kind for kind in ("forces", "energies", "stresses") if kind in numbers["reliability"]]
     if not judged:
         return "Unknown: there are no labels with predicted error bars to compare."
     kind = judged[0]
-    curve, cover = numbers["reliability"][kind], numbers["coverage"][kind]
+    curve, cover = numbers["reliability"][kind], numbers["coverage"]["gaussian"]
     scores = data.scores.get(kind) or {}
     area = given(scores, "miscalibration_area", curve["area"])
     verdict = "Yes" if area < 0.03 else "Roughly" if area < 0.08 else "No"
     way = "overconfident" if curve["bias"] < 0 else "too cautious"
     tail = "" if area < 0.03 else f", so error bars are {way}"
-    order = given(scores, "spearman", numbers["error_against_std"][kind]["spearman"])
-    rank = f"; larger error bars go with larger errors (rank correlation {number(order, 2)})" if order > 0.2 else ""
-    if order <= 0.2:
-        rank = f"; but larger error bars hardly go with larger errors (rank correlation {number(order, 2)})"
-    others = [f"{percent(numbers['coverage'][k]['coverage_90'])} for {k}" for k in judged[1:]]
-    beside = f" ({listed(others)})" if others else ""
+    (what, order), *_ = numbers["rank_correlation"][kind].items()
+    rank = f" (rank correlation {number(order, 2)} over {what.removeprefix('spearman_of_')})"
+    rank = (
+        f"; larger error bars {'go' if order > 0.2 else 'hardly go'} with larger errors{rank}" if order == order else ""
+    )
+    others = [f"{percent(cover[k]['coverage_90'])} for {k}" for k in judged[1:]]
+    beside = f"; {listed(others)}" if others else ""
+    conformal = numbers["coverage"]["conformal"].get(kind, {}).get("coverage_90")
+    held = f"; the conformal 90\u202f% interval holds {percent(conformal)}" if conformal is not None else ""
     return (
-        f"{verdict}: {percent(cover['coverage_68'])} of {SINGULAR[kind]} errors lie within one standard deviation (68\u202f% expected) "
-        f"and {percent(cover['coverage_90'])} within the 90\u202f% interval{beside}{tail}{rank}."
+        f"{verdict}: {percent(cover[kind]['coverage_68'])} of {SINGULAR[kind]} errors lie within one standard deviation "
+        f"(68\u202f% expected) and {percent(cover[kind]['coverage_90'])} within 1.64 of them (90\u202f% expected{beside})"
+        f"{tail}{held}{rank}."
     )
 
 
@@ -126,7 +135,9 @@ def label_next(candidates: list[dict]) -> str:
     if not standing:
         return f"Nothing stands out: every structure is about as certain as the others; the least certain is {first['structure']}."
     types = Counter(c["config_type"] for c in standing if c["config_type"])
-    groups = f", of the kinds {listed([f'{t} ({n})' for t, n in types.most_common(3)])}" if types else ""
+    named = [f"{t} ({n})" for t, n in types.most_common(3)]
+    rest = sum(types.values()) - sum(n for _, n in types.most_common(3))
+    groups = f", of the kinds {listed(named + ([f'others ({rest})'] if rest else []))}" if types else ""
     words = f"{len(standing)} structures stand out" if len(standing) > 1 else "One structure stands out"
     largest = first["largest_force_std_meV_per_A"]
     size = f", whose force error bar reaches {number(largest)}\u00a0meV/Å" if largest > 0 else ""
@@ -172,7 +183,10 @@ def key_numbers(data: ReportData, labelled: dict, numbers: dict) -> list[tuple[s
     judged = next((k for k in ("forces", "energies", "stresses") if k in numbers["reliability"]), None)
     if judged:
         found.append(
-            (percent(numbers["coverage"][judged]["coverage_90"]), f"of {SINGULAR[judged]} errors in the 90 % interval")
+            (
+                percent(numbers["coverage"]["gaussian"][judged]["coverage_90"]),
+                f"of {SINGULAR[judged]} errors within 1.64 σ (90 % expected)",
+            )
         )
     if data.force_std is not None and np.isfinite(data.force_std).any():
         found.append(

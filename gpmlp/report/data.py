@@ -57,21 +57,23 @@ class ReportData:
         names, config_type, n_atoms: per structure; config_type '' where none was given.
         energy_reference, energy_predicted: (structures,) eV, total; NaN = no label.
         energy_std: (structures,) eV, calibrated; energy_variance: cause -> (structures,) eV^2.
+        trained_on: whether the model has learned from these very labels.
         structure, species, atom: (atoms,) index of the structure, Z, index inside the structure.
         force_reference, force_predicted, force_std: (atoms, 3) eV/A; force_variance: cause -> (atoms, 3).
             Causes: 'noise' of the labels, 'data' (what they have not fixed), 'misspecification' (what the model class
             cannot express), 'inducing' (what the inducing set cannot represent).
-        force_half_width_90: (atoms, 3) eV/A, conformal.
         local_energy_std: (atoms,) eV.
         novelty: (atoms,) distance / threshold; > 1 is outside the trust region, inf an unseen species.
         positions: (atoms, 3) A; cells: (structures, 3, 3) A, rows; periodic: (structures, 3) bool.
         cutoff: A.
         stress_reference, stress_predicted, stress_std: (structures, 6) eV/A^3, xx yy zz yz xz xy.
-        scores: kind -> {coverage_50, ..., miscalibration_area, nll, crps, sharpness, ...}; crps and sharpness in eV/atom, eV/A
+        scores: kind -> {coverage_50, ... (of conformal intervals; missing where there are none), miscalibration_area, nll, crps,
+            sharpness, spearman_of_structures | _atoms | _components (numbers.ORDERED), ...}; crps and sharpness in eV/atom, eV/A
             or eV/A^3 (the page converts them), all others without unit.
         rivals: what is scored -> {number: value}, or None.
         model: FitReport.as_dict() and recipe, evidence_trace, provenance, calibration; each may be missing.
-        dimers: dicts of pair, r, energy, std, shortest (A; the shortest distance in the training data).
+        dimers: dicts of pair, r (A), energy (eV, less that of the free atoms), std, shortest (A; the shortest distance in the
+            training data).
         citations: BibTeX entries.
     """
 
@@ -88,11 +90,11 @@ class ReportData:
     force_reference: np.ndarray
     force_predicted: np.ndarray
     config_type: tuple[str, ...] = ()
+    trained_on: bool = False
     energy_std: np.ndarray | None = None
     energy_variance: dict[str, np.ndarray] = field(default_factory=dict)
     force_std: np.ndarray | None = None
     force_variance: dict[str, np.ndarray] = field(default_factory=dict)
-    force_half_width_90: np.ndarray | None = None
     local_energy_std: np.ndarray | None = None
     novelty: np.ndarray | None = None
     positions: np.ndarray | None = None
@@ -117,7 +119,7 @@ class ReportData:
         shapes = {
             (n,): ("n_atoms", "energy_reference", "energy_predicted", "energy_std"),
             (atoms,): ("species", "atom", "local_energy_std", "novelty"),
-            (atoms, 3): ("force_reference", "force_predicted", "force_std", "force_half_width_90", "positions"),
+            (atoms, 3): ("force_reference", "force_predicted", "force_std", "positions"),
             (n, 3, 3): ("cells",),
             (n, 3): ("periodic",),
             (n, 6): ("stress_reference", "stress_predicted", "stress_std"),

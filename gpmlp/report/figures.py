@@ -28,6 +28,7 @@ from gpmlp.report.palette import (
     species_colours,
 )
 from gpmlp.report.scatter import SPARSE, Axis, Scatter, png
+from gpmlp.report.words import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,7 @@ FONTS = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu 
 MOST_GROUPS = 24
 WIDTH, HEIGHT = 4.9, 3.6  # inches
 SMALL = 3.75  # three beside one another
+LEAST = 1e-2  # of the median of all errors, where the axis of their distributions begins
 
 
 @dataclass(frozen=True)
@@ -148,32 +150,41 @@ def scatter(axes: Axes, plot: Scatter) -> None:
 
 
 def boxes(axes: Axes, groups: dict[str, np.ndarray], kind: str, colours: Sequence[str] | None) -> None:
-    """|errors| of groups on a logarithmic axis: 5 to 95 % thin, quartiles thick, median white, largest as a dot."""
+    """|errors| of groups on a logarithmic axis: 5 to 95 % thin, quartiles thick, median white, largest as a dot, names above.
+
+    The axis begins at LEAST of the median of all, so that a group of tiny errors does not stretch it; a triangle marks what goes on
+    below, and where that is the median too, its number is written.
+    """
     names = list(groups)[:MOST_GROUPS]
     _grid(axes, "x")
-    smallest = []
+    everything = np.concatenate([groups[name] for name in names])
     # zero by symmetry is no number to draw
-    least = max(1e-9, 1e-5 * max(float(groups[name].max()) for name in names))
+    floor = max(1e-9, 1e-5 * float(everything.max()), LEAST * float(np.median(everything)))
+    low = max(floor, min(float(np.quantile(groups[name], 0.05)) for name in names)) / 1.5
+    high = max(float(everything.max()) * 1.6, 10 * low)
     for k, name in enumerate(names):
-        values = groups[name]
-        p05, p25, p50, p75, p95 = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
+        values, at = groups[name], k + 0.16
+        found = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
+        p05, p25, p50, p75, p95 = np.maximum(found, low)
         colour = colours[k] if colours else KIND_COLOURS[kind]
-        tiny = max(p05, least)
-        axes.plot([tiny, p95], [k, k], color=mix(colour, "#ffffff", 0.35), lw=1.4, solid_capstyle="round")
-        p25, p50, p75, p95 = np.maximum((p25, p50, p75, p95), tiny)
-        axes.barh(k, p75 - p25, left=p25, height=0.56, color=mix(colour, "#ffffff", 0.15))
-        axes.plot([p50, p50], [k - 0.28, k + 0.28], color="white", lw=1.6)
-        axes.plot(values.max(), k, "o", ms=3.2, color=colour)
-        smallest.append(tiny)
-    low = min(smallest) / 1.5
-    high = max(max(float(groups[n].max()) for n in names) * 1.6, 10 * low)
+        axes.plot([p05, p95], [at, at], color=mix(colour, "#ffffff", 0.35), lw=1.4, solid_capstyle="butt")
+        axes.barh(at, p75 - p25, left=p25, height=0.4, color=mix(colour, "#ffffff", 0.15))
+        text = f"{_short(name, 34)} ({len(values):,})"
+        if found[2] >= low:
+            axes.plot([p50, p50], [at - 0.2, at + 0.2], color="white", lw=1.6)
+        else:
+            text += f", median {number(float(found[2]))}"
+        if found[0] < low:
+            axes.plot(low, at, "<", ms=4.5, color=colour, clip_on=False)
+        if values.max() >= low:
+            axes.plot(values.max(), at, "o", ms=3.2, color=colour, clip_on=False)
+        axes.text(0.0, k - 0.12, text, va="bottom", fontsize=8, transform=axes.get_yaxis_transform())
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.set_xticks(_decades(low, high), [_tick(d) for d in _decades(low, high)])
     axes.set_xticks([], minor=True)
-    axes.set_yticks(range(len(names)), [f"{_short(n)} ({len(groups[n]):,})" for n in names])
+    axes.set_yticks([])
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     noun = {"energies": "energy", "forces": "force component", "stresses": "stress component"}[kind]
     axes.set_xlabel(f"|{noun} error|, {UNITS[kind]}")
@@ -255,20 +266,26 @@ def evidence(axes: Axes, trace: Sequence[Sequence[float]]) -> None:
 
 
 def dimer(axes: Axes, curve: dict) -> None:
-    """Energy of a pair of atoms with one and two standard deviations; distances without data shaded."""
+    """Interaction energy of two atoms with one and two standard deviations; distances without data shaded.
+
+    The curve decides the range. Where one standard deviation to both sides fills the panel no band is drawn, and a note says so.
+    """
     _grid(axes)
     r, energy = (np.asarray(curve[key], dtype=float) for key in ("r", "energy"))
     std = np.asarray(curve["std"], dtype=float) if curve.get("std") is not None else np.full_like(r, np.nan)
     shortest = curve.get("shortest")
     known = shortest is not None and np.isfinite(shortest)
-    inside = energy[(r >= shortest) & np.isfinite(energy)] if known else energy[np.isfinite(energy)]
+    inside = np.isfinite(energy) & ((r >= shortest) if known else True)
+    low, high = _dimer_range(energy[inside], std[inside]) if inside.any() else (-1.0, 1.0)
+    hidden = 2 * std > high - low
     for k, shade in ((2, 0.86), (1, 0.7)):
-        axes.fill_between(r, energy - k * std, energy + k * std, color=mix(ACCENT, "#ffffff", shade), lw=0)
+        band = np.clip(energy - k * std, low, high), np.clip(energy + k * std, low, high)
+        axes.fill_between(r, *band, where=~hidden, color=mix(ACCENT, "#ffffff", shade), lw=0)
     axes.plot(r, energy, color=ACCENT, lw=1.8)
-    if len(inside):
-        low, high = inside.min(), inside.max()
-        room = max(high - low, 0.2)
-        axes.set_ylim(low - 0.5 * room, high + 0.6 * room)
+    if hidden.any():
+        words = f"no band where ±σ fills the panel (σ up to {number(float(std[hidden].max()))} eV)"
+        axes.text(0.98, 0.03, words, color=PALE, fontsize=7.5, ha="right", transform=axes.transAxes)
+    axes.set_ylim(low, high)
     axes.set_xlim(r.min(), r.max())
     if known and shortest > r.min():
         axes.axvspan(r.min(), min(shortest, r.max()), color="#eef1f4", lw=0, zorder=0)
@@ -276,8 +293,16 @@ def dimer(axes: Axes, curve: dict) -> None:
         axes.text(
             shortest, 0.97, " data from here", color=PALE, fontsize=8, va="top", transform=axes.get_xaxis_transform()
         )
-    axes.set(xlabel="distance, Å", ylabel="energy of the pair, eV")
+    axes.set(xlabel="distance, Å", ylabel="interaction energy, eV")
     axes.set_title(_short(str(curve.get("pair", ""))))
+
+
+def _dimer_range(energy: np.ndarray, std: np.ndarray) -> tuple[float, float]:
+    """The energies of a curve, with room for its typical standard deviation as far as that leaves the curve legible."""
+    span = max(float(np.ptp(energy)), 0.2)
+    known = std[np.isfinite(std)]
+    room = float(np.clip(np.median(known) if len(known) else 0.0, 0.5 * span, span))
+    return float(energy.min()) - room, float(energy.max()) + room
 
 
 def _rows(count: int) -> float:
@@ -298,7 +323,7 @@ def all_of(data: ReportData, labelled: dict, numbers: dict, scatters: Sequence[S
             colours = [shades[name] for name in groups] if by == "species" else None
             if groups and (by == "species" or set(data.types) != {NO_TYPE} or kind != "forces"):
                 alt = f"Distribution of {kind} errors by {by}: " + ", ".join(list(groups)[:6])
-                height = _rows(len(groups))
+                height = 0.65 + 0.42 * max(min(len(groups), MOST_GROUPS), 2)
                 made[f"errors_{kind}_{by}"] = draw(boxes, alt, groups, kind, colours, height=height, width=SMALL)
     if numbers["reliability"]:
         made["reliability"] = draw(reliability, "Observed against expected coverage", numbers["reliability"])
@@ -319,6 +344,10 @@ def all_of(data: ReportData, labelled: dict, numbers: dict, scatters: Sequence[S
     for k, curve in enumerate(data.dimers):
         if len(curve.get("r", ())) > 1:
             made[f"dimer_{k + 1}"] = draw(
-                dimer, f"Energy of the pair {curve.get('pair', '')} against distance", curve, height=2.9, width=SMALL
+                dimer,
+                f"Interaction energy of the pair {curve.get('pair', '')} against distance",
+                curve,
+                height=2.9,
+                width=SMALL,
             )
     return made

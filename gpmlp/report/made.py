@@ -98,6 +98,8 @@ def _files(provenance: dict) -> str:
         out = table(["", "file", "SHA-256"], rows, "Data", words=(0, 1, 2))
     versions = provenance.get("versions") or {}
     words = [f"{name} {version}" for name, version in versions.items()]
+    if sample := provenance.get("sample"):
+        out = missing(f"This is not the mean but a sample: {', '.join(f'{k} {v}' for k, v in sample.items())}.") + out
     if provenance.get("created"):
         words.insert(0, f"made {provenance['created']}")
     return out + (f'<p class="note">{text(" · ".join(words))}</p>' if words else "")
@@ -113,7 +115,8 @@ def _curves(data: ReportData, pictures: dict[str, Picture]) -> str:
         else ""
     )
     if len(shown) > bool(parts[0]):
-        out += '<p class="note">Pairs: bands are one and two standard deviations; no training data at shaded distances.</p>'
+        note = "Pairs: energies less those of free atoms; bands: one and two standard deviations; no training data at shaded distances."
+        out += f'<p class="note">{note}</p>'
     if not parts[0]:
         out += missing("There is no evidence trace because hyperparameters were not learned or the trace was not kept.")
     if not any(name.startswith("dimer_") for name in pictures):

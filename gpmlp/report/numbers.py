@@ -16,6 +16,8 @@ KEYS = {
     "forces": ("force", "meV_per_A"),
     "stresses": ("stress", "GPa"),
 }
+# what the rank correlation of std and |error| is taken over: the size of one component of a vector is mostly chance
+ORDERED = {"energies": "spearman_of_structures", "forces": "spearman_of_atoms", "stresses": "spearman_of_components"}
 CURVE = np.linspace(0.02, 0.98, 49)
 
 
@@ -66,10 +68,15 @@ def with_std(labelled: dict[str, Labelled]) -> dict[str, Labelled]:
 
 
 def error_table(data: ReportData, labelled: dict[str, Labelled], structures: np.ndarray) -> dict[str, float]:
-    """MAE, RMSE and largest error of each kind over some structures (bool mask)."""
+    """MAE, RMSE and largest error of each kind over some structures (bool mask); of stresses over all nine components."""
     row = {"n_structures": int(structures.sum()), "n_atoms": int(data.n_atoms[structures].sum())}
     for kind, (name, unit) in KEYS.items():
-        error = labelled[kind].error[structures[labelled[kind].structure]] if kind in labelled else np.zeros(0)
+        error = np.zeros(0)
+        if kind in labelled:
+            view = labelled[kind]
+            # both σ_yz and σ_zy, as `gpmlp evaluate` has them
+            twice = np.where(view.component < 3, 1, 2) if kind == "stresses" else 1
+            error = np.repeat(view.error, twice * structures[view.structure])
         row[f"{name}_mae_{unit}"] = mean(np.abs(error))
         row[f"{name}_rmse_{unit}"] = rms(error)
         row[f"{name}_max_{unit}"] = float(np.abs(error).max()) if len(error) else float("nan")
@@ -127,21 +134,20 @@ def reliability(view: Labelled) -> dict:
     }
 
 
-def coverage_table(data: ReportData, labelled: dict[str, Labelled]) -> dict[str, dict[str, float]]:
-    """Observed coverage at LEVELS: as given in scores where it is, counted with normal intervals otherwise."""
-    table = {}
-    for kind, view in with_std(labelled).items():
-        counted = dict(zip(LEVELS, coverage(view, [p / 100 for p in LEVELS]), strict=True))
-        scores = data.scores.get(kind) or {}
-        table[kind] = {f"coverage_{p}": given(scores, f"coverage_{p}", counted[p]) for p in LEVELS}
-    if data.force_half_width_90 is not None and "forces" in labelled:
-        view = labelled["forces"]
-        half = 1e3 * data.force_half_width_90[view.row, view.component]
-        known = np.isfinite(half)
-        if known.any():
-            inside = np.abs(view.error[known]) <= half[known]
-            table["forces, conformal interval"] = {"coverage_90": mean(inside)}
-    return table
+def coverage_table(data: ReportData, labelled: dict[str, Labelled]) -> dict[str, dict[str, dict[str, float]]]:
+    """Observed coverage at LEVELS, by intervals and kind: 'gaussian' from std, counted here; 'conformal' as the scores say."""
+    judged = with_std(labelled)
+    shares = {kind: coverage(view, [p / 100 for p in LEVELS]) for kind, view in judged.items()}
+    gaussian = {
+        kind: {f"coverage_{p}": float(share) for p, share in zip(LEVELS, found, strict=True)}
+        for kind, found in shares.items()
+    }
+    given = {kind: data.scores.get(kind) or {} for kind in judged}
+    conformal = {
+        kind: {f"coverage_{p}": scores[f"coverage_{p}"] for p in LEVELS if scores.get(f"coverage_{p}") is not None}
+        for kind, scores in given.items()
+    }
+    return {"gaussian": gaussian, "conformal": {kind: row for kind, row in conformal.items() if row}}
 
 
 def binned(view: Labelled, bins: int = 20) -> dict:
@@ -154,9 +160,20 @@ def binned(view: Labelled, bins: int = 20) -> dict:
         "std": [rms(std[part]) for part in parts],
         "rmse": [rms(error[part]) for part in parts],
         "n": [len(part) for part in parts],
-        "spearman": spearman(std, np.abs(error)),
+        "spearman_of_components": spearman(std, np.abs(error)),
         "floor": max(float(np.quantile(np.abs(error), 0.02)), 1e-9),
     }
+
+
+def rank_correlation(data: ReportData, labelled: dict[str, Labelled]) -> dict[str, dict[str, float]]:
+    """Spearman's coefficient of std and |error| of each kind under the name that says of what: as given in scores, or counted."""
+    found = {}
+    for kind, view in with_std(labelled).items():
+        std, error = (data.atom_std, data.atom_error) if kind == "forces" else (view.std, np.abs(view.error))
+        known = np.isfinite(std) & np.isfinite(error)
+        counted = spearman(std[known], error[known])
+        found[kind] = {ORDERED[kind]: given(data.scores.get(kind) or {}, ORDERED[kind], counted)}
+    return found
 
 
 def sparsification(view: Labelled, points: int = 40) -> dict:
@@ -239,6 +256,7 @@ def everything(data: ReportData, labelled: dict[str, Labelled]) -> dict:
         },
         "coverage": coverage_table(data, labelled),
         "reliability": {kind: reliability(view) for kind, view in judged.items()},
+        "rank_correlation": rank_correlation(data, labelled),
         "error_against_std": {kind: binned(view) for kind, view in judged.items()},
         "sparsification": {kind: sparsification(view) for kind, view in judged.items()},
         "scores": data.scores,

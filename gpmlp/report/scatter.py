@@ -138,8 +138,7 @@ def parity(view: Labelled) -> Scatter:
     pad = 0.04 * (high - low) or 0.5 * max(abs(high), 1.0)
     low, high = float(low - pad), float(high + pad)
     noun = {"energies": "energy", "forces": "force component", "stresses": "stress component"}[view.kind]
-    note = " above composition fit" if view.kind == "energies" else ""
-    axes = (Axis(f"reference {noun}{note}, {unit}", low, high), Axis(f"predicted, {unit}", low, high))
+    axes = (Axis(f"reference {noun}, {unit}", low, high), Axis(f"predicted, {unit}", low, high))
     return Scatter(
         f"parity_{view.kind}",
         view.kind.capitalize(),

@@ -11,7 +11,7 @@ from gpmlp.report.data import NO_TYPE, SCALES, UNITS, Labelled, ReportData
 from gpmlp.report.figures import Picture
 from gpmlp.report.markup import cause_keys, figure, live, missing, table, text
 from gpmlp.report.neighbourhood import picture
-from gpmlp.report.numbers import KEYS
+from gpmlp.report.numbers import KEYS, ORDERED
 from gpmlp.report.palette import CAUSE_NAMES
 from gpmlp.report.scatter import Scatter
 from gpmlp.report.words import number, percent
@@ -23,7 +23,6 @@ SCORES = (
     ("nll", "negative log likelihood"),
     ("crps", "CRPS"),
     ("sharpness", "sharpness"),
-    ("spearman", "rank correlation"),
 )
 RANKINGS = {
     "by_error_over_std": "by |error| / σ",
@@ -60,7 +59,12 @@ def how_wrong(content: Content) -> str:
     if not content.labelled:
         return missing("There are no parity plots or error tables because no structure has a label.")
     names = {"energies": "Energies", "forces": "Forces", "stresses": "Stresses"}
-    plots = [content.plot(f"parity_{kind}", name, "") for kind, name in names.items() if kind in content.labelled]
+    notes = {"energies": "Energies are less a least-squares fit of the composition."}
+    plots = [
+        content.plot(f"parity_{kind}", name, notes.get(kind, ""))
+        for kind, name in names.items()
+        if kind in content.labelled
+    ]
     html = [CHOOSER, _grid(plots)]
     absent = [kind for kind in names if kind not in content.labelled]
     if absent:
@@ -68,13 +72,18 @@ def how_wrong(content: Content) -> str:
     by = numbers["errors"]["by_config_type"]
     kinds = [kind for kind in ("forces", "energies") if kind in content.labelled] or list(content.labelled)
     first = kinds[0]
-    note = "Bar: quartiles; line: 5–95 %; white: median; dot: largest. Numbers in brackets count components."
+    note = (
+        "Bar: quartiles; line: 5–95 %; white: median; dot: largest. Numbers in brackets count components. The axis begins at a "
+        "hundredth of the median of all errors or above; a triangle marks what goes on below."
+    )
     boxes = [
         figure(content.pictures, f"errors_{kind}_config_type", f"{names[kind]} by config_type.", "")
         for kind in kinds
         if by
     ]
-    boxes.insert(1 if by else 0, figure(content.pictures, f"errors_{first}_species", f"{names[first]} by element.", ""))
+    if len(content.data.elements) > 1 or not by:  # of one element it would show the same again
+        species = figure(content.pictures, f"errors_{first}_species", f"{names[first]} by element.", "")
+        boxes.insert(1 if by else 0, species)
     if not by and first != "forces":
         boxes.append(figure(content.pictures, f"errors_{first}_config_type", names[first]))
     html += ["<h3>How errors are spread</h3>", f'<p class="note">{note}</p>', _grid(boxes)]
@@ -129,7 +138,12 @@ def does_it_know(content: Content) -> str:
 
 def _coverage(tables: dict) -> str:
     levels = (50, 68, 90, 95)
-    rows = [[text(kind), *(percent(row.get(f"coverage_{level}")) for level in levels)] for kind, row in tables.items()]
+    names = {"gaussian": "Gaussian interval (multiples of σ)", "conformal": "conformal interval"}
+    rows = [
+        [f"{text(kind)}, {name}", *(percent(row.get(f"coverage_{level}")) for level in levels)]
+        for way, name in names.items()
+        for kind, row in tables[way].items()
+    ]
     return table(
         ["observed", *(f"{level} % expected" for level in levels)], rows, "Share of errors inside the interval"
     )
@@ -140,11 +154,23 @@ def _scores(data: ReportData) -> str:
     if not scores:
         return missing("No scores are listed because none were computed.")
     known = [(key, name) for key, name in SCORES if any(key in row for row in scores.values())]
-    hidden = {key for key, _ in SCORES} | {f"coverage_{level}" for level in (50, 68, 90, 95)}
+    hidden = {key for key, _ in SCORES} | set(ORDERED.values()) | {f"coverage_{level}" for level in (50, 68, 90, 95)}
     more = sorted({key for row in scores.values() for key in row} - hidden)
     known += [(key, key.replace("_", " ")) for key in more]
-    rows = [[text(kind), *(_score(kind, key, row.get(key)) for key, _ in known)] for kind, row in scores.items()]
-    return table(["", *(text(name) for _, name in known)], rows, "Scores of the error bars")
+    rows = [
+        [text(kind), _rank(kind, row), *(_score(kind, key, row.get(key)) for key, _ in known)]
+        for kind, row in scores.items()
+    ]
+    return table(["", "rank correlation", *(text(name) for _, name in known)], rows, "Scores of the error bars")
+
+
+def _rank(kind: str, row: dict[str, float]) -> str:
+    key = ORDERED.get(kind, "")
+    return (
+        f"{number(row[key])} <small>{key.removeprefix('spearman_').replace('_', ' ')}</small>"
+        if key in row
+        else number(None)
+    )
 
 
 def _score(kind: str, key: str, value: float | None) -> str:
@@ -159,7 +185,7 @@ def _rivals(data: ReportData) -> str:
     keys = list(dict.fromkeys(key for row in data.rivals.values() for key in row))
     rows = [[text(name), *(number(row.get(key)) for key in keys)] for name, row in data.rivals.items()]
     head = ["warning sign", *(text(key.replace("_", " ")) for key in keys)]
-    return table(head, rows, "How well each warning sign finds the large errors")
+    return table(head, rows, "How well each warning sign finds the atoms with large force errors")
 
 
 def where_blind(content: Content) -> str:

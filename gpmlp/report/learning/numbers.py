@@ -67,7 +67,7 @@ def honesty(data: RunData) -> dict[str, Any]:
         "labels": len(told),
         "coverage": shares,
         "reliability": numbers.reliability(view),
-        "spearman": numbers.spearman(view.std, np.abs(view.error)),
+        "spearman_of_components": numbers.spearman(view.std, np.abs(view.error)),
         "rms_error_meV_per_A": numbers.rms(view.error),
         "rms_sigma_meV_per_A": numbers.rms(view.std),
         "rms_error_over_sigma": numbers.rms(view.scaled[np.isfinite(view.scaled)]),

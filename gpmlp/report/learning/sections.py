@@ -133,7 +133,7 @@ def honest(content: Content) -> str:
         ["rms of error / σ (1 = honest)", number(found["rms_error_over_sigma"])],
         ["rms error, meV/Å", number(found["rms_error_meV_per_A"])],
         ["rms σ, meV/Å", number(found["rms_sigma_meV_per_A"])],
-        ["rank correlation of |error| and σ", number(found["spearman"], 2)],
+        ["rank correlation of |error| and σ, of components", number(found["spearman_of_components"], 2)],
         ["energy: rms of error / σ", number(found["energy_rms_error_over_sigma"])],
         ["energy: rms error, meV/atom", number(found["energy_rms_error_meV_per_atom"])],
     ]
