@@ -19,7 +19,7 @@ from gpmlp.structures import Structures
 from gpmlp.terms import View
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
-WORTH = 1e-7  # of its prior variance: an environment with less left of its own is not worth an inducing point
+WORTH = 3e-7  # of its prior variance: an environment with less left of its own is not worth an inducing point
 MOST_WEIGHT = 10.0  # of novelty beside variance
 POOL_BYTES = 128 << 20  # in memory while choosing; a fuller pool is thinned by the selection itself
 
