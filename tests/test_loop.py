@@ -26,7 +26,7 @@ from gpmlp.active.tape import Tape
 from gpmlp.checks import UserError
 from gpmlp.io import archive
 
-LIMIT = "0.1"  # eV, above which an oracle fails: reached by the third label after the first ones
+LIMIT = "0.06"  # eV, above which an oracle fails: some of the labels after the first ones are
 TWO = {"dynamics": {"walkers": 2, "ahead": 2, "steps": 30}, "oracle": {"workers": 2}}
 
 
@@ -109,7 +109,9 @@ def test_the_trajectory_is_thinned(finished):
     assert {"forces_std", "novelty", "momenta"} <= set(last.arrays) and "masses" not in last.arrays
     potential = archive.load(folder / "out" / "model.gpmlp")
     there = potential(io.atoms.structures_from_ase([last]))
-    np.testing.assert_allclose(last.get_forces(), there.forces.numpy(), atol=1e-5)  # the file has 8 digits
+    # the file has 8 digits; a label of the last frame itself makes another model of it
+    late = any(e["step"] >= last.info["step"] for e in events(folder, "ask"))
+    np.testing.assert_allclose(last.get_forces(), there.forces.numpy(), atol=0.02 if late else 1e-5)
 
 
 def test_states_are_told_as_they_come(tmp_path):
