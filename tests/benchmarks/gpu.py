@@ -34,7 +34,7 @@ from gpmlp.structures import Structures
 
 SKIN = 0.6
 LEAST_SECONDS = 1.0  # that steps are repeated for
-LARGE = 50_000  # atoms of the sizes that the figures are about: measured first
+LARGE = 50_000  # atoms of the sizes that targets are set for: measured first
 
 
 def silicon(atoms: int) -> Structures:
