@@ -229,8 +229,11 @@ def learn(
         evidence.optimise(some, parameters, of_some, progress=tell)
     statistics = {k: evidence.Statistics.of(w, counts[k], prior=traces.get(k)) for k, w in whitened.items()}
     # the fixed point is one of DTC alone
-    learn = evidence.refine if total > EVIDENCE_COLUMNS and not traces else evidence.optimise
-    return parameters, block_of_column, learn(statistics, parameters, block_of_column, progress=tell)
+    if total > EVIDENCE_COLUMNS and not traces:
+        found = evidence.refine(statistics, parameters, block_of_column, progress=tell)
+    else:
+        found = evidence.optimise(statistics, parameters, block_of_column, progress=tell, settle=True)
+    return parameters, block_of_column, found
 
 
 @dataclass(frozen=True, eq=False)

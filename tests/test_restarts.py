@@ -48,3 +48,28 @@ def test_the_fixed_point_counts_the_priors():
     smooth = evidence.optimise(data, parameters, blocks).negative_log_evidence
     fixed = evidence.refine(data, parameters, blocks, n_probes=512).negative_log_evidence
     assert abs(fixed - smooth) < 0.05
+
+
+def test_settled_noises_do_not_depend_on_the_last_digits_of_the_data():
+    """Rounding of the sums, relative 1e-15 here, moves what is learned by no more than it must; and the optimum is one of slope zero."""
+    data, blocks = statistics(seed=2, signal=300.0, noise=0.5, n=200), torch.zeros(COLUMNS, dtype=torch.long)
+    shaken = {k: evidence.Statistics(s.gram, s.projection, s.square * (1 + 1e-15), s.count) for k, s in data.items()}
+
+    def found(some, start: float, settle: bool) -> tuple[float, float]:
+        parameters = Hyperparameters(("forces",), {}, 1)
+        parameters.set("forces", torch.tensor([start], dtype=torch.float64))
+        evidence.optimise(some, parameters, blocks, settle=settle)
+        return parameters.noise()["forces"], float(parameters.signal()[0])
+
+    for one, other in zip(found(data, -1.0, True), found(shaken, 0.5, True), strict=True):
+        assert abs(one / other - 1) < 1e-9
+    assert max(abs(a / b - 1) for a, b in zip(found(data, -1.0, False), found(shaken, 0.5, False), strict=True)) > 1e-9
+
+
+def test_settling_leaves_what_is_at_a_bound():
+    """Labels without any noise: it ends at its lower bound, and the signal is settled beside it."""
+    data, blocks = statistics(seed=3, signal=300.0, noise=0.0, n=200), torch.zeros(COLUMNS, dtype=torch.long)
+    parameters = Hyperparameters(("forces",), {}, 1)
+    result = evidence.optimise(data, parameters, blocks, settle=True)
+    low, _ = parameters.bounds("forces")
+    assert "forces" in result.at_bound and parameters.log_std("forces").item() >= low
