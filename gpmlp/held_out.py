@@ -119,13 +119,28 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
         "names": list(structures.names[:200]),
         "how": how,
     }
-    calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical)
+    spread = spread_of_samples(structures, targets, raw) if "forces" in data else None
+    calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical, spread=spread)
     if prediction.forces_variance is not None and "forces" in data:
         labels = targets.forces[~targets.forces.isnan()]
         misfit = rescaled(raw, structures, calibration).forces_variance.misspecification
         source["force_eV_per_A"] = labels.square().mean().sqrt().item()
         source["misspecification_eV_per_A"] = misfit.mean().sqrt().item()
     return replace(calibration, source=source)
+
+
+def spread_of_samples(structures: Structures, targets: Targets, raw: Prediction) -> float | None:
+    """The factor that gives deviations of posterior samples the rms of the errors of forces, label noise apart.
+
+    A sample can differ from the mean only in what the data have left open; errors have other causes as well, which are no function
+    of the structure that could be drawn. Second moments, not the likelihood: what samples are for are observables, to which many
+    forces contribute, and not the few whose deviation is close to zero.
+    """
+    errors, parts, _ = residuals("forces", structures, targets, raw)
+    known = ~errors.isnan() & parts.isfinite().all(1)
+    noise = raw.forces_variance.noise.flatten()[known]
+    excess, open_ = float((errors[known].square() - noise).sum()), float(parts[known, 1].sum())
+    return (excess / open_) ** 0.5 if excess > 0 and open_ > 0 else None
 
 
 def misspecified(calibration: Calibration, label_noise: float) -> list[str]:

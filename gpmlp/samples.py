@@ -15,7 +15,7 @@ from gpmlp.gp.covariances import InducingBlock
 from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
 from gpmlp.terms import CHUNK_ATOMS, MeanBlock, Term, chunks
-from gpmlp.variances import CALIBRATED_AS, VarianceModel
+from gpmlp.variances import VarianceModel
 
 HOW = ("posterior", "label_noise")
 SLOPE_BYTES = 8 << 20  # of slopes with respect to kernel arguments in memory together: what stays in cache
@@ -113,8 +113,8 @@ def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibra
     labels that scatter by their noise, δβ = S⁻¹(S − 1)^½ z; it knows nothing of what the data do not touch, and is narrower.
 
     Args:
-        calibrated: whether deviations are scaled as the calibration scales the variances of forces; its constant parts
-            (misspecification, noise) are no function of the structure that could be drawn.
+        calibrated: whether deviations from the mean are scaled to the size of the errors of forces that the calibration has seen
+            (Calibration.spread): they are of what the data leave open alone, so that nothing is drawn of what a subset misses.
 
     Raises:
         checks.UserError: k < 1, k or the seed no integer, an unknown `how`, or a model without variances.
@@ -127,9 +127,8 @@ def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibra
             "This model holds no posterior factor (recipe: variance: false, or it is a sample itself), so nothing can be drawn."
         )
     generator = torch.Generator().manual_seed(seed)
-    learned = potential.calibration.kinds[CALIBRATED_AS["forces_covariance"]]
-    inducing, data = (learned.scale * w**0.5 for w in (learned.weights or (1.0, 1.0))[:2]) if calibrated else (1.0, 1.0)
-    deviations = data * model.signal[:, None] * _whitened_deviations(model, k, generator, how)
+    spread = potential.calibration.spread if calibrated else None
+    deviations = (spread or 1.0) * model.signal[:, None] * _whitened_deviations(model, k, generator, how)
     start, i, made = 0, 0, []
     for term, blocks, prior in zip(potential.terms, model.blocks, model.priors, strict=True):
         drawn = {}
@@ -140,13 +139,13 @@ def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibra
             weights = torch.linalg.solve_triangular(lower.T, deviations[here], upper=True)
             mean = term.blocks[block.species]
             extra = None
-            if how == "posterior" and len(mean.features) > len(block.features):
+            if spread is None and how == "posterior" and len(mean.features) > len(block.features):
                 extra, correction = _missed(term, block, lower, mean.features[len(block.features) :], k, generator)
-                scale = inducing * model.amplitude**0.5 * prior.signal[block.species]
+                scale = model.amplitude**0.5 * prior.signal[block.species]
                 weights, extra = weights + scale * correction, scale * extra
             drawn[block.species] = _around(mean, block, weights, extra)
         made.append(drawn)
-    origin = {"how": how, "seed": seed, "of": k, "calibrated": calibrated}
+    origin = {"how": how, "seed": seed, "of": k, "calibrated": spread is not None}
     return Samples(potential, tuple(made), origin, tuple(range(k)))
 
 

@@ -59,8 +59,7 @@ def test_scatter_is_the_posterior_covariance(silicon, calibrated):
     one = structures.select([40])
     found = potential.sample(3000, seed=3, calibrated=calibrated)(one)
     expected = potential(one, variance="all", calibrated=False)
-    learned = potential.calibration.kinds["forces"]
-    factor = learned.scale**2 * learned.weights[1] if calibrated else 1.0
+    factor = potential.calibration.spread**2 if calibrated else 1.0
     centred = found.forces - found.forces.mean(0)
     covariance = torch.einsum("kna,knb->nab", centred, centred) / 2999
     reference = factor * expected.forces_covariance.data
@@ -89,6 +88,20 @@ def test_what_a_subset_misses_is_drawn_too():
     missed = prior.signal[14] ** 2 - a.square().sum(1)
     expected = potential.variances.amplitude * missed + left.square().sum(1)
     torch.testing.assert_close(drawn, expected, rtol=0.2, atol=0)  # 3.2 % each, six standard deviations
+
+
+def test_calibrated_scatter_is_as_large_as_the_errors(silicon):
+    """On structures never seen, of which the model makes errors of all causes; not so without calibration."""
+    potential, _ = silicon
+    structures, known = gpmlp.read("data/silicon/test.xyz")
+    error = (potential(structures).forces - known.forces).square().mean().sqrt()
+    ratios = {}
+    for calibrated in (True, False):
+        samples = potential.sample(32, seed=11, calibrated=calibrated)(structures)
+        ratios[calibrated] = float((samples.forces - potential(structures).forces).square().mean().sqrt() / error)
+    assert 0.6 < ratios[True] < 1.6 and ratios[False] < 0.5
+    again = type(potential.calibration).from_dict(potential.calibration.as_dict())
+    assert again.spread == potential.calibration.spread
 
 
 def test_label_noise_committee_is_narrower(silicon):

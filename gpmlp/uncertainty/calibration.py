@@ -122,11 +122,14 @@ class Calibration:
         source: what it was learned from, as plain data for the model file: number of structures, names or hash, how they were held out.
         typical_novelty: median Mahalanobis novelty of the held-out environments: variances grow in proportion to what is beyond
             it; None = they do not.
+        spread: factor on the deviations of posterior samples from the mean, with which those of forces have the rms of the held-out
+            errors (Imbalzano et al., J. Chem. Phys. 154, 074102 (2021), rescale committees likewise); None = not learned.
     """
 
     kinds: dict[str, KindCalibration]
     source: dict = field(default_factory=dict)
     typical_novelty: float | None = None
+    spread: float | None = None
 
     @staticmethod
     def identity() -> Calibration:
@@ -200,7 +203,8 @@ class Calibration:
             plain = asdict(calibration)
             plain["multipliers"] = {name: list(row) for name, row in calibration.multipliers.items()}
             kinds[kind] = plain | {"edges": list(calibration.edges), "weights": list(calibration.weights)}
-        return {"levels": list(LEVELS), "kinds": kinds, "source": self.source, "typical_novelty": self.typical_novelty}
+        own = {"typical_novelty": self.typical_novelty, "spread": self.spread}
+        return {"levels": list(LEVELS), "kinds": kinds, "source": self.source} | own
 
     @staticmethod
     def from_dict(plain: dict) -> Calibration:
@@ -216,7 +220,7 @@ class Calibration:
             rows = {name: tuple(row) for name, row in entry["multipliers"].items()}
             tuples = {"multipliers": rows, "edges": tuple(entry["edges"]), "weights": tuple(entry["weights"])}
             kinds[kind] = KindCalibration(**(entry | tuples))
-        return Calibration(kinds, plain["source"], plain.get("typical_novelty"))
+        return Calibration(kinds, plain["source"], plain.get("typical_novelty"), plain.get("spread"))
 
 
 def _edges(std: Tensor) -> tuple[float, ...]:
