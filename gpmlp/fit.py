@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpmlp import checks, defaults, held_out, left_out, preparation, regression, units
+from gpmlp import checks, defaults, held_out, hyperpriors, left_out, preparation, regression, units
 from gpmlp.consistency import check_stress_consistency
 from gpmlp.environments import Descriptor
 from gpmlp.fit_report import FitReport, Progress, Stages
-from gpmlp.gp import evidence, leave_one_out, posterior
+from gpmlp.gp import evidence, posterior
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.potential import Potential
@@ -27,7 +27,6 @@ from gpmlp.uncertainty.mahalanobis import Mahalanobis, Reservoir
 
 PASS_ATOMS = 128  # atoms of a chunk of rows
 SUBSET_ATOMS = 100  # on which variances from a subset of the columns are compared with those from all
-FEWEST_ENERGIES = 10  # that leaving one out can judge
 SAMPLE_BYTES = 16 << 20  # of features of one species from which novelty is learned
 
 
@@ -124,6 +123,7 @@ class _Trained:
     novelty: Mahalanobis | None
     parameters: Hyperparameters
     result: evidence.EvidenceResult
+    doubts: list[str]
 
 
 def _trained(
@@ -150,11 +150,11 @@ def _trained(
         for some in (factors, extra)
     )
     parameters, block_of_column, result = regression.learn(recipe, models, whitened, counts, traces, stages)
-    noise, signal = parameters.noise(), parameters.signal().to(block_of_column.device)[block_of_column]
-    if "energies" in parameters.learned and counts.get("energies", 0) >= FEWEST_ENERGIES:
-        noise["energies"] = leave_one_out.energy_noise(whitened, counts["energies"], noise, signal)
+    signal = parameters.signal().to(block_of_column.device)[block_of_column]
+    noise = regression.fit_noise(recipe, parameters, whitened, counts, signal)
     learned = Learned(whitened, counts, noise, {}, signal)
-    return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, parameters, result)
+    doubts = hyperpriors.warnings(recipe, regression.blocks_of(models), result.at_bound)
+    return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, parameters, result, doubts)
 
 
 class _Sample:
@@ -213,10 +213,7 @@ def _report(
     models, parameters, result = trained.models, trained.parameters, trained.result
     labels = [f"{k}:{checks.symbol(b.species)}" for k, m in enumerate(models) for b in m.blocks]
     every = [b for m in models for b in m.blocks]
-    warnings = [
-        *suspicions,
-        *(f"{name} ended at a bound of its allowed range; the data may not determine it." for name in result.at_bound),
-    ]
+    warnings = [*suspicions, *trained.doubts]
     jitter = max(m.jitter for m in models)
     if jitter:
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
