@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -238,6 +239,7 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
     ]
     if learned := provenance.get("learned"):  # such files hold no time, so that runs repeat to the last bit
         files = [f"{learned['labels']} labels of {learned['oracle']}, learned on the fly"]
+    aside = header.get("calibration", {}).get("source", {})
     created = f"{provenance['created']} " if "created" in provenance else ""
     sample = provenance.get("sample")
     pairs = [
@@ -245,11 +247,20 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         *([("sample", sample_of(sample))] if sample else []),
         ("noise", noises(header["noise"])),
         ("data", ", ".join(files) or "not recorded"),
+        *([("calibrated on", calibrated_on(aside))] if aside else []),
         ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
         ("units", content["units"]),
         ("recipe", yaml.safe_dump(plain(header["recipe"]), sort_keys=False).rstrip()),
     ]
     return pairs_table("Model", pairs)
+
+
+def calibrated_on(source: Mapping[str, Any], shown: int = 3) -> str:
+    """From which structures a calibration was learned (Calibration.source): how many, how chosen, the first names, a hash of all."""
+    count, names, known = source["held_out_structures"], source["names"][:shown], source.get("fingerprints")
+    text = f"{count} structures, {source['held_out_atoms']} atoms, {source['how']}: {', '.join(names)}"
+    text += f" and {count - len(names)} more" if count > len(names) else ""
+    return text + (f" (sha256 of all {hashlib.sha256(''.join(known).encode()).hexdigest()[:12]})" if known else "")
 
 
 def sample_of(origin: Mapping[str, Any]) -> str:
