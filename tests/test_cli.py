@@ -160,8 +160,18 @@ def test_md_runs_and_resumes(gpmlp, model_file, train_file, tmp_path):
     status, _, err = gpmlp(*common, "--steps", 6, "--resume")
     assert status == 0, err
     assert [f.info["step"] for f in ase.io.read(trajectory, ":")] == [0, 2, 4, 6]
-    assert np.loadtxt(table)[:, 0].tolist() == [0, 2, 4, 6]
-    status, _, err = gpmlp(*common, "--steps", 6, "--resume")
+    rows, frames = np.loadtxt(table), ase.io.read(trajectory, ":")
+    assert rows[:, 0].tolist() == [0, 2, 4, 6]
+    assert (rows[:, 7:] > 0).all()  # with each frame, unless told otherwise
+    assert [f.info["gpmlp_largest_force_std"] for f in frames] == pytest.approx(rows[:, 7], rel=1e-5)
+    assert f"largest std of a force {rows[:3, 7].max():.3g} eV/A (step " in out
+    status, out, err = gpmlp(*common, "--steps", 10, "--resume", "--uncertainty", 4)
+    assert status == 0 and np.isfinite(np.loadtxt(table)[4:, 7:]).all(1).tolist() == [True, False]
+    status, _, err = gpmlp(*common, "--steps", 12, "--resume", "--uncertainty", 3)
+    assert status == 2 and "--uncertainty must be a multiple of the 2 steps" in " ".join(err.split())
+    status, out, _ = gpmlp(*common, "--steps", 12, "--resume", "--uncertainty", 0)
+    assert status == 0 and np.isnan(np.loadtxt(table)[6, 7:]).all() and "largest std" not in out
+    status, _, err = gpmlp(*common, "--steps", 12, "--resume")
     assert status == 0 and "reached already" in err
     status, _, err = gpmlp(*common, "--steps", 6, "--temperature-K", 200)
     assert status == 2 and "exists; continue that run with --resume" in err
