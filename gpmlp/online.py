@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gpmlp import batches, checks, defaults, foreseen, growth, hyperpriors, inducing, preparation, regression
+from gpmlp import batches, checks, defaults, foreseen, growth, hyperpriors, inducing, preparation, regression, subset
 from gpmlp.baselines import Baseline
 from gpmlp.batches import Batch, Scales
 from gpmlp.fit_report import Stages
@@ -45,6 +45,7 @@ class Online:
         factor: the posterior at the present hyperparameters.
         noise, constant: standard deviations by kind in the fit, and of new labels; label_noise: as much as labels themselves show.
         signal: (blocks,) eV.
+        subset: how variances from a subset of the columns compared with those from all at the last refresh (subset.error).
         events: what was done beside learning: refreshes, factors made again, and why.
     """
 
@@ -61,6 +62,7 @@ class Online:
     calibration: Calibration = field(default_factory=Calibration.identity)
     novelty: Mahalanobis | None = None
     foreseen: tuple[Foreseen, ...] = ()
+    subset: dict[str, float] = field(default_factory=dict)
     events: tuple[str, ...] = ()
 
     @staticmethod
@@ -136,6 +138,7 @@ class Online:
             "columns": sum(len(b.vectors) for b in blocks),
             "rank": self.factor.columns,
             "condition": self.factor.condition,
+            "variance_subset": self.subset,
             "drift": self.factor.drift,
             "updates": self.factor.changes,
             "events": list(self.events),
@@ -290,7 +293,13 @@ class Online:
             novelty=self._novelty(),
         )
         rows = [batches.rescaled(w, k, Scales.unit(len(sizes)), scales, sizes) for k, w in whitened.items()]
-        return new._from_rows(f"refreshed: {why}", rows).recalibrated()
+        return new._from_rows(f"refreshed: {why}", rows)._compared().recalibrated()
+
+    def _compared(self) -> Online:
+        """With variances from the columns kept for them compared with those from all."""
+        upper = self.factor.upper[:, :-1]
+        about = self.potential, self.models, self.columns_signal, upper, self.structures, self.recipe.seed
+        return replace(self, subset=subset.error(*about))
 
     def recalibrated(self) -> Online:
         """With a calibration from the structures foreseen; standard deviations grow with novelty outside the trust region."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,12 +17,11 @@ from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import FIXED, RowFactor
 from gpmlp.gp.prior import Prior
-from gpmlp.potential import Potential, make_kernel
+from gpmlp.potential import make_kernel
 from gpmlp.quantities import KINDS, Targets
 from gpmlp.recipe import LearnedRecipe, Recipe
 from gpmlp.structures import Structures
 from gpmlp.terms import MeanBlock, Term, View
-from gpmlp.uncertainty.scores import spearman
 from gpmlp.variances import VarianceModel
 
 RESTART_COLUMNS, RESTARTS = 200, 3  # with so few, noises are learned from several starts
@@ -315,48 +314,6 @@ def make_priors(models: Sequence[Model], signal: Tensor) -> list[Prior]:
             start += block.n_columns
         priors.append(Prior(m.descriptor, m.kernel, by_species))
     return priors
-
-
-def check_subset(
-    potential: Potential, models: Sequence[Model], learned: Learned, factor: Tensor, structures: Structures
-) -> dict[str, float]:
-    """How force variances from a subset of the columns compare with those from all, neither calibrated.
-
-    Args:
-        factor: R of all columns (SparsePosterior.factor).
-        structures: a few, to look at.
-
-    Returns:
-        numbers of columns, median ratio of the standard deviations (subset / all), Spearman's coefficient between them.
-    """
-    kept = potential.variances
-    if kept is None:
-        return {}
-    found = {"columns": kept.n_columns, "columns_of_fit": kept.of_fit}
-    if kept.n_columns == kept.of_fit:
-        return found
-    full = VarianceModel(
-        tuple(make_priors(models, learned.signal)),
-        tuple(m.blocks for m in models),
-        tuple(lower for m in models for lower in m.lowers),
-        learned.signal,
-        factor,
-        {},
-        {},
-        kept.of_fit,
-    )
-    some, every = (
-        replace(potential, variances=v)(
-            structures, variance="forces", form="dtc", calibrated=False
-        ).forces_variance.epistemic.sum(1)
-        for v in (replace(kept, noise={}), full)
-    )
-    moving = every > 0  # the force on a lone atom is known
-    if not moving.any():
-        return found
-    some, every = some[moving], every[moving]
-    ratio, order = (some / every).sqrt().median().item(), spearman(some, every)
-    return found | {"std_ratio_median": ratio, **({"std_spearman": order} if order == order else {})}
 
 
 def make_variances(
