@@ -134,7 +134,7 @@ def evaluate_command(
     check_apart(targets_of, {"the model": model, "the data": data})
     potential = archive.load(model)
     structures, targets = atoms.read(data, labelled=True)
-    provenance.trained_on(potential.provenance, data)
+    provenance.known(potential.provenance, potential.calibration.source, structures, data)
     with console.Stages() as stages:
         result = evaluate(potential, structures, targets, stages, variance)
     if json_file is not None:
@@ -176,12 +176,13 @@ def report_command(
     version = archive.read_header(model)["version"]
     potential = archive.load(model)
     structures, targets = atoms.read(data, labelled=True)
-    targets, trained_on = comparable(potential, targets), provenance.trained_on(potential.provenance, data)
+    targets = comparable(potential, targets)
+    known = provenance.known(potential.provenance, potential.calibration.source, structures, data)
     with console.Stages() as stages:
         result = evaluate(potential, structures, targets, stages)
         stages("report", 0, 1, "figures")
         names = model.name, data.name, version
-        page = build(reporting.collect(potential, structures, targets, result, *names, trained_on), output, atomic)
+        page = build(reporting.collect(potential, structures, targets, result, *names, known), output, atomic)
         stages("report", 1, 1, "figures")
     out = console.output()
     out.print(console.evaluation_table(result))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gpmlp.checks import UserError
+
+if TYPE_CHECKING:
+    from gpmlp.engines.md import State
 
 
 class Ensemble(StrEnum):
@@ -35,6 +41,14 @@ def md(
     timestep_fs: Annotated[float, typer.Option("--timestep-fs", help="Time step.")] = 1.0,
     relaxation_fs: Annotated[float, typer.Option("--relaxation-fs", help="Time constant of the thermostat.")] = 100.0,
     interval: Annotated[int, typer.Option("--interval", help="Steps between two frames.")] = 10,
+    uncertainty: Annotated[
+        int | None,
+        typer.Option(
+            "--uncertainty",
+            help="Steps between two frames with standard deviations and novelties, a multiple of --interval; 0: none. If not given: "
+            "every frame.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of initial velocities and thermostat.")] = 0,
     energies: Annotated[Path | None, typer.Option("--energies", help="Table of energies to write.")] = None,
     resume: Annotated[
@@ -46,6 +60,7 @@ def md(
     from gpmlp import console
     from gpmlp.engines import md as dynamics
     from gpmlp.engines.ase import GPCalculator
+    from gpmlp.engines.doubt import watch
     from gpmlp.io import archive, atoms
     from gpmlp.io.atomic import check_apart
 
@@ -54,10 +69,16 @@ def md(
     targets = {"the trajectory (--output)": output, "the table (--energies)": energies}
     own = resume and start.resolve() == output.resolve()
     check_apart(targets, {"the model": model} | ({} if own else {"the start": start}))
+    every = interval if uncertainty is None else uncertainty
     with _arguments_named_as_options():
-        settings = dynamics.Settings(ensemble.value, temperature_k, steps, timestep_fs, relaxation_fs, interval, seed)
+        settings = dynamics.Settings(
+            ensemble.value, temperature_k, steps, timestep_fs, relaxation_fs, interval, seed, every
+        )
     dynamics.check_files([path for path in targets.values() if path is not None], existing=resume or overwrite)
-    calculator = GPCalculator(archive.load(model), str(start))
+    potential = archive.load(model)
+    calculator, look = GPCalculator(potential, str(start)), None
+    if every and (potential.variances is not None or uncertainty):
+        look = watch(potential, str(start))
     first = None if own else atoms.read_frames(start, -1)[0][0]
     if resume:
         first = dynamics.resume(output, energies, first)
@@ -68,11 +89,12 @@ def md(
         dynamics.record(output, energies, overwrite) as append,
         console.Stages() as stages,
     ):
-        state = None
-        for state in dynamics.run(first, calculator, settings):
+        state, largest = None, Largest()
+        for state in dynamics.run(first, calculator, settings, look):
             append(state)
+            largest.see(state)
             energy = f"{state.potential_eV:.4f} eV, drift {state.drift_eV_per_atom:+.1e} eV/atom"
-            note = f"step {state.step}, {state.temperature_K:.0f} K, {energy}"
+            note = f"step {state.step}, {state.temperature_K:.0f} K, {energy}{_doubt(state)}"
             stages("dynamics", state.step, settings.steps, note)
     if state is None:
         console.message("note", f"{output}: step {steps} is reached already; raise --steps to go on.")
@@ -87,6 +109,42 @@ def md(
         console.output().print(
             f"step {state.step}: {note.split(', ', 1)[1]}; wrote {output}", soft_wrap=True, markup=False
         )
+        if largest.force[0] > -math.inf:
+            console.output().print(largest.said(), soft_wrap=True, markup=False)
+
+
+def _doubt(state: State) -> str:
+    """The largest standard deviation of a force and the largest novelty, for the progress bar."""
+    if state.doubt is None:
+        return ""
+    force, _, novelty = state.doubt.largest
+    return f", std of forces up to {force:.2g} eV/A" + (f", novelty {novelty:.2g}" if novelty == novelty else "")
+
+
+@dataclass
+class Largest:
+    """The largest doubts of a run so far, each with the step and the atom where it was."""
+
+    force: tuple[float, int, int] = (-math.inf, 0, 0)
+    novelty: tuple[float, int, int] = (-math.inf, 0, 0)
+
+    def see(self, state: State) -> None:
+        """Count a state in."""
+        if state.doubt is None:
+            return
+        self.force = max(self.force, (state.doubt.force_std, state.step, state.doubt.force_atom), key=itemgetter(0))
+        if state.doubt.novelty is not None:
+            atom = int(state.doubt.novelty.argmax())
+            self.novelty = max(self.novelty, (float(state.doubt.novelty[atom]), state.step, atom), key=itemgetter(0))
+
+    def said(self) -> str:
+        """One or two sentences; atoms are counted from 0."""
+        (force, *at), (novelty, *there) = self.force, self.novelty
+        text = f"largest std of a force {force:.3g} eV/A (step {at[0]}, atom {at[1]})"
+        if novelty > -math.inf:
+            text += f", largest novelty {novelty:.2f} (step {there[0]}, atom {there[1]})"
+            text += ": beyond 1, outside of what the model was trained on" if novelty > 1 else ""
+        return text
 
 
 @contextmanager
@@ -95,5 +153,5 @@ def _arguments_named_as_options() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        names = "|".join(("temperature_K", "steps", "timestep_fs", "relaxation_fs", "interval"))
+        names = "|".join(("temperature_K", "steps", "timestep_fs", "relaxation_fs", "interval", "uncertainty"))
         raise UserError(re.sub(f"`({names})`", lambda name: "--" + name[1].replace("_", "-"), str(error))) from error

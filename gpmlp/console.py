@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -187,12 +188,7 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
         ("noise", noises(report["noise"])),
         ("train RMSE", noises(rms)),
     ]
-    subset = report.get("variance_subset") or {}
-    if subset.get("columns"):
-        text = f"{subset['columns']} of {subset['columns_of_fit']} columns"
-        if "std_ratio_median" in subset:
-            text += f"; std of forces {subset['std_ratio_median']:.2f} of all columns'"
-        pairs.append(("variances", f"{text}; calibrated on {report.get('held_out', 0)} structures"))
+    pairs += kept_for_variances(report)
     if validation:
         table = ErrorTable(**{key: float("nan") if value is None else value for key, value in validation.items()})
         pairs.append(
@@ -208,6 +204,23 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
     return pairs_table("Fit", pairs)
 
 
+def kept_for_variances(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many of the columns are kept for variances, and what that does to standard deviations of forces (subset.error)."""
+    found = report.get("variance_subset") or {}
+    if "columns" not in found:
+        return []
+    text = f"{found['columns']} of {found['columns_of_fit']} columns"
+    if "covariance_error" in found:
+        text += (
+            f"; std of forces {found['std_ratio_median']:.2f} ({found['std_ratio_low']:.2f} to {found['std_ratio_high']:.2f}) of all "
+            f"columns', covariance off by {100 * found['covariance_error_scaled']:.0f} % once scaled"
+        )
+        text += f", rank correlation {found['std_spearman']:.2f}" if "std_spearman" in found else ""
+    if "held_out" in report:
+        text += f"; calibrated on {report['held_out']} structures"
+    return [("variances", text)]
+
+
 def report_summary(report: Mapping[str, Any]) -> Table:
     """What a model file says of how it came about: of a fit, or label by label."""
     return fit_summary(report) if "train_rmse" in report else learning_summary(report)
@@ -220,6 +233,7 @@ def learning_summary(report: Mapping[str, Any]) -> Table:
         ("inducing", ", ".join(f"{n} {label}" for label, n in report["centres"].items())),
         ("columns", f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}"),
         ("noise", noises(report["noise"])),
+        *kept_for_variances(report),
         (
             "updates",
             f"{report['updates']} of the factor since it was made from all rows; its error {report['drift']:.0e}",
@@ -238,6 +252,7 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
     ]
     if learned := provenance.get("learned"):  # such files hold no time, so that runs repeat to the last bit
         files = [f"{learned['labels']} labels of {learned['oracle']}, learned on the fly"]
+    aside = header.get("calibration", {}).get("source", {})
     created = f"{provenance['created']} " if "created" in provenance else ""
     sample = provenance.get("sample")
     pairs = [
@@ -245,11 +260,20 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         *([("sample", sample_of(sample))] if sample else []),
         ("noise", noises(header["noise"])),
         ("data", ", ".join(files) or "not recorded"),
+        *([("calibrated on", calibrated_on(aside))] if aside else []),
         ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
         ("units", content["units"]),
         ("recipe", yaml.safe_dump(plain(header["recipe"]), sort_keys=False).rstrip()),
     ]
     return pairs_table("Model", pairs)
+
+
+def calibrated_on(source: Mapping[str, Any], shown: int = 3) -> str:
+    """From which structures a calibration was learned (Calibration.source): how many, how chosen, the first names, a hash of all."""
+    count, names, known = source["held_out_structures"], source["names"][:shown], source.get("fingerprints")
+    text = f"{count} structures, {source['held_out_atoms']} atoms, {source['how']}: {', '.join(names)}"
+    text += f" and {count - len(names)} more" if count > len(names) else ""
+    return text + (f" (sha256 of all {hashlib.sha256(''.join(known).encode()).hexdigest()[:12]})" if known else "")
 
 
 def sample_of(origin: Mapping[str, Any]) -> str:

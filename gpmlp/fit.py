@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpmlp import checks, defaults, held_out, left_out, preparation, regression, units
+from gpmlp import checks, defaults, held_out, hyperpriors, left_out, preparation, regression, subset, units
+from gpmlp.baselines import Baseline
 from gpmlp.consistency import check_stress_consistency
 from gpmlp.environments import Descriptor
 from gpmlp.fit_report import FitReport, Progress, Stages
-from gpmlp.gp import evidence, leave_one_out, posterior
+from gpmlp.gp import evidence, posterior
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.potential import Potential
@@ -26,8 +28,6 @@ from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis, Reservoir
 
 PASS_ATOMS = 128  # atoms of a chunk of rows
-SUBSET_ATOMS = 100  # on which variances from a subset of the columns are compared with those from all
-FEWEST_ENERGIES = 10  # that leaving one out can judge
 SAMPLE_BYTES = 16 << 20  # of features of one species from which novelty is learned
 
 
@@ -52,58 +52,102 @@ def fit(
         checks.UserError: no labels, labels that do not belong to the structures, more inducing points than environments,
             atoms on top of each other.
     """
-    recipe = Recipe() if recipe is None else recipe
     stages = Stages(progress)
     stages.begin("data")
-    structures, targets = preparation.prepared(structures, targets, recipe)
-    suspicions = [*check_stress_consistency(structures, targets), *preparation.doubts(structures, targets, recipe)]
-    found = defaults.survey(structures, targets)
-    recipe = defaults.resolve(recipe, found, len(structures.distinct_species))
-    base = preparation.make_baselines(structures, targets, recipe, found)
-    remaining = preparation.trust_isolated_atoms(structures, targets.minus(preparation.total(base, structures)))
-    aside = recipe.variance and recipe.calibration
-    kept, held = held_out.choose(structures, targets, aside, recipe.seed)
-    seen, unseen = ((structures.select(some), remaining.select(structures, some)) for some in (kept, held))
-    trained = _trained(recipe, structures, seen, unseen, stages)
-    learned, models = trained.learned, trained.models
-    scatter = label_noise.of_forces(structures, targets)
-    learned = replace(learned, label_noise={"forces": scatter} if scatter == scatter else {})
-    constant = preparation.given_noise(targets) | trained.parameters.noise()
-    lowers = [lower for m in models for lower in m.lowers]
-
-    def potential_of(weights: Tensor, learned: Learned, **more: object) -> Potential:
-        more["variances"] = regression.make_variances(recipe, models, learned, constant)
-        about = structures.distinct_species, recipe, learned.noise, dict(provenance or {})
-        return Potential(regression.make_terms(models, weights), base, *about, **more)
-
-    calibration = Calibration.identity()
+    data = _Data.of(structures, targets, Recipe() if recipe is None else recipe)
+    aside = data.recipe.variance and data.recipe.calibration
+    kept, held = held_out.choose(data.structures, data.targets, aside, data.recipe.seed)
+    trained = _trained(data, kept, held, stages)
+    models, learned, calibration = trained.models, trained.learned, Calibration.identity()
     if len(held):
         stages.begin("calibration")
-        interim = potential_of(learned.weights(lowers), learned, novelty=trained.novelty)
-        calibration = held_out.calibrate(interim, structures.select(held), targets.select(structures, held))
+        interim = _potential(data, trained, learned, learned.weights(trained.lowers))
+        calibration = held_out.calibrate(
+            interim, data.structures.select(held), data.targets.select(data.structures, held)
+        )
         del interim
         learned = learned.joined(*trained.held)
     stages.begin("posterior")
-    solved = posterior.solve(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
-    potential = potential_of(solved.weights, learned, calibration=calibration, novelty=trained.novelty)
+    solved = posterior.solve(learned.whitened, learned.counts, learned.every_noise, learned.signal, trained.lowers)
+    potential = _potential(data, trained, learned, solved.weights)
+    potential = replace(potential, calibration=calibration, provenance=dict(provenance or {}))
     if potential.variances is not None:
-        share = left_out.amplitude(potential, models, learned, solved, structures, remaining, recipe.seed)
+        share = left_out.amplitude(
+            potential, models, learned, solved, data.structures, data.remaining, data.recipe.seed
+        )
         scaled = replace(potential.variances, amplitude=share)
         potential = replace(potential, variances=scaled, calibration=calibration.with_amplitude(share))
-    some = structures.select(held if len(held) else kept)
-    few = some.select(range(max(1, int((some.counts.cumsum(0) <= SUBSET_ATOMS).sum()))))
-    looked = regression.check_subset(potential, models, learned, solved.factor, few)
-    validation_errors = None
+    looked = data.structures.select(held if len(held) else kept)
+    cheap = subset.error(potential, models, learned.signal, solved.factor, looked, data.recipe.seed)
+    found = None
     if validation is not None:
         stages.begin("validation")
-        validation_errors = _validated(potential, *validation, energies=not remaining.energies.isnan().all())
+        found = _validated(potential, *validation, energies=not data.targets.energies.isnan().all())
     stages.end()
-    shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
-    size = potential.variances.amplitude if potential.variances is not None else 1.0
-    report = _report(
-        trained, learned, solved, calibration, validation_errors, stages, suspicions, len(held), shortest, looked, size
+    about = FitReport(
+        held_out=len(held),
+        variance_subset=cheap,
+        validation_errors=found,
+        stages=tuple(stages.done),
+        warnings=(
+            *data.doubts,
+            *trained.doubts,
+            *held_out.misspecified(calibration, learned.label_noise.get("forces", 0.0)),
+        ),
+        **_numbers(data, trained, learned, solved),
     )
-    return replace(potential, report=report.as_dict()), report
+    return replace(potential, report=about.as_dict()), about
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """What is learned from, made ready, with the recipe filled in.
+
+    Attributes:
+        targets: labels as they came; remaining: less the baselines.
+        shortest: distance of each pair of species that occurs, by symbols, A.
+        label_noise: as much of the noise as labels themselves show, by kind; constant: what labels bring with them.
+        doubts: warnings about the data.
+    """
+
+    recipe: Recipe
+    structures: Structures
+    targets: Targets
+    remaining: Targets
+    baselines: tuple[Baseline, ...]
+    shortest: dict[str, float]
+    label_noise: dict[str, float]
+    constant: dict[str, float]
+    doubts: tuple[str, ...]
+
+    @staticmethod
+    def of(structures: Structures, targets: Targets, recipe: Recipe) -> _Data:
+        """Check and move the data, look at them, fill in the recipe and take the baselines off."""
+        structures, targets = preparation.prepared(structures, targets, recipe)
+        doubts = (*check_stress_consistency(structures, targets), *preparation.doubts(structures, targets, recipe))
+        found = defaults.survey(structures, targets)
+        recipe = defaults.resolve(recipe, found, len(structures.distinct_species))
+        base = preparation.make_baselines(structures, targets, recipe, found)
+        remaining = preparation.trust_isolated_atoms(structures, targets.minus(preparation.total(base, structures)))
+        shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
+        scatter = label_noise.of_forces(structures, targets)
+        shown = {"forces": scatter} if scatter == scatter else {}
+        given = preparation.given_noise(targets)
+        return _Data(recipe, structures, targets, remaining, base, shortest, shown, given, doubts)
+
+
+def _potential(data: _Data, trained: _Trained, learned: Learned, weights: Tensor) -> Potential:
+    """What has been learned, not calibrated."""
+    constant = data.constant | trained.parameters.noise()
+    return Potential(
+        regression.make_terms(trained.models, weights),
+        data.baselines,
+        data.structures.distinct_species,
+        data.recipe,
+        learned.noise,
+        variances=regression.make_variances(data.recipe, trained.models, learned, constant),
+        novelty=trained.novelty,
+    )
 
 
 def _validated(potential: Potential, structures: Structures, targets: Targets, energies: bool) -> ErrorTable:
@@ -115,7 +159,7 @@ def _validated(potential: Potential, structures: Structures, targets: Targets, e
 
 @dataclass(frozen=True, eq=False)
 class _Trained:
-    """What the data seen have come to, with the whitened rows of those set aside and their number by kind."""
+    """What the data seen have come to, with the whitened rows of those set aside and their number by kind, and warnings."""
 
     models: list[Model]
     environments: dict[int, int]
@@ -124,24 +168,27 @@ class _Trained:
     novelty: Mahalanobis | None
     parameters: Hyperparameters
     result: evidence.EvidenceResult
+    doubts: tuple[str, ...]
+
+    @property
+    def lowers(self) -> list[Tensor]:
+        """Cholesky factors of all inducing blocks."""
+        return [lower for m in self.models for lower in m.lowers]
 
 
-def _trained(
-    recipe: Recipe,
-    structures: Structures,
-    seen: tuple[Structures, Targets],
-    unseen: tuple[Structures, Targets],
-    stages: Stages,
-) -> _Trained:
-    """Choose inducing variables, stream the rows, learn noises and signals; all from the data seen alone."""
-    (parts, targets), (held, held_targets) = (_chunked(*some) for some in (seen, unseen))
+def _trained(data: _Data, kept: Tensor, held: Tensor, stages: Stages) -> _Trained:
+    """Choose inducing variables, stream the rows, learn noises and signals; all from the structures kept alone."""
+    recipe, structures = data.recipe, data.structures
+    (parts, targets), (unseen, unseen_targets) = (
+        _chunked(structures.select(some), data.remaining.select(structures, some)) for some in (kept, held)
+    )
     stages.begin("inducing points")
     sample = _Sample(recipe)
     models, environments = regression.make_models(recipe, structures, parts, stages, sample.add)
-    novelty = sample.fit(models[0].descriptor, held)
+    novelty = sample.fit(models[0].descriptor, unseen)
     stages.begin("covariances")
     factors, traces = regression.stream(recipe, models, parts, targets, stages)
-    extra, _ = regression.stream(recipe, models, held, held_targets, stages)
+    extra, _ = regression.stream(recipe, models, unseen, unseen_targets, stages)
     stages.begin("evidence")
     lowers = [lower for m in models for lower in m.lowers]
     counts, counts_held = ({kind: f.count for kind, f in some.items()} for some in (factors, extra))
@@ -150,11 +197,15 @@ def _trained(
         for some in (factors, extra)
     )
     parameters, block_of_column, result = regression.learn(recipe, models, whitened, counts, traces, stages)
-    noise, signal = parameters.noise(), parameters.signal().to(block_of_column.device)[block_of_column]
-    if "energies" in parameters.learned and counts.get("energies", 0) >= FEWEST_ENERGIES:
-        noise["energies"] = leave_one_out.energy_noise(whitened, counts["energies"], noise, signal)
-    learned = Learned(whitened, counts, noise, {}, signal)
-    return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, parameters, result)
+    signal = parameters.signal().to(block_of_column.device)[block_of_column]
+    noise = regression.fit_noise(recipe, parameters, whitened, counts, signal)
+    learned = Learned(whitened, counts, noise, data.label_noise, signal)
+    doubts = hyperpriors.warnings(recipe, regression.blocks_of(models), result.at_bound)
+    jitter = max(m.jitter for m in models)
+    if jitter:
+        doubts.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
+    about = parameters, result, tuple(doubts)
+    return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, *about)
 
 
 class _Sample:
@@ -197,49 +248,25 @@ def _chunked(structures: Structures, targets: Targets) -> tuple[list[Structures]
     return parts, out
 
 
-def _report(
-    trained: _Trained,
-    learned: Learned,
-    solved: SparsePosterior,
-    calibration: Calibration,
-    validation_errors: ErrorTable | None,
-    stages: Stages,
-    suspicions: Sequence[str],
-    n_held: int,
-    shortest: dict[str, float],
-    looked: dict[str, float],
-    amplitude: float,
-) -> FitReport:
+def _numbers(data: _Data, trained: _Trained, learned: Learned, solved: SparsePosterior) -> dict[str, Any]:
+    """What a FitReport says of hyperparameters, columns and posterior."""
     models, parameters, result = trained.models, trained.parameters, trained.result
-    labels = [f"{k}:{checks.symbol(b.species)}" for k, m in enumerate(models) for b in m.blocks]
+    labels = [f"{k}:{checks.symbol(z)}" for k, z in regression.blocks_of(models)]
     every = [b for m in models for b in m.blocks]
-    warnings = [
-        *suspicions,
-        *(f"{name} ended at a bound of its allowed range; the data may not determine it." for name in result.at_bound),
-    ]
-    jitter = max(m.jitter for m in models)
-    if jitter:
-        warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
-    return FitReport(
-        rows=learned.counts,
-        held_out=n_held,
-        noise=learned.noise,
-        noise_by_evidence=parameters.noise(),
-        label_noise=learned.label_noise,
-        signal=dict(zip(labels, parameters.signal().tolist(), strict=True)),
-        environments={checks.symbol(z): n for z, n in sorted(trained.environments.items())},
-        centres={label: len(b.features) for label, b in zip(labels, every, strict=True)},
-        shortest=shortest,
-        variance_subset=looked,
-        amplitude=amplitude,
-        columns=sum(m.asked for m in models),
-        rank=sum(b.n_columns for b in every),
-        condition=solved.condition,
-        jitter=jitter,
-        negative_log_evidence=result.negative_log_evidence,
-        evidence_trace=result.trace,
-        train_rmse=solved.rms,
-        validation_errors=validation_errors,
-        stages=tuple(stages.done),
-        warnings=tuple(warnings + held_out.misspecified(calibration, learned.label_noise.get("forces", 0.0))),
-    )
+    return {
+        "rows": learned.counts,
+        "noise": learned.noise,
+        "noise_by_evidence": parameters.noise(),
+        "label_noise": learned.label_noise,
+        "signal": dict(zip(labels, parameters.signal().tolist(), strict=True)),
+        "environments": {checks.symbol(z): n for z, n in sorted(trained.environments.items())},
+        "centres": {label: len(b.features) for label, b in zip(labels, every, strict=True)},
+        "shortest": data.shortest,
+        "columns": sum(m.asked for m in models),
+        "rank": sum(b.n_columns for b in every),
+        "condition": solved.condition,
+        "jitter": max(m.jitter for m in models),
+        "negative_log_evidence": result.negative_log_evidence,
+        "evidence_trace": result.trace,
+        "train_rmse": solved.rms,
+    }

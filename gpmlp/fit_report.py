@@ -26,9 +26,8 @@ class FitReport:
         signal: prior standard deviation of local energies by descriptor and species, eV.
         environments: number seen of each species; centres: chosen of each species, by descriptor.
         shortest: distance of each pair of species in the data, A.
-        variance_subset: columns kept for variances; where they are not all, the median ratio of force standard deviations to those
-            from all and Spearman's coefficient between them, on some structures (regression.check_subset).
-        amplitude: factor on what the inducing set cannot represent, where nothing is calibrated (left_out.py); 1 if not learned.
+        variance_subset: columns kept for variances; where they are not all, how covariances of forces from them compare with those
+            from all, on some atoms (subset.error).
         columns: inducing variables asked for; rank: those kept, not linearly dependent on others.
         condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
         negative_log_evidence: of the posterior's columns, nats, priors of the hyperparameters included.
@@ -49,7 +48,6 @@ class FitReport:
     centres: dict[str, int]
     shortest: dict[str, float]
     variance_subset: dict[str, float]
-    amplitude: float
     columns: int
     rank: int
     condition: float

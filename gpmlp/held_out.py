@@ -117,6 +117,7 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
         "held_out_structures": len(structures),
         "held_out_atoms": structures.n_atoms,
         "names": list(structures.names[:200]),
+        "fingerprints": list(structures.fingerprints()),
         "how": how,
     }
     spread = spread_of_samples(structures, targets, raw) if "forces" in data else None

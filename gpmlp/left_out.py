@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpmlp import regression
+from gpmlp import regression, subset
 from gpmlp.gp import covariances, likelihood
 from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.potential import Potential
@@ -46,10 +46,7 @@ def amplitude(
         w; 1 where there are less than 100 forces, or forces all have noises of their own.
     """
     kept = potential.variances
-    every = VarianceModel(
-        kept.priors, tuple(m.blocks for m in models), tuple(low for m in models for low in m.lowers), learned.signal,
-        solved.factor, {}, {}, kept.of_fit,
-    )  # fmt: skip
+    every = subset.every_column(models, learned.signal, solved.factor)
     errors, parts, rest = [], [], []
     for structure, targets in _some(structures, remaining, seed):
         rows = regression.labelled_rows(models, structure, targets)

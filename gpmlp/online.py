@@ -9,12 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gpmlp import batches, checks, defaults, foreseen, growth, inducing, preparation, regression
+from gpmlp import batches, checks, defaults, foreseen, growth, hyperpriors, inducing, preparation, regression, subset
 from gpmlp.baselines import Baseline
 from gpmlp.batches import Batch, Scales
 from gpmlp.fit_report import Stages
 from gpmlp.foreseen import Foreseen
-from gpmlp.gp import leave_one_out, posterior
+from gpmlp.gp import posterior
 from gpmlp.gp.posterior import FIXED, RowFactor
 from gpmlp.gp.updates import DowndateError, Factor
 from gpmlp.potential import Potential
@@ -30,7 +30,6 @@ from gpmlp.variances import VarianceModel
 
 LARGEST_ERROR = 1e-9  # measured error of the factor at which it is made again from the rows
 WORSE = 10.0  # times that when it was made: where rounding allows no better, there is no use in making it again
-FEWEST_ENERGIES = 10  # that leaving one out can judge
 EDGE = 1.0  # novelty at the edge of what was seen, beyond which standard deviations grow with it
 NOVELTY_ROWS = 4000  # environments of a species from which novelty is learned
 
@@ -46,6 +45,7 @@ class Online:
         factor: the posterior at the present hyperparameters.
         noise, constant: standard deviations by kind in the fit, and of new labels; label_noise: as much as labels themselves show.
         signal: (blocks,) eV.
+        subset: how variances from a subset of the columns compared with those from all at the last refresh (subset.error).
         events: what was done beside learning: refreshes, factors made again, and why.
     """
 
@@ -62,6 +62,7 @@ class Online:
     calibration: Calibration = field(default_factory=Calibration.identity)
     novelty: Mahalanobis | None = None
     foreseen: tuple[Foreseen, ...] = ()
+    subset: dict[str, float] = field(default_factory=dict)
     events: tuple[str, ...] = ()
 
     @staticmethod
@@ -137,6 +138,7 @@ class Online:
             "columns": sum(len(b.vectors) for b in blocks),
             "rank": self.factor.columns,
             "condition": self.factor.condition,
+            "variance_subset": self.subset,
             "drift": self.factor.drift,
             "updates": self.factor.changes,
             "events": list(self.events),
@@ -277,10 +279,8 @@ class Online:
         parameters, block_of_column, _ = regression.learn(
             self.recipe, self.models, whitened, counts, {}, Stages(None), restarts=0
         )
-        noise, signal = parameters.noise(), parameters.signal().detach().double().cpu()
-        if "energies" in parameters.learned and counts.get("energies", 0) >= FEWEST_ENERGIES:
-            columns = signal[block_of_column]
-            noise["energies"] = leave_one_out.energy_noise(whitened, counts["energies"], noise, columns)
+        signal = parameters.signal().detach().double().cpu()
+        noise = regression.fit_noise(self.recipe, parameters, whitened, counts, signal[block_of_column])
         scatter = label_noise.of_forces(self.structures, self.targets)
         sizes, scales = growth.widths(self.models), Scales(noise, signal)
         new = replace(
@@ -293,7 +293,13 @@ class Online:
             novelty=self._novelty(),
         )
         rows = [batches.rescaled(w, k, Scales.unit(len(sizes)), scales, sizes) for k, w in whitened.items()]
-        return new._from_rows(f"refreshed: {why}", rows).recalibrated()
+        return new._from_rows(f"refreshed: {why}", rows)._compared().recalibrated()
+
+    def _compared(self) -> Online:
+        """With variances from the columns kept for them compared with those from all."""
+        upper = self.factor.upper[:, :-1]
+        about = self.potential, self.models, self.columns_signal, upper, self.structures, self.recipe.seed
+        return replace(self, subset=subset.error(*about))
 
     def recalibrated(self) -> Online:
         """With a calibration from the structures foreseen; standard deviations grow with novelty outside the trust region."""
@@ -376,6 +382,7 @@ def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> On
     """Models, baselines and rows of prepared labels, a batch of each part; their noises have still to be learned."""
     structures = Structures.concatenate([s for s, _ in parts])
     targets = Targets.concatenate([t for _, t in parts])
+    hyperpriors.check_species(asked, structures)
     found = defaults.survey(structures, targets)
     recipe = growth.resolved(asked, found, len(structures.distinct_species))
     base = preparation.make_baselines(structures, targets, recipe, found)

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from gpmlp import baselines, checks, defaults
+from gpmlp import baselines, checks, defaults, hyperpriors
 from gpmlp.baselines import Baseline
+from gpmlp.hyperpriors import NOISE_FIELDS
 from gpmlp.quantities import KINDS, Prediction, Targets
 from gpmlp.recipe import Recipe
-from gpmlp.regression import NOISE_FIELDS
 from gpmlp.structures import Structures
 
 ISOLATED_NOISE = 1e-3  # eV
@@ -23,7 +23,7 @@ def prepared(
     """Check that labels and structures belong together, move them to the device, and blank labels not to be used.
 
     Args:
-        whole: whether these are all the data, so that every config_type that the recipe names has to be among them.
+        whole: whether these are all the data, so that every config_type and species that the recipe names has to be among them.
     """
     if not len(structures):
         raise checks.UserError("There are no training structures.")
@@ -46,6 +46,8 @@ def prepared(
         raise checks.UserError(
             "No structure has an energy, forces or a stress to learn from; check the names of the labels in the file."
         )
+    if whole:
+        hyperpriors.check_species(recipe, structures)
     targets = _with_config_noise(targets, structures, recipe, whole)
     device, dtype = torch.device(recipe.device), getattr(torch, recipe.dtype)
     return structures.to(device=device, dtype=dtype), targets.to(device=device, dtype=dtype)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from gpmlp import checks
 
@@ -82,12 +83,66 @@ class InducingRecipe(_Section):
     shares: Literal["species", "total"] | dict[str, Count] = "species"
 
 
+class PriorRecipe(_Section):
+    """A log-normal prior: half of it lies below the median, and 68 % within a factor of it either way."""
+
+    median: Positive
+    factor: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+
+
+def _bounds(value: Any) -> Any:
+    """Refuse what is no pair of a lower and a higher number."""
+    numbers = isinstance(value, (list, tuple)) and len(value) == 2 and not any(isinstance(v, bool) for v in value)
+    try:
+        low, high = (float(v) for v in value) if numbers else (0.0, 0.0)
+    except (TypeError, ValueError):
+        low = high = 0.0
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"must be [lowest, highest], two positive numbers, the smaller one first; got {value!r}")
+    return low, high
+
+
+class LearnedRecipe(_Section):
+    """A standard deviation that is learned, in the unit of the key: where from, by which prior, between which bounds."""
+
+    start: Positive | None = None
+    prior: PriorRecipe | None = None
+    bounds: Annotated[tuple[float, float], BeforeValidator(_bounds)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LearnedRecipe:
+        for name, value in (("start", self.start), ("prior.median", self.prior and self.prior.median)):
+            if value and self.bounds and not self.bounds[0] <= value <= self.bounds[1]:
+                low, high = self.bounds
+                raise ValueError(f"{name} {value:g} lies outside the bounds, {low:g} to {high:g}")
+        return self
+
+
+def _form(value: Any) -> str:
+    return "LearnedRecipe" if isinstance(value, (dict, LearnedRecipe)) else "number"
+
+
+# a number is kept, a section is learned; told apart by form, so that what is said of a mistake is of the form that is there
+Std = Annotated[
+    Annotated[Positive, Tag("number")] | Annotated[LearnedRecipe, Tag("LearnedRecipe")], Discriminator(_form)
+]
+
+
+def _by_symbol(given: dict[str, Any]) -> dict[str, Any]:
+    for name in given:
+        checks.atomic_number(name)
+    return given
+
+
+Signal = Annotated[dict[str, Std], AfterValidator(_by_symbol)]
+
+
 class NoiseRecipe(_Section):
     """Standard deviations: energy_per_atom eV/atom, force eV/A, stress eV/A^3; learned by evidence where None."""
 
-    energy_per_atom: Positive | None = None
-    force: Positive | None = None
-    stress: Positive | None = None
+    energy_per_atom: Std | None = None
+    force: Std | None = None
+    stress: Std | None = None
     config_types: dict[str, NoiseOverride] = {}
 
 
@@ -135,12 +190,14 @@ class NoveltyRecipe(_Section):
 
 
 class Recipe(_Section):
-    """Everything that `fit` may be told. memory_GB bounds the factors of the fit."""
+    """Everything that `fit` may be told. signal: standard deviations of local energies by chemical symbol, eV, learned where
+    left out; memory_GB bounds the factors of the fit."""
 
     descriptor: DescriptorRecipe | tuple[DescriptorRecipe, ...] = DescriptorRecipe()
     kernel: KernelRecipe | tuple[KernelRecipe, ...] = KernelRecipe()
     inducing: InducingRecipe | tuple[InducingRecipe, ...] = InducingRecipe()
     noise: NoiseRecipe = NoiseRecipe()
+    signal: Signal | tuple[Signal, ...] = {}
     baseline: BaselineRecipe = BaselineRecipe()
     evidence: Literal["dtc", "vfe"] = "dtc"
     variance: VarianceRecipe | Literal[False] = VarianceRecipe()
@@ -157,7 +214,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         n = len(self.descriptors)
-        for name in ("kernel", "inducing"):
+        for name in ("kernel", "inducing", "signal"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != n:
                 raise ValueError(f"`{name}` lists {len(value)} entries for {n} descriptors; give one, or one for each")
@@ -176,6 +233,10 @@ class Recipe(_Section):
     @property
     def inducings(self) -> tuple[InducingRecipe, ...]:
         return self.inducing if isinstance(self.inducing, tuple) else (self.inducing,) * len(self.descriptors)
+
+    @property
+    def signals(self) -> tuple[dict[str, float | LearnedRecipe], ...]:
+        return self.signal if isinstance(self.signal, tuple) else (self.signal,) * len(self.descriptors)
 
 
 KernelRecipe.model_rebuild()

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gpmlp import checks, descriptors, inducing, neighbors, variances
+from gpmlp import checks, descriptors, hyperpriors, inducing, neighbors, variances
 from gpmlp.environments import Descriptor
 from gpmlp.fit_report import Stages
-from gpmlp.gp import covariances, evidence, likelihood, posterior
+from gpmlp.gp import covariances, evidence, leave_one_out, likelihood, posterior
 from gpmlp.gp.covariances import Facets, InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import FIXED, RowFactor
 from gpmlp.gp.prior import Prior
-from gpmlp.potential import Potential, make_kernel
+from gpmlp.potential import make_kernel
 from gpmlp.quantities import KINDS, Targets
-from gpmlp.recipe import Recipe
+from gpmlp.recipe import LearnedRecipe, Recipe
 from gpmlp.structures import Structures
 from gpmlp.terms import MeanBlock, Term, View
-from gpmlp.uncertainty.scores import spearman
 from gpmlp.variances import VarianceModel
 
 RESTART_COLUMNS, RESTARTS = 200, 3  # with so few, noises are learned from several starts
 EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
-NOISE_FIELDS = {"energies": "energy_per_atom", "forces": "force", "stresses": "stress"}
+FEWEST_ENERGIES = 10  # that leaving one out can judge
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +82,11 @@ def make_models(
         asked = sum(len(b.features) * (1 + ind.gradients) for b in blocks)
         models.append(Model(descriptor, kernel, blocks, lowers, max(m[2] for m in made), asked))
     return models, seen
+
+
+def blocks_of(models: Sequence[Model]) -> list[tuple[int, int]]:
+    """(number of the descriptor, species) of each inducing block, in the order of the columns."""
+    return [(k, b.species) for k, m in enumerate(models) for b in m.blocks]
 
 
 def stream(
@@ -200,12 +204,10 @@ def learn(
     restarts: int = RESTARTS,
 ) -> tuple[Hyperparameters, Tensor, evidence.EvidenceResult]:
     """Learn noises and signal variances: from several starts with few of the columns, then with some, then with all."""
-    given = {kind: getattr(recipe.noise, key) for kind, key in NOISE_FIELDS.items()}
-    fixed = {kind: value for kind, value in given.items() if value is not None}
     widths = [b.n_columns for m in models for b in m.blocks]
     device = next(iter(whitened.values())).device
     block_of_column = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(device)
-    parameters = Hyperparameters(tuple(k for k in KINDS if k in whitened), fixed, len(widths))
+    parameters = hyperpriors.make(recipe, [k for k in KINDS if k in whitened], blocks_of(models))
 
     def tell(calls: int, value: float) -> None:
         noises = ", ".join(f"{k} {v:.2g}" for k, v in parameters.noise().items())
@@ -234,6 +236,24 @@ def learn(
     else:
         found = evidence.optimise(statistics, parameters, block_of_column, progress=tell, settle=True)
     return parameters, block_of_column, found
+
+
+def fit_noise(
+    recipe: Recipe, parameters: Hyperparameters, whitened: dict[str, Tensor], counts: dict[str, int], signal: Tensor
+) -> dict[str, float]:
+    """Standard deviations by kind that weigh the labels: of the evidence, that of energies lessened by leave-one-out.
+
+    Where the recipe gives it, or a prior of it, that has the last word; bounds that it gives hold.
+
+    Args:
+        signal: (columns,) δ of each column.
+    """
+    noise, given = parameters.noise(), recipe.noise.energy_per_atom
+    settled = isinstance(given, LearnedRecipe) and given.prior
+    if settled or "energies" not in parameters.learned or counts.get("energies", 0) < FEWEST_ENERGIES:
+        return noise
+    lowest = given.bounds[0] if given and given.bounds else 0.0
+    return noise | {"energies": max(lowest, leave_one_out.energy_noise(whitened, counts["energies"], noise, signal))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,48 +317,6 @@ def make_priors(models: Sequence[Model], signal: Tensor) -> list[Prior]:
             start += block.n_columns
         priors.append(Prior(m.descriptor, m.kernel, by_species))
     return priors
-
-
-def check_subset(
-    potential: Potential, models: Sequence[Model], learned: Learned, factor: Tensor, structures: Structures
-) -> dict[str, float]:
-    """How force variances from a subset of the columns compare with those from all, neither calibrated.
-
-    Args:
-        factor: R of all columns (SparsePosterior.factor).
-        structures: a few, to look at.
-
-    Returns:
-        numbers of columns, median ratio of the standard deviations (subset / all), Spearman's coefficient between them.
-    """
-    kept = potential.variances
-    if kept is None:
-        return {}
-    found = {"columns": kept.n_columns, "columns_of_fit": kept.of_fit}
-    if kept.n_columns == kept.of_fit:
-        return found
-    full = VarianceModel(
-        tuple(make_priors(models, learned.signal)),
-        tuple(m.blocks for m in models),
-        tuple(lower for m in models for lower in m.lowers),
-        learned.signal,
-        factor,
-        {},
-        {},
-        kept.of_fit,
-    )
-    some, every = (
-        replace(potential, variances=v)(
-            structures, variance="forces", form="dtc", calibrated=False
-        ).forces_variance.epistemic.sum(1)
-        for v in (replace(kept, noise={}), full)
-    )
-    moving = every > 0  # the force on a lone atom is known
-    if not moving.any():
-        return found
-    some, every = some[moving], every[moving]
-    ratio, order = (some / every).sqrt().median().item(), spearman(some, every)
-    return found | {"std_ratio_median": ratio, **({"std_spearman": order} if order == order else {})}
 
 
 def make_variances(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpmlp import checks, references
 from gpmlp.evaluation import Evaluation
+from gpmlp.io.provenance import Known
 from gpmlp.potential import Potential
 from gpmlp.quantities import Targets, Variance
 from gpmlp.report.data import ReportData
@@ -32,14 +33,14 @@ def collect(
     model_name: str,
     data_name: str,
     version: str,
-    trained_on: bool = False,
+    known: Known | None = None,
 ) -> ReportData:
     """Everything the report shows of a potential on labelled structures.
 
     Args:
         found: evaluation.evaluate of the same; without variances the sections that need them say so.
         version: of the package that made the model, for the citation.
-        trained_on: whether the model has learned from these very labels.
+        known: what the model has learned of these very structures, if that was looked at.
     """
     prediction = found.prediction
     forces, energies, stresses = prediction.forces_variance, prediction.energies_variance, prediction.stresses_variance
@@ -49,7 +50,8 @@ def collect(
         title=f"Uncertainty report: {model_name}",
         model_name=model_name,
         data_name=data_name,
-        trained_on=trained_on,
+        trained_on=known is not None and known.training,
+        held_out=0 if known is None else known.held_out,
         names=structures.names,
         n_atoms=_numpy(structures.counts),
         energy_reference=_numpy(targets.energies),
@@ -163,7 +165,9 @@ def dimers(potential: Potential) -> list[dict[str, Any]]:
 
 def _model(potential: Potential) -> dict[str, Any]:
     recipe = potential.recipe.model_dump(mode="json")
-    own = {"recipe": recipe, "provenance": potential.provenance, "calibration": potential.calibration.as_dict()}
+    calibration = potential.calibration.as_dict()
+    calibration["source"] = {key: value for key, value in calibration["source"].items() if key != "fingerprints"}
+    own = {"recipe": recipe, "provenance": potential.provenance, "calibration": calibration}
     return dict(potential.report) | own | {"noise": potential.noise}
 
 

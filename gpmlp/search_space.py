@@ -13,7 +13,18 @@ from gpmlp.recipe import DescriptorRecipe, KernelRecipe, Recipe
 
 DIGITS = 4  # of proposed numbers, so that recipes can be read
 ATTEMPTS = (10, 500)  # proposals by TPE, then at random, for a point not tried yet
-NOT_SEARCHED = {"inducing.n", "noise", "variance", "calibration", "novelty", "memory_GB", "seed", "device", "dtype"}
+NOT_SEARCHED = {
+    "inducing.n",
+    "noise",
+    "signal",
+    "variance",
+    "calibration",
+    "novelty",
+    "memory_GB",
+    "seed",
+    "device",
+    "dtype",
+}
 OTHER_DATA = {"use_energies", "use_forces", "use_stresses", "evidence"}  # evidences would be of different things
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gpmlp import checks
+
+FINGERPRINT_STEP = 1e-4  # A
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +92,22 @@ class Structures:
     def distinct_species(self) -> tuple[int, ...]:
         """Sorted atomic numbers that occur."""
         return tuple(int(z) for z in self.species.unique())
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """16 hexadecimal digits of each structure, by which it is known again in another file: SHA-256 of species, periodicity, and
+        periodic lattice vectors and positions in steps of 1e-4 A, which is less than files round.
+
+        The same atoms in another order, or moved together, have another.
+        """
+        species, periodic = (x.cpu().numpy() for x in (self.species.long(), self.periodic))
+        cells = (self.cells * self.periodic[:, :, None]).double().cpu().numpy()
+        lengths = [np.rint(x / FINGERPRINT_STEP).astype("<i8") for x in (cells, self.positions.double().cpu().numpy())]
+        offsets, out = self.offsets.tolist(), []
+        for i, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
+            digest = hashlib.sha256(species[first:last].astype("<i8").tobytes() + periodic[i].tobytes())
+            digest.update(lengths[0][i].tobytes() + lengths[1][first:last].tobytes())
+            out.append(digest.hexdigest()[:16])
+        return tuple(out)
 
     def composition(self, species: Sequence[int]) -> Tensor:
         """(structures, len(species)) number of atoms of each of the given species."""

@@ -117,6 +117,8 @@ class Problem:
         most = self.learned_from[0].n_atoms
         present = set(self.learned_from[1].config_types)
         noise = {label: given for label, given in full.noise.config_types.items() if label in present}
+        species = {checks.symbol(z) for z in self.learned_from[0].distinct_species}
+        signal = tuple({name: value for name, value in s.items() if name in species} for s in full.signals)
         return _update(
             full,
             inducing=tuple(_limited(i, each, most) for i in full.inducings),
@@ -124,6 +126,7 @@ class Problem:
             calibration=CalibrationRecipe(atoms=CALIBRATION_ATOMS) if judged else False,
             novelty=False,
             noise=full.noise.model_copy(update={"config_types": noise}),
+            signal=signal,
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from conftest import copper
 from rich.console import Console
 
 from gpmlp import cli, console
@@ -98,6 +100,37 @@ def test_fit_evaluate_report_info_cite(gpmlp, train_file, tmp_path, monkeypatch)
     assert "Bartok2013" in out and "Ziegler1985" in out and "Himanen2020" not in out
 
 
+def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeypatch):
+    """In another file, with other names and digits: evaluate and report say that they are no test."""
+    frames = [copper(100 + seed) for seed in range(24)]
+    model, train, other = tmp_path / "m.gpmlp", tmp_path / "train.xyz", tmp_path / "other.xyz"
+    atoms.write(train, frames)
+    assert gpmlp("fit", train, *QUICK, "-o", model)[0] == 0
+    source = archive.read_header(model)["header"]["calibration"]["source"]
+    assert source["held_out_structures"] == len(source["fingerprints"]) == 2
+    numbers = [int(name.split("frame ")[1]) for name in source["names"]]
+    held = [frames[i].copy() for i in numbers]
+    for frame, i in zip(held, numbers, strict=True):
+        frame.positions = frame.positions.round(7)
+        frame.calc = frames[i].calc
+    atoms.write(other, [*held, copper(300), copper(301)])
+
+    status, _, err = gpmlp("evaluate", model, other, "--no-variance")
+    assert status == 0 and "other.xyz: 2 of 4 structures are among those from which this model" in " ".join(err.split())
+    monkeypatch.setattr("gpmlp.report.figures.draw", lambda *_, **__: Picture(b"<svg/>", b"", "a figure", 1.0))
+    assert gpmlp("report", model, other, "-o", tmp_path / "report")[0] == 0
+    record = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert record["answers"]["How wrong is it?"].startswith("Of these structures 2 of 4 are among those")
+    assert "fingerprints" not in json.dumps(record)
+
+    atoms.write(other, [copper(300), copper(301)])
+    status, _, err = gpmlp("evaluate", model, other, "--no-variance")
+    assert status == 0 and "are among those" not in err
+    said = " ".join(gpmlp("info", model)[1].split())
+    digest = hashlib.sha256("".join(source["fingerprints"]).encode()).hexdigest()[:12]
+    assert "calibrated on 2 structures, 8 atoms, set aside" in said and f"(sha256 of all {digest})" in said
+
+
 def test_errors_without_labels_are_null(gpmlp, model_file, small_atoms, tmp_path):
     frames = [frame.copy() for frame in small_atoms[:2]]
     frames[0].info["energy"] = 0.0
@@ -127,8 +160,18 @@ def test_md_runs_and_resumes(gpmlp, model_file, train_file, tmp_path):
     status, _, err = gpmlp(*common, "--steps", 6, "--resume")
     assert status == 0, err
     assert [f.info["step"] for f in ase.io.read(trajectory, ":")] == [0, 2, 4, 6]
-    assert np.loadtxt(table)[:, 0].tolist() == [0, 2, 4, 6]
-    status, _, err = gpmlp(*common, "--steps", 6, "--resume")
+    rows, frames = np.loadtxt(table), ase.io.read(trajectory, ":")
+    assert rows[:, 0].tolist() == [0, 2, 4, 6]
+    assert (rows[:, 7:] > 0).all()  # with each frame, unless told otherwise
+    assert [f.info["gpmlp_largest_force_std"] for f in frames] == pytest.approx(rows[:, 7], rel=1e-5)
+    assert f"largest std of a force {rows[:3, 7].max():.3g} eV/A (step " in out
+    status, out, err = gpmlp(*common, "--steps", 10, "--resume", "--uncertainty", 4)
+    assert status == 0 and np.isfinite(np.loadtxt(table)[4:, 7:]).all(1).tolist() == [True, False]
+    status, _, err = gpmlp(*common, "--steps", 12, "--resume", "--uncertainty", 3)
+    assert status == 2 and "--uncertainty must be a multiple of the 2 steps" in " ".join(err.split())
+    status, out, _ = gpmlp(*common, "--steps", 12, "--resume", "--uncertainty", 0)
+    assert status == 0 and np.isnan(np.loadtxt(table)[6, 7:]).all() and "largest std" not in out
+    status, _, err = gpmlp(*common, "--steps", 12, "--resume")
     assert status == 0 and "reached already" in err
     status, _, err = gpmlp(*common, "--steps", 6, "--temperature-K", 200)
     assert status == 2 and "exists; continue that run with --resume" in err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import ase.build
 import ase.io
 import numpy as np
@@ -11,8 +13,9 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from conftest import copper
 
 from gpmlp.checks import UserError
-from gpmlp.engines import md
+from gpmlp.engines import doubt, md
 from gpmlp.engines.ase import GPCalculator
+from gpmlp.io.atoms import from_ase
 
 
 @pytest.fixture
@@ -242,3 +245,62 @@ def test_files_are_touched_when_the_first_state_has_come(calculator, tmp_path):
         for state in md.run(start(), calculator, md.Settings("nve", 300, steps=2, interval=1)):
             append(state)
     assert len(ase.io.read(old, ":")) == 3 and len(table.read_text().splitlines()) == 4
+
+
+# --- how sure it is on the way
+
+
+def test_doubt_is_what_the_potential_says(potential):
+    frame = copper(43, cells=3, rattle=0.2)
+    found = doubt.watch(potential)(frame)
+    structures, _ = from_ase([frame])
+    whole = potential(structures, ["atom_energies", "forces"], novelty=True)
+    np.testing.assert_allclose(found.local_energy_std, whole.atom_energies_variance.total.sqrt(), rtol=1e-12)
+    np.testing.assert_allclose(found.novelty, whole.novelty, rtol=1e-12)
+    std = whole.forces_variance.total.sum(1).sqrt()
+    assert len(frame) > doubt.SUSPECTS  # the largest of those that are looked at
+    suspects = whole.atom_energies_variance.total.topk(doubt.SUSPECTS).indices
+    assert found.force_std == pytest.approx(float(std[suspects].max()), rel=1e-9)
+    assert found.force_atom in suspects.tolist() and found.force_std == pytest.approx(float(std[found.force_atom]))
+    assert found.largest == (found.force_std, found.local_energy_std.max(), found.novelty.max())
+    few = doubt.watch(potential)(start())  # of few atoms all are looked at
+    structures, _ = from_ase([start()])
+    every = potential(structures, "forces").forces_variance.total.sum(1).sqrt()
+    assert few.force_std == pytest.approx(float(every.max()), rel=1e-9) and few.force_atom == int(every.argmax())
+
+
+def test_a_run_says_how_sure_the_potential_is(potential, calculator, tmp_path):
+    trajectory, table = tmp_path / "t.xyz", tmp_path / "e.dat"
+    settings = md.Settings("nve", 300, steps=8, timestep_fs=2.0, interval=2, seed=1, uncertainty=4)
+    look = doubt.watch(potential)
+    plain = list(md.run(start(), calculator, settings))
+    with md.record(trajectory, table) as append:
+        states = [state for state in md.run(start(), calculator, settings, look) if append(state) is None]
+    assert [s.potential_eV for s in states] == [s.potential_eV for s in plain]
+    assert [s.doubt is not None for s in states] == [True, False, True, False, True]
+    frames, rows = ase.io.read(trajectory, ":"), np.loadtxt(table)
+    for frame, row, state in zip(frames, rows, states, strict=True):
+        own = look(state.atoms) if state.doubt else None
+        assert ("gpmlp_novelty" in frame.arrays) == ("gpmlp_largest_force_std" in frame.info) == (own is not None)
+        if own is None:
+            assert np.isnan(row[7:]).all()
+            continue
+        np.testing.assert_allclose(row[7:], own.largest, rtol=1e-5)
+        np.testing.assert_allclose(frame.arrays["gpmlp_local_energy_std"], own.local_energy_std, atol=1e-8)
+        np.testing.assert_allclose(frame.arrays["gpmlp_novelty"], own.novelty, atol=1e-7)
+        assert frame.info["gpmlp_largest_force_std"] == pytest.approx(own.force_std, rel=1e-6)
+        assert frame.info["gpmlp_largest_force_std_atom"] == own.force_atom
+    # what was said of a frame is not handed on by a run that begins with it
+    later = md.Settings("nve", steps=10, timestep_fs=2.0, interval=2, uncertainty=4)
+    (state,) = md.run(md.resume(trajectory, table), calculator, later, look)
+    assert not [key for key in (*state.atoms.arrays, *state.atoms.info) if key.startswith("gpmlp_")]
+
+
+def test_strides_of_doubt_are_checked(potential):
+    with pytest.raises(UserError, match="`uncertainty` must be a multiple of the 10 steps between two frames; got 25"):
+        md.Settings(uncertainty=25)
+    with pytest.raises(UserError, match="holds no posterior factor"):
+        doubt.watch(dataclasses.replace(potential, variances=None))
+    blind = dataclasses.replace(potential, novelty=None)
+    found = doubt.watch(blind)(start())
+    assert found.novelty is None and np.isnan(found.largest[2]) and found.force_std > 0

@@ -142,8 +142,7 @@ def test_what_evidence_alone_says_of_errors(silicon):
     recipe = Recipe.model_validate(
         {"descriptor": {"n_max": 6, "l_max": 4}, "inducing": {"n": 200, "gradients": 2}, "calibration": False}
     )
-    potential, report = gpmlp.fit(*silicon, recipe)
-    assert report.amplitude == potential.variances.amplitude
+    potential, _ = gpmlp.fit(*silicon, recipe)
     structures, targets = gpmlp.read(DATA / "test.xyz")
     prediction = potential(structures, variance="forces", calibrated=False)
     errors, parts, _ = held_out.residuals("forces", structures, targets, prediction)

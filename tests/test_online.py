@@ -8,7 +8,7 @@ import pytest
 import torch
 from systems import KERNELS, cluster, crystal, descriptor, random_term, structure, targets_of
 
-from gpmlp import batches, checks, defaults, foreseen, growth, held_out, regression
+from gpmlp import batches, checks, defaults, foreseen, growth, held_out, regression, subset
 from gpmlp.fit import fit
 from gpmlp.fit_report import Stages
 from gpmlp.gp import covariances, posterior
@@ -399,6 +399,28 @@ def test_variances_of_many_columns_by_some_of_them():
         factor = posterior.solve(rows, {k: len(r) for k, r in rows.items()}, noise, small.signal, lowers).factor
         anew = replace(some, variances=replace(small, lowers=tuple(lowers), factor=factor))
         assert difference(some, anew, probes()) < 1e-9
+
+
+def test_a_refresh_says_what_a_subset_of_columns_does_to_variances():
+    online = begun()
+    every = online.refreshed("a test").report()["variance_subset"]
+    assert every == {"columns": online.factor.columns, "columns_of_fit": online.factor.columns}
+    fewer = online.recipe.variance.model_copy(update={"columns": online.factor.columns // 3})
+    some = replace(online, recipe=online.recipe.model_copy(update={"variance": fewer})).refreshed("a test")
+    told = some.report()["variance_subset"]
+    assert told["columns"] < told["columns_of_fit"] == online.factor.columns
+    assert told == some.potential.report["variance_subset"]
+    whole = replace(some, recipe=online.recipe)  # the same state, all columns kept
+    looked, atoms = subset._sample(some.structures, some.recipe.seed)
+    std = [
+        replace(p, variances=replace(p.variances, noise={}))(looked, "forces", form="dtc", calibrated=False)
+        .forces_covariance.epistemic.diagonal(dim1=1, dim2=2)
+        .sum(1)[atoms]
+        .sqrt()
+        for p in (some.potential, whole.potential)
+    ]
+    assert told["std_ratio_median"] == pytest.approx(float((std[0] / std[1]).quantile(0.5)), rel=1e-6)
+    assert told["std_ratio_median"] > 1
 
 
 def test_a_factor_that_has_drifted_is_made_again_and_says_so():

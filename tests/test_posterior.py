@@ -10,7 +10,7 @@ import torch
 from gpmlp.checks import UserError
 from gpmlp.gp import evidence, posterior
 from gpmlp.gp.evidence import Statistics
-from gpmlp.gp.likelihood import NOISE_BOUNDS, SIGNAL_BOUNDS, Hyperparameters, observations
+from gpmlp.gp.likelihood import NOISE_PRIORS, SIGNAL_PRIOR, Hyperparameters, StdPrior, observations
 from gpmlp.gp.posterior import RowFactor
 from gpmlp.quantities import Targets
 from gpmlp.structures import Structures
@@ -166,7 +166,7 @@ def test_the_optimum_has_no_slope_and_given_noises_stay(model):
     _, _, _, _, whitened, counts, _ = model
     block_of_column = torch.repeat_interleave(torch.arange(2), torch.tensor((10, 7)))
     statistics = {k: Statistics.of(w, counts[k]) for k, w in whitened.items()}
-    parameters = Hyperparameters(("energies", "forces"), {"energies": 0.25}, 2)
+    parameters = Hyperparameters({"energies": StdPrior.at(0.25), "forces": NOISE_PRIORS["forces"]}, [SIGNAL_PRIOR] * 2)
     seen = []
     result = evidence.optimise(statistics, parameters, block_of_column, 200, lambda calls, value: seen.append(value))
     noise = parameters.noise()
@@ -176,7 +176,7 @@ def test_the_optimum_has_no_slope_and_given_noises_stay(model):
     # L-BFGS stops when the value changes by less than 1e-10 of itself: slope ~ sqrt(1e-10 x value x curvature) ~ 2e-3 x 1e2
     assert abs(slope) < 0.05
     d_signal = d_signal - parameters.log_prior("signal")[1]
-    inside = [k for k in range(2) if f"signal[{k}]" not in result.at_bound]
+    inside = {0, 1} - {at.index for at in result.at_bound if at.name == "signal"}
     assert all(abs(float(d_signal[k])) < 0.05 for k in inside)
     assert len(seen) == result.evaluations
     assert min(seen) == pytest.approx(result.negative_log_evidence, rel=1e-12)
@@ -187,28 +187,28 @@ def test_noise_free_labels_are_reported_at_the_bound():
     rows, _ = _data()
     truth = torch.linspace(-1, 1, COLUMNS, dtype=torch.float64)
     statistics = {"energies": Statistics.of(torch.cat([rows, (rows @ truth)[:, None]], dim=1), N)}
-    parameters = Hyperparameters(("energies",), {}, 1)
+    parameters = Hyperparameters({"energies": NOISE_PRIORS["energies"]}, [SIGNAL_PRIOR])
     result = evidence.optimise(statistics, parameters, torch.zeros(COLUMNS, dtype=torch.long), 200)
-    assert "energies" in result.at_bound
-    assert parameters.noise()["energies"] == pytest.approx(NOISE_BOUNDS["energies"][1], rel=1e-2)
+    assert evidence.AtBound("energies", 0, "lower") in result.at_bound
+    assert parameters.noise()["energies"] == pytest.approx(NOISE_PRIORS["energies"].low, rel=1e-2)
 
 
 def test_hyperparameters_keep_their_bounds_and_priors():
-    parameters = Hyperparameters(("energies", "forces", "stresses"), {}, 3)
+    parameters = Hyperparameters(NOISE_PRIORS, [SIGNAL_PRIOR] * 3)
     assert parameters.signal().tolist() == pytest.approx([1.0] * 3)
     for kind in parameters.kinds:
-        start, low, high = NOISE_BOUNDS[kind]
-        assert parameters.noise()[kind] == pytest.approx(start, rel=1e-12)
-        assert parameters.bounds(kind) == pytest.approx((math.log(low), math.log(high)))
+        prior = NOISE_PRIORS[kind]
+        assert parameters.noise()[kind] == pytest.approx(prior.median, rel=1e-12)
+        assert torch.cat(parameters.bounds(kind)).tolist() == pytest.approx([math.log(prior.low), math.log(prior.high)])
         value, gradient = parameters.log_prior(kind)
         assert float(gradient) == pytest.approx(0.0, abs=1e-10)  # the prior's mode is where it starts
-        parameters.set(kind, torch.tensor([math.log(high) + 5]))
-        assert parameters.noise()[kind] == pytest.approx(high, rel=1e-4)
+        parameters.set(kind, torch.tensor([math.log(prior.high) + 5]))
+        assert parameters.noise()[kind] == pytest.approx(prior.high, rel=1e-4)
         assert parameters.log_prior(kind)[0] < value
     parameters.set("signal", torch.full((3,), 99.0))
-    assert float(parameters.signal().max()) == pytest.approx(SIGNAL_BOUNDS[2], rel=1e-4)
-    with pytest.raises(UserError, match="`noise of forces` must be positive; got -0.1"):
-        Hyperparameters(("forces",), {"forces": -0.1}, 1)
+    assert float(parameters.signal().max()) == pytest.approx(SIGNAL_PRIOR.high, rel=1e-4)
+    with pytest.raises(UserError, match="`a given standard deviation` must be positive; got -0.1"):
+        StdPrior.at(-0.1)
 
 
 def test_observations_drop_unknown_labels_only():

@@ -328,6 +328,10 @@ def test_training_data_are_no_test(whole, tmp_path, monkeypatch):
     _, record, _ = built(dataclasses.replace(synthetic(3), trained_on=True), tmp_path)
     assert record["answers"]["How wrong is it?"].startswith(said)
     assert said not in whole[0]
+    _, record, _ = built(dataclasses.replace(synthetic(3), held_out=2), tmp_path)
+    assert record["answers"]["How wrong is it?"].startswith(
+        "Of these structures 2 of 3 are among those that the error bars"
+    )
 
 
 def test_kinds_left_out_are_counted():

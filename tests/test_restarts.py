@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gpmlp.gp import evidence
-from gpmlp.gp.likelihood import Hyperparameters
+from gpmlp.gp.likelihood import NOISE_PRIORS, SIGNAL_PRIOR, Hyperparameters
 
 COLUMNS = 20
 
@@ -21,7 +21,10 @@ def statistics(seed: int, signal: float, noise: float, n: int = 6) -> dict[str, 
 
 def learned(data, restarts: int) -> tuple[float, float]:
     """Negative log evidence and noise."""
-    parameters, blocks = Hyperparameters(("forces",), {}, 1), torch.zeros(COLUMNS, dtype=torch.long)
+    parameters, blocks = (
+        Hyperparameters({"forces": NOISE_PRIORS["forces"]}, [SIGNAL_PRIOR]),
+        torch.zeros(COLUMNS, dtype=torch.long),
+    )
     if restarts:
         evidence.restart(data, parameters, blocks, restarts, seed=0)
     found = evidence.optimise(data, parameters, blocks)
@@ -44,7 +47,7 @@ def test_where_one_start_is_enough_nothing_changes():
 def test_the_fixed_point_counts_the_priors():
     """Both ways of learning report the same quantity: at a converged optimum they agree."""
     data, blocks = statistics(seed=2, signal=300.0, noise=0.5, n=200), torch.zeros(COLUMNS, dtype=torch.long)
-    parameters = Hyperparameters(("forces",), {}, 1)
+    parameters = Hyperparameters({"forces": NOISE_PRIORS["forces"]}, [SIGNAL_PRIOR])
     smooth = evidence.optimise(data, parameters, blocks).negative_log_evidence
     fixed = evidence.refine(data, parameters, blocks, n_probes=512).negative_log_evidence
     assert abs(fixed - smooth) < 0.05

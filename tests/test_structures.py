@@ -155,3 +155,27 @@ def test_the_error_table():
 def test_one_structure_without_atoms_of_a_species():
     assert cluster((6, 8)).composition((1,)).tolist() == [[0.0]]
     assert structure([[0, 0, 0]], [6]).counts.tolist() == [1]
+
+
+def test_a_fingerprint_is_of_the_structure_wherever_it_stands():
+    whole = BATCH.fingerprints()
+    assert len(set(whole)) == len(BATCH) and all(len(one) == 16 for one in whole)
+    assert BATCH.select([7, 0]).fingerprints() == (whole[7], whole[0])
+    # what files round, and what is not part of the structure
+    rounded = BATCH.with_positions((1e6 * BATCH.positions).round() / 1e6 - 0.0)
+    names = replace(BATCH, names=tuple("abcdefgh"))
+    elsewhere = replace(BATCH, cells=torch.where(BATCH.periodic[:, :, None], BATCH.cells, 7.0))
+    assert rounded.fingerprints() == names.fingerprints() == elsewhere.fingerprints() == whole
+
+
+@pytest.mark.parametrize("changed", ["positions", "cells", "species", "periodic"])
+def test_a_fingerprint_changes_with_what_the_structure_is(changed):
+    value, row = (
+        getattr(BATCH, changed).clone(),
+        5 if changed in ("positions", "species") else 1,
+    )  # of structure 1, a crystal
+    steps = {"species": 1, "positions": 2e-4, "cells": 2e-4}
+    value[row] = torch.tensor([True, False, True]) if changed == "periodic" else value[row] + steps[changed]
+    found, whole = replace(BATCH, **{changed: value}).fingerprints(), BATCH.fingerprints()
+    assert found[1] != whole[1]
+    assert (found[0], *found[2:]) == (whole[0], *whole[2:])

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import oracles
 import pytest
+import scipy.stats
 import torch
 from systems import cluster, crystal, replicate, rotation, structure
 from test_dense_gp import TIGHT, dense_fit, other_structures, recipe, targets, training_set
 
 import gpmlp
-from gpmlp import checks, defaults, regression
+from gpmlp import checks, defaults, regression, subset
 from gpmlp.fit import _chunked, fit
 from gpmlp.fit_report import Stages
 from gpmlp.gp import posterior
@@ -162,8 +164,13 @@ def test_a_subset_of_columns_sees_less():
     choices = {"inducing": {"n": 30, "gradients": 3}, "calibration": False}
     every = fit(structures, known, Recipe.model_validate(choices))[0]
     some, report = fit(structures, known, Recipe.model_validate(choices | {"variance": {"columns": 40}}))
-    assert report.variance_subset["columns_of_fit"] == every.variances.of_fit
-    assert report.variance_subset["std_ratio_median"] > 1 and report.variance_subset["std_spearman"] > 0.5
+    told = report.variance_subset
+    assert (told["columns"], told["columns_of_fit"]) == (some.variances.n_columns, every.variances.of_fit)
+    assert told["atoms"] <= subset.ATOMS and told["std_spearman"] > 0.5
+    assert (
+        0.9 < told["std_ratio_low"] <= told["std_ratio_median"] <= told["std_ratio_high"]
+        and told["std_ratio_median"] > 1
+    )
     assert every.variances.n_columns == every.variances.of_fit > 100
     assert 30 <= some.variances.n_columns <= 40
     test = structures.select([3, 17])
@@ -173,6 +180,40 @@ def test_a_subset_of_columns_sees_less():
     assert (b.energies_variance.inducing > a.energies_variance.inducing).all()
     reference = fit(structures, known, Recipe.model_validate(choices))[0]
     torch.testing.assert_close(reference(test, variance="all").energies_variance.total, a.energies_variance.total)
+
+
+def test_the_error_of_a_subset_is_that_against_all_columns():
+    """By hand, from another fit that keeps all columns, on the atoms that were looked at."""
+    structures, known = gpmlp.read("data/silicon/train.xyz", "::9")
+    choices = {"inducing": {"n": 30, "gradients": 3}, "calibration": False, "seed": 4}
+    every, whole = fit(structures, known, Recipe.model_validate(choices))
+    assert whole.variance_subset == {"columns": every.variances.of_fit, "columns_of_fit": every.variances.of_fit}
+    some, report = fit(structures, known, Recipe.model_validate(choices | {"variance": {"columns": 60}}))
+    looked, atoms = subset._sample(structures, 4)
+    cheap, exact = (
+        replace(p, variances=replace(p.variances, noise={}))(looked, "forces", form="dtc", calibrated=False)
+        .forces_covariance.epistemic[atoms]
+        .numpy()
+        for p in (some, every)
+    )
+    told = report.variance_subset
+    assert told["atoms"] == len(cheap) > 50
+    ratio = np.sqrt(np.trace(cheap, axis1=1, axis2=2) / np.trace(exact, axis1=1, axis2=2))
+    # two fits: the same evidence and factor to rounding, amplified by the condition of K_uu
+    named = [told[key] for key in ("std_ratio_low", "std_ratio_median", "std_ratio_high")]
+    np.testing.assert_allclose(named, np.quantile(ratio, (0.05, 0.5, 0.95)), rtol=1e-5)
+    off = [np.linalg.norm(c - e) / np.linalg.norm(e) for c, e in zip(cheap, exact, strict=True)]
+    assert told["covariance_error"] == pytest.approx(np.median(off), rel=1e-5)
+    assert told["std_spearman"] == pytest.approx(
+        scipy.stats.spearmanr(np.trace(cheap, axis1=1, axis2=2), np.trace(exact, axis1=1, axis2=2))[0], rel=1e-5
+    )
+    # one number cannot make it worse than that of least squares over all atoms does: less is left than without
+    scales = np.linspace(0.2, 1.2, 101)
+    left = [np.square(s * cheap - exact).sum() for s in scales]
+    off = [
+        np.linalg.norm(scales[np.argmin(left)] * c - e) / np.linalg.norm(e) for c, e in zip(cheap, exact, strict=True)
+    ]
+    assert told["covariance_error_scaled"] == pytest.approx(np.median(off), rel=0.1)
 
 
 def test_calibration_scales_and_can_be_left_out(silicon):

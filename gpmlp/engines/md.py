@@ -21,11 +21,13 @@ from ase.md.verlet import VelocityVerlet
 
 from gpmlp import checks
 from gpmlp.checks import UserError
+from gpmlp.engines.doubt import Doubt, forget
 from gpmlp.io import xyz
 from gpmlp.io.atomic import check_target
 from gpmlp.io.atoms import UNREADABLE
 
 COLUMNS = ("step", "time_fs", "temperature_K", "potential_eV", "kinetic_eV", "conserved_eV", "drift_eV_per_atom")
+COLUMNS += ("largest_force_std_eV_per_A", "largest_local_energy_std_eV", "largest_novelty")
 HEADER = "# " + " ".join(COLUMNS) + "\n"
 HOTTEST = 1e6  # K; beyond, the integration has blown up
 
@@ -40,6 +42,7 @@ class Settings:
         steps: number of the last step.
         timestep_fs, relaxation_fs: time step, and time constant of the thermostat.
         interval: steps between two states.
+        uncertainty: steps between two states of which it is said how sure the potential is, a multiple of the interval; 0 = none.
         seed: of initial velocities and thermostat.
     """
 
@@ -50,6 +53,7 @@ class Settings:
     relaxation_fs: float = 100.0
     interval: int = 10
     seed: int = 0
+    uncertainty: int = 0
 
     def __post_init__(self) -> None:
         checks.choose("ensemble", self.ensemble, ("nve", "nvt"))
@@ -57,6 +61,11 @@ class Settings:
         checks.positive("relaxation_fs", self.relaxation_fs)
         checks.positive("steps", self.steps, allow_zero=True)
         checks.positive("interval", self.interval)
+        checks.positive("uncertainty", self.uncertainty, allow_zero=True)
+        if self.uncertainty % self.interval:
+            raise UserError(
+                f"`uncertainty` must be a multiple of the {self.interval} steps between two frames; got {self.uncertainty}."
+            )
         if self.temperature_K is not None:
             checks.positive("temperature_K", self.temperature_K, allow_zero=self.ensemble == "nve")
         elif self.ensemble == "nvt":
@@ -70,7 +79,8 @@ class State:
     Attributes:
         conserved_eV: total energy, less the heat that the thermostat brought in.
         drift_eV_per_atom: conserved_eV since step 0, per atom.
-        atoms: copy of the atoms with velocities, energy, forces and stress.
+        atoms: copy of the atoms with velocities, energy, forces and stress, and what `doubt` writes.
+        doubt: how sure the potential is; None where that was not asked for.
     """
 
     step: int
@@ -81,25 +91,35 @@ class State:
     conserved_eV: float
     drift_eV_per_atom: float
     atoms: Atoms
+    doubt: Doubt | None = None
 
     def row(self) -> str:
         """One line of the energies file."""
+        force, energy, novelty = self.doubt.largest if self.doubt else (math.nan,) * 3
         return (
             f"{self.step:10d} {self.time_fs:14.4f} {self.temperature_K:12.3f} {self.potential_eV:18.9f} "
-            f"{self.kinetic_eV:16.9f} {self.conserved_eV:18.9f} {self.drift_eV_per_atom:14.6e}"
+            f"{self.kinetic_eV:16.9f} {self.conserved_eV:18.9f} {self.drift_eV_per_atom:14.6e} "
+            f"{force:12.5e} {energy:12.5e} {novelty:12.5e}"
         )
 
 
-def run(atoms: Atoms, calculator: Calculator, settings: Settings) -> Iterator[State]:
+def run(
+    atoms: Atoms, calculator: Calculator, settings: Settings, look: Callable[[Atoms], Doubt] | None = None
+) -> Iterator[State]:
     """Run dynamics, yielding the state every `interval` steps, and the first and the last.
 
     Atoms that come from a state of an earlier run (info: step, time_fs, heat_eV, conserved_start_eV) go on from there and
     yield only what is new. The thermostat of a continued run draws from a generator seeded with (seed, step).
 
+    Args:
+        look: says how sure the potential is of a frame (doubt.watch), where `settings.uncertainty` wants it; what it says changes
+            nothing in the run.
+
     Raises:
         UserError: no velocities and no temperature, or the run has blown up.
     """
     atoms = atoms.copy()
+    forget(atoms)
     first = int(atoms.info.get("step", 0))
     earlier_time = float(atoms.info.get("time_fs", 0.0))
     earlier_heat, start = float(atoms.info.get("heat_eV", 0.0)), atoms.info.get("conserved_start_eV")
@@ -123,7 +143,10 @@ def run(atoms: Atoms, calculator: Calculator, settings: Settings) -> Iterator[St
         time = earlier_time + (step - first) * settings.timestep_fs
         snapshot = _snapshot(atoms, {"step": step, "time_fs": time, "heat_eV": heat, "conserved_start_eV": start})
         drift = (conserved - start) / len(atoms)
-        return State(step, time, temperature, potential, kinetic, conserved, drift, snapshot)
+        doubt = look(snapshot) if look and settings.uncertainty and step % settings.uncertainty == 0 else None
+        if doubt:
+            doubt.write_to(snapshot)
+        return State(step, time, temperature, potential, kinetic, conserved, drift, snapshot, doubt)
 
     if not first:
         yield state(0)

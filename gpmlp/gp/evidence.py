@@ -13,7 +13,8 @@ from torch import Tensor
 from gpmlp.gp.likelihood import Hyperparameters
 
 EDGE = 1e-3  # of a logarithm: within it of a bound a parameter lies there
-NEWTON_STEPS = 4
+SETTLING = 4  # Newton steps from where L-BFGS-B ends
+NEWTON_STEPS = 60  # each at least a factor of 1.6 in σ, far out, and quadratic near the root
 SPREAD = 2.5  # of the logarithms of hyperparameters at restarts: a factor of twelve
 
 
@@ -47,11 +48,20 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class AtBound:
+    """A learned standard deviation at the 'lower' or 'upper' bound of its range: the noise of a kind, or number `index` of 'signal'."""
+
+    name: str
+    index: int
+    side: str
+
+
+@dataclass(frozen=True)
 class EvidenceResult:
     """Where the optimisation ended: the negative log evidence, parameters at a bound, and how it got there."""
 
     negative_log_evidence: float
-    at_bound: tuple[str, ...]
+    at_bound: tuple[AtBound, ...]
     trace: tuple[tuple[int, float], ...]
 
     @property
@@ -143,6 +153,28 @@ def _cholesky(system: Tensor) -> Tensor:
     )
 
 
+def negative_log_posterior(
+    statistics: dict[str, Statistics], parameters: Hyperparameters, block_of_column: Tensor
+) -> tuple[float, dict[str, Tensor]]:
+    """-log of evidence times priors at the present parameters, nats, and its slope along log σ_k and log δ of what is learned;
+    that along what is given is zero."""
+    noise = parameters.noise() | {"given": 1.0}
+    signal = parameters.signal().to(block_of_column.device)
+    value, d_noise, d_signal = negative_log_evidence(statistics, noise, signal, block_of_column)
+    slopes = {}
+    for name in _learned(statistics, parameters):
+        prior, d_prior = parameters.log_prior(name)
+        value -= prior
+        slope = d_signal.cpu() if name == "signal" else torch.tensor([d_noise[name]], dtype=torch.float64)
+        slopes[name] = (slope - d_prior) * parameters.free(name)
+    return value, slopes
+
+
+def _learned(statistics: dict[str, Statistics], parameters: Hyperparameters) -> list[str]:
+    """What is learned of the kinds that there are data of, and 'signal'."""
+    return [n for n in parameters.learned if n == "signal" or n in statistics]
+
+
 def optimise(
     statistics: dict[str, Statistics],
     parameters: Hyperparameters,
@@ -156,28 +188,19 @@ def optimise(
     Args:
         settle: whether to go on to where the gradient is zero to rounding, with p + 3 or so evaluations more for p parameters.
     """
-    names = [n for n in parameters.learned if n == "signal" or n in statistics]
+    names = _learned(statistics, parameters)
     sizes = [parameters.log_std(n).numel() for n in names]
-    bounds = [parameters.bounds(n) for n, size in zip(names, sizes, strict=True) for _ in range(size)]
+    bounds = [pair for n in names for pair in zip(*(side.tolist() for side in parameters.bounds(n)), strict=True)]
     start = np.concatenate([parameters.log_std(n).detach().cpu().numpy() for n in names])
-    device = block_of_column.device
     trace: list[tuple[int, float]] = []
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
         _assign(parameters, names, sizes, x)
-        noise = parameters.noise() | {"given": 1.0}
-        value, d_noise, d_signal = negative_log_evidence(
-            statistics, noise, parameters.signal().to(device), block_of_column
-        )
-        gradient = []
-        for name in names:
-            prior, d_prior = parameters.log_prior(name)
-            value -= prior
-            gradient.append((d_signal.cpu().numpy() if name == "signal" else d_noise[name]) - d_prior.numpy())
+        value, slopes = negative_log_posterior(statistics, parameters, block_of_column)
         trace.append((len(trace) + 1, value))
         if progress:
             progress(*trace[-1])
-        return value, np.concatenate(gradient)
+        return value, np.concatenate([slopes[name].numpy() for name in names])
 
     found = scipy.optimize.minimize(
         objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxfun": max_evaluations, "ftol": 1e-8}
@@ -207,7 +230,7 @@ def _settled(
     if np.linalg.eigvalsh(curvature)[0] <= 0:
         return x, value
     best = (x, value)
-    for _ in range(NEWTON_STEPS):
+    for _ in range(SETTLING):
         step = np.zeros_like(x)
         step[free] = -np.linalg.solve(curvature, gradient)
         x = (x + step).clip(*bounds.T)
@@ -227,7 +250,7 @@ def restart(
     an optimum (Rasmussen & Williams 2006, section 5.4.1). For a few columns: each
     optimisation takes some twenty evaluations.
     """
-    names = [n for n in parameters.learned if n == "signal" or n in statistics]
+    names = _learned(statistics, parameters)
     first = {n: parameters.log_std(n).detach().clone() for n in names}
     generator = torch.Generator().manual_seed(seed)
     best, found = np.inf, first
@@ -254,10 +277,10 @@ def refine(
 ) -> EvidenceResult:
     """MacKay's fixed point of the evidence, in place: one Cholesky factorisation per iteration, for many columns.
 
-    With γ_k = tr(S⁻¹ D G_k D)/σ_k² the number of parameters that observations of kind k determine,
+    With γ_k = tr(S⁻¹ D G_k D)/σ_k² the number of parameters that observations of kind k determine, and flat priors,
     σ_k² <- |y_k - A_k w|² / (n_k - γ_k) and δ² <- δ² |β|² / γ over the columns of a block (Neural Computation 4, 415 (1992),
-    eqs. 4.7 to 4.9). Traces are Hutchinson estimates with the same seeded probes throughout; they only steer, and at convergence
-    their relative error is about sqrt(2 / (n_probes columns)).
+    eqs. 4.7 to 4.9); with priors, to where evidence times priors has no slope. Traces are Hutchinson estimates with the same seeded
+    probes throughout; they only steer, and at convergence their relative error is about sqrt(2 / (n_probes columns)).
     """
     size, device = len(block_of_column), block_of_column.device
     generator = torch.Generator().manual_seed(seed)
@@ -278,7 +301,7 @@ def refine(
         lower = _cholesky(system)
         right = right * scale
         mean = torch.cholesky_solve(right[:, None], lower)[:, 0]
-        prior = sum(parameters.log_prior(n)[0] for n in parameters.learned if n == "signal" or n in statistics)
+        prior = sum(parameters.log_prior(n)[0] for n in _learned(statistics, parameters))
         trace.append((iteration, 0.5 * float(constant + 2 * lower.diagonal().log().sum() - right @ mean) - prior))
         del system
         determined = {kind: probes * torch.cholesky_solve(image, lower) for kind, image in images.items()}
@@ -307,30 +330,45 @@ def _fixed_point_step(
         parameters.set(name, old + (target - old).clamp(-1.5, 1.5))  # no step by more than a factor of 4.5
         changes.append(float((parameters.log_std(name).detach() - old).abs().max()))
 
-    for kind in parameters.learned:
-        if kind == "signal" or kind not in statistics:
-            continue
+    for kind in _learned(statistics, parameters)[:-1]:
         s = statistics[kind]
         fit = s.square - 2 * float(s.projection @ weights) + float(weights @ (s.gram @ weights))
         gamma = float(determined[kind].mean(1).sum())
         left = max(s.count - gamma, 0.02 * s.count)
-        move(kind, torch.tensor([0.5 * np.log(max(fit, 1e-300) / left)]))
+        move(kind, _stationary(torch.tensor([left]), torch.tensor([fit]), *parameters.prior(kind)))
     n_blocks = len(parameters.signal())
     per_column = sum(d.mean(1) for d in determined.values())
     zeros = torch.zeros(n_blocks, dtype=mean.dtype, device=mean.device)
     gamma = zeros.index_add(0, block_of_column, per_column).clamp_min(1e-3)
-    power = zeros.index_add(0, block_of_column, mean.square()).clamp_min(1e-300)
-    move("signal", (parameters.signal().to(mean.device).log() + 0.5 * (power / gamma).log()).cpu())
+    power = zeros.index_add(0, block_of_column, mean.square()) * parameters.signal().to(mean.device).square()
+    move("signal", _stationary(gamma.cpu(), power.cpu(), *parameters.prior("signal")))
     return max(changes)
 
 
-def at_bound(parameters: Hyperparameters) -> tuple[str, ...]:
-    """Names of the learned parameters that lie at a bound."""
+def _stationary(count: Tensor, power: Tensor, middle: Tensor, width: Tensor) -> Tensor:
+    """x = log σ at which count log σ + power / (2 σ²) - log N(x; middle, width²) has no slope.
+
+    The slope rises with x and is concave, so Newton's method climbs to the root from any place left of it, and both the root without
+    a prior and the middle of the prior are on the two sides of it.
+    """
+    count, power = count.double(), power.double().clamp_min(1e-300)
+    x = torch.minimum(0.5 * (power / count).log(), middle)
+    for _ in range(NEWTON_STEPS):
+        slope = count - power * torch.exp(-2 * x) + (x - middle) / width**2
+        x = x - slope / (2 * power * torch.exp(-2 * x) + width**-2)
+    return x
+
+
+def at_bound(parameters: Hyperparameters) -> tuple[AtBound, ...]:
+    """The learned parameters that lie at a bound."""
     found = []
     for name in parameters.learned:
-        (low, high), values = parameters.bounds(name), parameters.log_std(name).detach()
-        labels = [f"{name}[{i}]" if len(values) > 1 else name for i in range(len(values))]
-        found += [label for label, x in zip(labels, values, strict=True) if x < low + 1e-3 or x > high - 1e-3]
+        values, free = parameters.log_std(name).detach(), parameters.free(name)
+        for side, bound in zip(("lower", "upper"), parameters.bounds(name), strict=True):
+            found += [
+                AtBound(name, i, side)
+                for i in ((values - bound).abs() < 1e-3).logical_and(free).nonzero()[:, 0].tolist()
+            ]
     return tuple(found)
 
 

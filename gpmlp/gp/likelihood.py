@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import gpytorch
@@ -14,66 +14,101 @@ from torch import Tensor
 from gpmlp import checks
 from gpmlp.quantities import Targets
 
-KINDS = ("energies", "forces", "stresses")
-# start, lower bound, upper bound: eV/atom, eV/A, eV/A^3
-NOISE_BOUNDS = {"energies": (2e-3, 1e-5, 1.0), "forces": (5e-2, 1e-4, 5.0), "stresses": (2e-3, 1e-6, 1.0)}
-SIGNAL_BOUNDS = (1.0, 1e-3, 1e4)
+
+@dataclass(frozen=True)
+class StdPrior:
+    """What is held of a standard deviation before the data speak: log σ ~ N(log median, log_width²) between bounds.
+
+    Attributes:
+        median, low, high: in the unit of σ; log_width: of log σ, 3 being a factor of 20 either way.
+        start: where the search for the optimum begins, or σ itself where it is fixed; the median if None.
+        fixed: whether σ is given and not learned.
+    """
+
+    median: float
+    low: float
+    high: float
+    log_width: float = 3.0
+    start: float | None = None
+    fixed: bool = False
+
+    @staticmethod
+    def at(value: float) -> StdPrior:
+        """Of a standard deviation that is known."""
+        checks.positive("a given standard deviation", value)
+        return StdPrior(value, 0.5 * value, 2 * value, fixed=True)
+
+
+# eV/atom, eV/A, eV/A^3
+NOISE_PRIORS = {
+    "energies": StdPrior(2e-3, 1e-5, 1.0),
+    "forces": StdPrior(5e-2, 1e-4, 5.0),
+    "stresses": StdPrior(2e-3, 1e-6, 1.0),
+}
+SIGNAL_PRIOR = StdPrior(1.0, 1e-3, 1e4)  # eV
 
 
 class Hyperparameters(gpytorch.Module):
-    """Logarithms of standard deviations, with bounds and weak normal priors; what evidence.py optimises.
+    """Logarithms of standard deviations, with bounds and normal priors; what evidence.py optimises.
 
     Args:
-        kinds: kinds of observation, each with a noise.
-        fixed: noise by kind that is given, not learned.
-        n_blocks: number of (descriptor, species) blocks, each with its own signal standard deviation, eV.
+        noise: by kind of observation.
+        signal: of local energies, for each (descriptor, species) block.
     """
 
-    def __init__(self, kinds: tuple[str, ...], fixed: dict[str, float], n_blocks: int) -> None:
+    def __init__(self, noise: Mapping[str, StdPrior], signal: Sequence[StdPrior]) -> None:
         super().__init__()
-        self.kinds = kinds
-        self.learned: list[str] = []
-        for kind in kinds:
-            start, low, high = NOISE_BOUNDS[kind]
-            if kind in fixed:
-                checks.positive(f"noise of {kind}", fixed[kind])
-                start, low, high = fixed[kind], 0.5 * fixed[kind], 2 * fixed[kind]
-            else:
-                self.learned.append(kind)
-            self._add(kind, torch.tensor([start], dtype=torch.float64), low, high)
-        self._add("signal", torch.full((n_blocks,), SIGNAL_BOUNDS[0]), *SIGNAL_BOUNDS[1:])
-        self.learned.append("signal")
+        self.kinds = tuple(noise)
+        self.learned = [*(kind for kind, prior in noise.items() if not prior.fixed), "signal"]
+        for kind, prior in noise.items():
+            self._add(kind, [prior])
+        self._add("signal", signal)
 
-    def _add(self, name: str, start: Tensor, low: float, high: float) -> None:
-        self.register_parameter(f"raw_{name}", torch.nn.Parameter(torch.zeros(len(start), dtype=torch.float64)))
-        self.register_constraint(f"raw_{name}", Interval(math.log(low), math.log(high)))
-        # a factor of 20 either way is one standard deviation of the prior
-        prior = NormalPrior(start.double().log()[0], torch.tensor(3.0, dtype=torch.float64))
-        self.register_prior(f"{name}_prior", prior, lambda m, n=name: m.log_std(n))
-        self.set(name, start.double().log())
+    def _add(self, name: str, priors: Sequence[StdPrior]) -> None:
+        logs = {
+            key: torch.tensor([getattr(p, key) for p in priors], dtype=torch.float64).log()
+            for key in ("median", "low", "high")
+        }
+        start = torch.tensor([p.start or p.median for p in priors], dtype=torch.float64).log()
+        self.register_buffer(f"free_{name}", torch.tensor([not p.fixed for p in priors]))
+        self.register_buffer(f"fixed_{name}", start)
+        self.register_parameter(f"raw_{name}", torch.nn.Parameter(torch.zeros_like(start)))
+        self.register_constraint(f"raw_{name}", Interval(logs["low"], logs["high"]))
+        widths = torch.tensor([p.log_width for p in priors], dtype=torch.float64)
+        self.register_prior(f"{name}_prior", NormalPrior(logs["median"], widths), lambda m, n=name: m.log_std(n))
+        self.set(name, start)
 
     def log_std(self, name: str) -> Tensor:
         """Logarithm of the standard deviation(s) of a kind, or of 'signal'."""
         return getattr(self, f"raw_{name}_constraint").transform(getattr(self, f"raw_{name}"))
 
     def set(self, name: str, log_std: Tensor) -> None:
-        """Assign, clamped to just inside the bounds (the transform is infinite on them)."""
+        """Assign what is not given, clamped to just inside the bounds (the transform is infinite on them)."""
         low, high = self.bounds(name)
         margin = 1e-6 * (high - low)
-        constraint = getattr(self, f"raw_{name}_constraint")
-        inside = constraint.inverse_transform(log_std.double().clamp(low + margin, high - margin))
+        wanted = torch.where(self.free(name), log_std.double(), getattr(self, f"fixed_{name}"))
+        inside = getattr(self, f"raw_{name}_constraint").inverse_transform(wanted.clamp(low + margin, high - margin))
         getattr(self, f"raw_{name}").data.copy_(inside)
 
-    def bounds(self, name: str) -> tuple[float, float]:
+    def free(self, name: str) -> Tensor:
+        """(values,) bool: which of them are learned."""
+        return getattr(self, f"free_{name}")
+
+    def bounds(self, name: str) -> tuple[Tensor, Tensor]:
         """Bounds of log_std."""
         constraint = getattr(self, f"raw_{name}_constraint")
-        return float(constraint.lower_bound), float(constraint.upper_bound)
+        return constraint.lower_bound, constraint.upper_bound
+
+    def prior(self, name: str) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the prior of log_std."""
+        prior = getattr(self, f"{name}_prior")
+        return prior.loc, prior.scale
 
     def log_prior(self, name: str) -> tuple[float, Tensor]:
-        """Log density of the prior at the present log_std, and its gradient with respect to it."""
+        """Log density of the prior of what is learned at the present log_std, and its gradient with respect to it."""
         with torch.enable_grad():
             x = self.log_std(name).detach().requires_grad_()
-            value = getattr(self, f"{name}_prior").log_prob(x).sum()
+            value = (getattr(self, f"{name}_prior").log_prob(x) * self.free(name)).sum()
             (gradient,) = torch.autograd.grad(value, x)
         return float(value.detach()), gradient
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from gpmlp import versions
 from gpmlp.checks import DataWarning, UserError
+from gpmlp.structures import Structures
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -31,10 +33,37 @@ def of_files(**files: str | os.PathLike[str] | None) -> dict:
     }
 
 
-def trained_on(provenance: dict, path: str | os.PathLike[str]) -> bool:
-    """Whether a model was trained on a file of these very bytes; if so, with a warning."""
-    if provenance.get("files", {}).get("training", {}).get("sha256") != file_hash(path):
-        return False
-    text = f"{path}: is the file this model was trained on; its errors say nothing of new structures."
-    warnings.warn(text, DataWarning, stacklevel=2)
-    return True
+@dataclass(frozen=True)
+class Known:
+    """What a model knows already of data that it is held against.
+
+    Attributes:
+        training: whether it was trained on a file of these very bytes.
+        held_out: how many of the structures are those from which its calibration was learned (and then the model).
+    """
+
+    training: bool
+    held_out: int
+
+
+def known(provenance: dict, calibrated_on: dict, structures: Structures, path: str | os.PathLike[str]) -> Known:
+    """Whether a model has seen data before; if so, with a warning.
+
+    Args:
+        provenance: of the model; calibrated_on: Calibration.source.
+        structures: as read from the file `path`.
+    """
+    training = provenance.get("files", {}).get("training", {}).get("sha256") == file_hash(path)
+    set_aside = set(calibrated_on.get("fingerprints", ()))
+    found = Known(training, sum(one in set_aside for one in structures.fingerprints()))
+    if training:
+        text = f"{path}: is the file this model was trained on; its errors say nothing of new structures."
+        warnings.warn(text, DataWarning, stacklevel=2)
+    elif found.held_out:
+        text = (
+            f"{path}: {found.held_out} of {len(structures)} structures are among those from which this model learned how large its "
+            "errors are, and then learned from; there may be others of its training set. Its errors and error bars say less of new "
+            "structures than they seem to."
+        )
+        warnings.warn(text, DataWarning, stacklevel=2)
+    return found

@@ -188,8 +188,8 @@ def _explain(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"`{dotted}` is missing and has to be given."
     if first["type"] == "value_error":
-        text = str(first["ctx"]["error"])
-        return f"{dotted}: {text}." if dotted else f"{text}."
+        text = str(first["ctx"]["error"]).removesuffix(".")
+        return f"`{dotted}` {text}." if text.startswith("must be ") else f"{dotted}: {text}." if dotted else f"{text}."
     same = [entry for other, _, entry in found if other == path]
     required = " or ".join(dict.fromkeys(_required(entry) for entry in same))
     names = [name for entry in same if entry["type"] == "literal_error" for name in _words(entry["ctx"]["expected"])]
@@ -202,7 +202,7 @@ def _locate(location: tuple[int | str, ...], data: Any, kind: str) -> tuple[tupl
     path, suits, value = [], True, data
     for k, step in enumerate(location):
         last = k == len(location) - 1
-        if isinstance(value, dict) and step in value and not (last and kind == "model_type"):
+        if isinstance(value, dict) and step in value:
             path, value = [*path, str(step)], value[step]
         elif isinstance(value, (list, tuple)) and isinstance(step, int) and step < len(value):
             path, value = [*path, str(step)], value[step]

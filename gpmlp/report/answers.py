@@ -44,12 +44,19 @@ def how_wrong(data: ReportData, labelled: dict, numbers: dict) -> str:
             f"; {kind} are worst in {worst} ({number(values[worst])}\u00a0{UNITS[kind]}) "
             f"and best in {best} ({number(values[best])})"
         )
-    seen = (
-        "These are the data the model was trained on, so this says nothing of new structures. "
-        if data.trained_on
-        else ""
-    )
-    return f"{seen}{sentence}."
+    return f"{_known(data, count)}{sentence}."
+
+
+def _known(data: ReportData, count: int) -> str:
+    """What the model has learned of these structures already, as a sentence; empty if nothing is known."""
+    if data.trained_on:
+        return "These are the data the model was trained on, so this says nothing of new structures. "
+    if data.held_out:
+        return (
+            f"Of these structures {data.held_out:,} of {count:,} are among those that the error bars were calibrated on and the model "
+            "then learned from, so this says less of new structures than it seems to. "
+        )
+    return ""
 
 
 def does_it_know(data: ReportData, numbers: dict) -> str:

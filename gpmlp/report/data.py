@@ -57,7 +57,8 @@ class ReportData:
         names, config_type, n_atoms: per structure; config_type '' where none was given.
         energy_reference, energy_predicted: (structures,) eV, total; NaN = no label.
         energy_std: (structures,) eV, calibrated; energy_variance: cause -> (structures,) eV^2.
-        trained_on: whether the model has learned from these very labels.
+        trained_on: whether the model has learned from these very labels; held_out: how many of the structures are those that its
+            calibration was learned from.
         structure, species, atom: (atoms,) index of the structure, Z, index inside the structure.
         force_reference, force_predicted, force_std: (atoms, 3) eV/A; force_variance: cause -> (atoms, 3).
             Causes: 'noise' of the labels, 'data' (what they have not fixed), 'misspecification' (what the model class
@@ -91,6 +92,7 @@ class ReportData:
     force_predicted: np.ndarray
     config_type: tuple[str, ...] = ()
     trained_on: bool = False
+    held_out: int = 0
     energy_std: np.ndarray | None = None
     energy_variance: dict[str, np.ndarray] = field(default_factory=dict)
     force_std: np.ndarray | None = None

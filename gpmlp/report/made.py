@@ -18,6 +18,13 @@ FACTS = (
     ("negative_log_evidence", "negative log evidence, nats"),
 )
 
+SUBSET = (
+    ("columns", "columns kept for variances"),
+    ("std_ratio_median", "std of forces from these / from all, median"),
+    ("covariance_error_scaled", "relative error of force covariances, scaled"),
+    ("std_spearman", "rank correlation of these std"),
+)
+
 
 def html(data: ReportData, pictures: dict[str, Picture]) -> str:
     """All parts, or a sentence for each that is missing."""
@@ -52,6 +59,8 @@ def _warnings(warnings: Any) -> str:
 def _facts(model: dict) -> str:
     rows = [[text(f"rows of {kind}"), number(n)] for kind, n in (model.get("rows") or {}).items()]
     rows += [[name, number(model[key])] for key, name in FACTS if model.get(key) is not None]
+    subset = model.get("variance_subset") or {}
+    rows += [[name, number(subset[key])] for key, name in SUBSET if subset.get(key) is not None]
     for key, name in (("environments", "environments of"), ("centres", "centres of")):
         rows += [[text(f"{name} {of}"), number(n)] for of, n in (model.get(key) or {}).items()]
     return table(["", ""], rows, "Size") if rows else missing("The size of the fit was not recorded.")

@@ -119,7 +119,7 @@ class Calibration:
 
     Attributes:
         kinds: by 'energies', 'forces', 'stresses'.
-        source: what it was learned from, as plain data for the model file: number of structures, names or hash, how they were held out.
+        source: what it was learned from, as plain data for the model file: number of structures, names, fingerprints, how held out.
         typical_novelty: median Mahalanobis novelty of the held-out environments: variances grow in proportion to what is beyond
             it; None = they do not.
         spread: factor on the deviations of posterior samples from the mean, with which those of forces have the rms of the held-out
