@@ -207,20 +207,25 @@ def optimise(
     )
     x, value = found.x, float(found.fun)
     if settle:
-        x, value = _settled(objective, x, value, np.array(bounds))
+        learned = np.concatenate([parameters.free(n).cpu().numpy() for n in names])
+        x, value = _settled(objective, x, value, np.array(bounds), learned)
     _assign(parameters, names, sizes, x)
     return EvidenceResult(value, at_bound(parameters), tuple(trace))
 
 
 def _settled(
-    objective: Callable[[np.ndarray], tuple[float, np.ndarray]], x: np.ndarray, value: float, bounds: np.ndarray
+    objective: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    x: np.ndarray,
+    value: float,
+    bounds: np.ndarray,
+    learned: np.ndarray,
 ) -> tuple[np.ndarray, float]:
-    """Where the gradient vanishes next to an optimum, and the value there: Newton steps of what is not at a bound.
+    """Where the gradient vanishes next to an optimum, and the value there: Newton steps of what is learned and not at a bound.
 
     From values alone an optimum is known to the square root of their rounding, and a fit would depend on the last digits of its
     sums a million times more than it must.
     """
-    free = np.flatnonzero((x > bounds[:, 0] + EDGE) & (x < bounds[:, 1] - EDGE))
+    free = np.flatnonzero(learned & (x > bounds[:, 0] + EDGE) & (x < bounds[:, 1] - EDGE))
     if not len(free):
         return x, value
     gradient = objective(x)[1][free]
