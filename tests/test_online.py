@@ -218,7 +218,8 @@ def test_made_anew_is_what_all_labels_begin_with():
         < 1e-4
         < difference(online.potential, anew.potential, probes())
     )
-    assert anew.recipe == begin.recipe and anew.noise == pytest.approx(begin.noise, rel=1e-6)
+    # 1e-8 of an evidence of some 1e3 nats, whose curvature along the logarithm of a noise is twice its some 1e2 labels
+    assert anew.recipe == begin.recipe and anew.noise == pytest.approx(begin.noise, rel=3e-4)
     assert anew.foreseen == online.foreseen and anew.calibration.source["held_out_structures"] == 6
     assert [len(b.structures) for b in anew.batches] == [8, 1, 1, 1, 1, 1, 1]
     assert anew.events == (*online.events, "14 labels: refreshed: made anew, a test")
