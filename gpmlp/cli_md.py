@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from operator import itemgetter
 from pathlib import Path
@@ -46,7 +46,7 @@ def md(
         typer.Option(
             "--uncertainty",
             help="Steps between two frames with standard deviations and novelties, a multiple of --interval; 0: none. If not given: "
-            "every frame.",
+            "100 or the next multiple.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of initial velocities and thermostat.")] = 0,
@@ -60,7 +60,7 @@ def md(
     from gpmlp import console
     from gpmlp.engines import md as dynamics
     from gpmlp.engines.ase import GPCalculator
-    from gpmlp.engines.doubt import watch
+    from gpmlp.engines.doubt import STRIDE, watch
     from gpmlp.io import archive, atoms
     from gpmlp.io.atomic import check_apart
 
@@ -69,11 +69,10 @@ def md(
     targets = {"the trajectory (--output)": output, "the table (--energies)": energies}
     own = resume and start.resolve() == output.resolve()
     check_apart(targets, {"the model": model} | ({} if own else {"the start": start}))
-    every = interval if uncertainty is None else uncertainty
     with _arguments_named_as_options():
-        settings = dynamics.Settings(
-            ensemble.value, temperature_k, steps, timestep_fs, relaxation_fs, interval, seed, every
-        )
+        plain = dynamics.Settings(ensemble.value, temperature_k, steps, timestep_fs, relaxation_fs, interval, seed)
+        every = interval * -(-STRIDE // interval) if uncertainty is None else uncertainty
+        settings = replace(plain, uncertainty=every)
     dynamics.check_files([path for path in targets.values() if path is not None], existing=resume or overwrite)
     potential = archive.load(model)
     calculator, look = GPCalculator(potential, str(start)), None

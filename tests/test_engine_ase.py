@@ -259,12 +259,13 @@ def test_doubt_is_what_the_potential_says(potential):
     np.testing.assert_allclose(found.novelty, whole.novelty, rtol=1e-12)
     std = whole.forces_variance.total.sum(1).sqrt()
     assert len(frame) > doubt.SUSPECTS  # the largest of those that are looked at
-    suspects = whole.atom_energies_variance.total.topk(doubt.SUSPECTS).indices
+    suspects = (whole.atom_energies_variance.total.sqrt() * whole.novelty).topk(doubt.SUSPECTS).indices
     assert found.force_std == pytest.approx(float(std[suspects].max()), rel=1e-9)
     assert found.force_atom in suspects.tolist() and found.force_std == pytest.approx(float(std[found.force_atom]))
     assert found.largest == (found.force_std, found.local_energy_std.max(), found.novelty.max())
-    few = doubt.watch(potential)(start())  # of few atoms all are looked at
-    structures, _ = from_ase([start()])
+    frame = copper(44)
+    few = doubt.watch(potential)(frame)  # of so few atoms all are looked at
+    structures, _ = from_ase([frame])
     every = potential(structures, "forces").forces_variance.total.sum(1).sqrt()
     assert few.force_std == pytest.approx(float(every.max()), rel=1e-9) and few.force_atom == int(every.argmax())
 

@@ -334,6 +334,17 @@ def test_training_data_are_no_test(whole, tmp_path, monkeypatch):
     )
 
 
+def test_errors_that_symmetry_makes_zero_leave_the_axis_to_others():
+    data = synthetic(6)
+    exact = (data.structure < 3)[:, None]
+    predicted = np.where(exact, data.force_reference + 1e-13, data.force_predicted)
+    view = numbers.views(dataclasses.replace(data, force_predicted=predicted))["forces"]
+    largest = np.abs(view.error).max()
+    plot = scatter.error_against_std(view)
+    assert 1e-6 * largest < plot.y.low < 0.1 * largest
+    assert len(plot.px) == (np.abs(view.error) >= numbers.SMALLEST * largest).sum() < 0.6 * len(view.error)
+
+
 def test_kinds_left_out_are_counted():
     rows = [
         {"structure": t, "config_type": t, "largest_novelty": 2.0, "score": 3.0, "largest_force_std_meV_per_A": 1.0}

@@ -11,7 +11,10 @@ from ase import Atoms
 from gpmlp.io.atoms import structures_from_ase
 from gpmlp.potential import Potential
 
-SUSPECTS = 8  # atoms with the largest standard deviations of local energies, whose forces are looked at
+SUSPECTS = 4  # atoms whose forces are looked at
+STRIDE = (
+    100  # steps between two looks, at least, where nothing else is asked for: a look takes about as long as ten steps
+)
 PREFIX = "gpmlp_"
 
 
@@ -57,8 +60,8 @@ def forget(atoms: Atoms) -> None:
 def watch(potential: Potential, name: str = "atoms") -> Callable[[Atoms], Doubt]:
     """Return what says how sure the potential is of atoms.
 
-    Variances of forces cost some twenty predictions for all atoms, one or two for a few: they are computed of the SUSPECTS atoms of
-    which local energies are least certain.
+    Variances of forces cost some twenty predictions for all atoms: they are computed of the SUSPECTS atoms at which the standard
+    deviation of the local energy, times the novelty where there is one, is largest.
 
     Args:
         name: what error messages call the atoms.
@@ -72,7 +75,8 @@ def watch(potential: Potential, name: str = "atoms") -> Callable[[Atoms], Doubt]
         structures = structures_from_ase([atoms], [name])
         seen = potential(structures, "atom_energies", novelty=potential.novelty is not None)
         local = seen.atom_energies_variance.total.sqrt()
-        suspects = local.topk(min(SUSPECTS, len(local))).indices
+        suspicion = local if seen.novelty is None else local * seen.novelty
+        suspects = suspicion.topk(min(SUSPECTS, len(local))).indices
         variance = potential(structures, "forces", atoms=suspects).forces_variance.total[suspects].sum(1)
         worst = int(variance.argmax())
         novelty = None if seen.novelty is None else seen.novelty.cpu().numpy()

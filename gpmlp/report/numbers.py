@@ -18,6 +18,7 @@ KEYS = {
 }
 # what the rank correlation of std and |error| is taken over: the size of one component of a vector is mostly chance
 ORDERED = {"energies": "spearman_of_structures", "forces": "spearman_of_atoms", "stresses": "spearman_of_components"}
+SMALLEST = 1e-5  # of the largest error, that an axis of errors begins at
 CURVE = np.linspace(0.02, 0.98, 49)
 
 
@@ -161,7 +162,8 @@ def binned(view: Labelled, bins: int = 20) -> dict:
         "rmse": [rms(error[part]) for part in parts],
         "n": [len(part) for part in parts],
         "spearman_of_components": spearman(std, np.abs(error)),
-        "floor": max(float(np.quantile(np.abs(error), 0.02)), 1e-9),
+        # below lie errors that symmetry makes zero, of whole configurations perhaps: an axis for them would leave no room for others
+        "floor": max(float(np.quantile(np.abs(error), 0.02)), SMALLEST * float(np.abs(error).max()), 1e-9),
     }
 
 
