@@ -518,7 +518,7 @@ def test_several_starts_and_the_same_one_twice(tmp_path):
 def test_npt(tmp_path, cell):
     npt = {"ensemble": "npt", "pressure_GPa": [0, 5], "cell": cell, "steps": 20, "ramp_steps": 15}
     # nothing is asked for: a label at the end would begin the averages anew
-    last = finish(recipe(dynamics=npt, trigger={"force": 10.0, "novelty": None}), prepare(tmp_path))
+    last = finish(recipe(dynamics=npt, trigger={"force": 1000.0, "novelty": None}), prepare(tmp_path))
     history = last.progress.history
     assert np.isfinite(history.column("pressure_GPa")).all()
     assert history.column("target_pressure_GPa")[-1] == 5.0 and history.column("ramp_finished")[-1]
