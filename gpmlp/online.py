@@ -30,7 +30,7 @@ from gpmlp.variances import VarianceModel
 
 LARGEST_ERROR = 1e-9  # measured error of the factor at which it is made again from the rows
 WORSE = 10.0  # times that when it was made: where rounding allows no better, there is no use in making it again
-EDGE = 1.0  # novelty at the edge of what was seen, beyond which standard deviations grow with it
+EDGE = 1.25  # novelty beyond which standard deviations grow with it: nearer, errors were not found larger than they say
 NOVELTY_ROWS = 4000  # environments of a species from which novelty is learned
 
 
@@ -302,7 +302,7 @@ class Online:
         return replace(self, subset=subset.error(*about))
 
     def recalibrated(self) -> Online:
-        """With a calibration from the structures foreseen; standard deviations grow with novelty outside the trust region."""
+        """With a calibration from the structures foreseen; standard deviations grow with novelty well outside the trust region."""
         if not self.foreseen or self.recipe.calibration is False:
             return self
         edge = None if self.novelty is None else EDGE

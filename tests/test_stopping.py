@@ -446,6 +446,28 @@ def test_a_recent_label_begins_anew(learned):
     assert not judge(learned.append(record(800, updated=True))).stop
 
 
+def test_rare_labels_lie_within_the_window(learned):
+    """The longest window over which labels are rare and uncertainty is steady; after the last label where that is over none."""
+
+    def asked(*frames: int, **others: object) -> History:
+        return filled(800, labelled=lambda k: k in frames, **others)
+
+    assert window(asked(200, 600)).label_steps == (2000.0, 6000.0)
+    assert judge(asked(200, 600)).converged
+    assert window(asked(200, 600), StopRecipe(labels_in_window=0)).label_steps == ()
+    # more often than that they are not left behind: of six in 8000 steps the rate may be 1.48, of fourteen 2.74
+    often = asked(*range(20, 720, 50))
+    assert len(window(asked(*range(20, 720, 120))).label_steps) == 6 and len(window(often).label_steps) < 14
+    # a label was asked for less than 500 steps ago: where the walker came to then may be a new place
+    assert window(asked(200, 760)).label_steps == () and not judge(asked(200, 760)).stop
+    assert judge(asked(200, 740)).converged
+    # the first label made another model of it
+    better = asked(200, 600, sigma_median=lambda k: 0.02 * (2.0 if k <= 200 else 1.0) * (1 + 0.01 * (k % 7)))
+    assert window(better).label_steps == (4000.0,)
+    # each criterion looks at all of that window
+    assert judge(asked(200, 600, observables=lambda k: {"energy": -3 + 1e-3 * k})).converged is False
+
+
 def test_limits(learned):
     recipe = StopRecipe(labels_at_most=5, time_at_most_h=2)
     fresh = History().append(record(0))

@@ -74,7 +74,8 @@ class CoverageRecipe(_Section):
 class StopRecipe(_Section):
     """When to stop: all criteria that are on hold over the same recent frames, or a limit is reached.
 
-    labels_in_window: how many of the latest labels may lie inside the window; 0: it begins after the last one.
+    labels_in_window: how many of the latest labels may lie inside the window, 0: it begins after the last one; None: as many as
+    `plateau` allows, so that the window is the longest over which labels were rare and the uncertainty steady.
     window_steps: its greatest length for each walker; None: unlimited. temperature: how far, relative, the mean temperature may lie
     from the target. at_least_steps: of all walkers together, before anything is judged. every_frames: how often to judge.
     labels_at_most, time_at_most_h: limits that end the run whatever the criteria say.
@@ -83,7 +84,7 @@ class StopRecipe(_Section):
     plateau: PlateauRecipe | Literal[False] = PlateauRecipe()
     observable: ObservableRecipe | tuple[ObservableRecipe, ...] | Literal[False] = ObservableRecipe()
     coverage: CoverageRecipe | Literal[False] = CoverageRecipe()
-    labels_in_window: Annotated[int, Field(ge=0)] = 0
+    labels_in_window: Annotated[int, Field(ge=0)] | None = None
     window_steps: Count | None = None
     temperature: Share = 0.05
     at_least_steps: Annotated[int, Field(ge=0)] = 1000

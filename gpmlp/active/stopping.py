@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpmlp.active.history import History, Record
-from gpmlp.active.stop_criteria import Criterion, Novelties, converged, coverage, every, plateau
+from gpmlp.active.stop_criteria import Criterion, Novelties, converged, coverage, every, label_rate, plateau
 from gpmlp.active.stop_recipe import CoverageRecipe, ObservableRecipe, PlateauRecipe, StopRecipe
 from gpmlp.uncertainty.correlation import mean
 from gpmlp.units import BOLTZMANN
@@ -116,17 +116,37 @@ class Window:
 def window(history: History, recipe: StopRecipe = StopRecipe()) -> Window:  # noqa: B008 - frozen
     """The frames after the last label (or after one of the `labels_in_window` before) and the last change of the model.
 
-    They begin no earlier than the ramps of all walkers ended, and `window_steps` ago. While a ramp is going on, that is not looked
-    at: the window then shows what would be judged without it.
+    Where the recipe leaves the number of labels open it is the longest such window over which the plateau is met, for labels that are
+    rare and change little need not end what is judged; but only once there were as many steps without a label as are wanted between
+    two, else after the last label. It begins no earlier than the ramps of all walkers ended, and `window_steps` ago. While a ramp is
+    going on, that is not looked at: the window then shows what would be judged without it.
     """
+    last, wanted = _after(history, recipe, recipe.labels_in_window or 0), recipe.plateau
+    if recipe.labels_in_window is not None or wanted is False or last.ramping:
+        return last
+    if last.steps < 1000 / wanted.labels_per_1000_steps:
+        return last
+    rare, before = [], last.steps
+    for labels in range(1, int(history.column("labelled").sum()) + 1):
+        longer = _after(history, recipe, labels)
+        if longer.steps <= before:  # a ramp, or another change of the model, is where it begins
+            break
+        before = longer.steps
+        if label_rate(longer.label_steps, longer.steps, wanted).met:
+            rare.append(longer)
+    return next((w for w in reversed(rare) if plateau_of(w, wanted).met), last)
+
+
+def _after(history: History, recipe: StopRecipe, labels: int) -> Window:
+    """The window with so many labels in it."""
     walkers, walker = history.walkers, history.column("walker")
     labelled, updated, done = (history.column(name).astype(bool) for name in ("labelled", "updated", "ramp_finished"))
     step = history.column("step")
     of = [(walker == w).nonzero()[0] for w in walkers]
     ramping = tuple(int(w) for w, rows in zip(walkers, of, strict=True) if not done[rows[-1]])
     # the row of the k-th last label belongs to what was before: the model changed after it
-    labels = labelled.nonzero()[0]
-    start = int(labels[-1 - recipe.labels_in_window]) + 1 if len(labels) > recipe.labels_in_window else 0
+    asked = labelled.nonzero()[0]
+    start = int(asked[-1 - labels]) + 1 if len(asked) > labels else 0
     changes = updated.nonzero()[0]
     start = max(start, int(changes[-1]) + 1 if len(changes) else 0)
     rows = []
