@@ -102,12 +102,12 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
         if not len(errors):
             continue
         if weights:  # the same process: what forces say of its parts holds here too; noise is a kind's own
-            inducing, spread, constant = next(iter(weights.values())).tolist()
+            inducing, opened, constant = next(iter(weights.values())).tolist()
             if len(errors) >= FEW:
-                both = torch.stack([inducing * parts[:, 0] + spread * parts[:, 1], parts[:, 2]], dim=1)
+                both = torch.stack([inducing * parts[:, 0] + opened * parts[:, 1], parts[:, 2]], dim=1)
                 common, constant = weigh(errors, both).tolist()
-                inducing, spread = common * inducing, common * spread
-            weights[kind] = torch.tensor([inducing, spread, max(constant, LEAST)], dtype=torch.float64)
+                inducing, opened = common * inducing, common * opened
+            weights[kind] = torch.tensor([inducing, opened, max(constant, LEAST)], dtype=torch.float64)
         elif len(errors) >= ENOUGH:
             weights[kind] = weigh(errors, parts)
             weights[kind][2] = max(float(weights[kind][2]), LEAST)
