@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,6 +93,7 @@ def fit(
         warnings=(
             *data.doubts,
             *trained.doubts,
+            *held_out.blind(calibration),
             *held_out.misspecified(calibration, learned.label_noise.get("forces", 0.0)),
         ),
         **_numbers(data, trained, learned, solved),
@@ -131,8 +133,9 @@ class _Data:
         remaining = preparation.trust_isolated_atoms(structures, targets.minus(preparation.total(base, structures)))
         shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
         scatter = label_noise.of_forces(structures, targets)
-        shown = {"forces": scatter} if scatter == scatter else {}
         given = preparation.given_noise(targets)
+        shown = [x for x in (scatter, given.get("forces", math.nan)) if x == x]
+        shown = {"forces": max(shown)} if shown else {}
         return _Data(recipe, structures, targets, remaining, base, shortest, shown, given, doubts)
 
 

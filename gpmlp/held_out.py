@@ -17,6 +17,13 @@ from gpmlp.uncertainty.calibration import Calibration, weigh
 from gpmlp.variances import VARIANCES
 
 FEWEST = 20  # structures; of fewer none is set aside
+TELLING = 10  # structures that are set aside at least,
+LARGEST_SHARE = 1 / 3  # up to that share
+NOTHING = {
+    "forces": 1e-6,
+    "stresses": 1e-8,
+    "energies": 0.0,
+}  # eV/A, eV/A^3: labels and predictions that symmetry makes zero
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
 FEW = 30  # from which the constant part is weighed against the others for a kind of its own
 LEAST = 1e-6  # weight of the constant part, a thousandth of its std: where symmetry leaves nothing else, labels are still not exact
@@ -31,20 +38,22 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """Return the indices of the structures to learn from and of those to set aside.
 
-    Of every config_type the same share, at random; isolated atoms always stay. At most about `recipe.atoms` atoms are set aside: that
-    many tell the scale of the errors, and more would only be missing from the inducing set.
+    Of every config_type the same share, at random; isolated atoms always stay. Where `recipe.fraction` is less than TELLING structures
+    it is more, up to LARGEST_SHARE: errors of one structure belong together, so that a few tell little. At most about `recipe.atoms`
+    atoms are set aside: that many tell the scale of the errors, and more would only be missing from the inducing set.
     """
     everything = torch.arange(len(structures))
     usable = torch.tensor([not baselines.is_isolated_atom(label) for label in targets.config_types])
     if recipe is False or int(usable.sum()) < FEWEST:
         return everything, everything[:0]
-    share = min(recipe.fraction, recipe.atoms / structures.n_atoms)
+    n = int(usable.sum())
+    share = min(max(recipe.fraction, min(TELLING / n, LARGEST_SHARE)), recipe.atoms / structures.n_atoms)
     order = everything[usable][torch.randperm(int(usable.sum()), generator=torch.Generator().manual_seed(seed))]
     groups: dict[str, list[int]] = {}
     for i in order.tolist():
         groups.setdefault(targets.config_types[i], []).append(i)
     held, owed = [], 0.0
-    for label in sorted(groups):  # what rounding leaves of one group goes to the next
+    for label in groups:  # in the order of chance; what rounding leaves of one group goes to the next
         owed += share * len(groups[label])
         held += groups[label][: int(owed + 0.5)]
         owed -= int(owed + 0.5)
@@ -93,14 +102,18 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
         prediction = widened(raw, structures, typical)
     data: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     weights: dict[str, Tensor] = {}
+    blind: list[str] = []
     for kind in ("forces", "energies", "stresses"):
         if getattr(prediction, FIELDS[kind]) is None:
             continue
         errors, parts, species = residuals(kind, structures, targets, prediction)
         known = ~errors.isnan() & parts.isfinite().all(1)
-        errors, parts, species = errors[known], parts[known], species if species is None else species[known]
-        if not len(errors):
+        zero = known & vanishing(kind, targets, prediction)
+        if int((known & ~zero).sum()) < (FEW if zero.any() else 1):
+            blind += [kind] if zero.any() else []
             continue
+        telling = ~zero[known]
+        errors, parts, species = errors[known], parts[known], species if species is None else species[known]
         if weights:  # the same process: what forces say of its parts holds here too; noise is a kind's own
             inducing, opened, constant = next(iter(weights.values())).tolist()
             if len(errors) >= FEW:
@@ -112,13 +125,15 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
             weights[kind] = weigh(errors, parts)
             weights[kind][2] = max(float(weights[kind][2]), LEAST)
         used = weights.get(kind, torch.ones(parts.shape[1], dtype=parts.dtype))
-        data[kind] = (errors, (parts @ used.to(parts)).sqrt(), species)
+        std = (parts @ used.to(parts)).sqrt()
+        data[kind] = (errors[telling], std[telling], species if species is None else species[telling])
     source: dict[str, object] = {
         "held_out_structures": len(structures),
         "held_out_atoms": structures.n_atoms,
         "names": list(structures.names[:200]),
         "fingerprints": list(structures.fingerprints()),
         "how": how,
+        "blind": blind,
     }
     spread = spread_of_samples(structures, targets, raw) if "forces" in data else None
     calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical, spread=spread)
@@ -131,17 +146,26 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
 
 
 def spread_of_samples(structures: Structures, targets: Targets, raw: Prediction) -> float | None:
-    """The factor that gives deviations of posterior samples the rms of the errors of forces, label noise apart.
+    """The factor that gives deviations of posterior samples the size of the errors of forces, but for what is the same everywhere.
 
-    A sample can differ from the mean only in what the data have left open; errors have other causes as well, which are no function
-    of the structure that could be drawn. Second moments, not the likelihood: what samples are for are observables, to which many
-    forces contribute, and not the few whose deviation is close to zero.
+    A sample can differ from the mean only in what the data have left open; errors have other causes as well. Of those that grow where
+    the data leave more open, deviations take the size; the others, label noise among them, are no function of the structure that
+    could be drawn. None where too few errors are known.
     """
     errors, parts, _ = residuals("forces", structures, targets, raw)
-    known = ~errors.isnan() & parts.isfinite().all(1)
-    noise = raw.forces_variance.noise.flatten()[known]
-    excess, open_ = float((errors[known].square() - noise).sum()), float(parts[known, 1].sum())
-    return (excess / open_) ** 0.5 if excess > 0 and open_ > 0 else None
+    known = ~errors.isnan() & parts.isfinite().all(1) & ~vanishing("forces", targets, raw)
+    if int(known.sum()) < ENOUGH:
+        return None
+    return float(weigh(errors[known], parts[known][:, 1:])[0]) ** 0.5
+
+
+def blind(calibration: Calibration) -> list[str]:
+    """A warning where the structures set aside say nothing of the errors of a kind."""
+    return [
+        f"Error bars of {kind} are not calibrated: nearly all {kind} of the structures set aside vanish by symmetry. Add structures with "
+        "displaced atoms, above all if the model is to be used for dynamics."
+        for kind in calibration.source.get("blind", ())
+    ]
 
 
 def misspecified(calibration: Calibration, label_noise: float) -> list[str]:
@@ -156,6 +180,15 @@ def misspecified(calibration: Calibration, label_noise: float) -> list[str]:
         f"noise of the labels nor lack of data{known}. Try a longer descriptor.cutoff first, then larger l_max and n_max, then more "
         "inducing points."
     ]
+
+
+def vanishing(kind: str, targets: Targets, prediction: Prediction) -> Tensor:
+    """(n,) where label and prediction are both zero, as symmetry makes them: nothing can be learned there of the size of errors."""
+    label, mean = getattr(targets, kind), getattr(prediction, kind)
+    if kind == "stresses":
+        a, b = torch.triu_indices(3, 3, device=mean.device)
+        label, mean = label[:, a, b], mean[:, a, b]
+    return ((label.abs() < NOTHING[kind]) & (mean.abs() < NOTHING[kind])).flatten()
 
 
 def residuals(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -68,11 +69,17 @@ def amplitude(
 
 
 def _some(structures: Structures, targets: Targets, seed: int) -> list[tuple[Structures, Targets]]:
-    """Structures at random, each by itself, of about ATOMS atoms together."""
-    order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed))
+    """Structures at random, each by itself, of about ATOMS atoms together; of a larger one the forces on so many of its atoms."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(structures), generator=generator)
     fit = structures.counts.cpu()[order].cumsum(0) <= ATOMS
     chosen = [int(i) for i in order[: max(1, int(fit.sum()))]]
-    return [(structures.select([i]), targets.select(structures, [i])) for i in chosen]
+    some = [(structures.select([i]), targets.select(structures, [i])) for i in chosen]
+    if some[0][0].n_atoms > ATOMS:
+        one, known = some[0]
+        unseen = torch.randperm(one.n_atoms, generator=generator)[ATOMS:].to(known.forces.device)
+        some[0] = (one, replace(known, forces=known.forces.index_fill(0, unseen, torch.nan)))
+    return some
 
 
 def _left_out(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from gpmlp import checks
 
-FINGERPRINT_STEP = 1e-4  # A
+FINGERPRINT_TOLERANCE = 1e-3  # A: files round by less, and frames of dynamics differ by more
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,19 +95,21 @@ class Structures:
         return tuple(int(z) for z in self.species.unique())
 
     def fingerprints(self) -> tuple[str, ...]:
-        """16 hexadecimal digits of each structure, by which it is known again in another file: SHA-256 of species, periodicity, and
-        periodic lattice vectors and positions in steps of 1e-4 A, which is less than files round.
+        """By which each structure is known again in another file (`known_again`): 16 hexadecimal digits of species and periodicity
+        (SHA-256), and three lengths, A, fixed sums over periodic lattice vectors and positions.
 
         The same atoms in another order, or moved together, have another.
         """
         species, periodic = (x.cpu().numpy() for x in (self.species.long(), self.periodic))
         cells = (self.cells * self.periodic[:, :, None]).double().cpu().numpy()
-        lengths = [np.rint(x / FINGERPRINT_STEP).astype("<i8") for x in (cells, self.positions.double().cpu().numpy())]
-        offsets, out = self.offsets.tolist(), []
+        positions, offsets, out = self.positions.double().cpu().numpy(), self.offsets.tolist(), []
         for i, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
             digest = hashlib.sha256(species[first:last].astype("<i8").tobytes() + periodic[i].tobytes())
-            digest.update(lengths[0][i].tobytes() + lengths[1][first:last].tobytes())
-            out.append(digest.hexdigest()[:16])
+            lengths = np.concatenate([cells[i].ravel(), positions[first:last].ravel()])
+            # frequencies that are no multiples of one another: no two coordinates count alike in all three
+            weights = np.cos(np.outer(np.sqrt([2.0, 3.0, 5.0]), np.arange(1, len(lengths) + 1)))
+            sums = weights @ lengths / math.sqrt(len(lengths))  # rounding of the lengths stays as large as it is
+            out.append(" ".join([digest.hexdigest()[:16], *(f"{x:.6f}" for x in sums)]))
         return tuple(out)
 
     def composition(self, species: Sequence[int]) -> Tensor:
@@ -166,3 +169,18 @@ class Structures:
             torch.cat([p.structure_of_atom + s for p, s in zip(parts, shifts, strict=False)]),
             tuple(name for p in parts for name in p.names),
         )
+
+
+def known_again(fingerprints: Sequence[str], others: Sequence[str]) -> int:
+    """How many of `fingerprints` are of a structure that is among `others`, to the rounding of files."""
+    places: dict[str, list[np.ndarray]] = {}
+    for one in others:
+        key, *lengths = one.split()
+        places.setdefault(key, []).append(np.array(lengths, dtype=float))
+    found = 0
+    for one in fingerprints:
+        key, *lengths = one.split()
+        if key in places:
+            apart = np.abs(np.stack(places[key]) - np.array(lengths, dtype=float)).max(axis=1)
+            found += bool(apart.min() < FINGERPRINT_TOLERANCE)
+    return found

@@ -107,7 +107,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     atoms.write(train, frames)
     assert gpmlp("fit", train, *QUICK, "-o", model)[0] == 0
     source = archive.read_header(model)["header"]["calibration"]["source"]
-    assert source["held_out_structures"] == len(source["fingerprints"]) == 2
+    assert source["held_out_structures"] == len(source["fingerprints"]) == 8
     numbers = [int(name.split("frame ")[1]) for name in source["names"]]
     held = [frames[i].copy() for i in numbers]
     for frame, i in zip(held, numbers, strict=True):
@@ -116,11 +116,11 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     atoms.write(other, [*held, copper(300), copper(301)])
 
     status, _, err = gpmlp("evaluate", model, other, "--no-variance")
-    assert status == 0 and "other.xyz: 2 of 4 structures are among those from which this model" in " ".join(err.split())
+    assert status == 0 and "other.xyz: 8 of 10 structures are among those from which this model" in " ".join(err.split())
     monkeypatch.setattr("gpmlp.report.figures.draw", lambda *_, **__: Picture(b"<svg/>", b"", "a figure", 1.0))
     assert gpmlp("report", model, other, "-o", tmp_path / "report")[0] == 0
     record = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert record["answers"]["How wrong is it?"].startswith("Of these structures 2 of 4 are among those")
+    assert record["answers"]["How wrong is it?"].startswith("Of these structures 8 of 10 are among those")
     assert "fingerprints" not in json.dumps(record)
 
     atoms.write(other, [copper(300), copper(301)])
@@ -128,7 +128,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     assert status == 0 and "are among those" not in err
     said = " ".join(gpmlp("info", model)[1].split())
     digest = hashlib.sha256("".join(source["fingerprints"]).encode()).hexdigest()[:12]
-    assert "calibrated on 2 structures, 8 atoms, set aside" in said and f"(sha256 of all {digest})" in said
+    assert "calibrated on 8 structures, 32 atoms, set aside" in said and f"(sha256 of all {digest})" in said
 
 
 def test_errors_without_labels_are_null(gpmlp, model_file, small_atoms, tmp_path):

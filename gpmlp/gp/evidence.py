@@ -240,7 +240,7 @@ def _settled(
         step[free] = -np.linalg.solve(curvature, gradient)
         x = (x + step).clip(*bounds.T)
         value, new = objective(x)
-        if np.abs(new[free]).max() >= np.abs(gradient).max():
+        if value > best[1] + 1e-9 * abs(best[1]) or np.abs(new[free]).max() >= np.abs(gradient).max():
             break
         best, gradient = (x, float(value)), new[free]
     return best

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpmlp import versions
 from gpmlp.checks import DataWarning, UserError
-from gpmlp.structures import Structures
+from gpmlp.structures import Structures, known_again
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -54,8 +54,7 @@ def known(provenance: dict, calibrated_on: dict, structures: Structures, path: s
         structures: as read from the file `path`.
     """
     training = provenance.get("files", {}).get("training", {}).get("sha256") == file_hash(path)
-    set_aside = set(calibrated_on.get("fingerprints", ()))
-    found = Known(training, sum(one in set_aside for one in structures.fingerprints()))
+    found = Known(training, known_again(structures.fingerprints(), calibrated_on.get("fingerprints", ())))
     if training:
         text = f"{path}: is the file this model was trained on; its errors say nothing of new structures."
         warnings.warn(text, DataWarning, stacklevel=2)
