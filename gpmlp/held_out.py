@@ -20,6 +20,7 @@ FEWEST = 20  # structures; of fewer none is set aside
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
 FEW = 30  # from which the constant part is weighed against the others for a kind of its own
 LEAST = 1e-6  # weight of the constant part, a thousandth of its std: where symmetry leaves nothing else, labels are still not exact
+SYMMETRIC = 1e-9  # of the mean of what the data leave open: far less is left only where symmetry leaves nothing
 LEAST_NOVELTY = 1e-3  # that is called typical
 REMOVED = 1e-4  # of the size of forces: a net force below it was subtracted
 LARGE = 0.3  # share of the size of forces that the model class may miss before it is told
@@ -98,6 +99,8 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
             continue
         errors, parts, species = residuals(kind, structures, targets, prediction)
         known = ~errors.isnan() & parts.isfinite().all(1)
+        # what symmetry makes zero says nothing of how large errors are, and there may be much of it (strained crystals)
+        known &= parts[:, 1] > SYMMETRIC * parts[known, 1].mean()
         errors, parts, species = errors[known], parts[known], species if species is None else species[known]
         if not len(errors):
             continue
