@@ -27,6 +27,7 @@ NOTHING = {
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
 FEW = 30  # from which the constant part is weighed against the others for a kind of its own
 LEAST = 1e-6  # weight of the constant part, a thousandth of its std: where symmetry leaves nothing else, labels are still not exact
+SYMMETRIC = 1e-9  # of the mean of what the data leave open: far less is left only where symmetry leaves nothing
 LEAST_NOVELTY = 1e-3  # that is called typical
 REMOVED = 1e-4  # of the size of forces: a net force below it was subtracted
 LARGE = 0.3  # share of the size of forces that the model class may miss before it is told
@@ -108,12 +109,12 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
             continue
         errors, parts, species = residuals(kind, structures, targets, prediction)
         known = ~errors.isnan() & parts.isfinite().all(1)
-        zero = known & vanishing(kind, targets, prediction)
-        if int((known & ~zero).sum()) < (FEW if zero.any() else 1):
-            blind += [kind] if zero.any() else []
+        # what symmetry makes zero says nothing of how large errors are, and there may be much of it (strained crystals)
+        telling = known & ~vanishing(kind, targets, prediction, parts)
+        if int(telling.sum()) < (FEW if telling.sum() < known.sum() else 1):
+            blind += [kind] if known.any() else []
             continue
-        telling = ~zero[known]
-        errors, parts, species = errors[known], parts[known], species if species is None else species[known]
+        errors, parts, species = errors[telling], parts[telling], species if species is None else species[telling]
         if weights:  # the same process: what forces say of its parts holds here too; noise is a kind's own
             inducing, opened, constant = next(iter(weights.values())).tolist()
             if len(errors) >= FEW:
@@ -125,8 +126,7 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
             weights[kind] = weigh(errors, parts)
             weights[kind][2] = max(float(weights[kind][2]), LEAST)
         used = weights.get(kind, torch.ones(parts.shape[1], dtype=parts.dtype))
-        std = (parts @ used.to(parts)).sqrt()
-        data[kind] = (errors[telling], std[telling], species if species is None else species[telling])
+        data[kind] = (errors, (parts @ used.to(parts)).sqrt(), species)
     source: dict[str, object] = {
         "held_out_structures": len(structures),
         "held_out_atoms": structures.n_atoms,
@@ -153,7 +153,7 @@ def spread_of_samples(structures: Structures, targets: Targets, raw: Prediction)
     could be drawn. None where too few errors are known.
     """
     errors, parts, _ = residuals("forces", structures, targets, raw)
-    known = ~errors.isnan() & parts.isfinite().all(1) & ~vanishing("forces", targets, raw)
+    known = ~errors.isnan() & parts.isfinite().all(1) & ~vanishing("forces", targets, raw, parts)
     if int(known.sum()) < ENOUGH:
         return None
     return float(weigh(errors[known], parts[known][:, 1:])[0]) ** 0.5
@@ -182,13 +182,18 @@ def misspecified(calibration: Calibration, label_noise: float) -> list[str]:
     ]
 
 
-def vanishing(kind: str, targets: Targets, prediction: Prediction) -> Tensor:
-    """(n,) where label and prediction are both zero, as symmetry makes them: nothing can be learned there of the size of errors."""
+def vanishing(kind: str, targets: Targets, prediction: Prediction, parts: Tensor) -> Tensor:
+    """(n,) where symmetry leaves nothing: label and prediction are both zero, or next to nothing is open to the data.
+
+    Args:
+        parts: (n, 3) of the variance (`residuals`).
+    """
     label, mean = getattr(targets, kind), getattr(prediction, kind)
     if kind == "stresses":
         a, b = torch.triu_indices(3, 3, device=mean.device)
         label, mean = label[:, a, b], mean[:, a, b]
-    return ((label.abs() < NOTHING[kind]) & (mean.abs() < NOTHING[kind])).flatten()
+    none = ((label.abs() < NOTHING[kind]) & (mean.abs() < NOTHING[kind])).flatten()
+    return none | (parts[:, 1] <= SYMMETRIC * parts[:, 1].nanmean())
 
 
 def residuals(

@@ -29,6 +29,8 @@ CALIBRATED_AS = {
     "stresses_covariance": "stresses",
 }
 STRIP = 128  # columns of a triangular matrix that are multiplied together
+FREE = 1e-12  # of the misspecification: a variance left by the data that is far below is one that symmetry makes zero
+KEPT = 1e-6  # of the misspecification, there
 FORCE_ATOMS = 512  # atoms whose force rows are in memory together
 
 
@@ -208,7 +210,8 @@ class VarianceModel:
         chosen = torch.arange(structures.n_atoms, device=structures.species.device) if atoms is None else atoms
         like = structures.positions.to(self.signal.dtype)
         inducing, data, misfit, noise = (like.new_full((structures.n_atoms, 3, 3), float("nan")) for _ in range(4))
-        misfit[chosen], noise[chosen] = (part * torch.eye(3).to(like) for part in self._constant("forces"))
+        constant, labels = self._constant("forces")
+        noise[chosen] = labels * torch.eye(3).to(like)
         for some in near_together(structures, chosen).split(FORCE_ATOMS):
             here = chosen[some]
             if not len(here):
@@ -217,6 +220,7 @@ class VarianceModel:
             mine = self._rows(structures, views, True, False, here)[0] if mine is None else mine
             a, left = (part.unflatten(0, (len(here), 3)) for part in self.whitened(mine))
             data[here] = left @ left.mT
+            misfit[here] = _where_free(data[here], constant)
             inducing[here] = 0.0
             if share:
                 prior = sum(
@@ -304,6 +308,20 @@ class VarianceModel:
         factor = _unpacked(tensors["factor"]).T
         about = dict(header["noise"]), dict(header["label_noise"]), header["of_fit"], header.get("amplitude", 1.0)
         return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), tensors["signal"], factor, *about)
+
+
+def _where_free(data: Tensor, constant: float) -> Tensor:
+    """c (D + ε c)(D + τ c)⁻¹: the variance c of what the model class misses of a force, in directions in which there can be any.
+
+    Where symmetry forbids a force, every model of the class gives none and is right; the covariance D (n, 3, 3) that the data leave is
+    then zero to rounding, and elsewhere far above τ c. As with labels, which are not exact there either, something is kept.
+    """
+    if not constant:
+        return torch.zeros_like(data)
+    values, vectors = torch.linalg.eigh(0.5 * (data + data.mT))
+    values = values.clamp_min(0)
+    kept = constant * (values + KEPT * FREE * constant) / (values + FREE * constant)
+    return (vectors * kept[..., None, :]) @ vectors.mT
 
 
 def _triangular(rows: Tensor, lower: Tensor) -> Tensor:

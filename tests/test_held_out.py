@@ -12,7 +12,7 @@ from systems import cluster
 import gpmlp
 from gpmlp import held_out
 from gpmlp.fit import fit
-from gpmlp.quantities import Targets
+from gpmlp.quantities import Prediction, Targets, Variance
 from gpmlp.recipe import CalibrationRecipe, Recipe
 from gpmlp.structures import Structures
 from gpmlp.uncertainty import label_noise
@@ -140,3 +140,35 @@ def test_a_rare_species_is_not_set_aside():
     for seed in range(30):
         kept, held = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.3), seed)
         assert 40 in kept.tolist() and len(kept) + len(held) == 41
+
+
+def test_what_symmetry_makes_zero_teaches_nothing():
+    """As many exact zeros beside: the same calibration as without them."""
+    generator = torch.Generator().manual_seed(3)
+    n = 240
+    data = 1e-3 * torch.rand(n, 3, generator=generator).double() + 1e-5
+    error = (2 * data + 1e-4).sqrt() * torch.randn(n, 3, generator=generator).double()
+
+    def learned(zeros: int):
+        def padded(values):
+            return torch.cat([values, values.new_zeros(zeros, *values.shape[1:])])
+
+        count = n + zeros
+        alone = Structures(
+            torch.zeros(count, 3).double(), torch.zeros(count, 3, 3).double(), torch.zeros(count, 3, dtype=torch.bool),
+            torch.full((count,), 14), torch.arange(count),
+        )  # fmt: skip
+        zero = torch.zeros(count, 3, 3).double()
+        variance = Variance(
+            zero, torch.diag_embed(padded(data)), 1e-4 * torch.eye(3).double().expand(count, 3, 3), zero
+        )
+        unknown = Targets.unknown(alone)
+        prediction = Prediction(
+            torch.zeros(count).double(), torch.zeros(count).double(), padded(error), unknown.stresses,
+            forces_covariance=variance,
+        )  # fmt: skip
+        found = held_out.learn(prediction, alone, replace(unknown, forces=torch.zeros(count, 3).double()), "a test")
+        return found.kinds["forces"]
+
+    assert learned(3 * n) == learned(0)
+    assert learned(0).weights[2] > 0.1  # without the zeros the constant part counts

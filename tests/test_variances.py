@@ -369,3 +369,26 @@ def test_noise_of_the_labels_themselves():
     found = potential(structures.select([1]), variance=("energies", "forces"))
     constant = found.forces_variance.misspecification + found.forces_variance.noise
     torch.testing.assert_close(constant, torch.full_like(constant, 0.04))
+
+
+def test_where_symmetry_forbids_a_force_nothing_is_missed(silicon):
+    """In a perfect crystal, and across the plane of a strained one; as soon as an atom is moved, what the class misses is there."""
+    potential, structures, _ = silicon
+    a = 5.43
+    basis = torch.tensor([[0, 0, 0], [0, 2, 2], [2, 0, 2], [2, 2, 0], [1, 1, 1], [1, 3, 3], [3, 1, 3], [3, 3, 1]]) / 4
+    perfect = structure((a * basis.double()).tolist(), [14] * 8, a * torch.eye(3).double(), (True, True, True))
+    constant = potential.variances._constant("forces")[0]
+    found = potential(perfect, "forces", calibrated=False).forces_covariance
+    size = torch.linalg.matrix_norm(found.misspecification).max()
+    assert 0 < size < 1e-5 * constant
+    assert potential(perfect, "forces").forces_variance.total.max() > 0
+    moved = perfect.positions.clone()
+    moved[0, 2] += 0.01  # along z: x and y of that atom stay forbidden by the two mirror planes that hold z
+    axis = potential(perfect.with_positions(moved), "forces", calibrated=False).forces_covariance.misspecification[0]
+    values, vectors = torch.linalg.eigh(axis)
+    assert values[-1] > 0.99 * constant and vectors[2, -1].abs() > 0.999
+    rattled = structures.select([3])
+    usual = potential(rattled, "forces", calibrated=False).forces_covariance.misspecification
+    torch.testing.assert_close(
+        usual, (constant * torch.eye(3).double()).expand_as(usual), rtol=1e-3, atol=1e-3 * constant
+    )
