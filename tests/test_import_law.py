@@ -37,6 +37,7 @@ CONFINED = {
     "dscribe": {"descriptors"},
     "sphericart": {"descriptors"},
     "numba": {"descriptors", "pair_loops"},
+    "llvmlite": {"descriptors"},
     "triton": {"descriptors"},
     "vesin": {"neighbors"},
     "safetensors": {"io"},
