@@ -152,85 +152,51 @@ def product(rows, columns, depth, a, a_at, a_row, a_deep, b, b_at, b_deep, c, c_
 
     Four rows at a time; where fewer are left the last one is made again, which stores the same number twice.
     """
+    last = rows - 1
     for row in range(0, rows, 4):
-        last = rows - 1
-        r0, r1, r2, r3 = row, min(row + 1, last), min(row + 2, last), min(row + 3, last)
-        a0, a1, a2, a3 = a_at + r0 * a_row, a_at + r1 * a_row, a_at + r2 * a_row, a_at + r3 * a_row
-        c0, c1, c2, c3 = c_at + r0 * c_row, c_at + r1 * c_row, c_at + r2 * c_row, c_at + r3 * c_row
+        second, third, fourth = min(row + 1, last), min(row + 2, last), min(row + 3, last)
+        of_a = a_at + row * a_row, a_at + second * a_row, a_at + third * a_row, a_at + fourth * a_row
+        of_c = c_at + row * c_row, c_at + second * c_row, c_at + third * c_row, c_at + fourth * c_row
         for column in range(0, columns - LANES, 2 * LANES):
-            _two(
-                depth,
-                a,
-                a0,
-                a1,
-                a2,
-                a3,
-                a_deep,
-                b,
-                b_at + column,
-                b_deep,
-                c,
-                c0 + column,
-                c1 + column,
-                c2 + column,
-                c3 + column,
-            )
+            _two(depth, a, of_a, a_deep, b, b_at + column, b_deep, c, of_c, column)
         if columns // LANES % 2:
-            column = columns - LANES
-            _one(
-                depth,
-                a,
-                a0,
-                a1,
-                a2,
-                a3,
-                a_deep,
-                b,
-                b_at + column,
-                b_deep,
-                c,
-                c0 + column,
-                c1 + column,
-                c2 + column,
-                c3 + column,
-            )
+            _one(depth, a, of_a, a_deep, b, b_at + columns - LANES, b_deep, c, of_c, columns - LANES)
 
 
 @njit(forceinline=True, **FLAGS)
-def _two(depth, a, a0, a1, a2, a3, a_deep, b, b_at, b_deep, c, c0, c1, c2, c3):
-    nothing = fill(a.dtype.type(0))
-    s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = nothing
+def _two(depth, a, of_a, a_deep, b, b_at, b_deep, c, of_c, column):
+    """Four rows, the 2 LANES columns from `column` on."""
+    s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = fill(a.dtype.type(0))
     for k in range(depth):
         x, y, at = load(b, b_at + k * b_deep), load(b, b_at + k * b_deep + LANES), k * a_deep
-        u = spread(a, a0 + at)
+        u = spread(a, of_a[0] + at)
         s0, t0 = s0 + u * x, t0 + u * y
-        u = spread(a, a1 + at)
+        u = spread(a, of_a[1] + at)
         s1, t1 = s1 + u * x, t1 + u * y
-        u = spread(a, a2 + at)
+        u = spread(a, of_a[2] + at)
         s2, t2 = s2 + u * x, t2 + u * y
-        u = spread(a, a3 + at)
+        u = spread(a, of_a[3] + at)
         s3, t3 = s3 + u * x, t3 + u * y
-    store(c, c0, s0)
-    store(c, c0 + LANES, t0)
-    store(c, c1, s1)
-    store(c, c1 + LANES, t1)
-    store(c, c2, s2)
-    store(c, c2 + LANES, t2)
-    store(c, c3, s3)
-    store(c, c3 + LANES, t3)
+    _put(c, of_c, column, s0, s1, s2, s3)
+    _put(c, of_c, column + LANES, t0, t1, t2, t3)
 
 
 @njit(forceinline=True, **FLAGS)
-def _one(depth, a, a0, a1, a2, a3, a_deep, b, b_at, b_deep, c, c0, c1, c2, c3):
-    nothing = fill(a.dtype.type(0))
-    s0 = s1 = s2 = s3 = nothing
+def _one(depth, a, of_a, a_deep, b, b_at, b_deep, c, of_c, column):
+    """Four rows, the LANES columns from `column` on."""
+    s0 = s1 = s2 = s3 = fill(a.dtype.type(0))
     for k in range(depth):
         x, at = load(b, b_at + k * b_deep), k * a_deep
-        s0 = s0 + spread(a, a0 + at) * x
-        s1 = s1 + spread(a, a1 + at) * x
-        s2 = s2 + spread(a, a2 + at) * x
-        s3 = s3 + spread(a, a3 + at) * x
-    store(c, c0, s0)
-    store(c, c1, s1)
-    store(c, c2, s2)
-    store(c, c3, s3)
+        s0 = s0 + spread(a, of_a[0] + at) * x
+        s1 = s1 + spread(a, of_a[1] + at) * x
+        s2 = s2 + spread(a, of_a[2] + at) * x
+        s3 = s3 + spread(a, of_a[3] + at) * x
+    _put(c, of_c, column, s0, s1, s2, s3)
+
+
+@njit(forceinline=True, **FLAGS)
+def _put(c, of_c, column, s0, s1, s2, s3):
+    store(c, of_c[0] + column, s0)
+    store(c, of_c[1] + column, s1)
+    store(c, of_c[2] + column, s2)
+    store(c, of_c[3] + column, s3)

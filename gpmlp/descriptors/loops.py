@@ -91,7 +91,7 @@ class Basis(NamedTuple):
 
 def row(n_max: int, n_species: int) -> int:
     """Length of the rows of densities: channels, and room for the lanes of the last species."""
-    return -(-((n_species - 1) * n_max - (-n_max // LANES) * LANES) // LANES) * LANES
+    return whole.py_func((n_species - 1) * n_max + whole.py_func(n_max))
 
 
 @njit(**FLAGS)
