@@ -19,12 +19,17 @@ Piece, Made = TypeVar("Piece"), TypeVar("Made")
 _here = threading.local()
 
 
+def available() -> int:
+    """How many pieces `each` does side by side where this is asked."""
+    return getattr(_here, "threads", None) or torch.get_num_threads()
+
+
 def each(work: Callable[[Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
     """[work(piece) for piece in pieces], side by side where there are several; what a piece raises is raised here.
 
     Pieces are done by threads, so work is worth sharing where it spends its time outside of Python.
     """
-    threads = min(getattr(_here, "threads", None) or torch.get_num_threads(), len(pieces))
+    threads = min(available(), len(pieces))
     if threads < 2 or _local("MKL_Set_Num_Threads_Local") is None:
         with one_core():  # the last digits of products depend on it
             return [work(piece) for piece in pieces]

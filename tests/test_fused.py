@@ -43,6 +43,28 @@ def test_as_the_reference(name, dtype):
     compare(descriptor(name), seen(dtype=dtype))
 
 
+@pytest.mark.parametrize("n_max", [1, 5, 8])
+def test_radial_functions_that_do_not_fill_lanes(n_max):
+    """The last lanes of one species reach into the next, those of the last into what nobody reads."""
+    compare(descriptor(SOAPS[0], n_max=n_max, l_max=2), seen())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 4, 3), (3, 8, 1), (4, 12, 5), (7, 20, 9), (5, 4, 0)])
+def test_products_of_small_matrices(rows, columns, depth, dtype):
+    """a is stored by columns and begins late, c has longer rows than it needs: nothing else is written."""
+    from gpmlp.descriptors import lanes
+
+    a, b = random(rows + 1, depth, dtype=dtype)[1:], random(depth, columns, dtype=dtype)
+    c = torch.full((rows, columns + 3), 7.0, dtype=dtype)
+    flat = torch.cat([torch.zeros(2, dtype=dtype), a.T.flatten()]).numpy()
+    lanes.product(
+        rows, columns, depth, flat, 2, 1, rows, b.flatten().numpy(), 0, columns, c.view(-1).numpy(), 0, columns + 3
+    )
+    torch.testing.assert_close(c[:, :columns], a @ b, rtol=0, atol=TOLERANCE[dtype])
+    assert (c[:, columns:] == 7).all()
+
+
 def test_more_neighbours_than_are_worked_on_together():
     """The Jacobian takes the pairs of several environments together, or one with more of them than that alone."""
     from gpmlp.descriptors import jacobians

@@ -38,6 +38,7 @@ CONFINED = {
     "dscribe": {"descriptors"},
     "sphericart": {"descriptors"},
     "numba": {"descriptors", "pair_loops"},
+    "llvmlite": {"descriptors"},
     "triton": {"descriptors"},
     "vesin": {"neighbors"},
     "safetensors": {"io"},

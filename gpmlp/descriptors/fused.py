@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gpmlp.descriptors.loops import Basis, Pairs
     from gpmlp.descriptors.power_spectrum import SoapPowerSpectrum
 
-BLOCK = 32  # environments whose harmonics are in memory at a time
+BLOCK = 32  # environments that a thread takes at a time, at least; those whose harmonics are in memory for a Jacobian
 FEW = 8  # environments whose Jacobian stays in cache while many cotangents are pulled back
 
 
@@ -36,14 +36,15 @@ def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> E
     vectors, l_max = surroundings.vectors.detach().contiguous(), descriptor.l_max
     basis = _basis(descriptor, vectors.dtype)
     pairs = _pairs(descriptor, surroundings, vectors, basis)
-    n = len(surroundings)
-    density = _centers(descriptor, basis, surroundings, vectors)
+    n, row = len(surroundings), loops.row(descriptor.n_max, basis.n_species)
+    density = np.empty((n, (l_max + 1) ** 2, row), basis.table.dtype)
     features, norms = vectors.new_empty(n, descriptor.n_features), vectors.new_empty(n)
-    made = density.numpy(), features.numpy(), norms.numpy()
-    tiny = basis.numbers.dtype.type(torch.finfo(vectors.dtype).tiny)
+    made = density.reshape(-1), features.numpy(), norms.numpy()
+    tiny = basis.table.dtype.type(torch.finfo(vectors.dtype).tiny)
     starts = pairs.starts[:: basis.n_species].tolist()
 
-    _in_blocks(0, n, lambda lo, hi: loops.expand(lo, hi, pairs, basis, tiny, *made))
+    together = max(BLOCK, -(-n // (4 * threads.available()))) if threads.available() > 1 else max(1, n)
+    _in_blocks(0, n, lambda lo, hi: loops.expand(lo, hi, pairs, basis, tiny, row, *made), together)
 
     def derivatives(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
         y, dy = harmonics.harmonics(l_max, vectors[starts[lo] : starts[hi]])
@@ -57,9 +58,9 @@ def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> E
 
         def block(lo: int, hi: int) -> None:
             here = array[starts[lo] - starts[start] :]
-            jacobians.jacobian(lo, hi, starts[lo], pairs, basis, *derivatives(lo, hi), *made, here)
+            jacobians.jacobian(lo, hi, starts[lo], pairs, basis, *derivatives(lo, hi), density, *made[1:], here)
 
-        _in_blocks(start, end, block)
+        _in_blocks(start, end, block, BLOCK)
         return out
 
     def pull_back(cotangents: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> E
         out = torch.empty_like(vectors)
         given, array = cotangents.contiguous().numpy(), out.numpy()
 
-        _in_blocks(0, n, lambda lo, hi: loops.pull_back(lo, hi, pairs, basis, *made, given, array))
+        _in_blocks(0, n, lambda lo, hi: loops.pull_back(lo, hi, pairs, basis, row, *made, given, array), together)
         return out
 
     return Environments(surroundings, features, pull_back, jacobian)
@@ -90,17 +91,9 @@ def _pull_back_many(jacobian: Callable[[int, int, Tensor], Tensor], starts: list
     return out.unflatten(0, (-1, 3)).movedim(2, 0)
 
 
-def _in_blocks(start: int, end: int, work: Callable[[int, int], None]) -> None:
+def _in_blocks(start: int, end: int, work: Callable[[int, int], None], size: int) -> None:
     """Do work(lo, hi) for blocks of start to end, in as many threads as PyTorch may use."""
-    threads.each(lambda lo: work(lo, min(end, lo + BLOCK)), range(start, end, BLOCK))
-
-
-def _centers(descriptor: SoapPowerSpectrum, basis: Basis, surroundings: Surroundings, like: Tensor) -> Tensor:
-    """(environments, (l_max + 1)^2, channels) density of the central atoms alone."""
-    n = len(surroundings)
-    density = like.new_zeros(n, (descriptor.l_max + 1) ** 2, len(descriptor.species), descriptor.n_max)
-    density[torch.arange(n), 0, descriptor._slot(surroundings.species)] = torch.from_numpy(basis.center)
-    return density.flatten(2)
+    threads.each(lambda lo: work(lo, min(end, lo + size)), range(start, end, size))
 
 
 def _pairs(descriptor: SoapPowerSpectrum, surroundings: Surroundings, vectors: Tensor, basis: Basis) -> Pairs:
@@ -110,32 +103,34 @@ def _pairs(descriptor: SoapPowerSpectrum, surroundings: Surroundings, vectors: T
     cut = layout.Cut(
         weights.FUNCTIONS.index(w.function), w.cutoff, w.width, w.cutoff_exponent, w.scale, float(w.exponent)
     )
-    given = vectors, surroundings.centers, surroundings.neighbor_species, descriptor._places
+    species = surroundings.neighbor_species, surroundings.species
+    given = vectors, surroundings.centers, *species, descriptor._places
     arrays = (part.contiguous().numpy() for part in given)
-    pairs, known = layout.lay_out(
-        *arrays, len(surroundings), cut, 1 / table.step, len(table.coefficients), basis.numbers
-    )
+    pairs, known = layout.lay_out(*arrays, cut, 1 / table.step, len(table.coefficients))
     if not known:
-        descriptor._slot(surroundings.neighbor_species)  # which says what is wrong
+        descriptor._slot(torch.cat(species))  # which says what is wrong
     return pairs
 
 
 @lru_cache(maxsize=32)
 def _basis(descriptor: SoapPowerSpectrum, dtype: torch.dtype) -> Basis:
     """Equal descriptors share one."""
+    from gpmlp.descriptors.lanes import LANES
     from gpmlp.descriptors.loops import Basis, angular
 
-    table, like = descriptor._radial, torch.zeros(0, dtype=dtype)
-    numbers = torch.arange(6, dtype=dtype).numpy()
-    at_zero, _ = table(like.new_zeros(1))
+    integrals, like = descriptor._radial, torch.zeros(0, dtype=dtype)
+    of, n_max, l_max = like.numpy().dtype.type, descriptor.n_max, descriptor.l_max
+    at_zero, _ = integrals(like.new_zeros(1))
+    table = integrals.coefficients.to(dtype).unflatten(2, (n_max, l_max + 1)).mT
     return Basis(
-        table.coefficients.to(dtype).contiguous().numpy(),
-        numbers.dtype.type(1 / table.step),
-        numbers,
+        torch.nn.functional.pad(table, (0, -n_max % LANES)).flatten().numpy(),
+        of(1 / integrals.step),
+        of(0),
+        of(1),
         descriptor._prefactors(like).flatten().numpy(),
         (descriptor.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5).numpy(),
-        angular(descriptor.l_max).astype(numbers.dtype),
-        descriptor.n_max,
-        descriptor.l_max,
+        angular(l_max).astype(of).reshape(-1),
+        n_max,
+        l_max,
         len(descriptor.species),
     )

@@ -8,24 +8,36 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from gpmlp.descriptors.loops import FLAGS, padded, values
+from gpmlp.descriptors.lanes import FLAGS, whole
+from gpmlp.descriptors.loops import POWERS
 
 TOGETHER = 112  # pairs whose Jacobian is made together, from several environments: more would leave the cache
+WIDTH = 16  # loops over pairs go by whole multiples of this
 TILE = 8  # features that are turned from pairs side by side to rows of a pair at a time: a cache line of doubles
 
 
 @njit(**FLAGS)
-def _slopes(pairs, basis, first, count, at, radial):
-    """radial[nl, at + pair] = d(w I_nl)/dr."""
-    two, three, four, five = basis.numbers[2], basis.numbers[3], basis.numbers[4], basis.numbers[5]
+def padded(count):
+    """Pairs worked on together: as many as fill whole vectors, unrolled, so that no loop ends one by one."""
+    return (count + WIDTH - 1) // WIDTH * WIDTH
+
+
+@njit(**FLAGS)
+def _radial(pairs, basis, first, count, at, value, slope):
+    """value[nl, at + pair] = w I_nl and slope[nl, at + pair] = d(w I_nl)/dr."""
+    degrees, n_whole = basis.l_max + 1, whole(basis.n_max)
+    size = degrees * n_whole
     for p in range(count):
-        j = pairs.order[first + p]
-        t, w, d_weight = pairs.offset[j], pairs.weight[j] * basis.per_step, pairs.d_weight[j]
-        c = basis.table[pairs.interval[j]]
-        for k in range(c.shape[1]):
-            value = ((((c[0, k] * t + c[1, k]) * t + c[2, k]) * t + c[3, k]) * t + c[4, k]) * t + c[5, k]
-            slope = (((five * c[0, k] * t + four * c[1, k]) * t + three * c[2, k]) * t + two * c[3, k]) * t + c[4, k]
-            radial[k, at + p] = w * slope + d_weight * value
+        t, w, d_weight = pairs.offset[first + p], pairs.weight[first + p], pairs.d_weight[first + p]
+        start = pairs.interval[first + p] * POWERS * size
+        for l in range(degrees):
+            for n in range(basis.n_max):
+                c = basis.table[start + l * n_whole + n : start + POWERS * size : size]
+                d, v = c[0], c[0] * t + c[1]
+                for power in range(2, POWERS):
+                    d, v = d * t + v, v * t + c[power]
+                value[n * degrees + l, at + p] = w * v
+                slope[n * degrees + l, at + p] = w * basis.per_step * d + d_weight * v
 
 
 @njit(**FLAGS)
@@ -45,12 +57,12 @@ def jacobian(lo, hi, base, pairs, basis, harmonics, gradients, density, features
     With A_bl = Σ_m Y_lm c_blm and B_bl = Σ_m dY_lm c_blm the derivative of the product (a, b) is
     [R'_a A_b + R'_b A_a] r^ + R_a B_b + R_b B_a, where R_a is zero unless a is of the neighbour's species.
     """
-    degrees, like, width = basis.l_max + 1, basis.numbers, max(padded(pairs.widest), TOGETHER)
-    rows_of_channels, n_nl = density.shape[2] * degrees, basis.n_max * degrees
+    degrees, like, width = basis.l_max + 1, basis.table.dtype, max(padded(pairs.widest), TOGETHER)
+    rows_of_channels, n_nl = basis.n_species * basis.n_max * degrees, basis.n_max * degrees
     # channels of other species, and pairs that are not there, stay zero
-    value, slope = np.zeros((rows_of_channels, width), like.dtype), np.zeros((rows_of_channels, width), like.dtype)
-    y, units = np.zeros((4 * degrees**2, width), like.dtype), np.zeros((3, width), like.dtype)
-    inner, tile = np.zeros((4, rows_of_channels, width), like.dtype), np.empty((TILE, 3, width), like.dtype)
+    value, slope = np.zeros((rows_of_channels, width), like), np.zeros((rows_of_channels, width), like)
+    y, units = np.zeros((4 * degrees**2, width), like), np.zeros((3, width), like)
+    inner, tile = np.zeros((4, rows_of_channels, width), like), np.empty((TILE, 3, width), like)
     rows, none = np.empty(width, np.int64), np.int64(0)  # a literal 0 would have what it is given to compiled once more
     for s in range(basis.n_species):
         start, end = s * n_nl, (s + 1) * n_nl
@@ -59,30 +71,39 @@ def jacobian(lo, hi, base, pairs, basis, harmonics, gradients, density, features
             first = pairs.starts[e * basis.n_species + s]
             count = pairs.starts[e * basis.n_species + s + 1] - first
             if at + count <= width:
-                values(pairs, basis, first, count, at, value[start:end])
-                _slopes(pairs, basis, first, count, at, slope[start:end])
-                _gather(pairs.units, pairs.order, none, first, count, at, units)
+                _radial(pairs, basis, first, count, at, value[start:end], slope[start:end])
+                for p in range(count):
+                    i = first + p
+                    units[0, at + p], units[1, at + p], units[2, at + p] = pairs.x[i], pairs.y[i], pairs.z[i]
                 _gather(harmonics, pairs.order, base, first, count, at, y[: degrees**2])
                 _gather(gradients, pairs.order, base, first, count, at, y[degrees**2 :])
                 for x in range(4):
-                    _contract(density[e], degrees, count, at, y[x * degrees**2 : (x + 1) * degrees**2], inner[x])
+                    _contract(
+                        density[e],
+                        basis.n_max * basis.n_species,
+                        degrees,
+                        count,
+                        at,
+                        y[x * degrees**2 : (x + 1) * degrees**2],
+                        inner[x],
+                    )
                 for p in range(count):
                     rows[at + p] = pairs.order[first + p] - base
                 e, at = e + 1, at + count
             if e == hi or at + count > width:
                 _products(basis, s, at, value, slope, inner, units, rows, tile, out)
                 at = none
-        value[start:end], slope[start:end] = like[0], like[0]
+        value[start:end], slope[start:end] = basis.zero, basis.zero
     for e in range(lo, hi):
         for j in range(pairs.starts[e * basis.n_species] - base, pairs.starts[(e + 1) * basis.n_species] - base):
             for x in range(3):
-                _normalise(features[e], norms[e], like, out[j, x])
+                _normalise(features[e], norms[e], basis, out[j, x])
 
 
 @njit(**FLAGS)
-def _contract(c, degrees, count, at, harmonics, out):
+def _contract(c, channels, degrees, count, at, harmonics, out):
     """out[channel l, at + pair] = Σ_m harmonics[lm, at + pair] c[lm, channel]."""
-    for a in range(c.shape[1]):
+    for a in range(channels):
         for l in range(degrees):
             total, middle = out[a * degrees + l, at : at + count], l * l + l
             factor, h = c[middle, a], harmonics[middle, at : at + count]
@@ -118,7 +139,7 @@ def _products(basis, species, n, value, slope, inner, units, rows, tile, out):
                         for p in range(count):
                             here[p] = f * (ra[p] * gb[p] + rb[p] * ga[p]) + along[p] * u[p]
                 else:
-                    tile[held, :, :count] = basis.numbers[0]
+                    tile[held, :, :count] = basis.zero
                 k, held = k + 1, held + 1
                 if held == TILE:
                     _turn(tile, held, n, rows, k - held, out)
@@ -141,9 +162,9 @@ def _turn(tile, held, n, rows, start, out):
 
 
 @njit(**FLAGS)
-def _normalise(x, norm, numbers, row):
+def _normalise(x, norm, basis, row):
     """x = p/|p|:  dx = (dp - x (x . dp)) / |p|."""
-    along, inverse = numbers[0], numbers[1] / norm
+    along, inverse = basis.zero, basis.one / norm
     for k in range(len(x)):
         along += x[k] * row[k]
     for k in range(len(x)):

@@ -1,9 +1,8 @@
-"""Loops are the compiled kernels of the power spectrum: one environment at a time, its pairs side by side.
+"""Loops are the compiled kernels of the power spectrum: one environment at a time, four numbers side by side (lanes.py).
 
-Neighbours of an environment are worked on together, those of each species in turn: every inner loop runs over pairs, in memory that
-stays in cache. Radial integrals and harmonics of a pair are cheaper to make again than to fetch, so nothing of a pair is kept.
-Loops are short and write to one place each: more of them, and the compiler would not prove that they may be done by vectors.
-Only fused.py, layout.py and jacobians.py import this: numba takes half a second to import. Machine code is cached on disk.
+Expansion, spectrum and their slopes are products of small matrices, for each angular momentum and species. Radial integrals and
+harmonics of a pair are cheaper to make again than to fetch, so nothing of a pair is kept; what an environment needs stays in cache.
+Only fused.py and layout.py import this: numba takes half a second to import. Machine code is cached on disk.
 Equations are those of power_spectrum.py, whose PyTorch path is the reference.
 """
 
@@ -14,54 +13,54 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-# sums may be reordered and products fused; NaN and infinity mean what they mean
-FLAGS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+from gpmlp.descriptors.lanes import FLAGS, LANES, fill, load, product, spread, store, turned, whole
 
-
-WIDTH = 16  # loops over pairs go by whole multiples of this
+POWERS = 6  # coefficients of a quintic
 
 
 def angular(l_max: int) -> np.ndarray:
-    """(l_max + 1, l_max + 1, 4) numbers that harmonics are made of, by l and m (0 <= m <= l).
+    """(l_max + 1, l_max + 1, 2) numbers that harmonics are made of, by l and m (0 <= m <= l).
 
     Y_lm = Q_lm(z) Re (x + iy)^m and Y_l-m = Q_lm(z) Im (x + iy)^m, times √2 for m > 0, on the unit sphere, with polynomials
-    Q_lm = a_lm z Q_l-1,m + b_lm Q_l-2,m, whose slopes are Q'_lm = d_lm Q_l,m+1 (Bigi et al., J. Chem. Phys. 159, 064802 (2023)).
-    Entries: a, b, -, d of l > m; for l = m: √2 or 1, m, Q_mm, 0.
+    Q_lm = a_lm z Q_l-1,m + b_lm Q_l-2,m (Bigi et al., J. Chem. Phys. 159, 064802 (2023)).
+    Entries: a, b of l > m; for l = m: Q_mm with the √2, 0.
     """
-    out = np.zeros((l_max + 1, l_max + 1, 4))
+    out = np.zeros((l_max + 1, l_max + 1, 2))
     start = (4 * np.pi) ** -0.5
     for m in range(l_max + 1):
         if m:
             start *= ((2 * m + 1) / (2 * m)) ** 0.5
-        out[m, m] = (2**0.5 if m else 1.0, m, start, 0.0)
+        out[m, m, 0] = 2**0.5 * start if m else start
         for l in range(m + 1, l_max + 1):
             a = ((4 * l * l - 1) / (l * l - m * m)) ** 0.5
-            b = -a * (((l - 1) ** 2 - m * m) / (4 * (l - 1) ** 2 - 1)) ** 0.5
-            out[l, m] = a, b, 0.0, ((l - m) * (l + m + 1)) ** 0.5
+            out[l, m] = a, -a * (((l - 1) ** 2 - m * m) / (4 * (l - 1) ** 2 - 1)) ** 0.5
     return out
 
 
 class Pairs(NamedTuple):
-    """Pairs of surroundings, all of one floating type.
+    """Pairs of surroundings sorted by environment, then by species of the neighbour; all of one floating type.
 
     Attributes:
-        order: (pairs,) pair indices sorted by environment, then by species of the neighbour.
-        starts: (environments * species + 1,) where each environment and species begins in `order`.
-        units: (pairs, 3) directions.
-        inverse: (pairs,) 1/r.
+        order: (pairs,) which pair each is.
+        starts: (environments * species + 1,) where each environment and species begins.
+        x, y, z: (pairs and LANES more,) directions; inverse: 1/r.
         weight, d_weight: (pairs,) w(r) and its slope.
         interval, offset: (pairs,) interval of the radial table and place in it, in [0, 1].
-        widest: largest number of pairs of one environment and species.
+        slots: (environments,) place of the species of the centre.
+        widest: largest number of pairs of one environment.
     """
 
     order: np.ndarray
     starts: np.ndarray
-    units: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    z: np.ndarray
     inverse: np.ndarray
     weight: np.ndarray
     d_weight: np.ndarray
     interval: np.ndarray
     offset: np.ndarray
+    slots: np.ndarray
     widest: int
 
 
@@ -69,17 +68,19 @@ class Basis(NamedTuple):
     """Radial functions and products of channels.
 
     Attributes:
-        table: (intervals, 6, n_max (l_max + 1)) quintic polynomials, highest power first; per_step: intervals per A.
-        numbers: 0 to 5 in the floating type of the pairs.
+        table: quintic polynomials by interval, power (highest first), l and n, in one row; n filled up with zeros to whole lanes.
+        per_step: intervals per A.
+        zero, one: in the floating type of the pairs.
         prefactors: (features,) of the products, as in power_spectrum.py.
         center: (n_max,) density of the central atom at l = 0.
-        angular: (l_max + 1, l_max + 1, 4) numbers of the harmonics, by l and m, see `angular`.
+        angular: numbers of the harmonics by l and m in one row, see `angular`.
         n_max, l_max, n_species: sizes.
     """
 
     table: np.ndarray
     per_step: float
-    numbers: np.ndarray
+    zero: float
+    one: float
     prefactors: np.ndarray
     center: np.ndarray
     angular: np.ndarray
@@ -88,270 +89,214 @@ class Basis(NamedTuple):
     n_species: int
 
 
-@njit(**FLAGS)
-def padded(count):
-    """Pairs worked on together: as many as fill whole vectors, unrolled, so that no loop ends one by one."""
-    return (count + WIDTH - 1) // WIDTH * WIDTH
+def row(n_max: int, n_species: int) -> int:
+    """Length of the rows of densities: channels, and room for the lanes of the last species."""
+    return whole.py_func((n_species - 1) * n_max + whole.py_func(n_max))
 
 
 @njit(**FLAGS)
-def values(pairs, basis, first, count, at, radial):
-    """radial[nl, at + pair] = w I_nl of `count` pairs from `first` on."""
+def _values(pairs, basis, first, count, out):
+    """out[pair, l, n] = w I_nl of `count` pairs from `first` on."""
+    table, size = basis.table, (basis.l_max + 1) * whole(basis.n_max)
     for p in range(count):
-        j = pairs.order[first + p]
-        t, w = pairs.offset[j], pairs.weight[j]
-        c = basis.table[pairs.interval[j]]
-        for k in range(c.shape[1]):
-            value = ((((c[0, k] * t + c[1, k]) * t + c[2, k]) * t + c[3, k]) * t + c[4, k]) * t + c[5, k]
-            radial[k, at + p] = w * value
+        at, t, w = (
+            pairs.interval[first + p] * POWERS * size,
+            spread(pairs.offset, first + p),
+            spread(pairs.weight, first + p),
+        )
+        for k in range(0, size, LANES):
+            c = at + k
+            v = load(table, c) * t + load(table, c + size)
+            for power in range(2, POWERS):
+                v = v * t + load(table, c + power * size)
+            store(out, p * size + k, v * w)
 
 
 @njit(**FLAGS)
-def _radial(pairs, basis, first, count, made, value, slope):
-    """value[nl, pair] = w I_nl and slope[nl, pair] = d(w I_nl)/dr; `made` (2, pairs, nl) holds them before they are turned."""
-    two, three, four, five = basis.numbers[2], basis.numbers[3], basis.numbers[4], basis.numbers[5]
-    for p in range(count):
-        j = pairs.order[first + p]
-        t, w, step, d_weight = pairs.offset[j], pairs.weight[j], pairs.weight[j] * basis.per_step, pairs.d_weight[j]
-        c = basis.table[pairs.interval[j]]
-        v, s = made[0, p], made[1, p]
-        for k in range(c.shape[1]):
-            v[k] = ((((c[0, k] * t + c[1, k]) * t + c[2, k]) * t + c[3, k]) * t + c[4, k]) * t + c[5, k]
-        for k in range(c.shape[1]):
-            s[k] = (((five * c[0, k] * t + four * c[1, k]) * t + three * c[2, k]) * t + two * c[3, k]) * t + c[4, k]
-        for k in range(c.shape[1]):
-            s[k] = s[k] * step + v[k] * d_weight
-        for k in range(c.shape[1]):
-            v[k] *= w
-    for k in range(made.shape[2]):
-        for p in range(count):
-            value[k, p] = made[0, p, k]
-        for p in range(count):
-            slope[k, p] = made[1, p, k]
-
-
-@njit(**FLAGS)
-def _directions(pairs, angular, l_max, first, count, whole, xyz, circle, q):
-    """Of `count` pairs: xyz (3, pairs); circle[0 or 1, m] = Re or Im (x + iy)^m; q[l (l + 1) / 2 + m] = Q_lm."""
-    for p in range(count):
-        row = pairs.units[pairs.order[first + p]]
-        for k in range(3):
-            xyz[k, p] = row[k]
-    x, y, z = xyz[0], xyz[1], xyz[2]
-    for m in range(1, l_max + 1):
-        re, im, re_before, im_before = circle[0, m], circle[1, m], circle[0, m - 1], circle[1, m - 1]
-        for p in range(whole):
-            re[p] = x[p] * re_before[p] - y[p] * im_before[p]
-        for p in range(whole):
-            im[p] = x[p] * im_before[p] + y[p] * re_before[p]
-    for m in range(l_max):
-        above, a = q[(m + 1) * (m + 2) // 2 + m], angular[m + 1, m, 0] * angular[m, m, 2]
-        for p in range(whole):
-            above[p] = a * z[p]
-        for l in range(m + 2, l_max + 1):
-            a, b = angular[l, m, 0], angular[l, m, 1]
-            out, one, two = q[l * (l + 1) // 2 + m], q[l * (l - 1) // 2 + m], q[(l - 1) * (l - 2) // 2 + m]
-            for p in range(whole):
-                out[p] = a * z[p] * one[p] + b * two[p]
-
-
-@njit(**FLAGS)
-def _begun(angular, l_max, width):
-    """Room for what `_directions` makes, with the numbers in it that are the same for all pairs."""
-    degrees = l_max + 1
-    xyz, circle = np.zeros((3, width), angular.dtype), np.zeros((2, degrees, width), angular.dtype)
-    q = np.zeros((degrees * (degrees + 1) // 2 + 1, width), angular.dtype)
-    circle[0, 0] = angular[0, 0, 0]
-    for m in range(degrees):
-        q[m * (m + 1) // 2 + m] = angular[m, m, 2]
-    return xyz, circle, q
-
-
-@njit(**FLAGS)
-def _times(a, b, count, out):
-    for p in range(count):
-        out[p] = a[p] * b[p]
-
-
-@njit(**FLAGS)
-def _add(factor, a, b, count, out):
-    for p in range(count):
-        out[p] += factor * a[p] * b[p]
+def _harmonics(pairs, basis, first, count, width, out):
+    """out[lm, pair] = Y_lm of `count` pairs from `first` on."""
+    degrees = basis.l_max + 1
+    for p in range(0, count, LANES):
+        x, y, z = load(pairs.x, first + p), load(pairs.y, first + p), load(pairs.z, first + p)
+        re, im = fill(basis.one), fill(basis.zero)
+        for m in range(degrees):
+            if m:
+                re, im = x * re - y * im, x * im + y * re
+            q, before = spread(basis.angular, 2 * (m * degrees + m)), fill(basis.zero)
+            for l in range(m, degrees):
+                if l > m:
+                    k = 2 * (l * degrees + m)
+                    q, before = (spread(basis.angular, k) * z) * q + spread(basis.angular, k + 1) * before, q
+                if m:
+                    store(out, (l * l + l - m) * width + p, q * im)
+                store(out, (l * l + l + m) * width + p, q * re)
 
 
 @njit(cache=True, **FLAGS)
-def expand(lo, hi, pairs, basis, tiny, density, features, norms):
-    """Environments lo to hi: add their neighbours to `density` (environments, lm, channels), then make features and norms."""
-    degrees, like, l_max, none = basis.l_max + 1, basis.numbers, basis.l_max, np.int64(0)
-    width, n_whole = padded(pairs.widest), (basis.n_max + 3) // 4 * 4
-    radial = np.zeros((n_whole * degrees, width), like.dtype)
-    xyz, circle, q = _begun(basis.angular, l_max, width)
-    y, gram = np.zeros(width, like.dtype), np.empty((degrees, density.shape[2], density.shape[2]), like.dtype)
+def expand(lo, hi, pairs, basis, tiny, c_row, density, features, norms):
+    """Of environments lo to hi: `density` (environments, lm, c_row) in one row, features and norms."""
+    degrees, n, species, like = basis.l_max + 1, basis.n_max, basis.n_species, basis.table.dtype
+    size, width, channels = degrees * whole(n), whole(pairs.widest), n * species
+    radial, y = np.empty(pairs.widest * size, like), np.empty(degrees**2 * width, like)
+    c, gram = np.zeros(degrees**2 * c_row, like), np.empty(degrees * channels * whole(channels), like)
     for e in range(lo, hi):
-        for s in range(basis.n_species):
-            first = pairs.starts[e * basis.n_species + s]
-            count = pairs.starts[e * basis.n_species + s + 1] - first
-            if count == 0:
-                continue
-            whole = padded(count)
-            values(pairs, basis, first, count, none, radial)
-            radial[:, count:whole] = like[0]
-            _directions(pairs, basis.angular, l_max, first, count, whole, xyz, circle, q)
+        first = pairs.starts[e * species]
+        count = pairs.starts[(e + 1) * species] - first
+        _values(pairs, basis, first, count, radial)
+        _harmonics(pairs, basis, first, count, width, y)
+        # the last lanes of a species reach into the next, with zeros: before that is made
+        for s in range(species):
+            begin, end = pairs.starts[e * species + s] - first, pairs.starts[e * species + s + 1] - first
             for l in range(degrees):
-                for m in range(-l, l + 1):
-                    _times(q[l * (l + 1) // 2 + abs(m)], circle[0 if m >= 0 else 1, abs(m)], whole, y)
-                    c = density[e, l * l + l + m, s * basis.n_max : (s + 1) * basis.n_max]
-                    _project(radial, y, l, degrees, whole, basis.angular[abs(m), abs(m), 0], c)
-        norms[e] = max(tiny, _spectrum(basis, density[e], gram, features[e]))
-        inverse = like[1] / norms[e]
+                product(2 * l + 1, whole(n), end - begin, y, l * l * width + begin, width, 1,
+                        radial, begin * size + l * whole(n), size, c, l * l * c_row + s * n, c_row)  # fmt: skip
+        for k in range(n):
+            c[pairs.slots[e] * n + k] += basis.center[k]
+        for k in range(len(c)):
+            density[e * len(c) + k] = c[k]
+        norms[e] = max(tiny, _spectrum(basis, c, c_row, gram, features[e]))
+        inverse = basis.one / norms[e]
         for k in range(features.shape[1]):
             features[e, k] *= inverse
 
 
 @njit(**FLAGS)
-def _project(radial, y, l, degrees, count, factor, c):
-    """c[n] += factor Σ_p radial[nl, p] y[p], four n at a time."""
-    for n in range(0, len(c), 4):
-        r, s = radial[n * degrees + l], radial[(n + 1) * degrees + l]
-        t, u = radial[(n + 2) * degrees + l], radial[(n + 3) * degrees + l]
-        a = b = d = e = y[0] - y[0]
-        for p in range(count):
-            a += r[p] * y[p]
-            b += s[p] * y[p]
-            d += t[p] * y[p]
-            e += u[p] * y[p]
-        c[n] += factor * a
-        if n + 1 < len(c):
-            c[n + 1] += factor * b
-        if n + 2 < len(c):
-            c[n + 2] += factor * d
-        if n + 3 < len(c):
-            c[n + 3] += factor * e
-
-
-@njit(**FLAGS)
-def _spectrum(basis, c, gram, spectrum):
-    """p_ab,l of one environment; returns its norm. `gram` (l, a, b) holds Σ_m c_lma c_lmb."""
-    channels, degrees = c.shape[1], basis.l_max + 1
+def _spectrum(basis, c, c_row, gram, spectrum):
+    """p_ab,l of one environment; returns its norm. `gram` (l, a, b) holds Σ_m c_lma c_lmb, for b from the lanes of a on."""
+    channels, degrees = basis.n_max * basis.n_species, basis.l_max + 1
+    g_row = whole(channels)
     for l in range(degrees):
-        for lm in range(l * l, (l + 1) ** 2):
-            row = c[lm]
-            for a in range(channels):
-                out, factor = gram[l, a], row[a]
-                if lm == l * l:
-                    for b in range(channels):
-                        out[b] = factor * row[b]
-                else:
-                    for b in range(channels):
-                        out[b] += factor * row[b]
-    k, square = 0, basis.numbers[0]
+        for a in range(0, channels, 4):
+            product(min(4, channels - a), g_row - a, 2 * l + 1, c, l * l * c_row + a, 1, c_row,
+                    c, l * l * c_row + a, c_row, gram, (l * channels + a) * g_row + a, g_row)  # fmt: skip
+    k, square = 0, basis.zero
     for a in range(channels):
         for b in range(a, channels):
             for l in range(degrees):
-                spectrum[k] = gram[l, a, b] * basis.prefactors[k]
-                square += spectrum[k] * spectrum[k]
+                spectrum[k] = gram[(l * channels + a) * g_row + b] * basis.prefactors[k]
                 k += 1
+    for k in range(len(spectrum)):
+        square += spectrum[k] * spectrum[k]
     return np.sqrt(square)
 
 
 @njit(cache=True, **FLAGS)
-def pull_back(lo, hi, pairs, basis, density, features, norms, cotangents, out):
+def pull_back(lo, hi, pairs, basis, c_row, density, features, norms, cotangents, out):
     """Pair gradients (pairs, 3) of environments lo to hi from cotangents of their features."""
-    degrees, like, width = basis.l_max + 1, basis.numbers, padded(pairs.widest)
-    n_whole, n_nl = (basis.n_max + 7) // 8 * 8, basis.n_max * degrees
-    value, made = np.zeros((n_whole * degrees, width), like.dtype), np.zeros((2, width, n_nl), like.dtype)
-    slope = np.zeros_like(value)
-    xyz, circle, q = _begun(basis.angular, basis.l_max, width)
-    on_gram = np.empty((degrees, density.shape[2], density.shape[2]), like.dtype)
-    on_density, g = np.empty(density.shape[1:], like.dtype), np.zeros((degrees**2, n_whole), like.dtype)
-    sums = np.zeros((8, width), like.dtype)
+    degrees, n, species, like = basis.l_max + 1, basis.n_max, basis.n_species, basis.table.dtype
+    channels, full = n * species, whole(n)
+    g_row = whole(channels)
+    on_gram, on_density = np.zeros(degrees * channels * g_row, like), np.empty(degrees**2 * g_row, like)
+    radial, mixed = np.empty(degrees * full * 2 * LANES, like), np.empty(degrees**2 * 2 * LANES, like)
+    made = np.empty(3 * LANES, like)
     for e in range(lo, hi):
-        _to_density(basis, density[e], features[e], norms[e], cotangents[e], on_gram, on_density)
-        for s in range(basis.n_species):
-            first = pairs.starts[e * basis.n_species + s]
-            count = pairs.starts[e * basis.n_species + s + 1] - first
-            if count == 0:
-                continue
-            whole = padded(
-                count
-            )  # what stands behind the last pair is never read out, so it may be of another environment
-            _radial(pairs, basis, first, count, made, value, slope)
-            _directions(pairs, basis.angular, basis.l_max, first, count, whole, xyz, circle, q)
-            for l in range(degrees):
-                for m in range(-l, l + 1):
-                    factor, here = basis.angular[abs(m), abs(m), 0], on_density[l * l + l + m]
-                    for n in range(basis.n_max):
-                        g[l * l + l + m, n] = factor * here[s * basis.n_max + n]
-            _to_pairs(basis, g, whole, value, slope, circle, q, sums)
-            for p in range(count):
-                j = pairs.order[first + p]
-                inverse, u = pairs.inverse[j], pairs.units[j]
-                along = sums[0, p] * u[0] + sums[1, p] * u[1] + sums[2, p] * u[2]
-                for x in range(3):  # only what is across the pair turns it
-                    out[j, x] = inverse * (sums[x, p] - along * u[x]) + sums[3, p] * u[x]
+        _to_density(basis, density, e, c_row, features[e], norms[e], cotangents[e], on_gram, on_density)
+        for s in range(species):
+            begin, end = pairs.starts[e * species + s], pairs.starts[e * species + s + 1]
+            for p in range(begin, end, LANES):
+                _slopes(pairs, basis, p, end - 1, radial)
+                for l in range(degrees):
+                    product(2 * l + 1, 2 * LANES, n, on_density, l * l * g_row + s * n, g_row, 1,
+                            radial, l * full * 2 * LANES, 2 * LANES, mixed, l * l * 2 * LANES, 2 * LANES)  # fmt: skip
+                _to_pairs(pairs, basis, p, mixed, made)
+                for i in range(min(LANES, end - p)):
+                    for k in range(3):
+                        out[pairs.order[p + i], k] = made[k * LANES + i]
 
 
 @njit(**FLAGS)
-def _to_density(basis, c, x, norm, cotangent, on_gram, out):
-    """dE/dc of one environment from dE/dx, by way of dE/dp = (dE/dx - x (x . dE/dx)) / |p|."""
-    channels, degrees, along = c.shape[1], basis.l_max + 1, basis.numbers[0]
+def _to_density(basis, density, e, c_row, x, norm, cotangent, on_gram, out):
+    """dE/dc (lm, channels) of environment e from dE/dx, by way of dE/dp = (dE/dx - x (x . dE/dx)) / |p|."""
+    channels, degrees, along = basis.n_max * basis.n_species, basis.l_max + 1, basis.zero
+    g_row = whole(channels)
     for k in range(len(x)):
         along += x[k] * cotangent[k]
-    inverse, k = basis.numbers[1] / norm, 0
+    inverse, k = basis.one / norm, 0
     for a in range(channels):
         for b in range(a, channels):
             for l in range(degrees):
                 g = (cotangent[k] - x[k] * along) * inverse * basis.prefactors[k]
-                on_gram[l, a, b] = g if a != b else g + g
-                on_gram[l, b, a] = on_gram[l, a, b]
+                here = l * channels * g_row
+                on_gram[here + a * g_row + b] = g if a != b else g + g
+                on_gram[here + b * g_row + a] = g if a != b else g + g
                 k += 1
     for l in range(degrees):
-        for lm in range(l * l, (l + 1) ** 2):
-            here = out[lm]
-            here[:] = basis.numbers[0]
-            for a in range(channels):
-                row, factor = on_gram[l, a], c[lm, a]
-                for b in range(channels):
-                    here[b] += factor * row[b]
+        product(2 * l + 1, g_row, channels, density, (e * degrees**2 + l * l) * c_row, c_row, 1,
+                on_gram, l * channels * g_row, g_row, out, l * l * g_row, g_row)  # fmt: skip
 
 
 @njit(**FLAGS)
-def _mixed(g, l, degrees, count, rows, out):
-    """out[p] = Σ_n g[n] rows[nl, p], eight n at a time."""
-    for n in range(0, len(g), 8):
-        g0, g1, g2, g3, g4, g5, g6, g7 = g[n], g[n + 1], g[n + 2], g[n + 3], g[n + 4], g[n + 5], g[n + 6], g[n + 7]
-        k = n * degrees + l
-        a, b, c, d = rows[k], rows[k + degrees], rows[k + 2 * degrees], rows[k + 3 * degrees]
-        k += 4 * degrees
-        e, f, h, i = rows[k], rows[k + degrees], rows[k + 2 * degrees], rows[k + 3 * degrees]
-        if n == 0:
-            for p in range(count):
-                out[p] = g0 * a[p] + g1 * b[p] + g2 * c[p] + g3 * d[p] + g4 * e[p] + g5 * f[p] + g6 * h[p] + g7 * i[p]
-        else:
-            for p in range(count):
-                out[p] += g0 * a[p] + g1 * b[p] + g2 * c[p] + g3 * d[p] + g4 * e[p] + g5 * f[p] + g6 * h[p] + g7 * i[p]
+def _slopes(pairs, basis, first, last, out):
+    """out[l, n, 2 pair lanes] = w I_nl and d(w I_nl)/dr of the pairs `first` and following, up to `last`."""
+    size = (basis.l_max + 1) * whole(basis.n_max)
+    i, j, k, h = first, min(first + 1, last), min(first + 2, last), min(first + 3, last)
+    for at in range(0, size, LANES):
+        v0, s0 = _value_and_slope(pairs, basis, i, size, at)
+        v1, s1 = _value_and_slope(pairs, basis, j, size, at)
+        v2, s2 = _value_and_slope(pairs, basis, k, size, at)
+        v3, s3 = _value_and_slope(pairs, basis, h, size, at)
+        v0, v1, v2, v3 = turned(v0, v1, v2, v3)
+        s0, s1, s2, s3 = turned(s0, s1, s2, s3)
+        here = at * 2 * LANES
+        store(out, here, v0)
+        store(out, here + LANES, s0)
+        store(out, here + 2 * LANES, v1)
+        store(out, here + 3 * LANES, s1)
+        store(out, here + 4 * LANES, v2)
+        store(out, here + 5 * LANES, s2)
+        store(out, here + 6 * LANES, v3)
+        store(out, here + 7 * LANES, s3)
+
+
+@njit(forceinline=True, **FLAGS)
+def _value_and_slope(pairs, basis, pair, size, at):
+    """w I_nl and its slope of one pair, for LANES of n from `at` on."""
+    table, c, t = basis.table, pairs.interval[pair] * POWERS * size + at, spread(pairs.offset, pair)
+    slope = load(table, c)
+    value = slope * t + load(table, c + size)
+    for power in range(2, POWERS):
+        slope = slope * t + value
+        value = value * t + load(table, c + power * size)
+    w = spread(pairs.weight, pair)
+    return value * w, slope * (w * fill(basis.per_step)) + value * spread(pairs.d_weight, pair)
 
 
 @njit(**FLAGS)
-def _to_pairs(basis, g, count, value, slope, circle, q, sums):
-    """sums[:3] = Σ g R ∇Y with ∇ of the polynomials in x, y, z that Y is, and sums[3] = Σ g R' Y; g is dE/dc (lm, n)."""
-    degrees, one = basis.l_max + 1, basis.numbers[1]
-    sums[:4, :count] = basis.numbers[0]
-    mixed, on_q, on_slope, radial = sums[4], sums[5], sums[6], sums[7]
+def _to_pairs(pairs, basis, first, mixed, out):
+    """out[xyz, pair lanes] = dE/dr of the pairs `first` and following.
+
+    `mixed` (lm, 2 pair lanes) is Σ_n dE/dc_lmn of I_nl and of I'_nl; Y is a polynomial in x, y, z, whose gradient goes beyond the sphere.
+    """
+    degrees, zero = basis.l_max + 1, fill(basis.zero)
+    x, y, z, inverse = load(pairs.x, first), load(pairs.y, first), load(pairs.z, first), load(pairs.inverse, first)
+    on_x, on_y, on_z, on_r = zero, zero, zero, zero
+    re, im, re_before, im_before, order = fill(basis.one), zero, zero, zero, zero
     for m in range(degrees):
-        order = basis.angular[m, m, 1]
-        for sign in range(2 if m else 1):  # Re, Im
-            sums[5:8, :count] = basis.numbers[0]
-            for l in range(m, degrees):
-                here, polynomial = g[l * l + l + (m if sign == 0 else -m)], q[l * (l + 1) // 2 + m]
-                _mixed(here, l, degrees, count, value, mixed)
-                _add(one, polynomial, mixed, count, on_q)
-                if l > m:
-                    _add(basis.angular[l, m, 3], q[l * (l + 1) // 2 + m + 1], mixed, count, on_slope)
-                _mixed(here, l, degrees, count, slope, mixed)
-                _add(one, polynomial, mixed, count, radial)
-            _add(one, circle[sign, m], on_slope, count, sums[2])
-            _add(one, circle[sign, m], radial, count, sums[3])
-            if m:  # d(x + iy)^m = m (x + iy)^(m-1) (dx + i dy)
-                _add(order, circle[sign, m - 1], on_q, count, sums[0])
-                _add(order if sign else -order, circle[1 - sign, m - 1], on_q, count, sums[1])
+        if m:
+            re, im, re_before, im_before = x * re - y * im, x * im + y * re, re, im
+            order = order + fill(basis.one)
+        q, q_before, d, d_before = spread(basis.angular, 2 * (m * degrees + m)), zero, zero, zero
+        re_q, re_d, re_r, im_q, im_d, im_r = zero, zero, zero, zero, zero, zero
+        for l in range(m, degrees):
+            if l > m:
+                k = 2 * (l * degrees + m)
+                a, b = spread(basis.angular, k), spread(basis.angular, k + 1)
+                az = a * z
+                d, d_before = az * d + (a * q + b * d_before), d
+                q, q_before = az * q + b * q_before, q
+            plus, minus = (
+                (l * l + l + m) * 2 * LANES,
+                (l * l + l - m) * 2 * LANES,
+            )  # the same for m = 0, where im is zero
+            of_re, of_im = load(mixed, plus), load(mixed, minus)
+            re_q, re_d, re_r = re_q + q * of_re, re_d + d * of_re, re_r + q * load(mixed, plus + LANES)
+            im_q, im_d, im_r = im_q + q * of_im, im_d + d * of_im, im_r + q * load(mixed, minus + LANES)
+        on_r = on_r + re * re_r + im * im_r
+        on_z = on_z + re * re_d + im * im_d
+        # d(x + iy)^m = m (x + iy)^(m-1) (dx + i dy)
+        on_x = on_x + order * (re_before * re_q + im_before * im_q)
+        on_y = on_y + order * (re_before * im_q - im_before * re_q)
+    radial = on_r - inverse * (on_x * x + on_y * y + on_z * z)  # only what is across the pair turns it
+    store(out, 0, inverse * on_x + radial * x)
+    store(out, LANES, inverse * on_y + radial * y)
+    store(out, 2 * LANES, inverse * on_z + radial * z)
