@@ -19,11 +19,8 @@ from gpmlp.variances import VARIANCES
 FEWEST = 20  # structures; of fewer none is set aside
 TELLING = 10  # structures that are set aside at least,
 LARGEST_SHARE = 1 / 3  # up to that share
-NOTHING = {
-    "forces": 1e-6,
-    "stresses": 1e-8,
-    "energies": 0.0,
-}  # eV/A, eV/A^3: labels and predictions that symmetry makes zero
+# eV/A, eV/A^3: below it, labels and predictions are zero by symmetry
+NOTHING = {"forces": 1e-6, "stresses": 1e-8, "energies": 0.0}
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
 FEW = 30  # from which the constant part is weighed against the others for a kind of its own
 LEAST = 1e-6  # weight of the constant part, a thousandth of its std: where symmetry leaves nothing else, labels are still not exact
