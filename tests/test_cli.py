@@ -116,7 +116,9 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     atoms.write(other, [*held, copper(300), copper(301)])
 
     status, _, err = gpmlp("evaluate", model, other, "--no-variance")
-    assert status == 0 and "other.xyz: 8 of 10 structures are among those from which this model" in " ".join(err.split())
+    assert status == 0 and "other.xyz: 8 of 10 structures are among those from which this model" in " ".join(
+        err.split()
+    )
     monkeypatch.setattr("gpmlp.report.figures.draw", lambda *_, **__: Picture(b"<svg/>", b"", "a figure", 1.0))
     assert gpmlp("report", model, other, "-o", tmp_path / "report")[0] == 0
     record = json.loads((tmp_path / "report" / "report.json").read_text())

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import ase.build
 import pytest
 import torch
+from ase import Atoms
+from conftest import copper, labelled
 from systems import cluster
 
 import gpmlp
 from gpmlp import held_out
 from gpmlp.fit import fit
+from gpmlp.io.atoms import from_ase
 from gpmlp.quantities import Prediction, Targets, Variance
 from gpmlp.recipe import CalibrationRecipe, Recipe
 from gpmlp.structures import Structures
@@ -20,6 +24,13 @@ from gpmlp.uncertainty import label_noise
 SMALL = {"descriptor": {"cutoff": 4.0, "n_max": 4, "l_max": 2}, "inducing": {"n": 30, "gradients": 0}}
 BARE = {"calibration": False, "novelty": False, "variance": False, "baseline": {"zbl": False, "isolated_atoms": "none"}}
 NOISE = {"energies": 1e-3, "forces": 0.02, "stresses": 5e-4}
+
+
+def strained(scale: float) -> Atoms:
+    """A perfect cubic cell of copper."""
+    frame = ase.build.bulk("Cu", cubic=True)
+    frame.set_cell(scale * frame.cell.array, scale_atoms=True)
+    return labelled(frame)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +44,40 @@ def many(labels: list[str], atoms: int = 2) -> tuple[Structures, Targets]:
 
 
 def test_every_config_type_gives_its_share():
-    structures, targets = many(["a"] * 40 + ["b"] * 20 + ["isolated_atom"])
+    structures, targets = many(["a"] * 80 + ["b"] * 40 + ["isolated_atom"])
     kept, held = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.1), 0)
-    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(61))
-    assert sum(i < 40 for i in held.tolist()) == 4 and sum(40 <= i < 60 for i in held.tolist()) == 2
-    assert 60 in kept.tolist()
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(121))
+    assert sum(i < 80 for i in held.tolist()) == 8 and sum(80 <= i < 120 for i in held.tolist()) == 4
+    assert 120 in kept.tolist()
     again = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.1), 0)[1]
     other = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.1), 1)[1]
     assert torch.equal(held, again) and not torch.equal(held, other)
+
+
+def test_rare_config_types_take_their_turn():
+    """Of thirty kinds of four structures each, twelve give one, and which do is left to chance."""
+    structures, targets = many([f"kind {i // 4}" for i in range(120)])
+    draws = [held_out.choose(structures, targets, CalibrationRecipe(fraction=0.1), seed)[1] for seed in range(20)]
+    assert all(len(held) == 12 == len({i // 4 for i in held.tolist()}) for held in draws)
+    assert len({i // 4 for held in draws for i in held.tolist()}) == 30
+
+
+@pytest.mark.parametrize("n, held", [(24, 8), (60, 10), (200, 20)])
+def test_ten_structures_at_least_up_to_a_third(n, held):
+    assert len(held_out.choose(*many(["a"] * n), CalibrationRecipe(), 0)[1]) == held
+
+
+def test_forces_that_vanish_calibrate_nothing():
+    """Strained perfect crystals: forces are zero by symmetry, and that says nothing of how large errors of others are."""
+    structures, targets = from_ase([strained(1 + 0.002 * i) for i in range(24)])
+    potential, report = fit(structures, targets, Recipe.model_validate({"inducing": {"n": 8, "gradients": 2}}))
+    assert potential.calibration.kinds["forces"].n == 0 and potential.calibration.spread is None
+    assert any("Error bars of forces are not calibrated" in text for text in report.warnings)
+    assert not any("Misspecification" in text for text in report.warnings)
+    moved, known = from_ase([copper(seed) for seed in range(4)])
+    prediction = potential(moved, variance="forces")
+    std = prediction.forces_variance.total.sqrt()
+    assert ((prediction.forces - known.forces).abs() < 1.645 * std).double().mean() > 0.9
 
 
 def test_no_more_atoms_than_asked():
@@ -60,7 +97,7 @@ def test_what_was_set_aside_is_learned_from_too(silicon):
     some = list(range(0, 120, 2))
     data = structures.select(some), targets.select(structures, some)
     potential, report = fit(*data, Recipe.model_validate(SMALL))
-    assert report.held_out == 6 == potential.calibration.source["held_out_structures"]
+    assert report.held_out == 10 == potential.calibration.source["held_out_structures"]
     assert report.rows["forces"] == 3 * data[0].n_atoms and report.rows["energies"] == 60
 
 

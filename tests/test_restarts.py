@@ -73,9 +73,9 @@ def test_settled_noises_do_not_depend_on_the_last_digits_of_the_data():
 
 def test_settling_leaves_what_is_at_a_bound():
     """Labels without any noise: it ends at its lower bound, and the signal is settled beside it."""
-    data, blocks = statistics(seed=3, signal=300.0, noise=0.0, n=200), torch.zeros(COLUMNS, dtype=torch.long)
+    data, blocks = statistics(seed=3, signal=0.3, noise=0.0, n=200), torch.zeros(COLUMNS, dtype=torch.long)
     parameters = hyperparameters()
     result = evidence.optimise(data, parameters, blocks, settle=True)
     assert [at.name for at in result.at_bound] == ["forces"]
     _, slopes = evidence.negative_log_posterior(data, parameters, blocks)
-    assert abs(slopes["signal"].item()) < 1e-5 < slopes["forces"].item()  # and its noise would be less if it could
+    assert abs(slopes["signal"].item()) < 1e-3 < slopes["forces"].item()  # and its noise would be less if it could

@@ -237,6 +237,7 @@ def _labels(
             ask = asks.get(event["walker"], {})
             severity = ask.get("severity", float("nan")) if "force error" in ask.get("reason", "") else float("nan")
             w, at = event["walker"], event["step"]
+            asked = ask.get("force_limit") or before  # it may have changed since the label before
             found.append(
                 Labelling(
                     number=len(found) + 1,
@@ -248,8 +249,8 @@ def _labels(
                     time_ps=_time_ps(entry),
                     temperature_K=temperatures.get((w, at), float("nan")),
                     made=made,
-                    bound=severity * before,
-                    limit=before,
+                    bound=severity * asked,
+                    limit=asked,
                     species=entry.structure.species.numpy() if entry else np.zeros(0, int),
                     columns=event["columns"],
                     foretold=_foretold(event.get("foreseen")),
@@ -369,7 +370,7 @@ def _report_of_labels(folder: Path, entries: dict[str, Entry], potential: Potent
     targets = Targets.concatenate([e.targets for e in entries.values()])
     with torch.no_grad():
         found = evaluation.evaluate(potential, structures, targets)
-    about = "model.gpmlp", "labels.xyz", versions.of("gpmlp"), True
+    about = "model.gpmlp", "labels.xyz", versions.of("gpmlp"), provenance.Known(True, 0)
     data = reporting.collect(potential, structures, targets, found, *about)
     build_model_page(data, folder / "report" / "model", atomic)
     return True

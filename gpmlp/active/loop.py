@@ -287,7 +287,7 @@ class _Run:
         else:
             self.trail.log(
                 "ask", walker=i, step=now.walker.step, action=decision.action, reason=decision.reason,
-                severity=decision.severity, atoms=list(decision.atoms),
+                severity=decision.severity, force_limit=self.limits.force, atoms=list(decision.atoms),
             )  # fmt: skip
         mind = mind.following(now, self.recipe, self.starts, self.progress.round)
         self.progress = self.progress.with_mind(i, mind)
