@@ -5,4 +5,4 @@ set -eu
 cd "$(dirname "$0")"
 EXTRAS="[test]"
 . ./install.sh
-exec "$VENV/bin/pytest" "$@"
+exec "$VENV/bin/pytest" -n logical --maxprocesses 4 --dist loadfile "$@"

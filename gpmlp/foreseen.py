@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from scipy.special import chdtri
 from torch import Tensor
 
 from gpmlp import held_out
 from gpmlp.quantities import Prediction, Targets
 from gpmlp.structures import Structures
-from gpmlp.uncertainty.calibration import Calibration, KindCalibration
+from gpmlp.uncertainty.calibration import Calibration
 
 FEWEST = 8  # latest structures, at least, whose predictions are kept,
 COMPONENTS = 1000  # and force components that they have together: older predictions are of models that knew less
 CONFIDENCE = 0.9  # that the standard deviations are not too small: of few structures their size is not known well
-SUPPOSED = 2.0  # structures whose errors are taken to belong together entirely
 HOW = "predicted before they were learned from, in the order in which they came (prequential)"
 
 
@@ -55,7 +53,7 @@ def calibration(foreseen: Sequence[Foreseen]) -> Calibration:
     learned = held_out.learn(prediction, structures, targets, HOW)
     kinds = {}
     for name, kind in learned.kinds.items():
-        squares = _squares(name, kind, structures, targets, prediction) if kind.n else ()
+        squares = held_out.squares(name, kind, structures, targets, prediction) if kind.n else ()
         kinds[name] = kind.widened(few(squares)) if len(squares) else kind
     return replace(learned, kinds=kinds)
 
@@ -63,31 +61,12 @@ def calibration(foreseen: Sequence[Foreseen]) -> Calibration:
 def few(squares: Tensor) -> float:
     """Factor on a standard deviation, so that with CONFIDENCE it is not too small for what so few structures told of it.
 
-    Errors of one structure belong together; how much so is seen from how much (error/σ)² differs between structures. With v its
-    relative variance, their mean is distributed as χ²_ν/ν with ν = 2 n / v (Satterthwaite, Biometrics Bull. 2, 110 (1946)), so the true
-    variance is less than ν/χ²_ν(1 - CONFIDENCE) times what was found (Pearson & Hartley, Biometrika Tables I, section 4). To v come
-    SUPPOSED structures that differ as squares of single normal numbers do, 2: a few that happen to agree are no proof.
+    The true variance is less than ν/χ²_ν(1 - CONFIDENCE) times what was found (Pearson & Hartley, Biometrika Tables I, section 4).
 
     Args:
         squares: (n,) mean (error/σ)² of each structure.
     """
-    n, mean = len(squares), squares.mean()
-    if not mean > 0:
+    if not squares.mean() > 0:
         return 1.0
-    differences = (squares / mean - 1).square().sum()
-    freedom = 2 * n / float((differences + 2 * SUPPOSED) / (n - 1 + SUPPOSED))
+    freedom = held_out.freedom(squares)
     return float((freedom / chdtri(freedom, CONFIDENCE)) ** 0.5)
-
-
-def _squares(
-    name: str, kind: KindCalibration, structures: Structures, targets: Targets, prediction: Prediction
-) -> Tensor:
-    """(n,) mean squares of calibrated errors of a kind, of structures with a label of it."""
-    errors, parts, _ = held_out.residuals(name, structures, targets, prediction)
-    owner = structures.structure_of_atom if name == "forces" else torch.arange(len(structures))
-    owner = owner.to(errors.device).repeat_interleave(len(errors) // len(owner))
-    known = errors.isfinite() & parts.isfinite().all(1)
-    squares = (errors[known].square() / kind.variance(parts[known]).clamp_min(kind.floor**2)).double()
-    counts = torch.zeros(len(structures)).to(squares).index_add(0, owner[known], torch.ones_like(squares))
-    sums = torch.zeros_like(counts).index_add(0, owner[known], squares)
-    return (sums / counts)[counts > 0]

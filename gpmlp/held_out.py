@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -13,12 +14,14 @@ from gpmlp.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.recipe import CalibrationRecipe
 from gpmlp.rescaling import rescaled, widened
 from gpmlp.structures import Structures
-from gpmlp.uncertainty.calibration import Calibration, weigh
+from gpmlp.uncertainty.calibration import Calibration, KindCalibration, weigh
 from gpmlp.variances import VARIANCES
 
 FEWEST = 20  # structures; of fewer none is set aside
 TELLING = 10  # structures that are set aside at least,
 LARGEST_SHARE = 1 / 3  # up to that share
+SUPPOSED = 2.0  # structures whose errors are taken to belong together entirely
+LEAST_FREEDOM = 3.0  # below it a new error would have no variance
 # eV/A, eV/A^3: below it, labels and predictions are zero by symmetry
 NOTHING = {"forces": 1e-6, "stresses": 1e-8, "energies": 0.0}
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
@@ -71,15 +74,52 @@ def _keep_every_species(structures: Structures, held: Tensor) -> None:
 
 
 def calibrate(potential: Potential, structures: Structures, targets: Targets) -> Calibration:
-    """Learn a Calibration from structures that the potential has not seen."""
+    """Learn a Calibration from structures that the potential has not seen.
+
+    Of TELLING structures or fewer, standard deviations and intervals are larger by √(ν / (ν - 2)): what so few say of a variance is
+    uncertain itself, and a new error is distributed as Student's t.
+    """
     novelty = potential.novelty is not None
     raw = potential(structures, variance=VARIANCES, novelty=novelty, calibrated=False)
-    return learn(
-        raw,
-        structures,
-        targets,
-        "set aside from the training set, at random within each config_type; learned from afterwards",
-    )
+    how = "set aside from the training set, at random within each config_type; learned from afterwards"
+    learned = learn(raw, structures, targets, how)
+    if len(structures) > TELLING:
+        return learned
+    seen = raw if learned.typical_novelty is None else widened(raw, structures, learned.typical_novelty)
+    kinds = {}
+    for name, kind in learned.kinds.items():
+        n = freedom(squares(name, kind, structures, targets, seen)) if kind.n else math.inf
+        kinds[name] = kind.scaled((max(n, LEAST_FREEDOM) / (max(n, LEAST_FREEDOM) - 2)) ** 0.5) if kind.n else kind
+    return replace(learned, kinds=kinds)
+
+
+def freedom(squares: Tensor) -> float:
+    """ν, as how many normal numbers structures tell a variance.
+
+    Errors of one structure belong together; how much so is seen from how much (error/σ)² differs between structures. With v its
+    relative variance, their mean is distributed as χ²_ν/ν with ν = 2 n / v (Satterthwaite, Biometrics Bull. 2, 110 (1946)). To v come
+    SUPPOSED structures that differ as squares of single normal numbers do, 2: a few that happen to agree are no proof.
+
+    Args:
+        squares: (n,) mean (error/σ)² of each structure.
+    """
+    n = len(squares)
+    differences = (squares / squares.mean() - 1).square().sum()
+    return 2 * n / float((differences + 2 * SUPPOSED) / (n - 1 + SUPPOSED))
+
+
+def squares(
+    name: str, kind: KindCalibration, structures: Structures, targets: Targets, prediction: Prediction
+) -> Tensor:
+    """(n,) mean squares of calibrated errors of a kind, of structures with a label of it."""
+    errors, parts, _ = residuals(name, structures, targets, prediction)
+    owner = structures.structure_of_atom if name == "forces" else torch.arange(len(structures))
+    owner = owner.to(errors.device).repeat_interleave(len(errors) // len(owner))
+    known = errors.isfinite() & parts.isfinite().all(1)
+    found = (errors[known].square() / kind.variance(parts[known]).clamp_min(kind.floor**2)).double()
+    counts = torch.zeros(len(structures)).to(found).index_add(0, owner[known], torch.ones_like(found))
+    sums = torch.zeros_like(counts).index_add(0, owner[known], found)
+    return (sums / counts)[counts > 0]
 
 
 def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -> Calibration:

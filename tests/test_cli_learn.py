@@ -61,7 +61,10 @@ def test_a_run_and_going_on(recipe, capsys):
     model = recipe.parent / "out" / "model.gpmlp"
     assert cli.main(["info", str(model)]) == 0
     about = words(capsys.readouterr().out)
-    assert re.search(r"data \d+ labels of emt, learned on the fly made by gpmlp", about) and "columns" in about
+    assert (
+        re.search(r"data \d+ labels of emt, learned on the fly (calibrated on .*)?made by gpmlp", about)
+        and "columns" in about
+    )
     lines = said.err.splitlines()
     assert lines[:3] == [f"label {k}: first structure {k} of 3" for k in (1, 2, 3)]
     names = {path.name for path in (recipe.parent / "out").iterdir()}

@@ -55,6 +55,11 @@ class KindCalibration:
         edges = tuple(factor * e for e in self.edges)
         return replace(self, scale=factor * self.scale, multipliers=rows, edges=edges, floor=factor * self.floor)
 
+    def scaled(self, factor: float) -> KindCalibration:
+        """With standard deviations and intervals larger by a factor."""
+        edges = tuple(factor * e for e in self.edges)
+        return replace(self, scale=factor * self.scale, edges=edges, floor=factor * self.floor)
+
     @staticmethod
     def identity() -> KindCalibration:
         """Return what changes nothing: scale 1 and Gaussian intervals."""
