@@ -238,6 +238,9 @@ def test_missing_empty_and_unreadable_files(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         atoms.read(tmp_path)
     (tmp_path / "empty.xyz").touch()
+    (tmp_path / "m.gpmlp").write_bytes(b"tensors")
+    with pytest.raises(UserError, match="m.gpmlp: is a model file"):
+        atoms.read(tmp_path / "m.gpmlp")
     with pytest.raises(UserError, match="empty.xyz: is empty"):
         atoms.read(tmp_path / "empty.xyz")
     (tmp_path / "blank.xyz").write_text("\n\n")

@@ -85,6 +85,8 @@ def read_frames(path: str | os.PathLike[str], index: str | int | slice = ":") ->
         raise UserError(f"{path}: there is no such file.")
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(f"{path}: is empty.")
+    if path.suffix == ".gpmlp":
+        raise UserError(f"{path}: is a model file by its name; give a file of structures, as train.xyz.")
     frames: list[Atoms] = []
     try:
         if path.suffix in (".xyz", ".extxyz") and (problem := xyz.scan(path).problem):
