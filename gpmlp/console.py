@@ -263,6 +263,7 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         *([("calibrated on", calibrated_on(aside))] if aside else []),
         ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
         ("units", content["units"]),
+        *(("warning", text) for text in header.get("report", {}).get("warnings", ())),
         ("recipe", yaml.safe_dump(plain(header["recipe"]), sort_keys=False).rstrip()),
     ]
     return pairs_table("Model", pairs)

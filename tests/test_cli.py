@@ -105,7 +105,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     frames = [copper(100 + seed) for seed in range(24)]
     model, train, other = tmp_path / "m.gpmlp", tmp_path / "train.xyz", tmp_path / "other.xyz"
     atoms.write(train, frames)
-    assert gpmlp("fit", train, *QUICK, "-o", model)[0] == 0
+    assert gpmlp("fit", train, *QUICK, "--set", "noise.energy_per_atom.bounds=[0.5,0.9]", "-o", model)[0] == 0
     source = archive.read_header(model)["header"]["calibration"]["source"]
     assert source["held_out_structures"] == len(source["fingerprints"]) == 8
     numbers = [int(name.split("frame ")[1]) for name in source["names"]]
@@ -130,6 +130,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     assert status == 0 and "are among those" not in err
     said = " ".join(gpmlp("info", model)[1].split())
     digest = hashlib.sha256("".join(source["fingerprints"]).encode()).hexdigest()[:12]
+    assert "warning noise.energy_per_atom ended at 0.5 eV/atom, the lower bound" in said
     assert "calibrated on 8 structures, 32 atoms, set aside" in said and f"(sha256 of all {digest})" in said
 
 
