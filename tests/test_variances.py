@@ -234,7 +234,7 @@ def test_calibration_scales_and_can_be_left_out(silicon):
     torch.testing.assert_close(ready.forces_variance.total, expected)
     assert data > 1  # the data part is left as it is, and what exceeds it is misspecification
     torch.testing.assert_close(ready.forces_variance.data, raw.forces_variance.data)
-    assert potential.calibration.source["held_out_structures"] == 9
+    assert potential.calibration.source["held_out_structures"] == 10
 
 
 def test_archive_keeps_variances(silicon, tmp_path):
@@ -279,7 +279,7 @@ def test_unknown_labels_are_no_obstacle():
     potential, _ = fit(structures, energies, Recipe(inducing={"n": 30, "gradients": 0}))
     found = potential(structures.select([1]), variance="all")
     assert (found.forces_variance.total > 0).all()
-    assert potential.calibration.kinds["energies"].n == 7
+    assert potential.calibration.kinds["energies"].n == 10
     assert potential.calibration.kinds["forces"].n == 0
 
 

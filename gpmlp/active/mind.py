@@ -81,7 +81,8 @@ class Mind:
             start = starts[self.walker.number % len(starts)]
             begun = Walker.begin(self.walker.number, start, recipe.dynamics, recipe.seed + 104729 * restarts)
             back = replace(begun, step=self.trusted.step)
-        return replace(self, walker=back, trusted=back, setbacks=setbacks, restarts=restarts)
+        since = min(self.labelled_at, back.step)  # what is walked again is after the label
+        return replace(self, walker=back, trusted=back, setbacks=setbacks, restarts=restarts, labelled_at=since)
 
     def answered(self) -> Mind:
         """Without its question."""
