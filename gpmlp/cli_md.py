@@ -97,19 +97,24 @@ def md(
             stages("dynamics", state.step, settings.steps, note)
     if state is None:
         console.message("note", f"{output}: step {steps} is reached already; raise --steps to go on.")
-    else:
-        if not first.pbc.any():
-            cell = "has a cell, but pbc is F F F" if first.cell.any() else "has no cell"
-            console.message(
-                "note",
-                f"{start} {cell}: its atoms moved in empty space, without stress or pressure; nve and nvt are what is possible. "
-                "Set pbc if it was meant to be periodic.",
-            )
-        console.output().print(
-            f"step {state.step}: {note.split(', ', 1)[1]}; wrote {output}", soft_wrap=True, markup=False
-        )
-        if largest.force[0] > -math.inf:
-            console.output().print(largest.said(), soft_wrap=True, markup=False)
+        return
+    if not first.pbc.any():
+        _tell_of_empty_space(start, bool(first.cell.any()))
+    console.output().print(f"step {state.step}: {note.split(', ', 1)[1]}; wrote {output}", soft_wrap=True, markup=False)
+    if largest.force[0] > -math.inf:
+        console.output().print(largest.said(), soft_wrap=True, markup=False)
+
+
+def _tell_of_empty_space(start: Path, has_cell: bool) -> None:
+    """What a start without periodicity means."""
+    from gpmlp import console
+
+    cell = "has a cell, but pbc is F F F" if has_cell else "has no cell"
+    console.message(
+        "note",
+        f"{start} {cell}: its atoms moved in empty space, without stress or pressure; nve and nvt are what is possible. "
+        "Set pbc if it was meant to be periodic.",
+    )
 
 
 def _doubt(state: State) -> str:

@@ -52,8 +52,7 @@ class KindCalibration:
     def widened(self, factor: float) -> KindCalibration:
         """With standard deviations larger by a factor, and the same intervals."""
         rows = {name: tuple(m / factor for m in row) for name, row in self.multipliers.items()}
-        edges = tuple(factor * e for e in self.edges)
-        return replace(self, scale=factor * self.scale, multipliers=rows, edges=edges, floor=factor * self.floor)
+        return replace(self.scaled(factor), multipliers=rows)
 
     def scaled(self, factor: float) -> KindCalibration:
         """With standard deviations and intervals larger by a factor."""
