@@ -276,14 +276,14 @@ def record(k: int, walker: int = 0, **others: object) -> Record:
 
 
 def test_typical_forces_are_those_of_the_hottest_dynamics():
-    """From the latest frames, scaled with the temperature; from labels while there are too few frames."""
+    """From the latest half of the frames, scaled with the temperature; from labels while there are too few frames."""
     dynamics, history = DynamicsRecipe(temperature_K=[300, 1200]), History()
     labels = SimpleNamespace(forces=torch.tensor([[3.0, 3.0, math.nan]]))
     assert typical_force(history, dynamics, labels) == pytest.approx(3.0)
     for k in range(200):
-        history = history.append(record(k, force_rms=9.0 if k < 150 else 0.5))
+        history = history.append(record(k, force_rms=9.0 if k < 100 else 0.5))
     assert typical_force(history, dynamics, labels) == pytest.approx(1.0)  # 0.5 at 300 K
-    for k in range(200, 250):
+    for k in range(200, 400):
         history = history.append(record(k, force_rms=0.5, target_temperature_K=math.nan))  # nve
     assert typical_force(history, dynamics, labels) == pytest.approx(0.5)
 
@@ -439,6 +439,11 @@ def test_each_criterion_stands_in_the_way():
     off = StopRecipe(observable=False, coverage=False)
     assert judge(filled(800, **cases["coverage"]), off).stop
     assert judge(filled(800, **cases["observable energy"]), off).stop
+
+
+def test_a_threshold_that_follows_the_forces_is_no_trend():
+    """`auto` comes and goes with the rms force of the dynamics by a tenth or two; what is not known does not."""
+    assert judge(filled(800, threshold=lambda k: 0.2 - 0.05 * k / 800)).converged
 
 
 def test_a_recent_label_begins_anew(learned):

@@ -13,7 +13,7 @@ from gpmlp.active.walker import Look
 from gpmlp.quantities import Targets
 
 NAN = math.nan
-RECENT, FEWEST = 50, 5  # frames that say what forces are typical
+RECENT, FEWEST = 50, 5  # frames that say what forces are typical: the latest half, RECENT at least; labels until there are FEWEST
 
 
 def of(
@@ -47,7 +47,7 @@ def of(
 
 
 def typical_force(history: History, dynamics: DynamicsRecipe, labels: Targets) -> float:
-    """Rms force component that the dynamics will come to at its hottest, eV/A: from the latest frames, from labels where these are too few.
+    """Rms force component that the dynamics will come to at its hottest, eV/A: from the latest half of the frames, from labels where these are too few.
 
     Squares of forces are taken in proportion to the temperature, as in a harmonic crystal. Labels would not do for long: structures
     made by random displacements have forces two to three times as large.
@@ -55,8 +55,9 @@ def typical_force(history: History, dynamics: DynamicsRecipe, labels: Targets) -
     if len(history) < FEWEST:
         known = labels.forces[labels.forces.isfinite()]
         return float(known.square().mean().sqrt())
-    squares = history.column("force_rms")[-RECENT:].astype(float) ** 2
-    target = history.column("target_temperature_K")[-RECENT:].astype(float)
+    latest = slice(-max(RECENT, len(history) // 2), None)
+    squares = history.column("force_rms")[latest].astype(float) ** 2
+    target = history.column("target_temperature_K")[latest].astype(float)
     known = np.isfinite(target) & (target > 0)
     squares[known] *= dynamics.highest_K / target[known]
     return float(np.sqrt(squares.mean()))

@@ -282,11 +282,14 @@ def ensemble(recent: Window, recipe: StopRecipe = StopRecipe()) -> Criterion:  #
 
 
 def plateau_of(recent: Window, recipe: PlateauRecipe = PlateauRecipe()) -> Criterion:  # noqa: B008
-    """`stop_criteria.plateau` of a window; uncertainties over the threshold of the trigger, where there is one."""
-    threshold = [np.where(np.isnan(t), 1.0, t) for t in recent.series("threshold")]
-    largest, median = (
-        [s / t for s, t in zip(recent.series(name), threshold, strict=True)] for name in ("sigma_max", "sigma_median")
-    )
+    """`stop_criteria.plateau` of a window; uncertainties over the middle threshold of the trigger, where there is one.
+
+    Not over that of each frame: a threshold that follows the forces of the dynamics would pass its own ups and downs on.
+    """
+    limits = np.concatenate(recent.series("threshold")) if recent.frames else np.zeros(0)
+    limits = limits[~np.isnan(limits)]
+    unit = float(np.median(limits)) if len(limits) else 1.0
+    largest, median = ([s / unit for s in recent.series(name)] for name in ("sigma_max", "sigma_median"))
     times = [_increasing(s) for s in recent.series("step")]
     return plateau(largest, median, times, recent.label_steps, recent.steps, recipe)
 
