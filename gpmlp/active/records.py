@@ -47,7 +47,7 @@ def of(
 
 
 def typical_force(history: History, dynamics: DynamicsRecipe, labels: Targets) -> float:
-    """Rms force component that the dynamics will come to at its hottest, eV/A: from the latest half of the frames, from labels where these are too few.
+    """Rms force component that the dynamics will come to at its hottest, eV/A: from the latest half of the frames; from labels at first.
 
     Squares of forces are taken in proportion to the temperature, as in a harmonic crystal. Labels would not do for long: structures
     made by random displacements have forces two to three times as large.
