@@ -18,7 +18,7 @@ from gpmlp.regression import Model
 from gpmlp.structures import Structures
 from gpmlp.terms import View
 
-KEPT_BYTES = 1 << 30  # of Jacobians kept with all batches of a model; those of more are made again for each pass
+KEPT_BYTES = 2 << 30  # of Jacobians kept with all batches of a model; those of more are made again for each pass
 
 
 @dataclass(frozen=True, eq=False)

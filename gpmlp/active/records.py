@@ -13,7 +13,10 @@ from gpmlp.active.walker import Look
 from gpmlp.quantities import Targets
 
 NAN = math.nan
-RECENT, FEWEST = 50, 5  # frames that say what forces are typical: the latest half, RECENT at least; labels until there are FEWEST
+RECENT, FEWEST = (
+    50,
+    5,
+)  # frames that say what forces are typical: the latest half, RECENT at least; labels until there are FEWEST
 
 
 def of(

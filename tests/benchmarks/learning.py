@@ -82,7 +82,9 @@ CASES = {
         {"calculator": "stillinger-weber", "executor": "inline"},
         {"temperature_K": [300, 2500], "timestep_fs": 2.0, "ramp_steps": 8000, "steps": 30_000},
     ),
-    "ethanol": lambda: Case(ase.build.molecule("CH3CH2OH"), XTB, {"temperature_K": 500, "timestep_fs": 0.5, "steps": 60_000}, 700),
+    "ethanol": lambda: Case(
+        ase.build.molecule("CH3CH2OH"), XTB, {"temperature_K": 500, "timestep_fs": 0.5, "steps": 60_000}, 700
+    ),
     "water": lambda: Case(_waters(), XTB, {"temperature_K": 300, "timestep_fs": 0.5, "steps": 60_000}, 700),
 }
 
