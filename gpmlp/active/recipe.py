@@ -94,7 +94,7 @@ class TriggerRecipe(_Section):
     local_energy: Positive | None = None
     novelty: Positive | None = 1.5
     halt: Annotated[float, Field(gt=1)] = 4.0
-    every: Count = 40
+    every: Count = 60
     watch: Count = 4
     cooldown: Annotated[int, Field(ge=0)] = 20
     hysteresis: Annotated[float, Field(ge=1)] = 1.25

@@ -4,17 +4,21 @@
 
 Every case is one recipe (start, oracle, dynamics; all else as it is by default) and is run once for each seed. Models are tested on
 forces of an independent trajectory of the oracle with the same protocol; rivals are fitted to as many frames of another such
-trajectory, drawn at random or evenly spaced, and to ten times as many. Missed: frames of the run, whatever was looked at there, that
-were not labelled although the true error of some atom's force was above the limit that held. False: labels for which it was below.
+trajectory, drawn at random or evenly spaced, and to ten times as many. Missed: steps of the run, drawn at random and whether looked at or
+not, that were not labelled although the true error of some atom's force was above the limit that held. False: labels for which it was
+below.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +41,7 @@ from gpmlp.io.recipes import load_as
 
 TIMES = 10  # as many labels in the large rival
 TESTS = 100  # frames of the test trajectory
+SAMPLES = 2000  # steps of a run, as long as it may be, that are looked at by the oracle
 
 
 @dataclass(frozen=True)
@@ -134,9 +139,40 @@ def force_errors(potential, data) -> dict[str, float]:
     }
 
 
-def missed(folder: Path, case: Case) -> dict[str, float]:
-    """Share of the thinned frames, all steps alike, that were not labelled although an error was above the limit that held then, and
-    of labels asked for by the trigger that were not needed; each with its number of cases."""
+@dataclass(frozen=True)
+class Step:
+    """A step of the run as the dynamics had it, with forces as predicted."""
+
+    walker: int
+    step: int
+    positions: np.ndarray
+    cell: np.ndarray
+    forces: np.ndarray
+
+
+@contextmanager
+def sampled(share: float, seed: int) -> Iterator[list[Step]]:
+    """Keep that share of all steps that walkers make meanwhile, drawn at random."""
+    rng, kept, calculate = np.random.default_rng(seed), [], walker.Watched.calculate
+
+    def keeping(self: walker.Watched, atoms: Atoms | None = None, *others: object) -> None:
+        calculate(self, atoms, *others)
+        self.made = getattr(self, "made", 0) + 1
+        if rng.random() < share:
+            number, first = (int(k) for k in re.match(r"walker (\d+), step (\d+)", self.label_in_errors).groups())
+            about = self.atoms.positions.copy(), self.atoms.cell.array.copy(), self.results["forces"].copy()
+            kept.append(Step(number, first + self.made, *about))
+
+    walker.Watched.calculate = keeping
+    try:
+        yield kept
+    finally:
+        walker.Watched.calculate = calculate
+
+
+def missed(folder: Path, case: Case, steps: Sequence[Step]) -> dict[str, float]:
+    """Share of the steps that were not labelled although an error was above the limit that held then, and of labels asked for by the
+    trigger that were not needed; each with its number of cases."""
     limits, asked, needed = defaultdict(list), set(), []
     for line in (folder / "log.jsonl").read_text().splitlines():
         event = json.loads(line)
@@ -147,17 +183,17 @@ def missed(folder: Path, case: Case) -> dict[str, float]:
         if event["event"] == "learned" and (event.get("foreseen") or {}).get("largest_error") is not None:
             needed.append(event["foreseen"]["largest_error"] > limits[event["walker"]][-1][1])
     calculator = calculators.build(case.oracle["calculator"], case.oracle.get("kwargs", {}), folder)
-    frames, over = ase.io.read(folder / "trajectory.xyz", ":"), []
-    for frame in frames:
-        place = frame.info["walker"], frame.info["step"]
-        if place in asked:
+    atoms, over = case.start.copy(), []
+    atoms.set_constraint()
+    atoms.calc = calculator
+    for one in steps:
+        if (one.walker, one.step) in asked:
             continue
-        said = frame.get_forces(apply_constraint=False)
-        frame.set_constraint()
-        frame.calc = calculator
-        error = np.linalg.norm(said - frame.get_forces(), axis=1).max()
+        atoms.set_cell(one.cell)
+        atoms.positions = one.positions
+        error = np.linalg.norm(one.forces - atoms.get_forces(), axis=1).max()
         over.append(
-            bool(error > next((limit for step, limit in reversed(limits[place[0]]) if step <= place[1]), np.inf))
+            bool(error > next((limit for step, limit in reversed(limits[one.walker]) if step <= one.step), np.inf))
         )
     return {
         "frames": len(over), "missed": float(np.mean(over)) if over else float("nan"), "asks": len(needed),
@@ -175,14 +211,15 @@ def run(name: str, seed: int, work: Path, options: argparse.Namespace) -> dict:
     (folder / f"recipe{seed}.yaml").write_text(json.dumps(made | {"output": f"run{seed}"}))
     recipe = load_as(LearnRecipe, folder / f"recipe{seed}.yaml", options.settings)
     start = time.perf_counter()
-    last = deque(loop.learn(recipe, folder, resume=(folder / f"run{seed}").exists()), maxlen=1)[0]
+    with sampled(min(0.1, SAMPLES / recipe.dynamics.steps), seed) as steps:
+        last = deque(loop.learn(recipe, folder, resume=(folder / f"run{seed}").exists()), maxlen=1)[0]
     wall = time.perf_counter() - start
     result = {
         "labels": last.labels, "stopped": last.stopped, "steps": sum(m.walker.step for m in last.progress.minds),
         "wall_s": wall, "columns": last.student.online.factor.columns, "limit": last.limits.force,
         "restarts": sum(m.restarts for m in last.progress.minds),
     }  # fmt: skip
-    result |= missed(folder / f"run{seed}", case)
+    result |= missed(folder / f"run{seed}", case, steps)
     if case.frames and options.rivals:
         test = gpmlp.read(oracle_run(case, recipe, 1000 + seed, TESTS, folder / f"test{seed}.xyz"))
         pool = gpmlp.read(oracle_run(case, recipe, 2000 + seed, case.frames, folder / f"pool{seed}.xyz"))
