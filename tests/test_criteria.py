@@ -11,6 +11,7 @@ import torch
 from ase import Atoms
 from scipy.stats import chi2
 
+from gpmlp import neighbors
 from gpmlp.active.criteria import Before, Limits, bound, criteria, exceedance, guard, limits_of, risk, too_close
 from gpmlp.active.recipe import GuardsRecipe, LearnRecipe, TriggerRecipe
 from gpmlp.io.atoms import structures_from_ase
@@ -197,6 +198,17 @@ def test_distance_guard_sees_periodic_images():
     assert {i, j} == {0, 1} and r == pytest.approx(1.1)
     alone = Atoms("Al", cell=[8, 8, 1.2], pbc=True)
     assert too_close(structures_from_ase([alone]), 0.6)[:3] == (0, 0, pytest.approx(1.2))
+
+
+def test_distance_guard_takes_the_pairs_of_the_model():
+    """The same pair is found in a list of a longer cutoff; one of a shorter cutoff cannot answer and is not asked."""
+    atoms = Atoms("OH3", [[0, 0, 0], [0.5, 0, 0], [0, 1.0, 0], [0, 3.0, 0]], cell=[6, 6, 6], pbc=True)
+    here = structures_from_ase([atoms])
+    for cutoff in (4.0, 0.45):
+        assert too_close(here, 0.6, neighbors.find(here, cutoff)) == too_close(here, 0.6)
+    before = replace(CALM, pairs=neighbors.find(here, 4.0))
+    assert guard(prediction(4), here, GuardsRecipe(), before) == guard(prediction(4), here, GuardsRecipe(), CALM)
+    assert "distance 0.50" in guard(prediction(4), here, GuardsRecipe(), before).reason
 
 
 def test_distance_guard_knows_the_elements():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gpmlp import checks, neighbors
 from gpmlp.active.recipe import GuardsRecipe, TriggerRecipe
+from gpmlp.neighbors import Neighbors
 from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
 from gpmlp.uncertainty.calibration import Calibration
@@ -69,13 +70,15 @@ class Limits:
 class Before:
     """What guards compare with: the energy a step ago (eV; None = unknown), target and present kinetic temperature (K).
 
-    freedom: number of velocity components that temperature is the mean of; None: three for each atom.
+    freedom: number of velocity components that temperature is the mean of; None: three for each atom. pairs: of the structure, within
+    the cutoff of the model, if they are known already.
     """
 
     energy: float | None
     target_K: float
     temperature_K: float
     freedom: int | None = None
+    pairs: Neighbors | None = None
 
 
 def exceedance(forces_covariance: Tensor, tolerance: float) -> np.ndarray:
@@ -189,7 +192,7 @@ def guard(
     """A decision to halt where the structure or its prediction is no physics; None where it is."""
     if not (prediction.energies.isfinite().all() and prediction.forces.isfinite().all()):
         return Decision("halt", (), "the prediction is not finite", float("inf"))
-    close = too_close(structure, guards.distance)
+    close = too_close(structure, guards.distance, before and before.pairs)
     if close is not None:
         i, j, r, least = close
         pair = f"{checks.symbol(int(structure.species[i]))}-{checks.symbol(int(structure.species[j]))}"
@@ -213,14 +216,23 @@ def guard(
     return None
 
 
-def too_close(structure: Structures, share: float) -> tuple[int, int, float, float] | None:
-    """The pair of atoms nearest in terms of their covalent radii, if nearer than that share of their sum: i, j, distance, guard (A)."""
+def too_close(
+    structure: Structures, share: float, pairs: Neighbors | None = None
+) -> tuple[int, int, float, float] | None:
+    """The pair of atoms nearest in terms of their covalent radii, if nearer than that share of their sum: i, j, distance, guard (A).
+
+    Args:
+        pairs: of the structure, if they are known; those of a shorter cutoff than is needed will not do.
+    """
     radii = torch.as_tensor(ase.data.covalent_radii, dtype=structure.positions.dtype)[structure.species.cpu()]
-    pairs = neighbors.find(structure, 2 * share * float(radii.max()))
-    if not len(pairs):
+    reach = 2 * share * float(radii.max())
+    if pairs is None or pairs.cutoff < reach:
+        pairs = neighbors.find(structure, reach)
+    r = pairs.vectors(structure).norm(dim=1)
+    near = (r < reach).nonzero()[:, 0]
+    if not len(near):
         return None
-    r = pairs.vectors(structure).norm(dim=1).cpu()
-    i, j = pairs.centers.cpu(), pairs.neighbors.cpu()
+    r, i, j = (part[near].cpu() for part in (r, pairs.centers, pairs.neighbors))
     least = share * (radii[i] + radii[j])
     worst = int((r / least).argmin())
     if r[worst] >= least[worst]:

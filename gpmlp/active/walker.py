@@ -170,7 +170,15 @@ class Watched(Calculator):
         self.structure: Structures | None = None
         self.prediction: Prediction | None = None
         self.volume = 0.0
-        self.skin = Skin(potential.reach)
+        self.skin, self.pairs = Skin(potential.reach), None
+
+    def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
+        """What has changed: of the atoms of one walker only places and cell do. ASE's own comparison takes as long as a neighbour list."""
+        known = self.atoms
+        if known is None:
+            return list(all_changes)
+        there = {"positions": (known.positions, atoms.positions), "cell": (known.cell.array, atoms.cell.array)}
+        return [name for name, (old, new) in there.items() if not np.array_equal(old, new)]
 
     def remember(self, atoms: Atoms, seen: Look) -> None:
         """Take over what was predicted of these atoms already."""
@@ -197,7 +205,8 @@ class Watched(Calculator):
             raise _LostError(f"the volume went from {self.volume:.4g} to {volume:.4g} A^3")
         try:
             self.structure = structures_from_ase([self.atoms], [self.label_in_errors])
-            self.prediction = self.ask(self.structure, self.variance, self.skin(self.structure))
+            self.pairs = self.skin(self.structure)
+            self.prediction = self.ask(self.structure, self.variance, self.pairs)
         except UserError as error:  # atoms on top of one another, numbers that are none
             raise _LostError(str(error)) from error
         self._take()
@@ -273,11 +282,11 @@ def advance(
         prediction = watched.prediction
         if not math.isfinite(temperature):
             temperature = math.inf
-        before = Before(energy, dynamics.temperature(step), temperature, freedom)
+        before = Before(energy, dynamics.temperature(step), temperature, freedom, watched.pairs)
         if made < steps:
             decision = judge(watched.structure, _with_guess(prediction, harmless), before)
             if decision.action != "continue" and _cheap_is_fine(decision):
-                prediction = watched.ask(watched.structure, FULL, watched.skin(watched.structure))
+                prediction = watched.ask(watched.structure, FULL, watched.pairs)
                 decision = judge(watched.structure, prediction, before)
                 harmless = _per_atom_ratio(prediction)
         else:

@@ -123,6 +123,13 @@ class Clusters:
         lower = torch.linalg.cholesky(shrunk)
         return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False), spread
 
+    @cached_property
+    def _whitening(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All W_k side by side (r, clusters r), -W_k m_k (clusters r,), and s (clusters,)."""
+        whitening, spread = self.precision
+        offset = -(whitening @ self.mean[:, :, None])
+        return whitening.flatten(0, 1).T.contiguous(), offset.flatten(), spread
+
     def reduce(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(y, |r|²): (n, r) and (n,), of (n, features)."""
         centred = features - self.centre.to(features)
@@ -135,8 +142,8 @@ class Clusters:
     def squared(self, features: Tensor) -> Tensor:
         """d² to each cluster (n, clusters)."""
         y, across = self.reduce(features)
-        whitening, spread = (p.to(features) for p in self.precision)
-        z = torch.einsum("krs,nks->nkr", whitening, y[:, None, :] - self.mean.to(features))
+        whitening, offset, spread = (p.to(features) for p in self._whitening)
+        z = torch.addmm(offset, y, whitening).unflatten(1, self.mean.shape)
         return z.square().sum(2) + across[:, None] / spread
 
     def distance(self, features: Tensor) -> Tensor:
