@@ -41,6 +41,7 @@ from gpmlp.io.recipes import load_as
 
 TIMES = 10  # as many labels in the large rival
 TESTS = 100  # frames of the test trajectory
+LENGTH = 12_000  # steps of a trajectory of the oracle, at most
 SAMPLES = 2000  # steps of a run, as long as it may be, that are looked at by the oracle
 
 
@@ -108,10 +109,11 @@ def oracle_run(case: Case, recipe: LearnRecipe, seed: int, frames: int, path: Pa
         T_tau=dynamics.relaxation_fs * units.fs, rng=one.generator,
     )  # fmt: skip
     found = []
-    for step in range(1, dynamics.steps + 1):
+    steps = min(dynamics.steps, LENGTH)
+    for step in range(1, steps + 1):
         run.set_temperature(dynamics.temperature(step))
         run.step()
-        if step * frames // dynamics.steps > (step - 1) * frames // dynamics.steps:
+        if step * frames // steps > (step - 1) * frames // steps:
             kept = atoms.copy()
             kept.set_constraint()
             labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
