@@ -73,7 +73,7 @@ class Neighbors:
         """(pairs, 3) r_ij = r_j + shift . cell - r_i, A; differentiable in positions and cells."""
         if self._last is not None and self._last[0] is structures:
             return self._last[1]
-        if _compiled(structures.positions, structures.cells):
+        if compilable(structures.positions, structures.cells):
             from gpmlp import pair_loops
 
             out = structures.positions.new_empty(len(self), 3)
@@ -192,7 +192,7 @@ def arranged(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> Tensor:
     return order[(centers * atoms + neighbors)[order].argsort(stable=True)]
 
 
-def _compiled(*tensors: Tensor) -> bool:
+def compilable(*tensors: Tensor) -> bool:
     """Whether compiled loops can take these: in the memory of the CPU, in single or double precision, nothing recorded by autograd."""
     return all(
         t.device.type == "cpu"
@@ -241,7 +241,7 @@ def prediction(
 ) -> Prediction:
     """Assemble a Prediction from local energies (atoms,) and pair gradients (pairs, 3): the house's one derivative rule."""
     energies = atom_energies.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, atom_energies)
-    if _compiled(vectors, pair_gradients):
+    if compilable(vectors, pair_gradients):
         from gpmlp import pair_loops
 
         on_atoms = pair_gradients.new_zeros(structures.n_atoms, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import oracles
 import pytest
 import torch
@@ -277,3 +279,19 @@ def test_directions_collapse_into_one_vector_per_centre(name):
     torch.testing.assert_close(
         (slope * along[:, 0]).sum(1), slopes, atol=1e-11, rtol=1e-12
     )  # terms of order |along| ~ 15
+
+
+@pytest.mark.parametrize("some", [None, [2, 0]])
+def test_compiled_rows_are_those_of_tensors(model, some, monkeypatch):
+    """The compiled scatter against `index_add`, with columns shared by threads, and derivatives that were dropped."""
+    made, kernel, blocks = model
+    blocks = tuple(replace(b, kept=torch.cat([b.kept[:-5:2], b.kept[1:4:2]])) for b in blocks)
+    kinds = {"atoms": None if some is None else torch.tensor(some)}
+    rows = [_rows(everything(), (made, kernel, blocks), **kinds)]
+    monkeypatch.setattr(covariances, "SHARE", 1)
+    rows.append(_rows(everything(), (made, kernel, blocks), **kinds))
+    monkeypatch.setattr(covariances, "compilable", lambda *tensors: False)
+    plain = _rows(everything(), (made, kernel, blocks), **kinds)
+    for one in rows:
+        torch.testing.assert_close(one.forces, plain.forces, atol=1e-12, rtol=0)
+        torch.testing.assert_close(one.stresses, plain.stresses, atol=1e-12, rtol=0)

@@ -37,7 +37,7 @@ CONFINED = {
     "torch_sim": {"engines"},
     "dscribe": {"descriptors"},
     "sphericart": {"descriptors"},
-    "numba": {"descriptors", "pair_loops"},
+    "numba": {"descriptors", "pair_loops", "gp"},
     "llvmlite": {"descriptors"},
     "triton": {"descriptors"},
     "vesin": {"neighbors"},

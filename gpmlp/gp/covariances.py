@@ -9,14 +9,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gpmlp import threads
 from gpmlp.environments import Descriptor, Environments, Surroundings
 from gpmlp.gp.kernels import ZonalKernel
-from gpmlp.neighbors import Neighbors
+from gpmlp.neighbors import Neighbors, compilable
 from gpmlp.structures import Structures
 
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 BLOCK_BYTES = 8 << 20  # of one block of covariance rows: what stays in cache between its product and its scatter
 ENVIRONMENTS = 64  # whose Jacobian is in memory at a time
+SHARE = 128  # columns, at least, that a thread scatters
 Look = Callable[[Tensor], Environments]  # centres (indices) -> their environments
 
 
@@ -44,6 +46,13 @@ class InducingBlock:
     def vectors(self) -> Tensor:
         """(M + M R, features) the centres, then the tangents."""
         return torch.cat([self.features, self.tangents.flatten(0, 1)])
+
+    @cached_property
+    def by_direction(self) -> tuple[Tensor, Tensor]:
+        """The centres, then the tangents by direction and centre, in the same shape as `vectors`; which of these (columns,) are kept."""
+        m, r = self.tangents.shape[:2]
+        centre, direction = self.addresses
+        return torch.cat([self.features, self.tangents.transpose(0, 1).flatten(0, 1)]), centre + m * (direction + 1)
 
     @cached_property
     def is_whole(self) -> bool:
@@ -206,7 +215,8 @@ def rows_of(
         like.new_zeros(3 * n_forces, columns) if forces else None,
         like.new_zeros(6 * n, columns) if stresses else None,
     )
-    start = 0
+    start, fast = 0, compilable(like, *(b.features for b in inducing))
+    add = _add_by_loops if fast else _add
     for block in inducing:
         here = slice(start, start + block.n_columns)
         start = here.stop
@@ -218,14 +228,17 @@ def rows_of(
                 like.new_zeros(n_forces + 1, 3, width) if forces else None,
                 like.new_zeros(n, 6, width) if stresses else None,
             )
-            _add(sums, structures, some, kernel, block, place)
+            add(sums, structures, some, kernel, block, place)
         if sums is None:
             continue
         out.energies[:, here] = block.keep(sums.energies)
+        kept = block.by_direction[1] if fast and len(block.features) < width else None
         if forces:
-            out.forces[:, here] = block.keep(sums.forces[:-1].flatten(0, 1))
+            made = sums.forces[:-1].flatten(0, 1)
+            out.forces[:, here] = block.keep(made) if kept is None else made[:, kept]
         if stresses:
-            out.stresses[:, here] = block.keep(sums.stresses.flatten(0, 1))
+            made = sums.stresses.flatten(0, 1)
+            out.stresses[:, here] = block.keep(made) if kept is None else made[:, kept]
     return out
 
 
@@ -311,6 +324,42 @@ def _add(
             sums.forces.index_add_(0, targets[part].flatten(), gradients.view(-1, 3, gradients.shape[2]), alpha=-1)
         if sums.stresses is not None:
             sums.stresses.index_add_(0, owner[part], gradients[:, -6:] * per_volume[part, None, None])
+
+
+def _add_by_loops(
+    sums: Rows, structures: Structures, seen: Facets, kernel: ZonalKernel, block: InducingBlock, place: Tensor
+) -> None:
+    """`_add` by compiled loops, with the columns of forces and stresses as in `by_direction`."""
+    from gpmlp.gp import row_loops
+
+    m, (vectors, _) = len(block.features), block.by_direction
+    energy, first, second, along = _values(kernel, block, seen.features)
+    owner = structures.structure_of_atom[seen.centers]
+    sums.energies.index_add_(0, owner, energy)
+    if sums.forces is None and sums.stresses is None or seen.jacobian is None:
+        return
+    jacobian = (seen.jacobian if sums.forces is not None else seen.jacobian[:, -6:]).detach()
+    first, bend = first.detach().contiguous(), (second[:, :, None] * along).transpose(1, 2).detach().contiguous()
+    weight = torch.nan_to_num(1 / structures.volumes)[owner]
+    n_rows = jacobian.shape[1]
+    size = max(1, BLOCK_BYTES // (n_rows * len(vectors) * jacobian.element_size()))
+    for start in range(0, len(owner), size):
+        part = slice(start, start + size)
+        products = (jacobian[part].flatten(0, 1) @ vectors.T).unflatten(0, (-1, n_rows))
+        known = [t[part].numpy() for t in (first, bend)]
+        if sums.forces is not None:
+            about = products.numpy(), *known, place[seen.atoms[part]].numpy(), sums.forces[:-1].numpy()
+            threads.each(lambda span, about=about: row_loops.scatter(*about, *span), _shares(m))
+        if sums.stresses is not None:
+            about = products.numpy(), *known, owner[part].numpy(), weight[part].numpy(), sums.stresses.numpy()
+            row_loops.collect(*about)
+
+
+def _shares(count: int) -> list[tuple[int, int]]:
+    """Ranges of so many columns, one for each thread; not more than are worth waking a thread for."""
+    pieces = max(1, min(threads.available(), count // SHARE))
+    edges = [count * k // pieces for k in range(pieces + 1)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 def padded_jacobian(environments, local: Tensor, stresses: bool) -> tuple[Tensor, Tensor]:
