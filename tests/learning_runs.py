@@ -17,7 +17,11 @@ from gpmlp.active.recipe import LearnRecipe
 FILES = ("labels.xyz", "model.gpmlp", "trajectory.xyz", "log.jsonl")
 SMALL = {
     "start": "start.xyz",
-    "oracle": {"calculator": "counting_oracle:Counting", "executor": "inline"},
+    "oracle": {
+        "calculator": "counting_oracle:Counting",
+        "executor": "inline",
+        "check_every": 0,
+    },  # every answer is a label
     "dynamics": {"temperature_K": [100, 600], "steps": 40, "timestep_fs": 4.0, "ramp_steps": 30},
     "trigger": {"every": 5, "watch": 1, "cooldown": 5, "most_per_1000_steps": 500, "force": 0.012},
     "stop": {"every_frames": 5},

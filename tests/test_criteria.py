@@ -279,6 +279,12 @@ def test_automatic_limit_is_no_less_than_the_noise_allows():
     assert limits_of(TriggerRecipe(), 0.1, 400, {"forces": 0.1}, identity()).force > quiet  # the largest of more
 
 
+def test_a_limit_by_the_noise_knows_no_forces():
+    noise = limits_of(TriggerRecipe(force="noise"), 50.0, 32, {"forces": 0.1}, identity()).force
+    assert noise == limits_of(TriggerRecipe(), 1e-3, 32, {"forces": 0.1}, identity()).force
+    assert limits_of(TriggerRecipe(force="noise", noise=3.6), 1.0, 32, {"forces": 0.1}, identity()).force == 3 * noise
+
+
 def test_automatic_limit_without_noise_or_forces():
     assert limits_of(TriggerRecipe(), 0.0, 1, {}, Calibration({}, {})).force == 1e-4
 

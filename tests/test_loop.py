@@ -87,7 +87,7 @@ def test_the_log(finished):
     assert [e.reason for e in tape(folder)][3:] == [e["reason"] for e in learned[1:]]
     assert found[-1] == {"event": "stopped", "reason": last.stopped}
     looks = events(folder, "look")
-    assert [e["step"] for e in looks if e.get("labelled")] == [e["step"] for e in asks]
+    assert [e["step"] for e in looks if e.get("asked")] == [e["step"] for e in asks]
     assert all(math.isfinite(e["pressure_GPa"]) for e in looks)
     told = (folder / "out" / "run.log").read_text()
     assert "learned: reason first labels" in told and "stopped" in told and "look:" not in told
@@ -438,6 +438,15 @@ def test_atoms_on_top_of_one_another_in_the_start(tmp_path):
 def test_labels_are_rationed(tmp_path):
     last = finish(recipe(trigger={"most_per_1000_steps": 2}), prepare(tmp_path))
     assert len(last.progress.learned) == 2 and last.progress.minds[0].walker.step == 40
+    # what it may not ask for is not forgotten: it counts in the rate of labels by which the run is judged
+    assert last.progress.history.column("asked").sum() > 2
+
+
+def test_a_walker_that_may_not_ask_still_halts(tmp_path):
+    last = finish(recipe(trigger={"most_per_1000_steps": 2, "halt": 1.001}), prepare(tmp_path))
+    assert len(last.progress.learned) == 2
+    halts = [e for e in events(tmp_path, "ask") if e["action"] == "halt"]
+    assert len(halts) > 2 and last.progress.minds[0].restarts > 0
 
 
 def test_cool_down(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import ase.data
@@ -32,13 +32,17 @@ class Decision:
     Attributes:
         atoms: those for whose sake, most important first.
         reason: in words, with numbers.
-        severity: how far over the limit (1 = at it); below 1 where the run goes on.
+        severity: how far over the limit (1 = at it); below 1 where the run goes on, unless a label was withheld.
     """
 
     action: Action
     atoms: tuple[int, ...] = ()
     reason: str = ""
     severity: float = 0.0
+
+    def withheld(self) -> Decision:
+        """The same where no label may be asked for: the run goes on, and how far over the limit it is remains known."""
+        return replace(self, action="continue") if self.action == "label" else self
 
 
 @dataclass(frozen=True)
@@ -251,10 +255,11 @@ def limits_of(
         noise: standard deviation of new labels by kind; with `calibration` what is left of the error however much is learned.
     """
     force = trigger.force
-    if force == "auto":
+    if force in ("auto", "noise"):
+        share = trigger.share if force == "auto" else 0.0
         learned = calibration.kinds.get("forces")
         weight = learned.scale * (learned.weights[2] if learned.weights else 1.0) ** 0.5 if learned else 1.0
         floor = noise.get("forces", 0.0) * weight
         eye = (floor**2 * torch.eye(3, dtype=torch.float64)).expand(n_atoms, 3, 3)
-        force = max(trigger.share * 3**0.5 * force_rms, trigger.noise * bound(eye, trigger.probability), 1e-4)
+        force = max(share * 3**0.5 * force_rms, trigger.noise * bound(eye, trigger.probability), 1e-4)
     return Limits(force, trigger.probability, trigger.local_energy, trigger.novelty, trigger.halt, trigger.guards)

@@ -19,7 +19,7 @@ FLOATS = (
     *("force_rms", "sigma_max", "sigma_median", "threshold", "novelty_max"),
 )
 INTEGERS = ("walker", "step")
-FLAGS = ("ramp_finished", "labelled", "updated")
+FLAGS = ("ramp_finished", "asked", "labelled", "updated")
 FIRST_CAPACITY = 64
 
 
@@ -41,6 +41,7 @@ class Record:
         atoms: by atomic number, how many there are.
         outside: by atomic number, how many have a novelty above 1.
         outside_atoms: indices of these atoms.
+        asked: whether this frame was reason to ask for a label, whether it was granted, refused or kept back.
         labelled: whether a label was learned after this frame (of any walker: the model is common); `History.with_label` says so.
         updated: whether the model changed after this frame for another reason, such as new hyperparameters.
         observables: by name, a number or (components,); NaN = not known yet.
@@ -62,6 +63,7 @@ class Record:
     atoms: Mapping[int, int] = field(default_factory=dict)
     outside: Mapping[int, int] = field(default_factory=dict)
     outside_atoms: tuple[int, ...] = ()
+    asked: bool = False
     labelled: bool = False
     updated: bool = False
     observables: Mapping[str, float | np.ndarray] = field(default_factory=dict)
@@ -108,7 +110,7 @@ class Record:
             if not math.isnan(getattr(self, name)):
                 out[name] = _number(getattr(self, name))
         out["ramp_finished"] = bool(self.ramp_finished)
-        out |= {name: True for name in ("labelled", "updated") if getattr(self, name)}
+        out |= {name: True for name in ("asked", "labelled", "updated") if getattr(self, name)}
         for name in ("atoms", "outside"):
             out[name] = {str(z): int(n) for z, n in getattr(self, name).items()}
         out["outside_atoms"] = [int(i) for i in self.outside_atoms]
@@ -222,9 +224,17 @@ class History:
         buffer.used = row + 1
         return _view(buffer, row + 1)
 
-    def with_label(self) -> History:
-        """Return the history with a label learned after its last record; of several, each at a record of its own."""
+    def with_label(self, updated: bool = False) -> History:
+        """Return the history with a label learned after its last record; of several, each at a record of its own.
+
+        Args:
+            updated: whether more than that label changed the model: hyperparameters were learned again.
+        """
         history = _view(_copy(self), self._n)
+        if updated and self._n:
+            changed = np.array(history.column("updated"))
+            changed[-1] = True
+            history._buffer.arrays["updated"] = changed
         free = (~history.column("labelled").astype(bool)).nonzero()[0] if self._n else ()
         if len(free):
             labelled = np.array(history.column("labelled"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,10 +42,10 @@ def of(events: list[dict], recipe: LearnRecipe, labels: int, hours: float) -> Ju
     history, asked = History(), []
     for event in events:
         if event["event"] == "look":  # where it says so, this frame asked; the history is told when the label has come
-            asked.append(bool(event.get("labelled")))
-            history = history.append(replace(Record.from_plain(event), labelled=False))
+            asked.append(bool(event.get("asked")))
+            history = history.append(Record.from_plain(event))
         elif event["event"] == "learned" and "key" in event:
-            history = history.with_label()
+            history = history.with_label(updated=bool(event.get("refreshed")))
     quantile = recipe.model.novelty.quantile
     verdicts = [e for e in events if e["event"] == "judged"]
     if verdicts:

@@ -270,11 +270,13 @@ class _Run:
 
     def _judge_of(self, i: int) -> walker.Judge:
         """Criteria with the limits that hold for a walker."""
-        loose = self.progress.minds[i].looseness(self.recipe.trigger)
+        mind, trigger = self.progress.minds[i], self.recipe.trigger
+        loose, rationed = mind.looseness(trigger), mind.rationed(trigger)
         limits = self.limits.times(loose) if loose > 1 else self.limits
 
         def judge(structure: Structures, prediction: Prediction, before: Before) -> Decision:
-            return criteria(prediction, structure, limits, before)
+            found = criteria(prediction, structure, limits, before)
+            return found.withheld() if rationed else found
 
         return judge
 
@@ -291,6 +293,8 @@ class _Run:
             )  # fmt: skip
         mind = mind.following(now, self.recipe, self.starts, self.progress.round)
         self.progress = self.progress.with_mind(i, mind)
+        if decision.action != "continue" and mind.asked is None:  # set back without asking
+            self._renew([i])
 
     def _settle(self, i: int) -> Iterator[State]:
         """Get the label that a walker waits for, learn it, and let the walker go on from where it is."""
@@ -306,12 +310,13 @@ class _Run:
             self.progress = self.progress.with_mind(i, mind.rested(self.recipe, self.progress.round))
             self._renew([i])
         else:
-            known, history = (*self.progress.learned, key), self.progress.history.with_label()
-            self.progress = replace(self.progress.with_mind(i, mind), learned=known, history=history)
+            self.progress = replace(self.progress.with_mind(i, mind), learned=(*self.progress.learned, key))
             yield self._state("learning")
             before = self.student.online.calibration
             with self.clock("learning"):
                 self.student = self.student.taught(entry)
+            history = self.progress.history.with_label(updated=self.student.since == 0)
+            self.progress = replace(self.progress, history=history)
             told = prophecy.plain(self.student.online.foreseen[-1], before, self.recipe.trigger.probability)
             self._taught(self.reason, key=key, walker=i, step=step, foreseen=told)
         left = criteria(self.looks[i].prediction, self.looks[i].structure, self.limits).severity
@@ -362,8 +367,7 @@ class _Run:
         if now.full:
             record = records.of(now, self.recipe.dynamics, self.timestep_fs, self.limits.force, self.observer)
             self.progress = replace(self.progress, history=self.progress.history.append(record))
-            asks = {"labelled": True} if now.decision.action != "continue" else {}
-            self.trail.log("look", **record.plain(), **asks)
+            self.trail.log("look", **record.plain())
         if now.decision.action != "halt":
             self.progress = self.trail.frame(self.progress, now, self.recipe.thin, self.timestep_fs)
 

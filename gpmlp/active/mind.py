@@ -15,7 +15,6 @@ NEVER = -(10**9)  # a step long ago
 MOST_SETBACKS = 8  # of a walker that gets nowhere, before it starts again from the beginning
 HALTED = "halted"
 PER = 1000  # steps, of trigger.most_per_1000_steps
-SILENT = 1e6  # factor on the limits where labels came too often: only guards halt then
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +44,16 @@ class Mind:
     restarts: int = 0
 
     def looseness(self, trigger: TriggerRecipe) -> float:
-        """Factor on the limits: more than 1 shortly after a label, and a great number where labels came too often."""
-        if sum(step > self.walker.step - PER for step in self.asked_at) >= trigger.most_per_1000_steps:
-            return SILENT
+        """Factor on the limits: more than 1 shortly after a label."""
         young = self.walker.step - self.labelled_at < trigger.cooldown
         return max(1.0, trigger.hysteresis * self.left) if young else 1.0
 
+    def rationed(self, trigger: TriggerRecipe) -> bool:
+        """Whether labels came so often that this walker may not ask for another one now."""
+        return sum(step > self.walker.step - PER for step in self.asked_at) >= trigger.most_per_1000_steps
+
     def following(self, now: Look, recipe: LearnRecipe, starts: Sequence[Atoms], round_: int) -> Mind:
-        """Where the decision of a look leads: on, to a question, or back and to a question."""
+        """Where the decision of a look leads: on, to a question, or back and, unless it may not ask now, to a question."""
         decision = now.decision
         if decision.action == "continue":
             setbacks = self.setbacks if now.walker.step <= self.farthest else 0
@@ -63,6 +64,8 @@ class Mind:
         if decision.action == "label":
             mind, why = replace(self, walker=now.walker), decision.reason
         else:
+            if self.rationed(recipe.trigger):
+                return self._set_back(recipe, starts, fresh=True)
             mind, why = self._set_back(recipe, starts, fresh=not physical), f"{HALTED}: {decision.reason}"
         asked = now.walker if decision.action == "label" or physical else mind.trusted
         return replace(mind, asked=asked, why=why, since=round_, sent=False, around=-1)

@@ -57,7 +57,7 @@ class OracleRecipe(BaseModel):
     check_forces: bool = True
     largest_force: Positive = 1000.0
     largest_net_force: Positive = 0.1
-    check_every: Annotated[int, Field(ge=0)] = 0
+    check_every: Annotated[int, Field(ge=0)] = 20
 
     @field_validator("calculator")
     @classmethod

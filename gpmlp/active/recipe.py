@@ -78,8 +78,9 @@ class GuardsRecipe(_Section):
 class TriggerRecipe(_Section):
     """When a label is asked for.
 
-    A label is asked for where the probability that the force error of some atom exceeds `force` (eV/A; 'auto': `share` of the rms
-    force of the dynamics at its hottest, and no less than noise and misfit of the model allow) is more than `probability`; or where
+    A label is asked for where the probability that the force error of some atom exceeds `force` (eV/A; 'noise': `noise` times the
+    error that noise and misfit, as learned, leave to a frame however much is learned; 'auto': `share` of the rms force of the
+    dynamics at its hottest, and no less than 'noise') is more than `probability`; or where
     the standard deviation of a local energy exceeds `local_energy` (eV); or the novelty exceeds `novelty`. The run halts and goes
     back where the probability holds for `halt` times the force, or a guard is broken. Variances of forces are looked at every
     `every` steps, those of local energies, which cost far less, every `watch` steps, and forces' whenever these give reason; guards
@@ -87,7 +88,7 @@ class TriggerRecipe(_Section):
     right after it; more than `most_per_1000_steps` labels are not asked.
     """
 
-    force: Positive | Literal["auto"] | None = "auto"
+    force: Positive | Literal["auto", "noise"] | None = "auto"
     share: Positive = 0.15
     noise: Positive = 1.2
     probability: Share = 0.02

@@ -13,10 +13,8 @@ from gpmlp.active.walker import Look
 from gpmlp.quantities import Targets
 
 NAN = math.nan
-RECENT, FEWEST = (
-    50,
-    5,
-)  # frames that say what forces are typical: the latest half, RECENT at least; labels until there are FEWEST
+# frames that say what forces are typical: the latest half, RECENT at least; labels until there are FEWEST
+RECENT, FEWEST = 50, 5
 
 
 def of(
@@ -42,6 +40,7 @@ def of(
         target_temperature_K=NAN if dynamics.ensemble == "nve" else dynamics.temperature(place.step),
         pressure_GPa=observables.pressure(frame) if has_stress else NAN,
         target_pressure_GPa=dynamics.pressure(place.step) if dynamics.ensemble == "npt" else NAN,
+        asked=now.decision.severity > 1,
         ramp_finished=place.step >= dynamics.ramp,
         force_rms=float(now.prediction.forces.square().mean().sqrt()),
         threshold=threshold or NAN,

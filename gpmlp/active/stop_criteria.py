@@ -58,17 +58,20 @@ def plateau(
     label_times: Sequence[float],
     steps: float,
     recipe: PlateauRecipe = PlateauRecipe(),  # noqa: B008 - frozen
+    limited: bool = False,
 ) -> Criterion:
     """Whether uncertainty has stopped changing, lies below its threshold, and labels have become rare.
 
     Args:
         sigma_max, sigma_median: by walker (frames,), largest and median force std of a frame over the threshold of the trigger (or in
-            eV/A, if there is none: pass `threshold` NaN upstream and levels above 1 are then not judged).
+            eV/A, if there is none).
         times: by walker (frames,), steps.
         label_times: steps since the start of the window, all walkers together, at which labels were asked for.
         steps: of the window, all walkers together.
+        limited: whether uncertainties are over a threshold; the largest of a frame must then be below it in half of them.
     """
     parts = [
+        *([_below(sigma_max)] if limited else []),
         steady("largest", sigma_max, times, recipe),
         steady("median", sigma_median, times, recipe),
         label_rate(label_times, steps, recipe),
@@ -78,6 +81,15 @@ def plateau(
     # what stands in the way is said; all of it, where nothing does
     told = [p.sentence for p in parts if p.met is met]
     return Criterion("plateau", met, "; ".join(told), numbers)
+
+
+def _below(sigma_max: Sequence[np.ndarray]) -> Criterion:
+    """Whether the largest uncertainty of a frame is usually below its threshold: what asks in vain must not look learned."""
+    known = np.concatenate([s[~np.isnan(s)] for s in sigma_max])
+    level = float(np.median(known)) if len(known) else math.nan
+    if len(known) < FEWEST:
+        return Criterion("limit", None, "force uncertainty: too few frames yet", {"level": level})
+    return Criterion("limit", level <= 1, f"largest force uncertainty {level:.2g} times its limit", {"level": level})
 
 
 def steady(
@@ -126,7 +138,7 @@ def label_rate(label_times: Sequence[float], steps: float, recipe: PlateauRecipe
     rate = 1000 * len(label_times) / steps if steps > 0 else math.nan
     p = laplace(label_times, steps)
     numbers = {"per_1000_steps": rate, "per_1000_steps_at_most": most, "steps": float(steps), "p": p}
-    said = f"{len(label_times)} labels in the last {steps:.0f} steps, at most {most:.2g} per 1000 (wanted {bound:g})"
+    said = f"{len(label_times)} labels asked for in the last {steps:.0f} steps, at most {most:.2g} per 1000 (wanted {bound:g})"
     if most <= bound:
         if p < recipe.significance:
             return Criterion("labels", False, f"{said}, but they are still getting rarer", numbers)

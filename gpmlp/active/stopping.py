@@ -93,7 +93,8 @@ class Window:
         history: from which they are.
         rows: by walker, their places in the history, in time order.
         steps: of all walkers together.
-        label_steps: steps from the start of the window, all walkers together, to each label inside it.
+        label_steps: steps from the start of the window, all walkers together, to each time that a label was asked for inside it,
+            whether it was granted or not.
         ramping: walkers whose temperature or pressure are still to change.
     """
 
@@ -141,6 +142,7 @@ def _after(history: History, recipe: StopRecipe, labels: int) -> Window:
     """The window with so many labels in it."""
     walkers, walker = history.walkers, history.column("walker")
     labelled, updated, done = (history.column(name).astype(bool) for name in ("labelled", "updated", "ramp_finished"))
+    triggered = _triggered(history.column("asked").astype(bool), labelled)
     step = history.column("step")
     of = [(walker == w).nonzero()[0] for w in walkers]
     ramping = tuple(int(w) for w, rows in zip(walkers, of, strict=True) if not done[rows[-1]])
@@ -162,14 +164,24 @@ def _after(history: History, recipe: StopRecipe, labels: int) -> Window:
             back = (np.diff(step[kept]) <= 0).nonzero()[0]
             kept = kept[back[-1] + 1 :] if len(back) else kept
         rows.append(kept)
-    steps, label_steps = _steps(rows, of, step, labelled)
+    steps, label_steps = _steps(rows, of, step, triggered)
     return Window(history, tuple(rows), steps, label_steps, ramping)
 
 
+def _triggered(asked: np.ndarray, labelled: np.ndarray) -> np.ndarray:
+    """(frames,) whether a label was wanted there: where one was asked for, and where one came that no frame had asked for."""
+    out, waiting = asked.copy(), 0
+    for row in (asked | labelled).nonzero()[0]:
+        waiting += int(asked[row])
+        out[row] |= labelled[row] and not waiting
+        waiting -= int(labelled[row] and waiting > 0)
+    return out
+
+
 def _steps(
-    rows: Sequence[np.ndarray], of: Sequence[np.ndarray], step: np.ndarray, labelled: np.ndarray
+    rows: Sequence[np.ndarray], of: Sequence[np.ndarray], step: np.ndarray, triggered: np.ndarray
 ) -> tuple[float, tuple[float, ...]]:
-    """(steps of all walkers in the window, steps of all walkers until each label in it)."""
+    """(steps of all walkers in the window, steps of all walkers until each time that a label was wanted in it)."""
     places, advances = [], []
     for kept, own in zip(rows, of, strict=True):
         if not len(kept):
@@ -184,7 +196,7 @@ def _steps(
     place, advance = np.concatenate(places), np.concatenate(advances)
     order = np.argsort(place)
     total = np.cumsum(advance[order]).astype(float)
-    return float(total[-1]), tuple(total[labelled[place[order]]].tolist())
+    return float(total[-1]), tuple(total[triggered[place[order]]].tolist())
 
 
 def judge(
@@ -251,8 +263,7 @@ def _missing(criteria: Sequence[Criterion], early: str) -> str:
 def ensemble(recent: Window, recipe: StopRecipe = StopRecipe()) -> Criterion:  # noqa: B008
     """Whether all ramps have ended and the means of temperature and pressure are those of thermostat and barostat.
 
-    The temperature may be off by `temperature` of it, by 2/atoms more (6 of 3 N degrees of freedom: a centre of mass and a rotation that
-    do not move), or by the 95 % interval of its mean.
+    The temperature may be off by `temperature` of it, or by the 95 % interval of its mean.
     """
     numbers = {"ramping": float(len(recent.ramping)), "frames": float(recent.frames)}
     if recent.ramping:
@@ -260,7 +271,6 @@ def ensemble(recent: Window, recipe: StopRecipe = StopRecipe()) -> Criterion:  #
         sentence = f"temperature or pressure of walker {which} are still being changed, so that new places may open"
         return Criterion("ensemble", False, sentence, numbers)
     told, verdicts = [], []
-    atoms = sum((recent.history.column(f"atoms/{z}") for z in recent.history.species), start=np.zeros(1))
     for kind, unit in (("temperature", "K"), ("pressure", "GPa")):
         values, targets = recent.series(f"{kind}_{unit}"), recent.series(f"target_{kind}_{unit}")
         known = [~np.isnan(v) & ~np.isnan(t) for v, t in zip(values, targets, strict=True)]
@@ -270,8 +280,7 @@ def ensemble(recent: Window, recipe: StopRecipe = StopRecipe()) -> Criterion:  #
         differences = [(v - t)[k] for v, t, k in zip(values, targets, known, strict=True)]
         found = mean(differences)
         off = abs(float(found.value[0]))
-        loose = 2 / max(1.0, float(atoms.max())) if atoms.any() else 0.0
-        allowed = (recipe.temperature + loose) * target if kind == "temperature" else PRESSURE
+        allowed = recipe.temperature * target if kind == "temperature" else PRESSURE
         numbers |= {kind: target + float(found.value[0]), f"{kind}_target": target, f"{kind}_sem": found.sem}
         reach = max(allowed, found.half_width) if found.enough else allowed
         # outside what is allowed and known too badly: wait
@@ -288,10 +297,12 @@ def plateau_of(recent: Window, recipe: PlateauRecipe = PlateauRecipe()) -> Crite
     """
     limits = np.concatenate(recent.series("threshold")) if recent.frames else np.zeros(0)
     limits = limits[~np.isnan(limits)]
-    unit = float(np.median(limits)) if len(limits) else 1.0
-    largest, median = ([s / unit for s in recent.series(name)] for name in ("sigma_max", "sigma_median"))
+    unit = float(np.median(limits)) if len(limits) else math.nan
+    largest, median = (
+        [s / (1.0 if math.isnan(unit) else unit) for s in recent.series(name)] for name in ("sigma_max", "sigma_median")
+    )
     times = [_increasing(s) for s in recent.series("step")]
-    return plateau(largest, median, times, recent.label_steps, recent.steps, recipe)
+    return plateau(largest, median, times, recent.label_steps, recent.steps, recipe, limited=not math.isnan(unit))
 
 
 def _increasing(step: np.ndarray) -> np.ndarray:
