@@ -76,11 +76,6 @@ GPYTORCH = Reference(
      ("title", "GPyTorch: blackbox matrix-matrix Gaussian process inference with GPU acceleration"),
      ("booktitle", "Advances in Neural Information Processing Systems"), ("volume", "31"), ("year", "2018")),
 )  # fmt: skip
-VESIN = Reference(
-    "vesin", "neighbour lists", "software",
-    (("author", "Fraux, G. and contributors"), ("title", "vesin: neighbour lists"),
-     ("url", "https://github.com/luthaf/vesin")),
-)  # fmt: skip
 
 
 def of(recipe: Recipe, version: str) -> list[Reference]:
@@ -96,4 +91,4 @@ def of(recipe: Recipe, version: str) -> list[Reference]:
     found += [SPHERICART] if soap else []
     found += [DSCRIBE] if names & {"dscribe-soap", "dscribe-acsf"} else []
     found += [ZBL] if recipe.baseline.zbl is not False else []
-    return [*found, VESIN, GPYTORCH]
+    return [*found, GPYTORCH]

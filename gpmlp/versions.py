@@ -14,7 +14,6 @@ PACKAGES = (
     "numpy",
     "scipy",
     "ase",
-    "vesin",
     "numba",
     "sphericart-torch",
     "dscribe",

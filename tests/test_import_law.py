@@ -15,7 +15,7 @@ PACKAGE = Path(gpmlp.__file__).parent
 # A module imports only from lower floors, or from its own folder: a folder stands for all that is in it, and modules at the top
 # that share a floor may know each other, but not in a circle.
 FLOORS = {
-    "units": 1, "checks": 1, "versions": 1, "threads": 1, "pair_loops": 1,
+    "units": 1, "checks": 1, "versions": 1, "threads": 1, "pair_loops": 1, "pair_search": 1,
     "structures": 2, "quantities": 2, "selection": 2,
     "cells": 3, "neighbors": 3, "padded": 3, "uncertainty": 3,
     "environments": 4, "baselines": 4,
@@ -37,10 +37,9 @@ CONFINED = {
     "torch_sim": {"engines"},
     "dscribe": {"descriptors"},
     "sphericart": {"descriptors"},
-    "numba": {"descriptors", "pair_loops"},
+    "numba": {"descriptors", "pair_loops", "pair_search"},
     "llvmlite": {"descriptors"},
     "triton": {"descriptors"},
-    "vesin": {"neighbors"},
     "safetensors": {"io"},
     "yaml": {"io", "console"},
     "typer": {"cli", "cli_md", "cli_tune", "cli_learn"},
@@ -212,7 +211,7 @@ def in_process(code: str) -> None:
 def test_importing_changes_nothing_global():
     """No numbers, threads, warnings or logging; what packages beneath do on import is not ours and comes first."""
     beneath = "import ase.io, ase.md, gpytorch, linear_operator, pydantic, safetensors.torch, scipy, sphericart.torch"
-    beneath += ", vesin, yaml, rich.progress, rich.table, typer"
+    beneath += ", yaml, rich.progress, rich.table, typer"
     names = [".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for p in MODULES]
     for extra in ("engines.torchsim", "descriptors.triton_kernels"):  # these import what need not be there
         names.remove(f"gpmlp.{extra}")

@@ -85,8 +85,10 @@ def test_vectors_that_are_remembered_keep_their_gradient():
     found = neighbors.find(moved, 3.0)
     with torch.no_grad():
         found.vectors(moved)
-    found.vectors(moved).square().sum().backward()
+        closer = found.within(moved, 2.5)
+    (found.vectors(moved).square().sum() + closer.vectors(moved).square().sum()).backward()
     assert moved.positions.grad.abs().max() > 1
+    assert closer.vectors(moved).requires_grad
     assert found.vectors(one) is found.vectors(one) and found.vectors(one) is not found.vectors(moved)
 
 
@@ -99,6 +101,33 @@ def test_within_drops_the_pairs_beyond_a_smaller_cutoff():
     batch = everything()
     smaller, direct = neighbors.find(batch, 5.0).within(batch, 3.0), neighbors.find(batch, 3.0)
     assert as_set(smaller) == as_set(direct)
+
+
+def test_pairs_of_a_run_of_atoms_are_those_of_the_list():
+    """To the last bit, with their vectors; and no pairs where all are farther apart, whether that is known or has to be looked at."""
+    batch = Structures.concatenate([crystal("triclinic"), cluster(), crystal("slab", (6, 8, 1))])
+    whole, look = neighbors.find(batch, CUTOFF), neighbors.search(batch, CUTOFF)
+    closest = float(whole.vectors(batch).norm(dim=1).min())
+    for start, end in ((0, 5), (3, batch.n_atoms), (4, 4)):
+        for found in (whole.of_atoms(start, end), look(start, end)):
+            mine = (whole.centers >= start) & (whole.centers < end)
+            for name in ("centers", "neighbors", "shifts"):
+                assert torch.equal(getattr(found, name), getattr(whole, name)[mine])
+            assert torch.equal(found.vectors(batch), whole.vectors(batch)[mine])
+            assert torch.equal(replace(found).vectors(batch), found.vectors(batch))
+    copy = neighbors.Neighbors(whole.centers, whole.neighbors, whole.shifts, CUTOFF)
+    for found in (whole, copy):
+        assert len(found.within(batch, closest)) == 0 < len(found.within(batch, 1.001 * closest))
+    moved = batch.with_positions(0.9 * batch.positions, 0.9 * batch.cells)
+    assert len(whole.within(moved, closest)) > 0  # what is known of some positions is not said of others
+
+
+def test_many_neighbours_of_an_atom():
+    """More than there is room for at first, and more than are sorted by counting."""
+    one = crystal("cubic", (6, 8, 1))
+    assert as_set(neighbors.find(one, 14.0)) == oracles.neighbor_set(one, 14.0)
+    found = neighbors.find(one, 14.0)
+    assert torch.equal(found.sorted().neighbors, found.neighbors) and torch.equal(found.sorted().shifts, found.shifts)
 
 
 def test_atoms_on_top_of_each_other_are_named():
