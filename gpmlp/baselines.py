@@ -44,10 +44,8 @@ class IsolatedAtoms:
                 raise checks.UserError(
                     f"No isolated-atom energy for atomic number {z}; known: {sorted(self.energies)}."
                 )
-            local[structures.species == z] = self.energies[z]
-        energies = local.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, local)
-        nowhere = torch.where(structures.volumes.isnan(), structures.volumes, torch.zeros_like(structures.volumes))
-        return Prediction(energies, local, torch.zeros_like(like), nowhere[:, None, None].expand(-1, 3, 3).clone())
+            local.masked_fill_(structures.species == z, self.energies[z])
+        return _without_forces(structures, local)
 
     def state(self) -> dict:
         return {"name": "isolated_atoms", "energies": {str(z): e for z, e in self.energies.items()}}
@@ -82,6 +80,12 @@ def is_isolated_atom(config_type: str) -> bool:
     return config_type.lower().replace("_", "") == "isolatedatom"
 
 
+def _without_forces(structures: Structures, local: Tensor) -> Prediction:
+    """Of local energies that do not depend on positions."""
+    nothing = structures.cells.new_zeros(structures.cells.shape)
+    return neighbors.collected(structures, local, torch.zeros_like(structures.positions), nothing)
+
+
 # universal screening function: Ziegler, Biersack, Littmark, The Stopping and Range of Ions in Matter (1985)
 _ZBL_AMPLITUDES = (0.18175, 0.50986, 0.28022, 0.02817)
 _ZBL_EXPONENTS = (3.19980, 0.94229, 0.40290, 0.20162)
@@ -111,10 +115,9 @@ class ZBL:
 
     def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
         pairs = neighbors.find(structures, self.cutoff) if pairs is None else pairs.within(structures, self.cutoff)
-        vectors = pairs.vectors(structures)
         if not len(pairs):
-            none = vectors.new_zeros(structures.n_atoms)
-            return neighbors.prediction(structures, pairs, vectors, none, torch.zeros_like(vectors))
+            return _without_forces(structures, structures.positions.new_zeros(structures.n_atoms))
+        vectors = pairs.vectors(structures)
         z_i, z_j = structures.species[pairs.centers], structures.species[pairs.neighbors]
         inner, outer = self._by_pair(z_i, z_j, vectors)
         r = vectors.norm(dim=1)

@@ -6,6 +6,7 @@ import difflib
 import operator
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,19 +89,20 @@ def cell(cell: Tensor, periodic: Tensor, where: str) -> None:
         periodic: (3,) bool.
         where: name of the structure for the message.
     """
-    if not torch.isfinite(cell).all():
+    rows, along = cell.detach().cpu().numpy(), periodic.cpu().numpy()  # nine numbers, at every step of dynamics
+    if not np.isfinite(rows).all():
         raise UserError(f"{where}: the cell holds a NaN or infinite number.")
-    if not periodic.any():
+    if not along.any():
         return
-    lengths = cell.norm(dim=1)
-    vectors = cell[periodic]
-    if (lengths[periodic] < 1e-3).any():
+    vectors = rows[along]
+    lengths = np.sqrt((vectors * vectors).sum(1))
+    if (lengths < 1e-3).any():
         raise UserError(
             f"{where}: periodic along a lattice vector of zero length; give the cell, or set pbc to F there."
         )
     # the volume spanned by unit vectors along the periodic axes: 0 when they lie in a line or a plane
-    unit = vectors / lengths[periodic, None]
-    span = torch.linalg.det(unit @ unit.T).clamp_min(0).sqrt().item()
+    unit = vectors / lengths[:, None]
+    span = max(0.0, float(np.linalg.det(unit @ unit.T))) ** 0.5
     if span < 1e-3:
         raise UserError(
             f"{where}: the cell is flat (its periodic lattice vectors span no volume, normalised volume {span:.1e})."

@@ -34,10 +34,11 @@ class Surroundings:
         return self.species.shape[0]
 
     @staticmethod
-    def of(structures: Structures, neighbors: Neighbors) -> Surroundings:
-        """The surroundings of every atom, in the order of atoms."""
+    def of(structures: Structures, neighbors: Neighbors, start: int = 0, end: int | None = None) -> Surroundings:
+        """The surroundings of every atom, in the order of atoms; or of the atoms start to end, whose pairs these are."""
+        centers = neighbors.centers - start if start else neighbors.centers
         vectors = neighbors.vectors(structures)
-        return Surroundings(structures.species, neighbors.centers, structures.species[neighbors.neighbors], vectors)
+        return Surroundings(structures.species[start:end], centers, structures.species[neighbors.neighbors], vectors)
 
     def pairs_of(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Return, for the pairs of the given environments, their position in `indices` and their pair index."""
@@ -54,15 +55,6 @@ class Surroundings:
         indices = torch.as_tensor(indices, device=self.species.device, dtype=torch.long)
         local, pairs = self.pairs_of(indices)
         return Surroundings(self.species[indices], local, self.neighbor_species[pairs], self.vectors[pairs])
-
-    def between(self, start: int, end: int) -> Surroundings:
-        """Return the surroundings start to end; nothing is copied but the index of each pair."""
-        if (start, end) == (0, len(self)):
-            return self
-        here = slice(*torch.searchsorted(self.centers, torch.tensor([start, end], device=self.centers.device)).tolist())
-        return Surroundings(
-            self.species[start:end], self.centers[here] - start, self.neighbor_species[here], self.vectors[here]
-        )
 
     @staticmethod
     def concatenate(parts: Sequence[Surroundings]) -> Surroundings:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import torch
 import vesin
 from torch import Tensor
 
-from gpmlp import cells
+from gpmlp import cells, threads
 from gpmlp.checks import UserError
 from gpmlp.quantities import Prediction
 from gpmlp.structures import Structures
 
 CLOSEST = 0.3  # A; nearer pairs are taken for an error in the data
+PAIRS = 1 << 13  # that a thread looks at a time
+MOLECULES = 256  # that are searched for pairs in one call
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,19 +37,28 @@ class Neighbors:
     shifts: Tensor
     cutoff: float
     _last: tuple[Structures, Tensor] | None = field(default=None, init=False, repr=False)
+    _closest: float = field(default=0.0, init=False, repr=False)  # no pair of the structures of _last is closer, A
 
     def __len__(self) -> int:
         return self.centers.shape[0]
 
     def to(self, device: torch.device | str) -> Neighbors:
         """The same on another device."""
+        if self.centers.device == torch.device(device):
+            return self
         return Neighbors(self.centers.to(device), self.neighbors.to(device), self.shifts.to(device), self.cutoff)
 
     @staticmethod
     def concatenate(parts: Sequence[Neighbors]) -> Neighbors:
-        """Lists of the same cutoff, one after another; indices stay as they are."""
+        """Lists of the same cutoff, one after another; indices stay as they are, and what is known of vectors is kept."""
+        if len(parts) == 1:
+            return parts[0]
         joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("centers", "neighbors", "shifts"))
-        return Neighbors(*joined, parts[0].cutoff)
+        found, known = Neighbors(*joined, parts[0].cutoff), [p._last for p in parts]
+        if None in known or any(of is not known[0][0] for of, _ in known):
+            return found
+        vectors = torch.cat([vectors for _, vectors in known])
+        return found._with(known[0][0], vectors, min(p._closest for p in parts))
 
     @staticmethod
     def side_by_side(parts: Sequence[Neighbors], counts: Sequence[int]) -> Neighbors:
@@ -60,9 +71,24 @@ class Neighbors:
 
     def between(self, start: int, end: int) -> Neighbors:
         """The pairs of the centres start to end, atoms counted from `start`: of structures that lie side by side in a batch."""
-        edges = torch.searchsorted(self.centers, torch.tensor([start, end], device=self.centers.device)).tolist()
-        here = slice(*edges)
-        return Neighbors(self.centers[here] - start, self.neighbors[here] - start, self.shifts[here], self.cutoff)
+        found = self.of_atoms(start, end)
+        if not start:
+            return found
+        return Neighbors(found.centers - start, found.neighbors - start, found.shifts, self.cutoff)
+
+    def of_atoms(self, start: int, end: int) -> Neighbors:
+        """The pairs of the centres start to end; nothing is copied."""
+        low, high = (int(torch.searchsorted(self.centers, atom)) for atom in (start, end))
+        if (low, high) == (0, len(self)):
+            return self
+        found = Neighbors(self.centers[low:high], self.neighbors[low:high], self.shifts[low:high], self.cutoff)
+        return found if self._last is None else found._with(self._last[0], self._last[1][low:high], self._closest)
+
+    def _with(self, structures: Structures, vectors: Tensor, closest: float = 0.0) -> Neighbors:
+        """The same, remembering its vectors and how close pairs are: asked for by descriptors and baselines alike."""
+        object.__setattr__(self, "_last", (structures, vectors))
+        object.__setattr__(self, "_closest", float(closest))
+        return self
 
     def sorted(self) -> Neighbors:
         """The same in the order of centres, neighbours and shifts."""
@@ -79,14 +105,13 @@ class Neighbors:
             out = structures.positions.new_empty(len(self), 3)
             known = structures.positions, structures.cells, structures.structure_of_atom
             of_pairs = self.centers, self.neighbors, self.shifts
-            pair_loops.vectors(*(part.detach().contiguous().numpy() for part in (*known, *of_pairs, out)))
+            pair_loops.vectors(*_arrays(*known, *of_pairs, out))
         else:
             cells = structures.cells[structures.structure_of_atom[self.centers]]
             shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
             out = structures.positions[self.neighbors] + shift - structures.positions[self.centers]
-        # asked for by descriptors and baselines alike; never without its gradient
-        if not (structures.positions.requires_grad or structures.cells.requires_grad):
-            object.__setattr__(self, "_last", (structures, out))
+        if not _differentiable(structures):
+            self._with(structures, out)
         return out
 
     def within(self, structures: Structures, cutoff: float) -> Neighbors:
@@ -95,14 +120,38 @@ class Neighbors:
             return self
         if cutoff > self.cutoff:
             raise ValueError(f"a list of pairs within {self.cutoff} A does not hold those within {cutoff} A")
-        keep = (self.vectors(structures).norm(dim=1) < cutoff).nonzero()[:, 0]
-        return Neighbors(self.centers[keep], self.neighbors[keep], self.shifts[keep], cutoff)
+        if self._last is not None and self._last[0] is structures and cutoff <= self._closest:
+            return Neighbors(self.centers[:0], self.neighbors[:0], self.shifts[:0], cutoff)
+        return self._closer(structures, cutoff)[0]
+
+    def _closer(self, structures: Structures, cutoff: float) -> tuple[Neighbors, float]:
+        """The pairs closer than the cutoff, and the shortest distance of all (inf where there are none), A."""
+        if not len(self):
+            return Neighbors(self.centers, self.neighbors, self.shifts, cutoff), math.inf
+        if not compilable(structures.positions, structures.cells):
+            r = self.vectors(structures).norm(dim=1)
+            keep = (r < cutoff).nonzero()[:, 0]
+            return Neighbors(self.centers[keep], self.neighbors[keep], self.shifts[keep], cutoff), float(r.min())
+        from gpmlp import pair_loops
+
+        known = structures.positions, structures.cells, structures.structure_of_atom
+        arrays = _arrays(*known, self.centers, self.neighbors, self.shifts)
+
+        def closer(first: int) -> tuple[Neighbors, float]:
+            *made, least = pair_loops.within(first, min(first + PAIRS, len(self)), *arrays, cutoff)
+            *pairs, vectors = map(torch.from_numpy, made)
+            found = Neighbors(*pairs, cutoff)
+            return (found if _differentiable(structures) else found._with(structures, vectors, least)), least
+
+        parts, least = zip(*threads.each(closer, range(0, len(self), PAIRS)), strict=True)
+        return Neighbors.concatenate(parts), min(least)
 
 
 def find(structures: Structures, cutoff: float) -> Neighbors:
     """Find all pairs within the cutoff; cells smaller than the cutoff, triclinic and left-handed cells included.
 
-    By vesin on the CPU, by `cells` on any other device, where positions then stay.
+    By vesin on the CPU, by `cells` on any other device, where positions then stay; in the order of centres. What that
+    of the neighbours of a centre is depends on its structure alone.
 
     Raises:
         UserError: two atoms closer than 0.3 A, naming the structure and the atoms.
@@ -110,36 +159,81 @@ def find(structures: Structures, cutoff: float) -> Neighbors:
     positions, box = structures.positions.detach().double(), structures.cells.detach().double()
     box = cells.boxes(box, structures.periodic)
     if positions.device.type == "cpu":
-        i, j, shifts, distances = _by_vesin(structures, positions, box, cutoff)
+        i, j, shifts = _by_vesin(structures, positions, box, cutoff)
     else:
-        i, j, shifts, distances = cells.search(
-            positions, box, structures.periodic, structures.structure_of_atom, cutoff
-        )
-    if len(distances) and distances.min() < CLOSEST:
-        closest = int(distances.argmin())
-        s = int(structures.structure_of_atom[i[closest]])
-        first = int(structures.offsets[s])
-        raise UserError(
-            f"{structures.names[s]}: atoms {int(i[closest]) - first} and {int(j[closest]) - first} are "
-            f"{distances[closest]:.3f} A apart (closer than {CLOSEST} A); "
-            "check the positions, the cell and the unit (A) of this structure, or remove it."
-        )
-    return Neighbors(i, j, shifts, float(cutoff))
+        i, j, shifts, _ = cells.search(positions, box, structures.periodic, structures.structure_of_atom, cutoff)
+    found = Neighbors(i, j, shifts, float(cutoff))
+    if not len(found):
+        return found
+    vectors = found.vectors(structures).detach()
+    distances = vectors.square().sum(1)
+    where = int(distances.argmin())
+    closest = float(distances[where].sqrt())
+    _check(structures, found, closest, where)
+    return found if _differentiable(structures) else found._with(structures, vectors, closest)
 
 
 def _by_vesin(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, ...]:
-    """i, j, shifts and distances as of cells.search, one structure after another."""
-    offsets, periodic = structures.offsets.tolist(), structures.periodic.numpy()
+    """i, j and shifts as of cells.search: one periodic structure after another, molecules by the hundred."""
+    counts, periodic = structures.counts, structures.periodic
     search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, sorted=True, n_threads=torch.get_num_threads())
-    found: list[tuple[np.ndarray, ...]] = [
-        (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64), np.zeros(0))
-    ]
-    for s, (start, end) in enumerate(pairwise(offsets)):
-        i, j, shift, distance = search.compute(
-            positions[start:end].numpy(), boxes[s].numpy(), periodic[s], quantities="ijSd"
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64))]
+    free = ~periodic.any(dim=1)
+    apart = _apart(positions, structures.structure_of_atom, cutoff) if int(free.sum()) > 1 else positions
+    for first, last in _together(free.tolist()):
+        start, end = int(structures.offsets[first]), int(structures.offsets[first]) + int(counts[first:last].sum())
+        here = (apart if last - first > 1 else positions)[start:end]
+        i, j, shift = search.compute(here.numpy(), boxes[first].numpy(), periodic[first].numpy(), quantities="ijS")
+        order = np.lexsort((j, i)) if free[first] else slice(None)  # else it would follow from the others of the run
+        found.append(
+            (i[order].astype(np.int64) + start, j[order].astype(np.int64) + start, shift[order].astype(np.int64))
         )
-        found.append((i.astype(np.int64) + start, j.astype(np.int64) + start, shift.astype(np.int64), distance))
     return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))
+
+
+def _together(free: Sequence[bool]) -> list[tuple[int, int]]:
+    """(first, last + 1) of structures that are searched in one call: runs of those that are not periodic, MOLECULES at most."""
+    out: list[tuple[int, int]] = []
+    for s, alone in enumerate(free):
+        if alone and s and free[s - 1] and s - out[-1][0] < MOLECULES:
+            out[-1] = (out[-1][0], s + 1)
+        else:
+            out.append((s, s + 1))
+    return out
+
+
+def _apart(positions: Tensor, structure: Tensor, cutoff: float) -> Tensor:
+    """Positions with each structure moved along x until it is out of sight of the one before."""
+    n = int(structure[-1]) + 1 if len(structure) else 0
+    x, big = positions[:, 0], torch.full((n,), math.inf, dtype=positions.dtype)
+    low, high = big.scatter_reduce(0, structure, x, "amin"), (-big).scatter_reduce(0, structure, x, "amax")
+    places = torch.where(high >= low, high - low + 2 * cutoff, 0.0).cumsum(0)
+    moved = positions.clone()
+    moved[:, 0] += (places - high)[structure]
+    return moved
+
+
+def _check(structures: Structures, found: Neighbors, closest: float, where: int) -> None:
+    """Raise a UserError if the closest pair, `where`, is too close."""
+    if closest >= CLOSEST:
+        return
+    i, j = int(found.centers[where]), int(found.neighbors[where])
+    s = int(structures.structure_of_atom[i])
+    first = int(structures.offsets[s])
+    raise UserError(
+        f"{structures.names[s]}: atoms {i - first} and {j - first} are {closest:.3f} A apart (closer than {CLOSEST} A); "
+        "check the positions, the cell and the unit (A) of this structure, or remove it."
+    )
+
+
+def _differentiable(structures: Structures) -> bool:
+    """Whether vectors may be asked for with their gradient, and so not be remembered without it."""
+    return structures.positions.requires_grad or structures.cells.requires_grad
+
+
+def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
+    """As compiled loops take them."""
+    return tuple(part.detach().contiguous().numpy() for part in tensors)
 
 
 class Skin:
@@ -161,14 +255,13 @@ class Skin:
         Raises:
             UserError: as `find`.
         """
-        if self._of is None or self._moved(structures):
-            self._of, self._pairs = structures, find(structures, self.cutoff + self.skin).sorted()
-        found = self._pairs
-        r = found.vectors(structures).norm(dim=1)
-        if len(r) and r.min() < CLOSEST:
-            find(structures, self.cutoff)  # which says what is wrong
-        keep = (r < self.cutoff).nonzero()[:, 0]
-        return Neighbors(found.centers[keep], found.neighbors[keep], found.shifts[keep], self.cutoff)
+        with threads.one_core():
+            if self._of is None or self._moved(structures):
+                self._of, self._pairs = structures, find(structures, self.cutoff + self.skin).sorted()
+            found, closest = self._pairs._closer(structures, self.cutoff)
+            if closest < CLOSEST:
+                find(structures, self.cutoff)  # which says what is wrong
+            return found
 
     def _moved(self, now: Structures) -> bool:
         then = self._of
@@ -240,16 +333,29 @@ def prediction(
     structures: Structures, neighbors: Neighbors, vectors: Tensor, atom_energies: Tensor, pair_gradients: Tensor
 ) -> Prediction:
     """Assemble a Prediction from local energies (atoms,) and pair gradients (pairs, 3): the house's one derivative rule."""
-    energies = atom_energies.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, atom_energies)
-    if compilable(vectors, pair_gradients):
+    on_atoms = pair_gradients.new_zeros(structures.n_atoms, 3)
+    strained = pair_gradients.new_zeros(len(structures), 3, 3)
+    collect(structures, neighbors, vectors, pair_gradients, on_atoms, strained)
+    return collected(structures, atom_energies, on_atoms, strained)
+
+
+def collect(
+    structures: Structures, neighbors: Neighbors, vectors: Tensor, gradients: Tensor, on_atoms: Tensor, strained: Tensor
+) -> None:
+    """Add F_i = sum_j (g_ij - g_ji) to on_atoms (atoms, 3) and sum_ij r_ij (x) g_ij to strained (structures, 3, 3), from these pairs."""
+    if compilable(vectors, gradients):
         from gpmlp import pair_loops
 
-        on_atoms = pair_gradients.new_zeros(structures.n_atoms, 3)
-        strained = pair_gradients.new_zeros(len(structures), 3, 3)
-        given = structures.structure_of_atom, neighbors.centers, neighbors.neighbors, vectors, pair_gradients
-        pair_loops.collect(*(part.detach().contiguous().numpy() for part in (*given, on_atoms, strained)))
-        strained = 0.5 * (strained + strained.mT)
+        given = structures.structure_of_atom, neighbors.centers, neighbors.neighbors, vectors, gradients
+        pair_loops.collect(*_arrays(*given, on_atoms, strained))
     else:
-        on_atoms = forces(neighbors, structures.n_atoms, pair_gradients)
-        strained = virials(structures, neighbors, vectors, pair_gradients)
-    return Prediction(energies, atom_energies, on_atoms, strained / structures.volumes[:, None, None])
+        on_atoms += forces(neighbors, structures.n_atoms, gradients)
+        strained += virials(structures, neighbors, vectors, gradients)
+
+
+def collected(structures: Structures, atom_energies: Tensor, on_atoms: Tensor, strained: Tensor) -> Prediction:
+    """A Prediction from local energies (atoms,), eV, forces, and what was collected of pair gradients (structures, 3, 3), eV."""
+    energies = atom_energies.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, atom_energies)
+    return Prediction(
+        energies, atom_energies, on_atoms, 0.5 * (strained + strained.mT) / structures.volumes[:, None, None]
+    )

@@ -5,20 +5,47 @@ Only neighbors.py imports this, when there is something to do: numba takes half 
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 FLAGS = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+
+@njit(inline="always", **FLAGS)
+def pair_vector(positions, cell, i, j, shift, out):
+    """out = r_j + shift . cell - r_i; the one place where the order of these sums is laid down."""
+    for x in range(3):
+        shifted = shift[0] * cell[0, x] + shift[1] * cell[1, x] + shift[2] * cell[2, x]
+        out[x] = (positions[j, x] + shifted) - positions[i, x]
 
 
 @njit(**FLAGS)
 def vectors(positions, cells, owner, centers, neighbors, shifts, out):
     """out[pair] = r_j + shift . cell - r_i."""
     for p in range(len(centers)):
-        i, j = centers[p], neighbors[p]
-        cell, a, b, c = cells[owner[i]], shifts[p, 0], shifts[p, 1], shifts[p, 2]
+        pair_vector(positions, cells[owner[centers[p]]], centers[p], neighbors[p], shifts[p], out[p])
+
+
+@njit(**FLAGS)
+def within(first, last, positions, cells, owner, centers, neighbors, shifts, cutoff):
+    """Of the pairs first to last, in their order, those closer than the cutoff.
+
+    Returns:
+        centres, neighbours, shifts and vectors of those kept, and the shortest distance of all, A.
+    """
+    room, n, closest = last - first, 0, np.inf
+    of, seen, images = np.empty(room, np.int64), np.empty(room, np.int64), np.empty((room, 3), np.int64)
+    found = np.empty((room, 3), positions.dtype)
+    vectors(positions, cells, owner, centers[first:last], neighbors[first:last], shifts[first:last], found)
+    for k in range(room):
+        p = first + k
+        square = found[k, 0] * found[k, 0] + found[k, 1] * found[k, 1] + found[k, 2] * found[k, 2]
+        closest = min(closest, square)
+        of[n], seen[n] = centers[p], neighbors[p]
         for x in range(3):
-            shift = a * cell[0, x] + b * cell[1, x] + c * cell[2, x]
-            out[p, x] = (positions[j, x] + shift) - positions[i, x]
+            images[n, x], found[n, x] = shifts[p, x], found[k, x]
+        n += square < cutoff * cutoff
+    return of[:n], seen[:n], images[:n], found[:n], np.sqrt(closest)
 
 
 @njit(**FLAGS)

@@ -3,6 +3,7 @@ large a structure is, and are what threads share."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,8 @@ from gpmlp.quantities import Prediction, Variance
 from gpmlp.structures import Structures
 from gpmlp.terms import Profile, Term
 
-ATOMS = 256  # of a portion; ON_DEVICE: where there are many cores
+ATOMS = 256  # of a portion, for each species: products are by central species, and want many rows; ON_DEVICE: where there are many cores
+MOST_SPECIES = 3
 ON_DEVICE = 1 << 14
 # environments as each term has them, with profiles of the kernels if there are any -> what else is wanted of these atoms
 Beside = Callable[[Sequence[Environments], Sequence[dict[int, Profile]]], tuple[Variance | None, Tensor | None]]
@@ -27,11 +29,14 @@ class Portion:
     """What is predicted of a run of atoms.
 
     Attributes:
+        pairs, surroundings: of these atoms, for each term.
         local: for each term, (atoms,) local energies, eV.
         gradients: for each term, (pairs, 3) ∂E/∂r_ij, eV/A.
         variance: of the local energies; novelty: (atoms,); each None if not asked for.
     """
 
+    pairs: tuple[Neighbors, ...]
+    surroundings: tuple[Surroundings, ...]
     local: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...]
     variance: Variance | None
@@ -55,7 +60,7 @@ def spans(counts: Sequence[int], atoms: int) -> list[tuple[int, int]]:
 def mean(
     terms: Sequence[Term],
     structures: Structures,
-    lists: Sequence[Neighbors],
+    look: Callable[[int, int], Neighbors],
     beside: Beside | None = None,
     shared: bool = False,
 ) -> Prediction:
@@ -64,28 +69,36 @@ def mean(
     The same to the last bit for any number of threads, and whatever else is asked for.
 
     Args:
-        lists: for each term, all pairs within its cutoff.
+        look: atoms (start, end) -> all pairs with these as centres, within the largest cutoff of the terms or more, as
+            Neighbors.of_atoms.
         shared: whether `beside` uses the kernels of the mean.
     """
-    seen = [Surroundings.of(structures, pairs) for pairs in lists]
 
     def portion(span: tuple[int, int]) -> Portion:
-        made = [term.descriptor(s.between(*span)) for term, s in zip(terms, seen, strict=True)]
+        found = look(*span)
+        pairs = tuple(found.within(structures, term.descriptor.cutoff) for term in terms)
+        seen = tuple(Surroundings.of(structures, p, *span) for p in pairs)
+        made = [term.descriptor(s) for term, s in zip(terms, seen, strict=True)]
         profiles = [term.profiles(e) if shared else {} for term, e in zip(terms, made, strict=True)]
         local, cotangents = zip(*(t.local(e, p) for t, e, p in zip(terms, made, profiles, strict=True)), strict=True)
         gradients = tuple(e.pull_back(c) for e, c in zip(made, cotangents, strict=True))
-        return Portion(local, gradients, *(beside(made, profiles) if beside else (None, None)))
+        return Portion(pairs, seen, local, gradients, *(beside(made, profiles) if beside else (None, None)))
 
-    atoms = ATOMS if structures.positions.device.type == "cpu" else ON_DEVICE
-    parts = threads.each(portion, spans(structures.counts.tolist(), atoms))
-    total = None
-    for k, (pairs, surroundings) in enumerate(zip(lists, seen, strict=True)):
-        local, gradients = torch.cat([p.local[k] for p in parts]), torch.cat([p.gradients[k] for p in parts])
-        part = neighbors.prediction(structures, pairs, surroundings.vectors, local, gradients)
-        total = part if total is None else total + part
-    variances, novelties = [p.variance for p in parts], [p.novelty for p in parts]
+    like, local, variances, novelties = structures.positions, [], [], []
+    on_atoms, strained = torch.zeros_like(like), torch.zeros_like(structures.cells)
+
+    def take(part: Portion) -> None:
+        for pairs, seen, gradients in zip(part.pairs, part.surroundings, part.gradients, strict=True):
+            neighbors.collect(structures, pairs, seen.vectors, gradients, on_atoms, strained)
+        local.append(functools.reduce(torch.add, part.local))
+        variances.append(part.variance)
+        novelties.append(part.novelty)
+
+    n_species = min(len(structures.distinct_species), MOST_SPECIES)
+    atoms = ATOMS * n_species if like.device.type == "cpu" else ON_DEVICE
+    threads.each(portion, spans(structures.counts.tolist(), atoms), take)
     return replace(
-        total,
+        neighbors.collected(structures, torch.cat(local), on_atoms, strained),
         atom_energies_variance=None if variances[0] is None else Variance.concatenate(variances),
         novelty=None if novelties[0] is None else torch.cat(novelties),
     )

@@ -170,20 +170,27 @@ class Potential:
     ) -> Prediction:
         if views:
             pairs = max((view.neighbors for view in views), key=lambda found: found.cutoff)
-        pairs = neighbors.find(structures, self.reach) if pairs is None else pairs
-        lists = [pairs.within(structures, term.descriptor.cutoff) for term in self.terms]
+        if pairs is None:
+            pairs = neighbors.find(structures, self.reach)
+        close, near = {}, max((term.cutoff for term in self.baselines), default=0.0)
+
+        def looked(start: int, end: int) -> Neighbors:
+            found = pairs.of_atoms(start, end)
+            if near <= found.cutoff:
+                close[start] = found.within(structures, near)
+            return found
 
         def beside(seen: Sequence[Environments], profiles: Sequence[dict]) -> tuple[Variance | None, Tensor | None]:
             variance = self.variances.of_atoms(seen, wanted.form, profiles) if wanted.atom_energies else None
             return variance, self.novelty.novelty(seen[0].species, seen[0].features) if novelty else None
 
-        total = portions.mean(self.terms, structures, lists, beside, wanted.atom_energies)
+        total = portions.mean(self.terms, structures, looked, beside, wanted.atom_energies)
+        within = Neighbors.concatenate([close[start] for start in sorted(close)]) if close else None
         for term in self.baselines:
-            part = term(structures, pairs if term.cutoff <= pairs.cutoff else None)
-            total = total + part
+            total = total + term(structures, within)
         if not wanted.correlated:
             return total
-        views = views or [term.view(structures, found) for term, found in zip(self.terms, lists, strict=True)]
+        views = views or [term.view(structures, pairs) for term in self.terms]
         return replace(total, **self.variances(structures, views, wanted))
 
     def sample(self, k: int, seed: int, calibrated: bool = True) -> samples.Samples:

@@ -89,7 +89,7 @@ class Structures:
         volume = torch.linalg.det(self.cells).abs()
         return torch.where(self.periodic.any(dim=1) & (volume > 1e-6), volume, torch.full_like(volume, float("nan")))
 
-    @property
+    @cached_property
     def distinct_species(self) -> tuple[int, ...]:
         """Sorted atomic numbers that occur."""
         return tuple(int(z) for z in self.species.unique())

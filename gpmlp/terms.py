@@ -19,7 +19,7 @@ from gpmlp.structures import Structures
 JACOBIAN_BYTES = 192 << 20  # of the environments of a chunk; more is made again for each use
 Profile = tuple[Tensor, Tensor, Tensor]  # f, f', f'' of the dot products of environments with centres
 CHUNK_ATOMS = 256  # atoms whose pair quantities are in memory together
-ROWS = 64  # environments whose products with all centres stay in cache
+ROWS, PRODUCTS = 64, 1 << 16  # environments, at least, and products with all centres that stay in cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +71,9 @@ class MeanBlock:
     def __call__(self, kernel: ZonalKernel, x: Tensor, profile: Profile | None = None) -> tuple[Tensor, Tensor]:
         """Return ε (environments,) and dε/dx (environments, features), to the last bit the same whether `profile`, of x with the centres,
         is known or not."""
-        if len(x) > ROWS:
-            known = zip(*(part.split(ROWS) for part in profile), strict=True) if profile else itertools.repeat(None)
-            parts = [self(kernel, some, p) for some, p in zip(x.split(ROWS), known, strict=False)]
+        if len(x) > self._rows:
+            known = zip(*(p.split(self._rows) for p in profile), strict=True) if profile else itertools.repeat(None)
+            parts = [self(kernel, some, p) for some, p in zip(x.split(self._rows), known, strict=False)]
             return torch.cat([energy for energy, _ in parts]), torch.cat([slope for _, slope in parts])
         value, first, second = profile or self.profile(kernel, x)
         energy = value @ self.weights
@@ -84,9 +84,14 @@ class MeanBlock:
         energy = energy + (first * along).sum(1)
         return energy, (on_dots + second * along) @ self.features + first @ self.tangents
 
+    @property
+    def _rows(self) -> int:
+        """Environments that are done at a time."""
+        return max(ROWS, PRODUCTS // max(1, len(self.features)) // ROWS * ROWS)
+
     def profile(self, kernel: ZonalKernel, x: Tensor) -> Profile:
         """Of environments with all centres."""
-        parts = [kernel.profile(some @ self.features.T) for some in x.split(ROWS)]
+        parts = [kernel.profile(some @ self.features.T) for some in x.split(self._rows)]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def collapsed(self, kernel: ZonalKernel) -> Collapsed | None:

@@ -4,14 +4,15 @@ out does not depend on how many there are."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -24,23 +25,84 @@ def available() -> int:
     return getattr(_here, "threads", None) or torch.get_num_threads()
 
 
-def each(work: Callable[[Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
+def each(
+    work: Callable[[Piece], Made], pieces: Sequence[Piece], take: Callable[[Made], object] | None = None
+) -> list[Made | None]:
     """[work(piece) for piece in pieces], side by side where there are several; what a piece raises is raised here.
 
-    Pieces are done by threads, so work is worth sharing where it spends its time outside of Python.
+    Pieces are done by this thread and by others, so work is worth sharing where it spends its time outside of Python.
+
+    Args:
+        take: is given what was made, in the order of pieces and never two at once, as soon as all before it are there; what it was
+            given is not kept, and None is in its place.
     """
+    shared = _Shared(work, pieces, take)
     threads = min(available(), len(pieces))
     if threads < 2 or _local("MKL_Set_Num_Threads_Local") is None:
         with one_core():  # the last digits of products depend on it
-            return [work(piece) for piece in pieces]
+            return shared.finished()
     # of modes that are a thread's own, the ones that change what is computed
-    guarded = partial(_as_here, work, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    return list(_pool(os.getpid(), threads).map(guarded, pieces))
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    helpers = [_pool(os.getpid(), threads - 1).submit(shared.help, *modes) for _ in range(threads - 1)]
+    with one_core():
+        shared.help(*modes)
+    for helper in helpers:
+        helper.result()
+    return shared.finished()
 
 
-def _as_here(work: Callable[[Piece], Made], grad: bool, inference: bool, piece: Piece) -> Made:
-    with torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
-        return work(piece)
+class _Shared(Generic[Piece, Made]):
+    """Pieces that several threads take from; what was made of them."""
+
+    def __init__(
+        self, work: Callable[[Piece], Made], pieces: Sequence[Piece], take: Callable[[Made], object] | None
+    ) -> None:
+        self.work, self.pieces, self.take = work, pieces, take
+        self.made: list[Made | None] = [None] * len(pieces)
+        self.raised: dict[int, BaseException] = {}
+        self.next = itertools.count()
+        self.there = [False] * len(pieces)
+        self.taken, self.taking = 0, threading.Lock()
+
+    def help(self, grad: bool, inference: bool) -> None:
+        """Do pieces until none is left or one has failed."""
+        before, _here.threads = getattr(_here, "threads", None), 1  # pieces within pieces are not shared again
+        try:
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
+                self.run()
+        finally:
+            _here.threads = before
+
+    def run(self) -> None:
+        """As `help`, in the modes of this thread."""
+        while not self.raised and (k := next(self.next)) < len(self.pieces):
+            try:
+                self.made[k] = self.work(self.pieces[k])
+                self.there[k] = True
+                self.hand_on()
+            except BaseException as error:  # of the thread that asked, which raises it
+                self.raised[k] = error
+
+    def hand_on(self) -> None:
+        """Give `take` what is its turn, unless another thread is about it, which then looks again."""
+        while self.take is not None and self.is_turn() and self.taking.acquire(blocking=False):
+            try:
+                while self.is_turn():
+                    made, self.made[self.taken] = self.made[self.taken], None
+                    self.take(made)
+                    self.taken += 1
+            finally:
+                self.taking.release()
+
+    def is_turn(self) -> bool:
+        return self.taken < len(self.there) and self.there[self.taken]
+
+    def finished(self) -> list[Made | None]:
+        """What was made, after pieces that are left were done here; or raise what the first of the failed pieces raised."""
+        self.run()
+        if self.raised:
+            raise self.raised[min(self.raised)]
+        return self.made
 
 
 @lru_cache(maxsize=4)
@@ -51,6 +113,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 def _take_one_core() -> None:
     """Products and loops of PyTorch in this thread, and in no other, use one core from now on."""
+    _here.threads = 1
     torch.get_num_threads()  # PyTorch sets up a thread at its first question: before, not after
     for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"):
         if (limit := _local(name)) is not None:

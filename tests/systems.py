@@ -157,7 +157,7 @@ class OwnTerm(Term):
     """A term that can be called on structures, as baselines can."""
 
     def __call__(self, structures: Structures) -> Prediction:
-        return portions.mean([self], structures, [neighbors.find(structures, self.descriptor.cutoff)])
+        return portions.mean([self], structures, neighbors.find(structures, self.descriptor.cutoff).of_atoms)
 
 
 def random_term(made: Descriptor, kernel: ZonalKernel, seed: int = 3, scale: float = 1.0) -> Term:

@@ -85,8 +85,10 @@ def test_vectors_that_are_remembered_keep_their_gradient():
     found = neighbors.find(moved, 3.0)
     with torch.no_grad():
         found.vectors(moved)
-    found.vectors(moved).square().sum().backward()
+        closer = found.within(moved, 2.5)
+    (found.vectors(moved).square().sum() + closer.vectors(moved).square().sum()).backward()
     assert moved.positions.grad.abs().max() > 1
+    assert closer.vectors(moved).requires_grad
     assert found.vectors(one) is found.vectors(one) and found.vectors(one) is not found.vectors(moved)
 
 
@@ -99,6 +101,48 @@ def test_within_drops_the_pairs_beyond_a_smaller_cutoff():
     batch = everything()
     smaller, direct = neighbors.find(batch, 5.0).within(batch, 3.0), neighbors.find(batch, 3.0)
     assert as_set(smaller) == as_set(direct)
+
+
+def test_pairs_of_a_run_of_atoms_are_those_of_the_list():
+    """To the last bit, with their vectors; and no pairs where all are farther apart, whether that is known or has to be looked at."""
+    batch = Structures.concatenate([crystal("triclinic"), cluster(), crystal("slab", (6, 8, 1))])
+    whole = neighbors.find(batch, CUTOFF)
+    closest = float(whole.vectors(batch).norm(dim=1).min())
+    for start, end in ((0, 5), (3, batch.n_atoms), (4, 4)):
+        found, mine = whole.of_atoms(start, end), (whole.centers >= start) & (whole.centers < end)
+        for name in ("centers", "neighbors", "shifts"):
+            assert torch.equal(getattr(found, name), getattr(whole, name)[mine])
+        assert torch.equal(found.vectors(batch), whole.vectors(batch)[mine])
+        assert torch.equal(replace(found).vectors(batch), found.vectors(batch))
+    copy = neighbors.Neighbors(whole.centers, whole.neighbors, whole.shifts, CUTOFF)
+    for found in (whole, copy):
+        assert len(found.within(batch, closest)) == 0 < len(found.within(batch, 1.001 * closest))
+    moved = batch.with_positions(0.9 * batch.positions, 0.9 * batch.cells)
+    assert len(whole.within(moved, closest)) > 0  # what is known of some positions is not said of others
+
+
+def test_molecules_are_searched_together(monkeypatch):
+    """Each sees itself alone, wherever they lie, and whatever is between them in the batch; the order is that of the batch."""
+    parts = [
+        cluster(seed=1),
+        cluster(seed=2),
+        crystal("triclinic"),
+        *(cluster(seed=k) for k in range(3, 9)),
+        dimer(1.1),
+    ]
+    batch = Structures.concatenate(parts)
+    alone = neighbors.Neighbors.side_by_side([neighbors.find(p, CUTOFF) for p in parts], batch.counts.tolist())
+    for most in (256, 4, 1):
+        monkeypatch.setattr(neighbors, "MOLECULES", most)
+        found = neighbors.find(batch, CUTOFF)
+        for name in ("centers", "neighbors", "shifts"):
+            assert torch.equal(getattr(found, name), getattr(alone, name))
+        assert torch.equal(found.vectors(batch), replace(alone).vectors(batch))
+
+
+def test_many_neighbours_of_an_atom():
+    one = crystal("cubic", (6, 8, 1))
+    assert as_set(neighbors.find(one, 14.0)) == oracles.neighbor_set(one, 14.0)
 
 
 def test_atoms_on_top_of_each_other_are_named():

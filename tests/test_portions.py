@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from systems import CUTOFF, crystal, everything
@@ -57,23 +60,28 @@ def fields(prediction):
 def test_a_structure_in_portions_is_the_structure(potential, monkeypatch):
     """Sums over pairs in another order: rounding of values and forces of order 1 to 10; of variances, of prior variances."""
     one, made = large(), []
-    for atoms in (1000, 13):
+    for atoms in (1000, 5):
         monkeypatch.setattr(portions, "ATOMS", atoms)
         made.append(potential(one, variance="atom_energies", novelty=True, calibrated=False))
-    assert len(portions.spans([one.n_atoms], 13)) == 8
+    assert (
+        len(portions.spans([one.n_atoms], 5 * len(one.distinct_species))) == 7
+    )  # large enough for products of each species
     for whole, cut in zip(*map(fields, made), strict=True):
         torch.testing.assert_close(cut, whole, rtol=1e-10, atol=1e-10)
 
 
 def test_threads_and_variances_change_nothing(potential, monkeypatch, two_threads):
     """To the last bit: else dynamics would depend on the machine, or on what was asked for on the way."""
-    monkeypatch.setattr(portions, "ATOMS", 13)
+    monkeypatch.setattr(portions, "ATOMS", 5)
+    monkeypatch.setattr(neighbors, "RUN", 11)
+    monkeypatch.setattr(neighbors, "PAIRS", 100)
     one, made = large(), []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
         made.append(fields(potential(one, variance="atom_energies", novelty=True)))
         found = neighbors.find(one, CUTOFF)
-        made[-1] += found.centers, found.neighbors, found.shifts
+        closer = found.within(one, 2.0)
+        made[-1] += found.centers, found.neighbors, found.shifts, closer.centers, closer.shifts, closer.vectors(one)
     for first, *others in zip(*made, strict=True):
         assert all(torch.equal(first, other) for other in others)
     plain = potential(one)
@@ -120,5 +128,37 @@ def test_work_is_done_in_order_in_threads_of_one_core_with_the_modes_of_the_call
 
 
 def test_what_a_thread_raises_is_raised(two_threads):
+    """Of several the first, whoever was faster; nothing is begun after it, and threads are there for the next."""
+    begun = []
+
+    def work(k):
+        begun.append(k)
+        time.sleep(0.01 if k == 1 else 0)
+        return [1.0][k]
+
     with pytest.raises(ZeroDivisionError):
         threads.each(lambda k: 1 / k, [1, 0, 2])
+    with pytest.raises(IndexError):
+        threads.each(work, range(100))
+    assert len(begun) < 10
+    with pytest.raises(ValueError, match="taken"):
+        threads.each(lambda k: k, range(10), lambda k: (_ for _ in ()).throw(ValueError("taken")))
+    assert threads.each(lambda k: k, range(3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_what_was_made_is_taken_in_order_and_by_one_at_a_time(two_threads, n):
+    torch.set_num_threads(n)
+    taken, inside = [], threading.Lock()
+
+    def work(k):
+        time.sleep(0.003 * (k % 3 == 0))  # those that come first are there last
+        return k
+
+    def take(k):
+        assert inside.acquire(blocking=False)
+        taken.append(k)
+        inside.release()
+
+    assert threads.each(work, range(30), take) == [None] * 30
+    assert taken == list(range(30))

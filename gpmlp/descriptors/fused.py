@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from gpmlp.descriptors.loops import Basis, Pairs
     from gpmlp.descriptors.power_spectrum import SoapPowerSpectrum
 
-BLOCK = 32  # environments that a thread takes at a time, at least; those whose harmonics are in memory for a Jacobian
+BLOCK = 32  # environments whose harmonics are in memory for a Jacobian
+SHARED = 128  # environments that are worth handing to another thread
 FEW = 8  # environments whose Jacobian stays in cache while many cotangents are pulled back
 
 
@@ -43,7 +44,7 @@ def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> E
     tiny = basis.table.dtype.type(torch.finfo(vectors.dtype).tiny)
     starts = pairs.starts[:: basis.n_species].tolist()
 
-    together = max(BLOCK, -(-n // (4 * threads.available()))) if threads.available() > 1 else max(1, n)
+    together = max(SHARED, -(-n // (4 * threads.available()))) if threads.available() > 1 else max(1, n)
     _in_blocks(0, n, lambda lo, hi: loops.expand(lo, hi, pairs, basis, tiny, row, *made), together)
 
     def derivatives(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
