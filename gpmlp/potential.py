@@ -172,6 +172,8 @@ class Potential:
             pairs = max((view.neighbors for view in views), key=lambda found: found.cutoff)
         pairs = neighbors.find(structures, self.reach) if pairs is None else pairs
         lists = [pairs.within(structures, term.descriptor.cutoff) for term in self.terms]
+        if wanted.atom_energies:
+            self.variances.prepare()
 
         def beside(seen: Sequence[Environments], profiles: Sequence[dict]) -> tuple[Variance | None, Tensor | None]:
             variance = self.variances.of_atoms(seen, wanted.form, profiles) if wanted.atom_energies else None

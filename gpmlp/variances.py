@@ -10,11 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gpmlp.environments import Descriptor, Environments, InSingle
+from gpmlp import threads
+from gpmlp.environments import Descriptor, Environments
 from gpmlp.gp import covariances, posterior
 from gpmlp.gp.covariances import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.prior import Prior, near_together
+from gpmlp.local_variances import LocalVariance
 from gpmlp.quantities import Variance
 from gpmlp.structures import Structures
 from gpmlp.terms import Profile, View
@@ -28,7 +30,6 @@ CALIBRATED_AS = {
     "forces_covariance": "forces",
     "stresses_covariance": "stresses",
 }
-STRIP = 128  # columns of a triangular matrix that are multiplied together
 FREE = 1e-12  # of the misspecification: a variance left by the data that is far below is one that symmetry makes zero
 KEPT = 1e-6  # of the misspecification, there
 FORCE_ATOMS = 512  # atoms whose force rows are in memory together
@@ -110,19 +111,23 @@ class VarianceModel:
         return a, torch.linalg.solve_triangular(self.factor.T, a.T, upper=False).T
 
     @cached_property
-    def _inverses(self) -> tuple[tuple[Tensor, ...], Tensor]:
-        """D L⁻¹ of every block, and R⁻ᵀ: products with these take half the time of the solves in `whitened`.
+    def local(self) -> dict[int, LocalVariance]:
+        """By species, what stands for `whitened` of its local energies. By one thread, whose rounding is always the same."""
+        widths = [len(lower) for lower in self.lowers]
+        columns = torch.arange(self.n_columns, device=self.signal.device).split(widths)
+        species = [block.species for blocks in self.blocks for block in blocks]
+        with threads.one_core():
+            inverse = torch.linalg.solve_triangular(self.factor, torch.eye(self.n_columns).to(self.factor), upper=True)
+            return {z: self._local(z, species, columns, inverse) for z in set(species)}
 
-        R⁻ᵀ is in single precision where descriptors are: no entry of it exceeds 1, and squares of its product are added, not taken off.
-        """
+    def _local(self, z: int, species: Sequence[int], columns: Sequence[Tensor], inverse: Tensor) -> LocalVariance:
+        mine = [i for i, other in enumerate(species) if other == z]
+        here = torch.cat([columns[i] for i in mine])
+        return LocalVariance.of([self.lowers[i] for i in mine], self.signal[here], inverse[here])
 
-        def inverse(lower: Tensor) -> Tensor:
-            return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-
-        signals = self.signal.split([len(lower) for lower in self.lowers])
-        scaled = (d[:, None] * inverse(lower) for d, lower in zip(signals, self.lowers, strict=True))
-        factor = inverse(self.factor.T)
-        return tuple(scaled), factor.float() if isinstance(self.priors[0].descriptor, InSingle) else factor
+    def prepare(self) -> None:
+        """Make what `of_atoms` needs, once, rather than in each of several threads."""
+        _ = self.local
 
     def share(self, form: str) -> float:
         """How much of what the inducing set cannot represent counts in that form."""
@@ -156,12 +161,11 @@ class VarianceModel:
             torch.cat([r.stresses for r in made], dim=1) if stresses else None,
         )
 
-    def atom_rows(self, seen: Sequence[Environments], profiles: Sequence[dict[int, Profile]] | None = None) -> Tensor:
-        """(environments, columns) covariances of local energies; centres are the first ones of the mean's, so their profiles will do."""
-        known = profiles or [{}] * len(seen)
+    def atom_rows(self, seen: Sequence[Environments]) -> Tensor:
+        """(environments, columns) covariances of local energies."""
         made = [
-            covariances.atom_rows(e.features, e.species, p.kernel, b, k)
-            for p, b, e, k in zip(self.priors, self.blocks, seen, known, strict=True)
+            covariances.atom_rows(e.features, e.species, p.kernel, b)
+            for p, b, e in zip(self.priors, self.blocks, seen, strict=True)
         ]
         return torch.cat(made, dim=1) if len(made) > 1 else made[0]
 
@@ -171,24 +175,35 @@ class VarianceModel:
         form: str = "scaled",
         profiles: Sequence[dict[int, Profile]] | None = None,
     ) -> Variance:
-        """Variances of local energies (environments,), eV^2.
+        """Variances of local energies (environments,), eV^2: those by `whitened`, to rounding (LocalVariance).
 
         Args:
             seen: for each descriptor, the same environments.
-            form: as in Wanted; profiles: kernels of the environments with the centres of the mean, if they are known.
+            form: as in Wanted; profiles: kernels of the environments with the centres of the mean, if they are known: those of
+                the variances are the first ones of them.
         """
-        rows, start, pieces = self.atom_rows(seen, profiles).to(self.signal), 0, []
-        inverses, factor = self._inverses
-        for inverse in inverses:
-            pieces.append(_triangular(rows[:, start : start + len(inverse)], inverse))
-            start += len(inverse)
-        a = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
-        left = _triangular(a.to(factor), factor).to(a)
-        prior = sum(p.atom_energies(seen[0].species, seen[0].features) for p in self.priors)
-        inducing = self.share(form) * (prior - a.square().sum(1)).clamp_min(0)
+        species, known = seen[0].species, profiles or [{}] * len(seen)
+        prior = sum(p.atom_energies(species, seen[0].features.to(self.signal)) for p in self.priors)
+        explained, left = torch.zeros_like(prior), torch.zeros_like(prior)
+        for z in species.unique().tolist():
+            if z in self.local:
+                mine = species == z
+                mine = slice(None) if mine.all() else mine
+                pieces = self._pieces(z, [e.features[mine] for e in seen], known)
+                explained[mine], left[mine] = self.local[z](pieces)
+        inducing = self.share(form) * (prior - explained).clamp_min(0)
         # local energies are never observed, so no label noise belongs to them
         none = torch.zeros_like(prior)
-        return Variance(inducing, left.square().sum(1), none, none)
+        return Variance(inducing, left, none, none)
+
+    def _pieces(self, z: int, features: Sequence[Tensor], known: Sequence[dict[int, Profile]]) -> list[Tensor]:
+        """Covariances of local energies of one species with each of its blocks."""
+        return [
+            covariances.local_rows(p.kernel, block, x, k.get(z))
+            for p, blocks, x, k in zip(self.priors, self.blocks, features, known, strict=True)
+            for block in blocks
+            if block.species == z
+        ]
 
     def _energies(self, structures: Structures, views: Sequence[View], share: float) -> Variance:
         rows = self.atom_rows([v.environments for v in views])
@@ -322,13 +337,6 @@ def _where_free(data: Tensor, constant: float) -> Tensor:
     values = values.clamp_min(0)
     kept = constant * (values + KEPT * FREE * constant) / (values + FREE * constant)
     return (vectors * kept[..., None, :]) @ vectors.mT
-
-
-def _triangular(rows: Tensor, lower: Tensor) -> Tensor:
-    """rows @ lower.T for a lower triangular matrix, without most of the zeros."""
-    ends = range(0, len(lower), STRIP)
-    strips = [rows[:, : k + STRIP] @ lower[k : k + STRIP, : k + STRIP].T for k in ends]
-    return torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]
 
 
 def _packed(lower: Tensor) -> Tensor:
