@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EXACT = 256  # columns of a block up to which all of them are leading: products of so few cost little
-LEADING = 128  # columns of a larger block that are
+LEADING = 128  # columns of a block that are; twice, four times as many where rounding asks for that, and all where that is most
+TOLERANCE = 1e-4  # what rounding may do to standard deviations, of themselves, at all inducing variables but
+EXEMPT = 0.01  # of them, or
+MEASURED = 256  # of them, or up to twice as many, where there are more
+NEGLIGIBLE = 1e-11  # of the prior variance: what double precision leaves of differences from it
 TINY = 1e-15  # of the largest eigenvalue: below, there is nothing but rounding
 
 
@@ -24,7 +27,8 @@ class LocalVariance:
         a₁ = D₁ L₁₁⁻¹ k₁,  r = k₂ − L₂₁ D₁⁻¹ a₁,  y = Vᵀ D₂ L₂₂⁻¹ r,  |a|² = |a₁|² + |y|²,
         |R⁻ᵀa|² = aᵀP a = |S a₁|² + |C a₁ + √p y|²  with  C = p^-½ Vᵀ P₂₁,  SᵀS = P₁₁ − CᵀC.
 
-    Nothing is left out: the squares are those of all columns, to rounding (docs/decisions/009-local-variances.md says how much that is).
+    Nothing is left out: the squares are those of all columns, to rounding. How much that is, is measured at the inducing variables,
+    where standard deviations are least; decision 009 has what it is elsewhere.
 
     Attributes:
         leading: for each block, how many of its columns are.
@@ -41,17 +45,27 @@ class LocalVariance:
     roots: Tensor
 
     @staticmethod
-    def of(lowers: Sequence[Tensor], signal: Tensor, inverse: Tensor) -> LocalVariance:
-        """Of the blocks of one species, one for each descriptor that has any.
+    def of(lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, amplitude: float) -> LocalVariance:
+        """Of the blocks of one species, one for each descriptor that has any; with as many leading columns as TOLERANCE asks for.
 
         Args:
             lowers: L of each; signal: (columns,) δ of each column, eV.
-            inverse: (columns, all columns) the rows of R⁻¹ that belong to them.
+            posterior: (columns, columns) P, (RᵀR)⁻¹ among them.
+            amplitude: w of the VarianceModel.
         """
-        leading = tuple(len(lower) if len(lower) <= EXACT else LEADING for lower in lowers)
+        some = LEADING
+        while True:
+            leading = tuple(len(lower) if len(lower) <= 2 * some else some for lower in lowers)
+            made = LocalVariance._split(lowers, signal, posterior, leading)
+            if not len(made.rest) or made._rounding(lowers, signal, posterior, amplitude) <= TOLERANCE:
+                return made
+            some *= 2
+
+    @staticmethod
+    def _split(lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, leading: tuple[int, ...]) -> LocalVariance:
         n, order = sum(leading), _order([len(lower) for lower in lowers], leading)
         lower, d = torch.block_diag(*lowers)[order][:, order], signal[order]
-        posterior = inverse[order] @ inverse[order].T
+        posterior = posterior[order][:, order]
         unit = torch.eye(n, dtype=signal.dtype, device=signal.device)
         turn = d[:n, None] * torch.linalg.solve_triangular(lower[:n, :n], unit, upper=False)
         p, v = torch.linalg.eigh(posterior[n:, n:])
@@ -79,6 +93,20 @@ class LocalVariance:
         y = torch.addmm(others, a, self.remove.T, alpha=-1).float() @ self.rest.T
         z = torch.addcmul(a.float() @ self.across.T, y, self.roots)
         return explained + _squares(y), left + _squares(z)
+
+    def _rounding(self, lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, amplitude: float) -> float:
+        """By how much of themselves standard deviations are off at the inducing variables, all but EXEMPT of (some of) them.
+
+        There k is a row of K = L Lᵀ, so that a is one of L D, and nothing is left unexplained.
+        """
+        whole = torch.block_diag(*lowers)
+        some = whole[:: max(1, len(whole) // MEASURED)]
+        a = some * signal
+        pieces = zip(some.split([len(lower) for lower in lowers], dim=1), lowers, strict=True)
+        explained, left = self([piece @ lower.T for piece, lower in pieces])
+        prior, exact = a.square().sum(1), ((a @ posterior) * a).sum(1)
+        off = max(1.0, amplitude) * (explained - prior).abs() + (left - exact).abs()
+        return float((0.5 * off / (exact + NEGLIGIBLE * prior)).quantile(1 - EXEMPT))
 
 
 def _order(widths: Sequence[int], leading: Sequence[int]) -> Tensor:

@@ -117,13 +117,14 @@ class VarianceModel:
         columns = torch.arange(self.n_columns, device=self.signal.device).split(widths)
         species = [block.species for blocks in self.blocks for block in blocks]
         with threads.one_core():
-            inverse = torch.linalg.solve_triangular(self.factor, torch.eye(self.n_columns).to(self.factor), upper=True)
-            return {z: self._local(z, species, columns, inverse) for z in set(species)}
+            posterior = torch.cholesky_inverse(self.factor, upper=True)
+            return {z: self._local(z, species, columns, posterior) for z in set(species)}
 
-    def _local(self, z: int, species: Sequence[int], columns: Sequence[Tensor], inverse: Tensor) -> LocalVariance:
+    def _local(self, z: int, species: Sequence[int], columns: Sequence[Tensor], posterior: Tensor) -> LocalVariance:
         mine = [i for i, other in enumerate(species) if other == z]
         here = torch.cat([columns[i] for i in mine])
-        return LocalVariance.of([self.lowers[i] for i in mine], self.signal[here], inverse[here])
+        lowers, own = [self.lowers[i] for i in mine], posterior[here][:, here]
+        return LocalVariance.of(lowers, self.signal[here], own, self.amplitude)
 
     def prepare(self) -> None:
         """Make what `of_atoms` needs, once, rather than in each of several threads."""
@@ -351,49 +352,6 @@ def _unpacked(entries: Tensor) -> Tensor:
     rows, columns = torch.tril_indices(size, size, device=entries.device)
     out[rows, columns] = entries
     return out
-
-
-def build(
-    priors: Sequence[Prior],
-    blocks: Sequence[Sequence[InducingBlock]],
-    lowers: Sequence[Tensor],
-    whitened: dict[str, Tensor],
-    counts: dict[str, int],
-    noise: dict[str, float],
-    label_noise: dict[str, float],
-    signal: Tensor,
-    at_most: int,
-    constant: dict[str, float],
-) -> VarianceModel:
-    """The variance model of a fit, with all its columns or, if these are more than `at_most`, with those of leading centres.
-
-    A subset is a sparse process of its own with the same hyperparameters: its factors are columns of those of the fit.
-
-    Args:
-        whitened: by kind, [R L⁻ᵀ | y] (posterior.whiten); 'given' are rows divided by their own noise.
-        signal: (columns,) δ of each column.
-        constant: standard deviation of new labels by kind.
-    """
-    of_fit = len(signal)
-    if of_fit > at_most:
-        chosen = [_leading(block, at_most / of_fit) for terms in blocks for block in terms]
-        starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
-        columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
-        picked = iter(chosen)
-        blocks = [[restricted(block, next(picked)) for block in terms] for terms in blocks]
-        whitened = {kind: posterior.unwhiten(rows, lowers, chosen) for kind, rows in whitened.items()}
-        lowers = [torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(lowers, chosen, strict=True)]
-        whitened = {kind: posterior.whiten(rows, lowers) for kind, rows in whitened.items()}
-        signal = signal[columns]
-    factor = posterior.solve(whitened, counts, noise | {posterior.FIXED: 1.0}, signal, lowers).factor
-    groups = tuple(tuple(b) for b in blocks)
-    return VarianceModel(tuple(priors), groups, tuple(lowers), signal, factor, constant, label_noise, of_fit)
-
-
-def _leading(block: InducingBlock, share: float) -> Tensor:
-    """Positions of the columns of that share of the centres, the most important ones."""
-    centre, _ = block.addresses
-    return (centre < max(1, int(share * len(block.features)))).nonzero()[:, 0]
 
 
 def restricted(block: InducingBlock, chosen: Tensor) -> InducingBlock:

@@ -82,9 +82,9 @@ def model(request):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Small blocks are treated as large ones are."""
-    monkeypatch.setattr(local_variances, "EXACT", 20)
+    """Small blocks are treated as large ones are, whatever rounding does to them."""
     monkeypatch.setattr(local_variances, "LEADING", 12)
+    monkeypatch.setattr(local_variances, "TOLERANCE", 1.0)
 
 
 def by_solves(model: VarianceModel, seen: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -145,6 +145,31 @@ def test_single_precision_stays_within_its_bound(model, few):
     assert largest > 1e-13  # single precision it was
     std, exact = found.total.sqrt(), ((prior - explained).clamp_min(0) + left).sqrt()
     torch.testing.assert_close(std, exact, rtol=1e-3, atol=0)
+
+
+def test_as_many_leading_columns_as_rounding_asks_for(monkeypatch):
+    """Labels that pin energies down better leave less, of which rounding is a larger part; in the end all is in double precision."""
+    monkeypatch.setattr(local_variances, "LEADING", 6)
+    model, leading = model_of("polynomial 4"), []
+    sure = replace(model, factor=100 * model.factor)  # standard deviations of what data leave: 0.01 of what they were
+    for one, tolerance in ((model, 1.0), (model, 1e-6), (sure, 1e-6), (model, 1e-14)):
+        monkeypatch.setattr(local_variances, "TOLERANCE", tolerance)
+        one = replace(one)  # without what was made before
+        leading.append({z: part.leading[0] for z, part in one.local.items()})
+        start = 0
+        for block, lower in zip(one.blocks[0], one.lowers, strict=True):
+            here = slice(start, start + len(lower))
+            start = here.stop
+            rows = torch.zeros(len(lower), one.n_columns, dtype=torch.float64)
+            rows[:, here] = lower @ lower.T
+            a, left = one.whitened(rows)
+            explained, found = one.local[block.species]([rows[:, here]])
+            off = (explained - a.square().sum(1)).abs() + (found - left.square().sum(1)).abs()
+            assert (0.5 * off / left.square().sum(1)).quantile(0.99) <= max(1.01 * tolerance, 1e-7)
+    first, more, most, every = leading
+    assert set(first.values()) == {6} and all(6 <= more[z] <= most[z] <= every[z] for z in first)
+    assert sum(first.values()) < sum(more.values()) < sum(most.values())
+    assert every == {b.species: b.n_columns for b in model.blocks[0]}
 
 
 def test_squares_are_those_of_all_columns(few):
