@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEADING = 128  # columns of a block that are; twice, four times as many where rounding asks for that, and all where that is most
+LEADING = 128  # columns of a block that are; twice, four times as many where rounding asks for that; all where that is half of them
 TOLERANCE = 1e-4  # what rounding may do to standard deviations, of themselves, at all inducing variables but
 EXEMPT = 0.01  # of them, or
 MEASURED = 256  # of them, or up to twice as many, where there are more

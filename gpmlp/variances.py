@@ -117,13 +117,13 @@ class VarianceModel:
         columns = torch.arange(self.n_columns, device=self.signal.device).split(widths)
         species = [block.species for blocks in self.blocks for block in blocks]
         with threads.one_core():
-            posterior = torch.cholesky_inverse(self.factor, upper=True)
-            return {z: self._local(z, species, columns, posterior) for z in set(species)}
+            p = torch.cholesky_inverse(self.factor, upper=True)  # (RᵀR)⁻¹
+            return {z: self._local(z, species, columns, p) for z in set(species)}
 
-    def _local(self, z: int, species: Sequence[int], columns: Sequence[Tensor], posterior: Tensor) -> LocalVariance:
+    def _local(self, z: int, species: Sequence[int], columns: Sequence[Tensor], p: Tensor) -> LocalVariance:
         mine = [i for i, other in enumerate(species) if other == z]
         here = torch.cat([columns[i] for i in mine])
-        lowers, own = [self.lowers[i] for i in mine], posterior[here][:, here]
+        lowers, own = [self.lowers[i] for i in mine], p[here][:, here]
         return LocalVariance.of(lowers, self.signal[here], own, self.amplitude)
 
     def prepare(self) -> None:
