@@ -1,12 +1,13 @@
 """Centre is what a potential says of atoms of one species from tables of their neighbours: energies, slopes, variances, novelties.
 
 The same as `Potential` to rounding, as one run of tensor operations whose shapes are known beforehand: nothing is asked of the host, so
-that a GPU never waits for it. Triangular solves are products with inverses that are made once.
+that a GPU never waits for it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from gpmlp.descriptors.power_spectrum import SoapPowerSpectrum
 from gpmlp.environments import Descriptor, InSingle
 from gpmlp.gp.covariances import InducingBlock, local_rows
 from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.local_variances import LocalVariance
 from gpmlp.potential import Potential
 from gpmlp.terms import Collapsed, MeanBlock, Profile
 from gpmlp.uncertainty.mahalanobis import Clusters
@@ -87,37 +89,24 @@ class Spread:
     """Variances of local energies of one central species.
 
     Attributes:
-        prior: w δ² of all terms, eV², w the amplitude of the VarianceModel.
-        explain: (columns of the species, the same) √w L⁻ᵀ D; leave: (columns of the species, all columns) L⁻ᵀ D R⁻¹.
+        prior: δ² of all terms, eV²; amplitude: w of the VarianceModel.
+        local: None where the species has no inducing variables.
     """
 
     prior: float
-    explain: Tensor
-    leave: Tensor
+    amplitude: float
+    local: LocalVariance | None
 
     @staticmethod
     def of(model: VarianceModel, z: int) -> Spread:
-        """Inverses of the factors, by triangular solves with the unit matrix."""
-        inverse = torch.linalg.solve_triangular(model.factor, _unit(model.factor), upper=True)
-        lowers, start, pieces, rows = iter(model.lowers), 0, [], []
-        for blocks in model.blocks:
-            for block in blocks:
-                lower, here = next(lowers), slice(start, start + block.n_columns)
-                start = here.stop
-                if block.species == z:
-                    turned = torch.linalg.solve_triangular(lower, _unit(lower), upper=False).T
-                    pieces.append(turned * model.signal[here])
-                    rows.append(inverse[here])
-        prior = model.amplitude * sum(p.signal.get(z, 0.0) ** 2 for p in model.priors)
-        if not pieces:
-            return Spread(prior, inverse[:0, :0], inverse[:0])
-        explain = torch.block_diag(*pieces)
-        return Spread(prior, model.amplitude**0.5 * explain, explain @ torch.cat(rows))
+        return Spread(sum(p.signal.get(z, 0.0) ** 2 for p in model.priors), model.amplitude, model.local.get(z))
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What the inducing set cannot represent, and what the data have not fixed, of covariances (n, columns of the species)."""
-        inducing = (self.prior - (rows @ self.explain).square().sum(1)).clamp_min(0)
-        return inducing, (rows @ self.leave).square().sum(1)
+    def __call__(self, pieces: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+        """What the inducing set cannot represent, and what the data have not fixed; of covariances as LocalVariance takes them."""
+        if self.local is None:
+            return torch.full_like(like, self.amplitude * self.prior), torch.zeros_like(like)
+        explained, left = self.local(pieces)
+        return self.amplitude * (self.prior - explained).clamp_min(0), left
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +194,7 @@ class Centre:
         found = Local(energies, slopes, novelty=novelty)
         if self.spread is None:
             return found
-        inducing, data = self.spread(torch.cat(rows, dim=1) if rows else vectors.new_zeros(len(vectors), 0))
+        inducing, data = self.spread(rows, energies)
         return replace(found, inducing=inducing, data=data)
 
 
@@ -231,7 +220,3 @@ def _plain(descriptor: Descriptor) -> tuple[SoapPowerSpectrum | None, bool]:
     """The power spectrum, if it is one, and whether it works in single precision."""
     inner = descriptor.descriptor if isinstance(descriptor, InSingle) else descriptor
     return inner if isinstance(inner, SoapPowerSpectrum) else None, isinstance(descriptor, InSingle)
-
-
-def _unit(matrix: Tensor) -> Tensor:
-    return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

@@ -180,6 +180,9 @@ class Potential:
                 close[start] = found.within(structures, near)
             return found
 
+        if wanted.atom_energies:
+            self.variances.prepare()
+
         def beside(seen: Sequence[Environments], profiles: Sequence[dict]) -> tuple[Variance | None, Tensor | None]:
             variance = self.variances.of_atoms(seen, wanted.form, profiles) if wanted.atom_energies else None
             return variance, self.novelty.novelty(seen[0].species, seen[0].features) if novelty else None

@@ -322,7 +322,9 @@ def make_priors(models: Sequence[Model], signal: Tensor) -> list[Prior]:
 def make_variances(
     recipe: Recipe, models: Sequence[Model], learned: Learned, constant: dict[str, float]
 ) -> VarianceModel | None:
-    """The posterior factor for variances, as large as the recipe wants it.
+    """The posterior factor for variances, with all columns or, where the recipe wants fewer, with those of leading centres.
+
+    A subset is a sparse process of its own with the same hyperparameters: its factors are columns of those of the fit.
 
     Args:
         constant: by kind, what a new label scatters by: the noise of the evidence, not the smaller one that leave-one-out gives
@@ -330,15 +332,25 @@ def make_variances(
     """
     if recipe.variance is False:
         return None
-    return variances.build(
-        make_priors(models, learned.signal),
-        [m.blocks for m in models],
-        [lower for m in models for lower in m.lowers],
-        learned.whitened,
-        learned.counts,
-        learned.noise,
-        learned.label_noise,
-        learned.signal,
-        recipe.variance.columns,
-        constant,
-    )
+    blocks = tuple(m.blocks for m in models)
+    lowers = tuple(lower for m in models for lower in m.lowers)
+    whitened, signal, of_fit, at_most = learned.whitened, learned.signal, len(learned.signal), recipe.variance.columns
+    if of_fit > at_most:
+        chosen = [_leading(block, at_most / of_fit) for terms in blocks for block in terms]
+        starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
+        columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
+        picked = iter(chosen)
+        blocks = tuple(tuple(variances.restricted(block, next(picked)) for block in terms) for terms in blocks)
+        whitened = {kind: posterior.unwhiten(rows, lowers, chosen) for kind, rows in whitened.items()}
+        lowers = tuple(torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(lowers, chosen, strict=True))
+        whitened = {kind: posterior.whiten(rows, lowers) for kind, rows in whitened.items()}
+        signal = signal[columns]
+    factor = posterior.solve(whitened, learned.counts, learned.every_noise, signal, lowers).factor
+    priors = tuple(make_priors(models, learned.signal))
+    return VarianceModel(priors, blocks, lowers, signal, factor, constant, learned.label_noise, of_fit)
+
+
+def _leading(block: InducingBlock, share: float) -> Tensor:
+    """Positions of the columns of that share of the centres, the most important ones."""
+    centre, _ = block.addresses
+    return (centre < max(1, int(share * len(block.features)))).nonzero()[:, 0]

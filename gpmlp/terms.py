@@ -91,8 +91,13 @@ class MeanBlock:
 
     def profile(self, kernel: ZonalKernel, x: Tensor) -> Profile:
         """Of environments with all centres."""
-        parts = [kernel.profile(some @ self.features.T) for some in x.split(self._rows)]
-        return parts[0] if len(parts) == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        if len(x) <= self._rows:
+            return kernel.profile(x @ self.features.T)
+        out = tuple(x.new_empty(len(x), len(self.features)) for _ in range(3))
+        for some, *places in zip(x.split(self._rows), *(part.split(self._rows) for part in out), strict=True):
+            for place, part in zip(places, kernel.profile(some @ self.features.T), strict=True):
+                place.copy_(part)
+        return out
 
     def collapsed(self, kernel: ZonalKernel) -> Collapsed | None:
         """The same mean as a quadratic form, if the kernel allows it and the form is cheaper to evaluate."""
@@ -147,11 +152,14 @@ class Term:
         return {z: form for z, form in forms.items() if form is not None}
 
     def profiles(self, environments: Environments) -> dict[int, Profile]:
-        """Kernel of the environments of each species with all its centres: what mean and variances of local energies share."""
+        """Kernel of the environments of each species with all its centres: what mean and variances of local energies share.
+
+        Not of species whose mean is a quadratic form, which has no use for it.
+        """
         out = {}
         for z, block in self.blocks.items():
             mine = environments.species == z
-            if mine.any():
+            if z not in self.collapsed and mine.any():
                 out[z] = block.profile(self.kernel, environments.features[mine])
         return out
 

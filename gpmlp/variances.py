@@ -10,11 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gpmlp.environments import Descriptor, Environments, InSingle
+from gpmlp import threads
+from gpmlp.environments import Descriptor, Environments
 from gpmlp.gp import covariances, posterior
 from gpmlp.gp.covariances import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.prior import Prior, near_together
+from gpmlp.local_variances import LocalVariance
 from gpmlp.quantities import Variance
 from gpmlp.structures import Structures
 from gpmlp.terms import Profile, View
@@ -28,7 +30,6 @@ CALIBRATED_AS = {
     "forces_covariance": "forces",
     "stresses_covariance": "stresses",
 }
-STRIP = 128  # columns of a triangular matrix that are multiplied together
 FREE = 1e-12  # of the misspecification: a variance left by the data that is far below is one that symmetry makes zero
 KEPT = 1e-6  # of the misspecification, there
 FORCE_ATOMS = 512  # atoms whose force rows are in memory together
@@ -110,19 +111,24 @@ class VarianceModel:
         return a, torch.linalg.solve_triangular(self.factor.T, a.T, upper=False).T
 
     @cached_property
-    def _inverses(self) -> tuple[tuple[Tensor, ...], Tensor]:
-        """D L⁻¹ of every block, and R⁻ᵀ: products with these take half the time of the solves in `whitened`.
+    def local(self) -> dict[int, LocalVariance]:
+        """By species, what stands for `whitened` of its local energies. By one thread, whose rounding is always the same."""
+        widths = [len(lower) for lower in self.lowers]
+        columns = torch.arange(self.n_columns, device=self.signal.device).split(widths)
+        species = [block.species for blocks in self.blocks for block in blocks]
+        with threads.one_core():
+            p = torch.cholesky_inverse(self.factor, upper=True)  # (RᵀR)⁻¹
+            return {z: self._local(z, species, columns, p) for z in set(species)}
 
-        R⁻ᵀ is in single precision where descriptors are: no entry of it exceeds 1, and squares of its product are added, not taken off.
-        """
+    def _local(self, z: int, species: Sequence[int], columns: Sequence[Tensor], p: Tensor) -> LocalVariance:
+        mine = [i for i, other in enumerate(species) if other == z]
+        here = torch.cat([columns[i] for i in mine])
+        lowers, own = [self.lowers[i] for i in mine], p[here][:, here]
+        return LocalVariance.of(lowers, self.signal[here], own, self.amplitude)
 
-        def inverse(lower: Tensor) -> Tensor:
-            return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-
-        signals = self.signal.split([len(lower) for lower in self.lowers])
-        scaled = (d[:, None] * inverse(lower) for d, lower in zip(signals, self.lowers, strict=True))
-        factor = inverse(self.factor.T)
-        return tuple(scaled), factor.float() if isinstance(self.priors[0].descriptor, InSingle) else factor
+    def prepare(self) -> None:
+        """Make what `of_atoms` needs, once, rather than in each of several threads."""
+        _ = self.local
 
     def share(self, form: str) -> float:
         """How much of what the inducing set cannot represent counts in that form."""
@@ -156,12 +162,11 @@ class VarianceModel:
             torch.cat([r.stresses for r in made], dim=1) if stresses else None,
         )
 
-    def atom_rows(self, seen: Sequence[Environments], profiles: Sequence[dict[int, Profile]] | None = None) -> Tensor:
-        """(environments, columns) covariances of local energies; centres are the first ones of the mean's, so their profiles will do."""
-        known = profiles or [{}] * len(seen)
+    def atom_rows(self, seen: Sequence[Environments]) -> Tensor:
+        """(environments, columns) covariances of local energies."""
         made = [
-            covariances.atom_rows(e.features, e.species, p.kernel, b, k)
-            for p, b, e, k in zip(self.priors, self.blocks, seen, known, strict=True)
+            covariances.atom_rows(e.features, e.species, p.kernel, b)
+            for p, b, e in zip(self.priors, self.blocks, seen, strict=True)
         ]
         return torch.cat(made, dim=1) if len(made) > 1 else made[0]
 
@@ -171,24 +176,35 @@ class VarianceModel:
         form: str = "scaled",
         profiles: Sequence[dict[int, Profile]] | None = None,
     ) -> Variance:
-        """Variances of local energies (environments,), eV^2.
+        """Variances of local energies (environments,), eV^2: those by `whitened`, to rounding (LocalVariance).
 
         Args:
             seen: for each descriptor, the same environments.
-            form: as in Wanted; profiles: kernels of the environments with the centres of the mean, if they are known.
+            form: as in Wanted; profiles: kernels of the environments with the centres of the mean, if they are known: those of
+                the variances are the first ones of them.
         """
-        rows, start, pieces = self.atom_rows(seen, profiles).to(self.signal), 0, []
-        inverses, factor = self._inverses
-        for inverse in inverses:
-            pieces.append(_triangular(rows[:, start : start + len(inverse)], inverse))
-            start += len(inverse)
-        a = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
-        left = _triangular(a.to(factor), factor).to(a)
-        prior = sum(p.atom_energies(seen[0].species, seen[0].features) for p in self.priors)
-        inducing = self.share(form) * (prior - a.square().sum(1)).clamp_min(0)
+        species, known = seen[0].species, profiles or [{}] * len(seen)
+        prior = sum(p.atom_energies(species, seen[0].features.to(self.signal)) for p in self.priors)
+        explained, left = torch.zeros_like(prior), torch.zeros_like(prior)
+        for z in species.unique().tolist():
+            if z in self.local:
+                mine = species == z
+                mine = slice(None) if mine.all() else mine
+                pieces = self._pieces(z, [e.features[mine] for e in seen], known)
+                explained[mine], left[mine] = self.local[z](pieces)
+        inducing = self.share(form) * (prior - explained).clamp_min(0)
         # local energies are never observed, so no label noise belongs to them
         none = torch.zeros_like(prior)
-        return Variance(inducing, left.square().sum(1), none, none)
+        return Variance(inducing, left, none, none)
+
+    def _pieces(self, z: int, features: Sequence[Tensor], known: Sequence[dict[int, Profile]]) -> list[Tensor]:
+        """Covariances of local energies of one species with each of its blocks."""
+        return [
+            covariances.local_rows(p.kernel, block, x, k.get(z))
+            for p, blocks, x, k in zip(self.priors, self.blocks, features, known, strict=True)
+            for block in blocks
+            if block.species == z
+        ]
 
     def _energies(self, structures: Structures, views: Sequence[View], share: float) -> Variance:
         rows = self.atom_rows([v.environments for v in views])
@@ -324,13 +340,6 @@ def _where_free(data: Tensor, constant: float) -> Tensor:
     return (vectors * kept[..., None, :]) @ vectors.mT
 
 
-def _triangular(rows: Tensor, lower: Tensor) -> Tensor:
-    """rows @ lower.T for a lower triangular matrix, without most of the zeros."""
-    ends = range(0, len(lower), STRIP)
-    strips = [rows[:, : k + STRIP] @ lower[k : k + STRIP, : k + STRIP].T for k in ends]
-    return torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]
-
-
 def _packed(lower: Tensor) -> Tensor:
     """The entries of a lower triangular matrix, row by row."""
     rows, columns = torch.tril_indices(*lower.shape, device=lower.device)
@@ -343,49 +352,6 @@ def _unpacked(entries: Tensor) -> Tensor:
     rows, columns = torch.tril_indices(size, size, device=entries.device)
     out[rows, columns] = entries
     return out
-
-
-def build(
-    priors: Sequence[Prior],
-    blocks: Sequence[Sequence[InducingBlock]],
-    lowers: Sequence[Tensor],
-    whitened: dict[str, Tensor],
-    counts: dict[str, int],
-    noise: dict[str, float],
-    label_noise: dict[str, float],
-    signal: Tensor,
-    at_most: int,
-    constant: dict[str, float],
-) -> VarianceModel:
-    """The variance model of a fit, with all its columns or, if these are more than `at_most`, with those of leading centres.
-
-    A subset is a sparse process of its own with the same hyperparameters: its factors are columns of those of the fit.
-
-    Args:
-        whitened: by kind, [R L⁻ᵀ | y] (posterior.whiten); 'given' are rows divided by their own noise.
-        signal: (columns,) δ of each column.
-        constant: standard deviation of new labels by kind.
-    """
-    of_fit = len(signal)
-    if of_fit > at_most:
-        chosen = [_leading(block, at_most / of_fit) for terms in blocks for block in terms]
-        starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
-        columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
-        picked = iter(chosen)
-        blocks = [[restricted(block, next(picked)) for block in terms] for terms in blocks]
-        whitened = {kind: posterior.unwhiten(rows, lowers, chosen) for kind, rows in whitened.items()}
-        lowers = [torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(lowers, chosen, strict=True)]
-        whitened = {kind: posterior.whiten(rows, lowers) for kind, rows in whitened.items()}
-        signal = signal[columns]
-    factor = posterior.solve(whitened, counts, noise | {posterior.FIXED: 1.0}, signal, lowers).factor
-    groups = tuple(tuple(b) for b in blocks)
-    return VarianceModel(tuple(priors), groups, tuple(lowers), signal, factor, constant, label_noise, of_fit)
-
-
-def _leading(block: InducingBlock, share: float) -> Tensor:
-    """Positions of the columns of that share of the centres, the most important ones."""
-    centre, _ = block.addresses
-    return (centre < max(1, int(share * len(block.features)))).nonzero()[:, 0]
 
 
 def restricted(block: InducingBlock, chosen: Tensor) -> InducingBlock:

@@ -23,7 +23,7 @@ FLOORS = {
     "potential": 6, "recipe": 6, "consistency": 6, "defaults": 6, "inducing": 6,
     "terms": 6, "spread": 6, "variances": 6, "samples": 6, "held_out": 6, "left_out": 6, "regression": 6, "preparation": 6,
     "batches": 6, "growth": 6, "conditioning": 6, "foreseen": 6, "centres": 6, "stepping": 7, "portions": 6, "rescaling": 6,
-    "hyperpriors": 6, "subset": 6,
+    "hyperpriors": 6, "subset": 6, "local_variances": 6,
     "fit": 7, "online": 7, "fit_report": 6, "io": 7, "report": 7, "evaluation": 7, "references": 7, "picking": 7,
     "engines": 8, "reporting": 8, "search_space": 8, "tuning": 8,
     "active": 9,

@@ -22,6 +22,11 @@ def kernel(request):
     return KERNELS[request.param]
 
 
+def test_the_value_alone_is_that_of_the_profile(kernel):
+    """To the last bit: whether a mean shares its kernel with a variance must not show."""
+    assert torch.equal(kernel.value(S), kernel.profile(S)[0])
+
+
 def test_profiles_are_derivatives_of_each_other(kernel):
     s = S.clone().requires_grad_()
     value, first, second = kernel.profile(s)

@@ -11,7 +11,7 @@ from systems import CUTOFF, crystal, everything
 from test_gpu import CHOICES
 
 import gpmlp
-from gpmlp import neighbors, portions, threads, variances
+from gpmlp import neighbors, portions, threads
 from gpmlp.quantities import Targets
 from gpmlp.recipe import Recipe
 
@@ -86,30 +86,6 @@ def test_threads_and_variances_change_nothing(potential, monkeypatch, two_thread
         assert all(torch.equal(first, other) for other in others)
     plain = potential(one)
     assert torch.equal(plain.forces, made[0][2]) and torch.equal(plain.energies, made[0][0])
-
-
-def test_variances_of_atoms_by_products_are_those_by_solves(potential):
-    """To 1e-10; with the data part in single precision wrong by 1e-7 of the prior, or of what it is itself. Never negative."""
-    one, model = large(), potential.variances
-    seen = [term.view(one).environments for term in potential.terms]
-    exact = model.of_atoms(seen)
-    torch.testing.assert_close(exact.data, model.whitened(model.atom_rows(seen))[1].square().sum(1), rtol=1e-10, atol=0)
-    model = potential.to(descriptors="float32").variances
-    found, (a, left) = model.of_atoms(seen), model.whitened(model.atom_rows(seen))
-    prior = sum(p.atom_energies(one.species, one.positions) for p in model.priors)
-    torch.testing.assert_close(
-        found.inducing, (prior - a.square().sum(1)).clamp_min(0), rtol=0, atol=1e-11 * float(prior.max())
-    )
-    assert (found.data >= 0).all() and (found.inducing >= 0).all()
-    assert ((found.data.sqrt() - left.norm(dim=1)).abs() < 1e-6 * prior.sqrt()).all()
-    torch.testing.assert_close(found.data, left.square().sum(1), rtol=2e-5, atol=0)
-    assert model.of_atoms(seen, "sor").inducing.abs().max() == 0
-
-
-def test_a_triangular_product_leaves_out_zeros_only():
-    lower = torch.randn(300, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril()
-    rows = torch.randn(7, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    torch.testing.assert_close(variances._triangular(rows, lower), rows @ lower.T, rtol=0, atol=1e-12)
 
 
 def test_work_is_done_in_order_in_threads_of_one_core_with_the_modes_of_the_caller(two_threads):

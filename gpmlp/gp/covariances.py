@@ -242,26 +242,16 @@ def rows_of(
     return out
 
 
-def atom_rows(
-    features: Tensor,
-    species: Tensor,
-    kernel: ZonalKernel,
-    inducing: tuple[InducingBlock, ...],
-    profiles: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None,
-) -> Tensor:
-    """(environments, columns) covariances of the local energies themselves, unit signal variance.
-
-    Args:
-        profiles: by species, f, f' and f'' of its environments with centres of which the first ones are the block's, if known.
-    """
+def atom_rows(features: Tensor, species: Tensor, kernel: ZonalKernel, inducing: tuple[InducingBlock, ...]) -> Tensor:
+    """(environments, columns) covariances of the local energies themselves, unit signal variance."""
     pieces = []
     for block in inducing:
-        mine, known = species == block.species, (profiles or {}).get(block.species)
+        mine = species == block.species
         if mine.all():
-            pieces.append(local_rows(kernel, block, features, known))
+            pieces.append(local_rows(kernel, block, features))
             continue
         piece = features.new_zeros(len(features), block.n_columns)
-        piece[mine] = local_rows(kernel, block, features[mine], known)
+        piece[mine] = local_rows(kernel, block, features[mine])
         pieces.append(piece)
     return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
@@ -269,7 +259,14 @@ def atom_rows(
 def local_rows(
     kernel: ZonalKernel, block: InducingBlock, features: Tensor, known: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> Tensor:
-    """(environments, columns) the same of environments of the block's species; `known`: their profile, as in atom_rows."""
+    """(environments, columns) the same of environments of the block's species.
+
+    Args:
+        known: f, f' and f'' of these with centres of which the first ones are the block's.
+    """
+    if not block.tangents.shape[1]:
+        m = len(block.features)
+        return block.keep(known[0][:, :m] if known else kernel.value(features @ block.features.T))
     return block.keep(_values(kernel, block, features, known)[0])
 
 

@@ -21,6 +21,10 @@ class ZonalKernel(gpytorch.kernels.Kernel):
         """Return f(s), f'(s), f''(s)."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
+    def value(self, s: Tensor) -> Tensor:
+        """Return f(s) alone, to the last bit that of `profile`."""
+        return self.profile(s)[0]
+
     @property
     def quadratic(self) -> tuple[float, float] | None:
         """a and b if f(s) = a s + b s², else None."""
@@ -50,6 +54,9 @@ class PolynomialKernel(ZonalKernel):
         lowest = s ** (z - 2)
         first = lowest * s
         return first * s, first * z, lowest * (z * (z - 1))
+
+    def value(self, s: Tensor) -> Tensor:
+        return s * s if self.zeta == 2 else super().value(s)
 
     @property
     def quadratic(self) -> tuple[float, float] | None:

@@ -124,6 +124,9 @@ def stages(potential: Potential, cell: Structures) -> list[Stage]:
         len(block.features),
         rows.shape[1],
     )
+    part = next(iter(uncertain.local.values()))
+    n, others = sum(part.leading), len(part.rest)
+    spread = 4 * n**2 + 3 * n * others + others**2  # products in single precision count half
     channels, lm, nl = made.n_max * len(made.species), (made.l_max + 1) ** 2, made.n_max * (made.l_max + 1)
     gram, states = 2 * channels**2 * lm, channels * lm + 2 * d
 
@@ -140,7 +143,7 @@ def stages(potential: Potential, cell: Structures) -> list[Stage]:
               lambda: view.environments.pull_back(cotangents)),
         alone("forces, stress", 24 * p, 10 * p, lambda: neighbors.prediction(cell, pairs, vectors, local, gradients)),
         alone(WHOLE, math.nan, math.nan, lambda: potential(cell)),
-        alone("variance of local energies, its kernel", 2 * columns * (columns + d), 4 * columns,
+        alone("variance of local energies, its kernel", 2 * columns * d + spread, 4 * columns,
               lambda: uncertain.of_atoms([view.environments])),
         alone("whole, with std of local energies", math.nan, math.nan, lambda: potential(cell, variance="atom_energies")),
         alone("fit: force rows", 6 * (q + 1) * columns * d, 3 * columns,

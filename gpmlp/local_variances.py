@@ -1,0 +1,126 @@
+"""LocalVariance is what the posterior says of local energies of one central species, by a few products instead of triangular solves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEADING = 128  # columns of a block that are; twice, four times as many where rounding asks for that; all where that is half of them
+TOLERANCE = 1e-4  # what rounding may do to standard deviations, of themselves, at all inducing variables but
+EXEMPT = 0.01  # of them, or
+MEASURED = 256  # of them, or up to twice as many, where there are more
+NEGLIGIBLE = 1e-11  # of the prior variance: what double precision leaves of differences from it
+TINY = 1e-15  # of the largest eigenvalue: below, there is nothing but rounding
+
+
+@dataclass(frozen=True, eq=False)
+class LocalVariance:
+    """|a|² and |R⁻ᵀa|² of a = D L⁻¹ k, for covariances k of local energies with the inducing variables of their species (VarianceModel).
+
+    The leading columns (1) of each block are taken off in double precision. What they leave of the others (2) is small, and so is what
+    rounding does to it: the rest is in single precision, in a basis in which both squares are read off the same numbers. With
+    P = (RᵀR)⁻¹ among these columns, P₂₂ = V p Vᵀ:
+
+        a₁ = D₁ L₁₁⁻¹ k₁,  r = k₂ − L₂₁ D₁⁻¹ a₁,  y = Vᵀ D₂ L₂₂⁻¹ r,  |a|² = |a₁|² + |y|²,
+        |R⁻ᵀa|² = aᵀP a = |S a₁|² + |C a₁ + √p y|²  with  C = p^-½ Vᵀ P₂₁,  SᵀS = P₁₁ − CᵀC.
+
+    Nothing is left out: the squares are those of all columns, to rounding. How much that is, is measured at the inducing variables,
+    where standard deviations are least; decision 009 has what it is elsewhere.
+
+    Attributes:
+        leading: for each block, how many of its columns are.
+        turn: (leading, leading) D₁ L₁₁⁻¹; among: (leading, leading) S; remove: (others, leading) L₂₁ D₁⁻¹.
+        rest: (others, others) Vᵀ D₂ L₂₂⁻¹; across: (others, leading) C; roots: (others,) √p. These three in single precision.
+    """
+
+    leading: tuple[int, ...]
+    turn: Tensor
+    among: Tensor
+    remove: Tensor
+    rest: Tensor
+    across: Tensor
+    roots: Tensor
+
+    @staticmethod
+    def of(lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, amplitude: float) -> LocalVariance:
+        """Of the blocks of one species, one for each descriptor that has any; with as many leading columns as TOLERANCE asks for.
+
+        Args:
+            lowers: L of each; signal: (columns,) δ of each column, eV.
+            posterior: (columns, columns) P, (RᵀR)⁻¹ among them.
+            amplitude: w of the VarianceModel.
+        """
+        some = LEADING
+        while True:
+            leading = tuple(len(lower) if len(lower) <= 2 * some else some for lower in lowers)
+            made = LocalVariance._split(lowers, signal, posterior, leading)
+            if not len(made.rest) or made._rounding(lowers, signal, posterior, amplitude) <= TOLERANCE:
+                return made
+            some *= 2
+
+    @staticmethod
+    def _split(lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, leading: tuple[int, ...]) -> LocalVariance:
+        n, order = sum(leading), _order([len(lower) for lower in lowers], leading)
+        lower, d = torch.block_diag(*lowers)[order][:, order], signal[order]
+        posterior = posterior[order][:, order]
+        unit = torch.eye(n, dtype=signal.dtype, device=signal.device)
+        turn = d[:n, None] * torch.linalg.solve_triangular(lower[:n, :n], unit, upper=False)
+        p, v = torch.linalg.eigh(posterior[n:, n:])
+        p = p.clamp_min(TINY * float(p.max())) if len(p) else p
+        across = (v.T @ posterior[n:, :n]) / p.sqrt()[:, None]
+        rest = torch.linalg.solve_triangular(lower[n:, n:], v.T * d[n:], upper=False, left=False)
+        left, w = torch.linalg.eigh(posterior[:n, :n] - across.T @ across)
+        among = left.clamp_min(0).sqrt()[:, None] * w.T
+        return LocalVariance(
+            leading, turn, among, lower[n:, :n] / d[:n], rest.float(), across.float(), p.sqrt().float()
+        )
+
+    def __call__(self, pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the inducing set explains of the prior variance, and what the data leave of that, (environments,) eV².
+
+        Args:
+            pieces: for each block, (environments, columns) covariances of local energies with it, unit signal variance.
+        """
+        first = [piece[:, :n] for piece, n in zip(pieces, self.leading, strict=True)]
+        a = _together(first).to(self.turn) @ self.turn.T
+        explained, left = a.square().sum(1), (a @ self.among.T).square().sum(1)
+        if not len(self.rest):
+            return explained, left
+        others = _together([piece[:, n:] for piece, n in zip(pieces, self.leading, strict=True)]).to(a)
+        y = torch.addmm(others, a, self.remove.T, alpha=-1).float() @ self.rest.T
+        z = torch.addcmul(a.float() @ self.across.T, y, self.roots)
+        return explained + _squares(y), left + _squares(z)
+
+    def _rounding(self, lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, amplitude: float) -> float:
+        """By how much of themselves standard deviations are off at the inducing variables, all but EXEMPT of (some of) them.
+
+        There k is a row of K = L Lᵀ, so that a is one of L D, and nothing is left unexplained.
+        """
+        whole = torch.block_diag(*lowers)
+        some = whole[:: max(1, len(whole) // MEASURED)]
+        a = some * signal
+        pieces = zip(some.split([len(lower) for lower in lowers], dim=1), lowers, strict=True)
+        explained, left = self([piece @ lower.T for piece, lower in pieces])
+        prior, exact = a.square().sum(1), ((a @ posterior) * a).sum(1)
+        off = max(1.0, amplitude) * (explained - prior).abs() + (left - exact).abs()
+        return float((0.5 * off / (exact + NEGLIGIBLE * prior)).quantile(1 - EXEMPT))
+
+
+def _order(widths: Sequence[int], leading: Sequence[int]) -> Tensor:
+    """Columns of blocks side by side, the leading ones of all blocks before all others."""
+    starts = torch.tensor([0, *widths]).cumsum(0).tolist()
+    first = [torch.arange(s, s + n) for s, n in zip(starts, leading, strict=False)]
+    others = [torch.arange(s + n, s + w) for s, n, w in zip(starts, leading, widths, strict=False)]
+    return torch.cat(first + others)
+
+
+def _together(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=1)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Sums of squares of each row, added up in double precision."""
+    return (rows * rows).sum(1, dtype=torch.float64)
