@@ -99,7 +99,7 @@ class TriggerRecipe(_Section):
     watch: Count = 4
     cooldown: Annotated[int, Field(ge=0)] = 20
     hysteresis: Annotated[float, Field(ge=1)] = 1.25
-    most_per_1000_steps: Positive = 60.0
+    most_per_1000_steps: Positive = 200.0
     guards: GuardsRecipe = GuardsRecipe()
 
 
