@@ -73,7 +73,6 @@ def test_a_structure_in_portions_is_the_structure(potential, monkeypatch):
 def test_threads_and_variances_change_nothing(potential, monkeypatch, two_threads):
     """To the last bit: else dynamics would depend on the machine, or on what was asked for on the way."""
     monkeypatch.setattr(portions, "ATOMS", 5)
-    monkeypatch.setattr(neighbors, "RUN", 11)
     monkeypatch.setattr(neighbors, "PAIRS", 100)
     one, made = large(), []
     for n in (1, 2, 3):
