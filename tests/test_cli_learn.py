@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+import sys
 
 import ase.build
 import ase.io
@@ -115,6 +116,20 @@ WRONG = {
     ),
     "no dynamics": (("dynamics: {temperature_K: 300, steps: 30, timestep_fs: 4}\n", ""), "`dynamics` is missing"),
     "a bad value": (("steps: 30", "steps: 0"), "`dynamics.steps` must be at least 1; got 0"),
+    "a list that is too long": (
+        ("temperature_K: 300", "temperature_K: [1, 2, 3]"),
+        "`dynamics.temperature_K` must be a list of 2 values or a valid number; got [1, 2, 3].",
+    ),
+    "an infinite temperature": (
+        ("temperature_K: 300", "temperature_K: .inf"),
+        "`dynamics.temperature_K` must be a finite number",
+    ),
+    "an infinite pressure": (("steps: 30", "pressure_GPa: .inf"), "`dynamics.pressure_GPa` must be a finite number"),
+    "no pressure": (("steps: 30", "pressure_GPa: .nan"), "`dynamics.pressure_GPa` must be a finite number"),
+    "a ramp to nowhere": (
+        ("steps: 30", "pressure_GPa: [0, .inf]"),
+        "`dynamics.pressure_GPa.1` must be a finite number; got inf",
+    ),
     "a contradiction": (("temperature_K: 300", "temperature_K: [300, 600], ensemble: nve"), "nve has no thermostat"),
 }
 
@@ -126,6 +141,34 @@ def test_errors_of_the_user_are_one_message(name, recipe, capsys):
     said = words(capsys.readouterr().err)
     assert expected in said and said.count("error:") == 1 and "Traceback" not in said
     assert not (recipe.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("class Broken(:", "'wrong_oracle:Own' cannot be imported: SyntaxError: invalid syntax"),
+        ("1 / 0", "'wrong_oracle:Own' cannot be imported: ZeroDivisionError: division by zero; correct the module."),
+        ("raise SystemExit(3)", "'wrong_oracle:Own' cannot be imported: SystemExit: 3"),
+        (
+            "class Own:\n    def __init__(self, argument): ...",
+            "TypeError: Own.__init__() missing 1 required positional argument: 'argument'.",
+        ),
+    ],
+)
+def test_modules_of_the_user_that_are_wrong(text, expected, recipe, capsys, monkeypatch):
+    (recipe.parent / "wrong_oracle.py").write_text(text)
+    monkeypatch.syspath_prepend(recipe.parent)
+    monkeypatch.delitem(sys.modules, "wrong_oracle", raising=False)
+    assert cli.main(["learn", str(changed(recipe, "calculator: emt", "calculator: 'wrong_oracle:Own'"))]) == 2
+    said = words(capsys.readouterr().err)
+    assert expected in said and ".." not in said and said.count("error:") == 1
+    sys.modules.pop("wrong_oracle", None)
+
+
+def test_a_start_without_atoms(recipe, capsys):
+    (recipe.parent / "start.xyz").write_text("0\n\n")
+    assert cli.main(["learn", str(recipe)]) == 2
+    assert "start.xyz: frame 0 has no atoms" in words(capsys.readouterr().err)
 
 
 def test_set_is_checked_as_the_file_is(recipe, capsys):

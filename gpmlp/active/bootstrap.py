@@ -33,10 +33,12 @@ def starts(path: Path) -> list[Atoms]:
     """Structures that trajectories begin from.
 
     Raises:
-        UserError: there are none, or they hold constraints that are not kept.
+        UserError: there are none, one has no atoms, or they hold constraints that are not kept.
     """
     frames, _ = read_frames(path)
-    for atoms in frames:
+    for i, atoms in enumerate(frames):
+        if not len(atoms):
+            raise UserError(f"{path}: frame {i} has no atoms; a start needs one at least.")
         fixed_atoms(atoms)
         atoms.calc = None
     if not frames:

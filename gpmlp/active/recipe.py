@@ -11,6 +11,7 @@ from gpmlp.active.stopping import StopRecipe
 from gpmlp.recipe import Recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 RAMP_SHARE = 2 / 3  # of the steps, where the recipe does not say how long a ramp is
@@ -30,8 +31,8 @@ class DynamicsRecipe(_Section):
     """
 
     ensemble: Literal["nve", "nvt", "langevin", "npt"] = "nvt"
-    temperature_K: Annotated[float, Field(ge=0)] | tuple[Positive, Positive]
-    pressure_GPa: float | tuple[float, float] = 0.0
+    temperature_K: Annotated[float, Field(ge=0, allow_inf_nan=False)] | tuple[Positive, Positive]
+    pressure_GPa: Finite | tuple[Finite, Finite] = 0.0
     cell: Literal["isotropic", "full"] = "isotropic"
     timestep_fs: Positive | None = None
     steps: Count = 20_000
