@@ -89,7 +89,9 @@ def _imported(path: str, install: str) -> Callable[..., Any]:
             )
         raise OracleError(f"'{path}' cannot be imported: {error}; {hint}") from error
     except (Exception, SystemExit) as error:  # whatever the module does on import
-        raise OracleError(f"'{path}' cannot be imported: {type(error).__name__}: {error}; correct the module") from error
+        raise OracleError(
+            f"'{path}' cannot be imported: {type(error).__name__}: {error}; correct the module"
+        ) from error
     found = getattr(module, attribute, None)
     if not callable(found):
         from gpmlp.checks import suggest
