@@ -130,6 +130,31 @@ WRONG = {
         ("steps: 30", "pressure_GPa: [0, .inf]"),
         "`dynamics.pressure_GPa.1` must be a finite number; got inf",
     ),
+    "a keyword that means nothing": (
+        ("calculator: emt", "calculator: emt, kwargs: {wibble: true}"),
+        "oracle: emt knows no kwargs.wibble; it takes asap_cutoff.",
+    ),
+    "a trigger that asks for nothing": (
+        ("trigger: {every: 10}", "trigger: {every: 10, force: null, novelty: null}"),
+        "trigger: force, local_energy and novelty are all null, so that nothing would ever be asked",
+    ),
+    "a pressure without a barostat": (
+        ("steps: 30", "steps: 30, pressure_GPa: 1"),
+        "dynamics: pressure_GPa has no meaning with ensemble nvt",
+    ),
+    "a shape of a cell that is kept": (("steps: 30", "steps: 30, cell: full"), "dynamics: cell has no meaning with"),
+    "a ramp that is too long": (
+        ("temperature_K: 300", "temperature_K: [300, 600], ramp_steps: 31"),
+        "dynamics: ramp_steps 31 are more than all steps, 30",
+    ),
+    "a pair that is not there": (
+        ("every_frames: 2", "every_frames: 2, observable: {name: rdf, pair: O-H}"),
+        "observable 'rdf': start 0 has no pair O-H",
+    ),
+    "too few labels to begin with": (
+        ("every_frames: 2", "every_frames: 2, labels_at_most: 1"),
+        "stop.labels_at_most: a model is made from two labels at least",
+    ),
     "a contradiction": (("temperature_K: 300", "temperature_K: [300, 600], ensemble: nve"), "nve has no thermostat"),
 }
 
@@ -163,6 +188,18 @@ def test_modules_of_the_user_that_are_wrong(text, expected, recipe, capsys, monk
     said = words(capsys.readouterr().err)
     assert expected in said and ".." not in said and said.count("error:") == 1
     sys.modules.pop("wrong_oracle", None)
+
+
+def test_pressure_of_what_has_none(recipe, capsys):
+    """It is told before a label is paid for."""
+    atoms = ase.build.bulk("Al", cubic=True)
+    atoms.pbc = False
+    ase.io.write(recipe.parent / "start.xyz", atoms)
+    for name in ("pressure", "rdf"):
+        more = f"stop.observable={{name: {name}}}"
+        assert cli.main(["learn", str(recipe), "--set", more]) == 2
+        assert f"observable '{name}'" in words(capsys.readouterr().err)
+        assert not (recipe.parent / "out").exists()
 
 
 def test_a_start_without_atoms(recipe, capsys):

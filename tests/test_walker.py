@@ -167,7 +167,8 @@ def test_targets_of_ramps(potential, monkeypatch):
 
 def test_recipes_of_ramps():
     assert DynamicsRecipe(temperature_K=[1, 2], steps=1).ramp == 1  # two thirds of it
-    assert DynamicsRecipe(temperature_K=[1, 2], steps=10, ramp_steps=99).ramp == 10
+    assert DynamicsRecipe(temperature_K=[1, 2], steps=10, ramp_steps=10).ramp == 10
+    assert DynamicsRecipe(temperature_K=[1, 2], steps=1).ramp == 1
     assert DynamicsRecipe(temperature_K=1, steps=10, ramp_steps=5).ramp == 0
     assert RAMP.highest_K == 900 and RAMP.temperature(15) == pytest.approx(600)
 

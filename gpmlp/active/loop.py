@@ -86,7 +86,7 @@ class _Run:
         self.given = base / recipe.bootstrap.given if recipe.bootstrap.given else None
         numbers = min((a.numbers for a in self.starts), key=min)
         self.timestep_fs = recipe.dynamics.timestep_fs or walker.default_timestep_fs(numbers)
-        observer = observables.make(recipe.stop.observables)
+        observer = observables.make(recipe.stop.observables, self.starts)
         self.trail = Trail(self.folder, recipe, resume)
         try:
             self.progress = load(self.folder) or Progress()

@@ -257,9 +257,23 @@ class Observer:
         return observer
 
 
-def make(recipes: Sequence[ObservableRecipe]) -> Observer:
-    """The observer of `StopRecipe.observables`."""
-    return Observer(recipes)
+def make(recipes: Sequence[ObservableRecipe], starts: Sequence[Atoms] = ()) -> Observer:
+    """The observer of `StopRecipe.observables`.
+
+    Raises:
+        UserError: as Observer; or one of the starts, which trajectories begin from, has no such pair of atoms, volume or stress.
+    """
+    observer = Observer(recipes)
+    for recipe in recipes:
+        for i, atoms in enumerate(starts):
+            structures = structures_from_ase([atoms], [f"start {i}"])
+            if recipe.name == "rdf":
+                rdf(structures, recipe.cutoff, recipe.bins, observer._pairs.get(recipe.name))
+            if recipe.name == "pressure" and bool(structures.volumes.isnan().any()):
+                raise UserError(
+                    f"observable 'pressure' needs a stress, and start {i} is not periodic in all directions; take 'energy' instead."
+                )
+    return observer
 
 
 def _pair(text: str) -> tuple[int, int]:
