@@ -375,7 +375,7 @@ def test_other_executors_closed_while_they_compute(tmp_path, name, package):
 
 # ---------------------------------------------------------------- workers that nobody waits for any more
 
-RUN = """
+KILLED = """
 import json, sys
 from gpmlp.active.processes import WorkerProcess
 process = WorkerProcess()
@@ -391,7 +391,7 @@ def orphan(tmp_path):
 
     def make(*behaviour):
         wanted = job(recipe(tmp_path, *behaviour), "a", 1, copper(), tmp_path / "spool", tmp_path / "scratch", False)
-        run = subprocess.Popen([sys.executable, "-c", RUN, json.dumps(wanted)], stdout=subprocess.PIPE, text=True)
+        run = subprocess.Popen([sys.executable, "-c", KILLED, json.dumps(wanted)], stdout=subprocess.PIPE, text=True)
         with run:
             found.append(int(run.stdout.readline()))
             until(lambda: calls(tmp_path))
