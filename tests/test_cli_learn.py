@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from gpmlp import cli, console_learn
-from gpmlp.active import loop
+from gpmlp.active import loop, mind
 from gpmlp.active.recipe import LearnRecipe
 from gpmlp.io.recipes import load_as
 
@@ -200,6 +200,33 @@ def test_pressure_of_what_has_none(recipe, capsys):
         assert cli.main(["learn", str(recipe), "--set", more]) == 2
         assert f"observable '{name}'" in words(capsys.readouterr().err)
         assert not (recipe.parent / "out").exists()
+
+
+def test_modules_beside_the_recipe(recipe, capsys, monkeypatch, tmp_path_factory):
+    """Of oracles and observables, wherever the command is started; as all files of the recipe."""
+    (recipe.parent / "beside_it.py").write_text(
+        "from ase.calculators.emt import EMT\n\n\nclass Own(EMT):\n    pass\n\n\ndef volume(atoms):\n    return atoms.get_volume()\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    changed(recipe, "every_frames: 2", "every_frames: 2, observable: {name: 'beside_it:volume'}")
+    assert (
+        cli.main(["learn", str(changed(recipe, "calculator: emt", "calculator: 'beside_it:Own'")), "--no-report"]) == 0
+    )
+    assert "beside_it:volume" in (recipe.parent / "out" / "log.jsonl").read_text()
+    sys.modules.pop("beside_it")
+
+
+def test_dynamics_that_cannot_be_kept_stable(recipe, capsys, monkeypatch):
+    """No success: the table says how far it came, the status that something has to be done."""
+    monkeypatch.setattr(mind, "MOST_SETBACKS", 2)
+    monkeypatch.setattr(loop, "MOST_RESTARTS", 1)
+    arguments = ["learn", str(recipe), "--no-report", "--set", "trigger.guards.temperature=0.01"]
+    for more in ([], ["--resume"]):
+        assert cli.main(arguments + more) == 2
+        said = capsys.readouterr()
+        assert "error:" in said.err and "the run ended early: a walker could not be kept stable" in words(said.err)
+        assert "why it stopped" in words(said.out)
 
 
 def test_a_start_without_atoms(recipe, capsys):

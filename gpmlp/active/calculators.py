@@ -76,10 +76,16 @@ def resolve(name: str) -> Callable[..., Any]:
     return _imported(name, "")
 
 
+def look_in(folder: Path) -> None:
+    """Have Python find the modules of a folder, too; those that it finds elsewhere come first."""
+    if str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
+
+
 def _imported(path: str, install: str) -> Callable[..., Any]:
     module_name, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # a module beside the recipe; console scripts do not look there by themselves
+    if "" not in sys.path:
+        look_in(Path())  # console scripts do not look there by themselves
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

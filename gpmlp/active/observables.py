@@ -198,7 +198,7 @@ def load(name: str) -> Callable[[Atoms], Value]:
     except Exception as error:  # whatever the module does on import
         raise UserError(
             f"observable '{name}': module '{module_name}' cannot be imported ({type(error).__name__}: {error}). "
-            "It has to lie in the current folder's PYTHONPATH or be installed."
+            "It has to lie beside the recipe or in the folder you start from, or be installed."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
