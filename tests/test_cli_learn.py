@@ -130,10 +130,6 @@ WRONG = {
         ("steps: 30", "pressure_GPa: [0, .inf]"),
         "`dynamics.pressure_GPa.1` must be a finite number; got inf",
     ),
-    "a keyword that means nothing": (
-        ("calculator: emt", "calculator: emt, kwargs: {wibble: true}"),
-        "oracle: emt knows no kwargs.wibble; it takes asap_cutoff.",
-    ),
     "a trigger that asks for nothing": (
         ("trigger: {every: 10}", "trigger: {every: 10, force: null, novelty: null}"),
         "trigger: force, local_energy and novelty are all null, so that nothing would ever be asked",
@@ -188,6 +184,11 @@ def test_modules_of_the_user_that_are_wrong(text, expected, recipe, capsys, monk
     said = words(capsys.readouterr().err)
     assert expected in said and ".." not in said and said.count("error:") == 1
     sys.modules.pop("wrong_oracle", None)
+
+
+def test_a_keyword_that_means_nothing(recipe, capsys):
+    assert cli.main(["learn", str(recipe), "--set", "oracle.kwargs={wibble: true}"]) == 2
+    assert "oracle: emt knows no kwargs.wibble; it takes asap_cutoff." in words(capsys.readouterr().err)
 
 
 def test_pressure_of_what_has_none(recipe, capsys):

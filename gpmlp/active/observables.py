@@ -266,6 +266,8 @@ def make(recipes: Sequence[ObservableRecipe], starts: Sequence[Atoms] = ()) -> O
     observer = Observer(recipes)
     for recipe in recipes:
         for i, atoms in enumerate(starts):
+            if recipe.name not in ("rdf", "pressure"):
+                continue
             structures = structures_from_ase([atoms], [f"start {i}"])
             if recipe.name == "rdf":
                 rdf(structures, recipe.cutoff, recipe.bins, observer._pairs.get(recipe.name))
