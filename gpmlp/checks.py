@@ -19,6 +19,10 @@ class DataWarning(UserWarning):
     """Data that can be used but look wrong; the message gives the numbers."""
 
 
+class Notice(UserWarning):
+    """What somebody who waits should know; nothing is wrong."""
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """Return `` Perhaps you meant '...'.`` for the nearest valid name, or the list of valid names."""
     valid = sorted(valid)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from gpmlp import cli_learn, cli_md, cli_tune, versions
-from gpmlp.checks import DataWarning, UserError, symbol
+from gpmlp.checks import DataWarning, Notice, UserError, symbol
 
 # typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
 ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -269,7 +269,10 @@ def cite(model: Model) -> None:
 def _show_warning(text: Any, category: type[Warning], *_: object, **__: object) -> None:
     from gpmlp import console
 
-    console.message("warning", str(text) if issubclass(category, DataWarning) else f"{text} ({category.__name__})")
+    if issubclass(category, Notice):
+        console.message("note", str(text))
+    else:
+        console.message("warning", str(text) if issubclass(category, DataWarning) else f"{text} ({category.__name__})")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -281,6 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         warnings.simplefilter("always", DataWarning)
+        warnings.simplefilter("always", Notice)
         try:
             # --debug may stand anywhere
             status = app(args=[a for a in arguments if a != "--debug"], prog_name="gpmlp", standalone_mode=False)

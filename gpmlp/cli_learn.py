@@ -26,10 +26,12 @@ def learn(
 ) -> None:
     """Run molecular dynamics on a model that learns while it runs, asking an ab initio code when it does not know."""
     from gpmlp import console, console_learn
-    from gpmlp.active import after, loop
+    from gpmlp.active import after, calculators, loop
     from gpmlp.active.recipe import LearnRecipe
+    from gpmlp.checks import UserError
     from gpmlp.io.recipes import load_as
 
+    calculators.look_in(recipe.parent)
     chosen = load_as(LearnRecipe, recipe, settings or [])
     folder = recipe.parent / chosen.output
     if resume and not folder.exists():
@@ -50,18 +52,23 @@ def learn(
             show.report()
             page = after.report(folder, chosen)
     console.output().print(console_learn.learning_table(last, folder, page))
+    if last.stopped == loop.UNSTABLE:
+        raise UserError(
+            f"{folder}: the run ended early: {last.stopped}. Try a shorter dynamics.timestep_fs, a lower temperature or another start."
+        )
 
 
 def report_of_run(folder: Path, data: Path | None, output: Path | None) -> None:
     """Write the page about a run, finished or not."""
     from gpmlp import console
-    from gpmlp.active import after
+    from gpmlp.active import after, calculators
     from gpmlp.checks import UserError
 
     if data is not None or output is not None:
         raise UserError(
             f"{folder}: is a folder; the report of a run goes to {folder / 'report'}: leave out DATA and --output."
         )
+    calculators.look_in(folder.parent)  # where the recipe is, most often
     page = after.report(folder, after.recipe_of(folder))
     console.output().print(f"wrote {page}", soft_wrap=True, markup=False)
 

@@ -52,7 +52,11 @@ def merged(base: dict, more: dict) -> dict:
 
 def recipe(**more: Any) -> LearnRecipe:
     """SMALL with some values changed; nested mappings are merged."""
-    return LearnRecipe.model_validate(merged(SMALL, more))
+    chosen = merged(SMALL, more)
+    dynamics = chosen["dynamics"]
+    if "ramp_steps" not in more.get("dynamics", {}):  # a run that is shorter has a shorter ramp
+        dynamics["ramp_steps"] = min(dynamics["ramp_steps"], dynamics["steps"])
+    return LearnRecipe.model_validate(chosen)
 
 
 def prepare(folder: Path, atoms: Atoms | list[Atoms] | None = None) -> Path:

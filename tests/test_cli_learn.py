@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+import sys
 
 import ase.build
 import ase.io
@@ -13,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from gpmlp import cli, console_learn
-from gpmlp.active import loop
+from gpmlp.active import loop, mind
 from gpmlp.active.recipe import LearnRecipe
 from gpmlp.io.recipes import load_as
 
@@ -115,6 +116,41 @@ WRONG = {
     ),
     "no dynamics": (("dynamics: {temperature_K: 300, steps: 30, timestep_fs: 4}\n", ""), "`dynamics` is missing"),
     "a bad value": (("steps: 30", "steps: 0"), "`dynamics.steps` must be at least 1; got 0"),
+    "a list that is too long": (
+        ("temperature_K: 300", "temperature_K: [1, 2, 3]"),
+        "`dynamics.temperature_K` must be a list of 2 values or a valid number; got [1, 2, 3].",
+    ),
+    "an infinite temperature": (
+        ("temperature_K: 300", "temperature_K: .inf"),
+        "`dynamics.temperature_K` must be a finite number",
+    ),
+    "an infinite pressure": (("steps: 30", "pressure_GPa: .inf"), "`dynamics.pressure_GPa` must be a finite number"),
+    "no pressure": (("steps: 30", "pressure_GPa: .nan"), "`dynamics.pressure_GPa` must be a finite number"),
+    "a ramp to nowhere": (
+        ("steps: 30", "pressure_GPa: [0, .inf]"),
+        "`dynamics.pressure_GPa.1` must be a finite number; got inf",
+    ),
+    "a trigger that asks for nothing": (
+        ("trigger: {every: 10}", "trigger: {every: 10, force: null, novelty: null}"),
+        "trigger: force, local_energy and novelty are all null, so that nothing would ever be asked",
+    ),
+    "a pressure without a barostat": (
+        ("steps: 30", "steps: 30, pressure_GPa: 1"),
+        "dynamics: pressure_GPa has no meaning with ensemble nvt",
+    ),
+    "a shape of a cell that is kept": (("steps: 30", "steps: 30, cell: full"), "dynamics: cell has no meaning with"),
+    "a ramp that is too long": (
+        ("temperature_K: 300", "temperature_K: [300, 600], ramp_steps: 31"),
+        "dynamics: ramp_steps 31 are more than all steps, 30",
+    ),
+    "a pair that is not there": (
+        ("every_frames: 2", "every_frames: 2, observable: {name: rdf, pair: O-H}"),
+        "observable 'rdf': start 0 has no pair O-H",
+    ),
+    "too few labels to begin with": (
+        ("every_frames: 2", "every_frames: 2, labels_at_most: 1"),
+        "stop.labels_at_most: a model is made from two labels at least",
+    ),
     "a contradiction": (("temperature_K: 300", "temperature_K: [300, 600], ensemble: nve"), "nve has no thermostat"),
 }
 
@@ -126,6 +162,78 @@ def test_errors_of_the_user_are_one_message(name, recipe, capsys):
     said = words(capsys.readouterr().err)
     assert expected in said and said.count("error:") == 1 and "Traceback" not in said
     assert not (recipe.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("class Broken(:", "'wrong_oracle:Own' cannot be imported: SyntaxError: invalid syntax"),
+        ("1 / 0", "'wrong_oracle:Own' cannot be imported: ZeroDivisionError: division by zero; correct the module."),
+        ("raise SystemExit(3)", "'wrong_oracle:Own' cannot be imported: SystemExit: 3"),
+        (
+            "class Own:\n    def __init__(self, argument): ...",
+            "TypeError: Own.__init__() missing 1 required positional argument: 'argument'.",
+        ),
+    ],
+)
+def test_modules_of_the_user_that_are_wrong(text, expected, recipe, capsys, monkeypatch):
+    (recipe.parent / "wrong_oracle.py").write_text(text)
+    monkeypatch.syspath_prepend(recipe.parent)
+    monkeypatch.delitem(sys.modules, "wrong_oracle", raising=False)
+    assert cli.main(["learn", str(changed(recipe, "calculator: emt", "calculator: 'wrong_oracle:Own'"))]) == 2
+    said = words(capsys.readouterr().err)
+    assert expected in said and ".." not in said and said.count("error:") == 1
+    sys.modules.pop("wrong_oracle", None)
+
+
+def test_a_keyword_that_means_nothing(recipe, capsys):
+    assert cli.main(["learn", str(recipe), "--set", "oracle.kwargs={wibble: true}"]) == 2
+    assert "oracle: emt knows no kwargs.wibble; it takes asap_cutoff." in words(capsys.readouterr().err)
+
+
+def test_pressure_of_what_has_none(recipe, capsys):
+    """It is told before a label is paid for."""
+    atoms = ase.build.bulk("Al", cubic=True)
+    atoms.pbc = False
+    ase.io.write(recipe.parent / "start.xyz", atoms)
+    for name in ("pressure", "rdf"):
+        more = f"stop.observable={{name: {name}}}"
+        assert cli.main(["learn", str(recipe), "--set", more]) == 2
+        assert f"observable '{name}'" in words(capsys.readouterr().err)
+        assert not (recipe.parent / "out").exists()
+
+
+def test_modules_beside_the_recipe(recipe, capsys, monkeypatch, tmp_path_factory):
+    """Of oracles and observables, wherever the command is started; as all files of the recipe."""
+    (recipe.parent / "beside_it.py").write_text(
+        "from ase.calculators.emt import EMT\n\n\nclass Own(EMT):\n    pass\n\n\ndef volume(atoms):\n    return atoms.get_volume()\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    changed(recipe, "every_frames: 2", "every_frames: 2, observable: {name: 'beside_it:volume'}")
+    assert (
+        cli.main(["learn", str(changed(recipe, "calculator: emt", "calculator: 'beside_it:Own'")), "--no-report"]) == 0
+    )
+    assert "beside_it:volume" in (recipe.parent / "out" / "log.jsonl").read_text()
+    sys.modules.pop("beside_it")
+
+
+def test_dynamics_that_cannot_be_kept_stable(recipe, capsys, monkeypatch):
+    """No success: the table says how far it came, the status that something has to be done."""
+    monkeypatch.setattr(mind, "MOST_SETBACKS", 2)
+    monkeypatch.setattr(loop, "MOST_RESTARTS", 1)
+    arguments = ["learn", str(recipe), "--no-report", "--set", "trigger.guards.temperature=0.01"]
+    for more in ([], ["--resume"]):
+        assert cli.main(arguments + more) == 2
+        said = capsys.readouterr()
+        assert "error:" in said.err and "the run ended early: a walker could not be kept stable" in words(said.err)
+        assert "why it stopped" in words(said.out)
+
+
+def test_a_start_without_atoms(recipe, capsys):
+    (recipe.parent / "start.xyz").write_text("0\n\n")
+    assert cli.main(["learn", str(recipe)]) == 2
+    assert "start.xyz: frame 0 has no atoms" in words(capsys.readouterr().err)
 
 
 def test_set_is_checked_as_the_file_is(recipe, capsys):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ase.build
@@ -14,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from gpmlp.active import spool, worker
+from gpmlp.active import holders, spool, worker
 from gpmlp.active.labelling import Label, Labeller, Refusal, stop_if_told
-from gpmlp.active.oracle import CalculatorOracle, OracleRecipe
+from gpmlp.active.oracle import CalculatorOracle, OracleRecipe, job
 from gpmlp.active.tape import key_of
-from gpmlp.checks import UserError
+from gpmlp.checks import Notice, UserError
 from gpmlp.io.atoms import structures_from_ase
 
 TESTS = Path(__file__).parent
@@ -369,3 +371,84 @@ def test_other_executors_closed_while_they_compute(tmp_path, name, package):
             labeller.result(key)
     assert len(calls(tmp_path)) == 1 and not alive(calls(tmp_path)[0])
     assert not alive(int((tmp_path / "log.children").read_text()))
+
+
+# ---------------------------------------------------------------- workers that nobody waits for any more
+
+KILLED = """
+import json, sys
+from gpmlp.active.processes import WorkerProcess
+process = WorkerProcess()
+print(process.pid, flush=True)
+process.call(json.loads(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def orphan(tmp_path):
+    """Makes a worker that computes label "a" in some way, the run of which was killed; kills what is left of it in the end."""
+    found = []
+
+    def make(*behaviour):
+        wanted = job(recipe(tmp_path, *behaviour), "a", 1, copper(), tmp_path / "spool", tmp_path / "scratch", False)
+        run = subprocess.Popen([sys.executable, "-c", KILLED, json.dumps(wanted)], stdout=subprocess.PIPE, text=True)
+        with run:
+            found.append(int(run.stdout.readline()))
+            until(lambda: calls(tmp_path))
+            assert not holders.Holder.of((tmp_path / "spool" / "a.lock").read_text()).orphaned
+            run.kill()
+        return found[-1]
+
+    yield make
+    for pid in found:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+            until(lambda pid=pid: not alive(pid))
+
+
+def test_an_orphan_that_hangs_is_ended(tmp_path, orphan):
+    """A run that is resumed says whom it waits for, and does not wait for who will never answer."""
+    pid = orphan("hang", "well")
+    with Labeller(recipe(tmp_path, "hang", "well"), tmp_path) as labeller:
+        with pytest.warns(Notice) as told:
+            labeller.submit("a", copper())
+            assert_label(labeller.result("a", 60), copper())
+    first, last = (str(warning.message) for warning in told)
+    assert (
+        f"waiting for process {pid} on this machine, an oracle of an earlier run, which computes the label a" in first
+    )
+    assert f"process {pid}, an oracle of an earlier run, has done nothing for 5 s; it was ended" in last
+    assert not alive(pid) and len(calls(tmp_path)) == 2
+
+
+def test_only_an_orphan_that_does_nothing_is_ended(tmp_path, orphan, monkeypatch):
+    """Not one that computes; nor a process of another time, machine or kind; nor one the run of which lives."""
+    monkeypatch.setattr(holders, "GRACE", 0.3)
+    monkeypatch.setattr(holders, "LOOK", 0.1)
+    told = []
+
+    def wait(holder):
+        waiting, end = holders.Waiting("a", told.append), time.monotonic() + 1.5
+        while time.monotonic() < end:
+            waiting(holder.plain())
+            time.sleep(0.02)
+
+    busy = orphan("hang_deaf")
+    known = holders.Holder.of((tmp_path / "spool" / "a.lock").read_text())
+    assert known.pid == busy and known.orphaned
+    wait(known)
+    assert alive(busy) and len(told) == 1 and f"kill {busy}" in told[0]
+    os.kill(busy, signal.SIGSTOP)  # does nothing from now on
+    me = holders.Holder.me()
+    for other in (
+        replace(known, began=known.began - 1),
+        replace(known, machine="another"),
+        replace(known, parent=int(holders._stat(busy)[1])),  # the run it works for
+        replace(me, parent=me.parent + 1),  # this process, which is no worker
+    ):
+        assert not other.orphaned
+        wait(other)
+    assert alive(busy)
+    wait(known)
+    until(lambda: not alive(busy))
+    assert "it was ended" in told[-1]

@@ -385,7 +385,8 @@ def test_on_failure_stop(finished, tmp_path, monkeypatch):
 
 def test_first_labels_that_fail(tmp_path, monkeypatch):
     monkeypatch.setenv(counting_oracle.FAILS, "-100")
-    with pytest.raises(UserError, match="Only 0 of the first 3 structures could be labelled; two are needed"):
+    said = "Only 0 of the first 3 structures could be labelled; two are needed. The last was set aside: .*SCF not converged"
+    with pytest.raises(UserError, match=said):
         finish(recipe(), prepare(tmp_path))
 
 
@@ -478,6 +479,13 @@ def test_labels_at_most(tmp_path):
     assert last.labels == 5
 
 
+def test_labels_at_most_counts_first_and_explored_structures(tmp_path):
+    last = finish(recipe(stop={"labels_at_most": 2}), prepare(tmp_path / "first"))
+    assert last.labels == last.calls == 2 and last.verdict.limit == "labels"
+    last = finish(recipe(stop={"labels_at_most": 4}, explore={"directed": 3}), prepare(tmp_path / "explored"))
+    assert last.labels == last.calls == 4 and len(last.progress.first) == 3
+
+
 def test_labels_at_most_counts_what_was_learned(finished, tmp_path):
     """A run that was cut off goes on from its checkpoint; labels that wait on the tape do not count before they are learned again."""
     folder, _ = finished
@@ -511,6 +519,24 @@ def test_given_labels(tmp_path):
     assert [e.reason for e in entries[:4]] == ["given"] * 4 and entries[0].oracle == ""
     assert last.progress.first[:4] == tuple(e.key for e in entries[:4]) and len(last.progress.first) == 6
     np.testing.assert_allclose(entries[0].targets.forces.numpy(), frames[0].get_forces(), atol=1e-7)
+
+
+def test_given_structures_without_labels(tmp_path):
+    """They would count as labels, and teach nothing."""
+    one, other = labelled(crystal()), crystal()
+    io.atoms.write(prepare(tmp_path) / "given.xyz", [one, other])
+    with pytest.raises(UserError, match="given.xyz: frame 1 has neither energy nor forces"):
+        finish(recipe(bootstrap={"n": 2, "given": "given.xyz"}), tmp_path)
+    assert not (tmp_path / "out" / "labels.xyz").exists() and not (tmp_path / "answers").exists()
+
+
+def test_exploring_around_an_atom_alone(tmp_path):
+    """It has no direction: the others are explored."""
+    atoms = cluster() + Atoms("Al", [[20, 0, 0]])
+    atoms = atoms[[3, 0, 1, 2]]
+    last = finish(recipe(explore={"directed": 3}, dynamics={"steps": 5}), prepare(tmp_path, atoms))
+    reasons = [e.reason for e in tape(tmp_path) if e.reason.startswith("explored: a rare")]
+    assert last.stopped and reasons == [f"explored: a rare direction around atom {k}" for k in (1, 2)]
 
 
 def test_several_starts_and_the_same_one_twice(tmp_path):

@@ -125,7 +125,7 @@ def test_nvt_mean_temperature():
 @pytest.mark.parametrize("name", ["nvt", "isotropic", "full"])
 def test_same_as_ase(potential, name):
     """The same trajectory as that of ASE's integrator at constant targets, in one go, with another calculator."""
-    ends = {"temperature_K": 300.0, "pressure_GPa": 2.0}
+    ends = {"temperature_K": 300.0, "pressure_GPa": 2.0 if ALL[name].ensemble == "npt" else 0.0}
     dynamics = DynamicsRecipe(**(ALL[name].model_dump() | ends))
     place = begin(dynamics)
     atoms = place.atoms.copy()
@@ -167,7 +167,7 @@ def test_targets_of_ramps(potential, monkeypatch):
 
 def test_recipes_of_ramps():
     assert DynamicsRecipe(temperature_K=[1, 2], steps=1).ramp == 1  # two thirds of it
-    assert DynamicsRecipe(temperature_K=[1, 2], steps=10, ramp_steps=99).ramp == 10
+    assert DynamicsRecipe(temperature_K=[1, 2], steps=10, ramp_steps=10).ramp == 10
     assert DynamicsRecipe(temperature_K=1, steps=10, ramp_steps=5).ramp == 0
     assert RAMP.highest_K == 900 and RAMP.temperature(15) == pytest.approx(600)
 

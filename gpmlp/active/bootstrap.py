@@ -11,8 +11,8 @@ from ase import Atoms
 from gpmlp import defaults
 from gpmlp.active.carving import carve
 from gpmlp.active.criteria import too_close
-from gpmlp.active.recipe import LearnRecipe
-from gpmlp.active.tape import Entry, canonical, key_of
+from gpmlp.active.recipe import FEWEST_LABELS, LearnRecipe
+from gpmlp.active.tape import Entry, Tape, canonical, key_of
 from gpmlp.active.walker import fixed_atoms
 from gpmlp.checks import UserError
 from gpmlp.io.atoms import read, read_frames, structures_from_ase
@@ -33,10 +33,12 @@ def starts(path: Path) -> list[Atoms]:
     """Structures that trajectories begin from.
 
     Raises:
-        UserError: there are none, or they hold constraints that are not kept.
+        UserError: there are none, one has no atoms, or they hold constraints that are not kept.
     """
     frames, _ = read_frames(path)
-    for atoms in frames:
+    for i, atoms in enumerate(frames):
+        if not len(atoms):
+            raise UserError(f"{path}: frame {i} has no atoms; a start needs one at least.")
         fixed_atoms(atoms)
         atoms.calc = None
     if not frames:
@@ -45,8 +47,19 @@ def starts(path: Path) -> list[Atoms]:
 
 
 def given(path: Path) -> Iterator[Entry]:
-    """Labelled structures of a file, as entries of a tape."""
+    """Labelled structures of a file, as entries of a tape.
+
+    Raises:
+        UserError: a frame without forces, from which a run learns nothing of what it judges by.
+    """
     structures, targets = read(path)
+    for i in range(len(structures)):
+        known = targets.select(structures, [i])
+        if bool(known.forces.isnan().all()):
+            only = "neither energy nor forces" if bool(known.energies.isnan().all()) else "an energy, but no forces"
+            raise UserError(
+                f"{path}: frame {i} has {only}; structures of bootstrap.given need their labels: leave it out, or label it."
+            )
     for i in range(len(structures)):
         one = canonical(structures.select([i]))
         yield Entry(one, targets.select(structures, [i]), key_of(one), "given", "", {"frame": i})
@@ -75,11 +88,14 @@ def smaller(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms, in
     return small
 
 
-def structures(starts: Sequence[Atoms], recipe: LearnRecipe) -> list[Atoms]:
+def structures(starts: Sequence[Atoms], recipe: LearnRecipe, there: int = 0) -> list[Atoms]:
     """Starts first, then displaced copies of them in turn, recipe.bootstrap.n in all (each start at least once).
 
     Displacements shrink from copy to copy from one and a half times `displacement_A` to half of it: what is foreseen after the first
-    half was learned lies within that, as dynamics will.
+    half was learned lies within that, as dynamics will. No more than stop.labels_at_most leaves room for.
+
+    Args:
+        there: labels that there are already.
     """
     chosen, small = recipe.bootstrap, smaller(starts, recipe)
     out = [small(_still(atoms), k) for k, atoms in enumerate(starts)]
@@ -91,7 +107,21 @@ def structures(starts: Sequence[Atoms], recipe: LearnRecipe) -> list[Atoms]:
         size = chosen.displacement_A or _thermal_displacement(atoms, recipe.dynamics.highest_K)
         size *= 1.5 - (k / (more - 1) if more > 1 else 0.5)
         out.append(_displaced(atoms, size, chosen.strain if atoms.pbc.all() else 0.0, recipe, generator))
-    return out
+    most = recipe.stop.labels_at_most
+    return out if most is None else out[: max(0, most - there)]
+
+
+def enough(labels: int, asked: int, tape: Tape) -> None:
+    """Raise UserError, with what the oracle said last, where there are too few first labels to make a model from."""
+    if labels >= FEWEST_LABELS:
+        return
+    said = f"Only {labels} of the first {asked} structures could be labelled; two are needed."
+    if tape.refusals:
+        raise UserError(
+            f"{said} The last was set aside: {tape.refusals[-1].reason}. Correct the oracle, remove {tape.refused_path} to have them "
+            "asked again, and go on (--resume); or raise bootstrap.n."
+        )
+    raise UserError(f"{said} Raise bootstrap.n: the others are alike.")
 
 
 def _still(atoms: Atoms) -> Atoms:

@@ -29,18 +29,20 @@ class Ready:
         install: how to get what it needs.
         defaults: keyword arguments that the recipe's come on top of.
         program: name of the program that has to be there, '' if none.
+        closed: whether it takes no keyword but those in its list of defaults, of which it would not say so itself.
     """
 
     path: str
     install: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     program: str = ""
+    closed: bool = False
 
 
 HERE = "gpmlp.active.calculators"
 READY = {
-    "emt": Ready("ase.calculators.emt:EMT", ""),
-    "lennard-jones": Ready("ase.calculators.lj:LennardJones", ""),
+    "emt": Ready("ase.calculators.emt:EMT", "", closed=True),
+    "lennard-jones": Ready("ase.calculators.lj:LennardJones", "", closed=True),
     "stillinger-weber": Ready(f"{HERE}:stillinger_weber", "pip install matscipy"),
     "tblite": Ready("tblite.ase:TBLite", "pip install tblite", {"method": "GFN2-xTB", "verbosity": 0}),
     "pyscf": Ready("gpmlp.active.oracle_pyscf:PySCF", "pip install pyscf"),
@@ -74,10 +76,16 @@ def resolve(name: str) -> Callable[..., Any]:
     return _imported(name, "")
 
 
+def look_in(folder: Path) -> None:
+    """Have Python find the modules of a folder, too; those that it finds elsewhere come first."""
+    if str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
+
+
 def _imported(path: str, install: str) -> Callable[..., Any]:
     module_name, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # a module beside the recipe; console scripts do not look there by themselves
+    if "" not in sys.path:
+        look_in(Path())  # console scripts do not look there by themselves
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -88,6 +96,10 @@ def _imported(path: str, install: str) -> Callable[..., Any]:
                 f"{error.__cause__}: it is installed, but another library stands in its way; pip install a newer torch"
             )
         raise OracleError(f"'{path}' cannot be imported: {error}; {hint}") from error
+    except (Exception, SystemExit) as error:  # whatever the module does on import
+        raise OracleError(
+            f"'{path}' cannot be imported: {type(error).__name__}: {error}; correct the module"
+        ) from error
     found = getattr(module, attribute, None)
     if not callable(found):
         from gpmlp.checks import suggest
@@ -142,12 +154,14 @@ def _near(maker: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
 
 
 def _refuse_misspelt(name: str, maker: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """ASE's own calculators swallow any keyword: one that is nearly, but not, one that they know is a slip."""
-    known = _known(maker)
+    """ASE's own calculators swallow any keyword: one that is nearly one that they know is a slip, any other where all are known."""
+    known, closed = _known(maker), name in READY and READY[name].closed
     for given in arguments:
         close = difflib.get_close_matches(given, known, n=1, cutoff=0.85)
         if given not in known and close:
             raise OracleError(f"{name} knows no kwargs.{given}. Perhaps you meant '{close[0]}'")
+        if given not in known and closed:
+            raise OracleError(f"{name} knows no kwargs.{given}; it takes {', '.join(known)}")
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

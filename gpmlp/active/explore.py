@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpmlp import checks
+from gpmlp import checks, neighbors
 from gpmlp.active.criteria import too_close
 from gpmlp.potential import Potential
 from gpmlp.spread import spread
@@ -20,10 +20,12 @@ DIRECTIONS = 4  # of which the one is taken that leads farthest
 
 
 def make(k: int, potential: Potential, start: Structures, radius_A: float, share: float) -> tuple[Structures, str]:
-    """The k-th structure of a series, by turns along a rare direction (around one atom after another) and up the slope, and how."""
-    if k % 2:
+    """The k-th structure of a series, and how it was made: by turns along a rare direction (around each atom that has neighbours) and up
+    the slope."""
+    some = neighbors.find(start, potential.terms[0].descriptor.cutoff).centers.unique().tolist()
+    if k % 2 or not some:  # who has no neighbours has no direction
         return ascend(potential, start, radius_A, share=share), "explored: up the slope of the standard deviations"
-    atom = k // 2 % start.n_atoms
+    atom = some[k // 2 % len(some)]
     return rare(potential, start, atom, radius_A, share), f"explored: a rare direction around atom {atom}"
 
 

@@ -197,7 +197,7 @@ class Labeller:
 
     def _fail(self, asked: _Asked, reason: str) -> None:
         if not asked.outcome.done():
-            asked.outcome.set_exception(UserError(f"{asked.structure.names[0]}: {reason}."))
+            asked.outcome.set_exception(UserError(f"{asked.structure.names[0]}: {reason.removesuffix('.')}."))
 
 
 def _disk(text: str) -> str:

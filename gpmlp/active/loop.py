@@ -19,7 +19,6 @@ from gpmlp.active.stopwatch import Stopwatch
 from gpmlp.active.student import Student
 from gpmlp.active.tape import canonical
 from gpmlp.active.walker import Look, Walker
-from gpmlp.checks import UserError
 from gpmlp.io import archive
 from gpmlp.io.atoms import structures_from_ase
 from gpmlp.potential import Potential
@@ -28,6 +27,7 @@ from gpmlp.structures import Structures
 
 CHECKPOINT_S = 20.0  # between two checkpoints, of dynamics that a restart has to repeat
 MOST_RESTARTS = 3  # before the run gives up on it
+UNSTABLE = "a walker could not be kept stable; see log.jsonl for the guards that fired"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class _Run:
         self.given = base / recipe.bootstrap.given if recipe.bootstrap.given else None
         numbers = min((a.numbers for a in self.starts), key=min)
         self.timestep_fs = recipe.dynamics.timestep_fs or walker.default_timestep_fs(numbers)
-        observer = observables.make(recipe.stop.observables)
+        observer = observables.make(recipe.stop.observables, self.starts)
         self.trail = Trail(self.folder, recipe, resume)
         try:
             self.progress = load(self.folder) or Progress()
@@ -135,7 +135,7 @@ class _Run:
 
     def _first_labels(self) -> Iterator[State]:
         found = [self.desk.tape.append(e) for e in bootstrap.given(self.given)] if self.given is not None else []
-        wanted = bootstrap.structures(self.starts, self.recipe)
+        wanted = bootstrap.structures(self.starts, self.recipe, len(found))
         structures = [canonical(structures_from_ase([a], [f"first structure {i}"])) for i, a in enumerate(wanted)]
         for structure in structures:
             self.desk.ask(Question(structure))
@@ -144,11 +144,7 @@ class _Run:
             yield self._state("first labels")
             found.append(self.desk.answer(Question(structure), self.reason, {"walker": -1, "step": 0}))
         entries = {entry.key: entry for entry in found if entry is not None}
-        if len(entries) < 2:
-            raise UserError(
-                f"Only {len(entries)} of the first {len(structures)} structures could be labelled; two are needed. See "
-                f"{self.desk.tape.refused_path}, or raise bootstrap.n."
-            )
+        bootstrap.enough(len(entries), len(structures), self.desk.tape)
         with self.clock("learning"):
             self.student = Student.begin(list(entries.values()), self.recipe.model, self.recipe.refresh)
         self.progress = replace(self.progress, first=tuple(entries))
@@ -161,6 +157,8 @@ class _Run:
         """Label structures made where the first ones have left the model blind."""
         chosen = self.recipe.explore
         for k in range(chosen.directed):
+            if self._full():
+                return
             start = structures_from_ase([self.starts[k % len(self.starts)]], [f"explored {k}"])
             made, self.reason = explore.make(
                 k, self.potential, start, chosen.radius_A, self.recipe.trigger.guards.distance
@@ -233,7 +231,6 @@ class _Run:
 
         What was asked before the model last learned is judged again first: it may know now.
         """
-        most = self.recipe.stop.labels_at_most
         for i, mind in enumerate(self.progress.minds):
             if mind.asked is None or mind.sent:
                 continue
@@ -245,14 +242,17 @@ class _Run:
                 continue
             under_way = [_structure(m.asked) for m in self.progress.minds if m.sent]
             room = len(under_way) < self.recipe.oracle.workers
-            if most is not None and len(self.progress.known) + len(under_way) >= most:
-                room = False
-            if not room or any(alike(self.potential, look, other) for other in under_way):
+            if not room or self._full(len(under_way)) or any(alike(self.potential, look, other) for other in under_way):
                 continue
             around = look.decision.atoms[0] if look.decision.atoms else carving.blindest(self.potential, look.structure)
             mind = self._carved(i, replace(mind, sent=True, around=around))
             self.desk.ask(self._question(_structure(mind.asked), mind.around))
             self.progress = self.progress.with_mind(i, mind)
+
+    def _full(self, under_way: int = 0) -> bool:
+        """Whether there are as many labels as there may be."""
+        most = self.recipe.stop.labels_at_most
+        return most is not None and len(self.progress.known) + under_way >= most
 
     def _question(self, frame: Structures, around: int) -> Question:
         return Question.about(frame, around, self.recipe.carve, self.potential)
@@ -388,7 +388,7 @@ class _Run:
         if self.verdict.stop:
             stopped = self.verdict.sentence
         elif lost:
-            stopped = "a walker could not be kept stable; see log.jsonl for the guards that fired"
+            stopped = UNSTABLE
         elif made:
             stopped = (
                 f"all {self.recipe.dynamics.steps} steps of {len(minds)} walker(s) are made; {self.verdict.sentence}"

@@ -198,7 +198,7 @@ def load(name: str) -> Callable[[Atoms], Value]:
     except Exception as error:  # whatever the module does on import
         raise UserError(
             f"observable '{name}': module '{module_name}' cannot be imported ({type(error).__name__}: {error}). "
-            "It has to lie in the current folder's PYTHONPATH or be installed."
+            "It has to lie beside the recipe or in the folder you start from, or be installed."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -257,9 +257,25 @@ class Observer:
         return observer
 
 
-def make(recipes: Sequence[ObservableRecipe]) -> Observer:
-    """The observer of `StopRecipe.observables`."""
-    return Observer(recipes)
+def make(recipes: Sequence[ObservableRecipe], starts: Sequence[Atoms] = ()) -> Observer:
+    """The observer of `StopRecipe.observables`.
+
+    Raises:
+        UserError: as Observer; or one of the starts, which trajectories begin from, has no such pair of atoms, volume or stress.
+    """
+    observer = Observer(recipes)
+    for recipe in recipes:
+        for i, atoms in enumerate(starts):
+            if recipe.name not in ("rdf", "pressure"):
+                continue
+            structures = structures_from_ase([atoms], [f"start {i}"])
+            if recipe.name == "rdf":
+                rdf(structures, recipe.cutoff, recipe.bins, observer._pairs.get(recipe.name))
+            if recipe.name == "pressure" and bool(structures.volumes.isnan().any()):
+                raise UserError(
+                    f"observable 'pressure' needs a stress, and start {i} is not periodic in all directions; take 'energy' instead."
+                )
+    return observer
 
 
 def _pair(text: str) -> tuple[int, int]:

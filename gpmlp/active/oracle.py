@@ -112,7 +112,7 @@ class OracleRecipe(BaseModel):
                 for attempt in range(1, self.attempts + 1):
                     calculators.build(self.calculator, self.kwargs_of(attempt), Path(folder))
             except calculators.OracleError as error:
-                raise UserError(f"oracle: {error}.") from error
+                raise UserError(f"oracle: {str(error).removesuffix('.')}.") from error
 
 
 @dataclass(frozen=True, eq=False)

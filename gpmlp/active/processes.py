@@ -17,7 +17,7 @@ from concurrent.futures import Executor, Future
 from contextlib import suppress
 from typing import Any
 
-from gpmlp.active import spool, worker
+from gpmlp.active import holders, spool, worker
 
 PATIENCE = 2.0  # s between asking a process to end and ending it
 POLL = 0.5  # s between looks for a file that says stop
@@ -69,6 +69,9 @@ class WorkerProcess:
             if not line:
                 return self._crashed(job)
             message = json.loads(line)
+            if "waiting" in message:
+                worker.notice(message["waiting"])
+                continue
             if "computing" not in message:
                 return message
             if timeout is not None:
@@ -114,7 +117,7 @@ class WorkerProcess:
 
     def end(self, patience: float = PATIENCE) -> None:
         """End the process and all that it started, and wait until it is gone."""
-        family = worker.children(self.pid)
+        family = holders.children(self.pid)
         for number in (signal.SIGTERM, signal.SIGKILL) if patience else (signal.SIGKILL,):
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)

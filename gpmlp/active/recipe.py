@@ -11,8 +11,10 @@ from gpmlp.active.stopping import StopRecipe
 from gpmlp.recipe import Recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+FEWEST_LABELS = 2  # that a model is made from
 RAMP_SHARE = 2 / 3  # of the steps, where the recipe does not say how long a ramp is
 
 
@@ -30,8 +32,8 @@ class DynamicsRecipe(_Section):
     """
 
     ensemble: Literal["nve", "nvt", "langevin", "npt"] = "nvt"
-    temperature_K: Annotated[float, Field(ge=0)] | tuple[Positive, Positive]
-    pressure_GPa: float | tuple[float, float] = 0.0
+    temperature_K: Annotated[float, Field(ge=0, allow_inf_nan=False)] | tuple[Positive, Positive]
+    pressure_GPa: Finite | tuple[Finite, Finite] = 0.0
     cell: Literal["isotropic", "full"] = "isotropic"
     timestep_fs: Positive | None = None
     steps: Count = 20_000
@@ -40,12 +42,25 @@ class DynamicsRecipe(_Section):
     relaxation_fs: Positive = 100.0
     ahead: Annotated[int, Field(ge=0)] = 10
 
+    @model_validator(mode="after")
+    def _consistent(self) -> DynamicsRecipe:
+        if self.ensemble != "npt":
+            for name, plain in (("pressure_GPa", 0.0), ("cell", "isotropic")):
+                if getattr(self, name) != plain:
+                    raise ValueError(f"{name} has no meaning with ensemble {self.ensemble}; leave it out, or take npt")
+        if self.ramp_steps is not None and self.ramp_steps > self.steps:
+            raise ValueError(
+                f"ramp_steps {self.ramp_steps} are more than all steps, {self.steps}: the last value would never be reached; "
+                "take fewer, or more steps"
+            )
+        return self
+
     @property
     def ramp(self) -> int:
         """Steps that temperature and pressure take to get to their last values."""
         if not isinstance(self.temperature_K, tuple) and not isinstance(self.pressure_GPa, tuple):
             return 0
-        return min(self.ramp_steps or max(1, int(RAMP_SHARE * self.steps)), self.steps)
+        return self.ramp_steps or max(1, int(RAMP_SHARE * self.steps))
 
     def temperature(self, step: int) -> float:
         """Target temperature at a step, K."""
@@ -172,6 +187,7 @@ class LearnRecipe(_Section):
             raise ValueError("model.evidence: an online model learns its noises by the DTC evidence; leave it out")
         if self.model.variance is False or self.model.novelty is False:
             raise ValueError("model.variance and model.novelty steer the run; they cannot be false")
+        self._something_is_asked()
         coverage, novelty = self.stop.coverage, self.trigger.novelty
         if coverage and novelty is not None and novelty > coverage.far:
             raise ValueError(
@@ -183,3 +199,13 @@ class LearnRecipe(_Section):
         if self.dynamics.ensemble == "nve" and isinstance(self.dynamics.temperature_K, tuple):
             raise ValueError("dynamics: nve has no thermostat, so temperature_K cannot be a ramp; take ensemble: nvt")
         return self
+
+    def _something_is_asked(self) -> None:
+        if self.trigger.force is None and self.trigger.local_energy is None and self.trigger.novelty is None:
+            raise ValueError(
+                "trigger: force, local_energy and novelty are all null, so that nothing would ever be asked but where physics is "
+                "broken; give one of them"
+            )
+        most = self.stop.labels_at_most
+        if most is not None and most < FEWEST_LABELS:
+            raise ValueError(f"stop.labels_at_most: a model is made from two labels at least; got {most}")

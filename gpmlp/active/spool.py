@@ -8,10 +8,12 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from gpmlp.active.holders import Holder
 
 LABEL, FAILED = "label", "failed"  # these end an attempt and are kept
 UNUSABLE, INTERRUPTED, DISK = "unusable", "interrupted", "disk"  # these say nothing of the structure and are not
@@ -67,10 +69,15 @@ def forget(folder: str | os.PathLike[str], key: str) -> None:
 
 
 @contextmanager
-def lock(folder: str | os.PathLike[str], key: str) -> Iterator[None]:
+def lock(
+    folder: str | os.PathLike[str], key: str, waiting: Callable[[str], None] = lambda text: None
+) -> Iterator[None]:
     """Wait until nobody else computes this key: whoever does may have outlived the run that asked for it.
 
     The system lets go of the lock when the process that holds it ends, in whatever way.
+
+    Args:
+        waiting: called time and again with what the file of the lock says of who holds it.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     descriptor = os.open(Path(folder) / f"{key}.lock", os.O_RDWR | os.O_CREAT)
@@ -80,11 +87,14 @@ def lock(folder: str | os.PathLike[str], key: str) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                waiting(os.pread(descriptor, 4096, 0).decode(errors="replace"))
                 time.sleep(POLL)
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
                 break  # a file system without locks: asked twice at worst
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, Holder.me().plain().encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,11 +22,11 @@ from typing import Any
 from gpmlp.active import calculation, spool
 from gpmlp.active.calculation import LabelError
 from gpmlp.active.calculators import OracleError, resolve
+from gpmlp.active.holders import TICKS, Waiting, children
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 STOPPED = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 LONGEST_REASON = 600
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class _TimedOut(BaseException):
@@ -37,28 +38,36 @@ def grace(timeout: float) -> float:
     return min(max(1.0, 0.05 * timeout), 30.0)
 
 
-def attempt(job: Mapping[str, Any], announce: Callable[[], None] | None = None) -> dict[str, Any]:
+def attempt(job: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
     """Make one attempt at a label, put its record into the spool, and return it.
 
-    Nothing is computed if the record is there already, or appears while somebody else computes this key.
+    Nothing is computed if the record is there already, or appears while somebody else computes this key, which is waited for.
 
     Args:
         job: what `gpmlp.active.oracle.job` makes.
-        announce: called when the computation begins; given in a process that is ours alone.
+        say: takes {"waiting": why}, and {"computing": True} when the computation begins; given in a process that is ours alone.
     """
+    waiting = Waiting(job["key"], notice if say is None else lambda text: say({"waiting": text}))
     try:
-        with spool.lock(job["spool"], job["key"]):
+        with spool.lock(job["spool"], job["key"], waiting):
             known = spool.read(job["spool"], job["key"], job["attempt"])
             if known is not None:
                 return known
-            if announce is not None:
-                announce()
-            record = _made(job, own=announce is not None)
+            if say is not None:
+                say({"computing": True})
+            record = _made(job, own=say is not None)
             if record["kind"] in (spool.LABEL, spool.FAILED):
                 spool.write(job["spool"], record)
             return record
     except OSError as error:
         return outcome(job, spool.DISK, f"{job['spool']}: {error.strerror or error}")
+
+
+def notice(text: str) -> None:
+    """Tell whoever looks at this process."""
+    from gpmlp.checks import Notice  # brings torch: only where a run waits
+
+    warnings.warn(text, Notice, stacklevel=2)
 
 
 def outcome(job: Mapping[str, Any], kind: str, reason: str = "", **values: Any) -> dict[str, Any]:
@@ -165,19 +174,6 @@ def _limited(timeout: float | None, folder: Path, own: bool) -> Iterator[None]:
                 (folder / "hung.txt").unlink(missing_ok=True)
 
 
-def children(pid: int, since: float = 0.0) -> list[int]:
-    """Processes that a process started, and those that they started; only those begun since a time after boot (s)."""
-    known: dict[int, list[tuple[int, float]]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError, IndexError):
-            values = entry.read_text().rpartition(")")[2].split()
-            known.setdefault(int(values[1]), []).append((int(entry.parent.name), int(values[19]) / TICKS))
-    found = list(known.get(pid, []))
-    for child, _ in found:  # grows while it is read
-        found += known.get(child, [])
-    return [child for child, began in found if began >= since]
-
-
 def uptime() -> float:
     """Seconds since boot, in whole ticks of the clock that processes are begun by."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS) / TICKS
@@ -193,7 +189,7 @@ def kill_children(since: float) -> None:
 
 
 def main() -> None:
-    """Read jobs, one JSON line each, and answer with one line each: "computing" when it begins, then the record."""
+    """Read jobs, one JSON line each, and answer with lines: "waiting" if it has to, "computing" when it begins, then the record."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     jobs, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
@@ -209,7 +205,7 @@ def main() -> None:
     for line in jobs:
         job = json.loads(line)
         sys.path += [entry for entry in job["path"] if entry not in sys.path]
-        say(attempt(job, lambda: say({"computing": True})))
+        say(attempt(job, say))
 
 
 if __name__ == "__main__":

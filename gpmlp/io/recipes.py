@@ -233,6 +233,8 @@ def _required(entry: dict[str, Any]) -> str:
         return "a mapping of keys to values"
     if entry["type"] == "tuple_type":
         return "a list of such"
+    if entry["type"] in ("too_long", "too_short"):
+        return f"a list of {context.get('max_length', context.get('min_length'))} values"
     return entry["msg"].removeprefix("Input should be ").split(", unable")[0]
 
 

@@ -1,6 +1,6 @@
 """Learning on the fly against labels chosen at random and at uniform times, and against ten times as many; errors that were missed.
 
-    python tests/benchmarks/learning.py [--cases al ...] [--seeds 5] [--json learning.json] [--work FOLDER] [--set KEY=VALUE ...]
+    python tests/benchmarks/learning.py [--cases al ...] [--seeds 0 1 2 3 4] [--json learning.json] [--work FOLDER] [--set KEY=VALUE ...]
 
 Every case is one recipe (start, oracle, dynamics; all else as it is by default) and is run once for each seed. Models are tested on
 forces of an independent trajectory of the oracle with the same protocol; rivals are fitted to as many frames of another such
