@@ -24,6 +24,7 @@ from gpmlp.active.loop import learn
 from gpmlp.active.stopping import window
 from gpmlp.active.student import Student
 from gpmlp.active.tape import Tape
+from gpmlp.active.walker import Walker
 from gpmlp.checks import UserError
 from gpmlp.io import archive
 
@@ -448,6 +449,16 @@ def test_a_walker_that_may_not_ask_still_halts(tmp_path):
     assert len(last.progress.learned) == 2
     halts = [e for e in events(tmp_path, "ask") if e["action"] == "halt"]
     assert len(halts) > 2 and last.progress.minds[0].restarts > 0
+
+
+def test_full_looks_come_soon_after_a_label():
+    """At first two cheap looks after it, then after twice as many steps each time, until they are as rare as they are asked to be."""
+    trigger = recipe(trigger={"every": 60, "watch": 4}).trigger
+    begun = Walker.begin(0, crystal(), recipe().dynamics, 0)
+    one, steps = mind.Mind(begun, begun, labelled_at=100), [100]
+    while steps[-1] < 400:
+        steps.append(steps[-1] + replace(one, walker=replace(begun, step=steps[-1])).stride(trigger))
+    assert steps == [100, 108, 116, 132, 164, 224, 284, 344, 404]
 
 
 def test_cool_down(tmp_path):

@@ -41,6 +41,7 @@ def rattled(atoms, seed=0, size=0.05):
 
 def fake(tmp_path, *behaviour, **values) -> CalculatorOracle:
     kwargs = {"log": str(tmp_path / "log"), "behaviour": behaviour}
+    values = {"check_every": 0} | values  # calls are counted
     return CalculatorOracle(OracleRecipe(calculator="fake_oracles:Fake", kwargs=kwargs, **values))
 
 
@@ -211,6 +212,9 @@ def test_energy_against_forces(copper, tmp_path):
     with pytest.raises(UserError, match="energy and forces contradict each other: a step of at most 0.02 A"):
         fake(tmp_path, "contradiction", check_every=1, retries=0).label(copper)
     assert calls(tmp_path) == 3
+    default = OracleRecipe(calculator="emt").check_every
+    with pytest.raises(UserError, match="contradict"):  # the first of a batch at least
+        fake(tmp_path, "contradiction", check_every=default, retries=0).label(copper)
     CalculatorOracle(OracleRecipe(calculator="emt", check_every=1)).label(copper)
 
 

@@ -202,7 +202,8 @@ class _Run:
     def _advanced(self, i: int, ask: walker.Ask | None = None) -> Look:
         """Where a walker is after a stride, or where it stopped in it."""
         trigger, dynamics = self.recipe.trigger, self.recipe.dynamics
-        stride = min(trigger.every, dynamics.steps - self.progress.minds[i].walker.step)
+        mind = self.progress.minds[i]
+        stride = min(mind.stride(trigger), dynamics.steps - mind.walker.step)
         return walker.advance(
             self.looks[i], self.potential, self._judge_of(i), dynamics, self.timestep_fs, stride, trigger.watch,
             self.recipe.explore.bias, ask,

@@ -14,6 +14,7 @@ from gpmlp.active.walker import Look, Walker
 NEVER = -(10**9)  # a step long ago
 MOST_SETBACKS = 8  # of a walker that gets nowhere, before it starts again from the beginning
 HALTED = "halted"
+SOONEST = 2  # cheap looks before the first full one after a label
 PER = 1000  # steps, of trigger.most_per_1000_steps
 
 
@@ -47,6 +48,11 @@ class Mind:
         """Factor on the limits: more than 1 shortly after a label."""
         young = self.walker.step - self.labelled_at < trigger.cooldown
         return max(1.0, trigger.hysteresis * self.left) if young else 1.0
+
+    def stride(self, trigger: TriggerRecipe) -> int:
+        """Steps to the next full look: no more than there are since its last label, which tells more of forces than of local energies:
+        right after it what these say of forces is too little."""
+        return min(trigger.every, max(SOONEST * trigger.watch, self.walker.step - max(self.labelled_at, 0)))
 
     def rationed(self, trigger: TriggerRecipe) -> bool:
         """Whether labels came so often that this walker may not ask for another one now."""
