@@ -438,7 +438,7 @@ def test_atoms_on_top_of_one_another_in_the_start(tmp_path):
 
 
 def test_labels_are_rationed(tmp_path):
-    last = finish(recipe(trigger={"most_per_1000_steps": 2}), prepare(tmp_path))
+    last = finish(recipe(trigger={"most_per_1000_steps": 2, "halt": 1e9}), prepare(tmp_path))
     assert len(last.progress.learned) == 2 and last.progress.minds[0].walker.step == 40
     # what it may not ask for is not forgotten: it counts in the rate of labels by which the run is judged
     assert last.progress.history.column("asked").sum() > 2
