@@ -172,14 +172,6 @@ class Potential:
             pairs = max((view.neighbors for view in views), key=lambda found: found.cutoff)
         if pairs is None:
             pairs = neighbors.find(structures, self.reach)
-        close, near = {}, max((term.cutoff for term in self.baselines), default=0.0)
-
-        def looked(start: int, end: int) -> Neighbors:
-            found = pairs.of_atoms(start, end)
-            if near <= found.cutoff:
-                close[start] = found.within(structures, near)
-            return found
-
         if wanted.atom_energies:
             self.variances.prepare()
 
@@ -187,10 +179,9 @@ class Potential:
             variance = self.variances.of_atoms(seen, wanted.form, profiles) if wanted.atom_energies else None
             return variance, self.novelty.novelty(seen[0].species, seen[0].features) if novelty else None
 
-        total = portions.mean(self.terms, structures, looked, beside, wanted.atom_energies)
-        within = Neighbors.concatenate([close[start] for start in sorted(close)]) if close else None
+        total = portions.mean(self.terms, structures, pairs.of_atoms, beside, wanted.atom_energies)
         for term in self.baselines:
-            total = total + term(structures, within)
+            total = total + term(structures, pairs if term.cutoff <= pairs.cutoff else None)
         if not wanted.correlated:
             return total
         views = views or [term.view(structures, pairs) for term in self.terms]
