@@ -24,7 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import common
-import speed
+import speed_cases
+import speed_stages
 import torch
 
 from gpmlp.descriptors import dense, triton_soap
@@ -42,7 +43,7 @@ def silicon(atoms: int) -> Structures:
     cells = 1
     while 8 * cells**3 < atoms:
         cells += 1
-    return speed.silicon(cells)
+    return speed_cases.silicon(cells)
 
 
 def least(run: Callable[[], object], device: str, least_runs: int = 3) -> float:
@@ -59,27 +60,31 @@ def least(run: Callable[[], object], device: str, least_runs: int = 3) -> float:
     return best
 
 
-def peak(device: str, n: int) -> float | None:
-    """Peak memory since the last reset, kB an atom; None on the CPU."""
-    return torch.cuda.max_memory_allocated() / 1e3 / n if device.startswith("cuda") else None
+def peak(device: str) -> float:
+    """Largest memory, kB: of the device since the last reset; on the CPU of this process, ever."""
+    return torch.cuda.max_memory_allocated() / 1e3 if device.startswith("cuda") else speed_stages.peak_kB()
 
 
 def stepped(potential: Potential, some: Structures, variance: bool, graphs: bool = True) -> dict:
-    """A step between two searches, and a search."""
+    """A search, and a step between two searches; of memory on the CPU, by how much the peak grew, which it may not after larger cases."""
     device, n = potential.recipe.device, some.n_atoms
-    if device.startswith("cuda"):
+    on_device = device.startswith("cuda")
+    if on_device:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    before = 0.0 if on_device else peak(device)
     stepper = Stepper(potential, some, variance, skin=SKIN, wait=False, graphs=graphs)
     positions, cells = stepper.structures.positions, stepper.structures.cells
-    us = 1e6 * least(lambda: stepper(positions), device) / n
-    kept = peak(device, n)
     search = 1e6 * least(lambda: stepper._search(positions, cells), device, 1) / n
+    searched = (peak(device) - before) / n
+    if on_device:
+        torch.cuda.reset_peak_memory_stats()
+    us = 1e6 * least(lambda: stepper(positions), device) / n
     return {
         "us": us,
         "search us": search,
-        "peak kB": kept,
-        "peak kB with search": peak(device, n),
+        "peak kB": (peak(device) - before) / n,
+        "peak kB of search": searched,
         "graph": stepper._replay is not None,
         "width": stepper._table.width,
     }
@@ -87,7 +92,7 @@ def stepped(potential: Potential, some: Structures, variance: bool, graphs: bool
 
 def differences(here: Potential, there: Potential) -> dict[str, float]:
     """Largest differences between the CPU in double precision and the device: forces, meV/A; energies, meV/atom; std, relative."""
-    cell = speed.silicon(2)
+    cell = speed_cases.silicon(2)
     expected, step = here(cell, "atom_energies"), Stepper(there, cell, variance=True)
     found = step(step.structures.positions)
     std = (found.atom_energies_variance.total.cpu() / expected.atom_energies_variance.total).sqrt() - 1
@@ -142,7 +147,7 @@ def show(title: str, found: Sequence[dict]) -> None:
 
 def batches(potential: Potential) -> Iterator[dict]:
     """64 atoms, as they are and recorded, and 512 such systems together."""
-    one, large = speed.silicon(2), potential.recipe.device.startswith("cuda")
+    one, large = speed_cases.silicon(2), potential.recipe.device.startswith("cuda")
     many = Structures.concatenate([one] * (512 if large else 2))
     for name, some, graphs in (("1, called", one, False), ("1, recorded", one, True), (f"{len(many)}", many, True)):
         yield {"systems of 64 atoms": name} | stepped(potential, some, False, graphs)
@@ -173,7 +178,7 @@ def main() -> None:
         "batches": [],
     }
     print(name, torch.__version__, flush=True)
-    here = {zeta: speed.model(zeta, options.columns, options.work) for zeta in options.zeta}
+    here = {zeta: speed_cases.silicon_case(1, options.columns, options.work).potential(zeta) for zeta in options.zeta}
     moved = {(z, p): model.to(options.device, p) for z, model in here.items() for p in ("float32", "float64")}
 
     def attempt(kind: str, what: dict, run: Callable[[], Iterator[dict]]) -> None:
