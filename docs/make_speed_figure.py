@@ -27,18 +27,25 @@ SNAPS = {"SNAP": "LAMMPS SNAP", "quadratic SNAP": "quadratic SNAP"}
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant: microseconds an atom, least and median; the floor where one is known."""
+    """One contestant: microseconds an atom, least and median; of ours the floor, of others how many times ours."""
 
     name: str
     least: float
     median: float
-    floor: float | None
-    ours: bool
+    floor: float | None = None
+    times: float | None = None
+    than: str = ""
 
 
-def _row(of: dict, key: str, name: str, floor: float | None = None, ours: bool = False) -> Iterator[Row]:
+def _ours(of: dict, key: str, name: str, floor: float) -> Iterator[Row]:
     if key in of:
-        yield Row(name, of[key]["least"], of[key]["median"], floor, ours)
+        yield Row(name, of[key]["least"], of[key]["median"], floor)
+
+
+def _theirs(of: dict, key: str, name: str, ours: str, than: str = "") -> Iterator[Row]:
+    """Beside `ours`, in the words `than`."""
+    if key in of and ours in of[key]["ratios"]:
+        yield Row(name, of[key]["least"], of[key]["median"], None, of[key]["ratios"][ours][1], than)
 
 
 def _floor(stages: dict, zeta: str, *names: str) -> float:
@@ -61,27 +68,30 @@ def groups(record: dict) -> dict[str, list[Row]]:
         plain, uncertain = [], []
         for zeta in zetas:
             label = f"gpmlp ζ {zeta.split()[1]}"
-            plain += _row(of, zeta, label, _floor(stages, zeta, WHOLE), True)
-            uncertain += _row(of, f"{zeta}, std", label, _floor(stages, zeta, UNCERTAIN), True)
+            plain += _ours(of, zeta, label, _floor(stages, zeta, WHOLE))
+            uncertain += _ours(of, f"{zeta}, std", label, _floor(stages, zeta, UNCERTAIN))
         for key, label in SNAPS.items():
-            plain += _row(of, key, label)
-        out[f"{title}: energy, forces"] = [*plain, *_row(of, "GAP", "GAP")]
-        out[f"{title}: and σ of local energies"] = [*uncertain, *_row(of, "GAP, variance", "GAP")]
+            plain += _theirs(of, key, label, "zeta 2", "ζ 2")
+        out[f"{title}: energy, forces"] = [*plain, *_theirs(of, "GAP", "GAP ζ 4", "zeta 4", "ζ 4")]
+        out[f"{title}: and σ of local energies"] = [
+            *uncertain,
+            *_theirs(of, "GAP, variance", "GAP ζ 4", "zeta 4, std", "ζ 4"),
+        ]
     of = described["of"]
     out["silicon: descriptor values"] = [
-        *_row(of, "values", "gpmlp", values, True),
-        *_row(of, "dscribe, values", "dscribe"),
-        *_row(of, "featomic, values", "featomic"),
+        *_ours(of, "values", "gpmlp", values),
+        *_theirs(of, "dscribe, values", "dscribe", "values"),
+        *_theirs(of, "featomic, values", "featomic", "values"),
     ]
     out["silicon: values and gradients"] = [
-        *_row(of, "and pulled back", "gpmlp, to forces", pulled, True),
-        *_row(of, "featomic, gradients", "featomic, all of them"),
+        *_ours(of, "and pulled back", "gpmlp, pulled back to forces", pulled),
+        *_theirs(of, "featomic, gradients", "featomic, gradients", "and pulled back"),
     ]
     return out
 
 
 def beside(axes: plt.Axes, found: dict[str, list[Row]]) -> None:
-    """A line for each contestant: median as a dot, least as the end of its tail, floor as a tick."""
+    """A line for each contestant."""
     place, names, places = 0.0, [], []
     largest = max(row.median for rows in found.values() for row in rows)
     for title, rows in found.items():
@@ -89,20 +99,28 @@ def beside(axes: plt.Axes, found: dict[str, list[Row]]) -> None:
             0.0, place, title, transform=axes.get_yaxis_transform(), color=INK, weight="bold", va="center", size=8
         )
         place += 1
-        fastest = min(row.median for row in rows if row.ours)
         for row in rows:
-            colour = ACCENT if row.ours else WARM
+            colour = WARM if row.times else ACCENT
             axes.plot([row.least, row.median], [place, place], color=colour, lw=2, alpha=0.45, solid_capstyle="round")
             axes.plot(row.median, place, "o", ms=5.5, color=colour, mew=0)
             if row.floor:
                 axes.plot(row.floor, place, "|", ms=9, mew=1.6, color=PALE)
-            times = "" if row.ours else f"   {row.median / fastest:.{0 if row.median > 9.5 * fastest else 1}f} ×"
-            axes.text(row.median * 1.16, place, f"{row.median:.3g}{times}", va="center", color=colour, size=8)
+            ratio = f"   {float(f'{row.times:.2g}'):g} × {row.than}" if row.times else ""
+            text = f"{float(f'{row.median:.3g}'):.0f}{ratio}"
+            axes.text(row.median * 1.18, place, text, va="center", color=colour, size=8)
             names.append(row.name)
             places.append(place)
             place += 1
         place += 0.45
-    axes.set(xscale="log", xlabel="µs an atom, one core", ylim=(place - 0.6, -0.8), xlim=(0.7, largest * 4))
+    axes.text(
+        0.0,
+        place - 0.35,
+        "dot: median, tail: least, tick: floor; ×: as long as ours beside it",
+        transform=axes.get_yaxis_transform(),
+        color=PALE,
+        size=8,
+    )
+    axes.set(xscale="log", xlabel="µs an atom, one core", ylim=(place, -0.8), xlim=(1, largest * 6))
     axes.set_yticks(places, names)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -114,7 +132,7 @@ def beside(axes: plt.Axes, found: dict[str, list[Row]]) -> None:
 def sizes(upper: plt.Axes, lower: plt.Axes, record: dict) -> None:
     """Time an atom against atoms with one thread and two; below, how much faster two are, beside the ceiling."""
     found, scaling = record["threads"]["result"], record["scaling"]["result"]
-    for zeta, colour in zip(record["stages"]["result"], (ACCENT, WARM), strict=False):
+    for zeta, colour in zip(record["stages"]["result"], (ACCENT, INK), strict=False):
         cases = [c for c in found["calls"] if c["case"] == f"{zeta}, {c['atoms']} atoms"]
         cases.sort(key=lambda c: c["atoms"])
         atoms, label = [c["atoms"] for c in cases], f"ζ {zeta.split()[1]}"
@@ -141,13 +159,13 @@ def sizes(upper: plt.Axes, lower: plt.Axes, record: dict) -> None:
         ha="right",
         va="center",
     )
-    upper.set(xscale="log", yscale="log", ylabel="µs an atom")
+    upper.set(xscale="log", yscale="log", ylabel="µs an atom, silicon")
     upper.set_yticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
     upper.minorticks_off()
-    upper.tick_params(labelbottom=False)
+    upper.set_xticks(atoms, [])
     upper.legend(frameon=False, fontsize=7.5, ncols=2)
     upper.set_ylim(8, 420)
-    lower.set(xscale="log", xlabel="atoms of silicon", ylabel="two threads, times faster", ylim=(0.9, 2.3))
+    lower.set(xscale="log", xlabel="atoms", ylabel="two threads, times faster", ylim=(0.9, 2.3))
     lower.set_xticks(atoms, [str(n) for n in atoms])
     lower.minorticks_off()
     lower.axhline(1, color=PALE, lw=0.8)

@@ -99,7 +99,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--cells", type=int, default=4, help="cubic cells of silicon along each axis")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8], help="the same, for the scaling")
     parser.add_argument("--molecules", type=Path, nargs=2, default=ethanol, metavar=("TRAIN", "TEST"))
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=0.15, help="of each burst")
     parser.add_argument("--work", type=Path, default=Path("speed"), help="models are kept here")
     for name in ("gap", "lammps", "featomic"):

@@ -63,16 +63,14 @@ def gap(frames, model, variance=None):
     asked = {"calc_args": "local_gap_variance"} if variance else {}
     calculator = Potential("IP GAP", param_filename=model, **asked)
 
-    def call():
-        for atoms in frames:
-            atoms.positions[0, 0] += 1e-6  # else it would remember
-            calculator.calculate(atoms, ["energy", "forces"], ["positions"])
+    def evaluate(atoms):
+        atoms.positions[0, 0] += 1e-6  # else it would remember
+        calculator.calculate(atoms, ["energy", "forces"], ["positions"])
 
-    if variance:
-        call()
-        if not any("variance" in key for key in calculator.extra_results.get("atoms", {})):
-            raise SystemExit(f"quippy gives no variances of local energies; results: {calculator.extra_results.keys()}")
-    return call
+    evaluate(frames[0])
+    if variance and not any("variance" in key for key in calculator.extra_results["atoms"]):
+        raise SystemExit(f"quippy gives no variances of local energies, only {list(calculator.extra_results['atoms'])}")
+    return lambda: [evaluate(atoms) for atoms in frames]
 
 
 def snap(frames, name):
