@@ -73,12 +73,12 @@ class Structures:
     def n_atoms(self) -> int:
         return self.positions.shape[0]
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
         """(structures,) number of atoms of each structure."""
         return torch.bincount(self.structure_of_atom, minlength=len(self))
 
-    @property
+    @cached_property
     def offsets(self) -> Tensor:
         """(structures + 1,) index of the first atom of each structure; the last entry is the number of atoms."""
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
