@@ -166,7 +166,7 @@ class Term:
     def local(self, environments: Environments, profiles: dict[int, Profile] | None = None) -> tuple[Tensor, Tensor]:
         """Posterior mean of local energies (environments,), eV, and its slopes with respect to the features (environments, features)."""
         x, species = environments.features, environments.species
-        distinct = species.unique().tolist()
+        distinct = species.bincount().nonzero()[:, 0].tolist()
         if len(distinct) == 1:
             return self._local(distinct[0], x, profiles)
         local, slopes = x.new_zeros(len(x)), torch.empty_like(x)
