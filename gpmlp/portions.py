@@ -90,7 +90,7 @@ def mean(
         return Portion(functools.reduce(torch.add, energies), gradients, *beside_these)
 
     like, local, variances, novelties = structures.positions, [], [], []
-    on_atoms, strained = torch.zeros_like(like), torch.zeros_like(structures.cells)
+    on_atoms, strained = like.new_zeros(like.shape), like.new_zeros(structures.cells.shape)  # whatever the strides
 
     def take(part: Portion) -> None:
         for pairs, vectors, gradients in part.gradients:
@@ -101,7 +101,7 @@ def mean(
 
     n_species = min(len(structures.distinct_species), MOST_SPECIES)
     atoms = ATOMS * n_species if like.device.type == "cpu" else ON_DEVICE
-    threads.each(portion, spans(structures.counts.tolist(), atoms), take)
+    threads.each(portion, spans(structures.counts.tolist(), atoms) or [(0, 0)], take)
     return replace(
         neighbors.collected(structures, torch.cat(local), on_atoms, strained),
         atom_energies_variance=None if variances[0] is None else Variance.concatenate(variances),
