@@ -17,35 +17,46 @@ from gpmlp.structures import Structures
 class Baseline(Protocol):
     """A term of the energy with its forces and stress."""
 
-    def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
-        """`pairs`: neighbours within `cutoff` or more, if they are known."""
-        ...
-
     @property
     def cutoff(self) -> float:
         """Distance within which atoms feel each other, A."""
         ...
 
+    def of_atoms(
+        self, structures: Structures, pairs: Neighbors, start: int, end: int
+    ) -> tuple[Tensor, Neighbors, Tensor]:
+        """Of the atoms start to end, whose neighbours within `cutoff` or more are `pairs`: their energies (atoms,), eV, the pairs that
+        matter, and dE/dr_ij of these (pairs, 3), eV/A."""
+        ...
+
+    def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
+        """Of all atoms; `pairs`: neighbours within `cutoff` or more, if they are known."""
+        if pairs is None:
+            pairs = neighbors.find(structures, self.cutoff) if self.cutoff else Neighbors.none(structures)
+        local, near, gradients = self.of_atoms(structures, pairs, 0, structures.n_atoms)
+        return neighbors.prediction(structures, near, near.vectors(structures), local, gradients)
+
     def state(self) -> dict: ...
 
 
 @dataclass(frozen=True)
-class IsolatedAtoms:
+class IsolatedAtoms(Baseline):
     """E = sum_i e(Z_i); energies in eV by atomic number."""
 
     energies: dict[int, float]
     cutoff = 0.0
 
-    def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
-        like = structures.positions
-        local = torch.zeros(structures.n_atoms, dtype=like.dtype, device=like.device)
+    def of_atoms(
+        self, structures: Structures, pairs: Neighbors, start: int, end: int
+    ) -> tuple[Tensor, Neighbors, Tensor]:
+        species, local = structures.species[start:end], structures.positions.new_zeros(end - start)
         for z in structures.distinct_species:
             if z not in self.energies:
                 raise checks.UserError(
                     f"No isolated-atom energy for atomic number {z}; known: {sorted(self.energies)}."
                 )
-            local.masked_fill_(structures.species == z, self.energies[z])
-        return _without_forces(structures, local)
+            local.masked_fill_(species == z, self.energies[z])
+        return local, Neighbors.none(structures), local.new_zeros(0, 3)
 
     def state(self) -> dict:
         return {"name": "isolated_atoms", "energies": {str(z): e for z, e in self.energies.items()}}
@@ -80,19 +91,13 @@ def is_isolated_atom(config_type: str) -> bool:
     return config_type.lower().replace("_", "") == "isolatedatom"
 
 
-def _without_forces(structures: Structures, local: Tensor) -> Prediction:
-    """Of local energies that do not depend on positions."""
-    nothing = structures.cells.new_zeros(structures.cells.shape)
-    return neighbors.collected(structures, local, torch.zeros_like(structures.positions), nothing)
-
-
 # universal screening function: Ziegler, Biersack, Littmark, The Stopping and Range of Ions in Matter (1985)
 _ZBL_AMPLITUDES = (0.18175, 0.50986, 0.28022, 0.02817)
 _ZBL_EXPONENTS = (3.19980, 0.94229, 0.40290, 0.20162)
 
 
 @dataclass(frozen=True)
-class ZBL:
+class ZBL(Baseline):
     """E = 1/2 sum_ij S(r) Z_i Z_j k_e / r phi(r / a), a = 0.46850 A / (Z_i^0.23 + Z_j^0.23).
 
     S falls from 1 at `inner` to 0 at `outer` by the quintic smoothstep (C2), so that no pair beyond `outer` feels it.
@@ -113,18 +118,18 @@ class ZBL:
     def cutoff(self) -> float:
         return max(self.outer.values())
 
-    def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
-        pairs = neighbors.find(structures, self.cutoff) if pairs is None else pairs.within(structures, self.cutoff)
-        if not len(pairs):
-            return _without_forces(structures, structures.positions.new_zeros(structures.n_atoms))
-        vectors = pairs.vectors(structures)
-        z_i, z_j = structures.species[pairs.centers], structures.species[pairs.neighbors]
+    def of_atoms(
+        self, structures: Structures, pairs: Neighbors, start: int, end: int
+    ) -> tuple[Tensor, Neighbors, Tensor]:
+        near, local = pairs.within(structures, self.cutoff), structures.positions.new_zeros(end - start)
+        vectors = near.vectors(structures)
+        if not len(near):
+            return local, near, vectors
+        z_i, z_j = structures.species[near.centers], structures.species[near.neighbors]
         inner, outer = self._by_pair(z_i, z_j, vectors)
         r = vectors.norm(dim=1)
         energy, slope = self.of_pair(r, z_i.to(r), z_j.to(r), inner, outer)
-        local = r.new_zeros(structures.n_atoms).index_add(0, pairs.centers, 0.5 * energy)
-        gradients = 0.5 * slope[:, None] * vectors / r[:, None]
-        return neighbors.prediction(structures, pairs, vectors, local, gradients)
+        return local.index_add(0, near.centers - start, 0.5 * energy), near, 0.5 * slope[:, None] * vectors / r[:, None]
 
     def _by_pair(self, z_i: Tensor, z_j: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         size = max(max(pair) for pair in self.outer) + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from gpmlp.structures import Structures
 CLOSEST = 0.3  # A; nearer pairs are taken for an error in the data
 PAIRS = 1 << 13  # that a thread looks at a time
 MOLECULES = 256  # that are searched for pairs in one call
+THREAD_ATOMS = 1024  # for which another thread of a search is worth starting
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,12 @@ class Neighbors:
         if self.centers.device == torch.device(device):
             return self
         return Neighbors(self.centers.to(device), self.neighbors.to(device), self.shifts.to(device), self.cutoff)
+
+    @staticmethod
+    def none(structures: Structures) -> Neighbors:
+        """The list of pairs of atoms that do not see each other."""
+        like = structures.structure_of_atom
+        return Neighbors(like[:0], like[:0], like.new_zeros(0, 3), 0.0)
 
     @staticmethod
     def concatenate(parts: Sequence[Neighbors]) -> Neighbors:
@@ -78,11 +86,15 @@ class Neighbors:
 
     def of_atoms(self, start: int, end: int) -> Neighbors:
         """The pairs of the centres start to end; nothing is copied."""
-        low, high = (int(torch.searchsorted(self.centers, atom)) for atom in (start, end))
+        low, high = self._sorted_centers.searchsorted((start, end)).tolist()
         if (low, high) == (0, len(self)):
             return self
         found = Neighbors(self.centers[low:high], self.neighbors[low:high], self.shifts[low:high], self.cutoff)
         return found if self._last is None else found._with(self._last[0], self._last[1][low:high], self._closest)
+
+    @cached_property
+    def _sorted_centers(self) -> np.ndarray:
+        return self.centers.cpu().numpy()
 
     def _with(self, structures: Structures, vectors: Tensor, closest: float = 0.0) -> Neighbors:
         """The same, remembering its vectors and how close pairs are: asked for by descriptors and baselines alike."""
@@ -105,7 +117,7 @@ class Neighbors:
             out = structures.positions.new_empty(len(self), 3)
             known = structures.positions, structures.cells, structures.structure_of_atom
             of_pairs = self.centers, self.neighbors, self.shifts
-            pair_loops.vectors(*_arrays(*known, *of_pairs, out))
+            pair_loops.vectors(*_arrays(*known, *of_pairs), out.numpy())
         else:
             cells = structures.cells[structures.structure_of_atom[self.centers]]
             shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
@@ -150,8 +162,8 @@ class Neighbors:
 def find(structures: Structures, cutoff: float) -> Neighbors:
     """Find all pairs within the cutoff; cells smaller than the cutoff, triclinic and left-handed cells included.
 
-    By vesin on the CPU, by `cells` on any other device, where positions then stay; in the order of centres. What that
-    of the neighbours of a centre is depends on its structure alone.
+    By vesin on the CPU, in the order of centres, neighbours and shifts; by `cells` on any other device, where positions then stay, in
+    the order of centres.
 
     Raises:
         UserError: two atoms closer than 0.3 A, naming the structure and the atoms.
@@ -166,29 +178,28 @@ def find(structures: Structures, cutoff: float) -> Neighbors:
     if not len(found):
         return found
     vectors = found.vectors(structures).detach()
-    distances = vectors.square().sum(1)
-    where = int(distances.argmin())
-    closest = float(distances[where].sqrt())
+    where, closest = _shortest(vectors)
     _check(structures, found, closest, where)
     return found if _differentiable(structures) else found._with(structures, vectors, closest)
 
 
 def _by_vesin(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, ...]:
-    """i, j and shifts as of cells.search: one periodic structure after another, molecules by the hundred."""
-    counts, periodic = structures.counts, structures.periodic
-    search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, sorted=True, n_threads=torch.get_num_threads())
+    """i, j and shifts as of cells.search, in this order: one periodic structure after another, molecules by the hundred."""
+    from gpmlp import pair_loops
+
     found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64))]
-    free = ~periodic.any(dim=1)
-    apart = _apart(positions, structures.structure_of_atom, cutoff) if int(free.sum()) > 1 else positions
-    for first, last in _together(free.tolist()):
-        start, end = int(structures.offsets[first]), int(structures.offsets[first]) + int(counts[first:last].sum())
+    free, offsets = (~structures.periodic.any(dim=1)).tolist(), structures.offsets.tolist()
+    apart = _apart(positions, structures.structure_of_atom, cutoff) if sum(free) > 1 else positions
+    for first, last in _together(free):
+        start, end = offsets[first], offsets[last]
         here = (apart if last - first > 1 else positions)[start:end]
-        i, j, shift = search.compute(here.numpy(), boxes[first].numpy(), periodic[first].numpy(), quantities="ijS")
-        order = np.lexsort((j, i)) if free[first] else slice(None)  # else it would follow from the others of the run
-        found.append(
-            (i[order].astype(np.int64) + start, j[order].astype(np.int64) + start, shift[order].astype(np.int64))
-        )
-    return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))
+        many = min(threads.available(), 1 + (end - start) // THREAD_ATOMS)
+        search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, n_threads=many)
+        of_call = here.numpy(), boxes[first].numpy(), structures.periodic[first].numpy()
+        pairs, shifts = search.compute(*of_call, quantities="PS", copy=False)
+        found.append(pair_loops.arranged(pairs.view(np.int64), shifts, end - start, start))
+    parts = found[1:] if len(found) == 2 else [[np.concatenate(part) for part in zip(*found, strict=True)]]
+    return tuple(torch.from_numpy(part) for part in parts[0])
 
 
 def _together(free: Sequence[bool]) -> list[tuple[int, int]]:
@@ -213,6 +224,17 @@ def _apart(positions: Tensor, structure: Tensor, cutoff: float) -> Tensor:
     return moved
 
 
+def _shortest(vectors: Tensor) -> tuple[int, float]:
+    """Place and length of the shortest vector."""
+    if compilable(vectors):
+        from gpmlp import pair_loops
+
+        return pair_loops.shortest(*_arrays(vectors))
+    squares = vectors.square().sum(1)
+    where = int(squares.argmin())
+    return where, float(squares[where].sqrt())
+
+
 def _check(structures: Structures, found: Neighbors, closest: float, where: int) -> None:
     """Raise a UserError if the closest pair, `where`, is too close."""
     if closest >= CLOSEST:
@@ -232,7 +254,7 @@ def _differentiable(structures: Structures) -> bool:
 
 
 def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
-    """As compiled loops take them."""
+    """As compiled loops read them; not to be written to, as some are copies."""
     return tuple(part.detach().contiguous().numpy() for part in tensors)
 
 
@@ -257,7 +279,9 @@ class Skin:
         """
         with threads.one_core():
             if self._of is None or self._moved(structures):
-                self._of, self._pairs = structures, find(structures, self.cutoff + self.skin).sorted()
+                found = find(structures, self.cutoff + self.skin)
+                in_order = structures.positions.device.type == "cpu"
+                self._of, self._pairs = structures, found if in_order else found.sorted()
             found, closest = self._pairs._closer(structures, self.cutoff)
             if closest < CLOSEST:
                 find(structures, self.cutoff)  # which says what is wrong
@@ -343,11 +367,13 @@ def collect(
     structures: Structures, neighbors: Neighbors, vectors: Tensor, gradients: Tensor, on_atoms: Tensor, strained: Tensor
 ) -> None:
     """Add F_i = sum_j (g_ij - g_ji) to on_atoms (atoms, 3) and sum_ij r_ij (x) g_ij to strained (structures, 3, 3), from these pairs."""
+    if not len(vectors):
+        return
     if compilable(vectors, gradients):
         from gpmlp import pair_loops
 
         given = structures.structure_of_atom, neighbors.centers, neighbors.neighbors, vectors, gradients
-        pair_loops.collect(*_arrays(*given, on_atoms, strained))
+        pair_loops.collect(*_arrays(*given), on_atoms.numpy(), strained.numpy())
     else:
         on_atoms += forces(neighbors, structures.n_atoms, gradients)
         strained += virials(structures, neighbors, vectors, gradients)

@@ -1,4 +1,4 @@
-"""Pair loops are the compiled passes over pairs of atoms: their vectors, the scatter to forces and virials.
+"""Pair loops are the compiled passes over pairs of atoms: their order, their vectors, the scatter to forces and virials.
 
 Only neighbors.py imports this, when there is something to do: numba takes half a second to import. Machine code is cached on disk.
 """
@@ -17,6 +17,60 @@ def pair_vector(positions, cell, i, j, shift, out):
     for x in range(3):
         shifted = shift[0] * cell[0, x] + shift[1] * cell[1, x] + shift[2] * cell[2, x]
         out[x] = (positions[j, x] + shifted) - positions[i, x]
+
+
+@njit(**FLAGS)
+def arranged(pairs, shifts, n_atoms, first):
+    """Pairs (i, j) and their shifts, found in any order, in that of i, j and shift: two passes that keep order, by j and then by i.
+
+    Args:
+        pairs: (pairs, 2), both directions of each; atoms counted from 0 to n_atoms, and from `first` in what is returned.
+
+    Returns:
+        i, j and shifts.
+    """
+    n = len(pairs)
+    starts = np.zeros(n_atoms + 1, np.int64)
+    for p in range(n):
+        starts[pairs[p, 0] + 1] += 1
+    starts = np.cumsum(starts)  # as often as an atom is i it is j
+    order, at = np.empty(n, np.int64), starts.copy()
+    for p in range(n):
+        order[at[pairs[p, 1]]] = p
+        at[pairs[p, 1]] += 1
+    of, seen, images = np.empty(n, np.int64), np.empty(n, np.int64), np.empty((n, 3), np.int64)
+    for p in order:
+        k = starts[pairs[p, 0]]
+        starts[pairs[p, 0]] += 1
+        of[k], seen[k] = pairs[p, 0] + first, pairs[p, 1] + first
+        for x in range(3):
+            images[k, x] = shifts[p, x]
+    for k in range(1, n):  # an atom and several images of another, in small cells
+        t = k
+        while t and of[t] == of[t - 1] and seen[t] == seen[t - 1] and _before(images[t], images[t - 1]):
+            for x in range(3):
+                images[t, x], images[t - 1, x] = images[t - 1, x], images[t, x]
+            t -= 1
+    return of, seen, images
+
+
+@njit(**FLAGS)
+def _before(a, b):
+    for x in range(3):
+        if a[x] != b[x]:
+            return a[x] < b[x]
+    return False
+
+
+@njit(**FLAGS)
+def shortest(vectors):
+    """Place and length of the shortest of these."""
+    where, least = 0, np.inf
+    for p in range(len(vectors)):
+        square = vectors[p, 0] * vectors[p, 0] + vectors[p, 1] * vectors[p, 1] + vectors[p, 2] * vectors[p, 2]
+        if square < least:
+            where, least = p, square
+    return where, np.sqrt(least)
 
 
 @njit(**FLAGS)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpmlp import neighbors, threads
+from gpmlp.baselines import Baseline
 from gpmlp.environments import Environments, Surroundings
 from gpmlp.neighbors import Neighbors
 from gpmlp.quantities import Prediction, Variance
@@ -29,16 +30,13 @@ class Portion:
     """What is predicted of a run of atoms.
 
     Attributes:
-        pairs, surroundings: of these atoms, for each term.
-        local: for each term, (atoms,) local energies, eV.
-        gradients: for each term, (pairs, 3) ∂E/∂r_ij, eV/A.
+        local: (atoms,) local energies, eV.
+        gradients: of each term and baseline, pairs of these atoms, their vectors, A, and ∂E/∂r_ij (pairs, 3), eV/A.
         variance: of the local energies; novelty: (atoms,); each None if not asked for.
     """
 
-    pairs: tuple[Neighbors, ...]
-    surroundings: tuple[Surroundings, ...]
-    local: tuple[Tensor, ...]
-    gradients: tuple[Tensor, ...]
+    local: Tensor
+    gradients: list[tuple[Neighbors, Tensor, Tensor]]
     variance: Variance | None
     novelty: Tensor | None
 
@@ -63,13 +61,14 @@ def mean(
     look: Callable[[int, int], Neighbors],
     beside: Beside | None = None,
     shared: bool = False,
+    baselines: Sequence[Baseline] = (),
 ) -> Prediction:
-    """Posterior mean of energies, forces and stresses, and what `beside` makes of the same environments.
+    """Posterior mean of energies, forces and stresses with the baselines, and what `beside` makes of the same environments.
 
     The same to the last bit for any number of threads, and whatever else is asked for.
 
     Args:
-        look: atoms (start, end) -> all pairs with these as centres, within the largest cutoff of the terms or more, as
+        look: atoms (start, end) -> all pairs with these as centres, within the largest cutoff of all terms or more, as
             Neighbors.of_atoms.
         shared: whether `beside` uses the kernels of the mean.
     """
@@ -81,22 +80,28 @@ def mean(
         made = [term.descriptor(s) for term, s in zip(terms, seen, strict=True)]
         profiles = [term.profiles(e) if shared else {} for term, e in zip(terms, made, strict=True)]
         local, cotangents = zip(*(t.local(e, p) for t, e, p in zip(terms, made, profiles, strict=True)), strict=True)
-        gradients = tuple(e.pull_back(c) for e, c in zip(made, cotangents, strict=True))
-        return Portion(pairs, seen, local, gradients, *(beside(made, profiles) if beside else (None, None)))
+        gradients = [(p, s.vectors, e.pull_back(c)) for p, s, e, c in zip(pairs, seen, made, cotangents, strict=True)]
+        energies = list(local)
+        for baseline in baselines:
+            energy, near, slopes = baseline.of_atoms(structures, found, *span)
+            energies.append(energy)
+            gradients.append((near, near.vectors(structures), slopes))
+        beside_these = beside(made, profiles) if beside else (None, None)
+        return Portion(functools.reduce(torch.add, energies), gradients, *beside_these)
 
     like, local, variances, novelties = structures.positions, [], [], []
-    on_atoms, strained = torch.zeros_like(like), torch.zeros_like(structures.cells)
+    on_atoms, strained = like.new_zeros(like.shape), like.new_zeros(structures.cells.shape)  # whatever the strides
 
     def take(part: Portion) -> None:
-        for pairs, seen, gradients in zip(part.pairs, part.surroundings, part.gradients, strict=True):
-            neighbors.collect(structures, pairs, seen.vectors, gradients, on_atoms, strained)
-        local.append(functools.reduce(torch.add, part.local))
+        for pairs, vectors, gradients in part.gradients:
+            neighbors.collect(structures, pairs, vectors, gradients, on_atoms, strained)
+        local.append(part.local)
         variances.append(part.variance)
         novelties.append(part.novelty)
 
     n_species = min(len(structures.distinct_species), MOST_SPECIES)
     atoms = ATOMS * n_species if like.device.type == "cpu" else ON_DEVICE
-    threads.each(portion, spans(structures.counts.tolist(), atoms), take)
+    threads.each(portion, spans(structures.counts.tolist(), atoms) or [(0, 0)], take)
     return replace(
         neighbors.collected(structures, torch.cat(local), on_atoms, strained),
         atom_energies_variance=None if variances[0] is None else Variance.concatenate(variances),

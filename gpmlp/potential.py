@@ -170,7 +170,7 @@ class Potential:
     ) -> Prediction:
         if views:
             pairs = max((view.neighbors for view in views), key=lambda found: found.cutoff)
-        if pairs is None:
+        if pairs is None or pairs.cutoff < self.reach:
             pairs = neighbors.find(structures, self.reach)
         if wanted.atom_energies:
             self.variances.prepare()
@@ -179,9 +179,7 @@ class Potential:
             variance = self.variances.of_atoms(seen, wanted.form, profiles) if wanted.atom_energies else None
             return variance, self.novelty.novelty(seen[0].species, seen[0].features) if novelty else None
 
-        total = portions.mean(self.terms, structures, pairs.of_atoms, beside, wanted.atom_energies)
-        for term in self.baselines:
-            total = total + term(structures, pairs if term.cutoff <= pairs.cutoff else None)
+        total = portions.mean(self.terms, structures, pairs.of_atoms, beside, wanted.atom_energies, self.baselines)
         if not wanted.correlated:
             return total
         views = views or [term.view(structures, pairs) for term in self.terms]

@@ -73,12 +73,12 @@ class Structures:
     def n_atoms(self) -> int:
         return self.positions.shape[0]
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
         """(structures,) number of atoms of each structure."""
         return torch.bincount(self.structure_of_atom, minlength=len(self))
 
-    @property
+    @cached_property
     def offsets(self) -> Tensor:
         """(structures + 1,) index of the first atom of each structure; the last entry is the number of atoms."""
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
@@ -86,13 +86,14 @@ class Structures:
     @cached_property
     def volumes(self) -> Tensor:
         """(structures,) A^3; NaN where no axis is periodic or the cell has no volume (there is no stress there)."""
-        volume = torch.linalg.det(self.cells).abs()
+        a, b, c = self.cells.unbind(1)
+        volume = (torch.linalg.cross(a, b) * c).sum(1).abs()
         return torch.where(self.periodic.any(dim=1) & (volume > 1e-6), volume, torch.full_like(volume, float("nan")))
 
     @cached_property
     def distinct_species(self) -> tuple[int, ...]:
         """Sorted atomic numbers that occur."""
-        return tuple(int(z) for z in self.species.unique())
+        return tuple(self.species.bincount().nonzero()[:, 0].tolist())
 
     def fingerprints(self) -> tuple[str, ...]:
         """By which each structure is known again in another file (`known_again`): 16 hexadecimal digits of species and periodicity

@@ -110,27 +110,27 @@ class MeanBlock:
             linear = linear + self.tangents.sum(0)
             across = self.features.T @ self.tangents
             matrix = matrix + across + across.T
-        return Collapsed(a * linear, b * matrix)
+        return Collapsed(a * linear, 2 * b * matrix)
 
 
 @dataclass(frozen=True, eq=False)
 class Collapsed:
-    """ε(x) = v.x + x.W x: what a kernel f(s) = a s + b s² makes of all centres, whatever their number.
+    """ε(x) = v.x + x.H x / 2: what a kernel f(s) = a s + b s² makes of all centres, whatever their number.
 
-    With f' = a + 2 b s: v = a Σ_j (α_j x_j + τ_j), W = b Σ_j (α_j x_j x_jᵀ + x_j τ_jᵀ + τ_j x_jᵀ).
+    With f' = a + 2 b s: v = a Σ_j (α_j x_j + τ_j), H = 2 b Σ_j (α_j x_j x_jᵀ + x_j τ_jᵀ + τ_j x_jᵀ).
 
     Attributes:
         linear: (features,) v, eV.
-        matrix: (features, features) W, symmetric, eV.
+        hessian: (features, features) H, symmetric, eV.
     """
 
     linear: Tensor
-    matrix: Tensor
+    hessian: Tensor
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ε (environments,) and dε/dx (environments, features)."""
-        half = torch.addmm(0.5 * self.linear, x, self.matrix)
-        return (x * half).sum(1) + 0.5 * (x @ self.linear), 2 * half
+        slope = torch.addmm(self.linear, x, self.hessian)
+        return 0.5 * (torch.linalg.vecdot(x, slope) + x @ self.linear), slope
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,7 @@ class Term:
     def local(self, environments: Environments, profiles: dict[int, Profile] | None = None) -> tuple[Tensor, Tensor]:
         """Posterior mean of local energies (environments,), eV, and its slopes with respect to the features (environments, features)."""
         x, species = environments.features, environments.species
-        distinct = species.unique().tolist()
+        distinct = species.bincount().nonzero()[:, 0].tolist()
         if len(distinct) == 1:
             return self._local(distinct[0], x, profiles)
         local, slopes = x.new_zeros(len(x)), torch.empty_like(x)

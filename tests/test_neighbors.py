@@ -40,6 +40,26 @@ def test_a_batch_is_its_structures_one_after_another():
         assert as_set(part, offsets[s]) == oracles.neighbor_set(batch.select([s]), CUTOFF)
 
 
+@pytest.mark.parametrize("kind", CELLS)
+def test_pairs_come_in_the_order_of_centres_neighbours_and_shifts(kind):
+    """Also where an atom sees many images of another, and itself."""
+    batch = Structures.concatenate([dimer(1.1), crystal(kind, (6, 8, 1)), cluster((8, 1, 1))])
+    found = neighbors.find(batch, 9.0)
+    again = found.sorted()
+    for name in ("centers", "neighbors", "shifts"):
+        assert torch.equal(getattr(found, name), getattr(again, name))
+
+
+def test_the_number_of_threads_changes_no_pair(monkeypatch):
+    monkeypatch.setattr(neighbors, "THREAD_ATOMS", 1)
+    one, found = crystal("triclinic", (6, 8, 1)), []
+    for count in (1, 2):
+        monkeypatch.setattr(neighbors.threads, "available", lambda count=count: count)
+        found.append(neighbors.find(one, 9.0))
+    for name in ("centers", "neighbors", "shifts"):
+        assert torch.equal(*(getattr(part, name) for part in found))
+
+
 def test_atoms_far_outside_the_cell_and_cells_of_one_atom():
     one = crystal("triclinic")
     moved = one.positions + torch.tensor([[30.0, -12.0, 5.0], [0.0, 0.0, 0.0]], dtype=torch.float64)

@@ -134,13 +134,13 @@ def structures_from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = No
         if (frame.numbers <= 0).any():
             atom = int((frame.numbers <= 0).argmax())
             raise UserError(f"{name}: atom {atom} is '{frame.symbols[atom]}', which is no element.")
-    counts = torch.tensor([len(frame) for frame in frames])
+    counts = [len(frame) for frame in frames]
     return Structures(
         torch.as_tensor(np.concatenate([frame.positions for frame in frames]), dtype=torch.float64),
         torch.as_tensor(np.stack([frame.cell.array for frame in frames]), dtype=torch.float64),
         torch.as_tensor(np.stack([frame.pbc for frame in frames])),
         torch.as_tensor(np.concatenate([frame.numbers for frame in frames]), dtype=torch.long),
-        torch.repeat_interleave(torch.arange(len(frames)), counts),
+        torch.from_numpy(np.repeat(np.arange(len(frames)), counts)),
         names,
     )
 
