@@ -94,17 +94,17 @@ def ceiling(setup: Setup) -> dict:
             first, second = workers.values()
             ratios = []
             for _ in range(setup.rounds):
-                alone = len_over(first(setup.seconds))
+                alone = rate(first(setup.seconds))
                 for worker in (first, second):
                     worker.ask(setup.seconds)
-                ratios.append(sum(len_over(worker.answer()) for worker in (first, second)) / alone)
+                ratios.append(sum(rate(worker.answer()) for worker in (first, second)) / alone)
         spread = bursts.Spread.of(ratios)
         found[f"zeta {zeta}"] = [spread.low, spread.median, spread.high]
         print(f"ceiling, zeta {zeta}: two processes do {spread} times as much as one")
     return found
 
 
-def len_over(times: list[float]) -> float:
+def rate(times: list[float]) -> float:
     """Calls a second."""
     return len(times) / sum(times)
 
