@@ -91,7 +91,7 @@ def of_prediction(potential: Potential, cell: Structures) -> list[Stage]:
     gradients = view.environments.pull_back(cotangents)
     p, d, columns = len(pairs) / len(x), made.n_features, uncertain.n_columns
     channels, lm, nl = made.n_max * len(made.species), (made.l_max + 1) ** 2, made.n_max * (made.l_max + 1)
-    gram, states = 2 * channels**2 * lm, channels * lm + 2 * d
+    gram, states = channels * (channels + 1) * lm, channels * lm + 2 * d  # of a pair of channels one order
 
     def alone(name: str, flops: float, numbers: float, run: Callable[[], object]) -> Stage:
         return Stage(name, flops, 8 * numbers, run, len(x))
@@ -102,7 +102,7 @@ def of_prediction(potential: Potential, cell: Structures) -> list[Stage]:
         alone("expansion, power spectrum", p * (11 * nl + 4 * lm + 2 * made.n_max * lm + 30) + gram, 18 * p + states,
               lambda: fused.environments(made, view.surroundings)),
         alone("kernel, slope of the mean", _kernel_flops(term, cell), 3 * d, lambda: term.local(view.environments)),
-        alone("pull-back", p * (24 * nl + 4 * made.n_max * lm + 6 * lm) + gram, 12 * p + states,
+        alone("pull-back", p * (24 * nl + 4 * made.n_max * lm + 6 * lm) + 2 * channels**2 * lm, 12 * p + states,
               lambda: view.environments.pull_back(cotangents)),
         alone("forces, stress", 24 * p, 10 * p, lambda: neighbors.prediction(cell, pairs, vectors, local, gradients)),
         alone(WHOLE, math.nan, math.nan, lambda: potential(cell)),
