@@ -4,7 +4,7 @@
     python docs/make_speed_figure.py FOLDER/speed.json [--output speed.png]
 
 The JSON has to hold the parts stages, scaling, threads, descriptors, molecules and peers; peers that were not there are not drawn.
-Needs matplotlib (pip install '.[plot]').
+Needs matplotlib.
 """
 
 from __future__ import annotations

@@ -138,6 +138,18 @@ def test_the_figure_is_drawn(run, tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_tables_are_written(run, tmp_path):
+    """A section for each part, with a row for each contestant."""
+    path, page = tmp_path / "speed.json", tmp_path / "speed.md"
+    path.write_text(json.dumps(run[0]))
+    subprocess.run([sys.executable, "docs/make_speed_tables.py", path, "--output", page], cwd=ROOT, check=True)
+    text = page.read_text()
+    assert all(f"`--parts {part}`" in text for part in run[0])
+    for name, found in run[0]["peers"]["result"]["of"].items():
+        assert f"| {name} | {found['least']:.3g} |" in text or f"| {name} | {found['least']:.0f} |" in text
+    assert "nan" not in text
+
+
 def test_contestants_take_turns(bursts):
     """One uncounted call each, then every round in order; ratios are of bursts side by side."""
     order: list[str] = []
