@@ -128,6 +128,8 @@ def directions(descriptor: Descriptor, surroundings: Surroundings, n_directions:
     Returns:
         (centres, n_directions, features) orthonormal rows, zero where the Jacobian has no more directions.
     """
+    if not n_directions:
+        return torch.zeros(len(surroundings), 0, descriptor.n_features, dtype=torch.float64)
     out = []
     for start in range(0, len(surroundings), block):
         part = surroundings.select(torch.arange(start, min(start + block, len(surroundings))))
