@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
-BLOCK_BYTES = 2 << 20  # of one block of covariance rows: what stays in cache between its product and its scatter; and
+BLOCK_BYTES = 1 << 20  # of one block of covariance rows: what stays in cache between its product and its scatter; and
 BLOCK_ROWS = 256  # rows it has at least, as products of fewer are slow
-ENVIRONMENTS = 16  # whose Jacobian is in memory at a time
+ENVIRONMENTS = 32  # whose Jacobian is in memory at a time
 SHARE = 128  # columns, at least, that are worth another thread
 Look = Callable[[Tensor], Environments]  # centres (indices) -> their environments
 
