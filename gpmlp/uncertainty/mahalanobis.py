@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from gpmlp import checks
-from gpmlp.uncertainty import mixture
 
 EXPLAINED = 1 - 1e-6  # share of the variance that the reduced space holds, where
 COMPONENTS = 40  # dimensions are enough for it
@@ -327,21 +327,26 @@ def _labels(y: Tensor, seed: int) -> Tensor:
     one = torch.zeros(n, dtype=torch.long)
     if n < 2 * MEMBERS or not y.shape[1]:
         return one
-    z = y[:, :LEADING] / y[:, :LEADING].std(0)
+    from sklearn.exceptions import ConvergenceWarning  # slow to import
+    from sklearn.mixture import GaussianMixture
+
+    z = (y[:, :LEADING] / y[:, :LEADING].std(0)).numpy()
     # drawn from the rows in an order of their own, so that the order in which they came does not matter
-    ordered = z[z[:, 0].argsort(stable=True)]
+    ordered = z[np.argsort(z[:, 0], kind="stable")]
     rows = np.random.default_rng(seed).choice(n, min(n, MIXTURE_ROWS), replace=False)
-    sample = ordered[torch.from_numpy(np.sort(rows))]
+    sample = ordered[np.sort(rows)]
     best, lowest = None, math.inf
-    for k in range(1, CLUSTERS + 1):
-        found = mixture.fit(sample, k, seed)
-        cost = found.bic(sample) + GAIN * k * len(sample)
-        if cost < lowest:
-            best, lowest = found, cost
-    raw = best.labels(z)
-    kept = (torch.bincount(raw, minlength=len(best.means)) >= MEMBERS).nonzero()[:, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a rough mixture is enough
+        for k in range(1, CLUSTERS + 1):
+            mixture = GaussianMixture(k, random_state=seed).fit(sample)
+            cost = mixture.bic(sample) + GAIN * k * len(sample)
+            if cost < lowest:
+                best, lowest = mixture, cost
+    raw = torch.from_numpy(best.predict(z))
+    kept = (torch.bincount(raw, minlength=best.n_components) >= MEMBERS).nonzero()[:, 0]
     if len(kept) < 2:
         return one
-    to_means = torch.cdist(z, best.means[kept])
-    new = torch.full((len(best.means),), -1).scatter(0, kept, torch.arange(len(kept)))[raw]
+    to_means = torch.cdist(torch.from_numpy(z), torch.from_numpy(best.means_)[kept])
+    new = torch.full((best.n_components,), -1).scatter(0, kept, torch.arange(len(kept)))[raw]
     return torch.where(new < 0, to_means.argmin(1), new)
