@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpmlp import checks, defaults, held_out, hyperpriors, left_out, preparation, regression, subset, units
+from gpmlp import checks, defaults, held_out, hyperpriors, left_out, preparation, regression, subset, threads, units
 from gpmlp.baselines import Baseline
 from gpmlp.consistency import check_stress_consistency
 from gpmlp.environments import Descriptor
@@ -29,6 +30,7 @@ from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis, Reservoir
 
 PASS_ATOMS = 128  # atoms of a chunk of rows
+FEW_COLUMNS = 1000  # up to which threads cost the evidence more than they give
 SAMPLE_BYTES = 16 << 20  # of features of one species from which novelty is learned
 
 
@@ -199,7 +201,8 @@ def _trained(data: _Data, kept: Tensor, held: Tensor, stages: Stages) -> _Traine
         {kind: posterior.whiten(some.pop(kind).factor().double(), lowers) for kind in list(some)}
         for some in (factors, extra)
     )
-    parameters, block_of_column, result = regression.learn(recipe, models, whitened, counts, traces, stages)
+    with threads.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
+        parameters, block_of_column, result = regression.learn(recipe, models, whitened, counts, traces, stages)
     signal = parameters.signal().to(block_of_column.device)[block_of_column]
     noise = regression.fit_noise(recipe, parameters, whitened, counts, signal)
     learned = Learned(whitened, counts, noise, data.label_noise, signal)

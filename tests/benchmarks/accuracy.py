@@ -80,7 +80,9 @@ def run(name: str, data: Path, work: Path, options: argparse.Namespace) -> dict:
     recipe = options.recipe or common.RECIPES / f"{name}.yaml"
     result: dict = {"train_structures": n_train, "recipe": recipe.read_text(), "ours": {}}
     print(f"{name}: fitting", file=sys.stderr)
-    result["ours"]["fit"] = asdict(common.fit_ours(folder, recipe, options.threads))
+    cost = common.fit_ours(folder, recipe, options.threads)
+    result["ours"]["fit"] = asdict(cost)
+    result["ours"]["stages_wall_s"] = common.stages_ours(folder, cost, options.threads)
     result["ours"]["tests"] = {t: _test(common.errors_ours(folder, p, options.threads)) for t, p in tests.items()}
     if options.peer_python:
         python = options.peer_python
@@ -145,6 +147,10 @@ def main() -> None:
         for name in options.cases:
             results[name] = run(name, options.data, work, options)
             print(common.table(rows({name: results[name]}), header), flush=True)
+            stages = results[name]["ours"]["stages_wall_s"]
+            print(
+                f"wall seconds of our fit: {', '.join(f'{stage} {s:.1f}' for stage, s in stages.items())}", flush=True
+            )
             record = {"machine": platform.platform(), "threads": options.threads, "frames": options.frames}
             options.json.write_text(json.dumps(record | {"cases": results}, indent=2) + "\n")
     finally:

@@ -108,6 +108,14 @@ def fit_ours(folder: Path, recipe: Path | None, threads: int, name: str = "ours"
     return measured(command + (["--recipe", recipe] if recipe else []), folder, f"{name}_fit.log", threads)
 
 
+def stages_ours(folder: Path, fit: Cost, threads: int, name: str = "ours") -> dict[str, float]:
+    """Wall seconds of each stage of a fit, as the report in its model has them, and of all that is before and after."""
+    measured([sys.executable, "-m", "gpmlp", "info", f"{name}.gpmlp", "--json"], folder, f"{name}_info.log", threads)
+    report = json.loads((folder / f"{name}_info.log").read_text())["header"]["report"]
+    found = {stage: seconds for stage, seconds, _ in report["stages"]}
+    return found | {"imports, reading, writing": fit.wall_s - sum(found.values())}
+
+
 def errors_ours(folder: Path, data: Path, threads: int, name: str = "ours") -> tuple[dict, Cost]:
     """`gpmlp evaluate` in a folder: the errors, and what it cost."""
     command = [sys.executable, "-m", "gpmlp", "evaluate", f"{name}.gpmlp", data, "--json", f"{name}_errors.json"]
