@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpmlp
 from gpmlp import centres, neighbors, stepping
 from gpmlp.baselines import ZBL
-from gpmlp.checks import UserError
-from gpmlp.padded import Padded
+from gpmlp.checks import DataWarning, UserError
+from gpmlp.padded import Padded, Sums
 from gpmlp.quantities import Targets
 from gpmlp.recipe import Recipe
 from gpmlp.stepping import Stepper
@@ -201,6 +201,62 @@ def test_tables_hold_every_pair_once_and_its_reverse():
         found[rows] = table.forces(placed.view_as(vectors), 0, batch.n_atoms)
         there = neighbors.forces(pairs, batch.n_atoms, gradients)
         torch.testing.assert_close(found, there, rtol=0, atol=1e-12)
+
+
+def test_sums_over_segments():
+    """Of any sizes and order, none of their rows twice; empty ones are zero; 33 and 1025 are one more than a level holds."""
+    for sizes in ([5], [0, 3, 0], [33, 1, 1025, 0, 32], [1] * 7, [2000]):
+        segment = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        segment = segment[torch.randperm(len(segment), generator=torch.Generator().manual_seed(0))]
+        rows = torch.randn(len(segment), 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        expected = torch.stack([rows[segment == s].sum(0) for s in range(len(sizes))])
+        sums = Sums.of(segment, len(sizes))
+        torch.testing.assert_close(sums(rows), expected, rtol=0, atol=1e-12)
+        ones = torch.ones(len(segment), dtype=torch.float64)
+        assert sums(ones).tolist() == sizes  # exactly
+
+
+def test_a_structure_in_a_batch_is_summed_as_alone(plain):
+    """Nothing is added by index, whose order a device does not keep."""
+    batch = everything()
+    together = Stepper(plain, batch)
+    found = together(batch.positions)
+    for s in range(len(batch)):
+        one = batch.select([s])
+        alone = Stepper(plain, one)(one.positions)
+        torch.testing.assert_close(found.energies[s], alone.energies[0], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(found.stresses[s], alone.stresses[0], rtol=1e-9, atol=1e-11, equal_nan=True)
+
+    class Added(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            puts = name.startswith("index_put") and (kwargs or {}).get("accumulate", len(args) > 3 and args[3])
+            assert not name.startswith(("index_add", "scatter_add", "scatter_reduce")) and not puts, name
+            return function(*args, **(kwargs or {}))
+
+    with Added():
+        together._step(batch.positions, batch.cells)
+
+
+def test_positions_of_other_atoms_are_refused(plain):
+    batch = everything()
+    stepper = Stepper(plain, batch)
+    with pytest.raises(
+        UserError, match=r"`positions` must have shape \(18, 3\); got \(17, 3\). A Stepper is bound to its atoms"
+    ):
+        stepper(batch.positions[1:])
+    with pytest.raises(UserError, match=r"`cell` must have shape \(8, 3, 3\); got \(3, 3\)"):
+        stepper(batch.positions, batch.cells[0])
+
+
+def test_a_step_that_cannot_be_recorded_is_called(monkeypatch):
+    """As if on a device, where there is none to record on."""
+    like = torch.zeros(2)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(stepping, "_recorded", lambda step, *inputs: 1 / 0)
+    with pytest.warns(DataWarning, match=r"cannot be recorded as a CUDA graph \(ZeroDivisionError: .*\): it is called"):
+        step = stepping.recorded(lambda x: (x + 1,), like)
+    assert step(like)[0].tolist() == [1, 1]
 
 
 def test_tables_are_renewed_in_place(plain):
