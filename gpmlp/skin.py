@@ -96,11 +96,8 @@ class Skin:
 
     def _known(self, now: Structures) -> bool:
         """Whether these are the atoms of the last call, in the same precision."""
-        then = self._reference
-        if any(
-            a.dtype != b.dtype or a.device != b.device
-            for a, b in ((now.positions, then.positions), (now.cells, self._cells))
-        ):
+        both = (now.positions, self._reference.positions), (now.cells, self._cells)
+        if any(a.dtype != b.dtype or a.device != b.device for a, b in both):
             return False
         here = now.species, now.structure_of_atom, now.periodic
         return all(a is b or a.shape == b.shape and torch.equal(a, b) for a, b in zip(self._atoms, here, strict=True))

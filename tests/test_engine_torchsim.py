@@ -33,7 +33,10 @@ else:
     exported = ("nve", "nvt_langevin", "npt_langevin")
     INTEGRATORS = {name: getattr(torch_sim.integrators, name) for name in exported}
     FIRE = {n: (getattr(torch_sim.optimizers, n), {}) for n in ("fire", "unit_cell_fire", "frechet_cell_fire")}
-WAYS = pytest.mark.parametrize("tables", [None, True], ids=["pairs", "tables"])
+ON_DEVICE = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+WAYS = pytest.mark.parametrize(
+    "way", ["pairs", "tables", *(pytest.param(f"cuda {name}", marks=ON_DEVICE) for name in ("pairs", "tables"))]
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +68,12 @@ def cells():
     return [first, second]
 
 
-def state_of(atoms, dtype=torch.float64):
-    return torch_sim.io.atoms_to_state(atoms, torch.device("cpu"), dtype)
+def state_of(atoms, way="pairs", dtype=torch.float64):
+    return torch_sim.io.atoms_to_state(atoms, torch.device("cuda" if way.startswith("cuda") else "cpu"), dtype)
+
+
+def model_of(potential, way, kind=GPModel):
+    return kind(potential.to("cuda") if way.startswith("cuda") else potential, tables=way.endswith("tables"))
 
 
 class Asked(TorchDispatchMode):
@@ -95,19 +102,21 @@ class Asked(TorchDispatchMode):
 
 
 class Truth(GPModel):
-    """A model each of whose answers is compared with the potential's own, which remembers nothing, on tensors as NumPy would lay them."""
+    """A model each of whose answers is compared with the potential's own, which remembers nothing, on the CPU and on tensors as NumPy
+    would lay them."""
 
     calls = 0
 
-    def __init__(self, potential, tables=None, **options) -> None:
-        super().__init__(potential, "atom_energies", novelty=True, tables=tables, **options)
+    def __init__(self, potential, tables) -> None:
+        super().__init__(potential, "atom_energies", novelty=True, tables=tables)
+        self.there = potential.to("cpu")
 
     def forward(self, state, **options):
         found = super().forward(state, **options)
-        positions, cell = state.positions.double().contiguous(), state.cell.double().mT.contiguous()
-        periodic = torch.as_tensor(state.pbc).expand(len(cell), 3)
-        one = Structures(positions, cell, periodic, state.atomic_numbers.long(), state.system_idx.long())
-        there = self.potential(one, "atom_energies", novelty=True)
+        positions, cell = state.positions.double().cpu().contiguous(), state.cell.double().cpu().mT.contiguous()
+        periodic = torch.as_tensor(state.pbc).cpu().expand(len(cell), 3)
+        one = Structures(positions, cell, periodic, state.atomic_numbers.long().cpu(), state.system_idx.long().cpu())
+        there = self.there(one, "atom_energies", novelty=True)
         expected = {
             "energy": there.energies,
             "forces": there.forces,
@@ -119,9 +128,9 @@ class Truth(GPModel):
         # numbers of a state in single precision are rounded; variances are differences, and their roots lose half of the digits
         close = 1e-4 if state.positions.dtype == torch.float32 else 1e-8
         for name, value in expected.items():
-            assert found[name].dtype == state.positions.dtype, name
+            assert (found[name].dtype, found[name].device) == (state.positions.dtype, state.positions.device), name
             by = {"rtol": 1e-3, "atol": 1e-5} if name == "local_energy_std" else {"rtol": close, "atol": close}
-            torch.testing.assert_close(found[name].double(), value, msg=lambda m, n=name: f"{n}: {m}", **by)
+            torch.testing.assert_close(found[name].double().cpu(), value, msg=lambda m, n=name: f"{n}: {m}", **by)
         assert self.calls or (found["stress"].abs().amax((1, 2)) > 1e-4).all()  # both could be wrong
         self.calls += 1
         return found
@@ -132,15 +141,15 @@ def run(model, state, integrator, steps=8):
     torch.manual_seed(0)
     hot = {"timestep": 0.004, "temperature": 1500}
     if "npt" in integrator:
-        pressure = torch.tensor(0.0, dtype=state.positions.dtype)
+        pressure = state.positions.new_zeros(())
         hot = {"timestep": 0.002, "temperature": 300, "external_pressure": pressure}
     return torch_sim.integrate(system=state, model=model, integrator=INTEGRATORS[integrator], n_steps=steps, **hot)
 
 
 @WAYS
 @pytest.mark.parametrize("integrator", INTEGRATORS)
-def test_every_call_of_dynamics_is_true(potential, integrator, tables):
-    model, start = Truth(potential, tables), state_of(cells())
+def test_every_call_of_dynamics_is_true(potential, integrator, way):
+    model, start = model_of(potential, way, Truth), state_of(cells(), way)
     end = run(model, start, integrator)
     assert model.calls > 6 and float((end.positions - start.positions).norm(dim=1).max()) > 0.02
     assert ("npt" in integrator) == (not torch.equal(end.cell, start.cell))
@@ -148,11 +157,11 @@ def test_every_call_of_dynamics_is_true(potential, integrator, tables):
 
 @WAYS
 @pytest.mark.parametrize("optimizer", FIRE)
-def test_every_call_of_a_relaxation_is_true(potential, optimizer, tables):
+def test_every_call_of_a_relaxation_is_true(potential, optimizer, way):
     """Forces become small, and with a filter the stress."""
-    model, (method, options) = Truth(potential, tables), FIRE[optimizer]
+    model, (method, options) = model_of(potential, way, Truth), FIRE[optimizer]
     never = torch_sim.runners.generate_force_convergence_fn(0.0, include_cell_forces=False)
-    start = state_of(cells())
+    start = state_of(cells(), way)
     end = torch_sim.optimize(system=start, model=model, optimizer=method, convergence_fn=never, max_steps=25, **options)
     before, after = model(start), model(end)
     assert model.calls > 25
@@ -165,9 +174,9 @@ def test_every_call_of_a_relaxation_is_true(potential, optimizer, tables):
 @WAYS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("whole", [False, True], ids=["view", "contiguous"])
-def test_every_layout_and_precision_of_a_state_is_true(potential, whole, dtype, tables):
+def test_every_layout_and_precision_of_a_state_is_true(potential, whole, dtype, way):
     """TorchSim's cells are views with vectors as columns; some of its functions copy them."""
-    state, model = state_of(cells(), dtype), Truth(potential, tables)
+    state, model = state_of(cells(), way, dtype), model_of(potential, way, Truth)
     state.cell = state.cell.contiguous() if whole else state.cell.mT.contiguous().mT
     state.positions = state.positions.contiguous() if whole else state.positions.T.contiguous().T
     for _ in range(3):
@@ -177,31 +186,31 @@ def test_every_layout_and_precision_of_a_state_is_true(potential, whole, dtype, 
 
 
 @WAYS
-def test_every_call_for_a_slab_is_true(potential, tables):
+def test_every_call_for_a_slab_is_true(potential, way):
     """Periodic along two axes, where TorchSim can say so; and other systems afterwards."""
     slab = bulk("Cu", cubic=True).repeat((1, 1, 2))
     slab.rattle(0.05, seed=3)
     slab.center(vacuum=6.0, axis=2)
-    state, model = state_of([slab]), Truth(potential, tables)
+    state, model = state_of([slab], way), model_of(potential, way, Truth)
     state.pbc = torch.tensor([True, True, False]) if NEW else state.pbc
     run(model, state, "nvt_langevin")
-    run(model, state_of(cells()), "nve", 2)
+    run(model, state_of(cells(), way), "nve", 2)
 
 
 @WAYS
-def test_every_call_of_autobatching_is_true(potential, tables):
+def test_every_call_of_autobatching_is_true(potential, way):
     """Systems that come and go: batches of a memory that holds two at a time, by bins, and as others have converged."""
     systems = [*cells(), *reversed(cells())]
-    model, size = Truth(potential, tables), {"memory_scales_with": "n_atoms", "max_memory_scaler": 9}
+    model, size = model_of(potential, way, Truth), {"memory_scales_with": "n_atoms", "max_memory_scaler": 9}
     bins = torch_sim.autobatching.BinningAutoBatcher(model=model, **size)
-    torch_sim.static(system=state_of(systems), model=model, autobatcher=bins)
+    torch_sim.static(system=state_of(systems, way), model=model, autobatcher=bins)
     flight = torch_sim.autobatching.InFlightAutoBatcher(model=model, **size)
     name = "fire frechet" if NEW else "frechet_cell_fire"
     method, options = FIRE[name]
     soon = torch_sim.runners.generate_force_convergence_fn(0.1, include_cell_forces=False)
     calls = model.calls
     end = torch_sim.optimize(
-        system=state_of(systems), model=model, optimizer=method, autobatcher=flight, convergence_fn=soon, max_steps=40, **options
+        system=state_of(systems, way), model=model, optimizer=method, autobatcher=flight, convergence_fn=soon, max_steps=40, **options
     )  # fmt: skip
     assert end.n_systems == 4 and model.calls > calls + 5
     assert float(model(end)["forces"].norm(dim=1).max()) < 0.2
@@ -209,7 +218,7 @@ def test_every_call_of_autobatching_is_true(potential, tables):
 
 @WAYS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_torchsim_has_nothing_to_object(tables, dtype):
+def test_torchsim_has_nothing_to_object(way, dtype):
     """Its own check of models, on crystals and a molecule."""
     from ase.build import molecule
     from torch_sim.models.interface import validate_model_outputs
@@ -225,7 +234,7 @@ def test_torchsim_has_nothing_to_object(tables, dtype):
     noise = {"energy_per_atom": 0.05, "force": 0.1, "stress": 0.01}
     targets = replace(Targets.unknown(batch), energies=energies)
     model = gpmlp.fit(batch, targets, Recipe.model_validate(recipe | {"noise": noise, "calibration": False}))[0]
-    validate_model_outputs(GPModel(model, tables=tables), torch.device("cpu"), dtype)
+    validate_model_outputs(model_of(model, way), state_of(frames[:1], way).positions.device, dtype)
 
 
 def test_the_same_as_the_potential(potential):
@@ -263,48 +272,48 @@ def test_on_tables_the_same_as_the_potential(potential):
 
 
 @WAYS
-def test_dynamics(potential, tables):
+def test_dynamics(potential, way):
     """NVE of two systems at once: each keeps its energy, whatever the number of steps."""
-    model, totals = GPModel(potential, tables=tables), []
+    model, totals = model_of(potential, way), []
     nve = torch_sim.Integrator.nve if hasattr(torch_sim, "Integrator") else torch_sim.integrators.nve
     for steps in (1, 80):
         torch.manual_seed(0)
         end = torch_sim.integrate(
-            system=state_of(cells()), model=model, integrator=nve, n_steps=steps, timestep=0.002, temperature=300
+            system=state_of(cells(), way), model=model, integrator=nve, n_steps=steps, timestep=0.002, temperature=300
         )
         kinetic = 0.5 * (end.momenta.square().sum(1) / end.masses)
         totals.append(end.energy.new_zeros(2).index_add(0, end.system_idx, kinetic) + end.energy)
-    assert float((end.positions - state_of(cells()).positions).norm(dim=1).max()) > 0.02  # it moved
+    assert float((end.positions - state_of(cells(), way).positions).norm(dim=1).max()) > 0.02  # it moved
     torch.testing.assert_close(*totals, rtol=0, atol=2e-3)
 
 
 @WAYS
-def test_relaxation(potential, tables):
+def test_relaxation(potential, way):
     """Rattled crystals relax until forces are small."""
-    model = GPModel(potential, tables=tables)
+    model = model_of(potential, way)
     fire = torch_sim.Optimizer.fire if hasattr(torch_sim, "Optimizer") else torch_sim.optimizers.fire
     small = torch_sim.runners.generate_force_convergence_fn(0.02, include_cell_forces=False)
     end = torch_sim.optimize(
-        system=state_of(cells()[:1]), model=model, optimizer=fire, convergence_fn=small, max_steps=500
+        system=state_of(cells()[:1], way), model=model, optimizer=fire, convergence_fn=small, max_steps=500
     )
     assert float(model(end)["forces"].norm(dim=1).max()) < 0.03
 
 
 @WAYS
-def test_autobatching(potential, tables):
+def test_autobatching(potential, way):
     """As many systems at a time as fit: the same energies as all of them together."""
-    model, systems = GPModel(potential, tables=tables), [*cells(), *cells()]
+    model, systems = model_of(potential, way), [*cells(), *cells()]
     batcher = torch_sim.autobatching.BinningAutoBatcher(model=model, memory_scales_with="n_atoms", max_memory_scaler=9)
-    found = torch_sim.static(system=state_of(systems), model=model, autobatcher=batcher)
-    energies = torch.stack([f["potential_energy"].reshape(()) for f in found])
+    found = torch_sim.static(system=state_of(systems, way), model=model, autobatcher=batcher)
+    energies = torch.stack([f["potential_energy"].reshape(()).cpu() for f in found])
     torch.testing.assert_close(energies, potential(structures_from_ase(systems)).energies, rtol=1e-9, atol=1e-10)
 
 
 @WAYS
-def test_one_question_of_a_device_for_atoms_that_are_known(potential, tables, monkeypatch):
+def test_one_question_of_a_device_for_atoms_that_are_known(potential, way, monkeypatch):
     """Structures are made unchecked, and with them the cells, however many systems there are; others are looked at again, also where
     a state was changed in place."""
-    model, state = GPModel(potential, tables=tables), state_of([*cells()] * 8)
+    model, state = model_of(potential, way), state_of([*cells()] * 8, way)
     looked, look = [], checks.cells
     monkeypatch.setattr(checks, "cells", lambda c, *rest: looked.append(len(c)) or look(c, *rest))
     model(state), model(state)
@@ -318,9 +327,8 @@ def test_one_question_of_a_device_for_atoms_that_are_known(potential, tables, mo
     assert not looked
     with Asked() as seen:
         model(state)
-    assert (
-        not tables or seen.names == ["_local_scalar_dense"] * 3
-    )  # the same atoms? pairs missing? atoms on top of each other?
+    # the same atoms? pairs missing? atoms on top of each other?
+    assert "tables" not in way or seen.names == ["_local_scalar_dense"] * 3
     state.atomic_numbers[0] = 13
     with pytest.raises(UserError, match="system 0: the potential was not trained on Al"):
         model(state)
