@@ -143,19 +143,15 @@ def _outlook(model: Model, structures: Structures, view: View | None) -> _Outloo
 def _bytes(model: Model, structures: Structures, outlook: _Outlook) -> int:
     """About what facets take."""
     return (
-        3
-        * (len(outlook[0]) + 3 * structures.n_atoms)
-        * model.descriptor.n_features
-        * structures.positions.element_size()
+        (3 * len(outlook[0]) + structures.n_atoms) * model.descriptor.n_features * structures.positions.element_size()
     )
 
 
 def _facets(model: Model, structures: Structures, targets: Targets, outlook: _Outlook) -> tuple[Facets, ...]:
     """Of all environments; with derivatives where labels need them."""
-    stresses = bool((~targets.stresses.isnan()).any())
-    derivatives = stresses or bool((~targets.forces.isnan()).any())
+    derivatives = bool((~targets.forces.isnan()).any() or (~targets.stresses.isnan()).any())
     every = structures.distinct_species
-    return tuple(f for z in every for f in covariances.facets(structures, *outlook, z, derivatives, stresses))
+    return tuple(f for z in every for f in covariances.facets(structures, *outlook, z, derivatives))
 
 
 def _features(structures: Structures, facets: Sequence[tuple[Facets, ...]], outlook: _Outlook) -> Tensor:

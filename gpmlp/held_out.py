@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gpmlp import baselines, checks
+from gpmlp import baselines, checks, threads
 from gpmlp.potential import Potential
 from gpmlp.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.recipe import CalibrationRecipe
 from gpmlp.rescaling import rescaled, widened
 from gpmlp.structures import Structures
+from gpmlp.terms import CHUNK_ATOMS, chunks
 from gpmlp.uncertainty.calibration import Calibration, KindCalibration, weigh
 from gpmlp.variances import VARIANCES
 
@@ -80,7 +81,10 @@ def calibrate(potential: Potential, structures: Structures, targets: Targets) ->
     uncertain itself, and a new error is distributed as Student's t.
     """
     novelty = potential.novelty is not None
-    raw = potential(structures, variance=VARIANCES, novelty=novelty, calibrated=False)
+    potential.variances.prepare()
+    parts = list(chunks(structures, CHUNK_ATOMS))
+    found = threads.each(lambda part: potential(part, VARIANCES, novelty, calibrated=False), parts)
+    raw = Prediction.concatenate(found)
     how = "set aside from the training set, at random within each config_type; learned from afterwards"
     learned = learn(raw, structures, targets, how)
     if len(structures) > TELLING:

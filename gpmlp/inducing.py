@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-from gpmlp import neighbors, selection
+from gpmlp import neighbors, selection, threads
 from gpmlp.environments import Descriptor, Surroundings
 from gpmlp.gp import covariances
 from gpmlp.gp.covariances import InducingBlock
@@ -21,6 +21,7 @@ from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
 WORTH = 3e-7  # of its prior variance: an environment with less left of its own is not worth an inducing point
 MOST_WEIGHT = 10.0  # of novelty beside variance
+TOGETHER = 32  # chunks that threads look at before all that was seen in them is pooled
 POOL_BYTES = 128 << 20  # in memory while choosing; a fuller pool is thinned by the selection itself
 
 
@@ -71,9 +72,15 @@ def choose_centers(
     def profile(s: Tensor) -> Tensor:
         return kernel.profile(s)[0]
 
-    for done, part in enumerate(parts):
+    def look(part: Structures) -> tuple[Structures, Surroundings, Tensor]:
         surroundings = Surroundings.of(part, neighbors.find(part, descriptor.cutoff))
-        features = descriptor(surroundings).features
+        return part, surroundings, descriptor(surroundings).features
+
+    done = 0
+
+    def take(looked: tuple[Structures, Surroundings, Tensor]) -> None:
+        nonlocal done
+        part, surroundings, features = looked
         for z in part.distinct_species:
             mine = (part.species == z).nonzero()[:, 0]
             pool = pools.setdefault(z, _Pool([], []))
@@ -81,18 +88,16 @@ def choose_centers(
             observe(z, pool.features[-1])
             pool.surroundings.append(surroundings.select(mine))
             seen[z] = seen.get(z, 0) + len(mine)
-        held = sum(pool.size() for pool in pools.values())
-        # features twice while merging, a factor of pool x 2n at most in the selection, and the pairs
-        per_pair = 3 * features.element_size() + 16
-        own = 2 * (descriptor.n_features + n) * features.element_size()
-        each = own + per_pair * len(surroundings.centers) // max(1, len(surroundings))
-        limit = max(4 * n, POOL_BYTES // each)
-        if held > limit:
+        if sum(pool.size() for pool in pools.values()) > _room(surroundings, features, n):
             spare = _quotas(2 * n, shares, seen)
             for z, pool in pools.items():
                 merged, _ = pool.merge()
                 pool.keep(selection.select(method, merged, spare[z], profile, seed)[0].sort().values)
-        progress(done + 1)
+        done += 1
+        progress(done)
+
+    for start in range(0, len(parts), TOGETHER):
+        threads.each(look, parts[start : start + TOGETHER], take)
     quota = _quotas(n, shares, seen)
     chosen = {z: selection.select(method, pool.merge()[0], quota[z], profile, seed + z) for z, pool in pools.items()}
     if shares == "total":
@@ -102,6 +107,14 @@ def choose_centers(
         features, surroundings = pool.merge()
         out[z] = features[chosen[z][0]], surroundings.select(chosen[z][0])
     return out, seen
+
+
+def _room(surroundings: Surroundings, features: Tensor, n: int) -> int:
+    """How many such environments may be held while n are chosen."""
+    # features twice while merging, a factor of pool x 2n at most in the selection, and the pairs
+    per_pair = 3 * features.element_size() + 16
+    own = 2 * (features.shape[1] + n) * features.element_size()
+    return max(4 * n, POOL_BYTES // (own + per_pair * len(surroundings.centers) // max(1, len(surroundings))))
 
 
 def _quotas(n: int, shares: str | dict[int, int], seen: dict[int, int]) -> dict[int, int]:
@@ -128,6 +141,8 @@ def directions(descriptor: Descriptor, surroundings: Surroundings, n_directions:
     Returns:
         (centres, n_directions, features) orthonormal rows, zero where the Jacobian has no more directions.
     """
+    if not n_directions:
+        return torch.zeros(len(surroundings), 0, descriptor.n_features, dtype=torch.float64)
     out = []
     for start in range(0, len(surroundings), block):
         part = surroundings.select(torch.arange(start, min(start + block, len(surroundings))))

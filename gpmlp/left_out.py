@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gpmlp import regression, subset
+from gpmlp import regression, subset, threads
 from gpmlp.gp import covariances, likelihood
 from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.potential import Potential
 from gpmlp.quantities import Targets
 from gpmlp.regression import Learned, Model
 from gpmlp.structures import Structures
+from gpmlp.terms import View
 from gpmlp.uncertainty.calibration import weigh
 from gpmlp.variances import VarianceModel
 
@@ -48,24 +49,42 @@ def amplitude(
     """
     kept = potential.variances
     every = subset.every_column(models, learned.signal, solved.factor)
-    errors, parts, rest = [], [], []
-    for structure, targets in _some(structures, remaining, seed):
-        rows = regression.labelled_rows(models, structure, targets)
+
+    def look(piece: tuple[Structures, Targets]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Errors of the forces of a structure, what inducing variables miss of them, and the rest of their variance."""
+        structure, targets = piece
+        views = [View.of(m.descriptor, structure) for m in models]
+        rows = regression.labelled_rows(models, structure, targets, views=views)
         if "forces" not in rows:
-            continue
+            return None
         z = {kind: r[:, -1] - r[:, :-1] @ solved.weights.to(r) for kind, r in rows.items()}
         left, spread = _left_out({k: r[:, :-1] for k, r in rows.items()}, z, every, learned.noise)
         if kept.n_columns < kept.of_fit:
-            rows = regression.labelled_rows(models, structure, targets, kept.blocks)
+            rows = regression.labelled_rows(models, structure, targets, kept.blocks, views)
             _, spread = _left_out({k: r[:, :-1] for k, r in rows.items()}, z, kept, learned.noise)
-        seen = likelihood.observations(targets, structure.counts, covariances.VOIGT)["forces"]
-        raw = potential(structure, variance="forces", form="dtc", calibrated=False).forces_variance
-        errors.append(left)
-        parts.append(raw.inducing.flatten()[seen.rows[seen.noise.isnan()]])
-        rest.append(spread + learned.noise["forces"] ** 2)
-    if sum(len(e) for e in errors) < ENOUGH:
+        missed = _missed(kept, structure, targets, views, rows["forces"][:, :-1])
+        return left, missed, spread + learned.noise["forces"] ** 2
+
+    seen = [found for found in threads.each(look, _some(structures, remaining, seed)) if found is not None]
+    if sum(len(left) for left, _, _ in seen) < ENOUGH:
         return 1.0
-    return float(weigh(torch.cat(errors), torch.cat(parts)[:, None], torch.cat(rest)))
+    errors, missed, rest = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    return float(weigh(errors, missed[:, None], rest))
+
+
+def _missed(
+    model: VarianceModel, structure: Structures, targets: Targets, views: Sequence[View], rows: Tensor
+) -> Tensor:
+    """k_gg - k_gu K_uu⁻¹ k_ug of the known forces with the common noise, whose rows K_ou these are."""
+    seen = likelihood.observations(targets, structure.counts, covariances.VOIGT)["forces"]
+    known = seen.rows[seen.noise.isnan()]
+    atoms, place = (known // 3).unique(return_inverse=True)
+    prior = sum(
+        p.looking(v.look_at(len(atoms))).forces(structure, v.neighbors, v.surroundings, atoms)
+        for p, v in zip(model.priors, views, strict=True)
+    )
+    explained, _ = model.whitened(rows)
+    return (prior.diagonal(dim1=1, dim2=2)[place, known % 3] - explained.square().sum(1)).clamp_min(0)
 
 
 def _some(structures: Structures, targets: Targets, seed: int) -> list[tuple[Structures, Targets]]:

@@ -117,7 +117,7 @@ class Neighbors:
             out = structures.positions.new_empty(len(self), 3)
             known = structures.positions, structures.cells, structures.structure_of_atom
             of_pairs = self.centers, self.neighbors, self.shifts
-            pair_loops.vectors(*_arrays(*known, *of_pairs, out))
+            pair_loops.vectors(*_arrays(*known, *of_pairs), out.numpy())
         else:
             cells = structures.cells[structures.structure_of_atom[self.centers]]
             shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
@@ -254,7 +254,7 @@ def _differentiable(structures: Structures) -> bool:
 
 
 def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
-    """As compiled loops take them."""
+    """As compiled loops read them; not to be written to, as some are copies."""
     return tuple(part.detach().contiguous().numpy() for part in tensors)
 
 
@@ -334,7 +334,7 @@ def collect(
         from gpmlp import pair_loops
 
         given = structures.structure_of_atom, neighbors.centers, neighbors.neighbors, vectors, gradients
-        pair_loops.collect(*_arrays(*given, on_atoms, strained))
+        pair_loops.collect(*_arrays(*given), on_atoms.numpy(), strained.numpy())
     else:
         on_atoms += forces(neighbors, structures.n_atoms, gradients)
         strained += virials(structures, neighbors, vectors, gradients)

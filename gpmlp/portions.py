@@ -18,9 +18,10 @@ from gpmlp.quantities import Prediction, Variance
 from gpmlp.structures import Structures
 from gpmlp.terms import Profile, Term
 
-ATOMS = 256  # of a portion, for each species: products are by central species, and want many rows; ON_DEVICE: where there are many cores
+ATOMS = 256  # of a portion, for each species: products are by central species, and want many rows
 MOST_SPECIES = 3
-ON_DEVICE = 1 << 14
+SHARES, MOST_ATOMS = 8, 1024  # so many portions, if they need not be larger for that: each costs some Python
+ON_DEVICE = 1 << 14  # where there are many cores
 # environments as each term has them, with profiles of the kernels if there are any -> what else is wanted of these atoms
 Beside = Callable[[Sequence[Environments], Sequence[dict[int, Profile]]], tuple[Variance | None, Tensor | None]]
 
@@ -90,7 +91,7 @@ def mean(
         return Portion(functools.reduce(torch.add, energies), gradients, *beside_these)
 
     like, local, variances, novelties = structures.positions, [], [], []
-    on_atoms, strained = torch.zeros_like(like), torch.zeros_like(structures.cells)
+    on_atoms, strained = like.new_zeros(like.shape), like.new_zeros(structures.cells.shape)  # whatever the strides
 
     def take(part: Portion) -> None:
         for pairs, vectors, gradients in part.gradients:
@@ -99,9 +100,9 @@ def mean(
         variances.append(part.variance)
         novelties.append(part.novelty)
 
-    n_species = min(len(structures.distinct_species), MOST_SPECIES)
-    atoms = ATOMS * n_species if like.device.type == "cpu" else ON_DEVICE
-    threads.each(portion, spans(structures.counts.tolist(), atoms), take)
+    least = ATOMS * min(len(structures.distinct_species), MOST_SPECIES)
+    atoms = max(least, min(MOST_ATOMS, len(like) // SHARES)) if like.device.type == "cpu" else ON_DEVICE
+    threads.each(portion, spans(structures.counts.tolist(), atoms) or [(0, 0)], take)
     return replace(
         neighbors.collected(structures, torch.cat(local), on_atoms, strained),
         atom_energies_variance=None if variances[0] is None else Variance.concatenate(variances),

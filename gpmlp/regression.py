@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpmlp import checks, descriptors, hyperpriors, inducing, neighbors, variances
+from gpmlp import checks, descriptors, hyperpriors, inducing, neighbors, threads, variances
 from gpmlp.environments import Descriptor
 from gpmlp.fit_report import Stages
 from gpmlp.gp import covariances, evidence, leave_one_out, likelihood, posterior
@@ -26,6 +26,7 @@ from gpmlp.variances import VarianceModel
 
 RESTART_COLUMNS, RESTARTS = 200, 3  # with so few, noises are learned from several starts
 EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
+ROW_BYTES = 64 << 20  # of rows that are there before they are folded in
 FEWEST_ENERGIES = 10  # that leaving one out can judge
 
 
@@ -94,19 +95,35 @@ def stream(
 ) -> tuple[dict[str, RowFactor], dict[str, Tensor]]:
     """Make the rows of each chunk once and fold them into one triangular factor for each kind of observation.
 
+    Threads share the chunks, as many at a time as have ROW_BYTES of rows; they are folded in, in their order, by whichever thread has
+    the next one ready, while others go on.
+
     Returns:
         the factors, and for VFE the traces of the prior covariance of the same observations by block, unit signal (else empty).
     """
     traces: dict[str, Tensor] = {}
     columns = sum(b.n_columns for m in models for b in m.blocks)
     factors = {kind: RowFactor(columns, 2 * columns) for kind in (*KINDS, FIXED)}
-    for done, (part, target) in enumerate(zip(parts, targets, strict=True)):
-        for kind, rows in labelled_rows(models, part, target).items():
+    done = 0
+
+    def made(piece: tuple[Structures, Targets]) -> tuple[dict[str, Tensor], list[tuple[str, Tensor]]]:
+        return labelled_rows(models, *piece), _traces(models, *piece) if recipe.evidence == "vfe" else []
+
+    def fold(new: tuple[dict[str, Tensor], list[tuple[str, Tensor]]]) -> None:
+        nonlocal done
+        for kind, rows in new[0].items():
             factors[kind].add(rows[:, :-1], rows[:, -1])
-        if recipe.evidence == "vfe":
-            for name, trace in _traces(models, part, target):
-                traces[name] = traces.get(name, 0.0) + trace
-        stages.tell(done + 1, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
+        for name, trace in new[1]:
+            traces[name] = traces.get(name, 0.0) + trace
+        done += 1
+        stages.tell(done, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
+
+    pieces = list(zip(parts, targets, strict=True))
+    largest = max((3 * part.n_atoms + 7 * len(part) for part in parts), default=1) * columns * 8
+    on_cpu = all(part.positions.device.type == "cpu" for part in parts)
+    together = max(1, ROW_BYTES // largest) if on_cpu else 1
+    for start in range(0, len(pieces), together):
+        threads.each(made, pieces[start : start + together], fold)
     return {kind: f for kind, f in factors.items() if f.count}, traces
 
 

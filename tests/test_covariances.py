@@ -126,6 +126,7 @@ def test_rows_do_not_depend_on_the_size_of_blocks(model, monkeypatch):
     batch = everything()
     whole = _rows(batch, model)
     monkeypatch.setattr(covariances, "BLOCK_BYTES", 1)  # one environment at a time
+    monkeypatch.setattr(covariances, "BLOCK_ROWS", 1)
     monkeypatch.setattr(covariances, "ENVIRONMENTS", 3)
     single = _rows(batch, model)
     for name in ("energies", "forces", "stresses"):

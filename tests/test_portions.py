@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import gpmlp
 from gpmlp import neighbors, portions, threads
 from gpmlp.quantities import Targets
 from gpmlp.recipe import Recipe
+from gpmlp.skin import Skin
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +139,41 @@ def test_what_was_made_is_taken_in_order_and_by_one_at_a_time(two_threads, n):
 
     assert threads.each(work, range(30), take) == [None] * 30
     assert taken == list(range(30))
+
+
+LAYOUTS = {
+    "columns first": lambda t: t.mT.contiguous().mT,
+    "every other number of a larger array": lambda t: torch.stack([t, torch.full_like(t, 7)], dim=-1)[..., 0],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, k) for name in ("positions", "cells") for k in LAYOUTS if (name, k) != ("positions", "expanded")],
+)
+def test_how_tensors_lie_in_memory_changes_no_bit(potential, name, layout):
+    one = crystal("triclinic", (6, 8, 1))
+    batch = gpmlp.Structures.concatenate([one, one.with_positions(one.positions + 0.1 * torch.sin(one.positions))])
+    stored = LAYOUTS[layout](getattr(batch, name))
+    assert torch.equal(stored, getattr(batch, name)) and not stored.is_contiguous()
+    other = replace(batch, **{name: stored})
+    wanted, found = (potential(some, "all", True) for some in (batch, other))
+    for a, b in zip(fields(wanted), fields(found), strict=True):
+        assert torch.equal(a, b)
+    assert float(wanted.forces.abs().max()) > 1e-3 and float(wanted.stresses.abs().max()) > 1e-3
+    for baseline in potential.baselines:
+        alone, again = baseline(batch), baseline(other)
+        assert torch.equal(alone.forces, again.forces) and torch.equal(alone.stresses, again.stresses)
+    for a, b in zip(Skin(CUTOFF)(one.with_positions(LAYOUTS["columns first"](one.positions))).vectors(one),
+                    Skin(CUTOFF)(one).vectors(one), strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+
+
+def test_a_structure_without_atoms_has_no_energy(potential):
+    nothing = torch.zeros(0, dtype=torch.long)
+    periodic = torch.ones(1, 3, dtype=torch.bool)
+    empty = gpmlp.Structures(torch.zeros(0, 3).double(), 4 * torch.eye(3).double()[None], periodic, nothing, nothing)
+    found = potential(empty, "atom_energies", True)
+    assert found.energies.tolist() == [0.0] and not found.stresses.any()
+    assert found.forces.shape == (0, 3) and found.atom_energies_variance.data.shape == found.novelty.shape == (0,)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from gpmlp import threads
-from gpmlp.descriptors import harmonics, weights
+from gpmlp.descriptors import weights
 from gpmlp.environments import Environments, Surroundings
 
 if TYPE_CHECKING:
     from gpmlp.descriptors.loops import Basis, Pairs
     from gpmlp.descriptors.power_spectrum import SoapPowerSpectrum
 
-BLOCK = 32  # environments whose harmonics are in memory for a Jacobian
+BLOCK = 16  # environments whose Jacobian is worth handing to another thread
 SHARED = 128  # environments that are worth handing to another thread
 FEW = 8  # environments whose Jacobian stays in cache while many cotangents are pulled back
 
@@ -47,10 +47,6 @@ def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> E
     together = max(SHARED, -(-n // (4 * threads.available()))) if threads.available() > 1 else max(1, n)
     _in_blocks(0, n, lambda lo, hi: loops.expand(lo, hi, pairs, basis, tiny, row, *made), together)
 
-    def derivatives(lo: int, hi: int) -> tuple[np.ndarray, np.ndarray]:
-        y, dy = harmonics.harmonics(l_max, vectors[starts[lo] : starts[hi]])
-        return y.numpy(), dy.flatten(1).numpy()
-
     def jacobian(start: int = 0, end: int = n, out: Tensor | None = None) -> Tensor:
         """Of environments start to end, in the first rows of `out` if it is given."""
         n_pairs = starts[end] - starts[start]
@@ -59,7 +55,7 @@ def environments(descriptor: SoapPowerSpectrum, surroundings: Surroundings) -> E
 
         def block(lo: int, hi: int) -> None:
             here = array[starts[lo] - starts[start] :]
-            jacobians.jacobian(lo, hi, starts[lo], pairs, basis, *derivatives(lo, hi), density, *made[1:], here)
+            jacobians.jacobian(lo, hi, starts[lo], pairs, basis, row, *made, here)
 
         _in_blocks(start, end, block, BLOCK)
         return out

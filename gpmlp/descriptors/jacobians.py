@@ -1,6 +1,6 @@
-"""Jacobians of the power spectrum, by compiled loops over all pairs of one or several environments at a time.
+"""Jacobians of the power spectrum, by compiled loops over the pairs of an environment, with four angular momenta side by side.
 
-Harmonics come from sphericart, for the pairs of a block of environments. See loops.py for what pairs and the basis hold.
+See loops.py for what pairs and the basis hold, and lanes.py for what is done by fours.
 """
 
 from __future__ import annotations
@@ -8,164 +8,193 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from gpmlp.descriptors.lanes import FLAGS, whole
-from gpmlp.descriptors.loops import POWERS
-
-TOGETHER = 112  # pairs whose Jacobian is made together, from several environments: more would leave the cache
-WIDTH = 16  # loops over pairs go by whole multiples of this
-TILE = 8  # features that are turned from pairs side by side to rows of a pair at a time: a cache line of doubles
-
-
-@njit(**FLAGS)
-def padded(count):
-    """Pairs worked on together: as many as fill whole vectors, unrolled, so that no loop ends one by one."""
-    return (count + WIDTH - 1) // WIDTH * WIDTH
-
-
-@njit(**FLAGS)
-def _radial(pairs, basis, first, count, at, value, slope):
-    """value[nl, at + pair] = w I_nl and slope[nl, at + pair] = d(w I_nl)/dr."""
-    degrees, n_whole = basis.l_max + 1, whole(basis.n_max)
-    size = degrees * n_whole
-    for p in range(count):
-        t, w, d_weight = pairs.offset[first + p], pairs.weight[first + p], pairs.d_weight[first + p]
-        start = pairs.interval[first + p] * POWERS * size
-        for l in range(degrees):
-            for n in range(basis.n_max):
-                c = basis.table[start + l * n_whole + n : start + POWERS * size : size]
-                d, v = c[0], c[0] * t + c[1]
-                for power in range(2, POWERS):
-                    d, v = d * t + v, v * t + c[power]
-                value[n * degrees + l, at + p] = w * v
-                slope[n * degrees + l, at + p] = w * basis.per_step * d + d_weight * v
-
-
-@njit(**FLAGS)
-def _gather(rows, order, base, first, count, at, out):
-    """out[k, at + pair] = rows[pair - base, k]: side by side what belongs to one environment and species."""
-    for p in range(count):
-        row = rows[order[first + p] - base]
-        for k in range(len(row)):
-            out[k, at + p] = row[k]
+from gpmlp.descriptors.lanes import FLAGS, LANES, fill, load, spread, store, turned, whole
+from gpmlp.descriptors.loops import _value_and_slope
 
 
 @njit(cache=True, **FLAGS)
-def jacobian(lo, hi, base, pairs, basis, harmonics, gradients, density, features, norms, out):
+def jacobian(lo, hi, base, pairs, basis, c_row, density, features, norms, out):
     """out[pair - base, xyz, feature] = d(features)/dr of the pairs of environments lo to hi.
 
-    `harmonics` (pairs, lm) and `gradients` (pairs, 3 lm), dY/dr, are those of pairs `base` and following.
     With A_bl = Σ_m Y_lm c_blm and B_bl = Σ_m dY_lm c_blm the derivative of the product (a, b) is
     [R'_a A_b + R'_b A_a] r^ + R_a B_b + R_b B_a, where R_a is zero unless a is of the neighbour's species.
     """
-    degrees, like, width = basis.l_max + 1, basis.table.dtype, max(padded(pairs.widest), TOGETHER)
-    rows_of_channels, n_nl = basis.n_species * basis.n_max * degrees, basis.n_max * degrees
-    # channels of other species, and pairs that are not there, stay zero
-    value, slope = np.zeros((rows_of_channels, width), like), np.zeros((rows_of_channels, width), like)
-    y, units = np.zeros((4 * degrees**2, width), like), np.zeros((3, width), like)
-    inner, tile = np.zeros((4, rows_of_channels, width), like), np.empty((TILE, 3, width), like)
-    rows, none = np.empty(width, np.int64), np.int64(0)  # a literal 0 would have what it is given to compiled once more
-    for s in range(basis.n_species):
-        start, end = s * n_nl, (s + 1) * n_nl
-        e, at = lo, none
-        while e < hi:
-            first = pairs.starts[e * basis.n_species + s]
-            count = pairs.starts[e * basis.n_species + s + 1] - first
-            if at + count <= width:
-                _radial(pairs, basis, first, count, at, value[start:end], slope[start:end])
-                for p in range(count):
-                    i = first + p
-                    units[0, at + p], units[1, at + p], units[2, at + p] = pairs.x[i], pairs.y[i], pairs.z[i]
-                _gather(harmonics, pairs.order, base, first, count, at, y[: degrees**2])
-                _gather(gradients, pairs.order, base, first, count, at, y[degrees**2 :])
-                for x in range(4):
-                    _contract(
-                        density[e],
-                        basis.n_max * basis.n_species,
-                        degrees,
-                        count,
-                        at,
-                        y[x * degrees**2 : (x + 1) * degrees**2],
-                        inner[x],
-                    )
-                for p in range(count):
-                    rows[at + p] = pairs.order[first + p] - base
-                e, at = e + 1, at + count
-            if e == hi or at + count > width:
-                _products(basis, s, at, value, slope, inner, units, rows, tile, out)
-                at = none
-        value[start:end], slope[start:end] = basis.zero, basis.zero
+    degrees, n, species, like = basis.l_max + 1, basis.n_max, basis.n_species, basis.table.dtype
+    deep, channels, width = whole(degrees), n * species, features.shape[1] + LANES
+    # by channel and l, filled up to whole lanes; channels of other species stay zero
+    value, slope = np.zeros((channels + LANES) * deep, like), np.zeros((channels + LANES) * deep, like)
+    inner, y = np.zeros(4 * c_row * deep, like), np.zeros(4 * degrees**2 * LANES, like)
+    factors, unit = (
+        np.zeros(len(basis.prefactors) // degrees * deep, like),
+        np.zeros(len(basis.prefactors) // degrees * deep, like),
+    )
+    row, made = np.zeros(3 * width, like), np.zeros(3 * LANES, like)
     for e in range(lo, hi):
-        for j in range(pairs.starts[e * basis.n_species] - base, pairs.starts[(e + 1) * basis.n_species] - base):
-            for x in range(3):
-                _normalise(features[e], norms[e], basis, out[j, x])
+        _by_product(basis.prefactors, degrees, deep, basis.one / norms[e], factors)
+        _by_product(features[e], degrees, deep, basis.one, unit)
+        for s in range(species):
+            first, last = pairs.starts[e * species + s], pairs.starts[e * species + s + 1]
+            for p in range(first, last):
+                if (p - first) % LANES == 0:
+                    _harmonics(pairs, basis, p, y)
+                _radial(pairs, basis, p, s * n * deep, deep, value, slope)
+                _contract(density, e * degrees**2 * c_row, c_row, degrees, deep, y, (p - first) % LANES, inner)
+                _products(basis, s, deep, c_row, width, pairs, p, value, slope, inner, factors, unit, row, made)
+                _onto_sphere(row, width, made, features[e], out[pairs.order[p] - base])
+            value[s * n * deep : (s + 1) * n * deep], slope[s * n * deep : (s + 1) * n * deep] = basis.zero, basis.zero
 
 
 @njit(**FLAGS)
-def _contract(c, channels, degrees, count, at, harmonics, out):
-    """out[channel l, at + pair] = Σ_m harmonics[lm, at + pair] c[lm, channel]."""
-    for a in range(channels):
+def _by_product(given, degrees, deep, scale, out):
+    """Numbers of each feature, by product of channels with l filled up to whole lanes, times a scale."""
+    for product in range(len(given) // degrees):
         for l in range(degrees):
-            total, middle = out[a * degrees + l, at : at + count], l * l + l
-            factor, h = c[middle, a], harmonics[middle, at : at + count]
-            for p in range(count):
-                total[p] = factor * h[p]
-            for m in range(1, l + 1):
-                plus, minus = c[middle + m, a], c[middle - m, a]
-                h, k = harmonics[middle + m, at : at + count], harmonics[middle - m, at : at + count]
-                for p in range(count):
-                    total[p] += plus * h[p] + minus * k[p]
+            out[product * deep + l] = given[product * degrees + l] * scale
 
 
 @njit(**FLAGS)
-def _products(basis, species, n, value, slope, inner, units, rows, tile, out):
-    """Derivatives of the products of channels with respect to n neighbours of one species, before normalisation.
+def _harmonics(pairs, basis, first, out):
+    """out[0, lm, pair lanes] = Y_lm and out[1 + xyz, lm, pair lanes] = dY_lm/dr of the pairs `first` and following.
 
-    Made for all pairs at a time, but stored by pair: `tile` (TILE, 3, pairs) holds a few features until there are enough to turn.
+    Y is a polynomial in x, y, z, whose gradient goes beyond the sphere: only what is across the pair turns it.
     """
-    degrees, channels, count = basis.l_max + 1, basis.n_max * basis.n_species, padded(n)
-    along, k, held = np.empty(count, units.dtype), np.int64(0), np.int64(0)
-    for a in range(channels):
-        for b in range(a, channels):
-            touched = a // basis.n_max == species or b // basis.n_max == species
-            for l in range(degrees):
-                f, i, j = basis.prefactors[k], a * degrees + l, b * degrees + l
-                if touched:
-                    da, db, ya, yb = slope[i], slope[j], inner[0, i], inner[0, j]
-                    for p in range(count):
-                        along[p] = f * (da[p] * yb[p] + db[p] * ya[p])
-                    for x in range(3):
-                        ra, rb, ga, gb = value[i], value[j], inner[1 + x, i], inner[1 + x, j]
-                        here, u = tile[held, x], units[x]
-                        for p in range(count):
-                            here[p] = f * (ra[p] * gb[p] + rb[p] * ga[p]) + along[p] * u[p]
+    degrees, zero = basis.l_max + 1, fill(basis.zero)
+    x, y, z, inverse = load(pairs.x, first), load(pairs.y, first), load(pairs.z, first), load(pairs.inverse, first)
+    re, im, re_before, im_before, order = fill(basis.one), zero, zero, zero, zero
+    for m in range(degrees):
+        if m:
+            re, im, re_before, im_before = x * re - y * im, x * im + y * re, re, im
+            order = order + fill(basis.one)
+        q, q_before, d, d_before = spread(basis.angular, 2 * (m * degrees + m)), zero, zero, zero
+        for l in range(m, degrees):
+            if l > m:
+                k = 2 * (l * degrees + m)
+                a, b = spread(basis.angular, k), spread(basis.angular, k + 1)
+                az = a * z
+                d, d_before = az * d + (a * q + b * d_before), d
+                q, q_before = az * q + b * q_before, q
+            # d(x + iy)^m = m (x + iy)^(m-1) (dx + i dy)
+            slope = order * q
+            if m:
+                _put(
+                    out, degrees, l * l + l - m, inverse, x, y, z, q * im, slope * im_before, slope * re_before, d * im
+                )
+            _put(
+                out,
+                degrees,
+                l * l + l + m,
+                inverse,
+                x,
+                y,
+                z,
+                q * re,
+                slope * re_before,
+                zero - slope * im_before,
+                d * re,
+            )
+
+
+@njit(forceinline=True, **FLAGS)
+def _put(out, degrees, at, inverse, x, y, z, value, on_x, on_y, on_z):
+    """A harmonic, and the part of its gradient across the pair."""
+    along, each = on_x * x + on_y * y + on_z * z, degrees * degrees * LANES
+    store(out, at * LANES, value)
+    store(out, at * LANES + each, inverse * (on_x - along * x))
+    store(out, at * LANES + 2 * each, inverse * (on_y - along * y))
+    store(out, at * LANES + 3 * each, inverse * (on_z - along * z))
+
+
+@njit(**FLAGS)
+def _radial(pairs, basis, pair, at, deep, value, slope):
+    """value[at + n l] = w I_nl and slope[at + n l] = d(w I_nl)/dr of one pair."""
+    row, last = whole(basis.n_max), basis.l_max
+    size = (last + 1) * row
+    for l in range(0, last + 1, LANES):
+        second, third, fourth = min(l + 1, last), min(l + 2, last), min(l + 3, last)
+        for n in range(0, row, LANES):
+            v0, s0 = _value_and_slope(pairs, basis, pair, size, l * row + n)
+            v1, s1 = _value_and_slope(pairs, basis, pair, size, second * row + n)
+            v2, s2 = _value_and_slope(pairs, basis, pair, size, third * row + n)
+            v3, s3 = _value_and_slope(pairs, basis, pair, size, fourth * row + n)
+            _store_turned(value, at + n * deep + l, deep, v0, v1, v2, v3)
+            _store_turned(slope, at + n * deep + l, deep, s0, s1, s2, s3)
+
+
+@njit(forceinline=True, **FLAGS)
+def _store_turned(out, at, step, a, b, c, d):
+    """The columns of four lanes, each `step` behind the one before."""
+    a, b, c, d = turned(a, b, c, d)
+    store(out, at, a)
+    store(out, at + step, b)
+    store(out, at + 2 * step, c)
+    store(out, at + 3 * step, d)
+
+
+@njit(**FLAGS)
+def _contract(density, start, c_row, degrees, deep, y, lane, out):
+    """out[k, channel, l] = Σ_m y[k, lm, lane] c[lm, channel], for Y and the three parts of its gradient."""
+    last, each = degrees - 1, degrees**2 * LANES
+    for k in range(4):
+        for l in range(0, degrees, LANES):
+            second, third, fourth = min(l + 1, last), min(l + 2, last), min(l + 3, last)
+            for channel in range(0, c_row, LANES):
+                at = start + channel
+                v0 = _of_degree(density, at, c_row, l, y, k * each + lane)
+                v1 = _of_degree(density, at, c_row, second, y, k * each + lane)
+                v2 = _of_degree(density, at, c_row, third, y, k * each + lane)
+                v3 = _of_degree(density, at, c_row, fourth, y, k * each + lane)
+                _store_turned(out, (k * c_row + channel) * deep + l, deep, v0, v1, v2, v3)
+
+
+@njit(forceinline=True, **FLAGS)
+def _of_degree(density, at, c_row, l, y, lane):
+    total = fill(density.dtype.type(0))
+    for lm in range(l * l, (l + 1) * (l + 1)):
+        total = total + spread(y, lm * LANES + lane) * load(density, at + lm * c_row)
+    return total
+
+
+@njit(**FLAGS)
+def _products(basis, species, deep, c_row, width, pairs, pair, value, slope, inner, factors, unit, row, along):
+    """row[xyz, feature] = dp/dr / |p| of one neighbour, and the lanes of along[xyz] its parts of x . dp/dr / |p|.
+
+    Lanes behind the last l of a product reach into the next: the first ones, l = 0 and following, are made last.
+    """
+    n, channels, degrees, each = basis.n_max, basis.n_max * basis.n_species, basis.l_max + 1, c_row * deep
+    x, y, z, zero = spread(pairs.x, pair), spread(pairs.y, pair), spread(pairs.z, pair), fill(basis.zero)
+    on_x, on_y, on_z = zero, zero, zero
+    for back in range(LANES, deep + 1, LANES):
+        l, k = deep - back, 0
+        for a in range(channels):
+            at = a * deep + l
+            ra, da, ya = load(value, at), load(slope, at), load(inner, at)
+            xa, ua, za = load(inner, at + each), load(inner, at + 2 * each), load(inner, at + 3 * each)
+            for b in range(a, channels):
+                to, at = k * degrees + l, b * deep + l
+                if a // n == species or b // n == species:
+                    rb, f, u = load(value, at), load(factors, k * deep + l), load(unit, k * deep + l)
+                    across = da * load(inner, at) + load(slope, at) * ya
+                    gx = f * (ra * load(inner, at + each) + rb * xa + across * x)
+                    gy = f * (ra * load(inner, at + 2 * each) + rb * ua + across * y)
+                    gz = f * (ra * load(inner, at + 3 * each) + rb * za + across * z)
+                    on_x, on_y, on_z = on_x + u * gx, on_y + u * gy, on_z + u * gz
                 else:
-                    tile[held, :, :count] = basis.zero
-                k, held = k + 1, held + 1
-                if held == TILE:
-                    _turn(tile, held, n, rows, k - held, out)
-                    held = np.int64(0)
-    _turn(tile, held, n, rows, k - held, out)
+                    gx = gy = gz = zero
+                store(row, to, gx)
+                store(row, to + width, gy)
+                store(row, to + 2 * width, gz)
+                k += 1
+    store(along, 0, on_x)
+    store(along, LANES, on_y)
+    store(along, 2 * LANES, on_z)
 
 
 @njit(**FLAGS)
-def _turn(tile, held, n, rows, start, out):
-    """out[row of the pair, xyz, start + k] = tile[k, xyz, pair]."""
-    for p in range(n):
-        for x in range(3):
-            row = out[rows[p], x, start : start + held]
-            if held == TILE:  # a number of turns that the compiler knows
-                for k in range(TILE):
-                    row[k] = tile[k, x, p]
-            else:
-                for k in range(held):
-                    row[k] = tile[k, x, p]
-
-
-@njit(**FLAGS)
-def _normalise(x, norm, basis, row):
+def _onto_sphere(row, width, along, x, out):
     """x = p/|p|:  dx = (dp - x (x . dp)) / |p|."""
-    along, inverse = basis.zero, basis.one / norm
-    for k in range(len(x)):
-        along += x[k] * row[k]
-    for k in range(len(x)):
-        row[k] = (row[k] - x[k] * along) * inverse
+    count = len(x)
+    for k in range(3):
+        share = along[k * LANES] + along[k * LANES + 1] + along[k * LANES + 2] + along[k * LANES + 3]
+        here, there = row[k * width : k * width + count], out[k]
+        for i in range(count):
+            there[i] = here[i] - x[i] * share

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +17,14 @@ from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.neighbors import Neighbors, compilable
 from gpmlp.structures import Structures
 
+if TYPE_CHECKING:
+    import numpy as np
+
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
-BLOCK_BYTES = 8 << 20  # of one block of covariance rows: what stays in cache between its product and its scatter
-ENVIRONMENTS = 64  # whose Jacobian is in memory at a time
-SHARE = 128  # columns, at least, that a thread scatters
+BLOCK_BYTES = 1 << 20  # of one block of covariance rows: what stays in cache between its product and its scatter; and
+BLOCK_ROWS = 256  # rows it has at least, as products of fewer are slow
+ENVIRONMENTS = 32  # whose Jacobian is in memory at a time
+SHARE = 128  # columns, at least, that are worth another thread
 Look = Callable[[Tensor], Environments]  # centres (indices) -> their environments
 
 
@@ -117,19 +123,28 @@ class Facets:
         species: Z.
         centers: (environments,) their atoms.
         features: (environments, features).
-        jacobian: (environments, rows, features), see padded_jacobian; None where there are no pairs or nothing is differentiated.
-        atoms: (environments, rows / 3) the atom whose force each three rows belong to; one behind the last atom for none.
+        jacobian: (pairs, 3, features); None where there are no pairs or nothing is differentiated.
+        owners: (pairs,) the environment of each pair, sorted; atoms: (pairs,) the neighbour; vectors: (pairs, 3) to it, A.
     """
 
     species: int
     centers: Tensor
     features: Tensor
     jacobian: Tensor | None
-    atoms: Tensor | None
+    owners: Tensor
+    atoms: Tensor
+    vectors: Tensor
 
     @property
     def n_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.features, self.jacobian, self.atoms) if t is not None)
+        parts = self.features, self.jacobian, self.owners, self.atoms, self.vectors
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(environments + 1,) the first pair of each environment; the number of pairs."""
+        counts = torch.bincount(self.owners, minlength=len(self.centers))
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def facets(
@@ -139,13 +154,12 @@ def facets(
     look: Look,
     species: int,
     derivatives: bool = True,
-    stresses: bool = True,
     seeing: Tensor | None = None,
 ) -> Iterator[Facets]:
     """The environments of a species, ENVIRONMENTS at a time.
 
     Args:
-        derivatives: whether Jacobians are wanted; stresses: with their virials.
+        derivatives: whether Jacobians are wanted.
         seeing: (atoms,) mask of the environments wanted; all if None.
     """
     mine = structures.species == species
@@ -153,16 +167,18 @@ def facets(
         if not len(centers):
             continue
         environments = look(centers)
-        local = environments.surroundings.centers
-        if not derivatives or not len(local):
-            yield Facets(species, centers, environments.features, None, None)
-            continue
-        jacobian, slots = padded_jacobian(environments, local, stresses)
-        atoms = centers.new_full((len(centers), jacobian.shape[1] // 3), structures.n_atoms)
-        pairs = surroundings.pairs_of(centers)[1]
-        atoms[local, slots] = neighbors.neighbors[pairs]
-        atoms[:, int(slots.max()) + 1] = centers
-        yield Facets(species, centers, environments.features, jacobian, atoms)
+        seen = environments.surroundings
+        jacobian = environments.jacobian() if derivatives and len(seen.centers) else None
+        atoms = neighbors.neighbors[surroundings.pairs_of(centers)[1]]
+        yield Facets(species, centers, environments.features, jacobian, seen.centers, atoms, seen.vectors)
+
+
+def strained(jacobian: Tensor, owners: Tensor, vectors: Tensor, n: int) -> Tensor:
+    """(n environments, 6, features) derivatives with respect to the strains of VOIGT: the symmetric part of Σ_j r_ij ⊗ dx/dr_ij."""
+    sums = jacobian.new_zeros(n, 3, *jacobian.shape[1:])
+    for a in range(3):
+        sums[:, a].index_add_(0, owners, jacobian * vectors[:, a, None, None])
+    return torch.stack([0.5 * (sums[:, a, b] + sums[:, b, a]) for a, b in VOIGT], dim=1)
 
 
 def rows(
@@ -188,7 +204,7 @@ def rows(
     look = look or (lambda centers: descriptor(surroundings.select(centers)))
 
     def made(species: int) -> Iterator[Facets]:
-        return facets(structures, neighbors, surroundings, look, species, forces or stresses, stresses, seeing)
+        return facets(structures, neighbors, surroundings, look, species, forces or stresses, seeing)
 
     return rows_of(structures, made, kernel, inducing, forces, stresses, place)
 
@@ -215,12 +231,12 @@ def rows_of(
         like.new_zeros(3 * n_forces, columns) if forces else None,
         like.new_zeros(6 * n, columns) if stresses else None,
     )
-    start, fast = 0, compilable(like, *(b.features for b in inducing))
+    start, fast = 0, forces and compilable(like, *(b.features for b in inducing))
     add = _add_by_loops if fast else _add
     for block in inducing:
         here = slice(start, start + block.n_columns)
         start = here.stop
-        # one atom more than there are: where empty neighbour slots and virial rows may add without harm
+        # one atom more than there are: where forces that are not wanted may add without harm
         width, sums = len(block.vectors), None
         for some in seen(block.species):
             sums = sums or Rows(
@@ -297,96 +313,88 @@ def _add(
     sums: Rows, structures: Structures, seen: Facets, kernel: ZonalKernel, block: InducingBlock, place: Tensor
 ) -> None:
     """Add what environments (all of the block's species) contribute to the rows of their structures."""
-    m, r = block.tangents.shape[:2]
     energy, first, second, along = _values(kernel, block, seen.features)
     owner = structures.structure_of_atom[seen.centers]
     sums.energies.index_add_(0, owner, energy)
     if sums.forces is None and sums.stresses is None or seen.jacobian is None:
         return
-    jacobian, targets = seen.jacobian if sums.forces is not None else seen.jacobian[:, -6:], place[seen.atoms]
-    n_rows = jacobian.shape[1]
     per_volume = torch.nan_to_num(1 / structures.volumes)[owner]
-    size = max(1, BLOCK_BYTES // (n_rows * len(block.vectors) * jacobian.element_size()))
-    for some in torch.arange(len(owner), device=owner.device).split(size):
-        part = slice(int(some[0]), int(some[-1]) + 1)
-        gradients = (jacobian[part].flatten(0, 1) @ block.vectors.T).unflatten(0, (len(some), n_rows))
+
+    def sloped(rows: Tensor, of: Tensor) -> Tensor:
+        """Derivatives of k(x, u) from those of the features (n, 3 or 6, features) of the environments `of`."""
+        m, r = block.tangents.shape[:2]
+        out = rows @ block.vectors.T
         # d/dr f(s) = f' J x_j  and  d/dr [f'(s) x.t] = f' J t + f'' (x.t) J x_j, in place
-        on_values = gradients[..., :m]
+        on_values = out[..., :m]
         if r:
-            on_tangents = gradients[..., m:].unflatten(-1, (m, r))
-            on_tangents.mul_(first[part, None, :, None])
-            on_tangents.addcmul_(on_values[..., None], (second[part, :, None] * along[part])[:, None])
-        on_values.mul_(first[part, None, :])
-        if sums.forces is not None:
-            sums.forces.index_add_(0, targets[part].flatten(), gradients.view(-1, 3, gradients.shape[2]), alpha=-1)
-        if sums.stresses is not None:
-            sums.stresses.index_add_(0, owner[part], gradients[:, -6:] * per_volume[part, None, None])
+            on_tangents = out[..., m:].unflatten(-1, (m, r))
+            on_tangents.mul_(first[of, None, :, None])
+            on_tangents.addcmul_(on_values[..., None], (second[of, :, None] * along[of])[:, None])
+        on_values.mul_(first[of, None, :])
+        return out
+
+    if sums.forces is not None:
+        size = max(1, BLOCK_BYTES // (3 * len(block.vectors) * seen.jacobian.element_size()))
+        centers, neighbors = place[seen.centers][seen.owners], place[seen.atoms]
+        for some in torch.arange(len(seen.owners), device=owner.device).split(size):
+            gradients = sloped(seen.jacobian[some], seen.owners[some])
+            # F_i = Σ_j (g_ij - g_ji)
+            sums.forces.index_add_(0, neighbors[some], gradients, alpha=-1)
+            sums.forces.index_add_(0, centers[some], gradients)
+    if sums.stresses is not None:
+        virials = sloped(
+            strained(seen.jacobian, seen.owners, seen.vectors, len(owner)),
+            torch.arange(len(owner), device=owner.device),
+        )
+        sums.stresses.index_add_(0, owner, virials * per_volume[:, None, None])
 
 
 def _add_by_loops(
     sums: Rows, structures: Structures, seen: Facets, kernel: ZonalKernel, block: InducingBlock, place: Tensor
 ) -> None:
-    """`_add` by compiled loops, with the columns of forces and stresses as in `by_direction`."""
-    from gpmlp.gp import row_loops
-
-    m, (vectors, _) = len(block.features), block.by_direction
+    """`_add` of forces, with or without stresses, by compiled loops, with columns as in `by_direction`. Threads share the columns."""
     energy, first, second, along = _values(kernel, block, seen.features)
     owner = structures.structure_of_atom[seen.centers]
     sums.energies.index_add_(0, owner, energy)
-    if sums.forces is None and sums.stresses is None or seen.jacobian is None:
+    if seen.jacobian is None:
         return
-    jacobian = (seen.jacobian if sums.forces is not None else seen.jacobian[:, -6:]).detach()
-    first, bend = first.detach().contiguous(), (second[:, :, None] * along).transpose(1, 2).detach().contiguous()
+    from gpmlp.gp import row_loops
+
+    jacobian, starts = seen.jacobian.detach().flatten(0, 1), seen.starts.numpy()
+    first, bend = first.detach().numpy(), (second[:, :, None] * along).detach().transpose(1, 2).contiguous().numpy()
     weight = torch.nan_to_num(1 / structures.volumes)[owner]
-    n_rows = jacobian.shape[1]
-    size = max(1, BLOCK_BYTES // (n_rows * len(vectors) * jacobian.element_size()))
-    for start in range(0, len(owner), size):
-        part = slice(start, start + size)
-        products = (jacobian[part].flatten(0, 1) @ vectors.T).unflatten(0, (-1, n_rows))
-        known = [t[part].numpy() for t in (first, bend)]
-        if sums.forces is not None:
-            about = products.numpy(), *known, place[seen.atoms[part]].numpy(), sums.forces[:-1].numpy()
-            threads.each(lambda span, about=about: row_loops.scatter(*about, *span), _shares(m))
-        if sums.stresses is not None:
-            about = products.numpy(), *known, owner[part].numpy(), weight[part].numpy(), sums.stresses.numpy()
-            row_loops.collect(*about)
+    about = [t.numpy() for t in (place[seen.atoms], place[seen.centers], seen.vectors.detach(), owner, weight)]
+    forces = sums.forces[:-1].numpy()
+    stresses = forces[:0] if sums.stresses is None else sums.stresses.numpy()
+
+    def share(columns: tuple[int, int, Tensor]) -> None:
+        begin, end, vectors = columns
+        runs = _runs(starts, BLOCK_BYTES // (len(vectors) * jacobian.element_size()))
+        most = max(int(starts[hi] - starts[lo]) for lo, hi in runs)
+        products = jacobian.new_empty(3 * most, len(vectors))
+        for lo, hi in runs:
+            rows = slice(3 * int(starts[lo]), 3 * int(starts[hi]))
+            made = torch.mm(jacobian[rows], vectors.T, out=products[: rows.stop - rows.start])
+            row_loops.add(made.numpy(), first, bend, starts, *about, forces, stresses, lo, hi, begin, end)
+
+    threads.each(share, _shares(block))
 
 
-def _shares(count: int) -> list[tuple[int, int]]:
-    """Ranges of so many columns, one for each thread; not more than are worth waking a thread for."""
-    pieces = max(1, min(threads.available(), count // SHARE))
-    edges = [count * k // pieces for k in range(pieces + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+def _shares(block: InducingBlock) -> list[tuple[int, int, Tensor]]:
+    """Ranges of centres, one for each thread, with their vectors `by_direction`; not more than are worth waking a thread for."""
+    m, vectors = len(block.features), block.by_direction[0]
+    pieces = max(1, min(threads.available(), m // SHARE))
+    edges = [m * k // pieces for k in range(pieces + 1)]
+    if pieces == 1:
+        return [(0, m, vectors)]
+    by_centre = vectors.unflatten(0, (-1, m))
+    return [(a, b, by_centre[:, a:b].flatten(0, 1)) for a, b in pairwise(edges)]
 
 
-def padded_jacobian(environments, local: Tensor, stresses: bool) -> tuple[Tensor, Tensor]:
-    """Jacobian rows of each environment: 3 for every neighbour slot, 3 for the centre, 6 for the virial.
-
-    F_i = sum_j (g_ij - g_ji), so with the centre's rows minus the sum of its neighbours' all of them enter forces with a minus sign.
-
-    Returns:
-        (environments, 3 slots + 3 (+ 6), features) and the slot of each pair.
-    """
-    jacobian = environments.jacobian()
-    n_env, n_features = environments.features.shape
-    counts = torch.bincount(local, minlength=n_env)
-    slot = torch.arange(len(local), device=local.device) - (counts.cumsum(0) - counts)[local]
-    n_slots = int(counts.max())
-    extra = 9 if stresses else 3
-    equal = n_env * n_slots == len(local)
-    padded = (jacobian.new_empty if equal else jacobian.new_zeros)(n_env, 3 * n_slots + extra, n_features)
-    by_neighbor = padded[:, : 3 * n_slots].unflatten(1, (n_slots, 3))
-    if equal:  # sorted by environment: nothing has to be looked up
-        by_neighbor.copy_(jacobian.view_as(by_neighbor))
-    else:
-        by_neighbor[local, slot] = jacobian
-    displacements = jacobian.new_zeros(n_env, n_slots, 3)
-    displacements[local, slot] = environments.surroundings.vectors
-    # one small product per environment: [ones; r_x; r_y; r_z] (4, slots) times the Jacobian (slots, 3 features)
-    left = torch.cat([torch.ones_like(displacements[..., :1]), displacements], dim=2).transpose(1, 2)
-    sums = (left @ by_neighbor.flatten(2)).unflatten(2, (3, n_features))
-    padded[:, 3 * n_slots : 3 * n_slots + 3] = -sums[:, 0]
-    if stresses:
-        for k, (a, b) in enumerate(VOIGT):
-            padded[:, 3 * n_slots + 3 + k] = 0.5 * (sums[:, 1 + a, b] + sums[:, 1 + b, a])
-    return padded, slot
+def _runs(starts: np.ndarray, rows: int) -> list[tuple[int, int]]:
+    """Consecutive environments with about so many rows together, but not fewer than BLOCK_ROWS; those without pairs are in any."""
+    edges, least = [0], max(rows, BLOCK_ROWS) // 3
+    for e in range(1, len(starts)):
+        if starts[e] - starts[edges[-1]] >= least or e == len(starts) - 1:
+            edges.append(e)
+    return list(pairwise(edges))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.environments import Descriptor, Environments, Kept, Surroundings
-from gpmlp.gp.covariances import ENVIRONMENTS, Look, padded_jacobian
+from gpmlp.gp.covariances import ENVIRONMENTS, Look, strained
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.neighbors import Neighbors
 from gpmlp.structures import Structures
@@ -190,7 +190,7 @@ class Prior:
                 environments.features.new_zeros(len(centers), 0, len(environments.features[0])),
                 empty,
             )
-        jacobian, slots = padded_jacobian(environments, within, True)
+        jacobian, slots = _padded(environments, within)
         n_slots = (jacobian.shape[1] - 9) // 3
         atom = centers.new_full((len(centers), n_slots + 1), -1)
         atom[within, slots] = neighbors.neighbors[pairs]
@@ -207,16 +207,17 @@ class Prior:
 
     def _strained(self, surroundings: Surroundings, members: Tensor) -> tuple[Tensor, Tensor]:
         """Features (members, features) and their derivatives with respect to the six strains (members, 6, features)."""
-        features, strained = [], []
+        features, slopes = [], []
         for centers in members.split(ENVIRONMENTS):
             within, pairs = surroundings.pairs_of(centers)
             environments: Environments = self._environments(surroundings, centers)
             features.append(environments.features)
             if len(pairs):
-                strained.append(padded_jacobian(environments, within, True)[0][:, -6:])
+                vectors = environments.surroundings.vectors
+                slopes.append(strained(environments.jacobian(), within, vectors, len(centers)))
             else:
-                strained.append(environments.features.new_zeros(len(centers), 6, environments.features.shape[1]))
-        return torch.cat(features), torch.cat(strained)
+                slopes.append(environments.features.new_zeros(len(centers), 6, environments.features.shape[1]))
+        return torch.cat(features), torch.cat(slopes)
 
     def _groups(self, structures: Structures):
         """(structure, its atoms of one species), every combination that occurs."""
@@ -234,6 +235,26 @@ class Prior:
         for z, value in self.signal.items():
             out[species == z] = value
         return out
+
+
+def _padded(environments: Environments, local: Tensor) -> tuple[Tensor, Tensor]:
+    """Jacobian rows of each environment: 3 for every neighbour slot, 3 for the centre, 6 for the virial.
+
+    F_i = sum_j (g_ij - g_ji), so with the centre's rows minus the sum of its neighbours' all of them enter forces with a minus sign.
+
+    Returns:
+        (environments, 3 slots + 9, features) and the slot of each pair.
+    """
+    jacobian = environments.jacobian()
+    n_env, n_features = environments.features.shape
+    counts = torch.bincount(local, minlength=n_env)
+    slot = torch.arange(len(local), device=local.device) - (counts.cumsum(0) - counts)[local]
+    n_slots = int(counts.max())
+    padded = jacobian.new_zeros(n_env, 3 * n_slots + 9, n_features)
+    padded[:, : 3 * n_slots].unflatten(1, (n_slots, 3))[local, slot] = jacobian
+    padded[:, 3 * n_slots : 3 * n_slots + 3].index_add_(0, local, jacobian, alpha=-1)
+    padded[:, 3 * n_slots + 3 :] = strained(jacobian, local, environments.surroundings.vectors, n_env)
+    return padded, slot
 
 
 def _add(out: Tensor, rows: Tensor, columns: Tensor, block: Tensor) -> None:

@@ -63,7 +63,7 @@ def draw(paint: Callable[..., None], alt: str, *args: Any, height: float = HEIGH
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            "The report draws figures with matplotlib, which is missing: pip install 'gpmlp[plot]'."
+            "The report draws figures with matplotlib, which is missing: pip install matplotlib."
         ) from error
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # names in scripts that the PNG has no font for; browsers find one for the SVG

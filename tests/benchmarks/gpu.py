@@ -27,7 +27,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import common
-import speed
+import speed_cases
+import speed_stages
 import torch
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def side(atoms: int) -> int:
 
 def silicon(atoms: int) -> Structures:
     """At least that many atoms."""
-    return speed.silicon(side(atoms))
+    return speed_cases.silicon(side(atoms))
 
 
 def least(run: Callable[[], object], device: str, least_runs: int = 3) -> float:
@@ -67,27 +68,31 @@ def least(run: Callable[[], object], device: str, least_runs: int = 3) -> float:
     return best
 
 
-def peak(device: str, n: int) -> float | None:
-    """Peak memory since the last reset, kB an atom; None on the CPU."""
-    return torch.cuda.max_memory_allocated() / 1e3 / n if device.startswith("cuda") else None
+def peak(device: str) -> float:
+    """Largest memory, kB: of the device since the last reset; on the CPU of this process, ever."""
+    return torch.cuda.max_memory_allocated() / 1e3 if device.startswith("cuda") else speed_stages.peak_kB()
 
 
 def stepped(potential: Potential, some: Structures, variance: bool, graphs: bool = True) -> dict:
-    """A step between two searches, and a search."""
+    """A search, and a step between two searches; of memory on the CPU, by how much the peak grew, which it may not after larger cases."""
     device, n = potential.recipe.device, some.n_atoms
-    if device.startswith("cuda"):
+    on_device = device.startswith("cuda")
+    if on_device:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    before = 0.0 if on_device else peak(device)
     stepper = Stepper(potential, some, variance, skin=SKIN, wait=False, graphs=graphs)
     positions, cells = stepper.structures.positions, stepper.structures.cells
-    us = 1e6 * least(lambda: stepper(positions), device) / n
-    kept = peak(device, n)
     search = 1e6 * least(lambda: stepper._search(positions, cells), device, 1) / n
+    searched = (peak(device) - before) / n
+    if on_device:
+        torch.cuda.reset_peak_memory_stats()
+    us = 1e6 * least(lambda: stepper(positions), device) / n
     return {
         "us": us,
         "search us": search,
-        "peak kB": kept,
-        "peak kB with search": peak(device, n),
+        "peak kB": (peak(device) - before) / n,
+        "peak kB of search": searched,
         "graph": stepper._replay not in (None, stepper._step),
         "width": stepper._table.width,
     }
@@ -95,7 +100,7 @@ def stepped(potential: Potential, some: Structures, variance: bool, graphs: bool
 
 def differences(here: Potential, there: Potential) -> dict[str, float]:
     """Largest differences between the CPU in double precision and the device: forces, meV/A; energies, meV/atom; std, relative."""
-    cell = speed.silicon(2)
+    cell = speed_cases.silicon(2)
     expected, step = here(cell, "atom_energies"), Stepper(there, cell, variance=True)
     found = step(step.structures.positions)
     std = (found.atom_energies_variance.total.cpu() / expected.atom_energies_variance.total).sqrt() - 1
@@ -149,7 +154,7 @@ def show(title: str, found: Sequence[dict]) -> None:
 
 def batches(potential: Potential) -> Iterator[dict]:
     """64 atoms, as they are and recorded, and 512 such systems together."""
-    one, large = speed.silicon(2), potential.recipe.device.startswith("cuda")
+    one, large = speed_cases.silicon(2), potential.recipe.device.startswith("cuda")
     many = Structures.concatenate([one] * (512 if large else 2))
     for name, some, graphs in (("1, called", one, False), ("1, recorded", one, True), (f"{len(many)}", many, True)):
         yield {"systems of 64 atoms": name} | stepped(potential, some, False, graphs)
@@ -211,7 +216,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if on_device else "CPU"
     record = Record(options.json, end, device=name, torch=torch.__version__)
     print(name, torch.__version__, flush=True)
-    here = cache(lambda zeta: speed.model(zeta, options.columns, options.work))
+    here = cache(lambda zeta: speed_cases.silicon_case(1, options.columns, options.work).potential(zeta))
     moved = cache(lambda zeta, precision: here(zeta).to(options.device, precision))
     some = cache(silicon)
 

@@ -1,0 +1,203 @@
+"""The benchmarks of speed run, every part of them, at a tiny size; what takes turns does; what fails is said so. No time is asserted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("stages", "scaling", "threads", "md", "variance", "precision", "descriptors", "molecules", "peers")
+COLUMNS = 20
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """Imports modules beside the benchmarks, which are scripts."""
+    sys.path.insert(0, str(ROOT / "tests/benchmarks"))
+    yield importlib.import_module
+    sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def bursts(benchmarks):
+    return benchmarks("bursts")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(record, output, errors) of all parts, with Pythons that have no peers, and an older file of results."""
+    folder = tmp_path_factory.mktemp("speed")
+    (folder / "speed.json").write_text(json.dumps({"md": "old", "another part": "kept"}))
+    options = [
+        "--work", folder, "--json", folder / "speed.json", "--zeta", 2, "--columns", COLUMNS, "--cells", 1, "--sizes", 1, 2,
+        "--rounds", 2, "--seconds", 0.01, "--lammps-python", sys.executable, "--featomic-python", sys.executable,
+    ]  # fmt: skip
+    command = [sys.executable, "tests/benchmarks/speed.py", *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((folder / "speed.json").read_text())
+    assert record.pop("another part") == "kept"
+    return record, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def results(run):
+    return {name: part["result"] for name, part in run[0].items()}
+
+
+def test_every_part_is_there(run):
+    record, output, _ = run
+    assert set(record) == set(PARTS)
+    assert all(part["begun"] for part in record.values())
+    assert all(f"\n{name.upper()} (" in output for name in PARTS)
+
+
+def test_floors_are_those_of_the_formulas(results):
+    """Kernel of M centres with D features: 4 M D; the whole is the sum of what stands before it."""
+    machine = results["stages"]["zeta 2"]["machine"]
+    stages = {stage["stage"]: stage for stage in results["stages"]["zeta 2"]["stages"]}
+    features = 8 * 9 // 2 * 7
+    kernel = stages["kernel, slope of the mean"]
+    assert kernel["kflop"] == pytest.approx(4 * COLUMNS * features / 1e3)
+    memory, gemm = kernel["kB"] / machine["memory"], kernel["kflop"] / machine["gemm"]
+    assert kernel["floor"] == pytest.approx(max(memory, gemm))
+    before = list(stages)[: list(stages).index("whole: energy, forces, stress")]
+    assert len(before) == 6
+    assert stages["whole: energy, forces, stress"]["floor"] == pytest.approx(sum(stages[n]["floor"] for n in before))
+    assert all(0 < stage["least"] <= stage["median"] for stage in stages.values())
+    assert len(results["molecules"]["floors"]["zeta 2"]["stages"]) == 9
+
+
+def test_scaling_and_threads(results):
+    one = results["scaling"]["zeta 2, std"]
+    assert (
+        one["atoms"] == [8, 64]
+        and one["peak MB"][1] >= one["peak MB"][0] > 0
+        and len(one["least"]) == 2
+        and math.isfinite(one["slope"])
+    )
+    names = [call["case"] for call in results["threads"]["calls"]]
+    assert names == [
+        "zeta 2, 8 atoms", "zeta 2, 64 atoms", "zeta 2, std, 8 atoms", "zeta 2, ASE with a skin, 8 atoms",
+        "zeta 2, ethanol_train",
+    ]  # fmt: skip
+    for call in results["threads"]["calls"]:
+        low, middle, high = call["ratio"]
+        assert 0 < low <= middle <= high and set(call["us"]) == {"1", "2"}
+    assert results["threads"]["ceiling"]["zeta 2"][1] > 0
+
+
+def test_dynamics_search_again(results):
+    """64 atoms at 600 K of a model of 20 columns; searches are counted, so far fewer than steps."""
+    runs = results["md"]["of"]
+    assert [(r["atoms"], r["std"]) for r in runs] == [(8, False), (8, True), (64, False), (64, True)]
+    assert all(0 <= r["searches"] < r["steps"] and r["steps per s"] > 0 for r in runs)
+
+
+def test_errors_of_fast_paths(results):
+    """Blocks of 20 columns are in double precision throughout: rounding, times what whitening makes of it."""
+    found = results["variance"]["errors"]
+    assert [e["of"] for e in found][:3] == ["training", "test", "crystal of 216 atoms"] and len(found) == 6
+    assert all(0 < e["median"] <= e["99 %"] <= e["largest"] < 1e-8 for e in found)
+    single, kernels, stepped, _ = results["precision"]["of"]
+    assert 1e-6 < single["force max, meV/A"] < 0.1 and 1e-9 < single["local std, relative"] < 1e-3
+    assert single["force std, relative"] < 1e-3
+    assert kernels["energy max, meV/atom"] > single["energy max, meV/atom"] and "local std, relative" not in kernels
+    assert stepped["force max, meV/A"] < 1e-6
+
+
+def test_peers_that_fail_are_left_out_and_said_so(run, results):
+    _, _, errors = run
+    assert set(results["peers"]["of"]) == {"zeta 2", "zeta 2, std"}
+    assert "SNAP is left out: ended with status 1: " in errors and "No module named 'lammps'" in errors
+    assert "No module named 'featomic'" in errors
+    described = results["descriptors"]["of"]
+    assert set(described) == {"values", "and pulled back", "dscribe, values"}
+    assert described["values"]["ratios"]["values"] == [1, 1, 1]
+    assert described["dscribe, values"]["least"] > 0
+
+
+def test_a_gap_needs_gap_fit(benchmarks, tmp_path):
+    case = benchmarks("speed_cases").silicon_case(1, COLUMNS, tmp_path)
+    with pytest.raises(SystemExit, match="there is no gap_fit beside it; pip install quippy-ase there"):
+        case.peer(tmp_path / "python")
+
+
+def test_the_figure_is_drawn(run, tmp_path):
+    path, figure = tmp_path / "speed.json", tmp_path / "speed.png"
+    path.write_text(json.dumps(run[0]))
+    command = [sys.executable, "docs/make_speed_figure.py", path, "--output", figure]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_are_written(run, tmp_path):
+    """A section for each part, with a row for each contestant."""
+    path, page = tmp_path / "speed.json", tmp_path / "speed.md"
+    path.write_text(json.dumps(run[0]))
+    subprocess.run([sys.executable, "docs/make_speed_tables.py", path, "--output", page], cwd=ROOT, check=True)
+    text = page.read_text()
+    assert all(f"`--parts {part}`" in text for part in run[0])
+    for name, found in run[0]["peers"]["result"]["of"].items():
+        assert f"| {name} | {found['least']:.3g} |" in text or f"| {name} | {found['least']:.0f} |" in text
+    assert "nan" not in text
+
+
+def test_contestants_take_turns(bursts):
+    """One uncounted call each, then every round in order; ratios are of bursts side by side."""
+    order: list[str] = []
+    times = {"a": iter([[9.0], [1.0, 3.0], [2.0]]), "b": iter([[9.0], [4.0, 4.0], [2.0, 6.0]])}
+
+    def contestant(name):
+        def run(seconds):
+            order.append(f"{name} {seconds}")
+            return next(times[name])
+
+        return run
+
+    found = bursts.in_turn({name: contestant(name) for name in "ab"}, 2, 0.5)
+    assert order == ["a 0.0", "b 0.0", "a 0.5", "b 0.5", "a 0.5", "b 0.5"]
+    assert (found["a"].least, found["a"].median, found["b"].median) == (1, 2, 4)
+    ratio = found["b"].over(found["a"])  # 4 / 2, 4 / 2
+    assert (ratio.low, ratio.median, ratio.high) == (2, 2, 2)
+    spread = bursts.Spread.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (spread.low, spread.median, spread.high) == (2, 3, 4) and bursts.Spread.of([7.0]).high == 7
+
+
+def test_a_burst_does_not_count_its_first_call(bursts):
+    calls: list[int] = []
+    assert len(bursts.burst(lambda: calls.append(0), 0.0)) == 1 and len(calls) == 1
+    calls.clear()
+    assert len(bursts.burst(lambda: calls.append(0), 0.01)) == len(calls) - 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system pins no processes")
+def test_pinned_to_one_core_and_back(bursts):
+    before = bursts.cores()
+    with bursts.pinned(before[-1]):
+        assert bursts.cores() == [before[-1]]
+    assert bursts.cores() == before
+
+
+def test_workers(bursts, tmp_path):
+    """What they print beside their answers goes to the log; one that ends says what it wrote last."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests/benchmarks')!r}); import bursts\n"
+        "def call():\n    print('noise')\n    seen.append(0)\n    if len(seen) > 2: raise SystemExit('enough')\n"
+        "seen = []\nbursts.serve(lambda: (call, 4))"
+    )
+    worker = bursts.Worker([sys.executable, "-c", code], bursts.cores()[0], tmp_path / "log", {})
+    assert len(worker(0.0)) == 1
+    with pytest.raises(bursts.WorkerError, match="ended with status 1: .*enough"):
+        worker(0.0)
+    worker.close()
+    assert "noise" in (tmp_path / "log").read_text()
+    with pytest.raises(bursts.WorkerError, match="No such file"):
+        bursts.Worker([tmp_path / "no python"], bursts.cores()[0], tmp_path / "log", {})
