@@ -85,32 +85,37 @@ def integer(name: str, value: int, least: int) -> int:
     return found
 
 
-def cell(cell: Tensor, periodic: Tensor, where: str) -> None:
-    """Raise UserError if the periodic lattice vectors of one structure are zero, flat or not finite.
+def cells(cells: Tensor, periodic: Tensor, names: Sequence[str]) -> None:
+    """Raise UserError if the periodic lattice vectors of a structure are zero, flat or not finite; all structures at once.
 
     Args:
-        cell: (3, 3) rows are lattice vectors, A.
-        periodic: (3,) bool.
-        where: name of the structure for the message.
+        cells: (structures, 3, 3) rows are lattice vectors, A.
+        periodic: (structures, 3) bool.
+        names: of the structures, for the message.
     """
-    rows, along = cell.detach().cpu().numpy(), periodic.cpu().numpy()  # nine numbers, at every step of dynamics
-    if not np.isfinite(rows).all():
-        raise UserError(f"{where}: the cell holds a NaN or infinite number.")
+    rows, along = (
+        cells.detach().cpu().numpy(),
+        periodic.cpu().numpy(),
+    )  # nine numbers a structure, at every step of dynamics
+
+    def refuse(bad: np.ndarray, why: str) -> None:
+        if bad.any():
+            raise UserError(f"{names[int(bad.argmax())]}: {why}")
+
+    refuse(~np.isfinite(rows).all((1, 2)), "the cell holds a NaN or infinite number.")
     if not along.any():
         return
-    vectors = rows[along]
-    lengths = np.sqrt((vectors * vectors).sum(1))
-    if (lengths < 1e-3).any():
-        raise UserError(
-            f"{where}: periodic along a lattice vector of zero length; give the cell, or set pbc to F there."
-        )
-    # the volume spanned by unit vectors along the periodic axes: 0 when they lie in a line or a plane
-    unit = vectors / lengths[:, None]
-    span = max(0.0, float(np.linalg.det(unit @ unit.T))) ** 0.5
-    if span < 1e-3:
-        raise UserError(
-            f"{where}: the cell is flat (its periodic lattice vectors span no volume, normalised volume {span:.1e})."
-        )
+    lengths = np.sqrt((rows * rows).sum(2))
+    short = (lengths < 1e-3) & along
+    refuse(short.any(1), "periodic along a lattice vector of zero length; give the cell, or set pbc to F there.")
+    # the volume spanned by unit vectors along the periodic axes, and any normal to these: 0 when they lie in a line or a plane
+    units = rows * (along / np.where(along, lengths, 1.0))[:, :, None]
+    gram = units @ units.transpose(0, 2, 1) + ~along[:, :, None] * np.eye(3)
+    span = np.sqrt(np.linalg.det(gram).clip(0.0))
+    least = float(span.min())
+    refuse(
+        span < 1e-3, f"the cell is flat (its periodic lattice vectors span no volume, normalised volume {least:.1e})."
+    )
 
 
 _SYMBOLS = tuple(

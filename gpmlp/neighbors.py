@@ -134,10 +134,10 @@ class Neighbors:
             raise ValueError(f"a list of pairs within {self.cutoff} A does not hold those within {cutoff} A")
         if self._last is not None and self._last[0] is structures and cutoff <= self._closest:
             return Neighbors(self.centers[:0], self.neighbors[:0], self.shifts[:0], cutoff)
-        return self._closer(structures, cutoff)[0]
+        return self.closer(structures, cutoff)[0]
 
-    def _closer(self, structures: Structures, cutoff: float) -> tuple[Neighbors, float]:
-        """The pairs closer than the cutoff, and the shortest distance of all (inf where there are none), A."""
+    def closer(self, structures: Structures, cutoff: float) -> tuple[Neighbors, float]:
+        """The pairs closer than a smaller cutoff, and the shortest distance of all (inf where there are none), A."""
         if not len(self):
             return Neighbors(self.centers, self.neighbors, self.shifts, cutoff), math.inf
         if not compilable(structures.positions, structures.cells):
@@ -256,45 +256,6 @@ def _differentiable(structures: Structures) -> bool:
 def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
     """As compiled loops read them; not to be written to, as some are copies."""
     return tuple(part.detach().contiguous().numpy() for part in tensors)
-
-
-class Skin:
-    """Neighbours of atoms that move little from call to call: pairs are searched for a `skin` beyond the cutoff, and again only when
-    an atom has moved by half of it, or the cell, the periodicity or the atoms are others (Verlet, Phys. Rev. 159, 98 (1967)).
-
-    What is returned does not depend on when was searched: pairs come in the order of atoms and shifts.
-    """
-
-    def __init__(self, cutoff: float, skin: float = 0.6) -> None:
-        """Cutoff and skin in A."""
-        self.cutoff, self.skin = cutoff, skin
-        self._of: Structures | None = None
-        self._pairs: Neighbors | None = None
-
-    def __call__(self, structures: Structures) -> Neighbors:
-        """All pairs of one structure within the cutoff.
-
-        Raises:
-            UserError: as `find`.
-        """
-        with threads.one_core():
-            if self._of is None or self._moved(structures):
-                found = find(structures, self.cutoff + self.skin)
-                in_order = structures.positions.device.type == "cpu"
-                self._of, self._pairs = structures, found if in_order else found.sorted()
-            found, closest = self._pairs._closer(structures, self.cutoff)
-            if closest < CLOSEST:
-                find(structures, self.cutoff)  # which says what is wrong
-            return found
-
-    def _moved(self, now: Structures) -> bool:
-        then = self._of
-        if now.n_atoms != then.n_atoms or len(now) != 1 or not torch.equal(now.species, then.species):
-            return True
-        if not (torch.equal(now.cells, then.cells) and torch.equal(now.periodic, then.periodic)):
-            return True
-        moved = (now.positions - then.positions).square().sum(1).max()
-        return not bool(moved < (0.5 * self.skin) ** 2)  # nor where it is no number
 
 
 def arranged(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class Potential:
                 (VarianceModel.amplitude). Where a calibration was learned, all but 'sor' are one: it has weights of its own.
             calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
             views: what each term sees of all the structures, if that is there already; then they are predicted in one chunk.
-            pairs: all neighbours within `reach`, if they are known (neighbors.Skin).
+            pairs: all neighbours within `reach`, if they are known (skin.Skin).
 
         Raises:
             checks.UserError: a species that was not in the training data; atoms on top of each other; a variance or a form that is

@@ -3,58 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from gpmlp import cells, centres, checks, neighbors
+from gpmlp import centres, checks, neighbors
 from gpmlp.centres import Centre
 from gpmlp.descriptors.dense import ENVIRONMENTS
-from gpmlp.padded import Padded
+from gpmlp.padded import Padded, Sums
 from gpmlp.potential import Potential
 from gpmlp.quantities import Prediction, Variance
 from gpmlp.rescaling import growth, scaled
+from gpmlp.skin import Reference
 from gpmlp.structures import Structures
 
 RECORDED = 1 << 17  # atoms up to which a step is recorded as a CUDA graph: above, launches take no part of the time
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """Where atoms and cells were when neighbours were searched, and how far they may go until pairs can be missing.
-
-    A pair vector is r' = r F + (u_j − u_i), with F = h⁻¹ h' the strain of the cell and u what an atom moved beyond it. A pair that was
-    farther than cutoff + skin is now farther than (cutoff + skin)(1 − ‖F − 1‖) − 2 max |u|, so that none is missing as long as
-    2 |u| + (cutoff + skin) ‖F − 1‖ stays below the skin.
-    """
-
-    positions: Tensor
-    boxes: Tensor
-    inverse: Tensor
-    reach: float
-
-    @staticmethod
-    def of(structures: Structures, reach: float) -> Reference:
-        """Of structures whose pairs within `reach` (A) were searched."""
-        boxes = cells.boxes(structures.cells, structures.periodic)
-        return Reference(structures.positions.clone(), boxes.clone(), torch.linalg.inv(boxes), reach)
-
-    def gone(self, structures: Structures, positions: Tensor, now: Tensor) -> Tensor:
-        """() the largest 2 |u| + reach ‖F − 1‖ of atoms at other positions in cells `now`, A."""
-        boxes = torch.where(structures.periodic[:, :, None], now, self.boxes)
-        strain = self.inverse @ boxes
-        if len(strain) == 1:
-            carried = self.positions @ strain[0]
-        else:
-            carried = (self.positions[:, :, None] * strain[structures.structure_of_atom]).sum(1)
-        eye = torch.eye(3, dtype=strain.dtype, device=strain.device)
-        sheared = (strain - eye).square().sum((1, 2)).sqrt()
-        moved = (positions - carried).square().sum(1).sqrt()
-        return (2 * moved + self.reach * sheared[structures.structure_of_atom]).amax()
 
 
 class Stepper:
@@ -66,7 +33,8 @@ class Stepper:
 
     With `wait` the host asks before each step whether to search, and results are always right. Without it the device is never waited
     for: what a step has to say is read two steps later, a search is due when 2/3 of the skin is used up, and should an atom use up the
-    rest in two steps, all that is predicted then is NaN.
+    rest in two steps, all that is predicted then is NaN. So do not wrap atoms into the cell between its steps: an atom that jumps by a
+    lattice vector has gone too far, and two steps are NaN before the search that sees it.
     """
 
     def __init__(
@@ -108,6 +76,7 @@ class Stepper:
         species = self.structures.species
         self._slots = torch.searchsorted(torch.tensor(potential.species, device=species.device), species)
         self._rows = species.argsort(stable=True)
+        self._of_structures = Sums.of(self.structures.structure_of_atom[self._rows], len(self.structures))
         self._chunks = self._cut()
         periodic = self.structures.periodic.any(1)
         self._has_volume = periodic & (torch.linalg.det(self.structures.cells).abs() > 1e-6)
@@ -126,8 +95,19 @@ class Stepper:
             positions: (atoms, 3) A, on the potential's device; cell: (structures, 3, 3) A, those at the start if not given.
 
         Raises:
-            UserError: atoms on top of each other (without `wait`, two steps later); a position that is no number, at a search.
+            UserError: positions of another number of atoms, or cells of structures, than were bound; atoms on top of each other
+                (without `wait`, two steps later); a position that is no number, at a search.
         """
+        checks.shape(
+            "positions", positions, self.structures.positions.shape, "A Stepper is bound to its atoms: make another."
+        )
+        if cell is not None:
+            checks.shape(
+                "cell",
+                cell,
+                self.structures.cells.shape,
+                "Rows are lattice vectors; for one structure pass cell[None].",
+            )
         positions = positions.detach().to(self.structures.positions)
         cell = self.structures.cells if cell is None else cell.detach().to(self.structures.cells)
         if self._due(positions, cell):
@@ -146,7 +126,7 @@ class Stepper:
         if self._reference is None:
             return True
         if self.wait:
-            return not bool(self._reference.gone(self.structures, positions, cell) < self.skin)
+            return not bool(self._reference.gone(self.structures, positions, cell).amax() < self.skin)
         gone, nearest = self._read()
         if nearest < neighbors.CLOSEST**2:
             raise checks.UserError(
@@ -164,8 +144,7 @@ class Stepper:
         table = Padded.of(pairs, moved, self._rows, self._slots, len(self.potential.species), width)
         reference = Reference.of(moved, reach)
         if self._table is not None and self._table.take(table):
-            for name in ("positions", "boxes", "inverse"):
-                getattr(self._reference, name).copy_(getattr(reference, name))
+            self._reference.take(reference)
         else:
             self._table, self._reference, self._replay = table, reference, None
         self._pending.clear()
@@ -221,7 +200,7 @@ class Stepper:
             nearest.append(vectors.square().sum(3).amin())
             found.append(local)
         forces = torch.cat([table.forces(gradients, start, end) for start, end, _ in self._chunks])
-        gone = self._reference.gone(self.structures, positions, cell)
+        gone = self._reference.gone(self.structures, positions, cell).amax()
         # fills, as torch.where would fetch its number from the host
         missing = ~(gone < self.skin)
         volumes = torch.linalg.cross(cell[:, 0], cell[:, 1]).mul(cell[:, 2]).sum(1).abs()
@@ -247,12 +226,6 @@ class Stepper:
         """Of atoms from rows; NaN where pairs may be missing."""
         return torch.empty_like(rows).index_copy_(0, self._rows, rows).masked_fill_(missing, math.nan)
 
-    def _of_structures(self, rows: Tensor) -> Tensor:
-        """Sums over the atoms of each structure, in double precision."""
-        if len(self.structures) == 1:
-            return rows.sum(0, keepdim=True)
-        return rows.new_zeros(len(self.structures), *rows.shape[1:]).index_add_(0, self._table.structure, rows)
-
     def _prediction(
         self, energies: Tensor, local: Tensor, forces: Tensor, stresses: Tensor,
         inducing: Tensor | None, data: Tensor | None, novelty: Tensor | None,
@@ -270,9 +243,23 @@ class Stepper:
 
 
 def recorded(step: Callable[..., tuple], *inputs: Tensor) -> Callable[..., tuple]:
-    """A step as a CUDA graph: replayed on copies of its inputs, with copies of its outputs. Elsewhere than on CUDA the step itself."""
+    """A step as a CUDA graph: replayed on copies of its inputs, with copies of its outputs. Elsewhere than on CUDA the step itself, and
+    where it cannot be recorded, with a DataWarning."""
     if not inputs[0].is_cuda:
         return step
+    try:
+        return _recorded(step, *inputs)
+    except (
+        Exception
+    ) as error:  # of any library that the step calls: called as it is, it says whether it can be done at all
+        why = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"A step cannot be recorded as a CUDA graph ({why}): it is called.", checks.DataWarning, stacklevel=4
+        )
+        return step
+
+
+def _recorded(step: Callable[..., tuple], *inputs: Tensor) -> Callable[..., tuple]:
     kept = [value.clone() for value in inputs]
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -63,8 +63,7 @@ class Structures:
         if bad.any():
             atom = int(bad.nonzero()[0, 0])
             raise checks.UserError(f"{self.names[int(self.structure_of_atom[atom])]}: a position is NaN or infinite.")
-        for i in range(n):
-            checks.cell(self.cells[i], self.periodic[i], self.names[i])
+        checks.cells(self.cells, self.periodic, self.names)
 
     def __len__(self) -> int:
         return self.cells.shape[0]
@@ -158,6 +157,17 @@ class Structures:
         cells = self.cells if cells is None else cells
         return Structures(positions, cells, self.periodic, self.species, self.structure_of_atom, self.names)
 
+    def carried(self, positions: Tensor, cells: Tensor) -> Structures:
+        """As with_positions, but taken as they are: shapes, positions and cells are not looked at, and no device is waited for.
+
+        For steps of dynamics, where a search of neighbours looks at them when it has to.
+        """
+        made = object.__new__(Structures)
+        known = ("counts", "offsets", "distinct_species")  # of the atoms: need not be found again
+        kept = {name: getattr(self, name) for name in (*_FIELDS, *known)}
+        made.__dict__.update(kept | {"positions": positions, "cells": cells})
+        return made
+
     @staticmethod
     def concatenate(parts: Sequence[Structures]) -> Structures:
         """Return one batch of all structures of the parts."""
@@ -170,6 +180,9 @@ class Structures:
             torch.cat([p.structure_of_atom + s for p, s in zip(parts, shifts, strict=False)]),
             tuple(name for p in parts for name in p.names),
         )
+
+
+_FIELDS = tuple(f.name for f in fields(Structures))
 
 
 def known_again(fingerprints: Sequence[str], others: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from systems import CUTOFF, DESCRIPTORS, descriptor, everything
 
 from gpmlp import neighbors
+from gpmlp.checks import DataWarning
 from gpmlp.descriptors import dense, triton_soap
 from gpmlp.descriptors.harmonics import harmonics
 from gpmlp.descriptors.spherical import Spherical
@@ -85,6 +87,30 @@ def test_harmonics_by_recurrence(l_max):
     ours = torch.stack(made.slopes(q, slopes, powers))
     ours = (ours - units[:, None] * (units[:, None] * ours).sum(0)) / r
     torch.testing.assert_close(ours.permute(2, 0, 1), gradients, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("many lines\nFailed to find C compiler"), ZeroDivisionError()])
+def test_products_where_kernels_do_not_compile(monkeypatch, error):
+    """Tried once for equal descriptors, and said once."""
+    tried = []
+
+    def compile_and_fail(self, *rest):
+        tried.append(rest)
+        raise error
+
+    monkeypatch.setattr(triton_soap, "usable", lambda like: True)
+    monkeypatch.setattr(triton_soap.Kernels, "expand", compile_and_fail)
+    dense._form.cache_clear()
+    last = "RuntimeError: Failed to find C compiler" if str(error) else "ZeroDivisionError: no message"
+    try:
+        with pytest.warns(DataWarning, match=rf"do not work on cpu \({last}\).*products"):
+            compare(descriptor(SOAPS[0]), seen())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert isinstance(dense.form(descriptor(SOAPS[0]), seen().vectors), dense.Products)
+        assert len(tried) == 1
+    finally:
+        dense._form.cache_clear()
 
 
 PARITY = """

@@ -40,6 +40,28 @@ def test_a_calculator_needs_a_potential(model_file):
             GPCalculator(name)
 
 
+def test_a_skin_does_not_show(potential):
+    """A frame that is strained, moved and wrapped: the same with every width of the skin, and fewer searches with one."""
+    start, rng, widths = copper(7, 2), np.random.default_rng(0), (0.0, 0.3, 0.6)
+    calculators = [GPCalculator(potential, skin=skin) for skin in widths]
+    for k in range(12):
+        frame = start.copy()
+        frame.set_cell(start.cell.array @ (np.eye(3) + 0.001 * k), scale_atoms=True)
+        frame.positions += 0.01 * rng.standard_normal(frame.positions.shape)
+        if k > 9:
+            frame.wrap()
+        found = []
+        for calculator in calculators:
+            frame.calc = calculator
+            found.append(np.concatenate([frame.get_forces().ravel(), frame.get_stress()]))
+        for other in found[1:]:
+            np.testing.assert_array_equal(other, found[0])
+    searched = [calculator._skin.searched for calculator in calculators]
+    assert searched[0] == 12 and searched[2] < 6
+    with pytest.raises(UserError, match="`skin` must be zero or positive"):
+        GPCalculator(potential, skin=-0.1)
+
+
 def test_a_potential_needs_structures(potential, small_atoms):
     for atoms in (small_atoms[0], small_atoms):
         with pytest.raises(UserError, match=r"got (Atoms|list)\. Convert .* gpmlp.io.atoms.structures_from_ase"):

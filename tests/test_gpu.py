@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,10 +107,37 @@ def test_the_benchmark_runs_where_there_is_no_device(tmp_path):
     command = [sys.executable, "-m", "tests.benchmarks.gpu", *map(str, options)]
     run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "left out" not in run.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["left out"] == []
     assert [len(found[kind]) for kind in ("differences", "steps", "batches")] == [4, 8, 3] and found["forms"]
     for row in found["differences"]:
         limit = 1e-6 if row["descriptors"] == "float64" else 0.1
         assert row["forces meV/A"] < limit and row["energy meV/atom"] < limit and row["local std, relative"] < limit
     assert all(row["us"] > 0 and row["search us"] > 0 for row in found["steps"])
+
+
+def test_the_benchmark_goes_on_after_a_failure(tmp_path, monkeypatch):
+    """What fails is kept with its reason beside what was measured before and after, and the file is whole after each case."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    from tests.benchmarks import gpu
+
+    path = tmp_path / "gpu.json"
+    record = gpu.Record(path, time.monotonic() + 60, device="CPU")
+
+    def rows(error):
+        yield {"us": 1.0}
+        if error:
+            raise error
+
+    for k, error in enumerate(
+        [None, RuntimeError("Failed to find C compiler"), torch.cuda.OutOfMemoryError("full"), None]
+    ):
+        record.attempt("steps", {"case": k}, lambda e=error: rows(e))
+        assert record.failed == (k > 0)
+        found = json.loads(path.read_text())
+        assert [row["case"] for row in found["steps"]] == list(range(k + 1))
+    record.end = 0.0
+    record.attempt("forms", {"case": 4}, lambda: rows(None))
+    found = json.loads(path.read_text())
+    why = ["RuntimeError: Failed to find C compiler", "no memory: full", "no time"]
+    assert [row["why"] for row in found["left out"]] == why and found["device"] == "CPU" and found["forms"] == []

@@ -17,7 +17,7 @@ PACKAGE = Path(gpmlp.__file__).parent
 FLOORS = {
     "units": 1, "checks": 1, "versions": 1, "threads": 1, "pair_loops": 1,
     "structures": 2, "quantities": 2, "selection": 2,
-    "cells": 3, "neighbors": 3, "padded": 3, "uncertainty": 3,
+    "cells": 3, "neighbors": 3, "padded": 3, "skin": 3, "uncertainty": 3,
     "environments": 4, "baselines": 4,
     "descriptors": 5, "gp": 5,
     "potential": 6, "recipe": 6, "consistency": 6, "defaults": 6, "inducing": 6,

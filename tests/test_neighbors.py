@@ -74,31 +74,6 @@ def test_no_atoms_within_reach_and_no_structures():
     assert len(neighbors.find(everything().select([]), CUTOFF)) == 0
 
 
-@pytest.mark.parametrize("kind", CELLS)
-def test_a_skin_gives_what_a_search_gives(kind, monkeypatch):
-    """The same pairs, in an order that tells nothing of the past, with a search now and then; and what is wrong is still said."""
-    one, rng = crystal(kind, (6, 8, 1)), torch.Generator().manual_seed(0)
-    searches, search = [], neighbors.find
-    monkeypatch.setattr(neighbors, "find", lambda s, cutoff: searches.append(cutoff) or search(s, cutoff))
-    skin = neighbors.Skin(CUTOFF, 0.6)
-    for _ in range(25):
-        one = one.with_positions(one.positions + 0.04 * torch.randn(one.positions.shape, generator=rng).double())
-        found, direct = skin(one), search(one, CUTOFF)
-        assert as_set(found) == as_set(direct) and len(found) == len(direct)
-        afresh = search(one, CUTOFF).sorted()
-        for name in ("centers", "neighbors", "shifts"):
-            assert torch.equal(getattr(found, name), getattr(afresh, name))
-    assert 1 < len(searches) < 15
-    count = len(searches)
-    strained = replace(one, positions=one.positions * 1.001, cells=one.cells * 1.001)
-    skin(strained), skin(strained)
-    assert len(searches) == count + 1
-    close = strained.positions.clone()
-    close[1] = close[0] + 0.1
-    with pytest.raises(UserError, match="apart"):
-        skin(strained.with_positions(close))
-
-
 def test_vectors_that_are_remembered_keep_their_gradient():
     one = dimer(2.0)
     moved = one.with_positions(one.positions.clone().requires_grad_())

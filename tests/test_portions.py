@@ -15,6 +15,7 @@ import gpmlp
 from gpmlp import neighbors, portions, threads
 from gpmlp.quantities import Targets
 from gpmlp.recipe import Recipe
+from gpmlp.skin import Skin
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +165,8 @@ def test_how_tensors_lie_in_memory_changes_no_bit(potential, name, layout):
     for baseline in potential.baselines:
         alone, again = baseline(batch), baseline(other)
         assert torch.equal(alone.forces, again.forces) and torch.equal(alone.stresses, again.stresses)
-    for a, b in zip(neighbors.Skin(CUTOFF)(one.with_positions(LAYOUTS["columns first"](one.positions))).vectors(one),
-                    neighbors.Skin(CUTOFF)(one).vectors(one), strict=True):  # fmt: skip
+    for a, b in zip(Skin(CUTOFF)(one.with_positions(LAYOUTS["columns first"](one.positions))).vectors(one),
+                    Skin(CUTOFF)(one).vectors(one), strict=True):  # fmt: skip
         assert torch.equal(a, b)
 
 

@@ -17,8 +17,9 @@ from gpmlp.active.loop import learn
 from gpmlp.active.walker import Walker
 from gpmlp.checks import UserError
 from gpmlp.io.atoms import structures_from_ase
-from gpmlp.neighbors import Neighbors, Skin, find
+from gpmlp.neighbors import Neighbors, find
 from gpmlp.potential import Potential
+from gpmlp.skin import Skin
 
 THREE = {"dynamics": {"walkers": 3, "steps": 10, "ramp_steps": 5}, "trigger": {"force": 5.0, "novelty": None}}
 THREE |= {"stop": {"coverage": False}}

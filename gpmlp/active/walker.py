@@ -27,9 +27,10 @@ from gpmlp.active.recipe import DynamicsRecipe
 from gpmlp.checks import UserError
 from gpmlp.engines.md import thermalise
 from gpmlp.io.atoms import results, structures_from_ase
-from gpmlp.neighbors import Neighbors, Skin
+from gpmlp.neighbors import Neighbors
 from gpmlp.potential import Potential
 from gpmlp.quantities import Prediction, Variance
+from gpmlp.skin import Skin
 from gpmlp.structures import Structures
 
 CHEAP = "atom_energies"  # looked at every few steps

@@ -2,17 +2,20 @@
 
 A table has a row for each environment and species of neighbours; places without a neighbour hold a vector beyond the cutoff, whose
 weight is zero. So every shape is known beforehand, nothing is summed by index, and nothing is asked of the host. The numbers are those
-of power_spectrum.py, without autograd; triton_soap.py has the same as two kernels.
+of power_spectrum.py, without autograd; triton_soap.py has the same as three kernels.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from gpmlp.checks import DataWarning
 from gpmlp.descriptors.spherical import Spherical
 from gpmlp.environments import Environments, Surroundings
 from gpmlp.padded import places
@@ -164,10 +167,29 @@ class Products:
 
 
 def form(descriptor: SoapPowerSpectrum, like: Tensor) -> Form:
-    """The fastest form there is for the device and type of a tensor: Triton's kernels on CUDA devices, if Triton is there."""
+    """The fastest form that works for the device and type of a tensor: Triton's kernels on CUDA devices, if Triton is there and can
+    compile them, which is tried once; a DataWarning says if it cannot."""
+    return _form(descriptor, like.device, like.dtype)
+
+
+@lru_cache(maxsize=32)
+def _form(descriptor: SoapPowerSpectrum, device: torch.device, dtype: torch.dtype) -> Form:
+    """Equal descriptors share one."""
     from gpmlp.descriptors import triton_soap
 
-    return triton_soap.Kernels.of(descriptor, like) if triton_soap.usable(like) else Products.of(descriptor, like)
+    like = torch.zeros(0, dtype=dtype, device=device)
+    if triton_soap.usable(like):
+        kernels = triton_soap.Kernels.of(descriptor, like)
+        why = triton_soap.failure(kernels, like)
+        if why is None:
+            return kernels
+        warnings.warn(
+            f"Triton's kernels do not work on {device} ({why}): descriptors are made by PyTorch's products, which is slower. Triton needs "
+            "a C compiler (Debian: apt install gcc) and a driver that is not older than it.",
+            DataWarning,
+            stacklevel=2,
+        )
+    return Products.of(descriptor, like)
 
 
 def usable(vectors: Tensor) -> bool:

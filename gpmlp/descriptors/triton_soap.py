@@ -25,6 +25,20 @@ def usable(like: Tensor) -> bool:
     return reached and like.dtype in (torch.float32, torch.float64) and importlib.util.find_spec("triton") is not None
 
 
+def failure(kernels: Kernels, like: Tensor) -> str | None:
+    """Why kernels cannot be compiled or run where a tensor is: the last line of what was raised; None if they can."""
+    far = kernels.numbers.descriptor.cutoff + 1.0
+    vectors = torch.full((1, len(kernels.numbers.descriptor.species), 8, 3), far, dtype=like.dtype, device=like.device)
+    try:
+        made = kernels.expand(vectors, torch.zeros(1, dtype=torch.long, device=like.device))
+        kernels.pull_back(made, made.spectrum)
+        if like.is_cuda:
+            torch.cuda.synchronize(like.device)
+    except Exception as error:  # of Triton, its assembler, a C compiler or the driver: there is no common type
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Kernels:
     """A dense.Form.

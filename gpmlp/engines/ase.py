@@ -9,8 +9,8 @@ from ase.calculators.calculator import Calculator, all_changes
 
 from gpmlp.checks import UserError
 from gpmlp.io.atoms import results, structures_from_ase, uncertainties
-from gpmlp.neighbors import Skin
 from gpmlp.potential import Potential
+from gpmlp.skin import Skin
 
 # what the energy depends on; charges and magnetic moments set on the Atoms change nothing
 RELEVANT_CHANGES = ("positions", "numbers", "cell", "pbc")
@@ -35,6 +35,7 @@ class GPCalculator(Calculator):
         name: str = "atoms",
         uncertainty: str | Sequence[str] | bool | None = None,
         novelty: bool = False,
+        skin: float = 0.6,
     ) -> None:
         """Wrap a potential.
 
@@ -43,9 +44,10 @@ class GPCalculator(Calculator):
             uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'
                 (the same as True).
             novelty: whether to compute Mahalanobis distances too.
+            skin: A beyond the cutoff within which neighbours are remembered between calls (skin.Skin); 0 to search in each call.
 
         Raises:
-            UserError: what came is no potential, e.g. the name of its file.
+            UserError: what came is no potential, e.g. the name of its file; a skin that is negative.
         """
         if not callable(potential):
             raise UserError(
@@ -57,7 +59,7 @@ class GPCalculator(Calculator):
         self.uncertainty = {True: "all", False: None}[uncertainty] if isinstance(uncertainty, bool) else uncertainty
         potential.check_variance(self.uncertainty)
         self.novelty = novelty
-        self._skin = Skin(potential.reach)
+        self._skin = Skin(potential.reach, skin)
         self.label_in_errors = name
 
     def calculate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gpmlp import centres
 from gpmlp.checks import UserError
-from gpmlp.neighbors import Neighbors, Skin
 from gpmlp.potential import Potential
 from gpmlp.quantities import Prediction
+from gpmlp.skin import Skin
 from gpmlp.stepping import Stepper
 from gpmlp.structures import Structures
 
@@ -46,7 +46,7 @@ class GPModel(ModelInterface):
 
         Args:
             uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'.
-            skin: A beyond the cutoff within which neighbours are remembered between calls (neighbors.Skin).
+            skin: A beyond the cutoff within which neighbours are remembered between calls (skin.Skin).
             tables: whether all systems are stepped together on tables of neighbours (stepping.Stepper), for no variances but those of
                 local energies; if not given, where the potential is on a CUDA device and this can be done.
 
@@ -57,17 +57,41 @@ class GPModel(ModelInterface):
         if not isinstance(potential, Potential):
             raise UserError(f"GPModel needs a potential, e.g. of gpmlp.load('model.gpmlp'); got {potential!r}.")
         potential.check_variance(uncertainty)
-        self.potential, self.uncertainty, self.novelty = potential, uncertainty, novelty
-        self._device, self._dtype = torch.device(potential.recipe.device), getattr(torch, potential.recipe.dtype)
+        self.uncertainty, self.novelty = uncertainty, novelty
         self._compute_stress = self._compute_forces = True
         self._memory_scales_with = "n_atoms_x_density"
-        self._skin, self._skins = skin, []
-        local = uncertainty is None or uncertainty == "atom_energies" or tuple(uncertainty) in ((), ("atom_energies",))
+        self._reach, self._wish = skin, tables
+        self._use(potential)
+
+    def _use(self, potential: Potential) -> None:
+        """Ask this potential from now on."""
+        wanted = self.uncertainty
+        local = wanted is None or wanted == "atom_energies" or tuple(wanted) in ((), ("atom_energies",))
         why = centres.refusal(potential) or (None if local else "variances of more than local energies are asked for")
-        if tables and why:
+        if self._wish and why:
             raise UserError(f"This potential cannot be stepped on tables of neighbours: {why}; leave out `tables`.")
-        self._tables = why is None and (self._device.type == "cuda" if tables is None else tables)
+        self.potential = potential
+        self._device, self._dtype = torch.device(potential.recipe.device), getattr(torch, potential.recipe.dtype)
+        self._tables = why is None and (self._device.type == "cuda" if self._wish is None else self._wish)
+        self._known: Structures | None = None
         self._stepper: Stepper | None = None
+        self._pairs = Skin(potential.reach, self._reach)
+
+    def _apply(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> GPModel:
+        """What to, cuda, cpu, float, ... of a module do: the potential goes to the device; its precision is not theirs to choose.
+
+        Raises:
+            UserError: another precision, or a device that is not there.
+        """
+        there = convert(torch.empty(0, dtype=self._dtype, device=self._device))
+        if there.dtype != self._dtype:
+            raise UserError(
+                f"A GPModel stays in {self._dtype}, as its potential was fitted, whatever the state is in; for descriptors in single "
+                "precision make it anew: GPModel(potential.to(descriptors='float32'))."
+            )
+        if there.device != self._device:
+            self._use(self.potential.to(str(there.device)))
+        return super()._apply(convert, recurse)
 
     def forward(self, state: Any, **_: Any) -> dict[str, Tensor]:
         """Predict all systems of a SimState (or a dictionary with its fields).
@@ -75,7 +99,7 @@ class GPModel(ModelInterface):
         Raises:
             UserError: an element that the potential was not trained on, or atoms on top of each other; systems by their number.
         """
-        structures = _structures(state)
+        structures = self._structures(state)
         if self._tables:
             found = self._stepped(structures)
         else:
@@ -98,29 +122,38 @@ class GPModel(ModelInterface):
             out["novelty"] = found.novelty
         return out
 
+    def _structures(self, state: Any) -> Structures:
+        """The systems of a state; if they are those of the last call it is the search of neighbours that looks at where they are."""
+        positions, cells, *atoms = _tensors(state)
+        if self._known is None or not _same(self._known, positions, atoms):
+            system, periodic, species = (part.clone() for part in atoms)  # a state may be changed in place
+            names = tuple(f"system {s}" for s in range(len(cells)))
+            self._stepper, self._known = None, Structures(positions, cells, periodic, species, system, names)
+        return self._known.carried(positions, cells)
+
     def _stepped(self, structures: Structures) -> Prediction:
-        """By the stepper of these atoms, which is made when they are others than in the last call."""
-        known, here = self._stepper and self._stepper.structures, structures.to(device=self._device)
-        names = ("species", "structure_of_atom", "periodic")
-        if known is None or any(not torch.equal(getattr(known, name), getattr(here, name)) for name in names):
-            self._stepper = Stepper(self.potential, here, bool(self.uncertainty), self.novelty, self._skin)
-        found = self._stepper(here.positions, here.cells)
+        """By a stepper of these atoms."""
+        if self._stepper is None:
+            self._stepper = Stepper(self.potential, structures, bool(self.uncertainty), self.novelty, self._reach)
+        found = self._stepper(*(part.to(self._device) for part in (structures.positions, structures.cells)))
         return found.map(lambda value: value.to(structures.positions))
 
-    def _pairs(self, structures: Structures) -> Neighbors:
-        """Neighbours of all systems, each with the memory of the system that had its number in the last call."""
-        while len(self._skins) < len(structures):
-            self._skins.append(Skin(self.potential.reach, self._skin))
-        parts = [skin(structures.select([s])) for s, skin in zip(range(len(structures)), self._skins, strict=False)]
-        return Neighbors.side_by_side(parts, structures.counts.tolist())
 
-
-def _structures(state: Any) -> Structures:
-    """From what TorchSim has: cells with lattice vectors as columns, periodicity for all systems together."""
+def _tensors(state: Any) -> tuple[Tensor, ...]:
+    """Positions, cells, system of each atom, periodicity and species from what TorchSim has: cells with lattice vectors as columns,
+    periodicity for all systems together. Positions and cells are laid out anew where they are views."""
     get = state.get if isinstance(state, dict) else lambda name, default=None: getattr(state, name, default)
-    positions, cell = get("positions"), get("cell")
+    positions, cell = get("positions").detach(), get("cell").detach()
     system = get("system_idx")
-    system = positions.new_zeros(len(positions), dtype=torch.long) if system is None else system.long()
+    system = torch.zeros(len(positions), dtype=torch.long, device=positions.device) if system is None else system.long()
     periodic = torch.as_tensor(get("pbc", True), device=positions.device).expand(3).expand(len(cell), 3)
-    names = tuple(f"system {s}" for s in range(len(cell)))
-    return Structures(positions.detach(), cell.detach().mT, periodic, get("atomic_numbers").long(), system, names)
+    return positions.contiguous(), cell.mT.contiguous(), system, periodic, get("atomic_numbers").long()
+
+
+def _same(known: Structures, positions: Tensor, atoms: Sequence[Tensor]) -> bool:
+    """Whether atoms are those known, asked of the device once."""
+    pairs = list(zip((known.structure_of_atom, known.periodic, known.species), atoms, strict=True))
+    alike = positions.dtype == known.positions.dtype and positions.device == known.positions.device
+    if not alike or any(a.shape != b.shape for a, b in pairs):
+        return False
+    return bool(torch.stack([(a == b).all() for a, b in pairs]).all())

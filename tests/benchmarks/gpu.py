@@ -18,7 +18,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
+from itertools import count, product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -27,23 +30,28 @@ import common
 import speed_cases
 import speed_stages
 import torch
+from torch import Tensor
 
 from gpmlp.descriptors import dense, triton_soap
+from gpmlp.descriptors.power_spectrum import SoapPowerSpectrum
 from gpmlp.potential import Potential
 from gpmlp.stepping import Stepper
 from gpmlp.structures import Structures
 
 SKIN = 0.6
+PRECISIONS = ("float32", "float64")
 LEAST_SECONDS = 1.0  # that steps are repeated for
 LARGE = 50_000  # atoms of the sizes that targets are set for: measured first
 
 
+def side(atoms: int) -> int:
+    """Cubic cells along a cube of at least that many atoms."""
+    return next(n for n in count(1) if 8 * n**3 >= atoms)
+
+
 def silicon(atoms: int) -> Structures:
-    """At least that many atoms, a cube of cubic cells."""
-    cells = 1
-    while 8 * cells**3 < atoms:
-        cells += 1
-    return speed_cases.silicon(cells)
+    """At least that many atoms."""
+    return speed_cases.silicon(side(atoms))
 
 
 def least(run: Callable[[], object], device: str, least_runs: int = 3) -> float:
@@ -51,12 +59,12 @@ def least(run: Callable[[], object], device: str, least_runs: int = 3) -> float:
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     run()
     wait()
-    best, begun, count = float("inf"), time.perf_counter(), 0
-    while count < least_runs or (time.perf_counter() - begun < LEAST_SECONDS and count < 100):
+    best, begun, runs = float("inf"), time.perf_counter(), 0
+    while runs < least_runs or (time.perf_counter() - begun < LEAST_SECONDS and runs < 100):
         start = time.perf_counter()
         run()
         wait()
-        best, count = min(best, time.perf_counter() - start), count + 1
+        best, runs = min(best, time.perf_counter() - start), runs + 1
     return best
 
 
@@ -85,7 +93,7 @@ def stepped(potential: Potential, some: Structures, variance: bool, graphs: bool
         "search us": search,
         "peak kB": (peak(device) - before) / n,
         "peak kB of search": searched,
-        "graph": stepper._replay is not None,
+        "graph": stepper._replay not in (None, stepper._step),
         "width": stepper._table.width,
     }
 
@@ -103,34 +111,33 @@ def differences(here: Potential, there: Potential) -> dict[str, float]:
     }
 
 
-def forms(potential: Potential, some: Structures, precision: str) -> Iterator[dict]:
-    """Expansion, and with its pull-back, of a chunk of environments: by each form that there is."""
+def chunk(potential: Potential, some: Structures, precision: str) -> tuple[Tensor, SoapPowerSpectrum]:
+    """Vectors of a chunk of environments from a table, and the descriptor that is made of them."""
     stepper = Stepper(potential, some, skin=SKIN)
-    stepper._search(stepper.structures.positions, stepper.structures.cells)
-    device, n = potential.recipe.device, min(some.n_atoms, dense.ENVIRONMENTS)
-    vectors = stepper._table.vectors(stepper.structures.positions, stepper.structures.cells, 0, n)
-    vectors, own = vectors.to(getattr(torch, precision)), torch.zeros(n, dtype=torch.long, device=device)
-    descriptor = stepper._chunks[0][2].parts[0].form.numbers.descriptor
-    for kind in (triton_soap.Kernels, dense.Products):
-        if kind is triton_soap.Kernels and not triton_soap.usable(vectors):
-            continue
-        form = kind.of(descriptor, vectors)
-        made = form.expand(vectors, own)
+    positions, cells = stepper.structures.positions, stepper.structures.cells
+    stepper._search(positions, cells)
+    vectors = stepper._table.vectors(positions, cells, 0, min(some.n_atoms, dense.ENVIRONMENTS))
+    return vectors.to(getattr(torch, precision)), stepper._chunks[0][2].parts[0].form.numbers.descriptor
 
-        def whole(form: dense.Form = form) -> object:
-            made = form.expand(vectors, own)
-            return form.pull_back(made, made.spectrum)
 
-        expand, both = (1e6 * least(run, device) / n for run in (lambda f=form: f.expand(vectors, own), whole))
-        yield {"form": kind.__name__, "descriptors": precision, "atoms": n, "us expand": expand, "us": both}
-        del made
+def form(kind: type[dense.Form], vectors: Tensor, descriptor: SoapPowerSpectrum) -> dict:
+    """Expansion, and with its pull-back, by one form."""
+    device, n = str(vectors.device), len(vectors)
+    by, own = kind.of(descriptor, vectors), torch.zeros(n, dtype=torch.long, device=vectors.device)
+
+    def whole() -> object:
+        made = by.expand(vectors, own)
+        return by.pull_back(made, made.spectrum)
+
+    expand, both = (1e6 * least(run, device) / n for run in (lambda: by.expand(vectors, own), whole))
+    return {"atoms": n, "us expand": expand, "us": both}
 
 
 def plan(options: argparse.Namespace) -> list[dict]:
     """What to measure, the most important first: single precision and large, then the rest."""
     cases = [
         {"zeta": zeta, "descriptors": precision, "atoms": atoms, "variance": variance}
-        for precision in ("float32", "float64")
+        for precision in PRECISIONS
         for atoms in sorted(options.atoms, key=lambda n: (n < LARGE, n))
         for zeta in options.zeta
         for variance in (False, True)
@@ -153,7 +160,42 @@ def batches(potential: Potential) -> Iterator[dict]:
         yield {"systems of 64 atoms": name} | stepped(potential, some, False, graphs)
 
 
-def main() -> None:
+class Record:
+    """What was measured so far, on the disk after each case."""
+
+    def __init__(self, path: Path, end: float, **about: object) -> None:
+        kinds = ("differences", "steps", "forms", "batches", "left out")
+        self.path, self.end, self.failed = path, end, False
+        self.found: dict = about | {kind: [] for kind in kinds}
+        self._write()
+
+    def attempt(self, kind: str, what: dict, run: Callable[[], Iterable[dict]]) -> None:
+        """Add what a run yields; whatever it raises, the next case is tried."""
+        if time.monotonic() > self.end:
+            return self._leave_out(kind, what, "no time")
+        try:
+            for found in run():
+                self.found[kind].append(what | found)
+                self._write()
+        except torch.cuda.OutOfMemoryError as error:
+            self._leave_out(kind, what, f"no memory: {error}")
+        except Exception as error:
+            self.failed = True
+            traceback.print_exc()
+            self._leave_out(kind, what, f"{type(error).__name__}: {error}")
+
+    def _leave_out(self, kind: str, what: dict, why: str) -> None:
+        print("left out:", kind, what, why, file=sys.stderr, flush=True)
+        self.found["left out"].append({"kind": kind} | what | {"why": why})
+        self._write()
+
+    def _write(self) -> None:
+        beside = self.path.with_name(self.path.name + ".part")
+        beside.write_text(json.dumps(self.found, indent=1) + "\n")
+        beside.replace(self.path)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--atoms", type=int, nargs="+", default=[64, 4096, 110592, 1000000], help="at least so many")
@@ -162,56 +204,41 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.5, help="nothing is begun later; fits are part of it")
     parser.add_argument("--work", type=Path, default=Path("speed"), help="models are kept here")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
-    options = parser.parse_args()
-    end = time.monotonic() + 60 * options.minutes
-    on_device = options.device.startswith("cuda")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    end, on_device = time.monotonic() + 60 * options.minutes, options.device.startswith("cuda")
     if on_device and not torch.cuda.is_available():
         print("there is no CUDA device: nothing was measured", file=sys.stderr)
         raise SystemExit(2)
     name = torch.cuda.get_device_name() if on_device else "CPU"
-    record: dict = {
-        "device": name,
-        "torch": torch.__version__,
-        "steps": [],
-        "differences": [],
-        "forms": [],
-        "batches": [],
-    }
+    record = Record(options.json, end, device=name, torch=torch.__version__)
     print(name, torch.__version__, flush=True)
-    here = {zeta: speed_cases.silicon_case(1, options.columns, options.work).potential(zeta) for zeta in options.zeta}
-    moved = {(z, p): model.to(options.device, p) for z, model in here.items() for p in ("float32", "float64")}
+    here = cache(lambda zeta: speed_cases.silicon_case(1, options.columns, options.work).potential(zeta))
+    moved = cache(lambda zeta, precision: here(zeta).to(options.device, precision))
+    some = cache(silicon)
 
-    def attempt(kind: str, what: dict, run: Callable[[], Iterator[dict]]) -> None:
-        """Add what a run yields to the record, which is on the disk after each."""
-        if time.monotonic() > end:
-            print("left out for lack of time:", kind, what, file=sys.stderr, flush=True)
-            return
-        try:
-            for found in run():
-                record[kind].append(what | found)
-                options.json.write_text(json.dumps(record, indent=1) + "\n")
-        except torch.cuda.OutOfMemoryError:
-            print("left out for lack of memory:", kind, what, file=sys.stderr, flush=True)
-
-    for (zeta, precision), there in moved.items():
+    for zeta, precision in product(options.zeta, PRECISIONS):
         what = {"zeta": zeta, "descriptors": precision}
-        attempt("differences", what, lambda a=here[zeta], b=there: iter([differences(a, b)]))
-    show("largest differences from the CPU in double precision, 64 atoms", record["differences"])
-    known: dict[int, Structures] = {}
+        record.attempt("differences", what, lambda z=zeta, p=precision: [differences(here(z), moved(z, p))])
+    show("largest differences from the CPU in double precision, 64 atoms", record.found["differences"])
     for case in plan(options):
-        if case["atoms"] not in known:
-            known[case["atoms"]] = silicon(case["atoms"])
-        some = known[case["atoms"]]
-        what = case | {"atoms": some.n_atoms}
-        there = moved[case["zeta"], case["descriptors"]]
-        attempt("steps", what, lambda p=there, s=some, v=case["variance"]: iter([stepped(p, s, v)]))
-    show("a step, per atom", record["steps"])
-    for precision in ("float32", "float64"):
-        there, some = moved[options.zeta[0], precision], known[max(options.atoms, key=lambda n: min(n, 2 * LARGE))]
-        attempt("forms", {}, lambda p=there, s=some, d=precision: forms(p, s, d))
-    show("expansion, and with pull-back, per atom", record["forms"])
-    attempt("batches", {}, lambda: batches(moved[options.zeta[0], "float32"]))
-    show("small systems, per atom", record["batches"])
+        zeta, precision, atoms, variance = case.values()
+        which = partial(lambda z, p, n, v: [stepped(moved(z, p), some(n), v)], zeta, precision, atoms, variance)
+        record.attempt("steps", case | {"atoms": 8 * side(atoms) ** 3}, which)
+    show("a step, per atom", record.found["steps"])
+    large = max(options.atoms, key=lambda n: min(n, 2 * LARGE))
+    kinds = [dense.Products, *([triton_soap.Kernels] if on_device else [])]
+    for precision, kind in product(PRECISIONS, kinds):
+        what = {"form": kind.__name__, "descriptors": precision}
+        these = partial(lambda k, p: [form(k, *chunk(moved(options.zeta[0], p), some(large), p))], kind, precision)
+        record.attempt("forms", what, these)
+    show("expansion, and with pull-back, per atom", record.found["forms"])
+    record.attempt("batches", {}, lambda: batches(moved(options.zeta[0], "float32")))
+    show("small systems, per atom", record.found["batches"])
+    raise SystemExit(int(record.failed))
 
 
 if __name__ == "__main__":

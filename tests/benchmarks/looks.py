@@ -26,7 +26,7 @@ from gpmlp.active import bootstrap, walker
 from gpmlp.active.criteria import criteria, limits_of
 from gpmlp.active.recipe import LearnRecipe
 from gpmlp.active.walker import Look, Walker
-from gpmlp.neighbors import Skin
+from gpmlp.skin import Skin
 
 TURNS = 7
 SETTLING = 4  # strides before the first turn
