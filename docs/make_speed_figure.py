@@ -1,7 +1,7 @@
 """Draw docs/speed.png: microseconds an atom of gpmlp and of others on the same atoms, floors, sizes, and two threads.
 
     python tests/benchmarks/speed.py --work FOLDER --json FOLDER/speed.json [with peers: see there]
-    python docs/make_speed_figure.py FOLDER/speed.json [--output speed.png]
+    python docs/make_speed_figure.py FOLDER/speed.json [--sizes FOLDER/sizes.json] [--output speed.png]
 
 The JSON has to hold the parts stages, scaling, threads, descriptors, molecules and peers; peers that were not there are not drawn.
 Needs matplotlib.
@@ -141,7 +141,8 @@ def sizes(upper: plt.Axes, lower: plt.Axes, record: dict) -> None:
                 atoms, [c["us"][count][1] for c in cases], style, ms=4, color=colour, mfc=colour if count == "1" else "white",
                 label=f"{label}, {'one thread' if count == '1' else 'two threads'}",
             )  # fmt: skip
-        std = scaling[f"{zeta}, std"]
+        mean, std = scaling[zeta], scaling[f"{zeta}, std"]
+        upper.plot(mean["atoms"], mean["median"], "-", lw=0.8, color=colour, alpha=0.5)
         upper.plot(
             std["atoms"], std["median"], "s:", ms=3, color=colour, alpha=0.7, label=f"{label} with σ, one thread"
         )
@@ -162,11 +163,13 @@ def sizes(upper: plt.Axes, lower: plt.Axes, record: dict) -> None:
     upper.set(xscale="log", yscale="log", ylabel="µs an atom, silicon")
     upper.set_yticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
     upper.minorticks_off()
-    upper.set_xticks(atoms, [])
+    every = sorted({*atoms, *mean["atoms"]})
+    ticks = [n for k, n in enumerate(every) if not k or n > 3 * every[k - 1]]  # with room for their labels
+    upper.set_xticks(ticks, [])
     upper.legend(frameon=False, fontsize=7.5, ncols=2)
     upper.set_ylim(8, 420)
     lower.set(xscale="log", xlabel="atoms", ylabel="two threads, times faster", ylim=(0.9, 2.3))
-    lower.set_xticks(atoms, [str(n) for n in atoms])
+    lower.set_xticks(ticks, [str(n) for n in ticks])
     lower.minorticks_off()
     lower.axhline(1, color=PALE, lw=0.8)
     lower.set_xlim(upper.get_xlim())
@@ -175,9 +178,12 @@ def sizes(upper: plt.Axes, lower: plt.Axes, record: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="JSON of tests/benchmarks/speed.py")
+    parser.add_argument("--sizes", type=Path, help="JSON of a run of the part scaling alone")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("speed.png"))
     options = parser.parse_args()
     record = json.loads(options.results.read_text())
+    if options.sizes is not None:
+        record["scaling"] = json.loads(options.sizes.read_text())["scaling"]
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(10, 6.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[5, 4])
