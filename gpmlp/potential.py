@@ -153,8 +153,7 @@ class Potential:
         checks.choose("form of the variance", form, FORMS)
         if names and self.variances is None:
             raise checks.UserError(
-                "This model holds no posterior factor, so it can give no variances: it was fitted with variance: false, is a posterior "
-                "sample, or its file is of format 1. Fit it again."
+                f"This model holds no posterior factor, so it can give no variances: {self._why_no_variances}"
             )
         names = VARIANCES if "all" in names else names
         chosen = None if atoms is None else self._atoms(atoms, n_atoms)
@@ -184,6 +183,14 @@ class Potential:
             return total
         views = views or [term.view(structures, pairs) for term in self.terms]
         return replace(total, **self.variances(structures, views, wanted))
+
+    @property
+    def _why_no_variances(self) -> str:
+        if self.recipe.variance is False:
+            return "it was fitted with variance: false. Fit it again with variance left to the recipe's default."
+        if "sample" in self.provenance:
+            return "it is a sample of a posterior. Ask the potential that it was drawn from."
+        return "its file is of format 1. Fit it again."
 
     def sample(self, k: int, seed: int, calibrated: bool = True) -> samples.Samples:
         """Draw k potentials from the posterior (samples.draw): each with consistent energies, forces and stresses."""

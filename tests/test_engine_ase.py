@@ -322,8 +322,14 @@ def test_a_run_says_how_sure_the_potential_is(potential, calculator, tmp_path):
 def test_strides_of_doubt_are_checked(potential):
     with pytest.raises(UserError, match="`uncertainty` must be a multiple of the 10 steps between two frames; got 25"):
         md.Settings(uncertainty=25)
-    with pytest.raises(UserError, match="holds no posterior factor"):
-        doubt.watch(dataclasses.replace(potential, variances=None))
+    bare = dataclasses.replace(potential, variances=None)
+    for changes, why in (
+        ({}, "its file is of format 1"),
+        ({"provenance": {"sample": {}}}, "it is a sample of a posterior"),
+        ({"recipe": potential.recipe.model_copy(update={"variance": False})}, "fitted with variance: false"),
+    ):
+        with pytest.raises(UserError, match=f"holds no posterior factor, so it can give no variances: .*{why}"):
+            doubt.watch(dataclasses.replace(bare, **changes))
     blind = dataclasses.replace(potential, novelty=None)
     found = doubt.watch(blind)(start())
     assert found.novelty is None and np.isnan(found.largest[2]) and found.force_std > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -355,3 +357,19 @@ def test_what_cannot_be_done_is_said(potential):
         GPModel(potential, "forces", tables=True)
     with pytest.raises(UserError, match="system 0: the potential was not trained on Al"):
         GPModel(potential)(state_of([bulk("Al", cubic=True)]))
+
+
+def test_the_example_of_this_version_runs(tmp_path, monkeypatch, capsys):
+    """The one in docs/torchsim.md: relaxed cells of silicon are the same, whatever they began with."""
+    root = Path(__file__).parents[1]
+    recipe = {"descriptor": {"cutoff": 4.0, "n_max": 4, "l_max": 3}, "inducing": {"n": 40, "gradients": 0}}
+    silicon, targets = gpmlp.read(root / "data/silicon/train.xyz")
+    gpmlp.save(gpmlp.fit(silicon, targets, Recipe.model_validate(recipe))[0], tmp_path / "small.gpmlp")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs/torchsim.md").read_text(), re.DOTALL)
+    mine = [block for block in blocks if block.startswith("# TorchSim 0.6" if NEW else "# TorchSim 0.3")]
+    namespace: dict = {}
+    exec(compile(mine[0], "docs/torchsim.md", "exec"), namespace)
+    lengths = namespace["relaxed"].cell.diagonal(dim1=1, dim2=2)
+    assert 5.2 < float(lengths.min()) and float(lengths.max() - lengths.min()) < 0.05
+    assert namespace["found"]["novelty"].shape == (32,)
