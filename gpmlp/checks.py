@@ -93,10 +93,8 @@ def cells(cells: Tensor, periodic: Tensor, names: Sequence[str]) -> None:
         periodic: (structures, 3) bool.
         names: of the structures, for the message.
     """
-    rows, along = (
-        cells.detach().cpu().numpy(),
-        periodic.cpu().numpy(),
-    )  # nine numbers a structure, at every step of dynamics
+    # nine numbers a structure, at every step of dynamics
+    rows, along = cells.detach().cpu().numpy(), periodic.cpu().numpy()
 
     def refuse(bad: np.ndarray, why: str) -> None:
         if bad.any():
@@ -112,10 +110,9 @@ def cells(cells: Tensor, periodic: Tensor, names: Sequence[str]) -> None:
     units = rows * (along / np.where(along, lengths, 1.0))[:, :, None]
     gram = units @ units.transpose(0, 2, 1) + ~along[:, :, None] * np.eye(3)
     span = np.sqrt(np.linalg.det(gram).clip(0.0))
-    least = float(span.min())
-    refuse(
-        span < 1e-3, f"the cell is flat (its periodic lattice vectors span no volume, normalised volume {least:.1e})."
-    )
+    flat = span < 1e-3
+    volume = float(span[int(flat.argmax())])  # of the structure that is named
+    refuse(flat, f"the cell is flat (its periodic lattice vectors span no volume, normalised volume {volume:.1e}).")
 
 
 _SYMBOLS = tuple(
