@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
 
 import gpmlp
-from gpmlp.evaluation import evaluate
+from gpmlp.potential.evaluation import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 INK, PALE, ACCENT = "#22303c", "#8b98a5", "#2a6f97"

@@ -11,30 +11,54 @@ Nothing heavy is imported before it is used.
 from __future__ import annotations
 
 import importlib
+import importlib.abc
 import os
 import sys
-import types
+import warnings
+from importlib import metadata
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 # MKL's products with vectors depend in the last digits on where memory happens to lie, unless told not to: then a run that is
 # resumed, in another process, would not repeat. Read by MKL at its first product; costs nothing that can be measured.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 _HOMES = {
-    "Potential": "gpmlp.potential",
-    "Prediction": "gpmlp.quantities",
-    "Structures": "gpmlp.structures",
-    "Targets": "gpmlp.quantities",
+    "Potential": "gpmlp.potential.potential",
+    "Prediction": "gpmlp.core.quantities",
+    "Recipe": "gpmlp.recipe",
+    "Structures": "gpmlp.core.structures",
+    "Targets": "gpmlp.core.quantities",
+    "evaluate": "gpmlp.potential.evaluation",
+    "fit": "gpmlp.fitting.fit",
+    "learn": "gpmlp.learning.loop",
     "load": "gpmlp.io.archive",
-    "read": "gpmlp.io.atoms",
+    "read": "gpmlp.io.ase_atoms",
     "save": "gpmlp.io.archive",
 }
 
-__all__ = ["Potential", "Prediction", "Structures", "Targets", "fit", "load", "read", "save"]
+__all__ = [*_HOMES]
+
+# Where modules live that the documentation of versions before 0.2 told to import
+_MOVED = {
+    "gpmlp.active": "gpmlp.learning",
+    "gpmlp.active.labelling": "gpmlp.learning.oracles.labeller",
+    "gpmlp.active.loop": "gpmlp.learning.loop",
+    "gpmlp.active.oracle": "gpmlp.learning.oracles.oracle",
+    "gpmlp.active.recipe": "gpmlp.learning.recipe",
+    "gpmlp.active.stopping": "gpmlp.learning.stopping.judge",
+    "gpmlp.active.tape": "gpmlp.learning.labels",
+    "gpmlp.io.atoms": "gpmlp.io.ase_atoms",
+    "gpmlp.stepping": "gpmlp.potential.stepper",
+}
 
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        return importlib.import_module("gpmlp.versions").of("gpmlp")
+        try:
+            return metadata.version("gpmlp")
+        except metadata.PackageNotFoundError:
+            return "not installed"  # run from its sources
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'gpmlp' has no attribute '{name}'")
@@ -44,16 +68,16 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-class _Package(types.ModuleType):
-    """The package, in which `fit` is the function even after its home, the submodule gpmlp.fit, has been imported."""
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the modules of _MOVED under their old names, with a warning that names the new one."""
 
-    @property
-    def fit(self):
-        return sys.modules["gpmlp.fit"].fit if "gpmlp.fit" in sys.modules else importlib.import_module("gpmlp.fit").fit
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self, is_package=fullname == "gpmlp.active") if fullname in _MOVED else None
 
-    @fit.setter
-    def fit(self, module: types.ModuleType) -> None:
-        """The import system binds submodules to their package; the name stays the function's."""
+    def exec_module(self, module: ModuleType) -> None:
+        new = _MOVED[module.__name__]
+        warnings.warn(f"{module.__name__} is {new} now", FutureWarning, stacklevel=2)
+        module.__getattr__ = importlib.import_module(new).__getattribute__  # type: ignore[method-assign]
 
 
-sys.modules[__name__].__class__ = _Package
+sys.meta_path.append(_MovedModules())

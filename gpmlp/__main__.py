@@ -6,9 +6,9 @@ import sys
 def main() -> int:
     """Run the command line and return its exit status."""
     try:
-        from gpmlp import cli
+        from gpmlp.cli import main as command
 
-        return cli.main()
+        return command.main()
     except KeyboardInterrupt:
         print("error: interrupted before anything was done.", file=sys.stderr)
         return 130

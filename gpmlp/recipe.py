@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from gpmlp import checks
+from gpmlp.core import errors
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -17,7 +17,7 @@ Count = Annotated[int, Field(ge=1)]
 def _kind_of_device(name: str) -> str:
     """Refuse what is no device anywhere; whether this machine has it is asked where it is used (a model may come from another)."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ValueError(f"'{name}' is no device of gpmlp; torch has {', '.join(checks.devices())} on this machine")
+        raise ValueError(f"'{name}' is no device of gpmlp; torch has {', '.join(errors.devices())} on this machine")
     return name
 
 
@@ -130,7 +130,7 @@ Std = Annotated[
 
 def _by_symbol(given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
-        checks.atomic_number(name)
+        errors.atomic_number(name)
     return given
 
 

@@ -10,7 +10,7 @@ from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from gpmlp.io import archive, atoms, recipes
+from gpmlp.io import archive, ase_atoms, recipe_files
 
 
 def labelled(frame: Atoms) -> Atoms:
@@ -52,13 +52,13 @@ def small_atoms() -> list[Atoms]:
 @pytest.fixture(scope="session")
 def small_set(small_atoms):
     """Structures and targets of small_atoms."""
-    return atoms.from_ase(small_atoms)
+    return ase_atoms.from_ase(small_atoms)
 
 
 @pytest.fixture(scope="session")
 def small_recipe():
     """A recipe that fits in seconds."""
-    return recipes.validate(
+    return recipe_files.validate(
         {
             "descriptor": {"cutoff": 4.0, "n_max": 5, "l_max": 3},
             "kernel": {"zeta": 2},
@@ -70,7 +70,7 @@ def small_recipe():
 @pytest.fixture(scope="session")
 def fitted(small_set, small_recipe):
     """(Potential, FitReport) of small_set."""
-    from gpmlp.fit import fit
+    from gpmlp.fitting.fit import fit
 
     return fit(*small_set, small_recipe)
 
@@ -93,5 +93,5 @@ def model_file(potential, tmp_path_factory):
 def train_file(small_atoms, tmp_path_factory):
     """small_atoms as extended XYZ; not to be written to."""
     path = tmp_path_factory.mktemp("data") / "train.xyz"
-    atoms.write(path, small_atoms)
+    ase_atoms.write(path, small_atoms)
     return path

@@ -90,7 +90,7 @@ class OwnOracle:
     def label(self, structures):
         import torch
 
-        from gpmlp.quantities import Targets
+        from gpmlp.core.quantities import Targets
 
         unknown = Targets.unknown(structures)
         forces = -2.0 * structures.positions

@@ -24,21 +24,22 @@ import counting_oracle
 import learning_runs
 import torch
 
-from gpmlp.active import loop, spool, student, tape, walker, worker
-from gpmlp.active.checkpoint import Trail
-from gpmlp.active.desk import Desk
-from gpmlp.active.labelling import Labeller
-from gpmlp.checks import UserError
-from gpmlp.cli_learn import _terminated_as_interrupted
+from gpmlp.cli.learn import _terminated_as_interrupted
+from gpmlp.core.errors import UserError
 from gpmlp.io import archive
+from gpmlp.learning import labels, loop, model, walker
+from gpmlp.learning.checkpoint import Trail
+from gpmlp.learning.label_requests import Desk
+from gpmlp.learning.oracles import results, worker
+from gpmlp.learning.oracles.labeller import Labeller
 
 POINTS = {
     "asking": (Desk, "ask"),
     "oracle": (counting_oracle.Counting, "calculate"),
-    "spool": (spool, "write"),
-    "tape": (tape, "_extend"),
+    "spool": (results, "write"),
+    "tape": (labels, "_extend"),
     "forgetting": (Labeller, "forget"),
-    "learning": (student.Student, "taught"),
+    "learning": (model.Student, "taught"),
     "dynamics": (walker, "advance"),
     "log": (Trail, "_write"),
     "model": (archive, "save"),

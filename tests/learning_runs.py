@@ -11,8 +11,8 @@ import ase.io
 import numpy as np
 from ase import Atoms
 
-from gpmlp.active.loop import State, learn
-from gpmlp.active.recipe import LearnRecipe
+from gpmlp.learning.loop import State, learn
+from gpmlp.learning.recipe import LearnRecipe
 
 FILES = ("labels.xyz", "model.gpmlp", "trajectory.xyz", "log.jsonl")
 SMALL = {

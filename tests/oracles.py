@@ -10,9 +10,9 @@ import scipy.special
 import torch
 from torch import Tensor
 
-from gpmlp import neighbors
-from gpmlp.environments import Descriptor, Surroundings
-from gpmlp.structures import Structures
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Descriptor, Surroundings
+from gpmlp.core.structures import Structures
 
 # neighbours -----------------------------------------------------------------------------------------------------------------
 

@@ -9,15 +9,17 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from gpmlp import baselines, descriptors, neighbors, portions
+from gpmlp import descriptors
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Descriptor, Surroundings
+from gpmlp.core.quantities import Prediction, Targets
+from gpmlp.core.structures import Structures
 from gpmlp.descriptors import radial
-from gpmlp.environments import Descriptor, Surroundings
 from gpmlp.gp import kernels
 from gpmlp.gp.kernels import ZonalKernel
-from gpmlp.quantities import Prediction, Targets
+from gpmlp.potential import baselines, chunked
+from gpmlp.potential.mean import MeanBlock, Term
 from gpmlp.recipe import KernelRecipe
-from gpmlp.structures import Structures
-from gpmlp.terms import MeanBlock, Term
 
 CUTOFF = 3.6  # A: of every descriptor here, so that environments hold a handful of neighbours
 SPECIES = (1, 6, 8)
@@ -157,7 +159,7 @@ class OwnTerm(Term):
     """A term that can be called on structures, as baselines can."""
 
     def __call__(self, structures: Structures) -> Prediction:
-        return portions.mean([self], structures, neighbors.find(structures, self.descriptor.cutoff).of_atoms)
+        return chunked.mean([self], structures, neighbors.find(structures, self.descriptor.cutoff).of_atoms)
 
 
 def random_term(made: Descriptor, kernel: ZonalKernel, seed: int = 3, scale: float = 1.0) -> Term:

@@ -11,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from gpmlp.checks import UserError
+from gpmlp.core.errors import UserError
 from gpmlp.io import archive
-from gpmlp.io.atomic import atomic, check_target
+from gpmlp.io.files import atomic, check_target
 
 
 class Double:

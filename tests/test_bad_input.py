@@ -16,13 +16,13 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from conftest import copper, labelled
 
-from gpmlp import cli
-from gpmlp.checks import UserError
-from gpmlp.fit import fit
-from gpmlp.io import atoms
-from gpmlp.io.recipes import load_recipe
-from gpmlp.potential import Potential
-from gpmlp.quantities import Targets
+from gpmlp.cli import main
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.fitting.fit import fit
+from gpmlp.io import ase_atoms
+from gpmlp.io.recipe_files import load_recipe
+from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 
 QUICK = ["--set", "descriptor.cutoff=4", "--set", "descriptor.n_max=4", "--set", "descriptor.l_max=2"]
@@ -43,8 +43,8 @@ def refused(tmp_path, capsys, monkeypatch):
         if isinstance(content, (str, bytes)):
             (tmp_path / "train.xyz").write_bytes(content if isinstance(content, bytes) else content.encode())
         else:
-            atoms.write(tmp_path / "train.xyz", content)
-        status = cli.main(["fit", "train.xyz", "-o", "m.gpmlp", *SMALL, *options])
+            ase_atoms.write(tmp_path / "train.xyz", content)
+        status = main.main(["fit", "train.xyz", "-o", "m.gpmlp", *SMALL, *options])
         error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert status == 2
         assert len(error) == 1 and re.search(message, error[0]), error
@@ -77,7 +77,7 @@ def test_unreadable_file(refused):
 
 
 def test_missing_file(refused, tmp_path):
-    assert cli.main(["fit", str(tmp_path / "none.xyz"), "-o", "m.gpmlp"]) == 2
+    assert main.main(["fit", str(tmp_path / "none.xyz"), "-o", "m.gpmlp"]) == 2
 
 
 def test_empty_frame(refused, frames):
@@ -87,7 +87,7 @@ def test_empty_frame(refused, frames):
 def test_frames_without_energy_are_fine_while_others_have_labels(frames, small_recipe):
     bare(frames[1])
     bare(frames[2], forces=frames[2].calc.results["forces"])
-    structures, targets = atoms.from_ase(frames)
+    structures, targets = ase_atoms.from_ase(frames)
     _, report = fit(structures, targets, small_recipe)
     assert report.rows == {"energies": 4, "forces": 5 * 12, "stresses": 4 * 6}
 
@@ -102,8 +102,8 @@ def test_labels_of_other_names(capsys, model_file, frames, tmp_path):
         bare(frame)
         frame.info |= {"E_pbe": energy, "label": "a"}
         frame.arrays["f_pbe"] = forces
-    atoms.write(tmp_path / "other.xyz", frames)
-    assert cli.main(["evaluate", str(model_file), str(tmp_path / "other.xyz")]) == 0
+    ase_atoms.write(tmp_path / "other.xyz", frames)
+    assert main.main(["evaluate", str(model_file), str(tmp_path / "other.xyz")]) == 0
     energies, forces = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
     assert "no energies were recognised in any of its 6 frames; their info hold E_pbe. Energies are called" in energies
     assert "their arrays hold f_pbe. Forces are called forces or force, bare or after ref_, reference_, dft_" in forces
@@ -113,8 +113,8 @@ def test_labels_of_other_names(capsys, model_file, frames, tmp_path):
             frame.info["REF_energy"] = 1.0
             if k:
                 del frame.arrays["f_pbe"]
-        atoms.write(tmp_path / "other.xyz", frames)
-        assert cli.main(["evaluate", str(model_file), str(tmp_path / "other.xyz")]) == 0
+        ase_atoms.write(tmp_path / "other.xyz", frames)
+        assert main.main(["evaluate", str(model_file), str(tmp_path / "other.xyz")]) == 0
         assert capsys.readouterr().err.count("no forces were recognised") == expected
 
 
@@ -164,9 +164,9 @@ def test_labels_of_other_structures(small_set, small_recipe):
 def test_species_without_training_data(potential, model_file, capsys, tmp_path):
     silver = labelled(ase.build.bulk("Ag"))
     with pytest.raises(UserError, match="not trained on Ag .*it knows Cu"):
-        potential(atoms.from_ase([silver])[0])
-    atoms.write(tmp_path / "ag.xyz", [copper(0), silver])
-    assert cli.main(["evaluate", str(model_file), str(tmp_path / "ag.xyz")]) == 2
+        potential(ase_atoms.from_ase([silver])[0])
+    ase_atoms.write(tmp_path / "ag.xyz", [copper(0), silver])
+    assert main.main(["evaluate", str(model_file), str(tmp_path / "ag.xyz")]) == 2
     assert "ag.xyz frame 1: the potential was not trained on Ag" in " ".join(capsys.readouterr().err.split())
 
 
@@ -206,7 +206,7 @@ def test_stress_that_contradicts_the_energies(small_recipe, factor):
         frame = ase.build.bulk("Cu", cubic=True)
         frame.set_cell(frame.cell.array * (1 + amount), scale_atoms=True)
         frames.append(labelled(frame))
-    structures, targets = atoms.from_ase(frames + [copper(1)])
+    structures, targets = ase_atoms.from_ase(frames + [copper(1)])
     _, good = fit(structures, targets, small_recipe)
     _, bad = fit(structures, replace(targets, stresses=targets.stresses * factor), small_recipe)
     assert not any("contradict" in text for text in good.warnings)
@@ -245,14 +245,14 @@ def test_recipe_with_a_typo(refused, frames, tmp_path):
 
 def test_disk_full_while_the_model_is_written(tmp_path, frames, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    atoms.write("train.xyz", frames)
+    ase_atoms.write("train.xyz", frames)
     (tmp_path / "m.gpmlp").write_text("old")
 
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    assert cli.main(["fit", "train.xyz", "-o", "m.gpmlp", *SMALL]) == 2
+    assert main.main(["fit", "train.xyz", "-o", "m.gpmlp", *SMALL]) == 2
     assert (
         "m.gpmlp: could not be written: No space left on device; the old file is untouched" in capsys.readouterr().err
     )
@@ -263,5 +263,5 @@ def test_disk_full_while_the_model_is_written(tmp_path, frames, monkeypatch, cap
 def test_frames_whose_energy_is_missing_are_read(tmp_path, frames):
     bare(frames[0])
     ase.io.write(tmp_path / "a.xyz", frames)
-    _, targets = atoms.read(tmp_path / "a.xyz")
+    _, targets = ase_atoms.read(tmp_path / "a.xyz")
     assert targets.energies.isnan().tolist() == [True] + [False] * 5

@@ -9,12 +9,13 @@ import pytest
 import torch
 from systems import cluster, dimer, structure, targets_of
 
-from gpmlp import baselines, preparation
-from gpmlp.baselines import ZBL, IsolatedAtoms
-from gpmlp.checks import UserError
-from gpmlp.quantities import Prediction, Targets
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Prediction, Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import prepare
+from gpmlp.potential import baselines
+from gpmlp.potential.baselines import ZBL, IsolatedAtoms
 from gpmlp.recipe import Recipe
-from gpmlp.structures import Structures
 
 
 def zbl_energy(z1: int, z2: int, r: float) -> float:
@@ -150,6 +151,6 @@ def test_isolated_atoms_of_some_species_are_no_zero():
     frames = Structures.concatenate([cluster((6, 8)), structure([[0.0, 0.0, 0.0]], [6])])
     known = Targets.unknown(frames)
     known = replace(known, energies=torch.tensor([-3.0, -1.0]).double(), config_types=("", "isolated_atom"))
-    (warning,) = preparation.doubts(frames, known, Recipe())
+    (warning,) = prepare.doubts(frames, known, Recipe())
     assert "isolated_atom frames of C but none of O" in warning
-    assert preparation.doubts(frames, known, Recipe(baseline={"isolated_atoms": "least_squares"})) == []
+    assert prepare.doubts(frames, known, Recipe(baseline={"isolated_atoms": "least_squares"})) == []

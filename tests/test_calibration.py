@@ -11,8 +11,8 @@ import scipy.optimize
 import scipy.stats
 import torch
 
-from gpmlp.checks import UserError
-from gpmlp.quantities import KINDS
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import KINDS
 from gpmlp.uncertainty import calibration as c
 from gpmlp.uncertainty.calibration import LEVELS, Calibration
 

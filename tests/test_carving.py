@@ -16,16 +16,19 @@ from learning_runs import contents, events, finish, merged, prepare, recipe
 from scipy.spatial.transform import Rotation
 from test_kill import Killer
 
-from gpmlp import defaults, descriptors, neighbors
-from gpmlp.active import after, carving
-from gpmlp.active.bootstrap import structures as first_structures
-from gpmlp.active.carving import carve
-from gpmlp.active.tape import Tape
-from gpmlp.checks import UserError
-from gpmlp.io.atoms import structures_from_ase, to_ase
-from gpmlp.quantities import Targets
+from gpmlp import descriptors
+from gpmlp.core import neighbors
+from gpmlp.core.environments import View
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.fitting import defaults
+from gpmlp.io.ase_atoms import structures_from_ase, to_ase
+from gpmlp.learning import surrogate
+from gpmlp.learning.initial_structures import structures as first_structures
+from gpmlp.learning.labels import Tape
+from gpmlp.learning.surrogate import carve
 from gpmlp.recipe import Recipe
-from gpmlp.terms import View
+from gpmlp.report.run import collect
 
 REACH = 4.0
 
@@ -120,7 +123,7 @@ def test_no_atoms_are_closer_than_in_the_frame(name):
         return float(neighbors.find(structure, 3.0).vectors(structure).norm(dim=1).min())
 
     bonded = name == "water"
-    assert nearest(cut.structure) >= (1.0 if bonded else carving.CLOSER) * nearest(whole) - 1e-6
+    assert nearest(cut.structure) >= (1.0 if bonded else surrogate.CLOSER) * nearest(whole) - 1e-6
 
 
 def test_a_crystal_is_cut_by_its_lattice():
@@ -173,9 +176,11 @@ def test_features_of_the_atom_do_not_change():
     made = descriptors.make((13,), chosen.descriptors[0].model_dump())
     before = View.of(made, whole).environments.features[7]
     after_ = View.of(made, cut.structure).environments.features
-    assert float((after_[cut.centre] - before).norm()) < carving.SAME
+    assert float((after_[cut.centre] - before).norm()) < surrogate.SAME
     far = int((~cut.intact).nonzero()[-1, 0])
-    assert float((after_[far] - View.of(made, whole).environments.features[int(cut.origin[far])]).norm()) > carving.SAME
+    assert (
+        float((after_[far] - View.of(made, whole).environments.features[int(cut.origin[far])]).norm()) > surrogate.SAME
+    )
 
 
 def test_forces_of_a_short_ranged_oracle_are_those_of_the_frame():
@@ -259,7 +264,7 @@ def test_a_run_never_labels_a_large_frame(finished):
 
 def test_the_page_says_what_was_cut_out(finished):
     folder, last = finished
-    page = after.report(folder / "out", recipe(**CARVED)).read_text()
+    page = collect.report(folder / "out", recipe(**CARVED)).read_text()
     assert f"{last.surrogates} of these labels are of surrogates" in page
     assert "of 256, " in page
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from systems import CELLS, CUTOFF, cluster, crystal, everything, replicate, scattered, structure
 
-from gpmlp import cells, neighbors
-from gpmlp.neighbors import Neighbors
-from gpmlp.structures import Structures
+from gpmlp.core import cell_list, neighbors
+from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.structures import Structures
 
 
 def searched(structures: Structures, cutoff: float) -> Neighbors:
-    box = cells.boxes(structures.cells, structures.periodic)
-    i, j, shifts, distances = cells.search(
+    box = cell_list.boxes(structures.cells, structures.periodic)
+    i, j, shifts, distances = cell_list.search(
         structures.positions, box, structures.periodic, structures.structure_of_atom, cutoff
     )
     assert (i.diff() >= 0).all()
@@ -66,7 +66,7 @@ def test_an_atom_at_the_edge_of_its_cell_and_a_flat_heap():
 def test_blocks_do_not_show(monkeypatch):
     batch = everything()
     whole = searched(batch, CUTOFF)
-    monkeypatch.setattr(cells, "ROWS", 100)
+    monkeypatch.setattr(cell_list, "ROWS", 100)
     assert_same(searched(batch, CUTOFF), whole)
 
 
@@ -78,7 +78,7 @@ def test_nothing_there():
 def test_boxes_are_cells_with_normals():
     """Right-handed or not, every axis that is not periodic is normal to all others and of length 1."""
     batch = everything()
-    box = cells.boxes(batch.cells, batch.periodic)
+    box = cell_list.boxes(batch.cells, batch.periodic)
     assert torch.equal(box[batch.periodic], batch.cells[batch.periodic])
     products = box @ box.mT
     free = ~batch.periodic

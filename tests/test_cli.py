@@ -18,10 +18,10 @@ import torch
 from conftest import copper
 from rich.console import Console
 
-from gpmlp import cli, console
 from gpmlp.__main__ import main as gpmlp_main
-from gpmlp.io import archive, atoms
-from gpmlp.report.figures import Picture
+from gpmlp.cli import console, main
+from gpmlp.io import archive, ase_atoms
+from gpmlp.report.model.figures import Picture
 
 ERRORS = (
     "energy_mae_meV_per_atom",
@@ -40,7 +40,7 @@ def gpmlp(capsys):
     """Run a command: (status, standard output, standard error)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(a) for a in arguments])
+        status = main.main([str(a) for a in arguments])
         out, err = capsys.readouterr()
         return status, out, err
 
@@ -104,7 +104,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     """In another file, with other names and digits: evaluate and report say that they are no test."""
     frames = [copper(100 + seed) for seed in range(24)]
     model, train, other = tmp_path / "m.gpmlp", tmp_path / "train.xyz", tmp_path / "other.xyz"
-    atoms.write(train, frames)
+    ase_atoms.write(train, frames)
     assert gpmlp("fit", train, *QUICK, "--set", "noise.energy_per_atom.bounds=[0.5,0.9]", "-o", model)[0] == 0
     source = archive.read_header(model)["header"]["calibration"]["source"]
     assert source["held_out_structures"] == len(source["fingerprints"]) == 8
@@ -113,7 +113,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     for frame, i in zip(held, numbers, strict=True):
         frame.positions = frame.positions.round(7)
         frame.calc = frames[i].calc
-    atoms.write(other, [*held, copper(300), copper(301)])
+    ase_atoms.write(other, [*held, copper(300), copper(301)])
 
     status, _, err = gpmlp("evaluate", model, other, "--no-variance")
     assert status == 0 and "other.xyz: 8 of 10 structures are among those from which this model" in " ".join(
@@ -125,7 +125,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     assert record["answers"]["How wrong is it?"].startswith("Of these structures 8 of 10 are among those")
     assert "fingerprints" not in json.dumps(record)
 
-    atoms.write(other, [copper(300), copper(301)])
+    ase_atoms.write(other, [copper(300), copper(301)])
     status, _, err = gpmlp("evaluate", model, other, "--no-variance")
     assert status == 0 and "are among those" not in err
     said = " ".join(gpmlp("info", model)[1].split())
@@ -292,13 +292,13 @@ def test_our_faults_are_status_1(gpmlp, monkeypatch, model_file):
         raise RuntimeError("a wheel came off")
 
     monkeypatch.setattr(archive, "read_header", broken)
-    monkeypatch.delenv(cli.DEBUG, raising=False)
+    monkeypatch.delenv(main.DEBUG, raising=False)
     status, _, err = gpmlp("info", model_file)
     assert status == 1
     assert "RuntimeError: a wheel came off. This is a fault of gpmlp" in err and "Traceback" not in err
     status, _, err = gpmlp("info", model_file, "--debug")
     assert status == 1 and "Traceback" in err
-    monkeypatch.setenv(cli.DEBUG, "1")
+    monkeypatch.setenv(main.DEBUG, "1")
     assert "Traceback" in gpmlp("info", model_file)[2]
 
 
@@ -359,7 +359,7 @@ def test_an_interrupted_fit_leaves_the_old_model(gpmlp, monkeypatch, train_file,
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(atoms, "from_ase", interrupted)
+    monkeypatch.setattr(ase_atoms, "from_ase", interrupted)
     assert gpmlp("fit", train_file, *QUICK, "-o", model)[0] == 130
     assert model.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["m.gpmlp"]

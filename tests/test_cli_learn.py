@@ -13,10 +13,10 @@ import ase.io
 import pytest
 from rich.console import Console
 
-from gpmlp import cli, console_learn
-from gpmlp.active import loop, mind
-from gpmlp.active.recipe import LearnRecipe
-from gpmlp.io.recipes import load_as
+from gpmlp.cli import main, progress
+from gpmlp.io.recipe_files import load_as
+from gpmlp.learning import loop, walker_state
+from gpmlp.learning.recipe import LearnRecipe
 
 RECIPE = """\
 start: start.xyz
@@ -52,7 +52,7 @@ def words(text: str) -> str:
 
 
 def test_a_run_and_going_on(recipe, capsys):
-    assert cli.main(["learn", str(recipe), "--no-report"]) == 0
+    assert main.main(["learn", str(recipe), "--no-report"]) == 0
     said = capsys.readouterr()
     table = words(said.out)
     assert "why it stopped all 30 steps of 1 walker(s) are made; it is not converged" in table
@@ -60,7 +60,7 @@ def test_a_run_and_going_on(recipe, capsys):
     assert int(labels) == 3 + int(asked)
     assert "coverage cannot be judged yet: " in table and f"model {recipe.parent / 'out' / 'model.gpmlp'}" in table
     model = recipe.parent / "out" / "model.gpmlp"
-    assert cli.main(["info", str(model)]) == 0
+    assert main.main(["info", str(model)]) == 0
     about = words(capsys.readouterr().out)
     assert (
         re.search(r"data \d+ labels of emt, learned on the fly (calibrated on .*)?made by gpmlp", about)
@@ -72,13 +72,13 @@ def test_a_run_and_going_on(recipe, capsys):
     assert {"labels.xyz", "model.gpmlp", "log.jsonl", "run.log", "trajectory.xyz", "recipe.json"} <= names
     assert "report" not in names
 
-    assert cli.main(["learn", str(recipe), "--no-report"]) == 2
+    assert main.main(["learn", str(recipe), "--no-report"]) == 2
     assert "out: holds a run already; go on with it (--resume), or choose another output." in words(
         capsys.readouterr().err
     )
 
     arguments = ["learn", str(recipe), "--no-report", "--resume", "--set", "dynamics.steps=50"]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     said = capsys.readouterr()
     assert "all 50 steps" in words(said.out)
     assert "first structure" not in said.err  # nothing is told twice
@@ -91,8 +91,8 @@ def test_the_bar_fits(recipe, monkeypatch):
     for width in (80, 120):
         file = io.StringIO()
         terminal = Console(file=file, force_terminal=True, width=width, soft_wrap=True)
-        monkeypatch.setattr(console_learn, "errors_to", lambda terminal=terminal: terminal)
-        show = console_learn.Learning(chosen)
+        monkeypatch.setattr(progress, "errors_to", lambda terminal=terminal: terminal)
+        show = progress.Learning(chosen)
         drawn = []
         for state in states:
             show(state)
@@ -158,7 +158,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_errors_of_the_user_are_one_message(name, recipe, capsys):
     (before, after), expected = WRONG[name]
-    assert cli.main(["learn", str(changed(recipe, before, after))]) == 2
+    assert main.main(["learn", str(changed(recipe, before, after))]) == 2
     said = words(capsys.readouterr().err)
     assert expected in said and said.count("error:") == 1 and "Traceback" not in said
     assert not (recipe.parent / "out").exists()
@@ -180,14 +180,14 @@ def test_modules_of_the_user_that_are_wrong(text, expected, recipe, capsys, monk
     (recipe.parent / "wrong_oracle.py").write_text(text)
     monkeypatch.syspath_prepend(recipe.parent)
     monkeypatch.delitem(sys.modules, "wrong_oracle", raising=False)
-    assert cli.main(["learn", str(changed(recipe, "calculator: emt", "calculator: 'wrong_oracle:Own'"))]) == 2
+    assert main.main(["learn", str(changed(recipe, "calculator: emt", "calculator: 'wrong_oracle:Own'"))]) == 2
     said = words(capsys.readouterr().err)
     assert expected in said and ".." not in said and said.count("error:") == 1
     sys.modules.pop("wrong_oracle", None)
 
 
 def test_a_keyword_that_means_nothing(recipe, capsys):
-    assert cli.main(["learn", str(recipe), "--set", "oracle.kwargs={wibble: true}"]) == 2
+    assert main.main(["learn", str(recipe), "--set", "oracle.kwargs={wibble: true}"]) == 2
     assert "oracle: emt knows no kwargs.wibble; it takes asap_cutoff." in words(capsys.readouterr().err)
 
 
@@ -198,7 +198,7 @@ def test_pressure_of_what_has_none(recipe, capsys):
     ase.io.write(recipe.parent / "start.xyz", atoms)
     for name in ("pressure", "rdf"):
         more = f"stop.observable={{name: {name}}}"
-        assert cli.main(["learn", str(recipe), "--set", more]) == 2
+        assert main.main(["learn", str(recipe), "--set", more]) == 2
         assert f"observable '{name}'" in words(capsys.readouterr().err)
         assert not (recipe.parent / "out").exists()
 
@@ -212,7 +212,7 @@ def test_modules_beside_the_recipe(recipe, capsys, monkeypatch, tmp_path_factory
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     changed(recipe, "every_frames: 2", "every_frames: 2, observable: {name: 'beside_it:volume'}")
     assert (
-        cli.main(["learn", str(changed(recipe, "calculator: emt", "calculator: 'beside_it:Own'")), "--no-report"]) == 0
+        main.main(["learn", str(changed(recipe, "calculator: emt", "calculator: 'beside_it:Own'")), "--no-report"]) == 0
     )
     assert "beside_it:volume" in (recipe.parent / "out" / "log.jsonl").read_text()
     sys.modules.pop("beside_it")
@@ -220,11 +220,11 @@ def test_modules_beside_the_recipe(recipe, capsys, monkeypatch, tmp_path_factory
 
 def test_dynamics_that_cannot_be_kept_stable(recipe, capsys, monkeypatch):
     """No success: the table says how far it came, the status that something has to be done."""
-    monkeypatch.setattr(mind, "MOST_SETBACKS", 2)
+    monkeypatch.setattr(walker_state, "MOST_SETBACKS", 2)
     monkeypatch.setattr(loop, "MOST_RESTARTS", 1)
     arguments = ["learn", str(recipe), "--no-report", "--set", "trigger.guards.temperature=0.01"]
     for more in ([], ["--resume"]):
-        assert cli.main(arguments + more) == 2
+        assert main.main(arguments + more) == 2
         said = capsys.readouterr()
         assert "error:" in said.err and "the run ended early: a walker could not be kept stable" in words(said.err)
         assert "why it stopped" in words(said.out)
@@ -232,17 +232,17 @@ def test_dynamics_that_cannot_be_kept_stable(recipe, capsys, monkeypatch):
 
 def test_a_start_without_atoms(recipe, capsys):
     (recipe.parent / "start.xyz").write_text("0\n\n")
-    assert cli.main(["learn", str(recipe)]) == 2
+    assert main.main(["learn", str(recipe)]) == 2
     assert "start.xyz: frame 0 has no atoms" in words(capsys.readouterr().err)
 
 
 def test_set_is_checked_as_the_file_is(recipe, capsys):
-    assert cli.main(["learn", str(recipe), "--set", "trigger.probability=2"]) == 2
+    assert main.main(["learn", str(recipe), "--set", "trigger.probability=2"]) == 2
     assert "`trigger.probability` must be less than 1; got 2" in words(capsys.readouterr().err)
 
 
 def test_a_recipe_that_is_not_there(tmp_path, capsys):
-    assert cli.main(["learn", str(tmp_path / "none.yaml")]) == 2
+    assert main.main(["learn", str(tmp_path / "none.yaml")]) == 2
     assert "the recipe cannot be read" in words(capsys.readouterr().err)
 
 
@@ -262,22 +262,22 @@ def test_interrupted(how, recipe, capsys, monkeypatch):
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(loop, "learn", interrupted)
-    assert cli.main(["learn", str(recipe), "--set", "output=el se"]) == 130
+    assert main.main(["learn", str(recipe), "--set", "output=el se"]) == 130
     assert f"interrupted; go on with: gpmlp learn {recipe} '--set=output=el se' --resume" in words(
         capsys.readouterr().err
     )
-    assert cli.main(["learn", str(recipe), "--resume"]) == 130
+    assert main.main(["learn", str(recipe), "--resume"]) == 130
     assert "there is nothing to resume, a new run begins" in words(capsys.readouterr().err)
     assert closed and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_report_of_a_folder_needs_nothing_else(tmp_path, capsys):
-    assert cli.main(["report", str(tmp_path), "data.xyz"]) == 2
+    assert main.main(["report", str(tmp_path), "data.xyz"]) == 2
     assert "leave out DATA and --output" in words(capsys.readouterr().err)
-    assert cli.main(["report", str(tmp_path)]) == 2
+    assert main.main(["report", str(tmp_path)]) == 2
     assert "holds no learning run" in words(capsys.readouterr().err)
-    assert cli.main(["report", str(tmp_path / "typo")]) == 2
+    assert main.main(["report", str(tmp_path / "typo")]) == 2
     assert "there is no such file or folder" in words(capsys.readouterr().err)
     (tmp_path / "model.gpmlp").write_text("")
-    assert cli.main(["report", str(tmp_path / "model.gpmlp")]) == 2
+    assert main.main(["report", str(tmp_path / "model.gpmlp")]) == 2
     assert "needs DATA and --output" in words(capsys.readouterr().err)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from ase.calculators.emt import EMT
 
-from gpmlp import units
-from gpmlp.consistency import check_stress_consistency, strained_pairs
-from gpmlp.io import atoms
+from gpmlp.core import units
+from gpmlp.fitting.stress_check import check_stress_consistency, strained_pairs
+from gpmlp.io import ase_atoms
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def strained():
     for frame in frames:
         frame.calc = EMT()
         frame.get_stress()
-    return atoms.from_ase(frames)
+    return ase_atoms.from_ase(frames)
 
 
 def scaled(targets, factor):
@@ -57,7 +57,7 @@ def test_trapezoid_rule_converges_as_the_cube_of_the_strain():
             frame.calc = EMT()
             frame.get_stress()
             frames.append(frame)
-        pairs = strained_pairs(*atoms.from_ase(frames))
+        pairs = strained_pairs(*ase_atoms.from_ase(frames))
         return float((pairs.energy - pairs.work).abs()[0])
 
     assert residual(0.02) / residual(0.01) == pytest.approx(8, rel=0.1)

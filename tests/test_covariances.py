@@ -20,13 +20,14 @@ from systems import (
     structure,
 )
 
-from gpmlp import neighbors
-from gpmlp.environments import Surroundings
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Surroundings
+from gpmlp.core.structures import Structures
+from gpmlp.fitting.sparse_points import directions, make_block
 from gpmlp.gp import covariances, posterior
-from gpmlp.gp.covariances import InducingBlock
-from gpmlp.inducing import directions, make_block
-from gpmlp.structures import Structures
-from gpmlp.terms import MeanBlock
+from gpmlp.gp import inducing as inducing_module
+from gpmlp.gp.inducing import InducingBlock
+from gpmlp.potential.mean import MeanBlock
 
 FIRST = "soap gto"
 CASES = [(d, "polynomial 3") for d in DESCRIPTORS] + [(FIRST, k) for k in KERNELS if k != "polynomial 3"]
@@ -118,7 +119,7 @@ def test_rows_are_the_double_sums_of_the_oracle(model):
     torch.testing.assert_close(found.forces, expected["forces"], atol=1e-12, rtol=0)
     torch.testing.assert_close(found.stresses, expected["stresses"], atol=1e-12, rtol=0)
     between = gp.covariance(inducing, u, z_u, inducing, u, z_u)
-    expected = torch.block_diag(*(covariances.covariance(kernel, block, block) for block in blocks))
+    expected = torch.block_diag(*(inducing_module.covariance(kernel, block, block) for block in blocks))
     torch.testing.assert_close(between, expected, atol=1e-12, rtol=0)
 
 
@@ -169,12 +170,12 @@ def test_two_point_covariances_are_derivatives_of_the_kernel():
 def test_the_covariance_of_inducing_variables_is_symmetric_and_positive_definite(model):
     made, kernel, blocks = model
     for block in blocks:
-        k = covariances.covariance(kernel, block, block)
+        k = inducing_module.covariance(kernel, block, block)
         assert torch.equal(block.kept, block.kept.unique())
         torch.testing.assert_close(k, k.T, atol=1e-14, rtol=0)
         values = torch.linalg.eigvalsh(k)
         # columns kept have RANK_TOLERANCE of variance of their own or more; eigenvalues may be smaller by the number of columns
-        assert values.min() > posterior.RANK_TOLERANCE * 1e-3
+        assert values.min() > inducing_module.RANK_TOLERANCE * 1e-3
 
 
 def test_tangents_are_orthonormal_physical_directions(model):
@@ -245,12 +246,12 @@ def test_rank_is_that_of_the_feature_space():
 def test_pivoted_rank_of_matrices_with_known_rank():
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(12, 5, generator=generator, dtype=torch.float64)
-    kept = posterior.pivoted_rank(a @ a.T, 1e-9)
+    kept = inducing_module.pivoted_rank(a @ a.T, 1e-9)
     assert len(kept) == 5
     assert torch.equal(kept, kept.sort().values)
     assert torch.linalg.matrix_rank(a[kept]) == 5
     padded = torch.block_diag(torch.zeros(2, 2, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
-    assert posterior.pivoted_rank(padded, 1e-9).tolist() == [2, 3, 4]
+    assert inducing_module.pivoted_rank(padded, 1e-9).tolist() == [2, 3, 4]
 
 
 # collapse -------------------------------------------------------------------------------------------------------------------
@@ -270,13 +271,13 @@ def test_directions_collapse_into_one_vector_per_centre(name):
     others = cluster(seed=9)
     x = made(Surroundings.of(others, neighbors.find(others, CUTOFF))).features
     points = InducingBlock(6, x, x.new_zeros(len(x), 0, x.shape[1]), torch.arange(len(x)))
-    expected = covariances.covariance(kernel, points, block) @ weights
+    expected = inducing_module.covariance(kernel, points, block) @ weights
     energy, slope = mean(kernel, x)
     torch.testing.assert_close(energy, expected, atol=1e-12, rtol=1e-12)
     # the slope along any direction is the covariance of that derivative
     along = torch.randn(len(x), 1, x.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     n = len(x)
-    slopes = covariances.covariance(kernel, InducingBlock(6, x, along, torch.arange(n, 2 * n)), block) @ weights
+    slopes = inducing_module.covariance(kernel, InducingBlock(6, x, along, torch.arange(n, 2 * n)), block) @ weights
     torch.testing.assert_close(
         (slope * along[:, 0]).sum(1), slopes, atol=1e-11, rtol=1e-12
     )  # terms of order |along| ~ 15

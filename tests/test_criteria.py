@@ -11,11 +11,11 @@ import torch
 from ase import Atoms
 from scipy.stats import chi2
 
-from gpmlp import neighbors
-from gpmlp.active.criteria import Before, Limits, bound, criteria, exceedance, guard, limits_of, risk, too_close
-from gpmlp.active.recipe import GuardsRecipe, LearnRecipe, TriggerRecipe
-from gpmlp.io.atoms import structures_from_ase
-from gpmlp.quantities import Prediction, Variance
+from gpmlp.core import neighbors
+from gpmlp.core.quantities import Prediction, Variance
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.learning.recipe import GuardsRecipe, LearnRecipe, TriggerRecipe
+from gpmlp.learning.triggers import Before, Limits, bound, criteria, exceedance, guard, limits_of, risk, too_close
 from gpmlp.uncertainty.calibration import Calibration, KindCalibration
 
 LIMITS = Limits(force=0.1, probability=0.1, local_energy=0.05, novelty=1.5, halt=4.0, guards=GuardsRecipe())

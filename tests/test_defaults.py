@@ -7,12 +7,13 @@ import torch
 from pydantic import BaseModel
 from systems import cluster, crystal, structure
 
-from gpmlp import defaults, descriptors
+from gpmlp import descriptors
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
 from gpmlp.descriptors import NAMES
-from gpmlp.potential import make_kernel
-from gpmlp.quantities import Targets
+from gpmlp.fitting import defaults
+from gpmlp.gp.kernels import make_kernel
 from gpmlp.recipe import Recipe
-from gpmlp.structures import Structures
 
 MOLECULES = Structures.concatenate([cluster(seed=s) for s in range(4)])
 CRYSTALS = Structures.concatenate([crystal(kind) for kind in ("cubic", "triclinic", "left-handed")])

@@ -13,12 +13,11 @@ import pytest
 import torch
 from systems import CUTOFF, DESCRIPTORS, descriptor, everything
 
-from gpmlp import neighbors
-from gpmlp.checks import DataWarning
-from gpmlp.descriptors import dense, triton_soap
-from gpmlp.descriptors.harmonics import harmonics
-from gpmlp.descriptors.spherical import Spherical
-from gpmlp.environments import Surroundings
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Surroundings
+from gpmlp.core.errors import DataWarning
+from gpmlp.descriptors import _triton, backends, gpu
+from gpmlp.descriptors.spherical_harmonics import Spherical, harmonics
 
 SOAPS = [name for name in DESCRIPTORS if name.startswith("soap")]
 # sums of up to some hundred terms of order 1 in another order
@@ -35,7 +34,7 @@ def seen(cutoff: float = CUTOFF, dtype: torch.dtype = torch.float64) -> Surround
 def compare(made, surroundings: Surroundings, several: bool = True) -> None:
     """Features, and one and several cotangents."""
     vectors = surroundings.vectors
-    ours, reference = dense.environments(made, surroundings, dense.form(made, vectors)), made.reference(surroundings)
+    ours, reference = gpu.environments(made, surroundings, backends.form(made, vectors)), made.reference(surroundings)
     tolerance = {"rtol": 0, "atol": TOLERANCE[vectors.dtype]}
     torch.testing.assert_close(ours.features, reference.features, **tolerance)
     cotangents = torch.randn(2, *ours.features.shape, generator=torch.Generator().manual_seed(0)).to(vectors)
@@ -59,18 +58,18 @@ def test_unsorted_environments_without_neighbours_and_none_at_all():
 
 def test_chunks_do_not_show(monkeypatch):
     made, surroundings = descriptor(SOAPS[0]), seen()
-    whole = dense.environments(made, surroundings)
+    whole = gpu.environments(made, surroundings)
     cotangents = whole.features.roll(1, 0)
     pulled = whole.pull_back(cotangents)
-    monkeypatch.setattr(dense, "ENVIRONMENTS", 5)
-    parts = dense.environments(made, surroundings)
+    monkeypatch.setattr(gpu, "ENVIRONMENTS", 5)
+    parts = gpu.environments(made, surroundings)
     torch.testing.assert_close(parts.features, whole.features, rtol=0, atol=1e-14)
     torch.testing.assert_close(parts.pull_back(cotangents), pulled, rtol=0, atol=1e-13)
 
 
 def test_jacobians_are_those_of_the_reference():
     made, surroundings = descriptor(SOAPS[0]), seen().select([0, 5])
-    found = dense.environments(made, surroundings).jacobian()
+    found = gpu.environments(made, surroundings).jacobian()
     assert torch.equal(found, made.reference(surroundings).jacobian())
 
 
@@ -98,30 +97,30 @@ def test_products_where_kernels_do_not_compile(monkeypatch, error):
         tried.append(rest)
         raise error
 
-    monkeypatch.setattr(triton_soap, "usable", lambda like: True)
-    monkeypatch.setattr(triton_soap.Kernels, "expand", compile_and_fail)
-    dense._form.cache_clear()
+    monkeypatch.setattr(_triton, "usable", lambda like: True)
+    monkeypatch.setattr(_triton.Kernels, "expand", compile_and_fail)
+    backends._form.cache_clear()
     last = "RuntimeError: Failed to find C compiler" if str(error) else "ZeroDivisionError: no message"
     try:
         with pytest.warns(DataWarning, match=rf"do not work on cpu \({last}\).*products"):
             compare(descriptor(SOAPS[0]), seen())
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert isinstance(dense.form(descriptor(SOAPS[0]), seen().vectors), dense.Products)
+            assert isinstance(backends.form(descriptor(SOAPS[0]), seen().vectors), gpu.Products)
         assert len(tried) == 1
     finally:
-        dense._form.cache_clear()
+        backends._form.cache_clear()
 
 
 PARITY = """
 import torch
 from test_dense import SOAPS, compare, seen
 from systems import descriptor
-from gpmlp.descriptors import dense, triton_soap
+from gpmlp.descriptors import _triton, backends
 
 def check(surroundings, name=SOAPS[0], **changes):
     made = descriptor(name, **changes)
-    assert isinstance(dense.form(made, surroundings.vectors), triton_soap.Kernels)
+    assert isinstance(backends.form(made, surroundings.vectors), _triton.Kernels)
     compare(made, surroundings, several=False)
 
 # the interpreter takes a tenth of a second for a pair: few of them
@@ -136,10 +135,10 @@ check(seen().select([]))
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from gpmlp.descriptors import triton_kernels
+from gpmlp.descriptors import _triton_kernels
 
 def compiled(name, constants, number):
-    kernel, types = getattr(triton_kernels, name), {"width": "i32", "intervals": "i32", "own": "*i64"}
+    kernel, types = getattr(_triton_kernels, name), {"width": "i32", "intervals": "i32", "own": "*i64"}
     signature = {a: types.get(a, "*i32" if a.startswith("of_") else "*" + number) for a in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(a),): value for a, value in constants.items()}
@@ -164,15 +163,15 @@ def in_process(code: str, **environment: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
-@pytest.mark.parametrize("form", [dense.Products, triton_soap.Kernels])
+@pytest.mark.parametrize("form", [gpu.Products, _triton.Kernels])
 @pytest.mark.parametrize("changes", [{}, {"n_max": 9, "l_max": 8}], ids=["small", "large"])
 def test_on_a_device(form, dtype, changes):
     """Both forms on CUDA against the plain path on the CPU."""
     made, here = descriptor(SOAPS[0], **changes), seen(dtype=dtype)
     there = Surroundings(*(part.to("cuda") for part in vars(here).values()))
-    if form is triton_soap.Kernels and not triton_soap.usable(there.vectors):
+    if form is _triton.Kernels and not _triton.usable(there.vectors):
         pytest.skip("Triton is not installed")
-    reference, found = made.reference(here), dense.environments(made, there, form.of(made, there.vectors))
+    reference, found = made.reference(here), gpu.environments(made, there, form.of(made, there.vectors))
     tolerance = {"rtol": 0, "atol": 10 * TOLERANCE[dtype]}
     torch.testing.assert_close(found.features.cpu(), reference.features, **tolerance)
     cotangents = torch.randn(here.species.shape[0], made.n_features, generator=torch.Generator().manual_seed(0)).to(

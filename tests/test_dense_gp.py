@@ -21,14 +21,14 @@ import torch
 from systems import KERNELS, cluster, crystal, descriptor, structure, targets_of
 from test_covariances import inducing_blocks
 
-from gpmlp import neighbors
-from gpmlp.environments import Surroundings
-from gpmlp.fit import fit
-from gpmlp.gp import covariances, evidence, posterior
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Surroundings
+from gpmlp.core.quantities import KINDS, Prediction, Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting.fit import fit
+from gpmlp.gp import covariances, evidence, inducing, posterior, qr
 from gpmlp.gp.evidence import Statistics
-from gpmlp.quantities import KINDS, Prediction, Targets
 from gpmlp.recipe import Recipe
-from gpmlp.structures import Structures
 
 TIGHT = 1e-8
 SIZES = {"cutoff": 3.2, "n_max": 5, "l_max": 5, "sigma_atom": 0.4, "radial_scaling": False}
@@ -64,9 +64,9 @@ def sparse_factors(structures: Structures, made, kernel, blocks, lowers, values)
     for kind, y in values.items():
         a, known = getattr(rows, kind), ~torch.isnan(y)
         a = a / structures.counts[:, None] if kind == "energies" else a
-        factor = posterior.RowFactor(a.shape[1], 50)
+        factor = qr.RowFactor(a.shape[1], 50)
         factor.add(a[known], y[known])
-        whitened[kind], counts[kind] = posterior.whiten(factor.factor(), lowers), factor.count
+        whitened[kind], counts[kind] = inducing.whiten(factor.factor(), lowers), factor.count
     return whitened, counts
 
 

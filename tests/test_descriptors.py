@@ -8,9 +8,10 @@ import pytest
 import torch
 from systems import CUTOFF, DESCRIPTORS, cluster, crystal, descriptor, everything, structure
 
-from gpmlp import descriptors, neighbors
-from gpmlp.checks import UserError
-from gpmlp.environments import Surroundings
+from gpmlp import descriptors
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Surroundings
+from gpmlp.core.errors import UserError
 
 SOAPS = [name for name in DESCRIPTORS if name.startswith("soap")]
 # features are of order 1; their Jacobians too. Fourth-order differences with h = 1e-3 A: h^4 f'''''/30 ~ 1e-12 x (1/0.5 A)^5 / 30

@@ -9,9 +9,9 @@ from ase import Atoms
 from dscribe.descriptors import ACSF, SOAP
 from systems import CUTOFF, cluster, crystal, descriptor, structure
 
-from gpmlp import neighbors
-from gpmlp.checks import UserError
-from gpmlp.environments import Surroundings
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Surroundings
+from gpmlp.core.errors import UserError
 
 # both are double precision throughout; ours interpolates radial integrals to 1e-10 of the largest
 AGREEMENT = 1e-8

@@ -12,10 +12,10 @@ from ase import Atoms, units
 from ase.calculators.calculator import PropertyNotImplementedError
 from conftest import copper
 
-from gpmlp.checks import UserError
-from gpmlp.engines import doubt, md
+from gpmlp.core.errors import UserError
+from gpmlp.engines import md
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.io.atoms import from_ase
+from gpmlp.io.ase_atoms import from_ase
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_skin_does_not_show(potential):
 
 def test_a_potential_needs_structures(potential, small_atoms):
     for atoms in (small_atoms[0], small_atoms):
-        with pytest.raises(UserError, match=r"got (Atoms|list)\. Convert .* gpmlp.io.atoms.structures_from_ase"):
+        with pytest.raises(UserError, match=r"got (Atoms|list)\. Convert .* gpmlp.io.ase_atoms.structures_from_ase"):
             potential(atoms)
 
 
@@ -274,19 +274,19 @@ def test_files_are_touched_when_the_first_state_has_come(calculator, tmp_path):
 
 def test_doubt_is_what_the_potential_says(potential):
     frame = copper(43, cells=3, rattle=0.2)
-    found = doubt.watch(potential)(frame)
+    found = md.watch(potential)(frame)
     structures, _ = from_ase([frame])
     whole = potential(structures, ["atom_energies", "forces"], novelty=True)
     np.testing.assert_allclose(found.local_energy_std, whole.atom_energies_variance.total.sqrt(), rtol=1e-12)
     np.testing.assert_allclose(found.novelty, whole.novelty, rtol=1e-12)
     std = whole.forces_variance.total.sum(1).sqrt()
-    assert len(frame) > doubt.SUSPECTS  # the largest of those that are looked at
-    suspects = (whole.atom_energies_variance.total.sqrt() * whole.novelty).topk(doubt.SUSPECTS).indices
+    assert len(frame) > md.SUSPECTS  # the largest of those that are looked at
+    suspects = (whole.atom_energies_variance.total.sqrt() * whole.novelty).topk(md.SUSPECTS).indices
     assert found.force_std == pytest.approx(float(std[suspects].max()), rel=1e-9)
     assert found.force_atom in suspects.tolist() and found.force_std == pytest.approx(float(std[found.force_atom]))
     assert found.largest == (found.force_std, found.local_energy_std.max(), found.novelty.max())
     frame = copper(44)
-    few = doubt.watch(potential)(frame)  # of so few atoms all are looked at
+    few = md.watch(potential)(frame)  # of so few atoms all are looked at
     structures, _ = from_ase([frame])
     every = potential(structures, "forces").forces_variance.total.sum(1).sqrt()
     assert few.force_std == pytest.approx(float(every.max()), rel=1e-9) and few.force_atom == int(every.argmax())
@@ -295,7 +295,7 @@ def test_doubt_is_what_the_potential_says(potential):
 def test_a_run_says_how_sure_the_potential_is(potential, calculator, tmp_path):
     trajectory, table = tmp_path / "t.xyz", tmp_path / "e.dat"
     settings = md.Settings("nve", 300, steps=8, timestep_fs=2.0, interval=2, seed=1, uncertainty=4)
-    look = doubt.watch(potential)
+    look = md.watch(potential)
     plain = list(md.run(start(), calculator, settings))
     with md.record(trajectory, table) as append:
         states = [state for state in md.run(start(), calculator, settings, look) if append(state) is None]
@@ -329,7 +329,7 @@ def test_strides_of_doubt_are_checked(potential):
         ({"recipe": potential.recipe.model_copy(update={"variance": False})}, "fitted with variance: false"),
     ):
         with pytest.raises(UserError, match=f"holds no posterior factor, so it can give no variances: .*{why}"):
-            doubt.watch(dataclasses.replace(bare, **changes))
+            md.watch(dataclasses.replace(bare, **changes))
     blind = dataclasses.replace(potential, novelty=None)
-    found = doubt.watch(blind)(start())
+    found = md.watch(blind)(start())
     assert found.novelty is None and np.isnan(found.largest[2]) and found.force_std > 0

@@ -17,13 +17,13 @@ from ase.build import bulk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpmlp
-from gpmlp import checks
-from gpmlp.checks import UserError
+from gpmlp.core import errors
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
 from gpmlp.engines.torchsim import GPModel
-from gpmlp.io.atoms import structures_from_ase
-from gpmlp.quantities import Targets
+from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.recipe import Recipe
-from gpmlp.structures import Structures
 
 NEW = hasattr(torch_sim, "Integrator")  # TorchSim 0.6 names its integrators and optimizers; 0.3 has functions
 if NEW:
@@ -316,8 +316,8 @@ def test_one_question_of_a_device_for_atoms_that_are_known(potential, way, monke
     """Structures are made unchecked, and with them the cells, however many systems there are; others are looked at again, also where
     a state was changed in place."""
     model, state = model_of(potential, way), state_of([*cells()] * 8, way)
-    looked, look = [], checks.cells
-    monkeypatch.setattr(checks, "cells", lambda c, *rest: looked.append(len(c)) or look(c, *rest))
+    looked, look = [], errors.cells
+    monkeypatch.setattr(errors, "cells", lambda c, *rest: looked.append(len(c)) or look(c, *rest))
     model(state), model(state)
     looked.clear()
     for _ in range(3):

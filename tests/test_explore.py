@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import gpmlp
-from gpmlp.active import explore
-from gpmlp.active.criteria import too_close
-from gpmlp.checks import UserError
-from gpmlp.io.atoms import from_ase, structures_from_ase
+from gpmlp.core.errors import UserError
+from gpmlp.io.ase_atoms import from_ase, structures_from_ase
+from gpmlp.learning import exploration
+from gpmlp.learning.exploration import spread
+from gpmlp.learning.triggers import too_close
 from gpmlp.recipe import Recipe
-from gpmlp.spread import spread
 
 SMALL = {"n_max": 3, "l_max": 2, "cutoff": 3.5, "sigma_atom": 0.5}
 
@@ -73,7 +73,7 @@ def test_forces_and_stress_are_slopes(learned):
 def test_a_rare_direction_leads_to_greater_novelty_within_the_radius(learned):
     potential, structures = learned
     one = structures.select([2])
-    moved = explore.rare(potential, one, 1, radius_A=0.25)
+    moved = exploration.rare(potential, one, 1, radius_A=0.25)
     shift = (moved.positions - one.positions).norm(dim=1)
     assert 0 < float(shift.max()) <= 0.25 + 1e-9
     before, after = (float(potential(s, novelty=True).novelty.max()) for s in (one, moved))
@@ -91,7 +91,7 @@ def test_a_rare_direction_leads_to_greater_novelty_within_the_radius(learned):
 def test_ascent_climbs_and_keeps_its_distances(learned):
     potential, structures = learned
     one = structures.select([4])
-    climbed = explore.ascend(potential, one, radius_A=0.3, steps=6)
+    climbed = exploration.ascend(potential, one, radius_A=0.3, steps=6)
     assert float(spread(potential, climbed).energies[0]) > 1.01 * float(spread(potential, one).energies[0])
     assert float((climbed.positions - one.positions).norm(dim=1).max()) <= 0.3 + 1e-9
     assert too_close(climbed, 0.6) is None
@@ -101,7 +101,7 @@ def test_the_bias_pushes_uphill_with_the_share_asked_for(learned):
     potential, structures = learned
     one = structures.select([1])
     forces = potential(one).forces
-    energy, push, stress = explore.Bias(0.3)(potential, one, forces)
+    energy, push, stress = exploration.Bias(0.3)(potential, one, forces)
     assert energy < 0 and stress.shape == (3, 3)
     assert float(push.square().mean().sqrt()) == pytest.approx(0.3 * float(forces.square().mean().sqrt()))
     further = one.with_positions(one.positions + 1e-3 * push / push.norm())
@@ -112,9 +112,9 @@ def test_what_cannot_be_explored_is_refused(learned):
     potential, _ = learned
     alone = structures_from_ase([ase.Atoms("Cu", [[0, 0, 0]])])
     with pytest.raises(UserError, match="no neighbours"):
-        explore.rare(potential, alone, 0)
+        exploration.rare(potential, alone, 0)
     silver = structures_from_ase([ase.build.bulk("Ag", cubic=True)])
     with pytest.raises(UserError, match="Ag was never seen"):
-        explore.rare(potential, silver, 0)
+        exploration.rare(potential, silver, 0)
     with pytest.raises(UserError, match="Ag"):
         spread(potential, silver)

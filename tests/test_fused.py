@@ -6,9 +6,9 @@ import pytest
 import torch
 from systems import CUTOFF, DESCRIPTORS, descriptor, everything
 
-from gpmlp import neighbors
-from gpmlp.descriptors import fused
-from gpmlp.environments import Surroundings
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Surroundings
+from gpmlp.descriptors import cpu
 
 SOAPS = [name for name in DESCRIPTORS if name.startswith("soap")]
 # sums of up to some hundred terms of order 1 in another order: 1e-16 or 1e-7 times about ten, and derivatives grow with l
@@ -27,7 +27,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def compare(made, surroundings: Surroundings) -> None:
     """Features, Jacobian, and one and several cotangents."""
-    ours, reference = fused.environments(made, surroundings), made.reference(surroundings)
+    ours, reference = cpu.environments(made, surroundings), made.reference(surroundings)
     tolerance = {"rtol": 0, "atol": TOLERANCE[surroundings.vectors.dtype]}
     torch.testing.assert_close(ours.features, reference.features, **tolerance)
     torch.testing.assert_close(ours.jacobian(), reference.jacobian(), **tolerance)
@@ -53,12 +53,12 @@ def test_radial_functions_that_do_not_fill_lanes(n_max):
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 4, 3), (3, 8, 1), (4, 12, 5), (7, 20, 9), (5, 4, 0)])
 def test_products_of_small_matrices(rows, columns, depth, dtype):
     """a is stored by columns and begins late, c has longer rows than it needs: nothing else is written."""
-    from gpmlp.descriptors import lanes
+    from gpmlp.descriptors import _simd
 
     a, b = random(rows + 1, depth, dtype=dtype)[1:], random(depth, columns, dtype=dtype)
     c = torch.full((rows, columns + 3), 7.0, dtype=dtype)
     flat = torch.cat([torch.zeros(2, dtype=dtype), a.T.flatten()]).numpy()
-    lanes.product(
+    _simd.product(
         rows, columns, depth, flat, 2, 1, rows, b.flatten().numpy(), 0, columns, c.view(-1).numpy(), 0, columns + 3
     )
     torch.testing.assert_close(c[:, :columns], a @ b, rtol=0, atol=TOLERANCE[dtype])
@@ -92,12 +92,12 @@ def test_threads_change_nothing():
     """More blocks than threads, each environment done by one: equal to the last bit."""
     surroundings = Surroundings.concatenate([seen()] * 8)
     made, before = descriptor(SOAPS[0]), torch.get_num_threads()
-    assert len(surroundings) > 3 * fused.BLOCK
+    assert len(surroundings) > 3 * cpu.BLOCK
     found = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            environments = fused.environments(made, surroundings)
+            environments = cpu.environments(made, surroundings)
             pulled = environments.pull_back(environments.features.roll(1, 0))
             found.append((environments.features, environments.jacobian(), pulled))
     finally:
@@ -112,9 +112,9 @@ def test_what_autograd_records_goes_the_plain_way():
         surroundings.species, surroundings.centers, surroundings.neighbor_species, surroundings.vectors.requires_grad_()
     )
     made = descriptor(SOAPS[0])
-    assert not fused.usable(recorded.vectors) and not fused.usable(recorded.vectors.detach().half())
+    assert not cpu.usable(recorded.vectors) and not cpu.usable(recorded.vectors.detach().half())
     (slopes,) = torch.autograd.grad(made(recorded).features[0, 0], recorded.vectors)
     with torch.no_grad():
-        assert fused.usable(recorded.vectors)
+        assert cpu.usable(recorded.vectors)
         jacobian = made(recorded).jacobian()
     torch.testing.assert_close(slopes[recorded.centers == 0], jacobian[recorded.centers == 0, :, 0])

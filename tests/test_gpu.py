@@ -14,9 +14,9 @@ import torch
 from systems import CELLS, crystal, everything
 
 import gpmlp
-from gpmlp import neighbors
-from gpmlp.checks import UserError
-from gpmlp.quantities import Targets
+from gpmlp.core import neighbors
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
 from gpmlp.recipe import Recipe
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -13,13 +13,13 @@ from conftest import copper, labelled
 from systems import cluster
 
 import gpmlp
-from gpmlp import held_out
-from gpmlp.fit import fit
-from gpmlp.io.atoms import from_ase
-from gpmlp.quantities import Prediction, Targets, Variance
+from gpmlp.core.quantities import Prediction, Targets, Variance
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import calibrate
+from gpmlp.fitting.fit import fit
+from gpmlp.io.ase_atoms import from_ase
 from gpmlp.recipe import CalibrationRecipe, Recipe
-from gpmlp.structures import Structures
-from gpmlp.uncertainty import label_noise
+from gpmlp.uncertainty import residuals
 
 SMALL = {"descriptor": {"cutoff": 4.0, "n_max": 4, "l_max": 2}, "inducing": {"n": 30, "gradients": 0}}
 BARE = {"calibration": False, "novelty": False, "variance": False, "baseline": {"zbl": False, "isolated_atoms": "none"}}
@@ -45,26 +45,26 @@ def many(labels: list[str], atoms: int = 2) -> tuple[Structures, Targets]:
 
 def test_every_config_type_gives_its_share():
     structures, targets = many(["a"] * 80 + ["b"] * 40 + ["isolated_atom"])
-    kept, held = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.1), 0)
+    kept, held = calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.1), 0)
     assert sorted([*kept.tolist(), *held.tolist()]) == list(range(121))
     assert sum(i < 80 for i in held.tolist()) == 8 and sum(80 <= i < 120 for i in held.tolist()) == 4
     assert 120 in kept.tolist()
-    again = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.1), 0)[1]
-    other = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.1), 1)[1]
+    again = calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.1), 0)[1]
+    other = calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.1), 1)[1]
     assert torch.equal(held, again) and not torch.equal(held, other)
 
 
 def test_rare_config_types_take_their_turn():
     """Of thirty kinds of four structures each, twelve give one, and which do is left to chance."""
     structures, targets = many([f"kind {i // 4}" for i in range(120)])
-    draws = [held_out.choose(structures, targets, CalibrationRecipe(fraction=0.1), seed)[1] for seed in range(20)]
+    draws = [calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.1), seed)[1] for seed in range(20)]
     assert all(len(held) == 12 == len({i // 4 for i in held.tolist()}) for held in draws)
     assert len({i // 4 for held in draws for i in held.tolist()}) == 30
 
 
 @pytest.mark.parametrize("n, held", [(24, 8), (60, 10), (200, 20)])
 def test_ten_structures_at_least_up_to_a_third(n, held):
-    assert len(held_out.choose(*many(["a"] * n), CalibrationRecipe(), 0)[1]) == held
+    assert len(calibrate.choose(*many(["a"] * n), CalibrationRecipe(), 0)[1]) == held
 
 
 def test_forces_that_vanish_calibrate_nothing():
@@ -82,13 +82,13 @@ def test_forces_that_vanish_calibrate_nothing():
 
 def test_no_more_atoms_than_asked():
     structures, targets = many(["a"] * 50)
-    _, held = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.3, atoms=10), 0)
+    _, held = calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.3, atoms=10), 0)
     assert len(held) == 5
 
 
 @pytest.mark.parametrize("labels, recipe", [(["a"] * 19, CalibrationRecipe()), (["a"] * 60, False)])
 def test_nothing_is_set_aside(labels, recipe):
-    assert len(held_out.choose(*many(labels), recipe, 0)[1]) == 0
+    assert len(calibrate.choose(*many(labels), recipe, 0)[1]) == 0
 
 
 def test_what_was_set_aside_is_learned_from_too(silicon):
@@ -134,12 +134,12 @@ def test_noise_that_was_put_in_is_found(silicon, size):
 def test_label_noise_needs_whole_structures():
     structures = cluster((6, 8, 6))
     unknown = Targets.unknown(structures)
-    assert math.isnan(label_noise.of_forces(structures, unknown))
+    assert math.isnan(residuals.of_forces(structures, unknown))
     forces = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-1, -1, 0]], dtype=torch.float64)
-    assert label_noise.of_forces(structures, replace(unknown, forces=forces)) == pytest.approx(0, abs=1e-15)
+    assert residuals.of_forces(structures, replace(unknown, forces=forces)) == pytest.approx(0, abs=1e-15)
     one_missing = forces.clone()
     one_missing[0] = float("nan")
-    assert math.isnan(label_noise.of_forces(structures, replace(unknown, forces=one_missing)))
+    assert math.isnan(residuals.of_forces(structures, replace(unknown, forces=one_missing)))
 
 
 def test_a_cutoff_that_is_too_short_is_told(silicon):
@@ -175,7 +175,7 @@ def test_a_rare_species_is_not_set_aside():
     structures = Structures.concatenate([*(cluster((6, 6), seed) for seed in range(40)), cluster((6, 8), 3)])
     targets = replace(Targets.unknown(structures), config_types=("a",) * 41)
     for seed in range(30):
-        kept, held = held_out.choose(structures, targets, CalibrationRecipe(fraction=0.3), seed)
+        kept, held = calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.3), seed)
         assert 40 in kept.tolist() and len(kept) + len(held) == 41
 
 
@@ -204,7 +204,7 @@ def test_what_symmetry_makes_zero_teaches_nothing():
             torch.zeros(count).double(), torch.zeros(count).double(), padded(error), unknown.stresses,
             forces_covariance=variance,
         )  # fmt: skip
-        found = held_out.learn(prediction, alone, replace(unknown, forces=torch.zeros(count, 3).double()), "a test")
+        found = calibrate.learn(prediction, alone, replace(unknown, forces=torch.zeros(count, 3).double()), "a test")
         return found.kinds["forces"]
 
     assert learned(3 * n) == learned(0)

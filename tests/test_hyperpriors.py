@@ -10,15 +10,16 @@ import scipy.optimize
 import scipy.stats
 import torch
 
-from gpmlp import hyperpriors, recipe, regression
-from gpmlp.checks import UserError
-from gpmlp.fit import fit
-from gpmlp.gp import evidence
+from gpmlp import recipe
+from gpmlp.core.errors import UserError
+from gpmlp.fitting import regression
+from gpmlp.fitting.fit import fit
+from gpmlp.fitting.online import Online
+from gpmlp.gp import evidence, hyperparameters
 from gpmlp.gp.evidence import AtBound, Statistics
 from gpmlp.gp.likelihood import NOISE_PRIORS, SIGNAL_PRIOR, StdPrior
 from gpmlp.io import archive
-from gpmlp.io.recipes import load_recipe, save_recipe, validate
-from gpmlp.online import Online
+from gpmlp.io.recipe_files import load_recipe, save_recipe, validate
 
 COLUMNS, BLOCKS = 30, [(0, 6), (0, 14)]
 BLOCK_OF_COLUMN = torch.arange(2).repeat_interleave(COLUMNS // 2)
@@ -38,7 +39,7 @@ def data(n: int = 80) -> dict[str, Statistics]:
 
 
 def made(given: dict):
-    return hyperpriors.make(validate(given), ("energies", "forces"), BLOCKS)
+    return hyperparameters.make(validate(given), ("energies", "forces"), BLOCKS)
 
 
 def by_hand(medians: list[float], factors: list[float]) -> np.ndarray:
@@ -129,10 +130,10 @@ def test_bounds_hold_and_are_told_and_what_is_given_stays():
         assert parameters.noise() == pytest.approx({"energies": 0.07, "forces": 0.5}, rel=1e-5)  # true is 0.3
         assert parameters.signal().tolist() == pytest.approx([1.0, 0.4], rel=1e-4)  # true are 3 and 0.5
         assert set(ended) == {AtBound("forces", 0, "lower"), AtBound("signal", 0, "upper")}
-        said = sorted(hyperpriors.warnings(validate(given), BLOCKS, ended))
+        said = sorted(hyperparameters.warnings(validate(given), BLOCKS, ended))
         assert said[0].startswith("noise.force ended at 0.5 eV/A, the lower bound that the recipe sets (noise.force.b")
         assert said[1].startswith("signal.C ended at 1 eV, the upper bound that the recipe sets")
-    (said,) = hyperpriors.warnings(validate({}), BLOCKS, [AtBound("signal", 1, "upper")])
+    (said,) = hyperparameters.warnings(validate({}), BLOCKS, [AtBound("signal", 1, "upper")])
     assert said.startswith("signal.Si ended at 1e+04 eV, the upper bound of its range; the data may not determine it")
 
 
@@ -163,11 +164,11 @@ def test_what_is_left_out_is_the_default():
 def test_each_descriptor_may_have_signals_of_its_own():
     given = {"descriptor": [{"cutoff": 3}, {"cutoff": 5}], "signal": [{"Si": 2}, {"Si": {"bounds": [3, 4]}}]}
     blocks = [(0, 6), (0, 14), (1, 6), (1, 14)]
-    parameters = hyperpriors.make(validate(given), ("forces",), blocks)
+    parameters = hyperparameters.make(validate(given), ("forces",), blocks)
     assert parameters.signal().tolist() == pytest.approx([1, 2, 1, math.sqrt(12)])
-    (said,) = hyperpriors.warnings(validate(given), blocks, [AtBound("signal", 3, "lower")])
+    (said,) = hyperparameters.warnings(validate(given), blocks, [AtBound("signal", 3, "lower")])
     assert said.startswith("signal.1.Si ended at 3 eV, the lower bound that the recipe sets (signal.1.Si.bounds)")
-    shared = hyperpriors.make(validate(given | {"signal": {"Si": 2}}), ("forces",), blocks)
+    shared = hyperparameters.make(validate(given | {"signal": {"Si": 2}}), ("forces",), blocks)
     assert shared.signal().tolist() == pytest.approx([1, 2, 1, 2])
 
 

@@ -10,9 +10,9 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from gpmlp.checks import DataWarning, UserError
-from gpmlp.io import atoms, xyz
-from gpmlp.quantities import Prediction, Targets
+from gpmlp.core.errors import DataWarning, UserError
+from gpmlp.core.quantities import Prediction, Targets
+from gpmlp.io import ase_atoms, files
 
 STRESS = np.array([[0.01, 0.001, 0.002], [0.001, 0.02, 0.003], [0.002, 0.003, 0.03]])
 VOIGT = [0.01, 0.02, 0.03, 0.003, 0.002, 0.001]
@@ -25,16 +25,16 @@ def silicon(**results) -> Atoms:
 
 
 def one(frame: Atoms):
-    return atoms.from_ase([frame], ["data.xyz frame 7"])
+    return ase_atoms.from_ase([frame], ["data.xyz frame 7"])
 
 
 # --- round trips
 
 
 def test_read_gives_the_numbers_that_were_written(tmp_path, small_atoms):
-    atoms.write(tmp_path / "a.xyz", small_atoms)
-    structures, targets = atoms.read(tmp_path / "a.xyz")
-    expected, labels = atoms.from_ase(small_atoms)
+    ase_atoms.write(tmp_path / "a.xyz", small_atoms)
+    structures, targets = ase_atoms.read(tmp_path / "a.xyz")
+    expected, labels = ase_atoms.from_ase(small_atoms)
     # extended XYZ as ASE writes it keeps 8 decimals of positions and forces
     torch.testing.assert_close(structures.positions, expected.positions, atol=1e-8, rtol=0)
     torch.testing.assert_close(targets.forces, labels.forces, atol=1e-8, rtol=0)
@@ -47,7 +47,7 @@ def test_read_gives_the_numbers_that_were_written(tmp_path, small_atoms):
 
 def test_to_ase_inverts_from_ase(small_atoms, small_set):
     structures, targets = small_set
-    for back, frame in zip(atoms.to_ase(structures, targets), small_atoms, strict=True):
+    for back, frame in zip(ase_atoms.to_ase(structures, targets), small_atoms, strict=True):
         np.testing.assert_array_equal(back.positions, frame.positions)
         np.testing.assert_array_equal(back.cell.array, frame.cell.array)
         np.testing.assert_array_equal(back.pbc, frame.pbc)
@@ -58,11 +58,11 @@ def test_to_ase_inverts_from_ase(small_atoms, small_set):
 
 
 def test_prediction_becomes_calculator_results():
-    structures, _ = atoms.from_ase([silicon(), molecule("H2O")])
+    structures, _ = ase_atoms.from_ase([silicon(), molecule("H2O")])
     n = structures.n_atoms
     stresses = torch.stack([torch.as_tensor(STRESS), torch.full((3, 3), float("nan"), dtype=torch.float64)])
     prediction = Prediction(torch.tensor([1.0, 2.0]), torch.ones(n), torch.ones(n, 3), stresses)
-    crystal, water = atoms.to_ase(structures, prediction)
+    crystal, water = ase_atoms.to_ase(structures, prediction)
     np.testing.assert_allclose(crystal.get_stress(), VOIGT)
     assert crystal.get_potential_energy(force_consistent=True) == 1.0
     assert water.calc.results["energies"].shape == (3,)
@@ -70,13 +70,13 @@ def test_prediction_becomes_calculator_results():
 
 
 def test_frames_are_counted_in_the_file_whatever_is_kept(tmp_path, small_atoms):
-    atoms.write(tmp_path / "a.xyz", small_atoms)
-    assert atoms.read(tmp_path / "a.xyz", "10:14:3")[0].names == ("a.xyz frame 10", "a.xyz frame 13")
-    assert atoms.read(tmp_path / "a.xyz", -1)[0].names == ("a.xyz frame 15",)
+    ase_atoms.write(tmp_path / "a.xyz", small_atoms)
+    assert ase_atoms.read(tmp_path / "a.xyz", "10:14:3")[0].names == ("a.xyz frame 10", "a.xyz frame 13")
+    assert ase_atoms.read(tmp_path / "a.xyz", -1)[0].names == ("a.xyz frame 15",)
     with pytest.raises(UserError, match="cannot take the frames '99' of 16"):
-        atoms.read(tmp_path / "a.xyz", 99)
+        ase_atoms.read(tmp_path / "a.xyz", 99)
     with pytest.raises(UserError, match="keeps none of its 16 frames"):
-        atoms.read(tmp_path / "a.xyz", "16:")
+        ase_atoms.read(tmp_path / "a.xyz", "16:")
 
 
 # --- labels
@@ -109,7 +109,7 @@ def test_virial_from_a_file_has_quips_sign(tmp_path):
     frame = silicon()
     frame.info["virial"] = -STRESS * frame.get_volume()
     ase.io.write(tmp_path / "v.xyz", frame)
-    np.testing.assert_allclose(atoms.read(tmp_path / "v.xyz")[1].stresses[0].numpy(), STRESS)
+    np.testing.assert_allclose(ase_atoms.read(tmp_path / "v.xyz")[1].stresses[0].numpy(), STRESS)
 
 
 def test_free_energy_is_preferred_and_a_difference_is_told():
@@ -121,7 +121,7 @@ def test_free_energy_is_preferred_and_a_difference_is_told():
 def test_equal_remarks_of_many_frames_are_one_warning():
     frames = [silicon(energy=-1.0, free_energy=-1.1) for _ in range(5)]
     with pytest.warns(DataWarning, match=r"frame 0 \(and 4 more\)") as caught:
-        atoms.from_ase(frames)
+        ase_atoms.from_ase(frames)
     assert len(caught) == 1
 
 
@@ -143,7 +143,7 @@ def test_noise_of_frames_and_atoms():
     frame, other = silicon(), silicon()
     frame.info |= {"energy_noise": 0.001, "force_noise": 0.1, "stress_noise": 0.01}
     other.arrays["force_noise"] = np.linspace(0.1, 0.8, 8)
-    _, targets = atoms.from_ase([frame, other])
+    _, targets = ase_atoms.from_ase([frame, other])
     assert targets.energies_noise[0] == 0.001 and targets.energies_noise[1].isnan()
     assert targets.stresses_noise[0] == 0.01
     assert (targets.forces_noise[:8] == 0.1).all()
@@ -220,7 +220,7 @@ def test_cells_without_volume():
 
 def test_empty_things():
     with pytest.raises(UserError, match="There are no structures"):
-        atoms.from_ase([])
+        ase_atoms.from_ase([])
     with pytest.raises(UserError, match="frame 7: holds no atoms"):
         one(Atoms())
     with pytest.raises(UserError, match="frame 7: atom 1 is 'X', which is no element"):
@@ -234,57 +234,57 @@ def test_position_that_is_no_number():
 
 def test_missing_empty_and_unreadable_files(tmp_path):
     with pytest.raises(UserError, match=r"none.xyz: there is no such file"):
-        atoms.read(tmp_path / "none.xyz")
+        ase_atoms.read(tmp_path / "none.xyz")
     with pytest.raises(UserError, match="is a folder"):
-        atoms.read(tmp_path)
+        ase_atoms.read(tmp_path)
     (tmp_path / "empty.xyz").touch()
     (tmp_path / "m.gpmlp").write_bytes(b"tensors")
     with pytest.raises(UserError, match="m.gpmlp: is a model file"):
-        atoms.read(tmp_path / "m.gpmlp")
+        ase_atoms.read(tmp_path / "m.gpmlp")
     with pytest.raises(UserError, match="empty.xyz: is empty"):
-        atoms.read(tmp_path / "empty.xyz")
+        ase_atoms.read(tmp_path / "empty.xyz")
     (tmp_path / "blank.xyz").write_text("\n\n")
     with pytest.raises(UserError, match="blank.xyz: holds no structures"):
-        atoms.read(tmp_path / "blank.xyz")
+        ase_atoms.read(tmp_path / "blank.xyz")
     (tmp_path / "noise.xyz").write_bytes(bytes(range(256)))
     with pytest.raises(UserError, match="noise.xyz: cannot be read: line 1: a number of atoms must stand there"):
-        atoms.read(tmp_path / "noise.xyz")
+        ase_atoms.read(tmp_path / "noise.xyz")
     (tmp_path / "data.unknown").write_text("hello\n")
     with pytest.raises(UserError, match="data.unknown: it cannot be read"):
-        atoms.read(tmp_path / "data.unknown")
+        ase_atoms.read(tmp_path / "data.unknown")
 
 
 def test_cut_off_and_broken_frames_are_named(tmp_path, small_atoms):
     path = tmp_path / "a.xyz"
-    atoms.write(path, small_atoms[:3])
+    ase_atoms.write(path, small_atoms[:3])
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
     with pytest.raises(UserError, match="a.xyz: cannot be read: frame 2 is cut off: 3 of 4 atoms are there"):
-        atoms.read(path)
+        ase_atoms.read(path)
     path.write_text("".join([*lines[:6], "\n", *lines[6:]]))
     with pytest.raises(UserError, match="line 7 is blank but more follows; frames after frame 0 would be lost"):
-        atoms.read(path)
+        ase_atoms.read(path)
     # frame 1 has 8 atoms after 6 lines of frame 0
     words = lines[9].split()
     path.write_text("".join([*lines[:9], " ".join(words[:3]) + "\n", *lines[10:]]))
     with pytest.raises(UserError, match="frame 1 of it cannot be read"):
-        atoms.read(path)
+        ase_atoms.read(path)
 
 
 def test_bad_force_in_a_file_names_the_file(tmp_path, small_atoms):
     path = tmp_path / "bad.xyz"
-    atoms.write(path, small_atoms[:3])
+    ase_atoms.write(path, small_atoms[:3])
     lines = path.read_text().splitlines()
     lines[7 + 3] = " ".join([*lines[10].split()[:-1], "nan"])
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match="bad.xyz frame 1: the force on atom 2 is"):
-        atoms.read(path)
+        ase_atoms.read(path)
 
 
 def test_scan_counts_frames_and_ends(tmp_path):
     path = tmp_path / "a.xyz"
     path.write_text("1\n\nH 0 0 0\n2\ncomment\nH 0 0 0\nH 0 0 1\n1\n")
-    layout = xyz.scan(path)
+    layout = files.scan(path)
     assert len(layout.starts) == 2
     assert path.read_bytes()[: layout.end].endswith(b"H 0 0 1\n")
     assert "frame 2 is cut off" in layout.problem
@@ -293,8 +293,8 @@ def test_scan_counts_frames_and_ends(tmp_path):
 def test_beside_keeps_the_references(tmp_path, small_set, potential):
     structures, targets = small_set
     prediction = potential(structures)
-    atoms.write(tmp_path / "both.xyz", atoms.beside(structures, targets, prediction))
-    _, again = atoms.read(tmp_path / "both.xyz")
+    ase_atoms.write(tmp_path / "both.xyz", ase_atoms.beside(structures, targets, prediction))
+    _, again = ase_atoms.read(tmp_path / "both.xyz")
     torch.testing.assert_close(again.energies, targets.energies)
     frame = ase.io.read(tmp_path / "both.xyz", 2)
     assert frame.info["gpmlp_energy"] == pytest.approx(float(prediction.energies[2]), abs=1e-12)

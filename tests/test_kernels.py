@@ -6,7 +6,7 @@ import pytest
 import torch
 from systems import KERNELS
 
-from gpmlp.checks import UserError
+from gpmlp.core.errors import UserError
 from gpmlp.gp import kernels
 
 S = torch.linspace(-0.95, 1.0, 41, dtype=torch.float64)

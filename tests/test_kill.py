@@ -19,9 +19,9 @@ import yaml
 from counting_oracle import answers
 from learning_runs import SMALL, contents, events, finish, merged, prepare, recipe
 
-from gpmlp.active import spool
-from gpmlp.active.loop import learn
-from gpmlp.active.tape import Tape
+from gpmlp.learning.labels import Tape
+from gpmlp.learning.loop import learn
+from gpmlp.learning.oracles import results
 
 TESTS = Path(__file__).parent
 RUN = {
@@ -102,7 +102,7 @@ def kept(folder: Path) -> set[str]:
     found = set()
     for path in (out / "spool").glob("k*.json"):
         record = json.loads(path.read_text())
-        found |= {repr(record["energy"])} if record["kind"] == spool.LABEL else set()
+        found |= {repr(record["energy"])} if record["kind"] == results.LABEL else set()
     if (out / "labels.xyz").exists():
         copy = shutil.copy(out / "labels.xyz", folder / "copy.xyz")  # opening a tape repairs it
         found |= {repr(float(e.targets.energies[0])) for e in Tape(copy)}
@@ -288,7 +288,7 @@ def test_a_place_that_cannot_be_written_to(undisturbed, tmp_path, monkeypatch):
     prepare(tmp_path)
     (tmp_path / "scratch").write_text("")
     elsewhere = merged(RUN, {"oracle": {"directory": str(tmp_path / "scratch")}})
-    from gpmlp.checks import UserError
+    from gpmlp.core.errors import UserError
 
     with pytest.raises(UserError, match=r"make room and go on \(--resume\)|no folder can be made"):
         finish(recipe(**elsewhere), tmp_path)

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from gpmlp.active import holders, spool, worker
-from gpmlp.active.labelling import Label, Labeller, Refusal, stop_if_told
-from gpmlp.active.oracle import CalculatorOracle, OracleRecipe, job
-from gpmlp.active.tape import key_of
-from gpmlp.checks import Notice, UserError
-from gpmlp.io.atoms import structures_from_ase
+from gpmlp.core.errors import Notice, UserError
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.learning.labels import key_of
+from gpmlp.learning.oracles import results, worker
+from gpmlp.learning.oracles import results as holders
+from gpmlp.learning.oracles.labeller import Label, Labeller, Refusal, stop_if_told
+from gpmlp.learning.oracles.oracle import CalculatorOracle, OracleRecipe, job
 
 TESTS = Path(__file__).parent
 
@@ -199,7 +200,7 @@ def test_close_while_labels_are_computed(tmp_path):
     for i in range(4):
         with pytest.raises(UserError, match="was not labelled, because the labeller was closed"):
             labeller.result(f"k{i}")
-    assert not spool.attempts(tmp_path / "spool", "k0")
+    assert not results.attempts(tmp_path / "spool", "k0")
     until(lambda: not any(map(alive, calls(tmp_path))))
     with Labeller(recipe(tmp_path), tmp_path) as labeller:
         labeller.submit("k0", copper(0))
@@ -264,7 +265,7 @@ def test_failed_attempts_are_remembered(tmp_path):
     """A run that goes on makes the second attempt with the second keyword arguments."""
     first = recipe(tmp_path, "unconverged", "well", executor="inline", retries=1)
     job_of = {"key": "k", "attempt": 1, "scratch": str(tmp_path / "scratch")}
-    spool.write(tmp_path / "spool", worker.outcome(job_of, spool.FAILED, "not converged"))
+    results.write(tmp_path / "spool", worker.outcome(job_of, results.FAILED, "not converged"))
     with Labeller(first, tmp_path) as labeller:
         labeller.submit("k", copper())
         refusal = labeller.result("k")
@@ -278,14 +279,14 @@ def test_oracle_that_cannot_be_used_is_no_failure_of_the_structure(tmp_path):
         labeller.submit("k", copper())
         with pytest.raises(UserError, match="No space left on device; nothing before it is lost: make room and go on"):
             labeller.result("k")
-    assert not spool.attempts(tmp_path / "spool", "k")
+    assert not results.attempts(tmp_path / "spool", "k")
 
 
 def test_spool_that_cannot_be_written(tmp_path, monkeypatch):
     def full(folder, record):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(spool, "write", full)
+    monkeypatch.setattr(results, "write", full)
     with Labeller(recipe(tmp_path, executor="inline"), tmp_path) as labeller:
         labeller.submit("k", copper())
         with pytest.raises(UserError, match="the label could not be kept: .*spool: No space left on device; nothing"):
@@ -331,7 +332,7 @@ def test_checks_belong_to_keys(tmp_path):
 
 
 def test_worker_starts_without_torch():
-    code = "import sys, gpmlp.active.worker as w; assert not {'torch', 'pydantic', 'scipy'} & set(sys.modules), 'heavy'"
+    code = "import sys, gpmlp.learning.oracles.worker as w; assert not {'torch', 'pydantic', 'scipy'} & set(sys.modules), 'heavy'"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -377,7 +378,7 @@ def test_other_executors_closed_while_they_compute(tmp_path, name, package):
 
 KILLED = """
 import json, sys
-from gpmlp.active.processes import WorkerProcess
+from gpmlp.learning.oracles.executors import WorkerProcess
 process = WorkerProcess()
 print(process.pid, flush=True)
 process.call(json.loads(sys.argv[1]))
@@ -395,7 +396,7 @@ def orphan(tmp_path):
         with run:
             found.append(int(run.stdout.readline()))
             until(lambda: calls(tmp_path))
-            assert not holders.Holder.of((tmp_path / "spool" / "a.lock").read_text()).orphaned
+            assert not results.Holder.of((tmp_path / "spool" / "a.lock").read_text()).orphaned
             run.kill()
         return found[-1]
 
@@ -428,22 +429,22 @@ def test_only_an_orphan_that_does_nothing_is_ended(tmp_path, orphan, monkeypatch
     told = []
 
     def wait(holder):
-        waiting, end = holders.Waiting("a", told.append), time.monotonic() + 1.5
+        waiting, end = results.Waiting("a", told.append), time.monotonic() + 1.5
         while time.monotonic() < end:
             waiting(holder.plain())
             time.sleep(0.02)
 
     busy = orphan("hang_deaf")
-    known = holders.Holder.of((tmp_path / "spool" / "a.lock").read_text())
+    known = results.Holder.of((tmp_path / "spool" / "a.lock").read_text())
     assert known.pid == busy and known.orphaned
     wait(known)
     assert alive(busy) and len(told) == 1 and f"kill {busy}" in told[0]
     os.kill(busy, signal.SIGSTOP)  # does nothing from now on
-    me = holders.Holder.me()
+    me = results.Holder.me()
     for other in (
         replace(known, began=known.began - 1),
         replace(known, machine="another"),
-        replace(known, parent=int(holders._stat(busy)[1])),  # the run it works for
+        replace(known, parent=int(results._stat(busy)[1])),  # the run it works for
         replace(me, parent=me.parent + 1),  # this process, which is no worker
     ):
         assert not other.orphaned

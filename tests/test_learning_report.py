@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from test_report import Balanced, only_paint
 
-from gpmlp.active import after, criteria, judged, loop
-from gpmlp.active.criteria import Before, limits_of
-from gpmlp.active.recipe import LearnRecipe, TriggerRecipe
-from gpmlp.active.student import Student
-from gpmlp.active.tape import Tape
-from gpmlp.checks import UserError
-from gpmlp.io.atomic import atomic
-from gpmlp.report import learning
-from gpmlp.report.learning import Foretold, Frames, Labelling, Observed, RunData
-from gpmlp.report.learning import numbers as of_run
+from gpmlp.core.errors import UserError
+from gpmlp.io.files import atomic
+from gpmlp.learning import loop, triggers
+from gpmlp.learning.labels import Tape
+from gpmlp.learning.model import Student
+from gpmlp.learning.recipe import LearnRecipe, TriggerRecipe
+from gpmlp.learning.triggers import Before, limits_of
+from gpmlp.report.model import learning
+from gpmlp.report.run import collect
+from gpmlp.report.run import numbers as of_run
+from gpmlp.report.run.data import Foretold, Frames, Labelling, Observed, RunData
 from gpmlp.uncertainty.calibration import Calibration
 
 QUESTIONS = (
@@ -154,7 +155,7 @@ def test_numbers_of_the_json_are_those_of_the_run(whole):
 @pytest.mark.parametrize(("scale", "word"), [(1.0, "Yes"), (0.5, "On the cautious side"), (2.0, "No")])
 def test_honest_error_bars_are_found_honest(scale, word, tmp_path, monkeypatch):
     """Normal errors as large as σ, half and twice as large: 68, 95 and 38 % lie within one σ."""
-    monkeypatch.setattr("gpmlp.report.learning.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.run.figures.draw", only_paint)
     data = synthetic(labels=labels(scale, atoms=60))
     found = of_run.honesty(data)
     expected = {1.0: 0.683, 0.5: 0.954, 2.0: 0.383}[scale]
@@ -206,14 +207,14 @@ DEGENERATE = {
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # of what other tests left to the collector
 def test_missing_parts_are_explained(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpmlp.report.learning.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.run.figures.draw", only_paint)
     page, record, _ = built(synthetic(**DEGENERATE[name]), tmp_path)
     assert all(f">{question}</h2>" in page for question in QUESTIONS)
     assert not {"nan", "None", "inf"} & set("".join(record["answers"].values()).replace(".", " ").split())
 
 
 def test_strings_of_the_run_are_escaped(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpmlp.report.learning.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.run.figures.draw", only_paint)
     evil = '</script><img src="http://x"> & \'"<b>'
     odd = tuple(dataclasses.replace(label, reason=evil, key=evil) for label in labels())
     criterion = CRITERIA[0] | {"name": evil, "sentence": evil}
@@ -254,9 +255,9 @@ def run(tmp_path_factory):
 
 def test_the_page_of_a_real_run(run, tmp_path, monkeypatch):
     folder, recipe, last = run
-    monkeypatch.setattr("gpmlp.report.learning.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.run.figures.draw", only_paint)
     monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
-    page = after.report(folder, recipe)
+    page = collect.report(folder, recipe)
     assert page == folder / "report" / "index.html" and (folder / "report" / "model" / "report.html").exists()
     record = json.loads((folder / "report" / "report.json").read_text())
     tape = Tape(folder / "labels.xyz")
@@ -271,7 +272,7 @@ def test_the_page_of_a_real_run(run, tmp_path, monkeypatch):
     ensemble = next(c for c in record["criteria"] if c["name"] == "ensemble")
     assert record["window"]["frames"] == ensemble["numbers"]["frames"]
     assert "learned from" in page.read_text("utf-8")
-    assert after.recipe_of(folder) == recipe
+    assert collect.recipe_of(folder) == recipe
 
 
 def test_what_was_foretold_is_what_the_model_before_says(run):
@@ -279,7 +280,7 @@ def test_what_was_foretold_is_what_the_model_before_says(run):
     folder, recipe, last = run
     tape = Tape(folder / "labels.xyz")
     student = Student.begin([tape.find(k) for k in last.progress.first], recipe.model, recipe.refresh)
-    asked = [e for e in after._events(folder / "log.jsonl") if e["event"] == "learned" and "key" in e]
+    asked = [e for e in collect._events(folder / "log.jsonl") if e["event"] == "learned" and "key" in e]
     for event in asked[:2]:
         entry, told = tape.find(event["key"]), event["foreseen"]
         prediction = student.potential(entry.structure, variance=("energies", "forces"), novelty=True)
@@ -289,7 +290,7 @@ def test_what_was_foretold_is_what_the_model_before_says(run):
         sigma = prediction.forces_variance.total.sqrt()
         np.testing.assert_allclose(told["force_sigma"], sigma.flatten().numpy(), rtol=6e-4, atol=1e-9)
         assert told["largest_error"] == pytest.approx(float(error.norm(dim=1).max()), rel=1e-6)
-        bound = criteria.bound(prediction.forces_covariance.total, recipe.trigger.probability)
+        bound = triggers.bound(prediction.forces_covariance.total, recipe.trigger.probability)
         assert told["bound"] == pytest.approx(bound, rel=1e-3)
         energy = (prediction.energies - entry.targets.energies) / entry.structure.n_atoms
         assert told["energy_error"] == pytest.approx(float(energy), rel=1e-6, abs=1e-12)
@@ -299,7 +300,7 @@ def test_what_was_foretold_is_what_the_model_before_says(run):
 
 def test_the_frames_shown_are_the_history_of_the_run(run):
     folder, recipe, last = run
-    seen = judged.of(list(after._events(folder / "log.jsonl")), recipe, last.labels, 0.0)
+    seen = collect.judged_frames(list(collect._events(folder / "log.jsonl")), recipe, last.labels, 0.0)
     history = last.progress.history
     np.testing.assert_array_equal(seen.frames.step, history.column("step"))
     np.testing.assert_allclose(seen.frames.sigma, history.column("sigma_max"))
@@ -317,10 +318,10 @@ def test_a_run_that_was_killed_has_a_page_too(run, tmp_path, monkeypatch):
         data = (folder / name).read_bytes()
         keep = {"log.jsonl": int(0.7 * len(data)), "trajectory.xyz": len(data) - 40, "labels.xyz": len(data)}
         (tmp_path / name).write_bytes(data[: keep.get(name, len(data))])
-    monkeypatch.setattr("gpmlp.report.learning.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.run.figures.draw", only_paint)
     monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
     before = (tmp_path / "labels.xyz").read_bytes()
-    after.report(tmp_path, after.recipe_of(tmp_path))
+    collect.report(tmp_path, collect.recipe_of(tmp_path))
     record = json.loads((tmp_path / "report" / "report.json").read_text())
     assert record["ended"] == "not finished" and "can be resumed" in record["answers"][QUESTIONS[0]]
     assert (tmp_path / "labels.xyz").read_bytes() == before
@@ -328,13 +329,13 @@ def test_a_run_that_was_killed_has_a_page_too(run, tmp_path, monkeypatch):
 
 def test_no_run_no_page(tmp_path):
     with pytest.raises(UserError, match="holds no learning run"):
-        after.recipe_of(tmp_path)
+        collect.recipe_of(tmp_path)
     (tmp_path / "log.jsonl").write_text("")
     recipe = LearnRecipe.model_validate(
         {"start": "a", "oracle": {"calculator": "emt"}, "dynamics": {"temperature_K": 1}}
     )
     with pytest.raises(UserError, match="has no labels yet"):
-        after.report(tmp_path, recipe)
+        collect.report(tmp_path, recipe)
 
 
 def test_reasons_are_recognised(run):
@@ -342,24 +343,24 @@ def test_reasons_are_recognised(run):
     student = run[2].student
     atoms = ase.build.bulk("Al", cubic=True)
     atoms.rattle(0.4, seed=1)
-    structure = after.structures_from_ase([atoms], ["far off"])
+    structure = collect.structures_from_ase([atoms], ["far off"])
     prediction = student.potential(structure, ("atom_energies", "forces"), novelty=True)
 
     def why(**limits) -> str:
         trigger = TriggerRecipe(**({"force": None, "novelty": None, "guards": {"distance": 0.01}} | limits))
         found = limits_of(trigger, 1.0, 4, {"forces": 0.01}, Calibration.identity())
-        return criteria.criteria(prediction, structure, found).reason
+        return triggers.criteria(prediction, structure, found).reason
 
-    assert after.cause(why(force=1e-3, halt=1e9)) == "force"
-    assert after.cause("halted: " + why(force=1e-3)) == "force, halted"
-    assert after.cause(why(local_energy=1e-9)) == "local energy"
-    assert after.cause(why(novelty=1e-3)) == "novelty"
-    assert after.cause(why(force=1e-3, novelty=1e-3, halt=1e9)) == "force and novelty"
-    close = criteria.guard(prediction, structure, TriggerRecipe(guards={"distance": 3}).guards)
-    assert after.cause("halted: " + close.reason) == "guard"
-    hot = criteria.guard(prediction, structure, TriggerRecipe(guards={"distance": 0.01}).guards, Before(None, 300, 1e5))
-    assert after.cause("halted: " + hot.reason) == "guard"
-    assert [after.cause(r) for r in ("first structure 1 of 4", "given", "explored: rare around atom 0")] == [
+    assert collect.cause(why(force=1e-3, halt=1e9)) == "force"
+    assert collect.cause("halted: " + why(force=1e-3)) == "force, halted"
+    assert collect.cause(why(local_energy=1e-9)) == "local energy"
+    assert collect.cause(why(novelty=1e-3)) == "novelty"
+    assert collect.cause(why(force=1e-3, novelty=1e-3, halt=1e9)) == "force and novelty"
+    close = triggers.guard(prediction, structure, TriggerRecipe(guards={"distance": 3}).guards)
+    assert collect.cause("halted: " + close.reason) == "guard"
+    hot = triggers.guard(prediction, structure, TriggerRecipe(guards={"distance": 0.01}).guards, Before(None, 300, 1e5))
+    assert collect.cause("halted: " + hot.reason) == "guard"
+    assert [collect.cause(r) for r in ("first structure 1 of 4", "given", "explored: rare around atom 0")] == [
         "first",
         "given",
         "explored",

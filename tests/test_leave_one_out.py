@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpmlp.gp.leave_one_out import FRACTIONS, WITHIN, energy_noise
-from gpmlp.gp.posterior import RowFactor
+from gpmlp.gp.energy_noise import FRACTIONS, WITHIN, energy_noise
+from gpmlp.gp.qr import RowFactor
 
 NOISE = {"energies": 0.3, "forces": 0.2}
 

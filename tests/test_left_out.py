@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import gpmlp
-from gpmlp import held_out, left_out, regression
-from gpmlp.evaluation import evaluate
-from gpmlp.gp import posterior
+from gpmlp.fitting import regression, variance_checks
+from gpmlp.gp import inducing, posterior
 from gpmlp.gp.posterior import FIXED
+from gpmlp.potential.evaluation import evaluate
 from gpmlp.recipe import Recipe
+from gpmlp.uncertainty import residuals as residuals_module
 
 DATA = Path(__file__).parents[1] / "data" / "silicon"
 
@@ -31,12 +32,12 @@ def caught(silicon):
          "calibration": False, "novelty": False, "variance": {"columns": 400}}
     )  # fmt: skip
     seen = []
-    original = left_out.amplitude
-    left_out.amplitude = lambda *arguments: seen.append(arguments) or original(*arguments)
+    original = variance_checks.amplitude
+    variance_checks.amplitude = lambda *arguments: seen.append(arguments) or original(*arguments)
     try:
         potential, _ = gpmlp.fit(*silicon, recipe)
     finally:
-        left_out.amplitude = original
+        variance_checks.amplitude = original
     return seen[0], potential
 
 
@@ -52,7 +53,7 @@ def without(arguments, i):
             continue
         for kind, part in here.items():
             rows.setdefault(kind, []).append(part.double())
-    whitened = {kind: posterior.whiten(torch.cat(parts), lowers) for kind, parts in rows.items()}
+    whitened = {kind: inducing.whiten(torch.cat(parts), lowers) for kind, parts in rows.items()}
     counts = {kind: len(part) for kind, part in whitened.items()}
     solved = posterior.solve(whitened, counts, learned.noise | {FIXED: 1.0}, learned.signal, lowers)
     error = own["forces"][:, -1] - own["forces"][:, :-1] @ solved.weights
@@ -68,7 +69,7 @@ def test_leaving_out_is_learning_without(caught, i):
     assert potential.variances.n_columns == potential.variances.of_fit
     rows = regression.labelled_rows(models, structures.select([i]), remaining.select(structures, [i]))
     residuals = {kind: r[:, -1] - r[:, :-1] @ solved.weights for kind, r in rows.items()}
-    error, variance = left_out._left_out(
+    error, variance = variance_checks._left_out(
         {k: r[:, :-1] for k, r in rows.items()}, residuals, potential.variances, learned.noise
     )
     expected, spread = without(arguments, i)
@@ -85,7 +86,7 @@ def test_the_amplitude_is_the_most_likely(caught, silicon):
     errors, missed, rest, atoms = [], [], [], 0
     for i in chosen:
         atoms += int(structures.counts[i])
-        if atoms > left_out.ATOMS:
+        if atoms > variance_checks.ATOMS:
             break
         error, spread = without(arguments, i)
         seen = ~remaining.select(structures, [i]).forces.isnan().flatten()
@@ -126,7 +127,7 @@ def test_calibration_does_not_depend_on_it(silicon, monkeypatch):
     structures, targets = silicon
     recipe = Recipe.model_validate({"descriptor": {"n_max": 4, "l_max": 2, "cutoff": 4.0}, "inducing": {"n": 30}})
     one, _ = gpmlp.fit(structures, targets, recipe)
-    monkeypatch.setattr(left_out, "amplitude", lambda *_: 1.0)
+    monkeypatch.setattr(variance_checks, "amplitude", lambda *_: 1.0)
     other, _ = gpmlp.fit(structures, targets, recipe)
     assert one.variances.amplitude != 1.0
     some = structures.select([2, 9])
@@ -145,7 +146,7 @@ def test_what_evidence_alone_says_of_errors(silicon):
     potential, _ = gpmlp.fit(*silicon, recipe)
     structures, targets = gpmlp.read(DATA / "test.xyz")
     prediction = potential(structures, variance="forces", calibrated=False)
-    errors, parts, _ = held_out.residuals("forces", structures, targets, prediction)
+    errors, parts, _ = residuals_module.residuals("forces", structures, targets, prediction)
     covered = (errors.abs() < 1.645 * parts.sum(1).sqrt()).double().mean()
     assert 0.8 <= covered <= 0.97
 

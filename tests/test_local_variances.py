@@ -12,17 +12,17 @@ from ase.build import bulk
 from systems import KERNELS, descriptor, everything
 
 import gpmlp
-from gpmlp import local_variances, selection
-from gpmlp.centres import Spread
-from gpmlp.environments import InSingle
-from gpmlp.gp.covariances import InducingBlock, covariance
+from gpmlp.core.environments import InSingle, View
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import selection
+from gpmlp.gp import local_variance
+from gpmlp.gp.inducing import InducingBlock, covariance
+from gpmlp.gp.local_variance import LocalVariance
 from gpmlp.gp.prior import Prior
-from gpmlp.io.atoms import structures_from_ase
-from gpmlp.local_variances import LocalVariance
+from gpmlp.gp.variance import VarianceModel
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.potential.species_model import Spread
 from gpmlp.recipe import Recipe
-from gpmlp.structures import Structures
-from gpmlp.terms import View
-from gpmlp.variances import VarianceModel
 
 UNIT = 2.0**-24  # half the distance of 1 from the next number in single precision
 # kernels of the descriptors, and tangents at each centre
@@ -83,8 +83,8 @@ def model(request):
 @pytest.fixture
 def few(monkeypatch):
     """Small blocks are treated as large ones are, whatever rounding does to them."""
-    monkeypatch.setattr(local_variances, "LEADING", 12)
-    monkeypatch.setattr(local_variances, "TOLERANCE", 1.0)
+    monkeypatch.setattr(local_variance, "LEADING", 12)
+    monkeypatch.setattr(local_variance, "TOLERANCE", 1.0)
 
 
 def by_solves(model: VarianceModel, seen: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -149,11 +149,11 @@ def test_single_precision_stays_within_its_bound(model, few):
 
 def test_as_many_leading_columns_as_rounding_asks_for(monkeypatch):
     """Labels that pin energies down better leave less, of which rounding is a larger part; in the end all is in double precision."""
-    monkeypatch.setattr(local_variances, "LEADING", 6)
+    monkeypatch.setattr(local_variance, "LEADING", 6)
     model, leading = model_of("polynomial 4"), []
     sure = replace(model, factor=100 * model.factor)  # standard deviations of what data leave: 0.01 of what they were
     for one, tolerance in ((model, 1.0), (model, 1e-6), (sure, 1e-6), (model, 1e-14)):
-        monkeypatch.setattr(local_variances, "TOLERANCE", tolerance)
+        monkeypatch.setattr(local_variance, "TOLERANCE", tolerance)
         one = replace(one)  # without what was made before
         leading.append({z: part.leading[0] for z, part in one.local.items()})
         start = 0

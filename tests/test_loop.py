@@ -18,15 +18,16 @@ from counting_oracle import answers
 from learning_runs import cluster, contents, crystal, events, finish, merged, prepare, recipe
 
 from gpmlp import io
-from gpmlp.active import checkpoint, loop, mind
-from gpmlp.active.history import History, Record
-from gpmlp.active.loop import learn
-from gpmlp.active.stopping import window
-from gpmlp.active.student import Student
-from gpmlp.active.tape import Tape
-from gpmlp.active.walker import Walker
-from gpmlp.checks import UserError
+from gpmlp.core.errors import UserError
 from gpmlp.io import archive
+from gpmlp.learning import checkpoint, loop
+from gpmlp.learning import walker_state as mind
+from gpmlp.learning.labels import Tape
+from gpmlp.learning.loop import learn
+from gpmlp.learning.model import Student
+from gpmlp.learning.stopping.history import History, Record
+from gpmlp.learning.stopping.judge import window
+from gpmlp.learning.walker import Walker
 
 LIMIT = "0.06"  # eV, above which an oracle fails: some of the labels after the first ones are
 TWO = {"dynamics": {"walkers": 2, "ahead": 2, "steps": 30}, "oracle": {"workers": 2}}

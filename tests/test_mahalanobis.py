@@ -11,7 +11,7 @@ import scipy.spatial.distance
 import torch
 from sklearn.covariance import OAS
 
-from gpmlp.checks import UserError
+from gpmlp.core.errors import UserError
 from gpmlp.uncertainty import mahalanobis as m
 from gpmlp.uncertainty.mahalanobis import Mahalanobis, Reservoir
 

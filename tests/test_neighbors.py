@@ -9,10 +9,10 @@ import pytest
 import torch
 from systems import CELLS, CUTOFF, cluster, crystal, dimer, everything, structure
 
-from gpmlp import neighbors
-from gpmlp.checks import UserError
-from gpmlp.environments import Surroundings
-from gpmlp.structures import Structures
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Surroundings
+from gpmlp.core.errors import UserError
+from gpmlp.core.structures import Structures
 
 
 def as_set(found, first=0):

@@ -12,10 +12,10 @@ from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from gpmlp.active.observables import Observer, Path, diffusion_of, load, make, pairs, pressure, rdf
-from gpmlp.active.stop_recipe import ObservableRecipe
-from gpmlp.checks import UserError
-from gpmlp.io.atoms import structures_from_ase
+from gpmlp.core.errors import UserError
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.learning.stopping.observables import Observer, Path, diffusion_of, load, make, pairs, pressure, rdf
+from gpmlp.learning.stopping.recipe import ObservableRecipe
 
 
 def gas(n: int, length: float, seed: int) -> Atoms:

@@ -8,16 +8,19 @@ import pytest
 import torch
 from systems import KERNELS, cluster, crystal, descriptor, random_term, structure, targets_of
 
-from gpmlp import batches, checks, defaults, foreseen, growth, held_out, regression, subset
-from gpmlp.fit import fit
-from gpmlp.fit_report import Stages
-from gpmlp.gp import covariances, posterior
-from gpmlp.online import Online
-from gpmlp.potential import Potential
-from gpmlp.quantities import KINDS, Prediction, Targets
+from gpmlp.core import errors as checks
+from gpmlp.core.quantities import KINDS, Prediction, Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import calibrate, defaults, online_updates, regression, variance_checks
+from gpmlp.fitting import online_updates as batches
+from gpmlp.fitting.fit import fit
+from gpmlp.fitting.online import Online
+from gpmlp.fitting.report import Stages
+from gpmlp.gp import inducing, posterior
+from gpmlp.gp.variance import VARIANCES, VarianceModel
+from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
-from gpmlp.structures import Structures
-from gpmlp.variances import VARIANCES, VarianceModel
+from gpmlp.uncertainty import residuals
 
 SMALL = {
     "descriptor": {"cutoff": 3.2, "n_max": 3, "l_max": 2, "sigma_atom": 0.5},
@@ -80,12 +83,12 @@ def refit(online: Online) -> Potential:
         own = []
         for block in m.blocks:
             double = replace(block, features=block.features.double(), tangents=block.tangents.double())
-            own.append(torch.linalg.cholesky(covariances.covariance(m.kernel, double, double)))
+            own.append(torch.linalg.cholesky(inducing.covariance(m.kernel, double, double)))
         lowers += own
         models.append(replace(m, lowers=tuple(own)))
     remaining = Targets.concatenate([b.remaining for b in online.batches])
     made = regression.labelled_rows(models, online.structures, remaining)
-    whitened = {kind: posterior.whiten(rows.double(), lowers) for kind, rows in made.items()}
+    whitened = {kind: inducing.whiten(rows.double(), lowers) for kind, rows in made.items()}
     signal = online.signal.repeat_interleave(torch.tensor([len(lower) for lower in lowers]))
     noise = online.noise | {posterior.FIXED: 1.0}
     solved = posterior.solve(whitened, {k: len(r) for k, r in whitened.items()}, noise, signal, lowers)
@@ -194,7 +197,7 @@ def test_a_refresh_of_updated_rows_is_one_of_rows_made_anew():
     made = regression.labelled_rows(
         online.models, online.structures, Targets.concatenate([b.remaining for b in online.batches])
     )
-    whitened = {k: posterior.whiten(rows.double(), lowers) for k, rows in made.items()}
+    whitened = {k: inducing.whiten(rows.double(), lowers) for k, rows in made.items()}
     counts = {k: len(rows) for k, rows in whitened.items()}
     parameters, _, _ = regression.learn(online.recipe, online.models, whitened, counts, {}, Stages(None), restarts=0)
     for kind, sigma in parameters.noise().items():
@@ -249,7 +252,7 @@ def test_calibration_comes_from_what_was_foreseen():
     assert "forces" in calibrated.calibration.kinds and "energies" in calibrated.calibration.kinds
     assert len(online.foreseen) == 12
     components = [int(f.targets.forces.isfinite().sum()) for f in online.foreseen]
-    assert sum(components[1:]) < foreseen.COMPONENTS or len(components) == foreseen.FEWEST
+    assert sum(components[1:]) < calibrate.COMPONENTS or len(components) == calibrate.FEWEST_FORESEEN
     covered = calibrated.potential(probes(), variance="forces").forces_variance
     assert (covered.total > 0).all()
 
@@ -290,13 +293,13 @@ def test_error_bars_from_few_structures_are_widened():
     parts = [replace(f.prediction, novelty=None) for f in online.foreseen]
     data = together(*((f.structures, f.targets) for f in online.foreseen))
     prediction = Prediction.concatenate(parts)
-    raw = held_out.learn(prediction, *data, "a test").kinds
+    raw = calibrate.learn(prediction, *data, "a test").kinds
     std = torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64)
     for kind in ("energies", "forces"):
-        each = (held_out.residuals(kind, f.structures, f.targets, f.prediction) for f in online.foreseen)
+        each = (residuals.residuals(kind, f.structures, f.targets, f.prediction) for f in online.foreseen)
         found = [(errors.square() / raw[kind].variance(variances)).mean() for errors, variances, _ in each]
         squares = torch.stack(found)
-        assert learned[kind].scale == pytest.approx(foreseen.few(squares) * raw[kind].scale, rel=1e-9)
+        assert learned[kind].scale == pytest.approx(calibrate.few_foreseen(squares) * raw[kind].scale, rel=1e-9)
         for level in (0.5, 0.9):
             found, was = (some[kind].half_width(some[kind].scale * std, level) for some in (learned, raw))
             torch.testing.assert_close(found, was, rtol=1e-9, atol=0)
@@ -307,12 +310,16 @@ def test_few_structures_vouch_for_what_they_agree_on():
     generator = torch.Generator().manual_seed(3)
     single = torch.randn(4000, generator=generator, dtype=torch.float64).square()
     # chi² with 4000 degrees of freedom is below 3885.6 in a tenth of all cases (Wilson and Hilferty)
-    assert foreseen.few(single) == pytest.approx((4000 / 3885.6) ** 0.5, rel=1e-3)
+    assert calibrate.few_foreseen(single) == pytest.approx((4000 / 3885.6) ** 0.5, rel=1e-3)
     four = torch.ones(4, dtype=torch.float64)
     # v = 2·2 / 5, ν = 10; chi² with 10 degrees of freedom is below 4.865 in a tenth (any table)
-    assert foreseen.few(four) == pytest.approx((10 / 4.865) ** 0.5, rel=1e-3)
-    assert foreseen.few(7 * four) == foreseen.few(four) < foreseen.few(torch.tensor([0.1, 0.1, 0.1, 3.7]))
-    assert foreseen.few(0 * four) == 1.0  # labels that were foreseen exactly
+    assert calibrate.few_foreseen(four) == pytest.approx((10 / 4.865) ** 0.5, rel=1e-3)
+    assert (
+        calibrate.few_foreseen(7 * four)
+        == calibrate.few_foreseen(four)
+        < calibrate.few_foreseen(torch.tensor([0.1, 0.1, 0.1, 3.7]))
+    )
+    assert calibrate.few_foreseen(0 * four) == 1.0  # labels that were foreseen exactly
 
 
 def test_the_widened_scale_is_no_less_than_the_true_one_nine_times_in_ten():
@@ -322,7 +329,7 @@ def test_the_widened_scale_is_no_less_than_the_true_one_nine_times_in_ten():
     errors = size * torch.randn(2000, 8, 30, generator=generator, dtype=torch.float64)
     true = 2.7182818 ** (0.5 * 4 * 0.4**2)  # mean of size²
     squares = errors.square().mean(2)
-    factors = torch.tensor([foreseen.few(some) for some in squares], dtype=torch.float64)
+    factors = torch.tensor([calibrate.few_foreseen(some) for some in squares], dtype=torch.float64)
     covered = float((factors.square() * squares.mean(1) >= true).double().mean())
     assert 0.85 < covered < 0.97
 
@@ -352,7 +359,7 @@ def test_jacobians_kept_or_made_again_give_the_same(monkeypatch):
         return online.added(*sequence[0]).extended(labelled(103)[0], 3)
 
     kept = run()
-    assert all(b.facets for b in kept.batches) and sum(b.n_bytes for b in kept.batches) < batches.KEPT_BYTES
+    assert all(b.facets for b in kept.batches) and sum(b.n_bytes for b in kept.batches) < online_updates.KEPT_BYTES
     monkeypatch.setattr(batches, "KEPT_BYTES", kept.batches[0].n_bytes + 1)  # of the first alone
     some = run()
     assert some.batches[0].facets and not some.batches[-1].facets
@@ -394,11 +401,13 @@ def test_inducing_points_grow_with_the_labels_up_to_the_recipe():
 
 def test_a_label_brings_no_more_inducing_points_than_a_pass_over_the_data_may_cost():
     online = begun(inducing={"gradients": 2})
-    few, many = (growth.room(online.asked, online.recipe, online.models, 0, labels, False) for labels in (300, 10_000))
+    few, many = (
+        online_updates.room(online.asked, online.recipe, online.models, 0, labels, False) for labels in (300, 10_000)
+    )
     have = sum(len(b.features) for b in online.models[0].blocks)
     assert few == 300 // 3 - have  # as many as the labels ask for
-    assert many == growth.PASS // (3 * 10_000) < defaults.columns_for(10_000, False) // 3 - have
-    assert growth.room(online.asked, online.recipe, online.models, 0, 10**7, False) == 1
+    assert many == online_updates.PASS // (3 * 10_000) < defaults.columns_for(10_000, False) // 3 - have
+    assert online_updates.room(online.asked, online.recipe, online.models, 0, 10**7, False) == 1
 
 
 def test_more_inducing_points_asked_for_than_there_are_atoms():
@@ -421,8 +430,8 @@ def test_variances_of_many_columns_by_some_of_them():
         models = [replace(m, blocks=b) for m, b in zip(online.models, small.blocks, strict=True)]
         remaining = Targets.concatenate([b.remaining for b in online.batches])
         made = regression.labelled_rows(models, online.structures, remaining)
-        lowers = [torch.linalg.cholesky(covariances.covariance(m.kernel, b, b)) for m in models for b in m.blocks]
-        rows = {k: posterior.whiten(r, lowers) for k, r in made.items()}
+        lowers = [torch.linalg.cholesky(inducing.covariance(m.kernel, b, b)) for m in models for b in m.blocks]
+        rows = {k: inducing.whiten(r, lowers) for k, r in made.items()}
         noise = online.noise | {posterior.FIXED: 1.0}
         factor = posterior.solve(rows, {k: len(r) for k, r in rows.items()}, noise, small.signal, lowers).factor
         anew = replace(some, variances=replace(small, lowers=tuple(lowers), factor=factor))
@@ -439,7 +448,7 @@ def test_a_refresh_says_what_a_subset_of_columns_does_to_variances():
     assert told["columns"] < told["columns_of_fit"] == online.factor.columns
     assert told == some.potential.report["variance_subset"]
     whole = replace(some, recipe=online.recipe)  # the same state, all columns kept
-    looked, atoms = subset._sample(some.structures, some.recipe.seed)
+    looked, atoms = variance_checks._sample(some.structures, some.recipe.seed)
     std = [
         replace(p, variances=replace(p.variances, noise={}))(looked, "forces", form="dtc", calibrated=False)
         .forces_covariance.epistemic.diagonal(dim1=1, dim2=2)

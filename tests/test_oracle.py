@@ -15,11 +15,11 @@ from ase.calculators.emt import EMT
 from pydantic import ValidationError
 
 import gpmlp
-from gpmlp.active import calculators
-from gpmlp.active.calculators import PSEUDO_DIRS, merged
-from gpmlp.active.oracle import CalculatorOracle, OracleRecipe
-from gpmlp.checks import UserError
-from gpmlp.io.atoms import structures_from_ase
+from gpmlp.core.errors import UserError
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.learning.oracles import codes
+from gpmlp.learning.oracles.codes import PSEUDO_DIRS, merged
+from gpmlp.learning.oracles.oracle import CalculatorOracle, OracleRecipe
 
 SILICON = {
     "pseudopotentials": {"Si": "Si.pbe-rrkj.UPF"},
@@ -87,7 +87,7 @@ def test_documented_recipes():
             assert "pip install" in str(error), error  # what is not installed here says so
             continue
         if recipe.calculator == "quantum-espresso" and pseudo is not None:
-            calculators.build(recipe.calculator, recipe.kwargs_of(2), Path("unused"))
+            codes.build(recipe.calculator, recipe.kwargs_of(2), Path("unused"))
     keys = re.findall(r"^\| `(\w+)` \|", text.split("| key | default |")[1], re.MULTILINE)
     assert set(keys) == set(OracleRecipe.model_fields) - {"calculator", "kwargs"}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from systems import CELLS, TERMS, cluster, crystal, everything, reach, replicate, rotation, single, structure
 
-from gpmlp.structures import Structures
+from gpmlp.core.structures import Structures
 
 # Energies here are of order 1 eV and forces of order 1 eV/A. Central differences with steps of 1e-4 A have a truncation error of
 # step^2 f'''/6, about 1e-8 of f' for densities of width 0.5 A, and rounding of 1e-16/1e-4 = 1e-12.

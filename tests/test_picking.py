@@ -13,12 +13,13 @@ from ase import Atoms
 from conftest import copper
 from test_cli import gpmlp  # noqa: F401  (a fixture)
 
-from gpmlp import picking, selection
-from gpmlp.checks import UserError
-from gpmlp.conditioning import Belief, label_variance
+from gpmlp.core.errors import UserError
+from gpmlp.fitting import selection
 from gpmlp.gp import covariances
-from gpmlp.io import atoms
-from gpmlp.picking import METHODS, pick
+from gpmlp.io import ase_atoms
+from gpmlp.learning import pool as picking
+from gpmlp.learning.conditional_variance import Belief, label_variance
+from gpmlp.learning.pool import METHODS, pick
 
 TIGHT = 1e-10  # eV^2: covariances are of the order of 1 eV^2, and lose some digits in the whitening
 
@@ -32,7 +33,7 @@ def primitive(seed: int) -> Atoms:
 
 
 def structures(frames: list[Atoms]):
-    return atoms.structures_from_ase(frames)
+    return ase_atoms.structures_from_ase(frames)
 
 
 def rattled(frame: Atoms, size: float, seed: int = 0) -> Atoms:

@@ -12,10 +12,11 @@ from systems import CUTOFF, crystal, everything
 from test_gpu import CHOICES
 
 import gpmlp
-from gpmlp import neighbors, portions, threads
-from gpmlp.quantities import Targets
+from gpmlp.core import neighbors, parallel
+from gpmlp.core.quantities import Targets
+from gpmlp.core.verlet_list import Skin
+from gpmlp.potential import chunked
 from gpmlp.recipe import Recipe
-from gpmlp.skin import Skin
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,9 @@ def large():
 
 
 def test_portions_are_runs_of_structures_or_parts_of_one():
-    assert portions.spans([3, 4, 2, 9, 1], 8) == [(0, 7), (7, 9), (9, 17), (17, 19)]
-    assert portions.spans([20], 8) == [(0, 8), (8, 16), (16, 20)]
-    assert portions.spans([0, 8, 0], 8) == [(0, 8)] and portions.spans([], 8) == portions.spans([0], 8) == []
+    assert chunked.spans([3, 4, 2, 9, 1], 8) == [(0, 7), (7, 9), (9, 17), (17, 19)]
+    assert chunked.spans([20], 8) == [(0, 8), (8, 16), (16, 20)]
+    assert chunked.spans([0, 8, 0], 8) == [(0, 8)] and chunked.spans([], 8) == chunked.spans([0], 8) == []
 
 
 def fields(prediction):
@@ -63,10 +64,10 @@ def test_a_structure_in_portions_is_the_structure(potential, monkeypatch):
     """Sums over pairs in another order: rounding of values and forces of order 1 to 10; of variances, of prior variances."""
     one, made = large(), []
     for atoms in (1000, 5):
-        monkeypatch.setattr(portions, "ATOMS", atoms)
+        monkeypatch.setattr(chunked, "ATOMS", atoms)
         made.append(potential(one, variance="atom_energies", novelty=True, calibrated=False))
     assert (
-        len(portions.spans([one.n_atoms], 5 * len(one.distinct_species))) == 7
+        len(chunked.spans([one.n_atoms], 5 * len(one.distinct_species))) == 7
     )  # large enough for products of each species
     for whole, cut in zip(*map(fields, made), strict=True):
         torch.testing.assert_close(cut, whole, rtol=1e-10, atol=1e-10)
@@ -74,7 +75,7 @@ def test_a_structure_in_portions_is_the_structure(potential, monkeypatch):
 
 def test_threads_and_variances_change_nothing(potential, monkeypatch, two_threads):
     """To the last bit: else dynamics would depend on the machine, or on what was asked for on the way."""
-    monkeypatch.setattr(portions, "ATOMS", 5)
+    monkeypatch.setattr(chunked, "ATOMS", 5)
     monkeypatch.setattr(neighbors, "PAIRS", 100)
     one, made = large(), []
     for n in (1, 2, 3):
@@ -93,14 +94,14 @@ def test_work_is_done_in_order_in_threads_of_one_core_with_the_modes_of_the_call
     def work(k):
         return k, torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
-    assert threads.each(work, range(5)) == [(k, 1, True, False) for k in range(5)]
+    assert parallel.each(work, range(5)) == [(k, 1, True, False) for k in range(5)]
     with torch.no_grad():
-        assert threads.each(work, range(5)) == [(k, 1, False, False) for k in range(5)]
+        assert parallel.each(work, range(5)) == [(k, 1, False, False) for k in range(5)]
     with torch.inference_mode():
-        assert threads.each(work, range(5)) == [(k, 1, False, True) for k in range(5)]
+        assert parallel.each(work, range(5)) == [(k, 1, False, True) for k in range(5)]
     assert torch.get_num_threads() == 2  # of the caller, as before
-    assert threads.each(work, []) == []
-    nested = threads.each(lambda k: threads.each(work, range(k)), range(3))
+    assert parallel.each(work, []) == []
+    nested = parallel.each(lambda k: parallel.each(work, range(k)), range(3))
     assert nested == [[], [(0, 1, True, False)], [(0, 1, True, False), (1, 1, True, False)]]
 
 
@@ -114,13 +115,13 @@ def test_what_a_thread_raises_is_raised(two_threads):
         return [1.0][k]
 
     with pytest.raises(ZeroDivisionError):
-        threads.each(lambda k: 1 / k, [1, 0, 2])
+        parallel.each(lambda k: 1 / k, [1, 0, 2])
     with pytest.raises(IndexError):
-        threads.each(work, range(100))
+        parallel.each(work, range(100))
     assert len(begun) < 10
     with pytest.raises(ValueError, match="taken"):
-        threads.each(lambda k: k, range(10), lambda k: (_ for _ in ()).throw(ValueError("taken")))
-    assert threads.each(lambda k: k, range(3)) == [0, 1, 2]
+        parallel.each(lambda k: k, range(10), lambda k: (_ for _ in ()).throw(ValueError("taken")))
+    assert parallel.each(lambda k: k, range(3)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -137,7 +138,7 @@ def test_what_was_made_is_taken_in_order_and_by_one_at_a_time(two_threads, n):
         taken.append(k)
         inside.release()
 
-    assert threads.each(work, range(30), take) == [None] * 30
+    assert parallel.each(work, range(30), take) == [None] * 30
     assert taken == list(range(30))
 
 

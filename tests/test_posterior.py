@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from gpmlp.checks import UserError
-from gpmlp.gp import evidence, posterior
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.gp import evidence, inducing, posterior
 from gpmlp.gp.evidence import Statistics
 from gpmlp.gp.likelihood import NOISE_PRIORS, SIGNAL_PRIOR, Hyperparameters, StdPrior, observations
-from gpmlp.gp.posterior import RowFactor
-from gpmlp.quantities import Targets
-from gpmlp.structures import Structures
+from gpmlp.gp.qr import RowFactor
 
 N, COLUMNS = 230, 17
 
@@ -94,7 +94,7 @@ def model():
     signal = torch.repeat_interleave(torch.tensor([1.4, 0.6], dtype=torch.float64), torch.tensor(widths))
     rows, values = _data()
     parts = {"energies": (rows[:40], values[:40], 0.3), "forces": (rows[40:], values[40:], 0.8)}
-    whitened = {k: posterior.whiten(torch.cat([r, y[:, None]], dim=1), lowers) for k, (r, y, _) in parts.items()}
+    whitened = {k: inducing.whiten(torch.cat([r, y[:, None]], dim=1), lowers) for k, (r, y, _) in parts.items()}
     counts = {k: len(y) for k, (_, y, _) in parts.items()}
     noise = {k: s for k, (_, _, s) in parts.items()}
     prior = torch.block_diag(*k_uu)
@@ -139,7 +139,7 @@ def test_the_solve_does_not_depend_on_how_rows_were_folded(model):
         factor = RowFactor(COLUMNS, 20)
         for r, v in zip(rows.split(9), values.split(9), strict=True):
             factor.add(r, v)
-        folded[kind] = posterior.whiten(factor.factor(), lowers)
+        folded[kind] = inducing.whiten(factor.factor(), lowers)
     a, b = (posterior.solve(w, counts, noise, signal, lowers) for w in (whitened, folded))
     torch.testing.assert_close(a.weights, b.weights, atol=1e-11, rtol=0)
     assert a.rms == pytest.approx(b.rms, rel=1e-10)

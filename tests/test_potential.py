@@ -24,15 +24,14 @@ from systems import (
     targets_of,
 )
 
-from gpmlp import potential as potential_module
-from gpmlp import units
-from gpmlp.checks import UserError
-from gpmlp.fit import fit
-from gpmlp.potential import Potential
-from gpmlp.quantities import Targets
+from gpmlp.core import units
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures, chunks
+from gpmlp.fitting.fit import fit
+from gpmlp.potential import potential as potential_module
+from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
-from gpmlp.structures import Structures
-from gpmlp.terms import chunks
 
 SMALL = {"cutoff": 3.4, "n_max": 3, "l_max": 2, "sigma_atom": 0.5}
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from systems import cluster, crystal, descriptor
 
-from gpmlp.environments import Kept
+from gpmlp.core.environments import Kept, View
+from gpmlp.core.structures import Structures
 from gpmlp.gp.kernels import PolynomialKernel
 from gpmlp.gp.prior import Prior
-from gpmlp.structures import Structures
-from gpmlp.terms import View
 
 SIGNAL = {1: 0.4, 6: 1.0, 8: 0.7}
 KINDS = {

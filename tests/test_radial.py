@@ -8,10 +8,10 @@ import pytest
 import scipy.special
 import torch
 
-from gpmlp.checks import UserError
+from gpmlp.core.errors import UserError
 from gpmlp.descriptors import radial
-from gpmlp.descriptors.harmonics import harmonics
-from gpmlp.descriptors.weights import NeighborWeights
+from gpmlp.descriptors.cutoff import NeighborWeights
+from gpmlp.descriptors.spherical_harmonics import harmonics
 
 WEIGHTS = {
     "smoothstep": NeighborWeights(4.0),

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from gpmlp.active.recipe import LearnRecipe
+from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]

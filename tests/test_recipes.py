@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpmlp.checks import UserError
-from gpmlp.io.recipes import load_recipe
+from gpmlp.core.errors import UserError
+from gpmlp.io.recipe_files import load_recipe
 from gpmlp.recipe import Recipe
 
 

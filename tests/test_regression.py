@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import gpmlp
-from gpmlp import defaults, regression
-from gpmlp.fit import _chunked
-from gpmlp.fit_report import Stages
+from gpmlp.fitting import defaults, regression
+from gpmlp.fitting.fit import _chunked
+from gpmlp.fitting.report import Stages
 from gpmlp.recipe import Recipe
 
 DATA = Path(__file__).parents[1] / "data" / "silicon"

@@ -9,12 +9,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from gpmlp import report, units
-from gpmlp.checks import UserError
-from gpmlp.io.atomic import atomic
-from gpmlp.report import answers, figures, neighbourhood, numbers, scatter, worst
-from gpmlp.report.data import CAUSES, Labelled
-from gpmlp.report.words import percent
+from gpmlp import report
+from gpmlp.core import units
+from gpmlp.core.errors import UserError
+from gpmlp.io.files import atomic
+from gpmlp.report import scatter
+from gpmlp.report.model import answers, environment_drawing, figures, numbers, worst
+from gpmlp.report.model.data import CAUSES, Labelled
+from gpmlp.report.style import percent
 
 QUESTIONS = (
     "How wrong is it?",
@@ -496,12 +498,12 @@ def test_neighbours_are_those_of_the_crystal():
     data = dataclasses.replace(
         synthetic(1), positions=positions, cells=cell[None], species=species, cutoff=2.0, periodic=np.ones((1, 3), bool)
     )
-    vectors, kinds = neighbourhood.neighbours(data, 0)
+    vectors, kinds = environment_drawing.neighbours(data, 0)
     assert len(vectors) == 5  # itself and four of the other element, a sqrt(3)/4 away
     assert set(kinds[1:]) == {6}
     np.testing.assert_allclose(np.linalg.norm(vectors[1:], axis=1), 4.36 * np.sqrt(3) / 4)
     alone = dataclasses.replace(data, periodic=np.zeros((1, 3), bool))
-    assert len(neighbourhood.neighbours(alone, 0)[0]) == 2  # the corner atom keeps one
+    assert len(environment_drawing.neighbours(alone, 0)[0]) == 2  # the corner atom keeps one
 
 
 def test_flags_say_why():

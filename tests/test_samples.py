@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import gpmlp
-from gpmlp import checks
-from gpmlp.cli import main
-from gpmlp.fit import fit
+from gpmlp.cli.main import main
+from gpmlp.core import errors
+from gpmlp.fitting.fit import fit
+from gpmlp.potential.samples import Samples, draw
 from gpmlp.recipe import Recipe
-from gpmlp.samples import Samples, draw
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_slices_are_samples(silicon):
     assert isinstance(part, Samples) and len(part) == 2
     torch.testing.assert_close(part(some).forces, samples(some).forces[[1, 3]])
     assert part[-1].provenance["sample"]["index"] == 3
-    with pytest.raises(checks.UserError, match="one or more of the 4"):
+    with pytest.raises(errors.UserError, match="one or more of the 4"):
         samples[4:]
     with pytest.raises(IndexError):
         part[2]
@@ -150,17 +150,17 @@ def test_seed_decides(silicon):
 
 def test_mistakes(silicon):
     potential, _ = silicon
-    with pytest.raises(checks.UserError, match="1 or more"):
+    with pytest.raises(errors.UserError, match="1 or more"):
         potential.sample(0, seed=0)
-    with pytest.raises(checks.UserError, match=r"whole number, as 2; got 2\.5"):
+    with pytest.raises(errors.UserError, match=r"whole number, as 2; got 2\.5"):
         potential.sample(2.5, 0)
-    with pytest.raises(checks.UserError, match=r"`seed` must be a whole number"):
+    with pytest.raises(errors.UserError, match=r"`seed` must be a whole number"):
         potential.sample(2, 0.5)
-    with pytest.raises(checks.UserError, match=r"got Samples.*save each for itself"):
+    with pytest.raises(errors.UserError, match=r"got Samples.*save each for itself"):
         gpmlp.save(potential.sample(2, 0), "samples")
-    with pytest.raises(checks.UserError, match="way of sampling"):
+    with pytest.raises(errors.UserError, match="way of sampling"):
         draw(potential, 2, 0, "bootstrap")
-    with pytest.raises(checks.UserError, match="no posterior factor"):
+    with pytest.raises(errors.UserError, match="no posterior factor"):
         potential.sample(1, 0)[0].sample(1, 0)
 
 

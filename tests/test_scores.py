@@ -10,7 +10,7 @@ import scipy.integrate
 import scipy.stats
 import torch
 
-from gpmlp.checks import UserError
+from gpmlp.core.errors import UserError
 from gpmlp.uncertainty import scores as s
 
 

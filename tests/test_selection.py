@@ -8,10 +8,11 @@ import pytest
 import torch
 from systems import KERNELS, cluster, descriptor
 
-from gpmlp import inducing, neighbors, selection
-from gpmlp.checks import UserError
-from gpmlp.environments import Surroundings
-from gpmlp.structures import Structures
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Surroundings
+from gpmlp.core.errors import UserError
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import selection, sparse_points
 
 KERNEL = KERNELS["polynomial 3"]
 
@@ -137,7 +138,7 @@ def stream():
 def _choose(stream, method="greedy", n=12, shares="species", seed=0):
     parts, made = stream
     told = []
-    found = inducing.choose_centers(parts, made, KERNEL, method, n, shares, seed, told.append)
+    found = sparse_points.choose_centers(parts, made, KERNEL, method, n, shares, seed, told.append)
     assert told == [1, 2, 3, 4, 5]
     return found
 
@@ -187,14 +188,14 @@ def test_without_thinning_the_choice_is_that_from_the_whole_pool(stream, method)
 def test_a_full_pool_is_thinned_and_still_gives_distinct_centres(stream, monkeypatch, method):
     """With no room at all the pool is thinned as it goes; it never holds more than a few times the centres asked for."""
     n, held = 7, []
-    keep = inducing._Pool.keep
+    keep = sparse_points._Pool.keep
 
     def watched(pool, chosen):
         held.append(pool.size())
         keep(pool, chosen)
 
-    monkeypatch.setattr(inducing, "POOL_BYTES", 1)
-    monkeypatch.setattr(inducing._Pool, "keep", watched)
+    monkeypatch.setattr(sparse_points, "POOL_BYTES", 1)
+    monkeypatch.setattr(sparse_points._Pool, "keep", watched)
     chosen, seen = _choose(stream, method, n=n, shares={6: 4, 8: 3})
     assert held  # it did thin
     assert max(held) <= 4 * n + 12  # the limit, and what one part adds
@@ -216,7 +217,7 @@ def test_thinning_costs_little(stream, monkeypatch):
         return float(len(pool) - (k * (k @ torch.linalg.pinv(profile(features @ features.T), hermitian=True))).sum())
 
     full, _ = _choose(stream, n=9)
-    monkeypatch.setattr(inducing, "POOL_BYTES", 1)
+    monkeypatch.setattr(sparse_points, "POOL_BYTES", 1)
     thinned, _ = _choose(stream, n=9)
     assert len(thinned[6][0]) == len(full[6][0])
     random = left(pool[selection.select("random", pool, len(full[6][0]), profile, 0)[0]])
@@ -224,9 +225,9 @@ def test_thinning_costs_little(stream, monkeypatch):
 
 
 def test_quotas_add_up():
-    assert inducing._quotas(10, "species", {6: 30, 8: 10, 1: 60}) == {6: 3, 8: 1, 1: 6}
-    assert inducing._quotas(7, {6: 4, 8: 3}, {6: 30, 8: 10}) == {6: 4, 8: 3}
-    assert inducing._quotas(4, {6: 4}, {6: 30, 8: 10}) == {6: 4, 8: 1}
-    shared = inducing._quotas(7, "species", {6: 3, 8: 3, 1: 3})
+    assert sparse_points._quotas(10, "species", {6: 30, 8: 10, 1: 60}) == {6: 3, 8: 1, 1: 6}
+    assert sparse_points._quotas(7, {6: 4, 8: 3}, {6: 30, 8: 10}) == {6: 4, 8: 3}
+    assert sparse_points._quotas(4, {6: 4}, {6: 30, 8: 10}) == {6: 4, 8: 1}
+    shared = sparse_points._quotas(7, "species", {6: 3, 8: 3, 1: 3})
     assert math.isclose(sum(shared.values()), 7, abs_tol=2)
-    assert min(inducing._quotas(3, "species", {6: 1000, 8: 1}).values()) >= 1  # no species is left without
+    assert min(sparse_points._quotas(3, "species", {6: 1000, 8: 1}).values()) >= 1  # no species is left without

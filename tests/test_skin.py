@@ -6,10 +6,10 @@ import pytest
 import torch
 from systems import CELLS, CUTOFF, crystal, dimer, everything, replicate
 
-from gpmlp import neighbors, skin
-from gpmlp.checks import UserError
-from gpmlp.skin import Skin
-from gpmlp.structures import Structures
+from gpmlp.core import neighbors, verlet_list
+from gpmlp.core.errors import UserError
+from gpmlp.core.structures import Structures
+from gpmlp.core.verlet_list import Skin
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -115,12 +115,12 @@ def test_only_those_that_moved_are_searched():
 def test_no_skin_where_it_would_not_last(monkeypatch):
     """Atoms that leap are searched without one, and with one again when they have come to rest."""
     one, remember, searches, search = crystal("cubic", (6, 8, 1)), Skin(CUTOFF), [], neighbors.find
-    monkeypatch.setattr(skin.neighbors, "find", lambda s, cutoff: searches.append(cutoff) or search(s, cutoff))
+    monkeypatch.setattr(verlet_list.neighbors, "find", lambda s, cutoff: searches.append(cutoff) or search(s, cutoff))
     for k in range(6):
         remember(one.with_positions(one.positions + 0.2 * (k % 2)))
-    assert searches == [CUTOFF + skin.HAIR] * 6
+    assert searches == [CUTOFF + verlet_list.HAIR] * 6
     remember(one), remember(one), remember(one)
-    assert searches[6:] in ([CUTOFF + 0.6], [CUTOFF + skin.HAIR, CUTOFF + 0.6])
+    assert searches[6:] in ([CUTOFF + 0.6], [CUTOFF + verlet_list.HAIR, CUTOFF + 0.6])
 
 
 def test_without_a_skin_every_call_searches():

@@ -10,14 +10,16 @@ from systems import CELLS, CUTOFF, cluster, crystal, everything, replicate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpmlp
-from gpmlp import centres, neighbors, stepping
-from gpmlp.baselines import ZBL
-from gpmlp.checks import DataWarning, UserError
-from gpmlp.padded import Padded, Sums
-from gpmlp.quantities import Targets
+from gpmlp.core import neighbors
+from gpmlp.core.errors import DataWarning, UserError
+from gpmlp.core.padded_neighbors import Padded, Sums
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.potential import species_model
+from gpmlp.potential import stepper as stepping
+from gpmlp.potential.baselines import ZBL
+from gpmlp.potential.stepper import Stepper
 from gpmlp.recipe import Recipe
-from gpmlp.stepping import Stepper
-from gpmlp.structures import Structures
 
 SOAP = {"cutoff": CUTOFF, "n_max": 3, "l_max": 3}
 CHOICES = {
@@ -290,7 +292,7 @@ def test_what_cannot_be_stepped(plain):
     foreign = replace(plain.terms[0], descriptor=object())
     with pytest.raises(UserError, match="not gpmlp's own SOAP"):
         Stepper(replace(plain, terms=(foreign,)), batch)
-    assert "no form" in centres.refusal(replace(plain, baselines=(object(),)))
+    assert "no form" in species_model.refusal(replace(plain, baselines=(object(),)))
 
 
 @pytest.mark.parametrize("wait", [True, False])

@@ -13,13 +13,13 @@ import scipy.linalg
 import scipy.signal
 import torch
 
-from gpmlp.active.history import History, Record
-from gpmlp.active.recipe import DynamicsRecipe
-from gpmlp.active.records import typical_force
-from gpmlp.active.stop_criteria import Novelties, converged, coverage, every, label_rate, plateau, steady
-from gpmlp.active.stop_recipe import CoverageRecipe, ObservableRecipe, PlateauRecipe, StopRecipe
-from gpmlp.active.stopping import ensemble, judge, observable, window
-from gpmlp.checks import UserError
+from gpmlp.core.errors import UserError
+from gpmlp.learning.recipe import DynamicsRecipe
+from gpmlp.learning.stopping.criteria import Novelties, converged, coverage, every, label_rate, plateau, steady
+from gpmlp.learning.stopping.history import History, Record
+from gpmlp.learning.stopping.judge import ensemble, judge, observable, window
+from gpmlp.learning.stopping.recipe import CoverageRecipe, ObservableRecipe, PlateauRecipe, StopRecipe
+from gpmlp.learning.walker_state import typical_force
 
 
 def correlated(n: int, phi: float, seed: int, width: int = 1) -> np.ndarray:

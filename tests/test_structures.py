@@ -9,10 +9,11 @@ import pytest
 import torch
 from systems import cluster, crystal, everything, structure
 
-from gpmlp import units
-from gpmlp.checks import UserError
-from gpmlp.quantities import Prediction, Targets, errors
-from gpmlp.structures import Structures, known_again
+from gpmlp.core import units
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Prediction, Targets
+from gpmlp.core.structures import Structures, known_again
+from gpmlp.potential.evaluation import errors
 
 BATCH = everything()
 FIELDS = ("positions", "cells", "periodic", "species", "structure_of_atom")

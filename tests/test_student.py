@@ -6,13 +6,13 @@ import pytest
 import torch
 from systems import KERNELS, crystal, descriptor, random_term, targets_of
 
-from gpmlp.active.recipe import RefreshRecipe
-from gpmlp.active.student import Student
-from gpmlp.active.tape import Entry
-from gpmlp.online import Online
-from gpmlp.quantities import Targets
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting.online import Online
+from gpmlp.learning.labels import Entry
+from gpmlp.learning.model import Student
+from gpmlp.learning.recipe import RefreshRecipe
 from gpmlp.recipe import Recipe
-from gpmlp.structures import Structures
 
 RECIPE = Recipe.model_validate(
     {

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpmlp
-from gpmlp.active import tape as tape_module
-from gpmlp.active.oracle import Refusal
-from gpmlp.active.tape import Entry, Tape, canonical, frame, key_of
-from gpmlp.checks import UserError
-from gpmlp.io.atoms import structures_from_ase
-from gpmlp.quantities import Targets
-from gpmlp.structures import Structures
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.learning import labels as tape_module
+from gpmlp.learning.labels import Entry, Tape, canonical, frame, key_of
+from gpmlp.learning.oracles.job import Refusal
 
 
 def structure(seed: int = 0, periodic: bool = True, n: int = 2) -> Structures:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpmlp import terms
 from gpmlp.gp import kernels
-from gpmlp.terms import ROWS, MeanBlock
+from gpmlp.potential import mean as terms
+from gpmlp.potential.mean import ROWS, MeanBlock
 
 QUADRATIC = {
     "zeta 1": kernels.PolynomialKernel(1),

@@ -12,14 +12,14 @@ import pytest
 from ase import units
 from learning_runs import contents, events, finish, prepare, recipe
 
-from gpmlp.active import loop, together, walker
-from gpmlp.active.loop import learn
-from gpmlp.active.walker import Walker
-from gpmlp.checks import UserError
-from gpmlp.io.atoms import structures_from_ase
-from gpmlp.neighbors import Neighbors, find
-from gpmlp.potential import Potential
-from gpmlp.skin import Skin
+from gpmlp.core.errors import UserError
+from gpmlp.core.neighbors import Neighbors, find
+from gpmlp.core.verlet_list import Skin
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.learning import batched_walkers, loop, walker
+from gpmlp.learning.loop import learn
+from gpmlp.learning.walker import Walker
+from gpmlp.potential.potential import Potential
 
 THREE = {"dynamics": {"walkers": 3, "steps": 10, "ramp_steps": 5}, "trigger": {"force": 5.0, "novelty": None}}
 THREE |= {"stop": {"coverage": False}}
@@ -59,7 +59,7 @@ def tasks(seen, potential, chosen, judges, steps=8):
 def test_each_goes_where_it_goes_alone(potential, ensemble):
     chosen = recipe(dynamics={"ensemble": ensemble, "temperature_K": 300}).dynamics
     seen = looks(potential, chosen, go_on)
-    found = together.advance(potential, tasks(seen, potential, chosen, [go_on] * 4))
+    found = batched_walkers.advance(potential, tasks(seen, potential, chosen, [go_on] * 4))
     for one, side_by_side in zip(seen, found, strict=True):
         alone = walker.advance(one, potential, go_on, chosen, 1.0, 8, 2)
         assert side_by_side.walker.step == alone.walker.step == 8 and side_by_side.full
@@ -79,7 +79,7 @@ def test_one_call_a_step_serves_all(potential, monkeypatch):
         return call(self, structures, *args, **kwargs)
 
     monkeypatch.setattr(Potential, "__call__", counted)
-    together.advance(potential, tasks(seen, potential, chosen, [go_on] * 4))
+    batched_walkers.advance(potential, tasks(seen, potential, chosen, [go_on] * 4))
     assert sizes == [4] * 9  # where they are, and eight steps
 
 
@@ -98,7 +98,9 @@ def test_each_has_its_own_decision(potential):
         return judge
 
     seen = looks(potential, chosen, go_on)
-    found = together.advance(potential, tasks(seen, potential, chosen, [go_on, at(3, "label"), at(5, "halt"), go_on]))
+    found = batched_walkers.advance(
+        potential, tasks(seen, potential, chosen, [go_on, at(3, "label"), at(5, "halt"), go_on])
+    )
     assert [now.walker.step for now in found] == [8, 3, 5, 8]
     assert [now.decision.action for now in found] == ["continue", "label", "halt", "continue"]
 
@@ -112,9 +114,9 @@ def test_one_that_is_lost_harms_no_other(potential, monkeypatch):
     momenta[0] = fast.get_masses()[0] * (fast.positions[1] - fast.positions[0]) / units.fs  # there in one step
     fast.set_momenta(momenta)
     hot = replace(seen[1], walker=replace(seen[1].walker, atoms=fast))
-    others = together.advance(potential, tasks([seen[0], hot, seen[3]], potential, chosen, [go_on] * 3))
+    others = batched_walkers.advance(potential, tasks([seen[0], hot, seen[3]], potential, chosen, [go_on] * 3))
     assert others[1].decision.action == "halt" and not others[1].full
-    calm = together.advance(potential, tasks([seen[0], seen[3]], potential, chosen, [go_on] * 2))
+    calm = batched_walkers.advance(potential, tasks([seen[0], seen[3]], potential, chosen, [go_on] * 2))
     for a, b in zip((others[0], others[2]), calm, strict=True):
         np.testing.assert_allclose(a.walker.atoms.positions, b.walker.atoms.positions, atol=1e-9)
 
@@ -131,7 +133,7 @@ def test_errors_of_predictions_reach_their_own_task(potential):
 
         return task
 
-    found = together.advance(potential, [asking(good), asking(bad), asking(good)])
+    found = batched_walkers.advance(potential, [asking(good), asking(bad), asking(good)])
     assert "was not trained on Al" in found[1]
     assert float(found[0].energies[0]) == float(found[2].energies[0])
 
@@ -151,7 +153,7 @@ def test_nothing_is_left_running(potential):
             ask(structure, None, pairs)
 
     with pytest.raises(ZeroDivisionError):
-        together.advance(potential, [goes_on, fails])
+        batched_walkers.advance(potential, [goes_on, fails])
 
     class BrokenError(Exception):
         pass
@@ -160,7 +162,7 @@ def test_nothing_is_left_running(potential):
         raise BrokenError
 
     with pytest.raises(BrokenError):
-        together.advance(broken, [goes_on, goes_on])
+        batched_walkers.advance(broken, [goes_on, goes_on])
     assert threading.active_count() == before
 
 

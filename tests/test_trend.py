@@ -9,10 +9,19 @@ import pytest
 import scipy.signal
 import scipy.stats
 
-from gpmlp.checks import UserError
-from gpmlp.uncertainty.correlation import blocking, correlation_time, equilibrated, mean
-from gpmlp.uncertainty.rates import laplace, most_by_chance, poisson_upper, wilson
-from gpmlp.uncertainty.trend import ranks, trend
+from gpmlp.core.errors import UserError
+from gpmlp.learning.stopping.timeseries import (
+    blocking,
+    correlation_time,
+    equilibrated,
+    laplace,
+    mean,
+    most_by_chance,
+    poisson_upper,
+    ranks,
+    trend,
+    wilson,
+)
 
 SERIES = 500  # a coverage of 95 % then scatters by 1 %, one of 97 % by 0.8 %
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 import yaml
 
-from gpmlp import cli, held_out, tuning
-from gpmlp.checks import UserError
-from gpmlp.io import archive, atoms, journal, recipes
-from gpmlp.search_space import Parameter, default_space, parse, propose
+from gpmlp.cli import main
+from gpmlp.core.errors import UserError
+from gpmlp.fitting import calibrate, tune
+from gpmlp.fitting.search_space import Parameter, default_space, parse, propose
+from gpmlp.io import archive, ase_atoms, files, recipe_files
 
 SILICON = Path(__file__).resolve().parents[1] / "data" / "silicon" / "train.xyz"
 START = {"descriptor": {"cutoff": 3.5, "n_max": 3, "l_max": 2}, "kernel": {"zeta": 2}}
@@ -33,21 +34,25 @@ def silicon(tmp_path_factory):
     """24 of the smallest frames of the silicon data and the isolated atom, in a file."""
     frames = sorted(ase.io.read(SILICON, ":"), key=len)[:25]
     path = tmp_path_factory.mktemp("silicon") / "train.xyz"
-    atoms.write(path, frames)
+    ase_atoms.write(path, frames)
     return path
 
 
 @pytest.fixture(scope="module")
 def problem(silicon):
-    return tuning.prepare(
-        *atoms.read(silicon), recipes.validate(START), SEARCH, columns=24, data={"name": "train.xyz", "sha256": "ab"}
+    return tune.prepare(
+        *ase_atoms.read(silicon),
+        recipe_files.validate(START),
+        SEARCH,
+        columns=24,
+        data={"name": "train.xyz", "sha256": "ab"},
     )
 
 
 @pytest.fixture(scope="module")
 def five(problem):
     """Five trials, uninterrupted."""
-    return list(tuning.search(problem, most=5))
+    return list(tune.search(problem, most=5))
 
 
 @pytest.fixture
@@ -55,7 +60,7 @@ def gpmlp(capsys):
     """Run a command: (status, standard output, standard error)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(a) for a in arguments])
+        status = main.main([str(a) for a in arguments])
         out, err = capsys.readouterr()
         return status, " ".join(out.split()), " ".join(err.split())
 
@@ -75,14 +80,14 @@ def test_first_trial_is_the_start_and_the_best_is_no_worse(problem, five):
     assert len({str(t.parameters) for t in five}) == 5
     assert all(p.contains(t.parameters[p.key]) for t in five for p in problem.search)
     assert all(isinstance(t.parameters["kernel.zeta"], int) for t in five)
-    top = tuning.best(five)
+    top = tune.best(five)
     assert top.objective == max(t.objective for t in five) >= five[0].objective
     assert all(t.force_rmse_meV_per_A >= t.force_mae_meV_per_A > 0 and t.seconds > 0 for t in five)
 
 
 def test_objective_is_the_mean_log_density_of_held_out_force_components(problem, five):
     """By a second road: fit the recipe of the trial, and write the Gaussian out."""
-    from gpmlp.fit import fit
+    from gpmlp.fitting.fit import fit
 
     potential, _ = fit(*problem.learned_from, problem.trial(five[0].parameters))
     structures, targets = problem.held
@@ -95,32 +100,32 @@ def test_objective_is_the_mean_log_density_of_held_out_force_components(problem,
 
 
 def test_held_out_are_not_learned_from_and_the_same_for_all(silicon, problem):
-    again = tuning.prepare(*atoms.read(silicon), recipes.validate(START), SEARCH, columns=24)
+    again = tune.prepare(*ase_atoms.read(silicon), recipe_files.validate(START), SEARCH, columns=24)
     assert again.held[0].names == problem.held[0].names
     assert not set(problem.held[0].names) & set(problem.learned_from[0].names)
-    other = tuning.prepare(*atoms.read(silicon), recipes.validate(START), SEARCH, columns=24, seed=1)
+    other = tune.prepare(*ase_atoms.read(silicon), recipe_files.validate(START), SEARCH, columns=24, seed=1)
     assert other.held[0].names != problem.held[0].names
-    assert not any(held_out.baselines.is_isolated_atom(label) for label in problem.held[1].config_types)
+    assert not any(calibrate.baselines.is_isolated_atom(label) for label in problem.held[1].config_types)
 
 
 def test_large_data_are_thinned(silicon, monkeypatch):
-    monkeypatch.setattr(tuning, "TRAIN_ATOMS", 30)
-    few = tuning.prepare(*atoms.read(silicon), recipes.validate(START), SEARCH)
+    monkeypatch.setattr(tune, "TRAIN_ATOMS", 30)
+    few = tune.prepare(*ase_atoms.read(silicon), recipe_files.validate(START), SEARCH)
     assert len(few.learned_from[0]) + len(few.held[0]) == 25  # too few to choose from
-    thin = tuning.prepare(*atoms.read(SILICON, "::6"), recipes.validate(START), SEARCH)
+    thin = tune.prepare(*ase_atoms.read(SILICON, "::6"), recipe_files.validate(START), SEARCH)
     assert 15 <= thin.learned_from[0].n_atoms <= 40
     assert any("isolated" in label for label in thin.learned_from[1].config_types)
     assert not set(thin.held[0].names) & set(thin.learned_from[0].names)
 
 
 def test_resumed_is_uninterrupted(problem, five):
-    resumed = list(tuning.search(problem, five[:3], most=5))
+    resumed = list(tune.search(problem, five[:3], most=5))
     assert timeless(resumed) == timeless(five[3:])
 
 
 def test_evidence(silicon, problem):
     judged = replace(problem, objective="evidence")
-    trials = list(tuning.search(judged, most=2))
+    trials = list(tune.search(judged, most=2))
     assert all(t.objective is not None and t.force_mae_meV_per_A > 0 for t in trials)
     with pytest.raises(UserError, match="'use_stresses' cannot be searched"):
         parse(["use_stresses=true,false"], problem.start, "evidence")
@@ -128,14 +133,14 @@ def test_evidence(silicon, problem):
 
 def test_failed_trials_are_recorded_and_the_search_goes_on(problem):
     """A cutoff below the width over which the density is cut off is refused by the recipe."""
-    start = recipes.changed(problem.start, {"descriptor.cutoff_width": 2.0})
+    start = recipe_files.changed(problem.start, {"descriptor.cutoff_width": 2.0})
     some = replace(problem, start=start, search=(Parameter("descriptor.cutoff", choices=(1.5, 3.4, 3.6)),))
-    trials = list(tuning.search(some))
+    trials = list(tune.search(some))
     assert len(trials) == 4  # the start and every choice: then there is nothing left to try
     failed = [t for t in trials if t.objective is None]
     assert [t.parameters["descriptor.cutoff"] for t in failed] == [1.5]
     assert "cutoff_width 2.0 A is larger than the cutoff 1.5 A" in failed[0].failure
-    assert tuning.best(trials) is not None
+    assert tune.best(trials) is not None
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), torch.linalg.LinAlgError("x")])
@@ -143,37 +148,37 @@ def test_lack_of_memory_and_bad_numbers_are_failures(problem, monkeypatch, error
     def broken(*_, **__):
         raise error
 
-    monkeypatch.setattr(tuning, "fit", broken)
-    assert tuning.attempt(problem, 0, {}).failure
+    monkeypatch.setattr(tune, "fit", broken)
+    assert tune.attempt(problem, 0, {}).failure
 
 
 def test_gives_up_where_everything_fails(problem, monkeypatch):
     def broken(*_, **__):
         raise UserError("no such thing")
 
-    monkeypatch.setattr(tuning, "fit", broken)
+    monkeypatch.setattr(tune, "fit", broken)
     with pytest.raises(UserError, match="first 5 trials all failed, the last one so: no such thing"):
-        list(tuning.search(problem))
+        list(tune.search(problem))
 
 
 def test_budget(problem, five):
     started = time.perf_counter()
-    alone = list(tuning.search(problem, budget_s=1e-3))
+    alone = list(tune.search(problem, budget_s=1e-3))
     assert timeless(alone) == timeless(five[:1])  # the start recipe always
     typical = alone[0].seconds
     started = time.perf_counter()
-    some = list(tuning.search(problem, budget_s=4 * typical))
+    some = list(tune.search(problem, budget_s=4 * typical))
     assert len(some) < 30
     # between two looks at the clock lies at most one chunk of a fit: far less than a trial, but machines are busy
     assert time.perf_counter() - started < 4 * typical + 2
-    assert not list(tuning.search(problem, [replace(t, seconds=100.0) for t in five], budget_s=500))
+    assert not list(tune.search(problem, [replace(t, seconds=100.0) for t in five], budget_s=500))
 
 
 def test_final_recipe_leaves_inducing_and_noise_as_they_were(problem, five, tmp_path):
-    top = tuning.best(five)
+    top = tune.best(five)
     final, path = problem.final(top.parameters), tmp_path / "best.yaml"
-    recipes.save_recipe(final, path, tuning.header(problem, five))
-    assert recipes.load_recipe(path) == final
+    recipe_files.save_recipe(final, path, tune.header(problem, five))
+    assert recipe_files.load_recipe(path) == final
     given = yaml.safe_load(path.read_text())
     assert "n" not in given["inducing"] and "gradients" not in given["inducing"] and "noise" not in given
     assert given["descriptor"]["cutoff"] == top.parameters["descriptor.cutoff"] and given["descriptor"]["basis"]
@@ -186,21 +191,21 @@ def test_final_recipe_leaves_inducing_and_noise_as_they_were(problem, five, tmp_
 
 
 def test_default_space_holds_the_start(silicon):
-    problem = tuning.prepare(*atoms.read(silicon), recipes.validate({}))
+    problem = tune.prepare(*ase_atoms.read(silicon), recipe_files.validate({}))
     assert {p.key for p in problem.search} == {
         "descriptor.cutoff", "descriptor.sigma_atom", "descriptor.radial_scaling.scale",
         "descriptor.radial_scaling.exponent", "descriptor.n_max", "descriptor.l_max", "kernel.zeta",
     }  # fmt: skip
     assert all(p.contains(problem.first[p.key]) for p in problem.search)
     recipe = problem.trial({})
-    assert recipe.inducing.n * (1 + recipe.inducing.gradients) <= tuning.COLUMNS
-    assert problem.trial({"inducing.gradients": 19}).inducing.n == tuning.COLUMNS // 20
+    assert recipe.inducing.n * (1 + recipe.inducing.gradients) <= tune.COLUMNS
+    assert problem.trial({"inducing.gradients": 19}).inducing.n == tune.COLUMNS // 20
 
 
 def test_several_descriptors_and_kernels(silicon):
     data = {"descriptor": [{"cutoff": 3.0, "radial_scaling": False}, {"cutoff": 5.0, "name": "dscribe-acsf"}]}
     data["kernel"] = {"name": "sum", "terms": [{"zeta": 2}, {"name": "exponential"}]}
-    problem = tuning.prepare(*atoms.read(silicon), recipes.validate(data))
+    problem = tune.prepare(*ase_atoms.read(silicon), recipe_files.validate(data))
     keys = [p.key for p in problem.search]
     assert "descriptor.0.l_max" in keys and "descriptor.1.cutoff" in keys and "descriptor.1.l_max" not in keys
     assert not any("scale" in key for key in keys)
@@ -210,7 +215,7 @@ def test_several_descriptors_and_kernels(silicon):
 
 
 def test_ranges_know_whole_numbers():
-    start = recipes.validate({})
+    start = recipe_files.validate({})
     whole, real, words = parse(["kernel.zeta=1:4", "descriptor.cutoff=4:6", "descriptor.basis=gto,optimal"], start)
     assert (whole.integer, real.integer, words.choices) == (True, False, ("gto", "optimal"))
     assert str(real) == "descriptor.cutoff=4:6" and real.rounded(4.123456) == 4.123 and real.rounded(9) == 6
@@ -278,12 +283,12 @@ def test_tune_resume_fit(gpmlp, silicon, tmp_path, five):
     status, out, err = gpmlp(*run, "--trials", 3, "--resume")
     assert status == 0, err
     assert log.read_text().startswith(first)
-    trials = [tuning.Trial(**json.loads(line)) for line in log.read_text().splitlines()[1:]]
+    trials = [tune.Trial(**json.loads(line)) for line in log.read_text().splitlines()[1:]]
     assert timeless(trials) == timeless(five[:3])
 
     status, _, err = gpmlp("fit", silicon, "--recipe", recipe, "--set", "inducing.n=8", "-o", model)
     assert status == 0, err
-    chosen = recipes.load_recipe(recipe).descriptor
+    chosen = recipe_files.load_recipe(recipe).descriptor
     assert archive.load(model).recipe.descriptors[0].cutoff == chosen.cutoff
 
 
@@ -313,7 +318,7 @@ def test_log_of_something_else_is_refused(gpmlp, silicon, tmp_path):
 
 
 def test_interrupted_writes_the_best_so_far(gpmlp, silicon, tmp_path, monkeypatch):
-    recipe, log, fit = tmp_path / "r.yaml", tmp_path / "t.jsonl", tuning.fit
+    recipe, log, fit = tmp_path / "r.yaml", tmp_path / "t.jsonl", tune.fit
     calls = []
 
     def stopped(*arguments, **named):
@@ -322,10 +327,10 @@ def test_interrupted_writes_the_best_so_far(gpmlp, silicon, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return fit(*arguments, **named)
 
-    monkeypatch.setattr(tuning, "fit", stopped)
+    monkeypatch.setattr(tune, "fit", stopped)
     status, out, _ = gpmlp("tune", silicon, "-o", recipe, "--log", log, *SMALL, *SPACE)
     assert status == 130 and f"wrote {recipe}" in out
-    assert len(log.read_text().splitlines()) == 2 and recipes.load_recipe(recipe).kernel.zeta
+    assert len(log.read_text().splitlines()) == 2 and recipe_files.load_recipe(recipe).kernel.zeta
 
 
 def test_mistakes_are_found_before_any_work(gpmlp, silicon, train_file, tmp_path):
@@ -348,7 +353,7 @@ def test_mistakes_are_found_before_any_work(gpmlp, silicon, train_file, tmp_path
 def test_without_optuna(monkeypatch, problem):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'gpmlp\[tune\]'"):
-        next(tuning.search(problem))
+        next(tune.search(problem))
 
 
 # --- the journal
@@ -356,30 +361,32 @@ def test_without_optuna(monkeypatch, problem):
 
 def test_journal(tmp_path):
     path = tmp_path / "j"
-    assert journal.reopen(path) is None
-    log = journal.begin(path, {"about": 1})
+    assert files.reopen(path) is None
+    log = files.begin(path, {"about": 1})
     log.append({"n": 0})
-    again = journal.reopen(path)
+    again = files.reopen(path)
     assert (again.header, again.entries) == ({"about": 1}, ({"n": 0},))
     again.append({"n": 1})
     whole = path.read_bytes()
     for torn in (b'{"n"', b"\x00\x00\n", b"[1]\n"):
         path.write_bytes(whole + torn)
-        assert journal.reopen(path).entries == ({"n": 0}, {"n": 1})
+        assert files.reopen(path).entries == ({"n": 0}, {"n": 1})
         assert path.read_bytes() == whole
     path.write_bytes(b"nonsense\n" + whole)
     with pytest.raises(UserError, match="line 1 is not a JSON object"):
-        journal.reopen(path)
+        files.reopen(path)
     with pytest.raises(UserError, match="is there already"):
-        journal.begin(path, {})
+        files.begin(path, {})
     path.write_bytes(b'{"abou')
-    assert journal.reopen(path) is None and path.read_bytes() == b""
+    assert files.reopen(path) is None and path.read_bytes() == b""
 
 
 def test_default_space_of_a_resolved_recipe_is_valid_everywhere():
-    start = recipes.validate({"descriptor": {"n_max": 1, "l_max": 0, "sigma_atom": 0.1}, "kernel": {"zeta": 9}})
-    full = recipes.changed(start, {"descriptor.cutoff": 5.0, "descriptor.radial_scaling": {"scale": 2, "exponent": 0}})
+    start = recipe_files.validate({"descriptor": {"n_max": 1, "l_max": 0, "sigma_atom": 0.1}, "kernel": {"zeta": 9}})
+    full = recipe_files.changed(
+        start, {"descriptor.cutoff": 5.0, "descriptor.radial_scaling": {"scale": 2, "exponent": 0}}
+    )
     for parameter in default_space(full):
         for value in (parameter.low, parameter.high):
-            recipes.changed(full, {parameter.key: value})
-        assert parameter.contains(recipes.value_at(full, parameter.key))
+            recipe_files.changed(full, {parameter.key: value})
+        assert parameter.contains(recipe_files.value_at(full, parameter.key))

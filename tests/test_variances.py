@@ -17,15 +17,16 @@ from systems import cluster, crystal, replicate, rotation, structure
 from test_dense_gp import TIGHT, dense_fit, other_structures, recipe, targets, training_set
 
 import gpmlp
-from gpmlp import checks, defaults, regression, subset
-from gpmlp.fit import _chunked, fit
-from gpmlp.fit_report import Stages
-from gpmlp.gp import posterior
+from gpmlp.core import errors
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import defaults, regression, variance_checks
+from gpmlp.fitting.fit import _chunked, fit
+from gpmlp.fitting.report import Stages
+from gpmlp.gp import inducing as inducing_module
 from gpmlp.gp.evidence import Statistics, negative_log_evidence
-from gpmlp.quantities import Targets
 from gpmlp.recipe import Recipe
-from gpmlp.rescaling import widened
-from gpmlp.structures import Structures
+from gpmlp.uncertainty.calibration import widened
 
 PARTS = ("inducing", "data", "misspecification", "noise")
 FIELDS = ("energies_variance", "atom_energies_variance", "forces_covariance", "stresses_covariance")
@@ -166,7 +167,7 @@ def test_a_subset_of_columns_sees_less():
     some, report = fit(structures, known, Recipe.model_validate(choices | {"variance": {"columns": 40}}))
     told = report.variance_subset
     assert (told["columns"], told["columns_of_fit"]) == (some.variances.n_columns, every.variances.of_fit)
-    assert told["atoms"] <= subset.ATOMS and told["std_spearman"] > 0.5
+    assert told["atoms"] <= variance_checks.SUBSET_ATOMS and told["std_spearman"] > 0.5
     assert (
         0.9 < told["std_ratio_low"] <= told["std_ratio_median"] <= told["std_ratio_high"]
         and told["std_ratio_median"] > 1
@@ -189,7 +190,7 @@ def test_the_error_of_a_subset_is_that_against_all_columns():
     every, whole = fit(structures, known, Recipe.model_validate(choices))
     assert whole.variance_subset == {"columns": every.variances.of_fit, "columns_of_fit": every.variances.of_fit}
     some, report = fit(structures, known, Recipe.model_validate(choices | {"variance": {"columns": 60}}))
-    looked, atoms = subset._sample(structures, 4)
+    looked, atoms = variance_checks._sample(structures, 4)
     cheap, exact = (
         replace(p, variances=replace(p.variances, noise={}))(looked, "forces", form="dtc", calibrated=False)
         .forces_covariance.epistemic[atoms]
@@ -260,14 +261,14 @@ def test_uncertainty_grows_away_from_the_data(silicon):
 
 def test_mistakes(exact):
     potential, _ = exact
-    with pytest.raises(checks.UserError, match="variance"):
+    with pytest.raises(errors.UserError, match="variance"):
         potential(cluster((6, 8)), variance="force")
-    with pytest.raises(checks.UserError, match="form"):
+    with pytest.raises(errors.UserError, match="form"):
         potential(cluster((6, 8)), variance="forces", form="fitc")
     bare = replace(potential, variances=None)
-    with pytest.raises(checks.UserError, match="no posterior factor"):
+    with pytest.raises(errors.UserError, match="no posterior factor"):
         bare(cluster((6, 8)), variance="forces")
-    with pytest.raises(checks.UserError, match="novelty"):
+    with pytest.raises(errors.UserError, match="novelty"):
         replace(potential, novelty=None)(cluster((6, 8)), novelty=True)
 
 
@@ -310,7 +311,7 @@ def vfe_statistics(n: int):
     factors, traces = regression.stream(choices, models, parts, targets, Stages(None))
     statistics = {}
     for kind, factor in factors.items():
-        whitened = posterior.whiten(factor.factor(), models[0].lowers)
+        whitened = inducing_module.whiten(factor.factor(), models[0].lowers)
         statistics[kind] = Statistics.of(whitened, factor.count, prior=traces[kind])
     return statistics, torch.zeros(models[0].blocks[0].n_columns, dtype=torch.long)
 
@@ -355,7 +356,7 @@ def test_atoms_in_one_chunk_of_several(silicon):
     )
     assert potential(several, variance="forces", atoms=[]).forces_variance.total.isnan().all()
     for wrong in ([-1], [several.n_atoms]):
-        with pytest.raises(checks.UserError, match="indices of atoms"):
+        with pytest.raises(errors.UserError, match="indices of atoms"):
             potential(several, variance="forces", atoms=wrong)
 
 

@@ -15,14 +15,14 @@ from ase import units as ase_units
 from ase.constraints import FixAtoms, FixBondLengths
 from ase.md.langevinbaoab import LangevinBAOAB
 
-from gpmlp import neighbors, units
-from gpmlp.active import walker
-from gpmlp.active.criteria import Decision, Limits, criteria
-from gpmlp.active.recipe import DynamicsRecipe, GuardsRecipe
-from gpmlp.active.walker import Walker, advance, look
-from gpmlp.checks import UserError
+from gpmlp.core import neighbors, units
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.quantities import Prediction, Variance
+from gpmlp.learning import walker
+from gpmlp.learning.recipe import DynamicsRecipe, GuardsRecipe
+from gpmlp.learning.triggers import Decision, Limits, criteria
+from gpmlp.learning.walker import Walker, advance, look
 
 NVE = DynamicsRecipe(ensemble="nve", temperature_K=300, steps=100)
 NVT = DynamicsRecipe(temperature_K=300, steps=100)

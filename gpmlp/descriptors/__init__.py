@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gpmlp import checks
-from gpmlp.environments import Descriptor
+from gpmlp.core import errors
+from gpmlp.core.environments import Descriptor
 
 NAMES = ("soap", "dscribe-soap", "dscribe-acsf")
 
@@ -16,13 +16,13 @@ def make(species: tuple[int, ...], parameters: dict) -> Descriptor:
         parameters: the resolved `descriptor` section of a recipe, as a dictionary.
     """
     name = parameters["name"]
-    checks.choose("descriptor", name, NAMES)
+    errors.choose("descriptor", name, NAMES)
     if name != "soap":
         from gpmlp.descriptors import dscribe
 
         return dscribe.make(species, parameters)
-    from gpmlp.descriptors.power_spectrum import SoapPowerSpectrum
-    from gpmlp.descriptors.weights import NeighborWeights
+    from gpmlp.descriptors.backends import SoapPowerSpectrum
+    from gpmlp.descriptors.cutoff import NeighborWeights
 
     scaling = parameters["radial_scaling"] or {"scale": 1.0, "exponent": 0.0}
     weights = NeighborWeights(

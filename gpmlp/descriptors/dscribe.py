@@ -12,8 +12,8 @@ from dscribe.core import System
 from dscribe.descriptors import ACSF, SOAP
 from torch import Tensor
 
-from gpmlp import checks
-from gpmlp.environments import Environments, Surroundings
+from gpmlp.core import errors
+from gpmlp.core.environments import Environments, Surroundings
 
 STEP = 3e-4  # A, of the numerical derivatives: truncation and rounding errors are both below 1e-10 of the derivative
 STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))  # central differences, error STEP^4
@@ -40,7 +40,7 @@ def make(species: tuple[int, ...], parameters: dict) -> DscribeDescriptor:
         n = calculator.get_number_of_features()
         return DscribeDescriptor(cutoff, calculator, np.ones(n), parameters["central_weight"], False)
     if cutoff <= 1:
-        raise checks.UserError(f"dscribe-soap needs a cutoff above 1 A; got {cutoff}.")
+        raise errors.UserError(f"dscribe-soap needs a cutoff above 1 A; got {cutoff}.")
     analytic = parameters["cutoff_function"] == "none" and parameters["central_weight"] == 1
     weighting: dict[str, Any] = {}
     if parameters["cutoff_function"] != "none":

@@ -13,7 +13,7 @@ from scipy.linalg import sqrtm
 from scipy.special import factorial, gamma, ive
 from torch import Tensor
 
-from gpmlp import checks
+from gpmlp.core import errors
 
 BASES = ("optimal", "gto")
 _DEGREE = 5
@@ -54,7 +54,7 @@ def gto(n_max: int, l_max: int, sigma: float, cutoff: float) -> RadialIntegrals:
     alpha_nl makes the n-th orbital fall to 1e-3 at the n-th of n_max equidistant radii between 1 A and the cutoff.
     """
     if cutoff <= 1:
-        raise checks.UserError(f"The gto basis needs a cutoff above 1 A; got {cutoff}.")
+        raise errors.UserError(f"The gto basis needs a cutoff above 1 A; got {cutoff}.")
     return _spline(lambda r: _gto_integrals(r, n_max, l_max, sigma, cutoff), n_max, l_max, sigma, cutoff)
 
 
@@ -135,7 +135,7 @@ def tabulate(
     basis: str, n_max: int, l_max: int, sigma: float, cutoff: float, shortest: float, weights: Callable[[Tensor], tuple]
 ) -> RadialIntegrals:
     """Return the table of the named basis; equal arguments share one table."""
-    checks.choose("radial basis", basis, BASES)
+    errors.choose("radial basis", basis, BASES)
     if basis == "gto":
         return gto(n_max, l_max, sigma, cutoff)
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
-from gpmlp.checks import UserError
-from gpmlp.io.atoms import results, structures_from_ase, uncertainties
-from gpmlp.potential import Potential
-from gpmlp.skin import Skin
+from gpmlp.core.errors import UserError
+from gpmlp.core.verlet_list import Skin
+from gpmlp.io.ase_atoms import results, structures_from_ase, uncertainties
+from gpmlp.potential.potential import Potential
 
 # what the energy depends on; charges and magnetic moments set on the Atoms change nothing
 RELEVANT_CHANGES = ("positions", "numbers", "cell", "pbc")

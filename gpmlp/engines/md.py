@@ -19,12 +19,18 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.md.bussi import Bussi
 from ase.md.verlet import VelocityVerlet
 
-from gpmlp import checks
-from gpmlp.checks import UserError
-from gpmlp.engines.doubt import Doubt, forget
-from gpmlp.io import xyz
-from gpmlp.io.atomic import check_target
-from gpmlp.io.atoms import UNREADABLE
+from gpmlp.core import errors
+from gpmlp.core.errors import UserError
+from gpmlp.io import files as files_module
+from gpmlp.io.ase_atoms import UNREADABLE, structures_from_ase
+from gpmlp.io.files import check_target
+from gpmlp.potential.potential import Potential
+
+SUSPECTS = 4  # atoms whose forces are looked at
+STRIDE = (
+    100  # steps between two looks, at least, where nothing else is asked for: a look takes about as long as ten steps
+)
+PREFIX = "gpmlp_"
 
 COLUMNS = ("step", "time_fs", "temperature_K", "potential_eV", "kinetic_eV", "conserved_eV", "drift_eV_per_atom")
 COLUMNS += ("largest_force_std_eV_per_A", "largest_local_energy_std_eV", "largest_novelty")
@@ -56,18 +62,18 @@ class Settings:
     uncertainty: int = 0
 
     def __post_init__(self) -> None:
-        checks.choose("ensemble", self.ensemble, ("nve", "nvt"))
-        checks.positive("timestep_fs", self.timestep_fs)
-        checks.positive("relaxation_fs", self.relaxation_fs)
-        checks.positive("steps", self.steps, allow_zero=True)
-        checks.positive("interval", self.interval)
-        checks.positive("uncertainty", self.uncertainty, allow_zero=True)
+        errors.choose("ensemble", self.ensemble, ("nve", "nvt"))
+        errors.positive("timestep_fs", self.timestep_fs)
+        errors.positive("relaxation_fs", self.relaxation_fs)
+        errors.positive("steps", self.steps, allow_zero=True)
+        errors.positive("interval", self.interval)
+        errors.positive("uncertainty", self.uncertainty, allow_zero=True)
         if self.uncertainty % self.interval:
             raise UserError(
                 f"`uncertainty` must be a multiple of the {self.interval} steps between two frames; got {self.uncertainty}."
             )
         if self.temperature_K is not None:
-            checks.positive("temperature_K", self.temperature_K, allow_zero=self.ensemble == "nve")
+            errors.positive("temperature_K", self.temperature_K, allow_zero=self.ensemble == "nve")
         elif self.ensemble == "nvt":
             raise UserError("`temperature_K` must be given for ensemble nvt.")
 
@@ -263,7 +269,7 @@ def resume(
     path = Path(trajectory)
     if not path.is_file():
         raise UserError(f"{path}: there is no trajectory to resume.")
-    layout = xyz.scan(path)
+    layout = files_module.scan(path)
     if not layout.starts:
         raise UserError(f"{path}: holds no complete frame to resume from; start anew with --overwrite.")
     frame = _last_frame(path, layout)
@@ -281,7 +287,7 @@ def resume(
     return frame
 
 
-def _last_frame(path: Path, layout: xyz.Layout) -> Atoms:
+def _last_frame(path: Path, layout: files_module.Layout) -> Atoms:
     """The last complete frame of an extended XYZ file, whatever follows it."""
     with open(path, "rb") as file:
         file.seek(layout.starts[-1])
@@ -305,3 +311,70 @@ def _end_of_table(path: Path, last_step: int) -> int:
                 break
             end += len(line)
     return end
+
+
+@dataclass(frozen=True, eq=False)
+class Doubt:
+    """Calibrated standard deviations and novelty of one frame.
+
+    Attributes:
+        local_energy_std: (atoms,) eV.
+        novelty: (atoms,) Mahalanobis distance / threshold; None where the potential has none.
+        force_std: eV/A, of the force vector (the root of the summed variances of its components) on the atom where it is largest of
+            those looked at.
+        force_atom: that atom, counted from 0.
+    """
+
+    local_energy_std: np.ndarray
+    novelty: np.ndarray | None
+    force_std: float
+    force_atom: int
+
+    @property
+    def largest(self) -> tuple[float, float, float]:
+        """Force, eV/A; local energy, eV; novelty, NaN where there is none."""
+        novelty = float("nan") if self.novelty is None else float(self.novelty.max())
+        return self.force_std, float(self.local_energy_std.max()), novelty
+
+    def write_to(self, atoms: Atoms) -> None:
+        """Put it into the arrays and the info of a frame."""
+        atoms.set_array(f"{PREFIX}local_energy_std", self.local_energy_std)
+        if self.novelty is not None:
+            atoms.set_array(f"{PREFIX}novelty", self.novelty)
+        atoms.info[f"{PREFIX}largest_force_std"] = self.force_std
+        atoms.info[f"{PREFIX}largest_force_std_atom"] = self.force_atom
+
+
+def forget(atoms: Atoms) -> None:
+    """Take what gpmlp wrote of an earlier frame out of one, in place."""
+    for holder in (atoms.info, atoms.arrays):
+        for key in [key for key in holder if key.startswith(PREFIX)]:
+            del holder[key]
+
+
+def watch(potential: Potential, name: str = "atoms") -> Callable[[Atoms], Doubt]:
+    """Return what says how sure the potential is of atoms.
+
+    Variances of forces cost some twenty predictions for all atoms: they are computed of the SUSPECTS atoms at which the standard
+    deviation of the local energy, times the novelty where there is one, is largest.
+
+    Args:
+        name: what error messages call the atoms.
+
+    Raises:
+        checks.UserError: the potential holds no variances.
+    """
+    potential.check_variance("forces")
+
+    def look(atoms: Atoms) -> Doubt:
+        structures = structures_from_ase([atoms], [name])
+        seen = potential(structures, "atom_energies", novelty=potential.novelty is not None)
+        local = seen.atom_energies_variance.total.sqrt()
+        suspicion = local if seen.novelty is None else local * seen.novelty
+        suspects = suspicion.topk(min(SUSPECTS, len(local))).indices
+        variance = potential(structures, "forces", atoms=suspects).forces_variance.total[suspects].sum(1)
+        worst = int(variance.argmax())
+        novelty = None if seen.novelty is None else seen.novelty.cpu().numpy()
+        return Doubt(local.cpu().numpy(), novelty, float(variance[worst].sqrt()), int(suspects[worst]))
+
+    return look

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpmlp import centres
-from gpmlp.checks import UserError
-from gpmlp.potential import Potential
-from gpmlp.quantities import Prediction
-from gpmlp.skin import Skin
-from gpmlp.stepping import Stepper
-from gpmlp.structures import Structures
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Prediction
+from gpmlp.core.structures import Structures
+from gpmlp.core.verlet_list import Skin
+from gpmlp.potential import species_model
+from gpmlp.potential.potential import Potential
+from gpmlp.potential.stepper import Stepper
 
 try:
     import torch_sim  # noqa: F401 - its models are a package that this import sets up
@@ -67,7 +67,9 @@ class GPModel(ModelInterface):
         """Ask this potential from now on."""
         wanted = self.uncertainty
         local = wanted is None or wanted == "atom_energies" or tuple(wanted) in ((), ("atom_energies",))
-        why = centres.refusal(potential) or (None if local else "variances of more than local energies are asked for")
+        why = species_model.refusal(potential) or (
+            None if local else "variances of more than local energies are asked for"
+        )
         if self._wish and why:
             raise UserError(f"This potential cannot be stepped on tables of neighbours: {why}; leave out `tables`.")
         self.potential = potential

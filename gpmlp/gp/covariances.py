@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gpmlp import threads
-from gpmlp.environments import Descriptor, Environments, Surroundings
+from gpmlp.core import parallel
+from gpmlp.core.environments import Descriptor, Environments, Surroundings
+from gpmlp.core.neighbors import Neighbors, compilable
+from gpmlp.core.structures import Structures
+from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
-from gpmlp.neighbors import Neighbors, compilable
-from gpmlp.structures import Structures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,78 +27,6 @@ BLOCK_ROWS = 256  # rows it has at least, as products of fewer are slow
 ENVIRONMENTS = 32  # whose Jacobian is in memory at a time
 SHARE = 128  # columns, at least, that are worth another thread
 Look = Callable[[Tensor], Environments]  # centres (indices) -> their environments
-
-
-@dataclass(frozen=True, eq=False)
-class InducingBlock:
-    """Inducing variables of one central species: at each centre a value and R directional derivatives.
-
-    Attributes:
-        species: Z.
-        features: (M, features) x_j, unit norm.
-        tangents: (M, R, features) t_jr, orthonormal among themselves and orthogonal to x_j; zero rows where there are fewer.
-        kept: (columns,) indices into the M values followed by M * R derivatives, those not linearly dependent on others.
-    """
-
-    species: int
-    features: Tensor
-    tangents: Tensor
-    kept: Tensor
-
-    @property
-    def n_columns(self) -> int:
-        return self.kept.shape[0]
-
-    @cached_property
-    def vectors(self) -> Tensor:
-        """(M + M R, features) the centres, then the tangents."""
-        return torch.cat([self.features, self.tangents.flatten(0, 1)])
-
-    @cached_property
-    def by_direction(self) -> tuple[Tensor, Tensor]:
-        """The centres, then the tangents by direction and centre, in the same shape as `vectors`; which of these (columns,) are kept."""
-        m, r = self.tangents.shape[:2]
-        centre, direction = self.addresses
-        return torch.cat([self.features, self.tangents.transpose(0, 1).flatten(0, 1)]), centre + m * (direction + 1)
-
-    @cached_property
-    def is_whole(self) -> bool:
-        """Whether no column was dropped and they are in order."""
-        every = len(self.features) + self.tangents.shape[0] * self.tangents.shape[1]
-        return self.n_columns == every and bool((self.kept[1:] > self.kept[:-1]).all())
-
-    @cached_property
-    def addresses(self) -> tuple[Tensor, Tensor]:
-        """(columns,) centre and direction (-1 for the value) of each column."""
-        m, r = self.tangents.shape[:2]
-        gradient = self.kept - m
-        is_value = gradient < 0
-        centre = torch.where(is_value, self.kept, gradient // max(r, 1))
-        return centre, torch.where(is_value, -1, gradient % max(r, 1))
-
-    def keep(self, columns: Tensor) -> Tensor:
-        return columns if self.is_whole else columns[..., self.kept]
-
-
-def covariance(kernel: ZonalKernel, a: InducingBlock, b: InducingBlock) -> Tensor:
-    """(columns of a, columns of b) covariance of inducing variables of one species, unit signal variance.
-
-    value-value f(s); value-gradient f'(s) (x_j . t_ks); gradient-gradient f''(s) (x_j . t_ks)(t_jr . x_k) + f'(s)(t_jr . t_ks).
-    """
-    (m, r), (n, q) = a.tangents.shape[:2], b.tangents.shape[:2]
-    dots = a.vectors @ b.vectors.T
-    value, first, second = kernel.profile(dots[:m, :n])
-    x_t = dots[:m, n:].reshape(m, n, q)
-    t_x = dots[m:, :n].reshape(m, r, n)
-    t_t = dots[m:, n:].reshape(m, r, n, q)
-    out = torch.empty_like(dots)
-    out[:m, :n] = value
-    out[:m, n:] = (first[:, :, None] * x_t).reshape(m, n * q)
-    out[m:, :n] = (first[:, None, :] * t_x).reshape(m * r, n)
-    mixed = t_t * first[:, None, :, None]
-    mixed += second[:, None, :, None] * t_x[:, :, :, None] * x_t[:, None, :, :]
-    out[m:, n:] = mixed.reshape(m * r, n * q)
-    return out[a.kept][:, b.kept]
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,7 +287,7 @@ def _add_by_loops(
     sums.energies.index_add_(0, owner, energy)
     if seen.jacobian is None:
         return
-    from gpmlp.gp import row_loops
+    from gpmlp.gp import _row_kernels
 
     jacobian, starts = seen.jacobian.detach().flatten(0, 1), seen.starts.numpy()
     first, bend = first.detach().numpy(), (second[:, :, None] * along).detach().transpose(1, 2).contiguous().numpy()
@@ -375,15 +304,15 @@ def _add_by_loops(
         for lo, hi in runs:
             rows = slice(3 * int(starts[lo]), 3 * int(starts[hi]))
             made = torch.mm(jacobian[rows], vectors.T, out=products[: rows.stop - rows.start])
-            row_loops.add(made.numpy(), first, bend, starts, *about, forces, stresses, lo, hi, begin, end)
+            _row_kernels.add(made.numpy(), first, bend, starts, *about, forces, stresses, lo, hi, begin, end)
 
-    threads.each(share, _shares(block))
+    parallel.each(share, _shares(block))
 
 
 def _shares(block: InducingBlock) -> list[tuple[int, int, Tensor]]:
     """Ranges of centres, one for each thread, with their vectors `by_direction`; not more than are worth waking a thread for."""
     m, vectors = len(block.features), block.by_direction[0]
-    pieces = max(1, min(threads.available(), m // SHARE))
+    pieces = max(1, min(parallel.available(), m // SHARE))
     edges = [m * k // pieces for k in range(pieces + 1)]
     if pieces == 1:
         return [(0, m, vectors)]

@@ -9,7 +9,10 @@ import torch
 from gpytorch.constraints import GreaterThan, Positive
 from torch import Tensor
 
-from gpmlp import checks
+from gpmlp.core import errors
+from gpmlp.recipe import KernelRecipe
+
+Profile = tuple[Tensor, Tensor, Tensor]  # f, f', f'' of the dot products of environments with centres
 
 
 class ZonalKernel(gpytorch.kernels.Kernel):
@@ -44,7 +47,7 @@ class PolynomialKernel(ZonalKernel):
     def __init__(self, zeta: int) -> None:
         super().__init__()
         if zeta < 1 or zeta != int(zeta):
-            raise checks.UserError(f"`kernel.zeta` must be a whole number of 1 or more; got {zeta}.")
+            raise errors.UserError(f"`kernel.zeta` must be a whole number of 1 or more; got {zeta}.")
         self.zeta = int(zeta)
 
     def profile(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +71,7 @@ class ExponentialKernel(ZonalKernel):
 
     def __init__(self, length: float) -> None:
         super().__init__()
-        checks.positive("kernel.length", length)
+        errors.positive("kernel.length", length)
         self.register_parameter("raw_length", torch.nn.Parameter(torch.zeros((), dtype=torch.float64)))
         self.register_constraint("raw_length", Positive())
         self.initialize(
@@ -119,9 +122,15 @@ def make(
     name: str, zeta: int | None, length: float | None, terms: Sequence[tuple[float, ZonalKernel]] = ()
 ) -> ZonalKernel:
     """Build the kernel of a recipe's name."""
-    checks.choose("kernel", name, ("polynomial", "exponential", "sum"))
+    errors.choose("kernel", name, ("polynomial", "exponential", "sum"))
     if name == "polynomial":
         return PolynomialKernel(2 if zeta is None else zeta)
     if name == "exponential":
         return ExponentialKernel(0.5 if length is None else length)
     return SumKernel([kernel for _, kernel in terms], [weight for weight, _ in terms])
+
+
+def make_kernel(recipe: KernelRecipe) -> ZonalKernel:
+    """Build the kernel that a recipe describes."""
+    terms = [(term.weight, make_kernel(term)) for term in recipe.terms]
+    return make(recipe.name, recipe.zeta, recipe.length, terms)

@@ -11,8 +11,8 @@ from gpytorch.constraints import Interval
 from gpytorch.priors import NormalPrior
 from torch import Tensor
 
-from gpmlp import checks
-from gpmlp.quantities import Targets
+from gpmlp.core import errors
+from gpmlp.core.quantities import Targets
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StdPrior:
     @staticmethod
     def at(value: float) -> StdPrior:
         """Of a standard deviation that is known."""
-        checks.positive("a given standard deviation", value)
+        errors.positive("a given standard deviation", value)
         return StdPrior(value, 0.5 * value, 2 * value, fixed=True)
 
 

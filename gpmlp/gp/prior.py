@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpmlp.environments import Descriptor, Environments, Kept, Surroundings
+from gpmlp.core.environments import Descriptor, Environments, Kept, Surroundings
+from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.structures import Structures
 from gpmlp.gp.covariances import ENVIRONMENTS, Look, strained
 from gpmlp.gp.kernels import ZonalKernel
-from gpmlp.neighbors import Neighbors
-from gpmlp.structures import Structures
 
 CHUNK_ATOMS = 128  # whose force covariances are made together
 KEPT_ATOMS = 16  # the same where Jacobians need not be made: what stays in cache

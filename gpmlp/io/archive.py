@@ -19,9 +19,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from gpmlp import versions
-from gpmlp.checks import UserError
-from gpmlp.io.atomic import atomic
+from gpmlp.core.errors import UserError
+from gpmlp.io import provenance
+from gpmlp.io.files import atomic
 
 FORMAT_VERSION = 2  # 2: posterior factor, calibration and novelty beside the mean
 UNITS = "eV, angstrom, atomic mass units; stress eV/angstrom^3, positive = tension"
@@ -54,7 +54,7 @@ def save(potential: Stateful, path: str | os.PathLike[str]) -> None:
     content = {
         "archive_sha256": BLANK,
         "format": FORMAT_VERSION,
-        "version": versions.of("gpmlp"),
+        "version": provenance.version_of("gpmlp"),
         "units": UNITS,
         "header": header,
     }
@@ -81,7 +81,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[dict[str, Any], dict[s
         UserError: there is no such file, it is not a gpmlp model, it is damaged, or a newer version wrote it.
     """
     if factory is None:
-        from gpmlp.potential import Potential
+        from gpmlp.potential.potential import Potential
 
         factory = Potential.from_state
     content, data = _verified(Path(path))

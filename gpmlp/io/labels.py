@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from gpmlp.checks import UserError
+from gpmlp.core.errors import UserError
 
 PREFIXES = ("ref_", "reference_", "dft_", "")
 NAMES = {"energies": ("free_energy", "energy"), "forces": ("forces", "force")}

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
-from gpmlp import versions
-from gpmlp.checks import DataWarning, UserError
-from gpmlp.structures import Structures, known_again
+from gpmlp.core.errors import DataWarning, UserError
+from gpmlp.core.structures import Structures, known_again
+
+NOT_INSTALLED = "not installed"
+PACKAGES = (
+    "gpmlp",
+    "torch",
+    "gpytorch",
+    "linear_operator",
+    "numpy",
+    "scipy",
+    "ase",
+    "vesin",
+    "numba",
+    "sphericart-torch",
+    "dscribe",
+)
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -28,7 +44,7 @@ def of_files(**files: str | os.PathLike[str] | None) -> dict:
     known = {role: path for role, path in files.items() if path is not None}
     return {
         "files": {role: {"name": Path(path).name, "sha256": file_hash(path)} for role, path in known.items()},
-        "versions": versions.everything(),
+        "versions": installed_versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -66,3 +82,16 @@ def known(provenance: dict, calibrated_on: dict, structures: Structures, path: s
         )
         warnings.warn(text, DataWarning, stacklevel=2)
     return found
+
+
+def version_of(package: str) -> str:
+    """Version of an installed package; 'not installed' for one that is not (gpmlp itself run from its sources)."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return NOT_INSTALLED
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python, gpmlp and what it stands on."""
+    return {"python": platform.python_version()} | {package: version_of(package) for package in PACKAGES}

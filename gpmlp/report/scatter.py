@@ -11,11 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
-from gpmlp.checks import symbol
-from gpmlp.report.data import COMPONENTS, UNITS, Labelled, ReportData
-from gpmlp.report.numbers import binned
-from gpmlp.report.palette import ERROR, INK, KIND_COLOURS, PALE, density, ramp, rgb
-from gpmlp.report.worst import ratio
+from gpmlp.core.errors import symbol
+from gpmlp.report.model.data import COMPONENTS, UNITS, Labelled, ReportData
+from gpmlp.report.model.numbers import binned
+from gpmlp.report.model.worst import ratio
+from gpmlp.report.style import ERROR, INK, KIND_COLOURS, PALE, density, ramp, rgb
 
 THINNED = 3000  # points that can be hovered over, in each plot
 GRID = 150  # bins along each axis

@@ -14,9 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpmlp import checks
-from gpmlp.quantities import KINDS
+from gpmlp.core import errors as checks
+from gpmlp.core.quantities import KINDS, Prediction, Variance
+from gpmlp.core.structures import Structures
 from gpmlp.uncertainty.scores import gaussian_multiplier, known, least
+
+# local energies have no labels; of the forces, which are their slopes, there are most
+CALIBRATED_AS = {
+    "energies_variance": "energies",
+    "atom_energies_variance": "forces",
+    "forces_covariance": "forces",
+    "stresses_covariance": "stresses",
+}
 
 LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.99)
 MEMBERS = 30  # a group with fewer, or with fewer than 3/(1 − p), has no multiplier of its own at level p
@@ -326,3 +335,53 @@ def _negative_log_posterior(
     value = 0.5 * (np.log(variance) + squared / variance).sum() + 0.5 * np.square(log_weights / PRIOR).sum()
     gradient = 0.5 * ((1 - squared / variance) / variance) @ weighted + log_weights / PRIOR**2
     return value / n, gradient / n
+
+
+def widened(prediction: Prediction, structures: Structures, typical: float) -> Prediction:
+    """The prediction with all variances but label noise times max(1, novelty / typical)², its mean over the atoms of a structure.
+
+    Far from the data the posterior of a misspecified model is too sure of itself, and held-out data of the same kind cannot tell by
+    how much; the Mahalanobis distance knows how far it is: standard deviations grow in proportion to it (docs/decisions/004-variances.md).
+    """
+    factor = growth(prediction.novelty, typical)
+    sums = factor.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, factor)
+    mean = sums / structures.counts
+    changed = {}
+    for name in CALIBRATED_AS:
+        variance: Variance | None = getattr(prediction, name)
+        if variance is not None:
+            by = mean if name in ("energies_variance", "stresses_covariance") else factor
+            shaped = by.reshape(-1, *(1,) * (variance.data.dim() - 1))
+            parts = (shaped * part for part in (variance.inducing, variance.data, variance.misspecification))
+            changed[name] = Variance(*parts, variance.noise)
+    return replace(prediction, **changed)
+
+
+def rescaled(prediction: Prediction, structures: Structures, calibration: Calibration) -> Prediction:
+    """The prediction with its variances as the calibration has them: widened where it is novel, each part times its weight and the
+    square of the scale."""
+    if calibration.typical_novelty is not None and prediction.novelty is not None:
+        prediction = widened(prediction, structures, calibration.typical_novelty)
+    changed = {}
+    for name, kind in CALIBRATED_AS.items():
+        variance: Variance | None = getattr(prediction, name)
+        if variance is None:
+            continue
+        changed[name] = scaled(variance, calibration.kinds[kind])
+    return replace(prediction, **changed)
+
+
+def scaled(variance: Variance, learned: KindCalibration) -> Variance:
+    """Each part times its weight and the square of the scale."""
+    inducing, data, constant = (learned.scale**2 * w for w in learned.weights or (1.0, 1.0, 1.0))
+    # of what is the same everywhere, label noise comes first; the model class has to answer for the rest, and for errors beyond
+    # what the data leave open: a posterior that more data would narrow while the errors stay
+    floor = constant * (variance.misspecification + variance.noise)
+    noise = torch.minimum(floor, variance.noise)
+    excess = max(0.0, data - 1.0) * variance.data
+    return Variance(inducing * variance.inducing, min(1.0, data) * variance.data, floor - noise + excess, noise)
+
+
+def growth(novelty: Tensor, typical: float) -> Tensor:
+    """max(1, novelty / typical)², the factor by which variances of an atom are larger where it is novel."""
+    return (novelty / typical).clamp(1.0, 1e4) ** 2

@@ -13,7 +13,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from gpmlp import checks
+from gpmlp.core import errors
 
 EXPLAINED = 1 - 1e-6  # share of the variance that the reduced space holds, where
 COMPONENTS = 40  # dimensions are enough for it
@@ -37,7 +37,7 @@ class Reservoir:
     """
 
     def __init__(self, size: int, seed: int) -> None:
-        checks.positive("size", size)
+        errors.positive("size", size)
         self._size = size
         self._random = np.random.default_rng(seed)
         self._keys = torch.zeros(0, dtype=torch.float64)
@@ -245,8 +245,8 @@ class Mahalanobis:
 
     def _check(self, species: Tensor, features: Tensor) -> None:
         dimension = next((len(c.centre) for c in self.species.values()), "features")
-        checks.shape("features", features, ("n", dimension))
-        checks.shape("species", species, (len(features),), "One atomic number for each row of features.")
+        errors.shape("features", features, ("n", dimension))
+        errors.shape("species", species, (len(features),), "One atomic number for each row of features.")
 
 
 def fit(
@@ -268,14 +268,14 @@ def fit(
         checks.UserError: features that are not finite or not a matrix; a quantile outside 0 to 1.
     """
     if not 0 < quantile < 1:
-        raise checks.UserError(f"`quantile` must lie between 0 and 1, as 0.99; got {quantile}.")
+        raise errors.UserError(f"`quantile` must lie between 0 and 1, as 0.99; got {quantile}.")
     found, thresholds = {}, {}
     for z in sorted(z for z, x in features.items() if len(x)):
         for x in (features[z], (held_out or {}).get(z)):
             if x is not None and len(x):
-                checks.shape("features", x, ("n", features[z].shape[1]), f"Species {checks.symbol(z)}.")
+                errors.shape("features", x, ("n", features[z].shape[1]), f"Species {errors.symbol(z)}.")
                 if not torch.isfinite(x).all():
-                    raise checks.UserError(f"`features` of {checks.symbol(z)} hold a NaN or infinite number.")
+                    raise errors.UserError(f"`features` of {errors.symbol(z)} hold a NaN or infinite number.")
         found[z] = Clusters.fit(features[z], seed)
         unseen = (held_out or {}).get(z, features[z][:0])
         enough = len(unseen) >= HELD_OUT

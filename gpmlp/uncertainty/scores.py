@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from gpmlp import checks
+from gpmlp.core import errors as checks
 
 FLOOR = 1e-6  # smallest standard deviation that is told from 0, relative to the rms of std or of errors, whichever is larger
 BINS = (5, 20)  # of ENCE: about sqrt(n), within these

@@ -22,7 +22,7 @@ sys.path.insert(0, str(common.ROOT))
 from ase.build import bulk
 
 import gpmlp
-from gpmlp.io.atoms import structures_from_ase
+from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.recipe import Recipe
 
 RECIPE = {"descriptor": {"cutoff": 5.0, "n_max": 8, "l_max": 6}, "kernel": {"zeta": 4}, "variance": {"columns": 1000}}

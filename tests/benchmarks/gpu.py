@@ -32,11 +32,11 @@ import speed_stages
 import torch
 from torch import Tensor
 
-from gpmlp.descriptors import dense, triton_soap
-from gpmlp.descriptors.power_spectrum import SoapPowerSpectrum
-from gpmlp.potential import Potential
-from gpmlp.stepping import Stepper
-from gpmlp.structures import Structures
+from gpmlp.core.structures import Structures
+from gpmlp.descriptors import _triton, gpu
+from gpmlp.descriptors.backends import SoapPowerSpectrum
+from gpmlp.potential.potential import Potential
+from gpmlp.potential.stepper import Stepper
 
 SKIN = 0.6
 PRECISIONS = ("float32", "float64")
@@ -116,11 +116,11 @@ def chunk(potential: Potential, some: Structures, precision: str) -> tuple[Tenso
     stepper = Stepper(potential, some, skin=SKIN)
     positions, cells = stepper.structures.positions, stepper.structures.cells
     stepper._search(positions, cells)
-    vectors = stepper._table.vectors(positions, cells, 0, min(some.n_atoms, dense.ENVIRONMENTS))
+    vectors = stepper._table.vectors(positions, cells, 0, min(some.n_atoms, gpu.ENVIRONMENTS))
     return vectors.to(getattr(torch, precision)), stepper._chunks[0][2].parts[0].form.numbers.descriptor
 
 
-def form(kind: type[dense.Form], vectors: Tensor, descriptor: SoapPowerSpectrum) -> dict:
+def form(kind: type[gpu.Form], vectors: Tensor, descriptor: SoapPowerSpectrum) -> dict:
     """Expansion, and with its pull-back, by one form."""
     device, n = str(vectors.device), len(vectors)
     by, own = kind.of(descriptor, vectors), torch.zeros(n, dtype=torch.long, device=vectors.device)
@@ -230,7 +230,7 @@ def main() -> None:
         record.attempt("steps", case | {"atoms": 8 * side(atoms) ** 3}, which)
     show("a step, per atom", record.found["steps"])
     large = max(options.atoms, key=lambda n: min(n, 2 * LARGE))
-    kinds = [dense.Products, *([triton_soap.Kernels] if on_device else [])]
+    kinds = [gpu.Products, *([_triton.Kernels] if on_device else [])]
     for precision, kind in product(PRECISIONS, kinds):
         what = {"form": kind.__name__, "descriptors": precision}
         these = partial(lambda k, p: [form(k, *chunk(moved(options.zeta[0], p), some(large), p))], kind, precision)

@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 
 import gpmlp
-from gpmlp.active import calculators, loop, walker
-from gpmlp.active.recipe import LearnRecipe
-from gpmlp.io.recipes import load_as
+from gpmlp.io.recipe_files import load_as
+from gpmlp.learning import loop, walker
+from gpmlp.learning.oracles import codes
+from gpmlp.learning.recipe import LearnRecipe
 
 TIMES = 10  # as many labels in the large rival
 TESTS = 100  # frames of the test trajectory
@@ -103,7 +104,7 @@ def oracle_run(case: Case, recipe: LearnRecipe, seed: int, frames: int, path: Pa
     timestep = dynamics.timestep_fs or walker.default_timestep_fs(atoms.numbers)
     one = walker.Walker.begin(0, atoms, dynamics, seed)
     atoms = one.atoms.copy()
-    atoms.calc = calculators.build(case.oracle["calculator"], case.oracle.get("kwargs", {}), path.parent)
+    atoms.calc = codes.build(case.oracle["calculator"], case.oracle.get("kwargs", {}), path.parent)
     run = LangevinBAOAB(
         atoms, timestep * units.fs, temperature_K=dynamics.temperature(0),
         T_tau=dynamics.relaxation_fs * units.fs, rng=one.generator,
@@ -184,7 +185,7 @@ def missed(folder: Path, case: Case, steps: Sequence[Step]) -> dict[str, float]:
             asked.add((event["walker"], event["step"]))
         if event["event"] == "learned" and (event.get("foreseen") or {}).get("largest_error") is not None:
             needed.append(event["foreseen"]["largest_error"] > limits[event["walker"]][-1][1])
-    calculator = calculators.build(case.oracle["calculator"], case.oracle.get("kwargs", {}), folder)
+    calculator = codes.build(case.oracle["calculator"], case.oracle.get("kwargs", {}), folder)
     atoms, over = case.start.copy(), []
     atoms.set_constraint()
     atoms.calc = calculator

@@ -22,11 +22,11 @@ import common
 sys.path.insert(0, str(common.ROOT))
 
 import gpmlp
-from gpmlp.active import bootstrap, walker
-from gpmlp.active.criteria import criteria, limits_of
-from gpmlp.active.recipe import LearnRecipe
-from gpmlp.active.walker import Look, Walker
-from gpmlp.skin import Skin
+from gpmlp.core.verlet_list import Skin
+from gpmlp.learning import initial_structures, walker
+from gpmlp.learning.recipe import LearnRecipe
+from gpmlp.learning.triggers import criteria, limits_of
+from gpmlp.learning.walker import Look, Walker
 
 TURNS = 7
 SETTLING = 4  # strides before the first turn
@@ -43,7 +43,7 @@ def measured(run: Path) -> dict[str, float]:
     """Times of a step and of a force call, ms, and what looks add, in force calls."""
     recipe = LearnRecipe.model_validate(json.loads((run / "recipe.json").read_text()))
     potential, trigger, dynamics = gpmlp.load(run / "model.gpmlp"), recipe.trigger, recipe.dynamics
-    start = bootstrap.starts(run.parent / recipe.start)[0]
+    start = initial_structures.starts(run.parent / recipe.start)[0]
     timestep = dynamics.timestep_fs or walker.default_timestep_fs(start.numbers)
     # limits that nothing exceeds: every step is made, as in a run that has learned enough
     limits = limits_of(trigger, 1e3, len(start), {}, potential.calibration).times(1e3)

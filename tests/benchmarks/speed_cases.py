@@ -16,10 +16,10 @@ from ase import Atoms
 from ase.build import bulk
 
 import gpmlp
-from gpmlp.io.atoms import structures_from_ase
-from gpmlp.potential import Potential
+from gpmlp.core.structures import Structures
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
-from gpmlp.structures import Structures
 
 SILICON = {"cutoff": 5.0, "n_max": 8, "l_max": 6}
 MOLECULES = {"cutoff": 5.0, "n_max": 6, "l_max": 4}

@@ -15,13 +15,14 @@ from speed_peers import Setup
 from torch import Tensor
 
 import gpmlp
-from gpmlp.environments import Environments
-from gpmlp.io.atoms import structures_from_ase
-from gpmlp.potential import Potential
-from gpmlp.quantities import Prediction
-from gpmlp.stepping import Stepper
-from gpmlp.structures import Structures
-from gpmlp.terms import MeanBlock, Profile, Term
+from gpmlp.core.environments import Environments
+from gpmlp.core.quantities import Prediction
+from gpmlp.core.structures import Structures
+from gpmlp.gp.kernels import Profile
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.potential.mean import MeanBlock, Term
+from gpmlp.potential.potential import Potential
+from gpmlp.potential.stepper import Stepper
 
 TEST = common.ROOT / "data/silicon/test.xyz"
 SHAKEN = 0.15  # A

@@ -12,13 +12,13 @@ import bursts
 import torch
 from speed_cases import silicon
 
-from gpmlp import neighbors
-from gpmlp.descriptors import fused
-from gpmlp.environments import Surroundings
-from gpmlp.gp import covariances, posterior
-from gpmlp.potential import Potential
-from gpmlp.structures import Structures
-from gpmlp.terms import Term, View
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Surroundings, View
+from gpmlp.core.structures import Structures
+from gpmlp.descriptors import cpu
+from gpmlp.gp import covariances, inducing
+from gpmlp.potential.mean import Term
+from gpmlp.potential.potential import Potential
 
 WHOLE = "whole: energy, forces, stress"
 UNCERTAIN = "whole, with std of local energies"
@@ -100,7 +100,7 @@ def of_prediction(potential: Potential, cell: Structures) -> list[Stage]:
         alone("neighbours", 0, 9 * p, lambda: neighbors.find(cell, made.cutoff)),
         alone("vectors of pairs", 24 * p, 14 * p, lambda: Surroundings.of(cell, replace(pairs))),
         alone("expansion, power spectrum", p * (11 * nl + 4 * lm + 2 * made.n_max * lm + 30) + gram, 18 * p + states,
-              lambda: fused.environments(made, view.surroundings)),
+              lambda: cpu.environments(made, view.surroundings)),
         alone("kernel, slope of the mean", _kernel_flops(term, cell), 3 * d, lambda: term.local(view.environments)),
         alone("pull-back", p * (24 * nl + 4 * made.n_max * lm + 6 * lm) + 2 * channels**2 * lm, 12 * p + states,
               lambda: view.environments.pull_back(cotangents)),
@@ -123,14 +123,14 @@ def of_fit(potential: Potential, cell: Structures) -> list[Stage]:
         return covariances.rows(cell, seen.neighbors, term.descriptor, term.kernel, blocks, True, False).forces
 
     forces = rows()
-    white = posterior.whiten(forces, uncertain.lowers)
+    white = inducing.whiten(forces, uncertain.lowers)
 
     def alone(name: str, flops: float, numbers: float, run: Callable[[], object]) -> Stage:
         return Stage("fit: " + name, flops, 8 * numbers, run, cell.n_atoms)
 
     return [
         alone("force rows", 6 * (p + 1) * columns * d, 3 * columns, rows),
-        alone("whitening", 3 * columns**2, 6 * columns, lambda: posterior.whiten(forces, uncertain.lowers)),
+        alone("whitening", 3 * columns**2, 6 * columns, lambda: inducing.whiten(forces, uncertain.lowers)),
         alone("QR", 6 * columns**2 * (1 + columns / len(white) / 3), 6 * columns,
               lambda: torch.linalg.qr(torch.cat([uncertain.factor, white]), mode="r")),
     ]  # fmt: skip

@@ -17,9 +17,9 @@ from ase.md.verlet import VelocityVerlet
 from speed_cases import silicon, silicon_atoms
 from speed_peers import Setup
 
-from gpmlp import neighbors
+from gpmlp.core import neighbors
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.potential import Potential
+from gpmlp.potential.potential import Potential
 
 COUNTS = (1, 2)
 KELVIN, FS = 600.0, 2.0

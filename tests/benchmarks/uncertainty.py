@@ -26,15 +26,15 @@ import common
 from accuracy import CASES
 
 import gpmlp
-from gpmlp import held_out, reporting
-from gpmlp.evaluation import compare, judge
-from gpmlp.quantities import Targets
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import calibrate
+from gpmlp.gp.variance import VARIANCES
+from gpmlp.potential.evaluation import compare, judge
 from gpmlp.recipe import Recipe
-from gpmlp.rescaling import rescaled
-from gpmlp.structures import Structures
-from gpmlp.uncertainty.calibration import Calibration, weigh
+from gpmlp.report.model import collect
+from gpmlp.uncertainty.calibration import Calibration, rescaled, weigh
 from gpmlp.uncertainty.scores import Scores, scores
-from gpmlp.variances import VARIANCES
 
 MEMBERS = 8
 SHARE = 6  # of the centres, for each member
@@ -47,7 +47,7 @@ def read(paths: list[Path]) -> tuple[Structures, Targets]:
 
 def committee(recipe: Recipe, structures: Structures, targets: Targets, tests: dict) -> tuple[dict[str, Scores], float]:
     """Forces of bootstrap members: their mean as prediction, their weighted variance and a constant as uncertainty."""
-    kept, held = held_out.choose(structures, targets, recipe.calibration, recipe.seed)
+    kept, held = calibrate.choose(structures, targets, recipe.calibration, recipe.seed)
     inducing = tuple(i.model_copy(update={"n": max(1, round(i.n / SHARE))}) for i in recipe.inducings)
     small = recipe.model_copy(update={"inducing": inducing, "variance": False, "calibration": False, "novelty": False})
     sets = tests | {"held out": (structures.select(held), targets.select(structures, held))}
@@ -89,7 +89,7 @@ def run(name: str, data: Path, options: argparse.Namespace) -> dict:
         plain = potential(some, variance=VARIANCES, novelty=True, calibrated=False)
         result["predict_ms_per_atom"] = 1e3 * (time.process_time() - start) / some.n_atoms
         found = compare(some, known, rescaled(plain, some, potential.calibration), potential.calibration)
-        entry = {"calibrated": found.as_dict(), "rivals": reporting.rivals(potential, some, known, found)}
+        entry = {"calibrated": found.as_dict(), "rivals": collect.rivals(potential, some, known, found)}
         # as the evidence left it: with some, all and nothing of what the inducing set cannot represent
         raw, size = plain.forces_covariance, potential.variances.amplitude
         for form, share in (("scaled", 1.0), ("dtc", 1 / size), ("sor", 0.0)):

@@ -32,13 +32,13 @@ sys.path.insert(0, str(common.ROOT))
 from ase.build import bulk
 
 import gpmlp
-from gpmlp.gp.updates import Factor
-from gpmlp.io.atoms import structures_from_ase
-from gpmlp.online import Online
-from gpmlp.potential import Potential
-from gpmlp.quantities import Targets
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting.online import Online
+from gpmlp.gp.qr import Factor
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
-from gpmlp.structures import Structures
 
 TRUTH = {
     "descriptor": {"cutoff": 5.0, "n_max": 4, "l_max": 2},

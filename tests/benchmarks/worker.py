@@ -24,7 +24,7 @@ def _loaded(frames, model):
     import torch
 
     import gpmlp
-    from gpmlp.io.atoms import structures_from_ase
+    from gpmlp.io.ase_atoms import structures_from_ase
 
     torch.set_num_threads(1)
     return gpmlp.load(model), structures_from_ase(frames)
@@ -36,15 +36,15 @@ def energies(frames, model, variance=None):
 
 
 def values(frames, model):
-    from gpmlp.terms import View
+    from gpmlp.core.environments import View
 
     potential, structures = _loaded(frames, model)
     return lambda: View.of(potential.terms[0].descriptor, structures)
 
 
 def pulled(frames, model):
-    from gpmlp import neighbors
-    from gpmlp.terms import View
+    from gpmlp.core import neighbors
+    from gpmlp.core.environments import View
 
     potential, structures = _loaded(frames, model)
     seen = View.of(potential.terms[0].descriptor, structures)

@@ -1,0 +1,1 @@
+"""The command line: arguments -> calls, progress and tables; the only place that prints."""

@@ -1,0 +1,372 @@
+"""Console is what the command line shows: progress, tables and one-line messages; the only place that prints."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from gpmlp.core.units import GPA
+from gpmlp.fitting.tune import Trial, best
+from gpmlp.potential.evaluation import ErrorTable, Evaluation
+
+PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
+LONG = 1e6  # numbers from here on are written as powers of ten
+BAR_WIDTH = 24
+LONGEST_STAGE = len("inducing points")
+
+
+def output() -> Console:
+    """Standard output, made when asked for: tests and notebooks replace it."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def errors_to() -> Console:
+    """Standard error."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def message(kind: str, text: str) -> None:
+    """Print one message to standard error."""
+    colour = {"error": "red", "warning": "yellow"}.get(kind, "dim")
+    errors_to().print(f"[{colour}]{kind}:[/] {escape(' '.join(str(text).split()))}", soft_wrap=True)
+
+
+class Stages:
+    """Shows progress(stage, done, total, note) as bars on a terminal, elsewhere as one line for each stage when it is over.
+
+    A stage lasts from the end of the one before it (or from __enter__) to its own last report.
+    """
+
+    def __init__(self) -> None:
+        self.console = errors_to()
+        self.live = self.console.is_terminal
+        whole = Column(no_wrap=True)
+        # where the line is too short only the note gives way
+        note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        self.bars = Progress(
+            SpinnerColumn(table_column=whole),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=LONGEST_STAGE)),
+            BarColumn(bar_width=BAR_WIDTH, table_column=Column(no_wrap=True, min_width=BAR_WIDTH)),
+            TaskProgressColumn(table_column=Column(no_wrap=True, min_width=len("100%"))),
+            TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=len("0:00:00"))),
+            TextColumn("[dim]{task.fields[note]}", table_column=note),
+            console=self.console,
+            disable=not self.live,
+            expand=True,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.stage, self.note, self.complete = "", "", False
+        self.begun = self.last = time.monotonic()
+
+    def __enter__(self) -> Stages:
+        self.bars.start()
+        self.begun = self.last = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over()
+        self.bars.stop()
+
+    def __call__(self, stage: str, done: float, total: float, note: str = "") -> None:
+        """Take one report of progress."""
+        if stage != self.stage:
+            self._over()
+            self.stage, self.note, self.begun = stage, "", self.last
+        self.note = note or self.note
+        self.complete, self.last = done >= total, time.monotonic()
+        if self.live:
+            if stage not in self.tasks:
+                self.tasks[stage] = self.bars.add_task(escape(stage), total=total, note="")
+                self.bars.tasks[-1].start_time = self.begun
+            # rich stops the clock of a bar that is full, but a stage may go on after its last report of work done
+            almost = min(done, (1 - 1e-6) * total)
+            self.bars.update(self.tasks[stage], completed=almost, total=total, note=escape(self.note))
+
+    def _over(self) -> None:
+        if self.complete and self.live:
+            task = self.tasks[self.stage]
+            self.bars.update(task, completed=self.bars.tasks[task].total)
+        elif self.complete:
+            self.console.print(escape(f"{self.stage}: {self.last - self.begun:.1f} s {self.note}".rstrip()))
+        self.complete = False
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table, with all digits before the point if these are few; '-' where there is none."""
+    if value is None or math.isnan(value):
+        return "-"
+    short = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e+" in short and abs(value) < LONG else short
+
+
+def error_table(title: str, rows: Mapping[str, ErrorTable]) -> Table:
+    """Errors, one row for each name."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for heading in ("structures", "atoms", "energy\nmeV/atom", "force\nmeV/A", "stress\nGPa"):
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        cells = [
+            f"{number(getattr(row, f'{kind}_mae_{unit}'))} / {number(getattr(row, f'{kind}_rmse_{unit}'))}"
+            for kind, unit in (("energy", "meV_per_atom"), ("force", "meV_per_A"), ("stress", "GPa"))
+        ]
+        table.add_row(escape(name), str(row.n_structures), str(row.n_atoms), *cells)
+    return table
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """MAE / RMSE in all and by config_type."""
+    return error_table("Errors (MAE / RMSE)", {"all": evaluation.overall, **evaluation.by_config_type})
+
+
+def scores_table(evaluation: Evaluation) -> Table:
+    """How well predicted standard deviations match errors: coverage of intervals, scores, rank correlation."""
+    table = Table(title="Predicted uncertainty (calibrated)", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("coverage 50 / 68 / 90 / 95 %", "rms std", "NLL", "ENCE", "Spearman"):
+        table.add_column(name, justify="right")
+    shown = {"energies": (1e3, "meV/atom"), "forces": (1e3, "meV/A"), "stresses": (1 / GPA, "GPa")}
+    for kind, entry in evaluation.scores.items():
+        if not entry.n:
+            continue
+        factor, unit = shown[kind]
+        covered = (entry.coverage_50, entry.coverage_68, entry.coverage_90, entry.coverage_95)
+        table.add_row(
+            kind,
+            " / ".join(f"{100 * c:.0f}" for c in covered),
+            f"{number(factor * entry.sharpness)} {unit}",
+            f"{entry.nll:.2f}",
+            f"{entry.ence:.2f}",
+            f"{entry.spearman:.2f}",
+        )
+    return table
+
+
+def pairs_table(title: str, pairs: Sequence[tuple[str, str]]) -> Table:
+    """Two columns without rules: what, and its value."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def noises(noise: Mapping[str, float]) -> str:
+    """Standard deviations with their units."""
+    units = {
+        "energies": ("energy", 1e3, "meV/atom"),
+        "forces": ("force", 1e3, "meV/A"),
+        "stresses": ("stress", 1 / GPA, "GPa"),
+    }
+    return ", ".join(f"{units[k][0]} {number(v * units[k][1])} {units[k][2]}" for k, v in noise.items() if k in units)
+
+
+def fit_summary(report: Mapping[str, Any]) -> Table:
+    """What a FitReport (as a dictionary) says, in a few lines."""
+    rms = report["train_rmse"]
+    validation = report.get("validation_errors")
+    pairs = [
+        ("observations", ", ".join(f"{n} {kind}" for kind, n in report["rows"].items())),
+        ("environments", ", ".join(f"{n} {z}" for z, n in report["environments"].items())),
+        ("inducing", ", ".join(f"{n} {label}" for label, n in report["centres"].items())),
+        (
+            "columns",
+            f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}, jitter {report['jitter']:.0e}",
+        ),
+        ("noise", noises(report["noise"])),
+        ("train RMSE", noises(rms)),
+    ]
+    pairs += kept_for_variances(report)
+    if validation:
+        table = ErrorTable(**{key: float("nan") if value is None else value for key, value in validation.items()})
+        pairs.append(
+            (
+                "validation MAE",
+                f"energy {number(table.energy_mae_meV_per_atom)} meV/atom, force {number(table.force_mae_meV_per_A)} meV/A, "
+                f"stress {number(table.stress_mae_GPa)} GPa",
+            )
+        )
+    pairs += [("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds, _ in report["stages"]))]
+    if report["stages"]:
+        pairs += [("peak memory", f"{max(memory for *_, memory in report['stages']):.0f} MB")]
+    return pairs_table("Fit", pairs)
+
+
+def kept_for_variances(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many of the columns are kept for variances, and what that does to standard deviations of forces (subset.error)."""
+    found = report.get("variance_subset") or {}
+    if "columns" not in found:
+        return []
+    text = f"{found['columns']} of {found['columns_of_fit']} columns"
+    if "covariance_error" in found:
+        text += (
+            f"; std of forces {found['std_ratio_median']:.2f} ({found['std_ratio_low']:.2f} to {found['std_ratio_high']:.2f}) of all "
+            f"columns', covariance off by {100 * found['covariance_error_scaled']:.0f} % once scaled"
+        )
+        text += f", rank correlation {found['std_spearman']:.2f}" if "std_spearman" in found else ""
+    if "held_out" in report:
+        text += f"; calibrated on {report['held_out']} structures"
+    return [("variances", text)]
+
+
+def report_summary(report: Mapping[str, Any]) -> Table:
+    """What a model file says of how it came about: of a fit, or label by label."""
+    return fit_summary(report) if "train_rmse" in report else learning_summary(report)
+
+
+def learning_summary(report: Mapping[str, Any]) -> Table:
+    """What a model that learned label by label says of itself, in a few lines."""
+    pairs = [
+        ("observations", ", ".join(f"{n} {kind}" for kind, n in report["rows"].items())),
+        ("inducing", ", ".join(f"{n} {label}" for label, n in report["centres"].items())),
+        ("columns", f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}"),
+        ("noise", noises(report["noise"])),
+        *kept_for_variances(report),
+        (
+            "updates",
+            f"{report['updates']} of the factor since it was made from all rows; its error {report['drift']:.0e}",
+        ),
+    ]
+    pairs += [("last", report["events"][-1])] if report["events"] else []
+    return pairs_table("Learned", pairs)
+
+
+def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
+    """What a model file says of itself."""
+    header = content["header"]
+    provenance = header.get("provenance", {})
+    files = [
+        f"{role} {entry['name']} (sha256 {entry['sha256'][:12]})" for role, entry in provenance.get("files", {}).items()
+    ]
+    if learned := provenance.get("learned"):  # such files hold no time, so that runs repeat to the last bit
+        files = [f"{learned['labels']} labels of {learned['oracle']}, learned on the fly"]
+    aside = header.get("calibration", {}).get("source", {})
+    created = f"{provenance['created']} " if "created" in provenance else ""
+    sample = provenance.get("sample")
+    pairs = [
+        ("species", ", ".join(symbols)),
+        *([("sample", sample_of(sample))] if sample else []),
+        ("noise", noises(header["noise"])),
+        ("data", ", ".join(files) or "not recorded"),
+        *([("calibrated on", calibrated_on(aside))] if aside else []),
+        ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
+        ("units", content["units"]),
+        *(("warning", text) for text in header.get("report", {}).get("warnings", ())),
+        ("recipe", yaml.safe_dump(plain(header["recipe"]), sort_keys=False).rstrip()),
+    ]
+    return pairs_table("Model", pairs)
+
+
+def calibrated_on(source: Mapping[str, Any], shown: int = 3) -> str:
+    """From which structures a calibration was learned (Calibration.source): how many, how chosen, the first names, a hash of all."""
+    count, names, known = source["held_out_structures"], source["names"][:shown], source.get("fingerprints")
+    text = f"{count} structures, {source['held_out_atoms']} atoms, {source['how']}: {', '.join(names)}"
+    text += f" and {count - len(names)} more" if count > len(names) else ""
+    return text + (f" (sha256 of all {hashlib.sha256(''.join(known).encode()).hexdigest()[:12]})" if known else "")
+
+
+def sample_of(origin: Mapping[str, Any]) -> str:
+    """Which sample of which draw a model is (samples.draw); its mean is not the best prediction."""
+    scale = "calibrated" if origin["calibrated"] else "not calibrated"
+    kind = {"posterior": "the posterior", "label_noise": "a committee by label noise"}[origin["how"]]
+    return f"index {origin['index']} of {origin['of']} drawn from {kind}, seed {origin['seed']}, {scale}; not the mean"
+
+
+class Trials:
+    """Shows the trials of a search: one line for each that is over, and on a terminal a bar for the one that runs."""
+
+    def __init__(self, budget_s: float, most: int | None, done: Sequence[Trial]) -> None:
+        self.budget_s, self.most, self.done = budget_s, most, list(done)
+        console = errors_to()
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=BAR_WIDTH // 2, table_column=Column(no_wrap=True, min_width=BAR_WIDTH // 2)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            expand=True,
+        )
+        self.task = self.bar.add_task("trial 0", total=1.0, left="", note="")
+
+    def __enter__(self) -> Trials:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, trial: Trial) -> None:
+        """Take a trial that is over."""
+        self.done.append(trial)
+        text = f"{_result(trial)}, {trial.seconds:.1f} s; {_settings(trial)}"
+        self.bar.console.print(f"[dim]trial {trial.number}:[/] {escape(text)}", soft_wrap=True)
+
+    def tick(self, number: int, used_s: float) -> None:
+        """Take the number of the running trial and the time used so far."""
+        share, left_s = used_s / self.budget_s, max(0.0, self.budget_s - used_s)
+        if self.most:
+            share = max(share, number / self.most)
+            left_s = min(left_s, (self.most - number) * used_s / number) if number else left_s
+        top = best(self.done)
+        said = [f"best {_result(t)}" for t in (top,) if t] + [f"last {_settings(t)}" for t in self.done[-1:]]
+        left = f"{math.ceil(left_s / 60)} min left"
+        note = escape("; ".join(said) or "the start recipe")
+        self.bar.update(self.task, description=f"trial {number}", completed=share, left=left, note=note)
+
+
+def _result(trial: Trial) -> str:
+    if trial.objective is None:
+        return f"failed: {trial.failure}"
+    errors = f"{number(trial.force_mae_meV_per_A)} / {number(trial.force_rmse_meV_per_A)} meV/A"
+    return f"{errors}, objective {trial.objective:.4f}"
+
+
+def _settings(trial: Trial) -> str:
+    return ", ".join(f"{key}={value}" for key, value in trial.settings.items())
+
+
+def trials_table(trials: Sequence[Trial], meaning: str, shown: int = 5) -> Table:
+    """The best trials and the start recipe, with their parameters.
+
+    Args:
+        meaning: what the objective is.
+    """
+    failed = sum(t.objective is None for t in trials)
+    minutes = sum(t.seconds for t in trials) / 60
+    title = f"Best of {len(trials)} trials ({failed} failed, {minutes:.1f} min); objective: {meaning}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    settings = list(trials[0].settings)
+    for heading in ("trial", "objective", "force MAE / RMSE\nmeV/A", "s", *settings):
+        table.add_column(escape(heading).replace("_", "\n_"), justify="right")
+    ranked = sorted((t for t in trials if t.objective is not None), key=lambda t: -t.objective)[:shown]
+    for t in [*ranked, *(t for t in trials[:1] if t not in ranked)]:
+        errors = f"{number(t.force_mae_meV_per_A)} / {number(t.force_rmse_meV_per_A)}"
+        name = str(t.number) if t.number else "0 start"
+        value = "failed" if t.objective is None else f"{t.objective:.4f}"
+        table.add_row(name, value, errors, f"{t.seconds:.0f}", *(escape(v) for v in t.settings.values()))
+    return table
+
+
+def plain(value: Any) -> Any:
+    """The same value with None for NaN and infinity, lists for tuples: strict JSON and YAML."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,90 @@
+"""The command `gpmlp learn`: a recipe in, a run of the learning loop, its progress and what came of it out."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+INTERRUPTED = 130  # by convention 128 + the number of the signal
+
+
+def learn(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe with start, oracle and dynamics; see docs/learning.md.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; may be repeated.")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report/ when the run has stopped.")
+    ] = True,
+) -> None:
+    """Run molecular dynamics on a model that learns while it runs, asking an ab initio code when it does not know."""
+    from gpmlp.cli import console, progress
+    from gpmlp.core.errors import UserError
+    from gpmlp.io.recipe_files import load_as
+    from gpmlp.learning import loop
+    from gpmlp.learning.oracles import codes
+    from gpmlp.learning.recipe import LearnRecipe
+    from gpmlp.report.run import collect
+
+    codes.look_in(recipe.parent)
+    chosen = load_as(LearnRecipe, recipe, settings or [])
+    folder = recipe.parent / chosen.output
+    if resume and not folder.exists():
+        console.message("new", f"{folder} does not exist: there is nothing to resume, a new run begins")
+    last, page = None, None
+    with _terminated_as_interrupted(), progress.Learning(chosen) as show:
+        states = loop.learn(chosen, recipe.parent, resume)
+        try:
+            for last in states:
+                show(last)
+        except KeyboardInterrupt:
+            again = shlex.join(["gpmlp", "learn", str(recipe), *(f"--set={s}" for s in settings or []), "--resume"])
+            console.message("stopped", f"interrupted; go on with: {again}")
+            raise SystemExit(INTERRUPTED) from None
+        finally:
+            states.close()
+        if report:
+            show.report()
+            page = collect.report(folder, chosen)
+    console.output().print(progress.learning_table(last, folder, page))
+    if last.stopped == loop.UNSTABLE:
+        raise UserError(
+            f"{folder}: the run ended early: {last.stopped}. Try a shorter dynamics.timestep_fs, a lower temperature or another start."
+        )
+
+
+def report_of_run(folder: Path, data: Path | None, output: Path | None) -> None:
+    """Write the page about a run, finished or not."""
+    from gpmlp.cli import console
+    from gpmlp.core.errors import UserError
+    from gpmlp.learning.oracles import codes
+    from gpmlp.report.run import collect
+
+    if data is not None or output is not None:
+        raise UserError(
+            f"{folder}: is a folder; the report of a run goes to {folder / 'report'}: leave out DATA and --output."
+        )
+    codes.look_in(folder.parent)  # where the recipe is, most often
+    page = collect.report(folder, collect.recipe_of(folder))
+    console.output().print(f"wrote {page}", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Batch systems end a job by SIGTERM: treat it as Ctrl-C, so that everything is closed in order."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,343 @@
+"""The command `gpmlp`: arguments in, calls, tables out; no physics.
+
+Exit status: 0 success, 2 an error of the user's (one message, no traceback), 1 an error of ours, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import gpmlp
+from gpmlp.cli import learn, md, tune
+from gpmlp.core.errors import DataWarning, Notice, UserError, symbol
+
+# typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
+ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+DEBUG = "GPMLP_DEBUG"
+OUT_OF_MEMORY = (
+    "out of memory; lower memory_GB or inducing.n (--set memory_GB=1) or take a smaller descriptor.cutoff (--set "
+    "descriptor.cutoff=5; what one chunk needs grows with its third power), or use a larger machine."
+)
+INTERRUPTED = learn.INTERRUPTED  # typer turns Ctrl-C into this status
+
+app = typer.Typer(
+    name="gpmlp",
+    help="Sparse Gaussian process interatomic potentials on SOAP power spectra.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Method(StrEnum):
+    """Methods of `gpmlp select` (gpmlp.learning.pool.METHODS; not imported here, so that --help is quick)."""
+
+    both = "both"
+    variance = "variance"
+    mahalanobis = "mahalanobis"
+    farthest = "farthest"
+    cur = "cur"
+    random = "random"
+
+
+Model = Annotated[Path, typer.Argument(help="Model file written by `gpmlp fit`.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gpmlp {gpmlp.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=f"Show tracebacks (also: {DEBUG}=1).")] = False,
+) -> None:
+    """Sparse Gaussian process interatomic potentials on SOAP power spectra."""
+
+
+@app.command("fit")
+def fit_command(
+    train: Annotated[Path, typer.Argument(help="Training data: extended XYZ, or any format of ASE.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")],
+    valid: Annotated[Path | None, typer.Option("--valid", help="Validation data, only predicted.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="YAML recipe; what it leaves open is chosen from the data.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, e.g. kernel.zeta=2; may be repeated.")
+    ] = None,
+) -> None:
+    """Fit a potential to energies, forces and stresses."""
+    from gpmlp.cli import console
+    from gpmlp.fitting.fit import fit
+    from gpmlp.io import archive, ase_atoms, provenance
+    from gpmlp.io.files import check_apart, check_target
+    from gpmlp.io.recipe_files import load_recipe
+
+    check_target(output)
+    sources = {"the training data": train, "the validation data": valid, "the recipe": recipe}
+    check_apart({"the model (--output)": output}, sources)
+    chosen = load_recipe(recipe, settings or [])
+    structures, targets = ase_atoms.read(train, labelled=True)
+    validation = ase_atoms.read(valid, labelled=True) if valid is not None else None
+    origin = provenance.of_files(training=train, validation=valid)
+    with console.Stages() as stages:
+        potential, report = fit(structures, targets, chosen, validation, stages, origin)
+    for text in report.warnings:
+        warnings.warn(text, DataWarning, stacklevel=1)
+    archive.save(potential, output)
+    out = console.output()
+    out.print(console.fit_summary(report.as_dict()))
+    out.print(f"wrote {output}", soft_wrap=True, markup=False)
+
+
+app.command("tune")(tune.tune)
+app.command("learn")(learn.learn)
+app.command("md")(md.md)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="Reference data: extended XYZ, or any format of ASE.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the errors to this file.")] = None,
+    xyz_file: Annotated[
+        Path | None, typer.Option("--xyz", help="Write predictions beside references to this file.")
+    ] = None,
+    variance: Annotated[
+        bool, typer.Option("--variance/--no-variance", help="Predict uncertainties and score them (some times slower).")
+    ] = True,
+) -> None:
+    """Compare a potential with reference data: errors in all and by config_type, and how well they were foreseen."""
+    from gpmlp.cli import console
+    from gpmlp.io import archive, ase_atoms, provenance
+    from gpmlp.io.files import atomic, check_apart, check_target
+    from gpmlp.potential.evaluation import evaluate
+
+    for path in (json_file, xyz_file):
+        if path is not None:
+            check_target(path)
+    targets_of = {"the errors (--json)": json_file, "the predictions (--xyz)": xyz_file}
+    check_apart(targets_of, {"the model": model, "the data": data})
+    potential = archive.load(model)
+    structures, targets = ase_atoms.read(data, labelled=True)
+    provenance.known(potential.provenance, potential.calibration.source, structures, data)
+    with console.Stages() as stages:
+        result = evaluate(potential, structures, targets, stages, variance)
+    if json_file is not None:
+        with atomic(json_file, text=True) as file:
+            json.dump(result.as_dict(), file, indent=2, allow_nan=False)
+            file.write("\n")
+    if xyz_file is not None:
+        ase_atoms.write(xyz_file, ase_atoms.beside(structures, targets, result.prediction))
+    out = console.output()
+    out.print(console.evaluation_table(result))
+    if any(entry.n for entry in result.scores.values()):
+        out.print(console.scores_table(result))
+
+
+@app.command("report")
+def report_command(
+    model: Annotated[Path, typer.Argument(help="Model file; or the folder of a learning run, for the page about it.")],
+    data: Annotated[Path | None, typer.Argument(help="Reference data: extended XYZ, or any format of ASE.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write to; made if not there.")
+    ] = None,
+) -> None:
+    """Write the uncertainty report: one HTML page, its figures, and every number as JSON."""
+    if model.is_dir():
+        learn.report_of_run(model, data, output)
+        return
+    if data is None or output is None:
+        if not model.exists():
+            raise UserError(f"{model}: there is no such file or folder.")
+        raise UserError("`gpmlp report MODEL` needs DATA and --output; only the folder of a learning run goes without.")
+    from gpmlp.cli import console
+    from gpmlp.io import archive, ase_atoms, provenance
+    from gpmlp.io.files import atomic, check_apart, check_folder
+    from gpmlp.potential.evaluation import comparable, evaluate
+    from gpmlp.report.model import collect
+    from gpmlp.report.model.build import build
+
+    check_apart({"the report (--output)": output}, {"the model": model, "the data": data})
+    check_folder(output)
+    version = archive.read_header(model)["version"]
+    potential = archive.load(model)
+    structures, targets = ase_atoms.read(data, labelled=True)
+    targets = comparable(potential, targets)
+    known = provenance.known(potential.provenance, potential.calibration.source, structures, data)
+    with console.Stages() as stages:
+        result = evaluate(potential, structures, targets, stages)
+        stages("report", 0, 1, "figures")
+        names = model.name, data.name, version
+        page = build(collect.collect(potential, structures, targets, result, *names, known), output, atomic)
+        stages("report", 1, 1, "figures")
+    out = console.output()
+    out.print(console.evaluation_table(result))
+    out.print(f"wrote {page}", soft_wrap=True, markup=False)
+
+
+@app.command("select")
+def select_command(
+    data: Annotated[Path, typer.Argument(help="The pool: extended XYZ, or any format of ASE; labels are not needed.")],
+    number: Annotated[int, typer.Option("--number", "-n", help="How many to pick.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, extended XYZ; best first.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Model file; variance and mahalanobis need one.")
+    ] = None,
+    method: Annotated[
+        Method | None, typer.Option("--method", help="If not given: both with a model, farthest without.")
+    ] = None,
+    environments: Annotated[
+        bool, typer.Option("--environments", help="Pick atoms with their surroundings instead of structures.")
+    ] = False,
+    exclude: Annotated[
+        Path | None, typer.Option("--exclude", help="Structures labelled already: nothing like them is picked.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of cur and random; the others draw nothing.")] = 0,
+) -> None:
+    """Pick the structures of a pool that are most worth a reference calculation."""
+    from gpmlp.cli import console
+    from gpmlp.io import archive, ase_atoms
+    from gpmlp.io.files import check_apart, check_target
+    from gpmlp.learning import pool as picking
+
+    check_target(output)
+    check_apart({"the selection (--output)": output}, {"the pool": data, "the model": model, "--exclude": exclude})
+    potential = archive.load(model) if model is not None else None
+    frames, pool = ase_atoms.read_unlabelled(data)
+    known = ase_atoms.read_unlabelled(exclude)[1] if exclude is not None else None
+    name = method.value if method is not None else None
+    with console.Stages() as stages:
+        picked = picking.pick(pool, number, name, potential, environments, seed, known, stages)
+    if picked.repeats:
+        warnings.warn(
+            f"{data}: the last {picked.repeats} of {number} are like others picked before; nothing else was left.",
+            DataWarning,
+            stacklevel=1,
+        )
+    chosen = ase_atoms.selected(frames, picked.structures.tolist(), picked.scores.tolist(), picked.places(pool))
+    ase_atoms.write(output, chosen)
+    what = f"{number} environments in {len(chosen)}" if environments else f"{number}"
+    text = f"picked {what} of {len(frames)} structures ({sum(map(len, chosen))} of {pool.n_atoms} atoms) by {picked.method}"
+    scores = f"scores {picked.scores[0]:.3g} to {picked.scores[-1]:.3g}{picking.UNITS[picked.method]}"
+    console.output().print(f"{text}, {scores}; wrote {output}", soft_wrap=True, markup=False)
+
+
+@app.command()
+def info(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what a model file is: species, noise, recipe, data, fit report."""
+    from gpmlp.cli import console
+    from gpmlp.io import archive
+
+    content = archive.read_header(model)
+    if as_json:
+        typer.echo(json.dumps(console.plain(content), indent=2, allow_nan=False))
+        return
+    out = console.output()
+    out.print(console.model_summary(content, [symbol(z) for z in content["header"]["species"]]))
+    if content["header"].get("report"):
+        out.print(console.report_summary(content["header"]["report"]))
+
+
+@app.command()
+def cite(model: Model) -> None:
+    """Print BibTeX entries of what a model stands on."""
+    from gpmlp.io import archive, citations
+    from gpmlp.io.recipe_files import validate
+
+    content = archive.read_header(model)
+    recipe = validate(content["header"]["recipe"], str(model))
+    typer.echo("\n".join(work.bibtex() for work in citations.of(recipe, content["version"])))
+
+
+def _show_warning(text: Any, category: type[Warning], *_: object, **__: object) -> None:
+    from gpmlp.cli import console
+
+    if issubclass(category, Notice):
+        console.message("note", str(text))
+    else:
+        console.message("warning", str(text) if issubclass(category, DataWarning) else f"{text} ({category.__name__})")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    from gpmlp.cli.console import message
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or os.environ.get(DEBUG, "") not in ("", "0")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        warnings.simplefilter("always", DataWarning)
+        warnings.simplefilter("always", Notice)
+        try:
+            # --debug may stand anywhere
+            status = app(args=[a for a in arguments if a != "--debug"], prog_name="gpmlp", standalone_mode=False)
+            if status == INTERRUPTED:
+                raise KeyboardInterrupt
+            return status if isinstance(status, int) else 0
+        except UserError as error:
+            message("error", str(error))
+            return 2
+        except ClickException as error:
+            return _usage_error(error)
+        except SystemExit as ended:  # of a command that has said all there is to say
+            return ended.code
+        except (KeyboardInterrupt, typer.Abort):
+            message("error", "interrupted; files that were complete are kept, others are as they were.")
+            return INTERRUPTED
+        except BrokenPipeError:
+            # the reader of a pipe (head, less) has gone: nobody is left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except Exception as error:  # reported, with a traceback on demand: the last line of defence
+            if _out_of_memory(error):
+                message("error", OUT_OF_MEMORY)
+                return 1
+            if debug:
+                traceback.print_exc()
+            message(
+                "error",
+                f"{type(error).__name__}: {error}. This is a fault of gpmlp, not of your input. Please report it with the "
+                f"command, the traceback (run again with --debug) and the version ({gpmlp.__version__}).",
+            )
+            return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is used up; torch says it by a RuntimeError, on a GPU by a subclass of it."""
+    said = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in said)
+    )
+
+
+def _usage_error(error: Any) -> int:
+    """One line about wrong arguments; the help itself where nothing was asked for."""
+    from gpmlp.cli.console import message
+
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.format_message(), err=True)
+        return 2
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "gpmlp"
+    said = error.format_message().rstrip(".")
+    message("error", f"{said}{'' if said.endswith('?') else '.'} Try '{command} --help'.")
+    return 2

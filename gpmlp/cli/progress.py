@@ -1,0 +1,166 @@
+"""What a learning run looks like on a terminal: a bar with the physics in it, a line for each label, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Column, Table
+
+from gpmlp.cli.console import errors_to, noises, number, pairs_table
+from gpmlp.learning.loop import State
+from gpmlp.learning.recipe import LearnRecipe
+from gpmlp.learning.triggers import bound
+from gpmlp.learning.walker import Look
+
+BAR, SHORT_BAR = 12, 6
+WIDE = 100  # columns of a terminal on which there is room for more than numbers
+QUIET_S = 30.0  # between two lines where there is no terminal for a bar
+MARKS = {True: "met", False: "not met", None: "cannot be judged yet"}
+
+
+class Learning:
+    """Shows a run while it goes on."""
+
+    def __init__(self, recipe: LearnRecipe) -> None:
+        self.recipe = recipe
+        self.labels = self.refused = -1  # not known before the first state
+        self.reason = self.where = ""
+        self.told = time.monotonic()
+        console = errors_to()
+        self.wide = console.width >= WIDE
+        whole, bar = Column(no_wrap=True), BAR if self.wide else SHORT_BAR
+        fields = ("step", "temperature", "force", "novelty", "labels")
+        columns = [TextColumn(f"{{task.fields[{name}]}}", table_column=whole) for name in fields]
+        if self.wide:
+            note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            columns.append(TextColumn("[dim]{task.fields[note]}", table_column=note))
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len("labelling"))),
+            BarColumn(bar_width=bar, table_column=Column(no_wrap=True, min_width=bar)),
+            *columns,
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            expand=self.wide,
+        )
+        total = recipe.dynamics.steps * recipe.dynamics.walkers
+        self.task = self.bar.add_task("start", total=total, note="", **dict.fromkeys(fields, ""))
+
+    def __enter__(self) -> Learning:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, state: State) -> None:
+        """Take a state."""
+        if self.labels < 0:  # of a run that is resumed they were shown before
+            self.labels, self.refused = state.labels, state.refused
+        if state.labels > self.labels or state.refused > self.refused:
+            self._line(f"label {state.labels}" if state.labels > self.labels else "set aside", self.where, self.reason)
+            self.labels, self.refused = state.labels, state.refused
+        elif not self.bar.console.is_terminal and time.monotonic() - self.told > QUIET_S:
+            self._line(state.phase, _places(state), _note(state))
+        self.reason, self.where = state.reason, _asking(state)
+        done = sum(mind.walker.step for mind in state.progress.minds)
+        fields = {"labels": f"labels {state.labels}", "note": escape(_note(state))} | _physics(
+            state, " eV/A" if self.wide else ""
+        )
+        self.bar.update(self.task, description=state.phase, completed=done, **fields)
+
+    def report(self) -> None:
+        """The page about the run is being written."""
+        self.bar.update(self.task, description="report", note="")
+
+    def _line(self, what: str, where: str, said: str) -> None:
+        self.told = time.monotonic()
+        where = f" {where}:" if where else ""
+        self.bar.console.print(f"[dim]{what}:[/]{where} {escape(said)}", soft_wrap=True)
+
+
+def _worst(state: State) -> Look | None:
+    """The last look at the walker that is nearest to its limits."""
+    seen = [look for look in state.looks if look is not None]
+    return max(seen, key=lambda look: look.decision.severity) if seen else None
+
+
+def _physics(state: State, unit: str) -> dict[str, str]:
+    """Step, temperature, what the largest force error may be, and novelty, of the walker nearest to its limits."""
+    worst = _worst(state)
+    if worst is None or state.limits is None:
+        return {}
+    covariance = worst.prediction.forces_covariance
+    force = "?" if covariance is None else f"{bound(covariance.total, state.limits.probability):.2g}"
+    limit = "" if state.limits.force is None else f"/{state.limits.force:.2g}"
+    return {
+        "step": f"step {worst.walker.step}",
+        "temperature": f"{worst.temperature_K:.0f} K",
+        "force": f"error {force}{limit}{unit}",
+        "novelty": f"novelty {float(worst.prediction.novelty.max()):.2f}",
+    }
+
+
+def _places(state: State) -> str:
+    """Where all walkers are."""
+    return f"step {', '.join(str(mind.walker.step) for mind in state.progress.minds)}" if state.progress.minds else ""
+
+
+def _asking(state: State) -> str:
+    """Which walker waits for the label that is being asked for, and where."""
+    if state.phase != "labelling":
+        return ""
+    found = [
+        (i, mind.asked)
+        for i, mind in enumerate(state.progress.minds)
+        if mind.asked is not None and mind.why == state.reason
+    ]
+    return f"walker {found[0][0]}, step {found[0][1].step}" if found else ""
+
+
+def _note(state: State) -> str:
+    if state.phase == "dynamics":
+        return state.verdict.sentence if state.verdict is not None else ""
+    return state.reason
+
+
+def learning_table(state: State, folder: Path, page: Path | None) -> Table:
+    """What came of a run.
+
+    Args:
+        page: about it, if one was written.
+    """
+    online, progress = state.student.online, state.progress
+    steps = sum(mind.walker.step for mind in progress.minds)
+    asked = len(progress.known) - len(progress.first)
+    aside = f", {state.refused} structures set aside" if state.refused else ""
+    cut = f", {state.surrogates} of surrogates cut out of larger frames" if state.surrogates else ""
+    rare = f", one label in {steps / asked:.0f}" if asked else ""
+    limit = f"{number(state.limits.force)} eV/A" if state.limits.force else "none"
+    pairs = [
+        ("why it stopped", _why(state)),
+        *((c.name, f"{MARKS[c.met]}: {c.sentence}") for c in (state.verdict.criteria if state.verdict else ())),
+        ("labels", f"{state.labels}: {len(progress.first)} to begin with, {asked} asked for{cut}{aside}"),
+        ("steps", f"{steps} of {len(progress.minds)} walkers{rare}"),
+        ("force error, limit", limit),
+        ("noise", noises(online.noise)),
+        ("inducing variables", str(online.factor.columns)),
+        ("model", str(folder / "model.gpmlp")),
+        ("labels, trajectory, log", f"labels.xyz, trajectory.xyz, run.log, log.jsonl in {folder}"),
+    ]
+    return pairs_table("Learning run", [*pairs, ("report", str(page))] if page is not None else pairs)
+
+
+def _why(state: State) -> str:
+    """The reason, without what the criteria say themselves."""
+    if state.verdict is None:
+        return state.stopped
+    if state.verdict.converged:
+        return "converged: all criteria are met"
+    if state.verdict.limit:
+        return state.stopped.split(";")[0]
+    return state.stopped.removesuffix(state.verdict.sentence).rstrip("; ") + "; it is not converged"

@@ -1,0 +1,1 @@
+"""Structures, their neighbours and environments, units, errors: what every other package shares."""

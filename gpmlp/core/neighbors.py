@@ -1,0 +1,349 @@
+"""Neighbors says who sees whom: pairs within a cutoff, their vectors, and the scatters pair gradient -> forces and virial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+import vesin
+from torch import Tensor
+
+from gpmlp.core import cell_list as cells
+from gpmlp.core import parallel
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Prediction
+from gpmlp.core.structures import Structures
+
+CLOSEST = 0.3  # A; nearer pairs are taken for an error in the data
+PAIRS = 1 << 13  # that a thread looks at a time
+MOLECULES = 256  # that are searched for pairs in one call
+THREAD_ATOMS = 1024  # for which another thread of a search is worth starting
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbors:
+    """A full neighbour list (every pair in both directions), sorted by centre.
+
+    Attributes:
+        centers: (pairs,) atom index i.
+        neighbors: (pairs,) atom index j.
+        shifts: (pairs, 3) integer lattice shifts of atom j.
+        cutoff: A.
+    """
+
+    centers: Tensor
+    neighbors: Tensor
+    shifts: Tensor
+    cutoff: float
+    _last: tuple[Structures, Tensor] | None = field(default=None, init=False, repr=False)
+    _closest: float = field(default=0.0, init=False, repr=False)  # no pair of the structures of _last is closer, A
+
+    def __len__(self) -> int:
+        return self.centers.shape[0]
+
+    def to(self, device: torch.device | str) -> Neighbors:
+        """The same on another device."""
+        if self.centers.device == torch.device(device):
+            return self
+        return Neighbors(self.centers.to(device), self.neighbors.to(device), self.shifts.to(device), self.cutoff)
+
+    @staticmethod
+    def none(structures: Structures) -> Neighbors:
+        """The list of pairs of atoms that do not see each other."""
+        like = structures.structure_of_atom
+        return Neighbors(like[:0], like[:0], like.new_zeros(0, 3), 0.0)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Neighbors]) -> Neighbors:
+        """Lists of the same cutoff, one after another; indices stay as they are, and what is known of vectors is kept."""
+        if len(parts) == 1:
+            return parts[0]
+        joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("centers", "neighbors", "shifts"))
+        found, known = Neighbors(*joined, parts[0].cutoff), [p._last for p in parts]
+        if None in known or any(of is not known[0][0] for of, _ in known):
+            return found
+        vectors = torch.cat([vectors for _, vectors in known])
+        return found._with(known[0][0], vectors, min(p._closest for p in parts))
+
+    @staticmethod
+    def side_by_side(parts: Sequence[Neighbors], counts: Sequence[int]) -> Neighbors:
+        """Lists of structures with so many atoms, as the list of a batch of them."""
+        firsts = np.cumsum([0, *counts])[:-1].tolist()
+        moved = [
+            Neighbors(p.centers + n, p.neighbors + n, p.shifts, p.cutoff) for p, n in zip(parts, firsts, strict=True)
+        ]
+        return Neighbors.concatenate(moved)
+
+    def between(self, start: int, end: int) -> Neighbors:
+        """The pairs of the centres start to end, atoms counted from `start`: of structures that lie side by side in a batch."""
+        found = self.of_atoms(start, end)
+        if not start:
+            return found
+        return Neighbors(found.centers - start, found.neighbors - start, found.shifts, self.cutoff)
+
+    def of_atoms(self, start: int, end: int) -> Neighbors:
+        """The pairs of the centres start to end; nothing is copied."""
+        low, high = self._sorted_centers.searchsorted((start, end)).tolist()
+        if (low, high) == (0, len(self)):
+            return self
+        found = Neighbors(self.centers[low:high], self.neighbors[low:high], self.shifts[low:high], self.cutoff)
+        return found if self._last is None else found._with(self._last[0], self._last[1][low:high], self._closest)
+
+    @cached_property
+    def _sorted_centers(self) -> np.ndarray:
+        return self.centers.cpu().numpy()
+
+    def _with(self, structures: Structures, vectors: Tensor, closest: float = 0.0) -> Neighbors:
+        """The same, remembering its vectors and how close pairs are: asked for by descriptors and baselines alike."""
+        object.__setattr__(self, "_last", (structures, vectors))
+        object.__setattr__(self, "_closest", float(closest))
+        return self
+
+    def sorted(self) -> Neighbors:
+        """The same in the order of centres, neighbours and shifts."""
+        order = arranged(self.centers, self.neighbors, self.shifts)
+        return Neighbors(self.centers[order], self.neighbors[order], self.shifts[order], self.cutoff)
+
+    def vectors(self, structures: Structures) -> Tensor:
+        """(pairs, 3) r_ij = r_j + shift . cell - r_i, A; differentiable in positions and cells."""
+        if self._last is not None and self._last[0] is structures:
+            return self._last[1]
+        if compilable(structures.positions, structures.cells):
+            from gpmlp.core import _pair_kernels
+
+            out = structures.positions.new_empty(len(self), 3)
+            known = structures.positions, structures.cells, structures.structure_of_atom
+            of_pairs = self.centers, self.neighbors, self.shifts
+            _pair_kernels.vectors(*_arrays(*known, *of_pairs), out.numpy())
+        else:
+            cells = structures.cells[structures.structure_of_atom[self.centers]]
+            shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
+            out = structures.positions[self.neighbors] + shift - structures.positions[self.centers]
+        if not _differentiable(structures):
+            self._with(structures, out)
+        return out
+
+    def within(self, structures: Structures, cutoff: float) -> Neighbors:
+        """Return the pairs closer than a smaller cutoff, in the same order."""
+        if cutoff == self.cutoff:
+            return self
+        if cutoff > self.cutoff:
+            raise ValueError(f"a list of pairs within {self.cutoff} A does not hold those within {cutoff} A")
+        if self._last is not None and self._last[0] is structures and cutoff <= self._closest:
+            return Neighbors(self.centers[:0], self.neighbors[:0], self.shifts[:0], cutoff)
+        return self.closer(structures, cutoff)[0]
+
+    def closer(self, structures: Structures, cutoff: float) -> tuple[Neighbors, float]:
+        """The pairs closer than a smaller cutoff, and the shortest distance of all (inf where there are none), A."""
+        if not len(self):
+            return Neighbors(self.centers, self.neighbors, self.shifts, cutoff), math.inf
+        if not compilable(structures.positions, structures.cells):
+            r = self.vectors(structures).norm(dim=1)
+            keep = (r < cutoff).nonzero()[:, 0]
+            return Neighbors(self.centers[keep], self.neighbors[keep], self.shifts[keep], cutoff), float(r.min())
+        from gpmlp.core import _pair_kernels
+
+        known = structures.positions, structures.cells, structures.structure_of_atom
+        arrays = _arrays(*known, self.centers, self.neighbors, self.shifts)
+
+        def closer(first: int) -> tuple[Neighbors, float]:
+            *made, least = _pair_kernels.within(first, min(first + PAIRS, len(self)), *arrays, cutoff)
+            *pairs, vectors = map(torch.from_numpy, made)
+            found = Neighbors(*pairs, cutoff)
+            return (found if _differentiable(structures) else found._with(structures, vectors, least)), least
+
+        parts, least = zip(*parallel.each(closer, range(0, len(self), PAIRS)), strict=True)
+        return Neighbors.concatenate(parts), min(least)
+
+
+def find(structures: Structures, cutoff: float) -> Neighbors:
+    """Find all pairs within the cutoff; cells smaller than the cutoff, triclinic and left-handed cells included.
+
+    By vesin on the CPU, in the order of centres, neighbours and shifts; by `cells` on any other device, where positions then stay, in
+    the order of centres.
+
+    Raises:
+        UserError: two atoms closer than 0.3 A, naming the structure and the atoms.
+    """
+    positions, box = structures.positions.detach().double(), structures.cells.detach().double()
+    box = cells.boxes(box, structures.periodic)
+    if positions.device.type == "cpu":
+        i, j, shifts = _by_vesin(structures, positions, box, cutoff)
+    else:
+        i, j, shifts, _ = cells.search(positions, box, structures.periodic, structures.structure_of_atom, cutoff)
+    found = Neighbors(i, j, shifts, float(cutoff))
+    if not len(found):
+        return found
+    vectors = found.vectors(structures).detach()
+    where, closest = _shortest(vectors)
+    _check(structures, found, closest, where)
+    return found if _differentiable(structures) else found._with(structures, vectors, closest)
+
+
+def _by_vesin(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, ...]:
+    """i, j and shifts as of cells.search, in this order: one periodic structure after another, molecules by the hundred."""
+    from gpmlp.core import _pair_kernels
+
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64))]
+    free, offsets = (~structures.periodic.any(dim=1)).tolist(), structures.offsets.tolist()
+    apart = _apart(positions, structures.structure_of_atom, cutoff) if sum(free) > 1 else positions
+    for first, last in _together(free):
+        start, end = offsets[first], offsets[last]
+        here = (apart if last - first > 1 else positions)[start:end]
+        many = min(parallel.available(), 1 + (end - start) // THREAD_ATOMS)
+        search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, n_threads=many)
+        of_call = here.numpy(), boxes[first].numpy(), structures.periodic[first].numpy()
+        pairs, shifts = search.compute(*of_call, quantities="PS", copy=False)
+        found.append(_pair_kernels.arranged(pairs.view(np.int64), shifts, end - start, start))
+    parts = found[1:] if len(found) == 2 else [[np.concatenate(part) for part in zip(*found, strict=True)]]
+    return tuple(torch.from_numpy(part) for part in parts[0])
+
+
+def _together(free: Sequence[bool]) -> list[tuple[int, int]]:
+    """(first, last + 1) of structures that are searched in one call: runs of those that are not periodic, MOLECULES at most."""
+    out: list[tuple[int, int]] = []
+    for s, alone in enumerate(free):
+        if alone and s and free[s - 1] and s - out[-1][0] < MOLECULES:
+            out[-1] = (out[-1][0], s + 1)
+        else:
+            out.append((s, s + 1))
+    return out
+
+
+def _apart(positions: Tensor, structure: Tensor, cutoff: float) -> Tensor:
+    """Positions with each structure moved along x until it is out of sight of the one before."""
+    n = int(structure[-1]) + 1 if len(structure) else 0
+    x, big = positions[:, 0], torch.full((n,), math.inf, dtype=positions.dtype)
+    low, high = big.scatter_reduce(0, structure, x, "amin"), (-big).scatter_reduce(0, structure, x, "amax")
+    places = torch.where(high >= low, high - low + 2 * cutoff, 0.0).cumsum(0)
+    moved = positions.clone()
+    moved[:, 0] += (places - high)[structure]
+    return moved
+
+
+def _shortest(vectors: Tensor) -> tuple[int, float]:
+    """Place and length of the shortest vector."""
+    if compilable(vectors):
+        from gpmlp.core import _pair_kernels
+
+        return _pair_kernels.shortest(*_arrays(vectors))
+    squares = vectors.square().sum(1)
+    where = int(squares.argmin())
+    return where, float(squares[where].sqrt())
+
+
+def _check(structures: Structures, found: Neighbors, closest: float, where: int) -> None:
+    """Raise a UserError if the closest pair, `where`, is too close."""
+    if closest >= CLOSEST:
+        return
+    i, j = int(found.centers[where]), int(found.neighbors[where])
+    s = int(structures.structure_of_atom[i])
+    first = int(structures.offsets[s])
+    raise UserError(
+        f"{structures.names[s]}: atoms {i - first} and {j - first} are {closest:.3f} A apart (closer than {CLOSEST} A); "
+        "check the positions, the cell and the unit (A) of this structure, or remove it."
+    )
+
+
+def _differentiable(structures: Structures) -> bool:
+    """Whether vectors may be asked for with their gradient, and so not be remembered without it."""
+    return structures.positions.requires_grad or structures.cells.requires_grad
+
+
+def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
+    """As compiled loops read them; not to be written to, as some are copies."""
+    return tuple(part.detach().contiguous().numpy() for part in tensors)
+
+
+def arranged(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> Tensor:
+    """Indices that put pairs in the order of centres, neighbours and shifts."""
+    if not len(centers):
+        return centers
+    low = shifts.amin(0)
+    spans = (shifts.amax(0) - low + 1).to(centers.dtype)
+    x, y, z = (shifts - low).to(centers.dtype).unbind(1)
+    order = ((x * spans[1] + y) * spans[2] + z).argsort(stable=True)
+    atoms = torch.maximum(centers.max(), neighbors.max()) + 1
+    return order[(centers * atoms + neighbors)[order].argsort(stable=True)]
+
+
+def compilable(*tensors: Tensor) -> bool:
+    """Whether compiled loops can take these: in the memory of the CPU, in single or double precision, nothing recorded by autograd."""
+    return all(
+        t.device.type == "cpu"
+        and t.dtype in (torch.float32, torch.float64)
+        and not (t.requires_grad and torch.is_grad_enabled())
+        for t in tensors
+    )
+
+
+def forces(neighbors: Neighbors, n_atoms: int, pair_gradients: Tensor) -> Tensor:
+    """Scatter g_ij = dE/dr_ij to forces, F_i = sum_j (g_ij - g_ji).
+
+    Args:
+        pair_gradients: (pairs, 3, ...) eV/A; trailing axes are carried along.
+
+    Returns:
+        (atoms, 3, ...) eV/A.
+    """
+    out = pair_gradients.new_zeros(n_atoms, *pair_gradients.shape[1:])
+    return out.index_add(0, neighbors.centers, pair_gradients).index_add(
+        0, neighbors.neighbors, pair_gradients, alpha=-1
+    )
+
+
+def virials(structures: Structures, neighbors: Neighbors, vectors: Tensor, pair_gradients: Tensor) -> Tensor:
+    """Scatter g_ij to dE/d(strain) = V sigma = sum_ij r_ij (x) g_ij, symmetrised.
+
+    Args:
+        vectors: (pairs, 3) r_ij, A.
+        pair_gradients: (pairs, 3, ...) eV/A; trailing axes are carried along.
+
+    Returns:
+        (structures, 3, 3, ...) eV.
+    """
+    if len(structures) == 1:
+        out = torch.einsum("pa,pb...->ab...", vectors, pair_gradients)[None]
+    else:
+        outer = torch.einsum("pa,pb...->pab...", vectors, pair_gradients)
+        out = outer.new_zeros(len(structures), *outer.shape[1:])
+        out = out.index_add(0, structures.structure_of_atom[neighbors.centers], outer)
+    return 0.5 * (out + out.transpose(1, 2))
+
+
+def prediction(
+    structures: Structures, neighbors: Neighbors, vectors: Tensor, atom_energies: Tensor, pair_gradients: Tensor
+) -> Prediction:
+    """Assemble a Prediction from local energies (atoms,) and pair gradients (pairs, 3): the house's one derivative rule."""
+    on_atoms = pair_gradients.new_zeros(structures.n_atoms, 3)
+    strained = pair_gradients.new_zeros(len(structures), 3, 3)
+    collect(structures, neighbors, vectors, pair_gradients, on_atoms, strained)
+    return collected(structures, atom_energies, on_atoms, strained)
+
+
+def collect(
+    structures: Structures, neighbors: Neighbors, vectors: Tensor, gradients: Tensor, on_atoms: Tensor, strained: Tensor
+) -> None:
+    """Add F_i = sum_j (g_ij - g_ji) to on_atoms (atoms, 3) and sum_ij r_ij (x) g_ij to strained (structures, 3, 3), from these pairs."""
+    if not len(vectors):
+        return
+    if compilable(vectors, gradients):
+        from gpmlp.core import _pair_kernels
+
+        given = structures.structure_of_atom, neighbors.centers, neighbors.neighbors, vectors, gradients
+        _pair_kernels.collect(*_arrays(*given), on_atoms.numpy(), strained.numpy())
+    else:
+        on_atoms += forces(neighbors, structures.n_atoms, gradients)
+        strained += virials(structures, neighbors, vectors, gradients)
+
+
+def collected(structures: Structures, atom_energies: Tensor, on_atoms: Tensor, strained: Tensor) -> Prediction:
+    """A Prediction from local energies (atoms,), eV, forces, and what was collected of pair gradients (structures, 3, 3), eV."""
+    energies = atom_energies.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, atom_energies)
+    return Prediction(
+        energies, atom_energies, on_atoms, 0.5 * (strained + strained.mT) / structures.volumes[:, None, None]
+    )

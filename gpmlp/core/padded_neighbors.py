@@ -1,0 +1,140 @@
+"""Padded is a neighbour list as a table of fixed width: no shape depends on where atoms are, and nothing is summed by index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from gpmlp.core.neighbors import Neighbors, arranged
+from gpmlp.core.structures import Structures
+
+WIDTH = 32  # rows that are summed at a time
+MULTIPLE = 8  # of which widths are: a new search then seldom changes a shape
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """Neighbours of each atom, those of each species beside each other; places that are left over are not `real`.
+
+    Attributes:
+        rows: (atoms,) the atom that each row is of.
+        structure: (atoms,) index of the structure of each row.
+        neighbors: (atoms, slots, width) atom index; shifts: (atoms, slots, width, 3) lattice shifts of it, int32.
+        real: (atoms, slots, width) whether there is a neighbour.
+        reverse: (atoms, slots, width) place, in the flat table, of the same pair seen from the neighbour; of itself where there is none.
+        beyond: A, no less than the cutoff: coordinates of vectors that lead nowhere.
+    """
+
+    rows: Tensor
+    structure: Tensor
+    neighbors: Tensor
+    shifts: Tensor
+    real: Tensor
+    reverse: Tensor
+    beyond: float
+
+    @property
+    def width(self) -> int:
+        """Places for neighbours of one species."""
+        return self.neighbors.shape[2]
+
+    @staticmethod
+    def of(
+        pairs: Neighbors, structures: Structures, rows: Tensor, slots: Tensor, n_slots: int, width: int = 0
+    ) -> Padded:
+        """The table of a full list.
+
+        Args:
+            rows: (atoms,) every atom, in the order in which rows are wanted.
+            slots: (atoms,) which of n_slots species each atom is of.
+            width: at least.
+        """
+        n, device = len(rows), rows.device
+        row_of = torch.empty_like(rows).index_copy_(0, rows, torch.arange(n, device=device))
+        groups = row_of[pairs.centers] * n_slots + slots[pairs.neighbors]
+        place, width = places(groups, n * n_slots, width, MULTIPLE)
+        size = n * n_slots * width
+        neighbors = rows[:, None].expand(-1, n_slots * width).flatten().index_copy(0, place, pairs.neighbors)
+        shifts = torch.zeros(size, 3, dtype=torch.int32, device=device).index_copy_(0, place, pairs.shifts.int())
+        real = torch.zeros(size, dtype=torch.bool, device=device).index_fill_(0, place, True)
+        # in the order of the pairs seen from their neighbours, the k-th is the k-th of the others seen from their centres
+        forth = arranged(pairs.centers, pairs.neighbors, pairs.shifts)
+        back = arranged(pairs.neighbors, pairs.centers, -pairs.shifts)
+        reverse = torch.arange(size, device=device).index_copy_(0, place[forth], place[back])
+        shape = (n, n_slots, width)
+        columns = (part.unflatten(0, shape) for part in (neighbors, shifts, real, reverse))
+        return Padded(rows, structures.structure_of_atom[rows], *columns, pairs.cutoff)
+
+    def take(self, other: Padded) -> bool:
+        """Take over the pairs of another table of the same atoms, in the memory of this one, if they fit: what was recorded to work on
+        this memory then works on them."""
+        if other.neighbors.shape != self.neighbors.shape:
+            return False
+        for name in (f.name for f in fields(self) if f.name != "beyond"):
+            getattr(self, name).copy_(getattr(other, name))
+        return True
+
+    def vectors(self, positions: Tensor, cells: Tensor, start: int, end: int) -> Tensor:
+        """(rows, slots, width, 3) r_ij of the rows start to end, A."""
+        here = slice(start, end)
+        shifts = self.shifts[here].to(cells.dtype)
+        if len(cells) == 1:
+            moved = shifts @ cells[0]
+        else:
+            moved = (shifts.flatten(1, 2) @ cells[self.structure[here]]).unflatten(1, shifts.shape[1:3])
+        out = moved.add_(positions[self.neighbors[here]]).sub_(positions[self.rows[here]][:, None, None])
+        return out.masked_fill_(~self.real[here][..., None], self.beyond)
+
+    def forces(self, pair_gradients: Tensor, start: int, end: int) -> Tensor:
+        """(rows, 3) F_i = Σ_j (g_ij − g_ji), eV/A: what the neighbours say is fetched, not scattered, so that sums have one order.
+
+        Args:
+            pair_gradients: (atoms, slots, width, 3) g_ij = dE/dr_ij of the whole table, zero where there is no neighbour.
+        """
+        here = slice(start, end)
+        return (pair_gradients[here] - pair_gradients.flatten(0, 2)[self.reverse[here]]).sum((1, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Sums over the rows of each segment, in one order whatever the device: rows are fetched WIDTH at a time, not added by index.
+
+    Attributes:
+        levels: (sums, WIDTH) rows that each sum is of, one past the last where there are no more; then the same for these sums, until
+            there is one for each segment.
+    """
+
+    levels: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(segment: Tensor, n_segments: int) -> Sums:
+        """For rows of these segments, in any order."""
+        levels = []
+        while not levels or len(levels[-1]) > n_segments:
+            counts = torch.bincount(segment, minlength=n_segments)
+            order = segment.argsort(stable=True)
+            rank = torch.arange(len(segment), device=segment.device) - (counts.cumsum(0) - counts)[segment[order]]
+            blocks = ((counts + WIDTH - 1) // WIDTH).clamp_min(1)  # an empty segment is a sum of nothing
+            place = (blocks.cumsum(0) - blocks)[segment[order]] * WIDTH + rank
+            index = torch.full((int(blocks.sum()) * WIDTH,), len(segment), device=segment.device)
+            levels.append(index.index_copy_(0, place, order).unflatten(0, (-1, WIDTH)))
+            segment = torch.repeat_interleave(torch.arange(n_segments, device=segment.device), blocks)
+        return Sums(tuple(levels))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(segments, ...) from (rows, ...)."""
+        for index in self.levels:
+            rows = torch.cat([rows, torch.zeros_like(rows[:1])])[index].sum(1)
+        return rows
+
+
+def places(groups: Tensor, n_groups: int, width: int = 1, multiple: int = 1) -> tuple[Tensor, int]:
+    """Places of members in a table of (groups, width), in their order, and the width: that of the largest group, or more."""
+    counts = torch.bincount(groups, minlength=n_groups)
+    widest = int(counts.max()) if n_groups else 0
+    width = multiple * -(-max(widest, width, 1) // multiple)
+    order = groups.argsort(stable=True)
+    rank = torch.arange(len(groups), device=groups.device) - (counts.cumsum(0) - counts)[groups[order]]
+    return torch.empty_like(groups).index_copy_(0, order, groups[order] * width + rank), width

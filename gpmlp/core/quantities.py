@@ -1,0 +1,252 @@
+"""Targets are what is known of structures (energies, forces, stresses); a Prediction is what a potential says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from gpmlp.core import errors as checks
+from gpmlp.core.structures import Structures
+
+KINDS = ("energies", "forces", "stresses")
+VOIGT_OF = (
+    (0, 5, 4),
+    (5, 1, 3),
+    (4, 3, 2),
+)  # place of a component of a symmetric matrix in the order xx yy zz yz xz xy
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Reference values; NaN = not known.
+
+    Attributes:
+        energies: (structures,) eV, force-consistent total energy.
+        forces: (atoms, 3) eV/A.
+        stresses: (structures, 3, 3) eV/A^3, (1/V) dE/d(strain), positive = tension.
+        energies_noise: (structures,) standard deviation per atom, eV/atom; NaN = the model's.
+        forces_noise: (atoms, 3) standard deviation, eV/A; NaN = the model's.
+        stresses_noise: (structures,) standard deviation, eV/A^3; NaN = the model's.
+        config_types: a label for each structure, '' where none was given.
+
+    Raises:
+        checks.UserError: shapes that do not belong together, infinite values, noise that is not positive.
+    """
+
+    energies: Tensor
+    forces: Tensor
+    stresses: Tensor
+    energies_noise: Tensor
+    forces_noise: Tensor
+    stresses_noise: Tensor
+    config_types: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        checks.shape("energies", self.energies, ("structures",))
+        n = self.energies.shape[0]
+        checks.shape("forces", self.forces, ("atoms", 3))
+        checks.shape("stresses", self.stresses, (n, 3, 3))
+        checks.shape("energies_noise", self.energies_noise, (n,))
+        checks.shape("forces_noise", self.forces_noise, tuple(self.forces.shape))
+        checks.shape("stresses_noise", self.stresses_noise, (n,))
+        if len(self.config_types) != n:
+            raise checks.UserError(f"`config_types` must hold {n} labels; got {len(self.config_types)}.")
+        for kind in KINDS:
+            if torch.isinf(getattr(self, kind)).any():
+                raise checks.UserError(f"`{kind}` holds an infinite value; remove the structure or correct the label.")
+            noise = getattr(self, f"{kind}_noise")
+            if (noise <= 0).any() or torch.isinf(noise).any():
+                raise checks.UserError(f"`{kind}_noise` must be positive and finite (or NaN for the model's noise).")
+
+    @staticmethod
+    def unknown(structures: Structures) -> Targets:
+        """Return Targets in which nothing is known."""
+        n, like = len(structures), structures.positions
+        nan = float("nan")
+        return Targets(
+            like.new_full((n,), nan),
+            torch.full_like(like, nan),
+            like.new_full((n, 3, 3), nan),
+            like.new_full((n,), nan),
+            torch.full_like(like, nan),
+            like.new_full((n,), nan),
+            ("",) * n,
+        )
+
+    def __len__(self) -> int:
+        return self.energies.shape[0]
+
+    def select(self, structures: Structures, indices: Sequence[int] | Tensor) -> Targets:
+        """Return the targets of structures.select(indices)."""
+        indices = torch.as_tensor(indices, device=self.energies.device, dtype=torch.long)
+        wanted = [torch.arange(structures.offsets[i], structures.offsets[i + 1]) for i in indices.tolist()]
+        atoms = torch.cat(wanted) if wanted else torch.zeros(0, dtype=torch.long)
+        return Targets(
+            self.energies[indices],
+            self.forces[atoms],
+            self.stresses[indices],
+            self.energies_noise[indices],
+            self.forces_noise[atoms],
+            self.stresses_noise[indices],
+            tuple(self.config_types[i] for i in indices.tolist()),
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Targets]) -> Targets:
+        """Return the targets of the concatenated structures of the parts."""
+        values = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Targets)}
+        joined = {name: sum(v, ()) if name == "config_types" else torch.cat(v) for name, v in values.items()}
+        return Targets(**joined)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Targets:
+        """Return the same targets on another device or in another floating-point type."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Targets(
+            **{k: v.to(device=device, dtype=dtype) if isinstance(v, Tensor) else v for k, v in values.items()}
+        )
+
+    def minus(self, prediction: Prediction) -> Targets:
+        """Return the targets with predicted energies, forces and stresses taken off (NaN stays NaN)."""
+        stresses = self.stresses - torch.nan_to_num(prediction.stresses)
+        return Targets(
+            self.energies - prediction.energies,
+            self.forces - prediction.forces,
+            stresses,
+            self.energies_noise,
+            self.forces_noise,
+            self.stresses_noise,
+            self.config_types,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Variance:
+    """The variance of a prediction by cause, all in the squared unit of the quantity; NaN where it was not asked for.
+
+    Attributes:
+        inducing: what the inducing set cannot represent.
+        data: what the data have not fixed.
+        misspecification: what the model class cannot express, whatever the data.
+        noise: what labels scatter by themselves.
+    """
+
+    inducing: Tensor
+    data: Tensor
+    misspecification: Tensor
+    noise: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """All parts: of a new label around the prediction."""
+        return self.inducing + self.data + self.misspecification + self.noise
+
+    @property
+    def epistemic(self) -> Tensor:
+        """Without label noise: of the true value around the prediction."""
+        return self.inducing + self.data + self.misspecification
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Variance:
+        """Apply a function to every part."""
+        return Variance(*(function(getattr(self, f.name)) for f in fields(self)))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Variance]) -> Variance:
+        """Of all atoms or structures of the parts."""
+        return Variance(*(torch.cat([getattr(v, f.name) for v in parts]) for f in fields(Variance)))
+
+    def diagonal(self) -> Variance:
+        """Variances of the components, from covariances (..., n, n)."""
+        return self.each(lambda part: part.diagonal(dim1=-2, dim2=-1))
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a potential says of structures.
+
+    Attributes:
+        energies: (structures,) eV.
+        atom_energies: (atoms,) eV, summing to energies.
+        forces: (atoms, 3) eV/A.
+        stresses: (structures, 3, 3) eV/A^3, positive = tension; NaN where the structure has no volume.
+        energies_variance: (structures,) eV^2; this and what follows is None where it was not asked for.
+        atom_energies_variance: (atoms,) eV^2.
+        forces_covariance: (atoms, 3, 3) (eV/A)^2, of the components of one atom.
+        stresses_covariance: (structures, 6, 6) (eV/A^3)^2, in the order xx yy zz yz xz xy.
+        novelty: (atoms,) Mahalanobis distance of each environment over the threshold of its species; above 1: outside the data.
+    """
+
+    energies: Tensor
+    atom_energies: Tensor
+    forces: Tensor
+    stresses: Tensor
+    energies_variance: Variance | None = None
+    atom_energies_variance: Variance | None = None
+    forces_covariance: Variance | None = None
+    stresses_covariance: Variance | None = None
+    novelty: Tensor | None = None
+
+    @property
+    def forces_variance(self) -> Variance | None:
+        """(atoms, 3) (eV/A)^2, of each component."""
+        return None if self.forces_covariance is None else self.forces_covariance.diagonal()
+
+    @property
+    def stresses_variance(self) -> Variance | None:
+        """(structures, 3, 3) (eV/A^3)^2, of each component."""
+        if self.stresses_covariance is None:
+            return None
+        order = torch.tensor(VOIGT_OF, device=self.stresses.device)
+        return self.stresses_covariance.diagonal().each(lambda part: part[:, order])
+
+    def __add__(self, other: Prediction) -> Prediction:
+        """The sum of energy terms; what only one of them has (variances, novelty) is kept."""
+
+        def plus(a: Tensor | Variance | None, b: Tensor | Variance | None) -> Tensor | Variance | None:
+            if a is None or b is None:
+                return b if a is None else a
+            if isinstance(a, Variance):
+                return Variance(*(getattr(a, f.name) + getattr(b, f.name) for f in fields(a)))
+            return a + b
+
+        return Prediction(*(plus(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Prediction:
+        """Apply a function to every tensor."""
+
+        def apply(value: Tensor | Variance | None) -> Tensor | Variance | None:
+            if value is None:
+                return None
+            return value.each(function) if isinstance(value, Variance) else function(value)
+
+        return Prediction(*(apply(getattr(self, f.name)) for f in fields(self)))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Prediction]) -> Prediction:
+        """Return the prediction for the concatenated structures of the parts."""
+
+        def join(values: list) -> Tensor | Variance | None:
+            if values[0] is None:
+                return None
+            return (Variance.concatenate if isinstance(values[0], Variance) else torch.cat)(values)
+
+        return Prediction(*(join([getattr(p, f.name) for p in parts]) for f in fields(Prediction)))
+
+    def select(self, structures: Structures, indices: Sequence[int] | Tensor) -> Prediction:
+        """Return the prediction of structures.select(indices)."""
+        device = self.energies.device
+        indices = torch.as_tensor(indices, device=device, dtype=torch.long)
+        offsets = structures.offsets.tolist()
+        wanted = [torch.arange(offsets[i], offsets[i + 1], device=device) for i in indices.tolist()]
+        atoms = torch.cat(wanted) if wanted else indices
+        per_atom = {"atom_energies", "forces", "atom_energies_variance", "forces_covariance", "novelty"}
+
+        def pick(name: str, value: Tensor | Variance | None) -> Tensor | Variance | None:
+            where = atoms if name in per_atom else indices
+            if value is None:
+                return None
+            return value.each(lambda part: part[where]) if isinstance(value, Variance) else value[where]
+
+        return Prediction(*(pick(f.name, getattr(self, f.name)) for f in fields(self)))

@@ -1,0 +1,218 @@
+"""Structures is a batch of periodic, partly periodic or isolated atomic structures."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpmlp.core import errors
+
+CHUNK_ATOMS = 256  # atoms whose pair quantities are in memory together
+
+FINGERPRINT_TOLERANCE = 1e-3  # A: files round by less, and frames of dynamics differ by more
+
+
+@dataclass(frozen=True, eq=False)
+class Structures:
+    """A batch of atomic structures, their atoms one after another.
+
+    Attributes:
+        positions: (atoms, 3) A.
+        cells: (structures, 3, 3) A; ROWS are lattice vectors; any value along axes that are not periodic.
+        periodic: (structures, 3) bool.
+        species: (atoms,) atomic numbers Z.
+        structure_of_atom: (atoms,) index of the structure of each atom, sorted.
+        names: how error messages call each structure, e.g. "train.xyz frame 12".
+
+    Raises:
+        checks.UserError: wrong shape, not finite, flat cell, unsorted or out-of-range structure index.
+    """
+
+    positions: Tensor
+    cells: Tensor
+    periodic: Tensor
+    species: Tensor
+    structure_of_atom: Tensor
+    names: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        errors.shape("positions", self.positions, ("atoms", 3))
+        n_atoms = self.positions.shape[0]
+        errors.shape(
+            "cells", self.cells, ("structures", 3, 3), "Rows are lattice vectors; for one structure pass cell[None]."
+        )
+        n = self.cells.shape[0]
+        errors.shape("periodic", self.periodic, (n, 3))
+        errors.shape("species", self.species, (n_atoms,))
+        errors.shape("structure_of_atom", self.structure_of_atom, (n_atoms,))
+        if not self.names:
+            object.__setattr__(self, "names", tuple(f"structure {i}" for i in range(n)))
+        if len(self.names) != n:
+            raise errors.UserError(f"`names` must hold {n} names; got {len(self.names)}.")
+        if n_atoms:
+            steps = self.structure_of_atom.diff()
+            in_range = 0 <= self.structure_of_atom[0] and self.structure_of_atom[-1] < n
+            if (steps < 0).any() or not in_range:
+                raise errors.UserError(f"`structure_of_atom` must be sorted with values 0 to {n - 1}.")
+        bad = ~torch.isfinite(self.positions).all(dim=1)
+        if bad.any():
+            atom = int(bad.nonzero()[0, 0])
+            raise errors.UserError(f"{self.names[int(self.structure_of_atom[atom])]}: a position is NaN or infinite.")
+        errors.cells(self.cells, self.periodic, self.names)
+
+    def __len__(self) -> int:
+        return self.cells.shape[0]
+
+    @property
+    def n_atoms(self) -> int:
+        return self.positions.shape[0]
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """(structures,) number of atoms of each structure."""
+        return torch.bincount(self.structure_of_atom, minlength=len(self))
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(structures + 1,) index of the first atom of each structure; the last entry is the number of atoms."""
+        return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
+
+    @cached_property
+    def volumes(self) -> Tensor:
+        """(structures,) A^3; NaN where no axis is periodic or the cell has no volume (there is no stress there)."""
+        a, b, c = self.cells.unbind(1)
+        volume = (torch.linalg.cross(a, b) * c).sum(1).abs()
+        return torch.where(self.periodic.any(dim=1) & (volume > 1e-6), volume, torch.full_like(volume, float("nan")))
+
+    @cached_property
+    def distinct_species(self) -> tuple[int, ...]:
+        """Sorted atomic numbers that occur."""
+        return tuple(self.species.bincount().nonzero()[:, 0].tolist())
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """By which each structure is known again in another file (`known_again`): 16 hexadecimal digits of species and periodicity
+        (SHA-256), and three lengths, A, fixed sums over periodic lattice vectors and positions.
+
+        The same atoms in another order, or moved together, have another.
+        """
+        species, periodic = (x.cpu().numpy() for x in (self.species.long(), self.periodic))
+        cells = (self.cells * self.periodic[:, :, None]).double().cpu().numpy()
+        positions, offsets, out = self.positions.double().cpu().numpy(), self.offsets.tolist(), []
+        for i, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
+            digest = hashlib.sha256(species[first:last].astype("<i8").tobytes() + periodic[i].tobytes())
+            lengths = np.concatenate([cells[i].ravel(), positions[first:last].ravel()])
+            # frequencies that are no multiples of one another: no two coordinates count alike in all three
+            weights = np.cos(np.outer(np.sqrt([2.0, 3.0, 5.0]), np.arange(1, len(lengths) + 1)))
+            sums = weights @ lengths / math.sqrt(len(lengths))  # rounding of the lengths stays as large as it is
+            out.append(" ".join([digest.hexdigest()[:16], *(f"{x:.6f}" for x in sums)]))
+        return tuple(out)
+
+    def composition(self, species: Sequence[int]) -> Tensor:
+        """(structures, len(species)) number of atoms of each of the given species."""
+        counts = torch.zeros(len(self), len(species), dtype=self.positions.dtype, device=self.positions.device)
+        for k, z in enumerate(species):
+            counts[:, k] = torch.bincount(self.structure_of_atom[self.species == z], minlength=len(self))
+        return counts
+
+    def select(self, indices: Sequence[int] | Tensor) -> Structures:
+        """Return the structures with the given indices, in that order."""
+        indices = torch.as_tensor(indices, device=self.positions.device, dtype=torch.long)
+        counts, offsets = self.counts[indices], self.offsets
+        # atoms of the chosen structures: a running index plus the shift from new to old first atoms
+        new_structure = torch.repeat_interleave(torch.arange(len(indices), device=indices.device), counts)
+        starts = counts.cumsum(0) - counts
+        atoms = torch.arange(int(counts.sum()), device=indices.device) + (offsets[indices] - starts)[new_structure]
+        return Structures(
+            self.positions[atoms],
+            self.cells[indices],
+            self.periodic[indices],
+            self.species[atoms],
+            new_structure,
+            tuple(self.names[i] for i in indices.tolist()),
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Structures:
+        """Return the same structures on another device or in another floating-point type; UserError for a device not there."""
+        if device is not None:
+            errors.device(str(device))
+        positions = self.positions.to(device=device, dtype=dtype)
+        if positions is self.positions:  # as everything else then is
+            return self
+        return Structures(
+            positions,
+            self.cells.to(device=device, dtype=dtype),
+            self.periodic.to(device=device),
+            self.species.to(device=device),
+            self.structure_of_atom.to(device=device),
+            self.names,
+        )
+
+    def with_positions(self, positions: Tensor, cells: Tensor | None = None) -> Structures:
+        """Return the same atoms at other positions (and in other cells)."""
+        cells = self.cells if cells is None else cells
+        return Structures(positions, cells, self.periodic, self.species, self.structure_of_atom, self.names)
+
+    def carried(self, positions: Tensor, cells: Tensor) -> Structures:
+        """As with_positions, but taken as they are: shapes, positions and cells are not looked at, and no device is waited for.
+
+        For steps of dynamics, where a search of neighbours looks at them when it has to.
+        """
+        made = object.__new__(Structures)
+        known = ("counts", "offsets", "distinct_species")  # of the atoms: need not be found again
+        kept = {name: getattr(self, name) for name in (*_FIELDS, *known)}
+        made.__dict__.update(kept | {"positions": positions, "cells": cells})
+        return made
+
+    @staticmethod
+    def concatenate(parts: Sequence[Structures]) -> Structures:
+        """Return one batch of all structures of the parts."""
+        shifts = torch.tensor([0] + [len(p) for p in parts]).cumsum(0).tolist()
+        return Structures(
+            torch.cat([p.positions for p in parts]),
+            torch.cat([p.cells for p in parts]),
+            torch.cat([p.periodic for p in parts]),
+            torch.cat([p.species for p in parts]),
+            torch.cat([p.structure_of_atom + s for p, s in zip(parts, shifts, strict=False)]),
+            tuple(name for p in parts for name in p.names),
+        )
+
+
+_FIELDS = tuple(f.name for f in fields(Structures))
+
+
+def known_again(fingerprints: Sequence[str], others: Sequence[str]) -> int:
+    """How many of `fingerprints` are of a structure that is among `others`, to the rounding of files."""
+    places: dict[str, list[np.ndarray]] = {}
+    for one in others:
+        key, *lengths = one.split()
+        places.setdefault(key, []).append(np.array(lengths, dtype=float))
+    found = 0
+    for one in fingerprints:
+        key, *lengths = one.split()
+        if key in places:
+            apart = np.abs(np.stack(places[key]) - np.array(lengths, dtype=float)).max(axis=1)
+            found += bool(apart.min() < FINGERPRINT_TOLERANCE)
+    return found
+
+
+def chunks(structures: Structures, atoms: int) -> Iterator[Structures]:
+    """Consecutive structures, as many as have about that many atoms together (at least one)."""
+    if len(structures) == 1 or 0 < structures.n_atoms <= atoms:
+        yield structures
+        return
+    start, filled = 0, 0
+    counts = structures.counts.tolist()
+    for i, count in enumerate(counts):
+        if filled and filled + count > atoms:
+            yield structures.select(range(start, i))
+            start, filled = i, 0
+        filled += count
+    if start < len(counts):
+        yield structures.select(range(start, len(counts)))

@@ -1,0 +1,128 @@
+"""Kernels is the dense power spectrum (dense.py) by Triton: expansion, products and pull-back without anything by pair but gradients."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpmlp.descriptors.gpu import Expanded, Numbers
+from gpmlp.descriptors.soap import PowerSpectrum
+from gpmlp.descriptors.spherical_harmonics import orders, recurrence
+
+TILE = 512  # numbers of a tile that one warp holds
+
+
+def usable(like: Tensor) -> bool:
+    """Whether Triton is there, and can reach this tensor: on a CUDA device, or anywhere with Triton's interpreter (TRITON_INTERPRET=1)."""
+    reached = like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return reached and like.dtype in (torch.float32, torch.float64) and importlib.util.find_spec("triton") is not None
+
+
+def failure(kernels: Kernels, like: Tensor) -> str | None:
+    """Why kernels cannot be compiled or run where a tensor is: the last line of what was raised; None if they can."""
+    far = kernels.numbers.descriptor.cutoff + 1.0
+    vectors = torch.full((1, len(kernels.numbers.descriptor.species), 8, 3), far, dtype=like.dtype, device=like.device)
+    try:
+        made = kernels.expand(vectors, torch.zeros(1, dtype=torch.long, device=like.device))
+        kernels.pull_back(made, made.spectrum)
+        if like.is_cuda:
+            torch.cuda.synchronize(like.device)
+    except Exception as error:  # of Triton, its assembler, a C compiler or the driver: there is no common type
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """A dense.Form.
+
+    Attributes:
+        numbers: of the descriptor.
+        per_length: (1,) intervals of the radial table per A.
+        columns: of each harmonic, padded to a power of two: l, l - |m|, |m|, whether a sine (integers), Q_mm with its √2.
+        a, b: (l_max + 1, harmonics) of the recurrence, by number of the step.
+    """
+
+    numbers: Numbers
+    per_length: Tensor
+    columns: tuple[Tensor, ...]
+    a: Tensor
+    b: Tensor
+
+    @staticmethod
+    def of(descriptor: PowerSpectrum, like: Tensor) -> Kernels:
+        """On the device of a tensor, of its type."""
+        lm, side = orders(descriptor.l_max), descriptor.l_max + 1
+        size = _power(len(lm))
+        a, b, _, diagonal = recurrence(descriptor.l_max)
+        integers = torch.zeros(4, size, dtype=torch.int32)
+        start, climb = torch.zeros(size, dtype=torch.float64), torch.zeros(2, side, size, dtype=torch.float64)
+        for k, (l, m) in enumerate(lm):
+            integers[:, k] = torch.tensor([l, l - abs(m), abs(m), m < 0])
+            start[k] = diagonal[abs(m), abs(m)] * (2**0.5 if m else 1.0)
+            for step in range(1, l - abs(m) + 1):
+                climb[0, step, k], climb[1, step, k] = a[abs(m) + step, abs(m)], b[abs(m) + step, abs(m)]
+        columns = (*integers.to(like.device).unbind(), start.to(like))
+        per_length = torch.tensor([1 / descriptor._radial.step], dtype=torch.float64).to(like)
+        return Kernels(Numbers.of(descriptor, like), per_length, columns, *climb.to(like).unbind())
+
+    def expand(self, vectors: Tensor, own: Tensor) -> Expanded:
+        """As in dense.Form."""
+        from gpmlp.descriptors import _triton_kernels
+
+        made, (n, _, width, _) = self.numbers.descriptor, vectors.shape
+        vectors = vectors.contiguous()
+        weight, d_weight = (part.contiguous() for part in made.weights(vectors.norm(dim=3)))
+        density = vectors.new_empty(n, made.channels, (made.l_max + 1) ** 2)
+        spectrum = vectors.new_empty(n, made.n_features)
+        if not n:
+            return Expanded(spectrum, density, (vectors, weight, d_weight))
+        with torch.cuda.device_of(vectors):  # which Triton launches on
+            inputs = vectors, weight, own, self.numbers.table, self.per_length, self.numbers.center
+            _triton_kernels.expand[(n,)](
+                *inputs, *self.columns, self.a, self.b, density, width, len(self.numbers.table), **self._shape()
+            )
+            sizes = {"CP": _power(made.channels), "MP": _power(2 * made.l_max + 1)}
+            _triton_kernels.multiply[(n, made.l_max + 1)](
+                density, self.numbers.factors, spectrum, C=made.channels, L=made.l_max + 1, num_warps=1, **sizes
+            )
+        return Expanded(spectrum, density, (vectors, weight, d_weight))
+
+    def pull_back(self, made: Expanded, on_spectrum: Tensor) -> Tensor:
+        """As in dense.Form."""
+        from gpmlp.descriptors import _triton_kernels
+
+        vectors, weight, d_weight = made.pairs
+        gradients = torch.empty_like(vectors)
+        if not len(vectors):
+            return gradients
+        with torch.cuda.device_of(vectors):
+            inputs = vectors, weight, d_weight, self.numbers.table, self.per_length
+            outputs = made.density, self.numbers.factors, on_spectrum.contiguous(), gradients
+            sizes = vectors.shape[2], len(self.numbers.table)
+            _triton_kernels.pull_back[(len(vectors),)](
+                *inputs, *self.columns, self.a, self.b, *outputs, *sizes, **self._shape()
+            )
+        return gradients
+
+    def _shape(self) -> dict[str, int]:
+        made = self.numbers.descriptor
+        rows, columns = _power(made.n_max), len(self.columns[0])
+        warps = min(8, max(1, rows * columns // TILE))
+        return {
+            "S": len(made.species),
+            "N": made.n_max,
+            "L": made.l_max + 1,
+            "NP": rows,
+            "LM": columns,
+            "num_warps": warps,
+        }
+
+
+def _power(size: int) -> int:
+    """The smallest power of two that is not below."""
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,60 @@
+"""Backends: the SOAP power spectrum by compiled loops on CPUs, by batched products or Triton's kernels on GPUs, or in plain PyTorch."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gpmlp.core.environments import Environments, Surroundings
+from gpmlp.core.errors import DataWarning
+from gpmlp.descriptors import _triton, cpu, gpu
+from gpmlp.descriptors.gpu import Form, Products
+from gpmlp.descriptors.soap import PowerSpectrum
+
+
+@dataclass(frozen=True)
+class SoapPowerSpectrum(PowerSpectrum):
+    """A PowerSpectrum computed the fastest way that the device and autograd allow: the same numbers to rounding."""
+
+    def __call__(self, surroundings: Surroundings) -> Environments:
+        """Environments of all surroundings."""
+        vectors = surroundings.vectors
+        if cpu.usable(vectors):
+            return cpu.environments(self, surroundings)
+        if usable_dense(vectors):
+            return gpu.environments(self, surroundings, form(self, vectors.detach()))
+        return self.reference(surroundings)
+
+
+def form(descriptor: SoapPowerSpectrum, like: Tensor) -> Form:
+    """The fastest form that works for the device and type of a tensor: Triton's kernels on CUDA devices, if Triton is there and can
+    compile them, which is tried once; a DataWarning says if it cannot."""
+    return _form(descriptor, like.device, like.dtype)
+
+
+@lru_cache(maxsize=32)
+def _form(descriptor: SoapPowerSpectrum, device: torch.device, dtype: torch.dtype) -> Form:
+    """Equal descriptors share one."""
+
+    like = torch.zeros(0, dtype=dtype, device=device)
+    if _triton.usable(like):
+        kernels = _triton.Kernels.of(descriptor, like)
+        why = _triton.failure(kernels, like)
+        if why is None:
+            return kernels
+        warnings.warn(
+            f"Triton's kernels do not work on {device} ({why}): descriptors are made by PyTorch's products, which is slower. Triton needs "
+            "a C compiler (Debian: apt install gcc) and a driver that is not older than it.",
+            DataWarning,
+            stacklevel=2,
+        )
+    return Products.of(descriptor, like)
+
+
+def usable_dense(vectors: Tensor) -> bool:
+    """Whether this is the faster way: on CUDA devices, with nothing recorded by autograd."""
+    return vectors.is_cuda and not (vectors.requires_grad and torch.is_grad_enabled())

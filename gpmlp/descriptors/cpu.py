@@ -1,0 +1,134 @@
+"""Fused power spectra: the numbers of power_spectrum.py by compiled loops over environments (loops.py, jacobians.py), on CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpmlp.core import parallel
+from gpmlp.core.environments import Environments, Surroundings
+from gpmlp.descriptors import cutoff
+from gpmlp.descriptors.soap import PowerSpectrum
+
+if TYPE_CHECKING:
+    from gpmlp.descriptors._cpu_kernels import Basis, Pairs
+
+BLOCK = 16  # environments whose Jacobian is worth handing to another thread
+SHARED = 128  # environments that are worth handing to another thread
+FEW = 8  # environments whose Jacobian stays in cache while many cotangents are pulled back
+
+
+def usable(vectors: Tensor) -> bool:
+    """Whether the loops can take these pairs: in the memory of the CPU, in single or double precision, nothing recorded by autograd."""
+    recorded = vectors.requires_grad and torch.is_grad_enabled()
+    return vectors.device.type == "cpu" and vectors.dtype in (torch.float32, torch.float64) and not recorded
+
+
+def environments(descriptor: PowerSpectrum, surroundings: Surroundings) -> Environments:
+    """Features of all surroundings; derivatives when asked for."""
+    from gpmlp.descriptors import _cpu_jacobian, _cpu_kernels
+
+    vectors, l_max = surroundings.vectors.detach().contiguous(), descriptor.l_max
+    basis = _basis(descriptor, vectors.dtype)
+    pairs = _pairs(descriptor, surroundings, vectors, basis)
+    n, row = len(surroundings), _cpu_kernels.row(descriptor.n_max, basis.n_species)
+    density = np.empty((n, (l_max + 1) ** 2, row), basis.table.dtype)
+    features, norms = vectors.new_empty(n, descriptor.n_features), vectors.new_empty(n)
+    made = density.reshape(-1), features.numpy(), norms.numpy()
+    tiny = basis.table.dtype.type(torch.finfo(vectors.dtype).tiny)
+    starts = pairs.starts[:: basis.n_species].tolist()
+
+    together = max(SHARED, -(-n // (4 * parallel.available()))) if parallel.available() > 1 else max(1, n)
+    _in_blocks(0, n, lambda lo, hi: _cpu_kernels.expand(lo, hi, pairs, basis, tiny, row, *made), together)
+
+    def jacobian(start: int = 0, end: int = n, out: Tensor | None = None) -> Tensor:
+        """Of environments start to end, in the first rows of `out` if it is given."""
+        n_pairs = starts[end] - starts[start]
+        out = vectors.new_empty(n_pairs, 3, descriptor.n_features) if out is None else out[:n_pairs]
+        array = out.numpy()
+
+        def block(lo: int, hi: int) -> None:
+            here = array[starts[lo] - starts[start] :]
+            _cpu_jacobian.jacobian(lo, hi, starts[lo], pairs, basis, row, *made, here)
+
+        _in_blocks(start, end, block, BLOCK)
+        return out
+
+    def pull_back(cotangents: Tensor) -> Tensor:
+        cotangents = cotangents.detach()
+        if cotangents.dim() == 3:
+            return _pull_back_many(jacobian, starts, cotangents)
+        out = torch.empty_like(vectors)
+        given, array = cotangents.contiguous().numpy(), out.numpy()
+
+        _in_blocks(
+            0, n, lambda lo, hi: _cpu_kernels.pull_back(lo, hi, pairs, basis, row, *made, given, array), together
+        )
+        return out
+
+    return Environments(surroundings, features, pull_back, jacobian)
+
+
+def _pull_back_many(jacobian: Callable[[int, int, Tensor], Tensor], starts: list[int], cotangents: Tensor) -> Tensor:
+    """(k, pairs, 3) from (k, environments, features): a product with the Jacobian of each environment. Samples are last in memory."""
+    k, n, n_features = cotangents.shape
+    out = cotangents.new_empty(3 * starts[-1], k)
+    edges = [*range(0, n, FEW), n]
+    most = max((starts[hi] - starts[lo] for lo, hi in pairwise(edges)), default=0)
+    buffer = cotangents.new_empty(most, 3, n_features)
+    for lo, hi in pairwise(edges):
+        rows = jacobian(lo, hi, buffer).flatten(0, 1)
+        for e in range(lo, hi):
+            here = slice(3 * (starts[e] - starts[lo]), 3 * (starts[e + 1] - starts[lo]))
+            torch.mm(rows[here], cotangents[:, e].T, out=out[3 * starts[e] : 3 * starts[e + 1]])
+    return out.unflatten(0, (-1, 3)).movedim(2, 0)
+
+
+def _in_blocks(start: int, end: int, work: Callable[[int, int], None], size: int) -> None:
+    """Do work(lo, hi) for blocks of start to end, in as many threads as PyTorch may use."""
+    parallel.each(lambda lo: work(lo, min(end, lo + size)), range(start, end, size))
+
+
+def _pairs(descriptor: PowerSpectrum, surroundings: Surroundings, vectors: Tensor, basis: Basis) -> Pairs:
+
+    w, table = descriptor.weights, descriptor._radial
+    from gpmlp.descriptors._cpu_kernels import Cut, lay_out
+
+    cut = Cut(cutoff.FUNCTIONS.index(w.function), w.cutoff, w.width, w.cutoff_exponent, w.scale, float(w.exponent))
+    species = surroundings.neighbor_species, surroundings.species
+    given = vectors, surroundings.centers, *species, descriptor._places
+    arrays = (part.contiguous().numpy() for part in given)
+    pairs, known = lay_out(*arrays, cut, 1 / table.step, len(table.coefficients))
+    if not known:
+        descriptor._slot(torch.cat(species))  # which says what is wrong
+    return pairs
+
+
+@lru_cache(maxsize=32)
+def _basis(descriptor: PowerSpectrum, dtype: torch.dtype) -> Basis:
+    """Equal descriptors share one."""
+    from gpmlp.descriptors._cpu_kernels import Basis, angular
+    from gpmlp.descriptors._simd import LANES
+
+    integrals, like = descriptor._radial, torch.zeros(0, dtype=dtype)
+    of, n_max, l_max = like.numpy().dtype.type, descriptor.n_max, descriptor.l_max
+    at_zero, _ = integrals(like.new_zeros(1))
+    table = integrals.coefficients.to(dtype).unflatten(2, (n_max, l_max + 1)).mT
+    return Basis(
+        torch.nn.functional.pad(table, (0, -n_max % LANES)).flatten().numpy(),
+        of(1 / integrals.step),
+        of(0),
+        of(1),
+        descriptor._prefactors(like).flatten().numpy(),
+        (descriptor.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5).numpy(),
+        angular(l_max).astype(of).reshape(-1),
+        n_max,
+        l_max,
+        len(descriptor.species),
+    )

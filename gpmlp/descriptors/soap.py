@@ -1,0 +1,247 @@
+"""The SOAP power spectrum: rotational invariants of the smoothed neighbour density, with analytic derivatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gpmlp.core import errors
+from gpmlp.core.environments import Environments, Surroundings
+from gpmlp.descriptors import radial
+from gpmlp.descriptors.cutoff import NeighborWeights
+from gpmlp.descriptors.spherical_harmonics import harmonics
+
+
+@dataclass(frozen=True)
+class PowerSpectrum:
+    """Bartok, Kondor, Csanyi, PRB 87, 184115 (2013).
+
+    c_anlm = sum_{j of species a} w(r_j) I_nl(r_j) Y_lm(r_j), the central atom counted at r = 0 with weight central_weight;
+    p_{an,bn',l} = pi sqrt(8 / (2l+1)) sum_m c_anlm c_bn'lm for an <= bn', off-diagonal entries times sqrt(2), so that dot products
+    are those of the full spectrum; features = p / |p|.
+
+    Attributes:
+        species: all atomic numbers that may be seen.
+        cutoff: A.
+        n_max, l_max: number of radial functions; largest angular momentum.
+        sigma_atom: width of the Gaussian density, A.
+        basis: 'gto' or 'optimal' (descriptors/radial.py); shortest: A, distance from which the optimal basis counts.
+        weights: the cutoff and radial scaling of neighbours.
+    """
+
+    species: tuple[int, ...]
+    cutoff: float
+    n_max: int
+    l_max: int
+    sigma_atom: float
+    weights: NeighborWeights
+    basis: str = "optimal"
+    shortest: float = 0.0
+    central_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        errors.positive("cutoff", self.cutoff)
+        errors.positive("sigma_atom", self.sigma_atom)
+
+    @property
+    def channels(self) -> int:
+        """Number of (species, n) combinations."""
+        return len(self.species) * self.n_max
+
+    @property
+    def n_features(self) -> int:
+        return self.channels * (self.channels + 1) // 2 * (self.l_max + 1)
+
+    @cached_property
+    def _radial(self) -> radial.RadialIntegrals:
+        return radial.tabulate(
+            self.basis, self.n_max, self.l_max, self.sigma_atom, self.cutoff, self.shortest, self.weights
+        )
+
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Channel indices (a, b) with a <= b of the unique products."""
+        a, b = torch.triu_indices(self.channels, self.channels)
+        return a, b
+
+    def _prefactors(self, like: Tensor) -> Tensor:
+        """(unique products, l_max + 1) pi sqrt(8/(2l+1)), times sqrt(2) off the diagonal."""
+        a, b = self._pairs
+        l = torch.arange(self.l_max + 1, dtype=torch.float64)
+        double = torch.where(a == b, 1.0, 2.0).to(torch.float64).sqrt()
+        return (torch.pi * double[:, None] * (8 / (2 * l + 1)).sqrt()[None]).to(device=like.device, dtype=like.dtype)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """(largest Z + 1,) place of each atomic number within self.species, -1 for others."""
+        places = torch.full((max(self.species) + 1,), -1)
+        places[list(self.species)] = torch.arange(len(self.species))
+        return places
+
+    def _slot(self, species: Tensor) -> Tensor:
+        """Index of each atomic number within self.species."""
+        known = torch.tensor(self.species, device=species.device)
+        slot = torch.searchsorted(known, species.contiguous()).clamp_max(len(self.species) - 1)
+        if (known[slot] != species).any():
+            missing = sorted(set(species.tolist()) - set(self.species))
+            raise errors.UserError(f"The descriptor was not made for species with atomic numbers {missing}.")
+        return slot
+
+    def _expand_l(self, per_l: Tensor) -> Tensor:
+        """Repeat the last axis (l) to (l, m), as a product with zeros and ones: exact, and half the time of a gather."""
+        return per_l @ self._repetition.to(per_l)
+
+    @cached_property
+    def _repetition(self) -> Tensor:
+        """(l_max + 1, (l_max + 1)^2) one where l is the l of (l, m)."""
+        return torch.block_diag(*(torch.ones(1, 2 * l + 1) for l in range(self.l_max + 1)))
+
+    def _l_blocks(self) -> list[slice]:
+        return [slice(l * l, (l + 1) ** 2) for l in range(self.l_max + 1)]
+
+    def __call__(self, surroundings: Surroundings) -> Environments:
+        """Environments of all surroundings."""
+        return self.reference(surroundings)
+
+    def reference(self, surroundings: Surroundings) -> Environments:
+        """In plain PyTorch on any device, differentiable in the vectors: what the loops are tested against."""
+        pairs = _PairTerms.of(self, surroundings)
+        density = self._density(surroundings, pairs)
+        spectrum = self._spectrum(density)
+        # an atom alone and without weight of its own has features of zero, not NaN
+        norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
+        features = spectrum / norm
+        return Environments(
+            surroundings,
+            features,
+            lambda cotangents: self._pull_back(surroundings, pairs, density, features, norm, cotangents),
+            lambda: self._jacobian(surroundings, pairs, density, features, norm),
+        )
+
+    def _density(self, surroundings: Surroundings, pairs: _PairTerms) -> Tensor:
+        """(environments, channels, (l_max+1)^2) expansion coefficients c_anlm."""
+        n_env, n_species = len(surroundings), len(self.species)
+        products = self._expand_l(pairs.radial) * pairs.harmonics[:, None, :]
+        density = products.new_zeros(n_env * n_species, self.n_max, (self.l_max + 1) ** 2)
+        density = density.index_add(0, surroundings.centers * n_species + pairs.slots, products)
+        at_zero, _ = self._radial(products.new_zeros(1))
+        own = torch.arange(n_env, device=density.device) * n_species + self._slot(surroundings.species)
+        center = density.new_zeros(1, *density.shape[1:])
+        center[0, :, 0] = self.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5
+        density = density.index_add(0, own, center.expand(n_env, -1, -1))
+        return density.reshape(n_env, self.channels, (self.l_max + 1) ** 2)
+
+    def _spectrum(self, density: Tensor) -> Tensor:
+        a, b = self._pairs
+        products = torch.stack([density[:, :, m] @ density[:, :, m].transpose(1, 2) for m in self._l_blocks()], dim=-1)
+        return (products[:, a, b] * self._prefactors(density)).flatten(1)
+
+    def _pull_back(
+        self,
+        surroundings: Surroundings,
+        pairs: _PairTerms,
+        density: Tensor,
+        features: Tensor,
+        norm: Tensor,
+        cotangents: Tensor,
+    ) -> Tensor:
+        """One cotangent (environments, features) or k of them: features -> density -> pairs; nothing of size pairs x features."""
+        a, b = self._pairs
+        on_spectrum = (cotangents - features * (features * cotangents).sum(-1, keepdim=True)) / norm
+        scaled = on_spectrum.unflatten(-1, (-1, self.l_max + 1)) * self._prefactors(density)
+        full = scaled.new_zeros(*cotangents.shape[:-1], self.channels, self.channels, self.l_max + 1)
+        full[..., a, b, :] = scaled
+        full = full + full.transpose(-3, -2)
+        on_density = torch.cat([full[..., l] @ density[:, :, m] for l, m in enumerate(self._l_blocks())], dim=-1)
+        if cotangents.dim() == 3:
+            return self._pull_back_many(surroundings, pairs, on_density)
+        # gather the block of the neighbour's species, then contract with d(R Y)/dr = R' Y r^ + R dY
+        block = on_density.unflatten(1, (len(self.species), self.n_max)).flatten(0, 1)[
+            surroundings.centers * len(self.species) + pairs.slots
+        ]
+        radial_part = (block * self._expand_l(pairs.d_radial)).sum(1)
+        angular_part = (block * self._expand_l(pairs.radial)).sum(1)
+        along = (radial_part * pairs.harmonics).sum(1, keepdim=True) * pairs.directions
+        return along + (pairs.d_harmonics @ angular_part[:, :, None])[:, :, 0]
+
+    def _pull_back_many(self, surroundings: Surroundings, pairs: _PairTerms, on_density: Tensor) -> Tensor:
+        """(k, pairs, 3) from (k, environments, channels, lm): d(R Y)/dr of a pair once, then a product per environment and species."""
+        if not len(surroundings.centers):
+            return on_density.new_zeros(len(on_density), 0, 3)
+        groups = surroundings.centers * len(self.species) + pairs.slots
+        n_groups = len(surroundings) * len(self.species)
+        order = torch.argsort(groups, stable=True)
+        counts = torch.bincount(groups, minlength=n_groups)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[groups[order]]
+        slopes = (
+            pairs.directions[:, :, None, None] * (self._expand_l(pairs.d_radial) * pairs.harmonics[:, None])[:, None]
+        )
+        slopes += self._expand_l(pairs.radial)[:, None] * pairs.d_harmonics[:, :, None]
+        width = int(counts.max())
+        padded = slopes.new_zeros(n_groups, width, 3, slopes[0, 0].numel())
+        padded[groups, place] = slopes.flatten(2)
+        weights = on_density.unflatten(2, (len(self.species), self.n_max)).flatten(1, 2).flatten(2)
+        made = (padded.flatten(1, 2) @ weights.movedim(0, 2)).unflatten(1, (width, 3))
+        return made[groups, place].movedim(2, 0)
+
+    def _jacobian(
+        self, surroundings: Surroundings, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor
+    ) -> Tensor:
+        """d(features)/dr_ij. With A_bl = sum_m Y_lm c_blm and B_bl = sum_m dY_lm c_blm the derivative of the product (a, b) is
+        [R'_a A_b + R'_b A_a] r^ + R_a B_b + R_b B_a, where R_a is zero unless a is of the neighbour's species."""
+        n_pairs, centers = len(surroundings.centers), surroundings.centers
+        at_center = density[centers]
+        both = torch.cat([pairs.harmonics[:, None], pairs.d_harmonics], dim=1).transpose(1, 2)
+        contracted = torch.stack([at_center[:, :, m] @ both[:, m] for m in self._l_blocks()], dim=-1)
+        inner, gradient = contracted[:, :, 0], contracted[:, :, 1:].transpose(1, 2)
+        # sum the radial slope into the gradient first: R' r^ A + R B, one product over channels and xyz
+        place = torch.arange(self.n_max, device=centers.device) + pairs.slots[:, None] * self.n_max
+
+        def spread(values: Tensor) -> Tensor:
+            full = values.new_zeros(n_pairs, self.channels, self.l_max + 1)
+            return full.scatter_(1, place[:, :, None].expand_as(values), values)
+
+        value, slope = spread(pairs.radial), spread(pairs.d_radial)
+        a, b = self._pairs
+        factors = self._prefactors(density)
+        value_a, value_b = value[:, a] * factors, value[:, b] * factors
+        radial_part = slope[:, a] * factors * inner[:, b] + slope[:, b] * factors * inner[:, a]
+        out = pairs.directions[:, :, None, None] * radial_part[:, None]
+        for x in range(3):
+            out[:, x].addcmul_(value_a, gradient[:, x, b]).addcmul_(value_b, gradient[:, x, a])
+        out = out.flatten(2)
+        # x = p/|p|:  dx = (dp - x (x . dp)) / |p|
+        unit = features[centers]
+        shares = out @ unit[:, :, None]
+        return out.addcmul_(shares, unit[:, None, :], value=-1).div_(norm[centers][:, :, None])
+
+
+@dataclass(frozen=True, eq=False)
+class _PairTerms:
+    """Per pair: species slot, unit direction, w I_nl and its slope, Y_lm and its gradient."""
+
+    slots: Tensor
+    directions: Tensor
+    radial: Tensor
+    d_radial: Tensor
+    harmonics: Tensor
+    d_harmonics: Tensor
+
+    @staticmethod
+    def of(descriptor: PowerSpectrum, surroundings: Surroundings) -> _PairTerms:
+        r = surroundings.vectors.norm(dim=1)
+        value, slope = descriptor._radial(r)
+        weight, d_weight = (w[:, None, None] for w in descriptor.weights(r))
+        y, dy = harmonics(descriptor.l_max, surroundings.vectors)
+        return _PairTerms(
+            descriptor._slot(surroundings.neighbor_species),
+            surroundings.vectors / r[:, None],
+            weight * value,
+            weight * slope + d_weight * value,
+            y,
+            dy,
+        )

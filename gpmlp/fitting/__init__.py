@@ -1,0 +1,1 @@
+"""From structures and targets to a potential: fit, online updates, tuning."""

@@ -1,0 +1,249 @@
+"""Held out are the structures that a fit sets aside, to learn from them how wrong it is where it has not looked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.special import chdtri
+from torch import Tensor
+
+from gpmlp.core import parallel
+from gpmlp.core.quantities import Prediction, Targets
+from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
+from gpmlp.gp.variance import VARIANCES
+from gpmlp.potential import baselines
+from gpmlp.potential.potential import Potential
+from gpmlp.recipe import CalibrationRecipe
+from gpmlp.uncertainty.calibration import Calibration, rescaled, weigh, widened
+from gpmlp.uncertainty.residuals import FIELDS, freedom, residuals, squares, vanishing
+
+FEWEST_FORESEEN = 8  # latest structures, at least, whose predictions are kept,
+COMPONENTS = 1000  # and force components that they have together: older predictions are of models that knew less
+CONFIDENCE = 0.9  # that the standard deviations are not too small: of few structures their size is not known well
+HOW = "predicted before they were learned from, in the order in which they came (prequential)"
+
+FEWEST = 20  # structures; of fewer none is set aside
+TELLING = 10  # structures that are set aside at least,
+LARGEST_SHARE = 1 / 3  # up to that share
+LEAST_FREEDOM = 3.0  # below it a new error would have no variance
+ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
+FEW = 30  # from which the constant part is weighed against the others for a kind of its own
+LEAST = 1e-6  # weight of the constant part, a thousandth of its std: where symmetry leaves nothing else, labels are still not exact
+LEAST_NOVELTY = 1e-3  # that is called typical
+REMOVED = 1e-4  # of the size of forces: a net force below it was subtracted
+LARGE = 0.3  # share of the size of forces that the model class may miss before it is told
+
+
+def choose(
+    structures: Structures, targets: Targets, recipe: CalibrationRecipe | bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return the indices of the structures to learn from and of those to set aside.
+
+    Of every config_type the same share, at random; isolated atoms always stay. Where `recipe.fraction` is less than TELLING structures
+    it is more, up to LARGEST_SHARE: errors of one structure belong together, so that a few tell little. At most about `recipe.atoms`
+    atoms are set aside: that many tell the scale of the errors, and more would only be missing from the inducing set.
+    """
+    everything = torch.arange(len(structures))
+    usable = torch.tensor([not baselines.is_isolated_atom(label) for label in targets.config_types])
+    if recipe is False or int(usable.sum()) < FEWEST:
+        return everything, everything[:0]
+    n = int(usable.sum())
+    share = min(max(recipe.fraction, min(TELLING / n, LARGEST_SHARE)), recipe.atoms / structures.n_atoms)
+    order = everything[usable][torch.randperm(int(usable.sum()), generator=torch.Generator().manual_seed(seed))]
+    groups: dict[str, list[int]] = {}
+    for i in order.tolist():
+        groups.setdefault(targets.config_types[i], []).append(i)
+    held, owed = [], 0.0
+    for label in groups:  # in the order of chance; what rounding leaves of one group goes to the next
+        owed += share * len(groups[label])
+        held += groups[label][: int(owed + 0.5)]
+        owed -= int(owed + 0.5)
+    mask = torch.zeros(len(structures), dtype=torch.bool)
+    mask[held] = True
+    _keep_every_species(structures, mask)
+    return everything[~mask], everything[mask]
+
+
+def _keep_every_species(structures: Structures, held: Tensor) -> None:
+    """Give back, in place, structures that hold a species which those that stay do not."""
+    species, owner = structures.species.cpu(), structures.structure_of_atom.cpu()
+    for z in structures.distinct_species:
+        with_it = owner[species == z].unique()
+        if held[with_it].all():
+            held[with_it[0]] = False
+
+
+def calibrate(potential: Potential, structures: Structures, targets: Targets) -> Calibration:
+    """Learn a Calibration from structures that the potential has not seen.
+
+    Of TELLING structures or fewer, standard deviations and intervals are larger by √(ν / (ν - 2)): what so few say of a variance is
+    uncertain itself, and a new error is distributed as Student's t.
+    """
+    novelty = potential.novelty is not None
+    potential.variances.prepare()
+    parts = list(chunks(structures, CHUNK_ATOMS))
+    found = parallel.each(lambda part: potential(part, VARIANCES, novelty, calibrated=False), parts)
+    raw = Prediction.concatenate(found)
+    how = "set aside from the training set, at random within each config_type; learned from afterwards"
+    learned = learn(raw, structures, targets, how)
+    if len(structures) > TELLING:
+        return learned
+    seen = raw if learned.typical_novelty is None else widened(raw, structures, learned.typical_novelty)
+    kinds = {}
+    for name, kind in learned.kinds.items():
+        n = freedom(squares(name, kind, structures, targets, seen)) if kind.n else math.inf
+        kinds[name] = kind.scaled((max(n, LEAST_FREEDOM) / (max(n, LEAST_FREEDOM) - 2)) ** 0.5) if kind.n else kind
+    return replace(learned, kinds=kinds)
+
+
+def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -> Calibration:
+    """Learn a Calibration from uncalibrated predictions that were made before the labels were learned from.
+
+    The posterior variance has the right shape and often the wrong size: the kernel that the data chose is rougher than the energy
+    surface, so what the inducing set cannot represent is overestimated, and noise that is in truth a misfit of the model is the
+    same everywhere. Forces, of which there are many, decide with which weights the parts enter (calibration.weigh); then each
+    kind has its own scale.
+
+    Args:
+        raw: with variances of energies and forces, of stresses where they are labelled, and novelty if it is to widen them.
+        how: where the structures come from, for the record.
+    """
+    prediction = raw
+    typical = max(float(raw.novelty.median()), LEAST_NOVELTY) if raw.novelty is not None else None
+    if typical is not None:
+        prediction = widened(raw, structures, typical)
+    data: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+    weights: dict[str, Tensor] = {}
+    blind: list[str] = []
+    for kind in ("forces", "energies", "stresses"):
+        if getattr(prediction, FIELDS[kind]) is None:
+            continue
+        errors, parts, species = residuals(kind, structures, targets, prediction)
+        known = ~errors.isnan() & parts.isfinite().all(1)
+        # what symmetry makes zero says nothing of how large errors are, and there may be much of it (strained crystals)
+        telling = known & ~vanishing(kind, targets, prediction, parts)
+        if int(telling.sum()) < (FEW if telling.sum() < known.sum() else 1):
+            blind += [kind] if known.any() else []
+            continue
+        errors, parts, species = errors[telling], parts[telling], species if species is None else species[telling]
+        if weights:  # the same process: what forces say of its parts holds here too; noise is a kind's own
+            inducing, opened, constant = next(iter(weights.values())).tolist()
+            if len(errors) >= FEW:
+                both = torch.stack([inducing * parts[:, 0] + opened * parts[:, 1], parts[:, 2]], dim=1)
+                common, constant = weigh(errors, both).tolist()
+                inducing, opened = common * inducing, common * opened
+            weights[kind] = torch.tensor([inducing, opened, max(constant, LEAST)], dtype=torch.float64)
+        elif len(errors) >= ENOUGH:
+            weights[kind] = weigh(errors, parts)
+            weights[kind][2] = max(float(weights[kind][2]), LEAST)
+        used = weights.get(kind, torch.ones(parts.shape[1], dtype=parts.dtype))
+        data[kind] = (errors, (parts @ used.to(parts)).sqrt(), species)
+    source: dict[str, object] = {
+        "held_out_structures": len(structures),
+        "held_out_atoms": structures.n_atoms,
+        "names": list(structures.names[:200]),
+        "fingerprints": list(structures.fingerprints()),
+        "how": how,
+        "blind": blind,
+    }
+    spread = spread_of_samples(structures, targets, raw) if "forces" in data else None
+    calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical, spread=spread)
+    if prediction.forces_variance is not None and "forces" in data:
+        labels = targets.forces[~targets.forces.isnan()]
+        misfit = rescaled(raw, structures, calibration).forces_variance.misspecification
+        source["force_eV_per_A"] = labels.square().mean().sqrt().item()
+        source["misspecification_eV_per_A"] = misfit.mean().sqrt().item()
+    return replace(calibration, source=source)
+
+
+def spread_of_samples(structures: Structures, targets: Targets, raw: Prediction) -> float | None:
+    """The factor that gives deviations of posterior samples the size of the errors of forces, but for what is the same everywhere.
+
+    A sample can differ from the mean only in what the data have left open; errors have other causes as well. Of those that grow where
+    the data leave more open, deviations take the size; the others, label noise among them, are no function of the structure that
+    could be drawn. None where too few errors are known.
+    """
+    errors, parts, _ = residuals("forces", structures, targets, raw)
+    known = ~errors.isnan() & parts.isfinite().all(1) & ~vanishing("forces", targets, raw, parts)
+    if int(known.sum()) < ENOUGH:
+        return None
+    return float(weigh(errors[known], parts[known][:, 1:])[0]) ** 0.5
+
+
+def blind(calibration: Calibration) -> list[str]:
+    """A warning where the structures set aside say nothing of the errors of a kind."""
+    return [
+        f"Error bars of {kind} are not calibrated: nearly all {kind} of the structures set aside vanish by symmetry. Add structures with "
+        "displaced atoms, above all if the model is to be used for dynamics."
+        for kind in calibration.source.get("blind", ())
+    ]
+
+
+def misspecified(calibration: Calibration, label_noise: float) -> list[str]:
+    """A warning where what the model class cannot express is a large share of the forces themselves."""
+    misfit, size = (calibration.source.get(key, 0.0) for key in ("misspecification_eV_per_A", "force_eV_per_A"))
+    if misfit < LARGE * size or not size:
+        return []
+    removed = label_noise < REMOVED * size
+    known = " (net forces were removed from the labels: what noise they have counts here too)" if removed else ""
+    return [
+        f"Misspecification: the model class misses held-out forces (rms {size:.3g} eV/A) by about {misfit:.2g} eV/A that is neither "
+        f"noise of the labels nor lack of data{known}. Try a longer descriptor.cutoff first, then larger l_max and n_max, then more "
+        "inducing points."
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Foreseen:
+    """What was predicted of structures, uncalibrated, before their labels were learned from."""
+
+    structures: Structures
+    targets: Targets
+    prediction: Prediction
+
+
+def latest_foreseen(foreseen: tuple[Foreseen, ...]) -> tuple[Foreseen, ...]:
+    """The latest ones that tell enough."""
+    kept, components = 0, 0
+    for one in reversed(foreseen):
+        if kept >= FEWEST_FORESEEN and components >= COMPONENTS:
+            break
+        kept, components = kept + 1, components + int(one.targets.forces.isfinite().sum())
+    return foreseen[len(foreseen) - kept :]
+
+
+def calibration_of_foreseen(foreseen: Sequence[Foreseen]) -> Calibration:
+    """Learn it from what was foreseen; standard deviations of each kind larger by what covers, with CONFIDENCE, that structures are few.
+
+    Intervals stay as they are. Novelty does not enter: that of each was measured by what was known then, so that one and the same
+    environment had a hundredth of the novelty of now.
+    """
+    structures = Structures.concatenate([f.structures for f in foreseen])
+    targets = Targets.concatenate([f.targets for f in foreseen])
+    names = [n for n in Prediction.__dataclass_fields__ if n not in ("energies", "forces")]
+    shared = [n for n in names if n != "novelty" and all(getattr(f.prediction, n) is not None for f in foreseen)]
+    parts = [replace(f.prediction, **{n: None for n in names if n not in shared}) for f in foreseen]
+    prediction = Prediction.concatenate(parts)
+    learned = learn(prediction, structures, targets, HOW)
+    kinds = {}
+    for name, kind in learned.kinds.items():
+        found = squares(name, kind, structures, targets, prediction) if kind.n else ()
+        kinds[name] = kind.widened(few_foreseen(found)) if len(found) else kind
+    return replace(learned, kinds=kinds)
+
+
+def few_foreseen(squares: Tensor) -> float:
+    """Factor on a standard deviation, so that with CONFIDENCE it is not too small for what so few structures told of it.
+
+    The true variance is less than ν/χ²_ν(1 - CONFIDENCE) times what was found (Pearson & Hartley, Biometrika Tables I, section 4).
+
+    Args:
+        squares: (n,) mean (error/σ)² of each structure.
+    """
+    if not squares.mean() > 0:
+        return 1.0
+    degrees = freedom(squares)
+    return float((degrees / chdtri(degrees, CONFIDENCE)) ** 0.5)

@@ -1,0 +1,150 @@
+"""Defaults fill what a recipe leaves open from the data: species, shortest bonds, density, number of labels, memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from gpmlp.core import neighbors
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.recipe import DescriptorRecipe, InducingRecipe, KernelRecipe, RadialScaling, Recipe
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the data say before a model is chosen; lengths in A.
+
+    Attributes:
+        shortest: nearest distance of each pair of species that occurs.
+        bond: typical nearest-neighbour distance: the median over atoms.
+        periodic: whether most structures are periodic.
+        n_labels: number of known label components.
+        n_environments: number of atoms.
+    """
+
+    shortest: dict[tuple[int, int], float]
+    bond: float
+    periodic: bool
+    n_labels: int
+    n_environments: int
+
+
+def survey(structures: Structures, targets: Targets, at_most: int = 10_000) -> Survey:
+    """Look at structures with about `at_most` atoms, evenly spread, for distances and at all for labels."""
+    step = max(1, round(structures.n_atoms / at_most))
+    sample = structures.select(range(0, len(structures), step))
+    reach = 4.0
+    pairs = neighbors.find(sample, reach)
+    while len(pairs) < sample.n_atoms and reach < 12:
+        reach += 2.0
+        pairs = neighbors.find(sample, reach)
+    r = pairs.vectors(sample).norm(dim=1)
+    z_i, z_j = sample.species[pairs.centers], sample.species[pairs.neighbors]
+    shortest: dict[tuple[int, int], float] = {}
+    for a in sample.distinct_species:
+        for b in sample.distinct_species:
+            here = r[(z_i == a) & (z_j == b)]
+            if a <= b and len(here):
+                shortest[a, b] = float(here.min())
+    nearest = r.new_full((sample.n_atoms,), float("inf")).scatter_reduce(0, pairs.centers, r, "amin")
+    nearest = nearest[nearest.isfinite()]
+    n_labels = sum(int((~torch.isnan(v)).sum()) for v in (targets.energies, targets.forces)) + 6 * int(
+        (~torch.isnan(targets.stresses[:, 0, 0])).sum()
+    )
+    periodic = bool(structures.periodic.any(dim=1).double().mean() > 0.5)
+    return Survey(shortest, float(nearest.median()) if len(nearest) else 2.0, periodic, n_labels, structures.n_atoms)
+
+
+# docs/decisions/003-default-recipe.md tells what was measured for these
+MATRICES = 12  # of columns^2 doubles that a fit holds at its peak (docs/memory.md)
+LABELS_PER_COLUMN = {True: 12, False: 3}  # periodic, isolated: molecules gain longer from more columns
+GRADIENTS = {True: 3, False: 12}
+FEW_COLUMNS = 1000  # where labels are that few, there is a column for each
+CHEAP_COLUMNS = 1500  # a fit with so many takes seconds: small sets of solids may have them too
+MOST_COLUMNS = 10_000  # beyond, a fit takes more than some twenty minutes on two cores
+MEMORY_GB = 10.0
+VARIANCE_COLUMNS = 1500  # of the posterior kept for variances
+
+
+def resolve(recipe: Recipe, found: Survey, n_species: int) -> Recipe:
+    """Return the recipe with every None replaced, except for what is learned (noise) and ZBL radii (one for each pair)."""
+    budget = recipe.memory_GB or min(MEMORY_GB, 0.4 * physical_memory_GB())
+    return recipe.model_copy(
+        update={
+            "descriptor": tuple(_descriptor(d, found, n_species) for d in recipe.descriptors),
+            "kernel": tuple(_kernel(k, found) for k in recipe.kernels),
+            "inducing": tuple(_inducing(i, found, budget, len(recipe.descriptors)) for i in recipe.inducings),
+            "memory_GB": budget,
+            "variance": recipe.variance
+            and recipe.variance.model_copy(update={"columns": recipe.variance.columns or VARIANCE_COLUMNS}),
+        }
+    )
+
+
+def physical_memory_GB() -> float:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def _descriptor(d: DescriptorRecipe, found: Survey, n_species: int) -> DescriptorRecipe:
+    shortest = min(found.shortest.values(), default=1.0)
+    cutoff = d.cutoff or (min(6.0, max(4.0, 2.2 * found.bond)) if found.periodic else 5.0)
+    scaling = d.radial_scaling
+    if scaling is not False:
+        scaling = RadialScaling(
+            scale=scaling.scale or (0.85 * found.bond if found.periodic and n_species == 1 else 2.0),
+            exponent=3.0 if scaling.exponent is None else scaling.exponent,
+        )
+    return d.model_copy(
+        update={
+            "cutoff": cutoff,
+            "n_max": d.n_max or (8 if n_species == 1 else 6),
+            "l_max": (6 if n_species == 1 else 4) if d.l_max is None else d.l_max,
+            "sigma_atom": d.sigma_atom or 0.4,
+            "basis": d.basis or ("optimal" if n_species == 1 else "gto"),
+            "radial_scaling": scaling,
+            "cutoff_width": d.cutoff_width or min(cutoff, 1.0),
+            "shortest": d.shortest or min(0.8 * shortest, 0.5 * cutoff),
+        }
+    )
+
+
+def _kernel(k: KernelRecipe, found: Survey) -> KernelRecipe:
+    return k.model_copy(
+        update={
+            "zeta": (4 if found.periodic else 2) if k.zeta is None else k.zeta,
+            "length": k.length or 0.5,
+            "terms": tuple(_kernel(t, found) for t in k.terms),
+        }
+    )
+
+
+def columns_for(n_labels: int, periodic: bool) -> int:
+    """How many columns so many labels ask for, whatever the memory."""
+    cheap = max(min(n_labels, FEW_COLUMNS), min(n_labels // 3, CHEAP_COLUMNS))
+    return min(MOST_COLUMNS, max(n_labels // LABELS_PER_COLUMN[periodic], cheap))
+
+
+def affordable(memory_GB: float) -> int:
+    """How many columns a fit may have in so much memory."""
+    return int((memory_GB * 1e9 / (8 * MATRICES)) ** 0.5)
+
+
+def _inducing(i: InducingRecipe, found: Survey, budget: float, n_descriptors: int) -> InducingRecipe:
+    """As many columns as memory, data and patience allow, spread over centres and their gradients."""
+    columns = min(affordable(budget), columns_for(found.n_labels, found.periodic))
+    columns = max(columns, 50) // n_descriptors
+    gradients = i.gradients
+    if isinstance(i.shares, dict):
+        n = i.n or sum(i.shares.values())
+    else:
+        n = i.n or max(
+            1,
+            min(columns // (1 + (GRADIENTS[found.periodic] if gradients is None else gradients)), found.n_environments),
+        )
+    if gradients is None:
+        gradients = max(0, min(15, columns // n - 1)) if i.n else GRADIENTS[found.periodic]
+    return i.model_copy(update={"n": n, "gradients": gradients})

@@ -1,0 +1,281 @@
+"""Fit turns structures with targets into a Potential and a FitReport, in two passes over the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpmlp.core import errors as checks
+from gpmlp.core import parallel, units
+from gpmlp.core.environments import Descriptor, View
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures, chunks
+from gpmlp.fitting import calibrate, defaults, prepare, regression, variance_checks
+from gpmlp.fitting.regression import Learned, Model
+from gpmlp.fitting.report import FitReport, Progress, Stages
+from gpmlp.fitting.stress_check import check_stress_consistency
+from gpmlp.gp import evidence, hyperparameters, inducing, posterior
+from gpmlp.gp.likelihood import Hyperparameters
+from gpmlp.gp.posterior import SparsePosterior
+from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.evaluation import ErrorTable, errors
+from gpmlp.potential.potential import Potential
+from gpmlp.recipe import Recipe
+from gpmlp.uncertainty import mahalanobis
+from gpmlp.uncertainty import residuals as label_noise
+from gpmlp.uncertainty.calibration import Calibration
+from gpmlp.uncertainty.mahalanobis import Mahalanobis, Reservoir
+
+PASS_ATOMS = 128  # atoms of a chunk of rows
+FEW_COLUMNS = 1000  # up to which threads cost the evidence more than they give
+SAMPLE_BYTES = 16 << 20  # of features of one species from which novelty is learned
+
+
+def fit(
+    structures: Structures,
+    targets: Targets,
+    recipe: Recipe | None = None,
+    validation: tuple[Structures, Targets] | None = None,
+    progress: Progress | None = None,
+    provenance: dict | None = None,
+) -> tuple[Potential, FitReport]:
+    """Fit a sparse Gaussian process over SOAP power spectra to energies, forces and stresses together.
+
+    Args:
+        structures, targets: training data; unknown labels are NaN.
+        recipe: choices; what it leaves open is chosen from the data (defaults.py).
+        validation: data that are only predicted, for the report.
+        progress: called as progress(stage, done, total, note).
+        provenance: where the data came from, kept in the model.
+
+    Raises:
+        checks.UserError: no labels, labels that do not belong to the structures, more inducing points than environments,
+            atoms on top of each other.
+    """
+    stages = Stages(progress)
+    stages.begin("data")
+    data = _Data.of(structures, targets, Recipe() if recipe is None else recipe)
+    aside = data.recipe.variance and data.recipe.calibration
+    kept, held = calibrate.choose(data.structures, data.targets, aside, data.recipe.seed)
+    trained = _trained(data, kept, held, stages)
+    models, learned, calibration = trained.models, trained.learned, Calibration.identity()
+    if len(held):
+        stages.begin("calibration")
+        interim = _potential(data, trained, learned, learned.weights(trained.lowers))
+        calibration = calibrate.calibrate(
+            interim, data.structures.select(held), data.targets.select(data.structures, held)
+        )
+        del interim
+        learned = learned.joined(*trained.held)
+    stages.begin("posterior")
+    solved = posterior.solve(learned.whitened, learned.counts, learned.every_noise, learned.signal, trained.lowers)
+    potential = _potential(data, trained, learned, solved.weights)
+    potential = replace(potential, calibration=calibration, provenance=dict(provenance or {}))
+    if potential.variances is not None:
+        share = variance_checks.amplitude(
+            potential, models, learned, solved, data.structures, data.remaining, data.recipe.seed
+        )
+        scaled = replace(potential.variances, amplitude=share)
+        potential = replace(potential, variances=scaled, calibration=calibration.with_amplitude(share))
+    looked = data.structures.select(held if len(held) else kept)
+    cheap = variance_checks.subset_error(potential, models, learned.signal, solved.factor, looked, data.recipe.seed)
+    found = None
+    if validation is not None:
+        stages.begin("validation")
+        found = _validated(potential, *validation, energies=not data.targets.energies.isnan().all())
+    stages.end()
+    about = FitReport(
+        held_out=len(held),
+        variance_subset=cheap,
+        validation_errors=found,
+        stages=tuple(stages.done),
+        warnings=(
+            *data.doubts,
+            *trained.doubts,
+            *calibrate.blind(calibration),
+            *calibrate.misspecified(calibration, learned.label_noise.get("forces", 0.0)),
+        ),
+        **_numbers(data, trained, learned, solved),
+    )
+    return replace(potential, report=about.as_dict()), about
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """What is learned from, made ready, with the recipe filled in.
+
+    Attributes:
+        targets: labels as they came; remaining: less the baselines.
+        shortest: distance of each pair of species that occurs, by symbols, A.
+        label_noise: as much of the noise as labels themselves show, by kind; constant: what labels bring with them.
+        doubts: warnings about the data.
+    """
+
+    recipe: Recipe
+    structures: Structures
+    targets: Targets
+    remaining: Targets
+    baselines: tuple[Baseline, ...]
+    shortest: dict[str, float]
+    label_noise: dict[str, float]
+    constant: dict[str, float]
+    doubts: tuple[str, ...]
+
+    @staticmethod
+    def of(structures: Structures, targets: Targets, recipe: Recipe) -> _Data:
+        """Check and move the data, look at them, fill in the recipe and take the baselines off."""
+        structures, targets = prepare.prepared(structures, targets, recipe)
+        doubts = (*check_stress_consistency(structures, targets), *prepare.doubts(structures, targets, recipe))
+        found = defaults.survey(structures, targets)
+        recipe = defaults.resolve(recipe, found, len(structures.distinct_species))
+        base = prepare.make_baselines(structures, targets, recipe, found)
+        remaining = prepare.trust_isolated_atoms(structures, targets.minus(prepare.total(base, structures)))
+        shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
+        scatter = label_noise.of_forces(structures, targets)
+        given = prepare.given_noise(targets)
+        shown = [x for x in (scatter, given.get("forces", math.nan)) if x == x]
+        shown = {"forces": max(shown)} if shown else {}
+        return _Data(recipe, structures, targets, remaining, base, shortest, shown, given, doubts)
+
+
+def _potential(data: _Data, trained: _Trained, learned: Learned, weights: Tensor) -> Potential:
+    """What has been learned, not calibrated."""
+    constant = data.constant | trained.parameters.noise()
+    return Potential(
+        regression.make_terms(trained.models, weights),
+        data.baselines,
+        data.structures.distinct_species,
+        data.recipe,
+        learned.noise,
+        variances=regression.make_variances(data.recipe, trained.models, learned, constant),
+        novelty=trained.novelty,
+    )
+
+
+def _validated(potential: Potential, structures: Structures, targets: Targets, energies: bool) -> ErrorTable:
+    """Errors on data that were not learned from; of energies only if any were learned."""
+    if not energies:
+        targets = replace(targets, energies=torch.full_like(targets.energies, float("nan")))
+    return errors(structures, targets, potential(structures), units.GPA)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """What the data seen have come to, with the whitened rows of those set aside and their number by kind, and warnings."""
+
+    models: list[Model]
+    environments: dict[int, int]
+    learned: Learned
+    held: tuple[dict[str, Tensor], dict[str, int]]
+    novelty: Mahalanobis | None
+    parameters: Hyperparameters
+    result: evidence.EvidenceResult
+    doubts: tuple[str, ...]
+
+    @property
+    def lowers(self) -> list[Tensor]:
+        """Cholesky factors of all inducing blocks."""
+        return [lower for m in self.models for lower in m.lowers]
+
+
+def _trained(data: _Data, kept: Tensor, held: Tensor, stages: Stages) -> _Trained:
+    """Choose inducing variables, stream the rows, learn noises and signals; all from the structures kept alone."""
+    recipe, structures = data.recipe, data.structures
+    (parts, targets), (unseen, unseen_targets) = (
+        _chunked(structures.select(some), data.remaining.select(structures, some)) for some in (kept, held)
+    )
+    stages.begin("inducing points")
+    sample = _Sample(recipe)
+    models, environments = regression.make_models(recipe, structures, parts, stages, sample.add)
+    novelty = sample.fit(models[0].descriptor, unseen)
+    stages.begin("covariances")
+    factors, traces = regression.stream(recipe, models, parts, targets, stages)
+    extra, _ = regression.stream(recipe, models, unseen, unseen_targets, stages)
+    stages.begin("evidence")
+    lowers = [lower for m in models for lower in m.lowers]
+    counts, counts_held = ({kind: f.count for kind, f in some.items()} for some in (factors, extra))
+    whitened, whitened_held = (
+        {kind: inducing.whiten(some.pop(kind).factor().double(), lowers) for kind in list(some)}
+        for some in (factors, extra)
+    )
+    with parallel.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
+        parameters, block_of_column, result = regression.learn(recipe, models, whitened, counts, traces, stages)
+    signal = parameters.signal().to(block_of_column.device)[block_of_column]
+    noise = regression.fit_noise(recipe, parameters, whitened, counts, signal)
+    learned = Learned(whitened, counts, noise, data.label_noise, signal)
+    doubts = hyperparameters.warnings(recipe, regression.blocks_of(models), result.at_bound)
+    jitter = max(m.jitter for m in models)
+    if jitter:
+        doubts.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
+    about = parameters, result, tuple(doubts)
+    return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, *about)
+
+
+class _Sample:
+    """A sample of the features that stream by, by species, and the novelty learned from it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.choices, self.seed = recipe.novelty, recipe.seed
+        self.reservoirs: dict[int, Reservoir] = {}
+
+    def add(self, z: int, features: Tensor) -> None:
+        if self.choices is False:
+            return
+        rows = max(10, min(self.choices.samples, SAMPLE_BYTES // (features.shape[1] * features.element_size())))
+        self.reservoirs.setdefault(z, Reservoir(rows, self.seed + z)).add(features)
+
+    def fit(self, descriptor: Descriptor, held: Sequence[Structures]) -> Mahalanobis | None:
+        """Distances whose thresholds come from the environments of held-out structures, where there are enough."""
+        if self.choices is False:
+            return None
+        unseen: dict[int, list[Tensor]] = {}
+        for part in held:
+            features = View.of(descriptor, part).environments.features
+            for z in part.distinct_species:
+                unseen.setdefault(z, []).append(features[part.species == z].double())
+        seen = {z: r.rows().double() for z, r in self.reservoirs.items()}
+        return mahalanobis.fit(seen, {z: torch.cat(x) for z, x in unseen.items()}, self.choices.quantile, self.seed)
+
+
+def _chunked(structures: Structures, targets: Targets) -> tuple[list[Structures], list[Targets]]:
+    """Chunks of PASS_ATOMS atoms, and the targets of each."""
+    parts = list(chunks(structures, PASS_ATOMS))
+    out, first, atom = [], 0, 0
+    for part in parts:
+        here, atoms = slice(first, first + len(part)), slice(atom, atom + part.n_atoms)
+        values = {
+            name: value[atoms] if name.startswith("forces") else value[here] for name, value in vars(targets).items()
+        }
+        out.append(Targets(**values))
+        first, atom = here.stop, atoms.stop
+    return parts, out
+
+
+def _numbers(data: _Data, trained: _Trained, learned: Learned, solved: SparsePosterior) -> dict[str, Any]:
+    """What a FitReport says of hyperparameters, columns and posterior."""
+    models, parameters, result = trained.models, trained.parameters, trained.result
+    labels = [f"{k}:{checks.symbol(z)}" for k, z in regression.blocks_of(models)]
+    every = [b for m in models for b in m.blocks]
+    return {
+        "rows": learned.counts,
+        "noise": learned.noise,
+        "noise_by_evidence": parameters.noise(),
+        "label_noise": learned.label_noise,
+        "signal": dict(zip(labels, parameters.signal().tolist(), strict=True)),
+        "environments": {checks.symbol(z): n for z, n in sorted(trained.environments.items())},
+        "centres": {label: len(b.features) for label, b in zip(labels, every, strict=True)},
+        "shortest": data.shortest,
+        "columns": sum(m.asked for m in models),
+        "rank": sum(b.n_columns for b in every),
+        "condition": solved.condition,
+        "jitter": max(m.jitter for m in models),
+        "negative_log_evidence": result.negative_log_evidence,
+        "evidence_trace": result.trace,
+        "train_rmse": solved.rms,
+    }

@@ -1,0 +1,404 @@
+"""Online is a fit that goes on: labels and inducing points come and go, and the posterior follows without starting again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gpmlp.core import errors
+from gpmlp.core.environments import View
+from gpmlp.core.quantities import KINDS, Targets
+from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
+from gpmlp.fitting import calibrate, defaults, online_updates, prepare, regression, sparse_points, variance_checks
+from gpmlp.fitting.calibrate import Foreseen
+from gpmlp.fitting.online_updates import Batch, Scales
+from gpmlp.fitting.regression import Model
+from gpmlp.fitting.report import Stages
+from gpmlp.gp import hyperparameters, inducing
+from gpmlp.gp.posterior import FIXED
+from gpmlp.gp.qr import DowndateError, Factor, RowFactor
+from gpmlp.gp.variance import VarianceModel
+from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.potential import Potential
+from gpmlp.recipe import Recipe
+from gpmlp.uncertainty import mahalanobis
+from gpmlp.uncertainty import residuals as label_noise
+from gpmlp.uncertainty.calibration import Calibration
+from gpmlp.uncertainty.mahalanobis import Mahalanobis
+
+LARGEST_ERROR = 1e-9  # measured error of the factor at which it is made again from the rows
+WORSE = 10.0  # times that when it was made: where rounding allows no better, there is no use in making it again
+EDGE = 1.25  # novelty beyond which standard deviations grow with it: nearer, errors were not found larger than they say
+NOVELTY_ROWS = 4000  # environments of a species from which novelty is learned
+
+
+@dataclass(frozen=True, eq=False)
+class Online:
+    """The state of a fit that goes on; every method returns a new one.
+
+    Attributes:
+        asked, recipe: choices as given, and with what was open filled in from the first data.
+        models: descriptors with their inducing blocks; columns count through them in order.
+        batches: all that was learned from.
+        factor: the posterior at the present hyperparameters.
+        noise, constant: standard deviations by kind in the fit, and of new labels; label_noise: as much as labels themselves show.
+        signal: (blocks,) eV.
+        subset: how variances from a subset of the columns compared with those from all at the last refresh (subset.error).
+        events: what was done beside learning: refreshes, factors made again, and why.
+    """
+
+    asked: Recipe
+    recipe: Recipe
+    models: tuple[Model, ...]
+    baselines: tuple[Baseline, ...]
+    batches: tuple[Batch, ...]
+    factor: Factor
+    noise: dict[str, float]
+    constant: dict[str, float]
+    label_noise: dict[str, float]
+    signal: Tensor
+    calibration: Calibration = field(default_factory=Calibration.identity)
+    novelty: Mahalanobis | None = None
+    foreseen: tuple[Foreseen, ...] = ()
+    subset: dict[str, float] = field(default_factory=dict)
+    events: tuple[str, ...] = ()
+
+    @staticmethod
+    def begin(structures: Structures, targets: Targets, recipe: Recipe | None = None) -> Online:
+        """Learn from first structures: inducing points from them, noises by evidence, no calibration yet.
+
+        As many inducing points as the labels ask for (defaults.py), `inducing.n` at most, now and as labels come.
+
+        Raises:
+            checks.UserError: see `fit`; VFE evidence, which needs more than is kept; a device other than the CPU.
+        """
+        asked = Recipe() if recipe is None else recipe
+        if asked.evidence != "dtc":
+            raise errors.UserError("An online model learns its noises by the DTC evidence; leave out `evidence: vfe`.")
+        if torch.device(asked.device).type != "cpu":
+            raise errors.UserError(f"An online model is updated on the CPU; leave out `device: {asked.device}`.")
+        return _unlearned(asked, [prepare.prepared(structures, targets, asked, whole=False)]).refreshed("first data")
+
+    @property
+    def n_labels(self) -> int:
+        """Structures learned from."""
+        return sum(len(b.structures) for b in self.batches)
+
+    @property
+    def structures(self) -> Structures:
+        return Structures.concatenate([b.structures for b in self.batches])
+
+    @property
+    def targets(self) -> Targets:
+        return Targets.concatenate([b.targets for b in self.batches])
+
+    @cached_property
+    def lowers(self) -> list[Tensor]:
+        return [lower for m in self.models for lower in m.lowers]
+
+    @cached_property
+    def columns_signal(self) -> Tensor:
+        """(columns,) δ of each column."""
+        return self._scales.columns(online_updates.widths(self.models))
+
+    @property
+    def _scales(self) -> Scales:
+        return Scales(self.noise, self.signal)
+
+    @cached_property
+    def potential(self) -> Potential:
+        """What has been learned so far."""
+        weights = inducing.unwhitened(self.columns_signal * self.factor.mean, self.lowers)
+        return Potential(
+            regression.make_terms(self.models, weights),
+            self.baselines,
+            self.batches[0].structures.distinct_species,
+            self.recipe,
+            self.noise,
+            report=self.report(),
+            variances=self._variances(),
+            calibration=self.calibration,
+            novelty=self.novelty,
+        )
+
+    def report(self) -> dict:
+        """Numbers of the fit as it stands, JSON-able."""
+        labels = [f"{k}:{errors.symbol(b.species)}" for k, m in enumerate(self.models) for b in m.blocks]
+        blocks = [b for m in self.models for b in m.blocks]
+        return {
+            "rows": self._counts(),
+            "noise": self.noise,
+            "label_noise": self.label_noise,
+            "signal": dict(zip(labels, self.signal.tolist(), strict=True)),
+            "centres": {label: len(b.features) for label, b in zip(labels, blocks, strict=True)},
+            "columns": sum(len(b.vectors) for b in blocks),
+            "rank": self.factor.columns,
+            "condition": self.factor.condition,
+            "variance_subset": self.subset,
+            "drift": self.factor.drift,
+            "updates": self.factor.changes,
+            "events": list(self.events),
+        }
+
+    # ---------------------------------------------------------------- data
+
+    def learned(self, structures: Structures, targets: Targets) -> Online:
+        """Foresee the labels, learn from them, make new environments inducing points, and count them as seen.
+
+        Raises:
+            checks.UserError: labels that do not fit the structures, or a species that was not there at the beginning.
+        """
+        self._check_species(structures)
+        here = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
+        # made once for everything that follows, unless these are many
+        views = [View.of(m.descriptor, here) for m in self.models] if here.n_atoms <= CHUNK_ATOMS else []
+        before = self._foreseen(structures, targets, views)
+        new = self.added(structures, targets, views).extended(structures, None, views)
+        new = replace(new, foreseen=calibrate.latest_foreseen((*self.foreseen, *before)))
+        if new.novelty is None:
+            return new
+        batch = new.batches[-1]
+        told = batch.told
+        return replace(new, novelty=new.novelty.updated(batch.structures.species[told], batch.features[told]))
+
+    def _foreseen(self, structures: Structures, targets: Targets, views: Sequence[View]) -> tuple[Foreseen, ...]:
+        if self.recipe.variance is False:
+            return ()
+        stressed = "stresses" in self.noise or bool(targets.stresses.isfinite().any())
+        wanted = ["energies", "forces", *(["stresses"] if stressed else [])]
+        novelty = self.novelty is not None
+        prediction = self.potential(structures, variance=wanted, novelty=novelty, calibrated=False, views=views)
+        return (Foreseen(structures, targets, prediction),)
+
+    def added(self, structures: Structures, targets: Targets, views: Sequence[View] = ()) -> Online:
+        """With labels more at fixed inducing variables and hyperparameters: O(k columns²).
+
+        Where they are the first of their kind (a stress, say), its noise has to be learned, and all is refreshed.
+
+        Args:
+            views: what the descriptors see of the structures, if that is there already.
+
+        Raises:
+            checks.UserError: labels that do not fit the structures, or a species that was not there at the beginning.
+        """
+        self._check_species(structures)
+        structures, targets = prepare.prepared(structures, targets, self.recipe, whole=False)
+        remaining = targets.minus(prepare.total(self.baselines, structures))
+        remaining = prepare.trust_isolated_atoms(structures, remaining)
+        room = online_updates.KEPT_BYTES - sum(b.n_bytes for b in self.batches)
+        batch = Batch.of(self.models, structures, targets, remaining, self._scales, room, views)
+        new = replace(self, batches=(*self.batches, batch))
+        unknown = [kind for kind in batch.rows if kind != FIXED and kind not in self.noise]
+        if unknown:
+            return new.refreshed(f"first {' and '.join(unknown)}")
+        factor = self.factor
+        for rows in batch.rows.values():
+            factor = factor.appended(rows)
+        return replace(new, factor=factor)
+
+    def removed(self, index: int) -> Online:
+        """Without the labels of one batch: a downdate, O(k columns²); from the rows anew where that breaks down."""
+        batch = self.batches[index]
+        left = tuple(b for b in self.batches if b is not batch)
+        if not left:
+            raise errors.UserError("The last labels of an online model cannot be removed; begin a new one.")
+        new, factor = replace(self, batches=left), self.factor
+        try:
+            for rows in batch.rows.values():
+                factor = factor.removed(rows)
+        except DowndateError as why:
+            return new._from_rows(f"labels could not be removed by a downdate ({why})")
+        return replace(new, factor=factor)._checked()
+
+    def _check_species(self, structures: Structures) -> None:
+        known = self.batches[0].structures.distinct_species
+        unknown = [z for z in structures.distinct_species if z not in known]
+        if unknown:
+            atom = int((structures.species == unknown[0]).nonzero()[0, 0])
+            name = structures.names[int(structures.structure_of_atom[atom])]
+            raise errors.UserError(
+                f"{name}: {errors.symbol(unknown[0])} was not among the structures that the online model began with; it knows "
+                f"{', '.join(errors.symbol(z) for z in known)}. Begin with structures that hold all species."
+            )
+
+    # ---------------------------------------------------------------- inducing variables
+
+    def extended(self, structures: Structures, at_most: int | None = None, views: Sequence[View] = ()) -> Online:
+        """With inducing points more, from environments that the present ones represent worst.
+
+        Chosen by a pivoted Cholesky factorisation of the covariance that is left of them given the present inducing set, in units
+        of energy, weighted with their novelty where that is above 1 (posterior variance and Mahalanobis distance together).
+
+        Args:
+            at_most: inducing points (centres) of each descriptor; as many as the data ask for if None.
+            views: what the descriptors see of the structures, if that is there already.
+        """
+        self._check_species(structures)
+        structures = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
+        periodic = bool(self.batches[0].structures.periodic.any(dim=1).double().mean() > 0.5)
+        labels = sum(b.count for b in self.batches)
+        grown, start = [], 0
+        for k, model in enumerate(self.models):
+            here = self.signal[start : start + len(model.blocks)]
+            start += len(model.blocks)
+            room = (
+                online_updates.room(self.asked, self.recipe, self.models, k, labels, periodic)
+                if at_most is None
+                else at_most
+            )
+            novelty = self.novelty if k == 0 else None
+            about = model.descriptor, model.kernel, model.blocks, model.lowers, here
+            grown.append(sparse_points.choose_more(*about, structures, room, novelty, views[k] if views else None))
+        models, after, factor = online_updates.extended(self.models, self.batches, self.factor, self._scales, grown)
+        return self if factor is self.factor else replace(self, models=models, batches=after, factor=factor)._checked()
+
+    def without(self, descriptor: int, species: int, centres: Sequence[int]) -> Online:
+        """Without some inducing points (centres, with their gradients) of one block.
+
+        Raises:
+            checks.UserError: no such block or centre, or none would be left.
+        """
+        models, after, factor = online_updates.reduced(
+            self.models, self.batches, self.factor, descriptor, species, centres
+        )
+        return replace(self, models=models, batches=after, factor=factor)._checked()
+
+    # ---------------------------------------------------------------- hyperparameters
+
+    def rebuilt(self, why: str) -> Online:
+        """What `begin` makes of all labels there are: recipe, baselines and inducing points chosen anew, noises learned again.
+
+        What was foreseen stays, so that the calibration goes on. Takes as long as a fit.
+        """
+        new = _unlearned(self.asked, [(b.structures, b.targets) for b in self.batches])
+        return replace(new, foreseen=self.foreseen, events=self.events).refreshed(f"made anew, {why}")
+
+    def refreshed(self, why: str) -> Online:
+        """With noises and signals learned again from the rows, the calibration from what was foreseen, and novelty from what was seen."""
+        whitened, counts = self._whitened(), self._counts()
+        parameters, block_of_column, _ = regression.learn(
+            self.recipe, self.models, whitened, counts, {}, Stages(None), restarts=0
+        )
+        signal = parameters.signal().detach().double().cpu()
+        noise = regression.fit_noise(self.recipe, parameters, whitened, counts, signal[block_of_column])
+        scatter = label_noise.of_forces(self.structures, self.targets)
+        sizes, scales = online_updates.widths(self.models), Scales(noise, signal)
+        new = replace(
+            self,
+            batches=tuple(b.rescaled(self._scales, scales, sizes) for b in self.batches),
+            noise=noise,
+            constant=prepare.given_noise(self.targets) | parameters.noise(),
+            label_noise={"forces": scatter} if scatter == scatter else {},
+            signal=signal,
+            novelty=self._novelty(),
+        )
+        rows = [online_updates.rescaled(w, k, Scales.unit(len(sizes)), scales, sizes) for k, w in whitened.items()]
+        return new._from_rows(f"refreshed: {why}", rows)._compared().recalibrated()
+
+    def _compared(self) -> Online:
+        """With variances from the columns kept for them compared with those from all."""
+        upper = self.factor.upper[:, :-1]
+        about = self.potential, self.models, self.columns_signal, upper, self.structures, self.recipe.seed
+        return replace(self, subset=variance_checks.subset_error(*about))
+
+    def recalibrated(self) -> Online:
+        """With a calibration from the structures foreseen; standard deviations grow with novelty well outside the trust region."""
+        if not self.foreseen or self.recipe.calibration is False:
+            return self
+        edge = None if self.novelty is None else EDGE
+        return replace(
+            self, calibration=replace(calibrate.calibration_of_foreseen(self.foreseen), typical_novelty=edge)
+        )
+
+    def _novelty(self) -> Mahalanobis | None:
+        """Distances with thresholds from structures left out of them, then with these counted too."""
+        if self.recipe.novelty is False:
+            return None
+        seen: dict[int, list[Tensor]] = {}
+        unseen: dict[int, list[Tensor]] = {}
+        number = 0
+        for batch in self.batches:
+            left_out = (batch.structures.structure_of_atom + number) % 4 == 3
+            number += len(batch.structures)
+            for z in batch.structures.distinct_species:
+                here = (batch.structures.species == z) & batch.told
+                for parts, which in ((seen, ~left_out), (unseen, left_out)):
+                    if (here & which).any():
+                        parts.setdefault(z, []).append(batch.features[here & which])
+        for z in set(unseen) - set(seen):
+            seen[z] = unseen.pop(z)
+        joined = [{z: torch.cat(x)[-NOVELTY_ROWS:] for z, x in some.items()} for some in (seen, unseen)]
+        found = mahalanobis.fit(*joined, self.recipe.novelty.quantile, self.recipe.seed)
+        for z, x in joined[1].items():
+            found = found.updated(torch.full((len(x),), z), x)
+        return found
+
+    # ---------------------------------------------------------------- linear algebra
+
+    def _rows(self) -> Iterator[Tensor]:
+        """All rows, as the factor has them."""
+        return (rows for b in self.batches for rows in b.rows.values())
+
+    def _counts(self) -> dict[str, int]:
+        kinds = [k for k in (*KINDS, FIXED) if any(k in b.rows for b in self.batches)]
+        return {k: sum(len(b.rows[k]) for b in self.batches if k in b.rows) for k in kinds}
+
+    def _whitened(self) -> dict[str, Tensor]:
+        """Triangular factors of the rows of each kind, with unit noise and signal."""
+        sizes = online_updates.widths(self.models)
+        columns, found = sum(sizes), {}
+        for kind in self._counts():
+            folded = RowFactor(columns, 2 * columns)
+            for batch in self.batches:
+                if kind in batch.rows:
+                    folded.add(batch.rows[kind][:, :-1], batch.rows[kind][:, -1])
+            found[kind] = online_updates.rescaled(folded.factor(), kind, self._scales, Scales.unit(len(sizes)), sizes)
+        return found
+
+    def _from_rows(self, why: str, rows: Iterable[Tensor] | None = None) -> Online:
+        """With the factor made again from all rows, or from others with the same RᵀR."""
+        factor = Factor.of(self._rows() if rows is None else rows, sum(online_updates.widths(self.models)))
+        events = (*self.events, f"{self.n_labels} labels: {why}")
+        return replace(self, factor=factor.measured(self._rows()), events=events)
+
+    def _checked(self) -> Online:
+        """With the error of the factor measured, and without it where it has grown."""
+        factor = self.factor.measured(self._rows())
+        if factor.drift <= max(LARGEST_ERROR, WORSE * factor.initial):
+            return replace(self, factor=factor)
+        return self._from_rows(f"rounding of {factor.changes} updates had grown to {factor.drift:.1e}")
+
+    def _variances(self) -> VarianceModel | None:
+        if self.recipe.variance is False:
+            return None
+        blocks, lowers, upper = [m.blocks for m in self.models], self.lowers, self.factor.upper[:, :-1]
+        if self.factor.columns > self.recipe.variance.columns:
+            blocks, lowers, upper = online_updates.lean(self.models, self.factor, self.recipe.variance.columns)
+        priors = regression.make_priors(self.models, self.columns_signal)
+        signal = self._scales.columns([len(lower) for lower in lowers])
+        about = signal, upper, self.constant, self.label_noise, self.factor.columns
+        return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), *about)
+
+
+def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> Online:
+    """Models, baselines and rows of prepared labels, a batch of each part; their noises have still to be learned."""
+    structures = Structures.concatenate([s for s, _ in parts])
+    targets = Targets.concatenate([t for _, t in parts])
+    hyperparameters.check_species(asked, structures)
+    found = defaults.survey(structures, targets)
+    recipe = online_updates.resolved(asked, found, len(structures.distinct_species))
+    base = prepare.make_baselines(structures, targets, recipe, found)
+    pieces = list(chunks(structures, CHUNK_ATOMS))
+    models, _ = regression.make_models(recipe, structures, pieces, Stages(None), lambda z, features: None)
+    widths = online_updates.widths(models)
+    unit, made, room = Scales.unit(len(widths)), [], online_updates.KEPT_BYTES
+    for some, labels in parts:
+        remaining = prepare.trust_isolated_atoms(some, labels.minus(prepare.total(base, some)))
+        made.append(Batch.of(models, some, labels, remaining, unit, room))
+        room -= made[-1].n_bytes
+    about = asked, recipe, tuple(models), base, tuple(made), Factor.of([], sum(widths))
+    return Online(*about, {}, {}, {}, unit.signal)

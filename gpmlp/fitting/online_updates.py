@@ -1,0 +1,385 @@
+"""Growth is what becomes of models, rows and factor when inducing points come or go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gpmlp.core import errors, neighbors
+from gpmlp.core.environments import Surroundings, View
+from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import defaults, regression
+from gpmlp.fitting.defaults import Survey
+from gpmlp.fitting.regression import Model
+from gpmlp.gp import covariances, inducing, variance
+from gpmlp.gp.covariances import Facets, Look
+from gpmlp.gp.inducing import RANK_TOLERANCE, InducingBlock, bordered, shrunk
+from gpmlp.gp.qr import Factor
+from gpmlp.recipe import Recipe
+
+KEPT_BYTES = 2 << 30  # of Jacobians kept with all batches of a model; those of more are made again for each pass
+_Outlook = tuple[Neighbors, Surroundings, Look]
+
+PASS = 200_000  # rows times new columns that one label may cost: some tenths of a second; what it leaves out waits for a model made anew
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """What rows of unit noise and unit signal are scaled by.
+
+    Attributes:
+        noise: standard deviation by kind; 1 where none is given, as for 'given' rows.
+        signal: (blocks,) δ, eV.
+    """
+
+    noise: dict[str, float]
+    signal: Tensor
+
+    @staticmethod
+    def unit(blocks: int) -> Scales:
+        """Of rows that are not scaled."""
+        return Scales({}, torch.ones(blocks, dtype=torch.float64))
+
+    def of(self, kind: str) -> float:
+        return self.noise.get(kind, 1.0)
+
+    def columns(self, widths: Sequence[int]) -> Tensor:
+        """(columns,) δ of each column of blocks so wide."""
+        return self.signal.repeat_interleave(torch.tensor(widths))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Structures labelled together.
+
+    Attributes:
+        targets: labels as they came; remaining: less the baselines.
+        rows: by kind, [A D | y] / σ as the posterior has them; 'given' were divided by their own noise.
+        features: (atoms, features) of the first descriptor.
+        facets: by descriptor, its environments laid out for rows of other inducing variables; empty where not kept.
+    """
+
+    structures: Structures
+    targets: Targets
+    remaining: Targets
+    rows: dict[str, Tensor]
+    features: Tensor
+    facets: tuple[tuple[Facets, ...], ...]
+
+    @staticmethod
+    def of(
+        models: Sequence[Model],
+        structures: Structures,
+        targets: Targets,
+        remaining: Targets,
+        scales: Scales,
+        room: int,
+        views: Sequence[View] = (),
+    ) -> Batch:
+        """Make the rows.
+
+        Args:
+            room: bytes that may be kept of facets.
+            views: what the descriptors see of the structures, if that is there already.
+        """
+        outlooks = [_outlook(m, structures, v) for m, v in zip(models, views or [None] * len(models), strict=True)]
+        facets: tuple[tuple[Facets, ...], ...] = ()
+        if sum(_bytes(m, structures, o) for m, o in zip(models, outlooks, strict=True)) <= room:
+            facets = tuple(_facets(m, structures, remaining, o) for m, o in zip(models, outlooks, strict=True))
+        made = regression.labelled_rows(models, structures, remaining, views=views, facets=facets)
+        lowers = [lower for m in models for lower in m.lowers]
+        widths, unit = [len(lower) for lower in lowers], Scales.unit(len(lowers))
+        rows = {k: rescaled(inducing.whiten(raw.double(), lowers), k, unit, scales, widths) for k, raw in made.items()}
+        features = views[0].environments.features if views else _features(structures, facets, outlooks[0])
+        return Batch(structures, targets, remaining, rows, features.double(), facets)
+
+    @property
+    def told(self) -> Tensor:
+        """(atoms,) bool: of which a label tells something: the force on it, or an energy that it has a share in."""
+        whole = self.targets.energies.isfinite()[self.structures.structure_of_atom]
+        return whole | self.targets.forces.isfinite().any(1)
+
+    @property
+    def count(self) -> int:
+        return sum(len(rows) for rows in self.rows.values())
+
+    @property
+    def n_bytes(self) -> int:
+        """Of facets."""
+        return sum(f.n_bytes for some in self.facets for f in some)
+
+    def rescaled(self, old: Scales, new: Scales, widths: Sequence[int]) -> Batch:
+        """With other noises and signals."""
+        rows = {kind: rescaled(some, kind, old, new, widths) for kind, some in self.rows.items()}
+        return replace(self, rows=rows)
+
+    def turned(self, turn: Callable[[Tensor], Tensor]) -> Batch:
+        """With rows in another basis."""
+        return replace(self, rows={kind: turn(rows) for kind, rows in self.rows.items()})
+
+    def raw(self, models: Sequence[Model], blocks: Sequence[tuple[InducingBlock, ...]]) -> dict[str, Tensor]:
+        """By kind, rows [K_ou | y] of other inducing variables."""
+        return regression.labelled_rows(models, self.structures, self.remaining, blocks, facets=self.facets)
+
+
+def rescaled(rows: Tensor, kind: str, old: Scales, new: Scales, widths: Sequence[int]) -> Tensor:
+    """Rows [A D | y] / σ of a kind with other σ and D, for blocks so wide."""
+    rows = rows * (old.of(kind) / new.of(kind))
+    rows[:, :-1] *= new.columns(widths) / old.columns(widths)
+    return rows
+
+
+def _outlook(model: Model, structures: Structures, view: View | None) -> _Outlook:
+    """Pairs, surroundings, and how to get environments: from the view, or made in small numbers."""
+    if view is None:
+        pairs = neighbors.find(structures, model.descriptor.cutoff)
+        surroundings, look = Surroundings.of(structures, pairs), None
+    else:
+        pairs, surroundings, look = view.neighbors, view.surroundings, view.look
+    return pairs, surroundings, look or (lambda centers: model.descriptor(surroundings.select(centers)))
+
+
+def _bytes(model: Model, structures: Structures, outlook: _Outlook) -> int:
+    """About what facets take."""
+    return (
+        (3 * len(outlook[0]) + structures.n_atoms) * model.descriptor.n_features * structures.positions.element_size()
+    )
+
+
+def _facets(model: Model, structures: Structures, targets: Targets, outlook: _Outlook) -> tuple[Facets, ...]:
+    """Of all environments; with derivatives where labels need them."""
+    derivatives = bool((~targets.forces.isnan()).any() or (~targets.stresses.isnan()).any())
+    every = structures.distinct_species
+    return tuple(f for z in every for f in covariances.facets(structures, *outlook, z, derivatives))
+
+
+def _features(structures: Structures, facets: Sequence[tuple[Facets, ...]], outlook: _Outlook) -> Tensor:
+    """(atoms, features) of the first descriptor."""
+    if not facets:
+        every = torch.arange(structures.n_atoms).split(covariances.ENVIRONMENTS)
+        return torch.cat([outlook[2](some).features for some in every])
+    order = torch.cat([f.centers for f in facets[0]]).argsort()
+    return torch.cat([f.features for f in facets[0]])[order]
+
+
+State = tuple[tuple[Model, ...], tuple[Batch, ...], Factor]
+
+
+@dataclass(frozen=True, eq=False)
+class Border:
+    """What a block gains: its new inducing variables, and the new rows [V C] of its Cholesky factor."""
+
+    block: InducingBlock
+    bottom: Tensor
+
+    @property
+    def width(self) -> int:
+        return len(self.bottom)
+
+
+def resolved(asked: Recipe, found: Survey, n_species: int) -> Recipe:
+    """The recipe with what is open filled in. `inducing.n` is the most there may ever be: as many as the labels ask for, below that."""
+    free = tuple(i if isinstance(i.shares, dict) else i.model_copy(update={"n": None}) for i in asked.inducings)
+    out = defaults.resolve(asked.model_copy(update={"inducing": free}), found, n_species)
+    capped = (
+        i.model_copy(update={"n": min(i.n, a.n or i.n)}) for i, a in zip(out.inducings, asked.inducings, strict=True)
+    )
+    return out.model_copy(update={"inducing": tuple(capped)})
+
+
+def room(asked: Recipe, recipe: Recipe, models: Sequence[Model], k: int, labels: int, periodic: bool) -> int:
+    """How many centres more so many labels ask for, of descriptor k, as far as a pass over them may cost.
+
+    Args:
+        asked: the recipe as given; recipe: as it was filled in.
+    """
+    wish, gradients = asked.inducings[k], recipe.inducings[k].gradients
+    most = wish.n or (sum(wish.shares.values()) if isinstance(wish.shares, dict) else defaults.MOST_COLUMNS)
+    columns = min(defaults.affordable(recipe.memory_GB), defaults.columns_for(labels, periodic)) // len(models)
+    wanted = min(most, columns // (1 + gradients)) - sum(len(b.features) for b in models[k].blocks)
+    return max(0, min(wanted, max(1, PASS // (labels * (1 + gradients)))))
+
+
+def widths(models: Sequence[Model]) -> list[int]:
+    """Columns of each block."""
+    return [len(lower) for m in models for lower in m.lowers]
+
+
+def extended(
+    models: Sequence[Model],
+    batches: Sequence[Batch],
+    factor: Factor,
+    scales: Scales,
+    grown: Sequence[Sequence[InducingBlock | None]],
+) -> State:
+    """With the new inducing variables that do not depend on others: bordered factors, and one pass over all data for the columns.
+
+    Args:
+        grown: for each model and block what is new, if anything.
+    """
+    larger, borders = [], []
+    for model, extras in zip(models, grown, strict=True):
+        pairs = [_bordered(model, k, new) for k, new in enumerate(extras)]
+        borders += [border for *_, border in pairs]
+        blocks, lowers = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+        larger.append(replace(model, blocks=blocks, lowers=lowers))
+    if not any(borders):
+        return tuple(models), tuple(batches), factor
+    old = widths(models)
+    columns = [_columns(models, batch, borders, scales, old) for batch in batches]
+
+    def passes() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, new in zip(batches, columns, strict=True):
+            for kind, rows in batch.rows.items():
+                yield rows, torch.cat(new[kind], dim=1)
+
+    more = [border.width if border else 0 for border in borders]
+    order, first = _places(old, more)
+    factor = factor.extended(passes)
+    if first < len(order):
+        factor = factor.turned(lambda rows: torch.cat([rows[:, order], rows[:, -1:]], dim=1), first)
+    grown_rows = []
+    for batch, new in zip(batches, columns, strict=True):
+        rows = {kind: _interleaved(some, new[kind], old, borders) for kind, some in batch.rows.items()}
+        grown_rows.append(replace(batch, rows=rows))
+    return tuple(larger), tuple(grown_rows), factor
+
+
+def _bordered(model: Model, k: int, new: InducingBlock | None) -> tuple[InducingBlock, Tensor, Border | None]:
+    """Block k of a model with those of its new variables that are independent, its Cholesky factor, and what is new of it."""
+    block, lower = model.blocks[k], model.lowers[k]
+    if new is None:
+        return block, lower, None
+    both = [replace(b, features=b.features.double(), tangents=b.tangents.double()) for b in (block, new)]
+    cross, corner = (inducing.covariance(model.kernel, b, both[1]) for b in both)
+    # what rounding of the features makes up is no rank
+    tolerance = max(RANK_TOLERANCE, 10 * torch.finfo(new.features.dtype).eps)
+    longer, kept = bordered(lower, cross, corner, tolerance)
+    if not len(kept):
+        return block, lower, None
+    taken = replace(new, kept=kept)
+    return inducing.joined(block, taken), longer, Border(taken, longer[len(lower) :])
+
+
+def _columns(
+    models: Sequence[Model], batch: Batch, borders: Sequence[Border | None], scales: Scales, old: Sequence[int]
+) -> dict[str, list[Tensor]]:
+    """By kind and block that grows, new columns [K_on D - A Vᵀ] C⁻ᵀ / σ, A being the rows there are."""
+    it = iter(borders)
+    blocks = [tuple(border.block for border in (next(it) for _ in m.blocks) if border) for m in models]
+    out = {}
+    for kind, raw in batch.raw(models, blocks).items():
+        pieces, start, first = [], 0, 0
+        for border, width, signal in zip(borders, old, scales.signal.tolist(), strict=True):
+            mine = batch.rows[kind][:, first : first + width]
+            first += width
+            if border is None:
+                continue
+            new = raw[:, start : start + border.width].double() * (signal / scales.of(kind))
+            start += border.width
+            new -= mine @ border.bottom[:, :width].T
+            pieces.append(torch.linalg.solve_triangular(border.bottom[:, width:], new.T, upper=False).T)
+        out[kind] = pieces
+    return out
+
+
+def _interleaved(rows: Tensor, new: Sequence[Tensor], old: Sequence[int], borders: Sequence[Border | None]) -> Tensor:
+    """[A | y] with the new columns of each block behind its old ones."""
+    pieces, first, fresh = [], 0, iter(new)
+    for border, width in zip(borders, old, strict=True):
+        pieces.append(rows[:, first : first + width])
+        first += width
+        if border is not None:
+            pieces.append(next(fresh))
+    return torch.cat([*pieces, rows[:, first:]], dim=1)
+
+
+def _places(old: Sequence[int], new: Sequence[int]) -> tuple[Tensor, int]:
+    """Where the columns [all old | all new] go when each block has its new ones behind its old ones; how many of them stay in place."""
+    order, first, behind = [], 0, sum(old)
+    for a, b in zip(old, new, strict=True):
+        order += [*range(first, first + a), *range(behind, behind + b)]
+        first, behind = first + a, behind + b
+    stay = next((i for i, place in enumerate(order) if i != place), len(order))
+    return torch.tensor(order, dtype=torch.long), stay
+
+
+def reduced(
+    models: Sequence[Model],
+    batches: Sequence[Batch],
+    factor: Factor,
+    descriptor: int,
+    species: int,
+    centres: Sequence[int],
+) -> State:
+    """Without some inducing points of one block.
+
+    Raises:
+        checks.UserError: no such block or centre, or none would be left.
+    """
+    model = models[descriptor]
+    at = next((i for i, b in enumerate(model.blocks) if b.species == species), None)
+    if at is None:
+        raise errors.UserError(f"There are no inducing points of {errors.symbol(species)} to remove.")
+    block = model.blocks[at]
+    wrong = [c for c in centres if not 0 <= c < len(block.features)]
+    if wrong:
+        raise errors.UserError(
+            f"There are {len(block.features)} inducing points of {errors.symbol(species)}, counted from 0; got {wrong[:5]}."
+        )
+    stays = torch.ones(len(block.features), dtype=torch.bool)
+    stays[torch.as_tensor(list(centres), dtype=torch.long)] = False
+    smaller, columns = inducing.restricted(block, stays)
+    if not len(columns):
+        raise errors.UserError(f"All inducing points of {errors.symbol(species)} would be removed.")
+    shorter, turn = shrunk(model.lowers[at], columns)
+    blocks, lowers = list(model.blocks), list(model.lowers)
+    blocks[at], lowers[at] = smaller, shorter
+    before = sum(len(m.blocks) for m in models[:descriptor]) + at
+    sizes = widths(models)
+    turns = [turn if i == before else None for i in range(len(sizes))]
+
+    def turned(rows: Tensor) -> Tensor:
+        return _turned(rows, turns, sizes)
+
+    changed = replace(model, blocks=tuple(blocks), lowers=tuple(lowers))
+    after = tuple(changed if m is model else m for m in models)
+    return after, tuple(b.turned(turned) for b in batches), factor.turned(turned, sum(sizes[:before]))
+
+
+def _turned(rows: Tensor, turns: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """[A Q | y] with Q block-diagonal; None stands for the identity."""
+    pieces = rows.split([*sizes, 1], dim=1)
+    return torch.cat([p if q is None else p @ q for p, q in zip(pieces, [*turns, None], strict=True)], dim=1)
+
+
+def lean(
+    models: Sequence[Model], factor: Factor, at_most: int
+) -> tuple[list[tuple[InducingBlock, ...]], list[Tensor], Tensor]:
+    """A sparse process of its own with about so many columns, for variances: all centres with fewer gradients, as new ones count most.
+
+    Of centres that are too many by themselves, evenly many of old and new.
+
+    Returns:
+        blocks of each model, Cholesky factors of all blocks, and (columns, columns) the upper triangular factor.
+    """
+    centres = sum(len(b.features) for m in models for b in m.blocks)
+    directions, share = max(0, at_most // centres - 1), min(1.0, at_most / centres)
+    blocks, lowers, turns = [], [], []
+    for model in models:
+        some = []
+        for block, lower in zip(model.blocks, model.lowers, strict=True):
+            ranks = (torch.arange(len(block.features) + 1) * share).ceil()
+            centre, direction = block.addresses
+            chosen = ((direction < directions) & (ranks.diff() > 0)[centre]).nonzero()[:, 0]
+            chosen = chosen if len(chosen) else torch.arange(1)  # their values depended on others
+            shorter, turn = shrunk(lower, chosen)
+            some.append(variance.restricted(block, chosen)), lowers.append(shorter), turns.append(turn)
+        blocks.append(tuple(some))
+    sizes = widths(models)
+    return blocks, lowers, factor.turned(lambda rows: _turned(rows, turns, sizes)).upper[:, :-1]

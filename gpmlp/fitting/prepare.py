@@ -1,0 +1,157 @@
+"""Preparation is what happens to structures and labels before regression: they are checked, moved, and relieved of baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from gpmlp.core import errors
+from gpmlp.core.quantities import KINDS, Prediction, Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import defaults
+from gpmlp.gp import hyperparameters
+from gpmlp.gp.hyperparameters import NOISE_FIELDS
+from gpmlp.potential import baselines
+from gpmlp.potential.baselines import Baseline
+from gpmlp.recipe import Recipe
+
+ISOLATED_NOISE = 1e-3  # eV
+
+
+def prepared(
+    structures: Structures, targets: Targets, recipe: Recipe, whole: bool = True
+) -> tuple[Structures, Targets]:
+    """Check that labels and structures belong together, move them to the device, and blank labels not to be used.
+
+    Args:
+        whole: whether these are all the data, so that every config_type and species that the recipe names has to be among them.
+    """
+    if not len(structures):
+        raise errors.UserError("There are no training structures.")
+    if len(targets) != len(structures) or targets.forces.shape[0] != structures.n_atoms:
+        raise errors.UserError(
+            f"The targets are of {len(targets)} structures with {targets.forces.shape[0]} atoms, "
+            f"the structures are {len(structures)} with {structures.n_atoms} atoms."
+        )
+    for name in ("energies", "forces", "stresses"):
+        if not getattr(recipe, f"use_{name}"):
+            targets = replace(targets, **{name: torch.full_like(getattr(targets, name), float("nan"))})
+    no_volume = structures.volumes.isnan() & ~targets.stresses.isnan().all(2).all(1)
+    if no_volume.any():
+        name = structures.names[int(no_volume.nonzero()[0, 0])]
+        raise errors.UserError(
+            f"{name}: has a stress but is not periodic or has no volume; remove the stress or set pbc."
+        )
+    known = {kind: int((~getattr(targets, kind).isnan()).sum()) for kind in KINDS}
+    if not sum(known.values()):
+        raise errors.UserError(
+            "No structure has an energy, forces or a stress to learn from; check the names of the labels in the file."
+        )
+    if whole:
+        hyperparameters.check_species(recipe, structures)
+    targets = _with_config_noise(targets, structures, recipe, whole)
+    device, dtype = torch.device(recipe.device), getattr(torch, recipe.dtype)
+    return structures.to(device=device, dtype=dtype), targets.to(device=device, dtype=dtype)
+
+
+def _with_config_noise(targets: Targets, structures: Structures, recipe: Recipe, whole: bool) -> Targets:
+    """Write the recipe's noise per config_type where a structure has none of its own."""
+    given = recipe.noise.config_types
+    unknown = set(given) - set(targets.config_types)
+    if unknown and whole:
+        name = sorted(unknown)[0]
+        hint = errors.suggest(name, {c for c in targets.config_types if c})
+        raise errors.UserError(
+            f"noise.config_types names '{name}', but no training structure has this config_type.{hint}"
+        )
+    if not given:
+        return targets
+    values = {f"{kind}_noise": getattr(targets, f"{kind}_noise").clone() for kind in KINDS}
+    for kind, key in NOISE_FIELDS.items():
+        for i, label in enumerate(targets.config_types):
+            value = getattr(given[label], key) if label in given else None
+            if value is None:
+                continue
+            here = slice(int(structures.offsets[i]), int(structures.offsets[i + 1])) if kind == "forces" else i
+            field_ = values[f"{kind}_noise"]
+            field_[here] = torch.where(field_[here].isnan(), torch.full_like(field_[here], value), field_[here])
+    return replace(targets, **values)
+
+
+def make_baselines(
+    structures: Structures, targets: Targets, recipe: Recipe, found: defaults.Survey
+) -> tuple[Baseline, ...]:
+    """Isolated-atom energies (given, from frames, or by least squares) and ZBL that ends where the data begin."""
+    out: list[Baseline] = []
+    zbl = recipe.baseline.zbl
+    species = structures.distinct_species
+    if zbl is not False:
+        pairs = [(a, b) for a in species for b in species if a <= b]
+        outer = {p: zbl.outer or found.shortest.get(p, 0.6 * found.bond) for p in pairs}
+        out.append(baselines.ZBL({p: zbl.inner or 0.4 * outer[p] for p in pairs}, outer))
+    choice = recipe.baseline.isolated_atoms
+    if choice == "none":
+        return tuple(out)
+    if isinstance(choice, dict):
+        energies = {errors.atomic_number(s): e for s, e in choice.items()}
+        missing = [errors.symbol(z) for z in species if z not in energies]
+        if missing:
+            raise errors.UserError(f"baseline.isolated_atoms gives no energy for {', '.join(missing)}.")
+    else:
+        from_frames = baselines.IsolatedAtoms.from_frames(structures, targets) if choice == "auto" else {}
+        remaining = targets.minus(total(tuple(out), structures)) if out else targets
+        energies = baselines.IsolatedAtoms.least_squares(structures, remaining)
+        if set(from_frames) >= set(species):
+            energies = from_frames
+    return (*out, baselines.IsolatedAtoms(energies))
+
+
+def doubts(structures: Structures, targets: Targets, recipe: Recipe) -> list[str]:
+    """Warnings about a zero of energy that is not what it may be taken for."""
+    if targets.energies.isnan().all():
+        return [
+            "There are no energies to learn from: the zero of predicted energies is arbitrary, and they are not judged."
+        ]
+    found = baselines.IsolatedAtoms.from_frames(structures, targets)
+    missing = [errors.symbol(z) for z in structures.distinct_species if z not in found]
+    if not found or not missing or recipe.baseline.isolated_atoms != "auto":
+        return []
+    known = ", ".join(errors.symbol(z) for z in sorted(found))
+    return [
+        f"There are isolated_atom frames of {known} but none of {', '.join(missing)}: energies of atoms are least squares over the "
+        "compositions, as if there were none. Add the missing ones, or give all in baseline.isolated_atoms."
+    ]
+
+
+def trust_isolated_atoms(structures: Structures, targets: Targets) -> Targets:
+    """Give isolated-atom energies a small noise of their own: they lie far from all else and would inflate the common one."""
+    alone = torch.tensor([baselines.is_isolated_atom(label) for label in targets.config_types]) & (
+        structures.counts.cpu() == 1
+    )
+    given = torch.where(
+        alone.to(targets.energies.device) & targets.energies_noise.isnan(), ISOLATED_NOISE, targets.energies_noise
+    )
+    return replace(targets, energies_noise=given)
+
+
+def total(base: Sequence[Baseline], structures: Structures) -> Prediction:
+    if not base:
+        zero = baselines.IsolatedAtoms(dict.fromkeys(structures.distinct_species, 0.0))
+        return zero(structures)
+    summed = base[0](structures)
+    for term in base[1:]:
+        summed = summed + term(structures)
+    return summed
+
+
+def given_noise(targets: Targets) -> dict[str, float]:
+    """Root mean square of the noise that labels bring themselves, by kind."""
+    found = {}
+    for kind in KINDS:
+        given = getattr(targets, f"{kind}_noise")
+        given = given[~given.isnan()]
+        if len(given):
+            found[kind] = given.square().mean().sqrt().item()
+    return found

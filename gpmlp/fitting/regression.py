@@ -1,0 +1,376 @@
+"""Regression is the linear algebra of a fit: inducing models, rows streamed into factors, noises learned, weights found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpmlp import descriptors
+from gpmlp.core import errors, neighbors, parallel
+from gpmlp.core.environments import Descriptor, View
+from gpmlp.core.quantities import KINDS, Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import sparse_points
+from gpmlp.fitting.report import Stages
+from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior, variance
+from gpmlp.gp.covariances import Facets
+from gpmlp.gp.inducing import InducingBlock
+from gpmlp.gp.kernels import ZonalKernel, make_kernel
+from gpmlp.gp.likelihood import Hyperparameters
+from gpmlp.gp.posterior import FIXED
+from gpmlp.gp.prior import Prior
+from gpmlp.gp.qr import RowFactor
+from gpmlp.gp.variance import VarianceModel
+from gpmlp.potential.mean import MeanBlock, Term
+from gpmlp.recipe import LearnedRecipe, Recipe
+
+RESTART_COLUMNS, RESTARTS = 200, 3  # with so few, noises are learned from several starts
+EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
+ROW_BYTES = 64 << 20  # of rows that are there before they are folded in
+FEWEST_ENERGIES = 10  # that leaving one out can judge
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One descriptor of the model with its kernel and inducing blocks and their Cholesky factors."""
+
+    descriptor: Descriptor
+    kernel: ZonalKernel
+    blocks: tuple[InducingBlock, ...]
+    lowers: tuple[Tensor, ...]
+    jitter: float
+    asked: int
+
+
+def make_models(
+    recipe: Recipe,
+    structures: Structures,
+    parts: Sequence[Structures],
+    stages: Stages,
+    observe: Callable[[int, Tensor], None],
+) -> tuple[list[Model], dict[int, int]]:
+    """Choose the inducing variables of every descriptor, in one pass over the chunks.
+
+    Returns:
+        the models, and the number of environments seen of each species.
+    """
+    models: list[Model] = []
+    seen: dict[int, int] = {}
+    species = structures.distinct_species
+    for k, (d, kern, ind) in enumerate(zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True)):
+        descriptor, kernel = descriptors.make(species, d.model_dump()), make_kernel(kern)
+        wanted = sum(ind.shares.values()) if isinstance(ind.shares, dict) else ind.n
+        if wanted > structures.n_atoms:
+            raise errors.UserError(
+                f"inducing.n asks for {wanted} inducing points, but the training data hold only {structures.n_atoms} "
+                f"environment{'s' * (structures.n_atoms != 1)} (atoms); ask for fewer."
+            )
+        shares = ind.shares
+        if isinstance(shares, dict):
+            shares = {errors.atomic_number(s): n for s, n in shares.items()}
+
+        def tell(done: float, k: int = k) -> None:
+            stages.tell(done + k * len(parts), len(parts) * len(recipe.descriptors))
+
+        chosen, seen = sparse_points.choose_centers(
+            parts, descriptor, kernel, ind.method, wanted, shares, recipe.seed, tell, *([observe] if k == 0 else [])
+        )
+        made = [
+            sparse_points.make_block(z, features, surroundings, descriptor, kernel, ind.gradients)
+            for z, (features, surroundings) in chosen.items()
+        ]
+        blocks, lowers = tuple(m[0] for m in made), tuple(m[1] for m in made)
+        asked = sum(len(b.features) * (1 + ind.gradients) for b in blocks)
+        models.append(Model(descriptor, kernel, blocks, lowers, max(m[2] for m in made), asked))
+    return models, seen
+
+
+def blocks_of(models: Sequence[Model]) -> list[tuple[int, int]]:
+    """(number of the descriptor, species) of each inducing block, in the order of the columns."""
+    return [(k, b.species) for k, m in enumerate(models) for b in m.blocks]
+
+
+def stream(
+    recipe: Recipe, models: Sequence[Model], parts: Sequence[Structures], targets: Sequence[Targets], stages: Stages
+) -> tuple[dict[str, RowFactor], dict[str, Tensor]]:
+    """Make the rows of each chunk once and fold them into one triangular factor for each kind of observation.
+
+    Threads share the chunks, as many at a time as have ROW_BYTES of rows; they are folded in, in their order, by whichever thread has
+    the next one ready, while others go on.
+
+    Returns:
+        the factors, and for VFE the traces of the prior covariance of the same observations by block, unit signal (else empty).
+    """
+    traces: dict[str, Tensor] = {}
+    columns = sum(b.n_columns for m in models for b in m.blocks)
+    factors = {kind: RowFactor(columns, 2 * columns) for kind in (*KINDS, FIXED)}
+    done = 0
+
+    def made(piece: tuple[Structures, Targets]) -> tuple[dict[str, Tensor], list[tuple[str, Tensor]]]:
+        return labelled_rows(models, *piece), _traces(models, *piece) if recipe.evidence == "vfe" else []
+
+    def fold(new: tuple[dict[str, Tensor], list[tuple[str, Tensor]]]) -> None:
+        nonlocal done
+        for kind, rows in new[0].items():
+            factors[kind].add(rows[:, :-1], rows[:, -1])
+        for name, trace in new[1]:
+            traces[name] = traces.get(name, 0.0) + trace
+        done += 1
+        stages.tell(done, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
+
+    pieces = list(zip(parts, targets, strict=True))
+    largest = max((3 * part.n_atoms + 7 * len(part) for part in parts), default=1) * columns * 8
+    on_cpu = all(part.positions.device.type == "cpu" for part in parts)
+    together = max(1, ROW_BYTES // largest) if on_cpu else 1
+    for start in range(0, len(pieces), together):
+        parallel.each(made, pieces[start : start + together], fold)
+    return {kind: f for kind, f in factors.items() if f.count}, traces
+
+
+def labelled_rows(
+    models: Sequence[Model],
+    structures: Structures,
+    targets: Targets,
+    blocks: Sequence[tuple[InducingBlock, ...]] = (),
+    views: Sequence[View] = (),
+    facets: Sequence[tuple[Facets, ...]] = (),
+) -> dict[str, Tensor]:
+    """Rows [K_ou | y] of the known labels by kind, energies per atom; those with a noise of their own divided by it ('given').
+
+    Args:
+        blocks: inducing variables for each model, if not all of its own.
+        views, facets: what each descriptor sees of the structures, and its environments laid out for rows, if they are there already.
+    """
+    known = likelihood.observations(targets, structures.counts, covariances.VOIGT)
+    forces, stresses = len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0
+    made = []
+    for k, m in enumerate(models):
+        inducing_ = blocks[k] if blocks else m.blocks
+        if facets:
+            here = facets[k]
+            made.append(
+                covariances.rows_of(
+                    structures,
+                    lambda z, here=here: (f for f in here if f.species == z),
+                    m.kernel,
+                    inducing_,
+                    forces,
+                    stresses,
+                )
+            )
+            continue
+        pairs = views[k].neighbors if views else neighbors.find(structures, m.descriptor.cutoff)
+        look = views[k].look if views else None
+        made.append(covariances.rows(structures, pairs, m.descriptor, m.kernel, inducing_, forces, stresses, look=look))
+    out: dict[str, list[Tensor]] = {}
+    for kind, seen in known.items():
+        if not len(seen.rows):
+            continue
+        rows = torch.cat([*(getattr(r, kind)[seen.rows] for r in made), seen.values[:, None]], dim=1)
+        if kind == "energies":
+            rows[:, :-1] *= seen.scale[:, None]
+        common = seen.noise.isnan()
+        if common.any():
+            out.setdefault(kind, []).append(rows if common.all() else rows[common])
+        if not common.all():
+            out.setdefault(FIXED, []).append(rows[~common] / seen.noise[~common, None])
+    return {kind: torch.cat(some) if len(some) > 1 else some[0] for kind, some in out.items()}
+
+
+def _prior_diagonals(models: Sequence[Model], part: Structures, forces: bool, stresses: bool) -> dict[str, Tensor]:
+    """Prior variances (observations, blocks) of total energies, force components and stress components, unit signal."""
+    found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    for m in models:
+        view = View.of(m.descriptor, part)
+        features = view.environments.features
+        for block in m.blocks:
+            alone = {z: float(z == block.species) for z in part.distinct_species}
+            prior = Prior(m.descriptor, m.kernel, alone, view.look)
+            found["energies"].append(prior.energies(part, features))
+            if forces:
+                every = torch.arange(part.n_atoms, device=features.device)
+                covariance = prior.forces(part, view.neighbors, view.surroundings, every)
+                found["forces"].append(covariance.diagonal(dim1=1, dim2=2).flatten())
+            if stresses:
+                found["stresses"].append(prior.stresses(part, view.surroundings).diagonal(dim1=1, dim2=2).flatten())
+    return {kind: torch.stack(columns, dim=1) for kind, columns in found.items() if columns}
+
+
+def _traces(models: Sequence[Model], part: Structures, target: Targets) -> list[tuple[str, Tensor]]:
+    """(kind or FIXED, summed prior variances (blocks,)) of the known observations, scaled as their rows are."""
+    known = likelihood.observations(target, part.counts, covariances.VOIGT)
+    priors = _prior_diagonals(models, part, len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0)
+    out = []
+    for kind, seen in known.items():
+        if not len(seen.rows):
+            continue
+        scaled = priors[kind][seen.rows] * seen.scale[:, None].square()
+        common = seen.noise.isnan()
+        own = scaled[~common] / seen.noise[~common, None].square()
+        out += [(kind, scaled[common].sum(0)), (FIXED, own.sum(0))]
+    return out
+
+
+def learn(
+    recipe: Recipe,
+    models: Sequence[Model],
+    whitened: dict[str, Tensor],
+    counts: dict[str, int],
+    traces: dict[str, Tensor],
+    stages: Stages,
+    restarts: int = RESTARTS,
+) -> tuple[Hyperparameters, Tensor, evidence.EvidenceResult]:
+    """Learn noises and signal variances: from several starts with few of the columns, then with some, then with all."""
+    widths = [b.n_columns for m in models for b in m.blocks]
+    device = next(iter(whitened.values())).device
+    block_of_column = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(device)
+    parameters = hyperparameters.make(recipe, [k for k in KINDS if k in whitened], blocks_of(models))
+
+    def tell(calls: int, value: float) -> None:
+        noises = ", ".join(f"{k} {v:.2g}" for k, v in parameters.noise().items())
+        stages.tell(min(calls, 39), 40, f"-log evidence {value:.0f}; {noises}")
+
+    total = sum(widths)
+
+    def smaller(columns: int) -> tuple[dict[str, evidence.Statistics], Tensor]:
+        """Columns of each block come most important first, so leading ones are a smaller model of the same data."""
+        share, starts = min(1.0, columns / total), torch.tensor([0, *widths]).cumsum(0).tolist()
+        some = torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
+        some = some.to(device)
+        made = {k: evidence.Statistics.of(w, counts[k], some, traces.get(k)) for k, w in whitened.items()}
+        return made, block_of_column[some]
+
+    if restarts:
+        few, of_few = smaller(RESTART_COLUMNS)
+        evidence.restart(few, parameters, of_few, restarts, recipe.seed)
+    if total > EVIDENCE_COLUMNS:
+        some, of_some = smaller(EVIDENCE_COLUMNS)
+        evidence.optimise(some, parameters, of_some, progress=tell)
+    statistics = {k: evidence.Statistics.of(w, counts[k], prior=traces.get(k)) for k, w in whitened.items()}
+    # the fixed point is one of DTC alone
+    if total > EVIDENCE_COLUMNS and not traces:
+        found = evidence.refine(statistics, parameters, block_of_column, progress=tell)
+    else:
+        found = evidence.optimise(statistics, parameters, block_of_column, progress=tell, settle=True)
+    return parameters, block_of_column, found
+
+
+def fit_noise(
+    recipe: Recipe, parameters: Hyperparameters, whitened: dict[str, Tensor], counts: dict[str, int], signal: Tensor
+) -> dict[str, float]:
+    """Standard deviations by kind that weigh the labels: of the evidence, that of energies lessened by leave-one-out.
+
+    Where the recipe gives it, or a prior of it, that has the last word; bounds that it gives hold.
+
+    Args:
+        signal: (columns,) δ of each column.
+    """
+    noise, given = parameters.noise(), recipe.noise.energy_per_atom
+    settled = isinstance(given, LearnedRecipe) and given.prior
+    if settled or "energies" not in parameters.learned or counts.get("energies", 0) < FEWEST_ENERGIES:
+        return noise
+    lowest = given.bounds[0] if given and given.bounds else 0.0
+    return noise | {"energies": max(lowest, energy_noise.energy_noise(whitened, counts["energies"], noise, signal))}
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What the data have come to: whitened factors by kind, and the hyperparameters.
+
+    Attributes:
+        whitened: by kind, [R L⁻ᵀ | y] (posterior.whiten).
+        counts: number of observations by kind.
+        noise: standard deviation by kind.
+        label_noise: as much of it as the labels themselves show, by kind.
+        signal: (columns,) δ of each column, eV.
+    """
+
+    whitened: dict[str, Tensor]
+    counts: dict[str, int]
+    noise: dict[str, float]
+    label_noise: dict[str, float]
+    signal: Tensor
+
+    @property
+    def every_noise(self) -> dict[str, float]:
+        return self.noise | {FIXED: 1.0}
+
+    def joined(self, others: dict[str, Tensor], counts: dict[str, int]) -> Learned:
+        """With the whitened rows of more data; empties `whitened` of both on the way, so that little is held twice."""
+        together = {}
+        for kind in [*self.whitened, *(k for k in others if k not in self.whitened)]:
+            rows = [r.pop(kind) for r in (self.whitened, others) if kind in r]
+            together[kind] = torch.cat(rows) if len(rows) > 1 else rows[0]
+        total = {kind: self.counts.get(kind, 0) + counts.get(kind, 0) for kind in together}
+        return Learned(together, total, self.noise, self.label_noise, self.signal)
+
+    def weights(self, lowers: Sequence[Tensor]) -> Tensor:
+        """(columns,) weights by the normal equations: half the digits of posterior.solve, a fraction of its cost."""
+        statistics = {kind: evidence.Statistics.of(rows, self.counts[kind]) for kind, rows in self.whitened.items()}
+        return inducing.unwhitened(evidence.mean(statistics, self.every_noise, self.signal), lowers)
+
+
+def make_terms(models: Sequence[Model], weights: Tensor) -> tuple[Term, ...]:
+    """Energy terms of the mean: all directions of a centre collapse into one."""
+    terms, start = [], 0
+    for m in models:
+        blocks = {}
+        for block in m.blocks:
+            part = weights[start : start + block.n_columns]
+            start += block.n_columns
+            alpha, tau = posterior.collapse(block, part.to(block.features))
+            blocks[block.species] = MeanBlock(block.features, alpha, tau if block.tangents.shape[1] else tau[:0])
+        terms.append(Term(m.descriptor, m.kernel, blocks))
+    return tuple(terms)
+
+
+def make_priors(models: Sequence[Model], signal: Tensor) -> list[Prior]:
+    """The process before it has seen data, of each descriptor; signal (columns,)."""
+    priors, start = [], 0
+    for m in models:
+        by_species = {}
+        for block in m.blocks:
+            by_species[block.species] = float(signal[start])
+            start += block.n_columns
+        priors.append(Prior(m.descriptor, m.kernel, by_species))
+    return priors
+
+
+def make_variances(
+    recipe: Recipe, models: Sequence[Model], learned: Learned, constant: dict[str, float]
+) -> VarianceModel | None:
+    """The posterior factor for variances, with all columns or, where the recipe wants fewer, with those of leading centres.
+
+    A subset is a sparse process of its own with the same hyperparameters: its factors are columns of those of the fit.
+
+    Args:
+        constant: by kind, what a new label scatters by: the noise of the evidence, not the smaller one that leave-one-out gives
+            energies in the fit.
+    """
+    if recipe.variance is False:
+        return None
+    blocks = tuple(m.blocks for m in models)
+    lowers = tuple(lower for m in models for lower in m.lowers)
+    whitened, signal, of_fit, at_most = learned.whitened, learned.signal, len(learned.signal), recipe.variance.columns
+    if of_fit > at_most:
+        chosen = [_leading(block, at_most / of_fit) for terms in blocks for block in terms]
+        starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
+        columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
+        picked = iter(chosen)
+        blocks = tuple(tuple(variance.restricted(block, next(picked)) for block in terms) for terms in blocks)
+        whitened = {kind: inducing.unwhiten(rows, lowers, chosen) for kind, rows in whitened.items()}
+        lowers = tuple(torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(lowers, chosen, strict=True))
+        whitened = {kind: inducing.whiten(rows, lowers) for kind, rows in whitened.items()}
+        signal = signal[columns]
+    factor = posterior.solve(whitened, learned.counts, learned.every_noise, signal, lowers).factor
+    priors = tuple(make_priors(models, learned.signal))
+    return VarianceModel(priors, blocks, lowers, signal, factor, constant, learned.label_noise, of_fit)
+
+
+def _leading(block: InducingBlock, share: float) -> Tensor:
+    """Positions of the columns of that share of the centres, the most important ones."""
+    centre, _ = block.addresses
+    return (centre < max(1, int(share * len(block.features)))).nonzero()[:, 0]

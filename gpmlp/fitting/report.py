@@ -1,0 +1,95 @@
+"""FitReport says what happened in a fit: rows, noise, rank, condition, jitter, errors, time and memory of each stage."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from gpmlp.potential.evaluation import ErrorTable
+
+Progress = Callable[[str, float, float, str], None]
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What happened in a fit.
+
+    Attributes:
+        rows: number of observations by kind.
+        held_out: structures that were set aside to learn the calibration, and then learned from too.
+        noise: standard deviations used, 'energies' eV/atom, 'forces' eV/A, 'stresses' eV/A^3.
+        noise_by_evidence: the same before leave-one-out chose that of the energies (gp/leave_one_out.py).
+        label_noise: how much of it the labels themselves show (uncertainty/label_noise.py); forces only.
+        signal: prior standard deviation of local energies by descriptor and species, eV.
+        environments: number seen of each species; centres: chosen of each species, by descriptor.
+        shortest: distance of each pair of species in the data, A.
+        variance_subset: columns kept for variances; where they are not all, how covariances of forces from them compare with those
+            from all, on some atoms (subset.error).
+        columns: inducing variables asked for; rank: those kept, not linearly dependent on others.
+        condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
+        negative_log_evidence: of the posterior's columns, nats, priors of the hyperparameters included.
+        evidence_trace: (evaluation, negative log evidence) as it was minimised, with all columns.
+        train_rmse: residuals of the training labels by kind, eV/atom, eV/A, eV/A^3.
+        validation_errors: ErrorTable, or None.
+        stages: (name, seconds, peak memory of the process so far in MB).
+        warnings: sentences for the user.
+    """
+
+    rows: dict[str, int]
+    held_out: int
+    noise: dict[str, float]
+    noise_by_evidence: dict[str, float]
+    label_noise: dict[str, float]
+    signal: dict[str, float]
+    environments: dict[str, int]
+    centres: dict[str, int]
+    shortest: dict[str, float]
+    variance_subset: dict[str, float]
+    columns: int
+    rank: int
+    condition: float
+    jitter: float
+    negative_log_evidence: float
+    evidence_trace: tuple[tuple[int, float], ...]
+    train_rmse: dict[str, float]
+    validation_errors: ErrorTable | None
+    stages: tuple[tuple[str, float, float], ...]
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict:
+        """JSON-able form."""
+        return asdict(self)
+
+
+@dataclass
+class Stages:
+    """Times the stages and passes progress on."""
+
+    progress: Progress | None
+    done: list[tuple[str, float, float]] = field(default_factory=list)
+    _name: str = ""
+    _start: float = 0.0
+
+    def begin(self, name: str) -> None:
+        self.end()
+        self._name, self._start = name, time.perf_counter()
+        self.tell(0.0, 1.0)
+
+    def end(self) -> None:
+        if self._name:
+            self.tell(1.0, 1.0)
+            self.done.append((self._name, time.perf_counter() - self._start, peak_memory_MB()))
+            self._name = ""
+
+    def tell(self, done: float, total: float, note: str = "") -> None:
+        if self.progress:
+            self.progress(self._name, done, total, note)
+
+
+def peak_memory_MB() -> float:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)

@@ -1,0 +1,214 @@
+"""A search space is which keys of a recipe are varied in tuning, between which values, and where in it to look next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpmlp.core.errors import UserError
+from gpmlp.io import recipe_files
+from gpmlp.recipe import DescriptorRecipe, KernelRecipe, Recipe
+
+DIGITS = 4  # of proposed numbers, so that recipes can be read
+ATTEMPTS = (10, 500)  # proposals by TPE, then at random, for a point not tried yet
+NOT_SEARCHED = {
+    "inducing.n",
+    "noise",
+    "signal",
+    "variance",
+    "calibration",
+    "novelty",
+    "memory_GB",
+    "seed",
+    "device",
+    "dtype",
+}
+OTHER_DATA = {"use_energies", "use_forces", "use_stresses", "evidence"}  # evidences would be of different things
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A key of the recipe and what is tried for it: numbers from low to high, or one of `choices`."""
+
+    key: str
+    low: float = 0.0
+    high: float = 0.0
+    choices: tuple[Any, ...] = ()
+    integer: bool = False
+
+    def __str__(self) -> str:
+        values = ",".join(map(str, self.choices)) if self.choices else f"{self.low:.10g}:{self.high:.10g}"
+        return f"{self.key}={values}"
+
+    def contains(self, value: Any) -> bool:
+        """Whether the value is one that may be tried."""
+        if self.choices:
+            return value in self.choices
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high
+
+    def rounded(self, value: Any) -> Any:
+        """The value with few digits, still within the range."""
+        if self.choices or self.integer:
+            return value
+        return min(self.high, max(self.low, float(f"{value:.{DIGITS}g}")))
+
+
+def parse(texts: Sequence[str], start: Recipe, objective: str = "likelihood") -> tuple[Parameter, ...]:
+    """Read KEY=LOW:HIGH (numbers between; whole ones where the key takes only these) and KEY=a,b,c (one of these)."""
+    found: dict[str, Parameter] = {}
+    for text in texts:
+        where = f"--search {text}"
+        key, sign, values = (piece.strip() for piece in text.partition("="))
+        if not sign or not values or not all(key.split(".")) or (":" in values and "," in values):
+            raise UserError(
+                f"{where}: must look like KEY=LOW:HIGH or KEY=a,b,c, e.g. descriptor.cutoff=4:6 or kernel.zeta=2,3,4."
+            )
+        if key in found:
+            raise UserError(f"{where}: '{key}' is given twice.")
+        steps = [step for step in key.split(".") if not step.isdigit()]
+        named = {steps[0], ".".join(steps[:2])} if steps else set()
+        if named & (NOT_SEARCHED | (OTHER_DATA if objective == "evidence" else set())):
+            raise UserError(
+                f"{where}: '{key}' cannot be searched: the fit chooses it itself, or trials would not be comparable."
+            )
+        found[key] = _range(key, values, where, start) if ":" in values else _choices(key, values, where, start)
+    return tuple(found.values())
+
+
+def _range(key: str, values: str, where: str, start: Recipe) -> Parameter:
+    try:
+        low, high = (float(v) for v in values.split(":"))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"{where}: LOW and HIGH must be two numbers, the smaller one first; got '{values}'.")
+    for value in (low, high):
+        recipe_files.changed(start, {key: value}, where)
+    integer = isinstance(recipe_files.value_at(recipe_files.changed(start, {key: low}), key), int)
+    return Parameter(key, low, high, integer=integer)
+
+
+def _choices(key: str, values: str, where: str, start: Recipe) -> Parameter:
+    some = tuple(recipe_files.parse_value(v, where) for v in values.split(","))
+    if len(some) < 2 or len({(type(v), str(v)) for v in some}) < len(some):
+        raise UserError(f"{where}: needs two values or more, all different; use --set for one.")
+    for value in some:
+        if not isinstance(value, (str, int, float)):
+            raise UserError(f"{where}: each value must be a number, a word, true or false; got {value!r}.")
+        recipe_files.changed(start, {key: value}, where)
+    return Parameter(key, choices=some)
+
+
+def default_space(full: Recipe) -> tuple[Parameter, ...]:
+    """What is searched if nothing else is asked for, around a resolved recipe."""
+    found: list[Parameter] = []
+    for d, prefix in _places(full.descriptor, "descriptor"):
+        found.append(_around(f"{prefix}.cutoff", d.cutoff, 0.75, 1.3))
+        if d.name == "dscribe-acsf":
+            continue
+        found.append(Parameter(f"{prefix}.sigma_atom", min(0.2, d.sigma_atom), max(0.6, d.sigma_atom)))
+        if d.radial_scaling is not False:
+            exponent = d.radial_scaling.exponent
+            found.append(_around(f"{prefix}.radial_scaling.scale", d.radial_scaling.scale, 0.5, 1.6))
+            found.append(Parameter(f"{prefix}.radial_scaling.exponent", min(1.0, exponent), max(7.0, exponent)))
+        found.append(Parameter(f"{prefix}.n_max", max(1, d.n_max - 4), min(40, d.n_max + 4), integer=True))
+        found.append(Parameter(f"{prefix}.l_max", max(0, d.l_max - 3), min(20, d.l_max + 2), integer=True))
+    for k, prefix in _places(full.kernel, "kernel"):
+        found += _of_kernel(k, prefix)
+    return tuple(found)
+
+
+def _of_kernel(kernel: KernelRecipe, prefix: str) -> list[Parameter]:
+    if kernel.name == "exponential":
+        return [_around(f"{prefix}.length", kernel.length, 0.4, 2.5)]
+    if kernel.name == "polynomial":
+        return [Parameter(f"{prefix}.zeta", 1, max(5, kernel.zeta), integer=True)]
+    return [p for i, term in enumerate(kernel.terms) for p in _of_kernel(term, f"{prefix}.terms.{i}")]
+
+
+def _around(key: str, value: float, low: float, high: float) -> Parameter:
+    return Parameter(key, float(f"{low * value:.3g}"), float(f"{high * value:.3g}"))
+
+
+def _places(
+    sections: DescriptorRecipe | KernelRecipe | tuple, name: str
+) -> Iterator[tuple[DescriptorRecipe | KernelRecipe, str]]:
+    """Each section with its dotted key, whether there is one or a list."""
+    if isinstance(sections, tuple):
+        yield from ((section, f"{name}.{i}") for i, section in enumerate(sections))
+    else:
+        yield sections, name
+
+
+def check_installed() -> None:
+    """Raise UserError if the library of the search, an extra, is not there."""
+    _optuna()
+
+
+def propose(
+    space: Sequence[Parameter], history: Sequence[tuple[Mapping[str, Any], float | None]], seed: int
+) -> dict[str, Any] | None:
+    """Values not tried yet, by the tree-structured Parzen estimator (Bergstra et al., NeurIPS 24 (2011)); None if there are none.
+
+    A function of its arguments alone: nothing is remembered between two proposals.
+
+    Args:
+        history: (values, objective) of what was tried; larger is better, None failed: worse than all others.
+    """
+    optuna = _optuna()
+    distributions = {p.key: _distribution(p) for p in space}
+    tried = {_point(values) for values, _ in history}
+    states = optuna.trial.TrialState
+    told = [
+        optuna.trial.create_trial(
+            params={p.key: values[p.key] for p in space},
+            distributions=distributions,
+            value=objective,
+            state=states.PRUNED if objective is None else states.COMPLETE,
+        )
+        for values, objective in history
+        if all(p.contains(values.get(p.key)) for p in space)  # the start recipe may lie outside
+    ]
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        for k in range(sum(ATTEMPTS)):
+            here = (1_000_003 * seed + 1009 * len(history) + k) % 2**32
+            tpe = k < ATTEMPTS[0]
+            sampler = optuna.samplers.TPESampler(seed=here, multivariate=True) if tpe else None
+            study = optuna.create_study(
+                sampler=sampler or optuna.samplers.RandomSampler(seed=here), direction="maximize"
+            )
+            study.add_trials(told)
+            asked = study.ask(distributions).params
+            values = {p.key: p.rounded(asked[p.key]) for p in space}
+            if _point(values) not in tried:
+                return values
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    return None
+
+
+def _optuna() -> Any:
+    """The library of the search, loaded only when one is made."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("`gpmlp tune` needs optuna, which is not installed: pip install 'gpmlp[tune]'.") from error
+    return optuna
+
+
+def _distribution(parameter: Parameter) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if parameter.choices:
+        return CategoricalDistribution(parameter.choices)
+    if parameter.integer:
+        return IntDistribution(int(parameter.low), int(parameter.high))
+    return FloatDistribution(parameter.low, parameter.high)
+
+
+def _point(values: Mapping[str, Any]) -> tuple:
+    return tuple(sorted((key, repr(value)) for key, value in values.items()))

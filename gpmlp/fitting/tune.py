@@ -1,0 +1,400 @@
+"""Tuning is the search for the recipe with which a small fit best foresees structures that it has not seen."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from gpmlp.core import errors
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import calibrate, defaults
+from gpmlp.fitting.fit import fit
+from gpmlp.fitting.search_space import Parameter, check_installed, default_space, parse, propose
+from gpmlp.io import provenance, recipe_files
+from gpmlp.io.files import Journal
+from gpmlp.potential import baselines
+from gpmlp.potential.evaluation import evaluate
+from gpmlp.recipe import CalibrationRecipe, InducingRecipe, Recipe
+
+OBJECTIVES = ("likelihood", "evidence")
+COLUMNS = 400  # inducing variables of a trial: a fit to TRAIN_ATOMS atoms takes about ten seconds
+TRAIN_ATOMS = 4000  # at most about so many are learned from in a trial
+HELD = CalibrationRecipe(fraction=0.2, atoms=1000)  # judged on; the same structures in all trials
+CALIBRATION_ATOMS = 400  # set aside within a trial, from what is learned from, to scale its variances
+GIVE_UP = 5  # failures from the start on: then it is not the parameters
+FORMAT = 1  # of the log
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe tried.
+
+    Attributes:
+        number: 0 is the start recipe.
+        parameters: values by dotted key.
+        objective: larger is better; nats per force component (forces in eV/A) or, for the evidence, per label; None where it failed.
+        force_mae_meV_per_A, force_rmse_meV_per_A: of the held-out structures; None where they have no forces.
+        seconds: that it took.
+        failure: why there is no objective.
+    """
+
+    number: int
+    parameters: dict[str, Any]
+    objective: float | None
+    force_mae_meV_per_A: float | None
+    force_rmse_meV_per_A: float | None
+    seconds: float
+    failure: str | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The parameters as text, by their keys without the sections that go without saying."""
+        short = {re.sub(r"\b(descriptor|kernel|radial_scaling)\.", "", k): v for k, v in self.parameters.items()}
+        return {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in short.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is searched, and on which data it is judged.
+
+    Attributes:
+        start: the recipe to begin with, as given.
+        found: what all the data say, from which defaults are filled.
+        learned_from, held: the data of every trial.
+        search: what is varied.
+        data: name and sha256 of the file, for the log and the recipe.
+    """
+
+    start: Recipe
+    found: defaults.Survey
+    species: tuple[int, ...]
+    learned_from: tuple[Structures, Targets]
+    held: tuple[Structures, Targets]
+    search: tuple[Parameter, ...]
+    objective: str
+    columns: int
+    seed: int
+    data: dict[str, str]
+
+    @property
+    def kind(self) -> str:
+        """What the likelihood is of: forces, or energies per atom where the held-out structures have no forces."""
+        return "energies" if self.held[1].forces.isnan().all() else "forces"
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The parameters of the start recipe, those left open filled in."""
+        full = self.resolved({})
+        return {p.key: recipe_files.value_at(full, p.key) for p in self.search}
+
+    def changed(self, values: Mapping[str, Any]) -> Recipe:
+        """The start recipe with other values; None, which the start recipe may have, changes nothing."""
+        return recipe_files.changed(self.start, {key: value for key, value in values.items() if value is not None})
+
+    def resolved(self, values: Mapping[str, Any]) -> Recipe:
+        """The start recipe with other values, and with what it leaves open chosen from all the data."""
+        return _resolved(self.changed(values), self.found, self.species)
+
+    def final(self, values: Mapping[str, Any]) -> Recipe:
+        """The recipe to write: descriptor and kernel in full; inducing set, noise and the rest as the start recipe has them."""
+        full = self.resolved(values)
+        return _update(self.changed(values), descriptor=full.descriptor, kernel=full.kernel)
+
+    def trial(self, values: Mapping[str, Any]) -> Recipe:
+        """The recipe of a trial: a fixed number of columns, no novelty, a small calibration."""
+        chosen = self.changed(values)
+        opened = tuple(i.model_copy(update={"n": None}) for i in chosen.inducings)
+        full = _resolved(_update(chosen, inducing=opened), self.found, self.species)
+        each = max(1, self.columns // len(full.descriptors))
+        judged = self.objective == "likelihood"
+        most = self.learned_from[0].n_atoms
+        present = set(self.learned_from[1].config_types)
+        noise = {label: given for label, given in full.noise.config_types.items() if label in present}
+        species = {errors.symbol(z) for z in self.learned_from[0].distinct_species}
+        signal = tuple({name: value for name, value in s.items() if name in species} for s in full.signals)
+        return _update(
+            full,
+            inducing=tuple(_limited(i, each, most) for i in full.inducings),
+            variance=Recipe().variance.model_copy(update={"columns": self.columns}) if judged else False,
+            calibration=CalibrationRecipe(atoms=CALIBRATION_ATOMS) if judged else False,
+            novelty=False,
+            noise=full.noise.model_copy(update={"config_types": noise}),
+            signal=signal,
+        )
+
+    @property
+    def meaning(self) -> str:
+        """What the objective is, with its unit."""
+        if self.objective == "evidence":
+            return "log evidence per label of the data learned from"
+        return "log likelihood per " + {"forces": "force component, eV/A", "energies": "energy, eV/atom"}[self.kind]
+
+    @property
+    def summary(self) -> str:
+        """The size of a trial."""
+        learned, held = self.learned_from[0], self.held[0]
+        return (
+            f"{len(learned)} structures ({learned.n_atoms} atoms) learned from, {len(held)} ({held.n_atoms} atoms) held out, "
+            f"{self.columns} columns, seed {self.seed}; searched: {'; '.join(map(str, self.search))}"
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What the log of a search begins with: results are comparable where all of it is the same."""
+        return {
+            "gpmlp_tune": FORMAT,
+            "data": dict(self.data),
+            "objective": self.objective,
+            "search": [str(p) for p in self.search],
+            "columns": self.columns,
+            "seed": self.seed,
+            "start": self.start.model_dump(mode="json"),
+            "structures": {"learned_from": len(self.learned_from[0]), "held_out": len(self.held[0])},
+            "version": provenance.version_of("gpmlp"),
+        }
+
+
+def prepare(
+    structures: Structures,
+    targets: Targets,
+    start: Recipe,
+    search: Sequence[str] = (),
+    objective: str = "likelihood",
+    seed: int = 0,
+    data: Mapping[str, str] | None = None,
+    columns: int = COLUMNS,
+) -> Problem:
+    """Look at the data, set structures aside (the same share of every config_type) and settle what is searched.
+
+    Args:
+        search: KEY=LOW:HIGH or KEY=a,b,c; nothing for the default space around the start recipe.
+        data: 'name' and 'sha256' of the file.
+
+    Raises:
+        UserError: fewer than held_out.FEWEST structures, none with a label to judge by, a range that cannot be searched.
+    """
+    errors.choose("objective", objective, OBJECTIVES)
+    errors.positive("columns", columns)
+    start = _update(start)
+    found, species = defaults.survey(structures, targets), structures.distinct_species
+    kept, held = calibrate.choose(structures, targets, HELD, seed)
+    if not len(held):
+        raise UserError(
+            f"tune needs at least {calibrate.FEWEST} structures beside isolated atoms, to learn from some and judge by others; "
+            f"got {len(structures)}."
+        )
+    learn, judge = ((structures.select(some), targets.select(structures, some)) for some in (kept, held))
+    if judge[1].forces.isnan().all() and judge[1].energies.isnan().all():
+        raise UserError(
+            "The held-out structures have neither forces nor energies to judge by; check the labels in the file."
+        )
+    learn = _thinned(*learn, seed)
+    problem = Problem(start, found, species, learn, judge, (), objective, columns, seed, dict(data or {}))
+    space = parse(search, start, objective) if search else default_space(problem.resolved({}))
+    return replace(problem, search=space)
+
+
+def search(
+    problem: Problem,
+    done: Sequence[Trial] = (),
+    budget_s: float = 1800.0,
+    most: int | None = None,
+    tick: Callable[[int, float], None] | None = None,
+) -> Iterator[Trial]:
+    """Yield trials, the first that of the start recipe, until time or number is used up or nothing new is left to try.
+
+    What comes after some trials depends on them and on the seed alone, so that a search resumed is the search uninterrupted.
+    The first trial runs to its end; a later one is given up, unrecorded, when the time is over.
+
+    Args:
+        done: trials of the same problem made before; their time and number count.
+        budget_s: seconds for all trials together; most: number of all trials.
+        tick: called often as tick(number of the running trial, seconds used so far).
+
+    Raises:
+        UserError: optuna is not installed, or the first GIVE_UP trials have all failed.
+    """
+    check_installed()
+    history, began, before = list(done), time.perf_counter(), sum(t.seconds for t in done)
+
+    def used() -> float:
+        return before + time.perf_counter() - began
+
+    def check(*_: object) -> None:
+        if tick:
+            tick(len(history), used())
+        if history and used() > budget_s:
+            raise _OutOfTimeError
+
+    while most is None or len(history) < most:
+        if len(history) >= GIVE_UP and best(history) is None:
+            raise UserError(f"The first {len(history)} trials all failed, the last one so: {history[-1].failure}")
+        typical = statistics.median(t.seconds for t in history) if history else 0.0
+        if history and used() + typical > budget_s:
+            return
+        values = problem.first
+        if history:
+            told = [(t.parameters, t.objective) for t in history]
+            values = propose(problem.search, told, problem.seed)
+        if values is None:
+            return
+        try:
+            trial = attempt(problem, len(history), values, check)
+        except _OutOfTimeError:
+            return
+        history.append(trial)
+        yield trial
+
+
+class _OutOfTimeError(Exception):
+    """The time is over in the middle of a trial."""
+
+
+def attempt(
+    problem: Problem, number: int, values: Mapping[str, Any], check: Callable[..., None] = lambda *_: None
+) -> Trial:
+    """Fit with these values and judge; what cannot be fitted becomes a failed trial that says why."""
+    started = time.perf_counter()
+    objective = mae = rmse = failure = None
+    try:
+        recipe = problem.trial(values)
+        potential, report = fit(*problem.learned_from, recipe, progress=check)
+        device, dtype = torch.device(recipe.device), getattr(torch, recipe.dtype)
+        structures, targets = (part.to(device=device, dtype=dtype) for part in problem.held)
+        judged = problem.objective == "likelihood"
+        result = evaluate(potential, structures, targets, check, judged)
+        mae, rmse = (_finite(v) for v in (result.overall.force_mae_meV_per_A, result.overall.force_rmse_meV_per_A))
+        # mean over components of log N(F; F̂, σ²), σ² with noise and calibrated; or log evidence over the labels
+        value = (
+            -result.scores[problem.kind].nll if judged else -report.negative_log_evidence / sum(report.rows.values())
+        )
+        objective = _finite(value)
+        failure = None if objective is not None else f"the {problem.objective} is {value}"
+    except (UserError, MemoryError, RuntimeError) as error:
+        expected = (UserError, MemoryError, torch.linalg.LinAlgError)
+        if not isinstance(error, expected) and "memory" not in str(error).lower():
+            raise
+        failure = " ".join(str(error).split()) or type(error).__name__
+    return Trial(number, dict(values), objective, mae, rmse, round(time.perf_counter() - started, 3), failure)
+
+
+def best(trials: Sequence[Trial]) -> Trial | None:
+    """The trial of the largest objective, the earliest of equal ones."""
+    return max((t for t in trials if t.objective is not None), key=lambda t: t.objective, default=None)
+
+
+def header(problem: Problem, trials: Sequence[Trial]) -> list[str]:
+    """What the file of the best recipe says of itself, in lines of comment."""
+    top, start = best(trials), trials[0]
+
+    def of(t: Trial) -> str:
+        if t.objective is None:
+            return f"failed ({t.failure})"
+        mae, rmse = ("-" if v is None else f"{v:.4g}" for v in (t.force_mae_meV_per_A, t.force_rmse_meV_per_A))
+        return f"{t.objective:.4f}, held-out force MAE {mae}, RMSE {rmse} meV/A"
+
+    failed = sum(t.objective is None for t in trials)
+    data = problem.data
+    return [
+        f"gpmlp tune {provenance.version_of('gpmlp')}: trial {top.number}, the best of {len(trials)} ({failed} failed)",
+        f"objective ({problem.meaning}): {of(top)}",
+        f"start recipe: {of(start)}",
+        f"data: {data.get('name', 'not recorded')}, sha256 {data.get('sha256', 'not recorded')}",
+        f"trials: {problem.summary}",
+        "inducing.n and noise are as in the start recipe; left open, the fit chooses them.",
+    ]
+
+
+def record(trial: Trial) -> dict[str, Any]:
+    """The line of the log."""
+    return asdict(trial)
+
+
+def trials_of(journal: Journal, problem: Problem) -> tuple[Trial, ...]:
+    """The trials in a log of this very problem.
+
+    Raises:
+        UserError: the log is of other data, another space or other settings, or holds something else.
+    """
+    was, now = journal.header, problem.identity()
+    if was.get("gpmlp_tune") != FORMAT:
+        raise UserError(f"{journal.path}: is not a log of `gpmlp tune` that this version can read.")
+    names = {
+        "sha256": "other data",
+        "search": "another search space",
+        "columns": "another number of columns",
+        "start": "another start recipe",
+        "structures": "another division of the structures",
+    }
+    same = [("sha256", was.get("data", {}).get("sha256"), now["data"].get("sha256"))]
+    same += [(key, was.get(key), now[key]) for key in now if key not in ("gpmlp_tune", "data", "version")]
+    for key, before, here in same:
+        if before != here:
+            shown = "" if key == "start" else f": {_short(before)}, now {_short(here)}"
+            raise UserError(
+                f"{journal.path}: was made with {names.get(key, f'another {key}')}{shown}. Resume with what it was made with, or "
+                "give another --log."
+            )
+    try:
+        trials = tuple(Trial(**entry) for entry in journal.entries)
+        counted = [t.number for t in trials] == list(range(len(trials)))
+    except TypeError:
+        counted = False
+    if not counted:
+        raise UserError(f"{journal.path}: its lines are not the trials 0, 1, 2, ... of one search; give another --log.")
+    return trials
+
+
+def _short(value: Any) -> str:
+    text = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _update(recipe: Recipe, **values: Any) -> Recipe:
+    """The recipe with other sections; a list of one section is that section, so that keys need no number."""
+    new = recipe.model_copy(update=values)
+    parts = {name: getattr(new, name) for name in ("descriptor", "kernel", "inducing")}
+    single = {name: v[0] for name, v in parts.items() if isinstance(v, tuple) and len(v) == 1}
+    return new.model_copy(update=single)
+
+
+def _resolved(recipe: Recipe, found: defaults.Survey, species: Sequence[int]) -> Recipe:
+    full = defaults.resolve(recipe, found, len(species))
+    # one kernel for all descriptors stays one
+    return _update(full, kernel=full.kernel if isinstance(recipe.kernel, tuple) else full.kernel[0])
+
+
+def _limited(inducing: InducingRecipe, columns: int, most: int) -> InducingRecipe:
+    """The same kind of inducing set with about so many columns, at most `most` centres."""
+    n = max(1, min(columns // (1 + inducing.gradients), most))
+    shares = inducing.shares
+    if isinstance(shares, dict):
+        total = max(n, sum(shares.values()))
+        shares = {symbol: max(1, n * share // total) for symbol, share in shares.items()}
+    return inducing.model_copy(update={"n": n, "shares": shares})
+
+
+def _thinned(structures: Structures, targets: Targets, seed: int) -> tuple[Structures, Targets]:
+    """At most about TRAIN_ATOMS atoms, the same share of every config_type; isolated atoms stay."""
+    if structures.n_atoms <= TRAIN_ATOMS:
+        return structures, targets
+    # as what is set aside is chosen, here without its bound of one half
+    share = CalibrationRecipe.model_construct(fraction=1.0, atoms=TRAIN_ATOMS)
+    rest, some = calibrate.choose(structures, targets, share, seed + 1)
+    if not len(some):  # few structures are all kept, however large
+        return structures, targets
+    alone = [i for i in rest.tolist() if baselines.is_isolated_atom(targets.config_types[i])]
+    members = sorted([*alone, *some.tolist()])
+    return structures.select(members), targets.select(structures, members)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

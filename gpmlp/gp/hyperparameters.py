@@ -1,0 +1,77 @@
+"""Hyperpriors are what is held of noises and signals before the data speak: what the recipe says of them, else wide defaults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from gpmlp.core import errors
+from gpmlp.core.structures import Structures
+from gpmlp.gp.evidence import AtBound
+from gpmlp.gp.likelihood import NOISE_PRIORS, SIGNAL_PRIOR, Hyperparameters, StdPrior
+from gpmlp.recipe import LearnedRecipe, Recipe
+
+NOISE_FIELDS = {"energies": "energy_per_atom", "forces": "force", "stresses": "stress"}
+UNITS = {"energies": "eV/atom", "forces": "eV/A", "stresses": "eV/A^3", "signal": "eV"}
+Blocks = Sequence[tuple[int, int]]  # (number of the descriptor, atomic number)
+
+
+def check_species(recipe: Recipe, structures: Structures) -> None:
+    """Raise UserError where the recipe has a signal for a species that is not in the data."""
+    there = [errors.symbol(z) for z in structures.distinct_species]
+    for name in sorted({name for given in recipe.signals for name in given} - set(there)):
+        raise errors.UserError(
+            f"`signal.{name}` is given, but there is no {name} in the training structures, which hold {', '.join(there)}."
+        )
+
+
+def make(recipe: Recipe, kinds: Sequence[str], blocks: Blocks) -> Hyperparameters:
+    """Noises of these kinds and signals of these blocks, at their starts."""
+    noise = {kind: _prior(getattr(recipe.noise, NOISE_FIELDS[kind]), NOISE_PRIORS[kind]) for kind in kinds}
+    return Hyperparameters(noise, [_prior(_signal(recipe, block), SIGNAL_PRIOR) for block in blocks])
+
+
+def warnings(recipe: Recipe, blocks: Blocks, ended: Sequence[AtBound]) -> list[str]:
+    """What to tell of standard deviations that ended at a bound."""
+    out = []
+    for at in ended:
+        if at.name == "signal":
+            key, given, default = _signal_key(recipe, blocks[at.index]), _signal(recipe, blocks[at.index]), SIGNAL_PRIOR
+        else:
+            key, default = f"noise.{NOISE_FIELDS[at.name]}", NOISE_PRIORS[at.name]
+            given = getattr(recipe.noise, NOISE_FIELDS[at.name])
+        prior = _prior(given, default)
+        value = prior.low if at.side == "lower" else prior.high
+        said = f"{key} ended at {value:.4g} {UNITS[at.name]}, the {at.side} bound"
+        if isinstance(given, LearnedRecipe) and given.bounds:
+            out.append(
+                f"{said} that the recipe sets ({key}.bounds); the data ask for {'less' if at.side == 'lower' else 'more'}."
+            )
+        else:
+            out.append(f"{said} of its range; the data may not determine it. Give it, or a prior, in the recipe.")
+    return out
+
+
+def _signal(recipe: Recipe, block: tuple[int, int]) -> float | LearnedRecipe | None:
+    return recipe.signals[block[0]].get(errors.symbol(block[1]))
+
+
+def _signal_key(recipe: Recipe, block: tuple[int, int]) -> str:
+    place = f"{block[0]}." if len(recipe.descriptors) > 1 else ""
+    return f"signal.{place}{errors.symbol(block[1])}"
+
+
+def _prior(given: float | LearnedRecipe | None, default: StdPrior) -> StdPrior:
+    """The prior that a recipe asks for: a number is fixed, what is left out is as in the default."""
+    if given is None:
+        return default
+    if not isinstance(given, LearnedRecipe):
+        return StdPrior.at(given)
+    low, high = given.bounds or (default.low, default.high)
+    median, width = default.median, default.log_width
+    if given.prior:
+        median, width = given.prior.median, math.log(given.prior.factor)
+    start = given.start or median
+    if not low < start < high:
+        start = math.sqrt(low * high)
+    return StdPrior(median, low, high, width, start)

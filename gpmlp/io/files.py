@@ -1,0 +1,233 @@
+"""Atomic writing: a file is there complete, or the old one is there untouched."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from gpmlp.core.errors import UserError
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise UserError if no file can be written at path (asked before a long computation, not after it)."""
+    path = Path(path)
+    if _special(path):
+        return
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file to write.")
+    if not folder.is_dir():
+        raise UserError(f"{path}: the folder {folder} does not exist; make it first (mkdir -p {folder}).")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{path}: the folder {folder} may not be written to; choose another place.")
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raise UserError if path is no folder and cannot be made one."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; give the name of a folder.")
+    there = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"{path}: no folder can be made there, because {there} is a file; choose another place.")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{path}: the folder {there} may not be written to; choose another place.")
+
+
+def check_apart(
+    targets: Mapping[str, str | os.PathLike[str] | None], sources: Mapping[str, str | os.PathLike[str] | None]
+) -> None:
+    """Raise UserError if a file to write is also one that is read, or two files to write are one (links followed).
+
+    Args:
+        targets, sources: files by what a message calls them ('the model'); None stands for a file that was not asked for.
+    """
+    seen = {role: Path(path) for role, path in sources.items() if path is not None}
+    for role, path in targets.items():
+        if path is None or _special(Path(path)):
+            continue
+        for other, known in seen.items():
+            if _same(Path(path), known):
+                raise UserError(
+                    f"{path}: is to be written as {role}, but is {other} too; give {role} a name of its own."
+                )
+        seen[role] = Path(path)
+
+
+def _same(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file, whether or not it is there yet."""
+    return a.resolve() == b.resolve() or (a.exists() and b.exists() and os.path.samefile(a, b))
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str], text: bool = False) -> Iterator[IO]:
+    """Yield a file that takes the place of path when the block ends well, and vanishes when it does not.
+
+    The bytes go to a temporary file in the same folder, reach the disk (fsync) and only then take the name (os.replace).
+    Devices and pipes (/dev/stdout) are written to directly.
+
+    Raises:
+        UserError: the folder is missing, or the system refused to write (disk full, no permission).
+    """
+    check_target(path)
+    # a link keeps pointing at the file it pointed at
+    special = _special(Path(path))
+    target = Path(path) if special else Path(path).resolve()
+    mode, encoding = ("w", "utf-8") if text else ("wb", None)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(
+            target if special else temporary, mode if special else mode.replace("w", "x"), encoding=encoding
+        ) as file:
+            yield file
+            if not special:
+                file.flush()
+                os.fsync(file.fileno())
+        if not special:
+            os.replace(temporary, target)
+            _sync_folder(target.parent)
+    except OSError as error:
+        kept = "; the old file is untouched" if target.is_file() else ""
+        raise UserError(f"{path}: could not be written: {error.strerror or error}{kept}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _special(path: Path) -> bool:
+    """Whether path is a device or a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself survive a power cut, where the system can (Windows cannot open folders)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A journal open for more entries.
+
+    Attributes:
+        header: what the first line says.
+        entries: those that were there when it was opened.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    entries: tuple[dict[str, Any], ...] = ()
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add one line and return when it is on the disk."""
+        line = json.dumps(entry, allow_nan=False) + "\n"
+        try:
+            with open(self.path, "ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path}: could not be written: {error.strerror or error}.") from error
+
+
+def begin(path: str | os.PathLike[str], header: dict[str, Any]) -> Journal:
+    """Begin a journal where there is none yet (an empty file counts as none)."""
+    check_target(path)
+    path = Path(path)
+    if path.exists() and path.stat().st_size:
+        raise UserError(f"{path}: is there already; go on with it (--resume), remove it, or give another name.")
+    journal = Journal(path, header)
+    journal.append(header)
+    return journal
+
+
+def reopen(path: str | os.PathLike[str]) -> Journal | None:
+    """Open a journal to go on with; None where there is none, or none but a torn first line.
+
+    The last line is cut off if writing it was interrupted (no line end, or no JSON).
+
+    Raises:
+        UserError: it cannot be read, or a line before the last is no JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        lines = path.read_bytes().split(b"\n")
+        whole, good = [], 0
+        for number, line in enumerate(lines, 1):
+            entry = _parse(line) if number < len(lines) else None  # what follows the last line end was never finished
+            if entry is None:
+                if number < len(lines) - 1:
+                    raise UserError(f"{path}: line {number} is not a JSON object; is this the right file?")
+                break
+            whole.append(entry)
+            good += len(line) + 1
+        if path.stat().st_size > good:
+            os.truncate(path, good)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    return Journal(path, whole[0], tuple(whole[1:])) if whole else None
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The frames of an XYZ file.
+
+    Attributes:
+        starts: byte offset of each complete frame.
+        end: byte offset after the last complete frame.
+        problem: what follows the last complete frame, '' if nothing but blank lines.
+    """
+
+    starts: tuple[int, ...]
+    end: int
+    problem: str
+
+
+def scan(path: str | os.PathLike[str]) -> Layout:
+    """Find the frames of an XYZ file; a last line without a line end counts as complete."""
+    starts: list[int] = []
+    with open(path, "rb") as file:
+        end, number = 0, 1
+        while True:
+            line = file.readline()
+            if not line.strip():
+                return Layout(tuple(starts), end, _rest(file, number, len(starts)) if line else "")
+            if not line.strip().isdigit():
+                got = line.strip()[:40].decode("utf-8", "replace")
+                return Layout(tuple(starts), end, f"line {number}: a number of atoms must stand there; got '{got}'")
+            n = int(line)
+            lines = [file.readline() for _ in range(n + 1)]
+            # the comment line may be blank, the lines of atoms may not
+            present = sum(bool(entry.strip()) for entry in lines[1:]) if lines[0] else 0
+            if present < n or not lines[0]:
+                return Layout(tuple(starts), end, f"frame {len(starts)} is cut off: {present} of {n} atoms are there")
+            starts.append(end)
+            end, number = file.tell(), number + n + 2
+
+
+def _rest(file, number: int, n_frames: int) -> str:
+    """Say what follows a blank line; readers stop there, so anything that does would be lost."""
+    for line in file:
+        if line.strip():
+            return f"line {number} is blank but more follows; frames after frame {n_frames - 1} would be lost"
+    return ""

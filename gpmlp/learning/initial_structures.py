@@ -1,0 +1,159 @@
+"""Bootstrap makes the first structures to label: the starts and copies of them, displaced and strained at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.units import BOLTZMANN
+from gpmlp.fitting import defaults
+from gpmlp.io.ase_atoms import read, read_frames, structures_from_ase
+from gpmlp.learning.labels import Entry, Tape, canonical, key_of
+from gpmlp.learning.recipe import FEWEST_LABELS, LearnRecipe
+from gpmlp.learning.surrogate import carve
+from gpmlp.learning.triggers import too_close
+from gpmlp.learning.walker import fixed_atoms
+
+STIFFNESS = {
+    True: 4.0,
+    False: 25.0,
+}  # eV/A^2 of an atom in a solid, of a bond in a molecule: sizes of displacements only
+LARGEST = 0.15  # A, of a standard deviation
+FEWER = 0.8  # displacements are made smaller by this until no atoms are too close
+TRIES = 20
+FEWEST, MOST, ATOMS = 6, 20, 150  # structures to begin with, and atoms that they should hold together
+
+
+def starts(path: Path) -> list[Atoms]:
+    """Structures that trajectories begin from.
+
+    Raises:
+        UserError: there are none, one has no atoms, or they hold constraints that are not kept.
+    """
+    frames, _ = read_frames(path)
+    for i, atoms in enumerate(frames):
+        if not len(atoms):
+            raise UserError(f"{path}: frame {i} has no atoms; a start needs one at least.")
+        fixed_atoms(atoms)
+        atoms.calc = None
+    if not frames:
+        raise UserError(f"{path}: holds no structure to start from.")
+    return frames
+
+
+def given(path: Path) -> Iterator[Entry]:
+    """Labelled structures of a file, as entries of a tape.
+
+    Raises:
+        UserError: a frame without forces, from which a run learns nothing of what it judges by.
+    """
+    structures, targets = read(path)
+    for i in range(len(structures)):
+        known = targets.select(structures, [i])
+        if bool(known.forces.isnan().all()):
+            only = "neither energy nor forces" if bool(known.energies.isnan().all()) else "an energy, but no forces"
+            raise UserError(
+                f"{path}: frame {i} has {only}; structures of bootstrap.given need their labels: leave it out, or label it."
+            )
+    for i in range(len(structures)):
+        one = canonical(structures.select([i]))
+        yield Entry(one, targets.select(structures, [i]), key_of(one), "given", "", {"frame": i})
+
+
+def smaller(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms, int], Atoms]:
+    """What first structures are made of: starts, or of those that are too large a cell carved around some atom, which a number picks."""
+    if recipe.carve is None or all(len(atoms) <= recipe.carve.above for atoms in starts):
+        return lambda atoms, _: atoms
+    whole = structures_from_ase(starts)
+    found = defaults.survey(whole, Targets.unknown(whole))
+    resolved = defaults.resolve(recipe.model, found, len(whole.distinct_species))
+    reach = max(d.cutoff for d in resolved.descriptors)
+
+    def small(atoms: Atoms, number: int) -> Atoms:
+        atom = int(np.random.default_rng([recipe.seed, 2, number]).integers(len(atoms)))
+        frame = structures_from_ase([atoms])
+        cut = carve(frame, atom, reach, recipe.carve.core_A) if len(atoms) > recipe.carve.above else None
+        if cut is None:
+            return atoms
+        part = atoms[cut.origin.numpy()]
+        part.set_cell(cut.structure.cells[0].numpy())
+        part.positions = cut.structure.positions.numpy()
+        return part
+
+    return small
+
+
+def structures(starts: Sequence[Atoms], recipe: LearnRecipe, there: int = 0) -> list[Atoms]:
+    """Starts first, then displaced copies of them in turn, recipe.bootstrap.n in all (each start at least once).
+
+    Displacements shrink from copy to copy from one and a half times `displacement_A` to half of it: what is foreseen after the first
+    half was learned lies within that, as dynamics will. No more than stop.labels_at_most leaves room for.
+
+    Args:
+        there: labels that there are already.
+    """
+    chosen, small = recipe.bootstrap, smaller(starts, recipe)
+    out = [small(_still(atoms), k) for k, atoms in enumerate(starts)]
+    generator = np.random.default_rng([recipe.seed, 1])
+    n = chosen.n or min(MOST, max(FEWEST, round(ATOMS * len(starts) / sum(len(a) for a in starts))))
+    more = max(0, n - len(out))
+    for k in range(more):
+        atoms = small(_still(starts[k % len(starts)]), len(starts) + k)
+        size = chosen.displacement_A or _thermal_displacement(atoms, recipe.dynamics.highest_K)
+        size *= 1.5 - (k / (more - 1) if more > 1 else 0.5)
+        out.append(_displaced(atoms, size, chosen.strain if atoms.pbc.all() else 0.0, recipe, generator))
+    most = recipe.stop.labels_at_most
+    return out if most is None else out[: max(0, most - there)]
+
+
+def enough(labels: int, asked: int, tape: Tape) -> None:
+    """Raise UserError, with what the oracle said last, where there are too few first labels to make a model from."""
+    if labels >= FEWEST_LABELS:
+        return
+    said = f"Only {labels} of the first {asked} structures could be labelled; two are needed."
+    if tape.refusals:
+        raise UserError(
+            f"{said} The last was set aside: {tape.refusals[-1].reason}. Correct the oracle, remove {tape.refused_path} to have them "
+            "asked again, and go on (--resume); or raise bootstrap.n."
+        )
+    raise UserError(f"{said} Raise bootstrap.n: the others are alike.")
+
+
+def _still(atoms: Atoms) -> Atoms:
+    still = atoms.copy()
+    still.calc = None
+    still.arrays.pop("momenta", None)
+    return still
+
+
+def _thermal_displacement(atoms: Atoms, temperature_K: float) -> float:
+    """sqrt(kT / stiffness), A."""
+    return min(LARGEST, max(0.02, (BOLTZMANN * temperature_K / STIFFNESS[bool(atoms.pbc.any())]) ** 0.5))
+
+
+def _too_close(atoms: Atoms, share: float) -> bool:
+    try:
+        return too_close(structures_from_ase([atoms]), share) is not None
+    except UserError:  # closer than any two atoms may be
+        return True
+
+
+def _displaced(atoms: Atoms, size: float, strain: float, recipe: LearnRecipe, generator: np.random.Generator) -> Atoms:
+    shifts = generator.standard_normal((len(atoms), 3))
+    shifts[fixed_atoms(atoms)] = 0.0
+    deformation = generator.uniform(-1, 1, (3, 3))
+    deformation = np.eye(3) + strain * 0.5 * (deformation + deformation.T)
+    for _ in range(TRIES):
+        new = atoms.copy()
+        if strain:
+            new.set_cell(atoms.cell.array @ deformation, scale_atoms=True)
+        new.positions += size * shifts
+        if not _too_close(new, recipe.trigger.guards.distance):
+            return new
+        size *= FEWER
+    return atoms

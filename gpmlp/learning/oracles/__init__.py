@@ -1,0 +1,1 @@
+"""Oracles: the codes that label structures, and how they are run."""

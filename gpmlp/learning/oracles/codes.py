@@ -1,0 +1,342 @@
+"""Calculators are the codes that can label, by a ready-made name or by an import path; torch is not needed to run them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase.calculators.calculator import Calculator, all_changes
+from ase.units import Bohr, Hartree
+
+PSEUDO_DIRS = ("/usr/share/espresso/pseudo", "/usr/local/share/espresso/pseudo")
+
+
+class OracleError(ValueError):
+    """An oracle that cannot label anything as it is set up; the text says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A ready-made entry.
+
+    Attributes:
+        path: "module:name" of the class or function that makes the calculator.
+        install: how to get what it needs.
+        defaults: keyword arguments that the recipe's come on top of.
+        program: name of the program that has to be there, '' if none.
+        closed: whether it takes no keyword but those in its list of defaults, of which it would not say so itself.
+    """
+
+    path: str
+    install: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    program: str = ""
+    closed: bool = False
+
+
+HERE = "gpmlp.learning.oracles.codes"
+READY = {
+    "emt": Ready("ase.calculators.emt:EMT", "", closed=True),
+    "lennard-jones": Ready("ase.calculators.lj:LennardJones", "", closed=True),
+    "stillinger-weber": Ready(f"{HERE}:stillinger_weber", "pip install matscipy"),
+    "tblite": Ready("tblite.ase:TBLite", "pip install tblite", {"method": "GFN2-xTB", "verbosity": 0}),
+    "pyscf": Ready("gpmlp.learning.oracles.oracle_pyscf:PySCF", "pip install pyscf"),
+    "quantum-espresso": Ready(
+        f"{HERE}:quantum_espresso", "apt install quantum-espresso quantum-espresso-data", program="pw.x"
+    ),
+    "gpaw": Ready(f"{HERE}:gpaw", "conda install -c conda-forge gpaw"),
+    "dftb+": Ready("ase.calculators.dftb:Dftb", "conda install -c conda-forge dftbplus"),
+    "vasp": Ready("ase.calculators.vasp:Vasp", ""),
+    "cp2k": Ready("ase.calculators.cp2k:CP2K", ""),
+    "orca": Ready("ase.calculators.orca:ORCA", ""),
+    "aims": Ready("ase.calculators.aims:Aims", ""),
+}
+
+
+def resolve(name: str) -> Callable[..., Any]:
+    """What makes the calculator called name.
+
+    Raises:
+        OracleError: no such ready-made entry, module or class; says what is near or how to install it.
+    """
+    if name in READY:
+        return _imported(READY[name].path, READY[name].install)
+    if ":" not in name:
+        from gpmlp.core.errors import suggest
+
+        raise OracleError(
+            f"there is no calculator '{name}'.{suggest(name, READY)} Any other goes by its import path, 'module:Class', "
+            "e.g. ase.calculators.emt:EMT"
+        )
+    return _imported(name, "")
+
+
+def look_in(folder: Path) -> None:
+    """Have Python find the modules of a folder, too; those that it finds elsewhere come first."""
+    if str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
+
+
+def _imported(path: str, install: str) -> Callable[..., Any]:
+    module_name, _, attribute = path.partition(":")
+    if "" not in sys.path:
+        look_in(Path())  # console scripts do not look there by themselves
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        missing = (getattr(error, "name", None) or module_name).partition(".")[0]
+        hint = install or f"pip install {missing}, or correct the name"
+        if importlib.util.find_spec(module_name.partition(".")[0]) is not None and error.__cause__ is not None:
+            hint = (
+                f"{error.__cause__}: it is installed, but another library stands in its way; pip install a newer torch"
+            )
+        raise OracleError(f"'{path}' cannot be imported: {error}; {hint}") from error
+    except (Exception, SystemExit) as error:  # whatever the module does on import
+        raise OracleError(
+            f"'{path}' cannot be imported: {type(error).__name__}: {error}; correct the module"
+        ) from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        from gpmlp.core.errors import suggest
+
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise OracleError(
+            f"module {module_name} has no class '{attribute}'.{suggest(attribute, names) if names else ''}"
+        )
+    return found
+
+
+def build(name: str, kwargs: Mapping[str, Any], directory: Path) -> Any:
+    """A new calculator that works in directory.
+
+    Raises:
+        OracleError: it cannot be made with these keyword arguments.
+    """
+    maker = resolve(name)
+    arguments = {**(READY[name].defaults if name in READY else {}), **kwargs}
+    own_folder = getattr(maker, "__module__", "") == HERE
+    try:
+        calculator = maker(directory, **arguments) if own_folder else maker(**arguments)
+    except OracleError:
+        raise
+    except Exception as error:
+        raise OracleError(
+            f"{name} cannot be made with kwargs {', '.join(arguments) or '(none)'}: {type(error).__name__}: {error}."
+            f"{_near(maker, arguments)}"
+        ) from error
+    _refuse_misspelt(name, maker, arguments)
+    if not own_folder and hasattr(calculator, "directory"):
+        calculator.directory = str(directory)
+    return calculator
+
+
+def _known(maker: Callable[..., Any]) -> list[str]:
+    """Keyword arguments that a maker is known to take."""
+    try:
+        names = [p.name for p in inspect.signature(maker).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    except (TypeError, ValueError):
+        return []
+    names += [str(k) for k in getattr(maker, "default_parameters", None) or {}]
+    return [name for name in names if name not in ("self", "atoms", "directory", "args")]
+
+
+def _near(maker: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """Names that the maker does take, near those it does not."""
+    from gpmlp.core.errors import suggest
+
+    known = _known(maker)
+    return "".join(f" '{name}':{suggest(name, known)}" for name in arguments if known and name not in known)
+
+
+def _refuse_misspelt(name: str, maker: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """ASE's own calculators swallow any keyword: one that is nearly one that they know is a slip, any other where all are known."""
+    known, closed = _known(maker), name in READY and READY[name].closed
+    for given in arguments:
+        close = difflib.get_close_matches(given, known, n=1, cutoff=0.85)
+        if given not in known and close:
+            raise OracleError(f"{name} knows no kwargs.{given}. Perhaps you meant '{close[0]}'")
+        if given not in known and closed:
+            raise OracleError(f"{name} knows no kwargs.{given}; it takes {', '.join(known)}")
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The first with what the second says instead, sections within sections."""
+    both = dict(first)
+    for key, value in second.items():
+        inner = both.get(key)
+        both[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return both
+
+
+def stillinger_weber(directory: Path, parameters: str = "Stillinger_Weber_PRB_31_5262_Si") -> Any:
+    """matscipy's Stillinger-Weber potential; parameters by the name that matscipy gives them."""
+    try:
+        from matscipy.calculators.manybody import Manybody
+        from matscipy.calculators.manybody.explicit_forms import stillinger_weber as forms
+    except ImportError as error:
+        raise OracleError(f"stillinger-weber cannot be imported: {error}; pip install matscipy") from error
+    if not hasattr(forms, parameters):
+        from gpmlp.core.errors import suggest
+
+        names = [name for name in vars(forms) if name.startswith("Stillinger_Weber_")]
+        raise OracleError(f"matscipy has no Stillinger-Weber parameters '{parameters}'.{suggest(parameters, names)}")
+    return Manybody(**forms.StillingerWeber(getattr(forms, parameters)))
+
+
+def gpaw(directory: Path, **kwargs: Any) -> Any:
+    """GPAW, its text output beside the other files of the label."""
+    try:
+        from gpaw import GPAW
+    except ImportError as error:
+        raise OracleError(f"gpaw cannot be imported: {error}; {READY['gpaw'].install}") from error
+    return GPAW(**{"txt": str(Path(directory) / "gpaw.txt"), **kwargs})
+
+
+def quantum_espresso(
+    directory: Path,
+    *,
+    pseudopotentials: Mapping[str, str] | None = None,
+    ecutwfc_Ry: float | None = None,
+    ecutrho_Ry: float | None = None,
+    degauss_Ry: float | None = None,
+    smearing: str = "mv",
+    mixing_beta: float | None = None,
+    kpts: Any = None,
+    koffset: Any = (0, 0, 0),
+    kspacing: float | None = None,
+    command: str = "pw.x",
+    pseudo_dir: str | None = None,
+    input_data: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Any:
+    """pw.x through ASE, with forces and stress switched on and nothing left on disk but its input and output.
+
+    Args:
+        pseudopotentials: file by chemical symbol.
+        ecutwfc_Ry, ecutrho_Ry, degauss_Ry: cutoffs and width of the smearing; a metal needs degauss_Ry.
+        kspacing: distance of k-points in 1/A, without 2 pi; a mesh that changes with the cell makes steps in the energy, so give
+            kpts where the cell changes. Only Gamma if neither is given.
+        pseudo_dir: else $ESPRESSO_PSEUDO, else where Debian's quantum-espresso-data puts them.
+        input_data: any keyword of pw.x, flat or by namelist; comes last.
+    """
+    from ase.calculators.espresso import Espresso, EspressoProfile
+
+    folder = _pseudo_dir(pseudo_dir)
+    _check_pseudopotentials(pseudopotentials, folder)
+    data: dict[str, Any] = {"tprnfor": True, "tstress": True, "disk_io": "none"}
+    data |= {} if degauss_Ry is None else {"occupations": "smearing", "smearing": smearing, "degauss": degauss_Ry}
+    for key, value in (("ecutwfc", ecutwfc_Ry), ("ecutrho", ecutrho_Ry), ("mixing_beta", mixing_beta)):
+        data |= {} if value is None else {key: value}
+    for key, value in (input_data or {}).items():
+        data |= dict(value) if isinstance(value, Mapping) else {key: value}
+    if "ecutwfc" not in data:
+        raise OracleError("quantum-espresso needs kwargs.ecutwfc_Ry, the cutoff of plane waves (Ry), e.g. 30")
+    points = {"kspacing": kspacing} if kspacing is not None else {"kpts": kpts}
+    return Espresso(
+        profile=EspressoProfile(command=command, pseudo_dir=folder),
+        directory=directory,
+        pseudopotentials=dict(pseudopotentials or {}),
+        input_data=data,
+        koffset=tuple(koffset),
+        **points,
+        **more,
+    )
+
+
+def _pseudo_dir(given: str | None) -> str:
+    tried = [p for p in (given, os.environ.get("ESPRESSO_PSEUDO")) if p][:1] or list(PSEUDO_DIRS)
+    for folder in tried:
+        if Path(folder).expanduser().is_dir():
+            return str(Path(folder).expanduser().resolve())
+    raise OracleError(
+        f"no folder of pseudopotentials at {' or '.join(tried)}; give kwargs.pseudo_dir, or apt install quantum-espresso-data"
+    )
+
+
+def _check_pseudopotentials(files: Mapping[str, str] | None, folder: str) -> None:
+    if not files:
+        some = ", ".join(sorted(os.listdir(folder))[:8])
+        raise OracleError(
+            f"quantum-espresso needs kwargs.pseudopotentials, a file for each element, e.g. {{Si: Si.pbe-rrkj.UPF}}; {folder} "
+            f"holds {some}, ..."
+        )
+    for symbol, name in files.items():
+        if not (Path(folder) / name).is_file():
+            near = [f for f in sorted(os.listdir(folder)) if f.split(".")[0].split("_")[0] == symbol]
+            raise OracleError(
+                f"there is no pseudopotential {name} in {folder}; for {symbol} it holds {', '.join(near) or 'none'}"
+            )
+
+
+class PySCF(Calculator):
+    """xc: a functional, or 'hf'; charge and spin (unpaired electrons) of the whole molecule; grid_level and conv_tol (Hartree) as in
+    pyscf; density_fit for speed."""
+
+    implemented_properties = ["energy", "free_energy", "forces"]
+    default_parameters = {
+        "xc": "pbe",
+        "basis": "def2-svp",
+        "charge": 0,
+        "spin": 0,
+        "density_fit": True,
+        "grid_level": 3,
+        "conv_tol": 1e-9,
+        "max_cycle": 100,
+    }
+    discard_results_on_any_change = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        unknown = set(kwargs) - set(self.default_parameters)
+        if unknown:
+            raise TypeError(f"unknown keyword arguments {sorted(unknown)}")
+        import pyscf  # noqa: F401 - missing: said when the recipe is read, not at the first label
+
+        super().__init__(**kwargs)
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
+        super().calculate(atoms, properties, system_changes)
+        if self.atoms.pbc.any():
+            raise ValueError("pyscf labels isolated molecules here; switch periodicity off or take a periodic code")
+        field = self._field()
+        energy = field.kernel()
+        if not field.converged:
+            field = field.newton()  # second order: slower and surer
+            energy = field.kernel()
+        if not field.converged:
+            raise RuntimeError("self-consistency was not reached")
+        gradient = field.nuc_grad_method()
+        if self.parameters["xc"].lower() != "hf":
+            gradient.grid_response = True  # else forces are not the slope of the energy to better than the grid
+        forces = -np.asarray(gradient.kernel()) * (Hartree / Bohr)
+        self.results = {"energy": energy * Hartree, "free_energy": energy * Hartree, "forces": forces}
+
+    def _field(self) -> Any:
+        """The unsolved self-consistent field."""
+        from pyscf import dft, gto, scf
+
+        p = self.parameters
+        molecule = gto.M(
+            atom=list(zip(self.atoms.get_chemical_symbols(), self.atoms.positions.tolist(), strict=True)),
+            unit="Angstrom",
+            basis=p["basis"],
+            charge=p["charge"],
+            spin=p["spin"],
+            verbose=0,
+        )
+        open_shell = p["spin"] != 0
+        if p["xc"].lower() == "hf":
+            field = scf.UHF(molecule) if open_shell else scf.RHF(molecule)
+        else:
+            field = (dft.UKS if open_shell else dft.RKS)(molecule, xc=p["xc"])
+            field.grids.level = p["grid_level"]
+        field.conv_tol, field.max_cycle = p["conv_tol"], p["max_cycle"]
+        return field.density_fit() if p["density_fit"] else field

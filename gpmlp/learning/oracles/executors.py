@@ -1,0 +1,329 @@
+"""Processes is an executor whose jobs run in worker processes of their own: one that hangs or crashes takes no other with it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import queue
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from gpmlp.core.errors import UserError, suggest
+from gpmlp.learning.oracles import results, worker
+from gpmlp.learning.oracles.oracle import OracleRecipe
+
+OPTIONS = {
+    "processes": ("threads",),
+    "inline": (),
+    "dask": ("threads", "address", "scheduler_file"),
+    "parsl": ("threads", "config"),
+}
+
+PATIENCE = 2.0  # s between asking a process to end and ending it
+POLL = 0.5  # s between looks for a file that says stop
+STOP = b"stop"
+TAIL = 400  # characters of what a crashed process said
+Record = dict[str, Any]
+
+
+class WorkerProcess:
+    """A process that makes one attempt after another, and the group of all that it starts."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self._said = tempfile.TemporaryFile()
+        own = {"OMP_NUM_THREADS": str(threads)} if "OMP_NUM_THREADS" not in os.environ else {}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gpmlp.learning.oracles.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,  # not ours: who reads our output would wait for a worker that outlives us
+            env={**os.environ, **own},
+            start_new_session=True,
+        )
+        self._rest = b""
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def call(self, job: Mapping[str, Any]) -> Record:
+        """Have the process make an attempt; the process is of no more use if `alive` is false afterwards."""
+        try:
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            return self._crashed(job)
+        deadline, timeout, stop = None, job["timeout_s"], job.get("stop")
+        while True:
+            line = self._line(deadline, stop)
+            if line == STOP:
+                self.end()
+                return worker.outcome(job, results.INTERRUPTED, "the run ended")
+            if line is None:
+                self.end(patience=0.0)
+                return worker.outcome(
+                    job, results.FAILED, f"hung: no answer within timeout_s {timeout:g}, nor to signals"
+                )
+            if not line:
+                return self._crashed(job)
+            message = json.loads(line)
+            if "waiting" in message:
+                worker.notice(message["waiting"])
+                continue
+            if "computing" not in message:
+                return message
+            if timeout is not None:
+                deadline = time.monotonic() + timeout + 2 * worker.grace(timeout)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def _line(self, deadline: float | None, stop: str | None) -> bytes | None:
+        """The next line; b"" if the process closed its output, None if the deadline came first, STOP if a file of that name did."""
+        while b"\n" not in self._rest:
+            if stop and os.path.exists(stop):
+                return STOP
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return None
+            if not self._selector.select(min(left or POLL, POLL) if stop else left):
+                continue
+            part = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not part:
+                return b""
+            self._rest += part
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line
+
+    def _crashed(self, job: Mapping[str, Any]) -> Record:
+        self.end(patience=0.0)
+        code = self._process.returncode
+        if code in worker.STOPPED:
+            return worker.outcome(job, results.INTERRUPTED, f"its worker process was ended by signal {abs(code)}")
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace")
+        with suppress(OSError):
+            said += (worker.folder_of(job) / "output.txt").read_text(errors="replace")
+        with suppress(OSError):
+            hung = (worker.folder_of(job) / "hung.txt").read_text(errors="replace")
+            if hung:
+                reason = f"hung: no answer within timeout_s {job['timeout_s']:g}, stuck in {hung.split(chr(10))[2:4]}"
+                return worker.outcome(job, results.FAILED, reason)
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return worker.outcome(job, results.FAILED, f"its worker process crashed ({how}) {said[-TAIL:]}")
+
+    def end(self, patience: float = PATIENCE) -> None:
+        """End the process and all that it started, and wait until it is gone."""
+        family = results.children(self.pid)
+        for number in (signal.SIGTERM, signal.SIGKILL) if patience else (signal.SIGKILL,):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, number)
+            for pid in family:  # some start groups of their own
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience if number == signal.SIGTERM else None)
+
+    def close(self) -> None:
+        """End the process if it lives, and give its pipes back; for the thread that calls, after which there is no more to call."""
+        if self.alive:
+            self.end()
+        self._selector.close()
+        for pipe in (self._process.stdin, self._process.stdout, self._said):
+            with suppress(OSError):  # what a crashed process has not read
+                pipe.close()
+
+
+class Processes(Executor):
+    """Runs `worker.attempt`, and only that, in a number of worker processes; they start when there is work."""
+
+    def __init__(self, workers: int, threads: int = 1) -> None:
+        self._workers, self._threads_each = workers, threads
+        self._queue: queue.SimpleQueue[tuple[Future, Mapping[str, Any]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._running: set[WorkerProcess] = set()
+        self._lanes: list[threading.Thread] = []
+        self._closing = False
+
+    def submit(self, fn: Callable[..., Record], /, *args: Any, **kwargs: Any) -> Future:
+        if fn is not worker.attempt or len(args) != 1 or kwargs:
+            raise ValueError("Processes runs worker.attempt(job) and nothing else")
+        future: Future = Future()
+        with self._lock:
+            if self._closing:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            self._queue.put((future, args[0]))
+            if len(self._lanes) < self._workers:
+                self._lanes.append(threading.Thread(target=self._lane, daemon=True, name="gpmlp-oracle"))
+                self._lanes[-1].start()
+        return future
+
+    def _lane(self) -> None:
+        process: WorkerProcess | None = None
+        while (item := self._queue.get()) is not None:
+            future, job = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                with self._lock:
+                    if not self._closing and (process is None or not process.alive):
+                        self._running.discard(process)
+                        if process is not None:
+                            process.close()
+                        process = WorkerProcess(self._threads_each)
+                        self._running.add(process)
+                if self._closing:
+                    future.set_result(worker.outcome(job, results.INTERRUPTED, "the run ended"))
+                    continue
+                record = process.call(job)
+                stopped = self._closing and record["kind"] == results.FAILED
+                future.set_result({**record, "kind": results.INTERRUPTED} if stopped else record)
+            except BaseException as error:
+                future.set_exception(error)
+        if process is not None:
+            process.close()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the worker processes, whatever they are doing; attempts that had not ended are as if never made."""
+        with self._lock:
+            self._closing = True
+            running, lanes = list(self._running), list(self._lanes)
+        for _ in lanes:
+            self._queue.put(None)
+        for process in running:
+            process.end(PATIENCE if process.alive else 0.0)
+        if wait:
+            for lane in lanes:
+                lane.join()
+
+
+class Inline(Executor):
+    """Makes attempts at once, in the calling thread: for oracles that are cheaper than a process."""
+
+    def submit(self, fn: Callable[..., Record], /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def in_own_process(job: Mapping[str, Any]) -> Record:
+    """Make an attempt in a process of its own, from a worker of dask or parsl, whose threads and memory are not ours to risk."""
+    process = WorkerProcess(job.get("threads", 1))
+    try:
+        return process.call(job)
+    finally:
+        process.close()
+
+
+@dataclass(frozen=True)
+class Runner:
+    """An executor and how to use it.
+
+    Attributes:
+        function: what makes an attempt there; takes a job, returns a record.
+        close: to be called at the end.
+        far: whether attempts have to be told to stop by a file, because nothing else reaches them.
+    """
+
+    executor: Executor
+    function: Callable[..., dict[str, Any]]
+    close: Callable[[], None]
+    far: bool = False
+
+
+def runner_of(recipe: OracleRecipe) -> Runner:
+    """The executor that a recipe asks for.
+
+    Raises:
+        UserError: it is not installed, or an option is not known to it.
+    """
+    for option in recipe.executor_options:
+        if option not in OPTIONS[recipe.executor]:
+            raise UserError(
+                f"oracle: executor {recipe.executor} has no option '{option}'."
+                f"{suggest(option, OPTIONS[recipe.executor]) if OPTIONS[recipe.executor] else ''}"
+            )
+    if recipe.executor == "dask":
+        return _dask(recipe)
+    if recipe.executor == "parsl":
+        return _parsl(recipe)
+    if recipe.executor == "inline":
+        return Runner(Inline(), worker.attempt, lambda: None)
+    executor = Processes(recipe.workers, recipe.executor_options.get("threads", 1))
+    return Runner(executor, worker.attempt, executor.shutdown)
+
+
+def _missing(name: str, error: ImportError) -> UserError:
+    return UserError(f"oracle: executor {name} cannot be imported: {error}; pip install 'gpmlp[{name}]'.")
+
+
+def _dask(recipe: OracleRecipe) -> Runner:
+    try:
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise _missing("dask", error) from error
+    where = {k: v for k, v in recipe.executor_options.items() if k in ("address", "scheduler_file")}
+    cluster = None
+    if not where:
+        # threads are enough: each attempt gets a process of its own
+        cluster = LocalCluster(
+            n_workers=1,
+            threads_per_worker=recipe.workers,
+            processes=False,
+            dashboard_address=None,
+            protocol="inproc://",
+        )
+        where = {"address": cluster}
+    try:
+        client = Client(**where, set_as_default=False)
+    except OSError as error:
+        raise UserError(f"oracle: there is no dask scheduler at {where}: {error}.") from error
+
+    executor = client.get_executor(pure=False)
+
+    def close() -> None:
+        executor.shutdown(wait=False)
+        client.close()
+        if cluster is not None:
+            cluster.close()
+
+    return Runner(executor, in_own_process, close, far=True)
+
+
+def _parsl(recipe: OracleRecipe) -> Runner:
+    try:
+        from parsl import Config, ThreadPoolExecutor
+        from parsl.concurrent import ParslPoolExecutor
+    except ImportError as error:
+        raise _missing("parsl", error) from error
+    path = recipe.executor_options.get("config")
+    if path is None:
+        config = Config(executors=[ThreadPoolExecutor(max_threads=recipe.workers)], initialize_logging=False)
+    else:
+        module, _, name = str(path).partition(":")
+        try:
+            config = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"oracle: executor_options.config '{path}' is no 'module:name' of a parsl Config: {error}."
+            ) from error
+    executor = ParslPoolExecutor(config=config)
+    return Runner(executor, in_own_process, executor.shutdown, far=True)

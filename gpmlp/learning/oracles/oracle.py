@@ -1,0 +1,178 @@
+"""An oracle is whoever knows the labels of structures; OracleRecipe names one, CalculatorOracle asks any ASE calculator."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from gpmlp.core import errors
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.learning.oracles import codes, results, worker
+from gpmlp.learning.oracles.job import reasons, targets_of
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+NOT_PHYSICS = ("command",)  # keyword arguments that say how a code is started, not what it computes
+
+
+class Oracle(Protocol):
+    """Whoever labels structures."""
+
+    def label(self, structures: Structures) -> Targets:
+        """Energies (free, where electrons are smeared), forces and stresses; NaN = not known."""
+        ...
+
+
+class OracleRecipe(BaseModel):
+    """Which code labels, how it is run, and what happens when it fails; docs/oracles.md explains the keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    calculator: str
+    kwargs: dict[str, Any] = {}
+    free_energy: bool | None = None
+    stress: bool | None = None
+    magnetic_moments: dict[str, float] = {}
+    timeout_s: Positive | None = 86400.0
+    retries: Annotated[int, Field(ge=0)] = 1
+    retry_kwargs: tuple[dict[str, Any], ...] = ()
+    on_failure: Literal["set aside", "stop"] = "set aside"
+    at_most_failures: Annotated[int, Field(ge=0)] = 5
+    workers: Count = 1
+    executor: Literal["processes", "inline", "dask", "parsl"] = "processes"
+    executor_options: dict[str, Any] = {}
+    directory: str | None = None
+    keep: bool = False
+    check_forces: bool = True
+    largest_force: Positive = 1000.0
+    largest_net_force: Positive = 0.1
+    check_every: Annotated[int, Field(ge=0)] = 20
+
+    @field_validator("calculator")
+    @classmethod
+    def _there(cls, name: str) -> str:
+        codes.resolve(name)
+        return name
+
+    @field_validator("kwargs", "retry_kwargs")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(f"must hold plain values (numbers, texts, lists, mappings): {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OracleRecipe:
+        for symbol in self.magnetic_moments:
+            errors.atomic_number(symbol)
+        return self
+
+    @property
+    def attempts(self) -> int:
+        """How often a structure is asked for before it is given up."""
+        return 1 + max(self.retries, len(self.retry_kwargs))
+
+    @property
+    def settings_hash(self) -> str:
+        """Of all that decides what a label is, and of nothing that only says how it is obtained."""
+        kwargs = {key: value for key, value in self.kwargs.items() if key not in NOT_PHYSICS}
+        physics = [self.calculator, kwargs, self.free_energy, self.stress, self.magnetic_moments]
+        return "o" + hashlib.sha256(json.dumps(physics, sort_keys=True).encode()).hexdigest()[:15]
+
+    def kwargs_of(self, attempt: int) -> dict[str, Any]:
+        """Keyword arguments of an attempt, counted from 1: later ones with retry_kwargs in turn, the last of them again."""
+        if attempt == 1 or not self.retry_kwargs:
+            return dict(self.kwargs)
+        return codes.merged(self.kwargs, self.retry_kwargs[min(attempt - 2, len(self.retry_kwargs) - 1)])
+
+    def check(self) -> None:
+        """Raise UserError if the calculator cannot be made, or its program is not there."""
+        ready = codes.READY.get(self.calculator)
+        if ready and ready.program and self.executor in ("processes", "inline"):
+            program = str(self.kwargs.get("command", ready.program)).split()[0]
+            if shutil.which(program) is None:
+                raise UserError(
+                    f"oracle: there is no program '{program}' for {self.calculator}; {ready.install}, or give kwargs.command"
+                )
+        with tempfile.TemporaryDirectory(prefix="gpmlp-oracle-") as folder:
+            try:
+                for attempt in range(1, self.attempts + 1):
+                    codes.build(self.calculator, self.kwargs_of(attempt), Path(folder))
+            except codes.OracleError as error:
+                raise UserError(f"oracle: {str(error).removesuffix('.')}.") from error
+
+
+@dataclass(frozen=True)
+class CalculatorOracle:
+    """Asks an ASE calculator, here and now; each structure gets a fresh one, so that no label depends on those before it."""
+
+    recipe: OracleRecipe
+
+    def label(self, structures: Structures) -> Targets:
+        """Label one structure after another.
+
+        Raises:
+            UserError: all attempts at a structure failed; names it.
+        """
+        self.recipe.check()
+        found = []
+        with tempfile.TemporaryDirectory(prefix="gpmlp-oracle-") as folder:
+            for i in range(len(structures)):
+                structure = structures.select([i])
+                check = self.recipe.check_every > 0 and i % self.recipe.check_every == 0
+                found.append(self._one(structure, Path(folder), f"structure{i}", check))
+        return Targets.concatenate(found)
+
+    def _one(self, structure: Structures, folder: Path, key: str, check: bool) -> Targets:
+        records = []
+        for attempt in range(1, self.recipe.attempts + 1):
+            asked = job(self.recipe, key, attempt, structure, folder / "spool", folder / "scratch", check)
+            records.append(worker.attempt(asked))
+            if records[-1]["kind"] == results.LABEL:
+                return targets_of(records[-1], structure)
+            if records[-1]["kind"] != results.FAILED:
+                break
+        raise UserError(f"{structure.names[0]}: the oracle gave no label: {reasons(records)}.")
+
+
+def job(
+    recipe: OracleRecipe, key: str, attempt: int, structure: Structures, spool_folder: Path, scratch: Path, check: bool
+) -> dict[str, Any]:
+    """Everything that an attempt needs to know, as plain numbers and texts."""
+    return {
+        "key": key,
+        "attempt": attempt,
+        "calculator": recipe.calculator,
+        "kwargs": recipe.kwargs_of(attempt),
+        "structure": {
+            "positions": structure.positions.double().tolist(),
+            "cell": structure.cells[0].double().tolist(),
+            "periodic": structure.periodic[0].tolist(),
+            "species": structure.species.tolist(),
+        },
+        "magnetic_moments": recipe.magnetic_moments,
+        "free_energy": recipe.free_energy,
+        "stress": recipe.stress,
+        "timeout_s": recipe.timeout_s,
+        "keep": recipe.keep,
+        "check": check,
+        "check_forces": recipe.check_forces,
+        "largest_force": recipe.largest_force,
+        "largest_net_force": recipe.largest_net_force,
+        "threads": recipe.executor_options.get("threads", 1),
+        "spool": str(Path(spool_folder).absolute()),
+        "scratch": str(Path(scratch).absolute()),
+        "path": list(sys.path),
+    }

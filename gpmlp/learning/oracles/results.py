@@ -1,0 +1,230 @@
+"""The spool is a folder of attempts at labels, written by whoever computed them before anyone is told; no torch."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+TICKS = os.sysconf("SC_CLK_TCK")
+GRACE = 5.0  # s in which an orphan must have computed something, it or a process that it started
+LOOK = 1.0  # s between two looks at that
+MODULE = b"gpmlp.learning.oracles.worker"
+
+
+LABEL, FAILED = "label", "failed"  # these end an attempt and are kept
+UNUSABLE, INTERRUPTED, DISK = "unusable", "interrupted", "disk"  # these say nothing of the structure and are not
+POLL = 0.05  # s
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def path(folder: str | os.PathLike[str], key: str, attempt: int) -> Path:
+    return Path(folder) / f"{key}.{attempt}.json"
+
+
+def write(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Put the record of an attempt into the spool: complete and on the disk, or not at all (OSError)."""
+    target = path(folder, record["key"], record["attempt"])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "x") as file:
+            json.dump(record, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        descriptor = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(folder: str | os.PathLike[str], key: str, attempt: int) -> dict[str, Any] | None:
+    """The record of an attempt; None if it has not ended."""
+    try:
+        record = json.loads(path(folder, key, attempt).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return record if isinstance(record, dict) and record.get("kind") in (LABEL, FAILED) else None
+
+
+def attempts(folder: str | os.PathLike[str], key: str) -> list[dict[str, Any]]:
+    """The records of all attempts from the first on that have ended."""
+    found = []
+    while (record := read(folder, key, len(found) + 1)) is not None:
+        found.append(record)
+    return found
+
+
+def forget(folder: str | os.PathLike[str], key: str) -> None:
+    """Remove what the spool holds of a key."""
+    for file in Path(folder).glob(f"{key}.*"):
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(
+    folder: str | os.PathLike[str], key: str, waiting: Callable[[str], None] = lambda text: None
+) -> Iterator[None]:
+    """Wait until nobody else computes this key: whoever does may have outlived the run that asked for it.
+
+    The system lets go of the lock when the process that holds it ends, in whatever way.
+
+    Args:
+        waiting: called time and again with what the file of the lock says of who holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(Path(folder) / f"{key}.lock", os.O_RDWR | os.O_CREAT)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting(os.pread(descriptor, 4096, 0).decode(errors="replace"))
+                time.sleep(POLL)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                break  # a file system without locks: asked twice at worst
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, Holder.me().plain().encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock.
+
+    Attributes:
+        began: ticks after boot when the process began, which tells it from a later one of the same number.
+        parent: process number of the run it works for.
+        machine: boot and namespace in which the numbers hold.
+    """
+
+    pid: int
+    began: int
+    parent: int
+    host: str
+    machine: str
+
+    @staticmethod
+    def me() -> Holder:
+        values = _stat(os.getpid())
+        return Holder(os.getpid(), int(values[19]) if values else -1, os.getppid(), socket.gethostname(), _machine())
+
+    @staticmethod
+    def of(text: str) -> Holder | None:
+        """What a lock file says; None if nothing, as of a holder that has just begun."""
+        with suppress(ValueError, TypeError):
+            return Holder(**json.loads(text))
+        return None
+
+    def plain(self) -> str:
+        return json.dumps(asdict(self))
+
+    @property
+    def here(self) -> bool:
+        """Whether it is a process of this machine."""
+        return self.machine != "" and self.machine == _machine()
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether it is, without doubt, a worker of this machine the run of which has ended."""
+        values = _stat(self.pid) if self.here else []
+        if not values or int(values[19]) != self.began or int(values[1]) == self.parent:
+            return False
+        with suppress(OSError):
+            return MODULE in (Path("/proc") / str(self.pid) / "cmdline").read_bytes().split(b"\0")
+        return False
+
+    def work(self) -> int:
+        """Processor time (ticks) that it, all that it started and those of them that have ended have used."""
+        found = (_stat(pid) for pid in (self.pid, *children(self.pid)))
+        return sum(sum(map(int, values[11:15])) for values in found if values)
+
+    def end(self) -> None:
+        """End it and all that it started."""
+        for pid in (self.pid, *children(self.pid)):
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+
+
+class Waiting:
+    """What is done while somebody else has a lock: say so, once for each holder, and end an orphan that does nothing."""
+
+    def __init__(self, key: str, tell: Callable[[str], None]) -> None:
+        self.key, self.tell = key, tell
+        self.holder: Holder | None = None
+        self.worked, self.since, self.looked = -1, 0.0, 0.0
+
+    def __call__(self, text: str) -> None:
+        """Look at the holder, whose lock file holds this text; to be called time and again."""
+        now = time.monotonic()
+        if now - self.looked < LOOK:
+            return
+        holder, self.looked = Holder.of(text), now
+        if holder is None:
+            return
+        if holder != self.holder:
+            self.holder, self.worked = holder, -1
+            self.tell(self._sentence(holder))
+        if not holder.orphaned:
+            return
+        work = holder.work()
+        if work != self.worked:
+            self.worked, self.since = work, now
+        elif now - self.since >= GRACE:
+            holder.end()
+            self.tell(
+                f"process {holder.pid}, an oracle of an earlier run, has done nothing for {GRACE:g} s; it was ended"
+            )
+
+    def _sentence(self, holder: Holder) -> str:
+        who = f"waiting for process {holder.pid} on {'this machine' if holder.here else holder.host}"
+        if not holder.orphaned:
+            return f"{who}, which computes the label {self.key} already"
+        return (
+            f"{who}, an oracle of an earlier run, which computes the label {self.key} already: its answer will be taken. It is ended "
+            f"where it does nothing for {GRACE:g} s; to have the label computed anew, end it (kill {holder.pid})"
+        )
+
+
+def children(pid: int, since: float = 0.0) -> list[int]:
+    """Processes that a process started, and those that they started; only those begun since a time after boot (s)."""
+    known: dict[int, list[tuple[int, float]]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        if values := _stat(int(entry.name)):
+            known.setdefault(int(values[1]), []).append((int(entry.name), int(values[19]) / TICKS))
+    found = list(known.get(pid, []))
+    for child, _ in found:  # grows while it is read
+        found += known.get(child, [])
+    return [child for child, began in found if began >= since]
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, ... of a process, as proc(5) lists them from its third on; none if there is no such process."""
+    with suppress(OSError):
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+def _machine() -> str:
+    with suppress(OSError):
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return ""

@@ -1,0 +1,384 @@
+"""Picking chooses from a pool the structures, or the environments, that are most worth a reference calculation."""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpmlp import descriptors
+from gpmlp.core import errors, neighbors
+from gpmlp.core.environments import Descriptor, Surroundings
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
+from gpmlp.fitting import defaults, selection
+from gpmlp.learning.conditional_variance import Belief, Candidate
+from gpmlp.potential.potential import Potential
+from gpmlp.recipe import Recipe
+
+BY_MODEL = ("both", "variance", "mahalanobis")
+METHODS = (*BY_MODEL, "farthest", "cur", "random")
+UNITS = {method: {"variance": " eV", "both": " eV"}.get(method, "") for method in METHODS}  # of the scores
+LIKE = 0.01  # |x - x'| of unit features: displacements of about a hundredth of an A; nearer environments are the same
+CACHE_BYTES = 512 << 20  # of candidates; those not used for longest are made again when they are asked for
+ROW_BYTES = 256 << 20  # of the rows that 'farthest' and 'cur' compare; longer rows are projected to random directions
+KNOWN_ROWS = 4096  # of what is excluded: from which 'farthest' keeps away, or that count as labelled
+PIVOTS = 32  # environments of a picked structure that count as labelled, at most; fewer where there would be more than
+ALL_PIVOTS = 6000  # of all structures together: their covariance is held
+LITTLE = 0.03  # of the highest score of the pool: what is excluded and has less says little
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """What was picked, best first.
+
+    Attributes:
+        method: of METHODS.
+        structures: (n,) index of the structure, or of the structure that holds the environment.
+        atoms: (n,) index of the environment's atom in the pool; None where structures were picked.
+        scores: (n,) when it was picked, given those before. 'variance': standard deviation of the most uncertain local energy, eV;
+            'mahalanobis': largest novelty, in thresholds; 'both': their product; 'farthest': squared distance to the nearest
+            picked before; 'cur', 'random': the key that was drawn.
+        repeats: how many, at the end, are like others before: nothing else was left.
+    """
+
+    method: str
+    structures: Tensor
+    atoms: Tensor | None
+    scores: Tensor
+    repeats: int
+
+    def places(self, pool: Structures) -> list[int] | None:
+        """The index of each environment's atom within its structure; None where structures were picked."""
+        return None if self.atoms is None else (self.atoms - pool.offsets.cpu()[self.structures]).tolist()
+
+
+def pick(
+    pool: Structures,
+    n: int,
+    method: str | None = None,
+    potential: Potential | None = None,
+    environments: bool = False,
+    seed: int = 0,
+    exclude: Structures | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Picked:
+    """Pick n structures, or n environments, of the pool.
+
+    Args:
+        method: of METHODS; if not given, 'both' where the potential has variances and novelty, else the one that it has, else 'farthest'.
+        environments: whether single environments are picked.
+        seed: of 'cur' and 'random'; the others draw nothing.
+        exclude: structures that are labelled already; what is like them is not picked, and they count as known.
+
+    Raises:
+        checks.UserError: more asked for than there is; a method that needs a model, or a part of it, that is not there; a species
+            that the model does not know; everything is like what is excluded.
+    """
+    method = _method(method, potential)
+    size = pool.n_atoms if environments else len(pool)
+    what = "environments" if environments else "structures"
+    if n < 1:
+        raise errors.UserError(f"The number to pick must be 1 or more; got {n}.")
+    if n > size:
+        raise errors.UserError(f"Cannot pick {n} {what}: the pool holds {size}.")
+    for some in (pool, exclude):
+        if potential is not None and some is not None:
+            potential.check_species(some)
+    descriptor, species = _descriptor(pool, exclude, potential)
+    basket = _Basket(pool, n, environments, _Seen.of(descriptor, exclude, progress), progress)
+    if method in BY_MODEL:
+        belief = Belief(potential, method != "mahalanobis", method != "variance")
+        known = _Shelf(exclude, belief, "known", progress) if exclude is not None else None
+        _greedy(_Shelf(pool, belief, "pool", progress), known, belief, basket)
+    else:
+        basket = _ordered(method, descriptor, species, basket, exclude, seed)
+    return basket.picked(method)
+
+
+def _method(method: str | None, potential: Potential | None) -> str:
+    has = {
+        "variance": potential is not None and potential.variances is not None,
+        "mahalanobis": potential is not None and potential.novelty is not None,
+    }
+    has["both"] = all(has.values())
+    if method is None:
+        return next((m for m in BY_MODEL if has[m]), "farthest")
+    errors.choose("method", method, METHODS)
+    if not has.get(method, True):
+        if potential is None:
+            others = ", ".join(m for m in METHODS if m not in BY_MODEL)
+            raise errors.UserError(f"The method '{method}' needs a model; give one, or choose one of: {others}.")
+        missing = "posterior factor (recipe: variance)" if not has["variance"] else "novelty (recipe: novelty)"
+        raise errors.UserError(f"The method '{method}' needs a model fitted with its {missing}; this one has none.")
+    return method
+
+
+def _descriptor(
+    pool: Structures, exclude: Structures | None, potential: Potential | None
+) -> tuple[Descriptor, tuple[int, ...]]:
+    """The first descriptor of the model, or that of the default recipe; and the species it knows."""
+    if potential is not None:
+        return potential.terms[0].descriptor, potential.species
+    species = sorted({*pool.distinct_species, *(exclude.distinct_species if exclude is not None else ())})
+    found = defaults.survey(pool, Targets.unknown(pool))
+    resolved = defaults.resolve(Recipe(), found, len(species))
+    return descriptors.make(tuple(species), resolved.descriptors[0].model_dump()), tuple(species)
+
+
+def _features(descriptor: Descriptor, structures: Structures) -> Tensor:
+    surroundings = Surroundings.of(structures, neighbors.find(structures, descriptor.cutoff))
+    return descriptor(surroundings).features.detach().double()
+
+
+def _streamed(descriptor: Descriptor, structures: Structures) -> Iterator[tuple[Structures, Tensor]]:
+    for part in chunks(structures.to(device="cpu"), CHUNK_ATOMS):
+        yield part, _features(descriptor, part)
+
+
+class _Seen:
+    """Environments by species, that others can be compared with."""
+
+    def __init__(self) -> None:
+        self._features: dict[int, list[Tensor]] = {}
+
+    @staticmethod
+    def of(descriptor: Descriptor, structures: Structures | None, progress: Progress) -> _Seen:
+        seen, done = _Seen(), 0
+        for part, x in _streamed(descriptor, structures) if structures is not None else ():
+            seen.add(part.species, x)
+            done += len(part)
+            progress("excluded", done, len(structures))
+        return seen
+
+    def add(self, species: Tensor, x: Tensor) -> None:
+        for z in species.unique().tolist():
+            # single precision rounds x.x' by 1e-7, which is nothing beside LIKE²
+            self._features.setdefault(z, []).append(x[species == z].float())
+
+    def like(self, species: Tensor, x: Tensor) -> Tensor:
+        """(n,) whether the environment is within LIKE of one that was seen."""
+        out = torch.zeros(len(x), dtype=torch.bool)
+        for z in species.unique().tolist():
+            if z not in self._features:
+                continue
+            self._features[z] = [torch.cat(self._features[z])]
+            mine = (species == z).nonzero()[:, 0]
+            rows = x[mine].float()
+            # |x - x'|² = 2 - 2 x.x'
+            nearest = torch.stack([(rows @ some.T).amax(1) for some in self._features[z][0].split(8192)]).amax(0)
+            out[mine] = 2 - 2 * nearest <= LIKE**2
+        return out
+
+
+class _Basket:
+    """What has been picked so far; refuses what is excluded, and puts what it has already aside for when nothing else is left."""
+
+    def __init__(self, pool: Structures, n: int, environments: bool, excluded: _Seen, progress: Progress) -> None:
+        self.pool, self.n, self.environments = pool, n, environments
+        self.excluded, self._own, self.progress = excluded, _Seen(), progress
+        self.offsets = pool.offsets.tolist()
+        self.owners = pool.structure_of_atom.cpu()
+        self._taken: list[tuple[int, float]] = []
+        self._aside: list[tuple[int, float]] = []
+
+    @property
+    def size(self) -> int:
+        return self.pool.n_atoms if self.environments else len(self.pool)
+
+    @property
+    def full(self) -> bool:
+        return len(self._taken) == self.n
+
+    def offer(self, item: int, score: float, species: Tensor, x: Tensor) -> bool:
+        """Take a structure, or an atom, with the species and features of its environments, unless there is a reason not to."""
+        excluded = self.excluded.like(species, x)
+        if excluded.all():
+            return False
+        if (excluded | self._own.like(species, x)).all():
+            self._aside.append((item, score))
+            return False
+        self._own.add(species, x)
+        self._taken.append((item, score))
+        self.progress("picking", len(self._taken), self.n)
+        return True
+
+    def picked(self, method: str) -> Picked:
+        every = (self._taken + self._aside)[: self.n]
+        if len(every) < self.n:
+            what = "environments" if self.environments else "structures"
+            raise errors.UserError(
+                f"Cannot pick {self.n} {what}: only {len(every)} of the {self.size} are unlike all that are excluded."
+            )
+        self.progress("picking", self.n, self.n)
+        items = torch.tensor([item for item, _ in every])
+        scores = torch.tensor([score for _, score in every], dtype=torch.float64)
+        repeats = self.n - len(self._taken)
+        if self.environments:
+            return Picked(method, self.owners[items], items, scores, repeats)
+        return Picked(method, items, None, scores, repeats)
+
+
+class _Shelf:
+    """The candidates of a pool: made in one pass, forgotten when memory is short, made again when asked for."""
+
+    def __init__(self, pool: Structures, belief: Belief, name: str, progress: Progress) -> None:
+        self.pool, self.belief, self._name, self._progress = pool.to(device="cpu"), belief, name, progress
+        self._kept: OrderedDict[int, tuple[Candidate, int]] = OrderedDict()
+        self._bytes = 0
+
+    def first(self) -> Iterator[tuple[int, Candidate]]:
+        """All candidates in order."""
+        done = 0
+        for part in chunks(self.pool, CHUNK_ATOMS):
+            for candidate in self.belief.look(part):
+                self._keep(done, candidate)
+                yield done, candidate
+                done += 1
+            self._progress(self._name, done, len(self.pool))
+
+    def __getitem__(self, s: int) -> Candidate:
+        """Candidate s, up to date."""
+        candidate, n_bytes = self._kept.pop(s, (None, 0))
+        self._bytes -= n_bytes
+        if candidate is None:
+            candidate = self.belief.look(self.pool.select([s]))[0]
+        self.belief.update(candidate)
+        self._keep(s, candidate)
+        return candidate
+
+    def _keep(self, s: int, candidate: Candidate) -> None:
+        self._kept[s] = candidate, candidate.n_bytes
+        self._bytes += candidate.n_bytes
+        while self._bytes > CACHE_BYTES and self._kept:
+            _, (_, n_bytes) = self._kept.popitem(last=False)
+            self._bytes -= n_bytes
+
+
+def _greedy(shelf: _Shelf, known: _Shelf | None, belief: Belief, basket: _Basket) -> None:
+    """Pick what has the highest score given all that was picked before.
+
+    Scores only fall as more is known, so an old one is an upper bound, and a candidate whose bound is below the best score need not
+    be looked at again (Minoux, Optimization Techniques 7, 234 (1978)): the order is the exact one, at a fraction of the work.
+    """
+    queue = [(-float(c.scores.max()), s) for s, c in shelf.first()]
+    heapq.heapify(queue)
+    if known is not None:
+        _learn_known(known, belief, -queue[0][0])
+    left = torch.ones(basket.pool.n_atoms, dtype=torch.bool)
+    at_most = max(1, min(PIVOTS, ALL_PIVOTS // basket.n))
+    while queue and not basket.full:
+        bound, s = heapq.heappop(queue)
+        candidate, first = shelf[s], basket.offsets[s]
+        scores = torch.where(left[first : first + len(candidate)], candidate.scores, -1.0)
+        best = int(scores.argmax())
+        score = float(scores[best])
+        if score < -bound and queue and score < -queue[0][0]:
+            heapq.heappush(queue, (-score, s))
+            continue
+        species, x = candidate.species, candidate.features[0]
+        if not basket.environments:
+            if basket.offer(s, score, species, x):
+                belief.learn_all(candidate, at_most)
+            continue
+        left[first + best] = False
+        if basket.offer(first + best, score, species[best : best + 1], x[best : best + 1]):
+            belief.learn(candidate, best)
+        if left[first : first + len(candidate)].any():
+            heapq.heappush(queue, (-score, s))
+
+
+def _learn_known(known: _Shelf, belief: Belief, highest: float) -> None:
+    """Let what is excluded count as labelled, the most telling first, until it says little of scores as high as those of the pool."""
+    queue = [(-float(c.scores.max()), s) for s, c in known.first()]
+    heapq.heapify(queue)
+    while queue and len(belief) < KNOWN_ROWS:
+        bound, s = heapq.heappop(queue)
+        if -bound <= LITTLE * highest:
+            return
+        candidate = known[s]
+        score = float(candidate.scores.max())
+        if score < -bound and queue and score < -queue[0][0]:
+            heapq.heappush(queue, (-score, s))
+        else:
+            belief.learn_all(candidate, PIVOTS)
+
+
+def _ordered(
+    method: str,
+    descriptor: Descriptor,
+    species: tuple[int, ...],
+    basket: _Basket,
+    exclude: Structures | None,
+    seed: int,
+) -> _Basket:
+    """Fill a basket in the order of gpmlp.fitting.selection, which is asked for more where something is refused."""
+    pool, n, size = basket.pool.to(device="cpu"), basket.n, basket.size
+    rows = known = torch.zeros(size, 1)
+    if method != "random":
+        rows = _rows(descriptor, species, pool, basket)
+    if method == "farthest" and exclude is not None:
+        every = exclude.n_atoms if basket.environments else len(exclude)
+        known = _rows(descriptor, species, exclude, basket)[:: -(-every // KNOWN_ROWS)]
+    ask = n
+    while True:
+        if method == "farthest":
+            order, scores = selection.farthest(rows, ask, known if exclude is not None else None)
+        else:
+            order, scores = selection.select(method, rows, ask, torch.abs, seed)
+        found = list(zip(order.tolist(), scores.tolist(), strict=True))
+        if ask == size:  # 'farthest' and 'cur' leave exact duplicates out
+            found += [(i, 0.0) for i in sorted(set(range(size)) - set(order.tolist()))]
+        basket = _Basket(basket.pool, n, basket.environments, basket.excluded, basket.progress)
+        for item, score in found:
+            s = int(basket.owners[item]) if basket.environments else item
+            one = pool.select([s])
+            here = slice(item - basket.offsets[s], item - basket.offsets[s] + 1) if basket.environments else slice(None)
+            basket.offer(item, score, one.species[here], _features(descriptor, one)[here])
+            if basket.full:
+                return basket
+        if ask == size:
+            return basket
+        ask = min(2 * ask, size)
+
+
+def _rows(descriptor: Descriptor, species: tuple[int, ...], structures: Structures, basket: _Basket) -> Tensor:
+    """What 'farthest' and 'cur' compare, one row for each structure or environment of the pool or of what is excluded.
+
+    Structures: the mean of the unit features of each species, one after another. Environments: features, and one more coordinate for
+    each species, which is 1 for that of the centre. Features that do not fit into ROW_BYTES are projected to random directions
+    (Johnson, Lindenstrauss, Contemp. Math. 26, 189 (1984)), the same whatever the structures.
+    """
+    blocks = 1 if basket.environments else len(species)
+    width = min(descriptor.n_features, max(64, ROW_BYTES // (8 * blocks * basket.size)))
+    projections: dict[int, Tensor] = {}
+    out = []
+    for part, x in _streamed(descriptor, structures):
+        slot = torch.tensor([species.index(z) for z in part.species.tolist()])
+        if basket.environments:
+            centre = torch.nn.functional.one_hot(slot, len(species)).double()
+            out.append(torch.cat([_projected(x, width, 0, projections), centre], dim=1))
+            continue
+        means = x.new_zeros(len(species), len(part), width)
+        for k in slot.unique().tolist():
+            mine = (slot == k).nonzero()[:, 0]
+            owner = part.structure_of_atom[mine]
+            counts = torch.bincount(owner, minlength=len(part)).clamp_min(1)
+            means[k].index_add_(0, owner, _projected(x[mine], width, k, projections) / counts[owner, None])
+        out.append(means.transpose(0, 1).flatten(1))
+    return torch.cat(out)
+
+
+def _projected(x: Tensor, width: int, block: int, made: dict[int, Tensor]) -> Tensor:
+    if width == x.shape[1]:
+        return x
+    if block not in made:
+        generator = torch.Generator().manual_seed(block)
+        made[block] = torch.randn(x.shape[1], width, generator=generator, dtype=torch.float64) / width**0.5
+    return x @ made[block]

@@ -1,0 +1,211 @@
+"""LearnRecipe is the validated list of choices of a learning run: start, oracle, dynamics, and when to ask and to stop."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gpmlp.learning.oracles.oracle import OracleRecipe
+from gpmlp.learning.stopping.judge import StopRecipe
+from gpmlp.recipe import Recipe
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+FEWEST_LABELS = 2  # that a model is made from
+RAMP_SHARE = 2 / 3  # of the steps, where the recipe does not say how long a ramp is
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DynamicsRecipe(_Section):
+    """Molecular dynamics of every walker.
+
+    temperature_K and pressure_GPa: one value, or [first, last] of a linear ramp over the first `ramp_steps` steps (two thirds of all
+    if None). nvt is Langevin dynamics (BAOAB), npt the same in a cell that breathes (`cell: isotropic`) or changes shape (`full`).
+    timestep_fs None: 0.5 where there is hydrogen, 1 up to neon, else 2. While walkers wait for labels the others go on for up to
+    `ahead` looks.
+    """
+
+    ensemble: Literal["nve", "nvt", "langevin", "npt"] = "nvt"
+    temperature_K: Annotated[float, Field(ge=0, allow_inf_nan=False)] | tuple[Positive, Positive]
+    pressure_GPa: Finite | tuple[Finite, Finite] = 0.0
+    cell: Literal["isotropic", "full"] = "isotropic"
+    timestep_fs: Positive | None = None
+    steps: Count = 20_000
+    walkers: Count = 1
+    ramp_steps: Count | None = None
+    relaxation_fs: Positive = 100.0
+    ahead: Annotated[int, Field(ge=0)] = 10
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DynamicsRecipe:
+        if self.ensemble != "npt":
+            for name, plain in (("pressure_GPa", 0.0), ("cell", "isotropic")):
+                if getattr(self, name) != plain:
+                    raise ValueError(f"{name} has no meaning with ensemble {self.ensemble}; leave it out, or take npt")
+        if self.ramp_steps is not None and self.ramp_steps > self.steps:
+            raise ValueError(
+                f"ramp_steps {self.ramp_steps} are more than all steps, {self.steps}: the last value would never be reached; "
+                "take fewer, or more steps"
+            )
+        return self
+
+    @property
+    def ramp(self) -> int:
+        """Steps that temperature and pressure take to get to their last values."""
+        if not isinstance(self.temperature_K, tuple) and not isinstance(self.pressure_GPa, tuple):
+            return 0
+        return self.ramp_steps or max(1, int(RAMP_SHARE * self.steps))
+
+    def temperature(self, step: int) -> float:
+        """Target temperature at a step, K."""
+        return _along(self.temperature_K, step, self.ramp)
+
+    def pressure(self, step: int) -> float:
+        """Target pressure at a step, GPa."""
+        return _along(self.pressure_GPa, step, self.ramp)
+
+    @property
+    def highest_K(self) -> float:
+        return max(self.temperature_K) if isinstance(self.temperature_K, tuple) else self.temperature_K
+
+
+def _along(value: float | tuple[float, float], step: int, ramp: int) -> float:
+    if not isinstance(value, tuple):
+        return value
+    return value[0] + (value[1] - value[0]) * min(1.0, step / ramp)
+
+
+class GuardsRecipe(_Section):
+    """Limits of what is physics: distances as a share of the sum of covalent radii, kinetic temperature in units of the target
+    (after allowing for its fluctuation), energy change of one step in eV/atom beyond what kT explains."""
+
+    distance: Positive = 0.6
+    temperature: Positive = 2.0
+    energy_eV_per_atom: Positive = 0.3
+
+
+class TriggerRecipe(_Section):
+    """When a label is asked for.
+
+    A label is asked for where the probability that the force error of some atom exceeds `force` (eV/A; 'noise': `noise` times the
+    error that noise and misfit, as learned, leave to a frame however much is learned; 'auto': `share` of the rms force of the
+    dynamics at its hottest, and no less than 'noise') is more than `probability`; or where
+    the standard deviation of a local energy exceeds `local_energy` (eV); or the novelty exceeds `novelty`. The run halts and goes
+    back where the probability holds for `halt` times the force, or a guard is broken. Variances of forces are looked at every
+    `every` steps, those of local energies, which cost far less, every `watch` steps, and forces' whenever these give reason; guards
+    and novelty hold in every step. After a label the walker has to be `cooldown` steps older, or `hysteresis` times worse than
+    right after it; more than `most_per_1000_steps` labels are not asked.
+    """
+
+    force: Positive | Literal["auto", "noise"] | None = "auto"
+    share: Positive = 0.15
+    noise: Positive = 1.2
+    probability: Share = 0.02
+    local_energy: Positive | None = None
+    novelty: Positive | None = 1.5
+    halt: Annotated[float, Field(gt=1)] = 4.0
+    every: Count = 60
+    watch: Count = 4
+    cooldown: Annotated[int, Field(ge=0)] = 20
+    hysteresis: Annotated[float, Field(ge=1)] = 1.25
+    most_per_1000_steps: Positive = 200.0
+    guards: GuardsRecipe = GuardsRecipe()
+
+
+class BootstrapRecipe(_Section):
+    """First labels: the start structures and copies with random displacements and, where a cell may change, strains.
+
+    n: how many; None: so many that they hold some 150 atoms, 6 at least and 20 at most.
+    displacement_A: standard deviation of each component; None: that of harmonic vibrations at the highest temperature, for a
+    typical force constant. given: a file with labelled structures to begin with.
+    """
+
+    n: Annotated[int, Field(ge=2)] | None = None
+    displacement_A: Positive | None = None
+    strain: Annotated[float, Field(ge=0, lt=0.3)] = 0.02
+    given: str | None = None
+
+
+class ExploreRecipe(_Section):
+    """Structures made on purpose where data are thin.
+
+    directed: how many are labelled after the first ones, in turn displaced along a rare direction of descriptor space around an atom
+    and led up the slope of the local energies' standard deviations; radius_A: the farthest that an atom is moved.
+    bias: share of rms forces with which dynamics is pushed towards uncertainty (0: it is not); not with ensemble nve.
+    """
+
+    directed: Annotated[int, Field(ge=0)] = 0
+    radius_A: Positive = 0.3
+    bias: Annotated[float, Field(ge=0, le=2)] = 0.0
+
+
+class CarveRecipe(_Section):
+    """What is labelled in place of frames that are too large for the oracle.
+
+    above: atoms; of a frame with more, a small surrogate is labelled, cut around the atom that asks most; first structures are made
+    of such cells, too. core_A: around that atom, within which environments are kept as they are in the frame.
+    """
+
+    above: Count
+    core_A: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+class RefreshRecipe(_Section):
+    """When noises, signals and novelty are learned again: every `labels` labels (None: a sixth of those there are, 4 at least), or
+    when the running negative log likelihood of foreseen forces has risen by `drift` nats per component."""
+
+    labels: Count | None = None
+    drift: Positive = 1.5
+
+
+class LearnRecipe(_Section):
+    """A learning run; only start, oracle and dynamics have to be given."""
+
+    start: str
+    oracle: OracleRecipe
+    dynamics: DynamicsRecipe
+    trigger: TriggerRecipe = TriggerRecipe()
+    stop: StopRecipe = StopRecipe()
+    model: Recipe = Recipe()
+    bootstrap: BootstrapRecipe = BootstrapRecipe()
+    explore: ExploreRecipe = ExploreRecipe()
+    refresh: RefreshRecipe = RefreshRecipe()
+    carve: CarveRecipe | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    output: str = "learned"
+    thin: Count = 100
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LearnRecipe:
+        if self.model.evidence != "dtc":
+            raise ValueError("model.evidence: an online model learns its noises by the DTC evidence; leave it out")
+        if self.model.variance is False or self.model.novelty is False:
+            raise ValueError("model.variance and model.novelty steer the run; they cannot be false")
+        self._something_is_asked()
+        coverage, novelty = self.stop.coverage, self.trigger.novelty
+        if coverage and novelty is not None and novelty > coverage.far:
+            raise ValueError(
+                f"trigger.novelty {novelty:g} is above stop.coverage.far {coverage.far:g}: what lies between would neither be "
+                "labelled nor count as covered, and the run never stop; lower the one or raise the other"
+            )
+        if self.dynamics.ensemble == "nve" and self.explore.bias:
+            raise ValueError("explore.bias does not conserve the energy; take dynamics.ensemble: nvt, or no bias")
+        if self.dynamics.ensemble == "nve" and isinstance(self.dynamics.temperature_K, tuple):
+            raise ValueError("dynamics: nve has no thermostat, so temperature_K cannot be a ramp; take ensemble: nvt")
+        return self
+
+    def _something_is_asked(self) -> None:
+        if self.trigger.force is None and self.trigger.local_energy is None and self.trigger.novelty is None:
+            raise ValueError(
+                "trigger: force, local_energy and novelty are all null, so that nothing would ever be asked but where physics is "
+                "broken; give one of them"
+            )
+        most = self.stop.labels_at_most
+        if most is not None and most < FEWEST_LABELS:
+            raise ValueError(f"stop.labels_at_most: a model is made from two labels at least; got {most}")

@@ -1,0 +1,1 @@
+"""When a learning run has learned enough."""

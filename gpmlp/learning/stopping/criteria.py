@@ -1,0 +1,370 @@
+"""Criteria are the three reasons for which learning may stop, each a pure function of series: plateau, convergence, coverage.
+
+Each takes lists with one array for each walker and returns a Criterion: met, not met, or None where the data are too few to judge.
+docs/stopping.md says what they mean and how to choose tolerances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.special
+
+from gpmlp.core.errors import UserError, symbol
+from gpmlp.learning.stopping.recipe import CoverageRecipe, PlateauRecipe
+from gpmlp.learning.stopping.timeseries import (
+    ENOUGH,
+    FEWEST,
+    correlation_time,
+    equilibrated,
+    laplace,
+    mean,
+    most_by_chance,
+    poisson_upper,
+    trend,
+    wilson,
+)
+
+HALVES = 0.01  # chance with which halves of a stationary series are said to differ
+NEGLIGIBLE = (
+    1 / 3
+)  # of the tolerated drift: a trend that is surely smaller than that does not count, however significant
+SMALLEST = 1e-3  # of the median: smaller uncertainties count as this
+FARTHEST = 10.0  # novelties above count as this in correlation times; a species never seen is infinitely far
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What one criterion says.
+
+    Attributes:
+        name: 'plateau', 'observable energy', 'coverage', 'ensemble', ...
+        met: None = cannot be judged yet.
+        sentence: for a person.
+        numbers: for a program.
+    """
+
+    name: str
+    met: bool | None
+    sentence: str
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+def every(verdicts: Sequence[bool | None]) -> bool | None:
+    """False if one is, else None if one is, else True."""
+    if any(v is False for v in verdicts):
+        return False
+    return None if any(v is None for v in verdicts) else True
+
+
+def plateau(
+    sigma_max: Sequence[np.ndarray],
+    sigma_median: Sequence[np.ndarray],
+    times: Sequence[np.ndarray],
+    label_times: Sequence[float],
+    steps: float,
+    recipe: PlateauRecipe = PlateauRecipe(),  # noqa: B008 - frozen
+    limited: bool = False,
+) -> Criterion:
+    """Whether uncertainty has stopped changing, lies below its threshold, and labels have become rare.
+
+    Args:
+        sigma_max, sigma_median: by walker (frames,), largest and median force std of a frame over the threshold of the trigger (or in
+            eV/A, if there is none).
+        times: by walker (frames,), steps.
+        label_times: steps since the start of the window, all walkers together, at which labels were asked for.
+        steps: of the window, all walkers together.
+        limited: whether uncertainties are over a threshold; the largest of a frame must then be below it in half of them.
+    """
+    parts = [
+        *([_below(sigma_max)] if limited else []),
+        steady("largest", sigma_max, times, recipe),
+        steady("median", sigma_median, times, recipe),
+        label_rate(label_times, steps, recipe),
+    ]
+    numbers = {f"{p.name}_{k}": v for p in parts for k, v in p.numbers.items()}
+    met = every([p.met for p in parts])
+    # what stands in the way is said; all of it, where nothing does
+    told = [p.sentence for p in parts if p.met is met]
+    return Criterion("plateau", met, "; ".join(told), numbers)
+
+
+def _below(sigma_max: Sequence[np.ndarray]) -> Criterion:
+    """Whether the largest uncertainty of a frame is usually below its threshold: what asks in vain must not look learned."""
+    known = np.concatenate([s[~np.isnan(s)] for s in sigma_max])
+    level = float(np.median(known)) if len(known) else math.nan
+    if len(known) < FEWEST:
+        return Criterion("limit", None, "force uncertainty: too few frames yet", {"level": level})
+    return Criterion("limit", level <= 1, f"largest force uncertainty {level:.2g} times its limit", {"level": level})
+
+
+def steady(
+    name: str,
+    sigma: Sequence[np.ndarray],
+    times: Sequence[np.ndarray],
+    recipe: PlateauRecipe = PlateauRecipe(),  # noqa: B008
+) -> Criterion:
+    """Whether a positive series neither falls nor rises: no trend by Mann and Kendall, and a Theil–Sen slope that is small for sure.
+
+    The slope is that of log σ, times the steps of the longest walker: drift = exp(slope × length) − 1.
+    """
+    what = f"{name} force uncertainty"
+    kept = [~np.isnan(s) for s in sigma]
+    series = [s[k] for s, k in zip(sigma, kept, strict=True)]
+    if sum(len(s) for s in series) < FEWEST:
+        return Criterion(name, None, f"{what}: too few frames yet", {"frames": sum(len(s) for s in series)})
+    level = float(np.median(np.concatenate(series)))
+    series = [np.log(np.maximum(s, SMALLEST * level + 1e-300)) for s in series]
+    found = trend(series, [t[k] for t, k in zip(times, kept, strict=True)])
+    low, middle, high = (float(np.expm1(min(x * found.duration, 50.0))) for x in (found.low, found.slope, found.high))
+    numbers = {
+        "level": level,
+        "drift": middle,
+        "drift_low": low,
+        "drift_high": high,
+        "p": found.p,
+        "correlation_times": found.n_effective,
+    }
+    reach = max(abs(low), abs(high))
+    if not found.enough or math.isnan(reach):
+        sentence = f"{what}: {found.n_effective:.0f} correlation times so far, {ENOUGH} are needed to see a trend"
+        return Criterion(name, None, sentence, numbers)
+    said = f"{what} changes by {middle:+.0%} over the window (95 % interval {low:+.0%} to {high:+.0%}, trend p = {found.p:.2g})"
+    if found.p < recipe.significance and reach > NEGLIGIBLE * recipe.drift:
+        return Criterion(name, False, f"{said}: it is still {'falling' if middle < 0 else 'rising'}", numbers)
+    if reach > recipe.drift:
+        return Criterion(name, None, f"{said}: a drift of {recipe.drift:.0%} cannot be excluded yet", numbers)
+    return Criterion(name, True, f"{said}: it is steady", numbers)
+
+
+def label_rate(label_times: Sequence[float], steps: float, recipe: PlateauRecipe = PlateauRecipe()) -> Criterion:  # noqa: B008
+    """Whether labels are rare: the 95 % upper bound of their Poisson rate, and Laplace's test that the rate no longer falls."""
+    bound = recipe.labels_per_1000_steps
+    most = 1000 * poisson_upper(len(label_times)) / steps if steps > 0 else math.inf
+    rate = 1000 * len(label_times) / steps if steps > 0 else math.nan
+    p = laplace(label_times, steps)
+    numbers = {"per_1000_steps": rate, "per_1000_steps_at_most": most, "steps": float(steps), "p": p}
+    said = f"{len(label_times)} labels asked for in the last {steps:.0f} steps, at most {most:.2g} per 1000 (wanted {bound:g})"
+    if most <= bound:
+        if p < recipe.significance:
+            return Criterion("labels", False, f"{said}, but they are still getting rarer", numbers)
+        return Criterion("labels", True, said, numbers)
+    # that so many came at the wanted rate: if that is unlikely the rate is too high, else it is not known well enough
+    surely = len(label_times) > 0 and steps > 0
+    surely = surely and scipy.special.pdtr(len(label_times) - 1, bound * steps / 1000) > 0.95
+    return Criterion("labels", False if surely else None, said, numbers)
+
+
+def converged(name: str, series: Sequence[np.ndarray], tolerance: float, relative: bool, unit: str = "") -> Criterion:
+    """Whether the mean of an observable is known within a tolerance.
+
+    Equilibration is left out of each walker (Chodera 2016). The standard error is the larger of that from the correlation time and that
+    from blocks. Second halves of the walkers must not differ from first ones: |Δ|² / (components γ(0) g (1/n₁ + 1/n₂)) follows F.
+
+    Args:
+        series: by walker (frames,) or (frames, components); rows with a NaN are not known and left out.
+        tolerance: of the standard error (rms over components), in `unit` or relative to the rms of the mean.
+
+    Raises:
+        UserError: infinite values.
+    """
+    title, known = f"observable {name}", [s.reshape(len(s), math.prod(s.shape[1:])) for s in series]
+    known = [s[~np.isnan(s).any(1)] for s in known]
+    if sum(len(s) for s in known) < FEWEST:
+        return Criterion(title, None, f"{name}: too few frames yet", {"frames": sum(len(s) for s in known)})
+    known = [s[equilibrated(_leading(s)) :] for s in known if len(s)]
+    found = mean(known)
+    level = math.sqrt(float((found.value**2).mean()))
+    allowed = tolerance * level if relative else tolerance
+    sem = max(found.sem, found.sem_blocking)
+    difference, p = _halves(known, found.sem, found.dimension, found.freedom)
+    numbers = {
+        "mean": float(found.value[0]) if found.value.size == 1 else level,
+        "sem": sem,
+        "tolerance": allowed,
+        "correlation_frames": found.correlation_time,
+        "correlation_times": found.n_effective,
+        "halves_difference": difference,
+        "halves_p": p,
+        "frames": float(found.n),
+    }
+    what = f"{'rms ' if found.value.size > 1 else ''}{name} {numbers['mean']:.4g}"
+    said = f"{what} ± {sem:.2g}{' ' + unit if unit else ''} (wanted ± {allowed:.2g})"
+    if not found.enough:
+        times = f"{found.n_effective:.0f} correlation times so far, {ENOUGH} are needed to trust a standard error"
+        return Criterion(title, None, f"{name}: {times}", numbers)
+    if p < HALVES and difference > allowed:
+        return Criterion(
+            title, False, f"{said}, but the second half differs from the first by {difference:.2g}", numbers
+        )
+    return Criterion(title, sem <= allowed, said, numbers)
+
+
+def _leading(series: np.ndarray) -> np.ndarray:
+    """(frames,) the component along which a vector varies most."""
+    centred = series - series.mean(0)
+    return centred[:, 0] if centred.shape[1] == 1 else centred @ np.linalg.eigh(centred.T @ centred)[1][:, -1]
+
+
+def _halves(series: Sequence[np.ndarray], sem: float, dimension: float, freedom: float) -> tuple[float, float]:
+    """(rms difference of the means of second and first halves, chance of one so large)."""
+    first = np.concatenate([s[: len(s) // 2] for s in series])
+    second = np.concatenate([s[len(s) // 2 :] for s in series])
+    if not len(first) or sem <= 0:
+        return 0.0, 1.0
+    difference = math.sqrt(float(((second.mean(0) - first.mean(0)) ** 2).mean()))
+    n = len(first) + len(second)
+    expected = sem * math.sqrt(n / len(first) + n / len(second))  # sem² n = γ(0) g
+    return difference, float(scipy.special.fdtrc(dimension, freedom, (difference / expected) ** 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Novelties:
+    """What is known of novelty in a window; lists by walker.
+
+    Attributes:
+        largest: (frames,) novelty of the atom farthest out.
+        atoms: by atomic number, lists of (frames,) counts.
+        outside: the same, of atoms with a novelty above 1.
+        each_atom: (atoms,) share of the frames in which each atom was outside.
+    """
+
+    largest: Sequence[np.ndarray]
+    atoms: Mapping[int, Sequence[np.ndarray]]
+    outside: Mapping[int, Sequence[np.ndarray]]
+    each_atom: Sequence[np.ndarray]
+
+
+def coverage(found: Novelties, quantile: float = 0.99, recipe: CoverageRecipe = CoverageRecipe()) -> Criterion:  # noqa: B008
+    """Whether the dynamics stays inside the trust region: frames, atoms of each species, and each single atom.
+
+    Of environments like the held-out ones a share 1 − q lies outside by construction. A frame is inside if no more of its atoms are
+    outside, species by species, than that explains (with chance 99 %), and none has a novelty above `far`. Bounds are Wilson's with
+    effective numbers: frames are n/g, atoms as many as the scatter of their counts between frames leaves.
+
+    Args:
+        quantile: q of the recipe's novelty.
+
+    Raises:
+        UserError: a quantile outside 0 to 1.
+    """
+    if not 0 < quantile < 1:
+        raise UserError(f"`quantile` must lie between 0 and 1, as 0.99; got {quantile}.")
+    novelty = [v for v in found.largest if len(v)]
+    n = sum(len(v) for v in novelty)
+    if n < FEWEST or np.isnan(np.concatenate(novelty)).any():
+        why = "too few frames yet" if n < FEWEST else "the novelty of some frames was not computed"
+        return Criterion("coverage", None, f"trust region: {why}", {"frames": n})
+    inside = frames_inside(found.largest, found.atoms, found.outside, quantile, recipe.far)
+    g = _slowest([np.minimum(v, FARTHEST) for v in novelty], [i.astype(float) for i in inside if len(i)])
+    frames = n / g
+    share = float(np.concatenate(inside).mean())
+    numbers = {"frames": share, "frames_at_least": wilson(share, frames)[0], "correlation_times": frames}
+    numbers["novelty_max"] = float(max(v.max() for v in novelty))
+    verdicts, told = [], []
+    verdicts.append(_bounded(*wilson(share, frames), recipe.frames))
+    told.append(f"{share:.1%} of frames inside, at least {numbers['frames_at_least']:.0%} (wanted {recipe.frames:.0%})")
+    for test in (_atoms(found, frames, quantile, recipe), _lasting(found, frames, recipe)):
+        verdicts.append(test.met)
+        told.append(test.sentence)
+        numbers |= test.numbers
+    if every(verdicts) is not False and frames < ENOUGH:
+        needed = f"trust region: {frames:.0f} correlation times of the novelty so far, {ENOUGH} are needed"
+        return Criterion("coverage", None, needed, numbers)
+    met = every(verdicts)
+    return Criterion("coverage", met, "; ".join(t for t, v in zip(told, verdicts, strict=True) if v is met), numbers)
+
+
+def _bounded(low: float, high: float, wanted: float) -> bool | None:
+    """Whether a share is surely at least what is wanted; None where that is open."""
+    return True if low >= wanted else False if high < wanted else None
+
+
+def _slowest(*groups: Sequence[np.ndarray]) -> float:
+    """Longest correlation time of several kinds of series, in frames, at least 1."""
+    times = [1.0]
+    for group in groups:
+        middle = float(np.concatenate(group).mean())
+        times.append(correlation_time([v[:, None] - middle for v in group], 1)[0])
+    return max(times)
+
+
+def frames_inside(
+    largest: Sequence[np.ndarray],
+    atoms: Mapping[int, Sequence[np.ndarray]],
+    outside: Mapping[int, Sequence[np.ndarray]],
+    quantile: float,
+    far: float,
+) -> list[np.ndarray]:
+    """By walker (frames,): whether a frame is inside; see `coverage` and Novelties."""
+    inside = [v <= far for v in largest]
+    for z, counts in atoms.items():
+        sizes = np.unique(np.concatenate(list(counts)))
+        most = {int(k): most_by_chance(int(k), 1 - quantile) for k in sizes}
+        for w, (total, out) in enumerate(zip(counts, outside[z], strict=True)):
+            inside[w] &= out <= np.array([most[int(k)] for k in total], dtype=int)
+    return inside
+
+
+def _atoms(found: Novelties, frames: float, quantile: float, recipe: CoverageRecipe) -> Criterion:
+    """The share of atoms inside: of all together at least `atoms`, and of no species surely less, nor perhaps less than `frames`."""
+    wanted = 1 - min(0.5, 3 * (1 - quantile)) if recipe.atoms is None else recipe.atoms
+    numbers, verdicts, told = {}, [], []
+    everything = {
+        "atoms": (_sum(found.atoms.values()), _sum(found.outside.values())),
+        **{
+            symbol(z): (np.concatenate(list(c)), np.concatenate(list(found.outside[z]))) for z, c in found.atoms.items()
+        },
+    }
+    for name, (total, out) in everything.items():
+        if not total.sum() or (name != "atoms" and len(found.atoms) == 1):
+            continue
+        share = 1 - float(out.sum() / total.sum())
+        low, high = wilson(share, _effective(total, out, frames))
+        numbers |= {f"{name}_inside": share, f"{name}_inside_at_least": low}
+        if name == "atoms":
+            verdicts.append(_bounded(low, high, wanted))
+        else:
+            verdicts.append(False if high < wanted else True if low >= min(wanted, recipe.frames) else None)
+        told.append(f"{share:.2%} of {name if name == 'atoms' else name + ' atoms'} inside, at least {low:.1%}")
+    met = every(verdicts)
+    sentence = f"{', '.join(t for t, v in zip(told, verdicts, strict=True) if v is met)} (wanted {wanted:.1%})"
+    return Criterion("atoms", met, sentence, numbers)
+
+
+def _sum(of_species: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    return sum((np.concatenate(list(c)) for c in of_species), start=np.zeros(1, dtype=int))
+
+
+def _effective(total: np.ndarray, out: np.ndarray, frames: float) -> float:
+    """Effective number of atoms looked at: that of independent ones would scatter between frames as these do, and frames count g⁻¹."""
+    p = out.sum() / total.sum()
+    chance = total.sum() * p * (1 - p)  # variance of the count, were atoms independent
+    excess = max(1.0, float(((out - p * total) ** 2).sum()) / chance) if chance > 0 else 1.0
+    return max(frames, float(total.sum()) / excess * frames / len(total))
+
+
+def _lasting(found: Novelties, frames: float, recipe: CoverageRecipe) -> Criterion:
+    """Whether one and the same atom is outside again and again: few alien atoms in many are seen only so."""
+    alien, worst = 0, 0.0
+    total = sum(len(v) for v in found.largest)
+    for shares, novelty in zip(found.each_atom, found.largest, strict=True):
+        if not len(shares):
+            continue
+        own = frames * len(novelty) / total
+        worst = max(worst, float(shares.max()))
+        alien += int((shares[shares > recipe.persistent] > 0).sum() if own >= ENOUGH else _surely(shares, own, recipe))
+    numbers = {"lasting_atoms": float(alien), "lasting_share": worst}
+    if alien:
+        said = (
+            f"{alien} atoms are outside in more than {recipe.persistent:.0%} of the frames (the worst in {worst:.0%})"
+        )
+        return Criterion("lasting", False, said, numbers)
+    return Criterion("lasting", True, f"no atom is outside for long (the worst in {worst:.0%} of the frames)", numbers)
+
+
+def _surely(shares: np.ndarray, frames: float, recipe: CoverageRecipe) -> int:
+    return sum(wilson(s, frames)[0] > recipe.persistent for s in shares[shares > recipe.persistent].tolist())

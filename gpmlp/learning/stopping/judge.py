@@ -1,0 +1,355 @@
+"""Stopping is the judgement over a History: all criteria over the same recent frames, in the ensemble that was asked for, or a limit.
+
+A trajectory that is trapped shows a plateau, a converged mean and full coverage. So nothing is met while temperature or pressure of any
+walker are still changing, frames count only from then on, and the ensemble reached must be the one asked for. docs/stopping.md has more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpmlp.core.units import BOLTZMANN
+from gpmlp.learning.stopping.criteria import Criterion, Novelties, converged, coverage, every, label_rate, plateau
+from gpmlp.learning.stopping.history import History, Record
+from gpmlp.learning.stopping.recipe import CoverageRecipe, ObservableRecipe, PlateauRecipe, StopRecipe
+from gpmlp.learning.stopping.timeseries import mean
+
+__all__ = (
+    "CoverageRecipe",
+    "Criterion",
+    "History",
+    "ObservableRecipe",
+    "PlateauRecipe",
+    "Record",
+    "StopRecipe",
+    "Verdict",
+    "Window",
+    "ensemble",
+    "judge",
+    "limit",
+    "window",
+)
+# of the standard error of the mean: (tolerance, relative, unit); energy is in units of k_B T of the window
+TOLERANCES = {
+    "energy": (0.1, False, "eV/atom"),
+    "pressure": (0.2, False, "GPa"),
+    "temperature": (0.02, True, "K"),
+    "rdf": (0.05, False, ""),
+    "msd": (0.1, True, "Å²"),
+    "diffusion": (0.2, True, "Å²/fs"),
+}
+CUSTOM = (0.05, True, "")
+ROOM = 300.0  # K, where no target temperature is known
+NOTHING = {True: "no thermostat: constant energy", False: "too few frames yet"}
+PRESSURE = 0.2  # GPa that the mean pressure may lie off its target
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to stop, and why.
+
+    Attributes:
+        stop: whether the run should end now.
+        converged: whether that is because every criterion that is on is met.
+        criteria: what each of them says.
+        sentence: for a person.
+        limit: the limit that was reached ('labels', 'time'), or ''.
+    """
+
+    stop: bool
+    converged: bool
+    criteria: tuple[Criterion, ...]
+    sentence: str
+    limit: str = ""
+
+    def plain(self) -> dict:
+        """The verdict for JSON; numbers that are not finite become null."""
+        return {
+            "stop": self.stop,
+            "converged": self.converged,
+            "limit": self.limit,
+            "sentence": self.sentence,
+            "criteria": [
+                {
+                    "name": c.name,
+                    "met": c.met,
+                    "sentence": c.sentence,
+                    "numbers": {k: float(v) if math.isfinite(v) else None for k, v in c.numbers.items()},
+                }
+                for c in self.criteria
+            ],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """The recent frames over which everything is judged.
+
+    Attributes:
+        history: from which they are.
+        rows: by walker, their places in the history, in time order.
+        steps: of all walkers together.
+        label_steps: steps from the start of the window, all walkers together, to each time that a label was asked for inside it,
+            whether it was granted or not.
+        ramping: walkers whose temperature or pressure are still to change.
+    """
+
+    history: History
+    rows: tuple[np.ndarray, ...]
+    steps: float
+    label_steps: tuple[float, ...]
+    ramping: tuple[int, ...]
+
+    def series(self, name: str) -> list[np.ndarray]:
+        """A column of the history, by walker."""
+        column = self.history.column(name)
+        return [column[rows] for rows in self.rows]
+
+    @property
+    def frames(self) -> int:
+        return sum(len(rows) for rows in self.rows)
+
+
+def window(history: History, recipe: StopRecipe = StopRecipe()) -> Window:  # noqa: B008 - frozen
+    """The frames after the last label (or after one of the `labels_in_window` before) and the last change of the model.
+
+    Where the recipe leaves the number of labels open it is the longest such window over which the plateau is met, for labels that are
+    rare and change little need not end what is judged; but only once there were as many steps without a label as are wanted between
+    two, else after the last label. It begins no earlier than the ramps of all walkers ended, and `window_steps` ago. While a ramp is
+    going on, that is not looked at: the window then shows what would be judged without it.
+    """
+    last, wanted = _after(history, recipe, recipe.labels_in_window or 0), recipe.plateau
+    if recipe.labels_in_window is not None or wanted is False or last.ramping:
+        return last
+    if last.steps < 1000 / wanted.labels_per_1000_steps:
+        return last
+    rare, before = [], last.steps
+    for labels in range(1, int(history.column("labelled").sum()) + 1):
+        longer = _after(history, recipe, labels)
+        if longer.steps <= before:  # a ramp, or another change of the model, is where it begins
+            break
+        before = longer.steps
+        if label_rate(longer.label_steps, longer.steps, wanted).met:
+            rare.append(longer)
+    return next((w for w in reversed(rare) if plateau_of(w, wanted).met), last)
+
+
+def _after(history: History, recipe: StopRecipe, labels: int) -> Window:
+    """The window with so many labels in it."""
+    walkers, walker = history.walkers, history.column("walker")
+    labelled, updated, done = (history.column(name).astype(bool) for name in ("labelled", "updated", "ramp_finished"))
+    triggered = _triggered(history.column("asked").astype(bool), labelled)
+    step = history.column("step")
+    of = [(walker == w).nonzero()[0] for w in walkers]
+    ramping = tuple(int(w) for w, rows in zip(walkers, of, strict=True) if not done[rows[-1]])
+    # the row of the k-th last label belongs to what was before: the model changed after it
+    asked = labelled.nonzero()[0]
+    start = int(asked[-1 - labels]) + 1 if len(asked) > labels else 0
+    changes = updated.nonzero()[0]
+    start = max(start, int(changes[-1]) + 1 if len(changes) else 0)
+    rows = []
+    for own in of:
+        first = start
+        if not ramping:
+            unfinished = own[~done[own]]
+            first = max(first, int(unfinished[-1]) + 1 if len(unfinished) else 0)
+        kept = own[own >= first]
+        if recipe.window_steps is not None and len(kept):
+            kept = kept[step[kept] > step[kept[-1]] - recipe.window_steps]
+            # a walker that was set back has passed those steps twice: only the last time counts
+            back = (np.diff(step[kept]) <= 0).nonzero()[0]
+            kept = kept[back[-1] + 1 :] if len(back) else kept
+        rows.append(kept)
+    steps, label_steps = _steps(rows, of, step, triggered)
+    return Window(history, tuple(rows), steps, label_steps, ramping)
+
+
+def _triggered(asked: np.ndarray, labelled: np.ndarray) -> np.ndarray:
+    """(frames,) whether a label was wanted there: where one was asked for, and where one came that no frame had asked for."""
+    out, waiting = asked.copy(), 0
+    for row in (asked | labelled).nonzero()[0]:
+        waiting += int(asked[row])
+        out[row] |= labelled[row] and not waiting
+        waiting -= int(labelled[row] and waiting > 0)
+    return out
+
+
+def _steps(
+    rows: Sequence[np.ndarray], of: Sequence[np.ndarray], step: np.ndarray, triggered: np.ndarray
+) -> tuple[float, tuple[float, ...]]:
+    """(steps of all walkers in the window, steps of all walkers until each time that a label was wanted in it)."""
+    places, advances = [], []
+    for kept, own in zip(rows, of, strict=True):
+        if not len(kept):
+            continue
+        before = own[own < kept[0]]
+        # the frame before the window is where its first step starts, unless the walker was set back
+        first = step[before[-1]] if len(before) and step[before[-1]] < step[kept[0]] else step[kept[0]]
+        places.append(kept)
+        advances.append(np.maximum(np.diff(step[kept], prepend=first), 0))
+    if not places:
+        return 0.0, ()
+    place, advance = np.concatenate(places), np.concatenate(advances)
+    order = np.argsort(place)
+    total = np.cumsum(advance[order]).astype(float)
+    return float(total[-1]), tuple(total[triggered[place[order]]].tolist())
+
+
+def judge(
+    history: History,
+    recipe: StopRecipe = StopRecipe(),  # noqa: B008 - frozen
+    *,
+    quantile: float = 0.99,
+    labels: int | None = None,
+    elapsed_h: float = 0.0,
+) -> Verdict:
+    """Say whether to stop.
+
+    Args:
+        quantile: of held-out environments, that novelty 1 stands for (`recipe.novelty.quantile` of the model).
+        labels: how many there are in all, with those of the start; None: those of the history.
+        elapsed_h: time that the run has taken.
+    """
+    if not len(history):
+        return Verdict(False, False, (), "not converged yet: no frame has been looked at yet")
+    recent = window(history, recipe)
+    criteria = [ensemble(recent, recipe)]
+    if recipe.plateau is not False:
+        criteria.append(plateau_of(recent, recipe.plateau))
+    criteria += [observable(recent, o) for o in recipe.observables]
+    if recipe.coverage is not False:
+        criteria.append(coverage(novelties(recent), quantile, recipe.coverage))
+    early = _early(history, recipe)
+    met = every([c.met for c in criteria]) is True and len(criteria) > 1 and not early
+    asked = int(history.column("labelled").sum()) if labels is None else labels
+    reached, what = limit(asked, elapsed_h, recipe)
+    if met:
+        sentence = "stopped: " + "; ".join(c.sentence for c in criteria)
+    elif reached:
+        sentence = f"stopped where it was told to, not converged: {what}; " + _missing(criteria, early)
+    else:
+        sentence = "not converged yet: " + _missing(criteria, early)
+    return Verdict(met or bool(reached), met, tuple(criteria), sentence, "" if met else reached)
+
+
+def _early(history: History, recipe: StopRecipe) -> str:
+    """What to say where the run is too young to be judged, or ''."""
+    step, walker = history.column("step"), history.column("walker")
+    done = sum(int(step[walker == w].max()) for w in history.walkers)
+    return f"{done} of at least {recipe.at_least_steps} steps made" if done < recipe.at_least_steps else ""
+
+
+def limit(labels: int, elapsed_h: float, recipe: StopRecipe) -> tuple[str, str]:
+    """(name of the limit that was reached, or '', and a phrase)."""
+    if recipe.labels_at_most is not None and labels >= recipe.labels_at_most:
+        return "labels", f"{labels} labels"
+    if recipe.time_at_most_h is not None and elapsed_h >= recipe.time_at_most_h:
+        return "time", f"{elapsed_h:.3g} h"
+    return "", ""
+
+
+def _missing(criteria: Sequence[Criterion], early: str) -> str:
+    """What stands in the way: first what is not met, else what cannot be judged."""
+    if len(criteria) == 1:
+        return "all criteria are switched off, so that only limits end the run"
+    failed = [c for c in criteria if c.met is False] or [c for c in criteria if c.met is None]
+    return "; ".join([*([early] if early else []), *(c.sentence for c in failed)])
+
+
+def ensemble(recent: Window, recipe: StopRecipe = StopRecipe()) -> Criterion:  # noqa: B008
+    """Whether all ramps have ended and the means of temperature and pressure are those of thermostat and barostat.
+
+    The temperature may be off by `temperature` of it, or by the 95 % interval of its mean.
+    """
+    numbers = {"ramping": float(len(recent.ramping)), "frames": float(recent.frames)}
+    if recent.ramping:
+        which = ", ".join(str(w) for w in recent.ramping)
+        sentence = f"temperature or pressure of walker {which} are still being changed, so that new places may open"
+        return Criterion("ensemble", False, sentence, numbers)
+    told, verdicts = [], []
+    for kind, unit in (("temperature", "K"), ("pressure", "GPa")):
+        values, targets = recent.series(f"{kind}_{unit}"), recent.series(f"target_{kind}_{unit}")
+        known = [~np.isnan(v) & ~np.isnan(t) for v, t in zip(values, targets, strict=True)]
+        if not any(k.any() for k in known):
+            continue
+        target = float(np.concatenate([t[k] for t, k in zip(targets, known, strict=True)]).mean())
+        differences = [(v - t)[k] for v, t, k in zip(values, targets, known, strict=True)]
+        found = mean(differences)
+        off = abs(float(found.value[0]))
+        allowed = recipe.temperature * target if kind == "temperature" else PRESSURE
+        numbers |= {kind: target + float(found.value[0]), f"{kind}_target": target, f"{kind}_sem": found.sem}
+        reach = max(allowed, found.half_width) if found.enough else allowed
+        # outside what is allowed and known too badly: wait
+        verdicts.append(True if off <= reach else False if found.enough else None)
+        told.append(f"mean {kind} {numbers[kind]:.4g} {unit} (target {target:.4g})")
+    met = every(verdicts) if recent.frames else None
+    return Criterion("ensemble", met, ", ".join(told) or NOTHING[recent.frames > 0], numbers)
+
+
+def plateau_of(recent: Window, recipe: PlateauRecipe = PlateauRecipe()) -> Criterion:  # noqa: B008
+    """`stop_criteria.plateau` of a window; uncertainties over the middle threshold of the trigger, where there is one.
+
+    Not over that of each frame: a threshold that follows the forces of the dynamics would pass its own ups and downs on.
+    """
+    limits = np.concatenate(recent.series("threshold")) if recent.frames else np.zeros(0)
+    limits = limits[~np.isnan(limits)]
+    unit = float(np.median(limits)) if len(limits) else math.nan
+    largest, median = (
+        [s / (1.0 if math.isnan(unit) else unit) for s in recent.series(name)] for name in ("sigma_max", "sigma_median")
+    )
+    times = [_increasing(s) for s in recent.series("step")]
+    return plateau(largest, median, times, recent.label_steps, recent.steps, recipe, limited=not math.isnan(unit))
+
+
+def _increasing(step: np.ndarray) -> np.ndarray:
+    """Steps (frames,) counted on where a walker was set back."""
+    return np.cumsum(np.maximum(np.diff(step, prepend=step[:1]), 1)).astype(float)
+
+
+def observable(recent: Window, recipe: ObservableRecipe = ObservableRecipe()) -> Criterion:  # noqa: B008
+    """`stop_criteria.converged` of a window, with the tolerance of the recipe or the default of that observable."""
+    tolerance, relative, unit = TOLERANCES.get(recipe.name, CUSTOM)
+    if recipe.tolerance is not None:
+        tolerance, relative = recipe.tolerance, bool(recipe.relative)
+    elif recipe.name == "energy":
+        tolerance *= BOLTZMANN * _temperature(recent)
+    title = f"observable {recipe.name}"
+    if recipe.name not in recent.history.observables:
+        return Criterion(title, None, f"{recipe.name} has not been recorded yet")
+    return converged(recipe.name, recent.series(f"observable/{recipe.name}"), tolerance, relative, unit)
+
+
+def _temperature(recent: Window) -> float:
+    """Mean target temperature, or mean temperature where there is none, K."""
+    for name in ("target_temperature_K", "temperature_K"):
+        values = np.concatenate(recent.series(name)) if recent.frames else np.zeros(0)
+        values = values[~np.isnan(values)]
+        if len(values) and values.mean() > 0:
+            return float(values.mean())
+    return ROOM
+
+
+def novelties(recent: Window) -> Novelties:
+    """What a window knows of novelty."""
+    each = []
+    for rows, counts in zip(recent.rows, _counts(recent), strict=True):
+        outside = [recent.history.outside_atoms(int(r)) for r in rows]
+        joined = np.concatenate(outside) if outside else np.zeros(0, dtype=int)
+        each.append(np.bincount(joined, minlength=counts) / max(1, len(rows)))
+    species = recent.history.species
+    return Novelties(
+        recent.series("novelty_max"),
+        {z: recent.series(f"atoms/{z}") for z in species},
+        {z: recent.series(f"outside/{z}") for z in species},
+        each,
+    )
+
+
+def _counts(recent: Window) -> list[int]:
+    """By walker, the number of its atoms."""
+    totals = [sum(recent.series(f"atoms/{z}")[w] for z in recent.history.species) for w in range(len(recent.rows))]
+    return [int(np.max(t)) if np.size(t) else 0 for t in totals]

@@ -1,0 +1,300 @@
+"""Observables are what is averaged over a trajectory: energy, pressure, radial distribution, diffusion, or any function of a frame.
+
+`make` turns recipes into an Observer, which is called with each frame (an ase.Atoms with the results of its calculator) and gives the
+values that a History keeps.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+
+from gpmlp.core import errors, neighbors, units
+from gpmlp.core.errors import UserError
+from gpmlp.core.structures import Structures
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.learning.stopping import timeseries
+from gpmlp.learning.stopping.recipe import ObservableRecipe
+
+Value = float | np.ndarray
+
+
+def energy(frame: Atoms) -> float:
+    """Potential energy per atom, eV/atom."""
+    return float(frame.get_potential_energy()) / len(frame)
+
+
+def temperature(frame: Atoms) -> float:
+    """Kinetic temperature, K."""
+    return float(frame.get_temperature())
+
+
+def pressure(frame: Atoms) -> float:
+    """p = −tr σ / 3 + 2 E_kin / (3 V), GPa, positive = compression.
+
+    Raises:
+        UserError: a frame that has no stress, such as one that is not periodic.
+    """
+    try:
+        virial = -float(frame.get_stress(voigt=True)[:3].mean())
+    except (PropertyNotImplementedError, RuntimeError, ValueError) as error:
+        raise UserError(
+            "observable 'pressure' needs a stress; this frame has none (is it periodic, with a cell?). Take 'energy' instead."
+        ) from error
+    return (virial + 2 * frame.get_kinetic_energy() / (3 * frame.get_volume())) / units.GPA
+
+
+def rdf(
+    structures: Structures, cutoff: float = 6.0, bins: int = 60, pair: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Radial distribution function, mean over structures; 1 in a gas of points (less 1/N, the atom that does not see itself).
+
+    g_ab(r) = V n_ab(r) / (N_a N_b v(r)), n_ab the ordered pairs (all periodic images, however small the cell) in a shell of volume v.
+
+    Args:
+        cutoff: A. pair: atomic numbers (a, b); None: all atoms alike.
+
+    Returns:
+        (bins,) middles of the shells, A, and (bins,) g.
+
+    Raises:
+        UserError: a structure without a volume, or without atoms of a species asked for.
+    """
+    errors.positive("cutoff", cutoff)
+    errors.positive("bins", bins)
+    volumes = structures.volumes.cpu().numpy()
+    if np.isnan(volumes).any():
+        which = structures.names[int(np.isnan(volumes).argmax())]
+        raise UserError(
+            f"observable 'rdf': {which} has no volume, so no density to compare with; take 'energy' instead."
+        )
+    edges = np.linspace(0.0, cutoff, bins + 1)
+    shells = 4 * math.pi / 3 * np.diff(edges**3)
+    found = neighbors.find(structures, cutoff)
+    species, owner = structures.species.cpu().numpy(), structures.structure_of_atom.cpu().numpy()
+    i, j = found.centers.cpu().numpy(), found.neighbors.cpu().numpy()
+    distance = found.vectors(structures).detach().norm(dim=1).cpu().numpy()
+    first = np.ones(len(species), bool) if pair is None else species == pair[0]
+    second = np.ones(len(species), bool) if pair is None else species == pair[1]
+    n = np.bincount(owner[first], minlength=len(structures)) * np.bincount(owner[second], minlength=len(structures))
+    if (n == 0).any():
+        wanted = "-".join(errors.symbol(z) for z in pair) if pair else "any"
+        raise UserError(f"observable 'rdf': {structures.names[int((n == 0).argmax())]} has no pair {wanted}.")
+    kept = first[i] & second[j]
+    weight = (volumes / n)[owner[i[kept]]]
+    counts, _ = np.histogram(distance[kept], edges, weights=weight)
+    return (edges[1:] + edges[:-1]) / 2, counts / (shells * len(structures))
+
+
+def pairs(species: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Pairs of species (a ≤ b) of the partial distributions."""
+    return tuple(itertools.combinations_with_replacement(sorted(set(species)), 2))
+
+
+class Path:
+    """Positions that go on over periodic borders, of the last `lag_fs` of one trajectory, and how far atoms moved in that time.
+
+    Between frames an atom is taken to have moved to its nearest image: frames must be so close that none moves half a cell. The drift
+    of the centre of mass is taken off.
+    """
+
+    def __init__(self, lag_fs: float) -> None:
+        self.lag = lag_fs
+        self.times = np.zeros(0)
+        self.positions = np.zeros((0, 0, 3))
+        self.last: np.ndarray | None = None  # fractional (atoms, 3) along periodic axes of the last frame
+
+    def add(self, frame: Atoms, time_fs: float) -> None:
+        """Take the next frame; one earlier than the last sets the path back to that time."""
+        back = self.times >= time_fs - 1e-9
+        if back.any() or (len(self.times) and self.positions.shape[1] != len(frame)):
+            self.times, self.positions, self.last = self.times[:0], self.positions[:0], None
+        cell, periodic = frame.cell.complete().array, np.asarray(frame.pbc)
+        fractional = np.linalg.solve(cell.T, frame.positions.T).T
+        if self.last is None:
+            here = frame.positions.copy()
+        else:
+            moved = fractional - self.last
+            moved[:, periodic] -= np.round(moved[:, periodic])
+            step = moved @ cell
+            masses = frame.get_masses()[:, None]
+            here = self.positions[-1] + step - (masses * step).sum(0) / masses.sum()
+        self.last = fractional
+        kept = self.times >= time_fs - self.lag - self._spacing(time_fs)
+        self.times = np.append(self.times[kept], time_fs)
+        self.positions = np.concatenate([self.positions[kept].reshape(-1, len(frame), 3), here[None]])
+
+    def _spacing(self, time_fs: float) -> float:
+        """Room for one frame more than the lag."""
+        return (time_fs - self.times[-1]) if len(self.times) else 0.0
+
+    def squared(self, lag_fs: float) -> tuple[float, float]:
+        """(lag in fs nearest to the one asked for, mean squared displacement over it in A²); NaN where the path is too short."""
+        if len(self.times) < 2:
+            return math.nan, math.nan
+        lags = self.times[-1] - self.times[:-1]
+        k = int(np.abs(lags - lag_fs).argmin())
+        if abs(lags[k] - lag_fs) > 0.51 * (self.times[-1] - self.times[-2]):
+            return math.nan, math.nan
+        moved = self.positions[-1] - self.positions[k]
+        return float(lags[k]), float((moved**2).sum(1).mean())
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays; `restored` gives the path back exactly."""
+        last = np.zeros((0, 3)) if self.last is None else self.last
+        return {"times": self.times, "positions": self.positions, "last": last}
+
+    @staticmethod
+    def restored(lag_fs: float, state: Mapping[str, np.ndarray]) -> Path:
+        path = Path(lag_fs)
+        path.times, path.positions = np.array(state["times"]), np.array(state["positions"])
+        path.last = np.array(state["last"]) if len(state["last"]) else None
+        return path
+
+
+def msd(path: Path) -> float:
+    """Mean squared displacement over the last lag, A²: a stationary series, the mean of which is MSD(lag)."""
+    return path.squared(path.lag)[1]
+
+
+def diffusion(path: Path) -> float:
+    """D = (MSD(lag) − MSD(lag/2)) / (6 · lag/2), A²/fs (0.1 cm²/s): Einstein's relation without the ballistic start."""
+    (long, far), (short, near) = path.squared(path.lag), path.squared(path.lag / 2)
+    return (far - near) / (6 * (long - short)) if long > short else math.nan
+
+
+def diffusion_of(frames: Sequence[Atoms], times_fs: Sequence[float], lag_fs: float) -> tuple[float, float]:
+    """Diffusion coefficient of a whole trajectory and its standard error, A²/fs.
+
+    Raises:
+        UserError: a trajectory that is not longer than the lag.
+    """
+    path, found = Path(lag_fs), []
+    for frame, time in zip(frames, times_fs, strict=True):
+        path.add(frame, float(time))
+        found.append(diffusion(path))
+    known = np.array([d for d in found if not math.isnan(d)])
+    if len(known) < 2:
+        raise UserError(f"`lag_fs` = {lag_fs} fs is as long as the trajectory; take a shorter one.")
+    mean = timeseries.mean(known)
+    return float(mean.value[0]), mean.sem
+
+
+def load(name: str) -> Callable[[Atoms], Value]:
+    """The function 'module:function'.
+
+    Raises:
+        UserError: a module that cannot be imported, or no such function in it.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module does on import
+        raise UserError(
+            f"observable '{name}': module '{module_name}' cannot be imported ({type(error).__name__}: {error}). "
+            "It has to lie beside the recipe or in the folder you start from, or be installed."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        public = [n for n in dir(module) if not n.startswith("_") and callable(getattr(module, n))]
+        raise UserError(
+            f"observable '{name}': no function '{function_name}' in {module_name}.{errors.suggest(function_name, public)}"
+        )
+    return function
+
+
+class Observer:
+    """Values of the observables of a recipe, frame by frame; keeps a Path for each walker where displacements are asked for."""
+
+    def __init__(self, recipes: Sequence[ObservableRecipe]) -> None:
+        """Load what is asked for.
+
+        Raises:
+            UserError: a function of the user's that cannot be loaded, or a pair that is none.
+        """
+        self.recipes = tuple(recipes)
+        self._functions = {r.name: load(r.name) for r in self.recipes if ":" in r.name}
+        self._pairs = {r.name: _pair(r.pair) for r in self.recipes if r.pair}
+        self._paths: dict[tuple[str, int], Path] = {}
+
+    def __call__(self, frame: Atoms, walker: int = 0, time_fs: float = 0.0) -> dict[str, Value]:
+        """Value of each observable, by name; NaN while it is not known.
+
+        Args:
+            frame: with the results of a calculator, and momenta where temperature or pressure are asked for.
+        """
+        return {r.name: self._value(r, frame, walker, time_fs) for r in self.recipes}
+
+    def _value(self, recipe: ObservableRecipe, frame: Atoms, walker: int, time_fs: float) -> Value:
+        name = recipe.name
+        if name == "rdf":
+            structures = structures_from_ase([frame], [f"walker {walker} at {time_fs:g} fs"])
+            return rdf(structures, recipe.cutoff, recipe.bins, self._pairs.get(name))[1]
+        if name in ("msd", "diffusion"):
+            path = self._paths.setdefault((name, walker), Path(recipe.lag_fs))
+            path.add(frame, time_fs)
+            return msd(path) if name == "msd" else diffusion(path)
+        if name in self._functions:
+            return _checked(name, self._functions[name], frame)
+        return {"energy": energy, "pressure": pressure, "temperature": temperature}[name](frame)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays by name, for npz or safetensors, from which `restore` goes on exactly."""
+        return {f"{n}/{w}/{k}": v for (n, w), path in self._paths.items() for k, v in path.state().items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> Observer:
+        """Return an observer of the same recipes that goes on where state was."""
+        observer, lags = Observer(self.recipes), {r.name: r.lag_fs for r in self.recipes}
+        for name, walker in {tuple(key.split("/")[:2]) for key in state if key.split("/")[0] in lags}:
+            arrays = {key.split("/")[2]: v for key, v in state.items() if key.startswith(f"{name}/{walker}/")}
+            observer._paths[name, int(walker)] = Path.restored(lags[name], arrays)
+        return observer
+
+
+def make(recipes: Sequence[ObservableRecipe], starts: Sequence[Atoms] = ()) -> Observer:
+    """The observer of `StopRecipe.observables`.
+
+    Raises:
+        UserError: as Observer; or one of the starts, which trajectories begin from, has no such pair of atoms, volume or stress.
+    """
+    observer = Observer(recipes)
+    for recipe in recipes:
+        for i, atoms in enumerate(starts):
+            if recipe.name not in ("rdf", "pressure"):
+                continue
+            structures = structures_from_ase([atoms], [f"start {i}"])
+            if recipe.name == "rdf":
+                rdf(structures, recipe.cutoff, recipe.bins, observer._pairs.get(recipe.name))
+            if recipe.name == "pressure" and bool(structures.volumes.isnan().any()):
+                raise UserError(
+                    f"observable 'pressure' needs a stress, and start {i} is not periodic in all directions; take 'energy' instead."
+                )
+    return observer
+
+
+def _pair(text: str) -> tuple[int, int]:
+    parts = text.split("-")
+    if len(parts) != 2:
+        raise UserError(f"`pair` must be two chemical symbols as O-H; got '{text}'.")
+    return errors.atomic_number(parts[0]), errors.atomic_number(parts[1])
+
+
+def _checked(name: str, function: Callable[[Atoms], Value], frame: Atoms) -> Value:
+    """What a function of the user's gives, if it can be used."""
+    try:
+        value = function(frame)
+        array = np.asarray(value, dtype=np.float64)
+    except Exception as error:  # whatever a function of the user's raises
+        raise UserError(f"observable '{name}' failed on a frame: {type(error).__name__}: {error}") from error
+    if array.ndim > 1 or not array.size or np.isinf(array).any():
+        raise UserError(
+            f"observable '{name}' must give a finite number or vector (NaN = not known); got shape {array.shape}"
+            f"{' with infinite values' if array.size and np.isinf(array).any() else ''}."
+        )
+    return float(array) if array.ndim == 0 else array

@@ -1,0 +1,173 @@
+"""Baselines are energy terms that are added, not learned: isolated atoms and short-range nuclear repulsion (ZBL)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gpmlp.core import errors, neighbors, units
+from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.quantities import Prediction, Targets
+from gpmlp.core.structures import Structures
+
+
+class Baseline(Protocol):
+    """A term of the energy with its forces and stress."""
+
+    @property
+    def cutoff(self) -> float:
+        """Distance within which atoms feel each other, A."""
+        ...
+
+    def of_atoms(
+        self, structures: Structures, pairs: Neighbors, start: int, end: int
+    ) -> tuple[Tensor, Neighbors, Tensor]:
+        """Of the atoms start to end, whose neighbours within `cutoff` or more are `pairs`: their energies (atoms,), eV, the pairs that
+        matter, and dE/dr_ij of these (pairs, 3), eV/A."""
+        ...
+
+    def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
+        """Of all atoms; `pairs`: neighbours within `cutoff` or more, if they are known."""
+        if pairs is None:
+            pairs = neighbors.find(structures, self.cutoff) if self.cutoff else Neighbors.none(structures)
+        local, near, gradients = self.of_atoms(structures, pairs, 0, structures.n_atoms)
+        return neighbors.prediction(structures, near, near.vectors(structures), local, gradients)
+
+    def state(self) -> dict: ...
+
+
+@dataclass(frozen=True)
+class IsolatedAtoms(Baseline):
+    """E = sum_i e(Z_i); energies in eV by atomic number."""
+
+    energies: dict[int, float]
+    cutoff = 0.0
+
+    def of_atoms(
+        self, structures: Structures, pairs: Neighbors, start: int, end: int
+    ) -> tuple[Tensor, Neighbors, Tensor]:
+        species, local = structures.species[start:end], structures.positions.new_zeros(end - start)
+        for z in structures.distinct_species:
+            if z not in self.energies:
+                raise errors.UserError(
+                    f"No isolated-atom energy for atomic number {z}; known: {sorted(self.energies)}."
+                )
+            local.masked_fill_(species == z, self.energies[z])
+        return local, Neighbors.none(structures), local.new_zeros(0, 3)
+
+    def state(self) -> dict:
+        return {"name": "isolated_atoms", "energies": {str(z): e for z, e in self.energies.items()}}
+
+    @staticmethod
+    def from_frames(structures: Structures, targets: Targets) -> dict[int, float]:
+        """Energies of the one-atom frames labelled config_type=isolated_atom, by atomic number."""
+        found: dict[int, float] = {}
+        for i, label in enumerate(targets.config_types):
+            if is_isolated_atom(label) and structures.counts[i] == 1:
+                energy = float(targets.energies[i])
+                if energy == energy:
+                    found[int(structures.species[structures.offsets[i]])] = energy
+        return found
+
+    @staticmethod
+    def least_squares(structures: Structures, targets: Targets) -> dict[int, float]:
+        """Energies that fit the total energies best; of all that fit equally well, the smallest."""
+        species = structures.distinct_species
+        known = ~torch.isnan(targets.energies)
+        if not known.any():
+            return dict.fromkeys(species, 0.0)
+        counts, energies = structures.composition(species)[known], targets.energies[known]
+        weights = 1 / counts.sum(1)  # per atom, as the noise is
+        left, right = (counts * weights[:, None]).cpu().double(), (energies * weights).cpu().double()
+        solution = torch.linalg.lstsq(left, right[:, None], driver="gelsd").solution[:, 0]
+        return dict(zip(species, solution.tolist(), strict=True))
+
+
+def is_isolated_atom(config_type: str) -> bool:
+    """Whether a config_type says so: isolated_atom, IsolatedAtom, ..."""
+    return config_type.lower().replace("_", "") == "isolatedatom"
+
+
+# universal screening function: Ziegler, Biersack, Littmark, The Stopping and Range of Ions in Matter (1985)
+_ZBL_AMPLITUDES = (0.18175, 0.50986, 0.28022, 0.02817)
+_ZBL_EXPONENTS = (3.19980, 0.94229, 0.40290, 0.20162)
+
+
+@dataclass(frozen=True)
+class ZBL(Baseline):
+    """E = 1/2 sum_ij S(r) Z_i Z_j k_e / r phi(r / a), a = 0.46850 A / (Z_i^0.23 + Z_j^0.23).
+
+    S falls from 1 at `inner` to 0 at `outer` by the quintic smoothstep (C2), so that no pair beyond `outer` feels it.
+
+    Attributes:
+        inner, outer: A, by pair of atomic numbers (Z_i <= Z_j).
+    """
+
+    inner: dict[tuple[int, int], float]
+    outer: dict[tuple[int, int], float]
+
+    def __post_init__(self) -> None:
+        for pair, outer in self.outer.items():
+            if not 0 <= self.inner[pair] < outer:
+                raise errors.UserError(f"ZBL of pair {pair}: inner {self.inner[pair]} A must be below outer {outer} A.")
+
+    @property
+    def cutoff(self) -> float:
+        return max(self.outer.values())
+
+    def of_atoms(
+        self, structures: Structures, pairs: Neighbors, start: int, end: int
+    ) -> tuple[Tensor, Neighbors, Tensor]:
+        near, local = pairs.within(structures, self.cutoff), structures.positions.new_zeros(end - start)
+        vectors = near.vectors(structures)
+        if not len(near):
+            return local, near, vectors
+        z_i, z_j = structures.species[near.centers], structures.species[near.neighbors]
+        inner, outer = self._by_pair(z_i, z_j, vectors)
+        r = vectors.norm(dim=1)
+        energy, slope = self.of_pair(r, z_i.to(r), z_j.to(r), inner, outer)
+        return local.index_add(0, near.centers - start, 0.5 * energy), near, 0.5 * slope[:, None] * vectors / r[:, None]
+
+    def _by_pair(self, z_i: Tensor, z_j: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        size = max(max(pair) for pair in self.outer) + 1
+        table = like.new_zeros(2, size, size)
+        for (a, b), outer in self.outer.items():
+            for k, value in enumerate((self.inner[a, b], outer)):
+                table[k, a, b] = table[k, b, a] = value
+        return table[0, z_i, z_j], table[1, z_i, z_j]
+
+    @staticmethod
+    def of_pair(r: Tensor, z_i: Tensor, z_j: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+        """Energy of a pair and its derivative with respect to r."""
+        length = 0.46850 / (z_i**0.23 + z_j**0.23)
+        coulomb = units.COULOMB * z_i * z_j / r
+        terms = [(a * torch.exp(-b * r / length), b) for a, b in zip(_ZBL_AMPLITUDES, _ZBL_EXPONENTS, strict=True)]
+        phi = sum(t for t, _ in terms)
+        d_phi = -sum(t * b for t, b in terms) / length
+        x = ((r - inner) / (outer - inner).clamp_min(1e-6)).clamp(0, 1)
+        x = torch.where(r < outer, x, torch.ones_like(x))
+        switch = 1 - x**3 * (10 - 15 * x + 6 * x**2)
+        d_switch = -30 * x**2 * (1 - x) ** 2 / (outer - inner).clamp_min(1e-6)
+        energy = coulomb * phi
+        d_energy = coulomb * (d_phi - phi / r)
+        return energy * switch, d_energy * switch + energy * d_switch
+
+    def state(self) -> dict:
+        return {
+            "name": "zbl",
+            "pairs": [[a, b, self.inner[a, b], self.outer[a, b]] for a, b in sorted(self.outer)],
+        }
+
+
+def make(state: dict) -> Baseline:
+    """Build a baseline again from its state()."""
+    if state["name"] == "isolated_atoms":
+        return IsolatedAtoms({int(z): float(e) for z, e in state["energies"].items()})
+    if state["name"] == "zbl":
+        return ZBL(
+            {(a, b): inner for a, b, inner, _ in state["pairs"]}, {(a, b): outer for a, b, _, outer in state["pairs"]}
+        )
+    raise errors.UserError(f"Unknown baseline '{state['name']}'.")

@@ -1,0 +1,177 @@
+"""Evaluation is the comparison of a potential with reference labels: errors, and whether their predicted size is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from gpmlp.core import units
+from gpmlp.core.quantities import Prediction, Targets
+from gpmlp.core.structures import Structures, chunks
+from gpmlp.gp.variance import VARIANCES
+from gpmlp.potential.potential import Potential
+from gpmlp.uncertainty import residuals
+from gpmlp.uncertainty.calibration import Calibration
+from gpmlp.uncertainty.scores import Scores, scores
+
+CHUNK_ATOMS = 500  # atoms between two calls of progress
+LEVELS = (0.5, 0.68, 0.9, 0.95)
+# keys of the JSON: name of a kind there, and the unit of its sharpness
+KEYS = {
+    "energies": ("energy", "meV_per_atom", 1e3),
+    "forces": ("force", "meV_per_A", 1e3),
+    "stresses": ("stress", "GPa", 1 / units.GPA),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A prediction, its errors, and how well its variances say how large they are.
+
+    Attributes:
+        prediction: of all structures.
+        overall: errors over all structures.
+        by_config_type: errors over the structures of each config_type; empty if no structure has one.
+        scores: by kind, Scores of the variances (energies per atom); empty where none were predicted.
+        scores_by_config_type: the same for each config_type.
+    """
+
+    prediction: Prediction
+    overall: ErrorTable
+    by_config_type: dict[str, ErrorTable]
+    scores: dict[str, Scores] = field(default_factory=dict)
+    scores_by_config_type: dict[str, dict[str, Scores]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        """JSON-able form, units in the names; None where there is no label of the kind.
+
+        Of variances, for energy (per atom), force and stress: `force_coverage_50`, `_68`, `_90`, `_95` (share of components in the
+        intervals), `force_miscalibration_area`, `force_ence`, `force_nll` (nats, errors in eV/A), `force_crps` (eV/A),
+        `force_sharpness_meV_per_A` (rms standard deviation), `force_spearman` (of forces per atom).
+        """
+        named = self.by_config_type
+        whole = _plain(self.overall, self.scores)
+        return whole | {
+            "by_config_type": {k: _plain(t, self.scores_by_config_type.get(k, {})) for k, t in named.items()}
+        }
+
+
+def _plain(table: ErrorTable, found: dict[str, Scores]) -> dict:
+    values = asdict(table)
+    for kind, entry in found.items():
+        name, unit, factor = KEYS[kind]
+        numbers = asdict(entry)
+        values[f"{name}_sharpness_{unit}"] = factor * numbers.pop("sharpness")
+        values |= {f"{name}_{key}": value for key, value in numbers.items() if key != "n"}
+    return {key: None if value != value else value for key, value in values.items()}
+
+
+def evaluate(
+    potential: Potential,
+    structures: Structures,
+    targets: Targets,
+    progress: Callable[[str, float, float, str], None] | None = None,
+    variances: bool = True,
+) -> Evaluation:
+    """Predict all structures and compare with what is known of them.
+
+    Args:
+        progress: called as progress(stage, done, total, note), in atoms.
+        variances: whether to predict variances and novelty too, if the potential can.
+
+    Energies count as not known where the potential has not learned from any: its zero of energy is arbitrary.
+    """
+    variances = variances and potential.variances is not None
+    targets = comparable(potential, targets)
+    parts, done = [], 0
+    if progress:
+        progress("prediction", 0, structures.n_atoms, "")
+    for chunk in chunks(structures, CHUNK_ATOMS):
+        parts.append(potential(chunk, VARIANCES if variances else None, potential.novelty is not None and variances))
+        done += chunk.n_atoms
+        if progress:
+            progress("prediction", done, structures.n_atoms, f"{done} atoms")
+    return compare(structures, targets, Prediction.concatenate(parts), potential.calibration)
+
+
+def comparable(potential: Potential, targets: Targets) -> Targets:
+    """The labels that the potential can be held to: without energies, if it has learned from none."""
+    if potential.has_energy_zero:
+        return targets
+    return replace(targets, energies=torch.full_like(targets.energies, float("nan")))
+
+
+def compare(structures: Structures, targets: Targets, prediction: Prediction, calibration: Calibration) -> Evaluation:
+    """Evaluate a prediction that is there already.
+
+    Args:
+        calibration: of the variances in the prediction; gives their conformal intervals.
+    """
+    tables, tables_of_scores = {}, {}
+    for name in sorted(set(targets.config_types) - {""}):
+        members = [i for i, label in enumerate(targets.config_types) if label == name]
+        some = structures.select(members), targets.select(structures, members), prediction.select(structures, members)
+        tables[name] = errors(*some, units.GPA)
+        tables_of_scores[name] = judge(*some, calibration)
+    overall = errors(structures, targets, prediction, units.GPA)
+    found = judge(structures, targets, prediction, calibration)
+    return Evaluation(prediction, overall, tables, found, tables_of_scores)
+
+
+def judge(
+    structures: Structures, targets: Targets, prediction: Prediction, calibration: Calibration
+) -> dict[str, Scores]:
+    """Scores of the variances of a prediction by kind; kinds without variances are left out."""
+    found = {}
+    for kind, name in residuals.FIELDS.items():
+        if getattr(prediction, name) is None:
+            continue
+        error, parts, species = residuals.residuals(kind, structures, targets, prediction)
+        std = parts.sum(1).sqrt()
+        known = ~error.isnan() & std.isfinite()
+        error, std = error[known], std[known]
+        z = None if species is None else species[known]
+        widths = {level: calibration.half_width(kind, std, level, z) for level in LEVELS}
+        atom = (
+            torch.arange(structures.n_atoms, device=std.device).repeat_interleave(3)[known]
+            if kind == "forces"
+            else None
+        )
+        found[kind] = scores(error, std, widths, atom)
+    return found
+
+
+@dataclass(frozen=True)
+class ErrorTable:
+    """Errors of a prediction against targets; a field is NaN where there was no label of that kind."""
+
+    energy_mae_meV_per_atom: float
+    energy_rmse_meV_per_atom: float
+    force_mae_meV_per_A: float
+    force_rmse_meV_per_A: float
+    stress_mae_GPa: float
+    stress_rmse_GPa: float
+    n_structures: int
+    n_atoms: int
+
+
+def errors(structures: Structures, targets: Targets, prediction: Prediction, gpa: float) -> ErrorTable:
+    """Compare predicted with reference energies (per atom), force components and stress components.
+
+    Args:
+        gpa: 1 GPa in eV/A^3 (units.GPA); the table is a border, so units are in its names.
+    """
+
+    def both(difference: Tensor, scale: float) -> tuple[float, float]:
+        known = difference[~torch.isnan(difference)] * scale
+        if not known.numel():
+            return float("nan"), float("nan")
+        return known.abs().mean().item(), known.square().mean().sqrt().item()
+
+    energy = both((prediction.energies - targets.energies) / structures.counts, 1e3)
+    force = both(prediction.forces - targets.forces, 1e3)
+    stress = both(prediction.stresses - targets.stresses, 1 / gpa)
+    return ErrorTable(*energy, *force, *stress, len(structures), structures.n_atoms)

@@ -1,0 +1,329 @@
+"""Potential is a potential energy surface: potential(structures) -> Prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from gpmlp import descriptors
+from gpmlp.core import errors, neighbors, parallel
+from gpmlp.core.environments import Environments, InSingle, View
+from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.quantities import Prediction, Variance
+from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
+from gpmlp.gp import posterior
+from gpmlp.gp.kernels import make_kernel
+from gpmlp.gp.variance import FORMS, VARIANCES, VarianceModel, Wanted
+from gpmlp.potential import baselines, chunked, samples
+from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.mean import MeanBlock, Term
+from gpmlp.recipe import Recipe
+from gpmlp.uncertainty.calibration import Calibration, rescaled
+from gpmlp.uncertainty.mahalanobis import Mahalanobis
+
+LIST_ATOMS = 1 << 14  # atoms whose neighbours are in memory together, unless a structure has more
+
+
+@dataclass(frozen=True, eq=False)
+class Potential:
+    """A fitted potential: call it on structures. Holds no training data and needs no optimiser.
+
+    Attributes:
+        terms: one for each descriptor; their energies add up.
+        baselines: terms that were not learned.
+        species: atomic numbers it was trained on.
+        recipe: the choices made, those left to the data filled in; learned noises are in `noise`, see also the baselines.
+        noise: standard deviations of the likelihood, 'energies' eV/atom, 'forces' eV/A, 'stresses' eV/A^3.
+        provenance: training files with hashes, package versions.
+        report: the FitReport as a dictionary.
+        variances: the posterior factor, for variances; None where only the mean was kept.
+        calibration: what makes variances agree with errors on held-out data.
+        novelty: Mahalanobis distances in the space of the first descriptor; None where none was kept.
+    """
+
+    terms: tuple[Term, ...]
+    baselines: tuple[Baseline, ...]
+    species: tuple[int, ...]
+    recipe: Recipe
+    noise: dict[str, float] = field(default_factory=dict)
+    provenance: dict = field(default_factory=dict)
+    report: dict = field(default_factory=dict)
+    variances: VarianceModel | None = None
+    calibration: Calibration = field(default_factory=Calibration.identity)
+    novelty: Mahalanobis | None = None
+
+    @property
+    def cutoff(self) -> float:
+        """Largest distance at which atoms see each other, A."""
+        return max(term.descriptor.cutoff for term in self.terms)
+
+    @property
+    def reach(self) -> float:
+        """Largest distance at which atoms see each other or feel a baseline, A."""
+        return max(self.cutoff, *(term.cutoff for term in self.baselines), 0.0)
+
+    @property
+    def has_energy_zero(self) -> bool:
+        """Whether it was fitted to any energies; forces and stresses alone leave the zero of energy open."""
+        rows = self.report.get("rows", {})
+        return not rows or bool(rows.get("energies") or rows.get(posterior.FIXED))
+
+    def __call__(
+        self,
+        structures: Structures,
+        variance: str | Sequence[str] | None = None,
+        novelty: bool = False,
+        atoms: Sequence[int] | Tensor | None = None,
+        form: str = "scaled",
+        calibrated: bool = True,
+        views: Sequence[View] = (),
+        pairs: Neighbors | None = None,
+    ) -> Prediction:
+        """Predict energies, forces and stresses, and variances of them where asked for.
+
+        Args:
+            variance: one or more of VARIANCES ('atom_energies', 'energies', 'forces', 'stresses'), or 'all'.
+            novelty: whether to compute the Mahalanobis distance of each environment from the training data.
+            atoms: indices of the atoms whose force variances are wanted (others NaN); all if not given.
+            form: how much of what the inducing set cannot represent counts: 'dtc' or 'vfe' all (the same predictive variance), 'sor'
+                nothing (small far from the data, where it should be large), 'scaled' what the training data show there is
+                (VarianceModel.amplitude). Where a calibration was learned, all but 'sor' are one: it has weights of its own.
+            calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
+            views: what each term sees of all the structures, if that is there already; then they are predicted in one chunk.
+            pairs: all neighbours within `reach`, if they are known (skin.Skin).
+
+        Raises:
+            checks.UserError: a species that was not in the training data; atoms on top of each other; a variance or a form that is
+                not known; a model without variances.
+        """
+        self.check_species(structures)
+        learned = calibrated and any(kind.n for kind in self.calibration.kinds.values())
+        form = "scaled" if learned and form in ("dtc", "vfe") else form
+        wanted = self._wanted(variance, form, atoms, structures.n_atoms)
+        if novelty and self.novelty is None:
+            raise errors.UserError(
+                "This model holds no Mahalanobis distances: fitted with novelty: false, or a file of format 1. Fit it again."
+            )
+        device, dtype = structures.positions.device, structures.positions.dtype
+        own = {"device": self.recipe.device, "dtype": getattr(torch, self.recipe.dtype)}
+        widening = (
+            calibrated and wanted.any and self.calibration.typical_novelty is not None and self.novelty is not None
+        )
+        parts, first = [], 0
+        for chunk in [structures] if views else chunks(structures, CHUNK_ATOMS if wanted.correlated else LIST_ATOMS):
+            here = wanted.within(first, chunk.n_atoms)
+            # products of correlated variances are large enough to share; nothing else is, but for portions
+            with nullcontext() if wanted.correlated else parallel.one_core():
+                known = None if pairs is None else pairs.between(first, first + chunk.n_atoms).to(self.recipe.device)
+                parts.append(self._predict(chunk.to(**own), here, novelty or widening, views, known))
+            first += chunk.n_atoms
+        if not parts:
+            raise errors.UserError("There are no structures to predict.")
+        together = Prediction.concatenate(parts)
+        if calibrated and wanted.any:
+            together = rescaled(together, structures.to(device=self.recipe.device), self.calibration)
+            together = together if novelty else replace(together, novelty=None)
+        return together.map(lambda v: v.to(device=device, dtype=dtype))
+
+    def check_variance(self, variance: str | Sequence[str] | None) -> None:
+        """Raise a UserError if these variances are not known, or the model cannot give them."""
+        self._wanted(variance, "scaled", None, 0)
+
+    def _atoms(self, atoms: Sequence[int] | Tensor, n_atoms: int) -> Tensor:
+        """Indices of atoms, each once, from indices or a mask."""
+        chosen = torch.as_tensor(atoms)
+        if chosen.dtype == torch.bool:
+            errors.shape("atoms", chosen, (n_atoms,), "One entry for each atom, or indices.")
+            chosen = chosen.nonzero()[:, 0]
+        if len(chosen) and not (0 <= int(chosen.min()) and int(chosen.max()) < n_atoms):
+            raise errors.UserError(
+                f"`atoms` must hold indices of atoms, 0 to {n_atoms - 1}; got {chosen.tolist()[:5]}."
+            )
+        return chosen.to(dtype=torch.long, device=self.recipe.device).unique()
+
+    def _wanted(
+        self, variance: str | Sequence[str] | None, form: str, atoms: Sequence[int] | Tensor | None, n_atoms: int
+    ) -> Wanted:
+        names = () if variance is None else (variance,) if isinstance(variance, str) else tuple(variance)
+        for name in names:
+            errors.choose("variance", name, (*VARIANCES, "all"))
+        errors.choose("form of the variance", form, FORMS)
+        if names and self.variances is None:
+            raise errors.UserError(
+                f"This model holds no posterior factor, so it can give no variances: {self._why_no_variances}"
+            )
+        names = VARIANCES if "all" in names else names
+        chosen = None if atoms is None else self._atoms(atoms, n_atoms)
+        return Wanted(*(name in names for name in VARIANCES), chosen, form)
+
+    def _predict(
+        self,
+        structures: Structures,
+        wanted: Wanted,
+        novelty: bool,
+        views: Sequence[View] = (),
+        pairs: Neighbors | None = None,
+    ) -> Prediction:
+        if views:
+            pairs = max((view.neighbors for view in views), key=lambda found: found.cutoff)
+        if pairs is None or pairs.cutoff < self.reach:
+            pairs = neighbors.find(structures, self.reach)
+        if wanted.atom_energies:
+            self.variances.prepare()
+
+        def beside(seen: Sequence[Environments], profiles: Sequence[dict]) -> tuple[Variance | None, Tensor | None]:
+            variance = self.variances.of_atoms(seen, wanted.form, profiles) if wanted.atom_energies else None
+            return variance, self.novelty.novelty(seen[0].species, seen[0].features) if novelty else None
+
+        total = chunked.mean(self.terms, structures, pairs.of_atoms, beside, wanted.atom_energies, self.baselines)
+        if not wanted.correlated:
+            return total
+        views = views or [term.view(structures, pairs) for term in self.terms]
+        return replace(total, **self.variances(structures, views, wanted))
+
+    @property
+    def _why_no_variances(self) -> str:
+        if self.recipe.variance is False:
+            return "it was fitted with variance: false. Fit it again with variance left to the recipe's default."
+        if "sample" in self.provenance:
+            return "it is a sample of a posterior. Ask the potential that it was drawn from."
+        return "its file is of format 1. Fit it again."
+
+    def sample(self, k: int, seed: int, calibrated: bool = True) -> samples.Samples:
+        """Draw k potentials from the posterior (samples.draw): each with consistent energies, forces and stresses."""
+        return samples.draw(self, k, seed, "posterior", calibrated)
+
+    def committee(self, k: int, seed: int, calibrated: bool = True) -> samples.Samples:
+        """k potentials as fitted to labels that scatter by their noise (samples.draw), without fitting again."""
+        return samples.draw(self, k, seed, "label_noise", calibrated)
+
+    def covariance(self, structures: Structures) -> Tensor:
+        """Posterior covariance (no noise, not calibrated) of all energies, forces and stresses of a few structures, each with each.
+
+        Rows and columns: energies (structures) eV, forces (3 atoms) eV/A, stresses (6 structures, Voigt; zero without volume) eV/A^3.
+        """
+        self.check_species(structures)
+        self.check_variance("forces")
+        moved = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
+        joint = self.variances.joint(moved, [term.view(moved) for term in self.terms])
+        return joint.to(device=structures.positions.device)
+
+    def to(self, device: str | None = None, descriptors: str | None = None) -> Potential:
+        """The same on another device, or with descriptors in another precision ('float64', 'float32'), which model files do not keep.
+
+        What is not given stays as it is.
+        Single precision is faster, above all on GPUs, and changes predictions by far less than their errors (environments.InSingle).
+
+        Raises:
+            checks.UserError: a device that there is not, or another precision.
+        """
+        errors.choose("precision of the descriptors", descriptors or "float64", ("float64", "float32"))
+        if descriptors is None and any(isinstance(term.descriptor, InSingle) for term in self.terms):
+            descriptors = "float32"
+        header, tensors = self.state()
+        if device is not None:
+            errors.device(device)
+            header["recipe"] = header["recipe"] | {"device": device}
+        made = self.from_state(header, tensors)
+        if descriptors != "float32":
+            return made
+        terms = tuple(replace(term, descriptor=InSingle(term.descriptor)) for term in made.terms)
+        if made.variances is None:
+            return replace(made, terms=terms)
+        priors = tuple(replace(p, descriptor=t.descriptor) for p, t in zip(made.variances.priors, terms, strict=True))
+        return replace(made, terms=terms, variances=replace(made.variances, priors=priors))
+
+    def __repr__(self) -> str:
+        """Species, descriptors and sizes; not the tensors."""
+        species = ", ".join(errors.symbol(z) for z in self.species)
+        names = ", ".join(descriptor.name for descriptor in self.recipe.descriptors)
+        columns = f"{self.report['columns']} columns" if "columns" in self.report else "no report"
+        return f"Potential({species}; {names}; cutoff {self.cutoff:g} A; {columns})"
+
+    def check_species(self, structures: Structures) -> None:
+        if not isinstance(structures, Structures):
+            raise errors.UserError(
+                f"A potential takes gpmlp.Structures; got {type(structures).__name__}. Convert ASE's Atoms by "
+                "gpmlp.io.ase_atoms.structures_from_ase([atoms]), or read a file by gpmlp.read."
+            )
+        for i, z in enumerate(structures.distinct_species):
+            if z not in self.species:
+                atom = int((structures.species == structures.distinct_species[i]).nonzero()[0, 0])
+                name = structures.names[int(structures.structure_of_atom[atom])]
+                raise errors.UserError(
+                    f"{name}: the potential was not trained on {errors.symbol(z)} (Z = {z}); "
+                    f"it knows {', '.join(errors.symbol(k) for k in self.species)}."
+                )
+
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """What a model file holds: a JSON-able header and named tensors."""
+        header = {
+            "species": list(self.species),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "noise": self.noise,
+            "provenance": self.provenance,
+            "report": self.report,
+            "baselines": [b.state() for b in self.baselines],
+            "calibration": self.calibration.as_dict(),
+        }
+        tensors = {
+            f"term{k}.Z{z}.{name}": value
+            for k, term in enumerate(self.terms)
+            for z, block in term.blocks.items()
+            for name, value in vars(block).items()
+        }
+        if self.variances is not None:
+            header["variances"], more = self.variances.state()
+            tensors |= {f"variances.{name}": value for name, value in more.items()}
+        if self.novelty is not None:
+            header["novelty"], more = self.novelty.state()
+            tensors |= {f"novelty.{name}": value for name, value in more.items()}
+        return header, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+    @classmethod
+    def from_state(cls, header: dict, tensors: dict[str, Tensor]) -> Potential:
+        """Build a potential again from state()."""
+        recipe = Recipe.model_validate(header["recipe"])
+        try:
+            errors.device(recipe.device)
+        except errors.UserError:
+            recipe = recipe.model_copy(update={"device": "cpu"})  # fitted on a GPU, used where there is none
+        tensors = {name: value.to(recipe.device) for name, value in tensors.items()}
+        species = tuple(header["species"])
+        terms = []
+        for k, (descriptor, kernel) in enumerate(zip(recipe.descriptors, recipe.kernels, strict=True)):
+            blocks = {}
+            for z in species:
+                if f"term{k}.Z{z}.features" in tensors:
+                    names = ("features", "weights", "tangents")
+                    blocks[z] = MeanBlock(*(tensors[f"term{k}.Z{z}.{n}"] for n in names))
+            terms.append(Term(descriptors.make(species, descriptor.model_dump()), make_kernel(kernel), blocks))
+        own: dict[str, object] = {}
+        if "variances" in header:
+            features = [{z: block.features for z, block in term.blocks.items()} for term in terms]
+            made = [(term.descriptor, term.kernel) for term in terms]
+            own["variances"] = VarianceModel.from_state(
+                header["variances"], _under("variances.", tensors), made, features
+            )
+        if "novelty" in header:
+            own["novelty"] = Mahalanobis.from_state(header["novelty"], _under("novelty.", tensors))
+        if "calibration" in header:
+            own["calibration"] = Calibration.from_dict(header["calibration"])
+        return cls(
+            tuple(terms),
+            tuple(baselines.make(state) for state in header["baselines"]),
+            species,
+            recipe,
+            dict(header["noise"]),
+            dict(header["provenance"]),
+            dict(header["report"]),
+            **own,
+        )
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,239 @@
+"""Samples are whole potentials drawn from the posterior: one descriptor evaluation, many energy surfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, overload
+
+import torch
+from torch import Tensor
+
+from gpmlp.core import errors, neighbors
+from gpmlp.core.quantities import Prediction
+from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
+from gpmlp.gp import inducing
+from gpmlp.gp.inducing import InducingBlock
+from gpmlp.gp.variance import VarianceModel
+from gpmlp.potential.mean import MeanBlock, Term
+
+HOW = ("posterior", "label_noise")
+SLOPE_BYTES = 8 << 20  # of slopes with respect to kernel arguments in memory together: what stays in cache
+TANGENT_BYTES = 16 << 20  # the same where each sample has τ of its own, to be read for every lot
+
+
+class Drawable(Protocol):
+    """What samples need of a potential, a frozen dataclass."""
+
+    terms: tuple[Term, ...]
+    baselines: tuple[Any, ...]
+    recipe: Any
+    provenance: dict[str, Any]
+    variances: VarianceModel | None
+    calibration: Any
+
+    def check_species(self, structures: Structures) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Sequence):
+    """k potentials that differ in their weights; an index gives one as a Potential (to save, to run dynamics with), a slice some.
+
+    Attributes:
+        mean: the potential they were drawn from.
+        blocks: for each term and species, α (k, M) and τ (k, M, features) of the samples (τ empty where no centre has gradients).
+        origin: how they were drawn; with their index, what the provenance of each says under 'sample'.
+        indices: of these samples in the draw.
+    """
+
+    mean: Drawable
+    blocks: tuple[dict[int, tuple[Tensor, Tensor]], ...]
+    origin: dict[str, Any]
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Drawable: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+
+    def __getitem__(self, index: int | slice) -> Drawable | Samples:
+        """One sample as a Potential, or some of them as Samples."""
+        if isinstance(index, slice):
+            if not self.indices[index]:
+                raise errors.UserError(f"A slice of samples must hold one or more of the {len(self)}; got {index}.")
+            blocks = tuple({z: (alpha[index], tau[index]) for z, (alpha, tau) in b.items()} for b in self.blocks)
+            return replace(self, blocks=blocks, indices=self.indices[index])
+        index = range(len(self))[index]
+        terms = []
+        for term, drawn in zip(self.mean.terms, self.blocks, strict=True):
+            made = {
+                z: MeanBlock(block.features, drawn[z][0][index], drawn[z][1][index]) for z, block in term.blocks.items()
+            }
+            terms.append(Term(term.descriptor, term.kernel, made))
+        provenance = self.mean.provenance | {"sample": self.origin | {"index": self.indices[index]}}
+        return replace(self.mean, terms=tuple(terms), variances=None, provenance=provenance)
+
+    def __iter__(self) -> Iterator[Drawable]:
+        return (self[i] for i in range(len(self)))
+
+    def __call__(self, structures: Structures) -> Prediction:
+        """Predictions of all samples, stacked: every field of the Prediction has a leading axis (samples).
+
+        Neighbours, features and kernels are made once; what differs is matrix products with the weights.
+        """
+        self.mean.check_species(structures)
+        device, dtype = structures.positions.device, structures.positions.dtype
+        recipe = self.mean.recipe
+        parts = []
+        for chunk in chunks(structures, CHUNK_ATOMS):
+            own = chunk.to(device=recipe.device, dtype=getattr(torch, recipe.dtype))
+            total = sum(
+                (term(own).map(lambda v: v[None]) for term in self.mean.baselines), start=_nothing(own, len(self))
+            )
+            for term, drawn in zip(self.mean.terms, self.blocks, strict=True):
+                total = total + _evaluate(term, drawn, own)
+            parts.append(total)
+        joined = {
+            name: torch.cat([getattr(p, name) for p in parts], dim=1)
+            for name in ("energies", "atom_energies", "forces", "stresses")
+        }
+        return Prediction(**joined).map(lambda v: v.to(device=device, dtype=dtype))
+
+
+def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibrated: bool = True) -> Samples:
+    """Draw k potentials around the mean.
+
+    'posterior': weights of the inducing variables from their posterior, δβ = R⁻¹z, w = w̄ + L⁻ᵀ D δβ; where the variances are of a
+    subset of the fit's columns, what this subset misses is drawn from the prior conditioned on it, at the other centres (Wilson
+    et al., ICML 2020, eq. 9: a path is a prior path corrected at the inducing points). 'label_noise': the committee of fits to
+    labels that scatter by their noise, δβ = S⁻¹(S − 1)^½ z; it knows nothing of what the data do not touch, and is narrower.
+
+    Args:
+        calibrated: whether deviations from the mean are scaled to the size of the errors of forces that the calibration has seen
+            (Calibration.spread): they are of what the data leave open alone, so that nothing is drawn of what a subset misses.
+
+    Raises:
+        checks.UserError: k < 1, k or the seed no integer, an unknown `how`, or a model without variances.
+    """
+    errors.choose("way of sampling", how, HOW)
+    k, seed = errors.integer("number of samples `k`", k, 1), errors.integer("`seed`", seed, 0)
+    model = potential.variances
+    if model is None:
+        raise errors.UserError(
+            "This model holds no posterior factor (recipe: variance: false, or it is a sample itself), so nothing can be drawn."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    spread = potential.calibration.spread if calibrated else None
+    deviations = (spread or 1.0) * model.signal[:, None] * _whitened_deviations(model, k, generator, how)
+    start, i, made = 0, 0, []
+    for term, blocks, prior in zip(potential.terms, model.blocks, model.priors, strict=True):
+        drawn = {}
+        for block in blocks:
+            here = slice(start, start + block.n_columns)
+            lower = model.lowers[i]
+            start, i = here.stop, i + 1
+            weights = torch.linalg.solve_triangular(lower.T, deviations[here], upper=True)
+            mean = term.blocks[block.species]
+            extra = None
+            if spread is None and how == "posterior" and len(mean.features) > len(block.features):
+                extra, correction = _missed(term, block, lower, mean.features[len(block.features) :], k, generator)
+                scale = model.amplitude**0.5 * prior.signal[block.species]
+                weights, extra = weights + scale * correction, scale * extra
+            drawn[block.species] = _around(mean, block, weights, extra)
+        made.append(drawn)
+    origin = {"how": how, "seed": seed, "of": k, "calibrated": spread is not None}
+    return Samples(potential, tuple(made), origin, tuple(range(k)))
+
+
+def _whitened_deviations(model: VarianceModel, k: int, generator: torch.Generator, how: str) -> Tensor:
+    """(columns, k) draws of β - β̄."""
+    z = torch.randn(model.n_columns, k, generator=generator, dtype=torch.float64).to(model.factor)
+    if how == "posterior":
+        return torch.linalg.solve_triangular(model.factor, z, upper=True)
+    values, vectors = torch.linalg.eigh(model.factor.T @ model.factor)
+    return vectors @ ((values - 1).clamp_min(0).sqrt() / values)[:, None].mul(z)
+
+
+def _missed(
+    term: Term, block: InducingBlock, lower: Tensor, centres: Tensor, k: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Prior paths conditioned on zero at the block's variables: weights at other centres (n, k) and their correction (columns, k).
+
+    With S = K_ww - K_wu K_uu⁻¹ K_uw = C Cᵀ: h(x) = (k_xw - k_xu K_uu⁻¹ K_uw) C⁻ᵀ ξ has the covariance of the prior residual at w.
+    """
+    centres = centres.to(lower)
+    block = replace(block, features=block.features.to(lower), tangents=block.tangents.to(lower))
+    none = centres.new_zeros(len(centres), 0, centres.shape[1])
+    others = InducingBlock(block.species, centres, none, torch.arange(len(centres), device=centres.device))
+    cross = torch.linalg.solve_triangular(lower, inducing.covariance(term.kernel, block, others), upper=False)
+    residual = inducing.covariance(term.kernel, others, others) - cross.T @ cross
+    values, vectors = torch.linalg.eigh(residual)
+    usable = values > inducing.RANK_TOLERANCE
+    xi = torch.randn(int(usable.sum()), k, generator=generator, dtype=torch.float64).to(centres)
+    weights = (vectors[:, usable] * values[usable].rsqrt()) @ xi
+    return weights, -torch.linalg.solve_triangular(lower.T, cross @ weights, upper=True)
+
+
+def _around(mean: MeanBlock, block: InducingBlock, weights: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+    """α (k, M) and τ (k, M, features): the mean's plus the deviations (columns, k) of the block, and (others, k) at the other centres."""
+    weights, extra = weights.to(mean.weights), None if extra is None else extra.to(mean.weights)
+    k, m, r = weights.shape[1], len(block.features), block.tangents.shape[1]
+    full = weights.new_zeros(m + m * r, k)
+    full[block.kept] = weights
+    alpha = mean.weights.repeat(k, 1)
+    alpha[:, :m] += full[:m].T
+    if extra is not None:
+        alpha[:, m:] += extra.T
+    if not len(mean.tangents) and not r:
+        return alpha, mean.tangents.expand(k, -1, -1)
+    tau = (mean.tangents if len(mean.tangents) else torch.zeros_like(mean.features)).repeat(k, 1, 1)
+    tau[:, :m] += torch.einsum("mrk,mrf->kmf", full[m:].reshape(m, r, k), block.tangents)
+    return alpha, tau
+
+
+def _evaluate(term: Term, drawn: dict[int, tuple[Tensor, Tensor]], structures: Structures) -> Prediction:
+    """One term of all samples, with a leading axis (samples)."""
+    view = term.view(structures)
+    features = view.environments.features
+    k = len(next(iter(drawn.values()))[0])
+    local = features.new_zeros(len(features), k)
+    cotangents = features.new_zeros(len(features), k, features.shape[1])
+    for z, block in term.blocks.items():
+        alpha, tau = (part.to(features) for part in drawn[z])
+        at_a_time = (TANGENT_BYTES if tau.shape[1] else SLOPE_BYTES) // (alpha.numel() * alpha.element_size())
+        for some in (structures.species == z).nonzero()[:, 0].split(max(1, at_a_time)):
+            local[some], cotangents[some] = _energies(term, block, alpha, tau, features[some])
+    gradients = view.environments.pull_back(cotangents.movedim(1, 0))
+    vectors = view.surroundings.vectors
+    # the scatters carry trailing axes along: samples go last and come back first
+    last = gradients.movedim(0, -1)
+    forces = neighbors.forces(view.neighbors, structures.n_atoms, last).movedim(-1, 0)
+    stresses = neighbors.virials(structures, view.neighbors, vectors, last).movedim(-1, 0)
+    energies = local.new_zeros(len(structures), k).index_add(0, structures.structure_of_atom, local)
+    return Prediction(energies.T, local.T, forces, stresses / structures.volumes[:, None, None])
+
+
+def _energies(term: Term, block: MeanBlock, alpha: Tensor, tau: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """ε (environments, samples) and dε/dx (environments, samples, features) of all samples, as MeanBlock has them for one."""
+    value, first, second = term.kernel.profile(x @ block.features.T)
+    local = value @ alpha.T
+    slopes = first[:, None, :] * alpha
+    if not tau.shape[1]:
+        return local, (slopes.flatten(0, 1) @ block.features).unflatten(0, slopes.shape[:2])
+    along = (x @ tau.flatten(0, 1).T).unflatten(1, alpha.shape)
+    local = local + (first[:, None, :] * along).sum(2)
+    slopes.addcmul_(second[:, None, :], along)
+    on_features = (slopes.flatten(0, 1) @ block.features).unflatten(0, slopes.shape[:2])
+    return local, on_features + (first @ tau).movedim(0, 1)
+
+
+def _nothing(structures: Structures, k: int) -> Prediction:
+    like, n = structures.positions, len(structures)
+    stresses = (0.0 * structures.volumes)[:, None, None].expand(k, n, 3, 3)
+    return Prediction(
+        like.new_zeros(k, n), like.new_zeros(k, structures.n_atoms), like.new_zeros(k, structures.n_atoms, 3), stresses
+    )

@@ -1,0 +1,1 @@
+"""The page about a model: its errors and error bars on labelled structures."""
