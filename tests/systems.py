@@ -129,12 +129,15 @@ def _kernel_cases() -> dict[str, ZonalKernel]:
     cases: dict[str, ZonalKernel] = {}
     for name in get_args(KernelRecipe.model_fields["name"].annotation):
         if name == "polynomial":
-            cases |= {f"polynomial {zeta}": kernels.make(name, zeta, None) for zeta in (1, 2, 3, 4)}
+            cases |= {f"polynomial {zeta}": kernels.kernel_by_name(name, zeta, None) for zeta in (1, 2, 3, 4)}
         elif name == "sum":
-            terms = [(0.7, kernels.make("polynomial", 2, None)), (1.9, kernels.make("exponential", None, 0.6))]
-            cases[name] = kernels.make(name, None, None, terms)
+            terms = [
+                (0.7, kernels.kernel_by_name("polynomial", 2, None)),
+                (1.9, kernels.kernel_by_name("exponential", None, 0.6)),
+            ]
+            cases[name] = kernels.kernel_by_name(name, None, None, terms)
         else:
-            cases[name] = kernels.make(name, None, 0.7)
+            cases[name] = kernels.kernel_by_name(name, None, 0.7)
     return cases
 
 

@@ -56,9 +56,11 @@ def model(request):
     return made, kernel, blocks
 
 
-def _rows(structures: Structures, model, **kinds) -> covariances.Rows:
+def _rows(structures: Structures, model, **kinds) -> covariances.CovarianceRows:
     made, kernel, blocks = model
-    return covariances.rows(structures, neighbors.find(structures, made.cutoff), made, kernel, blocks, **kinds)
+    return covariances.covariance_rows(
+        structures, neighbors.find(structures, made.cutoff), made, kernel, blocks, **kinds
+    )
 
 
 def test_force_rows_are_minus_the_gradient_of_energy_rows(model):
@@ -108,7 +110,7 @@ def test_rows_are_the_double_sums_of_the_oracle(model):
             for k in range(r):
                 columns.append(oracles.Functional())
                 columns[-1].add(len(features) + j, 0.0, block.tangents[j, k])
-        inducing += [columns[c] for c in block.kept.tolist()]
+        inducing += [columns[c] for c in block.columns.tolist()]
         features += list(block.features)
         species += [block.species] * m
     u, z_u = torch.stack(features), torch.tensor(species)
@@ -119,7 +121,7 @@ def test_rows_are_the_double_sums_of_the_oracle(model):
     torch.testing.assert_close(found.forces, expected["forces"], atol=1e-12, rtol=0)
     torch.testing.assert_close(found.stresses, expected["stresses"], atol=1e-12, rtol=0)
     between = gp.covariance(inducing, u, z_u, inducing, u, z_u)
-    expected = torch.block_diag(*(inducing_module.covariance(kernel, block, block) for block in blocks))
+    expected = torch.block_diag(*(inducing_module.K_uu(kernel, block, block) for block in blocks))
     torch.testing.assert_close(between, expected, atol=1e-12, rtol=0)
 
 
@@ -170,8 +172,8 @@ def test_two_point_covariances_are_derivatives_of_the_kernel():
 def test_the_covariance_of_inducing_variables_is_symmetric_and_positive_definite(model):
     made, kernel, blocks = model
     for block in blocks:
-        k = inducing_module.covariance(kernel, block, block)
-        assert torch.equal(block.kept, block.kept.unique())
+        k = inducing_module.K_uu(kernel, block, block)
+        assert torch.equal(block.columns, block.columns.unique())
         torch.testing.assert_close(k, k.T, atol=1e-14, rtol=0)
         values = torch.linalg.eigvalsh(k)
         # columns kept have RANK_TOLERANCE of variance of their own or more; eigenvalues may be smaller by the number of columns
@@ -206,11 +208,11 @@ def test_more_directions_than_there_are_come_as_zeros_and_are_dropped():
     assert (tangents.norm(dim=2) > 0.5).sum(1).tolist() == [3, 3, 3]
     mine = surroundings.select([0])
     block, _, _ = make_block(6, made(mine).features, mine, made, kernel, 8)
-    assert block.kept.tolist() == [0, 1, 2, 3]
-    assert not block.is_whole
+    assert block.columns.tolist() == [0, 1, 2, 3]
+    assert not block.has_all_columns
     nobody = Surroundings(torch.tensor([6]), mine.centers[:0], mine.neighbor_species[:0], mine.vectors[:0])
     block, _, _ = make_block(6, made(nobody).features, nobody, made, kernel, 5)
-    assert block.kept.tolist() == [0]
+    assert block.columns.tolist() == [0]
 
 
 def test_duplicates_and_perfect_crystals_are_dropped_without_jitter():
@@ -230,7 +232,7 @@ def test_duplicates_and_perfect_crystals_are_dropped_without_jitter():
     block, lower, jitter = make_block(6, made(surroundings).features, surroundings, made, kernel, 6)
     assert jitter == 0
     assert 1 <= block.n_columns <= 1 + 6
-    assert (block.kept < 4).sum() == 1
+    assert (block.columns < 4).sum() == 1
 
 
 def test_rank_is_that_of_the_feature_space():
@@ -265,19 +267,19 @@ def test_directions_collapse_into_one_vector_per_centre(name):
     carbon = (heap.species == 6).nonzero()[:, 0]
     surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF)).select(torch.cat([carbon, carbon[:1]]))
     block, _, _ = make_block(6, made(surroundings).features, surroundings, made, kernel, 5)
-    assert not block.is_whole  # one centre twice: its columns have no weights
+    assert not block.has_all_columns  # one centre twice: its columns have no weights
     weights = torch.randn(block.n_columns, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    mean = MeanBlock(block.features, *posterior.collapse(block, weights))
+    mean = MeanBlock(block.features, *posterior.collapse_directions(block, weights))
     others = cluster(seed=9)
     x = made(Surroundings.of(others, neighbors.find(others, CUTOFF))).features
     points = InducingBlock(6, x, x.new_zeros(len(x), 0, x.shape[1]), torch.arange(len(x)))
-    expected = inducing_module.covariance(kernel, points, block) @ weights
+    expected = inducing_module.K_uu(kernel, points, block) @ weights
     energy, slope = mean(kernel, x)
     torch.testing.assert_close(energy, expected, atol=1e-12, rtol=1e-12)
     # the slope along any direction is the covariance of that derivative
     along = torch.randn(len(x), 1, x.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     n = len(x)
-    slopes = inducing_module.covariance(kernel, InducingBlock(6, x, along, torch.arange(n, 2 * n)), block) @ weights
+    slopes = inducing_module.K_uu(kernel, InducingBlock(6, x, along, torch.arange(n, 2 * n)), block) @ weights
     torch.testing.assert_close(
         (slope * along[:, 0]).sum(1), slopes, atol=1e-11, rtol=1e-12
     )  # terms of order |along| ~ 15
@@ -287,7 +289,7 @@ def test_directions_collapse_into_one_vector_per_centre(name):
 def test_compiled_rows_are_those_of_tensors(model, some, monkeypatch):
     """The compiled scatter against `index_add`, with columns shared by threads, and derivatives that were dropped."""
     made, kernel, blocks = model
-    blocks = tuple(replace(b, kept=torch.cat([b.kept[:-5:2], b.kept[1:4:2]])) for b in blocks)
+    blocks = tuple(replace(b, columns=torch.cat([b.columns[:-5:2], b.columns[1:4:2]])) for b in blocks)
     kinds = {"atoms": None if some is None else torch.tensor(some)}
     rows = [_rows(everything(), (made, kernel, blocks), **kinds)]
     monkeypatch.setattr(covariances, "SHARE", 1)

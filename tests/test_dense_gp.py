@@ -27,7 +27,7 @@ from gpmlp.core.quantities import KINDS, Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting.fit import fit
 from gpmlp.gp import covariances, evidence, inducing, posterior, qr
-from gpmlp.gp.evidence import Statistics
+from gpmlp.gp.evidence import SufficientStatistics
 from gpmlp.recipe import Recipe
 
 TIGHT = 1e-8
@@ -59,14 +59,14 @@ def labels(structures: Structures, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def sparse_factors(structures: Structures, made, kernel, blocks, lowers, values) -> tuple[dict, dict]:
     """Whitened factor and number of rows of each kind; energies per atom."""
-    rows = covariances.rows(structures, neighbors.find(structures, made.cutoff), made, kernel, blocks)
+    rows = covariances.covariance_rows(structures, neighbors.find(structures, made.cutoff), made, kernel, blocks)
     whitened, counts = {}, {}
     for kind, y in values.items():
         a, known = getattr(rows, kind), ~torch.isnan(y)
         a = a / structures.counts[:, None] if kind == "energies" else a
         factor = qr.RowFactor(a.shape[1], 50)
         factor.add(a[known], y[known])
-        whitened[kind], counts[kind] = inducing.whiten(factor.factor(), lowers), factor.count
+        whitened[kind], counts[kind] = inducing.whiten_rows(factor.factor(), lowers), factor.count
     return whitened, counts
 
 
@@ -93,10 +93,10 @@ def both(request):
 
 def test_predictions_are_those_of_the_dense_process(both):
     dense, made, kernel, blocks, lowers, whitened, counts, block_of_column, signal = both
-    solved = posterior.solve(whitened, counts, NOISE, signal[block_of_column], lowers)
+    solved = posterior.solve_posterior(whitened, counts, NOISE, signal[block_of_column], lowers)
     others = other_structures()
     expected = dense.predict(others)
-    rows = covariances.rows(others, neighbors.find(others, made.cutoff), made, kernel, blocks)
+    rows = covariances.covariance_rows(others, neighbors.find(others, made.cutoff), made, kernel, blocks)
     torch.testing.assert_close(rows.energies @ solved.weights / others.counts, expected["energies"], atol=TIGHT, rtol=0)
     torch.testing.assert_close(rows.forces @ solved.weights, expected["forces"], atol=TIGHT, rtol=0)
     torch.testing.assert_close(rows.stresses @ solved.weights, expected["stresses"], atol=TIGHT, rtol=0)
@@ -106,7 +106,7 @@ def test_predictions_are_those_of_the_dense_process(both):
 
 def test_the_evidence_is_the_dense_marginal_likelihood(both):
     dense, *_, whitened, counts, block_of_column, signal = both
-    statistics = {kind: Statistics.of(w, counts[kind]) for kind, w in whitened.items()}
+    statistics = {kind: SufficientStatistics.from_factor(w, counts[kind]) for kind, w in whitened.items()}
     value, _, _ = evidence.negative_log_evidence(statistics, NOISE, signal, block_of_column)
     # a difference of terms like y^2/noise^2 ~ 1e4, through the Gram matrices: eps x 1e4 x condition 1e2
     assert value == pytest.approx(-dense.log_evidence, abs=1e-7)
@@ -114,7 +114,7 @@ def test_the_evidence_is_the_dense_marginal_likelihood(both):
 
 def test_the_gradient_of_the_evidence_by_differences(both):
     *_, whitened, counts, block_of_column, signal = both
-    statistics = {kind: Statistics.of(w, counts[kind]) for kind, w in whitened.items()}
+    statistics = {kind: SufficientStatistics.from_factor(w, counts[kind]) for kind, w in whitened.items()}
     _, d_noise, d_signal = evidence.negative_log_evidence(statistics, NOISE, signal, block_of_column)
     h = 1e-4  # in the logarithm; third derivatives are of the size of the value, 1e3: error 1e-8 x 1e3 / 6
 
@@ -140,9 +140,9 @@ def test_energies_alone_need_values_alone():
     dense.condition(structures, values, {"energies": torch.full_like(values["energies"], 0.01)})
     whitened, counts = sparse_factors(structures, made, kernel, blocks, lowers, values)
     signal = torch.cat([torch.full((b.n_columns,), SIGNAL[b.species], dtype=torch.float64) for b in blocks])
-    solved = posterior.solve(whitened, counts, NOISE, signal, lowers)
+    solved = posterior.solve_posterior(whitened, counts, NOISE, signal, lowers)
     others = other_structures()
-    rows = covariances.rows(others, neighbors.find(others, made.cutoff), made, kernel, blocks)
+    rows = covariances.covariance_rows(others, neighbors.find(others, made.cutoff), made, kernel, blocks)
     expected = dense.predict(others)
     torch.testing.assert_close(rows.energies @ solved.weights / others.counts, expected["energies"], atol=TIGHT, rtol=0)
     torch.testing.assert_close(rows.forces @ solved.weights, expected["forces"], atol=TIGHT, rtol=0)

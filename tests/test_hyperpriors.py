@@ -16,7 +16,7 @@ from gpmlp.fitting import regression
 from gpmlp.fitting.fit import fit
 from gpmlp.fitting.online import Online
 from gpmlp.gp import evidence, hyperparameters
-from gpmlp.gp.evidence import AtBound, Statistics
+from gpmlp.gp.evidence import AtBound, SufficientStatistics
 from gpmlp.gp.likelihood import NOISE_PRIORS, SIGNAL_PRIOR, StdPrior
 from gpmlp.io import archive
 from gpmlp.io.recipe_files import load_recipe, save_recipe, validate
@@ -25,7 +25,7 @@ COLUMNS, BLOCKS = 30, [(0, 6), (0, 14)]
 BLOCK_OF_COLUMN = torch.arange(2).repeat_interleave(COLUMNS // 2)
 
 
-def data(n: int = 80) -> dict[str, Statistics]:
+def data(n: int = 80) -> dict[str, SufficientStatistics]:
     """Energies and forces of a linear model with signals 3 and 0.5, and noises 0.02 and 0.3."""
     generator = torch.Generator().manual_seed(4)
     weights = torch.randn(COLUMNS, generator=generator, dtype=torch.float64)
@@ -34,12 +34,12 @@ def data(n: int = 80) -> dict[str, Statistics]:
     for kind, noise in (("energies", 0.02), ("forces", 0.3)):
         rows = torch.randn(n, COLUMNS, generator=generator, dtype=torch.float64) / 6
         labels = rows @ weights + noise * torch.randn(n, generator=generator, dtype=torch.float64)
-        found[kind] = Statistics.of(torch.cat([rows, labels[:, None]], dim=1), n)
+        found[kind] = SufficientStatistics.from_factor(torch.cat([rows, labels[:, None]], dim=1), n)
     return found
 
 
 def made(given: dict):
-    return hyperparameters.make(validate(given), ("energies", "forces"), BLOCKS)
+    return hyperparameters.make_hyperparameters(validate(given), ("energies", "forces"), BLOCKS)
 
 
 def by_hand(medians: list[float], factors: list[float]) -> np.ndarray:
@@ -71,12 +71,12 @@ def test_a_prior_moves_the_optimum_as_evidence_and_prior_say():
             "signal": {"Si": {"prior": {"median": 0.1, "factor": 2}}},
         }
     )
-    evidence.optimise(data(), parameters, BLOCK_OF_COLUMN, 200)
+    evidence.maximise_evidence(data(), parameters, BLOCK_OF_COLUMN, 200)
     found = [*parameters.noise().values(), *parameters.signal().tolist()]
     # L-BFGS-B stops where the value (about 100) changes by less than 1e-8 of itself: sqrt(1e-6 / curvature of about 10)
     np.testing.assert_allclose(found, by_hand([0.1, 2.0, 1.0, 0.1], [3.0, 1.1, math.exp(3), 2.0]), rtol=2e-3)
     free = made({})
-    evidence.optimise(data(), free, BLOCK_OF_COLUMN, 200)
+    evidence.maximise_evidence(data(), free, BLOCK_OF_COLUMN, 200)
     assert free.noise()["forces"] == pytest.approx(0.3, rel=0.2)
     assert 1.5 * free.noise()["forces"] < parameters.noise()["forces"] < 2.0
     assert parameters.signal()[1] < 0.95 * free.signal()[1]
@@ -88,8 +88,8 @@ def test_the_fixed_point_has_the_same_optimum_with_priors():
         "signal": {"Si": {"prior": {"median": 0.05, "factor": 1.3}}, "C": 2.0},
     }
     smooth, fixed = made(given), made(given)
-    evidence.optimise(data(), smooth, BLOCK_OF_COLUMN, 200)
-    evidence.refine(data(), fixed, BLOCK_OF_COLUMN, max_iterations=200, tolerance=1e-9, n_probes=4096)
+    evidence.maximise_evidence(data(), smooth, BLOCK_OF_COLUMN, 200)
+    evidence.iterate_fixed_point(data(), fixed, BLOCK_OF_COLUMN, max_iterations=200, tolerance=1e-9, n_probes=4096)
     # traces from 4096 probes: sqrt(2 / (4096 x 30 columns)) = 0.4 %, and as much of what they steer
     assert fixed.noise() == pytest.approx(smooth.noise(), rel=5e-3)
     assert fixed.signal().tolist() == pytest.approx(smooth.signal().tolist(), rel=1e-2)
@@ -123,24 +123,24 @@ def test_bounds_hold_and_are_told_and_what_is_given_stays():
         "noise": {"energy_per_atom": 0.07, "force": {"bounds": [0.5, 0.8]}},
         "signal": {"C": {"bounds": [0.1, 1.0]}, "Si": 0.4},
     }
-    for learn in (evidence.optimise, evidence.refine):
+    for learn in (evidence.maximise_evidence, evidence.iterate_fixed_point):
         parameters = made(given)
-        evidence.restart(data(), parameters, BLOCK_OF_COLUMN, 2, seed=0)
+        evidence.restart_optimisation(data(), parameters, BLOCK_OF_COLUMN, 2, seed=0)
         ended = learn(data(), parameters, BLOCK_OF_COLUMN).at_bound
         assert parameters.noise() == pytest.approx({"energies": 0.07, "forces": 0.5}, rel=1e-5)  # true is 0.3
         assert parameters.signal().tolist() == pytest.approx([1.0, 0.4], rel=1e-4)  # true are 3 and 0.5
         assert set(ended) == {AtBound("forces", 0, "lower"), AtBound("signal", 0, "upper")}
-        said = sorted(hyperparameters.warnings(validate(given), BLOCKS, ended))
+        said = sorted(hyperparameters.bound_warnings(validate(given), BLOCKS, ended))
         assert said[0].startswith("noise.force ended at 0.5 eV/A, the lower bound that the recipe sets (noise.force.b")
         assert said[1].startswith("signal.C ended at 1 eV, the upper bound that the recipe sets")
-    (said,) = hyperparameters.warnings(validate({}), BLOCKS, [AtBound("signal", 1, "upper")])
+    (said,) = hyperparameters.bound_warnings(validate({}), BLOCKS, [AtBound("signal", 1, "upper")])
     assert said.startswith("signal.Si ended at 1e+04 eV, the upper bound of its range; the data may not determine it")
 
 
 def test_nothing_is_left_to_learn():
     parameters = made({"noise": {"energy_per_atom": 0.07, "force": 0.1}, "signal": {"C": 2.0, "Si": 0.4}})
-    evidence.restart(data(), parameters, BLOCK_OF_COLUMN, 1, seed=0)
-    result = evidence.optimise(data(), parameters, BLOCK_OF_COLUMN)
+    evidence.restart_optimisation(data(), parameters, BLOCK_OF_COLUMN, 1, seed=0)
+    result = evidence.maximise_evidence(data(), parameters, BLOCK_OF_COLUMN)
     assert parameters.signal().tolist() == pytest.approx([2.0, 0.4], rel=1e-12)
     assert result.at_bound == () and math.isfinite(result.negative_log_evidence)
 
@@ -164,11 +164,11 @@ def test_what_is_left_out_is_the_default():
 def test_each_descriptor_may_have_signals_of_its_own():
     given = {"descriptor": [{"cutoff": 3}, {"cutoff": 5}], "signal": [{"Si": 2}, {"Si": {"bounds": [3, 4]}}]}
     blocks = [(0, 6), (0, 14), (1, 6), (1, 14)]
-    parameters = hyperparameters.make(validate(given), ("forces",), blocks)
+    parameters = hyperparameters.make_hyperparameters(validate(given), ("forces",), blocks)
     assert parameters.signal().tolist() == pytest.approx([1, 2, 1, math.sqrt(12)])
-    (said,) = hyperparameters.warnings(validate(given), blocks, [AtBound("signal", 3, "lower")])
+    (said,) = hyperparameters.bound_warnings(validate(given), blocks, [AtBound("signal", 3, "lower")])
     assert said.startswith("signal.1.Si ended at 3 eV, the lower bound that the recipe sets (signal.1.Si.bounds)")
-    shared = hyperparameters.make(validate(given | {"signal": {"Si": 2}}), ("forces",), blocks)
+    shared = hyperparameters.make_hyperparameters(validate(given | {"signal": {"Si": 2}}), ("forces",), blocks)
     assert shared.signal().tolist() == pytest.approx([1, 2, 1, 2])
 
 

@@ -53,12 +53,12 @@ def without(arguments, i):
             continue
         for kind, part in here.items():
             rows.setdefault(kind, []).append(part.double())
-    whitened = {kind: inducing.whiten(torch.cat(parts), lowers) for kind, parts in rows.items()}
+    whitened = {kind: inducing.whiten_rows(torch.cat(parts), lowers) for kind, parts in rows.items()}
     counts = {kind: len(part) for kind, part in whitened.items()}
-    solved = posterior.solve(whitened, counts, learned.noise | {FIXED: 1.0}, learned.signal, lowers)
+    solved = posterior.solve_posterior(whitened, counts, learned.noise | {FIXED: 1.0}, learned.signal, lowers)
     error = own["forces"][:, -1] - own["forces"][:, :-1] @ solved.weights
     model = replace(potential.variances, factor=solved.factor, blocks=tuple(m.blocks for m in models))
-    _, left = model.whitened(own["forces"][:, :-1])
+    _, left = model.whiten(own["forces"][:, :-1])
     return error, left.square().sum(1)
 
 

@@ -16,9 +16,9 @@ from gpmlp.core.environments import InSingle, View
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import selection
 from gpmlp.gp import local_variance
-from gpmlp.gp.inducing import InducingBlock, covariance
+from gpmlp.gp.inducing import InducingBlock, K_uu
 from gpmlp.gp.local_variance import LocalVariance
-from gpmlp.gp.prior import Prior
+from gpmlp.gp.prior import PriorCovariance
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.species_model import Spread
@@ -57,16 +57,16 @@ def model_of(case: str) -> VarianceModel:
         made = descriptor("soap gto", seen.distinct_species)
         x = View.of(made, seen).environments.features
         blocks.append(tuple(block_of(z, x[seen.species == z], kernel, tangents) for z in seen.distinct_species))
-        priors.append(Prior(made, kernel, {b.species: 2.0 + k + 0.1 * b.species for b in blocks[-1]}))
+        priors.append(PriorCovariance(made, kernel, {b.species: 2.0 + k + 0.1 * b.species for b in blocks[-1]}))
         for block in blocks[-1]:
-            own = covariance(kernel, block, block)
+            own = K_uu(kernel, block, block)
             lowers.append(torch.linalg.cholesky(own + 1e-10 * torch.eye(len(own)).double()))
             signals.append(torch.full((len(own),), priors[-1].signal[block.species], dtype=torch.float64))
     signal = torch.cat(signals)
     model = VarianceModel(
         tuple(priors), tuple(blocks), tuple(lowers), signal, torch.eye(len(signal)).double(), {}, {}, 0
     )
-    a, _ = model.whitened(model.atom_rows(looks(model, seen)))
+    a, _ = model.whiten(model.atom_rows(looks(model, seen)))
     stacked = torch.cat([torch.eye(len(signal)).double(), a[::3] / 0.03])
     return replace(model, factor=torch.linalg.qr(stacked)[1], amplitude=0.7)
 
@@ -89,7 +89,7 @@ def few(monkeypatch):
 
 def by_solves(model: VarianceModel, seen: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The prior variance, what the inducing set explains of it, and what the data leave."""
-    a, left = model.whitened(model.atom_rows(seen))
+    a, left = model.whiten(model.atom_rows(seen))
     prior = sum(p.atom_energies(seen[0].species, a) for p in model.priors)
     return prior, a.square().sum(1), left.square().sum(1)
 
@@ -97,7 +97,7 @@ def by_solves(model: VarianceModel, seen: list) -> tuple[torch.Tensor, torch.Ten
 def test_small_blocks_are_in_double_precision(model):
     seen = looks(model, shaken(everything(), 0.2, 50))
     prior, explained, left = by_solves(model, seen)
-    found = model.of_atoms(seen)
+    found = model.atom_energies(seen)
     assert all(not len(part.rest) for part in model.local.values())
     close = 1e-10 * float(prior.max())  # rounding of prior variances
     torch.testing.assert_close(found.inducing, 0.7 * (prior - explained).clamp_min(0), rtol=1e-9, atol=close)
@@ -123,7 +123,7 @@ def test_single_precision_stays_within_its_bound(model, few):
     """Of what is computed in it, and what that makes of variances; all else is rounding of double precision."""
     seen = looks(model, shaken(everything(), 0.2, 51))
     prior, explained, left = by_solves(model, seen)
-    found = model.of_atoms(seen, "dtc")
+    found = model.atom_energies(seen, "dtc")
     largest = 0.0
     for z, part in model.local.items():
         mine = seen[0].species == z
@@ -162,7 +162,7 @@ def test_as_many_leading_columns_as_rounding_asks_for(monkeypatch):
             start = here.stop
             rows = torch.zeros(len(lower), one.n_columns, dtype=torch.float64)
             rows[:, here] = lower @ lower.T
-            a, left = one.whitened(rows)
+            a, left = one.whiten(rows)
             explained, found = one.local[block.species]([rows[:, here]])
             off = (explained - a.square().sum(1)).abs() + (found - left.square().sum(1)).abs()
             assert (0.5 * off / left.square().sum(1)).quantile(0.99) <= max(1.01 * tolerance, 1e-7)
@@ -181,7 +181,7 @@ def test_squares_are_those_of_all_columns(few):
     pieces = [torch.rand(5, w, generator=generator, dtype=torch.float64) for w in (widths[1], widths[4])]
     row = torch.zeros(5, sum(widths), dtype=torch.float64)
     row[:, widths[0] : sum(widths[:2])], row[:, sum(widths[:4]) : sum(widths[:5])] = pieces
-    a, left = model.whitened(row)
+    a, left = model.whiten(row)
     explained, found = model.local[z](pieces)
     torch.testing.assert_close(explained, a.square().sum(1), rtol=1e-5, atol=0)
     torch.testing.assert_close(found, left.square().sum(1), rtol=1e-5, atol=0)
@@ -192,9 +192,9 @@ def test_what_the_mean_knows_of_the_kernel_is_used(few):
     seen = looks(model, everything())
     x, species, kernel = seen[0].features, seen[0].species, model.priors[0].kernel
     known = {b.species: kernel.profile(x[species == b.species] @ b.features.T) for b in model.blocks[0]}
-    alone, shared = model.of_atoms(seen), model.of_atoms(seen, profiles=[known])
+    alone, shared = model.atom_energies(seen), model.atom_energies(seen, profiles=[known])
     assert torch.equal(alone.inducing, shared.inducing) and torch.equal(alone.data, shared.data)
-    doubled = model.of_atoms(seen, profiles=[{z: tuple(2 * part for part in p) for z, p in known.items()}])
+    doubled = model.atom_energies(seen, profiles=[{z: tuple(2 * part for part in p) for z, p in known.items()}])
     assert (doubled.data > 3.9 * shared.data).all()
 
 
@@ -205,7 +205,7 @@ def test_a_species_without_inducing_variables_has_its_prior(few):
     n = len(model.lowers[0])
     lacking = replace(lacking, signal=model.signal[n:], factor=model.factor[n:, n:])
     seen = looks(model, everything())
-    found = lacking.of_atoms(seen, "dtc")
+    found = lacking.atom_energies(seen, "dtc")
     mine = seen[0].species == z
     assert mine.any() and (found.inducing[mine] == model.priors[0].signal[z] ** 2).all()
     assert (found.data[mine] == 0).all() and (found.data[~mine] > 0).all()
@@ -258,7 +258,7 @@ def test_standard_deviations_are_those_by_solves_wherever_atoms_are(silicon, kin
     prior, explained, left = by_solves(model, seen)
     for form in ("scaled", "dtc", "sor"):
         exact = (model.share(form) * (prior - explained).clamp_min(0) + left).sqrt()
-        torch.testing.assert_close(model.of_atoms(seen, form).total.sqrt(), exact, rtol=1e-3, atol=0)
+        torch.testing.assert_close(model.atom_energies(seen, form).total.sqrt(), exact, rtol=1e-3, atol=0)
 
 
 def test_a_saved_model_says_the_same_to_the_last_bit_whatever_the_threads(silicon, tmp_path):
@@ -280,4 +280,4 @@ def test_single_descriptors_change_nothing_here(silicon):
     seen = [term.view(gpmlp.read("data/silicon/test.xyz", "3")[0]).environments for term in silicon.terms]
     single = silicon.to(descriptors="float32").variances
     assert isinstance(single.priors[0].descriptor, InSingle)
-    assert torch.equal(single.of_atoms(seen).data, silicon.variances.of_atoms(seen).data)
+    assert torch.equal(single.atom_energies(seen).data, silicon.variances.atom_energies(seen).data)

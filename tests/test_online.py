@@ -83,15 +83,15 @@ def refit(online: Online) -> Potential:
         own = []
         for block in m.blocks:
             double = replace(block, features=block.features.double(), tangents=block.tangents.double())
-            own.append(torch.linalg.cholesky(inducing.covariance(m.kernel, double, double)))
+            own.append(torch.linalg.cholesky(inducing.K_uu(m.kernel, double, double)))
         lowers += own
         models.append(replace(m, lowers=tuple(own)))
     remaining = Targets.concatenate([b.remaining for b in online.batches])
     made = regression.labelled_rows(models, online.structures, remaining)
-    whitened = {kind: inducing.whiten(rows.double(), lowers) for kind, rows in made.items()}
+    whitened = {kind: inducing.whiten_rows(rows.double(), lowers) for kind, rows in made.items()}
     signal = online.signal.repeat_interleave(torch.tensor([len(lower) for lower in lowers]))
     noise = online.noise | {posterior.FIXED: 1.0}
-    solved = posterior.solve(whitened, {k: len(r) for k, r in whitened.items()}, noise, signal, lowers)
+    solved = posterior.solve_posterior(whitened, {k: len(r) for k, r in whitened.items()}, noise, signal, lowers)
     about = tuple(m.blocks for m in models), tuple(lowers), signal, solved.factor, online.constant, online.label_noise
     variances = VarianceModel(tuple(regression.make_priors(models, signal)), *about, len(signal))
     terms = regression.make_terms(models, solved.weights)
@@ -197,7 +197,7 @@ def test_a_refresh_of_updated_rows_is_one_of_rows_made_anew():
     made = regression.labelled_rows(
         online.models, online.structures, Targets.concatenate([b.remaining for b in online.batches])
     )
-    whitened = {k: inducing.whiten(rows.double(), lowers) for k, rows in made.items()}
+    whitened = {k: inducing.whiten_rows(rows.double(), lowers) for k, rows in made.items()}
     counts = {k: len(rows) for k, rows in whitened.items()}
     parameters, _, _ = regression.learn(online.recipe, online.models, whitened, counts, {}, Stages(None), restarts=0)
     for kind, sigma in parameters.noise().items():
@@ -430,10 +430,12 @@ def test_variances_of_many_columns_by_some_of_them():
         models = [replace(m, blocks=b) for m, b in zip(online.models, small.blocks, strict=True)]
         remaining = Targets.concatenate([b.remaining for b in online.batches])
         made = regression.labelled_rows(models, online.structures, remaining)
-        lowers = [torch.linalg.cholesky(inducing.covariance(m.kernel, b, b)) for m in models for b in m.blocks]
-        rows = {k: inducing.whiten(r, lowers) for k, r in made.items()}
+        lowers = [torch.linalg.cholesky(inducing.K_uu(m.kernel, b, b)) for m in models for b in m.blocks]
+        rows = {k: inducing.whiten_rows(r, lowers) for k, r in made.items()}
         noise = online.noise | {posterior.FIXED: 1.0}
-        factor = posterior.solve(rows, {k: len(r) for k, r in rows.items()}, noise, small.signal, lowers).factor
+        factor = posterior.solve_posterior(
+            rows, {k: len(r) for k, r in rows.items()}, noise, small.signal, lowers
+        ).factor
         anew = replace(some, variances=replace(small, lowers=tuple(lowers), factor=factor))
         assert difference(some, anew, probes()) < 1e-9
 

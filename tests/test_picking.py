@@ -54,7 +54,7 @@ def local_covariance(potential, pool) -> torch.Tensor:
     views = [term.view(pool) for term in potential.terms]
     every = list(zip(model.priors, model.blocks, views, strict=True))
     rows = [covariances.atom_rows(v.environments.features, pool.species, p.kernel, u) for p, u, v in every]
-    a, b = model.whitened(torch.cat(rows, dim=1))
+    a, b = model.whiten(torch.cat(rows, dim=1))
     x = [v.environments.features for v in views]
     same = pool.species[:, None] == pool.species
     scale = [torch.tensor([p.signal[int(z)] for z in pool.species], dtype=torch.float64) for p in model.priors]

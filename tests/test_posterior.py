@@ -11,8 +11,8 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.gp import evidence, inducing, posterior
-from gpmlp.gp.evidence import Statistics
-from gpmlp.gp.likelihood import NOISE_PRIORS, SIGNAL_PRIOR, Hyperparameters, StdPrior, observations
+from gpmlp.gp.evidence import SufficientStatistics
+from gpmlp.gp.likelihood import NOISE_PRIORS, SIGNAL_PRIOR, Hyperparameters, StdPrior, observed_labels
 from gpmlp.gp.qr import RowFactor
 
 N, COLUMNS = 230, 17
@@ -94,7 +94,7 @@ def model():
     signal = torch.repeat_interleave(torch.tensor([1.4, 0.6], dtype=torch.float64), torch.tensor(widths))
     rows, values = _data()
     parts = {"energies": (rows[:40], values[:40], 0.3), "forces": (rows[40:], values[40:], 0.8)}
-    whitened = {k: inducing.whiten(torch.cat([r, y[:, None]], dim=1), lowers) for k, (r, y, _) in parts.items()}
+    whitened = {k: inducing.whiten_rows(torch.cat([r, y[:, None]], dim=1), lowers) for k, (r, y, _) in parts.items()}
     counts = {k: len(y) for k, (_, y, _) in parts.items()}
     noise = {k: s for k, (_, _, s) in parts.items()}
     prior = torch.block_diag(*k_uu)
@@ -116,7 +116,7 @@ def _dense(model) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_the_solve_is_the_dense_dtc_mean(model):
     parts, prior, lowers, signal, whitened, counts, noise = model
-    solved = posterior.solve(whitened, counts, noise, signal, lowers)
+    solved = posterior.solve_posterior(whitened, counts, noise, signal, lowers)
     weights, covariance, y = _dense(model)
     # condition of the covariance: about 1e3
     torch.testing.assert_close(solved.weights, weights, atol=1e-11, rtol=0)
@@ -139,8 +139,8 @@ def test_the_solve_does_not_depend_on_how_rows_were_folded(model):
         factor = RowFactor(COLUMNS, 20)
         for r, v in zip(rows.split(9), values.split(9), strict=True):
             factor.add(r, v)
-        folded[kind] = inducing.whiten(factor.factor(), lowers)
-    a, b = (posterior.solve(w, counts, noise, signal, lowers) for w in (whitened, folded))
+        folded[kind] = inducing.whiten_rows(factor.factor(), lowers)
+    a, b = (posterior.solve_posterior(w, counts, noise, signal, lowers) for w in (whitened, folded))
     torch.testing.assert_close(a.weights, b.weights, atol=1e-11, rtol=0)
     assert a.rms == pytest.approx(b.rms, rel=1e-10)
 
@@ -149,15 +149,15 @@ def test_the_evidence_is_the_dense_log_density(model):
     _, _, _, _, whitened, counts, noise = model
     block_of_column = torch.repeat_interleave(torch.arange(2), torch.tensor((10, 7)))
     signal = torch.tensor([1.4, 0.6], dtype=torch.float64)
-    statistics = {k: Statistics.of(w, counts[k]) for k, w in whitened.items()}
+    statistics = {k: SufficientStatistics.from_factor(w, counts[k]) for k, w in whitened.items()}
     value, _, _ = evidence.negative_log_evidence(statistics, noise, signal, block_of_column)
     _, covariance, y = _dense(model)
     density = torch.distributions.MultivariateNormal(torch.zeros(N, dtype=torch.float64), covariance)
     assert value == pytest.approx(-float(density.log_prob(y)), rel=1e-11)
     some = torch.tensor([0, 1, 2, 12])
-    part = {k: Statistics.of(w, counts[k], some) for k, w in whitened.items()}
+    part = {k: SufficientStatistics.from_factor(w, counts[k], some) for k, w in whitened.items()}
     restricted = {k: torch.cat([w[:, some], w[:, -1:]], dim=1) for k, w in whitened.items()}
-    whole = {k: Statistics.of(w, counts[k]) for k, w in restricted.items()}
+    whole = {k: SufficientStatistics.from_factor(w, counts[k]) for k, w in restricted.items()}
     both = [evidence.negative_log_evidence(s, noise, signal, block_of_column[some])[0] for s in (part, whole)]
     assert both[0] == pytest.approx(both[1], rel=1e-13)
 
@@ -165,10 +165,14 @@ def test_the_evidence_is_the_dense_log_density(model):
 def test_the_optimum_has_no_slope_and_given_noises_stay(model):
     _, _, _, _, whitened, counts, _ = model
     block_of_column = torch.repeat_interleave(torch.arange(2), torch.tensor((10, 7)))
-    statistics = {k: Statistics.of(w, counts[k]) for k, w in whitened.items()}
-    parameters = Hyperparameters({"energies": StdPrior.at(0.25), "forces": NOISE_PRIORS["forces"]}, [SIGNAL_PRIOR] * 2)
+    statistics = {k: SufficientStatistics.from_factor(w, counts[k]) for k, w in whitened.items()}
+    parameters = Hyperparameters(
+        {"energies": StdPrior.fixed_at(0.25), "forces": NOISE_PRIORS["forces"]}, [SIGNAL_PRIOR] * 2
+    )
     seen = []
-    result = evidence.optimise(statistics, parameters, block_of_column, 200, lambda calls, value: seen.append(value))
+    result = evidence.maximise_evidence(
+        statistics, parameters, block_of_column, 200, lambda calls, value: seen.append(value)
+    )
     noise = parameters.noise()
     assert noise["energies"] == pytest.approx(0.25, rel=1e-13)
     value, d_noise, d_signal = evidence.negative_log_evidence(statistics, noise, parameters.signal(), block_of_column)
@@ -186,9 +190,9 @@ def test_noise_free_labels_are_reported_at_the_bound():
     """Exactly linear data: the noise runs down to its bound, and this is said."""
     rows, _ = _data()
     truth = torch.linspace(-1, 1, COLUMNS, dtype=torch.float64)
-    statistics = {"energies": Statistics.of(torch.cat([rows, (rows @ truth)[:, None]], dim=1), N)}
+    statistics = {"energies": SufficientStatistics.from_factor(torch.cat([rows, (rows @ truth)[:, None]], dim=1), N)}
     parameters = Hyperparameters({"energies": NOISE_PRIORS["energies"]}, [SIGNAL_PRIOR])
-    result = evidence.optimise(statistics, parameters, torch.zeros(COLUMNS, dtype=torch.long), 200)
+    result = evidence.maximise_evidence(statistics, parameters, torch.zeros(COLUMNS, dtype=torch.long), 200)
     assert evidence.AtBound("energies", 0, "lower") in result.at_bound
     assert parameters.noise()["energies"] == pytest.approx(NOISE_PRIORS["energies"].low, rel=1e-2)
 
@@ -208,7 +212,7 @@ def test_hyperparameters_keep_their_bounds_and_priors():
     parameters.set("signal", torch.full((3,), 99.0))
     assert float(parameters.signal().max()) == pytest.approx(SIGNAL_PRIOR.high, rel=1e-4)
     with pytest.raises(UserError, match="`a given standard deviation` must be positive; got -0.1"):
-        StdPrior.at(-0.1)
+        StdPrior.fixed_at(-0.1)
 
 
 def test_observations_drop_unknown_labels_only():
@@ -225,7 +229,7 @@ def test_observations_drop_unknown_labels_only():
     targets.stresses[1] = torch.arange(9.0).reshape(3, 3)
     targets.energies_noise[0] = 0.01
     voigt = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
-    found = observations(targets, structures.counts, voigt)
+    found = observed_labels(targets, structures.counts, voigt)
     assert found["energies"].rows.tolist() == [0]
     assert found["energies"].values.tolist() == [2.0]  # per atom
     assert found["energies"].scale.tolist() == [0.5]

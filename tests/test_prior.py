@@ -9,7 +9,7 @@ from systems import cluster, crystal, descriptor
 from gpmlp.core.environments import Kept, View
 from gpmlp.core.structures import Structures
 from gpmlp.gp.kernels import PolynomialKernel
-from gpmlp.gp.prior import Prior
+from gpmlp.gp.prior import PriorCovariance
 
 SIGNAL = {1: 0.4, 6: 1.0, 8: 0.7}
 KINDS = {
@@ -23,7 +23,7 @@ KINDS = {
 def seen(request):
     structures, made = KINDS[request.param](), descriptor("soap poly")
     view = View.of(made, structures)
-    return structures, view, Prior(made, PolynomialKernel(3), SIGNAL)
+    return structures, view, PriorCovariance(made, PolynomialKernel(3), SIGNAL)
 
 
 def test_forces_with_jacobians_kept_and_made_anew(seen):

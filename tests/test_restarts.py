@@ -10,13 +10,13 @@ from gpmlp.gp.likelihood import NOISE_PRIORS, SIGNAL_PRIOR, Hyperparameters
 COLUMNS = 20
 
 
-def statistics(seed: int, signal: float, noise: float, n: int = 6) -> dict[str, evidence.Statistics]:
+def statistics(seed: int, signal: float, noise: float, n: int = 6) -> dict[str, evidence.SufficientStatistics]:
     """Few data of weak columns."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(n, COLUMNS, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, COLUMNS).double()
     weights = signal * torch.randn(COLUMNS, generator=generator, dtype=torch.float64)
     labels = rows @ weights + noise * torch.randn(n, generator=generator, dtype=torch.float64)
-    return {"forces": evidence.Statistics.of(torch.cat([rows, labels[:, None]], dim=1), n)}
+    return {"forces": evidence.SufficientStatistics.from_factor(torch.cat([rows, labels[:, None]], dim=1), n)}
 
 
 def hyperparameters() -> Hyperparameters:
@@ -28,8 +28,8 @@ def learned(data, restarts: int) -> tuple[float, float]:
     """Negative log evidence and noise."""
     parameters, blocks = hyperparameters(), torch.zeros(COLUMNS, dtype=torch.long)
     if restarts:
-        evidence.restart(data, parameters, blocks, restarts, seed=0)
-    found = evidence.optimise(data, parameters, blocks)
+        evidence.restart_optimisation(data, parameters, blocks, restarts, seed=0)
+    found = evidence.maximise_evidence(data, parameters, blocks)
     return found.negative_log_evidence, parameters.noise()["forces"]
 
 
@@ -50,20 +50,22 @@ def test_the_fixed_point_counts_the_priors():
     """Both ways of learning report the same quantity: at a converged optimum they agree."""
     data, blocks = statistics(seed=2, signal=300.0, noise=0.5, n=200), torch.zeros(COLUMNS, dtype=torch.long)
     parameters = hyperparameters()
-    smooth = evidence.optimise(data, parameters, blocks).negative_log_evidence
-    fixed = evidence.refine(data, parameters, blocks, n_probes=512).negative_log_evidence
+    smooth = evidence.maximise_evidence(data, parameters, blocks).negative_log_evidence
+    fixed = evidence.iterate_fixed_point(data, parameters, blocks, n_probes=512).negative_log_evidence
     assert abs(fixed - smooth) < 0.05
 
 
 def test_settled_noises_do_not_depend_on_the_last_digits_of_the_data():
     """Rounding of the sums, relative 1e-15 here, moves what is learned by no more than it must; and the optimum is one of slope zero."""
     data, blocks = statistics(seed=2, signal=300.0, noise=0.5, n=200), torch.zeros(COLUMNS, dtype=torch.long)
-    shaken = {k: evidence.Statistics(s.gram, s.projection, s.square * (1 + 1e-15), s.count) for k, s in data.items()}
+    shaken = {
+        k: evidence.SufficientStatistics(s.gram, s.projection, s.square * (1 + 1e-15), s.count) for k, s in data.items()
+    }
 
     def found(some, start: float, settle: bool) -> tuple[float, float]:
         parameters = hyperparameters()
         parameters.set("forces", torch.tensor([start], dtype=torch.float64))
-        evidence.optimise(some, parameters, blocks, settle=settle)
+        evidence.maximise_evidence(some, parameters, blocks, settle=settle)
         return parameters.noise()["forces"], float(parameters.signal()[0])
 
     for one, other in zip(found(data, -1.0, True), found(shaken, 0.5, True), strict=True):
@@ -75,7 +77,7 @@ def test_settling_leaves_what_is_at_a_bound():
     """Labels without any noise: it ends at its lower bound, and the signal is settled beside it."""
     data, blocks = statistics(seed=3, signal=0.3, noise=0.0, n=200), torch.zeros(COLUMNS, dtype=torch.long)
     parameters = hyperparameters()
-    result = evidence.optimise(data, parameters, blocks, settle=True)
+    result = evidence.maximise_evidence(data, parameters, blocks, settle=True)
     assert [at.name for at in result.at_bound] == ["forces"]
     _, slopes = evidence.negative_log_posterior(data, parameters, blocks)
     assert abs(slopes["signal"].item()) < 1e-3 < slopes["forces"].item()  # and its noise would be less if it could

@@ -84,7 +84,7 @@ def test_what_a_subset_misses_is_drawn_too():
     values = prior.kernel.profile(potential.terms[0].blocks[14].features @ centres.T)[0]
     drawn = (alpha @ values).var(0)
     rows = prior.kernel.profile(block.features @ centres.T)[0].T
-    a, left = potential.variances.whitened(rows)
+    a, left = potential.variances.whiten(rows)
     missed = prior.signal[14] ** 2 - a.square().sum(1)
     expected = potential.variances.amplitude * missed + left.square().sum(1)
     torch.testing.assert_close(drawn, expected, rtol=0.2, atol=0)  # 3.2 % each, six standard deviations

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gpmlp.gp import qr
-from gpmlp.gp.inducing import bordered, shrunk
-from gpmlp.gp.qr import DowndateError, Factor
+from gpmlp.gp.inducing import extend_cholesky, restrict_cholesky
+from gpmlp.gp.qr import DowndateError, PosteriorFactor
 
 EXACT = 1e-12  # relative: some hundred operations of the size of the condition (below 100) times 1e-16
 
@@ -25,7 +25,7 @@ def dense(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.eye(a.shape[1], dtype=a.dtype) + a.T @ a, a.T @ y
 
 
-def check(factor: Factor, rows: Tensor, tolerance: float = EXACT) -> None:
+def check(factor: PosteriorFactor, rows: Tensor, tolerance: float = EXACT) -> None:
     """That the factor is upper triangular and stands for these rows."""
     r, c = factor.upper[:, :-1], factor.upper[:, -1]
     precision, right = dense(rows)
@@ -47,7 +47,7 @@ def hard_rows(n: int, columns: int, condition: float, seed: int = 0) -> Tensor:
     return torch.cat([a, a @ random(columns, 1, seed=998) + random(n, 1, seed=seed + 3)], dim=1)
 
 
-def same_predictions(factor: Factor, rows: Tensor, probe: Tensor, tolerance: float = 1e-8) -> None:
+def same_predictions(factor: PosteriorFactor, rows: Tensor, probe: Tensor, tolerance: float = 1e-8) -> None:
     """That means and variances of the rows of `probe` are those of a QR of all rows from scratch."""
     size = rows.shape[1] - 1
     stacked = torch.cat([torch.eye(size, size + 1, dtype=rows.dtype), rows])
@@ -66,7 +66,7 @@ def same_predictions(factor: Factor, rows: Tensor, probe: Tensor, tolerance: flo
 @pytest.mark.parametrize("n, columns", [(0, 5), (1, 5), (5, 5), (6, 5), (40, 5), (3, 0), (0, 0)])
 def test_from_all_rows(n, columns):
     rows = random(n, columns + 1)
-    factor = Factor.of(rows.split(7) if n else [], columns)
+    factor = PosteriorFactor.from_rows(rows.split(7) if n else [], columns)
     assert factor.columns == columns and factor.changes == 0 and factor.condition >= 1
     check(factor, rows) if columns else None
     assert factor.upper.shape == (columns, columns + 1)
@@ -77,40 +77,42 @@ def test_from_all_rows(n, columns):
 def test_appended_and_removed(k, columns):
     """More rows and columns than one panel and one slice."""
     rows = random(200 + k, columns + 1, seed=k)
-    start = Factor.of([rows[:200]], columns)
-    more = start.appended(rows[200:])
+    start = PosteriorFactor.from_rows([rows[:200]], columns)
+    more = start.append_rows(rows[200:])
     check(more, rows)
-    less = more.removed(rows[200:])
+    less = more.remove_rows(rows[200:])
     check(less, rows[:200], 1e-11)
-    check(more.removed(rows[:200]), rows[200:], 1e-10)
+    check(more.remove_rows(rows[:200]), rows[200:], 1e-10)
     assert (more.changes, less.changes) == (1, 2)
 
 
 def test_nothing_appended_or_removed():
-    factor = Factor.of([random(9, 5)], 4)
-    assert factor.appended(random(0, 5)) is factor and factor.removed(random(0, 5)) is factor
-    nothing = Factor.of([], 0)
+    factor = PosteriorFactor.from_rows([random(9, 5)], 4)
+    assert factor.append_rows(random(0, 5)) is factor and factor.remove_rows(random(0, 5)) is factor
+    nothing = PosteriorFactor.from_rows([], 0)
     rows = random(3, 1)
-    assert nothing.appended(rows).upper.shape == nothing.removed(rows).upper.shape == (0, 1)
-    assert nothing.measured([rows]).drift == 0 and nothing.mean.shape == (0,)
+    assert nothing.append_rows(rows).upper.shape == nothing.remove_rows(rows).upper.shape == (0, 1)
+    assert nothing.measure_drift([rows]).drift == 0 and nothing.mean.shape == (0,)
 
 
 def test_removing_more_than_there_was():
-    factor = Factor.of([random(20, 5)], 4)
+    factor = PosteriorFactor.from_rows([random(20, 5)], 4)
     with pytest.raises(DowndateError, match="would"):
-        factor.removed(10 * random(3, 5, seed=1))
+        factor.remove_rows(10 * random(3, 5, seed=1))
 
 
 def test_removing_nearly_all_that_was_told():
     """Ten digits of a column's precision came with these rows: what a downdate leaves of it has lost them."""
     rows = random(20, 5)
     sure = 1e5 * random(8, 5, seed=1)
-    factor = Factor.of([rows], 4).appended(sure)
+    factor = PosteriorFactor.from_rows([rows], 4).append_rows(sure)
     with pytest.raises(DowndateError, match="of column . of 4 .* would be left"):
-        factor.removed(sure)
-    check(Factor.of([rows], 4), rows)
+        factor.remove_rows(sure)
+    check(PosteriorFactor.from_rows([rows], 4), rows)
     less_sure = 1e2 * random(8, 5, seed=1)
-    check(Factor.of([rows], 4).appended(less_sure).removed(less_sure), rows, 1e-9)  # 1e-16 x (1e2)²
+    check(
+        PosteriorFactor.from_rows([rows], 4).append_rows(less_sure).remove_rows(less_sure), rows, 1e-9
+    )  # 1e-16 x (1e2)²
 
 
 # columns -------------------------------------------------------------------------------------------------------------------
@@ -125,41 +127,41 @@ def test_extended(m):
     def passes():
         return zip(before.split(50), new.split(50), strict=True)
 
-    check(Factor.of([before], 40).extended(passes), rows)
+    check(PosteriorFactor.from_rows([before], 40).append_columns(passes), rows)
 
 
 def test_extended_from_nothing_and_without_rows():
     rows = random(30, 6)
-    check(Factor.of([rows[:, -1:]], 0).extended(lambda: [(rows[:, -1:], rows[:, :-1])]), rows)
+    check(PosteriorFactor.from_rows([rows[:, -1:]], 0).append_columns(lambda: [(rows[:, -1:], rows[:, :-1])]), rows)
     with pytest.raises(ValueError, match="with rows"):
-        Factor.of([], 3).extended(list)
+        PosteriorFactor.from_rows([], 3).append_columns(list)
 
 
 def test_extended_by_columns_that_others_nearly_give():
     """A new column B x + 1e-7 e: its own part is below the prior's 1, and the border is right all the same."""
     rows = random(300, 31)
     twin = rows[:, :4] @ random(4, 3, seed=2) + 1e-7 * random(300, 3, seed=3)
-    factor = Factor.of([rows], 30).extended(lambda: [(rows, twin)])
+    factor = PosteriorFactor.from_rows([rows], 30).append_columns(lambda: [(rows, twin)])
     check(factor, torch.cat([rows[:, :-1], twin, rows[:, -1:]], dim=1))
 
 
 def test_turned():
     rows = random(60, 21)
-    factor = Factor.of([rows], 20)
+    factor = PosteriorFactor.from_rows([rows], 20)
     order = torch.tensor([0, 1, 2, 9, *range(3, 9), *range(10, 20)])
 
     def moved(some: Tensor) -> Tensor:
         return torch.cat([some[:, order], some[:, -1:]], dim=1)
 
-    check(factor.turned(moved, 3), moved(rows))
-    check(factor.turned(moved), moved(rows))
+    check(factor.rotate_columns(moved, 3), moved(rows))
+    check(factor.rotate_columns(moved), moved(rows))
     q = torch.linalg.qr(random(9, 6, seed=4)).Q
 
     def fewer(some: Tensor) -> Tensor:
         return torch.cat([some[:, :5], some[:, 5:14] @ q, some[:, 14:]], dim=1)
 
-    check(factor.turned(fewer, 5), fewer(rows))
-    check(factor.turned(lambda some: torch.cat([some[:, 4:5], some[:, -1:]], dim=1)), rows[:, [4, 20]])
+    check(factor.rotate_columns(fewer, 5), fewer(rows))
+    check(factor.rotate_columns(lambda some: torch.cat([some[:, 4:5], some[:, -1:]], dim=1)), rows[:, [4, 20]])
 
 
 # error ---------------------------------------------------------------------------------------------------------------------
@@ -167,19 +169,19 @@ def test_turned():
 
 def test_the_error_that_is_there_is_measured():
     rows = random(80, 31)
-    factor = Factor.of(rows.split(30), 30).measured(rows.split(30))
-    assert 0 < factor.drift < 1e-13 and factor.initial == factor.drift
-    updated = factor.appended(rows[:10])
-    assert updated.measured([rows, rows[:10]]).drift < 1e-13
-    assert updated.measured([rows, rows[:10]]).initial == factor.initial
+    factor = PosteriorFactor.from_rows(rows.split(30), 30).measure_drift(rows.split(30))
+    assert 0 < factor.drift < 1e-13 and factor.initial_drift == factor.drift
+    updated = factor.append_rows(rows[:10])
+    assert updated.measure_drift([rows, rows[:10]]).drift < 1e-13
+    assert updated.measure_drift([rows, rows[:10]]).initial_drift == factor.initial_drift
     for size in (1e-4, 1e-7, 1e-10):
         upper = factor.upper.clone()
         upper[7, 7] *= 1 + size  # the precision of what column 7 tells beyond the others, 2 size too large
-        assert replace(factor, upper=upper).measured([rows]).drift == pytest.approx(2 * size, rel=0.9)
+        assert replace(factor, upper=upper).measure_drift([rows]).drift == pytest.approx(2 * size, rel=0.9)
         upper = factor.upper.clone()
         upper[:, -1] *= 1 + size
-        assert replace(factor, upper=upper).measured([rows]).drift == pytest.approx(size, rel=1e-2)
-    assert updated.measured([rows]).drift > 0.01  # rows forgotten
+        assert replace(factor, upper=upper).measure_drift([rows]).drift == pytest.approx(size, rel=1e-2)
+    assert updated.measure_drift([rows]).drift > 0.01  # rows forgotten
 
 
 @pytest.mark.parametrize("condition", [1e4, 1e7, 4e7])
@@ -191,7 +193,7 @@ def test_ill_conditioned_rows(condition):
     def now() -> list[Tensor]:
         return [torch.cat([rows[:, :columns], rows[:, -1:]], dim=1) for rows in held]
 
-    factor = Factor.of(now(), columns).measured(now())
+    factor = PosteriorFactor.from_rows(now(), columns).measure_drift(now())
     true = torch.linalg.cond(factor.upper[:, :-1])
     assert true > 0.1 * condition and factor.condition <= true
     again = 0
@@ -200,20 +202,20 @@ def test_ill_conditioned_rows(condition):
             columns += 2
             fresh = [rows[:, columns - 2 : columns] for rows in held]
             old = [torch.cat([rows[:, : columns - 2], rows[:, -1:]], dim=1) for rows in held]
-            factor = factor.extended(lambda old=old, fresh=fresh: zip(old, fresh, strict=True))
+            factor = factor.append_columns(lambda old=old, fresh=fresh: zip(old, fresh, strict=True))
         elif k % 2 and len(held) > 4:
             gone = now()[k % len(held)]
             held = [rows for i, rows in enumerate(held) if i != k % len(held)]
             try:
-                factor = factor.removed(gone)
+                factor = factor.remove_rows(gone)
             except DowndateError:
-                factor, again = Factor.of(now(), columns), again + 1
+                factor, again = PosteriorFactor.from_rows(now(), columns), again + 1
         else:
             held = [*held, batches[6 + k]]
-            factor = factor.appended(now()[-1])
-        factor = factor.measured(now())
-        if factor.drift > max(1e-9, 10 * factor.initial):  # as Online does
-            factor, again = Factor.of(now(), columns).measured(now()), again + 1
+            factor = factor.append_rows(now()[-1])
+        factor = factor.measure_drift(now())
+        if factor.drift > max(1e-9, 10 * factor.initial_drift):  # as Online does
+            factor, again = PosteriorFactor.from_rows(now(), columns).measure_drift(now()), again + 1
     probe = now()[-1][:, :-1] + 1e-3 * random(60, columns, seed=5)
     same_predictions(factor, torch.cat(now()), probe)
     assert again == 0 if condition < 1e5 else again < 20
@@ -229,7 +231,7 @@ def covariance(n: int, seed: int = 0, rank: int = 200) -> Tensor:
 
 def test_bordered():
     k = covariance(30)
-    lower, kept = bordered(torch.linalg.cholesky(k[:20, :20]), k[:20, 20:], k[20:, 20:])
+    lower, kept = extend_cholesky(torch.linalg.cholesky(k[:20, :20]), k[:20, 20:], k[20:, 20:])
     assert kept.tolist() == list(range(10))
     torch.testing.assert_close(lower, torch.linalg.cholesky(k), rtol=1e-12, atol=1e-13)
 
@@ -244,20 +246,20 @@ def test_bordered_without_dependent_columns():
     scale = torch.logspace(-3, 3, 26, dtype=torch.float64)
     x = x * scale[:, None] / 14
     k = x @ x.T
-    lower, kept = bordered(torch.linalg.cholesky(k[:20, :20]), k[:20, 20:], k[20:, 20:])
+    lower, kept = extend_cholesky(torch.linalg.cholesky(k[:20, :20]), k[:20, 20:], k[20:, 20:])
     assert len(kept) == 2 and kept[-1] == 5 and int(kept[0]) in (1, 2)
     every = torch.cat([torch.arange(20), 20 + kept])
     torch.testing.assert_close(lower @ lower.T, k[every][:, every], rtol=1e-12, atol=1e-12)
     assert (lower.diagonal() > 0).all()
-    none, kept = bordered(torch.linalg.cholesky(k[:20, :20]), k[:20, 23:25], k[23:25, 23:25])
+    none, kept = extend_cholesky(torch.linalg.cholesky(k[:20, :20]), k[:20, 23:25], k[23:25, 23:25])
     assert not len(kept) and none.shape == (20, 20)
-    assert len(bordered(torch.linalg.cholesky(k[:20, :20]), k[:20, 25:], k[25:, 25:], tolerance=2.0)[1]) == 0
+    assert len(extend_cholesky(torch.linalg.cholesky(k[:20, :20]), k[:20, 25:], k[25:, 25:], tolerance=2.0)[1]) == 0
 
 
 def test_shrunk():
     k = covariance(30)
     lower, kept = torch.linalg.cholesky(k), torch.tensor([0, 3, 4, 11, 12, 28])
-    shorter, turn = shrunk(lower, kept)
+    shorter, turn = restrict_cholesky(lower, kept)
     torch.testing.assert_close(shorter, torch.linalg.cholesky(k[kept][:, kept]), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(turn.T @ turn, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-14)
     # whitened columns: K_ou L⁻ᵀ of all, turned, is that of those kept
@@ -274,22 +276,27 @@ def test_shrunk():
 
 def test_nothing_is_changed_in_place():
     rows, more, new = random(50, 21), random(9, 21, seed=1), random(50, 3, seed=2)
-    factor = Factor.of([rows], 20).appended(more)
+    factor = PosteriorFactor.from_rows([rows], 20).append_rows(more)
     frozen = [t.clone() for t in (rows, more, new, factor.upper)]
-    factor.appended(more[:1]), factor.removed(more), factor.extended(lambda: [(rows, new)]), factor.measured([rows])
-    factor.turned(lambda some: some), factor.turned(lambda some: some[:, [0, 1, 20]], 2)
+    (
+        factor.append_rows(more[:1]),
+        factor.remove_rows(more),
+        factor.append_columns(lambda: [(rows, new)]),
+        factor.measure_drift([rows]),
+    )
+    factor.rotate_columns(lambda some: some), factor.rotate_columns(lambda some: some[:, [0, 1, 20]], 2)
     with pytest.raises(DowndateError):
-        factor.removed(100 * more)
+        factor.remove_rows(100 * more)
     k = covariance(30)
     lower, copy = torch.linalg.cholesky(k[:20, :20]), k.clone()
-    bordered(lower, k[:20, 20:], k[20:, 20:]), shrunk(lower, torch.arange(5))
+    extend_cholesky(lower, k[:20, 20:], k[20:, 20:]), restrict_cholesky(lower, torch.arange(5))
     assert torch.equal(lower, torch.linalg.cholesky(k[:20, :20])) and torch.equal(copy, k)
     assert all(torch.equal(a, b) for a, b in zip(frozen, (rows, more, new, factor.upper), strict=True))
 
 
 def test_slices_do_not_matter(monkeypatch):
     rows = random(90, 34)
-    factor = Factor.of([rows], 33)
-    whole = factor.removed(rows[:30]).upper
+    factor = PosteriorFactor.from_rows([rows], 33)
+    whole = factor.remove_rows(rows[:30]).upper
     monkeypatch.setattr(qr, "SLICE", 7)
-    torch.testing.assert_close(factor.removed(rows[:30]).upper, whole, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(factor.remove_rows(rows[:30]).upper, whole, rtol=1e-11, atol=1e-12)

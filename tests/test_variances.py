@@ -24,7 +24,7 @@ from gpmlp.fitting import defaults, regression, variance_checks
 from gpmlp.fitting.fit import _chunked, fit
 from gpmlp.fitting.report import Stages
 from gpmlp.gp import inducing as inducing_module
-from gpmlp.gp.evidence import Statistics, negative_log_evidence
+from gpmlp.gp.evidence import SufficientStatistics, negative_log_evidence
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty.calibration import widened
 
@@ -311,8 +311,8 @@ def vfe_statistics(n: int):
     factors, traces = regression.stream(choices, models, parts, targets, Stages(None))
     statistics = {}
     for kind, factor in factors.items():
-        whitened = inducing_module.whiten(factor.factor(), models[0].lowers)
-        statistics[kind] = Statistics.of(whitened, factor.count, prior=traces[kind])
+        whitened = inducing_module.whiten_rows(factor.factor(), models[0].lowers)
+        statistics[kind] = SufficientStatistics.from_factor(whitened, factor.count, prior=traces[kind])
     return statistics, torch.zeros(models[0].blocks[0].n_columns, dtype=torch.long)
 
 

@@ -74,7 +74,9 @@ def fit(
         del interim
         learned = learned.joined(*trained.held)
     stages.begin("posterior")
-    solved = posterior.solve(learned.whitened, learned.counts, learned.every_noise, learned.signal, trained.lowers)
+    solved = posterior.solve_posterior(
+        learned.whitened, learned.counts, learned.every_noise, learned.signal, trained.lowers
+    )
     potential = _potential(data, trained, learned, solved.weights)
     potential = replace(potential, calibration=calibration, provenance=dict(provenance or {}))
     if potential.variances is not None:
@@ -201,7 +203,7 @@ def _trained(data: _Data, kept: Tensor, held: Tensor, stages: Stages) -> _Traine
     lowers = [lower for m in models for lower in m.lowers]
     counts, counts_held = ({kind: f.count for kind, f in some.items()} for some in (factors, extra))
     whitened, whitened_held = (
-        {kind: inducing.whiten(some.pop(kind).factor().double(), lowers) for kind in list(some)}
+        {kind: inducing.whiten_rows(some.pop(kind).factor().double(), lowers) for kind in list(some)}
         for some in (factors, extra)
     )
     with parallel.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
@@ -209,7 +211,7 @@ def _trained(data: _Data, kept: Tensor, held: Tensor, stages: Stages) -> _Traine
     signal = parameters.signal().to(block_of_column.device)[block_of_column]
     noise = regression.fit_noise(recipe, parameters, whitened, counts, signal)
     learned = Learned(whitened, counts, noise, data.label_noise, signal)
-    doubts = hyperparameters.warnings(recipe, regression.blocks_of(models), result.at_bound)
+    doubts = hyperparameters.bound_warnings(recipe, regression.blocks_of(models), result.at_bound)
     jitter = max(m.jitter for m in models)
     if jitter:
         doubts.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")

@@ -20,7 +20,7 @@ from gpmlp.fitting.regression import Model
 from gpmlp.fitting.report import Stages
 from gpmlp.gp import hyperparameters, inducing
 from gpmlp.gp.posterior import FIXED
-from gpmlp.gp.qr import DowndateError, Factor, RowFactor
+from gpmlp.gp.qr import DowndateError, PosteriorFactor, RowFactor
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.potential import Potential
@@ -56,7 +56,7 @@ class Online:
     models: tuple[Model, ...]
     baselines: tuple[Baseline, ...]
     batches: tuple[Batch, ...]
-    factor: Factor
+    factor: PosteriorFactor
     noise: dict[str, float]
     constant: dict[str, float]
     label_noise: dict[str, float]
@@ -112,7 +112,7 @@ class Online:
     @cached_property
     def potential(self) -> Potential:
         """What has been learned so far."""
-        weights = inducing.unwhitened(self.columns_signal * self.factor.mean, self.lowers)
+        weights = inducing.unwhiten_weights(self.columns_signal * self.factor.mean, self.lowers)
         return Potential(
             regression.make_terms(self.models, weights),
             self.baselines,
@@ -197,7 +197,7 @@ class Online:
             return new.refreshed(f"first {' and '.join(unknown)}")
         factor = self.factor
         for rows in batch.rows.values():
-            factor = factor.appended(rows)
+            factor = factor.append_rows(rows)
         return replace(new, factor=factor)
 
     def removed(self, index: int) -> Online:
@@ -209,7 +209,7 @@ class Online:
         new, factor = replace(self, batches=left), self.factor
         try:
             for rows in batch.rows.values():
-                factor = factor.removed(rows)
+                factor = factor.remove_rows(rows)
         except DowndateError as why:
             return new._from_rows(f"labels could not be removed by a downdate ({why})")
         return replace(new, factor=factor)._checked()
@@ -361,14 +361,16 @@ class Online:
 
     def _from_rows(self, why: str, rows: Iterable[Tensor] | None = None) -> Online:
         """With the factor made again from all rows, or from others with the same RᵀR."""
-        factor = Factor.of(self._rows() if rows is None else rows, sum(online_updates.widths(self.models)))
+        factor = PosteriorFactor.from_rows(
+            self._rows() if rows is None else rows, sum(online_updates.widths(self.models))
+        )
         events = (*self.events, f"{self.n_labels} labels: {why}")
-        return replace(self, factor=factor.measured(self._rows()), events=events)
+        return replace(self, factor=factor.measure_drift(self._rows()), events=events)
 
     def _checked(self) -> Online:
         """With the error of the factor measured, and without it where it has grown."""
-        factor = self.factor.measured(self._rows())
-        if factor.drift <= max(LARGEST_ERROR, WORSE * factor.initial):
+        factor = self.factor.measure_drift(self._rows())
+        if factor.drift <= max(LARGEST_ERROR, WORSE * factor.initial_drift):
             return replace(self, factor=factor)
         return self._from_rows(f"rounding of {factor.changes} updates had grown to {factor.drift:.1e}")
 
@@ -400,5 +402,5 @@ def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> On
         remaining = prepare.trust_isolated_atoms(some, labels.minus(prepare.total(base, some)))
         made.append(Batch.of(models, some, labels, remaining, unit, room))
         room -= made[-1].n_bytes
-    about = asked, recipe, tuple(models), base, tuple(made), Factor.of([], sum(widths))
+    about = asked, recipe, tuple(models), base, tuple(made), PosteriorFactor.from_rows([], sum(widths))
     return Online(*about, {}, {}, {}, unit.signal)

@@ -16,10 +16,10 @@ from gpmlp.core.structures import Structures
 from gpmlp.fitting import defaults, regression
 from gpmlp.fitting.defaults import Survey
 from gpmlp.fitting.regression import Model
-from gpmlp.gp import covariances, inducing, variance
+from gpmlp.gp import covariances, inducing
 from gpmlp.gp.covariances import Facets, Look
-from gpmlp.gp.inducing import RANK_TOLERANCE, InducingBlock, bordered, shrunk
-from gpmlp.gp.qr import Factor
+from gpmlp.gp.inducing import RANK_TOLERANCE, InducingBlock, extend_cholesky, restrict_cholesky
+from gpmlp.gp.qr import PosteriorFactor
 from gpmlp.recipe import Recipe
 
 KEPT_BYTES = 2 << 30  # of Jacobians kept with all batches of a model; those of more are made again for each pass
@@ -94,7 +94,9 @@ class Batch:
         made = regression.labelled_rows(models, structures, remaining, views=views, facets=facets)
         lowers = [lower for m in models for lower in m.lowers]
         widths, unit = [len(lower) for lower in lowers], Scales.unit(len(lowers))
-        rows = {k: rescaled(inducing.whiten(raw.double(), lowers), k, unit, scales, widths) for k, raw in made.items()}
+        rows = {
+            k: rescaled(inducing.whiten_rows(raw.double(), lowers), k, unit, scales, widths) for k, raw in made.items()
+        }
         features = views[0].environments.features if views else _features(structures, facets, outlooks[0])
         return Batch(structures, targets, remaining, rows, features.double(), facets)
 
@@ -167,7 +169,7 @@ def _features(structures: Structures, facets: Sequence[tuple[Facets, ...]], outl
     return torch.cat([f.features for f in facets[0]])[order]
 
 
-State = tuple[tuple[Model, ...], tuple[Batch, ...], Factor]
+State = tuple[tuple[Model, ...], tuple[Batch, ...], PosteriorFactor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +215,7 @@ def widths(models: Sequence[Model]) -> list[int]:
 def extended(
     models: Sequence[Model],
     batches: Sequence[Batch],
-    factor: Factor,
+    factor: PosteriorFactor,
     scales: Scales,
     grown: Sequence[Sequence[InducingBlock | None]],
 ) -> State:
@@ -240,9 +242,9 @@ def extended(
 
     more = [border.width if border else 0 for border in borders]
     order, first = _places(old, more)
-    factor = factor.extended(passes)
+    factor = factor.append_columns(passes)
     if first < len(order):
-        factor = factor.turned(lambda rows: torch.cat([rows[:, order], rows[:, -1:]], dim=1), first)
+        factor = factor.rotate_columns(lambda rows: torch.cat([rows[:, order], rows[:, -1:]], dim=1), first)
     grown_rows = []
     for batch, new in zip(batches, columns, strict=True):
         rows = {kind: _interleaved(some, new[kind], old, borders) for kind, some in batch.rows.items()}
@@ -256,14 +258,14 @@ def _bordered(model: Model, k: int, new: InducingBlock | None) -> tuple[Inducing
     if new is None:
         return block, lower, None
     both = [replace(b, features=b.features.double(), tangents=b.tangents.double()) for b in (block, new)]
-    cross, corner = (inducing.covariance(model.kernel, b, both[1]) for b in both)
+    cross, corner = (inducing.K_uu(model.kernel, b, both[1]) for b in both)
     # what rounding of the features makes up is no rank
     tolerance = max(RANK_TOLERANCE, 10 * torch.finfo(new.features.dtype).eps)
-    longer, kept = bordered(lower, cross, corner, tolerance)
+    longer, kept = extend_cholesky(lower, cross, corner, tolerance)
     if not len(kept):
         return block, lower, None
-    taken = replace(new, kept=kept)
-    return inducing.joined(block, taken), longer, Border(taken, longer[len(lower) :])
+    taken = replace(new, columns=kept)
+    return inducing.join_blocks(block, taken), longer, Border(taken, longer[len(lower) :])
 
 
 def _columns(
@@ -312,7 +314,7 @@ def _places(old: Sequence[int], new: Sequence[int]) -> tuple[Tensor, int]:
 def reduced(
     models: Sequence[Model],
     batches: Sequence[Batch],
-    factor: Factor,
+    factor: PosteriorFactor,
     descriptor: int,
     species: int,
     centres: Sequence[int],
@@ -334,10 +336,10 @@ def reduced(
         )
     stays = torch.ones(len(block.features), dtype=torch.bool)
     stays[torch.as_tensor(list(centres), dtype=torch.long)] = False
-    smaller, columns = inducing.restricted(block, stays)
+    smaller, columns = inducing.select_centers(block, stays)
     if not len(columns):
         raise errors.UserError(f"All inducing points of {errors.symbol(species)} would be removed.")
-    shorter, turn = shrunk(model.lowers[at], columns)
+    shorter, turn = restrict_cholesky(model.lowers[at], columns)
     blocks, lowers = list(model.blocks), list(model.lowers)
     blocks[at], lowers[at] = smaller, shorter
     before = sum(len(m.blocks) for m in models[:descriptor]) + at
@@ -349,7 +351,7 @@ def reduced(
 
     changed = replace(model, blocks=tuple(blocks), lowers=tuple(lowers))
     after = tuple(changed if m is model else m for m in models)
-    return after, tuple(b.turned(turned) for b in batches), factor.turned(turned, sum(sizes[:before]))
+    return after, tuple(b.turned(turned) for b in batches), factor.rotate_columns(turned, sum(sizes[:before]))
 
 
 def _turned(rows: Tensor, turns: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
@@ -359,7 +361,7 @@ def _turned(rows: Tensor, turns: Sequence[Tensor | None], sizes: Sequence[int]) 
 
 
 def lean(
-    models: Sequence[Model], factor: Factor, at_most: int
+    models: Sequence[Model], factor: PosteriorFactor, at_most: int
 ) -> tuple[list[tuple[InducingBlock, ...]], list[Tensor], Tensor]:
     """A sparse process of its own with about so many columns, for variances: all centres with fewer gradients, as new ones count most.
 
@@ -375,11 +377,11 @@ def lean(
         some = []
         for block, lower in zip(model.blocks, model.lowers, strict=True):
             ranks = (torch.arange(len(block.features) + 1) * share).ceil()
-            centre, direction = block.addresses
+            centre, direction = block.column_addresses
             chosen = ((direction < directions) & (ranks.diff() > 0)[centre]).nonzero()[:, 0]
             chosen = chosen if len(chosen) else torch.arange(1)  # their values depended on others
-            shorter, turn = shrunk(lower, chosen)
-            some.append(variance.restricted(block, chosen)), lowers.append(shorter), turns.append(turn)
+            shorter, turn = restrict_cholesky(lower, chosen)
+            some.append(inducing.select_columns(block, chosen)), lowers.append(shorter), turns.append(turn)
         blocks.append(tuple(some))
     sizes = widths(models)
-    return blocks, lowers, factor.turned(lambda rows: _turned(rows, turns, sizes)).upper[:, :-1]
+    return blocks, lowers, factor.rotate_columns(lambda rows: _turned(rows, turns, sizes)).upper[:, :-1]

@@ -15,13 +15,13 @@ from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import sparse_points
 from gpmlp.fitting.report import Stages
-from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior, variance
+from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior
 from gpmlp.gp.covariances import Facets
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel, make_kernel
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import FIXED
-from gpmlp.gp.prior import Prior
+from gpmlp.gp.prior import PriorCovariance
 from gpmlp.gp.qr import RowFactor
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.mean import MeanBlock, Term
@@ -144,7 +144,7 @@ def labelled_rows(
         blocks: inducing variables for each model, if not all of its own.
         views, facets: what each descriptor sees of the structures, and its environments laid out for rows, if they are there already.
     """
-    known = likelihood.observations(targets, structures.counts, covariances.VOIGT)
+    known = likelihood.observed_labels(targets, structures.counts, covariances.VOIGT)
     forces, stresses = len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0
     made = []
     for k, m in enumerate(models):
@@ -164,7 +164,11 @@ def labelled_rows(
             continue
         pairs = views[k].neighbors if views else neighbors.find(structures, m.descriptor.cutoff)
         look = views[k].look if views else None
-        made.append(covariances.rows(structures, pairs, m.descriptor, m.kernel, inducing_, forces, stresses, look=look))
+        made.append(
+            covariances.covariance_rows(
+                structures, pairs, m.descriptor, m.kernel, inducing_, forces, stresses, look=look
+            )
+        )
     out: dict[str, list[Tensor]] = {}
     for kind, seen in known.items():
         if not len(seen.rows):
@@ -188,7 +192,7 @@ def _prior_diagonals(models: Sequence[Model], part: Structures, forces: bool, st
         features = view.environments.features
         for block in m.blocks:
             alone = {z: float(z == block.species) for z in part.distinct_species}
-            prior = Prior(m.descriptor, m.kernel, alone, view.look)
+            prior = PriorCovariance(m.descriptor, m.kernel, alone, view.look)
             found["energies"].append(prior.energies(part, features))
             if forces:
                 every = torch.arange(part.n_atoms, device=features.device)
@@ -201,7 +205,7 @@ def _prior_diagonals(models: Sequence[Model], part: Structures, forces: bool, st
 
 def _traces(models: Sequence[Model], part: Structures, target: Targets) -> list[tuple[str, Tensor]]:
     """(kind or FIXED, summed prior variances (blocks,)) of the known observations, scaled as their rows are."""
-    known = likelihood.observations(target, part.counts, covariances.VOIGT)
+    known = likelihood.observed_labels(target, part.counts, covariances.VOIGT)
     priors = _prior_diagonals(models, part, len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0)
     out = []
     for kind, seen in known.items():
@@ -227,7 +231,7 @@ def learn(
     widths = [b.n_columns for m in models for b in m.blocks]
     device = next(iter(whitened.values())).device
     block_of_column = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(device)
-    parameters = hyperparameters.make(recipe, [k for k in KINDS if k in whitened], blocks_of(models))
+    parameters = hyperparameters.make_hyperparameters(recipe, [k for k in KINDS if k in whitened], blocks_of(models))
 
     def tell(calls: int, value: float) -> None:
         noises = ", ".join(f"{k} {v:.2g}" for k, v in parameters.noise().items())
@@ -235,26 +239,30 @@ def learn(
 
     total = sum(widths)
 
-    def smaller(columns: int) -> tuple[dict[str, evidence.Statistics], Tensor]:
+    def smaller(columns: int) -> tuple[dict[str, evidence.SufficientStatistics], Tensor]:
         """Columns of each block come most important first, so leading ones are a smaller model of the same data."""
         share, starts = min(1.0, columns / total), torch.tensor([0, *widths]).cumsum(0).tolist()
         some = torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
         some = some.to(device)
-        made = {k: evidence.Statistics.of(w, counts[k], some, traces.get(k)) for k, w in whitened.items()}
+        made = {
+            k: evidence.SufficientStatistics.from_factor(w, counts[k], some, traces.get(k)) for k, w in whitened.items()
+        }
         return made, block_of_column[some]
 
     if restarts:
         few, of_few = smaller(RESTART_COLUMNS)
-        evidence.restart(few, parameters, of_few, restarts, recipe.seed)
+        evidence.restart_optimisation(few, parameters, of_few, restarts, recipe.seed)
     if total > EVIDENCE_COLUMNS:
         some, of_some = smaller(EVIDENCE_COLUMNS)
-        evidence.optimise(some, parameters, of_some, progress=tell)
-    statistics = {k: evidence.Statistics.of(w, counts[k], prior=traces.get(k)) for k, w in whitened.items()}
+        evidence.maximise_evidence(some, parameters, of_some, progress=tell)
+    statistics = {
+        k: evidence.SufficientStatistics.from_factor(w, counts[k], prior=traces.get(k)) for k, w in whitened.items()
+    }
     # the fixed point is one of DTC alone
     if total > EVIDENCE_COLUMNS and not traces:
-        found = evidence.refine(statistics, parameters, block_of_column, progress=tell)
+        found = evidence.iterate_fixed_point(statistics, parameters, block_of_column, progress=tell)
     else:
-        found = evidence.optimise(statistics, parameters, block_of_column, progress=tell, settle=True)
+        found = evidence.maximise_evidence(statistics, parameters, block_of_column, progress=tell, settle=True)
     return parameters, block_of_column, found
 
 
@@ -309,8 +317,11 @@ class Learned:
 
     def weights(self, lowers: Sequence[Tensor]) -> Tensor:
         """(columns,) weights by the normal equations: half the digits of posterior.solve, a fraction of its cost."""
-        statistics = {kind: evidence.Statistics.of(rows, self.counts[kind]) for kind, rows in self.whitened.items()}
-        return inducing.unwhitened(evidence.mean(statistics, self.every_noise, self.signal), lowers)
+        statistics = {
+            kind: evidence.SufficientStatistics.from_factor(rows, self.counts[kind])
+            for kind, rows in self.whitened.items()
+        }
+        return inducing.unwhiten_weights(evidence.posterior_mean(statistics, self.every_noise, self.signal), lowers)
 
 
 def make_terms(models: Sequence[Model], weights: Tensor) -> tuple[Term, ...]:
@@ -321,13 +332,13 @@ def make_terms(models: Sequence[Model], weights: Tensor) -> tuple[Term, ...]:
         for block in m.blocks:
             part = weights[start : start + block.n_columns]
             start += block.n_columns
-            alpha, tau = posterior.collapse(block, part.to(block.features))
+            alpha, tau = posterior.collapse_directions(block, part.to(block.features))
             blocks[block.species] = MeanBlock(block.features, alpha, tau if block.tangents.shape[1] else tau[:0])
         terms.append(Term(m.descriptor, m.kernel, blocks))
     return tuple(terms)
 
 
-def make_priors(models: Sequence[Model], signal: Tensor) -> list[Prior]:
+def make_priors(models: Sequence[Model], signal: Tensor) -> list[PriorCovariance]:
     """The process before it has seen data, of each descriptor; signal (columns,)."""
     priors, start = [], 0
     for m in models:
@@ -335,7 +346,7 @@ def make_priors(models: Sequence[Model], signal: Tensor) -> list[Prior]:
         for block in m.blocks:
             by_species[block.species] = float(signal[start])
             start += block.n_columns
-        priors.append(Prior(m.descriptor, m.kernel, by_species))
+        priors.append(PriorCovariance(m.descriptor, m.kernel, by_species))
     return priors
 
 
@@ -360,17 +371,17 @@ def make_variances(
         starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
         columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
         picked = iter(chosen)
-        blocks = tuple(tuple(variance.restricted(block, next(picked)) for block in terms) for terms in blocks)
-        whitened = {kind: inducing.unwhiten(rows, lowers, chosen) for kind, rows in whitened.items()}
+        blocks = tuple(tuple(inducing.select_columns(block, next(picked)) for block in terms) for terms in blocks)
+        whitened = {kind: inducing.unwhiten_columns(rows, lowers, chosen) for kind, rows in whitened.items()}
         lowers = tuple(torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(lowers, chosen, strict=True))
-        whitened = {kind: inducing.whiten(rows, lowers) for kind, rows in whitened.items()}
+        whitened = {kind: inducing.whiten_rows(rows, lowers) for kind, rows in whitened.items()}
         signal = signal[columns]
-    factor = posterior.solve(whitened, learned.counts, learned.every_noise, signal, lowers).factor
+    factor = posterior.solve_posterior(whitened, learned.counts, learned.every_noise, signal, lowers).factor
     priors = tuple(make_priors(models, learned.signal))
     return VarianceModel(priors, blocks, lowers, signal, factor, constant, learned.label_noise, of_fit)
 
 
 def _leading(block: InducingBlock, share: float) -> Tensor:
     """Positions of the columns of that share of the centres, the most important ones."""
-    centre, _ = block.addresses
+    centre, _ = block.column_addresses
     return (centre < max(1, int(share * len(block.features)))).nonzero()[:, 0]

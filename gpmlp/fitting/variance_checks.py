@@ -81,14 +81,14 @@ def _missed(
     model: VarianceModel, structure: Structures, targets: Targets, views: Sequence[View], rows: Tensor
 ) -> Tensor:
     """k_gg - k_gu K_uu⁻¹ k_ug of the known forces with the common noise, whose rows K_ou these are."""
-    seen = likelihood.observations(targets, structure.counts, covariances.VOIGT)["forces"]
+    seen = likelihood.observed_labels(targets, structure.counts, covariances.VOIGT)["forces"]
     known = seen.rows[seen.noise.isnan()]
     atoms, place = (known // 3).unique(return_inverse=True)
     prior = sum(
         p.looking(v.look_at(len(atoms))).forces(structure, v.neighbors, v.surroundings, atoms)
         for p, v in zip(model.priors, views, strict=True)
     )
-    explained, _ = model.whitened(rows)
+    explained, _ = model.whiten(rows)
     return (prior.diagonal(dim1=1, dim2=2)[place, known % 3] - explained.square().sum(1)).clamp_min(0)
 
 
@@ -116,7 +116,7 @@ def _left_out(
     """
     sizes = [len(r) for r in rows.values()]
     sigma = torch.cat([r.new_full((len(r),), 1.0 if k == FIXED else noise[k]) for k, r in rows.items()])
-    _, left = model.whitened(torch.cat(list(rows.values())) / sigma[:, None])
+    _, left = model.whiten(torch.cat(list(rows.values())) / sigma[:, None])
     share = left @ left.T  # Σ^-½ C Σ^-½
     values, vectors = torch.linalg.eigh(share)
     values = values.clamp(0, 1 - 1e-12)  # labels that were learned leave less than their noise

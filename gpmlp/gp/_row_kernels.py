@@ -14,7 +14,7 @@ COLUMNS = 128  # done together: what they add up to for an environment stays in 
 
 
 @njit(cache=True, **FLAGS)
-def add(products, first, bend, starts, targets, own, vectors, owner, weight, forces, stresses, lo, hi, begin, end):
+def add_rows(products, first, bend, starts, targets, own, vectors, owner, weight, forces, stresses, lo, hi, begin, end):
     """Derivatives of k(x, u), g = d/dr f(s) = f' J x and d/dr f'(s) x.t = f' J t + f'' (x.t) J x, of the pairs of environments lo to hi:
     forces[neighbour] -= g, forces[centre] += g, stresses[structure] += (r g + g r) / 2V.
 

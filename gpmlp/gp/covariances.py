@@ -30,7 +30,7 @@ Look = Callable[[Tensor], Environments]  # centres (indices) -> their environmen
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class CovarianceRows:
     """Covariances of the observations of some structures with all inducing columns.
 
     Attributes:
@@ -102,7 +102,7 @@ def facets(
         yield Facets(species, centers, environments.features, jacobian, seen.centers, atoms, seen.vectors)
 
 
-def strained(jacobian: Tensor, owners: Tensor, vectors: Tensor, n: int) -> Tensor:
+def strain_derivatives(jacobian: Tensor, owners: Tensor, vectors: Tensor, n: int) -> Tensor:
     """(n environments, 6, features) derivatives with respect to the strains of VOIGT: the symmetric part of Σ_j r_ij ⊗ dx/dr_ij."""
     sums = jacobian.new_zeros(n, 3, *jacobian.shape[1:])
     for a in range(3):
@@ -110,7 +110,7 @@ def strained(jacobian: Tensor, owners: Tensor, vectors: Tensor, n: int) -> Tenso
     return torch.stack([0.5 * (sums[:, a, b] + sums[:, b, a]) for a, b in VOIGT], dim=1)
 
 
-def rows(
+def covariance_rows(
     structures: Structures,
     neighbors: Neighbors,
     descriptor: Descriptor,
@@ -120,7 +120,7 @@ def rows(
     stresses: bool = True,
     atoms: Tensor | None = None,
     look: Look | None = None,
-) -> Rows:
+) -> CovarianceRows:
     """Covariance rows by pull-back: GEMMs of a block's feature Jacobian with all centres and tangents of its species.
 
     Args:
@@ -146,7 +146,7 @@ def rows_of(
     forces: bool = True,
     stresses: bool = True,
     place: Tensor | None = None,
-) -> Rows:
+) -> CovarianceRows:
     """Covariance rows from the facets of each species.
 
     Args:
@@ -155,7 +155,7 @@ def rows_of(
     like = structures.positions
     place = torch.arange(structures.n_atoms + 1, device=like.device) if place is None else place
     n, n_forces, columns = len(structures), int(place[-1]), sum(b.n_columns for b in inducing)
-    out = Rows(
+    out = CovarianceRows(
         like.new_zeros(n, columns),
         like.new_zeros(3 * n_forces, columns) if forces else None,
         like.new_zeros(6 * n, columns) if stresses else None,
@@ -168,7 +168,7 @@ def rows_of(
         # one atom more than there are: where forces that are not wanted may add without harm
         width, sums = len(block.vectors), None
         for some in seen(block.species):
-            sums = sums or Rows(
+            sums = sums or CovarianceRows(
                 like.new_zeros(n, width),
                 like.new_zeros(n_forces + 1, 3, width) if forces else None,
                 like.new_zeros(n, 6, width) if stresses else None,
@@ -176,14 +176,14 @@ def rows_of(
             add(sums, structures, some, kernel, block, place)
         if sums is None:
             continue
-        out.energies[:, here] = block.keep(sums.energies)
+        out.energies[:, here] = block.take_columns(sums.energies)
         kept = block.by_direction[1] if fast and len(block.features) < width else None
         if forces:
             made = sums.forces[:-1].flatten(0, 1)
-            out.forces[:, here] = block.keep(made) if kept is None else made[:, kept]
+            out.forces[:, here] = block.take_columns(made) if kept is None else made[:, kept]
         if stresses:
             made = sums.stresses.flatten(0, 1)
-            out.stresses[:, here] = block.keep(made) if kept is None else made[:, kept]
+            out.stresses[:, here] = block.take_columns(made) if kept is None else made[:, kept]
     return out
 
 
@@ -211,8 +211,8 @@ def local_rows(
     """
     if not block.tangents.shape[1]:
         m = len(block.features)
-        return block.keep(known[0][:, :m] if known else kernel.value(features @ block.features.T))
-    return block.keep(_values(kernel, block, features, known)[0])
+        return block.take_columns(known[0][:, :m] if known else kernel.value(features @ block.features.T))
+    return block.take_columns(_values(kernel, block, features, known)[0])
 
 
 def _values(
@@ -239,7 +239,7 @@ def _places(structures: Structures, neighbors: Neighbors, atoms: Tensor | None) 
 
 
 def _add(
-    sums: Rows, structures: Structures, seen: Facets, kernel: ZonalKernel, block: InducingBlock, place: Tensor
+    sums: CovarianceRows, structures: Structures, seen: Facets, kernel: ZonalKernel, block: InducingBlock, place: Tensor
 ) -> None:
     """Add what environments (all of the block's species) contribute to the rows of their structures."""
     energy, first, second, along = _values(kernel, block, seen.features)
@@ -272,14 +272,14 @@ def _add(
             sums.forces.index_add_(0, centers[some], gradients)
     if sums.stresses is not None:
         virials = sloped(
-            strained(seen.jacobian, seen.owners, seen.vectors, len(owner)),
+            strain_derivatives(seen.jacobian, seen.owners, seen.vectors, len(owner)),
             torch.arange(len(owner), device=owner.device),
         )
         sums.stresses.index_add_(0, owner, virials * per_volume[:, None, None])
 
 
 def _add_by_loops(
-    sums: Rows, structures: Structures, seen: Facets, kernel: ZonalKernel, block: InducingBlock, place: Tensor
+    sums: CovarianceRows, structures: Structures, seen: Facets, kernel: ZonalKernel, block: InducingBlock, place: Tensor
 ) -> None:
     """`_add` of forces, with or without stresses, by compiled loops, with columns as in `by_direction`. Threads share the columns."""
     energy, first, second, along = _values(kernel, block, seen.features)
@@ -304,7 +304,7 @@ def _add_by_loops(
         for lo, hi in runs:
             rows = slice(3 * int(starts[lo]), 3 * int(starts[hi]))
             made = torch.mm(jacobian[rows], vectors.T, out=products[: rows.stop - rows.start])
-            _row_kernels.add(made.numpy(), first, bend, starts, *about, forces, stresses, lo, hi, begin, end)
+            _row_kernels.add_rows(made.numpy(), first, bend, starts, *about, forces, stresses, lo, hi, begin, end)
 
     parallel.each(share, _shares(block))
 

@@ -19,7 +19,7 @@ SPREAD = 2.5  # of the logarithms of hyperparameters at restarts: a factor of tw
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class SufficientStatistics:
     """Sufficient statistics of one kind of observation with unit noise: G = AᵀA, h = Aᵀy, yy = yᵀy, n observations.
 
     `prior` (blocks,), if given, is the trace of the prior covariance of the observations by block with unit signal; with it the
@@ -33,11 +33,13 @@ class Statistics:
     prior: Tensor | None = None
 
     @staticmethod
-    def of(whitened: Tensor, count: int, columns: Tensor | None = None, prior: Tensor | None = None) -> Statistics:
+    def from_factor(
+        whitened: Tensor, count: int, columns: Tensor | None = None, prior: Tensor | None = None
+    ) -> SufficientStatistics:
         """From a whitened factor [A | y]; `columns` restricts the model to some of its columns."""
         a, y = whitened[:, :-1], whitened[:, -1]
         a = a if columns is None else a[:, columns]
-        return Statistics(a.T @ a, a.T @ y, float(y @ y), count, prior)
+        return SufficientStatistics(a.T @ a, a.T @ y, float(y @ y), count, prior)
 
     def missed(self, block_of_column: Tensor) -> Tensor:
         """(blocks,) tr(K_ff - Q_ff) with unit signal: variance of the observations that the inducing set cannot represent."""
@@ -70,7 +72,7 @@ class EvidenceResult:
 
 
 def negative_log_evidence(
-    statistics: dict[str, Statistics], noise: dict[str, float], signal: Tensor, block_of_column: Tensor
+    statistics: dict[str, SufficientStatistics], noise: dict[str, float], signal: Tensor, block_of_column: Tensor
 ) -> tuple[float, dict[str, float], Tensor]:
     """DTC: y ~ N(0, A D² Aᵀ + Σ) in the whitened basis, O(columns³) whatever the number of data.
 
@@ -119,7 +121,7 @@ def negative_log_evidence(
 
 
 def _by_kind(
-    statistics: dict[str, Statistics], noise: dict[str, float], inverse: Tensor, scale: Tensor, every: float
+    statistics: dict[str, SufficientStatistics], noise: dict[str, float], inverse: Tensor, scale: Tensor, every: float
 ) -> dict[str, float]:
     """tr(S⁻¹ D G_k D) / σ_k², the number of parameters that each kind determines; `every` is their sum. Scales `inverse` in place."""
     most = max(statistics, key=lambda kind: statistics[kind].count)
@@ -128,7 +130,7 @@ def _by_kind(
     return found | {most: every - sum(found.values())}
 
 
-def mean(statistics: dict[str, Statistics], noise: dict[str, float], signal: Tensor) -> Tensor:
+def posterior_mean(statistics: dict[str, SufficientStatistics], noise: dict[str, float], signal: Tensor) -> Tensor:
     """(columns,) D β: the posterior mean in the whitened basis, signal (columns,) being the diagonal of D."""
     system = torch.zeros(len(signal), len(signal), dtype=signal.dtype, device=signal.device)
     right = torch.zeros_like(signal)
@@ -154,7 +156,7 @@ def _cholesky(system: Tensor) -> Tensor:
 
 
 def negative_log_posterior(
-    statistics: dict[str, Statistics], parameters: Hyperparameters, block_of_column: Tensor
+    statistics: dict[str, SufficientStatistics], parameters: Hyperparameters, block_of_column: Tensor
 ) -> tuple[float, dict[str, Tensor]]:
     """-log of evidence times priors at the present parameters, nats, and its slope along log σ_k and log δ of what is learned;
     that along what is given is zero."""
@@ -170,13 +172,13 @@ def negative_log_posterior(
     return value, slopes
 
 
-def _learned(statistics: dict[str, Statistics], parameters: Hyperparameters) -> list[str]:
+def _learned(statistics: dict[str, SufficientStatistics], parameters: Hyperparameters) -> list[str]:
     """What is learned of the kinds that there are data of, and 'signal'."""
     return [n for n in parameters.learned if n == "signal" or n in statistics]
 
 
-def optimise(
-    statistics: dict[str, Statistics],
+def maximise_evidence(
+    statistics: dict[str, SufficientStatistics],
     parameters: Hyperparameters,
     block_of_column: Tensor,
     max_evaluations: int = 40,
@@ -246,8 +248,12 @@ def _settled(
     return best
 
 
-def restart(
-    statistics: dict[str, Statistics], parameters: Hyperparameters, block_of_column: Tensor, restarts: int, seed: int
+def restart_optimisation(
+    statistics: dict[str, SufficientStatistics],
+    parameters: Hyperparameters,
+    block_of_column: Tensor,
+    restarts: int,
+    seed: int,
 ) -> None:
     """Set the parameters to the best optimum of those found from where they are and from `restarts` places drawn around it.
 
@@ -263,15 +269,15 @@ def restart(
         for name in names:
             step = torch.randn(len(first[name]), generator=generator, dtype=torch.float64) if attempt else 0.0
             parameters.set(name, first[name] + SPREAD * step)
-        result = optimise(statistics, parameters, block_of_column)
+        result = maximise_evidence(statistics, parameters, block_of_column)
         if result.negative_log_evidence < best - 1e-3:  # of equals the first, so that no rounding decides
             best, found = result.negative_log_evidence, {n: parameters.log_std(n).detach().clone() for n in names}
     for name, value in found.items():
         parameters.set(name, value)
 
 
-def refine(
-    statistics: dict[str, Statistics],
+def iterate_fixed_point(
+    statistics: dict[str, SufficientStatistics],
     parameters: Hyperparameters,
     block_of_column: Tensor,
     max_iterations: int = 10,
@@ -319,7 +325,7 @@ def refine(
 
 
 def _fixed_point_step(
-    statistics: dict[str, Statistics],
+    statistics: dict[str, SufficientStatistics],
     parameters: Hyperparameters,
     block_of_column: Tensor,
     noise: dict[str, float],

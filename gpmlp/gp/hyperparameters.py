@@ -25,13 +25,13 @@ def check_species(recipe: Recipe, structures: Structures) -> None:
         )
 
 
-def make(recipe: Recipe, kinds: Sequence[str], blocks: Blocks) -> Hyperparameters:
+def make_hyperparameters(recipe: Recipe, kinds: Sequence[str], blocks: Blocks) -> Hyperparameters:
     """Noises of these kinds and signals of these blocks, at their starts."""
     noise = {kind: _prior(getattr(recipe.noise, NOISE_FIELDS[kind]), NOISE_PRIORS[kind]) for kind in kinds}
     return Hyperparameters(noise, [_prior(_signal(recipe, block), SIGNAL_PRIOR) for block in blocks])
 
 
-def warnings(recipe: Recipe, blocks: Blocks, ended: Sequence[AtBound]) -> list[str]:
+def bound_warnings(recipe: Recipe, blocks: Blocks, ended: Sequence[AtBound]) -> list[str]:
     """What to tell of standard deviations that ended at a bound."""
     out = []
     for at in ended:
@@ -66,7 +66,7 @@ def _prior(given: float | LearnedRecipe | None, default: StdPrior) -> StdPrior:
     if given is None:
         return default
     if not isinstance(given, LearnedRecipe):
-        return StdPrior.at(given)
+        return StdPrior.fixed_at(given)
     low, high = given.bounds or (default.low, default.high)
     median, width = default.median, default.log_width
     if given.prior:

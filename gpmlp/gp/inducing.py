@@ -27,17 +27,17 @@ class InducingBlock:
         species: Z.
         features: (M, features) x_j, unit norm.
         tangents: (M, R, features) t_jr, orthonormal among themselves and orthogonal to x_j; zero rows where there are fewer.
-        kept: (columns,) indices into the M values followed by M * R derivatives, those not linearly dependent on others.
+        columns: (columns,) indices into the M values followed by M * R derivatives, those not linearly dependent on others.
     """
 
     species: int
     features: Tensor
     tangents: Tensor
-    kept: Tensor
+    columns: Tensor
 
     @property
     def n_columns(self) -> int:
-        return self.kept.shape[0]
+        return self.columns.shape[0]
 
     @cached_property
     def vectors(self) -> Tensor:
@@ -48,29 +48,29 @@ class InducingBlock:
     def by_direction(self) -> tuple[Tensor, Tensor]:
         """The centres, then the tangents by direction and centre, in the same shape as `vectors`; which of these (columns,) are kept."""
         m, r = self.tangents.shape[:2]
-        centre, direction = self.addresses
+        centre, direction = self.column_addresses
         return torch.cat([self.features, self.tangents.transpose(0, 1).flatten(0, 1)]), centre + m * (direction + 1)
 
     @cached_property
-    def is_whole(self) -> bool:
+    def has_all_columns(self) -> bool:
         """Whether no column was dropped and they are in order."""
         every = len(self.features) + self.tangents.shape[0] * self.tangents.shape[1]
-        return self.n_columns == every and bool((self.kept[1:] > self.kept[:-1]).all())
+        return self.n_columns == every and bool((self.columns[1:] > self.columns[:-1]).all())
 
     @cached_property
-    def addresses(self) -> tuple[Tensor, Tensor]:
+    def column_addresses(self) -> tuple[Tensor, Tensor]:
         """(columns,) centre and direction (-1 for the value) of each column."""
         m, r = self.tangents.shape[:2]
-        gradient = self.kept - m
+        gradient = self.columns - m
         is_value = gradient < 0
-        centre = torch.where(is_value, self.kept, gradient // max(r, 1))
+        centre = torch.where(is_value, self.columns, gradient // max(r, 1))
         return centre, torch.where(is_value, -1, gradient % max(r, 1))
 
-    def keep(self, columns: Tensor) -> Tensor:
-        return columns if self.is_whole else columns[..., self.kept]
+    def take_columns(self, full: Tensor) -> Tensor:
+        return full if self.has_all_columns else full[..., self.columns]
 
 
-def covariance(kernel: ZonalKernel, a: InducingBlock, b: InducingBlock) -> Tensor:
+def K_uu(kernel: ZonalKernel, a: InducingBlock, b: InducingBlock) -> Tensor:
     """(columns of a, columns of b) covariance of inducing variables of one species, unit signal variance.
 
     value-value f(s); value-gradient f'(s) (x_j . t_ks); gradient-gradient f''(s) (x_j . t_ks)(t_jr . x_k) + f'(s)(t_jr . t_ks).
@@ -88,7 +88,7 @@ def covariance(kernel: ZonalKernel, a: InducingBlock, b: InducingBlock) -> Tenso
     mixed = t_t * first[:, None, :, None]
     mixed += second[:, None, :, None] * t_x[:, :, :, None] * x_t[:, None, :, :]
     out[m:, n:] = mixed.reshape(m * r, n * q)
-    return out[a.kept][:, b.kept]
+    return out[a.columns][:, b.columns]
 
 
 def independent_columns(kernel: ZonalKernel, block: InducingBlock) -> tuple[Tensor, Tensor, float]:
@@ -100,7 +100,7 @@ def independent_columns(kernel: ZonalKernel, block: InducingBlock) -> tuple[Tens
     # in double precision whatever the features have; what their rounding makes up is no rank
     tolerance = max(RANK_TOLERANCE, 10 * torch.finfo(block.features.dtype).eps)
     block = replace(block, features=block.features.double(), tangents=block.tangents.double())
-    everything = covariance(kernel, block, block)
+    everything = K_uu(kernel, block, block)
     kept = pivoted_rank(everything, tolerance)
     k_uu = everything[kept][:, kept]
     jitter = 0.0
@@ -126,7 +126,7 @@ def pivoted_rank(matrix: Tensor, tolerance: float) -> Tensor:
     return alive[torch.as_tensor(pivots[:rank] - 1, device=matrix.device, dtype=torch.long).sort().values]
 
 
-def whiten(factor: Tensor, lowers: Sequence[Tensor]) -> Tensor:
+def whiten_rows(factor: Tensor, lowers: Sequence[Tensor]) -> Tensor:
     """[R L⁻ᵀ | y] for the block-diagonal L, in place of [R | y]; rows without y likewise."""
     start = 0
     for lower in lowers:
@@ -136,7 +136,7 @@ def whiten(factor: Tensor, lowers: Sequence[Tensor]) -> Tensor:
     return factor
 
 
-def unwhiten(factor: Tensor, lowers: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
+def unwhiten_columns(factor: Tensor, lowers: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
     """Columns `chosen` of each block of [R | y] again, from [R L⁻ᵀ | y]."""
     start, pieces = 0, []
     for lower, columns in zip(lowers, chosen, strict=True):
@@ -146,7 +146,7 @@ def unwhiten(factor: Tensor, lowers: Sequence[Tensor], chosen: Sequence[Tensor])
     return torch.cat([*pieces, factor[:, start:]], dim=1)
 
 
-def unwhitened(coefficients: Tensor, lowers: Sequence[Tensor]) -> Tensor:
+def unwhiten_weights(coefficients: Tensor, lowers: Sequence[Tensor]) -> Tensor:
     """w = L⁻ᵀ v for the block-diagonal L."""
     weights, start = torch.empty_like(coefficients), 0
     for lower in lowers:
@@ -156,7 +156,9 @@ def unwhitened(coefficients: Tensor, lowers: Sequence[Tensor]) -> Tensor:
     return weights
 
 
-def bordered(lower: Tensor, cross: Tensor, corner: Tensor, tolerance: float = RANK_TOLERANCE) -> tuple[Tensor, Tensor]:
+def extend_cholesky(
+    lower: Tensor, cross: Tensor, corner: Tensor, tolerance: float = RANK_TOLERANCE
+) -> tuple[Tensor, Tensor]:
     """Cholesky factor of [[K, C], [Cᵀ, N]] from that of K, without new columns that depend on others.
 
     Args:
@@ -181,14 +183,14 @@ def bordered(lower: Tensor, cross: Tensor, corner: Tensor, tolerance: float = RA
     return out, kept
 
 
-def shrunk(lower: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def restrict_cholesky(lower: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factor of some rows and columns of L Lᵀ, and the orthonormal Q with L[kept] = L' Qᵀ: whitened columns [.] become [.] Q."""
     q, r = torch.linalg.qr(lower[kept].T)
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(lower)
     return (r * sign[:, None]).T.contiguous(), q * sign
 
 
-def joined(block: InducingBlock, new: InducingBlock) -> InducingBlock:
+def join_blocks(block: InducingBlock, new: InducingBlock) -> InducingBlock:
     """One block with the columns of both in turn."""
     m, r = block.tangents.shape[:2]
     more = len(new.features)
@@ -197,7 +199,7 @@ def joined(block: InducingBlock, new: InducingBlock) -> InducingBlock:
         gradient = kept - own
         return torch.where(gradient < 0, kept + before, m + more + before * r + gradient)
 
-    kept = torch.cat([moved(block.kept, m, 0), moved(new.kept, more, m)])
+    kept = torch.cat([moved(block.columns, m, 0), moved(new.columns, more, m)])
     return InducingBlock(
         block.species,
         torch.cat([block.features, new.features]),
@@ -206,12 +208,20 @@ def joined(block: InducingBlock, new: InducingBlock) -> InducingBlock:
     )
 
 
-def restricted(block: InducingBlock, stays: Tensor) -> tuple[InducingBlock, Tensor]:
+def select_centers(block: InducingBlock, stays: Tensor) -> tuple[InducingBlock, Tensor]:
     """The block with only those centres (mask), and which of its columns that leaves."""
     r = block.tangents.shape[1]
-    centre, direction = block.addresses
+    centre, direction = block.column_addresses
     columns = stays[centre].nonzero()[:, 0]
     place = (stays.long().cumsum(0) - 1)[centre[columns]]
     gradient = int(stays.sum()) + place * r + direction[columns]
     kept = torch.where(direction[columns] < 0, place, gradient)
     return InducingBlock(block.species, block.features[stays], block.tangents[stays], kept), columns
+
+
+def select_columns(block: InducingBlock, chosen: Tensor) -> InducingBlock:
+    """The block with the chosen columns only, and without the centres and tangents that none of them needs."""
+    centre, direction = (part[chosen] for part in block.column_addresses)
+    m, r = int(centre.max()) + 1, int(direction.max()) + 1
+    kept = torch.where(direction < 0, centre, m + centre * r + direction)
+    return InducingBlock(block.species, block.features[:m], block.tangents[:m, :r].contiguous(), kept)

@@ -118,7 +118,7 @@ class SumKernel(ZonalKernel):
         return tuple(sum(w * p[k] for w, p in zip(weights, parts, strict=True)) for k in range(2))
 
 
-def make(
+def kernel_by_name(
     name: str, zeta: int | None, length: float | None, terms: Sequence[tuple[float, ZonalKernel]] = ()
 ) -> ZonalKernel:
     """Build the kernel of a recipe's name."""
@@ -133,4 +133,4 @@ def make(
 def make_kernel(recipe: KernelRecipe) -> ZonalKernel:
     """Build the kernel that a recipe describes."""
     terms = [(term.weight, make_kernel(term)) for term in recipe.terms]
-    return make(recipe.name, recipe.zeta, recipe.length, terms)
+    return kernel_by_name(recipe.name, recipe.zeta, recipe.length, terms)

@@ -33,7 +33,7 @@ class StdPrior:
     fixed: bool = False
 
     @staticmethod
-    def at(value: float) -> StdPrior:
+    def fixed_at(value: float) -> StdPrior:
         """Of a standard deviation that is known."""
         errors.positive("a given standard deviation", value)
         return StdPrior(value, 0.5 * value, 2 * value, fixed=True)
@@ -138,7 +138,7 @@ class Observations:
     noise: Tensor
 
 
-def observations(targets: Targets, counts: Tensor, voigt: tuple[tuple[int, int], ...]) -> dict[str, Observations]:
+def observed_labels(targets: Targets, counts: Tensor, voigt: tuple[tuple[int, int], ...]) -> dict[str, Observations]:
     """Sort the known labels by kind; the only place where unknown (NaN) labels are dropped."""
     a, b = (torch.tensor(axis, device=counts.device) for axis in zip(*voigt, strict=True))
     per_atom = 1 / counts.to(targets.energies.dtype)

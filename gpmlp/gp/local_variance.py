@@ -45,7 +45,7 @@ class LocalVariance:
     roots: Tensor
 
     @staticmethod
-    def of(lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, amplitude: float) -> LocalVariance:
+    def from_posterior(lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, amplitude: float) -> LocalVariance:
         """Of the blocks of one species, one for each descriptor that has any; with as many leading columns as TOLERANCE asks for.
 
         Args:

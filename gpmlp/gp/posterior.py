@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpmlp.gp.inducing import InducingBlock, unwhitened
+from gpmlp.gp.inducing import InducingBlock, unwhiten_weights
 
 FIXED = "given"  # rows that come with a noise of their own, already divided by it
 
@@ -30,7 +30,7 @@ class SparsePosterior:
     condition: float
 
 
-def solve(
+def solve_posterior(
     whitened: dict[str, Tensor],
     counts: dict[str, int],
     noise: dict[str, float],
@@ -60,12 +60,12 @@ def solve(
     for kind, rows in whitened.items():
         residual = rows[:, columns] - rows[:, :columns] @ (signal * beta)
         rms[kind] = float((residual.square().sum() / max(counts[kind], 1)).sqrt())
-    weights = unwhitened(signal * beta, lowers)
+    weights = unwhiten_weights(signal * beta, lowers)
     diagonal = factor.diagonal().abs()
     return SparsePosterior(weights, factor, rms, float(diagonal.max() / diagonal.min()))
 
 
-def collapse(block: InducingBlock, weights: Tensor) -> tuple[Tensor, Tensor]:
+def collapse_directions(block: InducingBlock, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Fold all directions of a centre into one vector: ε(x) = Σ_j [α_j f(x·x_j) + f'(x·x_j) x·τ_j].
 
     Returns:
@@ -73,5 +73,5 @@ def collapse(block: InducingBlock, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     m, r = block.tangents.shape[:2]
     full = weights.new_zeros(m + m * r)
-    full[block.kept] = weights
+    full[block.columns] = weights
     return full[:m], torch.einsum("mr,mrf->mf", full[m:].reshape(m, r), block.tangents)

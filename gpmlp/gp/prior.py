@@ -10,7 +10,7 @@ from torch import Tensor
 from gpmlp.core.environments import Descriptor, Environments, Kept, Surroundings
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.structures import Structures
-from gpmlp.gp.covariances import ENVIRONMENTS, Look, strained
+from gpmlp.gp.covariances import ENVIRONMENTS, Look, strain_derivatives
 from gpmlp.gp.kernels import ZonalKernel
 
 CHUNK_ATOMS = 128  # whose force covariances are made together
@@ -20,7 +20,7 @@ CHUNK_JOINT = 4  # environments whose Jacobian rows meet those of all others at 
 
 
 @dataclass(frozen=True, eq=False)
-class Prior:
+class PriorCovariance:
     """The Gaussian process before it has seen data: one descriptor, its kernel, and a signal for each central species.
 
     Attributes:
@@ -33,7 +33,7 @@ class Prior:
     signal: dict[int, float]
     look: Look | None = None
 
-    def looking(self, look: Look | None) -> Prior:
+    def looking(self, look: Look | None) -> PriorCovariance:
         """The same with environments that are there already."""
         return replace(self, look=look)
 
@@ -214,7 +214,7 @@ class Prior:
             features.append(environments.features)
             if len(pairs):
                 vectors = environments.surroundings.vectors
-                slopes.append(strained(environments.jacobian(), within, vectors, len(centers)))
+                slopes.append(strain_derivatives(environments.jacobian(), within, vectors, len(centers)))
             else:
                 slopes.append(environments.features.new_zeros(len(centers), 6, environments.features.shape[1]))
         return torch.cat(features), torch.cat(slopes)
@@ -253,7 +253,7 @@ def _padded(environments: Environments, local: Tensor) -> tuple[Tensor, Tensor]:
     padded = jacobian.new_zeros(n_env, 3 * n_slots + 9, n_features)
     padded[:, : 3 * n_slots].unflatten(1, (n_slots, 3))[local, slot] = jacobian
     padded[:, 3 * n_slots : 3 * n_slots + 3].index_add_(0, local, jacobian, alpha=-1)
-    padded[:, 3 * n_slots + 3 :] = strained(jacobian, local, environments.surroundings.vectors, n_env)
+    padded[:, 3 * n_slots + 3 :] = strain_derivatives(jacobian, local, environments.surroundings.vectors, n_env)
     return padded, slot
 
 

@@ -23,22 +23,22 @@ class DowndateError(ArithmeticError):
 
 
 @dataclass(frozen=True, eq=False)
-class Factor:
+class PosteriorFactor:
     """The posterior as [R | c]: RᵀR = I + AᵀA and Rᵀc = Aᵀy, where rows [A | y] are divided by their noise.
 
     Attributes:
         upper: (M, M + 1) R, upper triangular, and c.
         changes: number of updates since the factor was made from all rows.
-        drift: error of the factor when it was last measured; initial: when it was made.
+        drift: error of the factor when it was last measured; initial_drift: when it was made.
     """
 
     upper: Tensor
     changes: int = 0
     drift: float = 0.0
-    initial: float = 0.0
+    initial_drift: float = 0.0
 
     @staticmethod
-    def of(rows: Iterable[Tensor], columns: int) -> Factor:
+    def from_rows(rows: Iterable[Tensor], columns: int) -> PosteriorFactor:
         """From all rows (n, columns + 1), by QR as they stream by."""
         folded = RowFactor(columns, 2 * columns)
         folded.add(torch.eye(columns, dtype=torch.float64), torch.zeros(columns, dtype=torch.float64))
@@ -47,7 +47,7 @@ class Factor:
         upper = folded.factor()
         if upper.shape[0] > columns:  # fewer: no rows, and what was added is still there as it was
             upper = torch.linalg.qr(upper, mode="r").R
-        return Factor(upper[:columns])
+        return PosteriorFactor(upper[:columns])
 
     @property
     def columns(self) -> int:
@@ -64,7 +64,7 @@ class Factor:
         diagonal = self.upper.diagonal().abs()
         return float(diagonal.max() / diagonal.min()) if len(diagonal) else 1.0
 
-    def measured(self, rows: Iterable[Tensor]) -> Factor:
+    def measure_drift(self, rows: Iterable[Tensor]) -> PosteriorFactor:
         """With its drift: how far it is from all the rows that it stands for, in one pass, O(n columns).
 
         In the metric of the posterior, where an error is one of predictions: the larger of max |R⁻ᵀ(I + AᵀA)R⁻¹ w - w|, w random signs,
@@ -84,9 +84,9 @@ class Factor:
         back = torch.linalg.solve_triangular(r.T, torch.stack([image, right], dim=1), upper=False)
         of_mean = (back[:, 1] - c).norm() / c.norm().clamp_min(1.0)
         drift = max(float((back[:, 0] - signs).abs().max()), float(of_mean))
-        return replace(self, drift=drift, initial=self.initial if self.changes else drift)
+        return replace(self, drift=drift, initial_drift=self.initial_drift if self.changes else drift)
 
-    def appended(self, rows: Tensor) -> Factor:
+    def append_rows(self, rows: Tensor) -> PosteriorFactor:
         """With rows (k, columns + 1) more: a QR that leaves the triangle's zeros alone, O(k columns²) (Foster et al. 2009, section 5)."""
         if not len(rows):
             return self
@@ -98,7 +98,7 @@ class Factor:
             raise ArithmeticError(f"QR of new rows failed (dtpqrt: {info})")
         return replace(self, upper=torch.from_numpy(new[:-1]), changes=self.changes + 1)
 
-    def removed(self, rows: Tensor) -> Factor:
+    def remove_rows(self, rows: Tensor) -> PosteriorFactor:
         """Without rows (k, columns + 1) that it holds: a hyperbolic downdate by blocks, O(k columns²).
 
         For a block of columns, R = [R₁ R₂] and rows [A₁ A₂], with P = R₁⁻ᵀA₁ᵀ, GᵀG = I - PPᵀ and CᵀC = I - PᵀP, what is left is
@@ -124,7 +124,7 @@ class Factor:
             raise DowndateError(f"of column {int(left.argmin())} of {self.columns} {left.min():.0e} would be left")
         return replace(self, upper=upper, changes=self.changes + 1)
 
-    def extended(self, passes: Passes) -> Factor:
+    def append_columns(self, passes: Passes) -> PosteriorFactor:
         """With columns (prior: the identity) more, behind the others: bordered in two passes over the rows.
 
         R r = Bᵀb by corrected semi-normal equations (Björck, Linear Algebra Appl. 88/89, 31 (1987)): with x = R⁻¹ R⁻ᵀ Bᵀ b, what
@@ -153,7 +153,7 @@ class Factor:
         bottom = torch.cat([torch.zeros(m, len(r), dtype=x.dtype), corner[:, :-1], corner[:, -1:] - overlapping], dim=1)
         return replace(self, upper=torch.cat([top, bottom]), changes=self.changes + 1)
 
-    def turned(self, turn: Callable[[Tensor], Tensor], first: int = 0) -> Factor:
+    def rotate_columns(self, turn: Callable[[Tensor], Tensor], first: int = 0) -> PosteriorFactor:
         """In another basis, of all or some of its columns: RᵀR becomes Qᵀ RᵀR Q, by a QR of the triangle from `first` on.
 
         Args:
@@ -169,7 +169,7 @@ class Factor:
 
 
 def _downdate(upper: Tensor, rows: Tensor, width: int) -> None:
-    """One block of columns of Factor.removed, in place: the rows [R₁ R₂] of the factor and [A₁ A₂] to be removed."""
+    """One block of columns of PosteriorFactor.remove_rows, in place: the rows [R₁ R₂] of the factor and [A₁ A₂] to be removed."""
     r1, r2, a1, a2 = upper[:, :width], upper[:, width:], rows[:, :width], rows[:, width:]
     p = torch.linalg.solve_triangular(r1.T, a1.T, upper=False)
     g, failed = torch.linalg.cholesky_ex(torch.eye(width, dtype=p.dtype) - p @ p.T, upper=True)

@@ -19,7 +19,7 @@ from gpmlp.gp import inducing as inducing_module
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import Profile, ZonalKernel
 from gpmlp.gp.local_variance import LocalVariance
-from gpmlp.gp.prior import Prior, near_together
+from gpmlp.gp.prior import PriorCovariance, near_together
 
 VARIANCES = ("atom_energies", "energies", "forces", "stresses")
 FORMS = ("scaled", "dtc", "vfe", "sor")
@@ -29,7 +29,7 @@ FORCE_ATOMS = 512  # atoms whose force rows are in memory together
 
 
 @dataclass(frozen=True)
-class Wanted:
+class VarianceRequest:
     """Which variances to compute.
 
     Attributes:
@@ -55,7 +55,7 @@ class Wanted:
         """Whether any is of several environments together, which then have to be there at once."""
         return self.energies or self.forces or self.stresses
 
-    def within(self, first: int, n_atoms: int) -> Wanted:
+    def within(self, first: int, n_atoms: int) -> VarianceRequest:
         """The same for a chunk of structures that begins with atom `first`; atoms are counted from there."""
         if self.atoms is None:
             return self
@@ -84,7 +84,7 @@ class VarianceModel:
             between them may be of another size (left_out.py).
     """
 
-    priors: tuple[Prior, ...]
+    priors: tuple[PriorCovariance, ...]
     blocks: tuple[tuple[InducingBlock, ...], ...]
     lowers: tuple[Tensor, ...]
     signal: Tensor
@@ -98,14 +98,14 @@ class VarianceModel:
     def n_columns(self) -> int:
         return len(self.signal)
 
-    def whitened(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def whiten(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """a = D L⁻¹ k_ug and R⁻ᵀ a, as rows (n, columns): their squares are what the inducing set explains and the data leave."""
-        a = inducing_module.whiten(rows.to(self.signal, copy=True), self.lowers) * self.signal
+        a = inducing_module.whiten_rows(rows.to(self.signal, copy=True), self.lowers) * self.signal
         return a, torch.linalg.solve_triangular(self.factor.T, a.T, upper=False).T
 
     @cached_property
     def local(self) -> dict[int, LocalVariance]:
-        """By species, what stands for `whitened` of its local energies. By one thread, whose rounding is always the same."""
+        """By species, what stands for `whiten` of its local energies. By one thread, whose rounding is always the same."""
         widths = [len(lower) for lower in self.lowers]
         columns = torch.arange(self.n_columns, device=self.signal.device).split(widths)
         species = [block.species for blocks in self.blocks for block in blocks]
@@ -117,17 +117,17 @@ class VarianceModel:
         mine = [i for i, other in enumerate(species) if other == z]
         here = torch.cat([columns[i] for i in mine])
         lowers, own = [self.lowers[i] for i in mine], p[here][:, here]
-        return LocalVariance.of(lowers, self.signal[here], own, self.amplitude)
+        return LocalVariance.from_posterior(lowers, self.signal[here], own, self.amplitude)
 
     def prepare(self) -> None:
-        """Make what `of_atoms` needs, once, rather than in each of several threads."""
+        """Make what `atom_energies` needs, once, rather than in each of several threads."""
         _ = self.local
 
     def share(self, form: str) -> float:
         """How much of what the inducing set cannot represent counts in that form."""
         return {"scaled": self.amplitude, "sor": 0.0}.get(form, 1.0)
 
-    def __call__(self, structures: Structures, views: Sequence[View], wanted: Wanted) -> dict[str, Variance]:
+    def __call__(self, structures: Structures, views: Sequence[View], wanted: VarianceRequest) -> dict[str, Variance]:
         """Variances of energies, forces and stresses, by name of the field of Prediction that holds them."""
         out: dict[str, Variance] = {}
         share = self.share(wanted.form)
@@ -147,7 +147,9 @@ class VarianceModel:
         """Covariances of forces and of stresses with all columns."""
         n = structures.n_atoms if atoms is None else len(atoms)
         made = [
-            covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b, forces, stresses, atoms, v.look_at(n))
+            covariances.covariance_rows(
+                structures, v.neighbors, p.descriptor, p.kernel, b, forces, stresses, atoms, v.look_at(n)
+            )
             for p, b, v in zip(self.priors, self.blocks, views, strict=True)
         ]
         return (
@@ -163,13 +165,13 @@ class VarianceModel:
         ]
         return torch.cat(made, dim=1) if len(made) > 1 else made[0]
 
-    def of_atoms(
+    def atom_energies(
         self,
         seen: Sequence[Environments],
         form: str = "scaled",
         profiles: Sequence[dict[int, Profile]] | None = None,
     ) -> Variance:
-        """Variances of local energies (environments,), eV^2: those by `whitened`, to rounding (LocalVariance).
+        """Variances of local energies (environments,), eV^2: those by `whiten`, to rounding (LocalVariance).
 
         Args:
             seen: for each descriptor, the same environments.
@@ -202,7 +204,7 @@ class VarianceModel:
     def _energies(self, structures: Structures, views: Sequence[View], share: float) -> Variance:
         rows = self.atom_rows([v.environments for v in views])
         summed = rows.new_zeros(len(structures), rows.shape[1]).index_add(0, structures.structure_of_atom, rows)
-        a, left = self.whitened(summed)
+        a, left = self.whiten(summed)
         inducing = torch.zeros_like(a[:, 0])
         if share:
             prior = sum(
@@ -227,7 +229,7 @@ class VarianceModel:
                 continue
             mine = rows.unflatten(0, (-1, 3))[some].flatten(0, 1) if rows is not None else None
             mine = self._rows(structures, views, True, False, here)[0] if mine is None else mine
-            a, left = (part.unflatten(0, (len(here), 3)) for part in self.whitened(mine))
+            a, left = (part.unflatten(0, (len(here), 3)) for part in self.whiten(mine))
             data[here] = left @ left.mT
             misfit[here] = _where_free(data[here], constant)
             inducing[here] = 0.0
@@ -241,7 +243,7 @@ class VarianceModel:
 
     def _stresses(self, structures: Structures, views: Sequence[View], share: float, rows: Tensor | None) -> Variance:
         rows = self._rows(structures, views, False, True)[1] if rows is None else rows
-        a, left = (part.unflatten(0, (len(structures), 6)) for part in self.whitened(rows))
+        a, left = (part.unflatten(0, (len(structures), 6)) for part in self.whiten(rows))
         unknown = structures.volumes.isnan()
         data = left @ left.mT
         data[unknown] = float("nan")
@@ -263,17 +265,17 @@ class VarianceModel:
         noise = min(everything, self.label_noise.get(kind, math.inf) ** 2)
         return everything - noise, noise
 
-    def joint(self, structures: Structures, views: Sequence[View]) -> Tensor:
+    def joint_covariance(self, structures: Structures, views: Sequence[View]) -> Tensor:
         """Posterior covariance (without noise) of all energies, force components and stress components, each with each.
 
         Rows and columns: energies (structures), forces (3 atoms), stresses (6 structures, Voigt; zero where there is no volume).
         """
         made = [
-            covariances.rows(structures, v.neighbors, p.descriptor, p.kernel, b, look=v.look)
+            covariances.covariance_rows(structures, v.neighbors, p.descriptor, p.kernel, b, look=v.look)
             for p, b, v in zip(self.priors, self.blocks, views, strict=True)
         ]
         rows = torch.cat([torch.cat([r.energies, r.forces, r.stresses]) for r in made], dim=1)
-        a, left = self.whitened(rows)
+        a, left = self.whiten(rows)
         prior = sum(
             p.looking(v.look).joint(structures, v.neighbors, v.surroundings)
             for p, v in zip(self.priors, views, strict=True)
@@ -293,7 +295,7 @@ class VarianceModel:
         every = [b for blocks in self.blocks for b in blocks]
         tensors = {"factor": _packed(self.factor.T), "signal": self.signal}
         for i, (block, lower) in enumerate(zip(every, self.lowers, strict=True)):
-            tensors |= {f"{i}.tangents": block.tangents, f"{i}.kept": block.kept, f"{i}.lower": _packed(lower)}
+            tensors |= {f"{i}.tangents": block.tangents, f"{i}.kept": block.columns, f"{i}.lower": _packed(lower)}
         return header, tensors
 
     @staticmethod
@@ -306,7 +308,7 @@ class VarianceModel:
         """Restore what state gave, with the descriptors, kernels and centres (by Z) of the mean."""
         priors, blocks, lowers, i = [], [], [], 0
         for k, (descriptor, kernel) in enumerate(models):
-            priors.append(Prior(descriptor, kernel, {int(z): s for z, s in header["signal"][k].items()}))
+            priors.append(PriorCovariance(descriptor, kernel, {int(z): s for z, s in header["signal"][k].items()}))
             mine = []
             for entry in header["blocks"][k]:
                 centres = features[k][entry["species"]][: entry["centres"]]
@@ -345,14 +347,6 @@ def _unpacked(entries: Tensor) -> Tensor:
     rows, columns = torch.tril_indices(size, size, device=entries.device)
     out[rows, columns] = entries
     return out
-
-
-def restricted(block: InducingBlock, chosen: Tensor) -> InducingBlock:
-    """The block with the chosen columns only, and without the centres and tangents that none of them needs."""
-    centre, direction = (part[chosen] for part in block.addresses)
-    m, r = int(centre.max()) + 1, int(direction.max()) + 1
-    kept = torch.where(direction < 0, centre, m + centre * r + direction)
-    return InducingBlock(block.species, block.features[:m], block.tangents[:m, :r].contiguous(), kept)
 
 
 def _without_rounding(matrices: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class Candidate:
     Attributes:
         species: (n,) Z.
         features: (n, features) of each descriptor.
-        a, b: (n, columns) D L⁻¹ k_ug and R⁻ᵀ a (VarianceModel.whitened); no columns where no variance is wanted.
+        a, b: (n, columns) D L⁻¹ k_ug and R⁻ᵀ a (VarianceModel.whiten); no columns where no variance is wanted.
         factor: (n, learned) covariances with the pivots, whitened: C_iP G⁻ᵀ; no columns where no variance is wanted.
         variance: (n,) of the local energies, eV^2; zero where it is not wanted.
         novelty: (n,) distance in units of the threshold; one where it is not wanted.
@@ -131,7 +131,7 @@ class Belief:
         if self._model is not None:
             every = zip(self._model.priors, self._model.blocks, views, strict=True)
             rows = [covariances.atom_rows(v.environments.features, own.species, p.kernel, u) for p, u, v in every]
-            a, b = (_plain(part) for part in self._model.whitened(torch.cat(rows, dim=1)))
+            a, b = (_plain(part) for part in self._model.whiten(torch.cat(rows, dim=1)))
             prior = _plain(sum(p.atom_energies(own.species, own.positions) for p in self._model.priors))
             variance = self._model.amplitude * (prior - a.square().sum(1)).clamp_min(0) + b.square().sum(1)
         if self._novelty is not None:

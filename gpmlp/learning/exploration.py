@@ -182,7 +182,7 @@ def spread(potential: Potential, structures: Structures) -> Prediction:
     potential.check_species(structures)
     structures = structures.to(device=potential.recipe.device, dtype=getattr(torch, potential.recipe.dtype))
     views = [term.view(structures) for term in potential.terms]
-    a, left = model.whitened(model.atom_rows([view.environments for view in views]))
+    a, left = model.whiten(model.atom_rows([view.environments for view in views]))
     prior = sum(p.atom_energies(structures.species, structures.positions) for p in model.priors)
     std = (model.amplitude * (prior - a.square().sum(1)) + left.square().sum(1)).clamp_min(LEAST**2).sqrt()
     inner = torch.linalg.solve_triangular(model.factor, left.T, upper=True).T - model.amplitude * a
@@ -209,7 +209,7 @@ def slopes(block: InducingBlock, kernel: ZonalKernel, x: Tensor, weights: Tensor
     """∂/∂x_i Σ_u w_iu k_u(x_i), with weights (environments, columns) of each environment's own; (environments, features)."""
     m, r = block.tangents.shape[:2]
     full = weights.new_zeros(len(x), m + m * r)
-    full[:, block.kept] = weights
+    full[:, block.columns] = weights
     alpha, gamma = full[:, :m], full[:, m:].reshape(-1, m, r)
     _, first, second = kernel.profile(x @ block.features.T)
     along = (x @ block.tangents.flatten(0, 1).T).reshape(-1, m, r)

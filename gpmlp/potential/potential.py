@@ -17,7 +17,7 @@ from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
 from gpmlp.gp import posterior
 from gpmlp.gp.kernels import make_kernel
-from gpmlp.gp.variance import FORMS, VARIANCES, VarianceModel, Wanted
+from gpmlp.gp.variance import FORMS, VARIANCES, VarianceModel, VarianceRequest
 from gpmlp.potential import baselines, chunked, samples
 from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.mean import MeanBlock, Term
@@ -147,7 +147,7 @@ class Potential:
 
     def _wanted(
         self, variance: str | Sequence[str] | None, form: str, atoms: Sequence[int] | Tensor | None, n_atoms: int
-    ) -> Wanted:
+    ) -> VarianceRequest:
         names = () if variance is None else (variance,) if isinstance(variance, str) else tuple(variance)
         for name in names:
             errors.choose("variance", name, (*VARIANCES, "all"))
@@ -158,12 +158,12 @@ class Potential:
             )
         names = VARIANCES if "all" in names else names
         chosen = None if atoms is None else self._atoms(atoms, n_atoms)
-        return Wanted(*(name in names for name in VARIANCES), chosen, form)
+        return VarianceRequest(*(name in names for name in VARIANCES), chosen, form)
 
     def _predict(
         self,
         structures: Structures,
-        wanted: Wanted,
+        wanted: VarianceRequest,
         novelty: bool,
         views: Sequence[View] = (),
         pairs: Neighbors | None = None,
@@ -176,7 +176,7 @@ class Potential:
             self.variances.prepare()
 
         def beside(seen: Sequence[Environments], profiles: Sequence[dict]) -> tuple[Variance | None, Tensor | None]:
-            variance = self.variances.of_atoms(seen, wanted.form, profiles) if wanted.atom_energies else None
+            variance = self.variances.atom_energies(seen, wanted.form, profiles) if wanted.atom_energies else None
             return variance, self.novelty.novelty(seen[0].species, seen[0].features) if novelty else None
 
         total = chunked.mean(self.terms, structures, pairs.of_atoms, beside, wanted.atom_energies, self.baselines)
@@ -209,7 +209,7 @@ class Potential:
         self.check_species(structures)
         self.check_variance("forces")
         moved = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
-        joint = self.variances.joint(moved, [term.view(moved) for term in self.terms])
+        joint = self.variances.joint_covariance(moved, [term.view(moved) for term in self.terms])
         return joint.to(device=structures.positions.device)
 
     def to(self, device: str | None = None, descriptors: str | None = None) -> Potential:

@@ -169,8 +169,8 @@ def _missed(
     block = replace(block, features=block.features.to(lower), tangents=block.tangents.to(lower))
     none = centres.new_zeros(len(centres), 0, centres.shape[1])
     others = InducingBlock(block.species, centres, none, torch.arange(len(centres), device=centres.device))
-    cross = torch.linalg.solve_triangular(lower, inducing.covariance(term.kernel, block, others), upper=False)
-    residual = inducing.covariance(term.kernel, others, others) - cross.T @ cross
+    cross = torch.linalg.solve_triangular(lower, inducing.K_uu(term.kernel, block, others), upper=False)
+    residual = inducing.K_uu(term.kernel, others, others) - cross.T @ cross
     values, vectors = torch.linalg.eigh(residual)
     usable = values > inducing.RANK_TOLERANCE
     xi = torch.randn(int(usable.sum()), k, generator=generator, dtype=torch.float64).to(centres)
@@ -183,7 +183,7 @@ def _around(mean: MeanBlock, block: InducingBlock, weights: Tensor, extra: Tenso
     weights, extra = weights.to(mean.weights), None if extra is None else extra.to(mean.weights)
     k, m, r = weights.shape[1], len(block.features), block.tangents.shape[1]
     full = weights.new_zeros(m + m * r, k)
-    full[block.kept] = weights
+    full[block.columns] = weights
     alpha = mean.weights.repeat(k, 1)
     alpha[:, :m] += full[:m].T
     if extra is not None:

@@ -96,8 +96,8 @@ def std_errors(potential: Potential, some: Structures) -> dict[str, float]:
     """Relative errors of standard deviations of local energies, not calibrated, form 'scaled'."""
     model = potential.variances
     seen = [term.view(some).environments for term in potential.terms]
-    fast = model.of_atoms(seen, "scaled").total.sqrt()
-    a, left = model.whitened(model.atom_rows(seen))
+    fast = model.atom_energies(seen, "scaled").total.sqrt()
+    a, left = model.whiten(model.atom_rows(seen))
     prior = sum(p.atom_energies(e.species, e.features) for p, e in zip(model.priors, seen, strict=True))
     exact = (model.amplitude * (prior - a.square().sum(1)).clamp_min(0) + left.square().sum(1)).sqrt()
     error = (fast / exact - 1).abs()

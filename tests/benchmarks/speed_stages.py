@@ -107,7 +107,7 @@ def of_prediction(potential: Potential, cell: Structures) -> list[Stage]:
         alone("forces, stress", 24 * p, 10 * p, lambda: neighbors.prediction(cell, pairs, vectors, local, gradients)),
         alone(WHOLE, math.nan, math.nan, lambda: potential(cell)),
         alone("variance of local energies, its kernel", _variance_flops(potential, cell), 4 * columns,
-              lambda: uncertain.of_atoms([view.environments])),
+              lambda: uncertain.atom_energies([view.environments])),
         alone(UNCERTAIN, math.nan, math.nan, lambda: potential(cell, variance="atom_energies")),
     ]  # fmt: skip
 
@@ -120,17 +120,19 @@ def of_fit(potential: Potential, cell: Structures) -> list[Stage]:
     p = len(seen.neighbors) / cell.n_atoms
 
     def rows() -> torch.Tensor:
-        return covariances.rows(cell, seen.neighbors, term.descriptor, term.kernel, blocks, True, False).forces
+        return covariances.covariance_rows(
+            cell, seen.neighbors, term.descriptor, term.kernel, blocks, True, False
+        ).forces
 
     forces = rows()
-    white = inducing.whiten(forces, uncertain.lowers)
+    white = inducing.whiten_rows(forces, uncertain.lowers)
 
     def alone(name: str, flops: float, numbers: float, run: Callable[[], object]) -> Stage:
         return Stage("fit: " + name, flops, 8 * numbers, run, cell.n_atoms)
 
     return [
         alone("force rows", 6 * (p + 1) * columns * d, 3 * columns, rows),
-        alone("whitening", 3 * columns**2, 6 * columns, lambda: inducing.whiten(forces, uncertain.lowers)),
+        alone("whitening", 3 * columns**2, 6 * columns, lambda: inducing.whiten_rows(forces, uncertain.lowers)),
         alone("QR", 6 * columns**2 * (1 + columns / len(white) / 3), 6 * columns,
               lambda: torch.linalg.qr(torch.cat([uncertain.factor, white]), mode="r")),
     ]  # fmt: skip

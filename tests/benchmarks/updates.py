@@ -35,7 +35,7 @@ import gpmlp
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting.online import Online
-from gpmlp.gp.qr import Factor
+from gpmlp.gp.qr import PosteriorFactor
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
@@ -104,18 +104,20 @@ def against_columns(labels: Sequence[Label], columns: Sequence[int], repeats: in
         online = begun(labels[:-1], m)
         more = online.added(*labels[-1])
         rows = torch.cat(list(more.batches[-1].rows.values()))
-        larger = online.factor.appended(rows)
+        larger = online.factor.append_rows(rows)
         every = [r for b in more.batches for r in b.rows.values()]
         out.append(
             {
                 "columns": online.factor.columns,
                 "rows of the structure": len(rows),
-                "factor appended": least(repeats, lambda o=online, r=rows: o.factor.appended(r)),
-                "factor removed": least(repeats, lambda f=larger, r=rows: f.removed(r)),
+                "factor appended": least(repeats, lambda o=online, r=rows: o.factor.append_rows(r)),
+                "factor removed": least(repeats, lambda f=larger, r=rows: f.remove_rows(r)),
                 "added": least(repeats, lambda o=online: o.added(*labels[-1])),
                 "removed": least(repeats, lambda o=more: o.removed(-1)),
                 "events of removed": len(more.removed(-1).events) - len(more.events),
-                "factor from all rows": least(1, lambda e=every, n=online.factor.columns: Factor.of(e, n)),
+                "factor from all rows": least(
+                    1, lambda e=every, n=online.factor.columns: PosteriorFactor.from_rows(e, n)
+                ),
             }
         )
         print(out[-1], file=sys.stderr)
