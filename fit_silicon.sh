@@ -3,7 +3,6 @@
 # Arguments go to the fit: sh fit_silicon.sh --set kernel.zeta=2
 set -eu
 cd "$(dirname "$0")"
-EXTRAS=
 . ./install.sh
 "$VENV/bin/gpmlp" fit data/silicon/train.xyz --valid data/silicon/validation.xyz --output silicon.gpmlp "$@"
 "$VENV/bin/gpmlp" evaluate silicon.gpmlp data/silicon/test.xyz

@@ -3,6 +3,5 @@
 # GFN2-xTB as oracle. Arguments go to the run: sh quickstart.sh --set dynamics.temperature_K=500
 set -eu
 cd "$(dirname "$0")"
-EXTRAS="[learn]"
 . ./install.sh
 "$VENV/bin/gpmlp" learn data/learning/ethanol.yaml "$@"

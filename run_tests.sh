@@ -3,6 +3,5 @@
 # Arguments go to pytest: sh run_tests.sh -k archive
 set -eu
 cd "$(dirname "$0")"
-EXTRAS="[test]"
 . ./install.sh
 exec "$VENV/bin/pytest" -n logical --maxprocesses 4 --dist loadfile "$@"
