@@ -1,4 +1,4 @@
-"""Sphinx settings: the Markdown of this folder as a site (sphinx-build -W docs docs/_build). The pages need no site to be read:
+"""Sphinx settings: the Markdown of this folder as a site (sphinx-build -W docs site). The pages need no site to be read:
 the table of contents is what index.md links to, in its order, and a page that it does not link to ends the build with a warning."""
 
 import re
@@ -10,7 +10,6 @@ project = "gpmlp"
 author = "the gpmlp authors"
 copyright = "2026, the gpmlp authors"  # noqa: A001 - Sphinx's name
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "gpmlp"
 myst_heading_anchors = 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import configparser
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -149,7 +148,9 @@ def test_imports_and_requirements_are_the_same():
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.partition(".")[0])
     imported -= {*sys.stdlib_module_names, "gpmlp"}
-    brought = {name: {canonicalize_name(d) for d in owners} for name, owners in metadata.packages_distributions().items()}
+    brought = {
+        name: {canonicalize_name(d) for d in owners} for name, owners in metadata.packages_distributions().items()
+    }
     always, extras = _setup()
     by_calculators = {"gpaw", "triton"}  # used where they happen to be installed
     for name in imported - by_calculators:
