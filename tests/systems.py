@@ -18,7 +18,7 @@ from gpmlp.descriptors import radial
 from gpmlp.gp import kernels
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.potential import baselines, chunked
-from gpmlp.potential.mean import MeanBlock, Term
+from gpmlp.potential.mean import EnergyTerm, MeanBlock
 from gpmlp.recipe import KernelRecipe
 
 CUTOFF = 3.6  # A: of every descriptor here, so that environments hold a handful of neighbours
@@ -158,14 +158,14 @@ def _baseline_cases() -> dict:
 BASELINES = _baseline_cases()
 
 
-class OwnTerm(Term):
+class OwnTerm(EnergyTerm):
     """A term that can be called on structures, as baselines can."""
 
     def __call__(self, structures: Structures) -> Prediction:
-        return chunked.mean([self], structures, neighbors.find(structures, self.descriptor.cutoff).of_atoms)
+        return chunked.predict_mean([self], structures, neighbors.find(structures, self.descriptor.cutoff).of_atoms)
 
 
-def random_term(made: Descriptor, kernel: ZonalKernel, seed: int = 3, scale: float = 1.0) -> Term:
+def random_term(made: Descriptor, kernel: ZonalKernel, seed: int = 3, scale: float = 1.0) -> EnergyTerm:
     """An energy term with random weights on values and on gradients: whatever a fit could come to."""
     generator = torch.Generator().manual_seed(seed)
     blocks = {}
@@ -194,12 +194,12 @@ TERMS = _term_cases()
 
 def reach(term) -> float:
     """Distance at which atoms stop seeing each other in an energy term; 0 where they never do."""
-    return term.descriptor.cutoff if isinstance(term, Term) else getattr(term, "cutoff", 0.0)
+    return term.descriptor.cutoff if isinstance(term, EnergyTerm) else getattr(term, "cutoff", 0.0)
 
 
 def single(term):
     """The same energy term with its weights in single precision."""
-    if not isinstance(term, Term):
+    if not isinstance(term, EnergyTerm):
         return term
     blocks = {z: MeanBlock(*(v.float() for v in vars(b).values())) for z, b in term.blocks.items()}
     return OwnTerm(term.descriptor, term.kernel, blocks)

@@ -29,7 +29,7 @@ def _heavy(n: int, seed: int, freedom: float = 3) -> tuple[torch.Tensor, torch.T
 
 
 def _covered(fitted: Calibration, errors: torch.Tensor, std: torch.Tensor, level: float, species=None) -> torch.Tensor:
-    half = fitted.half_width("forces", fitted.scaled("forces", std), level, species)
+    half = fitted.half_width("forces", fitted.calibrated_std("forces", std), level, species)
     return (errors.abs() <= half).double()
 
 
@@ -41,7 +41,7 @@ def test_scale_is_recovered(factor):
     # relative error of an rms of n numbers: 1/sqrt(2n) = 0.005
     assert fitted.kinds["energies"].scale == pytest.approx(factor, rel=0.02)
     assert fitted.kinds["energies"].n == 20_000
-    assert torch.equal(fitted.scaled("energies", std[:3]), fitted.kinds["energies"].scale * std[:3])
+    assert torch.equal(fitted.calibrated_std("energies", std[:3]), fitted.kinds["energies"].scale * std[:3])
     assert fitted.kinds["forces"] == c.KindCalibration.identity()
 
 
@@ -165,7 +165,7 @@ def test_identity_where_there_is_nothing(data):
     assert fitted == Calibration.identity()
     assert set(fitted.kinds) == set(KINDS)
     std = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    assert torch.equal(fitted.scaled("forces", std), std)
+    assert torch.equal(fitted.calibrated_std("forces", std), std)
     expected = scipy.stats.norm.ppf(0.95) * std
     torch.testing.assert_close(fitted.half_width("forces", std, 0.9), expected)
     torch.testing.assert_close(fitted.half_width("forces", std, 0.9, torch.tensor([1, 1, 8])), expected)
@@ -220,7 +220,7 @@ def test_weights_are_recovered():
     parts, truth = _parts(), torch.tensor([30.0, 0.5, 2.0], dtype=torch.float64)
     e = (parts @ truth).sqrt() * torch.randn(len(parts), generator=_generator(6), dtype=torch.float64)
     e[::100] = math.nan
-    found = c.weigh(e, parts)
+    found = c.fit_variance_weights(e, parts)
     assert (found / truth - 1).abs().max() < 0.15  # errors of the estimate by the curvature at the truth: up to 5 %
     fitted = c.KindCalibration.fit(e, (parts @ found).sqrt(), weights=tuple(found.tolist()))
     # where no direction helps, a common factor does not; the prior moves it by Σ log w / (PRIOR² n) = 4e-5
@@ -253,18 +253,18 @@ def test_weights_that_the_errors_do_not_determine_stay_near_one():
     parts = _parts(2000)[:, :1]
     e = parts[:, 0].sqrt() * torch.randn(2000, generator=_generator(7), dtype=torch.float64)
     with_zero = torch.cat([parts, torch.zeros_like(parts)], dim=1)
-    found = c.weigh(e, with_zero)
+    found = c.fit_variance_weights(e, with_zero)
     assert found[1].item() == pytest.approx(1, rel=1e-4)
     assert found[0].item() == pytest.approx(1, abs=0.15)  # sqrt(2/2000) = 0.03
-    assert torch.equal(c.weigh(e[:0], with_zero[:0]), torch.ones(2, dtype=torch.float64))
-    assert torch.isfinite(c.weigh(torch.zeros(5), torch.zeros(5, 2))).all()
+    assert torch.equal(c.fit_variance_weights(e[:0], with_zero[:0]), torch.ones(2, dtype=torch.float64))
+    assert torch.isfinite(c.fit_variance_weights(torch.zeros(5), torch.zeros(5, 2))).all()
 
 
 def test_bad_parts_are_errors():
     with pytest.raises(UserError, match="`parts` must have shape"):
-        c.weigh(torch.ones(3), torch.ones(2, 2))
+        c.fit_variance_weights(torch.ones(3), torch.ones(2, 2))
     with pytest.raises(UserError, match="must be finite"):
-        c.weigh(torch.ones(2), torch.tensor([[1.0, -0.5], [1.0, 1.0]]))
+        c.fit_variance_weights(torch.ones(2), torch.tensor([[1.0, -0.5], [1.0, 1.0]]))
     with pytest.raises(UserError, match="`parts` must have shape"):
         c.KindCalibration(1.0, 0, {}, weights=(1.0, 2.0)).variance(torch.ones(3, 3))
 

@@ -71,7 +71,7 @@ def test_forces_that_vanish_calibrate_nothing():
     """Strained perfect crystals: forces are zero by symmetry, and that says nothing of how large errors of others are."""
     structures, targets = from_ase([strained(1 + 0.002 * i) for i in range(24)])
     potential, report = fit(structures, targets, Recipe.model_validate({"inducing": {"n": 8, "gradients": 2}}))
-    assert potential.calibration.kinds["forces"].n == 0 and potential.calibration.spread is None
+    assert potential.calibration.kinds["forces"].n == 0 and potential.calibration.sample_scale is None
     assert any("Error bars of forces are not calibrated" in text for text in report.warnings)
     assert not any("Misspecification" in text for text in report.warnings)
     moved, known = from_ase([copper(seed) for seed in range(4)])
@@ -134,12 +134,12 @@ def test_noise_that_was_put_in_is_found(silicon, size):
 def test_label_noise_needs_whole_structures():
     structures = cluster((6, 8, 6))
     unknown = Targets.unknown(structures)
-    assert math.isnan(residuals.of_forces(structures, unknown))
+    assert math.isnan(residuals.force_label_noise(structures, unknown))
     forces = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-1, -1, 0]], dtype=torch.float64)
-    assert residuals.of_forces(structures, replace(unknown, forces=forces)) == pytest.approx(0, abs=1e-15)
+    assert residuals.force_label_noise(structures, replace(unknown, forces=forces)) == pytest.approx(0, abs=1e-15)
     one_missing = forces.clone()
     one_missing[0] = float("nan")
-    assert math.isnan(residuals.of_forces(structures, replace(unknown, forces=one_missing)))
+    assert math.isnan(residuals.force_label_noise(structures, replace(unknown, forces=one_missing)))
 
 
 def test_a_cutoff_that_is_too_short_is_told(silicon):

@@ -146,7 +146,7 @@ def test_what_evidence_alone_says_of_errors(silicon):
     potential, _ = gpmlp.fit(*silicon, recipe)
     structures, targets = gpmlp.read(DATA / "test.xyz")
     prediction = potential(structures, variance="forces", calibrated=False)
-    errors, parts, _ = residuals_module.residuals("forces", structures, targets, prediction)
+    errors, parts, _ = residuals_module.split_residuals("forces", structures, targets, prediction)
     covered = (errors.abs() < 1.645 * parts.sum(1).sqrt()).double().mean()
     assert 0.8 <= covered <= 0.97
 

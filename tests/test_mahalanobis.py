@@ -13,7 +13,7 @@ from sklearn.covariance import OAS
 
 from gpmlp.core.errors import UserError
 from gpmlp.uncertainty import mahalanobis as m
-from gpmlp.uncertainty.mahalanobis import Mahalanobis, Reservoir
+from gpmlp.uncertainty.mahalanobis import Mahalanobis, ReservoirSample
 
 Z = 14
 
@@ -43,7 +43,7 @@ def _one(clusters_of: Mahalanobis, features: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def crystal_and_liquid() -> Mahalanobis:
     x = torch.cat([_cloud(500, 0, 0, 0.005), _cloud(700, 1, 1, 0.05)])
-    return m.fit({Z: x}, {Z: torch.cat([_cloud(200, 2, 0, 0.005), _cloud(300, 3, 1, 0.05)])})
+    return m.fit_mahalanobis({Z: x}, {Z: torch.cat([_cloud(200, 2, 0, 0.005), _cloud(300, 3, 1, 0.05)])})
 
 
 def test_between_two_clusters_is_far_from_both(crystal_and_liquid, monkeypatch):
@@ -57,14 +57,14 @@ def test_between_two_clusters_is_far_from_both(crystal_and_liquid, monkeypatch):
     assert (_one(crystal_and_liquid, _cloud(20, 5, 0, 0.05)) > 2).double().mean() > 0.9
     monkeypatch.setattr(m, "CLUSTERS", 1)
     x = torch.cat([_cloud(500, 0, 0, 0.005), _cloud(700, 1, 1, 0.05)])
-    blind = m.fit({Z: x})
+    blind = m.fit_mahalanobis({Z: x})
     assert len(blind.species[Z].count) == 1
     assert (_one(blind, between) < 1).all()
 
 
 def test_distance_is_that_of_scipy_where_nothing_is_reduced():
     x = torch.randn(400, 8, generator=_generator(0), dtype=torch.float64) * torch.logspace(0, -1, 8) + 1
-    found = m.fit({Z: x})
+    found = m.fit_mahalanobis({Z: x})
     assert found.species[Z].components.shape == (8, 8)
     assert len(found.species[Z].count) == 1
     inverse = np.linalg.inv(OAS().fit(x.numpy()).covariance_)
@@ -80,7 +80,7 @@ def test_reduced_space_and_residual_by_hand():
     """d² = (y − m)ᵀ S⁻¹ (y − m) + |r|²/mean |r|² with a basis of numpy's SVD, 100 directions cut to 40."""
     rng = np.random.default_rng(0)
     x = 0.05 * rng.standard_normal((600, 100)) * np.logspace(0, -1, 100) + 0.1
-    found = m.Clusters.fit(torch.from_numpy(x), 0)
+    found = m.SpeciesClusters.fit(torch.from_numpy(x), 0)
     centred = x - x.mean(0)
     v = np.linalg.svd(centred)[2][:40].T
     assert found.components.shape == (100, 40)
@@ -96,7 +96,7 @@ def test_reduced_space_and_residual_by_hand():
 
 def test_direction_outside_the_reduced_space_is_seen():
     x = _cloud(800, 0)
-    found = m.fit({Z: x}, {Z: _cloud(400, 1)})
+    found = m.fit_mahalanobis({Z: x}, {Z: _cloud(400, 1)})
     clusters = found.species[Z]
     assert clusters.components.shape[1] < 30
     across = torch.randn(60, generator=_generator(2), dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_direction_outside_the_reduced_space_is_seen():
 def test_perfect_crystal(n, dtype):
     """All rows equal: zero (to the rounding of the type) at the crystal, large away from it, never NaN."""
     crystal = _cloud(1, 0).expand(n, -1).to(dtype)
-    found = m.fit({Z: crystal})
+    found = m.fit_mahalanobis({Z: crystal})
     assert found.thresholds == {Z: m.LEAST_THRESHOLD}
     at, away = _one(found, crystal), _one(found, _cloud(20, 1, spread=1e-3).to(dtype))
     assert at.dtype == away.dtype == dtype
@@ -128,7 +128,7 @@ def test_perfect_crystal(n, dtype):
 def test_hardly_any_rows(n):
     """Fewer rows than dimensions: finite numbers, the rows themselves near, anything else compared with what was left out."""
     x = _cloud(n, 0)
-    found = m.fit({Z: x})
+    found = m.fit_mahalanobis({Z: x})
     assert (_one(found, x) < 1).all()
     new = _one(found, _cloud(50, 1))
     assert torch.isfinite(new).all()
@@ -138,7 +138,7 @@ def test_hardly_any_rows(n):
 def test_perfect_crystal_beside_a_liquid():
     """Its cluster has no variance but the floor; the liquid's is not touched by it."""
     x = torch.cat([_cloud(1, 0, 0).expand(200, -1), _cloud(400, 1, 1, 0.05)])
-    found = m.fit({Z: x})
+    found = m.fit_mahalanobis({Z: x})
     assert sorted(found.species[Z].count.tolist()) == [200, 400]
     assert (_one(found, _cloud(1, 0, 0)) < 1).all()
     assert (_one(found, _cloud(50, 2, 0, 0.05)) > 2).all()
@@ -148,13 +148,13 @@ def test_perfect_crystal_beside_a_liquid():
 def test_few_odd_rows_make_no_cluster_and_hide_none():
     """Five rows far away are no cluster of their own, and two true clusters are found all the same."""
     x = torch.cat([_cloud(300, 0, 0), _cloud(300, 1, 1), _cloud(5, 2, 2)])
-    counts = m.fit({Z: x}).species[Z].count
+    counts = m.fit_mahalanobis({Z: x}).species[Z].count
     assert len(counts) == 2 and (counts >= 300).all() and counts.sum() == 605
 
 
 def test_share_of_new_environments_above_the_threshold():
     """1 − quantile, for data like the held-out ones; 4000 rows leave it uncertain by 0.005, 1000 held-out ones by 0.01."""
-    found = m.fit({Z: _cloud(1000, 0)}, {Z: _cloud(1000, 1)}, quantile=0.9)
+    found = m.fit_mahalanobis({Z: _cloud(1000, 0)}, {Z: _cloud(1000, 1)}, quantile=0.9)
     assert 0.07 < float((_one(found, _cloud(4000, 2)) > 1).double().mean()) < 0.13
     held_out = _one(found, _cloud(1000, 1))
     assert int((held_out > 1).sum()) == 1000 - math.ceil(1001 * 0.9)
@@ -165,7 +165,7 @@ def test_threshold_without_held_out_rows(n):
     """Rows left out of the fit stand in: the share of new rows above is near 1 − quantile, not that of the training rows."""
     x = _cloud(n, 0, directions=30)
     for held_out in (None, {Z: _cloud(m.HELD_OUT - 1, 1, directions=30)}):
-        found = m.fit({Z: x}, held_out, quantile=0.9)
+        found = m.fit_mahalanobis({Z: x}, held_out, quantile=0.9)
         assert 0.03 < float((_one(found, _cloud(2000, 2, directions=30)) > 1).double().mean()) < 0.2
     naive = found.distance(torch.full((n,), Z), x).quantile(0.9)
     assert found.thresholds[Z] > naive
@@ -173,7 +173,7 @@ def test_threshold_without_held_out_rows(n):
 
 def test_incremental_statistics_are_those_of_all_rows():
     first, second = _cloud(500, 0, 0, 0.005), _cloud(700, 1, 1, 0.05)
-    start = m.fit({Z: torch.cat([first, second]), 1: _cloud(40, 7)})
+    start = m.fit_mahalanobis({Z: torch.cat([first, second]), 1: _cloud(40, 7)})
     more = [(_cloud(30, 10 + k, 0, 0.005), _cloud(50, 20 + k, 1, 0.05)) for k in range(5)]
     found = start
     for pair in more:
@@ -199,7 +199,7 @@ def test_incremental_statistics_are_those_of_all_rows():
 
 
 def test_new_environments_come_near_by_updates():
-    start = m.fit({Z: _cloud(200, 0)}, {Z: _cloud(100, 1)})
+    start = m.fit_mahalanobis({Z: _cloud(200, 0)}, {Z: _cloud(100, 1)})
     strange = _cloud(100, 2, spread=0.3)
     before = _one(start, strange)
     found = start.updated(torch.full((100,), Z), strange)
@@ -215,12 +215,12 @@ def test_state_round_trip(crystal_and_liquid):
     assert torch.equal(_one(again, x), _one(crystal_and_liquid, x))
     assert (again.quantile, again.thresholds) == (crystal_and_liquid.quantile, crystal_and_liquid.thresholds)
     assert all(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tensors.values())
-    assert set(m.fit({}).state()[1]) == set()
+    assert set(m.fit_mahalanobis({}).state()[1]) == set()
 
 
 def test_species_are_kept_apart_and_unseen_ones_are_infinitely_far():
     seen = {1: _cloud(100, 0, 0), 8: _cloud(100, 1, 1), 26: _cloud(0, 0)}
-    found = m.fit(seen, {1: _cloud(50, 3, 0), 8: _cloud(50, 3, 1), 3: _cloud(50, 3)})
+    found = m.fit_mahalanobis(seen, {1: _cloud(50, 3, 0), 8: _cloud(50, 3, 1), 3: _cloud(50, 3)})
     species = torch.tensor([8, 1, 6, 8, 26])
     x = torch.cat([_cloud(1, 2, k) for k in (1, 0, 0, 0, 0)])
     novelty = found.novelty(species, x)
@@ -230,7 +230,7 @@ def test_species_are_kept_apart_and_unseen_ones_are_infinitely_far():
     expected = found.distance(species, x)[:2] / torch.tensor([found.thresholds[8], found.thresholds[1]])
     torch.testing.assert_close(novelty[:2], expected)
     assert found.novelty(species[:0], x[:0]).shape == (0,)
-    assert torch.isinf(m.fit({}).novelty(species, x)).all()
+    assert torch.isinf(m.fit_mahalanobis({}).novelty(species, x)).all()
 
 
 def test_features_that_are_no_numbers_are_infinitely_far(crystal_and_liquid):
@@ -246,14 +246,14 @@ def test_float32_follows_float64(crystal_and_liquid):
     assert single.dtype == torch.float32
     # rounding of unit features, 6e-8, against the rms of what lies across, about 1e-4
     torch.testing.assert_close(single.double(), _one(crystal_and_liquid, x), rtol=5e-3, atol=5e-3)
-    fitted = m.fit({Z: _cloud(100, 0).float()})
+    fitted = m.fit_mahalanobis({Z: _cloud(100, 0).float()})
     assert fitted.species[Z].scatter.dtype == torch.float64
 
 
 def test_order_of_the_rows_does_not_matter(crystal_and_liquid):
     x = torch.cat([_cloud(500, 0, 0, 0.005), _cloud(700, 1, 1, 0.05)])
     held_out = torch.cat([_cloud(200, 2, 0, 0.005), _cloud(300, 3, 1, 0.05)])
-    again = m.fit({Z: x[torch.randperm(1200, generator=_generator(0))]}, {Z: held_out.flip(0)})
+    again = m.fit_mahalanobis({Z: x[torch.randperm(1200, generator=_generator(0))]}, {Z: held_out.flip(0)})
     query = torch.cat([_cloud(20, 8, 0), _cloud(20, 8, 1)])
     # small eigenvalues, 1e-6 of the largest, amplify rounding
     torch.testing.assert_close(_one(again, query), _one(crystal_and_liquid, query), rtol=1e-6, atol=0)
@@ -264,10 +264,10 @@ def test_order_does_not_matter_where_clusters_touch():
     y = m._principal(_cloud(700, 1, 1, 0.4))[1]
     assert (y.gather(0, y.abs().argmax(0, keepdim=True)) > 0).all()  # signs of directions are not chance
     x = _cloud(700, 1, 1, 0.4)
-    first = m.Clusters.fit(x, 0)
+    first = m.SpeciesClusters.fit(x, 0)
     assert len(first.count) > 1
     for seed in range(3):
-        again = m.Clusters.fit(x[torch.randperm(700, generator=_generator(seed))], 0)
+        again = m.SpeciesClusters.fit(x[torch.randperm(700, generator=_generator(seed))], 0)
         assert torch.equal(again.count, first.count)
 
 
@@ -276,7 +276,7 @@ def test_differentiable_in_the_features(crystal_and_liquid):
     species = torch.full((4,), Z)
     assert torch.autograd.gradcheck(lambda f: crystal_and_liquid.distance(species, f), (x,), atol=1e-3, rtol=1e-4)
     at = _cloud(1, 0).requires_grad_()
-    _one(m.fit({Z: at.detach()}), at).sum().backward()
+    _one(m.fit_mahalanobis({Z: at.detach()}), at).sum().backward()
     assert torch.equal(at.grad, torch.zeros_like(at))
 
 
@@ -287,11 +287,11 @@ def test_bad_input(crystal_and_liquid):
     with pytest.raises(UserError, match="`species` must have shape"):
         crystal_and_liquid.distance(torch.ones(3), x)
     with pytest.raises(UserError, match="of Si hold a NaN"):
-        m.fit({Z: torch.full((3, 4), math.nan)})
+        m.fit_mahalanobis({Z: torch.full((3, 4), math.nan)})
     with pytest.raises(UserError, match="Species Si"):
-        m.fit({Z: x}, {Z: x[:, :10]})
+        m.fit_mahalanobis({Z: x}, {Z: x[:, :10]})
     with pytest.raises(UserError, match="`quantile`"):
-        m.fit({Z: x}, quantile=99)
+        m.fit_mahalanobis({Z: x}, quantile=99)
 
 
 def test_reservoir_takes_each_row_alike():
@@ -299,7 +299,7 @@ def test_reservoir_takes_each_row_alike():
     rows = torch.arange(40.0)[:, None]
     kept = torch.zeros(40)
     for seed in range(600):
-        sample = Reservoir(10, seed)
+        sample = ReservoirSample(10, seed)
         for chunk in rows.split([1, 20, 0, 4, 15]):
             sample.add(chunk)
         chosen = sample.rows()[:, 0].long()
@@ -313,15 +313,15 @@ def test_reservoir_by_seed_whatever_the_chunks():
     rows = torch.randn(300, 3, generator=_generator(0))
     found = {}
     for name, seed, size in (("one", 0, 300), ("small", 0, 7), ("other", 1, 300)):
-        sample = Reservoir(20, seed)
+        sample = ReservoirSample(20, seed)
         for chunk in rows.split(size):
             sample.add(chunk)
         found[name] = sample.rows()
     assert torch.equal(found["one"], found["small"])
     assert not torch.equal(found["one"], found["other"])
-    few = Reservoir(1000, 0)
+    few = ReservoirSample(1000, 0)
     assert few.rows().shape == (0, 0)
     few.add(rows)
     assert torch.equal(few.rows(), rows)
     with pytest.raises(UserError, match="`size`"):
-        Reservoir(0, 0)
+        ReservoirSample(0, 0)

@@ -296,7 +296,7 @@ def test_error_bars_from_few_structures_are_widened():
     raw = calibrate.learn(prediction, *data, "a test").kinds
     std = torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64)
     for kind in ("energies", "forces"):
-        each = (residuals.residuals(kind, f.structures, f.targets, f.prediction) for f in online.foreseen)
+        each = (residuals.split_residuals(kind, f.structures, f.targets, f.prediction) for f in online.foreseen)
         found = [(errors.square() / raw[kind].variance(variances)).mean() for errors, variances, _ in each]
         squares = torch.stack(found)
         assert learned[kind].scale == pytest.approx(calibrate.few_foreseen(squares) * raw[kind].scale, rel=1e-9)

@@ -49,9 +49,12 @@ def large():
 
 
 def test_portions_are_runs_of_structures_or_parts_of_one():
-    assert chunked.spans([3, 4, 2, 9, 1], 8) == [(0, 7), (7, 9), (9, 17), (17, 19)]
-    assert chunked.spans([20], 8) == [(0, 8), (8, 16), (16, 20)]
-    assert chunked.spans([0, 8, 0], 8) == [(0, 8)] and chunked.spans([], 8) == chunked.spans([0], 8) == []
+    assert chunked.atom_ranges([3, 4, 2, 9, 1], 8) == [(0, 7), (7, 9), (9, 17), (17, 19)]
+    assert chunked.atom_ranges([20], 8) == [(0, 8), (8, 16), (16, 20)]
+    assert (
+        chunked.atom_ranges([0, 8, 0], 8) == [(0, 8)]
+        and chunked.atom_ranges([], 8) == chunked.atom_ranges([0], 8) == []
+    )
 
 
 def fields(prediction):
@@ -67,7 +70,7 @@ def test_a_structure_in_portions_is_the_structure(potential, monkeypatch):
         monkeypatch.setattr(chunked, "ATOMS", atoms)
         made.append(potential(one, variance="atom_energies", novelty=True, calibrated=False))
     assert (
-        len(chunked.spans([one.n_atoms], 5 * len(one.distinct_species))) == 7
+        len(chunked.atom_ranges([one.n_atoms], 5 * len(one.distinct_species))) == 7
     )  # large enough for products of each species
     for whole, cut in zip(*map(fields, made), strict=True):
         torch.testing.assert_close(cut, whole, rtol=1e-10, atol=1e-10)

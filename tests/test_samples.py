@@ -9,7 +9,7 @@ import gpmlp
 from gpmlp.cli.main import main
 from gpmlp.core import errors
 from gpmlp.fitting.fit import fit
-from gpmlp.potential.samples import Samples, draw
+from gpmlp.potential.samples import PosteriorSamples, draw_samples
 from gpmlp.recipe import Recipe
 
 
@@ -59,7 +59,7 @@ def test_scatter_is_the_posterior_covariance(silicon, calibrated):
     one = structures.select([40])
     found = potential.sample(3000, seed=3, calibrated=calibrated)(one)
     expected = potential(one, variance="all", calibrated=False)
-    factor = potential.calibration.spread**2 if calibrated else 1.0
+    factor = potential.calibration.sample_scale**2 if calibrated else 1.0
     centred = found.forces - found.forces.mean(0)
     covariance = torch.einsum("kna,knb->nab", centred, centred) / 2999
     reference = factor * expected.forces_covariance.data
@@ -101,13 +101,13 @@ def test_calibrated_scatter_is_as_large_as_the_errors(silicon):
         ratios[calibrated] = float((samples.forces - potential(structures).forces).square().mean().sqrt() / error)
     assert 0.6 < ratios[True] < 1.6 and ratios[False] < 0.5
     again = type(potential.calibration).from_dict(potential.calibration.as_dict())
-    assert again.spread == potential.calibration.spread
+    assert again.sample_scale == potential.calibration.sample_scale
 
 
 def test_label_noise_committee_is_narrower(silicon):
     potential, structures = silicon
     one = structures.select([40])
-    committee, samples = (draw(potential, 2000, 5, how)(one) for how in ("label_noise", "posterior"))
+    committee, samples = (draw_samples(potential, 2000, 5, how)(one) for how in ("label_noise", "posterior"))
     assert committee.forces.var(0).sum() < samples.forces.var(0).sum()
     assert committee.forces.std() > 0
 
@@ -132,7 +132,7 @@ def test_slices_are_samples(silicon):
     potential, structures = silicon
     some, samples = structures.select([10]), potential.sample(4, seed=9)
     part = samples[1::2]
-    assert isinstance(part, Samples) and len(part) == 2
+    assert isinstance(part, PosteriorSamples) and len(part) == 2
     torch.testing.assert_close(part(some).forces, samples(some).forces[[1, 3]])
     assert part[-1].provenance["sample"]["index"] == 3
     with pytest.raises(errors.UserError, match="one or more of the 4"):
@@ -156,10 +156,10 @@ def test_mistakes(silicon):
         potential.sample(2.5, 0)
     with pytest.raises(errors.UserError, match=r"`seed` must be a whole number"):
         potential.sample(2, 0.5)
-    with pytest.raises(errors.UserError, match=r"got Samples.*save each for itself"):
+    with pytest.raises(errors.UserError, match=r"got PosteriorSamples.*save each for itself"):
         gpmlp.save(potential.sample(2, 0), "samples")
     with pytest.raises(errors.UserError, match="way of sampling"):
-        draw(potential, 2, 0, "bootstrap")
+        draw_samples(potential, 2, 0, "bootstrap")
     with pytest.raises(errors.UserError, match="no posterior factor"):
         potential.sample(1, 0)[0].sample(1, 0)
 

@@ -26,7 +26,7 @@ def _data(n: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_errors_drawn_from_the_predicted_gaussians_are_calibrated():
     e, std = _data()
-    found = s.scores(e, std)
+    found = s.score_errors(e, std)
     # binomial error of a share of 20 000 is at most 0.0035; four of it
     for level in (50, 68, 90, 95):
         assert abs(getattr(found, f"coverage_{level}") - level / 100) < 0.014
@@ -42,7 +42,7 @@ def test_errors_drawn_from_the_predicted_gaussians_are_calibrated():
 def test_std_wrong_by_a_factor(factor, ence):
     """Against closed forms: error/std is a Gaussian of std 1/factor."""
     e, std = _data()
-    found = s.scores(e, factor * std)
+    found = s.score_errors(e, factor * std)
     for level in (0.5, 0.68, 0.9, 0.95):
         expected = 2 * scipy.stats.norm.cdf(factor * scipy.stats.norm.ppf((1 + level) / 2)) - 1
         assert abs(getattr(found, f"coverage_{100 * level:.0f}") - expected) < 0.014
@@ -51,14 +51,14 @@ def test_std_wrong_by_a_factor(factor, ence):
     )[0]
     assert abs(found.miscalibration_area - area) < 0.006
     assert abs(found.ence - ence) < 0.04
-    right = s.scores(e, std)
+    right = s.score_errors(e, std)
     assert found.nll > right.nll + 0.1
     assert found.crps > right.crps
 
 
 def test_nll_and_crps_are_the_integrals_they_stand_for():
     e, std = torch.tensor([0.3, -0.2, 0.0], dtype=torch.float64), torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
-    found = s.scores(e, std)
+    found = s.score_errors(e, std)
     assert math.isclose(found.nll, -scipy.stats.norm.logpdf(e, scale=std).mean(), rel_tol=1e-12)
     # CRPS = ∫ (F(t) − [t >= e])² dt
     expected = []
@@ -73,10 +73,10 @@ def test_coverage_with_multipliers():
     e = torch.tensor([1.0, 2.0, math.nan, 3.0, 4.0], dtype=torch.float64)
     std = torch.ones(5, dtype=torch.float64)
     half = torch.tensor([1.5, 1.5, 0.0, 3.5, 3.5], dtype=torch.float64)
-    found = s.scores(e, std, {0.5: 2.5, 0.9: half})
+    found = s.score_errors(e, std, {0.5: 2.5, 0.9: half})
     assert (found.coverage_50, found.coverage_90) == (0.5, 0.5)
     assert found.coverage_68 == 0.0  # Gaussian: 0.994 std
-    assert s.scores(e, std, {0.9: half + 1}).coverage_90 == 1.0
+    assert s.score_errors(e, std, {0.9: half + 1}).coverage_90 == 1.0
 
 
 def test_unknown_errors_are_dropped_with_their_std():
@@ -86,12 +86,12 @@ def test_unknown_errors_are_dropped_with_their_std():
     e_holes[hole], std_holes[hole] = math.nan, math.nan
     keep = torch.ones(100, dtype=torch.bool)
     keep[hole] = False
-    assert s.scores(e_holes, std_holes) == s.scores(e[keep], std[keep])
+    assert s.score_errors(e_holes, std_holes) == s.score_errors(e[keep], std[keep])
 
 
 @pytest.mark.parametrize("n", [0, 3])
 def test_nothing_known(n):
-    found = s.scores(torch.full((n,), math.nan), torch.ones(n))
+    found = s.score_errors(torch.full((n,), math.nan), torch.ones(n))
     assert found.n == 0
     assert all(math.isnan(v) for k, v in asdict(found).items() if k != "n")
 
@@ -101,27 +101,27 @@ def test_std_of_zero(n):
     """Numbers, not NaN; where the error is 0 too, the interval holds it."""
     zero = torch.zeros(n, dtype=torch.float64)
     for e, std, covered in ((zero, zero, 1.0), (zero + 1, zero, 0.0), (zero, zero + 1, 1.0)):
-        found = s.scores(e, std)
+        found = s.score_errors(e, std)
         assert found.coverage_95 == covered
         assert math.isnan(found.spearman)  # constant
         assert all(math.isfinite(v) for k, v in asdict(found).items() if k != "spearman")
-    mixed = s.scores(torch.cat([zero, _normal(20)]), torch.cat([zero, torch.ones(20, dtype=torch.float64)]))
+    mixed = s.score_errors(torch.cat([zero, _normal(20)]), torch.cat([zero, torch.ones(20, dtype=torch.float64)]))
     assert all(math.isfinite(v) for v in asdict(mixed).values())
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, math.inf])
 def test_bad_std_is_an_error(bad):
     with pytest.raises(UserError, match=r"`std` must be finite.*1 of 2"):
-        s.scores(torch.tensor([0.1, 0.2]), torch.tensor([bad, 0.1]))
+        s.score_errors(torch.tensor([0.1, 0.2]), torch.tensor([bad, 0.1]))
 
 
 def test_bad_shapes_are_errors():
     with pytest.raises(UserError, match="`std` must have shape"):
-        s.scores(torch.zeros(3), torch.zeros(2))
+        s.score_errors(torch.zeros(3), torch.zeros(2))
     with pytest.raises(UserError, match="`errors` must have shape"):
-        s.scores(torch.zeros(3, 3), torch.zeros(3, 3))
+        s.score_errors(torch.zeros(3, 3), torch.zeros(3, 3))
     with pytest.raises(UserError, match="infinite"):
-        s.scores(torch.tensor([math.inf]), torch.ones(1))
+        s.score_errors(torch.tensor([math.inf]), torch.ones(1))
 
 
 def test_ranking_by_groups_sees_what_components_hide():
@@ -130,7 +130,7 @@ def test_ranking_by_groups_sees_what_components_hide():
     e = std[:, None] * _normal(atoms, 3)
     group = torch.arange(atoms).repeat_interleave(3)
     flat, spread = e.flatten(), std.repeat_interleave(3)
-    by_row, by_atom = s.scores(flat, spread), s.scores(flat, spread, group=group)
+    by_row, by_atom = s.score_errors(flat, spread), s.score_errors(flat, spread, group=group)
     expected = scipy.stats.spearmanr(std, e.square().mean(1)).statistic
     assert math.isclose(by_atom.spearman, expected, rel_tol=1e-12)
     assert by_atom.spearman > by_row.spearman + 0.1
@@ -140,31 +140,31 @@ def test_ranking_by_groups_sees_what_components_hide():
 def test_spearman_is_that_of_scipy_with_ties():
     a, b = (_normal(50) * 2).round(), (_normal(50, seed=1) + _normal(50)).round()
     assert len(a.unique()) < 20
-    assert math.isclose(s.spearman(a, b), scipy.stats.spearmanr(a, b).statistic, rel_tol=1e-12)
-    assert s.spearman(a, -a) == pytest.approx(-1)
-    assert math.isnan(s.spearman(a, torch.ones(50)))
-    assert math.isnan(s.spearman(a[:2], b[:2]))
+    assert math.isclose(s.spearman_correlation(a, b), scipy.stats.spearmanr(a, b).statistic, rel_tol=1e-12)
+    assert s.spearman_correlation(a, -a) == pytest.approx(-1)
+    assert math.isnan(s.spearman_correlation(a, torch.ones(50)))
+    assert math.isnan(s.spearman_correlation(a[:2], b[:2]))
 
 
 def test_auroc_counts_pairs():
     score = torch.tensor([0.1, 0.4, 0.4, 0.8, math.inf, 0.2])
     positive = torch.tensor([False, False, True, True, True, True])
     pairs = [(p > q) + 0.5 * (p == q) for p in score[positive] for q in score[~positive]]
-    assert s.auroc(score, positive) == pytest.approx(float(sum(pairs)) / 8)
-    assert s.auroc(-score, positive) == pytest.approx(1 - float(sum(pairs)) / 8)
-    assert math.isnan(s.auroc(score, torch.ones(6)))
-    assert math.isnan(s.auroc(torch.zeros(0), torch.zeros(0)))
+    assert s.area_under_roc(score, positive) == pytest.approx(float(sum(pairs)) / 8)
+    assert s.area_under_roc(-score, positive) == pytest.approx(1 - float(sum(pairs)) / 8)
+    assert math.isnan(s.area_under_roc(score, torch.ones(6)))
+    assert math.isnan(s.area_under_roc(torch.zeros(0), torch.zeros(0)))
 
 
 def test_sparsification():
     e = torch.tensor([4.0, -1.0, 2.0, -3.0], dtype=torch.float64)
     std = torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64)
-    left, oracle = s.sparsification(e, std, [0, 0.25, 0.5, 1])
+    left, oracle = s.sparsification_curve(e, std, [0, 0.25, 0.5, 1])
     assert left.tolist() == pytest.approx([2.5, 2.0, 2.0, 1.0])
     assert oracle.tolist() == pytest.approx([2.5, 2.0, 1.5, 1.0])
     # equal std says nothing: the mean error stays, in whatever order the rows come
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
-        assert s.sparsification(e[order], torch.ones(4), [0.5])[0].tolist() == [2.5]
-    assert s.sparsification(torch.zeros(0), torch.zeros(0), [0.1])[0].isnan().all()
+        assert s.sparsification_curve(e[order], torch.ones(4), [0.5])[0].tolist() == [2.5]
+    assert s.sparsification_curve(torch.zeros(0), torch.zeros(0), [0.1])[0].isnan().all()
     with pytest.raises(UserError, match="`fractions`"):
-        s.sparsification(e, std, [1.5])
+        s.sparsification_curve(e, std, [1.5])

@@ -77,7 +77,7 @@ def test_the_same_as_the_potential(potential):
     """Of every periodicity and species at once, at the start and after a move; so are energies, forces and all else."""
     batch = everything()
     assert any(isinstance(b, ZBL) for b in potential.baselines)
-    assert bool(potential.terms[0].collapsed) == (potential.recipe.kernels[0].zeta == 2)
+    assert bool(potential.terms[0].quadratic_forms) == (potential.recipe.kernels[0].zeta == 2)
     stepper = Stepper(potential, batch, variance=True, novelty=True)
     for moved in (batch, shaken(batch, 0.03), shaken(batch, 0.13)):
         compare(stepper(moved.positions), potential(moved, "atom_energies", novelty=True))
@@ -262,7 +262,7 @@ def test_a_step_that_cannot_be_recorded_is_called(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(stepping, "_recorded", lambda step, *inputs: 1 / 0)
     with pytest.warns(DataWarning, match=r"cannot be recorded as a CUDA graph \(ZeroDivisionError: .*\): it is called"):
-        step = stepping.recorded(lambda x: (x + 1,), like)
+        step = stepping.record_graph(lambda x: (x + 1,), like)
     assert step(like)[0].tolist() == [1, 1]
 
 
@@ -292,7 +292,7 @@ def test_what_cannot_be_stepped(plain):
     foreign = replace(plain.terms[0], descriptor=object())
     with pytest.raises(UserError, match="not gpmlp's own SOAP"):
         Stepper(replace(plain, terms=(foreign,)), batch)
-    assert "no form" in species_model.refusal(replace(plain, baselines=(object(),)))
+    assert "no form" in species_model.why_unsupported(replace(plain, baselines=(object(),)))
 
 
 @pytest.mark.parametrize("wait", [True, False])

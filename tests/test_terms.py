@@ -31,21 +31,23 @@ def block(centres: int, features: int, tangents: bool) -> MeanBlock:
 @pytest.mark.parametrize("name", QUADRATIC)
 def test_collapsed_is_the_sum_over_centres(name, tangents):
     mean, kernel, x = block(60, 20, tangents), QUADRATIC[name], unit(150, 20, seed=3)
-    energy, slope = mean.collapsed(kernel)(x)
+    energy, slope = mean.quadratic_form(kernel)(x)
     expected, steep = mean(kernel, x)
     torch.testing.assert_close(energy, expected, rtol=1e-11, atol=1e-10)
     torch.testing.assert_close(slope, steep, rtol=1e-11, atol=1e-10)
 
 
 def test_collapsed_only_where_it_is_exact_and_cheaper():
-    assert block(60, 20, False).collapsed(kernels.PolynomialKernel(4)) is None
+    assert block(60, 20, False).quadratic_form(kernels.PolynomialKernel(4)) is None
     assert (
-        block(60, 20, False).collapsed(kernels.SumKernel([QUADRATIC["zeta 2"], kernels.ExponentialKernel(0.5)], [1, 1]))
+        block(60, 20, False).quadratic_form(
+            kernels.SumKernel([QUADRATIC["zeta 2"], kernels.ExponentialKernel(0.5)], [1, 1])
+        )
         is None
     )
-    assert block(10, 20, False).collapsed(QUADRATIC["zeta 2"]) is None  # 2 D² = 4 M D
-    assert block(11, 20, False).collapsed(QUADRATIC["zeta 2"]) is not None
-    assert block(5, 20, True).collapsed(QUADRATIC["zeta 2"]) is None and block(6, 20, True).collapsed(
+    assert block(10, 20, False).quadratic_form(QUADRATIC["zeta 2"]) is None  # 2 D² = 4 M D
+    assert block(11, 20, False).quadratic_form(QUADRATIC["zeta 2"]) is not None
+    assert block(5, 20, True).quadratic_form(QUADRATIC["zeta 2"]) is None and block(6, 20, True).quadratic_form(
         QUADRATIC["zeta 2"]
     )
 

@@ -26,7 +26,7 @@ from gpmlp.fitting.report import Stages
 from gpmlp.gp import inducing as inducing_module
 from gpmlp.gp.evidence import SufficientStatistics, negative_log_evidence
 from gpmlp.recipe import Recipe
-from gpmlp.uncertainty.calibration import widened
+from gpmlp.uncertainty.calibration import widen_by_novelty
 
 PARTS = ("inducing", "data", "misspecification", "noise")
 FIELDS = ("energies_variance", "atom_energies_variance", "forces_covariance", "stresses_covariance")
@@ -223,7 +223,7 @@ def test_calibration_scales_and_can_be_left_out(silicon):
     raw, ready = (potential(some, variance="all", novelty=True, calibrated=c) for c in (False, True))
     far = (raw.novelty / potential.calibration.typical_novelty).clamp_min(1)
     assert far.max() > 1  # some are more novel than the typical environment
-    raw = widened(raw, some, potential.calibration.typical_novelty)
+    raw = widen_by_novelty(raw, some, potential.calibration.typical_novelty)
     learned = potential.calibration.kinds["forces"]
     assert learned.n >= 100 and len(learned.weights) == 3
     inducing, data, constant = (learned.scale**2 * w for w in learned.weights)

@@ -169,7 +169,7 @@ def report_command(
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms, provenance
     from gpmlp.io.files import atomic, check_apart, check_folder
-    from gpmlp.potential.evaluation import comparable, evaluate
+    from gpmlp.potential.evaluation import comparable_targets, evaluate
     from gpmlp.report.model import collect
     from gpmlp.report.model.build import build
 
@@ -178,7 +178,7 @@ def report_command(
     version = archive.read_header(model)["version"]
     potential = archive.load(model)
     structures, targets = ase_atoms.read(data, labelled=True)
-    targets = comparable(potential, targets)
+    targets = comparable_targets(potential, targets)
     known = provenance.known(potential.provenance, potential.calibration.source, structures, data)
     with console.Stages() as stages:
         result = evaluate(potential, structures, targets, stages)

@@ -67,7 +67,7 @@ class GPModel(ModelInterface):
         """Ask this potential from now on."""
         wanted = self.uncertainty
         local = wanted is None or wanted == "atom_energies" or tuple(wanted) in ((), ("atom_energies",))
-        why = species_model.refusal(potential) or (
+        why = species_model.why_unsupported(potential) or (
             None if local else "variances of more than local energies are asked for"
         )
         if self._wish and why:

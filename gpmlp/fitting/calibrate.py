@@ -17,8 +17,14 @@ from gpmlp.gp.variance import VARIANCES
 from gpmlp.potential import baselines
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import CalibrationRecipe
-from gpmlp.uncertainty.calibration import Calibration, rescaled, weigh, widened
-from gpmlp.uncertainty.residuals import FIELDS, freedom, residuals, squares, vanishing
+from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction, fit_variance_weights, widen_by_novelty
+from gpmlp.uncertainty.residuals import (
+    VARIANCE_FIELDS,
+    degrees_of_freedom,
+    mean_square_residuals,
+    split_residuals,
+    zero_by_symmetry,
+)
 
 FEWEST_FORESEEN = 8  # latest structures, at least, whose predictions are kept,
 COMPONENTS = 1000  # and force components that they have together: older predictions are of models that knew less
@@ -91,11 +97,11 @@ def calibrate(potential: Potential, structures: Structures, targets: Targets) ->
     learned = learn(raw, structures, targets, how)
     if len(structures) > TELLING:
         return learned
-    seen = raw if learned.typical_novelty is None else widened(raw, structures, learned.typical_novelty)
+    seen = raw if learned.typical_novelty is None else widen_by_novelty(raw, structures, learned.typical_novelty)
     kinds = {}
     for name, kind in learned.kinds.items():
-        n = freedom(squares(name, kind, structures, targets, seen)) if kind.n else math.inf
-        kinds[name] = kind.scaled((max(n, LEAST_FREEDOM) / (max(n, LEAST_FREEDOM) - 2)) ** 0.5) if kind.n else kind
+        n = degrees_of_freedom(mean_square_residuals(name, kind, structures, targets, seen)) if kind.n else math.inf
+        kinds[name] = kind.scale_by((max(n, LEAST_FREEDOM) / (max(n, LEAST_FREEDOM) - 2)) ** 0.5) if kind.n else kind
     return replace(learned, kinds=kinds)
 
 
@@ -114,17 +120,17 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
     prediction = raw
     typical = max(float(raw.novelty.median()), LEAST_NOVELTY) if raw.novelty is not None else None
     if typical is not None:
-        prediction = widened(raw, structures, typical)
+        prediction = widen_by_novelty(raw, structures, typical)
     data: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     weights: dict[str, Tensor] = {}
     blind: list[str] = []
     for kind in ("forces", "energies", "stresses"):
-        if getattr(prediction, FIELDS[kind]) is None:
+        if getattr(prediction, VARIANCE_FIELDS[kind]) is None:
             continue
-        errors, parts, species = residuals(kind, structures, targets, prediction)
+        errors, parts, species = split_residuals(kind, structures, targets, prediction)
         known = ~errors.isnan() & parts.isfinite().all(1)
         # what symmetry makes zero says nothing of how large errors are, and there may be much of it (strained crystals)
-        telling = known & ~vanishing(kind, targets, prediction, parts)
+        telling = known & ~zero_by_symmetry(kind, targets, prediction, parts)
         if int(telling.sum()) < (FEW if telling.sum() < known.sum() else 1):
             blind += [kind] if known.any() else []
             continue
@@ -133,11 +139,11 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
             inducing, opened, constant = next(iter(weights.values())).tolist()
             if len(errors) >= FEW:
                 both = torch.stack([inducing * parts[:, 0] + opened * parts[:, 1], parts[:, 2]], dim=1)
-                common, constant = weigh(errors, both).tolist()
+                common, constant = fit_variance_weights(errors, both).tolist()
                 inducing, opened = common * inducing, common * opened
             weights[kind] = torch.tensor([inducing, opened, max(constant, LEAST)], dtype=torch.float64)
         elif len(errors) >= ENOUGH:
-            weights[kind] = weigh(errors, parts)
+            weights[kind] = fit_variance_weights(errors, parts)
             weights[kind][2] = max(float(weights[kind][2]), LEAST)
         used = weights.get(kind, torch.ones(parts.shape[1], dtype=parts.dtype))
         data[kind] = (errors, (parts @ used.to(parts)).sqrt(), species)
@@ -150,10 +156,10 @@ def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -
         "blind": blind,
     }
     spread = spread_of_samples(structures, targets, raw) if "forces" in data else None
-    calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical, spread=spread)
+    calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical, sample_scale=spread)
     if prediction.forces_variance is not None and "forces" in data:
         labels = targets.forces[~targets.forces.isnan()]
-        misfit = rescaled(raw, structures, calibration).forces_variance.misspecification
+        misfit = calibrate_prediction(raw, structures, calibration).forces_variance.misspecification
         source["force_eV_per_A"] = labels.square().mean().sqrt().item()
         source["misspecification_eV_per_A"] = misfit.mean().sqrt().item()
     return replace(calibration, source=source)
@@ -166,11 +172,11 @@ def spread_of_samples(structures: Structures, targets: Targets, raw: Prediction)
     the data leave more open, deviations take the size; the others, label noise among them, are no function of the structure that
     could be drawn. None where too few errors are known.
     """
-    errors, parts, _ = residuals("forces", structures, targets, raw)
-    known = ~errors.isnan() & parts.isfinite().all(1) & ~vanishing("forces", targets, raw, parts)
+    errors, parts, _ = split_residuals("forces", structures, targets, raw)
+    known = ~errors.isnan() & parts.isfinite().all(1) & ~zero_by_symmetry("forces", targets, raw, parts)
     if int(known.sum()) < ENOUGH:
         return None
-    return float(weigh(errors[known], parts[known][:, 1:])[0]) ** 0.5
+    return float(fit_variance_weights(errors[known], parts[known][:, 1:])[0]) ** 0.5
 
 
 def blind(calibration: Calibration) -> list[str]:
@@ -230,8 +236,8 @@ def calibration_of_foreseen(foreseen: Sequence[Foreseen]) -> Calibration:
     learned = learn(prediction, structures, targets, HOW)
     kinds = {}
     for name, kind in learned.kinds.items():
-        found = squares(name, kind, structures, targets, prediction) if kind.n else ()
-        kinds[name] = kind.widened(few_foreseen(found)) if len(found) else kind
+        found = mean_square_residuals(name, kind, structures, targets, prediction) if kind.n else ()
+        kinds[name] = kind.widen_std(few_foreseen(found)) if len(found) else kind
     return replace(learned, kinds=kinds)
 
 
@@ -245,5 +251,5 @@ def few_foreseen(squares: Tensor) -> float:
     """
     if not squares.mean() > 0:
         return 1.0
-    degrees = freedom(squares)
+    degrees = degrees_of_freedom(squares)
     return float((degrees / chdtri(degrees, CONFIDENCE)) ** 0.5)

@@ -24,13 +24,13 @@ from gpmlp.gp import evidence, hyperparameters, inducing, posterior
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.potential.baselines import Baseline
-from gpmlp.potential.evaluation import ErrorTable, errors
+from gpmlp.potential.evaluation import ErrorTable, error_table
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty import mahalanobis
 from gpmlp.uncertainty import residuals as label_noise
 from gpmlp.uncertainty.calibration import Calibration
-from gpmlp.uncertainty.mahalanobis import Mahalanobis, Reservoir
+from gpmlp.uncertainty.mahalanobis import Mahalanobis, ReservoirSample
 
 PASS_ATOMS = 128  # atoms of a chunk of rows
 FEW_COLUMNS = 1000  # up to which threads cost the evidence more than they give
@@ -139,7 +139,7 @@ class _Data:
         base = prepare.make_baselines(structures, targets, recipe, found)
         remaining = prepare.trust_isolated_atoms(structures, targets.minus(prepare.total(base, structures)))
         shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
-        scatter = label_noise.of_forces(structures, targets)
+        scatter = label_noise.force_label_noise(structures, targets)
         given = prepare.given_noise(targets)
         shown = [x for x in (scatter, given.get("forces", math.nan)) if x == x]
         shown = {"forces": max(shown)} if shown else {}
@@ -164,7 +164,7 @@ def _validated(potential: Potential, structures: Structures, targets: Targets, e
     """Errors on data that were not learned from; of energies only if any were learned."""
     if not energies:
         targets = replace(targets, energies=torch.full_like(targets.energies, float("nan")))
-    return errors(structures, targets, potential(structures), units.GPA)
+    return error_table(structures, targets, potential(structures), units.GPA)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,13 +224,13 @@ class _Sample:
 
     def __init__(self, recipe: Recipe) -> None:
         self.choices, self.seed = recipe.novelty, recipe.seed
-        self.reservoirs: dict[int, Reservoir] = {}
+        self.reservoirs: dict[int, ReservoirSample] = {}
 
     def add(self, z: int, features: Tensor) -> None:
         if self.choices is False:
             return
         rows = max(10, min(self.choices.samples, SAMPLE_BYTES // (features.shape[1] * features.element_size())))
-        self.reservoirs.setdefault(z, Reservoir(rows, self.seed + z)).add(features)
+        self.reservoirs.setdefault(z, ReservoirSample(rows, self.seed + z)).add(features)
 
     def fit(self, descriptor: Descriptor, held: Sequence[Structures]) -> Mahalanobis | None:
         """Distances whose thresholds come from the environments of held-out structures, where there are enough."""
@@ -242,7 +242,9 @@ class _Sample:
             for z in part.distinct_species:
                 unseen.setdefault(z, []).append(features[part.species == z].double())
         seen = {z: r.rows().double() for z, r in self.reservoirs.items()}
-        return mahalanobis.fit(seen, {z: torch.cat(x) for z, x in unseen.items()}, self.choices.quantile, self.seed)
+        return mahalanobis.fit_mahalanobis(
+            seen, {z: torch.cat(x) for z, x in unseen.items()}, self.choices.quantile, self.seed
+        )
 
 
 def _chunked(structures: Structures, targets: Targets) -> tuple[list[Structures], list[Targets]]:

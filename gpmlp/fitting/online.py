@@ -285,7 +285,7 @@ class Online:
         )
         signal = parameters.signal().detach().double().cpu()
         noise = regression.fit_noise(self.recipe, parameters, whitened, counts, signal[block_of_column])
-        scatter = label_noise.of_forces(self.structures, self.targets)
+        scatter = label_noise.force_label_noise(self.structures, self.targets)
         sizes, scales = online_updates.widths(self.models), Scales(noise, signal)
         new = replace(
             self,
@@ -332,7 +332,7 @@ class Online:
         for z in set(unseen) - set(seen):
             seen[z] = unseen.pop(z)
         joined = [{z: torch.cat(x)[-NOVELTY_ROWS:] for z, x in some.items()} for some in (seen, unseen)]
-        found = mahalanobis.fit(*joined, self.recipe.novelty.quantile, self.recipe.seed)
+        found = mahalanobis.fit_mahalanobis(*joined, self.recipe.novelty.quantile, self.recipe.seed)
         for z, x in joined[1].items():
             found = found.updated(torch.full((len(x),), z), x)
         return found

@@ -24,7 +24,7 @@ from gpmlp.gp.posterior import FIXED
 from gpmlp.gp.prior import PriorCovariance
 from gpmlp.gp.qr import RowFactor
 from gpmlp.gp.variance import VarianceModel
-from gpmlp.potential.mean import MeanBlock, Term
+from gpmlp.potential.mean import EnergyTerm, MeanBlock
 from gpmlp.recipe import LearnedRecipe, Recipe
 
 RESTART_COLUMNS, RESTARTS = 200, 3  # with so few, noises are learned from several starts
@@ -324,7 +324,7 @@ class Learned:
         return inducing.unwhiten_weights(evidence.posterior_mean(statistics, self.every_noise, self.signal), lowers)
 
 
-def make_terms(models: Sequence[Model], weights: Tensor) -> tuple[Term, ...]:
+def make_terms(models: Sequence[Model], weights: Tensor) -> tuple[EnergyTerm, ...]:
     """Energy terms of the mean: all directions of a centre collapse into one."""
     terms, start = [], 0
     for m in models:
@@ -334,7 +334,7 @@ def make_terms(models: Sequence[Model], weights: Tensor) -> tuple[Term, ...]:
             start += block.n_columns
             alpha, tau = posterior.collapse_directions(block, part.to(block.features))
             blocks[block.species] = MeanBlock(block.features, alpha, tau if block.tangents.shape[1] else tau[:0])
-        terms.append(Term(m.descriptor, m.kernel, blocks))
+        terms.append(EnergyTerm(m.descriptor, m.kernel, blocks))
     return tuple(terms)
 
 

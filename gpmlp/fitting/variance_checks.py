@@ -18,8 +18,8 @@ from gpmlp.gp import covariances, likelihood
 from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.potential import Potential
-from gpmlp.uncertainty.calibration import weigh
-from gpmlp.uncertainty.scores import spearman
+from gpmlp.uncertainty.calibration import fit_variance_weights
+from gpmlp.uncertainty.scores import spearman_correlation
 
 SUBSET_ATOMS = 100  # that are looked at
 QUANTILES = (0.05, 0.5, 0.95)
@@ -74,7 +74,7 @@ def amplitude(
     if sum(len(left) for left, _, _ in seen) < ENOUGH:
         return 1.0
     errors, missed, rest = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    return float(weigh(errors, missed[:, None], rest))
+    return float(fit_variance_weights(errors, missed[:, None], rest))
 
 
 def _missed(
@@ -172,7 +172,7 @@ def subset_error(
         return found
     cheap, exact, sizes = cheap[moving], exact[moving], sizes[moving]
     traces = [c.diagonal(dim1=1, dim2=2).sum(1).sqrt() for c in (cheap, exact)]
-    ratio, order = traces[0] / traces[1], spearman(*traces)
+    ratio, order = traces[0] / traces[1], spearman_correlation(*traces)
     scale = float((cheap * exact).sum() / cheap.square().sum())
     low, median, high = ratio.quantile(ratio.new_tensor(QUANTILES)).tolist()
     found |= {"atoms": len(ratio), "std_ratio_low": low, "std_ratio_median": median, "std_ratio_high": high}

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpmlp.core.structures import Structures
 from gpmlp.gp import covariances
 from gpmlp.potential.potential import Potential
-from gpmlp.uncertainty.mahalanobis import Clusters
+from gpmlp.uncertainty.mahalanobis import SpeciesClusters
 
 FARTHEST = 1e12  # novelty of what cannot be compared with anything seen: finite, so that products with it are numbers
 LEAST_NOISE = (
@@ -73,7 +73,7 @@ class _Rows:
 class _Around:
     """Distances from pivots of one species in the metric of its clusters: for each, as from its mean, min_k d_k (Clusters)."""
 
-    def __init__(self, clusters: Clusters) -> None:
+    def __init__(self, clusters: SpeciesClusters) -> None:
         self.pivots: list[int] = []
         self._clusters = clusters
         self._whitening, self._spread = clusters.precision

@@ -13,7 +13,7 @@ from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.learning.triggers import too_close
 from gpmlp.potential.potential import Potential
-from gpmlp.uncertainty.mahalanobis import Clusters
+from gpmlp.uncertainty.mahalanobis import SpeciesClusters
 
 LEAST = 1e-6  # eV, of a standard deviation that is divided by
 
@@ -82,7 +82,7 @@ def _by_atom(structure: Structures, view: View, jacobian: Tensor, atom: int) -> 
     return out.flatten(0, 1).T
 
 
-def _rarest(clusters: Clusters, x: Tensor, jacobian: Tensor) -> Tensor:
+def _rarest(clusters: SpeciesClusters, x: Tensor, jacobian: Tensor) -> Tensor:
     """(2 DIRECTIONS, atoms, 3) displacements, rarest first, each with its opposite."""
     whitening, _ = clusters.precision
     nearest = int(clusters.squared(x[None])[0].argmin())

@@ -17,7 +17,7 @@ from gpmlp.learning.recipe import RefreshRecipe
 from gpmlp.learning.triggers import bound
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
-from gpmlp.uncertainty.calibration import Calibration, rescaled
+from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction
 
 DIGITS = 4  # significant, of numbers that are many
 
@@ -93,7 +93,7 @@ class Student:
 
 def surprise_of(foreseen: Foreseen, calibration: Calibration) -> float:
     """Mean negative log likelihood of the force components of a label, as they were predicted before it was learned."""
-    prediction = rescaled(foreseen.prediction, foreseen.structures, calibration)
+    prediction = calibrate_prediction(foreseen.prediction, foreseen.structures, calibration)
     variance = prediction.forces_covariance.total.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
     error = prediction.forces - foreseen.targets.forces
     known = error.isfinite() & variance.isfinite()
@@ -112,7 +112,7 @@ def plain(foreseen: Foreseen, calibration: Calibration, probability: float) -> d
         bound: what the largest force error was to stay below, eV/A; largest_error: that error, of atom `worst_atom`.
         force_error, force_sigma: of all components in order, eV/A; energy_error, energy_sigma: eV/atom; novelty: the largest.
     """
-    prediction = rescaled(foreseen.prediction, foreseen.structures, calibration)
+    prediction = calibrate_prediction(foreseen.prediction, foreseen.structures, calibration)
     error = (prediction.forces - foreseen.targets.forces).double().cpu()
     norm = error.norm(dim=1)
     known = norm.isfinite()

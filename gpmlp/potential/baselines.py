@@ -162,7 +162,7 @@ class ZBL(Baseline):
         }
 
 
-def make(state: dict) -> Baseline:
+def baseline_from_state(state: dict) -> Baseline:
     """Build a baseline again from its state()."""
     if state["name"] == "isolated_atoms":
         return IsolatedAtoms({int(z): float(e) for z, e in state["energies"].items()})

@@ -17,18 +17,20 @@ from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.gp.kernels import Profile
 from gpmlp.potential.baselines import Baseline
-from gpmlp.potential.mean import Term
+from gpmlp.potential.mean import EnergyTerm
 
 ATOMS = 256  # of a portion, for each species: products are by central species, and want many rows
 MOST_SPECIES = 3
 SHARES, MOST_ATOMS = 8, 1024  # so many portions, if they need not be larger for that: each costs some Python
 ON_DEVICE = 1 << 14  # where there are many cores
 # environments as each term has them, with profiles of the kernels if there are any -> what else is wanted of these atoms
-Beside = Callable[[Sequence[Environments], Sequence[dict[int, Profile]]], tuple[Variance | None, Tensor | None]]
+ExtraPredictions = Callable[
+    [Sequence[Environments], Sequence[dict[int, Profile]]], tuple[Variance | None, Tensor | None]
+]
 
 
 @dataclass(frozen=True, eq=False)
-class Portion:
+class ChunkMean:
     """What is predicted of a run of atoms.
 
     Attributes:
@@ -43,7 +45,7 @@ class Portion:
     novelty: Tensor | None
 
 
-def spans(counts: Sequence[int], atoms: int) -> list[tuple[int, int]]:
+def atom_ranges(counts: Sequence[int], atoms: int) -> list[tuple[int, int]]:
     """First and last + 1 atom of each portion: consecutive structures of so many atoms together, or parts of a larger one."""
     out, start, end = [], 0, 0
     for count in counts:
@@ -57,11 +59,11 @@ def spans(counts: Sequence[int], atoms: int) -> list[tuple[int, int]]:
     return [*out, (start, end)] if end > start else out
 
 
-def mean(
-    terms: Sequence[Term],
+def predict_mean(
+    terms: Sequence[EnergyTerm],
     structures: Structures,
     look: Callable[[int, int], Neighbors],
-    beside: Beside | None = None,
+    beside: ExtraPredictions | None = None,
     shared: bool = False,
     baselines: Sequence[Baseline] = (),
 ) -> Prediction:
@@ -75,13 +77,15 @@ def mean(
         shared: whether `beside` uses the kernels of the mean.
     """
 
-    def portion(span: tuple[int, int]) -> Portion:
+    def portion(span: tuple[int, int]) -> ChunkMean:
         found = look(*span)
         pairs = tuple(found.within(structures, term.descriptor.cutoff) for term in terms)
         seen = tuple(Surroundings.of(structures, p, *span) for p in pairs)
         made = [term.descriptor(s) for term, s in zip(terms, seen, strict=True)]
-        profiles = [term.profiles(e) if shared else {} for term, e in zip(terms, made, strict=True)]
-        local, cotangents = zip(*(t.local(e, p) for t, e, p in zip(terms, made, profiles, strict=True)), strict=True)
+        profiles = [term.kernel_profiles(e) if shared else {} for term, e in zip(terms, made, strict=True)]
+        local, cotangents = zip(
+            *(t.local_energies(e, p) for t, e, p in zip(terms, made, profiles, strict=True)), strict=True
+        )
         gradients = [(p, s.vectors, e.pull_back(c)) for p, s, e, c in zip(pairs, seen, made, cotangents, strict=True)]
         energies = list(local)
         for baseline in baselines:
@@ -89,12 +93,12 @@ def mean(
             energies.append(energy)
             gradients.append((near, near.vectors(structures), slopes))
         beside_these = beside(made, profiles) if beside else (None, None)
-        return Portion(functools.reduce(torch.add, energies), gradients, *beside_these)
+        return ChunkMean(functools.reduce(torch.add, energies), gradients, *beside_these)
 
     like, local, variances, novelties = structures.positions, [], [], []
     on_atoms, strained = like.new_zeros(like.shape), like.new_zeros(structures.cells.shape)  # whatever the strides
 
-    def take(part: Portion) -> None:
+    def take(part: ChunkMean) -> None:
         for pairs, vectors, gradients in part.gradients:
             neighbors.collect(structures, pairs, vectors, gradients, on_atoms, strained)
         local.append(part.local)
@@ -103,7 +107,7 @@ def mean(
 
     least = ATOMS * min(len(structures.distinct_species), MOST_SPECIES)
     atoms = max(least, min(MOST_ATOMS, len(like) // SHARES)) if like.device.type == "cpu" else ON_DEVICE
-    parallel.each(portion, spans(structures.counts.tolist(), atoms) or [(0, 0)], take)
+    parallel.each(portion, atom_ranges(structures.counts.tolist(), atoms) or [(0, 0)], take)
     return replace(
         neighbors.collected(structures, torch.cat(local), on_atoms, strained),
         atom_energies_variance=None if variances[0] is None else Variance.concatenate(variances),

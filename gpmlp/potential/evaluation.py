@@ -15,7 +15,7 @@ from gpmlp.gp.variance import VARIANCES
 from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty import residuals
 from gpmlp.uncertainty.calibration import Calibration
-from gpmlp.uncertainty.scores import Scores, scores
+from gpmlp.uncertainty.scores import Scores, score_errors
 
 CHUNK_ATOMS = 500  # atoms between two calls of progress
 LEVELS = (0.5, 0.68, 0.9, 0.95)
@@ -85,7 +85,7 @@ def evaluate(
     Energies count as not known where the potential has not learned from any: its zero of energy is arbitrary.
     """
     variances = variances and potential.variances is not None
-    targets = comparable(potential, targets)
+    targets = comparable_targets(potential, targets)
     parts, done = [], 0
     if progress:
         progress("prediction", 0, structures.n_atoms, "")
@@ -94,17 +94,19 @@ def evaluate(
         done += chunk.n_atoms
         if progress:
             progress("prediction", done, structures.n_atoms, f"{done} atoms")
-    return compare(structures, targets, Prediction.concatenate(parts), potential.calibration)
+    return compare_prediction(structures, targets, Prediction.concatenate(parts), potential.calibration)
 
 
-def comparable(potential: Potential, targets: Targets) -> Targets:
+def comparable_targets(potential: Potential, targets: Targets) -> Targets:
     """The labels that the potential can be held to: without energies, if it has learned from none."""
     if potential.has_energy_zero:
         return targets
     return replace(targets, energies=torch.full_like(targets.energies, float("nan")))
 
 
-def compare(structures: Structures, targets: Targets, prediction: Prediction, calibration: Calibration) -> Evaluation:
+def compare_prediction(
+    structures: Structures, targets: Targets, prediction: Prediction, calibration: Calibration
+) -> Evaluation:
     """Evaluate a prediction that is there already.
 
     Args:
@@ -114,22 +116,22 @@ def compare(structures: Structures, targets: Targets, prediction: Prediction, ca
     for name in sorted(set(targets.config_types) - {""}):
         members = [i for i, label in enumerate(targets.config_types) if label == name]
         some = structures.select(members), targets.select(structures, members), prediction.select(structures, members)
-        tables[name] = errors(*some, units.GPA)
-        tables_of_scores[name] = judge(*some, calibration)
-    overall = errors(structures, targets, prediction, units.GPA)
-    found = judge(structures, targets, prediction, calibration)
+        tables[name] = error_table(*some, units.GPA)
+        tables_of_scores[name] = score_variances(*some, calibration)
+    overall = error_table(structures, targets, prediction, units.GPA)
+    found = score_variances(structures, targets, prediction, calibration)
     return Evaluation(prediction, overall, tables, found, tables_of_scores)
 
 
-def judge(
+def score_variances(
     structures: Structures, targets: Targets, prediction: Prediction, calibration: Calibration
 ) -> dict[str, Scores]:
     """Scores of the variances of a prediction by kind; kinds without variances are left out."""
     found = {}
-    for kind, name in residuals.FIELDS.items():
+    for kind, name in residuals.VARIANCE_FIELDS.items():
         if getattr(prediction, name) is None:
             continue
-        error, parts, species = residuals.residuals(kind, structures, targets, prediction)
+        error, parts, species = residuals.split_residuals(kind, structures, targets, prediction)
         std = parts.sum(1).sqrt()
         known = ~error.isnan() & std.isfinite()
         error, std = error[known], std[known]
@@ -140,7 +142,7 @@ def judge(
             if kind == "forces"
             else None
         )
-        found[kind] = scores(error, std, widths, atom)
+        found[kind] = score_errors(error, std, widths, atom)
     return found
 
 
@@ -158,7 +160,7 @@ class ErrorTable:
     n_atoms: int
 
 
-def errors(structures: Structures, targets: Targets, prediction: Prediction, gpa: float) -> ErrorTable:
+def error_table(structures: Structures, targets: Targets, prediction: Prediction, gpa: float) -> ErrorTable:
     """Compare predicted with reference energies (per atom), force components and stress components.
 
     Args:

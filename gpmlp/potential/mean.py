@@ -62,7 +62,7 @@ class MeanBlock:
                 place.copy_(part)
         return out
 
-    def collapsed(self, kernel: ZonalKernel) -> Collapsed | None:
+    def quadratic_form(self, kernel: ZonalKernel) -> QuadraticForm | None:
         """The same mean as a quadratic form, if the kernel allows it and the form is cheaper to evaluate."""
         m, d = self.features.shape
         if kernel.quadratic is None or d >= (4 if len(self.tangents) else 2) * m:
@@ -73,11 +73,11 @@ class MeanBlock:
             linear = linear + self.tangents.sum(0)
             across = self.features.T @ self.tangents
             matrix = matrix + across + across.T
-        return Collapsed(a * linear, 2 * b * matrix)
+        return QuadraticForm(a * linear, 2 * b * matrix)
 
 
 @dataclass(frozen=True, eq=False)
-class Collapsed:
+class QuadraticForm:
     """ε(x) = v.x + x.H x / 2: what a kernel f(s) = a s + b s² makes of all centres, whatever their number.
 
     With f' = a + 2 b s: v = a Σ_j (α_j x_j + τ_j), H = 2 b Σ_j (α_j x_j x_jᵀ + x_j τ_jᵀ + τ_j x_jᵀ).
@@ -97,7 +97,7 @@ class Collapsed:
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class EnergyTerm:
     """One descriptor with its kernel and, for each central species, the mean of the local energies."""
 
     descriptor: Descriptor
@@ -109,12 +109,12 @@ class Term:
         return View.of(self.descriptor, structures, pairs)
 
     @cached_property
-    def collapsed(self) -> dict[int, Collapsed]:
+    def quadratic_forms(self) -> dict[int, QuadraticForm]:
         """Means that are cheaper as a quadratic form, by species."""
-        forms = {z: block.collapsed(self.kernel) for z, block in self.blocks.items()}
+        forms = {z: block.quadratic_form(self.kernel) for z, block in self.blocks.items()}
         return {z: form for z, form in forms.items() if form is not None}
 
-    def profiles(self, environments: Environments) -> dict[int, Profile]:
+    def kernel_profiles(self, environments: Environments) -> dict[int, Profile]:
         """Kernel of the environments of each species with all its centres: what mean and variances of local energies share.
 
         Not of species whose mean is a quadratic form, which has no use for it.
@@ -122,11 +122,13 @@ class Term:
         out = {}
         for z, block in self.blocks.items():
             mine = environments.species == z
-            if z not in self.collapsed and mine.any():
+            if z not in self.quadratic_forms and mine.any():
                 out[z] = block.profile(self.kernel, environments.features[mine])
         return out
 
-    def local(self, environments: Environments, profiles: dict[int, Profile] | None = None) -> tuple[Tensor, Tensor]:
+    def local_energies(
+        self, environments: Environments, profiles: dict[int, Profile] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Posterior mean of local energies (environments,), eV, and its slopes with respect to the features (environments, features)."""
         x, species = environments.features, environments.species
         distinct = species.bincount().nonzero()[:, 0].tolist()
@@ -139,8 +141,8 @@ class Term:
         return local, slopes
 
     def _local(self, z: int, x: Tensor, profiles: dict[int, Profile] | None) -> tuple[Tensor, Tensor]:
-        if z in self.collapsed:
-            return self.collapsed[z](x)
+        if z in self.quadratic_forms:
+            return self.quadratic_forms[z](x)
         if z not in self.blocks:
             return x.new_zeros(len(x)), torch.zeros_like(x)
         return self.blocks[z](self.kernel, x, (profiles or {}).get(z))

@@ -20,9 +20,9 @@ from gpmlp.gp.kernels import make_kernel
 from gpmlp.gp.variance import FORMS, VARIANCES, VarianceModel, VarianceRequest
 from gpmlp.potential import baselines, chunked, samples
 from gpmlp.potential.baselines import Baseline
-from gpmlp.potential.mean import MeanBlock, Term
+from gpmlp.potential.mean import EnergyTerm, MeanBlock
 from gpmlp.recipe import Recipe
-from gpmlp.uncertainty.calibration import Calibration, rescaled
+from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
 LIST_ATOMS = 1 << 14  # atoms whose neighbours are in memory together, unless a structure has more
@@ -45,7 +45,7 @@ class Potential:
         novelty: Mahalanobis distances in the space of the first descriptor; None where none was kept.
     """
 
-    terms: tuple[Term, ...]
+    terms: tuple[EnergyTerm, ...]
     baselines: tuple[Baseline, ...]
     species: tuple[int, ...]
     recipe: Recipe
@@ -125,7 +125,7 @@ class Potential:
             raise errors.UserError("There are no structures to predict.")
         together = Prediction.concatenate(parts)
         if calibrated and wanted.any:
-            together = rescaled(together, structures.to(device=self.recipe.device), self.calibration)
+            together = calibrate_prediction(together, structures.to(device=self.recipe.device), self.calibration)
             together = together if novelty else replace(together, novelty=None)
         return together.map(lambda v: v.to(device=device, dtype=dtype))
 
@@ -179,7 +179,9 @@ class Potential:
             variance = self.variances.atom_energies(seen, wanted.form, profiles) if wanted.atom_energies else None
             return variance, self.novelty.novelty(seen[0].species, seen[0].features) if novelty else None
 
-        total = chunked.mean(self.terms, structures, pairs.of_atoms, beside, wanted.atom_energies, self.baselines)
+        total = chunked.predict_mean(
+            self.terms, structures, pairs.of_atoms, beside, wanted.atom_energies, self.baselines
+        )
         if not wanted.correlated:
             return total
         views = views or [term.view(structures, pairs) for term in self.terms]
@@ -193,13 +195,13 @@ class Potential:
             return "it is a sample of a posterior. Ask the potential that it was drawn from."
         return "its file is of format 1. Fit it again."
 
-    def sample(self, k: int, seed: int, calibrated: bool = True) -> samples.Samples:
+    def sample(self, k: int, seed: int, calibrated: bool = True) -> samples.PosteriorSamples:
         """Draw k potentials from the posterior (samples.draw): each with consistent energies, forces and stresses."""
-        return samples.draw(self, k, seed, "posterior", calibrated)
+        return samples.draw_samples(self, k, seed, "posterior", calibrated)
 
-    def committee(self, k: int, seed: int, calibrated: bool = True) -> samples.Samples:
+    def committee(self, k: int, seed: int, calibrated: bool = True) -> samples.PosteriorSamples:
         """k potentials as fitted to labels that scatter by their noise (samples.draw), without fitting again."""
-        return samples.draw(self, k, seed, "label_noise", calibrated)
+        return samples.draw_samples(self, k, seed, "label_noise", calibrated)
 
     def covariance(self, structures: Structures) -> Tensor:
         """Posterior covariance (no noise, not calibrated) of all energies, forces and stresses of a few structures, each with each.
@@ -301,7 +303,7 @@ class Potential:
                 if f"term{k}.Z{z}.features" in tensors:
                     names = ("features", "weights", "tangents")
                     blocks[z] = MeanBlock(*(tensors[f"term{k}.Z{z}.{n}"] for n in names))
-            terms.append(Term(descriptors.make(species, descriptor.model_dump()), make_kernel(kernel), blocks))
+            terms.append(EnergyTerm(descriptors.make(species, descriptor.model_dump()), make_kernel(kernel), blocks))
         own: dict[str, object] = {}
         if "variances" in header:
             features = [{z: block.features for z, block in term.blocks.items()} for term in terms]
@@ -315,7 +317,7 @@ class Potential:
             own["calibration"] = Calibration.from_dict(header["calibration"])
         return cls(
             tuple(terms),
-            tuple(baselines.make(state) for state in header["baselines"]),
+            tuple(baselines.baseline_from_state(state) for state in header["baselines"]),
             species,
             recipe,
             dict(header["noise"]),

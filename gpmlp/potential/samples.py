@@ -15,17 +15,17 @@ from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
 from gpmlp.gp import inducing
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.variance import VarianceModel
-from gpmlp.potential.mean import MeanBlock, Term
+from gpmlp.potential.mean import EnergyTerm, MeanBlock
 
 HOW = ("posterior", "label_noise")
 SLOPE_BYTES = 8 << 20  # of slopes with respect to kernel arguments in memory together: what stays in cache
 TANGENT_BYTES = 16 << 20  # the same where each sample has τ of its own, to be read for every lot
 
 
-class Drawable(Protocol):
+class SampledPotential(Protocol):
     """What samples need of a potential, a frozen dataclass."""
 
-    terms: tuple[Term, ...]
+    terms: tuple[EnergyTerm, ...]
     baselines: tuple[Any, ...]
     recipe: Any
     provenance: dict[str, Any]
@@ -36,7 +36,7 @@ class Drawable(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Samples(Sequence):
+class PosteriorSamples(Sequence):
     """k potentials that differ in their weights; an index gives one as a Potential (to save, to run dynamics with), a slice some.
 
     Attributes:
@@ -46,7 +46,7 @@ class Samples(Sequence):
         indices: of these samples in the draw.
     """
 
-    mean: Drawable
+    mean: SampledPotential
     blocks: tuple[dict[int, tuple[Tensor, Tensor]], ...]
     origin: dict[str, Any]
     indices: tuple[int, ...]
@@ -55,12 +55,12 @@ class Samples(Sequence):
         return len(self.indices)
 
     @overload
-    def __getitem__(self, index: int) -> Drawable: ...
+    def __getitem__(self, index: int) -> SampledPotential: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Samples: ...
+    def __getitem__(self, index: slice) -> PosteriorSamples: ...
 
-    def __getitem__(self, index: int | slice) -> Drawable | Samples:
+    def __getitem__(self, index: int | slice) -> SampledPotential | PosteriorSamples:
         """One sample as a Potential, or some of them as Samples."""
         if isinstance(index, slice):
             if not self.indices[index]:
@@ -73,11 +73,11 @@ class Samples(Sequence):
             made = {
                 z: MeanBlock(block.features, drawn[z][0][index], drawn[z][1][index]) for z, block in term.blocks.items()
             }
-            terms.append(Term(term.descriptor, term.kernel, made))
+            terms.append(EnergyTerm(term.descriptor, term.kernel, made))
         provenance = self.mean.provenance | {"sample": self.origin | {"index": self.indices[index]}}
         return replace(self.mean, terms=tuple(terms), variances=None, provenance=provenance)
 
-    def __iter__(self) -> Iterator[Drawable]:
+    def __iter__(self) -> Iterator[SampledPotential]:
         return (self[i] for i in range(len(self)))
 
     def __call__(self, structures: Structures) -> Prediction:
@@ -104,7 +104,9 @@ class Samples(Sequence):
         return Prediction(**joined).map(lambda v: v.to(device=device, dtype=dtype))
 
 
-def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibrated: bool = True) -> Samples:
+def draw_samples(
+    potential: SampledPotential, k: int, seed: int, how: str = "posterior", calibrated: bool = True
+) -> PosteriorSamples:
     """Draw k potentials around the mean.
 
     'posterior': weights of the inducing variables from their posterior, δβ = R⁻¹z, w = w̄ + L⁻ᵀ D δβ; where the variances are of a
@@ -114,7 +116,7 @@ def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibra
 
     Args:
         calibrated: whether deviations from the mean are scaled to the size of the errors of forces that the calibration has seen
-            (Calibration.spread): they are of what the data leave open alone, so that nothing is drawn of what a subset misses.
+            (Calibration.sample_scale): they are of what the data leave open alone, so that nothing is drawn of what a subset misses.
 
     Raises:
         checks.UserError: k < 1, k or the seed no integer, an unknown `how`, or a model without variances.
@@ -127,7 +129,7 @@ def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibra
             "This model holds no posterior factor (recipe: variance: false, or it is a sample itself), so nothing can be drawn."
         )
     generator = torch.Generator().manual_seed(seed)
-    spread = potential.calibration.spread if calibrated else None
+    spread = potential.calibration.sample_scale if calibrated else None
     deviations = (spread or 1.0) * model.signal[:, None] * _whitened_deviations(model, k, generator, how)
     start, i, made = 0, 0, []
     for term, blocks, prior in zip(potential.terms, model.blocks, model.priors, strict=True):
@@ -146,7 +148,7 @@ def draw(potential: Drawable, k: int, seed: int, how: str = "posterior", calibra
             drawn[block.species] = _around(mean, block, weights, extra)
         made.append(drawn)
     origin = {"how": how, "seed": seed, "of": k, "calibrated": spread is not None}
-    return Samples(potential, tuple(made), origin, tuple(range(k)))
+    return PosteriorSamples(potential, tuple(made), origin, tuple(range(k)))
 
 
 def _whitened_deviations(model: VarianceModel, k: int, generator: torch.Generator, how: str) -> Tensor:
@@ -159,7 +161,7 @@ def _whitened_deviations(model: VarianceModel, k: int, generator: torch.Generato
 
 
 def _missed(
-    term: Term, block: InducingBlock, lower: Tensor, centres: Tensor, k: int, generator: torch.Generator
+    term: EnergyTerm, block: InducingBlock, lower: Tensor, centres: Tensor, k: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Prior paths conditioned on zero at the block's variables: weights at other centres (n, k) and their correction (columns, k).
 
@@ -195,7 +197,7 @@ def _around(mean: MeanBlock, block: InducingBlock, weights: Tensor, extra: Tenso
     return alpha, tau
 
 
-def _evaluate(term: Term, drawn: dict[int, tuple[Tensor, Tensor]], structures: Structures) -> Prediction:
+def _evaluate(term: EnergyTerm, drawn: dict[int, tuple[Tensor, Tensor]], structures: Structures) -> Prediction:
     """One term of all samples, with a leading axis (samples)."""
     view = term.view(structures)
     features = view.environments.features
@@ -217,7 +219,7 @@ def _evaluate(term: Term, drawn: dict[int, tuple[Tensor, Tensor]], structures: S
     return Prediction(energies.T, local.T, forces, stresses / structures.volumes[:, None, None])
 
 
-def _energies(term: Term, block: MeanBlock, alpha: Tensor, tau: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def _energies(term: EnergyTerm, block: MeanBlock, alpha: Tensor, tau: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """ε (environments, samples) and dε/dx (environments, samples, features) of all samples, as MeanBlock has them for one."""
     value, first, second = term.kernel.profile(x @ block.features.T)
     local = value @ alpha.T

@@ -25,13 +25,13 @@ from gpmlp.gp.kernels import Profile, ZonalKernel
 from gpmlp.gp.local_variance import LocalVariance
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.baselines import ZBL, IsolatedAtoms
-from gpmlp.potential.mean import Collapsed, MeanBlock
+from gpmlp.potential.mean import MeanBlock, QuadraticForm
 from gpmlp.potential.potential import Potential
-from gpmlp.uncertainty.mahalanobis import Clusters
+from gpmlp.uncertainty.mahalanobis import SpeciesClusters
 
 
 @dataclass(frozen=True, eq=False)
-class Local:
+class LocalPrediction:
     """Of some environments: energies (n,) eV, slopes (n, slots, width, 3) eV/A with respect to their pair vectors; the two parts of the
     variance of energies (n,) eV² and novelties (n,), None where they were not asked for."""
 
@@ -43,7 +43,7 @@ class Local:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class SpeciesTerm:
     """One term of a potential, for one central species: how features are made, and the mean as a function of them.
 
     Attributes:
@@ -54,7 +54,7 @@ class Part:
     form: Form
     single: bool
     kernel: ZonalKernel
-    mean: MeanBlock | Collapsed | None
+    mean: MeanBlock | QuadraticForm | None
     block: InducingBlock | None
 
     def features(self, vectors: Tensor, own: Tensor) -> tuple[gpu.Expanded, Tensor, Tensor]:
@@ -64,11 +64,11 @@ class Part:
         norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(made.spectrum.dtype).tiny)
         return made, spectrum / norm, norm
 
-    def local(self, x: Tensor) -> tuple[Tensor, Tensor, Profile | None]:
+    def local_energies(self, x: Tensor) -> tuple[Tensor, Tensor, Profile | None]:
         """Energies, their slopes dε/dx, and the kernel with all centres where there is one to make."""
         if self.mean is None:
             return x.new_zeros(len(x)), torch.zeros_like(x), None
-        if isinstance(self.mean, Collapsed):
+        if isinstance(self.mean, QuadraticForm):
             return *self.mean(x), None
         profile = self.kernel.profile(x @ self.mean.features.T)
         value, first, second = profile
@@ -86,7 +86,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Spread:
+class SpeciesVariance:
     """Variances of local energies of one central species.
 
     Attributes:
@@ -99,8 +99,10 @@ class Spread:
     local: LocalVariance | None
 
     @staticmethod
-    def of(model: VarianceModel, z: int) -> Spread:
-        return Spread(sum(p.signal.get(z, 0.0) ** 2 for p in model.priors), model.amplitude, model.local.get(z))
+    def from_model(model: VarianceModel, z: int) -> SpeciesVariance:
+        return SpeciesVariance(
+            sum(p.signal.get(z, 0.0) ** 2 for p in model.priors), model.amplitude, model.local.get(z)
+        )
 
     def __call__(self, pieces: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
         """What the inducing set cannot represent, and what the data have not fixed; of covariances as LocalVariance takes them."""
@@ -111,7 +113,7 @@ class Spread:
 
 
 @dataclass(frozen=True, eq=False)
-class Repulsion:
+class SpeciesZBL:
     """ZBL of one central species with each of the others: charges and radii by slot, (slots, 1)."""
 
     own: Tensor
@@ -120,13 +122,13 @@ class Repulsion:
     outer: Tensor
 
     @staticmethod
-    def of(zbl: ZBL, z: int, species: tuple[int, ...], like: Tensor) -> Repulsion:
+    def from_baseline(zbl: ZBL, z: int, species: tuple[int, ...], like: Tensor) -> SpeciesZBL:
         """With species in the order of their slots."""
         pairs = [(min(z, other), max(z, other)) for other in species]
         # a pair that the baseline does not know feels nothing: its range is empty
         radii = ([table.get(pair, 0.0) for pair in pairs] for table in (zbl.inner, zbl.outer))
         columns = (like.new_tensor(list(map(float, column)))[:, None] for column in (species, *radii))
-        return Repulsion(like.new_tensor(float(z)), *columns)
+        return SpeciesZBL(like.new_tensor(float(z)), *columns)
 
     def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Half of the energy of each pair for its centre, and the slopes."""
@@ -136,7 +138,7 @@ class Repulsion:
 
 
 @dataclass(frozen=True, eq=False)
-class Centre:
+class SpeciesModel:
     """A potential seen from one central species.
 
     Attributes:
@@ -147,16 +149,16 @@ class Centre:
     """
 
     slot: int
-    parts: tuple[Part, ...]
+    parts: tuple[SpeciesTerm, ...]
     alone: float
-    repulsion: tuple[Repulsion, ...]
-    spread: Spread | None
+    repulsion: tuple[SpeciesZBL, ...]
+    spread: SpeciesVariance | None
     novelty: bool
-    clusters: Clusters | None
+    clusters: SpeciesClusters | None
     threshold: float
 
     @staticmethod
-    def of(potential: Potential, z: int, variance: bool, novelty: bool) -> Centre:
+    def from_potential(potential: Potential, z: int, variance: bool, novelty: bool) -> SpeciesModel:
         """On the potential's device."""
         like = torch.zeros(0, dtype=getattr(torch, potential.recipe.dtype), device=potential.recipe.device)
         blocks = potential.variances.blocks if variance else [()] * len(potential.terms)
@@ -164,26 +166,28 @@ class Centre:
         for term, mine in zip(potential.terms, blocks, strict=True):
             made, single = _plain(term.descriptor)
             by = backends.form(made, like.float() if single else like)
-            mean = term.collapsed.get(z) or term.blocks.get(z)
+            mean = term.quadratic_forms.get(z) or term.blocks.get(z)
             block = next((b for b in mine if b.species == z), None)
             # its numbers were left on the host, from where a step would have to fetch them
-            parts.append(Part(by, single, deepcopy(term.kernel).to(like.device), mean, block))
+            parts.append(SpeciesTerm(by, single, deepcopy(term.kernel).to(like.device), mean, block))
         alone = sum(b.energies.get(z, 0.0) for b in potential.baselines if isinstance(b, IsolatedAtoms))
-        zbl = [Repulsion.of(b, z, potential.species, like) for b in potential.baselines if isinstance(b, ZBL)]
+        zbl = [
+            SpeciesZBL.from_baseline(b, z, potential.species, like) for b in potential.baselines if isinstance(b, ZBL)
+        ]
         clusters = potential.novelty.species.get(z) if novelty else None
         threshold = potential.novelty.thresholds.get(z, 1.0) if novelty else 1.0
-        spread = Spread.of(potential.variances, z) if variance else None
+        spread = SpeciesVariance.from_model(potential.variances, z) if variance else None
         slot, seen = potential.species.index(z), (novelty, clusters, float(threshold))
-        return Centre(slot, tuple(parts), float(alone), tuple(zbl), spread, *seen)
+        return SpeciesModel(slot, tuple(parts), float(alone), tuple(zbl), spread, *seen)
 
-    def __call__(self, vectors: Tensor) -> Local:
+    def __call__(self, vectors: Tensor) -> LocalPrediction:
         """Of vectors (n, slots, width, 3) from n atoms of the species to their neighbours, A."""
         own = torch.full(vectors.shape[:1], self.slot, dtype=torch.long, device=vectors.device)
         energies, slopes = vectors.new_full(vectors.shape[:1], self.alone), torch.zeros_like(vectors)
         rows, novelty = [], energies.new_full(energies.shape, math.inf) if self.novelty else None
         for k, part in enumerate(self.parts):
             made, x, norm = part.features(vectors, own)
-            energy, slope, profile = part.local(x)
+            energy, slope, profile = part.local_energies(x)
             energies, slopes = energies + energy, slopes + part.pull_back(made, x, norm, slope)
             if part.block is not None:
                 rows.append(local_rows(part.kernel, part.block, x, profile))
@@ -192,14 +196,14 @@ class Centre:
         for repulsion in self.repulsion:
             energy, slope = repulsion(vectors)
             energies, slopes = energies + energy, slopes + slope
-        found = Local(energies, slopes, novelty=novelty)
+        found = LocalPrediction(energies, slopes, novelty=novelty)
         if self.spread is None:
             return found
         inducing, data = self.spread(rows, energies)
         return replace(found, inducing=inducing, data=data)
 
 
-def refusal(potential: Potential) -> str | None:
+def why_unsupported(potential: Potential) -> str | None:
     """Why a potential cannot be seen this way; None if it can."""
     for term in potential.terms:
         if _plain(term.descriptor)[0] is None:
@@ -210,9 +214,9 @@ def refusal(potential: Potential) -> str | None:
     return None
 
 
-def check(potential: Potential) -> None:
+def check_supported(potential: Potential) -> None:
     """Raise a UserError if a potential cannot be seen this way."""
-    why = refusal(potential)
+    why = why_unsupported(potential)
     if why:
         raise errors.UserError(f"This potential cannot be stepped on tables of neighbours: {why}; call it itself.")
 

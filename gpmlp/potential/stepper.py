@@ -19,8 +19,8 @@ from gpmlp.core.verlet_list import Reference
 from gpmlp.descriptors.gpu import ENVIRONMENTS
 from gpmlp.potential import species_model
 from gpmlp.potential.potential import Potential
-from gpmlp.potential.species_model import Centre
-from gpmlp.uncertainty.calibration import growth, scaled
+from gpmlp.potential.species_model import SpeciesModel
+from gpmlp.uncertainty.calibration import calibrate_variance, novelty_factor
 
 RECORDED = 1 << 17  # atoms up to which a step is recorded as a CUDA graph: above, launches take no part of the time
 
@@ -60,7 +60,7 @@ class Stepper:
             UserError: a potential with another descriptor than SOAP, or without what was asked for; a species that it does not know; no
                 atoms; a skin that is not positive.
         """
-        species_model.check(potential)
+        species_model.check_supported(potential)
         errors.positive("skin", skin)
         potential.check_species(structures)
         if not structures.n_atoms:
@@ -116,7 +116,7 @@ class Stepper:
         if not self._graphs:
             outputs = self._step(positions, cell)
         else:
-            self._replay = self._replay or recorded(self._step, positions, cell)
+            self._replay = self._replay or record_graph(self._step, positions, cell)
             outputs = self._replay(positions, cell)
         *found, watch = outputs
         self._watch(watch, positions, cell)
@@ -176,13 +176,13 @@ class Stepper:
         gone, nearest = here.tolist()
         return gone, nearest
 
-    def _cut(self) -> list[tuple[int, int, Centre]]:
+    def _cut(self) -> list[tuple[int, int, SpeciesModel]]:
         """Rows of one species, ENVIRONMENTS of them at most, and what predicts them."""
         chunks, start = [], 0
         counts = zip(*(part.tolist() for part in self.structures.species.unique(return_counts=True)), strict=True)
         variance, novelty = self._wanted
         for z, count in counts:
-            centre = Centre.of(self.potential, z, variance, novelty or self._widens)
+            centre = SpeciesModel.from_potential(self.potential, z, variance, novelty or self._widens)
             edges = [*range(start, start + count, ENVIRONMENTS), start + count]
             chunks += [(first, last, centre) for first, last in pairwise(edges)]
             start += count
@@ -234,16 +234,18 @@ class Stepper:
         variance = None
         if inducing is not None:
             none, calibration = torch.zeros_like(inducing), self.potential.calibration
-            grown = growth(novelty, calibration.typical_novelty) if self._widens else 1.0
+            grown = novelty_factor(novelty, calibration.typical_novelty) if self._widens else 1.0
             # local energies have no labels: calibrated as the forces are, as in variances.rescaled
-            variance = scaled(Variance(inducing * grown, data * grown, none, none), calibration.kinds["forces"])
+            variance = calibrate_variance(
+                Variance(inducing * grown, data * grown, none, none), calibration.kinds["forces"]
+            )
         return Prediction(
             energies, local, forces, stresses,
             atom_energies_variance=variance, novelty=novelty if self._wanted[1] else None,
         )  # fmt: skip
 
 
-def recorded(step: Callable[..., tuple], *inputs: Tensor) -> Callable[..., tuple]:
+def record_graph(step: Callable[..., tuple], *inputs: Tensor) -> Callable[..., tuple]:
     """A step as a CUDA graph: replayed on copies of its inputs, with copies of its outputs. Elsewhere than on CUDA the step itself, and
     where it cannot be recorded, with a DataWarning."""
     if not inputs[0].is_cuda:

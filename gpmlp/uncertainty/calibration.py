@@ -17,7 +17,7 @@ from torch import Tensor
 from gpmlp.core import errors as checks
 from gpmlp.core.quantities import KINDS, Prediction, Variance
 from gpmlp.core.structures import Structures
-from gpmlp.uncertainty.scores import gaussian_multiplier, known, least
+from gpmlp.uncertainty.scores import gaussian_multiplier, known_errors, smallest_std
 
 # local energies have no labels; of the forces, which are their slopes, there are most
 CALIBRATED_AS = {
@@ -58,12 +58,12 @@ class KindCalibration:
     floor: float = 0.0
     weights: tuple[float, ...] = ()
 
-    def widened(self, factor: float) -> KindCalibration:
+    def widen_std(self, factor: float) -> KindCalibration:
         """With standard deviations larger by a factor, and the same intervals."""
         rows = {name: tuple(m / factor for m in row) for name, row in self.multipliers.items()}
-        return replace(self.scaled(factor), multipliers=rows)
+        return replace(self.scale_by(factor), multipliers=rows)
 
-    def scaled(self, factor: float) -> KindCalibration:
+    def scale_by(self, factor: float) -> KindCalibration:
         """With standard deviations and intervals larger by a factor."""
         edges = tuple(factor * e for e in self.edges)
         return replace(self, scale=factor * self.scale, edges=edges, floor=factor * self.floor)
@@ -78,10 +78,10 @@ class KindCalibration:
         errors: Tensor, std: Tensor, species: Tensor | None = None, weights: tuple[float, ...] = ()
     ) -> KindCalibration:
         """Learn from held-out errors; see Calibration.fit."""
-        keep, e, s = known(errors, std)
+        keep, e, s = known_errors(errors, std)
         if not len(e):
             return KindCalibration.identity()
-        floor = least(s, e)
+        floor = smallest_std(s, e)
         s = s.clamp_min(floor)
         # argmax over s of Σ log N(e; 0, s²σ²)
         scale = max((e / s).square().mean().sqrt().item(), 1e-12)  # errors that are all 0 must leave a std
@@ -135,14 +135,14 @@ class Calibration:
         source: what it was learned from, as plain data for the model file: number of structures, names, fingerprints, how held out.
         typical_novelty: median Mahalanobis novelty of the held-out environments: variances grow in proportion to what is beyond
             it; None = they do not.
-        spread: factor on the deviations of posterior samples from the mean, with which those of forces have the rms of the held-out
+        sample_scale: factor on the deviations of posterior samples from the mean, with which those of forces have the rms of the held-out
             errors (Imbalzano et al., J. Chem. Phys. 154, 074102 (2021), rescale committees likewise); None = not learned.
     """
 
     kinds: dict[str, KindCalibration]
     source: dict = field(default_factory=dict)
     typical_novelty: float | None = None
-    spread: float | None = None
+    sample_scale: float | None = None
 
     @staticmethod
     def identity() -> Calibration:
@@ -193,7 +193,7 @@ class Calibration:
             kinds[kind] = replace(learned, weights=(first / amplitude, *others)) if learned.n else learned
         return replace(self, kinds=kinds)
 
-    def scaled(self, kind: str, std: Tensor) -> Tensor:
+    def calibrated_std(self, kind: str, std: Tensor) -> Tensor:
         """Calibrated std of a predicted one, any shape."""
         checks.choose("kind of observation", kind, self.kinds)
         return self.kinds[kind].scale * std
@@ -202,7 +202,7 @@ class Calibration:
         """Half-width (n,) of the interval about the prediction that holds a new error with probability `level`.
 
         Args:
-            std: (n,) calibrated standard deviation (`scaled`).
+            std: (n,) calibrated standard deviation (`calibrated_std`).
             level: up to 0.99; between two of LEVELS the next higher is used.
             species: (n,) Z of the central atom; not needed.
         """
@@ -216,7 +216,7 @@ class Calibration:
             plain = asdict(calibration)
             plain["multipliers"] = {name: list(row) for name, row in calibration.multipliers.items()}
             kinds[kind] = plain | {"edges": list(calibration.edges), "weights": list(calibration.weights)}
-        own = {"typical_novelty": self.typical_novelty, "spread": self.spread}
+        own = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale}
         return {"levels": list(LEVELS), "kinds": kinds, "source": self.source} | own
 
     @staticmethod
@@ -280,7 +280,7 @@ def _row(conformity: Tensor, wider: tuple[float, ...] | None) -> tuple[float, ..
     return tuple(row)
 
 
-def weigh(errors: Tensor, parts: Tensor, rest: Tensor | None = None) -> Tensor:
+def fit_variance_weights(errors: Tensor, parts: Tensor, rest: Tensor | None = None) -> Tensor:
     """Weights (parts,) of the parts of a variance: those that make held-out errors most likely under var = Σ_k w_k part_k + rest.
 
     Maximises Σ_i log N(e_i; 0, var_i) − Σ_k (log w_k)² / (2·PRIOR²) by L-BFGS-B in log w, within WEIGHTS. The prior decides only where
@@ -299,11 +299,11 @@ def weigh(errors: Tensor, parts: Tensor, rest: Tensor | None = None) -> Tensor:
     checks.shape("errors", errors, ("n",))
     checks.shape("parts", parts, (len(errors), "parts"))
     total = parts.sum(1)
-    _, e, s = known(errors, torch.where((parts >= 0).all(1), total.clamp_min(0).sqrt(), math.nan))
+    _, e, s = known_errors(errors, torch.where((parts >= 0).all(1), total.clamp_min(0).sqrt(), math.nan))
     p = parts[~torch.isnan(errors)].double()
     if not len(e):
         return torch.ones(parts.shape[1], dtype=torch.float64, device=parts.device)
-    floor = torch.full_like(e, least(s, e) ** 2)
+    floor = torch.full_like(e, smallest_std(s, e) ** 2)
     # start where a common factor is best
     common = (e.square() / (p.sum(1) + floor)).mean().clamp(*WEIGHTS).log().item()
     if rest is not None:
@@ -337,13 +337,13 @@ def _negative_log_posterior(
     return value / n, gradient / n
 
 
-def widened(prediction: Prediction, structures: Structures, typical: float) -> Prediction:
+def widen_by_novelty(prediction: Prediction, structures: Structures, typical: float) -> Prediction:
     """The prediction with all variances but label noise times max(1, novelty / typical)², its mean over the atoms of a structure.
 
     Far from the data the posterior of a misspecified model is too sure of itself, and held-out data of the same kind cannot tell by
     how much; the Mahalanobis distance knows how far it is: standard deviations grow in proportion to it (docs/decisions/004-variances.md).
     """
-    factor = growth(prediction.novelty, typical)
+    factor = novelty_factor(prediction.novelty, typical)
     sums = factor.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, factor)
     mean = sums / structures.counts
     changed = {}
@@ -357,21 +357,21 @@ def widened(prediction: Prediction, structures: Structures, typical: float) -> P
     return replace(prediction, **changed)
 
 
-def rescaled(prediction: Prediction, structures: Structures, calibration: Calibration) -> Prediction:
+def calibrate_prediction(prediction: Prediction, structures: Structures, calibration: Calibration) -> Prediction:
     """The prediction with its variances as the calibration has them: widened where it is novel, each part times its weight and the
     square of the scale."""
     if calibration.typical_novelty is not None and prediction.novelty is not None:
-        prediction = widened(prediction, structures, calibration.typical_novelty)
+        prediction = widen_by_novelty(prediction, structures, calibration.typical_novelty)
     changed = {}
     for name, kind in CALIBRATED_AS.items():
         variance: Variance | None = getattr(prediction, name)
         if variance is None:
             continue
-        changed[name] = scaled(variance, calibration.kinds[kind])
+        changed[name] = calibrate_variance(variance, calibration.kinds[kind])
     return replace(prediction, **changed)
 
 
-def scaled(variance: Variance, learned: KindCalibration) -> Variance:
+def calibrate_variance(variance: Variance, learned: KindCalibration) -> Variance:
     """Each part times its weight and the square of the scale."""
     inducing, data, constant = (learned.scale**2 * w for w in learned.weights or (1.0, 1.0, 1.0))
     # of what is the same everywhere, label noise comes first; the model class has to answer for the rest, and for errors beyond
@@ -382,6 +382,6 @@ def scaled(variance: Variance, learned: KindCalibration) -> Variance:
     return Variance(inducing * variance.inducing, min(1.0, data) * variance.data, floor - noise + excess, noise)
 
 
-def growth(novelty: Tensor, typical: float) -> Tensor:
+def novelty_factor(novelty: Tensor, typical: float) -> Tensor:
     """max(1, novelty / typical)², the factor by which variances of an atom are larger where it is novel."""
     return (novelty / typical).clamp(1.0, 1e4) ** 2

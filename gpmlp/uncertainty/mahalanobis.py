@@ -30,7 +30,7 @@ FEW = 500  # rows up to which each of the folds is left out in turn; above, one 
 LEAST_THRESHOLD = 1.0  # distance; below one standard deviation nothing is far
 
 
-class Reservoir:
+class ReservoirSample:
     """At most `size` of the rows that stream by, each subset equally likely, whatever the chunks and their order.
 
     Each row draws a uniform key, and those with the largest keys stay (Efraimidis, Spirakis, Inf. Process. Lett. 97, 181 (2006)).
@@ -63,7 +63,7 @@ class Reservoir:
 
 
 @dataclass(frozen=True, eq=False)
-class Clusters:
+class SpeciesClusters:
     """What was seen around one central species: sufficient statistics of clusters in a reduced space, float64.
 
     With x − centre = Vy + r, y in the reduced space and r across it, the squared distance to cluster k is
@@ -89,14 +89,14 @@ class Clusters:
     residual: Tensor
 
     @staticmethod
-    def fit(features: Tensor, seed: int) -> Clusters:
+    def fit(features: Tensor, seed: int) -> SpeciesClusters:
         """Fit to (n, features) rows, n >= 1; the order of the rows does not matter beyond rounding."""
         x = features.detach().double().cpu()
         centre, components, variance = _principal(x)
         y = (x - centre) @ components
         labels = _labels(y, seed)
         k, r = int(labels.max()) + 1, components.shape[1]
-        empty = Clusters(
+        empty = SpeciesClusters(
             centre,
             components,
             variance,
@@ -154,7 +154,7 @@ class Clusters:
         zero = squared <= 0
         return squared.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
-    def updated(self, features: Tensor, labels: Tensor | None = None) -> Clusters:
+    def updated(self, features: Tensor, labels: Tensor | None = None) -> SpeciesClusters:
         """Statistics with more rows, each in its nearest cluster or in that of its label; the reduced space stays."""
         x = features.detach().to(self.centre)
         nearest = self.squared(x).argmin(1) if labels is None else labels
@@ -171,9 +171,9 @@ class Clusters:
             residual[k] += extra.sum()
         return replace(self, count=count, mean=mean, scatter=scatter, residual=residual)
 
-    def to(self, device: torch.device | str) -> Clusters:
+    def to(self, device: torch.device | str) -> SpeciesClusters:
         """Return the same on another device."""
-        return Clusters(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return SpeciesClusters(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +186,7 @@ class Mahalanobis:
         quantile: 0 to 1.
     """
 
-    species: dict[int, Clusters]
+    species: dict[int, SpeciesClusters]
     thresholds: dict[int, float]
     quantile: float
 
@@ -240,7 +240,7 @@ class Mahalanobis:
     def from_state(header: dict, tensors: Mapping[str, Tensor]) -> Mahalanobis:
         """Restore what state gave."""
         thresholds = {int(z): t for z, t in header["thresholds"].items()}
-        species = {z: Clusters(*(tensors[f"{z}.{f.name}"] for f in fields(Clusters))) for z in thresholds}
+        species = {z: SpeciesClusters(*(tensors[f"{z}.{f.name}"] for f in fields(SpeciesClusters))) for z in thresholds}
         return Mahalanobis(species, thresholds, header["quantile"])
 
     def _check(self, species: Tensor, features: Tensor) -> None:
@@ -249,7 +249,7 @@ class Mahalanobis:
         errors.shape("species", species, (len(features),), "One atomic number for each row of features.")
 
 
-def fit(
+def fit_mahalanobis(
     features: Mapping[int, Tensor], held_out: Mapping[int, Tensor] | None = None, quantile: float = 0.99, seed: int = 0
 ) -> Mahalanobis:
     """Learn what environments were seen, and how far held-out ones lie.
@@ -276,7 +276,7 @@ def fit(
                 errors.shape("features", x, ("n", features[z].shape[1]), f"Species {errors.symbol(z)}.")
                 if not torch.isfinite(x).all():
                     raise errors.UserError(f"`features` of {errors.symbol(z)} hold a NaN or infinite number.")
-        found[z] = Clusters.fit(features[z], seed)
+        found[z] = SpeciesClusters.fit(features[z], seed)
         unseen = (held_out or {}).get(z, features[z][:0])
         enough = len(unseen) >= HELD_OUT
         distances = found[z].distance(unseen.double()) if enough else _left_out(features[z], seed)
@@ -295,7 +295,7 @@ def _left_out(features: Tensor, seed: int) -> Tensor:
     for fold in folds[:1] if n > FEW else folds:
         rest = torch.ones(n, dtype=torch.bool, device=features.device)
         rest[fold] = False
-        distances.append(Clusters.fit(features[rest], seed).distance(features[fold].double()))
+        distances.append(SpeciesClusters.fit(features[rest], seed).distance(features[fold].double()))
     return torch.cat(distances)
 
 

@@ -12,14 +12,14 @@ from gpmlp.core.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.uncertainty.calibration import KindCalibration
 
-SUPPOSED = 2.0  # structures whose errors are taken to belong together entirely
+PRIOR_STRUCTURES = 2.0  # structures whose errors are taken to belong together entirely
 # eV/A, eV/A^3: below it, labels and predictions are zero by symmetry
-NOTHING = {"forces": 1e-6, "stresses": 1e-8, "energies": 0.0}
+ZERO_LABEL = {"forces": 1e-6, "stresses": 1e-8, "energies": 0.0}
 SYMMETRIC = 1e-9  # of the mean of what the data leave open: far less is left only where symmetry leaves nothing
-FIELDS = {"energies": "energies_variance", "forces": "forces_variance", "stresses": "stresses_variance"}
+VARIANCE_FIELDS = {"energies": "energies_variance", "forces": "forces_variance", "stresses": "stresses_variance"}
 
 
-def of_forces(structures: Structures, targets: Targets) -> float:
+def force_label_noise(structures: Structures, targets: Targets) -> float:
     """Standard deviation of the noise of force labels, eV/A, from the net force of each structure; NaN if no structure tells.
 
     Forces of any translation-invariant energy sum to zero, whatever the cutoff or the descriptor, so the sum over N atoms of labels
@@ -36,7 +36,7 @@ def of_forces(structures: Structures, targets: Targets) -> float:
     return (net[whole].square().sum() / (3 * structures.counts[whole].sum())).sqrt().item()
 
 
-def freedom(squares: Tensor) -> float:
+def degrees_of_freedom(squares: Tensor) -> float:
     """ν, as how many normal numbers structures tell a variance.
 
     Errors of one structure belong together; how much so is seen from how much (error/σ)² differs between structures. With v its
@@ -48,14 +48,14 @@ def freedom(squares: Tensor) -> float:
     """
     n = len(squares)
     differences = (squares / squares.mean() - 1).square().sum()
-    return 2 * n / float((differences + 2 * SUPPOSED) / (n - 1 + SUPPOSED))
+    return 2 * n / float((differences + 2 * PRIOR_STRUCTURES) / (n - 1 + PRIOR_STRUCTURES))
 
 
-def squares(
+def mean_square_residuals(
     name: str, kind: KindCalibration, structures: Structures, targets: Targets, prediction: Prediction
 ) -> Tensor:
     """(n,) mean squares of calibrated errors of a kind, of structures with a label of it."""
-    errors, parts, _ = residuals(name, structures, targets, prediction)
+    errors, parts, _ = split_residuals(name, structures, targets, prediction)
     owner = structures.structure_of_atom if name == "forces" else torch.arange(len(structures))
     owner = owner.to(errors.device).repeat_interleave(len(errors) // len(owner))
     known = errors.isfinite() & parts.isfinite().all(1)
@@ -65,7 +65,7 @@ def squares(
     return (sums / counts)[counts > 0]
 
 
-def vanishing(kind: str, targets: Targets, prediction: Prediction, parts: Tensor) -> Tensor:
+def zero_by_symmetry(kind: str, targets: Targets, prediction: Prediction, parts: Tensor) -> Tensor:
     """(n,) where symmetry leaves nothing: label and prediction are both zero, or next to nothing is open to the data.
 
     Args:
@@ -75,11 +75,11 @@ def vanishing(kind: str, targets: Targets, prediction: Prediction, parts: Tensor
     if kind == "stresses":
         a, b = torch.triu_indices(3, 3, device=mean.device)
         label, mean = label[:, a, b], mean[:, a, b]
-    none = ((label.abs() < NOTHING[kind]) & (mean.abs() < NOTHING[kind])).flatten()
+    none = ((label.abs() < ZERO_LABEL[kind]) & (mean.abs() < ZERO_LABEL[kind])).flatten()
     return none | (parts[:, 1] <= SYMMETRIC * parts[:, 1].nanmean())
 
 
-def residuals(
+def split_residuals(
     kind: str, structures: Structures, targets: Targets, prediction: Prediction
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Errors of a kind, per atom for energies, and by what their variance is made up.
@@ -89,7 +89,7 @@ def residuals(
     """
     checks.choose("kind of observation", kind, KINDS)
     difference = getattr(prediction, kind) - getattr(targets, kind)
-    variance: Variance | None = getattr(prediction, FIELDS[kind])
+    variance: Variance | None = getattr(prediction, VARIANCE_FIELDS[kind])
     if variance is None:
         raise ValueError(f"the prediction has no variance of {kind}")
     scale, species = torch.ones((), dtype=difference.dtype, device=difference.device), None

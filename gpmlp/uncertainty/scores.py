@@ -47,7 +47,7 @@ class Scores:
     spearman: float
 
 
-def scores(
+def score_errors(
     errors: Tensor, std: Tensor, multipliers: Mapping[float, float | Tensor] | None = None, group: Tensor | None = None
 ) -> Scores:
     """Compare standard deviations with errors.
@@ -65,11 +65,11 @@ def scores(
     Raises:
         checks.UserError: shapes that do not belong together; a std that is negative or not finite where the error is known.
     """
-    keep, e, s = known(errors, std)
+    keep, e, s = known_errors(errors, std)
     n = len(e)
     if not n:
         return Scores(0, *[math.nan] * (len(fields(Scores)) - 1))
-    s = s.clamp_min(least(s, e))
+    s = s.clamp_min(smallest_std(s, e))
     z = e / s
     coverage = []
     for level in (0.5, 0.68, 0.9, 0.95):
@@ -89,7 +89,7 @@ def scores(
         nll=(s.log() + z.square() / 2).mean().item() + math.log(2 * math.pi) / 2,
         crps=_crps(z, s).mean().item(),
         sharpness=_rms(s),
-        spearman=spearman(spread, size),
+        spearman=spearman_correlation(spread, size),
     )
 
 
@@ -98,7 +98,7 @@ def gaussian_multiplier(level: float) -> float:
     return torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
 
 
-def known(errors: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def known_errors(errors: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (mask of the known errors, those errors, their std) in float64.
 
     Raises:
@@ -119,7 +119,7 @@ def known(errors: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return keep, e, s
 
 
-def least(std: Tensor, errors: Tensor) -> float:
+def smallest_std(std: Tensor, errors: Tensor) -> float:
     """Smallest std that is told from 0: FLOOR times the rms of std or of errors, whichever is larger."""
     return max(FLOOR * _rms(std), FLOOR * _rms(errors), SMALLEST)
 
@@ -159,7 +159,7 @@ def _crps(z: Tensor, std: Tensor) -> Tensor:
     return std * (z * torch.special.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))
 
 
-def spearman(a: Tensor, b: Tensor) -> float:
+def spearman_correlation(a: Tensor, b: Tensor) -> float:
     """Rank correlation of two (n,) tensors, ties by average rank; NaN if n < 3 or one of them is constant or holds a NaN."""
     checks.shape("a", a, ("n",))
     checks.shape("b", b, (len(a),))
@@ -170,7 +170,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return (x @ y).item() / norm if norm > 0 else math.nan
 
 
-def auroc(score: Tensor, positive: Tensor) -> float:
+def area_under_roc(score: Tensor, positive: Tensor) -> float:
     """Chance that a positive scores above a negative, ties counting half (area under the ROC curve).
 
     Args:
@@ -196,7 +196,7 @@ def _ranks(values: Tensor) -> Tensor:
     return torch.from_numpy(rankdata(values.detach().cpu().double().numpy()))
 
 
-def sparsification(errors: Tensor, std: Tensor, fractions: Sequence[float]) -> tuple[Tensor, Tensor]:
+def sparsification_curve(errors: Tensor, std: Tensor, fractions: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Mean |error| left when the most uncertain fraction is removed, and the same removing the largest errors (the oracle).
 
     Rows of equal std share their mean |error|, so that their order does not matter. One row at least is left (Ilg et al., ECCV 2018).
@@ -209,7 +209,7 @@ def sparsification(errors: Tensor, std: Tensor, fractions: Sequence[float]) -> t
     Returns:
         two tensors (fractions,) in the unit of the errors; NaN where no error is known.
     """
-    _, e, s = known(errors, std)
+    _, e, s = known_errors(errors, std)
     for fraction in fractions:
         if not 0 <= fraction <= 1:
             raise checks.UserError(f"`fractions` must lie between 0 and 1; got {fraction}.")

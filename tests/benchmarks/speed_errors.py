@@ -20,7 +20,7 @@ from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.gp.kernels import Profile
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.potential.mean import MeanBlock, Term
+from gpmlp.potential.mean import EnergyTerm, MeanBlock
 from gpmlp.potential.potential import Potential
 from gpmlp.potential.stepper import Stepper
 
@@ -105,11 +105,13 @@ def std_errors(potential: Potential, some: Structures) -> dict[str, float]:
 
 
 @dataclass(frozen=True, eq=False)
-class RoundedTerm(Term):
+class RoundedTerm(EnergyTerm):
     """A term whose kernel and sums over centres are in single precision: what is not done, and why."""
 
-    def local(self, environments: Environments, profiles: dict[int, Profile] | None = None) -> tuple[Tensor, Tensor]:
-        energies, slopes = super().local(replace(environments, features=environments.features.float()))
+    def local_energies(
+        self, environments: Environments, profiles: dict[int, Profile] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        energies, slopes = super().local_energies(replace(environments, features=environments.features.float()))
         return energies.double(), slopes.double()
 
 

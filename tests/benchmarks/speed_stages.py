@@ -17,7 +17,7 @@ from gpmlp.core.environments import Surroundings, View
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors import cpu
 from gpmlp.gp import covariances, inducing
-from gpmlp.potential.mean import Term
+from gpmlp.potential.mean import EnergyTerm
 from gpmlp.potential.potential import Potential
 
 WHOLE = "whole: energy, forces, stress"
@@ -61,12 +61,12 @@ class Stage:
         return max(self.flops / (1e9 * machine.gemm), self.bytes / (1e9 * machine.memory))
 
 
-def _kernel_flops(term: Term, structures: Structures) -> float:
+def _kernel_flops(term: EnergyTerm, structures: Structures) -> float:
     """Of the mean's kernel and its slope, an atom."""
     total = 0.0
     for z, block in term.blocks.items():
         m, d = block.features.shape
-        total += float((structures.species == z).sum()) * (2 * d * d if z in term.collapsed else 4 * m * d)
+        total += float((structures.species == z).sum()) * (2 * d * d if z in term.quadratic_forms else 4 * m * d)
     return total / structures.n_atoms
 
 
@@ -87,7 +87,7 @@ def of_prediction(potential: Potential, cell: Structures) -> list[Stage]:
     made = term.descriptor
     view = View.of(made, cell)
     pairs, x, vectors = view.neighbors, view.environments.features, view.surroundings.vectors
-    local, cotangents = term.local(view.environments)
+    local, cotangents = term.local_energies(view.environments)
     gradients = view.environments.pull_back(cotangents)
     p, d, columns = len(pairs) / len(x), made.n_features, uncertain.n_columns
     channels, lm, nl = made.n_max * len(made.species), (made.l_max + 1) ** 2, made.n_max * (made.l_max + 1)
@@ -101,7 +101,7 @@ def of_prediction(potential: Potential, cell: Structures) -> list[Stage]:
         alone("vectors of pairs", 24 * p, 14 * p, lambda: Surroundings.of(cell, replace(pairs))),
         alone("expansion, power spectrum", p * (11 * nl + 4 * lm + 2 * made.n_max * lm + 30) + gram, 18 * p + states,
               lambda: cpu.environments(made, view.surroundings)),
-        alone("kernel, slope of the mean", _kernel_flops(term, cell), 3 * d, lambda: term.local(view.environments)),
+        alone("kernel, slope of the mean", _kernel_flops(term, cell), 3 * d, lambda: term.local_energies(view.environments)),
         alone("pull-back", p * (24 * nl + 4 * made.n_max * lm + 6 * lm) + 2 * channels**2 * lm, 12 * p + states,
               lambda: view.environments.pull_back(cotangents)),
         alone("forces, stress", 24 * p, 10 * p, lambda: neighbors.prediction(cell, pairs, vectors, local, gradients)),

@@ -30,11 +30,11 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import calibrate
 from gpmlp.gp.variance import VARIANCES
-from gpmlp.potential.evaluation import compare, judge
+from gpmlp.potential.evaluation import compare_prediction, score_variances
 from gpmlp.recipe import Recipe
 from gpmlp.report.model import collect
-from gpmlp.uncertainty.calibration import Calibration, rescaled, weigh
-from gpmlp.uncertainty.scores import Scores, scores
+from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction, fit_variance_weights
+from gpmlp.uncertainty.scores import Scores, score_errors
 
 MEMBERS = 8
 SHARE = 6  # of the centres, for each member
@@ -64,9 +64,9 @@ def committee(recipe: Recipe, structures: Structures, targets: Targets, tests: d
         stacked = torch.stack(forces[name])
         error = (stacked.mean(0) - sets[name][1].forces).flatten()
         parts = torch.stack([stacked.var(0).flatten(), torch.full_like(error, 1e-3)], dim=1)
-        weights = weigh(error, parts) if weights is None else weights
+        weights = fit_variance_weights(error, parts) if weights is None else weights
         atom = torch.arange(sets[name][0].n_atoms).repeat_interleave(3)
-        found[name] = scores(error, (parts @ weights).sqrt(), group=atom)
+        found[name] = score_errors(error, (parts @ weights).sqrt(), group=atom)
     return found, cpu
 
 
@@ -88,13 +88,15 @@ def run(name: str, data: Path, options: argparse.Namespace) -> dict:
         start = time.process_time()
         plain = potential(some, variance=VARIANCES, novelty=True, calibrated=False)
         result["predict_ms_per_atom"] = 1e3 * (time.process_time() - start) / some.n_atoms
-        found = compare(some, known, rescaled(plain, some, potential.calibration), potential.calibration)
+        found = compare_prediction(
+            some, known, calibrate_prediction(plain, some, potential.calibration), potential.calibration
+        )
         entry = {"calibrated": found.as_dict(), "rivals": collect.rivals(potential, some, known, found)}
         # as the evidence left it: with some, all and nothing of what the inducing set cannot represent
         raw, size = plain.forces_covariance, potential.variances.amplitude
         for form, share in (("scaled", 1.0), ("dtc", 1 / size), ("sor", 0.0)):
             prediction = replace(plain, forces_covariance=replace(raw, inducing=share * raw.inducing))
-            entry[f"raw_{form}"] = asdict(judge(some, known, prediction, Calibration.identity())["forces"])
+            entry[f"raw_{form}"] = asdict(score_variances(some, known, prediction, Calibration.identity())["forces"])
         entry |= {"committee": asdict(rival[label])} if rival else {}
         result["tests"][label] = entry
     return result

@@ -48,7 +48,7 @@ def pulled(frames, model):
 
     potential, structures = _loaded(frames, model)
     seen = View.of(potential.terms[0].descriptor, structures)
-    _, slopes = potential.terms[0].local(seen.environments)
+    _, slopes = potential.terms[0].local_energies(seen.environments)
 
     def call():
         view = View.of(potential.terms[0].descriptor, structures)

@@ -18,7 +18,7 @@ from gpmlp.potential.evaluation import Evaluation
 from gpmlp.potential.potential import Potential
 from gpmlp.report.model.data import ReportData
 from gpmlp.report.model.numbers import ORDERED
-from gpmlp.uncertainty.scores import Scores, auroc, spearman
+from gpmlp.uncertainty.scores import Scores, area_under_roc, spearman_correlation
 
 WORST = 0.1  # share of atoms whose force error counts as large in the ranking of indicators
 DIMER_POINTS = 60
@@ -107,7 +107,10 @@ def rivals(
         indicators["std of the force x novelty"] = indicators["predicted std of the force"] * prediction.novelty
     large = error >= error[known].quantile(1 - WORST)
     return {
-        name: {"Spearman": spearman(value[known], error[known]), "AUROC, worst 10 %": auroc(value[known], large[known])}
+        name: {
+            "Spearman": spearman_correlation(value[known], error[known]),
+            "AUROC, worst 10 %": area_under_roc(value[known], large[known]),
+        }
         for name, value in indicators.items()
     }
 

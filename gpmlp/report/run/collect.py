@@ -19,8 +19,7 @@ from gpmlp.core.errors import UserError, symbol
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io import archive, provenance
-from gpmlp.io.ase_atoms import iterate_frames
-from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.io.ase_atoms import iterate_frames, structures_from_ase
 from gpmlp.io.files import atomic, check_folder
 from gpmlp.io.recipe_files import validate
 from gpmlp.learning import checkpoint
