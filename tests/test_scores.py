@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
@@ -159,12 +160,42 @@ def test_auroc_counts_pairs():
 def test_sparsification():
     e = torch.tensor([4.0, -1.0, 2.0, -3.0], dtype=torch.float64)
     std = torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64)
-    left, oracle = s.sparsification_curve(e, std, [0, 0.25, 0.5, 1])
-    assert left.tolist() == pytest.approx([2.5, 2.0, 2.0, 1.0])
-    assert oracle.tolist() == pytest.approx([2.5, 2.0, 1.5, 1.0])
-    # equal std says nothing: the mean error stays, in whatever order the rows come
+    curve = s.sparsification_curve(e, std, [0, 0.25, 0.5, 1])
+    assert curve.rmse.square().tolist() == pytest.approx([7.5, 14 / 3, 5.0, 1.0])
+    assert curve.oracle.square().tolist() == pytest.approx([7.5, 14 / 3, 2.5, 1.0])
+    gap, room = (5**0.5 - 2.5**0.5) * 0.375, [7.5**0.5 - x**0.5 for x in (7.5, 14 / 3, 2.5, 1.0)]
+    area = 0.125 * (room[0] + room[1]) + 0.125 * (room[1] + room[2]) + 0.25 * (room[2] + room[3])
+    assert curve.share_of_oracle == pytest.approx(1 - gap / area)
+    # equal std says nothing: the rms error stays, in whatever order the rows come
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
-        assert s.sparsification_curve(e[order], torch.ones(4), [0.5])[0].tolist() == [2.5]
-    assert s.sparsification_curve(torch.zeros(0), torch.zeros(0), [0.1])[0].isnan().all()
+        assert s.sparsification_curve(e[order], torch.ones(4), [0.5]).rmse.square().tolist() == pytest.approx([7.5])
+    assert s.sparsification_curve(torch.zeros(0), torch.zeros(0), [0.1]).rmse.isnan().all()
     with pytest.raises(UserError, match="`fractions`"):
         s.sparsification_curve(e, std, [1.5])
+
+
+def test_curves_take_numpy_arrays_and_are_those_of_the_scores():
+    rng = np.random.default_rng(3)
+    std = rng.uniform(0.5, 2, 400)
+    error = std * rng.normal(size=400)
+    whole = s.score_errors(torch.from_numpy(error), torch.from_numpy(std))
+    coverage = s.gaussian_coverage(error / std, [0.5, 0.68, 0.9, 0.95])
+    assert coverage.tolist() == [whole.coverage_50, whole.coverage_68, whole.coverage_90, whole.coverage_95]
+    curve = s.reliability_curve(error / std, np.linspace(0, 1, 1001))
+    assert curve.area == pytest.approx(whole.miscalibration_area, abs=1e-15)
+    assert curve.bias == pytest.approx((curve.observed - curve.expected).mean().item(), abs=1e-15)
+    wide = s.reliability_curve(
+        error / (2 * std), np.linspace(0, 1, 1001)
+    )  # std too large: intervals hold too many errors
+    assert wide.bias > 0.1 and wide.area == pytest.approx(wide.bias, abs=1e-2)
+    bins = s.binned_calibration(error, std, 20)
+    assert [n for *_, n in bins] == [20] * 20 and np.all(np.diff([rms for rms, *_ in bins]) > 0)
+    assert whole.ence == pytest.approx(np.mean([abs(p - r) / p for p, r, _ in bins]), abs=1e-14)
+    order = np.argsort(std)[:20]
+    assert bins[0][1] == pytest.approx(np.sqrt(np.mean(error[order] ** 2)), abs=1e-14)
+    assert s.spearman_correlation(std, np.abs(error)) == whole.spearman
+    assert s.area_under_roc(std, std > 1) == 1
+
+
+def test_no_errors_no_coverage():
+    assert s.gaussian_coverage(np.zeros(0), [0.5]).isnan().all()

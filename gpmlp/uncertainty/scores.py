@@ -1,4 +1,7 @@
-"""Scores say how well standard deviations match errors: coverage, calibration, sharpness, likelihood, ranking."""
+"""Scores of predicted standard deviations against errors: coverage, calibration, sharpness, likelihood, ranking.
+
+Rows are errors of one kind, in any unit. Everything takes tensors or NumPy arrays and computes in float64.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gpmlp.core import errors as checks
+
+Array = Tensor | np.ndarray
 
 FLOOR = 1e-6  # smallest standard deviation that is told from 0, relative to the rms of std or of errors, whichever is larger
 BINS = (5, 20)  # of ENCE: about sqrt(n), within these
@@ -63,7 +69,7 @@ def score_errors(
             the rms std and rms error of the groups, since the size of one component of a vector is mostly chance.
 
     Raises:
-        checks.UserError: shapes that do not belong together; a std that is negative or not finite where the error is known.
+        UserError: shapes that do not belong together; a std that is negative or not finite where the error is known.
     """
     keep, e, s = known_errors(errors, std)
     n = len(e)
@@ -83,7 +89,7 @@ def score_errors(
     return Scores(
         n,
         *coverage,
-        miscalibration_area=_miscalibration_area(z),
+        miscalibration_area=reliability_curve(z, torch.linspace(0, 1, GRID, dtype=torch.float64)).area,
         ence=_ence(e, s),
         # −log N(e; 0, s²)
         nll=(s.log() + z.square() / 2).mean().item() + math.log(2 * math.pi) / 2,
@@ -99,10 +105,10 @@ def gaussian_multiplier(level: float) -> float:
 
 
 def known_errors(errors: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (mask of the known errors, those errors, their std) in float64.
+    """Return (mask of the errors that are not NaN, those errors, their std) in float64.
 
     Raises:
-        checks.UserError: as `scores`.
+        UserError: as `score_errors`.
     """
     checks.shape("errors", errors, ("n",))
     checks.shape("std", std, (len(errors),))
@@ -135,32 +141,62 @@ def _rms_by(group: Tensor, values: Tensor) -> Tensor:
     return (total / count).sqrt()
 
 
-def _miscalibration_area(z: Tensor) -> float:
-    # |z| lies inside the central interval of level p exactly when erf(|z|/√2) <= p
-    level = torch.special.erf(z.abs() / math.sqrt(2)).sort().values
-    expected = torch.linspace(0, 1, GRID, dtype=z.dtype, device=z.device)
-    observed = torch.searchsorted(level, expected, right=True).double() / len(z)
-    return torch.trapezoid((observed - expected).abs(), expected).item()
+def gaussian_coverage(z: Array, levels: Sequence[float] | Array) -> Tensor:
+    """Share (levels,) of errors inside the central Gaussian intervals of these probabilities; NaN of no errors.
+
+    Args:
+        z: (n,) error / std.
+    """
+    size = torch.as_tensor(z).double().abs().sort().values
+    reach = torch.special.ndtri((1 + torch.as_tensor(levels, dtype=torch.float64)) / 2).to(size)
+    return torch.searchsorted(size, reach, right=True).double() / len(size)
+
+
+@dataclass(frozen=True)
+class ReliabilityCurve:
+    """Observed against expected coverage of central Gaussian intervals.
+
+    Attributes:
+        expected, observed: (levels,) probability of the interval, share of the errors inside.
+        area: ∫ |observed − expected| over the levels; bias: mean of observed − expected, positive where std is too large.
+    """
+
+    expected: Tensor
+    observed: Tensor
+    area: float
+    bias: float
+
+
+def reliability_curve(z: Array, levels: Sequence[float] | Array) -> ReliabilityCurve:
+    """Coverage at each of some increasing levels, of errors / std (n,)."""
+    expected = torch.as_tensor(levels, dtype=torch.float64)
+    observed = gaussian_coverage(z, expected).cpu()
+    difference = observed - expected
+    area = torch.trapezoid(difference.abs(), expected).item()
+    return ReliabilityCurve(expected, observed, area, difference.mean().item())
+
+
+def binned_calibration(errors: Array, std: Array, bins: int) -> list[tuple[float, float, int]]:
+    """(rms std, rms error, number of errors) of bins of equally many errors, from small to large std."""
+    e, s = torch.as_tensor(errors).double(), torch.as_tensor(std).double()
+    parts = s.argsort(stable=True).tensor_split(max(1, min(bins, len(s))))
+    return [(_rms(s[part]), _rms(e[part]), len(part)) for part in parts if len(part)]
 
 
 def _ence(errors: Tensor, std: Tensor) -> float:
-    n = len(errors)
-    bins = min(n, max(BINS[0], min(BINS[1], round(math.sqrt(n)))))
-    terms = []
-    for members in std.argsort(stable=True).tensor_split(bins):
-        spread = _rms(std[members])
-        terms.append(abs(spread - _rms(errors[members])) / spread)
-    return sum(terms) / bins
+    bins = max(BINS[0], min(BINS[1], round(math.sqrt(len(errors)))))
+    terms = [abs(predicted - rms) / predicted for predicted, rms, _ in binned_calibration(errors, std, bins)]
+    return sum(terms) / len(terms)
 
 
 def _crps(z: Tensor, std: Tensor) -> Tensor:
-    # σ [ z (2 Φ(z) − 1) + 2 φ(z) − 1/√π ], Gneiting & Raftery, JASA 102, 359 (2007), eq. 21 with the sign turned
+    # σ [ z (2 Φ(z) − 1) + 2 φ(z) − 1/√π ], Gneiting & Raftery, JASA 102, 359 (2007), eq. 21 with the opposite sign
     density = (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
     return std * (z * torch.special.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))
 
 
-def spearman_correlation(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two (n,) tensors, ties by average rank; NaN if n < 3 or one of them is constant or holds a NaN."""
+def spearman_correlation(a: Array, b: Array) -> float:
+    """Rank correlation of two (n,) arrays, ties by average rank; NaN if n < 3 or one of them is constant or holds a NaN."""
     checks.shape("a", a, ("n",))
     checks.shape("b", b, (len(a),))
     if len(a) < 3:
@@ -170,7 +206,7 @@ def spearman_correlation(a: Tensor, b: Tensor) -> float:
     return (x @ y).item() / norm if norm > 0 else math.nan
 
 
-def area_under_roc(score: Tensor, positive: Tensor) -> float:
+def area_under_roc(score: Array, positive: Array) -> float:
     """Chance that a positive scores above a negative, ties counting half (area under the ROC curve).
 
     Args:
@@ -182,43 +218,57 @@ def area_under_roc(score: Tensor, positive: Tensor) -> float:
     """
     checks.shape("score", score, ("n",))
     checks.shape("positive", positive, (len(score),))
-    positive = positive.bool().cpu()
-    yes, no = int(positive.sum()), int((~positive).sum())
+    chosen = torch.as_tensor(positive).bool().cpu()
+    yes, no = int(chosen.sum()), int((~chosen).sum())
     if not yes or not no:
         return math.nan
     # Mann-Whitney: U = Σ ranks of the positives − n₊(n₊ + 1)/2
-    return (_ranks(score)[positive].sum().item() - yes * (yes + 1) / 2) / (yes * no)
+    return (_ranks(score)[chosen].sum().item() - yes * (yes + 1) / 2) / (yes * no)
 
 
-def _ranks(values: Tensor) -> Tensor:
+def _ranks(values: Array) -> Tensor:
     from scipy.stats import rankdata  # slow to import
 
-    return torch.from_numpy(rankdata(values.detach().cpu().double().numpy()))
+    return torch.from_numpy(rankdata(torch.as_tensor(values).detach().cpu().double().numpy()))
 
 
-def sparsification_curve(errors: Tensor, std: Tensor, fractions: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Mean |error| left when the most uncertain fraction is removed, and the same removing the largest errors (the oracle).
+@dataclass(frozen=True)
+class SparsificationCurve:
+    """Rms error of what remains when the most uncertain errors are removed (Ilg et al., ECCV 2018).
 
-    Rows of equal std share their mean |error|, so that their order does not matter. One row at least is left (Ilg et al., ECCV 2018).
+    Attributes:
+        removed: (fractions,) shares removed.
+        rmse: (fractions,) where those of the largest std are removed; oracle: where the largest errors are. Unit of the errors.
+        share_of_oracle: 1 = std orders as the errors do, 0 = as chance: 1 − ∫ (rmse − oracle) / ∫ (rmse of all − oracle); NaN where
+            all errors are equal.
+    """
+
+    removed: Tensor
+    rmse: Tensor
+    oracle: Tensor
+    share_of_oracle: float
+
+
+def sparsification_curve(errors: Array, std: Array, fractions: Sequence[float] | Array) -> SparsificationCurve:
+    """Remove increasing fractions of the errors, each 0 to 1; one error at least remains.
+
+    Errors of equal std share their mean square, so that their order does not matter.
 
     Args:
         errors: (n,) NaN = not known, dropped.
         std: (n,)
-        fractions: removed, each 0 to 1.
-
-    Returns:
-        two tensors (fractions,) in the unit of the errors; NaN where no error is known.
     """
-    _, e, s = known_errors(errors, std)
-    for fraction in fractions:
-        if not 0 <= fraction <= 1:
-            raise checks.UserError(f"`fractions` must lie between 0 and 1; got {fraction}.")
+    _, e, s = known_errors(torch.as_tensor(errors), torch.as_tensor(std))
+    removed = torch.as_tensor(fractions, dtype=torch.float64)
+    if not ((removed >= 0) & (removed <= 1)).all():
+        raise checks.UserError(f"`fractions` must lie between 0 and 1; got {removed.tolist()}.")
     if not len(e):
-        nothing = e.new_full((len(fractions),), math.nan)
-        return nothing, nothing.clone()
-    size = e.abs()
+        nothing = torch.full_like(removed, math.nan)
+        return SparsificationCurve(removed, nothing, nothing, math.nan)
+    square = e.square()
     _, inverse, count = torch.unique(s, return_inverse=True, return_counts=True)
-    shared = (size.new_zeros(len(count)).index_add(0, inverse, size) / count)[inverse]
-    left = torch.tensor([max(1, len(e) - round(f * len(e))) for f in fractions], device=e.device, dtype=torch.long)
-    means = [v.cumsum(0)[left - 1] / left for v in (shared[s.argsort()], size.sort().values)]
-    return means[0], means[1]
+    shared = (square.new_zeros(len(count)).index_add(0, inverse, square) / count)[inverse]
+    left = ((1 - removed) * len(e)).round().long().clamp_min(1).to(e.device)
+    rmse, oracle = ((v.cumsum(0)[left - 1] / left).sqrt().cpu() for v in (shared[s.argsort()], square.sort().values))
+    gap, room = (torch.trapezoid(v - oracle, removed).item() for v in (rmse, square.mean().sqrt().cpu()))
+    return SparsificationCurve(removed, rmse, oracle, 1 - gap / room if room > 0 else math.nan)
