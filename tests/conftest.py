@@ -58,7 +58,7 @@ def small_set(small_atoms):
 @pytest.fixture(scope="session")
 def small_recipe():
     """A recipe that fits in seconds."""
-    return recipe_files.validate(
+    return recipe_files.validate_recipe(
         {
             "descriptor": {"cutoff": 4.0, "n_max": 5, "l_max": 3},
             "kernel": {"zeta": 2},
@@ -93,5 +93,5 @@ def model_file(potential, tmp_path_factory):
 def train_file(small_atoms, tmp_path_factory):
     """small_atoms as extended XYZ; not to be written to."""
     path = tmp_path_factory.mktemp("data") / "train.xyz"
-    ase_atoms.write(path, small_atoms)
+    ase_atoms.write_frames(path, small_atoms)
     return path

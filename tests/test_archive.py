@@ -13,7 +13,7 @@ import torch
 
 from gpmlp.core.errors import UserError
 from gpmlp.io import archive
-from gpmlp.io.files import atomic, check_target
+from gpmlp.io.files import atomic_write, check_target
 
 
 class Double:
@@ -144,7 +144,7 @@ def test_a_device_that_is_full(double):
 def test_an_interruption_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(error), atomic(path, text=True) as file:
+    with pytest.raises(error), atomic_write(path, text=True) as file:
         file.write("half of the n")
         raise error
     assert path.read_text() == "old"
@@ -155,7 +155,7 @@ def test_atomic_follows_links_and_keeps_permissions_open(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("old")
     link.symlink_to(target)
-    with atomic(link, text=True) as file:
+    with atomic_write(link, text=True) as file:
         file.write("new")
     assert link.is_symlink() and target.read_text() == "new"
 

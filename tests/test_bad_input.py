@@ -43,7 +43,7 @@ def refused(tmp_path, capsys, monkeypatch):
         if isinstance(content, (str, bytes)):
             (tmp_path / "train.xyz").write_bytes(content if isinstance(content, bytes) else content.encode())
         else:
-            ase_atoms.write(tmp_path / "train.xyz", content)
+            ase_atoms.write_frames(tmp_path / "train.xyz", content)
         status = main.main(["fit", "train.xyz", "-o", "m.gpmlp", *SMALL, *options])
         error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert status == 2
@@ -102,7 +102,7 @@ def test_labels_of_other_names(capsys, model_file, frames, tmp_path):
         bare(frame)
         frame.info |= {"E_pbe": energy, "label": "a"}
         frame.arrays["f_pbe"] = forces
-    ase_atoms.write(tmp_path / "other.xyz", frames)
+    ase_atoms.write_frames(tmp_path / "other.xyz", frames)
     assert main.main(["evaluate", str(model_file), str(tmp_path / "other.xyz")]) == 0
     energies, forces = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
     assert "no energies were recognised in any of its 6 frames; their info hold E_pbe. Energies are called" in energies
@@ -113,7 +113,7 @@ def test_labels_of_other_names(capsys, model_file, frames, tmp_path):
             frame.info["REF_energy"] = 1.0
             if k:
                 del frame.arrays["f_pbe"]
-        ase_atoms.write(tmp_path / "other.xyz", frames)
+        ase_atoms.write_frames(tmp_path / "other.xyz", frames)
         assert main.main(["evaluate", str(model_file), str(tmp_path / "other.xyz")]) == 0
         assert capsys.readouterr().err.count("no forces were recognised") == expected
 
@@ -165,7 +165,7 @@ def test_species_without_training_data(potential, model_file, capsys, tmp_path):
     silver = labelled(ase.build.bulk("Ag"))
     with pytest.raises(UserError, match="not trained on Ag .*it knows Cu"):
         potential(ase_atoms.from_ase([silver])[0])
-    ase_atoms.write(tmp_path / "ag.xyz", [copper(0), silver])
+    ase_atoms.write_frames(tmp_path / "ag.xyz", [copper(0), silver])
     assert main.main(["evaluate", str(model_file), str(tmp_path / "ag.xyz")]) == 2
     assert "ag.xyz frame 1: the potential was not trained on Ag" in " ".join(capsys.readouterr().err.split())
 
@@ -245,7 +245,7 @@ def test_recipe_with_a_typo(refused, frames, tmp_path):
 
 def test_disk_full_while_the_model_is_written(tmp_path, frames, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ase_atoms.write("train.xyz", frames)
+    ase_atoms.write_frames("train.xyz", frames)
     (tmp_path / "m.gpmlp").write_text("old")
 
     def full(_):

@@ -171,8 +171,8 @@ def test_features_of_the_atom_do_not_change():
     """By the descriptor itself, and the test that says so can fail."""
     whole = frame(aluminium())
     cut = carve(whole, 7, REACH)
-    found = defaults.survey(whole, Targets.unknown(whole))
-    chosen = defaults.resolve(Recipe(descriptor={"n_max": 4, "l_max": 3, "cutoff": REACH}), found, 1)
+    found = defaults.summarise_data(whole, Targets.unknown(whole))
+    chosen = defaults.resolve_recipe(Recipe(descriptor={"n_max": 4, "l_max": 3, "cutoff": REACH}), found, 1)
     made = descriptors.make((13,), chosen.descriptors[0].model_dump())
     before = View.of(made, whole).environments.features[7]
     after_ = View.of(made, cut.structure).environments.features

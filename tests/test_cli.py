@@ -104,7 +104,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     """In another file, with other names and digits: evaluate and report say that they are no test."""
     frames = [copper(100 + seed) for seed in range(24)]
     model, train, other = tmp_path / "m.gpmlp", tmp_path / "train.xyz", tmp_path / "other.xyz"
-    ase_atoms.write(train, frames)
+    ase_atoms.write_frames(train, frames)
     assert gpmlp("fit", train, *QUICK, "--set", "noise.energy_per_atom.bounds=[0.5,0.9]", "-o", model)[0] == 0
     source = archive.read_header(model)["header"]["calibration"]["source"]
     assert source["held_out_structures"] == len(source["fingerprints"]) == 8
@@ -113,7 +113,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     for frame, i in zip(held, numbers, strict=True):
         frame.positions = frame.positions.round(7)
         frame.calc = frames[i].calc
-    ase_atoms.write(other, [*held, copper(300), copper(301)])
+    ase_atoms.write_frames(other, [*held, copper(300), copper(301)])
 
     status, _, err = gpmlp("evaluate", model, other, "--no-variance")
     assert status == 0 and "other.xyz: 8 of 10 structures are among those from which this model" in " ".join(
@@ -125,7 +125,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     assert record["answers"]["How wrong is it?"].startswith("Of these structures 8 of 10 are among those")
     assert "fingerprints" not in json.dumps(record)
 
-    ase_atoms.write(other, [copper(300), copper(301)])
+    ase_atoms.write_frames(other, [copper(300), copper(301)])
     status, _, err = gpmlp("evaluate", model, other, "--no-variance")
     assert status == 0 and "are among those" not in err
     said = " ".join(gpmlp("info", model)[1].split())

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from gpmlp.cli import main, progress
-from gpmlp.io.recipe_files import load_as
+from gpmlp.io.recipe_files import load_recipe_as
 from gpmlp.learning import loop, walker_state
 from gpmlp.learning.recipe import LearnRecipe
 
@@ -86,7 +86,7 @@ def test_a_run_and_going_on(recipe, capsys):
 
 def test_the_bar_fits(recipe, monkeypatch):
     """Nothing is cut off on a terminal of 80 columns, and only the note on a wide one."""
-    chosen = load_as(LearnRecipe, recipe)
+    chosen = load_recipe_as(LearnRecipe, recipe)
     states = list(loop.learn(chosen, recipe.parent))
     for width in (80, 120):
         file = io.StringIO()

@@ -23,7 +23,7 @@ from systems import (
 from gpmlp.core import neighbors
 from gpmlp.core.environments import Surroundings
 from gpmlp.core.structures import Structures
-from gpmlp.fitting.sparse_points import directions, make_block
+from gpmlp.fitting.sparse_points import gradient_directions, make_block
 from gpmlp.gp import covariances, posterior
 from gpmlp.gp import inducing as inducing_module
 from gpmlp.gp.inducing import InducingBlock
@@ -186,7 +186,7 @@ def test_tangents_are_orthonormal_physical_directions(model):
     heap = cluster()
     surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF))
     environments = made(surroundings)
-    tangents = directions(made, surroundings, 4)
+    tangents = gradient_directions(made, surroundings, 4)
     for e in range(len(surroundings)):
         t = tangents[e]
         torch.testing.assert_close(
@@ -204,7 +204,7 @@ def test_more_directions_than_there_are_come_as_zeros_and_are_dropped():
     trimer = cluster((6, 1, 8), 2, 2.5)
     surroundings = Surroundings.of(trimer, neighbors.find(trimer, CUTOFF))
     assert len(surroundings.centers) == 6
-    tangents = directions(made, surroundings, 8)
+    tangents = gradient_directions(made, surroundings, 8)
     assert (tangents.norm(dim=2) > 0.5).sum(1).tolist() == [3, 3, 3]
     mine = surroundings.select([0])
     block, _, _ = make_block(6, made(mine).features, mine, made, kernel, 8)

@@ -19,9 +19,9 @@ MOLECULES = Structures.concatenate([cluster(seed=s) for s in range(4)])
 CRYSTALS = Structures.concatenate([crystal(kind) for kind in ("cubic", "triclinic", "left-handed")])
 
 
-def _survey(structures: Structures, labels: int = 4000) -> defaults.Survey:
-    found = defaults.survey(structures, Targets.unknown(structures))
-    return defaults.Survey(found.shortest, found.bond, found.periodic, labels, found.n_environments)
+def _survey(structures: Structures, labels: int = 4000) -> defaults.DataSummary:
+    found = defaults.summarise_data(structures, Targets.unknown(structures))
+    return defaults.DataSummary(found.shortest, found.bond, found.periodic, labels, found.n_environments)
 
 
 def open_choices(section: BaseModel, path: str = "") -> list[str]:
@@ -49,7 +49,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("structures", [MOLECULES, CRYSTALS], ids=["molecules", "crystals"])
 def test_nothing_is_left_open(name, structures):
-    recipe = defaults.resolve(
+    recipe = defaults.resolve_recipe(
         Recipe.model_validate(RECIPES[name]), _survey(structures), len(structures.distinct_species)
     )
     # noises stay open until the evidence is maximised; inner and outer of ZBL belong to pairs of species
@@ -76,7 +76,7 @@ def test_given_choices_stay():
         "kernel": {"zeta": 1},
         "inducing": {"n": 3, "gradients": 0},
     }
-    recipe = defaults.resolve(Recipe.model_validate(given), _survey(MOLECULES), 3)
+    recipe = defaults.resolve_recipe(Recipe.model_validate(given), _survey(MOLECULES), 3)
     d = recipe.descriptors[0]
     assert (d.cutoff, d.n_max, d.l_max, d.sigma_atom, d.shortest) == (3.3, 5, 0, 0.7, 1.5)
     assert d.radial_scaling.exponent == 0
@@ -89,26 +89,26 @@ def test_the_survey_finds_distances_and_counts_labels():
     targets = Targets.unknown(heap)
     targets.energies[0] = 1.0
     targets.forces[:2] = 0.0
-    found = defaults.survey(heap, targets)
+    found = defaults.summarise_data(heap, targets)
     assert found.shortest == pytest.approx({(1, 6): 1.1, (1, 8): 2.2, (6, 8): 3.3})
     assert found.bond == pytest.approx(1.1)
     assert not found.periodic
     assert found.n_labels == 1 + 6
     assert found.n_environments == 3
-    assert defaults.survey(CRYSTALS, Targets.unknown(CRYSTALS)).periodic
+    assert defaults.summarise_data(CRYSTALS, Targets.unknown(CRYSTALS)).periodic
 
 
 def test_single_atoms_and_distant_atoms_are_surveyed():
     alone = structure([[0, 0, 0]], [6])
-    assert defaults.survey(alone, Targets.unknown(alone)).shortest == {}
+    assert defaults.summarise_data(alone, Targets.unknown(alone)).shortest == {}
     far = structure([[0, 0, 0], [0, 0, 7.0]], (6, 6))
-    assert defaults.survey(far, Targets.unknown(far)).bond == pytest.approx(7.0)
+    assert defaults.summarise_data(far, Targets.unknown(far)).bond == pytest.approx(7.0)
 
 
 def test_more_memory_or_labels_never_mean_fewer_columns():
     def columns(labels: int, memory: float) -> int:
-        big = defaults.Survey({(6, 6): 1.3}, 1.5, True, labels, 100_000)
-        i = defaults.resolve(Recipe(memory_GB=memory), big, 1).inducings[0]
+        big = defaults.DataSummary({(6, 6): 1.3}, 1.5, True, labels, 100_000)
+        i = defaults.resolve_recipe(Recipe(memory_GB=memory), big, 1).inducings[0]
         return i.n * (1 + i.gradients)
 
     assert columns(1000, 3.0) <= columns(100_000, 3.0) <= columns(100_000, 12.0)

@@ -147,8 +147,8 @@ def start() -> Atoms:
 
 
 def test_nve_conserves_energy(calculator):
-    settings = md.Settings("nve", temperature_K=300, steps=60, timestep_fs=2.0, interval=20, seed=1)
-    states = list(md.run(start(), calculator, settings))
+    settings = md.MDSettings("nve", temperature_K=300, steps=60, timestep_fs=2.0, interval=20, seed=1)
+    states = list(md.run_dynamics(start(), calculator, settings))
     assert [state.step for state in states] == [0, 20, 40, 60]
     assert states[-1].time_fs == pytest.approx(120.0)
     # velocity Verlet at 2 fs: fluctuations of 1e-4 of the kinetic energy exchanged, ~0.04 eV/atom
@@ -158,56 +158,56 @@ def test_nve_conserves_energy(calculator):
 
 
 def test_nvt_is_reproducible_and_conserves_energy_less_heat(calculator):
-    settings = md.Settings("nvt", temperature_K=300, steps=20, timestep_fs=2.0, relaxation_fs=20.0, seed=5)
-    first, again = (list(md.run(start(), calculator, settings)) for _ in range(2))
+    settings = md.MDSettings("nvt", temperature_K=300, steps=20, timestep_fs=2.0, relaxation_fs=20.0, seed=5)
+    first, again = (list(md.run_dynamics(start(), calculator, settings)) for _ in range(2))
     assert first[-1].potential_eV == again[-1].potential_eV
     assert abs(first[-1].drift_eV_per_atom) < 2e-4
     assert abs(first[-1].atoms.info["heat_eV"]) > 1e-3
-    other = list(md.run(start(), calculator, md.Settings("nvt", 300, 20, 2.0, 20.0, seed=6)))
+    other = list(md.run_dynamics(start(), calculator, md.MDSettings("nvt", 300, 20, 2.0, 20.0, seed=6)))
     assert other[-1].potential_eV != first[-1].potential_eV
 
 
 def test_velocities_of_the_start_are_kept(calculator):
     frame = start()
     frame.set_velocities(np.full((8, 3), 0.01))
-    state = next(md.run(frame, calculator, md.Settings("nve")))
+    state = next(md.run_dynamics(frame, calculator, md.MDSettings("nve")))
     assert state.kinetic_eV == pytest.approx(frame.get_kinetic_energy())
     with pytest.raises(UserError, match="no velocities: give a temperature"):
-        next(md.run(start(), calculator, md.Settings("nve")))
+        next(md.run_dynamics(start(), calculator, md.MDSettings("nve")))
 
 
 def test_settings_are_checked():
     with pytest.raises(UserError, match="`temperature_K` must be given for ensemble nvt"):
-        md.Settings("nvt")
+        md.MDSettings("nvt")
     with pytest.raises(UserError, match="`timestep_fs` must be positive; got -1"):
-        md.Settings(timestep_fs=-1)
+        md.MDSettings(timestep_fs=-1)
     with pytest.raises(UserError, match="Unknown ensemble 'nve2'. Perhaps you meant 'nve'"):
-        md.Settings("nve2")
+        md.MDSettings("nve2")
 
 
 def test_a_run_that_blows_up_says_so(calculator):
     frame = start()
     frame.set_velocities(np.random.default_rng(0).standard_normal((8, 3)) * 10 / units.fs)
     with pytest.raises(UserError, match="blown up|apart"):
-        list(md.run(frame, calculator, md.Settings("nve", steps=5, timestep_fs=1.0, interval=1)))
+        list(md.run_dynamics(frame, calculator, md.MDSettings("nve", steps=5, timestep_fs=1.0, interval=1)))
 
 
 def test_resumed_run_equals_an_uninterrupted_one(calculator, tmp_path):
-    whole = md.Settings("nve", 300, steps=20, timestep_fs=2.0, interval=5, seed=1)
-    half = md.Settings("nve", 300, steps=10, timestep_fs=2.0, interval=5, seed=1)
-    expected = list(md.run(start(), calculator, whole))
+    whole = md.MDSettings("nve", 300, steps=20, timestep_fs=2.0, interval=5, seed=1)
+    half = md.MDSettings("nve", 300, steps=10, timestep_fs=2.0, interval=5, seed=1)
+    expected = list(md.run_dynamics(start(), calculator, whole))
     trajectory, table = tmp_path / "t.xyz", tmp_path / "e.dat"
-    with md.record(trajectory, table) as append:
-        for state in md.run(start(), calculator, half):
+    with md.record_trajectory(trajectory, table) as append:
+        for state in md.run_dynamics(start(), calculator, half):
             append(state)
     # killed while writing the next frame and line
     with open(trajectory, "a") as file:
         file.write("8\nProperties=species:S:1:pos:R:3\nCu 0.0 0.0 0.0\n")
     with open(table, "a") as file:
         file.write("        15   30.0")
-    again = md.resume(trajectory, table)
-    with md.record(trajectory, table) as append:
-        for state in md.run(again, calculator, whole):
+    again = md.resume_trajectory(trajectory, table)
+    with md.record_trajectory(trajectory, table) as append:
+        for state in md.run_dynamics(again, calculator, whole):
             append(state)
     frames = ase.io.read(trajectory, ":")
     assert [frame.info["step"] for frame in frames] == [0, 5, 10, 15, 20]
@@ -222,30 +222,30 @@ def test_resumed_run_equals_an_uninterrupted_one(calculator, tmp_path):
 
 def test_resume_needs_a_trajectory(tmp_path, small_atoms):
     with pytest.raises(UserError, match="there is no trajectory to resume"):
-        md.resume(tmp_path / "none.xyz", None)
+        md.resume_trajectory(tmp_path / "none.xyz", None)
     ase.io.write(tmp_path / "other.xyz", small_atoms[0])
     with pytest.raises(UserError, match="was not written by gpmlp md"):
-        md.resume(tmp_path / "other.xyz", None)
+        md.resume_trajectory(tmp_path / "other.xyz", None)
     (tmp_path / "cut.xyz").write_text("8\n")
     with pytest.raises(UserError, match="holds no complete frame"):
-        md.resume(tmp_path / "cut.xyz", None)
+        md.resume_trajectory(tmp_path / "cut.xyz", None)
 
 
 def test_resume_cuts_nothing_off_files_that_are_not_of_the_run(calculator, tmp_path):
     trajectory, table = tmp_path / "t.xyz", tmp_path / "e.dat"
-    with md.record(trajectory, table) as append:
-        append(next(md.run(start(), calculator, md.Settings("nve", 300))))
+    with md.record_trajectory(trajectory, table) as append:
+        append(next(md.run_dynamics(start(), calculator, md.MDSettings("nve", 300))))
     before = trajectory.read_text() + "8\ncut off"
     trajectory.write_text(before)
     for notes in ("my notes\n", "notes without a line end"):
         (tmp_path / "notes").write_text(notes)
         with pytest.raises(UserError, match="notes: is no table of energies written by gpmlp md"):
-            md.resume(trajectory, tmp_path / "notes")
+            md.resume_trajectory(trajectory, tmp_path / "notes")
         assert (tmp_path / "notes").read_text() == notes
     with pytest.raises(UserError, match="t.xyz: is a run of Cu8, but the start is Ag4; give the start which that run"):
-        md.resume(trajectory, table, ase.build.bulk("Ag", cubic=True))
+        md.resume_trajectory(trajectory, table, ase.build.bulk("Ag", cubic=True))
     assert trajectory.read_text() == before
-    assert md.resume(trajectory, table, start()).info["step"] == 0
+    assert md.resume_trajectory(trajectory, table, start()).info["step"] == 0
     assert trajectory.read_text() == before.removesuffix("8\ncut off")
 
 
@@ -262,9 +262,9 @@ def test_old_files_are_not_replaced_unasked(tmp_path):
 def test_files_are_touched_when_the_first_state_has_come(calculator, tmp_path):
     old, table = tmp_path / "t.xyz", tmp_path / "e.dat"
     old.write_text("old")
-    with md.record(old, table, replace=True) as append:
+    with md.record_trajectory(old, table, replace=True) as append:
         assert old.read_text() == "old" and not table.exists()
-        for state in md.run(start(), calculator, md.Settings("nve", 300, steps=2, interval=1)):
+        for state in md.run_dynamics(start(), calculator, md.MDSettings("nve", 300, steps=2, interval=1)):
             append(state)
     assert len(ase.io.read(old, ":")) == 3 and len(table.read_text().splitlines()) == 4
 
@@ -274,7 +274,7 @@ def test_files_are_touched_when_the_first_state_has_come(calculator, tmp_path):
 
 def test_doubt_is_what_the_potential_says(potential):
     frame = copper(43, cells=3, rattle=0.2)
-    found = md.watch(potential)(frame)
+    found = md.uncertainty_monitor(potential)(frame)
     structures, _ = from_ase([frame])
     whole = potential(structures, ["atom_energies", "forces"], novelty=True)
     np.testing.assert_allclose(found.local_energy_std, whole.atom_energies_variance.total.sqrt(), rtol=1e-12)
@@ -286,7 +286,7 @@ def test_doubt_is_what_the_potential_says(potential):
     assert found.force_atom in suspects.tolist() and found.force_std == pytest.approx(float(std[found.force_atom]))
     assert found.largest == (found.force_std, found.local_energy_std.max(), found.novelty.max())
     frame = copper(44)
-    few = md.watch(potential)(frame)  # of so few atoms all are looked at
+    few = md.uncertainty_monitor(potential)(frame)  # of so few atoms all are looked at
     structures, _ = from_ase([frame])
     every = potential(structures, "forces").forces_variance.total.sum(1).sqrt()
     assert few.force_std == pytest.approx(float(every.max()), rel=1e-9) and few.force_atom == int(every.argmax())
@@ -294,11 +294,11 @@ def test_doubt_is_what_the_potential_says(potential):
 
 def test_a_run_says_how_sure_the_potential_is(potential, calculator, tmp_path):
     trajectory, table = tmp_path / "t.xyz", tmp_path / "e.dat"
-    settings = md.Settings("nve", 300, steps=8, timestep_fs=2.0, interval=2, seed=1, uncertainty=4)
-    look = md.watch(potential)
-    plain = list(md.run(start(), calculator, settings))
-    with md.record(trajectory, table) as append:
-        states = [state for state in md.run(start(), calculator, settings, look) if append(state) is None]
+    settings = md.MDSettings("nve", 300, steps=8, timestep_fs=2.0, interval=2, seed=1, uncertainty=4)
+    look = md.uncertainty_monitor(potential)
+    plain = list(md.run_dynamics(start(), calculator, settings))
+    with md.record_trajectory(trajectory, table) as append:
+        states = [state for state in md.run_dynamics(start(), calculator, settings, look) if append(state) is None]
     assert [s.potential_eV for s in states] == [s.potential_eV for s in plain]
     assert [s.doubt is not None for s in states] == [True, False, True, False, True]
     frames, rows = ase.io.read(trajectory, ":"), np.loadtxt(table)
@@ -314,14 +314,14 @@ def test_a_run_says_how_sure_the_potential_is(potential, calculator, tmp_path):
         assert frame.info["gpmlp_largest_force_std"] == pytest.approx(own.force_std, rel=1e-6)
         assert frame.info["gpmlp_largest_force_std_atom"] == own.force_atom
     # what was said of a frame is not handed on by a run that begins with it
-    later = md.Settings("nve", steps=10, timestep_fs=2.0, interval=2, uncertainty=4)
-    (state,) = md.run(md.resume(trajectory, table), calculator, later, look)
+    later = md.MDSettings("nve", steps=10, timestep_fs=2.0, interval=2, uncertainty=4)
+    (state,) = md.run_dynamics(md.resume_trajectory(trajectory, table), calculator, later, look)
     assert not [key for key in (*state.atoms.arrays, *state.atoms.info) if key.startswith("gpmlp_")]
 
 
 def test_strides_of_doubt_are_checked(potential):
     with pytest.raises(UserError, match="`uncertainty` must be a multiple of the 10 steps between two frames; got 25"):
-        md.Settings(uncertainty=25)
+        md.MDSettings(uncertainty=25)
     bare = dataclasses.replace(potential, variances=None)
     for changes, why in (
         ({}, "its file is of format 1"),
@@ -329,7 +329,7 @@ def test_strides_of_doubt_are_checked(potential):
         ({"recipe": potential.recipe.model_copy(update={"variance": False})}, "fitted with variance: false"),
     ):
         with pytest.raises(UserError, match=f"holds no posterior factor, so it can give no variances: .*{why}"):
-            md.watch(dataclasses.replace(bare, **changes))
+            md.uncertainty_monitor(dataclasses.replace(bare, **changes))
     blind = dataclasses.replace(potential, novelty=None)
-    found = md.watch(blind)(start())
+    found = md.uncertainty_monitor(blind)(start())
     assert found.novelty is None and np.isnan(found.largest[2]) and found.force_std > 0

@@ -45,26 +45,28 @@ def many(labels: list[str], atoms: int = 2) -> tuple[Structures, Targets]:
 
 def test_every_config_type_gives_its_share():
     structures, targets = many(["a"] * 80 + ["b"] * 40 + ["isolated_atom"])
-    kept, held = calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.1), 0)
+    kept, held = calibrate.calibration_split(structures, targets, CalibrationRecipe(fraction=0.1), 0)
     assert sorted([*kept.tolist(), *held.tolist()]) == list(range(121))
     assert sum(i < 80 for i in held.tolist()) == 8 and sum(80 <= i < 120 for i in held.tolist()) == 4
     assert 120 in kept.tolist()
-    again = calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.1), 0)[1]
-    other = calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.1), 1)[1]
+    again = calibrate.calibration_split(structures, targets, CalibrationRecipe(fraction=0.1), 0)[1]
+    other = calibrate.calibration_split(structures, targets, CalibrationRecipe(fraction=0.1), 1)[1]
     assert torch.equal(held, again) and not torch.equal(held, other)
 
 
 def test_rare_config_types_take_their_turn():
     """Of thirty kinds of four structures each, twelve give one, and which do is left to chance."""
     structures, targets = many([f"kind {i // 4}" for i in range(120)])
-    draws = [calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.1), seed)[1] for seed in range(20)]
+    draws = [
+        calibrate.calibration_split(structures, targets, CalibrationRecipe(fraction=0.1), seed)[1] for seed in range(20)
+    ]
     assert all(len(held) == 12 == len({i // 4 for i in held.tolist()}) for held in draws)
     assert len({i // 4 for held in draws for i in held.tolist()}) == 30
 
 
 @pytest.mark.parametrize("n, held", [(24, 8), (60, 10), (200, 20)])
 def test_ten_structures_at_least_up_to_a_third(n, held):
-    assert len(calibrate.choose(*many(["a"] * n), CalibrationRecipe(), 0)[1]) == held
+    assert len(calibrate.calibration_split(*many(["a"] * n), CalibrationRecipe(), 0)[1]) == held
 
 
 def test_forces_that_vanish_calibrate_nothing():
@@ -82,13 +84,13 @@ def test_forces_that_vanish_calibrate_nothing():
 
 def test_no_more_atoms_than_asked():
     structures, targets = many(["a"] * 50)
-    _, held = calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.3, atoms=10), 0)
+    _, held = calibrate.calibration_split(structures, targets, CalibrationRecipe(fraction=0.3, atoms=10), 0)
     assert len(held) == 5
 
 
 @pytest.mark.parametrize("labels, recipe", [(["a"] * 19, CalibrationRecipe()), (["a"] * 60, False)])
 def test_nothing_is_set_aside(labels, recipe):
-    assert len(calibrate.choose(*many(labels), recipe, 0)[1]) == 0
+    assert len(calibrate.calibration_split(*many(labels), recipe, 0)[1]) == 0
 
 
 def test_what_was_set_aside_is_learned_from_too(silicon):
@@ -175,7 +177,7 @@ def test_a_rare_species_is_not_set_aside():
     structures = Structures.concatenate([*(cluster((6, 6), seed) for seed in range(40)), cluster((6, 8), 3)])
     targets = replace(Targets.unknown(structures), config_types=("a",) * 41)
     for seed in range(30):
-        kept, held = calibrate.choose(structures, targets, CalibrationRecipe(fraction=0.3), seed)
+        kept, held = calibrate.calibration_split(structures, targets, CalibrationRecipe(fraction=0.3), seed)
         assert 40 in kept.tolist() and len(kept) + len(held) == 41
 
 
@@ -204,7 +206,9 @@ def test_what_symmetry_makes_zero_teaches_nothing():
             torch.zeros(count).double(), torch.zeros(count).double(), padded(error), unknown.stresses,
             forces_covariance=variance,
         )  # fmt: skip
-        found = calibrate.learn(prediction, alone, replace(unknown, forces=torch.zeros(count, 3).double()), "a test")
+        found = calibrate.learn_calibration(
+            prediction, alone, replace(unknown, forces=torch.zeros(count, 3).double()), "a test"
+        )
         return found.kinds["forces"]
 
     assert learned(3 * n) == learned(0)

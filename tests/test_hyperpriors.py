@@ -14,12 +14,12 @@ from gpmlp import recipe
 from gpmlp.core.errors import UserError
 from gpmlp.fitting import regression
 from gpmlp.fitting.fit import fit
-from gpmlp.fitting.online import Online
+from gpmlp.fitting.online import OnlineFit
 from gpmlp.gp import evidence, hyperparameters
 from gpmlp.gp.evidence import AtBound, SufficientStatistics
 from gpmlp.gp.likelihood import NOISE_PRIORS, SIGNAL_PRIOR, StdPrior
 from gpmlp.io import archive
-from gpmlp.io.recipe_files import load_recipe, save_recipe, validate
+from gpmlp.io.recipe_files import load_recipe, save_recipe, validate_recipe
 
 COLUMNS, BLOCKS = 30, [(0, 6), (0, 14)]
 BLOCK_OF_COLUMN = torch.arange(2).repeat_interleave(COLUMNS // 2)
@@ -39,7 +39,7 @@ def data(n: int = 80) -> dict[str, SufficientStatistics]:
 
 
 def made(given: dict):
-    return hyperparameters.make_hyperparameters(validate(given), ("energies", "forces"), BLOCKS)
+    return hyperparameters.make_hyperparameters(validate_recipe(given), ("energies", "forces"), BLOCKS)
 
 
 def by_hand(medians: list[float], factors: list[float]) -> np.ndarray:
@@ -130,10 +130,10 @@ def test_bounds_hold_and_are_told_and_what_is_given_stays():
         assert parameters.noise() == pytest.approx({"energies": 0.07, "forces": 0.5}, rel=1e-5)  # true is 0.3
         assert parameters.signal().tolist() == pytest.approx([1.0, 0.4], rel=1e-4)  # true are 3 and 0.5
         assert set(ended) == {AtBound("forces", 0, "lower"), AtBound("signal", 0, "upper")}
-        said = sorted(hyperparameters.bound_warnings(validate(given), BLOCKS, ended))
+        said = sorted(hyperparameters.bound_warnings(validate_recipe(given), BLOCKS, ended))
         assert said[0].startswith("noise.force ended at 0.5 eV/A, the lower bound that the recipe sets (noise.force.b")
         assert said[1].startswith("signal.C ended at 1 eV, the upper bound that the recipe sets")
-    (said,) = hyperparameters.bound_warnings(validate({}), BLOCKS, [AtBound("signal", 1, "upper")])
+    (said,) = hyperparameters.bound_warnings(validate_recipe({}), BLOCKS, [AtBound("signal", 1, "upper")])
     assert said.startswith("signal.Si ended at 1e+04 eV, the upper bound of its range; the data may not determine it")
 
 
@@ -164,11 +164,11 @@ def test_what_is_left_out_is_the_default():
 def test_each_descriptor_may_have_signals_of_its_own():
     given = {"descriptor": [{"cutoff": 3}, {"cutoff": 5}], "signal": [{"Si": 2}, {"Si": {"bounds": [3, 4]}}]}
     blocks = [(0, 6), (0, 14), (1, 6), (1, 14)]
-    parameters = hyperparameters.make_hyperparameters(validate(given), ("forces",), blocks)
+    parameters = hyperparameters.make_hyperparameters(validate_recipe(given), ("forces",), blocks)
     assert parameters.signal().tolist() == pytest.approx([1, 2, 1, math.sqrt(12)])
-    (said,) = hyperparameters.bound_warnings(validate(given), blocks, [AtBound("signal", 3, "lower")])
+    (said,) = hyperparameters.bound_warnings(validate_recipe(given), blocks, [AtBound("signal", 3, "lower")])
     assert said.startswith("signal.1.Si ended at 3 eV, the lower bound that the recipe sets (signal.1.Si.bounds)")
-    shared = hyperparameters.make_hyperparameters(validate(given | {"signal": {"Si": 2}}), ("forces",), blocks)
+    shared = hyperparameters.make_hyperparameters(validate_recipe(given | {"signal": {"Si": 2}}), ("forces",), blocks)
     assert shared.signal().tolist() == pytest.approx([1, 2, 1, 2])
 
 
@@ -254,7 +254,7 @@ def test_a_signal_of_a_species_that_is_not_there(small_set, small_recipe):
     with pytest.raises(UserError, match="`signal.Ge` is given, but there is no Ge .* hold Cu"):
         fit(*small_set, asked)
     with pytest.raises(UserError, match="`signal.Ge` is given, but there is no Ge"):
-        Online.begin(*small_set, asked)
+        OnlineFit.begin(*small_set, asked)
 
 
 def test_an_online_model_keeps_to_them(small_set, small_recipe):
@@ -263,7 +263,7 @@ def test_an_online_model_keeps_to_them(small_set, small_recipe):
     asked = small_recipe.model_copy(
         update={"noise": recipe.NoiseRecipe(force=recipe.LearnedRecipe(bounds=(0.5, 2.0))), "signal": {"Cu": 3.0}}
     )
-    online = Online.begin(structures.select(some), targets.select(structures, some), asked)
+    online = OnlineFit.begin(structures.select(some), targets.select(structures, some), asked)
     assert online.noise["forces"] == pytest.approx(0.5, rel=1e-4)
     assert online.signal.tolist() == pytest.approx([3.0], rel=1e-12)
     assert regression.blocks_of(online.models) == [(0, 29)]

@@ -32,7 +32,7 @@ def one(frame: Atoms):
 
 
 def test_read_gives_the_numbers_that_were_written(tmp_path, small_atoms):
-    ase_atoms.write(tmp_path / "a.xyz", small_atoms)
+    ase_atoms.write_frames(tmp_path / "a.xyz", small_atoms)
     structures, targets = ase_atoms.read(tmp_path / "a.xyz")
     expected, labels = ase_atoms.from_ase(small_atoms)
     # extended XYZ as ASE writes it keeps 8 decimals of positions and forces
@@ -70,7 +70,7 @@ def test_prediction_becomes_calculator_results():
 
 
 def test_frames_are_counted_in_the_file_whatever_is_kept(tmp_path, small_atoms):
-    ase_atoms.write(tmp_path / "a.xyz", small_atoms)
+    ase_atoms.write_frames(tmp_path / "a.xyz", small_atoms)
     assert ase_atoms.read(tmp_path / "a.xyz", "10:14:3")[0].names == ("a.xyz frame 10", "a.xyz frame 13")
     assert ase_atoms.read(tmp_path / "a.xyz", -1)[0].names == ("a.xyz frame 15",)
     with pytest.raises(UserError, match="cannot take the frames '99' of 16"):
@@ -256,7 +256,7 @@ def test_missing_empty_and_unreadable_files(tmp_path):
 
 def test_cut_off_and_broken_frames_are_named(tmp_path, small_atoms):
     path = tmp_path / "a.xyz"
-    ase_atoms.write(path, small_atoms[:3])
+    ase_atoms.write_frames(path, small_atoms[:3])
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
     with pytest.raises(UserError, match="a.xyz: cannot be read: frame 2 is cut off: 3 of 4 atoms are there"):
@@ -273,7 +273,7 @@ def test_cut_off_and_broken_frames_are_named(tmp_path, small_atoms):
 
 def test_bad_force_in_a_file_names_the_file(tmp_path, small_atoms):
     path = tmp_path / "bad.xyz"
-    ase_atoms.write(path, small_atoms[:3])
+    ase_atoms.write_frames(path, small_atoms[:3])
     lines = path.read_text().splitlines()
     lines[7 + 3] = " ".join([*lines[10].split()[:-1], "nan"])
     path.write_text("\n".join(lines) + "\n")
@@ -284,7 +284,7 @@ def test_bad_force_in_a_file_names_the_file(tmp_path, small_atoms):
 def test_scan_counts_frames_and_ends(tmp_path):
     path = tmp_path / "a.xyz"
     path.write_text("1\n\nH 0 0 0\n2\ncomment\nH 0 0 0\nH 0 0 1\n1\n")
-    layout = files.scan(path)
+    layout = files.scan_frames(path)
     assert len(layout.starts) == 2
     assert path.read_bytes()[: layout.end].endswith(b"H 0 0 1\n")
     assert "frame 2 is cut off" in layout.problem
@@ -293,7 +293,7 @@ def test_scan_counts_frames_and_ends(tmp_path):
 def test_beside_keeps_the_references(tmp_path, small_set, potential):
     structures, targets = small_set
     prediction = potential(structures)
-    ase_atoms.write(tmp_path / "both.xyz", ase_atoms.beside(structures, targets, prediction))
+    ase_atoms.write_frames(tmp_path / "both.xyz", ase_atoms.with_predictions(structures, targets, prediction))
     _, again = ase_atoms.read(tmp_path / "both.xyz")
     torch.testing.assert_close(again.energies, targets.energies)
     frame = ase.io.read(tmp_path / "both.xyz", 2)

@@ -12,7 +12,7 @@ import pytest
 from test_report import Balanced, only_paint
 
 from gpmlp.core.errors import UserError
-from gpmlp.io.files import atomic
+from gpmlp.io.files import atomic_write
 from gpmlp.learning import loop, triggers
 from gpmlp.learning.labels import Tape
 from gpmlp.learning.model import Student
@@ -92,7 +92,7 @@ def synthetic(**changes) -> RunData:
 
 
 def built(data: RunData, folder) -> tuple[str, dict, Balanced]:
-    page = learning.build(data, folder, atomic).read_text("utf-8")
+    page = learning.build(data, folder, atomic_write).read_text("utf-8")
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} in report.json")

@@ -32,12 +32,12 @@ def caught(silicon):
          "calibration": False, "novelty": False, "variance": {"columns": 400}}
     )  # fmt: skip
     seen = []
-    original = variance_checks.amplitude
-    variance_checks.amplitude = lambda *arguments: seen.append(arguments) or original(*arguments)
+    original = variance_checks.leave_out_amplitude
+    variance_checks.leave_out_amplitude = lambda *arguments: seen.append(arguments) or original(*arguments)
     try:
         potential, _ = gpmlp.fit(*silicon, recipe)
     finally:
-        variance_checks.amplitude = original
+        variance_checks.leave_out_amplitude = original
     return seen[0], potential
 
 
@@ -127,7 +127,7 @@ def test_calibration_does_not_depend_on_it(silicon, monkeypatch):
     structures, targets = silicon
     recipe = Recipe.model_validate({"descriptor": {"n_max": 4, "l_max": 2, "cutoff": 4.0}, "inducing": {"n": 30}})
     one, _ = gpmlp.fit(structures, targets, recipe)
-    monkeypatch.setattr(variance_checks, "amplitude", lambda *_: 1.0)
+    monkeypatch.setattr(variance_checks, "leave_out_amplitude", lambda *_: 1.0)
     other, _ = gpmlp.fit(structures, targets, recipe)
     assert one.variances.amplitude != 1.0
     some = structures.select([2, 9])

@@ -39,7 +39,7 @@ def shaken(batch: Structures, by: float, seed: int) -> Structures:
 
 def block_of(species: int, x: torch.Tensor, kernel, tangents: int) -> InducingBlock:
     """Centres chosen as a fit chooses them; tangents at random."""
-    chosen = selection.greedy(x, 40, lambda s: kernel.profile(s)[0], 1e-7)[0]
+    chosen = selection.greedy_selection(x, 40, lambda s: kernel.profile(s)[0], 1e-7)[0]
     random = torch.randn(
         len(chosen), x.shape[1], tangents, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )

@@ -14,8 +14,8 @@ from gpmlp.core.structures import Structures
 from gpmlp.fitting import calibrate, defaults, online_updates, regression, variance_checks
 from gpmlp.fitting import online_updates as batches
 from gpmlp.fitting.fit import fit
-from gpmlp.fitting.online import Online
-from gpmlp.fitting.report import Stages
+from gpmlp.fitting.online import OnlineFit
+from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import inducing, posterior
 from gpmlp.gp.variance import VARIANCES, VarianceModel
 from gpmlp.potential.potential import Potential
@@ -68,15 +68,15 @@ def first_data(n: int = 8) -> tuple[Structures, Targets]:
     return together(*(labelled(seed, (FULL, HOLES, GIVEN, ENERGY)[seed % 4]) for seed in range(n)))
 
 
-def begun(n: int = 8, **changes) -> Online:
-    return Online.begin(*first_data(n), recipe(**changes))
+def begun(n: int = 8, **changes) -> OnlineFit:
+    return OnlineFit.begin(*first_data(n), recipe(**changes))
 
 
 def probes() -> Structures:
     return together(*(labelled(seed) for seed in (901, 903, 904)))[0]
 
 
-def refit(online: Online) -> Potential:
+def refit(online: OnlineFit) -> Potential:
     """The potential of the same inducing variables, hyperparameters and labels, all made anew from the structures."""
     lowers, models = [], []
     for m in online.models:
@@ -152,7 +152,7 @@ def test_what_is_learned_is_the_fit_of_all_labels():
     online = begun(6)
     for seed in (20, 21, 22):
         online = online.learned(*labelled(seed))
-    assert online.n_labels == 9 and len(online.foreseen) == 3
+    assert online.n_labels == 9 and len(online.prequential) == 3
     assert sum(len(b.features) for b in online.models[0].blocks) > 4
     assert difference(online.potential, refit(online), probes()) < 1e-9
 
@@ -176,7 +176,7 @@ def test_a_refresh_learns_the_noise_that_a_fit_learns():
     data = first_data(12)
     options = recipe(calibration=False, novelty=False, inducing={"n": 4, "gradients": 2})
     _, report = fit(*data, replace_noise(options))
-    online = Online.begin(*data, replace_noise(options))
+    online = OnlineFit.begin(*data, replace_noise(options))
     for kind, sigma in report.noise.items():
         assert online.noise[kind] == pytest.approx(sigma, rel=1e-3), kind
     signal = torch.tensor(list(report.signal.values()), dtype=torch.float64)
@@ -199,7 +199,9 @@ def test_a_refresh_of_updated_rows_is_one_of_rows_made_anew():
     )
     whitened = {k: inducing.whiten_rows(rows.double(), lowers) for k, rows in made.items()}
     counts = {k: len(rows) for k, rows in whitened.items()}
-    parameters, _, _ = regression.learn(online.recipe, online.models, whitened, counts, {}, Stages(None), restarts=0)
+    parameters, _, _ = regression.learn_hyperparameters(
+        online.recipe, online.models, whitened, counts, {}, StageTimer(None), restarts=0
+    )
     for kind, sigma in parameters.noise().items():
         if kind != "energies":  # leaving one out lessens it
             assert online.noise[kind] == pytest.approx(sigma, rel=1e-6)
@@ -215,11 +217,11 @@ def test_made_anew_is_what_all_labels_begin_with():
         online = online.learned(*labelled(seed, (FULL, HOLES, GIVEN, ENERGY)[seed % 4]))
     anew = online.rebuilt("a test")
     data = together(first_data(), *(labelled(seed, (FULL, HOLES, GIVEN, ENERGY)[seed % 4]) for seed in range(40, 46)))
-    begin = Online.begin(*data, recipe(inducing={"gradients": 2}))
+    begin = OnlineFit.begin(*data, recipe(inducing={"gradients": 2}))
     same, other = (difference(o.potential, anew.potential, probes()) for o in (begin, online))
     assert same < 1e-9 < 1e-3 < other
     assert anew.recipe == begin.recipe and anew.noise == pytest.approx(begin.noise, rel=1e-7)
-    assert anew.foreseen == online.foreseen and anew.calibration.source["held_out_structures"] == 6
+    assert anew.prequential == online.prequential and anew.calibration.source["held_out_structures"] == 6
     assert [len(b.structures) for b in anew.batches] == [8, 1, 1, 1, 1, 1, 1]
     assert anew.events == (*online.events, "14 labels: refreshed: made anew, a test")
     assert difference(anew.removed(-1).potential, refit(anew.removed(-1)), probes()) < 1e-9
@@ -227,7 +229,7 @@ def test_made_anew_is_what_all_labels_begin_with():
 
 def test_first_labels_of_a_kind_bring_its_noise():
     data = together(*(labelled(seed, periodic=False) for seed in range(6)))
-    online = Online.begin(*data, recipe())
+    online = OnlineFit.begin(*data, recipe())
     assert set(online.noise) == {"energies", "forces"}
     later = online.added(*labelled(50, periodic=True))
     assert later.noise["stresses"] > 0 and later.events[-1] == "7 labels: refreshed: first stresses"
@@ -235,7 +237,7 @@ def test_first_labels_of_a_kind_bring_its_noise():
 
 
 def test_energies_alone_will_do():
-    online = Online.begin(*together(*(labelled(seed, ENERGY) for seed in range(8))), recipe())
+    online = OnlineFit.begin(*together(*(labelled(seed, ENERGY) for seed in range(8))), recipe())
     online = online.learned(*labelled(60, ENERGY)).learned(*labelled(63, ENERGY))
     assert set(online.noise) == {"energies"}
     assert difference(online.potential, refit(online), probes()) < 1e-9
@@ -250,9 +252,9 @@ def test_calibration_comes_from_what_was_foreseen():
     source = calibrated.calibration.source
     assert source["held_out_structures"] == 12 and "before they were learned" in source["how"]
     assert "forces" in calibrated.calibration.kinds and "energies" in calibrated.calibration.kinds
-    assert len(online.foreseen) == 12
-    components = [int(f.targets.forces.isfinite().sum()) for f in online.foreseen]
-    assert sum(components[1:]) < calibrate.COMPONENTS or len(components) == calibrate.FEWEST_FORESEEN
+    assert len(online.prequential) == 12
+    components = [int(f.targets.forces.isfinite().sum()) for f in online.prequential]
+    assert sum(components[1:]) < calibrate.COMPONENTS or len(components) == calibrate.FEWEST_PREQUENTIAL
     covered = calibrated.potential(probes(), variance="forces").forces_variance
     assert (covered.total > 0).all()
 
@@ -265,8 +267,9 @@ def test_calibration_does_not_depend_on_the_units_of_novelty_then():
     online = online.refreshed("a test")
     other = replace(
         online,
-        foreseen=tuple(
-            replace(f, prediction=replace(f.prediction, novelty=0.01 * f.prediction.novelty)) for f in online.foreseen
+        prequential=tuple(
+            replace(f, prediction=replace(f.prediction, novelty=0.01 * f.prediction.novelty))
+            for f in online.prequential
         ),
     ).recalibrated()
     assert other.calibration.kinds == online.calibration.kinds
@@ -290,16 +293,16 @@ def test_error_bars_from_few_structures_are_widened():
     for seed in range(70, 74):
         online = online.learned(*labelled(seed))
     learned = online.recalibrated().calibration.kinds
-    parts = [replace(f.prediction, novelty=None) for f in online.foreseen]
-    data = together(*((f.structures, f.targets) for f in online.foreseen))
+    parts = [replace(f.prediction, novelty=None) for f in online.prequential]
+    data = together(*((f.structures, f.targets) for f in online.prequential))
     prediction = Prediction.concatenate(parts)
-    raw = calibrate.learn(prediction, *data, "a test").kinds
+    raw = calibrate.learn_calibration(prediction, *data, "a test").kinds
     std = torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64)
     for kind in ("energies", "forces"):
-        each = (residuals.split_residuals(kind, f.structures, f.targets, f.prediction) for f in online.foreseen)
+        each = (residuals.split_residuals(kind, f.structures, f.targets, f.prediction) for f in online.prequential)
         found = [(errors.square() / raw[kind].variance(variances)).mean() for errors, variances, _ in each]
         squares = torch.stack(found)
-        assert learned[kind].scale == pytest.approx(calibrate.few_foreseen(squares) * raw[kind].scale, rel=1e-9)
+        assert learned[kind].scale == pytest.approx(calibrate.small_sample_factor(squares) * raw[kind].scale, rel=1e-9)
         for level in (0.5, 0.9):
             found, was = (some[kind].half_width(some[kind].scale * std, level) for some in (learned, raw))
             torch.testing.assert_close(found, was, rtol=1e-9, atol=0)
@@ -310,16 +313,16 @@ def test_few_structures_vouch_for_what_they_agree_on():
     generator = torch.Generator().manual_seed(3)
     single = torch.randn(4000, generator=generator, dtype=torch.float64).square()
     # chi² with 4000 degrees of freedom is below 3885.6 in a tenth of all cases (Wilson and Hilferty)
-    assert calibrate.few_foreseen(single) == pytest.approx((4000 / 3885.6) ** 0.5, rel=1e-3)
+    assert calibrate.small_sample_factor(single) == pytest.approx((4000 / 3885.6) ** 0.5, rel=1e-3)
     four = torch.ones(4, dtype=torch.float64)
     # v = 2·2 / 5, ν = 10; chi² with 10 degrees of freedom is below 4.865 in a tenth (any table)
-    assert calibrate.few_foreseen(four) == pytest.approx((10 / 4.865) ** 0.5, rel=1e-3)
+    assert calibrate.small_sample_factor(four) == pytest.approx((10 / 4.865) ** 0.5, rel=1e-3)
     assert (
-        calibrate.few_foreseen(7 * four)
-        == calibrate.few_foreseen(four)
-        < calibrate.few_foreseen(torch.tensor([0.1, 0.1, 0.1, 3.7]))
+        calibrate.small_sample_factor(7 * four)
+        == calibrate.small_sample_factor(four)
+        < calibrate.small_sample_factor(torch.tensor([0.1, 0.1, 0.1, 3.7]))
     )
-    assert calibrate.few_foreseen(0 * four) == 1.0  # labels that were foreseen exactly
+    assert calibrate.small_sample_factor(0 * four) == 1.0  # labels that were foreseen exactly
 
 
 def test_the_widened_scale_is_no_less_than_the_true_one_nine_times_in_ten():
@@ -329,14 +332,14 @@ def test_the_widened_scale_is_no_less_than_the_true_one_nine_times_in_ten():
     errors = size * torch.randn(2000, 8, 30, generator=generator, dtype=torch.float64)
     true = 2.7182818 ** (0.5 * 4 * 0.4**2)  # mean of size²
     squares = errors.square().mean(2)
-    factors = torch.tensor([calibrate.few_foreseen(some) for some in squares], dtype=torch.float64)
+    factors = torch.tensor([calibrate.small_sample_factor(some) for some in squares], dtype=torch.float64)
     covered = float((factors.square() * squares.mean(1) >= true).double().mean())
     assert 0.85 < covered < 0.97
 
 
 def test_no_variances_no_novelty_no_calibration_where_none_is_wanted():
     online = begun(variance=False, novelty=False, calibration=False).learned(*labelled(90))
-    assert online.foreseen == () and online.novelty is None and online.recalibrated() is online
+    assert online.prequential == () and online.novelty is None and online.recalibrated() is online
     assert online.potential.variances is None
 
 
@@ -352,7 +355,7 @@ def test_jacobians_kept_or_made_again_give_the_same(monkeypatch):
     """To 1e-12: the same sums, of environments made in chunks of another size."""
     sequence = [labelled(seed) for seed in (100, 101, 102)]
 
-    def run() -> Online:
+    def run() -> OnlineFit:
         online = begun()
         for data in sequence:
             online = online.learned(*data)
@@ -402,17 +405,18 @@ def test_inducing_points_grow_with_the_labels_up_to_the_recipe():
 def test_a_label_brings_no_more_inducing_points_than_a_pass_over_the_data_may_cost():
     online = begun(inducing={"gradients": 2})
     few, many = (
-        online_updates.room(online.asked, online.recipe, online.models, 0, labels, False) for labels in (300, 10_000)
+        online_updates.missing_centres(online.asked, online.recipe, online.models, 0, labels, False)
+        for labels in (300, 10_000)
     )
     have = sum(len(b.features) for b in online.models[0].blocks)
     assert few == 300 // 3 - have  # as many as the labels ask for
     assert many == online_updates.PASS // (3 * 10_000) < defaults.columns_for(10_000, False) // 3 - have
-    assert online_updates.room(online.asked, online.recipe, online.models, 0, 10**7, False) == 1
+    assert online_updates.missing_centres(online.asked, online.recipe, online.models, 0, 10**7, False) == 1
 
 
 def test_more_inducing_points_asked_for_than_there_are_atoms():
     """A fit refuses that; here it is the most there may ever be."""
-    online = Online.begin(*first_data(2), recipe(inducing={"n": 500, "gradients": 0}))
+    online = OnlineFit.begin(*first_data(2), recipe(inducing={"n": 500, "gradients": 0}))
     assert sum(len(b.features) for b in online.models[0].blocks) <= 500
 
 

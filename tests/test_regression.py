@@ -10,7 +10,7 @@ import torch
 import gpmlp
 from gpmlp.fitting import defaults, regression
 from gpmlp.fitting.fit import _chunked
-from gpmlp.fitting.report import Stages
+from gpmlp.fitting.report import StageTimer
 from gpmlp.recipe import Recipe
 
 DATA = Path(__file__).parents[1] / "data" / "silicon"
@@ -23,9 +23,9 @@ def parts():
     recipe = Recipe.model_validate(
         {"descriptor": {"n_max": 3, "l_max": 3, "cutoff": 4.5}, "inducing": {"n": 20, "gradients": 2}, "evidence": "vfe"}
     )  # fmt: skip
-    recipe = defaults.resolve(recipe, defaults.survey(structures, targets), 1)
+    recipe = defaults.resolve_recipe(recipe, defaults.summarise_data(structures, targets), 1)
     chunks, labels = _chunked(structures, targets)
-    models, _ = regression.make_models(recipe, structures, chunks, Stages(None), lambda z, x: None)
+    models, _ = regression.make_models(recipe, structures, chunks, StageTimer(None), lambda z, x: None)
     assert len(chunks) > 2
     return recipe, models, chunks, labels
 
@@ -38,7 +38,9 @@ def test_threads_and_memory_change_no_factor(parts, monkeypatch):
         for threads, at_most in ((1, regression.ROW_BYTES), (3, regression.ROW_BYTES), (3, 1 << 19)):
             torch.set_num_threads(threads)
             monkeypatch.setattr(regression, "ROW_BYTES", at_most)
-            factors, traces = regression.stream(*parts, Stages(lambda _, done, total, note: steps.append(done / total)))
+            factors, traces = regression.stream_rows(
+                *parts, StageTimer(lambda _, done, total, note: steps.append(done / total))
+            )
             traces = {f"trace of {kind}": trace for kind, trace in traces.items()}
             found.append({kind: f.factor() for kind, f in factors.items()} | traces)
     finally:

@@ -12,7 +12,7 @@ import pytest
 from gpmlp import report
 from gpmlp.core import units
 from gpmlp.core.errors import UserError
-from gpmlp.io.files import atomic
+from gpmlp.io.files import atomic_write
 from gpmlp.report import scatter
 from gpmlp.report.model import answers, environment_drawing, figures, numbers, worst
 from gpmlp.report.model.data import CAUSES, Labelled
@@ -226,7 +226,7 @@ def parse(page: str) -> Balanced:
 
 
 def built(data: report.ReportData, folder) -> tuple[str, dict, Balanced]:
-    path = report.build(data, folder, atomic)
+    path = report.build(data, folder, atomic_write)
     page = path.read_text("utf-8")
 
     def refuse(name: str) -> None:

@@ -8,7 +8,7 @@ from systems import KERNELS, crystal, descriptor, random_term, targets_of
 
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.fitting.online import Online
+from gpmlp.fitting.online import OnlineFit
 from gpmlp.learning.labels import Entry
 from gpmlp.learning.model import Student
 from gpmlp.learning.recipe import RefreshRecipe
@@ -53,7 +53,7 @@ def test_made_anew_it_knows_what_all_labels_together_tell():
     for entry in some[4:]:
         taught = taught.taught(entry)
     data = Structures.concatenate([e.structure for e in some]), Targets.concatenate([e.targets for e in some])
-    together, probe = Online.begin(*data, RECIPE).potential, crystal("cubic", (6, 8), 99)
+    together, probe = OnlineFit.begin(*data, RECIPE).potential, crystal("cubic", (6, 8), 99)
     a, b = taught.potential(probe), together(probe)
     torch.testing.assert_close(a.forces, b.forces, rtol=0, atol=1e-9)
     assert float(a.energies) == pytest.approx(float(b.energies), abs=1e-9)

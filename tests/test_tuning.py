@@ -18,7 +18,7 @@ import yaml
 from gpmlp.cli import main
 from gpmlp.core.errors import UserError
 from gpmlp.fitting import calibrate, tune
-from gpmlp.fitting.search_space import Parameter, default_space, parse, propose
+from gpmlp.fitting.search_space import SearchParameter, default_space, parse_search, propose
 from gpmlp.io import archive, ase_atoms, files, recipe_files
 
 SILICON = Path(__file__).resolve().parents[1] / "data" / "silicon" / "train.xyz"
@@ -34,15 +34,15 @@ def silicon(tmp_path_factory):
     """24 of the smallest frames of the silicon data and the isolated atom, in a file."""
     frames = sorted(ase.io.read(SILICON, ":"), key=len)[:25]
     path = tmp_path_factory.mktemp("silicon") / "train.xyz"
-    ase_atoms.write(path, frames)
+    ase_atoms.write_frames(path, frames)
     return path
 
 
 @pytest.fixture(scope="module")
 def problem(silicon):
-    return tune.prepare(
+    return tune.tuning_problem(
         *ase_atoms.read(silicon),
-        recipe_files.validate(START),
+        recipe_files.validate_recipe(START),
         SEARCH,
         columns=24,
         data={"name": "train.xyz", "sha256": "ab"},
@@ -52,7 +52,7 @@ def problem(silicon):
 @pytest.fixture(scope="module")
 def five(problem):
     """Five trials, uninterrupted."""
-    return list(tune.search(problem, most=5))
+    return list(tune.run_trials(problem, most=5))
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_first_trial_is_the_start_and_the_best_is_no_worse(problem, five):
     assert len({str(t.parameters) for t in five}) == 5
     assert all(p.contains(t.parameters[p.key]) for t in five for p in problem.search)
     assert all(isinstance(t.parameters["kernel.zeta"], int) for t in five)
-    top = tune.best(five)
+    top = tune.best_trial(five)
     assert top.objective == max(t.objective for t in five) >= five[0].objective
     assert all(t.force_rmse_meV_per_A >= t.force_mae_meV_per_A > 0 and t.seconds > 0 for t in five)
 
@@ -100,47 +100,49 @@ def test_objective_is_the_mean_log_density_of_held_out_force_components(problem,
 
 
 def test_held_out_are_not_learned_from_and_the_same_for_all(silicon, problem):
-    again = tune.prepare(*ase_atoms.read(silicon), recipe_files.validate(START), SEARCH, columns=24)
+    again = tune.tuning_problem(*ase_atoms.read(silicon), recipe_files.validate_recipe(START), SEARCH, columns=24)
     assert again.held[0].names == problem.held[0].names
     assert not set(problem.held[0].names) & set(problem.learned_from[0].names)
-    other = tune.prepare(*ase_atoms.read(silicon), recipe_files.validate(START), SEARCH, columns=24, seed=1)
+    other = tune.tuning_problem(
+        *ase_atoms.read(silicon), recipe_files.validate_recipe(START), SEARCH, columns=24, seed=1
+    )
     assert other.held[0].names != problem.held[0].names
     assert not any(calibrate.baselines.is_isolated_atom(label) for label in problem.held[1].config_types)
 
 
 def test_large_data_are_thinned(silicon, monkeypatch):
     monkeypatch.setattr(tune, "TRAIN_ATOMS", 30)
-    few = tune.prepare(*ase_atoms.read(silicon), recipe_files.validate(START), SEARCH)
+    few = tune.tuning_problem(*ase_atoms.read(silicon), recipe_files.validate_recipe(START), SEARCH)
     assert len(few.learned_from[0]) + len(few.held[0]) == 25  # too few to choose from
-    thin = tune.prepare(*ase_atoms.read(SILICON, "::6"), recipe_files.validate(START), SEARCH)
+    thin = tune.tuning_problem(*ase_atoms.read(SILICON, "::6"), recipe_files.validate_recipe(START), SEARCH)
     assert 15 <= thin.learned_from[0].n_atoms <= 40
     assert any("isolated" in label for label in thin.learned_from[1].config_types)
     assert not set(thin.held[0].names) & set(thin.learned_from[0].names)
 
 
 def test_resumed_is_uninterrupted(problem, five):
-    resumed = list(tune.search(problem, five[:3], most=5))
+    resumed = list(tune.run_trials(problem, five[:3], most=5))
     assert timeless(resumed) == timeless(five[3:])
 
 
 def test_evidence(silicon, problem):
     judged = replace(problem, objective="evidence")
-    trials = list(tune.search(judged, most=2))
+    trials = list(tune.run_trials(judged, most=2))
     assert all(t.objective is not None and t.force_mae_meV_per_A > 0 for t in trials)
     with pytest.raises(UserError, match="'use_stresses' cannot be searched"):
-        parse(["use_stresses=true,false"], problem.start, "evidence")
+        parse_search(["use_stresses=true,false"], problem.start, "evidence")
 
 
 def test_failed_trials_are_recorded_and_the_search_goes_on(problem):
     """A cutoff below the width over which the density is cut off is refused by the recipe."""
-    start = recipe_files.changed(problem.start, {"descriptor.cutoff_width": 2.0})
-    some = replace(problem, start=start, search=(Parameter("descriptor.cutoff", choices=(1.5, 3.4, 3.6)),))
-    trials = list(tune.search(some))
+    start = recipe_files.changed_recipe(problem.start, {"descriptor.cutoff_width": 2.0})
+    some = replace(problem, start=start, search=(SearchParameter("descriptor.cutoff", choices=(1.5, 3.4, 3.6)),))
+    trials = list(tune.run_trials(some))
     assert len(trials) == 4  # the start and every choice: then there is nothing left to try
     failed = [t for t in trials if t.objective is None]
     assert [t.parameters["descriptor.cutoff"] for t in failed] == [1.5]
     assert "cutoff_width 2.0 A is larger than the cutoff 1.5 A" in failed[0].failure
-    assert tune.best(trials) is not None
+    assert tune.best_trial(trials) is not None
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), torch.linalg.LinAlgError("x")])
@@ -149,7 +151,7 @@ def test_lack_of_memory_and_bad_numbers_are_failures(problem, monkeypatch, error
         raise error
 
     monkeypatch.setattr(tune, "fit", broken)
-    assert tune.attempt(problem, 0, {}).failure
+    assert tune.run_trial(problem, 0, {}).failure
 
 
 def test_gives_up_where_everything_fails(problem, monkeypatch):
@@ -158,26 +160,26 @@ def test_gives_up_where_everything_fails(problem, monkeypatch):
 
     monkeypatch.setattr(tune, "fit", broken)
     with pytest.raises(UserError, match="first 5 trials all failed, the last one so: no such thing"):
-        list(tune.search(problem))
+        list(tune.run_trials(problem))
 
 
 def test_budget(problem, five):
     started = time.perf_counter()
-    alone = list(tune.search(problem, budget_s=1e-3))
+    alone = list(tune.run_trials(problem, budget_s=1e-3))
     assert timeless(alone) == timeless(five[:1])  # the start recipe always
     typical = alone[0].seconds
     started = time.perf_counter()
-    some = list(tune.search(problem, budget_s=4 * typical))
+    some = list(tune.run_trials(problem, budget_s=4 * typical))
     assert len(some) < 30
     # between two looks at the clock lies at most one chunk of a fit: far less than a trial, but machines are busy
     assert time.perf_counter() - started < 4 * typical + 2
-    assert not list(tune.search(problem, [replace(t, seconds=100.0) for t in five], budget_s=500))
+    assert not list(tune.run_trials(problem, [replace(t, seconds=100.0) for t in five], budget_s=500))
 
 
 def test_final_recipe_leaves_inducing_and_noise_as_they_were(problem, five, tmp_path):
-    top = tune.best(five)
+    top = tune.best_trial(five)
     final, path = problem.final(top.parameters), tmp_path / "best.yaml"
-    recipe_files.save_recipe(final, path, tune.header(problem, five))
+    recipe_files.save_recipe(final, path, tune.recipe_comment(problem, five))
     assert recipe_files.load_recipe(path) == final
     given = yaml.safe_load(path.read_text())
     assert "n" not in given["inducing"] and "gradients" not in given["inducing"] and "noise" not in given
@@ -191,7 +193,7 @@ def test_final_recipe_leaves_inducing_and_noise_as_they_were(problem, five, tmp_
 
 
 def test_default_space_holds_the_start(silicon):
-    problem = tune.prepare(*ase_atoms.read(silicon), recipe_files.validate({}))
+    problem = tune.tuning_problem(*ase_atoms.read(silicon), recipe_files.validate_recipe({}))
     assert {p.key for p in problem.search} == {
         "descriptor.cutoff", "descriptor.sigma_atom", "descriptor.radial_scaling.scale",
         "descriptor.radial_scaling.exponent", "descriptor.n_max", "descriptor.l_max", "kernel.zeta",
@@ -205,7 +207,7 @@ def test_default_space_holds_the_start(silicon):
 def test_several_descriptors_and_kernels(silicon):
     data = {"descriptor": [{"cutoff": 3.0, "radial_scaling": False}, {"cutoff": 5.0, "name": "dscribe-acsf"}]}
     data["kernel"] = {"name": "sum", "terms": [{"zeta": 2}, {"name": "exponential"}]}
-    problem = tune.prepare(*ase_atoms.read(silicon), recipe_files.validate(data))
+    problem = tune.tuning_problem(*ase_atoms.read(silicon), recipe_files.validate_recipe(data))
     keys = [p.key for p in problem.search]
     assert "descriptor.0.l_max" in keys and "descriptor.1.cutoff" in keys and "descriptor.1.l_max" not in keys
     assert not any("scale" in key for key in keys)
@@ -215,14 +217,16 @@ def test_several_descriptors_and_kernels(silicon):
 
 
 def test_ranges_know_whole_numbers():
-    start = recipe_files.validate({})
-    whole, real, words = parse(["kernel.zeta=1:4", "descriptor.cutoff=4:6", "descriptor.basis=gto,optimal"], start)
+    start = recipe_files.validate_recipe({})
+    whole, real, words = parse_search(
+        ["kernel.zeta=1:4", "descriptor.cutoff=4:6", "descriptor.basis=gto,optimal"], start
+    )
     assert (whole.integer, real.integer, words.choices) == (True, False, ("gto", "optimal"))
     assert str(real) == "descriptor.cutoff=4:6" and real.rounded(4.123456) == 4.123 and real.rounded(9) == 6
 
 
 def test_proposals_find_a_maximum_and_each_point_once():
-    space = (Parameter("a", 0.0, 1.0), Parameter("b", 1, 9, integer=True))
+    space = (SearchParameter("a", 0.0, 1.0), SearchParameter("b", 1, 9, integer=True))
     history = [({"a": 0.9, "b": 9}, -3.0)]
     while len(history) < 50:
         at = propose(space, history, seed=3)
@@ -231,7 +235,7 @@ def test_proposals_find_a_maximum_and_each_point_once():
     assert max(v for _, v in history if v is not None) > -0.01
     assert len({str(at) for at, _ in history}) == 50
     assert propose(space, history, 3) == propose(space, history, 3)
-    few = (Parameter("b", 1, 3, integer=True),)
+    few = (SearchParameter("b", 1, 3, integer=True),)
     assert propose(few, [({"b": k}, float(k)) for k in (1, 2, 3)], 0) is None
 
 
@@ -283,7 +287,7 @@ def test_tune_resume_fit(gpmlp, silicon, tmp_path, five):
     status, out, err = gpmlp(*run, "--trials", 3, "--resume")
     assert status == 0, err
     assert log.read_text().startswith(first)
-    trials = [tune.Trial(**json.loads(line)) for line in log.read_text().splitlines()[1:]]
+    trials = [tune.TuningTrial(**json.loads(line)) for line in log.read_text().splitlines()[1:]]
     assert timeless(trials) == timeless(five[:3])
 
     status, _, err = gpmlp("fit", silicon, "--recipe", recipe, "--set", "inducing.n=8", "-o", model)
@@ -353,7 +357,7 @@ def test_mistakes_are_found_before_any_work(gpmlp, silicon, train_file, tmp_path
 def test_without_optuna(monkeypatch, problem):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'gpmlp\[tune\]'"):
-        next(tune.search(problem))
+        next(tune.run_trials(problem))
 
 
 # --- the journal
@@ -361,32 +365,34 @@ def test_without_optuna(monkeypatch, problem):
 
 def test_journal(tmp_path):
     path = tmp_path / "j"
-    assert files.reopen(path) is None
-    log = files.begin(path, {"about": 1})
+    assert files.reopen_journal(path) is None
+    log = files.begin_journal(path, {"about": 1})
     log.append({"n": 0})
-    again = files.reopen(path)
+    again = files.reopen_journal(path)
     assert (again.header, again.entries) == ({"about": 1}, ({"n": 0},))
     again.append({"n": 1})
     whole = path.read_bytes()
     for torn in (b'{"n"', b"\x00\x00\n", b"[1]\n"):
         path.write_bytes(whole + torn)
-        assert files.reopen(path).entries == ({"n": 0}, {"n": 1})
+        assert files.reopen_journal(path).entries == ({"n": 0}, {"n": 1})
         assert path.read_bytes() == whole
     path.write_bytes(b"nonsense\n" + whole)
     with pytest.raises(UserError, match="line 1 is not a JSON object"):
-        files.reopen(path)
+        files.reopen_journal(path)
     with pytest.raises(UserError, match="is there already"):
-        files.begin(path, {})
+        files.begin_journal(path, {})
     path.write_bytes(b'{"abou')
-    assert files.reopen(path) is None and path.read_bytes() == b""
+    assert files.reopen_journal(path) is None and path.read_bytes() == b""
 
 
 def test_default_space_of_a_resolved_recipe_is_valid_everywhere():
-    start = recipe_files.validate({"descriptor": {"n_max": 1, "l_max": 0, "sigma_atom": 0.1}, "kernel": {"zeta": 9}})
-    full = recipe_files.changed(
+    start = recipe_files.validate_recipe(
+        {"descriptor": {"n_max": 1, "l_max": 0, "sigma_atom": 0.1}, "kernel": {"zeta": 9}}
+    )
+    full = recipe_files.changed_recipe(
         start, {"descriptor.cutoff": 5.0, "descriptor.radial_scaling": {"scale": 2, "exponent": 0}}
     )
     for parameter in default_space(full):
         for value in (parameter.low, parameter.high):
-            recipe_files.changed(full, {parameter.key: value})
+            recipe_files.changed_recipe(full, {parameter.key: value})
         assert parameter.contains(recipe_files.value_at(full, parameter.key))

@@ -22,7 +22,7 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import defaults, regression, variance_checks
 from gpmlp.fitting.fit import _chunked, fit
-from gpmlp.fitting.report import Stages
+from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import inducing as inducing_module
 from gpmlp.gp.evidence import SufficientStatistics, negative_log_evidence
 from gpmlp.recipe import Recipe
@@ -305,10 +305,10 @@ def vfe_statistics(n: int):
     choices = Recipe(
         inducing={"n": n, "gradients": 0}, evidence="vfe", descriptor={"cutoff": 4.0, "n_max": 4, "l_max": 2}
     )
-    choices = defaults.resolve(choices, defaults.survey(structures, known), 1)
+    choices = defaults.resolve_recipe(choices, defaults.summarise_data(structures, known), 1)
     parts, targets = _chunked(structures, known)
-    models, _ = regression.make_models(choices, structures, parts, Stages(None), lambda z, x: None)
-    factors, traces = regression.stream(choices, models, parts, targets, Stages(None))
+    models, _ = regression.make_models(choices, structures, parts, StageTimer(None), lambda z, x: None)
+    factors, traces = regression.stream_rows(choices, models, parts, targets, StageTimer(None))
     statistics = {}
     for kind, factor in factors.items():
         whitened = inducing_module.whiten_rows(factor.factor(), models[0].lowers)

@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from gpmlp.core.json_values import json_value
 from gpmlp.core.units import GPA
-from gpmlp.fitting.tune import Trial, best
+from gpmlp.fitting.tune import TuningTrial, best_trial
 from gpmlp.potential.evaluation import ErrorTable, Evaluation
 
 PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
@@ -263,7 +264,7 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
         ("units", content["units"]),
         *(("warning", text) for text in header.get("report", {}).get("warnings", ())),
-        ("recipe", yaml.safe_dump(plain(header["recipe"]), sort_keys=False).rstrip()),
+        ("recipe", yaml.safe_dump(json_value(header["recipe"]), sort_keys=False).rstrip()),
     ]
     return pairs_table("Model", pairs)
 
@@ -286,7 +287,7 @@ def sample_of(origin: Mapping[str, Any]) -> str:
 class Trials:
     """Shows the trials of a search: one line for each that is over, and on a terminal a bar for the one that runs."""
 
-    def __init__(self, budget_s: float, most: int | None, done: Sequence[Trial]) -> None:
+    def __init__(self, budget_s: float, most: int | None, done: Sequence[TuningTrial]) -> None:
         self.budget_s, self.most, self.done = budget_s, most, list(done)
         console = errors_to()
         self.bar = Progress(
@@ -309,7 +310,7 @@ class Trials:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def __call__(self, trial: Trial) -> None:
+    def __call__(self, trial: TuningTrial) -> None:
         """Take a trial that is over."""
         self.done.append(trial)
         text = f"{_result(trial)}, {trial.seconds:.1f} s; {_settings(trial)}"
@@ -321,25 +322,25 @@ class Trials:
         if self.most:
             share = max(share, number / self.most)
             left_s = min(left_s, (self.most - number) * used_s / number) if number else left_s
-        top = best(self.done)
+        top = best_trial(self.done)
         said = [f"best {_result(t)}" for t in (top,) if t] + [f"last {_settings(t)}" for t in self.done[-1:]]
         left = f"{math.ceil(left_s / 60)} min left"
         note = escape("; ".join(said) or "the start recipe")
         self.bar.update(self.task, description=f"trial {number}", completed=share, left=left, note=note)
 
 
-def _result(trial: Trial) -> str:
+def _result(trial: TuningTrial) -> str:
     if trial.objective is None:
         return f"failed: {trial.failure}"
     errors = f"{number(trial.force_mae_meV_per_A)} / {number(trial.force_rmse_meV_per_A)} meV/A"
     return f"{errors}, objective {trial.objective:.4f}"
 
 
-def _settings(trial: Trial) -> str:
+def _settings(trial: TuningTrial) -> str:
     return ", ".join(f"{key}={value}" for key, value in trial.settings.items())
 
 
-def trials_table(trials: Sequence[Trial], meaning: str, shown: int = 5) -> Table:
+def trials_table(trials: Sequence[TuningTrial], meaning: str, shown: int = 5) -> Table:
     """The best trials and the start recipe, with their parameters.
 
     Args:
@@ -359,14 +360,3 @@ def trials_table(trials: Sequence[Trial], meaning: str, shown: int = 5) -> Table
         value = "failed" if t.objective is None else f"{t.objective:.4f}"
         table.add_row(name, value, errors, f"{t.seconds:.0f}", *(escape(v) for v in t.settings.values()))
     return table
-
-
-def plain(value: Any) -> Any:
-    """The same value with None for NaN and infinity, lists for tuples: strict JSON and YAML."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -27,14 +27,14 @@ def learn(
     """Run molecular dynamics on a model that learns while it runs, asking an ab initio code when it does not know."""
     from gpmlp.cli import console, progress
     from gpmlp.core.errors import UserError
-    from gpmlp.io.recipe_files import load_as
+    from gpmlp.io.recipe_files import load_recipe_as
     from gpmlp.learning import loop
     from gpmlp.learning.oracles import codes
     from gpmlp.learning.recipe import LearnRecipe
     from gpmlp.report.run import collect
 
     codes.look_in(recipe.parent)
-    chosen = load_as(LearnRecipe, recipe, settings or [])
+    chosen = load_recipe_as(LearnRecipe, recipe, settings or [])
     folder = recipe.parent / chosen.output
     if resume and not folder.exists():
         console.message("new", f"{folder} does not exist: there is nothing to resume, a new run begins")

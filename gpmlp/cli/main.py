@@ -19,6 +19,7 @@ import typer
 import gpmlp
 from gpmlp.cli import learn, md, tune
 from gpmlp.core.errors import DataWarning, Notice, UserError, symbol
+from gpmlp.core.json_values import json_value
 
 # typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
 ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -94,7 +95,7 @@ def fit_command(
     chosen = load_recipe(recipe, settings or [])
     structures, targets = ase_atoms.read(train, labelled=True)
     validation = ase_atoms.read(valid, labelled=True) if valid is not None else None
-    origin = provenance.of_files(training=train, validation=valid)
+    origin = provenance.file_provenance(training=train, validation=valid)
     with console.Stages() as stages:
         potential, report = fit(structures, targets, chosen, validation, stages, origin)
     for text in report.warnings:
@@ -125,7 +126,7 @@ def evaluate_command(
     """Compare a potential with reference data: errors in all and by config_type, and how well they were foreseen."""
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms, provenance
-    from gpmlp.io.files import atomic, check_apart, check_target
+    from gpmlp.io.files import atomic_write, check_apart, check_target
     from gpmlp.potential.evaluation import evaluate
 
     for path in (json_file, xyz_file):
@@ -135,15 +136,15 @@ def evaluate_command(
     check_apart(targets_of, {"the model": model, "the data": data})
     potential = archive.load(model)
     structures, targets = ase_atoms.read(data, labelled=True)
-    provenance.known(potential.provenance, potential.calibration.source, structures, data)
+    provenance.check_overlap(potential.provenance, potential.calibration.source, structures, data)
     with console.Stages() as stages:
         result = evaluate(potential, structures, targets, stages, variance)
     if json_file is not None:
-        with atomic(json_file, text=True) as file:
+        with atomic_write(json_file, text=True) as file:
             json.dump(result.as_dict(), file, indent=2, allow_nan=False)
             file.write("\n")
     if xyz_file is not None:
-        ase_atoms.write(xyz_file, ase_atoms.beside(structures, targets, result.prediction))
+        ase_atoms.write_frames(xyz_file, ase_atoms.with_predictions(structures, targets, result.prediction))
     out = console.output()
     out.print(console.evaluation_table(result))
     if any(entry.n for entry in result.scores.values()):
@@ -168,7 +169,7 @@ def report_command(
         raise UserError("`gpmlp report MODEL` needs DATA and --output; only the folder of a learning run goes without.")
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms, provenance
-    from gpmlp.io.files import atomic, check_apart, check_folder
+    from gpmlp.io.files import atomic_write, check_apart, check_folder
     from gpmlp.potential.evaluation import comparable_targets, evaluate
     from gpmlp.report.model import collect
     from gpmlp.report.model.build import build
@@ -179,12 +180,12 @@ def report_command(
     potential = archive.load(model)
     structures, targets = ase_atoms.read(data, labelled=True)
     targets = comparable_targets(potential, targets)
-    known = provenance.known(potential.provenance, potential.calibration.source, structures, data)
+    known = provenance.check_overlap(potential.provenance, potential.calibration.source, structures, data)
     with console.Stages() as stages:
         result = evaluate(potential, structures, targets, stages)
         stages("report", 0, 1, "figures")
         names = model.name, data.name, version
-        page = build(collect.collect(potential, structures, targets, result, *names, known), output, atomic)
+        page = build(collect.collect(potential, structures, targets, result, *names, known), output, atomic_write)
         stages("report", 1, 1, "figures")
     out = console.output()
     out.print(console.evaluation_table(result))
@@ -230,8 +231,8 @@ def select_command(
             DataWarning,
             stacklevel=1,
         )
-    chosen = ase_atoms.selected(frames, picked.structures.tolist(), picked.scores.tolist(), picked.places(pool))
-    ase_atoms.write(output, chosen)
+    chosen = ase_atoms.picked_frames(frames, picked.structures.tolist(), picked.scores.tolist(), picked.places(pool))
+    ase_atoms.write_frames(output, chosen)
     what = f"{number} environments in {len(chosen)}" if environments else f"{number}"
     text = f"picked {what} of {len(frames)} structures ({sum(map(len, chosen))} of {pool.n_atoms} atoms) by {picked.method}"
     scores = f"scores {picked.scores[0]:.3g} to {picked.scores[-1]:.3g}{picking.UNITS[picked.method]}"
@@ -249,7 +250,7 @@ def info(
 
     content = archive.read_header(model)
     if as_json:
-        typer.echo(json.dumps(console.plain(content), indent=2, allow_nan=False))
+        typer.echo(json.dumps(json_value(content), indent=2, allow_nan=False))
         return
     out = console.output()
     out.print(console.model_summary(content, [symbol(z) for z in content["header"]["species"]]))
@@ -261,11 +262,11 @@ def info(
 def cite(model: Model) -> None:
     """Print BibTeX entries of what a model stands on."""
     from gpmlp.io import archive, citations
-    from gpmlp.io.recipe_files import validate
+    from gpmlp.io.recipe_files import validate_recipe
 
     content = archive.read_header(model)
-    recipe = validate(content["header"]["recipe"], str(model))
-    typer.echo("\n".join(work.bibtex() for work in citations.of(recipe, content["version"])))
+    recipe = validate_recipe(content["header"]["recipe"], str(model))
+    typer.echo("\n".join(work.bibtex() for work in citations.citations_of(recipe, content["version"])))
 
 
 def _show_warning(text: Any, category: type[Warning], *_: object, **__: object) -> None:

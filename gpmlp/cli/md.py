@@ -17,7 +17,7 @@ import typer
 from gpmlp.core.errors import UserError
 
 if TYPE_CHECKING:
-    from gpmlp.engines.md import State
+    from gpmlp.engines.md import MDState
 
 
 class Ensemble(StrEnum):
@@ -60,7 +60,7 @@ def md(
     from gpmlp.cli import console
     from gpmlp.engines import md as dynamics
     from gpmlp.engines.ase import GPCalculator
-    from gpmlp.engines.md import STRIDE, watch
+    from gpmlp.engines.md import STRIDE, uncertainty_monitor
     from gpmlp.io import archive, ase_atoms
     from gpmlp.io.files import check_apart
 
@@ -70,26 +70,26 @@ def md(
     own = resume and start.resolve() == output.resolve()
     check_apart(targets, {"the model": model} | ({} if own else {"the start": start}))
     with _arguments_named_as_options():
-        plain = dynamics.Settings(ensemble.value, temperature_k, steps, timestep_fs, relaxation_fs, interval, seed)
+        plain = dynamics.MDSettings(ensemble.value, temperature_k, steps, timestep_fs, relaxation_fs, interval, seed)
         every = interval * -(-STRIDE // interval) if uncertainty is None else uncertainty
         settings = replace(plain, uncertainty=every)
     dynamics.check_files([path for path in targets.values() if path is not None], existing=resume or overwrite)
     potential = archive.load(model)
     calculator, look = GPCalculator(potential, str(start)), None
     if every and (potential.variances is not None or uncertainty):
-        look = watch(potential, str(start))
+        look = uncertainty_monitor(potential, str(start))
     first = None if own else ase_atoms.read_frames(start, -1)[0][0]
     if resume:
-        first = dynamics.resume(output, energies, first)
+        first = dynamics.resume_trajectory(output, energies, first)
     else:
         first.info = {key: first.info[key] for key in ("config_type",) if key in first.info}
     with (
         _arguments_named_as_options(),
-        dynamics.record(output, energies, overwrite) as append,
+        dynamics.record_trajectory(output, energies, overwrite) as append,
         console.Stages() as stages,
     ):
         state, largest = None, Largest()
-        for state in dynamics.run(first, calculator, settings, look):
+        for state in dynamics.run_dynamics(first, calculator, settings, look):
             append(state)
             largest.see(state)
             energy = f"{state.potential_eV:.4f} eV, drift {state.drift_eV_per_atom:+.1e} eV/atom"
@@ -117,7 +117,7 @@ def _tell_of_empty_space(start: Path, has_cell: bool) -> None:
     )
 
 
-def _doubt(state: State) -> str:
+def _doubt(state: MDState) -> str:
     """The largest standard deviation of a force and the largest novelty, for the progress bar."""
     if state.doubt is None:
         return ""
@@ -132,7 +132,7 @@ class Largest:
     force: tuple[float, int, int] = (-math.inf, 0, 0)
     novelty: tuple[float, int, int] = (-math.inf, 0, 0)
 
-    def see(self, state: State) -> None:
+    def see(self, state: MDState) -> None:
         """Count a state in."""
         if state.doubt is None:
             return

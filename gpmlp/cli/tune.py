@@ -58,23 +58,23 @@ def tune(
     start = load_recipe(recipe, settings or [])
     structures, targets = ase_atoms.read(train, labelled=True)
     data = {"name": train.name, "sha256": provenance.file_hash(train)}
-    problem = tuning.prepare(structures, targets, start, search or [], objective.value, seed, data, columns)
-    kept = files.reopen(log) if resume else None
+    problem = tuning.tuning_problem(structures, targets, start, search or [], objective.value, seed, data, columns)
+    kept = files.reopen_journal(log) if resume else None
     done = list(tuning.trials_of(kept, problem)) if kept else []
-    kept = kept or files.begin(log, problem.identity())
+    kept = kept or files.begin_journal(log, problem.identity())
     console.message("tuning", f"{problem.summary}; errors of forces are MAE / RMSE")
     interrupted = False
     try:
         with console.Trials(60 * budget_minutes, trials, done) as show:
-            for trial in tuning.search(problem, done, 60 * budget_minutes, trials, show.tick):
+            for trial in tuning.run_trials(problem, done, 60 * budget_minutes, trials, show.tick):
                 kept.append(tuning.record(trial))
                 done.append(trial)
                 show(trial)
     except KeyboardInterrupt:
         interrupted = True
-    top = tuning.best(done)
+    top = tuning.best_trial(done)
     if top is not None:
-        save_recipe(problem.final(top.parameters), output, tuning.header(problem, done))
+        save_recipe(problem.final(top.parameters), output, tuning.recipe_comment(problem, done))
         console.output().print(console.trials_table(done, problem.meaning))
         console.output().print(f"wrote {output}", soft_wrap=True, markup=False)
     if interrupted:

@@ -9,7 +9,7 @@ from ase.calculators.calculator import Calculator, all_changes
 
 from gpmlp.core.errors import UserError
 from gpmlp.core.verlet_list import Skin
-from gpmlp.io.ase_atoms import results, structures_from_ase, uncertainties
+from gpmlp.io.ase_atoms import calculator_results, structures_from_ase, uncertainty_results
 from gpmlp.potential.potential import Potential
 
 # what the energy depends on; charges and magnetic moments set on the Atoms change nothing
@@ -77,4 +77,4 @@ class GPCalculator(Calculator):
         structures = structures_from_ase([self.atoms], [self.label_in_errors])
         prediction = self.potential(structures, self.uncertainty, self.novelty, pairs=self._skin(structures))
         everything = slice(0, len(self.atoms))
-        self.results = results(prediction, 0, everything) | uncertainties(prediction, 0, everything)
+        self.results = calculator_results(prediction, 0, everything) | uncertainty_results(prediction, 0, everything)

@@ -39,7 +39,7 @@ HOTTEST = 1e6  # K; beyond, the integration has blown up
 
 
 @dataclass(frozen=True)
-class Settings:
+class MDSettings:
     """What a run is.
 
     Attributes:
@@ -79,7 +79,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class State:
+class MDState:
     """One moment of a run.
 
     Attributes:
@@ -97,7 +97,7 @@ class State:
     conserved_eV: float
     drift_eV_per_atom: float
     atoms: Atoms
-    doubt: Doubt | None = None
+    doubt: FrameUncertainty | None = None
 
     def row(self) -> str:
         """One line of the energies file."""
@@ -109,9 +109,9 @@ class State:
         )
 
 
-def run(
-    atoms: Atoms, calculator: Calculator, settings: Settings, look: Callable[[Atoms], Doubt] | None = None
-) -> Iterator[State]:
+def run_dynamics(
+    atoms: Atoms, calculator: Calculator, settings: MDSettings, look: Callable[[Atoms], FrameUncertainty] | None = None
+) -> Iterator[MDState]:
     """Run dynamics, yielding the state every `interval` steps, and the first and the last.
 
     Atoms that come from a state of an earlier run (info: step, time_fs, heat_eV, conserved_start_eV) go on from there and
@@ -125,7 +125,7 @@ def run(
         UserError: no velocities and no temperature, or the run has blown up.
     """
     atoms = atoms.copy()
-    forget(atoms)
+    remove_uncertainty(atoms)
     first = int(atoms.info.get("step", 0))
     earlier_time = float(atoms.info.get("time_fs", 0.0))
     earlier_heat, start = float(atoms.info.get("heat_eV", 0.0)), atoms.info.get("conserved_start_eV")
@@ -135,7 +135,7 @@ def run(
     _set_velocities(atoms, settings, generator)
     dynamics = _integrator(atoms, settings, generator)
 
-    def state(step: int) -> State:
+    def state(step: int) -> MDState:
         nonlocal start
         kinetic, potential = atoms.get_kinetic_energy(), atoms.get_potential_energy()
         heat = earlier_heat + getattr(dynamics, "transferred_energy", 0.0)
@@ -152,7 +152,7 @@ def run(
         doubt = look(snapshot) if look and settings.uncertainty and step % settings.uncertainty == 0 else None
         if doubt:
             doubt.write_to(snapshot)
-        return State(step, time, temperature, potential, kinetic, conserved, drift, snapshot, doubt)
+        return MDState(step, time, temperature, potential, kinetic, conserved, drift, snapshot, doubt)
 
     if not first:
         yield state(0)
@@ -167,24 +167,24 @@ def run(
         yield state(step)
 
 
-def _integrator(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> VelocityVerlet:
+def _integrator(atoms: Atoms, settings: MDSettings, generator: np.random.Generator) -> VelocityVerlet:
     timestep = settings.timestep_fs * units.fs
     if settings.ensemble == "nve":
         return VelocityVerlet(atoms, timestep)
     return Bussi(atoms, timestep, settings.temperature_K, settings.relaxation_fs * units.fs, rng=generator)
 
 
-def _set_velocities(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> None:
+def _set_velocities(atoms: Atoms, settings: MDSettings, generator: np.random.Generator) -> None:
     """Keep the velocities that the atoms have; draw them at the temperature if they have none."""
     moving = atoms.has("momenta") and np.abs(atoms.get_momenta()).max() > 0
     if moving:
         return
     if settings.temperature_K is None:
         raise UserError("The start has no velocities: give a temperature to draw them at, `temperature_K`.")
-    thermalise(atoms, settings.temperature_K, generator)
+    draw_velocities(atoms, settings.temperature_K, generator)
 
 
-def thermalise(atoms: Atoms, temperature_K: float, generator: np.random.Generator) -> None:
+def draw_velocities(atoms: Atoms, temperature_K: float, generator: np.random.Generator) -> None:
     """Draw velocities at a temperature, in place; the centre of mass rests."""
     masses = atoms.get_masses()[:, None]
     # Maxwell-Boltzmann: each component of v has variance kT / m; then the centre of mass is brought to rest
@@ -204,9 +204,9 @@ def _snapshot(atoms: Atoms, info: dict[str, float]) -> Atoms:
 
 
 @contextmanager
-def record(
+def record_trajectory(
     trajectory: str | os.PathLike[str], energies: str | os.PathLike[str] | None, replace: bool = False
-) -> Iterator[Callable[[State], None]]:
+) -> Iterator[Callable[[MDState], None]]:
     """Yield a function that appends a State to an extended XYZ trajectory and to a table of energies.
 
     No file is made or changed before the first State has come. Each frame and line is written in one piece and flushed, so
@@ -218,7 +218,7 @@ def record(
     with ExitStack() as stack:
         files: list[IO[str]] = []
 
-        def append(state: State) -> None:
+        def append(state: MDState) -> None:
             text = io.StringIO()
             ase.io.write(text, state.atoms, format="extxyz")
             mode = "w" if replace else "a"
@@ -254,7 +254,7 @@ def check_files(paths: Sequence[str | os.PathLike[str]], existing: bool) -> None
             raise UserError(f"{path}: may not be written to; choose another name, or change its permissions.")
 
 
-def resume(
+def resume_trajectory(
     trajectory: str | os.PathLike[str], energies: str | os.PathLike[str] | None, start: Atoms | None = None
 ) -> Atoms:
     """Return the last complete frame of a trajectory and cut off, in both files, what came after it.
@@ -269,7 +269,7 @@ def resume(
     path = Path(trajectory)
     if not path.is_file():
         raise UserError(f"{path}: there is no trajectory to resume.")
-    layout = files_module.scan(path)
+    layout = files_module.scan_frames(path)
     if not layout.starts:
         raise UserError(f"{path}: holds no complete frame to resume from; start anew with --overwrite.")
     frame = _last_frame(path, layout)
@@ -287,7 +287,7 @@ def resume(
     return frame
 
 
-def _last_frame(path: Path, layout: files_module.Layout) -> Atoms:
+def _last_frame(path: Path, layout: files_module.FrameOffsets) -> Atoms:
     """The last complete frame of an extended XYZ file, whatever follows it."""
     with open(path, "rb") as file:
         file.seek(layout.starts[-1])
@@ -314,7 +314,7 @@ def _end_of_table(path: Path, last_step: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Doubt:
+class FrameUncertainty:
     """Calibrated standard deviations and novelty of one frame.
 
     Attributes:
@@ -345,14 +345,14 @@ class Doubt:
         atoms.info[f"{PREFIX}largest_force_std_atom"] = self.force_atom
 
 
-def forget(atoms: Atoms) -> None:
+def remove_uncertainty(atoms: Atoms) -> None:
     """Take what gpmlp wrote of an earlier frame out of one, in place."""
     for holder in (atoms.info, atoms.arrays):
         for key in [key for key in holder if key.startswith(PREFIX)]:
             del holder[key]
 
 
-def watch(potential: Potential, name: str = "atoms") -> Callable[[Atoms], Doubt]:
+def uncertainty_monitor(potential: Potential, name: str = "atoms") -> Callable[[Atoms], FrameUncertainty]:
     """Return what says how sure the potential is of atoms.
 
     Variances of forces cost some twenty predictions for all atoms: they are computed of the SUSPECTS atoms at which the standard
@@ -366,7 +366,7 @@ def watch(potential: Potential, name: str = "atoms") -> Callable[[Atoms], Doubt]
     """
     potential.check_variance("forces")
 
-    def look(atoms: Atoms) -> Doubt:
+    def look(atoms: Atoms) -> FrameUncertainty:
         structures = structures_from_ase([atoms], [name])
         seen = potential(structures, "atom_energies", novelty=potential.novelty is not None)
         local = seen.atom_energies_variance.total.sqrt()
@@ -375,6 +375,6 @@ def watch(potential: Potential, name: str = "atoms") -> Callable[[Atoms], Doubt]
         variance = potential(structures, "forces", atoms=suspects).forces_variance.total[suspects].sum(1)
         worst = int(variance.argmax())
         novelty = None if seen.novelty is None else seen.novelty.cpu().numpy()
-        return Doubt(local.cpu().numpy(), novelty, float(variance[worst].sqrt()), int(suspects[worst]))
+        return FrameUncertainty(local.cpu().numpy(), novelty, float(variance[worst].sqrt()), int(suspects[worst]))
 
     return look

@@ -26,7 +26,7 @@ from gpmlp.uncertainty.residuals import (
     zero_by_symmetry,
 )
 
-FEWEST_FORESEEN = 8  # latest structures, at least, whose predictions are kept,
+FEWEST_PREQUENTIAL = 8  # latest structures, at least, whose predictions are kept,
 COMPONENTS = 1000  # and force components that they have together: older predictions are of models that knew less
 CONFIDENCE = 0.9  # that the standard deviations are not too small: of few structures their size is not known well
 HOW = "predicted before they were learned from, in the order in which they came (prequential)"
@@ -43,7 +43,7 @@ REMOVED = 1e-4  # of the size of forces: a net force below it was subtracted
 LARGE = 0.3  # share of the size of forces that the model class may miss before it is told
 
 
-def choose(
+def calibration_split(
     structures: Structures, targets: Targets, recipe: CalibrationRecipe | bool, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Return the indices of the structures to learn from and of those to set aside.
@@ -82,7 +82,7 @@ def _keep_every_species(structures: Structures, held: Tensor) -> None:
             held[with_it[0]] = False
 
 
-def calibrate(potential: Potential, structures: Structures, targets: Targets) -> Calibration:
+def held_out_calibration(potential: Potential, structures: Structures, targets: Targets) -> Calibration:
     """Learn a Calibration from structures that the potential has not seen.
 
     Of TELLING structures or fewer, standard deviations and intervals are larger by √(ν / (ν - 2)): what so few say of a variance is
@@ -94,7 +94,7 @@ def calibrate(potential: Potential, structures: Structures, targets: Targets) ->
     found = parallel.each(lambda part: potential(part, VARIANCES, novelty, calibrated=False), parts)
     raw = Prediction.concatenate(found)
     how = "set aside from the training set, at random within each config_type; learned from afterwards"
-    learned = learn(raw, structures, targets, how)
+    learned = learn_calibration(raw, structures, targets, how)
     if len(structures) > TELLING:
         return learned
     seen = raw if learned.typical_novelty is None else widen_by_novelty(raw, structures, learned.typical_novelty)
@@ -105,7 +105,7 @@ def calibrate(potential: Potential, structures: Structures, targets: Targets) ->
     return replace(learned, kinds=kinds)
 
 
-def learn(raw: Prediction, structures: Structures, targets: Targets, how: str) -> Calibration:
+def learn_calibration(raw: Prediction, structures: Structures, targets: Targets, how: str) -> Calibration:
     """Learn a Calibration from uncalibrated predictions that were made before the labels were learned from.
 
     The posterior variance has the right shape and often the wrong size: the kernel that the data chose is rougher than the energy
@@ -179,7 +179,7 @@ def spread_of_samples(structures: Structures, targets: Targets, raw: Prediction)
     return float(fit_variance_weights(errors[known], parts[known][:, 1:])[0]) ** 0.5
 
 
-def blind(calibration: Calibration) -> list[str]:
+def uncalibrated_warnings(calibration: Calibration) -> list[str]:
     """A warning where the structures set aside say nothing of the errors of a kind."""
     return [
         f"Error bars of {kind} are not calibrated: nearly all {kind} of the structures set aside vanish by symmetry. Add structures with "
@@ -188,7 +188,7 @@ def blind(calibration: Calibration) -> list[str]:
     ]
 
 
-def misspecified(calibration: Calibration, label_noise: float) -> list[str]:
+def misspecification_warnings(calibration: Calibration, label_noise: float) -> list[str]:
     """A warning where what the model class cannot express is a large share of the forces themselves."""
     misfit, size = (calibration.source.get(key, 0.0) for key in ("misspecification_eV_per_A", "force_eV_per_A"))
     if misfit < LARGE * size or not size:
@@ -203,7 +203,7 @@ def misspecified(calibration: Calibration, label_noise: float) -> list[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class Foreseen:
+class PrequentialPrediction:
     """What was predicted of structures, uncalibrated, before their labels were learned from."""
 
     structures: Structures
@@ -211,17 +211,17 @@ class Foreseen:
     prediction: Prediction
 
 
-def latest_foreseen(foreseen: tuple[Foreseen, ...]) -> tuple[Foreseen, ...]:
+def latest_prequential(foreseen: tuple[PrequentialPrediction, ...]) -> tuple[PrequentialPrediction, ...]:
     """The latest ones that tell enough."""
     kept, components = 0, 0
     for one in reversed(foreseen):
-        if kept >= FEWEST_FORESEEN and components >= COMPONENTS:
+        if kept >= FEWEST_PREQUENTIAL and components >= COMPONENTS:
             break
         kept, components = kept + 1, components + int(one.targets.forces.isfinite().sum())
     return foreseen[len(foreseen) - kept :]
 
 
-def calibration_of_foreseen(foreseen: Sequence[Foreseen]) -> Calibration:
+def prequential_calibration(foreseen: Sequence[PrequentialPrediction]) -> Calibration:
     """Learn it from what was foreseen; standard deviations of each kind larger by what covers, with CONFIDENCE, that structures are few.
 
     Intervals stay as they are. Novelty does not enter: that of each was measured by what was known then, so that one and the same
@@ -233,15 +233,15 @@ def calibration_of_foreseen(foreseen: Sequence[Foreseen]) -> Calibration:
     shared = [n for n in names if n != "novelty" and all(getattr(f.prediction, n) is not None for f in foreseen)]
     parts = [replace(f.prediction, **{n: None for n in names if n not in shared}) for f in foreseen]
     prediction = Prediction.concatenate(parts)
-    learned = learn(prediction, structures, targets, HOW)
+    learned = learn_calibration(prediction, structures, targets, HOW)
     kinds = {}
     for name, kind in learned.kinds.items():
         found = mean_square_residuals(name, kind, structures, targets, prediction) if kind.n else ()
-        kinds[name] = kind.widen_std(few_foreseen(found)) if len(found) else kind
+        kinds[name] = kind.widen_std(small_sample_factor(found)) if len(found) else kind
     return replace(learned, kinds=kinds)
 
 
-def few_foreseen(squares: Tensor) -> float:
+def small_sample_factor(squares: Tensor) -> float:
     """Factor on a standard deviation, so that with CONFIDENCE it is not too small for what so few structures told of it.
 
     The true variance is less than ν/χ²_ν(1 - CONFIDENCE) times what was found (Pearson & Hartley, Biometrika Tables I, section 4).

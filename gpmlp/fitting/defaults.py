@@ -14,7 +14,7 @@ from gpmlp.recipe import DescriptorRecipe, InducingRecipe, KernelRecipe, RadialS
 
 
 @dataclass(frozen=True)
-class Survey:
+class DataSummary:
     """What the data say before a model is chosen; lengths in A.
 
     Attributes:
@@ -32,7 +32,7 @@ class Survey:
     n_environments: int
 
 
-def survey(structures: Structures, targets: Targets, at_most: int = 10_000) -> Survey:
+def summarise_data(structures: Structures, targets: Targets, at_most: int = 10_000) -> DataSummary:
     """Look at structures with about `at_most` atoms, evenly spread, for distances and at all for labels."""
     step = max(1, round(structures.n_atoms / at_most))
     sample = structures.select(range(0, len(structures), step))
@@ -55,7 +55,9 @@ def survey(structures: Structures, targets: Targets, at_most: int = 10_000) -> S
         (~torch.isnan(targets.stresses[:, 0, 0])).sum()
     )
     periodic = bool(structures.periodic.any(dim=1).double().mean() > 0.5)
-    return Survey(shortest, float(nearest.median()) if len(nearest) else 2.0, periodic, n_labels, structures.n_atoms)
+    return DataSummary(
+        shortest, float(nearest.median()) if len(nearest) else 2.0, periodic, n_labels, structures.n_atoms
+    )
 
 
 # docs/decisions/003-default-recipe.md tells what was measured for these
@@ -69,7 +71,7 @@ MEMORY_GB = 10.0
 VARIANCE_COLUMNS = 1500  # of the posterior kept for variances
 
 
-def resolve(recipe: Recipe, found: Survey, n_species: int) -> Recipe:
+def resolve_recipe(recipe: Recipe, found: DataSummary, n_species: int) -> Recipe:
     """Return the recipe with every None replaced, except for what is learned (noise) and ZBL radii (one for each pair)."""
     budget = recipe.memory_GB or min(MEMORY_GB, 0.4 * physical_memory_GB())
     return recipe.model_copy(
@@ -89,7 +91,7 @@ def physical_memory_GB() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
-def _descriptor(d: DescriptorRecipe, found: Survey, n_species: int) -> DescriptorRecipe:
+def _descriptor(d: DescriptorRecipe, found: DataSummary, n_species: int) -> DescriptorRecipe:
     shortest = min(found.shortest.values(), default=1.0)
     cutoff = d.cutoff or (min(6.0, max(4.0, 2.2 * found.bond)) if found.periodic else 5.0)
     scaling = d.radial_scaling
@@ -112,7 +114,7 @@ def _descriptor(d: DescriptorRecipe, found: Survey, n_species: int) -> Descripto
     )
 
 
-def _kernel(k: KernelRecipe, found: Survey) -> KernelRecipe:
+def _kernel(k: KernelRecipe, found: DataSummary) -> KernelRecipe:
     return k.model_copy(
         update={
             "zeta": (4 if found.periodic else 2) if k.zeta is None else k.zeta,
@@ -128,14 +130,14 @@ def columns_for(n_labels: int, periodic: bool) -> int:
     return min(MOST_COLUMNS, max(n_labels // LABELS_PER_COLUMN[periodic], cheap))
 
 
-def affordable(memory_GB: float) -> int:
+def affordable_columns(memory_GB: float) -> int:
     """How many columns a fit may have in so much memory."""
     return int((memory_GB * 1e9 / (8 * MATRICES)) ** 0.5)
 
 
-def _inducing(i: InducingRecipe, found: Survey, budget: float, n_descriptors: int) -> InducingRecipe:
+def _inducing(i: InducingRecipe, found: DataSummary, budget: float, n_descriptors: int) -> InducingRecipe:
     """As many columns as memory, data and patience allow, spread over centres and their gradients."""
-    columns = min(affordable(budget), columns_for(found.n_labels, found.periodic))
+    columns = min(affordable_columns(budget), columns_for(found.n_labels, found.periodic))
     columns = max(columns, 50) // n_descriptors
     gradients = i.gradients
     if isinstance(i.shares, dict):

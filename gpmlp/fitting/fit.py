@@ -17,8 +17,8 @@ from gpmlp.core.environments import Descriptor, View
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures, chunks
 from gpmlp.fitting import calibrate, defaults, prepare, regression, variance_checks
-from gpmlp.fitting.regression import Learned, Model
-from gpmlp.fitting.report import FitReport, Progress, Stages
+from gpmlp.fitting.regression import InducingModel, WhitenedData
+from gpmlp.fitting.report import FitReport, Progress, StageTimer
 from gpmlp.fitting.stress_check import check_stress_consistency
 from gpmlp.gp import evidence, hyperparameters, inducing, posterior
 from gpmlp.gp.likelihood import Hyperparameters
@@ -58,17 +58,17 @@ def fit(
         checks.UserError: no labels, labels that do not belong to the structures, more inducing points than environments,
             atoms on top of each other.
     """
-    stages = Stages(progress)
+    stages = StageTimer(progress)
     stages.begin("data")
     data = _Data.of(structures, targets, Recipe() if recipe is None else recipe)
     aside = data.recipe.variance and data.recipe.calibration
-    kept, held = calibrate.choose(data.structures, data.targets, aside, data.recipe.seed)
+    kept, held = calibrate.calibration_split(data.structures, data.targets, aside, data.recipe.seed)
     trained = _trained(data, kept, held, stages)
     models, learned, calibration = trained.models, trained.learned, Calibration.identity()
     if len(held):
         stages.begin("calibration")
         interim = _potential(data, trained, learned, learned.weights(trained.lowers))
-        calibration = calibrate.calibrate(
+        calibration = calibrate.held_out_calibration(
             interim, data.structures.select(held), data.targets.select(data.structures, held)
         )
         del interim
@@ -80,7 +80,7 @@ def fit(
     potential = _potential(data, trained, learned, solved.weights)
     potential = replace(potential, calibration=calibration, provenance=dict(provenance or {}))
     if potential.variances is not None:
-        share = variance_checks.amplitude(
+        share = variance_checks.leave_out_amplitude(
             potential, models, learned, solved, data.structures, data.remaining, data.recipe.seed
         )
         scaled = replace(potential.variances, amplitude=share)
@@ -100,8 +100,8 @@ def fit(
         warnings=(
             *data.doubts,
             *trained.doubts,
-            *calibrate.blind(calibration),
-            *calibrate.misspecified(calibration, learned.label_noise.get("forces", 0.0)),
+            *calibrate.uncalibrated_warnings(calibration),
+            *calibrate.misspecification_warnings(calibration, learned.label_noise.get("forces", 0.0)),
         ),
         **_numbers(data, trained, learned, solved),
     )
@@ -132,21 +132,24 @@ class _Data:
     @staticmethod
     def of(structures: Structures, targets: Targets, recipe: Recipe) -> _Data:
         """Check and move the data, look at them, fill in the recipe and take the baselines off."""
-        structures, targets = prepare.prepared(structures, targets, recipe)
-        doubts = (*check_stress_consistency(structures, targets), *prepare.doubts(structures, targets, recipe))
-        found = defaults.survey(structures, targets)
-        recipe = defaults.resolve(recipe, found, len(structures.distinct_species))
+        structures, targets = prepare.prepare_data(structures, targets, recipe)
+        doubts = (
+            *check_stress_consistency(structures, targets),
+            *prepare.energy_zero_warnings(structures, targets, recipe),
+        )
+        found = defaults.summarise_data(structures, targets)
+        recipe = defaults.resolve_recipe(recipe, found, len(structures.distinct_species))
         base = prepare.make_baselines(structures, targets, recipe, found)
-        remaining = prepare.trust_isolated_atoms(structures, targets.minus(prepare.total(base, structures)))
+        remaining = prepare.trust_isolated_atoms(structures, targets.minus(prepare.baseline_sum(base, structures)))
         shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
         scatter = label_noise.force_label_noise(structures, targets)
-        given = prepare.given_noise(targets)
+        given = prepare.labels_noise(targets)
         shown = [x for x in (scatter, given.get("forces", math.nan)) if x == x]
         shown = {"forces": max(shown)} if shown else {}
         return _Data(recipe, structures, targets, remaining, base, shortest, shown, given, doubts)
 
 
-def _potential(data: _Data, trained: _Trained, learned: Learned, weights: Tensor) -> Potential:
+def _potential(data: _Data, trained: _Trained, learned: WhitenedData, weights: Tensor) -> Potential:
     """What has been learned, not calibrated."""
     constant = data.constant | trained.parameters.noise()
     return Potential(
@@ -171,9 +174,9 @@ def _validated(potential: Potential, structures: Structures, targets: Targets, e
 class _Trained:
     """What the data seen have come to, with the whitened rows of those set aside and their number by kind, and warnings."""
 
-    models: list[Model]
+    models: list[InducingModel]
     environments: dict[int, int]
-    learned: Learned
+    learned: WhitenedData
     held: tuple[dict[str, Tensor], dict[str, int]]
     novelty: Mahalanobis | None
     parameters: Hyperparameters
@@ -186,7 +189,7 @@ class _Trained:
         return [lower for m in self.models for lower in m.lowers]
 
 
-def _trained(data: _Data, kept: Tensor, held: Tensor, stages: Stages) -> _Trained:
+def _trained(data: _Data, kept: Tensor, held: Tensor, stages: StageTimer) -> _Trained:
     """Choose inducing variables, stream the rows, learn noises and signals; all from the structures kept alone."""
     recipe, structures = data.recipe, data.structures
     (parts, targets), (unseen, unseen_targets) = (
@@ -197,8 +200,8 @@ def _trained(data: _Data, kept: Tensor, held: Tensor, stages: Stages) -> _Traine
     models, environments = regression.make_models(recipe, structures, parts, stages, sample.add)
     novelty = sample.fit(models[0].descriptor, unseen)
     stages.begin("covariances")
-    factors, traces = regression.stream(recipe, models, parts, targets, stages)
-    extra, _ = regression.stream(recipe, models, unseen, unseen_targets, stages)
+    factors, traces = regression.stream_rows(recipe, models, parts, targets, stages)
+    extra, _ = regression.stream_rows(recipe, models, unseen, unseen_targets, stages)
     stages.begin("evidence")
     lowers = [lower for m in models for lower in m.lowers]
     counts, counts_held = ({kind: f.count for kind, f in some.items()} for some in (factors, extra))
@@ -207,10 +210,12 @@ def _trained(data: _Data, kept: Tensor, held: Tensor, stages: Stages) -> _Traine
         for some in (factors, extra)
     )
     with parallel.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
-        parameters, block_of_column, result = regression.learn(recipe, models, whitened, counts, traces, stages)
+        parameters, block_of_column, result = regression.learn_hyperparameters(
+            recipe, models, whitened, counts, traces, stages
+        )
     signal = parameters.signal().to(block_of_column.device)[block_of_column]
     noise = regression.fit_noise(recipe, parameters, whitened, counts, signal)
-    learned = Learned(whitened, counts, noise, data.label_noise, signal)
+    learned = WhitenedData(whitened, counts, noise, data.label_noise, signal)
     doubts = hyperparameters.bound_warnings(recipe, regression.blocks_of(models), result.at_bound)
     jitter = max(m.jitter for m in models)
     if jitter:
@@ -261,7 +266,7 @@ def _chunked(structures: Structures, targets: Targets) -> tuple[list[Structures]
     return parts, out
 
 
-def _numbers(data: _Data, trained: _Trained, learned: Learned, solved: SparsePosterior) -> dict[str, Any]:
+def _numbers(data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior) -> dict[str, Any]:
     """What a FitReport says of hyperparameters, columns and posterior."""
     models, parameters, result = trained.models, trained.parameters, trained.result
     labels = [f"{k}:{checks.symbol(z)}" for k, z in regression.blocks_of(models)]

@@ -14,10 +14,10 @@ from gpmlp.core.environments import View
 from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
 from gpmlp.fitting import calibrate, defaults, online_updates, prepare, regression, sparse_points, variance_checks
-from gpmlp.fitting.calibrate import Foreseen
-from gpmlp.fitting.online_updates import Batch, Scales
-from gpmlp.fitting.regression import Model
-from gpmlp.fitting.report import Stages
+from gpmlp.fitting.calibrate import PrequentialPrediction
+from gpmlp.fitting.online_updates import LabelBatch, RowScales
+from gpmlp.fitting.regression import InducingModel
+from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import hyperparameters, inducing
 from gpmlp.gp.posterior import FIXED
 from gpmlp.gp.qr import DowndateError, PosteriorFactor, RowFactor
@@ -37,7 +37,7 @@ NOVELTY_ROWS = 4000  # environments of a species from which novelty is learned
 
 
 @dataclass(frozen=True, eq=False)
-class Online:
+class OnlineFit:
     """The state of a fit that goes on; every method returns a new one.
 
     Attributes:
@@ -53,9 +53,9 @@ class Online:
 
     asked: Recipe
     recipe: Recipe
-    models: tuple[Model, ...]
+    models: tuple[InducingModel, ...]
     baselines: tuple[Baseline, ...]
-    batches: tuple[Batch, ...]
+    batches: tuple[LabelBatch, ...]
     factor: PosteriorFactor
     noise: dict[str, float]
     constant: dict[str, float]
@@ -63,12 +63,12 @@ class Online:
     signal: Tensor
     calibration: Calibration = field(default_factory=Calibration.identity)
     novelty: Mahalanobis | None = None
-    foreseen: tuple[Foreseen, ...] = ()
+    prequential: tuple[PrequentialPrediction, ...] = ()
     subset: dict[str, float] = field(default_factory=dict)
     events: tuple[str, ...] = ()
 
     @staticmethod
-    def begin(structures: Structures, targets: Targets, recipe: Recipe | None = None) -> Online:
+    def begin(structures: Structures, targets: Targets, recipe: Recipe | None = None) -> OnlineFit:
         """Learn from first structures: inducing points from them, noises by evidence, no calibration yet.
 
         As many inducing points as the labels ask for (defaults.py), `inducing.n` at most, now and as labels come.
@@ -81,7 +81,9 @@ class Online:
             raise errors.UserError("An online model learns its noises by the DTC evidence; leave out `evidence: vfe`.")
         if torch.device(asked.device).type != "cpu":
             raise errors.UserError(f"An online model is updated on the CPU; leave out `device: {asked.device}`.")
-        return _unlearned(asked, [prepare.prepared(structures, targets, asked, whole=False)]).refreshed("first data")
+        return _unlearned(asked, [prepare.prepare_data(structures, targets, asked, whole=False)]).refreshed(
+            "first data"
+        )
 
     @property
     def n_labels(self) -> int:
@@ -103,11 +105,11 @@ class Online:
     @cached_property
     def columns_signal(self) -> Tensor:
         """(columns,) δ of each column."""
-        return self._scales.columns(online_updates.widths(self.models))
+        return self._scales.columns(online_updates.block_widths(self.models))
 
     @property
-    def _scales(self) -> Scales:
-        return Scales(self.noise, self.signal)
+    def _scales(self) -> RowScales:
+        return RowScales(self.noise, self.signal)
 
     @cached_property
     def potential(self) -> Potential:
@@ -146,7 +148,7 @@ class Online:
 
     # ---------------------------------------------------------------- data
 
-    def learned(self, structures: Structures, targets: Targets) -> Online:
+    def learned(self, structures: Structures, targets: Targets) -> OnlineFit:
         """Foresee the labels, learn from them, make new environments inducing points, and count them as seen.
 
         Raises:
@@ -158,23 +160,25 @@ class Online:
         views = [View.of(m.descriptor, here) for m in self.models] if here.n_atoms <= CHUNK_ATOMS else []
         before = self._foreseen(structures, targets, views)
         new = self.added(structures, targets, views).extended(structures, None, views)
-        new = replace(new, foreseen=calibrate.latest_foreseen((*self.foreseen, *before)))
+        new = replace(new, prequential=calibrate.latest_prequential((*self.prequential, *before)))
         if new.novelty is None:
             return new
         batch = new.batches[-1]
         told = batch.told
         return replace(new, novelty=new.novelty.updated(batch.structures.species[told], batch.features[told]))
 
-    def _foreseen(self, structures: Structures, targets: Targets, views: Sequence[View]) -> tuple[Foreseen, ...]:
+    def _foreseen(
+        self, structures: Structures, targets: Targets, views: Sequence[View]
+    ) -> tuple[PrequentialPrediction, ...]:
         if self.recipe.variance is False:
             return ()
         stressed = "stresses" in self.noise or bool(targets.stresses.isfinite().any())
         wanted = ["energies", "forces", *(["stresses"] if stressed else [])]
         novelty = self.novelty is not None
         prediction = self.potential(structures, variance=wanted, novelty=novelty, calibrated=False, views=views)
-        return (Foreseen(structures, targets, prediction),)
+        return (PrequentialPrediction(structures, targets, prediction),)
 
-    def added(self, structures: Structures, targets: Targets, views: Sequence[View] = ()) -> Online:
+    def added(self, structures: Structures, targets: Targets, views: Sequence[View] = ()) -> OnlineFit:
         """With labels more at fixed inducing variables and hyperparameters: O(k columns²).
 
         Where they are the first of their kind (a stress, say), its noise has to be learned, and all is refreshed.
@@ -186,11 +190,11 @@ class Online:
             checks.UserError: labels that do not fit the structures, or a species that was not there at the beginning.
         """
         self._check_species(structures)
-        structures, targets = prepare.prepared(structures, targets, self.recipe, whole=False)
-        remaining = targets.minus(prepare.total(self.baselines, structures))
+        structures, targets = prepare.prepare_data(structures, targets, self.recipe, whole=False)
+        remaining = targets.minus(prepare.baseline_sum(self.baselines, structures))
         remaining = prepare.trust_isolated_atoms(structures, remaining)
         room = online_updates.KEPT_BYTES - sum(b.n_bytes for b in self.batches)
-        batch = Batch.of(self.models, structures, targets, remaining, self._scales, room, views)
+        batch = LabelBatch.of(self.models, structures, targets, remaining, self._scales, room, views)
         new = replace(self, batches=(*self.batches, batch))
         unknown = [kind for kind in batch.rows if kind != FIXED and kind not in self.noise]
         if unknown:
@@ -200,7 +204,7 @@ class Online:
             factor = factor.append_rows(rows)
         return replace(new, factor=factor)
 
-    def removed(self, index: int) -> Online:
+    def removed(self, index: int) -> OnlineFit:
         """Without the labels of one batch: a downdate, O(k columns²); from the rows anew where that breaks down."""
         batch = self.batches[index]
         left = tuple(b for b in self.batches if b is not batch)
@@ -227,7 +231,7 @@ class Online:
 
     # ---------------------------------------------------------------- inducing variables
 
-    def extended(self, structures: Structures, at_most: int | None = None, views: Sequence[View] = ()) -> Online:
+    def extended(self, structures: Structures, at_most: int | None = None, views: Sequence[View] = ()) -> OnlineFit:
         """With inducing points more, from environments that the present ones represent worst.
 
         Chosen by a pivoted Cholesky factorisation of the covariance that is left of them given the present inducing set, in units
@@ -246,72 +250,74 @@ class Online:
             here = self.signal[start : start + len(model.blocks)]
             start += len(model.blocks)
             room = (
-                online_updates.room(self.asked, self.recipe, self.models, k, labels, periodic)
+                online_updates.missing_centres(self.asked, self.recipe, self.models, k, labels, periodic)
                 if at_most is None
                 else at_most
             )
             novelty = self.novelty if k == 0 else None
             about = model.descriptor, model.kernel, model.blocks, model.lowers, here
             grown.append(sparse_points.choose_more(*about, structures, room, novelty, views[k] if views else None))
-        models, after, factor = online_updates.extended(self.models, self.batches, self.factor, self._scales, grown)
+        models, after, factor = online_updates.add_inducing(self.models, self.batches, self.factor, self._scales, grown)
         return self if factor is self.factor else replace(self, models=models, batches=after, factor=factor)._checked()
 
-    def without(self, descriptor: int, species: int, centres: Sequence[int]) -> Online:
+    def without(self, descriptor: int, species: int, centres: Sequence[int]) -> OnlineFit:
         """Without some inducing points (centres, with their gradients) of one block.
 
         Raises:
             checks.UserError: no such block or centre, or none would be left.
         """
-        models, after, factor = online_updates.reduced(
+        models, after, factor = online_updates.remove_inducing(
             self.models, self.batches, self.factor, descriptor, species, centres
         )
         return replace(self, models=models, batches=after, factor=factor)._checked()
 
     # ---------------------------------------------------------------- hyperparameters
 
-    def rebuilt(self, why: str) -> Online:
+    def rebuilt(self, why: str) -> OnlineFit:
         """What `begin` makes of all labels there are: recipe, baselines and inducing points chosen anew, noises learned again.
 
         What was foreseen stays, so that the calibration goes on. Takes as long as a fit.
         """
         new = _unlearned(self.asked, [(b.structures, b.targets) for b in self.batches])
-        return replace(new, foreseen=self.foreseen, events=self.events).refreshed(f"made anew, {why}")
+        return replace(new, prequential=self.prequential, events=self.events).refreshed(f"made anew, {why}")
 
-    def refreshed(self, why: str) -> Online:
+    def refreshed(self, why: str) -> OnlineFit:
         """With noises and signals learned again from the rows, the calibration from what was foreseen, and novelty from what was seen."""
         whitened, counts = self._whitened(), self._counts()
-        parameters, block_of_column, _ = regression.learn(
-            self.recipe, self.models, whitened, counts, {}, Stages(None), restarts=0
+        parameters, block_of_column, _ = regression.learn_hyperparameters(
+            self.recipe, self.models, whitened, counts, {}, StageTimer(None), restarts=0
         )
         signal = parameters.signal().detach().double().cpu()
         noise = regression.fit_noise(self.recipe, parameters, whitened, counts, signal[block_of_column])
         scatter = label_noise.force_label_noise(self.structures, self.targets)
-        sizes, scales = online_updates.widths(self.models), Scales(noise, signal)
+        sizes, scales = online_updates.block_widths(self.models), RowScales(noise, signal)
         new = replace(
             self,
             batches=tuple(b.rescaled(self._scales, scales, sizes) for b in self.batches),
             noise=noise,
-            constant=prepare.given_noise(self.targets) | parameters.noise(),
+            constant=prepare.labels_noise(self.targets) | parameters.noise(),
             label_noise={"forces": scatter} if scatter == scatter else {},
             signal=signal,
             novelty=self._novelty(),
         )
-        rows = [online_updates.rescaled(w, k, Scales.unit(len(sizes)), scales, sizes) for k, w in whitened.items()]
+        rows = [
+            online_updates.rescaled_rows(w, k, RowScales.unit(len(sizes)), scales, sizes) for k, w in whitened.items()
+        ]
         return new._from_rows(f"refreshed: {why}", rows)._compared().recalibrated()
 
-    def _compared(self) -> Online:
+    def _compared(self) -> OnlineFit:
         """With variances from the columns kept for them compared with those from all."""
         upper = self.factor.upper[:, :-1]
         about = self.potential, self.models, self.columns_signal, upper, self.structures, self.recipe.seed
         return replace(self, subset=variance_checks.subset_error(*about))
 
-    def recalibrated(self) -> Online:
+    def recalibrated(self) -> OnlineFit:
         """With a calibration from the structures foreseen; standard deviations grow with novelty well outside the trust region."""
-        if not self.foreseen or self.recipe.calibration is False:
+        if not self.prequential or self.recipe.calibration is False:
             return self
         edge = None if self.novelty is None else EDGE
         return replace(
-            self, calibration=replace(calibrate.calibration_of_foreseen(self.foreseen), typical_novelty=edge)
+            self, calibration=replace(calibrate.prequential_calibration(self.prequential), typical_novelty=edge)
         )
 
     def _novelty(self) -> Mahalanobis | None:
@@ -349,25 +355,27 @@ class Online:
 
     def _whitened(self) -> dict[str, Tensor]:
         """Triangular factors of the rows of each kind, with unit noise and signal."""
-        sizes = online_updates.widths(self.models)
+        sizes = online_updates.block_widths(self.models)
         columns, found = sum(sizes), {}
         for kind in self._counts():
             folded = RowFactor(columns, 2 * columns)
             for batch in self.batches:
                 if kind in batch.rows:
                     folded.add(batch.rows[kind][:, :-1], batch.rows[kind][:, -1])
-            found[kind] = online_updates.rescaled(folded.factor(), kind, self._scales, Scales.unit(len(sizes)), sizes)
+            found[kind] = online_updates.rescaled_rows(
+                folded.factor(), kind, self._scales, RowScales.unit(len(sizes)), sizes
+            )
         return found
 
-    def _from_rows(self, why: str, rows: Iterable[Tensor] | None = None) -> Online:
+    def _from_rows(self, why: str, rows: Iterable[Tensor] | None = None) -> OnlineFit:
         """With the factor made again from all rows, or from others with the same RᵀR."""
         factor = PosteriorFactor.from_rows(
-            self._rows() if rows is None else rows, sum(online_updates.widths(self.models))
+            self._rows() if rows is None else rows, sum(online_updates.block_widths(self.models))
         )
         events = (*self.events, f"{self.n_labels} labels: {why}")
         return replace(self, factor=factor.measure_drift(self._rows()), events=events)
 
-    def _checked(self) -> Online:
+    def _checked(self) -> OnlineFit:
         """With the error of the factor measured, and without it where it has grown."""
         factor = self.factor.measure_drift(self._rows())
         if factor.drift <= max(LARGEST_ERROR, WORSE * factor.initial_drift):
@@ -379,28 +387,30 @@ class Online:
             return None
         blocks, lowers, upper = [m.blocks for m in self.models], self.lowers, self.factor.upper[:, :-1]
         if self.factor.columns > self.recipe.variance.columns:
-            blocks, lowers, upper = online_updates.lean(self.models, self.factor, self.recipe.variance.columns)
+            blocks, lowers, upper = online_updates.leading_subset(
+                self.models, self.factor, self.recipe.variance.columns
+            )
         priors = regression.make_priors(self.models, self.columns_signal)
         signal = self._scales.columns([len(lower) for lower in lowers])
         about = signal, upper, self.constant, self.label_noise, self.factor.columns
         return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), *about)
 
 
-def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> Online:
+def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> OnlineFit:
     """Models, baselines and rows of prepared labels, a batch of each part; their noises have still to be learned."""
     structures = Structures.concatenate([s for s, _ in parts])
     targets = Targets.concatenate([t for _, t in parts])
     hyperparameters.check_species(asked, structures)
-    found = defaults.survey(structures, targets)
-    recipe = online_updates.resolved(asked, found, len(structures.distinct_species))
+    found = defaults.summarise_data(structures, targets)
+    recipe = online_updates.resolve_capped(asked, found, len(structures.distinct_species))
     base = prepare.make_baselines(structures, targets, recipe, found)
     pieces = list(chunks(structures, CHUNK_ATOMS))
-    models, _ = regression.make_models(recipe, structures, pieces, Stages(None), lambda z, features: None)
-    widths = online_updates.widths(models)
-    unit, made, room = Scales.unit(len(widths)), [], online_updates.KEPT_BYTES
+    models, _ = regression.make_models(recipe, structures, pieces, StageTimer(None), lambda z, features: None)
+    widths = online_updates.block_widths(models)
+    unit, made, room = RowScales.unit(len(widths)), [], online_updates.KEPT_BYTES
     for some, labels in parts:
-        remaining = prepare.trust_isolated_atoms(some, labels.minus(prepare.total(base, some)))
-        made.append(Batch.of(models, some, labels, remaining, unit, room))
+        remaining = prepare.trust_isolated_atoms(some, labels.minus(prepare.baseline_sum(base, some)))
+        made.append(LabelBatch.of(models, some, labels, remaining, unit, room))
         room -= made[-1].n_bytes
     about = asked, recipe, tuple(models), base, tuple(made), PosteriorFactor.from_rows([], sum(widths))
-    return Online(*about, {}, {}, {}, unit.signal)
+    return OnlineFit(*about, {}, {}, {}, unit.signal)

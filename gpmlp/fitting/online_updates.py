@@ -14,8 +14,8 @@ from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import defaults, regression
-from gpmlp.fitting.defaults import Survey
-from gpmlp.fitting.regression import Model
+from gpmlp.fitting.defaults import DataSummary
+from gpmlp.fitting.regression import InducingModel
 from gpmlp.gp import covariances, inducing
 from gpmlp.gp.covariances import Facets, Look
 from gpmlp.gp.inducing import RANK_TOLERANCE, InducingBlock, extend_cholesky, restrict_cholesky
@@ -29,7 +29,7 @@ PASS = 200_000  # rows times new columns that one label may cost: some tenths of
 
 
 @dataclass(frozen=True, eq=False)
-class Scales:
+class RowScales:
     """What rows of unit noise and unit signal are scaled by.
 
     Attributes:
@@ -41,9 +41,9 @@ class Scales:
     signal: Tensor
 
     @staticmethod
-    def unit(blocks: int) -> Scales:
+    def unit(blocks: int) -> RowScales:
         """Of rows that are not scaled."""
-        return Scales({}, torch.ones(blocks, dtype=torch.float64))
+        return RowScales({}, torch.ones(blocks, dtype=torch.float64))
 
     def of(self, kind: str) -> float:
         return self.noise.get(kind, 1.0)
@@ -54,7 +54,7 @@ class Scales:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class LabelBatch:
     """Structures labelled together.
 
     Attributes:
@@ -73,14 +73,14 @@ class Batch:
 
     @staticmethod
     def of(
-        models: Sequence[Model],
+        models: Sequence[InducingModel],
         structures: Structures,
         targets: Targets,
         remaining: Targets,
-        scales: Scales,
+        scales: RowScales,
         room: int,
         views: Sequence[View] = (),
-    ) -> Batch:
+    ) -> LabelBatch:
         """Make the rows.
 
         Args:
@@ -93,12 +93,13 @@ class Batch:
             facets = tuple(_facets(m, structures, remaining, o) for m, o in zip(models, outlooks, strict=True))
         made = regression.labelled_rows(models, structures, remaining, views=views, facets=facets)
         lowers = [lower for m in models for lower in m.lowers]
-        widths, unit = [len(lower) for lower in lowers], Scales.unit(len(lowers))
+        widths, unit = [len(lower) for lower in lowers], RowScales.unit(len(lowers))
         rows = {
-            k: rescaled(inducing.whiten_rows(raw.double(), lowers), k, unit, scales, widths) for k, raw in made.items()
+            k: rescaled_rows(inducing.whiten_rows(raw.double(), lowers), k, unit, scales, widths)
+            for k, raw in made.items()
         }
         features = views[0].environments.features if views else _features(structures, facets, outlooks[0])
-        return Batch(structures, targets, remaining, rows, features.double(), facets)
+        return LabelBatch(structures, targets, remaining, rows, features.double(), facets)
 
     @property
     def told(self) -> Tensor:
@@ -115,28 +116,28 @@ class Batch:
         """Of facets."""
         return sum(f.n_bytes for some in self.facets for f in some)
 
-    def rescaled(self, old: Scales, new: Scales, widths: Sequence[int]) -> Batch:
+    def rescaled(self, old: RowScales, new: RowScales, widths: Sequence[int]) -> LabelBatch:
         """With other noises and signals."""
-        rows = {kind: rescaled(some, kind, old, new, widths) for kind, some in self.rows.items()}
+        rows = {kind: rescaled_rows(some, kind, old, new, widths) for kind, some in self.rows.items()}
         return replace(self, rows=rows)
 
-    def turned(self, turn: Callable[[Tensor], Tensor]) -> Batch:
+    def turned(self, turn: Callable[[Tensor], Tensor]) -> LabelBatch:
         """With rows in another basis."""
         return replace(self, rows={kind: turn(rows) for kind, rows in self.rows.items()})
 
-    def raw(self, models: Sequence[Model], blocks: Sequence[tuple[InducingBlock, ...]]) -> dict[str, Tensor]:
+    def raw(self, models: Sequence[InducingModel], blocks: Sequence[tuple[InducingBlock, ...]]) -> dict[str, Tensor]:
         """By kind, rows [K_ou | y] of other inducing variables."""
         return regression.labelled_rows(models, self.structures, self.remaining, blocks, facets=self.facets)
 
 
-def rescaled(rows: Tensor, kind: str, old: Scales, new: Scales, widths: Sequence[int]) -> Tensor:
+def rescaled_rows(rows: Tensor, kind: str, old: RowScales, new: RowScales, widths: Sequence[int]) -> Tensor:
     """Rows [A D | y] / σ of a kind with other σ and D, for blocks so wide."""
     rows = rows * (old.of(kind) / new.of(kind))
     rows[:, :-1] *= new.columns(widths) / old.columns(widths)
     return rows
 
 
-def _outlook(model: Model, structures: Structures, view: View | None) -> _Outlook:
+def _outlook(model: InducingModel, structures: Structures, view: View | None) -> _Outlook:
     """Pairs, surroundings, and how to get environments: from the view, or made in small numbers."""
     if view is None:
         pairs = neighbors.find(structures, model.descriptor.cutoff)
@@ -146,14 +147,14 @@ def _outlook(model: Model, structures: Structures, view: View | None) -> _Outloo
     return pairs, surroundings, look or (lambda centers: model.descriptor(surroundings.select(centers)))
 
 
-def _bytes(model: Model, structures: Structures, outlook: _Outlook) -> int:
+def _bytes(model: InducingModel, structures: Structures, outlook: _Outlook) -> int:
     """About what facets take."""
     return (
         (3 * len(outlook[0]) + structures.n_atoms) * model.descriptor.n_features * structures.positions.element_size()
     )
 
 
-def _facets(model: Model, structures: Structures, targets: Targets, outlook: _Outlook) -> tuple[Facets, ...]:
+def _facets(model: InducingModel, structures: Structures, targets: Targets, outlook: _Outlook) -> tuple[Facets, ...]:
     """Of all environments; with derivatives where labels need them."""
     derivatives = bool((~targets.forces.isnan()).any() or (~targets.stresses.isnan()).any())
     every = structures.distinct_species
@@ -169,11 +170,11 @@ def _features(structures: Structures, facets: Sequence[tuple[Facets, ...]], outl
     return torch.cat([f.features for f in facets[0]])[order]
 
 
-State = tuple[tuple[Model, ...], tuple[Batch, ...], PosteriorFactor]
+State = tuple[tuple[InducingModel, ...], tuple[LabelBatch, ...], PosteriorFactor]
 
 
 @dataclass(frozen=True, eq=False)
-class Border:
+class BlockBorder:
     """What a block gains: its new inducing variables, and the new rows [V C] of its Cholesky factor."""
 
     block: InducingBlock
@@ -184,17 +185,19 @@ class Border:
         return len(self.bottom)
 
 
-def resolved(asked: Recipe, found: Survey, n_species: int) -> Recipe:
+def resolve_capped(asked: Recipe, found: DataSummary, n_species: int) -> Recipe:
     """The recipe with what is open filled in. `inducing.n` is the most there may ever be: as many as the labels ask for, below that."""
     free = tuple(i if isinstance(i.shares, dict) else i.model_copy(update={"n": None}) for i in asked.inducings)
-    out = defaults.resolve(asked.model_copy(update={"inducing": free}), found, n_species)
+    out = defaults.resolve_recipe(asked.model_copy(update={"inducing": free}), found, n_species)
     capped = (
         i.model_copy(update={"n": min(i.n, a.n or i.n)}) for i, a in zip(out.inducings, asked.inducings, strict=True)
     )
     return out.model_copy(update={"inducing": tuple(capped)})
 
 
-def room(asked: Recipe, recipe: Recipe, models: Sequence[Model], k: int, labels: int, periodic: bool) -> int:
+def missing_centres(
+    asked: Recipe, recipe: Recipe, models: Sequence[InducingModel], k: int, labels: int, periodic: bool
+) -> int:
     """How many centres more so many labels ask for, of descriptor k, as far as a pass over them may cost.
 
     Args:
@@ -202,21 +205,21 @@ def room(asked: Recipe, recipe: Recipe, models: Sequence[Model], k: int, labels:
     """
     wish, gradients = asked.inducings[k], recipe.inducings[k].gradients
     most = wish.n or (sum(wish.shares.values()) if isinstance(wish.shares, dict) else defaults.MOST_COLUMNS)
-    columns = min(defaults.affordable(recipe.memory_GB), defaults.columns_for(labels, periodic)) // len(models)
+    columns = min(defaults.affordable_columns(recipe.memory_GB), defaults.columns_for(labels, periodic)) // len(models)
     wanted = min(most, columns // (1 + gradients)) - sum(len(b.features) for b in models[k].blocks)
     return max(0, min(wanted, max(1, PASS // (labels * (1 + gradients)))))
 
 
-def widths(models: Sequence[Model]) -> list[int]:
+def block_widths(models: Sequence[InducingModel]) -> list[int]:
     """Columns of each block."""
     return [len(lower) for m in models for lower in m.lowers]
 
 
-def extended(
-    models: Sequence[Model],
-    batches: Sequence[Batch],
+def add_inducing(
+    models: Sequence[InducingModel],
+    batches: Sequence[LabelBatch],
     factor: PosteriorFactor,
-    scales: Scales,
+    scales: RowScales,
     grown: Sequence[Sequence[InducingBlock | None]],
 ) -> State:
     """With the new inducing variables that do not depend on others: bordered factors, and one pass over all data for the columns.
@@ -232,7 +235,7 @@ def extended(
         larger.append(replace(model, blocks=blocks, lowers=lowers))
     if not any(borders):
         return tuple(models), tuple(batches), factor
-    old = widths(models)
+    old = block_widths(models)
     columns = [_columns(models, batch, borders, scales, old) for batch in batches]
 
     def passes() -> Iterator[tuple[Tensor, Tensor]]:
@@ -252,7 +255,9 @@ def extended(
     return tuple(larger), tuple(grown_rows), factor
 
 
-def _bordered(model: Model, k: int, new: InducingBlock | None) -> tuple[InducingBlock, Tensor, Border | None]:
+def _bordered(
+    model: InducingModel, k: int, new: InducingBlock | None
+) -> tuple[InducingBlock, Tensor, BlockBorder | None]:
     """Block k of a model with those of its new variables that are independent, its Cholesky factor, and what is new of it."""
     block, lower = model.blocks[k], model.lowers[k]
     if new is None:
@@ -265,11 +270,15 @@ def _bordered(model: Model, k: int, new: InducingBlock | None) -> tuple[Inducing
     if not len(kept):
         return block, lower, None
     taken = replace(new, columns=kept)
-    return inducing.join_blocks(block, taken), longer, Border(taken, longer[len(lower) :])
+    return inducing.join_blocks(block, taken), longer, BlockBorder(taken, longer[len(lower) :])
 
 
 def _columns(
-    models: Sequence[Model], batch: Batch, borders: Sequence[Border | None], scales: Scales, old: Sequence[int]
+    models: Sequence[InducingModel],
+    batch: LabelBatch,
+    borders: Sequence[BlockBorder | None],
+    scales: RowScales,
+    old: Sequence[int],
 ) -> dict[str, list[Tensor]]:
     """By kind and block that grows, new columns [K_on D - A Vᵀ] C⁻ᵀ / σ, A being the rows there are."""
     it = iter(borders)
@@ -290,7 +299,9 @@ def _columns(
     return out
 
 
-def _interleaved(rows: Tensor, new: Sequence[Tensor], old: Sequence[int], borders: Sequence[Border | None]) -> Tensor:
+def _interleaved(
+    rows: Tensor, new: Sequence[Tensor], old: Sequence[int], borders: Sequence[BlockBorder | None]
+) -> Tensor:
     """[A | y] with the new columns of each block behind its old ones."""
     pieces, first, fresh = [], 0, iter(new)
     for border, width in zip(borders, old, strict=True):
@@ -311,9 +322,9 @@ def _places(old: Sequence[int], new: Sequence[int]) -> tuple[Tensor, int]:
     return torch.tensor(order, dtype=torch.long), stay
 
 
-def reduced(
-    models: Sequence[Model],
-    batches: Sequence[Batch],
+def remove_inducing(
+    models: Sequence[InducingModel],
+    batches: Sequence[LabelBatch],
     factor: PosteriorFactor,
     descriptor: int,
     species: int,
@@ -343,7 +354,7 @@ def reduced(
     blocks, lowers = list(model.blocks), list(model.lowers)
     blocks[at], lowers[at] = smaller, shorter
     before = sum(len(m.blocks) for m in models[:descriptor]) + at
-    sizes = widths(models)
+    sizes = block_widths(models)
     turns = [turn if i == before else None for i in range(len(sizes))]
 
     def turned(rows: Tensor) -> Tensor:
@@ -360,8 +371,8 @@ def _turned(rows: Tensor, turns: Sequence[Tensor | None], sizes: Sequence[int]) 
     return torch.cat([p if q is None else p @ q for p, q in zip(pieces, [*turns, None], strict=True)], dim=1)
 
 
-def lean(
-    models: Sequence[Model], factor: PosteriorFactor, at_most: int
+def leading_subset(
+    models: Sequence[InducingModel], factor: PosteriorFactor, at_most: int
 ) -> tuple[list[tuple[InducingBlock, ...]], list[Tensor], Tensor]:
     """A sparse process of its own with about so many columns, for variances: all centres with fewer gradients, as new ones count most.
 
@@ -383,5 +394,5 @@ def lean(
             shorter, turn = restrict_cholesky(lower, chosen)
             some.append(inducing.select_columns(block, chosen)), lowers.append(shorter), turns.append(turn)
         blocks.append(tuple(some))
-    sizes = widths(models)
+    sizes = block_widths(models)
     return blocks, lowers, factor.rotate_columns(lambda rows: _turned(rows, turns, sizes)).upper[:, :-1]

@@ -20,7 +20,7 @@ from gpmlp.recipe import Recipe
 ISOLATED_NOISE = 1e-3  # eV
 
 
-def prepared(
+def prepare_data(
     structures: Structures, targets: Targets, recipe: Recipe, whole: bool = True
 ) -> tuple[Structures, Targets]:
     """Check that labels and structures belong together, move them to the device, and blank labels not to be used.
@@ -81,7 +81,7 @@ def _with_config_noise(targets: Targets, structures: Structures, recipe: Recipe,
 
 
 def make_baselines(
-    structures: Structures, targets: Targets, recipe: Recipe, found: defaults.Survey
+    structures: Structures, targets: Targets, recipe: Recipe, found: defaults.DataSummary
 ) -> tuple[Baseline, ...]:
     """Isolated-atom energies (given, from frames, or by least squares) and ZBL that ends where the data begin."""
     out: list[Baseline] = []
@@ -101,14 +101,14 @@ def make_baselines(
             raise errors.UserError(f"baseline.isolated_atoms gives no energy for {', '.join(missing)}.")
     else:
         from_frames = baselines.IsolatedAtoms.from_frames(structures, targets) if choice == "auto" else {}
-        remaining = targets.minus(total(tuple(out), structures)) if out else targets
+        remaining = targets.minus(baseline_sum(tuple(out), structures)) if out else targets
         energies = baselines.IsolatedAtoms.least_squares(structures, remaining)
         if set(from_frames) >= set(species):
             energies = from_frames
     return (*out, baselines.IsolatedAtoms(energies))
 
 
-def doubts(structures: Structures, targets: Targets, recipe: Recipe) -> list[str]:
+def energy_zero_warnings(structures: Structures, targets: Targets, recipe: Recipe) -> list[str]:
     """Warnings about a zero of energy that is not what it may be taken for."""
     if targets.energies.isnan().all():
         return [
@@ -136,7 +136,7 @@ def trust_isolated_atoms(structures: Structures, targets: Targets) -> Targets:
     return replace(targets, energies_noise=given)
 
 
-def total(base: Sequence[Baseline], structures: Structures) -> Prediction:
+def baseline_sum(base: Sequence[Baseline], structures: Structures) -> Prediction:
     if not base:
         zero = baselines.IsolatedAtoms(dict.fromkeys(structures.distinct_species, 0.0))
         return zero(structures)
@@ -146,7 +146,7 @@ def total(base: Sequence[Baseline], structures: Structures) -> Prediction:
     return summed
 
 
-def given_noise(targets: Targets) -> dict[str, float]:
+def labels_noise(targets: Targets) -> dict[str, float]:
     """Root mean square of the noise that labels bring themselves, by kind."""
     found = {}
     for kind in KINDS:

@@ -14,7 +14,7 @@ from gpmlp.core.environments import Descriptor, View
 from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import sparse_points
-from gpmlp.fitting.report import Stages
+from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior
 from gpmlp.gp.covariances import Facets
 from gpmlp.gp.inducing import InducingBlock
@@ -34,7 +34,7 @@ FEWEST_ENERGIES = 10  # that leaving one out can judge
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
+class InducingModel:
     """One descriptor of the model with its kernel and inducing blocks and their Cholesky factors."""
 
     descriptor: Descriptor
@@ -49,15 +49,15 @@ def make_models(
     recipe: Recipe,
     structures: Structures,
     parts: Sequence[Structures],
-    stages: Stages,
+    stages: StageTimer,
     observe: Callable[[int, Tensor], None],
-) -> tuple[list[Model], dict[int, int]]:
+) -> tuple[list[InducingModel], dict[int, int]]:
     """Choose the inducing variables of every descriptor, in one pass over the chunks.
 
     Returns:
         the models, and the number of environments seen of each species.
     """
-    models: list[Model] = []
+    models: list[InducingModel] = []
     seen: dict[int, int] = {}
     species = structures.distinct_species
     for k, (d, kern, ind) in enumerate(zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True)):
@@ -84,17 +84,21 @@ def make_models(
         ]
         blocks, lowers = tuple(m[0] for m in made), tuple(m[1] for m in made)
         asked = sum(len(b.features) * (1 + ind.gradients) for b in blocks)
-        models.append(Model(descriptor, kernel, blocks, lowers, max(m[2] for m in made), asked))
+        models.append(InducingModel(descriptor, kernel, blocks, lowers, max(m[2] for m in made), asked))
     return models, seen
 
 
-def blocks_of(models: Sequence[Model]) -> list[tuple[int, int]]:
+def blocks_of(models: Sequence[InducingModel]) -> list[tuple[int, int]]:
     """(number of the descriptor, species) of each inducing block, in the order of the columns."""
     return [(k, b.species) for k, m in enumerate(models) for b in m.blocks]
 
 
-def stream(
-    recipe: Recipe, models: Sequence[Model], parts: Sequence[Structures], targets: Sequence[Targets], stages: Stages
+def stream_rows(
+    recipe: Recipe,
+    models: Sequence[InducingModel],
+    parts: Sequence[Structures],
+    targets: Sequence[Targets],
+    stages: StageTimer,
 ) -> tuple[dict[str, RowFactor], dict[str, Tensor]]:
     """Make the rows of each chunk once and fold them into one triangular factor for each kind of observation.
 
@@ -131,7 +135,7 @@ def stream(
 
 
 def labelled_rows(
-    models: Sequence[Model],
+    models: Sequence[InducingModel],
     structures: Structures,
     targets: Targets,
     blocks: Sequence[tuple[InducingBlock, ...]] = (),
@@ -184,7 +188,9 @@ def labelled_rows(
     return {kind: torch.cat(some) if len(some) > 1 else some[0] for kind, some in out.items()}
 
 
-def _prior_diagonals(models: Sequence[Model], part: Structures, forces: bool, stresses: bool) -> dict[str, Tensor]:
+def _prior_diagonals(
+    models: Sequence[InducingModel], part: Structures, forces: bool, stresses: bool
+) -> dict[str, Tensor]:
     """Prior variances (observations, blocks) of total energies, force components and stress components, unit signal."""
     found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for m in models:
@@ -203,7 +209,7 @@ def _prior_diagonals(models: Sequence[Model], part: Structures, forces: bool, st
     return {kind: torch.stack(columns, dim=1) for kind, columns in found.items() if columns}
 
 
-def _traces(models: Sequence[Model], part: Structures, target: Targets) -> list[tuple[str, Tensor]]:
+def _traces(models: Sequence[InducingModel], part: Structures, target: Targets) -> list[tuple[str, Tensor]]:
     """(kind or FIXED, summed prior variances (blocks,)) of the known observations, scaled as their rows are."""
     known = likelihood.observed_labels(target, part.counts, covariances.VOIGT)
     priors = _prior_diagonals(models, part, len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0)
@@ -218,13 +224,13 @@ def _traces(models: Sequence[Model], part: Structures, target: Targets) -> list[
     return out
 
 
-def learn(
+def learn_hyperparameters(
     recipe: Recipe,
-    models: Sequence[Model],
+    models: Sequence[InducingModel],
     whitened: dict[str, Tensor],
     counts: dict[str, int],
     traces: dict[str, Tensor],
-    stages: Stages,
+    stages: StageTimer,
     restarts: int = RESTARTS,
 ) -> tuple[Hyperparameters, Tensor, evidence.EvidenceResult]:
     """Learn noises and signal variances: from several starts with few of the columns, then with some, then with all."""
@@ -285,7 +291,7 @@ def fit_noise(
 
 
 @dataclass(frozen=True, eq=False)
-class Learned:
+class WhitenedData:
     """What the data have come to: whitened factors by kind, and the hyperparameters.
 
     Attributes:
@@ -306,14 +312,14 @@ class Learned:
     def every_noise(self) -> dict[str, float]:
         return self.noise | {FIXED: 1.0}
 
-    def joined(self, others: dict[str, Tensor], counts: dict[str, int]) -> Learned:
+    def joined(self, others: dict[str, Tensor], counts: dict[str, int]) -> WhitenedData:
         """With the whitened rows of more data; empties `whitened` of both on the way, so that little is held twice."""
         together = {}
         for kind in [*self.whitened, *(k for k in others if k not in self.whitened)]:
             rows = [r.pop(kind) for r in (self.whitened, others) if kind in r]
             together[kind] = torch.cat(rows) if len(rows) > 1 else rows[0]
         total = {kind: self.counts.get(kind, 0) + counts.get(kind, 0) for kind in together}
-        return Learned(together, total, self.noise, self.label_noise, self.signal)
+        return WhitenedData(together, total, self.noise, self.label_noise, self.signal)
 
     def weights(self, lowers: Sequence[Tensor]) -> Tensor:
         """(columns,) weights by the normal equations: half the digits of posterior.solve, a fraction of its cost."""
@@ -324,7 +330,7 @@ class Learned:
         return inducing.unwhiten_weights(evidence.posterior_mean(statistics, self.every_noise, self.signal), lowers)
 
 
-def make_terms(models: Sequence[Model], weights: Tensor) -> tuple[EnergyTerm, ...]:
+def make_terms(models: Sequence[InducingModel], weights: Tensor) -> tuple[EnergyTerm, ...]:
     """Energy terms of the mean: all directions of a centre collapse into one."""
     terms, start = [], 0
     for m in models:
@@ -338,7 +344,7 @@ def make_terms(models: Sequence[Model], weights: Tensor) -> tuple[EnergyTerm, ..
     return tuple(terms)
 
 
-def make_priors(models: Sequence[Model], signal: Tensor) -> list[PriorCovariance]:
+def make_priors(models: Sequence[InducingModel], signal: Tensor) -> list[PriorCovariance]:
     """The process before it has seen data, of each descriptor; signal (columns,)."""
     priors, start = [], 0
     for m in models:
@@ -351,7 +357,7 @@ def make_priors(models: Sequence[Model], signal: Tensor) -> list[PriorCovariance
 
 
 def make_variances(
-    recipe: Recipe, models: Sequence[Model], learned: Learned, constant: dict[str, float]
+    recipe: Recipe, models: Sequence[InducingModel], learned: WhitenedData, constant: dict[str, float]
 ) -> VarianceModel | None:
     """The posterior factor for variances, with all columns or, where the recipe wants fewer, with those of leading centres.
 

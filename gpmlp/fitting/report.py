@@ -65,7 +65,7 @@ class FitReport:
 
 
 @dataclass
-class Stages:
+class StageTimer:
     """Times the stages and passes progress on."""
 
     progress: Progress | None

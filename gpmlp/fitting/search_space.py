@@ -29,7 +29,7 @@ OTHER_DATA = {"use_energies", "use_forces", "use_stresses", "evidence"}  # evide
 
 
 @dataclass(frozen=True)
-class Parameter:
+class SearchParameter:
     """A key of the recipe and what is tried for it: numbers from low to high, or one of `choices`."""
 
     key: str
@@ -55,9 +55,9 @@ class Parameter:
         return min(self.high, max(self.low, float(f"{value:.{DIGITS}g}")))
 
 
-def parse(texts: Sequence[str], start: Recipe, objective: str = "likelihood") -> tuple[Parameter, ...]:
+def parse_search(texts: Sequence[str], start: Recipe, objective: str = "likelihood") -> tuple[SearchParameter, ...]:
     """Read KEY=LOW:HIGH (numbers between; whole ones where the key takes only these) and KEY=a,b,c (one of these)."""
-    found: dict[str, Parameter] = {}
+    found: dict[str, SearchParameter] = {}
     for text in texts:
         where = f"--search {text}"
         key, sign, values = (piece.strip() for piece in text.partition("="))
@@ -77,7 +77,7 @@ def parse(texts: Sequence[str], start: Recipe, objective: str = "likelihood") ->
     return tuple(found.values())
 
 
-def _range(key: str, values: str, where: str, start: Recipe) -> Parameter:
+def _range(key: str, values: str, where: str, start: Recipe) -> SearchParameter:
     try:
         low, high = (float(v) for v in values.split(":"))
     except ValueError:
@@ -85,51 +85,51 @@ def _range(key: str, values: str, where: str, start: Recipe) -> Parameter:
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(f"{where}: LOW and HIGH must be two numbers, the smaller one first; got '{values}'.")
     for value in (low, high):
-        recipe_files.changed(start, {key: value}, where)
-    integer = isinstance(recipe_files.value_at(recipe_files.changed(start, {key: low}), key), int)
-    return Parameter(key, low, high, integer=integer)
+        recipe_files.changed_recipe(start, {key: value}, where)
+    integer = isinstance(recipe_files.value_at(recipe_files.changed_recipe(start, {key: low}), key), int)
+    return SearchParameter(key, low, high, integer=integer)
 
 
-def _choices(key: str, values: str, where: str, start: Recipe) -> Parameter:
+def _choices(key: str, values: str, where: str, start: Recipe) -> SearchParameter:
     some = tuple(recipe_files.parse_value(v, where) for v in values.split(","))
     if len(some) < 2 or len({(type(v), str(v)) for v in some}) < len(some):
         raise UserError(f"{where}: needs two values or more, all different; use --set for one.")
     for value in some:
         if not isinstance(value, (str, int, float)):
             raise UserError(f"{where}: each value must be a number, a word, true or false; got {value!r}.")
-        recipe_files.changed(start, {key: value}, where)
-    return Parameter(key, choices=some)
+        recipe_files.changed_recipe(start, {key: value}, where)
+    return SearchParameter(key, choices=some)
 
 
-def default_space(full: Recipe) -> tuple[Parameter, ...]:
+def default_space(full: Recipe) -> tuple[SearchParameter, ...]:
     """What is searched if nothing else is asked for, around a resolved recipe."""
-    found: list[Parameter] = []
+    found: list[SearchParameter] = []
     for d, prefix in _places(full.descriptor, "descriptor"):
         found.append(_around(f"{prefix}.cutoff", d.cutoff, 0.75, 1.3))
         if d.name == "dscribe-acsf":
             continue
-        found.append(Parameter(f"{prefix}.sigma_atom", min(0.2, d.sigma_atom), max(0.6, d.sigma_atom)))
+        found.append(SearchParameter(f"{prefix}.sigma_atom", min(0.2, d.sigma_atom), max(0.6, d.sigma_atom)))
         if d.radial_scaling is not False:
             exponent = d.radial_scaling.exponent
             found.append(_around(f"{prefix}.radial_scaling.scale", d.radial_scaling.scale, 0.5, 1.6))
-            found.append(Parameter(f"{prefix}.radial_scaling.exponent", min(1.0, exponent), max(7.0, exponent)))
-        found.append(Parameter(f"{prefix}.n_max", max(1, d.n_max - 4), min(40, d.n_max + 4), integer=True))
-        found.append(Parameter(f"{prefix}.l_max", max(0, d.l_max - 3), min(20, d.l_max + 2), integer=True))
+            found.append(SearchParameter(f"{prefix}.radial_scaling.exponent", min(1.0, exponent), max(7.0, exponent)))
+        found.append(SearchParameter(f"{prefix}.n_max", max(1, d.n_max - 4), min(40, d.n_max + 4), integer=True))
+        found.append(SearchParameter(f"{prefix}.l_max", max(0, d.l_max - 3), min(20, d.l_max + 2), integer=True))
     for k, prefix in _places(full.kernel, "kernel"):
         found += _of_kernel(k, prefix)
     return tuple(found)
 
 
-def _of_kernel(kernel: KernelRecipe, prefix: str) -> list[Parameter]:
+def _of_kernel(kernel: KernelRecipe, prefix: str) -> list[SearchParameter]:
     if kernel.name == "exponential":
         return [_around(f"{prefix}.length", kernel.length, 0.4, 2.5)]
     if kernel.name == "polynomial":
-        return [Parameter(f"{prefix}.zeta", 1, max(5, kernel.zeta), integer=True)]
+        return [SearchParameter(f"{prefix}.zeta", 1, max(5, kernel.zeta), integer=True)]
     return [p for i, term in enumerate(kernel.terms) for p in _of_kernel(term, f"{prefix}.terms.{i}")]
 
 
-def _around(key: str, value: float, low: float, high: float) -> Parameter:
-    return Parameter(key, float(f"{low * value:.3g}"), float(f"{high * value:.3g}"))
+def _around(key: str, value: float, low: float, high: float) -> SearchParameter:
+    return SearchParameter(key, float(f"{low * value:.3g}"), float(f"{high * value:.3g}"))
 
 
 def _places(
@@ -148,7 +148,7 @@ def check_installed() -> None:
 
 
 def propose(
-    space: Sequence[Parameter], history: Sequence[tuple[Mapping[str, Any], float | None]], seed: int
+    space: Sequence[SearchParameter], history: Sequence[tuple[Mapping[str, Any], float | None]], seed: int
 ) -> dict[str, Any] | None:
     """Values not tried yet, by the tree-structured Parzen estimator (Bergstra et al., NeurIPS 24 (2011)); None if there are none.
 
@@ -200,7 +200,7 @@ def _optuna() -> Any:
     return optuna
 
 
-def _distribution(parameter: Parameter) -> Any:
+def _distribution(parameter: SearchParameter) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if parameter.choices:

@@ -12,7 +12,7 @@ from gpmlp.core import errors
 METHODS = ("greedy", "farthest", "cur", "random")
 
 
-def select(
+def select_rows(
     method: str, features: Tensor, n: int, kernel: Callable[[Tensor], Tensor], seed: int
 ) -> tuple[Tensor, Tensor]:
     """Choose up to n rows by the named method.
@@ -31,16 +31,16 @@ def select(
     generator = torch.Generator().manual_seed(seed)
     n = min(n, features.shape[0])
     if method == "greedy":
-        return greedy(features, n, kernel)
+        return greedy_selection(features, n, kernel)
     if method == "farthest":
-        return farthest(features, n)
+        return farthest_points(features, n)
     if method == "cur":
-        return cur(features, n, generator)
+        return cur_selection(features, n, generator)
     keys = torch.rand(features.shape[0], generator=generator, dtype=torch.float64).to(features.device).topk(n)
     return keys.indices, keys.values
 
 
-def greedy(
+def greedy_selection(
     features: Tensor, n: int, kernel: Callable[[Tensor], Tensor], tolerance: float = 1e-10, slack: float = 0.8
 ) -> tuple[Tensor, Tensor]:
     """Pivoted Cholesky: each next point has (nearly) the largest variance given those already chosen.
@@ -92,7 +92,7 @@ def _pivots(block: Tensor, variance: Tensor, at_most: int, threshold: float) -> 
     return taken
 
 
-def farthest(features: Tensor, n: int, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def farthest_points(features: Tensor, n: int, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Farthest-point sampling in the distance |x - x'|, starting from the point farthest from the mean.
 
     Args:
@@ -120,7 +120,7 @@ def farthest(features: Tensor, n: int, known: Tensor | None = None) -> tuple[Ten
     )
 
 
-def cur(features: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def cur_selection(features: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sampling without replacement by leverage scores (Mahoney, Drineas, PNAS 106, 697 (2009)), duplicates aside."""
     distinct = _distinct(features)
     unique = features[distinct]

@@ -91,14 +91,16 @@ def choose_centers(
             spare = _quotas(2 * n, shares, seen)
             for z, pool in pools.items():
                 merged, _ = pool.merge()
-                pool.keep(selection.select(method, merged, spare[z], profile, seed)[0].sort().values)
+                pool.keep(selection.select_rows(method, merged, spare[z], profile, seed)[0].sort().values)
         done += 1
         progress(done)
 
     for start in range(0, len(parts), TOGETHER):
         parallel.each(look, parts[start : start + TOGETHER], take)
     quota = _quotas(n, shares, seen)
-    chosen = {z: selection.select(method, pool.merge()[0], quota[z], profile, seed + z) for z, pool in pools.items()}
+    chosen = {
+        z: selection.select_rows(method, pool.merge()[0], quota[z], profile, seed + z) for z, pool in pools.items()
+    }
     if shares == "total":
         chosen = _best_of_all(chosen, n)
     out = {}
@@ -134,7 +136,9 @@ def _best_of_all(chosen: dict[int, tuple[Tensor, Tensor]], n: int) -> dict[int, 
     return {z: (i[: max(1, int((s >= threshold).sum()))], s) for z, (i, s) in chosen.items()}
 
 
-def directions(descriptor: Descriptor, surroundings: Surroundings, n_directions: int, block: int = 64) -> Tensor:
+def gradient_directions(
+    descriptor: Descriptor, surroundings: Surroundings, n_directions: int, block: int = 64
+) -> Tensor:
     """Leading right singular vectors of the feature Jacobian of each centre: what small displacements of neighbours change most.
 
     Returns:
@@ -196,7 +200,7 @@ def make_block(
     Returns:
         the block, the Cholesky factor of its covariance, and the jitter that was needed.
     """
-    tangents = directions(descriptor, surroundings, n_directions).to(features)
+    tangents = gradient_directions(descriptor, surroundings, n_directions).to(features)
     every = torch.arange(len(features) * (1 + n_directions), device=features.device)
     kept, lower, jitter = independent_columns(kernel, InducingBlock(species, features, tangents, every))
     return InducingBlock(species, features, tangents, kept), lower, jitter
@@ -249,7 +253,9 @@ def choose_more(
     out: list[InducingBlock | None] = []
     for block, pivots, picks in zip(blocks, scores, chosen, strict=True):
         taken = picks[pivots >= least]
-        tangents = directions(descriptor, view.surroundings.select(taken), block.tangents.shape[1]).to(features)
+        tangents = gradient_directions(descriptor, view.surroundings.select(taken), block.tangents.shape[1]).to(
+            features
+        )
         columns = torch.arange(len(taken) * (1 + block.tangents.shape[1]))
         out.append(InducingBlock(block.species, features[taken], tangents, columns) if len(taken) else None)
     return out

@@ -37,7 +37,7 @@ UNITS = {"GPa": 1 / GPA, "kbar": 10 / GPA, "bar": 1e4 / GPA}
 
 
 @dataclass(frozen=True)
-class Pairs:
+class StrainedPairs:
     """Strained copies, per atom: energy differences, works and volume changes, and the error expected of each difference.
 
     Attributes:
@@ -122,7 +122,7 @@ def _scale_message(slope: float, volume: float, evidence: str) -> str:
     )
 
 
-def strained_pairs(structures: Structures, targets: Targets) -> Pairs:
+def strained_pairs(structures: Structures, targets: Targets) -> StrainedPairs:
     """Find pairs of structures with equal species and fractional coordinates in cells that differ by a small strain.
 
     Structures of one composition are sorted by a smooth signature of their fractional coordinates, and each is compared with
@@ -163,7 +163,7 @@ def _copies(structures: Structures, members: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _compare(structures: Structures, targets: Targets, first: Tensor, second: Tensor) -> Pairs:
+def _compare(structures: Structures, targets: Targets, first: Tensor, second: Tensor) -> StrainedPairs:
     """Energy differences and works of the pairs whose strain is neither negligible nor large."""
     cells, stresses, energies = structures.cells.double(), targets.stresses.double(), targets.energies.double()
     change = cells[second] - cells[first]
@@ -183,10 +183,10 @@ def _compare(structures: Structures, targets: Targets, first: Tensor, second: Te
     )
     error = (ENERGY_NOISE**2 + (TRAPEZOID * size**3) ** 2).sqrt()
     mean_volume = float(volumes[first[keep]].mean()) if keep.any() else float("nan")
-    return Pairs(first[keep], second[keep], *(v[keep] for v in values), error[keep], mean_volume)
+    return StrainedPairs(first[keep], second[keep], *(v[keep] for v in values), error[keep], mean_volume)
 
 
-def _fit(pairs: Pairs, slope: bool) -> tuple[Tensor, Tensor]:
+def _fit(pairs: StrainedPairs, slope: bool) -> tuple[Tensor, Tensor]:
     """Weighted least squares of dE = a w + b dV, with a = 1 unless slope; returns a, b."""
     weight = 1 / pairs.error
     if not slope:
@@ -201,17 +201,17 @@ def _fit(pairs: Pairs, slope: bool) -> tuple[Tensor, Tensor]:
     return solution[0], solution[1]
 
 
-def _slope(pairs: Pairs) -> Tensor:
+def _slope(pairs: StrainedPairs) -> Tensor:
     """Weighted least squares of dE = a w."""
     x, y = pairs.work / pairs.error, pairs.energy / pairs.error
     return (x @ y) / (x @ x).clamp_min(1e-300)
 
 
-def _residual(pairs: Pairs, slope: Tensor, offset: Tensor) -> float:
+def _residual(pairs: StrainedPairs, slope: Tensor, offset: Tensor) -> float:
     """Root mean square of dE - a w - b dV in units of the expected error."""
     return float(((pairs.energy - slope * pairs.work - offset * pairs.volume) / pairs.error).square().mean().sqrt())
 
 
-def _rms(pairs: Pairs, slope: Tensor, offset: Tensor) -> float:
+def _rms(pairs: StrainedPairs, slope: Tensor, offset: Tensor) -> float:
     """Root mean square of dE - a w - b dV, eV/atom."""
     return float((pairs.energy - slope * pairs.work - offset * pairs.volume).square().mean().sqrt())

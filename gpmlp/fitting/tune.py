@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 import time
@@ -14,13 +13,14 @@ import torch
 
 from gpmlp.core import errors
 from gpmlp.core.errors import UserError
+from gpmlp.core.json_values import json_value
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import calibrate, defaults
 from gpmlp.fitting.fit import fit
-from gpmlp.fitting.search_space import Parameter, check_installed, default_space, parse, propose
+from gpmlp.fitting.search_space import SearchParameter, check_installed, default_space, parse_search, propose
 from gpmlp.io import provenance, recipe_files
-from gpmlp.io.files import Journal
+from gpmlp.io.files import JsonJournal
 from gpmlp.potential import baselines
 from gpmlp.potential.evaluation import evaluate
 from gpmlp.recipe import CalibrationRecipe, InducingRecipe, Recipe
@@ -35,7 +35,7 @@ FORMAT = 1  # of the log
 
 
 @dataclass(frozen=True)
-class Trial:
+class TuningTrial:
     """One recipe tried.
 
     Attributes:
@@ -63,7 +63,7 @@ class Trial:
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class TuningProblem:
     """What is searched, and on which data it is judged.
 
     Attributes:
@@ -75,11 +75,11 @@ class Problem:
     """
 
     start: Recipe
-    found: defaults.Survey
+    found: defaults.DataSummary
     species: tuple[int, ...]
     learned_from: tuple[Structures, Targets]
     held: tuple[Structures, Targets]
-    search: tuple[Parameter, ...]
+    search: tuple[SearchParameter, ...]
     objective: str
     columns: int
     seed: int
@@ -98,7 +98,9 @@ class Problem:
 
     def changed(self, values: Mapping[str, Any]) -> Recipe:
         """The start recipe with other values; None, which the start recipe may have, changes nothing."""
-        return recipe_files.changed(self.start, {key: value for key, value in values.items() if value is not None})
+        return recipe_files.changed_recipe(
+            self.start, {key: value for key, value in values.items() if value is not None}
+        )
 
     def resolved(self, values: Mapping[str, Any]) -> Recipe:
         """The start recipe with other values, and with what it leaves open chosen from all the data."""
@@ -162,7 +164,7 @@ class Problem:
         }
 
 
-def prepare(
+def tuning_problem(
     structures: Structures,
     targets: Targets,
     start: Recipe,
@@ -171,7 +173,7 @@ def prepare(
     seed: int = 0,
     data: Mapping[str, str] | None = None,
     columns: int = COLUMNS,
-) -> Problem:
+) -> TuningProblem:
     """Look at the data, set structures aside (the same share of every config_type) and settle what is searched.
 
     Args:
@@ -184,8 +186,8 @@ def prepare(
     errors.choose("objective", objective, OBJECTIVES)
     errors.positive("columns", columns)
     start = _update(start)
-    found, species = defaults.survey(structures, targets), structures.distinct_species
-    kept, held = calibrate.choose(structures, targets, HELD, seed)
+    found, species = defaults.summarise_data(structures, targets), structures.distinct_species
+    kept, held = calibrate.calibration_split(structures, targets, HELD, seed)
     if not len(held):
         raise UserError(
             f"tune needs at least {calibrate.FEWEST} structures beside isolated atoms, to learn from some and judge by others; "
@@ -197,18 +199,18 @@ def prepare(
             "The held-out structures have neither forces nor energies to judge by; check the labels in the file."
         )
     learn = _thinned(*learn, seed)
-    problem = Problem(start, found, species, learn, judge, (), objective, columns, seed, dict(data or {}))
-    space = parse(search, start, objective) if search else default_space(problem.resolved({}))
+    problem = TuningProblem(start, found, species, learn, judge, (), objective, columns, seed, dict(data or {}))
+    space = parse_search(search, start, objective) if search else default_space(problem.resolved({}))
     return replace(problem, search=space)
 
 
-def search(
-    problem: Problem,
-    done: Sequence[Trial] = (),
+def run_trials(
+    problem: TuningProblem,
+    done: Sequence[TuningTrial] = (),
     budget_s: float = 1800.0,
     most: int | None = None,
     tick: Callable[[int, float], None] | None = None,
-) -> Iterator[Trial]:
+) -> Iterator[TuningTrial]:
     """Yield trials, the first that of the start recipe, until time or number is used up or nothing new is left to try.
 
     What comes after some trials depends on them and on the seed alone, so that a search resumed is the search uninterrupted.
@@ -235,7 +237,7 @@ def search(
             raise _OutOfTimeError
 
     while most is None or len(history) < most:
-        if len(history) >= GIVE_UP and best(history) is None:
+        if len(history) >= GIVE_UP and best_trial(history) is None:
             raise UserError(f"The first {len(history)} trials all failed, the last one so: {history[-1].failure}")
         typical = statistics.median(t.seconds for t in history) if history else 0.0
         if history and used() + typical > budget_s:
@@ -247,7 +249,7 @@ def search(
         if values is None:
             return
         try:
-            trial = attempt(problem, len(history), values, check)
+            trial = run_trial(problem, len(history), values, check)
         except _OutOfTimeError:
             return
         history.append(trial)
@@ -258,9 +260,9 @@ class _OutOfTimeError(Exception):
     """The time is over in the middle of a trial."""
 
 
-def attempt(
-    problem: Problem, number: int, values: Mapping[str, Any], check: Callable[..., None] = lambda *_: None
-) -> Trial:
+def run_trial(
+    problem: TuningProblem, number: int, values: Mapping[str, Any], check: Callable[..., None] = lambda *_: None
+) -> TuningTrial:
     """Fit with these values and judge; what cannot be fitted becomes a failed trial that says why."""
     started = time.perf_counter()
     objective = mae = rmse = failure = None
@@ -271,31 +273,31 @@ def attempt(
         structures, targets = (part.to(device=device, dtype=dtype) for part in problem.held)
         judged = problem.objective == "likelihood"
         result = evaluate(potential, structures, targets, check, judged)
-        mae, rmse = (_finite(v) for v in (result.overall.force_mae_meV_per_A, result.overall.force_rmse_meV_per_A))
+        mae, rmse = (json_value(v) for v in (result.overall.force_mae_meV_per_A, result.overall.force_rmse_meV_per_A))
         # mean over components of log N(F; F̂, σ²), σ² with noise and calibrated; or log evidence over the labels
         value = (
             -result.scores[problem.kind].nll if judged else -report.negative_log_evidence / sum(report.rows.values())
         )
-        objective = _finite(value)
+        objective = json_value(value)
         failure = None if objective is not None else f"the {problem.objective} is {value}"
     except (UserError, MemoryError, RuntimeError) as error:
         expected = (UserError, MemoryError, torch.linalg.LinAlgError)
         if not isinstance(error, expected) and "memory" not in str(error).lower():
             raise
         failure = " ".join(str(error).split()) or type(error).__name__
-    return Trial(number, dict(values), objective, mae, rmse, round(time.perf_counter() - started, 3), failure)
+    return TuningTrial(number, dict(values), objective, mae, rmse, round(time.perf_counter() - started, 3), failure)
 
 
-def best(trials: Sequence[Trial]) -> Trial | None:
+def best_trial(trials: Sequence[TuningTrial]) -> TuningTrial | None:
     """The trial of the largest objective, the earliest of equal ones."""
     return max((t for t in trials if t.objective is not None), key=lambda t: t.objective, default=None)
 
 
-def header(problem: Problem, trials: Sequence[Trial]) -> list[str]:
+def recipe_comment(problem: TuningProblem, trials: Sequence[TuningTrial]) -> list[str]:
     """What the file of the best recipe says of itself, in lines of comment."""
-    top, start = best(trials), trials[0]
+    top, start = best_trial(trials), trials[0]
 
-    def of(t: Trial) -> str:
+    def of(t: TuningTrial) -> str:
         if t.objective is None:
             return f"failed ({t.failure})"
         mae, rmse = ("-" if v is None else f"{v:.4g}" for v in (t.force_mae_meV_per_A, t.force_rmse_meV_per_A))
@@ -313,12 +315,12 @@ def header(problem: Problem, trials: Sequence[Trial]) -> list[str]:
     ]
 
 
-def record(trial: Trial) -> dict[str, Any]:
+def record(trial: TuningTrial) -> dict[str, Any]:
     """The line of the log."""
     return asdict(trial)
 
 
-def trials_of(journal: Journal, problem: Problem) -> tuple[Trial, ...]:
+def trials_of(journal: JsonJournal, problem: TuningProblem) -> tuple[TuningTrial, ...]:
     """The trials in a log of this very problem.
 
     Raises:
@@ -344,7 +346,7 @@ def trials_of(journal: Journal, problem: Problem) -> tuple[Trial, ...]:
                 "give another --log."
             )
     try:
-        trials = tuple(Trial(**entry) for entry in journal.entries)
+        trials = tuple(TuningTrial(**entry) for entry in journal.entries)
         counted = [t.number for t in trials] == list(range(len(trials)))
     except TypeError:
         counted = False
@@ -366,8 +368,8 @@ def _update(recipe: Recipe, **values: Any) -> Recipe:
     return new.model_copy(update=single)
 
 
-def _resolved(recipe: Recipe, found: defaults.Survey, species: Sequence[int]) -> Recipe:
-    full = defaults.resolve(recipe, found, len(species))
+def _resolved(recipe: Recipe, found: defaults.DataSummary, species: Sequence[int]) -> Recipe:
+    full = defaults.resolve_recipe(recipe, found, len(species))
     # one kernel for all descriptors stays one
     return _update(full, kernel=full.kernel if isinstance(recipe.kernel, tuple) else full.kernel[0])
 
@@ -388,13 +390,9 @@ def _thinned(structures: Structures, targets: Targets, seed: int) -> tuple[Struc
         return structures, targets
     # as what is set aside is chosen, here without its bound of one half
     share = CalibrationRecipe.model_construct(fraction=1.0, atoms=TRAIN_ATOMS)
-    rest, some = calibrate.choose(structures, targets, share, seed + 1)
+    rest, some = calibrate.calibration_split(structures, targets, share, seed + 1)
     if not len(some):  # few structures are all kept, however large
         return structures, targets
     alone = [i for i in rest.tolist() if baselines.is_isolated_atom(targets.config_types[i])]
     members = sorted([*alone, *some.tolist()])
     return structures.select(members), targets.select(structures, members)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

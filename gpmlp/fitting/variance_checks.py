@@ -13,7 +13,7 @@ from gpmlp.core.environments import View
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
-from gpmlp.fitting.regression import Learned, Model
+from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.gp import covariances, likelihood
 from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.gp.variance import VarianceModel
@@ -28,10 +28,10 @@ ATOMS = 400  # of the structures that are left out in turn
 ENOUGH = 100  # forces
 
 
-def amplitude(
+def leave_out_amplitude(
     potential: Potential,
-    models: Sequence[Model],
-    learned: Learned,
+    models: Sequence[InducingModel],
+    learned: WhitenedData,
     solved: SparsePosterior,
     structures: Structures,
     remaining: Targets,
@@ -128,7 +128,7 @@ def _left_out(
     return error[forces], variance[forces]
 
 
-def every_column(models: Sequence[Model], signal: Tensor, factor: Tensor) -> VarianceModel:
+def every_column(models: Sequence[InducingModel], signal: Tensor, factor: Tensor) -> VarianceModel:
     """The variance model of all columns, without noise; where there are many it is too large to keep.
 
     Args:
@@ -140,7 +140,12 @@ def every_column(models: Sequence[Model], signal: Tensor, factor: Tensor) -> Var
 
 
 def subset_error(
-    potential: Potential, models: Sequence[Model], signal: Tensor, factor: Tensor, structures: Structures, seed: int
+    potential: Potential,
+    models: Sequence[InducingModel],
+    signal: Tensor,
+    factor: Tensor,
+    structures: Structures,
+    seed: int,
 ) -> dict[str, float]:
     """How force covariances as the potential has them compare with those from all columns, neither calibrated, without noise.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gpmlp.core.errors import UserError
 from gpmlp.io import provenance
-from gpmlp.io.files import atomic
+from gpmlp.io.files import atomic_write
 
 FORMAT_VERSION = 2  # 2: posterior factor, calibration and novelty beside the mean
 UNITS = "eV, angstrom, atomic mass units; stress eV/angstrom^3, positive = tension"
@@ -30,7 +30,7 @@ BLANK = "0" * 64
 CHECKSUM = re.compile(rb'"gpmlp":"\{\\"archive_sha256\\":\\"([0-9a-f]{64})\\"')
 
 
-class Stateful(Protocol):
+class _Archivable(Protocol):
     """What can be archived."""
 
     def state(self) -> tuple[dict[str, Any], Mapping[str, Tensor]]: ...
@@ -39,7 +39,7 @@ class Stateful(Protocol):
 T = TypeVar("T")
 
 
-def save(potential: Stateful, path: str | os.PathLike[str]) -> None:
+def save(potential: _Archivable, path: str | os.PathLike[str]) -> None:
     """Write a potential to one file, atomically.
 
     Raises:
@@ -65,7 +65,7 @@ def save(potential: Stateful, path: str | os.PathLike[str]) -> None:
     if match is None:
         raise RuntimeError("safetensors wrote its metadata in an unexpected way; the checksum has no place")
     digest = hashlib.sha256(data).hexdigest().encode()
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         file.write(data[: match.start(1)])
         file.write(digest)
         file.write(data[match.end(1) :])

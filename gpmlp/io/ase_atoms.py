@@ -20,7 +20,7 @@ from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io import files, labels
-from gpmlp.io.files import atomic
+from gpmlp.io.files import atomic_write
 
 # what readers of the many formats raise on input that they do not understand
 UNREADABLE = (
@@ -62,7 +62,7 @@ def _warn_of_other_names(path: Path, frames: Sequence[Atoms], targets: Targets) 
     """Warn of labels that seem to be there under names that are not recognised, or of none at all."""
     missing = [kind for kind in labels.NAMES if bool(getattr(targets, kind).isnan().all())]
     nothing = len(missing) == len(labels.NAMES) and bool(targets.stresses.isnan().all())
-    candidates = {kind: labels.unrecognised(frames, kind) for kind in missing}
+    candidates = {kind: labels.unrecognised_keys(frames, kind) for kind in missing}
     for kind in missing:
         if not candidates[kind] and not nothing:
             continue
@@ -90,7 +90,7 @@ def read_frames(path: str | os.PathLike[str], index: str | int | slice = ":") ->
         raise UserError(f"{path}: is a model file by its name; give a file of structures, as train.xyz.")
     frames: list[Atoms] = []
     try:
-        if path.suffix in (".xyz", ".extxyz") and (problem := files.scan(path).problem):
+        if path.suffix in (".xyz", ".extxyz") and (problem := files.scan_frames(path).problem):
             raise UserError(f"{path}: cannot be read: {problem}.")
         for atoms in ase.io.iread(path, index=":", do_not_split_by_at_sign=True):
             frames.append(atoms)
@@ -157,7 +157,7 @@ def from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = None) -> tupl
     """
     frames = list(atoms)
     structures = structures_from_ase(frames, names)
-    found = [labels.of(frame, name) for frame, name in zip(frames, structures.names, strict=True)]
+    found = [labels.labels_of(frame, name) for frame, name in zip(frames, structures.names, strict=True)]
     for note, where in _group(found, structures.names).items():
         more = f" (and {len(where) - 1} more)" if len(where) > 1 else ""
         warnings.warn(f"{where[0][0]}{more}: {note.format(where[0][1])}", DataWarning, stacklevel=2)
@@ -177,7 +177,7 @@ def from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = None) -> tupl
     return structures, targets
 
 
-def _group(found: Sequence[labels.Labels], names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+def _group(found: Sequence[labels.FrameLabels], names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """Gather equal remarks, so that a thousand frames give one warning: text -> [(frame, number in it)]."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for label, name in zip(found, names, strict=True):
@@ -202,12 +202,12 @@ def to_ase(structures: Structures, values: Prediction | Targets | None = None) -
         if isinstance(values, Targets) and values.config_types[s]:
             frame.info["config_type"] = values.config_types[s]
         if values is not None:
-            frame.calc = SinglePointCalculator(frame, **results(values, s, rows))
+            frame.calc = SinglePointCalculator(frame, **calculator_results(values, s, rows))
         frames.append(frame)
     return frames
 
 
-def results(values: Prediction | Targets, s: int, atoms: slice) -> dict[str, float | np.ndarray]:
+def calculator_results(values: Prediction | Targets, s: int, atoms: slice) -> dict[str, float | np.ndarray]:
     """ASE calculator results of structure s, whose atoms are the given rows; what is not known is left out.
 
     ASE's stress is in Voigt order xx, yy, zz, yz, xz, xy, in eV/A^3 and positive under tension, as ours is.
@@ -229,7 +229,7 @@ def results(values: Prediction | Targets, s: int, atoms: slice) -> dict[str, flo
     return found
 
 
-def uncertainties(prediction: Prediction, s: int, atoms: slice) -> dict[str, float | np.ndarray]:
+def uncertainty_results(prediction: Prediction, s: int, atoms: slice) -> dict[str, float | np.ndarray]:
     """Standard deviations and novelty of structure s, whose atoms are the given rows, as far as they were predicted."""
     found: dict[str, float | np.ndarray] = {}
 
@@ -249,17 +249,17 @@ def uncertainties(prediction: Prediction, s: int, atoms: slice) -> dict[str, flo
     return found
 
 
-def write(path: str | os.PathLike[str], atoms: Atoms | Sequence[Atoms]) -> None:
+def write_frames(path: str | os.PathLike[str], atoms: Atoms | Sequence[Atoms]) -> None:
     """Write Atoms as extended XYZ, atomically.
 
     Raises:
         UserError: the file cannot be written; an old file of that name is then untouched.
     """
-    with atomic(path, text=True) as file:
+    with atomic_write(path, text=True) as file:
         ase.io.write(file, atoms, format="extxyz")
 
 
-def beside(structures: Structures, targets: Targets, prediction: Prediction) -> list[Atoms]:
+def with_predictions(structures: Structures, targets: Targets, prediction: Prediction) -> list[Atoms]:
     """Atoms with the references as calculator results, and predictions beside them.
 
     Predictions are gpmlp_energy, gpmlp_forces and gpmlp_stress (Voigt xx yy zz yz xz xy), so that read() sees the references;
@@ -270,7 +270,7 @@ def beside(structures: Structures, targets: Targets, prediction: Prediction) -> 
     offsets = structures.offsets.tolist()
     for s, (frame, own) in enumerate(zip(frames, predicted, strict=True)):
         found = own.calc.results
-        for key, value in uncertainties(prediction, s, slice(offsets[s], offsets[s + 1])).items():
+        for key, value in uncertainty_results(prediction, s, slice(offsets[s], offsets[s + 1])).items():
             (frame.arrays if np.ndim(value) and key != "stress_std" else frame.info)[f"gpmlp_{key}"] = value
         frame.info["gpmlp_energy"] = found["energy"]
         frame.arrays["gpmlp_forces"] = found["forces"]
@@ -279,7 +279,7 @@ def beside(structures: Structures, targets: Targets, prediction: Prediction) -> 
     return frames
 
 
-def selected(
+def picked_frames(
     frames: Sequence[Atoms], structures: Sequence[int], scores: Sequence[float], places: Sequence[int] | None
 ) -> list[Atoms]:
     """Copies of the frames that were picked, once each and best first, with info gpmlp_selected_rank and gpmlp_selected_score.
@@ -313,7 +313,7 @@ def iterate_frames(path: Path, at_most: int, most_atoms: int) -> Iterator[ase.At
     """
     if not path.exists():
         return
-    layout = files.scan(path)
+    layout = files.scan_frames(path)
     bounds = [*layout.starts, layout.end]
     n, used = len(layout.starts), 0
     with open(path, "rb") as file:

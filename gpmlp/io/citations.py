@@ -8,7 +8,7 @@ from gpmlp.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Reference:
+class LiteratureReference:
     """One work to cite, and what for."""
 
     key: str
@@ -24,9 +24,9 @@ class Reference:
 
 def _article(
     key: str, used_for: str, author: str, title: str, journal: str, volume: str, pages: str, year: str
-) -> Reference:
+) -> LiteratureReference:
     names = ("author", "title", "journal", "volume", "pages", "year")
-    return Reference(
+    return LiteratureReference(
         key, used_for, "article", tuple(zip(names, (author, title, journal, volume, pages, year), strict=True))
     )
 
@@ -65,30 +65,30 @@ SPHERICART = _article(
     "Bigi2023", "spherical harmonics", "Bigi, F. and Fraux, G. and Browning, N. J. and Ceriotti, M.",
     "Fast evaluation of spherical harmonics with sphericart", "J. Chem. Phys.", "159", "064802", "2023",
 )  # fmt: skip
-ZBL = Reference(
+ZBL = LiteratureReference(
     "Ziegler1985", "short-range repulsion (ZBL)", "book",
     (("author", "Ziegler, J. F. and Biersack, J. P. and Littmark, U."), ("title", "The Stopping and Range of Ions in Solids"),
      ("publisher", "Pergamon, New York"), ("year", "1985")),
 )  # fmt: skip
-GPYTORCH = Reference(
+GPYTORCH = LiteratureReference(
     "Gardner2018", "kernel hyperparameters (GPyTorch)", "inproceedings",
     (("author", "Gardner, J. R. and Pleiss, G. and Bindel, D. and Weinberger, K. Q. and Wilson, A. G."),
      ("title", "GPyTorch: blackbox matrix-matrix Gaussian process inference with GPU acceleration"),
      ("booktitle", "Advances in Neural Information Processing Systems"), ("volume", "31"), ("year", "2018")),
 )  # fmt: skip
-VESIN = Reference(
+VESIN = LiteratureReference(
     "vesin", "neighbour lists", "software",
     (("author", "Fraux, G. and contributors"), ("title", "vesin: neighbour lists"),
      ("url", "https://github.com/luthaf/vesin")),
 )  # fmt: skip
 
 
-def of(recipe: Recipe, version: str) -> list[Reference]:
+def citations_of(recipe: Recipe, version: str) -> list[LiteratureReference]:
     """The works that a model made by this recipe stands on."""
     ours = (("title", "gpmlp: a sparse Gaussian process potential energy surface"), ("version", version))
     names = {descriptor.name for descriptor in recipe.descriptors}
     soap = [descriptor for descriptor in recipe.descriptors if descriptor.name == "soap"]
-    found = [Reference("gpmlp", "the package that made this potential", "software", ours), GAP]
+    found = [LiteratureReference("gpmlp", "the package that made this potential", "software", ours), GAP]
     found += [SOAP] if names & {"soap", "dscribe-soap"} else []
     found += [SPARSE, QR]
     found += [SCALING] if any(descriptor.radial_scaling is not False for descriptor in soap) else []

@@ -66,7 +66,7 @@ def _same(a: Path, b: Path) -> bool:
 
 
 @contextmanager
-def atomic(path: str | os.PathLike[str], text: bool = False) -> Iterator[IO]:
+def atomic_write(path: str | os.PathLike[str], text: bool = False) -> Iterator[IO]:
     """Yield a file that takes the place of path when the block ends well, and vanishes when it does not.
 
     The bytes go to a temporary file in the same folder, reach the disk (fsync) and only then take the name (os.replace).
@@ -116,7 +116,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Journal:
+class JsonJournal:
     """A journal open for more entries.
 
     Attributes:
@@ -140,18 +140,18 @@ class Journal:
             raise UserError(f"{self.path}: could not be written: {error.strerror or error}.") from error
 
 
-def begin(path: str | os.PathLike[str], header: dict[str, Any]) -> Journal:
+def begin_journal(path: str | os.PathLike[str], header: dict[str, Any]) -> JsonJournal:
     """Begin a journal where there is none yet (an empty file counts as none)."""
     check_target(path)
     path = Path(path)
     if path.exists() and path.stat().st_size:
         raise UserError(f"{path}: is there already; go on with it (--resume), remove it, or give another name.")
-    journal = Journal(path, header)
+    journal = JsonJournal(path, header)
     journal.append(header)
     return journal
 
 
-def reopen(path: str | os.PathLike[str]) -> Journal | None:
+def reopen_journal(path: str | os.PathLike[str]) -> JsonJournal | None:
     """Open a journal to go on with; None where there is none, or none but a torn first line.
 
     The last line is cut off if writing it was interrupted (no line end, or no JSON).
@@ -177,7 +177,7 @@ def reopen(path: str | os.PathLike[str]) -> Journal | None:
             os.truncate(path, good)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    return Journal(path, whole[0], tuple(whole[1:])) if whole else None
+    return JsonJournal(path, whole[0], tuple(whole[1:])) if whole else None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -189,7 +189,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FrameOffsets:
     """The frames of an XYZ file.
 
     Attributes:
@@ -203,7 +203,7 @@ class Layout:
     problem: str
 
 
-def scan(path: str | os.PathLike[str]) -> Layout:
+def scan_frames(path: str | os.PathLike[str]) -> FrameOffsets:
     """Find the frames of an XYZ file; a last line without a line end counts as complete."""
     starts: list[int] = []
     with open(path, "rb") as file:
@@ -211,16 +211,20 @@ def scan(path: str | os.PathLike[str]) -> Layout:
         while True:
             line = file.readline()
             if not line.strip():
-                return Layout(tuple(starts), end, _rest(file, number, len(starts)) if line else "")
+                return FrameOffsets(tuple(starts), end, _rest(file, number, len(starts)) if line else "")
             if not line.strip().isdigit():
                 got = line.strip()[:40].decode("utf-8", "replace")
-                return Layout(tuple(starts), end, f"line {number}: a number of atoms must stand there; got '{got}'")
+                return FrameOffsets(
+                    tuple(starts), end, f"line {number}: a number of atoms must stand there; got '{got}'"
+                )
             n = int(line)
             lines = [file.readline() for _ in range(n + 1)]
             # the comment line may be blank, the lines of atoms may not
             present = sum(bool(entry.strip()) for entry in lines[1:]) if lines[0] else 0
             if present < n or not lines[0]:
-                return Layout(tuple(starts), end, f"frame {len(starts)} is cut off: {present} of {n} atoms are there")
+                return FrameOffsets(
+                    tuple(starts), end, f"frame {len(starts)} is cut off: {present} of {n} atoms are there"
+                )
             starts.append(end)
             end, number = file.tell(), number + n + 2
 

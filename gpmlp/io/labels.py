@@ -24,7 +24,7 @@ VOIGT = ((0, 5, 4), (5, 1, 3), (4, 3, 2))
 
 
 @dataclass(frozen=True)
-class Labels:
+class FrameLabels:
     """What one frame says of itself, in gpmlp's units; NaN = not known.
 
     Attributes:
@@ -48,7 +48,7 @@ class Labels:
     remarks: tuple[tuple[str, str], ...]
 
 
-def of(atoms: Atoms, name: str) -> Labels:
+def labels_of(atoms: Atoms, name: str) -> FrameLabels:
     """Collect and check the labels of one frame.
 
     Raises:
@@ -57,7 +57,7 @@ def of(atoms: Atoms, name: str) -> Labels:
     remarks: list[tuple[str, str]] = []
     results = _calculator_results(atoms, remarks)
     info, arrays = _lower(atoms.info), _lower(atoms.arrays)
-    return Labels(
+    return FrameLabels(
         energy=_energy(atoms, name, results, info, remarks),
         forces=_forces(atoms, name, _first(results, arrays, NAMES["forces"])),
         stress=_stress(atoms, name, results, info, remarks),
@@ -69,7 +69,7 @@ def of(atoms: Atoms, name: str) -> Labels:
     )
 
 
-def unrecognised(frames: Sequence[Atoms], kind: str) -> list[str]:
+def unrecognised_keys(frames: Sequence[Atoms], kind: str) -> list[str]:
     """Keys that may hold labels of a kind ('energies', 'forces') under a name that is not known: numbers of its shape."""
     found: dict[str, None] = {}
     for frame in frames:

@@ -39,7 +39,7 @@ def file_hash(path: str | os.PathLike[str]) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-def of_files(**files: str | os.PathLike[str] | None) -> dict:
+def file_provenance(**files: str | os.PathLike[str] | None) -> dict:
     """Provenance of a fit, e.g. of_files(training='train.xyz', validation=None)."""
     known = {role: path for role, path in files.items() if path is not None}
     return {
@@ -50,7 +50,7 @@ def of_files(**files: str | os.PathLike[str] | None) -> dict:
 
 
 @dataclass(frozen=True)
-class Known:
+class DataOverlap:
     """What a model knows already of data that it is held against.
 
     Attributes:
@@ -62,7 +62,9 @@ class Known:
     held_out: int
 
 
-def known(provenance: dict, calibrated_on: dict, structures: Structures, path: str | os.PathLike[str]) -> Known:
+def check_overlap(
+    provenance: dict, calibrated_on: dict, structures: Structures, path: str | os.PathLike[str]
+) -> DataOverlap:
     """Whether a model has seen data before; if so, with a warning.
 
     Args:
@@ -70,7 +72,7 @@ def known(provenance: dict, calibrated_on: dict, structures: Structures, path: s
         structures: as read from the file `path`.
     """
     training = provenance.get("files", {}).get("training", {}).get("sha256") == file_hash(path)
-    found = Known(training, known_again(structures.fingerprints(), calibrated_on.get("fingerprints", ())))
+    found = DataOverlap(training, known_again(structures.fingerprints(), calibrated_on.get("fingerprints", ())))
     if training:
         text = f"{path}: is the file this model was trained on; its errors say nothing of new structures."
         warnings.warn(text, DataWarning, stacklevel=2)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from gpmlp.core import errors
 from gpmlp.core.errors import UserError, suggest
-from gpmlp.io.files import atomic
+from gpmlp.io.files import atomic_write
 from gpmlp.recipe import Recipe
 
 T = TypeVar("T", bound=BaseModel)
@@ -29,21 +29,21 @@ def load_recipe(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     Raises:
         UserError: the file cannot be read, a key or a value in it is not valid, or this machine has no such device.
     """
-    recipe = load_as(Recipe, path, overrides)
+    recipe = load_recipe_as(Recipe, path, overrides)
     errors.device(recipe.device)
     return recipe
 
 
-def load_as(model: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> T:
+def load_recipe_as(model: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> T:
     """Read a recipe of another kind, in the same way."""
     data = _read(Path(path)) if path is not None else {}
     for override in overrides:
         _set(data, override)
     places = ([str(path)] if path is not None else []) + (["--set"] if overrides else [])
-    return validate(data, " and ".join(places) or "recipe", model)
+    return validate_recipe(data, " and ".join(places) or "recipe", model)
 
 
-def validate(data: dict[str, Any], where: str = "recipe", model: type[T] = Recipe) -> T:
+def validate_recipe(data: dict[str, Any], where: str = "recipe", model: type[T] = Recipe) -> T:
     """Return the recipe that nested dictionaries describe.
 
     Args:
@@ -56,7 +56,7 @@ def validate(data: dict[str, Any], where: str = "recipe", model: type[T] = Recip
         raise UserError(f"{where}: {_explain(error, data, model)}") from error
 
 
-def changed(recipe: Recipe, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+def changed_recipe(recipe: Recipe, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Return the recipe with other values at dotted keys, e.g. {'kernel.zeta': 2}.
 
     Args:
@@ -65,7 +65,7 @@ def changed(recipe: Recipe, values: Mapping[str, Any], where: str = "recipe") ->
     data = _plain(recipe.model_dump())
     for key, value in values.items():
         _put(data, key, value, where)
-    return validate(data, where)
+    return validate_recipe(data, where)
 
 
 def value_at(recipe: Recipe, key: str) -> Any:
@@ -88,7 +88,7 @@ def save_recipe(recipe: Recipe, path: str | os.PathLike[str], comment: Sequence[
     """Write a recipe to a YAML file under lines of comment; what it leaves open is left out."""
     lines = [f"# {' '.join(line.split())}".rstrip() for line in comment]
     text = yaml.safe_dump(_given(_plain(recipe.model_dump())), sort_keys=False, allow_unicode=True)
-    with atomic(path, text=True) as file:
+    with atomic_write(path, text=True) as file:
         file.write("\n".join([*lines, text]))
 
 

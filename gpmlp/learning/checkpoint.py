@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import io
 import json
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor
 
 from gpmlp.core.errors import UserError
+from gpmlp.core.json_values import json_value
 from gpmlp.io import archive
-from gpmlp.io.files import atomic, check_folder
+from gpmlp.io.files import atomic_write, check_folder
 from gpmlp.learning.oracles import results
 from gpmlp.learning.recipe import DynamicsRecipe, LearnRecipe
 from gpmlp.learning.stopping.history import History
@@ -185,7 +185,7 @@ class Trail:
             before = json.loads(path.read_text()) if begun and path.exists() else mine
             _same_run(before, mine, folder)
             self.changed = before != mine
-            with atomic(path, text=True) as file:
+            with atomic_write(path, text=True) as file:
                 file.write(json.dumps(mine, indent=1) + "\n")
         except OSError as error:
             self.close()
@@ -207,7 +207,7 @@ class Trail:
 
     def log(self, event: str, **values: object) -> None:
         """One line for programs, which holds no time of day, and one for people, which does."""
-        self._write("log.jsonl", (json.dumps(_finite({"event": event} | values), allow_nan=False) + "\n").encode())
+        self._write("log.jsonl", (json.dumps(json_value({"event": event} | values), allow_nan=False) + "\n").encode())
         if event != "look":
             self.tell(event, **values)
 
@@ -301,17 +301,6 @@ def _flat(value: Any, name: str):
             yield from _flat(entry, f"{name}.{key}" if name else key)
     else:
         yield name, value
-
-
-def _finite(value: Any) -> Any:
-    """A value that JSON knows: numbers that are none become null."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, (str, bool, int)) or value is None:
-        return value
-    return float(value) if math.isfinite(value) else None
 
 
 def _short(value: object) -> str:

@@ -70,8 +70,8 @@ def smaller(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms, in
     if recipe.carve is None or all(len(atoms) <= recipe.carve.above for atoms in starts):
         return lambda atoms, _: atoms
     whole = structures_from_ase(starts)
-    found = defaults.survey(whole, Targets.unknown(whole))
-    resolved = defaults.resolve(recipe.model, found, len(whole.distinct_species))
+    found = defaults.summarise_data(whole, Targets.unknown(whole))
+    resolved = defaults.resolve_recipe(recipe.model, found, len(whole.distinct_species))
     reach = max(d.cutoff for d in resolved.descriptors)
 
     def small(atoms: Atoms, number: int) -> Atoms:

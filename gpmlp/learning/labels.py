@@ -163,7 +163,7 @@ class Tape:
             self._open()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror or error}.") from error
-        self._refused = files.reopen(self.refused_path)
+        self._refused = files.reopen_journal(self.refused_path)
         found = [_refusal(entry) for entry in self._refused.entries] if self._refused else []
         self._refusals = {refusal.key: (refusal, after) for refusal, after in found}
 
@@ -174,7 +174,7 @@ class Tape:
     def _open(self) -> None:
         if not self.path.exists():
             return
-        layout = files.scan(self.path)
+        layout = files.scan_frames(self.path)
         data = self.path.read_bytes()
         starts, end = list(layout.starts), layout.end
         if starts and not data[:end].endswith(b"\n"):
@@ -279,7 +279,9 @@ class Tape:
         before = path.stat().st_size if path.exists() else None
         try:
             if self._refused is None:
-                self._refused = files.begin(path, {"refused": "structures without a label, beside " + self.path.name})
+                self._refused = files.begin_journal(
+                    path, {"refused": "structures without a label, beside " + self.path.name}
+                )
             self._refused.append(entry)
         except UserError:
             if before is not None:

@@ -322,7 +322,7 @@ class _Run:
                 self.student = self.student.taught(entry)
             history = self.progress.history.with_label(updated=self.student.since == 0)
             self.progress = replace(self.progress, history=history)
-            told = model.plain(self.student.online.foreseen[-1], before, self.recipe.trigger.probability)
+            told = model.plain(self.student.online.prequential[-1], before, self.recipe.trigger.probability)
             self._taught(self.reason, key=key, walker=i, step=step, foreseen=told)
         left = criteria(self.looks[i].prediction, self.looks[i].structure, self.limits).severity
         self.progress = self.progress.with_mind(i, replace(self.progress.minds[i], left=left))

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from gpmlp.core.json_values import json_value
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.fitting.calibrate import Foreseen
-from gpmlp.fitting.online import Online
+from gpmlp.fitting.calibrate import PrequentialPrediction
+from gpmlp.fitting.online import OnlineFit
 from gpmlp.learning.labels import Entry
 from gpmlp.learning.recipe import RefreshRecipe
 from gpmlp.learning.triggers import bound
@@ -37,7 +38,7 @@ class Student:
         expected: the same right after the refresh, of those it was calibrated with; NaN = unknown.
     """
 
-    online: Online
+    online: OnlineFit
     refresh: RefreshRecipe
     made: int
     since: int = 0
@@ -57,7 +58,7 @@ class Student:
             first += 1
         structures = Structures.concatenate([e.structure for e in entries[:first]])
         targets = Targets.concatenate([e.targets for e in entries[:first]])
-        student = Student(Online.begin(structures, targets, recipe), refresh, first)
+        student = Student(OnlineFit.begin(structures, targets, recipe), refresh, first)
         for entry in entries[first:]:
             student = student.taught(entry)
         fresh = student.made == len(entries) > first  # the last of them has just brought that about
@@ -70,7 +71,7 @@ class Student:
     def taught(self, entry: Entry) -> Student:
         """Learn one label; refresh what is due."""
         online = self.online.learned(entry.structure, entry.targets)
-        surprise = (*self.surprise, surprise_of(online.foreseen[-1], self.online.calibration))
+        surprise = (*self.surprise, surprise_of(online.prequential[-1], self.online.calibration))
         new = replace(self, online=online.recalibrated(), since=self.since + 1, surprise=surprise)
         due = self.refresh.labels or max(FEWEST, online.n_labels // SHARE)
         recent = surprise[-RECENT:]
@@ -86,12 +87,12 @@ class Student:
         """With hyperparameters learned again; where labels have grown enough, with a model made anew of all of them."""
         anew = anew or self.online.n_labels >= GROWTH * self.made
         online = self.online.rebuilt(why) if anew else self.online.refreshed(why)
-        found = [surprise_of(f, online.calibration) for f in online.foreseen]
+        found = [surprise_of(f, online.calibration) for f in online.prequential]
         expected = sum(found) / len(found) if found else math.nan
         return Student(online, self.refresh, online.n_labels if anew else self.made, 0, (), expected)
 
 
-def surprise_of(foreseen: Foreseen, calibration: Calibration) -> float:
+def surprise_of(foreseen: PrequentialPrediction, calibration: Calibration) -> float:
     """Mean negative log likelihood of the force components of a label, as they were predicted before it was learned."""
     prediction = calibrate_prediction(foreseen.prediction, foreseen.structures, calibration)
     variance = prediction.forces_covariance.total.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
@@ -101,7 +102,7 @@ def surprise_of(foreseen: Foreseen, calibration: Calibration) -> float:
     return float(nll[known].mean()) if known.any() else math.nan
 
 
-def plain(foreseen: Foreseen, calibration: Calibration, probability: float) -> dict:
+def plain(foreseen: PrequentialPrediction, calibration: Calibration, probability: float) -> dict:
     """Errors and standard deviations of one structure for JSON; null where there is no label.
 
     Args:
@@ -119,23 +120,19 @@ def plain(foreseen: Foreseen, calibration: Calibration, probability: float) -> d
     out: dict = {"bound": None, "largest_error": None, "worst_atom": None, "novelty": None}
     covariance = prediction.forces_covariance
     if covariance is not None:
-        out["bound"] = _number(bound(covariance.total[known], probability))
+        out["bound"] = json_value(bound(covariance.total[known], probability))
         out["force_sigma"] = _numbers(covariance.diagonal().total.clamp_min(0).sqrt())
     if known.any():
         worst = int(torch.where(known, norm, norm.new_full((), -1.0)).argmax())
-        out |= {"largest_error": _number(float(norm[worst])), "worst_atom": worst, "force_error": _numbers(error)}
+        out |= {"largest_error": json_value(float(norm[worst])), "worst_atom": worst, "force_error": _numbers(error)}
     atoms = foreseen.structures.n_atoms
-    out["energy_error"] = _number(float(prediction.energies[0] - foreseen.targets.energies[0]) / atoms)
+    out["energy_error"] = json_value(float(prediction.energies[0] - foreseen.targets.energies[0]) / atoms)
     if prediction.energies_variance is not None:
-        out["energy_sigma"] = _number(float(prediction.energies_variance.total[0].clamp_min(0).sqrt()) / atoms)
+        out["energy_sigma"] = json_value(float(prediction.energies_variance.total[0].clamp_min(0).sqrt()) / atoms)
     if prediction.novelty is not None:
-        out["novelty"] = _number(float(prediction.novelty.max()))
+        out["novelty"] = json_value(float(prediction.novelty.max()))
     return out
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _numbers(values: torch.Tensor) -> list[float | None]:
-    return [float(f"{v:.{DIGITS}g}") if math.isfinite(v) else None for v in values.double().flatten().tolist()]
+    return json_value([float(f"{v:.{DIGITS}g}") for v in values.double().flatten().tolist()])

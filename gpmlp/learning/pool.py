@@ -127,8 +127,8 @@ def _descriptor(
     if potential is not None:
         return potential.terms[0].descriptor, potential.species
     species = sorted({*pool.distinct_species, *(exclude.distinct_species if exclude is not None else ())})
-    found = defaults.survey(pool, Targets.unknown(pool))
-    resolved = defaults.resolve(Recipe(), found, len(species))
+    found = defaults.summarise_data(pool, Targets.unknown(pool))
+    resolved = defaults.resolve_recipe(Recipe(), found, len(species))
     return descriptors.make(tuple(species), resolved.descriptors[0].model_dump()), tuple(species)
 
 
@@ -329,9 +329,9 @@ def _ordered(
     ask = n
     while True:
         if method == "farthest":
-            order, scores = selection.farthest(rows, ask, known if exclude is not None else None)
+            order, scores = selection.farthest_points(rows, ask, known if exclude is not None else None)
         else:
-            order, scores = selection.select(method, rows, ask, torch.abs, seed)
+            order, scores = selection.select_rows(method, rows, ask, torch.abs, seed)
         found = list(zip(order.tolist(), scores.tolist(), strict=True))
         if ask == size:  # 'farthest' and 'cur' leave exact duplicates out
             found += [(i, 0.0) for i in sorted(set(range(size)) - set(order.tolist()))]

@@ -26,8 +26,8 @@ from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.core.verlet_list import Skin
-from gpmlp.engines.md import thermalise
-from gpmlp.io.ase_atoms import results, structures_from_ase
+from gpmlp.engines.md import draw_velocities
+from gpmlp.io.ase_atoms import calculator_results, structures_from_ase
 from gpmlp.learning import exploration
 from gpmlp.learning.recipe import DynamicsRecipe
 from gpmlp.learning.triggers import Before, Decision
@@ -189,7 +189,7 @@ class Watched(Calculator):
 
     def _take(self) -> None:
         """Results that drive the dynamics: those of the potential, and the bias."""
-        self.results = results(self.prediction, 0, slice(0, len(self.atoms)))
+        self.results = calculator_results(self.prediction, 0, slice(0, len(self.atoms)))
         if self.bias is not None:
             energy, forces, stress = self.bias(self.potential, self.structure, self.prediction.forces)
             self.results["energy"] += energy
@@ -231,7 +231,7 @@ def look(walker: Walker, potential: Potential, judge: Judge, dynamics: DynamicsR
 def frame(now: Look) -> Atoms:
     """The atoms of a look with what was predicted of them."""
     atoms = now.walker.atoms.copy()
-    atoms.calc = SinglePointCalculator(atoms, **results(now.prediction, 0, slice(0, len(atoms))))
+    atoms.calc = SinglePointCalculator(atoms, **calculator_results(now.prediction, 0, slice(0, len(atoms))))
     return atoms
 
 
@@ -368,7 +368,7 @@ def _caught(
 def _thermal(atoms: Atoms, temperature_K: float, generator: np.random.Generator) -> Atoms:
     """A copy with Maxwell-Boltzmann velocities, the centre of mass at rest."""
     atoms = atoms.copy()
-    thermalise(atoms, temperature_K, generator)
+    draw_velocities(atoms, temperature_K, generator)
     return atoms
 
 

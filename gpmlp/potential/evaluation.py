@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import units
+from gpmlp.core.json_values import json_value
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures, chunks
 from gpmlp.gp.variance import VARIANCES
@@ -66,7 +67,7 @@ def _plain(table: ErrorTable, found: dict[str, Scores]) -> dict:
         numbers = asdict(entry)
         values[f"{name}_sharpness_{unit}"] = factor * numbers.pop("sharpness")
         values |= {f"{name}_{key}": value for key, value in numbers.items() if key != "n"}
-    return {key: None if value != value else value for key, value in values.items()}
+    return json_value(values)
 
 
 def evaluate(

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 
 import gpmlp
-from gpmlp.io.recipe_files import load_as
+from gpmlp.io.recipe_files import load_recipe_as
 from gpmlp.learning import loop, walker
 from gpmlp.learning.oracles import codes
 from gpmlp.learning.recipe import LearnRecipe
@@ -212,7 +212,7 @@ def run(name: str, seed: int, work: Path, options: argparse.Namespace) -> dict:
     ase.io.write(folder / "start.xyz", case.start)
     made = {"start": "start.xyz", "oracle": case.oracle, "dynamics": case.dynamics, "seed": seed, "thin": 10}
     (folder / f"recipe{seed}.yaml").write_text(json.dumps(made | {"output": f"run{seed}"}))
-    recipe = load_as(LearnRecipe, folder / f"recipe{seed}.yaml", options.settings)
+    recipe = load_recipe_as(LearnRecipe, folder / f"recipe{seed}.yaml", options.settings)
     start = time.perf_counter()
     with sampled(min(0.1, SAMPLES / recipe.dynamics.steps), seed) as steps:
         last = deque(loop.learn(recipe, folder, resume=(folder / f"run{seed}").exists()), maxlen=1)[0]

@@ -34,7 +34,7 @@ from ase.build import bulk
 import gpmlp
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.fitting.online import Online
+from gpmlp.fitting.online import OnlineFit
 from gpmlp.gp.qr import PosteriorFactor
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.potential import Potential
@@ -84,10 +84,10 @@ def least(repeats: int, run: Callable[[], object]) -> float:
     return min(times)
 
 
-def begun(labels: Sequence[Label], columns: int) -> Online:
+def begun(labels: Sequence[Label], columns: int) -> OnlineFit:
     """With so many columns, whatever the labels ask for, and free to have CENTRES inducing points more."""
     shares = {"inducing": {"shares": {"Si": columns // (1 + GRADIENTS)}, "gradients": GRADIENTS}}
-    online = Online.begin(*together(labels), Recipe.model_validate(shares))
+    online = OnlineFit.begin(*together(labels), Recipe.model_validate(shares))
     more = {"inducing": {"n": columns // (1 + GRADIENTS) + CENTRES, "gradients": GRADIENTS}}
     return replace(online, asked=Recipe.model_validate(more))
 

@@ -45,7 +45,7 @@ from numba.core import event
 
 import gpmlp
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.fitting.online import Online
+from gpmlp.fitting.online import OnlineFit
 from gpmlp.io.ase_atoms import from_ase, structures_from_ase
 from gpmlp.recipe import Recipe
 
@@ -358,7 +358,7 @@ def online(golden: Golden, folder: Path) -> None:
     test = gpmlp.read(DATA / "ethanol" / "test.xyz", "::30")[0]
     chosen = Recipe(descriptor={"cutoff": 3.5, "n_max": 4, "l_max": 2}, inducing={"n": 60, "gradients": 1})
     some = range(6)
-    model = Online.begin(structures.select(some), targets.select(structures, some), chosen)
+    model = OnlineFit.begin(structures.select(some), targets.select(structures, some), chosen)
     golden.prediction("online/begun", model.potential(test, variance="all", novelty=True))
 
     def label(k: int) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpmlp.core.json_values import json_value
 from gpmlp.core.units import BOLTZMANN
 from gpmlp.learning.stopping.criteria import Criterion, Novelties, converged, coverage, every, label_rate, plateau
 from gpmlp.learning.stopping.history import History, Record
@@ -78,7 +79,7 @@ class Verdict:
                     "name": c.name,
                     "met": c.met,
                     "sentence": c.sentence,
-                    "numbers": {k: float(v) if math.isfinite(v) else None for k, v in c.numbers.items()},
+                    "numbers": json_value({k: float(v) for k, v in c.numbers.items()}),
                 }
                 for c in self.criteria
             ],

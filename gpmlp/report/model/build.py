@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib import resources
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from gpmlp.core.json_values import json_value
 from gpmlp.report import scatter
 from gpmlp.report.html import text
 from gpmlp.report.model import answers, figures, numbers, sections, worst
@@ -75,22 +75,7 @@ def as_json(content: Content, shown: list[tuple[str, str, str, str]]) -> str:
         "dimers": data.dimers,
         "citations": data.citations,
     }
-    return json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def plain(value: Any) -> Any:
-    """JSON-able form: arrays as lists, numbers that are not finite as None."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+    return json.dumps(json_value(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def as_html(content: Content, shown: list[tuple[str, str, str, str]]) -> str:
@@ -128,7 +113,7 @@ def whole(
         for name, question, answer, inside in shown
     )
     tiles = "".join(f"<li><b>{text(value)}</b> <span>{text(what)}</span></li>" for value, what in key_numbers)
-    packed = json.dumps(plain(payload), allow_nan=False)
+    packed = json.dumps(json_value(payload), allow_nan=False)
     return Template((here / "template.html").read_text("utf-8")).substitute(
         kind=text(kind),
         title=text(title),

@@ -13,7 +13,7 @@ from gpmlp.core import errors
 from gpmlp.core.quantities import Targets, Variance
 from gpmlp.core.structures import Structures, chunks
 from gpmlp.io import citations
-from gpmlp.io.provenance import Known
+from gpmlp.io.provenance import DataOverlap
 from gpmlp.potential.evaluation import Evaluation
 from gpmlp.potential.potential import Potential
 from gpmlp.report.model.data import ReportData
@@ -33,7 +33,7 @@ def collect(
     model_name: str,
     data_name: str,
     version: str,
-    known: Known | None = None,
+    known: DataOverlap | None = None,
 ) -> ReportData:
     """Everything the report shows of a potential on labelled structures.
 
@@ -79,7 +79,7 @@ def collect(
         rivals=rivals(potential, structures, targets, found),
         model=_model(potential),
         dimers=tuple(dimers(potential)),
-        citations=tuple(work.bibtex() for work in citations.of(potential.recipe, version)),
+        citations=tuple(work.bibtex() for work in citations.citations_of(potential.recipe, version)),
     )
 
 

@@ -20,8 +20,8 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io import archive, provenance
 from gpmlp.io.ase_atoms import iterate_frames, structures_from_ase
-from gpmlp.io.files import atomic, check_folder
-from gpmlp.io.recipe_files import validate
+from gpmlp.io.files import atomic_write, check_folder
+from gpmlp.io.recipe_files import validate_recipe
 from gpmlp.learning import checkpoint
 from gpmlp.learning.labels import Entry, Tape
 from gpmlp.learning.recipe import LearnRecipe
@@ -64,7 +64,7 @@ def report(folder: Path, recipe: LearnRecipe) -> Path:
     data = collect(folder, recipe, events, entries, refused, potential)
     if _report_of_labels(folder, entries, potential):
         data = replace(data, beside="model/report.html")
-    return build(data, out, atomic)
+    return build(data, out, atomic_write)
 
 
 def recipe_of(folder: Path) -> LearnRecipe:
@@ -75,7 +75,7 @@ def recipe_of(folder: Path) -> LearnRecipe:
     """
     path = Path(folder) / "recipe.json"
     try:
-        return validate(json.loads(path.read_text(encoding="utf-8")), str(path), LearnRecipe)
+        return validate_recipe(json.loads(path.read_text(encoding="utf-8")), str(path), LearnRecipe)
     except (OSError, json.JSONDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{folder}: holds no learning run: {path.name} cannot be read ({why}).") from error
@@ -356,9 +356,9 @@ def _report_of_labels(folder: Path, entries: dict[str, Entry], potential: Potent
     targets = Targets.concatenate([e.targets for e in entries.values()])
     with torch.no_grad():
         found = evaluation.evaluate(potential, structures, targets)
-    about = "model.gpmlp", "labels.xyz", provenance.version_of("gpmlp"), provenance.Known(True, 0)
+    about = "model.gpmlp", "labels.xyz", provenance.version_of("gpmlp"), provenance.DataOverlap(True, 0)
     data = reporting.collect(potential, structures, targets, found, *about)
-    build_model_page(data, folder / "report" / "model", atomic)
+    build_model_page(data, folder / "report" / "model", atomic_write)
     return True
 
 

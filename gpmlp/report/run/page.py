@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from gpmlp.core.json_values import json_value
 from gpmlp.report import scatter
 from gpmlp.report.html import text
 from gpmlp.report.model import build as page
 from gpmlp.report.model import numbers as of_model
 from gpmlp.report.model import sections, worst
-from gpmlp.report.model.build import Write, plain
+from gpmlp.report.model.build import Write
 from gpmlp.report.run import answers, figures, numbers
 from gpmlp.report.run.data import FINISHED, RunData
 from gpmlp.report.run.sections import Content, all_of
@@ -68,7 +69,7 @@ def as_json(content: Content, shown: list[tuple[str, str, str, str]]) -> str:
         "model": data.model,
         "oracle": dict(zip(("calculator", "settings"), data.oracle, strict=True)),
     }
-    return json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(json_value(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def as_html(content: Content, places: figures.Places, shown: list[tuple[str, str, str, str]]) -> str:
