@@ -269,7 +269,7 @@ def resume_trajectory(
     path = Path(trajectory)
     if not path.is_file():
         raise UserError(f"{path}: there is no trajectory to resume.")
-    layout = files_module.scan_frames(path)
+    layout = files_module.scan_frames(path, closed=True)
     if not layout.starts:
         raise UserError(f"{path}: holds no complete frame to resume from; start anew with --overwrite.")
     frame = _last_frame(path, layout)
@@ -281,9 +281,9 @@ def resume_trajectory(
         )
     table = Path(energies) if energies is not None and Path(energies).is_file() else None
     end = _end_of_table(table, int(frame.info["step"])) if table else 0
-    os.truncate(path, layout.end)
+    files_module.cut_tail(path, layout.end)
     if table:
-        os.truncate(table, end)
+        files_module.cut_tail(table, end)
     return frame
 
 

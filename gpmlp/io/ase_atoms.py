@@ -313,13 +313,9 @@ def iterate_frames(path: Path, at_most: int, most_atoms: int) -> Iterator[ase.At
     """
     if not path.exists():
         return
-    layout = files.scan_frames(path)
+    layout = files.scan_frames(path, closed=True)
     bounds = [*layout.starts, layout.end]
     n, used = len(layout.starts), 0
-    with open(path, "rb") as file:
-        file.seek(max(0, layout.end - 1))
-        if n and file.read(1) != b"\n":  # its last number may be cut short
-            n -= 1
     wanted = np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int)) if n else []
     with open(path, "rb") as file:
         for i in reversed(list(wanted)):  # the last ones first: they are what the run came to

@@ -115,9 +115,54 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def append_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Add bytes to the end of a file: all of them, on the disk (fsync), or none.
+
+    Raises:
+        UserError: the disk is full or the file cannot be written; it is then as it was before.
+    """
+    path = Path(path)
+    try:
+        new = not path.exists()
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            before = os.fstat(descriptor).st_size
+            try:
+                left = data
+                while left:  # once, unless the disk is nearly full
+                    left = left[os.write(descriptor, left) :]
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, before)
+                raise
+        finally:
+            os.close(descriptor)
+        if new:
+            _sync_folder(path.parent)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: could not be written: {reason}; the file is as it was before.") from error
+
+
+def cut_tail(path: str | os.PathLike[str], end: int, aside: str | os.PathLike[str] | None = None) -> int:
+    """Cut off the unfinished bytes after `end` that an interrupted writer left, and return how many they were.
+
+    Args:
+        aside: file to whose end these bytes are moved; they are dropped if None.
+    """
+    with open(path, "rb") as file:
+        file.seek(end)
+        torn = file.read()
+    if torn and aside is not None:
+        append_whole(aside, torn)
+    if torn:
+        os.truncate(path, end)
+    return len(torn)
+
+
 @dataclass(frozen=True)
 class JsonJournal:
-    """A journal open for more entries.
+    """A file of JSON lines open for more entries.
 
     Attributes:
         header: what the first line says.
@@ -129,15 +174,8 @@ class JsonJournal:
     entries: tuple[dict[str, Any], ...] = ()
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Add one line and return when it is on the disk."""
-        line = json.dumps(entry, allow_nan=False) + "\n"
-        try:
-            with open(self.path, "ab") as file:
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.path}: could not be written: {error.strerror or error}.") from error
+        """Add one line and return when it is on the disk; see append_whole."""
+        append_whole(self.path, (json.dumps(entry, allow_nan=False) + "\n").encode())
 
 
 def begin_journal(path: str | os.PathLike[str], header: dict[str, Any]) -> JsonJournal:
@@ -163,24 +201,21 @@ def reopen_journal(path: str | os.PathLike[str]) -> JsonJournal | None:
     if not path.exists():
         return None
     try:
-        lines = path.read_bytes().split(b"\n")
-        whole, good = [], 0
+        *lines, _ = path.read_bytes().split(b"\n")  # what follows the last line end was never finished
+        whole: list[dict[str, Any]] = []
         for number, line in enumerate(lines, 1):
-            entry = _parse(line) if number < len(lines) else None  # what follows the last line end was never finished
-            if entry is None:
-                if number < len(lines) - 1:
-                    raise UserError(f"{path}: line {number} is not a JSON object; is this the right file?")
-                break
-            whole.append(entry)
-            good += len(line) + 1
-        if path.stat().st_size > good:
-            os.truncate(path, good)
+            entry = _json_object(line)
+            if entry is not None:
+                whole.append(entry)
+            elif number < len(lines):
+                raise UserError(f"{path}: line {number} is not a JSON object; is this the right file?")
+        cut_tail(path, sum(len(line) + 1 for line in lines[: len(whole)]))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
     return JsonJournal(path, whole[0], tuple(whole[1:])) if whole else None
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _json_object(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
     except ValueError:
@@ -190,12 +225,12 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class FrameOffsets:
-    """The frames of an XYZ file.
+    """The complete frames of an XYZ file.
 
     Attributes:
-        starts: byte offset of each complete frame.
-        end: byte offset after the last complete frame.
-        problem: what follows the last complete frame, '' if nothing but blank lines.
+        starts: byte offset of each frame.
+        end: byte offset after the last one.
+        problem: what follows it, '' if nothing but blank lines.
     """
 
     starts: tuple[int, ...]
@@ -203,8 +238,12 @@ class FrameOffsets:
     problem: str
 
 
-def scan_frames(path: str | os.PathLike[str]) -> FrameOffsets:
-    """Find the frames of an XYZ file; a last line without a line end counts as complete."""
+def scan_frames(path: str | os.PathLike[str], closed: bool = False) -> FrameOffsets:
+    """Find the frames of an XYZ file.
+
+    Args:
+        closed: whether a frame whose last line has no line end is incomplete: an interrupted writer may have cut its last number short.
+    """
     starts: list[int] = []
     with open(path, "rb") as file:
         end, number = 0, 1
@@ -221,7 +260,7 @@ def scan_frames(path: str | os.PathLike[str]) -> FrameOffsets:
             lines = [file.readline() for _ in range(n + 1)]
             # the comment line may be blank, the lines of atoms may not
             present = sum(bool(entry.strip()) for entry in lines[1:]) if lines[0] else 0
-            if present < n or not lines[0]:
+            if present < n or not lines[0] or (closed and not lines[-1].endswith(b"\n")):
                 return FrameOffsets(
                     tuple(starts), end, f"frame {len(starts)} is cut off: {present} of {n} atoms are there"
                 )
@@ -229,7 +268,7 @@ def scan_frames(path: str | os.PathLike[str]) -> FrameOffsets:
             end, number = file.tell(), number + n + 2
 
 
-def _rest(file, number: int, n_frames: int) -> str:
+def _rest(file: IO[bytes], number: int, n_frames: int) -> str:
     """Say what follows a blank line; readers stop there, so anything that does would be lost."""
     for line in file:
         if line.strip():

@@ -174,11 +174,9 @@ class Tape:
     def _open(self) -> None:
         if not self.path.exists():
             return
-        layout = files.scan_frames(self.path)
+        layout = files.scan_frames(self.path, closed=True)
         data = self.path.read_bytes()
-        starts, end = list(layout.starts), layout.end
-        if starts and not data[:end].endswith(b"\n"):
-            end = starts.pop()  # its last number may be cut short
+        starts, end = layout.starts, layout.end
         if STARTS.search(data, end + 1):
             raise UserError(f"{self.path}: {layout.problem or 'broken'}, and more frames follow; repair it by hand.")
         bounds = [*starts, end]
@@ -192,19 +190,14 @@ class Tape:
                 break
             self._entries.setdefault(entry.key or key_of(entry.structure, entry.oracle), entry)
         if end < len(data):
-            self._cut(data, end)
+            self._cut(end)
 
-    def _cut(self, data: bytes, end: int) -> None:
+    def _cut(self, end: int) -> None:
         """Put what follows the last complete frame aside."""
         aside = self.path.with_name(f"{self.path.name}.broken")
-        with open(aside, "ab") as file:
-            file.write(data[end:])
-            file.flush()
-            os.fsync(file.fileno())
-        os.truncate(self.path, end)
+        cut = files.cut_tail(self.path, end, aside)
         self.repaired = (
-            f"{self.path}: an unfinished frame ({len(data) - end} bytes) after {len(self._entries)} whole ones "
-            f"was moved to {aside}"
+            f"{self.path}: an unfinished frame ({cut} bytes) after {len(self._entries)} whole ones was moved to {aside}"
         )
 
     def __len__(self) -> int:
@@ -275,20 +268,10 @@ class Tape:
             "folder": refusal.folder,
             "labels_before": after,
         }
-        path = self.refused_path
-        before = path.stat().st_size if path.exists() else None
-        try:
-            if self._refused is None:
-                self._refused = files.begin_journal(
-                    path, {"refused": "structures without a label, beside " + self.path.name}
-                )
-            self._refused.append(entry)
-        except UserError:
-            if before is not None:
-                os.truncate(path, before)
-            elif self._refused is None:
-                path.unlink(missing_ok=True)
-            raise
+        if self._refused is None:
+            about = {"refused": "structures without a label, beside " + self.path.name}
+            self._refused = files.begin_journal(self.refused_path, about)
+        self._refused.append(entry)
         self._refusals[refusal.key] = (refusal, after)
 
 
@@ -297,30 +280,8 @@ def _refusal(entry: Mapping) -> tuple[Refusal, int]:
 
 
 def _extend(path: Path, text: bytes) -> None:
-    """Add bytes to the end of a file: all of them, on the disk, or none."""
+    """Add a frame to the end of the file: all of it, on the disk, or none."""
     try:
-        new = not path.exists()
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            before = os.fstat(descriptor).st_size
-            try:
-                left = text
-                while left:  # once, unless the disk is nearly full
-                    left = left[os.write(descriptor, left) :]
-                os.fsync(descriptor)
-            except OSError:
-                os.ftruncate(descriptor, before)
-                raise
-        finally:
-            os.close(descriptor)
-        if new:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise UserError(
-            f"{path}: the label could not be written: {error.strerror or error}; the file is as it was before. Make room and go on "
-            "(--resume): the answer is kept in the spool."
-        ) from error
+        files.append_whole(path, text)
+    except UserError as error:
+        raise UserError(f"{error} Make room and go on (--resume): the answer is kept in the spool.") from error
