@@ -17,7 +17,9 @@ Count = Annotated[int, Field(ge=1)]
 def _kind_of_device(name: str) -> str:
     """Refuse what is no device anywhere; whether this machine has it is asked where it is used (a model may come from another)."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ValueError(f"'{name}' is no device of gpmlp; torch has {', '.join(errors.devices())} on this machine")
+        raise ValueError(
+            f"'{name}' is no device of gpmlp; torch has {', '.join(errors.available_devices())} on this machine"
+        )
     return name
 
 

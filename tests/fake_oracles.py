@@ -92,7 +92,7 @@ class OwnOracle:
 
         from gpmlp.core.quantities import Targets
 
-        unknown = Targets.unknown(structures)
+        unknown = Targets.unlabelled(structures)
         forces = -2.0 * structures.positions
         energy = structures.positions.square().sum()[None]
         nan = torch.full_like(unknown.stresses, float("nan"))

@@ -145,8 +145,8 @@ class DenseGP:
 
     def functionals(self, structures: Structures) -> tuple[dict[str, list[Functional]], Tensor, Tensor]:
         """Energies per atom, force components and stress components (Voigt) as functionals; features; species."""
-        pairs = neighbors.find(structures, self.descriptor.cutoff)
-        surroundings = Surroundings.of(structures, pairs)
+        pairs = neighbors.find_neighbors(structures, self.descriptor.cutoff)
+        surroundings = Surroundings.from_structures(structures, pairs)
         made = self.descriptor(surroundings)
         x, jacobian = made.features, made.jacobian()
         nothing = torch.zeros_like(x[0])

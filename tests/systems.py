@@ -122,7 +122,7 @@ DESCRIPTORS = _descriptor_cases()
 
 def descriptor(case: str, species: tuple[int, ...] = SPECIES, **changes) -> Descriptor:
     """The descriptor of a case of DESCRIPTORS, some of its parameters changed."""
-    return descriptors.make(species, DESCRIPTORS[case] | changes)
+    return descriptors.make_descriptor(species, DESCRIPTORS[case] | changes)
 
 
 def _kernel_cases() -> dict[str, ZonalKernel]:
@@ -162,7 +162,9 @@ class OwnTerm(EnergyTerm):
     """A term that can be called on structures, as baselines can."""
 
     def __call__(self, structures: Structures) -> Prediction:
-        return chunked.predict_mean([self], structures, neighbors.find(structures, self.descriptor.cutoff).of_atoms)
+        return chunked.predict_mean(
+            [self], structures, neighbors.find_neighbors(structures, self.descriptor.cutoff).of_centers
+        )
 
 
 def random_term(made: Descriptor, kernel: ZonalKernel, seed: int = 3, scale: float = 1.0) -> EnergyTerm:
@@ -172,7 +174,9 @@ def random_term(made: Descriptor, kernel: ZonalKernel, seed: int = 3, scale: flo
     for z in SPECIES:
         source = Structures.concatenate([cluster((z, *SPECIES), 40 + z + k) for k in range(3)])
         centers = (source.species == z).nonzero()[:, 0]
-        surroundings = Surroundings.of(source, neighbors.find(source, made.cutoff)).select(centers)
+        surroundings = Surroundings.from_structures(source, neighbors.find_neighbors(source, made.cutoff)).select(
+            centers
+        )
         x = made(surroundings).features
         weights = torch.randn(len(x), generator=generator, dtype=torch.float64)
         tangents = torch.randn(x.shape, generator=generator, dtype=torch.float64) / x.shape[1] ** 0.5
@@ -207,7 +211,7 @@ def single(term):
 
 def targets_of(structures: Structures, prediction: Prediction) -> Targets:
     """Labels equal to a prediction."""
-    unknown = vars(Targets.unknown(structures))
+    unknown = vars(Targets.unlabelled(structures))
     return Targets(
         **unknown | {"energies": prediction.energies, "forces": prediction.forces, "stresses": prediction.stresses}
     )

@@ -222,7 +222,7 @@ def test_noise_that_is_not_positive(refused, frames, value):
 
 def test_noise_of_targets_is_checked(small_set):
     structures, _ = small_set
-    unknown = Targets.unknown(structures)
+    unknown = Targets.unlabelled(structures)
     with pytest.raises(UserError, match="`energies_noise` must be positive and finite"):
         replace(unknown, energies_noise=torch.zeros(len(structures), dtype=torch.float64))
 

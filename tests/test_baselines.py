@@ -92,7 +92,7 @@ def test_isolated_atoms_add_up():
 
 
 def _with_energies(structures: Structures, energies: list[float], config_types=None) -> Targets:
-    targets = Targets.unknown(structures)
+    targets = Targets.unlabelled(structures)
     fields = vars(targets) | {"energies": torch.tensor(energies, dtype=torch.float64)}
     return Targets(**fields | ({"config_types": tuple(config_types)} if config_types else {}))
 
@@ -126,7 +126,7 @@ def test_least_squares_of_one_composition_shares_the_energy():
     found = IsolatedAtoms.least_squares(batch, _with_energies(batch, [-30.0, -30.0, -30.0]))
     assert found[6] + 2 * found[8] == pytest.approx(-30.0)
     assert found[8] == pytest.approx(2 * found[6])  # minimum norm: along (1, 2)
-    assert IsolatedAtoms.least_squares(batch, Targets.unknown(batch)) == {6: 0.0, 8: 0.0}
+    assert IsolatedAtoms.least_squares(batch, Targets.unlabelled(batch)) == {6: 0.0, 8: 0.0}
 
 
 def test_baselines_are_made_again_from_their_state():
@@ -149,7 +149,7 @@ def test_predictions_add():
 def test_isolated_atoms_of_some_species_are_no_zero():
     """A frame of one element alone cannot be used, and the fit says so."""
     frames = Structures.concatenate([cluster((6, 8)), structure([[0.0, 0.0, 0.0]], [6])])
-    known = Targets.unknown(frames)
+    known = Targets.unlabelled(frames)
     known = replace(known, energies=torch.tensor([-3.0, -1.0]).double(), config_types=("", "isolated_atom"))
     (warning,) = prepare.energy_zero_warnings(frames, known, Recipe())
     assert "isolated_atom frames of C but none of O" in warning

@@ -18,7 +18,7 @@ from test_kill import Killer
 
 from gpmlp import descriptors
 from gpmlp.core import neighbors
-from gpmlp.core.environments import View
+from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.fitting import defaults
@@ -120,7 +120,7 @@ def test_no_atoms_are_closer_than_in_the_frame(name):
     cut = carve(whole, FRAMES[name][1], REACH)
 
     def nearest(structure) -> float:
-        return float(neighbors.find(structure, 3.0).vectors(structure).norm(dim=1).min())
+        return float(neighbors.find_neighbors(structure, 3.0).vectors(structure).norm(dim=1).min())
 
     bonded = name == "water"
     assert nearest(cut.structure) >= (1.0 if bonded else surrogate.CLOSER) * nearest(whole) - 1e-6
@@ -171,15 +171,21 @@ def test_features_of_the_atom_do_not_change():
     """By the descriptor itself, and the test that says so can fail."""
     whole = frame(aluminium())
     cut = carve(whole, 7, REACH)
-    found = defaults.summarise_data(whole, Targets.unknown(whole))
+    found = defaults.summarise_data(whole, Targets.unlabelled(whole))
     chosen = defaults.resolve_recipe(Recipe(descriptor={"n_max": 4, "l_max": 3, "cutoff": REACH}), found, 1)
-    made = descriptors.make((13,), chosen.descriptors[0].model_dump())
-    before = View.of(made, whole).environments.features[7]
-    after_ = View.of(made, cut.structure).environments.features
+    made = descriptors.make_descriptor((13,), chosen.descriptors[0].model_dump())
+    before = StructureEnvironments.from_structures(made, whole).environments.features[7]
+    after_ = StructureEnvironments.from_structures(made, cut.structure).environments.features
     assert float((after_[cut.centre] - before).norm()) < surrogate.SAME
     far = int((~cut.intact).nonzero()[-1, 0])
     assert (
-        float((after_[far] - View.of(made, whole).environments.features[int(cut.origin[far])]).norm()) > surrogate.SAME
+        float(
+            (
+                after_[far]
+                - StructureEnvironments.from_structures(made, whole).environments.features[int(cut.origin[far])]
+            ).norm()
+        )
+        > surrogate.SAME
     )
 
 
@@ -199,7 +205,7 @@ def test_what_is_learned():
     whole = frame(liquid())
     cut = carve(whole, 40, REACH)
     n = cut.structure.n_atoms
-    told = Targets.unknown(cut.structure)
+    told = Targets.unlabelled(cut.structure)
     told = type(told)(
         torch.ones(1, dtype=torch.float64), torch.ones(n, 3, dtype=torch.float64), torch.ones(1, 3, 3, dtype=torch.float64),
         told.energies_noise, told.forces_noise, told.stresses_noise, ("",),
@@ -210,7 +216,7 @@ def test_what_is_learned():
     notes = {"surrogate": "carved", "carved_from": 400, "carved_around": 40, "intact": int(cut.intact.sum())}
     assert cut.notes() == notes
     crystal = carve(frame(aluminium()), 7, REACH)
-    told = Targets.unknown(crystal.structure)
+    told = Targets.unlabelled(crystal.structure)
     assert crystal.believed(told) is told and crystal.notes()["surrogate"] == "small cell"
 
 

@@ -13,8 +13,8 @@ from gpmlp.core.structures import Structures
 
 
 def searched(structures: Structures, cutoff: float) -> Neighbors:
-    box = cell_list.boxes(structures.cells, structures.periodic)
-    i, j, shifts, distances = cell_list.search(
+    box = cell_list.complete_cells(structures.cells, structures.periodic)
+    i, j, shifts, distances = cell_list.find_pairs(
         structures.positions, box, structures.periodic, structures.structure_of_atom, cutoff
     )
     assert (i.diff() >= 0).all()
@@ -45,14 +45,14 @@ def test_batches_are_as_the_search_on_cpus_has_them(cutoff):
     large = [replicate(crystal(kind), (4, 3, 5)) for kind in ("cubic", "triclinic", "left-handed")]
     cloud = structure(scattered(80, 14 * torch.eye(3, dtype=torch.float64), 3), [6] * 80)
     batch = Structures.concatenate([everything(), *large, cloud, cluster(), crystal("wire")])
-    assert_same(searched(batch, cutoff), neighbors.find(batch, cutoff).sorted())
+    assert_same(searched(batch, cutoff), neighbors.find_neighbors(batch, cutoff).sorted())
 
 
 def test_atoms_far_outside_the_cell():
     one = replicate(crystal("triclinic"), (3, 3, 3))
     away = torch.randn(one.n_atoms, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     far = one.with_positions(one.positions + (5 * away).round() @ one.cells[0])
-    assert_same(searched(far, CUTOFF), neighbors.find(far, CUTOFF).sorted())
+    assert_same(searched(far, CUTOFF), neighbors.find_neighbors(far, CUTOFF).sorted())
     assert len(searched(far, CUTOFF)) == len(searched(one, CUTOFF))
 
 
@@ -60,7 +60,7 @@ def test_an_atom_at_the_edge_of_its_cell_and_a_flat_heap():
     edge = structure([[-1e-17, 0.0, 4.0], [2.0, 4.0 - 1e-16, 0.0]], [6, 8], 4.0 * torch.eye(3), (True, True, True))
     flat = structure([[0.0, 0, 0], [1.0, 0, 0], [0, 1.2, 0], [30.0, 0, 0]], [6, 8, 1, 1])
     for one in (edge, flat):
-        assert_same(searched(one, CUTOFF), neighbors.find(one, CUTOFF).sorted())
+        assert_same(searched(one, CUTOFF), neighbors.find_neighbors(one, CUTOFF).sorted())
 
 
 def test_blocks_do_not_show(monkeypatch):
@@ -78,7 +78,7 @@ def test_nothing_there():
 def test_boxes_are_cells_with_normals():
     """Right-handed or not, every axis that is not periodic is normal to all others and of length 1."""
     batch = everything()
-    box = cell_list.boxes(batch.cells, batch.periodic)
+    box = cell_list.complete_cells(batch.cells, batch.periodic)
     assert torch.equal(box[batch.periodic], batch.cells[batch.periodic])
     products = box @ box.mT
     free = ~batch.periodic

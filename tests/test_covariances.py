@@ -23,6 +23,7 @@ from systems import (
 from gpmlp.core import neighbors
 from gpmlp.core.environments import Surroundings
 from gpmlp.core.structures import Structures
+from gpmlp.core.units import VOIGT
 from gpmlp.fitting.sparse_points import gradient_directions, make_block
 from gpmlp.gp import covariances, posterior
 from gpmlp.gp import inducing as inducing_module
@@ -38,7 +39,7 @@ FINITE_DIFFERENCE = 1e-6
 def inducing_blocks(made, kernel, n_directions: int, of: Structures | None = None, species=SPECIES):
     """One block for each species from environments of a few heaps of atoms."""
     of = Structures.concatenate([cluster(seed=s) for s in (20, 21)]) if of is None else of
-    surroundings = Surroundings.of(of, neighbors.find(of, made.cutoff))
+    surroundings = Surroundings.from_structures(of, neighbors.find_neighbors(of, made.cutoff))
     blocks, lowers = [], []
     for z in species:
         mine = surroundings.select((of.species == z).nonzero()[:, 0])
@@ -59,7 +60,7 @@ def model(request):
 def _rows(structures: Structures, model, **kinds) -> covariances.CovarianceRows:
     made, kernel, blocks = model
     return covariances.covariance_rows(
-        structures, neighbors.find(structures, made.cutoff), made, kernel, blocks, **kinds
+        structures, neighbors.find_neighbors(structures, made.cutoff), made, kernel, blocks, **kinds
     )
 
 
@@ -80,7 +81,7 @@ def test_force_rows_are_minus_the_gradient_of_energy_rows(model):
 def test_stress_rows_are_the_strain_derivative_of_energy_rows(model, kind):
     one = crystal(kind)
     stresses = _rows(one, model).stresses
-    for k, (a, b) in enumerate(covariances.VOIGT):
+    for k, (a, b) in enumerate(VOIGT):
         sides = []
         for sign in (-1, 1):
             strain = torch.eye(3, dtype=torch.float64)
@@ -184,7 +185,7 @@ def test_tangents_are_orthonormal_physical_directions(model):
     """t_jr: orthonormal, orthogonal to x_j, and in the span of the rows of the descriptor's Jacobian."""
     made, _, _ = model
     heap = cluster()
-    surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF))
+    surroundings = Surroundings.from_structures(heap, neighbors.find_neighbors(heap, CUTOFF))
     environments = made(surroundings)
     tangents = gradient_directions(made, surroundings, 4)
     for e in range(len(surroundings)):
@@ -202,7 +203,7 @@ def test_more_directions_than_there_are_come_as_zeros_and_are_dropped():
     """Two neighbours move the features in 3 ways only (two lengths, one angle); an isolated atom has none at all."""
     made, kernel = descriptor(FIRST), KERNELS["polynomial 3"]
     trimer = cluster((6, 1, 8), 2, 2.5)
-    surroundings = Surroundings.of(trimer, neighbors.find(trimer, CUTOFF))
+    surroundings = Surroundings.from_structures(trimer, neighbors.find_neighbors(trimer, CUTOFF))
     assert len(surroundings.centers) == 6
     tangents = gradient_directions(made, surroundings, 8)
     assert (tangents.norm(dim=2) > 0.5).sum(1).tolist() == [3, 3, 3]
@@ -218,7 +219,7 @@ def test_more_directions_than_there_are_come_as_zeros_and_are_dropped():
 def test_duplicates_and_perfect_crystals_are_dropped_without_jitter():
     made, kernel = descriptor(FIRST), KERNELS["polynomial 3"]
     heap = cluster()
-    surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF))
+    surroundings = Surroundings.from_structures(heap, neighbors.find_neighbors(heap, CUTOFF))
     carbon = surroundings.select([0, 4])
     alone, _, _ = make_block(6, made(carbon).features, carbon, made, kernel, 2)
     twice = Surroundings.concatenate([carbon, carbon, carbon])
@@ -228,7 +229,7 @@ def test_duplicates_and_perfect_crystals_are_dropped_without_jitter():
     assert torch.isfinite(lower).all()
     # a simple cubic crystal: every atom sees the same, and no displacement changes the features to first order
     perfect = replicate(structure([[0, 0, 0]], [6], 2.4 * torch.eye(3), (True, True, True)), (2, 2, 1))
-    surroundings = Surroundings.of(perfect, neighbors.find(perfect, CUTOFF))
+    surroundings = Surroundings.from_structures(perfect, neighbors.find_neighbors(perfect, CUTOFF))
     block, lower, jitter = make_block(6, made(surroundings).features, surroundings, made, kernel, 6)
     assert jitter == 0
     assert 1 <= block.n_columns <= 1 + 6
@@ -239,7 +240,7 @@ def test_rank_is_that_of_the_feature_space():
     """zeta = 1: f(x.y) = x.y has no more independent values than features; here all gradients and values span a few."""
     made, kernel = descriptor(FIRST, (6,), n_max=2, l_max=0), KERNELS["polynomial 1"]
     heap = cluster((6, 6, 6, 6, 6, 6), 4, 4.0)
-    surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF))
+    surroundings = Surroundings.from_structures(heap, neighbors.find_neighbors(heap, CUTOFF))
     block, _, jitter = make_block(6, made(surroundings).features, surroundings, made, kernel, 3)
     assert jitter == 0
     assert block.n_columns == made.n_features == 3
@@ -265,13 +266,15 @@ def test_directions_collapse_into_one_vector_per_centre(name):
     made, kernel = descriptor(FIRST), KERNELS[name]
     heap = Structures.concatenate([cluster(seed=7), cluster(seed=8)])
     carbon = (heap.species == 6).nonzero()[:, 0]
-    surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF)).select(torch.cat([carbon, carbon[:1]]))
+    surroundings = Surroundings.from_structures(heap, neighbors.find_neighbors(heap, CUTOFF)).select(
+        torch.cat([carbon, carbon[:1]])
+    )
     block, _, _ = make_block(6, made(surroundings).features, surroundings, made, kernel, 5)
     assert not block.has_all_columns  # one centre twice: its columns have no weights
     weights = torch.randn(block.n_columns, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     mean = MeanBlock(block.features, *posterior.collapse_directions(block, weights))
     others = cluster(seed=9)
-    x = made(Surroundings.of(others, neighbors.find(others, CUTOFF))).features
+    x = made(Surroundings.from_structures(others, neighbors.find_neighbors(others, CUTOFF))).features
     points = InducingBlock(6, x, x.new_zeros(len(x), 0, x.shape[1]), torch.arange(len(x)))
     expected = inducing_module.K_uu(kernel, points, block) @ weights
     energy, slope = mean(kernel, x)
@@ -294,7 +297,7 @@ def test_compiled_rows_are_those_of_tensors(model, some, monkeypatch):
     rows = [_rows(everything(), (made, kernel, blocks), **kinds)]
     monkeypatch.setattr(covariances, "SHARE", 1)
     rows.append(_rows(everything(), (made, kernel, blocks), **kinds))
-    monkeypatch.setattr(covariances, "compilable", lambda *tensors: False)
+    monkeypatch.setattr(covariances, "fits_compiled_loops", lambda *tensors: False)
     plain = _rows(everything(), (made, kernel, blocks), **kinds)
     for one in rows:
         torch.testing.assert_close(one.forces, plain.forces, atol=1e-12, rtol=0)

@@ -205,8 +205,8 @@ def test_distance_guard_takes_the_pairs_of_the_model():
     atoms = Atoms("OH3", [[0, 0, 0], [0.5, 0, 0], [0, 1.0, 0], [0, 3.0, 0]], cell=[6, 6, 6], pbc=True)
     here = structures_from_ase([atoms])
     for cutoff in (4.0, 0.45):
-        assert too_close(here, 0.6, neighbors.find(here, cutoff)) == too_close(here, 0.6)
-    before = replace(CALM, pairs=neighbors.find(here, 4.0))
+        assert too_close(here, 0.6, neighbors.find_neighbors(here, cutoff)) == too_close(here, 0.6)
+    before = replace(CALM, pairs=neighbors.find_neighbors(here, 4.0))
     assert guard(prediction(4), here, GuardsRecipe(), before) == guard(prediction(4), here, GuardsRecipe(), CALM)
     assert "distance 0.50" in guard(prediction(4), here, GuardsRecipe(), before).reason
 

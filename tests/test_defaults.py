@@ -20,7 +20,7 @@ CRYSTALS = Structures.concatenate([crystal(kind) for kind in ("cubic", "triclini
 
 
 def _survey(structures: Structures, labels: int = 4000) -> defaults.DataSummary:
-    found = defaults.summarise_data(structures, Targets.unknown(structures))
+    found = defaults.summarise_data(structures, Targets.unlabelled(structures))
     return defaults.DataSummary(found.shortest, found.bond, found.periodic, labels, found.n_environments)
 
 
@@ -56,7 +56,7 @@ def test_nothing_is_left_open(name, structures):
     meant = ("noise", "baseline")
     assert [c for c in open_choices(recipe) if not c.startswith(meant)] == []
     for d, k, i in zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True):
-        assert descriptors.make(structures.distinct_species, d.model_dump()).n_features > 0
+        assert descriptors.make_descriptor(structures.distinct_species, d.model_dump()).n_features > 0
         assert float(make_kernel(k).profile(torch.ones(1).double())[0]) == pytest.approx(1.0)
         assert 1 <= i.n <= structures.n_atoms
         assert i.gradients >= 0
@@ -86,7 +86,7 @@ def test_given_choices_stay():
 
 def test_the_survey_finds_distances_and_counts_labels():
     heap = structure([[0, 0, 0], [0, 0, 1.1], [0, 0, 3.3]], (6, 1, 8))
-    targets = Targets.unknown(heap)
+    targets = Targets.unlabelled(heap)
     targets.energies[0] = 1.0
     targets.forces[:2] = 0.0
     found = defaults.summarise_data(heap, targets)
@@ -95,14 +95,14 @@ def test_the_survey_finds_distances_and_counts_labels():
     assert not found.periodic
     assert found.n_labels == 1 + 6
     assert found.n_environments == 3
-    assert defaults.summarise_data(CRYSTALS, Targets.unknown(CRYSTALS)).periodic
+    assert defaults.summarise_data(CRYSTALS, Targets.unlabelled(CRYSTALS)).periodic
 
 
 def test_single_atoms_and_distant_atoms_are_surveyed():
     alone = structure([[0, 0, 0]], [6])
-    assert defaults.summarise_data(alone, Targets.unknown(alone)).shortest == {}
+    assert defaults.summarise_data(alone, Targets.unlabelled(alone)).shortest == {}
     far = structure([[0, 0, 0], [0, 0, 7.0]], (6, 6))
-    assert defaults.summarise_data(far, Targets.unknown(far)).bond == pytest.approx(7.0)
+    assert defaults.summarise_data(far, Targets.unlabelled(far)).bond == pytest.approx(7.0)
 
 
 def test_more_memory_or_labels_never_mean_fewer_columns():

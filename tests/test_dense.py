@@ -17,7 +17,7 @@ from gpmlp.core import neighbors
 from gpmlp.core.environments import Surroundings
 from gpmlp.core.errors import DataWarning
 from gpmlp.descriptors import _triton, backends, gpu
-from gpmlp.descriptors.spherical_harmonics import Spherical, harmonics
+from gpmlp.descriptors.spherical_harmonics import BatchedHarmonics, harmonics_with_gradients
 
 SOAPS = [name for name in DESCRIPTORS if name.startswith("soap")]
 # sums of up to some hundred terms of order 1 in another order
@@ -27,14 +27,17 @@ TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="
 
 def seen(cutoff: float = CUTOFF, dtype: torch.dtype = torch.float64) -> Surroundings:
     batch = everything()
-    whole = Surroundings.of(batch, neighbors.find(batch, cutoff))
+    whole = Surroundings.from_structures(batch, neighbors.find_neighbors(batch, cutoff))
     return Surroundings(whole.species, whole.centers, whole.neighbor_species, whole.vectors.to(dtype))
 
 
 def compare(made, surroundings: Surroundings, several: bool = True) -> None:
     """Features, and one and several cotangents."""
     vectors = surroundings.vectors
-    ours, reference = gpu.environments(made, surroundings, backends.form(made, vectors)), made.reference(surroundings)
+    ours, reference = (
+        gpu.dense_environments(made, surroundings, backends.fastest_backend(made, vectors)),
+        made.reference(surroundings),
+    )
     tolerance = {"rtol": 0, "atol": TOLERANCE[vectors.dtype]}
     torch.testing.assert_close(ours.features, reference.features, **tolerance)
     cotangents = torch.randn(2, *ours.features.shape, generator=torch.Generator().manual_seed(0)).to(vectors)
@@ -58,18 +61,20 @@ def test_unsorted_environments_without_neighbours_and_none_at_all():
 
 def test_chunks_do_not_show(monkeypatch):
     made, surroundings = descriptor(SOAPS[0]), seen()
-    whole = gpu.environments(made, surroundings)
+    backend = backends.fastest_backend(made, surroundings.vectors)
+    whole = gpu.dense_environments(made, surroundings, backend)
     cotangents = whole.features.roll(1, 0)
     pulled = whole.pull_back(cotangents)
     monkeypatch.setattr(gpu, "ENVIRONMENTS", 5)
-    parts = gpu.environments(made, surroundings)
+    parts = gpu.dense_environments(made, surroundings, backend)
     torch.testing.assert_close(parts.features, whole.features, rtol=0, atol=1e-14)
     torch.testing.assert_close(parts.pull_back(cotangents), pulled, rtol=0, atol=1e-13)
 
 
 def test_jacobians_are_those_of_the_reference():
     made, surroundings = descriptor(SOAPS[0]), seen().select([0, 5])
-    found = gpu.environments(made, surroundings).jacobian()
+    backend = backends.fastest_backend(made, surroundings.vectors)
+    found = gpu.dense_environments(made, surroundings, backend).jacobian()
     assert torch.equal(found, made.reference(surroundings).jacobian())
 
 
@@ -78,10 +83,10 @@ def test_harmonics_by_recurrence(l_max):
     """Values and Cartesian gradients as sphericart has them, at the poles too; slopes grow as l²."""
     vectors = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     vectors[:2] = torch.tensor([[0.0, 0, 2], [0, 0, -1.5]])
-    made, r = Spherical.of(l_max, vectors), vectors.norm(dim=1)
+    made, r = BatchedHarmonics.from_degree(l_max, vectors), vectors.norm(dim=1)
     units = (vectors / r[:, None]).T
     q, slopes, powers = made(units)
-    values, gradients = harmonics(l_max, vectors)
+    values, gradients = harmonics_with_gradients(l_max, vectors)
     torch.testing.assert_close(made.values(q, powers).T, values, rtol=0, atol=1e-12)
     ours = torch.stack(made.slopes(q, slopes, powers))
     ours = (ours - units[:, None] * (units[:, None] * ours).sum(0)) / r
@@ -97,8 +102,8 @@ def test_products_where_kernels_do_not_compile(monkeypatch, error):
         tried.append(rest)
         raise error
 
-    monkeypatch.setattr(_triton, "usable", lambda like: True)
-    monkeypatch.setattr(_triton.Kernels, "expand", compile_and_fail)
+    monkeypatch.setattr(_triton, "can_use_triton", lambda like: True)
+    monkeypatch.setattr(_triton.TritonKernels, "expand", compile_and_fail)
     backends._form.cache_clear()
     last = "RuntimeError: Failed to find C compiler" if str(error) else "ZeroDivisionError: no message"
     try:
@@ -106,7 +111,7 @@ def test_products_where_kernels_do_not_compile(monkeypatch, error):
             compare(descriptor(SOAPS[0]), seen())
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert isinstance(backends.form(descriptor(SOAPS[0]), seen().vectors), gpu.Products)
+            assert isinstance(backends.fastest_backend(descriptor(SOAPS[0]), seen().vectors), gpu.BatchedProducts)
         assert len(tried) == 1
     finally:
         backends._form.cache_clear()
@@ -163,15 +168,18 @@ def in_process(code: str, **environment: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
-@pytest.mark.parametrize("form", [gpu.Products, _triton.Kernels])
+@pytest.mark.parametrize("form", [gpu.BatchedProducts, _triton.TritonKernels])
 @pytest.mark.parametrize("changes", [{}, {"n_max": 9, "l_max": 8}], ids=["small", "large"])
 def test_on_a_device(form, dtype, changes):
     """Both forms on CUDA against the plain path on the CPU."""
     made, here = descriptor(SOAPS[0], **changes), seen(dtype=dtype)
     there = Surroundings(*(part.to("cuda") for part in vars(here).values()))
-    if form is _triton.Kernels and not _triton.usable(there.vectors):
+    if form is _triton.TritonKernels and not _triton.can_use_triton(there.vectors):
         pytest.skip("Triton is not installed")
-    reference, found = made.reference(here), gpu.environments(made, there, form.of(made, there.vectors))
+    reference, found = (
+        made.reference(here),
+        gpu.dense_environments(made, there, form.from_descriptor(made, there.vectors)),
+    )
     tolerance = {"rtol": 0, "atol": 10 * TOLERANCE[dtype]}
     torch.testing.assert_close(found.features.cpu(), reference.features, **tolerance)
     cotangents = torch.randn(here.species.shape[0], made.n_features, generator=torch.Generator().manual_seed(0)).to(

@@ -25,6 +25,7 @@ from gpmlp.core import neighbors
 from gpmlp.core.environments import Surroundings
 from gpmlp.core.quantities import KINDS, Prediction, Targets
 from gpmlp.core.structures import Structures
+from gpmlp.core.units import VOIGT
 from gpmlp.fitting.fit import fit
 from gpmlp.gp import covariances, evidence, inducing, posterior, qr
 from gpmlp.gp.evidence import SufficientStatistics
@@ -59,7 +60,9 @@ def labels(structures: Structures, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def sparse_factors(structures: Structures, made, kernel, blocks, lowers, values) -> tuple[dict, dict]:
     """Whitened factor and number of rows of each kind; energies per atom."""
-    rows = covariances.covariance_rows(structures, neighbors.find(structures, made.cutoff), made, kernel, blocks)
+    rows = covariances.covariance_rows(
+        structures, neighbors.find_neighbors(structures, made.cutoff), made, kernel, blocks
+    )
     whitened, counts = {}, {}
     for kind, y in values.items():
         a, known = getattr(rows, kind), ~torch.isnan(y)
@@ -74,7 +77,7 @@ def sparse_factors(structures: Structures, made, kernel, blocks, lowers, values)
 def both(request):
     """(dense process, sparse factors and what belongs to them) conditioned on the same labels."""
     made, kernel, structures = descriptor("soap gto", (6, 8), **SIZES), KERNELS[request.param], training_set()
-    surroundings = Surroundings.of(structures, neighbors.find(structures, made.cutoff))
+    surroundings = Surroundings.from_structures(structures, neighbors.find_neighbors(structures, made.cutoff))
     jacobian = made(surroundings).jacobian()
     for e in range(structures.n_atoms):
         singular = torch.linalg.svdvals(jacobian[surroundings.centers == e].flatten(0, 1))
@@ -96,7 +99,7 @@ def test_predictions_are_those_of_the_dense_process(both):
     solved = posterior.solve_posterior(whitened, counts, NOISE, signal[block_of_column], lowers)
     others = other_structures()
     expected = dense.predict(others)
-    rows = covariances.covariance_rows(others, neighbors.find(others, made.cutoff), made, kernel, blocks)
+    rows = covariances.covariance_rows(others, neighbors.find_neighbors(others, made.cutoff), made, kernel, blocks)
     torch.testing.assert_close(rows.energies @ solved.weights / others.counts, expected["energies"], atol=TIGHT, rtol=0)
     torch.testing.assert_close(rows.forces @ solved.weights, expected["forces"], atol=TIGHT, rtol=0)
     torch.testing.assert_close(rows.stresses @ solved.weights, expected["stresses"], atol=TIGHT, rtol=0)
@@ -142,7 +145,7 @@ def test_energies_alone_need_values_alone():
     signal = torch.cat([torch.full((b.n_columns,), SIGNAL[b.species], dtype=torch.float64) for b in blocks])
     solved = posterior.solve_posterior(whitened, counts, NOISE, signal, lowers)
     others = other_structures()
-    rows = covariances.covariance_rows(others, neighbors.find(others, made.cutoff), made, kernel, blocks)
+    rows = covariances.covariance_rows(others, neighbors.find_neighbors(others, made.cutoff), made, kernel, blocks)
     expected = dense.predict(others)
     torch.testing.assert_close(rows.energies @ solved.weights / others.counts, expected["energies"], atol=TIGHT, rtol=0)
     torch.testing.assert_close(rows.forces @ solved.weights, expected["forces"], atol=TIGHT, rtol=0)
@@ -166,7 +169,7 @@ def targets(structures: Structures) -> Targets:
     """labels() as Targets: energies in total, stresses as matrices."""
     values = labels(structures)
     stresses = torch.zeros(len(structures), 3, 3, dtype=torch.float64)
-    for k, (a, b) in enumerate(covariances.VOIGT):
+    for k, (a, b) in enumerate(VOIGT):
         stresses[:, a, b] = stresses[:, b, a] = values["stresses"].reshape(-1, 6)[:, k]
     forces = values["forces"].reshape(-1, 3)
     prediction = Prediction(values["energies"] * structures.counts, forces[:, 0], forces, stresses)
@@ -178,7 +181,7 @@ def dense_fit(
 ) -> oracles.DenseGP:
     """The dense process with the signal variances that the fit arrived at, unknown labels left out."""
     signal = {6: report.signal["0:C"], 8: report.signal["0:O"]}
-    a, b = zip(*covariances.VOIGT, strict=True)
+    a, b = zip(*VOIGT, strict=True)
     values = {
         "energies": wanted.energies / structures.counts,
         "forces": wanted.forces.flatten(),
@@ -195,7 +198,7 @@ def dense_fit(
 def assert_equal_predictions(potential, dense: oracles.DenseGP) -> None:
     others = other_structures()
     found, expected = potential(others), dense.predict(others)
-    a, b = zip(*covariances.VOIGT, strict=True)
+    a, b = zip(*VOIGT, strict=True)
     known = ~others.volumes.isnan()
     pairs = {
         "energies": (found.energies / others.counts, expected["energies"]),

@@ -21,7 +21,7 @@ STEP, DIFFERENCE = 1e-3, 1e-9
 
 def _surroundings() -> Surroundings:
     batch = everything()
-    whole = Surroundings.of(batch, neighbors.find(batch, CUTOFF))
+    whole = Surroundings.from_structures(batch, neighbors.find_neighbors(batch, CUTOFF))
     return whole.select([0, 2, 5, 7, 11, batch.n_atoms - 1])
 
 
@@ -108,7 +108,7 @@ def test_no_environments_and_no_neighbours(case):
     assert none.features.shape == (0, made.n_features)
     assert none.pull_back(none.features).shape == (0, 3)
     alone = structure([[0, 0, 0]], [6])
-    lonely = made(Surroundings.of(alone, neighbors.find(alone, CUTOFF)))
+    lonely = made(Surroundings.from_structures(alone, neighbors.find_neighbors(alone, CUTOFF)))
     assert lonely.jacobian().shape == (0, 3, made.n_features)
     assert torch.isfinite(lonely.features).all()
 
@@ -126,7 +126,8 @@ def test_an_atom_alone_without_weight_has_features_of_zero(name):
     alone = structure([[0, 0, 0]], [6])
     made = descriptor(name, central_weight=0.0)
     assert torch.equal(
-        made(Surroundings.of(alone, neighbors.find(alone, CUTOFF))).features, torch.zeros(1, made.n_features).double()
+        made(Surroundings.from_structures(alone, neighbors.find_neighbors(alone, CUTOFF))).features,
+        torch.zeros(1, made.n_features).double(),
     )
 
 
@@ -169,7 +170,7 @@ def test_gradcheck_of_the_features():
     """torch's own gradcheck with the analytic Jacobian as the backward pass."""
     soap = descriptor("soap gto", (6, 8), n_max=2, l_max=2)
     one = crystal("cubic")
-    surroundings = Surroundings.of(one, neighbors.find(one, 3.4))
+    surroundings = Surroundings.from_structures(one, neighbors.find_neighbors(one, 3.4))
 
     class Features(torch.autograd.Function):
         @staticmethod
@@ -195,7 +196,7 @@ def test_the_spectrum_of_a_density_expanded_by_quadrature():
     """GTO: coefficients by numerical integration of the density over space, then p = pi sqrt(8/(2l+1)) sum_m c c."""
     soap = descriptor("soap gto", (6,), n_max=2, l_max=2, sigma_atom=0.6)
     heap = cluster((6, 6, 6))
-    surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF))
+    surroundings = Surroundings.from_structures(heap, neighbors.find_neighbors(heap, CUTOFF))
     features = soap(surroundings).features
     spectra = []
     for e in range(3):
@@ -214,7 +215,7 @@ def test_the_spectrum_of_a_density_expanded_by_quadrature():
 def test_the_optimal_basis_converges_to_the_complete_kernel():
     """(x.x') of growing optimal bases against the complete radial sum, sum_n I_nl I_nl -> C_l, by brute force over pairs."""
     heap, sigma, l_max = cluster((6, 6, 6, 6)), 0.5, 3
-    surroundings = Surroundings.of(heap, neighbors.find(heap, CUTOFF))
+    surroundings = Surroundings.from_structures(heap, neighbors.find_neighbors(heap, CUTOFF))
     weights = descriptor("soap optimal", (6,)).weights
 
     def overlap(i: int, j: int) -> float:
@@ -260,11 +261,11 @@ def test_the_optimal_basis_converges_to_the_complete_kernel():
 
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="Unknown descriptor 'sope'. Perhaps you meant 'soap'"):
-        descriptors.make((6,), DESCRIPTORS["soap gto"] | {"name": "sope"})
+        descriptors.make_descriptor((6,), DESCRIPTORS["soap gto"] | {"name": "sope"})
 
 
 def test_species_a_descriptor_was_not_made_for():
     soap = descriptor("soap gto", (6, 8))
     heap = cluster((6, 1, 8))
     with pytest.raises((UserError, ValueError)):
-        soap(Surroundings.of(heap, neighbors.find(heap, CUTOFF)))
+        soap(Surroundings.from_structures(heap, neighbors.find_neighbors(heap, CUTOFF)))

@@ -31,7 +31,7 @@ def _ase(one) -> Atoms:
 
 
 def _environments(made, one):
-    return made(Surroundings.of(one, neighbors.find(one, made.cutoff)))
+    return made(Surroundings.from_structures(one, neighbors.find_neighbors(one, made.cutoff)))
 
 
 def _soap(species, weighting, periodic, **changes) -> SOAP:
@@ -130,8 +130,8 @@ def test_dscribes_own_derivatives_of_a_whole_molecule_are_ours():
     """SOAP.derivatives(attach=True) of every centre by every atom, against pair gradients added up: x_i moves with atoms i and j."""
     one, species = SYSTEMS["cluster"]
     ours = descriptor("soap gto", species, cutoff=5.6, n_max=4, l_max=4, cutoff_function="none", radial_scaling=False)
-    pairs = neighbors.find(one, 5.6)
-    environments = ours(Surroundings.of(one, pairs))
+    pairs = neighbors.find_neighbors(one, 5.6)
+    environments = ours(Surroundings.from_structures(one, pairs))
     n = one.n_atoms
     by_atom = torch.zeros(n, n, 3, ours.n_features, dtype=torch.float64)
     jacobian = environments.jacobian()

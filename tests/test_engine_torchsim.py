@@ -234,7 +234,7 @@ def test_torchsim_has_nothing_to_object(way, dtype):
     energies = torch.randn(len(batch), generator=generator, dtype=torch.float64)
     recipe = {"descriptor": {"cutoff": 4.0, "n_max": 2, "l_max": 1}, "inducing": {"n": 8, "gradients": 0}}
     noise = {"energy_per_atom": 0.05, "force": 0.1, "stress": 0.01}
-    targets = replace(Targets.unknown(batch), energies=energies)
+    targets = replace(Targets.unlabelled(batch), energies=energies)
     model = gpmlp.fit(batch, targets, Recipe.model_validate(recipe | {"noise": noise, "calibration": False}))[0]
     validate_model_outputs(model_of(model, way), state_of(frames[:1], way).positions.device, dtype)
 
@@ -316,8 +316,8 @@ def test_one_question_of_a_device_for_atoms_that_are_known(potential, way, monke
     """Structures are made unchecked, and with them the cells, however many systems there are; others are looked at again, also where
     a state was changed in place."""
     model, state = model_of(potential, way), state_of([*cells()] * 8, way)
-    looked, look = [], errors.cells
-    monkeypatch.setattr(errors, "cells", lambda c, *rest: looked.append(len(c)) or look(c, *rest))
+    looked, look = [], errors.check_cells
+    monkeypatch.setattr(errors, "check_cells", lambda c, *rest: looked.append(len(c)) or look(c, *rest))
     model(state), model(state)
     looked.clear()
     for _ in range(3):

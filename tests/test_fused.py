@@ -17,7 +17,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
 
 def seen(cutoff: float = CUTOFF, dtype: torch.dtype = torch.float64) -> Surroundings:
     batch = everything()
-    whole = Surroundings.of(batch, neighbors.find(batch, cutoff))
+    whole = Surroundings.from_structures(batch, neighbors.find_neighbors(batch, cutoff))
     return Surroundings(whole.species, whole.centers, whole.neighbor_species, whole.vectors.to(dtype))
 
 
@@ -27,7 +27,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def compare(made, surroundings: Surroundings) -> None:
     """Features, Jacobian, and one and several cotangents."""
-    ours, reference = cpu.environments(made, surroundings), made.reference(surroundings)
+    ours, reference = cpu.compiled_environments(made, surroundings), made.reference(surroundings)
     tolerance = {"rtol": 0, "atol": TOLERANCE[surroundings.vectors.dtype]}
     torch.testing.assert_close(ours.features, reference.features, **tolerance)
     torch.testing.assert_close(ours.jacobian(), reference.jacobian(), **tolerance)
@@ -58,7 +58,7 @@ def test_products_of_small_matrices(rows, columns, depth, dtype):
     a, b = random(rows + 1, depth, dtype=dtype)[1:], random(depth, columns, dtype=dtype)
     c = torch.full((rows, columns + 3), 7.0, dtype=dtype)
     flat = torch.cat([torch.zeros(2, dtype=dtype), a.T.flatten()]).numpy()
-    _simd.product(
+    _simd.multiply_matrices(
         rows, columns, depth, flat, 2, 1, rows, b.flatten().numpy(), 0, columns, c.view(-1).numpy(), 0, columns + 3
     )
     torch.testing.assert_close(c[:, :columns], a @ b, rtol=0, atol=TOLERANCE[dtype])
@@ -97,7 +97,7 @@ def test_threads_change_nothing():
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            environments = cpu.environments(made, surroundings)
+            environments = cpu.compiled_environments(made, surroundings)
             pulled = environments.pull_back(environments.features.roll(1, 0))
             found.append((environments.features, environments.jacobian(), pulled))
     finally:

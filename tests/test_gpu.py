@@ -32,7 +32,7 @@ def potential():
     generator = torch.Generator().manual_seed(0)
     energies = torch.randn(len(batch), generator=generator, dtype=torch.float64)
     forces = 0.3 * torch.randn(batch.n_atoms, 3, generator=generator, dtype=torch.float64)
-    targets = replace(Targets.unknown(batch), energies=energies, forces=forces)
+    targets = replace(Targets.unlabelled(batch), energies=energies, forces=forces)
     return gpmlp.fit(batch, targets, Recipe.model_validate(CHOICES))[0]
 
 
@@ -64,7 +64,10 @@ def test_predictions(potential, device, precision, close):
 @pytest.mark.parametrize("kind", CELLS)
 def test_neighbours(kind):
     one = crystal(kind, (6, 8, 1))
-    here, there = neighbors.find(one, 5.0).sorted(), neighbors.find(one.to(device="cuda"), 5.0).sorted()
+    here, there = (
+        neighbors.find_neighbors(one, 5.0).sorted(),
+        neighbors.find_neighbors(one.to(device="cuda"), 5.0).sorted(),
+    )
     for name in ("centers", "neighbors", "shifts"):
         assert torch.equal(getattr(there, name).cpu(), getattr(here, name))
 

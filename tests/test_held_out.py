@@ -40,7 +40,7 @@ def silicon():
 
 def many(labels: list[str], atoms: int = 2) -> tuple[Structures, Targets]:
     structures = Structures.concatenate([cluster((6,) * atoms, seed) for seed in range(len(labels))])
-    return structures, replace(Targets.unknown(structures), config_types=tuple(labels))
+    return structures, replace(Targets.unlabelled(structures), config_types=tuple(labels))
 
 
 def test_every_config_type_gives_its_share():
@@ -135,7 +135,7 @@ def test_noise_that_was_put_in_is_found(silicon, size):
 
 def test_label_noise_needs_whole_structures():
     structures = cluster((6, 8, 6))
-    unknown = Targets.unknown(structures)
+    unknown = Targets.unlabelled(structures)
     assert math.isnan(residuals.force_label_noise(structures, unknown))
     forces = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-1, -1, 0]], dtype=torch.float64)
     assert residuals.force_label_noise(structures, replace(unknown, forces=forces)) == pytest.approx(0, abs=1e-15)
@@ -175,7 +175,7 @@ def test_more_data_narrow_the_data_part_alone(silicon):
 
 def test_a_rare_species_is_not_set_aside():
     structures = Structures.concatenate([*(cluster((6, 6), seed) for seed in range(40)), cluster((6, 8), 3)])
-    targets = replace(Targets.unknown(structures), config_types=("a",) * 41)
+    targets = replace(Targets.unlabelled(structures), config_types=("a",) * 41)
     for seed in range(30):
         kept, held = calibrate.calibration_split(structures, targets, CalibrationRecipe(fraction=0.3), seed)
         assert 40 in kept.tolist() and len(kept) + len(held) == 41
@@ -201,7 +201,7 @@ def test_what_symmetry_makes_zero_teaches_nothing():
         variance = Variance(
             zero, torch.diag_embed(padded(data)), 1e-4 * torch.eye(3).double().expand(count, 3, 3), zero
         )
-        unknown = Targets.unknown(alone)
+        unknown = Targets.unlabelled(alone)
         prediction = Prediction(
             torch.zeros(count).double(), torch.zeros(count).double(), padded(error), unknown.stresses,
             forces_covariance=variance,

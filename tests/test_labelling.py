@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpmlp.core.errors import Notice, UserError
+from gpmlp.core.errors import ProgressNotice, UserError
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.labels import key_of
 from gpmlp.learning.oracles import results, worker
@@ -411,7 +411,7 @@ def test_an_orphan_that_hangs_is_ended(tmp_path, orphan):
     """A run that is resumed says whom it waits for, and does not wait for who will never answer."""
     pid = orphan("hang", "well")
     with Labeller(recipe(tmp_path, "hang", "well"), tmp_path) as labeller:
-        with pytest.warns(Notice) as told:
+        with pytest.warns(ProgressNotice) as told:
             labeller.submit("a", copper())
             assert_label(labeller.result("a", 60), copper())
     first, last = (str(warning.message) for warning in told)

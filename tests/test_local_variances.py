@@ -12,7 +12,7 @@ from ase.build import bulk
 from systems import KERNELS, descriptor, everything
 
 import gpmlp
-from gpmlp.core.environments import InSingle, View
+from gpmlp.core.environments import SinglePrecisionDescriptor, StructureEnvironments
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import selection
 from gpmlp.gp import local_variance
@@ -55,7 +55,7 @@ def model_of(case: str) -> VarianceModel:
     priors, blocks, lowers, signals = [], [], [], []
     for k, kernel in enumerate(kernels):
         made = descriptor("soap gto", seen.distinct_species)
-        x = View.of(made, seen).environments.features
+        x = StructureEnvironments.from_structures(made, seen).environments.features
         blocks.append(tuple(block_of(z, x[seen.species == z], kernel, tangents) for z in seen.distinct_species))
         priors.append(PriorCovariance(made, kernel, {b.species: 2.0 + k + 0.1 * b.species for b in blocks[-1]}))
         for block in blocks[-1]:
@@ -72,7 +72,7 @@ def model_of(case: str) -> VarianceModel:
 
 
 def looks(model: VarianceModel, structures: Structures) -> list:
-    return [View.of(p.descriptor, structures).environments for p in model.priors]
+    return [StructureEnvironments.from_structures(p.descriptor, structures).environments for p in model.priors]
 
 
 @pytest.fixture(params=CASES)
@@ -279,5 +279,5 @@ def test_single_descriptors_change_nothing_here(silicon):
     """Of the same features, variances are the same whether or not descriptors are in single precision."""
     seen = [term.view(gpmlp.read("data/silicon/test.xyz", "3")[0]).environments for term in silicon.terms]
     single = silicon.to(descriptors="float32").variances
-    assert isinstance(single.priors[0].descriptor, InSingle)
+    assert isinstance(single.priors[0].descriptor, SinglePrecisionDescriptor)
     assert torch.equal(single.atom_energies(seen).data, silicon.variances.atom_energies(seen).data)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from systems import CELLS, CUTOFF, cluster, crystal, dimer, everything, structure
 
-from gpmlp.core import neighbors
+from gpmlp.core import neighbors, parallel
 from gpmlp.core.environments import Surroundings
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
@@ -24,14 +24,14 @@ def as_set(found, first=0):
 @pytest.mark.parametrize("cutoff", [2.0, CUTOFF, 7.5])
 def test_pairs_are_those_of_brute_force(kind, cutoff):
     one = crystal(kind, (6, 8, 1))
-    found = neighbors.find(one, cutoff)
+    found = neighbors.find_neighbors(one, cutoff)
     assert as_set(found) == oracles.neighbor_set(one, cutoff)
     assert len(found) == len(as_set(found))  # none twice
 
 
 def test_a_batch_is_its_structures_one_after_another():
     batch = everything()
-    found = neighbors.find(batch, CUTOFF)
+    found = neighbors.find_neighbors(batch, CUTOFF)
     assert (found.centers.diff() >= 0).all()
     offsets = batch.offsets.tolist()
     for s in range(len(batch)):
@@ -44,7 +44,7 @@ def test_a_batch_is_its_structures_one_after_another():
 def test_pairs_come_in_the_order_of_centres_neighbours_and_shifts(kind):
     """Also where an atom sees many images of another, and itself."""
     batch = Structures.concatenate([dimer(1.1), crystal(kind, (6, 8, 1)), cluster((8, 1, 1))])
-    found = neighbors.find(batch, 9.0)
+    found = neighbors.find_neighbors(batch, 9.0)
     again = found.sorted()
     for name in ("centers", "neighbors", "shifts"):
         assert torch.equal(getattr(found, name), getattr(again, name))
@@ -54,8 +54,8 @@ def test_the_number_of_threads_changes_no_pair(monkeypatch):
     monkeypatch.setattr(neighbors, "THREAD_ATOMS", 1)
     one, found = crystal("triclinic", (6, 8, 1)), []
     for count in (1, 2):
-        monkeypatch.setattr(neighbors.threads, "available", lambda count=count: count)
-        found.append(neighbors.find(one, 9.0))
+        monkeypatch.setattr(parallel, "available_threads", lambda count=count: count)
+        found.append(neighbors.find_neighbors(one, 9.0))
     for name in ("centers", "neighbors", "shifts"):
         assert torch.equal(*(getattr(part, name) for part in found))
 
@@ -64,20 +64,20 @@ def test_atoms_far_outside_the_cell_and_cells_of_one_atom():
     one = crystal("triclinic")
     moved = one.positions + torch.tensor([[30.0, -12.0, 5.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     far = one.with_positions(moved)
-    assert as_set(neighbors.find(far, CUTOFF)) == oracles.neighbor_set(far, CUTOFF, reach=16)
+    assert as_set(neighbors.find_neighbors(far, CUTOFF)) == oracles.neighbor_set(far, CUTOFF, reach=16)
     small = structure([[0.1, 0.2, 0.3]], [29], 2.3 * torch.eye(3), (True, True, True))
-    assert as_set(neighbors.find(small, 5.0)) == oracles.neighbor_set(small, 5.0)
+    assert as_set(neighbors.find_neighbors(small, 5.0)) == oracles.neighbor_set(small, 5.0)
 
 
 def test_no_atoms_within_reach_and_no_structures():
-    assert len(neighbors.find(dimer(9.0), CUTOFF)) == 0
-    assert len(neighbors.find(everything().select([]), CUTOFF)) == 0
+    assert len(neighbors.find_neighbors(dimer(9.0), CUTOFF)) == 0
+    assert len(neighbors.find_neighbors(everything().select([]), CUTOFF)) == 0
 
 
 def test_vectors_that_are_remembered_keep_their_gradient():
     one = dimer(2.0)
     moved = one.with_positions(one.positions.clone().requires_grad_())
-    found = neighbors.find(moved, 3.0)
+    found = neighbors.find_neighbors(moved, 3.0)
     with torch.no_grad():
         found.vectors(moved)
         closer = found.within(moved, 2.5)
@@ -89,22 +89,22 @@ def test_vectors_that_are_remembered_keep_their_gradient():
 
 def test_within_does_not_grow():
     with pytest.raises(ValueError, match="does not hold"):
-        neighbors.find(dimer(2.0), 3.0).within(dimer(2.0), 3.5)
+        neighbors.find_neighbors(dimer(2.0), 3.0).within(dimer(2.0), 3.5)
 
 
 def test_within_drops_the_pairs_beyond_a_smaller_cutoff():
     batch = everything()
-    smaller, direct = neighbors.find(batch, 5.0).within(batch, 3.0), neighbors.find(batch, 3.0)
+    smaller, direct = neighbors.find_neighbors(batch, 5.0).within(batch, 3.0), neighbors.find_neighbors(batch, 3.0)
     assert as_set(smaller) == as_set(direct)
 
 
 def test_pairs_of_a_run_of_atoms_are_those_of_the_list():
     """To the last bit, with their vectors; and no pairs where all are farther apart, whether that is known or has to be looked at."""
     batch = Structures.concatenate([crystal("triclinic"), cluster(), crystal("slab", (6, 8, 1))])
-    whole = neighbors.find(batch, CUTOFF)
+    whole = neighbors.find_neighbors(batch, CUTOFF)
     closest = float(whole.vectors(batch).norm(dim=1).min())
     for start, end in ((0, 5), (3, batch.n_atoms), (4, 4)):
-        found, mine = whole.of_atoms(start, end), (whole.centers >= start) & (whole.centers < end)
+        found, mine = whole.of_centers(start, end), (whole.centers >= start) & (whole.centers < end)
         for name in ("centers", "neighbors", "shifts"):
             assert torch.equal(getattr(found, name), getattr(whole, name)[mine])
         assert torch.equal(found.vectors(batch), whole.vectors(batch)[mine])
@@ -126,10 +126,10 @@ def test_molecules_are_searched_together(monkeypatch):
         dimer(1.1),
     ]
     batch = Structures.concatenate(parts)
-    alone = neighbors.Neighbors.side_by_side([neighbors.find(p, CUTOFF) for p in parts], batch.counts.tolist())
+    alone = neighbors.Neighbors.batch([neighbors.find_neighbors(p, CUTOFF) for p in parts], batch.counts.tolist())
     for most in (256, 4, 1):
         monkeypatch.setattr(neighbors, "MOLECULES", most)
-        found = neighbors.find(batch, CUTOFF)
+        found = neighbors.find_neighbors(batch, CUTOFF)
         for name in ("centers", "neighbors", "shifts"):
             assert torch.equal(getattr(found, name), getattr(alone, name))
         assert torch.equal(found.vectors(batch), replace(alone).vectors(batch))
@@ -137,22 +137,22 @@ def test_molecules_are_searched_together(monkeypatch):
 
 def test_many_neighbours_of_an_atom():
     one = crystal("cubic", (6, 8, 1))
-    assert as_set(neighbors.find(one, 14.0)) == oracles.neighbor_set(one, 14.0)
+    assert as_set(neighbors.find_neighbors(one, 14.0)) == oracles.neighbor_set(one, 14.0)
 
 
 def test_atoms_on_top_of_each_other_are_named():
     batch = Structures.concatenate([cluster(), dimer(0.2)])
     with pytest.raises(UserError, match=r"structure 0: atoms 0 and 1 are 0\.200 A apart \(closer than 0\.3 A\)"):
-        neighbors.find(batch, CUTOFF)
+        neighbors.find_neighbors(batch, CUTOFF)
     same = structure([[0, 0, 0], [0, 0, 0]], [6, 8])
     with pytest.raises(UserError, match=r"0\.000 A apart"):
-        neighbors.find(same, CUTOFF)
+        neighbors.find_neighbors(same, CUTOFF)
 
 
 def test_vectors_are_differentiable_and_scatters_are_their_transposes():
     """forces() and virials() against autograd through positions and strain of an arbitrary pair function."""
     batch = Structures.concatenate([crystal("triclinic"), crystal("left-handed", (1, 6, 8))])
-    pairs = neighbors.find(batch, CUTOFF)
+    pairs = neighbors.find_neighbors(batch, CUTOFF)
     positions = batch.positions.clone().requires_grad_()
     strain = torch.zeros(len(batch), 3, 3, dtype=torch.float64, requires_grad=True)
     deform = torch.eye(3, dtype=torch.float64) + 0.5 * (strain + strain.transpose(1, 2))
@@ -171,13 +171,17 @@ def test_vectors_are_differentiable_and_scatters_are_their_transposes():
     gradients[:, 1] += weights * 2 * vectors[:, 0] * vectors[:, 1]
     on_positions, on_strain = torch.autograd.grad(energy, (positions, strain))
     # the same sums in another order
-    torch.testing.assert_close(neighbors.forces(pairs, batch.n_atoms, gradients), -on_positions, atol=1e-11, rtol=0)
-    torch.testing.assert_close(neighbors.virials(batch, pairs, vectors, gradients), on_strain, atol=1e-11, rtol=0)
+    torch.testing.assert_close(
+        neighbors.scatter_forces(pairs, batch.n_atoms, gradients), -on_positions, atol=1e-11, rtol=0
+    )
+    torch.testing.assert_close(
+        neighbors.scatter_virials(batch, pairs, vectors, gradients), on_strain, atol=1e-11, rtol=0
+    )
 
 
 def test_surroundings_select_and_concatenate():
     batch = everything()
-    whole = Surroundings.of(batch, neighbors.find(batch, CUTOFF))
+    whole = Surroundings.from_structures(batch, neighbors.find_neighbors(batch, CUTOFF))
     chosen = whole.select([3, 0, 8])
     again = Surroundings.concatenate([whole.select([3]), whole.select([0, 8])])
     for name in ("species", "centers", "neighbor_species", "vectors"):

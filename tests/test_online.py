@@ -8,7 +8,7 @@ import pytest
 import torch
 from systems import KERNELS, cluster, crystal, descriptor, random_term, structure, targets_of
 
-from gpmlp.core import errors as checks
+from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import KINDS, Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import calibrate, defaults, online_updates, regression, variance_checks
@@ -50,7 +50,7 @@ def labelled(seed: int, kind: str = FULL, periodic: bool | None = None) -> tuple
     energies = true.energies - 2.0 * (one.species == 6).sum() - 3.0 * (one.species == 8).sum()
     targets = replace(targets_of(one, true), energies=energies, forces=forces)
     if kind == ENERGY:
-        targets = replace(Targets.unknown(one), energies=energies)
+        targets = replace(Targets.unlabelled(one), energies=energies)
     if kind == HOLES:
         forces[0], forces[-1, 1] = float("nan"), float("nan")
     if kind == GIVEN:
@@ -510,21 +510,21 @@ def test_a_state_knows_what_it_is():
 @pytest.mark.parametrize("act", ["learned", "added"])
 def test_a_species_that_was_not_there_is_refused(act):
     stranger = cluster((6, 1, 8), 3)
-    with pytest.raises(checks.UserError, match="H was not among the structures.*it knows C, O"):
-        getattr(begun(), act)(stranger, Targets.unknown(stranger))
+    with pytest.raises(UserError, match="H was not among the structures.*it knows C, O"):
+        getattr(begun(), act)(stranger, Targets.unlabelled(stranger))
 
 
 def test_what_is_refused():
     online = begun(4)
-    with pytest.raises(checks.UserError, match="last labels"):
+    with pytest.raises(UserError, match="last labels"):
         online.removed(0)
-    with pytest.raises(checks.UserError, match="All inducing points of C"):
+    with pytest.raises(UserError, match="All inducing points of C"):
         online.without(0, 6, range(len(online.models[0].blocks[0].features)))
-    with pytest.raises(checks.UserError, match="no inducing points of H"):
+    with pytest.raises(UserError, match="no inducing points of H"):
         online.without(0, 1, [0])
-    with pytest.raises(checks.UserError, match="counted from 0; got"):
+    with pytest.raises(UserError, match="counted from 0; got"):
         online.without(0, 6, [99])
-    with pytest.raises(checks.UserError, match="leave out `evidence: vfe`"):
+    with pytest.raises(UserError, match="leave out `evidence: vfe`"):
         begun(evidence="vfe")
-    with pytest.raises(checks.UserError, match="No structure has an energy"):
-        online.added(labelled(1)[0], Targets.unknown(labelled(1)[0]))
+    with pytest.raises(UserError, match="No structure has an energy"):
+        online.added(labelled(1)[0], Targets.unlabelled(labelled(1)[0]))

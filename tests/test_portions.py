@@ -14,7 +14,7 @@ from test_gpu import CHOICES
 import gpmlp
 from gpmlp.core import neighbors, parallel
 from gpmlp.core.quantities import Targets
-from gpmlp.core.verlet_list import Skin
+from gpmlp.core.verlet_list import VerletList
 from gpmlp.potential import chunked
 from gpmlp.recipe import Recipe
 
@@ -22,7 +22,7 @@ from gpmlp.recipe import Recipe
 @pytest.fixture(scope="module")
 def potential():
     batch = everything()
-    unknown, generator = Targets.unknown(batch), torch.Generator().manual_seed(0)
+    unknown, generator = Targets.unlabelled(batch), torch.Generator().manual_seed(0)
     energies = torch.randn(len(batch), generator=generator, dtype=torch.float64)
     forces = 0.3 * torch.randn(batch.n_atoms, 3, generator=generator, dtype=torch.float64)
     targets = Targets(**vars(unknown) | {"energies": energies, "forces": forces})
@@ -84,7 +84,7 @@ def test_threads_and_variances_change_nothing(potential, monkeypatch, two_thread
     for n in (1, 2, 3):
         torch.set_num_threads(n)
         made.append(fields(potential(one, variance="atom_energies", novelty=True)))
-        found = neighbors.find(one, CUTOFF)
+        found = neighbors.find_neighbors(one, CUTOFF)
         closer = found.within(one, 2.0)
         made[-1] += found.centers, found.neighbors, found.shifts, closer.centers, closer.shifts, closer.vectors(one)
     for first, *others in zip(*made, strict=True):
@@ -97,14 +97,14 @@ def test_work_is_done_in_order_in_threads_of_one_core_with_the_modes_of_the_call
     def work(k):
         return k, torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
-    assert parallel.each(work, range(5)) == [(k, 1, True, False) for k in range(5)]
+    assert parallel.map_pieces(work, range(5)) == [(k, 1, True, False) for k in range(5)]
     with torch.no_grad():
-        assert parallel.each(work, range(5)) == [(k, 1, False, False) for k in range(5)]
+        assert parallel.map_pieces(work, range(5)) == [(k, 1, False, False) for k in range(5)]
     with torch.inference_mode():
-        assert parallel.each(work, range(5)) == [(k, 1, False, True) for k in range(5)]
+        assert parallel.map_pieces(work, range(5)) == [(k, 1, False, True) for k in range(5)]
     assert torch.get_num_threads() == 2  # of the caller, as before
-    assert parallel.each(work, []) == []
-    nested = parallel.each(lambda k: parallel.each(work, range(k)), range(3))
+    assert parallel.map_pieces(work, []) == []
+    nested = parallel.map_pieces(lambda k: parallel.map_pieces(work, range(k)), range(3))
     assert nested == [[], [(0, 1, True, False)], [(0, 1, True, False), (1, 1, True, False)]]
 
 
@@ -118,13 +118,13 @@ def test_what_a_thread_raises_is_raised(two_threads):
         return [1.0][k]
 
     with pytest.raises(ZeroDivisionError):
-        parallel.each(lambda k: 1 / k, [1, 0, 2])
+        parallel.map_pieces(lambda k: 1 / k, [1, 0, 2])
     with pytest.raises(IndexError):
-        parallel.each(work, range(100))
+        parallel.map_pieces(work, range(100))
     assert len(begun) < 10
     with pytest.raises(ValueError, match="taken"):
-        parallel.each(lambda k: k, range(10), lambda k: (_ for _ in ()).throw(ValueError("taken")))
-    assert parallel.each(lambda k: k, range(3)) == [0, 1, 2]
+        parallel.map_pieces(lambda k: k, range(10), lambda k: (_ for _ in ()).throw(ValueError("taken")))
+    assert parallel.map_pieces(lambda k: k, range(3)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -141,7 +141,7 @@ def test_what_was_made_is_taken_in_order_and_by_one_at_a_time(two_threads, n):
         taken.append(k)
         inside.release()
 
-    assert parallel.each(work, range(30), take) == [None] * 30
+    assert parallel.map_pieces(work, range(30), take) == [None] * 30
     assert taken == list(range(30))
 
 
@@ -169,8 +169,8 @@ def test_how_tensors_lie_in_memory_changes_no_bit(potential, name, layout):
     for baseline in potential.baselines:
         alone, again = baseline(batch), baseline(other)
         assert torch.equal(alone.forces, again.forces) and torch.equal(alone.stresses, again.stresses)
-    for a, b in zip(Skin(CUTOFF)(one.with_positions(LAYOUTS["columns first"](one.positions))).vectors(one),
-                    Skin(CUTOFF)(one).vectors(one), strict=True):  # fmt: skip
+    for a, b in zip(VerletList(CUTOFF)(one.with_positions(LAYOUTS["columns first"](one.positions))).vectors(one),
+                    VerletList(CUTOFF)(one).vectors(one), strict=True):  # fmt: skip
         assert torch.equal(a, b)
 
 

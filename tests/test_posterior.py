@@ -223,7 +223,7 @@ def test_observations_drop_unknown_labels_only():
         torch.tensor([6, 6, 8]),
         torch.tensor([0, 0, 1]),
     )
-    targets = Targets.unknown(structures)
+    targets = Targets.unlabelled(structures)
     targets.energies[0] = 4.0
     targets.forces[1, 2] = 0.5
     targets.stresses[1] = torch.arange(9.0).reshape(3, 3)

@@ -27,7 +27,7 @@ from systems import (
 from gpmlp.core import units
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
-from gpmlp.core.structures import Structures, chunks
+from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.fitting.fit import fit
 from gpmlp.potential import potential as potential_module
 from gpmlp.potential.potential import Potential
@@ -97,7 +97,7 @@ def test_predictions_do_not_depend_on_chunks(fitted, monkeypatch):
     torch.testing.assert_close(single.energies, whole.energies, atol=1e-12, rtol=1e-13)
     torch.testing.assert_close(single.forces, whole.forces, atol=1e-11, rtol=0)
     torch.testing.assert_close(single.stresses, whole.stresses, atol=1e-11, rtol=0, equal_nan=True)
-    assert [len(part) for part in chunks(structures, 12)] == [2, 2, 2, 4, 2]
+    assert [len(part) for part in chunk_structures(structures, 12)] == [2, 2, 2, 4, 2]
 
 
 def test_a_potential_is_made_again_from_its_state(fitted):
@@ -206,7 +206,7 @@ def test_duplicated_data_do_no_harm():
     ("change", "recipe", "message"),
     [
         (lambda s, t: (s.select([]), t.select(s, [])), {}, "There are no training structures"),
-        (lambda s, t: (s, Targets.unknown(s)), {}, "No structure has an energy, forces or a stress to learn from"),
+        (lambda s, t: (s, Targets.unlabelled(s)), {}, "No structure has an energy, forces or a stress to learn from"),
         (lambda s, t: (s, t.select(s, [0, 1])), {}, "The targets are of 2 structures .* the structures are 12"),
         (lambda s, t: (s, t), {"inducing": {"n": 1000}}, "asks for 1000 inducing points, but the training data hold only 48"),
         (lambda s, t: (s, t), {"baseline": {"isolated_atoms": {"C": 0.0}}}, "gives no energy for H, O"),
@@ -248,7 +248,7 @@ def _copper(count: int) -> tuple[Structures, Targets]:
         "forces": torch.tensor(np.concatenate(labels["forces"])),
         "stresses": torch.tensor(np.array(labels["stresses"])),
     }
-    return structures, replace(Targets.unknown(structures), **known)
+    return structures, replace(Targets.unlabelled(structures), **known)
 
 
 def _velocity_verlet(potential, start: Structures, mass: float, kelvin: float, dt: float, steps: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from systems import cluster, crystal, descriptor
 
-from gpmlp.core.environments import Kept, View
+from gpmlp.core.environments import Kept, StructureEnvironments
 from gpmlp.core.structures import Structures
 from gpmlp.gp.kernels import PolynomialKernel
 from gpmlp.gp.prior import PriorCovariance
@@ -22,7 +22,7 @@ KINDS = {
 @pytest.fixture(params=KINDS)
 def seen(request):
     structures, made = KINDS[request.param](), descriptor("soap poly")
-    view = View.of(made, structures)
+    view = StructureEnvironments.from_structures(made, structures)
     return structures, view, PriorCovariance(made, PolynomialKernel(3), SIGNAL)
 
 

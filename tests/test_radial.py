@@ -11,7 +11,7 @@ import torch
 from gpmlp.core.errors import UserError
 from gpmlp.descriptors import radial
 from gpmlp.descriptors.cutoff import NeighborWeights
-from gpmlp.descriptors.spherical_harmonics import harmonics
+from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
 
 WEIGHTS = {
     "smoothstep": NeighborWeights(4.0),
@@ -79,7 +79,11 @@ def _exact(basis: str, n: int, l: int, sigma: float, cutoff: float, monkeypatch)
 
     spline = radial._spline
     monkeypatch.setattr(radial, "_spline", catch)
-    made = radial.gto(n, l, sigma, cutoff) if basis == "gto" else radial.optimal(n, l, sigma, cutoff, 0.9, lambda r: r)
+    made = (
+        radial.gto_integrals(n, l, sigma, cutoff)
+        if basis == "gto"
+        else radial.optimal_integrals(n, l, sigma, cutoff, 0.9, lambda r: r)
+    )
     return made, kept["integrals"]
 
 
@@ -113,7 +117,7 @@ def test_slope_of_the_splines(basis, monkeypatch):
 def test_gto_integrals_are_those_of_quadrature():
     """One Gaussian on the z axis: c_nlm is zero for m > 0 and I_nl(r) Y_l0 for m = 0."""
     sigma, cutoff, r = 0.6, 3.5, 1.7
-    table = radial.gto(3, 2, sigma, cutoff)
+    table = radial.gto_integrals(3, 2, sigma, cutoff)
     found = table(torch.tensor([r], dtype=torch.float64))[0][0].numpy()
     expected = oracles.gto_coefficients(np.array([[0, 0, r]]), np.ones(1), 3, 2, sigma, cutoff)
     for l in range(3):
@@ -138,7 +142,7 @@ def test_optimal_basis_converges_to_the_complete_one():
     r = torch.linspace(1.05, 3.95, 12, dtype=torch.float64)
     errors = []
     for n in (4, 8, 12, 20):
-        table = radial.optimal(n, 4, sigma, cutoff, shortest, lambda x: x)
+        table = radial.optimal_integrals(n, 4, sigma, cutoff, shortest, lambda x: x)
         values = table(r)[0].numpy()
         error = 0.0
         for l in range(5):
@@ -154,7 +158,7 @@ def test_optimal_basis_converges_to_the_complete_one():
 def test_optimal_basis_is_orthogonal_and_ordered():
     """int I_nl I_n'l dmu is diagonal with falling entries: each function keeps the most of what those before it left."""
     sigma, cutoff, shortest = 0.4, 4.0, 1.0
-    table = radial.optimal(6, 3, sigma, cutoff, shortest, lambda x: np.exp(-x))
+    table = radial.optimal_integrals(6, 3, sigma, cutoff, shortest, lambda x: np.exp(-x))
     nodes, weights = np.polynomial.legendre.leggauss(150)
     r = shortest + (cutoff - shortest) * (nodes + 1) / 2
     measure = weights * (cutoff - shortest) / 2 * np.exp(-r)
@@ -168,17 +172,17 @@ def test_optimal_basis_is_orthogonal_and_ordered():
 
 def test_radial_tables_are_shared_and_refuse_unknown_names():
     weights = NeighborWeights(4.0)
-    first = radial.tabulate("optimal", 3, 2, 0.5, 4.0, 1.0, weights)
-    assert radial.tabulate("optimal", 3, 2, 0.5, 4.0, 1.0, NeighborWeights(4.0)) is first
+    first = radial.tabulate_integrals("optimal", 3, 2, 0.5, 4.0, 1.0, weights)
+    assert radial.tabulate_integrals("optimal", 3, 2, 0.5, 4.0, 1.0, NeighborWeights(4.0)) is first
     with pytest.raises(UserError, match="Unknown radial basis 'gtos'. Perhaps you meant 'gto'"):
-        radial.tabulate("gtos", 3, 2, 0.5, 4.0, 1.0, weights)
+        radial.tabulate_integrals("gtos", 3, 2, 0.5, 4.0, 1.0, weights)
     with pytest.raises(UserError, match="gto basis needs a cutoff above 1 A; got 0.9"):
-        radial.gto(3, 2, 0.5, 0.9)
+        radial.gto_integrals(3, 2, 0.5, 0.9)
 
 
 def test_harmonics_are_real_spherical_harmonics_with_their_gradients():
     vectors = torch.randn(12, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    y, dy = harmonics(4, vectors)
+    y, dy = harmonics_with_gradients(4, vectors)
     unit = vectors / vectors.norm(dim=1, keepdim=True)
     for l in range(5):  # addition theorem: independent of the order and signs of m
         block = slice(l * l, (l + 1) ** 2)
@@ -188,8 +192,10 @@ def test_harmonics_are_real_spherical_harmonics_with_their_gradients():
     for axis in range(3):
         shift = torch.zeros(3, dtype=torch.float64)
         shift[axis] = step
-        slope = (harmonics(4, vectors + shift)[0] - harmonics(4, vectors - shift)[0]) / (2 * step)
+        slope = (harmonics_with_gradients(4, vectors + shift)[0] - harmonics_with_gradients(4, vectors - shift)[0]) / (
+            2 * step
+        )
         torch.testing.assert_close(dy[:, axis], slope, atol=1e-7, rtol=0)
-    empty, d_empty = harmonics(2, vectors[:0])
+    empty, d_empty = harmonics_with_gradients(2, vectors[:0])
     assert empty.shape == (0, 9)
     assert d_empty.shape == (0, 3, 9)

@@ -171,7 +171,7 @@ def _pool(stream, z: int) -> list[torch.Tensor]:
     parts, made = stream
     out = []
     for part in parts:
-        surroundings = Surroundings.of(part, neighbors.find(part, made.cutoff))
+        surroundings = Surroundings.from_structures(part, neighbors.find_neighbors(part, made.cutoff))
         out.append(made(surroundings).features[part.species == z])
     return out
 

@@ -9,7 +9,7 @@ from systems import CELLS, CUTOFF, crystal, dimer, everything, replicate
 from gpmlp.core import neighbors, verlet_list
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
-from gpmlp.core.verlet_list import Skin
+from gpmlp.core.verlet_list import VerletList
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -47,7 +47,7 @@ def permuted(batch: Structures) -> Structures:
 
 def true_to(found: neighbors.Neighbors, batch: Structures) -> None:
     """The same pairs in the same order, with the same vectors, as a search of its own; which is tested against brute force."""
-    afresh = neighbors.find(batch, CUTOFF).sorted()
+    afresh = neighbors.find_neighbors(batch, CUTOFF).sorted()
     for name in NAMES:
         assert torch.equal(getattr(found, name), getattr(afresh, name)), name
     torch.testing.assert_close(found.vectors(batch), afresh.vectors(batch), rtol=0, atol=1e-12)
@@ -59,7 +59,7 @@ def test_what_a_search_gives(kind, device):
     """Through small steps of atoms and cells, and all that is no small step."""
     one = everything() if kind == "all" else crystal(kind, (6, 8, 1))
     one = one.to(device=device)
-    remember, calls = Skin(CUTOFF), 0
+    remember, calls = VerletList(CUTOFF), 0
     for k in range(24):
         one = one.with_positions(one.positions + 0.01 * noise(one.positions, k))
         one = strained(one, 0.002, k)
@@ -77,7 +77,7 @@ def test_what_a_search_gives(kind, device):
 @pytest.mark.parametrize("kind", CELLS)
 def test_a_skin_outlives_small_strains(kind):
     """A cell that changes in every step, as in NPT and relaxations: three searches at most, the first two to see how it goes."""
-    start, remember = replicate(crystal(kind), (2, 1, 1)), Skin(CUTOFF)
+    start, remember = replicate(crystal(kind), (2, 1, 1)), VerletList(CUTOFF)
     for k in range(20):
         one = strained(start, 0.0005 * k, 3)
         true_to(remember(one), one)
@@ -87,7 +87,7 @@ def test_a_skin_outlives_small_strains(kind):
 def test_the_bound_is_kept_to_its_last_tenth():
     """Pairs that come from just beyond the skin, by strain and by moves together, are there in time."""
     for share in (0.1, 0.5, 0.9):
-        start, remember = replicate(crystal("triclinic"), (2, 2, 2)), Skin(CUTOFF)
+        start, remember = replicate(crystal("triclinic"), (2, 2, 2)), VerletList(CUTOFF)
         remember(start), remember(start)
         squeeze = 1 - 0.99 * share * 0.6 / (CUTOFF + 0.6) / 3**0.5
         towards = -start.positions / start.positions.norm(dim=1, keepdim=True).clamp_min(1e-9)
@@ -100,7 +100,7 @@ def test_the_bound_is_kept_to_its_last_tenth():
 
 
 def test_only_those_that_moved_are_searched():
-    batch, remember = Structures.concatenate([crystal(kind, (6, 8, 1)) for kind in CELLS]), Skin(CUTOFF)
+    batch, remember = Structures.concatenate([crystal(kind, (6, 8, 1)) for kind in CELLS]), VerletList(CUTOFF)
     for _ in range(2):
         remember(batch)
     count = remember.searched
@@ -114,8 +114,10 @@ def test_only_those_that_moved_are_searched():
 
 def test_no_skin_where_it_would_not_last(monkeypatch):
     """Atoms that leap are searched without one, and with one again when they have come to rest."""
-    one, remember, searches, search = crystal("cubic", (6, 8, 1)), Skin(CUTOFF), [], neighbors.find
-    monkeypatch.setattr(verlet_list.neighbors, "find", lambda s, cutoff: searches.append(cutoff) or search(s, cutoff))
+    one, remember, searches, search = crystal("cubic", (6, 8, 1)), VerletList(CUTOFF), [], neighbors.find_neighbors
+    monkeypatch.setattr(
+        verlet_list.neighbors, "find_neighbors", lambda s, cutoff: searches.append(cutoff) or search(s, cutoff)
+    )
     for k in range(6):
         remember(one.with_positions(one.positions + 0.2 * (k % 2)))
     assert searches == [CUTOFF + verlet_list.HAIR] * 6
@@ -124,17 +126,17 @@ def test_no_skin_where_it_would_not_last(monkeypatch):
 
 
 def test_without_a_skin_every_call_searches():
-    one, remember = crystal("cubic"), Skin(CUTOFF, 0.0)
+    one, remember = crystal("cubic"), VerletList(CUTOFF, 0.0)
     for _ in range(3):
         true_to(remember(one), one)
     assert remember.searched == 3
     with pytest.raises(UserError, match="`skin` must be zero or positive; got -1"):
-        Skin(CUTOFF, -1)
+        VerletList(CUTOFF, -1)
 
 
 def test_other_atoms_are_not_mistaken():
     """Other species, periodicity or numbers of atoms at the same places; positions changed in place."""
-    remember, one = Skin(CUTOFF), crystal("cubic", (6, 8, 1))
+    remember, one = VerletList(CUTOFF), crystal("cubic", (6, 8, 1))
     other = Structures(
         one.positions, one.cells, torch.tensor([[True, False, True]]), one.species, one.structure_of_atom
     )
@@ -152,17 +154,17 @@ def test_other_atoms_are_not_mistaken():
 
 def test_what_is_wrong_is_said_and_forgotten():
     """Atoms on top of each other, and positions that are none, also where nobody looked at them before; then all is well again."""
-    one, remember = Structures.concatenate([crystal("cubic"), crystal("slab")]), Skin(CUTOFF)
+    one, remember = Structures.concatenate([crystal("cubic"), crystal("slab")]), VerletList(CUTOFF)
     remember(one), remember(one)
     close, lost = one.positions.clone(), one.positions.clone()
     close[1] = close[0] + 0.1
     lost[-1, 0] = torch.nan
     with pytest.raises(UserError, match="structure 0: atoms 0 and 1 are 0.173 A apart"):
-        remember(one.carried(close, one.cells))
+        remember(one.with_unchecked_positions(close, one.cells))
     with pytest.raises(UserError, match="a position is NaN"):
-        remember(one.carried(lost, one.cells))
+        remember(one.with_unchecked_positions(lost, one.cells))
     flat = one.cells.clone()
     flat[0, 2] = flat[0, 0] + flat[0, 1]
     with pytest.raises(UserError, match="structure 0: the cell is flat"):
-        remember(one.carried(one.positions, flat))
+        remember(one.with_unchecked_positions(one.positions, flat))
     true_to(remember(one), one)

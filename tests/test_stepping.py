@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpmlp
 from gpmlp.core import neighbors
 from gpmlp.core.errors import DataWarning, UserError
-from gpmlp.core.padded_neighbors import Padded, Sums
+from gpmlp.core.padded_neighbors import PaddedNeighbors, SegmentSums
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.potential import species_model
@@ -43,7 +43,7 @@ def fitted(name: str):
     generator = torch.Generator().manual_seed(0)
     energies = torch.randn(len(batch), generator=generator, dtype=torch.float64)
     forces = 0.3 * torch.randn(batch.n_atoms, 3, generator=generator, dtype=torch.float64)
-    targets = replace(Targets.unknown(batch), energies=energies, forces=forces)
+    targets = replace(Targets.unlabelled(batch), energies=energies, forces=forces)
     noise = {"energy_per_atom": 0.01, "force": 0.1, "stress": 0.01}
     recipe = Recipe.model_validate(CHOICES[name] | {"noise": noise})
     return gpmlp.fit(batch, targets, recipe)[0]
@@ -187,9 +187,9 @@ def test_a_step_asks_nothing_of_the_host(potential):
 
 def test_tables_hold_every_pair_once_and_its_reverse():
     for batch in (everything(), replicate(crystal("left-handed"), (2, 1, 1))):
-        pairs, slots = neighbors.find(batch, CUTOFF), (batch.species > 4).long()
+        pairs, slots = neighbors.find_neighbors(batch, CUTOFF), (batch.species > 4).long()
         rows = slots.argsort(stable=True)
-        table = Padded.of(pairs, batch, rows, slots, 2)
+        table = PaddedNeighbors.from_neighbors(pairs, batch, rows, slots, 2)
         vectors = table.vectors(batch.positions, batch.cells, 0, batch.n_atoms)
         assert int(table.real.sum()) == len(pairs) and (vectors[~table.real] == table.beyond).all()
         flat, back = vectors.flatten(0, 2), table.reverse.flatten()
@@ -206,7 +206,7 @@ def test_tables_hold_every_pair_once_and_its_reverse():
         placed[real.nonzero()[:, 0][match.long().argmax(1)]] = gradients
         found = torch.empty_like(batch.positions)
         found[rows] = table.forces(placed.view_as(vectors), 0, batch.n_atoms)
-        there = neighbors.forces(pairs, batch.n_atoms, gradients)
+        there = neighbors.scatter_forces(pairs, batch.n_atoms, gradients)
         torch.testing.assert_close(found, there, rtol=0, atol=1e-12)
 
 
@@ -217,7 +217,7 @@ def test_sums_over_segments():
         segment = segment[torch.randperm(len(segment), generator=torch.Generator().manual_seed(0))]
         rows = torch.randn(len(segment), 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         expected = torch.stack([rows[segment == s].sum(0) for s in range(len(sizes))])
-        sums = Sums.of(segment, len(sizes))
+        sums = SegmentSums.from_segments(segment, len(sizes))
         torch.testing.assert_close(sums(rows), expected, rtol=0, atol=1e-12)
         ones = torch.ones(len(segment), dtype=torch.float64)
         assert sums(ones).tolist() == sizes  # exactly
@@ -273,8 +273,8 @@ def test_tables_are_renewed_in_place(plain):
     memory = stepper._table.neighbors.data_ptr()
     stepper(shaken(batch, 0.13).positions)
     assert stepper.searches == 2 and stepper._table.neighbors.data_ptr() == memory
-    wide = Padded.of(neighbors.find(batch, 6.0), batch, stepper._rows, stepper._slots, 3)
-    assert not stepper._table.take(wide)
+    wide = PaddedNeighbors.from_neighbors(neighbors.find_neighbors(batch, 6.0), batch, stepper._rows, stepper._slots, 3)
+    assert not stepper._table.copy_from(wide)
 
 
 def test_what_cannot_be_stepped(plain):

@@ -12,7 +12,7 @@ from systems import cluster, crystal, everything, structure
 from gpmlp.core import units
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Prediction, Targets
-from gpmlp.core.structures import Structures, known_again
+from gpmlp.core.structures import Structures, count_matches
 from gpmlp.potential.evaluation import error_table
 
 BATCH = everything()
@@ -85,7 +85,7 @@ def test_conversion_and_replacement():
 
 
 def _targets() -> Targets:
-    unknown = Targets.unknown(BATCH)
+    unknown = Targets.unlabelled(BATCH)
     count = torch.arange(1.0, 9.0, dtype=torch.float64)
     return replace(
         unknown, energies=count, forces=BATCH.positions.clone(), stresses=count[:, None, None] * torch.eye(3).double(),
@@ -134,7 +134,7 @@ def test_minus_keeps_unknown_labels_unknown():
     assert left.energies.tolist() == [0.5 + i for i in range(8)]
     torch.testing.assert_close(left.forces, BATCH.positions / 2)
     assert torch.equal(left.stresses, _targets().stresses)  # nothing to take off where there is no predicted stress
-    assert Targets.unknown(BATCH).minus(prediction).energies.isnan().all()
+    assert Targets.unlabelled(BATCH).minus(prediction).energies.isnan().all()
 
 
 def test_the_error_table():
@@ -149,7 +149,7 @@ def test_the_error_table():
     assert table.force_rmse_meV_per_A == pytest.approx(1e3 * math.sqrt(0.05 / 3))
     assert table.stress_mae_GPa == pytest.approx(2.0)
     assert (table.n_structures, table.n_atoms) == (8, 18)
-    nothing = error_table(BATCH, Targets.unknown(BATCH), prediction, units.GPA)
+    nothing = error_table(BATCH, Targets.unlabelled(BATCH), prediction, units.GPA)
     assert math.isnan(nothing.energy_mae_meV_per_atom)
 
 
@@ -162,7 +162,7 @@ def test_a_fingerprint_is_of_the_structure_wherever_it_stands():
     whole = BATCH.fingerprints()
     assert len(set(whole)) == len(BATCH)
     assert BATCH.select([7, 0]).fingerprints() == (whole[7], whole[0])
-    assert known_again(BATCH.select([7, 0]).fingerprints(), whole) == 2
+    assert count_matches(BATCH.select([7, 0]).fingerprints(), whole) == 2
     assert replace(BATCH, names=tuple("abcdefgh")).fingerprints() == whole
     elsewhere = replace(BATCH, cells=torch.where(BATCH.periodic[:, :, None], BATCH.cells, 7.0))
     assert elsewhere.fingerprints() == whole
@@ -174,9 +174,9 @@ def test_a_structure_is_known_again_however_files_round(digits):
     positions = 30 * torch.rand(1000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     one = structure(positions.tolist(), [6] * 1000)
     rounded = one.with_positions((10**digits * positions).round() / 10**digits)
-    assert known_again(rounded.fingerprints(), one.fingerprints()) == 1
+    assert count_matches(rounded.fingerprints(), one.fingerprints()) == 1
     later = positions + 0.02 * torch.randn(1000, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert known_again(one.with_positions(later).fingerprints(), one.fingerprints()) == 0
+    assert count_matches(one.with_positions(later).fingerprints(), one.fingerprints()) == 0
 
 
 @pytest.mark.parametrize("changed", ["positions", "cells", "species", "periodic"])
@@ -188,5 +188,5 @@ def test_a_fingerprint_changes_with_what_the_structure_is(changed):
     steps = {"species": 1, "positions": 0.05, "cells": 0.05}
     value[row] = torch.tensor([True, False, True]) if changed == "periodic" else value[row] + steps[changed]
     found, whole = replace(BATCH, **{changed: value}).fingerprints(), BATCH.fingerprints()
-    assert known_again(found[1:2], whole) == 0
+    assert count_matches(found[1:2], whole) == 0
     assert (found[0], *found[2:]) == (whole[0], *whole[2:])

@@ -33,7 +33,7 @@ def structure(seed: int = 0, periodic: bool = True, n: int = 2) -> Structures:
 def entry(seed: int = 0, periodic: bool = True, **values) -> Entry:
     rng = np.random.default_rng([seed, 1])
     asked = structure(seed, periodic)
-    unknown = Targets.unknown(asked)
+    unknown = Targets.unlabelled(asked)
     stress = rng.standard_normal((3, 3))
     stress = torch.tensor(stress + stress.T)[None] if periodic else unknown.stresses
     targets = Targets(
@@ -112,7 +112,7 @@ number = st.floats(allow_nan=False, allow_infinity=False, width=64)
 )
 def test_every_number_and_text_survives(x, f, energy, reason):
     asked = structures_from_ase([ase.Atoms("CuAu", np.reshape(x, (2, 3)))])
-    unknown = Targets.unknown(asked)
+    unknown = Targets.unlabelled(asked)
     values = (torch.tensor([energy], dtype=torch.float64), torch.tensor(f, dtype=torch.float64).reshape(2, 3))
     rest = (unknown.stresses, unknown.energies_noise, unknown.forces_noise, unknown.stresses_noise, ("",))
     e = Entry(asked, Targets(*values, *rest), key_of(asked, "o"), reason, "o", {"step": 1})

@@ -13,8 +13,8 @@ from ase import units
 from learning_runs import contents, events, finish, prepare, recipe
 
 from gpmlp.core.errors import UserError
-from gpmlp.core.neighbors import Neighbors, find
-from gpmlp.core.verlet_list import Skin
+from gpmlp.core.neighbors import Neighbors, find_neighbors
+from gpmlp.core.verlet_list import VerletList
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning import batched_walkers, loop, walker
 from gpmlp.learning.loop import learn
@@ -127,7 +127,7 @@ def test_errors_of_predictions_reach_their_own_task(potential):
     def asking(structure):
         def task(ask):
             try:
-                return ask(structure, None, find(structure, potential.reach))
+                return ask(structure, None, find_neighbors(structure, potential.reach))
             except UserError as error:
                 return str(error)
 
@@ -142,7 +142,7 @@ def test_nothing_is_left_running(potential):
     """An error in one task ends the others, and is told."""
     before = threading.active_count()
     structure = structures_from_ase([ase.build.bulk("Cu")])
-    pairs = find(structure, potential.reach)
+    pairs = find_neighbors(structure, potential.reach)
 
     def fails(ask):
         ask(structure, None, pairs)
@@ -169,8 +169,8 @@ def test_nothing_is_left_running(potential):
 def test_lists_side_by_side(potential):
     frames = [structures_from_ase([atoms]) for atoms in starts()]
     together_ = type(frames[0]).concatenate(frames)
-    joined = Neighbors.side_by_side([Skin(4.0)(f) for f in frames], together_.counts.tolist())
-    known = find(together_, 4.0).sorted()
+    joined = Neighbors.batch([VerletList(4.0)(f) for f in frames], together_.counts.tolist())
+    known = find_neighbors(together_, 4.0).sorted()
     assert len(joined) == len(known)
     again = joined.sorted()
     assert all((getattr(again, n) == getattr(known, n)).all() for n in ("centers", "neighbors", "shifts"))

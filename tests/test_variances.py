@@ -275,7 +275,7 @@ def test_mistakes(exact):
 def test_unknown_labels_are_no_obstacle():
     """Energies alone: calibration and variances of everything are there, from energies."""
     structures, known = gpmlp.read("data/silicon/train.xyz", "::4")
-    blank = Targets.unknown(structures)
+    blank = Targets.unlabelled(structures)
     energies = replace(blank, energies=known.energies, config_types=known.config_types)
     potential, _ = fit(structures, energies, Recipe(inducing={"n": 30, "gradients": 0}))
     found = potential(structures.select([1]), variance="all")

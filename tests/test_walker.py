@@ -208,7 +208,7 @@ def test_a_walker_is_never_changed(potential, name):
 def test_what_was_predicted_belongs_to_where_the_walker_is(potential):
     for dynamics in (NVT, ISO, FULL):
         now = run(potential, begin(dynamics), dynamics, 5)
-        pairs = neighbors.find(now.structure, potential.reach).sorted()
+        pairs = neighbors.find_neighbors(now.structure, potential.reach).sorted()
         there = potential(now.structure, walker.FULL, novelty=True, pairs=pairs)
         np.testing.assert_array_equal(now.structure.positions.numpy(), now.walker.atoms.positions)
         np.testing.assert_array_equal(now.structure.cells[0].numpy(), now.walker.atoms.cell.array)

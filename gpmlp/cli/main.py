@@ -18,7 +18,7 @@ import typer
 
 import gpmlp
 from gpmlp.cli import learn, md, tune
-from gpmlp.core.errors import DataWarning, Notice, UserError, symbol
+from gpmlp.core.errors import DataWarning, ProgressNotice, UserError, chemical_symbol
 from gpmlp.core.json_values import json_value
 
 # typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
@@ -253,7 +253,7 @@ def info(
         typer.echo(json.dumps(json_value(content), indent=2, allow_nan=False))
         return
     out = console.output()
-    out.print(console.model_summary(content, [symbol(z) for z in content["header"]["species"]]))
+    out.print(console.model_summary(content, [chemical_symbol(z) for z in content["header"]["species"]]))
     if content["header"].get("report"):
         out.print(console.report_summary(content["header"]["report"]))
 
@@ -272,7 +272,7 @@ def cite(model: Model) -> None:
 def _show_warning(text: Any, category: type[Warning], *_: object, **__: object) -> None:
     from gpmlp.cli import console
 
-    if issubclass(category, Notice):
+    if issubclass(category, ProgressNotice):
         console.message("note", str(text))
     else:
         console.message("warning", str(text) if issubclass(category, DataWarning) else f"{text} ({category.__name__})")
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         warnings.simplefilter("always", DataWarning)
-        warnings.simplefilter("always", Notice)
+        warnings.simplefilter("always", ProgressNotice)
         try:
             # --debug may stand anywhere
             status = app(args=[a for a in arguments if a != "--debug"], prog_name="gpmlp", standalone_mode=False)

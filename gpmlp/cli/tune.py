@@ -49,7 +49,7 @@ def tune(
     from gpmlp.io.files import check_apart, check_target
     from gpmlp.io.recipe_files import load_recipe, save_recipe
 
-    errors.positive("--budget-minutes", budget_minutes)
+    errors.check_positive("--budget-minutes", budget_minutes)
     targets_of = {"the best recipe (--output)": output, "the log (--log)": log}
     for path in targets_of.values():
         check_target(path)

@@ -20,7 +20,7 @@ def pair_vector(positions, cell, i, j, shift, out):
 
 
 @njit(**FLAGS)
-def arranged(pairs, shifts, n_atoms, first):
+def sort_pairs(pairs, shifts, n_atoms, first):
     """Pairs (i, j) and their shifts, found in any order, in that of i, j and shift: two passes that keep order, by j and then by i.
 
     Args:
@@ -63,7 +63,7 @@ def _before(a, b):
 
 
 @njit(**FLAGS)
-def shortest(vectors):
+def shortest_vector(vectors):
     """Place and length of the shortest of these."""
     where, least = 0, np.inf
     for p in range(len(vectors)):
@@ -74,14 +74,14 @@ def shortest(vectors):
 
 
 @njit(**FLAGS)
-def vectors(positions, cells, owner, centers, neighbors, shifts, out):
+def pair_vectors(positions, cells, owner, centers, neighbors, shifts, out):
     """out[pair] = r_j + shift . cell - r_i."""
     for p in range(len(centers)):
         pair_vector(positions, cells[owner[centers[p]]], centers[p], neighbors[p], shifts[p], out[p])
 
 
 @njit(**FLAGS)
-def within(first, last, positions, cells, owner, centers, neighbors, shifts, cutoff):
+def pairs_within(first, last, positions, cells, owner, centers, neighbors, shifts, cutoff):
     """Of the pairs first to last, in their order, those closer than the cutoff.
 
     Returns:
@@ -90,7 +90,7 @@ def within(first, last, positions, cells, owner, centers, neighbors, shifts, cut
     room, n, closest = last - first, 0, np.inf
     of, seen, images = np.empty(room, np.int64), np.empty(room, np.int64), np.empty((room, 3), np.int64)
     found = np.empty((room, 3), positions.dtype)
-    vectors(positions, cells, owner, centers[first:last], neighbors[first:last], shifts[first:last], found)
+    pair_vectors(positions, cells, owner, centers[first:last], neighbors[first:last], shifts[first:last], found)
     for k in range(room):
         p = first + k
         square = found[k, 0] * found[k, 0] + found[k, 1] * found[k, 1] + found[k, 2] * found[k, 2]
@@ -103,7 +103,7 @@ def within(first, last, positions, cells, owner, centers, neighbors, shifts, cut
 
 
 @njit(**FLAGS)
-def collect(owner, centers, neighbors, vectors, gradients, forces, virials):
+def add_pair_gradients(owner, centers, neighbors, vectors, gradients, forces, virials):
     """F_i = Σ_j (g_ij - g_ji) added to `forces` and Σ r_ij (x) g_ij to `virials`, in the order of pairs."""
     for p in range(len(centers)):
         i, j = centers[p], neighbors[p]

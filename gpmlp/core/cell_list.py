@@ -12,7 +12,7 @@ ROWS = 1 << 20  # (atom, bin) rows whose candidates are in memory together
 MOST_BINS = 1 << 12  # along an axis: a few atoms far apart need no finer grid, and keys stay in 64 bits
 
 
-def boxes(cells: Tensor, periodic: Tensor) -> Tensor:
+def complete_cells(cells: Tensor, periodic: Tensor) -> Tensor:
     """(structures, 3, 3) cells whose axes that are not periodic are unit vectors, normal to each other and to the periodic ones."""
     if periodic.all():
         return cells
@@ -25,7 +25,7 @@ def boxes(cells: Tensor, periodic: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Bins:
+class CellList:
     """Atoms of a batch of structures in bins at least as wide as the cutoff, or in one bin where the cell is narrower than that.
 
     Attributes:
@@ -51,7 +51,9 @@ class Bins:
     atoms: Tensor
 
     @staticmethod
-    def of(positions: Tensor, boxes: Tensor, periodic: Tensor, structure: Tensor, cutoff: float) -> Bins:
+    def from_positions(
+        positions: Tensor, boxes: Tensor, periodic: Tensor, structure: Tensor, cutoff: float
+    ) -> CellList:
         """Sort the atoms."""
         inverse = torch.linalg.inv(boxes)
         fractions = torch.einsum("na,nab->nb", positions, inverse[structure])
@@ -76,7 +78,7 @@ class Bins:
         first = counts.cumsum(0) - counts
         keys, atoms = _number(places, sides[structure], first[structure]).sort()
         moved = positions - torch.einsum("na,nab->nb", wraps, boxes[structure])
-        return Bins(moved, wraps, boxes, periodic, structure, sides, reach, places, first, keys, atoms)
+        return CellList(moved, wraps, boxes, periodic, structure, sides, reach, places, first, keys, atoms)
 
     def pairs(self, start: int, end: int, cutoff: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pairs of the atoms start to end as centres, in their order: i, j, shifts (pairs, 3), distances."""
@@ -115,7 +117,7 @@ class Bins:
                 start = end
 
 
-def search(
+def find_pairs(
     positions: Tensor, boxes: Tensor, periodic: Tensor, structure: Tensor, cutoff: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All pairs of a batch within the cutoff, in both directions, sorted by centre.
@@ -133,7 +135,7 @@ def search(
     if not len(positions):
         none = structure.new_zeros(0)
         return none, none, none.new_zeros(0, 3), positions.new_zeros(0)
-    bins = Bins.of(positions, boxes, periodic, structure, cutoff)
+    bins = CellList.from_positions(positions, boxes, periodic, structure, cutoff)
     parts = [bins.pairs(start, end, cutoff) for start, end in bins.blocks()]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 

@@ -37,7 +37,9 @@ class Surroundings:
         return self.species.shape[0]
 
     @staticmethod
-    def of(structures: Structures, neighbors: Neighbors, start: int = 0, end: int | None = None) -> Surroundings:
+    def from_structures(
+        structures: Structures, neighbors: Neighbors, start: int = 0, end: int | None = None
+    ) -> Surroundings:
         """The surroundings of every atom, in the order of atoms; or of the atoms start to end, whose pairs these are."""
         centers = neighbors.centers - start if start else neighbors.centers
         vectors = neighbors.vectors(structures)
@@ -155,7 +157,7 @@ class Descriptor(Protocol):
 
 
 @dataclass(frozen=True)
-class InSingle:
+class SinglePrecisionDescriptor:
     """A descriptor that works in single precision, between pair vectors and features in double.
 
     Features are then those of neighbours moved by 1e-7 of their distance. Kernels and what is summed over centres stay double: weights
@@ -184,7 +186,7 @@ class InSingle:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class StructureEnvironments:
     """What one descriptor sees of some structures: made once, used by mean, variances and novelty."""
 
     neighbors: Neighbors
@@ -192,12 +194,18 @@ class View:
     environments: Environments
 
     @staticmethod
-    def of(descriptor: Descriptor, structures: Structures, pairs: Neighbors | None = None) -> View:
+    def from_structures(
+        descriptor: Descriptor, structures: Structures, pairs: Neighbors | None = None
+    ) -> StructureEnvironments:
         """Find the neighbours, unless `pairs` within the cutoff or more are known, and make the environments."""
         known = pairs is not None
-        pairs = pairs.within(structures, descriptor.cutoff) if known else neighbors.find(structures, descriptor.cutoff)
-        surroundings = Surroundings.of(structures, pairs)
-        return View(pairs, surroundings, descriptor(surroundings))
+        pairs = (
+            pairs.within(structures, descriptor.cutoff)
+            if known
+            else neighbors.find_neighbors(structures, descriptor.cutoff)
+        )
+        surroundings = Surroundings.from_structures(structures, pairs)
+        return StructureEnvironments(pairs, surroundings, descriptor(surroundings))
 
     @cached_property
     def look(self) -> Kept | None:

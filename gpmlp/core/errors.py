@@ -19,35 +19,35 @@ class DataWarning(UserWarning):
     """Data that can be used but look wrong; the message gives the numbers."""
 
 
-class Notice(UserWarning):
+class ProgressNotice(UserWarning):
     """What somebody who waits should know; nothing is wrong."""
 
 
-def suggest(name: str, valid: Iterable[str]) -> str:
+def suggest_name(name: str, valid: Iterable[str]) -> str:
     """Return `` Perhaps you meant '...'.`` for the nearest valid name, or the list of valid names."""
     valid = sorted(valid)
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     return f" Perhaps you meant '{close[0]}'." if close else f" Valid names: {', '.join(valid)}."
 
 
-def choose(kind: str, name: str, options: Sequence[str] | dict) -> None:
+def check_choice(kind: str, name: str, options: Sequence[str] | dict) -> None:
     """Raise UserError unless name is one of options."""
     if name not in options:
-        raise UserError(f"Unknown {kind} '{name}'.{suggest(name, options)}")
+        raise UserError(f"Unknown {kind} '{name}'.{suggest_name(name, options)}")
 
 
-def devices() -> tuple[str, ...]:
+def available_devices() -> tuple[str, ...]:
     """Kinds of devices that torch can use here: 'cpu', and 'cuda' and 'mps' where they are there."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return ("cpu", *(kind for kind, there in found.items() if there))
 
 
-def device(name: str) -> None:
+def check_device(name: str) -> None:
     """Raise UserError unless torch can use the device called name ('cpu', 'cuda', 'cuda:1', ...) on this machine."""
     if name == "cpu":
         return
     kind, _, index = name.partition(":")
-    have = devices()
+    have = available_devices()
     there = kind in have and (not index or index.isdigit())
     if there and kind == "cuda":
         there = int(index or 0) < torch.cuda.device_count()
@@ -58,7 +58,7 @@ def device(name: str) -> None:
         )
 
 
-def shape(name: str, tensor: Tensor, required: tuple[int | str, ...], hint: str = "") -> None:
+def check_shape(name: str, tensor: Tensor, required: tuple[int | str, ...], hint: str = "") -> None:
     """Raise UserError unless tensor has the required shape; a string stands for any size and names the axis."""
     got = tuple(tensor.shape)
     fits = len(got) == len(required) and all(isinstance(r, str) or r == g for r, g in zip(required, got, strict=True))
@@ -67,14 +67,14 @@ def shape(name: str, tensor: Tensor, required: tuple[int | str, ...], hint: str 
         raise UserError(f"`{name}` must have shape ({wanted}); got {got}.{' ' + hint if hint else ''}")
 
 
-def positive(name: str, value: float, allow_zero: bool = False) -> None:
+def check_positive(name: str, value: float, allow_zero: bool = False) -> None:
     """Raise UserError unless value is positive (or zero, where allowed) and finite."""
     ok = value == value and value < float("inf") and (value >= 0 if allow_zero else value > 0)
     if not ok:
         raise UserError(f"`{name}` must be {'zero or ' if allow_zero else ''}positive; got {value}.")
 
 
-def integer(name: str, value: int, least: int) -> int:
+def check_integer(name: str, value: int, least: int) -> int:
     """A whole number, of any type that says it is one; raise a UserError naming it if it is none or too small."""
     try:
         found = operator.index(value)
@@ -85,7 +85,7 @@ def integer(name: str, value: int, least: int) -> int:
     return found
 
 
-def cells(cells: Tensor, periodic: Tensor, names: Sequence[str]) -> None:
+def check_cells(cells: Tensor, periodic: Tensor, names: Sequence[str]) -> None:
     """Raise UserError if the periodic lattice vectors of a structure are zero, flat or not finite; all structures at once.
 
     Args:
@@ -124,7 +124,7 @@ _SYMBOLS = tuple(
 )
 
 
-def symbol(atomic_number: int) -> str:
+def chemical_symbol(atomic_number: int) -> str:
     """Chemical symbol of an atomic number."""
     return _SYMBOLS[atomic_number] if 0 <= atomic_number < len(_SYMBOLS) else f"Z{atomic_number}"
 
@@ -132,5 +132,5 @@ def symbol(atomic_number: int) -> str:
 def atomic_number(symbol: str) -> int:
     """Atomic number of a chemical symbol; UserError for anything else."""
     if symbol not in _SYMBOLS[1:]:
-        raise UserError(f"'{symbol}' is not a chemical symbol.{suggest(symbol, _SYMBOLS[1:]) if symbol else ''}")
+        raise UserError(f"'{symbol}' is not a chemical symbol.{suggest_name(symbol, _SYMBOLS[1:]) if symbol else ''}")
     return _SYMBOLS.index(symbol)

@@ -12,8 +12,7 @@ import torch
 import vesin
 from torch import Tensor
 
-from gpmlp.core import cell_list as cells
-from gpmlp.core import parallel
+from gpmlp.core import cell_list, parallel
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
@@ -52,7 +51,7 @@ class Neighbors:
         return Neighbors(self.centers.to(device), self.neighbors.to(device), self.shifts.to(device), self.cutoff)
 
     @staticmethod
-    def none(structures: Structures) -> Neighbors:
+    def empty(structures: Structures) -> Neighbors:
         """The list of pairs of atoms that do not see each other."""
         like = structures.structure_of_atom
         return Neighbors(like[:0], like[:0], like.new_zeros(0, 3), 0.0)
@@ -70,7 +69,7 @@ class Neighbors:
         return found._with(known[0][0], vectors, min(p._closest for p in parts))
 
     @staticmethod
-    def side_by_side(parts: Sequence[Neighbors], counts: Sequence[int]) -> Neighbors:
+    def batch(parts: Sequence[Neighbors], counts: Sequence[int]) -> Neighbors:
         """Lists of structures with so many atoms, as the list of a batch of them."""
         firsts = np.cumsum([0, *counts])[:-1].tolist()
         moved = [
@@ -78,14 +77,14 @@ class Neighbors:
         ]
         return Neighbors.concatenate(moved)
 
-    def between(self, start: int, end: int) -> Neighbors:
+    def of_structures(self, start: int, end: int) -> Neighbors:
         """The pairs of the centres start to end, atoms counted from `start`: of structures that lie side by side in a batch."""
-        found = self.of_atoms(start, end)
+        found = self.of_centers(start, end)
         if not start:
             return found
         return Neighbors(found.centers - start, found.neighbors - start, found.shifts, self.cutoff)
 
-    def of_atoms(self, start: int, end: int) -> Neighbors:
+    def of_centers(self, start: int, end: int) -> Neighbors:
         """The pairs of the centres start to end; nothing is copied."""
         low, high = self._sorted_centers.searchsorted((start, end)).tolist()
         if (low, high) == (0, len(self)):
@@ -105,20 +104,20 @@ class Neighbors:
 
     def sorted(self) -> Neighbors:
         """The same in the order of centres, neighbours and shifts."""
-        order = arranged(self.centers, self.neighbors, self.shifts)
+        order = lexicographic_order(self.centers, self.neighbors, self.shifts)
         return Neighbors(self.centers[order], self.neighbors[order], self.shifts[order], self.cutoff)
 
     def vectors(self, structures: Structures) -> Tensor:
         """(pairs, 3) r_ij = r_j + shift . cell - r_i, A; differentiable in positions and cells."""
         if self._last is not None and self._last[0] is structures:
             return self._last[1]
-        if compilable(structures.positions, structures.cells):
+        if fits_compiled_loops(structures.positions, structures.cells):
             from gpmlp.core import _pair_kernels
 
             out = structures.positions.new_empty(len(self), 3)
             known = structures.positions, structures.cells, structures.structure_of_atom
             of_pairs = self.centers, self.neighbors, self.shifts
-            _pair_kernels.vectors(*_arrays(*known, *of_pairs), out.numpy())
+            _pair_kernels.pair_vectors(*_arrays(*known, *of_pairs), out.numpy())
         else:
             cells = structures.cells[structures.structure_of_atom[self.centers]]
             shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
@@ -135,13 +134,13 @@ class Neighbors:
             raise ValueError(f"a list of pairs within {self.cutoff} A does not hold those within {cutoff} A")
         if self._last is not None and self._last[0] is structures and cutoff <= self._closest:
             return Neighbors(self.centers[:0], self.neighbors[:0], self.shifts[:0], cutoff)
-        return self.closer(structures, cutoff)[0]
+        return self.closer_than(structures, cutoff)[0]
 
-    def closer(self, structures: Structures, cutoff: float) -> tuple[Neighbors, float]:
+    def closer_than(self, structures: Structures, cutoff: float) -> tuple[Neighbors, float]:
         """The pairs closer than a smaller cutoff, and the shortest distance of all (inf where there are none), A."""
         if not len(self):
             return Neighbors(self.centers, self.neighbors, self.shifts, cutoff), math.inf
-        if not compilable(structures.positions, structures.cells):
+        if not fits_compiled_loops(structures.positions, structures.cells):
             r = self.vectors(structures).norm(dim=1)
             keep = (r < cutoff).nonzero()[:, 0]
             return Neighbors(self.centers[keep], self.neighbors[keep], self.shifts[keep], cutoff), float(r.min())
@@ -151,30 +150,32 @@ class Neighbors:
         arrays = _arrays(*known, self.centers, self.neighbors, self.shifts)
 
         def closer(first: int) -> tuple[Neighbors, float]:
-            *made, least = _pair_kernels.within(first, min(first + PAIRS, len(self)), *arrays, cutoff)
+            *made, least = _pair_kernels.pairs_within(first, min(first + PAIRS, len(self)), *arrays, cutoff)
             *pairs, vectors = map(torch.from_numpy, made)
             found = Neighbors(*pairs, cutoff)
             return (found if _differentiable(structures) else found._with(structures, vectors, least)), least
 
-        parts, least = zip(*parallel.each(closer, range(0, len(self), PAIRS)), strict=True)
+        parts, least = zip(*parallel.map_pieces(closer, range(0, len(self), PAIRS)), strict=True)
         return Neighbors.concatenate(parts), min(least)
 
 
-def find(structures: Structures, cutoff: float) -> Neighbors:
+def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:
     """Find all pairs within the cutoff; cells smaller than the cutoff, triclinic and left-handed cells included.
 
-    By vesin on the CPU, in the order of centres, neighbours and shifts; by `cells` on any other device, where positions then stay, in
+    By vesin on the CPU, in the order of centres, neighbours and shifts; by `cell_list` on any other device, where positions then stay, in
     the order of centres.
 
     Raises:
         UserError: two atoms closer than 0.3 A, naming the structure and the atoms.
     """
     positions, box = structures.positions.detach().double(), structures.cells.detach().double()
-    box = cells.boxes(box, structures.periodic)
+    box = cell_list.complete_cells(box, structures.periodic)
     if positions.device.type == "cpu":
         i, j, shifts = _by_vesin(structures, positions, box, cutoff)
     else:
-        i, j, shifts, _ = cells.search(positions, box, structures.periodic, structures.structure_of_atom, cutoff)
+        i, j, shifts, _ = cell_list.find_pairs(
+            positions, box, structures.periodic, structures.structure_of_atom, cutoff
+        )
     found = Neighbors(i, j, shifts, float(cutoff))
     if not len(found):
         return found
@@ -185,7 +186,7 @@ def find(structures: Structures, cutoff: float) -> Neighbors:
 
 
 def _by_vesin(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, ...]:
-    """i, j and shifts as of cells.search, in this order: one periodic structure after another, molecules by the hundred."""
+    """i, j and shifts as of cell_list.find_pairs, in this order: one periodic structure after another, molecules by the hundred."""
     from gpmlp.core import _pair_kernels
 
     found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64))]
@@ -194,11 +195,11 @@ def _by_vesin(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: 
     for first, last in _together(free):
         start, end = offsets[first], offsets[last]
         here = (apart if last - first > 1 else positions)[start:end]
-        many = min(parallel.available(), 1 + (end - start) // THREAD_ATOMS)
+        many = min(parallel.available_threads(), 1 + (end - start) // THREAD_ATOMS)
         search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, n_threads=many)
         of_call = here.numpy(), boxes[first].numpy(), structures.periodic[first].numpy()
         pairs, shifts = search.compute(*of_call, quantities="PS", copy=False)
-        found.append(_pair_kernels.arranged(pairs.view(np.int64), shifts, end - start, start))
+        found.append(_pair_kernels.sort_pairs(pairs.view(np.int64), shifts, end - start, start))
     parts = found[1:] if len(found) == 2 else [[np.concatenate(part) for part in zip(*found, strict=True)]]
     return tuple(torch.from_numpy(part) for part in parts[0])
 
@@ -227,10 +228,10 @@ def _apart(positions: Tensor, structure: Tensor, cutoff: float) -> Tensor:
 
 def _shortest(vectors: Tensor) -> tuple[int, float]:
     """Place and length of the shortest vector."""
-    if compilable(vectors):
+    if fits_compiled_loops(vectors):
         from gpmlp.core import _pair_kernels
 
-        return _pair_kernels.shortest(*_arrays(vectors))
+        return _pair_kernels.shortest_vector(*_arrays(vectors))
     squares = vectors.square().sum(1)
     where = int(squares.argmin())
     return where, float(squares[where].sqrt())
@@ -259,7 +260,7 @@ def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
     return tuple(part.detach().contiguous().numpy() for part in tensors)
 
 
-def arranged(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> Tensor:
+def lexicographic_order(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> Tensor:
     """Indices that put pairs in the order of centres, neighbours and shifts."""
     if not len(centers):
         return centers
@@ -271,7 +272,7 @@ def arranged(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> Tensor:
     return order[(centers * atoms + neighbors)[order].argsort(stable=True)]
 
 
-def compilable(*tensors: Tensor) -> bool:
+def fits_compiled_loops(*tensors: Tensor) -> bool:
     """Whether compiled loops can take these: in the memory of the CPU, in single or double precision, nothing recorded by autograd."""
     return all(
         t.device.type == "cpu"
@@ -281,7 +282,7 @@ def compilable(*tensors: Tensor) -> bool:
     )
 
 
-def forces(neighbors: Neighbors, n_atoms: int, pair_gradients: Tensor) -> Tensor:
+def scatter_forces(neighbors: Neighbors, n_atoms: int, pair_gradients: Tensor) -> Tensor:
     """Scatter g_ij = dE/dr_ij to forces, F_i = sum_j (g_ij - g_ji).
 
     Args:
@@ -296,7 +297,7 @@ def forces(neighbors: Neighbors, n_atoms: int, pair_gradients: Tensor) -> Tensor
     )
 
 
-def virials(structures: Structures, neighbors: Neighbors, vectors: Tensor, pair_gradients: Tensor) -> Tensor:
+def scatter_virials(structures: Structures, neighbors: Neighbors, vectors: Tensor, pair_gradients: Tensor) -> Tensor:
     """Scatter g_ij to dE/d(strain) = V sigma = sum_ij r_ij (x) g_ij, symmetrised.
 
     Args:
@@ -315,33 +316,35 @@ def virials(structures: Structures, neighbors: Neighbors, vectors: Tensor, pair_
     return 0.5 * (out + out.transpose(1, 2))
 
 
-def prediction(
+def assemble_prediction(
     structures: Structures, neighbors: Neighbors, vectors: Tensor, atom_energies: Tensor, pair_gradients: Tensor
 ) -> Prediction:
     """Assemble a Prediction from local energies (atoms,) and pair gradients (pairs, 3): the house's one derivative rule."""
     on_atoms = pair_gradients.new_zeros(structures.n_atoms, 3)
     strained = pair_gradients.new_zeros(len(structures), 3, 3)
-    collect(structures, neighbors, vectors, pair_gradients, on_atoms, strained)
-    return collected(structures, atom_energies, on_atoms, strained)
+    add_pair_gradients(structures, neighbors, vectors, pair_gradients, on_atoms, strained)
+    return prediction_from_sums(structures, atom_energies, on_atoms, strained)
 
 
-def collect(
+def add_pair_gradients(
     structures: Structures, neighbors: Neighbors, vectors: Tensor, gradients: Tensor, on_atoms: Tensor, strained: Tensor
 ) -> None:
     """Add F_i = sum_j (g_ij - g_ji) to on_atoms (atoms, 3) and sum_ij r_ij (x) g_ij to strained (structures, 3, 3), from these pairs."""
     if not len(vectors):
         return
-    if compilable(vectors, gradients):
+    if fits_compiled_loops(vectors, gradients):
         from gpmlp.core import _pair_kernels
 
         given = structures.structure_of_atom, neighbors.centers, neighbors.neighbors, vectors, gradients
-        _pair_kernels.collect(*_arrays(*given), on_atoms.numpy(), strained.numpy())
+        _pair_kernels.add_pair_gradients(*_arrays(*given), on_atoms.numpy(), strained.numpy())
     else:
-        on_atoms += forces(neighbors, structures.n_atoms, gradients)
-        strained += virials(structures, neighbors, vectors, gradients)
+        on_atoms += scatter_forces(neighbors, structures.n_atoms, gradients)
+        strained += scatter_virials(structures, neighbors, vectors, gradients)
 
 
-def collected(structures: Structures, atom_energies: Tensor, on_atoms: Tensor, strained: Tensor) -> Prediction:
+def prediction_from_sums(
+    structures: Structures, atom_energies: Tensor, on_atoms: Tensor, strained: Tensor
+) -> Prediction:
     """A Prediction from local energies (atoms,), eV, forces, and what was collected of pair gradients (structures, 3, 3), eV."""
     energies = atom_energies.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, atom_energies)
     return Prediction(

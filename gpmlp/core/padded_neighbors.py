@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from gpmlp.core.neighbors import Neighbors, arranged
+from gpmlp.core.neighbors import Neighbors, lexicographic_order
 from gpmlp.core.structures import Structures
 
 WIDTH = 32  # rows that are summed at a time
@@ -15,7 +15,7 @@ MULTIPLE = 8  # of which widths are: a new search then seldom changes a shape
 
 
 @dataclass(frozen=True, eq=False)
-class Padded:
+class PaddedNeighbors:
     """Neighbours of each atom, those of each species beside each other; places that are left over are not `real`.
 
     Attributes:
@@ -41,9 +41,9 @@ class Padded:
         return self.neighbors.shape[2]
 
     @staticmethod
-    def of(
+    def from_neighbors(
         pairs: Neighbors, structures: Structures, rows: Tensor, slots: Tensor, n_slots: int, width: int = 0
-    ) -> Padded:
+    ) -> PaddedNeighbors:
         """The table of a full list.
 
         Args:
@@ -54,20 +54,20 @@ class Padded:
         n, device = len(rows), rows.device
         row_of = torch.empty_like(rows).index_copy_(0, rows, torch.arange(n, device=device))
         groups = row_of[pairs.centers] * n_slots + slots[pairs.neighbors]
-        place, width = places(groups, n * n_slots, width, MULTIPLE)
+        place, width = padded_places(groups, n * n_slots, width, MULTIPLE)
         size = n * n_slots * width
         neighbors = rows[:, None].expand(-1, n_slots * width).flatten().index_copy(0, place, pairs.neighbors)
         shifts = torch.zeros(size, 3, dtype=torch.int32, device=device).index_copy_(0, place, pairs.shifts.int())
         real = torch.zeros(size, dtype=torch.bool, device=device).index_fill_(0, place, True)
         # in the order of the pairs seen from their neighbours, the k-th is the k-th of the others seen from their centres
-        forth = arranged(pairs.centers, pairs.neighbors, pairs.shifts)
-        back = arranged(pairs.neighbors, pairs.centers, -pairs.shifts)
+        forth = lexicographic_order(pairs.centers, pairs.neighbors, pairs.shifts)
+        back = lexicographic_order(pairs.neighbors, pairs.centers, -pairs.shifts)
         reverse = torch.arange(size, device=device).index_copy_(0, place[forth], place[back])
         shape = (n, n_slots, width)
         columns = (part.unflatten(0, shape) for part in (neighbors, shifts, real, reverse))
-        return Padded(rows, structures.structure_of_atom[rows], *columns, pairs.cutoff)
+        return PaddedNeighbors(rows, structures.structure_of_atom[rows], *columns, pairs.cutoff)
 
-    def take(self, other: Padded) -> bool:
+    def copy_from(self, other: PaddedNeighbors) -> bool:
         """Take over the pairs of another table of the same atoms, in the memory of this one, if they fit: what was recorded to work on
         this memory then works on them."""
         if other.neighbors.shape != self.neighbors.shape:
@@ -98,7 +98,7 @@ class Padded:
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
+class SegmentSums:
     """Sums over the rows of each segment, in one order whatever the device: rows are fetched WIDTH at a time, not added by index.
 
     Attributes:
@@ -109,7 +109,7 @@ class Sums:
     levels: tuple[Tensor, ...]
 
     @staticmethod
-    def of(segment: Tensor, n_segments: int) -> Sums:
+    def from_segments(segment: Tensor, n_segments: int) -> SegmentSums:
         """For rows of these segments, in any order."""
         levels = []
         while not levels or len(levels[-1]) > n_segments:
@@ -121,7 +121,7 @@ class Sums:
             index = torch.full((int(blocks.sum()) * WIDTH,), len(segment), device=segment.device)
             levels.append(index.index_copy_(0, place, order).unflatten(0, (-1, WIDTH)))
             segment = torch.repeat_interleave(torch.arange(n_segments, device=segment.device), blocks)
-        return Sums(tuple(levels))
+        return SegmentSums(tuple(levels))
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(segments, ...) from (rows, ...)."""
@@ -130,7 +130,7 @@ class Sums:
         return rows
 
 
-def places(groups: Tensor, n_groups: int, width: int = 1, multiple: int = 1) -> tuple[Tensor, int]:
+def padded_places(groups: Tensor, n_groups: int, width: int = 1, multiple: int = 1) -> tuple[Tensor, int]:
     """Places of members in a table of (groups, width), in their order, and the width: that of the largest group, or more."""
     counts = torch.bincount(groups, minlength=n_groups)
     widest = int(counts.max()) if n_groups else 0

@@ -20,12 +20,12 @@ Piece, Made = TypeVar("Piece"), TypeVar("Made")
 _here = threading.local()
 
 
-def available() -> int:
+def available_threads() -> int:
     """How many pieces `each` does side by side where this is asked."""
     return getattr(_here, "threads", None) or torch.get_num_threads()
 
 
-def each(
+def map_pieces(
     work: Callable[[Piece], Made], pieces: Sequence[Piece], take: Callable[[Made], object] | None = None
 ) -> list[Made | None]:
     """[work(piece) for piece in pieces], side by side where there are several; what a piece raises is raised here.
@@ -37,7 +37,7 @@ def each(
             given is not kept, and None is in its place.
     """
     shared = _Shared(work, pieces, take)
-    threads = min(available(), len(pieces))
+    threads = min(available_threads(), len(pieces))
     if threads < 2 or _local("MKL_Set_Num_Threads_Local") is None:
         with one_core():  # the last digits of products depend on it
             return shared.finished()

@@ -8,15 +8,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from gpmlp.core import errors as checks
+from gpmlp.core import errors, units
 from gpmlp.core.structures import Structures
 
 KINDS = ("energies", "forces", "stresses")
-VOIGT_OF = (
-    (0, 5, 4),
-    (5, 1, 3),
-    (4, 3, 2),
-)  # place of a component of a symmetric matrix in the order xx yy zz yz xz xy
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +28,7 @@ class Targets:
         config_types: a label for each structure, '' where none was given.
 
     Raises:
-        checks.UserError: shapes that do not belong together, infinite values, noise that is not positive.
+        UserError: shapes that do not belong together, infinite values, noise that is not positive.
     """
 
     energies: Tensor
@@ -45,24 +40,24 @@ class Targets:
     config_types: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        checks.shape("energies", self.energies, ("structures",))
+        errors.check_shape("energies", self.energies, ("structures",))
         n = self.energies.shape[0]
-        checks.shape("forces", self.forces, ("atoms", 3))
-        checks.shape("stresses", self.stresses, (n, 3, 3))
-        checks.shape("energies_noise", self.energies_noise, (n,))
-        checks.shape("forces_noise", self.forces_noise, tuple(self.forces.shape))
-        checks.shape("stresses_noise", self.stresses_noise, (n,))
+        errors.check_shape("forces", self.forces, ("atoms", 3))
+        errors.check_shape("stresses", self.stresses, (n, 3, 3))
+        errors.check_shape("energies_noise", self.energies_noise, (n,))
+        errors.check_shape("forces_noise", self.forces_noise, tuple(self.forces.shape))
+        errors.check_shape("stresses_noise", self.stresses_noise, (n,))
         if len(self.config_types) != n:
-            raise checks.UserError(f"`config_types` must hold {n} labels; got {len(self.config_types)}.")
+            raise errors.UserError(f"`config_types` must hold {n} labels; got {len(self.config_types)}.")
         for kind in KINDS:
             if torch.isinf(getattr(self, kind)).any():
-                raise checks.UserError(f"`{kind}` holds an infinite value; remove the structure or correct the label.")
+                raise errors.UserError(f"`{kind}` holds an infinite value; remove the structure or correct the label.")
             noise = getattr(self, f"{kind}_noise")
             if (noise <= 0).any() or torch.isinf(noise).any():
-                raise checks.UserError(f"`{kind}_noise` must be positive and finite (or NaN for the model's noise).")
+                raise errors.UserError(f"`{kind}_noise` must be positive and finite (or NaN for the model's noise).")
 
     @staticmethod
-    def unknown(structures: Structures) -> Targets:
+    def unlabelled(structures: Structures) -> Targets:
         """Return Targets in which nothing is known."""
         n, like = len(structures), structures.positions
         nan = float("nan")
@@ -148,7 +143,7 @@ class Variance:
         """Without label noise: of the true value around the prediction."""
         return self.inducing + self.data + self.misspecification
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> Variance:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Variance:
         """Apply a function to every part."""
         return Variance(*(function(getattr(self, f.name)) for f in fields(self)))
 
@@ -159,7 +154,7 @@ class Variance:
 
     def diagonal(self) -> Variance:
         """Variances of the components, from covariances (..., n, n)."""
-        return self.each(lambda part: part.diagonal(dim1=-2, dim2=-1))
+        return self.map(lambda part: part.diagonal(dim1=-2, dim2=-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,8 +193,8 @@ class Prediction:
         """(structures, 3, 3) (eV/A^3)^2, of each component."""
         if self.stresses_covariance is None:
             return None
-        order = torch.tensor(VOIGT_OF, device=self.stresses.device)
-        return self.stresses_covariance.diagonal().each(lambda part: part[:, order])
+        order = torch.tensor(units.VOIGT_INDEX, device=self.stresses.device)
+        return self.stresses_covariance.diagonal().map(lambda part: part[:, order])
 
     def __add__(self, other: Prediction) -> Prediction:
         """The sum of energy terms; what only one of them has (variances, novelty) is kept."""
@@ -219,7 +214,7 @@ class Prediction:
         def apply(value: Tensor | Variance | None) -> Tensor | Variance | None:
             if value is None:
                 return None
-            return value.each(function) if isinstance(value, Variance) else function(value)
+            return value.map(function) if isinstance(value, Variance) else function(value)
 
         return Prediction(*(apply(getattr(self, f.name)) for f in fields(self)))
 
@@ -247,6 +242,6 @@ class Prediction:
             where = atoms if name in per_atom else indices
             if value is None:
                 return None
-            return value.each(lambda part: part[where]) if isinstance(value, Variance) else value[where]
+            return value.map(lambda part: part[where]) if isinstance(value, Variance) else value[where]
 
         return Prediction(*(pick(f.name, getattr(self, f.name)) for f in fields(self)))

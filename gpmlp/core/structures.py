@@ -32,7 +32,7 @@ class Structures:
         names: how error messages call each structure, e.g. "train.xyz frame 12".
 
     Raises:
-        checks.UserError: wrong shape, not finite, flat cell, unsorted or out-of-range structure index.
+        UserError: wrong shape, not finite, flat cell, unsorted or out-of-range structure index.
     """
 
     positions: Tensor
@@ -43,15 +43,15 @@ class Structures:
     names: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        errors.shape("positions", self.positions, ("atoms", 3))
+        errors.check_shape("positions", self.positions, ("atoms", 3))
         n_atoms = self.positions.shape[0]
-        errors.shape(
+        errors.check_shape(
             "cells", self.cells, ("structures", 3, 3), "Rows are lattice vectors; for one structure pass cell[None]."
         )
         n = self.cells.shape[0]
-        errors.shape("periodic", self.periodic, (n, 3))
-        errors.shape("species", self.species, (n_atoms,))
-        errors.shape("structure_of_atom", self.structure_of_atom, (n_atoms,))
+        errors.check_shape("periodic", self.periodic, (n, 3))
+        errors.check_shape("species", self.species, (n_atoms,))
+        errors.check_shape("structure_of_atom", self.structure_of_atom, (n_atoms,))
         if not self.names:
             object.__setattr__(self, "names", tuple(f"structure {i}" for i in range(n)))
         if len(self.names) != n:
@@ -65,7 +65,7 @@ class Structures:
         if bad.any():
             atom = int(bad.nonzero()[0, 0])
             raise errors.UserError(f"{self.names[int(self.structure_of_atom[atom])]}: a position is NaN or infinite.")
-        errors.cells(self.cells, self.periodic, self.names)
+        errors.check_cells(self.cells, self.periodic, self.names)
 
     def __len__(self) -> int:
         return self.cells.shape[0]
@@ -141,7 +141,7 @@ class Structures:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Structures:
         """Return the same structures on another device or in another floating-point type; UserError for a device not there."""
         if device is not None:
-            errors.device(str(device))
+            errors.check_device(str(device))
         positions = self.positions.to(device=device, dtype=dtype)
         if positions is self.positions:  # as everything else then is
             return self
@@ -159,7 +159,7 @@ class Structures:
         cells = self.cells if cells is None else cells
         return Structures(positions, cells, self.periodic, self.species, self.structure_of_atom, self.names)
 
-    def carried(self, positions: Tensor, cells: Tensor) -> Structures:
+    def with_unchecked_positions(self, positions: Tensor, cells: Tensor) -> Structures:
         """As with_positions, but taken as they are: shapes, positions and cells are not looked at, and no device is waited for.
 
         For steps of dynamics, where a search of neighbours looks at them when it has to.
@@ -187,7 +187,7 @@ class Structures:
 _FIELDS = tuple(f.name for f in fields(Structures))
 
 
-def known_again(fingerprints: Sequence[str], others: Sequence[str]) -> int:
+def count_matches(fingerprints: Sequence[str], others: Sequence[str]) -> int:
     """How many of `fingerprints` are of a structure that is among `others`, to the rounding of files."""
     places: dict[str, list[np.ndarray]] = {}
     for one in others:
@@ -202,7 +202,7 @@ def known_again(fingerprints: Sequence[str], others: Sequence[str]) -> int:
     return found
 
 
-def chunks(structures: Structures, atoms: int) -> Iterator[Structures]:
+def chunk_structures(structures: Structures, atoms: int) -> Iterator[Structures]:
     """Consecutive structures, as many as have about that many atoms together (at least one)."""
     if len(structures) == 1 or 0 < structures.n_atoms <= atoms:
         yield structures

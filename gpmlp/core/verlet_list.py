@@ -16,7 +16,7 @@ CALLS = 3  # that a skin should last for at the pace of the last calls: else a s
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class ReferencePositions:
     """Where atoms and cells were when neighbours were searched, and how far they may go until pairs can be missing.
 
     A pair vector is r' = r F + (u_j − u_i), with F = h⁻¹ h' the strain of the cell and u what an atom moved beyond it. A pair that was
@@ -30,12 +30,12 @@ class Reference:
     reach: float
 
     @staticmethod
-    def of(structures: Structures, reach: float) -> Reference:
+    def from_structures(structures: Structures, reach: float) -> ReferencePositions:
         """Of structures whose pairs within `reach` (A) were searched."""
-        boxes = cell_list.boxes(structures.cells, structures.periodic)
-        return Reference(structures.positions.clone(), boxes.clone(), torch.linalg.inv(boxes), reach)
+        boxes = cell_list.complete_cells(structures.cells, structures.periodic)
+        return ReferencePositions(structures.positions.clone(), boxes.clone(), torch.linalg.inv(boxes), reach)
 
-    def gone(self, structures: Structures, positions: Tensor, now: Tensor) -> Tensor:
+    def displacement(self, structures: Structures, positions: Tensor, now: Tensor) -> Tensor:
         """(atoms,) 2 |u| + reach ‖F − 1‖ of atoms at other positions in cells `now`, A; nothing is asked of the host."""
         boxes = torch.where(structures.periodic[:, :, None], now, self.boxes)
         strain = self.inverse @ boxes
@@ -47,14 +47,14 @@ class Reference:
         sheared = (strain - eye).square().sum((1, 2)).sqrt()
         return 2 * (positions - carried).square().sum(1).sqrt() + self.reach * sheared[structures.structure_of_atom]
 
-    def take(self, other: Reference, which: Tensor | None = None, atoms: Tensor | None = None) -> None:
+    def copy_from(self, other: ReferencePositions, which: Tensor | None = None, atoms: Tensor | None = None) -> None:
         """Take over another one of the same atoms, in the memory of this one; or only that of some structures and their atoms."""
         for name, some in {"positions": atoms, "boxes": which, "inverse": which}.items():
             mine, theirs = getattr(self, name), getattr(other, name)
             mine.copy_(theirs) if some is None else mine.index_copy_(0, some, theirs)
 
 
-class Skin:
+class VerletList:
     """All pairs within a cutoff of a batch whose atoms move little from call to call (Verlet, Phys. Rev. 159, 98 (1967)).
 
     Pairs of a structure are searched for a `skin` beyond the cutoff, and again when its atoms and its cell have gone farther than that
@@ -68,11 +68,11 @@ class Skin:
         Raises:
             UserError: a skin that is negative or no number.
         """
-        errors.positive("skin", skin, allow_zero=True)
+        errors.check_positive("skin", skin, allow_zero=True)
         self.cutoff, self.skin = cutoff, skin
         self.searched = 0  # structures so far
         self._atoms: tuple[Tensor, ...] = ()
-        self._reference: Reference | None = None
+        self._reference: ReferencePositions | None = None
 
     def __call__(self, structures: Structures) -> Neighbors:
         """All pairs of these structures within the cutoff.
@@ -89,9 +89,9 @@ class Skin:
                 due = ~(gone < self._room)  # nor where it is no number
                 if due.any():
                     self._search(structures, due, gone * CALLS < self.skin * self._calls)
-            found, closest = self._pairs.closer(structures, self.cutoff)
+            found, closest = self._pairs.closer_than(structures, self.cutoff)
             if closest < neighbors.CLOSEST:
-                neighbors.find(structures, self.cutoff)  # which says what is wrong
+                neighbors.find_neighbors(structures, self.cutoff)  # which says what is wrong
             return found
 
     def _known(self, now: Structures) -> bool:
@@ -106,10 +106,10 @@ class Skin:
         """Other atoms: nothing is known of how they move."""
         self._reference = None
         every = torch.ones_like(structures.periodic[:, 0])
-        self._pairs = Neighbors.none(structures)
+        self._pairs = Neighbors.empty(structures)
         self._room, self._calls = (structures.cells.new_zeros(len(structures)) for _ in range(2))
         self._search(structures, every, ~every)
-        reference = Reference.of(structures, self.cutoff + self.skin)
+        reference = ReferencePositions.from_structures(structures, self.cutoff + self.skin)
         self._atoms = structures.species, structures.structure_of_atom, structures.periodic
         self._cells, self._reference = structures.cells.clone(), reference
 
@@ -119,7 +119,7 @@ class Skin:
         if now.positions.device.type == "cpu" and torch.equal(now.cells, self._cells):
             far = 2 * (now.positions - then.positions).square().sum(1).sqrt()
         else:
-            far = then.gone(now, now.positions, now.cells)
+            far = then.displacement(now, now.positions, now.cells)
         if len(now) == 1 and len(far):
             return far.amax(0, keepdim=True)
         return far.new_zeros(len(now)).scatter_reduce_(0, now.structure_of_atom, far, "amax")
@@ -137,13 +137,13 @@ class Skin:
             numbers = which.nonzero()[:, 0]
             atoms = which[structures.structure_of_atom].nonzero()[:, 0]
             some = structures.select(numbers)  # which looks at positions and cells
-            found = neighbors.find(some, self.cutoff + max(room, HAIR))
+            found = neighbors.find_neighbors(some, self.cutoff + max(room, HAIR))
             found = found if some.positions.device.type == "cpu" else found.sorted()
             parts.append((atoms[found.centers], atoms[found.neighbors], found.shifts))
             self._room[numbers], self._calls[numbers] = room, 0
             self.searched += len(numbers)
             if reference is not None:
-                reference.take(Reference.of(some, reference.reach), numbers, atoms)
+                reference.copy_from(ReferencePositions.from_structures(some, reference.reach), numbers, atoms)
                 self._cells[numbers] = some.cells
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
         if len(parts) > 1:

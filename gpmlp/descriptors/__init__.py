@@ -8,7 +8,7 @@ from gpmlp.core.environments import Descriptor
 NAMES = ("soap", "dscribe-soap", "dscribe-acsf")
 
 
-def make(species: tuple[int, ...], parameters: dict) -> Descriptor:
+def make_descriptor(species: tuple[int, ...], parameters: dict) -> Descriptor:
     """Build a descriptor.
 
     Args:
@@ -16,11 +16,11 @@ def make(species: tuple[int, ...], parameters: dict) -> Descriptor:
         parameters: the resolved `descriptor` section of a recipe, as a dictionary.
     """
     name = parameters["name"]
-    errors.choose("descriptor", name, NAMES)
+    errors.check_choice("descriptor", name, NAMES)
     if name != "soap":
         from gpmlp.descriptors import dscribe
 
-        return dscribe.make(species, parameters)
+        return dscribe.make_dscribe(species, parameters)
     from gpmlp.descriptors.backends import SoapPowerSpectrum
     from gpmlp.descriptors.cutoff import NeighborWeights
 

@@ -9,18 +9,18 @@ import numpy as np
 from numba import njit
 
 from gpmlp.descriptors._cpu_kernels import _value_and_slope
-from gpmlp.descriptors._simd import FLAGS, LANES, fill, load, spread, store, turned, whole
+from gpmlp.descriptors._simd import FLAGS, LANES, fill, load, load_all, round_up, store, transpose_lanes
 
 
 @njit(cache=True, **FLAGS)
-def jacobian(lo, hi, base, pairs, basis, c_row, density, features, norms, out):
+def feature_jacobian(lo, hi, base, pairs, basis, c_row, density, features, norms, out):
     """out[pair - base, xyz, feature] = d(features)/dr of the pairs of environments lo to hi.
 
     With A_bl = Σ_m Y_lm c_blm and B_bl = Σ_m dY_lm c_blm the derivative of the product (a, b) is
     [R'_a A_b + R'_b A_a] r^ + R_a B_b + R_b B_a, where R_a is zero unless a is of the neighbour's species.
     """
     degrees, n, species, like = basis.l_max + 1, basis.n_max, basis.n_species, basis.table.dtype
-    deep, channels, width = whole(degrees), n * species, features.shape[1] + LANES
+    deep, channels, width = round_up(degrees), n * species, features.shape[1] + LANES
     # by channel and l, filled up to whole lanes; channels of other species stay zero
     value, slope = np.zeros((channels + LANES) * deep, like), np.zeros((channels + LANES) * deep, like)
     inner, y = np.zeros(4 * c_row * deep, like), np.zeros(4 * degrees**2 * LANES, like)
@@ -65,11 +65,11 @@ def _harmonics(pairs, basis, first, out):
         if m:
             re, im, re_before, im_before = x * re - y * im, x * im + y * re, re, im
             order = order + fill(basis.one)
-        q, q_before, d, d_before = spread(basis.angular, 2 * (m * degrees + m)), zero, zero, zero
+        q, q_before, d, d_before = load_all(basis.angular, 2 * (m * degrees + m)), zero, zero, zero
         for l in range(m, degrees):
             if l > m:
                 k = 2 * (l * degrees + m)
-                a, b = spread(basis.angular, k), spread(basis.angular, k + 1)
+                a, b = load_all(basis.angular, k), load_all(basis.angular, k + 1)
                 az = a * z
                 d, d_before = az * d + (a * q + b * d_before), d
                 q, q_before = az * q + b * q_before, q
@@ -107,7 +107,7 @@ def _put(out, degrees, at, inverse, x, y, z, value, on_x, on_y, on_z):
 @njit(**FLAGS)
 def _radial(pairs, basis, pair, at, deep, value, slope):
     """value[at + n l] = w I_nl and slope[at + n l] = d(w I_nl)/dr of one pair."""
-    row, last = whole(basis.n_max), basis.l_max
+    row, last = round_up(basis.n_max), basis.l_max
     size = (last + 1) * row
     for l in range(0, last + 1, LANES):
         second, third, fourth = min(l + 1, last), min(l + 2, last), min(l + 3, last)
@@ -123,7 +123,7 @@ def _radial(pairs, basis, pair, at, deep, value, slope):
 @njit(forceinline=True, **FLAGS)
 def _store_turned(out, at, step, a, b, c, d):
     """The columns of four lanes, each `step` behind the one before."""
-    a, b, c, d = turned(a, b, c, d)
+    a, b, c, d = transpose_lanes(a, b, c, d)
     store(out, at, a)
     store(out, at + step, b)
     store(out, at + 2 * step, c)
@@ -150,7 +150,7 @@ def _contract(density, start, c_row, degrees, deep, y, lane, out):
 def _of_degree(density, at, c_row, l, y, lane):
     total = fill(density.dtype.type(0))
     for lm in range(l * l, (l + 1) * (l + 1)):
-        total = total + spread(y, lm * LANES + lane) * load(density, at + lm * c_row)
+        total = total + load_all(y, lm * LANES + lane) * load(density, at + lm * c_row)
     return total
 
 
@@ -161,7 +161,7 @@ def _products(basis, species, deep, c_row, width, pairs, pair, value, slope, inn
     Lanes behind the last l of a product reach into the next: the first ones, l = 0 and following, are made last.
     """
     n, channels, degrees, each = basis.n_max, basis.n_max * basis.n_species, basis.l_max + 1, c_row * deep
-    x, y, z, zero = spread(pairs.x, pair), spread(pairs.y, pair), spread(pairs.z, pair), fill(basis.zero)
+    x, y, z, zero = load_all(pairs.x, pair), load_all(pairs.y, pair), load_all(pairs.z, pair), fill(basis.zero)
     on_x, on_y, on_z = zero, zero, zero
     for back in range(LANES, deep + 1, LANES):
         l, k = deep - back, 0

@@ -13,12 +13,22 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from gpmlp.descriptors._simd import FLAGS, LANES, fill, load, product, spread, store, turned, whole
+from gpmlp.descriptors._simd import (
+    FLAGS,
+    LANES,
+    fill,
+    load,
+    load_all,
+    multiply_matrices,
+    round_up,
+    store,
+    transpose_lanes,
+)
 
 POWERS = 6  # coefficients of a quintic
 
 
-def angular(l_max: int) -> np.ndarray:
+def recurrence_table(l_max: int) -> np.ndarray:
     """(l_max + 1, l_max + 1, 2) numbers that harmonics are made of, by l and m (0 <= m <= l).
 
     Y_lm = Q_lm(z) Re (x + iy)^m and Y_l-m = Q_lm(z) Im (x + iy)^m, times √2 for m > 0, on the unit sphere, with polynomials
@@ -37,7 +47,7 @@ def angular(l_max: int) -> np.ndarray:
     return out
 
 
-class Pairs(NamedTuple):
+class SortedPairs(NamedTuple):
     """Pairs of surroundings sorted by environment, then by species of the neighbour; all of one floating type.
 
     Attributes:
@@ -64,7 +74,7 @@ class Pairs(NamedTuple):
     widest: int
 
 
-class Basis(NamedTuple):
+class BasisTables(NamedTuple):
     """Radial functions and products of channels.
 
     Attributes:
@@ -89,20 +99,20 @@ class Basis(NamedTuple):
     n_species: int
 
 
-def row(n_max: int, n_species: int) -> int:
+def row_length(n_max: int, n_species: int) -> int:
     """Length of the rows of densities: channels, and room for the lanes of the last species."""
-    return whole.py_func((n_species - 1) * n_max + whole.py_func(n_max))
+    return round_up.py_func((n_species - 1) * n_max + round_up.py_func(n_max))
 
 
 @njit(**FLAGS)
 def _values(pairs, basis, first, count, out):
     """out[pair, l, n] = w I_nl of `count` pairs from `first` on."""
-    table, size = basis.table, (basis.l_max + 1) * whole(basis.n_max)
+    table, size = basis.table, (basis.l_max + 1) * round_up(basis.n_max)
     for p in range(count):
         at, t, w = (
             pairs.interval[first + p] * POWERS * size,
-            spread(pairs.offset, first + p),
-            spread(pairs.weight, first + p),
+            load_all(pairs.offset, first + p),
+            load_all(pairs.weight, first + p),
         )
         for k in range(0, size, LANES):
             c = at + k
@@ -122,23 +132,23 @@ def _harmonics(pairs, basis, first, count, width, out):
         for m in range(degrees):
             if m:
                 re, im = x * re - y * im, x * im + y * re
-            q, before = spread(basis.angular, 2 * (m * degrees + m)), fill(basis.zero)
+            q, before = load_all(basis.angular, 2 * (m * degrees + m)), fill(basis.zero)
             for l in range(m, degrees):
                 if l > m:
                     k = 2 * (l * degrees + m)
-                    q, before = (spread(basis.angular, k) * z) * q + spread(basis.angular, k + 1) * before, q
+                    q, before = (load_all(basis.angular, k) * z) * q + load_all(basis.angular, k + 1) * before, q
                 if m:
                     store(out, (l * l + l - m) * width + p, q * im)
                 store(out, (l * l + l + m) * width + p, q * re)
 
 
 @njit(cache=True, **FLAGS)
-def expand(lo, hi, pairs, basis, tiny, c_row, density, features, norms):
+def expand_features(lo, hi, pairs, basis, tiny, c_row, density, features, norms):
     """Of environments lo to hi: `density` (environments, lm, c_row) in one row, features and norms."""
     degrees, n, species, like = basis.l_max + 1, basis.n_max, basis.n_species, basis.table.dtype
-    size, width, channels = degrees * whole(n), whole(pairs.widest), n * species
+    size, width, channels = degrees * round_up(n), round_up(pairs.widest), n * species
     radial, y = np.empty(pairs.widest * size, like), np.empty(degrees**2 * width, like)
-    c, gram = np.zeros(degrees**2 * c_row, like), np.empty(degrees * channels * whole(channels), like)
+    c, gram = np.zeros(degrees**2 * c_row, like), np.empty(degrees * channels * round_up(channels), like)
     for e in range(lo, hi):
         first = pairs.starts[e * species]
         count = pairs.starts[(e + 1) * species] - first
@@ -148,8 +158,8 @@ def expand(lo, hi, pairs, basis, tiny, c_row, density, features, norms):
         for s in range(species):
             begin, end = pairs.starts[e * species + s] - first, pairs.starts[e * species + s + 1] - first
             for l in range(degrees):
-                product(2 * l + 1, whole(n), end - begin, y, l * l * width + begin, width, 1,
-                        radial, begin * size + l * whole(n), size, c, l * l * c_row + s * n, c_row)  # fmt: skip
+                multiply_matrices(2 * l + 1, round_up(n), end - begin, y, l * l * width + begin, width, 1,
+                        radial, begin * size + l * round_up(n), size, c, l * l * c_row + s * n, c_row)  # fmt: skip
         for k in range(n):
             c[pairs.slots[e] * n + k] += basis.center[k]
         for k in range(len(c)):
@@ -164,10 +174,10 @@ def expand(lo, hi, pairs, basis, tiny, c_row, density, features, norms):
 def _spectrum(basis, c, c_row, gram, spectrum):
     """p_ab,l of one environment; returns its norm. `gram` (l, a, b) holds Σ_m c_lma c_lmb, for b from the lanes of a on."""
     channels, degrees = basis.n_max * basis.n_species, basis.l_max + 1
-    g_row = whole(channels)
+    g_row = round_up(channels)
     for l in range(degrees):
         for a in range(0, channels, 4):
-            product(min(4, channels - a), g_row - a, 2 * l + 1, c, l * l * c_row + a, 1, c_row,
+            multiply_matrices(min(4, channels - a), g_row - a, 2 * l + 1, c, l * l * c_row + a, 1, c_row,
                     c, l * l * c_row + a, c_row, gram, (l * channels + a) * g_row + a, g_row)  # fmt: skip
     k, square = 0, basis.zero
     for a in range(channels):
@@ -184,8 +194,8 @@ def _spectrum(basis, c, c_row, gram, spectrum):
 def pull_back(lo, hi, pairs, basis, c_row, density, features, norms, cotangents, out):
     """Pair gradients (pairs, 3) of environments lo to hi from cotangents of their features."""
     degrees, n, species, like = basis.l_max + 1, basis.n_max, basis.n_species, basis.table.dtype
-    channels, full = n * species, whole(n)
-    g_row = whole(channels)
+    channels, full = n * species, round_up(n)
+    g_row = round_up(channels)
     on_gram, on_density = np.zeros(degrees * channels * g_row, like), np.empty(degrees**2 * g_row, like)
     radial, mixed = np.empty(degrees * full * 2 * LANES, like), np.empty(degrees**2 * 2 * LANES, like)
     made = np.empty(3 * LANES, like)
@@ -196,7 +206,7 @@ def pull_back(lo, hi, pairs, basis, c_row, density, features, norms, cotangents,
             for p in range(begin, end, LANES):
                 _slopes(pairs, basis, p, end - 1, radial)
                 for l in range(degrees):
-                    product(2 * l + 1, 2 * LANES, n, on_density, l * l * g_row + s * n, g_row, 1,
+                    multiply_matrices(2 * l + 1, 2 * LANES, n, on_density, l * l * g_row + s * n, g_row, 1,
                             radial, l * full * 2 * LANES, 2 * LANES, mixed, l * l * 2 * LANES, 2 * LANES)  # fmt: skip
                 _to_pairs(pairs, basis, p, mixed, made)
                 for i in range(min(LANES, end - p)):
@@ -208,7 +218,7 @@ def pull_back(lo, hi, pairs, basis, c_row, density, features, norms, cotangents,
 def _to_density(basis, density, e, c_row, x, norm, cotangent, on_gram, out):
     """dE/dc (lm, channels) of environment e from dE/dx, by way of dE/dp = (dE/dx - x (x . dE/dx)) / |p|."""
     channels, degrees, along = basis.n_max * basis.n_species, basis.l_max + 1, basis.zero
-    g_row = whole(channels)
+    g_row = round_up(channels)
     for k in range(len(x)):
         along += x[k] * cotangent[k]
     inverse, k = basis.one / norm, 0
@@ -221,22 +231,22 @@ def _to_density(basis, density, e, c_row, x, norm, cotangent, on_gram, out):
                 on_gram[here + b * g_row + a] = g if a != b else g + g
                 k += 1
     for l in range(degrees):
-        product(2 * l + 1, g_row, channels, density, (e * degrees**2 + l * l) * c_row, c_row, 1,
+        multiply_matrices(2 * l + 1, g_row, channels, density, (e * degrees**2 + l * l) * c_row, c_row, 1,
                 on_gram, l * channels * g_row, g_row, out, l * l * g_row, g_row)  # fmt: skip
 
 
 @njit(**FLAGS)
 def _slopes(pairs, basis, first, last, out):
     """out[l, n, 2 pair lanes] = w I_nl and d(w I_nl)/dr of the pairs `first` and following, up to `last`."""
-    size = (basis.l_max + 1) * whole(basis.n_max)
+    size = (basis.l_max + 1) * round_up(basis.n_max)
     i, j, k, h = first, min(first + 1, last), min(first + 2, last), min(first + 3, last)
     for at in range(0, size, LANES):
         v0, s0 = _value_and_slope(pairs, basis, i, size, at)
         v1, s1 = _value_and_slope(pairs, basis, j, size, at)
         v2, s2 = _value_and_slope(pairs, basis, k, size, at)
         v3, s3 = _value_and_slope(pairs, basis, h, size, at)
-        v0, v1, v2, v3 = turned(v0, v1, v2, v3)
-        s0, s1, s2, s3 = turned(s0, s1, s2, s3)
+        v0, v1, v2, v3 = transpose_lanes(v0, v1, v2, v3)
+        s0, s1, s2, s3 = transpose_lanes(s0, s1, s2, s3)
         here = at * 2 * LANES
         store(out, here, v0)
         store(out, here + LANES, s0)
@@ -251,14 +261,14 @@ def _slopes(pairs, basis, first, last, out):
 @njit(forceinline=True, **FLAGS)
 def _value_and_slope(pairs, basis, pair, size, at):
     """w I_nl and its slope of one pair, for LANES of n from `at` on."""
-    table, c, t = basis.table, pairs.interval[pair] * POWERS * size + at, spread(pairs.offset, pair)
+    table, c, t = basis.table, pairs.interval[pair] * POWERS * size + at, load_all(pairs.offset, pair)
     slope = load(table, c)
     value = slope * t + load(table, c + size)
     for power in range(2, POWERS):
         slope = slope * t + value
         value = value * t + load(table, c + power * size)
-    w = spread(pairs.weight, pair)
-    return value * w, slope * (w * fill(basis.per_step)) + value * spread(pairs.d_weight, pair)
+    w = load_all(pairs.weight, pair)
+    return value * w, slope * (w * fill(basis.per_step)) + value * load_all(pairs.d_weight, pair)
 
 
 @njit(**FLAGS)
@@ -275,12 +285,12 @@ def _to_pairs(pairs, basis, first, mixed, out):
         if m:
             re, im, re_before, im_before = x * re - y * im, x * im + y * re, re, im
             order = order + fill(basis.one)
-        q, q_before, d, d_before = spread(basis.angular, 2 * (m * degrees + m)), zero, zero, zero
+        q, q_before, d, d_before = load_all(basis.angular, 2 * (m * degrees + m)), zero, zero, zero
         re_q, re_d, re_r, im_q, im_d, im_r = zero, zero, zero, zero, zero, zero
         for l in range(m, degrees):
             if l > m:
                 k = 2 * (l * degrees + m)
-                a, b = spread(basis.angular, k), spread(basis.angular, k + 1)
+                a, b = load_all(basis.angular, k), load_all(basis.angular, k + 1)
                 az = a * z
                 d, d_before = az * d + (a * q + b * d_before), d
                 q, q_before = az * q + b * q_before, q
@@ -302,7 +312,7 @@ def _to_pairs(pairs, basis, first, mixed, out):
     store(out, 2 * LANES, inverse * on_z + radial * z)
 
 
-class Cut(NamedTuple):
+class CutoffParameters(NamedTuple):
     """The weights of neighbours (weights.py) as plain numbers; `function` is the place of its name in weights.FUNCTIONS."""
 
     function: int
@@ -382,7 +392,7 @@ def lay_out(vectors, centers, species, of_centers, known, cut, per_step, n_inter
         scaled = r * per_step
         interval[at] = min(n_intervals - 1, max(0, np.int64(scaled)))
         offset[at] = scaled - interval[at]
-    return Pairs(order, starts, x, y, z, inverses, weight, d_weight, interval, offset, slots, widest), all_known
+    return SortedPairs(order, starts, x, y, z, inverses, weight, d_weight, interval, offset, slots, widest), all_known
 
 
 @njit(**FLAGS)

@@ -18,7 +18,7 @@ FLAGS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reasso
 LANES = 4
 
 
-class Lanes(types.Type):
+class LaneType(types.Type):
     """The type of LANES numbers of a floating type."""
 
     def __init__(self, of: types.Float) -> None:
@@ -26,7 +26,7 @@ class Lanes(types.Type):
         self.of = of
 
 
-@register_model(Lanes)
+@register_model(LaneType)
 class _Model(models.PrimitiveModel):
     def __init__(self, manager, kind):
         super().__init__(manager, kind, ir.VectorType(manager.lookup(kind.of).get_value_type(), LANES))
@@ -47,7 +47,7 @@ def load(typing, array, at):
         kind = signature.args[0]
         return builder.load(_address(context, builder, kind, *given), align=kind.dtype.bitwidth // 8)
 
-    return Lanes(array.dtype)(array, types.intp), make
+    return LaneType(array.dtype)(array, types.intp), make
 
 
 @intrinsic
@@ -63,14 +63,14 @@ def store(typing, array, at, lanes):
 
 
 @intrinsic
-def spread(typing, array, at):
+def load_all(typing, array, at):
     """The number of a flat array at `at`, in all lanes; no place is counted from the end."""
 
     def make(context, builder, signature, given):
         data = context.make_array(signature.args[0])(context, builder, given[0]).data
         return _in_all(builder, builder.load(builder.gep(data, [given[1]])))
 
-    return Lanes(array.dtype)(array, types.intp), make
+    return LaneType(array.dtype)(array, types.intp), make
 
 
 @intrinsic
@@ -80,7 +80,7 @@ def fill(typing, number):
     def make(context, builder, signature, given):
         return _in_all(builder, given[0])
 
-    return Lanes(number)(number), make
+    return LaneType(number)(number), make
 
 
 def _in_all(builder, number):
@@ -105,17 +105,17 @@ _plus, _minus, _times = (_elementwise(name) for name in ("fadd", "fsub", "fmul")
 
 @overload(operator.add)
 def _(a, b):
-    return (lambda a, b: _plus(a, b)) if isinstance(a, Lanes) else None
+    return (lambda a, b: _plus(a, b)) if isinstance(a, LaneType) else None
 
 
 @overload(operator.sub)
 def _(a, b):
-    return (lambda a, b: _minus(a, b)) if isinstance(a, Lanes) else None
+    return (lambda a, b: _minus(a, b)) if isinstance(a, LaneType) else None
 
 
 @overload(operator.mul)
 def _(a, b):
-    return (lambda a, b: _times(a, b)) if isinstance(a, Lanes) else None
+    return (lambda a, b: _times(a, b)) if isinstance(a, LaneType) else None
 
 
 def _shuffled(places):
@@ -134,20 +134,20 @@ _first, _second = _shuffled([0, 1, 4, 5]), _shuffled([2, 3, 6, 7])
 
 
 @njit(forceinline=True, **FLAGS)
-def turned(a, b, c, d):
+def transpose_lanes(a, b, c, d):
     """Four lanes as the rows of a matrix -> its columns."""
     e, f, g, h = _low(a, b), _high(a, b), _low(c, d), _high(c, d)
     return _first(e, g), _first(f, h), _second(e, g), _second(f, h)
 
 
 @njit(**FLAGS)
-def whole(count):
+def round_up(count):
     """The next multiple of LANES."""
     return (count + LANES - 1) // LANES * LANES
 
 
 @njit(forceinline=True, **FLAGS)
-def product(rows, columns, depth, a, a_at, a_row, a_deep, b, b_at, b_deep, c, c_at, c_row):
+def multiply_matrices(rows, columns, depth, a, a_at, a_row, a_deep, b, b_at, b_deep, c, c_at, c_row):
     """c[row, column] = Σ_k a[row, k] b[k, column], of `columns` a multiple of LANES, in flat arrays with these beginnings and steps.
 
     Four rows at a time; where fewer are left the last one is made again, which stores the same number twice.
@@ -169,13 +169,13 @@ def _two(depth, a, of_a, a_deep, b, b_at, b_deep, c, of_c, column):
     s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = fill(a.dtype.type(0))
     for k in range(depth):
         x, y, at = load(b, b_at + k * b_deep), load(b, b_at + k * b_deep + LANES), k * a_deep
-        u = spread(a, of_a[0] + at)
+        u = load_all(a, of_a[0] + at)
         s0, t0 = s0 + u * x, t0 + u * y
-        u = spread(a, of_a[1] + at)
+        u = load_all(a, of_a[1] + at)
         s1, t1 = s1 + u * x, t1 + u * y
-        u = spread(a, of_a[2] + at)
+        u = load_all(a, of_a[2] + at)
         s2, t2 = s2 + u * x, t2 + u * y
-        u = spread(a, of_a[3] + at)
+        u = load_all(a, of_a[3] + at)
         s3, t3 = s3 + u * x, t3 + u * y
     _put(c, of_c, column, s0, s1, s2, s3)
     _put(c, of_c, column + LANES, t0, t1, t2, t3)
@@ -187,10 +187,10 @@ def _one(depth, a, of_a, a_deep, b, b_at, b_deep, c, of_c, column):
     s0 = s1 = s2 = s3 = fill(a.dtype.type(0))
     for k in range(depth):
         x, at = load(b, b_at + k * b_deep), k * a_deep
-        s0 = s0 + spread(a, of_a[0] + at) * x
-        s1 = s1 + spread(a, of_a[1] + at) * x
-        s2 = s2 + spread(a, of_a[2] + at) * x
-        s3 = s3 + spread(a, of_a[3] + at) * x
+        s0 = s0 + load_all(a, of_a[0] + at) * x
+        s1 = s1 + load_all(a, of_a[1] + at) * x
+        s2 = s2 + load_all(a, of_a[2] + at) * x
+        s3 = s3 + load_all(a, of_a[3] + at) * x
     _put(c, of_c, column, s0, s1, s2, s3)
 
 

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpmlp.descriptors.gpu import Expanded, Numbers
+from gpmlp.descriptors.gpu import DenseExpansion, DenseTables
 from gpmlp.descriptors.soap import PowerSpectrum
-from gpmlp.descriptors.spherical_harmonics import orders, recurrence
+from gpmlp.descriptors.spherical_harmonics import harmonic_orders, legendre_recurrence
 
 TILE = 512  # numbers of a tile that one warp holds
 
 
-def usable(like: Tensor) -> bool:
+def can_use_triton(like: Tensor) -> bool:
     """Whether Triton is there, and can reach this tensor: on a CUDA device, or anywhere with Triton's interpreter (TRITON_INTERPRET=1)."""
     reached = like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     return reached and like.dtype in (torch.float32, torch.float64) and importlib.util.find_spec("triton") is not None
 
 
-def failure(kernels: Kernels, like: Tensor) -> str | None:
+def failure_reason(kernels: TritonKernels, like: Tensor) -> str | None:
     """Why kernels cannot be compiled or run where a tensor is: the last line of what was raised; None if they can."""
     far = kernels.numbers.descriptor.cutoff + 1.0
     vectors = torch.full((1, len(kernels.numbers.descriptor.species), 8, 3), far, dtype=like.dtype, device=like.device)
@@ -37,7 +37,7 @@ def failure(kernels: Kernels, like: Tensor) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Kernels:
+class TritonKernels:
     """A dense.Form.
 
     Attributes:
@@ -47,18 +47,18 @@ class Kernels:
         a, b: (l_max + 1, harmonics) of the recurrence, by number of the step.
     """
 
-    numbers: Numbers
+    numbers: DenseTables
     per_length: Tensor
     columns: tuple[Tensor, ...]
     a: Tensor
     b: Tensor
 
     @staticmethod
-    def of(descriptor: PowerSpectrum, like: Tensor) -> Kernels:
+    def from_descriptor(descriptor: PowerSpectrum, like: Tensor) -> TritonKernels:
         """On the device of a tensor, of its type."""
-        lm, side = orders(descriptor.l_max), descriptor.l_max + 1
+        lm, side = harmonic_orders(descriptor.l_max), descriptor.l_max + 1
         size = _power(len(lm))
-        a, b, _, diagonal = recurrence(descriptor.l_max)
+        a, b, _, diagonal = legendre_recurrence(descriptor.l_max)
         integers = torch.zeros(4, size, dtype=torch.int32)
         start, climb = torch.zeros(size, dtype=torch.float64), torch.zeros(2, side, size, dtype=torch.float64)
         for k, (l, m) in enumerate(lm):
@@ -68,9 +68,11 @@ class Kernels:
                 climb[0, step, k], climb[1, step, k] = a[abs(m) + step, abs(m)], b[abs(m) + step, abs(m)]
         columns = (*integers.to(like.device).unbind(), start.to(like))
         per_length = torch.tensor([1 / descriptor._radial.step], dtype=torch.float64).to(like)
-        return Kernels(Numbers.of(descriptor, like), per_length, columns, *climb.to(like).unbind())
+        return TritonKernels(
+            DenseTables.from_descriptor(descriptor, like), per_length, columns, *climb.to(like).unbind()
+        )
 
-    def expand(self, vectors: Tensor, own: Tensor) -> Expanded:
+    def expand(self, vectors: Tensor, own: Tensor) -> DenseExpansion:
         """As in dense.Form."""
         from gpmlp.descriptors import _triton_kernels
 
@@ -80,7 +82,7 @@ class Kernels:
         density = vectors.new_empty(n, made.channels, (made.l_max + 1) ** 2)
         spectrum = vectors.new_empty(n, made.n_features)
         if not n:
-            return Expanded(spectrum, density, (vectors, weight, d_weight))
+            return DenseExpansion(spectrum, density, (vectors, weight, d_weight))
         with torch.cuda.device_of(vectors):  # which Triton launches on
             inputs = vectors, weight, own, self.numbers.table, self.per_length, self.numbers.center
             _triton_kernels.expand[(n,)](
@@ -90,9 +92,9 @@ class Kernels:
             _triton_kernels.multiply[(n, made.l_max + 1)](
                 density, self.numbers.factors, spectrum, C=made.channels, L=made.l_max + 1, num_warps=1, **sizes
             )
-        return Expanded(spectrum, density, (vectors, weight, d_weight))
+        return DenseExpansion(spectrum, density, (vectors, weight, d_weight))
 
-    def pull_back(self, made: Expanded, on_spectrum: Tensor) -> Tensor:
+    def pull_back(self, made: DenseExpansion, on_spectrum: Tensor) -> Tensor:
         """As in dense.Form."""
         from gpmlp.descriptors import _triton_kernels
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.core.errors import DataWarning
 from gpmlp.descriptors import _triton, cpu, gpu
-from gpmlp.descriptors.gpu import Form, Products
+from gpmlp.descriptors.gpu import BatchedProducts, DenseBackend
 from gpmlp.descriptors.soap import PowerSpectrum
 
 
@@ -24,26 +24,26 @@ class SoapPowerSpectrum(PowerSpectrum):
         """Environments of all surroundings."""
         vectors = surroundings.vectors
         if cpu.usable(vectors):
-            return cpu.environments(self, surroundings)
+            return cpu.compiled_environments(self, surroundings)
         if usable_dense(vectors):
-            return gpu.environments(self, surroundings, form(self, vectors.detach()))
+            return gpu.dense_environments(self, surroundings, fastest_backend(self, vectors.detach()))
         return self.reference(surroundings)
 
 
-def form(descriptor: SoapPowerSpectrum, like: Tensor) -> Form:
+def fastest_backend(descriptor: SoapPowerSpectrum, like: Tensor) -> DenseBackend:
     """The fastest form that works for the device and type of a tensor: Triton's kernels on CUDA devices, if Triton is there and can
     compile them, which is tried once; a DataWarning says if it cannot."""
     return _form(descriptor, like.device, like.dtype)
 
 
 @lru_cache(maxsize=32)
-def _form(descriptor: SoapPowerSpectrum, device: torch.device, dtype: torch.dtype) -> Form:
+def _form(descriptor: SoapPowerSpectrum, device: torch.device, dtype: torch.dtype) -> DenseBackend:
     """Equal descriptors share one."""
 
     like = torch.zeros(0, dtype=dtype, device=device)
-    if _triton.usable(like):
-        kernels = _triton.Kernels.of(descriptor, like)
-        why = _triton.failure(kernels, like)
+    if _triton.can_use_triton(like):
+        kernels = _triton.TritonKernels.from_descriptor(descriptor, like)
+        why = _triton.failure_reason(kernels, like)
         if why is None:
             return kernels
         warnings.warn(
@@ -52,7 +52,7 @@ def _form(descriptor: SoapPowerSpectrum, device: torch.device, dtype: torch.dtyp
             DataWarning,
             stacklevel=2,
         )
-    return Products.of(descriptor, like)
+    return BatchedProducts.from_descriptor(descriptor, like)
 
 
 def usable_dense(vectors: Tensor) -> bool:

@@ -17,7 +17,7 @@ from gpmlp.descriptors import cutoff
 from gpmlp.descriptors.soap import PowerSpectrum
 
 if TYPE_CHECKING:
-    from gpmlp.descriptors._cpu_kernels import Basis, Pairs
+    from gpmlp.descriptors._cpu_kernels import BasisTables, SortedPairs
 
 BLOCK = 16  # environments whose Jacobian is worth handing to another thread
 SHARED = 128  # environments that are worth handing to another thread
@@ -30,22 +30,24 @@ def usable(vectors: Tensor) -> bool:
     return vectors.device.type == "cpu" and vectors.dtype in (torch.float32, torch.float64) and not recorded
 
 
-def environments(descriptor: PowerSpectrum, surroundings: Surroundings) -> Environments:
+def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings) -> Environments:
     """Features of all surroundings; derivatives when asked for."""
     from gpmlp.descriptors import _cpu_jacobian, _cpu_kernels
 
     vectors, l_max = surroundings.vectors.detach().contiguous(), descriptor.l_max
     basis = _basis(descriptor, vectors.dtype)
     pairs = _pairs(descriptor, surroundings, vectors, basis)
-    n, row = len(surroundings), _cpu_kernels.row(descriptor.n_max, basis.n_species)
+    n, row = len(surroundings), _cpu_kernels.row_length(descriptor.n_max, basis.n_species)
     density = np.empty((n, (l_max + 1) ** 2, row), basis.table.dtype)
     features, norms = vectors.new_empty(n, descriptor.n_features), vectors.new_empty(n)
     made = density.reshape(-1), features.numpy(), norms.numpy()
     tiny = basis.table.dtype.type(torch.finfo(vectors.dtype).tiny)
     starts = pairs.starts[:: basis.n_species].tolist()
 
-    together = max(SHARED, -(-n // (4 * parallel.available()))) if parallel.available() > 1 else max(1, n)
-    _in_blocks(0, n, lambda lo, hi: _cpu_kernels.expand(lo, hi, pairs, basis, tiny, row, *made), together)
+    together = (
+        max(SHARED, -(-n // (4 * parallel.available_threads()))) if parallel.available_threads() > 1 else max(1, n)
+    )
+    _in_blocks(0, n, lambda lo, hi: _cpu_kernels.expand_features(lo, hi, pairs, basis, tiny, row, *made), together)
 
     def jacobian(start: int = 0, end: int = n, out: Tensor | None = None) -> Tensor:
         """Of environments start to end, in the first rows of `out` if it is given."""
@@ -55,7 +57,7 @@ def environments(descriptor: PowerSpectrum, surroundings: Surroundings) -> Envir
 
         def block(lo: int, hi: int) -> None:
             here = array[starts[lo] - starts[start] :]
-            _cpu_jacobian.jacobian(lo, hi, starts[lo], pairs, basis, row, *made, here)
+            _cpu_jacobian.feature_jacobian(lo, hi, starts[lo], pairs, basis, row, *made, here)
 
         _in_blocks(start, end, block, BLOCK)
         return out
@@ -92,15 +94,17 @@ def _pull_back_many(jacobian: Callable[[int, int, Tensor], Tensor], starts: list
 
 def _in_blocks(start: int, end: int, work: Callable[[int, int], None], size: int) -> None:
     """Do work(lo, hi) for blocks of start to end, in as many threads as PyTorch may use."""
-    parallel.each(lambda lo: work(lo, min(end, lo + size)), range(start, end, size))
+    parallel.map_pieces(lambda lo: work(lo, min(end, lo + size)), range(start, end, size))
 
 
-def _pairs(descriptor: PowerSpectrum, surroundings: Surroundings, vectors: Tensor, basis: Basis) -> Pairs:
+def _pairs(descriptor: PowerSpectrum, surroundings: Surroundings, vectors: Tensor, basis: BasisTables) -> SortedPairs:
 
     w, table = descriptor.weights, descriptor._radial
-    from gpmlp.descriptors._cpu_kernels import Cut, lay_out
+    from gpmlp.descriptors._cpu_kernels import CutoffParameters, lay_out
 
-    cut = Cut(cutoff.FUNCTIONS.index(w.function), w.cutoff, w.width, w.cutoff_exponent, w.scale, float(w.exponent))
+    cut = CutoffParameters(
+        cutoff.FUNCTIONS.index(w.function), w.cutoff, w.width, w.cutoff_exponent, w.scale, float(w.exponent)
+    )
     species = surroundings.neighbor_species, surroundings.species
     given = vectors, surroundings.centers, *species, descriptor._places
     arrays = (part.contiguous().numpy() for part in given)
@@ -111,23 +115,23 @@ def _pairs(descriptor: PowerSpectrum, surroundings: Surroundings, vectors: Tenso
 
 
 @lru_cache(maxsize=32)
-def _basis(descriptor: PowerSpectrum, dtype: torch.dtype) -> Basis:
+def _basis(descriptor: PowerSpectrum, dtype: torch.dtype) -> BasisTables:
     """Equal descriptors share one."""
-    from gpmlp.descriptors._cpu_kernels import Basis, angular
+    from gpmlp.descriptors._cpu_kernels import BasisTables, recurrence_table
     from gpmlp.descriptors._simd import LANES
 
     integrals, like = descriptor._radial, torch.zeros(0, dtype=dtype)
     of, n_max, l_max = like.numpy().dtype.type, descriptor.n_max, descriptor.l_max
     at_zero, _ = integrals(like.new_zeros(1))
     table = integrals.coefficients.to(dtype).unflatten(2, (n_max, l_max + 1)).mT
-    return Basis(
+    return BasisTables(
         torch.nn.functional.pad(table, (0, -n_max % LANES)).flatten().numpy(),
         of(1 / integrals.step),
         of(0),
         of(1),
         descriptor._prefactors(like).flatten().numpy(),
         (descriptor.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5).numpy(),
-        angular(l_max).astype(of).reshape(-1),
+        recurrence_table(l_max).astype(of).reshape(-1),
         n_max,
         l_max,
         len(descriptor.species),

@@ -30,10 +30,10 @@ class NeighborWeights:
     exponent: float = 0.0
 
     def __post_init__(self) -> None:
-        errors.choose("cutoff_function", self.function, FUNCTIONS)
-        errors.positive("cutoff", self.cutoff)
-        errors.positive("cutoff_width", self.width)
-        errors.positive("radial_scaling.scale", self.scale)
+        errors.check_choice("cutoff_function", self.function, FUNCTIONS)
+        errors.check_positive("cutoff", self.cutoff)
+        errors.check_positive("cutoff_width", self.width)
+        errors.check_positive("radial_scaling.scale", self.scale)
 
     def __call__(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """Return w(r) and dw/dr."""

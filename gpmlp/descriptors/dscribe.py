@@ -19,7 +19,7 @@ STEP = 3e-4  # A, of the numerical derivatives: truncation and rounding errors a
 STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))  # central differences, error STEP^4
 
 
-def make(species: tuple[int, ...], parameters: dict) -> DscribeDescriptor:
+def make_dscribe(species: tuple[int, ...], parameters: dict) -> DscribeDescriptor:
     """Build 'dscribe-soap' or 'dscribe-acsf' from the resolved `descriptor` section of a recipe.
 
     dscribe-soap is Himanen et al., Comput. Phys. Commun. 247, 106949 (2020), with r_cut = cutoff, sigma = sigma_atom and the gto

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from gpmlp.core.environments import Environments, Surroundings
-from gpmlp.core.padded_neighbors import places
+from gpmlp.core.padded_neighbors import padded_places
 from gpmlp.descriptors.soap import PowerSpectrum
-from gpmlp.descriptors.spherical_harmonics import Spherical
+from gpmlp.descriptors.spherical_harmonics import BatchedHarmonics
 
 ENVIRONMENTS = 1 << 14  # whose pairs are in memory together
 
 
 @dataclass(frozen=True, eq=False)
-class Numbers:
+class DenseTables:
     """What both forms of the dense power spectrum are made of, on one device and of one type.
 
     Attributes:
@@ -41,7 +41,7 @@ class Numbers:
     second: Tensor
 
     @staticmethod
-    def of(descriptor: PowerSpectrum, like: Tensor) -> Numbers:
+    def from_descriptor(descriptor: PowerSpectrum, like: Tensor) -> DenseTables:
         """On the device of a tensor, of its type."""
         radial = descriptor._radial
         at_zero, _ = radial(torch.zeros(1, dtype=torch.float64))
@@ -49,7 +49,7 @@ class Numbers:
         by_l = radial.coefficients.unflatten(2, (radial.n_max, radial.l_max + 1)).mT.flatten(2)
         a, b = (index.to(like.device) for index in descriptor._pairs)
         factors = descriptor._prefactors(torch.zeros(0, dtype=torch.float64)).flatten()
-        return Numbers(descriptor, by_l.to(like).contiguous(), center.to(like), factors.to(like), a, b)
+        return DenseTables(descriptor, by_l.to(like).contiguous(), center.to(like), factors.to(like), a, b)
 
     def intervals(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """Interval of the radial table, and place in it."""
@@ -59,7 +59,7 @@ class Numbers:
 
 
 @dataclass(frozen=True, eq=False)
-class Expanded:
+class DenseExpansion:
     """Spectra of some environments, and what their pull-back needs.
 
     Attributes:
@@ -73,31 +73,33 @@ class Expanded:
     pairs: tuple[Tensor, ...]
 
 
-class Form(Protocol):
+class DenseBackend(Protocol):
     """A way to make dense power spectra."""
 
-    def expand(self, vectors: Tensor, own: Tensor) -> Expanded:
+    def expand(self, vectors: Tensor, own: Tensor) -> DenseExpansion:
         """Spectra of vectors (environments, species, width, 3), A; `own`: (environments,) slot of the central species."""
         ...
 
-    def pull_back(self, made: Expanded, on_spectrum: Tensor) -> Tensor:
+    def pull_back(self, made: DenseExpansion, on_spectrum: Tensor) -> Tensor:
         """∂E/∂vectors (environments, species, width, 3) from ∂E/∂spectrum (environments, features)."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class Products:
+class BatchedProducts:
     """Batched matrix products in PyTorch: n × pairs times pairs × m for each l, environment and species."""
 
-    numbers: Numbers
-    spherical: Spherical
+    numbers: DenseTables
+    spherical: BatchedHarmonics
 
     @staticmethod
-    def of(descriptor: PowerSpectrum, like: Tensor) -> Products:
+    def from_descriptor(descriptor: PowerSpectrum, like: Tensor) -> BatchedProducts:
         """On the device of a tensor, of its type."""
-        return Products(Numbers.of(descriptor, like), Spherical.of(descriptor.l_max, like))
+        return BatchedProducts(
+            DenseTables.from_descriptor(descriptor, like), BatchedHarmonics.from_degree(descriptor.l_max, like)
+        )
 
-    def expand(self, vectors: Tensor, own: Tensor) -> Expanded:
+    def expand(self, vectors: Tensor, own: Tensor) -> DenseExpansion:
         """As in Form."""
         made, (n, slots, width, _) = self.numbers.descriptor, vectors.shape
         r = vectors.norm(dim=3)
@@ -115,9 +117,9 @@ class Products:
             for m in made._l_blocks()
         ]
         spectrum = torch.stack(products, dim=-1).flatten(1) * self.numbers.factors
-        return Expanded(spectrum, density, (r, units, radial, d_radial, q, slopes, powers))
+        return DenseExpansion(spectrum, density, (r, units, radial, d_radial, q, slopes, powers))
 
-    def pull_back(self, made: Expanded, on_spectrum: Tensor) -> Tensor:
+    def pull_back(self, made: DenseExpansion, on_spectrum: Tensor) -> Tensor:
         """As in Form. With the gradient A_lm = Σ_n R_nl ∂E/∂c_nlm of a harmonic, and B_lm of its slope R': g = r̂ Σ B Y + Σ A ∇Y."""
         r, units, radial, d_radial, q, slopes, powers = made.pairs
         n, slots, width = r.shape
@@ -161,7 +163,7 @@ class Products:
         return (weight * value).flatten(0, 1), slope.flatten(0, 1)
 
 
-def environments(descriptor: PowerSpectrum, surroundings: Surroundings, by: Form) -> Environments:
+def dense_environments(descriptor: PowerSpectrum, surroundings: Surroundings, by: DenseBackend) -> Environments:
     """Features of all surroundings, ENVIRONMENTS of them at a time, and derivatives likewise. Jacobians are the plain path's.
 
     What the pull-back needs of the pairs is kept where it is that of one chunk, else made again.
@@ -192,4 +194,4 @@ def _places(descriptor: PowerSpectrum, surroundings: Surroundings) -> tuple[Tens
     """Where each pair goes in a table of (environments, species, width), and that width."""
     slots = len(descriptor.species)
     groups = surroundings.centers * slots + descriptor._slot(surroundings.neighbor_species)
-    return places(groups, len(surroundings) * slots)
+    return padded_places(groups, len(surroundings) * slots)

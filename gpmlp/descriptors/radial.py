@@ -48,7 +48,7 @@ class RadialIntegrals:
         return value.reshape(shape), (slope / self.step).reshape(shape)
 
 
-def gto(n_max: int, l_max: int, sigma: float, cutoff: float) -> RadialIntegrals:
+def gto_integrals(n_max: int, l_max: int, sigma: float, cutoff: float) -> RadialIntegrals:
     """Gaussian-type orbitals r^l exp(-alpha_nl r^2), Loewdin-orthonormalised; dscribe's definition (CPC 247, 106949 (2020)).
 
     alpha_nl makes the n-th orbital fall to 1e-3 at the n-th of n_max equidistant radii between 1 A and the cutoff.
@@ -73,7 +73,7 @@ def _gto_integrals(r: np.ndarray, n_max: int, l_max: int, sigma: float, cutoff: 
     return out
 
 
-def optimal(
+def optimal_integrals(
     n_max: int, l_max: int, sigma: float, cutoff: float, shortest: float, importance: Callable[[np.ndarray], np.ndarray]
 ) -> RadialIntegrals:
     """The n_max radial functions that keep most of the density overlap: principal components over neighbour distances.
@@ -131,15 +131,15 @@ def _spline(
 
 
 @lru_cache(maxsize=32)
-def tabulate(
+def tabulate_integrals(
     basis: str, n_max: int, l_max: int, sigma: float, cutoff: float, shortest: float, weights: Callable[[Tensor], tuple]
 ) -> RadialIntegrals:
     """Return the table of the named basis; equal arguments share one table."""
-    errors.choose("radial basis", basis, BASES)
+    errors.check_choice("radial basis", basis, BASES)
     if basis == "gto":
-        return gto(n_max, l_max, sigma, cutoff)
+        return gto_integrals(n_max, l_max, sigma, cutoff)
 
     def importance(r: np.ndarray) -> np.ndarray:
         return weights(torch.from_numpy(r))[0].numpy() ** 2 * r
 
-    return optimal(n_max, l_max, sigma, cutoff, shortest, importance)
+    return optimal_integrals(n_max, l_max, sigma, cutoff, shortest, importance)

@@ -12,7 +12,7 @@ from gpmlp.core import errors
 from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.descriptors import radial
 from gpmlp.descriptors.cutoff import NeighborWeights
-from gpmlp.descriptors.spherical_harmonics import harmonics
+from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class PowerSpectrum:
     central_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        errors.positive("cutoff", self.cutoff)
-        errors.positive("sigma_atom", self.sigma_atom)
+        errors.check_positive("cutoff", self.cutoff)
+        errors.check_positive("sigma_atom", self.sigma_atom)
 
     @property
     def channels(self) -> int:
@@ -57,7 +57,7 @@ class PowerSpectrum:
 
     @cached_property
     def _radial(self) -> radial.RadialIntegrals:
-        return radial.tabulate(
+        return radial.tabulate_integrals(
             self.basis, self.n_max, self.l_max, self.sigma_atom, self.cutoff, self.shortest, self.weights
         )
 
@@ -108,7 +108,7 @@ class PowerSpectrum:
 
     def reference(self, surroundings: Surroundings) -> Environments:
         """In plain PyTorch on any device, differentiable in the vectors: what the loops are tested against."""
-        pairs = _PairTerms.of(self, surroundings)
+        pairs = _PairTerms.from_surroundings(self, surroundings)
         density = self._density(surroundings, pairs)
         spectrum = self._spectrum(density)
         # an atom alone and without weight of its own has features of zero, not NaN
@@ -232,11 +232,11 @@ class _PairTerms:
     d_harmonics: Tensor
 
     @staticmethod
-    def of(descriptor: PowerSpectrum, surroundings: Surroundings) -> _PairTerms:
+    def from_surroundings(descriptor: PowerSpectrum, surroundings: Surroundings) -> _PairTerms:
         r = surroundings.vectors.norm(dim=1)
         value, slope = descriptor._radial(r)
         weight, d_weight = (w[:, None, None] for w in descriptor.weights(r))
-        y, dy = harmonics(descriptor.l_max, surroundings.vectors)
+        y, dy = harmonics_with_gradients(descriptor.l_max, surroundings.vectors)
         return _PairTerms(
             descriptor._slot(surroundings.neighbor_species),
             surroundings.vectors / r[:, None],

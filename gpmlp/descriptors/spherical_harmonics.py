@@ -16,7 +16,7 @@ def _calculator(l_max: int) -> sphericart.torch.SphericalHarmonics:
     return sphericart.torch.SphericalHarmonics(l_max)
 
 
-def harmonics(l_max: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
+def harmonics_with_gradients(l_max: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return Y_lm (pairs, (l_max+1)^2) and dY_lm/dr (pairs, 3, (l_max+1)^2); m runs from -l to l within each l."""
     if not len(vectors):
         size = (l_max + 1) ** 2
@@ -24,7 +24,7 @@ def harmonics(l_max: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
     return _calculator(l_max).compute_with_gradients(vectors)
 
 
-def recurrence(l_max: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def legendre_recurrence(l_max: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """a, b and d of l > m, and Q_mm on the diagonal of the last: each (l_max + 1, l_max + 1), by l and m, zero elsewhere."""
     a, b, d, start = (np.zeros((l_max + 1, l_max + 1)) for _ in range(4))
     lowest = (4 * np.pi) ** -0.5
@@ -40,13 +40,13 @@ def recurrence(l_max: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
     return a, b, d, start
 
 
-def orders(l_max: int) -> list[tuple[int, int]]:
+def harmonic_orders(l_max: int) -> list[tuple[int, int]]:
     """(l, m) of each harmonic, m from -l to l within each l."""
     return [(l, m) for l in range(l_max + 1) for m in range(-l, l + 1)]
 
 
 @dataclass(frozen=True, eq=False)
-class Spherical:
+class BatchedHarmonics:
     """Numbers of the recurrence, and which factors each harmonic is a product of.
 
     Attributes:
@@ -66,10 +66,10 @@ class Spherical:
     m: Tensor
 
     @staticmethod
-    def of(l_max: int, like: Tensor) -> Spherical:
+    def from_degree(l_max: int, like: Tensor) -> BatchedHarmonics:
         """On the device of a tensor, of its type."""
-        a, b, d, start = recurrence(l_max)
-        lm, side = orders(l_max), l_max + 1
+        a, b, d, start = legendre_recurrence(l_max)
+        lm, side = harmonic_orders(l_max), l_max + 1
         m = torch.arange(side).to(like)[:, None]
         root = (1 + (m > 0)).to(like).sqrt()
         index = (
@@ -77,7 +77,7 @@ class Spherical:
             torch.tensor([abs(m) + side * (m < 0) for _, m in lm], device=like.device),
         )
         numbers = (torch.from_numpy(part)[:, :, None].to(like) for part in (a, b, d))
-        return Spherical(*numbers, tuple(start.diagonal().tolist()), *index, torch.cat([root, root]), m)
+        return BatchedHarmonics(*numbers, tuple(start.diagonal().tolist()), *index, torch.cat([root, root]), m)
 
     def __call__(self, units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Polynomials Q and their slopes (l_max + 1, l_max + 1, n), zero above m = l, and powers C, S (2 (l_max + 1), n), of unit

@@ -8,7 +8,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
 from gpmlp.core.errors import UserError
-from gpmlp.core.verlet_list import Skin
+from gpmlp.core.verlet_list import VerletList
 from gpmlp.io.ase_atoms import calculator_results, structures_from_ase, uncertainty_results
 from gpmlp.potential.potential import Potential
 
@@ -44,7 +44,7 @@ class GPCalculator(Calculator):
             uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'
                 (the same as True).
             novelty: whether to compute Mahalanobis distances too.
-            skin: A beyond the cutoff within which neighbours are remembered between calls (skin.Skin); 0 to search in each call.
+            skin: A beyond the cutoff in which neighbours are kept between calls (verlet_list.VerletList); 0: searched each time.
 
         Raises:
             UserError: what came is no potential, e.g. the name of its file; a skin that is negative.
@@ -59,7 +59,7 @@ class GPCalculator(Calculator):
         self.uncertainty = {True: "all", False: None}[uncertainty] if isinstance(uncertainty, bool) else uncertainty
         potential.check_variance(self.uncertainty)
         self.novelty = novelty
-        self._skin = Skin(potential.reach, skin)
+        self._skin = VerletList(potential.reach, skin)
         self.label_in_errors = name
 
     def calculate(

@@ -62,18 +62,18 @@ class MDSettings:
     uncertainty: int = 0
 
     def __post_init__(self) -> None:
-        errors.choose("ensemble", self.ensemble, ("nve", "nvt"))
-        errors.positive("timestep_fs", self.timestep_fs)
-        errors.positive("relaxation_fs", self.relaxation_fs)
-        errors.positive("steps", self.steps, allow_zero=True)
-        errors.positive("interval", self.interval)
-        errors.positive("uncertainty", self.uncertainty, allow_zero=True)
+        errors.check_choice("ensemble", self.ensemble, ("nve", "nvt"))
+        errors.check_positive("timestep_fs", self.timestep_fs)
+        errors.check_positive("relaxation_fs", self.relaxation_fs)
+        errors.check_positive("steps", self.steps, allow_zero=True)
+        errors.check_positive("interval", self.interval)
+        errors.check_positive("uncertainty", self.uncertainty, allow_zero=True)
         if self.uncertainty % self.interval:
             raise UserError(
                 f"`uncertainty` must be a multiple of the {self.interval} steps between two frames; got {self.uncertainty}."
             )
         if self.temperature_K is not None:
-            errors.positive("temperature_K", self.temperature_K, allow_zero=self.ensemble == "nve")
+            errors.check_positive("temperature_K", self.temperature_K, allow_zero=self.ensemble == "nve")
         elif self.ensemble == "nvt":
             raise UserError("`temperature_K` must be given for ensemble nvt.")
 
@@ -362,7 +362,7 @@ def uncertainty_monitor(potential: Potential, name: str = "atoms") -> Callable[[
         name: what error messages call the atoms.
 
     Raises:
-        checks.UserError: the potential holds no variances.
+        UserError: the potential holds no variances.
     """
     potential.check_variance("forces")
 

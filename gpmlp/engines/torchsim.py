@@ -11,7 +11,7 @@ from torch import Tensor
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
-from gpmlp.core.verlet_list import Skin
+from gpmlp.core.verlet_list import VerletList
 from gpmlp.potential import species_model
 from gpmlp.potential.potential import Potential
 from gpmlp.potential.stepper import Stepper
@@ -46,7 +46,7 @@ class GPModel(ModelInterface):
 
         Args:
             uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'.
-            skin: A beyond the cutoff within which neighbours are remembered between calls (skin.Skin).
+            skin: A beyond the cutoff within which neighbours are remembered between calls (verlet_list.VerletList).
             tables: whether all systems are stepped together on tables of neighbours (stepping.Stepper), for no variances but those of
                 local energies; if not given, where the potential is on a CUDA device and this can be done.
 
@@ -77,7 +77,7 @@ class GPModel(ModelInterface):
         self._tables = why is None and (self._device.type == "cuda" if self._wish is None else self._wish)
         self._known: Structures | None = None
         self._stepper: Stepper | None = None
-        self._pairs = Skin(potential.reach, self._reach)
+        self._pairs = VerletList(potential.reach, self._reach)
 
     def _apply(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> GPModel:
         """What to, cuda, cpu, float, ... of a module do: the potential goes to the device; its precision is not theirs to choose.
@@ -131,7 +131,7 @@ class GPModel(ModelInterface):
             system, periodic, species = (part.clone() for part in atoms)  # a state may be changed in place
             names = tuple(f"system {s}" for s in range(len(cells)))
             self._stepper, self._known = None, Structures(positions, cells, periodic, species, system, names)
-        return self._known.carried(positions, cells)
+        return self._known.with_unchecked_positions(positions, cells)
 
     def _stepped(self, structures: Structures) -> Prediction:
         """By a stepper of these atoms."""

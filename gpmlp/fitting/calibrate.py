@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpmlp.core import parallel
 from gpmlp.core.quantities import Prediction, Targets
-from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
+from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.gp.variance import VARIANCES
 from gpmlp.potential import baselines
 from gpmlp.potential.potential import Potential
@@ -90,8 +90,8 @@ def held_out_calibration(potential: Potential, structures: Structures, targets: 
     """
     novelty = potential.novelty is not None
     potential.variances.prepare()
-    parts = list(chunks(structures, CHUNK_ATOMS))
-    found = parallel.each(lambda part: potential(part, VARIANCES, novelty, calibrated=False), parts)
+    parts = list(chunk_structures(structures, CHUNK_ATOMS))
+    found = parallel.map_pieces(lambda part: potential(part, VARIANCES, novelty, calibrated=False), parts)
     raw = Prediction.concatenate(found)
     how = "set aside from the training set, at random within each config_type; learned from afterwards"
     learned = learn_calibration(raw, structures, targets, how)

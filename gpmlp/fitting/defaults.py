@@ -37,10 +37,10 @@ def summarise_data(structures: Structures, targets: Targets, at_most: int = 10_0
     step = max(1, round(structures.n_atoms / at_most))
     sample = structures.select(range(0, len(structures), step))
     reach = 4.0
-    pairs = neighbors.find(sample, reach)
+    pairs = neighbors.find_neighbors(sample, reach)
     while len(pairs) < sample.n_atoms and reach < 12:
         reach += 2.0
-        pairs = neighbors.find(sample, reach)
+        pairs = neighbors.find_neighbors(sample, reach)
     r = pairs.vectors(sample).norm(dim=1)
     z_i, z_j = sample.species[pairs.centers], sample.species[pairs.neighbors]
     shortest: dict[tuple[int, int], float] = {}

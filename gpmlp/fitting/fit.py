@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpmlp.core import errors as checks
 from gpmlp.core import parallel, units
-from gpmlp.core.environments import Descriptor, View
+from gpmlp.core.environments import Descriptor, StructureEnvironments
+from gpmlp.core.errors import chemical_symbol
 from gpmlp.core.quantities import Targets
-from gpmlp.core.structures import Structures, chunks
+from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.fitting import calibrate, defaults, prepare, regression, variance_checks
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
@@ -55,7 +55,7 @@ def fit(
         provenance: where the data came from, kept in the model.
 
     Raises:
-        checks.UserError: no labels, labels that do not belong to the structures, more inducing points than environments,
+        UserError: no labels, labels that do not belong to the structures, more inducing points than environments,
             atoms on top of each other.
     """
     stages = StageTimer(progress)
@@ -141,7 +141,7 @@ class _Data:
         recipe = defaults.resolve_recipe(recipe, found, len(structures.distinct_species))
         base = prepare.make_baselines(structures, targets, recipe, found)
         remaining = prepare.trust_isolated_atoms(structures, targets.minus(prepare.baseline_sum(base, structures)))
-        shortest = {f"{checks.symbol(a)}-{checks.symbol(b)}": r for (a, b), r in found.shortest.items()}
+        shortest = {f"{chemical_symbol(a)}-{chemical_symbol(b)}": r for (a, b), r in found.shortest.items()}
         scatter = label_noise.force_label_noise(structures, targets)
         given = prepare.labels_noise(targets)
         shown = [x for x in (scatter, given.get("forces", math.nan)) if x == x]
@@ -243,7 +243,7 @@ class _Sample:
             return None
         unseen: dict[int, list[Tensor]] = {}
         for part in held:
-            features = View.of(descriptor, part).environments.features
+            features = StructureEnvironments.from_structures(descriptor, part).environments.features
             for z in part.distinct_species:
                 unseen.setdefault(z, []).append(features[part.species == z].double())
         seen = {z: r.rows().double() for z, r in self.reservoirs.items()}
@@ -254,7 +254,7 @@ class _Sample:
 
 def _chunked(structures: Structures, targets: Targets) -> tuple[list[Structures], list[Targets]]:
     """Chunks of PASS_ATOMS atoms, and the targets of each."""
-    parts = list(chunks(structures, PASS_ATOMS))
+    parts = list(chunk_structures(structures, PASS_ATOMS))
     out, first, atom = [], 0, 0
     for part in parts:
         here, atoms = slice(first, first + len(part)), slice(atom, atom + part.n_atoms)
@@ -269,7 +269,7 @@ def _chunked(structures: Structures, targets: Targets) -> tuple[list[Structures]
 def _numbers(data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior) -> dict[str, Any]:
     """What a FitReport says of hyperparameters, columns and posterior."""
     models, parameters, result = trained.models, trained.parameters, trained.result
-    labels = [f"{k}:{checks.symbol(z)}" for k, z in regression.blocks_of(models)]
+    labels = [f"{k}:{chemical_symbol(z)}" for k, z in regression.blocks_of(models)]
     every = [b for m in models for b in m.blocks]
     return {
         "rows": learned.counts,
@@ -277,7 +277,7 @@ def _numbers(data: _Data, trained: _Trained, learned: WhitenedData, solved: Spar
         "noise_by_evidence": parameters.noise(),
         "label_noise": learned.label_noise,
         "signal": dict(zip(labels, parameters.signal().tolist(), strict=True)),
-        "environments": {checks.symbol(z): n for z, n in sorted(trained.environments.items())},
+        "environments": {chemical_symbol(z): n for z, n in sorted(trained.environments.items())},
         "centres": {label: len(b.features) for label, b in zip(labels, every, strict=True)},
         "shortest": data.shortest,
         "columns": sum(m.asked for m in models),

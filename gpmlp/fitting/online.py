@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import errors
-from gpmlp.core.environments import View
+from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
-from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
+from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.fitting import calibrate, defaults, online_updates, prepare, regression, sparse_points, variance_checks
 from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online_updates import LabelBatch, RowScales
@@ -74,7 +74,7 @@ class OnlineFit:
         As many inducing points as the labels ask for (defaults.py), `inducing.n` at most, now and as labels come.
 
         Raises:
-            checks.UserError: see `fit`; VFE evidence, which needs more than is kept; a device other than the CPU.
+            UserError: see `fit`; VFE evidence, which needs more than is kept; a device other than the CPU.
         """
         asked = Recipe() if recipe is None else recipe
         if asked.evidence != "dtc":
@@ -129,7 +129,7 @@ class OnlineFit:
 
     def report(self) -> dict:
         """Numbers of the fit as it stands, JSON-able."""
-        labels = [f"{k}:{errors.symbol(b.species)}" for k, m in enumerate(self.models) for b in m.blocks]
+        labels = [f"{k}:{errors.chemical_symbol(b.species)}" for k, m in enumerate(self.models) for b in m.blocks]
         blocks = [b for m in self.models for b in m.blocks]
         return {
             "rows": self._counts(),
@@ -152,12 +152,16 @@ class OnlineFit:
         """Foresee the labels, learn from them, make new environments inducing points, and count them as seen.
 
         Raises:
-            checks.UserError: labels that do not fit the structures, or a species that was not there at the beginning.
+            UserError: labels that do not fit the structures, or a species that was not there at the beginning.
         """
         self._check_species(structures)
         here = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
         # made once for everything that follows, unless these are many
-        views = [View.of(m.descriptor, here) for m in self.models] if here.n_atoms <= CHUNK_ATOMS else []
+        views = (
+            [StructureEnvironments.from_structures(m.descriptor, here) for m in self.models]
+            if here.n_atoms <= CHUNK_ATOMS
+            else []
+        )
         before = self._foreseen(structures, targets, views)
         new = self.added(structures, targets, views).extended(structures, None, views)
         new = replace(new, prequential=calibrate.latest_prequential((*self.prequential, *before)))
@@ -168,7 +172,7 @@ class OnlineFit:
         return replace(new, novelty=new.novelty.updated(batch.structures.species[told], batch.features[told]))
 
     def _foreseen(
-        self, structures: Structures, targets: Targets, views: Sequence[View]
+        self, structures: Structures, targets: Targets, views: Sequence[StructureEnvironments]
     ) -> tuple[PrequentialPrediction, ...]:
         if self.recipe.variance is False:
             return ()
@@ -178,7 +182,7 @@ class OnlineFit:
         prediction = self.potential(structures, variance=wanted, novelty=novelty, calibrated=False, views=views)
         return (PrequentialPrediction(structures, targets, prediction),)
 
-    def added(self, structures: Structures, targets: Targets, views: Sequence[View] = ()) -> OnlineFit:
+    def added(self, structures: Structures, targets: Targets, views: Sequence[StructureEnvironments] = ()) -> OnlineFit:
         """With labels more at fixed inducing variables and hyperparameters: O(k columns²).
 
         Where they are the first of their kind (a stress, say), its noise has to be learned, and all is refreshed.
@@ -187,7 +191,7 @@ class OnlineFit:
             views: what the descriptors see of the structures, if that is there already.
 
         Raises:
-            checks.UserError: labels that do not fit the structures, or a species that was not there at the beginning.
+            UserError: labels that do not fit the structures, or a species that was not there at the beginning.
         """
         self._check_species(structures)
         structures, targets = prepare.prepare_data(structures, targets, self.recipe, whole=False)
@@ -225,13 +229,15 @@ class OnlineFit:
             atom = int((structures.species == unknown[0]).nonzero()[0, 0])
             name = structures.names[int(structures.structure_of_atom[atom])]
             raise errors.UserError(
-                f"{name}: {errors.symbol(unknown[0])} was not among the structures that the online model began with; it knows "
-                f"{', '.join(errors.symbol(z) for z in known)}. Begin with structures that hold all species."
+                f"{name}: {errors.chemical_symbol(unknown[0])} was not among the structures that the online model began with; it knows "
+                f"{', '.join(errors.chemical_symbol(z) for z in known)}. Begin with structures that hold all species."
             )
 
     # ---------------------------------------------------------------- inducing variables
 
-    def extended(self, structures: Structures, at_most: int | None = None, views: Sequence[View] = ()) -> OnlineFit:
+    def extended(
+        self, structures: Structures, at_most: int | None = None, views: Sequence[StructureEnvironments] = ()
+    ) -> OnlineFit:
         """With inducing points more, from environments that the present ones represent worst.
 
         Chosen by a pivoted Cholesky factorisation of the covariance that is left of them given the present inducing set, in units
@@ -264,7 +270,7 @@ class OnlineFit:
         """Without some inducing points (centres, with their gradients) of one block.
 
         Raises:
-            checks.UserError: no such block or centre, or none would be left.
+            UserError: no such block or centre, or none would be left.
         """
         models, after, factor = online_updates.remove_inducing(
             self.models, self.batches, self.factor, descriptor, species, centres
@@ -404,7 +410,7 @@ def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> On
     found = defaults.summarise_data(structures, targets)
     recipe = online_updates.resolve_capped(asked, found, len(structures.distinct_species))
     base = prepare.make_baselines(structures, targets, recipe, found)
-    pieces = list(chunks(structures, CHUNK_ATOMS))
+    pieces = list(chunk_structures(structures, CHUNK_ATOMS))
     models, _ = regression.make_models(recipe, structures, pieces, StageTimer(None), lambda z, features: None)
     widths = online_updates.block_widths(models)
     unit, made, room = RowScales.unit(len(widths)), [], online_updates.KEPT_BYTES

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import errors, neighbors
-from gpmlp.core.environments import Surroundings, View
+from gpmlp.core.environments import StructureEnvironments, Surroundings
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
@@ -79,7 +79,7 @@ class LabelBatch:
         remaining: Targets,
         scales: RowScales,
         room: int,
-        views: Sequence[View] = (),
+        views: Sequence[StructureEnvironments] = (),
     ) -> LabelBatch:
         """Make the rows.
 
@@ -137,11 +137,11 @@ def rescaled_rows(rows: Tensor, kind: str, old: RowScales, new: RowScales, width
     return rows
 
 
-def _outlook(model: InducingModel, structures: Structures, view: View | None) -> _Outlook:
+def _outlook(model: InducingModel, structures: Structures, view: StructureEnvironments | None) -> _Outlook:
     """Pairs, surroundings, and how to get environments: from the view, or made in small numbers."""
     if view is None:
-        pairs = neighbors.find(structures, model.descriptor.cutoff)
-        surroundings, look = Surroundings.of(structures, pairs), None
+        pairs = neighbors.find_neighbors(structures, model.descriptor.cutoff)
+        surroundings, look = Surroundings.from_structures(structures, pairs), None
     else:
         pairs, surroundings, look = view.neighbors, view.surroundings, view.look
     return pairs, surroundings, look or (lambda centers: model.descriptor(surroundings.select(centers)))
@@ -333,23 +333,23 @@ def remove_inducing(
     """Without some inducing points of one block.
 
     Raises:
-        checks.UserError: no such block or centre, or none would be left.
+        UserError: no such block or centre, or none would be left.
     """
     model = models[descriptor]
     at = next((i for i, b in enumerate(model.blocks) if b.species == species), None)
     if at is None:
-        raise errors.UserError(f"There are no inducing points of {errors.symbol(species)} to remove.")
+        raise errors.UserError(f"There are no inducing points of {errors.chemical_symbol(species)} to remove.")
     block = model.blocks[at]
     wrong = [c for c in centres if not 0 <= c < len(block.features)]
     if wrong:
         raise errors.UserError(
-            f"There are {len(block.features)} inducing points of {errors.symbol(species)}, counted from 0; got {wrong[:5]}."
+            f"There are {len(block.features)} inducing points of {errors.chemical_symbol(species)}, counted from 0; got {wrong[:5]}."
         )
     stays = torch.ones(len(block.features), dtype=torch.bool)
     stays[torch.as_tensor(list(centres), dtype=torch.long)] = False
     smaller, columns = inducing.select_centers(block, stays)
     if not len(columns):
-        raise errors.UserError(f"All inducing points of {errors.symbol(species)} would be removed.")
+        raise errors.UserError(f"All inducing points of {errors.chemical_symbol(species)} would be removed.")
     shorter, turn = restrict_cholesky(model.lowers[at], columns)
     blocks, lowers = list(model.blocks), list(model.lowers)
     blocks[at], lowers[at] = smaller, shorter

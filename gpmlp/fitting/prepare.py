@@ -62,7 +62,7 @@ def _with_config_noise(targets: Targets, structures: Structures, recipe: Recipe,
     unknown = set(given) - set(targets.config_types)
     if unknown and whole:
         name = sorted(unknown)[0]
-        hint = errors.suggest(name, {c for c in targets.config_types if c})
+        hint = errors.suggest_name(name, {c for c in targets.config_types if c})
         raise errors.UserError(
             f"noise.config_types names '{name}', but no training structure has this config_type.{hint}"
         )
@@ -96,7 +96,7 @@ def make_baselines(
         return tuple(out)
     if isinstance(choice, dict):
         energies = {errors.atomic_number(s): e for s, e in choice.items()}
-        missing = [errors.symbol(z) for z in species if z not in energies]
+        missing = [errors.chemical_symbol(z) for z in species if z not in energies]
         if missing:
             raise errors.UserError(f"baseline.isolated_atoms gives no energy for {', '.join(missing)}.")
     else:
@@ -115,10 +115,10 @@ def energy_zero_warnings(structures: Structures, targets: Targets, recipe: Recip
             "There are no energies to learn from: the zero of predicted energies is arbitrary, and they are not judged."
         ]
     found = baselines.IsolatedAtoms.from_frames(structures, targets)
-    missing = [errors.symbol(z) for z in structures.distinct_species if z not in found]
+    missing = [errors.chemical_symbol(z) for z in structures.distinct_species if z not in found]
     if not found or not missing or recipe.baseline.isolated_atoms != "auto":
         return []
-    known = ", ".join(errors.symbol(z) for z in sorted(found))
+    known = ", ".join(errors.chemical_symbol(z) for z in sorted(found))
     return [
         f"There are isolated_atom frames of {known} but none of {', '.join(missing)}: energies of atoms are least squares over the "
         "compositions, as if there were none. Add the missing ones, or give all in baseline.isolated_atoms."

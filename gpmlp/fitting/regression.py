@@ -10,9 +10,10 @@ from torch import Tensor
 
 from gpmlp import descriptors
 from gpmlp.core import errors, neighbors, parallel
-from gpmlp.core.environments import Descriptor, View
+from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import Structures
+from gpmlp.core.units import VOIGT
 from gpmlp.fitting import sparse_points
 from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior
@@ -61,7 +62,7 @@ def make_models(
     seen: dict[int, int] = {}
     species = structures.distinct_species
     for k, (d, kern, ind) in enumerate(zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True)):
-        descriptor, kernel = descriptors.make(species, d.model_dump()), make_kernel(kern)
+        descriptor, kernel = descriptors.make_descriptor(species, d.model_dump()), make_kernel(kern)
         wanted = sum(ind.shares.values()) if isinstance(ind.shares, dict) else ind.n
         if wanted > structures.n_atoms:
             raise errors.UserError(
@@ -130,7 +131,7 @@ def stream_rows(
     on_cpu = all(part.positions.device.type == "cpu" for part in parts)
     together = max(1, ROW_BYTES // largest) if on_cpu else 1
     for start in range(0, len(pieces), together):
-        parallel.each(made, pieces[start : start + together], fold)
+        parallel.map_pieces(made, pieces[start : start + together], fold)
     return {kind: f for kind, f in factors.items() if f.count}, traces
 
 
@@ -139,7 +140,7 @@ def labelled_rows(
     structures: Structures,
     targets: Targets,
     blocks: Sequence[tuple[InducingBlock, ...]] = (),
-    views: Sequence[View] = (),
+    views: Sequence[StructureEnvironments] = (),
     facets: Sequence[tuple[Facets, ...]] = (),
 ) -> dict[str, Tensor]:
     """Rows [K_ou | y] of the known labels by kind, energies per atom; those with a noise of their own divided by it ('given').
@@ -148,7 +149,7 @@ def labelled_rows(
         blocks: inducing variables for each model, if not all of its own.
         views, facets: what each descriptor sees of the structures, and its environments laid out for rows, if they are there already.
     """
-    known = likelihood.observed_labels(targets, structures.counts, covariances.VOIGT)
+    known = likelihood.observed_labels(targets, structures.counts, VOIGT)
     forces, stresses = len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0
     made = []
     for k, m in enumerate(models):
@@ -166,7 +167,7 @@ def labelled_rows(
                 )
             )
             continue
-        pairs = views[k].neighbors if views else neighbors.find(structures, m.descriptor.cutoff)
+        pairs = views[k].neighbors if views else neighbors.find_neighbors(structures, m.descriptor.cutoff)
         look = views[k].look if views else None
         made.append(
             covariances.covariance_rows(
@@ -194,7 +195,7 @@ def _prior_diagonals(
     """Prior variances (observations, blocks) of total energies, force components and stress components, unit signal."""
     found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for m in models:
-        view = View.of(m.descriptor, part)
+        view = StructureEnvironments.from_structures(m.descriptor, part)
         features = view.environments.features
         for block in m.blocks:
             alone = {z: float(z == block.species) for z in part.distinct_species}
@@ -211,7 +212,7 @@ def _prior_diagonals(
 
 def _traces(models: Sequence[InducingModel], part: Structures, target: Targets) -> list[tuple[str, Tensor]]:
     """(kind or FIXED, summed prior variances (blocks,)) of the known observations, scaled as their rows are."""
-    known = likelihood.observed_labels(target, part.counts, covariances.VOIGT)
+    known = likelihood.observed_labels(target, part.counts, VOIGT)
     priors = _prior_diagonals(models, part, len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0)
     out = []
     for kind, seen in known.items():

@@ -27,7 +27,7 @@ def select_rows(
         by taking the highest scores. Exact duplicates are chosen at most once by 'greedy', 'farthest' and 'cur', so fewer
         than n may come back.
     """
-    errors.choose("selection method", method, METHODS)
+    errors.check_choice("selection method", method, METHODS)
     generator = torch.Generator().manual_seed(seed)
     n = min(n, features.shape[0])
     if method == "greedy":

@@ -10,7 +10,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from gpmlp.core import neighbors, parallel
-from gpmlp.core.environments import Descriptor, Surroundings, View
+from gpmlp.core.environments import Descriptor, StructureEnvironments, Surroundings
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import selection
 from gpmlp.gp import covariances
@@ -72,7 +72,7 @@ def choose_centers(
         return kernel.profile(s)[0]
 
     def look(part: Structures) -> tuple[Structures, Surroundings, Tensor]:
-        surroundings = Surroundings.of(part, neighbors.find(part, descriptor.cutoff))
+        surroundings = Surroundings.from_structures(part, neighbors.find_neighbors(part, descriptor.cutoff))
         return part, surroundings, descriptor(surroundings).features
 
     done = 0
@@ -96,7 +96,7 @@ def choose_centers(
         progress(done)
 
     for start in range(0, len(parts), TOGETHER):
-        parallel.each(look, parts[start : start + TOGETHER], take)
+        parallel.map_pieces(look, parts[start : start + TOGETHER], take)
     quota = _quotas(n, shares, seen)
     chosen = {
         z: selection.select_rows(method, pool.merge()[0], quota[z], profile, seed + z) for z, pool in pools.items()
@@ -215,7 +215,7 @@ def choose_more(
     structures: Structures,
     n: int,
     novelty: Mahalanobis | None,
-    view: View | None = None,
+    view: StructureEnvironments | None = None,
 ) -> list[InducingBlock | None]:
     """Environments that the present inducing variables represent worst, at most n, as blocks of their own.
 
@@ -232,7 +232,7 @@ def choose_more(
     """
     if not n:
         return [None] * len(blocks)
-    view = view or View.of(descriptor, structures)
+    view = view or StructureEnvironments.from_structures(descriptor, structures)
     features = view.environments.features
     weight = torch.ones(len(features), dtype=torch.float64)
     if novelty is not None:

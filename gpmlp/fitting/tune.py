@@ -121,7 +121,7 @@ class TuningProblem:
         most = self.learned_from[0].n_atoms
         present = set(self.learned_from[1].config_types)
         noise = {label: given for label, given in full.noise.config_types.items() if label in present}
-        species = {errors.symbol(z) for z in self.learned_from[0].distinct_species}
+        species = {errors.chemical_symbol(z) for z in self.learned_from[0].distinct_species}
         signal = tuple({name: value for name, value in s.items() if name in species} for s in full.signals)
         return _update(
             full,
@@ -183,8 +183,8 @@ def tuning_problem(
     Raises:
         UserError: fewer than held_out.FEWEST structures, none with a label to judge by, a range that cannot be searched.
     """
-    errors.choose("objective", objective, OBJECTIVES)
-    errors.positive("columns", columns)
+    errors.check_choice("objective", objective, OBJECTIVES)
+    errors.check_positive("columns", columns)
     start = _update(start)
     found, species = defaults.summarise_data(structures, targets), structures.distinct_species
     kept, held = calibrate.calibration_split(structures, targets, HELD, seed)

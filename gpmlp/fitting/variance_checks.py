@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import parallel
-from gpmlp.core.environments import View
+from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
+from gpmlp.core.units import VOIGT
 from gpmlp.fitting import regression
 from gpmlp.fitting.regression import InducingModel, WhitenedData
-from gpmlp.gp import covariances, likelihood
+from gpmlp.gp import likelihood
 from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.potential import Potential
@@ -58,7 +59,7 @@ def leave_out_amplitude(
     def look(piece: tuple[Structures, Targets]) -> tuple[Tensor, Tensor, Tensor] | None:
         """Errors of the forces of a structure, what inducing variables miss of them, and the rest of their variance."""
         structure, targets = piece
-        views = [View.of(m.descriptor, structure) for m in models]
+        views = [StructureEnvironments.from_structures(m.descriptor, structure) for m in models]
         rows = regression.labelled_rows(models, structure, targets, views=views)
         if "forces" not in rows:
             return None
@@ -70,7 +71,7 @@ def leave_out_amplitude(
         missed = _missed(kept, structure, targets, views, rows["forces"][:, :-1])
         return left, missed, spread + learned.noise["forces"] ** 2
 
-    seen = [found for found in parallel.each(look, _some(structures, remaining, seed)) if found is not None]
+    seen = [found for found in parallel.map_pieces(look, _some(structures, remaining, seed)) if found is not None]
     if sum(len(left) for left, _, _ in seen) < ENOUGH:
         return 1.0
     errors, missed, rest = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -78,10 +79,10 @@ def leave_out_amplitude(
 
 
 def _missed(
-    model: VarianceModel, structure: Structures, targets: Targets, views: Sequence[View], rows: Tensor
+    model: VarianceModel, structure: Structures, targets: Targets, views: Sequence[StructureEnvironments], rows: Tensor
 ) -> Tensor:
     """k_gg - k_gu K_uu⁻¹ k_ug of the known forces with the common noise, whose rows K_ou these are."""
-    seen = likelihood.observed_labels(targets, structure.counts, covariances.VOIGT)["forces"]
+    seen = likelihood.observed_labels(targets, structure.counts, VOIGT)["forces"]
     known = seen.rows[seen.noise.isnan()]
     atoms, place = (known // 3).unique(return_inverse=True)
     prior = sum(

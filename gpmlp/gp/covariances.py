@@ -13,15 +13,15 @@ from torch import Tensor
 
 from gpmlp.core import parallel
 from gpmlp.core.environments import Descriptor, Environments, Surroundings
-from gpmlp.core.neighbors import Neighbors, compilable
+from gpmlp.core.neighbors import Neighbors, fits_compiled_loops
 from gpmlp.core.structures import Structures
+from gpmlp.core.units import VOIGT
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
 
 if TYPE_CHECKING:
     import numpy as np
 
-VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 BLOCK_BYTES = 1 << 20  # of one block of covariance rows: what stays in cache between its product and its scatter; and
 BLOCK_ROWS = 256  # rows it has at least, as products of fewer are slow
 ENVIRONMENTS = 32  # whose Jacobian is in memory at a time
@@ -129,7 +129,7 @@ def covariance_rows(
         look: environments of given centres, if they are there already.
     """
     place, seeing = _places(structures, neighbors, atoms)
-    surroundings = Surroundings.of(structures, neighbors)
+    surroundings = Surroundings.from_structures(structures, neighbors)
     look = look or (lambda centers: descriptor(surroundings.select(centers)))
 
     def made(species: int) -> Iterator[Facets]:
@@ -160,7 +160,7 @@ def rows_of(
         like.new_zeros(3 * n_forces, columns) if forces else None,
         like.new_zeros(6 * n, columns) if stresses else None,
     )
-    start, fast = 0, forces and compilable(like, *(b.features for b in inducing))
+    start, fast = 0, forces and fits_compiled_loops(like, *(b.features for b in inducing))
     add = _add_by_loops if fast else _add
     for block in inducing:
         here = slice(start, start + block.n_columns)
@@ -306,13 +306,13 @@ def _add_by_loops(
             made = torch.mm(jacobian[rows], vectors.T, out=products[: rows.stop - rows.start])
             _row_kernels.add_rows(made.numpy(), first, bend, starts, *about, forces, stresses, lo, hi, begin, end)
 
-    parallel.each(share, _shares(block))
+    parallel.map_pieces(share, _shares(block))
 
 
 def _shares(block: InducingBlock) -> list[tuple[int, int, Tensor]]:
     """Ranges of centres, one for each thread, with their vectors `by_direction`; not more than are worth waking a thread for."""
     m, vectors = len(block.features), block.by_direction[0]
-    pieces = max(1, min(parallel.available(), m // SHARE))
+    pieces = max(1, min(parallel.available_threads(), m // SHARE))
     edges = [m * k // pieces for k in range(pieces + 1)]
     if pieces == 1:
         return [(0, m, vectors)]

@@ -18,7 +18,7 @@ Blocks = Sequence[tuple[int, int]]  # (number of the descriptor, atomic number)
 
 def check_species(recipe: Recipe, structures: Structures) -> None:
     """Raise UserError where the recipe has a signal for a species that is not in the data."""
-    there = [errors.symbol(z) for z in structures.distinct_species]
+    there = [errors.chemical_symbol(z) for z in structures.distinct_species]
     for name in sorted({name for given in recipe.signals for name in given} - set(there)):
         raise errors.UserError(
             f"`signal.{name}` is given, but there is no {name} in the training structures, which hold {', '.join(there)}."
@@ -53,12 +53,12 @@ def bound_warnings(recipe: Recipe, blocks: Blocks, ended: Sequence[AtBound]) -> 
 
 
 def _signal(recipe: Recipe, block: tuple[int, int]) -> float | LearnedRecipe | None:
-    return recipe.signals[block[0]].get(errors.symbol(block[1]))
+    return recipe.signals[block[0]].get(errors.chemical_symbol(block[1]))
 
 
 def _signal_key(recipe: Recipe, block: tuple[int, int]) -> str:
     place = f"{block[0]}." if len(recipe.descriptors) > 1 else ""
-    return f"signal.{place}{errors.symbol(block[1])}"
+    return f"signal.{place}{errors.chemical_symbol(block[1])}"
 
 
 def _prior(given: float | LearnedRecipe | None, default: StdPrior) -> StdPrior:

@@ -71,7 +71,7 @@ class ExponentialKernel(ZonalKernel):
 
     def __init__(self, length: float) -> None:
         super().__init__()
-        errors.positive("kernel.length", length)
+        errors.check_positive("kernel.length", length)
         self.register_parameter("raw_length", torch.nn.Parameter(torch.zeros((), dtype=torch.float64)))
         self.register_constraint("raw_length", Positive())
         self.initialize(
@@ -122,7 +122,7 @@ def kernel_by_name(
     name: str, zeta: int | None, length: float | None, terms: Sequence[tuple[float, ZonalKernel]] = ()
 ) -> ZonalKernel:
     """Build the kernel of a recipe's name."""
-    errors.choose("kernel", name, ("polynomial", "exponential", "sum"))
+    errors.check_choice("kernel", name, ("polynomial", "exponential", "sum"))
     if name == "polynomial":
         return PolynomialKernel(2 if zeta is None else zeta)
     if name == "exponential":

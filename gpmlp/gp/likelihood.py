@@ -35,7 +35,7 @@ class StdPrior:
     @staticmethod
     def fixed_at(value: float) -> StdPrior:
         """Of a standard deviation that is known."""
-        errors.positive("a given standard deviation", value)
+        errors.check_positive("a given standard deviation", value)
         return StdPrior(value, 0.5 * value, 2 * value, fixed=True)
 
 

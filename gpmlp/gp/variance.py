@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import parallel
-from gpmlp.core.environments import Descriptor, Environments, View
+from gpmlp.core.environments import Descriptor, Environments, StructureEnvironments
 from gpmlp.core.quantities import Variance
 from gpmlp.core.structures import Structures
 from gpmlp.gp import covariances
@@ -127,7 +127,9 @@ class VarianceModel:
         """How much of what the inducing set cannot represent counts in that form."""
         return {"scaled": self.amplitude, "sor": 0.0}.get(form, 1.0)
 
-    def __call__(self, structures: Structures, views: Sequence[View], wanted: VarianceRequest) -> dict[str, Variance]:
+    def __call__(
+        self, structures: Structures, views: Sequence[StructureEnvironments], wanted: VarianceRequest
+    ) -> dict[str, Variance]:
         """Variances of energies, forces and stresses, by name of the field of Prediction that holds them."""
         out: dict[str, Variance] = {}
         share = self.share(wanted.form)
@@ -142,7 +144,12 @@ class VarianceModel:
         return out
 
     def _rows(
-        self, structures: Structures, views: Sequence[View], forces: bool, stresses: bool, atoms: Tensor | None = None
+        self,
+        structures: Structures,
+        views: Sequence[StructureEnvironments],
+        forces: bool,
+        stresses: bool,
+        atoms: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Covariances of forces and of stresses with all columns."""
         n = structures.n_atoms if atoms is None else len(atoms)
@@ -201,7 +208,7 @@ class VarianceModel:
             if block.species == z
         ]
 
-    def _energies(self, structures: Structures, views: Sequence[View], share: float) -> Variance:
+    def _energies(self, structures: Structures, views: Sequence[StructureEnvironments], share: float) -> Variance:
         rows = self.atom_rows([v.environments for v in views])
         summed = rows.new_zeros(len(structures), rows.shape[1]).index_add(0, structures.structure_of_atom, rows)
         a, left = self.whiten(summed)
@@ -216,7 +223,12 @@ class VarianceModel:
         return Variance(inducing, left.square().sum(1), misfit, noise)
 
     def _forces(
-        self, structures: Structures, views: Sequence[View], atoms: Tensor | None, share: float, rows: Tensor | None
+        self,
+        structures: Structures,
+        views: Sequence[StructureEnvironments],
+        atoms: Tensor | None,
+        share: float,
+        rows: Tensor | None,
     ) -> Variance:
         chosen = torch.arange(structures.n_atoms, device=structures.species.device) if atoms is None else atoms
         like = structures.positions.to(self.signal.dtype)
@@ -241,7 +253,9 @@ class VarianceModel:
                 inducing[here] = share * _without_rounding(prior - a @ a.mT)
         return Variance(inducing, data, misfit, noise)
 
-    def _stresses(self, structures: Structures, views: Sequence[View], share: float, rows: Tensor | None) -> Variance:
+    def _stresses(
+        self, structures: Structures, views: Sequence[StructureEnvironments], share: float, rows: Tensor | None
+    ) -> Variance:
         rows = self._rows(structures, views, False, True)[1] if rows is None else rows
         a, left = (part.unflatten(0, (len(structures), 6)) for part in self.whiten(rows))
         unknown = structures.volumes.isnan()
@@ -265,7 +279,7 @@ class VarianceModel:
         noise = min(everything, self.label_noise.get(kind, math.inf) ** 2)
         return everything - noise, noise
 
-    def joint_covariance(self, structures: Structures, views: Sequence[View]) -> Tensor:
+    def joint_covariance(self, structures: Structures, views: Sequence[StructureEnvironments]) -> Tensor:
         """Posterior covariance (without noise) of all energies, force components and stress components, each with each.
 
         Rows and columns: energies (structures), forces (3 atoms), stresses (6 structures, Voigt; zero where there is no volume).

@@ -14,13 +14,13 @@ import numpy as np
 from ase import Atoms
 
 from gpmlp.core.errors import UserError
+from gpmlp.core.units import VOIGT_INDEX
 
 PREFIXES = ("ref_", "reference_", "dft_", "")
 NAMES = {"energies": ("free_energy", "energy"), "forces": ("forces", "force")}
 NO_FORCES = frozenset(("positions", "momenta", "velocities", "initial_magmoms", "force_noise"))
 SAME_ENERGY = 1e-6  # eV/atom
 ASYMMETRY = 1e-2  # of the largest component; codes print more digits than that
-VOIGT = ((0, 5, 4), (5, 1, 3), (4, 3, 2))
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _forces(atoms: Atoms, name: str, value: Any) -> np.ndarray:
 def _tensor(name: str, key: str, value: Any) -> np.ndarray:
     """A symmetric (3, 3) tensor from 9, 3 x 3 or (Voigt xx yy zz yz xz xy) 6 numbers."""
     array = _array(name, key, value, (3, 3), (9,), (6,))
-    array = array[np.array(VOIGT)] if array.shape == (6,) else array.reshape(3, 3)
+    array = array[np.array(VOIGT_INDEX)] if array.shape == (6,) else array.reshape(3, 3)
     if np.isnan(array).all():
         return array
     if not np.isfinite(array).all():

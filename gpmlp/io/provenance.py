@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from gpmlp.core.errors import DataWarning, UserError
-from gpmlp.core.structures import Structures, known_again
+from gpmlp.core.structures import Structures, count_matches
 
 NOT_INSTALLED = "not installed"
 PACKAGES = (
@@ -72,7 +72,7 @@ def check_overlap(
         structures: as read from the file `path`.
     """
     training = provenance.get("files", {}).get("training", {}).get("sha256") == file_hash(path)
-    found = DataOverlap(training, known_again(structures.fingerprints(), calibrated_on.get("fingerprints", ())))
+    found = DataOverlap(training, count_matches(structures.fingerprints(), calibrated_on.get("fingerprints", ())))
     if training:
         text = f"{path}: is the file this model was trained on; its errors say nothing of new structures."
         warnings.warn(text, DataWarning, stacklevel=2)

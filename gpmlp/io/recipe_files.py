@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gpmlp.core import errors
-from gpmlp.core.errors import UserError, suggest
+from gpmlp.core.errors import UserError, suggest_name
 from gpmlp.io.files import atomic_write
 from gpmlp.recipe import Recipe
 
@@ -30,7 +30,7 @@ def load_recipe(path: str | os.PathLike[str] | None = None, overrides: Sequence[
         UserError: the file cannot be read, a key or a value in it is not valid, or this machine has no such device.
     """
     recipe = load_recipe_as(Recipe, path, overrides)
-    errors.device(recipe.device)
+    errors.check_device(recipe.device)
     return recipe
 
 
@@ -193,7 +193,7 @@ def _explain(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
     same = [entry for other, _, entry in found if other == path]
     required = " or ".join(dict.fromkeys(_required(entry) for entry in same))
     names = [name for entry in same if entry["type"] == "literal_error" for name in _words(entry["ctx"]["expected"])]
-    hint = suggest(first["input"], names) if names and isinstance(first["input"], str) else ""
+    hint = suggest_name(first["input"], names) if names and isinstance(first["input"], str) else ""
     return f"`{dotted}` must be {required}; got {first['input']!r}.{hint if 'Perhaps' in hint else ''}"
 
 
@@ -246,14 +246,14 @@ def _nearest(path: tuple[str, ...], model: type[BaseModel]) -> str:
     """Suggest the nearest key of the section; else the same key in another section; else list the section's keys."""
     *section, key = path
     here = [".".join([*section, name]) for name in _keys(tuple(section), model)]
-    local = suggest(key, [name.rsplit(".", 1)[-1] for name in here])
+    local = suggest_name(key, [name.rsplit(".", 1)[-1] for name in here])
     if "Perhaps" in local:
         prefix = "".join(step + "." for step in section)
         return local.replace("meant '", f"meant '{prefix}")
     elsewhere = {name.rsplit(".", 1)[-1]: name for name in reversed(_all_keys(model))}
     if key in elsewhere:
         return f" Perhaps you meant '{elsewhere[key]}'."
-    return suggest(".".join(path), here)
+    return suggest_name(".".join(path), here)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -105,7 +105,7 @@ def _predicted(
     potential: Potential, some: Sequence[_Voice], wanted: str | tuple[str, ...] | None
 ) -> list[Prediction | UserError]:
     structures = Structures.concatenate([voice.asked[0] for voice in some])
-    pairs = Neighbors.side_by_side([voice.asked[2] for voice in some], structures.counts.tolist())
+    pairs = Neighbors.batch([voice.asked[2] for voice in some], structures.counts.tolist())
     found = potential(structures, wanted, novelty=True, pairs=pairs)
     return [found.select(structures, [k]) for k in range(len(some))]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import errors, neighbors
-from gpmlp.core.environments import View
+from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.gp.inducing import InducingBlock
@@ -26,7 +26,7 @@ DIRECTIONS = 4  # of which the one is taken that leads farthest
 def make(k: int, potential: Potential, start: Structures, radius_A: float, share: float) -> tuple[Structures, str]:
     """The k-th structure of a series, and how it was made: by turns along a rare direction (around each atom that has neighbours) and up
     the slope."""
-    some = neighbors.find(start, potential.terms[0].descriptor.cutoff).centers.unique().tolist()
+    some = neighbors.find_neighbors(start, potential.terms[0].descriptor.cutoff).centers.unique().tolist()
     if k % 2 or not some:  # who has no neighbours has no direction
         return ascend(potential, start, radius_A, share=share), "explored: up the slope of the standard deviations"
     atom = some[k // 2 % len(some)]
@@ -48,7 +48,7 @@ def rare(
         share: least distance of atoms, of the sum of their covalent radii (as `too_close`).
 
     Raises:
-        checks.UserError: a model without novelty; an atom without neighbours, or of a species never seen.
+        UserError: a model without novelty; an atom without neighbours, or of a species never seen.
     """
     if potential.novelty is None:
         raise errors.UserError("This model holds no Mahalanobis distances (novelty: false); fit it again.")
@@ -56,10 +56,10 @@ def rare(
     clusters = potential.novelty.species.get(z)
     if clusters is None:
         raise errors.UserError(
-            f"{structure.names[0]}: {errors.symbol(z)} was never seen; label a structure with it first."
+            f"{structure.names[0]}: {errors.chemical_symbol(z)} was never seen; label a structure with it first."
         )
     descriptor = potential.terms[0].descriptor
-    view = View.of(descriptor, structure)
+    view = StructureEnvironments.from_structures(descriptor, structure)
     some = torch.tensor([atom])
     jacobian = _by_atom(structure, view, descriptor(view.surroundings.select(some)).jacobian().double(), atom)
     if not jacobian.abs().sum() > 0:
@@ -73,7 +73,7 @@ def rare(
     return best
 
 
-def _by_atom(structure: Structures, view: View, jacobian: Tensor, atom: int) -> Tensor:
+def _by_atom(structure: Structures, view: StructureEnvironments, jacobian: Tensor, atom: int) -> Tensor:
     """(features, 3 atoms): how the features of an atom change with all positions, from its pairs' (pairs, 3, features)."""
     pairs = view.surroundings.pairs_of(torch.tensor([atom]))[1]
     out = jacobian.new_zeros(structure.n_atoms, 3, jacobian.shape[2])
@@ -174,7 +174,7 @@ def spread(potential: Potential, structures: Structures) -> Prediction:
         stresses (eV/A^3).
 
     Raises:
-        checks.UserError: a model without variances; a species that it does not know.
+        UserError: a model without variances; a species that it does not know.
     """
     model = potential.variances
     if model is None:
@@ -200,7 +200,7 @@ def spread(potential: Potential, structures: Structures) -> Prediction:
                 cotangents[mine] = slopes(block, prior_of.kernel, features[mine], own.to(features))
         gradients = view.environments.pull_back(cotangents)
         local = std.to(features) if total is None else torch.zeros_like(std)
-        part = neighbors.prediction(structures, view.neighbors, view.surroundings.vectors, local, gradients)
+        part = neighbors.assemble_prediction(structures, view.neighbors, view.surroundings.vectors, local, gradients)
         total = part if total is None else total + part
     return total
 

@@ -70,7 +70,7 @@ def smaller(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms, in
     if recipe.carve is None or all(len(atoms) <= recipe.carve.above for atoms in starts):
         return lambda atoms, _: atoms
     whole = structures_from_ase(starts)
-    found = defaults.summarise_data(whole, Targets.unknown(whole))
+    found = defaults.summarise_data(whole, Targets.unlabelled(whole))
     resolved = defaults.resolve_recipe(recipe.model, found, len(whole.distinct_species))
     reach = max(d.cutoff for d in resolved.descriptors)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpmlp.core.environments import View
+from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.learning.checkpoint import Stopwatch, Trail
@@ -127,8 +127,8 @@ class Desk:
 def alike(potential: Potential, look: Look, other: Structures) -> bool:
     """Whether an atom for whose sake a look asks is like an atom of another structure."""
     term = potential.terms[0]
-    mine = View.of(term.descriptor, look.structure).environments.features
-    known = View.of(term.descriptor, other).environments.features
+    mine = StructureEnvironments.from_structures(term.descriptor, look.structure).environments.features
+    known = StructureEnvironments.from_structures(term.descriptor, other).environments.features
     atoms = list(look.decision.atoms[:ASKING]) or list(range(len(mine)))
     same = look.structure.species[atoms][:, None] == other.species[None]
     return bool((same & (term.kernel.profile(mine[atoms] @ known.T)[0] > ALIKE)).any())

@@ -16,7 +16,7 @@ import torch
 from ase import Atoms
 from ase.io.extxyz import key_val_str_to_dict
 
-from gpmlp.core.errors import UserError, symbol
+from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io import ase_atoms as border
@@ -66,7 +66,7 @@ def key_of(structure: Structures, oracle: str = "") -> str:
 
 def canonical(structure: Structures) -> Structures:
     """A structure as it reads back from a tape: the same numbers in double precision on the CPU."""
-    return _parse(frame(Entry(structure, Targets.unknown(structure), "")), structure.names[0]).structure
+    return _parse(frame(Entry(structure, Targets.unlabelled(structure), "")), structure.names[0]).structure
 
 
 def frame(entry: Entry) -> bytes:
@@ -79,7 +79,7 @@ def frame(entry: Entry) -> bytes:
     if not bool(targets.forces_noise.isnan().all()):
         columns, numbers = [*columns, "force_noise:R:3"], [*numbers, targets.forces_noise]
     table = torch.cat([n.detach().cpu().double() for n in numbers], dim=1).tolist()
-    symbols = [symbol(z) for z in structure.species.tolist()]
+    symbols = [chemical_symbol(z) for z in structure.species.tolist()]
     lines = [str(len(symbols)), " ".join(_comment(entry, ":".join(columns)))]
     lines += [" ".join([s, *map(repr, row)]) for s, row in zip(symbols, table, strict=True)]
     return ("\n".join(lines) + "\n").encode()

@@ -14,7 +14,7 @@ from gpmlp import descriptors
 from gpmlp.core import errors, neighbors
 from gpmlp.core.environments import Descriptor, Surroundings
 from gpmlp.core.quantities import Targets
-from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
+from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.fitting import defaults, selection
 from gpmlp.learning.conditional_variance import Belief, Candidate
 from gpmlp.potential.potential import Potential
@@ -78,7 +78,7 @@ def pick(
         exclude: structures that are labelled already; what is like them is not picked, and they count as known.
 
     Raises:
-        checks.UserError: more asked for than there is; a method that needs a model, or a part of it, that is not there; a species
+        UserError: more asked for than there is; a method that needs a model, or a part of it, that is not there; a species
             that the model does not know; everything is like what is excluded.
     """
     method = _method(method, potential)
@@ -110,7 +110,7 @@ def _method(method: str | None, potential: Potential | None) -> str:
     has["both"] = all(has.values())
     if method is None:
         return next((m for m in BY_MODEL if has[m]), "farthest")
-    errors.choose("method", method, METHODS)
+    errors.check_choice("method", method, METHODS)
     if not has.get(method, True):
         if potential is None:
             others = ", ".join(m for m in METHODS if m not in BY_MODEL)
@@ -127,18 +127,18 @@ def _descriptor(
     if potential is not None:
         return potential.terms[0].descriptor, potential.species
     species = sorted({*pool.distinct_species, *(exclude.distinct_species if exclude is not None else ())})
-    found = defaults.summarise_data(pool, Targets.unknown(pool))
+    found = defaults.summarise_data(pool, Targets.unlabelled(pool))
     resolved = defaults.resolve_recipe(Recipe(), found, len(species))
-    return descriptors.make(tuple(species), resolved.descriptors[0].model_dump()), tuple(species)
+    return descriptors.make_descriptor(tuple(species), resolved.descriptors[0].model_dump()), tuple(species)
 
 
 def _features(descriptor: Descriptor, structures: Structures) -> Tensor:
-    surroundings = Surroundings.of(structures, neighbors.find(structures, descriptor.cutoff))
+    surroundings = Surroundings.from_structures(structures, neighbors.find_neighbors(structures, descriptor.cutoff))
     return descriptor(surroundings).features.detach().double()
 
 
 def _streamed(descriptor: Descriptor, structures: Structures) -> Iterator[tuple[Structures, Tensor]]:
-    for part in chunks(structures.to(device="cpu"), CHUNK_ATOMS):
+    for part in chunk_structures(structures.to(device="cpu"), CHUNK_ATOMS):
         yield part, _features(descriptor, part)
 
 
@@ -236,7 +236,7 @@ class _Shelf:
     def first(self) -> Iterator[tuple[int, Candidate]]:
         """All candidates in order."""
         done = 0
-        for part in chunks(self.pool, CHUNK_ATOMS):
+        for part in chunk_structures(self.pool, CHUNK_ATOMS):
             for candidate in self.belief.look(part):
                 self._keep(done, candidate)
                 yield done, candidate

@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from gpmlp.core import neighbors
-from gpmlp.core.environments import View
+from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
@@ -62,7 +62,7 @@ class Surrogate:
         """What is learned of a label: all of it of a small cell; else the forces on intact atoms, NaN elsewhere."""
         if self.small_cell:
             return targets
-        unknown = Targets.unknown(self.structure)
+        unknown = Targets.unlabelled(self.structure)
         forces = torch.where(self.intact[:, None], targets.forces, unknown.forces)
         return replace(targets, energies=unknown.energies, stresses=unknown.stresses, forces=forces)
 
@@ -90,7 +90,7 @@ def carve(frame: Structures, atom: int, reach: float, core: float = 0.0) -> Surr
         reach: farthest neighbour of an environment, A.
         core: A around the atom, within which environments are kept.
     """
-    pairs = neighbors.find(frame, reach)
+    pairs = neighbors.find_neighbors(frame, reach)
     view = _Frame.of(frame, pairs, atom)
     radius = core + reach
     apart, best = view.closest.max(), None
@@ -112,8 +112,17 @@ def differs(potential: Potential, frame: Structures, surrogate: Surrogate) -> fl
     """Distance of the unit features of the atom that was cut around, in the frame and in the surrogate: 0 but for rounding."""
     atom, far = int(surrogate.origin[surrogate.centre]), 0.0
     for term in potential.terms:
-        here = View.of(term.descriptor, surrogate.structure).environments.features[surrogate.centre]
-        far = max(far, float((View.of(term.descriptor, frame).environments.features[atom] - here).norm()))
+        here = StructureEnvironments.from_structures(term.descriptor, surrogate.structure).environments.features[
+            surrogate.centre
+        ]
+        far = max(
+            far,
+            float(
+                (
+                    StructureEnvironments.from_structures(term.descriptor, frame).environments.features[atom] - here
+                ).norm()
+            ),
+        )
     return far
 
 
@@ -304,7 +313,7 @@ def _described(
         (f"{frame.names[0]}, around atom {atom}",),
     )
     made, origin = canonical(made), torch.as_tensor(atoms)
-    found = neighbors.find(made, reach)
+    found = neighbors.find_neighbors(made, reach)
     was = np.bincount(pairs.centers.numpy(), minlength=frame.n_atoms)
     now = np.bincount(found.centers.numpy(), minlength=made.n_atoms)
     here, there = origin[found.centers].numpy(), origin[found.neighbors].numpy()

@@ -179,7 +179,7 @@ def _novel(prediction: Prediction, structure: Structures, limits: Limits) -> Dec
         return None
     largest = float(prediction.novelty.max())
     severity, order = _severity(prediction.novelty, limits.novelty)
-    what = f"{errors.symbol(int(structure.species[order[0]]))} atom {order[0]}"
+    what = f"{errors.chemical_symbol(int(structure.species[order[0]]))} atom {order[0]}"
     text = f"{what} lies at {largest:.3g} times the radius of the trust region (limit {limits.novelty:.3g})"
     return Decision("label" if severity > 1 else "continue", tuple(order), text, severity)
 
@@ -199,7 +199,9 @@ def guard(
     close = too_close(structure, guards.distance, before and before.pairs)
     if close is not None:
         i, j, r, least = close
-        pair = f"{errors.symbol(int(structure.species[i]))}-{errors.symbol(int(structure.species[j]))}"
+        pair = (
+            f"{errors.chemical_symbol(int(structure.species[i]))}-{errors.chemical_symbol(int(structure.species[j]))}"
+        )
         text = f"{pair} distance {r:.2f} A of atoms {i} and {j} (guard {least:.2f})"
         return Decision("halt", (i, j), text, least / max(r, 1e-6))
     if before is None:
@@ -231,7 +233,7 @@ def too_close(
     radii = torch.as_tensor(ase.data.covalent_radii, dtype=structure.positions.dtype)[structure.species.cpu()]
     reach = 2 * share * float(radii.max())
     if pairs is None or pairs.cutoff < reach:
-        pairs = neighbors.find(structure, reach)
+        pairs = neighbors.find_neighbors(structure, reach)
     r = pairs.vectors(structure).norm(dim=1)
     near = (r < reach).nonzero()[:, 0]
     if not len(near):

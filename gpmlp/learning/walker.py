@@ -25,7 +25,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
-from gpmlp.core.verlet_list import Skin
+from gpmlp.core.verlet_list import VerletList
 from gpmlp.engines.md import draw_velocities
 from gpmlp.io.ase_atoms import calculator_results, structures_from_ase
 from gpmlp.learning import exploration
@@ -171,7 +171,7 @@ class Watched(Calculator):
         self.structure: Structures | None = None
         self.prediction: Prediction | None = None
         self.volume = 0.0
-        self.skin, self.pairs = Skin(potential.reach), None
+        self.skin, self.pairs = VerletList(potential.reach), None
 
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
         """What has changed: of the atoms of one walker only places and cell do. ASE's own comparison takes as long as a neighbour list."""
@@ -221,7 +221,7 @@ def alone(potential: Potential) -> Ask:
 def look(walker: Walker, potential: Potential, judge: Judge, dynamics: DynamicsRecipe) -> Look:
     """Look fully at where a walker is."""
     structure = structures_from_ase([walker.atoms], [f"walker {walker.number}, step {walker.step}"])
-    prediction = alone(potential)(structure, FULL, Skin(potential.reach)(structure))
+    prediction = alone(potential)(structure, FULL, VerletList(potential.reach)(structure))
     temperature = walker.atoms.get_temperature()
     freedom = walker.atoms.get_number_of_degrees_of_freedom()
     before = Before(None, dynamics.temperature(walker.step), temperature, freedom)

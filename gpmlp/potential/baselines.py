@@ -32,9 +32,9 @@ class Baseline(Protocol):
     def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
         """Of all atoms; `pairs`: neighbours within `cutoff` or more, if they are known."""
         if pairs is None:
-            pairs = neighbors.find(structures, self.cutoff) if self.cutoff else Neighbors.none(structures)
+            pairs = neighbors.find_neighbors(structures, self.cutoff) if self.cutoff else Neighbors.empty(structures)
         local, near, gradients = self.of_atoms(structures, pairs, 0, structures.n_atoms)
-        return neighbors.prediction(structures, near, near.vectors(structures), local, gradients)
+        return neighbors.assemble_prediction(structures, near, near.vectors(structures), local, gradients)
 
     def state(self) -> dict: ...
 
@@ -56,7 +56,7 @@ class IsolatedAtoms(Baseline):
                     f"No isolated-atom energy for atomic number {z}; known: {sorted(self.energies)}."
                 )
             local.masked_fill_(species == z, self.energies[z])
-        return local, Neighbors.none(structures), local.new_zeros(0, 3)
+        return local, Neighbors.empty(structures), local.new_zeros(0, 3)
 
     def state(self) -> dict:
         return {"name": "isolated_atoms", "energies": {str(z): e for z, e in self.energies.items()}}

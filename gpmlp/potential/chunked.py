@@ -73,14 +73,14 @@ def predict_mean(
 
     Args:
         look: atoms (start, end) -> all pairs with these as centres, within the largest cutoff of all terms or more, as
-            Neighbors.of_atoms.
+            Neighbors.of_centers.
         shared: whether `beside` uses the kernels of the mean.
     """
 
     def portion(span: tuple[int, int]) -> ChunkMean:
         found = look(*span)
         pairs = tuple(found.within(structures, term.descriptor.cutoff) for term in terms)
-        seen = tuple(Surroundings.of(structures, p, *span) for p in pairs)
+        seen = tuple(Surroundings.from_structures(structures, p, *span) for p in pairs)
         made = [term.descriptor(s) for term, s in zip(terms, seen, strict=True)]
         profiles = [term.kernel_profiles(e) if shared else {} for term, e in zip(terms, made, strict=True)]
         local, cotangents = zip(
@@ -100,16 +100,16 @@ def predict_mean(
 
     def take(part: ChunkMean) -> None:
         for pairs, vectors, gradients in part.gradients:
-            neighbors.collect(structures, pairs, vectors, gradients, on_atoms, strained)
+            neighbors.add_pair_gradients(structures, pairs, vectors, gradients, on_atoms, strained)
         local.append(part.local)
         variances.append(part.variance)
         novelties.append(part.novelty)
 
     least = ATOMS * min(len(structures.distinct_species), MOST_SPECIES)
     atoms = max(least, min(MOST_ATOMS, len(like) // SHARES)) if like.device.type == "cpu" else ON_DEVICE
-    parallel.each(portion, atom_ranges(structures.counts.tolist(), atoms) or [(0, 0)], take)
+    parallel.map_pieces(portion, atom_ranges(structures.counts.tolist(), atoms) or [(0, 0)], take)
     return replace(
-        neighbors.collected(structures, torch.cat(local), on_atoms, strained),
+        neighbors.prediction_from_sums(structures, torch.cat(local), on_atoms, strained),
         atom_energies_variance=None if variances[0] is None else Variance.concatenate(variances),
         novelty=None if novelties[0] is None else torch.cat(novelties),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpmlp.core import units
 from gpmlp.core.json_values import json_value
 from gpmlp.core.quantities import Prediction, Targets
-from gpmlp.core.structures import Structures, chunks
+from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.gp.variance import VARIANCES
 from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty import residuals
@@ -90,7 +90,7 @@ def evaluate(
     parts, done = [], 0
     if progress:
         progress("prediction", 0, structures.n_atoms, "")
-    for chunk in chunks(structures, CHUNK_ATOMS):
+    for chunk in chunk_structures(structures, CHUNK_ATOMS):
         parts.append(potential(chunk, VARIANCES if variances else None, potential.novelty is not None and variances))
         done += chunk.n_atoms
         if progress:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gpmlp.core.environments import Descriptor, Environments, View
+from gpmlp.core.environments import Descriptor, Environments, StructureEnvironments
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.structures import Structures
 from gpmlp.gp.kernels import Profile, ZonalKernel
@@ -104,9 +104,9 @@ class EnergyTerm:
     kernel: ZonalKernel
     blocks: dict[int, MeanBlock]
 
-    def view(self, structures: Structures, pairs: Neighbors | None = None) -> View:
-        """What the descriptor sees; `pairs` as in View.of."""
-        return View.of(self.descriptor, structures, pairs)
+    def view(self, structures: Structures, pairs: Neighbors | None = None) -> StructureEnvironments:
+        """What the descriptor sees; `pairs` as in StructureEnvironments.from_structures."""
+        return StructureEnvironments.from_structures(self.descriptor, structures, pairs)
 
     @cached_property
     def quadratic_forms(self) -> dict[int, QuadraticForm]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gpmlp import descriptors
 from gpmlp.core import errors, neighbors, parallel
-from gpmlp.core.environments import Environments, InSingle, View
+from gpmlp.core.environments import Environments, SinglePrecisionDescriptor, StructureEnvironments
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction, Variance
-from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
+from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.gp import posterior
 from gpmlp.gp.kernels import make_kernel
 from gpmlp.gp.variance import FORMS, VARIANCES, VarianceModel, VarianceRequest
@@ -80,7 +80,7 @@ class Potential:
         atoms: Sequence[int] | Tensor | None = None,
         form: str = "scaled",
         calibrated: bool = True,
-        views: Sequence[View] = (),
+        views: Sequence[StructureEnvironments] = (),
         pairs: Neighbors | None = None,
     ) -> Prediction:
         """Predict energies, forces and stresses, and variances of them where asked for.
@@ -94,10 +94,10 @@ class Potential:
                 (VarianceModel.amplitude). Where a calibration was learned, all but 'sor' are one: it has weights of its own.
             calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
             views: what each term sees of all the structures, if that is there already; then they are predicted in one chunk.
-            pairs: all neighbours within `reach`, if they are known (skin.Skin).
+            pairs: all neighbours within `reach`, if they are known (verlet_list.VerletList).
 
         Raises:
-            checks.UserError: a species that was not in the training data; atoms on top of each other; a variance or a form that is
+            UserError: a species that was not in the training data; atoms on top of each other; a variance or a form that is
                 not known; a model without variances.
         """
         self.check_species(structures)
@@ -114,11 +114,15 @@ class Potential:
             calibrated and wanted.any and self.calibration.typical_novelty is not None and self.novelty is not None
         )
         parts, first = [], 0
-        for chunk in [structures] if views else chunks(structures, CHUNK_ATOMS if wanted.correlated else LIST_ATOMS):
+        for chunk in (
+            [structures] if views else chunk_structures(structures, CHUNK_ATOMS if wanted.correlated else LIST_ATOMS)
+        ):
             here = wanted.within(first, chunk.n_atoms)
             # products of correlated variances are large enough to share; nothing else is, but for portions
             with nullcontext() if wanted.correlated else parallel.one_core():
-                known = None if pairs is None else pairs.between(first, first + chunk.n_atoms).to(self.recipe.device)
+                known = (
+                    None if pairs is None else pairs.of_structures(first, first + chunk.n_atoms).to(self.recipe.device)
+                )
                 parts.append(self._predict(chunk.to(**own), here, novelty or widening, views, known))
             first += chunk.n_atoms
         if not parts:
@@ -137,7 +141,7 @@ class Potential:
         """Indices of atoms, each once, from indices or a mask."""
         chosen = torch.as_tensor(atoms)
         if chosen.dtype == torch.bool:
-            errors.shape("atoms", chosen, (n_atoms,), "One entry for each atom, or indices.")
+            errors.check_shape("atoms", chosen, (n_atoms,), "One entry for each atom, or indices.")
             chosen = chosen.nonzero()[:, 0]
         if len(chosen) and not (0 <= int(chosen.min()) and int(chosen.max()) < n_atoms):
             raise errors.UserError(
@@ -150,8 +154,8 @@ class Potential:
     ) -> VarianceRequest:
         names = () if variance is None else (variance,) if isinstance(variance, str) else tuple(variance)
         for name in names:
-            errors.choose("variance", name, (*VARIANCES, "all"))
-        errors.choose("form of the variance", form, FORMS)
+            errors.check_choice("variance", name, (*VARIANCES, "all"))
+        errors.check_choice("form of the variance", form, FORMS)
         if names and self.variances is None:
             raise errors.UserError(
                 f"This model holds no posterior factor, so it can give no variances: {self._why_no_variances}"
@@ -165,13 +169,13 @@ class Potential:
         structures: Structures,
         wanted: VarianceRequest,
         novelty: bool,
-        views: Sequence[View] = (),
+        views: Sequence[StructureEnvironments] = (),
         pairs: Neighbors | None = None,
     ) -> Prediction:
         if views:
             pairs = max((view.neighbors for view in views), key=lambda found: found.cutoff)
         if pairs is None or pairs.cutoff < self.reach:
-            pairs = neighbors.find(structures, self.reach)
+            pairs = neighbors.find_neighbors(structures, self.reach)
         if wanted.atom_energies:
             self.variances.prepare()
 
@@ -180,7 +184,7 @@ class Potential:
             return variance, self.novelty.novelty(seen[0].species, seen[0].features) if novelty else None
 
         total = chunked.predict_mean(
-            self.terms, structures, pairs.of_atoms, beside, wanted.atom_energies, self.baselines
+            self.terms, structures, pairs.of_centers, beside, wanted.atom_energies, self.baselines
         )
         if not wanted.correlated:
             return total
@@ -218,22 +222,22 @@ class Potential:
         """The same on another device, or with descriptors in another precision ('float64', 'float32'), which model files do not keep.
 
         What is not given stays as it is.
-        Single precision is faster, above all on GPUs, and changes predictions by far less than their errors (environments.InSingle).
+        Single precision is faster, above all on GPUs, and changes predictions little (environments.SinglePrecisionDescriptor).
 
         Raises:
-            checks.UserError: a device that there is not, or another precision.
+            UserError: a device that there is not, or another precision.
         """
-        errors.choose("precision of the descriptors", descriptors or "float64", ("float64", "float32"))
-        if descriptors is None and any(isinstance(term.descriptor, InSingle) for term in self.terms):
+        errors.check_choice("precision of the descriptors", descriptors or "float64", ("float64", "float32"))
+        if descriptors is None and any(isinstance(term.descriptor, SinglePrecisionDescriptor) for term in self.terms):
             descriptors = "float32"
         header, tensors = self.state()
         if device is not None:
-            errors.device(device)
+            errors.check_device(device)
             header["recipe"] = header["recipe"] | {"device": device}
         made = self.from_state(header, tensors)
         if descriptors != "float32":
             return made
-        terms = tuple(replace(term, descriptor=InSingle(term.descriptor)) for term in made.terms)
+        terms = tuple(replace(term, descriptor=SinglePrecisionDescriptor(term.descriptor)) for term in made.terms)
         if made.variances is None:
             return replace(made, terms=terms)
         priors = tuple(replace(p, descriptor=t.descriptor) for p, t in zip(made.variances.priors, terms, strict=True))
@@ -241,7 +245,7 @@ class Potential:
 
     def __repr__(self) -> str:
         """Species, descriptors and sizes; not the tensors."""
-        species = ", ".join(errors.symbol(z) for z in self.species)
+        species = ", ".join(errors.chemical_symbol(z) for z in self.species)
         names = ", ".join(descriptor.name for descriptor in self.recipe.descriptors)
         columns = f"{self.report['columns']} columns" if "columns" in self.report else "no report"
         return f"Potential({species}; {names}; cutoff {self.cutoff:g} A; {columns})"
@@ -257,8 +261,8 @@ class Potential:
                 atom = int((structures.species == structures.distinct_species[i]).nonzero()[0, 0])
                 name = structures.names[int(structures.structure_of_atom[atom])]
                 raise errors.UserError(
-                    f"{name}: the potential was not trained on {errors.symbol(z)} (Z = {z}); "
-                    f"it knows {', '.join(errors.symbol(k) for k in self.species)}."
+                    f"{name}: the potential was not trained on {errors.chemical_symbol(z)} (Z = {z}); "
+                    f"it knows {', '.join(errors.chemical_symbol(k) for k in self.species)}."
                 )
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
@@ -291,7 +295,7 @@ class Potential:
         """Build a potential again from state()."""
         recipe = Recipe.model_validate(header["recipe"])
         try:
-            errors.device(recipe.device)
+            errors.check_device(recipe.device)
         except errors.UserError:
             recipe = recipe.model_copy(update={"device": "cpu"})  # fitted on a GPU, used where there is none
         tensors = {name: value.to(recipe.device) for name, value in tensors.items()}
@@ -303,7 +307,9 @@ class Potential:
                 if f"term{k}.Z{z}.features" in tensors:
                     names = ("features", "weights", "tangents")
                     blocks[z] = MeanBlock(*(tensors[f"term{k}.Z{z}.{n}"] for n in names))
-            terms.append(EnergyTerm(descriptors.make(species, descriptor.model_dump()), make_kernel(kernel), blocks))
+            terms.append(
+                EnergyTerm(descriptors.make_descriptor(species, descriptor.model_dump()), make_kernel(kernel), blocks)
+            )
         own: dict[str, object] = {}
         if "variances" in header:
             features = [{z: block.features for z, block in term.blocks.items()} for term in terms]

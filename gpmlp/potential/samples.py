@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpmlp.core import errors, neighbors
 from gpmlp.core.quantities import Prediction
-from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunks
+from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.gp import inducing
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.variance import VarianceModel
@@ -89,7 +89,7 @@ class PosteriorSamples(Sequence):
         device, dtype = structures.positions.device, structures.positions.dtype
         recipe = self.mean.recipe
         parts = []
-        for chunk in chunks(structures, CHUNK_ATOMS):
+        for chunk in chunk_structures(structures, CHUNK_ATOMS):
             own = chunk.to(device=recipe.device, dtype=getattr(torch, recipe.dtype))
             total = sum(
                 (term(own).map(lambda v: v[None]) for term in self.mean.baselines), start=_nothing(own, len(self))
@@ -119,10 +119,10 @@ def draw_samples(
             (Calibration.sample_scale): they are of what the data leave open alone, so that nothing is drawn of what a subset misses.
 
     Raises:
-        checks.UserError: k < 1, k or the seed no integer, an unknown `how`, or a model without variances.
+        UserError: k < 1, k or the seed no integer, an unknown `how`, or a model without variances.
     """
-    errors.choose("way of sampling", how, HOW)
-    k, seed = errors.integer("number of samples `k`", k, 1), errors.integer("`seed`", seed, 0)
+    errors.check_choice("way of sampling", how, HOW)
+    k, seed = errors.check_integer("number of samples `k`", k, 1), errors.check_integer("`seed`", seed, 0)
     model = potential.variances
     if model is None:
         raise errors.UserError(
@@ -213,8 +213,8 @@ def _evaluate(term: EnergyTerm, drawn: dict[int, tuple[Tensor, Tensor]], structu
     vectors = view.surroundings.vectors
     # the scatters carry trailing axes along: samples go last and come back first
     last = gradients.movedim(0, -1)
-    forces = neighbors.forces(view.neighbors, structures.n_atoms, last).movedim(-1, 0)
-    stresses = neighbors.virials(structures, view.neighbors, vectors, last).movedim(-1, 0)
+    forces = neighbors.scatter_forces(view.neighbors, structures.n_atoms, last).movedim(-1, 0)
+    stresses = neighbors.scatter_virials(structures, view.neighbors, vectors, last).movedim(-1, 0)
     energies = local.new_zeros(len(structures), k).index_add(0, structures.structure_of_atom, local)
     return Prediction(energies.T, local.T, forces, stresses / structures.volumes[:, None, None])
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import errors
-from gpmlp.core.environments import Descriptor, InSingle
+from gpmlp.core.environments import Descriptor, SinglePrecisionDescriptor
 from gpmlp.descriptors import backends, gpu
 from gpmlp.descriptors.backends import SoapPowerSpectrum
-from gpmlp.descriptors.gpu import Form
+from gpmlp.descriptors.gpu import DenseBackend
 from gpmlp.gp.covariances import local_rows
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import Profile, ZonalKernel
@@ -51,13 +51,13 @@ class SpeciesTerm:
         block: its inducing variables in the variances, None where these were not asked for or there are none.
     """
 
-    form: Form
+    form: DenseBackend
     single: bool
     kernel: ZonalKernel
     mean: MeanBlock | QuadraticForm | None
     block: InducingBlock | None
 
-    def features(self, vectors: Tensor, own: Tensor) -> tuple[gpu.Expanded, Tensor, Tensor]:
+    def features(self, vectors: Tensor, own: Tensor) -> tuple[gpu.DenseExpansion, Tensor, Tensor]:
         """What was expanded, features in double precision, and the norm that they were divided by."""
         made = self.form.expand(vectors.float() if self.single else vectors, own)
         spectrum = made.spectrum.to(vectors.dtype)
@@ -79,7 +79,7 @@ class SpeciesTerm:
         slope = (on_dots + second * along) @ self.mean.features + first @ self.mean.tangents
         return energy + (first * along).sum(1), slope, profile
 
-    def pull_back(self, made: gpu.Expanded, x: Tensor, norm: Tensor, slope: Tensor) -> Tensor:
+    def pull_back(self, made: gpu.DenseExpansion, x: Tensor, norm: Tensor, slope: Tensor) -> Tensor:
         """∂ε/∂vectors; what points along the features is taken off in double precision, where it may be large."""
         on_spectrum = (slope - x * (x * slope).sum(1, keepdim=True)) / norm
         return self.form.pull_back(made, on_spectrum.to(made.spectrum.dtype)).to(slope.dtype)
@@ -165,7 +165,7 @@ class SpeciesModel:
         parts = []
         for term, mine in zip(potential.terms, blocks, strict=True):
             made, single = _plain(term.descriptor)
-            by = backends.form(made, like.float() if single else like)
+            by = backends.fastest_backend(made, like.float() if single else like)
             mean = term.quadratic_forms.get(z) or term.blocks.get(z)
             block = next((b for b in mine if b.species == z), None)
             # its numbers were left on the host, from where a step would have to fetch them
@@ -223,5 +223,5 @@ def check_supported(potential: Potential) -> None:
 
 def _plain(descriptor: Descriptor) -> tuple[SoapPowerSpectrum | None, bool]:
     """The power spectrum, if it is one, and whether it works in single precision."""
-    inner = descriptor.descriptor if isinstance(descriptor, InSingle) else descriptor
-    return inner if isinstance(inner, SoapPowerSpectrum) else None, isinstance(descriptor, InSingle)
+    inner = descriptor.descriptor if isinstance(descriptor, SinglePrecisionDescriptor) else descriptor
+    return inner if isinstance(inner, SoapPowerSpectrum) else None, isinstance(descriptor, SinglePrecisionDescriptor)

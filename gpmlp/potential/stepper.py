@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import errors, neighbors
-from gpmlp.core.padded_neighbors import Padded, Sums
+from gpmlp.core.padded_neighbors import PaddedNeighbors, SegmentSums
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
-from gpmlp.core.verlet_list import Reference
+from gpmlp.core.verlet_list import ReferencePositions
 from gpmlp.descriptors.gpu import ENVIRONMENTS
 from gpmlp.potential import species_model
 from gpmlp.potential.potential import Potential
@@ -28,7 +28,7 @@ RECORDED = 1 << 17  # atoms up to which a step is recorded as a CUDA graph: abov
 class Stepper:
     """A potential bound to atoms: stepper(positions, cells) -> Prediction.
 
-    Neighbours within `skin` beyond the cutoff are kept in a table (padded.Padded) and searched again, on the device, when atoms may
+    Neighbours within `skin` beyond the cutoff are kept in a table (PaddedNeighbors) and searched again, on the device, when atoms may
     have come closer than that allows (Reference). A step between two searches is a run of tensor operations of constant shape: up to
     RECORDED atoms it is recorded as a CUDA graph and replayed; on the CPU it is simply called.
 
@@ -61,7 +61,7 @@ class Stepper:
                 atoms; a skin that is not positive.
         """
         species_model.check_supported(potential)
-        errors.positive("skin", skin)
+        errors.check_positive("skin", skin)
         potential.check_species(structures)
         if not structures.n_atoms:
             raise errors.UserError("There are no atoms to step.")
@@ -77,13 +77,15 @@ class Stepper:
         species = self.structures.species
         self._slots = torch.searchsorted(torch.tensor(potential.species, device=species.device), species)
         self._rows = species.argsort(stable=True)
-        self._of_structures = Sums.of(self.structures.structure_of_atom[self._rows], len(self.structures))
+        self._of_structures = SegmentSums.from_segments(
+            self.structures.structure_of_atom[self._rows], len(self.structures)
+        )
         self._chunks = self._cut()
         periodic = self.structures.periodic.any(1)
         self._has_volume = periodic & (torch.linalg.det(self.structures.cells).abs() > 1e-6)
         self._graphs = graphs and species.is_cuda and len(species) <= RECORDED
-        self._table: Padded | None = None
-        self._reference: Reference | None = None
+        self._table: PaddedNeighbors | None = None
+        self._reference: ReferencePositions | None = None
         self._replay: Callable[..., tuple] | None = None
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.searches = 0
@@ -99,11 +101,11 @@ class Stepper:
             UserError: positions of another number of atoms, or cells of structures, than were bound; atoms on top of each other
                 (without `wait`, two steps later); a position that is no number, at a search.
         """
-        errors.shape(
+        errors.check_shape(
             "positions", positions, self.structures.positions.shape, "A Stepper is bound to its atoms: make another."
         )
         if cell is not None:
-            errors.shape(
+            errors.check_shape(
                 "cell",
                 cell,
                 self.structures.cells.shape,
@@ -127,7 +129,7 @@ class Stepper:
         if self._reference is None:
             return True
         if self.wait:
-            return not bool(self._reference.gone(self.structures, positions, cell).amax() < self.skin)
+            return not bool(self._reference.displacement(self.structures, positions, cell).amax() < self.skin)
         gone, nearest = self._read()
         if nearest < neighbors.CLOSEST**2:
             raise errors.UserError(
@@ -140,12 +142,14 @@ class Stepper:
         """Make the table again; a recorded step stays good if the new table fits into the old one."""
         moved = self.structures.with_positions(positions, cell)
         reach = self.potential.reach + self.skin
-        pairs = neighbors.find(moved, reach)
+        pairs = neighbors.find_neighbors(moved, reach)
         width = self._table.width if self._table is not None else 0
-        table = Padded.of(pairs, moved, self._rows, self._slots, len(self.potential.species), width)
-        reference = Reference.of(moved, reach)
-        if self._table is not None and self._table.take(table):
-            self._reference.take(reference)
+        table = PaddedNeighbors.from_neighbors(
+            pairs, moved, self._rows, self._slots, len(self.potential.species), width
+        )
+        reference = ReferencePositions.from_structures(moved, reach)
+        if self._table is not None and self._table.copy_from(table):
+            self._reference.copy_from(reference)
         else:
             self._table, self._reference, self._replay = table, reference, None
         self._pending.clear()
@@ -155,7 +159,7 @@ class Stepper:
         """Note how far atoms have gone, and the least squared distance: asked for now, or on its way to the host."""
         if self.wait:
             if not bool(watch[1] >= neighbors.CLOSEST**2):
-                neighbors.find(
+                neighbors.find_neighbors(
                     self.structures.with_positions(positions, cell), self.potential.reach
                 )  # says what is wrong
             return
@@ -201,7 +205,7 @@ class Stepper:
             nearest.append(vectors.square().sum(3).amin())
             found.append(local)
         forces = torch.cat([table.forces(gradients, start, end) for start, end, _ in self._chunks])
-        gone = self._reference.gone(self.structures, positions, cell).amax()
+        gone = self._reference.displacement(self.structures, positions, cell).amax()
         # fills, as torch.where would fetch its number from the host
         missing = ~(gone < self.skin)
         volumes = torch.linalg.cross(cell[:, 0], cell[:, 1]).mul(cell[:, 2]).sum(1).abs()

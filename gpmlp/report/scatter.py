@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gpmlp.core.errors import symbol
+from gpmlp.core.errors import chemical_symbol
 from gpmlp.report.model.data import COMPONENTS, UNITS, Labelled, ReportData
 from gpmlp.report.model.numbers import binned
 from gpmlp.report.model.worst import ratio
@@ -289,7 +289,7 @@ def payload(data: Places, plots: Sequence[Scatter], whole: str = "whole structur
             "whole": whole,
         },
         "atoms": {
-            "element": [symbol(int(z)) for z in np.asarray(data.species)[rows]],
+            "element": [chemical_symbol(int(z)) for z in np.asarray(data.species)[rows]],
             "index": np.asarray(data.atom)[rows].tolist(),
         },
         "errorColours": list(ramp(ERROR, 64)),

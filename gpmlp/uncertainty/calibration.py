@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpmlp.core import errors as checks
+from gpmlp.core.errors import UserError, check_choice, check_shape
 from gpmlp.core.quantities import KINDS, Prediction, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.uncertainty.scores import gaussian_multiplier, known_errors, smallest_std
@@ -89,7 +89,7 @@ class KindCalibration:
         edges = _edges(s)
         labels = None
         if species is not None:
-            checks.shape("species", species, (len(errors),))
+            check_shape("species", species, (len(errors),))
             labels = species[keep].cpu()
         multipliers, counts = _table((e.abs() / s).cpu(), _bins(s, edges).cpu(), labels, len(edges) + 1)
         return KindCalibration(scale, len(e), multipliers, counts, edges, scale * floor, weights)
@@ -98,17 +98,17 @@ class KindCalibration:
         """Calibrated variance (n,) of parts of variance (n, parts): scale² Σ_k w_k part_k."""
         if not self.weights:
             return self.scale**2 * parts.sum(1)
-        checks.shape("parts", parts, ("n", len(self.weights)))
+        check_shape("parts", parts, ("n", len(self.weights)))
         return self.scale**2 * (parts @ torch.tensor(self.weights).to(parts))
 
     def half_width(self, std: Tensor, level: float, species: Tensor | None = None) -> Tensor:
         """See Calibration.half_width."""
         if not 0 < level <= LEVELS[-1]:
-            raise checks.UserError(f"`level` must be above 0 and at most {LEVELS[-1]}, as 0.9 for 90 %; got {level}.")
-        checks.shape("std", std, ("n",))
+            raise UserError(f"`level` must be above 0 and at most {LEVELS[-1]}, as 0.9 for 90 %; got {level}.")
+        check_shape("std", std, ("n",))
         column = next(k for k, p in enumerate(LEVELS) if p >= level - 1e-9)
         if species is not None:
-            checks.shape("species", species, (len(std),))
+            check_shape("species", species, (len(std),))
         bins = _bins(std, self.edges)
         factor = self._factors(None, column).to(std)[bins]
         named = {name.split("/")[0] for name in self.multipliers} if species is not None else set()
@@ -175,10 +175,10 @@ class Calibration:
             weights: by kind, weights of the parts of variance (`weigh`) that were used for std; kept for KindCalibration.variance.
 
         Raises:
-            checks.UserError: an unknown kind, wrong shapes, a std that is negative or not finite where the error is known.
+            UserError: an unknown kind, wrong shapes, a std that is negative or not finite where the error is known.
         """
         for kind in data:
-            checks.choose("kind of observation", kind, KINDS)
+            check_choice("kind of observation", kind, KINDS)
         kinds = {kind: KindCalibration.identity() for kind in KINDS}
         for kind, (errors, std, species) in data.items():
             used = tuple(float(w) for w in (weights or {}).get(kind, ()))
@@ -195,7 +195,7 @@ class Calibration:
 
     def calibrated_std(self, kind: str, std: Tensor) -> Tensor:
         """Calibrated std of a predicted one, any shape."""
-        checks.choose("kind of observation", kind, self.kinds)
+        check_choice("kind of observation", kind, self.kinds)
         return self.kinds[kind].scale * std
 
     def half_width(self, kind: str, std: Tensor, level: float, species: Tensor | None = None) -> Tensor:
@@ -206,7 +206,7 @@ class Calibration:
             level: up to 0.99; between two of LEVELS the next higher is used.
             species: (n,) Z of the central atom; not needed.
         """
-        checks.choose("kind of observation", kind, self.kinds)
+        check_choice("kind of observation", kind, self.kinds)
         return self.kinds[kind].half_width(std, level, species)
 
     def as_dict(self) -> dict:
@@ -224,10 +224,10 @@ class Calibration:
         """Restore what as_dict gave.
 
         Raises:
-            checks.UserError: a table on other levels than LEVELS.
+            UserError: a table on other levels than LEVELS.
         """
         if tuple(plain["levels"]) != LEVELS:
-            raise checks.UserError(f"Calibration on levels {plain['levels']}; this version of gpmlp knows {LEVELS}.")
+            raise UserError(f"Calibration on levels {plain['levels']}; this version of gpmlp knows {LEVELS}.")
         kinds = {}
         for kind, entry in plain["kinds"].items():
             rows = {name: tuple(row) for name, row in entry["multipliers"].items()}
@@ -292,12 +292,12 @@ def fit_variance_weights(errors: Tensor, parts: Tensor, rest: Tensor | None = No
         rest: (n,) what is not weighed; nothing if not given.
 
     Raises:
-        checks.UserError: shapes that do not belong together; a part that is negative or not finite where the error is known.
+        UserError: shapes that do not belong together; a part that is negative or not finite where the error is known.
     """
     from scipy.optimize import minimize
 
-    checks.shape("errors", errors, ("n",))
-    checks.shape("parts", parts, (len(errors), "parts"))
+    check_shape("errors", errors, ("n",))
+    check_shape("parts", parts, (len(errors), "parts"))
     total = parts.sum(1)
     _, e, s = known_errors(errors, torch.where((parts >= 0).all(1), total.clamp_min(0).sqrt(), math.nan))
     p = parts[~torch.isnan(errors)].double()

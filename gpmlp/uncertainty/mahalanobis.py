@@ -37,7 +37,7 @@ class ReservoirSample:
     """
 
     def __init__(self, size: int, seed: int) -> None:
-        errors.positive("size", size)
+        errors.check_positive("size", size)
         self._size = size
         self._random = np.random.default_rng(seed)
         self._keys = torch.zeros(0, dtype=torch.float64)
@@ -245,8 +245,8 @@ class Mahalanobis:
 
     def _check(self, species: Tensor, features: Tensor) -> None:
         dimension = next((len(c.centre) for c in self.species.values()), "features")
-        errors.shape("features", features, ("n", dimension))
-        errors.shape("species", species, (len(features),), "One atomic number for each row of features.")
+        errors.check_shape("features", features, ("n", dimension))
+        errors.check_shape("species", species, (len(features),), "One atomic number for each row of features.")
 
 
 def fit_mahalanobis(
@@ -265,7 +265,7 @@ def fit_mahalanobis(
         seed: of the mixture and of the rows left out.
 
     Raises:
-        checks.UserError: features that are not finite or not a matrix; a quantile outside 0 to 1.
+        UserError: features that are not finite or not a matrix; a quantile outside 0 to 1.
     """
     if not 0 < quantile < 1:
         raise errors.UserError(f"`quantile` must lie between 0 and 1, as 0.99; got {quantile}.")
@@ -273,9 +273,9 @@ def fit_mahalanobis(
     for z in sorted(z for z, x in features.items() if len(x)):
         for x in (features[z], (held_out or {}).get(z)):
             if x is not None and len(x):
-                errors.shape("features", x, ("n", features[z].shape[1]), f"Species {errors.symbol(z)}.")
+                errors.check_shape("features", x, ("n", features[z].shape[1]), f"Species {errors.chemical_symbol(z)}.")
                 if not torch.isfinite(x).all():
-                    raise errors.UserError(f"`features` of {errors.symbol(z)} hold a NaN or infinite number.")
+                    raise errors.UserError(f"`features` of {errors.chemical_symbol(z)} hold a NaN or infinite number.")
         found[z] = SpeciesClusters.fit(features[z], seed)
         unseen = (held_out or {}).get(z, features[z][:0])
         enough = len(unseen) >= HELD_OUT

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gpmlp.core import errors as checks
+from gpmlp.core.errors import check_choice
 from gpmlp.core.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.uncertainty.calibration import KindCalibration
@@ -87,7 +87,7 @@ def split_residuals(
     Returns:
         errors (n,); parts of the variance (n, 3): inducing set, data, all that is constant; Z of the atom (n,), of forces only.
     """
-    checks.choose("kind of observation", kind, KINDS)
+    check_choice("kind of observation", kind, KINDS)
     difference = getattr(prediction, kind) - getattr(targets, kind)
     variance: Variance | None = getattr(prediction, VARIANCE_FIELDS[kind])
     if variance is None:
@@ -98,7 +98,7 @@ def split_residuals(
     if kind == "stresses":  # nine components, six of them different
         a, b = torch.triu_indices(3, 3, device=difference.device)
         difference = difference[:, a, b]
-        variance = variance.each(lambda part: part[:, a, b])
+        variance = variance.map(lambda part: part[:, a, b])
     if kind == "forces":
         species = structures.species.repeat_interleave(3)
     causes = (variance.inducing, variance.data, variance.misspecification + variance.noise)

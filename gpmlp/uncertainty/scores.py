@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpmlp.core import errors as checks
+from gpmlp.core.errors import UserError, check_shape
 
 Array = Tensor | np.ndarray
 
@@ -84,7 +84,7 @@ def score_errors(
         coverage.append((e.abs() <= half).double().mean().item())
     size, spread = e.abs(), s
     if group is not None:
-        checks.shape("group", group, (len(errors),))
+        check_shape("group", group, (len(errors),))
         size, spread = (_rms_by(group[keep], v) for v in (e, s))
     return Scores(
         n,
@@ -110,15 +110,15 @@ def known_errors(errors: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         UserError: as `score_errors`.
     """
-    checks.shape("errors", errors, ("n",))
-    checks.shape("std", std, (len(errors),))
+    check_shape("errors", errors, ("n",))
+    check_shape("std", std, (len(errors),))
     keep = ~torch.isnan(errors)
     e, s = errors[keep].double(), std[keep].double()
     if torch.isinf(e).any():
-        raise checks.UserError("`errors` holds an infinite value; remove the structure or correct the label.")
+        raise UserError("`errors` holds an infinite value; remove the structure or correct the label.")
     bad = ~(torch.isfinite(s) & (s >= 0))
     if bad.any():
-        raise checks.UserError(
+        raise UserError(
             f"`std` must be finite and zero or positive where the error is known; got {s[bad][0].item()} "
             f"({int(bad.sum())} of {len(s)}). A NaN here is often the root of a negative variance."
         )
@@ -197,8 +197,8 @@ def _crps(z: Tensor, std: Tensor) -> Tensor:
 
 def spearman_correlation(a: Array, b: Array) -> float:
     """Rank correlation of two (n,) arrays, ties by average rank; NaN if n < 3 or one of them is constant or holds a NaN."""
-    checks.shape("a", a, ("n",))
-    checks.shape("b", b, (len(a),))
+    check_shape("a", a, ("n",))
+    check_shape("b", b, (len(a),))
     if len(a) < 3:
         return math.nan
     x, y = (r - r.mean() for r in (_ranks(a), _ranks(b)))
@@ -216,8 +216,8 @@ def area_under_roc(score: Array, positive: Array) -> float:
     Returns:
         0 to 1, NaN where all or none are positive (Hanley, McNeil, Radiology 143, 29 (1982)).
     """
-    checks.shape("score", score, ("n",))
-    checks.shape("positive", positive, (len(score),))
+    check_shape("score", score, ("n",))
+    check_shape("positive", positive, (len(score),))
     chosen = torch.as_tensor(positive).bool().cpu()
     yes, no = int(chosen.sum()), int((~chosen).sum())
     if not yes or not no:
@@ -261,7 +261,7 @@ def sparsification_curve(errors: Array, std: Array, fractions: Sequence[float] |
     _, e, s = known_errors(torch.as_tensor(errors), torch.as_tensor(std))
     removed = torch.as_tensor(fractions, dtype=torch.float64)
     if not ((removed >= 0) & (removed <= 1)).all():
-        raise checks.UserError(f"`fractions` must lie between 0 and 1; got {removed.tolist()}.")
+        raise UserError(f"`fractions` must lie between 0 and 1; got {removed.tolist()}.")
     if not len(e):
         nothing = torch.full_like(removed, math.nan)
         return SparsificationCurve(removed, nothing, nothing, math.nan)

@@ -120,10 +120,10 @@ def chunk(potential: Potential, some: Structures, precision: str) -> tuple[Tenso
     return vectors.to(getattr(torch, precision)), stepper._chunks[0][2].parts[0].form.numbers.descriptor
 
 
-def form(kind: type[gpu.Form], vectors: Tensor, descriptor: SoapPowerSpectrum) -> dict:
+def form(kind: type[gpu.DenseBackend], vectors: Tensor, descriptor: SoapPowerSpectrum) -> dict:
     """Expansion, and with its pull-back, by one form."""
     device, n = str(vectors.device), len(vectors)
-    by, own = kind.of(descriptor, vectors), torch.zeros(n, dtype=torch.long, device=vectors.device)
+    by, own = kind.from_descriptor(descriptor, vectors), torch.zeros(n, dtype=torch.long, device=vectors.device)
 
     def whole() -> object:
         made = by.expand(vectors, own)
@@ -230,7 +230,7 @@ def main() -> None:
         record.attempt("steps", case | {"atoms": 8 * side(atoms) ** 3}, which)
     show("a step, per atom", record.found["steps"])
     large = max(options.atoms, key=lambda n: min(n, 2 * LARGE))
-    kinds = [gpu.Products, *([_triton.Kernels] if on_device else [])]
+    kinds = [gpu.BatchedProducts, *([_triton.TritonKernels] if on_device else [])]
     for precision, kind in product(PRECISIONS, kinds):
         what = {"form": kind.__name__, "descriptors": precision}
         these = partial(lambda k, p: [form(k, *chunk(moved(options.zeta[0], p), some(large), p))], kind, precision)

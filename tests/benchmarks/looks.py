@@ -22,7 +22,7 @@ import common
 sys.path.insert(0, str(common.ROOT))
 
 import gpmlp
-from gpmlp.core.verlet_list import Skin
+from gpmlp.core.verlet_list import VerletList
 from gpmlp.learning import initial_structures, walker
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.triggers import criteria, limits_of
@@ -68,7 +68,7 @@ def measured(run: Path) -> dict[str, float]:
         for _ in range(trigger.every):
             integrator.step()
 
-    skin = Skin(potential.reach)
+    skin = VerletList(potential.reach)
 
     def calls() -> None:
         for _ in range(trigger.every):

@@ -13,7 +13,7 @@ import torch
 from speed_cases import silicon
 
 from gpmlp.core import neighbors
-from gpmlp.core.environments import Surroundings, View
+from gpmlp.core.environments import StructureEnvironments, Surroundings
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors import cpu
 from gpmlp.gp import covariances, inducing
@@ -85,7 +85,7 @@ def of_prediction(potential: Potential, cell: Structures) -> list[Stage]:
     """What a prediction consists of, each stage made from the results of those before."""
     term, uncertain = potential.terms[0], potential.variances
     made = term.descriptor
-    view = View.of(made, cell)
+    view = StructureEnvironments.from_structures(made, cell)
     pairs, x, vectors = view.neighbors, view.environments.features, view.surroundings.vectors
     local, cotangents = term.local_energies(view.environments)
     gradients = view.environments.pull_back(cotangents)
@@ -97,14 +97,14 @@ def of_prediction(potential: Potential, cell: Structures) -> list[Stage]:
         return Stage(name, flops, 8 * numbers, run, len(x))
 
     return [
-        alone("neighbours", 0, 9 * p, lambda: neighbors.find(cell, made.cutoff)),
-        alone("vectors of pairs", 24 * p, 14 * p, lambda: Surroundings.of(cell, replace(pairs))),
+        alone("neighbours", 0, 9 * p, lambda: neighbors.find_neighbors(cell, made.cutoff)),
+        alone("vectors of pairs", 24 * p, 14 * p, lambda: Surroundings.from_structures(cell, replace(pairs))),
         alone("expansion, power spectrum", p * (11 * nl + 4 * lm + 2 * made.n_max * lm + 30) + gram, 18 * p + states,
               lambda: cpu.environments(made, view.surroundings)),
         alone("kernel, slope of the mean", _kernel_flops(term, cell), 3 * d, lambda: term.local_energies(view.environments)),
         alone("pull-back", p * (24 * nl + 4 * made.n_max * lm + 6 * lm) + 2 * channels**2 * lm, 12 * p + states,
               lambda: view.environments.pull_back(cotangents)),
-        alone("forces, stress", 24 * p, 10 * p, lambda: neighbors.prediction(cell, pairs, vectors, local, gradients)),
+        alone("forces, stress", 24 * p, 10 * p, lambda: neighbors.assemble_prediction(cell, pairs, vectors, local, gradients)),
         alone(WHOLE, math.nan, math.nan, lambda: potential(cell)),
         alone("variance of local energies, its kernel", _variance_flops(potential, cell), 4 * columns,
               lambda: uncertain.atom_energies([view.environments])),
@@ -116,7 +116,7 @@ def of_fit(potential: Potential, cell: Structures) -> list[Stage]:
     """What a fit does with the forces of a structure."""
     term, uncertain = potential.terms[0], potential.variances
     blocks, columns, d = uncertain.blocks[0], uncertain.n_columns, term.descriptor.n_features
-    seen = View.of(term.descriptor, cell)
+    seen = StructureEnvironments.from_structures(term.descriptor, cell)
     p = len(seen.neighbors) / cell.n_atoms
 
     def rows() -> torch.Tensor:

@@ -132,7 +132,10 @@ def _run(potential: Potential, cells: int, uncertainty: str | None, seconds: flo
     MaxwellBoltzmannDistribution(atoms, temperature_K=KELVIN, rng=np.random.default_rng(0))
     atoms.calc = GPCalculator(potential, uncertainty=uncertainty)
     run = VelocityVerlet(atoms, FS * units.fs)
-    with bursts.pinned(bursts.cores()[0]), mock.patch.object(neighbors, "find", wraps=neighbors.find) as search:
+    with (
+        bursts.pinned(bursts.cores()[0]),
+        mock.patch.object(neighbors, "find_neighbors", wraps=neighbors.find_neighbors) as search,
+    ):
         run.run(5)
         search.reset_mock()
         steps, start = 0, time.perf_counter()

@@ -67,7 +67,7 @@ def label(truth: Potential, seed: int, rattled: float = RATTLED) -> Label:
 
     energies = true.energies + noise(true.energies, NOISE["energies"] * len(atoms))
     forces = true.forces + noise(true.forces, NOISE["forces"])
-    return cell, replace(Targets.unknown(cell), energies=energies, forces=forces, stresses=true.stresses)
+    return cell, replace(Targets.unlabelled(cell), energies=energies, forces=forces, stresses=true.stresses)
 
 
 def together(labels: Sequence[Label]) -> Label:

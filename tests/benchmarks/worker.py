@@ -36,23 +36,23 @@ def energies(frames, model, variance=None):
 
 
 def values(frames, model):
-    from gpmlp.core.environments import View
+    from gpmlp.core.environments import StructureEnvironments
 
     potential, structures = _loaded(frames, model)
-    return lambda: View.of(potential.terms[0].descriptor, structures)
+    return lambda: StructureEnvironments.from_structures(potential.terms[0].descriptor, structures)
 
 
 def pulled(frames, model):
     from gpmlp.core import neighbors
-    from gpmlp.core.environments import View
+    from gpmlp.core.environments import StructureEnvironments
 
     potential, structures = _loaded(frames, model)
-    seen = View.of(potential.terms[0].descriptor, structures)
+    seen = StructureEnvironments.from_structures(potential.terms[0].descriptor, structures)
     _, slopes = potential.terms[0].local_energies(seen.environments)
 
     def call():
-        view = View.of(potential.terms[0].descriptor, structures)
-        return neighbors.forces(view.neighbors, structures.n_atoms, view.environments.pull_back(slopes))
+        view = StructureEnvironments.from_structures(potential.terms[0].descriptor, structures)
+        return neighbors.scatter_forces(view.neighbors, structures.n_atoms, view.environments.pull_back(slopes))
 
     return call
 

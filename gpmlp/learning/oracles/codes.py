@@ -71,10 +71,10 @@ def resolve(name: str) -> Callable[..., Any]:
     if name in READY:
         return _imported(READY[name].path, READY[name].install)
     if ":" not in name:
-        from gpmlp.core.errors import suggest
+        from gpmlp.core.errors import suggest_name
 
         raise OracleError(
-            f"there is no calculator '{name}'.{suggest(name, READY)} Any other goes by its import path, 'module:Class', "
+            f"there is no calculator '{name}'.{suggest_name(name, READY)} Any other goes by its import path, 'module:Class', "
             "e.g. ase.calculators.emt:EMT"
         )
     return _imported(name, "")
@@ -106,11 +106,11 @@ def _imported(path: str, install: str) -> Callable[..., Any]:
         ) from error
     found = getattr(module, attribute, None)
     if not callable(found):
-        from gpmlp.core.errors import suggest
+        from gpmlp.core.errors import suggest_name
 
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise OracleError(
-            f"module {module_name} has no class '{attribute}'.{suggest(attribute, names) if names else ''}"
+            f"module {module_name} has no class '{attribute}'.{suggest_name(attribute, names) if names else ''}"
         )
     return found
 
@@ -151,10 +151,10 @@ def _known(maker: Callable[..., Any]) -> list[str]:
 
 def _near(maker: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
     """Names that the maker does take, near those it does not."""
-    from gpmlp.core.errors import suggest
+    from gpmlp.core.errors import suggest_name
 
     known = _known(maker)
-    return "".join(f" '{name}':{suggest(name, known)}" for name in arguments if known and name not in known)
+    return "".join(f" '{name}':{suggest_name(name, known)}" for name in arguments if known and name not in known)
 
 
 def _refuse_misspelt(name: str, maker: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -185,10 +185,12 @@ def stillinger_weber(directory: Path, parameters: str = "Stillinger_Weber_PRB_31
     except ImportError as error:
         raise OracleError(f"stillinger-weber cannot be imported: {error}; pip install matscipy") from error
     if not hasattr(forms, parameters):
-        from gpmlp.core.errors import suggest
+        from gpmlp.core.errors import suggest_name
 
         names = [name for name in vars(forms) if name.startswith("Stillinger_Weber_")]
-        raise OracleError(f"matscipy has no Stillinger-Weber parameters '{parameters}'.{suggest(parameters, names)}")
+        raise OracleError(
+            f"matscipy has no Stillinger-Weber parameters '{parameters}'.{suggest_name(parameters, names)}"
+        )
     return Manybody(**forms.StillingerWeber(getattr(forms, parameters)))
 
 

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gpmlp.core.errors import UserError, suggest
+from gpmlp.core.errors import UserError, suggest_name
 from gpmlp.learning.oracles import results, worker
 from gpmlp.learning.oracles.oracle import OracleRecipe
 
@@ -259,7 +259,7 @@ def runner_of(recipe: OracleRecipe) -> Runner:
         if option not in OPTIONS[recipe.executor]:
             raise UserError(
                 f"oracle: executor {recipe.executor} has no option '{option}'."
-                f"{suggest(option, OPTIONS[recipe.executor]) if OPTIONS[recipe.executor] else ''}"
+                f"{suggest_name(option, OPTIONS[recipe.executor]) if OPTIONS[recipe.executor] else ''}"
             )
     if recipe.executor == "dask":
         return _dask(recipe)

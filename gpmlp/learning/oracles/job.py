@@ -61,7 +61,7 @@ def structure_of(given: Mapping[str, Any]) -> Structures:
 
 def targets_of(record: Mapping[str, Any], structure: Structures) -> Targets:
     """The Targets that the record of a successful attempt holds."""
-    unknown = Targets.unknown(structure.to(device="cpu", dtype=torch.float64))
+    unknown = Targets.unlabelled(structure.to(device="cpu", dtype=torch.float64))
     stress = record["stress"]
     return Targets(
         torch.tensor([record["energy"]], dtype=torch.float64),

@@ -11,6 +11,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 
+from gpmlp.core.units import VOIGT_INDEX
 from gpmlp.learning.oracles.codes import OracleError, build
 
 STEP = 0.02  # A, the largest displacement of an atom when energies are compared with forces
@@ -19,7 +20,6 @@ ROUGHNESS = 5e-5  # and eV/atom, what a self-consistent code leaves unconverged
 RESTING = 0.05  # eV/A; below there is no slope to compare
 ASYMMETRY = 1e-2  # of the largest component of a stress; codes print more digits than that
 NOT_CONVERGED = "convergence NOT achieved"
-VOIGT = ((0, 5, 4), (5, 1, 3), (4, 3, 2))
 
 
 class LabelError(ValueError):
@@ -169,7 +169,7 @@ def _symmetric(stress: np.ndarray) -> np.ndarray:
     if not np.isfinite(stress).all():
         raise LabelError("the stress is NaN or infinite")
     if stress.shape == (6,):
-        return stress[np.array(VOIGT)]
+        return stress[np.array(VOIGT_INDEX)]
     if np.abs(stress - stress.T).max() > ASYMMETRY * np.abs(stress).max():
         raise LabelError("the stress is not symmetric")
     return 0.5 * (stress + stress.T)

@@ -65,9 +65,9 @@ def attempt(job: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None] | N
 
 def notice(text: str) -> None:
     """Tell whoever looks at this process."""
-    from gpmlp.core.errors import Notice
+    from gpmlp.core.errors import ProgressNotice
 
-    warnings.warn(text, Notice, stacklevel=2)
+    warnings.warn(text, ProgressNotice, stacklevel=2)
 
 
 def outcome(job: Mapping[str, Any], kind: str, reason: str = "", **values: Any) -> dict[str, Any]:

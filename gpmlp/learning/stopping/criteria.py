@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import scipy.special
 
-from gpmlp.core.errors import UserError, symbol
+from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.learning.stopping.recipe import CoverageRecipe, PlateauRecipe
 from gpmlp.learning.stopping.timeseries import (
     ENOUGH,
@@ -316,7 +316,8 @@ def _atoms(found: Novelties, frames: float, quantile: float, recipe: CoverageRec
     everything = {
         "atoms": (_sum(found.atoms.values()), _sum(found.outside.values())),
         **{
-            symbol(z): (np.concatenate(list(c)), np.concatenate(list(found.outside[z]))) for z, c in found.atoms.items()
+            chemical_symbol(z): (np.concatenate(list(c)), np.concatenate(list(found.outside[z])))
+            for z, c in found.atoms.items()
         },
     }
     for name, (total, out) in everything.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from gpmlp.core.errors import UserError, choose
+from gpmlp.core.errors import UserError, check_choice
 
 FLOATS = (
     *("time_fs", "temperature_K", "target_temperature_K", "pressure_GPa", "target_pressure_GPa"),
@@ -252,9 +252,9 @@ class History:
         elif name.partition("/")[0] in ("atoms", "outside"):
             column = np.zeros(self._n, dtype=np.int32)
         elif name.startswith("observable/"):
-            choose("observable", name.partition("/")[2], self.observables)
+            check_choice("observable", name.partition("/")[2], self.observables)
         elif self._n:
-            choose("column", name, (*FLOATS, *INTEGERS, *FLAGS))
+            check_choice("column", name, (*FLOATS, *INTEGERS, *FLAGS))
         else:
             column = np.zeros(0)
         if len(column) < self._n:  # was not written of late

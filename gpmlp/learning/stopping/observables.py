@@ -66,8 +66,8 @@ def rdf(
     Raises:
         UserError: a structure without a volume, or without atoms of a species asked for.
     """
-    errors.positive("cutoff", cutoff)
-    errors.positive("bins", bins)
+    errors.check_positive("cutoff", cutoff)
+    errors.check_positive("bins", bins)
     volumes = structures.volumes.cpu().numpy()
     if np.isnan(volumes).any():
         which = structures.names[int(np.isnan(volumes).argmax())]
@@ -76,7 +76,7 @@ def rdf(
         )
     edges = np.linspace(0.0, cutoff, bins + 1)
     shells = 4 * math.pi / 3 * np.diff(edges**3)
-    found = neighbors.find(structures, cutoff)
+    found = neighbors.find_neighbors(structures, cutoff)
     species, owner = structures.species.cpu().numpy(), structures.structure_of_atom.cpu().numpy()
     i, j = found.centers.cpu().numpy(), found.neighbors.cpu().numpy()
     distance = found.vectors(structures).detach().norm(dim=1).cpu().numpy()
@@ -84,7 +84,7 @@ def rdf(
     second = np.ones(len(species), bool) if pair is None else species == pair[1]
     n = np.bincount(owner[first], minlength=len(structures)) * np.bincount(owner[second], minlength=len(structures))
     if (n == 0).any():
-        wanted = "-".join(errors.symbol(z) for z in pair) if pair else "any"
+        wanted = "-".join(errors.chemical_symbol(z) for z in pair) if pair else "any"
         raise UserError(f"observable 'rdf': {structures.names[int((n == 0).argmax())]} has no pair {wanted}.")
     kept = first[i] & second[j]
     weight = (volumes / n)[owner[i[kept]]]
@@ -204,7 +204,7 @@ def load(name: str) -> Callable[[Atoms], Value]:
     if not callable(function):
         public = [n for n in dir(module) if not n.startswith("_") and callable(getattr(module, n))]
         raise UserError(
-            f"observable '{name}': no function '{function_name}' in {module_name}.{errors.suggest(function_name, public)}"
+            f"observable '{name}': no function '{function_name}' in {module_name}.{errors.suggest_name(function_name, public)}"
         )
     return function
 

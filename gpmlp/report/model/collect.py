@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gpmlp.core import errors
 from gpmlp.core.quantities import Targets, Variance
-from gpmlp.core.structures import Structures, chunks
+from gpmlp.core.structures import Structures, chunk_structures
+from gpmlp.core.units import VOIGT
 from gpmlp.io import citations
 from gpmlp.io.provenance import DataOverlap
 from gpmlp.potential.evaluation import Evaluation
@@ -22,7 +23,6 @@ from gpmlp.uncertainty.scores import Scores, area_under_roc, spearman_correlatio
 
 WORST = 0.1  # share of atoms whose force error counts as large in the ranking of indicators
 DIMER_POINTS = 60
-VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
 
 
 def collect(
@@ -44,6 +44,7 @@ def collect(
     """
     prediction = found.prediction
     forces, energies, stresses = prediction.forces_variance, prediction.energies_variance, prediction.stresses_variance
+    rows, columns = zip(*VOIGT, strict=True)
     offsets = structures.offsets[:-1][structures.structure_of_atom]
     atoms = torch.arange(structures.n_atoms) - offsets.cpu()
     return ReportData(
@@ -72,9 +73,9 @@ def collect(
         cells=_numpy(structures.cells),
         periodic=_numpy(structures.periodic),
         cutoff=potential.cutoff,
-        stress_reference=_numpy(targets.stresses[:, VOIGT[0], VOIGT[1]]),
-        stress_predicted=_numpy(prediction.stresses[:, VOIGT[0], VOIGT[1]]),
-        stress_std=None if stresses is None else _numpy(stresses.total[:, VOIGT[0], VOIGT[1]].sqrt()),
+        stress_reference=_numpy(targets.stresses[:, rows, columns]),
+        stress_predicted=_numpy(prediction.stresses[:, rows, columns]),
+        stress_std=None if stresses is None else _numpy(stresses.total[:, rows, columns].sqrt()),
         scores={kind: _scores(potential, kind, s) for kind, s in found.scores.items() if s.n},
         rivals=rivals(potential, structures, targets, found),
         model=_model(potential),
@@ -119,7 +120,7 @@ def nearest_centre(potential: Potential, structures: Structures) -> Tensor:
     """(atoms,) |x - x_j| of each environment to the nearest inducing centre of its species, in features of the first descriptor."""
     term, out = potential.terms[0], []
     own = {"device": potential.recipe.device, "dtype": getattr(torch, potential.recipe.dtype)}
-    for chunk in (part.to(**own) for part in chunks(structures, 500)):
+    for chunk in (part.to(**own) for part in chunk_structures(structures, 500)):
         features = term.view(chunk).environments.features
         nearest = features.new_full((len(features),), math.inf)
         for z, block in term.blocks.items():
@@ -142,7 +143,7 @@ def dimers(potential: Potential) -> list[dict[str, Any]]:
         for b in potential.species:
             if b < a:
                 continue
-            pair = f"{errors.symbol(a)}-{errors.symbol(b)}"
+            pair = f"{errors.chemical_symbol(a)}-{errors.chemical_symbol(b)}"
             start = 0.6 * shortest.get(pair, 1.5)
             r = torch.linspace(start, potential.cutoff + 0.3, DIMER_POINTS, dtype=torch.float64)
             positions = torch.zeros(n, 2, 3, dtype=torch.float64)

@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-from gpmlp.core.errors import symbol
+from gpmlp.core.errors import chemical_symbol
 from gpmlp.report.model.data import ReportData
 from gpmlp.report.style import INK, RING, mix, species_colours
 
@@ -84,7 +84,7 @@ def picture(data: ReportData, row: int) -> str:
     parts += _bonds(vectors, species, places, seen, depth)
     drawn = "".join(text for _, text in sorted(parts, key=lambda part: part[0]))
     drawn += f'<circle cx="{places[0, 0]}" cy="{places[0, 1]}" r="9" fill="none" stroke="{RING}" stroke-width="2.2"/>'
-    name = symbol(int(data.species[row]))
+    name = chemical_symbol(int(data.species[row]))
     label = escape(f"{name} atom with {len(vectors) - 1} neighbours within {data.cutoff:.1f} Å", quote=True)
     ring = f'<circle cx="{SIZE / 2:.0f}" cy="{SIZE / 2:.0f}" r="{scale * data.cutoff:.1f}" class="cut"/>'
     return f'<svg class="hood" viewBox="0 0 {SIZE} {SIZE}" role="img" aria-label="{label}">{ring}{drawn}</svg>'

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpmlp.core.errors import UserError, symbol
+from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.report.model.data import NO_TYPE, UNITS, ReportData
 from gpmlp.report.model.numbers import grouped
 from gpmlp.report.scatter import SPARSE, Axis, Scatter, png
@@ -319,7 +319,7 @@ def all_of(data: ReportData, labelled: dict, numbers: dict, scatters: Sequence[S
     for kind, view in labelled.items():
         for by in ("config_type", "species"):
             groups = grouped(data, view, by)
-            shades = {symbol(z): colour for z, colour in species_colours(data.elements).items()}
+            shades = {chemical_symbol(z): colour for z, colour in species_colours(data.elements).items()}
             colours = [shades[name] for name in groups] if by == "species" else None
             if groups and (by == "species" or set(data.types) != {NO_TYPE} or kind != "forces"):
                 alt = f"Distribution of {kind} errors by {by}: " + ", ".join(list(groups)[:6])

@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from gpmlp.core.errors import symbol
+from gpmlp.core.errors import chemical_symbol
 from gpmlp.report.model.data import NO_TYPE, Labelled, ReportData
 
 LEVELS = (50, 68, 90, 95)
@@ -101,7 +101,7 @@ def grouped(data: ReportData, view: Labelled, by: str) -> dict[str, np.ndarray]:
     if by == "species":
         if view.kind != "forces":
             return {}
-        labels = np.array([symbol(int(z)) for z in data.species], dtype=object)[view.row]
+        labels = np.array([chemical_symbol(int(z)) for z in data.species], dtype=object)[view.row]
     else:
         labels = data.types[view.structure]
     found = {str(name): np.abs(view.error[labels == name]) for name in set(labels)}
@@ -236,7 +236,7 @@ def budget(data: ReportData) -> dict:
     by_type = {str(t): over(types == t) for t in set(types)}
     return {
         "overall": over(np.ones(len(elements), dtype=bool)),
-        "by_species": {symbol(z): over(elements == z) for z in data.elements},
+        "by_species": {chemical_symbol(z): over(elements == z) for z in data.elements},
         "by_config_type": dict(sorted(by_type.items(), key=lambda item: -sum(item[1].values()))),
     }
 

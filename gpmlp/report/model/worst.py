@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from gpmlp.core.errors import symbol
+from gpmlp.core.errors import chemical_symbol
 from gpmlp.report.model.data import NO_TYPE, ReportData
 from gpmlp.report.model.numbers import median
 from gpmlp.report.style import percent
@@ -64,7 +64,7 @@ def describe(data: ReportData, row: int, scaled: np.ndarray, std: np.ndarray, sh
         "structure": data.names[owner],
         "config_type": data.config_type[owner],
         "atom": int(data.atom[row]),
-        "element": symbol(int(data.species[row])),
+        "element": chemical_symbol(int(data.species[row])),
         "force_error_meV_per_A": float(1e3 * data.atom_error[row]),
         "force_std_meV_per_A": float(1e3 * std[row]),
         "error_over_std": float(scaled[row]),
@@ -141,7 +141,7 @@ def _candidate(data: ReportData, index: int, typical: float, score: float, novel
     worst = rows[int(std.argmax())] if len(rows) else None
     words = []
     if worst is not None and std.max() > 0:
-        element = symbol(int(data.species[worst]))
+        element = chemical_symbol(int(data.species[worst]))
         words.append(f"σ at {element} {data.atom[worst]} is {std.max() / typical:.1f} times that of a median structure")
     outside = float("nan")
     if data.novelty is not None and len(rows):

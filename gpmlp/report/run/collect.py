@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpmlp.core.errors import UserError, symbol
+from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io import archive, provenance
@@ -147,7 +147,7 @@ def _role(name: str) -> str:
 
 def _formula(entries: dict[str, Entry]) -> str:
     species, counts = np.unique(next(iter(entries.values())).structure.species.numpy(), return_counts=True)
-    return "".join(f"{symbol(int(z))}{n if n > 1 else ''}" for z, n in zip(species, counts, strict=True))
+    return "".join(f"{chemical_symbol(int(z))}{n if n > 1 else ''}" for z, n in zip(species, counts, strict=True))
 
 
 def _conditions(recipe: LearnRecipe) -> str:
@@ -339,7 +339,7 @@ def _blind(path: Path, potential: Potential) -> ReportData | None:
     names = [f"step {a.info.get('step', i)}" for i, a in enumerate(frames)]
     structures = structures_from_ase(frames, names)
     types = tuple(f"walker {a.info['walker']}" if "walker" in a.info else "" for a in frames)
-    targets = replace(Targets.unknown(structures), config_types=types)
+    targets = replace(Targets.unlabelled(structures), config_types=types)
     found = evaluation.evaluate(potential, structures, targets)
     return reporting.collect(
         potential, structures, targets, found, "the final model", path.name, provenance.version_of("gpmlp")
