@@ -125,7 +125,7 @@ from gpmlp.descriptors import _triton, backends
 
 def check(surroundings, name=SOAPS[0], **changes):
     made = descriptor(name, **changes)
-    assert isinstance(backends.form(made, surroundings.vectors), _triton.Kernels)
+    assert isinstance(backends.fastest_backend(made, surroundings.vectors), _triton.TritonKernels)
     compare(made, surroundings, several=False)
 
 # the interpreter takes a tenth of a second for a pair: few of them

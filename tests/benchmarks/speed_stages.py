@@ -100,7 +100,7 @@ def of_prediction(potential: Potential, cell: Structures) -> list[Stage]:
         alone("neighbours", 0, 9 * p, lambda: neighbors.find_neighbors(cell, made.cutoff)),
         alone("vectors of pairs", 24 * p, 14 * p, lambda: Surroundings.from_structures(cell, replace(pairs))),
         alone("expansion, power spectrum", p * (11 * nl + 4 * lm + 2 * made.n_max * lm + 30) + gram, 18 * p + states,
-              lambda: cpu.environments(made, view.surroundings)),
+              lambda: cpu.compiled_environments(made, view.surroundings)),
         alone("kernel, slope of the mean", _kernel_flops(term, cell), 3 * d, lambda: term.local_energies(view.environments)),
         alone("pull-back", p * (24 * nl + 4 * made.n_max * lm + 6 * lm) + 2 * channels**2 * lm, 12 * p + states,
               lambda: view.environments.pull_back(cotangents)),
