@@ -256,7 +256,7 @@ def test_standard_deviations_are_those_by_solves_wherever_atoms_are(silicon, kin
     model, seen = silicon.variances, [term.view(some).environments for term in silicon.terms]
     assert len(next(iter(model.local.values())).rest) > 400
     prior, explained, left = by_solves(model, seen)
-    for form in ("scaled", "dtc", "sor"):
+    for form in ("scaled", "dtc"):
         exact = (model.share(form) * (prior - explained).clamp_min(0) + left).sqrt()
         torch.testing.assert_close(model.atom_energies(seen, form).total.sqrt(), exact, rtol=1e-3, atol=0)
 

@@ -112,6 +112,12 @@ def test_a_potential_is_made_again_from_its_state(fitted):
     assert again.noise == potential.noise
 
 
+def test_a_model_fitted_by_the_evidence_of_older_versions_is_read(fitted):
+    header, tensors = fitted[0].state()
+    old = header | {"recipe": header["recipe"] | {"evidence": "vfe"}}
+    assert Potential.from_state(old, tensors).recipe == fitted[0].recipe
+
+
 def test_species_it_was_not_trained_on_are_refused_by_name(fitted):
     potential, _ = fitted
     batch = Structures.concatenate([cluster(), structure([[0, 0, 0], [0, 0, 1.6]], (6, 14))])

@@ -52,6 +52,7 @@ def test_places_in_lists(recipe_file):
             "descriptor: {cutof: 5}",
             r"recipe.yaml: unknown key 'descriptor.cutof'. Perhaps you meant 'descriptor.cutoff'",
         ),
+        ("evidence: vfe", r"evidence: 'vfe' is no longer offered: .*leave `evidence` out"),
         ("cutoff: 5", r"unknown key 'cutoff'. Perhaps you meant 'descriptor.cutoff'"),
         ("zeta: 5", r"unknown key 'zeta'. Perhaps you meant 'kernel.zeta'"),
         ("descriptor: [{cutoff: 5}, {nmax: 3}]", r"'descriptor.1.nmax'. Perhaps you meant 'descriptor.1.n_max'"),

@@ -200,8 +200,8 @@ def _trained(data: _Data, kept: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     models, environments = regression.make_models(recipe, structures, parts, stages, sample.add)
     novelty = sample.fit(models[0].descriptor, unseen)
     stages.begin("covariances")
-    factors, traces = regression.stream_rows(recipe, models, parts, targets, stages)
-    extra, _ = regression.stream_rows(recipe, models, unseen, unseen_targets, stages)
+    factors = regression.stream_rows(models, parts, targets, stages)
+    extra = regression.stream_rows(models, unseen, unseen_targets, stages)
     stages.begin("evidence")
     lowers = [lower for m in models for lower in m.lowers]
     counts, counts_held = ({kind: f.count for kind, f in some.items()} for some in (factors, extra))
@@ -210,9 +210,7 @@ def _trained(data: _Data, kept: Tensor, held: Tensor, stages: StageTimer) -> _Tr
         for some in (factors, extra)
     )
     with parallel.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
-        parameters, block_of_column, result = regression.learn_hyperparameters(
-            recipe, models, whitened, counts, traces, stages
-        )
+        parameters, block_of_column, result = regression.learn_hyperparameters(recipe, models, whitened, counts, stages)
     signal = parameters.signal().to(block_of_column.device)[block_of_column]
     noise = regression.fit_noise(recipe, parameters, whitened, counts, signal)
     learned = WhitenedData(whitened, counts, noise, data.label_noise, signal)

@@ -74,11 +74,9 @@ class OnlineFit:
         As many inducing points as the labels ask for (defaults.py), `inducing.n` at most, now and as labels come.
 
         Raises:
-            UserError: see `fit`; VFE evidence, which needs more than is kept; a device other than the CPU.
+            UserError: see `fit`; a device other than the CPU.
         """
         asked = Recipe() if recipe is None else recipe
-        if asked.evidence != "dtc":
-            raise errors.UserError("An online model learns its noises by the DTC evidence; leave out `evidence: vfe`.")
         if torch.device(asked.device).type != "cpu":
             raise errors.UserError(f"An online model is updated on the CPU; leave out `device: {asked.device}`.")
         return _unlearned(asked, [prepare.prepare_data(structures, targets, asked, whole=False)]).refreshed(
@@ -291,7 +289,7 @@ class OnlineFit:
         """With noises and signals learned again from the rows, the calibration from what was foreseen, and novelty from what was seen."""
         whitened, counts = self._whitened(), self._counts()
         parameters, block_of_column, _ = regression.learn_hyperparameters(
-            self.recipe, self.models, whitened, counts, {}, StageTimer(None), restarts=0
+            self.recipe, self.models, whitened, counts, StageTimer(None), restarts=0
         )
         signal = parameters.signal().detach().double().cpu()
         noise = regression.fit_noise(self.recipe, parameters, whitened, counts, signal[block_of_column])

@@ -95,34 +95,27 @@ def blocks_of(models: Sequence[InducingModel]) -> list[tuple[int, int]]:
 
 
 def stream_rows(
-    recipe: Recipe,
     models: Sequence[InducingModel],
     parts: Sequence[Structures],
     targets: Sequence[Targets],
     stages: StageTimer,
-) -> tuple[dict[str, RowFactor], dict[str, Tensor]]:
+) -> dict[str, RowFactor]:
     """Make the rows of each chunk once and fold them into one triangular factor for each kind of observation.
 
     Threads share the chunks, as many at a time as have ROW_BYTES of rows; they are folded in, in their order, by whichever thread has
     the next one ready, while others go on.
-
-    Returns:
-        the factors, and for VFE the traces of the prior covariance of the same observations by block, unit signal (else empty).
     """
-    traces: dict[str, Tensor] = {}
     columns = sum(b.n_columns for m in models for b in m.blocks)
     factors = {kind: RowFactor(columns, 2 * columns) for kind in (*KINDS, FIXED)}
     done = 0
 
-    def made(piece: tuple[Structures, Targets]) -> tuple[dict[str, Tensor], list[tuple[str, Tensor]]]:
-        return labelled_rows(models, *piece), _traces(models, *piece) if recipe.evidence == "vfe" else []
+    def made(piece: tuple[Structures, Targets]) -> dict[str, Tensor]:
+        return labelled_rows(models, *piece)
 
-    def fold(new: tuple[dict[str, Tensor], list[tuple[str, Tensor]]]) -> None:
+    def fold(new: dict[str, Tensor]) -> None:
         nonlocal done
-        for kind, rows in new[0].items():
+        for kind, rows in new.items():
             factors[kind].add(rows[:, :-1], rows[:, -1])
-        for name, trace in new[1]:
-            traces[name] = traces.get(name, 0.0) + trace
         done += 1
         stages.tell(done, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
 
@@ -132,7 +125,7 @@ def stream_rows(
     together = max(1, ROW_BYTES // largest) if on_cpu else 1
     for start in range(0, len(pieces), together):
         parallel.map_pieces(made, pieces[start : start + together], fold)
-    return {kind: f for kind, f in factors.items() if f.count}, traces
+    return {kind: f for kind, f in factors.items() if f.count}
 
 
 def labelled_rows(
@@ -189,48 +182,11 @@ def labelled_rows(
     return {kind: torch.cat(some) if len(some) > 1 else some[0] for kind, some in out.items()}
 
 
-def _prior_diagonals(
-    models: Sequence[InducingModel], part: Structures, forces: bool, stresses: bool
-) -> dict[str, Tensor]:
-    """Prior variances (observations, blocks) of total energies, force components and stress components, unit signal."""
-    found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    for m in models:
-        view = StructureEnvironments.from_structures(m.descriptor, part)
-        features = view.environments.features
-        for block in m.blocks:
-            alone = {z: float(z == block.species) for z in part.distinct_species}
-            prior = PriorCovariance(m.descriptor, m.kernel, alone, view.look)
-            found["energies"].append(prior.energies(part, features))
-            if forces:
-                every = torch.arange(part.n_atoms, device=features.device)
-                covariance = prior.forces(part, view.neighbors, view.surroundings, every)
-                found["forces"].append(covariance.diagonal(dim1=1, dim2=2).flatten())
-            if stresses:
-                found["stresses"].append(prior.stresses(part, view.surroundings).diagonal(dim1=1, dim2=2).flatten())
-    return {kind: torch.stack(columns, dim=1) for kind, columns in found.items() if columns}
-
-
-def _traces(models: Sequence[InducingModel], part: Structures, target: Targets) -> list[tuple[str, Tensor]]:
-    """(kind or FIXED, summed prior variances (blocks,)) of the known observations, scaled as their rows are."""
-    known = likelihood.observed_labels(target, part.counts, VOIGT)
-    priors = _prior_diagonals(models, part, len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0)
-    out = []
-    for kind, seen in known.items():
-        if not len(seen.rows):
-            continue
-        scaled = priors[kind][seen.rows] * seen.scale[:, None].square()
-        common = seen.noise.isnan()
-        own = scaled[~common] / seen.noise[~common, None].square()
-        out += [(kind, scaled[common].sum(0)), (FIXED, own.sum(0))]
-    return out
-
-
 def learn_hyperparameters(
     recipe: Recipe,
     models: Sequence[InducingModel],
     whitened: dict[str, Tensor],
     counts: dict[str, int],
-    traces: dict[str, Tensor],
     stages: StageTimer,
     restarts: int = RESTARTS,
 ) -> tuple[Hyperparameters, Tensor, evidence.EvidenceResult]:
@@ -251,9 +207,7 @@ def learn_hyperparameters(
         share, starts = min(1.0, columns / total), torch.tensor([0, *widths]).cumsum(0).tolist()
         some = torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
         some = some.to(device)
-        made = {
-            k: evidence.SufficientStatistics.from_factor(w, counts[k], some, traces.get(k)) for k, w in whitened.items()
-        }
+        made = {k: evidence.SufficientStatistics.from_factor(w, counts[k], some) for k, w in whitened.items()}
         return made, block_of_column[some]
 
     if restarts:
@@ -262,11 +216,8 @@ def learn_hyperparameters(
     if total > EVIDENCE_COLUMNS:
         some, of_some = smaller(EVIDENCE_COLUMNS)
         evidence.maximise_evidence(some, parameters, of_some, progress=tell)
-    statistics = {
-        k: evidence.SufficientStatistics.from_factor(w, counts[k], prior=traces.get(k)) for k, w in whitened.items()
-    }
-    # the fixed point is one of DTC alone
-    if total > EVIDENCE_COLUMNS and not traces:
+    statistics = {k: evidence.SufficientStatistics.from_factor(w, counts[k]) for k, w in whitened.items()}
+    if total > EVIDENCE_COLUMNS:
         found = evidence.iterate_fixed_point(statistics, parameters, block_of_column, progress=tell)
     else:
         found = evidence.maximise_evidence(statistics, parameters, block_of_column, progress=tell, settle=True)

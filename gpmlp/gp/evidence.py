@@ -20,33 +20,19 @@ SPREAD = 2.5  # of the logarithms of hyperparameters at restarts: a factor of tw
 
 @dataclass(frozen=True, eq=False)
 class SufficientStatistics:
-    """Sufficient statistics of one kind of observation with unit noise: G = AᵀA, h = Aᵀy, yy = yᵀy, n observations.
-
-    `prior` (blocks,), if given, is the trace of the prior covariance of the observations by block with unit signal; with it the
-    evidence is the collapsed bound of VFE (Titsias, AISTATS 2009, eq. 9), without it that of DTC.
-    """
+    """Sufficient statistics of one kind of observation with unit noise: G = AᵀA, h = Aᵀy, yy = yᵀy, n observations."""
 
     gram: Tensor
     projection: Tensor
     square: float
     count: int
-    prior: Tensor | None = None
 
     @staticmethod
-    def from_factor(
-        whitened: Tensor, count: int, columns: Tensor | None = None, prior: Tensor | None = None
-    ) -> SufficientStatistics:
+    def from_factor(whitened: Tensor, count: int, columns: Tensor | None = None) -> SufficientStatistics:
         """From a whitened factor [A | y]; `columns` restricts the model to some of its columns."""
         a, y = whitened[:, :-1], whitened[:, -1]
         a = a if columns is None else a[:, columns]
-        return SufficientStatistics(a.T @ a, a.T @ y, float(y @ y), count, prior)
-
-    def missed(self, block_of_column: Tensor) -> Tensor:
-        """(blocks,) tr(K_ff - Q_ff) with unit signal: variance of the observations that the inducing set cannot represent."""
-        if self.prior is None:
-            return torch.zeros(int(block_of_column.max()) + 1, dtype=self.gram.dtype, device=self.gram.device)
-        explained = torch.zeros_like(self.prior).index_add(0, block_of_column, self.gram.diagonal())
-        return (self.prior - explained).clamp_min(0)
+        return SufficientStatistics(a.T @ a, a.T @ y, float(y @ y), count)
 
 
 @dataclass(frozen=True)
@@ -77,8 +63,7 @@ def negative_log_evidence(
     """DTC: y ~ N(0, A D² Aᵀ + Σ) in the whitened basis, O(columns³) whatever the number of data.
 
     With S = I + Σ_k D G_k D / σ_k² and h = Σ_k D h_k / σ_k²:
-    -2 log p = Σ_k [n_k log(2π σ_k²) + yy_k / σ_k²] + log det S - hᵀ S⁻¹ h   (Quiñonero-Candela, Rasmussen, JMLR 6, 1939, eq. 26);
-    VFE, where the statistics hold traces of the prior: + Σ_k tr(K_k - Q_k) / σ_k² (Titsias, AISTATS 2009, eq. 9).
+    -2 log p = Σ_k [n_k log(2π σ_k²) + yy_k / σ_k²] + log det S - hᵀ S⁻¹ h   (Quiñonero-Candela, Rasmussen, JMLR 6, 1939, eq. 26).
 
     Returns:
         -log p, its derivatives with respect to log σ_k, and with respect to log δ of each block.
@@ -109,14 +94,10 @@ def negative_log_evidence(
         image = s.gram @ scaled_mean
         along.add_(image, alpha=tau)
         fit = s.square - 2 * float(s.projection @ scaled_mean) + float(scaled_mean @ image)
-        missed = float(signal.square() @ s.missed(block_of_column))
-        total += tau * missed
         # d/d log σ = -2 τ d/dτ, halved because total is -2 log p
-        d_noise[kind] = -tau * (fit + missed) - determined[kind] + s.count
+        d_noise[kind] = -tau * fit - determined[kind] + s.count
     per_column = leverage - right * mean + scaled_mean * along
     d_signal = torch.zeros_like(signal).index_add(0, block_of_column, per_column)
-    for kind, s in statistics.items():
-        d_signal = d_signal + noise[kind] ** -2 * signal.square() * s.missed(block_of_column)
     return 0.5 * total, d_noise, d_signal
 
 

@@ -22,7 +22,7 @@ from gpmlp.gp.local_variance import LocalVariance
 from gpmlp.gp.prior import PriorCovariance, near_together
 
 VARIANCES = ("atom_energies", "energies", "forces", "stresses")
-FORMS = ("scaled", "dtc", "vfe", "sor")
+FORMS = ("scaled", "dtc")
 FREE = 1e-12  # of the misspecification: a variance left by the data that is far below is one that symmetry makes zero
 KEPT = 1e-6  # of the misspecification, there
 FORCE_ATOMS = 512  # atoms whose force rows are in memory together
@@ -35,8 +35,8 @@ class VarianceRequest:
     Attributes:
         atom_energies, energies, stresses: whether.
         forces: whether; for `atoms` only, if given (indices).
-        form: how much of what the inducing set cannot represent counts. 'dtc': all of it (Quiñonero-Candela, Rasmussen 2005, eq. 20),
-            also the predictive variance of 'vfe' (Titsias 2009); 'sor': none (eq. 16); 'scaled': VarianceModel.amplitude of it.
+        form: how much of what the inducing set cannot represent counts: 'dtc', all of it (Quiñonero-Candela, Rasmussen 2005, eq. 20);
+            'scaled', VarianceModel.amplitude of it.
     """
 
     atom_energies: bool = False
@@ -125,7 +125,7 @@ class VarianceModel:
 
     def share(self, form: str) -> float:
         """How much of what the inducing set cannot represent counts in that form."""
-        return {"scaled": self.amplitude, "sor": 0.0}.get(form, 1.0)
+        return self.amplitude if form == "scaled" else 1.0
 
     def __call__(
         self, structures: Structures, views: Sequence[StructureEnvironments], wanted: VarianceRequest
@@ -212,12 +212,8 @@ class VarianceModel:
         rows = self.atom_rows([v.environments for v in views])
         summed = rows.new_zeros(len(structures), rows.shape[1]).index_add(0, structures.structure_of_atom, rows)
         a, left = self.whiten(summed)
-        inducing = torch.zeros_like(a[:, 0])
-        if share:
-            prior = sum(
-                p.energies(structures, v.environments.features) for p, v in zip(self.priors, views, strict=True)
-            )
-            inducing = share * (prior - a.square().sum(1)).clamp_min(0)
+        prior = sum(p.energies(structures, v.environments.features) for p, v in zip(self.priors, views, strict=True))
+        inducing = share * (prior - a.square().sum(1)).clamp_min(0)
         counts = structures.counts.to(a.dtype).square()
         misfit, noise = (counts * part for part in self._constant("energies"))
         return Variance(inducing, left.square().sum(1), misfit, noise)
@@ -244,13 +240,11 @@ class VarianceModel:
             a, left = (part.unflatten(0, (len(here), 3)) for part in self.whiten(mine))
             data[here] = left @ left.mT
             misfit[here] = _where_free(data[here], constant)
-            inducing[here] = 0.0
-            if share:
-                prior = sum(
-                    p.looking(v.look_at(len(here))).forces(structures, v.neighbors, v.surroundings, here)
-                    for p, v in zip(self.priors, views, strict=True)
-                )
-                inducing[here] = share * _without_rounding(prior - a @ a.mT)
+            prior = sum(
+                p.looking(v.look_at(len(here))).forces(structures, v.neighbors, v.surroundings, here)
+                for p, v in zip(self.priors, views, strict=True)
+            )
+            inducing[here] = share * _without_rounding(prior - a @ a.mT)
         return Variance(inducing, data, misfit, noise)
 
     def _stresses(
@@ -261,13 +255,11 @@ class VarianceModel:
         unknown = structures.volumes.isnan()
         data = left @ left.mT
         data[unknown] = float("nan")
-        inducing = torch.zeros_like(data)
-        if share:
-            prior = sum(
-                p.looking(v.look).stresses(structures, v.surroundings) for p, v in zip(self.priors, views, strict=True)
-            )
-            inducing[~unknown] = share * _without_rounding((prior - a @ a.mT)[~unknown])
-        inducing[unknown] = float("nan")
+        inducing = torch.full_like(data, float("nan"))
+        prior = sum(
+            p.looking(v.look).stresses(structures, v.surroundings) for p, v in zip(self.priors, views, strict=True)
+        )
+        inducing[~unknown] = share * _without_rounding((prior - a @ a.mT)[~unknown])
         parts = [(part * torch.eye(6).to(data)).expand_as(data).clone() for part in self._constant("stresses")]
         for part in parts:
             part[unknown] = float("nan")

@@ -183,8 +183,6 @@ class LearnRecipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> LearnRecipe:
-        if self.model.evidence != "dtc":
-            raise ValueError("model.evidence: an online model learns its noises by the DTC evidence; leave it out")
         if self.model.variance is False or self.model.novelty is False:
             raise ValueError("model.variance and model.novelty steer the run; they cannot be false")
         self._something_is_asked()

@@ -89,9 +89,8 @@ class Potential:
             variance: one or more of VARIANCES ('atom_energies', 'energies', 'forces', 'stresses'), or 'all'.
             novelty: whether to compute the Mahalanobis distance of each environment from the training data.
             atoms: indices of the atoms whose force variances are wanted (others NaN); all if not given.
-            form: how much of what the inducing set cannot represent counts: 'dtc' or 'vfe' all (the same predictive variance), 'sor'
-                nothing (small far from the data, where it should be large), 'scaled' what the training data show there is
-                (VarianceModel.amplitude). Where a calibration was learned, all but 'sor' are one: it has weights of its own.
+            form: how much of what the inducing set cannot represent counts: 'dtc' all, 'scaled' what the training data show there is
+                (VarianceModel.amplitude). Where a calibration was learned, the two are one: it has weights of its own.
             calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
             views: what each term sees of all the structures, if that is there already; then they are predicted in one chunk.
             pairs: all neighbours within `reach`, if they are known (verlet_list.VerletList).
@@ -102,7 +101,7 @@ class Potential:
         """
         self.check_species(structures)
         learned = calibrated and any(kind.n for kind in self.calibration.kinds.values())
-        form = "scaled" if learned and form in ("dtc", "vfe") else form
+        form = "scaled" if learned and form == "dtc" else form
         wanted = self._wanted(variance, form, atoms, structures.n_atoms)
         if novelty and self.novelty is None:
             raise errors.UserError(
@@ -293,7 +292,8 @@ class Potential:
     @classmethod
     def from_state(cls, header: dict, tensors: dict[str, Tensor]) -> Potential:
         """Build a potential again from state()."""
-        recipe = Recipe.model_validate(header["recipe"])
+        # models were once fitted by another evidence, too; that changes nothing of what they hold
+        recipe = Recipe.model_validate(header["recipe"] | {"evidence": "dtc"})
         try:
             errors.check_device(recipe.device)
         except errors.UserError:

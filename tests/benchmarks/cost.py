@@ -48,7 +48,6 @@ def main() -> None:
         "and std of the energy": lambda: potential(cell, variance="energies"),
         "and std of the forces of one atom": lambda: potential(cell, variance="forces", atoms=[0]),
         "and std of all forces": lambda: potential(cell, variance="forces"),
-        "and std of all forces, SoR": lambda: potential(cell, variance="forces", form="sor"),
         "and std of the stress": lambda: potential(cell, variance="stresses"),
         "32 samples": lambda: samples(cell),
     }
