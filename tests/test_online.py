@@ -524,12 +524,5 @@ def test_what_is_refused():
         online.without(0, 1, [0])
     with pytest.raises(UserError, match="counted from 0; got"):
         online.without(0, 6, [99])
-<<<<<<< HEAD
-    with pytest.raises(UserError, match="leave out `evidence: vfe`"):
-        begun(evidence="vfe")
     with pytest.raises(UserError, match="No structure has an energy"):
         online.added(labelled(1)[0], Targets.unlabelled(labelled(1)[0]))
-=======
-    with pytest.raises(checks.UserError, match="No structure has an energy"):
-        online.added(labelled(1)[0], Targets.unknown(labelled(1)[0]))
->>>>>>> 88bbff4 (One evidence and two forms of the variance: what no measurement recommends (Titsias' bound, subset of regressors) is gone; older recipes and models are read)
