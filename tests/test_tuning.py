@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -11,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ase.io
+import optuna
 import pytest
 import torch
 import yaml
@@ -271,6 +271,13 @@ def test_bad_search(gpmlp, silicon, tmp_path, text, message):
 # --- the command
 
 
+def recorded(log):
+    """The trials in the log of a search."""
+    journal = optuna.storages.journal
+    storage = journal.JournalStorage(journal.JournalFileBackend(str(log)))
+    return tune.trials_of(optuna.load_study(study_name=tune.STUDY, storage=storage))
+
+
 def test_tune_resume_fit(gpmlp, silicon, tmp_path, five):
     recipe, log, model = tmp_path / "r.yaml", tmp_path / "t.jsonl", tmp_path / "m.gpmlp"
     run = ["tune", silicon, "-o", recipe, "--log", log, *SMALL, "--set", "kernel.zeta=2", *SPACE]
@@ -283,11 +290,11 @@ def test_tune_resume_fit(gpmlp, silicon, tmp_path, five):
     status, _, err = gpmlp(*run, "--trials", 3)
     assert status == 2 and "is there already; go on with it (--resume)" in err
     with open(log, "a") as file:  # killed while it wrote
-        file.write('{"number": 2, "parame')
+        file.write('{"op_code":4,"study')
     status, out, err = gpmlp(*run, "--trials", 3, "--resume")
     assert status == 0, err
     assert log.read_text().startswith(first)
-    trials = [tune.TuningTrial(**json.loads(line)) for line in log.read_text().splitlines()[1:]]
+    trials = recorded(log)
     assert timeless(trials) == timeless(five[:3])
 
     status, _, err = gpmlp("fit", silicon, "--recipe", recipe, "--set", "inducing.n=8", "-o", model)
@@ -319,6 +326,9 @@ def test_log_of_something_else_is_refused(gpmlp, silicon, tmp_path):
     log.write_text('{"a": 1}\n')
     status, _, err = gpmlp("tune", silicon, *again)
     assert status == 2 and "is not a log of `gpmlp tune`" in err
+    log.write_text('{"gpmlp_tune": 1, "version": "0.1"}\n{"number": 0}\n')  # as versions before 0.2 wrote it
+    status, _, err = gpmlp("tune", silicon, *again)
+    assert status == 2 and "was written by gpmlp 0.1, whose trials are recorded in another form" in err
 
 
 def test_interrupted_writes_the_best_so_far(gpmlp, silicon, tmp_path, monkeypatch):
@@ -334,7 +344,7 @@ def test_interrupted_writes_the_best_so_far(gpmlp, silicon, tmp_path, monkeypatc
     monkeypatch.setattr(tune, "fit", stopped)
     status, out, _ = gpmlp("tune", silicon, "-o", recipe, "--log", log, *SMALL, *SPACE)
     assert status == 130 and f"wrote {recipe}" in out
-    assert len(log.read_text().splitlines()) == 2 and recipe_files.load_recipe(recipe).kernel.zeta
+    assert len(recorded(log)) == 1 and recipe_files.load_recipe(recipe).kernel.zeta
 
 
 def test_mistakes_are_found_before_any_work(gpmlp, silicon, train_file, tmp_path):

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from gpmlp.core.errors import UserError
-from gpmlp.io import files
 
 
 class Objective(StrEnum):
@@ -36,7 +35,9 @@ def tune(
     budget_minutes: Annotated[float, typer.Option("--budget-minutes", help="For all trials, resumed ones too.")] = 30.0,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Most trials, resumed ones too.")] = None,
     columns: Annotated[int, typer.Option("--columns", min=1, help="Inducing variables of a trial.")] = 400,
-    log: Annotated[Path, typer.Option("--log", help="JSON lines, one for each trial.")] = Path("tune.jsonl"),
+    log: Annotated[Path, typer.Option("--log", help="Journal of optuna, one line for each trial.")] = Path(
+        "tune.jsonl"
+    ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the log.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is held out, and of the search.")] = 0,
 ) -> None:
@@ -54,20 +55,19 @@ def tune(
     for path in targets_of.values():
         check_target(path)
     check_apart(targets_of, {"the training data": train, "the start recipe": recipe})
-    search_space.check_installed()
+    search_space.load_optuna()
     start = load_recipe(recipe, settings or [])
     structures, targets = ase_atoms.read(train, labelled=True)
     data = {"name": train.name, "sha256": provenance.file_hash(train)}
     problem = tuning.tuning_problem(structures, targets, start, search or [], objective.value, seed, data, columns)
-    kept = files.reopen_journal(log) if resume else None
-    done = list(tuning.trials_of(kept, problem)) if kept else []
-    kept = kept or files.begin_journal(log, problem.identity())
+    study = tuning.open_study(log, problem, resume)
+    done = tuning.trials_of(study)
     console.message("tuning", f"{problem.summary}; errors of forces are MAE / RMSE")
     interrupted = False
     try:
         with console.Trials(60 * budget_minutes, trials, done) as show:
             for trial in tuning.run_trials(problem, done, 60 * budget_minutes, trials, show.tick):
-                kept.append(tuning.record(trial))
+                tuning.record_trial(study, problem, trial)
                 done.append(trial)
                 show(trial)
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,11 +143,6 @@ def _places(
         yield sections, name
 
 
-def check_installed() -> None:
-    """Raise UserError if the library of the search, an extra, is not there."""
-    _optuna()
-
-
 def propose(
     space: Sequence[SearchParameter], history: Sequence[tuple[Mapping[str, Any], float | None]], seed: int
 ) -> dict[str, Any] | None:
@@ -157,47 +153,67 @@ def propose(
     Args:
         history: (values, objective) of what was tried; larger is better, None failed: worse than all others.
     """
-    optuna = _optuna()
+    optuna = load_optuna()
     distributions = {p.key: _distribution(p) for p in space}
     tried = {_point(values) for values, _ in history}
-    states = optuna.trial.TrialState
-    told = [
-        optuna.trial.create_trial(
-            params={p.key: values[p.key] for p in space},
-            distributions=distributions,
-            value=objective,
-            state=states.PRUNED if objective is None else states.COMPLETE,
-        )
-        for values, objective in history
-        if all(p.contains(values.get(p.key)) for p in space)  # the start recipe may lie outside
-    ]
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
+    earlier = [frozen_trial(space, *one) for one in history]
+    with quiet_optuna():
         for k in range(sum(ATTEMPTS)):
             here = (1_000_003 * seed + 1009 * len(history) + k) % 2**32
-            tpe = k < ATTEMPTS[0]
-            sampler = optuna.samplers.TPESampler(seed=here, multivariate=True) if tpe else None
-            study = optuna.create_study(
-                sampler=sampler or optuna.samplers.RandomSampler(seed=here), direction="maximize"
+            samplers = optuna.samplers
+            sampler = (
+                samplers.TPESampler(seed=here, multivariate=True) if k < ATTEMPTS[0] else samplers.RandomSampler(here)
             )
-            study.add_trials(told)
+            study = optuna.create_study(sampler=sampler, direction="maximize")
+            study.add_trials([t for t in earlier if t.params])
             asked = study.ask(distributions).params
             values = {p.key: p.rounded(asked[p.key]) for p in space}
             if _point(values) not in tried:
                 return values
-    finally:
-        optuna.logging.set_verbosity(verbosity)
     return None
 
 
-def _optuna() -> Any:
-    """The library of the search, loaded only when one is made."""
+def frozen_trial(
+    space: Sequence[SearchParameter],
+    values: Mapping[str, Any],
+    objective: float | None,
+    attributes: Mapping[str, Any] | None = None,
+) -> Any:
+    """A finished trial as optuna has it; without parameters where the values, those of the start recipe, lie outside of the space."""
+    optuna = load_optuna()
+    inside = [p for p in space if all(q.contains(values.get(q.key)) for q in space)]
+    return optuna.trial.create_trial(
+        params={p.key: values[p.key] for p in inside},
+        distributions={p.key: _distribution(p) for p in inside},
+        value=objective,
+        state=optuna.trial.TrialState.PRUNED if objective is None else optuna.trial.TrialState.COMPLETE,
+        user_attrs=dict(attributes or {}),
+    )
+
+
+def load_optuna() -> Any:
+    """The library of the search, an extra.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import optuna
     except ImportError as error:
         raise UserError("`gpmlp tune` needs optuna, which is not installed: pip install 'gpmlp[tune]'.") from error
     return optuna
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Without optuna's remarks about each study."""
+    logging = load_optuna().logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _distribution(parameter: SearchParameter) -> Any:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,17 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import calibrate, defaults
 from gpmlp.fitting.fit import fit
-from gpmlp.fitting.search_space import SearchParameter, check_installed, default_space, parse_search, propose
+from gpmlp.fitting.search_space import (
+    SearchParameter,
+    default_space,
+    frozen_trial,
+    load_optuna,
+    parse_search,
+    propose,
+    quiet_optuna,
+)
 from gpmlp.io import provenance, recipe_files
-from gpmlp.io.files import JsonJournal
+from gpmlp.io.files import check_target, reopen_journal
 from gpmlp.potential import baselines
 from gpmlp.potential.evaluation import evaluate
 from gpmlp.recipe import CalibrationRecipe, InducingRecipe, Recipe
@@ -31,7 +40,7 @@ TRAIN_ATOMS = 4000  # at most about so many are learned from in a trial
 HELD = CalibrationRecipe(fraction=0.2, atoms=1000)  # judged on; the same structures in all trials
 CALIBRATION_ATOMS = 400  # set aside within a trial, from what is learned from, to scale its variances
 GIVE_UP = 5  # failures from the start on: then it is not the parameters
-FORMAT = 1  # of the log
+STUDY = "gpmlp tune"
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,6 @@ class TuningProblem:
     def identity(self) -> dict[str, Any]:
         """What the log of a search begins with: results are comparable where all of it is the same."""
         return {
-            "gpmlp_tune": FORMAT,
             "data": dict(self.data),
             "objective": self.objective,
             "search": [str(p) for p in self.search],
@@ -224,7 +232,7 @@ def run_trials(
     Raises:
         UserError: optuna is not installed, or the first GIVE_UP trials have all failed.
     """
-    check_installed()
+    load_optuna()
     history, began, before = list(done), time.perf_counter(), sum(t.seconds for t in done)
 
     def used() -> float:
@@ -315,20 +323,57 @@ def recipe_comment(problem: TuningProblem, trials: Sequence[TuningTrial]) -> lis
     ]
 
 
-def record(trial: TuningTrial) -> dict[str, Any]:
-    """The line of the log."""
-    return asdict(trial)
+def open_study(path: Path, problem: TuningProblem, resume: bool) -> Any:
+    """The optuna study that records a search: a journal file to which each trial is added as one line, on disk before the next begins.
 
-
-def trials_of(journal: JsonJournal, problem: TuningProblem) -> tuple[TuningTrial, ...]:
-    """The trials in a log of this very problem.
+    Args:
+        resume: whether to go on with a study that is there; what a kill left of an unfinished last line is cut off.
 
     Raises:
-        UserError: the log is of other data, another space or other settings, or holds something else.
+        UserError: the file is there and `resume` is false, or it is no such journal, or one of other data, another space or other settings.
     """
-    was, now = journal.header, problem.identity()
-    if was.get("gpmlp_tune") != FORMAT:
-        raise UserError(f"{journal.path}: is not a log of `gpmlp tune` that this version can read.")
+    optuna = load_optuna()
+    check_target(path)
+    there = path.exists() and path.stat().st_size > 0
+    if there and not resume:
+        raise UserError(f"{path}: is there already; go on with it (--resume), remove it, or give another name.")
+    journal = reopen_journal(path) if there else None
+    if journal is not None and "gpmlp_tune" in journal.header:
+        raise UserError(
+            f"{path}: was written by gpmlp {journal.header.get('version')}, whose trials are recorded in another form than this version's; "
+            "finish that search with it, or give another --log."
+        )
+    if journal is not None and "op_code" not in journal.header:
+        raise UserError(f"{path}: is not a log of `gpmlp tune` that this version can read.")
+    with quiet_optuna():
+        backend = optuna.storages.journal.JournalFileBackend(str(path))
+        storage = optuna.storages.journal.JournalStorage(backend)
+        if journal is None:
+            study = optuna.create_study(storage=storage, study_name=STUDY, direction="maximize")
+        else:
+            study = optuna.load_study(storage=storage, study_name=STUDY)
+    if not study.user_attrs:  # new, or killed before it said what it is of
+        study.set_user_attr("gpmlp_tune", problem.identity())
+    _check_identity(path, study.user_attrs.get("gpmlp_tune", {}), problem.identity())
+    return study
+
+
+def record_trial(study: Any, problem: TuningProblem, trial: TuningTrial) -> None:
+    """Add a trial to the study, and return when it is on the disk."""
+    values = {name: value for name, value in asdict(trial).items() if name not in ("number", "objective")}
+    study.add_trial(frozen_trial(problem.search, trial.parameters, trial.objective, values))
+
+
+def trials_of(study: Any) -> list[TuningTrial]:
+    """The trials that a study holds."""
+    complete = load_optuna().trial.TrialState.COMPLETE
+    return [
+        TuningTrial(t.number, objective=t.value if t.state == complete else None, **t.user_attrs) for t in study.trials
+    ]
+
+
+def _check_identity(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UserError where a study was made with other data or settings."""
     names = {
         "sha256": "other data",
         "search": "another search space",
@@ -337,22 +382,14 @@ def trials_of(journal: JsonJournal, problem: TuningProblem) -> tuple[TuningTrial
         "structures": "another division of the structures",
     }
     same = [("sha256", was.get("data", {}).get("sha256"), now["data"].get("sha256"))]
-    same += [(key, was.get(key), now[key]) for key in now if key not in ("gpmlp_tune", "data", "version")]
+    same += [(key, was.get(key), now[key]) for key in now if key not in ("data", "version")]
     for key, before, here in same:
         if before != here:
             shown = "" if key == "start" else f": {_short(before)}, now {_short(here)}"
             raise UserError(
-                f"{journal.path}: was made with {names.get(key, f'another {key}')}{shown}. Resume with what it was made with, or "
+                f"{path}: was made with {names.get(key, f'another {key}')}{shown}. Resume with what it was made with, or "
                 "give another --log."
             )
-    try:
-        trials = tuple(TuningTrial(**entry) for entry in journal.entries)
-        counted = [t.number for t in trials] == list(range(len(trials)))
-    except TypeError:
-        counted = False
-    if not counted:
-        raise UserError(f"{journal.path}: its lines are not the trials 0, 1, 2, ... of one search; give another --log.")
-    return trials
 
 
 def _short(value: Any) -> str:
