@@ -80,7 +80,7 @@ def test_what_a_subset_misses_is_drawn_too():
     assert potential.variances.n_columns == 20
     block, prior = potential.variances.blocks[0][0], potential.variances.priors[0]
     centres = potential.terms[0].blocks[14].features[20:24]
-    alpha = samples.blocks[0][14][0] - potential.terms[0].blocks[14].weights
+    alpha = samples.terms[0].blocks[14].weights - potential.terms[0].blocks[14].weights
     values = prior.kernel.profile(potential.terms[0].blocks[14].features @ centres.T)[0]
     drawn = (alpha @ values).var(0)
     rows = prior.kernel.profile(block.features @ centres.T)[0].T

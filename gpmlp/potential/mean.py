@@ -1,4 +1,4 @@
-"""Terms are the learned parts of the energy: a descriptor with its kernel and the posterior mean of local energies."""
+"""Posterior mean of local energies: sums over inducing centres, their quadratic form, and terms of a descriptor with its kernel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from gpmlp.core.environments import Descriptor, Environments, StructureEnvironments
 from gpmlp.core.neighbors import Neighbors
@@ -15,6 +16,8 @@ from gpmlp.core.structures import Structures
 from gpmlp.gp.kernels import Profile, ZonalKernel
 
 ROWS, PRODUCTS = 64, 1 << 16  # environments, at least, and products with all centres that stay in cache
+SLOPE_BYTES = 8 << 20  # of samples: slopes with respect to kernel arguments in memory together, what stays in cache
+TANGENT_BYTES = 16 << 20  # the same where each sample has τ of its own, to be read for every chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +26,8 @@ class MeanBlock:
 
     Attributes:
         features: (M, features) centres x_j.
-        weights: (M,) α_j, eV.
-        tangents: (M, features) τ_j, eV; empty (0, features) where no centre carries gradients.
+        weights: (M,) α_j, eV; (k, M) of k samples at once, whose axis then follows that of the environments in all results.
+        tangents: (M, features) τ_j, eV; empty (0, features) where no centre carries gradients; with a leading k of samples.
     """
 
     features: Tensor
@@ -32,48 +35,65 @@ class MeanBlock:
     tangents: Tensor
 
     def __call__(self, kernel: ZonalKernel, x: Tensor, profile: Profile | None = None) -> tuple[Tensor, Tensor]:
-        """Return ε (environments,) and dε/dx (environments, features), to the last bit the same whether `profile`, of x with the centres,
-        is known or not."""
-        if len(x) > self._rows:
-            known = zip(*(p.split(self._rows) for p in profile), strict=True) if profile else itertools.repeat(None)
-            parts = [self(kernel, some, p) for some, p in zip(x.split(self._rows), known, strict=False)]
-            return torch.cat([energy for energy, _ in parts]), torch.cat([slope for _, slope in parts])
-        value, first, second = profile or self.profile(kernel, x)
-        energy = value @ self.weights
+        """Return ε (environments,) and dε/dx (environments, features), in chunks.
+
+        Bit for bit the same whether `profile`, the kernel of x with the centres, is given or not.
+        """
+        if len(x) <= self._rows:
+            return self.from_profile(x, profile or kernel.profile(x @ self.features.T))
+        profiles = zip(*(p.split(self._rows) for p in profile), strict=True) if profile else itertools.repeat(None)
+        chunks = [self(kernel, chunk, p) for chunk, p in zip(x.split(self._rows), profiles, strict=False)]
+        return torch.cat([energy for energy, _ in chunks]), torch.cat([slope for _, slope in chunks])
+
+    def from_profile(self, x: Tensor, profile: Profile) -> tuple[Tensor, Tensor]:
+        """ε and dε/dx of environments whose kernel with the centres is there."""
+        value, first, second = profile
+        energy = linear(value, self.weights)
+        if self.weights.dim() == 2:
+            first, second = first[:, None], second[:, None]
         on_dots = first * self.weights
-        if not len(self.tangents):
-            return energy, on_dots @ self.features
-        along = x @ self.tangents.T
-        energy = energy + (first * along).sum(1)
-        return energy, (on_dots + second * along) @ self.features + first @ self.tangents
+        if not self.tangents.shape[-2]:
+            return energy, self._on_features(on_dots)
+        along = (x @ self.tangents.flatten(0, -2).T).unflatten(1, self.weights.shape)
+        energy = energy + (first * along).sum(-1)
+        on_tangents = (profile[1] @ self.tangents).movedim(0, -2)
+        # in place of samples, which are many; rounds differently, and neither may change
+        on_dots = on_dots.addcmul_(second, along) if self.weights.dim() == 2 else on_dots + second * along
+        return energy, self._on_features(on_dots) + on_tangents
+
+    def _on_features(self, on_dots: Tensor) -> Tensor:
+        return (on_dots.flatten(0, -2) @ self.features).unflatten(0, on_dots.shape[:-1])
 
     @property
     def _rows(self) -> int:
         """Environments that are done at a time."""
+        if self.weights.dim() == 2:
+            bytes_together = TANGENT_BYTES if self.tangents.shape[-2] else SLOPE_BYTES
+            return max(1, bytes_together // (self.weights.numel() * self.weights.element_size()))
         return max(ROWS, PRODUCTS // max(1, len(self.features)) // ROWS * ROWS)
 
     def profile(self, kernel: ZonalKernel, x: Tensor) -> Profile:
-        """Of environments with all centres."""
+        """Kernel of environments with all centres, in the chunks of the mean."""
         if len(x) <= self._rows:
             return kernel.profile(x @ self.features.T)
         out = tuple(x.new_empty(len(x), len(self.features)) for _ in range(3))
-        for some, *places in zip(x.split(self._rows), *(part.split(self._rows) for part in out), strict=True):
-            for place, part in zip(places, kernel.profile(some @ self.features.T), strict=True):
+        for chunk, *places in zip(x.split(self._rows), *(part.split(self._rows) for part in out), strict=True):
+            for place, part in zip(places, kernel.profile(chunk @ self.features.T), strict=True):
                 place.copy_(part)
         return out
 
     def quadratic_form(self, kernel: ZonalKernel) -> QuadraticForm | None:
         """The same mean as a quadratic form, if the kernel allows it and the form is cheaper to evaluate."""
         m, d = self.features.shape
-        if kernel.quadratic is None or d >= (4 if len(self.tangents) else 2) * m:
+        if kernel.quadratic is None or self.weights.dim() == 2 or d >= (4 if len(self.tangents) else 2) * m:
             return None
         a, b = kernel.quadratic
-        linear, matrix = self.weights @ self.features, (self.features.T * self.weights) @ self.features
+        linear_part, matrix = self.weights @ self.features, (self.features.T * self.weights) @ self.features
         if len(self.tangents):
-            linear = linear + self.tangents.sum(0)
+            linear_part = linear_part + self.tangents.sum(0)
             across = self.features.T @ self.tangents
             matrix = matrix + across + across.T
-        return QuadraticForm(a * linear, 2 * b * matrix)
+        return QuadraticForm(a * linear_part, 2 * b * matrix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +125,7 @@ class EnergyTerm:
     blocks: dict[int, MeanBlock]
 
     def view(self, structures: Structures, pairs: Neighbors | None = None) -> StructureEnvironments:
-        """What the descriptor sees; `pairs` as in StructureEnvironments.from_structures."""
+        """Environments of structures as the descriptor has them; `pairs` as there."""
         return StructureEnvironments.from_structures(self.descriptor, structures, pairs)
 
     @cached_property
@@ -129,20 +149,27 @@ class EnergyTerm:
     def local_energies(
         self, environments: Environments, profiles: dict[int, Profile] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Posterior mean of local energies (environments,), eV, and its slopes with respect to the features (environments, features)."""
+        """Posterior mean of local energies (environments,), eV, and its slopes with respect to the features (environments, features);
+        with an axis of samples after that of environments where the blocks hold samples."""
         x, species = environments.features, environments.species
         distinct = species.bincount().nonzero()[:, 0].tolist()
         if len(distinct) == 1:
-            return self._local(distinct[0], x, profiles)
-        local, slopes = x.new_zeros(len(x)), torch.empty_like(x)
+            return self._local_energies(distinct[0], x, profiles)
+        local = x.new_zeros(len(x), *self._samples)
+        slopes = x.new_empty(*local.shape, x.shape[1])
         for z in distinct:
             mine = (species == z).nonzero()[:, 0]
-            local[mine], slopes[mine] = self._local(z, x[mine], profiles)
+            local[mine], slopes[mine] = self._local_energies(z, x[mine], profiles)
         return local, slopes
 
-    def _local(self, z: int, x: Tensor, profiles: dict[int, Profile] | None) -> tuple[Tensor, Tensor]:
+    @property
+    def _samples(self) -> tuple[int, ...]:
+        return tuple(next(iter(self.blocks.values())).weights.shape[:-1]) if self.blocks else ()
+
+    def _local_energies(self, z: int, x: Tensor, profiles: dict[int, Profile] | None) -> tuple[Tensor, Tensor]:
         if z in self.quadratic_forms:
             return self.quadratic_forms[z](x)
         if z not in self.blocks:
-            return x.new_zeros(len(x)), torch.zeros_like(x)
+            none = x.new_zeros(len(x), *self._samples)
+            return none, none[..., None].expand(*none.shape, x.shape[1])
         return self.blocks[z](self.kernel, x, (profiles or {}).get(z))

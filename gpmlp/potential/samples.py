@@ -18,8 +18,6 @@ from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.mean import EnergyTerm, MeanBlock
 
 HOW = ("posterior", "label_noise")
-SLOPE_BYTES = 8 << 20  # of slopes with respect to kernel arguments in memory together: what stays in cache
-TANGENT_BYTES = 16 << 20  # the same where each sample has τ of its own, to be read for every lot
 
 
 class SampledPotential(Protocol):
@@ -41,13 +39,13 @@ class PosteriorSamples(Sequence):
 
     Attributes:
         mean: the potential they were drawn from.
-        blocks: for each term and species, α (k, M) and τ (k, M, features) of the samples (τ empty where no centre has gradients).
+        terms: its terms, whose blocks hold the weights of all samples (k, M).
         origin: how they were drawn; with their index, what the provenance of each says under 'sample'.
         indices: of these samples in the draw.
     """
 
     mean: SampledPotential
-    blocks: tuple[dict[int, tuple[Tensor, Tensor]], ...]
+    terms: tuple[EnergyTerm, ...]
     origin: dict[str, Any]
     indices: tuple[int, ...]
 
@@ -61,21 +59,20 @@ class PosteriorSamples(Sequence):
     def __getitem__(self, index: slice) -> PosteriorSamples: ...
 
     def __getitem__(self, index: int | slice) -> SampledPotential | PosteriorSamples:
-        """One sample as a Potential, or some of them as Samples."""
+        """One sample as a Potential, or some of them as PosteriorSamples."""
+        if isinstance(index, slice) and not self.indices[index]:
+            raise errors.UserError(f"A slice of samples must hold one or more of the {len(self)}; got {index}.")
+        index = index if isinstance(index, slice) else range(len(self))[index]
+        terms = tuple(
+            replace(
+                t, blocks={z: MeanBlock(b.features, b.weights[index], b.tangents[index]) for z, b in t.blocks.items()}
+            )
+            for t in self.terms
+        )
         if isinstance(index, slice):
-            if not self.indices[index]:
-                raise errors.UserError(f"A slice of samples must hold one or more of the {len(self)}; got {index}.")
-            blocks = tuple({z: (alpha[index], tau[index]) for z, (alpha, tau) in b.items()} for b in self.blocks)
-            return replace(self, blocks=blocks, indices=self.indices[index])
-        index = range(len(self))[index]
-        terms = []
-        for term, drawn in zip(self.mean.terms, self.blocks, strict=True):
-            made = {
-                z: MeanBlock(block.features, drawn[z][0][index], drawn[z][1][index]) for z, block in term.blocks.items()
-            }
-            terms.append(EnergyTerm(term.descriptor, term.kernel, made))
+            return replace(self, terms=terms, indices=self.indices[index])
         provenance = self.mean.provenance | {"sample": self.origin | {"index": self.indices[index]}}
-        return replace(self.mean, terms=tuple(terms), variances=None, provenance=provenance)
+        return replace(self.mean, terms=terms, variances=None, provenance=provenance)
 
     def __iter__(self) -> Iterator[SampledPotential]:
         return (self[i] for i in range(len(self)))
@@ -83,25 +80,20 @@ class PosteriorSamples(Sequence):
     def __call__(self, structures: Structures) -> Prediction:
         """Predictions of all samples, stacked: every field of the Prediction has a leading axis (samples).
 
-        Neighbours, features and kernels are made once; what differs is matrix products with the weights.
+        Neighbours, features and kernels are computed once; what differs is matrix products with the weights.
         """
         self.mean.check_species(structures)
-        device, dtype = structures.positions.device, structures.positions.dtype
-        recipe = self.mean.recipe
-        parts = []
+        recipe, parts = self.mean.recipe, []
         for chunk in chunk_structures(structures, CHUNK_ATOMS):
-            own = chunk.to(device=recipe.device, dtype=getattr(torch, recipe.dtype))
-            total = sum(
-                (term(own).map(lambda v: v[None]) for term in self.mean.baselines), start=_nothing(own, len(self))
-            )
-            for term, drawn in zip(self.mean.terms, self.blocks, strict=True):
-                total = total + _evaluate(term, drawn, own)
+            moved = chunk.to(device=recipe.device, dtype=getattr(torch, recipe.dtype))
+            baselines = (term(moved).map(lambda v: v[None]) for term in self.mean.baselines)
+            total = sum(baselines, start=_zero_prediction(moved, len(self)))
+            for term in self.terms:
+                total = total + _predict_term(term, moved)
             parts.append(total)
-        joined = {
-            name: torch.cat([getattr(p, name) for p in parts], dim=1)
-            for name in ("energies", "atom_energies", "forces", "stresses")
-        }
-        return Prediction(**joined).map(lambda v: v.to(device=device, dtype=dtype))
+        fields = ("energies", "atom_energies", "forces", "stresses")
+        joined = Prediction(**{name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in fields})
+        return joined.map(lambda v: v.to(structures.positions))
 
 
 def draw_samples(
@@ -129,9 +121,9 @@ def draw_samples(
             "This model holds no posterior factor (recipe: variance: false, or it is a sample itself), so nothing can be drawn."
         )
     generator = torch.Generator().manual_seed(seed)
-    spread = potential.calibration.sample_scale if calibrated else None
-    deviations = (spread or 1.0) * model.signal[:, None] * _whitened_deviations(model, k, generator, how)
-    start, i, made = 0, 0, []
+    scale = potential.calibration.sample_scale if calibrated else None
+    deviations = (scale or 1.0) * model.signal[:, None] * _whitened_deviations(model, k, generator, how)
+    start, i, terms = 0, 0, []
     for term, blocks, prior in zip(potential.terms, model.blocks, model.priors, strict=True):
         drawn = {}
         for block in blocks:
@@ -140,15 +132,16 @@ def draw_samples(
             start, i = here.stop, i + 1
             weights = torch.linalg.solve_triangular(lower.T, deviations[here], upper=True)
             mean = term.blocks[block.species]
-            extra = None
-            if spread is None and how == "posterior" and len(mean.features) > len(block.features):
-                extra, correction = _missed(term, block, lower, mean.features[len(block.features) :], k, generator)
-                scale = model.amplitude**0.5 * prior.signal[block.species]
-                weights, extra = weights + scale * correction, scale * extra
-            drawn[block.species] = _around(mean, block, weights, extra)
-        made.append(drawn)
-    origin = {"how": how, "seed": seed, "of": k, "calibrated": spread is not None}
-    return PosteriorSamples(potential, tuple(made), origin, tuple(range(k)))
+            others = None
+            if scale is None and how == "posterior" and len(mean.features) > len(block.features):
+                centres = mean.features[len(block.features) :]
+                others, correction = _prior_residual_paths(term, block, lower, centres, k, generator)
+                std = model.amplitude**0.5 * prior.signal[block.species]
+                weights, others = weights + std * correction, std * others
+            drawn[block.species] = _add_deviations(mean, block, weights, others)
+        terms.append(replace(term, blocks=drawn))
+    origin = {"how": how, "seed": seed, "of": k, "calibrated": scale is not None}
+    return PosteriorSamples(potential, tuple(terms), origin, tuple(range(k)))
 
 
 def _whitened_deviations(model: VarianceModel, k: int, generator: torch.Generator, how: str) -> Tensor:
@@ -160,7 +153,7 @@ def _whitened_deviations(model: VarianceModel, k: int, generator: torch.Generato
     return vectors @ ((values - 1).clamp_min(0).sqrt() / values)[:, None].mul(z)
 
 
-def _missed(
+def _prior_residual_paths(
     term: EnergyTerm, block: InducingBlock, lower: Tensor, centres: Tensor, k: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Prior paths conditioned on zero at the block's variables: weights at other centres (n, k) and their correction (columns, k).
@@ -180,60 +173,37 @@ def _missed(
     return weights, -torch.linalg.solve_triangular(lower.T, cross @ weights, upper=True)
 
 
-def _around(mean: MeanBlock, block: InducingBlock, weights: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
-    """α (k, M) and τ (k, M, features): the mean's plus the deviations (columns, k) of the block, and (others, k) at the other centres."""
-    weights, extra = weights.to(mean.weights), None if extra is None else extra.to(mean.weights)
+def _add_deviations(mean: MeanBlock, block: InducingBlock, weights: Tensor, others: Tensor | None) -> MeanBlock:
+    """The mean plus k deviations: (columns, k) of the block's inducing variables, (others, k) of the values at the other centres."""
     k, m, r = weights.shape[1], len(block.features), block.tangents.shape[1]
-    full = weights.new_zeros(m + m * r, k)
-    full[block.columns] = weights
+    full = mean.weights.new_zeros(m + m * r, k)
+    full[block.columns] = weights.to(full)
     alpha = mean.weights.repeat(k, 1)
     alpha[:, :m] += full[:m].T
-    if extra is not None:
-        alpha[:, m:] += extra.T
+    if others is not None:
+        alpha[:, m:] += others.to(full).T
     if not len(mean.tangents) and not r:
-        return alpha, mean.tangents.expand(k, -1, -1)
+        return MeanBlock(mean.features, alpha, mean.tangents.expand(k, -1, -1))
     tau = (mean.tangents if len(mean.tangents) else torch.zeros_like(mean.features)).repeat(k, 1, 1)
     tau[:, :m] += torch.einsum("mrk,mrf->kmf", full[m:].reshape(m, r, k), block.tangents)
-    return alpha, tau
+    return MeanBlock(mean.features, alpha, tau)
 
 
-def _evaluate(term: EnergyTerm, drawn: dict[int, tuple[Tensor, Tensor]], structures: Structures) -> Prediction:
+def _predict_term(term: EnergyTerm, structures: Structures) -> Prediction:
     """One term of all samples, with a leading axis (samples)."""
     view = term.view(structures)
-    features = view.environments.features
-    k = len(next(iter(drawn.values()))[0])
-    local = features.new_zeros(len(features), k)
-    cotangents = features.new_zeros(len(features), k, features.shape[1])
-    for z, block in term.blocks.items():
-        alpha, tau = (part.to(features) for part in drawn[z])
-        at_a_time = (TANGENT_BYTES if tau.shape[1] else SLOPE_BYTES) // (alpha.numel() * alpha.element_size())
-        for some in (structures.species == z).nonzero()[:, 0].split(max(1, at_a_time)):
-            local[some], cotangents[some] = _energies(term, block, alpha, tau, features[some])
+    local, cotangents = term.local_energies(view.environments)
     gradients = view.environments.pull_back(cotangents.movedim(1, 0))
     vectors = view.surroundings.vectors
     # the scatters carry trailing axes along: samples go last and come back first
     last = gradients.movedim(0, -1)
     forces = neighbors.scatter_forces(view.neighbors, structures.n_atoms, last).movedim(-1, 0)
     stresses = neighbors.scatter_virials(structures, view.neighbors, vectors, last).movedim(-1, 0)
-    energies = local.new_zeros(len(structures), k).index_add(0, structures.structure_of_atom, local)
+    energies = local.new_zeros(len(structures), local.shape[1]).index_add(0, structures.structure_of_atom, local)
     return Prediction(energies.T, local.T, forces, stresses / structures.volumes[:, None, None])
 
 
-def _energies(term: EnergyTerm, block: MeanBlock, alpha: Tensor, tau: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """ε (environments, samples) and dε/dx (environments, samples, features) of all samples, as MeanBlock has them for one."""
-    value, first, second = term.kernel.profile(x @ block.features.T)
-    local = value @ alpha.T
-    slopes = first[:, None, :] * alpha
-    if not tau.shape[1]:
-        return local, (slopes.flatten(0, 1) @ block.features).unflatten(0, slopes.shape[:2])
-    along = (x @ tau.flatten(0, 1).T).unflatten(1, alpha.shape)
-    local = local + (first[:, None, :] * along).sum(2)
-    slopes.addcmul_(second[:, None, :], along)
-    on_features = (slopes.flatten(0, 1) @ block.features).unflatten(0, slopes.shape[:2])
-    return local, on_features + (first @ tau).movedim(0, 1)
-
-
-def _nothing(structures: Structures, k: int) -> Prediction:
+def _zero_prediction(structures: Structures, k: int) -> Prediction:
     like, n = structures.positions, len(structures)
     stresses = (0.0 * structures.volumes)[:, None, None].expand(k, n, 3, 3)
     return Prediction(

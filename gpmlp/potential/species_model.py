@@ -71,13 +71,7 @@ class SpeciesTerm:
         if isinstance(self.mean, QuadraticForm):
             return *self.mean(x), None
         profile = self.kernel.profile(x @ self.mean.features.T)
-        value, first, second = profile
-        energy, on_dots = value @ self.mean.weights, first * self.mean.weights
-        if not len(self.mean.tangents):
-            return energy, on_dots @ self.mean.features, profile
-        along = x @ self.mean.tangents.T
-        slope = (on_dots + second * along) @ self.mean.features + first @ self.mean.tangents
-        return energy + (first * along).sum(1), slope, profile
+        return *self.mean.from_profile(x, profile), profile
 
     def pull_back(self, made: gpu.DenseExpansion, x: Tensor, norm: Tensor, slope: Tensor) -> Tensor:
         """∂ε/∂vectors; what points along the features is taken off in double precision, where it may be large."""
