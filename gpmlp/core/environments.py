@@ -10,8 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gpmlp.core import neighbors
-from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.neighbors import Neighbors, find_neighbors
 from gpmlp.core.structures import Structures
 
 JACOBIAN_BYTES = 192 << 20  # of the environments of a chunk; more is made again for each use
@@ -111,47 +110,16 @@ class Environments:
         return self._jacobian()
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """Environments with a Jacobian that was made once for all; called with centres (indices), it cuts some out.
-
-    Attributes:
-        environments: of all centres.
-        jacobian: (pairs, 3, features).
-    """
-
-    environments: Environments
-    jacobian: Tensor
-
-    def __call__(self, centers: Tensor) -> Environments:
-        surroundings = self.environments.surroundings
-        pairs = surroundings.pairs_of(centers)[1]
-        return Environments(
-            surroundings.select(centers), self.environments.features[centers], _cut_out, lambda: self._rows(pairs)
-        )
-
-    def _rows(self, pairs: Tensor) -> Tensor:
-        """Of some pairs; not copied where they follow each other, as those of consecutive centres do."""
-        if len(pairs) and int(pairs[-1] - pairs[0]) == len(pairs) - 1 and bool((pairs[1:] > pairs[:-1]).all()):
-            return self.jacobian[int(pairs[0]) : int(pairs[-1]) + 1]
-        return self.jacobian[pairs]
-
-    @cached_property
-    def of_centers(self) -> Tensor:
-        """(environments, 3, features) derivatives with respect to the centres' own positions: a shift of all changes nothing."""
-        out = self.jacobian.new_zeros(len(self.environments), *self.jacobian.shape[1:])
-        return out.index_add_(0, self.environments.surroundings.centers, self.jacobian, alpha=-1)
-
-
-def _cut_out(cotangents: Tensor) -> Tensor:
-    raise RuntimeError("these environments were cut out for their Jacobians; pull back through all of them")
-
-
 class Descriptor(Protocol):
     """Turns surroundings into environments. Implementations are values: equal parameters give equal features."""
 
-    cutoff: float
-    n_features: int
+    @property
+    def cutoff(self) -> float:
+        """A."""
+        ...
+
+    @property
+    def n_features(self) -> int: ...
 
     def __call__(self, surroundings: Surroundings) -> Environments: ...
 
@@ -187,37 +155,78 @@ class SinglePrecisionDescriptor:
 
 @dataclass(frozen=True, eq=False)
 class StructureEnvironments:
-    """What one descriptor sees of some structures: made once, used by mean, variances and novelty."""
+    """The environments of all atoms of some structures by one descriptor: what mean, variances and novelty share.
 
+    Features of all, and their Jacobian if that is small enough to keep, are made when they are first asked for.
+    """
+
+    descriptor: Descriptor
     neighbors: Neighbors
     surroundings: Surroundings
-    environments: Environments
 
     @staticmethod
     def from_structures(
         descriptor: Descriptor, structures: Structures, pairs: Neighbors | None = None
     ) -> StructureEnvironments:
-        """Find the neighbours, unless `pairs` within the cutoff or more are known, and make the environments."""
-        known = pairs is not None
-        pairs = (
-            pairs.within(structures, descriptor.cutoff)
-            if known
-            else neighbors.find_neighbors(structures, descriptor.cutoff)
-        )
-        surroundings = Surroundings.from_structures(structures, pairs)
-        return StructureEnvironments(pairs, surroundings, descriptor(surroundings))
+        """Find the neighbours, unless all `pairs` within the cutoff or more are given."""
+        if pairs is None:
+            pairs = find_neighbors(structures, descriptor.cutoff)
+        else:
+            pairs = pairs.within(structures, descriptor.cutoff)
+        return StructureEnvironments(descriptor, pairs, Surroundings.from_structures(structures, pairs))
 
     @cached_property
-    def look(self) -> Kept | None:
-        """Environments of some centres with Jacobians made once for all, where these are not too large to keep."""
+    def environments(self) -> Environments:
+        """Of all atoms."""
+        return self.descriptor(self.surroundings)
+
+    @cached_property
+    def jacobian(self) -> Tensor | None:
+        """(pairs, 3, features) of all environments; None where it is larger than JACOBIAN_BYTES."""
         features = self.environments.features
         if 3 * len(self.neighbors) * features.shape[1] * features.element_size() > JACOBIAN_BYTES:
             return None
-        return Kept(self.environments, self.environments.jacobian())
+        return self.environments.jacobian()
 
-    def look_at(self, n_atoms: int) -> Kept | None:
-        """The same for derivatives of so many atoms, unless the few environments that see them are made with less work."""
+    @cached_property
+    def center_jacobian(self) -> Tensor:
+        """(environments, 3, features) derivatives with respect to the centres' own positions: a shift of all changes nothing."""
+        assert self.jacobian is not None
+        out = self.jacobian.new_zeros(len(self.surroundings), *self.jacobian.shape[1:])
+        return out.index_add_(0, self.surroundings.centers, self.jacobian, alpha=-1)
+
+    def keep_jacobian(self, n_atoms: int | None = None) -> bool:
+        """Make the Jacobian that `select` cuts from, and whether there is one; not for derivatives of so few atoms that making the
+        environments which they are part of is less work."""
         n = len(self.surroundings)
-        if "look" not in vars(self) and 2 * n_atoms * (n + len(self.neighbors)) < n * n:
-            return None
-        return self.look
+        if n_atoms is not None and "jacobian" not in vars(self) and 2 * n_atoms * (n + len(self.neighbors)) < n * n:
+            return False
+        return self.jacobian is not None
+
+    def select(self, centers: Tensor) -> Environments:
+        """Environments of some centres (indices), for their features and Jacobians: cut out of the Jacobian if it is kept, else made."""
+        if vars(self).get("jacobian") is None:
+            return self.descriptor(self.surroundings.select(centers))
+        pairs = self.surroundings.pairs_of(centers)[1]
+        features = self.environments.features[centers]
+        return Environments(self.surroundings.select(centers), features, _cut_out, lambda: self._rows(pairs))
+
+    def _rows(self, pairs: Tensor) -> Tensor:
+        """Of the Jacobian; not copied where the pairs follow each other, as those of consecutive centres do."""
+        assert self.jacobian is not None
+        if len(pairs) and int(pairs[-1] - pairs[0]) == len(pairs) - 1 and bool((pairs[1:] > pairs[:-1]).all()):
+            return self.jacobian[int(pairs[0]) : int(pairs[-1]) + 1]
+        return self.jacobian[pairs]
+
+    __call__ = select
+
+    @property
+    def look(self) -> StructureEnvironments | None:
+        return self if self.keep_jacobian() else None
+
+    def look_at(self, n_atoms: int) -> StructureEnvironments | None:
+        return self if self.keep_jacobian(n_atoms) else None
+
+
+def _cut_out(cotangents: Tensor) -> Tensor:
+    raise RuntimeError("these environments were cut out for their Jacobians; pull back through all of them")

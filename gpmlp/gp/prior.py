@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpmlp.core.environments import Descriptor, Environments, Kept, Surroundings
+from gpmlp.core.environments import Descriptor, Environments, StructureEnvironments, Surroundings
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.structures import Structures
 from gpmlp.gp.covariances import ENVIRONMENTS, Look, strain_derivatives
@@ -81,7 +81,7 @@ class PriorCovariance:
         environments e, e' of equal species that see atom i: its own and its neighbours'.
         """
         out = structures.positions.new_zeros(len(atoms), 3, 3)
-        size = KEPT_ATOMS if isinstance(self.look, Kept) else CHUNK_ATOMS
+        size = KEPT_ATOMS if isinstance(self.look, StructureEnvironments) else CHUNK_ATOMS
         for some in near_together(structures, atoms).split(size):
             out[some] = self._forces(structures, neighbors, surroundings, atoms[some])
         return out
@@ -102,7 +102,7 @@ class PriorCovariance:
         slot = torch.arange(len(keys), device=device) - (counts.cumsum(0) - counts)[owner]
         width = int(counts.max())
         place = owner * width + slot
-        if len(hit) and isinstance(self.look, Kept) and len(keys) == len(seen) + len(own):
+        if len(hit) and isinstance(self.look, StructureEnvironments) and len(keys) == len(seen) + len(own):
             pairs, mine = (place[torch.searchsorted(keys, some)] for some in (seen, own))
             features, gradients = _laid_out(self.look, n * width, place, environment, pairs, hit, mine, atoms)
         else:
@@ -264,7 +264,14 @@ def _add(out: Tensor, rows: Tensor, columns: Tensor, block: Tensor) -> None:
 
 
 def _laid_out(
-    kept: Kept, size: int, place: Tensor, environment: Tensor, pairs: Tensor, hit: Tensor, own: Tensor, atoms: Tensor
+    kept: StructureEnvironments,
+    size: int,
+    place: Tensor,
+    environment: Tensor,
+    pairs: Tensor,
+    hit: Tensor,
+    own: Tensor,
+    atoms: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """x_e (size, features) and v_e (size, 3, features) at the places of (atom, environment): rows of the Jacobian as they are, because
     no environment sees two images of an atom. Empty places hold those of others.
@@ -276,7 +283,7 @@ def _laid_out(
     which, rows = place.new_zeros(size), place.new_zeros(size)
     which[place], rows[pairs] = environment, hit
     gradients = kept.jacobian[rows]
-    gradients[own] = kept.of_centers[atoms]
+    gradients[own] = kept.center_jacobian[atoms]
     return kept.environments.features[which], gradients
 
 
