@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpmlp.core.structures import repeat_with_rank
+
 ROWS = 1 << 20  # (atom, bin) rows whose candidates are in memory together
 MOST_BINS = 1 << 12  # along an axis: a few atoms far apart need no finer grid, and keys stay in 64 bits
 
@@ -84,7 +86,7 @@ class CellList:
         """Pairs of the atoms start to end as centres, in their order: i, j, shifts (pairs, 3), distances."""
         width = 2 * self.reach[self.structure[start:end]] + 1
         counts = width.prod(1)
-        atom, rank = _spread(counts)
+        atom, rank = repeat_with_rank(counts)
         atom, around = atom + start, width[atom]
         steps = torch.stack(
             [rank // (around[:, 1] * around[:, 2]), rank // around[:, 2] % around[:, 1], rank % around[:, 2]], 1
@@ -97,7 +99,7 @@ class CellList:
         inside = ((place >= 0) & (place < sides)).all(1)
         key = _number(place, sides, self.first[structure])
         begin, stop = torch.searchsorted(self.keys, key), torch.searchsorted(self.keys, key, right=True)
-        row, rank = _spread(torch.where(inside, stop - begin, 0))
+        row, rank = repeat_with_rank(torch.where(inside, stop - begin, 0))
         i, j = atom[row], self.atoms[begin[row] + rank]
         offsets = torch.einsum("na,nab->nb", images.to(self.boxes.dtype), self.boxes[structure]) - self.positions[atom]
         distance = (self.positions[j] + offsets[row]).norm(dim=1)
@@ -142,9 +144,3 @@ def find_pairs(
 
 def _number(place: Tensor, sides: Tensor, first: Tensor) -> Tensor:
     return first + (place[:, 0] * sides[:, 1] + place[:, 1]) * sides[:, 2] + place[:, 2]
-
-
-def _spread(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Index k repeated counts[k] times, and how many of the same came before each."""
-    index = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    return index, torch.arange(len(index), device=counts.device) - (counts.cumsum(0) - counts)[index]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core.neighbors import Neighbors, find_neighbors
-from gpmlp.core.structures import Structures
+from gpmlp.core.structures import Structures, repeat_with_rank
 
 JACOBIAN_BYTES = 192 << 20  # of the environments of a chunk; more is made again for each use
 
@@ -48,11 +48,8 @@ class Surroundings:
         """Return, for the pairs of the given environments, their position in `indices` and their pair index."""
         indices = torch.as_tensor(indices, device=self.species.device, dtype=torch.long)
         counts = torch.bincount(self.centers, minlength=len(self))
-        starts = counts.cumsum(0) - counts
-        wanted = counts[indices]
-        local = torch.repeat_interleave(torch.arange(len(indices), device=indices.device), wanted)
-        first = wanted.cumsum(0) - wanted
-        return local, torch.arange(len(local), device=indices.device) + (starts[indices] - first)[local]
+        local, rank = repeat_with_rank(counts[indices])
+        return local, (counts.cumsum(0) - counts)[indices][local] + rank
 
     def select(self, indices: Sequence[int] | Tensor) -> Surroundings:
         """Return the surroundings of the given environments, in that order."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core.neighbors import Neighbors, lexicographic_order
-from gpmlp.core.structures import Structures
+from gpmlp.core.structures import Structures, rank_in_group
 
 WIDTH = 32  # rows that are summed at a time
 MULTIPLE = 8  # of which widths are: a new search then seldom changes a shape
@@ -111,15 +111,14 @@ class SegmentSums:
     @staticmethod
     def from_segments(segment: Tensor, n_segments: int) -> SegmentSums:
         """For rows of these segments, in any order."""
-        levels = []
+        levels: list[Tensor] = []
         while not levels or len(levels[-1]) > n_segments:
-            counts = torch.bincount(segment, minlength=n_segments)
-            order = segment.argsort(stable=True)
-            rank = torch.arange(len(segment), device=segment.device) - (counts.cumsum(0) - counts)[segment[order]]
+            rank, counts = rank_in_group(segment, n_segments)
             blocks = ((counts + WIDTH - 1) // WIDTH).clamp_min(1)  # an empty segment is a sum of nothing
-            place = (blocks.cumsum(0) - blocks)[segment[order]] * WIDTH + rank
+            place = (blocks.cumsum(0) - blocks)[segment] * WIDTH + rank
             index = torch.full((int(blocks.sum()) * WIDTH,), len(segment), device=segment.device)
-            levels.append(index.index_copy_(0, place, order).unflatten(0, (-1, WIDTH)))
+            rows = torch.arange(len(segment), device=segment.device)
+            levels.append(index.index_copy_(0, place, rows).unflatten(0, (-1, WIDTH)))
             segment = torch.repeat_interleave(torch.arange(n_segments, device=segment.device), blocks)
         return SegmentSums(tuple(levels))
 
@@ -132,9 +131,7 @@ class SegmentSums:
 
 def padded_places(groups: Tensor, n_groups: int, width: int = 1, multiple: int = 1) -> tuple[Tensor, int]:
     """Places of members in a table of (groups, width), in their order, and the width: that of the largest group, or more."""
-    counts = torch.bincount(groups, minlength=n_groups)
+    rank, counts = rank_in_group(groups, n_groups)
     widest = int(counts.max()) if n_groups else 0
     width = multiple * -(-max(widest, width, 1) // multiple)
-    order = groups.argsort(stable=True)
-    rank = torch.arange(len(groups), device=groups.device) - (counts.cumsum(0) - counts)[groups[order]]
-    return torch.empty_like(groups).index_copy_(0, order, groups[order] * width + rank), width
+    return groups * width + rank, width

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -124,11 +125,8 @@ class Structures:
     def select(self, indices: Sequence[int] | Tensor) -> Structures:
         """Return the structures with the given indices, in that order."""
         indices = torch.as_tensor(indices, device=self.positions.device, dtype=torch.long)
-        counts, offsets = self.counts[indices], self.offsets
-        # atoms of the chosen structures: a running index plus the shift from new to old first atoms
-        new_structure = torch.repeat_interleave(torch.arange(len(indices), device=indices.device), counts)
-        starts = counts.cumsum(0) - counts
-        atoms = torch.arange(int(counts.sum()), device=indices.device) + (offsets[indices] - starts)[new_structure]
+        new_structure, rank = repeat_with_rank(self.counts[indices])
+        atoms = self.offsets[indices][new_structure] + rank
         return Structures(
             self.positions[atoms],
             self.cells[indices],
@@ -202,17 +200,34 @@ def count_matches(fingerprints: Sequence[str], others: Sequence[str]) -> int:
     return found
 
 
+def chunk_ranges(counts: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """First and last + 1 of runs of items whose counts sum to at most `limit`; a larger item is a run of its own."""
+    starts, filled = [0], 0
+    for i, count in enumerate(counts):
+        if filled and filled + count > limit:
+            starts.append(i)
+            filled = 0
+        filled += count
+    return list(pairwise([*starts, len(counts)])) if len(counts) else []
+
+
 def chunk_structures(structures: Structures, atoms: int) -> Iterator[Structures]:
     """Consecutive structures, as many as have about that many atoms together (at least one)."""
     if len(structures) == 1 or 0 < structures.n_atoms <= atoms:
         yield structures
         return
-    start, filled = 0, 0
-    counts = structures.counts.tolist()
-    for i, count in enumerate(counts):
-        if filled and filled + count > atoms:
-            yield structures.select(range(start, i))
-            start, filled = i, 0
-        filled += count
-    if start < len(counts):
-        yield structures.select(range(start, len(counts)))
+    for first, last in chunk_ranges(structures.counts.tolist(), atoms):
+        yield structures.select(range(first, last))
+
+
+def repeat_with_rank(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Index k repeated counts[k] times, and how many of the same came before each."""
+    index = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return index, torch.arange(len(index), device=counts.device) - (counts.cumsum(0) - counts)[index]
+
+
+def rank_in_group(groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+    """How many members of its group (0 to n_groups - 1) came before each member, and the number of members of each group."""
+    counts = torch.bincount(groups, minlength=n_groups)
+    order = groups.argsort(stable=True)
+    return torch.empty_like(groups).index_copy_(0, order, repeat_with_rank(counts)[1]), counts

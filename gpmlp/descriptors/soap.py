@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpmlp.core import errors
 from gpmlp.core.environments import Environments, Surroundings
+from gpmlp.core.padded_neighbors import padded_places
 from gpmlp.descriptors import radial
 from gpmlp.descriptors.cutoff import NeighborWeights
 from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
@@ -173,20 +174,16 @@ class PowerSpectrum:
             return on_density.new_zeros(len(on_density), 0, 3)
         groups = surroundings.centers * len(self.species) + pairs.slots
         n_groups = len(surroundings) * len(self.species)
-        order = torch.argsort(groups, stable=True)
-        counts = torch.bincount(groups, minlength=n_groups)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[groups[order]]
+        place, width = padded_places(groups, n_groups)
         slopes = (
             pairs.directions[:, :, None, None] * (self._expand_l(pairs.d_radial) * pairs.harmonics[:, None])[:, None]
         )
         slopes += self._expand_l(pairs.radial)[:, None] * pairs.d_harmonics[:, :, None]
-        width = int(counts.max())
-        padded = slopes.new_zeros(n_groups, width, 3, slopes[0, 0].numel())
-        padded[groups, place] = slopes.flatten(2)
+        padded = slopes.new_zeros(n_groups * width, 3, slopes[0, 0].numel())
+        padded[place] = slopes.flatten(2)
         weights = on_density.unflatten(2, (len(self.species), self.n_max)).flatten(1, 2).flatten(2)
-        made = (padded.flatten(1, 2) @ weights.movedim(0, 2)).unflatten(1, (width, 3))
-        return made[groups, place].movedim(2, 0)
+        made = padded.unflatten(0, (n_groups, width)).flatten(1, 2) @ weights.movedim(0, 2)
+        return made.unflatten(1, (width, 3)).flatten(0, 1)[place].movedim(2, 0)
 
     def _jacobian(
         self, surroundings: Surroundings, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor
