@@ -1,0 +1,127 @@
+"""Every script in examples/ answers its question: it runs in an empty folder, is short, and prints numbers that are right."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
+
+
+def numbers(pattern: str, printed: str) -> list[float]:
+    """What the one group of a pattern catches wherever it matches."""
+    return [float(found) for found in re.findall(pattern, printed)]
+
+
+def fit(printed: str, folder: Path) -> None:
+    (energy,) = numbers(r"errors? of energies: ([\d.]+) meV/atom", printed)
+    trained, tested = numbers(r"force.*: (\d+) meV/A", printed)
+    assert 2 < energy < 40
+    assert 50 < trained < 400 and 50 < tested < 300
+    assert (folder / "silicon.gpmlp").exists()
+
+
+def error_bars(printed: str, folder: Path) -> None:
+    """Calibrated: error bars are as large as errors, within what 40 structures can tell; far from the data they are larger."""
+    bar, error = numbers(r": (\d+) meV/A", printed)
+    (share,) = numbers(r"(\d+) %$", printed.split("\n")[2])
+    assert 0.6 < bar / error < 1.7
+    assert 80 <= share <= 98
+    std, novelty = numbers(r"known to ([\d.]+) meV/atom", printed), numbers(r"novelty ([\d.]+)", printed)
+    assert min(std) == std[1] and std[3] > 10 * std[1]
+    assert min(novelty) == novelty[1] and 0 < novelty[1] < 1
+
+
+def ase_dynamics(printed: str, folder: Path) -> None:
+    temperature, std = numbers(r"(\d+) K:", printed), numbers(r"std +(\d+) meV", printed)
+    assert temperature[0] == 0 and 300 < sum(temperature[1:]) / len(temperature[1:]) < 2000
+    assert len(std) == 11 and 0 < std[0] == min(std) and max(std) < 1000
+
+
+def torchsim_dynamics(printed: str, folder: Path) -> None:
+    """Warm crystals are some k_BT above the ground state, PBE's -107.0 eV/atom of the data."""
+    energies, stds = numbers(r": (-[\d.]+) \+-", printed), numbers(r"\+- ([\d.]+) eV/atom", printed)
+    assert len(energies) == 4 and all(-107.1 < energy < -106.6 for energy in energies)
+    assert all(0 < std < 0.2 for std in stds)
+
+
+def own_oracle(printed: str, folder: Path) -> None:
+    from ase.io import read
+
+    (labels,), (limit,) = numbers(r"(\d+) labels", printed), numbers(r"up to ([\d.]+) eV/A", printed)
+    assert 6 <= labels < 60 and 0.02 < limit < 2
+    assert "all 200 steps" in printed
+    frames = read(folder / "learned/labels.xyz", ":")
+    assert len(frames) == labels
+    for frame in frames:  # the labels are the oracle's
+        r = frame.get_all_distances()[np.triu_indices(13, 1)]
+        morse = 0.34 * ((1 - np.exp(-1.36 * (r - 2.87))) ** 2 - 1).sum()
+        assert frame.get_potential_energy() == pytest.approx(morse, abs=1e-6)
+
+
+def select_structures(printed: str, folder: Path) -> None:
+    """Five structures, each less uncertain than the one before."""
+    indices, scores = numbers(r"structure +(\d+)", printed), numbers(r"energy (\d+) meV", printed)
+    assert len(set(indices)) == 5
+    assert scores == sorted(scores, reverse=True) and 0 < scores[-1] and scores[0] < 2000
+
+
+def bulk_modulus(printed: str, folder: Path) -> None:
+    """PBE has 88.6 GPa (Csonka et al., Phys. Rev. B 79, 155107 (2009))."""
+    (value,), (std,) = numbers(r"([\d.]+) \+-", printed), numbers(r"\+- ([\d.]+) GPa", printed)
+    assert 0.5 < std < 15
+    assert value == pytest.approx(88.6, abs=3 * std)
+
+
+def dispersion(printed: str, folder: Path) -> None:
+    """-0.75 sum C6 / r^6 of all pairs of atoms, where molecules are so far apart that nothing else is left."""
+    from gpmlp.io.ase_atoms import read_frames
+
+    molecule = read_frames(FOLDER.parent / "data/ethanol/test.xyz", "-1:")[0][0]
+    c6 = [10.364 * {"H": 0.14, "C": 1.75, "O": 0.70}[symbol] for symbol in molecule.symbols]
+    for distance, energy in re.findall(r"([\d.]+) A: (-[\d.]+) meV", printed):
+        apart = molecule.positions[:, None] - molecule.positions - [float(distance), 0, 0]
+        r = (apart**2).sum(2) ** 0.5
+        pairs = [(c6[i] * c6[j]) ** 0.5 / r[i, j] ** 6 for i in range(9) for j in range(9) if r[i, j] < 15]
+        assert float(energy) == pytest.approx(-750 * sum(pairs), abs=6e-4)  # three digits are printed
+    assert printed.count("meV") == 3
+
+
+def sum_of_kernels(printed: str, folder: Path) -> None:
+    evidence, errors = numbers(r"log evidence (-?\d+)", printed), numbers(r"error (\d+) meV/A", printed)
+    assert len(evidence) == len(errors) == 3
+    assert evidence[2] >= evidence[0]  # the sum holds the first kernel, and more
+    assert all(50 < error < 400 for error in errors)
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+def test_example(script, tmp_path):
+    if script.stem == "torchsim_dynamics":
+        pytest.importorskip("torch_sim", reason="torch-sim is not installed (pip install 'gpmlp[torchsim]')")
+    before = set(FOLDER.rglob("*"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr and "Traceback" not in done.stderr
+    globals()[script.stem](done.stdout.strip(), tmp_path)
+    assert set(FOLDER.rglob("*")) == before, "an example writes into the current folder only"
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_short_and_start_from_a_question(script):
+    text = script.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    assert ast.get_docstring(ast.parse(text)).partition("\n")[0].endswith("?")
+
+
+def test_readme_lists_every_example():
+    listed = re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\)", (FOLDER / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    assert sorted(listed) == [path.stem for path in EXAMPLES]
