@@ -33,7 +33,9 @@ def test_forces_with_jacobians_kept_and_made_anew(seen):
     for atoms in (torch.arange(structures.n_atoms), torch.tensor([structures.n_atoms - 1, 0])):
         arguments = structures, view.neighbors, view.surroundings, atoms
         expected = prior.forces(*arguments)
-        torch.testing.assert_close(prior.looking(view.look).forces(*arguments), expected, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(
+            prior.with_environments(view.look).forces(*arguments), expected, rtol=1e-12, atol=1e-13
+        )
         joint = prior.joint(structures, view.neighbors, view.surroundings)
         at = len(structures) + 3 * atoms[:, None] + torch.arange(3)
         torch.testing.assert_close(joint[at[:, :, None], at[:, None, :]], expected, rtol=1e-10, atol=1e-12)

@@ -17,13 +17,13 @@ from gpmlp.fitting import defaults, regression
 from gpmlp.fitting.defaults import DataSummary
 from gpmlp.fitting.regression import InducingModel
 from gpmlp.gp import covariances, inducing
-from gpmlp.gp.covariances import Facets, Look
+from gpmlp.gp.covariances import EnvironmentsOf, SpeciesEnvironments
 from gpmlp.gp.inducing import RANK_TOLERANCE, InducingBlock, extend_cholesky, restrict_cholesky
 from gpmlp.gp.qr import PosteriorFactor
 from gpmlp.recipe import Recipe
 
 KEPT_BYTES = 2 << 30  # of Jacobians kept with all batches of a model; those of more are made again for each pass
-_Outlook = tuple[Neighbors, Surroundings, Look]
+_Outlook = tuple[Neighbors, Surroundings, EnvironmentsOf]
 
 PASS = 200_000  # rows times new columns that one label may cost: some tenths of a second; what it leaves out waits for a model made anew
 
@@ -69,7 +69,7 @@ class LabelBatch:
     remaining: Targets
     rows: dict[str, Tensor]
     features: Tensor
-    facets: tuple[tuple[Facets, ...], ...]
+    facets: tuple[tuple[SpeciesEnvironments, ...], ...]
 
     @staticmethod
     def of(
@@ -88,7 +88,7 @@ class LabelBatch:
             views: what the descriptors see of the structures, if that is there already.
         """
         outlooks = [_outlook(m, structures, v) for m, v in zip(models, views or [None] * len(models), strict=True)]
-        facets: tuple[tuple[Facets, ...], ...] = ()
+        facets: tuple[tuple[SpeciesEnvironments, ...], ...] = ()
         if sum(_bytes(m, structures, o) for m, o in zip(models, outlooks, strict=True)) <= room:
             facets = tuple(_facets(m, structures, remaining, o) for m, o in zip(models, outlooks, strict=True))
         made = regression.labelled_rows(models, structures, remaining, views=views, facets=facets)
@@ -154,14 +154,16 @@ def _bytes(model: InducingModel, structures: Structures, outlook: _Outlook) -> i
     )
 
 
-def _facets(model: InducingModel, structures: Structures, targets: Targets, outlook: _Outlook) -> tuple[Facets, ...]:
+def _facets(
+    model: InducingModel, structures: Structures, targets: Targets, outlook: _Outlook
+) -> tuple[SpeciesEnvironments, ...]:
     """Of all environments; with derivatives where labels need them."""
     derivatives = bool((~targets.forces.isnan()).any() or (~targets.stresses.isnan()).any())
     every = structures.distinct_species
-    return tuple(f for z in every for f in covariances.facets(structures, *outlook, z, derivatives))
+    return tuple(f for z in every for f in covariances.species_environments(structures, *outlook, z, derivatives))
 
 
-def _features(structures: Structures, facets: Sequence[tuple[Facets, ...]], outlook: _Outlook) -> Tensor:
+def _features(structures: Structures, facets: Sequence[tuple[SpeciesEnvironments, ...]], outlook: _Outlook) -> Tensor:
     """(atoms, features) of the first descriptor."""
     if not facets:
         every = torch.arange(structures.n_atoms).split(covariances.ENVIRONMENTS)

@@ -17,7 +17,7 @@ from gpmlp.core.units import VOIGT
 from gpmlp.fitting import sparse_points
 from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior
-from gpmlp.gp.covariances import Facets
+from gpmlp.gp.covariances import SpeciesEnvironments
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel, make_kernel
 from gpmlp.gp.likelihood import Hyperparameters
@@ -134,7 +134,7 @@ def labelled_rows(
     targets: Targets,
     blocks: Sequence[tuple[InducingBlock, ...]] = (),
     views: Sequence[StructureEnvironments] = (),
-    facets: Sequence[tuple[Facets, ...]] = (),
+    facets: Sequence[tuple[SpeciesEnvironments, ...]] = (),
 ) -> dict[str, Tensor]:
     """Rows [K_ou | y] of the known labels by kind, energies per atom; those with a noise of their own divided by it ('given').
 
@@ -150,7 +150,7 @@ def labelled_rows(
         if facets:
             here = facets[k]
             made.append(
-                covariances.rows_of(
+                covariances.rows_from_environments(
                     structures,
                     lambda z, here=here: (f for f in here if f.species == z),
                     m.kernel,
@@ -164,7 +164,7 @@ def labelled_rows(
         look = views[k].look if views else None
         made.append(
             covariances.covariance_rows(
-                structures, pairs, m.descriptor, m.kernel, inducing_, forces, stresses, look=look
+                structures, pairs, m.descriptor, m.kernel, inducing_, forces, stresses, environments_of=look
             )
         )
     out: dict[str, list[Tensor]] = {}

@@ -86,7 +86,7 @@ def _missed(
     known = seen.rows[seen.noise.isnan()]
     atoms, place = (known // 3).unique(return_inverse=True)
     prior = sum(
-        p.looking(v.look_at(len(atoms))).forces(structure, v.neighbors, v.surroundings, atoms)
+        p.with_environments(v.look_at(len(atoms))).forces(structure, v.neighbors, v.surroundings, atoms)
         for p, v in zip(model.priors, views, strict=True)
     )
     explained, _ = model.whiten(rows)

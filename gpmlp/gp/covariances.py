@@ -26,7 +26,7 @@ BLOCK_BYTES = 1 << 20  # of one block of covariance rows: what stays in cache be
 BLOCK_ROWS = 256  # rows it has at least, as products of fewer are slow
 ENVIRONMENTS = 32  # whose Jacobian is in memory at a time
 SHARE = 128  # columns, at least, that are worth another thread
-Look = Callable[[Tensor], Environments]  # centres (indices) -> their environments
+EnvironmentsOf = Callable[[Tensor], Environments]  # centres (indices) -> their environments
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class CovarianceRows:
 
 
 @dataclass(frozen=True, eq=False)
-class Facets:
+class SpeciesEnvironments:
     """Environments of one species laid out for rows: all that covariances need of them, whatever the inducing set.
 
     Attributes:
@@ -76,15 +76,15 @@ class Facets:
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def facets(
+def species_environments(
     structures: Structures,
     neighbors: Neighbors,
     surroundings: Surroundings,
-    look: Look,
+    environments_of: EnvironmentsOf,
     species: int,
     derivatives: bool = True,
     seeing: Tensor | None = None,
-) -> Iterator[Facets]:
+) -> Iterator[SpeciesEnvironments]:
     """The environments of a species, ENVIRONMENTS at a time.
 
     Args:
@@ -95,11 +95,11 @@ def facets(
     for centers in (mine if seeing is None else mine & seeing).nonzero()[:, 0].split(ENVIRONMENTS):
         if not len(centers):
             continue
-        environments = look(centers)
+        environments = environments_of(centers)
         seen = environments.surroundings
         jacobian = environments.jacobian() if derivatives and len(seen.centers) else None
         atoms = neighbors.neighbors[surroundings.pairs_of(centers)[1]]
-        yield Facets(species, centers, environments.features, jacobian, seen.centers, atoms, seen.vectors)
+        yield SpeciesEnvironments(species, centers, environments.features, jacobian, seen.centers, atoms, seen.vectors)
 
 
 def strain_derivatives(jacobian: Tensor, owners: Tensor, vectors: Tensor, n: int) -> Tensor:
@@ -119,28 +119,30 @@ def covariance_rows(
     forces: bool = True,
     stresses: bool = True,
     atoms: Tensor | None = None,
-    look: Look | None = None,
+    environments_of: EnvironmentsOf | None = None,
 ) -> CovarianceRows:
     """Covariance rows by pull-back: GEMMs of a block's feature Jacobian with all centres and tangents of its species.
 
     Args:
         atoms: distinct atoms whose force rows are wanted, in that order; then only environments that see one of them are looked at, and
             `energies` and `stresses` are not to be used.
-        look: environments of given centres, if they are there already.
+        environments_of: environments of given centres, if they are there already.
     """
     place, seeing = _places(structures, neighbors, atoms)
     surroundings = Surroundings.from_structures(structures, neighbors)
-    look = look or (lambda centers: descriptor(surroundings.select(centers)))
+    environments_of = environments_of or (lambda centers: descriptor(surroundings.select(centers)))
 
-    def made(species: int) -> Iterator[Facets]:
-        return facets(structures, neighbors, surroundings, look, species, forces or stresses, seeing)
+    def made(species: int) -> Iterator[SpeciesEnvironments]:
+        return species_environments(
+            structures, neighbors, surroundings, environments_of, species, forces or stresses, seeing
+        )
 
-    return rows_of(structures, made, kernel, inducing, forces, stresses, place)
+    return rows_from_environments(structures, made, kernel, inducing, forces, stresses, place)
 
 
-def rows_of(
+def rows_from_environments(
     structures: Structures,
-    seen: Callable[[int], Iterable[Facets]],
+    seen: Callable[[int], Iterable[SpeciesEnvironments]],
     kernel: ZonalKernel,
     inducing: tuple[InducingBlock, ...],
     forces: bool = True,
@@ -239,7 +241,12 @@ def _places(structures: Structures, neighbors: Neighbors, atoms: Tensor | None) 
 
 
 def _add(
-    sums: CovarianceRows, structures: Structures, seen: Facets, kernel: ZonalKernel, block: InducingBlock, place: Tensor
+    sums: CovarianceRows,
+    structures: Structures,
+    seen: SpeciesEnvironments,
+    kernel: ZonalKernel,
+    block: InducingBlock,
+    place: Tensor,
 ) -> None:
     """Add what environments (all of the block's species) contribute to the rows of their structures."""
     energy, first, second, along = _values(kernel, block, seen.features)
@@ -279,7 +286,12 @@ def _add(
 
 
 def _add_by_loops(
-    sums: CovarianceRows, structures: Structures, seen: Facets, kernel: ZonalKernel, block: InducingBlock, place: Tensor
+    sums: CovarianceRows,
+    structures: Structures,
+    seen: SpeciesEnvironments,
+    kernel: ZonalKernel,
+    block: InducingBlock,
+    place: Tensor,
 ) -> None:
     """`_add` of forces, with or without stresses, by compiled loops, with columns as in `by_direction`. Threads share the columns."""
     energy, first, second, along = _values(kernel, block, seen.features)

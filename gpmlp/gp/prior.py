@@ -10,7 +10,7 @@ from torch import Tensor
 from gpmlp.core.environments import Descriptor, Environments, StructureEnvironments, Surroundings
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.structures import Structures
-from gpmlp.gp.covariances import ENVIRONMENTS, Look, strain_derivatives
+from gpmlp.gp.covariances import ENVIRONMENTS, EnvironmentsOf, strain_derivatives
 from gpmlp.gp.kernels import ZonalKernel
 
 CHUNK_ATOMS = 128  # whose force covariances are made together
@@ -25,20 +25,20 @@ class PriorCovariance:
 
     Attributes:
         signal: standard deviation of local energies by Z, eV.
-        look: environments of given centres of the structures asked about, if they are there already.
+        environments_of: environments of given centres of the structures asked about, if they are there already.
     """
 
     descriptor: Descriptor
     kernel: ZonalKernel
     signal: dict[int, float]
-    look: Look | None = None
+    environments_of: EnvironmentsOf | None = None
 
-    def looking(self, look: Look | None) -> PriorCovariance:
+    def with_environments(self, environments_of: EnvironmentsOf | None) -> PriorCovariance:
         """The same with environments that are there already."""
-        return replace(self, look=look)
+        return replace(self, environments_of=environments_of)
 
     def _environments(self, surroundings: Surroundings, centers: Tensor) -> Environments:
-        return self.look(centers) if self.look else self.descriptor(surroundings.select(centers))
+        return self.environments_of(centers) if self.environments_of else self.descriptor(surroundings.select(centers))
 
     def atom_energies(self, species: Tensor, like: Tensor) -> Tensor:
         """(atoms,) variance of local energies, δ_z² f(1), eV^2, in the type of `like`."""
@@ -81,7 +81,7 @@ class PriorCovariance:
         environments e, e' of equal species that see atom i: its own and its neighbours'.
         """
         out = structures.positions.new_zeros(len(atoms), 3, 3)
-        size = KEPT_ATOMS if isinstance(self.look, StructureEnvironments) else CHUNK_ATOMS
+        size = KEPT_ATOMS if isinstance(self.environments_of, StructureEnvironments) else CHUNK_ATOMS
         for some in near_together(structures, atoms).split(size):
             out[some] = self._forces(structures, neighbors, surroundings, atoms[some])
         return out
@@ -102,9 +102,11 @@ class PriorCovariance:
         slot = torch.arange(len(keys), device=device) - (counts.cumsum(0) - counts)[owner]
         width = int(counts.max())
         place = owner * width + slot
-        if len(hit) and isinstance(self.look, StructureEnvironments) and len(keys) == len(seen) + len(own):
+        if len(hit) and isinstance(self.environments_of, StructureEnvironments) and len(keys) == len(seen) + len(own):
             pairs, mine = (place[torch.searchsorted(keys, some)] for some in (seen, own))
-            features, gradients = _laid_out(self.look, n * width, place, environment, pairs, hit, mine, atoms)
+            features, gradients = _laid_out(
+                self.environments_of, n * width, place, environment, pairs, hit, mine, atoms
+            )
         else:
             x, v = self._incidences(surroundings, neighbors, local, keys)
             features, gradients = x.new_zeros(n * width, x.shape[1]), v.new_zeros(n * width, 3, x.shape[1])

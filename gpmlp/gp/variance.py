@@ -241,7 +241,7 @@ class VarianceModel:
             data[here] = left @ left.mT
             misfit[here] = _where_free(data[here], constant)
             prior = sum(
-                p.looking(v.look_at(len(here))).forces(structures, v.neighbors, v.surroundings, here)
+                p.with_environments(v.look_at(len(here))).forces(structures, v.neighbors, v.surroundings, here)
                 for p, v in zip(self.priors, views, strict=True)
             )
             inducing[here] = share * _without_rounding(prior - a @ a.mT)
@@ -257,7 +257,8 @@ class VarianceModel:
         data[unknown] = float("nan")
         inducing = torch.full_like(data, float("nan"))
         prior = sum(
-            p.looking(v.look).stresses(structures, v.surroundings) for p, v in zip(self.priors, views, strict=True)
+            p.with_environments(v.look).stresses(structures, v.surroundings)
+            for p, v in zip(self.priors, views, strict=True)
         )
         inducing[~unknown] = share * _without_rounding((prior - a @ a.mT)[~unknown])
         parts = [(part * torch.eye(6).to(data)).expand_as(data).clone() for part in self._constant("stresses")]
@@ -277,13 +278,13 @@ class VarianceModel:
         Rows and columns: energies (structures), forces (3 atoms), stresses (6 structures, Voigt; zero where there is no volume).
         """
         made = [
-            covariances.covariance_rows(structures, v.neighbors, p.descriptor, p.kernel, b, look=v.look)
+            covariances.covariance_rows(structures, v.neighbors, p.descriptor, p.kernel, b, environments_of=v.look)
             for p, b, v in zip(self.priors, self.blocks, views, strict=True)
         ]
         rows = torch.cat([torch.cat([r.energies, r.forces, r.stresses]) for r in made], dim=1)
         a, left = self.whiten(rows)
         prior = sum(
-            p.looking(v.look).joint(structures, v.neighbors, v.surroundings)
+            p.with_environments(v.look).joint(structures, v.neighbors, v.surroundings)
             for p, v in zip(self.priors, views, strict=True)
         )
         return self.amplitude * (prior - a @ a.T) + left @ left.T
