@@ -28,22 +28,22 @@ from gpmlp.cli.learn import _terminated_as_interrupted
 from gpmlp.core.errors import UserError
 from gpmlp.io import archive
 from gpmlp.learning import labels, loop, model, walker
-from gpmlp.learning.checkpoint import Trail
-from gpmlp.learning.label_requests import Desk
+from gpmlp.learning.checkpoint import RunFiles
+from gpmlp.learning.label_requests import LabelRequests
 from gpmlp.learning.oracles import results, worker
 from gpmlp.learning.oracles.labeller import Labeller
 
 POINTS = {
-    "asking": (Desk, "ask"),
+    "asking": (LabelRequests, "submit"),
     "oracle": (counting_oracle.Counting, "calculate"),
-    "spool": (results, "write"),
+    "spool": (results, "write_record"),
     "tape": (labels, "_extend"),
     "forgetting": (Labeller, "forget"),
-    "learning": (model.Student, "taught"),
-    "dynamics": (walker, "advance"),
-    "log": (Trail, "_write"),
+    "learning": (model.OnlineModel, "with_label"),
+    "dynamics": (walker, "advance_walker"),
+    "log": (RunFiles, "_write"),
     "model": (archive, "save"),
-    "checkpoint": (Trail, "checkpoint"),
+    "checkpoint": (RunFiles, "save_checkpoint"),
     "name": (os, "replace"),
     "disk": (os, "fsync"),
     "judging": (loop._Run, "_judge"),
@@ -119,7 +119,7 @@ def served(request: dict) -> dict:
         end = began + request["after_s"]
         while time.monotonic() < end and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             time.sleep(0.005)
-        family = worker.children(pid) if request.get("family") else []
+        family = worker.child_processes(pid) if request.get("family") else []
         for one in (pid, *family):
             try:
                 os.kill(one, signal.SIGTERM if request.get("terminate") else signal.SIGKILL)

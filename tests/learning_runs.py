@@ -11,7 +11,7 @@ import ase.io
 import numpy as np
 from ase import Atoms
 
-from gpmlp.learning.loop import State, learn
+from gpmlp.learning.loop import LoopState, learn
 from gpmlp.learning.recipe import LearnRecipe
 
 FILES = ("labels.xyz", "model.gpmlp", "trajectory.xyz", "log.jsonl")
@@ -66,7 +66,7 @@ def prepare(folder: Path, atoms: Atoms | list[Atoms] | None = None) -> Path:
     return folder
 
 
-def finish(chosen: LearnRecipe, folder: Path, resume: bool = False) -> State:
+def finish(chosen: LearnRecipe, folder: Path, resume: bool = False) -> LoopState:
     """Run until it stops, and return the last state."""
     return list(learn(chosen, folder, resume))[-1]
 

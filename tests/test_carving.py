@@ -24,9 +24,9 @@ from gpmlp.core.quantities import Targets
 from gpmlp.fitting import defaults
 from gpmlp.io.ase_atoms import structures_from_ase, to_ase
 from gpmlp.learning import surrogate
-from gpmlp.learning.initial_structures import structures as first_structures
-from gpmlp.learning.labels import Tape
-from gpmlp.learning.surrogate import carve
+from gpmlp.learning.initial_structures import make_structures as first_structures
+from gpmlp.learning.labels import LabelFile
+from gpmlp.learning.surrogate import cut_surrogate
 from gpmlp.recipe import Recipe
 from gpmlp.report.run import collect
 
@@ -102,7 +102,7 @@ def test_environments_are_kept(name):
     """Around the atom, and around all that are said to be intact, neighbours are those of the frame and no others."""
     make, atom, small = FRAMES[name]
     whole = frame(make())
-    cut = carve(whole, atom, REACH)
+    cut = cut_surrogate(whole, atom, REACH)
     assert cut.structure.n_atoms < 0.5 * whole.n_atoms and cut.of == whole.n_atoms
     assert int(cut.origin[cut.centre]) == atom and bool(cut.intact[cut.centre])
     assert torch.equal(cut.structure.species, whole.species[cut.origin])
@@ -117,7 +117,7 @@ def test_environments_are_kept(name):
 @pytest.mark.parametrize("name", FRAMES)
 def test_no_atoms_are_closer_than_in_the_frame(name):
     whole = frame(FRAMES[name][0]())
-    cut = carve(whole, FRAMES[name][1], REACH)
+    cut = cut_surrogate(whole, FRAMES[name][1], REACH)
 
     def nearest(structure) -> float:
         return float(neighbors.find_neighbors(structure, 3.0).vectors(structure).norm(dim=1).min())
@@ -128,23 +128,23 @@ def test_no_atoms_are_closer_than_in_the_frame(name):
 
 def test_a_crystal_is_cut_by_its_lattice():
     for atom in (0, 77, 250):
-        cut = carve(frame(aluminium()), atom, REACH)
+        cut = cut_surrogate(frame(aluminium()), atom, REACH)
         periods = cut.structure.cells[0].diagonal() / 4.05
         np.testing.assert_allclose(cut.structure.cells[0].numpy(), 4.05 * np.diag(periods.round()), atol=1e-9)
         assert cut.structure.n_atoms == 4 * int(periods.round().prod()) <= 108 and cut.small_cell
-    ionic = carve(frame(FRAMES["ionic crystal"][0]()), 8, REACH)
+    ionic = cut_surrogate(frame(FRAMES["ionic crystal"][0]()), 8, REACH)
     assert to_ase(ionic.structure)[0].get_chemical_formula() == "Cl32Na32"  # two cells of eight each way
 
 
 def test_a_larger_core_keeps_more():
     whole = frame(aluminium(6))
-    cut = carve(whole, 7, REACH, core=3.2)
+    cut = cut_surrogate(whole, 7, REACH, core=3.2)
     inside = np.linalg.norm(environment(whole, 7, 3.2)[:, 1:], axis=1)
     assert int(cut.intact.sum()) >= 1 + len(inside) == 13
 
 
 def test_molecules_stay_whole():
-    cut = carve(frame(water()), 9, REACH)
+    cut = cut_surrogate(frame(water()), 9, REACH)
     formula = to_ase(cut.structure)[0].symbols.formula.count()
     assert formula["H"] == 2 * formula["O"]
     d = to_ase(cut.structure)[0].get_all_distances(mic=True)
@@ -157,20 +157,20 @@ def test_a_vacancy_stays_where_it_is_wanted_and_is_no_small_cell_elsewhere():
     near = int(np.argsort(np.linalg.norm(atoms.positions - atoms.positions[400], axis=1))[1])
     del atoms[400]
     near -= near > 400
-    cut = carve(frame(atoms), near, REACH)
+    cut = cut_surrogate(frame(atoms), near, REACH)
     assert len(environment(cut.structure, cut.centre)) == len(environment(frame(atoms), near))
     assert cut.structure.n_atoms in (31, 107)
 
 
 def test_what_is_no_smaller_is_not_cut():
-    assert carve(frame(aluminium(2)), 0, REACH) is None
-    assert carve(frame(Atoms("Al3", [[0, 0, 0], [2.8, 0, 0], [0, 2.8, 0]])), 1, REACH) is None
+    assert cut_surrogate(frame(aluminium(2)), 0, REACH) is None
+    assert cut_surrogate(frame(Atoms("Al3", [[0, 0, 0], [2.8, 0, 0], [0, 2.8, 0]])), 1, REACH) is None
 
 
 def test_features_of_the_atom_do_not_change():
     """By the descriptor itself, and the test that says so can fail."""
     whole = frame(aluminium())
-    cut = carve(whole, 7, REACH)
+    cut = cut_surrogate(whole, 7, REACH)
     found = defaults.summarise_data(whole, Targets.unlabelled(whole))
     chosen = defaults.resolve_recipe(Recipe(descriptor={"n_max": 4, "l_max": 3, "cutoff": REACH}), found, 1)
     made = descriptors.make_descriptor((13,), chosen.descriptors[0].model_dump())
@@ -192,7 +192,7 @@ def test_features_of_the_atom_do_not_change():
 def test_forces_of_a_short_ranged_oracle_are_those_of_the_frame():
     """A potential that reaches no farther than half the ball: forces on atoms whose environments are intact cannot differ."""
     atoms = aluminium(6)
-    cut = carve(frame(atoms), 7, 6.0)
+    cut = cut_surrogate(frame(atoms), 7, 6.0)
     pair = {"sigma": 2.5, "epsilon": 0.1, "rc": 4.5, "smooth": True}
     small = to_ase(cut.structure)[0]
     atoms.calc, small.calc = LennardJones(**pair), LennardJones(**pair)
@@ -203,21 +203,21 @@ def test_forces_of_a_short_ranged_oracle_are_those_of_the_frame():
 
 def test_what_is_learned():
     whole = frame(liquid())
-    cut = carve(whole, 40, REACH)
+    cut = cut_surrogate(whole, 40, REACH)
     n = cut.structure.n_atoms
     told = Targets.unlabelled(cut.structure)
     told = type(told)(
         torch.ones(1, dtype=torch.float64), torch.ones(n, 3, dtype=torch.float64), torch.ones(1, 3, 3, dtype=torch.float64),
         told.energies_noise, told.forces_noise, told.stresses_noise, ("",),
     )  # fmt: skip
-    believed = cut.believed(told)
+    believed = cut.trusted_targets(told)
     assert bool(believed.energies.isnan()) and bool(believed.stresses.isnan().all())
     assert torch.equal(believed.forces.isfinite().all(1), cut.intact) and 0 < int(cut.intact.sum()) < n
     notes = {"surrogate": "carved", "carved_from": 400, "carved_around": 40, "intact": int(cut.intact.sum())}
     assert cut.notes() == notes
-    crystal = carve(frame(aluminium()), 7, REACH)
+    crystal = cut_surrogate(frame(aluminium()), 7, REACH)
     told = Targets.unlabelled(crystal.structure)
-    assert crystal.believed(told) is told and crystal.notes()["surrogate"] == "small cell"
+    assert crystal.trusted_targets(told) is told and crystal.notes()["surrogate"] == "small cell"
 
 
 # ---------------------------------------------------------------- in the loop
@@ -250,7 +250,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_never_labels_a_large_frame(finished):
     folder, last = finished
-    entries = list(Tape(folder / "out" / "labels.xyz"))
+    entries = list(LabelFile(folder / "out" / "labels.xyz"))
     assert max(e.structure.n_atoms for e in entries) < 256
     asked = [e for e in entries if e.notes["walker"] == 0]
     assert asked and all(
@@ -277,7 +277,7 @@ def test_the_page_says_what_was_cut_out(finished):
 
 def test_without_it_frames_are_labelled_whole(tmp_path):
     finish(recipe(**merged(CARVED, {"carve": {"above": 256}})), folder_of(tmp_path))
-    assert {e.structure.n_atoms for e in Tape(tmp_path / "out" / "labels.xyz")} == {256}
+    assert {e.structure.n_atoms for e in LabelFile(tmp_path / "out" / "labels.xyz")} == {256}
 
 
 def test_first_structures_are_small(tmp_path):

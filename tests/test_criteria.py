@@ -15,11 +15,21 @@ from gpmlp.core import neighbors
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.recipe import GuardsRecipe, LearnRecipe, TriggerRecipe
-from gpmlp.learning.triggers import Before, Limits, bound, criteria, exceedance, guard, limits_of, risk, too_close
+from gpmlp.learning.triggers import (
+    StepContext,
+    TriggerLimits,
+    any_exceedance,
+    broken_guard,
+    exceedance_probability,
+    force_error_bound,
+    too_close,
+    trigger_decision,
+    trigger_limits,
+)
 from gpmlp.uncertainty.calibration import Calibration, KindCalibration
 
-LIMITS = Limits(force=0.1, probability=0.1, local_energy=0.05, novelty=1.5, halt=4.0, guards=GuardsRecipe())
-CALM = Before(energy=-1.0, target_K=300.0, temperature_K=300.0)
+LIMITS = TriggerLimits(force=0.1, probability=0.1, local_energy=0.05, novelty=1.5, halt=4.0, guards=GuardsRecipe())
+CALM = StepContext(energy=-1.0, target_K=300.0, temperature_K=300.0)
 
 
 def structure(n=3, distance=2.8, species="Al"):
@@ -46,7 +56,7 @@ def prediction(n=3, force=0.01, local=0.001, novelty=0.5, energy=-1.0):
 
 
 def decide(limits=LIMITS, before=CALM, **values):
-    return criteria(prediction(**values), structure(), limits, before)
+    return trigger_decision(prediction(**values), structure(), limits, before)
 
 
 # ---------------------------------------------------------------- probabilities
@@ -54,7 +64,7 @@ def decide(limits=LIMITS, before=CALM, **values):
 
 def test_exceedance_of_isotropic_errors_is_exact():
     sigma = np.array([0.02, 0.05, 0.1, 0.2])
-    found = exceedance(torch.tensor(sigma**2)[:, None, None] * torch.eye(3, dtype=torch.float64), 0.15)
+    found = exceedance_probability(torch.tensor(sigma**2)[:, None, None] * torch.eye(3, dtype=torch.float64), 0.15)
     assert found == pytest.approx(chi2.sf((0.15 / sigma) ** 2, 3), rel=1e-12)
 
 
@@ -66,13 +76,13 @@ def test_exceedance_beside_monte_carlo(tolerance):
     drawn = np.einsum("aij,saj->sai", root, rng.standard_normal((200_000, 6, 3)))
     truth = (np.linalg.norm(drawn, axis=2) > tolerance).mean(0)
     # Satterthwaite matches two moments of |error|^2: probabilities are right to some hundredths, not exact
-    assert exceedance(torch.tensor(covariance), tolerance) == pytest.approx(truth, abs=0.03)
+    assert exceedance_probability(torch.tensor(covariance), tolerance) == pytest.approx(truth, abs=0.03)
 
 
 def test_exceedance_of_an_error_along_a_line():
     line = torch.zeros(1, 3, 3, dtype=torch.float64)
     line[0, 0, 0] = 0.01
-    assert exceedance(line, 0.15) == pytest.approx(chi2.sf(2.25, 1), rel=1e-12)
+    assert exceedance_probability(line, 0.15) == pytest.approx(chi2.sf(2.25, 1), rel=1e-12)
 
 
 @pytest.mark.parametrize("probability", [0.01, 0.1, 0.5])
@@ -81,24 +91,26 @@ def test_bound_is_the_inverse_of_risk(n, probability):
     rng = np.random.default_rng(n)
     root = torch.tensor(rng.standard_normal((n, 3, 3))) * 0.1
     covariance = root @ root.mT
-    assert risk(covariance, bound(covariance, probability)) == pytest.approx(probability, rel=1e-2)  # xtol of brentq
+    assert any_exceedance(covariance, force_error_bound(covariance, probability)) == pytest.approx(
+        probability, rel=1e-2
+    )  # xtol of brentq
 
 
 def test_bound_grows_with_the_number_of_atoms_and_scales_with_errors():
     eye = torch.eye(3, dtype=torch.float64)
-    few, many = bound(eye.expand(2, 3, 3), 0.1), bound(eye.expand(200, 3, 3), 0.1)
+    few, many = force_error_bound(eye.expand(2, 3, 3), 0.1), force_error_bound(eye.expand(200, 3, 3), 0.1)
     assert few < many < 1.7 * few
-    assert bound(1e-8 * eye.expand(2, 3, 3), 0.1) == pytest.approx(1e-4 * few, rel=1e-3)
+    assert force_error_bound(1e-8 * eye.expand(2, 3, 3), 0.1) == pytest.approx(1e-4 * few, rel=1e-3)
 
 
 def test_bound_where_nothing_or_everything_is_known():
     """An atom alone in its cell feels no force, whatever the model."""
     nothing = torch.zeros(2, 3, 3, dtype=torch.float64)
-    assert bound(nothing, 0.1) == 0.0
-    assert bound(nothing + float("nan"), 0.1) == math.inf
+    assert force_error_bound(nothing, 0.1) == 0.0
+    assert force_error_bound(nothing + float("nan"), 0.1) == math.inf
     one = nothing.clone()
     one[0] = 0.01 * torch.eye(3)
-    assert bound(one, 0.1) == pytest.approx(0.1 * chi2.isf(0.1, 3) ** 0.5, rel=1e-3)
+    assert force_error_bound(one, 0.1) == pytest.approx(0.1 * chi2.isf(0.1, 3) ** 0.5, rel=1e-3)
 
 
 # ---------------------------------------------------------------- triggers
@@ -151,7 +163,7 @@ def test_what_is_switched_off_is_not_looked_at():
 
 def test_what_was_not_predicted_is_not_looked_at():
     bare = replace(prediction(force=9.0), forces_covariance=None, atom_energies_variance=None, novelty=None)
-    assert criteria(bare, structure(), LIMITS, CALM).action == "continue"
+    assert trigger_decision(bare, structure(), LIMITS, CALM).action == "continue"
 
 
 def test_the_order_of_importance():
@@ -186,7 +198,7 @@ def test_distance_guard():
     assert too_close(structure(distance=least + 0.01), share) is None
     i, j, r, limit = too_close(structure(distance=least - 0.01), share)
     assert {i, j} <= {0, 1, 2} and r == pytest.approx(least - 0.01) and limit == pytest.approx(least)
-    found = criteria(prediction(), structure(distance=least - 0.01), LIMITS, CALM)
+    found = trigger_decision(prediction(), structure(distance=least - 0.01), LIMITS, CALM)
     assert found.action == "halt" and "Al-Al distance 1.44 A of atoms" in found.reason
 
 
@@ -207,8 +219,10 @@ def test_distance_guard_takes_the_pairs_of_the_model():
     for cutoff in (4.0, 0.45):
         assert too_close(here, 0.6, neighbors.find_neighbors(here, cutoff)) == too_close(here, 0.6)
     before = replace(CALM, pairs=neighbors.find_neighbors(here, 4.0))
-    assert guard(prediction(4), here, GuardsRecipe(), before) == guard(prediction(4), here, GuardsRecipe(), CALM)
-    assert "distance 0.50" in guard(prediction(4), here, GuardsRecipe(), before).reason
+    assert broken_guard(prediction(4), here, GuardsRecipe(), before) == broken_guard(
+        prediction(4), here, GuardsRecipe(), CALM
+    )
+    assert "distance 0.50" in broken_guard(prediction(4), here, GuardsRecipe(), before).reason
 
 
 def test_distance_guard_knows_the_elements():
@@ -219,8 +233,8 @@ def test_distance_guard_knows_the_elements():
 
 def test_temperature_guard():
     def at(temperature, n=100, freedom=None, target=300.0):
-        before = Before(None, target, temperature, freedom)
-        return guard(prediction(n), structure(n), GuardsRecipe(), before)
+        before = StepContext(None, target, temperature, freedom)
+        return broken_guard(prediction(n), structure(n), GuardsRecipe(), before)
 
     assert at(700.0) is None
     assert "temperature 900 K at a target of 300 K" in at(900.0).reason
@@ -233,13 +247,13 @@ def test_temperature_guard_allows_for_fluctuation(freedom):
     """Few atoms are often twice as hot as the thermostat, be they few because the others are fixed."""
     n = 100
     hottest = 300 * chi2.isf(1e-6, freedom) / freedom  # once in a million steps
-    wide = Before(None, 300.0, hottest, freedom)
-    assert guard(prediction(n), structure(n), GuardsRecipe(), wide) is None
+    wide = StepContext(None, 300.0, hottest, freedom)
+    assert broken_guard(prediction(n), structure(n), GuardsRecipe(), wide) is None
 
 
 def test_energy_guard():
     def after(energy, target=300.0):
-        return guard(prediction(energy=energy), structure(), GuardsRecipe(), Before(-1.0, target, target))
+        return broken_guard(prediction(energy=energy), structure(), GuardsRecipe(), StepContext(-1.0, target, target))
 
     allowed = 0.3 + 3 * 8.617333e-5 * 300
     assert after(-1.0 + 2.9 * allowed) is None and after(-1.0 - 2.9 * allowed) is None
@@ -251,7 +265,7 @@ def test_energy_guard():
 @pytest.mark.parametrize("name", ["energies", "forces"])
 def test_nan_halts(name):
     bad = replace(prediction(), **{name: getattr(prediction(), name) * float("nan")})
-    found = criteria(bad, structure(), LIMITS, None)
+    found = trigger_decision(bad, structure(), LIMITS, None)
     assert found.action == "halt" and "not finite" in found.reason and found.severity == math.inf
 
 
@@ -264,36 +278,40 @@ def identity(scale=1.0):
 
 
 def test_automatic_limit_is_a_share_of_the_forces():
-    limits = limits_of(TriggerRecipe(), 1.0, 32, {"forces": 0.001}, identity())
+    limits = trigger_limits(TriggerRecipe(), 1.0, 32, {"forces": 0.001}, identity())
     assert limits.force == pytest.approx(0.15 * 3**0.5)
     assert (limits.novelty, limits.local_energy, limits.halt) == (1.5, None, 4.0)
 
 
 def test_automatic_limit_is_no_less_than_the_noise_allows():
     eye = torch.eye(3, dtype=torch.float64)
-    quiet = limits_of(TriggerRecipe(), 0.1, 32, {"forces": 0.1}, identity()).force
-    assert quiet == pytest.approx(1.2 * bound(0.01 * eye.expand(32, 3, 3), TriggerRecipe().probability), rel=1e-3)
-    assert limits_of(TriggerRecipe(), 0.1, 32, {"forces": 0.1}, identity(2.0)).force == pytest.approx(
+    quiet = trigger_limits(TriggerRecipe(), 0.1, 32, {"forces": 0.1}, identity()).force
+    assert quiet == pytest.approx(
+        1.2 * force_error_bound(0.01 * eye.expand(32, 3, 3), TriggerRecipe().probability), rel=1e-3
+    )
+    assert trigger_limits(TriggerRecipe(), 0.1, 32, {"forces": 0.1}, identity(2.0)).force == pytest.approx(
         2 * quiet, rel=1e-3
     )
-    assert limits_of(TriggerRecipe(), 0.1, 400, {"forces": 0.1}, identity()).force > quiet  # the largest of more
+    assert trigger_limits(TriggerRecipe(), 0.1, 400, {"forces": 0.1}, identity()).force > quiet  # the largest of more
 
 
 def test_a_limit_by_the_noise_knows_no_forces():
-    noise = limits_of(TriggerRecipe(force="noise"), 50.0, 32, {"forces": 0.1}, identity()).force
-    assert noise == limits_of(TriggerRecipe(), 1e-3, 32, {"forces": 0.1}, identity()).force
-    assert limits_of(TriggerRecipe(force="noise", noise=3.6), 1.0, 32, {"forces": 0.1}, identity()).force == 3 * noise
+    noise = trigger_limits(TriggerRecipe(force="noise"), 50.0, 32, {"forces": 0.1}, identity()).force
+    assert noise == trigger_limits(TriggerRecipe(), 1e-3, 32, {"forces": 0.1}, identity()).force
+    assert (
+        trigger_limits(TriggerRecipe(force="noise", noise=3.6), 1.0, 32, {"forces": 0.1}, identity()).force == 3 * noise
+    )
 
 
 def test_automatic_limit_without_noise_or_forces():
-    assert limits_of(TriggerRecipe(), 0.0, 1, {}, Calibration({}, {})).force == 1e-4
+    assert trigger_limits(TriggerRecipe(), 0.0, 1, {}, Calibration({}, {})).force == 1e-4
 
 
 def test_given_limits_are_taken():
     given = TriggerRecipe(force=0.3, local_energy=0.02, novelty=None, halt=2.0)
-    limits = limits_of(given, 1.0, 32, {"forces": 9.0}, identity())
+    limits = trigger_limits(given, 1.0, 32, {"forces": 9.0}, identity())
     assert (limits.force, limits.local_energy, limits.novelty, limits.halt) == (0.3, 0.02, None, 2.0)
-    assert limits_of(TriggerRecipe(force=None), 1.0, 32, {}, identity()).force is None
+    assert trigger_limits(TriggerRecipe(force=None), 1.0, 32, {}, identity()).force is None
 
 
 def test_novelty_that_neither_asks_nor_counts_as_covered_is_refused():

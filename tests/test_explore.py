@@ -12,7 +12,7 @@ import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import from_ase, structures_from_ase
 from gpmlp.learning import exploration
-from gpmlp.learning.exploration import spread
+from gpmlp.learning.exploration import summed_std
 from gpmlp.learning.triggers import too_close
 from gpmlp.recipe import Recipe
 
@@ -41,7 +41,7 @@ def learned():
 def test_values_are_the_standard_deviations_of_local_energies(learned):
     potential, structures = learned
     some = structures.select([0, 3])
-    found = spread(potential, some)
+    found = summed_std(potential, some)
     known = potential(some, "atom_energies", calibrated=False).atom_energies_variance.epistemic.sqrt()
     torch.testing.assert_close(found.atom_energies, known, rtol=1e-9, atol=1e-12)
     sums = torch.zeros(2, dtype=torch.float64).index_add(0, some.structure_of_atom, known)
@@ -52,10 +52,10 @@ def test_forces_and_stress_are_slopes(learned):
     """Central differences of step 1e-4 A: error of the order of 1e-8 times the third derivative."""
     potential, structures = learned
     one = structures.select([5])
-    found, h = spread(potential, one), 1e-4
+    found, h = summed_std(potential, one), 1e-4
 
     def value(positions, cells=None):
-        return float(spread(potential, one.with_positions(positions, cells)).energies[0])
+        return float(summed_std(potential, one.with_positions(positions, cells)).energies[0])
 
     for atom, axis in ((0, 0), (1, 2), (3, 1)):
         shift = torch.zeros_like(one.positions)
@@ -73,7 +73,7 @@ def test_forces_and_stress_are_slopes(learned):
 def test_a_rare_direction_leads_to_greater_novelty_within_the_radius(learned):
     potential, structures = learned
     one = structures.select([2])
-    moved = exploration.rare(potential, one, 1, radius_A=0.25)
+    moved = exploration.displace_rare(potential, one, 1, radius_A=0.25)
     shift = (moved.positions - one.positions).norm(dim=1)
     assert 0 < float(shift.max()) <= 0.25 + 1e-9
     before, after = (float(potential(s, novelty=True).novelty.max()) for s in (one, moved))
@@ -91,8 +91,8 @@ def test_a_rare_direction_leads_to_greater_novelty_within_the_radius(learned):
 def test_ascent_climbs_and_keeps_its_distances(learned):
     potential, structures = learned
     one = structures.select([4])
-    climbed = exploration.ascend(potential, one, radius_A=0.3, steps=6)
-    assert float(spread(potential, climbed).energies[0]) > 1.01 * float(spread(potential, one).energies[0])
+    climbed = exploration.ascend_uncertainty(potential, one, radius_A=0.3, steps=6)
+    assert float(summed_std(potential, climbed).energies[0]) > 1.01 * float(summed_std(potential, one).energies[0])
     assert float((climbed.positions - one.positions).norm(dim=1).max()) <= 0.3 + 1e-9
     assert too_close(climbed, 0.6) is None
 
@@ -101,20 +101,20 @@ def test_the_bias_pushes_uphill_with_the_share_asked_for(learned):
     potential, structures = learned
     one = structures.select([1])
     forces = potential(one).forces
-    energy, push, stress = exploration.Bias(0.3)(potential, one, forces)
+    energy, push, stress = exploration.UncertaintyBias(0.3)(potential, one, forces)
     assert energy < 0 and stress.shape == (3, 3)
     assert float(push.square().mean().sqrt()) == pytest.approx(0.3 * float(forces.square().mean().sqrt()))
     further = one.with_positions(one.positions + 1e-3 * push / push.norm())
-    assert float(spread(potential, further).energies[0]) > float(spread(potential, one).energies[0])
+    assert float(summed_std(potential, further).energies[0]) > float(summed_std(potential, one).energies[0])
 
 
 def test_what_cannot_be_explored_is_refused(learned):
     potential, _ = learned
     alone = structures_from_ase([ase.Atoms("Cu", [[0, 0, 0]])])
     with pytest.raises(UserError, match="no neighbours"):
-        exploration.rare(potential, alone, 0)
+        exploration.displace_rare(potential, alone, 0)
     silver = structures_from_ase([ase.build.bulk("Ag", cubic=True)])
     with pytest.raises(UserError, match="Ag was never seen"):
-        exploration.rare(potential, silver, 0)
+        exploration.displace_rare(potential, silver, 0)
     with pytest.raises(UserError, match="Ag"):
-        spread(potential, silver)
+        summed_std(potential, silver)

@@ -19,7 +19,7 @@ import yaml
 from counting_oracle import answers
 from learning_runs import SMALL, contents, events, finish, merged, prepare, recipe
 
-from gpmlp.learning.labels import Tape
+from gpmlp.learning.labels import LabelFile
 from gpmlp.learning.loop import learn
 from gpmlp.learning.oracles import results
 
@@ -74,7 +74,7 @@ def reference(tmp_path_factory, killer):
     ended = killer.run(folder, resume=False)
     assert ended["code"] == 0, ended["text"]
     assert len(events(folder, "learned")) > 4 and len(answers(folder / "answers")) == len(
-        Tape(folder / "out" / "labels.xyz")
+        LabelFile(folder / "out" / "labels.xyz")
     )
     return folder, ended["seconds"]
 
@@ -105,7 +105,7 @@ def kept(folder: Path) -> set[str]:
         found |= {repr(record["energy"])} if record["kind"] == results.LABEL else set()
     if (out / "labels.xyz").exists():
         copy = shutil.copy(out / "labels.xyz", folder / "copy.xyz")  # opening a tape repairs it
-        found |= {repr(float(e.targets.energies[0])) for e in Tape(copy)}
+        found |= {repr(float(e.targets.energies[0])) for e in LabelFile(copy)}
     return found
 
 

@@ -21,8 +21,9 @@ from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.labels import key_of
 from gpmlp.learning.oracles import results, worker
 from gpmlp.learning.oracles import results as holders
-from gpmlp.learning.oracles.labeller import Label, Labeller, Refusal, stop_if_told
-from gpmlp.learning.oracles.oracle import CalculatorOracle, OracleRecipe, job
+from gpmlp.learning.oracles.job import LabelRefusal, LabelResult
+from gpmlp.learning.oracles.labeller import Labeller, check_refusal
+from gpmlp.learning.oracles.oracle import CalculatorOracle, OracleRecipe, make_job
 
 TESTS = Path(__file__).parent
 
@@ -64,13 +65,13 @@ def of_emt(structure):
 
 @pytest.fixture(autouse=True)
 def no_process_is_left():
-    before = set(worker.children(os.getpid()))
+    before = set(worker.child_processes(os.getpid()))
     yield
-    assert not set(worker.children(os.getpid())) - before  # zombies are children too
+    assert not set(worker.child_processes(os.getpid())) - before  # zombies are children too
 
 
 def assert_label(label, structure, attempts=1):
-    assert isinstance(label, Label), label
+    assert isinstance(label, LabelResult), label
     expected = of_emt(structure)
     assert torch.equal(label.targets.energies, expected.energies)
     assert torch.equal(label.targets.forces, expected.forces)
@@ -115,11 +116,11 @@ def test_failed_twice_is_set_aside(tmp_path):
     with Labeller(recipe(folder, "exit", "segfault", "well"), folder) as labeller:
         labeller.submit("bad", copper())
         refusal = labeller.result("bad")
-        assert isinstance(refusal, Refusal) and refusal.attempts == 2 and Path(refusal.folder).is_dir()
-        pytest.raises(UserError, stop_if_told, recipe(folder, on_failure="stop"), refusal, 1).match(match)
-        stop_if_told(recipe(folder), refusal, 5)
+        assert isinstance(refusal, LabelRefusal) and refusal.attempts == 2 and Path(refusal.folder).is_dir()
+        pytest.raises(UserError, check_refusal, recipe(folder, on_failure="stop"), refusal, 1).match(match)
+        check_refusal(recipe(folder), refusal, 5)
         with pytest.raises(UserError, match="6 structures in a row, more than at_most_failures 5"):
-            stop_if_told(recipe(folder), refusal, 6)
+            check_refusal(recipe(folder), refusal, 6)
         labeller.submit("good", copper(1))
         assert_label(labeller.result("good"), copper(1))
     with Labeller(recipe(folder, "well"), folder) as labeller:  # of the spool, the same again
@@ -159,7 +160,7 @@ def test_hanging_oracle(tmp_path, behaviour, match):
     """By an alarm, by a watchdog where compiled code does not let the alarm through, or from outside."""
     with Labeller(recipe(tmp_path, behaviour, timeout_s=1.2, retries=0), tmp_path) as labeller:
         labeller.submit("k", copper())
-        pytest.raises(UserError, stop_if_told, recipe(tmp_path, on_failure="stop"), labeller.result("k", 20), 1).match(
+        pytest.raises(UserError, check_refusal, recipe(tmp_path, on_failure="stop"), labeller.result("k", 20), 1).match(
             match
         )
         started = tmp_path / "log.children"
@@ -200,7 +201,7 @@ def test_close_while_labels_are_computed(tmp_path):
     for i in range(4):
         with pytest.raises(UserError, match="was not labelled, because the labeller was closed"):
             labeller.result(f"k{i}")
-    assert not results.attempts(tmp_path / "spool", "k0")
+    assert not results.read_attempts(tmp_path / "spool", "k0")
     until(lambda: not any(map(alive, calls(tmp_path))))
     with Labeller(recipe(tmp_path), tmp_path) as labeller:
         labeller.submit("k0", copper(0))
@@ -265,7 +266,7 @@ def test_failed_attempts_are_remembered(tmp_path):
     """A run that goes on makes the second attempt with the second keyword arguments."""
     first = recipe(tmp_path, "unconverged", "well", executor="inline", retries=1)
     job_of = {"key": "k", "attempt": 1, "scratch": str(tmp_path / "scratch")}
-    results.write(tmp_path / "spool", worker.outcome(job_of, results.FAILED, "not converged"))
+    results.write_record(tmp_path / "spool", worker.attempt_record(job_of, results.FAILED, "not converged"))
     with Labeller(first, tmp_path) as labeller:
         labeller.submit("k", copper())
         refusal = labeller.result("k")
@@ -279,14 +280,14 @@ def test_oracle_that_cannot_be_used_is_no_failure_of_the_structure(tmp_path):
         labeller.submit("k", copper())
         with pytest.raises(UserError, match="No space left on device; nothing before it is lost: make room and go on"):
             labeller.result("k")
-    assert not results.attempts(tmp_path / "spool", "k")
+    assert not results.read_attempts(tmp_path / "spool", "k")
 
 
 def test_spool_that_cannot_be_written(tmp_path, monkeypatch):
     def full(folder, record):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results, "write", full)
+    monkeypatch.setattr(results, "write_record", full)
     with Labeller(recipe(tmp_path, executor="inline"), tmp_path) as labeller:
         labeller.submit("k", copper())
         with pytest.raises(UserError, match="the label could not be kept: .*spool: No space left on device; nothing"):
@@ -391,12 +392,14 @@ def orphan(tmp_path):
     found = []
 
     def make(*behaviour):
-        wanted = job(recipe(tmp_path, *behaviour), "a", 1, copper(), tmp_path / "spool", tmp_path / "scratch", False)
+        wanted = make_job(
+            recipe(tmp_path, *behaviour), "a", 1, copper(), tmp_path / "spool", tmp_path / "scratch", False
+        )
         run = subprocess.Popen([sys.executable, "-c", KILLED, json.dumps(wanted)], stdout=subprocess.PIPE, text=True)
         with run:
             found.append(int(run.stdout.readline()))
             until(lambda: calls(tmp_path))
-            assert not results.Holder.of((tmp_path / "spool" / "a.lock").read_text()).orphaned
+            assert not results.LockHolder.from_text((tmp_path / "spool" / "a.lock").read_text()).orphaned
             run.kill()
         return found[-1]
 
@@ -429,18 +432,18 @@ def test_only_an_orphan_that_does_nothing_is_ended(tmp_path, orphan, monkeypatch
     told = []
 
     def wait(holder):
-        waiting, end = results.Waiting("a", told.append), time.monotonic() + 1.5
+        waiting, end = results.LockWaiter("a", told.append), time.monotonic() + 1.5
         while time.monotonic() < end:
-            waiting(holder.plain())
+            waiting(holder.to_text())
             time.sleep(0.02)
 
     busy = orphan("hang_deaf")
-    known = results.Holder.of((tmp_path / "spool" / "a.lock").read_text())
+    known = results.LockHolder.from_text((tmp_path / "spool" / "a.lock").read_text())
     assert known.pid == busy and known.orphaned
     wait(known)
     assert alive(busy) and len(told) == 1 and f"kill {busy}" in told[0]
     os.kill(busy, signal.SIGSTOP)  # does nothing from now on
-    me = results.Holder.me()
+    me = results.LockHolder.this_process()
     for other in (
         replace(known, began=known.began - 1),
         replace(known, machine="another"),

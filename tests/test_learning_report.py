@@ -14,10 +14,10 @@ from test_report import Balanced, only_paint
 from gpmlp.core.errors import UserError
 from gpmlp.io.files import atomic_write
 from gpmlp.learning import loop, triggers
-from gpmlp.learning.labels import Tape
-from gpmlp.learning.model import Student
+from gpmlp.learning.labels import LabelFile
+from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.recipe import LearnRecipe, TriggerRecipe
-from gpmlp.learning.triggers import Before, limits_of
+from gpmlp.learning.triggers import StepContext, trigger_limits
 from gpmlp.report.model import learning
 from gpmlp.report.run import collect
 from gpmlp.report.run import numbers as of_run
@@ -260,7 +260,7 @@ def test_the_page_of_a_real_run(run, tmp_path, monkeypatch):
     page = collect.report(folder, recipe)
     assert page == folder / "report" / "index.html" and (folder / "report" / "model" / "report.html").exists()
     record = json.loads((folder / "report" / "report.json").read_text())
-    tape = Tape(folder / "labels.xyz")
+    tape = LabelFile(folder / "labels.xyz")
     learned = [*last.progress.first, *last.progress.learned]
     assert [row["key"] for row in record["labels"]] == learned and len(learned) == len(tape) > 4
     assert record["ended"] == "steps" and record["costs"]["steps"] == 120
@@ -278,8 +278,8 @@ def test_the_page_of_a_real_run(run, tmp_path, monkeypatch):
 def test_what_was_foretold_is_what_the_model_before_says(run):
     """Taught by hand: the error and σ of the first label asked for, from the potential that had not learned it."""
     folder, recipe, last = run
-    tape = Tape(folder / "labels.xyz")
-    student = Student.begin([tape.find(k) for k in last.progress.first], recipe.model, recipe.refresh)
+    tape = LabelFile(folder / "labels.xyz")
+    student = OnlineModel.from_labels([tape.find(k) for k in last.progress.first], recipe.model, recipe.refresh)
     asked = [e for e in collect._events(folder / "log.jsonl") if e["event"] == "learned" and "key" in e]
     for event in asked[:2]:
         entry, told = tape.find(event["key"]), event["foreseen"]
@@ -290,12 +290,12 @@ def test_what_was_foretold_is_what_the_model_before_says(run):
         sigma = prediction.forces_variance.total.sqrt()
         np.testing.assert_allclose(told["force_sigma"], sigma.flatten().numpy(), rtol=6e-4, atol=1e-9)
         assert told["largest_error"] == pytest.approx(float(error.norm(dim=1).max()), rel=1e-6)
-        bound = triggers.bound(prediction.forces_covariance.total, recipe.trigger.probability)
+        bound = triggers.force_error_bound(prediction.forces_covariance.total, recipe.trigger.probability)
         assert told["bound"] == pytest.approx(bound, rel=1e-3)
         energy = (prediction.energies - entry.targets.energies) / entry.structure.n_atoms
         assert told["energy_error"] == pytest.approx(float(energy), rel=1e-6, abs=1e-12)
         assert told["novelty"] == pytest.approx(float(prediction.novelty.max()), rel=1e-6)
-        student = student.taught(entry)
+        student = student.with_label(entry)
 
 
 def test_the_frames_shown_are_the_history_of_the_run(run):
@@ -340,7 +340,7 @@ def test_no_run_no_page(tmp_path):
 
 def test_reasons_are_recognised(run):
     """The words that criteria give, sorted by what made them."""
-    student = run[2].student
+    student = run[2].model
     atoms = ase.build.bulk("Al", cubic=True)
     atoms.rattle(0.4, seed=1)
     structure = collect.structures_from_ase([atoms], ["far off"])
@@ -348,17 +348,19 @@ def test_reasons_are_recognised(run):
 
     def why(**limits) -> str:
         trigger = TriggerRecipe(**({"force": None, "novelty": None, "guards": {"distance": 0.01}} | limits))
-        found = limits_of(trigger, 1.0, 4, {"forces": 0.01}, Calibration.identity())
-        return triggers.criteria(prediction, structure, found).reason
+        found = trigger_limits(trigger, 1.0, 4, {"forces": 0.01}, Calibration.identity())
+        return triggers.trigger_decision(prediction, structure, found).reason
 
     assert collect.cause(why(force=1e-3, halt=1e9)) == "force"
     assert collect.cause("halted: " + why(force=1e-3)) == "force, halted"
     assert collect.cause(why(local_energy=1e-9)) == "local energy"
     assert collect.cause(why(novelty=1e-3)) == "novelty"
     assert collect.cause(why(force=1e-3, novelty=1e-3, halt=1e9)) == "force and novelty"
-    close = triggers.guard(prediction, structure, TriggerRecipe(guards={"distance": 3}).guards)
+    close = triggers.broken_guard(prediction, structure, TriggerRecipe(guards={"distance": 3}).guards)
     assert collect.cause("halted: " + close.reason) == "guard"
-    hot = triggers.guard(prediction, structure, TriggerRecipe(guards={"distance": 0.01}).guards, Before(None, 300, 1e5))
+    hot = triggers.broken_guard(
+        prediction, structure, TriggerRecipe(guards={"distance": 0.01}).guards, StepContext(None, 300, 1e5)
+    )
     assert collect.cause("halted: " + hot.reason) == "guard"
     assert [collect.cause(r) for r in ("first structure 1 of 4", "given", "explored: rare around atom 0")] == [
         "first",

@@ -17,16 +17,15 @@ from conftest import labelled
 from counting_oracle import answers
 from learning_runs import cluster, contents, crystal, events, finish, merged, prepare, recipe
 
-from gpmlp import io
 from gpmlp.core.errors import UserError
 from gpmlp.io import archive
-from gpmlp.learning import checkpoint, loop
-from gpmlp.learning import walker_state as mind
-from gpmlp.learning.labels import Tape
+from gpmlp.io.ase_atoms import structures_from_ase, write
+from gpmlp.learning import checkpoint, loop, walker_state
+from gpmlp.learning.labels import LabelFile
 from gpmlp.learning.loop import learn
-from gpmlp.learning.model import Student
+from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.stopping.judge import window
+from gpmlp.learning.stopping.judge import judged_window
 from gpmlp.learning.walker import Walker
 
 LIMIT = "0.06"  # eV, above which an oracle fails: some of the labels after the first ones are
@@ -49,8 +48,8 @@ def finished(tmp_path_factory):
         return folder, finish(recipe(), folder)
 
 
-def tape(folder) -> Tape:
-    return Tape(folder / "out" / "labels.xyz")
+def tape(folder) -> LabelFile:
+    return LabelFile(folder / "out" / "labels.xyz")
 
 
 # ---------------------------------------------------------------- a run
@@ -60,12 +59,12 @@ def test_a_run(finished):
     folder, last = finished
     assert last.phase == "stopped" and last.stopped.startswith("all 40 steps of 1 walker(s) are made")
     assert last.verdict is not None and not last.verdict.stop
-    assert last.labels == len(tape(folder)) == last.student.online.n_labels == last.calls > 5
-    assert last.refused == 0 and last.progress.minds[0].walker.step == 40
+    assert last.labels == len(tape(folder)) == last.model.online.n_labels == last.calls > 5
+    assert last.refused == 0 and last.progress.walkers[0].walker.step == 40
     potential = archive.load(folder / "out" / "model.gpmlp")
     assert potential.provenance == {"learned": {"labels": last.labels, "oracle": "counting_oracle:Counting"}}
     structures, targets = tape(folder).structures_and_targets()
-    known, saved = last.student.potential(structures), potential(structures)
+    known, saved = last.model.potential(structures), potential(structures)
     assert (known.forces - saved.forces).abs().max() < 1e-12
     assert (saved.forces - targets.forces).abs().mean() < 0.01
     assert not list((folder / "out" / "spool").glob("*.json")) and not list((folder / "out" / "scratch").iterdir())
@@ -87,7 +86,7 @@ def test_the_log(finished):
     assert len(asks) == len(learned) - 1 and all(e["reason"] and e["atoms"] for e in asks)
     assert [e["reason"] for e in asks] == [e["reason"].removeprefix("halted: ") for e in learned[1:]]
     assert [e.reason for e in tape(folder)][3:] == [e["reason"] for e in learned[1:]]
-    assert found[-1] == {"event": "stopped", "reason": last.stopped}
+    assert found[-1] == {"event": "stopped", "reason": last.stopped, "ended": "steps"}
     looks = events(folder, "look")
     assert [e["step"] for e in looks if e.get("asked")] == [e["step"] for e in asks]
     assert all(math.isfinite(e["pressure_GPa"]) for e in looks)
@@ -118,14 +117,14 @@ def test_a_frame_is_as_the_model_of_its_time_saw_it(finished):
     halted = {k - 1 for k, e in enumerate(found) if e["event"] == "ask" and e["action"] == "halt"}
     looks = [(k, e["step"]) for k, e in enumerate(found) if e["event"] == "look" and k not in halted]
     first = len(last.progress.first)
-    student, known = Student.begin(entries[:first], recipe().model, recipe().refresh), first
+    student, known = OnlineModel.from_labels(entries[:first], recipe().model, recipe().refresh), first
     for frame in ase.io.read(folder / "out" / "trajectory.xyz", index=":"):
         at = next(k for k, step in looks if step == frame.info["step"])
         learned = first - 1 + sum(e["event"] == "learned" for e in found[:at])
         for entry in entries[known:learned]:
-            student = student.taught(entry)
+            student = student.with_label(entry)
         known = learned
-        there = student.potential(io.atoms.structures_from_ase([frame]))
+        there = student.potential(structures_from_ase([frame]))
         np.testing.assert_allclose(frame.get_forces(), there.forces.numpy(), atol=1e-7)  # the file has 8 digits
     assert known > first  # the run had learned between its frames
 
@@ -174,8 +173,8 @@ def test_more_steps_for_a_finished_run(tmp_path):
     first = finish(recipe(dynamics={"steps": 30}), prepare(tmp_path))
     before = contents(tmp_path)
     last = finish(recipe(), tmp_path, resume=True)
-    assert (first.progress.minds[0].walker.step, last.progress.minds[0].walker.step) == (30, 40)
-    assert last.progress.known > first.progress.known and last.calls == last.labels - first.labels
+    assert (first.progress.walkers[0].walker.step, last.progress.walkers[0].walker.step) == (30, 40)
+    assert last.progress.labels > first.progress.labels and last.calls == last.labels - first.labels
     for name in ("labels.xyz", "trajectory.xyz", "log.jsonl"):
         assert contents(tmp_path)[name].startswith(before[name])
 
@@ -250,15 +249,15 @@ def test_files_that_were_cut_are_told(tmp_path, name):
 def test_a_checkpoint_counts_what_belongs_to_it(tmp_path):
     """What was written after the last checkpoint is cut off, and not counted by the next one."""
     folder = prepare(tmp_path)
-    trail = checkpoint.Trail(folder / "out", recipe(), resume=False)
-    trail.cut(checkpoint.Progress())
-    trail.log("one")
-    progress = trail.checkpoint(checkpoint.Progress())
-    trail.log("two")
+    trail = checkpoint.RunFiles(folder / "out", recipe(), resume=False)
+    trail.truncate(checkpoint.RunProgress())
+    trail.log_event("one")
+    progress = trail.save_checkpoint(checkpoint.RunProgress())
+    trail.log_event("two")
     trail.close()
-    again = checkpoint.Trail(folder / "out", recipe(), resume=True)
-    again.cut(progress)
-    assert again.checkpoint(progress).written == progress.written
+    again = checkpoint.RunFiles(folder / "out", recipe(), resume=True)
+    again.truncate(progress)
+    assert again.save_checkpoint(progress).written == progress.written
     again.close()
     assert [e["event"] for e in events(folder)] == ["one"]
 
@@ -294,7 +293,7 @@ def test_seeds_are_not_negative():
 def test_order_of_answers_does_not_matter(tmp_path, monkeypatch, log):
     """Two walkers, two workers, answers that take a random time: the same run as with an oracle that answers at once."""
     last = finish(recipe(**TWO), prepare(tmp_path / "inline"))
-    assert {m.walker.number for m in last.progress.minds} == {0, 1}
+    assert {m.walker.number for m in last.progress.walkers} == {0, 1}
     asked = {e["walker"] for e in events(tmp_path / "inline", "ask")}
     assert asked == {0, 1}
     log.unlink()
@@ -313,13 +312,13 @@ def test_walkers_go_on_while_others_wait(tmp_path):
     settle = run._settle
 
     def watch(i):
-        mind = run.progress.minds[i]
-        settled.append(run.progress.round - mind.since)
+        state = run.progress.walkers[i]
+        settled.append(run.progress.round - state.pending_round)
         yield from settle(i)
 
     run._settle = watch
     for state in run.states():
-        waiting = [m for m in state.progress.minds if m.sent]
+        waiting = [m for m in state.progress.walkers if m.sent]
         ahead += bool(waiting) and state.phase == "dynamics"
     run.close()
     assert settled and max(settled) == 2 and ahead > 0
@@ -332,12 +331,12 @@ def test_like_structures_are_not_asked_for_at_the_same_time(tmp_path):
     for state in run.states():
         if state.phase == "dynamics":
             break
-    mind = run.progress.minds[0]
-    twin = replace(mind, walker=replace(mind.walker, number=1), asked=replace(mind.walker, number=1), why="so")
-    run.progress = replace(run.progress, minds=(replace(mind, asked=mind.walker, why="halted: so"), twin))
+    state = run.progress.walkers[0]
+    twin = replace(state, walker=replace(state.walker, number=1), pending=replace(state.walker, number=1), reason="so")
+    run.progress = replace(run.progress, walkers=(replace(state, pending=state.walker, reason="halted: so"), twin))
     run.limits = replace(run.limits, force=1e-9)
     run._send()
-    assert [m.sent for m in run.progress.minds] == [True, False]
+    assert [m.sent for m in run.progress.walkers] == [True, False]
     run.close()
 
 
@@ -348,7 +347,7 @@ def test_labels_that_fail_are_set_aside(tmp_path, monkeypatch, log):
     """Structures of high energy cannot be labelled: each is tried as often as told, written down, and the run goes on."""
     monkeypatch.setenv(counting_oracle.FAILS, LIMIT)
     last = finish(recipe(oracle={"at_most_failures": 100}), prepare(tmp_path))
-    assert last.phase == "stopped" and last.refused > 0 and last.progress.minds[0].walker.step == 40
+    assert last.phase == "stopped" and last.refused > 0 and last.progress.walkers[0].walker.step == 40
     refused = events(tmp_path, "refused")
     assert len(refused) == last.refused and "SCF not converged" in refused[0]["reason"]
     counts = {a: answers(log).count(a) for a in answers(log)}
@@ -399,7 +398,7 @@ def test_halts_go_back(tmp_path):
     """Where the error is far beyond its limit the walker goes back to where it was trusted, and the label is learned."""
     last = finish(recipe(trigger={"halt": 1.001}), prepare(tmp_path))
     halts = [e for e in events(tmp_path, "ask") if e["action"] == "halt"]
-    assert halts and last.progress.minds[0].walker.step == 40
+    assert halts and last.progress.walkers[0].walker.step == 40
     learned = [e for e in events(tmp_path, "learned") if e["reason"].startswith("halted: ")]
     assert len(learned) == len(halts)
     found = [(e["event"], e["step"]) for e in events(tmp_path) if e["event"] in ("look", "ask")]
@@ -422,11 +421,11 @@ def test_guards_and_a_hot_ramp(tmp_path):
 
 def test_a_start_that_cannot_be_kept(tmp_path, monkeypatch):
     """Guards that fire in the first step, always: the run gives up and says why, and does not go round for ever."""
-    monkeypatch.setattr(mind, "MOST_SETBACKS", 2)
+    monkeypatch.setattr(walker_state, "MOST_SETBACKS", 2)
     monkeypatch.setattr(loop, "MOST_RESTARTS", 1)
     last = finish(recipe(trigger={"guards": {"temperature": 0.01}}), prepare(tmp_path))
     assert last.stopped == "a walker could not be kept stable; see log.jsonl for the guards that fired"
-    assert last.progress.minds[0].restarts == loop.MOST_RESTARTS + 1
+    assert last.progress.walkers[0].restarts == loop.MOST_RESTARTS + 1
     assert "temperature" in events(tmp_path, "ask")[-1]["reason"]
 
 
@@ -440,7 +439,7 @@ def test_atoms_on_top_of_one_another_in_the_start(tmp_path):
 
 def test_labels_are_rationed(tmp_path):
     last = finish(recipe(trigger={"most_per_1000_steps": 2, "halt": 1e9}), prepare(tmp_path))
-    assert len(last.progress.learned) == 2 and last.progress.minds[0].walker.step == 40
+    assert len(last.progress.learned) == 2 and last.progress.walkers[0].walker.step == 40
     # what it may not ask for is not forgotten: it counts in the rate of labels by which the run is judged
     assert last.progress.history.column("asked").sum() > 2
 
@@ -449,16 +448,16 @@ def test_a_walker_that_may_not_ask_still_halts(tmp_path):
     last = finish(recipe(trigger={"most_per_1000_steps": 2, "halt": 1.001}), prepare(tmp_path))
     assert len(last.progress.learned) == 2
     halts = [e for e in events(tmp_path, "ask") if e["action"] == "halt"]
-    assert len(halts) > 2 and last.progress.minds[0].restarts > 0
+    assert len(halts) > 2 and last.progress.walkers[0].restarts > 0
 
 
 def test_full_looks_come_soon_after_a_label():
     """At first two cheap looks after it, then after twice as many steps each time, until they are as rare as they are asked to be."""
     trigger = recipe(trigger={"every": 60, "watch": 4}).trigger
-    begun = Walker.begin(0, crystal(), recipe().dynamics, 0)
-    one, steps = mind.Mind(begun, begun, labelled_at=100), [100]
+    begun = Walker.from_atoms(0, crystal(), recipe().dynamics, 0)
+    one, steps = walker_state.WalkerState(begun, begun, label_step=100), [100]
     while steps[-1] < 400:
-        steps.append(steps[-1] + replace(one, walker=replace(begun, step=steps[-1])).stride(trigger))
+        steps.append(steps[-1] + replace(one, walker=replace(begun, step=steps[-1])).steps_to_full_variance(trigger))
     assert steps == [100, 108, 116, 132, 164, 224, 284, 344, 404]
 
 
@@ -476,8 +475,8 @@ def test_what_was_left_after_a_label_is_in_units_of_the_plain_limits(tmp_path):
             last = None
         elif state.phase == "dynamics" and last is None and state.progress.learned:
             last = state
-            mind = state.progress.minds[0]
-            assert mind.left > 0 and mind.labelled_at <= mind.walker.step
+            first = state.progress.walkers[0]
+            assert first.label_severity > 0 and first.label_step <= first.walker.step
     assert last is not None
 
 
@@ -525,7 +524,7 @@ def test_given_labels(tmp_path):
         atoms = crystal()
         atoms.rattle(0.05, rng=rng)
         frames.append(labelled(atoms))
-    io.atoms.write(prepare(tmp_path) / "given.xyz", frames)
+    write(prepare(tmp_path) / "given.xyz", frames)
     last = finish(recipe(bootstrap={"n": 2, "given": "given.xyz"}, dynamics={"steps": 10}), tmp_path)
     entries = list(tape(tmp_path))
     assert [e.reason for e in entries[:4]] == ["given"] * 4 and entries[0].oracle == ""
@@ -536,7 +535,7 @@ def test_given_labels(tmp_path):
 def test_given_structures_without_labels(tmp_path):
     """They would count as labels, and teach nothing."""
     one, other = labelled(crystal()), crystal()
-    io.atoms.write(prepare(tmp_path) / "given.xyz", [one, other])
+    write(prepare(tmp_path) / "given.xyz", [one, other])
     with pytest.raises(UserError, match="given.xyz: frame 1 has neither energy nor forces"):
         finish(recipe(bootstrap={"n": 2, "given": "given.xyz"}), tmp_path)
     assert not (tmp_path / "out" / "labels.xyz").exists() and not (tmp_path / "answers").exists()
@@ -557,7 +556,7 @@ def test_several_starts_and_the_same_one_twice(tmp_path):
     prepare(tmp_path, [crystal(), crystal(), other])
     last = finish(recipe(dynamics={"walkers": 3, "steps": 5, "ramp_steps": 5}), tmp_path)
     assert len(last.progress.first) == 2  # of the three, which are the first structures
-    sizes = [m.walker.atoms.cell[0, 0] for m in last.progress.minds]
+    sizes = [m.walker.atoms.cell[0, 0] for m in last.progress.walkers]
     assert sizes == [crystal().cell[0, 0], crystal().cell[0, 0], other.cell[0, 0]]
 
 
@@ -569,7 +568,7 @@ def test_npt(tmp_path, cell):
     history = last.progress.history
     assert np.isfinite(history.column("pressure_GPa")).all()
     assert history.column("target_pressure_GPa")[-1] == 5.0 and history.column("ramp_finished")[-1]
-    assert last.progress.minds[0].walker.atoms.cell.volume != crystal().cell.volume
+    assert last.progress.walkers[0].walker.atoms.cell.volume != crystal().cell.volume
     ensemble = next(c for c in last.verdict.criteria if c.name == "ensemble")
     assert "mean pressure" in ensemble.sentence
 
@@ -614,7 +613,7 @@ def test_history_counts_labels_when_they_are_learned():
     longer = history.append(Record(0, 4, 4.0))
     assert longer.column("labelled").tolist() == [False, False, False, True, False]
     assert before.append(Record(1, 9, 9.0)).column("walker").tolist() == [0, 0, 0, 0, 1]
-    assert [len(rows) for rows in window(longer).rows] == [1]
+    assert [len(rows) for rows in judged_window(longer).rows] == [1]
 
 
 def test_what_was_dropped_is_no_label(tmp_path, monkeypatch):

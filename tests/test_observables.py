@@ -14,7 +14,16 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.learning.stopping.observables import Observer, Path, diffusion_of, load, make, pairs, pressure, rdf
+from gpmlp.learning.stopping.observables import (
+    Observer,
+    UnwrappedPath,
+    diffusion_of,
+    instantaneous_pressure,
+    load_function,
+    make_observer,
+    radial_distribution,
+    species_pairs,
+)
 from gpmlp.learning.stopping.recipe import ObservableRecipe
 
 
@@ -31,7 +40,7 @@ def gas(n: int, length: float, seed: int) -> Atoms:
 def test_rdf_of_a_gas_is_one():
     n = 60
     structures = structures_from_ase([gas(n, 30.0, seed) for seed in range(40)])
-    r, g = rdf(structures, 12.0, 12)
+    r, g = radial_distribution(structures, 12.0, 12)
     known = r > 2  # shells with so few pairs scatter
     pairs_in_shell = 40 * n**2 / 2 / 30.0**3 * 4 * math.pi * r**2
     assert np.abs((g - (n - 1) / n) * np.sqrt(pairs_in_shell))[known].max() < 4
@@ -43,7 +52,7 @@ def test_rdf_of_fcc(cubic):
     """12 neighbours at a/√2, 6 at a, 24 at a √1.5, whatever the size of the cell."""
     a = 4.05
     atoms = bulk("Al", a=a, cubic=True) * (cubic, cubic, cubic)
-    r, g = rdf(structures_from_ase([atoms]), 5.2, 104)
+    r, g = radial_distribution(structures_from_ase([atoms]), 5.2, 104)
     edges = np.arange(105) * 0.05
     found = g * 4 * math.pi / 3 * np.diff(edges**3) * len(atoms) / atoms.get_volume()
     for distance, number in ((a / math.sqrt(2), 12), (a, 6), (a * math.sqrt(1.5), 24)):
@@ -56,27 +65,27 @@ def test_rdf_of_pairs_and_invariance():
     atoms = bulk("NaCl", "rocksalt", a=5.64, cubic=True)
     atoms.rattle(0.1, seed=1)
     structures = structures_from_ase([atoms])
-    assert pairs(atoms.numbers) == ((11, 11), (11, 17), (17, 17))
-    _, cross = rdf(structures, 6.0, 60, (11, 17))
-    _, turned = rdf(structures, 6.0, 60, (17, 11))
+    assert species_pairs(atoms.numbers) == ((11, 11), (11, 17), (17, 17))
+    _, cross = radial_distribution(structures, 6.0, 60, (11, 17))
+    _, turned = radial_distribution(structures, 6.0, 60, (17, 11))
     assert np.allclose(cross, turned)
-    _, like = rdf(structures, 6.0, 60, (11, 11))
-    _, other = rdf(structures, 6.0, 60, (17, 17))
-    _, everything = rdf(structures, 6.0, 60)
+    _, like = radial_distribution(structures, 6.0, 60, (11, 11))
+    _, other = radial_distribution(structures, 6.0, 60, (17, 17))
+    _, everything = radial_distribution(structures, 6.0, 60)
     assert np.allclose((like + 2 * cross + other) / 4, everything)
     moved = atoms[np.random.default_rng(2).permutation(len(atoms))]
     moved.rotate(37, (1, 2, 3), rotate_cell=True)
     moved.translate([1.0, -2.0, 30.0])
     # distances within rounding of an edge may change shells
-    assert np.allclose(rdf(structures_from_ase([moved]), 6.0, 60)[1], everything)
-    assert np.allclose(rdf(structures_from_ase([atoms * (2, 1, 1)]), 6.0, 60)[1], everything)
+    assert np.allclose(radial_distribution(structures_from_ase([moved]), 6.0, 60)[1], everything)
+    assert np.allclose(radial_distribution(structures_from_ase([atoms * (2, 1, 1)]), 6.0, 60)[1], everything)
 
 
 def test_rdf_refuses():
     with pytest.raises(UserError, match="no volume"):
-        rdf(structures_from_ase([molecule("H2O")]))
+        radial_distribution(structures_from_ase([molecule("H2O")]))
     with pytest.raises(UserError, match="no pair Cu-Cu"):
-        rdf(structures_from_ase([bulk("Al")]), pair=(29, 29))
+        radial_distribution(structures_from_ase([bulk("Al")]), pair=(29, 29))
 
 
 def walk(n: int, frames: int, step: float, seed: int) -> list[Atoms]:
@@ -116,7 +125,7 @@ def test_msd_grows_over_borders_and_drift_is_taken_off():
     for k, frame in enumerate(drifting):
         frame.translate([0.2 * k, 0, 0])
         frame.wrap()
-    paths = [Path(20.0), Path(20.0)]
+    paths = [UnwrappedPath(20.0), UnwrappedPath(20.0)]
     for k in range(60):
         for path, trajectory in zip(paths, (frames, drifting), strict=True):
             path.add(trajectory[k], float(k))
@@ -128,11 +137,11 @@ def test_msd_grows_over_borders_and_drift_is_taken_off():
 def test_path_set_back_and_restored():
     frames = walk(5, 40, 0.2, 5)
     recipe = (ObservableRecipe(name="msd", lag_fs=5.0), ObservableRecipe(name="diffusion", lag_fs=6.0))
-    observer = make(recipe)
+    observer = make_observer(recipe)
     seen = [observer(f, walker=k % 2, time_fs=float(k // 2)) for k, f in enumerate(frames[:24])]
     assert math.isnan(seen[0]["msd"])
     assert not math.isnan(seen[-1]["msd"])
-    restored = make(recipe).restore({k: np.array(v) for k, v in observer.state().items()})
+    restored = make_observer(recipe).restore({k: np.array(v) for k, v in observer.state().items()})
     for k in range(24, 40):
         ours, theirs = (o(frames[k], walker=k % 2, time_fs=float(k // 2)) for o in (observer, restored))
         assert ours == theirs
@@ -151,19 +160,19 @@ def test_pressure_and_energy():
         energies.append(strained.get_potential_energy())
     # −dE/dV, without momenta
     finite = -(energies[1] - energies[0]) / (2 * step * atoms.get_volume()) / 6.241509074460763e-3
-    assert pressure(atoms) == pytest.approx(finite, rel=1e-4)
+    assert instantaneous_pressure(atoms) == pytest.approx(finite, rel=1e-4)
     rng = np.random.default_rng(6)
-    cold = pressure(atoms)
+    cold = instantaneous_pressure(atoms)
     atoms.set_momenta(rng.normal(0, 3, (32, 3)))
     ideal = 32 * 8.617333262e-5 * atoms.get_temperature() / atoms.get_volume() / 6.241509074460763e-3
-    assert pressure(atoms) - cold == pytest.approx(ideal)
+    assert instantaneous_pressure(atoms) - cold == pytest.approx(ideal)
     values = Observer([ObservableRecipe(name=n) for n in ("energy", "pressure", "temperature", "rdf")])(atoms)
     assert values["energy"] == pytest.approx(atoms.get_potential_energy() / 32)
     assert values["rdf"].shape == (60,)
     water = molecule("H2O")
     water.calc = SinglePointCalculator(water, energy=-1.0)
     with pytest.raises(UserError, match="needs a stress"):
-        pressure(water)
+        instantaneous_pressure(water)
 
 
 MODULE = """
@@ -182,7 +191,7 @@ def test_functions_of_the_user(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     atoms = bulk("Al", cubic=True)
     names = [f"my_observables:{f}" for f in ("height", "vector")]
-    found = make([ObservableRecipe(name=n) for n in names])(atoms)
+    found = make_observer([ObservableRecipe(name=n) for n in names])(atoms)
     assert found[names[0]] == pytest.approx(2.025)
     assert found[names[1]].shape == (3,)
     for name, message in (
@@ -191,10 +200,10 @@ def test_functions_of_the_user(tmp_path, monkeypatch):
         ("my_broken:f", "ZeroDivisionError"),
     ):
         with pytest.raises(UserError, match=message):
-            load(name)
+            load_function(name)
     for function, message in (("broken", "spam"), ("wrong", "number or vector"), ("infinite", "infinite values")):
         with pytest.raises(UserError, match=message):
-            make([ObservableRecipe(name=f"my_observables:{function}")])(atoms)
+            make_observer([ObservableRecipe(name=f"my_observables:{function}")])(atoms)
     for module in ("my_observables", "my_broken"):
         sys.modules.pop(module, None)
 
@@ -209,6 +218,6 @@ def test_recipe_refuses():
         with pytest.raises(ValueError, match=message):
             ObservableRecipe(**bad)
     with pytest.raises(UserError, match="two chemical symbols"):
-        make([ObservableRecipe(name="rdf", pair="O")])
+        make_observer([ObservableRecipe(name="rdf", pair="O")])
     with pytest.raises(UserError, match="not a chemical symbol"):
-        make([ObservableRecipe(name="rdf", pair="Q-H")])
+        make_observer([ObservableRecipe(name="rdf", pair="Q-H")])

@@ -18,7 +18,7 @@ import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.oracles import codes
-from gpmlp.learning.oracles.codes import PSEUDO_DIRS, merged
+from gpmlp.learning.oracles.codes import PSEUDO_DIRS, merge_kwargs
 from gpmlp.learning.oracles.oracle import CalculatorOracle, OracleRecipe
 
 SILICON = {
@@ -87,7 +87,7 @@ def test_documented_recipes():
             assert "pip install" in str(error), error  # what is not installed here says so
             continue
         if recipe.calculator == "quantum-espresso" and pseudo is not None:
-            codes.build(recipe.calculator, recipe.kwargs_of(2), Path("unused"))
+            codes.build_calculator(recipe.calculator, recipe.kwargs_of(2), Path("unused"))
     keys = re.findall(r"^\| `(\w+)` \|", text.split("| key | default |")[1], re.MULTILINE)
     assert set(keys) == set(OracleRecipe.model_fields) - {"calculator", "kwargs"}
 
@@ -177,7 +177,7 @@ def test_retry_kwargs_are_merged_in_turn():
         {"a": {"b": 1, "c": 2}, "d": 4},
     ]
     assert OracleRecipe(calculator="emt", retries=4, retry_kwargs=({"d": 4},)).kwargs_of(5) == {"d": 4}
-    assert merged({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
+    assert merge_kwargs({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from gpmlp.fitting import selection
 from gpmlp.gp import covariances
 from gpmlp.io import ase_atoms
 from gpmlp.learning import pool as picking
-from gpmlp.learning.conditional_variance import Belief, label_variance
-from gpmlp.learning.pool import METHODS, pick
+from gpmlp.learning.conditional_variance import ConditionedUncertainty, label_variance
+from gpmlp.learning.pool import METHODS, select_pool
 
 TIGHT = 1e-10  # eV^2: covariances are of the order of 1 eV^2, and lose some digits in the whitening
 
@@ -92,7 +92,7 @@ def test_structures_of_one_atom_against_the_covariance_of_energies(potential):
     joint = potential.covariance(pool)[: len(pool), : len(pool)]
     noise = label_variance(potential, 29)
     expected, scores = brute_force(joint, list(range(15)), 8, noise)
-    found = pick(pool, 8, "variance", potential)
+    found = select_pool(pool, 8, "variance", potential)
     assert found.structures.tolist() == expected
     torch.testing.assert_close(found.scores, torch.tensor(scores, dtype=torch.float64), atol=1e-6, rtol=1e-6)
     assert found.repeats == 0 and found.atoms is None
@@ -114,7 +114,7 @@ def test_structures_against_dense_conditioning(potential, pool, monkeypatch, cac
     expected, scores = brute_force(
         local_covariance(potential, pool), pool.offsets.tolist(), 7, label_variance(potential, 29)
     )
-    found = pick(pool, 7, "variance", potential)
+    found = select_pool(pool, 7, "variance", potential)
     assert found.structures.tolist() == expected
     torch.testing.assert_close(found.scores, torch.tensor(scores, dtype=torch.float64), atol=1e-6, rtol=1e-6)
     assert (found.scores.diff() <= 0).all()
@@ -126,7 +126,7 @@ def test_environments_against_dense_conditioning(potential, pool):
         left = conditioned(dense, expected, noise)
         left[expected] = -1
         expected.append(int(left.argmax()))
-    found = pick(pool, 15, "variance", potential, environments=True)
+    found = select_pool(pool, 15, "variance", potential, environments=True)
     assert found.atoms.tolist() == expected
     assert torch.equal(found.structures, pool.structure_of_atom[found.atoms])
     places = found.places(pool)
@@ -136,7 +136,7 @@ def test_environments_against_dense_conditioning(potential, pool):
 def test_first_scores_are_what_the_potential_predicts(potential, pool):
     """Variances and novelty before anything was picked: those of Potential.__call__."""
     told = potential(pool, variance="atom_energies", novelty=True, calibrated=False)
-    belief = Belief(potential, True, True)
+    belief = ConditionedUncertainty(potential, True, True)
     seen = belief.look(pool)
     variance, novelty = torch.cat([c.variance for c in seen]), torch.cat([c.novelty for c in seen])
     torch.testing.assert_close(variance, told.atom_energies_variance.epistemic, atol=TIGHT, rtol=1e-9)
@@ -144,11 +144,11 @@ def test_first_scores_are_what_the_potential_predicts(potential, pool):
     product = torch.cat([c.scores for c in seen])
     torch.testing.assert_close(product, variance.sqrt() * novelty)
     for method, score in (("variance", variance.sqrt()), ("mahalanobis", novelty), ("both", product)):
-        assert float(pick(pool, 1, method, potential).scores[0]) == pytest.approx(float(score.max()))
+        assert float(select_pool(pool, 1, method, potential).scores[0]) == pytest.approx(float(score.max()))
 
 
 def test_novelty_is_measured_from_what_was_picked_in_the_metric_of_the_clusters(potential, pool):
-    belief = Belief(potential, False, True)
+    belief = ConditionedUncertainty(potential, False, True)
     candidates = belief.look(pool)
     first, second = candidates[0], candidates[1]
     before = second.novelty.clone()
@@ -168,12 +168,12 @@ def test_novelty_is_measured_from_what_was_picked_in_the_metric_of_the_clusters(
 
 def test_rows_too_long_for_memory_are_projected(potential, pool, monkeypatch):
     """Distances stay nearly what they are."""
-    whole = pick(pool, 4, "farthest", potential)
+    whole = select_pool(pool, 4, "farthest", potential)
     monkeypatch.setattr(picking, "ROW_BYTES", 1)
-    short = pick(pool, 4, "farthest", potential)
+    short = select_pool(pool, 4, "farthest", potential)
     assert len(set(short.structures.tolist())) == 4
     torch.testing.assert_close(short.scores[1:], whole.scores[1:], rtol=0.6, atol=0)  # 64 directions: 1/√32 and more
-    assert len(pick(pool, 9, "cur", potential, environments=True).atoms.unique()) == 9
+    assert len(select_pool(pool, 9, "cur", potential, environments=True).atoms.unique()) == 9
 
 
 # --- nothing twice
@@ -186,13 +186,13 @@ def test_nothing_is_picked_twice_while_others_remain(potential, method, environm
     frames = [copper(200 + s, strain=0.06, rattle=0.15) for s in range(4)]
     copies = structures([*frames, *(rattled(f, 0.001) for f in frames), *frames])
     n = 16 if environments else 4
-    found = pick(copies, n, method, potential, environments)
+    found = select_pool(copies, n, method, potential, environments)
     assert found.repeats == 0
     if environments:
         assert len({(int(s) % 4, p) for s, p in zip(found.structures, found.places(copies), strict=True)}) == 16
     else:
         assert len({int(s) % 4 for s in found.structures}) == 4
-    more = pick(copies, n + 3, method, potential, environments)
+    more = select_pool(copies, n + 3, method, potential, environments)
     assert more.repeats == 3
     items = more.atoms if environments else more.structures
     assert len(items.unique()) == n + 3
@@ -206,12 +206,12 @@ def test_a_batch_of_two_avoids_near_duplicates(potential, method):
     strange = copper(7, strain=0.08, rattle=0.15)
     frames = [rattled(copper(31, strain=0.05, rattle=0.15), 0.01), strange, rattled(strange, 0.012), copper(33)]
     pool = structures(frames)
-    belief = Belief(potential, method != "mahalanobis", method != "variance")
+    belief = ConditionedUncertainty(potential, method != "mahalanobis", method != "variance")
     top = sorted(range(4), key=lambda s: -float(belief.look(pool)[s].scores.max()))
     assert set(top[:2]) == {1, 2}
     x = [potential.terms[0].view(pool.select([s])).environments.features for s in (1, 2)]
     assert torch.cdist(*x).amin(1).max() > picking.LIKE
-    found = pick(pool, 2, method, potential)
+    found = select_pool(pool, 2, method, potential)
     assert found.structures[0] == top[0]
     assert found.structures[1] not in (1, 2)
 
@@ -219,25 +219,25 @@ def test_a_batch_of_two_avoids_near_duplicates(potential, method):
 @pytest.mark.parametrize("environments", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_like_what_is_excluded_is_picked(potential, pool, method, environments):
-    first = pick(pool, 3, method, potential)
+    first = select_pool(pool, 3, method, potential)
     known = pool.select(first.structures)
     moved = known.with_positions(known.positions + 0.0005 * torch.sin(known.positions))
-    found = pick(pool, 5, method, potential, environments, exclude=moved)
+    found = select_pool(pool, 5, method, potential, environments, exclude=moved)
     assert not set(found.structures.tolist()) & set(first.structures.tolist())
     assert found.repeats == 0
     n = (pool.n_atoms if environments else len(pool)) - 1
     with pytest.raises(UserError, match="only .* of the .* are unlike all that are excluded"):
-        pick(pool, n, method, potential, environments, exclude=moved)
+        select_pool(pool, n, method, potential, environments, exclude=moved)
 
 
 def test_what_is_excluded_counts_as_known(potential, pool):
     """Scores are those given that the excluded structures were labelled: lower than without."""
-    first = int(pick(pool, 1, "variance", potential).structures[0])
+    first = int(select_pool(pool, 1, "variance", potential).structures[0])
     rest = pool.select([s for s in range(len(pool)) if s != first])
-    with_it = pick(pool, 2, "variance", potential)
-    told = pick(rest, 1, "variance", potential, exclude=pool.select([first]))
+    with_it = select_pool(pool, 2, "variance", potential)
+    told = select_pool(rest, 1, "variance", potential, exclude=pool.select([first]))
     assert float(told.scores[0]) == pytest.approx(float(with_it.scores[1]), rel=1e-6)
-    assert float(pick(rest, 1, "variance", potential).scores[0]) > float(told.scores[0])
+    assert float(select_pool(rest, 1, "variance", potential).scores[0]) > float(told.scores[0])
 
 
 def test_farthest_keeps_away_from_known_rows():
@@ -257,18 +257,18 @@ def test_without_a_model_of_several_species():
     frames = [ase.build.molecule(name) for name in ("H2O", "CH3OH", "CH4", "CO2", "H2O")]
     frames[4].rattle(0.1, rng=rng)
     pool = structures(frames)
-    found = pick(pool, 4)
+    found = select_pool(pool, 4)
     assert found.method == "farthest"
     assert {0, 4} - set(found.structures.tolist())  # the two waters are the nearest pair
-    single = pick(pool, 6, environments=True)
+    single = select_pool(pool, 6, environments=True)
     assert set(pool.species[single.atoms].tolist()) == {1, 6, 8}
-    again = pick(pool, 4, exclude=structures([ase.build.molecule("NH3"), frames[2]]))
+    again = select_pool(pool, 4, exclude=structures([ase.build.molecule("NH3"), frames[2]]))
     assert 2 not in again.structures.tolist()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_seeds_decide_where_there_is_chance(potential, pool, method):
-    one, same, other = (pick(pool, 6, method, potential, seed=s) for s in (3, 3, 4))
+    one, same, other = (select_pool(pool, 6, method, potential, seed=s) for s in (3, 3, 4))
     assert torch.equal(one.structures, same.structures) and torch.equal(one.scores, same.scores)
     assert torch.equal(one.structures, other.structures) == (method not in ("cur", "random"))
 
@@ -278,32 +278,32 @@ def test_seeds_decide_where_there_is_chance(potential, pool, method):
 
 def test_mistakes(potential, pool):
     with pytest.raises(UserError, match="Cannot pick 13 structures: the pool holds 12"):
-        pick(pool, 13)
+        select_pool(pool, 13)
     with pytest.raises(UserError, match="Cannot pick 73 environments: the pool holds 72"):
-        pick(pool, 73, environments=True)
+        select_pool(pool, 73, environments=True)
     with pytest.raises(UserError, match="must be 1 or more; got 0"):
-        pick(pool, 0)
+        select_pool(pool, 0)
     with pytest.raises(UserError, match="Unknown method 'varianc'. Perhaps you meant 'variance'"):
-        pick(pool, 1, "varianc")
+        select_pool(pool, 1, "varianc")
     for method in picking.BY_MODEL:
         with pytest.raises(UserError, match=f"'{method}' needs a model; give one, or choose one of: farthest, cur"):
-            pick(pool, 1, method)
+            select_pool(pool, 1, method)
     silver = structures([ase.build.bulk("Ag")])
     with pytest.raises(UserError, match="frame 0: the potential was not trained on Ag"):
-        pick(silver, 1, "random", potential)
+        select_pool(silver, 1, "random", potential)
     with pytest.raises(UserError, match="was not trained on Ag"):
-        pick(pool, 1, potential=potential, exclude=silver)
+        select_pool(pool, 1, potential=potential, exclude=silver)
 
 
 def test_the_default_method_is_what_the_model_can_do(potential, pool):
-    assert pick(pool, 1, potential=potential).method == "both"
-    assert pick(pool, 1, potential=replace(potential, novelty=None)).method == "variance"
-    assert pick(pool, 1, potential=replace(potential, variances=None)).method == "mahalanobis"
-    assert pick(pool, 1, potential=replace(potential, variances=None, novelty=None)).method == "farthest"
+    assert select_pool(pool, 1, potential=potential).method == "both"
+    assert select_pool(pool, 1, potential=replace(potential, novelty=None)).method == "variance"
+    assert select_pool(pool, 1, potential=replace(potential, variances=None)).method == "mahalanobis"
+    assert select_pool(pool, 1, potential=replace(potential, variances=None, novelty=None)).method == "farthest"
     with pytest.raises(UserError, match="fitted with its novelty"):
-        pick(pool, 1, "both", replace(potential, novelty=None))
+        select_pool(pool, 1, "both", replace(potential, novelty=None))
     with pytest.raises(UserError, match="fitted with its posterior factor"):
-        pick(pool, 1, "variance", replace(potential, variances=None))
+        select_pool(pool, 1, "variance", replace(potential, variances=None))
 
 
 # --- the command

@@ -15,9 +15,17 @@ import torch
 
 from gpmlp.core.errors import UserError
 from gpmlp.learning.recipe import DynamicsRecipe
-from gpmlp.learning.stopping.criteria import Novelties, converged, coverage, every, label_rate, plateau, steady
+from gpmlp.learning.stopping.criteria import (
+    NoveltySeries,
+    all_met,
+    coverage_criterion,
+    label_rate_criterion,
+    mean_criterion,
+    plateau_criterion,
+    steady_criterion,
+)
 from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.stopping.judge import ensemble, judge, observable, window
+from gpmlp.learning.stopping.judge import ensemble_criterion, judge, judged_window, observable_criterion
 from gpmlp.learning.stopping.recipe import CoverageRecipe, ObservableRecipe, PlateauRecipe, StopRecipe
 from gpmlp.learning.walker_state import typical_force
 
@@ -35,35 +43,35 @@ def correlated(n: int, phi: float, seed: int, width: int = 1) -> np.ndarray:
 def test_steady():
     times = np.arange(600.0) * 10
     noise = np.exp(0.2 * correlated(600, 0.8, 1))
-    flat = steady("largest", [noise], [times])
+    flat = steady_criterion("largest", [noise], [times])
     assert flat.met is True, flat
     assert "steady" in flat.sentence
-    falling = steady("largest", [noise * np.exp(-times / 6000)], [times])
+    falling = steady_criterion("largest", [noise * np.exp(-times / 6000)], [times])
     assert falling.met is False
     assert "falling" in falling.sentence
-    rising = steady("largest", [noise * np.exp(times / 6000)], [times])
+    rising = steady_criterion("largest", [noise * np.exp(times / 6000)], [times])
     assert rising.met is False
     assert "rising" in rising.sentence
     # units of σ and of time do not matter
-    same = steady("largest", [1e-3 * noise], [7 * times])
+    same = steady_criterion("largest", [1e-3 * noise], [7 * times])
     assert (same.met, same.numbers["drift"]) == (True, pytest.approx(flat.numbers["drift"]))
 
 
 def test_steady_with_outliers():
     times, sigma = np.arange(600.0), np.exp(0.1 * correlated(600, 0.7, 2))
     sigma[[5, 40, 77]] = 30
-    assert steady("largest", [sigma], [times]).met is True
+    assert steady_criterion("largest", [sigma], [times]).met is True
 
 
 def test_steady_refuses_to_judge():
     # 400 frames, but a correlation time of 199
-    slow = steady("largest", [np.exp(0.1 * correlated(400, 0.99, 3))], [np.arange(400.0)])
+    slow = steady_criterion("largest", [np.exp(0.1 * correlated(400, 0.99, 3))], [np.arange(400.0)])
     assert slow.met is None
     assert "correlation times" in slow.sentence
-    assert steady("largest", [np.ones(3)], [np.arange(3.0)]).met is None
-    assert steady("largest", [np.full(50, math.nan)], [np.arange(50.0)]).met is None
+    assert steady_criterion("largest", [np.ones(3)], [np.arange(3.0)]).met is None
+    assert steady_criterion("largest", [np.full(50, math.nan)], [np.arange(50.0)]).met is None
     # so noisy that a large drift cannot be excluded
-    noisy = steady("largest", [np.exp(1.0 * correlated(60, 0.3, 4))], [np.arange(60.0)])
+    noisy = steady_criterion("largest", [np.exp(1.0 * correlated(60, 0.3, 4))], [np.arange(60.0)])
     assert noisy.met is None
     assert "cannot be excluded" in noisy.sentence
 
@@ -71,34 +79,34 @@ def test_steady_refuses_to_judge():
 def test_a_significant_but_tiny_trend_does_not_count():
     times = np.arange(20_000.0)
     sigma = 1 + 0.02 * correlated(20_000, 0.3, 5) - 0.01 * times / 20_000
-    found = steady("median", [sigma], [times])
+    found = steady_criterion("median", [sigma], [times])
     assert found.numbers["p"] < 1e-3
     assert found.met is True
 
 
 def test_rate_of_labels():
     recipe = PlateauRecipe(labels_per_1000_steps=1.0)
-    assert label_rate([], 2900, recipe).met is None  # −ln 0.05 = 3.00
-    assert label_rate([], 3000, recipe).met is True
-    assert label_rate([100, 2000, 3500], 4000, recipe).met is None
-    assert label_rate(np.linspace(10, 990, 30), 1000, recipe).met is False
-    early = label_rate([10, 50, 60, 200, 300, 500], 20_000, recipe)
+    assert label_rate_criterion([], 2900, recipe).met is None  # −ln 0.05 = 3.00
+    assert label_rate_criterion([], 3000, recipe).met is True
+    assert label_rate_criterion([100, 2000, 3500], 4000, recipe).met is None
+    assert label_rate_criterion(np.linspace(10, 990, 30), 1000, recipe).met is False
+    early = label_rate_criterion([10, 50, 60, 200, 300, 500], 20_000, recipe)
     assert early.met is False
     assert "still getting rarer" in early.sentence
-    assert label_rate([], 0, recipe).met is None
+    assert label_rate_criterion([], 0, recipe).met is None
 
 
 def test_plateau_needs_all_three():
     times = [np.arange(800.0) * 10]
     sigma = [0.5 * np.exp(0.1 * correlated(800, 0.5, 6))]
-    assert plateau(sigma, sigma, times, [], 8000).met is True
-    assert plateau(sigma, sigma, times, [], 800).met is None
+    assert plateau_criterion(sigma, sigma, times, [], 8000).met is True
+    assert plateau_criterion(sigma, sigma, times, [], 800).met is None
     fall = [sigma[0] * np.linspace(2, 1, 800)]
-    assert plateau(fall, sigma, times, [], 8000).met is False
-    assert plateau(sigma, fall, times, [], 8000).met is False
-    assert every([True, None]) is None
-    assert every([None, False]) is False
-    assert every([]) is True
+    assert plateau_criterion(fall, sigma, times, [], 8000).met is False
+    assert plateau_criterion(sigma, fall, times, [], 8000).met is False
+    assert all_met([True, None]) is None
+    assert all_met([None, False]) is False
+    assert all_met([]) is True
 
 
 # --- observables
@@ -107,35 +115,35 @@ def test_plateau_needs_all_three():
 def test_converged():
     x = correlated(4000, 0.9, 7)
     exact = math.sqrt(19 / 4000)
-    good = converged("energy", [x], 1.4 * exact, False)
+    good = mean_criterion("energy", [x], 1.4 * exact, False)
     assert good.met is True, good
     assert good.numbers["sem"] == pytest.approx(exact, rel=0.3)
-    assert converged("energy", [x], 0.5 * exact, False).met is False
-    assert converged("energy", [x + 100], 0.01, True).met is True
-    assert converged("energy", [x + 100], 1e-4, True).met is False
+    assert mean_criterion("energy", [x], 0.5 * exact, False).met is False
+    assert mean_criterion("energy", [x + 100], 0.01, True).met is True
+    assert mean_criterion("energy", [x + 100], 1e-4, True).met is False
     # rows that are not known are left out
     holes = np.concatenate([np.full(100, math.nan), x])
-    assert converged("energy", [holes], 1.4 * exact, False).numbers == good.numbers
+    assert mean_criterion("energy", [holes], 1.4 * exact, False).numbers == good.numbers
 
 
 def test_converged_refuses_below_20_correlation_times():
-    short = converged("energy", [correlated(1900, 0.99, 8)], 10.0, False)  # g = 199: 9.5 times
+    short = mean_criterion("energy", [correlated(1900, 0.99, 8)], 10.0, False)  # g = 199: 9.5 times
     assert short.met is None
     assert "correlation times so far, 20 are needed" in short.sentence
-    assert converged("energy", [np.ones(2)], 1.0, False).met is None
+    assert mean_criterion("energy", [np.ones(2)], 1.0, False).met is None
 
 
 def test_a_jump_in_the_middle_is_seen():
     x = correlated(2000, 0.5, 9)
     x[1000:] += 1.5
-    assert converged("energy", [x], 10.0, False).met is not True
+    assert mean_criterion("energy", [x], 10.0, False).met is not True
     ramp = correlated(4000, 0.3, 10) + np.linspace(0, 3, 4000)
-    assert converged("energy", [ramp], 10.0, False).met is not True
+    assert mean_criterion("energy", [ramp], 10.0, False).met is not True
 
 
 def test_equilibration_is_left_out():
     x = 0.3 * correlated(3000, 0.7, 11) + 20 * np.exp(-np.arange(3000) / 100)
-    found = converged("energy", [x], 0.1, False)
+    found = mean_criterion("energy", [x], 0.1, False)
     assert found.met is True
     assert abs(found.numbers["mean"]) < 0.05
     assert found.numbers["frames"] < 2800
@@ -143,34 +151,34 @@ def test_equilibration_is_left_out():
 
 def test_walkers_in_different_basins():
     basins = [correlated(2000, 0.5, 12 + w) + 5 * (w % 2) for w in range(4)]
-    assert converged("energy", basins, 10.0, False).met is None  # hopping between them takes longer than the run
+    assert mean_criterion("energy", basins, 10.0, False).met is None  # hopping between them takes longer than the run
     together = [correlated(2000, 0.5, 12 + w) for w in range(4)]
-    assert converged("energy", together, 0.05, False).met is True
+    assert mean_criterion("energy", together, 0.05, False).met is True
 
 
 def test_vector_observables():
     x = 1 + 0.2 * correlated(2000, 0.8, 16, width=40)
-    found = converged("rdf", [x], 0.05, False)
+    found = mean_criterion("rdf", [x], 0.05, False)
     assert found.met is True, found
     exact = 0.2 * math.sqrt(9 / 2000)
     assert found.numbers["sem"] == pytest.approx(exact, rel=0.4)
     x[:, :3] += 0.4 * correlated(2000, 0.999, 17)[:, None]  # few bins that move slowly are not averaged away
-    assert converged("rdf", [x], 0.05, False).met is None
+    assert mean_criterion("rdf", [x], 0.05, False).met is None
 
 
 def test_false_alarms_of_halves_are_rare():
-    wrong = [converged("energy", [correlated(1500, 0.9, 100 + k)], 1.0, False).met is False for k in range(100)]
+    wrong = [mean_criterion("energy", [correlated(1500, 0.9, 100 + k)], 1.0, False).met is False for k in range(100)]
     assert np.mean(wrong) <= 0.05
 
 
 # --- coverage
 
 
-def novelties(novelty: np.ndarray, species: np.ndarray | None = None) -> Novelties:
+def novelties(novelty: np.ndarray, species: np.ndarray | None = None) -> NoveltySeries:
     """Of (frames, atoms) of one walker."""
     species = np.full(novelty.shape[1], 13) if species is None else species
     outside = novelty > 1
-    return Novelties(
+    return NoveltySeries(
         [novelty.max(1)],
         {int(z): [np.full(len(novelty), int((species == z).sum()))] for z in np.unique(species)},
         {int(z): [outside[:, species == z].sum(1)] for z in np.unique(species)},
@@ -189,7 +197,7 @@ def test_usual_frames_are_inside(atoms):
     """Of 1000 atoms ten are outside in each frame, because that is what the threshold means."""
     novelty = usual(300, atoms, 20)
     assert 0.008 < (novelty > 1).mean() < 0.012
-    found = coverage(novelties(novelty))
+    found = coverage_criterion(novelties(novelty))
     assert found.met is True, found
     assert found.numbers["frames"] > 0.97
 
@@ -199,7 +207,7 @@ def test_one_percent_of_alien_atoms_is_not_averaged_away(far):
     """Ten of 1000 atoms are always outside; 1 % more is within what the share of all atoms allows."""
     novelty = usual(300, 1000, 21)
     novelty[:, 100:110] = far
-    found = coverage(novelties(novelty))
+    found = coverage_criterion(novelties(novelty))
     assert found.numbers["atoms_inside"] > 0.97
     assert found.met is False
     assert found.numbers["lasting_atoms"] == 10
@@ -207,7 +215,7 @@ def test_one_percent_of_alien_atoms_is_not_averaged_away(far):
     # and where all others are well inside, so that the share is just that of the quantile
     calm = np.full((300, 1000), 0.5)
     calm[:, 100:110] = far
-    assert coverage(novelties(calm)).met is False
+    assert coverage_criterion(novelties(calm)).met is False
 
 
 def test_alien_atoms_that_change():
@@ -217,7 +225,7 @@ def test_alien_atoms_that_change():
         novelty = usual(300, 1000, 23)
         for row in novelty:
             row[rng.choice(1000, number, replace=False)] = level
-        found = coverage(novelties(novelty))
+        found = coverage_criterion(novelties(novelty))
         assert found.met is False, found
         assert found.numbers["lasting_atoms"] == 0
 
@@ -227,7 +235,7 @@ def test_a_rare_species_is_judged_by_itself():
     species[:5] = 29
     novelty = usual(300, 1000, 24)
     novelty[:, :5] = np.where(np.random.default_rng(25).random((300, 5)) < 0.15, 1.2, 0.5)
-    found = coverage(novelties(novelty, species))
+    found = coverage_criterion(novelties(novelty, species))
     assert found.met is False
     assert "Cu" in found.sentence
     assert found.numbers["Cu_inside"] == pytest.approx(0.85, abs=0.03)
@@ -235,25 +243,27 @@ def test_a_rare_species_is_judged_by_itself():
 
 
 def test_coverage_refuses_to_judge():
-    assert coverage(novelties(usual(5, 100, 26))).met is None
+    assert coverage_criterion(novelties(usual(5, 100, 26))).met is None
     # a novelty that hardly changes in 300 frames
     slow = 0.6 + 0.05 * correlated(300, 0.995, 27)[:, None] * np.ones(100)
-    assert coverage(novelties(slow)).met is None
+    assert coverage_criterion(novelties(slow)).met is None
     unknown = usual(300, 100, 28)
     unknown[3] = math.nan
-    found = coverage(replace(novelties(unknown), largest=[unknown.max(1)]))
+    found = coverage_criterion(replace(novelties(unknown), largest=[unknown.max(1)]))
     assert found.met is None
     assert "not computed" in found.sentence
     with pytest.raises(UserError, match="between 0 and 1"):
-        coverage(novelties(unknown), 1.0)
+        coverage_criterion(novelties(unknown), 1.0)
 
 
 def test_coverage_of_part_of_the_frames():
     novelty = usual(400, 50, 29)
     novelty[200:280] = 1.8  # a fifth of the time elsewhere
-    assert coverage(novelties(novelty)).met is False
+    assert coverage_criterion(novelties(novelty)).met is False
     assert (
-        coverage(novelties(novelty), recipe=CoverageRecipe(frames=0.5, atoms=0.5, far=2.0, persistent=0.5)).met
+        coverage_criterion(
+            novelties(novelty), recipe=CoverageRecipe(frames=0.5, atoms=0.5, far=2.0, persistent=0.5)
+        ).met
         is not True
     )
 
@@ -312,7 +322,7 @@ def test_history_grows_and_is_restored():
     again = History.from_state(json.loads(json.dumps(header)), arrays)
     by_log = History()
     for r in seen:
-        by_log = by_log.append(Record.from_plain(json.loads(json.dumps(r.plain(), allow_nan=False))))
+        by_log = by_log.append(Record.from_json(json.loads(json.dumps(r.to_json(), allow_nan=False))))
     for other in (again.append(record(200)), by_log.append(record(200))):
         ours = history.append(record(200))
         for name in arrays.keys() - {"outside_atoms"}:
@@ -345,18 +355,18 @@ def test_history_refuses():
     with pytest.raises(UserError, match="Perhaps you meant 'sigma_max'"):
         history.column("sigma_mx")
     with pytest.raises(UserError, match="one row for each"):
-        Record.of(0, 0, 0.0, np.array([13, 13]), novelty=np.zeros(3))
+        Record.from_arrays(0, 0, 0.0, np.array([13, 13]), novelty=np.zeros(3))
 
 
 def test_record_of_arrays():
     species = np.array([13, 13, 29, 29])
     sigma = np.array([[0.3, 0.4, 0], [0, 0, 0.1], [0, 0, 0.2], [0, 0, 0.3]])
-    found = Record.of(1, 20, 40.0, species, sigma, np.array([0.5, 1.2, 0.9, math.nan]), threshold=0.2)
+    found = Record.from_arrays(1, 20, 40.0, species, sigma, np.array([0.5, 1.2, 0.9, math.nan]), threshold=0.2)
     assert (found.sigma_max, found.sigma_median) == (pytest.approx(0.5), pytest.approx(0.25))
     assert found.novelty_max == math.inf
     assert (found.atoms, found.outside, found.outside_atoms) == ({13: 2, 29: 2}, {13: 1, 29: 1}, (1, 3))
-    assert Record.from_plain(json.loads(json.dumps(found.plain(), allow_nan=False))).novelty_max == math.inf
-    assert math.isnan(Record.of(0, 0, 0.0, species).sigma_max)
+    assert Record.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))).novelty_max == math.inf
+    assert math.isnan(Record.from_arrays(0, 0, 0.0, species).sigma_max)
 
 
 # --- the window and all together
@@ -369,29 +379,29 @@ def test_window():
             others = {"labelled": w == 0 and k in (20, 40), "ramp_finished": k >= 50 - 20 * w}
             history = history.append(record(k, w, **others))
             if k == 45 and w == 1:
-                ramping = window(history)
+                ramping = judged_window(history)
     assert ramping.ramping == (0,)
     assert [r.tolist()[0] for r in ramping.rows] == [82, 81]  # after the label of walker 0 at k = 40, ramp or not
-    found = window(history)
+    found = judged_window(history)
     assert found.ramping == ()
     assert [len(r) for r in found.rows] == [50, 60]
     assert found.steps == 10 * (50 + 60)
-    two = window(history, StopRecipe(labels_in_window=1, window_steps=700))
+    two = judged_window(history, StopRecipe(labels_in_window=1, window_steps=700))
     assert [len(r) for r in two.rows] == [50, 70]
-    assert len(window(history.append(record(100, updated=True))).rows[0]) == 0
+    assert len(judged_window(history.append(record(100, updated=True))).rows[0]) == 0
     plain = History()
     for k in range(100):
         plain = plain.append(record(k, labelled=k in (20, 40)))
-    assert window(plain, StopRecipe(labels_in_window=1)).label_steps == (200.0,)
-    assert window(plain, StopRecipe(labels_in_window=9)).label_steps == (200.0, 400.0)
+    assert judged_window(plain, StopRecipe(labels_in_window=1)).label_steps == (200.0,)
+    assert judged_window(plain, StopRecipe(labels_in_window=9)).label_steps == (200.0, 400.0)
 
 
 def test_window_of_a_walker_that_was_set_back():
     history = History()
     for k in (*range(10), *range(5, 15)):
         history = history.append(record(k))
-    assert window(history).steps == 90 + 90
-    assert window(history, StopRecipe(window_steps=100)).steps == 90
+    assert judged_window(history).steps == 90 + 90
+    assert judged_window(history, StopRecipe(window_steps=100)).steps == 90
 
 
 def filled(n: int = 3000, seed: int = 30, **others: object) -> History:
@@ -421,7 +431,7 @@ def test_stops_when_all_is_well(learned):
     assert (verdict.stop, verdict.converged, verdict.limit) == (True, True, ""), verdict.sentence
     assert [c.name for c in verdict.criteria] == ["ensemble", "plateau", "observable energy", "coverage"]
     assert verdict.sentence.startswith("stopped: ")
-    json.dumps(verdict.plain(), allow_nan=False)
+    json.dumps(verdict.to_json(), allow_nan=False)
 
 
 def test_each_criterion_stands_in_the_way():
@@ -458,9 +468,9 @@ def test_labels_that_were_refused_or_kept_back_count():
     assert not verdict.stop and "20 labels asked for" in verdict.sentence
     # a frame that asked and the label that came for it count once, though another walker's frame may lie between
     for asked, labelled in ((100, 100), (100, 103)):
-        found = window(filled(800, asked=lambda k, a=asked: k == a, labelled=lambda k, b=labelled: k == b))
+        found = judged_window(filled(800, asked=lambda k, a=asked: k == a, labelled=lambda k, b=labelled: k == b))
         assert found.label_steps == (1000.0,)
-    assert window(filled(800, labelled=lambda k: k == 100)).label_steps == (1000.0,)
+    assert judged_window(filled(800, labelled=lambda k: k == 100)).label_steps == (1000.0,)
 
 
 def test_a_recent_label_begins_anew(learned):
@@ -474,18 +484,20 @@ def test_rare_labels_lie_within_the_window(learned):
     def asked(*frames: int, **others: object) -> History:
         return filled(800, labelled=lambda k: k in frames, **others)
 
-    assert window(asked(200, 600)).label_steps == (2000.0, 6000.0)
+    assert judged_window(asked(200, 600)).label_steps == (2000.0, 6000.0)
     assert judge(asked(200, 600)).converged
-    assert window(asked(200, 600), StopRecipe(labels_in_window=0)).label_steps == ()
+    assert judged_window(asked(200, 600), StopRecipe(labels_in_window=0)).label_steps == ()
     # more often than that they are not left behind: of six in 8000 steps the rate may be 1.48, of fourteen 2.74
     often = asked(*range(20, 720, 50))
-    assert len(window(asked(*range(20, 720, 120))).label_steps) == 6 and len(window(often).label_steps) < 14
+    assert (
+        len(judged_window(asked(*range(20, 720, 120))).label_steps) == 6 and len(judged_window(often).label_steps) < 14
+    )
     # a label was asked for less than 500 steps ago: where the walker came to then may be a new place
-    assert window(asked(200, 760)).label_steps == () and not judge(asked(200, 760)).stop
+    assert judged_window(asked(200, 760)).label_steps == () and not judge(asked(200, 760)).stop
     assert judge(asked(200, 740)).converged
     # the first label made another model of it
     better = asked(200, 600, sigma_median=lambda k: 0.02 * (2.0 if k <= 200 else 1.0) * (1 + 0.01 * (k % 7)))
-    assert window(better).label_steps == (4000.0,)
+    assert judged_window(better).label_steps == (4000.0,)
     # each criterion looks at all of that window
     assert judge(asked(200, 600, observables=lambda k: {"energy": -3 + 1e-3 * k})).converged is False
 
@@ -513,21 +525,23 @@ def test_ensemble():
             history = history.append(record(k, temperature_K=temperature + 20 * x, **others))
         return history
 
-    assert ensemble(window(steps(300))).met is True
-    assert ensemble(window(steps(330, atoms={13: 1000}))).met is False
-    assert ensemble(window(steps(267, atoms={6: 3, 1: 6}))).met is False  # few atoms are no reason to be off
-    assert ensemble(window(steps(900, target_temperature_K=math.nan))).met is True
+    assert ensemble_criterion(judged_window(steps(300))).met is True
+    assert ensemble_criterion(judged_window(steps(330, atoms={13: 1000}))).met is False
+    assert (
+        ensemble_criterion(judged_window(steps(267, atoms={6: 3, 1: 6}))).met is False
+    )  # few atoms are no reason to be off
+    assert ensemble_criterion(judged_window(steps(900, target_temperature_K=math.nan))).met is True
     pressure = {"pressure_GPa": 3.0, "target_pressure_GPa": 0.0}
-    assert ensemble(window(steps(300, **pressure))).met is False
-    assert ensemble(window(steps(300, ramp_finished=False))).met is False
+    assert ensemble_criterion(judged_window(steps(300, **pressure))).met is False
+    assert ensemble_criterion(judged_window(steps(300, ramp_finished=False))).met is False
 
 
 def test_default_tolerances(learned):
-    found = observable(window(learned))
+    found = observable_criterion(judged_window(learned))
     assert found.numbers["tolerance"] == pytest.approx(0.1 * 8.617333262e-5 * 300)
-    wanted = observable(window(learned), ObservableRecipe(tolerance=0.5, relative=True))
+    wanted = observable_criterion(judged_window(learned), ObservableRecipe(tolerance=0.5, relative=True))
     assert wanted.numbers["tolerance"] == pytest.approx(1.5, rel=0.01)
-    missing = observable(window(learned), ObservableRecipe(name="pressure"))
+    missing = observable_criterion(judged_window(learned), ObservableRecipe(name="pressure"))
     assert missing.met is None
     assert "not been recorded" in missing.sentence
 

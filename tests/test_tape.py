@@ -20,8 +20,8 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning import labels as tape_module
-from gpmlp.learning.labels import Entry, Tape, canonical, frame, key_of
-from gpmlp.learning.oracles.job import Refusal
+from gpmlp.learning.labels import LabelEntry, LabelFile, canonical_structure, format_entry, key_of
+from gpmlp.learning.oracles.job import LabelRefusal
 
 
 def structure(seed: int = 0, periodic: bool = True, n: int = 2) -> Structures:
@@ -30,7 +30,7 @@ def structure(seed: int = 0, periodic: bool = True, n: int = 2) -> Structures:
     return structures_from_ase([ase.Atoms("Cu" * n, rng.standard_normal((n, 3)), cell=cell, pbc=periodic)])
 
 
-def entry(seed: int = 0, periodic: bool = True, **values) -> Entry:
+def entry(seed: int = 0, periodic: bool = True, **values) -> LabelEntry:
     rng = np.random.default_rng([seed, 1])
     asked = structure(seed, periodic)
     unknown = Targets.unlabelled(asked)
@@ -45,14 +45,14 @@ def entry(seed: int = 0, periodic: bool = True, **values) -> Entry:
         unknown.stresses_noise,
         ("",),
     )
-    return Entry(asked, targets, key_of(asked, "o1"), **({"reason": "novelty 1.3 > 1", "oracle": "o1"} | values))
+    return LabelEntry(asked, targets, key_of(asked, "o1"), **({"reason": "novelty 1.3 > 1", "oracle": "o1"} | values))
 
 
 def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().numpy().tobytes()
 
 
-def assert_same(a: Entry, b: Entry) -> None:
+def assert_same(a: LabelEntry, b: LabelEntry) -> None:
     for name in ("positions", "cells", "periodic", "species"):
         assert bits(getattr(a.structure, name)) == bits(getattr(b.structure, name)), name
     for name in ("energies", "forces", "stresses", "energies_noise", "forces_noise", "stresses_noise"):
@@ -64,13 +64,13 @@ def assert_same(a: Entry, b: Entry) -> None:
 
 
 def test_reads_back_as_it_was_appended(tmp_path):
-    tape = Tape(tmp_path / "labels.xyz")
+    tape = LabelFile(tmp_path / "labels.xyz")
     notes = {"step": 12, "walker": 0, "time_fs": 0.1 + 0.2, "phase": "first melt", "trusted": True}
     asked = [entry(0, notes=notes), entry(1, periodic=False), entry(2, reason='σ 3 > "2"\nC:\\x  = y')]
     appended = [tape.append(e) for e in asked]
     assert_same(appended[0], asked[0])
     assert appended[2].reason == "σ 3 > '2' C:/x = y"
-    again = Tape(tmp_path / "labels.xyz")
+    again = LabelFile(tmp_path / "labels.xyz")
     assert len(again) == len(tape) == 3 and not again.repaired
     for a, b in zip(again, appended, strict=True):
         assert_same(a, b)
@@ -96,8 +96,8 @@ def test_given_noise_and_kind_are_kept(tmp_path):
             ("liquid",),
         ),
     )
-    e = Entry(e.structure, targets, e.key, e.reason, e.oracle)
-    assert_same(Tape(tmp_path / "labels.xyz").append(e), e)
+    e = LabelEntry(e.structure, targets, e.key, e.reason, e.oracle)
+    assert_same(LabelFile(tmp_path / "labels.xyz").append(e), e)
 
 
 number = st.floats(allow_nan=False, allow_infinity=False, width=64)
@@ -115,39 +115,41 @@ def test_every_number_and_text_survives(x, f, energy, reason):
     unknown = Targets.unlabelled(asked)
     values = (torch.tensor([energy], dtype=torch.float64), torch.tensor(f, dtype=torch.float64).reshape(2, 3))
     rest = (unknown.stresses, unknown.energies_noise, unknown.forces_noise, unknown.stresses_noise, ("",))
-    e = Entry(asked, Targets(*values, *rest), key_of(asked, "o"), reason, "o", {"step": 1})
-    back = tape_module._parse(frame(e), "frame")
+    e = LabelEntry(asked, Targets(*values, *rest), key_of(asked, "o"), reason, "o", {"step": 1})
+    back = tape_module._parse(format_entry(e), "frame")
     assert bits(back.structure.positions) == bits(asked.positions)
     assert bits(back.targets.forces) == bits(values[1]) and bits(back.targets.energies) == bits(values[0])
     assert back.key == e.key
-    again = tape_module._parse(frame(back), "frame")
+    again = tape_module._parse(format_entry(back), "frame")
     assert again.reason == back.reason  # what could not be written was replaced once
 
 
 def test_keys():
     a = structure(0)
-    assert key_of(a) == key_of(structure(0)) == key_of(canonical(a)) and key_of(a) != key_of(a, "other oracle")
+    assert key_of(a) == key_of(structure(0)) == key_of(canonical_structure(a)) and key_of(a) != key_of(
+        a, "other oracle"
+    )
     moved = a.positions.clone()
     moved[0, 0] = np.nextafter(moved[0, 0].item(), 1e9)
     assert key_of(a.with_positions(moved)) != key_of(a)
     assert key_of(a.with_positions(a.positions * 0.0)) == key_of(a.with_positions(a.positions * -0.0))
     assert key_of(structure(0, periodic=False)) != key_of(a)
-    assert bits(canonical(a).positions) == bits(a.positions) and canonical(a).names == a.names
+    assert bits(canonical_structure(a).positions) == bits(a.positions) and canonical_structure(a).names == a.names
 
 
 def test_first_of_a_key_is_kept(tmp_path):
-    tape = Tape(tmp_path / "labels.xyz")
+    tape = LabelFile(tmp_path / "labels.xyz")
     first = tape.append(entry(0))
-    other = Entry(first.structure, entry(5).targets, first.key)
+    other = LabelEntry(first.structure, entry(5).targets, first.key)
     assert tape.append(other) is first and len(tape) == 1
     with open(tape.path, "ab") as file:
-        file.write(frame(other))
-    assert_same(next(iter(Tape(tape.path))), first)
+        file.write(format_entry(other))
+    assert_same(next(iter(LabelFile(tape.path))), first)
 
 
 def test_cut_at_every_byte(tmp_path):
     path = tmp_path / "labels.xyz"
-    tape = Tape(path)
+    tape = LabelFile(path)
     kept = [tape.append(entry(0))]
     before = path.stat().st_size
     last = tape.append(entry(2, periodic=False))
@@ -156,7 +158,7 @@ def test_cut_at_every_byte(tmp_path):
         path.write_bytes(whole[:size])
         broken = tmp_path / "labels.xyz.broken"
         broken.unlink(missing_ok=True)
-        cut = Tape(path)
+        cut = LabelFile(path)
         assert [e.key for e in cut] == [e.key for e in kept], size
         assert path.stat().st_size == before
         assert bool(cut.repaired) == (size > before)
@@ -168,30 +170,30 @@ def test_cut_at_every_byte(tmp_path):
 
 def test_first_frame_cut_and_zeros_after_a_power_cut(tmp_path):
     path = tmp_path / "labels.xyz"
-    tape = Tape(path)
+    tape = LabelFile(path)
     tape.append(entry(0))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert len(Tape(path)) == 0 and path.stat().st_size == 0
+    assert len(LabelFile(path)) == 0 and path.stat().st_size == 0
     path.write_bytes(whole + b"\0" * 200)
-    assert len(Tape(path)) == 1 and path.read_bytes() == whole
-    path.write_bytes(whole + frame(entry(1)).replace(b"energy=", b"energy=\0"))
-    assert len(Tape(path)) == 1 and path.read_bytes() == whole
+    assert len(LabelFile(path)) == 1 and path.read_bytes() == whole
+    path.write_bytes(whole + format_entry(entry(1)).replace(b"energy=", b"energy=\0"))
+    assert len(LabelFile(path)) == 1 and path.read_bytes() == whole
 
 
 def test_broken_in_the_middle_is_not_cut_off(tmp_path):
     path = tmp_path / "labels.xyz"
-    one, two, three = (frame(entry(i)) for i in range(3))
+    one, two, three = (format_entry(entry(i)) for i in range(3))
     for damage in (one + two[:-40] + three, one + b"garbage\n" + two + three, one + two.replace(b"Cu", b"?!") + three):
         path.write_bytes(damage)
         with pytest.raises(UserError, match="repair it by hand"):
-            Tape(path)
+            LabelFile(path)
         assert path.read_bytes() == damage
 
 
 def test_disk_really_full(tmp_path):
     """The system stops the write in its middle (RLIMIT_FSIZE); nothing of it stays."""
-    tape = Tape(tmp_path / "labels.xyz")
+    tape = LabelFile(tmp_path / "labels.xyz")
     tape.append(entry(0))
     whole = tape.path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -203,11 +205,11 @@ def test_disk_really_full(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert tape.path.read_bytes() == whole and len(tape) == 1
     tape.append(entry(1))
-    assert len(Tape(tape.path)) == 2
+    assert len(LabelFile(tape.path)) == 2
 
 
 def test_disk_full(tmp_path, monkeypatch):
-    tape = Tape(tmp_path / "labels.xyz")
+    tape = LabelFile(tmp_path / "labels.xyz")
     write = os.write
 
     def half(descriptor, data):
@@ -220,44 +222,44 @@ def test_disk_full(tmp_path, monkeypatch):
         tape.append(entry(0))
     assert tape.path.read_bytes() == b"" and len(tape) == 0
     monkeypatch.undo()
-    assert len(Tape(tape.path)) == 0
+    assert len(LabelFile(tape.path)) == 0
 
 
 def test_vanished_folder(tmp_path):
     (tmp_path / "run").mkdir()
-    tape = Tape(tmp_path / "run" / "labels.xyz")
+    tape = LabelFile(tmp_path / "run" / "labels.xyz")
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(UserError, match="No such file or directory"):
         tape.append(entry(0))
 
 
 def test_refusals(tmp_path):
-    tape = Tape(tmp_path / "labels.xyz")
+    tape = LabelFile(tmp_path / "labels.xyz")
     assert tape.refused_in_a_row == 0
-    tape.refuse(Refusal("ka", "not converged", 2, "/scratch/ka.2"))
+    tape.refuse(LabelRefusal("ka", "not converged", 2, "/scratch/ka.2"))
     tape.append(entry(0))
     assert tape.refused_in_a_row == 0
-    tape.refuse(Refusal("kb", "crashed", 1, "/scratch/kb.1"))
-    tape.refuse(Refusal("kc", "crashed", 1, "/scratch/kc.1"))
-    tape.refuse(Refusal("kc", "other", 1, "/scratch/kc.1"))
+    tape.refuse(LabelRefusal("kb", "crashed", 1, "/scratch/kb.1"))
+    tape.refuse(LabelRefusal("kc", "crashed", 1, "/scratch/kc.1"))
+    tape.refuse(LabelRefusal("kc", "other", 1, "/scratch/kc.1"))
     with open(tape.refused_path, "ab") as file:
         file.write(b'{"key": "kd", "rea')  # killed here
-    again = Tape(tape.path)
+    again = LabelFile(tape.path)
     assert [r.key for r in again.refusals] == ["ka", "kb", "kc"] and again.refused_in_a_row == 2
     assert again.refusal("kc").reason == "crashed" and again.refusal("kd") is None
-    again.refuse(Refusal("kd", "crashed", 1, ""))
-    assert Tape(tape.path).refused_in_a_row == 3
+    again.refuse(LabelRefusal("kd", "crashed", 1, ""))
+    assert LabelFile(tape.path).refused_in_a_row == 3
 
 
 def test_refusal_on_a_full_disk(tmp_path, monkeypatch):
-    tape = Tape(tmp_path / "labels.xyz")
-    tape.refuse(Refusal("ka", "crashed", 1, ""))
+    tape = LabelFile(tmp_path / "labels.xyz")
+    tape.refuse(LabelRefusal("ka", "crashed", 1, ""))
     whole = tape.refused_path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))
     try:
         with pytest.raises(UserError, match="could not be written"):
-            tape.refuse(Refusal("kb", "crashed", 1, ""))
+            tape.refuse(LabelRefusal("kb", "crashed", 1, ""))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert tape.refused_path.read_bytes() == whole and tape.refusal("kb") is None
@@ -265,8 +267,8 @@ def test_refusal_on_a_full_disk(tmp_path, monkeypatch):
 
 def test_no_place_and_no_labels(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        Tape(tmp_path / "nowhere" / "labels.xyz")
+        LabelFile(tmp_path / "nowhere" / "labels.xyz")
     with pytest.raises(UserError, match="holds no labels yet"):
-        Tape(tmp_path / "labels.xyz").structures_and_targets()
+        LabelFile(tmp_path / "labels.xyz").structures_and_targets()
     with pytest.raises(ValueError, match="cannot be the name of a note"):
-        frame(entry(0, notes={"energy": 1.0}))
+        format_entry(entry(0, notes={"energy": 1.0}))

@@ -16,7 +16,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.neighbors import Neighbors, find_neighbors
 from gpmlp.core.verlet_list import VerletList
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.learning import batched_walkers, loop, walker
+from gpmlp.learning import loop, walker
 from gpmlp.learning.loop import learn
 from gpmlp.learning.walker import Walker
 from gpmlp.potential.potential import Potential
@@ -40,17 +40,17 @@ def starts():
 
 
 def looks(potential, chosen, judge):
-    begun = [Walker.begin(i, atoms, chosen, 3) for i, atoms in enumerate(starts())]
-    return [walker.look(w, potential, judge, chosen) for w in begun]
+    begun = [Walker.from_atoms(i, atoms, chosen, 3) for i, atoms in enumerate(starts())]
+    return [walker.take_snapshot(w, potential, judge, chosen) for w in begun]
 
 
 def go_on(structure, prediction, before):
-    return walker.Decision("continue")
+    return walker.TriggerDecision("continue")
 
 
 def tasks(seen, potential, chosen, judges, steps=8):
     return [
-        lambda ask, one=one, judge=judge: walker.advance(one, potential, judge, chosen, 1.0, steps, 2, 0.0, ask)
+        lambda ask, one=one, judge=judge: walker.advance_walker(one, potential, judge, chosen, 1.0, steps, 2, 0.0, ask)
         for one, judge in zip(seen, judges, strict=True)
     ]
 
@@ -59,9 +59,9 @@ def tasks(seen, potential, chosen, judges, steps=8):
 def test_each_goes_where_it_goes_alone(potential, ensemble):
     chosen = recipe(dynamics={"ensemble": ensemble, "temperature_K": 300}).dynamics
     seen = looks(potential, chosen, go_on)
-    found = batched_walkers.advance(potential, tasks(seen, potential, chosen, [go_on] * 4))
+    found = walker.advance_together(potential, tasks(seen, potential, chosen, [go_on] * 4))
     for one, side_by_side in zip(seen, found, strict=True):
-        alone = walker.advance(one, potential, go_on, chosen, 1.0, 8, 2)
+        alone = walker.advance_walker(one, potential, go_on, chosen, 1.0, 8, 2)
         assert side_by_side.walker.step == alone.walker.step == 8 and side_by_side.full
         # rounding of sums in another order, and 8 steps that carry it on
         np.testing.assert_allclose(side_by_side.walker.atoms.positions, alone.walker.atoms.positions, atol=1e-9)
@@ -79,7 +79,7 @@ def test_one_call_a_step_serves_all(potential, monkeypatch):
         return call(self, structures, *args, **kwargs)
 
     monkeypatch.setattr(Potential, "__call__", counted)
-    batched_walkers.advance(potential, tasks(seen, potential, chosen, [go_on] * 4))
+    walker.advance_together(potential, tasks(seen, potential, chosen, [go_on] * 4))
     assert sizes == [4] * 9  # where they are, and eight steps
 
 
@@ -93,12 +93,14 @@ def test_each_has_its_own_decision(potential):
         def judge(structure, prediction, before):
             made.append(1)
             stop = len(made) == number
-            return walker.Decision(action, (0,), "so", float("inf")) if stop else walker.Decision("continue")
+            return (
+                walker.TriggerDecision(action, (0,), "so", float("inf")) if stop else walker.TriggerDecision("continue")
+            )
 
         return judge
 
     seen = looks(potential, chosen, go_on)
-    found = batched_walkers.advance(
+    found = walker.advance_together(
         potential, tasks(seen, potential, chosen, [go_on, at(3, "label"), at(5, "halt"), go_on])
     )
     assert [now.walker.step for now in found] == [8, 3, 5, 8]
@@ -114,9 +116,9 @@ def test_one_that_is_lost_harms_no_other(potential, monkeypatch):
     momenta[0] = fast.get_masses()[0] * (fast.positions[1] - fast.positions[0]) / units.fs  # there in one step
     fast.set_momenta(momenta)
     hot = replace(seen[1], walker=replace(seen[1].walker, atoms=fast))
-    others = batched_walkers.advance(potential, tasks([seen[0], hot, seen[3]], potential, chosen, [go_on] * 3))
+    others = walker.advance_together(potential, tasks([seen[0], hot, seen[3]], potential, chosen, [go_on] * 3))
     assert others[1].decision.action == "halt" and not others[1].full
-    calm = batched_walkers.advance(potential, tasks([seen[0], seen[3]], potential, chosen, [go_on] * 2))
+    calm = walker.advance_together(potential, tasks([seen[0], seen[3]], potential, chosen, [go_on] * 2))
     for a, b in zip((others[0], others[2]), calm, strict=True):
         np.testing.assert_allclose(a.walker.atoms.positions, b.walker.atoms.positions, atol=1e-9)
 
@@ -133,7 +135,7 @@ def test_errors_of_predictions_reach_their_own_task(potential):
 
         return task
 
-    found = batched_walkers.advance(potential, [asking(good), asking(bad), asking(good)])
+    found = walker.advance_together(potential, [asking(good), asking(bad), asking(good)])
     assert "was not trained on Al" in found[1]
     assert float(found[0].energies[0]) == float(found[2].energies[0])
 
@@ -153,7 +155,7 @@ def test_nothing_is_left_running(potential):
             ask(structure, None, pairs)
 
     with pytest.raises(ZeroDivisionError):
-        batched_walkers.advance(potential, [goes_on, fails])
+        walker.advance_together(potential, [goes_on, fails])
 
     class BrokenError(Exception):
         pass
@@ -162,7 +164,7 @@ def test_nothing_is_left_running(potential):
         raise BrokenError
 
     with pytest.raises(BrokenError):
-        batched_walkers.advance(broken, [goes_on, goes_on])
+        walker.advance_together(broken, [goes_on, goes_on])
     assert threading.active_count() == before
 
 

@@ -21,8 +21,8 @@ from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.learning import walker
 from gpmlp.learning.recipe import DynamicsRecipe, GuardsRecipe
-from gpmlp.learning.triggers import Decision, Limits, criteria
-from gpmlp.learning.walker import Walker, advance, look
+from gpmlp.learning.triggers import TriggerDecision, TriggerLimits, trigger_decision
+from gpmlp.learning.walker import Walker, advance_walker, take_snapshot
 
 NVE = DynamicsRecipe(ensemble="nve", temperature_K=300, steps=100)
 NVT = DynamicsRecipe(temperature_K=300, steps=100)
@@ -33,7 +33,7 @@ ALL = {"nve": NVE, "nvt": NVT, "ramp": RAMP, "isotropic": ISO, "full": FULL}
 
 
 def go_on(structure, prediction, before):
-    return Decision("continue", (), "", 0.0)
+    return TriggerDecision("continue", (), "", 0.0)
 
 
 def copper(cells=1, rattle=0.03) -> Atoms:
@@ -43,13 +43,13 @@ def copper(cells=1, rattle=0.03) -> Atoms:
 
 
 def begin(dynamics, atoms=None, number=0):
-    return Walker.begin(number, copper() if atoms is None else atoms, dynamics, seed=5)
+    return Walker.from_atoms(number, copper() if atoms is None else atoms, dynamics, seed=5)
 
 
 def run(potential, place, dynamics, steps, stride=None, timestep_fs=4.0, judge=go_on):
-    now = look(place, potential, judge, dynamics)
+    now = take_snapshot(place, potential, judge, dynamics)
     for _ in range(0, steps, stride or steps):
-        now = advance(now, potential, judge, dynamics, timestep_fs, stride or steps)
+        now = advance_walker(now, potential, judge, dynamics, timestep_fs, stride or steps)
     return now
 
 
@@ -99,10 +99,10 @@ def cluster(n=12) -> Atoms:
 
 
 def test_nve_conserves_energy(potential):
-    now = look(begin(NVE), potential, go_on, NVE)
+    now = take_snapshot(begin(NVE), potential, go_on, NVE)
     energies = []
     for _ in range(20):
-        now = advance(now, potential, go_on, NVE, 2.0, 5)
+        now = advance_walker(now, potential, go_on, NVE, 2.0, 5)
         energies.append(float(now.prediction.energies[0]) + now.walker.atoms.get_kinetic_energy())
     kinetic = now.walker.atoms.get_kinetic_energy()
     # velocity Verlet: errors of the order of the square of the time step, here some thousandth of what moves
@@ -112,10 +112,10 @@ def test_nve_conserves_energy(potential):
 def test_nvt_mean_temperature():
     atoms, dynamics = cluster(), DynamicsRecipe(temperature_K=400, relaxation_fs=20, steps=3000)
     potential = Springs(atoms)
-    now = look(begin(dynamics, atoms), potential, go_on, dynamics)
+    now = take_snapshot(begin(dynamics, atoms), potential, go_on, dynamics)
     found = []
     for _ in range(200):
-        now = advance(now, potential, go_on, dynamics, 4.0, 5)
+        now = advance_walker(now, potential, go_on, dynamics, 4.0, 5)
         found.append(now.temperature_K)
     # 36 degrees of freedom, correlated over some 20 fs: 200 samples are about 100, sqrt(2 / (36 * 100)) = 2.4 %
     assert np.mean(found[20:]) == pytest.approx(400, rel=0.08)
@@ -182,12 +182,12 @@ def test_strides_are_the_same_as_one_run(potential, name):
     whole = run(potential, begin(dynamics), dynamics, 24)
     parts = run(potential, begin(dynamics), dynamics, 24, 4)
     assert same(whole.walker, parts.walker)
-    now = look(begin(dynamics), potential, go_on, dynamics)
+    now = take_snapshot(begin(dynamics), potential, go_on, dynamics)
     for _ in range(3):
         place = again(now.walker)
         assert same(place, now.walker)
-        now = look(place, potential, go_on, dynamics)
-        now = advance(now, potential, go_on, dynamics, 4.0, 8)
+        now = take_snapshot(place, potential, go_on, dynamics)
+        now = advance_walker(now, potential, go_on, dynamics, 4.0, 8)
     assert same(whole.walker, now.walker)
     assert np.shape(now.walker.p_eps) == ((3, 3) if name == "full" else ())
     for field in ("energies", "forces"):
@@ -251,11 +251,11 @@ def test_npt_needs_a_cell():
 
 def test_rested():
     place = begin(NVT)
-    rested = place.rested(NVT, 3)
+    rested = place.with_new_velocities(NVT, 3)
     np.testing.assert_array_equal(rested.atoms.positions, place.atoms.positions)
     assert np.abs(rested.atoms.get_momenta() - place.atoms.get_momenta()).max() > 0.1
-    assert rested.chance != place.chance and same(rested, place.rested(NVT, 3))
-    assert not same(rested, place.rested(NVT, 4))
+    assert rested.chance != place.chance and same(rested, place.with_new_velocities(NVT, 3))
+    assert not same(rested, place.with_new_velocities(NVT, 4))
 
 
 # ---------------------------------------------------------------- constraints
@@ -267,11 +267,11 @@ def test_fixed_atoms_stay_where_they_are(potential, name):
     atoms.set_constraint(FixAtoms([0, 3]))
     place = begin(dynamics, atoms)
     assert (place.atoms.get_momenta()[[0, 3]] == 0).all()
-    now = look(place, potential, go_on, dynamics)
+    now = take_snapshot(place, potential, go_on, dynamics)
     for _ in range(3):
-        now = look(again(now.walker), potential, go_on, dynamics)
-        now = advance(now, potential, go_on, dynamics, 4.0, 4)
-        now = replace(now, walker=now.walker.rested(dynamics, now.walker.step))
+        now = take_snapshot(again(now.walker), potential, go_on, dynamics)
+        now = advance_walker(now, potential, go_on, dynamics, 4.0, 4)
+        now = replace(now, walker=now.walker.with_new_velocities(dynamics, now.walker.step))
     np.testing.assert_array_equal(now.walker.atoms.positions[[0, 3]], atoms.positions[[0, 3]])
     assert np.abs(now.walker.atoms.positions - atoms.positions)[[1, 2]].min() > 0
     assert walker.fixed_atoms(now.walker.atoms).tolist() == [0, 3]
@@ -304,11 +304,11 @@ def test_warnings_of_the_integrator_are_not_passed_on(potential, recwarn):
 
 # ---------------------------------------------------------------- looks
 
-LIMITS = Limits(0.5, 0.1, None, 1.5, 100.0, GuardsRecipe())
+LIMITS = TriggerLimits(0.5, 0.1, None, 1.5, 100.0, GuardsRecipe())
 
 
 def judged(limits):
-    return lambda structure, prediction, before: criteria(prediction, structure, limits, before)
+    return lambda structure, prediction, before: trigger_decision(prediction, structure, limits, before)
 
 
 def test_the_cheap_look_notices_what_a_full_one_would():
@@ -319,7 +319,7 @@ def test_the_cheap_look_notices_what_a_full_one_would():
     place, judge = begin(dynamics, atoms), judged(LIMITS)
     every = run(potential, place, dynamics, 1, judge=judge)
     while every.decision.action == "continue":
-        every = advance(every, potential, judge, dynamics, 4.0, 1)
+        every = advance_walker(every, potential, judge, dynamics, 4.0, 1)
     potential.full = 0
     rare = run(potential, place, dynamics, 200, judge=judge)
     assert 10 < every.walker.step < 200  # else there is nothing to notice
@@ -342,12 +342,12 @@ def test_watching_in_some_steps_only():
     potential = Counted(atoms, stiffness=0.2)
     potential.sigma = lambda shift: 0.01 + 0.3 * shift.norm(dim=1).square()
     judge = judged(LIMITS)
-    now = look(begin(dynamics, atoms), potential, judge, dynamics)
-    first, fourth = (advance(now, potential, judge, dynamics, 4.0, 200, watch) for watch in (1, 4))
+    now = take_snapshot(begin(dynamics, atoms), potential, judge, dynamics)
+    first, fourth = (advance_walker(now, potential, judge, dynamics, 4.0, 200, watch) for watch in (1, 4))
     assert first.decision.action == fourth.decision.action == "label" and fourth.full
     assert 0 <= fourth.walker.step - first.walker.step < 4 and fourth.walker.step % 4 == 0
     potential.sigma, potential.cheap = lambda shift: 0.01 + 0.0 * shift.norm(dim=1), 0
-    assert advance(now, potential, judge, dynamics, 4.0, 40, 4).walker.step == 40
+    assert advance_walker(now, potential, judge, dynamics, 4.0, 40, 4).walker.step == 40
     assert potential.cheap == 9  # the last of ten is the full look
 
 
@@ -365,10 +365,10 @@ def test_a_false_alarm_of_the_cheap_look_does_not_stop_a_walker():
             return replace(found, forces_covariance=Variance(none, total, none, none))
 
     potential = Calm(atoms)
-    now = look(begin(dynamics, atoms), potential, judged(LIMITS), dynamics)
+    now = take_snapshot(begin(dynamics, atoms), potential, judged(LIMITS), dynamics)
     potential.sigma = lambda shift: torch.full((len(shift),), 5.0, dtype=torch.float64)  # 500 times that of the look
     potential.full = 0
-    now = advance(now, potential, judged(LIMITS), dynamics, 4.0, 50)
+    now = advance_walker(now, potential, judged(LIMITS), dynamics, 4.0, 50)
     assert now.walker.step == 50 and now.decision.action == "continue"
     assert potential.full == 2  # one to see, one at the end
 
@@ -398,7 +398,9 @@ def test_atoms_that_meet_are_a_reason_to_halt(potential):
     place = begin(NVE, atoms)
     atoms = place.atoms.copy()
     atoms.set_momenta([[63.5 * 2.5 / (4 * ase_units.fs), 0, 0], [0, 0, 0]])  # on top of the other in a step
-    now = advance(look(replace(place, atoms=atoms), potential, go_on, NVE), potential, judged(LIMITS), NVE, 4.0, 10)
+    now = advance_walker(
+        take_snapshot(replace(place, atoms=atoms), potential, go_on, NVE), potential, judged(LIMITS), NVE, 4.0, 10
+    )
     assert now.decision.action == "halt" and "A apart" in now.decision.reason and now.decision.severity == math.inf
     assert not now.full
     np.testing.assert_array_equal(now.walker.atoms.positions, atoms.positions)

@@ -33,7 +33,7 @@ def learn(
     from gpmlp.learning.recipe import LearnRecipe
     from gpmlp.report.run import collect
 
-    codes.look_in(recipe.parent)
+    codes.add_import_folder(recipe.parent)
     chosen = load_recipe_as(LearnRecipe, recipe, settings or [])
     folder = recipe.parent / chosen.output
     if resume and not folder.exists():
@@ -71,7 +71,7 @@ def report_of_run(folder: Path, data: Path | None, output: Path | None) -> None:
         raise UserError(
             f"{folder}: is a folder; the report of a run goes to {folder / 'report'}: leave out DATA and --output."
         )
-    codes.look_in(folder.parent)  # where the recipe is, most often
+    codes.add_import_folder(folder.parent)  # where the recipe is, most often
     page = collect.report(folder, collect.recipe_of(folder))
     console.output().print(f"wrote {page}", soft_wrap=True, markup=False)
 

@@ -224,7 +224,7 @@ def select_command(
     known = ase_atoms.read_unlabelled(exclude)[1] if exclude is not None else None
     name = method.value if method is not None else None
     with console.Stages() as stages:
-        picked = picking.pick(pool, number, name, potential, environments, seed, known, stages)
+        picked = picking.select_pool(pool, number, name, potential, environments, seed, known, stages)
     if picked.repeats:
         warnings.warn(
             f"{data}: the last {picked.repeats} of {number} are like others picked before; nothing else was left.",

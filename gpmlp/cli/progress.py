@@ -10,10 +10,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
 from gpmlp.cli.console import errors_to, noises, number, pairs_table
-from gpmlp.learning.loop import State
+from gpmlp.learning.loop import LoopState
 from gpmlp.learning.recipe import LearnRecipe
-from gpmlp.learning.triggers import bound
-from gpmlp.learning.walker import Look
+from gpmlp.learning.triggers import force_error_bound
+from gpmlp.learning.walker import WalkerSnapshot
 
 BAR, SHORT_BAR = 12, 6
 WIDE = 100  # columns of a terminal on which there is room for more than numbers
@@ -57,7 +57,7 @@ class Learning:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def __call__(self, state: State) -> None:
+    def __call__(self, state: LoopState) -> None:
         """Take a state."""
         if self.labels < 0:  # of a run that is resumed they were shown before
             self.labels, self.refused = state.labels, state.refused
@@ -67,7 +67,7 @@ class Learning:
         elif not self.bar.console.is_terminal and time.monotonic() - self.told > QUIET_S:
             self._line(state.phase, _places(state), _note(state))
         self.reason, self.where = state.reason, _asking(state)
-        done = sum(mind.walker.step for mind in state.progress.minds)
+        done = sum(walker.walker.step for walker in state.progress.walkers)
         fields = {"labels": f"labels {state.labels}", "note": escape(_note(state))} | _physics(
             state, " eV/A" if self.wide else ""
         )
@@ -83,19 +83,19 @@ class Learning:
         self.bar.console.print(f"[dim]{what}:[/]{where} {escape(said)}", soft_wrap=True)
 
 
-def _worst(state: State) -> Look | None:
+def _worst(state: LoopState) -> WalkerSnapshot | None:
     """The last look at the walker that is nearest to its limits."""
-    seen = [look for look in state.looks if look is not None]
+    seen = [look for look in state.snapshots if look is not None]
     return max(seen, key=lambda look: look.decision.severity) if seen else None
 
 
-def _physics(state: State, unit: str) -> dict[str, str]:
+def _physics(state: LoopState, unit: str) -> dict[str, str]:
     """Step, temperature, what the largest force error may be, and novelty, of the walker nearest to its limits."""
     worst = _worst(state)
     if worst is None or state.limits is None:
         return {}
     covariance = worst.prediction.forces_covariance
-    force = "?" if covariance is None else f"{bound(covariance.total, state.limits.probability):.2g}"
+    force = "?" if covariance is None else f"{force_error_bound(covariance.total, state.limits.probability):.2g}"
     limit = "" if state.limits.force is None else f"/{state.limits.force:.2g}"
     return {
         "step": f"step {worst.walker.step}",
@@ -105,38 +105,42 @@ def _physics(state: State, unit: str) -> dict[str, str]:
     }
 
 
-def _places(state: State) -> str:
+def _places(state: LoopState) -> str:
     """Where all walkers are."""
-    return f"step {', '.join(str(mind.walker.step) for mind in state.progress.minds)}" if state.progress.minds else ""
+    return (
+        f"step {', '.join(str(walker.walker.step) for walker in state.progress.walkers)}"
+        if state.progress.walkers
+        else ""
+    )
 
 
-def _asking(state: State) -> str:
+def _asking(state: LoopState) -> str:
     """Which walker waits for the label that is being asked for, and where."""
     if state.phase != "labelling":
         return ""
     found = [
-        (i, mind.asked)
-        for i, mind in enumerate(state.progress.minds)
-        if mind.asked is not None and mind.why == state.reason
+        (i, walker.pending)
+        for i, walker in enumerate(state.progress.walkers)
+        if walker.pending is not None and walker.reason == state.reason
     ]
     return f"walker {found[0][0]}, step {found[0][1].step}" if found else ""
 
 
-def _note(state: State) -> str:
+def _note(state: LoopState) -> str:
     if state.phase == "dynamics":
         return state.verdict.sentence if state.verdict is not None else ""
     return state.reason
 
 
-def learning_table(state: State, folder: Path, page: Path | None) -> Table:
+def learning_table(state: LoopState, folder: Path, page: Path | None) -> Table:
     """What came of a run.
 
     Args:
         page: about it, if one was written.
     """
-    online, progress = state.student.online, state.progress
-    steps = sum(mind.walker.step for mind in progress.minds)
-    asked = len(progress.known) - len(progress.first)
+    online, progress = state.model.online, state.progress
+    steps = sum(walker.walker.step for walker in progress.walkers)
+    asked = len(progress.labels) - len(progress.first)
     aside = f", {state.refused} structures set aside" if state.refused else ""
     cut = f", {state.surrogates} of surrogates cut out of larger frames" if state.surrogates else ""
     rare = f", one label in {steps / asked:.0f}" if asked else ""
@@ -145,7 +149,7 @@ def learning_table(state: State, folder: Path, page: Path | None) -> Table:
         ("why it stopped", _why(state)),
         *((c.name, f"{MARKS[c.met]}: {c.sentence}") for c in (state.verdict.criteria if state.verdict else ())),
         ("labels", f"{state.labels}: {len(progress.first)} to begin with, {asked} asked for{cut}{aside}"),
-        ("steps", f"{steps} of {len(progress.minds)} walkers{rare}"),
+        ("steps", f"{steps} of {len(progress.walkers)} walkers{rare}"),
         ("force error, limit", limit),
         ("noise", noises(online.noise)),
         ("inducing variables", str(online.factor.columns)),
@@ -155,7 +159,7 @@ def learning_table(state: State, folder: Path, page: Path | None) -> Table:
     return pairs_table("Learning run", [*pairs, ("report", str(page))] if page is not None else pairs)
 
 
-def _why(state: State) -> str:
+def _why(state: LoopState) -> str:
     """The reason, without what the criteria say themselves."""
     if state.verdict is None:
         return state.stopped

@@ -20,7 +20,7 @@ LEAST_NOISE = (
 
 
 @dataclass(eq=False)
-class Candidate:
+class PoolCandidate:
     """The environments of one structure and what is known of them after the first `learned` pivots. Double precision, CPU.
 
     Attributes:
@@ -95,7 +95,7 @@ class _Around:
         return torch.stack(squared).amin((0, 2)).sqrt()
 
 
-class Belief:
+class ConditionedUncertainty:
     """What a potential would say of environments, had those it was told of (`learn`) been labelled; labels themselves play no part.
 
     Variance: the posterior covariance of local energies, C_ij = w [k(x_i, x_j) - a_i.a_j] + b_i.b_j, conditioned on the pivots P, whose
@@ -119,7 +119,7 @@ class Belief:
         """Number of pivots."""
         return len(self._species)
 
-    def look(self, structures: Structures) -> list[Candidate]:
+    def look(self, structures: Structures) -> list[PoolCandidate]:
         """A candidate for each structure, before any pivot is taken into account."""
         own = structures.to(device=self._potential.recipe.device, dtype=getattr(torch, self._potential.recipe.dtype))
         terms = self._potential.terms if self._model else self._potential.terms[:1]
@@ -144,10 +144,10 @@ class Belief:
             own_species, own_a, own_b, own_variance, own_novelty = parts
             x = tuple(f[here].clone() for f in features)
             none = torch.zeros(last - first, 0, dtype=torch.float64)
-            out.append(Candidate(own_species, x, own_a, own_b, none, own_variance, own_novelty))
+            out.append(PoolCandidate(own_species, x, own_a, own_b, none, own_variance, own_novelty))
         return out
 
-    def update(self, candidate: Candidate) -> None:
+    def update(self, candidate: PoolCandidate) -> None:
         """Bring a candidate up to date with all pivots."""
         old, new = candidate.learned, len(self)
         if old == new:
@@ -166,7 +166,7 @@ class Belief:
                 distance = around.distance(candidate.features[0][mine], first) / self._novelty.thresholds[z]
                 candidate.novelty[mine] = torch.minimum(candidate.novelty[mine], distance)
 
-    def learn(self, candidate: Candidate, i: int) -> None:
+    def learn(self, candidate: PoolCandidate, i: int) -> None:
         """Make environment i of a candidate a pivot, and bring the candidate up to date."""
         self.update(candidate)
         z = int(candidate.species[i])
@@ -182,7 +182,7 @@ class Belief:
         self._species.append(z)
         self.update(candidate)
 
-    def learn_all(self, candidate: Candidate, at_most: int) -> None:
+    def learn_all(self, candidate: PoolCandidate, at_most: int) -> None:
         """Make the environments of a structure pivots, the most telling first, as many as are allowed."""
         self.update(candidate)
         left = torch.ones(len(candidate), dtype=torch.bool)
@@ -191,7 +191,7 @@ class Belief:
             self.learn(candidate, best)
             left[best] = False
 
-    def _covariance(self, candidate: Candidate, old: int, new: int) -> Tensor:
+    def _covariance(self, candidate: PoolCandidate, old: int, new: int) -> Tensor:
         """C between the candidate and the pivots from old to new (n, new - old), eV^2."""
         z = torch.tensor(self._species[old:new])
         out = -candidate.a @ self._a.room[old:new].T

@@ -23,17 +23,21 @@ TRIES = 12
 DIRECTIONS = 4  # of which the one is taken that leads farthest
 
 
-def make(k: int, potential: Potential, start: Structures, radius_A: float, share: float) -> tuple[Structures, str]:
+def explored_structure(
+    k: int, potential: Potential, start: Structures, radius_A: float, share: float
+) -> tuple[Structures, str]:
     """The k-th structure of a series, and how it was made: by turns along a rare direction (around each atom that has neighbours) and up
     the slope."""
     some = neighbors.find_neighbors(start, potential.terms[0].descriptor.cutoff).centers.unique().tolist()
     if k % 2 or not some:  # who has no neighbours has no direction
-        return ascend(potential, start, radius_A, share=share), "explored: up the slope of the standard deviations"
+        return ascend_uncertainty(
+            potential, start, radius_A, share=share
+        ), "explored: up the slope of the standard deviations"
     atom = some[k // 2 % len(some)]
-    return rare(potential, start, atom, radius_A, share), f"explored: a rare direction around atom {atom}"
+    return displace_rare(potential, start, atom, radius_A, share), f"explored: a rare direction around atom {atom}"
 
 
-def rare(
+def displace_rare(
     potential: Potential, structure: Structures, atom: int, radius_A: float = 0.3, share: float = 0.6
 ) -> Structures:
     """Displace the neighbourhood of an atom along a direction of descriptor space in which hardly anything was sampled.
@@ -100,7 +104,7 @@ def _rarest(clusters: SpeciesClusters, x: Tensor, jacobian: Tensor) -> Tensor:
     return torch.stack([chosen, -chosen], dim=1).flatten(0, 1)
 
 
-def ascend(
+def ascend_uncertainty(
     potential: Potential, structure: Structures, radius_A: float = 0.3, steps: int = 10, share: float = 0.6
 ) -> Structures:
     """Move atoms up the slope of the sum of the standard deviations of local energies, each by at most radius_A.
@@ -108,7 +112,7 @@ def ascend(
     Steps that bring atoms too close or do not lead upwards are made smaller.
     """
     size, here = radius_A / steps * 2, structure
-    value = spread(potential, here)
+    value = summed_std(potential, here)
     for _ in range(steps):
         uphill = -value.forces
         longest = float(uphill.norm(dim=1).max())
@@ -117,7 +121,7 @@ def ascend(
         shift = here.positions + size * uphill / longest - structure.positions
         shift = shift * (radius_A / shift.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
         moved = _moved(structure, shift)
-        higher = spread(potential, moved) if too_close(moved, share) is None else None
+        higher = summed_std(potential, moved) if too_close(moved, share) is None else None
         if higher is None or float(higher.energies[0]) <= float(value.energies[0]):
             size *= SHRINK
         else:
@@ -140,7 +144,7 @@ def _moved(structure: Structures, shift: Tensor) -> Structures:
     return structure.with_positions(structure.positions + shift.to(structure.positions))
 
 
-class Bias:
+class UncertaintyBias:
     """Uncertainty as a bias of dynamics, E - τ Σ σ_i, with τ such that the bias forces are a share of the forces.
 
     After Zaverkin et al., npj Comput. Mater. 10, 83 (2024): rescaling by the ratio of running rms forces makes one setting do for
@@ -156,13 +160,13 @@ class Bias:
     def __call__(self, potential: Potential, structure: Structures, forces: Tensor) -> tuple[float, Tensor, Tensor]:
         """(τ Σ σ_i, bias forces (atoms, 3), bias stress (3, 3)) to add to what the potential says; τ is a number here, not a
         function of positions, so the biased energy is not conserved: use a thermostat."""
-        sure = spread(potential, structure)
+        sure = summed_std(potential, structure)
         rms, own = (float(f.square().mean().sqrt()) for f in (forces, sure.forces))
         tau = self.share * rms / own if own > 0 else 0.0
         return -tau * float(sure.energies[0]), -tau * sure.forces, -tau * sure.stresses[0]
 
 
-def spread(potential: Potential, structures: Structures) -> Prediction:
+def summed_std(potential: Potential, structures: Structures) -> Prediction:
     """The sum over atoms of the posterior standard deviation of their local energies, uncalibrated, and its derivatives.
 
     var_i = w (k_ii - a.a) + |R⁻ᵀ a|² with a = D L⁻¹ k_u(x_i), so
@@ -197,7 +201,7 @@ def spread(potential: Potential, structures: Structures) -> Prediction:
             mine = (structures.species == block.species).nonzero()[:, 0]
             if len(mine):
                 own = torch.linalg.solve_triangular(lower.T, weights[mine][:, here].T, upper=True).T
-                cotangents[mine] = slopes(block, prior_of.kernel, features[mine], own.to(features))
+                cotangents[mine] = kernel_gradients(block, prior_of.kernel, features[mine], own.to(features))
         gradients = view.environments.pull_back(cotangents)
         local = std.to(features) if total is None else torch.zeros_like(std)
         part = neighbors.assemble_prediction(structures, view.neighbors, view.surroundings.vectors, local, gradients)
@@ -205,7 +209,7 @@ def spread(potential: Potential, structures: Structures) -> Prediction:
     return total
 
 
-def slopes(block: InducingBlock, kernel: ZonalKernel, x: Tensor, weights: Tensor) -> Tensor:
+def kernel_gradients(block: InducingBlock, kernel: ZonalKernel, x: Tensor, weights: Tensor) -> Tensor:
     """∂/∂x_i Σ_u w_iu k_u(x_i), with weights (environments, columns) of each environment's own; (environments, features)."""
     m, r = block.tangents.shape[:2]
     full = weights.new_zeros(len(x), m + m * r)

@@ -13,9 +13,9 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.units import BOLTZMANN
 from gpmlp.fitting import defaults
 from gpmlp.io.ase_atoms import read, read_frames, structures_from_ase
-from gpmlp.learning.labels import Entry, Tape, canonical, key_of
+from gpmlp.learning.labels import LabelEntry, LabelFile, canonical_structure, key_of
 from gpmlp.learning.recipe import FEWEST_LABELS, LearnRecipe
-from gpmlp.learning.surrogate import carve
+from gpmlp.learning.surrogate import cut_surrogate
 from gpmlp.learning.triggers import too_close
 from gpmlp.learning.walker import fixed_atoms
 
@@ -29,7 +29,7 @@ TRIES = 20
 FEWEST, MOST, ATOMS = 6, 20, 150  # structures to begin with, and atoms that they should hold together
 
 
-def starts(path: Path) -> list[Atoms]:
+def read_starts(path: Path) -> list[Atoms]:
     """Structures that trajectories begin from.
 
     Raises:
@@ -46,7 +46,7 @@ def starts(path: Path) -> list[Atoms]:
     return frames
 
 
-def given(path: Path) -> Iterator[Entry]:
+def read_given(path: Path) -> Iterator[LabelEntry]:
     """Labelled structures of a file, as entries of a tape.
 
     Raises:
@@ -61,11 +61,11 @@ def given(path: Path) -> Iterator[Entry]:
                 f"{path}: frame {i} has {only}; structures of bootstrap.given need their labels: leave it out, or label it."
             )
     for i in range(len(structures)):
-        one = canonical(structures.select([i]))
-        yield Entry(one, targets.select(structures, [i]), key_of(one), "given", "", {"frame": i})
+        one = canonical_structure(structures.select([i]))
+        yield LabelEntry(one, targets.select(structures, [i]), key_of(one), "given", "", {"frame": i})
 
 
-def smaller(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms, int], Atoms]:
+def _cell_maker(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms, int], Atoms]:
     """What first structures are made of: starts, or of those that are too large a cell carved around some atom, which a number picks."""
     if recipe.carve is None or all(len(atoms) <= recipe.carve.above for atoms in starts):
         return lambda atoms, _: atoms
@@ -77,7 +77,7 @@ def smaller(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms, in
     def small(atoms: Atoms, number: int) -> Atoms:
         atom = int(np.random.default_rng([recipe.seed, 2, number]).integers(len(atoms)))
         frame = structures_from_ase([atoms])
-        cut = carve(frame, atom, reach, recipe.carve.core_A) if len(atoms) > recipe.carve.above else None
+        cut = cut_surrogate(frame, atom, reach, recipe.carve.core_A) if len(atoms) > recipe.carve.above else None
         if cut is None:
             return atoms
         part = atoms[cut.origin.numpy()]
@@ -88,7 +88,7 @@ def smaller(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms, in
     return small
 
 
-def structures(starts: Sequence[Atoms], recipe: LearnRecipe, there: int = 0) -> list[Atoms]:
+def make_structures(starts: Sequence[Atoms], recipe: LearnRecipe, there: int = 0) -> list[Atoms]:
     """Starts first, then displaced copies of them in turn, recipe.bootstrap.n in all (each start at least once).
 
     Displacements shrink from copy to copy from one and a half times `displacement_A` to half of it: what is foreseen after the first
@@ -97,7 +97,7 @@ def structures(starts: Sequence[Atoms], recipe: LearnRecipe, there: int = 0) -> 
     Args:
         there: labels that there are already.
     """
-    chosen, small = recipe.bootstrap, smaller(starts, recipe)
+    chosen, small = recipe.bootstrap, _cell_maker(starts, recipe)
     out = [small(_still(atoms), k) for k, atoms in enumerate(starts)]
     generator = np.random.default_rng([recipe.seed, 1])
     n = chosen.n or min(MOST, max(FEWEST, round(ATOMS * len(starts) / sum(len(a) for a in starts))))
@@ -111,7 +111,7 @@ def structures(starts: Sequence[Atoms], recipe: LearnRecipe, there: int = 0) -> 
     return out if most is None else out[: max(0, most - there)]
 
 
-def enough(labels: int, asked: int, tape: Tape) -> None:
+def check_enough(labels: int, asked: int, tape: LabelFile) -> None:
     """Raise UserError, with what the oracle said last, where there are too few first labels to make a model from."""
     if labels >= FEWEST_LABELS:
         return

@@ -22,7 +22,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.io import ase_atoms as border
 from gpmlp.io import files
 from gpmlp.io.files import check_target
-from gpmlp.learning.oracles.job import Refusal
+from gpmlp.learning.oracles.job import LabelRefusal
 
 Note = int | float | str | bool
 NOTE_NAME = re.compile(r"[a-z][a-zA-Z0-9_]*")
@@ -32,7 +32,7 @@ STARTS = re.compile(rb"^\s*\d+\s*\n[^\n]*Properties=species", re.MULTILINE)
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class LabelEntry:
     """A label on the tape.
 
     Attributes:
@@ -64,12 +64,12 @@ def key_of(structure: Structures, oracle: str = "") -> str:
     return "k" + digest.hexdigest()[:31]  # a letter first, so that no reader takes it for a number
 
 
-def canonical(structure: Structures) -> Structures:
+def canonical_structure(structure: Structures) -> Structures:
     """A structure as it reads back from a tape: the same numbers in double precision on the CPU."""
-    return _parse(frame(Entry(structure, Targets.unlabelled(structure), "")), structure.names[0]).structure
+    return _parse(format_entry(LabelEntry(structure, Targets.unlabelled(structure), "")), structure.names[0]).structure
 
 
-def frame(entry: Entry) -> bytes:
+def format_entry(entry: LabelEntry) -> bytes:
     """The text of an entry: extended XYZ from which every float64 reads back as it was."""
     structure, targets = entry.structure, entry.targets
     columns = ["species:S:1", "pos:R:3"]
@@ -85,7 +85,7 @@ def frame(entry: Entry) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def _comment(entry: Entry, columns: str) -> Iterator[str]:
+def _comment(entry: LabelEntry, columns: str) -> Iterator[str]:
     structure, targets = entry.structure, entry.targets
     if bool(structure.cells.any()):
         yield f'Lattice="{_numbers(structure.cells)}"'
@@ -129,17 +129,17 @@ def _text(text: str) -> str:
     return f'"{line}"' if isinstance(found, str) and found == line else f"\"'{line}'\""
 
 
-def _parse(text: bytes, name: str) -> Entry:
+def _parse(text: bytes, name: str) -> LabelEntry:
     """The entry that a frame holds, by the same road as `gpmlp.read`."""
     atoms: Atoms = ase.io.read(io.StringIO(text.decode()), format="extxyz", index=0)
     structures, targets = border.from_ase([atoms], [name])
     info = dict(atoms.info)
     key, reason, oracle = (str(info.pop(part, "")) for part in ("key", "reason", "oracle"))
     notes = {k: v.item() if isinstance(v, np.generic) else v for k, v in info.items() if k not in RESERVED}
-    return Entry(structures, targets, key, reason, oracle, notes)
+    return LabelEntry(structures, targets, key, reason, oracle, notes)
 
 
-class Tape:
+class LabelFile:
     """Labels on the disk, open for more; and beside them, in refused.jsonl, the structures for which there is none.
 
     Attributes:
@@ -157,7 +157,7 @@ class Tape:
         """
         check_target(path)
         self.path = Path(path)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, LabelEntry] = {}
         self.repaired = ""
         try:
             self._open()
@@ -203,13 +203,13 @@ class Tape:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[LabelEntry]:
         return iter(list(self._entries.values()))
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
-    def find(self, key: str) -> Entry | None:
+    def find(self, key: str) -> LabelEntry | None:
         """The entry of a key; None if there is none."""
         return self._entries.get(key)
 
@@ -224,7 +224,7 @@ class Tape:
         structures = Structures.concatenate([entry.structure for entry in self])
         return structures, Targets.concatenate([entry.targets for entry in self])
 
-    def append(self, entry: Entry) -> Entry:
+    def append(self, entry: LabelEntry) -> LabelEntry:
         """Write an entry, and return it as it reads back when it is on the disk; the first of a key is kept.
 
         Raises:
@@ -232,18 +232,18 @@ class Tape:
         """
         if entry.key in self._entries:
             return self._entries[entry.key]
-        text = frame(entry)
+        text = format_entry(entry)
         back = _parse(text, f"{self.path.name} frame {len(self._entries)}")
         _extend(self.path, text)
         self._entries[entry.key] = back
         return back
 
     @property
-    def refusals(self) -> tuple[Refusal, ...]:
+    def refusals(self) -> tuple[LabelRefusal, ...]:
         """Structures that were set aside, in the order they were."""
         return tuple(refusal for refusal, _ in self._refusals.values())
 
-    def refusal(self, key: str) -> Refusal | None:
+    def refusal(self, key: str) -> LabelRefusal | None:
         """Why there is no label of a key; None if it was not refused."""
         return self._refusals[key][0] if key in self._refusals else None
 
@@ -252,7 +252,7 @@ class Tape:
         """How many structures were set aside since the last label."""
         return sum(after == len(self) for _, after in self._refusals.values())
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: LabelRefusal) -> None:
         """Remember that there is no label, on the disk before it is acted upon.
 
         Raises:
@@ -275,8 +275,8 @@ class Tape:
         self._refusals[refusal.key] = (refusal, after)
 
 
-def _refusal(entry: Mapping) -> tuple[Refusal, int]:
-    return Refusal(entry["key"], entry["reason"], entry["attempts"], entry["folder"]), entry["labels_before"]
+def _refusal(entry: Mapping) -> tuple[LabelRefusal, int]:
+    return LabelRefusal(entry["key"], entry["reason"], entry["attempts"], entry["folder"]), entry["labels_before"]
 
 
 def _extend(path: Path, text: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The loop of learning on the fly: dynamics on the model, labels where it does not know, until there is a reason to stop."""
+"""The learning loop: molecular dynamics on the model, labels where its uncertainty is too large, until a criterion says stop."""
 
 from __future__ import annotations
 
@@ -12,53 +12,56 @@ from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.io import archive
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.learning import batched_walkers, exploration, initial_structures, model, walker, walker_state
-from gpmlp.learning import surrogate as carving
-from gpmlp.learning.checkpoint import Progress, Stopwatch, Trail, load
-from gpmlp.learning.label_requests import Desk, Question, alike
-from gpmlp.learning.labels import canonical
-from gpmlp.learning.model import Student
+from gpmlp.learning import exploration, initial_structures, model, surrogate, walker, walker_state
+from gpmlp.learning.checkpoint import ActivityTimer, RunFiles, RunProgress, load_checkpoint
+from gpmlp.learning.label_requests import LabelRequest, LabelRequests, share_environment
+from gpmlp.learning.labels import canonical_structure
+from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.recipe import LearnRecipe
-from gpmlp.learning.stopping import judge as stopping
-from gpmlp.learning.stopping import observables
-from gpmlp.learning.stopping.judge import Verdict
-from gpmlp.learning.triggers import Before, Decision, Limits, criteria, limits_of
-from gpmlp.learning.walker import Look, Walker
-from gpmlp.learning.walker_state import HALTED, Mind
+from gpmlp.learning.stopping import judge, observables
+from gpmlp.learning.stopping.judge import StopVerdict
+from gpmlp.learning.triggers import StepContext, TriggerDecision, TriggerLimits, trigger_decision, trigger_limits
+from gpmlp.learning.walker import Walker, WalkerSnapshot
+from gpmlp.learning.walker_state import HALTED, WalkerState
 from gpmlp.potential.potential import Potential
 
 CHECKPOINT_S = 20.0  # between two checkpoints, of dynamics that a restart has to repeat
-MOST_RESTARTS = 3  # before the run gives up on it
+MOST_RESTARTS = 3  # of a walker, before the run gives up
 UNSTABLE = "a walker could not be kept stable; see log.jsonl for the guards that fired"
 
 
 @dataclass(frozen=True, eq=False)
-class State:
+class LoopState:
     """What the loop is doing.
 
     Attributes:
         phase: 'first labels', 'dynamics', 'labelling', 'learning' or 'stopped'.
-        looks: the last look at each walker.
-        labels, refused, surrogates (labels of what was cut out of larger frames): so far; calls: labels asked of the oracle in this run.
+        snapshots: the last one of each walker.
+        labels, refused, surrogates: how many there are so far; calls: labels asked of the oracle in this process.
         reason: why the last label was asked for.
         verdict: of the stopping criteria; stopped: why the run ended, '' while it goes on.
     """
 
     phase: str
-    progress: Progress
-    student: Student | None
-    looks: tuple[Look | None, ...]
-    limits: Limits | None
+    progress: RunProgress
+    model: OnlineModel | None
+    snapshots: tuple[WalkerSnapshot | None, ...]
+    limits: TriggerLimits | None
     labels: int
     refused: int
     surrogates: int
     calls: int
     reason: str
-    verdict: Verdict | None = None
+    verdict: StopVerdict | None = None
     stopped: str = ""
 
+    @property
+    def student(self) -> OnlineModel | None:
+        """The model, under its name in versions before 0.2."""
+        return self.model
 
-def learn(recipe: LearnRecipe, base: Path = Path("."), resume: bool = False) -> Iterator[State]:
+
+def learn(recipe: LearnRecipe, base: Path = Path("."), resume: bool = False) -> Iterator[LoopState]:
     """Run the loop; files go to recipe.output and a run that was interrupted goes on from there.
 
     Args:
@@ -80,47 +83,47 @@ class _Run:
 
     def __init__(self, recipe: LearnRecipe, base: Path, resume: bool) -> None:
         self.recipe, self.folder = recipe, base / recipe.output
-        self.starts = initial_structures.starts(base / recipe.start)
-        dynamics = recipe.dynamics
+        self.starts = initial_structures.read_starts(base / recipe.start)
+        dynamics, starts = recipe.dynamics, self.starts
         self.walkers = [
-            Walker.begin(i, self.starts[i % len(self.starts)], dynamics, recipe.seed) for i in range(dynamics.walkers)
+            Walker.from_atoms(i, starts[i % len(starts)], dynamics, recipe.seed) for i in range(dynamics.walkers)
         ]
         self.given = base / recipe.bootstrap.given if recipe.bootstrap.given else None
-        numbers = min((a.numbers for a in self.starts), key=min)
-        self.timestep_fs = recipe.dynamics.timestep_fs or walker.default_timestep_fs(numbers)
-        observer = observables.make(recipe.stop.observables, self.starts)
-        self.trail = Trail(self.folder, recipe, resume)
+        self.timestep_fs = dynamics.timestep_fs or walker.default_timestep_fs(min((a.numbers for a in starts), key=min))
+        observer = observables.make_observer(recipe.stop.observables, starts)
+        self.files = RunFiles(self.folder, recipe, resume)
         try:
-            self.progress = load(self.folder) or Progress()
-            self.observer, self.clock = observer.restore(self.progress.observer), Stopwatch(self.progress.seconds)
-            self.desk = Desk(recipe.oracle, self.folder, self.trail, self.clock)
+            self.progress = load_checkpoint(self.folder) or RunProgress()
+            self.observer, self.timer = observer.restore(self.progress.observer), ActivityTimer(self.progress.seconds)
+            self.requests = LabelRequests(recipe.oracle, self.folder, self.files, self.timer)
         except BaseException:
-            self.trail.close()
+            self.files.close()
             raise
         self.began = time.monotonic()
-        self.reason, self.verdict = "", None
-        self.student: Student | None = None
-        self.limits: Limits | None = None
-        self.looks: list[Look | None] = []
+        self.reason = ""
+        self.verdict: StopVerdict | None = None
+        self.model: OnlineModel | None = None
+        self.limits: TriggerLimits | None = None
+        self.snapshots: list[WalkerSnapshot | None] = []
         self.saved, self.unsaved = time.monotonic(), False
 
     def close(self) -> None:
         try:
-            self.desk.close()
+            self.requests.close()
         finally:
-            self.trail.close()
+            self.files.close()
 
     # ------------------------------------------------------------ the course of a run
 
-    def states(self) -> Iterator[State]:
+    def states(self) -> Iterator[LoopState]:
         """Go on from the last checkpoint, or begin."""
-        self.trail.cut(self.progress)
-        if self.trail.changed:  # there may be another reason to stop now
+        self.files.truncate(self.progress)
+        if self.files.changed:  # there may be another reason to stop now
             self.progress = replace(self.progress, stopped="")
         if not self.progress.first:
             yield from self._first_labels()
         else:
-            yield from self._remember()
+            yield from self._restore_model()
         while not self.progress.stopped:
             yield from self._round()
             self._judge()
@@ -128,292 +131,306 @@ class _Run:
                 self._checkpoint()
         yield self._state("stopped")
 
-    def _state(self, phase: str) -> State:
-        return State(
-            phase, self.progress, self.student, tuple(self.looks), self.limits,
-            len(self.desk.tape), len(self.desk.tape.refusals), self.desk.surrogates, self.desk.calls, self.reason,
+    def _state(self, phase: str) -> LoopState:
+        requests = self.requests
+        return LoopState(
+            phase, self.progress, self.model, tuple(self.snapshots), self.limits,
+            len(requests.labels), len(requests.labels.refusals), requests.n_surrogates, requests.calls, self.reason,
             self.verdict, self.progress.stopped,
         )  # fmt: skip
 
-    def _first_labels(self) -> Iterator[State]:
-        found = (
-            [self.desk.tape.append(e) for e in initial_structures.given(self.given)] if self.given is not None else []
-        )
-        wanted = initial_structures.structures(self.starts, self.recipe, len(found))
-        structures = [canonical(structures_from_ase([a], [f"first structure {i}"])) for i, a in enumerate(wanted)]
+    def _first_labels(self) -> Iterator[LoopState]:
+        given = initial_structures.read_given(self.given) if self.given is not None else []
+        entries = [self.requests.labels.append(entry) for entry in given]
+        atoms = initial_structures.make_structures(self.starts, self.recipe, len(entries))
+        structures = [
+            canonical_structure(structures_from_ase([a], [f"first structure {i}"])) for i, a in enumerate(atoms)
+        ]
+        causes = ["given"] * len(entries)
         for structure in structures:
-            self.desk.ask(Question(structure))
+            self.requests.submit(LabelRequest(structure))
         for i, structure in enumerate(structures):
             self.reason = f"first structure {i + 1} of {len(structures)}"
             yield self._state("first labels")
-            found.append(self.desk.answer(Question(structure), self.reason, {"walker": -1, "step": 0}))
-        entries = {entry.key: entry for entry in found if entry is not None}
-        initial_structures.enough(len(entries), len(structures), self.desk.tape)
-        with self.clock("learning"):
-            self.student = Student.begin(list(entries.values()), self.recipe.model, self.recipe.refresh)
-        self.progress = replace(self.progress, first=tuple(entries))
+            entry = self.requests.collect(LabelRequest(structure), self.reason, {"walker": -1, "step": 0})
+            if entry is not None:
+                entries.append(entry)
+                causes.append("first")
+        first = {entry.key: entry for entry in entries}
+        initial_structures.check_enough(len(first), len(structures), self.requests.labels)
+        with self.timer("learning"):
+            self.model = OnlineModel.from_labels(list(first.values()), self.recipe.model, self.recipe.refresh)
+        self.progress = replace(self.progress, first=tuple(first))
         yield from self._explore()
-        self.progress = replace(self.progress, minds=tuple(Mind(w, w) for w in self.walkers))
-        self._taught("first labels")
+        self.progress = replace(self.progress, walkers=tuple(WalkerState(w, w) for w in self.walkers))
+        told = dict(zip([entry.key for entry in entries], causes, strict=True))
+        told |= dict.fromkeys(self.progress.learned, "explored")
+        self._model_changed("first labels", first=[{"key": key, "cause": cause} for key, cause in told.items()])
         self._checkpoint()
 
-    def _explore(self) -> Iterator[State]:
-        """Label structures made where the first ones have left the model blind."""
-        chosen = self.recipe.explore
+    def _explore(self) -> Iterator[LoopState]:
+        """Label structures where the model of the first labels is most uncertain."""
+        chosen, distance = self.recipe.explore, self.recipe.trigger.guards.distance
         for k in range(chosen.directed):
-            if self._full():
+            if self._all_labels():
                 return
             start = structures_from_ase([self.starts[k % len(self.starts)]], [f"explored {k}"])
-            made, self.reason = exploration.make(
-                k, self.potential, start, chosen.radius_A, self.recipe.trigger.guards.distance
+            structure, self.reason = exploration.explored_structure(k, self.potential, start, chosen.radius_A, distance)
+            request = self._request(
+                canonical_structure(structure), surrogate.most_uncertain_atom(self.potential, structure)
             )
-            asked = self._question(canonical(made), carving.blindest(self.potential, made))
-            self.desk.ask(asked)
+            self.requests.submit(request)
             yield self._state("first labels")
-            entry = self.desk.answer(asked, self.reason, {"walker": -1, "step": 0})
-            if entry is not None and entry.key not in self.progress.known:
+            entry = self.requests.collect(request, self.reason, {"walker": -1, "step": 0})
+            if entry is not None and entry.key not in self.progress.labels:
                 self.progress = replace(self.progress, learned=(*self.progress.learned, entry.key))
-                with self.clock("learning"):
-                    self.student = self.student.taught(entry)
+                with self.timer("learning"):
+                    self.model = self.model.with_label(entry)
 
-    def _remember(self) -> Iterator[State]:
-        """Teach a student all that was learned before, in the same order: what it knows is then the same, bit by bit."""
+    def _restore_model(self) -> Iterator[LoopState]:
+        """Learn all labels of the checkpoint again, in the same order: the model is then the same, bit by bit."""
         first, others = self.progress.first, self.progress.learned
-        self.student = Student.begin([self.desk.entry(k) for k in first], self.recipe.model, self.recipe.refresh)
-        for mind in self.progress.minds:
-            if mind.sent:
-                self.desk.ask(self._question(_structure(mind.asked), mind.around))
+        entries = [self.requests.entry(key) for key in first]
+        self.model = OnlineModel.from_labels(entries, self.recipe.model, self.recipe.refresh)
+        for state in self.progress.walkers:
+            if state.sent:
+                self.requests.submit(self._request_of(state))
         for key in others:
             yield self._state("learning")
-            self.student = self.student.taught(self.desk.entry(key))
-        self._renew()
+            self.model = self.model.with_label(self.requests.entry(key))
+        self._update_snapshots()
 
-    def _round(self) -> Iterator[State]:
+    def _round(self) -> Iterator[LoopState]:
         """Let every walker that does not wait go on for a stride, then see to the labels that were asked for."""
         self.progress = replace(self.progress, round=self.progress.round + 1)
         self.limits = self._limits()
-        active = [i for i, mind in enumerate(self.progress.minds) if self._is_active(mind)]
-        with self.clock("dynamics"):
-            if len(self.progress.minds) == 1:
-                found = [self._advanced(i) for i in active]
-            else:  # even one that goes alone for now: last digits must not depend on who was looked at with whom
-                found = batched_walkers.advance(self.potential, [partial(self._advanced, i) for i in active])
-        for i, now in zip(active, found, strict=True):
-            self._follow(i, now)
+        active = [i for i, state in enumerate(self.progress.walkers) if self._is_active(state)]
+        with self.timer("dynamics"):
+            if len(self.progress.walkers) == 1:
+                snapshots = [self._advanced(i) for i in active]
+            else:  # even one that goes alone for now: last digits must not depend on who is predicted with whom
+                snapshots = walker.advance_together(self.potential, [partial(self._advanced, i) for i in active])
+        for i, snapshot in zip(active, snapshots, strict=True):
+            self._take(i, snapshot)
             yield self._state("dynamics")
-        yield from self._serve()
+        yield from self._serve_requests()
 
-    def _advanced(self, i: int, ask: walker.Ask | None = None) -> Look:
+    def _advanced(self, i: int, predict: walker.PredictFunction | None = None) -> WalkerSnapshot:
         """Where a walker is after a stride, or where it stopped in it."""
         trigger, dynamics = self.recipe.trigger, self.recipe.dynamics
-        mind = self.progress.minds[i]
-        stride = min(mind.stride(trigger), dynamics.steps - mind.walker.step)
-        return walker.advance(
-            self.looks[i], self.potential, self._judge_of(i), dynamics, self.timestep_fs, stride, trigger.watch,
-            self.recipe.explore.bias, ask,
+        state = self.progress.walkers[i]
+        stride = min(state.steps_to_full_variance(trigger), dynamics.steps - state.walker.step)
+        return walker.advance_walker(
+            self.snapshots[i], self.potential, self._decide(i), dynamics, self.timestep_fs, stride, trigger.watch,
+            self.recipe.explore.bias, predict,
         )  # fmt: skip
 
-    def _is_active(self, mind: Mind) -> bool:
-        return mind.asked is None and mind.walker.step < self.recipe.dynamics.steps
+    def _is_active(self, state: WalkerState) -> bool:
+        return state.pending is None and state.walker.step < self.recipe.dynamics.steps
 
-    def _serve(self) -> Iterator[State]:
-        """Send what was asked, and settle what is due: after `ahead` rounds, or when no walker can go on without it.
+    def _serve_requests(self) -> Iterator[LoopState]:
+        """Send requests, and settle what is due: after `ahead` rounds, or when no walker can go on without it.
 
         What is settled in which round follows from the run alone and not from how fast the oracle is, so that runs repeat.
         """
         while True:
             self._send()
-            minds, now = self.progress.minds, self.progress.round
-            waiting = [i for i, m in enumerate(minds) if m.sent]
-            idle = not any(self._is_active(m) for m in minds)
-            due = [i for i in waiting if idle or now - minds[i].since >= self.recipe.dynamics.ahead]
+            walkers, now = self.progress.walkers, self.progress.round
+            waiting = [i for i, w in enumerate(walkers) if w.sent]
+            idle = not any(self._is_active(w) for w in walkers)
+            due = [i for i in waiting if idle or now - walkers[i].pending_round >= self.recipe.dynamics.ahead]
             if not due:
                 return
-            yield from self._settle(min(due, key=lambda i: (minds[i].since, i)))
+            yield from self._settle(min(due, key=lambda i: (walkers[i].pending_round, i)))
 
     def _send(self) -> None:
         """Ask the oracle, for as many structures at a time as it has workers, none like another that is under way.
 
-        What was asked before the model last learned is judged again first: it may know now.
+        A request of the time before the model last learned is decided upon again first: its label may be needless now.
         """
-        for i, mind in enumerate(self.progress.minds):
-            if mind.asked is None or mind.sent:
+        for i, state in enumerate(self.progress.walkers):
+            if state.pending is None or state.sent:
                 continue
-            look = walker.look(mind.asked, self.potential, self._judge_of(i), self.recipe.dynamics)
-            if look.decision.action == "continue" and not mind.why.startswith(HALTED):
-                self.trail.log("dropped", walker=i, step=mind.asked.step)
-                self.progress = self.progress.with_mind(i, replace(mind, asked=None, why="", trusted=mind.walker))
-                self._renew([i])
+            snapshot = walker.take_snapshot(state.pending, self.potential, self._decide(i), self.recipe.dynamics)
+            if snapshot.decision.action == "continue" and not state.reason.startswith(HALTED):
+                self.files.log_event("dropped", walker=i, step=state.pending.step)
+                self.progress = self.progress.with_walker(i, replace(state.without_request(), trusted=state.walker))
+                self._update_snapshots([i])
                 continue
-            under_way = [_structure(m.asked) for m in self.progress.minds if m.sent]
+            under_way = [_structure(w.pending) for w in self.progress.walkers if w.sent and w.pending is not None]
             room = len(under_way) < self.recipe.oracle.workers
-            if not room or self._full(len(under_way)) or any(alike(self.potential, look, other) for other in under_way):
+            if not room or self._all_labels(len(under_way)):
                 continue
-            around = look.decision.atoms[0] if look.decision.atoms else carving.blindest(self.potential, look.structure)
-            mind = self._carved(i, replace(mind, sent=True, around=around))
-            self.desk.ask(self._question(_structure(mind.asked), mind.around))
-            self.progress = self.progress.with_mind(i, mind)
+            if any(share_environment(self.potential, snapshot, other) for other in under_way):
+                continue
+            atoms = snapshot.decision.atoms
+            atom = atoms[0] if atoms else surrogate.most_uncertain_atom(self.potential, snapshot.structure)
+            state = self._with_surrogate_checked(i, replace(state, sent=True, central_atom=atom))
+            self.requests.submit(self._request_of(state))
+            self.progress = self.progress.with_walker(i, state)
 
-    def _full(self, under_way: int = 0) -> bool:
+    def _all_labels(self, under_way: int = 0) -> bool:
         """Whether there are as many labels as there may be."""
         most = self.recipe.stop.labels_at_most
-        return most is not None and len(self.progress.known) + under_way >= most
+        return most is not None and len(self.progress.labels) + under_way >= most
 
-    def _question(self, frame: Structures, around: int) -> Question:
-        return Question.about(frame, around, self.recipe.carve, self.potential)
+    def _request(self, frame: Structures, atom: int) -> LabelRequest:
+        return LabelRequest.from_frame(frame, atom, self.recipe.carve, self.potential)
 
-    def _carved(self, i: int, mind: Mind) -> Mind:
-        """With the atom around which a surrogate is carved, having said what it is like; without where all is labelled."""
-        frame = _structure(mind.asked)
-        surrogate = self._question(frame, mind.around).surrogate
-        if surrogate is None:
-            return replace(mind, around=-1)
-        differs = carving.differs(self.potential, frame, surrogate)
-        notes = {"walker": i, "step": mind.asked.step, "atoms": surrogate.structure.n_atoms, **surrogate.notes()}
-        self.trail.log("carved", **notes, differs=differs, kept=differs <= carving.SAME)
-        return mind if differs <= carving.SAME else replace(mind, around=-1)
+    def _request_of(self, state: WalkerState) -> LabelRequest:
+        return self._request(_structure(state.pending), state.central_atom)
 
-    def _judge_of(self, i: int) -> walker.Judge:
-        """Criteria with the limits that hold for a walker."""
-        mind, trigger = self.progress.minds[i], self.recipe.trigger
-        loose, rationed = mind.looseness(trigger), mind.rationed(trigger)
-        limits = self.limits.times(loose) if loose > 1 else self.limits
+    def _with_surrogate_checked(self, i: int, state: WalkerState) -> WalkerState:
+        """With the atom around which a surrogate is cut; without where all is labelled, as the environment would not be kept."""
+        cluster = self._request_of(state).surrogate
+        if cluster is None:
+            return replace(state, central_atom=-1)
+        apart = surrogate.feature_distance(self.potential, _structure(state.pending), cluster)
+        notes = {"walker": i, "step": state.pending.step, "atoms": cluster.structure.n_atoms, **cluster.notes()}
+        self.files.log_event("carved", **notes, differs=apart, kept=apart <= surrogate.SAME)
+        return state if apart <= surrogate.SAME else replace(state, central_atom=-1)
 
-        def judge(structure: Structures, prediction: Prediction, before: Before) -> Decision:
-            found = criteria(prediction, structure, limits, before)
-            return found.withheld() if rationed else found
+    def _decide(self, i: int) -> walker.DecideFunction:
+        """The trigger with the limits that hold for a walker."""
+        state, trigger = self.progress.walkers[i], self.recipe.trigger
+        factor, withheld = state.limit_factor(trigger), state.at_label_rate(trigger)
+        limits = self.limits.times(factor) if factor > 1 else self.limits
 
-        return judge
+        def decide(structure: Structures, prediction: Prediction, context: StepContext) -> TriggerDecision:
+            decision = trigger_decision(prediction, structure, limits, context)
+            return decision.withheld() if withheld else decision
 
-    def _follow(self, i: int, now: Look) -> None:
-        """Move a walker to where the look tells it to."""
-        mind, decision = self.progress.minds[i], now.decision
-        self._record(now)
+        return decide
+
+    def _take(self, i: int, snapshot: WalkerSnapshot) -> None:
+        """Move a walker to where the decision tells it to."""
+        decision = snapshot.decision
+        self._record(snapshot)
         if decision.action == "continue":
-            self.looks[i] = now
+            self.snapshots[i] = snapshot
         else:
-            self.trail.log(
-                "ask", walker=i, step=now.walker.step, action=decision.action, reason=decision.reason,
+            self.files.log_event(
+                "ask", walker=i, step=snapshot.walker.step, action=decision.action, reason=decision.reason,
                 severity=decision.severity, force_limit=self.limits.force, atoms=list(decision.atoms),
+                cause=" and ".join(decision.causes),
             )  # fmt: skip
-        mind = mind.following(now, self.recipe, self.starts, self.progress.round)
-        self.progress = self.progress.with_mind(i, mind)
-        if decision.action != "continue" and mind.asked is None:  # set back without asking
-            self._renew([i])
+        state = self.progress.walkers[i].after_decision(snapshot, self.recipe, self.starts, self.progress.round)
+        self.progress = self.progress.with_walker(i, state)
+        if decision.action != "continue" and state.pending is None:  # set back without asking
+            self._update_snapshots([i])
 
-    def _settle(self, i: int) -> Iterator[State]:
+    def _settle(self, i: int) -> Iterator[LoopState]:
         """Get the label that a walker waits for, learn it, and let the walker go on from where it is."""
-        mind = self.progress.minds[i]
-        question, self.reason = self._question(_structure(mind.asked), mind.around), mind.why
-        key = self.desk.key(question.structure)
+        state = self.progress.walkers[i]
+        request, self.reason, cause = self._request_of(state), state.reason, state.cause
+        key = self.requests.key(request.structure)
         yield self._state("labelling")
-        step = mind.asked.step
+        step = state.pending.step
         notes = {"walker": i, "step": step, "time_fs": step * self.timestep_fs}
-        entry = None if key in self.progress.known else self.desk.answer(question, self.reason, notes)
-        mind = mind.answered()
-        if entry is None:  # refused, or known already: the same place must not ask for the same thing again
-            self.progress = self.progress.with_mind(i, mind.rested(self.recipe, self.progress.round))
-            self._renew([i])
+        entry = None if key in self.progress.labels else self.requests.collect(request, self.reason, notes)
+        state = state.with_request_settled()
+        if entry is None:  # refused, or learned already: the same place must not ask for the same thing again
+            state = state.with_new_velocities(self.recipe, self.progress.round)
+            self.progress = self.progress.with_walker(i, state)
+            self._update_snapshots([i])
         else:
-            self.progress = replace(self.progress.with_mind(i, mind), learned=(*self.progress.learned, key))
+            self.progress = replace(self.progress.with_walker(i, state), learned=(*self.progress.learned, key))
             yield self._state("learning")
-            before = self.student.online.calibration
-            with self.clock("learning"):
-                self.student = self.student.taught(entry)
-            history = self.progress.history.with_label(updated=self.student.since == 0)
+            calibration = self.model.online.calibration
+            with self.timer("learning"):
+                self.model = self.model.with_label(entry)
+            history = self.progress.history.with_label(updated=self.model.since_refresh == 0)
             self.progress = replace(self.progress, history=history)
-            told = model.plain(self.student.online.prequential[-1], before, self.recipe.trigger.probability)
-            self._taught(self.reason, key=key, walker=i, step=step, foreseen=told)
-        left = criteria(self.looks[i].prediction, self.looks[i].structure, self.limits).severity
-        self.progress = self.progress.with_mind(i, replace(self.progress.minds[i], left=left))
+            errors = model.prequential_errors(
+                self.model.online.prequential[-1], calibration, self.recipe.trigger.probability
+            )
+            self._model_changed(self.reason, key=key, walker=i, step=step, foreseen=errors, cause=cause)
+        snapshot = self.snapshots[i]
+        severity = trigger_decision(snapshot.prediction, snapshot.structure, self.limits).severity
+        state = replace(self.progress.walkers[i], label_severity=severity)
+        self.progress = self.progress.with_walker(i, state)
         self.unsaved = True
 
     # ------------------------------------------------------------ learning
 
-    def _taught(self, why: str, **more: object) -> None:
-        """What follows from a new label: limits, looks, the model file, the log."""
-        self._renew()
-        online = self.student.online
-        self.trail.log(
-            "learned", reason=why, labels=online.n_labels, columns=online.factor.columns, noise=online.noise,
-            force_limit=self.limits.force, refreshed=self.student.since == 0, **more,
+    def _model_changed(self, reason: str, **more: object) -> None:
+        """What follows from a new label: limits, snapshots, the log, the model file."""
+        self._update_snapshots()
+        online = self.model.online
+        self.files.log_event(
+            "learned", reason=reason, labels=online.n_labels, columns=online.factor.columns, noise=online.noise,
+            force_limit=self.limits.force, refreshed=self.model.since_refresh == 0, **more,
         )  # fmt: skip
-        self._save_model()
+        origin = {"learned": {"labels": online.n_labels, "oracle": self.recipe.oracle.calculator}}
+        archive.save(replace(self.potential, provenance=origin), self.folder / "model.gpmlp")
 
     @property
     def potential(self) -> Potential:
-        """The model as it stands."""
-        return self.student.potential
+        """Of the model as it stands."""
+        return self.model.potential
 
-    def _save_model(self) -> None:
-        """With where it came from."""
-        about = {"learned": {"labels": self.student.online.n_labels, "oracle": self.recipe.oracle.calculator}}
-        archive.save(replace(self.potential, provenance=about), self.folder / "model.gpmlp")
-
-    def _renew(self, some: Sequence[int] | None = None) -> None:
-        """Limits and looks under the present model."""
+    def _update_snapshots(self, some: Sequence[int] | None = None) -> None:
+        """Limits and snapshots under the present model."""
         self.limits = self._limits()
-        self.looks = self.looks or [None] * len(self.progress.minds)
-        for i in range(len(self.looks)) if some is None else some:
-            self.looks[i] = walker.look(
-                self.progress.minds[i].walker, self.potential, self._judge_of(i), self.recipe.dynamics
-            )
+        self.snapshots = self.snapshots or [None] * len(self.progress.walkers)
+        for i in range(len(self.snapshots)) if some is None else some:
+            place = self.progress.walkers[i].walker
+            self.snapshots[i] = walker.take_snapshot(place, self.potential, self._decide(i), self.recipe.dynamics)
 
-    def _limits(self) -> Limits:
-        """From the model and what was seen so far: what a run that is resumed knows too."""
-        online = self.student.online
+    def _limits(self) -> TriggerLimits:
+        """From the model and the history alone, which a run that is resumed has, too."""
+        online = self.model.online
         rms = walker_state.typical_force(self.progress.history, self.recipe.dynamics, online.targets)
         atoms = max(len(a) for a in self.starts)
-        return limits_of(self.recipe.trigger, rms, atoms, online.constant, online.calibration)
+        return trigger_limits(self.recipe.trigger, rms, atoms, online.constant, online.calibration)
 
     # ------------------------------------------------------------ records
 
-    def _record(self, now: Look) -> None:
-        if now.full:
-            record = walker_state.record_of(
-                now, self.recipe.dynamics, self.timestep_fs, self.limits.force, self.observer
+    def _record(self, snapshot: WalkerSnapshot) -> None:
+        if snapshot.full:
+            record = walker_state.record_from_snapshot(
+                snapshot, self.recipe.dynamics, self.timestep_fs, self.limits.force, self.observer
             )
             self.progress = replace(self.progress, history=self.progress.history.append(record))
-            self.trail.log("look", **record.plain())
-        if now.decision.action != "halt":
-            self.progress = self.trail.frame(self.progress, now, self.recipe.thin, self.timestep_fs)
+            self.files.log_event("look", **record.to_json())
+        if snapshot.decision.action != "halt":
+            self.progress = self.files.write_frame(self.progress, snapshot, self.recipe.thin, self.timestep_fs)
 
     def _judge(self) -> None:
         """Whether the run has reason to stop."""
-        minds, stop = self.progress.minds, self.recipe.stop
-        looks, labels, hours = len(self.progress.history), len(self.progress.known), self._hours()
-        made = all(m.walker.step >= self.recipe.dynamics.steps for m in minds)
-        lost = any(m.restarts > MOST_RESTARTS for m in minds)
-        due = looks - self.progress.judged >= stop.every_frames
-        if not (made or lost or due or stopping.limit(labels, hours, stop)[0]):
+        walkers, stop, steps = self.progress.walkers, self.recipe.stop, self.recipe.dynamics.steps
+        frames, labels, hours = len(self.progress.history), len(self.progress.labels), self._hours()
+        finished = all(w.walker.step >= steps for w in walkers)
+        unstable = any(w.restarts > MOST_RESTARTS for w in walkers)
+        due = frames - self.progress.judged >= stop.every_frames
+        if not (finished or unstable or due or judge.reached_limit(labels, hours, stop)[0]):
             return
         quantile = self.recipe.model.novelty.quantile
-        self.verdict = stopping.judge(self.progress.history, stop, quantile=quantile, labels=labels, elapsed_h=hours)
-        self.progress = replace(self.progress, judged=looks)
-        self.trail.log("judged", **self.verdict.plain())
-        stopped = ""
-        if self.verdict.stop:
-            stopped = self.verdict.sentence
-        elif lost:
-            stopped = UNSTABLE
-        elif made:
-            stopped = (
-                f"all {self.recipe.dynamics.steps} steps of {len(minds)} walker(s) are made; {self.verdict.sentence}"
-            )
+        verdict = judge.judge(self.progress.history, stop, quantile=quantile, labels=labels, elapsed_h=hours)
+        self.verdict, self.progress = verdict, replace(self.progress, judged=frames)
+        self.files.log_event("judged", **verdict.to_json())
+        stopped = ended = ""
+        if verdict.stop:
+            stopped, ended = verdict.sentence, "converged" if verdict.converged else verdict.limit
+        elif unstable:
+            stopped, ended = UNSTABLE, "unstable"
+        elif finished:
+            stopped = f"all {steps} steps of {len(walkers)} walker(s) are made; {verdict.sentence}"
+            ended = "steps"
         if stopped:
             self.progress = replace(self.progress, stopped=stopped)
-            self.trail.log("stopped", reason=stopped)
+            self.files.log_event("stopped", reason=stopped, ended=ended)
 
     def _hours(self) -> float:
         return self.progress.hours + (time.monotonic() - self.began) / 3600
 
     def _checkpoint(self) -> None:
         hours, self.began = self._hours(), time.monotonic()
-        spent = {"observer": self.observer.state(), "hours": hours, "seconds": dict(self.clock.seconds)}
-        self.progress = self.trail.checkpoint(replace(self.progress, **spent))
+        spent = {"observer": self.observer.state(), "hours": hours, "seconds": dict(self.timer.seconds)}
+        self.progress = self.files.save_checkpoint(replace(self.progress, **spent))
         self.saved, self.unsaved = time.monotonic(), False
 
 
 def _structure(w: Walker) -> Structures:
-    """What the oracle is asked for at the place of a walker, as the tape will have it."""
-    return canonical(structures_from_ase([w.atoms], [f"walker {w.number}, step {w.step}"]))
+    """What the oracle is asked for at the place of a walker, as the label file will have it."""
+    return canonical_structure(structures_from_ase([w.atoms], [f"walker {w.number}, step {w.step}"]))

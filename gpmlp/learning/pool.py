@@ -16,7 +16,7 @@ from gpmlp.core.environments import Descriptor, Surroundings
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.fitting import defaults, selection
-from gpmlp.learning.conditional_variance import Belief, Candidate
+from gpmlp.learning.conditional_variance import ConditionedUncertainty, PoolCandidate
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 
@@ -35,7 +35,7 @@ Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Picked:
+class PoolSelection:
     """What was picked, best first.
 
     Attributes:
@@ -59,7 +59,7 @@ class Picked:
         return None if self.atoms is None else (self.atoms - pool.offsets.cpu()[self.structures]).tolist()
 
 
-def pick(
+def select_pool(
     pool: Structures,
     n: int,
     method: str | None = None,
@@ -68,7 +68,7 @@ def pick(
     seed: int = 0,
     exclude: Structures | None = None,
     progress: Progress = lambda stage, done, total: None,
-) -> Picked:
+) -> PoolSelection:
     """Pick n structures, or n environments, of the pool.
 
     Args:
@@ -94,7 +94,7 @@ def pick(
     descriptor, species = _descriptor(pool, exclude, potential)
     basket = _Basket(pool, n, environments, _Seen.of(descriptor, exclude, progress), progress)
     if method in BY_MODEL:
-        belief = Belief(potential, method != "mahalanobis", method != "variance")
+        belief = ConditionedUncertainty(potential, method != "mahalanobis", method != "variance")
         known = _Shelf(exclude, belief, "known", progress) if exclude is not None else None
         _greedy(_Shelf(pool, belief, "pool", progress), known, belief, basket)
     else:
@@ -209,7 +209,7 @@ class _Basket:
         self.progress("picking", len(self._taken), self.n)
         return True
 
-    def picked(self, method: str) -> Picked:
+    def picked(self, method: str) -> PoolSelection:
         every = (self._taken + self._aside)[: self.n]
         if len(every) < self.n:
             what = "environments" if self.environments else "structures"
@@ -221,19 +221,19 @@ class _Basket:
         scores = torch.tensor([score for _, score in every], dtype=torch.float64)
         repeats = self.n - len(self._taken)
         if self.environments:
-            return Picked(method, self.owners[items], items, scores, repeats)
-        return Picked(method, items, None, scores, repeats)
+            return PoolSelection(method, self.owners[items], items, scores, repeats)
+        return PoolSelection(method, items, None, scores, repeats)
 
 
 class _Shelf:
     """The candidates of a pool: made in one pass, forgotten when memory is short, made again when asked for."""
 
-    def __init__(self, pool: Structures, belief: Belief, name: str, progress: Progress) -> None:
+    def __init__(self, pool: Structures, belief: ConditionedUncertainty, name: str, progress: Progress) -> None:
         self.pool, self.belief, self._name, self._progress = pool.to(device="cpu"), belief, name, progress
-        self._kept: OrderedDict[int, tuple[Candidate, int]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[PoolCandidate, int]] = OrderedDict()
         self._bytes = 0
 
-    def first(self) -> Iterator[tuple[int, Candidate]]:
+    def first(self) -> Iterator[tuple[int, PoolCandidate]]:
         """All candidates in order."""
         done = 0
         for part in chunk_structures(self.pool, CHUNK_ATOMS):
@@ -243,7 +243,7 @@ class _Shelf:
                 done += 1
             self._progress(self._name, done, len(self.pool))
 
-    def __getitem__(self, s: int) -> Candidate:
+    def __getitem__(self, s: int) -> PoolCandidate:
         """Candidate s, up to date."""
         candidate, n_bytes = self._kept.pop(s, (None, 0))
         self._bytes -= n_bytes
@@ -253,7 +253,7 @@ class _Shelf:
         self._keep(s, candidate)
         return candidate
 
-    def _keep(self, s: int, candidate: Candidate) -> None:
+    def _keep(self, s: int, candidate: PoolCandidate) -> None:
         self._kept[s] = candidate, candidate.n_bytes
         self._bytes += candidate.n_bytes
         while self._bytes > CACHE_BYTES and self._kept:
@@ -261,7 +261,7 @@ class _Shelf:
             self._bytes -= n_bytes
 
 
-def _greedy(shelf: _Shelf, known: _Shelf | None, belief: Belief, basket: _Basket) -> None:
+def _greedy(shelf: _Shelf, known: _Shelf | None, belief: ConditionedUncertainty, basket: _Basket) -> None:
     """Pick what has the highest score given all that was picked before.
 
     Scores only fall as more is known, so an old one is an upper bound, and a candidate whose bound is below the best score need not
@@ -294,7 +294,7 @@ def _greedy(shelf: _Shelf, known: _Shelf | None, belief: Belief, basket: _Basket
             heapq.heappush(queue, (-score, s))
 
 
-def _learn_known(known: _Shelf, belief: Belief, highest: float) -> None:
+def _learn_known(known: _Shelf, belief: ConditionedUncertainty, highest: float) -> None:
     """Let what is excluded count as labelled, the most telling first, until it says little of scores as high as those of the pool."""
     queue = [(-float(c.scores.max()), s) for s, c in known.first()]
     heapq.heapify(queue)

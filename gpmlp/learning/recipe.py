@@ -118,7 +118,7 @@ class TriggerRecipe(_Section):
     guards: GuardsRecipe = GuardsRecipe()
 
 
-class BootstrapRecipe(_Section):
+class InitialRecipe(_Section):
     """First labels: the start structures and copies with random displacements and, where a cell may change, strains.
 
     n: how many; None: so many that they hold some 150 atoms, 6 at least and 20 at most.
@@ -145,7 +145,7 @@ class ExploreRecipe(_Section):
     bias: Annotated[float, Field(ge=0, le=2)] = 0.0
 
 
-class CarveRecipe(_Section):
+class SurrogateRecipe(_Section):
     """What is labelled in place of frames that are too large for the oracle.
 
     above: atoms; of a frame with more, a small surrogate is labelled, cut around the atom that asks most; first structures are made
@@ -173,10 +173,10 @@ class LearnRecipe(_Section):
     trigger: TriggerRecipe = TriggerRecipe()
     stop: StopRecipe = StopRecipe()
     model: Recipe = Recipe()
-    bootstrap: BootstrapRecipe = BootstrapRecipe()
+    bootstrap: InitialRecipe = InitialRecipe()
     explore: ExploreRecipe = ExploreRecipe()
     refresh: RefreshRecipe = RefreshRecipe()
-    carve: CarveRecipe | None = None
+    carve: SurrogateRecipe | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     output: str = "learned"
     thin: Count = 100

@@ -23,7 +23,7 @@ from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.learning.labels import canonical
+from gpmlp.learning.labels import canonical_structure
 from gpmlp.potential.potential import Potential
 
 BONDED = 1.2  # times the sum of covalent radii
@@ -39,7 +39,7 @@ SAME = 1e-6  # A, and distance of unit features: what rounding may do
 
 
 @dataclass(frozen=True, eq=False)
-class Surrogate:
+class SurrogateCluster:
     """A small structure to be labelled for the sake of an atom of a large one.
 
     Attributes:
@@ -58,7 +58,7 @@ class Surrogate:
     small_cell: bool
     of: int
 
-    def believed(self, targets: Targets) -> Targets:
+    def trusted_targets(self, targets: Targets) -> Targets:
         """What is learned of a label: all of it of a small cell; else the forces on intact atoms, NaN elsewhere."""
         if self.small_cell:
             return targets
@@ -77,7 +77,7 @@ class Surrogate:
         }
 
 
-def carve(frame: Structures, atom: int, reach: float, core: float = 0.0) -> Surrogate | None:
+def cut_surrogate(frame: Structures, atom: int, reach: float, core: float = 0.0) -> SurrogateCluster | None:
     """Cut a surrogate out of one structure; None where it would not be smaller.
 
     Along each periodic direction it is as long as keeping the ball of radius core + reach takes, up to the next period of the frame
@@ -91,7 +91,7 @@ def carve(frame: Structures, atom: int, reach: float, core: float = 0.0) -> Surr
         core: A around the atom, within which environments are kept.
     """
     pairs = neighbors.find_neighbors(frame, reach)
-    view = _Frame.of(frame, pairs, atom)
+    view = _Frame.from_structure(frame, pairs, atom)
     radius = core + reach
     apart, best = view.closest.max(), None
     for more in (0.0, apart, apart + view.extent, apart + 2 * view.extent):  # room between the ball and its images
@@ -108,25 +108,19 @@ def carve(frame: Structures, atom: int, reach: float, core: float = 0.0) -> Surr
     return best
 
 
-def differs(potential: Potential, frame: Structures, surrogate: Surrogate) -> float:
+def feature_distance(potential: Potential, frame: Structures, surrogate: SurrogateCluster) -> float:
     """Distance of the unit features of the atom that was cut around, in the frame and in the surrogate: 0 but for rounding."""
     atom, far = int(surrogate.origin[surrogate.centre]), 0.0
     for term in potential.terms:
-        here = StructureEnvironments.from_structures(term.descriptor, surrogate.structure).environments.features[
-            surrogate.centre
-        ]
-        far = max(
-            far,
-            float(
-                (
-                    StructureEnvironments.from_structures(term.descriptor, frame).environments.features[atom] - here
-                ).norm()
-            ),
+        x, y = (
+            StructureEnvironments.from_structures(term.descriptor, one).environments.features[i]
+            for one, i in ((frame, atom), (surrogate.structure, surrogate.centre))
         )
+        far = max(far, float((x - y).norm()))
     return far
 
 
-def blindest(potential: Potential, structure: Structures) -> int:
+def most_uncertain_atom(potential: Potential, structure: Structures) -> int:
     """The atom whose local energy is known least."""
     return int(potential(structure, "atom_energies").atom_energies_variance.total.argmax())
 
@@ -155,7 +149,7 @@ class _Frame:
     extent: float
 
     @staticmethod
-    def of(frame: Structures, pairs: Neighbors, atom: int) -> _Frame:
+    def from_structure(frame: Structures, pairs: Neighbors, atom: int) -> _Frame:
         periodic, species = frame.periodic[0].numpy(), frame.species.numpy()
         basis = ase.geometry.complete_cell(np.where(periodic[:, None], frame.cells[0].numpy(), 0.0))
         positions = frame.positions.numpy()
@@ -302,7 +296,7 @@ def _described(
     cell: np.ndarray,
     lattice: bool,
     reach: float,
-) -> Surrogate:
+) -> SurrogateCluster:
     atoms = atoms[np.argsort(view.distance[atoms], kind="stable")]
     made = Structures(
         torch.as_tensor(view.places[atoms] @ view.basis),
@@ -312,7 +306,7 @@ def _described(
         torch.zeros(len(atoms), dtype=torch.long),
         (f"{frame.names[0]}, around atom {atom}",),
     )
-    made, origin = canonical(made), torch.as_tensor(atoms)
+    made, origin = canonical_structure(made), torch.as_tensor(atoms)
     found = neighbors.find_neighbors(made, reach)
     was = np.bincount(pairs.centers.numpy(), minlength=frame.n_atoms)
     now = np.bincount(found.centers.numpy(), minlength=made.n_atoms)
@@ -322,7 +316,7 @@ def _described(
     wrong = np.bincount(found.centers.numpy()[np.linalg.norm(off, axis=1) > SAME], minlength=made.n_atoms)
     intact = torch.as_tensor((wrong == 0) & (now == was[atoms]))
     small = lattice and _like(view.element, was, view.element[atoms], now)
-    return Surrogate(made, origin, int((origin == atom).nonzero()[0, 0]), intact, small, frame.n_atoms)
+    return SurrogateCluster(made, origin, int((origin == atom).nonzero()[0, 0]), intact, small, frame.n_atoms)
 
 
 def _like(element: np.ndarray, was: np.ndarray, element_now: np.ndarray, now: np.ndarray) -> bool:

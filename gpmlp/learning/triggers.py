@@ -1,7 +1,8 @@
-"""Criteria turn a prediction into a decision: go on, ask for a label, or halt; pure functions of what was predicted."""
+"""The trigger turns a prediction into a decision: go on, ask for a label, or halt."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,28 +27,29 @@ NAMED = 10  # atoms that a decision names at most
 
 
 @dataclass(frozen=True)
-class Decision:
+class TriggerDecision:
     """What to do with one structure.
 
     Attributes:
         atoms: those for whose sake, most important first.
-        reason: in words, with numbers.
-        severity: how far over the limit (1 = at it); below 1 where the run goes on, unless a label was withheld.
+        reason: in words, with numbers; causes: of 'force', 'local energy', 'novelty', 'guard'.
+        severity: the largest ratio to a limit; below 1 where the run goes on, unless a label was withheld.
     """
 
     action: Action
     atoms: tuple[int, ...] = ()
     reason: str = ""
     severity: float = 0.0
+    causes: tuple[str, ...] = ()
 
-    def withheld(self) -> Decision:
-        """The same where no label may be asked for: the run goes on, and how far over the limit it is remains known."""
+    def withheld(self) -> TriggerDecision:
+        """The same where no label may be asked for: the run goes on, with the severity as it is."""
         return replace(self, action="continue") if self.action == "label" else self
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Limits as numbers; None = not looked at.
+class TriggerLimits:
+    """Limits as numbers; None = there is none.
 
     Attributes:
         force: tolerated error of the force on an atom (its norm), eV/A; probability: with which it may be exceeded somewhere.
@@ -62,20 +64,20 @@ class Limits:
     halt: float
     guards: GuardsRecipe
 
-    def times(self, factor: float) -> Limits:
+    def times(self, factor: float) -> TriggerLimits:
         """Looser by a factor, as hysteresis asks for; what halts a run stays where it is."""
         force, local, novelty = (
             None if v is None else v * factor for v in (self.force, self.local_energy, self.novelty)
         )
-        return Limits(force, self.probability, local, novelty, max(1.0, self.halt / factor), self.guards)
+        return TriggerLimits(force, self.probability, local, novelty, max(1.0, self.halt / factor), self.guards)
 
 
 @dataclass(frozen=True)
-class Before:
-    """What guards compare with: the energy a step ago (eV; None = unknown), target and present kinetic temperature (K).
+class StepContext:
+    """What guards compare a prediction with: the energy a step ago (eV; None = unknown), target and present kinetic temperature (K).
 
-    freedom: number of velocity components that temperature is the mean of; None: three for each atom. pairs: of the structure, within
-    the cutoff of the model, if they are known already.
+    freedom: number of velocity components that temperature is the mean of; None: three for each atom. pairs: neighbour list of
+    the structure within the cutoff of the model, if there is one already.
     """
 
     energy: float | None
@@ -85,7 +87,7 @@ class Before:
     pairs: Neighbors | None = None
 
 
-def exceedance(forces_covariance: Tensor, tolerance: float) -> np.ndarray:
+def exceedance_probability(forces_covariance: Tensor, tolerance: float) -> np.ndarray:
     """Probability that the error of the force on each atom is longer than the tolerance (eV/A), (atoms,).
 
     For a normal error with covariance C the squared norm is nearly χ² of n = (tr C)² / tr C² degrees of freedom times tr C / n
@@ -94,12 +96,12 @@ def exceedance(forces_covariance: Tensor, tolerance: float) -> np.ndarray:
     return _exceedance(*_moments(forces_covariance), tolerance)
 
 
-def risk(forces_covariance: Tensor, tolerance: float) -> float:
+def any_exceedance(forces_covariance: Tensor, tolerance: float) -> float:
     """Probability that the force error of some atom exceeds the tolerance, were errors of atoms independent."""
-    return _any(exceedance(forces_covariance, tolerance))
+    return _any(exceedance_probability(forces_covariance, tolerance))
 
 
-def bound(forces_covariance: Tensor, probability: float) -> float:
+def force_error_bound(forces_covariance: Tensor, probability: float) -> float:
     """Tolerance (eV/A) at which `risk` is the probability: what the largest force error stays below, with that exception."""
     trace, freedom = _moments(forces_covariance)
     if not np.isfinite(trace).all():
@@ -131,95 +133,104 @@ def _any(each: np.ndarray) -> float:
     return float(-np.expm1(np.log1p(-each.clip(0, 1 - 1e-15)).sum()))
 
 
-def criteria(prediction: Prediction, structure: Structures, limits: Limits, before: Before | None = None) -> Decision:
-    """Decide about one structure from its prediction, calibrated and with as many variances as are to be judged.
+def trigger_decision(
+    prediction: Prediction, structure: Structures, limits: TriggerLimits, context: StepContext | None = None
+) -> TriggerDecision:
+    """Decide about one structure from its prediction, calibrated and with as many variances as there are limits for.
 
     What breaks a guard comes first, then what halts, then what asks, worst first.
     """
-    broken = guard(prediction, structure, limits.guards, before)
+    broken = broken_guard(prediction, structure, limits.guards, context)
     if broken is not None:
         return broken
-    found = [
-        d for d in (_forces(prediction, limits), _local(prediction, limits), _novel(prediction, structure, limits)) if d
-    ]
-    if not found:
-        return Decision("continue")
-    worst = max(found, key=lambda d: (d.action == "halt", d.action == "label", d.severity))
-    reasons = "; ".join(d.reason for d in found if d.action == worst.action)
-    return Decision(worst.action, worst.atoms, "" if worst.action == "continue" else reasons, worst.severity)
+    every = (_forces(prediction, limits), _local_energies(prediction, limits), _novelty(prediction, structure, limits))
+    decisions = [d for d in every if d]
+    if not decisions:
+        return TriggerDecision("continue")
+    worst = max(decisions, key=lambda d: (d.action == "halt", d.action == "label", d.severity))
+    if worst.action == "continue":
+        return replace(worst, reason="", causes=())
+    same = [d for d in decisions if d.action == worst.action]
+    return replace(worst, reason="; ".join(d.reason for d in same), causes=tuple(c for d in same for c in d.causes))
 
 
-def _forces(prediction: Prediction, limits: Limits) -> Decision | None:
+def _forces(prediction: Prediction, limits: TriggerLimits) -> TriggerDecision | None:
     variance = prediction.forces_covariance
     if variance is None or limits.force is None:
         return None
     total = variance.total
-    largest = bound(total, limits.probability)
+    largest = force_error_bound(total, limits.probability)
     severity = largest / limits.force
     order = total.diagonal(dim1=1, dim2=2).sum(1).argsort(descending=True)[:NAMED].tolist()
     action: Action = "continue" if severity <= 1 else "halt" if severity > limits.halt else "label"
     text = f"force error of atom {order[0]} may reach {largest:.3g} eV/A (limit {limits.force:.3g})"
-    return Decision(action, tuple(order), text, severity)
+    return TriggerDecision(action, tuple(order), text, severity, ("force",))
 
 
-def _local(prediction: Prediction, limits: Limits) -> Decision | None:
+def _local_energies(prediction: Prediction, limits: TriggerLimits) -> TriggerDecision | None:
     variance = prediction.atom_energies_variance
     if variance is None or limits.local_energy is None:
         return None
-    std = variance.total.clamp_min(0).sqrt()
-    severity, order = _severity(std, limits.local_energy)
-    text = (
-        f"local energy of atom {order[0]} is known to {float(std.max()):.3g} eV only (limit {limits.local_energy:.3g})"
-    )
-    return Decision("label" if severity > 1 else "continue", tuple(order), text, severity)
+    std, limit = variance.total.clamp_min(0).sqrt(), limits.local_energy
+    text = f"is known to {float(std.max()):.3g} eV only (limit {limit:.3g})"
+    return _by_atom(std, limit, lambda atom: f"local energy of atom {atom} {text}", "local energy")
 
 
-def _novel(prediction: Prediction, structure: Structures, limits: Limits) -> Decision | None:
-    if prediction.novelty is None or limits.novelty is None:
+def _novelty(prediction: Prediction, structure: Structures, limits: TriggerLimits) -> TriggerDecision | None:
+    novelty, limit = prediction.novelty, limits.novelty
+    if novelty is None or limit is None:
         return None
-    largest = float(prediction.novelty.max())
-    severity, order = _severity(prediction.novelty, limits.novelty)
-    what = f"{errors.chemical_symbol(int(structure.species[order[0]]))} atom {order[0]}"
-    text = f"{what} lies at {largest:.3g} times the radius of the trust region (limit {limits.novelty:.3g})"
-    return Decision("label" if severity > 1 else "continue", tuple(order), text, severity)
+    text = f"lies at {float(novelty.max()):.3g} times the radius of the trust region (limit {limit:.3g})"
+    return _by_atom(
+        novelty,
+        limit,
+        lambda atom: f"{errors.chemical_symbol(int(structure.species[atom]))} atom {atom} {text}",
+        "novelty",
+    )
 
 
-def _severity(values: Tensor, limit: float) -> tuple[float, list[int]]:
-    """The largest in units of the limit, and the atoms it is of, worst first; what is unknown counts as infinite."""
+def _by_atom(values: Tensor, limit: float, text: Callable[[int], str], cause: str) -> TriggerDecision:
+    """By the largest value over its limit; NaN counts as infinite."""
     values = values.nan_to_num(nan=float("inf"), posinf=float("inf"))
-    return float(values.max()) / limit, values.argsort(descending=True)[:NAMED].tolist()
+    severity, order = float(values.max()) / limit, values.argsort(descending=True)[:NAMED].tolist()
+    action: Action = "label" if severity > 1 else "continue"
+    return TriggerDecision(action, tuple(order), text(order[0]), severity, (cause,))
 
 
-def guard(
-    prediction: Prediction, structure: Structures, guards: GuardsRecipe, before: Before | None = None
-) -> Decision | None:
-    """A decision to halt where the structure or its prediction is no physics; None where it is."""
+def broken_guard(
+    prediction: Prediction, structure: Structures, guards: GuardsRecipe, context: StepContext | None = None
+) -> TriggerDecision | None:
+    """A decision to halt where the structure or its prediction is unphysical; None where it is not."""
     if not (prediction.energies.isfinite().all() and prediction.forces.isfinite().all()):
-        return Decision("halt", (), "the prediction is not finite", float("inf"))
-    close = too_close(structure, guards.distance, before and before.pairs)
+        return guard_decision("the prediction is not finite", float("inf"))
+    close = too_close(structure, guards.distance, context and context.pairs)
     if close is not None:
         i, j, r, least = close
         pair = (
             f"{errors.chemical_symbol(int(structure.species[i]))}-{errors.chemical_symbol(int(structure.species[j]))}"
         )
         text = f"{pair} distance {r:.2f} A of atoms {i} and {j} (guard {least:.2f})"
-        return Decision("halt", (i, j), text, least / max(r, 1e-6))
-    if before is None:
+        return guard_decision(text, least / max(r, 1e-6), (i, j))
+    if context is None:
         return None
     # a kinetic temperature scatters by sqrt(2 / freedom): six of these are allowed for
-    freedom = max(1, 3 * structure.n_atoms if before.freedom is None else before.freedom)
-    hottest = guards.temperature * (1 + 6 * (2 / freedom) ** 0.5) * max(before.target_K, 50.0)
-    if not before.temperature_K < hottest:
-        text = f"temperature {before.temperature_K:.0f} K at a target of {before.target_K:.0f} K (guard {hottest:.0f})"
-        return Decision("halt", (), text, before.temperature_K / hottest)
-    if before.energy is not None:
-        jump = abs(float(prediction.energies[0]) - before.energy) / structure.n_atoms
-        most = guards.energy_eV_per_atom + 3 * BOLTZMANN * before.target_K
+    freedom = max(1, 3 * structure.n_atoms if context.freedom is None else context.freedom)
+    kinetic, target = context.temperature_K, context.target_K
+    hottest = guards.temperature * (1 + 6 * (2 / freedom) ** 0.5) * max(target, 50.0)
+    if not kinetic < hottest:
+        text = f"temperature {kinetic:.0f} K at a target of {target:.0f} K (guard {hottest:.0f})"
+        return guard_decision(text, kinetic / hottest)
+    if context.energy is not None:
+        jump = abs(float(prediction.energies[0]) - context.energy) / structure.n_atoms
+        most = guards.energy_eV_per_atom + 3 * BOLTZMANN * target
         if not jump < most:
-            return Decision(
-                "halt", (), f"energy changed by {jump:.3g} eV/atom in a step (guard {most:.3g})", jump / most
-            )
+            return guard_decision(f"energy changed by {jump:.3g} eV/atom in a step (guard {most:.3g})", jump / most)
     return None
+
+
+def guard_decision(reason: str, severity: float, atoms: tuple[int, ...] = ()) -> TriggerDecision:
+    """To halt where the dynamics is unphysical."""
+    return TriggerDecision("halt", atoms, reason, severity, ("guard",))
 
 
 def too_close(
@@ -246,9 +257,9 @@ def too_close(
     return int(i[worst]), int(j[worst]), float(r[worst]), float(least[worst])
 
 
-def limits_of(
+def trigger_limits(
     trigger: TriggerRecipe, force_rms: float, n_atoms: int, noise: dict[str, float], calibration: Calibration
-) -> Limits:
+) -> TriggerLimits:
     """Numbers for what the recipe leaves to the data.
 
     Args:
@@ -263,5 +274,7 @@ def limits_of(
         weight = learned.scale * (learned.weights[2] if learned.weights else 1.0) ** 0.5 if learned else 1.0
         floor = noise.get("forces", 0.0) * weight
         eye = (floor**2 * torch.eye(3, dtype=torch.float64)).expand(n_atoms, 3, 3)
-        force = max(share * 3**0.5 * force_rms, trigger.noise * bound(eye, trigger.probability), 1e-4)
-    return Limits(force, trigger.probability, trigger.local_energy, trigger.novelty, trigger.halt, trigger.guards)
+        force = max(share * 3**0.5 * force_rms, trigger.noise * force_error_bound(eye, trigger.probability), 1e-4)
+    return TriggerLimits(
+        force, trigger.probability, trigger.local_energy, trigger.novelty, trigger.halt, trigger.guards
+    )

@@ -1,12 +1,13 @@
-"""A Walker is one trajectory of molecular dynamics as a value: advance it on a potential and get the next one, and what was seen."""
+"""A Walker is a trajectory of molecular dynamics as a value; advanced on a potential it gives a snapshot: prediction and decision."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,13 +31,13 @@ from gpmlp.engines.md import draw_velocities
 from gpmlp.io.ase_atoms import calculator_results, structures_from_ase
 from gpmlp.learning import exploration
 from gpmlp.learning.recipe import DynamicsRecipe
-from gpmlp.learning.triggers import Before, Decision
+from gpmlp.learning.triggers import StepContext, TriggerDecision, guard_decision
 from gpmlp.potential.potential import Potential
 
-CHEAP = "atom_energies"  # looked at every few steps
+CHEAP = "atom_energies"  # variances of every few steps
 FULL = ("atom_energies", "forces")
 PRESSURE_FACTOR = 10.0  # of the barostat's time constant to the thermostat's
-SWELLING = 2.0  # factor on the volume between two looks that no dynamics worth following brings about
+SWELLING = 2.0  # factor on the volume in one step at which the dynamics counts as lost
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +46,9 @@ class Walker:
 
     Attributes:
         atoms: with momenta; never changed in place.
-        step: number of steps made on accepted dynamics; falls when the walker is set back.
+        step: number of accepted steps; falls when the walker is set back.
         p_eps, force_eps: momentum of the cell (npt) and the force on it, as LangevinBAOAB has them; its force is of half a step
-            before the velocities, so it cannot be found again. None = find it.
+            before the velocities, so it cannot be computed again. None = compute it.
         chance: state of the random numbers of the thermostat.
         energy: potential energy at this step, eV; None = not computed yet.
     """
@@ -61,8 +62,8 @@ class Walker:
     force_eps: Any = None
 
     @staticmethod
-    def begin(number: int, atoms: Atoms, dynamics: DynamicsRecipe, seed: int) -> Walker:
-        """Take a structure and give it velocities of the first temperature, unless it has some.
+    def from_atoms(number: int, atoms: Atoms, dynamics: DynamicsRecipe, seed: int) -> Walker:
+        """A structure with velocities of the first temperature, unless it has some.
 
         Raises:
             UserError: npt of what is not periodic.
@@ -74,7 +75,7 @@ class Walker:
         generator = np.random.default_rng([seed, number])
         if not (atoms.has("momenta") and np.abs(atoms.get_momenta()).max() > 0):
             atoms = _thermal(atoms, dynamics.temperature(0), generator)
-        # only what a state keeps, so that a run that is resumed leaves the same files as one that is not
+        # only what a state holds, so that a run that is resumed leaves the same files as one that is not
         return Walker.from_state(*Walker(number, atoms, 0, 0.0, generator.bit_generator.state).state())
 
     @property
@@ -84,14 +85,14 @@ class Walker:
         generator.bit_generator.state = copy.deepcopy(self.chance)
         return generator
 
-    def rested(self, dynamics: DynamicsRecipe, salt: int) -> Walker:
-        """The same place with new velocities and random numbers: where a trajectory must not repeat itself."""
+    def with_new_velocities(self, dynamics: DynamicsRecipe, salt: int) -> Walker:
+        """The same place with new velocities and random numbers, so that a trajectory does not repeat itself."""
         generator = np.random.default_rng([salt, self.number, self.step])
         atoms = _thermal(self.atoms, dynamics.temperature(self.step), generator)
         return replace(self, atoms=atoms, p_eps=0.0, force_eps=None, chance=generator.bit_generator.state)
 
     def state(self) -> tuple[dict, dict[str, torch.Tensor]]:
-        """A JSON-able header and tensors: all that is needed to go on bit by bit."""
+        """A JSON-able header and tensors, from which it goes on bit by bit."""
         header = {
             "number": self.number,
             "step": self.step,
@@ -120,54 +121,56 @@ class Walker:
             atoms.set_masses(t["masses"])
         atoms.set_constraint(FixAtoms(t["fixed"]) if len(t["fixed"]) else None)
         atoms.set_momenta(t["momenta"])
-        about = header["number"], atoms, header["step"], _of_cell(t["p_eps"]), json.loads(header["chance"])
-        return Walker(*about, header["energy"], _of_cell(t["force_eps"]))
+        p_eps, force_eps = (_number_or_matrix(t[name]) for name in ("p_eps", "force_eps"))
+        chance = json.loads(header["chance"])
+        return Walker(header["number"], atoms, header["step"], p_eps, chance, header["energy"], force_eps)
 
 
-def _of_cell(flat: np.ndarray) -> Any:
+def _number_or_matrix(flat: np.ndarray) -> Any:
     """A number, a matrix or None, from as many numbers."""
     return None if not len(flat) else float(flat[0]) if len(flat) == 1 else flat.reshape(3, 3).copy()
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """What was seen at one step of a walker.
+class WalkerSnapshot:
+    """A walker with the prediction there.
 
     Attributes:
-        walker: there.
-        structure, prediction: of one structure; force variances are there if it was looked at fully.
+        structure, prediction: of one structure.
         decision: what follows.
     """
 
     walker: Walker
     structure: Structures
     prediction: Prediction
-    decision: Decision
+    decision: TriggerDecision
     temperature_K: float
 
     @property
     def full(self) -> bool:
+        """Whether it holds force variances."""
         return self.prediction.forces_covariance is not None
 
 
-Judge = Callable[[Structures, Prediction, Before], Decision]
-Ask = Callable[[Structures, str | tuple[str, ...] | None, Neighbors], Prediction]
+Variances = str | tuple[str, ...] | None
+DecideFunction = Callable[[Structures, Prediction, StepContext], TriggerDecision]
+PredictFunction = Callable[[Structures, Variances, Neighbors], Prediction]
 
 
 class _LostError(Exception):
     """Dynamics has left what can be predicted at all."""
 
 
-class Watched(Calculator):
-    """ASE calculator that keeps the whole prediction, and asks for as many variances as it is told to."""
+class RecordingCalculator(Calculator):
+    """ASE calculator that keeps the whole prediction, with the variances that `variance` asks for."""
 
     implemented_properties = ("energy", "free_energy", "forces", "stress")
 
-    def __init__(self, potential: Potential, name: str, bias: float, ask: Ask) -> None:
+    def __init__(self, potential: Potential, name: str, bias: float, predict: PredictFunction) -> None:
         super().__init__()
-        self.potential, self.label_in_errors, self.bias = potential, name, exploration.Bias(bias) if bias else None
-        self.ask = ask
-        self.variance: str | tuple[str, ...] | None = None
+        self.potential, self.predict, self.label_in_errors = potential, predict, name
+        self.bias = exploration.UncertaintyBias(bias) if bias else None
+        self.variance: Variances = None
         self.structure: Structures | None = None
         self.prediction: Prediction | None = None
         self.volume = 0.0
@@ -175,19 +178,19 @@ class Watched(Calculator):
 
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
         """What has changed: of the atoms of one walker only places and cell do. ASE's own comparison takes as long as a neighbour list."""
-        known = self.atoms
-        if known is None:
+        last = self.atoms
+        if last is None:
             return list(all_changes)
-        there = {"positions": (known.positions, atoms.positions), "cell": (known.cell.array, atoms.cell.array)}
-        return [name for name, (old, new) in there.items() if not np.array_equal(old, new)]
+        pairs = {"positions": (last.positions, atoms.positions), "cell": (last.cell.array, atoms.cell.array)}
+        return [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
 
-    def remember(self, atoms: Atoms, seen: Look) -> None:
-        """Take over what was predicted of these atoms already."""
-        self.atoms, self.structure, self.prediction = atoms.copy(), seen.structure, seen.prediction
+    def take_over(self, atoms: Atoms, snapshot: WalkerSnapshot) -> None:
+        """Use the prediction of a snapshot for its atoms."""
+        self.atoms, self.structure, self.prediction = atoms.copy(), snapshot.structure, snapshot.prediction
         self.volume = abs(atoms.cell.volume)
-        self._take()
+        self._set_results()
 
-    def _take(self) -> None:
+    def _set_results(self) -> None:
         """Results that drive the dynamics: those of the potential, and the bias."""
         self.results = calculator_results(self.prediction, 0, slice(0, len(self.atoms)))
         if self.bias is not None:
@@ -207,117 +210,114 @@ class Watched(Calculator):
         try:
             self.structure = structures_from_ase([self.atoms], [self.label_in_errors])
             self.pairs = self.skin(self.structure)
-            self.prediction = self.ask(self.structure, self.variance, self.pairs)
+            self.prediction = self.predict(self.structure, self.variance, self.pairs)
         except UserError as error:  # atoms on top of one another, numbers that are none
             raise _LostError(str(error)) from error
-        self._take()
+        self._set_results()
 
 
-def alone(potential: Potential) -> Ask:
-    """How a walker that goes alone asks: to the last bit the same wherever it is asked from, but for the variances."""
+def predict_alone(potential: Potential) -> PredictFunction:
+    """Predictions of one structure at a time: to the last bit the same whoever asks, but for the variances."""
     return lambda structure, variance, pairs: potential(structure, variance, novelty=True, pairs=pairs)
 
 
-def look(walker: Walker, potential: Potential, judge: Judge, dynamics: DynamicsRecipe) -> Look:
-    """Look fully at where a walker is."""
+def take_snapshot(
+    walker: Walker, potential: Potential, decide: DecideFunction, dynamics: DynamicsRecipe
+) -> WalkerSnapshot:
+    """Predict with force variances where a walker is, and decide."""
     structure = structures_from_ase([walker.atoms], [f"walker {walker.number}, step {walker.step}"])
-    prediction = alone(potential)(structure, FULL, VerletList(potential.reach)(structure))
+    prediction = predict_alone(potential)(structure, FULL, VerletList(potential.reach)(structure))
     temperature = walker.atoms.get_temperature()
     freedom = walker.atoms.get_number_of_degrees_of_freedom()
-    before = Before(None, dynamics.temperature(walker.step), temperature, freedom)
-    return Look(walker, structure, prediction, judge(structure, prediction, before), temperature)
+    context = StepContext(None, dynamics.temperature(walker.step), temperature, freedom)
+    return WalkerSnapshot(walker, structure, prediction, decide(structure, prediction, context), temperature)
 
 
-def frame(now: Look) -> Atoms:
-    """The atoms of a look with what was predicted of them."""
-    atoms = now.walker.atoms.copy()
-    atoms.calc = SinglePointCalculator(atoms, **calculator_results(now.prediction, 0, slice(0, len(atoms))))
+def atoms_with_results(snapshot: WalkerSnapshot) -> Atoms:
+    """The atoms of a snapshot with the prediction as results of their calculator."""
+    atoms = snapshot.walker.atoms.copy()
+    atoms.calc = SinglePointCalculator(atoms, **calculator_results(snapshot.prediction, 0, slice(0, len(atoms))))
     return atoms
 
 
-def advance(
-    seen: Look,
+def advance_walker(
+    snapshot: WalkerSnapshot,
     potential: Potential,
-    judge: Judge,
+    decide: DecideFunction,
     dynamics: DynamicsRecipe,
     timestep_fs: float,
     steps: int,
     watch: int = 1,
     bias: float = 0.0,
-    ask: Ask | None = None,
-) -> Look:
-    """Make steps from where a walker was last looked at until the decision is not to go on, and look fully at the last one.
+    predict: PredictFunction | None = None,
+) -> WalkerSnapshot:
+    """Make steps until the decision is not to go on, with force variances at the last one.
 
-    In between, forces' variances are looked at only where the cheap look (local energies, novelty) gives reason: where the
-    standard deviation of a local energy has grown beyond what the last full look found harmless.
+    In between, variances of local energies are computed every few steps, and those of forces only where a local energy's standard
+    deviation has grown beyond what the last force variances showed to be harmless.
 
     Args:
-        seen: a full look, by the same potential.
-        watch: steps from one cheap look to the next; guards and novelty are looked at in every step.
+        snapshot: with force variances, by the same potential.
+        watch: steps from one variance of local energies to the next; guards and novelty hold in every step.
         bias: share of the rms forces that pushes towards uncertainty.
-        ask: who predicts; None: the potential, and forces of the first step are those of `seen`. Others, whose last digits need not
-            be those of the potential alone, are asked for these too, so that nothing depends on who looked last.
+        predict: who predicts; None: the potential, and forces of the first step are those of the snapshot. Others, whose last digits
+            need not be those of the potential alone, are asked for these too, so that results do not depend on who predicted last.
     """
-    walker = seen.walker
+    walker = snapshot.walker
     atoms = walker.atoms.copy()
     name = f"walker {walker.number}, step {walker.step} to {walker.step + steps}"
-    atoms.calc = watched = Watched(potential, name, bias, ask or alone(potential))
+    atoms.calc = calculator = RecordingCalculator(potential, name, bias, predict or predict_alone(potential))
     generator = walker.generator
-    if ask is None:
-        watched.remember(atoms, seen)
+    if predict is None:
+        calculator.take_over(atoms, snapshot)
     else:
-        watched.volume = abs(atoms.cell.volume)
+        calculator.volume = abs(atoms.cell.volume)
         atoms.get_potential_energy()
     integrator = _integrator(atoms, walker, dynamics, timestep_fs, generator)
-    harmless = _per_atom_ratio(seen.prediction)
-    energy, freedom = float(seen.prediction.energies[0]), atoms.get_number_of_degrees_of_freedom()
-    for made in range(1, steps + 1):
-        step = walker.step + made
+    ratio = _force_to_energy_variance(snapshot.prediction)
+    energy, freedom = float(snapshot.prediction.energies[0]), atoms.get_number_of_degrees_of_freedom()
+    for k in range(1, steps + 1):
+        step = walker.step + k
         _set_targets(integrator, dynamics, step)
-        watched.variance = FULL if made == steps else CHEAP if made % watch == 0 else None
+        calculator.variance = FULL if k == steps else CHEAP if k % watch == 0 else None
         try:
             integrator.step()
         except _LostError as lost:
-            return _lost(seen, f"after step {step - 1}: {lost}")
+            return _lost(snapshot, f"after step {step - 1}: {lost}")
         temperature = atoms.get_temperature()
-        prediction = watched.prediction
+        prediction = calculator.prediction
         if not math.isfinite(temperature):
             temperature = math.inf
-        before = Before(energy, dynamics.temperature(step), temperature, freedom, watched.pairs)
-        if made < steps:
-            decision = judge(watched.structure, _with_guess(prediction, harmless), before)
-            if decision.action != "continue" and _cheap_is_fine(decision):
-                prediction = watched.ask(watched.structure, FULL, watched.pairs)
-                decision = judge(watched.structure, prediction, before)
-                harmless = _per_atom_ratio(prediction)
+        context = StepContext(energy, dynamics.temperature(step), temperature, freedom, calculator.pairs)
+        if k < steps:
+            decision = decide(calculator.structure, _with_estimated_forces(prediction, ratio), context)
+            if decision.action != "continue" and math.isfinite(decision.severity):  # not where physics is broken
+                prediction = calculator.predict(calculator.structure, FULL, calculator.pairs)
+                decision = decide(calculator.structure, prediction, context)
+                ratio = _force_to_energy_variance(prediction)
         else:
-            decision = judge(watched.structure, prediction, before)
+            decision = decide(calculator.structure, prediction, context)
         energy = float(prediction.energies[0])
         if decision.action != "continue":
             break
-    now = _caught(walker, atoms, step, integrator, generator, energy)
-    return Look(now, watched.structure, prediction, decision, temperature)
+    now = _walker_after(walker, atoms, step, integrator, generator, energy)
+    return WalkerSnapshot(now, calculator.structure, prediction, decision, temperature)
 
 
-def _lost(seen: Look, why: str) -> Look:
-    """A decision to halt after what cannot even be looked at; all else is as it was seen last, and no full look."""
-    decision = Decision("halt", (), why, math.inf)
-    return replace(seen, prediction=replace(seen.prediction, forces_covariance=None), decision=decision)
+def _lost(snapshot: WalkerSnapshot, why: str) -> WalkerSnapshot:
+    """A decision to halt after what cannot be predicted; all else is of the last snapshot, without force variances."""
+    prediction = replace(snapshot.prediction, forces_covariance=None)
+    return replace(snapshot, prediction=prediction, decision=guard_decision(why, math.inf))
 
 
-def _cheap_is_fine(decision: Decision) -> bool:
-    """Whether looking more closely makes sense: not where physics is broken."""
-    return math.isfinite(decision.severity)
-
-
-def _per_atom_ratio(prediction: Prediction) -> torch.Tensor:
+def _force_to_energy_variance(prediction: Prediction) -> torch.Tensor:
     """Force covariance of each atom per variance of its local energy, (atoms, 3, 3) 1/A^2."""
     local = prediction.atom_energies_variance.total.clamp_min(1e-12)
     return prediction.forces_covariance.total / local[:, None, None]
 
 
-def _with_guess(prediction: Prediction, ratio: torch.Tensor) -> Prediction:
-    """With force covariances guessed from the variances of local energies, if these are there, by the ratios of the last full look."""
+def _with_estimated_forces(prediction: Prediction, ratio: torch.Tensor) -> Prediction:
+    """With force covariances estimated from the variances of local energies, if these are there."""
     if prediction.atom_energies_variance is None:
         return prediction
     local = prediction.atom_energies_variance.total[:, None, None]
@@ -336,7 +336,7 @@ def _integrator(
         stress = -dynamics.pressure(walker.step) * units.GPA
         options |= {"externalstress": stress, "P_tau": PRESSURE_FACTOR * relaxation}
         options |= {"hydrostatic": dynamics.cell == "isotropic"}
-    with warnings.catch_warnings():  # it tells of its mass of the cell, and of fixed atoms
+    with warnings.catch_warnings():  # about its mass of the cell, and fixed atoms
         warnings.simplefilter("ignore", UserWarning)
         integrator = LangevinBAOAB(atoms, timestep_fs * ase_units.fs, **options)
     if dynamics.ensemble == "npt":
@@ -354,14 +354,12 @@ def _set_targets(integrator: LangevinBAOAB, dynamics: DynamicsRecipe, step: int)
         integrator.externalstress = stress if dynamics.cell == "isotropic" else stress * np.identity(3)
 
 
-def _caught(
+def _walker_after(
     walker: Walker, atoms: Atoms, step: int, integrator: LangevinBAOAB, generator: np.random.Generator, energy: float
 ) -> Walker:
     still = atoms.copy()
     still.calc = None
-    p_eps, force_eps = (
-        copy.deepcopy(getattr(integrator, n, none)) for n, none in (("p_eps", 0.0), ("force_eps", None))
-    )
+    p_eps, force_eps = copy.deepcopy((getattr(integrator, "p_eps", 0.0), getattr(integrator, "force_eps", None)))
     return Walker(walker.number, still, step, p_eps, generator.bit_generator.state, energy, force_eps)
 
 
@@ -392,3 +390,110 @@ def default_timestep_fs(numbers: np.ndarray) -> float:
         raise UserError("The start structure has no atoms.")
     lightest = int(numbers.min())
     return 0.5 if lightest == 1 else 1.0 if lightest <= 10 else 2.0
+
+
+# ------------------------------------------------------------ several walkers, whose predictions are batched
+
+
+def advance_together(
+    potential: Potential, tasks: Sequence[Callable[[PredictFunction], WalkerSnapshot]]
+) -> list[WalkerSnapshot]:
+    """What the tasks return, each of which makes as many predictions as it likes by the function that it gets.
+
+    Tasks take turns: all of them go on, one after another, until each waits for a prediction or has ended; then all predictions are
+    made in one batch. What is in one batch, and so the last digits of predictions, follows from the tasks alone.
+
+    Raises:
+        Exception: that of the first task that raised one.
+    """
+    running = [_Task(task) for task in tasks]
+    try:
+        waiting = running
+        while waiting:
+            for task in waiting:
+                task.resume()
+            waiting = [task for task in waiting if not task.ended]
+            _reply(potential, waiting)
+        return [task.result() for task in running]
+    finally:
+        for task in running:
+            task.close()
+
+
+class _ClosedError(BaseException):
+    """Nobody waits for a task any more."""
+
+
+class _Task:
+    """A task that stops wherever it predicts, in a thread of its own; never more than one of them runs."""
+
+    def __init__(self, function: Callable[[PredictFunction], WalkerSnapshot]) -> None:
+        self.function, self.ended = function, False
+        self.request: tuple[Structures, Variances, Neighbors] | None = None
+        self.reply: Prediction | BaseException | None = None
+        self._outcome: Any = None
+        self._error: BaseException | None = None
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def resume(self) -> None:
+        """Let it run until it predicts or ends."""
+        self._go.release()
+        self._stopped.acquire()
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._outcome
+
+    def close(self) -> None:
+        """End it where it is."""
+        while not self.ended:
+            self.reply = _ClosedError()
+            self.resume()
+        self._thread.join()
+
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            if not isinstance(self.reply, _ClosedError):
+                self._outcome = self.function(self._predict)
+        except BaseException as error:
+            self._error = error
+        self.ended = True
+        self._stopped.release()
+
+    def _predict(self, structure: Structures, variance: Variances, pairs: Neighbors) -> Prediction:
+        self.request = structure, variance, pairs
+        self._stopped.release()
+        self._go.acquire()
+        if isinstance(self.reply, BaseException):
+            raise self.reply
+        return self.reply
+
+
+def _reply(potential: Potential, tasks: Sequence[_Task]) -> None:
+    """One prediction for all tasks that want the same variances."""
+    for variance in dict.fromkeys(task.request[1] for task in tasks):
+        same = [task for task in tasks if task.request[1] == variance]
+        try:
+            replies = _predict_batch(potential, same, variance)
+        except UserError:  # of one of them: which one it is shows when they are alone
+            replies = [_prediction_or_error(potential, task, variance) for task in same]
+        for task, reply in zip(same, replies, strict=True):
+            task.reply = reply
+
+
+def _predict_batch(potential: Potential, tasks: Sequence[_Task], variance: Variances) -> list[Prediction]:
+    structures = Structures.concatenate([task.request[0] for task in tasks])
+    pairs = Neighbors.batch([task.request[2] for task in tasks], structures.counts.tolist())
+    prediction = potential(structures, variance, novelty=True, pairs=pairs)
+    return [prediction.select(structures, [k]) for k in range(len(tasks))]
+
+
+def _prediction_or_error(potential: Potential, task: _Task, variance: Variances) -> Prediction | UserError:
+    try:
+        return _predict_batch(potential, [task], variance)[0]
+    except UserError as error:
+        return error

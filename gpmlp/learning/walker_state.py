@@ -1,147 +1,203 @@
-"""A Mind is a walker with what the loop remembers of it: how it follows what was seen, is set back, and waits for its label."""
+"""WalkerState is the state of a walker in the learning loop: its trusted frame, the label that it waits for, its set-backs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from ase import Atoms
+from torch import Tensor
 
 from gpmlp.core.quantities import Targets
 from gpmlp.learning import walker
 from gpmlp.learning.recipe import DynamicsRecipe, LearnRecipe, TriggerRecipe
 from gpmlp.learning.stopping import observables
 from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.triggers import guard
-from gpmlp.learning.walker import Look, Walker
+from gpmlp.learning.triggers import broken_guard
+from gpmlp.learning.walker import Walker, WalkerSnapshot
 
 NAN = math.nan
-# frames that say what forces are typical: the latest half, RECENT at least; labels until there are FEWEST
+# the typical force is that of the latest half of the frames, RECENT at least; of the labels until there are FEWEST frames
 RECENT, FEWEST = 50, 5
 
 NEVER = -(10**9)  # a step long ago
-MOST_SETBACKS = 8  # of a walker that gets nowhere, before it starts again from the beginning
+MOST_SETBACKS = 8  # in a row, before a walker starts again from the beginning
 HALTED = "halted"
-SOONEST = 2  # cheap looks before the first full one after a label
-PER = 1000  # steps, of trigger.most_per_1000_steps
+SOONEST = 2  # evaluations of local energies between a label and the first full one
+RATE_STEPS = 1000  # of trigger.most_per_1000_steps
+WALKERS = ("walker", "trusted", "pending")
+ON_DISK = {  # keys of a checkpoint that differ from the fields
+    "pending": "asked",
+    "reason": "why",
+    "pending_round": "since",
+    "central_atom": "around",
+    "label_step": "labelled_at",
+    "request_steps": "asked_at",
+    "label_severity": "left",
+    "farthest_step": "farthest",
+}
 
 
 @dataclass(frozen=True, eq=False)
-class Mind:
-    """A walker with what the loop remembers of it.
+class WalkerState:
+    """A walker and what the loop remembers of it.
 
     Attributes:
-        walker: where it is; trusted: the last place where all was well.
-        asked: the place whose label it waits for; why: the reason; since: the round when it asked; sent: whether the oracle knows.
-        around: the atom of that place around which a surrogate is carved; -1: none is, all of it is labelled.
-        labelled_at: step of its last label; asked_at: steps of those of the last thousand steps; left: severity right after the last.
-        setbacks: since it last got farther than ever; farthest: step it ever got to; restarts: from its start structure.
+        walker: where it is; trusted: the last place where all limits were kept.
+        pending: the place whose label it waits for; reason, cause: of the request, in words and in a word; pending_round: when it was
+            made; sent: whether the oracle has it.
+        central_atom: of the pending frame, around which a surrogate is cut; -1: the whole frame is labelled.
+        label_step: step of the last label; request_steps: steps of the requests of the last 1000 steps; label_severity: severity right
+            after the last label.
+        setbacks: since it last got farther than ever; farthest_step: that it ever got to; restarts: from its start structure.
     """
 
     walker: Walker
     trusted: Walker
-    asked: Walker | None = None
-    why: str = ""
-    since: int = 0
+    pending: Walker | None = None
+    reason: str = ""
+    cause: str = ""
+    pending_round: int = 0
     sent: bool = False
-    around: int = -1
-    labelled_at: int = NEVER
-    asked_at: tuple[int, ...] = ()
-    left: float = 0.0
+    central_atom: int = -1
+    label_step: int = NEVER
+    request_steps: tuple[int, ...] = ()
+    label_severity: float = 0.0
     setbacks: int = 0
-    farthest: int = 0
+    farthest_step: int = 0
     restarts: int = 0
 
-    def looseness(self, trigger: TriggerRecipe) -> float:
+    def limit_factor(self, trigger: TriggerRecipe) -> float:
         """Factor on the limits: more than 1 shortly after a label."""
-        young = self.walker.step - self.labelled_at < trigger.cooldown
-        return max(1.0, trigger.hysteresis * self.left) if young else 1.0
+        young = self.walker.step - self.label_step < trigger.cooldown
+        return max(1.0, trigger.hysteresis * self.label_severity) if young else 1.0
 
-    def stride(self, trigger: TriggerRecipe) -> int:
-        """Steps to the next full look: no more than there are since its last label, which tells more of forces than of local energies:
-        right after it what these say of forces is too little."""
-        return min(trigger.every, max(SOONEST * trigger.watch, self.walker.step - max(self.labelled_at, 0)))
+    def steps_to_full_variance(self, trigger: TriggerRecipe) -> int:
+        """Steps to the next force variances: no more than were made since the last label, which lowers those of local energies less."""
+        return min(trigger.every, max(SOONEST * trigger.watch, self.walker.step - max(self.label_step, 0)))
 
-    def rationed(self, trigger: TriggerRecipe) -> bool:
-        """Whether labels came so often that this walker may not ask for another one now."""
-        return sum(step > self.walker.step - PER for step in self.asked_at) >= trigger.most_per_1000_steps
+    def at_label_rate(self, trigger: TriggerRecipe) -> bool:
+        """Whether this walker has asked so often that it may not ask for another label now."""
+        return sum(step > self.walker.step - RATE_STEPS for step in self.request_steps) >= trigger.most_per_1000_steps
 
-    def following(self, now: Look, recipe: LearnRecipe, starts: Sequence[Atoms], round_: int) -> Mind:
-        """Where the decision of a look leads: on, to a question, or back and, unless it may not ask now, to a question."""
-        decision = now.decision
+    def after_decision(
+        self, snapshot: WalkerSnapshot, recipe: LearnRecipe, starts: Sequence[Atoms], round_: int
+    ) -> WalkerState:
+        """Go on, wait for a label, or go back and, unless the label rate forbids it, wait for a label."""
+        decision = snapshot.decision
         if decision.action == "continue":
-            setbacks = self.setbacks if now.walker.step <= self.farthest else 0
-            farthest = max(self.farthest, now.walker.step)
-            trusted = now.walker if decision.severity * self.looseness(recipe.trigger) <= 1 else self.trusted
-            return replace(self, walker=now.walker, trusted=trusted, setbacks=setbacks, farthest=farthest)
-        physical = guard(now.prediction, now.structure, recipe.trigger.guards) is None
+            setbacks = self.setbacks if snapshot.walker.step <= self.farthest_step else 0
+            farthest = max(self.farthest_step, snapshot.walker.step)
+            trusted = snapshot.walker if decision.severity * self.limit_factor(recipe.trigger) <= 1 else self.trusted
+            return replace(self, walker=snapshot.walker, trusted=trusted, setbacks=setbacks, farthest_step=farthest)
+        physical = broken_guard(snapshot.prediction, snapshot.structure, recipe.trigger.guards) is None
+        cause = " and ".join(decision.causes)
         if decision.action == "label":
-            mind, why = replace(self, walker=now.walker), decision.reason
+            state, reason = replace(self, walker=snapshot.walker), decision.reason
         else:
-            if self.rationed(recipe.trigger):
-                return self._set_back(recipe, starts, fresh=True)
-            mind, why = self._set_back(recipe, starts, fresh=not physical), f"{HALTED}: {decision.reason}"
-        asked = now.walker if decision.action == "label" or physical else mind.trusted
-        return replace(mind, asked=asked, why=why, since=round_, sent=False, around=-1)
+            if self.at_label_rate(recipe.trigger):
+                return self._set_back(recipe, starts, new_velocities=True)
+            state = self._set_back(recipe, starts, new_velocities=not physical)
+            reason = f"{HALTED}: {decision.reason}"
+            cause += "" if decision.causes == ("guard",) else f", {HALTED}"
+        pending = snapshot.walker if decision.action == "label" or physical else state.trusted
+        request = {"pending": pending, "reason": reason, "cause": cause, "pending_round": round_}
+        return replace(state, **request, sent=False, central_atom=-1)
 
-    def _set_back(self, recipe: LearnRecipe, starts: Sequence[Atoms], fresh: bool) -> Mind:
+    def _set_back(self, recipe: LearnRecipe, starts: Sequence[Atoms], new_velocities: bool) -> WalkerState:
         """At the last trusted place; at its start if that has led nowhere time and again.
 
         Args:
-            fresh: whether velocities have to be drawn again; they are in any case where that place did not help before.
+            new_velocities: whether velocities have to be drawn again; they are in any case where that place did not help before.
         """
         setbacks, restarts, back = self.setbacks + 1, self.restarts, self.trusted
-        if fresh or setbacks > 1:
-            back = back.rested(recipe.dynamics, recipe.seed + 7919 * setbacks)
+        if new_velocities or setbacks > 1:
+            back = back.with_new_velocities(recipe.dynamics, recipe.seed + 7919 * setbacks)
         if setbacks > MOST_SETBACKS:
             setbacks, restarts = 0, restarts + 1
             start = starts[self.walker.number % len(starts)]
-            begun = Walker.begin(self.walker.number, start, recipe.dynamics, recipe.seed + 104729 * restarts)
-            back = replace(begun, step=self.trusted.step)
-        since = min(self.labelled_at, back.step)  # what is walked again is after the label
-        return replace(self, walker=back, trusted=back, setbacks=setbacks, restarts=restarts, labelled_at=since)
+            again = Walker.from_atoms(self.walker.number, start, recipe.dynamics, recipe.seed + 104729 * restarts)
+            back = replace(again, step=self.trusted.step)
+        label_step = min(self.label_step, back.step)  # what is walked again is after the label
+        return replace(self, walker=back, trusted=back, setbacks=setbacks, restarts=restarts, label_step=label_step)
 
-    def answered(self) -> Mind:
-        """Without its question."""
-        step = self.asked.step
-        recent = (*(s for s in self.asked_at if s > step - PER), step)
-        mind = replace(self, asked=None, why="", sent=False, around=-1)
-        return replace(mind, labelled_at=self.walker.step, asked_at=recent)
+    def with_request_settled(self) -> WalkerState:
+        """Without its request, which counts from now on."""
+        step = self.pending.step
+        recent = (*(s for s in self.request_steps if s > step - RATE_STEPS), step)
+        return replace(self.without_request(), label_step=self.walker.step, request_steps=recent)
 
-    def rested(self, recipe: LearnRecipe, round_: int) -> Mind:
-        """At the last trusted place with new velocities, where the same place must not ask for the same thing again."""
-        back = self.trusted.rested(recipe.dynamics, recipe.seed + 31 * (1 + round_))
+    def without_request(self) -> WalkerState:
+        return replace(self, pending=None, reason="", cause="", sent=False, central_atom=-1)
+
+    def with_new_velocities(self, recipe: LearnRecipe, round_: int) -> WalkerState:
+        """At the last trusted place with new velocities, so that it does not come to the same place again."""
+        back = self.trusted.with_new_velocities(recipe.dynamics, recipe.seed + 31 * (1 + round_))
         return replace(self, walker=back, trusted=back)
 
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A JSON-able header and tensors for a checkpoint."""
+        header: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for field in fields(self):
+            name, value = ON_DISK.get(field.name, field.name), getattr(self, field.name)
+            if field.name not in WALKERS:
+                header[name] = list(value) if isinstance(value, tuple) else value
+            elif value is not None:
+                header[name], more = value.state()
+                tensors |= {f"{name}.{k}": v for k, v in more.items()}
+        return header, tensors
 
-def record_of(
-    now: Look, dynamics: DynamicsRecipe, timestep_fs: float, threshold: float | None, observer: observables.Observer
+    @staticmethod
+    def from_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> WalkerState:
+        """What `state` gave; checkpoints before version 0.2 hold no cause."""
+        values: dict[str, Any] = {}
+        for field in fields(WalkerState):
+            name = ON_DISK.get(field.name, field.name)
+            if name not in header:
+                continue
+            value = header[name]
+            if field.name in WALKERS:
+                prefix = f"{name}."
+                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                value = Walker.from_state(value, own)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        return WalkerState(**values)
+
+
+def record_from_snapshot(
+    snapshot: WalkerSnapshot,
+    dynamics: DynamicsRecipe,
+    timestep_fs: float,
+    threshold: float | None,
+    observer: observables.Observer,
 ) -> Record:
-    """The record of a full look.
+    """The record of a snapshot with force variances.
 
     Args:
         threshold: tolerated force error, eV/A; None where there is none.
     """
-    place, time_fs = now.walker, now.walker.step * timestep_fs
-    frame = walker.frame(now)
-    sigma = now.prediction.forces_covariance.total.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).sqrt()
+    place, time_fs = snapshot.walker, snapshot.walker.step * timestep_fs
+    frame, prediction = walker.atoms_with_results(snapshot), snapshot.prediction
+    sigma = prediction.forces_covariance.total.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).sqrt()
     has_stress = "stress" in frame.calc.results
-    return Record.of(
+    return Record.from_arrays(
         place.number,
         place.step,
         time_fs,
-        now.structure.species.numpy(),
+        snapshot.structure.species.numpy(),
         sigma.numpy(),
-        now.prediction.novelty.numpy(),
-        temperature_K=now.temperature_K,
+        prediction.novelty.numpy(),
+        temperature_K=snapshot.temperature_K,
         target_temperature_K=NAN if dynamics.ensemble == "nve" else dynamics.temperature(place.step),
-        pressure_GPa=observables.pressure(frame) if has_stress else NAN,
+        pressure_GPa=observables.instantaneous_pressure(frame) if has_stress else NAN,
         target_pressure_GPa=dynamics.pressure(place.step) if dynamics.ensemble == "npt" else NAN,
-        asked=now.decision.severity > 1,
+        asked=snapshot.decision.severity > 1,
         ramp_finished=place.step >= dynamics.ramp,
-        force_rms=float(now.prediction.forces.square().mean().sqrt()),
+        force_rms=float(prediction.forces.square().mean().sqrt()),
         threshold=threshold or NAN,
         observables=observer(frame, place.number, time_fs),
     )
@@ -154,11 +210,11 @@ def typical_force(history: History, dynamics: DynamicsRecipe, labels: Targets) -
     made by random displacements have forces two to three times as large.
     """
     if len(history) < FEWEST:
-        known = labels.forces[labels.forces.isfinite()]
-        return float(known.square().mean().sqrt())
+        forces = labels.forces[labels.forces.isfinite()]
+        return float(forces.square().mean().sqrt())
     latest = slice(-max(RECENT, len(history) // 2), None)
     squares = history.column("force_rms")[latest].astype(float) ** 2
     target = history.column("target_temperature_K")[latest].astype(float)
-    known = np.isfinite(target) & (target > 0)
-    squares[known] *= dynamics.highest_K / target[known]
+    heated = np.isfinite(target) & (target > 0)
+    squares[heated] *= dynamics.highest_K / target[heated]
     return float(np.sqrt(squares.mean()))

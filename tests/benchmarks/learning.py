@@ -102,9 +102,9 @@ def oracle_run(case: Case, recipe: LearnRecipe, seed: int, frames: int, path: Pa
         return path
     atoms, dynamics = case.start.copy(), recipe.dynamics
     timestep = dynamics.timestep_fs or walker.default_timestep_fs(atoms.numbers)
-    one = walker.Walker.begin(0, atoms, dynamics, seed)
+    one = walker.Walker.from_atoms(0, atoms, dynamics, seed)
     atoms = one.atoms.copy()
-    atoms.calc = codes.build(case.oracle["calculator"], case.oracle.get("kwargs", {}), path.parent)
+    atoms.calc = codes.build_calculator(case.oracle["calculator"], case.oracle.get("kwargs", {}), path.parent)
     run = LangevinBAOAB(
         atoms, timestep * units.fs, temperature_K=dynamics.temperature(0),
         T_tau=dynamics.relaxation_fs * units.fs, rng=one.generator,
@@ -156,9 +156,9 @@ class Step:
 @contextmanager
 def sampled(share: float, seed: int) -> Iterator[list[Step]]:
     """Keep that share of all steps that walkers make meanwhile, drawn at random."""
-    rng, kept, calculate = np.random.default_rng(seed), [], walker.Watched.calculate
+    rng, kept, calculate = np.random.default_rng(seed), [], walker.RecordingCalculator.calculate
 
-    def keeping(self: walker.Watched, atoms: Atoms | None = None, *others: object) -> None:
+    def keeping(self: walker.RecordingCalculator, atoms: Atoms | None = None, *others: object) -> None:
         calculate(self, atoms, *others)
         self.made = getattr(self, "made", 0) + 1
         if rng.random() < share:
@@ -166,11 +166,11 @@ def sampled(share: float, seed: int) -> Iterator[list[Step]]:
             about = self.atoms.positions.copy(), self.atoms.cell.array.copy(), self.results["forces"].copy()
             kept.append(Step(number, first + self.made, *about))
 
-    walker.Watched.calculate = keeping
+    walker.RecordingCalculator.calculate = keeping
     try:
         yield kept
     finally:
-        walker.Watched.calculate = calculate
+        walker.RecordingCalculator.calculate = calculate
 
 
 def missed(folder: Path, case: Case, steps: Sequence[Step]) -> dict[str, float]:
@@ -185,7 +185,7 @@ def missed(folder: Path, case: Case, steps: Sequence[Step]) -> dict[str, float]:
             asked.add((event["walker"], event["step"]))
         if event["event"] == "learned" and (event.get("foreseen") or {}).get("largest_error") is not None:
             needed.append(event["foreseen"]["largest_error"] > limits[event["walker"]][-1][1])
-    calculator = codes.build(case.oracle["calculator"], case.oracle.get("kwargs", {}), folder)
+    calculator = codes.build_calculator(case.oracle["calculator"], case.oracle.get("kwargs", {}), folder)
     atoms, over = case.start.copy(), []
     atoms.set_constraint()
     atoms.calc = calculator
@@ -218,9 +218,9 @@ def run(name: str, seed: int, work: Path, options: argparse.Namespace) -> dict:
         last = deque(loop.learn(recipe, folder, resume=(folder / f"run{seed}").exists()), maxlen=1)[0]
     wall = time.perf_counter() - start
     result = {
-        "labels": last.labels, "stopped": last.stopped, "steps": sum(m.walker.step for m in last.progress.minds),
-        "wall_s": wall, "columns": last.student.online.factor.columns, "limit": last.limits.force,
-        "restarts": sum(m.restarts for m in last.progress.minds),
+        "labels": last.labels, "stopped": last.stopped, "steps": sum(m.walker.step for m in last.progress.walkers),
+        "wall_s": wall, "columns": last.model.online.factor.columns, "limit": last.limits.force,
+        "restarts": sum(m.restarts for m in last.progress.walkers),
     }  # fmt: skip
     result |= missed(folder / f"run{seed}", case, steps)
     if case.frames and options.rivals:

@@ -25,8 +25,8 @@ import gpmlp
 from gpmlp.core.verlet_list import VerletList
 from gpmlp.learning import initial_structures, walker
 from gpmlp.learning.recipe import LearnRecipe
-from gpmlp.learning.triggers import criteria, limits_of
-from gpmlp.learning.walker import Look, Walker
+from gpmlp.learning.triggers import trigger_decision, trigger_limits
+from gpmlp.learning.walker import Walker, WalkerSnapshot
 
 TURNS = 7
 SETTLING = 4  # strides before the first turn
@@ -43,25 +43,25 @@ def measured(run: Path) -> dict[str, float]:
     """Times of a step and of a force call, ms, and what looks add, in force calls."""
     recipe = LearnRecipe.model_validate(json.loads((run / "recipe.json").read_text()))
     potential, trigger, dynamics = gpmlp.load(run / "model.gpmlp"), recipe.trigger, recipe.dynamics
-    start = initial_structures.starts(run.parent / recipe.start)[0]
+    start = initial_structures.read_starts(run.parent / recipe.start)[0]
     timestep = dynamics.timestep_fs or walker.default_timestep_fs(start.numbers)
     # limits that nothing exceeds: every step is made, as in a run that has learned enough
-    limits = limits_of(trigger, 1e3, len(start), {}, potential.calibration).times(1e3)
+    limits = trigger_limits(trigger, 1e3, len(start), {}, potential.calibration).times(1e3)
 
     def judge(structure, prediction, before):
-        return criteria(prediction, structure, limits, before)
+        return trigger_decision(prediction, structure, limits, before)
 
-    def strides(seen: Look, n: int) -> Look:
+    def strides(seen: WalkerSnapshot, n: int) -> WalkerSnapshot:
         for _ in range(n):
-            seen = walker.advance(seen, potential, judge, dynamics, timestep, trigger.every, trigger.watch)
+            seen = walker.advance_walker(seen, potential, judge, dynamics, timestep, trigger.every, trigger.watch)
         return seen
 
-    begun = Walker.begin(0, start, dynamics, recipe.seed)
-    seen = strides(walker.look(begun, potential, judge, dynamics), SETTLING)
+    begun = Walker.from_atoms(0, start, dynamics, recipe.seed)
+    seen = strides(walker.take_snapshot(begun, potential, judge, dynamics), SETTLING)
 
     def plain() -> None:
         atoms = seen.walker.atoms.copy()
-        watched = walker.Watched(potential, "plain", 0.0, lambda s, _, pairs: potential(s, pairs=pairs))
+        watched = walker.RecordingCalculator(potential, "plain", 0.0, lambda s, _, pairs: potential(s, pairs=pairs))
         atoms.calc = watched
         watched.remember(atoms, seen)
         integrator = walker._integrator(atoms, seen.walker, dynamics, timestep, seen.walker.generator)

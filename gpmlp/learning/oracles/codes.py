@@ -25,7 +25,7 @@ class OracleError(ValueError):
 
 
 @dataclass(frozen=True)
-class Ready:
+class CalculatorEntry:
     """A ready-made entry.
 
     Attributes:
@@ -45,24 +45,24 @@ class Ready:
 
 HERE = "gpmlp.learning.oracles.codes"
 READY = {
-    "emt": Ready("ase.calculators.emt:EMT", "", closed=True),
-    "lennard-jones": Ready("ase.calculators.lj:LennardJones", "", closed=True),
-    "stillinger-weber": Ready(f"{HERE}:stillinger_weber", "pip install matscipy"),
-    "tblite": Ready("tblite.ase:TBLite", "pip install tblite", {"method": "GFN2-xTB", "verbosity": 0}),
-    "pyscf": Ready("gpmlp.learning.oracles.oracle_pyscf:PySCF", "pip install pyscf"),
-    "quantum-espresso": Ready(
+    "emt": CalculatorEntry("ase.calculators.emt:EMT", "", closed=True),
+    "lennard-jones": CalculatorEntry("ase.calculators.lj:LennardJones", "", closed=True),
+    "stillinger-weber": CalculatorEntry(f"{HERE}:stillinger_weber", "pip install matscipy"),
+    "tblite": CalculatorEntry("tblite.ase:TBLite", "pip install tblite", {"method": "GFN2-xTB", "verbosity": 0}),
+    "pyscf": CalculatorEntry(f"{HERE}:PySCF", "pip install pyscf"),
+    "quantum-espresso": CalculatorEntry(
         f"{HERE}:quantum_espresso", "apt install quantum-espresso quantum-espresso-data", program="pw.x"
     ),
-    "gpaw": Ready(f"{HERE}:gpaw", "conda install -c conda-forge gpaw"),
-    "dftb+": Ready("ase.calculators.dftb:Dftb", "conda install -c conda-forge dftbplus"),
-    "vasp": Ready("ase.calculators.vasp:Vasp", ""),
-    "cp2k": Ready("ase.calculators.cp2k:CP2K", ""),
-    "orca": Ready("ase.calculators.orca:ORCA", ""),
-    "aims": Ready("ase.calculators.aims:Aims", ""),
+    "gpaw": CalculatorEntry(f"{HERE}:gpaw", "conda install -c conda-forge gpaw"),
+    "dftb+": CalculatorEntry("ase.calculators.dftb:Dftb", "conda install -c conda-forge dftbplus"),
+    "vasp": CalculatorEntry("ase.calculators.vasp:Vasp", ""),
+    "cp2k": CalculatorEntry("ase.calculators.cp2k:CP2K", ""),
+    "orca": CalculatorEntry("ase.calculators.orca:ORCA", ""),
+    "aims": CalculatorEntry("ase.calculators.aims:Aims", ""),
 }
 
 
-def resolve(name: str) -> Callable[..., Any]:
+def find_calculator(name: str) -> Callable[..., Any]:
     """What makes the calculator called name.
 
     Raises:
@@ -80,7 +80,7 @@ def resolve(name: str) -> Callable[..., Any]:
     return _imported(name, "")
 
 
-def look_in(folder: Path) -> None:
+def add_import_folder(folder: Path) -> None:
     """Have Python find the modules of a folder, too; those that it finds elsewhere come first."""
     if str(folder.resolve()) not in sys.path:
         sys.path.append(str(folder.resolve()))
@@ -89,7 +89,7 @@ def look_in(folder: Path) -> None:
 def _imported(path: str, install: str) -> Callable[..., Any]:
     module_name, _, attribute = path.partition(":")
     if "" not in sys.path:
-        look_in(Path())  # console scripts do not look there by themselves
+        add_import_folder(Path())  # console scripts do not look there by themselves
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -115,17 +115,17 @@ def _imported(path: str, install: str) -> Callable[..., Any]:
     return found
 
 
-def build(name: str, kwargs: Mapping[str, Any], directory: Path) -> Any:
+def build_calculator(name: str, kwargs: Mapping[str, Any], directory: Path) -> Any:
     """A new calculator that works in directory.
 
     Raises:
         OracleError: it cannot be made with these keyword arguments.
     """
-    maker = resolve(name)
+    maker = find_calculator(name)
     arguments = {**(READY[name].defaults if name in READY else {}), **kwargs}
-    own_folder = getattr(maker, "__module__", "") == HERE
+    takes_folder = inspect.isfunction(maker) and maker.__module__ == HERE
     try:
-        calculator = maker(directory, **arguments) if own_folder else maker(**arguments)
+        calculator = maker(directory, **arguments) if takes_folder else maker(**arguments)
     except OracleError:
         raise
     except Exception as error:
@@ -134,7 +134,7 @@ def build(name: str, kwargs: Mapping[str, Any], directory: Path) -> Any:
             f"{_near(maker, arguments)}"
         ) from error
     _refuse_misspelt(name, maker, arguments)
-    if not own_folder and hasattr(calculator, "directory"):
+    if not takes_folder and hasattr(calculator, "directory"):
         calculator.directory = str(directory)
     return calculator
 
@@ -168,12 +168,12 @@ def _refuse_misspelt(name: str, maker: Callable[..., Any], arguments: Mapping[st
             raise OracleError(f"{name} knows no kwargs.{given}; it takes {', '.join(known)}")
 
 
-def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def merge_kwargs(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """The first with what the second says instead, sections within sections."""
     both = dict(first)
     for key, value in second.items():
         inner = both.get(key)
-        both[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+        both[key] = merge_kwargs(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
     return both
 
 

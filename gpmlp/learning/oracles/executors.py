@@ -71,22 +71,22 @@ class WorkerProcess:
             line = self._line(deadline, stop)
             if line == STOP:
                 self.end()
-                return worker.outcome(job, results.INTERRUPTED, "the run ended")
+                return worker.attempt_record(job, results.INTERRUPTED, "the run ended")
             if line is None:
                 self.end(patience=0.0)
-                return worker.outcome(
+                return worker.attempt_record(
                     job, results.FAILED, f"hung: no answer within timeout_s {timeout:g}, nor to signals"
                 )
             if not line:
                 return self._crashed(job)
             message = json.loads(line)
             if "waiting" in message:
-                worker.notice(message["waiting"])
+                worker.give_notice(message["waiting"])
                 continue
             if "computing" not in message:
                 return message
             if timeout is not None:
-                deadline = time.monotonic() + timeout + 2 * worker.grace(timeout)
+                deadline = time.monotonic() + timeout + 2 * worker.grace_seconds(timeout)
 
     @property
     def alive(self) -> bool:
@@ -113,7 +113,9 @@ class WorkerProcess:
         self.end(patience=0.0)
         code = self._process.returncode
         if code in worker.STOPPED:
-            return worker.outcome(job, results.INTERRUPTED, f"its worker process was ended by signal {abs(code)}")
+            return worker.attempt_record(
+                job, results.INTERRUPTED, f"its worker process was ended by signal {abs(code)}"
+            )
         self._said.seek(0)
         said = self._said.read().decode(errors="replace")
         with suppress(OSError):
@@ -122,13 +124,13 @@ class WorkerProcess:
             hung = (worker.folder_of(job) / "hung.txt").read_text(errors="replace")
             if hung:
                 reason = f"hung: no answer within timeout_s {job['timeout_s']:g}, stuck in {hung.split(chr(10))[2:4]}"
-                return worker.outcome(job, results.FAILED, reason)
+                return worker.attempt_record(job, results.FAILED, reason)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return worker.outcome(job, results.FAILED, f"its worker process crashed ({how}) {said[-TAIL:]}")
+        return worker.attempt_record(job, results.FAILED, f"its worker process crashed ({how}) {said[-TAIL:]}")
 
     def end(self, patience: float = PATIENCE) -> None:
         """End the process and all that it started, and wait until it is gone."""
-        family = results.children(self.pid)
+        family = results.child_processes(self.pid)
         for number in (signal.SIGTERM, signal.SIGKILL) if patience else (signal.SIGKILL,):
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
@@ -148,7 +150,7 @@ class WorkerProcess:
                 pipe.close()
 
 
-class Processes(Executor):
+class ProcessExecutor(Executor):
     """Runs `worker.attempt`, and only that, in a number of worker processes; they start when there is work."""
 
     def __init__(self, workers: int, threads: int = 1) -> None:
@@ -160,7 +162,7 @@ class Processes(Executor):
         self._closing = False
 
     def submit(self, fn: Callable[..., Record], /, *args: Any, **kwargs: Any) -> Future:
-        if fn is not worker.attempt or len(args) != 1 or kwargs:
+        if fn is not worker.make_attempt or len(args) != 1 or kwargs:
             raise ValueError("Processes runs worker.attempt(job) and nothing else")
         future: Future = Future()
         with self._lock:
@@ -187,7 +189,7 @@ class Processes(Executor):
                         process = WorkerProcess(self._threads_each)
                         self._running.add(process)
                 if self._closing:
-                    future.set_result(worker.outcome(job, results.INTERRUPTED, "the run ended"))
+                    future.set_result(worker.attempt_record(job, results.INTERRUPTED, "the run ended"))
                     continue
                 record = process.call(job)
                 stopped = self._closing and record["kind"] == results.FAILED
@@ -211,7 +213,7 @@ class Processes(Executor):
                 lane.join()
 
 
-class Inline(Executor):
+class InlineExecutor(Executor):
     """Makes attempts at once, in the calling thread: for oracles that are cheaper than a process."""
 
     def submit(self, fn: Callable[..., Record], /, *args: Any, **kwargs: Any) -> Future:
@@ -234,7 +236,7 @@ def in_own_process(job: Mapping[str, Any]) -> Record:
 
 
 @dataclass(frozen=True)
-class Runner:
+class JobRunner:
     """An executor and how to use it.
 
     Attributes:
@@ -249,7 +251,7 @@ class Runner:
     far: bool = False
 
 
-def runner_of(recipe: OracleRecipe) -> Runner:
+def make_runner(recipe: OracleRecipe) -> JobRunner:
     """The executor that a recipe asks for.
 
     Raises:
@@ -266,16 +268,16 @@ def runner_of(recipe: OracleRecipe) -> Runner:
     if recipe.executor == "parsl":
         return _parsl(recipe)
     if recipe.executor == "inline":
-        return Runner(Inline(), worker.attempt, lambda: None)
-    executor = Processes(recipe.workers, recipe.executor_options.get("threads", 1))
-    return Runner(executor, worker.attempt, executor.shutdown)
+        return JobRunner(InlineExecutor(), worker.make_attempt, lambda: None)
+    executor = ProcessExecutor(recipe.workers, recipe.executor_options.get("threads", 1))
+    return JobRunner(executor, worker.make_attempt, executor.shutdown)
 
 
 def _missing(name: str, error: ImportError) -> UserError:
     return UserError(f"oracle: executor {name} cannot be imported: {error}; pip install 'gpmlp[{name}]'.")
 
 
-def _dask(recipe: OracleRecipe) -> Runner:
+def _dask(recipe: OracleRecipe) -> JobRunner:
     try:
         from distributed import Client, LocalCluster
     except ImportError as error:
@@ -305,10 +307,10 @@ def _dask(recipe: OracleRecipe) -> Runner:
         if cluster is not None:
             cluster.close()
 
-    return Runner(executor, in_own_process, close, far=True)
+    return JobRunner(executor, in_own_process, close, far=True)
 
 
-def _parsl(recipe: OracleRecipe) -> Runner:
+def _parsl(recipe: OracleRecipe) -> JobRunner:
     try:
         from parsl import Config, ThreadPoolExecutor
         from parsl.concurrent import ParslPoolExecutor
@@ -326,4 +328,4 @@ def _parsl(recipe: OracleRecipe) -> Runner:
                 f"oracle: executor_options.config '{path}' is no 'module:name' of a parsl Config: {error}."
             ) from error
     executor = ParslPoolExecutor(config=config)
-    return Runner(executor, in_own_process, executor.shutdown, far=True)
+    return JobRunner(executor, in_own_process, executor.shutdown, far=True)

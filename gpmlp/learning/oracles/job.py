@@ -13,7 +13,7 @@ from gpmlp.core.structures import Structures
 
 
 @dataclass(frozen=True, eq=False)
-class Label:
+class LabelResult:
     """An answer of an oracle.
 
     Attributes:
@@ -33,7 +33,7 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class LabelRefusal:
     """A structure for which the oracle had no answer.
 
     Attributes:
@@ -74,7 +74,7 @@ def targets_of(record: Mapping[str, Any], structure: Structures) -> Targets:
     )
 
 
-def reasons(records: list[dict[str, Any]]) -> str:
+def failure_reasons(records: list[dict[str, Any]]) -> str:
     """Why attempts failed: each reason once, with the attempts it stands for."""
     found: dict[str, list[int]] = {}
     for record in records:

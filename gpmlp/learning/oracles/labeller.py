@@ -18,10 +18,9 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.io.files import check_folder
 from gpmlp.learning.oracles import executors, results, worker
-from gpmlp.learning.oracles.job import Label, Refusal, reasons, targets_of
-from gpmlp.learning.oracles.oracle import OracleRecipe, job
+from gpmlp.learning.oracles.job import LabelRefusal, LabelResult, failure_reasons, targets_of
+from gpmlp.learning.oracles.oracle import OracleRecipe, make_job
 
-__all__ = ["Label", "Labeller", "Refusal", "stop_if_told"]
 INTERRUPTIONS = 3  # of one attempt, before it counts as failed
 FAREWELL = 20.0  # s for attempts elsewhere to notice that nobody waits for them
 CLOSED = "it was not labelled, because the labeller was closed"
@@ -57,7 +56,7 @@ class Labeller:
         self._lock = threading.RLock()
         self._closing = False
         self._stop = self.spool / f".stop.{os.getpid()}.{secrets.token_hex(4)}"
-        self._runner = executors.runner_of(recipe)
+        self._runner = executors.make_runner(recipe)
 
     def __enter__(self) -> Labeller:
         return self
@@ -75,7 +74,7 @@ class Labeller:
             if key in self._asked:
                 return
             try:
-                records = results.attempts(self.spool, key)
+                records = results.read_attempts(self.spool, key)
             except OSError as error:
                 raise UserError(f"{self.spool}: cannot be read: {error.strerror or error}.") from error
             asked = self._asked[key] = _Asked(key, structure, records)
@@ -85,7 +84,7 @@ class Labeller:
         """Whether `result` would return at once."""
         return self._of(key).outcome.done()
 
-    def result(self, key: str, timeout_s: float | None = None) -> Label | Refusal:
+    def result(self, key: str, timeout_s: float | None = None) -> LabelResult | LabelRefusal:
         """Wait for the answer.
 
         Raises:
@@ -106,7 +105,7 @@ class Labeller:
         with self._lock:
             if self._of(key).outcome.done():
                 del self._asked[key]
-                results.forget(self.spool, key)
+                results.remove_records(self.spool, key)
 
     def close(self) -> None:
         """End all that is under way; attempts that had not ended are as if never made, those that had stay in the spool."""
@@ -136,15 +135,17 @@ class Labeller:
         if records and records[-1]["kind"] == results.LABEL:
             record = records[-1]
             targets = targets_of(record, asked.structure)
-            label = Label(asked.key, asked.structure, targets, len(records), record["seconds"], record["extrapolated"])
+            label = LabelResult(
+                asked.key, asked.structure, targets, len(records), record["seconds"], record["extrapolated"]
+            )
             self._answer(asked, label)
         elif len(records) >= self.recipe.attempts:
-            self._answer(asked, Refusal(asked.key, reasons(records), len(records), records[-1]["folder"]))
+            self._answer(asked, LabelRefusal(asked.key, failure_reasons(records), len(records), records[-1]["folder"]))
         else:
             attempt = len(records) + 1
             # by the key alone, so that a resumed run checks the same labels
             check = self.recipe.check_every > 0 and zlib.crc32(asked.key.encode()) % self.recipe.check_every == 0
-            wanted = job(self.recipe, asked.key, attempt, asked.structure, self.spool, self.scratch, check)
+            wanted = make_job(self.recipe, asked.key, attempt, asked.structure, self.spool, self.scratch, check)
             wanted["stop"] = str(self._stop) if self._runner.far else ""
             try:
                 future = asked.running = self._runner.executor.submit(self._runner.function, wanted)
@@ -165,12 +166,12 @@ class Labeller:
 
     def _record(self, wanted: dict[str, Any], future: Future) -> dict[str, Any]:
         if future.cancelled():
-            return worker.outcome(wanted, results.INTERRUPTED, "it was cancelled")
+            return worker.attempt_record(wanted, results.INTERRUPTED, "it was cancelled")
         error = future.exception()
         if error is None:
             return future.result()
         kind = results.INTERRUPTED if self._closing else results.FAILED
-        return worker.outcome(wanted, kind, f"{self.recipe.executor}: {type(error).__name__}: {error}")
+        return worker.attempt_record(wanted, kind, f"{self.recipe.executor}: {type(error).__name__}: {error}")
 
     def _take(self, asked: _Asked, wanted: dict[str, Any], record: dict[str, Any]) -> None:
         kind = record["kind"]
@@ -179,8 +180,8 @@ class Labeller:
             if asked.interruptions >= INTERRUPTIONS:
                 record = {**record, "kind": (kind := results.FAILED)}
         if kind in (results.LABEL, results.FAILED):
-            if results.read(self.spool, asked.key, record["attempt"]) is None:
-                results.write(self.spool, record)  # of a crash, or of a machine that does not see our spool
+            if results.read_record(self.spool, asked.key, record["attempt"]) is None:
+                results.write_record(self.spool, record)  # of a crash, or of a machine that does not see our spool
             asked.records.append(record)
             self._go_on(asked)
         elif kind == results.INTERRUPTED and not self._closing:
@@ -192,7 +193,7 @@ class Labeller:
         else:
             self._fail(asked, f"the oracle cannot be used: {record['reason']}")
 
-    def _answer(self, asked: _Asked, answer: Label | Refusal) -> None:
+    def _answer(self, asked: _Asked, answer: LabelResult | LabelRefusal) -> None:
         if not asked.outcome.done():
             asked.outcome.set_result(answer)
 
@@ -205,7 +206,7 @@ def _disk(text: str) -> str:
     return f"the label could not be kept: {text}; nothing before it is lost: make room and go on (--resume)"
 
 
-def stop_if_told(recipe: OracleRecipe, refusal: Refusal, in_a_row: int) -> None:
+def check_refusal(recipe: OracleRecipe, refusal: LabelRefusal, in_a_row: int) -> None:
     """Raise UserError if the run has to end with this refusal.
 
     Args:

@@ -18,7 +18,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.learning.oracles import codes, results, worker
-from gpmlp.learning.oracles.job import reasons, targets_of
+from gpmlp.learning.oracles.job import failure_reasons, targets_of
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -61,7 +61,7 @@ class OracleRecipe(BaseModel):
     @field_validator("calculator")
     @classmethod
     def _there(cls, name: str) -> str:
-        codes.resolve(name)
+        codes.find_calculator(name)
         return name
 
     @field_validator("kwargs", "retry_kwargs")
@@ -95,7 +95,7 @@ class OracleRecipe(BaseModel):
         """Keyword arguments of an attempt, counted from 1: later ones with retry_kwargs in turn, the last of them again."""
         if attempt == 1 or not self.retry_kwargs:
             return dict(self.kwargs)
-        return codes.merged(self.kwargs, self.retry_kwargs[min(attempt - 2, len(self.retry_kwargs) - 1)])
+        return codes.merge_kwargs(self.kwargs, self.retry_kwargs[min(attempt - 2, len(self.retry_kwargs) - 1)])
 
     def check(self) -> None:
         """Raise UserError if the calculator cannot be made, or its program is not there."""
@@ -109,7 +109,7 @@ class OracleRecipe(BaseModel):
         with tempfile.TemporaryDirectory(prefix="gpmlp-oracle-") as folder:
             try:
                 for attempt in range(1, self.attempts + 1):
-                    codes.build(self.calculator, self.kwargs_of(attempt), Path(folder))
+                    codes.build_calculator(self.calculator, self.kwargs_of(attempt), Path(folder))
             except codes.OracleError as error:
                 raise UserError(f"oracle: {str(error).removesuffix('.')}.") from error
 
@@ -138,16 +138,16 @@ class CalculatorOracle:
     def _one(self, structure: Structures, folder: Path, key: str, check: bool) -> Targets:
         records = []
         for attempt in range(1, self.recipe.attempts + 1):
-            asked = job(self.recipe, key, attempt, structure, folder / "spool", folder / "scratch", check)
-            records.append(worker.attempt(asked))
+            asked = make_job(self.recipe, key, attempt, structure, folder / "spool", folder / "scratch", check)
+            records.append(worker.make_attempt(asked))
             if records[-1]["kind"] == results.LABEL:
                 return targets_of(records[-1], structure)
             if records[-1]["kind"] != results.FAILED:
                 break
-        raise UserError(f"{structure.names[0]}: the oracle gave no label: {reasons(records)}.")
+        raise UserError(f"{structure.names[0]}: the oracle gave no label: {failure_reasons(records)}.")
 
 
-def job(
+def make_job(
     recipe: OracleRecipe, key: str, attempt: int, structure: Structures, spool_folder: Path, scratch: Path, check: bool
 ) -> dict[str, Any]:
     """Everything that an attempt needs to know, as plain numbers and texts."""

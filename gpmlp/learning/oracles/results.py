@@ -28,13 +28,13 @@ POLL = 0.05  # s
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def path(folder: str | os.PathLike[str], key: str, attempt: int) -> Path:
+def record_path(folder: str | os.PathLike[str], key: str, attempt: int) -> Path:
     return Path(folder) / f"{key}.{attempt}.json"
 
 
-def write(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
+def write_record(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
     """Put the record of an attempt into the spool: complete and on the disk, or not at all (OSError)."""
-    target = path(folder, record["key"], record["attempt"])
+    target = record_path(folder, record["key"], record["attempt"])
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -52,31 +52,31 @@ def write(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read(folder: str | os.PathLike[str], key: str, attempt: int) -> dict[str, Any] | None:
+def read_record(folder: str | os.PathLike[str], key: str, attempt: int) -> dict[str, Any] | None:
     """The record of an attempt; None if it has not ended."""
     try:
-        record = json.loads(path(folder, key, attempt).read_text())
+        record = json.loads(record_path(folder, key, attempt).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return record if isinstance(record, dict) and record.get("kind") in (LABEL, FAILED) else None
 
 
-def attempts(folder: str | os.PathLike[str], key: str) -> list[dict[str, Any]]:
+def read_attempts(folder: str | os.PathLike[str], key: str) -> list[dict[str, Any]]:
     """The records of all attempts from the first on that have ended."""
     found = []
-    while (record := read(folder, key, len(found) + 1)) is not None:
+    while (record := read_record(folder, key, len(found) + 1)) is not None:
         found.append(record)
     return found
 
 
-def forget(folder: str | os.PathLike[str], key: str) -> None:
+def remove_records(folder: str | os.PathLike[str], key: str) -> None:
     """Remove what the spool holds of a key."""
     for file in Path(folder).glob(f"{key}.*"):
         file.unlink(missing_ok=True)
 
 
 @contextmanager
-def lock(
+def label_lock(
     folder: str | os.PathLike[str], key: str, waiting: Callable[[str], None] = lambda text: None
 ) -> Iterator[None]:
     """Wait until nobody else computes this key: whoever does may have outlived the run that asked for it.
@@ -101,14 +101,14 @@ def lock(
                     raise
                 break  # a file system without locks: asked twice at worst
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, Holder.me().plain().encode(), 0)
+        os.pwrite(descriptor, LockHolder.this_process().to_text().encode(), 0)
         yield
     finally:
         os.close(descriptor)
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockHolder:
     """Who holds a lock.
 
     Attributes:
@@ -124,18 +124,20 @@ class Holder:
     machine: str
 
     @staticmethod
-    def me() -> Holder:
+    def this_process() -> LockHolder:
         values = _stat(os.getpid())
-        return Holder(os.getpid(), int(values[19]) if values else -1, os.getppid(), socket.gethostname(), _machine())
+        return LockHolder(
+            os.getpid(), int(values[19]) if values else -1, os.getppid(), socket.gethostname(), _machine()
+        )
 
     @staticmethod
-    def of(text: str) -> Holder | None:
+    def from_text(text: str) -> LockHolder | None:
         """What a lock file says; None if nothing, as of a holder that has just begun."""
         with suppress(ValueError, TypeError):
-            return Holder(**json.loads(text))
+            return LockHolder(**json.loads(text))
         return None
 
-    def plain(self) -> str:
+    def to_text(self) -> str:
         return json.dumps(asdict(self))
 
     @property
@@ -155,22 +157,22 @@ class Holder:
 
     def work(self) -> int:
         """Processor time (ticks) that it, all that it started and those of them that have ended have used."""
-        found = (_stat(pid) for pid in (self.pid, *children(self.pid)))
+        found = (_stat(pid) for pid in (self.pid, *child_processes(self.pid)))
         return sum(sum(map(int, values[11:15])) for values in found if values)
 
     def end(self) -> None:
         """End it and all that it started."""
-        for pid in (self.pid, *children(self.pid)):
+        for pid in (self.pid, *child_processes(self.pid)):
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
 
 
-class Waiting:
+class LockWaiter:
     """What is done while somebody else has a lock: say so, once for each holder, and end an orphan that does nothing."""
 
     def __init__(self, key: str, tell: Callable[[str], None]) -> None:
         self.key, self.tell = key, tell
-        self.holder: Holder | None = None
+        self.holder: LockHolder | None = None
         self.worked, self.since, self.looked = -1, 0.0, 0.0
 
     def __call__(self, text: str) -> None:
@@ -178,7 +180,7 @@ class Waiting:
         now = time.monotonic()
         if now - self.looked < LOOK:
             return
-        holder, self.looked = Holder.of(text), now
+        holder, self.looked = LockHolder.from_text(text), now
         if holder is None:
             return
         if holder != self.holder:
@@ -195,7 +197,7 @@ class Waiting:
                 f"process {holder.pid}, an oracle of an earlier run, has done nothing for {GRACE:g} s; it was ended"
             )
 
-    def _sentence(self, holder: Holder) -> str:
+    def _sentence(self, holder: LockHolder) -> str:
         who = f"waiting for process {holder.pid} on {'this machine' if holder.here else holder.host}"
         if not holder.orphaned:
             return f"{who}, which computes the label {self.key} already"
@@ -205,7 +207,7 @@ class Waiting:
         )
 
 
-def children(pid: int, since: float = 0.0) -> list[int]:
+def child_processes(pid: int, since: float = 0.0) -> list[int]:
     """Processes that a process started, and those that they started; only those begun since a time after boot (s)."""
     known: dict[int, list[tuple[int, float]]] = {}
     for entry in Path("/proc").glob("[0-9]*"):

@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 
 from gpmlp.core.units import VOIGT_INDEX
-from gpmlp.learning.oracles.codes import OracleError, build
+from gpmlp.learning.oracles.codes import OracleError, build_calculator
 
 STEP = 0.02  # A, the largest displacement of an atom when energies are compared with forces
 SLOPE = 0.05  # by which energies and forces may disagree: a share of the change of energy,
@@ -26,11 +26,11 @@ class LabelError(ValueError):
     """A label that came back but cannot be believed."""
 
 
-def compute(job: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+def compute_label(job: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """The label that a job asks for: energy (eV), forces (eV/A), stress ((3, 3) eV/A^3 or None), as plain numbers.
 
     Args:
-        job: what `gpmlp.learning.oracles.oracle.job` makes.
+        job: what `gpmlp.learning.oracles.oracle.make_job` makes.
         directory: where the calculator may leave files.
 
     Raises:
@@ -56,7 +56,7 @@ def _atoms(job: Mapping[str, Any]) -> Atoms:
 
 def _answer(job: Mapping[str, Any], atoms: Atoms, directory: Path) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
-    calculator = build(job["calculator"], job["kwargs"], directory)
+    calculator = build_calculator(job["calculator"], job["kwargs"], directory)
     if callable(getattr(type(calculator), "label", None)):
         answer = _of_oracle(calculator, job)
     else:
@@ -118,7 +118,7 @@ def _suit_espresso(calculator: Any, atoms: Atoms) -> None:
     atoms.pbc = True
 
 
-def explain(folder: Path) -> str:
+def failure_text(folder: Path) -> str:
     """What a program wrote about its end in a folder, '' if nothing is known of it."""
     found = ""
     with suppress(OSError):

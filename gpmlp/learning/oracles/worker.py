@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from gpmlp.learning.oracles import results, single_point
-from gpmlp.learning.oracles.codes import OracleError, resolve
-from gpmlp.learning.oracles.results import TICKS, Waiting, children
+from gpmlp.learning.oracles.codes import OracleError, find_calculator
+from gpmlp.learning.oracles.results import TICKS, LockWaiter, child_processes
 from gpmlp.learning.oracles.single_point import LabelError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -33,44 +33,44 @@ class _TimedOut(BaseException):
     """Not an Exception, so that no calculator swallows it."""
 
 
-def grace(timeout: float) -> float:
+def grace_seconds(timeout: float) -> float:
     """How long to wait before the next, harder way to end what takes too long."""
     return min(max(1.0, 0.05 * timeout), 30.0)
 
 
-def attempt(job: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
+def make_attempt(job: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
     """Make one attempt at a label, put its record into the spool, and return it.
 
     Nothing is computed if the record is there already, or appears while somebody else computes this key, which is waited for.
 
     Args:
-        job: what `gpmlp.learning.oracles.oracle.job` makes.
+        job: what `gpmlp.learning.oracles.oracle.make_job` makes.
         say: takes {"waiting": why}, and {"computing": True} when the computation begins; given in a process that is ours alone.
     """
-    waiting = Waiting(job["key"], notice if say is None else lambda text: say({"waiting": text}))
+    waiting = LockWaiter(job["key"], give_notice if say is None else lambda text: say({"waiting": text}))
     try:
-        with results.lock(job["spool"], job["key"], waiting):
-            known = results.read(job["spool"], job["key"], job["attempt"])
+        with results.label_lock(job["spool"], job["key"], waiting):
+            known = results.read_record(job["spool"], job["key"], job["attempt"])
             if known is not None:
                 return known
             if say is not None:
                 say({"computing": True})
             record = _made(job, own=say is not None)
             if record["kind"] in (results.LABEL, results.FAILED):
-                results.write(job["spool"], record)
+                results.write_record(job["spool"], record)
             return record
     except OSError as error:
-        return outcome(job, results.DISK, f"{job['spool']}: {error.strerror or error}")
+        return attempt_record(job, results.DISK, f"{job['spool']}: {error.strerror or error}")
 
 
-def notice(text: str) -> None:
+def give_notice(text: str) -> None:
     """Tell whoever looks at this process."""
     from gpmlp.core.errors import ProgressNotice
 
     warnings.warn(text, ProgressNotice, stacklevel=2)
 
 
-def outcome(job: Mapping[str, Any], kind: str, reason: str = "", **values: Any) -> dict[str, Any]:
+def attempt_record(job: Mapping[str, Any], kind: str, reason: str = "", **values: Any) -> dict[str, Any]:
     """The record of an attempt."""
     reason = " ".join(reason.split())
     if len(reason) > LONGEST_REASON:
@@ -98,20 +98,20 @@ def _made(job: Mapping[str, Any], own: bool) -> dict[str, Any]:
         shutil.rmtree(folder)  # of the same attempt, cut off
     folder.mkdir(parents=True)
     try:
-        resolve(job["calculator"])  # importing it takes no time of the label's
-        began, started = time.monotonic(), uptime()
+        find_calculator(job["calculator"])  # importing it takes no time of the label's
+        began, started = time.monotonic(), _uptime()
         with _output(folder, own), _limited(job["timeout_s"], folder, own):
-            answer = single_point.compute(job, folder)
+            answer = single_point.compute_label(job, folder)
     except OracleError as error:
-        return outcome(job, results.UNUSABLE, str(error))
+        return attempt_record(job, results.UNUSABLE, str(error))
     except _TimedOut:
         kill_children(started)
-        return outcome(job, results.FAILED, f"no answer within timeout_s {job['timeout_s']:g}")
+        return attempt_record(job, results.FAILED, f"no answer within timeout_s {job['timeout_s']:g}")
     except (Exception, SystemExit) as error:
-        return outcome(job, *_told(error, folder))
+        return attempt_record(job, *_told(error, folder))
     if not job["keep"]:
         shutil.rmtree(folder, ignore_errors=True)
-    return outcome(job, results.LABEL, seconds=time.monotonic() - began, **answer)
+    return attempt_record(job, results.LABEL, seconds=time.monotonic() - began, **answer)
 
 
 def _told(error: BaseException, folder: Path) -> tuple[str, str]:
@@ -124,7 +124,7 @@ def _told(error: BaseException, folder: Path) -> tuple[str, str]:
             return results.INTERRUPTED, f"{cause.cmd} was ended by a signal"
         cause = cause.__cause__ or cause.__context__
     text = str(error) if isinstance(error, LabelError) else f"{type(error).__name__}: {error}"
-    return results.FAILED, f"{text} {single_point.explain(folder)}"
+    return results.FAILED, f"{text} {single_point.failure_text(folder)}"
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def _limited(timeout: float | None, folder: Path, own: bool) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, ring)
     file = open(folder / "hung.txt", "w") if own else None
     if file is not None:
-        faulthandler.dump_traceback_later(timeout + grace(timeout), exit=True, file=file)
+        faulthandler.dump_traceback_later(timeout + grace_seconds(timeout), exit=True, file=file)
     signal.setitimer(signal.ITIMER_REAL, timeout)
     try:
         yield
@@ -174,14 +174,14 @@ def _limited(timeout: float | None, folder: Path, own: bool) -> Iterator[None]:
                 (folder / "hung.txt").unlink(missing_ok=True)
 
 
-def uptime() -> float:
+def _uptime() -> float:
     """Seconds since boot, in whole ticks of the clock that processes are begun by."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS) / TICKS
 
 
 def kill_children(since: float) -> None:
     """End what a calculator started and did not wait for."""
-    for pid in children(os.getpid(), since):
+    for pid in child_processes(os.getpid(), since):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
         with suppress(ChildProcessError):  # a grandchild, or one that somebody waited for
@@ -205,7 +205,7 @@ def main() -> None:
     for line in jobs:
         job = json.loads(line)
         sys.path += [entry for entry in job["path"] if entry not in sys.path]
-        say(attempt(job, say))
+        say(make_attempt(job, say))
 
 
 if __name__ == "__main__":

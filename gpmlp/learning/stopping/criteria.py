@@ -19,13 +19,13 @@ from gpmlp.learning.stopping.timeseries import (
     ENOUGH,
     FEWEST,
     correlation_time,
-    equilibrated,
-    laplace,
-    mean,
+    equilibration_end,
+    laplace_test,
     most_by_chance,
     poisson_upper,
-    trend,
-    wilson,
+    series_mean,
+    series_trend,
+    wilson_bounds,
 )
 
 HALVES = 0.01  # chance with which halves of a stationary series are said to differ
@@ -37,7 +37,7 @@ FARTHEST = 10.0  # novelties above count as this in correlation times; a species
 
 
 @dataclass(frozen=True)
-class Criterion:
+class StopCriterion:
     """What one criterion says.
 
     Attributes:
@@ -53,22 +53,22 @@ class Criterion:
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-def every(verdicts: Sequence[bool | None]) -> bool | None:
+def all_met(verdicts: Sequence[bool | None]) -> bool | None:
     """False if one is, else None if one is, else True."""
     if any(v is False for v in verdicts):
         return False
     return None if any(v is None for v in verdicts) else True
 
 
-def plateau(
+def plateau_criterion(
     sigma_max: Sequence[np.ndarray],
     sigma_median: Sequence[np.ndarray],
     times: Sequence[np.ndarray],
     label_times: Sequence[float],
     steps: float,
-    recipe: PlateauRecipe = PlateauRecipe(),  # noqa: B008 - frozen
+    recipe: PlateauRecipe = PlateauRecipe(),
     limited: bool = False,
-) -> Criterion:
+) -> StopCriterion:
     """Whether uncertainty has stopped changing, lies below its threshold, and labels have become rare.
 
     Args:
@@ -81,32 +81,34 @@ def plateau(
     """
     parts = [
         *([_below(sigma_max)] if limited else []),
-        steady("largest", sigma_max, times, recipe),
-        steady("median", sigma_median, times, recipe),
-        label_rate(label_times, steps, recipe),
+        steady_criterion("largest", sigma_max, times, recipe),
+        steady_criterion("median", sigma_median, times, recipe),
+        label_rate_criterion(label_times, steps, recipe),
     ]
     numbers = {f"{p.name}_{k}": v for p in parts for k, v in p.numbers.items()}
-    met = every([p.met for p in parts])
+    met = all_met([p.met for p in parts])
     # what stands in the way is said; all of it, where nothing does
     told = [p.sentence for p in parts if p.met is met]
-    return Criterion("plateau", met, "; ".join(told), numbers)
+    return StopCriterion("plateau", met, "; ".join(told), numbers)
 
 
-def _below(sigma_max: Sequence[np.ndarray]) -> Criterion:
+def _below(sigma_max: Sequence[np.ndarray]) -> StopCriterion:
     """Whether the largest uncertainty of a frame is usually below its threshold: what asks in vain must not look learned."""
     known = np.concatenate([s[~np.isnan(s)] for s in sigma_max])
     level = float(np.median(known)) if len(known) else math.nan
     if len(known) < FEWEST:
-        return Criterion("limit", None, "force uncertainty: too few frames yet", {"level": level})
-    return Criterion("limit", level <= 1, f"largest force uncertainty {level:.2g} times its limit", {"level": level})
+        return StopCriterion("limit", None, "force uncertainty: too few frames yet", {"level": level})
+    return StopCriterion(
+        "limit", level <= 1, f"largest force uncertainty {level:.2g} times its limit", {"level": level}
+    )
 
 
-def steady(
+def steady_criterion(
     name: str,
     sigma: Sequence[np.ndarray],
     times: Sequence[np.ndarray],
-    recipe: PlateauRecipe = PlateauRecipe(),  # noqa: B008
-) -> Criterion:
+    recipe: PlateauRecipe = PlateauRecipe(),
+) -> StopCriterion:
     """Whether a positive series neither falls nor rises: no trend by Mann and Kendall, and a Theil–Sen slope that is small for sure.
 
     The slope is that of log σ, times the steps of the longest walker: drift = exp(slope × length) − 1.
@@ -115,10 +117,10 @@ def steady(
     kept = [~np.isnan(s) for s in sigma]
     series = [s[k] for s, k in zip(sigma, kept, strict=True)]
     if sum(len(s) for s in series) < FEWEST:
-        return Criterion(name, None, f"{what}: too few frames yet", {"frames": sum(len(s) for s in series)})
+        return StopCriterion(name, None, f"{what}: too few frames yet", {"frames": sum(len(s) for s in series)})
     level = float(np.median(np.concatenate(series)))
     series = [np.log(np.maximum(s, SMALLEST * level + 1e-300)) for s in series]
-    found = trend(series, [t[k] for t, k in zip(times, kept, strict=True)])
+    found = series_trend(series, [t[k] for t, k in zip(times, kept, strict=True)])
     low, middle, high = (float(np.expm1(min(x * found.duration, 50.0))) for x in (found.low, found.slope, found.high))
     numbers = {
         "level": level,
@@ -131,34 +133,38 @@ def steady(
     reach = max(abs(low), abs(high))
     if not found.enough or math.isnan(reach):
         sentence = f"{what}: {found.n_effective:.0f} correlation times so far, {ENOUGH} are needed to see a trend"
-        return Criterion(name, None, sentence, numbers)
+        return StopCriterion(name, None, sentence, numbers)
     said = f"{what} changes by {middle:+.0%} over the window (95 % interval {low:+.0%} to {high:+.0%}, trend p = {found.p:.2g})"
     if found.p < recipe.significance and reach > NEGLIGIBLE * recipe.drift:
-        return Criterion(name, False, f"{said}: it is still {'falling' if middle < 0 else 'rising'}", numbers)
+        return StopCriterion(name, False, f"{said}: it is still {'falling' if middle < 0 else 'rising'}", numbers)
     if reach > recipe.drift:
-        return Criterion(name, None, f"{said}: a drift of {recipe.drift:.0%} cannot be excluded yet", numbers)
-    return Criterion(name, True, f"{said}: it is steady", numbers)
+        return StopCriterion(name, None, f"{said}: a drift of {recipe.drift:.0%} cannot be excluded yet", numbers)
+    return StopCriterion(name, True, f"{said}: it is steady", numbers)
 
 
-def label_rate(label_times: Sequence[float], steps: float, recipe: PlateauRecipe = PlateauRecipe()) -> Criterion:  # noqa: B008
+def label_rate_criterion(
+    label_times: Sequence[float], steps: float, recipe: PlateauRecipe = PlateauRecipe()
+) -> StopCriterion:
     """Whether labels are rare: the 95 % upper bound of their Poisson rate, and Laplace's test that the rate no longer falls."""
     bound = recipe.labels_per_1000_steps
     most = 1000 * poisson_upper(len(label_times)) / steps if steps > 0 else math.inf
     rate = 1000 * len(label_times) / steps if steps > 0 else math.nan
-    p = laplace(label_times, steps)
+    p = laplace_test(label_times, steps)
     numbers = {"per_1000_steps": rate, "per_1000_steps_at_most": most, "steps": float(steps), "p": p}
     said = f"{len(label_times)} labels asked for in the last {steps:.0f} steps, at most {most:.2g} per 1000 (wanted {bound:g})"
     if most <= bound:
         if p < recipe.significance:
-            return Criterion("labels", False, f"{said}, but they are still getting rarer", numbers)
-        return Criterion("labels", True, said, numbers)
+            return StopCriterion("labels", False, f"{said}, but they are still getting rarer", numbers)
+        return StopCriterion("labels", True, said, numbers)
     # that so many came at the wanted rate: if that is unlikely the rate is too high, else it is not known well enough
     surely = len(label_times) > 0 and steps > 0
     surely = surely and scipy.special.pdtr(len(label_times) - 1, bound * steps / 1000) > 0.95
-    return Criterion("labels", False if surely else None, said, numbers)
+    return StopCriterion("labels", False if surely else None, said, numbers)
 
 
-def converged(name: str, series: Sequence[np.ndarray], tolerance: float, relative: bool, unit: str = "") -> Criterion:
+def mean_criterion(
+    name: str, series: Sequence[np.ndarray], tolerance: float, relative: bool, unit: str = ""
+) -> StopCriterion:
     """Whether the mean of an observable is known within a tolerance.
 
     Equilibration is left out of each walker (Chodera 2016). The standard error is the larger of that from the correlation time and that
@@ -174,9 +180,9 @@ def converged(name: str, series: Sequence[np.ndarray], tolerance: float, relativ
     title, known = f"observable {name}", [s.reshape(len(s), math.prod(s.shape[1:])) for s in series]
     known = [s[~np.isnan(s).any(1)] for s in known]
     if sum(len(s) for s in known) < FEWEST:
-        return Criterion(title, None, f"{name}: too few frames yet", {"frames": sum(len(s) for s in known)})
-    known = [s[equilibrated(_leading(s)) :] for s in known if len(s)]
-    found = mean(known)
+        return StopCriterion(title, None, f"{name}: too few frames yet", {"frames": sum(len(s) for s in known)})
+    known = [s[equilibration_end(_leading(s)) :] for s in known if len(s)]
+    found = series_mean(known)
     level = math.sqrt(float((found.value**2).mean()))
     allowed = tolerance * level if relative else tolerance
     sem = max(found.sem, found.sem_blocking)
@@ -195,12 +201,12 @@ def converged(name: str, series: Sequence[np.ndarray], tolerance: float, relativ
     said = f"{what} ± {sem:.2g}{' ' + unit if unit else ''} (wanted ± {allowed:.2g})"
     if not found.enough:
         times = f"{found.n_effective:.0f} correlation times so far, {ENOUGH} are needed to trust a standard error"
-        return Criterion(title, None, f"{name}: {times}", numbers)
+        return StopCriterion(title, None, f"{name}: {times}", numbers)
     if p < HALVES and difference > allowed:
-        return Criterion(
+        return StopCriterion(
             title, False, f"{said}, but the second half differs from the first by {difference:.2g}", numbers
         )
-    return Criterion(title, sem <= allowed, said, numbers)
+    return StopCriterion(title, sem <= allowed, said, numbers)
 
 
 def _leading(series: np.ndarray) -> np.ndarray:
@@ -222,7 +228,7 @@ def _halves(series: Sequence[np.ndarray], sem: float, dimension: float, freedom:
 
 
 @dataclass(frozen=True, eq=False)
-class Novelties:
+class NoveltySeries:
     """What is known of novelty in a window; lists by walker.
 
     Attributes:
@@ -238,7 +244,9 @@ class Novelties:
     each_atom: Sequence[np.ndarray]
 
 
-def coverage(found: Novelties, quantile: float = 0.99, recipe: CoverageRecipe = CoverageRecipe()) -> Criterion:  # noqa: B008
+def coverage_criterion(
+    found: NoveltySeries, quantile: float = 0.99, recipe: CoverageRecipe = CoverageRecipe()
+) -> StopCriterion:
     """Whether the dynamics stays inside the trust region: frames, atoms of each species, and each single atom.
 
     Of environments like the held-out ones a share 1 − q lies outside by construction. A frame is inside if no more of its atoms are
@@ -257,25 +265,27 @@ def coverage(found: Novelties, quantile: float = 0.99, recipe: CoverageRecipe = 
     n = sum(len(v) for v in novelty)
     if n < FEWEST or np.isnan(np.concatenate(novelty)).any():
         why = "too few frames yet" if n < FEWEST else "the novelty of some frames was not computed"
-        return Criterion("coverage", None, f"trust region: {why}", {"frames": n})
+        return StopCriterion("coverage", None, f"trust region: {why}", {"frames": n})
     inside = frames_inside(found.largest, found.atoms, found.outside, quantile, recipe.far)
     g = _slowest([np.minimum(v, FARTHEST) for v in novelty], [i.astype(float) for i in inside if len(i)])
     frames = n / g
     share = float(np.concatenate(inside).mean())
-    numbers = {"frames": share, "frames_at_least": wilson(share, frames)[0], "correlation_times": frames}
+    numbers = {"frames": share, "frames_at_least": wilson_bounds(share, frames)[0], "correlation_times": frames}
     numbers["novelty_max"] = float(max(v.max() for v in novelty))
     verdicts, told = [], []
-    verdicts.append(_bounded(*wilson(share, frames), recipe.frames))
+    verdicts.append(_bounded(*wilson_bounds(share, frames), recipe.frames))
     told.append(f"{share:.1%} of frames inside, at least {numbers['frames_at_least']:.0%} (wanted {recipe.frames:.0%})")
     for test in (_atoms(found, frames, quantile, recipe), _lasting(found, frames, recipe)):
         verdicts.append(test.met)
         told.append(test.sentence)
         numbers |= test.numbers
-    if every(verdicts) is not False and frames < ENOUGH:
+    if all_met(verdicts) is not False and frames < ENOUGH:
         needed = f"trust region: {frames:.0f} correlation times of the novelty so far, {ENOUGH} are needed"
-        return Criterion("coverage", None, needed, numbers)
-    met = every(verdicts)
-    return Criterion("coverage", met, "; ".join(t for t, v in zip(told, verdicts, strict=True) if v is met), numbers)
+        return StopCriterion("coverage", None, needed, numbers)
+    met = all_met(verdicts)
+    return StopCriterion(
+        "coverage", met, "; ".join(t for t, v in zip(told, verdicts, strict=True) if v is met), numbers
+    )
 
 
 def _bounded(low: float, high: float, wanted: float) -> bool | None:
@@ -309,7 +319,7 @@ def frames_inside(
     return inside
 
 
-def _atoms(found: Novelties, frames: float, quantile: float, recipe: CoverageRecipe) -> Criterion:
+def _atoms(found: NoveltySeries, frames: float, quantile: float, recipe: CoverageRecipe) -> StopCriterion:
     """The share of atoms inside: of all together at least `atoms`, and of no species surely less, nor perhaps less than `frames`."""
     wanted = 1 - min(0.5, 3 * (1 - quantile)) if recipe.atoms is None else recipe.atoms
     numbers, verdicts, told = {}, [], []
@@ -324,16 +334,16 @@ def _atoms(found: Novelties, frames: float, quantile: float, recipe: CoverageRec
         if not total.sum() or (name != "atoms" and len(found.atoms) == 1):
             continue
         share = 1 - float(out.sum() / total.sum())
-        low, high = wilson(share, _effective(total, out, frames))
+        low, high = wilson_bounds(share, _effective(total, out, frames))
         numbers |= {f"{name}_inside": share, f"{name}_inside_at_least": low}
         if name == "atoms":
             verdicts.append(_bounded(low, high, wanted))
         else:
             verdicts.append(False if high < wanted else True if low >= min(wanted, recipe.frames) else None)
         told.append(f"{share:.2%} of {name if name == 'atoms' else name + ' atoms'} inside, at least {low:.1%}")
-    met = every(verdicts)
+    met = all_met(verdicts)
     sentence = f"{', '.join(t for t, v in zip(told, verdicts, strict=True) if v is met)} (wanted {wanted:.1%})"
-    return Criterion("atoms", met, sentence, numbers)
+    return StopCriterion("atoms", met, sentence, numbers)
 
 
 def _sum(of_species: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
@@ -348,7 +358,7 @@ def _effective(total: np.ndarray, out: np.ndarray, frames: float) -> float:
     return max(frames, float(total.sum()) / excess * frames / len(total))
 
 
-def _lasting(found: Novelties, frames: float, recipe: CoverageRecipe) -> Criterion:
+def _lasting(found: NoveltySeries, frames: float, recipe: CoverageRecipe) -> StopCriterion:
     """Whether one and the same atom is outside again and again: few alien atoms in many are seen only so."""
     alien, worst = 0, 0.0
     total = sum(len(v) for v in found.largest)
@@ -363,9 +373,11 @@ def _lasting(found: Novelties, frames: float, recipe: CoverageRecipe) -> Criteri
         said = (
             f"{alien} atoms are outside in more than {recipe.persistent:.0%} of the frames (the worst in {worst:.0%})"
         )
-        return Criterion("lasting", False, said, numbers)
-    return Criterion("lasting", True, f"no atom is outside for long (the worst in {worst:.0%} of the frames)", numbers)
+        return StopCriterion("lasting", False, said, numbers)
+    return StopCriterion(
+        "lasting", True, f"no atom is outside for long (the worst in {worst:.0%} of the frames)", numbers
+    )
 
 
 def _surely(shares: np.ndarray, frames: float, recipe: CoverageRecipe) -> int:
-    return sum(wilson(s, frames)[0] > recipe.persistent for s in shares[shares > recipe.persistent].tolist())
+    return sum(wilson_bounds(s, frames)[0] > recipe.persistent for s in shares[shares > recipe.persistent].tolist())

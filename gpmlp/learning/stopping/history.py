@@ -69,7 +69,7 @@ class Record:
     observables: Mapping[str, float | np.ndarray] = field(default_factory=dict)
 
     @staticmethod
-    def of(
+    def from_arrays(
         walker: int,
         step: int,
         time_fs: float,
@@ -103,7 +103,7 @@ class Record:
             found |= {"outside": _counts(species[beyond]), "outside_atoms": tuple(beyond.tolist())}
         return Record(walker, step, time_fs, **(found | others))
 
-    def plain(self) -> dict:
+    def to_json(self) -> dict:
         """The record for JSON: NaN becomes null, infinity the string 'inf'; what is as by default is left out."""
         out: dict[str, object] = {"walker": int(self.walker), "step": int(self.step), "time_fs": _number(self.time_fs)}
         for name in FLOATS[1:]:
@@ -121,7 +121,7 @@ class Record:
         return out
 
     @staticmethod
-    def from_plain(plain: Mapping) -> Record:
+    def from_json(plain: Mapping) -> Record:
         """Restore what plain gave, whatever else stands beside it."""
         known = {f.name for f in fields(Record)}
         values = {name: v for name, v in plain.items() if name in known}

@@ -14,26 +14,20 @@ import numpy as np
 
 from gpmlp.core.json_values import json_value
 from gpmlp.core.units import BOLTZMANN
-from gpmlp.learning.stopping.criteria import Criterion, Novelties, converged, coverage, every, label_rate, plateau
-from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.stopping.recipe import CoverageRecipe, ObservableRecipe, PlateauRecipe, StopRecipe
-from gpmlp.learning.stopping.timeseries import mean
-
-__all__ = (
-    "CoverageRecipe",
-    "Criterion",
-    "History",
-    "ObservableRecipe",
-    "PlateauRecipe",
-    "Record",
-    "StopRecipe",
-    "Verdict",
-    "Window",
-    "ensemble",
-    "judge",
-    "limit",
-    "window",
+from gpmlp.learning.stopping.criteria import (
+    NoveltySeries,
+    StopCriterion,
+    all_met,
+    coverage_criterion,
+    label_rate_criterion,
+    mean_criterion,
+    plateau_criterion,
 )
+from gpmlp.learning.stopping.history import History, Record
+from gpmlp.learning.stopping.recipe import ObservableRecipe, PlateauRecipe, StopRecipe
+from gpmlp.learning.stopping.timeseries import series_mean
+
+__all__ = ("History", "Record", "StopRecipe", "StopVerdict", "judge")  # with what a judgement is made from
 # of the standard error of the mean: (tolerance, relative, unit); energy is in units of k_B T of the window
 TOLERANCES = {
     "energy": (0.1, False, "eV/atom"),
@@ -50,7 +44,7 @@ PRESSURE = 0.2  # GPa that the mean pressure may lie off its target
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StopVerdict:
     """Whether to stop, and why.
 
     Attributes:
@@ -63,11 +57,11 @@ class Verdict:
 
     stop: bool
     converged: bool
-    criteria: tuple[Criterion, ...]
+    criteria: tuple[StopCriterion, ...]
     sentence: str
     limit: str = ""
 
-    def plain(self) -> dict:
+    def to_json(self) -> dict:
         """The verdict for JSON; numbers that are not finite become null."""
         return {
             "stop": self.stop,
@@ -87,7 +81,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, eq=False)
-class Window:
+class JudgedWindow:
     """The recent frames over which everything is judged.
 
     Attributes:
@@ -115,7 +109,7 @@ class Window:
         return sum(len(rows) for rows in self.rows)
 
 
-def window(history: History, recipe: StopRecipe = StopRecipe()) -> Window:  # noqa: B008 - frozen
+def judged_window(history: History, recipe: StopRecipe = StopRecipe()) -> JudgedWindow:
     """The frames after the last label (or after one of the `labels_in_window` before) and the last change of the model.
 
     Where the recipe leaves the number of labels open it is the longest such window over which the plateau is met, for labels that are
@@ -134,12 +128,12 @@ def window(history: History, recipe: StopRecipe = StopRecipe()) -> Window:  # no
         if longer.steps <= before:  # a ramp, or another change of the model, is where it begins
             break
         before = longer.steps
-        if label_rate(longer.label_steps, longer.steps, wanted).met:
+        if label_rate_criterion(longer.label_steps, longer.steps, wanted).met:
             rare.append(longer)
-    return next((w for w in reversed(rare) if plateau_of(w, wanted).met), last)
+    return next((w for w in reversed(rare) if plateau_of_window(w, wanted).met), last)
 
 
-def _after(history: History, recipe: StopRecipe, labels: int) -> Window:
+def _after(history: History, recipe: StopRecipe, labels: int) -> JudgedWindow:
     """The window with so many labels in it."""
     walkers, walker = history.walkers, history.column("walker")
     labelled, updated, done = (history.column(name).astype(bool) for name in ("labelled", "updated", "ramp_finished"))
@@ -166,7 +160,7 @@ def _after(history: History, recipe: StopRecipe, labels: int) -> Window:
             kept = kept[back[-1] + 1 :] if len(back) else kept
         rows.append(kept)
     steps, label_steps = _steps(rows, of, step, triggered)
-    return Window(history, tuple(rows), steps, label_steps, ramping)
+    return JudgedWindow(history, tuple(rows), steps, label_steps, ramping)
 
 
 def _triggered(asked: np.ndarray, labelled: np.ndarray) -> np.ndarray:
@@ -202,12 +196,12 @@ def _steps(
 
 def judge(
     history: History,
-    recipe: StopRecipe = StopRecipe(),  # noqa: B008 - frozen
+    recipe: StopRecipe = StopRecipe(),
     *,
     quantile: float = 0.99,
     labels: int | None = None,
     elapsed_h: float = 0.0,
-) -> Verdict:
+) -> StopVerdict:
     """Say whether to stop.
 
     Args:
@@ -216,25 +210,25 @@ def judge(
         elapsed_h: time that the run has taken.
     """
     if not len(history):
-        return Verdict(False, False, (), "not converged yet: no frame has been looked at yet")
-    recent = window(history, recipe)
-    criteria = [ensemble(recent, recipe)]
+        return StopVerdict(False, False, (), "not converged yet: no frame has been looked at yet")
+    recent = judged_window(history, recipe)
+    criteria = [ensemble_criterion(recent, recipe)]
     if recipe.plateau is not False:
-        criteria.append(plateau_of(recent, recipe.plateau))
-    criteria += [observable(recent, o) for o in recipe.observables]
+        criteria.append(plateau_of_window(recent, recipe.plateau))
+    criteria += [observable_criterion(recent, o) for o in recipe.observables]
     if recipe.coverage is not False:
-        criteria.append(coverage(novelties(recent), quantile, recipe.coverage))
+        criteria.append(coverage_criterion(novelty_series(recent), quantile, recipe.coverage))
     early = _early(history, recipe)
-    met = every([c.met for c in criteria]) is True and len(criteria) > 1 and not early
+    met = all_met([c.met for c in criteria]) is True and len(criteria) > 1 and not early
     asked = int(history.column("labelled").sum()) if labels is None else labels
-    reached, what = limit(asked, elapsed_h, recipe)
+    reached, what = reached_limit(asked, elapsed_h, recipe)
     if met:
         sentence = "stopped: " + "; ".join(c.sentence for c in criteria)
     elif reached:
         sentence = f"stopped where it was told to, not converged: {what}; " + _missing(criteria, early)
     else:
         sentence = "not converged yet: " + _missing(criteria, early)
-    return Verdict(met or bool(reached), met, tuple(criteria), sentence, "" if met else reached)
+    return StopVerdict(met or bool(reached), met, tuple(criteria), sentence, "" if met else reached)
 
 
 def _early(history: History, recipe: StopRecipe) -> str:
@@ -244,7 +238,7 @@ def _early(history: History, recipe: StopRecipe) -> str:
     return f"{done} of at least {recipe.at_least_steps} steps made" if done < recipe.at_least_steps else ""
 
 
-def limit(labels: int, elapsed_h: float, recipe: StopRecipe) -> tuple[str, str]:
+def reached_limit(labels: int, elapsed_h: float, recipe: StopRecipe) -> tuple[str, str]:
     """(name of the limit that was reached, or '', and a phrase)."""
     if recipe.labels_at_most is not None and labels >= recipe.labels_at_most:
         return "labels", f"{labels} labels"
@@ -253,7 +247,7 @@ def limit(labels: int, elapsed_h: float, recipe: StopRecipe) -> tuple[str, str]:
     return "", ""
 
 
-def _missing(criteria: Sequence[Criterion], early: str) -> str:
+def _missing(criteria: Sequence[StopCriterion], early: str) -> str:
     """What stands in the way: first what is not met, else what cannot be judged."""
     if len(criteria) == 1:
         return "all criteria are switched off, so that only limits end the run"
@@ -261,7 +255,7 @@ def _missing(criteria: Sequence[Criterion], early: str) -> str:
     return "; ".join([*([early] if early else []), *(c.sentence for c in failed)])
 
 
-def ensemble(recent: Window, recipe: StopRecipe = StopRecipe()) -> Criterion:  # noqa: B008
+def ensemble_criterion(recent: JudgedWindow, recipe: StopRecipe = StopRecipe()) -> StopCriterion:
     """Whether all ramps have ended and the means of temperature and pressure are those of thermostat and barostat.
 
     The temperature may be off by `temperature` of it, or by the 95 % interval of its mean.
@@ -270,7 +264,7 @@ def ensemble(recent: Window, recipe: StopRecipe = StopRecipe()) -> Criterion:  #
     if recent.ramping:
         which = ", ".join(str(w) for w in recent.ramping)
         sentence = f"temperature or pressure of walker {which} are still being changed, so that new places may open"
-        return Criterion("ensemble", False, sentence, numbers)
+        return StopCriterion("ensemble", False, sentence, numbers)
     told, verdicts = [], []
     for kind, unit in (("temperature", "K"), ("pressure", "GPa")):
         values, targets = recent.series(f"{kind}_{unit}"), recent.series(f"target_{kind}_{unit}")
@@ -279,7 +273,7 @@ def ensemble(recent: Window, recipe: StopRecipe = StopRecipe()) -> Criterion:  #
             continue
         target = float(np.concatenate([t[k] for t, k in zip(targets, known, strict=True)]).mean())
         differences = [(v - t)[k] for v, t, k in zip(values, targets, known, strict=True)]
-        found = mean(differences)
+        found = series_mean(differences)
         off = abs(float(found.value[0]))
         allowed = recipe.temperature * target if kind == "temperature" else PRESSURE
         numbers |= {kind: target + float(found.value[0]), f"{kind}_target": target, f"{kind}_sem": found.sem}
@@ -287,11 +281,11 @@ def ensemble(recent: Window, recipe: StopRecipe = StopRecipe()) -> Criterion:  #
         # outside what is allowed and known too badly: wait
         verdicts.append(True if off <= reach else False if found.enough else None)
         told.append(f"mean {kind} {numbers[kind]:.4g} {unit} (target {target:.4g})")
-    met = every(verdicts) if recent.frames else None
-    return Criterion("ensemble", met, ", ".join(told) or NOTHING[recent.frames > 0], numbers)
+    met = all_met(verdicts) if recent.frames else None
+    return StopCriterion("ensemble", met, ", ".join(told) or NOTHING[recent.frames > 0], numbers)
 
 
-def plateau_of(recent: Window, recipe: PlateauRecipe = PlateauRecipe()) -> Criterion:  # noqa: B008
+def plateau_of_window(recent: JudgedWindow, recipe: PlateauRecipe = PlateauRecipe()) -> StopCriterion:
     """`stop_criteria.plateau` of a window; uncertainties over the middle threshold of the trigger, where there is one.
 
     Not over that of each frame: a threshold that follows the forces of the dynamics would pass its own ups and downs on.
@@ -303,7 +297,9 @@ def plateau_of(recent: Window, recipe: PlateauRecipe = PlateauRecipe()) -> Crite
         [s / (1.0 if math.isnan(unit) else unit) for s in recent.series(name)] for name in ("sigma_max", "sigma_median")
     )
     times = [_increasing(s) for s in recent.series("step")]
-    return plateau(largest, median, times, recent.label_steps, recent.steps, recipe, limited=not math.isnan(unit))
+    return plateau_criterion(
+        largest, median, times, recent.label_steps, recent.steps, recipe, limited=not math.isnan(unit)
+    )
 
 
 def _increasing(step: np.ndarray) -> np.ndarray:
@@ -311,7 +307,7 @@ def _increasing(step: np.ndarray) -> np.ndarray:
     return np.cumsum(np.maximum(np.diff(step, prepend=step[:1]), 1)).astype(float)
 
 
-def observable(recent: Window, recipe: ObservableRecipe = ObservableRecipe()) -> Criterion:  # noqa: B008
+def observable_criterion(recent: JudgedWindow, recipe: ObservableRecipe = ObservableRecipe()) -> StopCriterion:
     """`stop_criteria.converged` of a window, with the tolerance of the recipe or the default of that observable."""
     tolerance, relative, unit = TOLERANCES.get(recipe.name, CUSTOM)
     if recipe.tolerance is not None:
@@ -320,11 +316,11 @@ def observable(recent: Window, recipe: ObservableRecipe = ObservableRecipe()) ->
         tolerance *= BOLTZMANN * _temperature(recent)
     title = f"observable {recipe.name}"
     if recipe.name not in recent.history.observables:
-        return Criterion(title, None, f"{recipe.name} has not been recorded yet")
-    return converged(recipe.name, recent.series(f"observable/{recipe.name}"), tolerance, relative, unit)
+        return StopCriterion(title, None, f"{recipe.name} has not been recorded yet")
+    return mean_criterion(recipe.name, recent.series(f"observable/{recipe.name}"), tolerance, relative, unit)
 
 
-def _temperature(recent: Window) -> float:
+def _temperature(recent: JudgedWindow) -> float:
     """Mean target temperature, or mean temperature where there is none, K."""
     for name in ("target_temperature_K", "temperature_K"):
         values = np.concatenate(recent.series(name)) if recent.frames else np.zeros(0)
@@ -334,7 +330,7 @@ def _temperature(recent: Window) -> float:
     return ROOM
 
 
-def novelties(recent: Window) -> Novelties:
+def novelty_series(recent: JudgedWindow) -> NoveltySeries:
     """What a window knows of novelty."""
     each = []
     for rows, counts in zip(recent.rows, _counts(recent), strict=True):
@@ -342,7 +338,7 @@ def novelties(recent: Window) -> Novelties:
         joined = np.concatenate(outside) if outside else np.zeros(0, dtype=int)
         each.append(np.bincount(joined, minlength=counts) / max(1, len(rows)))
     species = recent.history.species
-    return Novelties(
+    return NoveltySeries(
         recent.series("novelty_max"),
         {z: recent.series(f"atoms/{z}") for z in species},
         {z: recent.series(f"outside/{z}") for z in species},
@@ -350,7 +346,7 @@ def novelties(recent: Window) -> Novelties:
     )
 
 
-def _counts(recent: Window) -> list[int]:
+def _counts(recent: JudgedWindow) -> list[int]:
     """By walker, the number of its atoms."""
     totals = [sum(recent.series(f"atoms/{z}")[w] for z in recent.history.species) for w in range(len(recent.rows))]
     return [int(np.max(t)) if np.size(t) else 0 for t in totals]

@@ -25,17 +25,17 @@ from gpmlp.learning.stopping.recipe import ObservableRecipe
 Value = float | np.ndarray
 
 
-def energy(frame: Atoms) -> float:
+def potential_energy(frame: Atoms) -> float:
     """Potential energy per atom, eV/atom."""
     return float(frame.get_potential_energy()) / len(frame)
 
 
-def temperature(frame: Atoms) -> float:
+def kinetic_temperature(frame: Atoms) -> float:
     """Kinetic temperature, K."""
     return float(frame.get_temperature())
 
 
-def pressure(frame: Atoms) -> float:
+def instantaneous_pressure(frame: Atoms) -> float:
     """p = −tr σ / 3 + 2 E_kin / (3 V), GPa, positive = compression.
 
     Raises:
@@ -50,7 +50,7 @@ def pressure(frame: Atoms) -> float:
     return (virial + 2 * frame.get_kinetic_energy() / (3 * frame.get_volume())) / units.GPA
 
 
-def rdf(
+def radial_distribution(
     structures: Structures, cutoff: float = 6.0, bins: int = 60, pair: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Radial distribution function, mean over structures; 1 in a gas of points (less 1/N, the atom that does not see itself).
@@ -92,12 +92,12 @@ def rdf(
     return (edges[1:] + edges[:-1]) / 2, counts / (shells * len(structures))
 
 
-def pairs(species: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def species_pairs(species: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Pairs of species (a ≤ b) of the partial distributions."""
     return tuple(itertools.combinations_with_replacement(sorted(set(species)), 2))
 
 
-class Path:
+class UnwrappedPath:
     """Positions that go on over periodic borders, of the last `lag_fs` of one trajectory, and how far atoms moved in that time.
 
     Between frames an atom is taken to have moved to its nearest image: frames must be so close that none moves half a cell. The drift
@@ -151,19 +151,19 @@ class Path:
         return {"times": self.times, "positions": self.positions, "last": last}
 
     @staticmethod
-    def restored(lag_fs: float, state: Mapping[str, np.ndarray]) -> Path:
-        path = Path(lag_fs)
+    def restored(lag_fs: float, state: Mapping[str, np.ndarray]) -> UnwrappedPath:
+        path = UnwrappedPath(lag_fs)
         path.times, path.positions = np.array(state["times"]), np.array(state["positions"])
         path.last = np.array(state["last"]) if len(state["last"]) else None
         return path
 
 
-def msd(path: Path) -> float:
+def mean_squared_displacement(path: UnwrappedPath) -> float:
     """Mean squared displacement over the last lag, A²: a stationary series, the mean of which is MSD(lag)."""
     return path.squared(path.lag)[1]
 
 
-def diffusion(path: Path) -> float:
+def diffusion_estimate(path: UnwrappedPath) -> float:
     """D = (MSD(lag) − MSD(lag/2)) / (6 · lag/2), A²/fs (0.1 cm²/s): Einstein's relation without the ballistic start."""
     (long, far), (short, near) = path.squared(path.lag), path.squared(path.lag / 2)
     return (far - near) / (6 * (long - short)) if long > short else math.nan
@@ -175,18 +175,18 @@ def diffusion_of(frames: Sequence[Atoms], times_fs: Sequence[float], lag_fs: flo
     Raises:
         UserError: a trajectory that is not longer than the lag.
     """
-    path, found = Path(lag_fs), []
+    path, found = UnwrappedPath(lag_fs), []
     for frame, time in zip(frames, times_fs, strict=True):
         path.add(frame, float(time))
-        found.append(diffusion(path))
+        found.append(diffusion_estimate(path))
     known = np.array([d for d in found if not math.isnan(d)])
     if len(known) < 2:
         raise UserError(f"`lag_fs` = {lag_fs} fs is as long as the trajectory; take a shorter one.")
-    mean = timeseries.mean(known)
+    mean = timeseries.series_mean(known)
     return float(mean.value[0]), mean.sem
 
 
-def load(name: str) -> Callable[[Atoms], Value]:
+def load_function(name: str) -> Callable[[Atoms], Value]:
     """The function 'module:function'.
 
     Raises:
@@ -219,9 +219,9 @@ class Observer:
             UserError: a function of the user's that cannot be loaded, or a pair that is none.
         """
         self.recipes = tuple(recipes)
-        self._functions = {r.name: load(r.name) for r in self.recipes if ":" in r.name}
+        self._functions = {r.name: load_function(r.name) for r in self.recipes if ":" in r.name}
         self._pairs = {r.name: _pair(r.pair) for r in self.recipes if r.pair}
-        self._paths: dict[tuple[str, int], Path] = {}
+        self._paths: dict[tuple[str, int], UnwrappedPath] = {}
 
     def __call__(self, frame: Atoms, walker: int = 0, time_fs: float = 0.0) -> dict[str, Value]:
         """Value of each observable, by name; NaN while it is not known.
@@ -235,14 +235,16 @@ class Observer:
         name = recipe.name
         if name == "rdf":
             structures = structures_from_ase([frame], [f"walker {walker} at {time_fs:g} fs"])
-            return rdf(structures, recipe.cutoff, recipe.bins, self._pairs.get(name))[1]
+            return radial_distribution(structures, recipe.cutoff, recipe.bins, self._pairs.get(name))[1]
         if name in ("msd", "diffusion"):
-            path = self._paths.setdefault((name, walker), Path(recipe.lag_fs))
+            path = self._paths.setdefault((name, walker), UnwrappedPath(recipe.lag_fs))
             path.add(frame, time_fs)
-            return msd(path) if name == "msd" else diffusion(path)
+            return mean_squared_displacement(path) if name == "msd" else diffusion_estimate(path)
         if name in self._functions:
             return _checked(name, self._functions[name], frame)
-        return {"energy": energy, "pressure": pressure, "temperature": temperature}[name](frame)
+        return {"energy": potential_energy, "pressure": instantaneous_pressure, "temperature": kinetic_temperature}[
+            name
+        ](frame)
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays by name, for npz or safetensors, from which `restore` goes on exactly."""
@@ -253,11 +255,11 @@ class Observer:
         observer, lags = Observer(self.recipes), {r.name: r.lag_fs for r in self.recipes}
         for name, walker in {tuple(key.split("/")[:2]) for key in state if key.split("/")[0] in lags}:
             arrays = {key.split("/")[2]: v for key, v in state.items() if key.startswith(f"{name}/{walker}/")}
-            observer._paths[name, int(walker)] = Path.restored(lags[name], arrays)
+            observer._paths[name, int(walker)] = UnwrappedPath.restored(lags[name], arrays)
         return observer
 
 
-def make(recipes: Sequence[ObservableRecipe], starts: Sequence[Atoms] = ()) -> Observer:
+def make_observer(recipes: Sequence[ObservableRecipe], starts: Sequence[Atoms] = ()) -> Observer:
     """The observer of `StopRecipe.observables`.
 
     Raises:
@@ -270,7 +272,7 @@ def make(recipes: Sequence[ObservableRecipe], starts: Sequence[Atoms] = ()) -> O
                 continue
             structures = structures_from_ase([atoms], [f"start {i}"])
             if recipe.name == "rdf":
-                rdf(structures, recipe.cutoff, recipe.bins, observer._pairs.get(recipe.name))
+                radial_distribution(structures, recipe.cutoff, recipe.bins, observer._pairs.get(recipe.name))
             if recipe.name == "pressure" and bool(structures.volumes.isnan().any()):
                 raise UserError(
                     f"observable 'pressure' needs a stress, and start {i} is not periodic in all directions; take 'energy' instead."

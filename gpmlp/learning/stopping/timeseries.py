@@ -41,7 +41,7 @@ GAIN = 1.25  # factor of effective samples that leaving out must bring; choosing
 
 
 @dataclass(frozen=True, eq=False)
-class Mean:
+class SeriesMean:
     """Mean of correlated samples.
 
     Attributes:
@@ -80,7 +80,7 @@ class Mean:
         return float(scipy.special.stdtrit(self.freedom, (1 + LEVEL) / 2)) * self.sem
 
 
-def samples(series: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
+def check_series(series: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
     """Series as a list of (samples, components) float64, empty ones left out.
 
     Args:
@@ -104,7 +104,7 @@ def samples(series: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
     return parts
 
 
-def mean(series: np.ndarray | Sequence[np.ndarray]) -> Mean:
+def series_mean(series: np.ndarray | Sequence[np.ndarray]) -> SeriesMean:
     """Mean of one or several series of the same thing, with its standard error.
 
     sem² = γ(0) g / n, γ(0) the variance of a sample with the bias γ(0) g/n of the mean taken off.
@@ -112,7 +112,7 @@ def mean(series: np.ndarray | Sequence[np.ndarray]) -> Mean:
     Raises:
         UserError: as `samples`.
     """
-    parts = samples(series)
+    parts = check_series(series)
     n = sum(len(p) for p in parts)
     value = sum(p.sum(0) for p in parts) / n
     centred = [p - value for p in parts]
@@ -120,7 +120,7 @@ def mean(series: np.ndarray | Sequence[np.ndarray]) -> Mean:
     total = float(np.trace(covariance))
     if n < 2 or _still(total, value):
         # nothing moves: one sample says it all, but says nothing of how long it will last
-        return Mean(value, 0.0, 0.0, 0.0, 1.0, n, math.inf, 1.0)
+        return SeriesMean(value, 0.0, 0.0, 0.0, 1.0, n, math.inf, 1.0)
     g, window = correlation_time(centred, 1)
     if value.size > 1:
         g, window = max((g, window), correlation_time([c @ _leading(covariance) for c in centred], 1))
@@ -130,7 +130,7 @@ def mean(series: np.ndarray | Sequence[np.ndarray]) -> Mean:
     variance = total / k * (1 + g_used / n)
     dimension = total**2 / float((covariance**2).sum())
     sem = math.sqrt(variance * g / n)
-    return Mean(value, math.sqrt(variance), sem, blocking(parts), g, n, freedom, dimension)
+    return SeriesMean(value, math.sqrt(variance), sem, blocking_error(parts), g, n, freedom, dimension)
 
 
 def _still(variance: float, value: np.ndarray) -> bool:
@@ -180,13 +180,13 @@ def correlation_time(centred: Sequence[np.ndarray], parameters: int = 1) -> tupl
     return max(LEAST, float(sums[window]) / kept), window
 
 
-def blocking(series: np.ndarray | Sequence[np.ndarray]) -> float:
+def blocking_error(series: np.ndarray | Sequence[np.ndarray]) -> float:
     """Rms over components of the standard error of the mean, from averages of ever longer blocks.
 
     Flyvbjerg, Petersen, J. Chem. Phys. 91, 461 (1989); the block length is the least B with B³ > 2 n (s_B/s_1)⁴, s_B the standard error
     at B: Lee, Alder et al., Phys. Rev. E 83, 066706 (2011), eq. 11. Rests shorter than a block are left out.
     """
-    parts = samples(series)
+    parts = check_series(series)
     n = sum(len(p) for p in parts)
     value = sum(p.sum(0) for p in parts) / n
     length, first, found = 1, None, 0.0
@@ -205,7 +205,7 @@ def blocking(series: np.ndarray | Sequence[np.ndarray]) -> float:
         length *= 2
 
 
-def equilibrated(series: np.ndarray) -> int:
+def equilibration_end(series: np.ndarray) -> int:
     """Number of leading samples to leave out: those that, left out, leave the most effective samples; a third at most.
 
     Chodera, J. Chem. Theory Comput. 12, 1799 (2016). Only where that brings GAIN times as many.
@@ -213,7 +213,7 @@ def equilibrated(series: np.ndarray) -> int:
     Args:
         series: (samples,) or (samples, components) of one walker.
     """
-    (part,) = samples(series)
+    (part,) = check_series(series)
     n = len(part)
     if n < 2 * ENOUGH:
         return 0
@@ -227,7 +227,7 @@ def equilibrated(series: np.ndarray) -> int:
 
 
 @dataclass(frozen=True)
-class Trend:
+class SeriesTrend:
     """What a series does over its length.
 
     Attributes:
@@ -255,7 +255,9 @@ class Trend:
         return self.n_effective >= ENOUGH
 
 
-def trend(values: np.ndarray | Sequence[np.ndarray], times: np.ndarray | Sequence[np.ndarray] | None = None) -> Trend:
+def series_trend(
+    values: np.ndarray | Sequence[np.ndarray], times: np.ndarray | Sequence[np.ndarray] | None = None
+) -> SeriesTrend:
     """Test one or several series for a trend that they share.
 
     Args:
@@ -265,8 +267,8 @@ def trend(values: np.ndarray | Sequence[np.ndarray], times: np.ndarray | Sequenc
     Raises:
         UserError: no samples, values that are not finite, times that are not of the same shape or do not increase.
     """
-    x = [p[:, 0] for p in samples(values)]
-    t = [np.arange(len(p), dtype=float) for p in x] if times is None else [p[:, 0] for p in samples(times)]
+    x = [p[:, 0] for p in check_series(values)]
+    t = [np.arange(len(p), dtype=float) for p in x] if times is None else [p[:, 0] for p in check_series(times)]
     if [len(p) for p in t] != [len(p) for p in x]:
         raise UserError(f"`times` must be as many as `values`: {[len(p) for p in x]}; got {[len(p) for p in t]}.")
     if any((np.diff(p) <= 0).any() for p in t):
@@ -276,21 +278,21 @@ def trend(values: np.ndarray | Sequence[np.ndarray], times: np.ndarray | Sequenc
     pairs = [(_coarse(p), _coarse(q)) for p, q in zip(t, x, strict=True)]
     pairs = [(p, q) for p, q in pairs if len(p) > 1]
     if sum(len(p) for p, _ in pairs) < FEWEST:
-        return Trend(0.0, math.nan, math.nan, math.nan, level, n, 0.0, duration)
+        return SeriesTrend(0.0, math.nan, math.nan, math.nan, level, n, 0.0, duration)
     slopes, s, variance = _all_pairs(pairs)
     slope = float(np.median(slopes))
     g, window = _correlation(pairs, slope)
     coarse = sum(len(p) for p, _ in pairs)
     n_effective = coarse / max(1.0, g)
     if variance <= 0:  # all values are equal
-        return Trend(0.0, 0.0, 0.0, 1.0, level, n, n_effective, duration)
+        return SeriesTrend(0.0, 0.0, 0.0, 1.0, level, n, n_effective, duration)
     freedom = max(1.0, coarse / (2 * window + 1))
     error = math.sqrt(variance * g)
     # one less for continuity: S moves in steps of two
     p = float(2 * scipy.special.stdtr(freedom, -max(0.0, abs(s) - 1) / error))
     reach = float(scipy.special.stdtrit(freedom, (1 + LEVEL) / 2)) * error
     low, high = _between(slopes, reach)
-    return Trend(slope, low, high, min(1.0, p), level, n, n_effective, duration)
+    return SeriesTrend(slope, low, high, min(1.0, p), level, n, n_effective, duration)
 
 
 def _coarse(values: np.ndarray) -> np.ndarray:
@@ -336,7 +338,7 @@ def _between(slopes: np.ndarray, reach: float) -> tuple[float, float]:
     return float(ordered[below]), float(ordered[above])
 
 
-def wilson(share: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_bounds(share: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """(lower, upper) bounds of a probability, each exceeded with chance 1 − confidence.
 
     (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n): Wilson, J. Am. Stat. Assoc. 22, 209 (1927).
@@ -361,7 +363,7 @@ def poisson_upper(events: int, confidence: float = CONFIDENCE) -> float:
     return float(scipy.special.gammaincinv(events + 1, confidence))
 
 
-def laplace(times: Sequence[float], duration: float) -> float:
+def laplace_test(times: Sequence[float], duration: float) -> float:
     """Laplace's test of a falling rate: chance of events so early in [0, duration] at a constant rate; 1 where there are none.
 
     (mean t − T/2) / (T / √(12 n)) is nearly normal: Cox, Lewis, The Statistical Analysis of Series of Events (1966), sec. 3.3.

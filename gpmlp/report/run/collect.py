@@ -23,7 +23,7 @@ from gpmlp.io.ase_atoms import iterate_frames, structures_from_ase
 from gpmlp.io.files import atomic_write, check_folder
 from gpmlp.io.recipe_files import validate_recipe
 from gpmlp.learning import checkpoint
-from gpmlp.learning.labels import Entry, Tape
+from gpmlp.learning.labels import LabelEntry, LabelFile
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.stopping import judge, timeseries
 from gpmlp.learning.stopping.criteria import frames_inside
@@ -85,7 +85,7 @@ def collect(
     folder: Path,
     recipe: LearnRecipe,
     events: list[dict],
-    entries: dict[str, Entry],
+    entries: dict[str, LabelEntry],
     refused: tuple[dict[str, Any], ...],
     potential: Potential,
 ) -> RunData:
@@ -145,7 +145,7 @@ def _role(name: str) -> str:
     }[name]
 
 
-def _formula(entries: dict[str, Entry]) -> str:
+def _formula(entries: dict[str, LabelEntry]) -> str:
     species, counts = np.unique(next(iter(entries.values())).structure.species.numpy(), return_counts=True)
     return "".join(f"{chemical_symbol(int(z))}{n if n > 1 else ''}" for z, n in zip(species, counts, strict=True))
 
@@ -177,13 +177,13 @@ def _events(path: Path) -> Iterator[dict]:
                 raise UserError(f"{path}: line {number} is broken: {error}; repair it by hand.") from error
 
 
-def _tape(folder: Path) -> tuple[dict[str, Entry], tuple[dict[str, Any], ...]]:
+def _tape(folder: Path) -> tuple[dict[str, LabelEntry], tuple[dict[str, Any], ...]]:
     """Labels by key, and what was set aside, from copies: opening a tape repairs it, which is for the run to do."""
     with tempfile.TemporaryDirectory(prefix="gpmlp-report-") as copies:
         for name in ("labels.xyz", "refused.jsonl"):
             if (folder / name).exists():
                 shutil.copyfile(folder / name, Path(copies) / name)
-        tape = Tape(Path(copies) / "labels.xyz")
+        tape = LabelFile(Path(copies) / "labels.xyz")
     if not len(tape):
         raise UserError(f"{folder}: the run there has no labels yet; there is nothing to report.")
     refused = tuple({"key": r.key, "reason": r.reason, "attempts": r.attempts} for r in tape.refusals)
@@ -214,7 +214,7 @@ def _times(path: Path) -> tuple[str, str]:
 
 def _labels(
     events: list[dict],
-    entries: dict[str, Entry],
+    entries: dict[str, LabelEntry],
     progress: dict[str, Any],
     seconds: dict[str, float],
     attempts: dict[str, int],
@@ -232,7 +232,7 @@ def _labels(
             w = event["walker"]
             made += max(0, event["step"] - step.get(w, 0))
             step[w] = event["step"]
-            temperatures[w, event["step"]] = Record.from_plain(event).temperature_K
+            temperatures[w, event["step"]] = Record.from_json(event).temperature_K
         elif event["event"] == "ask":
             asks[event["walker"]] = event
         elif event["event"] == "learned":
@@ -267,7 +267,7 @@ def _labels(
     return tuple(replace(f, seconds=seconds.get(f.key, float("nan")), attempts=attempts.get(f.key, 1)) for f in found)
 
 
-def _surrogate(entry: Entry | None) -> str:
+def _surrogate(entry: LabelEntry | None) -> str:
     """What was labelled in place of a frame that was too large; '' where it was the frame."""
     if entry is None or "surrogate" not in entry.notes:
         return ""
@@ -276,12 +276,12 @@ def _surrogate(entry: Entry | None) -> str:
     return f"{notes['surrogate']} of {n} atoms around atom {notes['carved_around']} of {notes['carved_from']}, {what}"
 
 
-def _first(entries: dict[str, Entry]) -> list[str]:
+def _first(entries: dict[str, LabelEntry]) -> list[str]:
     """Where there is no checkpoint yet."""
     return [k for k, e in entries.items() if e.notes.get("walker", -1) == -1]
 
 
-def _time_ps(entry: Entry | None) -> float:
+def _time_ps(entry: LabelEntry | None) -> float:
     return float(entry.notes.get("time_fs", float("nan"))) / 1000 if entry else float("nan")
 
 
@@ -346,7 +346,7 @@ def _blind(path: Path, potential: Potential) -> ReportData | None:
     )
 
 
-def _report_of_labels(folder: Path, entries: dict[str, Entry], potential: Potential) -> bool:
+def _report_of_labels(folder: Path, entries: dict[str, LabelEntry], potential: Potential) -> bool:
     """Write the uncertainty report of the model on its own labels; whether that could be done."""
     if potential.variances is None:
         return False
@@ -385,7 +385,7 @@ def judged_frames(events: list[dict], recipe: LearnRecipe, labels: int, hours: f
     for event in events:
         if event["event"] == "look":  # where it says so, this frame asked; the history is told when the label has come
             asked.append(bool(event.get("asked")))
-            history = history.append(Record.from_plain(event))
+            history = history.append(Record.from_json(event))
         elif event["event"] == "learned" and "key" in event:
             history = history.with_label(updated=bool(event.get("refreshed")))
     quantile = recipe.model.novelty.quantile
@@ -393,9 +393,9 @@ def judged_frames(events: list[dict], recipe: LearnRecipe, labels: int, hours: f
     if verdicts:
         verdict = verdicts[-1]
     else:
-        verdict = judge.judge(history, recipe.stop, quantile=quantile, labels=labels, elapsed_h=hours).plain()
+        verdict = judge.judge(history, recipe.stop, quantile=quantile, labels=labels, elapsed_h=hours).to_json()
     stopped = next((e["reason"] for e in reversed(events) if e["event"] == "stopped"), "")
-    recent = judge.window(history, recipe.stop) if len(history) else None
+    recent = judge.judged_window(history, recipe.stop) if len(history) else None
     observed = tuple(filter(None, (_observed(recent, o) for o in recipe.stop.observables))) if recent else ()
     return Judged(
         _judged_frames(history, np.array(asked, dtype=bool), recent, recipe),
@@ -420,7 +420,9 @@ def wanted_atoms(coverage: CoverageRecipe, quantile: float) -> float:
     return 1 - min(0.5, 3 * (1 - quantile)) if coverage.atoms is None else coverage.atoms
 
 
-def _judged_frames(history: History, asked: np.ndarray, recent: judge.Window | None, recipe: LearnRecipe) -> Frames:
+def _judged_frames(
+    history: History, asked: np.ndarray, recent: judge.JudgedWindow | None, recipe: LearnRecipe
+) -> Frames:
     n = len(history)
     atoms, outside = (
         sum((history.column(f"{kind}/{z}") for z in history.species), start=np.zeros(n))
@@ -462,11 +464,11 @@ def _judged_frames(history: History, asked: np.ndarray, recent: judge.Window | N
     )
 
 
-def _observed(recent: judge.Window, wanted: ObservableRecipe) -> Observed | None:
+def _observed(recent: judge.JudgedWindow, wanted: ObservableRecipe) -> Observed | None:
     """Mean and standard error of what was seen until then, for times within the window; None without frames."""
     if wanted.name not in recent.history.observables or not recent.frames:
         return None
-    criterion = judge.observable(recent, wanted)
+    criterion = judge.observable_criterion(recent, wanted)
     series, places = recent.series(f"observable/{wanted.name}"), recent.rows
     order = np.sort(np.concatenate(places))
     length = recent.steps / len(order) if len(order) else 0.0
@@ -479,7 +481,7 @@ def _observed(recent: judge.Window, wanted: ObservableRecipe) -> Observed | None
         parts = [p for p in parts if len(p)]
         if sum(map(len, parts)) < FEWEST:
             continue
-        found = timeseries.mean(parts)
+        found = timeseries.series_mean(parts)
         steps.append(end * length)
         mean.append(math.sqrt(float((found.value**2).mean())) if found.value.size > 1 else float(found.value[0]))
         sem.append(max(found.sem, found.sem_blocking))

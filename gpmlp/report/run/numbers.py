@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpmlp.learning.stopping.timeseries import poisson_upper, wilson
+from gpmlp.learning.stopping.timeseries import poisson_upper, wilson_bounds
 from gpmlp.report.model import numbers
 from gpmlp.report.model.data import Labelled
 from gpmlp.report.run.data import RunData
@@ -73,7 +73,7 @@ def honesty(data: RunData) -> dict[str, Any]:
         "rms_error_over_sigma": numbers.rms(view.scaled[np.isfinite(view.scaled)]),
         "bounds": len(pairs),
         "bounds_exceeded": over,
-        "bounds_exceeded_interval": list(wilson(over / len(pairs), len(pairs))) if pairs else None,
+        "bounds_exceeded_interval": list(wilson_bounds(over / len(pairs), len(pairs))) if pairs else None,
         "bound_probability": data.probability,
         "energy_rms_error_over_sigma": numbers.rms(energy[:, 0] / energy[:, 1]) if len(energy) else None,
         "energy_rms_error_meV_per_atom": 1e3 * numbers.rms(energy[:, 0]) if len(energy) else None,

@@ -1,4 +1,4 @@
-"""A Student is taught label by label, and made anew of all labels as these grow."""
+"""An online model gets label after label, and is fitted to all of them together as these grow."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from systems import KERNELS, crystal, descriptor, random_term, targets_of
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting.online import OnlineFit
-from gpmlp.learning.labels import Entry
-from gpmlp.learning.model import Student
+from gpmlp.learning.labels import LabelEntry
+from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.recipe import RefreshRecipe
 from gpmlp.recipe import Recipe
 
@@ -24,21 +24,21 @@ RECIPE = Recipe.model_validate(
 TRUTH = random_term(descriptor("soap gto"), KERNELS["polynomial 3"])
 
 
-def entries(n: int) -> list[Entry]:
+def entries(n: int) -> list[LabelEntry]:
     out = []
     for seed in range(n):
         one = crystal("cubic", (6, 8), seed)
-        out.append(Entry(one, targets_of(one, TRUTH(one)), f"k{seed}", "a test", "", {}))
+        out.append(LabelEntry(one, targets_of(one, TRUTH(one)), f"k{seed}", "a test", "", {}))
     return out
 
 
 def test_the_model_is_made_anew_as_labels_grow():
     some = entries(12)
-    taught = Student.begin(some[:4], RECIPE, RefreshRecipe(labels=2))
-    made = [taught.made]
+    taught = OnlineModel.from_labels(some[:4], RECIPE, RefreshRecipe(labels=2))
+    made = [taught.fitted_labels]
     for entry in some[4:]:
-        taught = taught.taught(entry)
-        made.append(taught.made)
+        taught = taught.with_label(entry)
+        made.append(taught.fitted_labels)
     # due after every second label: 6 >= 1.3 x 4, 8 >= 1.3 x 6, 10 < 1.3 x 8 (10.4), 12
     assert made == [4, 4, 6, 6, 8, 8, 8, 8, 12]
     anew = [e for e in taught.online.events if "made anew" in e]
@@ -49,12 +49,12 @@ def test_the_model_is_made_anew_as_labels_grow():
 def test_made_anew_it_knows_what_all_labels_together_tell():
     """Whatever it was before: to 1e-9, the sums over labels being taken in turn or together."""
     some = entries(6)
-    taught = Student.begin(some[:4], RECIPE, RefreshRecipe(labels=2))
+    taught = OnlineModel.from_labels(some[:4], RECIPE, RefreshRecipe(labels=2))
     for entry in some[4:]:
-        taught = taught.taught(entry)
+        taught = taught.with_label(entry)
     data = Structures.concatenate([e.structure for e in some]), Targets.concatenate([e.targets for e in some])
     together, probe = OnlineFit.begin(*data, RECIPE).potential, crystal("cubic", (6, 8), 99)
     a, b = taught.potential(probe), together(probe)
     torch.testing.assert_close(a.forces, b.forces, rtol=0, atol=1e-9)
     assert float(a.energies) == pytest.approx(float(b.energies), abs=1e-9)
-    assert taught.made == 6  # all of them
+    assert taught.fitted_labels == 6  # all of them
