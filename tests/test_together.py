@@ -16,7 +16,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.neighbors import Neighbors, find_neighbors
 from gpmlp.core.verlet_list import VerletList
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.learning import loop, walker
+from gpmlp.learning import walker
 from gpmlp.learning.loop import learn
 from gpmlp.learning.walker import Walker
 from gpmlp.potential.potential import Potential
@@ -202,5 +202,5 @@ def test_runs_of_several_walkers_repeat_and_resume_to_the_last_bit(tmp_path):
 
 
 def test_one_walker_needs_no_company(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.together, "advance", None)
+    monkeypatch.setattr(walker, "advance_together", None)
     finish(recipe(**{**THREE, "dynamics": {"steps": 5, "ramp_steps": 5}}), prepare(tmp_path))
