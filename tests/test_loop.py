@@ -19,7 +19,7 @@ from learning_runs import cluster, contents, crystal, events, finish, merged, pr
 
 from gpmlp.core.errors import UserError
 from gpmlp.io import archive
-from gpmlp.io.ase_atoms import structures_from_ase, write
+from gpmlp.io.ase_atoms import structures_from_ase, write_frames
 from gpmlp.learning import checkpoint, loop, walker_state
 from gpmlp.learning.labels import LabelFile
 from gpmlp.learning.loop import learn
@@ -524,7 +524,7 @@ def test_given_labels(tmp_path):
         atoms = crystal()
         atoms.rattle(0.05, rng=rng)
         frames.append(labelled(atoms))
-    write(prepare(tmp_path) / "given.xyz", frames)
+    write_frames(prepare(tmp_path) / "given.xyz", frames)
     last = finish(recipe(bootstrap={"n": 2, "given": "given.xyz"}, dynamics={"steps": 10}), tmp_path)
     entries = list(tape(tmp_path))
     assert [e.reason for e in entries[:4]] == ["given"] * 4 and entries[0].oracle == ""
@@ -535,7 +535,7 @@ def test_given_labels(tmp_path):
 def test_given_structures_without_labels(tmp_path):
     """They would count as labels, and teach nothing."""
     one, other = labelled(crystal()), crystal()
-    write(prepare(tmp_path) / "given.xyz", [one, other])
+    write_frames(prepare(tmp_path) / "given.xyz", [one, other])
     with pytest.raises(UserError, match="given.xyz: frame 1 has neither energy nor forces"):
         finish(recipe(bootstrap={"n": 2, "given": "given.xyz"}), tmp_path)
     assert not (tmp_path / "out" / "labels.xyz").exists() and not (tmp_path / "answers").exists()
