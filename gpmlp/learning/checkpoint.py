@@ -159,6 +159,8 @@ class RunFiles:
             with atomic_write(path, text=True) as file:
                 file.write(json.dumps(mine, indent=1) + "\n")
             self._files[TIMES] = open(folder / TIMES, "ab", buffering=0)  # noqa: SIM115 - as long as the run
+            if self._files[TIMES].tell() and not (folder / TIMES).read_bytes().endswith(b"\n"):
+                self._write(TIMES, b"\n")  # after a line that a kill cut short
         except OSError as error:
             self.close()
             raise UserError(f"{folder}: cannot be written to: {error.strerror or error}.") from error
@@ -178,23 +180,22 @@ class RunFiles:
                 file.seek(end)
 
     def log_event(self, event: str, **values: object) -> None:
-        """A line of log.jsonl, and of run.log."""
+        """An event, which depends on the recipe alone: a line of log.jsonl and of run.log, and its time."""
         self._write("log.jsonl", _json_line({"event": event} | values))
         if event != "look":
-            self._log_text(event, values)
+            self._log_text(event, values, {})
 
     def log_time(self, event: str, **values: object) -> None:
-        """A line of times.jsonl, and of run.log: for what differs from run to run."""
-        moment = self._log_text(event, values)
-        self._write(TIMES, _json_line({"event": event, "time": moment} | values))
+        """An event that differs from run to run: a line of times.jsonl and of run.log."""
+        self._log_text(event, values, values)
 
-    def _log_text(self, event: str, values: Mapping[str, object]) -> str:
+    def _log_text(self, event: str, values: Mapping[str, object], recorded: Mapping[str, object]) -> None:
         text = values.get(SENTENCES.get(event, "")) or ", ".join(
             f"{k} {_short(v)}" for k, v in values.items() if k not in LEFT_OUT
         )
         moment = time.strftime("%Y-%m-%d %H:%M:%S")
         self._write(TEXT_LOG, f"{moment}  {event}: {text}\n".encode())
-        return moment
+        self._write(TIMES, _json_line({"event": event, "time": moment} | recorded))
 
     def write_frame(
         self, progress: RunProgress, snapshot: WalkerSnapshot, thin: int, timestep_fs: float
