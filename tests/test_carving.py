@@ -28,7 +28,7 @@ from gpmlp.learning.initial_structures import make_structures as first_structure
 from gpmlp.learning.labels import LabelFile
 from gpmlp.learning.surrogate import cut_surrogate
 from gpmlp.recipe import Recipe
-from gpmlp.report.run import collect
+from gpmlp.report.run.page import report_run
 
 REACH = 4.0
 
@@ -270,7 +270,7 @@ def test_a_run_never_labels_a_large_frame(finished):
 
 def test_the_page_says_what_was_cut_out(finished):
     folder, last = finished
-    page = collect.report(folder / "out", recipe(**CARVED)).read_text()
+    page = report_run(folder / "out", recipe(**CARVED)).read_text()
     assert f"{last.surrogates} of these labels are of surrogates" in page
     assert "of 256, " in page
 

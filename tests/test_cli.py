@@ -21,7 +21,7 @@ from rich.console import Console
 from gpmlp.__main__ import main as gpmlp_main
 from gpmlp.cli import console, main
 from gpmlp.io import archive, ase_atoms
-from gpmlp.report.model.figures import Picture
+from gpmlp.report.figures import Picture
 
 ERRORS = (
     "energy_mae_meV_per_atom",
@@ -69,7 +69,9 @@ def test_fit_evaluate_report_info_cite(gpmlp, train_file, tmp_path, monkeypatch)
     }
     assert {*ERRORS, *scored, "n_structures", "n_atoms", "by_config_type"} <= set(numbers)
     assert (numbers["n_structures"], numbers["n_atoms"]) == (16, 96)
-    monkeypatch.setattr("gpmlp.report.figures.draw", lambda *_, **__: Picture(b"<svg/>", b"", "a figure", 1.0))
+    monkeypatch.setattr(
+        "gpmlp.report.model.figures.draw_picture", lambda *_, **__: Picture(b"<svg/>", b"", "a figure", 1.0)
+    )
     status, out, err = gpmlp("report", model, train_file, "-o", tmp_path / "report")
     assert status == 0, err
     assert "is the file this model was trained on" in err
@@ -119,7 +121,9 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     assert status == 0 and "other.xyz: 8 of 10 structures are among those from which this model" in " ".join(
         err.split()
     )
-    monkeypatch.setattr("gpmlp.report.figures.draw", lambda *_, **__: Picture(b"<svg/>", b"", "a figure", 1.0))
+    monkeypatch.setattr(
+        "gpmlp.report.model.figures.draw_picture", lambda *_, **__: Picture(b"<svg/>", b"", "a figure", 1.0)
+    )
     assert gpmlp("report", model, other, "-o", tmp_path / "report")[0] == 0
     record = json.loads((tmp_path / "report" / "report.json").read_text())
     assert record["answers"]["How wrong is it?"].startswith("Of these structures 8 of 10 are among those")

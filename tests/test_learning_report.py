@@ -12,19 +12,18 @@ import pytest
 from test_report import Balanced, only_paint
 
 from gpmlp.core.errors import UserError
-from gpmlp.io.files import atomic_write
+from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning import loop, triggers
 from gpmlp.learning.labels import LabelFile
 from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.recipe import LearnRecipe, TriggerRecipe
 from gpmlp.learning.triggers import StepContext, trigger_limits
-from gpmlp.report.model import learning
-from gpmlp.report.run import collect
-from gpmlp.report.run import numbers as of_run
-from gpmlp.report.run.data import Foretold, Frames, Labelling, Observed, RunData
+from gpmlp.report.run import collect, numbers
+from gpmlp.report.run.data import LabelRecord, ObservableCurve, PrequentialError, RunData, RunFrames
+from gpmlp.report.run.page import report_run, write_run_page
 from gpmlp.uncertainty.calibration import Calibration
 
-QUESTIONS = (
+KEYS = (  # of report.json
     "Why did it stop, and is it converged?",
     "How did it learn?",
     "Was the uncertainty honest?",
@@ -33,6 +32,13 @@ QUESTIONS = (
     "Where is the model blind?",
     "How was it made?",
 )
+TITLES = (
+    *KEYS[:2],
+    "Were errors as large as predicted?",
+    *KEYS[3:5],
+    "Where does the model extrapolate?",
+    "Recipe, model and files",
+)
 CRITERIA = (
     {"name": "ensemble", "met": True, "sentence": "mean temperature 300 K (target 300)", "numbers": {"frames": 10.0}},
     {"name": "plateau", "met": None, "sentence": "too few frames yet", "numbers": {}},
@@ -40,35 +46,35 @@ CRITERIA = (
 )
 
 
-def frames(n: int = 300, walkers: int = 2, seed: int = 0) -> Frames:
+def frames(n: int = 300, walkers: int = 2, seed: int = 0) -> RunFrames:
     rng = np.random.default_rng(seed)
     walker = np.arange(n) % walkers
     step = 10 * (1 + np.arange(n) // walkers)
     sigma = 0.05 * rng.lognormal(0, 0.3, n)
     novelty = rng.lognormal(-0.3, 0.3, n)
-    return Frames(
+    return RunFrames(
         walker=walker, step=step, time_ps=step / 500, temperature_K=300 + 20 * rng.standard_normal(n),
         target_K=np.full(n, 300.0), sigma=sigma, sigma_median=0.6 * sigma, limit=np.full(n, 0.2), novelty=novelty,
         outside=np.clip(novelty - 1, 0, 1), inside=novelty < 1.5, labelled=np.arange(n) % 50 == 49,
-        window=np.arange(n) > 0.7 * n, made=10 * (1 + np.arange(n)),
+        window=np.arange(n) > 0.7 * n, total_step=10 * (1 + np.arange(n)),
     )  # fmt: skip
 
 
-def foretold(rng: np.random.Generator, atoms: int = 8, scale: float = 1.0) -> Foretold:
+def prequential(rng: np.random.Generator, atoms: int = 8, scale: float = 1.0) -> PrequentialError:
     sigma = 0.05 * rng.lognormal(0, 0.4, (atoms, 3))
     error = scale * sigma * rng.standard_normal((atoms, 3))
     norm = np.linalg.norm(error, axis=1)
-    return Foretold(0.25, float(norm.max()), int(norm.argmax()), error, sigma, 0.001, 0.002, 1.2)
+    return PrequentialError(0.25, float(norm.max()), int(norm.argmax()), error, sigma, 0.001, 0.002, 1.2)
 
 
-def labels(scale: float = 1.0, asked: int = 12, atoms: int = 8) -> tuple[Labelling, ...]:
+def labels(scale: float = 1.0, asked: int = 12, atoms: int = 8) -> tuple[LabelRecord, ...]:
     rng = np.random.default_rng(1)
-    first = [Labelling(k + 1, f"k{k}", "first", f"first structure {k + 1}", seconds=2.0) for k in range(3)]
+    first = [LabelRecord(k + 1, f"k{k}", "first", f"first structure {k + 1}", seconds=2.0) for k in range(3)]
     reasons = ("force", "novelty", "force and novelty", "guard")
     return (*first, *(
-        Labelling(
+        LabelRecord(
             4 + k, f"k{k + 3}", reasons[k % 4], f"because {k}", k % 2, 100 * (k // 2 + 1), 0.2 * (k // 2 + 1), 310.0, 200 * k,
-            0.22, 0.2, np.full(atoms, 13), 40 + k, 2.0 + k, 1 + (k == 3), foretold(rng, atoms, scale),
+            0.22, 0.2, np.full(atoms, 13), 40 + k, 2.0 + k, 1 + (k == 3), prequential(rng, atoms, scale),
         )
         for k in range(asked)
     ))  # fmt: skip
@@ -76,23 +82,23 @@ def labels(scale: float = 1.0, asked: int = 12, atoms: int = 8) -> tuple[Labelli
 
 def synthetic(**changes) -> RunData:
     steps = np.linspace(100, 900, 12)
-    seen = Observed("energy", "eV/atom", steps, 0.1 + 0.01 / steps, 0.1 / np.sqrt(steps), 0.004, steps > 300)
+    curve = ObservableCurve("energy", "eV/atom", steps, 0.1 + 0.01 / steps, 0.1 / np.sqrt(steps), 0.004, steps > 300)
     given = {
         "title": "Al8, NVT at 300 K", "folder": "out", "ended": "steps", "stopped": "all 1500 steps are made; going on",
-        "sentence": "going on", "criteria": CRITERIA, "frames": frames(), "labels": labels(), "observed": (seen,),
+        "sentence": "going on", "criteria": CRITERIA, "frames": frames(), "labels": labels(), "observables": (curve,),
         "steps": (1500, 1500), "wanted": 1500, "novelty_limit": 1.5, "wanted_rate": 1.0, "wanted_frames": 0.9,
         "wanted_atoms": 0.97, "refused": ({"key": "kx", "reason": "did not converge", "attempts": 2},),
         "seconds": {"dynamics": 60.0, "oracle": 30.0, "learning": 10.0}, "hours": 0.04, "began": "2026-01-02 03:04",
         "ended_at": "2026-01-02 04:04", "recipe": {"start": "a.xyz", "seed": 0}, "given": {"start": "a.xyz"},
         "files": (("labels", "labels.xyz", "ab" * 32),), "versions": {"gpmlp": "0.1.0"},
         "model": {"rank": 40, "noise": {"forces": 0.01}, "rows": {"forces": 360}, "events": ["3 labels: refreshed"]},
-        "oracle": ("emt", "o123"), "beside": "model/report.html",
+        "oracle": ("emt", "o123"), "labels_page": "model/index.html",
     }  # fmt: skip
     return RunData(**(given | changes))
 
 
 def built(data: RunData, folder) -> tuple[str, dict, Balanced]:
-    page = learning.build(data, folder, atomic_write).read_text("utf-8")
+    page = write_run_page(data, folder).read_text("utf-8")
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} in report.json")
@@ -102,7 +108,7 @@ def built(data: RunData, folder) -> tuple[str, dict, Balanced]:
     parser.close()
     assert not parser.open and len(set(parser.ids)) == len(parser.ids)
     # a page beside it may be linked to; nothing else is loaded
-    assert all(load.startswith(("data:", "#")) or load == "model/report.html" for load in parser.loads)
+    assert all(load.startswith(("data:", "#")) or load == "model/index.html" for load in parser.loads)
     return page, json.loads((folder / "report.json").read_text("utf-8"), parse_constant=refuse), parser
 
 
@@ -114,8 +120,8 @@ def whole(tmp_path_factory):
 
 def test_the_page_answers_the_questions_in_order(whole):
     page, record, parser, folder = whole
-    places = [page.index(f">{question}</h2>") for question in QUESTIONS]
-    assert places == sorted(places) and tuple(record["answers"]) == QUESTIONS
+    places = [page.index(f">{title}</h2>") for title in TITLES]
+    assert places == sorted(places) and tuple(record["answers"]) == KEYS
     words = "".join(parser.text)
     for answer in record["answers"].values():
         assert answer in words and "nan" not in answer and answer.endswith(".")
@@ -125,7 +131,7 @@ def test_the_page_answers_the_questions_in_order(whole):
         "sigma",
         "temperature",
         "novelty",
-        "foreseen",
+        "prequential_errors",
         "reliability",
         "bounds",
         "label_rate",
@@ -148,55 +154,57 @@ def test_numbers_of_the_json_are_those_of_the_run(whole):
     assert record["window"]["frames"] == int(frames().window.sum())
     rows = record["labels"]
     assert [r["number"] for r in rows] == list(range(1, 16)) and rows[0]["largest_error_eV_per_A"] is None
-    told = labels()[3].foretold
+    told = labels()[3].prequential
     assert rows[3]["force_rmse_eV_per_A"] == pytest.approx(np.sqrt(np.mean(told.force_error**2)))
 
 
 @pytest.mark.parametrize(("scale", "word"), [(1.0, "Yes"), (0.5, "On the cautious side"), (2.0, "No")])
 def test_honest_error_bars_are_found_honest(scale, word, tmp_path, monkeypatch):
     """Normal errors as large as σ, half and twice as large: 68, 95 and 38 % lie within one σ."""
-    monkeypatch.setattr("gpmlp.report.run.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.run.figures.draw_picture", only_paint)
     data = synthetic(labels=labels(scale, atoms=60))
-    found = of_run.honesty(data)
+    found = numbers.prequential_scores(data)
     expected = {1.0: 0.683, 0.5: 0.954, 2.0: 0.383}[scale]
     # 2160 components: the standard error of a share is at most 0.011; four of them
     assert found["coverage"]["all"]["coverage_68"] == pytest.approx(expected, abs=0.044)
     assert found["rms_error_over_sigma"] == pytest.approx(scale, rel=0.06)
-    told = [label.foretold for label in data.foretold]
+    told = [errors for _, errors in data.predicted]
     assert found["bounds_exceeded"] == sum(t.largest_error > t.bound for t in told)
-    answer = built(data, tmp_path)[1]["answers"][QUESTIONS[2]]
+    answer = built(data, tmp_path)[1]["answers"][KEYS[2]]
     assert answer.startswith(word)
 
 
 def test_thinned_frames_hold_what_asked_and_the_extremes():
     seen = frames(20000)
-    some = of_run.kept(synthetic(frames=seen))
-    assert len(some) <= of_run.MOST_FRAMES + 2 and (np.diff(some) > 0).all()
+    some = numbers.drawn_frames(synthetic(frames=seen))
+    assert len(some) <= numbers.MOST_FRAMES + 2 and (np.diff(some) > 0).all()
     assert np.isin(seen.labelled.nonzero()[0], some).all()
     assert seen.sigma.argmax() in some and seen.sigma.argmin() in some
 
 
 def test_running_shares():
-    np.testing.assert_allclose(of_run.running(np.array([1.0, 0, 1, 1]), 2), [1, 0.5, 0.5, 1])
+    np.testing.assert_allclose(numbers.running_mean(np.array([1.0, 0, 1, 1]), 2), [1, 0.5, 0.5, 1])
 
 
 NOTHING = frames(0)
 DEGENERATE = {
-    "no frames": {"frames": NOTHING, "observed": (), "criteria": (), "labels": labels()[:3], "steps": (0,)},
+    "no frames": {"frames": NOTHING, "observables": (), "criteria": (), "labels": labels()[:3], "steps": (0,)},
     "one frame": {"frames": frames(1, 1), "labels": labels()[:3], "steps": (10,)},
     "nothing asked": {"labels": labels()[:3]},
-    "nothing foretold": {"labels": tuple(dataclasses.replace(label, foretold=None) for label in labels())},
+    "nothing foretold": {"labels": tuple(dataclasses.replace(label, prequential=None) for label in labels())},
     "no limits": {"frames": dataclasses.replace(frames(), limit=np.full(300, np.nan)), "novelty_limit": float("nan")},
     "no novelty, no window": {
         "frames": dataclasses.replace(frames(), novelty=np.full(300, np.nan), window=np.zeros(300, bool)),
         "wanted_rate": float("nan"), "wanted_frames": float("nan"), "wanted_atoms": float("nan"),
     },
     "a species never seen": {"frames": dataclasses.replace(frames(), novelty=np.full(300, np.inf))},
-    "nothing recorded": {"seconds": {}, "hours": 0.0, "began": "", "given": {}, "files": (), "versions": {}, "model": {}, "beside": ""},
+    "nothing recorded": {
+        "seconds": {}, "hours": 0.0, "began": "", "given": {}, "files": (), "versions": {}, "model": {}, "labels_page": "",
+    },
     "exact": {"labels": labels(0.0)},
     "forces unknown": {"labels": tuple(
-        dataclasses.replace(label, foretold=label.foretold and dataclasses.replace(
-            label.foretold, force_error=np.full((8, 3), np.nan), largest_error=float("nan"), bound=float("nan")))
+        dataclasses.replace(label, prequential=label.prequential and dataclasses.replace(
+            label.prequential, force_error=np.full((8, 3), np.nan), largest_error=float("nan"), bound=float("nan")))
         for label in labels())},
     "unfinished": {"ended": "", "stopped": ""},
     "unstable": {"ended": "unstable", "stopped": "a walker could not be kept stable"},
@@ -207,14 +215,14 @@ DEGENERATE = {
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # of what other tests left to the collector
 def test_missing_parts_are_explained(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpmlp.report.run.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.run.figures.draw_picture", only_paint)
     page, record, _ = built(synthetic(**DEGENERATE[name]), tmp_path)
-    assert all(f">{question}</h2>" in page for question in QUESTIONS)
+    assert all(f">{title}</h2>" in page for title in TITLES)
     assert not {"nan", "None", "inf"} & set("".join(record["answers"].values()).replace(".", " ").split())
 
 
 def test_strings_of_the_run_are_escaped(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpmlp.report.run.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.run.figures.draw_picture", only_paint)
     evil = '</script><img src="http://x"> & \'"<b>'
     odd = tuple(dataclasses.replace(label, reason=evil, key=evil) for label in labels())
     criterion = CRITERIA[0] | {"name": evil, "sentence": evil}
@@ -255,10 +263,10 @@ def run(tmp_path_factory):
 
 def test_the_page_of_a_real_run(run, tmp_path, monkeypatch):
     folder, recipe, last = run
-    monkeypatch.setattr("gpmlp.report.run.figures.draw", only_paint)
-    monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
-    page = collect.report(folder, recipe)
-    assert page == folder / "report" / "index.html" and (folder / "report" / "model" / "report.html").exists()
+    monkeypatch.setattr("gpmlp.report.run.figures.draw_picture", only_paint)
+    monkeypatch.setattr("gpmlp.report.model.figures.draw_picture", only_paint)
+    page = report_run(folder, recipe)
+    assert page == folder / "report" / "index.html" and (folder / "report" / "model" / "index.html").exists()
     record = json.loads((folder / "report" / "report.json").read_text())
     tape = LabelFile(folder / "labels.xyz")
     learned = [*last.progress.first, *last.progress.learned]
@@ -272,7 +280,7 @@ def test_the_page_of_a_real_run(run, tmp_path, monkeypatch):
     ensemble = next(c for c in record["criteria"] if c["name"] == "ensemble")
     assert record["window"]["frames"] == ensemble["numbers"]["frames"]
     assert "learned from" in page.read_text("utf-8")
-    assert collect.recipe_of(folder) == recipe
+    assert collect.run_recipe(folder) == recipe
 
 
 def test_what_was_foretold_is_what_the_model_before_says(run):
@@ -280,7 +288,7 @@ def test_what_was_foretold_is_what_the_model_before_says(run):
     folder, recipe, last = run
     tape = LabelFile(folder / "labels.xyz")
     student = OnlineModel.from_labels([tape.find(k) for k in last.progress.first], recipe.model, recipe.refresh)
-    asked = [e for e in collect._events(folder / "log.jsonl") if e["event"] == "learned" and "key" in e]
+    asked = [e for e in collect.read_events(folder / "log.jsonl") if e["event"] == "learned" and "key" in e]
     for event in asked[:2]:
         entry, told = tape.find(event["key"]), event["foreseen"]
         prediction = student.potential(entry.structure, variance=("energies", "forces"), novelty=True)
@@ -300,7 +308,7 @@ def test_what_was_foretold_is_what_the_model_before_says(run):
 
 def test_the_frames_shown_are_the_history_of_the_run(run):
     folder, recipe, last = run
-    seen = collect.judged_frames(list(collect._events(folder / "log.jsonl")), recipe, last.labels, 0.0)
+    seen = collect.judge_frames(collect.read_events(folder / "log.jsonl"), recipe, last.labels, 0.0)
     history = last.progress.history
     np.testing.assert_array_equal(seen.frames.step, history.column("step"))
     np.testing.assert_allclose(seen.frames.sigma, history.column("sigma_max"))
@@ -308,8 +316,8 @@ def test_the_frames_shown_are_the_history_of_the_run(run):
     steps, walkers = history.column("step"), history.column("walker")
     # steps made again after a set-back are steps made
     forward = sum(np.diff(steps[walkers == w], prepend=0).clip(min=0).sum() for w in history.walkers)
-    assert seen.frames.made[-1] == forward >= 120
-    assert seen.observed == () or seen.observed[0].name == "energy"
+    assert seen.frames.total_step[-1] == forward >= 120
+    assert seen.observables == () or seen.observables[0].name == "energy"
 
 
 def test_a_run_that_was_killed_has_a_page_too(run, tmp_path, monkeypatch):
@@ -318,24 +326,24 @@ def test_a_run_that_was_killed_has_a_page_too(run, tmp_path, monkeypatch):
         data = (folder / name).read_bytes()
         keep = {"log.jsonl": int(0.7 * len(data)), "trajectory.xyz": len(data) - 40, "labels.xyz": len(data)}
         (tmp_path / name).write_bytes(data[: keep.get(name, len(data))])
-    monkeypatch.setattr("gpmlp.report.run.figures.draw", only_paint)
-    monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.run.figures.draw_picture", only_paint)
+    monkeypatch.setattr("gpmlp.report.model.figures.draw_picture", only_paint)
     before = (tmp_path / "labels.xyz").read_bytes()
-    collect.report(tmp_path, collect.recipe_of(tmp_path))
+    report_run(tmp_path, collect.run_recipe(tmp_path))
     record = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert record["ended"] == "not finished" and "can be resumed" in record["answers"][QUESTIONS[0]]
+    assert record["ended"] == "not finished" and "can be resumed" in record["answers"][KEYS[0]]
     assert (tmp_path / "labels.xyz").read_bytes() == before
 
 
 def test_no_run_no_page(tmp_path):
     with pytest.raises(UserError, match="holds no learning run"):
-        collect.recipe_of(tmp_path)
+        collect.run_recipe(tmp_path)
     (tmp_path / "log.jsonl").write_text("")
     recipe = LearnRecipe.model_validate(
         {"start": "a", "oracle": {"calculator": "emt"}, "dynamics": {"temperature_K": 1}}
     )
     with pytest.raises(UserError, match="has no labels yet"):
-        collect.report(tmp_path, recipe)
+        report_run(tmp_path, recipe)
 
 
 def test_reasons_are_recognised(run):
@@ -343,7 +351,7 @@ def test_reasons_are_recognised(run):
     student = run[2].model
     atoms = ase.build.bulk("Al", cubic=True)
     atoms.rattle(0.4, seed=1)
-    structure = collect.structures_from_ase([atoms], ["far off"])
+    structure = structures_from_ase([atoms], ["far off"])
     prediction = student.potential(structure, ("atom_energies", "forces"), novelty=True)
 
     def why(**limits) -> str:
@@ -351,18 +359,18 @@ def test_reasons_are_recognised(run):
         found = trigger_limits(trigger, 1.0, 4, {"forces": 0.01}, Calibration.identity())
         return triggers.trigger_decision(prediction, structure, found).reason
 
-    assert collect.cause(why(force=1e-3, halt=1e9)) == "force"
-    assert collect.cause("halted: " + why(force=1e-3)) == "force, halted"
-    assert collect.cause(why(local_energy=1e-9)) == "local energy"
-    assert collect.cause(why(novelty=1e-3)) == "novelty"
-    assert collect.cause(why(force=1e-3, novelty=1e-3, halt=1e9)) == "force and novelty"
+    assert collect.label_cause(why(force=1e-3, halt=1e9)) == "force"
+    assert collect.label_cause("halted: " + why(force=1e-3)) == "force, halted"
+    assert collect.label_cause(why(local_energy=1e-9)) == "local energy"
+    assert collect.label_cause(why(novelty=1e-3)) == "novelty"
+    assert collect.label_cause(why(force=1e-3, novelty=1e-3, halt=1e9)) == "force and novelty"
     close = triggers.broken_guard(prediction, structure, TriggerRecipe(guards={"distance": 3}).guards)
-    assert collect.cause("halted: " + close.reason) == "guard"
+    assert collect.label_cause("halted: " + close.reason) == "guard"
     hot = triggers.broken_guard(
         prediction, structure, TriggerRecipe(guards={"distance": 0.01}).guards, StepContext(None, 300, 1e5)
     )
-    assert collect.cause("halted: " + hot.reason) == "guard"
-    assert [collect.cause(r) for r in ("first structure 1 of 4", "given", "explored: rare around atom 0")] == [
+    assert collect.label_cause("halted: " + hot.reason) == "guard"
+    assert [collect.label_cause(r) for r in ("first structure 1 of 4", "given", "explored: rare around atom 0")] == [
         "first",
         "given",
         "explored",

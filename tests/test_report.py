@@ -8,23 +8,32 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 
-from gpmlp import report
 from gpmlp.core import units
 from gpmlp.core.errors import UserError
-from gpmlp.io.files import atomic_write
-from gpmlp.report import scatter
-from gpmlp.report.model import answers, environment_drawing, figures, numbers, worst
-from gpmlp.report.model.data import CAUSES, Labelled
-from gpmlp.report.style import percent
+from gpmlp.report import figures as plots
+from gpmlp.report.model import figures, numbers, worst
+from gpmlp.report.model.data import CAUSES, LabelledComponents, ReportData
+from gpmlp.report.model.page import labelling_answer, write_model_page
+from gpmlp.report.style import format_percent
+from gpmlp.uncertainty.scores import score_errors
 
-QUESTIONS = (
+KEYS = (  # of report.json
     "How wrong is it?",
     "Does it know?",
     "Where is it blind?",
     "Why?",
     "What to label next?",
     "How was the model made?",
+)
+TITLES = (
+    "How large are the errors?",
+    "Are the error bars calibrated?",
+    "Where does the model extrapolate?",
+    "What causes the uncertainty?",
+    "Which structures to label next?",
+    "How was the model fitted?",
 )
 VOID = {"meta", "img", "br", "input", "link", "hr", "circle", "line"}
 TYPES = ("bulk", "liquid", "surface", "defect", "amorphous", "high pressure")
@@ -41,7 +50,7 @@ def crystal(rng: np.random.Generator, cells: int, amplitude: float) -> tuple[np.
     return positions + amplitude * rng.standard_normal(positions.shape), a * cells * np.eye(3), species
 
 
-def synthetic(structures: int = 30, cells: int = 1, seed: int = 0) -> report.ReportData:
+def synthetic(structures: int = 30, cells: int = 1, seed: int = 0) -> ReportData:
     """A model that is good inside what it saw, and knows mostly where it is not: 'high pressure' is out of distribution."""
     rng = np.random.default_rng(seed)
     kinds = [TYPES[k % len(TYPES)] for k in range(structures)]
@@ -64,7 +73,7 @@ def synthetic(structures: int = 30, cells: int = 1, seed: int = 0) -> report.Rep
     energy_std = 0.002 * n * np.array([hard[k] for k in kinds])
     stress = 0.03 * rng.standard_normal((structures, 6))
     stress_std = 0.0015 * np.array([hard[k] for k in kinds])[:, None] * np.ones(6)
-    return report.ReportData(
+    return ReportData(
         title="Silicon carbide, test set",
         model_name="sic.gpmlp",
         data_name="test.xyz",
@@ -225,8 +234,8 @@ def parse(page: str) -> Balanced:
     return parser
 
 
-def built(data: report.ReportData, folder) -> tuple[str, dict, Balanced]:
-    path = report.build(data, folder, atomic_write)
+def built(data: ReportData, folder) -> tuple[str, dict, Balanced]:
+    path = write_model_page(data, folder)
     page = path.read_text("utf-8")
 
     def refuse(name: str) -> None:
@@ -244,9 +253,9 @@ def whole(tmp_path_factory):
 def test_the_page_answers_the_questions_in_order(whole):
     page, numbers_, parser, _ = whole
     words = "".join(parser.text)
-    places = [page.index(f">{question}</h2>") for question in QUESTIONS]
+    places = [page.index(f">{title}</h2>") for title in TITLES]
     assert places == sorted(places)
-    assert tuple(numbers_["answers"]) == QUESTIONS
+    assert tuple(numbers_["answers"]) == KEYS
     for answer in numbers_["answers"].values():
         assert answer in words and "nan" not in answer and answer.endswith(".")
     assert 'class="missing"' not in page
@@ -308,16 +317,16 @@ def test_gaussian_and_conformal_intervals_are_told_apart(whole):
         "forces": {f"coverage_{p}": s for p, s in ((50, 0.52), (68, 0.71), (90, 0.91), (95, 0.96))}
     }
     answer = record["answers"]["Does it know?"]
-    assert f"{percent(gaussian['coverage_68'])} of force errors lie within one standard deviation" in answer
-    assert f"the conformal 90\u202f% interval holds {percent(0.91)}" in answer
+    assert f"{format_percent(gaussian['coverage_68'])} of force errors lie within one standard deviation" in answer
+    assert f"the conformal 90\u202f% interval holds {format_percent(0.91)}" in answer
     assert "forces, Gaussian interval" in page and "forces, conformal interval" in page
 
 
 def test_rank_correlations_say_of_what(whole):
     data, record = synthetic(), whole[1]
     assert record["rank_correlation"]["forces"] == {"spearman_of_atoms": 0.58}
-    counted = numbers.rank_correlation(dataclasses.replace(data, scores={}), numbers.views(data))
-    assert counted["forces"] == {"spearman_of_atoms": numbers.spearman(data.atom_std, data.atom_error)}
+    counted = numbers.rank_correlations(dataclasses.replace(data, scores={}), numbers.labelled_views(data))
+    assert counted["forces"] == {"spearman_of_atoms": numbers.rank_correlation(data.atom_std, data.atom_error)}
     of_components = record["error_against_std"]["forces"]["spearman_of_components"]
     assert of_components != pytest.approx(counted["forces"]["spearman_of_atoms"], abs=0.01)
     assert "rank correlation 0.58 over atoms" in record["answers"]["Does it know?"]
@@ -325,7 +334,7 @@ def test_rank_correlations_say_of_what(whole):
 
 
 def test_training_data_are_no_test(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.model.figures.draw_picture", only_paint)
     said = "These are the data the model was trained on"
     _, record, _ = built(dataclasses.replace(synthetic(3), trained_on=True), tmp_path)
     assert record["answers"]["How wrong is it?"].startswith(said)
@@ -340,9 +349,9 @@ def test_errors_that_symmetry_makes_zero_leave_the_axis_to_others():
     data = synthetic(6)
     exact = (data.structure < 3)[:, None]
     predicted = np.where(exact, data.force_reference + 1e-13, data.force_predicted)
-    view = numbers.views(dataclasses.replace(data, force_predicted=predicted))["forces"]
+    view = numbers.labelled_views(dataclasses.replace(data, force_predicted=predicted))["forces"]
     largest = np.abs(view.error).max()
-    plot = scatter.error_against_std(view)
+    plot = figures.error_std_plot(view)
     assert 1e-6 * largest < plot.y.low < 0.1 * largest
     assert len(plot.px) == (np.abs(view.error) >= numbers.SMALLEST * largest).sum() < 0.6 * len(view.error)
 
@@ -352,8 +361,8 @@ def test_kinds_left_out_are_counted():
         {"structure": t, "config_type": t, "largest_novelty": 2.0, "score": 3.0, "largest_force_std_meV_per_A": 1.0}
         for t in "aaabbccdefg"
     ]
-    assert "of the kinds a (3), b (2), c (2) and others (4);" in answers.label_next(rows)
-    assert "of the kinds a (3), b (2) and c (2);" in answers.label_next(rows[:7])
+    assert "of the kinds a (3), b (2), c (2) and others (4);" in labelling_answer(rows)
+    assert "of the kinds a (3), b (2) and c (2);" in labelling_answer(rows[:7])
 
 
 def test_strings_of_the_data_are_escaped(tmp_path):
@@ -376,24 +385,24 @@ def test_strings_of_the_data_are_escaped(tmp_path):
     assert evil in "".join(parser.text)
 
 
-def bare(data: report.ReportData) -> report.ReportData:
+def bare(data: ReportData) -> ReportData:
     """The same predictions without anything optional."""
     required = [
         f.name
         for f in dataclasses.fields(data)
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
-    return report.ReportData(**{name: getattr(data, name) for name in required})
+    return ReportData(**{name: getattr(data, name) for name in required})
 
 
-def no_labels(data: report.ReportData) -> report.ReportData:
+def no_labels(data: ReportData) -> ReportData:
     nothing = {
         k: np.full_like(getattr(data, k), np.nan) for k in ("energy_reference", "force_reference", "stress_reference")
     }
     return dataclasses.replace(data, **nothing)
 
 
-def odd_novelty(data: report.ReportData) -> report.ReportData:
+def odd_novelty(data: ReportData) -> ReportData:
     novelty = data.novelty.copy()
     novelty[:3], novelty[3:6] = np.inf, np.nan
     return dataclasses.replace(data, novelty=novelty)
@@ -411,22 +420,22 @@ DEGENERATE = {
     "exact": lambda: dataclasses.replace(exact(synthetic(6)), stress_reference=None, dimers=(), model={}),
     "no cells": lambda: dataclasses.replace(synthetic(6), cells=None, periodic=None, config_type=()),
     "only some labels": lambda: some_labels(synthetic(12)),
-    "nothing at all": lambda: report.ReportData(
+    "nothing at all": lambda: ReportData(
         "t", "m", "d", (), np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0, int), np.zeros(0, int), np.zeros(0, int),
         np.zeros((0, 3)), np.zeros((0, 3)),
     ),
 }  # fmt: skip
 
 
-def exact(data: report.ReportData) -> report.ReportData:
+def exact(data: ReportData) -> ReportData:
     return dataclasses.replace(data, force_predicted=data.force_reference, energy_predicted=data.energy_reference)
 
 
-def no_labels_bare() -> report.ReportData:
+def no_labels_bare() -> ReportData:
     return dataclasses.replace(bare(no_labels(synthetic(3))))
 
 
-def some_labels(data: report.ReportData) -> report.ReportData:
+def some_labels(data: ReportData) -> ReportData:
     forces, energies = data.force_reference.copy(), data.energy_reference.copy()
     forces[data.structure % 2 == 0] = np.nan
     energies[::3] = np.nan
@@ -434,20 +443,20 @@ def some_labels(data: report.ReportData) -> report.ReportData:
 
 
 def only_paint(paint, alt, *args, **_):
-    """In place of figures.draw: the marks are made, the slow laying out of text is left."""
+    """In place of draw_picture: the marks are made, the slow laying out of text is left."""
     from matplotlib.figure import Figure
 
     paint(Figure().add_subplot(), *args)
-    return figures.Picture(b"<svg/>", b"", alt, 1.0)
+    return plots.Picture(b"<svg/>", b"", alt, 1.0)
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # of what other tests left to the collector
 def test_missing_parts_are_explained(name, tmp_path, monkeypatch):
     if name != "one structure":
-        monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
+        monkeypatch.setattr("gpmlp.report.model.figures.draw_picture", only_paint)
     page, record, _ = built(DEGENERATE[name](), tmp_path)
-    assert all(f">{question}</h2>" in page for question in QUESTIONS)
+    assert all(f">{title}</h2>" in page for title in TITLES)
     assert not {"nan", "None", "inf"} & set("".join(record["answers"].values()).replace(".", " ").split())
     if name == "bare":
         assert page.count('class="missing"') >= 6
@@ -463,34 +472,35 @@ def test_wrong_shapes_are_refused():
         dataclasses.replace(data, structure=data.structure + 1)
 
 
-def normal_view(n: int = 40000) -> Labelled:
+def normal_view(n: int = 40000) -> LabelledComponents:
     rng = np.random.default_rng(3)
     std = rng.lognormal(0, 0.6, n)
     rows = np.arange(n)
-    return Labelled("forces", np.zeros(n), std * rng.standard_normal(n), std, rows, rows, rows % 3)
+    return LabelledComponents("forces", np.zeros(n), std * rng.standard_normal(n), std, rows, rows, rows % 3)
 
 
 def test_calibrated_errors_are_found_calibrated():
     view = normal_view()
     # the standard error of a share of 40000 is below 0.0025; four of them
-    np.testing.assert_allclose(numbers.coverage(view, [0.5, 0.68, 0.9]), [0.5, 0.68, 0.9], atol=0.01)
-    curve = numbers.reliability(view)
+    shares = list(numbers.level_coverage(view).values())
+    np.testing.assert_allclose(shares, [0.5, 0.68, 0.9, 0.95], atol=0.01)
+    curve = numbers.reliability_numbers(view)
     assert curve["area"] < 0.01
-    bins = numbers.binned(view)
+    bins = numbers.std_bins(view)
     np.testing.assert_allclose(bins["rmse"], bins["std"], rtol=0.1)  # 2000 in each bin: relative error 1/sqrt(4000)
 
 
 def test_sparsification_ends_between_nothing_and_the_oracle():
-    curve = numbers.sparsification(normal_view())
+    curve = numbers.sparsification_numbers(normal_view())
     assert 0 < curve["share_of_oracle"] < 1
     assert all(a >= b for a, b in zip(curve["rmse"], curve["oracle"], strict=True))
 
 
 def test_thinning_keeps_the_worst():
-    plot = scatter.parity(normal_view())
-    kept = plot.kept()
-    assert len(kept) == scatter.THINNED == len(set(kept))
-    assert np.isin(np.argsort(-plot.worst)[: scatter.THINNED // 2], kept).all()
+    plot = figures.parity_plot(normal_view())
+    kept = plot.thinned_points()
+    assert len(kept) == plots.THINNED == len(set(kept))
+    assert np.isin(np.argsort(-plot.worst)[: plots.THINNED // 2], kept).all()
 
 
 def test_neighbours_are_those_of_the_crystal():
@@ -498,17 +508,17 @@ def test_neighbours_are_those_of_the_crystal():
     data = dataclasses.replace(
         synthetic(1), positions=positions, cells=cell[None], species=species, cutoff=2.0, periodic=np.ones((1, 3), bool)
     )
-    vectors, kinds = environment_drawing.neighbours(data, 0)
+    vectors, kinds = worst.neighbour_vectors(data, 0)
     assert len(vectors) == 5  # itself and four of the other element, a sqrt(3)/4 away
     assert set(kinds[1:]) == {6}
     np.testing.assert_allclose(np.linalg.norm(vectors[1:], axis=1), 4.36 * np.sqrt(3) / 4)
     alone = dataclasses.replace(data, periodic=np.zeros((1, 3), bool))
-    assert len(environment_drawing.neighbours(alone, 0)[0]) == 2  # the corner atom keeps one
+    assert len(worst.neighbour_vectors(alone, 0)[0]) == 2  # the corner atom keeps one
 
 
 def test_flags_say_why():
     data = synthetic(12)
-    listed = worst.environments(data)
+    listed = worst.worst_environments(data)
     assert set(listed) == {"by_error_over_std", "by_std"}
     ratios = [row["error_over_std"] for row in listed["by_error_over_std"]]
     assert ratios == sorted(ratios, reverse=True)
@@ -519,14 +529,14 @@ def test_flags_say_why():
 
 def test_budget_adds_up_to_the_variance():
     data = synthetic(6)
-    shares = numbers.budget(data)["overall"]
+    shares = numbers.variance_budget(data)["overall"]
     assert tuple(shares) == CAUSES
     assert sum(shares.values()) == pytest.approx(1e6 * np.mean(data.force_std**2))
 
 
 def test_atoms_outside_the_trust_region_are_counted():
     data = synthetic(12)
-    region = numbers.trust(data)
+    region = numbers.trust_region(data)
     assert region["n_outside"] == (data.novelty > 1).sum() > 0
     error = 1e3 * (data.force_predicted - data.force_reference)[data.novelty > 1]
     assert region["rmse_outside_meV_per_A"] == pytest.approx(np.sqrt((error**2).mean()))
@@ -546,7 +556,7 @@ def test_a_dimer_curve_stays_legible_under_a_huge_error_bar():
     inside = curve["energy"][curve["r"] >= 2.1]
     for std, told in ((309.0, True), (0.5, False)):
         axes = Figure().add_subplot()
-        figures.dimer(axes, curve | {"std": np.full(90, std)})
+        figures.paint_dimer(axes, curve | {"std": np.full(90, std)})
         low, high = axes.get_ylim()
         assert low < inside.min() and high > inside.max()
         assert high - low <= 3.01 * np.ptp(inside)
@@ -562,7 +572,7 @@ def test_a_group_of_tiny_errors_does_not_stretch_the_axis():
         "a name longer than there is room for beside": np.full(90, 0.005),
     }
     axes = Figure().add_subplot()
-    figures.boxes(axes, groups, "forces", None)
+    figures.paint_boxes(axes, groups, "forces", None)
     low, high = axes.get_xlim()
     assert high / low < 1e4 and high > groups["liquid"].max()
     assert any("median 0.005" in text.get_text() for text in axes.texts)
@@ -571,7 +581,7 @@ def test_a_group_of_tiny_errors_does_not_stretch_the_axis():
 
 
 def test_one_element_is_not_shown_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.model.figures.draw_picture", only_paint)
     page = built(synthetic(6), tmp_path)[0]
     assert "Forces by element." in page
     page = built(dataclasses.replace(synthetic(6), species=np.full(48, 14)), tmp_path)[0]
@@ -579,9 +589,31 @@ def test_one_element_is_not_shown_twice(tmp_path, monkeypatch):
 
 
 def test_a_sample_is_called_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpmlp.report.figures.draw", only_paint)
+    monkeypatch.setattr("gpmlp.report.model.figures.draw_picture", only_paint)
     data = synthetic(3)
     sample = {"how": "posterior", "seed": 6, "of": 2, "calibrated": True, "index": 1}
     model = data.model | {"provenance": data.model["provenance"] | {"sample": sample}}
     words = "not the mean but a sample: how posterior, seed 6, of 2, calibrated True, index 1"
     assert words in built(dataclasses.replace(data, model=model), tmp_path)[0]
+
+
+def test_ranks_of_equal_errors_are_those_of_evaluate():
+    """Ties by average rank, as `uncertainty.scores` has them: by order, two arrays of equal numbers would correlate perfectly."""
+    rng = np.random.default_rng(5)
+    std, error = np.round(rng.random(200), 1), np.round(rng.random(200), 1)
+    expected = score_errors(torch.from_numpy(error), torch.from_numpy(std)).spearman
+    assert numbers.rank_correlation(std, error) == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(numbers.rank_correlation(np.ones(200), np.ones(200)))
+
+
+def test_a_page_of_the_former_name_is_replaced(tmp_path, monkeypatch):
+    """The page was called report.html before; one that is not a report stays."""
+    monkeypatch.setattr("gpmlp.report.model.figures.draw_picture", only_paint)
+    (tmp_path / "report.html").write_text(
+        "<footer>Made by gpmlp. Every number on this page is in report.json.</footer>"
+    )
+    assert write_model_page(synthetic(3), tmp_path) == tmp_path / "index.html"
+    assert not (tmp_path / "report.html").exists()
+    (tmp_path / "report.html").write_text("mine")
+    write_model_page(synthetic(3), tmp_path)
+    assert (tmp_path / "report.html").read_text() == "mine"

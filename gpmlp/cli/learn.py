@@ -31,7 +31,7 @@ def learn(
     from gpmlp.learning import loop
     from gpmlp.learning.oracles import codes
     from gpmlp.learning.recipe import LearnRecipe
-    from gpmlp.report.run import collect
+    from gpmlp.report.run.page import report_run
 
     codes.add_import_folder(recipe.parent)
     chosen = load_recipe_as(LearnRecipe, recipe, settings or [])
@@ -52,7 +52,7 @@ def learn(
             states.close()
         if report:
             show.report()
-            page = collect.report(folder, chosen)
+            page = report_run(folder, chosen)
     console.output().print(progress.learning_table(last, folder, page))
     if last.stopped == loop.UNSTABLE:
         raise UserError(
@@ -60,19 +60,20 @@ def learn(
         )
 
 
-def report_of_run(folder: Path, data: Path | None, output: Path | None) -> None:
+def report_folder(folder: Path, data: Path | None, output: Path | None) -> None:
     """Write the page about a run, finished or not."""
     from gpmlp.cli import console
     from gpmlp.core.errors import UserError
     from gpmlp.learning.oracles import codes
-    from gpmlp.report.run import collect
+    from gpmlp.report.run.collect import run_recipe
+    from gpmlp.report.run.page import report_run
 
     if data is not None or output is not None:
         raise UserError(
             f"{folder}: is a folder; the report of a run goes to {folder / 'report'}: leave out DATA and --output."
         )
     codes.add_import_folder(folder.parent)  # where the recipe is, most often
-    page = collect.report(folder, collect.recipe_of(folder))
+    page = report_run(folder, run_recipe(folder))
     console.output().print(f"wrote {page}", soft_wrap=True, markup=False)
 
 

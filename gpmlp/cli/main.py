@@ -161,7 +161,7 @@ def report_command(
 ) -> None:
     """Write the uncertainty report: one HTML page, its figures, and every number as JSON."""
     if model.is_dir():
-        learn.report_of_run(model, data, output)
+        learn.report_folder(model, data, output)
         return
     if data is None or output is None:
         if not model.exists():
@@ -169,10 +169,10 @@ def report_command(
         raise UserError("`gpmlp report MODEL` needs DATA and --output; only the folder of a learning run goes without.")
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms, provenance
-    from gpmlp.io.files import atomic_write, check_apart, check_folder
+    from gpmlp.io.files import check_apart, check_folder
     from gpmlp.potential.evaluation import comparable_targets, evaluate
-    from gpmlp.report.model import collect
-    from gpmlp.report.model.build import build
+    from gpmlp.report.model.data import collect_data
+    from gpmlp.report.model.page import write_model_page
 
     check_apart({"the report (--output)": output}, {"the model": model, "the data": data})
     check_folder(output)
@@ -185,7 +185,7 @@ def report_command(
         result = evaluate(potential, structures, targets, stages)
         stages("report", 0, 1, "figures")
         names = model.name, data.name, version
-        page = build(collect.collect(potential, structures, targets, result, *names, known), output, atomic_write)
+        page = write_model_page(collect_data(potential, structures, targets, result, *names, known), output)
         stages("report", 1, 1, "figures")
     out = console.output()
     out.print(console.evaluation_table(result))

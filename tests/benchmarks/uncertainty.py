@@ -32,7 +32,7 @@ from gpmlp.fitting import calibrate
 from gpmlp.gp.variance import VARIANCES
 from gpmlp.potential.evaluation import compare_prediction, score_variances
 from gpmlp.recipe import Recipe
-from gpmlp.report.model import collect
+from gpmlp.report.model.data import compare_indicators
 from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction, fit_variance_weights
 from gpmlp.uncertainty.scores import Scores, score_errors
 
@@ -91,7 +91,7 @@ def run(name: str, data: Path, options: argparse.Namespace) -> dict:
         found = compare_prediction(
             some, known, calibrate_prediction(plain, some, potential.calibration), potential.calibration
         )
-        entry = {"calibrated": found.as_dict(), "rivals": collect.rivals(potential, some, known, found)}
+        entry = {"calibrated": found.as_dict(), "rivals": compare_indicators(potential, some, known, found)}
         # as the evidence left it: with some, all and nothing of what the inducing set cannot represent
         raw, size = plain.forces_covariance, potential.variances.amplitude
         for form, share in (("scaled", 1.0), ("dtc", 1 / size), ("sor", 0.0)):

@@ -1,64 +1,80 @@
-"""Worst are the environments the report flags, with the reason in words, and the structures it would label next."""
+"""Environments with the worst errors or error bars, their drawings, and the structures most worth labelling next."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from gpmlp.core.errors import chemical_symbol
 from gpmlp.report.model.data import NO_TYPE, ReportData
-from gpmlp.report.model.numbers import median
-from gpmlp.report.style import percent
+from gpmlp.report.model.numbers import finite_median
+from gpmlp.report.style import CAUSE_PHRASES, INK, RING, format_percent, lighten, species_colours
 
-SHOWN = 20
+LISTED = 20
 PER_STRUCTURE = 3
 OVERCONFIDENT = 3.0  # standard deviations
-CAUSE_WORDS = {
-    "noise": "the noise of the labels",
-    "data": "missing data",
-    "misspecification": "misspecification",
-    "inducing": "the inducing set",
-}
+SIZE = 104  # px
+MOST = 56  # atoms drawn, the nearest
+MOST_IMAGES = 7  # cells on each side
+BOND = 1.2  # times the sum of covalent radii
+# viewed from a little above and to the side, so that rows of a crystal do not hide one another
+TURN = np.array([[0.82, 0.0, -0.57], [-0.21, 0.93, -0.30], [0.53, 0.37, 0.76]])
+# pm, by atomic number: Cordero et al., Dalton Trans. 2832 (2008)
+RADII = tuple(
+    int(r)
+    for r in (
+        "20 31 28 128 96 84 76 71 66 57 58 166 141 121 111 107 105 102 106 203 176 170 160 153 139 139 132 126 124 132 122 122 "
+        "120 119 120 120 116 220 195 190 175 164 154 147 146 142 139 145 144 142 139 139 138 139 140 244 215 207 204 203 201 "
+        "199 198 198 196 194 192 192 189 190 187 187 175 170 162 151 144 141 136 136 132 145 146 148 140 150 150 260 221 215 "
+        "206 200 196 190 187 180 169"
+    ).split()
+)
 
 
-def ratio(data: ReportData) -> np.ndarray:
+def error_std_ratio(data: ReportData) -> np.ndarray:
     """(atoms,) root mean square of error / std over the three force components."""
     std = data.force_std if data.force_std is not None else np.full_like(data.force_predicted, np.nan)
     scaled = (data.force_predicted - data.force_reference) / np.where(std > 0, std, np.nan)
     return np.sqrt(np.mean(scaled**2, axis=1))
 
 
-def environments(data: ReportData) -> dict[str, list[dict]]:
-    """The SHOWN worst atoms by error / std and by std, at most PER_STRUCTURE of each structure."""
-    scaled, std = ratio(data), data.atom_std
-    lists = {"by_error_over_std": scaled, "by_std": std}
+def worst_environments(data: ReportData) -> dict[str, list[dict[str, Any]]]:
+    """The LISTED worst atoms by error / std and by std, at most PER_STRUCTURE of each structure."""
+    scaled, std = error_std_ratio(data), data.atom_std
+    rankings = {"by_error_over_std": scaled, "by_std": std}
     if not np.isfinite(std).any():
-        lists = {"by_error": data.atom_error} if data.novelty is None else {"by_novelty": data.novelty}
+        rankings = {"by_error": data.atom_error} if data.novelty is None else {"by_novelty": data.novelty}
     shares = data.shares
     return {
-        name: [describe(data, int(row), scaled, std, shares) for row in _top(data, values)]
-        for name, values in lists.items()
+        name: [_describe(data, int(row), scaled, std, shares) for row in _top(data, values)]
+        for name, values in rankings.items()
         if (~np.isnan(values)).any()
     }
 
 
 def _top(data: ReportData, values: np.ndarray) -> list[int]:
-    found, used = [], Counter()
+    top: list[int] = []
+    used: Counter[int] = Counter()
     for row in np.argsort(-np.nan_to_num(values, nan=-np.inf, posinf=1e300), kind="stable"):
         owner = int(data.structure[row])
-        if len(found) == SHOWN or np.isnan(values[row]):
+        if len(top) == LISTED or np.isnan(values[row]):
             break
         if used[owner] < PER_STRUCTURE:
             used[owner] += 1
-            found.append(int(row))
-    return found
+            top.append(int(row))
+    return top
 
 
-def describe(data: ReportData, row: int, scaled: np.ndarray, std: np.ndarray, shares: dict[str, np.ndarray]) -> dict:
+def _describe(
+    data: ReportData, row: int, scaled: np.ndarray, std: np.ndarray, shares: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """One row of the table."""
-    owner = int(data.structure[row])
+    owner, nan = int(data.structure[row]), float("nan")
+    novelty = nan if data.novelty is None else float(data.novelty[row])
     return {
         "row": row,
         "structure": data.names[owner],
@@ -68,20 +84,17 @@ def describe(data: ReportData, row: int, scaled: np.ndarray, std: np.ndarray, sh
         "force_error_meV_per_A": float(1e3 * data.atom_error[row]),
         "force_std_meV_per_A": float(1e3 * std[row]),
         "error_over_std": float(scaled[row]),
-        "novelty": float("nan") if data.novelty is None else float(data.novelty[row]),
-        "local_energy_std_meV": float("nan")
-        if data.local_energy_std is None
-        else float(1e3 * data.local_energy_std[row]),
-        "why": reasons(data, row, float(scaled[row]), shares),
+        "novelty": novelty,
+        "local_energy_std_meV": nan if data.local_energy_std is None else float(1e3 * data.local_energy_std[row]),
+        "why": _reasons(data, row, float(scaled[row]), novelty, shares),
     }
 
 
-def reasons(data: ReportData, row: int, scaled: float, shares: dict[str, np.ndarray]) -> str:
+def _reasons(data: ReportData, row: int, scaled: float, novelty: float, shares: dict[str, np.ndarray]) -> str:
     """Why an environment is flagged, in words."""
     words = []
-    novelty = float("nan") if data.novelty is None else float(data.novelty[row])
     if np.isinf(novelty):
-        words.append("of a kind never seen in training")
+        words.append("of a species without training data")
     elif novelty > 1:
         words.append(f"outside the trust region (novelty {novelty:.1f})")
     if scaled > OVERCONFIDENT:
@@ -91,17 +104,17 @@ def reasons(data: ReportData, row: int, scaled: float, shares: dict[str, np.ndar
         share = shares[cause][row]
         if share > 0:
             lead = "dominated by" if share > 0.5 else "largest cause:"
-            words.append(f"{lead} {CAUSE_WORDS.get(cause, cause)} ({percent(share)} of the variance)")
+            words.append(f"{lead} {CAUSE_PHRASES.get(cause, cause)} ({format_percent(share)} of the variance)")
     if scaled <= OVERCONFIDENT:
         words.insert(0, f"a large error bar, and an error of {scaled:.1f} σ")
     elif data.force_std is not None and np.isnan(scaled):
         words.insert(0, "a large error bar")
     elif not words:
-        words.append(f"novelty {novelty:.2f}" if novelty >= 0 else "among the largest errors; nothing foretold it")
+        words.append(f"novelty {novelty:.2f}" if novelty >= 0 else "among the largest errors, without a warning sign")
     return "; ".join(words)
 
 
-def label_next(data: ReportData, wanted: int = 15) -> list[dict]:
+def label_next(data: ReportData, wanted: int = 15) -> list[dict[str, Any]]:
     """Structures worth labelling: large force std times novelty (where above 1), each repeat of a group counting 30 % less."""
     std, n = data.atom_std, len(data.names)
     owner = np.asarray(data.structure)
@@ -112,7 +125,7 @@ def label_next(data: ReportData, wanted: int = 15) -> list[dict]:
         np.maximum.at(novelty, owner, np.nan_to_num(data.novelty, posinf=np.inf))
     if not largest.any() and not np.nan_to_num(novelty).any():
         return []
-    typical = median(largest[largest > 0]) if largest.any() else 1.0
+    typical = finite_median(largest[largest > 0]) if largest.any() else 1.0
     score = (largest / typical if largest.any() else np.ones(n)) * np.clip(np.nan_to_num(novelty, nan=1.0), 1, 5)
     groups = [
         t if t and t != NO_TYPE else re.sub(r"\d+", "#", name)
@@ -120,7 +133,8 @@ def label_next(data: ReportData, wanted: int = 15) -> list[dict]:
     ]
     cap = max(4, -(-wanted // max(len(set(groups)), 1)))
     chosen: list[int] = []
-    used, names = Counter(), Counter()
+    used: Counter[str] = Counter()
+    names: Counter[str] = Counter()
     for _ in range(min(wanted, n)):
         left = score * np.array([0.7 ** used[g] for g in groups])
         blocked = [names[data.names[i]] >= 2 or used[groups[i]] >= cap for i in range(n)]
@@ -134,29 +148,29 @@ def label_next(data: ReportData, wanted: int = 15) -> list[dict]:
     return [_candidate(data, i, typical, score[i], novelty[i]) for i in chosen]
 
 
-def _candidate(data: ReportData, index: int, typical: float, score: float, novelty: float) -> dict:
+def _candidate(data: ReportData, index: int, typical: float, score: float, novelty: float) -> dict[str, Any]:
     """One suggested structure with a one-line explanation."""
     rows = np.flatnonzero(np.asarray(data.structure) == index)
     std = np.nan_to_num(data.atom_std[rows])
-    worst = rows[int(std.argmax())] if len(rows) else None
     words = []
-    if worst is not None and std.max() > 0:
-        element = chemical_symbol(int(data.species[worst]))
-        words.append(f"σ at {element} {data.atom[worst]} is {std.max() / typical:.1f} times that of a median structure")
+    if len(rows) and std.max() > 0:
+        worst = rows[int(std.argmax())]
+        atom = f"{chemical_symbol(int(data.species[worst]))} {data.atom[worst]}"
+        words.append(f"σ at {atom} is {std.max() / typical:.1f} times that of a median structure")
     outside = float("nan")
     if data.novelty is not None and len(rows):
         outside = float(np.mean(data.novelty[rows] > 1))
         if np.isinf(novelty):
-            words.append("holds atoms of a kind never seen")
+            words.append("holds species without training data")
         if outside:
-            words.append(f"{percent(outside)} of its atoms outside the trust region")
+            words.append(f"{format_percent(outside)} of its atoms outside the trust region")
     removable = float("nan")
     if data.causes and len(rows):
-        total = sum(np.nansum(data.force_variance[cause][rows]) for cause in data.causes)
-        known = [np.nansum(data.force_variance[c][rows]) for c in ("data", "inducing") if c in data.causes]
-        removable = float(sum(known) / total) if total > 0 else float("nan")
+        sums = {cause: np.nansum(data.force_variance[cause][rows]) for cause in data.causes}
+        total = sum(sums.values())
+        removable = float((sums.get("data", 0.0) + sums.get("inducing", 0.0)) / total) if total > 0 else float("nan")
         if removable == removable:
-            words.append(f"up to {percent(removable)} of the variance removable by labels and inducing points")
+            words.append(f"up to {format_percent(removable)} of the variance removable by labels and inducing points")
     return {
         "structure": data.names[index],
         "config_type": data.config_type[index],
@@ -168,3 +182,93 @@ def _candidate(data: ReportData, index: int, typical: float, score: float, novel
         "score": float(score),
         "why": "; ".join(words),
     }
+
+
+# ---------------------------------------------------------------- drawings
+
+
+def covalent_radius(z: int) -> float:
+    """Covalent radius, A."""
+    return RADII[z] / 100 if 0 < z < len(RADII) else 1.5
+
+
+def neighbour_vectors(data: ReportData, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """(k, 3) vectors from an atom to those within the cutoff, itself first, and their species; periodic images included."""
+    owner = int(data.structure[row])
+    rows = np.flatnonzero(np.asarray(data.structure) == owner)
+    positions, cutoff = np.asarray(data.positions), float(data.cutoff or 0.0)
+    vectors = positions[rows] - positions[row]
+    shifts = np.zeros((1, 3))
+    if data.cells is not None:
+        cell = np.asarray(data.cells[owner], dtype=float)
+        lengths = np.linalg.norm(cell, axis=1)
+        along = (
+            lengths > 1e-6 if data.periodic is None else np.asarray(data.periodic[owner], dtype=bool) & (lengths > 1e-6)
+        )
+        shifts = _images(cell, along, vectors, cutoff)
+    images = (vectors[None] + shifts[:, None]).reshape(-1, 3)
+    species = np.tile(data.species[rows], len(shifts))
+    distance = np.linalg.norm(images, axis=1)
+    order = np.argsort(distance, kind="stable")[:MOST]
+    order = order[distance[order] <= cutoff]
+    return images[order], species[order]
+
+
+def _images(cell: np.ndarray, along: np.ndarray, vectors: np.ndarray, cutoff: float) -> np.ndarray:
+    """(k, 3) lattice translations that can bring an atom within the cutoff."""
+    cell = cell.copy()
+    for axis in np.flatnonzero(~along):  # any vector that is not in the span of the periodic ones
+        _, _, basis = np.linalg.svd(cell[np.arange(3) != axis])
+        cell[axis] = basis[-1]
+    heights = 1 / np.linalg.norm(np.linalg.pinv(cell), axis=0)
+    reach = np.linalg.norm(vectors, axis=1).max() + cutoff
+    counts = np.where(along, np.minimum(np.ceil(reach / np.maximum(heights, 1e-6)), MOST_IMAGES), 0).astype(int)
+    grids = np.meshgrid(*(np.arange(-n, n + 1) for n in counts), indexing="ij")
+    return np.stack(grids, axis=-1).reshape(-1, 3) @ np.where(along[:, None], cell, 0.0)
+
+
+def draw_environment(data: ReportData, row: int) -> Markup:
+    """Inline SVG; '' without positions or a cutoff."""
+    if data.positions is None or not data.cutoff or not np.isfinite(data.positions[row]).all():
+        return Markup("")
+    vectors, species = neighbour_vectors(data, row)
+    if not len(vectors):
+        return Markup("")
+    colours = species_colours(data.elements)
+    view = vectors @ TURN.T
+    scale = 0.45 * SIZE / data.cutoff
+    places = np.round(SIZE / 2 + scale * view[:, :2] * [1, -1], 1)
+    depth = 0.5 - 0.5 * view[:, 2] / data.cutoff  # 0 = near, 1 = far
+    parts = [(view[k, 2], _atom(places[k], species[k], depth[k], scale, colours, k == 0)) for k in range(len(view))]
+    parts += _bonds(vectors, species, places, view, depth)
+    drawn = "".join(text for _, text in sorted(parts, key=lambda part: part[0]))
+    drawn += f'<circle cx="{places[0, 0]}" cy="{places[0, 1]}" r="9" fill="none" stroke="{RING}" stroke-width="2.2"/>'
+    name = chemical_symbol(int(data.species[row]))
+    label = f"{name} atom with {len(vectors) - 1} neighbours within {data.cutoff:.1f} Å"
+    ring = f'<circle cx="{SIZE / 2:.0f}" cy="{SIZE / 2:.0f}" r="{scale * data.cutoff:.1f}" class="cut"/>'
+    # numbers, colours and symbols of elements: nothing here comes from a file as text
+    return Markup(f'<svg class="hood" viewBox="0 0 {SIZE} {SIZE}" role="img" aria-label="{label}">{ring}{drawn}</svg>')
+
+
+def _atom(place: np.ndarray, z: int, depth: float, scale: float, colours: dict[int, str], centre: bool) -> str:
+    size = max(2.0, 0.55 * covalent_radius(int(z)) * scale * (1.15 - 0.3 * depth))
+    fill = lighten(colours[int(z)], 0.0 if centre else 0.72 * depth)
+    edge = lighten(INK, 0.0 if centre else 0.25 + 0.6 * depth)
+    # what hides the centre is transparent
+    veil = ' opacity=".5"' if depth < 0.5 and not centre and np.hypot(*(place - SIZE / 2)) < size + 7 else ""
+    return f'<circle cx="{place[0]}" cy="{place[1]}" r="{size:.1f}" fill="{fill}" stroke="{edge}" stroke-width=".7"{veil}/>'
+
+
+def _bonds(
+    vectors: np.ndarray, species: np.ndarray, places: np.ndarray, view: np.ndarray, depth: np.ndarray
+) -> list[tuple[float, str]]:
+    """(depth, line) of the pairs that are near enough to be bonded."""
+    radii = np.array([covalent_radius(int(z)) for z in species])
+    distance = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
+    first, second = np.nonzero(np.triu(distance < BOND * (radii[:, None] + radii[None]), 1))
+    lines = []
+    for a, b in zip(first[:160], second[:160], strict=True):
+        shade = lighten(INK, 0.35 + 0.55 * float(depth[a] + depth[b]) / 2)
+        line = f'x1="{places[a, 0]}" y1="{places[a, 1]}" x2="{places[b, 0]}" y2="{places[b, 1]}"'
+        lines.append((float(min(view[a, 2], view[b, 2])) - 1e-6, f'<line {line} stroke="{shade}"/>'))
+    return lines

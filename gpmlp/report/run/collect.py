@@ -1,4 +1,4 @@
-"""After a run comes the page about it: what the files of the run say becomes the arrays that the page shows."""
+"""Collection of a run's files (recipe, JSON lines, labels, model, trajectory) into the data of the page about it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.quantities import Targets
-from gpmlp.core.structures import Structures
 from gpmlp.io import archive, provenance
 from gpmlp.io.ase_atoms import iterate_frames, structures_from_ase
-from gpmlp.io.files import atomic_write, check_folder
 from gpmlp.io.recipe_files import validate_recipe
 from gpmlp.learning import checkpoint
 from gpmlp.learning.labels import LabelEntry, LabelFile
@@ -29,45 +25,28 @@ from gpmlp.learning.stopping import judge, timeseries
 from gpmlp.learning.stopping.criteria import frames_inside
 from gpmlp.learning.stopping.history import History, Record
 from gpmlp.learning.stopping.recipe import CoverageRecipe, ObservableRecipe
-from gpmlp.potential import evaluation
+from gpmlp.potential.evaluation import evaluate
 from gpmlp.potential.potential import Potential
-from gpmlp.report.model import collect as reporting
-from gpmlp.report.model.build import build as build_model_page
-from gpmlp.report.model.data import ReportData
-from gpmlp.report.run.data import Foretold, Frames, Labelling, Observed, RunData
-from gpmlp.report.run.page import build
+from gpmlp.report.model.data import ReportData, collect_data
+from gpmlp.report.run.data import LabelRecord, ObservableCurve, PrequentialError, RunData, RunFrames
 
 POINTS = 48  # of the curve of a running mean
 FEWEST = 8  # frames of its first point
-
-LOOKED_AT = 60  # frames of the trajectory, in which blind places are sought
-MOST_ATOMS = 6000  # of these
-FILES = ("labels.xyz", "model.gpmlp", "recipe.json", "log.jsonl", "trajectory.xyz")
-TOLD = re.compile(r"labelled: key (\w+), seconds ([-+.\de]+), attempts (\d+)")
+TRAJECTORY_FRAMES, TRAJECTORY_ATOMS = 60, 6000  # that the final model is evaluated on, at most
+FILES = {
+    "labels.xyz": "labels",
+    "model.gpmlp": "model",
+    "recipe.json": "recipe",
+    "log.jsonl": "log",
+    "trajectory.xyz": "trajectory",
+}
+LABELLED = re.compile(
+    r"labelled: key (\w+), seconds ([-+.\de]+), attempts (\d+)"
+)  # in the run.log of runs without times in JSON
 HALTED = "halted: "
 
 
-def report(folder: Path, recipe: LearnRecipe) -> Path:
-    """Write FOLDER/report: index.html, report.json and figures of a run, finished or not, and model/ about its labels.
-
-    Raises:
-        UserError: there is no run in the folder, or it has not learned anything yet.
-    """
-    folder = Path(folder)
-    out = folder / "report"
-    check_folder(out)
-    entries, refused = _tape(folder)
-    events = list(_events(folder / "log.jsonl"))
-    if not any(e["event"] == "learned" for e in events):
-        raise UserError(f"{folder}: the run there has not learned anything yet; go on with it (gpmlp learn --resume).")
-    potential = archive.load(folder / "model.gpmlp")
-    data = collect(folder, recipe, events, entries, refused, potential)
-    if _report_of_labels(folder, entries, potential):
-        data = replace(data, beside="model/report.html")
-    return build(data, out, atomic_write)
-
-
-def recipe_of(folder: Path) -> LearnRecipe:
+def run_recipe(folder: Path) -> LearnRecipe:
     """The recipe of the run in a folder.
 
     Raises:
@@ -81,10 +60,47 @@ def recipe_of(folder: Path) -> LearnRecipe:
         raise UserError(f"{folder}: holds no learning run: {path.name} cannot be read ({why}).") from error
 
 
-def collect(
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Lines of a log of JSON lines; one that a kill left unfinished is left out.
+
+    Raises:
+        UserError: there is no such log, or a line of it is broken.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path.parent}: holds no learning run: {path.name}: {error.strerror or error}.") from error
+    events = []
+    for number, line in enumerate(lines, 1):
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is broken: {error}; repair it by hand.") from error
+    return events
+
+
+def read_labels(folder: Path) -> tuple[dict[str, LabelEntry], tuple[dict[str, Any], ...]]:
+    """Labels by key, and what was set aside, from copies: opening a label file repairs it, which is for the run to do.
+
+    Raises:
+        UserError: there is no label yet.
+    """
+    with tempfile.TemporaryDirectory(prefix="gpmlp-report-") as copies:
+        for name in ("labels.xyz", "refused.jsonl"):
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, Path(copies) / name)
+        file = LabelFile(Path(copies) / "labels.xyz")
+    if not len(file):
+        raise UserError(f"{folder}: the run there has no labels yet; there is nothing to report.")
+    refused = tuple({"key": r.key, "reason": r.reason, "attempts": r.attempts} for r in file.refusals)
+    return {entry.key: entry for entry in file}, refused
+
+
+def collect_run(
     folder: Path,
     recipe: LearnRecipe,
-    events: list[dict],
+    events: list[dict[str, Any]],
     entries: dict[str, LabelEntry],
     refused: tuple[dict[str, Any], ...],
     potential: Potential,
@@ -92,57 +108,45 @@ def collect(
     """Everything the page shows.
 
     Args:
-        events: of log.jsonl. entries: of the tape by key. refused: key, reason and attempts.
+        events: of log.jsonl. entries: labels by key. refused: key, reason and attempts. potential: as the run left it.
     """
-    progress = _progress(folder / checkpoint.NAME)
-    seen = judged_frames(events, recipe, len(entries), progress["hours"])
-    labels = _labels(events, entries, progress, *_diary(folder / "run.log"))
-    walkers = range(recipe.dynamics.walkers)
-    frames = seen.frames
-    steps = tuple(int(frames.step[frames.walker == w].max(initial=0)) for w in walkers)
-    began, ended_at = _times(folder / "run.log")
-    coverage = recipe.stop.coverage
-    quantile = recipe.model.novelty.quantile
+    progress: dict[str, Any] = {"first": [], "learned": [], "hours": 0.0, "seconds": {}}
+    if (folder / checkpoint.NAME).exists():
+        progress |= archive.read_header(folder / checkpoint.NAME)["header"]
+    judged = judge_frames(events, recipe, len(entries), progress["hours"])
+    frames, plateau, coverage = judged.frames, recipe.stop.plateau, recipe.stop.coverage
+    diary = _diary(folder / "run.log")
+    nan = float("nan")
     return RunData(
         title=f"{_formula(entries)}, {_conditions(recipe)}",
         folder=folder.resolve().name,
-        ended=seen.ended,
-        stopped=seen.stopped,
-        sentence=seen.sentence,
-        criteria=seen.criteria,
+        ended=judged.ended,
+        stopped=judged.stopped,
+        sentence=judged.sentence,
+        criteria=judged.criteria,
         frames=frames,
-        labels=labels,
-        observed=seen.observed,
-        steps=steps,
+        labels=_labels(events, entries, progress, diary),
+        observables=judged.observables,
+        steps=tuple(int(frames.step[frames.walker == w].max(initial=0)) for w in range(recipe.dynamics.walkers)),
         wanted=recipe.dynamics.steps,
         probability=recipe.trigger.probability,
-        novelty_limit=recipe.trigger.novelty or float("nan"),
-        wanted_rate=recipe.stop.plateau.labels_per_1000_steps if recipe.stop.plateau else float("nan"),
-        wanted_frames=coverage.frames if coverage else float("nan"),
-        wanted_atoms=wanted_atoms(coverage, quantile) if coverage else float("nan"),
+        novelty_limit=recipe.trigger.novelty or nan,
+        wanted_rate=plateau.labels_per_1000_steps if plateau else nan,
+        wanted_frames=coverage.frames if coverage else nan,
+        wanted_atoms=wanted_atoms(coverage, recipe.model.novelty.quantile) if coverage else nan,
         refused=refused,
         seconds=progress["seconds"],
         hours=progress["hours"],
-        began=began,
-        ended_at=ended_at,
-        blind=_blind(folder / "trajectory.xyz", potential),
+        began=diary.began,
+        ended_at=diary.ended,
+        trajectory=_trajectory(folder / "trajectory.xyz", potential),
         recipe=recipe.model_dump(mode="json"),
         given=recipe.model_dump(mode="json", exclude_unset=True, exclude_defaults=True),
-        files=tuple((_role(n), n, provenance.file_hash(folder / n)) for n in FILES if (folder / n).exists()),
+        files=tuple((r, n, provenance.file_hash(folder / n)) for n, r in FILES.items() if (folder / n).exists()),
         versions=provenance.installed_versions(),
         model=dict(potential.report),
         oracle=(recipe.oracle.calculator, recipe.oracle.settings_hash),
     )
-
-
-def _role(name: str) -> str:
-    return {
-        "labels.xyz": "labels",
-        "model.gpmlp": "model",
-        "recipe.json": "recipe",
-        "log.jsonl": "log",
-        "trajectory.xyz": "trajectory",
-    }[name]
 
 
 def _formula(entries: dict[str, LabelEntry]) -> str:
@@ -153,84 +157,49 @@ def _formula(entries: dict[str, LabelEntry]) -> str:
 def _conditions(recipe: LearnRecipe) -> str:
     dynamics = recipe.dynamics
     given = ((dynamics.temperature_K, "K"), (dynamics.pressure_GPa, "GPa"))
-    told = [
+    parts = [
         f"{value[0]:g} to {value[1]:g} {unit}" if isinstance(value, tuple) else f"{value:g} {unit}"
         for value, unit in given[: 2 if dynamics.ensemble == "npt" else 1]
     ]
-    return f"{'NVT' if dynamics.ensemble == 'langevin' else dynamics.ensemble.upper()} at {', '.join(told)}"
+    return f"{'NVT' if dynamics.ensemble == 'langevin' else dynamics.ensemble.upper()} at {', '.join(parts)}"
 
 
-# ---------------------------------------------------------------- files of the run
+@dataclass(frozen=True)
+class _Diary:
+    """Times of a run: seconds and attempts of the oracle by key, first and last moment."""
+
+    seconds: dict[str, float]
+    attempts: dict[str, int]
+    began: str
+    ended: str
 
 
-def _events(path: Path) -> Iterator[dict]:
-    """Lines of the log; one that a kill left unfinished is left out."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"{path.parent}: holds no learning run: {path.name}: {error.strerror or error}.") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is broken: {error}; repair it by hand.") from error
-
-
-def _tape(folder: Path) -> tuple[dict[str, LabelEntry], tuple[dict[str, Any], ...]]:
-    """Labels by key, and what was set aside, from copies: opening a tape repairs it, which is for the run to do."""
-    with tempfile.TemporaryDirectory(prefix="gpmlp-report-") as copies:
-        for name in ("labels.xyz", "refused.jsonl"):
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, Path(copies) / name)
-        tape = LabelFile(Path(copies) / "labels.xyz")
-    if not len(tape):
-        raise UserError(f"{folder}: the run there has no labels yet; there is nothing to report.")
-    refused = tuple({"key": r.key, "reason": r.reason, "attempts": r.attempts} for r in tape.refusals)
-    return {entry.key: entry for entry in tape}, refused
-
-
-def _progress(path: Path) -> dict[str, Any]:
-    """What the last checkpoint says of labels and time; it holds more, which only the run itself has to understand."""
-    blank = {"first": [], "learned": [], "hours": 0.0, "seconds": {}}
-    return blank | archive.read_header(path)["header"] if path.exists() else blank
-
-
-def _diary(path: Path) -> tuple[dict[str, float], dict[str, int]]:
-    """What the log for people says of the oracle: (seconds by key, attempts by key)."""
+def _diary(path: Path) -> _Diary:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    found = [(m[1], float(m[2]), int(m[3])) for m in TOLD.finditer(text)]
-    return {k: s for k, s, _ in found}, {k: a for k, _, a in found}
-
-
-def _times(path: Path) -> tuple[str, str]:
-    """First and last moment of which the log for people tells."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return (lines[0][:16], lines[-1][:16]) if lines else ("", "")
+    times = [(m[1], float(m[2]), int(m[3])) for m in LABELLED.finditer(text)]
+    lines = text.splitlines() or [""]
+    return _Diary({k: s for k, s, _ in times}, {k: a for k, _, a in times}, lines[0][:16], lines[-1][:16])
 
 
 # ---------------------------------------------------------------- labels
 
 
 def _labels(
-    events: list[dict],
-    entries: dict[str, LabelEntry],
-    progress: dict[str, Any],
-    seconds: dict[str, float],
-    attempts: dict[str, int],
-) -> tuple[Labelling, ...]:
+    events: list[dict[str, Any]], entries: dict[str, LabelEntry], progress: dict[str, Any], diary: _Diary
+) -> tuple[LabelRecord, ...]:
     """All labels in the order in which they were learned."""
-    begun = [k for k in (*(progress["first"] or _first(entries)), *progress["learned"]) if k in entries]
-    begun = [k for k in dict.fromkeys(begun) if k in progress["first"] or entries[k].notes.get("walker", -1) == -1]
-    found = [Labelling(i, k, cause(entries[k].reason), entries[k].reason) for i, k in enumerate(begun, 1)]
-    asks: dict[int, dict] = {}
+    first = progress["first"] or [k for k, e in entries.items() if e.notes.get("walker", -1) == -1]
+    initial = [k for k in dict.fromkeys((*first, *progress["learned"])) if k in entries]
+    initial = [k for k in initial if k in progress["first"] or entries[k].notes.get("walker", -1) == -1]
+    labels = [LabelRecord(i, k, label_cause(entries[k].reason), entries[k].reason) for i, k in enumerate(initial, 1)]
+    asks: dict[int, dict[str, Any]] = {}
     temperatures: dict[tuple[int, int], float] = {}
     step: dict[int, int] = {}
-    made, limit = 0, float("nan")
+    total, limit = 0, float("nan")
     for event in events:
         if event["event"] == "look":
             w = event["walker"]
-            made += max(0, event["step"] - step.get(w, 0))
+            total += max(0, event["step"] - step.get(w, 0))
             step[w] = event["step"]
             temperatures[w, event["step"]] = Record.from_json(event).temperature_K
         elif event["event"] == "ask":
@@ -238,33 +207,33 @@ def _labels(
         elif event["event"] == "learned":
             before, limit = limit, float(event["force_limit"] or "nan")
             if "key" not in event:
-                found = [replace(label, columns=event["columns"]) for label in found]
+                labels = [replace(label, columns=event["columns"]) for label in labels]
                 continue
-            entry = entries.get(event["key"])
-            ask = asks.get(event["walker"], {})
+            w, at, entry = event["walker"], event["step"], entries.get(event["key"])
+            ask = asks.get(w, {})
             severity = ask.get("severity", float("nan")) if "force error" in ask.get("reason", "") else float("nan")
-            w, at = event["walker"], event["step"]
-            asked = ask.get("force_limit") or before  # it may have changed since the label before
-            found.append(
-                Labelling(
-                    number=len(found) + 1,
+            asked_limit = ask.get("force_limit") or before  # it may have changed since the label before
+            labels.append(
+                LabelRecord(
+                    number=len(labels) + 1,
                     key=event["key"],
-                    cause=cause(event["reason"]),
+                    cause=event.get("cause") or label_cause(event["reason"]),
                     reason=event["reason"],
                     walker=w,
                     step=at,
-                    time_ps=_time_ps(entry),
+                    time_ps=float(entry.notes.get("time_fs", "nan")) / 1000 if entry else float("nan"),
                     temperature_K=temperatures.get((w, at), float("nan")),
-                    made=made,
-                    bound=severity * asked,
-                    limit=asked,
+                    total_step=total,
+                    bound=severity * asked_limit,
+                    limit=asked_limit,
                     species=entry.structure.species.numpy() if entry else np.zeros(0, int),
                     columns=event["columns"],
-                    foretold=_foretold(event.get("foreseen")),
+                    prequential=_prequential(event.get("foreseen")),
                     surrogate=_surrogate(entry),
                 )
             )
-    return tuple(replace(f, seconds=seconds.get(f.key, float("nan")), attempts=attempts.get(f.key, 1)) for f in found)
+    seconds, attempts = diary.seconds, diary.attempts
+    return tuple(replace(f, seconds=seconds.get(f.key, float("nan")), attempts=attempts.get(f.key, 1)) for f in labels)
 
 
 def _surrogate(entry: LabelEntry | None) -> str:
@@ -276,111 +245,86 @@ def _surrogate(entry: LabelEntry | None) -> str:
     return f"{notes['surrogate']} of {n} atoms around atom {notes['carved_around']} of {notes['carved_from']}, {what}"
 
 
-def _first(entries: dict[str, LabelEntry]) -> list[str]:
-    """Where there is no checkpoint yet."""
-    return [k for k, e in entries.items() if e.notes.get("walker", -1) == -1]
-
-
-def _time_ps(entry: LabelEntry | None) -> float:
-    return float(entry.notes.get("time_fs", float("nan"))) / 1000 if entry else float("nan")
-
-
-def cause(reason: str) -> str:
-    """In a word, why a label was asked for, from the reason that `criteria` gave."""
+def label_cause(reason: str) -> str:
+    """Why a label was asked for, in a word, from the sentence that the triggers gave."""
     for word in ("first", "given", "explored"):
         if reason.startswith(word):
             return word
-    halted, reason = reason.startswith(HALTED), reason.removeprefix(HALTED)
-    found = [
-        word
-        for word, part in (
-            ("force", "force error of atom"),
-            ("local energy", "local energy of atom"),
-            ("novelty", "radius of the trust region"),
-        )
-        if part in reason
-    ]
-    if not found:
+    phrases = {
+        "force": "force error of atom",
+        "local energy": "local energy of atom",
+        "novelty": "radius of the trust region",
+    }
+    causes = " and ".join(word for word, phrase in phrases.items() if phrase in reason)
+    if not causes:
         return "guard"
-    return " and ".join(found) + (", halted" if halted else "")
+    return causes + (", halted" if reason.startswith(HALTED) else "")
 
 
-def _foretold(told: dict | None) -> Foretold | None:
+def _prequential(logged: dict[str, Any] | None) -> PrequentialError | None:
     """From what the log holds; None if it holds nothing."""
-    if not told:
+    if not logged:
         return None
 
-    def numbers(name: str) -> np.ndarray:
-        values = told.get(name) or []
-        return np.array([np.nan if v is None else v for v in values], dtype=float).reshape(-1, 3)
-
-    def number(name: str) -> float:
-        value = told.get(name)
+    def number(value: float | None) -> float:
         return float("nan") if value is None else float(value)
 
-    error, sigma = numbers("force_error"), numbers("force_sigma")
+    error, sigma = (
+        np.array([number(v) for v in logged.get(name) or []]).reshape(-1, 3) for name in ("force_error", "force_sigma")
+    )
     if len(error) != len(sigma):
         error, sigma = np.zeros((0, 3)), np.zeros((0, 3))
+    worst = logged.get("worst_atom")
     names = ("energy_error", "energy_sigma", "novelty")
-    worst = told.get("worst_atom")
-    return Foretold(
-        number("bound"), number("largest_error"), -1 if worst is None else worst, error, sigma, *map(number, names)
+    return PrequentialError(
+        number(logged.get("bound")),
+        number(logged.get("largest_error")),
+        -1 if worst is None else worst,
+        error,
+        sigma,
+        *(number(logged.get(name)) for name in names),
     )
 
 
-# ---------------------------------------------------------------- the model as it is now
-
-
-def _blind(path: Path, potential: Potential) -> ReportData | None:
-    """What the model says of frames of the trajectory, without labels; None where there are none."""
-    frames = list(iterate_frames(path))
+def _trajectory(path: Path, potential: Potential) -> ReportData | None:
+    """Predictions of the model as it is now on frames of the trajectory, without labels; None where there are none."""
+    frames = list(iterate_frames(path, TRAJECTORY_FRAMES, TRAJECTORY_ATOMS))
     if not frames or potential.variances is None:
         return None
-    names = [f"step {a.info.get('step', i)}" for i, a in enumerate(frames)]
-    structures = structures_from_ase(frames, names)
+    structures = structures_from_ase(frames, [f"step {a.info.get('step', i)}" for i, a in enumerate(frames)])
     types = tuple(f"walker {a.info['walker']}" if "walker" in a.info else "" for a in frames)
     targets = replace(Targets.unlabelled(structures), config_types=types)
-    found = evaluation.evaluate(potential, structures, targets)
-    return reporting.collect(
-        potential, structures, targets, found, "the final model", path.name, provenance.version_of("gpmlp")
-    )
+    evaluation = evaluate(potential, structures, targets)
+    version = provenance.version_of("gpmlp")
+    return collect_data(potential, structures, targets, evaluation, "the final model", path.name, version)
 
 
-def _report_of_labels(folder: Path, entries: dict[str, LabelEntry], potential: Potential) -> bool:
-    """Write the uncertainty report of the model on its own labels; whether that could be done."""
-    if potential.variances is None:
-        return False
-    structures = Structures.concatenate([e.structure for e in entries.values()])
-    names = tuple(f"label {i + 1}" for i in range(len(structures)))
-    structures = replace(structures, names=names)
-    targets = Targets.concatenate([e.targets for e in entries.values()])
-    with torch.no_grad():
-        found = evaluation.evaluate(potential, structures, targets)
-    about = "model.gpmlp", "labels.xyz", provenance.version_of("gpmlp"), provenance.DataOverlap(True, 0)
-    data = reporting.collect(potential, structures, targets, found, *about)
-    build_model_page(data, folder / "report" / "model", atomic_write)
-    return True
+# ---------------------------------------------------------------- frames, as stopping judges them
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
-    """What a run saw, and the last verdict over it.
+class JudgedFrames:
+    """Frames of a run, and the last verdict over them.
 
     Attributes:
-        ended: a key of report.learning.data.FINISHED; stopped: why, in words; sentence: of the verdict.
+        ended: a key of FINISHED; stopped: why, in words; sentence: of the verdict.
         criteria: dicts of name, met, sentence, numbers.
     """
 
-    frames: Frames
+    frames: RunFrames
     ended: str
     stopped: str
     sentence: str
     criteria: tuple[dict[str, Any], ...]
-    observed: tuple[Observed, ...]
+    observables: tuple[ObservableCurve, ...]
 
 
-def judged_frames(events: list[dict], recipe: LearnRecipe, labels: int, hours: float) -> Judged:
-    """From the events of log.jsonl."""
+def judge_frames(events: list[dict[str, Any]], recipe: LearnRecipe, labels: int, hours: float) -> JudgedFrames:
+    """The frames and the verdict that the events of log.jsonl tell of; judged here where the run had not come to it.
+
+    Args:
+        labels: number of labels; hours: of the whole run.
+    """
     history, asked = History(), []
     for event in events:
         if event["event"] == "look":  # where it says so, this frame asked; the history is told when the label has come
@@ -396,18 +340,18 @@ def judged_frames(events: list[dict], recipe: LearnRecipe, labels: int, hours: f
         verdict = judge.judge(history, recipe.stop, quantile=quantile, labels=labels, elapsed_h=hours).to_json()
     stopped = next((e["reason"] for e in reversed(events) if e["event"] == "stopped"), "")
     recent = judge.judged_window(history, recipe.stop) if len(history) else None
-    observed = tuple(filter(None, (_observed(recent, o) for o in recipe.stop.observables))) if recent else ()
-    return Judged(
-        _judged_frames(history, np.array(asked, dtype=bool), recent, recipe),
-        _ended(stopped, verdict),
+    curves = [_observable_curve(recent, o) for o in recipe.stop.observables] if recent else []
+    return JudgedFrames(
+        _run_frames(history, np.array(asked, dtype=bool), recent, recipe),
+        _ending(stopped, verdict),
         stopped,
         verdict["sentence"],
         tuple(verdict["criteria"]),
-        observed,
+        tuple(curve for curve in curves if curve is not None),
     )
 
 
-def _ended(stopped: str, verdict: dict) -> str:
+def _ending(stopped: str, verdict: dict[str, Any]) -> str:
     if not stopped:
         return ""
     if verdict["converged"]:
@@ -420,21 +364,19 @@ def wanted_atoms(coverage: CoverageRecipe, quantile: float) -> float:
     return 1 - min(0.5, 3 * (1 - quantile)) if coverage.atoms is None else coverage.atoms
 
 
-def _judged_frames(
+def _run_frames(
     history: History, asked: np.ndarray, recent: judge.JudgedWindow | None, recipe: LearnRecipe
-) -> Frames:
+) -> RunFrames:
     n = len(history)
     atoms, outside = (
         sum((history.column(f"{kind}/{z}") for z in history.species), start=np.zeros(n))
         for kind in ("atoms", "outside")
     )
     step, walker = history.column("step").astype(int), history.column("walker").astype(int)
-    made, last = np.zeros(n, dtype=int), dict.fromkeys(history.walkers, 0)
-    total = 0
-    for i in range(n):
-        total += max(0, step[i] - last[walker[i]])
-        last[walker[i]] = step[i]
-        made[i] = total
+    forward = np.zeros(n, dtype=int)  # steps since the frame before of the walker; none where it was set back
+    for w in history.walkers:
+        mine = walker == w
+        forward[mine] = np.diff(step[mine], prepend=0).clip(min=0)
     window = np.zeros(n, dtype=bool)
     for rows in recent.rows if recent else ():
         window[rows] = True
@@ -451,7 +393,7 @@ def _judged_frames(
         "limit": "threshold",
         "novelty": "novelty_max",
     }
-    return Frames(
+    return RunFrames(
         walker=walker,
         step=step,
         time_ps=history.column("time_fs").astype(float) / 1000,
@@ -459,13 +401,13 @@ def _judged_frames(
         inside=inside,
         labelled=asked,
         window=window,
-        made=made,
+        total_step=np.cumsum(forward),
         **{name: np.array(history.column(column), dtype=float) for name, column in columns.items()},
     )
 
 
-def _observed(recent: judge.JudgedWindow, wanted: ObservableRecipe) -> Observed | None:
-    """Mean and standard error of what was seen until then, for times within the window; None without frames."""
+def _observable_curve(recent: judge.JudgedWindow, wanted: ObservableRecipe) -> ObservableCurve | None:
+    """Running mean and its standard error, for times within the window; None without frames."""
     if wanted.name not in recent.history.observables or not recent.frames:
         return None
     criterion = judge.observable_criterion(recent, wanted)
@@ -481,14 +423,14 @@ def _observed(recent: judge.JudgedWindow, wanted: ObservableRecipe) -> Observed 
         parts = [p for p in parts if len(p)]
         if sum(map(len, parts)) < FEWEST:
             continue
-        found = timeseries.series_mean(parts)
+        running = timeseries.series_mean(parts)
         steps.append(end * length)
-        mean.append(math.sqrt(float((found.value**2).mean())) if found.value.size > 1 else float(found.value[0]))
-        sem.append(max(found.sem, found.sem_blocking))
-        enough.append(found.enough)
+        mean.append(math.sqrt(float((running.value**2).mean())) if running.value.size > 1 else float(running.value[0]))
+        sem.append(max(running.sem, running.sem_blocking))
+        enough.append(running.enough)
     if not steps:
         return None
     unit = judge.TOLERANCES.get(wanted.name, judge.CUSTOM)[2]
     tolerance = criterion.numbers.get("tolerance", float("nan"))
     columns = [np.array(c, dtype=float) for c in (steps, mean, sem)]
-    return Observed(wanted.name, unit, *columns, tolerance, np.array(enough, dtype=bool))
+    return ObservableCurve(wanted.name, unit, *columns, tolerance, np.array(enough, dtype=bool))

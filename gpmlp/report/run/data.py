@@ -1,4 +1,4 @@
-"""RunData is everything the page about a learning run shows, as plain arrays; what is not known is None, NaN or empty."""
+"""Data of the page about a learning run as plain arrays; what there is not is None, NaN or empty."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FINISHED = {
 
 
 @dataclass(frozen=True, eq=False)
-class Frames:
-    """The frames that were looked at, in the order in which they came; (frames,) each.
+class RunFrames:
+    """The frames on which the model was evaluated with uncertainty, in their order; (frames,) each.
 
     Attributes:
         walker, step: of which trajectory, where; time_ps: of that trajectory.
@@ -30,8 +30,8 @@ class Frames:
         sigma, sigma_median: largest and median standard deviation of an atom's force, eV/A; limit: of the trigger (NaN = none).
         novelty: the largest. outside: share of the atoms beyond 1.
         inside: whether the frame lies inside the trust region, as the criterion of coverage has it.
-        labelled: whether it asked. window: whether stopping was judged over it.
-        made: steps of all walkers together up to it.
+        labelled: whether it asked for a label. window: whether stopping was judged over it.
+        total_step: steps of all walkers together up to it.
     """
 
     walker: np.ndarray
@@ -47,7 +47,7 @@ class Frames:
     inside: np.ndarray
     labelled: np.ndarray
     window: np.ndarray
-    made: np.ndarray
+    total_step: np.ndarray
 
     def __post_init__(self) -> None:
         for name, values in vars(self).items():
@@ -63,11 +63,12 @@ class Frames:
 
 
 @dataclass(frozen=True, eq=False)
-class Foretold:
-    """What was predicted of a label before it was learned.
+class PrequentialError:
+    """Errors of a label against what the model predicted before it was conditioned on the label.
 
     Attributes:
-        bound: what the largest force error was to stay below, eV/A; largest_error: that error, of atom `worst_atom`.
+        bound: that the largest force error exceeds with the probability of the trigger, eV/A; largest_error: that error, of
+            atom `worst_atom`.
         force_error, force_sigma: (atoms, 3) eV/A. energy_error, energy_sigma: eV/atom. novelty: the largest.
     """
 
@@ -82,14 +83,14 @@ class Foretold:
 
 
 @dataclass(frozen=True, eq=False)
-class Labelling:
-    """One label.
+class LabelRecord:
+    """One label of a run.
 
     Attributes:
-        number: from 1, in the order they were learned; key: its name on the tape.
+        number: from 1, in the order they were learned; key: in the label file.
         cause: 'first', 'given', 'force', 'novelty', 'force and novelty', 'guard', ...; reason: in words.
-        walker: -1 for none; made: steps of all walkers together until it was learned.
-        bound: what the force error might reach where it was asked for, eV/A; limit: of the trigger then.
+        walker: -1 for none; total_step: steps of all walkers together until it was learned.
+        bound: of the force error where it was asked for, eV/A; limit: of the trigger then.
         species: (atoms,). columns: of the model after it. seconds: that it took the oracle.
         surrogate: what was labelled in place of a frame that was too large, in words; '' = the frame itself.
     """
@@ -102,14 +103,14 @@ class Labelling:
     step: int = 0
     time_ps: float = float("nan")
     temperature_K: float = float("nan")
-    made: int = 0
+    total_step: int = 0
     bound: float = float("nan")
     limit: float = float("nan")
     species: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     columns: int = 0
     seconds: float = float("nan")
     attempts: int = 1
-    foretold: Foretold | None = None
+    prequential: PrequentialError | None = None
     surrogate: str = ""
 
     @property
@@ -119,12 +120,12 @@ class Labelling:
 
 
 @dataclass(frozen=True, eq=False)
-class Observed:
-    """How the mean of an observable came to rest in the window; (points,) each.
+class ObservableCurve:
+    """Running mean of an observable over the window; (points,) each.
 
     Attributes:
-        steps: of all walkers, from the start of the window. mean: of what was seen until then (of its components the rms).
-        sem: its standard error; NaN = cannot be judged. tolerance: that was wanted.
+        steps: of all walkers, from the start of the window. mean: until then (rms over its components).
+        sem: its standard error; NaN = cannot be judged. tolerance: of the criterion. enough: whether the frames suffice.
     """
 
     name: str
@@ -144,14 +145,14 @@ class RunData:
         title: of the page; folder: name of the run's.
         ended: a key of FINISHED; stopped: why it ended, in words.
         criteria: dicts of name, met, sentence, numbers; sentence: of the verdict.
-        steps: by walker, made; wanted: to be made by each.
+        steps: done, by walker; wanted: of each walker.
         probability: with which a bound may be exceeded; wanted_rate: labels per 1000 steps; wanted_frames, wanted_atoms: shares.
-        refused: dicts of key, reason, attempts. calls: asked of the oracle, as far as is known.
+        refused: dicts of key, reason, attempts.
         seconds: by activity; hours: of the whole run. began, ended_at: texts.
-        blind: what the model says now of frames of the trajectory, without labels; None = not looked at.
+        trajectory: predictions of the final model on its frames, without labels; None = there are none.
         recipe: all choices; given: those that differ from the defaults.
         files: (role, name, SHA-256). versions, model: what `Potential` and its report say. oracle: name, hash.
-        beside: link to the uncertainty report of the labels, ''.
+        labels_page: link to the uncertainty report of the labels, ''.
     """
 
     title: str
@@ -160,9 +161,9 @@ class RunData:
     stopped: str
     sentence: str
     criteria: tuple[dict[str, Any], ...]
-    frames: Frames
-    labels: tuple[Labelling, ...]
-    observed: tuple[Observed, ...] = ()
+    frames: RunFrames
+    labels: tuple[LabelRecord, ...]
+    observables: tuple[ObservableCurve, ...] = ()
     steps: tuple[int, ...] = ()
     wanted: int = 0
     probability: float = 0.1
@@ -175,14 +176,14 @@ class RunData:
     hours: float = 0.0
     began: str = ""
     ended_at: str = ""
-    blind: ReportData | None = None
+    trajectory: ReportData | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
     files: tuple[tuple[str, str, str], ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     oracle: tuple[str, str] = ("", "")
-    beside: str = ""
+    labels_page: str = ""
 
     def __post_init__(self) -> None:
         if self.ended not in FINISHED:
@@ -193,11 +194,11 @@ class RunData:
         return sum(self.steps)
 
     @property
-    def asked(self) -> tuple[Labelling, ...]:
+    def asked(self) -> tuple[LabelRecord, ...]:
         """Labels that the dynamics asked for."""
         return tuple(label for label in self.labels if label.walker >= 0)
 
     @property
-    def foretold(self) -> tuple[Labelling, ...]:
-        """Labels of which something was predicted before they were learned."""
-        return tuple(label for label in self.labels if label.foretold is not None)
+    def predicted(self) -> tuple[tuple[LabelRecord, PrequentialError], ...]:
+        """Labels of which the model predicted something before it was conditioned on them."""
+        return tuple((label, label.prequential) for label in self.labels if label.prequential is not None)

@@ -1,4 +1,4 @@
-"""Numbers are the tables and curves of the page about a run, as plain dictionaries with units in their names."""
+"""Tables and curves of the page about a run as plain dictionaries with units in their names."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import numpy as np
 
 from gpmlp.learning.stopping.timeseries import poisson_upper, wilson_bounds
 from gpmlp.report.model import numbers
-from gpmlp.report.model.data import Labelled
+from gpmlp.report.model.data import LabelledComponents
 from gpmlp.report.run.data import RunData
 
-LEVELS = (50, 68, 90, 95)
 MOST_FRAMES = 1800  # that are drawn and listed
 RATE_BINS = 12  # stretches in which labels are counted
 SMOOTH = 40  # frames, of running shares
 
 
-def kept(data: RunData) -> np.ndarray:
+def drawn_frames(data: RunData) -> np.ndarray:
     """Indices of the frames that are drawn: all, or those that asked and the extremes of even stretches."""
     frames = data.frames
     n = len(frames)
@@ -30,59 +29,51 @@ def kept(data: RunData) -> np.ndarray:
     return np.unique(np.concatenate([*ends, frames.labelled.nonzero()[0]]))
 
 
-def errors_foretold(data: RunData) -> Labelled:
-    """Force components of labels with error and σ as they were foreseen, meV/A; structure counts through `data.foretold`."""
-    told = [label.foretold for label in data.foretold]
-    error = _joined([t.force_error for t in told])
-    sigma = _joined([t.force_sigma for t in told])
-    owner = np.repeat(np.arange(len(told)), [len(t.force_error) for t in told])
+def prequential_errors(data: RunData) -> LabelledComponents:
+    """Force components of the labels, predicted before they were learned, meV/A; structure counts through `data.predicted`."""
+    errors = [e for _, e in data.predicted]
+    error = np.concatenate([np.zeros((0, 3)), *(e.force_error for e in errors)])
+    sigma = np.concatenate([np.zeros((0, 3)), *(e.force_sigma for e in errors)])
+    owner = np.repeat(np.arange(len(errors)), [len(e.force_error) for e in errors])
     rows, components = np.nonzero(np.isfinite(error) & np.isfinite(sigma))
     e, s = 1e3 * error[rows, components], 1e3 * sigma[rows, components]
-    return Labelled("forces", np.zeros(len(e)), e, s, owner[rows], rows, components)
+    return LabelledComponents("forces", np.zeros(len(e)), e, s, owner[rows], rows, components)
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.reshape(p, (-1, 3)) for p in parts]) if parts else np.zeros((0, 3))
-
-
-def honesty(data: RunData) -> dict[str, Any]:
-    """How errors compare with what was predicted of them; {} where nothing was."""
-    view = errors_foretold(data)
+def prequential_scores(data: RunData) -> dict[str, Any]:
+    """How errors compare with the uncertainty predicted before each label was learned; {} where nothing was predicted."""
+    view = prequential_errors(data)
     if not len(view):
         return {}
-    halves = np.where(view.structure < (len(data.foretold) + 1) // 2, 0, 1)
-    parts = {"all": np.ones(len(view), bool), "first half": halves == 0, "second half": halves == 1}
+    first = view.structure < (len(data.predicted) + 1) // 2
+    parts = {"all": np.ones(len(view), bool), "first half": first, "second half": ~first}
     shares = {}
     for name, mask in parts.items():
         if mask.any():
-            found = numbers.coverage(_some(view, mask), [p / 100 for p in LEVELS])
-            shares[name] = {f"coverage_{p}": float(c) for p, c in zip(LEVELS, found, strict=True)}
-            shares[name] |= {"components": int(mask.sum()), "labels": len(np.unique(view.structure[mask]))}
-    told = [label.foretold for label in data.foretold]
-    pairs = [(t.bound, t.largest_error) for t in told if np.isfinite(t.bound) and np.isfinite(t.largest_error)]
+            part = LabelledComponents(view.kind, *(values[mask] for key, values in vars(view).items() if key != "kind"))
+            counts = {"components": int(mask.sum()), "labels": len(np.unique(part.structure))}
+            shares[name] = numbers.level_coverage(part) | counts
+    errors = [e for _, e in data.predicted]
+    pairs = [(e.bound, e.largest_error) for e in errors if np.isfinite(e.bound) and np.isfinite(e.largest_error)]
     over = sum(error > bound for bound, error in pairs)
-    energy = np.array([(t.energy_error, t.energy_sigma) for t in told]).reshape(-1, 2)
+    energy = np.array([(e.energy_error, e.energy_sigma) for e in errors]).reshape(-1, 2)
     energy = energy[np.isfinite(energy).all(1) & (energy[:, 1] > 0)]
+    rms = numbers.root_mean_square
     return {
-        "labels": len(told),
+        "labels": len(errors),
         "coverage": shares,
-        "reliability": numbers.reliability(view),
-        "spearman_of_components": numbers.spearman(view.std, np.abs(view.error)),
-        "rms_error_meV_per_A": numbers.rms(view.error),
-        "rms_sigma_meV_per_A": numbers.rms(view.std),
-        "rms_error_over_sigma": numbers.rms(view.scaled[np.isfinite(view.scaled)]),
+        "reliability": numbers.reliability_numbers(view),
+        "spearman_of_components": numbers.rank_correlation(view.std, np.abs(view.error)),
+        "rms_error_meV_per_A": rms(view.error),
+        "rms_sigma_meV_per_A": rms(view.std),
+        "rms_error_over_sigma": rms(view.scaled[view.scored]),
         "bounds": len(pairs),
         "bounds_exceeded": over,
         "bounds_exceeded_interval": list(wilson_bounds(over / len(pairs), len(pairs))) if pairs else None,
         "bound_probability": data.probability,
-        "energy_rms_error_over_sigma": numbers.rms(energy[:, 0] / energy[:, 1]) if len(energy) else None,
-        "energy_rms_error_meV_per_atom": 1e3 * numbers.rms(energy[:, 0]) if len(energy) else None,
+        "energy_rms_error_over_sigma": rms(energy[:, 0] / energy[:, 1]) if len(energy) else None,
+        "energy_rms_error_meV_per_atom": 1e3 * rms(energy[:, 0]) if len(energy) else None,
     }
-
-
-def _some(view: Labelled, mask: np.ndarray) -> Labelled:
-    values = {name: v[mask] for name, v in vars(view).items() if name != "kind"}
-    return Labelled(view.kind, **values)
 
 
 def label_rate(data: RunData) -> dict[str, list[float]]:
@@ -91,8 +82,8 @@ def label_rate(data: RunData) -> dict[str, list[float]]:
     if not total:
         return {"from_step": [], "to_step": [], "per_1000_steps": [], "at_most": []}
     edges = np.linspace(0, total, RATE_BINS + 1)
-    made = np.clip([label.made for label in data.asked], 0, total)
-    counts = np.histogram(made, edges)[0]
+    asked_at = np.clip([label.total_step for label in data.asked], 0, total)
+    counts = np.histogram(asked_at, edges)[0]
     width = total / RATE_BINS / 1000
     return {
         "from_step": edges[:-1].tolist(),
@@ -102,7 +93,7 @@ def label_rate(data: RunData) -> dict[str, list[float]]:
     }
 
 
-def running(values: np.ndarray, n: int = SMOOTH) -> np.ndarray:
+def running_mean(values: np.ndarray, n: int = SMOOTH) -> np.ndarray:
     """Mean of each value and those before it, n at most."""
     total = np.concatenate([[0.0], np.cumsum(values, dtype=float)])
     k = np.arange(1, len(values) + 1)
@@ -110,20 +101,20 @@ def running(values: np.ndarray, n: int = SMOOTH) -> np.ndarray:
     return (total[k] - total[first]) / (k - first)
 
 
-def trust(data: RunData) -> dict[str, list[float]]:
+def trust_shares(data: RunData) -> dict[str, list[float]]:
     """Running shares of frames and atoms inside the trust region, against the steps of all walkers."""
     frames = data.frames
     return {
-        "step": frames.made.tolist(),
-        "frames_inside": running(frames.inside).tolist(),
-        "atoms_inside": running(1 - frames.outside).tolist(),
+        "step": frames.total_step.tolist(),
+        "frames_inside": running_mean(frames.inside).tolist(),
+        "atoms_inside": running_mean(1 - frames.outside).tolist(),
     }
 
 
-def costs(data: RunData) -> dict[str, Any]:
-    """What the run cost."""
+def run_costs(data: RunData) -> dict[str, Any]:
+    """Labels, oracle calls, steps and time of the run."""
     seconds = np.array([label.seconds for label in data.labels])
-    known = seconds[np.isfinite(seconds)]
+    seconds = seconds[np.isfinite(seconds)]
     asked, steps = len(data.asked), data.total_steps
     given = sum(label.cause == "given" for label in data.labels)
     dynamics = data.seconds.get("dynamics", float("nan"))
@@ -138,66 +129,75 @@ def costs(data: RunData) -> dict[str, Any]:
         "steps": steps,
         "steps_per_label": steps / asked if asked else None,
         "share_of_steps_without_oracle": 1 - asked / steps if steps else None,
-        "oracle_seconds_median": float(np.median(known)) if len(known) else None,
-        "oracle_seconds_total": float(known.sum()) if len(known) else None,
+        "oracle_seconds_median": float(np.median(seconds)) if len(seconds) else None,
+        "oracle_seconds_total": float(seconds.sum()) if len(seconds) else None,
         "seconds_by_activity": data.seconds,
         "seconds_per_step": dynamics / steps if steps else None,
         "hours": data.hours,
     }
 
 
-def rows_of_labels(data: RunData) -> list[dict[str, Any]]:
+def label_rows(data: RunData) -> list[dict[str, Any]]:
     """The table of labels."""
-    out = []
+    nan, rows = float("nan"), []
     for label in data.labels:
-        told = label.foretold
-        out.append(
-            {
-                "number": label.number,
-                "key": label.key,
-                "walker": label.walker if label.walker >= 0 else None,
-                "step": label.step if label.walker >= 0 else None,
-                "time_ps": label.time_ps,
-                "temperature_K": label.temperature_K,
-                "cause": label.cause,
-                "reason": label.reason,
-                "predicted_bound_eV_per_A": label.bound if told is None else told.bound,
-                "bound_when_asked_eV_per_A": label.bound,
-                "limit_eV_per_A": label.limit,
-                "largest_error_eV_per_A": float("nan") if told is None else told.largest_error,
-                "worst_atom": None if told is None else told.worst_atom,
-                "force_rmse_eV_per_A": float("nan") if told is None else numbers.rms(_known(told.force_error)),
-                "force_sigma_eV_per_A": float("nan") if told is None else numbers.rms(_known(told.force_sigma)),
-                "energy_error_meV_per_atom": float("nan") if told is None else 1e3 * told.energy_error,
-                "novelty": float("nan") if told is None else told.novelty,
-                "columns": label.columns,
-                "seconds": label.seconds,
-                "attempts": label.attempts,
-                "surrogate": label.surrogate or None,
+        row = {
+            "number": label.number,
+            "key": label.key,
+            "walker": label.walker if label.walker >= 0 else None,
+            "step": label.step if label.walker >= 0 else None,
+            "time_ps": label.time_ps,
+            "temperature_K": label.temperature_K,
+            "cause": label.cause,
+            "reason": label.reason,
+            "predicted_bound_eV_per_A": label.bound,
+            "bound_when_asked_eV_per_A": label.bound,
+            "limit_eV_per_A": label.limit,
+            "largest_error_eV_per_A": nan,
+            "worst_atom": None,
+            "force_rmse_eV_per_A": nan,
+            "force_sigma_eV_per_A": nan,
+            "energy_error_meV_per_atom": nan,
+            "novelty": nan,
+            "columns": label.columns,
+            "seconds": label.seconds,
+            "attempts": label.attempts,
+            "surrogate": label.surrogate or None,
+        }
+        if (errors := label.prequential) is not None:
+            row |= {
+                "predicted_bound_eV_per_A": errors.bound,
+                "largest_error_eV_per_A": errors.largest_error,
+                "worst_atom": errors.worst_atom,
+                "force_rmse_eV_per_A": _finite_rms(errors.force_error),
+                "force_sigma_eV_per_A": _finite_rms(errors.force_sigma),
+                "energy_error_meV_per_atom": 1e3 * errors.energy_error,
+                "novelty": errors.novelty,
             }
-        )
-    return out
+        rows.append(row)
+    return rows
 
 
-def _known(values: np.ndarray) -> np.ndarray:
-    return values[np.isfinite(values)]
+def _finite_rms(values: np.ndarray) -> float:
+    return numbers.root_mean_square(values[np.isfinite(values)])
 
 
-def everything(data: RunData) -> dict[str, Any]:
+def all_numbers(data: RunData) -> dict[str, Any]:
     """All of the above under the names that report.json has."""
-    frames, some = data.frames, kept(data)
+    frames, drawn = data.frames, drawn_frames(data)
+    columns = {"made" if name == "total_step" else name: values for name, values in vars(frames).items()}
     return {
         "ended": data.ended or "not finished",
         "stopped": data.stopped,
         "criteria": list(data.criteria),
         "window": {"frames": int(frames.window.sum()), "frames_of_run": len(frames)},
-        "observables": [vars(o) for o in data.observed],
+        "observables": [vars(curve) for curve in data.observables],
         "label_rate": label_rate(data),
-        "trust_region": {k: np.array(v)[some].tolist() for k, v in trust(data).items()},
+        "trust_region": {k: np.array(v)[drawn].tolist() for k, v in trust_shares(data).items()},
         "label_causes": dict(Counter(label.cause for label in data.labels).most_common()),
-        "honesty": honesty(data),
-        "costs": costs(data),
-        "labels": rows_of_labels(data),
+        "honesty": prequential_scores(data),
+        "costs": run_costs(data),
+        "labels": label_rows(data),
         "refused": list(data.refused),
-        "frames": {name: values[some].tolist() for name, values in vars(frames).items()},
+        "frames": {name: values[drawn].tolist() for name, values in columns.items()},
     }

@@ -1,81 +1,379 @@
-"""The page about a run is index.html, one file without network, with its figures beside it and every number in report.json."""
+"""The page about a learning run: answers to a scientist's questions, and the page that holds them."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from gpmlp.core.json_values import json_value
-from gpmlp.report import scatter
-from gpmlp.report.html import text
-from gpmlp.report.model import build as page
-from gpmlp.report.model import numbers as of_model
-from gpmlp.report.model import sections, worst
-from gpmlp.report.model.build import Write
-from gpmlp.report.run import answers, figures, numbers
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.io import archive, provenance
+from gpmlp.io.files import check_folder
+from gpmlp.learning.labels import LabelEntry
+from gpmlp.learning.recipe import LearnRecipe
+from gpmlp.potential.evaluation import evaluate
+from gpmlp.potential.potential import Potential
+from gpmlp.report.model.data import LEVELS, collect_data
+from gpmlp.report.model.numbers import root_mean_square, trust_region
+from gpmlp.report.model.page import NOISE_UNITS, extrapolation_values, write_model_page
+from gpmlp.report.model.worst import worst_environments
+from gpmlp.report.page import PAGE, Page, Section
+from gpmlp.report.run.collect import collect_run, read_events, read_labels
 from gpmlp.report.run.data import FINISHED, RunData
-from gpmlp.report.run.sections import Content, all_of
+from gpmlp.report.run.figures import draw_figures, scatter_plots
+from gpmlp.report.run.numbers import all_numbers
+from gpmlp.report.style import OTHER, REASON_COLOURS, format_duration, format_number, format_percent, join_words
+
+Numbers = dict[str, Any]
+EXPECTED = 68.27  # % within one standard deviation
+TOLERANCE = 0.06  # by which a coverage may differ before it is called off
+ENDS = {
+    "converged": "all criteria are met",
+    "labels": "as many labels as allowed",
+    "time": "time is up",
+    "steps": "all steps are made",
+    "unstable": "given up: unstable",
+    "": "interrupted, or still going on",
+}
+ACTIVITIES = {"dynamics": "dynamics on the model", "oracle": "waiting for the oracle", "learning": "learning labels"}
+MODEL = (
+    ("rank", "inducing variables"),
+    ("condition", "condition number"),
+    ("drift", "error of the factor after updates"),
+    ("updates", "updates since it was made"),
+)
 
 
-def build(data: RunData, folder: Path, write: Write) -> Path:
-    """Write index.html, report.json and figures/ into folder (made if missing); return the path of the page.
+def report_run(folder: Path, recipe: LearnRecipe) -> Path:
+    """Write FOLDER/report: the page about a run, finished or not, and in model/ the uncertainty report on its labels.
 
-    Args:
-        write: opens a file for bytes that appears only when it is complete (io.atomic.atomic).
+    Raises:
+        UserError: there is no run in the folder, or it has not learned anything yet.
     """
     folder = Path(folder)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    check_folder(folder / "report")
+    entries, refused = read_labels(folder)
+    events = read_events(folder / "log.jsonl")
+    if not any(e["event"] == "learned" for e in events):
+        raise UserError(f"{folder}: the run there has not learned anything yet; go on with it (gpmlp learn --resume).")
+    potential = archive.load(folder / "model.gpmlp")
+    data = collect_run(folder, recipe, events, entries, refused, potential)
+    if potential.variances is not None:
+        _report_labels(folder / "report" / "model", entries, potential)
+        data = replace(data, labels_page=f"model/{PAGE}")
+    return write_run_page(data, folder / "report")
+
+
+def _report_labels(folder: Path, entries: dict[str, LabelEntry], potential: Potential) -> None:
+    """Write the uncertainty report of a model on the labels it has learned from."""
+    structures = Structures.concatenate([e.structure for e in entries.values()])
+    structures = replace(structures, names=tuple(f"label {i + 1}" for i in range(len(structures))))
+    targets = Targets.concatenate([e.targets for e in entries.values()])
+    with torch.no_grad():
+        evaluation = evaluate(potential, structures, targets)
+    about = "model.gpmlp", "labels.xyz", provenance.version_of("gpmlp"), provenance.DataOverlap(True, 0)
+    write_model_page(collect_data(potential, structures, targets, evaluation, *about), folder)
+
+
+def write_run_page(data: RunData, folder: Path) -> Path:
+    """Write index.html, report.json and figures/ into folder (made if missing); return the path of index.html."""
+    return run_page(data).write(folder)
+
+
+def run_page(data: RunData) -> Page:
+    """The page about a run: its numbers computed, its figures drawn."""
     with np.errstate(all="ignore"):
-        content, places = gather(data)
-        shown = all_of(content)
-    for name, picture in content.pictures.items():
-        for kind in ("svg", "png"):
-            with write(folder / "figures" / f"{name}.{kind}") as file:
-                file.write(getattr(picture, kind))
-    with write(folder / "report.json") as file:
-        file.write(as_json(content, shown).encode())
-    with write(folder / "index.html") as file:
-        file.write(as_html(content, places, shown).encode())
-    return folder / "index.html"
+        numbers = all_numbers(data)
+        labels, plots = scatter_plots(data)
+        pictures = draw_figures(data, numbers, plots)
+        values: dict[str, Any] = {}
+        if data.trajectory is not None:
+            worst = worst_environments(data.trajectory)
+            numbers["blind"] = {"trust_region": trust_region(data.trajectory), "worst_environments": worst}
+            values = extrapolation_values(data.trajectory) | {"worst_environments": worst}
+    return Page(
+        template="run.html",
+        kind="Learning run",
+        title=data.title,
+        about=(("Run", data.folder), ("Oracle", data.oracle[0]), (FINISHED[data.ended], "")),
+        tiles=key_numbers(data, numbers),
+        sections=_sections(data, numbers),
+        record={
+            "folder": data.folder,
+            **numbers,
+            "recipe": data.recipe,
+            "files": [dict(zip(("role", "name", "sha256"), row, strict=True)) for row in data.files],
+            "versions": data.versions,
+            "model": data.model,
+            "oracle": dict(zip(("calculator", "settings"), data.oracle, strict=True)),
+        },
+        scatters=plots,
+        pictures=pictures,
+        labels=labels,
+        whole="frame",
+        values={
+            **values,
+            **_cost_values(data, numbers["costs"]),
+            "data": data,
+            "drawn": len(numbers["frames"]["step"]),
+            "honesty": numbers["honesty"],
+            "label_groups": _label_groups(numbers["labels"]),
+            "model_rows": _model_rows(data.model),
+            "versions": " · ".join(f"{name} {version}" for name, version in data.versions.items()),
+            "levels": LEVELS,
+            "reason_colours": REASON_COLOURS,
+            "other_colour": OTHER,
+        },
+    )
 
 
-def gather(data: RunData) -> tuple[Content, figures.Places]:
-    """Compute the numbers and draw the figures."""
-    found = numbers.everything(data)
-    places, drawn = figures.all_plots(data)
-    pictures = figures.all_of(data, found, drawn)
-    blind = None
-    if data.blind is not None:
-        inside = of_model.trust(data.blind)
-        told = {"trust_region": inside, "worst_environments": worst.environments(data.blind)}
-        found["blind"] = told
-        blind = sections.Content(data.blind, {}, told, drawn, pictures)
-    return Content(data, found, drawn, pictures, blind), places
+def _sections(data: RunData, numbers: Numbers) -> list[Section]:
+    stop, learned, cost, labels = (
+        "Why did it stop, and is it converged?",
+        "How did it learn?",
+        "What did it cost?",
+        "Which structures were labelled?",
+    )
+    honest, blind, made = "Was the uncertainty honest?", "Where is the model blind?", "How was it made?"
+    return [
+        Section("stop", stop, stop, stop_answer(data)),
+        Section("learned", learned, learned, learning_answer(data, numbers)),
+        Section("honest", "Were errors as large as predicted?", honest, prequential_answer(data, numbers["honesty"])),
+        Section("cost", cost, cost, cost_answer(numbers["costs"])),
+        Section("labels", labels, labels, labels_answer(data, numbers["labels"])),
+        Section("blind", "Where does the model extrapolate?", blind, trajectory_answer(data, numbers.get("blind"))),
+        Section("made", "Recipe, model and files", made, recipe_answer(data)),
+    ]
 
 
-def as_json(content: Content, shown: list[tuple[str, str, str, str]]) -> str:
-    """Every number of the page; None where there is none."""
-    data = content.data
-    record = {
-        "title": data.title,
-        "folder": data.folder,
-        "answers": {question: answer for _, question, answer, _ in shown},
-        **content.numbers,
-        "recipe": data.recipe,
-        "files": [dict(zip(("role", "name", "sha256"), row, strict=True)) for row in data.files],
-        "versions": data.versions,
-        "model": data.model,
-        "oracle": dict(zip(("calculator", "settings"), data.oracle, strict=True)),
-    }
-    return json.dumps(json_value(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def _cost_values(data: RunData, costs: Numbers) -> dict[str, Any]:
+    """Tables of oracle calls and of wall time."""
+    rows = [
+        ("first labels", format_number(costs["first_labels"])),
+        ("labels given in a file", format_number(costs["given_labels"])),
+        ("labels asked for by the dynamics", format_number(costs["labels_asked_by_dynamics"])),
+        ("structures set aside", format_number(costs["refused"])),
+        ("attempts that failed", format_number(costs["failed_attempts"])),
+        ("steps per label asked for", format_number(costs["steps_per_label"])),
+        ("median time of a label", format_duration(costs["oracle_seconds_median"])),
+    ]
+    total = 3600 * costs["hours"]
+    times = []
+    if data.seconds and total > 0:
+        times = [(ACTIVITIES.get(name, name), seconds) for name, seconds in data.seconds.items()]
+        rest = max(total - sum(data.seconds.values()), 0.0)
+        times.append(("evaluating frames again, judging, writing, start", rest))
+    rows = [row for row in rows if row[0] != "labels given in a file" or costs["given_labels"]]
+    return {"cost_rows": rows, "time_rows": times, "total_seconds": total}
 
 
-def as_html(content: Content, places: figures.Places, shown: list[tuple[str, str, str, str]]) -> str:
-    """The whole page."""
-    data = content.data
-    spans = [f"Run <b>{text(data.folder)}</b>", f"Oracle <b>{text(data.oracle[0])}</b>", text(FINISHED[data.ended])]
-    about = " ".join(f"<span>{span}</span>" for span in spans)
-    payload = scatter.payload(places, list(content.scatters.values()), "frame")
-    return page.whole("Learning run", data.title, about, answers.key_numbers(data, content.numbers), shown, payload)
+def _label_groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table of labels; those with nothing but a reason, of one kind and one after another, are one row."""
+    groups: list[list[dict[str, Any]]] = []
+    for row in rows:
+        bare = row["walker"] is None and row["largest_error_eV_per_A"] != row["largest_error_eV_per_A"]
+        last = groups[-1][-1] if groups else None
+        if bare and last is not None and last["walker"] is None and last["cause"] == row["cause"]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    keys = (
+        *("walker", "step", "temperature_K", "predicted_bound_eV_per_A"),
+        *("largest_error_eV_per_A", "limit_eV_per_A", "novelty"),
+    )
+    table = []
+    for first, *others in groups:
+        last = others[-1] if others else first
+        why = f"{first['reason']} ({first['surrogate']})" if first["surrogate"] and not others else first["reason"]
+        table.append(
+            {
+                "rank": f"{first['number']}–{last['number']}" if others else first["number"],
+                "cause": first["cause"],
+                "cells": [None if others else first[key] for key in keys],
+                "beyond": not others and first["largest_error_eV_per_A"] > first["limit_eV_per_A"],
+                "why": why if first["reason"] == last["reason"] else f"{first['reason']} … {last['reason']}",
+            }
+        )
+    return table
+
+
+def _model_rows(model: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [(name, format_number(model[key])) for key, name in MODEL if model.get(key) is not None]
+    rows += [(f"rows of {kind}", format_number(n)) for kind, n in (model.get("rows") or {}).items()]
+    noise = (model.get("noise") or {}).items()
+    return rows + [(f"noise of {kind}", f"{format_number(v)} {NOISE_UNITS.get(kind, '')}") for kind, v in noise]
+
+
+def stop_answer(data: RunData) -> str:
+    """The verdict in one sentence or two."""
+    if data.ended == "converged":
+        return "Yes, it is converged: all criteria are met over the same recent frames."
+    lead = {
+        "labels": "It stopped because it had as many labels as it was allowed, and is not converged.",
+        "time": "It stopped because its time was up, and is not converged.",
+        "steps": "It stopped because all steps are made, and is not converged.",
+        "unstable": "It was given up because a walker could not be kept stable; it is not converged.",
+        "": "It has not stopped: it was interrupted or is still going on, and can be resumed (--resume).",
+    }[data.ended]
+    failed = [c["name"] for c in data.criteria if c["met"] is False]
+    open_ = [c["name"] for c in data.criteria if c["met"] is None]
+    parts = []
+    if failed:
+        parts.append(f"not met: {join_words(failed)}")
+    if open_:
+        parts.append(f"cannot be judged yet: {join_words(open_)}")
+    return f"{lead} {_capitalised('; '.join(parts))}." if parts else lead
+
+
+def _capitalised(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+def learning_answer(data: RunData, numbers: Numbers) -> str:
+    """Labels by reason, and when the last one came."""
+    asked = data.asked
+    first = len(data.labels) - len(asked)
+    if not asked:
+        return f"From the {first} first labels alone: the dynamics asked for none in {data.total_steps:,} steps."
+    counts = {k: v for k, v in numbers["label_causes"].items() if k not in ("first", "given")}
+    why = join_words([f"{n} for {_cause(cause)}" for cause, n in counts.items()])
+    since = data.total_steps - max(label.total_step for label in asked)
+    limits = [label.limit for label in data.labels if np.isfinite(label.limit)]
+    moved = ""
+    if limits and format_number(limits[0]) != format_number(limits[-1]):
+        ends = " to ".join(format_number(limit) for limit in (limits[0], limits[-1]))
+        moved = f" The limit of the force error went from {ends}\u00a0eV/Å as labels came."
+    last = f"{since:,} steps before the end" if since > 0 else "at the very end"
+    cut = sum(bool(label.surrogate) for label in data.labels)
+    surrogates = (
+        f" {cut} of these labels are of surrogates, cut out of frames that were too large for the oracle."
+        if cut
+        else ""
+    )
+    return (
+        f"{first} labels before the dynamics, then {len(asked)} that it asked for in {data.total_steps:,} steps: {why}. The last "
+        f"came {last}.{moved}{surrogates}"
+    )
+
+
+def _cause(cause: str) -> str:
+    return {
+        "force": "a force error that might exceed the limit",
+        "novelty": "an environment outside the trust region",
+        "force and novelty": "both force error and novelty",
+        "local energy": "an uncertain local energy",
+        "explored": "exploring on purpose",
+        "guard": "a guard of physics that fired",
+        "force, halted": "a force error so large that it went back",
+    }.get(cause, cause)
+
+
+def prequential_answer(data: RunData, scores: Numbers) -> str:
+    """Whether errors were as large as predicted before the labels were learned."""
+    if not scores:
+        return "Unknown: no label was predicted before it was learned, or the log does not hold the predictions."
+    shares = scores["coverage"]["all"]
+    share = shares["coverage_68"]
+    off, cautious = abs(share - EXPECTED / 100), share > EXPECTED / 100
+    verdict = "Yes" if off < TOLERANCE else "Roughly" if off < 2 * TOLERANCE else "No"
+    if off >= TOLERANCE and cautious:
+        verdict = "On the cautious side"
+    if scores["labels"] < 5:
+        verdict = "Hard to say from so few labels"
+    way = "" if off < TOLERANCE else f": error bars were too {'large' if cautious else 'small'}"
+    bound = ""
+    if n := scores["bounds"]:
+        bound = (
+            f" The worst force error of a label went beyond its bound {scores['bounds_exceeded']} of {n} times; about "
+            f"{format_number(n * data.probability, 2)} were to be expected."
+        )
+    return (
+        f"{verdict}: of the force errors of {scores['labels']} labels, predicted before they were learned, "
+        f"{format_percent(share)} lie within one standard deviation (68\u202f% expected) and "
+        f"{format_percent(shares['coverage_90'])} within the 90\u202f% interval{way}.{bound}"
+    )
+
+
+def cost_answer(costs: Numbers) -> str:
+    """Calls, and how rare they were."""
+    calls = f"{costs['oracle_calls']:,} oracle calls"
+    if costs["steps"]:
+        calls += f" for {costs['steps']:,} steps of dynamics"
+    if costs["steps_per_label"]:
+        calls += (
+            f": after the first labels one in {costs['steps_per_label']:,.0f} steps, so that "
+            f"{format_percent(costs['share_of_steps_without_oracle'])} of the steps took none"
+        )
+    parts = []
+    if costs["hours"] > 0:
+        parts.append(f"{format_duration(3600 * costs['hours'])} in all")
+    if costs["seconds_by_activity"].get("oracle") is not None:
+        parts.append(f"{format_duration(costs['seconds_by_activity']['oracle'])} of them waiting for the oracle")
+    if costs["seconds_per_step"]:
+        parts.append(f"{format_number(1000 * costs['seconds_per_step'])} ms for a step")
+    one = costs["refused"] == 1
+    refused = f"{'One structure was' if one else str(costs['refused']) + ' structures were'} set aside without a label."
+    refused = f" {refused}" if costs["refused"] else ""
+    return f"{calls}.{' ' + _capitalised(', '.join(parts)) + '.' if parts else ''}{refused}"
+
+
+def labels_answer(data: RunData, labels: list[dict[str, Any]]) -> str:
+    """What stands out in the table."""
+    rows = [r for r in labels if r["largest_error_eV_per_A"] == r["largest_error_eV_per_A"]]
+    if not rows:
+        return f"All {len(data.labels)} labels are below."
+    worst = max(rows, key=lambda r: r["largest_error_eV_per_A"])
+    over = [r for r in rows if r["largest_error_eV_per_A"] > r["limit_eV_per_A"]]
+    needed = "No error was beyond the limit: the trigger was on the safe side"
+    if over:
+        needed = f"{len(over)} of {len(rows)} had an error beyond the limit, so that these labels were needed"
+    return (
+        f"The largest error was that of label {worst['number']}: {format_number(worst['largest_error_eV_per_A'])}\u00a0eV/Å, with a "
+        f"predicted bound of {format_number(worst['predicted_bound_eV_per_A'])}. {needed}."
+    )
+
+
+def trajectory_answer(data: RunData, numbers: Numbers | None) -> str:
+    """The trust region over the trajectory, under the model as it is now."""
+    if data.trajectory is None or numbers is None:
+        return "Unknown: there are no frames of a trajectory yet to evaluate with the final model."
+    region = numbers["trust_region"]
+    lead = f"Under the final model, in {len(data.trajectory.names)} frames of the trajectory: "
+    if region is None:
+        return lead + "novelty was not computed, so atoms are ranked by their error bars alone."
+    share = region["n_outside"] / max(region["n_atoms"], 1)
+    std = data.trajectory.atom_std
+    typical, largest = root_mean_square(1e3 * std), float(1e3 * np.nanmax(std))
+    return (
+        f"{lead}{region['n_outside']:,} of {region['n_atoms']:,} atoms ({format_percent(share)}) lie outside the trust region, where "
+        f"about 1\u202f% is to be expected; the standard deviation of a force component is {format_number(typical)}\u00a0meV/Å, that "
+        f"of the worst atom {format_number(largest)}."
+    )
+
+
+def recipe_answer(data: RunData) -> str:
+    """From what, when."""
+    oracle, digest = data.oracle
+    when = f", from {data.began} to {data.ended_at}" if data.began else ""
+    columns = data.model.get("rank")
+    size = f" The model has {columns:,} inducing variables." if columns else ""
+    return f"With the oracle {oracle} (settings {digest}) and the choices below{when}.{size}"
+
+
+def key_numbers(data: RunData, numbers: Numbers) -> list[tuple[str, str]]:
+    """(number, what it is) for the head of the page."""
+    costs, scores = numbers["costs"], numbers["honesty"]
+    tiles = [("Converged" if data.ended == "converged" else "Not converged", ENDS[data.ended])]
+    tiles.append((f"{len(data.labels)}", f"labels, {costs['labels_asked_by_dynamics']} asked for by the dynamics"))
+    if costs["steps"]:
+        tiles.append((f"{costs['steps']:,}", "steps of dynamics"))
+        tiles.append((format_percent(costs["share_of_steps_without_oracle"]), "of the steps without the oracle"))
+    if scores:
+        share = format_percent(scores["coverage"]["all"]["coverage_90"])
+        tiles.append((share, "of force errors of new labels in their 90 % interval"))
+    return tiles

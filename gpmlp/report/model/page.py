@@ -1,0 +1,363 @@
+"""The uncertainty report: answers to a scientist's questions about a model, and the page that holds them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpmlp.report.figures import PointLabels
+from gpmlp.report.model.data import LEVELS, NO_TYPE, ORDERED, SCALES, SINGULAR, UNITS, LabelledComponents, ReportData
+from gpmlp.report.model.figures import draw_figures, scatter_plots
+from gpmlp.report.model.numbers import KEYS, all_numbers, labelled_views, mean_value
+from gpmlp.report.model.worst import PER_STRUCTURE, draw_environment, label_next, worst_environments
+from gpmlp.report.page import Page, Section
+from gpmlp.report.style import (
+    CAUSE_COLOURS,
+    CAUSE_NAMES,
+    CAUSE_PHRASES,
+    OTHER,
+    format_duration,
+    format_number,
+    format_percent,
+    join_words,
+)
+
+Labelled = dict[str, LabelledComponents]
+Numbers = dict[str, Any]
+MAIN_KINDS = ("forces", "energies", "stresses")  # in the order of their weight in answers
+NOISE_UNITS = {"energies": "eV/atom", "forces": "eV/Å", "stresses": "eV/Å³"}
+SIZES = (
+    ("columns", "inducing variables asked for"),
+    ("rank", "kept"),
+    ("condition", "condition number"),
+    ("jitter", "largest jitter"),
+    ("negative_log_evidence", "negative log evidence, nats"),
+)
+SUBSET = (
+    ("columns", "columns kept for variances"),
+    ("std_ratio_median", "std of forces from these / from all, median"),
+    ("covariance_error_scaled", "relative error of force covariances, scaled"),
+    ("std_spearman", "rank correlation of these std"),
+)
+SCORES = {
+    "n": "components",
+    "miscalibration_area": "miscalibration area",
+    "nll": "negative log likelihood",
+    "crps": "CRPS",
+    "sharpness": "sharpness",
+}
+
+
+def write_model_page(data: ReportData, folder: Path) -> Path:
+    """Write index.html, report.json and figures/ into folder (made if missing); return the path of index.html."""
+    return model_page(data).write(folder)
+
+
+def model_page(data: ReportData) -> Page:
+    """The page about a model: its numbers computed, its figures drawn."""
+    with np.errstate(all="ignore"):
+        labelled = labelled_views(data)
+        numbers = all_numbers(data, labelled)
+        numbers |= {"worst_environments": worst_environments(data), "label_next": label_next(data)}
+        plots = scatter_plots(data, labelled)
+        pictures = draw_figures(data, labelled, numbers, plots)
+    return Page(
+        template="model.html",
+        kind="Uncertainty report",
+        title=data.title,
+        about=(
+            ("Model", data.model_name),
+            ("Data", data.data_name),
+            (f"{len(data.names):,} structures, {len(data.structure):,} atoms", ""),
+        ),
+        tiles=key_numbers(data, labelled, numbers),
+        sections=_sections(data, labelled, numbers),
+        record={
+            "model_name": data.model_name,
+            "data_name": data.data_name,
+            **numbers,
+            "model": data.model,
+            "dimers": data.dimers,
+            "citations": data.citations,
+        },
+        scatters={plot.name: plot for plot in plots},
+        pictures=pictures,
+        labels=PointLabels(data.names, data.config_type, data.species, data.atom),
+        whole="whole structure",
+        values={
+            **numbers,
+            **extrapolation_values(data),
+            **_score_values(data),
+            **_budget_values(numbers),
+            **_fit_values(data.model),
+            "labelled": labelled,
+            "dimer_figures": [name for name in pictures if name.startswith("dimer_")],
+            "has_types": set(data.types) != {NO_TYPE},
+            "keys": KEYS,
+            "units": UNITS,
+            "levels": LEVELS,
+            "cause_names": CAUSE_NAMES,
+            "cause_colours": CAUSE_COLOURS,
+            "other_colour": OTHER,
+        },
+    )
+
+
+def _sections(data: ReportData, labelled: Labelled, numbers: Numbers) -> list[Section]:
+    return [
+        Section("wrong", "How large are the errors?", "How wrong is it?", error_answer(data, labelled, numbers)),
+        Section("know", "Are the error bars calibrated?", "Does it know?", calibration_answer(data, numbers)),
+        Section(
+            "blind", "Where does the model extrapolate?", "Where is it blind?", extrapolation_answer(data, numbers)
+        ),
+        Section("why", "What causes the uncertainty?", "Why?", cause_answer(numbers)),
+        Section(
+            "next", "Which structures to label next?", "What to label next?", labelling_answer(numbers["label_next"])
+        ),
+        Section("made", "How was the model fitted?", "How was the model made?", fit_answer(data)),
+    ]
+
+
+def extrapolation_values(data: ReportData) -> dict[str, Any]:
+    """What the template needs for the map of novelty and the worst environments."""
+    has_errors = bool(np.isfinite(data.atom_error).any())
+    return {
+        "data": data,
+        "per_structure": PER_STRUCTURE,
+        "has_errors": has_errors,
+        "draw_environment": draw_environment,
+    }
+
+
+def _score_values(data: ReportData) -> dict[str, Any]:
+    """The table of scores: names of its columns, and rows of (value, unit)."""
+    scores = {kind: row for kind, row in data.scores.items() if row}
+    keys = [key for key in SCORES if any(key in row for row in scores.values())]
+    hidden = {*SCORES, *ORDERED.values(), *(f"coverage_{level}" for level in LEVELS)}
+    keys += sorted({key for row in scores.values() for key in row} - hidden)
+    rows = []
+    for kind, row in scores.items():
+        order = ORDERED.get(kind, "")
+        cells = [(row.get(order), order.removeprefix("spearman_").replace("_", " ") if order in row else "")]
+        for key in keys:
+            value, unit = row.get(key), ""
+            if value is not None and key in ("crps", "sharpness"):
+                value, unit = value * SCALES.get(kind, 1.0), UNITS.get(kind, "")
+            cells.append((value, unit))
+        rows.append({"kind": kind, "cells": cells})
+    return {"score_names": [SCORES.get(key, key.replace("_", " ")) for key in keys], "score_rows": rows}
+
+
+def _budget_values(numbers: Numbers) -> dict[str, Any]:
+    """The table of standard deviations by cause over all data, and their shares of the variance."""
+    columns = {
+        "forces": (numbers["variance_by_cause_meV2_per_A2"] or {}).get("overall", {}),
+        "energies": numbers["energy_variance_by_cause_meV2_per_atom2"],
+    }
+    columns = {kind: values for kind, values in columns.items() if sum(values.values()) > 0}
+    causes = dict.fromkeys(cause for values in columns.values() for cause in values)
+    rows = []
+    for cause in causes:
+        variances = [(values.get(cause, float("nan")), sum(values.values())) for values in columns.values()]
+        rows.append((cause, [(value**0.5, value / total) for value, total in variances]))
+    return {"budget_kinds": list(columns), "budget_rows": rows}
+
+
+def _fit_values(model: dict[str, Any]) -> dict[str, Any]:
+    """Tables of the section about the fit."""
+    sizes = [(f"rows of {kind}", format_number(n)) for kind, n in (model.get("rows") or {}).items()]
+    subset = model.get("variance_subset") or {}
+    for record, names in ((model, SIZES), (subset, SUBSET)):
+        sizes += [(name, format_number(record[key])) for key, name in names if record.get(key) is not None]
+    for key in ("environments", "centres"):
+        sizes += [(f"{key} of {kind}", format_number(n)) for kind, n in (model.get(key) or {}).items()]
+    noise = [
+        (f"noise of {kind}", f"{format_number(value)} {NOISE_UNITS.get(kind, '')}")
+        for kind, value in (model.get("noise") or {}).items()
+        if not isinstance(value, dict)
+    ]
+    noise += [(f"signal {name}", f"{format_number(value)} eV") for name, value in (model.get("signal") or {}).items()]
+    origin = model.get("provenance") or {}
+    versions = [f"made {origin['created']}"] if origin.get("created") else []
+    versions += [f"{name} {version}" for name, version in (origin.get("versions") or {}).items()]
+    return {
+        "fit_sizes": sizes,
+        "noise_rows": noise,
+        "sample_words": ", ".join(f"{k} {v}" for k, v in (origin.get("sample") or {}).items()),
+        "file_rows": [
+            (role, entry.get("name", "–"), entry.get("sha256") or "–")
+            for role, entry in (origin.get("files") or {}).items()
+        ],
+        "versions": " · ".join(versions),
+    }
+
+
+def error_answer(data: ReportData, labelled: Labelled, numbers: Numbers) -> str:
+    """Mean errors, and where they are worst."""
+    if not labelled:
+        return "Unknown: the data hold no labels to compare with, so only the error bars below can be judged."
+    overall, parts = numbers["errors"]["overall"], []
+    for kind in (kind for kind in MAIN_KINDS if kind in labelled):
+        name, unit = KEYS[kind]
+        part = f"{format_number(overall[f'{name}_mae_{unit}'])}\u00a0{UNITS[kind]} in {kind}"
+        if kind == "forces":
+            rmse, width = overall[f"{name}_rmse_{unit}"], float(np.std(labelled[kind].reference))
+            share = f", {format_percent(rmse / width)} of their standard deviation" if width > 0 else ""
+            part += f" (RMSE {format_number(rmse)}{share})"
+        parts.append(part)
+    count = overall["n_structures"]
+    sentence = (
+        f"On {count:,} {'structure' if count == 1 else 'structures'}, it is off on average by {join_words(parts)}"
+    )
+    kind = "forces" if "forces" in labelled else next(iter(labelled))
+    key = "{}_mae_{}".format(*KEYS[kind])
+    tables = numbers["errors"]["by_config_type"]
+    means = {name: row[key] for name, row in tables.items() if row[key] == row[key]}
+    if len(means) > 1:
+        worst, best = (choose(means, key=lambda name: means[name]) for choose in (max, min))
+        sentence += (
+            f"; {kind} are worst in {worst} ({format_number(means[worst])}\u00a0{UNITS[kind]}) "
+            f"and best in {best} ({format_number(means[best])})"
+        )
+    return f"{_overlap(data, count)}{sentence}."
+
+
+def _overlap(data: ReportData, count: int) -> str:
+    """A warning where these structures served for training or calibration; '' if not."""
+    if data.trained_on:
+        return "These are the data the model was trained on, so this says nothing of new structures. "
+    if data.held_out:
+        return (
+            f"Of these structures {data.held_out:,} of {count:,} are among those that the error bars were calibrated on and the model "
+            "then learned from, so this says less of new structures than it seems to. "
+        )
+    return ""
+
+
+def calibration_answer(data: ReportData, numbers: Numbers) -> str:
+    """Whether error bars match errors: coverage by Gaussian and by conformal intervals, area, rank correlation."""
+    judged = [kind for kind in MAIN_KINDS if kind in numbers["reliability"]]
+    if not judged:
+        return "Unknown: there are no labels with predicted error bars to compare."
+    kind = judged[0]
+    curve, cover = numbers["reliability"][kind], numbers["coverage"]["gaussian"]
+    area = (data.scores.get(kind) or {}).get("miscalibration_area")
+    area = curve["area"] if area is None or area != area else area
+    verdict = "Yes" if area < 0.03 else "Roughly" if area < 0.08 else "No"
+    way = "overconfident" if curve["bias"] < 0 else "too cautious"
+    tail = "" if area < 0.03 else f", so error bars are {way}"
+    (what, order), *_ = numbers["rank_correlation"][kind].items()
+    rank = ""
+    if order == order:
+        rank = f"; larger error bars {'go' if order > 0.2 else 'hardly go'} with larger errors"
+        rank += f" (rank correlation {format_number(order, 2)} over {what.removeprefix('spearman_of_')})"
+    others = [f"{format_percent(cover[k]['coverage_90'])} for {k}" for k in judged[1:]]
+    more = f"; {join_words(others)}" if others else ""
+    conformal = numbers["coverage"]["conformal"].get(kind, {}).get("coverage_90")
+    held = f"; the conformal 90\u202f% interval holds {format_percent(conformal)}" if conformal is not None else ""
+    return (
+        f"{verdict}: {format_percent(cover[kind]['coverage_68'])} of {SINGULAR[kind]} errors lie within one standard deviation "
+        f"(68\u202f% expected) and {format_percent(cover[kind]['coverage_90'])} within 1.64 of them (90\u202f% expected{more})"
+        f"{tail}{held}{rank}."
+    )
+
+
+def extrapolation_answer(data: ReportData, numbers: Numbers) -> str:
+    """How much is outside the trust region and what that costs."""
+    region = numbers["trust_region"]
+    if region is None:
+        if data.force_std is None:
+            return "Unknown: neither novelty nor force error bars were computed."
+        return "Novelty was not computed, so the environments below are ranked by their error bars alone."
+    n, outside = region["n_atoms"], region["n_outside"]
+    if not outside:
+        return f"Nowhere in these data: all {n:,} atoms lie inside the trust region."
+    sentence = f"At {outside:,} of {n:,} atoms ({format_percent(outside / n)}), which lie outside the trust region"
+    if region["n_unseen"]:
+        sentence += f", {region['n_unseen']:,} of them of species without training data"
+    inside, beyond = region["rmse_inside_meV_per_A"], region["rmse_outside_meV_per_A"]
+    if inside > 0 and beyond == beyond:
+        times = format_number(beyond / inside, 2)
+        sentence += f"; the force RMSE there is {format_number(beyond)}\u00a0meV/Å, {times} times that inside ({format_number(inside)})"
+    types = [(t, s) for t, s in region["share_outside_by_config_type"].items() if s > 0.02 and t != NO_TYPE]
+    if types:
+        sentence += "; most affected: " + join_words([f"{t} ({format_percent(s)} of its atoms)" for t, s in types[:3]])
+    return sentence + "."
+
+
+def cause_answer(numbers: Numbers) -> str:
+    """Which cause dominates, and what more data could remove."""
+    overall = (numbers["variance_by_cause_meV2_per_A2"] or {}).get("overall", {})
+    overall = {cause: value for cause, value in overall.items() if value == value}
+    total = sum(overall.values())
+    if not total > 0:
+        return "Unknown: the variances were not split into causes."
+    order = sorted(overall, key=lambda cause: -overall[cause])
+    first = f"{format_percent(overall[order[0]] / total)} of the force variance comes from {CAUSE_PHRASES.get(order[0], order[0])}"
+    rest = [f"{format_percent(overall[c] / total)} from {CAUSE_PHRASES.get(c, c)}" for c in order[1:]]
+    advice = {
+        "data": "more labels would help most",
+        "inducing": "more inducing points would help most",
+        "misspecification": "a more flexible model would help most, more labels of the same kind little",
+        "noise": "the labels themselves limit the model",
+    }.get(order[0])
+    return first + (f", {join_words(rest)}" if rest else "") + (f": {advice}." if advice else ".")
+
+
+def labelling_answer(candidates: list[dict[str, Any]]) -> str:
+    """What to label first."""
+    if not candidates:
+        return "Nothing can be suggested: there are neither error bars nor novelties."
+    first = candidates[0]
+    standing = [c for c in candidates if c["largest_novelty"] > 1 or c["score"] > 2]
+    if not standing:
+        return f"Nothing stands out: every structure is about as certain as the others; the least certain is {first['structure']}."
+    types = Counter(c["config_type"] for c in standing if c["config_type"])
+    named = [f"{t} ({n})" for t, n in types.most_common(3)]
+    rest = sum(types.values()) - sum(n for _, n in types.most_common(3))
+    groups = f", of the kinds {join_words(named + ([f'others ({rest})'] if rest else []))}" if types else ""
+    words = f"{len(standing)} structures stand out" if len(standing) > 1 else "One structure stands out"
+    largest = first["largest_force_std_meV_per_A"]
+    size = f", whose force error bar reaches {format_number(largest)}\u00a0meV/Å" if largest > 0 else ""
+    return f"{words}{groups}; begin with {first['structure']}{size}."
+
+
+def fit_answer(data: ReportData) -> str:
+    """Size, time and memory of the fit."""
+    model = data.model
+    if not model:
+        return "Unknown: the model came without a record of how it was made."
+    parts = []
+    if rows := model.get("rows"):
+        parts.append(f"from {sum(rows.values()) if isinstance(rows, dict) else rows:,} observations")
+    if rank := model.get("rank"):
+        parts.append(f"with {rank:,} of {model.get('columns') or rank:,} inducing variables")
+    if stages := model.get("stages"):
+        seconds, memory = sum(s[1] for s in stages), max(s[2] for s in stages)
+        parts.append(f"in {format_duration(seconds)} and {format_number(memory / 1024, 2)} GB of memory")
+    warned = len(model.get("warnings") or ())
+    end = {0: "; without warnings", 1: "; with one warning"}.get(warned, f"; with {warned} warnings")
+    return f"{data.model_name} {'was fitted ' + ' '.join(parts) if parts else 'is described below'}{end}."
+
+
+def key_numbers(data: ReportData, labelled: Labelled, numbers: Numbers) -> list[tuple[str, str]]:
+    """(number, what it is) for the head of the page."""
+    tiles = []
+    for kind in ("forces", "energies"):
+        if kind in labelled:
+            mae = numbers["errors"]["overall"]["{}_mae_{}".format(*KEYS[kind])]
+            tiles.append((f"{format_number(mae)} {UNITS[kind]}", f"mean {SINGULAR[kind]} error"))
+    judged = next((k for k in MAIN_KINDS if k in numbers["reliability"]), None)
+    if judged:
+        share = numbers["coverage"]["gaussian"][judged]["coverage_90"]
+        tiles.append((format_percent(share), f"of {SINGULAR[judged]} errors within 1.64 σ (90 % expected)"))
+    if data.force_std is not None and np.isfinite(data.force_std).any():
+        std = 1e3 * mean_value(data.force_std[np.isfinite(data.force_std)])
+        tiles.append((f"{format_number(std)} meV/Å", "mean force error bar"))
+    if region := numbers["trust_region"]:
+        share = region["n_outside"] / max(region["n_atoms"], 1)
+        tiles.append((format_percent(share), "of atoms outside the trust region"))
+    return tiles
