@@ -177,7 +177,7 @@ class OnlineFit:
         stressed = "stresses" in self.noise or bool(targets.stresses.isfinite().any())
         wanted = ["energies", "forces", *(["stresses"] if stressed else [])]
         novelty = self.novelty is not None
-        prediction = self.potential(structures, variance=wanted, novelty=novelty, calibrated=False, views=views)
+        prediction = self.potential(structures, variance=wanted, novelty=novelty, calibrated=False, environments=views)
         return (PrequentialPrediction(structures, targets, prediction),)
 
     def added(self, structures: Structures, targets: Targets, views: Sequence[StructureEnvironments] = ()) -> OnlineFit:

@@ -76,7 +76,8 @@ class MeanBlock:
         """Kernel of environments with all centres, in the chunks of the mean."""
         if len(x) <= self._rows:
             return kernel.profile(x @ self.features.T)
-        out = tuple(x.new_empty(len(x), len(self.features)) for _ in range(3))
+        shape = len(x), len(self.features)
+        out = x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
         for chunk, *places in zip(x.split(self._rows), *(part.split(self._rows) for part in out), strict=True):
             for place, part in zip(places, kernel.profile(chunk @ self.features.T), strict=True):
                 place.copy_(part)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpmlp import descriptors
 from gpmlp.core import errors, neighbors, parallel
 from gpmlp.core.environments import Environments, SinglePrecisionDescriptor, StructureEnvironments
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
+from gpmlp.descriptors import make_descriptor
 from gpmlp.gp import posterior
 from gpmlp.gp.kernels import make_kernel
 from gpmlp.gp.variance import FORMS, VARIANCES, VarianceModel, VarianceRequest
@@ -58,12 +59,12 @@ class Potential:
 
     @property
     def cutoff(self) -> float:
-        """Largest distance at which atoms see each other, A."""
+        """Largest cutoff of the descriptors, A."""
         return max(term.descriptor.cutoff for term in self.terms)
 
     @property
     def reach(self) -> float:
-        """Largest distance at which atoms see each other or feel a baseline, A."""
+        """Largest cutoff of descriptors and baselines, A."""
         return max(self.cutoff, *(term.cutoff for term in self.baselines), 0.0)
 
     @property
@@ -80,63 +81,62 @@ class Potential:
         atoms: Sequence[int] | Tensor | None = None,
         form: str = "scaled",
         calibrated: bool = True,
-        views: Sequence[StructureEnvironments] = (),
+        environments: Sequence[StructureEnvironments] = (),
         pairs: Neighbors | None = None,
     ) -> Prediction:
         """Predict energies, forces and stresses, and variances of them where asked for.
 
         Args:
             variance: one or more of VARIANCES ('atom_energies', 'energies', 'forces', 'stresses'), or 'all'.
-            novelty: whether to compute the Mahalanobis distance of each environment from the training data.
+            novelty: whether to compute the Mahalanobis distance of each environment from the training data, relative to its threshold.
             atoms: indices of the atoms whose force variances are wanted (others NaN); all if not given.
             form: how much of what the inducing set cannot represent counts: 'dtc' all, 'scaled' what the training data show there is
-                (VarianceModel.amplitude). Where a calibration was learned, the two are one: it has weights of its own.
+                (VarianceModel.amplitude). Where a calibration was learned both are the same: it has weights of its own.
             calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
-            views: what each term sees of all the structures, if that is there already; then they are predicted in one chunk.
-            pairs: all neighbours within `reach`, if they are known (verlet_list.VerletList).
+            environments: of all the structures, one entry for each term, if they are there already; one chunk is predicted then.
+            pairs: all neighbours within `reach`, if they are there already (verlet_list.VerletList).
 
         Raises:
-            UserError: a species that was not in the training data; atoms on top of each other; a variance or a form that is
-                not known; a model without variances.
+            UserError: a species that was not in the training data; atoms on top of each other; an unknown variance or form; a model
+                without variances.
         """
         self.check_species(structures)
         learned = calibrated and any(kind.n for kind in self.calibration.kinds.values())
         form = "scaled" if learned and form == "dtc" else form
-        wanted = self._wanted(variance, form, atoms, structures.n_atoms)
+        request = self._variance_request(variance, form, atoms, structures.n_atoms)
         if novelty and self.novelty is None:
             raise errors.UserError(
                 "This model holds no Mahalanobis distances: fitted with novelty: false, or a file of format 1. Fit it again."
             )
-        device, dtype = structures.positions.device, structures.positions.dtype
-        own = {"device": self.recipe.device, "dtype": getattr(torch, self.recipe.dtype)}
-        widening = (
-            calibrated and wanted.any and self.calibration.typical_novelty is not None and self.novelty is not None
-        )
+        calibrated = calibrated and request.any
+        widened = calibrated and self.calibration.typical_novelty is not None and self.novelty is not None
+        atoms_together = CHUNK_ATOMS if request.correlated else LIST_ATOMS
         parts, first = [], 0
-        for chunk in (
-            [structures] if views else chunk_structures(structures, CHUNK_ATOMS if wanted.correlated else LIST_ATOMS)
-        ):
-            here = wanted.within(first, chunk.n_atoms)
-            # products of correlated variances are large enough to share; nothing else is, but for portions
-            with nullcontext() if wanted.correlated else parallel.one_core():
-                known = (
-                    None if pairs is None else pairs.of_structures(first, first + chunk.n_atoms).to(self.recipe.device)
-                )
-                parts.append(self._predict(chunk.to(**own), here, novelty or widening, views, known))
-            first += chunk.n_atoms
+        for chunk in [structures] if environments else chunk_structures(structures, atoms_together):
+            # products of correlated variances are large enough for many cores; elsewhere threads share chunks of atoms
+            with nullcontext() if request.correlated else parallel.one_core():
+                end = first + chunk.n_atoms
+                near = None if pairs is None else pairs.of_structures(first, end).to(self.recipe.device)
+                here = request.within(first, chunk.n_atoms)
+                parts.append(self._predict(self.to_own_device(chunk), here, novelty or widened, environments, near))
+                first = end
         if not parts:
             raise errors.UserError("There are no structures to predict.")
-        together = Prediction.concatenate(parts)
-        if calibrated and wanted.any:
-            together = calibrate_prediction(together, structures.to(device=self.recipe.device), self.calibration)
-            together = together if novelty else replace(together, novelty=None)
-        return together.map(lambda v: v.to(device=device, dtype=dtype))
+        prediction = Prediction.concatenate(parts)
+        if calibrated:
+            prediction = calibrate_prediction(prediction, structures.to(device=self.recipe.device), self.calibration)
+            prediction = prediction if novelty else replace(prediction, novelty=None)
+        return prediction.map(lambda v: v.to(structures.positions))
+
+    def to_own_device(self, structures: Structures) -> Structures:
+        """Structures on the potential's device, in its precision."""
+        return structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
 
     def check_variance(self, variance: str | Sequence[str] | None) -> None:
-        """Raise a UserError if these variances are not known, or the model cannot give them."""
-        self._wanted(variance, "scaled", None, 0)
+        """Raise a UserError if these variances are unknown, or the model cannot give them."""
+        self._variance_request(variance, "scaled", None, 0)
 
-    def _atoms(self, atoms: Sequence[int] | Tensor, n_atoms: int) -> Tensor:
+    def _atom_indices(self, atoms: Sequence[int] | Tensor, n_atoms: int) -> Tensor:
         """Indices of atoms, each once, from indices or a mask."""
         chosen = torch.as_tensor(atoms)
         if chosen.dtype == torch.bool:
@@ -148,63 +148,72 @@ class Potential:
             )
         return chosen.to(dtype=torch.long, device=self.recipe.device).unique()
 
-    def _wanted(
+    def _variance_request(
         self, variance: str | Sequence[str] | None, form: str, atoms: Sequence[int] | Tensor | None, n_atoms: int
     ) -> VarianceRequest:
         names = () if variance is None else (variance,) if isinstance(variance, str) else tuple(variance)
         for name in names:
             errors.check_choice("variance", name, (*VARIANCES, "all"))
         errors.check_choice("form of the variance", form, FORMS)
-        if names and self.variances is None:
-            raise errors.UserError(
-                f"This model holds no posterior factor, so it can give no variances: {self._why_no_variances}"
-            )
-        names = VARIANCES if "all" in names else names
-        chosen = None if atoms is None else self._atoms(atoms, n_atoms)
-        return VarianceRequest(*(name in names for name in VARIANCES), chosen, form)
+        if names:
+            self.variance_model()
+        chosen = None if atoms is None else self._atom_indices(atoms, n_atoms)
+        kinds = [name in names or "all" in names for name in VARIANCES]
+        return VarianceRequest(kinds[0], kinds[1], kinds[2], kinds[3], chosen, form)
+
+    def variance_model(self) -> VarianceModel:
+        """The posterior factor; a UserError that says why where there is none."""
+        if self.variances is not None:
+            return self.variances
+        if self.recipe.variance is False:
+            why = "it was fitted with variance: false. Fit it again with variance left to the recipe's default."
+        elif "sample" in self.provenance:
+            why = "it is a sample of a posterior. Ask the potential that it was drawn from."
+        else:
+            why = "its file is of format 1. Fit it again."
+        raise errors.UserError(f"This model holds no posterior factor, so it can give no variances: {why}")
 
     def _predict(
         self,
         structures: Structures,
-        wanted: VarianceRequest,
+        request: VarianceRequest,
         novelty: bool,
-        views: Sequence[StructureEnvironments] = (),
-        pairs: Neighbors | None = None,
+        environments: Sequence[StructureEnvironments],
+        pairs: Neighbors | None,
     ) -> Prediction:
-        if views:
-            pairs = max((view.neighbors for view in views), key=lambda found: found.cutoff)
+        if environments:
+            pairs = max((e.neighbors for e in environments), key=lambda near: near.cutoff)
         if pairs is None or pairs.cutoff < self.reach:
             pairs = neighbors.find_neighbors(structures, self.reach)
-        if wanted.atom_energies:
-            self.variances.prepare()
+        model = self.variance_model() if request.any else None
+        distances = self.novelty if novelty else None
+        if model and request.atom_energies:
+            model.prepare()
 
-        def beside(seen: Sequence[Environments], profiles: Sequence[dict]) -> tuple[Variance | None, Tensor | None]:
-            variance = self.variances.atom_energies(seen, wanted.form, profiles) if wanted.atom_energies else None
-            return variance, self.novelty.novelty(seen[0].species, seen[0].features) if novelty else None
+        def extras(seen: Sequence[Environments], profiles: Sequence[dict]) -> tuple[Variance | None, Tensor | None]:
+            variance = model.atom_energies(seen, request.form, profiles) if model and request.atom_energies else None
+            return variance, distances.novelty(seen[0].species, seen[0].features) if distances else None
 
-        total = chunked.predict_mean(
-            self.terms, structures, pairs.of_centers, beside, wanted.atom_energies, self.baselines
+        mean = chunked.predict_mean(
+            self.terms, structures, pairs.of_centers, extras, request.atom_energies, self.baselines
         )
-        if not wanted.correlated:
-            return total
-        views = views or [term.view(structures, pairs) for term in self.terms]
-        return replace(total, **self.variances(structures, views, wanted))
-
-    @property
-    def _why_no_variances(self) -> str:
-        if self.recipe.variance is False:
-            return "it was fitted with variance: false. Fit it again with variance left to the recipe's default."
-        if "sample" in self.provenance:
-            return "it is a sample of a posterior. Ask the potential that it was drawn from."
-        return "its file is of format 1. Fit it again."
+        if not model or not request.correlated:
+            return mean
+        environments = environments or [term.view(structures, pairs) for term in self.terms]
+        variances: dict[str, Any] = dict(model(structures, environments, request))
+        return replace(mean, **variances)
 
     def sample(self, k: int, seed: int, calibrated: bool = True) -> samples.PosteriorSamples:
-        """Draw k potentials from the posterior (samples.draw): each with consistent energies, forces and stresses."""
+        """Draw k potentials from the posterior (samples.draw_samples): each with consistent energies, forces and stresses."""
         return samples.draw_samples(self, k, seed, "posterior", calibrated)
 
     def committee(self, k: int, seed: int, calibrated: bool = True) -> samples.PosteriorSamples:
-        """k potentials as fitted to labels that scatter by their noise (samples.draw), without fitting again."""
+        """k potentials as fitted to labels that scatter by their noise (samples.draw_samples), without fitting again."""
         return samples.draw_samples(self, k, seed, "label_noise", calibrated)
+
+    def as_sample(self, terms: tuple[EnergyTerm, ...], origin: dict) -> Potential:
+        """A potential with the weights of a sample, which has no variances; `origin`: how it was drawn, for the provenance."""
+        return replace(self, terms=terms, variances=None, provenance=self.provenance | {"sample": origin})
 
     def covariance(self, structures: Structures) -> Tensor:
         """Posterior covariance (no noise, not calibrated) of all energies, forces and stresses of a few structures, each with each.
@@ -212,35 +221,34 @@ class Potential:
         Rows and columns: energies (structures) eV, forces (3 atoms) eV/A, stresses (6 structures, Voigt; zero without volume) eV/A^3.
         """
         self.check_species(structures)
-        self.check_variance("forces")
-        moved = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
-        joint = self.variances.joint_covariance(moved, [term.view(moved) for term in self.terms])
+        here = self.to_own_device(structures)
+        joint = self.variance_model().joint_covariance(here, [term.view(here) for term in self.terms])
         return joint.to(device=structures.positions.device)
 
     def to(self, device: str | None = None, descriptors: str | None = None) -> Potential:
         """The same on another device, or with descriptors in another precision ('float64', 'float32'), which model files do not keep.
 
-        What is not given stays as it is.
-        Single precision is faster, above all on GPUs, and changes predictions little (environments.SinglePrecisionDescriptor).
+        What is not given stays as it is. Single precision is faster, above all on GPUs, and changes predictions by far less than their
+        errors (environments.SinglePrecisionDescriptor).
 
         Raises:
-            UserError: a device that there is not, or another precision.
+            UserError: a device that is not available, or another precision.
         """
         errors.check_choice("precision of the descriptors", descriptors or "float64", ("float64", "float32"))
-        if descriptors is None and any(isinstance(term.descriptor, SinglePrecisionDescriptor) for term in self.terms):
+        if descriptors is None and any(isinstance(t.descriptor, SinglePrecisionDescriptor) for t in self.terms):
             descriptors = "float32"
         header, tensors = self.state()
         if device is not None:
             errors.check_device(device)
             header["recipe"] = header["recipe"] | {"device": device}
-        made = self.from_state(header, tensors)
+        moved = self.from_state(header, tensors)
         if descriptors != "float32":
-            return made
-        terms = tuple(replace(term, descriptor=SinglePrecisionDescriptor(term.descriptor)) for term in made.terms)
-        if made.variances is None:
-            return replace(made, terms=terms)
-        priors = tuple(replace(p, descriptor=t.descriptor) for p, t in zip(made.variances.priors, terms, strict=True))
-        return replace(made, terms=terms, variances=replace(made.variances, priors=priors))
+            return moved
+        terms = tuple(replace(t, descriptor=SinglePrecisionDescriptor(t.descriptor)) for t in moved.terms)
+        if moved.variances is None:
+            return replace(moved, terms=terms)
+        priors = tuple(replace(p, descriptor=t.descriptor) for p, t in zip(moved.variances.priors, terms, strict=True))
+        return replace(moved, terms=terms, variances=replace(moved.variances, priors=priors))
 
     def __repr__(self) -> str:
         """Species, descriptors and sizes; not the tensors."""
@@ -304,23 +312,19 @@ class Potential:
         for k, (descriptor, kernel) in enumerate(zip(recipe.descriptors, recipe.kernels, strict=True)):
             blocks = {}
             for z in species:
-                if f"term{k}.Z{z}.features" in tensors:
-                    names = ("features", "weights", "tangents")
-                    blocks[z] = MeanBlock(*(tensors[f"term{k}.Z{z}.{n}"] for n in names))
-            terms.append(
-                EnergyTerm(descriptors.make_descriptor(species, descriptor.model_dump()), make_kernel(kernel), blocks)
-            )
-        own: dict[str, object] = {}
+                own = _with_prefix(f"term{k}.Z{z}.", tensors)
+                if own:
+                    blocks[z] = MeanBlock(own["features"], own["weights"], own["tangents"])
+            terms.append(EnergyTerm(make_descriptor(species, descriptor.model_dump()), make_kernel(kernel), blocks))
+        variances = novelty = None
         if "variances" in header:
             features = [{z: block.features for z, block in term.blocks.items()} for term in terms]
-            made = [(term.descriptor, term.kernel) for term in terms]
-            own["variances"] = VarianceModel.from_state(
-                header["variances"], _under("variances.", tensors), made, features
-            )
+            models = [(term.descriptor, term.kernel) for term in terms]
+            stored = _with_prefix("variances.", tensors)
+            variances = VarianceModel.from_state(header["variances"], stored, models, features)
         if "novelty" in header:
-            own["novelty"] = Mahalanobis.from_state(header["novelty"], _under("novelty.", tensors))
-        if "calibration" in header:
-            own["calibration"] = Calibration.from_dict(header["calibration"])
+            novelty = Mahalanobis.from_state(header["novelty"], _with_prefix("novelty.", tensors))
+        learned = header.get("calibration")
         return cls(
             tuple(terms),
             tuple(baselines.baseline_from_state(state) for state in header["baselines"]),
@@ -329,9 +333,11 @@ class Potential:
             dict(header["noise"]),
             dict(header["provenance"]),
             dict(header["report"]),
-            **own,
+            variances,
+            Calibration.identity() if learned is None else Calibration.from_dict(learned),
+            novelty,
         )
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Samples are whole potentials drawn from the posterior: one descriptor evaluation, many energy surfaces."""
+"""Posterior samples: whole potentials drawn from the posterior, with one evaluation of the descriptors for all of them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,32 @@ from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.gp import inducing
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.variance import VarianceModel
+from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.mean import EnergyTerm, MeanBlock
+from gpmlp.uncertainty.calibration import Calibration
 
 HOW = ("posterior", "label_noise")
 
 
 class SampledPotential(Protocol):
-    """What samples need of a potential, a frozen dataclass."""
+    """What samples need of a Potential."""
 
-    terms: tuple[EnergyTerm, ...]
-    baselines: tuple[Any, ...]
-    recipe: Any
-    provenance: dict[str, Any]
-    variances: VarianceModel | None
-    calibration: Any
+    @property
+    def terms(self) -> tuple[EnergyTerm, ...]: ...
+
+    @property
+    def baselines(self) -> tuple[Baseline, ...]: ...
+
+    @property
+    def calibration(self) -> Calibration: ...
+
+    def variance_model(self) -> VarianceModel: ...
 
     def check_species(self, structures: Structures) -> None: ...
+
+    def to_own_device(self, structures: Structures) -> Structures: ...
+
+    def as_sample(self, terms: tuple[EnergyTerm, ...], origin: dict[str, Any]) -> SampledPotential: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +81,7 @@ class PosteriorSamples(Sequence):
         )
         if isinstance(index, slice):
             return replace(self, terms=terms, indices=self.indices[index])
-        provenance = self.mean.provenance | {"sample": self.origin | {"index": self.indices[index]}}
-        return replace(self.mean, terms=terms, variances=None, provenance=provenance)
+        return self.mean.as_sample(terms, self.origin | {"index": self.indices[index]})
 
     def __iter__(self) -> Iterator[SampledPotential]:
         return (self[i] for i in range(len(self)))
@@ -83,16 +92,17 @@ class PosteriorSamples(Sequence):
         Neighbours, features and kernels are computed once; what differs is matrix products with the weights.
         """
         self.mean.check_species(structures)
-        recipe, parts = self.mean.recipe, []
+        parts = []
         for chunk in chunk_structures(structures, CHUNK_ATOMS):
-            moved = chunk.to(device=recipe.device, dtype=getattr(torch, recipe.dtype))
+            moved = self.mean.to_own_device(chunk)
             baselines = (term(moved).map(lambda v: v[None]) for term in self.mean.baselines)
             total = sum(baselines, start=_zero_prediction(moved, len(self)))
             for term in self.terms:
                 total = total + _predict_term(term, moved)
             parts.append(total)
-        fields = ("energies", "atom_energies", "forces", "stresses")
-        joined = Prediction(**{name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in fields})
+        fields = [(p.energies, p.atom_energies, p.forces, p.stresses) for p in parts]
+        energies, local, forces, stresses = (torch.cat(values, dim=1) for values in zip(*fields, strict=True))
+        joined = Prediction(energies, local, forces, stresses)
         return joined.map(lambda v: v.to(structures.positions))
 
 
@@ -115,11 +125,7 @@ def draw_samples(
     """
     errors.check_choice("way of sampling", how, HOW)
     k, seed = errors.check_integer("number of samples `k`", k, 1), errors.check_integer("`seed`", seed, 0)
-    model = potential.variances
-    if model is None:
-        raise errors.UserError(
-            "This model holds no posterior factor (recipe: variance: false, or it is a sample itself), so nothing can be drawn."
-        )
+    model = potential.variance_model()
     generator = torch.Generator().manual_seed(seed)
     scale = potential.calibration.sample_scale if calibrated else None
     deviations = (scale or 1.0) * model.signal[:, None] * _whitened_deviations(model, k, generator, how)

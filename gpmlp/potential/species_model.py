@@ -1,7 +1,6 @@
-"""Centre is what a potential says of atoms of one species from tables of their neighbours: energies, slopes, variances, novelties.
+"""A potential for atoms of one species, from padded tables of their neighbours: energies, slopes, variances, novelties.
 
-The same as `Potential` to rounding, as one run of tensor operations whose shapes are known beforehand: nothing is asked of the host, so
-that a GPU never waits for it.
+The same as `Potential` to rounding, as tensor operations of constant shape without host synchronisation, so that a GPU never waits.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,8 +31,13 @@ from gpmlp.uncertainty.mahalanobis import SpeciesClusters
 
 @dataclass(frozen=True, eq=False)
 class LocalPrediction:
-    """Of some environments: energies (n,) eV, slopes (n, slots, width, 3) eV/A with respect to their pair vectors; the two parts of the
-    variance of energies (n,) eV² and novelties (n,), None where they were not asked for."""
+    """Prediction for n environments; None where it was not asked for.
+
+    Attributes:
+        energies: (n,) eV; slopes: (n, slots, width, 3) eV/A with respect to their pair vectors.
+        inducing, data: (n,) eV², the two parts of the variance of the energies.
+        novelty: (n,)
+    """
 
     energies: Tensor
     slopes: Tensor
@@ -44,28 +48,29 @@ class LocalPrediction:
 
 @dataclass(frozen=True, eq=False)
 class SpeciesTerm:
-    """One term of a potential, for one central species: how features are made, and the mean as a function of them.
+    """One term of a potential for one central species: the descriptor, and the mean as a function of its features.
 
     Attributes:
-        mean: None where there is nothing to add up.
+        backend: of the descriptor; single: whether it works in single precision.
+        mean: None where the term holds nothing of the species.
         block: its inducing variables in the variances, None where these were not asked for or there are none.
     """
 
-    form: DenseBackend
+    backend: DenseBackend
     single: bool
     kernel: ZonalKernel
     mean: MeanBlock | QuadraticForm | None
     block: InducingBlock | None
 
-    def features(self, vectors: Tensor, own: Tensor) -> tuple[gpu.DenseExpansion, Tensor, Tensor]:
-        """What was expanded, features in double precision, and the norm that they were divided by."""
-        made = self.form.expand(vectors.float() if self.single else vectors, own)
-        spectrum = made.spectrum.to(vectors.dtype)
-        norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(made.spectrum.dtype).tiny)
-        return made, spectrum / norm, norm
+    def features(self, vectors: Tensor, slots: Tensor) -> tuple[gpu.DenseExpansion, Tensor, Tensor]:
+        """The expansion, features in double precision, and the norm that they were divided by."""
+        expansion = self.backend.expand(vectors.float() if self.single else vectors, slots)
+        spectrum = expansion.spectrum.to(vectors.dtype)
+        norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(expansion.spectrum.dtype).tiny)
+        return expansion, spectrum / norm, norm
 
     def local_energies(self, x: Tensor) -> tuple[Tensor, Tensor, Profile | None]:
-        """Energies, their slopes dε/dx, and the kernel with all centres where there is one to make."""
+        """Energies, their slopes dε/dx, and the kernel with all centres where the mean needs it."""
         if self.mean is None:
             return x.new_zeros(len(x)), torch.zeros_like(x), None
         if isinstance(self.mean, QuadraticForm):
@@ -73,10 +78,10 @@ class SpeciesTerm:
         profile = self.kernel.profile(x @ self.mean.features.T)
         return *self.mean.from_profile(x, profile), profile
 
-    def pull_back(self, made: gpu.DenseExpansion, x: Tensor, norm: Tensor, slope: Tensor) -> Tensor:
-        """∂ε/∂vectors; what points along the features is taken off in double precision, where it may be large."""
+    def pull_back(self, expansion: gpu.DenseExpansion, x: Tensor, norm: Tensor, slope: Tensor) -> Tensor:
+        """∂ε/∂vectors; the component along the features, which may be large, is removed in double precision."""
         on_spectrum = (slope - x * (x * slope).sum(1, keepdim=True)) / norm
-        return self.form.pull_back(made, on_spectrum.to(made.spectrum.dtype)).to(slope.dtype)
+        return self.backend.pull_back(expansion, on_spectrum.to(expansion.spectrum.dtype)).to(slope.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +99,13 @@ class SpeciesVariance:
 
     @staticmethod
     def from_model(model: VarianceModel, z: int) -> SpeciesVariance:
+        """Of the posterior's species z."""
         return SpeciesVariance(
             sum(p.signal.get(z, 0.0) ** 2 for p in model.priors), model.amplitude, model.local.get(z)
         )
 
     def __call__(self, pieces: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-        """What the inducing set cannot represent, and what the data have not fixed; of covariances as LocalVariance takes them."""
+        """The parts due to the inducing set and to the data; `pieces`: covariances as LocalVariance takes them."""
         if self.local is None:
             return torch.full_like(like, self.amplitude * self.prior), torch.zeros_like(like)
         explained, left = self.local(pieces)
@@ -133,20 +139,21 @@ class SpeciesZBL:
 
 @dataclass(frozen=True, eq=False)
 class SpeciesModel:
-    """A potential seen from one central species.
+    """A potential restricted to one central species.
 
     Attributes:
         slot: of the species among those of the potential.
-        alone: energy of the isolated atom, eV.
-        spread: None where no variances were asked for.
-        novelty: whether it was asked for; clusters, threshold: of the species, None where none of it was seen: it is infinite then.
+        isolated: energy of the isolated atom, eV.
+        variance: None where no variances were asked for.
+        novelty: whether it was asked for; clusters, threshold: of the species, None where the training data hold none of it: its novelty
+            is infinite then.
     """
 
     slot: int
-    parts: tuple[SpeciesTerm, ...]
-    alone: float
+    terms: tuple[SpeciesTerm, ...]
+    isolated: float
     repulsion: tuple[SpeciesZBL, ...]
-    spread: SpeciesVariance | None
+    variance: SpeciesVariance | None
     novelty: bool
     clusters: SpeciesClusters | None
     threshold: float
@@ -155,52 +162,56 @@ class SpeciesModel:
     def from_potential(potential: Potential, z: int, variance: bool, novelty: bool) -> SpeciesModel:
         """On the potential's device."""
         like = torch.zeros(0, dtype=getattr(torch, potential.recipe.dtype), device=potential.recipe.device)
-        blocks = potential.variances.blocks if variance else [()] * len(potential.terms)
-        parts = []
-        for term, mine in zip(potential.terms, blocks, strict=True):
-            made, single = _plain(term.descriptor)
-            by = backends.fastest_backend(made, like.float() if single else like)
+        model = potential.variance_model() if variance else None
+        terms = []
+        for k, term in enumerate(potential.terms):
+            descriptor, single = _soap_descriptor(term.descriptor)
+            assert descriptor is not None, "check_supported"
+            backend = backends.fastest_backend(descriptor, like.float() if single else like)
             mean = term.quadratic_forms.get(z) or term.blocks.get(z)
-            block = next((b for b in mine if b.species == z), None)
-            # its numbers were left on the host, from where a step would have to fetch them
-            parts.append(SpeciesTerm(by, single, deepcopy(term.kernel).to(like.device), mean, block))
-        alone = sum(b.energies.get(z, 0.0) for b in potential.baselines if isinstance(b, IsolatedAtoms))
+            block = next((b for b in model.blocks[k] if b.species == z), None) if model else None
+            # a kernel's parameters are on the host, from where each step would have to fetch them
+            terms.append(SpeciesTerm(backend, single, deepcopy(term.kernel).to(like.device), mean, block))
+        isolated = sum(b.energies.get(z, 0.0) for b in potential.baselines if isinstance(b, IsolatedAtoms))
         zbl = [
             SpeciesZBL.from_baseline(b, z, potential.species, like) for b in potential.baselines if isinstance(b, ZBL)
         ]
-        clusters = potential.novelty.species.get(z) if novelty else None
-        threshold = potential.novelty.thresholds.get(z, 1.0) if novelty else 1.0
-        spread = SpeciesVariance.from_model(potential.variances, z) if variance else None
-        slot, seen = potential.species.index(z), (novelty, clusters, float(threshold))
-        return SpeciesModel(slot, tuple(parts), float(alone), tuple(zbl), spread, *seen)
+        distances = potential.novelty if novelty else None
+        return SpeciesModel(
+            potential.species.index(z),
+            tuple(terms),
+            float(isolated),
+            tuple(zbl),
+            SpeciesVariance.from_model(model, z) if model else None,
+            novelty,
+            distances.species.get(z) if distances else None,
+            float(distances.thresholds.get(z, 1.0)) if distances else 1.0,
+        )
 
     def __call__(self, vectors: Tensor) -> LocalPrediction:
         """Of vectors (n, slots, width, 3) from n atoms of the species to their neighbours, A."""
-        own = torch.full(vectors.shape[:1], self.slot, dtype=torch.long, device=vectors.device)
-        energies, slopes = vectors.new_full(vectors.shape[:1], self.alone), torch.zeros_like(vectors)
+        slots = torch.full(vectors.shape[:1], self.slot, dtype=torch.long, device=vectors.device)
+        energies, slopes = vectors.new_full(vectors.shape[:1], self.isolated), torch.zeros_like(vectors)
         rows, novelty = [], energies.new_full(energies.shape, math.inf) if self.novelty else None
-        for k, part in enumerate(self.parts):
-            made, x, norm = part.features(vectors, own)
-            energy, slope, profile = part.local_energies(x)
-            energies, slopes = energies + energy, slopes + part.pull_back(made, x, norm, slope)
-            if part.block is not None:
-                rows.append(local_rows(part.kernel, part.block, x, profile))
+        for k, term in enumerate(self.terms):
+            expansion, x, norm = term.features(vectors, slots)
+            energy, slope, profile = term.local_energies(x)
+            energies, slopes = energies + energy, slopes + term.pull_back(expansion, x, norm, slope)
+            if term.block is not None:
+                rows.append(local_rows(term.kernel, term.block, x, profile))
             if k == 0 and self.clusters is not None:
                 novelty = self.clusters.distance(x) / self.threshold
         for repulsion in self.repulsion:
             energy, slope = repulsion(vectors)
             energies, slopes = energies + energy, slopes + slope
-        found = LocalPrediction(energies, slopes, novelty=novelty)
-        if self.spread is None:
-            return found
-        inducing, data = self.spread(rows, energies)
-        return replace(found, inducing=inducing, data=data)
+        inducing, data = self.variance(rows, energies) if self.variance else (None, None)
+        return LocalPrediction(energies, slopes, inducing, data, novelty)
 
 
 def why_unsupported(potential: Potential) -> str | None:
-    """Why a potential cannot be seen this way; None if it can."""
+    """Why a potential has no species models; None if it has."""
     for term in potential.terms:
-        if _plain(term.descriptor)[0] is None:
+        if _soap_descriptor(term.descriptor)[0] is None:
             return f"its descriptor {type(term.descriptor).__name__} is not gpmlp's own SOAP"
     for baseline in potential.baselines:
         if not isinstance(baseline, (IsolatedAtoms, ZBL)):
@@ -209,13 +220,14 @@ def why_unsupported(potential: Potential) -> str | None:
 
 
 def check_supported(potential: Potential) -> None:
-    """Raise a UserError if a potential cannot be seen this way."""
+    """Raise a UserError if a potential has no species models."""
     why = why_unsupported(potential)
     if why:
         raise errors.UserError(f"This potential cannot be stepped on tables of neighbours: {why}; call it itself.")
 
 
-def _plain(descriptor: Descriptor) -> tuple[SoapPowerSpectrum | None, bool]:
-    """The power spectrum, if it is one, and whether it works in single precision."""
+def _soap_descriptor(descriptor: Descriptor) -> tuple[SoapPowerSpectrum | None, bool]:
+    """The power spectrum, None if it is another descriptor, and whether it works in single precision."""
+    single = isinstance(descriptor, SinglePrecisionDescriptor)
     inner = descriptor.descriptor if isinstance(descriptor, SinglePrecisionDescriptor) else descriptor
-    return inner if isinstance(inner, SoapPowerSpectrum) else None, isinstance(descriptor, SinglePrecisionDescriptor)
+    return inner if isinstance(inner, SoapPowerSpectrum) else None, single

@@ -335,14 +335,13 @@ def _labels(y: Tensor, seed: int) -> Tensor:
     ordered = z[np.argsort(z[:, 0], kind="stable")]
     rows = np.random.default_rng(seed).choice(n, min(n, MIXTURE_ROWS), replace=False)
     sample = ordered[np.sort(rows)]
-    best, lowest = None, math.inf
+    fits = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a rough mixture is enough
         for k in range(1, CLUSTERS + 1):
             mixture = GaussianMixture(k, random_state=seed).fit(sample)
-            cost = mixture.bic(sample) + GAIN * k * len(sample)
-            if cost < lowest:
-                best, lowest = mixture, cost
+            fits.append((mixture.bic(sample) + GAIN * k * len(sample), k, mixture))
+    best = min(fits)[2]
     raw = torch.from_numpy(best.predict(z))
     kept = (torch.bincount(raw, minlength=best.n_components) >= MEMBERS).nonzero()[:, 0]
     if len(kept) < 2:

@@ -74,21 +74,21 @@ def score_errors(
     keep, e, s = known_errors(errors, std)
     n = len(e)
     if not n:
-        return Scores(0, *[math.nan] * (len(fields(Scores)) - 1))
+        return Scores(0, **{f.name: math.nan for f in fields(Scores) if f.name != "n"})
     s = s.clamp_min(smallest_std(s, e))
     z = e / s
-    coverage = []
-    for level in (0.5, 0.68, 0.9, 0.95):
-        m = (multipliers or {}).get(level, gaussian_multiplier(level))
+    coverage = {}
+    for percent in (50, 68, 90, 95):
+        m = (multipliers or {}).get(percent / 100, gaussian_multiplier(percent / 100))
         half = m.to(e)[keep] if isinstance(m, Tensor) and m.dim() else m * s
-        coverage.append((e.abs() <= half).double().mean().item())
+        coverage[f"coverage_{percent}"] = (e.abs() <= half).double().mean().item()
     size, spread = e.abs(), s
     if group is not None:
         check_shape("group", group, (len(errors),))
         size, spread = (_rms_by(group[keep], v) for v in (e, s))
     return Scores(
         n,
-        *coverage,
+        **coverage,
         miscalibration_area=reliability_curve(z, torch.linspace(0, 1, GRID, dtype=torch.float64)).area,
         ence=_ence(e, s),
         # −log N(e; 0, s²)
@@ -197,11 +197,12 @@ def _crps(z: Tensor, std: Tensor) -> Tensor:
 
 def spearman_correlation(a: Array, b: Array) -> float:
     """Rank correlation of two (n,) arrays, ties by average rank; NaN if n < 3 or one of them is constant or holds a NaN."""
-    check_shape("a", a, ("n",))
-    check_shape("b", b, (len(a),))
-    if len(a) < 3:
+    first, second = torch.as_tensor(a), torch.as_tensor(b)
+    check_shape("a", first, ("n",))
+    check_shape("b", second, (len(first),))
+    if len(first) < 3:
         return math.nan
-    x, y = (r - r.mean() for r in (_ranks(a), _ranks(b)))
+    x, y = (r - r.mean() for r in (_ranks(first), _ranks(second)))
     norm = (x.square().sum() * y.square().sum()).sqrt().item()
     return (x @ y).item() / norm if norm > 0 else math.nan
 
@@ -216,20 +217,20 @@ def area_under_roc(score: Array, positive: Array) -> float:
     Returns:
         0 to 1, NaN where all or none are positive (Hanley, McNeil, Radiology 143, 29 (1982)).
     """
-    check_shape("score", score, ("n",))
-    check_shape("positive", positive, (len(score),))
-    chosen = torch.as_tensor(positive).bool().cpu()
+    values, chosen = torch.as_tensor(score), torch.as_tensor(positive).bool().cpu()
+    check_shape("score", values, ("n",))
+    check_shape("positive", chosen, (len(values),))
     yes, no = int(chosen.sum()), int((~chosen).sum())
     if not yes or not no:
         return math.nan
     # Mann-Whitney: U = Σ ranks of the positives − n₊(n₊ + 1)/2
-    return (_ranks(score)[chosen].sum().item() - yes * (yes + 1) / 2) / (yes * no)
+    return (_ranks(values)[chosen].sum().item() - yes * (yes + 1) / 2) / (yes * no)
 
 
-def _ranks(values: Array) -> Tensor:
+def _ranks(values: Tensor) -> Tensor:
     from scipy.stats import rankdata  # slow to import
 
-    return torch.from_numpy(rankdata(torch.as_tensor(values).detach().cpu().double().numpy()))
+    return torch.from_numpy(rankdata(values.detach().cpu().double().numpy()))
 
 
 @dataclass(frozen=True)
