@@ -335,6 +335,37 @@ def test_a_run_that_was_killed_has_a_page_too(run, tmp_path, monkeypatch):
     assert (tmp_path / "labels.xyz").read_bytes() == before
 
 
+def test_a_run_of_before_json_times_and_causes_has_the_same_page(run, tmp_path):
+    """What the log now says in fields was read from sentences and from run.log before."""
+    folder, recipe, last = run
+    for name in ("labels.xyz", "model.gpmlp", "log.jsonl", "trajectory.xyz", "run.log", "checkpoint.gpmlp-run"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    events = collect.read_events(folder / "log.jsonl")
+    old = [{k: v for k, v in e.items() if k not in ("cause", "first", "ended")} for e in events]
+    assert events != old and (folder / "times.jsonl").exists()
+    entries, refused = collect.read_labels(folder)
+    now, before = (
+        collect.collect_run(path, recipe, lines, entries, refused, last.model.potential)
+        for path, lines in ((folder, events), (tmp_path, old))
+    )
+    assert (now.ended, now.began, now.ended_at) == (before.ended, before.began, before.ended_at)
+    assert now.ended == "steps" and len(now.began) == len("2026-01-02 03:04")
+    assert [(x.key, x.cause, x.attempts) for x in now.labels] == [(x.key, x.cause, x.attempts) for x in before.labels]
+    seconds = np.array([[x.seconds for x in data.labels] for data in (now, before)])
+    np.testing.assert_allclose(seconds[0], seconds[1], rtol=1e-2)  # the text has three digits
+    np.testing.assert_array_equal([x.bound for x in now.labels], [x.bound for x in before.labels])
+
+
+def test_times_that_a_kill_cut_short_are_left_out(tmp_path):
+    lines = [
+        '{"event": "labelled", "time": "2026-01-02 03:04:05", "key": "a", "seconds": 2.5, "attempts": 1}',
+        '{"event": "lab',
+    ]
+    (tmp_path / "times.jsonl").write_text("\n".join([*lines, lines[0].replace("03:04", "04:05")]) + "\n")
+    times = collect.read_times(tmp_path, [{"event": "learned", "first": []}])
+    assert [t["time"][11:16] for t in times] == ["03:04", "04:05"]
+
+
 def test_no_run_no_page(tmp_path):
     with pytest.raises(UserError, match="holds no learning run"):
         collect.run_recipe(tmp_path)

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from gpmlp.core.quantities import Targets
 from gpmlp.io import archive, provenance
 from gpmlp.io.ase_atoms import iterate_frames, structures_from_ase
 from gpmlp.io.recipe_files import validate_recipe
-from gpmlp.learning import checkpoint
+from gpmlp.learning.checkpoint import NAME, TEXT_LOG, TIMES
 from gpmlp.learning.labels import LabelEntry, LabelFile
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.stopping import judge, timeseries
@@ -40,9 +41,8 @@ FILES = {
     "log.jsonl": "log",
     "trajectory.xyz": "trajectory",
 }
-LABELLED = re.compile(
-    r"labelled: key (\w+), seconds ([-+.\de]+), attempts (\d+)"
-)  # in the run.log of runs without times in JSON
+# a line of run.log
+TEXT_TIMES = re.compile(r"^(\S+ \S+)  (?:labelled: key (\w+), seconds ([-+.\de]+), attempts (\d+))?", re.MULTILINE)
 HALTED = "halted: "
 
 
@@ -111,11 +111,11 @@ def collect_run(
         events: of log.jsonl. entries: labels by key. refused: key, reason and attempts. potential: as the run left it.
     """
     progress: dict[str, Any] = {"first": [], "learned": [], "hours": 0.0, "seconds": {}}
-    if (folder / checkpoint.NAME).exists():
-        progress |= archive.read_header(folder / checkpoint.NAME)["header"]
+    if (folder / NAME).exists():
+        progress |= archive.read_header(folder / NAME)["header"]
     judged = judge_frames(events, recipe, len(entries), progress["hours"])
     frames, plateau, coverage = judged.frames, recipe.stop.plateau, recipe.stop.coverage
-    diary = _diary(folder / "run.log")
+    times = read_times(folder, events)
     nan = float("nan")
     return RunData(
         title=f"{_formula(entries)}, {_conditions(recipe)}",
@@ -125,7 +125,7 @@ def collect_run(
         sentence=judged.sentence,
         criteria=judged.criteria,
         frames=frames,
-        labels=_labels(events, entries, progress, diary),
+        labels=_labels(events, entries, progress, times),
         observables=judged.observables,
         steps=tuple(int(frames.step[frames.walker == w].max(initial=0)) for w in range(recipe.dynamics.walkers)),
         wanted=recipe.dynamics.steps,
@@ -137,8 +137,8 @@ def collect_run(
         refused=refused,
         seconds=progress["seconds"],
         hours=progress["hours"],
-        began=diary.began,
-        ended_at=diary.ended,
+        began=times[0]["time"][:16] if times else "",
+        ended_at=times[-1]["time"][:16] if times else "",
         trajectory=_trajectory(folder / "trajectory.xyz", potential),
         recipe=recipe.model_dump(mode="json"),
         given=recipe.model_dump(mode="json", exclude_unset=True, exclude_defaults=True),
@@ -164,34 +164,47 @@ def _conditions(recipe: LearnRecipe) -> str:
     return f"{'NVT' if dynamics.ensemble == 'langevin' else dynamics.ensemble.upper()} at {', '.join(parts)}"
 
 
-@dataclass(frozen=True)
-class _Diary:
-    """Times of a run: seconds and attempts of the oracle by key, first and last moment."""
+def read_times(folder: Path, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Events with their time of day, and of labels seconds and attempts of the oracle.
 
-    seconds: dict[str, float]
-    attempts: dict[str, int]
-    began: str
-    ended: str
-
-
-def _diary(path: Path) -> _Diary:
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    times = [(m[1], float(m[2]), int(m[3])) for m in LABELLED.finditer(text)]
-    lines = text.splitlines() or [""]
-    return _Diary({k: s for k, s, _ in times}, {k: a for k, _, a in times}, lines[0][:16], lines[-1][:16])
+    They are lines of times.jsonl, of which a kill may have cut any short. A run begun before there was such a file has them in run.log.
+    """
+    times = []
+    if (folder / TIMES).exists():
+        for line in (folder / TIMES).read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
+                times.append(json.loads(line))
+    begun = next((e for e in events if e["event"] == "learned"), {})
+    if "first" not in begun and (folder / TEXT_LOG).exists():
+        text = (folder / TEXT_LOG).read_text(encoding="utf-8", errors="replace")
+        old = [
+            {"event": "labelled", "time": m[1], "key": m[2], "seconds": float(m[3]), "attempts": int(m[4])}
+            if m[2]
+            else {"event": "", "time": m[1]}
+            for m in TEXT_TIMES.finditer(text)
+        ]
+        times = old + times
+    return times
 
 
 # ---------------------------------------------------------------- labels
 
 
 def _labels(
-    events: list[dict[str, Any]], entries: dict[str, LabelEntry], progress: dict[str, Any], diary: _Diary
+    events: list[dict[str, Any]],
+    entries: dict[str, LabelEntry],
+    progress: dict[str, Any],
+    times: list[dict[str, Any]],
 ) -> tuple[LabelRecord, ...]:
     """All labels in the order in which they were learned."""
     first = progress["first"] or [k for k, e in entries.items() if e.notes.get("walker", -1) == -1]
     initial = [k for k in dict.fromkeys((*first, *progress["learned"])) if k in entries]
     initial = [k for k in initial if k in progress["first"] or entries[k].notes.get("walker", -1) == -1]
-    labels = [LabelRecord(i, k, label_cause(entries[k].reason), entries[k].reason) for i, k in enumerate(initial, 1)]
+    causes = {first["key"]: first["cause"] for e in events for first in e.get("first") or ()}
+    labels = []
+    for number, key in enumerate(initial, 1):
+        reason = entries[key].reason
+        labels.append(LabelRecord(number, key, causes.get(key) or label_cause(reason), reason))
     asks: dict[int, dict[str, Any]] = {}
     temperatures: dict[tuple[int, int], float] = {}
     step: dict[int, int] = {}
@@ -211,7 +224,8 @@ def _labels(
                 continue
             w, at, entry = event["walker"], event["step"], entries.get(event["key"])
             ask = asks.get(w, {})
-            severity = ask.get("severity", float("nan")) if "force error" in ask.get("reason", "") else float("nan")
+            by_force = "force" in (ask.get("cause") or label_cause(ask.get("reason", "")))
+            severity = ask.get("severity", float("nan")) if by_force else float("nan")
             asked_limit = ask.get("force_limit") or before  # it may have changed since the label before
             labels.append(
                 LabelRecord(
@@ -232,8 +246,12 @@ def _labels(
                     surrogate=_surrogate(entry),
                 )
             )
-    seconds, attempts = diary.seconds, diary.attempts
-    return tuple(replace(f, seconds=seconds.get(f.key, float("nan")), attempts=attempts.get(f.key, 1)) for f in labels)
+    oracle = {t["key"]: t for t in times if t["event"] == "labelled"}
+    nothing = {"seconds": float("nan"), "attempts": 1}
+    work = [oracle.get(label.key, nothing) for label in labels]
+    return tuple(
+        replace(label, seconds=w["seconds"], attempts=w["attempts"]) for label, w in zip(labels, work, strict=True)
+    )
 
 
 def _surrogate(entry: LabelEntry | None) -> str:
@@ -246,7 +264,7 @@ def _surrogate(entry: LabelEntry | None) -> str:
 
 
 def label_cause(reason: str) -> str:
-    """Why a label was asked for, in a word, from the sentence that the triggers gave."""
+    """Why a label was asked for, in a word, from the sentence that the triggers gave: of runs whose log has no `cause`."""
     for word in ("first", "given", "explored"):
         if reason.startswith(word):
             return word
@@ -338,13 +356,13 @@ def judge_frames(events: list[dict[str, Any]], recipe: LearnRecipe, labels: int,
         verdict = verdicts[-1]
     else:
         verdict = judge.judge(history, recipe.stop, quantile=quantile, labels=labels, elapsed_h=hours).to_json()
-    stopped = next((e["reason"] for e in reversed(events) if e["event"] == "stopped"), "")
+    end = next((e for e in reversed(events) if e["event"] == "stopped"), {"reason": ""})
     recent = judge.judged_window(history, recipe.stop) if len(history) else None
     curves = [_observable_curve(recent, o) for o in recipe.stop.observables] if recent else []
     return JudgedFrames(
         _run_frames(history, np.array(asked, dtype=bool), recent, recipe),
-        _ending(stopped, verdict),
-        stopped,
+        end.get("ended") or _ending(end["reason"], verdict),
+        end["reason"],
         verdict["sentence"],
         tuple(verdict["criteria"]),
         tuple(curve for curve in curves if curve is not None),
@@ -352,6 +370,7 @@ def judge_frames(events: list[dict[str, Any]], recipe: LearnRecipe, labels: int,
 
 
 def _ending(stopped: str, verdict: dict[str, Any]) -> str:
+    """A key of FINISHED, of a run whose log does not say it."""
     if not stopped:
         return ""
     if verdict["converged"]:
