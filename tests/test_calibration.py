@@ -29,7 +29,7 @@ def _heavy(n: int, seed: int, freedom: float = 3) -> tuple[torch.Tensor, torch.T
 
 
 def _covered(fitted: Calibration, errors: torch.Tensor, std: torch.Tensor, level: float, species=None) -> torch.Tensor:
-    half = fitted.half_width("forces", fitted.calibrated_std("forces", std), level, species)
+    half = fitted.half_width("forces", fitted.kinds["forces"].scale * std, level, species)
     return (errors.abs() <= half).double()
 
 
@@ -41,7 +41,10 @@ def test_scale_is_recovered(factor):
     # relative error of an rms of n numbers: 1/sqrt(2n) = 0.005
     assert fitted.kinds["energies"].scale == pytest.approx(factor, rel=0.02)
     assert fitted.kinds["energies"].n == 20_000
-    assert torch.equal(fitted.calibrated_std("energies", std[:3]), fitted.kinds["energies"].scale * std[:3])
+    parts = std[:3, None].square()
+    torch.testing.assert_close(
+        fitted.kinds["energies"].variance(parts).sqrt(), fitted.kinds["energies"].scale * std[:3]
+    )
     assert fitted.kinds["forces"] == c.KindCalibration.identity()
 
 
@@ -165,7 +168,7 @@ def test_identity_where_there_is_nothing(data):
     assert fitted == Calibration.identity()
     assert set(fitted.kinds) == set(KINDS)
     std = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    assert torch.equal(fitted.calibrated_std("forces", std), std)
+    assert torch.equal(fitted.kinds["forces"].variance(std[:, None].square()), std.square())
     expected = scipy.stats.norm.ppf(0.95) * std
     torch.testing.assert_close(fitted.half_width("forces", std, 0.9), expected)
     torch.testing.assert_close(fitted.half_width("forces", std, 0.9, torch.tensor([1, 1, 8])), expected)

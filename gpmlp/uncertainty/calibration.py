@@ -1,7 +1,7 @@
-"""Calibration rescales standard deviations so that they match held-out errors, and gives intervals with a known coverage.
+"""Calibration of standard deviations on held-out errors: a scale, weights of the parts of the variance, conformal intervals.
 
 For each kind of observation: one factor on the standard deviation (maximum likelihood), if wanted weights of the parts of the variance
-(`weigh`), and split-conformal intervals whose half-width is a multiple of the calibrated standard deviation.
+(`fit_variance_weights`), and split-conformal intervals whose half-width is a multiple of the calibrated standard deviation.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ CALIBRATED_AS = {
 LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.99)
 MEMBERS = 30  # a group with fewer, or with fewer than 3/(1 − p), has no multiplier of its own at level p
 TERTILES = (1 / 3, 2 / 3)
-PRIOR = 2.0  # standard deviation of log w about 0 in `weigh`: a factor of 7 either way costs half a nat
+PRIOR = 2.0  # standard deviation of log w about 0: weights of 7 or 1/7 cost half a nat
 WEIGHTS = (1e-8, 1e8)  # bounds of the weights
 EVERYTHING = "all"
 
@@ -47,7 +48,7 @@ class KindCalibration:
         counts: by group, number of held-out errors.
         edges: of the bins, calibrated std, unit of the errors; none = one bin.
         floor: smallest calibrated std, unit of the errors: smaller ones count as this in intervals.
-        weights: of the parts of the variance (`weigh`) from which the std was formed; empty = 1 each.
+        weights: of the parts of the variance (`fit_variance_weights`) from which the std was formed; empty = 1 each.
     """
 
     scale: float
@@ -59,7 +60,7 @@ class KindCalibration:
     weights: tuple[float, ...] = ()
 
     def widen_std(self, factor: float) -> KindCalibration:
-        """With standard deviations larger by a factor, and the same intervals."""
+        """With standard deviations larger by a factor, and unchanged intervals."""
         rows = {name: tuple(m / factor for m in row) for name, row in self.multipliers.items()}
         return replace(self.scale_by(factor), multipliers=rows)
 
@@ -70,14 +71,14 @@ class KindCalibration:
 
     @staticmethod
     def identity() -> KindCalibration:
-        """Return what changes nothing: scale 1 and Gaussian intervals."""
+        """Scale 1 and Gaussian intervals: changes nothing."""
         return KindCalibration(1.0, 0, {EVERYTHING: tuple(gaussian_multiplier(p) for p in LEVELS)})
 
     @staticmethod
     def fit(
         errors: Tensor, std: Tensor, species: Tensor | None = None, weights: tuple[float, ...] = ()
     ) -> KindCalibration:
-        """Learn from held-out errors; see Calibration.fit."""
+        """See Calibration.fit."""
         keep, e, s = known_errors(errors, std)
         if not len(e):
             return KindCalibration.identity()
@@ -107,23 +108,21 @@ class KindCalibration:
             raise UserError(f"`level` must be above 0 and at most {LEVELS[-1]}, as 0.9 for 90 %; got {level}.")
         check_shape("std", std, ("n",))
         column = next(k for k, p in enumerate(LEVELS) if p >= level - 1e-9)
+        bins = _bins(std, self.edges)
+        factor = self._multipliers("*", column).to(std)[bins]
         if species is not None:
             check_shape("species", species, (len(std),))
-        bins = _bins(std, self.edges)
-        factor = self._factors(None, column).to(std)[bins]
-        named = {name.split("/")[0] for name in self.multipliers} if species is not None else set()
-        for z in sorted(named - {EVERYTHING, "*"}):
-            of_species = species == int(z)
-            factor = torch.where(of_species, self._factors(z, column).to(std)[bins], factor)
+            for z in sorted({name.split("/")[0] for name in self.multipliers} - {EVERYTHING, "*"}):
+                factor = torch.where(species == int(z), self._multipliers(z, column).to(std)[bins], factor)
         return factor * std.clamp_min(self.floor)
 
-    def _factors(self, species: str | None, column: int) -> Tensor:
-        """(bins,) multipliers of a species: its own, else those of the bin, else those of all."""
-        found = []
+    def _multipliers(self, species: str, column: int) -> Tensor:
+        """(bins,) multipliers of a species, or else those of the bin, or else those of all."""
+        out = []
         for b in range(len(self.edges) + 1):
             names = (f"{species}/{b}", f"*/{b}", EVERYTHING)
-            found.append(next(self.multipliers[name][column] for name in names if name in self.multipliers))
-        return torch.tensor(found, dtype=torch.float64)
+            out.append(next(self.multipliers[name][column] for name in names if name in self.multipliers))
+        return torch.tensor(out, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Calibration:
 
     Attributes:
         kinds: by 'energies', 'forces', 'stresses'.
-        source: what it was learned from, as plain data for the model file: number of structures, names, fingerprints, how held out.
+        source: the held-out data, as plain data for the model file: number of structures, names, fingerprints, how they were held out.
         typical_novelty: median Mahalanobis novelty of the held-out environments: variances grow in proportion to what is beyond
             it; None = they do not.
         sample_scale: factor on the deviations of posterior samples from the mean, with which those of forces have the rms of the held-out
@@ -146,7 +145,7 @@ class Calibration:
 
     @staticmethod
     def identity() -> Calibration:
-        """Return what changes nothing, for when there is nothing to calibrate with."""
+        """Changes nothing; for when there is nothing to calibrate with."""
         return Calibration({kind: KindCalibration.identity() for kind in KINDS}, {})
 
     @staticmethod
@@ -157,8 +156,8 @@ class Calibration:
     ) -> Calibration:
         """Learn from held-out errors.
 
-        The scale is sqrt(mean((e/σ)²)), the maximum of the Gaussian likelihood: it makes the mean square right and so follows single
-        large errors; the intervals do not depend on it.
+        The scale is sqrt(mean((e/σ)²)), the maximum of the Gaussian likelihood: it makes the mean square right, so that single large
+        errors count much; the intervals do not depend on it.
 
         Intervals are split-conformal (Vovk, Gammerman, Shafer, Algorithmic Learning in a Random World, 2005; Angelopoulos & Bates,
         arXiv:2107.07511, sections 1 and 2.3): with conformity scores |e|/(scale σ), the ⌈(n+1)p⌉-th smallest of n covers a new error
@@ -171,8 +170,8 @@ class Calibration:
         Args:
             data: by kind, (errors, std, species): (n,) predicted − known with NaN = not known; (n,) predicted std; (n,) Z of the
                 central atom, or None. Flatten the components of forces and stresses, and repeat the species.
-            source: kept as it is; JSON-able.
-            weights: by kind, weights of the parts of variance (`weigh`) that were used for std; kept for KindCalibration.variance.
+            source: JSON-able, for the record.
+            weights: by kind, weights of the parts of variance (`fit_variance_weights`) from which std was formed.
 
         Raises:
             UserError: an unknown kind, wrong shapes, a std that is negative or not finite where the error is known.
@@ -193,16 +192,11 @@ class Calibration:
             kinds[kind] = replace(learned, weights=(first / amplitude, *others)) if learned.n else learned
         return replace(self, kinds=kinds)
 
-    def calibrated_std(self, kind: str, std: Tensor) -> Tensor:
-        """Calibrated std of a predicted one, any shape."""
-        check_choice("kind of observation", kind, self.kinds)
-        return self.kinds[kind].scale * std
-
     def half_width(self, kind: str, std: Tensor, level: float, species: Tensor | None = None) -> Tensor:
         """Half-width (n,) of the interval about the prediction that holds a new error with probability `level`.
 
         Args:
-            std: (n,) calibrated standard deviation (`calibrated_std`).
+            std: (n,) calibrated standard deviation.
             level: up to 0.99; between two of LEVELS the next higher is used.
             species: (n,) Z of the central atom; not needed.
         """
@@ -210,14 +204,14 @@ class Calibration:
         return self.kinds[kind].half_width(std, level, species)
 
     def as_dict(self) -> dict:
-        """Return plain data for JSON; from_dict restores it exactly."""
+        """Plain data for JSON; from_dict restores it exactly."""
         kinds = {}
         for kind, calibration in self.kinds.items():
             plain = asdict(calibration)
             plain["multipliers"] = {name: list(row) for name, row in calibration.multipliers.items()}
             kinds[kind] = plain | {"edges": list(calibration.edges), "weights": list(calibration.weights)}
-        own = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale}
-        return {"levels": list(LEVELS), "kinds": kinds, "source": self.source} | own
+        numbers = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale}
+        return {"levels": list(LEVELS), "kinds": kinds, "source": self.source} | numbers
 
     @staticmethod
     def from_dict(plain: dict) -> Calibration:
@@ -227,7 +221,7 @@ class Calibration:
             UserError: a table on other levels than LEVELS.
         """
         if tuple(plain["levels"]) != LEVELS:
-            raise UserError(f"Calibration on levels {plain['levels']}; this version of gpmlp knows {LEVELS}.")
+            raise UserError(f"Calibration on levels {plain['levels']}; this version of gpmlp has {LEVELS}.")
         kinds = {}
         for kind, entry in plain["kinds"].items():
             rows = {name: tuple(row) for name, row in entry["multipliers"].items()}
@@ -284,12 +278,12 @@ def fit_variance_weights(errors: Tensor, parts: Tensor, rest: Tensor | None = No
     """Weights (parts,) of the parts of a variance: those that make held-out errors most likely under var = Σ_k w_k part_k + rest.
 
     Maximises Σ_i log N(e_i; 0, var_i) − Σ_k (log w_k)² / (2·PRIOR²) by L-BFGS-B in log w, within WEIGHTS. The prior decides only where
-    the errors do not: a part that is 0, or two parts that are proportional.
+    the errors do not: for a part that is 0, or two parts that are proportional.
 
     Args:
         errors: (n,) NaN = not known, dropped.
         parts: (n, parts) variances by cause, zero or positive, unit of the errors squared.
-        rest: (n,) what is not weighed; nothing if not given.
+        rest: (n,) variance without a weight; none if not given.
 
     Raises:
         UserError: shapes that do not belong together; a part that is negative or not finite where the error is known.
@@ -324,7 +318,7 @@ def fit_variance_weights(errors: Tensor, parts: Tensor, rest: Tensor | None = No
 def _negative_log_posterior(
     log_weights: np.ndarray, squared: np.ndarray, parts: np.ndarray, floor: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """What `weigh` minimises, per error, and its gradient in log w; `floor` (n,) is added to the variances.
+    """Minus the objective of `fit_variance_weights` per error, and its gradient in log w; `floor` (n,) is added to the variances.
 
     f = ½ Σ_i [log v_i + e_i²/v_i] + ½ Σ_k (a_k/τ)²,  v = Σ_k exp(a_k) p_k + floor
     ∂f/∂a_k = ½ Σ_i (1/v_i − e_i²/v_i²) exp(a_k) p_ik + a_k/τ²
@@ -337,51 +331,55 @@ def _negative_log_posterior(
     return value / n, gradient / n
 
 
-def widen_by_novelty(prediction: Prediction, structures: Structures, typical: float) -> Prediction:
-    """The prediction with all variances but label noise times max(1, novelty / typical)², its mean over the atoms of a structure.
+def novelty_factor(novelty: Tensor, typical: float) -> Tensor:
+    """max(1, novelty / typical)², the factor on the variances of an atom."""
+    return (novelty / typical).clamp(1.0, 1e4) ** 2
 
-    Far from the data the posterior of a misspecified model is too sure of itself, and held-out data of the same kind cannot tell by
-    how much; the Mahalanobis distance knows how far it is: standard deviations grow in proportion to it (docs/decisions/004-variances.md).
+
+def widen_by_novelty(prediction: Prediction, structures: Structures, typical: float) -> Prediction:
+    """The prediction with all variances but label noise times `novelty_factor`, of structures its mean over the atoms.
+
+    Far from the data the posterior of a misspecified model is overconfident, and held-out data of the same kind cannot tell by how
+    much. Standard deviations grow there in proportion to the Mahalanobis distance (docs/decisions/004-variances.md).
     """
+    if prediction.novelty is None:
+        raise ValueError("the prediction has no novelty")
     factor = novelty_factor(prediction.novelty, typical)
     sums = factor.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, factor)
     mean = sums / structures.counts
-    changed = {}
+    changed: dict[str, Any] = {}
     for name in CALIBRATED_AS:
         variance: Variance | None = getattr(prediction, name)
         if variance is not None:
             by = mean if name in ("energies_variance", "stresses_covariance") else factor
-            shaped = by.reshape(-1, *(1,) * (variance.data.dim() - 1))
-            parts = (shaped * part for part in (variance.inducing, variance.data, variance.misspecification))
-            changed[name] = Variance(*parts, variance.noise)
+            by = by.reshape(-1, *(1,) * (variance.data.dim() - 1))
+            inducing, data, misspecification = (
+                by * variance.inducing,
+                by * variance.data,
+                by * variance.misspecification,
+            )
+            changed[name] = Variance(inducing, data, misspecification, variance.noise)
     return replace(prediction, **changed)
 
 
 def calibrate_prediction(prediction: Prediction, structures: Structures, calibration: Calibration) -> Prediction:
-    """The prediction with its variances as the calibration has them: widened where it is novel, each part times its weight and the
-    square of the scale."""
+    """The prediction with calibrated variances, widened where it is novel."""
     if calibration.typical_novelty is not None and prediction.novelty is not None:
         prediction = widen_by_novelty(prediction, structures, calibration.typical_novelty)
-    changed = {}
+    changed: dict[str, Any] = {}
     for name, kind in CALIBRATED_AS.items():
         variance: Variance | None = getattr(prediction, name)
-        if variance is None:
-            continue
-        changed[name] = calibrate_variance(variance, calibration.kinds[kind])
+        if variance is not None:
+            changed[name] = calibrate_variance(variance, calibration.kinds[kind])
     return replace(prediction, **changed)
 
 
 def calibrate_variance(variance: Variance, learned: KindCalibration) -> Variance:
     """Each part times its weight and the square of the scale."""
     inducing, data, constant = (learned.scale**2 * w for w in learned.weights or (1.0, 1.0, 1.0))
-    # of what is the same everywhere, label noise comes first; the model class has to answer for the rest, and for errors beyond
-    # what the data leave open: a posterior that more data would narrow while the errors stay
+    # Of the constant part, label noise comes first and misspecification is the rest. It also takes what a weight above 1 adds to the
+    # part due to the data: more data would narrow the posterior and leave these errors.
     floor = constant * (variance.misspecification + variance.noise)
     noise = torch.minimum(floor, variance.noise)
     excess = max(0.0, data - 1.0) * variance.data
     return Variance(inducing * variance.inducing, min(1.0, data) * variance.data, floor - noise + excess, noise)
-
-
-def novelty_factor(novelty: Tensor, typical: float) -> Tensor:
-    """max(1, novelty / typical)², the factor by which variances of an atom are larger where it is novel."""
-    return (novelty / typical).clamp(1.0, 1e4) ** 2
