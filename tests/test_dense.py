@@ -88,7 +88,7 @@ def test_harmonics_by_recurrence(l_max):
     q, slopes, powers = made(units)
     values, gradients = harmonics_with_gradients(l_max, vectors)
     torch.testing.assert_close(made.values(q, powers).T, values, rtol=0, atol=1e-12)
-    ours = torch.stack(made.slopes(q, slopes, powers))
+    ours = torch.stack(made.gradients(q, slopes, powers))
     ours = (ours - units[:, None] * (units[:, None] * ours).sum(0)) / r
     torch.testing.assert_close(ours.permute(2, 0, 1), gradients, rtol=0, atol=1e-11)
 

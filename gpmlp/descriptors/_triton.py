@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpmlp.descriptors.gpu import DenseExpansion, DenseTables
 from gpmlp.descriptors.soap import PowerSpectrum
-from gpmlp.descriptors.spherical_harmonics import harmonic_orders, legendre_recurrence
+from gpmlp.descriptors.spherical_harmonics import harmonic_orders, recurrence_coefficients
 
 TILE = 512  # numbers of a tile that one warp holds
 
@@ -58,14 +58,13 @@ class TritonKernels:
         """On the device of a tensor, of its type."""
         lm, side = harmonic_orders(descriptor.l_max), descriptor.l_max + 1
         size = _power(len(lm))
-        a, b, _, diagonal = legendre_recurrence(descriptor.l_max)
+        coefficients = torch.from_numpy(recurrence_coefficients(descriptor.l_max))
         integers = torch.zeros(4, size, dtype=torch.int32)
         start, climb = torch.zeros(size, dtype=torch.float64), torch.zeros(2, side, size, dtype=torch.float64)
         for k, (l, m) in enumerate(lm):
             integers[:, k] = torch.tensor([l, l - abs(m), abs(m), m < 0])
-            start[k] = diagonal[abs(m), abs(m)] * (2**0.5 if m else 1.0)
-            for step in range(1, l - abs(m) + 1):
-                climb[0, step, k], climb[1, step, k] = a[abs(m) + step, abs(m)], b[abs(m) + step, abs(m)]
+            start[k] = coefficients[abs(m), abs(m), 0]
+            climb[:, 1 : l - abs(m) + 1, k] = coefficients[abs(m) + 1 : l + 1, abs(m)].T
         columns = (*integers.to(like.device).unbind(), start.to(like))
         per_length = torch.tensor([1 / descriptor._radial.step], dtype=torch.float64).to(like)
         return TritonKernels(

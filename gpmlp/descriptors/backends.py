@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.core.errors import DataWarning
+from gpmlp.core.neighbors import fits_compiled_loops
 from gpmlp.descriptors import _triton, cpu, gpu
 from gpmlp.descriptors.gpu import BatchedProducts, DenseBackend
 from gpmlp.descriptors.soap import PowerSpectrum
@@ -23,7 +24,7 @@ class SoapPowerSpectrum(PowerSpectrum):
     def __call__(self, surroundings: Surroundings) -> Environments:
         """Environments of all surroundings."""
         vectors = surroundings.vectors
-        if cpu.usable(vectors):
+        if fits_compiled_loops(vectors):
             return cpu.compiled_environments(self, surroundings)
         if usable_dense(vectors):
             return gpu.dense_environments(self, surroundings, fastest_backend(self, vectors.detach()))

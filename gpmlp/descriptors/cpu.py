@@ -15,6 +15,7 @@ from gpmlp.core import parallel
 from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.descriptors import cutoff
 from gpmlp.descriptors.soap import PowerSpectrum
+from gpmlp.descriptors.spherical_harmonics import recurrence_coefficients
 
 if TYPE_CHECKING:
     from gpmlp.descriptors._cpu_kernels import BasisTables, SortedPairs
@@ -24,15 +25,9 @@ SHARED = 128  # environments that are worth handing to another thread
 FEW = 8  # environments whose Jacobian stays in cache while many cotangents are pulled back
 
 
-def usable(vectors: Tensor) -> bool:
-    """Whether the loops can take these pairs: in the memory of the CPU, in single or double precision, nothing recorded by autograd."""
-    recorded = vectors.requires_grad and torch.is_grad_enabled()
-    return vectors.device.type == "cpu" and vectors.dtype in (torch.float32, torch.float64) and not recorded
-
-
 def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings) -> Environments:
     """Features of all surroundings; derivatives when asked for."""
-    from gpmlp.descriptors import _cpu_jacobian, _cpu_kernels
+    from gpmlp.descriptors import _cpu_kernels
 
     vectors, l_max = surroundings.vectors.detach().contiguous(), descriptor.l_max
     basis = _basis(descriptor, vectors.dtype)
@@ -44,9 +39,8 @@ def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings)
     tiny = basis.table.dtype.type(torch.finfo(vectors.dtype).tiny)
     starts = pairs.starts[:: basis.n_species].tolist()
 
-    together = (
-        max(SHARED, -(-n // (4 * parallel.available_threads()))) if parallel.available_threads() > 1 else max(1, n)
-    )
+    threads = parallel.available_threads()
+    together = max(SHARED, -(-n // (4 * threads))) if threads > 1 else max(1, n)
     _in_blocks(0, n, lambda lo, hi: _cpu_kernels.expand_features(lo, hi, pairs, basis, tiny, row, *made), together)
 
     def jacobian(start: int = 0, end: int = n, out: Tensor | None = None) -> Tensor:
@@ -57,7 +51,7 @@ def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings)
 
         def block(lo: int, hi: int) -> None:
             here = array[starts[lo] - starts[start] :]
-            _cpu_jacobian.feature_jacobian(lo, hi, starts[lo], pairs, basis, row, *made, here)
+            _cpu_kernels.feature_jacobian(lo, hi, starts[lo], pairs, basis, row, *made, here)
 
         _in_blocks(start, end, block, BLOCK)
         return out
@@ -117,7 +111,7 @@ def _pairs(descriptor: PowerSpectrum, surroundings: Surroundings, vectors: Tenso
 @lru_cache(maxsize=32)
 def _basis(descriptor: PowerSpectrum, dtype: torch.dtype) -> BasisTables:
     """Equal descriptors share one."""
-    from gpmlp.descriptors._cpu_kernels import BasisTables, recurrence_table
+    from gpmlp.descriptors._cpu_kernels import BasisTables
     from gpmlp.descriptors._simd import LANES
 
     integrals, like = descriptor._radial, torch.zeros(0, dtype=dtype)
@@ -131,7 +125,7 @@ def _basis(descriptor: PowerSpectrum, dtype: torch.dtype) -> BasisTables:
         of(1),
         descriptor._prefactors(like).flatten().numpy(),
         (descriptor.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5).numpy(),
-        recurrence_table(l_max).astype(of).reshape(-1),
+        recurrence_coefficients(l_max).astype(of).reshape(-1),
         n_max,
         l_max,
         len(descriptor.species),

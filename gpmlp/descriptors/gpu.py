@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.core.padded_neighbors import padded_places
+from gpmlp.descriptors.radial import evaluate_splines
 from gpmlp.descriptors.soap import PowerSpectrum
 from gpmlp.descriptors.spherical_harmonics import BatchedHarmonics
 
@@ -51,12 +52,6 @@ class DenseTables:
         factors = descriptor._prefactors(torch.zeros(0, dtype=torch.float64)).flatten()
         return DenseTables(descriptor, by_l.to(like).contiguous(), center.to(like), factors.to(like), a, b)
 
-    def intervals(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        """Interval of the radial table, and place in it."""
-        scaled = r / self.descriptor._radial.step
-        interval = scaled.floor().clamp(0, len(self.table) - 1)
-        return interval.long(), scaled - interval
-
 
 @dataclass(frozen=True, eq=False)
 class DenseExpansion:
@@ -90,7 +85,7 @@ class BatchedProducts:
     """Batched matrix products in PyTorch: n × pairs times pairs × m for each l, environment and species."""
 
     numbers: DenseTables
-    spherical: BatchedHarmonics
+    harmonics: BatchedHarmonics
 
     @staticmethod
     def from_descriptor(descriptor: PowerSpectrum, like: Tensor) -> BatchedProducts:
@@ -105,8 +100,8 @@ class BatchedProducts:
         r = vectors.norm(dim=3)
         units = (vectors / r[..., None]).reshape(-1, 3).T.contiguous()
         radial, d_radial = self._radial(r)
-        q, slopes, powers = self.spherical(units)
-        y = self.spherical.values(q, powers).unflatten(1, (n * slots, width))
+        q, slopes, powers = self.harmonics(units)
+        y = self.harmonics.values(q, powers).unflatten(1, (n * slots, width))
         parts = [radial[:, :, self._n(l)].mT @ y[m].permute(1, 2, 0) for l, m in enumerate(made._l_blocks())]
         density = torch.cat(parts, dim=2).unflatten(0, (n, slots))
         mine = own[:, None] == torch.arange(slots, device=own.device)
@@ -129,8 +124,10 @@ class BatchedProducts:
             torch.cat([weights[:, :, m].mT @ part[:, :, self._n(l)].mT for l, m in blocks], dim=1).transpose(0, 1)
             for part in (radial, d_radial)
         )
-        gradient = torch.stack([(on_y.flatten(1) * part).sum(0) for part in self.spherical.slopes(q, slopes, powers)])
-        along = (on_slope.flatten(1) * self.spherical.values(q, powers)).sum(0)
+        gradient = torch.stack(
+            [(on_y.flatten(1) * part).sum(0) for part in self.harmonics.gradients(q, slopes, powers)]
+        )
+        along = (on_slope.flatten(1) * self.harmonics.values(q, powers)).sum(0)
         # of a function of the direction only what is across it
         across = (gradient - units * (units * gradient).sum(0)) / r.flatten()
         return (units * along + across).T.reshape(n, slots, width, 3)
@@ -150,16 +147,11 @@ class BatchedProducts:
         return slice(l * n_max, (l + 1) * n_max)
 
     def _radial(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        """w I_nl and its slope, (environments × species, width, (l_max + 1) n_max), by Horner's rule for both together."""
-        interval, t = self.numbers.intervals(r)
+        """w I_nl and its slope, (environments × species, width, (l_max + 1) n_max)."""
+        step = self.numbers.descriptor._radial.step
+        value, slope = evaluate_splines(self.numbers.table, r / step)
         weight, d_weight = (part[..., None] for part in self.numbers.descriptor.weights(r))
-        table, t = self.numbers.table, t[..., None]
-        value = table[interval, 0]
-        slope = torch.zeros_like(value)
-        for k in range(1, table.shape[1]):
-            slope = torch.addcmul(value, slope, t)
-            value = torch.addcmul(table[interval, k], value, t)
-        slope = slope * (weight / self.numbers.descriptor._radial.step) + d_weight * value
+        slope = slope * (weight / step) + d_weight * value
         return (weight * value).flatten(0, 1), slope.flatten(0, 1)
 
 

@@ -35,17 +35,26 @@ class RadialIntegrals:
 
     def __call__(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """Return I_nl(r) and dI_nl/dr, each (pairs, n_max, l_max + 1)."""
-        table = self.coefficients.to(device=r.device, dtype=r.dtype)
-        scaled = r / self.step
-        interval = scaled.detach().floor().long().clamp(0, table.shape[0] - 1)
-        t = (scaled - interval)[:, None]
-        c = table[interval]
-        value, slope = c[:, 0], torch.zeros_like(c[:, 0])
-        for k in range(1, _DEGREE + 1):  # Horner's rule for the polynomial and its derivative together
-            slope = slope * t + value
-            value = value * t + c[:, k]
+        value, slope = evaluate_splines(self.coefficients.to(device=r.device, dtype=r.dtype), r / self.step)
         shape = (-1, self.n_max, self.l_max + 1)
         return value.reshape(shape), (slope / self.step).reshape(shape)
+
+
+def evaluate_splines(table: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Piecewise polynomials (..., functions) and their slopes by Horner's rule for both together.
+
+    Args:
+        table: (intervals, degree + 1, functions) coefficients, highest power first.
+        scaled: (...,) distances in units of an interval.
+    """
+    interval = scaled.detach().floor().long().clamp(0, len(table) - 1)
+    t = (scaled - interval)[..., None]
+    value = table[interval, 0]
+    slope = torch.zeros_like(value)
+    for k in range(1, table.shape[1]):
+        slope = torch.addcmul(value, slope, t)
+        value = torch.addcmul(table[interval, k], value, t)
+    return value, slope
 
 
 def gto_integrals(n_max: int, l_max: int, sigma: float, cutoff: float) -> RadialIntegrals:
