@@ -193,7 +193,7 @@ def test_a_refresh_of_updated_rows_is_one_of_rows_made_anew():
     for seed in (40, 41, 42):
         online = online.learned(*labelled(seed))
     online = online.removed(0).without(0, 8, [1]).refreshed("a test")
-    lowers = online.lowers
+    lowers = regression.lowers_of(online.models)
     made = regression.labelled_rows(
         online.models, online.structures, Targets.concatenate([b.remaining for b in online.batches])
     )

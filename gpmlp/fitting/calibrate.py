@@ -179,26 +179,23 @@ def spread_of_samples(structures: Structures, targets: Targets, raw: Prediction)
     return float(fit_variance_weights(errors[known], parts[known][:, 1:])[0]) ** 0.5
 
 
-def uncalibrated_warnings(calibration: Calibration) -> list[str]:
-    """A warning where the structures set aside say nothing of the errors of a kind."""
-    return [
+def calibration_warnings(calibration: Calibration, label_noise: dict[str, float]) -> list[str]:
+    """Warnings of a kind whose held-out errors all vanish by symmetry, and of a model class that misses much of the forces."""
+    out = [
         f"Error bars of {kind} are not calibrated: nearly all {kind} of the structures set aside vanish by symmetry. Add structures with "
         "displaced atoms, above all if the model is to be used for dynamics."
         for kind in calibration.source.get("blind", ())
     ]
-
-
-def misspecification_warnings(calibration: Calibration, label_noise: float) -> list[str]:
-    """A warning where what the model class cannot express is a large share of the forces themselves."""
     misfit, size = (calibration.source.get(key, 0.0) for key in ("misspecification_eV_per_A", "force_eV_per_A"))
     if misfit < LARGE * size or not size:
-        return []
-    removed = label_noise < REMOVED * size
-    known = " (net forces were removed from the labels: what noise they have counts here too)" if removed else ""
+        return out
+    removed = label_noise.get("forces", 0.0) < REMOVED * size
+    net = " (net forces were removed from the labels: what noise they have counts here too)" if removed else ""
     return [
+        *out,
         f"Misspecification: the model class misses held-out forces (rms {size:.3g} eV/A) by about {misfit:.2g} eV/A that is neither "
-        f"noise of the labels nor lack of data{known}. Try a longer descriptor.cutoff first, then larger l_max and n_max, then more "
-        "inducing points."
+        f"noise of the labels nor lack of data{net}. Try a longer descriptor.cutoff first, then larger l_max and n_max, then more "
+        "inducing points.",
     ]
 
 

@@ -71,14 +71,19 @@ MEMORY_GB = 10.0
 VARIANCE_COLUMNS = 1500  # of the posterior kept for variances
 
 
-def resolve_recipe(recipe: Recipe, found: DataSummary, n_species: int) -> Recipe:
-    """Return the recipe with every None replaced, except for what is learned (noise) and ZBL radii (one for each pair)."""
+def resolve_recipe(recipe: Recipe, found: DataSummary, n_species: int, growing: bool = False) -> Recipe:
+    """Return the recipe with every None replaced, except for what is learned (noise) and ZBL radii (one for each pair).
+
+    Args:
+        growing: whether inducing points are added as labels come: `inducing.n` is then the most there may ever be, and these labels ask
+            for as many as they do where it is open.
+    """
     budget = recipe.memory_GB or min(MEMORY_GB, 0.4 * physical_memory_GB())
     return recipe.model_copy(
         update={
             "descriptor": tuple(_descriptor(d, found, n_species) for d in recipe.descriptors),
             "kernel": tuple(_kernel(k, found) for k in recipe.kernels),
-            "inducing": tuple(_inducing(i, found, budget, len(recipe.descriptors)) for i in recipe.inducings),
+            "inducing": tuple(_inducing(i, found, budget, len(recipe.descriptors), growing) for i in recipe.inducings),
             "memory_GB": budget,
             "variance": recipe.variance
             and recipe.variance.model_copy(update={"columns": recipe.variance.columns or VARIANCE_COLUMNS}),
@@ -135,11 +140,15 @@ def affordable_columns(memory_GB: float) -> int:
     return int((memory_GB * 1e9 / (8 * MATRICES)) ** 0.5)
 
 
-def _inducing(i: InducingRecipe, found: DataSummary, budget: float, n_descriptors: int) -> InducingRecipe:
+def _inducing(
+    i: InducingRecipe, found: DataSummary, budget: float, n_descriptors: int, growing: bool
+) -> InducingRecipe:
     """As many columns as memory, data and patience allow, spread over centres and their gradients."""
     columns = min(affordable_columns(budget), columns_for(found.n_labels, found.periodic))
     columns = max(columns, 50) // n_descriptors
-    gradients = i.gradients
+    gradients, most = i.gradients, i.n
+    if growing and not isinstance(i.shares, dict):
+        i = i.model_copy(update={"n": None})
     if isinstance(i.shares, dict):
         n = i.n or sum(i.shares.values())
     else:
@@ -149,4 +158,4 @@ def _inducing(i: InducingRecipe, found: DataSummary, budget: float, n_descriptor
         )
     if gradients is None:
         gradients = max(0, min(15, columns // n - 1)) if i.n else GRADIENTS[found.periodic]
-    return i.model_copy(update={"n": n, "gradients": gradients})
+    return i.model_copy(update={"n": min(n, most or n), "gradients": gradients})

@@ -1,4 +1,4 @@
-"""Fit turns structures with targets into a Potential and a FitReport, in two passes over the data."""
+"""Fit of a sparse Gaussian process to labelled structures, in two passes over the data: a Potential and a FitReport."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.errors import chemical_symbol
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures, chunk_structures
-from gpmlp.fitting import calibrate, defaults, prepare, regression, variance_checks
+from gpmlp.fitting import calibrate, prepare, regression, variance_checks
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
 from gpmlp.fitting.stress_check import check_stress_consistency
@@ -28,9 +28,9 @@ from gpmlp.potential.evaluation import ErrorTable, error_table
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty import mahalanobis
-from gpmlp.uncertainty import residuals as label_noise
 from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis, ReservoirSample
+from gpmlp.uncertainty.residuals import force_label_noise
 
 PASS_ATOMS = 128  # atoms of a chunk of rows
 FEW_COLUMNS = 1000  # up to which threads cost the evidence more than they give
@@ -60,23 +60,22 @@ def fit(
     """
     stages = StageTimer(progress)
     stages.begin("data")
-    data = _Data.of(structures, targets, Recipe() if recipe is None else recipe)
+    data = _Data.from_labels(structures, targets, Recipe() if recipe is None else recipe)
     aside = data.recipe.variance and data.recipe.calibration
     kept, held = calibrate.calibration_split(data.structures, data.targets, aside, data.recipe.seed)
-    trained = _trained(data, kept, held, stages)
+    trained = _train(data, kept, held, stages)
     models, learned, calibration = trained.models, trained.learned, Calibration.identity()
+    lowers = regression.lowers_of(models)
     if len(held):
         stages.begin("calibration")
-        interim = _potential(data, trained, learned, learned.weights(trained.lowers))
         calibration = calibrate.held_out_calibration(
-            interim, data.structures.select(held), data.targets.select(data.structures, held)
+            _potential(data, trained, learned, learned.weights(lowers)),
+            data.structures.select(held),
+            data.targets.select(data.structures, held),
         )
-        del interim
         learned = learned.joined(*trained.held)
     stages.begin("posterior")
-    solved = posterior.solve_posterior(
-        learned.whitened, learned.counts, learned.every_noise, learned.signal, trained.lowers
-    )
+    solved = posterior.solve_posterior(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
     potential = _potential(data, trained, learned, solved.weights)
     potential = replace(potential, calibration=calibration, provenance=dict(provenance or {}))
     if potential.variances is not None:
@@ -85,38 +84,32 @@ def fit(
         )
         scaled = replace(potential.variances, amplitude=share)
         potential = replace(potential, variances=scaled, calibration=calibration.with_amplitude(share))
-    looked = data.structures.select(held if len(held) else kept)
-    cheap = variance_checks.subset_error(potential, models, learned.signal, solved.factor, looked, data.recipe.seed)
-    found = None
+    compared = data.structures.select(held if len(held) else kept)
+    subset = variance_checks.subset_error(potential, models, learned.signal, solved.factor, compared, data.recipe.seed)
+    errors = None
     if validation is not None:
         stages.begin("validation")
-        found = _validated(potential, *validation, energies=not data.targets.energies.isnan().all())
+        errors = _validation_errors(potential, *validation, energies=not data.targets.energies.isnan().all())
     stages.end()
-    about = FitReport(
+    report = FitReport(
         held_out=len(held),
-        variance_subset=cheap,
-        validation_errors=found,
+        variance_subset=subset,
+        validation_errors=errors,
         stages=tuple(stages.done),
-        warnings=(
-            *data.doubts,
-            *trained.doubts,
-            *calibrate.uncalibrated_warnings(calibration),
-            *calibrate.misspecification_warnings(calibration, learned.label_noise.get("forces", 0.0)),
-        ),
+        warnings=(*data.warnings, *trained.warnings, *calibrate.calibration_warnings(calibration, learned.label_noise)),
         **_numbers(data, trained, learned, solved),
     )
-    return replace(potential, report=about.as_dict()), about
+    return replace(potential, report=report.as_dict()), report
 
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """What is learned from, made ready, with the recipe filled in.
+    """Training data on the device, with the recipe filled in.
 
     Attributes:
         targets: labels as they came; remaining: less the baselines.
         shortest: distance of each pair of species that occurs, by symbols, A.
         label_noise: as much of the noise as labels themselves show, by kind; constant: what labels bring with them.
-        doubts: warnings about the data.
     """
 
     recipe: Recipe
@@ -127,43 +120,47 @@ class _Data:
     shortest: dict[str, float]
     label_noise: dict[str, float]
     constant: dict[str, float]
-    doubts: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @staticmethod
-    def of(structures: Structures, targets: Targets, recipe: Recipe) -> _Data:
-        """Check and move the data, look at them, fill in the recipe and take the baselines off."""
+    def from_labels(structures: Structures, targets: Targets, recipe: Recipe) -> _Data:
+        """Check and move the data, fill in the recipe and subtract the baselines."""
         structures, targets = prepare.prepare_data(structures, targets, recipe)
-        doubts = (
+        warnings = (
             *check_stress_consistency(structures, targets),
             *prepare.energy_zero_warnings(structures, targets, recipe),
         )
-        found = defaults.summarise_data(structures, targets)
-        recipe = defaults.resolve_recipe(recipe, found, len(structures.distinct_species))
-        base = prepare.make_baselines(structures, targets, recipe, found)
-        remaining = prepare.trust_isolated_atoms(structures, targets.minus(prepare.baseline_sum(base, structures)))
-        shortest = {f"{chemical_symbol(a)}-{chemical_symbol(b)}": r for (a, b), r in found.shortest.items()}
-        scatter = label_noise.force_label_noise(structures, targets)
+        recipe, base, summary = prepare.set_up(structures, targets, recipe)
+        remaining = prepare.subtract_baselines(structures, targets, base)
+        shortest = {f"{chemical_symbol(a)}-{chemical_symbol(b)}": r for (a, b), r in summary.shortest.items()}
         given = prepare.labels_noise(targets)
-        shown = [x for x in (scatter, given.get("forces", math.nan)) if x == x]
-        shown = {"forces": max(shown)} if shown else {}
-        return _Data(recipe, structures, targets, remaining, base, shortest, shown, given, doubts)
+        shown = [force_label_noise(structures, targets), given.get("forces", math.nan)]
+        shown = [x for x in shown if x == x]
+        noise = {"forces": max(shown)} if shown else {}
+        return _Data(recipe, structures, targets, remaining, base, shortest, noise, given, warnings)
 
 
 def _potential(data: _Data, trained: _Trained, learned: WhitenedData, weights: Tensor) -> Potential:
-    """What has been learned, not calibrated."""
-    constant = data.constant | trained.parameters.noise()
+    """The potential of these weights, not calibrated."""
+    variances = None
+    if data.recipe.variance is not False:
+        factor, subset = regression.variance_factor(trained.models, learned, data.recipe.variance.columns)
+        constant = data.constant | trained.parameters.noise()
+        variances = regression.variance_model(
+            trained.models, learned.signal, factor, constant, learned.label_noise, subset
+        )
     return Potential(
         regression.make_terms(trained.models, weights),
         data.baselines,
         data.structures.distinct_species,
         data.recipe,
         learned.noise,
-        variances=regression.make_variances(data.recipe, trained.models, learned, constant),
+        variances=variances,
         novelty=trained.novelty,
     )
 
 
-def _validated(potential: Potential, structures: Structures, targets: Targets, energies: bool) -> ErrorTable:
+def _validation_errors(potential: Potential, structures: Structures, targets: Targets, energies: bool) -> ErrorTable:
     """Errors on data that were not learned from; of energies only if any were learned."""
     if not energies:
         targets = replace(targets, energies=torch.full_like(targets.energies, float("nan")))
@@ -172,7 +169,11 @@ def _validated(potential: Potential, structures: Structures, targets: Targets, e
 
 @dataclass(frozen=True, eq=False)
 class _Trained:
-    """What the data seen have come to, with the whitened rows of those set aside and their number by kind, and warnings."""
+    """Inducing variables, whitened data and hyperparameters of a fit.
+
+    Attributes:
+        environments: number of each species; held: whitened rows of the structures set aside and their number, by kind.
+    """
 
     models: list[InducingModel]
     environments: dict[int, int]
@@ -181,49 +182,44 @@ class _Trained:
     novelty: Mahalanobis | None
     parameters: Hyperparameters
     result: evidence.EvidenceResult
-    doubts: tuple[str, ...]
-
-    @property
-    def lowers(self) -> list[Tensor]:
-        """Cholesky factors of all inducing blocks."""
-        return [lower for m in self.models for lower in m.lowers]
+    warnings: tuple[str, ...]
 
 
-def _trained(data: _Data, kept: Tensor, held: Tensor, stages: StageTimer) -> _Trained:
+def _train(data: _Data, kept: Tensor, held: Tensor, stages: StageTimer) -> _Trained:
     """Choose inducing variables, stream the rows, learn noises and signals; all from the structures kept alone."""
     recipe, structures = data.recipe, data.structures
-    (parts, targets), (unseen, unseen_targets) = (
+    (parts, targets), (parts_held, targets_held) = (
         _chunked(structures.select(some), data.remaining.select(structures, some)) for some in (kept, held)
     )
     stages.begin("inducing points")
-    sample = _Sample(recipe)
+    sample = _FeatureSample(recipe)
     models, environments = regression.make_models(recipe, structures, parts, stages, sample.add)
-    novelty = sample.fit(models[0].descriptor, unseen)
+    novelty = sample.fit(models[0].descriptor, parts_held)
     stages.begin("covariances")
     factors = regression.stream_rows(models, parts, targets, stages)
-    extra = regression.stream_rows(models, unseen, unseen_targets, stages)
+    factors_held = regression.stream_rows(models, parts_held, targets_held, stages)
     stages.begin("evidence")
-    lowers = [lower for m in models for lower in m.lowers]
-    counts, counts_held = ({kind: f.count for kind, f in some.items()} for some in (factors, extra))
+    lowers = regression.lowers_of(models)
+    counts, counts_held = ({kind: f.count for kind, f in some.items()} for some in (factors, factors_held))
     whitened, whitened_held = (
         {kind: inducing.whiten_rows(some.pop(kind).factor().double(), lowers) for kind in list(some)}
-        for some in (factors, extra)
+        for some in (factors, factors_held)
     )
     with parallel.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
         parameters, block_of_column, result = regression.learn_hyperparameters(recipe, models, whitened, counts, stages)
     signal = parameters.signal().to(block_of_column.device)[block_of_column]
     noise = regression.fit_noise(recipe, parameters, whitened, counts, signal)
     learned = WhitenedData(whitened, counts, noise, data.label_noise, signal)
-    doubts = hyperparameters.bound_warnings(recipe, regression.blocks_of(models), result.at_bound)
+    warnings = hyperparameters.bound_warnings(recipe, regression.blocks_of(models), result.at_bound)
     jitter = max(m.jitter for m in models)
     if jitter:
-        doubts.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
-    about = parameters, result, tuple(doubts)
+        warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
+    about = parameters, result, tuple(warnings)
     return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, *about)
 
 
-class _Sample:
-    """A sample of the features that stream by, by species, and the novelty learned from it."""
+class _FeatureSample:
+    """A uniform sample of the features of each species, and the novelty fitted to it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.choices, self.seed = recipe.novelty, recipe.seed
@@ -239,15 +235,14 @@ class _Sample:
         """Distances whose thresholds come from the environments of held-out structures, where there are enough."""
         if self.choices is False:
             return None
-        unseen: dict[int, list[Tensor]] = {}
+        outside: dict[int, list[Tensor]] = {}
         for part in held:
             features = StructureEnvironments.from_structures(descriptor, part).environments.features
             for z in part.distinct_species:
-                unseen.setdefault(z, []).append(features[part.species == z].double())
-        seen = {z: r.rows().double() for z, r in self.reservoirs.items()}
-        return mahalanobis.fit_mahalanobis(
-            seen, {z: torch.cat(x) for z, x in unseen.items()}, self.choices.quantile, self.seed
-        )
+                outside.setdefault(z, []).append(features[part.species == z].double())
+        inside = {z: r.rows().double() for z, r in self.reservoirs.items()}
+        joined = {z: torch.cat(x) for z, x in outside.items()}
+        return mahalanobis.fit_mahalanobis(inside, joined, self.choices.quantile, self.seed)
 
 
 def _chunked(structures: Structures, targets: Targets) -> tuple[list[Structures], list[Targets]]:
@@ -265,21 +260,18 @@ def _chunked(structures: Structures, targets: Targets) -> tuple[list[Structures]
 
 
 def _numbers(data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior) -> dict[str, Any]:
-    """What a FitReport says of hyperparameters, columns and posterior."""
+    """Hyperparameters, columns and posterior for the FitReport."""
     models, parameters, result = trained.models, trained.parameters, trained.result
-    labels = [f"{k}:{chemical_symbol(z)}" for k, z in regression.blocks_of(models)]
-    every = [b for m in models for b in m.blocks]
     return {
         "rows": learned.counts,
         "noise": learned.noise,
         "noise_by_evidence": parameters.noise(),
         "label_noise": learned.label_noise,
-        "signal": dict(zip(labels, parameters.signal().tolist(), strict=True)),
+        **regression.block_numbers(models, parameters.signal()),
         "environments": {chemical_symbol(z): n for z, n in sorted(trained.environments.items())},
-        "centres": {label: len(b.features) for label, b in zip(labels, every, strict=True)},
         "shortest": data.shortest,
         "columns": sum(m.asked for m in models),
-        "rank": sum(b.n_columns for b in every),
+        "rank": sum(regression.block_widths(models)),
         "condition": solved.condition,
         "jitter": max(m.jitter for m in models),
         "negative_log_evidence": result.negative_log_evidence,

@@ -13,7 +13,7 @@ from gpmlp.core import errors
 from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
-from gpmlp.fitting import calibrate, defaults, online_updates, prepare, regression, sparse_points, variance_checks
+from gpmlp.fitting import calibrate, online_updates, prepare, regression, sparse_points, variance_checks
 from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online_updates import LabelBatch, RowScales
 from gpmlp.fitting.regression import InducingModel
@@ -26,9 +26,9 @@ from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty import mahalanobis
-from gpmlp.uncertainty import residuals as label_noise
 from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
+from gpmlp.uncertainty.residuals import force_label_noise
 
 LARGEST_ERROR = 1e-9  # measured error of the factor at which it is made again from the rows
 WORSE = 10.0  # times that when it was made: where rounding allows no better, there is no use in making it again
@@ -97,13 +97,9 @@ class OnlineFit:
         return Targets.concatenate([b.targets for b in self.batches])
 
     @cached_property
-    def lowers(self) -> list[Tensor]:
-        return [lower for m in self.models for lower in m.lowers]
-
-    @cached_property
     def columns_signal(self) -> Tensor:
         """(columns,) δ of each column."""
-        return self._scales.columns(online_updates.block_widths(self.models))
+        return self._scales.columns(regression.block_widths(self.models))
 
     @property
     def _scales(self) -> RowScales:
@@ -112,7 +108,8 @@ class OnlineFit:
     @cached_property
     def potential(self) -> Potential:
         """What has been learned so far."""
-        weights = inducing.unwhiten_weights(self.columns_signal * self.factor.mean, self.lowers)
+        lowers = regression.lowers_of(self.models)
+        weights = inducing.unwhiten_weights(self.columns_signal * self.factor.mean, lowers)
         return Potential(
             regression.make_terms(self.models, weights),
             self.baselines,
@@ -127,15 +124,12 @@ class OnlineFit:
 
     def report(self) -> dict:
         """Numbers of the fit as it stands, JSON-able."""
-        labels = [f"{k}:{errors.chemical_symbol(b.species)}" for k, m in enumerate(self.models) for b in m.blocks]
-        blocks = [b for m in self.models for b in m.blocks]
         return {
             "rows": self._counts(),
             "noise": self.noise,
             "label_noise": self.label_noise,
-            "signal": dict(zip(labels, self.signal.tolist(), strict=True)),
-            "centres": {label: len(b.features) for label, b in zip(labels, blocks, strict=True)},
-            "columns": sum(len(b.vectors) for b in blocks),
+            **regression.block_numbers(self.models, self.signal),
+            "columns": sum(len(b.vectors) for m in self.models for b in m.blocks),
             "rank": self.factor.columns,
             "condition": self.factor.condition,
             "variance_subset": self.subset,
@@ -166,8 +160,8 @@ class OnlineFit:
         if new.novelty is None:
             return new
         batch = new.batches[-1]
-        told = batch.told
-        return replace(new, novelty=new.novelty.updated(batch.structures.species[told], batch.features[told]))
+        labelled = batch.labelled_atoms
+        return replace(new, novelty=new.novelty.updated(batch.structures.species[labelled], batch.features[labelled]))
 
     def _foreseen(
         self, structures: Structures, targets: Targets, views: Sequence[StructureEnvironments]
@@ -193,8 +187,7 @@ class OnlineFit:
         """
         self._check_species(structures)
         structures, targets = prepare.prepare_data(structures, targets, self.recipe, whole=False)
-        remaining = targets.minus(prepare.baseline_sum(self.baselines, structures))
-        remaining = prepare.trust_isolated_atoms(structures, remaining)
+        remaining = prepare.subtract_baselines(structures, targets, self.baselines)
         room = online_updates.KEPT_BYTES - sum(b.n_bytes for b in self.batches)
         batch = LabelBatch.of(self.models, structures, targets, remaining, self._scales, room, views)
         new = replace(self, batches=(*self.batches, batch))
@@ -253,11 +246,9 @@ class OnlineFit:
         for k, model in enumerate(self.models):
             here = self.signal[start : start + len(model.blocks)]
             start += len(model.blocks)
-            room = (
-                online_updates.missing_centres(self.asked, self.recipe, self.models, k, labels, periodic)
-                if at_most is None
-                else at_most
-            )
+            room = at_most
+            if room is None:
+                room = online_updates.missing_centres(self.asked, self.recipe, self.models, k, labels, periodic)
             novelty = self.novelty if k == 0 else None
             about = model.descriptor, model.kernel, model.blocks, model.lowers, here
             grown.append(sparse_points.choose_more(*about, structures, room, novelty, views[k] if views else None))
@@ -293,8 +284,8 @@ class OnlineFit:
         )
         signal = parameters.signal().detach().double().cpu()
         noise = regression.fit_noise(self.recipe, parameters, whitened, counts, signal[block_of_column])
-        scatter = label_noise.force_label_noise(self.structures, self.targets)
-        sizes, scales = online_updates.block_widths(self.models), RowScales(noise, signal)
+        scatter = force_label_noise(self.structures, self.targets)
+        sizes, scales = regression.block_widths(self.models), RowScales(noise, signal)
         new = replace(
             self,
             batches=tuple(b.rescaled(self._scales, scales, sizes) for b in self.batches),
@@ -335,7 +326,7 @@ class OnlineFit:
             left_out = (batch.structures.structure_of_atom + number) % 4 == 3
             number += len(batch.structures)
             for z in batch.structures.distinct_species:
-                here = (batch.structures.species == z) & batch.told
+                here = (batch.structures.species == z) & batch.labelled_atoms
                 for parts, which in ((seen, ~left_out), (unseen, left_out)):
                     if (here & which).any():
                         parts.setdefault(z, []).append(batch.features[here & which])
@@ -359,7 +350,7 @@ class OnlineFit:
 
     def _whitened(self) -> dict[str, Tensor]:
         """Triangular factors of the rows of each kind, with unit noise and signal."""
-        sizes = online_updates.block_widths(self.models)
+        sizes = regression.block_widths(self.models)
         columns, found = sum(sizes), {}
         for kind in self._counts():
             folded = RowFactor(columns, 2 * columns)
@@ -374,7 +365,7 @@ class OnlineFit:
     def _from_rows(self, why: str, rows: Iterable[Tensor] | None = None) -> OnlineFit:
         """With the factor made again from all rows, or from others with the same RᵀR."""
         factor = PosteriorFactor.from_rows(
-            self._rows() if rows is None else rows, sum(online_updates.block_widths(self.models))
+            self._rows() if rows is None else rows, sum(regression.block_widths(self.models))
         )
         events = (*self.events, f"{self.n_labels} labels: {why}")
         return replace(self, factor=factor.measure_drift(self._rows()), events=events)
@@ -389,15 +380,12 @@ class OnlineFit:
     def _variances(self) -> VarianceModel | None:
         if self.recipe.variance is False:
             return None
-        blocks, lowers, upper = [m.blocks for m in self.models], self.lowers, self.factor.upper[:, :-1]
+        factor, subset = self.factor.upper[:, :-1], None
         if self.factor.columns > self.recipe.variance.columns:
-            blocks, lowers, upper = online_updates.leading_subset(
-                self.models, self.factor, self.recipe.variance.columns
-            )
-        priors = regression.make_priors(self.models, self.columns_signal)
-        signal = self._scales.columns([len(lower) for lower in lowers])
-        about = signal, upper, self.constant, self.label_noise, self.factor.columns
-        return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), *about)
+            about = self.models, self.factor, self._scales, self.recipe.variance.columns
+            factor, subset = online_updates.variance_factor(*about)
+        about = self.models, self.columns_signal, factor, self.constant, self.label_noise, subset
+        return regression.variance_model(*about)
 
 
 def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> OnlineFit:
@@ -405,15 +393,13 @@ def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> On
     structures = Structures.concatenate([s for s, _ in parts])
     targets = Targets.concatenate([t for _, t in parts])
     hyperparameters.check_species(asked, structures)
-    found = defaults.summarise_data(structures, targets)
-    recipe = online_updates.resolve_capped(asked, found, len(structures.distinct_species))
-    base = prepare.make_baselines(structures, targets, recipe, found)
+    recipe, base, _ = prepare.set_up(structures, targets, asked, growing=True)
     pieces = list(chunk_structures(structures, CHUNK_ATOMS))
     models, _ = regression.make_models(recipe, structures, pieces, StageTimer(None), lambda z, features: None)
-    widths = online_updates.block_widths(models)
+    widths = regression.block_widths(models)
     unit, made, room = RowScales.unit(len(widths)), [], online_updates.KEPT_BYTES
     for some, labels in parts:
-        remaining = prepare.trust_isolated_atoms(some, labels.minus(prepare.baseline_sum(base, some)))
+        remaining = prepare.subtract_baselines(some, labels, base)
         made.append(LabelBatch.of(models, some, labels, remaining, unit, room))
         room -= made[-1].n_bytes
     about = asked, recipe, tuple(models), base, tuple(made), PosteriorFactor.from_rows([], sum(widths))

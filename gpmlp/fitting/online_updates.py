@@ -14,8 +14,7 @@ from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import defaults, regression
-from gpmlp.fitting.defaults import DataSummary
-from gpmlp.fitting.regression import InducingModel
+from gpmlp.fitting.regression import InducingModel, VarianceSubset, block_widths
 from gpmlp.gp import covariances, inducing
 from gpmlp.gp.covariances import EnvironmentsOf, SpeciesEnvironments
 from gpmlp.gp.inducing import RANK_TOLERANCE, InducingBlock, extend_cholesky, restrict_cholesky
@@ -92,8 +91,8 @@ class LabelBatch:
         if sum(_bytes(m, structures, o) for m, o in zip(models, outlooks, strict=True)) <= room:
             facets = tuple(_facets(m, structures, remaining, o) for m, o in zip(models, outlooks, strict=True))
         made = regression.labelled_rows(models, structures, remaining, views=views, facets=facets)
-        lowers = [lower for m in models for lower in m.lowers]
-        widths, unit = [len(lower) for lower in lowers], RowScales.unit(len(lowers))
+        lowers, widths = regression.lowers_of(models), block_widths(models)
+        unit = RowScales.unit(len(lowers))
         rows = {
             k: rescaled_rows(inducing.whiten_rows(raw.double(), lowers), k, unit, scales, widths)
             for k, raw in made.items()
@@ -102,8 +101,8 @@ class LabelBatch:
         return LabelBatch(structures, targets, remaining, rows, features.double(), facets)
 
     @property
-    def told(self) -> Tensor:
-        """(atoms,) bool: of which a label tells something: the force on it, or an energy that it has a share in."""
+    def labelled_atoms(self) -> Tensor:
+        """(atoms,) bool: those whose force is labelled, or the energy of whose structure is."""
         whole = self.targets.energies.isfinite()[self.structures.structure_of_atom]
         return whole | self.targets.forces.isfinite().any(1)
 
@@ -121,7 +120,7 @@ class LabelBatch:
         rows = {kind: rescaled_rows(some, kind, old, new, widths) for kind, some in self.rows.items()}
         return replace(self, rows=rows)
 
-    def turned(self, turn: Callable[[Tensor], Tensor]) -> LabelBatch:
+    def rotated(self, turn: Callable[[Tensor], Tensor]) -> LabelBatch:
         """With rows in another basis."""
         return replace(self, rows={kind: turn(rows) for kind, rows in self.rows.items()})
 
@@ -187,16 +186,6 @@ class BlockBorder:
         return len(self.bottom)
 
 
-def resolve_capped(asked: Recipe, found: DataSummary, n_species: int) -> Recipe:
-    """The recipe with what is open filled in. `inducing.n` is the most there may ever be: as many as the labels ask for, below that."""
-    free = tuple(i if isinstance(i.shares, dict) else i.model_copy(update={"n": None}) for i in asked.inducings)
-    out = defaults.resolve_recipe(asked.model_copy(update={"inducing": free}), found, n_species)
-    capped = (
-        i.model_copy(update={"n": min(i.n, a.n or i.n)}) for i, a in zip(out.inducings, asked.inducings, strict=True)
-    )
-    return out.model_copy(update={"inducing": tuple(capped)})
-
-
 def missing_centres(
     asked: Recipe, recipe: Recipe, models: Sequence[InducingModel], k: int, labels: int, periodic: bool
 ) -> int:
@@ -210,11 +199,6 @@ def missing_centres(
     columns = min(defaults.affordable_columns(recipe.memory_GB), defaults.columns_for(labels, periodic)) // len(models)
     wanted = min(most, columns // (1 + gradients)) - sum(len(b.features) for b in models[k].blocks)
     return max(0, min(wanted, max(1, PASS // (labels * (1 + gradients)))))
-
-
-def block_widths(models: Sequence[InducingModel]) -> list[int]:
-    """Columns of each block."""
-    return [len(lower) for m in models for lower in m.lowers]
 
 
 def add_inducing(
@@ -360,32 +344,29 @@ def remove_inducing(
     turns = [turn if i == before else None for i in range(len(sizes))]
 
     def turned(rows: Tensor) -> Tensor:
-        return _turned(rows, turns, sizes)
+        return _rotated(rows, turns, sizes)
 
     changed = replace(model, blocks=tuple(blocks), lowers=tuple(lowers))
     after = tuple(changed if m is model else m for m in models)
-    return after, tuple(b.turned(turned) for b in batches), factor.rotate_columns(turned, sum(sizes[:before]))
+    return after, tuple(b.rotated(turned) for b in batches), factor.rotate_columns(turned, sum(sizes[:before]))
 
 
-def _turned(rows: Tensor, turns: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+def _rotated(rows: Tensor, turns: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
     """[A Q | y] with Q block-diagonal; None stands for the identity."""
     pieces = rows.split([*sizes, 1], dim=1)
     return torch.cat([p if q is None else p @ q for p, q in zip(pieces, [*turns, None], strict=True)], dim=1)
 
 
-def leading_subset(
-    models: Sequence[InducingModel], factor: PosteriorFactor, at_most: int
-) -> tuple[list[tuple[InducingBlock, ...]], list[Tensor], Tensor]:
-    """A sparse process of its own with about so many columns, for variances: all centres with fewer gradients, as new ones count most.
+def variance_factor(
+    models: Sequence[InducingModel], factor: PosteriorFactor, scales: RowScales, at_most: int
+) -> tuple[Tensor, VarianceSubset]:
+    """The posterior factor of a sparse process with about `at_most` columns, for variances, and these columns.
 
-    Of centres that are too many by themselves, evenly many of old and new.
-
-    Returns:
-        blocks of each model, Cholesky factors of all blocks, and (columns, columns) the upper triangular factor.
+    All centres with fewer gradients, as new ones count most; of centres that are too many by themselves, evenly many of old and new.
     """
     centres = sum(len(b.features) for m in models for b in m.blocks)
     directions, share = max(0, at_most // centres - 1), min(1.0, at_most / centres)
-    blocks, lowers, turns = [], [], []
+    blocks, lowers, rotations = [], [], []
     for model in models:
         some = []
         for block, lower in zip(model.blocks, model.lowers, strict=True):
@@ -393,8 +374,11 @@ def leading_subset(
             centre, direction = block.column_addresses
             chosen = ((direction < directions) & (ranks.diff() > 0)[centre]).nonzero()[:, 0]
             chosen = chosen if len(chosen) else torch.arange(1)  # their values depended on others
-            shorter, turn = restrict_cholesky(lower, chosen)
-            some.append(inducing.select_columns(block, chosen)), lowers.append(shorter), turns.append(turn)
+            shorter, rotation = restrict_cholesky(lower, chosen)
+            some.append(inducing.select_columns(block, chosen))
+            lowers.append(shorter)
+            rotations.append(rotation)
         blocks.append(tuple(some))
     sizes = block_widths(models)
-    return blocks, lowers, factor.rotate_columns(lambda rows: _turned(rows, turns, sizes)).upper[:, :-1]
+    upper = factor.rotate_columns(lambda rows: _rotated(rows, rotations, sizes)).upper[:, :-1]
+    return upper, (tuple(blocks), tuple(lowers), scales.columns([len(lower) for lower in lowers]))

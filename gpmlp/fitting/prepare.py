@@ -80,6 +80,19 @@ def _with_config_noise(targets: Targets, structures: Structures, recipe: Recipe,
     return replace(targets, **values)
 
 
+def set_up(
+    structures: Structures, targets: Targets, recipe: Recipe, growing: bool = False
+) -> tuple[Recipe, tuple[Baseline, ...], defaults.DataSummary]:
+    """What the data decide before a regression: the recipe filled in, the baselines, and the summary that both come from.
+
+    Args:
+        growing: see defaults.resolve_recipe.
+    """
+    summary = defaults.summarise_data(structures, targets)
+    recipe = defaults.resolve_recipe(recipe, summary, len(structures.distinct_species), growing)
+    return recipe, make_baselines(structures, targets, recipe, summary), summary
+
+
 def make_baselines(
     structures: Structures, targets: Targets, recipe: Recipe, found: defaults.DataSummary
 ) -> tuple[Baseline, ...]:
@@ -125,15 +138,17 @@ def energy_zero_warnings(structures: Structures, targets: Targets, recipe: Recip
     ]
 
 
-def trust_isolated_atoms(structures: Structures, targets: Targets) -> Targets:
-    """Give isolated-atom energies a small noise of their own: they lie far from all else and would inflate the common one."""
-    alone = torch.tensor([baselines.is_isolated_atom(label) for label in targets.config_types]) & (
+def subtract_baselines(structures: Structures, targets: Targets, base: Sequence[Baseline]) -> Targets:
+    """Labels less the baselines; energies of isolated atoms get a small noise of their own.
+
+    They lie far from all else and would inflate the common noise.
+    """
+    remaining = targets.minus(baseline_sum(base, structures))
+    alone = torch.tensor([baselines.is_isolated_atom(label) for label in remaining.config_types]) & (
         structures.counts.cpu() == 1
     )
-    given = torch.where(
-        alone.to(targets.energies.device) & targets.energies_noise.isnan(), ISOLATED_NOISE, targets.energies_noise
-    )
-    return replace(targets, energies_noise=given)
+    open_ = alone.to(remaining.energies.device) & remaining.energies_noise.isnan()
+    return replace(remaining, energies_noise=remaining.energies_noise.masked_fill(open_, ISOLATED_NOISE))
 
 
 def baseline_sum(base: Sequence[Baseline], structures: Structures) -> Prediction:

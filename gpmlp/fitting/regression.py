@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ RESTART_COLUMNS, RESTARTS = 200, 3  # with so few, noises are learned from sever
 EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
 ROW_BYTES = 64 << 20  # of rows that are there before they are folded in
 FEWEST_ENERGIES = 10  # that leaving one out can judge
+
+
+# blocks of each model, Cholesky factors of all blocks and (columns,) δ of a sparse process with some of the columns
+VarianceSubset = tuple[tuple[tuple[InducingBlock, ...], ...], tuple[Tensor, ...], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +97,26 @@ def make_models(
 def blocks_of(models: Sequence[InducingModel]) -> list[tuple[int, int]]:
     """(number of the descriptor, species) of each inducing block, in the order of the columns."""
     return [(k, b.species) for k, m in enumerate(models) for b in m.blocks]
+
+
+def lowers_of(models: Sequence[InducingModel]) -> tuple[Tensor, ...]:
+    """Cholesky factors of all inducing blocks, in the order of the columns."""
+    return tuple(lower for m in models for lower in m.lowers)
+
+
+def block_widths(models: Sequence[InducingModel]) -> list[int]:
+    """Columns of each block."""
+    return [len(lower) for lower in lowers_of(models)]
+
+
+def block_numbers(models: Sequence[InducingModel], signal: Tensor) -> dict[str, dict[str, Any]]:
+    """What a report says of each block, by 'descriptor:symbol'; signal (blocks,) eV."""
+    blocks = [b for m in models for b in m.blocks]
+    labels = [f"{k}:{errors.chemical_symbol(z)}" for k, z in blocks_of(models)]
+    return {
+        "signal": dict(zip(labels, signal.tolist(), strict=True)),
+        "centres": {label: len(b.features) for label, b in zip(labels, blocks, strict=True)},
+    }
 
 
 def stream_rows(
@@ -308,35 +333,47 @@ def make_priors(models: Sequence[InducingModel], signal: Tensor) -> list[PriorCo
     return priors
 
 
-def make_variances(
-    recipe: Recipe, models: Sequence[InducingModel], learned: WhitenedData, constant: dict[str, float]
-) -> VarianceModel | None:
-    """The posterior factor for variances, with all columns or, where the recipe wants fewer, with those of leading centres.
-
-    A subset is a sparse process of its own with the same hyperparameters: its factors are columns of those of the fit.
+def variance_model(
+    models: Sequence[InducingModel],
+    signal: Tensor,
+    factor: Tensor,
+    constant: dict[str, float] | None = None,
+    label_noise: dict[str, float] | None = None,
+    subset: VarianceSubset | None = None,
+) -> VarianceModel:
+    """The posterior for variances, of all columns or of a subset of them.
 
     Args:
+        signal: (columns,) δ of each column of the fit; factor: R of the columns that are kept (SparsePosterior.factor).
         constant: by kind, what a new label scatters by: the noise of the evidence, not the smaller one that leave-one-out gives
-            energies in the fit.
+            energies in the fit; label_noise: how much of it labels themselves show.
     """
-    if recipe.variance is False:
-        return None
-    blocks = tuple(m.blocks for m in models)
-    lowers = tuple(lower for m in models for lower in m.lowers)
-    whitened, signal, of_fit, at_most = learned.whitened, learned.signal, len(learned.signal), recipe.variance.columns
-    if of_fit > at_most:
-        chosen = [_leading(block, at_most / of_fit) for terms in blocks for block in terms]
+    kept = subset or (tuple(m.blocks for m in models), lowers_of(models), signal)
+    return VarianceModel(
+        tuple(make_priors(models, signal)), *kept, factor, constant or {}, label_noise or {}, len(signal)
+    )
+
+
+def variance_factor(
+    models: Sequence[InducingModel], learned: WhitenedData, at_most: int
+) -> tuple[Tensor, VarianceSubset | None]:
+    """The posterior factor for variances, of all columns or, where these are more than `at_most`, of those of leading centres.
+
+    A subset is a sparse process of its own with the same hyperparameters: its factors are columns of those of the fit.
+    """
+    whitened, signal, lowers, subset = learned.whitened, learned.signal, lowers_of(models), None
+    if len(signal) > at_most:
+        chosen = [_leading(block, at_most / len(signal)) for m in models for block in m.blocks]
         starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
         columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
         picked = iter(chosen)
-        blocks = tuple(tuple(inducing.select_columns(block, next(picked)) for block in terms) for terms in blocks)
+        blocks = tuple(tuple(inducing.select_columns(block, next(picked)) for block in m.blocks) for m in models)
         whitened = {kind: inducing.unwhiten_columns(rows, lowers, chosen) for kind, rows in whitened.items()}
         lowers = tuple(torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(lowers, chosen, strict=True))
         whitened = {kind: inducing.whiten_rows(rows, lowers) for kind, rows in whitened.items()}
         signal = signal[columns]
-    factor = posterior.solve_posterior(whitened, learned.counts, learned.every_noise, signal, lowers).factor
-    priors = tuple(make_priors(models, learned.signal))
-    return VarianceModel(priors, blocks, lowers, signal, factor, constant, learned.label_noise, of_fit)
+        subset = blocks, lowers, signal
+    return posterior.solve_posterior(whitened, learned.counts, learned.every_noise, signal, lowers).factor, subset
 
 
 def _leading(block: InducingBlock, share: float) -> Tensor:

@@ -54,7 +54,7 @@ def leave_out_amplitude(
         w; 1 where there are less than 100 forces, or forces all have noises of their own.
     """
     kept = potential.variances
-    every = every_column(models, learned.signal, solved.factor)
+    every = regression.variance_model(models, learned.signal, solved.factor)
 
     def look(piece: tuple[Structures, Targets]) -> tuple[Tensor, Tensor, Tensor] | None:
         """Errors of the forces of a structure, what inducing variables miss of them, and the rest of their variance."""
@@ -129,17 +129,6 @@ def _left_out(
     return error[forces], variance[forces]
 
 
-def every_column(models: Sequence[InducingModel], signal: Tensor, factor: Tensor) -> VarianceModel:
-    """The variance model of all columns, without noise; where there are many it is too large to keep.
-
-    Args:
-        signal: (columns,) δ of each column; factor: R of all columns (SparsePosterior.factor).
-    """
-    blocks, lowers = tuple(m.blocks for m in models), tuple(lower for m in models for lower in m.lowers)
-    priors = tuple(regression.make_priors(models, signal))
-    return VarianceModel(priors, blocks, lowers, signal, factor, {}, {}, len(signal))
-
-
 def subset_error(
     potential: Potential,
     models: Sequence[InducingModel],
@@ -151,7 +140,7 @@ def subset_error(
     """How force covariances as the potential has them compare with those from all columns, neither calibrated, without noise.
 
     Args:
-        models, signal, factor: see `every_column`.
+        signal: (columns,) δ of each column; factor: R of all columns (SparsePosterior.factor).
         structures: of which about ATOMS atoms are looked at, those of structures at random.
 
     Returns:
@@ -170,7 +159,7 @@ def subset_error(
         replace(potential, variances=v)(some, "forces", atoms=atoms, form="dtc", calibrated=False)
         .forces_covariance.epistemic[atoms]
         .double()
-        for v in (replace(kept, noise={}), every_column(models, signal, factor))
+        for v in (replace(kept, noise={}), regression.variance_model(models, signal, factor))
     )
     sizes = exact.flatten(1).norm(dim=1)
     moving = sizes > 0  # the force on a lone atom is known
