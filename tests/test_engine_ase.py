@@ -56,7 +56,7 @@ def test_a_skin_does_not_show(potential):
             found.append(np.concatenate([frame.get_forces().ravel(), frame.get_stress()]))
         for other in found[1:]:
             np.testing.assert_array_equal(other, found[0])
-    searched = [calculator._skin.searched for calculator in calculators]
+    searched = [calculator._verlet_list.searched for calculator in calculators]
     assert searched[0] == 12 and searched[2] < 6
     with pytest.raises(UserError, match="`skin` must be zero or positive"):
         GPCalculator(potential, skin=-0.1)
@@ -274,19 +274,19 @@ def test_files_are_touched_when_the_first_state_has_come(calculator, tmp_path):
 
 def test_doubt_is_what_the_potential_says(potential):
     frame = copper(43, cells=3, rattle=0.2)
-    found = md.uncertainty_monitor(potential)(frame)
+    found = md.UncertaintyMonitor(potential)(frame)
     structures, _ = from_ase([frame])
     whole = potential(structures, ["atom_energies", "forces"], novelty=True)
     np.testing.assert_allclose(found.local_energy_std, whole.atom_energies_variance.total.sqrt(), rtol=1e-12)
     np.testing.assert_allclose(found.novelty, whole.novelty, rtol=1e-12)
     std = whole.forces_variance.total.sum(1).sqrt()
-    assert len(frame) > md.SUSPECTS  # the largest of those that are looked at
-    suspects = (whole.atom_energies_variance.total.sqrt() * whole.novelty).topk(md.SUSPECTS).indices
+    assert len(frame) > md.FORCE_ATOMS  # the largest of those that are looked at
+    suspects = (whole.atom_energies_variance.total.sqrt() * whole.novelty).topk(md.FORCE_ATOMS).indices
     assert found.force_std == pytest.approx(float(std[suspects].max()), rel=1e-9)
     assert found.force_atom in suspects.tolist() and found.force_std == pytest.approx(float(std[found.force_atom]))
     assert found.largest == (found.force_std, found.local_energy_std.max(), found.novelty.max())
     frame = copper(44)
-    few = md.uncertainty_monitor(potential)(frame)  # of so few atoms all are looked at
+    few = md.UncertaintyMonitor(potential)(frame)  # of so few atoms all are looked at
     structures, _ = from_ase([frame])
     every = potential(structures, "forces").forces_variance.total.sum(1).sqrt()
     assert few.force_std == pytest.approx(float(every.max()), rel=1e-9) and few.force_atom == int(every.argmax())
@@ -295,15 +295,15 @@ def test_doubt_is_what_the_potential_says(potential):
 def test_a_run_says_how_sure_the_potential_is(potential, calculator, tmp_path):
     trajectory, table = tmp_path / "t.xyz", tmp_path / "e.dat"
     settings = md.MDSettings("nve", 300, steps=8, timestep_fs=2.0, interval=2, seed=1, uncertainty=4)
-    look = md.uncertainty_monitor(potential)
+    look = md.UncertaintyMonitor(potential)
     plain = list(md.run_dynamics(start(), calculator, settings))
     with md.record_trajectory(trajectory, table) as append:
         states = [state for state in md.run_dynamics(start(), calculator, settings, look) if append(state) is None]
     assert [s.potential_eV for s in states] == [s.potential_eV for s in plain]
-    assert [s.doubt is not None for s in states] == [True, False, True, False, True]
+    assert [s.uncertainty is not None for s in states] == [True, False, True, False, True]
     frames, rows = ase.io.read(trajectory, ":"), np.loadtxt(table)
     for frame, row, state in zip(frames, rows, states, strict=True):
-        own = look(state.atoms) if state.doubt else None
+        own = look(state.atoms) if state.uncertainty else None
         assert ("gpmlp_novelty" in frame.arrays) == ("gpmlp_largest_force_std" in frame.info) == (own is not None)
         if own is None:
             assert np.isnan(row[7:]).all()
@@ -329,7 +329,7 @@ def test_strides_of_doubt_are_checked(potential):
         ({"recipe": potential.recipe.model_copy(update={"variance": False})}, "fitted with variance: false"),
     ):
         with pytest.raises(UserError, match=f"holds no posterior factor, so it can give no variances: .*{why}"):
-            md.uncertainty_monitor(dataclasses.replace(bare, **changes))
+            md.UncertaintyMonitor(dataclasses.replace(bare, **changes))
     blind = dataclasses.replace(potential, novelty=None)
-    found = md.uncertainty_monitor(blind)(start())
+    found = md.UncertaintyMonitor(blind)(start())
     assert found.novelty is None and np.isnan(found.largest[2]) and found.force_std > 0

@@ -60,7 +60,7 @@ def md(
     from gpmlp.cli import console
     from gpmlp.engines import md as dynamics
     from gpmlp.engines.ase import GPCalculator
-    from gpmlp.engines.md import STRIDE, uncertainty_monitor
+    from gpmlp.engines.md import STRIDE, UncertaintyMonitor
     from gpmlp.io import archive, ase_atoms
     from gpmlp.io.files import check_apart
 
@@ -75,9 +75,9 @@ def md(
         settings = replace(plain, uncertainty=every)
     dynamics.check_files([path for path in targets.values() if path is not None], existing=resume or overwrite)
     potential = archive.load(model)
-    calculator, look = GPCalculator(potential, str(start)), None
+    calculator, monitor = GPCalculator(potential, str(start)), None
     if every and (potential.variances is not None or uncertainty):
-        look = uncertainty_monitor(potential, str(start))
+        monitor = UncertaintyMonitor(potential, str(start))
     first = None if own else ase_atoms.read_frames(start, -1)[0][0]
     if resume:
         first = dynamics.resume_trajectory(output, energies, first)
@@ -89,11 +89,11 @@ def md(
         console.Stages() as stages,
     ):
         state, largest = None, Largest()
-        for state in dynamics.run_dynamics(first, calculator, settings, look):
+        for state in dynamics.run_dynamics(first, calculator, settings, monitor):
             append(state)
             largest.see(state)
             energy = f"{state.potential_eV:.4f} eV, drift {state.drift_eV_per_atom:+.1e} eV/atom"
-            note = f"step {state.step}, {state.temperature_K:.0f} K, {energy}{_doubt(state)}"
+            note = f"step {state.step}, {state.temperature_K:.0f} K, {energy}{_uncertainty(state)}"
             stages("dynamics", state.step, settings.steps, note)
     if state is None:
         console.message("note", f"{output}: step {steps} is reached already; raise --steps to go on.")
@@ -117,29 +117,33 @@ def _tell_of_empty_space(start: Path, has_cell: bool) -> None:
     )
 
 
-def _doubt(state: MDState) -> str:
+def _uncertainty(state: MDState) -> str:
     """The largest standard deviation of a force and the largest novelty, for the progress bar."""
-    if state.doubt is None:
+    if state.uncertainty is None:
         return ""
-    force, _, novelty = state.doubt.largest
+    force, _, novelty = state.uncertainty.largest
     return f", std of forces up to {force:.2g} eV/A" + (f", novelty {novelty:.2g}" if novelty == novelty else "")
 
 
 @dataclass
 class Largest:
-    """The largest doubts of a run so far, each with the step and the atom where it was."""
+    """The largest uncertainties of a run so far, each with the step and the atom where it was."""
 
     force: tuple[float, int, int] = (-math.inf, 0, 0)
     novelty: tuple[float, int, int] = (-math.inf, 0, 0)
 
     def see(self, state: MDState) -> None:
         """Count a state in."""
-        if state.doubt is None:
+        if state.uncertainty is None:
             return
-        self.force = max(self.force, (state.doubt.force_std, state.step, state.doubt.force_atom), key=itemgetter(0))
-        if state.doubt.novelty is not None:
-            atom = int(state.doubt.novelty.argmax())
-            self.novelty = max(self.novelty, (float(state.doubt.novelty[atom]), state.step, atom), key=itemgetter(0))
+        self.force = max(
+            self.force, (state.uncertainty.force_std, state.step, state.uncertainty.force_atom), key=itemgetter(0)
+        )
+        if state.uncertainty.novelty is not None:
+            atom = int(state.uncertainty.novelty.argmax())
+            self.novelty = max(
+                self.novelty, (float(state.uncertainty.novelty[atom]), state.step, atom), key=itemgetter(0)
+            )
 
     def said(self) -> str:
         """One or two sentences; atoms are counted from 0."""

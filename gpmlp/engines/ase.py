@@ -1,13 +1,17 @@
-"""GPCalculator is an ASE calculator that asks a potential; ASE's units are gpmlp's, only shapes change here."""
+"""ASE calculator of a fitted potential, with its uncertainties; ASE's units are gpmlp's, only shapes change."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
 from gpmlp.core.errors import UserError
+from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.quantities import Prediction
+from gpmlp.core.structures import Structures
 from gpmlp.core.verlet_list import VerletList
 from gpmlp.io.ase_atoms import calculator_results, structures_from_ase, uncertainty_results
 from gpmlp.potential.potential import Potential
@@ -23,7 +27,8 @@ class GPCalculator(Calculator):
     volume; asked for elsewhere it raises ASE's PropertyNotImplementedError. Cells, species and pbc may change between calls.
 
     With `uncertainty`, `results` also hold calibrated standard deviations `energy_std` (eV), `local_energy_std` (atoms,) eV,
-    `forces_std` (atoms, 3) eV/A, `stress_std` (6,) eV/A^3 and `novelty` (atoms,), each where it was asked for.
+    `forces_std` (atoms, 3) eV/A, `stress_std` (6,) eV/A^3 and `novelty` (atoms,), each where it was asked for. After a calculation
+    the attributes `structures`, `pairs` and `prediction` hold it in full.
     """
 
     implemented_properties = ("energy", "free_energy", "energies", "forces", "stress")
@@ -59,7 +64,7 @@ class GPCalculator(Calculator):
         self.uncertainty = {True: "all", False: None}[uncertainty] if isinstance(uncertainty, bool) else uncertainty
         potential.check_variance(self.uncertainty)
         self.novelty = novelty
-        self._skin = VerletList(potential.reach, skin)
+        self._verlet_list = VerletList(potential.reach, skin)
         self.label_in_errors = name
 
     def calculate(
@@ -74,7 +79,16 @@ class GPCalculator(Calculator):
             UserError: an element that the potential was not trained on, or atoms on top of each other.
         """
         super().calculate(atoms, list(properties), list(system_changes))
-        structures = structures_from_ase([self.atoms], [self.label_in_errors])
-        prediction = self.potential(structures, self.uncertainty, self.novelty, pairs=self._skin(structures))
-        everything = slice(0, len(self.atoms))
-        self.results = calculator_results(prediction, 0, everything) | uncertainty_results(prediction, 0, everything)
+        self.structures = structures_from_ase([self.atoms], [self.label_in_errors])
+        self.pairs = self._verlet_list(self.structures)
+        self.prediction = self.predict(self.structures, self.pairs)
+        self.results = self.ase_results()
+
+    def predict(self, structures: Structures, pairs: Neighbors) -> Prediction:
+        """The prediction for one structure, given its neighbours."""
+        return self.potential(structures, self.uncertainty, self.novelty, pairs=pairs)
+
+    def ase_results(self) -> dict[str, Any]:
+        """The prediction as results of an ASE calculator."""
+        every = slice(0, len(self.atoms))
+        return calculator_results(self.prediction, 0, every) | uncertainty_results(self.prediction, 0, every)

@@ -1,15 +1,17 @@
-"""Dynamics is a short molecular dynamics run with ASE, as a generator of states, and the files that record it."""
+"""Molecular dynamics with ASE: integrators whose bath may change from step to step, runs as generators of states, and their files."""
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import ase.io
 import numpy as np
@@ -17,25 +19,114 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.md.bussi import Bussi
+from ase.md.langevinbaoab import LangevinBAOAB
 from ase.md.verlet import VelocityVerlet
 
 from gpmlp.core import errors
 from gpmlp.core.errors import UserError
+from gpmlp.core.units import GPA
 from gpmlp.io import files as files_module
 from gpmlp.io.ase_atoms import UNREADABLE, structures_from_ase
 from gpmlp.io.files import check_target
 from gpmlp.potential.potential import Potential
 
-SUSPECTS = 4  # atoms whose forces are looked at
-STRIDE = (
-    100  # steps between two looks, at least, where nothing else is asked for: a look takes about as long as ten steps
-)
+FORCE_ATOMS = 4  # whose force variances are predicted for a frame
+STRIDE = 100  # steps between two frames with uncertainties, at least, by default: they take about as long as ten steps
 PREFIX = "gpmlp_"
 
 COLUMNS = ("step", "time_fs", "temperature_K", "potential_eV", "kinetic_eV", "conserved_eV", "drift_eV_per_atom")
 COLUMNS += ("largest_force_std_eV_per_A", "largest_local_energy_std_eV", "largest_novelty")
 HEADER = "# " + " ".join(COLUMNS) + "\n"
 HOTTEST = 1e6  # K; beyond, the integration has blown up
+PRESSURE_FACTOR = 10.0  # of the barostat's time constant to the thermostat's
+
+
+@dataclass(frozen=True)
+class Bath:
+    """What couples to the atoms of a run; temperature and pressure may depend on the number of the step.
+
+    Attributes:
+        temperature_K: None for constant energy.
+        relaxation_fs: time constant of the thermostat.
+        pressure_GPa: None for a fixed cell.
+        isotropic: whether only the volume of the cell changes, not its shape.
+    """
+
+    temperature_K: Callable[[int], float] | None = None
+    relaxation_fs: float = 100.0
+    pressure_GPa: Callable[[int], float] | None = None
+    isotropic: bool = True
+
+
+class Integrator:
+    """An integrator of ASE that moves atoms, in place, one step at a time under a bath.
+
+    Langevin dynamics in the BAOAB splitting (Leimkuhler & Matthews, J. Chem. Phys. 138, 174102 (2013)) with ASE's barostat, or with
+    `rescaling` velocity Verlet with Bussi's stochastic velocity rescaling (J. Chem. Phys. 126, 014101 (2007)).
+    """
+
+    def __init__(
+        self,
+        atoms: Atoms,
+        bath: Bath,
+        timestep_fs: float,
+        generator: np.random.Generator,
+        step: int = 0,
+        cell_state: tuple[Any, Any] = (0.0, None),
+        rescaling: bool = False,
+    ) -> None:
+        """Set up at a step.
+
+        Args:
+            generator: of the thermostat's random numbers.
+            cell_state: momentum of the cell and force on it (see `cell_state`), of a run that goes on.
+        """
+        self.bath, self.step = bath, step
+        timestep, relaxation = timestep_fs * units.fs, bath.relaxation_fs * units.fs
+        self._temperature = bath.temperature_K and bath.temperature_K(step)
+        self._pressure = bath.pressure_GPa and bath.pressure_GPa(step)
+        if rescaling and bath.temperature_K:
+            self.dynamics = Bussi(atoms, timestep, self._temperature, relaxation, rng=generator)
+            return
+        if rescaling:
+            self.dynamics = VelocityVerlet(atoms, timestep)
+            return
+        options: dict[str, Any] = {}
+        if bath.temperature_K:
+            options |= {"temperature_K": self._temperature, "T_tau": relaxation, "rng": generator}
+        if bath.pressure_GPa:
+            options |= {"externalstress": -self._pressure * GPA, "P_tau": PRESSURE_FACTOR * relaxation}
+            options |= {"hydrostatic": bath.isotropic}
+        with warnings.catch_warnings():  # of its mass of the cell, and of fixed atoms
+            warnings.simplefilter("ignore", UserWarning)
+            self.dynamics = LangevinBAOAB(atoms, timestep, **options)
+        if bath.pressure_GPa:
+            momentum, force = copy.deepcopy(cell_state)  # changed in place
+            self.dynamics.p_eps = momentum
+            if force is not None:
+                self.dynamics.force_eps = force
+
+    def advance(self) -> int:
+        """Make one step, at the temperature and pressure that the bath has at its end, and return its number."""
+        self.step += 1
+        if self.bath.temperature_K and (temperature := self.bath.temperature_K(self.step)) != self._temperature:
+            self._temperature = temperature
+            self.dynamics.set_temperature(temperature)
+        if self.bath.pressure_GPa and (pressure := self.bath.pressure_GPa(self.step)) != self._pressure:
+            self._pressure, stress = pressure, -pressure * GPA
+            self.dynamics.externalstress = stress if self.bath.isotropic else stress * np.identity(3)
+        self.dynamics.step()
+        return self.step
+
+    @property
+    def heat_eV(self) -> float:
+        """What the velocity rescaling has brought in since the set-up."""
+        return getattr(self.dynamics, "transferred_energy", 0.0)
+
+    @property
+    def cell_state(self) -> tuple[Any, Any]:
+        """Momentum of the cell and the force on it, as LangevinBAOAB has them: that of half a step before the velocities."""
+        return copy.deepcopy((getattr(self.dynamics, "p_eps", 0.0), getattr(self.dynamics, "force_eps", None)))
 
 
 @dataclass(frozen=True)
@@ -48,7 +139,7 @@ class MDSettings:
         steps: number of the last step.
         timestep_fs, relaxation_fs: time step, and time constant of the thermostat.
         interval: steps between two states.
-        uncertainty: steps between two states of which it is said how sure the potential is, a multiple of the interval; 0 = none.
+        uncertainty: steps between two states with uncertainties, a multiple of the interval; 0 = none.
         seed: of initial velocities and thermostat.
     """
 
@@ -77,6 +168,13 @@ class MDSettings:
         elif self.ensemble == "nvt":
             raise UserError("`temperature_K` must be given for ensemble nvt.")
 
+    @property
+    def bath(self) -> Bath:
+        """The thermostat of nvt."""
+        temperature = self.temperature_K
+        constant = None if self.ensemble == "nve" or temperature is None else lambda step: temperature
+        return Bath(constant, self.relaxation_fs)
+
 
 @dataclass(frozen=True)
 class MDState:
@@ -85,8 +183,8 @@ class MDState:
     Attributes:
         conserved_eV: total energy, less the heat that the thermostat brought in.
         drift_eV_per_atom: conserved_eV since step 0, per atom.
-        atoms: copy of the atoms with velocities, energy, forces and stress, and what `doubt` writes.
-        doubt: how sure the potential is; None where that was not asked for.
+        atoms: copy of the atoms with velocities, energy, forces and stress, and what `uncertainty` writes.
+        uncertainty: of the prediction; None where that was not asked for.
     """
 
     step: int
@@ -97,11 +195,11 @@ class MDState:
     conserved_eV: float
     drift_eV_per_atom: float
     atoms: Atoms
-    doubt: FrameUncertainty | None = None
+    uncertainty: FrameUncertainty | None = None
 
     def row(self) -> str:
         """One line of the energies file."""
-        force, energy, novelty = self.doubt.largest if self.doubt else (math.nan,) * 3
+        force, energy, novelty = self.uncertainty.largest if self.uncertainty else (math.nan,) * 3
         return (
             f"{self.step:10d} {self.time_fs:14.4f} {self.temperature_K:12.3f} {self.potential_eV:18.9f} "
             f"{self.kinetic_eV:16.9f} {self.conserved_eV:18.9f} {self.drift_eV_per_atom:14.6e} "
@@ -110,7 +208,10 @@ class MDState:
 
 
 def run_dynamics(
-    atoms: Atoms, calculator: Calculator, settings: MDSettings, look: Callable[[Atoms], FrameUncertainty] | None = None
+    atoms: Atoms,
+    calculator: Calculator,
+    settings: MDSettings,
+    monitor: Callable[[Atoms], FrameUncertainty] | None = None,
 ) -> Iterator[MDState]:
     """Run dynamics, yielding the state every `interval` steps, and the first and the last.
 
@@ -118,8 +219,7 @@ def run_dynamics(
     yield only what is new. The thermostat of a continued run draws from a generator seeded with (seed, step).
 
     Args:
-        look: says how sure the potential is of a frame (doubt.watch), where `settings.uncertainty` wants it; what it says changes
-            nothing in the run.
+        monitor: gives the uncertainty of a frame (UncertaintyMonitor) where `settings.uncertainty` wants it; changes nothing in the run.
 
     Raises:
         UserError: no velocities and no temperature, or the run has blown up.
@@ -132,13 +232,14 @@ def run_dynamics(
     generator = np.random.default_rng([settings.seed, first])
     atoms.calc = calculator
     atoms.get_potential_energy()  # says what cannot be predicted at all before anything else is asked for
-    _set_velocities(atoms, settings, generator)
-    dynamics = _integrator(atoms, settings, generator)
+    ensure_velocities(atoms, settings.temperature_K, generator)
+    integrator = Integrator(atoms, settings.bath, settings.timestep_fs, generator, first, rescaling=True)
 
-    def state(step: int) -> MDState:
+    def state() -> MDState:
         nonlocal start
+        step = integrator.step
         kinetic, potential = atoms.get_kinetic_energy(), atoms.get_potential_energy()
-        heat = earlier_heat + getattr(dynamics, "transferred_energy", 0.0)
+        heat = earlier_heat + integrator.heat_eV
         conserved, temperature = kinetic + potential - heat, atoms.get_temperature()
         if not (math.isfinite(conserved) and temperature < HOTTEST):
             raise UserError(
@@ -149,39 +250,36 @@ def run_dynamics(
         time = earlier_time + (step - first) * settings.timestep_fs
         snapshot = _snapshot(atoms, {"step": step, "time_fs": time, "heat_eV": heat, "conserved_start_eV": start})
         drift = (conserved - start) / len(atoms)
-        doubt = look(snapshot) if look and settings.uncertainty and step % settings.uncertainty == 0 else None
-        if doubt:
-            doubt.write_to(snapshot)
-        return MDState(step, time, temperature, potential, kinetic, conserved, drift, snapshot, doubt)
+        wanted = monitor and settings.uncertainty and step % settings.uncertainty == 0
+        uncertainty = monitor(snapshot) if wanted else None
+        if uncertainty:
+            uncertainty.write_to(snapshot)
+        return MDState(step, time, temperature, potential, kinetic, conserved, drift, snapshot, uncertainty)
 
     if not first:
-        yield state(0)
-    step = first
-    while step < settings.steps:
-        stride = min(settings.interval - step % settings.interval, settings.steps - step)
+        yield state()
+    while integrator.step < settings.steps:
+        stride = min(settings.interval - integrator.step % settings.interval, settings.steps - integrator.step)
+        begun = integrator.step
         try:
-            dynamics.run(stride)
+            for _ in range(stride):
+                integrator.advance()
         except UserError as error:
-            raise UserError(f"between steps {step} and {step + stride}: {error}") from error
-        step += stride
-        yield state(step)
+            raise UserError(f"between steps {begun} and {begun + stride}: {error}") from error
+        yield state()
 
 
-def _integrator(atoms: Atoms, settings: MDSettings, generator: np.random.Generator) -> VelocityVerlet:
-    timestep = settings.timestep_fs * units.fs
-    if settings.ensemble == "nve":
-        return VelocityVerlet(atoms, timestep)
-    return Bussi(atoms, timestep, settings.temperature_K, settings.relaxation_fs * units.fs, rng=generator)
+def ensure_velocities(atoms: Atoms, temperature_K: float | None, generator: np.random.Generator) -> None:
+    """Keep the velocities that the atoms have; draw them at the temperature, in place, if they have none.
 
-
-def _set_velocities(atoms: Atoms, settings: MDSettings, generator: np.random.Generator) -> None:
-    """Keep the velocities that the atoms have; draw them at the temperature if they have none."""
-    moving = atoms.has("momenta") and np.abs(atoms.get_momenta()).max() > 0
-    if moving:
+    Raises:
+        UserError: no velocities and no temperature.
+    """
+    if atoms.has("momenta") and np.abs(atoms.get_momenta()).max() > 0:
         return
-    if settings.temperature_K is None:
+    if temperature_K is None:
         raise UserError("The start has no velocities: give a temperature to draw them at, `temperature_K`.")
-    draw_velocities(atoms, settings.temperature_K, generator)
+    draw_velocities(atoms, temperature_K, generator)
 
 
 def draw_velocities(atoms: Atoms, temperature_K: float, generator: np.random.Generator) -> None:
@@ -320,8 +418,7 @@ class FrameUncertainty:
     Attributes:
         local_energy_std: (atoms,) eV.
         novelty: (atoms,) Mahalanobis distance / threshold; None where the potential has none.
-        force_std: eV/A, of the force vector (the root of the summed variances of its components) on the atom where it is largest of
-            those looked at.
+        force_std: eV/A, of the force vector (the root of the summed variances of its components), the largest of FORCE_ATOMS atoms.
         force_atom: that atom, counted from 0.
     """
 
@@ -346,35 +443,38 @@ class FrameUncertainty:
 
 
 def remove_uncertainty(atoms: Atoms) -> None:
-    """Take what gpmlp wrote of an earlier frame out of one, in place."""
+    """Remove what FrameUncertainty.write_to wrote, in place."""
     for holder in (atoms.info, atoms.arrays):
         for key in [key for key in holder if key.startswith(PREFIX)]:
             del holder[key]
 
 
-def uncertainty_monitor(potential: Potential, name: str = "atoms") -> Callable[[Atoms], FrameUncertainty]:
-    """Return what says how sure the potential is of atoms.
+class UncertaintyMonitor:
+    """Predicts the FrameUncertainty of atoms.
 
-    Variances of forces cost some twenty predictions for all atoms: they are computed of the SUSPECTS atoms at which the standard
+    Variances of forces cost some twenty predictions for all atoms: they are computed of the FORCE_ATOMS atoms at which the standard
     deviation of the local energy, times the novelty where there is one, is largest.
-
-    Args:
-        name: what error messages call the atoms.
-
-    Raises:
-        UserError: the potential holds no variances.
     """
-    potential.check_variance("forces")
 
-    def look(atoms: Atoms) -> FrameUncertainty:
-        structures = structures_from_ase([atoms], [name])
-        seen = potential(structures, "atom_energies", novelty=potential.novelty is not None)
-        local = seen.atom_energies_variance.total.sqrt()
-        suspicion = local if seen.novelty is None else local * seen.novelty
-        suspects = suspicion.topk(min(SUSPECTS, len(local))).indices
-        variance = potential(structures, "forces", atoms=suspects).forces_variance.total[suspects].sum(1)
+    def __init__(self, potential: Potential, name: str = "atoms") -> None:
+        """Watch with a potential.
+
+        Args:
+            name: what error messages call the atoms.
+
+        Raises:
+            UserError: the potential holds no variances.
+        """
+        potential.check_variance("forces")
+        self.potential, self.name = potential, name
+
+    def __call__(self, atoms: Atoms) -> FrameUncertainty:
+        structures = structures_from_ase([atoms], [self.name])
+        found = self.potential(structures, "atom_energies", novelty=self.potential.novelty is not None)
+        local = found.atom_energies_variance.total.sqrt()
+        suspicion = local if found.novelty is None else local * found.novelty
+        few = suspicion.topk(min(FORCE_ATOMS, len(local))).indices
+        variance = self.potential(structures, "forces", atoms=few).forces_variance.total[few].sum(1)
         worst = int(variance.argmax())
-        novelty = None if seen.novelty is None else seen.novelty.cpu().numpy()
-        return FrameUncertainty(local.cpu().numpy(), novelty, float(variance[worst].sqrt()), int(suspects[worst]))
-
-    return look
+        novelty = None if found.novelty is None else found.novelty.cpu().numpy()
+        return FrameUncertainty(local.cpu().numpy(), novelty, float(variance[worst].sqrt()), int(few[worst]))
