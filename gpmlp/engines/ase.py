@@ -62,10 +62,14 @@ class GPCalculator(Calculator):
         super().__init__()
         self.potential = potential
         self.uncertainty = {True: "all", False: None}[uncertainty] if isinstance(uncertainty, bool) else uncertainty
-        potential.check_variance(self.uncertainty)
+        if self.uncertainty is not None:
+            potential.check_variance(self.uncertainty)
         self.novelty = novelty
         self._verlet_list = VerletList(potential.reach, skin)
         self.label_in_errors = name
+        self.structures: Structures | None = None
+        self.prediction: Prediction | None = None
+        self.pairs: Neighbors | None = None
 
     def calculate(
         self,
@@ -81,14 +85,12 @@ class GPCalculator(Calculator):
         super().calculate(atoms, list(properties), list(system_changes))
         self.structures = structures_from_ase([self.atoms], [self.label_in_errors])
         self.pairs = self._verlet_list(self.structures)
-        self.prediction = self.predict(self.structures, self.pairs)
-        self.results = self.ase_results()
+        self.prediction = self._predict()
+        self.results = self._ase_results()
 
-    def predict(self, structures: Structures, pairs: Neighbors) -> Prediction:
-        """The prediction for one structure, given its neighbours."""
-        return self.potential(structures, self.uncertainty, self.novelty, pairs=pairs)
+    def _predict(self) -> Prediction:
+        return self.potential(self.structures, self.uncertainty, self.novelty, pairs=self.pairs)
 
-    def ase_results(self) -> dict[str, Any]:
-        """The prediction as results of an ASE calculator."""
+    def _ase_results(self) -> dict[str, Any]:
         every = slice(0, len(self.atoms))
         return calculator_results(self.prediction, 0, every) | uncertainty_results(self.prediction, 0, every)

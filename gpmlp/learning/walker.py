@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,20 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase import units as ase_units
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import all_changes
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
-from ase.md.langevinbaoab import LangevinBAOAB
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from gpmlp.core import units
 from gpmlp.core.errors import UserError
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.core.verlet_list import VerletList
-from gpmlp.engines.md import draw_velocities
+from gpmlp.engines.ase import GPCalculator
+from gpmlp.engines.md import Bath, Integrator, draw_velocities, ensure_velocities
 from gpmlp.io.ase_atoms import calculator_results, structures_from_ase
 from gpmlp.learning import exploration
 from gpmlp.learning.recipe import DynamicsRecipe
@@ -36,7 +33,6 @@ from gpmlp.potential.potential import Potential
 
 CHEAP = "atom_energies"  # variances of every few steps
 FULL = ("atom_energies", "forces")
-PRESSURE_FACTOR = 10.0  # of the barostat's time constant to the thermostat's
 SWELLING = 2.0  # factor on the volume in one step at which the dynamics counts as lost
 
 
@@ -73,8 +69,8 @@ class Walker:
                 "dynamics.ensemble npt needs a start that is periodic in all directions; take nvt, or give it a cell and pbc."
             )
         generator = np.random.default_rng([seed, number])
-        if not (atoms.has("momenta") and np.abs(atoms.get_momenta()).max() > 0):
-            atoms = _thermal(atoms, dynamics.temperature(0), generator)
+        atoms = atoms.copy()
+        ensure_velocities(atoms, dynamics.temperature(0), generator)
         # only what a state holds, so that a run that is resumed leaves the same files as one that is not
         return Walker.from_state(*Walker(number, atoms, 0, 0.0, generator.bit_generator.state).state())
 
@@ -88,7 +84,8 @@ class Walker:
     def with_new_velocities(self, dynamics: DynamicsRecipe, salt: int) -> Walker:
         """The same place with new velocities and random numbers, so that a trajectory does not repeat itself."""
         generator = np.random.default_rng([salt, self.number, self.step])
-        atoms = _thermal(self.atoms, dynamics.temperature(self.step), generator)
+        atoms = self.atoms.copy()
+        draw_velocities(atoms, dynamics.temperature(self.step), generator)
         return replace(self, atoms=atoms, p_eps=0.0, force_eps=None, chance=generator.bit_generator.state)
 
     def state(self) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -161,20 +158,14 @@ class _LostError(Exception):
     """Dynamics has left what can be predicted at all."""
 
 
-class RecordingCalculator(Calculator):
-    """ASE calculator that keeps the whole prediction, with the variances that `variance` asks for."""
+class RecordingCalculator(GPCalculator):
+    """ASE calculator whose forces may be biased, with the variances that `variance` asks for."""
 
-    implemented_properties = ("energy", "free_energy", "forces", "stress")
-
-    def __init__(self, potential: Potential, name: str, bias: float, predict: PredictFunction) -> None:
-        super().__init__()
-        self.potential, self.predict, self.label_in_errors = potential, predict, name
-        self.bias = exploration.UncertaintyBias(bias) if bias else None
+    def __init__(self, potential: Potential, name: str, bias: float, ask: PredictFunction) -> None:
+        super().__init__(potential, name)
+        self.ask, self.bias = ask, exploration.UncertaintyBias(bias) if bias else None
         self.variance: Variances = None
-        self.structure: Structures | None = None
-        self.prediction: Prediction | None = None
         self.volume = 0.0
-        self.skin, self.pairs = VerletList(potential.reach), None
 
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
         """What has changed: of the atoms of one walker only places and cell do. ASE's own comparison takes as long as a neighbour list."""
@@ -186,34 +177,34 @@ class RecordingCalculator(Calculator):
 
     def take_over(self, atoms: Atoms, snapshot: WalkerSnapshot) -> None:
         """Use the prediction of a snapshot for its atoms."""
-        self.atoms, self.structure, self.prediction = atoms.copy(), snapshot.structure, snapshot.prediction
+        self.atoms, self.structures, self.prediction = atoms.copy(), snapshot.structure, snapshot.prediction
         self.volume = abs(atoms.cell.volume)
-        self._set_results()
+        self.results = self._ase_results()
 
-    def _set_results(self) -> None:
+    def _ase_results(self) -> dict[str, Any]:
         """Results that drive the dynamics: those of the potential, and the bias."""
-        self.results = calculator_results(self.prediction, 0, slice(0, len(self.atoms)))
+        results = calculator_results(self.prediction, 0, slice(0, len(self.atoms)))
         if self.bias is not None:
-            energy, forces, stress = self.bias(self.potential, self.structure, self.prediction.forces)
-            self.results["energy"] += energy
-            self.results["free_energy"] = self.results["energy"]
-            self.results["forces"] = self.results["forces"] + forces.numpy()
-            if "stress" in self.results:
-                self.results["stress"] = self.results["stress"] + full_3x3_to_voigt_6_stress(stress.numpy())
+            energy, forces, stress = self.bias(self.potential, self.structures, self.prediction.forces)
+            results["energy"] += energy
+            results["free_energy"] = results["energy"]
+            results["forces"] = results["forces"] + forces.numpy()
+            if "stress" in results:
+                results["stress"] = results["stress"] + full_3x3_to_voigt_6_stress(stress.numpy())
+        return results
+
+    def _predict(self) -> Prediction:
+        return self.ask(self.structures, self.variance, self.pairs)
 
     def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=tuple(all_changes)) -> None:
         """Predict."""
-        super().calculate(atoms, list(properties), list(system_changes))
-        volume = abs(self.atoms.cell.volume)
+        volume = abs((self.atoms if atoms is None else atoms).cell.volume)
         if self.volume and not 1 / SWELLING < volume / self.volume < SWELLING:
             raise _LostError(f"the volume went from {self.volume:.4g} to {volume:.4g} A^3")
         try:
-            self.structure = structures_from_ase([self.atoms], [self.label_in_errors])
-            self.pairs = self.skin(self.structure)
-            self.prediction = self.predict(self.structure, self.variance, self.pairs)
+            super().calculate(atoms, properties, system_changes)
         except UserError as error:  # atoms on top of one another, numbers that are none
             raise _LostError(str(error)) from error
-        self._set_results()
 
 
 def predict_alone(potential: Potential) -> PredictFunction:
@@ -273,35 +264,37 @@ def advance_walker(
     else:
         calculator.volume = abs(atoms.cell.volume)
         atoms.get_potential_energy()
-    integrator = _integrator(atoms, walker, dynamics, timestep_fs, generator)
+    cell_state = walker.p_eps, walker.force_eps
+    integrator = Integrator(atoms, bath_of(dynamics), timestep_fs, generator, walker.step, cell_state)
     ratio = _force_to_energy_variance(snapshot.prediction)
     energy, freedom = float(snapshot.prediction.energies[0]), atoms.get_number_of_degrees_of_freedom()
     for k in range(1, steps + 1):
-        step = walker.step + k
-        _set_targets(integrator, dynamics, step)
         calculator.variance = FULL if k == steps else CHEAP if k % watch == 0 else None
         try:
-            integrator.step()
+            step = integrator.advance()
         except _LostError as lost:
-            return _lost(snapshot, f"after step {step - 1}: {lost}")
+            return _lost(snapshot, f"after step {walker.step + k - 1}: {lost}")
         temperature = atoms.get_temperature()
         prediction = calculator.prediction
         if not math.isfinite(temperature):
             temperature = math.inf
         context = StepContext(energy, dynamics.temperature(step), temperature, freedom, calculator.pairs)
         if k < steps:
-            decision = decide(calculator.structure, _with_estimated_forces(prediction, ratio), context)
+            decision = decide(calculator.structures, _with_estimated_forces(prediction, ratio), context)
             if decision.action != "continue" and math.isfinite(decision.severity):  # not where physics is broken
-                prediction = calculator.predict(calculator.structure, FULL, calculator.pairs)
-                decision = decide(calculator.structure, prediction, context)
+                prediction = calculator.ask(calculator.structures, FULL, calculator.pairs)
+                decision = decide(calculator.structures, prediction, context)
                 ratio = _force_to_energy_variance(prediction)
         else:
-            decision = decide(calculator.structure, prediction, context)
+            decision = decide(calculator.structures, prediction, context)
         energy = float(prediction.energies[0])
         if decision.action != "continue":
             break
-    now = _walker_after(walker, atoms, step, integrator, generator, energy)
-    return WalkerSnapshot(now, calculator.structure, prediction, decision, temperature)
+    p_eps, force_eps = integrator.cell_state
+    still = atoms.copy()
+    still.calc = None
+    now = Walker(walker.number, still, step, p_eps, generator.bit_generator.state, energy, force_eps)
+    return WalkerSnapshot(now, calculator.structures, prediction, decision, temperature)
 
 
 def _lost(snapshot: WalkerSnapshot, why: str) -> WalkerSnapshot:
@@ -325,49 +318,11 @@ def _with_estimated_forces(prediction: Prediction, ratio: torch.Tensor) -> Predi
     return replace(prediction, forces_covariance=Variance(none, ratio * local, none, none))
 
 
-def _integrator(
-    atoms: Atoms, walker: Walker, dynamics: DynamicsRecipe, timestep_fs: float, generator: np.random.Generator
-) -> LangevinBAOAB:
-    relaxation = dynamics.relaxation_fs * ase_units.fs
-    options: dict[str, Any] = {}
-    if dynamics.ensemble != "nve":
-        options |= {"temperature_K": dynamics.temperature(walker.step), "T_tau": relaxation, "rng": generator}
-    if dynamics.ensemble == "npt":
-        stress = -dynamics.pressure(walker.step) * units.GPA
-        options |= {"externalstress": stress, "P_tau": PRESSURE_FACTOR * relaxation}
-        options |= {"hydrostatic": dynamics.cell == "isotropic"}
-    with warnings.catch_warnings():  # about its mass of the cell, and fixed atoms
-        warnings.simplefilter("ignore", UserWarning)
-        integrator = LangevinBAOAB(atoms, timestep_fs * ase_units.fs, **options)
-    if dynamics.ensemble == "npt":
-        integrator.p_eps = copy.deepcopy(walker.p_eps)  # changed in place
-        if walker.force_eps is not None:
-            integrator.force_eps = copy.deepcopy(walker.force_eps)
-    return integrator
-
-
-def _set_targets(integrator: LangevinBAOAB, dynamics: DynamicsRecipe, step: int) -> None:
-    if dynamics.ensemble != "nve" and isinstance(dynamics.temperature_K, tuple):
-        integrator.set_temperature(dynamics.temperature(step))
-    if dynamics.ensemble == "npt" and isinstance(dynamics.pressure_GPa, tuple):
-        stress = -dynamics.pressure(step) * units.GPA
-        integrator.externalstress = stress if dynamics.cell == "isotropic" else stress * np.identity(3)
-
-
-def _walker_after(
-    walker: Walker, atoms: Atoms, step: int, integrator: LangevinBAOAB, generator: np.random.Generator, energy: float
-) -> Walker:
-    still = atoms.copy()
-    still.calc = None
-    p_eps, force_eps = copy.deepcopy((getattr(integrator, "p_eps", 0.0), getattr(integrator, "force_eps", None)))
-    return Walker(walker.number, still, step, p_eps, generator.bit_generator.state, energy, force_eps)
-
-
-def _thermal(atoms: Atoms, temperature_K: float, generator: np.random.Generator) -> Atoms:
-    """A copy with Maxwell-Boltzmann velocities, the centre of mass at rest."""
-    atoms = atoms.copy()
-    draw_velocities(atoms, temperature_K, generator)
-    return atoms
+def bath_of(dynamics: DynamicsRecipe) -> Bath:
+    """Thermostat and barostat of the recipe."""
+    temperature = None if dynamics.ensemble == "nve" else dynamics.temperature
+    pressure = dynamics.pressure if dynamics.ensemble == "npt" else None
+    return Bath(temperature, dynamics.relaxation_fs, pressure, dynamics.cell == "isotropic")
 
 
 def fixed_atoms(atoms: Atoms) -> np.ndarray:

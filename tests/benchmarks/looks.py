@@ -23,6 +23,7 @@ sys.path.insert(0, str(common.ROOT))
 
 import gpmlp
 from gpmlp.core.verlet_list import VerletList
+from gpmlp.engines.md import Integrator
 from gpmlp.learning import initial_structures, walker
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.triggers import trigger_decision, trigger_limits
@@ -63,10 +64,11 @@ def measured(run: Path) -> dict[str, float]:
         atoms = seen.walker.atoms.copy()
         watched = walker.RecordingCalculator(potential, "plain", 0.0, lambda s, _, pairs: potential(s, pairs=pairs))
         atoms.calc = watched
-        watched.remember(atoms, seen)
-        integrator = walker._integrator(atoms, seen.walker, dynamics, timestep, seen.walker.generator)
+        watched.take_over(atoms, seen)
+        bath, cell_state = walker.bath_of(dynamics), (seen.walker.p_eps, seen.walker.force_eps)
+        integrator = Integrator(atoms, bath, timestep, seen.walker.generator, seen.walker.step, cell_state)
         for _ in range(trigger.every):
-            integrator.step()
+            integrator.advance()
 
     skin = VerletList(potential.reach)
 
