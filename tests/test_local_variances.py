@@ -14,7 +14,7 @@ from systems import KERNELS, descriptor, everything
 import gpmlp
 from gpmlp.core.environments import SinglePrecisionDescriptor, StructureEnvironments
 from gpmlp.core.structures import Structures
-from gpmlp.fitting import selection
+from gpmlp.fitting import sparse_points
 from gpmlp.gp import local_variance
 from gpmlp.gp.inducing import InducingBlock, K_uu
 from gpmlp.gp.local_variance import LocalVariance
@@ -39,7 +39,7 @@ def shaken(batch: Structures, by: float, seed: int) -> Structures:
 
 def block_of(species: int, x: torch.Tensor, kernel, tangents: int) -> InducingBlock:
     """Centres chosen as a fit chooses them; tangents at random."""
-    chosen = selection.greedy_selection(x, 40, lambda s: kernel.profile(s)[0], 1e-7)[0]
+    chosen = sparse_points.greedy_selection(x, 40, lambda s: kernel.profile(s)[0], 1e-7)[0]
     random = torch.randn(
         len(chosen), x.shape[1], tangents, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )

@@ -14,7 +14,7 @@ from conftest import copper
 from test_cli import gpmlp  # noqa: F401  (a fixture)
 
 from gpmlp.core.errors import UserError
-from gpmlp.fitting import selection
+from gpmlp.fitting import sparse_points
 from gpmlp.gp import covariances
 from gpmlp.io import ase_atoms
 from gpmlp.learning import pool as picking
@@ -242,7 +242,7 @@ def test_what_is_excluded_counts_as_known(potential, pool):
 
 def test_farthest_keeps_away_from_known_rows():
     x = torch.nn.functional.normalize(torch.randn(30, 5, generator=torch.Generator().manual_seed(0)).double())
-    chosen, scores = selection.farthest_points(x[10:], 5, x[:10])
+    chosen, scores = sparse_points.farthest_points(x[10:], 5, x[:10])
     distance = torch.cdist(x[10:], x[:10]).square().min(1).values
     assert int(chosen[0]) == int(distance.argmax())
     assert float(scores[0]) == pytest.approx(float(distance.max()))

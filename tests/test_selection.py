@@ -12,7 +12,7 @@ from gpmlp.core import neighbors
 from gpmlp.core.environments import Surroundings
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
-from gpmlp.fitting import selection, sparse_points
+from gpmlp.fitting import sparse_points
 
 KERNEL = KERNELS["polynomial 3"]
 
@@ -40,7 +40,7 @@ def pivoted_cholesky(matrix: torch.Tensor, n: int, first: int) -> tuple[list[int
 
 def test_greedy_without_slack_is_pivoted_cholesky():
     x = _features()
-    chosen, scores = selection.greedy_selection(x, 60, profile, slack=1.0)
+    chosen, scores = sparse_points.greedy_selection(x, 60, profile, slack=1.0)
     expected, variances = pivoted_cholesky(profile(x @ x.T), 60, int(chosen[0]))
     assert chosen.tolist() == expected
     torch.testing.assert_close(scores, torch.tensor(variances, dtype=torch.float64), atol=1e-10, rtol=0)
@@ -52,7 +52,7 @@ def test_greedy_with_slack_is_nearly_as_good(slack):
     x = _features(400)
     left = []
     for value in (1.0, slack):
-        chosen, scores = selection.greedy_selection(x, 80, profile, slack=value)
+        chosen, scores = sparse_points.greedy_selection(x, 80, profile, slack=value)
         assert len(chosen.unique()) == 80
         assert (scores.diff() <= 0).all()
         k = profile(x @ x[chosen].T)
@@ -64,7 +64,7 @@ def test_greedy_with_slack_is_nearly_as_good(slack):
 def test_duplicates_are_never_chosen_twice(method):
     x = _features(30)
     pool = torch.cat([x, x[:20], x[:10], x])
-    chosen, scores = selection.select_rows(method, pool, 60, profile, 0)
+    chosen, scores = sparse_points.select_rows(method, pool, 60, profile, 0)
     picked = pool[chosen]
     assert ((picked @ picked.T) > 1 - 1e-9).sum() == len(chosen)
     assert len(chosen) <= 30
@@ -75,31 +75,31 @@ def test_duplicates_are_never_chosen_twice(method):
 def test_greedy_stops_when_nothing_is_left():
     basis = torch.eye(6, dtype=torch.float64)
     pool = torch.cat([basis, basis, basis])
-    chosen, scores = selection.greedy_selection(pool, 18, lambda s: s)
+    chosen, scores = sparse_points.greedy_selection(pool, 18, lambda s: s)
     assert sorted(i % 6 for i in chosen.tolist()) == list(range(6))
     torch.testing.assert_close(scores, torch.ones(6).double(), atol=1e-9, rtol=0)
     same = torch.ones(5, 1, dtype=torch.float64)
     for method in ("greedy", "farthest", "cur"):
-        assert len(selection.select_rows(method, same, 5, profile, 0)[0]) == 1
+        assert len(sparse_points.select_rows(method, same, 5, profile, 0)[0]) == 1
 
 
-@pytest.mark.parametrize("method", selection.METHODS)
+@pytest.mark.parametrize("method", sparse_points.METHODS)
 def test_indices_are_distinct_scores_never_rise_and_seeds_decide(method):
     x = _features()
-    chosen, scores = selection.select_rows(method, x, 40, profile, 3)
+    chosen, scores = sparse_points.select_rows(method, x, 40, profile, 3)
     assert len(chosen.unique()) == len(chosen) == 40
     assert (scores.diff() <= 0).all()
-    again, _ = selection.select_rows(method, x, 40, profile, 3)
+    again, _ = sparse_points.select_rows(method, x, 40, profile, 3)
     assert torch.equal(chosen, again)
-    other, _ = selection.select_rows(method, x, 40, profile, 4)
+    other, _ = sparse_points.select_rows(method, x, 40, profile, 4)
     assert torch.equal(chosen, other) == (method in ("greedy", "farthest"))
-    everything, _ = selection.select_rows(method, x[:10], 40, profile, 3)
+    everything, _ = sparse_points.select_rows(method, x[:10], 40, profile, 3)
     assert sorted(everything.tolist()) == list(range(10))
 
 
 def test_farthest_points_are_far_from_those_before():
     x = _features()
-    chosen, scores = selection.farthest_points(x, 20)
+    chosen, scores = sparse_points.farthest_points(x, 20)
     for k in range(1, 20):
         distance = torch.cdist(x, x[chosen[:k]]).square().min(1).values
         assert float(scores[k]) == pytest.approx(float(distance.max()), rel=1e-9)
@@ -113,14 +113,14 @@ def test_cur_prefers_rows_of_high_leverage():
     rare = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
     x = torch.cat([common, rare])
     x = x / x.norm(dim=1, keepdim=True)
-    hits = sum(200 in selection.select_rows("cur", x, 20, profile, seed)[0].tolist() for seed in range(20))
+    hits = sum(200 in sparse_points.select_rows("cur", x, 20, profile, seed)[0].tolist() for seed in range(20))
     # leverage 1 against 2/200: the chance to be left out of 20 draws is below 1 %
     assert hits >= 19
 
 
 def test_unknown_methods_are_refused():
     with pytest.raises(UserError, match="Unknown selection method 'greedi'. Perhaps you meant 'greedy'"):
-        selection.select_rows("greedi", _features(), 3, profile, 0)
+        sparse_points.select_rows("greedi", _features(), 3, profile, 0)
 
 
 # centres --------------------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_shares_by_hand_and_from_all_together(stream):
     lowest, best_left = [], []
     for z, (features, _) in together.items():
         pool = torch.cat(_pool(stream, z))
-        _, scores = selection.greedy_selection(pool, len(features) + 1, profile)
+        _, scores = sparse_points.greedy_selection(pool, len(features) + 1, profile)
         lowest.append(float(scores[len(features) - 1]))
         best_left.append(float(scores[len(features)]))
     assert min(lowest) >= max(best_left) - 1e-9
@@ -180,11 +180,11 @@ def _pool(stream, z: int) -> list[torch.Tensor]:
 def test_without_thinning_the_choice_is_that_from_the_whole_pool(stream, method):
     chosen, _ = _choose(stream, method)
     pool = torch.cat(_pool(stream, 6))
-    expected, _ = selection.select_rows(method, pool, 8, profile, 6)
+    expected, _ = sparse_points.select_rows(method, pool, 8, profile, 6)
     torch.testing.assert_close(chosen[6][0], pool[expected], atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize("method", selection.METHODS)
+@pytest.mark.parametrize("method", sparse_points.METHODS)
 def test_a_full_pool_is_thinned_and_still_gives_distinct_centres(stream, monkeypatch, method):
     """With no room at all the pool is thinned as it goes; it never holds more than a few times the centres asked for."""
     n, held = 7, []
@@ -220,7 +220,7 @@ def test_thinning_costs_little(stream, monkeypatch):
     monkeypatch.setattr(sparse_points, "POOL_BYTES", 1)
     thinned, _ = _choose(stream, n=9)
     assert len(thinned[6][0]) == len(full[6][0])
-    random = left(pool[selection.select_rows("random", pool, len(full[6][0]), profile, 0)[0]])
+    random = left(pool[sparse_points.select_rows("random", pool, len(full[6][0]), profile, 0)[0]])
     assert left(thinned[6][0]) < min(1.5 * left(full[6][0]), random)
 
 

@@ -261,12 +261,12 @@ def info(
 @app.command()
 def cite(model: Model) -> None:
     """Print BibTeX entries of what a model stands on."""
-    from gpmlp.io import archive, citations
+    from gpmlp.io import archive, provenance
     from gpmlp.io.recipe_files import validate_recipe
 
     content = archive.read_header(model)
     recipe = validate_recipe(content["header"]["recipe"], str(model))
-    typer.echo("\n".join(work.bibtex() for work in citations.citations_of(recipe, content["version"])))
+    typer.echo("\n".join(work.bibtex() for work in provenance.citations_of(recipe, content["version"])))
 
 
 def _show_warning(text: Any, category: type[Warning], *_: object, **__: object) -> None:

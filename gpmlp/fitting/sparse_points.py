@@ -1,4 +1,4 @@
-"""Inducing sets: centres chosen from a pool that streams by, and the gradient directions each of them carries."""
+"""Inducing sets: selection of rows of a feature matrix, centres chosen in one pass over the data, and their gradient directions."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-from gpmlp.core import neighbors, parallel
+from gpmlp.core import errors, neighbors, parallel
 from gpmlp.core.environments import Descriptor, StructureEnvironments, Surroundings
 from gpmlp.core.structures import Structures
-from gpmlp.fitting import selection
 from gpmlp.gp import covariances
 from gpmlp.gp.inducing import InducingBlock, independent_columns
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
+METHODS = ("greedy", "farthest", "cur", "random")
+
 WORTH = 3e-7  # of its prior variance: an environment with less left of its own is not worth an inducing point
 MOST_WEIGHT = 10.0  # of novelty beside variance
-TOGETHER = 32  # chunks that threads look at before all that was seen in them is pooled
+TOGETHER = 32  # chunks that threads describe before their environments are pooled
 POOL_BYTES = 128 << 20  # in memory while choosing; a fuller pool is thinned by the selection itself
 
 
 @dataclass
 class _Pool:
-    """Environments of one species seen so far."""
+    """Candidate environments of one species."""
 
     features: list[Tensor]
     surroundings: list[Surroundings]
@@ -39,9 +40,13 @@ class _Pool:
         self.surroundings = [Surroundings.concatenate(self.surroundings)]
         return self.features[0], self.surroundings[0]
 
-    def keep(self, chosen: Tensor) -> None:
+    def merged(self, chosen: Tensor) -> tuple[Tensor, Surroundings]:
         features, surroundings = self.merge()
-        self.features, self.surroundings = [features[chosen]], [surroundings.select(chosen)]
+        return features[chosen], surroundings.select(chosen)
+
+    def keep(self, chosen: Tensor) -> None:
+        features, surroundings = self.merged(chosen)
+        self.features, self.surroundings = [features], [surroundings]
 
 
 def choose_centers(
@@ -63,69 +68,62 @@ def choose_centers(
         observe: called with Z and features of all environments as they stream by.
 
     Returns:
-        by species (features, surroundings) of the chosen centres, most important first; and the number of environments seen.
+        by species (features, surroundings) of the chosen centres, most important first; and the number of environments of each.
     """
-    pools: dict[int, _Pool] = {}
-    seen: dict[int, int] = {}
 
-    def profile(s: Tensor) -> Tensor:
-        return kernel.profile(s)[0]
+    def select(rows: Tensor, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
+        return select_rows(method, rows, wanted, lambda s: kernel.profile(s)[0], seed)
 
-    def look(part: Structures) -> tuple[Structures, Surroundings, Tensor]:
+    def describe(part: Structures) -> tuple[Structures, Surroundings, Tensor]:
         surroundings = Surroundings.from_structures(part, neighbors.find_neighbors(part, descriptor.cutoff))
         return part, surroundings, descriptor(surroundings).features
 
+    pools: dict[int, _Pool] = {}
+    counts: dict[int, int] = {}
     done = 0
 
-    def take(looked: tuple[Structures, Surroundings, Tensor]) -> None:
+    def collect(described: tuple[Structures, Surroundings, Tensor]) -> None:
         nonlocal done
-        part, surroundings, features = looked
+        part, surroundings, features = described
         for z in part.distinct_species:
             mine = (part.species == z).nonzero()[:, 0]
             pool = pools.setdefault(z, _Pool([], []))
             pool.features.append(features[mine])
             observe(z, pool.features[-1])
             pool.surroundings.append(surroundings.select(mine))
-            seen[z] = seen.get(z, 0) + len(mine)
+            counts[z] = counts.get(z, 0) + len(mine)
         if sum(pool.size() for pool in pools.values()) > _room(surroundings, features, n):
-            spare = _quotas(2 * n, shares, seen)
+            spare = _quotas(2 * n, shares, counts)
             for z, pool in pools.items():
-                merged, _ = pool.merge()
-                pool.keep(selection.select_rows(method, merged, spare[z], profile, seed)[0].sort().values)
+                pool.keep(select(pool.merge()[0], spare[z], seed)[0].sort().values)
         done += 1
         progress(done)
 
     for start in range(0, len(parts), TOGETHER):
-        parallel.map_pieces(look, parts[start : start + TOGETHER], take)
-    quota = _quotas(n, shares, seen)
-    chosen = {
-        z: selection.select_rows(method, pool.merge()[0], quota[z], profile, seed + z) for z, pool in pools.items()
-    }
+        parallel.map_pieces(describe, parts[start : start + TOGETHER], collect)
+    quota = _quotas(n, shares, counts)
+    chosen = {z: select(pool.merge()[0], quota[z], seed + z) for z, pool in pools.items()}
     if shares == "total":
         chosen = _best_of_all(chosen, n)
-    out = {}
-    for z, pool in sorted(pools.items()):
-        features, surroundings = pool.merge()
-        out[z] = features[chosen[z][0]], surroundings.select(chosen[z][0])
-    return out, seen
+    return {z: pool.merged(chosen[z][0]) for z, pool in sorted(pools.items())}, counts
 
 
 def _room(surroundings: Surroundings, features: Tensor, n: int) -> int:
-    """How many such environments may be held while n are chosen."""
+    """Number of such environments that may be in memory while n are chosen."""
     # features twice while merging, a factor of pool x 2n at most in the selection, and the pairs
     per_pair = 3 * features.element_size() + 16
     own = 2 * (features.shape[1] + n) * features.element_size()
     return max(4 * n, POOL_BYTES // (own + per_pair * len(surroundings.centers) // max(1, len(surroundings))))
 
 
-def _quotas(n: int, shares: str | dict[int, int], seen: dict[int, int]) -> dict[int, int]:
+def _quotas(n: int, shares: str | dict[int, int], counts: dict[int, int]) -> dict[int, int]:
     if isinstance(shares, dict):
         scale = n / sum(shares.values())
-        return {z: round(scale * shares.get(z, 0)) or 1 for z in seen}
+        return {z: round(scale * shares.get(z, 0)) or 1 for z in counts}
     if shares == "total":
-        return dict.fromkeys(seen, n)
-    total = sum(seen.values())
-    return {z: max(1, round(n * count / total)) for z, count in seen.items()}
+        return dict.fromkeys(counts, n)
+    total = sum(counts.values())
+    return {z: max(1, round(n * count / total)) for z, count in counts.items()}
 
 
 def _best_of_all(chosen: dict[int, tuple[Tensor, Tensor]], n: int) -> dict[int, tuple[Tensor, Tensor]]:
@@ -139,7 +137,7 @@ def _best_of_all(chosen: dict[int, tuple[Tensor, Tensor]], n: int) -> dict[int, 
 def gradient_directions(
     descriptor: Descriptor, surroundings: Surroundings, n_directions: int, block: int = 64
 ) -> Tensor:
-    """Leading right singular vectors of the feature Jacobian of each centre: what small displacements of neighbours change most.
+    """Leading right singular vectors of the feature Jacobian of each centre: the changes that displaced neighbours bring about.
 
     Returns:
         (centres, n_directions, features) orthonormal rows, zero where the Jacobian has no more directions.
@@ -225,7 +223,7 @@ def choose_more(
     Args:
         lowers: Cholesky factor of the covariance of each block.
         signal: (blocks,) standard deviation, eV.
-        view: what the descriptor sees of the structures, if that is there already.
+        view: the environments of the structures, if they are there already.
 
     Returns:
         for each block its new inducing variables, with tangents, all columns kept; None where there are none.
@@ -241,11 +239,11 @@ def choose_more(
     for block, lower, size in zip(blocks, lowers, signal.tolist(), strict=True):
         mine = (structures.species == block.species).nonzero()[:, 0]
         x = features[mine]
-        known = covariances.atom_rows(x, structures.species[mine], kernel, (block,)).double()
-        whitened = torch.linalg.solve_triangular(lower, known.T, upper=False)
+        cross = covariances.atom_rows(x, structures.species[mine], kernel, (block,)).double()
+        whitened = torch.linalg.solve_triangular(lower, cross.T, upper=False)
         left = kernel.profile(x @ x.T)[0].double() - whitened.T @ whitened
         scale = weight[mine].sqrt() * size
-        order, pivots = _pivots(left * scale[:, None] * scale, WORTH * size**2)
+        order, pivots = _large_pivots(left * scale[:, None] * scale, WORTH * size**2)
         scores.append(pivots)
         chosen.append(mine[order])
     every = torch.cat(scores)
@@ -253,15 +251,14 @@ def choose_more(
     out: list[InducingBlock | None] = []
     for block, pivots, picks in zip(blocks, scores, chosen, strict=True):
         taken = picks[pivots >= least]
-        tangents = gradient_directions(descriptor, view.surroundings.select(taken), block.tangents.shape[1]).to(
-            features
-        )
-        columns = torch.arange(len(taken) * (1 + block.tangents.shape[1]))
+        n_directions = block.tangents.shape[1]
+        tangents = gradient_directions(descriptor, view.surroundings.select(taken), n_directions).to(features)
+        columns = torch.arange(len(taken) * (1 + n_directions))
         out.append(InducingBlock(block.species, features[taken], tangents, columns) if len(taken) else None)
     return out
 
 
-def _pivots(matrix: Tensor, least: float) -> tuple[Tensor, Tensor]:
+def _large_pivots(matrix: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """Order and values of the pivots of a Cholesky factorisation that are above `least`."""
     if not len(matrix):
         return torch.zeros(0, dtype=torch.long), matrix.new_zeros(0)
@@ -269,3 +266,136 @@ def _pivots(matrix: Tensor, least: float) -> tuple[Tensor, Tensor]:
     pivots = torch.from_numpy(lower.diagonal()[:rank].copy()).square()
     above = pivots > least
     return torch.as_tensor(order[:rank] - 1, dtype=torch.long)[above], pivots[above]
+
+
+def select_rows(
+    method: str, features: Tensor, n: int, kernel: Callable[[Tensor], Tensor], seed: int
+) -> tuple[Tensor, Tensor]:
+    """Choose up to n rows by the named method.
+
+    Args:
+        features: (pool, features) unit rows.
+        kernel: f, the covariance as a function of the dot product, f(1) = 1 (used by 'greedy').
+        seed: of the random choices ('cur', 'random').
+
+    Returns:
+        (chosen,) distinct indices, most important first, and their scores, never rising: selections from several pools are merged
+        by taking the highest scores. Exact duplicates are chosen at most once by 'greedy', 'farthest' and 'cur', so fewer
+        than n may come back.
+    """
+    errors.check_choice("selection method", method, METHODS)
+    generator = torch.Generator().manual_seed(seed)
+    n = min(n, features.shape[0])
+    if method == "greedy":
+        return greedy_selection(features, n, kernel)
+    if method == "farthest":
+        return farthest_points(features, n)
+    if method == "cur":
+        return cur_selection(features, n, generator)
+    keys = torch.rand(features.shape[0], generator=generator, dtype=torch.float64).to(features.device).topk(n)
+    return keys.indices, keys.values
+
+
+def greedy_selection(
+    features: Tensor, n: int, kernel: Callable[[Tensor], Tensor], tolerance: float = 1e-10, slack: float = 0.8
+) -> tuple[Tensor, Tensor]:
+    """Pivoted Cholesky: each next point has (nearly) the largest variance given those already chosen.
+
+    Works in rounds so that the inner products are matrix products: of the candidates with the largest variance, those are taken,
+    in turn, whose variance given all before them is at least `slack` times the largest outside; slack = 1 is the exact greedy order.
+    Stops where no variance above `tolerance` is left (Foster et al., JMLR 10, 857 (2009), section 4).
+    """
+    pool = features.shape[0]
+    variance = torch.ones(pool, dtype=features.dtype, device=features.device)
+    factor = features.new_zeros(pool, n)
+    chosen: list[int] = []
+    scores: list[float] = []
+    while len(chosen) < n and variance.max() > tolerance:
+        size = min(64, pool)
+        top = variance.topk(min(size + 1, pool))
+        candidates, outside = top.indices[:size], float(top.values[-1]) if pool > size else 0.0
+        k = len(chosen)
+        past = factor[candidates, :k]
+        block = kernel(features[candidates] @ features[candidates].T) - past @ past.T
+        taken = _pivots(block, variance[candidates], n - k, max(slack * outside, tolerance))
+        picks = candidates[taken]
+        # L_k for the new columns: (K - L L^T)[:, picks] = new @ chol^T
+        residual = kernel(features @ features[picks].T) - factor[:, :k] @ factor[picks, :k].T
+        corner = torch.linalg.cholesky(block[taken][:, taken] + tolerance * 1e-4 * torch.eye(len(taken)).to(block))
+        new = torch.linalg.solve_triangular(corner, residual.T, upper=False).T
+        factor[:, k : k + len(taken)] = new
+        variance = (variance - new.square().sum(1)).clamp_min(0)
+        variance[picks] = 0
+        chosen.extend(picks.tolist())
+        scores.extend(corner.diagonal().square().tolist())
+    order = torch.tensor(scores, dtype=features.dtype).cummin(0).values if scores else torch.zeros(0)
+    return torch.tensor(chosen, dtype=torch.long, device=features.device), order.to(features)
+
+
+def _pivots(block: Tensor, variance: Tensor, at_most: int, threshold: float) -> list[int]:
+    """Pivoted Cholesky inside a small block, until the best variance falls below the threshold; at least one pivot."""
+    block, left = block.cpu().clone(), variance.cpu().clone()
+    taken: list[int] = []
+    while len(taken) < min(at_most, len(left)):
+        best = int(left.argmax())
+        if taken and (left[best] < threshold or left[best] <= 0):
+            break
+        taken.append(best)
+        column = block[:, best] / block[best, best].clamp_min(1e-300).sqrt()
+        block = block - column[:, None] * column[None, :]
+        left = torch.minimum(left, block.diagonal().clone())
+        left[taken] = -1
+    return taken
+
+
+def farthest_points(features: Tensor, n: int, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Farthest-point sampling in the distance |x - x'|, starting from the point farthest from the mean.
+
+    Args:
+        known: (m, features) rows that count as chosen before; the first point is then the one farthest from all of them.
+    """
+    distance = (features - features.mean(0)).square().sum(1)
+    chosen: list[int] = []
+    scores: list[float] = []
+    if known is not None and len(known):
+        distance = torch.full_like(distance, torch.inf)
+        squares = features.square().sum(1)
+        for some in known.split(256):
+            nearest = (some.square().sum(1) - 2 * features @ some.T).amin(1)
+            distance = torch.minimum(distance, (squares + nearest).clamp_min(0))
+    else:
+        chosen, scores = [int(distance.argmax())], [4.0]
+        distance = (features - features[chosen[0]]).square().sum(1)
+    while len(chosen) < n and distance.max() > 1e-14:
+        chosen.append(int(distance.argmax()))
+        scores.append(float(distance.max()))
+        distance = torch.minimum(distance, (features - features[chosen[-1]]).square().sum(1))
+    return (
+        torch.tensor(chosen, dtype=torch.long, device=features.device),
+        torch.tensor(scores, dtype=torch.float64).to(features),
+    )
+
+
+def cur_selection(features: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sampling without replacement by leverage scores (Mahoney, Drineas, PNAS 106, 697 (2009)), duplicates aside."""
+    distinct = _distinct(features)
+    unique = features[distinct]
+    values, vectors = torch.linalg.eigh(unique.T @ unique)
+    rank = max(1, min(n, int((values > 1e-10 * values[-1]).sum())))
+    scores = (unique @ (vectors[:, -rank:] * values[-rank:].rsqrt())).square().sum(1)
+    # Gumbel keys: the n largest are a weighted sample without replacement
+    uniform = torch.rand(len(unique), generator=generator, dtype=torch.float64).to(features.device)
+    keys = scores.clamp_min(1e-300).log() - (-uniform.clamp(1e-12, 1 - 1e-12).log()).log()
+    best = keys.topk(min(n, len(unique)))
+    return distinct[best.indices], best.values.to(features)
+
+
+def _distinct(features: Tensor) -> Tensor:
+    """Indices of the first of each group of equal rows (to 1e-10)."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(features.shape[1], 2, generator=generator, dtype=torch.float64).to(features)
+    keys = ((features @ probe) * 1e9).round()
+    _, inverse = torch.unique(keys, dim=0, return_inverse=True)
+    order = torch.arange(len(inverse), device=features.device)
+    first = torch.full((int(inverse.max()) + 1,), len(inverse), dtype=torch.long, device=features.device)
+    return first.scatter_reduce(0, inverse, order, "amin").sort().values

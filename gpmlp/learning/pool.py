@@ -15,7 +15,7 @@ from gpmlp.core import errors, neighbors
 from gpmlp.core.environments import Descriptor, Surroundings
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
-from gpmlp.fitting import defaults, selection
+from gpmlp.fitting import defaults, sparse_points
 from gpmlp.learning.conditional_variance import ConditionedUncertainty, PoolCandidate
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
@@ -318,7 +318,7 @@ def _ordered(
     exclude: Structures | None,
     seed: int,
 ) -> _Basket:
-    """Fill a basket in the order of gpmlp.fitting.selection, which is asked for more where something is refused."""
+    """Fill a basket in the order of gpmlp.fitting.sparse_points, which is asked for more where something is refused."""
     pool, n, size = basket.pool.to(device="cpu"), basket.n, basket.size
     rows = known = torch.zeros(size, 1)
     if method != "random":
@@ -329,9 +329,9 @@ def _ordered(
     ask = n
     while True:
         if method == "farthest":
-            order, scores = selection.farthest_points(rows, ask, known if exclude is not None else None)
+            order, scores = sparse_points.farthest_points(rows, ask, known if exclude is not None else None)
         else:
-            order, scores = selection.select_rows(method, rows, ask, torch.abs, seed)
+            order, scores = sparse_points.select_rows(method, rows, ask, torch.abs, seed)
         found = list(zip(order.tolist(), scores.tolist(), strict=True))
         if ask == size:  # 'farthest' and 'cur' leave exact duplicates out
             found += [(i, 0.0) for i in sorted(set(range(size)) - set(order.tolist()))]

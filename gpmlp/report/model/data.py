@@ -13,7 +13,7 @@ from torch import Tensor
 from gpmlp.core import errors, units
 from gpmlp.core.quantities import Targets, Variance
 from gpmlp.core.structures import Structures, chunk_structures
-from gpmlp.io import citations
+from gpmlp.io import provenance
 from gpmlp.io.provenance import DataOverlap
 from gpmlp.potential.evaluation import Evaluation
 from gpmlp.potential.potential import Potential
@@ -293,7 +293,7 @@ def collect_data(
         rivals=compare_indicators(potential, structures, targets, evaluation),
         model=_model(potential),
         dimers=tuple(dimer_curves(potential)),
-        citations=tuple(work.bibtex() for work in citations.citations_of(potential.recipe, version)),
+        citations=tuple(work.bibtex() for work in provenance.citations_of(potential.recipe, version)),
     )
 
 
