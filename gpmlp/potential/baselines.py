@@ -1,4 +1,4 @@
-"""Baselines are energy terms that are added, not learned: isolated atoms and short-range nuclear repulsion (ZBL)."""
+"""Baselines: energy terms that are added, not learned: isolated atoms and short-range nuclear repulsion (ZBL)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ class Baseline(Protocol):
 
     @property
     def cutoff(self) -> float:
-        """Distance within which atoms feel each other, A."""
+        """Range of the interaction, A."""
         ...
 
     def of_atoms(
         self, structures: Structures, pairs: Neighbors, start: int, end: int
     ) -> tuple[Tensor, Neighbors, Tensor]:
-        """Of the atoms start to end, whose neighbours within `cutoff` or more are `pairs`: their energies (atoms,), eV, the pairs that
-        matter, and dE/dr_ij of these (pairs, 3), eV/A."""
+        """Local energies (atoms,), eV, of the atoms start to end, the pairs within the cutoff, and dE/dr_ij of these (pairs, 3), eV/A.
+
+        Args:
+            pairs: neighbours of these atoms within `cutoff` or more.
+        """
         ...
 
     def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
-        """Of all atoms; `pairs`: neighbours within `cutoff` or more, if they are known."""
+        """Of all atoms; `pairs`: neighbours within `cutoff` or more, if they are there already."""
         if pairs is None:
             pairs = neighbors.find_neighbors(structures, self.cutoff) if self.cutoff else Neighbors.empty(structures)
         local, near, gradients = self.of_atoms(structures, pairs, 0, structures.n_atoms)
@@ -64,13 +67,13 @@ class IsolatedAtoms(Baseline):
     @staticmethod
     def from_frames(structures: Structures, targets: Targets) -> dict[int, float]:
         """Energies of the one-atom frames labelled config_type=isolated_atom, by atomic number."""
-        found: dict[int, float] = {}
+        energies: dict[int, float] = {}
         for i, label in enumerate(targets.config_types):
             if is_isolated_atom(label) and structures.counts[i] == 1:
                 energy = float(targets.energies[i])
                 if energy == energy:
-                    found[int(structures.species[structures.offsets[i]])] = energy
-        return found
+                    energies[int(structures.species[structures.offsets[i]])] = energy
+        return energies
 
     @staticmethod
     def least_squares(structures: Structures, targets: Targets) -> dict[int, float]:
@@ -87,7 +90,7 @@ class IsolatedAtoms(Baseline):
 
 
 def is_isolated_atom(config_type: str) -> bool:
-    """Whether a config_type says so: isolated_atom, IsolatedAtom, ..."""
+    """Whether a config_type marks isolated atoms: isolated_atom, IsolatedAtom, ..."""
     return config_type.lower().replace("_", "") == "isolatedatom"
 
 
@@ -100,7 +103,7 @@ _ZBL_EXPONENTS = (3.19980, 0.94229, 0.40290, 0.20162)
 class ZBL(Baseline):
     """E = 1/2 sum_ij S(r) Z_i Z_j k_e / r phi(r / a), a = 0.46850 A / (Z_i^0.23 + Z_j^0.23).
 
-    S falls from 1 at `inner` to 0 at `outer` by the quintic smoothstep (C2), so that no pair beyond `outer` feels it.
+    S falls from 1 at `inner` to 0 at `outer` by the quintic smoothstep (C2), so that it vanishes beyond `outer`.
 
     Attributes:
         inner, outer: A, by pair of atomic numbers (Z_i <= Z_j).
@@ -141,7 +144,7 @@ class ZBL(Baseline):
 
     @staticmethod
     def of_pair(r: Tensor, z_i: Tensor, z_j: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-        """Energy of a pair and its derivative with respect to r."""
+        """Energy of a pair and its derivative with respect to r, elementwise."""
         length = 0.46850 / (z_i**0.23 + z_j**0.23)
         coulomb = units.COULOMB * z_i * z_j / r
         terms = [(a * torch.exp(-b * r / length), b) for a, b in zip(_ZBL_AMPLITUDES, _ZBL_EXPONENTS, strict=True)]

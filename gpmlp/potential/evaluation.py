@@ -1,4 +1,4 @@
-"""Evaluation is the comparison of a potential with reference labels: errors, and whether their predicted size is right."""
+"""Evaluation of a potential against reference labels: errors, and scores of their predicted standard deviations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEYS = {
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A prediction, its errors, and how well its variances say how large they are.
+    """A prediction, its errors, and scores of its variances.
 
     Attributes:
         prediction: of all structures.
@@ -53,16 +53,14 @@ class Evaluation:
         intervals), `force_miscalibration_area`, `force_ence`, `force_nll` (nats, errors in eV/A), `force_crps` (eV/A),
         `force_sharpness_meV_per_A` (rms standard deviation), `force_spearman` (of forces per atom).
         """
-        named = self.by_config_type
-        whole = _plain(self.overall, self.scores)
-        return whole | {
-            "by_config_type": {k: _plain(t, self.scores_by_config_type.get(k, {})) for k, t in named.items()}
-        }
+        scores = self.scores_by_config_type
+        tables = {name: _as_dict(table, scores.get(name, {})) for name, table in self.by_config_type.items()}
+        return _as_dict(self.overall, self.scores) | {"by_config_type": tables}
 
 
-def _plain(table: ErrorTable, found: dict[str, Scores]) -> dict:
+def _as_dict(table: ErrorTable, scores: dict[str, Scores]) -> dict:
     values = asdict(table)
-    for kind, entry in found.items():
+    for kind, entry in scores.items():
         name, unit, factor = KEYS[kind]
         numbers = asdict(entry)
         values[f"{name}_sharpness_{unit}"] = factor * numbers.pop("sharpness")
@@ -77,13 +75,13 @@ def evaluate(
     progress: Callable[[str, float, float, str], None] | None = None,
     variances: bool = True,
 ) -> Evaluation:
-    """Predict all structures and compare with what is known of them.
+    """Predict all structures and compare with their labels.
 
     Args:
         progress: called as progress(stage, done, total, note), in atoms.
         variances: whether to predict variances and novelty too, if the potential can.
 
-    Energies count as not known where the potential has not learned from any: its zero of energy is arbitrary.
+    Energies count as unlabelled where the potential has not learned from any: its zero of energy is arbitrary.
     """
     variances = variances and potential.variances is not None
     targets = comparable_targets(potential, targets)
@@ -99,7 +97,7 @@ def evaluate(
 
 
 def comparable_targets(potential: Potential, targets: Targets) -> Targets:
-    """The labels that the potential can be held to: without energies, if it has learned from none."""
+    """The labels without energies, if the potential has learned from none."""
     if potential.has_energy_zero:
         return targets
     return replace(targets, energies=torch.full_like(targets.energies, float("nan")))
@@ -108,7 +106,7 @@ def comparable_targets(potential: Potential, targets: Targets) -> Targets:
 def compare_prediction(
     structures: Structures, targets: Targets, prediction: Prediction, calibration: Calibration
 ) -> Evaluation:
-    """Evaluate a prediction that is there already.
+    """Evaluate a prediction.
 
     Args:
         calibration: of the variances in the prediction; gives their conformal intervals.
@@ -120,15 +118,15 @@ def compare_prediction(
         tables[name] = error_table(*some, units.GPA)
         tables_of_scores[name] = score_variances(*some, calibration)
     overall = error_table(structures, targets, prediction, units.GPA)
-    found = score_variances(structures, targets, prediction, calibration)
-    return Evaluation(prediction, overall, tables, found, tables_of_scores)
+    scores = score_variances(structures, targets, prediction, calibration)
+    return Evaluation(prediction, overall, tables, scores, tables_of_scores)
 
 
 def score_variances(
     structures: Structures, targets: Targets, prediction: Prediction, calibration: Calibration
 ) -> dict[str, Scores]:
     """Scores of the variances of a prediction by kind; kinds without variances are left out."""
-    found = {}
+    scores = {}
     for kind, name in residuals.VARIANCE_FIELDS.items():
         if getattr(prediction, name) is None:
             continue
@@ -138,13 +136,9 @@ def score_variances(
         error, std = error[known], std[known]
         z = None if species is None else species[known]
         widths = {level: calibration.half_width(kind, std, level, z) for level in LEVELS}
-        atom = (
-            torch.arange(structures.n_atoms, device=std.device).repeat_interleave(3)[known]
-            if kind == "forces"
-            else None
-        )
-        found[kind] = score_errors(error, std, widths, atom)
-    return found
+        atom = torch.arange(structures.n_atoms, device=std.device).repeat_interleave(3) if kind == "forces" else None
+        scores[kind] = score_errors(error, std, widths, None if atom is None else atom[known])
+    return scores
 
 
 @dataclass(frozen=True)

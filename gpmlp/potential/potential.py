@@ -190,9 +190,9 @@ class Potential:
         if model and request.atom_energies:
             model.prepare()
 
-        def extras(seen: Sequence[Environments], profiles: Sequence[dict]) -> tuple[Variance | None, Tensor | None]:
-            variance = model.atom_energies(seen, request.form, profiles) if model and request.atom_energies else None
-            return variance, distances.novelty(seen[0].species, seen[0].features) if distances else None
+        def extras(chunk: Sequence[Environments], profiles: Sequence[dict]) -> tuple[Variance | None, Tensor | None]:
+            variance = model.atom_energies(chunk, request.form, profiles) if model and request.atom_energies else None
+            return variance, distances.novelty(chunk[0].species, chunk[0].features) if distances else None
 
         mean = chunked.predict_mean(
             self.terms, structures, pairs.of_centers, extras, request.atom_energies, self.baselines
@@ -312,9 +312,9 @@ class Potential:
         for k, (descriptor, kernel) in enumerate(zip(recipe.descriptors, recipe.kernels, strict=True)):
             blocks = {}
             for z in species:
-                own = _with_prefix(f"term{k}.Z{z}.", tensors)
-                if own:
-                    blocks[z] = MeanBlock(own["features"], own["weights"], own["tangents"])
+                block = _with_prefix(f"term{k}.Z{z}.", tensors)
+                if block:
+                    blocks[z] = MeanBlock(block["features"], block["weights"], block["tangents"])
             terms.append(EnergyTerm(make_descriptor(species, descriptor.model_dump()), make_kernel(kernel), blocks))
         variances = novelty = None
         if "variances" in header:

@@ -116,8 +116,8 @@ class SpeciesVariance:
 class SpeciesZBL:
     """ZBL of one central species with each of the others: charges and radii by slot, (slots, 1)."""
 
-    own: Tensor
-    others: Tensor
+    charge: Tensor
+    charges: Tensor
     inner: Tensor
     outer: Tensor
 
@@ -133,7 +133,7 @@ class SpeciesZBL:
     def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Half of the energy of each pair for its centre, and the slopes."""
         r = vectors.norm(dim=3)
-        energy, slope = ZBL.of_pair(r, self.own, self.others, self.inner, self.outer)
+        energy, slope = ZBL.of_pair(r, self.charge, self.charges, self.inner, self.outer)
         return 0.5 * energy.sum((1, 2)), (0.5 * slope / r)[..., None] * vectors
 
 

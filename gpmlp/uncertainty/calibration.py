@@ -303,7 +303,7 @@ def fit_variance_weights(errors: Tensor, parts: Tensor, rest: Tensor | None = No
     if rest is not None:
         floor = floor + rest[~torch.isnan(errors)].to(floor)
         common = 0.0
-    found = minimize(
+    optimum = minimize(
         _negative_log_posterior,
         np.full(p.shape[1], common),
         args=(e.square().cpu().numpy(), p.cpu().numpy(), floor.cpu().numpy()),
@@ -312,7 +312,7 @@ def fit_variance_weights(errors: Tensor, parts: Tensor, rest: Tensor | None = No
         bounds=[tuple(math.log(w) for w in WEIGHTS)] * p.shape[1],
         options={"ftol": 1e-14, "gtol": 1e-9, "maxiter": 500},
     )
-    return torch.from_numpy(np.exp(found.x)).to(parts.device)
+    return torch.from_numpy(np.exp(optimum.x)).to(parts.device)
 
 
 def _negative_log_posterior(

@@ -1,4 +1,4 @@
-"""Mahalanobis distance of features per central species: how far an environment lies from those seen."""
+"""Mahalanobis distance of environments from the training data, by central species, and its novelty threshold."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LEAST_THRESHOLD = 1.0  # distance; below one standard deviation nothing is far
 
 
 class ReservoirSample:
-    """At most `size` of the rows that stream by, each subset equally likely, whatever the chunks and their order.
+    """A reservoir sample: at most `size` of the rows of a stream, each subset equally likely, whatever the chunks and their order.
 
     Each row draws a uniform key, and those with the largest keys stay (Efraimidis, Spirakis, Inf. Process. Lett. 97, 181 (2006)).
     """
@@ -42,12 +42,12 @@ class ReservoirSample:
         self._random = np.random.default_rng(seed)
         self._keys = torch.zeros(0, dtype=torch.float64)
         self._rows: Tensor | None = None
-        self.seen = 0
+        self.n_streamed = 0
 
     def add(self, rows: Tensor) -> None:
-        """Take a chunk (rows, features); only what is kept of it is copied."""
+        """Take a chunk (rows, features); only rows that stay are copied."""
         keys = torch.from_numpy(self._random.random(len(rows)))
-        self.seen += len(rows)
+        self.n_streamed += len(rows)
         if len(self._keys) == self._size:
             above = (keys > self._keys.min()).nonzero()[:, 0]
             rows, keys = rows[above.to(rows.device)], keys[above]
@@ -58,13 +58,13 @@ class ReservoirSample:
         self._keys, self._rows = keys[kept], joined[kept.to(joined.device)]
 
     def rows(self) -> Tensor:
-        """The sample (at most size, features), in the order in which it came; (0, 0) if nothing came."""
+        """The sample (at most size, features), in the order of the stream; (0, 0) of an empty stream."""
         return torch.zeros(0, 0, dtype=torch.float64) if self._rows is None else self._rows
 
 
 @dataclass(frozen=True, eq=False)
 class SpeciesClusters:
-    """What was seen around one central species: sufficient statistics of clusters in a reduced space, float64.
+    """Clusters of the training environments of one central species: sufficient statistics in a reduced space, float64.
 
     With x − centre = Vy + r, y in the reduced space and r across it, the squared distance to cluster k is
     d² = (y − m_k)ᵀ S_k⁻¹ (y − m_k) + |r|²/s_k, with S_k the covariance of y, shrunk (OAS: Chen, Wiesel, Eldar, Hero, IEEE Trans. Signal
@@ -111,9 +111,9 @@ class SpeciesClusters:
         floor = (RELATIVE_FLOOR * self.variance).clamp_min(ABSOLUTE_FLOOR)
         eye = torch.eye(r, dtype=self.scatter.dtype, device=self.scatter.device)
         covariance = self.scatter / self.count[:, None, None]
-        spread = (self.residual / self.count).clamp_min(floor)
+        across = (self.residual / self.count).clamp_min(floor)
         if not r:
-            return covariance, spread
+            return covariance, across
         square = covariance.square().mean((1, 2))
         trace = covariance.diagonal(dim1=1, dim2=2).mean(1)
         # ρ = (tr S² + tr² S)/((n + 1)(tr S² − tr² S/r)) but for terms of 1/r, as in scikit-learn
@@ -121,14 +121,14 @@ class SpeciesClusters:
         rho = ((square + trace.square()) / below.clamp_min(1e-300)).clamp(max=1.0)[:, None, None]
         shrunk = (1 - rho) * covariance + (rho * trace[:, None, None] + floor) * eye
         lower = torch.linalg.cholesky(shrunk)
-        return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False), spread
+        return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False), across
 
     @cached_property
     def _whitening(self) -> tuple[Tensor, Tensor, Tensor]:
         """All W_k side by side (r, clusters r), -W_k m_k (clusters r,), and s (clusters,)."""
-        whitening, spread = self.precision
+        whitening, across = self.precision
         offset = -(whitening @ self.mean[:, :, None])
-        return whitening.flatten(0, 1).T.contiguous(), offset.flatten(), spread
+        return whitening.flatten(0, 1).T.contiguous(), offset.flatten(), across
 
     def reduce(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(y, |r|²): (n, r) and (n,), of (n, features)."""
@@ -141,10 +141,10 @@ class SpeciesClusters:
 
     def squared(self, features: Tensor) -> Tensor:
         """d² to each cluster (n, clusters)."""
-        y, across = self.reduce(features)
-        whitening, offset, spread = (p.to(features) for p in self._whitening)
+        y, residual = self.reduce(features)
+        whitening, offset, across = (p.to(features) for p in self._whitening)
         z = torch.addmm(offset, y, whitening).unflatten(1, self.mean.shape)
-        return z.square().sum(2) + across[:, None] / spread
+        return z.square().sum(2) + residual[:, None] / across
 
     def distance(self, features: Tensor) -> Tensor:
         """min_k d_k (n,); infinite for features that are not numbers."""
@@ -172,13 +172,13 @@ class SpeciesClusters:
         return replace(self, count=count, mean=mean, scatter=scatter, residual=residual)
 
     def to(self, device: torch.device | str) -> SpeciesClusters:
-        """Return the same on another device."""
+        """The same on another device."""
         return SpeciesClusters(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
 class Mahalanobis:
-    """Distance to what was seen, and a threshold of it, by central species.
+    """Mahalanobis distances from the training environments and their thresholds, by central species.
 
     Attributes:
         species: by Z, the clusters.
@@ -198,7 +198,7 @@ class Mahalanobis:
             features: (n, features) unit vectors; the result follows their type and device and can be differentiated in them.
 
         Returns:
-            (n,), in standard deviations; infinite for a species never seen and for features that are not numbers.
+            (n,), in standard deviations; infinite for a species without training data and for features that are not numbers.
         """
         self._check(species, features)
         distance = features.new_full((len(features),), math.inf)
@@ -216,23 +216,23 @@ class Mahalanobis:
         return self.distance(species, features) / threshold
 
     def updated(self, species: Tensor, features: Tensor) -> Mahalanobis:
-        """Return the same with more environments seen, each counted to its nearest cluster.
+        """The same with more training environments, each added to its nearest cluster.
 
-        Reduced spaces and thresholds stay as they were; a species that was never seen remains so until the next fit.
+        Reduced spaces and thresholds stay as they are; a species without training data remains so until the next fit.
         """
         self._check(species, features)
         renewed = dict(self.species)
         for z, clusters in self.species.items():
             if (species == z).any():
                 renewed[z] = clusters.updated(features[species == z])
-        return Mahalanobis(renewed, self.thresholds, self.quantile)
+        return replace(self, species=renewed)
 
     def to(self, device: torch.device | str) -> Mahalanobis:
-        """Return the same on another device."""
-        return Mahalanobis({z: c.to(device) for z, c in self.species.items()}, self.thresholds, self.quantile)
+        """The same on another device."""
+        return replace(self, species={z: c.to(device) for z, c in self.species.items()})
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """Return (plain data for JSON, tensors by name) for the model file; from_state restores them exactly."""
+        """(Plain data for JSON, tensors by name) for the model file; from_state restores them exactly."""
         header = {"quantile": self.quantile, "thresholds": {str(z): t for z, t in self.thresholds.items()}}
         return header, {f"{z}.{f.name}": getattr(c, f.name) for z, c in self.species.items() for f in fields(c)}
 
@@ -252,15 +252,15 @@ class Mahalanobis:
 def fit_mahalanobis(
     features: Mapping[int, Tensor], held_out: Mapping[int, Tensor] | None = None, quantile: float = 0.99, seed: int = 0
 ) -> Mahalanobis:
-    """Learn what environments were seen, and how far held-out ones lie.
+    """Fit the clusters of the training environments, and thresholds to held-out environments.
 
     A threshold is the quantile (order statistic ⌈(n+1)·quantile⌉, or the largest) of the distances of held-out rows; of rows left out
     of a fit of their own where fewer than HELD_OUT were held out. Neighbours in one structure are alike, so that rows held out by
-    structure give the more honest (larger) threshold.
+    structure give the larger, more cautious threshold.
 
     Args:
-        features: by Z of the central atom, (n, features) unit vectors, a subsample (Reservoir) of some thousands. None of a species:
-            it counts as never seen.
+        features: by Z of the central atom, (n, features) unit vectors, a subsample (ReservoirSample) of some thousands; a species
+            without any counts as one without training data.
         held_out: by Z, the same of structures that are not in `features`.
         seed: of the mixture and of the rows left out.
 
@@ -269,21 +269,21 @@ def fit_mahalanobis(
     """
     if not 0 < quantile < 1:
         raise errors.UserError(f"`quantile` must lie between 0 and 1, as 0.99; got {quantile}.")
-    found, thresholds = {}, {}
+    species, thresholds = {}, {}
     for z in sorted(z for z, x in features.items() if len(x)):
         for x in (features[z], (held_out or {}).get(z)):
             if x is not None and len(x):
                 errors.check_shape("features", x, ("n", features[z].shape[1]), f"Species {errors.chemical_symbol(z)}.")
                 if not torch.isfinite(x).all():
                     raise errors.UserError(f"`features` of {errors.chemical_symbol(z)} hold a NaN or infinite number.")
-        found[z] = SpeciesClusters.fit(features[z], seed)
-        unseen = (held_out or {}).get(z, features[z][:0])
-        enough = len(unseen) >= HELD_OUT
-        distances = found[z].distance(unseen.double()) if enough else _left_out(features[z], seed)
+        species[z] = SpeciesClusters.fit(features[z], seed)
+        others = (held_out or {}).get(z, features[z][:0])
+        enough = len(others) >= HELD_OUT
+        distances = species[z].distance(others.double()) if enough else _left_out(features[z], seed)
         ordered = distances.sort().values
         rank = min(len(ordered), math.ceil((len(ordered) + 1) * quantile - 1e-9))
         thresholds[z] = max(LEAST_THRESHOLD, ordered[rank - 1].item() if rank else 0.0)
-    return Mahalanobis(found, thresholds, quantile)
+    return Mahalanobis(species, thresholds, quantile)
 
 
 def _left_out(features: Tensor, seed: int) -> Tensor:
@@ -313,12 +313,12 @@ def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values, vectors = values.flip(0), vectors.flip(1)
     short = int((values.cumsum(0) < EXPLAINED * variance).sum()) + 1
     rank = min(short, int((values > 1e-12 * values[0]).sum()))
-    kept = vectors[:, :rank]
+    leading = vectors[:, :rank]
     if wide:
-        kept = torch.linalg.qr(centred.T @ kept / (len(x) * values[:rank]).sqrt()).Q
+        leading = torch.linalg.qr(centred.T @ leading / (len(x) * values[:rank]).sqrt()).Q
     # the sign of an eigenvector is chance: its largest entry is positive
-    largest = kept.gather(0, kept.abs().argmax(0, keepdim=True))
-    return centre, kept * largest.sign(), variance
+    largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
+    return centre, leading * largest.sign(), variance
 
 
 def _labels(y: Tensor, seed: int) -> Tensor:
@@ -331,7 +331,7 @@ def _labels(y: Tensor, seed: int) -> Tensor:
     from sklearn.mixture import GaussianMixture
 
     z = (y[:, :LEADING] / y[:, :LEADING].std(0)).numpy()
-    # drawn from the rows in an order of their own, so that the order in which they came does not matter
+    # sorted before rows are drawn, so that the order of the stream does not matter
     ordered = z[np.argsort(z[:, 0], kind="stable")]
     rows = np.random.default_rng(seed).choice(n, min(n, MIXTURE_ROWS), replace=False)
     sample = ordered[np.sort(rows)]
@@ -343,9 +343,9 @@ def _labels(y: Tensor, seed: int) -> Tensor:
             fits.append((mixture.bic(sample) + GAIN * k * len(sample), k, mixture))
     best = min(fits)[2]
     raw = torch.from_numpy(best.predict(z))
-    kept = (torch.bincount(raw, minlength=best.n_components) >= MEMBERS).nonzero()[:, 0]
-    if len(kept) < 2:
+    large = (torch.bincount(raw, minlength=best.n_components) >= MEMBERS).nonzero()[:, 0]
+    if len(large) < 2:
         return one
-    to_means = torch.cdist(torch.from_numpy(z), torch.from_numpy(best.means_)[kept])
-    new = torch.full((best.n_components,), -1).scatter(0, kept, torch.arange(len(kept)))[raw]
+    to_means = torch.cdist(torch.from_numpy(z), torch.from_numpy(best.means_)[large])
+    new = torch.full((best.n_components,), -1).scatter(0, large, torch.arange(len(large)))[raw]
     return torch.where(new < 0, to_means.argmin(1), new)

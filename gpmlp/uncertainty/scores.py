@@ -82,10 +82,10 @@ def score_errors(
         m = (multipliers or {}).get(percent / 100, gaussian_multiplier(percent / 100))
         half = m.to(e)[keep] if isinstance(m, Tensor) and m.dim() else m * s
         coverage[f"coverage_{percent}"] = (e.abs() <= half).double().mean().item()
-    size, spread = e.abs(), s
+    size, predicted = e.abs(), s
     if group is not None:
         check_shape("group", group, (len(errors),))
-        size, spread = (_rms_by(group[keep], v) for v in (e, s))
+        size, predicted = (_rms_by(group[keep], v) for v in (e, s))
     return Scores(
         n,
         **coverage,
@@ -95,7 +95,7 @@ def score_errors(
         nll=(s.log() + z.square() / 2).mean().item() + math.log(2 * math.pi) / 2,
         crps=_crps(z, s).mean().item(),
         sharpness=_rms(s),
-        spearman=spearman_correlation(spread, size),
+        spearman=spearman_correlation(predicted, size),
     )
 
 
