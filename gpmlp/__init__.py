@@ -39,9 +39,10 @@ _HOMES = {
 
 __all__ = [*_HOMES]
 
-# Where modules live that the documentation of versions before 0.2 told to import
+# Modules that the documentation of versions before 0.2 imports, and names there that have changed
 _MOVED = {
     "gpmlp.active": "gpmlp.learning",
+    "gpmlp.active.after": "gpmlp.report.run.page",
     "gpmlp.active.labelling": "gpmlp.learning.oracles.labeller",
     "gpmlp.active.loop": "gpmlp.learning.loop",
     "gpmlp.active.oracle": "gpmlp.learning.oracles.oracle",
@@ -49,7 +50,13 @@ _MOVED = {
     "gpmlp.active.stopping": "gpmlp.learning.stopping.judge",
     "gpmlp.active.tape": "gpmlp.learning.labels",
     "gpmlp.io.atoms": "gpmlp.io.ase_atoms",
+    "gpmlp.picking": "gpmlp.learning.pool",
     "gpmlp.stepping": "gpmlp.potential.stepper",
+}
+_RENAMED = {
+    "gpmlp.active.after.report": "gpmlp.report.run.page.report_run",
+    "gpmlp.active.stopping.Record": "gpmlp.learning.stopping.history.Record",
+    "gpmlp.picking.pick": "gpmlp.learning.pool.select_pool",
 }
 
 
@@ -69,15 +76,21 @@ def __dir__() -> list[str]:
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of _MOVED under their old names, with a warning that names the new one."""
+    """Finds the modules of _MOVED, and the names of _RENAMED in them, with a warning that says where they are now."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self, is_package=fullname == "gpmlp.active") if fullname in _MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        new = _MOVED[module.__name__]
-        warnings.warn(f"{module.__name__} is {new} now", FutureWarning, stacklevel=2)
-        module.__getattr__ = importlib.import_module(new).__getattribute__  # type: ignore[method-assign]
+        old, new = module.__name__, _MOVED[module.__name__]
+        warnings.warn(f"{old} is {new} now", FutureWarning, stacklevel=2)
+        importlib.import_module(new)  # now, as importing torch asks all modules for attributes
+
+        def find(name: str) -> object:
+            home, _, name = _RENAMED.get(f"{old}.{name}", f"{new}.{name}").rpartition(".")
+            return getattr(importlib.import_module(home), name)
+
+        module.__getattr__ = find  # type: ignore[method-assign]
 
 
 sys.meta_path.append(_MovedModules())

@@ -267,6 +267,39 @@ assert [str(w.message) for w in said] == [
 """)
 
 
+def test_names_that_older_documentation_told():
+    """Of modules in README.md and docs/ of version 0.1; what is in them under another name, too."""
+    in_process("""
+import warnings
+warnings.simplefilter("ignore", FutureWarning)
+from gpmlp.active import after, loop
+from gpmlp.active.labelling import Labeller
+from gpmlp.active.oracle import CalculatorOracle, OracleRecipe
+from gpmlp.active.recipe import LearnRecipe
+from gpmlp.active.stopping import History, Record, StopRecipe, judge
+from gpmlp.active.tape import key_of
+from gpmlp.engines.ase import GPCalculator
+from gpmlp.engines.torchsim import GPModel
+from gpmlp.io.atoms import from_ase, structures_from_ase
+from gpmlp.picking import pick
+from gpmlp.potential import Potential
+from gpmlp.recipe import Recipe
+from gpmlp.stepping import Stepper
+import gpmlp
+from gpmlp.learning.pool import select_pool
+from gpmlp.report.run.page import report_run
+assert pick is select_pool and after.report is report_run and callable(judge) and loop.learn is gpmlp.learn
+assert Record.of is Record.from_arrays and gpmlp.Targets.unknown is gpmlp.Targets.unlabelled
+assert isinstance(loop.LoopState.student, property)
+try:
+    from gpmlp.active.stopping import nothing
+except ImportError:
+    pass
+else:
+    raise AssertionError("found")
+""")
+
+
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = gpmlp.nothing

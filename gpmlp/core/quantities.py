@@ -71,6 +71,8 @@ class Targets:
             ("",) * n,
         )
 
+    unknown = unlabelled  # its name before 0.2
+
     def __len__(self) -> int:
         return self.energies.shape[0]
 

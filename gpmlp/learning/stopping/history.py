@@ -103,6 +103,8 @@ class Record:
             found |= {"outside": _counts(species[beyond]), "outside_atoms": tuple(beyond.tolist())}
         return Record(walker, step, time_fs, **(found | others))
 
+    of = from_arrays  # its name before 0.2
+
     def to_json(self) -> dict:
         """The record for JSON: NaN becomes null, infinity the string 'inf'; what is as by default is left out."""
         out: dict[str, object] = {"walker": int(self.walker), "step": int(self.step), "time_fs": _number(self.time_fs)}
