@@ -17,7 +17,7 @@ from gpmlp.fitting import defaults, regression
 from gpmlp.fitting.regression import InducingModel, VarianceSubset, block_widths
 from gpmlp.gp import covariances, inducing
 from gpmlp.gp.covariances import EnvironmentsOf, SpeciesEnvironments
-from gpmlp.gp.inducing import RANK_TOLERANCE, InducingBlock, extend_cholesky, restrict_cholesky
+from gpmlp.gp.inducing import InducingBlock, extend_cholesky, rank_tolerance, restrict_cholesky
 from gpmlp.gp.qr import PosteriorFactor
 from gpmlp.recipe import Recipe
 
@@ -250,9 +250,7 @@ def _bordered(
         return block, lower, None
     both = [replace(b, features=b.features.double(), tangents=b.tangents.double()) for b in (block, new)]
     cross, corner = (inducing.K_uu(model.kernel, b, both[1]) for b in both)
-    # what rounding of the features makes up is no rank
-    tolerance = max(RANK_TOLERANCE, 10 * torch.finfo(new.features.dtype).eps)
-    longer, kept = extend_cholesky(lower, cross, corner, tolerance)
+    longer, kept = extend_cholesky(lower, cross, corner, rank_tolerance(new.features))
     if not len(kept):
         return block, lower, None
     taken = replace(new, columns=kept)

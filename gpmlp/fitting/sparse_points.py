@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.linalg import lapack
 from torch import Tensor
 
 from gpmlp.core import errors, neighbors, parallel
 from gpmlp.core.environments import Descriptor, StructureEnvironments, Surroundings
 from gpmlp.core.structures import Structures
 from gpmlp.gp import covariances
-from gpmlp.gp.inducing import InducingBlock, independent_columns
+from gpmlp.gp.inducing import InducingBlock, independent_columns, pivoted_cholesky
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
@@ -243,9 +242,10 @@ def choose_more(
         whitened = torch.linalg.solve_triangular(lower, cross.T, upper=False)
         left = kernel.profile(x @ x.T)[0].double() - whitened.T @ whitened
         scale = weight[mine].sqrt() * size
-        order, pivots = _large_pivots(left * scale[:, None] * scale, WORTH * size**2)
-        scores.append(pivots)
-        chosen.append(mine[order])
+        worth = WORTH * size**2
+        order, pivots = pivoted_cholesky(left * scale[:, None] * scale, worth)
+        scores.append(pivots[pivots > worth])
+        chosen.append(mine[order[pivots > worth]])
     every = torch.cat(scores)
     least = every.topk(min(n, len(every))).values.min() if len(every) else 0.0
     out: list[InducingBlock | None] = []
@@ -256,16 +256,6 @@ def choose_more(
         columns = torch.arange(len(taken) * (1 + n_directions))
         out.append(InducingBlock(block.species, features[taken], tangents, columns) if len(taken) else None)
     return out
-
-
-def _large_pivots(matrix: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Order and values of the pivots of a Cholesky factorisation that are above `least`."""
-    if not len(matrix):
-        return torch.zeros(0, dtype=torch.long), matrix.new_zeros(0)
-    lower, order, rank, _ = lapack.dpstrf(matrix.numpy(), tol=least, lower=1)
-    pivots = torch.from_numpy(lower.diagonal()[:rank].copy()).square()
-    above = pivots > least
-    return torch.as_tensor(order[:rank] - 1, dtype=torch.long)[above], pivots[above]
 
 
 def select_rows(

@@ -1,11 +1,10 @@
-"""Inducing variables: values and directional derivatives of the local energy at chosen environments, and their covariance K_uu."""
+"""Inducing variables: values and directional derivatives of the local energy at chosen environments; K_uu = L Lᵀ, and whitening by L."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from scipy.linalg import lapack
@@ -13,10 +12,8 @@ from torch import Tensor
 
 from gpmlp.gp.kernels import ZonalKernel
 
-if TYPE_CHECKING:
-    pass
-
-RANK_TOLERANCE = 1e-9  # of the prior variance: a column with less of its own is dropped as dependent
+RANK_TOLERANCE = 1e-9  # of the prior variance: a column with less of it left given the others is dropped as dependent
+JITTERS = (0.0, *(1e-12 * 10.0**k for k in range(7)))  # tried in turn, in units of the prior variance
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,27 +32,19 @@ class InducingBlock:
     tangents: Tensor
     columns: Tensor
 
+    @staticmethod
+    def from_addresses(
+        species: int, features: Tensor, tangents: Tensor, centre: Tensor, direction: Tensor
+    ) -> InducingBlock:
+        """With columns given by their centre and direction (-1 for the value)."""
+        m, r = tangents.shape[:2]
+        return InducingBlock(
+            species, features, tangents, torch.where(direction < 0, centre, m + centre * r + direction)
+        )
+
     @property
     def n_columns(self) -> int:
         return self.columns.shape[0]
-
-    @cached_property
-    def vectors(self) -> Tensor:
-        """(M + M R, features) the centres, then the tangents."""
-        return torch.cat([self.features, self.tangents.flatten(0, 1)])
-
-    @cached_property
-    def by_direction(self) -> tuple[Tensor, Tensor]:
-        """The centres, then the tangents by direction and centre, in the same shape as `vectors`; which of these (columns,) are kept."""
-        m, r = self.tangents.shape[:2]
-        centre, direction = self.column_addresses
-        return torch.cat([self.features, self.tangents.transpose(0, 1).flatten(0, 1)]), centre + m * (direction + 1)
-
-    @cached_property
-    def has_all_columns(self) -> bool:
-        """Whether no column was dropped and they are in order."""
-        every = len(self.features) + self.tangents.shape[0] * self.tangents.shape[1]
-        return self.n_columns == every and bool((self.columns[1:] > self.columns[:-1]).all())
 
     @cached_property
     def column_addresses(self) -> tuple[Tensor, Tensor]:
@@ -66,8 +55,62 @@ class InducingBlock:
         centre = torch.where(is_value, self.columns, gradient // max(r, 1))
         return centre, torch.where(is_value, -1, gradient % max(r, 1))
 
+    @cached_property
+    def vectors(self) -> Tensor:
+        """(M + M R, features) the centres, then the tangents."""
+        return torch.cat([self.features, self.tangents.flatten(0, 1)])
+
+    @cached_property
+    def by_direction(self) -> tuple[Tensor, Tensor]:
+        """The centres, then the tangents by direction and centre, in the same shape as `vectors`; which of these the columns are."""
+        centre, direction = self.column_addresses
+        vectors = torch.cat([self.features, self.tangents.transpose(0, 1).flatten(0, 1)])
+        return vectors, centre + len(self.features) * (direction + 1)
+
+    @cached_property
+    def has_all_columns(self) -> bool:
+        """Whether no column was dropped and they are in order."""
+        return self.n_columns == len(self.vectors) and bool((self.columns[1:] > self.columns[:-1]).all())
+
     def take_columns(self, full: Tensor) -> Tensor:
+        """(..., columns) of a tensor (..., M + M R)."""
         return full if self.has_all_columns else full[..., self.columns]
+
+    def expand_columns(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (..., columns) as those of the values (..., M) and of the derivatives (..., M, R), zero where there is no column."""
+        m, r = self.tangents.shape[:2]
+        full = weights.new_zeros(*weights.shape[:-1], m + m * r)
+        full[..., self.columns] = weights
+        return full[..., :m], full[..., m:].unflatten(-1, (m, r))
+
+
+def join_blocks(block: InducingBlock, new: InducingBlock) -> InducingBlock:
+    """One block with the columns of both in turn."""
+    (centre, direction), (more, new_direction) = block.column_addresses, new.column_addresses
+    return InducingBlock.from_addresses(
+        block.species,
+        torch.cat([block.features, new.features]),
+        torch.cat([block.tangents, new.tangents]),
+        torch.cat([centre, more + len(block.features)]),
+        torch.cat([direction, new_direction]),
+    )
+
+
+def select_centers(block: InducingBlock, stays: Tensor) -> tuple[InducingBlock, Tensor]:
+    """The block with only those centres (mask), and which of its columns that leaves."""
+    centre, direction = block.column_addresses
+    columns = stays[centre].nonzero()[:, 0]
+    place = (stays.long().cumsum(0) - 1)[centre[columns]]
+    features, tangents = block.features[stays], block.tangents[stays]
+    return InducingBlock.from_addresses(block.species, features, tangents, place, direction[columns]), columns
+
+
+def select_columns(block: InducingBlock, chosen: Tensor) -> InducingBlock:
+    """The block with the chosen columns only, and without the last centres and tangents that none of them needs."""
+    centre, direction = (part[chosen] for part in block.column_addresses)
+    m, r = int(centre.max()) + 1, int(direction.max()) + 1
+    features, tangents = block.features[:m], block.tangents[:m, :r].contiguous()
+    return InducingBlock.from_addresses(block.species, features, tangents, centre, direction)
 
 
 def K_uu(kernel: ZonalKernel, a: InducingBlock, b: InducingBlock) -> Tensor:
@@ -91,69 +134,49 @@ def K_uu(kernel: ZonalKernel, a: InducingBlock, b: InducingBlock) -> Tensor:
     return out[a.columns][:, b.columns]
 
 
+def pivoted_cholesky(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Order (rank,) and values (rank,) of the pivots of a positive semi-definite matrix: of what is left given those before, always the
+    largest variance, as long as it is above `tolerance` (LAPACK's dpstrf; Higham, Numer. Math. 63, 465 (1990))."""
+    if not len(matrix):
+        return torch.zeros(0, dtype=torch.long, device=matrix.device), matrix.new_zeros(0)
+    lower, order, rank, _ = lapack.dpstrf(matrix.cpu().double().numpy(), tol=tolerance, lower=1)
+    values = torch.from_numpy(lower.diagonal()[:rank].copy()).square()
+    return torch.as_tensor(order[:rank] - 1, dtype=torch.long, device=matrix.device), values.to(matrix)
+
+
+def rank_tolerance(features: Tensor) -> float:
+    """Share of the prior variance below which a column counts as dependent: what rounding of the features makes up is no rank."""
+    return max(RANK_TOLERANCE, 10 * torch.finfo(features.dtype).eps)
+
+
 def independent_columns(kernel: ZonalKernel, block: InducingBlock) -> tuple[Tensor, Tensor, float]:
-    """Drop linearly dependent inducing variables and factorise the covariance of the rest, K_uu = L Lᵀ.
+    """Drop linearly dependent inducing variables and factorise the covariance of the rest, K_uu = L Lᵀ, in double precision.
 
     Returns:
         indices of the columns kept (sorted), L of those, and the jitter that had to be added (0 as a rule).
     """
-    # in double precision whatever the features have; what their rounding makes up is no rank
-    tolerance = max(RANK_TOLERANCE, 10 * torch.finfo(block.features.dtype).eps)
+    tolerance = rank_tolerance(block.features)
     block = replace(block, features=block.features.double(), tangents=block.tangents.double())
     everything = K_uu(kernel, block, block)
     kept = pivoted_rank(everything, tolerance)
     k_uu = everything[kept][:, kept]
-    jitter = 0.0
-    for attempt in range(8):
+    for jitter in JITTERS:
         shifted = k_uu if not jitter else k_uu + jitter * torch.eye(len(k_uu), dtype=k_uu.dtype, device=k_uu.device)
+        # L Lᵀ = K_uu
         lower, failed = torch.linalg.cholesky_ex(shifted)
         if not int(failed):
             return kept, lower, jitter
-        jitter = 1e-12 * 10**attempt
     raise ArithmeticError(
-        f"the covariance of {len(kept)} inducing variables is not positive definite even with jitter {jitter}"
+        f"the covariance of {len(kept)} inducing variables is not positive definite even with jitter {JITTERS[-1]}"
     )
 
 
 def pivoted_rank(matrix: Tensor, tolerance: float) -> Tensor:
-    """Sorted indices of the columns that a pivoted Cholesky keeps: own variance above tolerance x prior variance."""
-    from scipy.linalg import lapack
-
+    """Sorted indices of the columns that a pivoted Cholesky keeps: variance given the others above tolerance x prior variance."""
     scale = matrix.diagonal().clamp_min(0).sqrt()
     alive = (scale > 0).nonzero()[:, 0]
-    unit = (matrix[alive][:, alive] / (scale[alive, None] * scale[None, alive])).cpu().double().numpy()
-    _, pivots, rank, _ = lapack.dpstrf(unit, tol=tolerance, lower=1)
-    return alive[torch.as_tensor(pivots[:rank] - 1, device=matrix.device, dtype=torch.long).sort().values]
-
-
-def whiten_rows(factor: Tensor, lowers: Sequence[Tensor]) -> Tensor:
-    """[R L⁻ᵀ | y] for the block-diagonal L, in place of [R | y]; rows without y likewise."""
-    start = 0
-    for lower in lowers:
-        here = slice(start, start + lower.shape[0])
-        factor[:, here] = torch.linalg.solve_triangular(lower, factor[:, here].T, upper=False).T
-        start = here.stop
-    return factor
-
-
-def unwhiten_columns(factor: Tensor, lowers: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
-    """Columns `chosen` of each block of [R | y] again, from [R L⁻ᵀ | y]."""
-    start, pieces = 0, []
-    for lower, columns in zip(lowers, chosen, strict=True):
-        here = slice(start, start + lower.shape[0])
-        pieces.append(factor[:, here] @ lower[columns].T)
-        start = here.stop
-    return torch.cat([*pieces, factor[:, start:]], dim=1)
-
-
-def unwhiten_weights(coefficients: Tensor, lowers: Sequence[Tensor]) -> Tensor:
-    """w = L⁻ᵀ v for the block-diagonal L."""
-    weights, start = torch.empty_like(coefficients), 0
-    for lower in lowers:
-        here = slice(start, start + lower.shape[0])
-        weights[here] = torch.linalg.solve_triangular(lower.T, coefficients[here, None], upper=True)[:, 0]
-        start = here.stop
-    return weights
+    unit = matrix[alive][:, alive] / (scale[alive, None] * scale[None, alive])
+    return alive[pivoted_cholesky(unit, tolerance)[0].sort().values]
 
 
 def extend_cholesky(
@@ -164,7 +187,7 @@ def extend_cholesky(
     Args:
         lower: (M, M) of K.
         cross, corner: (M, m) C and (m, m) N.
-        tolerance: of the prior variance, with less of which of its own left a column depends on others.
+        tolerance: share of the prior variance; a column with less of it left given the others is dependent.
 
     Returns:
         (M + k, M + k) the factor, and which k of the new columns it has (sorted).
@@ -173,8 +196,7 @@ def extend_cholesky(
     # in units of the prior, of which the tolerance has to be left
     scale = corner.diagonal().clamp_min(1e-300).sqrt()
     rest = corner / (scale[:, None] * scale) - (v / scale).T @ (v / scale)
-    _, pivots, rank, _ = lapack.dpstrf(rest.numpy(), tol=tolerance, lower=1)
-    kept = torch.as_tensor(pivots[:rank] - 1, dtype=torch.long).sort().values
+    kept = pivoted_cholesky(rest, tolerance)[0].sort().values
     kept = kept[rest.diagonal()[kept] > tolerance]
     size = len(lower) + len(kept)
     out = torch.zeros(size, size, dtype=lower.dtype)
@@ -190,38 +212,28 @@ def restrict_cholesky(lower: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return (r * sign[:, None]).T.contiguous(), q * sign
 
 
-def join_blocks(block: InducingBlock, new: InducingBlock) -> InducingBlock:
-    """One block with the columns of both in turn."""
-    m, r = block.tangents.shape[:2]
-    more = len(new.features)
-
-    def moved(kept: Tensor, own: int, before: int) -> Tensor:
-        gradient = kept - own
-        return torch.where(gradient < 0, kept + before, m + more + before * r + gradient)
-
-    kept = torch.cat([moved(block.columns, m, 0), moved(new.columns, more, m)])
-    return InducingBlock(
-        block.species,
-        torch.cat([block.features, new.features]),
-        torch.cat([block.tangents, new.tangents]),
-        kept,
-    )
+def whiten_rows(rows: Tensor, lowers: Sequence[Tensor]) -> Tensor:
+    """[K_ou L⁻ᵀ | y] for the block-diagonal L, in place of [K_ou | y], with or without y; likewise of a triangular factor [R | y]."""
+    for part, lower in zip(_blocks(rows, lowers), lowers, strict=False):
+        part.copy_(torch.linalg.solve_triangular(lower, part.T, upper=False).T)
+    return rows
 
 
-def select_centers(block: InducingBlock, stays: Tensor) -> tuple[InducingBlock, Tensor]:
-    """The block with only those centres (mask), and which of its columns that leaves."""
-    r = block.tangents.shape[1]
-    centre, direction = block.column_addresses
-    columns = stays[centre].nonzero()[:, 0]
-    place = (stays.long().cumsum(0) - 1)[centre[columns]]
-    gradient = int(stays.sum()) + place * r + direction[columns]
-    kept = torch.where(direction[columns] < 0, place, gradient)
-    return InducingBlock(block.species, block.features[stays], block.tangents[stays], kept), columns
+def unwhiten_columns(rows: Tensor, lowers: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
+    """Columns `chosen` of each block of [K_ou | y] again, from [K_ou L⁻ᵀ | y]."""
+    *parts, y = _blocks(rows, lowers)
+    picked = [part @ lower[columns].T for part, lower, columns in zip(parts, lowers, chosen, strict=True)]
+    return torch.cat([*picked, y], dim=1)
 
 
-def select_columns(block: InducingBlock, chosen: Tensor) -> InducingBlock:
-    """The block with the chosen columns only, and without the centres and tangents that none of them needs."""
-    centre, direction = (part[chosen] for part in block.column_addresses)
-    m, r = int(centre.max()) + 1, int(direction.max()) + 1
-    kept = torch.where(direction < 0, centre, m + centre * r + direction)
-    return InducingBlock(block.species, block.features[:m], block.tangents[:m, :r].contiguous(), kept)
+def unwhiten_weights(coefficients: Tensor, lowers: Sequence[Tensor]) -> Tensor:
+    """w = L⁻ᵀ v for the block-diagonal L."""
+    parts = coefficients[:, None].split([len(lower) for lower in lowers])
+    solved = (torch.linalg.solve_triangular(low.T, v, upper=True) for low, v in zip(lowers, parts, strict=True))
+    return torch.cat([coefficients[:0], *(weights[:, 0] for weights in solved)])
+
+
+def _blocks(rows: Tensor, lowers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Views of the columns of each block, and of what follows them."""
+    widths = [len(lower) for lower in lowers]
+    return rows.split([*widths, rows.shape[1] - sum(widths)], dim=1)

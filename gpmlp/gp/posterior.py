@@ -71,7 +71,5 @@ def collapse_directions(block: InducingBlock, weights: Tensor) -> tuple[Tensor, 
     Returns:
         α (M,) and τ_j = Σ_r α_jr t_jr (M, features).
     """
-    m, r = block.tangents.shape[:2]
-    full = weights.new_zeros(m + m * r)
-    full[block.columns] = weights
-    return full[:m], torch.einsum("mr,mrf->mf", full[m:].reshape(m, r), block.tangents)
+    alpha, on_tangents = block.expand_columns(weights)
+    return alpha, torch.einsum("mr,mrf->mf", on_tangents, block.tangents)

@@ -211,12 +211,9 @@ def summed_std(potential: Potential, structures: Structures) -> Prediction:
 
 def kernel_gradients(block: InducingBlock, kernel: ZonalKernel, x: Tensor, weights: Tensor) -> Tensor:
     """∂/∂x_i Σ_u w_iu k_u(x_i), with weights (environments, columns) of each environment's own; (environments, features)."""
-    m, r = block.tangents.shape[:2]
-    full = weights.new_zeros(len(x), m + m * r)
-    full[:, block.columns] = weights
-    alpha, gamma = full[:, :m], full[:, m:].reshape(-1, m, r)
+    alpha, gamma = block.expand_columns(weights)
     _, first, second = kernel.profile(x @ block.features.T)
-    along = (x @ block.tangents.flatten(0, 1).T).reshape(-1, m, r)
+    along = (x @ block.tangents.flatten(0, 1).T).view_as(gamma)
     on_centres = alpha * first + second * (gamma * along).sum(2)
     on_tangents = (first[:, :, None] * gamma).flatten(1)
     return on_centres @ block.features + on_tangents @ block.tangents.flatten(0, 1)
