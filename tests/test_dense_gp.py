@@ -22,7 +22,7 @@ from systems import KERNELS, cluster, crystal, descriptor, structure, targets_of
 from test_covariances import inducing_blocks
 
 from gpmlp.core import neighbors
-from gpmlp.core.environments import Surroundings
+from gpmlp.core.environments import StructureEnvironments, Surroundings
 from gpmlp.core.quantities import KINDS, Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import VOIGT
@@ -61,7 +61,7 @@ def labels(structures: Structures, seed: int = 0) -> dict[str, torch.Tensor]:
 def sparse_factors(structures: Structures, made, kernel, blocks, lowers, values) -> tuple[dict, dict]:
     """Whitened factor and number of rows of each kind; energies per atom."""
     rows = covariances.covariance_rows(
-        structures, neighbors.find_neighbors(structures, made.cutoff), made, kernel, blocks
+        structures, StructureEnvironments.from_structures(made, structures), kernel, blocks
     )
     whitened, counts = {}, {}
     for kind, y in values.items():
@@ -99,7 +99,7 @@ def test_predictions_are_those_of_the_dense_process(both):
     solved = posterior.solve_posterior(whitened, counts, NOISE, signal[block_of_column], lowers)
     others = other_structures()
     expected = dense.predict(others)
-    rows = covariances.covariance_rows(others, neighbors.find_neighbors(others, made.cutoff), made, kernel, blocks)
+    rows = covariances.covariance_rows(others, StructureEnvironments.from_structures(made, others), kernel, blocks)
     torch.testing.assert_close(rows.energies @ solved.weights / others.counts, expected["energies"], atol=TIGHT, rtol=0)
     torch.testing.assert_close(rows.forces @ solved.weights, expected["forces"], atol=TIGHT, rtol=0)
     torch.testing.assert_close(rows.stresses @ solved.weights, expected["stresses"], atol=TIGHT, rtol=0)
@@ -145,7 +145,7 @@ def test_energies_alone_need_values_alone():
     signal = torch.cat([torch.full((b.n_columns,), SIGNAL[b.species], dtype=torch.float64) for b in blocks])
     solved = posterior.solve_posterior(whitened, counts, NOISE, signal, lowers)
     others = other_structures()
-    rows = covariances.covariance_rows(others, neighbors.find_neighbors(others, made.cutoff), made, kernel, blocks)
+    rows = covariances.covariance_rows(others, StructureEnvironments.from_structures(made, others), kernel, blocks)
     expected = dense.predict(others)
     torch.testing.assert_close(rows.energies @ solved.weights / others.counts, expected["energies"], atol=TIGHT, rtol=0)
     torch.testing.assert_close(rows.forces @ solved.weights, expected["forces"], atol=TIGHT, rtol=0)

@@ -362,13 +362,15 @@ def test_jacobians_kept_or_made_again_give_the_same(monkeypatch):
         return online.added(*sequence[0]).extended(labelled(103)[0], 3)
 
     kept = run()
-    assert all(b.facets for b in kept.batches) and sum(b.n_bytes for b in kept.batches) < online_updates.KEPT_BYTES
+    assert (
+        all(b.environments for b in kept.batches) and sum(b.n_bytes for b in kept.batches) < online_updates.KEPT_BYTES
+    )
     monkeypatch.setattr(batches, "KEPT_BYTES", kept.batches[0].n_bytes + 1)  # of the first alone
     some = run()
-    assert some.batches[0].facets and not some.batches[-1].facets
+    assert some.batches[0].environments and not some.batches[-1].environments
     monkeypatch.setattr(batches, "KEPT_BYTES", 0)
     none = run()
-    assert not any(b.facets for b in none.batches)
+    assert not any(b.environments for b in none.batches)
     for other in (some, none):
         assert difference(kept.potential, other.potential, probes()) < 1e-12
         for a, b in zip(kept.batches, other.batches, strict=True):

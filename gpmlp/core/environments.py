@@ -215,15 +215,6 @@ class StructureEnvironments:
             return self.jacobian[int(pairs[0]) : int(pairs[-1]) + 1]
         return self.jacobian[pairs]
 
-    __call__ = select
-
-    @property
-    def look(self) -> StructureEnvironments | None:
-        return self if self.keep_jacobian() else None
-
-    def look_at(self, n_atoms: int) -> StructureEnvironments | None:
-        return self if self.keep_jacobian(n_atoms) else None
-
 
 def _cut_out(cotangents: Tensor) -> Tensor:
     raise RuntimeError("these environments were cut out for their Jacobians; pull back through all of them")

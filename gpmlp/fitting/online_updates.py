@@ -8,21 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpmlp.core import errors, neighbors
-from gpmlp.core.environments import StructureEnvironments, Surroundings
-from gpmlp.core.neighbors import Neighbors
+from gpmlp.core import errors
+from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import defaults, regression
 from gpmlp.fitting.regression import InducingModel, VarianceSubset, block_widths
 from gpmlp.gp import covariances, inducing
-from gpmlp.gp.covariances import EnvironmentsOf, SpeciesEnvironments
+from gpmlp.gp.covariances import SpeciesEnvironments
 from gpmlp.gp.inducing import InducingBlock, extend_cholesky, rank_tolerance, restrict_cholesky
 from gpmlp.gp.qr import PosteriorFactor
 from gpmlp.recipe import Recipe
 
 KEPT_BYTES = 2 << 30  # of Jacobians kept with all batches of a model; those of more are made again for each pass
-_Outlook = tuple[Neighbors, Surroundings, EnvironmentsOf]
 
 PASS = 200_000  # rows times new columns that one label may cost: some tenths of a second; what it leaves out waits for a model made anew
 
@@ -60,7 +58,7 @@ class LabelBatch:
         targets: labels as they came; remaining: less the baselines.
         rows: by kind, [A D | y] / σ as the posterior has them; 'given' were divided by their own noise.
         features: (atoms, features) of the first descriptor.
-        facets: by descriptor, its environments laid out for rows of other inducing variables; empty where not kept.
+        environments: by descriptor, with Jacobians, for rows of other inducing variables; empty where not kept.
     """
 
     structures: Structures
@@ -68,7 +66,7 @@ class LabelBatch:
     remaining: Targets
     rows: dict[str, Tensor]
     features: Tensor
-    facets: tuple[tuple[SpeciesEnvironments, ...], ...]
+    environments: tuple[tuple[SpeciesEnvironments, ...], ...]
 
     @staticmethod
     def of(
@@ -83,22 +81,26 @@ class LabelBatch:
         """Make the rows.
 
         Args:
-            room: bytes that may be kept of facets.
+            room: bytes that may be kept of environments.
             views: what the descriptors see of the structures, if that is there already.
         """
-        outlooks = [_outlook(m, structures, v) for m, v in zip(models, views or [None] * len(models), strict=True)]
-        facets: tuple[tuple[SpeciesEnvironments, ...], ...] = ()
-        if sum(_bytes(m, structures, o) for m, o in zip(models, outlooks, strict=True)) <= room:
-            facets = tuple(_facets(m, structures, remaining, o) for m, o in zip(models, outlooks, strict=True))
-        made = regression.labelled_rows(models, structures, remaining, views=views, facets=facets)
+        every = (
+            [StructureEnvironments.from_structures(m.descriptor, structures) for m in models] if not views else views
+        )
+        for view in views:
+            view.keep_jacobian()
+        environments: tuple[tuple[SpeciesEnvironments, ...], ...] = ()
+        if sum(_bytes(structures, view) for view in every) <= room:
+            environments = tuple(_all_environments(structures, remaining, view) for view in every)
+        made = regression.labelled_rows(models, structures, remaining, views=views, environments=environments)
         lowers, widths = regression.lowers_of(models), block_widths(models)
         unit = RowScales.unit(len(lowers))
         rows = {
             k: rescaled_rows(inducing.whiten_rows(raw.double(), lowers), k, unit, scales, widths)
             for k, raw in made.items()
         }
-        features = views[0].environments.features if views else _features(structures, facets, outlooks[0])
-        return LabelBatch(structures, targets, remaining, rows, features.double(), facets)
+        features = views[0].environments.features if views else _features(structures, environments, every[0])
+        return LabelBatch(structures, targets, remaining, rows, features.double(), environments)
 
     @property
     def labelled_atoms(self) -> Tensor:
@@ -112,8 +114,8 @@ class LabelBatch:
 
     @property
     def n_bytes(self) -> int:
-        """Of facets."""
-        return sum(f.n_bytes for some in self.facets for f in some)
+        """Of environments."""
+        return sum(f.n_bytes for some in self.environments for f in some)
 
     def rescaled(self, old: RowScales, new: RowScales, widths: Sequence[int]) -> LabelBatch:
         """With other noises and signals."""
@@ -126,7 +128,7 @@ class LabelBatch:
 
     def raw(self, models: Sequence[InducingModel], blocks: Sequence[tuple[InducingBlock, ...]]) -> dict[str, Tensor]:
         """By kind, rows [K_ou | y] of other inducing variables."""
-        return regression.labelled_rows(models, self.structures, self.remaining, blocks, facets=self.facets)
+        return regression.labelled_rows(models, self.structures, self.remaining, blocks, environments=self.environments)
 
 
 def rescaled_rows(rows: Tensor, kind: str, old: RowScales, new: RowScales, widths: Sequence[int]) -> Tensor:
@@ -136,39 +138,30 @@ def rescaled_rows(rows: Tensor, kind: str, old: RowScales, new: RowScales, width
     return rows
 
 
-def _outlook(model: InducingModel, structures: Structures, view: StructureEnvironments | None) -> _Outlook:
-    """Pairs, surroundings, and how to get environments: from the view, or made in small numbers."""
-    if view is None:
-        pairs = neighbors.find_neighbors(structures, model.descriptor.cutoff)
-        surroundings, look = Surroundings.from_structures(structures, pairs), None
-    else:
-        pairs, surroundings, look = view.neighbors, view.surroundings, view.look
-    return pairs, surroundings, look or (lambda centers: model.descriptor(surroundings.select(centers)))
+def _bytes(structures: Structures, view: StructureEnvironments) -> int:
+    """About what the environments of all atoms with their Jacobian take."""
+    rows = 3 * len(view.neighbors) + structures.n_atoms
+    return rows * view.descriptor.n_features * structures.positions.element_size()
 
 
-def _bytes(model: InducingModel, structures: Structures, outlook: _Outlook) -> int:
-    """About what facets take."""
-    return (
-        (3 * len(outlook[0]) + structures.n_atoms) * model.descriptor.n_features * structures.positions.element_size()
-    )
-
-
-def _facets(
-    model: InducingModel, structures: Structures, targets: Targets, outlook: _Outlook
+def _all_environments(
+    structures: Structures, targets: Targets, view: StructureEnvironments
 ) -> tuple[SpeciesEnvironments, ...]:
-    """Of all environments; with derivatives where labels need them."""
+    """By species; with derivatives where labels need them."""
     derivatives = bool((~targets.forces.isnan()).any() or (~targets.stresses.isnan()).any())
     every = structures.distinct_species
-    return tuple(f for z in every for f in covariances.species_environments(structures, *outlook, z, derivatives))
+    return tuple(e for z in every for e in covariances.species_environments(structures, view, z, derivatives))
 
 
-def _features(structures: Structures, facets: Sequence[tuple[SpeciesEnvironments, ...]], outlook: _Outlook) -> Tensor:
+def _features(
+    structures: Structures, environments: Sequence[tuple[SpeciesEnvironments, ...]], view: StructureEnvironments
+) -> Tensor:
     """(atoms, features) of the first descriptor."""
-    if not facets:
+    if not environments:
         every = torch.arange(structures.n_atoms).split(covariances.ENVIRONMENTS)
-        return torch.cat([outlook[2](some).features for some in every])
-    order = torch.cat([f.centers for f in facets[0]]).argsort()
-    return torch.cat([f.features for f in facets[0]])[order]
+        return torch.cat([view.select(some).features for some in every])
+    order = torch.cat([e.centers for e in environments[0]]).argsort()
+    return torch.cat([e.features for e in environments[0]])[order]
 
 
 State = tuple[tuple[InducingModel, ...], tuple[LabelBatch, ...], PosteriorFactor]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpmlp import descriptors
-from gpmlp.core import errors, neighbors, parallel
+from gpmlp.core import errors, parallel
 from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import Structures
@@ -159,39 +159,32 @@ def labelled_rows(
     targets: Targets,
     blocks: Sequence[tuple[InducingBlock, ...]] = (),
     views: Sequence[StructureEnvironments] = (),
-    facets: Sequence[tuple[SpeciesEnvironments, ...]] = (),
+    environments: Sequence[tuple[SpeciesEnvironments, ...]] = (),
 ) -> dict[str, Tensor]:
     """Rows [K_ou | y] of the known labels by kind, energies per atom; those with a noise of their own divided by it ('given').
 
     Args:
         blocks: inducing variables for each model, if not all of its own.
-        views, facets: what each descriptor sees of the structures, and its environments laid out for rows, if they are there already.
+        views: by descriptor, of the structures, or environments: the same by species with what rows need, if they are there already.
     """
     known = likelihood.observed_labels(targets, structures.counts, VOIGT)
     forces, stresses = len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0
     made = []
     for k, m in enumerate(models):
-        inducing_ = blocks[k] if blocks else m.blocks
-        if facets:
-            here = facets[k]
-            made.append(
-                covariances.rows_from_environments(
-                    structures,
-                    lambda z, here=here: (f for f in here if f.species == z),
-                    m.kernel,
-                    inducing_,
-                    forces,
-                    stresses,
-                )
-            )
+        asked = m.kernel, blocks[k] if blocks else m.blocks, forces, stresses
+        if environments:
+
+            def of_species(
+                z: int, every: tuple[SpeciesEnvironments, ...] = environments[k]
+            ) -> list[SpeciesEnvironments]:
+                return [some for some in every if some.species == z]
+
+            made.append(covariances.rows_from_environments(structures, of_species, *asked))
             continue
-        pairs = views[k].neighbors if views else neighbors.find_neighbors(structures, m.descriptor.cutoff)
-        look = views[k].look if views else None
-        made.append(
-            covariances.covariance_rows(
-                structures, pairs, m.descriptor, m.kernel, inducing_, forces, stresses, environments_of=look
-            )
-        )
+        view = views[k] if views else StructureEnvironments.from_structures(m.descriptor, structures)
+        if views:
+            view.keep_jacobian()
+        made.append(covariances.covariance_rows(structures, view, *asked))
     out: dict[str, list[Tensor]] = {}
     for kind, seen in known.items():
         if not len(seen.rows):
@@ -329,7 +322,7 @@ def make_priors(models: Sequence[InducingModel], signal: Tensor) -> list[PriorCo
         for block in m.blocks:
             by_species[block.species] = float(signal[start])
             start += block.n_columns
-        priors.append(PriorCovariance(m.descriptor, m.kernel, by_species))
+        priors.append(PriorCovariance(m.kernel, by_species))
     return priors
 
 

@@ -85,10 +85,7 @@ def _missed(
     seen = likelihood.observed_labels(targets, structure.counts, VOIGT)["forces"]
     known = seen.rows[seen.noise.isnan()]
     atoms, place = (known // 3).unique(return_inverse=True)
-    prior = sum(
-        p.with_environments(v.look_at(len(atoms))).forces(structure, v.neighbors, v.surroundings, atoms)
-        for p, v in zip(model.priors, views, strict=True)
-    )
+    prior = sum(p.forces(structure, v, atoms) for p, v in zip(model.priors, views, strict=True))
     explained, _ = model.whiten(rows)
     return (prior.diagonal(dim1=1, dim2=2)[place, known % 3] - explained.square().sum(1)).clamp_min(0)
 

@@ -1,8 +1,8 @@
-"""Covariances of energies, forces and stresses with inducing variables (values and gradients of the local energy)."""
+"""K_fu: covariances of energies, forces and stresses with inducing variables (values and gradients of the local energy)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import parallel
-from gpmlp.core.environments import Descriptor, Environments, Surroundings
+from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.neighbors import Neighbors, fits_compiled_loops
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import VOIGT
 from gpmlp.gp.inducing import InducingBlock
-from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.gp.kernels import Profile, ZonalKernel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,27 +26,32 @@ BLOCK_BYTES = 1 << 20  # of one block of covariance rows: what stays in cache be
 BLOCK_ROWS = 256  # rows it has at least, as products of fewer are slow
 ENVIRONMENTS = 32  # whose Jacobian is in memory at a time
 SHARE = 128  # columns, at least, that are worth another thread
-EnvironmentsOf = Callable[[Tensor], Environments]  # centres (indices) -> their environments
 
 
 @dataclass(frozen=True, eq=False)
 class CovarianceRows:
-    """Covariances of the observations of some structures with all inducing columns.
+    """K_fu: covariances of the observations of some structures with all inducing columns, unit signal variance.
 
     Attributes:
         energies: (structures, columns).
-        forces: (3 atoms, columns), or of the atoms asked for; None if not asked for.
-        stresses: (6 structures, columns) Voigt order xx yy zz yz xz xy; zero where there is no volume; None if not asked for.
+        forces: (3 atoms, columns), or of the atoms asked for; no rows if not asked for.
+        stresses: (6 structures, columns) Voigt order xx yy zz yz xz xy; zero where there is no volume; no rows if not asked for.
     """
 
     energies: Tensor
-    forces: Tensor | None
-    stresses: Tensor | None
+    forces: Tensor
+    stresses: Tensor
+
+    @staticmethod
+    def side_by_side(parts: Sequence[CovarianceRows]) -> CovarianceRows:
+        """Of all descriptors: the columns of the parts in turn."""
+        every = zip(*((p.energies, p.forces, p.stresses) for p in parts), strict=True)
+        return CovarianceRows(*(torch.cat(rows, dim=1) for rows in every))
 
 
 @dataclass(frozen=True, eq=False)
 class SpeciesEnvironments:
-    """Environments of one species laid out for rows: all that covariances need of them, whatever the inducing set.
+    """Environments of one species with their Jacobian and pairs: all that covariance rows need of them, whatever the inducing set.
 
     Attributes:
         species: Z.
@@ -78,28 +83,26 @@ class SpeciesEnvironments:
 
 def species_environments(
     structures: Structures,
-    neighbors: Neighbors,
-    surroundings: Surroundings,
-    environments_of: EnvironmentsOf,
+    environments: StructureEnvironments,
     species: int,
     derivatives: bool = True,
-    seeing: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Iterator[SpeciesEnvironments]:
     """The environments of a species, ENVIRONMENTS at a time.
 
     Args:
         derivatives: whether Jacobians are wanted.
-        seeing: (atoms,) mask of the environments wanted; all if None.
+        mask: (atoms,) of the environments wanted; all if None.
     """
     mine = structures.species == species
-    for centers in (mine if seeing is None else mine & seeing).nonzero()[:, 0].split(ENVIRONMENTS):
+    for centers in (mine if mask is None else mine & mask).nonzero()[:, 0].split(ENVIRONMENTS):
         if not len(centers):
             continue
-        environments = environments_of(centers)
-        seen = environments.surroundings
-        jacobian = environments.jacobian() if derivatives and len(seen.centers) else None
-        atoms = neighbors.neighbors[surroundings.pairs_of(centers)[1]]
-        yield SpeciesEnvironments(species, centers, environments.features, jacobian, seen.centers, atoms, seen.vectors)
+        some = environments.select(centers)
+        pairs = some.surroundings
+        jacobian = some.jacobian() if derivatives and len(pairs.centers) else None
+        atoms = environments.neighbors.neighbors[environments.surroundings.pairs_of(centers)[1]]
+        yield SpeciesEnvironments(species, centers, some.features, jacobian, pairs.centers, atoms, pairs.vectors)
 
 
 def strain_derivatives(jacobian: Tensor, owners: Tensor, vectors: Tensor, n: int) -> Tensor:
@@ -112,85 +115,71 @@ def strain_derivatives(jacobian: Tensor, owners: Tensor, vectors: Tensor, n: int
 
 def covariance_rows(
     structures: Structures,
-    neighbors: Neighbors,
-    descriptor: Descriptor,
+    environments: StructureEnvironments,
     kernel: ZonalKernel,
     inducing: tuple[InducingBlock, ...],
     forces: bool = True,
     stresses: bool = True,
     atoms: Tensor | None = None,
-    environments_of: EnvironmentsOf | None = None,
 ) -> CovarianceRows:
-    """Covariance rows by pull-back: GEMMs of a block's feature Jacobian with all centres and tangents of its species.
+    """K_fu by pull-back: GEMMs of a block's feature Jacobian with all centres and tangents of its species.
 
     Args:
-        atoms: distinct atoms whose force rows are wanted, in that order; then only environments that see one of them are looked at, and
+        atoms: distinct atoms whose force rows are wanted, in that order; then only environments that they are part of are made, and
             `energies` and `stresses` are not to be used.
-        environments_of: environments of given centres, if they are there already.
     """
-    place, seeing = _places(structures, neighbors, atoms)
-    surroundings = Surroundings.from_structures(structures, neighbors)
-    environments_of = environments_of or (lambda centers: descriptor(surroundings.select(centers)))
+    place, mask = _places(structures, environments.neighbors, atoms)
 
-    def made(species: int) -> Iterator[SpeciesEnvironments]:
-        return species_environments(
-            structures, neighbors, surroundings, environments_of, species, forces or stresses, seeing
-        )
+    def of_species(z: int) -> Iterator[SpeciesEnvironments]:
+        return species_environments(structures, environments, z, forces or stresses, mask)
 
-    return rows_from_environments(structures, made, kernel, inducing, forces, stresses, place)
+    return rows_from_environments(structures, of_species, kernel, inducing, forces, stresses, place)
 
 
 def rows_from_environments(
     structures: Structures,
-    seen: Callable[[int], Iterable[SpeciesEnvironments]],
+    of_species: Callable[[int], Iterable[SpeciesEnvironments]],
     kernel: ZonalKernel,
     inducing: tuple[InducingBlock, ...],
     forces: bool = True,
     stresses: bool = True,
     place: Tensor | None = None,
 ) -> CovarianceRows:
-    """Covariance rows from the facets of each species.
+    """K_fu from the environments of each species.
 
     Args:
         place: (atoms + 1,) where the forces of each atom go; in their order if None.
     """
     like = structures.positions
     place = torch.arange(structures.n_atoms + 1, device=like.device) if place is None else place
-    n, n_forces, columns = len(structures), int(place[-1]), sum(b.n_columns for b in inducing)
-    out = CovarianceRows(
-        like.new_zeros(n, columns),
-        like.new_zeros(3 * n_forces, columns) if forces else None,
-        like.new_zeros(6 * n, columns) if stresses else None,
-    )
-    start, fast = 0, forces and fits_compiled_loops(like, *(b.features for b in inducing))
-    add = _add_by_loops if fast else _add
-    for block in inducing:
-        here = slice(start, start + block.n_columns)
-        start = here.stop
-        # one atom more than there are: where forces that are not wanted may add without harm
+    n, widths = len(structures), [b.n_columns for b in inducing]
+    n_forces, n_stresses = int(place[-1]) if forces else 0, n if stresses else 0
+    shapes = ((rows, sum(widths)) for rows in (n, 3 * n_forces, 6 * n_stresses))
+    out = CovarianceRows(*(like.new_zeros(shape) for shape in shapes))
+    fast = forces and fits_compiled_loops(like, *(b.features for b in inducing))
+    add = _add_compiled if fast else _add_rows
+    columns = zip(*(rows.split(widths, dim=1) for rows in (out.energies, out.forces, out.stresses)), strict=True)
+    for block, (energies, of_forces, of_stresses) in zip(inducing, columns, strict=True):
         width, sums = len(block.vectors), None
-        for some in seen(block.species):
+        for some in of_species(block.species):
+            # one atom more than there are: where forces that are not wanted may add without harm
             sums = sums or CovarianceRows(
                 like.new_zeros(n, width),
-                like.new_zeros(n_forces + 1, 3, width) if forces else None,
-                like.new_zeros(n, 6, width) if stresses else None,
+                like.new_zeros(n_forces + 1 if forces else 0, 3, width),
+                like.new_zeros(n_stresses, 6, width),
             )
             add(sums, structures, some, kernel, block, place)
         if sums is None:
             continue
-        out.energies[:, here] = block.take_columns(sums.energies)
-        kept = block.by_direction[1] if fast and len(block.features) < width else None
-        if forces:
-            made = sums.forces[:-1].flatten(0, 1)
-            out.forces[:, here] = block.take_columns(made) if kept is None else made[:, kept]
-        if stresses:
-            made = sums.stresses.flatten(0, 1)
-            out.stresses[:, here] = block.take_columns(made) if kept is None else made[:, kept]
+        energies.copy_(block.take_columns(sums.energies))
+        for rows, made in ((of_forces, sums.forces[:-1].flatten(0, 1)), (of_stresses, sums.stresses.flatten(0, 1))):
+            by_direction = fast and len(block.features) < width
+            rows.copy_(made[:, block.by_direction[1]] if by_direction else block.take_columns(made))
     return out
 
 
 def atom_rows(features: Tensor, species: Tensor, kernel: ZonalKernel, inducing: tuple[InducingBlock, ...]) -> Tensor:
-    """(environments, columns) covariances of the local energies themselves, unit signal variance."""
+    """k_xu: (environments, columns) covariances of the local energies themselves, unit signal variance."""
     pieces = []
     for block in inducing:
         mine = species == block.species
@@ -203,62 +192,63 @@ def atom_rows(features: Tensor, species: Tensor, kernel: ZonalKernel, inducing: 
     return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
 
-def local_rows(
-    kernel: ZonalKernel, block: InducingBlock, features: Tensor, known: tuple[Tensor, Tensor, Tensor] | None = None
-) -> Tensor:
-    """(environments, columns) the same of environments of the block's species.
+def local_rows(kernel: ZonalKernel, block: InducingBlock, features: Tensor, profile: Profile | None = None) -> Tensor:
+    """k_xu: (environments, columns) covariances of local energies of the block's species with the block, unit signal variance.
 
     Args:
-        known: f, f' and f'' of these with centres of which the first ones are the block's.
+        profile: f, f' and f'' of these with centres of which the first ones are the block's, if they are known.
     """
     if not block.tangents.shape[1]:
         m = len(block.features)
-        return block.take_columns(known[0][:, :m] if known else kernel.value(features @ block.features.T))
-    return block.take_columns(_values(kernel, block, features, known)[0])
+        return block.take_columns(profile[0][:, :m] if profile else kernel.value(features @ block.features.T))
+    return block.take_columns(_values(kernel, block, features, profile)[0])
 
 
 def _values(
-    kernel: ZonalKernel, block: InducingBlock, features: Tensor, known: tuple[Tensor, Tensor, Tensor] | None = None
+    kernel: ZonalKernel, block: InducingBlock, features: Tensor, profile: Profile | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """k(x, u) of values and gradients (environments, M + M R); f' and f'' (environments, M); x.t (environments, M, R)."""
     m, r = block.tangents.shape[:2]
-    value, first, second = (p[:, :m] for p in known or kernel.profile(features @ block.features.T))
+    value, first, second = (p[:, :m] for p in profile or kernel.profile(features @ block.features.T))
     along = (features @ block.tangents.flatten(0, 1).T).unflatten(1, (m, r))
+    # cov(ε(x), ε(x_j)) = f(x.x_j)  and  cov(ε(x), ∂_t ε(x_j)) = f'(x.x_j) x.t
     return torch.cat([value, (first[:, :, None] * along).flatten(1)], dim=1) if r else value, first, second, along
 
 
 def _places(structures: Structures, neighbors: Neighbors, atoms: Tensor | None) -> tuple[Tensor, Tensor]:
     """Where the forces of each atom go (atoms + 1,), those not wanted and the last entry to a bin after all others; and which
-    environments (atoms,) see a wanted atom."""
+    environments (atoms,) a wanted atom is part of."""
     n_atoms, device = structures.n_atoms, structures.positions.device
     if atoms is None:
         return torch.arange(n_atoms + 1, device=device), torch.ones(n_atoms, dtype=torch.bool, device=device)
     place = torch.full((n_atoms + 1,), len(atoms), device=device)
     place[atoms] = torch.arange(len(atoms), device=device)
-    seeing = place[:-1] < len(atoms)
-    seeing[neighbors.centers[seeing[neighbors.neighbors]]] = True
-    return place, seeing
+    mask = place[:-1] < len(atoms)
+    mask[neighbors.centers[mask[neighbors.neighbors]]] = True
+    return place, mask
 
 
-def _add(
+def _add_rows(
     sums: CovarianceRows,
     structures: Structures,
-    seen: SpeciesEnvironments,
+    some: SpeciesEnvironments,
     kernel: ZonalKernel,
     block: InducingBlock,
     place: Tensor,
 ) -> None:
-    """Add what environments (all of the block's species) contribute to the rows of their structures."""
-    energy, first, second, along = _values(kernel, block, seen.features)
-    owner = structures.structure_of_atom[seen.centers]
-    sums.energies.index_add_(0, owner, energy)
-    if sums.forces is None and sums.stresses is None or seen.jacobian is None:
-        return
-    per_volume = torch.nan_to_num(1 / structures.volumes)[owner]
+    """Add what environments of the block's species contribute to K_fu, columns as in `vectors`. With g_ij = ∂k(x_i, u)/∂r_ij:
 
-    def sloped(rows: Tensor, of: Tensor) -> Tensor:
+    cov(E, u) = Σ_i k(x_i, u),   cov(F_i, u) = Σ_j (g_ij - g_ji),   cov(σ, u) = 1/V Σ_ij r_ij ⊗ g_ij, symmetrised.
+    """
+    energy, first, second, along = _values(kernel, block, some.features)
+    owner = structures.structure_of_atom[some.centers]
+    sums.energies.index_add_(0, owner, energy)
+    if some.jacobian is None:
+        return
+    m, r = block.tangents.shape[:2]
+
+    def slopes(rows: Tensor, of: Tensor) -> Tensor:
         """Derivatives of k(x, u) from those of the features (n, 3 or 6, features) of the environments `of`."""
-        m, r = block.tangents.shape[:2]
         out = rows @ block.vectors.T
         # d/dr f(s) = f' J x_j  and  d/dr [f'(s) x.t] = f' J t + f'' (x.t) J x_j, in place
         on_values = out[..., :m]
@@ -269,46 +259,44 @@ def _add(
         on_values.mul_(first[of, None, :])
         return out
 
-    if sums.forces is not None:
-        size = max(1, BLOCK_BYTES // (3 * len(block.vectors) * seen.jacobian.element_size()))
-        centers, neighbors = place[seen.centers][seen.owners], place[seen.atoms]
-        for some in torch.arange(len(seen.owners), device=owner.device).split(size):
-            gradients = sloped(seen.jacobian[some], seen.owners[some])
+    if len(sums.forces):
+        size = max(1, BLOCK_BYTES // (3 * len(block.vectors) * some.jacobian.element_size()))
+        centers, neighbors = place[some.centers][some.owners], place[some.atoms]
+        for pairs in torch.arange(len(some.owners), device=owner.device).split(size):
+            gradients = slopes(some.jacobian[pairs], some.owners[pairs])
             # F_i = Σ_j (g_ij - g_ji)
-            sums.forces.index_add_(0, neighbors[some], gradients, alpha=-1)
-            sums.forces.index_add_(0, centers[some], gradients)
-    if sums.stresses is not None:
-        virials = sloped(
-            strain_derivatives(seen.jacobian, seen.owners, seen.vectors, len(owner)),
-            torch.arange(len(owner), device=owner.device),
-        )
+            sums.forces.index_add_(0, neighbors[pairs], gradients, alpha=-1)
+            sums.forces.index_add_(0, centers[pairs], gradients)
+    if len(sums.stresses):
+        strains = strain_derivatives(some.jacobian, some.owners, some.vectors, len(owner))
+        virials = slopes(strains, torch.arange(len(owner), device=owner.device))
+        per_volume = torch.nan_to_num(1 / structures.volumes)[owner]
         sums.stresses.index_add_(0, owner, virials * per_volume[:, None, None])
 
 
-def _add_by_loops(
+def _add_compiled(
     sums: CovarianceRows,
     structures: Structures,
-    seen: SpeciesEnvironments,
+    some: SpeciesEnvironments,
     kernel: ZonalKernel,
     block: InducingBlock,
     place: Tensor,
 ) -> None:
-    """`_add` of forces, with or without stresses, by compiled loops, with columns as in `by_direction`. Threads share the columns."""
-    energy, first, second, along = _values(kernel, block, seen.features)
-    owner = structures.structure_of_atom[seen.centers]
+    """`_add_rows` of forces, with or without stresses, by compiled loops, with columns as in `by_direction`. Threads share the columns."""
+    energy, first, second, along = _values(kernel, block, some.features)
+    owner = structures.structure_of_atom[some.centers]
     sums.energies.index_add_(0, owner, energy)
-    if seen.jacobian is None:
+    if some.jacobian is None:
         return
     from gpmlp.gp import _row_kernels
 
-    jacobian, starts = seen.jacobian.detach().flatten(0, 1), seen.starts.numpy()
-    first, bend = first.detach().numpy(), (second[:, :, None] * along).detach().transpose(1, 2).contiguous().numpy()
-    weight = torch.nan_to_num(1 / structures.volumes)[owner]
-    about = [t.numpy() for t in (place[seen.atoms], place[seen.centers], seen.vectors.detach(), owner, weight)]
-    forces = sums.forces[:-1].numpy()
-    stresses = forces[:0] if sums.stresses is None else sums.stresses.numpy()
+    jacobian, starts = some.jacobian.detach().flatten(0, 1), some.starts.numpy()
+    bend = (second[:, :, None] * along).detach().transpose(1, 2).contiguous().numpy()
+    slope, weight = first.detach().numpy(), torch.nan_to_num(1 / structures.volumes)[owner]
+    about = [t.numpy() for t in (place[some.atoms], place[some.centers], some.vectors.detach(), owner, weight)]
+    forces, stresses = sums.forces[:-1].numpy(), sums.stresses.numpy()
 
-    def share(columns: tuple[int, int, Tensor]) -> None:
+    def add_share(columns: tuple[int, int, Tensor]) -> None:
         begin, end, vectors = columns
         runs = _runs(starts, BLOCK_BYTES // (len(vectors) * jacobian.element_size()))
         most = max(int(starts[hi] - starts[lo]) for lo, hi in runs)
@@ -316,19 +304,19 @@ def _add_by_loops(
         for lo, hi in runs:
             rows = slice(3 * int(starts[lo]), 3 * int(starts[hi]))
             made = torch.mm(jacobian[rows], vectors.T, out=products[: rows.stop - rows.start])
-            _row_kernels.add_rows(made.numpy(), first, bend, starts, *about, forces, stresses, lo, hi, begin, end)
+            _row_kernels.add_rows(made.numpy(), slope, bend, starts, *about, forces, stresses, lo, hi, begin, end)
 
-    parallel.map_pieces(share, _shares(block))
+    parallel.map_pieces(add_share, _shares(block))
 
 
 def _shares(block: InducingBlock) -> list[tuple[int, int, Tensor]]:
     """Ranges of centres, one for each thread, with their vectors `by_direction`; not more than are worth waking a thread for."""
     m, vectors = len(block.features), block.by_direction[0]
     pieces = max(1, min(parallel.available_threads(), m // SHARE))
-    edges = [m * k // pieces for k in range(pieces + 1)]
     if pieces == 1:
         return [(0, m, vectors)]
     by_centre = vectors.unflatten(0, (-1, m))
+    edges = [m * k // pieces for k in range(pieces + 1)]
     return [(a, b, by_centre[:, a:b].flatten(0, 1)) for a, b in pairwise(edges)]
 
 

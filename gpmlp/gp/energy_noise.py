@@ -48,8 +48,8 @@ def energy_noise(whitened: dict[str, Tensor], count: int, noise: dict[str, float
         variance = (fraction * noise["energies"]) ** 2
         inverse = 1 / (values.clamp_min(0) + variance)
         if folded:
-            mean = (float(inverse.sum()) + folded / variance) / count
-            errors.append(float((inverse * rotated).square().sum() / count) ** 0.5 / mean)
+            mean_trace = (float(inverse.sum()) + folded / variance) / count  # tr Q / n
+            errors.append(float((inverse * rotated).square().sum() / count) ** 0.5 / mean_trace)
         else:
             left_out = (vectors @ (inverse * rotated)) / (vectors.square() @ inverse)
             errors.append(float(left_out.square().mean().sqrt()))

@@ -108,7 +108,8 @@ class SumKernel(ZonalKernel):
     def profile(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         profiles = [k.profile(s) for k in self.kernels]
         weights = self.weights.detach().to(s).unbind()
-        return tuple(sum(w * p[order] for w, p in zip(weights, profiles, strict=True)) for order in range(3))
+        value, first, second = (sum(w * p[order] for w, p in zip(weights, profiles, strict=True)) for order in range(3))
+        return value, first, second
 
     @property
     def quadratic(self) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""LocalVariance is what the posterior says of local energies of one central species, by a few products instead of triangular solves."""
+"""Posterior variances of local energies of one central species, by a few matrix products instead of triangular solves."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ EXEMPT = 0.01  # of them, or
 MEASURED = 256  # of them, or up to twice as many, where there are more
 NEGLIGIBLE = 1e-11  # of the prior variance: what double precision leaves of differences from it
 TINY = 1e-15  # of the largest eigenvalue: below, there is nothing but rounding
+
+
+def inducing_variance(prior: Tensor | float, explained: Tensor, share: float) -> Tensor:
+    """w [k_gg - k_gu K_uu⁻¹ k_ug], what the inducing set cannot represent: never negative, as an exact difference is not.
+
+    Args:
+        prior: k_gg; explained: k_gu K_uu⁻¹ k_ug; share: w, 1 for DTC (Quiñonero-Candela, Rasmussen 2005, eq. 20).
+    """
+    return share * (prior - explained).clamp_min(0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Posterior variances of what a potential predicts, told apart by cause: inducing set, data, misspecification, noise."""
+"""Posterior variances of energies, forces and stresses, split by cause: inducing set, data, misspecification, noise."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import parallel
-from gpmlp.core.environments import Descriptor, Environments, StructureEnvironments
+from gpmlp.core.environments import Environments, StructureEnvironments
 from gpmlp.core.quantities import Variance
 from gpmlp.core.structures import Structures
-from gpmlp.gp import covariances
-from gpmlp.gp import inducing as inducing_module
+from gpmlp.gp import covariances, inducing
+from gpmlp.gp.covariances import CovarianceRows
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import Profile, ZonalKernel
-from gpmlp.gp.local_variance import LocalVariance
+from gpmlp.gp.local_variance import LocalVariance, inducing_variance
 from gpmlp.gp.prior import PriorCovariance, near_together
 
 VARIANCES = ("atom_energies", "energies", "forces", "stresses")
@@ -65,23 +65,26 @@ class VarianceRequest:
 
 @dataclass(frozen=True, eq=False)
 class VarianceModel:
-    """The posterior of a set of inducing variables, kept for variances.
+    """The posterior covariance of a set of inducing variables u, as factors.
 
-    For a linear functional g of local energies with covariances k_gu and a = D L⁻¹ k_ug:
-    var = w [k_gg - a.a] + |R⁻ᵀ a|² + noise,
-    RᵀR = I + D L⁻¹ K_uo Σ⁻¹ K_ou L⁻ᵀ D (Quiñonero-Candela, Rasmussen, JMLR 6, 1939 (2005), eq. 20).
+    For a linear functional g of local energies, k_gu its covariances with u, and a = D L⁻¹ k_ug (`whiten`):
+
+        var = w [k_gg - k_gu K_uu⁻¹ k_ug] + k_gu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_ug + misspecification + noise
+            = w [k_gg - a.a]              + |R⁻ᵀ a|²                            + ...
+
+    with RᵀR = I + D L⁻¹ K_uo Σ⁻¹ K_ou L⁻ᵀ D (Quiñonero-Candela, Rasmussen, JMLR 6, 1939 (2005), eq. 20, where w = 1).
 
     Attributes:
         priors: one for each descriptor.
         blocks: for each descriptor, the inducing variables of its species.
         lowers: L of every block, in order.
-        signal: (columns,) δ of each column, eV.
+        signal: (columns,) δ of each column, eV: the diagonal of D.
         factor: (columns, columns) R, upper triangular.
         noise: standard deviation by kind, as learned: of the labels and of what the model class cannot express together.
-        label_noise: by kind, as much of `noise` as the labels themselves show (uncertainty/label_noise.py); absent = all of it.
+        label_noise: by kind, as much of `noise` as the labels themselves show (uncertainty/residuals.py); absent = all of it.
         of_fit: number of columns of the mean; these are a subset if they are fewer.
         amplitude: w of the form 'scaled': DTC's evidence knows the process at the inducing variables only, and that of what lies
-            between them may be of another size (left_out.py).
+            between them may be of another size (fitting/variance_checks.py).
     """
 
     priors: tuple[PriorCovariance, ...]
@@ -98,10 +101,182 @@ class VarianceModel:
     def n_columns(self) -> int:
         return len(self.signal)
 
+    def __call__(
+        self, structures: Structures, views: Sequence[StructureEnvironments], request: VarianceRequest
+    ) -> dict[str, Variance]:
+        """Variances of energies, forces and stresses, by name of the field of Prediction that holds them."""
+        out: dict[str, Variance] = {}
+        share = self.inducing_share(request.form)
+        if request.energies:
+            out["energies_variance"] = self.energy_variance(structures, views, share)
+        all_forces = request.forces and request.atoms is None and structures.n_atoms <= FORCE_ATOMS
+        rows = self.covariance_rows(structures, views) if all_forces and request.stresses else None
+        if request.forces:
+            out["forces_covariance"] = self.force_covariance(structures, views, share, request.atoms, rows)
+        if request.stresses:
+            out["stresses_covariance"] = self.stress_covariance(structures, views, share, rows)
+        return out
+
+    def inducing_share(self, form: str) -> float:
+        """w: how much of what the inducing set cannot represent counts in that form."""
+        return self.amplitude if form == "scaled" else 1.0
+
     def whiten(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """a = D L⁻¹ k_ug and R⁻ᵀ a, as rows (n, columns): their squares are what the inducing set explains and the data leave."""
-        a = inducing_module.whiten_rows(rows.to(self.signal, copy=True), self.lowers) * self.signal
+        """a = D L⁻¹ k_ug and b = R⁻ᵀ a, as rows (n, columns), from rows k_gu of unit signal variance.
+
+        Their products are a.a' = k_gu K_uu⁻¹ k_ug', what the inducing set explains, and b.b' = k_gu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_ug',
+        what the data leave of that.
+        """
+        a = inducing.whiten_rows(rows.to(self.signal, copy=True), self.lowers) * self.signal
         return a, torch.linalg.solve_triangular(self.factor.T, a.T, upper=False).T
+
+    def covariance_rows(
+        self,
+        structures: Structures,
+        views: Sequence[StructureEnvironments],
+        forces: bool = True,
+        stresses: bool = True,
+        atoms: Tensor | None = None,
+    ) -> CovarianceRows:
+        """K_fu: covariances of energies, of forces (of some atoms) and of stresses with all columns, unit signal variance."""
+        n = structures.n_atoms if atoms is None else len(atoms)
+        parts = []
+        for p, blocks, v in zip(self.priors, self.blocks, views, strict=True):
+            v.keep_jacobian(n)
+            parts.append(covariances.covariance_rows(structures, v, p.kernel, blocks, forces, stresses, atoms))
+        return CovarianceRows.side_by_side(parts)
+
+    def atom_rows(self, environments: Sequence[Environments]) -> Tensor:
+        """(environments, columns) covariances of local energies, unit signal variance, from the environments for each descriptor."""
+        made = [
+            covariances.atom_rows(e.features, e.species, p.kernel, b)
+            for p, b, e in zip(self.priors, self.blocks, environments, strict=True)
+        ]
+        return torch.cat(made, dim=1) if len(made) > 1 else made[0]
+
+    def energy_variance(self, structures: Structures, views: Sequence[StructureEnvironments], share: float) -> Variance:
+        """(structures,) variance of total energies, eV²: w [k_EE - a.a] + b.b, and misspecification and noise per atom (class)."""
+        k_xu = self.atom_rows([v.environments for v in views])
+        # k_Eu = Σ_i k_xi,u
+        k_Eu = k_xu.new_zeros(len(structures), k_xu.shape[1]).index_add(0, structures.structure_of_atom, k_xu)
+        a, b = self.whiten(k_Eu)
+        k_EE = _total(
+            [p.energies(structures, v.environments.features) for p, v in zip(self.priors, views, strict=True)]
+        )
+        unexplained = inducing_variance(k_EE, a.square().sum(1), share)
+        counts = structures.counts.to(a.dtype).square()
+        misfit, noise = (counts * part for part in self._noise_parts("energies"))
+        return Variance(unexplained, b.square().sum(1), misfit, noise)
+
+    def force_covariance(
+        self,
+        structures: Structures,
+        views: Sequence[StructureEnvironments],
+        share: float,
+        atoms: Tensor | None = None,
+        rows: CovarianceRows | None = None,
+    ) -> Variance:
+        """(atoms, 3, 3) covariance of the components of the force on each atom, (eV/A)²; NaN for atoms that were not asked for.
+
+            cov(F, F) = w [k_FF - k_Fu K_uu⁻¹ k_uF] + k_Fu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uF + misspecification + noise
+
+        (Quiñonero-Candela, Rasmussen 2005, eq. 20; k_FF holds mixed second derivatives of the kernel, PriorCovariance.forces).
+
+        Args:
+            share: w.
+            atoms: indices; all if None. rows: K_fu of all forces, if they are there.
+        """
+        chosen = torch.arange(structures.n_atoms, device=structures.species.device) if atoms is None else atoms
+        like = structures.positions.to(self.signal.dtype)
+        unexplained, data, misfit, noise = (like.new_full((structures.n_atoms, 3, 3), math.nan) for _ in range(4))
+        constant, labels = self._noise_parts("forces")
+        noise[chosen] = labels * torch.eye(3).to(like)
+        for some in near_together(structures, chosen).split(FORCE_ATOMS):
+            here = chosen[some]
+            if not len(here):
+                continue
+            if rows is None:
+                k_Fu = self.covariance_rows(structures, views, stresses=False, atoms=here).forces
+            else:
+                k_Fu = rows.forces.unflatten(0, (-1, 3))[some].flatten(0, 1)
+            a, b = (part.unflatten(0, (len(here), 3)) for part in self.whiten(k_Fu))
+            k_FF = _total([p.forces(structures, v, here) for p, v in zip(self.priors, views, strict=True)])
+            # a aᵀ = k_Fu K_uu⁻¹ k_uF and b bᵀ = k_Fu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uF
+            unexplained[here] = share * _nearest_semidefinite(k_FF - a @ a.mT)
+            data[here] = b @ b.mT
+            misfit[here] = _where_free(data[here], constant)
+        return Variance(unexplained, data, misfit, noise)
+
+    def stress_covariance(
+        self,
+        structures: Structures,
+        views: Sequence[StructureEnvironments],
+        share: float,
+        rows: CovarianceRows | None = None,
+    ) -> Variance:
+        """(structures, 6, 6) covariance of stress components in Voigt order, (eV/A³)², as `force_covariance`; NaN without volume."""
+        rows = self.covariance_rows(structures, views, forces=False) if rows is None else rows
+        a, b = (part.unflatten(0, (len(structures), 6)) for part in self.whiten(rows.stresses))
+        k_SS = _total([p.stresses(structures, v) for p, v in zip(self.priors, views, strict=True)])
+        unknown = structures.volumes.isnan()
+        unexplained, data = torch.full_like(k_SS, math.nan), b @ b.mT
+        unexplained[~unknown] = share * _nearest_semidefinite((k_SS - a @ a.mT)[~unknown])
+        misfit, noise = (
+            (part * torch.eye(6).to(data)).expand_as(data).clone() for part in self._noise_parts("stresses")
+        )
+        for part in (data, misfit, noise):
+            part[unknown] = math.nan
+        return Variance(unexplained, data, misfit, noise)
+
+    def joint_covariance(self, structures: Structures, views: Sequence[StructureEnvironments]) -> Tensor:
+        """Posterior covariance (without noise) of all energies, force components and stress components, each with each.
+
+        Rows and columns: energies (structures), forces (3 atoms), stresses (6 structures, Voigt; zero where there is no volume).
+        """
+        rows = self.covariance_rows(structures, views)
+        a, b = self.whiten(torch.cat([rows.energies, rows.forces, rows.stresses]))
+        k_gg = _total([p.joint(structures, v) for p, v in zip(self.priors, views, strict=True)])
+        return self.amplitude * (k_gg - a @ a.T) + b @ b.T
+
+    def atom_energies(
+        self,
+        environments: Sequence[Environments],
+        form: str = "scaled",
+        profiles: Sequence[dict[int, Profile]] | None = None,
+    ) -> Variance:
+        """Variances of local energies (environments,), eV^2: those by `whiten`, to rounding (LocalVariance).
+
+        Args:
+            environments: for each descriptor, the same atoms.
+            form: as in VarianceRequest; profiles: kernels of the environments with the centres of the mean, if they are known: those
+                of the variances are the first ones of them.
+        """
+        species, share = environments[0].species, self.inducing_share(form)
+        # local energies are never observed, so no label noise belongs to them
+        unexplained, data, none = (self.signal.new_zeros(len(species)) for _ in range(3))
+        for z in species.unique().tolist():
+            at = species == z
+            mine = slice(None) if at.all() else at
+            pieces = self._pieces(z, [e.features[mine] for e in environments], profiles or [{}] * len(environments))
+            unexplained[mine], data[mine] = self.local_energy_variance(z, pieces, unexplained[mine], share)
+        return Variance(unexplained, data, none, none)
+
+    def local_energy_variance(
+        self, z: int, pieces: Sequence[Tensor], like: Tensor, share: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """w [k_xx - k_xu K_uu⁻¹ k_ux] and k_xu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_ux of local energies of species z, (environments,) eV².
+
+        Args:
+            pieces: k_xu, for each block of the species (environments, columns), unit signal variance.
+            like: (environments,) of the result's type.
+            share: w; the amplitude if None.
+        """
+        share = self.amplitude if share is None else share
+        k_xx = sum(p.signal.get(z, 0.0) ** 2 for p in self.priors)  # δ_z² f(1), f(1) = 1
+        if z not in self.local:
+            return torch.full_like(like, share * k_xx), torch.zeros_like(like)
+        explained, left = self.local[z](pieces)
+        return inducing_variance(k_xx, explained, share), left
 
     @cached_property
     def local(self) -> dict[int, LocalVariance]:
@@ -109,95 +284,19 @@ class VarianceModel:
         widths = [len(lower) for lower in self.lowers]
         columns = torch.arange(self.n_columns, device=self.signal.device).split(widths)
         species = [block.species for blocks in self.blocks for block in blocks]
+        out = {}
         with parallel.one_core():
             p = torch.cholesky_inverse(self.factor, upper=True)  # (RᵀR)⁻¹
-            return {z: self._local(z, species, columns, p) for z in set(species)}
-
-    def _local(self, z: int, species: Sequence[int], columns: Sequence[Tensor], p: Tensor) -> LocalVariance:
-        mine = [i for i, other in enumerate(species) if other == z]
-        here = torch.cat([columns[i] for i in mine])
-        lowers, own = [self.lowers[i] for i in mine], p[here][:, here]
-        return LocalVariance.from_posterior(lowers, self.signal[here], own, self.amplitude)
+            for z in set(species):
+                mine = [i for i, other in enumerate(species) if other == z]
+                here = torch.cat([columns[i] for i in mine])
+                lowers, own = [self.lowers[i] for i in mine], p[here][:, here]
+                out[z] = LocalVariance.from_posterior(lowers, self.signal[here], own, self.amplitude)
+        return out
 
     def prepare(self) -> None:
         """Make what `atom_energies` needs, once, rather than in each of several threads."""
         _ = self.local
-
-    def share(self, form: str) -> float:
-        """How much of what the inducing set cannot represent counts in that form."""
-        return self.amplitude if form == "scaled" else 1.0
-
-    def __call__(
-        self, structures: Structures, views: Sequence[StructureEnvironments], wanted: VarianceRequest
-    ) -> dict[str, Variance]:
-        """Variances of energies, forces and stresses, by name of the field of Prediction that holds them."""
-        out: dict[str, Variance] = {}
-        share = self.share(wanted.form)
-        if wanted.energies:
-            out["energies_variance"] = self._energies(structures, views, share)
-        together = wanted.forces and wanted.stresses and wanted.atoms is None and structures.n_atoms <= FORCE_ATOMS
-        forces, stresses = self._rows(structures, views, True, True) if together else (None, None)
-        if wanted.forces:
-            out["forces_covariance"] = self._forces(structures, views, wanted.atoms, share, forces)
-        if wanted.stresses:
-            out["stresses_covariance"] = self._stresses(structures, views, share, stresses)
-        return out
-
-    def _rows(
-        self,
-        structures: Structures,
-        views: Sequence[StructureEnvironments],
-        forces: bool,
-        stresses: bool,
-        atoms: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Covariances of forces and of stresses with all columns."""
-        n = structures.n_atoms if atoms is None else len(atoms)
-        made = [
-            covariances.covariance_rows(
-                structures, v.neighbors, p.descriptor, p.kernel, b, forces, stresses, atoms, v.look_at(n)
-            )
-            for p, b, v in zip(self.priors, self.blocks, views, strict=True)
-        ]
-        return (
-            torch.cat([r.forces for r in made], dim=1) if forces else None,
-            torch.cat([r.stresses for r in made], dim=1) if stresses else None,
-        )
-
-    def atom_rows(self, seen: Sequence[Environments]) -> Tensor:
-        """(environments, columns) covariances of local energies."""
-        made = [
-            covariances.atom_rows(e.features, e.species, p.kernel, b)
-            for p, b, e in zip(self.priors, self.blocks, seen, strict=True)
-        ]
-        return torch.cat(made, dim=1) if len(made) > 1 else made[0]
-
-    def atom_energies(
-        self,
-        seen: Sequence[Environments],
-        form: str = "scaled",
-        profiles: Sequence[dict[int, Profile]] | None = None,
-    ) -> Variance:
-        """Variances of local energies (environments,), eV^2: those by `whiten`, to rounding (LocalVariance).
-
-        Args:
-            seen: for each descriptor, the same environments.
-            form: as in Wanted; profiles: kernels of the environments with the centres of the mean, if they are known: those of
-                the variances are the first ones of them.
-        """
-        species, known = seen[0].species, profiles or [{}] * len(seen)
-        prior = sum(p.atom_energies(species, seen[0].features.to(self.signal)) for p in self.priors)
-        explained, left = torch.zeros_like(prior), torch.zeros_like(prior)
-        for z in species.unique().tolist():
-            if z in self.local:
-                mine = species == z
-                mine = slice(None) if mine.all() else mine
-                pieces = self._pieces(z, [e.features[mine] for e in seen], known)
-                explained[mine], left[mine] = self.local[z](pieces)
-        inducing = self.share(form) * (prior - explained).clamp_min(0)
-        # local energies are never observed, so no label noise belongs to them
-        none = torch.zeros_like(prior)
-        return Variance(inducing, left, none, none)
 
     def _pieces(self, z: int, features: Sequence[Tensor], known: Sequence[dict[int, Profile]]) -> list[Tensor]:
         """Covariances of local energies of one species with each of its blocks."""
@@ -208,86 +307,11 @@ class VarianceModel:
             if block.species == z
         ]
 
-    def _energies(self, structures: Structures, views: Sequence[StructureEnvironments], share: float) -> Variance:
-        rows = self.atom_rows([v.environments for v in views])
-        summed = rows.new_zeros(len(structures), rows.shape[1]).index_add(0, structures.structure_of_atom, rows)
-        a, left = self.whiten(summed)
-        prior = sum(p.energies(structures, v.environments.features) for p, v in zip(self.priors, views, strict=True))
-        inducing = share * (prior - a.square().sum(1)).clamp_min(0)
-        counts = structures.counts.to(a.dtype).square()
-        misfit, noise = (counts * part for part in self._constant("energies"))
-        return Variance(inducing, left.square().sum(1), misfit, noise)
-
-    def _forces(
-        self,
-        structures: Structures,
-        views: Sequence[StructureEnvironments],
-        atoms: Tensor | None,
-        share: float,
-        rows: Tensor | None,
-    ) -> Variance:
-        chosen = torch.arange(structures.n_atoms, device=structures.species.device) if atoms is None else atoms
-        like = structures.positions.to(self.signal.dtype)
-        inducing, data, misfit, noise = (like.new_full((structures.n_atoms, 3, 3), float("nan")) for _ in range(4))
-        constant, labels = self._constant("forces")
-        noise[chosen] = labels * torch.eye(3).to(like)
-        for some in near_together(structures, chosen).split(FORCE_ATOMS):
-            here = chosen[some]
-            if not len(here):
-                continue
-            mine = rows.unflatten(0, (-1, 3))[some].flatten(0, 1) if rows is not None else None
-            mine = self._rows(structures, views, True, False, here)[0] if mine is None else mine
-            a, left = (part.unflatten(0, (len(here), 3)) for part in self.whiten(mine))
-            data[here] = left @ left.mT
-            misfit[here] = _where_free(data[here], constant)
-            prior = sum(
-                p.with_environments(v.look_at(len(here))).forces(structures, v.neighbors, v.surroundings, here)
-                for p, v in zip(self.priors, views, strict=True)
-            )
-            inducing[here] = share * _without_rounding(prior - a @ a.mT)
-        return Variance(inducing, data, misfit, noise)
-
-    def _stresses(
-        self, structures: Structures, views: Sequence[StructureEnvironments], share: float, rows: Tensor | None
-    ) -> Variance:
-        rows = self._rows(structures, views, False, True)[1] if rows is None else rows
-        a, left = (part.unflatten(0, (len(structures), 6)) for part in self.whiten(rows))
-        unknown = structures.volumes.isnan()
-        data = left @ left.mT
-        data[unknown] = float("nan")
-        inducing = torch.full_like(data, float("nan"))
-        prior = sum(
-            p.with_environments(v.look).stresses(structures, v.surroundings)
-            for p, v in zip(self.priors, views, strict=True)
-        )
-        inducing[~unknown] = share * _without_rounding((prior - a @ a.mT)[~unknown])
-        parts = [(part * torch.eye(6).to(data)).expand_as(data).clone() for part in self._constant("stresses")]
-        for part in parts:
-            part[unknown] = float("nan")
-        return Variance(inducing, data, *parts)
-
-    def _constant(self, kind: str) -> tuple[float, float]:
+    def _noise_parts(self, kind: str) -> tuple[float, float]:
         """Variances that are the same everywhere: what the model class cannot express, and noise of the labels."""
         everything = self.noise.get(kind, 0.0) ** 2
         noise = min(everything, self.label_noise.get(kind, math.inf) ** 2)
         return everything - noise, noise
-
-    def joint_covariance(self, structures: Structures, views: Sequence[StructureEnvironments]) -> Tensor:
-        """Posterior covariance (without noise) of all energies, force components and stress components, each with each.
-
-        Rows and columns: energies (structures), forces (3 atoms), stresses (6 structures, Voigt; zero where there is no volume).
-        """
-        made = [
-            covariances.covariance_rows(structures, v.neighbors, p.descriptor, p.kernel, b, environments_of=v.look)
-            for p, b, v in zip(self.priors, self.blocks, views, strict=True)
-        ]
-        rows = torch.cat([torch.cat([r.energies, r.forces, r.stresses]) for r in made], dim=1)
-        a, left = self.whiten(rows)
-        prior = sum(
-            p.with_environments(v.look).joint(structures, v.neighbors, v.surroundings)
-            for p, v in zip(self.priors, views, strict=True)
-        )
-        return self.amplitude * (prior - a @ a.T) + left @ left.T
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """What a model file holds beside the mean: a JSON-able header and tensors. Centres are the first ones of the mean's."""
@@ -300,32 +324,40 @@ class VarianceModel:
             "signal": [{str(z): s for z, s in prior.signal.items()} for prior in self.priors],
         }
         every = [b for blocks in self.blocks for b in blocks]
-        tensors = {"factor": _packed(self.factor.T), "signal": self.signal}
+        tensors = {"factor": _pack_triangle(self.factor.T), "signal": self.signal}
         for i, (block, lower) in enumerate(zip(every, self.lowers, strict=True)):
-            tensors |= {f"{i}.tangents": block.tangents, f"{i}.kept": block.columns, f"{i}.lower": _packed(lower)}
+            own = {"tangents": block.tangents, "kept": block.columns, "lower": _pack_triangle(lower)}
+            tensors |= {f"{i}.{name}": tensor for name, tensor in own.items()}
         return header, tensors
 
     @staticmethod
     def from_state(
         header: dict,
         tensors: dict[str, Tensor],
-        models: Sequence[tuple[Descriptor, ZonalKernel]],
+        kernels: Sequence[ZonalKernel],
         features: Sequence[dict[int, Tensor]],
     ) -> VarianceModel:
-        """Restore what state gave, with the descriptors, kernels and centres (by Z) of the mean."""
-        priors, blocks, lowers, i = [], [], [], 0
-        for k, (descriptor, kernel) in enumerate(models):
-            priors.append(PriorCovariance(descriptor, kernel, {int(z): s for z, s in header["signal"][k].items()}))
+        """Restore what state gave, with the kernels and centres (by Z) of the mean."""
+        priors, blocks = [], []
+        lowers: list[Tensor] = []
+        for k, kernel in enumerate(kernels):
+            priors.append(PriorCovariance(kernel, {int(z): s for z, s in header["signal"][k].items()}))
             mine = []
             for entry in header["blocks"][k]:
-                centres = features[k][entry["species"]][: entry["centres"]]
-                mine.append(InducingBlock(entry["species"], centres, tensors[f"{i}.tangents"], tensors[f"{i}.kept"]))
-                lowers.append(_unpacked(tensors[f"{i}.lower"]))
-                i += 1
+                z, i = entry["species"], len(lowers)
+                centres = features[k][z][: entry["centres"]]
+                mine.append(InducingBlock(z, centres, tensors[f"{i}.tangents"], tensors[f"{i}.kept"]))
+                lowers.append(_unpack_triangle(tensors[f"{i}.lower"]))
             blocks.append(tuple(mine))
-        factor = _unpacked(tensors["factor"]).T
+        factor = _unpack_triangle(tensors["factor"]).T
         about = dict(header["noise"]), dict(header["label_noise"]), header["of_fit"], header.get("amplitude", 1.0)
         return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), tensors["signal"], factor, *about)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """The prior covariance of the sum over descriptors."""
+    first, *others = parts
+    return sum(others, first)
 
 
 def _where_free(data: Tensor, constant: float) -> Tensor:
@@ -342,21 +374,21 @@ def _where_free(data: Tensor, constant: float) -> Tensor:
     return (vectors * kept[..., None, :]) @ vectors.mT
 
 
-def _packed(lower: Tensor) -> Tensor:
+def _nearest_semidefinite(matrices: Tensor) -> Tensor:
+    """The nearest positive semi-definite matrices: exact differences are, and only rounding makes them not."""
+    values, vectors = torch.linalg.eigh(0.5 * (matrices + matrices.mT))
+    return (vectors * values.clamp_min(0)[..., None, :]) @ vectors.mT
+
+
+def _pack_triangle(lower: Tensor) -> Tensor:
     """The entries of a lower triangular matrix, row by row."""
     rows, columns = torch.tril_indices(*lower.shape, device=lower.device)
     return lower[rows, columns]
 
 
-def _unpacked(entries: Tensor) -> Tensor:
+def _unpack_triangle(entries: Tensor) -> Tensor:
     size = int(((8 * len(entries) + 1) ** 0.5 - 1) / 2 + 0.5)
     out = entries.new_zeros(size, size)
     rows, columns = torch.tril_indices(size, size, device=entries.device)
     out[rows, columns] = entries
     return out
-
-
-def _without_rounding(matrices: Tensor) -> Tensor:
-    """The nearest positive semi-definite matrices: exact differences are, and only rounding makes them not."""
-    values, vectors = torch.linalg.eigh(0.5 * (matrices + matrices.mT))
-    return (vectors * values.clamp_min(0)[..., None, :]) @ vectors.mT

@@ -244,11 +244,8 @@ class Potential:
         moved = self.from_state(header, tensors)
         if descriptors != "float32":
             return moved
-        terms = tuple(replace(t, descriptor=SinglePrecisionDescriptor(t.descriptor)) for t in moved.terms)
-        if moved.variances is None:
-            return replace(moved, terms=terms)
-        priors = tuple(replace(p, descriptor=t.descriptor) for p, t in zip(moved.variances.priors, terms, strict=True))
-        return replace(moved, terms=terms, variances=replace(moved.variances, priors=priors))
+        single = (replace(t, descriptor=SinglePrecisionDescriptor(t.descriptor)) for t in moved.terms)
+        return replace(moved, terms=tuple(single))
 
     def __repr__(self) -> str:
         """Species, descriptors and sizes; not the tensors."""
@@ -319,9 +316,8 @@ class Potential:
         variances = novelty = None
         if "variances" in header:
             features = [{z: block.features for z, block in term.blocks.items()} for term in terms]
-            models = [(term.descriptor, term.kernel) for term in terms]
-            stored = _with_prefix("variances.", tensors)
-            variances = VarianceModel.from_state(header["variances"], stored, models, features)
+            kernels, stored = [term.kernel for term in terms], _with_prefix("variances.", tensors)
+            variances = VarianceModel.from_state(header["variances"], stored, kernels, features)
         if "novelty" in header:
             novelty = Mahalanobis.from_state(header["novelty"], _with_prefix("novelty.", tensors))
         learned = header.get("calibration")

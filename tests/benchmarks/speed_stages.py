@@ -120,9 +120,7 @@ def of_fit(potential: Potential, cell: Structures) -> list[Stage]:
     p = len(seen.neighbors) / cell.n_atoms
 
     def rows() -> torch.Tensor:
-        return covariances.covariance_rows(
-            cell, seen.neighbors, term.descriptor, term.kernel, blocks, True, False
-        ).forces
+        return covariances.covariance_rows(cell, seen, term.kernel, blocks, True, False).forces
 
     forces = rows()
     white = inducing.whiten_rows(forces, uncertain.lowers)
