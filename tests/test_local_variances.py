@@ -99,7 +99,7 @@ def test_small_blocks_are_in_double_precision(model):
     seen = looks(model, shaken(everything(), 0.2, 50))
     prior, explained, left = by_solves(model, seen)
     found = model.atom_energies(seen)
-    assert all(not len(part.rest) for part in model.local.values())
+    assert all(not len(part.whiten_rest) for part in model.local.values())
     close = 1e-10 * float(prior.max())  # rounding of prior variances
     torch.testing.assert_close(found.inducing, 0.7 * (prior - explained).clamp_min(0), rtol=1e-9, atol=close)
     torch.testing.assert_close(found.data, left, rtol=1e-8, atol=close)
@@ -112,10 +112,10 @@ def rounding(part: LocalVariance, pieces: list, others: torch.Tensor) -> tuple[t
     |fl(B r) − B r| ≤ γ |B| |r|, γ = (n + 2) u / (1 − (n + 2) u), n terms and the rounding of B and r themselves.
     """
     gamma = (others.shape[1] + 2) * UNIT / (1 - (others.shape[1] + 2) * UNIT)
-    a = torch.cat([k[:, :n] for k, n in zip(pieces, part.leading, strict=True)], dim=1) @ part.turn.T
-    wrong = gamma * (others.abs() @ part.rest.double().abs().T)
-    y = others @ part.rest.double().T
-    across, roots = part.across.double(), part.roots.double()
+    a = torch.cat([k[:, :n] for k, n in zip(pieces, part.leading, strict=True)], dim=1) @ part.whiten_leading.T
+    wrong = gamma * (others.abs() @ part.whiten_rest.double().abs().T)
+    y = others @ part.whiten_rest.double().T
+    across, roots = part.posterior_cross.double(), part.posterior_rest.double()
     more = gamma * (a.abs() @ across.abs().T) + roots * (wrong + 4 * UNIT * y.abs()) + 4 * UNIT * (a @ across.T).abs()
     return wrong.norm(dim=1), more.norm(dim=1)
 
@@ -129,14 +129,14 @@ def test_single_precision_stays_within_its_bound(model, few):
     for z, part in model.local.items():
         mine = seen[0].species == z
         pieces = model._pieces(z, [e.features[mine] for e in seen], [{}] * len(seen))
-        assert part.rest.dtype == torch.float32 and len(part.rest) == sum(k.shape[1] for k in pieces) - sum(
-            part.leading
-        )
+        assert part.whiten_rest.dtype == torch.float32 and len(part.whiten_rest) == sum(
+            k.shape[1] for k in pieces
+        ) - sum(part.leading)
         first = torch.cat([k[:, :n] for k, n in zip(pieces, part.leading, strict=True)], dim=1)
         others = torch.cat([k[:, n:] for k, n in zip(pieces, part.leading, strict=True)], dim=1)
-        others = others - first @ part.turn.T @ part.remove.T
+        others = others - first @ part.whiten_leading.T @ part.project.T
         of_y, of_z = rounding(part, pieces, others)
-        y = (others @ part.rest.double().T).norm(dim=1)
+        y = (others @ part.whiten_rest.double().T).norm(dim=1)
         double = 1e-10 * float(prior.max())
         off = (prior[mine] - found.inducing[mine] - explained[mine]).abs()
         known = prior[mine] > explained[mine] + double
@@ -255,7 +255,7 @@ def test_standard_deviations_are_those_by_solves_wherever_atoms_are(silicon, kin
     else:
         some = structures_from_ase(elsewhere()[kind])
     model, seen = silicon.variances, [term.view(some).environments for term in silicon.terms]
-    assert len(next(iter(model.local.values())).rest) > 400
+    assert len(next(iter(model.local.values())).whiten_rest) > 400
     prior, explained, left = by_solves(model, seen)
     for form in ("scaled", "dtc"):
         exact = (model.inducing_share(form) * (prior - explained).clamp_min(0) + left).sqrt()

@@ -1,4 +1,4 @@
-"""Row loops are the compiled pass from products of Jacobians with inducing vectors to rows of forces and stresses.
+"""Compiled loops from products of Jacobians with inducing vectors to covariance rows of forces and stresses.
 
 Only covariances.py imports this, when there is something to do: numba takes half a second to import. Machine code is cached on disk.
 """

@@ -1,4 +1,4 @@
-"""Leave-one-out chooses the energy noise: how well does the model predict each energy from everything but that energy?"""
+"""Noise of energies by leave-one-out: how well the model predicts each energy from all other labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evidence: how probable the data are under given noises and signal variances, from the whitened factors alone."""
+"""The evidence (marginal likelihood) of noises and signal variances, from the whitened factors alone, and its maximum."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from gpmlp.gp.likelihood import Hyperparameters
 
 EDGE = 1e-3  # of a logarithm: within it of a bound a parameter lies there
-SETTLING = 4  # Newton steps from where L-BFGS-B ends
+SETTLING_STEPS = 4  # of Newton's method from where L-BFGS-B ends
 NEWTON_STEPS = 60  # each at least a factor of 1.6 in σ, far out, and quadratic near the root
-SPREAD = 2.5  # of the logarithms of hyperparameters at restarts: a factor of twelve
+RESTART_WIDTH = 2.5  # standard deviation of the logarithms of hyperparameters at restarts: a factor of twelve
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,20 +69,10 @@ def negative_log_evidence(
         -log p, its derivatives with respect to log σ_k, and with respect to log δ of each block.
     """
     scale = signal[block_of_column]
-    size = len(scale)
-    system = torch.zeros(size, size, dtype=scale.dtype, device=scale.device)
-    right = torch.zeros_like(scale)
-    total = 0.0
-    for kind, s in statistics.items():
-        tau = noise[kind] ** -2
-        system.add_(s.gram, alpha=tau)
-        right.add_(s.projection, alpha=tau)
-        total += s.count * np.log(2 * np.pi / tau) + s.square * tau
-    system.mul_(scale[:, None]).mul_(scale[None, :]).diagonal().add_(1)
-    right = right * scale
-    lower = _cholesky(system)
+    lower, right = _factorise(statistics, noise, scale)
     mean = torch.cholesky_solve(right[:, None], lower)[:, 0]
-    total += float(2 * lower.diagonal().log().sum() - right @ mean)
+    # -2 log p = Σ_k [n_k log(2π σ_k²) + yy_k / σ_k²] + log det S - hᵀ S⁻¹ h
+    total = _data_terms(statistics, noise) + float(2 * lower.diagonal().log().sum() - right @ mean)
     inverse = torch.cholesky_inverse(lower)
     # S⁻¹ (S - 1) = 1 - S⁻¹: its diagonal is the share of each column that the data determine, which their kinds have to share
     leverage = 1 - inverse.diagonal()
@@ -112,14 +102,31 @@ def _by_kind(
 
 
 def posterior_mean(statistics: dict[str, SufficientStatistics], noise: dict[str, float], signal: Tensor) -> Tensor:
-    """(columns,) D β: the posterior mean in the whitened basis, signal (columns,) being the diagonal of D."""
-    system = torch.zeros(len(signal), len(signal), dtype=signal.dtype, device=signal.device)
-    right = torch.zeros_like(signal)
+    """(columns,) D β = D S⁻¹ h: the posterior mean in the whitened basis, signal (columns,) being the diagonal of D."""
+    lower, right = _factorise(statistics, noise, signal)
+    return signal * torch.cholesky_solve(right[:, None], lower)[:, 0]
+
+
+def _factorise(
+    statistics: dict[str, SufficientStatistics], noise: dict[str, float], scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of S = I + Σ_k D G_k D / σ_k², and h = Σ_k D h_k / σ_k²; scale (columns,) is the diagonal of D."""
+    system = torch.zeros(len(scale), len(scale), dtype=scale.dtype, device=scale.device)
+    right = torch.zeros_like(scale)
     for kind, s in statistics.items():
         system.add_(s.gram, alpha=noise[kind] ** -2)
         right.add_(s.projection, alpha=noise[kind] ** -2)
-    system.mul_(signal[:, None]).mul_(signal[None, :]).diagonal().add_(1)
-    return signal * torch.cholesky_solve((signal * right)[:, None], _cholesky(system))[:, 0]
+    system.mul_(scale[:, None]).mul_(scale[None, :]).diagonal().add_(1)
+    return _cholesky(system), right * scale
+
+
+def _data_terms(statistics: dict[str, SufficientStatistics], noise: dict[str, float]) -> float:
+    """Σ_k [n_k log(2π σ_k²) + yy_k / σ_k²]."""
+    total = 0.0
+    for kind, s in statistics.items():
+        tau = noise[kind] ** -2
+        total += s.count * np.log(2 * np.pi / tau) + s.square * tau
+    return total
 
 
 def _cholesky(system: Tensor) -> Tensor:
@@ -218,7 +225,7 @@ def _settled(
     if np.linalg.eigvalsh(curvature)[0] <= 0:
         return x, value
     best = (x, value)
-    for _ in range(SETTLING):
+    for _ in range(SETTLING_STEPS):
         step = np.zeros_like(x)
         step[free] = -np.linalg.solve(curvature, gradient)
         x = (x + step).clip(*bounds.T)
@@ -249,7 +256,7 @@ def restart_optimisation(
     for attempt in range(restarts + 1):
         for name in names:
             step = torch.randn(len(first[name]), generator=generator, dtype=torch.float64) if attempt else 0.0
-            parameters.set(name, first[name] + SPREAD * step)
+            parameters.set(name, first[name] + RESTART_WIDTH * step)
         result = maximise_evidence(statistics, parameters, block_of_column)
         if result.negative_log_evidence < best - 1e-3:  # of equals the first, so that no rounding decides
             best, found = result.negative_log_evidence, {n: parameters.log_std(n).detach().clone() for n in names}
@@ -281,21 +288,15 @@ def iterate_fixed_point(
     for iteration in range(1, max_iterations + 1):
         scale = parameters.signal().to(device)[block_of_column]
         noise = parameters.noise() | {"given": 1.0}
-        system, right = torch.zeros(size, size, dtype=scale.dtype, device=device), torch.zeros_like(scale)
-        constant, images = 0.0, {}
-        for kind, s in statistics.items():
-            tau = noise[kind] ** -2
-            system.add_(s.gram, alpha=tau)
-            right.add_(s.projection, alpha=tau)
-            constant += s.count * np.log(2 * np.pi / tau) + s.square * tau
-            images[kind] = tau * scale[:, None] * (s.gram @ (scale[:, None] * probes))
-        system.mul_(scale[:, None]).mul_(scale[None, :]).diagonal().add_(1)
-        lower = _cholesky(system)
-        right = right * scale
+        lower, right = _factorise(statistics, noise, scale)
         mean = torch.cholesky_solve(right[:, None], lower)[:, 0]
+        constant, log_det = _data_terms(statistics, noise), 2 * lower.diagonal().log().sum()
         prior = sum(parameters.log_prior(n)[0] for n in _learned(statistics, parameters))
-        trace.append((iteration, 0.5 * float(constant + 2 * lower.diagonal().log().sum() - right @ mean) - prior))
-        del system
+        trace.append((iteration, 0.5 * float(constant + log_det - right @ mean) - prior))
+        images = {
+            kind: noise[kind] ** -2 * scale[:, None] * (s.gram @ (scale[:, None] * probes))
+            for kind, s in statistics.items()
+        }
         determined = {kind: probes * torch.cholesky_solve(image, lower) for kind, image in images.items()}
         change = _fixed_point_step(statistics, parameters, block_of_column, noise, scale * mean, mean, determined)
         if progress:
@@ -329,11 +330,13 @@ def _fixed_point_step(
         left = max(s.count - gamma, 0.02 * s.count)
         move(kind, _stationary(torch.tensor([left]), torch.tensor([fit]), *parameters.prior(kind)))
     n_blocks = len(parameters.signal())
-    per_column = sum(d.mean(1) for d in determined.values())
+    per_column = torch.zeros_like(mean)
+    for d in determined.values():
+        per_column += d.mean(1)
     zeros = torch.zeros(n_blocks, dtype=mean.dtype, device=mean.device)
-    gamma = zeros.index_add(0, block_of_column, per_column).clamp_min(1e-3)
+    determined_by_block = zeros.index_add(0, block_of_column, per_column).clamp_min(1e-3)
     power = zeros.index_add(0, block_of_column, mean.square()) * parameters.signal().to(mean.device).square()
-    move("signal", _stationary(gamma.cpu(), power.cpu(), *parameters.prior("signal")))
+    move("signal", _stationary(determined_by_block.cpu(), power.cpu(), *parameters.prior("signal")))
     return max(changes)
 
 

@@ -1,4 +1,4 @@
-"""Hyperpriors are what is held of noises and signals before the data speak: what the recipe says of them, else wide defaults."""
+"""Prior distributions of hyperparameters (noises and signal variances): those of the recipe, else wide defaults."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def check_species(recipe: Recipe, structures: Structures) -> None:
 
 
 def make_hyperparameters(recipe: Recipe, kinds: Sequence[str], blocks: Blocks) -> Hyperparameters:
-    """Noises of these kinds and signals of these blocks, at their starts."""
+    """Noises of these kinds and signals of these blocks, with their priors, at their starting values."""
     noise = {kind: _prior(getattr(recipe.noise, NOISE_FIELDS[kind]), NOISE_PRIORS[kind]) for kind in kinds}
     return Hyperparameters(noise, [_prior(_signal(recipe, block), SIGNAL_PRIOR) for block in blocks])
 
 
 def bound_warnings(recipe: Recipe, blocks: Blocks, ended: Sequence[AtBound]) -> list[str]:
-    """What to tell of standard deviations that ended at a bound."""
+    """A warning for each standard deviation that ended at a bound."""
     out = []
     for at in ended:
         if at.name == "signal":

@@ -1,4 +1,4 @@
-"""Zonal kernels are functions f(s) of the dot product s = x.x' of unit features; f, f' and f'' are all that derivatives need."""
+"""Zonal kernels: functions f(s) of the dot product s = x.x' of unit features, with f' and f'', all that derivatives need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ZonalKernel(gpytorch.kernels.Kernel):
 
     has_lengthscale = False
 
-    def profile(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def profile(self, s: Tensor) -> Profile:
         """Return f(s), f'(s), f''(s)."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
@@ -122,7 +122,7 @@ class SumKernel(ZonalKernel):
 def kernel_by_name(
     name: str, zeta: int | None, length: float | None, terms: Sequence[tuple[float, ZonalKernel]] = ()
 ) -> ZonalKernel:
-    """Build the kernel of a recipe's name."""
+    """The kernel of that name: 'polynomial' (zeta), 'exponential' (length) or 'sum' (terms of weight and kernel)."""
     errors.check_choice("kernel", name, ("polynomial", "exponential", "sum"))
     if name == "polynomial":
         return PolynomialKernel(2 if zeta is None else zeta)

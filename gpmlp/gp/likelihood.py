@@ -17,7 +17,7 @@ from gpmlp.core.quantities import Targets
 
 @dataclass(frozen=True)
 class StdPrior:
-    """What is held of a standard deviation before the data speak: log σ ~ N(log median, log_width²) between bounds.
+    """Prior distribution of a standard deviation: log σ ~ N(log median, log_width²) between bounds.
 
     Attributes:
         median, low, high: in the unit of σ; log_width: of log σ, 3 being a factor of 20 either way.
@@ -34,7 +34,7 @@ class StdPrior:
 
     @staticmethod
     def fixed_at(value: float) -> StdPrior:
-        """Of a standard deviation that is known."""
+        """For a standard deviation that is given and not learned."""
         errors.check_positive("a given standard deviation", value)
         return StdPrior(value, 0.5 * value, 2 * value, fixed=True)
 
@@ -83,7 +83,7 @@ class Hyperparameters(gpytorch.Module):
         return getattr(self, f"raw_{name}_constraint").transform(getattr(self, f"raw_{name}"))
 
     def set(self, name: str, log_std: Tensor) -> None:
-        """Assign what is not given, clamped to just inside the bounds (the transform is infinite on them)."""
+        """Assign what is learned, clamped to just inside the bounds (the transform is infinite on them)."""
         low, high = self.bounds(name)
         margin = 1e-6 * (high - low)
         wanted = torch.where(self.free(name), log_std.double(), getattr(self, f"fixed_{name}"))
@@ -123,7 +123,7 @@ class Hyperparameters(gpytorch.Module):
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """The known labels of one kind as scaled rows: which rows of the covariance, their factors, values and noise.
+    """The labels of one kind that are there, as scaled rows: which rows of the covariance, their factors, values and noise.
 
     Attributes:
         rows: (observations,) indices into the covariance rows of that kind.
@@ -139,7 +139,7 @@ class Observations:
 
 
 def observed_labels(targets: Targets, counts: Tensor, voigt: tuple[tuple[int, int], ...]) -> dict[str, Observations]:
-    """Sort the known labels by kind; the only place where unknown (NaN) labels are dropped."""
+    """The labels by kind; the only place where unknown (NaN) labels are dropped."""
     a, b = (torch.tensor(axis, device=counts.device) for axis in zip(*voigt, strict=True))
     per_atom = 1 / counts.to(targets.energies.dtype)
     flat = {
@@ -147,9 +147,9 @@ def observed_labels(targets: Targets, counts: Tensor, voigt: tuple[tuple[int, in
         "forces": (targets.forces.flatten(), None, targets.forces_noise.flatten()),
         "stresses": (targets.stresses[:, a, b].flatten(), None, targets.stresses_noise.repeat_interleave(len(voigt))),
     }
-    found = {}
+    out = {}
     for kind, (values, scale, noise) in flat.items():
-        known = (~torch.isnan(values)).nonzero()[:, 0]
+        present = (~torch.isnan(values)).nonzero()[:, 0]
         scale = torch.ones_like(values) if scale is None else scale
-        found[kind] = Observations(known, scale[known], values[known], noise[known])
-    return found
+        out[kind] = Observations(present, scale[present], values[present], noise[present])
+    return out

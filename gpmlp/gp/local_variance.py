@@ -27,7 +27,7 @@ def inducing_variance(prior: Tensor | float, explained: Tensor, share: float) ->
 
 @dataclass(frozen=True, eq=False)
 class LocalVariance:
-    """|a|² and |R⁻ᵀa|² of a = D L⁻¹ k, for covariances k of local energies with the inducing variables of their species (VarianceModel).
+    """Squares |a|² and |R⁻ᵀa|² of a = D L⁻¹ k_ux (VarianceModel.whiten), for local energies of one species and its inducing variables.
 
     The leading columns (1) of each block are taken off in double precision. What they leave of the others (2) is small, and so is what
     rounding does to it: the rest is in single precision, in a basis in which both squares are read off the same numbers. With
@@ -41,17 +41,18 @@ class LocalVariance:
 
     Attributes:
         leading: for each block, how many of its columns are.
-        turn: (leading, leading) D₁ L₁₁⁻¹; among: (leading, leading) S; remove: (others, leading) L₂₁ D₁⁻¹.
-        rest: (others, others) Vᵀ D₂ L₂₂⁻¹; across: (others, leading) C; roots: (others,) √p. These three in single precision.
+        whiten_leading: (leading, leading) D₁ L₁₁⁻¹; posterior_leading: (leading, leading) S; project: (others, leading) L₂₁ D₁⁻¹.
+        whiten_rest: (others, others) Vᵀ D₂ L₂₂⁻¹; posterior_cross: (others, leading) C; posterior_rest: (others,) √p. These three in
+            single precision.
     """
 
     leading: tuple[int, ...]
-    turn: Tensor
-    among: Tensor
-    remove: Tensor
-    rest: Tensor
-    across: Tensor
-    roots: Tensor
+    whiten_leading: Tensor
+    posterior_leading: Tensor
+    project: Tensor
+    whiten_rest: Tensor
+    posterior_cross: Tensor
+    posterior_rest: Tensor
 
     @staticmethod
     def from_posterior(lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, amplitude: float) -> LocalVariance:
@@ -66,7 +67,7 @@ class LocalVariance:
         while True:
             leading = tuple(len(lower) if len(lower) <= 2 * some else some for lower in lowers)
             made = LocalVariance._split(lowers, signal, posterior, leading)
-            if not len(made.rest) or made._rounding(lowers, signal, posterior, amplitude) <= TOLERANCE:
+            if not len(made.whiten_rest) or made._rounding(lowers, signal, posterior, amplitude) <= TOLERANCE:
                 return made
             some *= 2
 
@@ -94,13 +95,13 @@ class LocalVariance:
             pieces: for each block, (environments, columns) covariances of local energies with it, unit signal variance.
         """
         first = [piece[:, :n] for piece, n in zip(pieces, self.leading, strict=True)]
-        a = _together(first).to(self.turn) @ self.turn.T
-        explained, left = a.square().sum(1), (a @ self.among.T).square().sum(1)
-        if not len(self.rest):
+        a = _together(first).to(self.whiten_leading) @ self.whiten_leading.T
+        explained, left = a.square().sum(1), (a @ self.posterior_leading.T).square().sum(1)
+        if not len(self.whiten_rest):
             return explained, left
         others = _together([piece[:, n:] for piece, n in zip(pieces, self.leading, strict=True)]).to(a)
-        y = torch.addmm(others, a, self.remove.T, alpha=-1).float() @ self.rest.T
-        z = torch.addcmul(a.float() @ self.across.T, y, self.roots)
+        y = torch.addmm(others, a, self.project.T, alpha=-1).float() @ self.whiten_rest.T
+        z = torch.addcmul(a.float() @ self.posterior_cross.T, y, self.posterior_rest)
         return explained + _squares(y), left + _squares(z)
 
     def _rounding(self, lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, amplitude: float) -> float:

@@ -1,4 +1,4 @@
-"""The posterior of the inducing variables: rows folded into triangular factors as they stream by, then one small QR."""
+"""The posterior of the inducing variables (DTC): one small QR of the whitened triangular factors."""
 
 from __future__ import annotations
 

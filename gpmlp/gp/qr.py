@@ -1,4 +1,4 @@
-"""A triangular factor that changes with its data: rows and columns come and go in a fraction of the time of a new start."""
+"""QR factors of covariance rows: streamed (tall-skinny QR), and updated or downdated as rows and columns come and go."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Passes = Callable[
 
 
 class DowndateError(ArithmeticError):
-    """Rows cannot be removed: of what they told, too little would be left to be told from rounding. Start again from the data."""
+    """Rows cannot be removed: what would be left of a diagonal entry is lost in rounding. Factorise the remaining rows anew."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class PosteriorFactor:
         return float(diagonal.max() / diagonal.min()) if len(diagonal) else 1.0
 
     def measure_drift(self, rows: Iterable[Tensor]) -> PosteriorFactor:
-        """With its drift: how far it is from all the rows that it stands for, in one pass, O(n columns).
+        """With its drift: how far it is from the factor of all its rows, in one pass over them, O(n columns).
 
         In the metric of the posterior, where an error is one of predictions: the larger of max |R⁻ᵀ(I + AᵀA)R⁻¹ w - w|, w random signs,
         relative error of variances, and |R⁻ᵀAᵀy - c| / |c|, of the mean.
@@ -87,7 +87,7 @@ class PosteriorFactor:
         return replace(self, drift=drift, initial_drift=self.initial_drift if self.changes else drift)
 
     def append_rows(self, rows: Tensor) -> PosteriorFactor:
-        """With rows (k, columns + 1) more: a QR that leaves the triangle's zeros alone, O(k columns²) (Foster et al. 2009, section 5)."""
+        """Rank-k update by rows (k, columns + 1): a QR that leaves the triangle's zeros alone, O(k columns²) (Foster et al. 2009, s. 5)."""
         if not len(rows):
             return self
         size = self.columns + 1
@@ -99,7 +99,7 @@ class PosteriorFactor:
         return replace(self, upper=torch.from_numpy(new[:-1]), changes=self.changes + 1)
 
     def remove_rows(self, rows: Tensor) -> PosteriorFactor:
-        """Without rows (k, columns + 1) that it holds: a hyperbolic downdate by blocks, O(k columns²).
+        """Rank-k downdate by rows (k, columns + 1) that it holds: hyperbolic, by blocks, O(k columns²).
 
         For a block of columns, R = [R₁ R₂] and rows [A₁ A₂], with P = R₁⁻ᵀA₁ᵀ, GᵀG = I - PPᵀ and CᵀC = I - PᵀP, what is left is
 
@@ -153,14 +153,14 @@ class PosteriorFactor:
         bottom = torch.cat([torch.zeros(m, len(r), dtype=x.dtype), corner[:, :-1], corner[:, -1:] - overlapping], dim=1)
         return replace(self, upper=torch.cat([top, bottom]), changes=self.changes + 1)
 
-    def rotate_columns(self, turn: Callable[[Tensor], Tensor], first: int = 0) -> PosteriorFactor:
+    def rotate_columns(self, rotate: Callable[[Tensor], Tensor], first: int = 0) -> PosteriorFactor:
         """In another basis, of all or some of its columns: RᵀR becomes Qᵀ RᵀR Q, by a QR of the triangle from `first` on.
 
         Args:
-            turn: rows [. | y] (n, columns + 1) -> [. Q | y], Q with orthonormal columns.
+            rotate: rows [. | y] (n, columns + 1) -> [. Q | y], Q with orthonormal columns.
             first: columns before it stay as they are.
         """
-        upper = turn(self.upper)
+        upper = rotate(self.upper)
         size = upper.shape[1] - 1
         out = upper[:size].clone()
         out[first:] = 0.0
@@ -182,7 +182,7 @@ def _downdate(upper: Tensor, rows: Tensor, width: int) -> None:
 
 
 class RowFactor:
-    """The triangular factor R, RᵀR = AᵀA, of rows A = [K_ou | y] seen so far (tall-skinny QR, Golub & Van Loan 5.2).
+    """The triangular factor R, RᵀR = AᵀA, of rows A = [K_ou | y] added so far (tall-skinny QR, Golub & Van Loan 5.2).
 
     Holds at most (columns + 1)^2 numbers and a buffer of rows, however many rows come.
     """

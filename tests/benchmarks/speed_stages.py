@@ -74,7 +74,7 @@ def _variance_flops(potential: Potential, structures: Structures) -> float:
     """Of variances of local energies and their kernel, an atom."""
     term, uncertain, total = potential.terms[0], potential.variances, 0.0
     for z, part in uncertain.local.items():
-        n, others = sum(part.leading), len(part.rest)
+        n, others = sum(part.leading), len(part.whiten_rest)
         spread = 4 * n**2 + 3 * n * others + others**2  # products in single precision count half
         kernel = 2 * (n + others) * term.descriptor.n_features
         total += float((structures.species == z).sum()) * (kernel + spread)
