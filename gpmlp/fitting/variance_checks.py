@@ -16,6 +16,7 @@ from gpmlp.core.units import VOIGT
 from gpmlp.fitting import regression
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.gp import likelihood
+from gpmlp.gp.local_variance import inducing_variance
 from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.potential import Potential
@@ -87,7 +88,7 @@ def _missed(
     atoms, place = (known // 3).unique(return_inverse=True)
     prior = sum(p.forces(structure, v, atoms) for p, v in zip(model.priors, views, strict=True))
     explained, _ = model.whiten(rows)
-    return (prior.diagonal(dim1=1, dim2=2)[place, known % 3] - explained.square().sum(1)).clamp_min(0)
+    return inducing_variance(prior.diagonal(dim1=1, dim2=2)[place, known % 3], explained.square().sum(1), 1.0)
 
 
 def _some(structures: Structures, targets: Targets, seed: int) -> list[tuple[Structures, Targets]]:

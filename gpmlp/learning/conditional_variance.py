@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpmlp.core.structures import Structures
 from gpmlp.gp import covariances
+from gpmlp.gp.local_variance import inducing_variance
 from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty.mahalanobis import SpeciesClusters
 
@@ -133,7 +134,7 @@ class ConditionedUncertainty:
             rows = [covariances.atom_rows(v.environments.features, own.species, p.kernel, u) for p, u, v in every]
             a, b = (_plain(part) for part in self._model.whiten(torch.cat(rows, dim=1)))
             prior = _plain(sum(p.atom_energies(own.species, own.positions) for p in self._model.priors))
-            variance = self._model.amplitude * (prior - a.square().sum(1)).clamp_min(0) + b.square().sum(1)
+            variance = inducing_variance(prior, a.square().sum(1), self._model.amplitude) + b.square().sum(1)
         if self._novelty is not None:
             novelty = self._novelty.novelty(species, features[0]).clamp_max(FARTHEST)
         ends = structures.offsets.cpu().tolist()
