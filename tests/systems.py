@@ -15,8 +15,7 @@ from gpmlp.core.environments import Descriptor, Surroundings
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors import radial
-from gpmlp.gp import kernels
-from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel, make_kernel
 from gpmlp.potential import baselines, chunked
 from gpmlp.potential.mean import EnergyTerm, MeanBlock
 from gpmlp.recipe import KernelRecipe
@@ -129,15 +128,12 @@ def _kernel_cases() -> dict[str, ZonalKernel]:
     cases: dict[str, ZonalKernel] = {}
     for name in get_args(KernelRecipe.model_fields["name"].annotation):
         if name == "polynomial":
-            cases |= {f"polynomial {zeta}": kernels.kernel_by_name(name, zeta, None) for zeta in (1, 2, 3, 4)}
+            cases |= {f"polynomial {zeta}": make_kernel(KernelRecipe(name=name, zeta=zeta)) for zeta in (1, 2, 3, 4)}
         elif name == "sum":
-            terms = [
-                (0.7, kernels.kernel_by_name("polynomial", 2, None)),
-                (1.9, kernels.kernel_by_name("exponential", None, 0.6)),
-            ]
-            cases[name] = kernels.kernel_by_name(name, None, None, terms)
+            terms = [PolynomialKernel(2), ExponentialKernel(0.6)]
+            cases[name] = SumKernel(terms, [0.7, 1.9])
         else:
-            cases[name] = kernels.kernel_by_name(name, None, 0.7)
+            cases[name] = make_kernel(KernelRecipe(name=name, length=0.7))
     return cases
 
 

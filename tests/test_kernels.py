@@ -8,6 +8,7 @@ from systems import KERNELS
 
 from gpmlp.core.errors import UserError
 from gpmlp.gp import kernels
+from gpmlp.io.recipe_files import validate_recipe
 
 S = torch.linspace(-0.95, 1.0, 41, dtype=torch.float64)
 
@@ -67,7 +68,7 @@ def test_sums_of_kernels():
     for order in range(3):
         expected = 0.5 * (a.profile(S)[order] + b.profile(S)[order])
         torch.testing.assert_close(both.profile(S)[order].detach(), expected, atol=1e-14, rtol=1e-14)
-    weighted = kernels.kernel_by_name("sum", None, None, [(3.0, a), (1.0, b)])
+    weighted = kernels.SumKernel([a, b], [3.0, 1.0])
     torch.testing.assert_close(weighted.weights.detach(), torch.tensor([0.75, 0.25]).double(), atol=1e-14, rtol=0)
 
 
@@ -77,8 +78,8 @@ def test_single_precision_stays_single_precision(kernel):
 
 def test_choices_that_make_no_sense_are_refused():
     with pytest.raises(UserError, match=r"`kernel.zeta` must be a whole number of 1 or more; got 0"):
-        kernels.kernel_by_name("polynomial", 0, None)
+        kernels.PolynomialKernel(0)
     with pytest.raises(UserError, match="`kernel.length` must be positive; got 0"):
-        kernels.kernel_by_name("exponential", None, 0.0)
-    with pytest.raises(UserError, match="Unknown kernel 'polynomal'. Perhaps you meant 'polynomial'"):
-        kernels.kernel_by_name("polynomal", 2, None)
+        kernels.ExponentialKernel(0.0)
+    with pytest.raises(UserError, match="`kernel.name` must be .* got 'polynomal'. Perhaps you meant 'polynomial'"):
+        validate_recipe({"kernel": {"name": "polynomal"}})

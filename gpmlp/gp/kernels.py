@@ -119,19 +119,10 @@ class SumKernel(ZonalKernel):
         return tuple(sum(w * p[k] for w, p in zip(weights, parts, strict=True)) for k in range(2))
 
 
-def kernel_by_name(
-    name: str, zeta: int | None, length: float | None, terms: Sequence[tuple[float, ZonalKernel]] = ()
-) -> ZonalKernel:
-    """The kernel of that name: 'polynomial' (zeta), 'exponential' (length) or 'sum' (terms of weight and kernel)."""
-    errors.check_choice("kernel", name, ("polynomial", "exponential", "sum"))
-    if name == "polynomial":
-        return PolynomialKernel(2 if zeta is None else zeta)
-    if name == "exponential":
-        return ExponentialKernel(0.5 if length is None else length)
-    return SumKernel([kernel for _, kernel in terms], [weight for weight, _ in terms])
-
-
 def make_kernel(recipe: KernelRecipe) -> ZonalKernel:
-    """Build the kernel that a recipe describes."""
-    terms = [(term.weight, make_kernel(term)) for term in recipe.terms]
-    return kernel_by_name(recipe.name, recipe.zeta, recipe.length, terms)
+    """The kernel that a recipe describes: 'polynomial' (zeta), 'exponential' (length) or the 'sum' of its weighted terms."""
+    if recipe.name == "polynomial":
+        return PolynomialKernel(2 if recipe.zeta is None else recipe.zeta)
+    if recipe.name == "exponential":
+        return ExponentialKernel(0.5 if recipe.length is None else recipe.length)
+    return SumKernel([make_kernel(term) for term in recipe.terms], [term.weight for term in recipe.terms])
