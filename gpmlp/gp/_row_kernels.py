@@ -5,11 +5,13 @@ Only covariances.py imports this, when there is something to do: numba takes hal
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
 # a product and the sum it goes into may be rounded once: that is all that is left to the compiler
-FLAGS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 COLUMNS = 128  # done together: what they add up to for an environment stays in the innermost cache
 
 
@@ -28,11 +30,8 @@ def add_rows(products, first, bend, starts, targets, own, vectors, owner, weight
         begin, end: of the centres whose columns are done here; others are left to other threads.
     """
     m, directions, n = first.shape[1], bend.shape[1], end - begin
-    g, centre, virial = (
-        np.empty((3, COLUMNS), forces.dtype),
-        np.empty((3, COLUMNS), forces.dtype),
-        np.empty((6, COLUMNS), forces.dtype),
-    )
+    g, centre = np.empty((3, COLUMNS), forces.dtype), np.empty((3, COLUMNS), forces.dtype)
+    virial = np.empty((6, COLUMNS), forces.dtype)
     for e in range(lo, hi):
         if starts[e + 1] == starts[e]:
             continue
@@ -40,14 +39,12 @@ def add_rows(products, first, bend, starts, targets, own, vectors, owner, weight
             for k in range(0, n, COLUMNS):
                 count = min(COLUMNS, n - k)
                 to = d * m + begin + k
-                slope, turn = (
-                    first[e, begin + k : begin + k + count],
-                    bend[e, max(d - 1, 0) : d, begin + k : begin + k + count],
-                )
+                slope = first[e, begin + k : begin + k + count]
+                bent = bend[e, max(d - 1, 0) : d, begin + k : begin + k + count]
                 centre[:] = 0
                 virial[:] = 0
                 for p in range(starts[e], starts[e + 1]):
-                    _slopes(products, 3 * (p - starts[lo]), k, d * n + k, slope, turn, g)
+                    _slopes(products, 3 * (p - starts[lo]), k, d * n + k, slope, bent, g)
                     _sum(g, count, centre, forces, targets[p], to)
                     if len(stresses):
                         _strain(g, count, vectors[p], virial)
@@ -64,15 +61,15 @@ def add_rows(products, first, bend, starts, targets, own, vectors, owner, weight
 
 
 @njit(**FLAGS)
-def _slopes(products, row, values, here, slope, turn, g):
+def _slopes(products, row, values, here, slope, bent, g):
     """g[xyz] of the columns of `products` from `here` on, those of the values being at `values`."""
     count = len(slope)
     for x in range(3):
         out, on_centre = g[x], products[row + x, here : here + count]
-        if len(turn):
-            bent, on_value = turn[0], products[row + x, values : values + count]
+        if len(bent):
+            second, on_value = bent[0], products[row + x, values : values + count]
             for i in range(count):
-                out[i] = slope[i] * on_centre[i] + bent[i] * on_value[i]
+                out[i] = slope[i] * on_centre[i] + second[i] * on_value[i]
         else:
             for i in range(count):
                 out[i] = slope[i] * on_centre[i]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import gpytorch
 import torch
@@ -101,22 +102,29 @@ class SumKernel(ZonalKernel):
         self.initialize(raw_weights=self.raw_weights_constraint.inverse_transform(total / total.sum()))
 
     @property
+    def terms(self) -> list[ZonalKernel]:
+        return [kernel for kernel in self.kernels if isinstance(kernel, ZonalKernel)]
+
+    @property
     def weights(self) -> Tensor:
         positive = self.raw_weights_constraint.transform(self.raw_weights)
         return positive / positive.sum()
 
     def profile(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        profiles = [k.profile(s) for k in self.kernels]
+        profiles = [k.profile(s) for k in self.terms]
         weights = self.weights.detach().to(s).unbind()
-        value, first, second = (sum(w * p[order] for w, p in zip(weights, profiles, strict=True)) for order in range(3))
+        scaled = ([w * part for part in p] for w, p in zip(weights, profiles, strict=True))
+        value, first, second = (reduce(torch.add, parts) for parts in zip(*scaled, strict=True))
         return value, first, second
 
     @property
     def quadratic(self) -> tuple[float, float] | None:
-        parts, weights = [k.quadratic for k in self.kernels], self.weights.tolist()
-        if None in parts:
+        parts = [k.quadratic for k in self.terms]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
             return None
-        return tuple(sum(w * p[k] for w, p in zip(weights, parts, strict=True)) for k in range(2))
+        a, b = (sum(w * part[k] for w, part in zip(self.weights.tolist(), known, strict=True)) for k in range(2))
+        return a, b
 
 
 def make_kernel(recipe: KernelRecipe) -> ZonalKernel:

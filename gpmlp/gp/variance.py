@@ -21,6 +21,7 @@ from gpmlp.gp.kernels import Profile, ZonalKernel
 from gpmlp.gp.local_variance import LocalVariance, inducing_variance
 from gpmlp.gp.prior import PriorCovariance, near_together
 
+Views = Sequence[StructureEnvironments]  # of some structures by each descriptor
 VARIANCES = ("atom_energies", "energies", "forces", "stresses")
 FORMS = ("scaled", "dtc")
 FREE = 1e-12  # of the misspecification: a variance left by the data that is far below is one that symmetry makes zero
@@ -101,9 +102,7 @@ class VarianceModel:
     def n_columns(self) -> int:
         return len(self.signal)
 
-    def __call__(
-        self, structures: Structures, views: Sequence[StructureEnvironments], request: VarianceRequest
-    ) -> dict[str, Variance]:
+    def __call__(self, structures: Structures, views: Views, request: VarianceRequest) -> dict[str, Variance]:
         """Variances of energies, forces and stresses, by name of the field of Prediction that holds them."""
         out: dict[str, Variance] = {}
         share = self.inducing_share(request.form)
@@ -133,7 +132,7 @@ class VarianceModel:
     def covariance_rows(
         self,
         structures: Structures,
-        views: Sequence[StructureEnvironments],
+        views: Views,
         forces: bool = True,
         stresses: bool = True,
         atoms: Tensor | None = None,
@@ -154,7 +153,7 @@ class VarianceModel:
         ]
         return torch.cat(made, dim=1) if len(made) > 1 else made[0]
 
-    def energy_variance(self, structures: Structures, views: Sequence[StructureEnvironments], share: float) -> Variance:
+    def energy_variance(self, structures: Structures, views: Views, share: float) -> Variance:
         """(structures,) variance of total energies, eV²: w [k_EE - a.a] + b.b, and misspecification and noise per atom (class)."""
         k_xu = self.atom_rows([v.environments for v in views])
         # k_Eu = Σ_i k_xi,u
@@ -171,7 +170,7 @@ class VarianceModel:
     def force_covariance(
         self,
         structures: Structures,
-        views: Sequence[StructureEnvironments],
+        views: Views,
         share: float,
         atoms: Tensor | None = None,
         rows: CovarianceRows | None = None,
@@ -208,11 +207,7 @@ class VarianceModel:
         return Variance(unexplained, data, misfit, noise)
 
     def stress_covariance(
-        self,
-        structures: Structures,
-        views: Sequence[StructureEnvironments],
-        share: float,
-        rows: CovarianceRows | None = None,
+        self, structures: Structures, views: Views, share: float, rows: CovarianceRows | None = None
     ) -> Variance:
         """(structures, 6, 6) covariance of stress components in Voigt order, (eV/A³)², as `force_covariance`; NaN without volume."""
         rows = self.covariance_rows(structures, views, forces=False) if rows is None else rows
@@ -228,7 +223,7 @@ class VarianceModel:
             part[unknown] = math.nan
         return Variance(unexplained, data, misfit, noise)
 
-    def joint_covariance(self, structures: Structures, views: Sequence[StructureEnvironments]) -> Tensor:
+    def joint_covariance(self, structures: Structures, views: Views) -> Tensor:
         """Posterior covariance (without noise) of all energies, force components and stress components, each with each.
 
         Rows and columns: energies (structures), forces (3 atoms), stresses (6 structures, Voigt; zero where there is no volume).
@@ -239,17 +234,14 @@ class VarianceModel:
         return self.amplitude * (k_gg - a @ a.T) + b @ b.T
 
     def atom_energies(
-        self,
-        environments: Sequence[Environments],
-        form: str = "scaled",
-        profiles: Sequence[dict[int, Profile]] | None = None,
+        self, environments: Sequence[Environments], form: str = "scaled", profiles: Sequence[dict[int, Profile]] = ()
     ) -> Variance:
         """Variances of local energies (environments,), eV^2: those by `whiten`, to rounding (LocalVariance).
 
         Args:
             environments: for each descriptor, the same atoms.
-            form: as in VarianceRequest; profiles: kernels of the environments with the centres of the mean, if they are known: those
-                of the variances are the first ones of them.
+            form: as in VarianceRequest.
+            profiles: by species, kernels with the centres of the mean, if they are known: those of the variances are the first of them.
         """
         species, share = environments[0].species, self.inducing_share(form)
         # local energies are never observed, so no label noise belongs to them
@@ -257,7 +249,8 @@ class VarianceModel:
         for z in species.unique().tolist():
             at = species == z
             mine = slice(None) if at.all() else at
-            pieces = self._pieces(z, [e.features[mine] for e in environments], profiles or [{}] * len(environments))
+            known = [profile.get(z) for profile in profiles or [{}] * len(environments)]
+            pieces = self._pieces(z, [e.features[mine] for e in environments], known)
             unexplained[mine], data[mine] = self.local_energy_variance(z, pieces, unexplained[mine], share)
         return Variance(unexplained, data, none, none)
 
@@ -295,13 +288,13 @@ class VarianceModel:
         return out
 
     def prepare(self) -> None:
-        """Make what `atom_energies` needs, once, rather than in each of several threads."""
+        """Make `local` now, rather than in each of several threads."""
         _ = self.local
 
-    def _pieces(self, z: int, features: Sequence[Tensor], known: Sequence[dict[int, Profile]]) -> list[Tensor]:
-        """Covariances of local energies of one species with each of its blocks."""
+    def _pieces(self, z: int, features: Sequence[Tensor], known: Sequence[Profile | None]) -> list[Tensor]:
+        """k_xu of local energies of one species with each of its blocks."""
         return [
-            covariances.local_rows(p.kernel, block, x, k.get(z))
+            covariances.local_rows(p.kernel, block, x, k)
             for p, blocks, x, k in zip(self.priors, self.blocks, features, known, strict=True)
             for block in blocks
             if block.species == z
@@ -332,10 +325,7 @@ class VarianceModel:
 
     @staticmethod
     def from_state(
-        header: dict,
-        tensors: dict[str, Tensor],
-        kernels: Sequence[ZonalKernel],
-        features: Sequence[dict[int, Tensor]],
+        header: dict, tensors: dict[str, Tensor], kernels: Sequence[ZonalKernel], features: Sequence[dict[int, Tensor]]
     ) -> VarianceModel:
         """Restore what state gave, with the kernels and centres (by Z) of the mean."""
         priors, blocks = [], []
