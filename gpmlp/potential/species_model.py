@@ -6,7 +6,6 @@ The same as `Potential` to rounding, as tensor operations of constant shape with
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -21,7 +20,6 @@ from gpmlp.descriptors.gpu import DenseBackend
 from gpmlp.gp.covariances import local_rows
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import Profile, ZonalKernel
-from gpmlp.gp.local_variance import LocalVariance
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.baselines import ZBL, IsolatedAtoms
 from gpmlp.potential.mean import MeanBlock, QuadraticForm
@@ -85,34 +83,6 @@ class SpeciesTerm:
 
 
 @dataclass(frozen=True, eq=False)
-class SpeciesVariance:
-    """Variances of local energies of one central species.
-
-    Attributes:
-        prior: δ² of all terms, eV²; amplitude: w of the VarianceModel.
-        local: None where the species has no inducing variables.
-    """
-
-    prior: float
-    amplitude: float
-    local: LocalVariance | None
-
-    @staticmethod
-    def from_model(model: VarianceModel, z: int) -> SpeciesVariance:
-        """Of the posterior's species z."""
-        return SpeciesVariance(
-            sum(p.signal.get(z, 0.0) ** 2 for p in model.priors), model.amplitude, model.local.get(z)
-        )
-
-    def __call__(self, pieces: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-        """The parts due to the inducing set and to the data; `pieces`: covariances as LocalVariance takes them."""
-        if self.local is None:
-            return torch.full_like(like, self.amplitude * self.prior), torch.zeros_like(like)
-        explained, left = self.local(pieces)
-        return self.amplitude * (self.prior - explained).clamp_min(0), left
-
-
-@dataclass(frozen=True, eq=False)
 class SpeciesZBL:
     """ZBL of one central species with each of the others: charges and radii by slot, (slots, 1)."""
 
@@ -142,18 +112,19 @@ class SpeciesModel:
     """A potential restricted to one central species.
 
     Attributes:
-        slot: of the species among those of the potential.
+        species: Z; slot: its place among the species of the potential.
         isolated: energy of the isolated atom, eV.
         variance: None where no variances were asked for.
         novelty: whether it was asked for; clusters, threshold: of the species, None where the training data hold none of it: its novelty
             is infinite then.
     """
 
+    species: int
     slot: int
     terms: tuple[SpeciesTerm, ...]
     isolated: float
     repulsion: tuple[SpeciesZBL, ...]
-    variance: SpeciesVariance | None
+    variance: VarianceModel | None
     novelty: bool
     clusters: SpeciesClusters | None
     threshold: float
@@ -163,6 +134,8 @@ class SpeciesModel:
         """On the potential's device."""
         like = torch.zeros(0, dtype=getattr(torch, potential.recipe.dtype), device=potential.recipe.device)
         model = potential.variance_model() if variance else None
+        if model:
+            model.prepare()
         terms = []
         for k, term in enumerate(potential.terms):
             descriptor, single = _soap_descriptor(term.descriptor)
@@ -178,11 +151,12 @@ class SpeciesModel:
         ]
         distances = potential.novelty if novelty else None
         return SpeciesModel(
+            z,
             potential.species.index(z),
             tuple(terms),
             float(isolated),
             tuple(zbl),
-            SpeciesVariance.from_model(model, z) if model else None,
+            model,
             novelty,
             distances.species.get(z) if distances else None,
             float(distances.thresholds.get(z, 1.0)) if distances else 1.0,
@@ -204,7 +178,9 @@ class SpeciesModel:
         for repulsion in self.repulsion:
             energy, slope = repulsion(vectors)
             energies, slopes = energies + energy, slopes + slope
-        inducing, data = self.variance(rows, energies) if self.variance else (None, None)
+        inducing, data = None, None
+        if self.variance:
+            inducing, data = self.variance.local_energy_variance(self.species, rows, energies)
         return LocalPrediction(energies, slopes, inducing, data, novelty)
 
 
