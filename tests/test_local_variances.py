@@ -21,7 +21,6 @@ from gpmlp.gp.local_variance import LocalVariance
 from gpmlp.gp.prior import PriorCovariance
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.potential.species_model import SpeciesVariance
 from gpmlp.recipe import Recipe
 
 UNIT = 2.0**-24  # half the distance of 1 from the next number in single precision
@@ -210,7 +209,7 @@ def test_a_species_without_inducing_variables_has_its_prior(few):
     mine = seen[0].species == z
     assert mine.any() and (found.inducing[mine] == model.priors[0].signal[z] ** 2).all()
     assert (found.data[mine] == 0).all() and (found.data[~mine] > 0).all()
-    inducing, data = SpeciesVariance.from_model(lacking, z)([], torch.ones(3).double())
+    inducing, data = lacking.local_energy_variance(z, [], torch.ones(3).double())
     assert inducing.tolist() == [0.7 * model.priors[0].signal[z] ** 2] * 3 and not data.any()
 
 

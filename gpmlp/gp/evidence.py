@@ -35,6 +35,11 @@ class SufficientStatistics:
         return SufficientStatistics(a.T @ a, a.T @ y, float(y @ y), count)
 
 
+Statistics = dict[str, SufficientStatistics]  # by kind of observation
+Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]  # logarithms -> negative log posterior and its gradient
+Progress = Callable[[int, float], None]  # evaluations so far, negative log posterior
+
+
 @dataclass(frozen=True)
 class AtBound:
     """A learned standard deviation at the 'lower' or 'upper' bound of its range: the noise of a kind, or number `index` of 'signal'."""
@@ -58,7 +63,7 @@ class EvidenceResult:
 
 
 def negative_log_evidence(
-    statistics: dict[str, SufficientStatistics], noise: dict[str, float], signal: Tensor, block_of_column: Tensor
+    statistics: Statistics, noise: dict[str, float], signal: Tensor, block_of_column: Tensor
 ) -> tuple[float, dict[str, float], Tensor]:
     """DTC: y ~ N(0, A D² Aᵀ + Σ) in the whitened basis, O(columns³) whatever the number of data.
 
@@ -92,7 +97,7 @@ def negative_log_evidence(
 
 
 def _by_kind(
-    statistics: dict[str, SufficientStatistics], noise: dict[str, float], inverse: Tensor, scale: Tensor, every: float
+    statistics: Statistics, noise: dict[str, float], inverse: Tensor, scale: Tensor, every: float
 ) -> dict[str, float]:
     """tr(S⁻¹ D G_k D) / σ_k², the number of parameters that each kind determines; `every` is their sum. Scales `inverse` in place."""
     most = max(statistics, key=lambda kind: statistics[kind].count)
@@ -101,15 +106,13 @@ def _by_kind(
     return found | {most: every - sum(found.values())}
 
 
-def posterior_mean(statistics: dict[str, SufficientStatistics], noise: dict[str, float], signal: Tensor) -> Tensor:
+def posterior_mean(statistics: Statistics, noise: dict[str, float], signal: Tensor) -> Tensor:
     """(columns,) D β = D S⁻¹ h: the posterior mean in the whitened basis, signal (columns,) being the diagonal of D."""
     lower, right = _factorise(statistics, noise, signal)
     return signal * torch.cholesky_solve(right[:, None], lower)[:, 0]
 
 
-def _factorise(
-    statistics: dict[str, SufficientStatistics], noise: dict[str, float], scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def _factorise(statistics: Statistics, noise: dict[str, float], scale: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factor of S = I + Σ_k D G_k D / σ_k², and h = Σ_k D h_k / σ_k²; scale (columns,) is the diagonal of D."""
     system = torch.zeros(len(scale), len(scale), dtype=scale.dtype, device=scale.device)
     right = torch.zeros_like(scale)
@@ -120,7 +123,7 @@ def _factorise(
     return _cholesky(system), right * scale
 
 
-def _data_terms(statistics: dict[str, SufficientStatistics], noise: dict[str, float]) -> float:
+def _data_terms(statistics: Statistics, noise: dict[str, float]) -> float:
     """Σ_k [n_k log(2π σ_k²) + yy_k / σ_k²]."""
     total = 0.0
     for kind, s in statistics.items():
@@ -144,7 +147,7 @@ def _cholesky(system: Tensor) -> Tensor:
 
 
 def negative_log_posterior(
-    statistics: dict[str, SufficientStatistics], parameters: Hyperparameters, block_of_column: Tensor
+    statistics: Statistics, parameters: Hyperparameters, block_of_column: Tensor
 ) -> tuple[float, dict[str, Tensor]]:
     """-log of evidence times priors at the present parameters, nats, and its slope along log σ_k and log δ of what is learned;
     that along what is given is zero."""
@@ -160,17 +163,17 @@ def negative_log_posterior(
     return value, slopes
 
 
-def _learned(statistics: dict[str, SufficientStatistics], parameters: Hyperparameters) -> list[str]:
+def _learned(statistics: Statistics, parameters: Hyperparameters) -> list[str]:
     """What is learned of the kinds that there are data of, and 'signal'."""
     return [n for n in parameters.learned if n == "signal" or n in statistics]
 
 
 def maximise_evidence(
-    statistics: dict[str, SufficientStatistics],
+    statistics: Statistics,
     parameters: Hyperparameters,
     block_of_column: Tensor,
     max_evaluations: int = 40,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
     settle: bool = False,
 ) -> EvidenceResult:
     """Maximise evidence times priors over log σ_k and log δ by L-BFGS-B inside the bounds of `parameters`, in place.
@@ -192,10 +195,10 @@ def maximise_evidence(
             progress(*trace[-1])
         return value, np.concatenate([slopes[name].numpy() for name in names])
 
-    found = scipy.optimize.minimize(
+    result = scipy.optimize.minimize(
         objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxfun": max_evaluations, "ftol": 1e-8}
     )
-    x, value = found.x, float(found.fun)
+    x, value = result.x, float(result.fun)
     if settle:
         learned = np.concatenate([parameters.free(n).cpu().numpy() for n in names])
         x, value = _settled(objective, x, value, np.array(bounds), learned)
@@ -204,11 +207,7 @@ def maximise_evidence(
 
 
 def _settled(
-    objective: Callable[[np.ndarray], tuple[float, np.ndarray]],
-    x: np.ndarray,
-    value: float,
-    bounds: np.ndarray,
-    learned: np.ndarray,
+    objective: Objective, x: np.ndarray, value: float, bounds: np.ndarray, learned: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """Where the gradient vanishes next to an optimum, and the value there: Newton steps of what is learned and not at a bound.
 
@@ -219,8 +218,8 @@ def _settled(
     if not len(free):
         return x, value
     gradient = objective(x)[1][free]
-    beside = (objective(x + EDGE * np.eye(len(x))[i])[1][free] for i in free)
-    curvature = np.stack([(g - gradient) / EDGE for g in beside])
+    steps = EDGE * np.eye(len(x))
+    curvature = np.stack([(objective(x + steps[i])[1][free] - gradient) / EDGE for i in free])
     curvature = (curvature + curvature.T) / 2
     if np.linalg.eigvalsh(curvature)[0] <= 0:
         return x, value
@@ -237,42 +236,37 @@ def _settled(
 
 
 def restart_optimisation(
-    statistics: dict[str, SufficientStatistics],
-    parameters: Hyperparameters,
-    block_of_column: Tensor,
-    restarts: int,
-    seed: int,
+    statistics: Statistics, parameters: Hyperparameters, block_of_column: Tensor, restarts: int, seed: int
 ) -> None:
     """Set the parameters to the best optimum of those found from where they are and from `restarts` places drawn around it.
 
     Places are normal in the logarithms, within the bounds: noise can be mistaken for signal and the other way round, and each may be
-    an optimum (Rasmussen & Williams 2006, section 5.4.1). For a few columns: each
-    optimisation takes some twenty evaluations.
+    an optimum (Rasmussen & Williams 2006, section 5.4.1). For a few columns: each optimisation takes some twenty evaluations.
     """
     names = _learned(statistics, parameters)
     first = {n: parameters.log_std(n).detach().clone() for n in names}
     generator = torch.Generator().manual_seed(seed)
-    best, found = np.inf, first
+    best, optimum = np.inf, first
     for attempt in range(restarts + 1):
         for name in names:
             step = torch.randn(len(first[name]), generator=generator, dtype=torch.float64) if attempt else 0.0
             parameters.set(name, first[name] + RESTART_WIDTH * step)
         result = maximise_evidence(statistics, parameters, block_of_column)
         if result.negative_log_evidence < best - 1e-3:  # of equals the first, so that no rounding decides
-            best, found = result.negative_log_evidence, {n: parameters.log_std(n).detach().clone() for n in names}
-    for name, value in found.items():
+            best, optimum = result.negative_log_evidence, {n: parameters.log_std(n).detach().clone() for n in names}
+    for name, value in optimum.items():
         parameters.set(name, value)
 
 
 def iterate_fixed_point(
-    statistics: dict[str, SufficientStatistics],
+    statistics: Statistics,
     parameters: Hyperparameters,
     block_of_column: Tensor,
     max_iterations: int = 10,
     tolerance: float = 0.02,
     n_probes: int = 32,
     seed: int = 0,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> EvidenceResult:
     """MacKay's fixed point of the evidence, in place: one Cholesky factorisation per iteration, for many columns.
 
@@ -307,7 +301,7 @@ def iterate_fixed_point(
 
 
 def _fixed_point_step(
-    statistics: dict[str, SufficientStatistics],
+    statistics: Statistics,
     parameters: Hyperparameters,
     block_of_column: Tensor,
     noise: dict[str, float],
@@ -329,11 +323,10 @@ def _fixed_point_step(
         gamma = float(determined[kind].mean(1).sum())
         left = max(s.count - gamma, 0.02 * s.count)
         move(kind, _stationary(torch.tensor([left]), torch.tensor([fit]), *parameters.prior(kind)))
-    n_blocks = len(parameters.signal())
     per_column = torch.zeros_like(mean)
     for d in determined.values():
         per_column += d.mean(1)
-    zeros = torch.zeros(n_blocks, dtype=mean.dtype, device=mean.device)
+    zeros = torch.zeros(len(parameters.signal()), dtype=mean.dtype, device=mean.device)
     determined_by_block = zeros.index_add(0, block_of_column, per_column).clamp_min(1e-3)
     power = zeros.index_add(0, block_of_column, mean.square()) * parameters.signal().to(mean.device).square()
     move("signal", _stationary(determined_by_block.cpu(), power.cpu(), *parameters.prior("signal")))
@@ -356,15 +349,13 @@ def _stationary(count: Tensor, power: Tensor, middle: Tensor, width: Tensor) -> 
 
 def at_bound(parameters: Hyperparameters) -> tuple[AtBound, ...]:
     """The learned parameters that lie at a bound."""
-    found = []
+    out = []
     for name in parameters.learned:
         values, free = parameters.log_std(name).detach(), parameters.free(name)
         for side, bound in zip(("lower", "upper"), parameters.bounds(name), strict=True):
-            found += [
-                AtBound(name, i, side)
-                for i in ((values - bound).abs() < 1e-3).logical_and(free).nonzero()[:, 0].tolist()
-            ]
-    return tuple(found)
+            there = ((values - bound).abs() < EDGE).logical_and(free)
+            out += [AtBound(name, i, side) for i in there.nonzero()[:, 0].tolist()]
+    return tuple(out)
 
 
 def _assign(parameters: Hyperparameters, names: list[str], sizes: list[int], x: np.ndarray) -> None:
