@@ -102,8 +102,8 @@ def _by_kind(
     """tr(S⁻¹ D G_k D) / σ_k², the number of parameters that each kind determines; `every` is their sum. Scales `inverse` in place."""
     most = max(statistics, key=lambda kind: statistics[kind].count)
     scaled = inverse.mul_(scale[:, None]).mul_(scale).flatten()
-    found = {k: noise[k] ** -2 * float(scaled @ s.gram.flatten()) for k, s in statistics.items() if k != most}
-    return found | {most: every - sum(found.values())}
+    others = {k: noise[k] ** -2 * float(scaled @ s.gram.flatten()) for k, s in statistics.items() if k != most}
+    return others | {most: every - sum(others.values())}
 
 
 def posterior_mean(statistics: Statistics, noise: dict[str, float], signal: Tensor) -> Tensor:

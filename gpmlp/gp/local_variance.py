@@ -77,16 +77,15 @@ class LocalVariance:
         lower, d = torch.block_diag(*lowers)[order][:, order], signal[order]
         posterior = posterior[order][:, order]
         unit = torch.eye(n, dtype=signal.dtype, device=signal.device)
-        turn = d[:n, None] * torch.linalg.solve_triangular(lower[:n, :n], unit, upper=False)
+        whiten_leading = d[:n, None] * torch.linalg.solve_triangular(lower[:n, :n], unit, upper=False)
         p, v = torch.linalg.eigh(posterior[n:, n:])
         p = p.clamp_min(TINY * float(p.max())) if len(p) else p
-        across = (v.T @ posterior[n:, :n]) / p.sqrt()[:, None]
+        cross = (v.T @ posterior[n:, :n]) / p.sqrt()[:, None]
         rest = torch.linalg.solve_triangular(lower[n:, n:], v.T * d[n:], upper=False, left=False)
-        left, w = torch.linalg.eigh(posterior[:n, :n] - across.T @ across)
-        among = left.clamp_min(0).sqrt()[:, None] * w.T
-        return LocalVariance(
-            leading, turn, among, lower[n:, :n] / d[:n], rest.float(), across.float(), p.sqrt().float()
-        )
+        left, w = torch.linalg.eigh(posterior[:n, :n] - cross.T @ cross)
+        posterior_leading = left.clamp_min(0).sqrt()[:, None] * w.T
+        single = rest.float(), cross.float(), p.sqrt().float()
+        return LocalVariance(leading, whiten_leading, posterior_leading, lower[n:, :n] / d[:n], *single)
 
     def __call__(self, pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What the inducing set explains of the prior variance, and what the data leave of that, (environments,) eV².

@@ -209,9 +209,9 @@ def _position_derivatives(environments: StructureEnvironments, local: Tensor, ke
         center, neighbor = centers[within], environments.neighbors.neighbors[pairs]
         # x_e changes when a neighbour moves, oppositely when e does
         for atom, sign in ((neighbor, 1.0), (center, -1.0)):
-            asked = local[atom] >= 0
-            place = torch.searchsorted(keys, local[atom[asked]] * n_atoms + center[asked])
-            gradients.index_add_(0, place, jacobian[asked], alpha=sign)
+            wanted = local[atom] >= 0
+            place = torch.searchsorted(keys, local[atom[wanted]] * n_atoms + center[wanted])
+            gradients.index_add_(0, place, jacobian[wanted], alpha=sign)
         mine = torch.isin(keys % n_atoms, centers)
         features[mine] = some.features[torch.searchsorted(centers, keys[mine] % n_atoms)]
     return features, gradients

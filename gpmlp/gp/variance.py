@@ -154,14 +154,13 @@ class VarianceModel:
         return torch.cat(made, dim=1) if len(made) > 1 else made[0]
 
     def energy_variance(self, structures: Structures, views: Views, share: float) -> Variance:
-        """(structures,) variance of total energies, eV²: w [k_EE - a.a] + b.b, and misspecification and noise per atom (class)."""
+        """(structures,) variance of total energies, eV²; misspecification and noise are those of energies per atom times n_atoms²."""
         k_xu = self.atom_rows([v.environments for v in views])
         # k_Eu = Σ_i k_xi,u
         k_Eu = k_xu.new_zeros(len(structures), k_xu.shape[1]).index_add(0, structures.structure_of_atom, k_xu)
         a, b = self.whiten(k_Eu)
-        k_EE = _total(
-            [p.energies(structures, v.environments.features) for p, v in zip(self.priors, views, strict=True)]
-        )
+        features = [v.environments.features for v in views]
+        k_EE = _total([p.energies(structures, x) for p, x in zip(self.priors, features, strict=True)])
         unexplained = inducing_variance(k_EE, a.square().sum(1), share)
         counts = structures.counts.to(a.dtype).square()
         misfit, noise = (counts * part for part in self._noise_parts("energies"))
@@ -214,11 +213,11 @@ class VarianceModel:
         a, b = (part.unflatten(0, (len(structures), 6)) for part in self.whiten(rows.stresses))
         k_SS = _total([p.stresses(structures, v) for p, v in zip(self.priors, views, strict=True)])
         unknown = structures.volumes.isnan()
-        unexplained, data = torch.full_like(k_SS, math.nan), b @ b.mT
+        data = b @ b.mT
+        unexplained = torch.full_like(data, math.nan)
         unexplained[~unknown] = share * _nearest_semidefinite((k_SS - a @ a.mT)[~unknown])
-        misfit, noise = (
-            (part * torch.eye(6).to(data)).expand_as(data).clone() for part in self._noise_parts("stresses")
-        )
+        unit = torch.eye(6).to(data).expand_as(data)
+        misfit, noise = (part * unit for part in self._noise_parts("stresses"))
         for part in (data, misfit, noise):
             part[unknown] = math.nan
         return Variance(unexplained, data, misfit, noise)
@@ -307,7 +306,7 @@ class VarianceModel:
         return everything - noise, noise
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """What a model file holds beside the mean: a JSON-able header and tensors. Centres are the first ones of the mean's."""
+        """What a model file holds of it: a JSON-able header and tensors. Centres are the first ones of the mean's."""
         header = {
             "noise": self.noise,
             "label_noise": self.label_noise,
