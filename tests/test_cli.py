@@ -379,8 +379,8 @@ def bars(monkeypatch):
     def shown(width: int, *reports: tuple) -> list[str]:
         screen = io.StringIO()
         terminal = Console(file=screen, force_terminal=True, width=width, highlight=False)
-        monkeypatch.setattr(console, "errors_to", lambda: terminal)
-        with console.Stages() as stages:
+        monkeypatch.setattr(console, "standard_error", lambda: terminal)
+        with console.StageBars() as stages:
             for report in reports:
                 stages(*report)
         plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
@@ -400,7 +400,7 @@ def test_a_long_note_gives_way_to_bar_and_time(bars, width):
 def test_stages_last_from_the_end_of_the_one_before(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    with console.Stages() as stages:
+    with console.StageBars() as stages:
         # done twice: a stage may find more to do
         for seconds, report in ((2, ("a", 1, 1)), (3, ("a", 0, 1)), (4, ("a", 1, 1, "note")), (8, ("b", 1, 1))):
             now[0] += seconds
@@ -412,8 +412,8 @@ def test_stages_last_from_the_end_of_the_one_before(monkeypatch, capsys):
     ("value", "text"), [(5000.0, "5000"), (1234.5, "1234"), (999.7, "1000"), (0.01234, "0.0123"), (5e7, "5e+07")]
 )
 def test_numbers_of_tables(value, text):
-    assert console.number(value) == text
-    assert console.number(float("nan")) == console.number(None) == "-"
+    assert console.format_number(value) == text
+    assert console.format_number(float("nan")) == console.format_number(None) == "-"
 
 
 @pytest.mark.parametrize(("cell", "said"), [(None, "has no cell"), ([9.0, 9.0, 9.0], "has a cell, but pbc is F F F")])

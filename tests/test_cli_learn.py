@@ -91,8 +91,8 @@ def test_the_bar_fits(recipe, monkeypatch):
     for width in (80, 120):
         file = io.StringIO()
         terminal = Console(file=file, force_terminal=True, width=width, soft_wrap=True)
-        monkeypatch.setattr(progress, "errors_to", lambda terminal=terminal: terminal)
-        show = progress.Learning(chosen)
+        monkeypatch.setattr(progress, "standard_error", lambda terminal=terminal: terminal)
+        show = progress.LearningBar(chosen)
         drawn = []
         for state in states:
             show(state)

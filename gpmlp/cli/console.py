@@ -1,4 +1,4 @@
-"""Console is what the command line shows: progress, tables and one-line messages; the only place that prints."""
+"""Output of the command line: progress bars, tables and one-line messages; nothing else prints."""
 
 from __future__ import annotations
 
@@ -25,31 +25,36 @@ BAR_WIDTH = 24
 LONGEST_STAGE = len("inducing points")
 
 
-def output() -> Console:
-    """Standard output, made when asked for: tests and notebooks replace it."""
+def standard_output() -> Console:
+    """Standard output as it is now: tests and notebooks replace it."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
-def errors_to() -> Console:
-    """Standard error."""
+def standard_error() -> Console:
+    """Standard error as it is now."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def message(kind: str, text: str) -> None:
+def print_line(text: str) -> None:
+    """Print one line, however long, to standard output."""
+    standard_output().print(text, soft_wrap=True, markup=False)
+
+
+def print_message(kind: str, text: str) -> None:
     """Print one message to standard error."""
     colour = {"error": "red", "warning": "yellow"}.get(kind, "dim")
-    errors_to().print(f"[{colour}]{kind}:[/] {escape(' '.join(str(text).split()))}", soft_wrap=True)
+    standard_error().print(f"[{colour}]{kind}:[/] {escape(' '.join(str(text).split()))}", soft_wrap=True)
 
 
-class Stages:
-    """Shows progress(stage, done, total, note) as bars on a terminal, elsewhere as one line for each stage when it is over.
+class StageBars:
+    """Progress (stage, done, total, note) as bars on a terminal, elsewhere as one line for each stage when it is over.
 
     A stage lasts from the end of the one before it (or from __enter__) to its own last report.
     """
 
     def __init__(self) -> None:
-        self.console = errors_to()
+        self.console = standard_error()
         self.live = self.console.is_terminal
         whole = Column(no_wrap=True)
         # where the line is too short only the note gives way
@@ -69,7 +74,7 @@ class Stages:
         self.stage, self.note, self.complete = "", "", False
         self.begun = self.last = time.monotonic()
 
-    def __enter__(self) -> Stages:
+    def __enter__(self) -> StageBars:
         self.bars.start()
         self.begun = self.last = time.monotonic()
         return self
@@ -102,7 +107,7 @@ class Stages:
         self.complete = False
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
     """A number for a table, with all digits before the point if these are few; '-' where there is none."""
     if value is None or math.isnan(value):
         return "-"
@@ -118,7 +123,7 @@ def error_table(title: str, rows: Mapping[str, ErrorTable]) -> Table:
         table.add_column(heading, justify="right")
     for name, row in rows.items():
         cells = [
-            f"{number(getattr(row, f'{kind}_mae_{unit}'))} / {number(getattr(row, f'{kind}_rmse_{unit}'))}"
+            f"{format_number(getattr(row, f'{kind}_mae_{unit}'))} / {format_number(getattr(row, f'{kind}_rmse_{unit}'))}"
             for kind, unit in (("energy", "meV_per_atom"), ("force", "meV_per_A"), ("stress", "GPa"))
         ]
         table.add_row(escape(name), str(row.n_structures), str(row.n_atoms), *cells)
@@ -145,7 +150,7 @@ def scores_table(evaluation: Evaluation) -> Table:
         table.add_row(
             kind,
             " / ".join(f"{100 * c:.0f}" for c in covered),
-            f"{number(factor * entry.sharpness)} {unit}",
+            f"{format_number(factor * entry.sharpness)} {unit}",
             f"{entry.nll:.2f}",
             f"{entry.ence:.2f}",
             f"{entry.spearman:.2f}",
@@ -163,18 +168,20 @@ def pairs_table(title: str, pairs: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def noises(noise: Mapping[str, float]) -> str:
+def format_noise(noise: Mapping[str, float]) -> str:
     """Standard deviations with their units."""
     units = {
         "energies": ("energy", 1e3, "meV/atom"),
         "forces": ("force", 1e3, "meV/A"),
         "stresses": ("stress", 1 / GPA, "GPa"),
     }
-    return ", ".join(f"{units[k][0]} {number(v * units[k][1])} {units[k][2]}" for k, v in noise.items() if k in units)
+    return ", ".join(
+        f"{units[k][0]} {format_number(v * units[k][1])} {units[k][2]}" for k, v in noise.items() if k in units
+    )
 
 
 def fit_summary(report: Mapping[str, Any]) -> Table:
-    """What a FitReport (as a dictionary) says, in a few lines."""
+    """A FitReport (as a dictionary) in a few lines."""
     rms = report["train_rmse"]
     validation = report.get("validation_errors")
     pairs = [
@@ -185,17 +192,18 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
             "columns",
             f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}, jitter {report['jitter']:.0e}",
         ),
-        ("noise", noises(report["noise"])),
-        ("train RMSE", noises(rms)),
+        ("noise", format_noise(report["noise"])),
+        ("train RMSE", format_noise(rms)),
     ]
-    pairs += kept_for_variances(report)
+    pairs += variance_columns(report)
     if validation:
-        table = ErrorTable(**{key: float("nan") if value is None else value for key, value in validation.items()})
+        values: dict[str, Any] = {key: float("nan") if v is None else v for key, v in validation.items()}
+        table = ErrorTable(**values)
         pairs.append(
             (
                 "validation MAE",
-                f"energy {number(table.energy_mae_meV_per_atom)} meV/atom, force {number(table.force_mae_meV_per_A)} meV/A, "
-                f"stress {number(table.stress_mae_GPa)} GPa",
+                f"energy {format_number(table.energy_mae_meV_per_atom)} meV/atom, force {format_number(table.force_mae_meV_per_A)} meV/A, "
+                f"stress {format_number(table.stress_mae_GPa)} GPa",
             )
         )
     pairs += [("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds, _ in report["stages"]))]
@@ -204,36 +212,36 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
     return pairs_table("Fit", pairs)
 
 
-def kept_for_variances(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How many of the columns are kept for variances, and what that does to standard deviations of forces (subset.error)."""
-    found = report.get("variance_subset") or {}
-    if "columns" not in found:
+def variance_columns(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many of the columns variances are computed from, and what that does to standard deviations of forces."""
+    subset = report.get("variance_subset") or {}
+    if "columns" not in subset:
         return []
-    text = f"{found['columns']} of {found['columns_of_fit']} columns"
-    if "covariance_error" in found:
+    text = f"{subset['columns']} of {subset['columns_of_fit']} columns"
+    if "covariance_error" in subset:
         text += (
-            f"; std of forces {found['std_ratio_median']:.2f} ({found['std_ratio_low']:.2f} to {found['std_ratio_high']:.2f}) of all "
-            f"columns', covariance off by {100 * found['covariance_error_scaled']:.0f} % once scaled"
+            f"; std of forces {subset['std_ratio_median']:.2f} ({subset['std_ratio_low']:.2f} to {subset['std_ratio_high']:.2f}) of all "
+            f"columns', covariance off by {100 * subset['covariance_error_scaled']:.0f} % once scaled"
         )
-        text += f", rank correlation {found['std_spearman']:.2f}" if "std_spearman" in found else ""
+        text += f", rank correlation {subset['std_spearman']:.2f}" if "std_spearman" in subset else ""
     if "held_out" in report:
         text += f"; calibrated on {report['held_out']} structures"
     return [("variances", text)]
 
 
 def report_summary(report: Mapping[str, Any]) -> Table:
-    """What a model file says of how it came about: of a fit, or label by label."""
+    """The report in a model file: of a fit, or of a model that learned label by label."""
     return fit_summary(report) if "train_rmse" in report else learning_summary(report)
 
 
 def learning_summary(report: Mapping[str, Any]) -> Table:
-    """What a model that learned label by label says of itself, in a few lines."""
+    """The report of a model that learned label by label, in a few lines."""
     pairs = [
         ("observations", ", ".join(f"{n} {kind}" for kind, n in report["rows"].items())),
         ("inducing", ", ".join(f"{n} {label}" for label, n in report["centres"].items())),
         ("columns", f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}"),
-        ("noise", noises(report["noise"])),
-        *kept_for_variances(report),
+        ("noise", format_noise(report["noise"])),
+        *variance_columns(report),
         (
             "updates",
             f"{report['updates']} of the factor since it was made from all rows; its error {report['drift']:.0e}",
@@ -244,7 +252,7 @@ def learning_summary(report: Mapping[str, Any]) -> Table:
 
 
 def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
-    """What a model file says of itself."""
+    """Content of a model file: species, noise, data, recipe."""
     header = content["header"]
     provenance = header.get("provenance", {})
     files = [
@@ -257,10 +265,10 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
     sample = provenance.get("sample")
     pairs = [
         ("species", ", ".join(symbols)),
-        *([("sample", sample_of(sample))] if sample else []),
-        ("noise", noises(header["noise"])),
+        *([("sample", sample_origin(sample))] if sample else []),
+        ("noise", format_noise(header["noise"])),
         ("data", ", ".join(files) or "not recorded"),
-        *([("calibrated on", calibrated_on(aside))] if aside else []),
+        *([("calibrated on", calibration_source(aside))] if aside else []),
         ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
         ("units", content["units"]),
         *(("warning", text) for text in header.get("report", {}).get("warnings", ())),
@@ -269,27 +277,27 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
     return pairs_table("Model", pairs)
 
 
-def calibrated_on(source: Mapping[str, Any], shown: int = 3) -> str:
+def calibration_source(source: Mapping[str, Any], shown: int = 3) -> str:
     """From which structures a calibration was learned (Calibration.source): how many, how chosen, the first names, a hash of all."""
-    count, names, known = source["held_out_structures"], source["names"][:shown], source.get("fingerprints")
+    count, names, hashes = source["held_out_structures"], source["names"][:shown], source.get("fingerprints")
     text = f"{count} structures, {source['held_out_atoms']} atoms, {source['how']}: {', '.join(names)}"
     text += f" and {count - len(names)} more" if count > len(names) else ""
-    return text + (f" (sha256 of all {hashlib.sha256(''.join(known).encode()).hexdigest()[:12]})" if known else "")
+    return text + (f" (sha256 of all {hashlib.sha256(''.join(hashes).encode()).hexdigest()[:12]})" if hashes else "")
 
 
-def sample_of(origin: Mapping[str, Any]) -> str:
-    """Which sample of which draw a model is (samples.draw); its mean is not the best prediction."""
+def sample_origin(origin: Mapping[str, Any]) -> str:
+    """Which sample of which draw a model is; its mean is not the best prediction."""
     scale = "calibrated" if origin["calibrated"] else "not calibrated"
     kind = {"posterior": "the posterior", "label_noise": "a committee by label noise"}[origin["how"]]
     return f"index {origin['index']} of {origin['of']} drawn from {kind}, seed {origin['seed']}, {scale}; not the mean"
 
 
-class Trials:
-    """Shows the trials of a search: one line for each that is over, and on a terminal a bar for the one that runs."""
+class TrialBars:
+    """Trials of a search: one line for each that is over, and on a terminal a bar for the one that runs."""
 
     def __init__(self, budget_s: float, most: int | None, done: Sequence[TuningTrial]) -> None:
         self.budget_s, self.most, self.done = budget_s, most, list(done)
-        console = errors_to()
+        console = standard_error()
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -303,7 +311,7 @@ class Trials:
         )
         self.task = self.bar.add_task("trial 0", total=1.0, left="", note="")
 
-    def __enter__(self) -> Trials:
+    def __enter__(self) -> TrialBars:
         self.bar.start()
         return self
 
@@ -316,7 +324,7 @@ class Trials:
         text = f"{_result(trial)}, {trial.seconds:.1f} s; {_settings(trial)}"
         self.bar.console.print(f"[dim]trial {trial.number}:[/] {escape(text)}", soft_wrap=True)
 
-    def tick(self, number: int, used_s: float) -> None:
+    def show_running(self, number: int, used_s: float) -> None:
         """Take the number of the running trial and the time used so far."""
         share, left_s = used_s / self.budget_s, max(0.0, self.budget_s - used_s)
         if self.most:
@@ -332,7 +340,7 @@ class Trials:
 def _result(trial: TuningTrial) -> str:
     if trial.objective is None:
         return f"failed: {trial.failure}"
-    errors = f"{number(trial.force_mae_meV_per_A)} / {number(trial.force_rmse_meV_per_A)} meV/A"
+    errors = f"{format_number(trial.force_mae_meV_per_A)} / {format_number(trial.force_rmse_meV_per_A)} meV/A"
     return f"{errors}, objective {trial.objective:.4f}"
 
 
@@ -353,9 +361,9 @@ def trials_table(trials: Sequence[TuningTrial], meaning: str, shown: int = 5) ->
     settings = list(trials[0].settings)
     for heading in ("trial", "objective", "force MAE / RMSE\nmeV/A", "s", *settings):
         table.add_column(escape(heading).replace("_", "\n_"), justify="right")
-    ranked = sorted((t for t in trials if t.objective is not None), key=lambda t: -t.objective)[:shown]
+    ranked = sorted((t for t in trials if t.objective is not None), key=lambda t: -(t.objective or 0.0))[:shown]
     for t in [*ranked, *(t for t in trials[:1] if t not in ranked)]:
-        errors = f"{number(t.force_mae_meV_per_A)} / {number(t.force_rmse_meV_per_A)}"
+        errors = f"{format_number(t.force_mae_meV_per_A)} / {format_number(t.force_rmse_meV_per_A)}"
         name = str(t.number) if t.number else "0 start"
         value = "failed" if t.objective is None else f"{t.objective:.4f}"
         table.add_row(name, value, errors, f"{t.seconds:.0f}", *(escape(v) for v in t.settings.values()))

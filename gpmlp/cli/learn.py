@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ import typer
 INTERRUPTED = 130  # by convention 128 + the number of the signal
 
 
-def learn(
+def learn_command(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe with start, oracle and dynamics; see docs/learning.md.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     settings: Annotated[
@@ -24,7 +24,7 @@ def learn(
         bool, typer.Option("--report/--no-report", help="Write report/ when the run has stopped.")
     ] = True,
 ) -> None:
-    """Run molecular dynamics on a model that learns while it runs, asking an ab initio code when it does not know."""
+    """Run molecular dynamics on a model that learns while it runs, with labels of an ab initio code where it is uncertain."""
     from gpmlp.cli import console, progress
     from gpmlp.core.errors import UserError
     from gpmlp.io.recipe_files import load_recipe_as
@@ -37,23 +37,22 @@ def learn(
     chosen = load_recipe_as(LearnRecipe, recipe, settings or [])
     folder = recipe.parent / chosen.output
     if resume and not folder.exists():
-        console.message("new", f"{folder} does not exist: there is nothing to resume, a new run begins")
-    last, page = None, None
-    with _terminated_as_interrupted(), progress.Learning(chosen) as show:
-        states = loop.learn(chosen, recipe.parent, resume)
+        console.print_message("new", f"{folder} does not exist: there is nothing to resume, a new run begins")
+    page = None
+    with _terminated_as_interrupted(), progress.LearningBar(chosen) as bar:
         try:
-            for last in states:
-                show(last)
+            with closing(loop.learn(chosen, recipe.parent, resume)) as states:
+                bar(last := next(states))
+                for last in states:
+                    bar(last)
         except KeyboardInterrupt:
             again = shlex.join(["gpmlp", "learn", str(recipe), *(f"--set={s}" for s in settings or []), "--resume"])
-            console.message("stopped", f"interrupted; go on with: {again}")
+            console.print_message("stopped", f"interrupted; go on with: {again}")
             raise SystemExit(INTERRUPTED) from None
-        finally:
-            states.close()
         if report:
-            show.report()
+            bar.show_report()
             page = report_run(folder, chosen)
-    console.output().print(progress.learning_table(last, folder, page))
+    console.standard_output().print(progress.learning_table(last, folder, page))
     if last.stopped == loop.UNSTABLE:
         raise UserError(
             f"{folder}: the run ended early: {last.stopped}. Try a shorter dynamics.timestep_fs, a lower temperature or another start."
@@ -74,7 +73,7 @@ def report_folder(folder: Path, data: Path | None, output: Path | None) -> None:
         )
     codes.add_import_folder(folder.parent)  # where the recipe is, most often
     page = report_run(folder, run_recipe(folder))
-    console.output().print(f"wrote {page}", soft_wrap=True, markup=False)
+    console.print_line(f"wrote {page}")
 
 
 @contextmanager

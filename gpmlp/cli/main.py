@@ -1,4 +1,4 @@
-"""The command `gpmlp`: arguments in, calls, tables out; no physics.
+"""The command `gpmlp`: arguments in, calls, tables out.
 
 Exit status: 0 success, 2 an error of the user's (one message, no traceback), 1 an error of ours, 130 interrupted.
 """
@@ -17,18 +17,19 @@ from typing import Annotated, Any
 import typer
 
 import gpmlp
-from gpmlp.cli import learn, md, tune
+from gpmlp.cli.learn import INTERRUPTED, learn_command, report_folder
+from gpmlp.cli.md import md_command
+from gpmlp.cli.tune import tune_command
 from gpmlp.core.errors import DataWarning, ProgressNotice, UserError, chemical_symbol
 from gpmlp.core.json_values import json_value
 
 # typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
-ClickException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 DEBUG = "GPMLP_DEBUG"
 OUT_OF_MEMORY = (
     "out of memory; lower memory_GB or inducing.n (--set memory_GB=1) or take a smaller descriptor.cutoff (--set "
     "descriptor.cutoff=5; what one chunk needs grows with its third power), or use a larger machine."
 )
-INTERRUPTED = learn.INTERRUPTED  # typer turns Ctrl-C into this status
 
 app = typer.Typer(
     name="gpmlp",
@@ -40,8 +41,8 @@ app = typer.Typer(
 )
 
 
-class Method(StrEnum):
-    """Methods of `gpmlp select` (gpmlp.learning.pool.METHODS; not imported here, so that --help is quick)."""
+class SelectMethod(StrEnum):
+    """Methods of `gpmlp select` (gpmlp.learning.pool.METHODS, which is not imported here, so that --help is quick)."""
 
     both = "both"
     variance = "variance"
@@ -61,7 +62,7 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def options(
+def common_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -96,19 +97,19 @@ def fit_command(
     structures, targets = ase_atoms.read(train, labelled=True)
     validation = ase_atoms.read(valid, labelled=True) if valid is not None else None
     origin = provenance.file_provenance(training=train, validation=valid)
-    with console.Stages() as stages:
+    with console.StageBars() as stages:
         potential, report = fit(structures, targets, chosen, validation, stages, origin)
     for text in report.warnings:
         warnings.warn(text, DataWarning, stacklevel=1)
     archive.save(potential, output)
-    out = console.output()
+    out = console.standard_output()
     out.print(console.fit_summary(report.as_dict()))
-    out.print(f"wrote {output}", soft_wrap=True, markup=False)
+    console.print_line(f"wrote {output}")
 
 
-app.command("tune")(tune.tune)
-app.command("learn")(learn.learn)
-app.command("md")(md.md)
+app.command("tune")(tune_command)
+app.command("learn")(learn_command)
+app.command("md")(md_command)
 
 
 @app.command("evaluate")
@@ -123,7 +124,7 @@ def evaluate_command(
         bool, typer.Option("--variance/--no-variance", help="Predict uncertainties and score them (some times slower).")
     ] = True,
 ) -> None:
-    """Compare a potential with reference data: errors in all and by config_type, and how well they were foreseen."""
+    """Compare a potential with reference data: errors in all and by config_type, and how well error bars match them."""
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms, provenance
     from gpmlp.io.files import atomic_write, check_apart, check_target
@@ -137,7 +138,7 @@ def evaluate_command(
     potential = archive.load(model)
     structures, targets = ase_atoms.read(data, labelled=True)
     provenance.check_overlap(potential.provenance, potential.calibration.source, structures, data)
-    with console.Stages() as stages:
+    with console.StageBars() as stages:
         result = evaluate(potential, structures, targets, stages, variance)
     if json_file is not None:
         with atomic_write(json_file, text=True) as file:
@@ -145,7 +146,7 @@ def evaluate_command(
             file.write("\n")
     if xyz_file is not None:
         ase_atoms.write_frames(xyz_file, ase_atoms.with_predictions(structures, targets, result.prediction))
-    out = console.output()
+    out = console.standard_output()
     out.print(console.evaluation_table(result))
     if any(entry.n for entry in result.scores.values()):
         out.print(console.scores_table(result))
@@ -161,7 +162,7 @@ def report_command(
 ) -> None:
     """Write the uncertainty report: one HTML page, its figures, and every number as JSON."""
     if model.is_dir():
-        learn.report_folder(model, data, output)
+        report_folder(model, data, output)
         return
     if data is None or output is None:
         if not model.exists():
@@ -180,16 +181,16 @@ def report_command(
     potential = archive.load(model)
     structures, targets = ase_atoms.read(data, labelled=True)
     targets = comparable_targets(potential, targets)
-    known = provenance.check_overlap(potential.provenance, potential.calibration.source, structures, data)
-    with console.Stages() as stages:
+    overlap = provenance.check_overlap(potential.provenance, potential.calibration.source, structures, data)
+    with console.StageBars() as stages:
         result = evaluate(potential, structures, targets, stages)
         stages("report", 0, 1, "figures")
         names = model.name, data.name, version
-        page = write_model_page(collect_data(potential, structures, targets, result, *names, known), output)
+        page = write_model_page(collect_data(potential, structures, targets, result, *names, overlap), output)
         stages("report", 1, 1, "figures")
-    out = console.output()
+    out = console.standard_output()
     out.print(console.evaluation_table(result))
-    out.print(f"wrote {page}", soft_wrap=True, markup=False)
+    console.print_line(f"wrote {page}")
 
 
 @app.command("select")
@@ -201,7 +202,7 @@ def select_command(
         Path | None, typer.Option("--model", help="Model file; variance and mahalanobis need one.")
     ] = None,
     method: Annotated[
-        Method | None, typer.Option("--method", help="If not given: both with a model, farthest without.")
+        SelectMethod | None, typer.Option("--method", help="If not given: both with a model, farthest without.")
     ] = None,
     environments: Annotated[
         bool, typer.Option("--environments", help="Pick atoms with their surroundings instead of structures.")
@@ -215,16 +216,16 @@ def select_command(
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms
     from gpmlp.io.files import check_apart, check_target
-    from gpmlp.learning import pool as picking
+    from gpmlp.learning.pool import UNITS, select_pool
 
     check_target(output)
     check_apart({"the selection (--output)": output}, {"the pool": data, "the model": model, "--exclude": exclude})
     potential = archive.load(model) if model is not None else None
     frames, pool = ase_atoms.read_unlabelled(data)
-    known = ase_atoms.read_unlabelled(exclude)[1] if exclude is not None else None
+    excluded = ase_atoms.read_unlabelled(exclude)[1] if exclude is not None else None
     name = method.value if method is not None else None
-    with console.Stages() as stages:
-        picked = picking.select_pool(pool, number, name, potential, environments, seed, known, stages)
+    with console.StageBars() as stages:
+        picked = select_pool(pool, number, name, potential, environments, seed, excluded, stages)
     if picked.repeats:
         warnings.warn(
             f"{data}: the last {picked.repeats} of {number} are like others picked before; nothing else was left.",
@@ -235,12 +236,12 @@ def select_command(
     ase_atoms.write_frames(output, chosen)
     what = f"{number} environments in {len(chosen)}" if environments else f"{number}"
     text = f"picked {what} of {len(frames)} structures ({sum(map(len, chosen))} of {pool.n_atoms} atoms) by {picked.method}"
-    scores = f"scores {picked.scores[0]:.3g} to {picked.scores[-1]:.3g}{picking.UNITS[picked.method]}"
-    console.output().print(f"{text}, {scores}; wrote {output}", soft_wrap=True, markup=False)
+    scores = f"scores {picked.scores[0]:.3g} to {picked.scores[-1]:.3g}{UNITS[picked.method]}"
+    console.print_line(f"{text}, {scores}; wrote {output}")
 
 
-@app.command()
-def info(
+@app.command("info")
+def info_command(
     model: Model,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -252,35 +253,38 @@ def info(
     if as_json:
         typer.echo(json.dumps(json_value(content), indent=2, allow_nan=False))
         return
-    out = console.output()
+    out = console.standard_output()
     out.print(console.model_summary(content, [chemical_symbol(z) for z in content["header"]["species"]]))
     if content["header"].get("report"):
         out.print(console.report_summary(content["header"]["report"]))
 
 
-@app.command()
-def cite(model: Model) -> None:
-    """Print BibTeX entries of what a model stands on."""
+@app.command("cite")
+def cite_command(model: Model) -> None:
+    """Print BibTeX entries of the works that a model uses."""
     from gpmlp.io import archive, provenance
     from gpmlp.io.recipe_files import validate_recipe
+    from gpmlp.recipe import Recipe
 
     content = archive.read_header(model)
-    recipe = validate_recipe(content["header"]["recipe"], str(model))
+    recipe = validate_recipe(content["header"]["recipe"], str(model), Recipe)
     typer.echo("\n".join(work.bibtex() for work in provenance.citations_of(recipe, content["version"])))
 
 
-def _show_warning(text: Any, category: type[Warning], *_: object, **__: object) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     from gpmlp.cli import console
 
     if issubclass(category, ProgressNotice):
-        console.message("note", str(text))
+        console.print_message("note", str(message))
     else:
-        console.message("warning", str(text) if issubclass(category, DataWarning) else f"{text} ({category.__name__})")
+        console.print_message(
+            "warning", str(message) if issubclass(category, DataWarning) else f"{message} ({category.__name__})"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    from gpmlp.cli.console import message
+    from gpmlp.cli.console import print_message
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get(DEBUG, "") not in ("", "0")
@@ -295,14 +299,14 @@ def main(arguments: list[str] | None = None) -> int:
                 raise KeyboardInterrupt
             return status if isinstance(status, int) else 0
         except UserError as error:
-            message("error", str(error))
+            print_message("error", str(error))
             return 2
         except ClickException as error:
             return _usage_error(error)
         except SystemExit as ended:  # of a command that has said all there is to say
-            return ended.code
+            return int(ended.code or 0)
         except (KeyboardInterrupt, typer.Abort):
-            message("error", "interrupted; files that were complete are kept, others are as they were.")
+            print_message("error", "interrupted; files that were complete are kept, others are as they were.")
             return INTERRUPTED
         except BrokenPipeError:
             # the reader of a pipe (head, less) has gone: nobody is left to tell
@@ -310,11 +314,11 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         except Exception as error:  # reported, with a traceback on demand: the last line of defence
             if _out_of_memory(error):
-                message("error", OUT_OF_MEMORY)
+                print_message("error", OUT_OF_MEMORY)
                 return 1
             if debug:
                 traceback.print_exc()
-            message(
+            print_message(
                 "error",
                 f"{type(error).__name__}: {error}. This is a fault of gpmlp, not of your input. Please report it with the "
                 f"command, the traceback (run again with --debug) and the version ({gpmlp.__version__}).",
@@ -324,21 +328,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory is used up; torch says it by a RuntimeError, on a GPU by a subclass of it."""
-    said = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    texts = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in said)
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
     )
 
 
 def _usage_error(error: Any) -> int:
     """One line about wrong arguments; the help itself where nothing was asked for."""
-    from gpmlp.cli.console import message
+    from gpmlp.cli.console import print_message
 
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(error.format_message(), err=True)
         return 2
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "gpmlp"
-    said = error.format_message().rstrip(".")
-    message("error", f"{said}{'' if said.endswith('?') else '.'} Try '{command} --help'.")
+    text = error.format_message().rstrip(".")
+    print_message("error", f"{text}{'' if text.endswith('?') else '.'} Try '{command} --help'.")
     return 2

@@ -17,7 +17,10 @@ import typer
 from gpmlp.core.errors import UserError
 
 if TYPE_CHECKING:
-    from gpmlp.engines.md import MDState
+    from ase import Atoms
+
+    from gpmlp.engines.md import MDSettings, MDState
+    from gpmlp.potential.potential import Potential
 
 
 class Ensemble(StrEnum):
@@ -27,7 +30,7 @@ class Ensemble(StrEnum):
     nvt = "nvt"
 
 
-def md(
+def md_command(
     model: Annotated[Path, typer.Argument(help="Model file written by `gpmlp fit`.")],
     start: Annotated[Path, typer.Argument(help="Start structure (the last frame of the file).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Trajectory to write, extended XYZ.")],
@@ -57,100 +60,115 @@ def md(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Run a short molecular dynamics with a potential."""
-    from gpmlp.cli import console
-    from gpmlp.engines import md as dynamics
-    from gpmlp.engines.ase import GPCalculator
-    from gpmlp.engines.md import STRIDE, UncertaintyMonitor
-    from gpmlp.io import archive, ase_atoms
+    from gpmlp.engines.md import STRIDE, MDSettings, check_files
+    from gpmlp.io import archive
     from gpmlp.io.files import check_apart
 
     if resume and overwrite:
         raise UserError("--resume goes on with files that --overwrite would replace; give one of them.")
     targets = {"the trajectory (--output)": output, "the table (--energies)": energies}
-    own = resume and start.resolve() == output.resolve()
-    check_apart(targets, {"the model": model} | ({} if own else {"the start": start}))
+    itself = resume and start.resolve() == output.resolve()
+    check_apart(targets, {"the model": model} | ({} if itself else {"the start": start}))
     with _arguments_named_as_options():
-        plain = dynamics.MDSettings(ensemble.value, temperature_k, steps, timestep_fs, relaxation_fs, interval, seed)
+        settings = MDSettings(ensemble.value, temperature_k, steps, timestep_fs, relaxation_fs, interval, seed)
         every = interval * -(-STRIDE // interval) if uncertainty is None else uncertainty
-        settings = replace(plain, uncertainty=every)
-    dynamics.check_files([path for path in targets.values() if path is not None], existing=resume or overwrite)
+        settings = replace(settings, uncertainty=every)
+    check_files([path for path in targets.values() if path is not None], existing=resume or overwrite)
     potential = archive.load(model)
-    calculator, monitor = GPCalculator(potential, str(start)), None
-    if every and (potential.variances is not None or uncertainty):
-        monitor = UncertaintyMonitor(potential, str(start))
-    first = None if own else ase_atoms.read_frames(start, -1)[0][0]
-    if resume:
-        first = dynamics.resume_trajectory(output, energies, first)
-    else:
-        first.info = {key: first.info[key] for key in ("config_type",) if key in first.info}
+    monitored = bool(every and (potential.variances is not None or uncertainty))
+    first = _first_frame(start, output, energies, resume, itself)
+    _run(potential, start, first, settings, monitored, output, energies, overwrite)
+
+
+def _run(
+    potential: Potential,
+    start: Path,
+    first: Atoms,
+    settings: MDSettings,
+    monitored: bool,
+    output: Path,
+    energies: Path | None,
+    overwrite: bool,
+) -> None:
+    """Run the dynamics with its progress, and print how it ended."""
+    from gpmlp.cli import console
+    from gpmlp.engines.ase import GPCalculator
+    from gpmlp.engines.md import UncertaintyMonitor, record_trajectory, run_dynamics
+
+    calculator = GPCalculator(potential, str(start))
+    monitor = UncertaintyMonitor(potential, str(start)) if monitored else None
+    state, largest = None, LargestUncertainty()
     with (
         _arguments_named_as_options(),
-        dynamics.record_trajectory(output, energies, overwrite) as append,
-        console.Stages() as stages,
+        record_trajectory(output, energies, overwrite) as append,
+        console.StageBars() as stages,
     ):
-        state, largest = None, Largest()
-        for state in dynamics.run_dynamics(first, calculator, settings, monitor):
+        for state in run_dynamics(first, calculator, settings, monitor):
             append(state)
-            largest.see(state)
-            energy = f"{state.potential_eV:.4f} eV, drift {state.drift_eV_per_atom:+.1e} eV/atom"
-            note = f"step {state.step}, {state.temperature_K:.0f} K, {energy}{_uncertainty(state)}"
-            stages("dynamics", state.step, settings.steps, note)
+            largest.add_state(state)
+            stages("dynamics", state.step, settings.steps, f"step {state.step}, {_summary(state)}")
     if state is None:
-        console.message("note", f"{output}: step {steps} is reached already; raise --steps to go on.")
+        console.print_message("note", f"{output}: step {settings.steps} is reached already; raise --steps to go on.")
         return
     if not first.pbc.any():
-        _tell_of_empty_space(start, bool(first.cell.any()))
-    console.output().print(f"step {state.step}: {note.split(', ', 1)[1]}; wrote {output}", soft_wrap=True, markup=False)
+        cell = "has a cell, but pbc is F F F" if first.cell.any() else "has no cell"
+        console.print_message(
+            "note",
+            f"{start} {cell}: its atoms moved in empty space, without stress or pressure; nve and nvt are what is possible. "
+            "Set pbc if it was meant to be periodic.",
+        )
+    console.print_line(f"step {state.step}: {_summary(state)}; wrote {output}")
     if largest.force[0] > -math.inf:
-        console.output().print(largest.said(), soft_wrap=True, markup=False)
+        console.print_line(largest.sentence())
 
 
-def _tell_of_empty_space(start: Path, has_cell: bool) -> None:
-    """What a start without periodicity means."""
-    from gpmlp.cli import console
+def _first_frame(start: Path, output: Path, energies: Path | None, resume: bool, itself: bool) -> Atoms:
+    """The frame that the dynamics begins from: of START, or the last of the trajectory that is resumed."""
+    from gpmlp.engines.md import resume_trajectory
+    from gpmlp.io.ase_atoms import read_frames
 
-    cell = "has a cell, but pbc is F F F" if has_cell else "has no cell"
-    console.message(
-        "note",
-        f"{start} {cell}: its atoms moved in empty space, without stress or pressure; nve and nvt are what is possible. "
-        "Set pbc if it was meant to be periodic.",
-    )
+    if itself:
+        return resume_trajectory(output, energies, None)
+    first = read_frames(start, -1)[0][0]
+    if resume:
+        return resume_trajectory(output, energies, first)
+    first.info = {key: first.info[key] for key in ("config_type",) if key in first.info}
+    return first
 
 
-def _uncertainty(state: MDState) -> str:
-    """The largest standard deviation of a force and the largest novelty, for the progress bar."""
+def _summary(state: MDState) -> str:
+    """Temperature, energy, and where they were computed the largest standard deviation of a force and novelty."""
+    text = f"{state.temperature_K:.0f} K, {state.potential_eV:.4f} eV, drift {state.drift_eV_per_atom:+.1e} eV/atom"
     if state.uncertainty is None:
-        return ""
+        return text
     force, _, novelty = state.uncertainty.largest
-    return f", std of forces up to {force:.2g} eV/A" + (f", novelty {novelty:.2g}" if novelty == novelty else "")
+    return f"{text}, std of forces up to {force:.2g} eV/A" + (f", novelty {novelty:.2g}" if novelty == novelty else "")
 
 
 @dataclass
-class Largest:
-    """The largest uncertainties of a run so far, each with the step and the atom where it was."""
+class LargestUncertainty:
+    """The largest standard deviation of a force and the largest novelty of a run, each with its step and atom."""
 
     force: tuple[float, int, int] = (-math.inf, 0, 0)
     novelty: tuple[float, int, int] = (-math.inf, 0, 0)
 
-    def see(self, state: MDState) -> None:
+    def add_state(self, state: MDState) -> None:
         """Count a state in."""
-        if state.uncertainty is None:
+        now = state.uncertainty
+        if now is None:
             return
-        self.force = max(
-            self.force, (state.uncertainty.force_std, state.step, state.uncertainty.force_atom), key=itemgetter(0)
-        )
-        if state.uncertainty.novelty is not None:
-            atom = int(state.uncertainty.novelty.argmax())
-            self.novelty = max(
-                self.novelty, (float(state.uncertainty.novelty[atom]), state.step, atom), key=itemgetter(0)
-            )
+        self.force = max(self.force, (now.force_std, state.step, now.force_atom), key=itemgetter(0))
+        if now.novelty is not None:
+            atom = int(now.novelty.argmax())
+            self.novelty = max(self.novelty, (float(now.novelty[atom]), state.step, atom), key=itemgetter(0))
 
-    def said(self) -> str:
+    def sentence(self) -> str:
         """One or two sentences; atoms are counted from 0."""
-        (force, *at), (novelty, *there) = self.force, self.novelty
-        text = f"largest std of a force {force:.3g} eV/A (step {at[0]}, atom {at[1]})"
+        force, step, atom = self.force
+        text = f"largest std of a force {force:.3g} eV/A (step {step}, atom {atom})"
+        novelty, step, atom = self.novelty
         if novelty > -math.inf:
-            text += f", largest novelty {novelty:.2f} (step {there[0]}, atom {there[1]})"
+            text += f", largest novelty {novelty:.2f} (step {step}, atom {atom})"
             text += ": beyond 1, outside of what the model was trained on" if novelty > 1 else ""
         return text
 
@@ -161,5 +179,5 @@ def _arguments_named_as_options() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        names = "|".join(("temperature_K", "steps", "timestep_fs", "relaxation_fs", "interval", "uncertainty"))
+        names = "temperature_K|steps|timestep_fs|relaxation_fs|interval|uncertainty"
         raise UserError(re.sub(f"`({names})`", lambda name: "--" + name[1].replace("_", "-"), str(error))) from error

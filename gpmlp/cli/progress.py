@@ -1,15 +1,16 @@
-"""What a learning run looks like on a terminal: a bar with the physics in it, a line for each label, a table at the end."""
+"""Progress of a learning run on a terminal: a bar with temperature, error and novelty, a line for each label, a table at the end."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
-from gpmlp.cli.console import errors_to, noises, number, pairs_table
+from gpmlp.cli.console import format_noise, format_number, pairs_table, standard_error
 from gpmlp.learning.loop import LoopState
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.triggers import force_error_bound
@@ -21,15 +22,15 @@ QUIET_S = 30.0  # between two lines where there is no terminal for a bar
 MARKS = {True: "met", False: "not met", None: "cannot be judged yet"}
 
 
-class Learning:
-    """Shows a run while it goes on."""
+class LearningBar:
+    """Progress of a run while it goes on."""
 
     def __init__(self, recipe: LearnRecipe) -> None:
         self.recipe = recipe
         self.labels = self.refused = -1  # not known before the first state
         self.reason = self.where = ""
-        self.told = time.monotonic()
-        console = errors_to()
+        self.printed_at = time.monotonic()
+        console = standard_error()
         self.wide = console.width >= WIDE
         whole, bar = Column(no_wrap=True), BAR if self.wide else SHORT_BAR
         fields = ("step", "temperature", "force", "novelty", "labels")
@@ -48,9 +49,10 @@ class Learning:
             expand=self.wide,
         )
         total = recipe.dynamics.steps * recipe.dynamics.walkers
-        self.task = self.bar.add_task("start", total=total, note="", **dict.fromkeys(fields, ""))
+        blank: dict[str, Any] = dict.fromkeys(fields, "")
+        self.task = self.bar.add_task("start", total=total, note="", **blank)
 
-    def __enter__(self) -> Learning:
+    def __enter__(self) -> LearningBar:
         self.bar.start()
         return self
 
@@ -64,29 +66,28 @@ class Learning:
         if state.labels > self.labels or state.refused > self.refused:
             self._line(f"label {state.labels}" if state.labels > self.labels else "set aside", self.where, self.reason)
             self.labels, self.refused = state.labels, state.refused
-        elif not self.bar.console.is_terminal and time.monotonic() - self.told > QUIET_S:
+        elif not self.bar.console.is_terminal and time.monotonic() - self.printed_at > QUIET_S:
             self._line(state.phase, _places(state), _note(state))
         self.reason, self.where = state.reason, _asking(state)
         done = sum(walker.walker.step for walker in state.progress.walkers)
-        fields = {"labels": f"labels {state.labels}", "note": escape(_note(state))} | _physics(
-            state, " eV/A" if self.wide else ""
-        )
+        fields: dict[str, Any] = {"labels": f"labels {state.labels}", "note": escape(_note(state))}
+        fields |= _physics(state, " eV/A" if self.wide else "")
         self.bar.update(self.task, description=state.phase, completed=done, **fields)
 
-    def report(self) -> None:
+    def show_report(self) -> None:
         """The page about the run is being written."""
         self.bar.update(self.task, description="report", note="")
 
-    def _line(self, what: str, where: str, said: str) -> None:
-        self.told = time.monotonic()
+    def _line(self, what: str, where: str, text: str) -> None:
+        self.printed_at = time.monotonic()
         where = f" {where}:" if where else ""
-        self.bar.console.print(f"[dim]{what}:[/]{where} {escape(said)}", soft_wrap=True)
+        self.bar.console.print(f"[dim]{what}:[/]{where} {escape(text)}", soft_wrap=True)
 
 
 def _worst(state: LoopState) -> WalkerSnapshot | None:
-    """The last look at the walker that is nearest to its limits."""
-    seen = [look for look in state.snapshots if look is not None]
-    return max(seen, key=lambda look: look.decision.severity) if seen else None
+    """The last snapshot of the walker that is nearest to its limits."""
+    snapshots = [s for s in state.snapshots if s is not None]
+    return max(snapshots, key=lambda s: s.decision.severity) if snapshots else None
 
 
 def _physics(state: LoopState, unit: str) -> dict[str, str]:
@@ -95,35 +96,30 @@ def _physics(state: LoopState, unit: str) -> dict[str, str]:
     if worst is None or state.limits is None:
         return {}
     covariance = worst.prediction.forces_covariance
+    novelty = worst.prediction.novelty
     force = "?" if covariance is None else f"{force_error_bound(covariance.total, state.limits.probability):.2g}"
     limit = "" if state.limits.force is None else f"/{state.limits.force:.2g}"
     return {
         "step": f"step {worst.walker.step}",
         "temperature": f"{worst.temperature_K:.0f} K",
         "force": f"error {force}{limit}{unit}",
-        "novelty": f"novelty {float(worst.prediction.novelty.max()):.2f}",
+        "novelty": "" if novelty is None else f"novelty {float(novelty.max()):.2f}",
     }
 
 
 def _places(state: LoopState) -> str:
-    """Where all walkers are."""
-    return (
-        f"step {', '.join(str(walker.walker.step) for walker in state.progress.walkers)}"
-        if state.progress.walkers
-        else ""
-    )
+    """Steps of all walkers."""
+    walkers = state.progress.walkers
+    return f"step {', '.join(str(w.walker.step) for w in walkers)}" if walkers else ""
 
 
 def _asking(state: LoopState) -> str:
     """Which walker waits for the label that is being asked for, and where."""
-    if state.phase != "labelling":
-        return ""
-    found = [
-        (i, walker.pending)
-        for i, walker in enumerate(state.progress.walkers)
-        if walker.pending is not None and walker.reason == state.reason
-    ]
-    return f"walker {found[0][0]}, step {found[0][1].step}" if found else ""
+    if state.phase == "labelling":
+        for i, w in enumerate(state.progress.walkers):
+            if w.pending is not None and w.reason == state.reason:
+                return f"walker {i}, step {w.pending.step}"
+    return ""
 
 
 def _note(state: LoopState) -> str:
@@ -133,26 +129,26 @@ def _note(state: LoopState) -> str:
 
 
 def learning_table(state: LoopState, folder: Path, page: Path | None) -> Table:
-    """What came of a run.
+    """Outcome of a run.
 
     Args:
         page: about it, if one was written.
     """
-    online, progress = state.model.online, state.progress
+    model, progress = state.model, state.progress
     steps = sum(walker.walker.step for walker in progress.walkers)
     asked = len(progress.labels) - len(progress.first)
     aside = f", {state.refused} structures set aside" if state.refused else ""
     cut = f", {state.surrogates} of surrogates cut out of larger frames" if state.surrogates else ""
     rare = f", one label in {steps / asked:.0f}" if asked else ""
-    limit = f"{number(state.limits.force)} eV/A" if state.limits.force else "none"
+    force = state.limits.force if state.limits else None
     pairs = [
         ("why it stopped", _why(state)),
         *((c.name, f"{MARKS[c.met]}: {c.sentence}") for c in (state.verdict.criteria if state.verdict else ())),
         ("labels", f"{state.labels}: {len(progress.first)} to begin with, {asked} asked for{cut}{aside}"),
         ("steps", f"{steps} of {len(progress.walkers)} walkers{rare}"),
-        ("force error, limit", limit),
-        ("noise", noises(online.noise)),
-        ("inducing variables", str(online.factor.columns)),
+        ("force error, limit", f"{format_number(force)} eV/A" if force else "none"),
+        ("noise", format_noise(model.online.noise if model else {})),
+        ("inducing variables", str(model.online.factor.columns if model else 0)),
         ("model", str(folder / "model.gpmlp")),
         ("labels, trajectory, log", f"labels.xyz, trajectory.xyz, run.log, log.jsonl in {folder}"),
     ]

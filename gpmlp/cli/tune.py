@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gpmlp.core.errors import UserError
+
+if TYPE_CHECKING:
+    from gpmlp.fitting.tune import TuningProblem, TuningTrial
 
 
 class Objective(StrEnum):
@@ -18,7 +21,7 @@ class Objective(StrEnum):
     evidence = "evidence"
 
 
-def tune(
+def tune_command(
     train: Annotated[Path, typer.Argument(help="Training data: extended XYZ, or any format of ASE.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write, for `gpmlp fit --recipe`.")],
     recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML recipe to start from.")] = None,
@@ -41,45 +44,54 @@ def tune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the log.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is held out, and of the search.")] = 0,
 ) -> None:
-    """Search the descriptor and kernel with which small fits best foresee held-out structures."""
+    """Search the descriptor and kernel with which small fits best predict held-out structures."""
     from gpmlp.cli import console
-    from gpmlp.core import errors
-    from gpmlp.fitting import search_space
-    from gpmlp.fitting import tune as tuning
+    from gpmlp.core.errors import check_positive
+    from gpmlp.fitting import tune
+    from gpmlp.fitting.search_space import load_optuna
     from gpmlp.io import ase_atoms, provenance
     from gpmlp.io.files import check_apart, check_target
-    from gpmlp.io.recipe_files import load_recipe, save_recipe
+    from gpmlp.io.recipe_files import load_recipe
 
-    errors.check_positive("--budget-minutes", budget_minutes)
+    check_positive("--budget-minutes", budget_minutes)
     targets_of = {"the best recipe (--output)": output, "the log (--log)": log}
     for path in targets_of.values():
         check_target(path)
     check_apart(targets_of, {"the training data": train, "the start recipe": recipe})
-    search_space.load_optuna()
+    load_optuna()
     start = load_recipe(recipe, settings or [])
     structures, targets = ase_atoms.read(train, labelled=True)
     data = {"name": train.name, "sha256": provenance.file_hash(train)}
-    problem = tuning.tuning_problem(structures, targets, start, search or [], objective.value, seed, data, columns)
-    study = tuning.open_study(log, problem, resume)
-    done = tuning.trials_of(study)
-    console.message("tuning", f"{problem.summary}; errors of forces are MAE / RMSE")
-    interrupted = False
+    problem = tune.tuning_problem(structures, targets, start, search or [], objective.value, seed, data, columns)
+    study = tune.open_study(log, problem, resume)
+    done = tune.trials_of(study)
+    console.print_message("tuning", f"{problem.summary}; errors of forces are MAE / RMSE")
+    budget_s = 60 * budget_minutes
     try:
-        with console.Trials(60 * budget_minutes, trials, done) as show:
-            for trial in tuning.run_trials(problem, done, 60 * budget_minutes, trials, show.tick):
-                tuning.record_trial(study, problem, trial)
+        with console.TrialBars(budget_s, trials, done) as bars:
+            for trial in tune.run_trials(problem, done, budget_s, trials, bars.show_running):
+                tune.record_trial(study, problem, trial)
                 done.append(trial)
-                show(trial)
+                bars(trial)
     except KeyboardInterrupt:
-        interrupted = True
-    top = tuning.best_trial(done)
-    if top is not None:
-        save_recipe(problem.final(top.parameters), output, tuning.recipe_comment(problem, done))
-        console.output().print(console.trials_table(done, problem.meaning))
-        console.output().print(f"wrote {output}", soft_wrap=True, markup=False)
-    if interrupted:
-        raise KeyboardInterrupt
-    if top is None:
+        _write_best(problem, done, output)
+        raise
+    if not _write_best(problem, done, output):
         raise UserError(
             "No trial could be fitted; the log tells why. Raise --trials, or change --search or the start recipe."
         )
+
+
+def _write_best(problem: TuningProblem, trials: list[TuningTrial], output: Path) -> bool:
+    """Write the best recipe and print the table of trials; False if no trial could be fitted."""
+    from gpmlp.cli import console
+    from gpmlp.fitting.tune import best_trial, recipe_comment
+    from gpmlp.io.recipe_files import save_recipe
+
+    best = best_trial(trials)
+    if best is None:
+        return False
+    save_recipe(problem.final(best.parameters), output, recipe_comment(problem, trials))
+    console.standard_output().print(console.trials_table(trials, problem.meaning))
+    console.print_line(f"wrote {output}")
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ class LoopState:
         return self.model
 
 
-def learn(recipe: LearnRecipe, base: Path = Path("."), resume: bool = False) -> Iterator[LoopState]:
+def learn(recipe: LearnRecipe, base: Path = Path("."), resume: bool = False) -> Generator[LoopState, None, None]:
     """Run the loop; files go to recipe.output and a run that was interrupted goes on from there.
 
     Args:

@@ -245,11 +245,11 @@ def paint_scatter(axes: Axes, plot: Scatter) -> None:
         axes.scatter(plot.px, plot.py, s=9, alpha=0.7, lw=0, rasterized=len(plot.px) > 500, **colour)
     for line in plot.lines:
         style = "none" if line.bare else "--" if line.dashed else "-"
-        marker = {"marker": "o", "ms": 3.5} if line.dots else {}
+        marker = "o" if line.dots else ""
         x, y = plot.x.place(np.array(line.x)), plot.y.place(np.array(line.y))
-        axes.plot(x, y, ls=style, color=line.colour, lw=1.1, label=line.label, **marker)
+        axes.plot(x, y, ls=style, color=line.colour, lw=1.1, label=line.label, marker=marker, ms=3.5)
     _scale(axes, plot.x, plot.y)
-    if axes.figure.get_figwidth() > 1.5 * WIDTH:
+    if axes.figure.bbox.width / axes.figure.dpi > 1.5 * WIDTH:
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2, ncols=len(plot.lines) or 1)
     elif len(plot.lines) > 1:
         axes.legend(loc="upper left")
@@ -257,7 +257,7 @@ def paint_scatter(axes: Axes, plot: Scatter) -> None:
         bar = axes.figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=axes, pad=0.02, aspect=30)
         ticks = log_ticks(*plot.value_range)
         places = Axis("", *plot.value_range, True).place(np.array(ticks))
-        bar.set_ticks(places, labels=[tick_label(d) for d in ticks])
+        bar.set_ticks(places.tolist(), labels=[tick_label(d) for d in ticks])
         bar.set_label(plot.value_label)
         bar.outline.set_visible(False)
 

@@ -36,7 +36,7 @@ OTHER = "#6b7682"
 KIND_COLOURS = {"energies": "#1f7a6d", "forces": "#2a6f97", "stresses": "#bf6a30"}
 SPECIES = ("#5b8fb0", "#dd9a2e", "#a23b62", "#3f8f7f", "#8c7bb5", "#7d8a4a", "#b5651d", OTHER)
 ERROR = ("#f3e3bd", "#e0a03c", "#b8463f", "#571845")
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.0,
     "text.color": INK,

@@ -319,9 +319,14 @@ def frames_inside(
     return inside
 
 
+def wanted_atoms(recipe: CoverageRecipe, quantile: float) -> float:
+    """Share of the atoms that must lie inside the trust region, of which a share `quantile` of the training data does."""
+    return 1 - min(0.5, 3 * (1 - quantile)) if recipe.atoms is None else recipe.atoms
+
+
 def _atoms(found: NoveltySeries, frames: float, quantile: float, recipe: CoverageRecipe) -> StopCriterion:
     """The share of atoms inside: of all together at least `atoms`, and of no species surely less, nor perhaps less than `frames`."""
-    wanted = 1 - min(0.5, 3 * (1 - quantile)) if recipe.atoms is None else recipe.atoms
+    wanted = wanted_atoms(recipe, quantile)
     numbers, verdicts, told = {}, [], []
     everything = {
         "atoms": (_sum(found.atoms.values()), _sum(found.outside.values())),

@@ -23,7 +23,7 @@ from gpmlp.learning.checkpoint import NAME, TEXT_LOG, TIMES
 from gpmlp.learning.labels import LabelEntry, LabelFile
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.stopping import judge, timeseries
-from gpmlp.learning.stopping.criteria import frames_inside
+from gpmlp.learning.stopping.criteria import frames_inside, wanted_atoms
 from gpmlp.learning.stopping.history import History, Record
 from gpmlp.learning.stopping.recipe import CoverageRecipe, ObservableRecipe
 from gpmlp.potential.evaluation import evaluate
@@ -133,7 +133,7 @@ def collect_run(
         novelty_limit=recipe.trigger.novelty or nan,
         wanted_rate=plateau.labels_per_1000_steps if plateau else nan,
         wanted_frames=coverage.frames if coverage else nan,
-        wanted_atoms=wanted_atoms(coverage, recipe.model.novelty.quantile) if coverage else nan,
+        wanted_atoms=wanted_atoms(coverage, _quantile(recipe)) if coverage else nan,
         refused=refused,
         seconds=progress["seconds"],
         hours=progress["hours"],
@@ -190,6 +190,21 @@ def read_times(folder: Path, events: list[dict[str, Any]]) -> list[dict[str, Any
 # ---------------------------------------------------------------- labels
 
 
+def _initial_labels(
+    events: list[dict[str, Any]], entries: dict[str, LabelEntry], progress: dict[str, Any]
+) -> list[LabelRecord]:
+    """Labels that no walker asked for."""
+    unasked = [k for k, e in entries.items() if e.notes.get("walker", -1) == -1]
+    first = progress["first"] or unasked
+    causes = {first["key"]: first["cause"] for e in events for first in e.get("first") or ()}
+    labels: list[LabelRecord] = []
+    for key in dict.fromkeys((*first, *progress["learned"])):
+        if key in entries and (key in progress["first"] or key in unasked):
+            reason = entries[key].reason
+            labels.append(LabelRecord(len(labels) + 1, key, causes.get(key) or label_cause(reason), reason))
+    return labels
+
+
 def _labels(
     events: list[dict[str, Any]],
     entries: dict[str, LabelEntry],
@@ -197,14 +212,7 @@ def _labels(
     times: list[dict[str, Any]],
 ) -> tuple[LabelRecord, ...]:
     """All labels in the order in which they were learned."""
-    first = progress["first"] or [k for k, e in entries.items() if e.notes.get("walker", -1) == -1]
-    initial = [k for k in dict.fromkeys((*first, *progress["learned"])) if k in entries]
-    initial = [k for k in initial if k in progress["first"] or entries[k].notes.get("walker", -1) == -1]
-    causes = {first["key"]: first["cause"] for e in events for first in e.get("first") or ()}
-    labels = []
-    for number, key in enumerate(initial, 1):
-        reason = entries[key].reason
-        labels.append(LabelRecord(number, key, causes.get(key) or label_cause(reason), reason))
+    labels = _initial_labels(events, entries, progress)
     asks: dict[int, dict[str, Any]] = {}
     temperatures: dict[tuple[int, int], float] = {}
     step: dict[int, int] = {}
@@ -350,7 +358,7 @@ def judge_frames(events: list[dict[str, Any]], recipe: LearnRecipe, labels: int,
             history = history.append(Record.from_json(event))
         elif event["event"] == "learned" and "key" in event:
             history = history.with_label(updated=bool(event.get("refreshed")))
-    quantile = recipe.model.novelty.quantile
+    quantile = _quantile(recipe)
     verdicts = [e for e in events if e["event"] == "judged"]
     if verdicts:
         verdict = verdicts[-1]
@@ -378,9 +386,9 @@ def _ending(stopped: str, verdict: dict[str, Any]) -> str:
     return verdict["limit"] or ("steps" if stopped.startswith("all ") else "unstable")
 
 
-def wanted_atoms(coverage: CoverageRecipe, quantile: float) -> float:
-    """Share of the atoms that must be inside, as the criterion has it."""
-    return 1 - min(0.5, 3 * (1 - quantile)) if coverage.atoms is None else coverage.atoms
+def _quantile(recipe: LearnRecipe) -> float:
+    """Share of the training environments inside the trust region; models that learn have one."""
+    return recipe.model.novelty.quantile if recipe.model.novelty else float("nan")
 
 
 def _run_frames(
@@ -403,7 +411,7 @@ def _run_frames(
     inside = np.zeros(n, dtype=bool)
     if n:
         counts, out = ({z: [history.column(f"{kind}/{z}")] for z in history.species} for kind in ("atoms", "outside"))
-        inside = frames_inside([history.column("novelty_max")], counts, out, recipe.model.novelty.quantile, far)[0]
+        inside = frames_inside([history.column("novelty_max")], counts, out, _quantile(recipe), far)[0]
     columns = {
         "temperature_K": "temperature_K",
         "target_K": "target_temperature_K",
@@ -451,5 +459,6 @@ def _observable_curve(recent: judge.JudgedWindow, wanted: ObservableRecipe) -> O
         return None
     unit = judge.TOLERANCES.get(wanted.name, judge.CUSTOM)[2]
     tolerance = criterion.numbers.get("tolerance", float("nan"))
-    columns = [np.array(c, dtype=float) for c in (steps, mean, sem)]
-    return ObservableCurve(wanted.name, unit, *columns, tolerance, np.array(enough, dtype=bool))
+    return ObservableCurve(
+        wanted.name, unit, np.array(steps), np.array(mean), np.array(sem), tolerance, np.array(enough, dtype=bool)
+    )

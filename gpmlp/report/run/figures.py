@@ -37,8 +37,7 @@ HALF = 4.9, 3.2
 
 def _legend(axes: Axes, columns: int = 2) -> None:
     """Above the axes, where it hides nothing."""
-    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2, "handlelength": 1.6}
-    axes.legend(ncols=columns, **place)
+    axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2, handlelength=1.6)
 
 
 def paint_rate(axes: Axes, rates: dict[str, list[float]], wanted: float) -> None:
@@ -130,6 +129,8 @@ def paint_causes(axes: Axes, counts: dict[str, int]) -> None:
 
 def paint_bounds(axes: Axes, data: RunData) -> None:
     """Largest force error of each label beside the bound that was predicted."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.grid(color=GRID, lw=0.7)
     finite = [(l, e) for l, e in data.predicted if np.isfinite(e.bound) and np.isfinite(e.largest_error)]
     number = np.array([label.number for label, _ in finite])
@@ -147,7 +148,7 @@ def paint_bounds(axes: Axes, data: RunData) -> None:
         axes.plot(number, limit, color=PALE, lw=1.0, ls="--", label="limit")
     axes.set(xlabel="label", ylabel="force error of the worst atom, eV/Å")
     axes.set_ylim(0, 1.06 * float(np.nanmax([bound.max(), error.max(), *limit])))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     _legend(axes)
 
 
