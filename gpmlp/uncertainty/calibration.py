@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core.errors import UserError, check_choice, check_shape
+from gpmlp.core.json_values import json_value
 from gpmlp.core.quantities import KINDS, Prediction, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.uncertainty.scores import gaussian_multiplier, known_errors, smallest_std
@@ -118,11 +119,9 @@ class KindCalibration:
 
     def _multipliers(self, species: str, column: int) -> Tensor:
         """(bins,) multipliers of a species, or else those of the bin, or else those of all."""
-        out = []
-        for b in range(len(self.edges) + 1):
-            names = (f"{species}/{b}", f"*/{b}", EVERYTHING)
-            out.append(next(self.multipliers[name][column] for name in names if name in self.multipliers))
-        return torch.tensor(out, dtype=torch.float64)
+        rows, wider = self.multipliers, self.multipliers[EVERYTHING]
+        row_of_bin = [rows.get(f"{species}/{b}", rows.get(f"*/{b}", wider)) for b in range(len(self.edges) + 1)]
+        return torch.tensor([row[column] for row in row_of_bin], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -196,30 +195,21 @@ class Calibration:
         """Half-width (n,) of the interval about the prediction that holds a new error with probability `level`.
 
         Args:
-            std: (n,) calibrated standard deviation.
+            std: (n,) calibrated standard deviation; species: (n,) Z of the central atom, not needed.
             level: up to 0.99; between two of LEVELS the next higher is used.
-            species: (n,) Z of the central atom; not needed.
         """
         check_choice("kind of observation", kind, self.kinds)
         return self.kinds[kind].half_width(std, level, species)
 
     def as_dict(self) -> dict:
         """Plain data for JSON; from_dict restores it exactly."""
-        kinds = {}
-        for kind, calibration in self.kinds.items():
-            plain = asdict(calibration)
-            plain["multipliers"] = {name: list(row) for name, row in calibration.multipliers.items()}
-            kinds[kind] = plain | {"edges": list(calibration.edges), "weights": list(calibration.weights)}
+        kinds = {kind: json_value(asdict(calibration)) for kind, calibration in self.kinds.items()}
         numbers = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale}
         return {"levels": list(LEVELS), "kinds": kinds, "source": self.source} | numbers
 
     @staticmethod
     def from_dict(plain: dict) -> Calibration:
-        """Restore what as_dict gave.
-
-        Raises:
-            UserError: a table on other levels than LEVELS.
-        """
+        """Restore what as_dict gave; a UserError if its levels are not LEVELS."""
         if tuple(plain["levels"]) != LEVELS:
             raise UserError(f"Calibration on levels {plain['levels']}; this version of gpmlp has {LEVELS}.")
         kinds = {}
@@ -249,15 +239,16 @@ def _table(
     counts = {EVERYTHING: len(conformity)}
 
     def add(name: str, members: Tensor, wider: str) -> None:
-        if len(members) >= MEMBERS:
-            multipliers[name], counts[name] = _row(members, multipliers[wider]), len(members)
+        if int(members.sum()) >= MEMBERS:
+            row = _row(conformity[members], multipliers.get(wider, multipliers[EVERYTHING]))
+            multipliers[name], counts[name] = row, int(members.sum())
 
     for b in range(n_bins if n_bins > 1 else 0):
-        add(f"*/{b}", conformity[bins == b], EVERYTHING)
-    for z in [] if species is None else species.unique().tolist():
-        for b in range(n_bins):
-            wider = f"*/{b}" if f"*/{b}" in multipliers else EVERYTHING
-            add(f"{z}/{b}", conformity[(bins == b) & (species == z)], wider)
+        add(f"*/{b}", bins == b, EVERYTHING)
+    if species is not None:
+        for z in species.unique().tolist():
+            for b in range(n_bins):
+                add(f"{z}/{b}", (bins == b) & (species == z), f"*/{b}")
     return multipliers, counts
 
 
