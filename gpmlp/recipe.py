@@ -1,4 +1,4 @@
-"""Recipe is the validated list of choices from which a potential is made; None means: chosen from the data."""
+"""Recipe of a potential: the validated choices of a fit; None = chosen from the data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def _kind_of_device(name: str) -> str:
-    """Refuse what is no device anywhere; whether this machine has it is asked where it is used (a model may come from another)."""
+    """Refuse names of no device; whether this machine has it is checked where it is used, as a model may come from another."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(
             f"'{name}' is no device of gpmlp; torch has {', '.join(errors.available_devices())} on this machine"
@@ -27,7 +27,7 @@ Device = Annotated[str, AfterValidator(_kind_of_device)]
 
 
 def _only_evidence(name: object) -> object:
-    """Say what became of the evidence that is no longer there."""
+    """Refuse the evidence of older versions with a message of its own."""
     if name == "vfe":
         raise ValueError(
             "'vfe' is no longer offered: noises and signals maximise the evidence 'dtc'; leave `evidence` out"
@@ -70,7 +70,7 @@ class DescriptorRecipe(_Section):
 
 
 class KernelRecipe(_Section):
-    """A zonal kernel f(x.x'): polynomial (x.x')^zeta, exponential exp((x.x' - 1)/length^2), or a weighted sum of terms."""
+    """A zonal kernel f(x.x'): polynomial (x.x')^zeta, exponential exp((x.x' - 1)/length^2), or a sum of weighted terms."""
 
     name: Literal["polynomial", "exponential", "sum"] = "polynomial"
     zeta: Annotated[int, Field(ge=1, le=16)] | None = None
@@ -86,7 +86,7 @@ class KernelRecipe(_Section):
 
 
 class InducingRecipe(_Section):
-    """Sparse points: n centres in all (of each descriptor), each with a value and up to `gradients` directional derivatives."""
+    """Sparse points: n centres of each descriptor, each with its value and up to `gradients` directional derivatives."""
 
     method: Literal["greedy", "farthest", "cur", "random"] = "greedy"
     n: Count | None = None
@@ -95,14 +95,14 @@ class InducingRecipe(_Section):
 
 
 class PriorRecipe(_Section):
-    """A log-normal prior: half of it lies below the median, and 68 % within a factor of it either way."""
+    """A log-normal prior: 68 % of it lie between median / factor and median * factor."""
 
     median: Positive
     factor: Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
 def _bounds(value: Any) -> Any:
-    """Refuse what is no pair of a lower and a higher number."""
+    """Refuse all but a pair of a lower and a higher positive number."""
     numbers = isinstance(value, (list, tuple)) and len(value) == 2 and not any(isinstance(v, bool) for v in value)
     try:
         low, high = (float(v) for v in value) if numbers else (0.0, 0.0)
@@ -114,7 +114,7 @@ def _bounds(value: Any) -> Any:
 
 
 class LearnedRecipe(_Section):
-    """A standard deviation that is learned, in the unit of the key: where from, by which prior, between which bounds."""
+    """A standard deviation to be learned, in the unit of its key: start of the optimisation, prior, bounds."""
 
     start: Positive | None = None
     prior: PriorRecipe | None = None
@@ -129,20 +129,20 @@ class LearnedRecipe(_Section):
         return self
 
 
-def _form(value: Any) -> str:
+def _tag(value: Any) -> str:
     return "LearnedRecipe" if isinstance(value, (dict, LearnedRecipe)) else "number"
 
 
-# a number is kept, a section is learned; told apart by form, so that what is said of a mistake is of the form that is there
+# a number is fixed, a section is learned; a tag chosen by type, so that a mistake gives the message of one of them only
 Std = Annotated[
-    Annotated[Positive, Tag("number")] | Annotated[LearnedRecipe, Tag("LearnedRecipe")], Discriminator(_form)
+    Annotated[Positive, Tag("number")] | Annotated[LearnedRecipe, Tag("LearnedRecipe")], Discriminator(_tag)
 ]
 
 
-def _by_symbol(given: dict[str, Any]) -> dict[str, Any]:
-    for name in given:
+def _by_symbol(signal: dict[str, Any]) -> dict[str, Any]:
+    for name in signal:
         errors.atomic_number(name)
-    return given
+    return signal
 
 
 Signal = Annotated[dict[str, Std], AfterValidator(_by_symbol)]
@@ -173,36 +173,36 @@ class ZBLRecipe(_Section):
 
 
 class BaselineRecipe(_Section):
-    """Energy terms that are added, not learned. isolated_atoms: 'auto' (config_type=isolated_atom frames where there, else
-    least squares over compositions), 'least_squares', 'none', or energies in eV by chemical symbol."""
+    """Energy terms that are added, not learned. isolated_atoms: 'auto' (from frames with config_type=isolated_atom if there are any,
+    else least squares over compositions), 'least_squares', 'none', or energies in eV by chemical symbol."""
 
     isolated_atoms: Literal["auto", "least_squares", "none"] | dict[str, float] = "auto"
     zbl: ZBLRecipe | Literal[False] = ZBLRecipe()
 
 
 class VarianceRecipe(_Section):
-    """The posterior kept for variances: at most `columns` inducing variables, the most important ones."""
+    """Posterior for variances: of at most `columns` inducing variables, the most important ones."""
 
     columns: Count | None = None
 
 
 class CalibrationRecipe(_Section):
-    """What is set aside to learn how large errors are: a share of the structures, at most about so many atoms."""
+    """Held-out data for the calibration of variances: a fraction of the structures, with at most about so many atoms."""
 
     fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     atoms: Count = 1000
 
 
 class NoveltyRecipe(_Section):
-    """Mahalanobis distances: the threshold is this quantile of held-out environments; learned from at most `samples` per species."""
+    """Mahalanobis distances from at most `samples` environments per species; threshold at this quantile of held-out environments."""
 
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.99
     samples: Annotated[int, Field(ge=10)] = 2000
 
 
 class Recipe(_Section):
-    """Everything that `fit` may be told. signal: standard deviations of local energies by chemical symbol, eV, learned where
-    left out; memory_GB bounds the factors of the fit."""
+    """All choices of a fit. signal: standard deviations of local energies by chemical symbol, eV, learned where left out; memory_GB:
+    bound on the factors of the fit."""
 
     descriptor: DescriptorRecipe | tuple[DescriptorRecipe, ...] = DescriptorRecipe()
     kernel: KernelRecipe | tuple[KernelRecipe, ...] = KernelRecipe()
@@ -210,7 +210,7 @@ class Recipe(_Section):
     noise: NoiseRecipe = NoiseRecipe()
     signal: Signal | tuple[Signal, ...] = {}
     baseline: BaselineRecipe = BaselineRecipe()
-    evidence: Annotated[Literal["dtc"], BeforeValidator(_only_evidence)] = "dtc"  # as older recipes and runs have it
+    evidence: Annotated[Literal["dtc"], BeforeValidator(_only_evidence)] = "dtc"  # a key of older recipes and runs
     variance: VarianceRecipe | Literal[False] = VarianceRecipe()
     calibration: CalibrationRecipe | Literal[False] = CalibrationRecipe()
     novelty: NoveltyRecipe | Literal[False] = NoveltyRecipe()
