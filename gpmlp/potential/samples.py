@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, overload
@@ -95,11 +97,10 @@ class PosteriorSamples(Sequence):
         parts = []
         for chunk in chunk_structures(structures, CHUNK_ATOMS):
             moved = self.mean.to_own_device(chunk)
-            baselines = (term(moved).map(lambda v: v[None]) for term in self.mean.baselines)
-            total = sum(baselines, start=_zero_prediction(moved, len(self)))
-            for term in self.terms:
-                total = total + _predict_term(term, moved)
-            parts.append(total)
+            shared = [baseline(moved).map(lambda v: v[None]) for baseline in self.mean.baselines]
+            parts.append(
+                functools.reduce(operator.add, [*shared, *(_predict_term(term, moved) for term in self.terms)])
+            )
         fields = [(p.energies, p.atom_energies, p.forces, p.stresses) for p in parts]
         energies, local, forces, stresses = (torch.cat(values, dim=1) for values in zip(*fields, strict=True))
         joined = Prediction(energies, local, forces, stresses)
@@ -207,11 +208,3 @@ def _predict_term(term: EnergyTerm, structures: Structures) -> Prediction:
     stresses = neighbors.scatter_virials(structures, view.neighbors, vectors, last).movedim(-1, 0)
     energies = local.new_zeros(len(structures), local.shape[1]).index_add(0, structures.structure_of_atom, local)
     return Prediction(energies.T, local.T, forces, stresses / structures.volumes[:, None, None])
-
-
-def _zero_prediction(structures: Structures, k: int) -> Prediction:
-    like, n = structures.positions, len(structures)
-    stresses = (0.0 * structures.volumes)[:, None, None].expand(k, n, 3, 3)
-    return Prediction(
-        like.new_zeros(k, n), like.new_zeros(k, structures.n_atoms), like.new_zeros(k, structures.n_atoms, 3), stresses
-    )
