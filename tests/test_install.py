@@ -156,5 +156,5 @@ def test_imports_and_requirements_are_the_same():
     for name in imported - by_calculators:
         assert brought.get(name, {name}) & {*always, *extras}, f"{name} is imported, and not in setup.cfg"
     used = set().union(*(brought.get(name, {name}) for name in imported))
-    idle = set(always) - used - {"jinja2"}  # the pages of reports will be made with it
+    idle = set(always) - used
     assert not idle, f"required by setup.cfg, and not imported: {sorted(idle)}"

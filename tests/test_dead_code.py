@@ -1,0 +1,37 @@
+"""What the package defines, the package uses; names that only others call are listed here, with who does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import vulture
+
+PACKAGE = Path(__file__).resolve().parents[1] / "gpmlp"
+KINDS = {"class", "function", "import", "method", "property", "unreachable_code"}
+BY_DECORATORS = ["@app.command*", "@*_validator*", "@overload*", "@intrinsic*", "@register_model*"]
+USED_BY = {
+    "exec_module": "Python's import system",
+    "gpaw": "recipes, by name",
+    "quantum_espresso": "recipes, by name",
+    "PySCF": "recipes, by name",
+    "Oracle": "the protocol that oracles of users follow",
+    "CalculatorOracle": "users (docs/oracles.md)",
+    "committee": "users (docs/uncertainty.md)",
+    "structures_and_targets": "users, to fit to the labels of a run",
+    "without": "users, to take inducing points out of an online model",
+    "diffusion_of": "users, of a whole trajectory",
+    "student": "users of versions before 0.2",
+    "evaluations": "tests",
+    "species_pairs": "tests",
+    "any_exceedance": "tests",
+}
+
+
+def test_nothing_is_defined_in_vain():
+    search = vulture.Vulture(ignore_names=["__*__"], ignore_decorators=BY_DECORATORS)
+    search.scavenge([PACKAGE])
+    unused = {
+        item.name: f"{item.filename}:{item.first_lineno}" for item in search.get_unused_code() if item.typ in KINDS
+    }
+    assert not {name: where for name, where in unused.items() if name not in USED_BY}
+    assert not set(USED_BY) - set(unused), "these are used by now, or gone: take them off the list"
