@@ -143,13 +143,13 @@ def test_the_error_table():
         targets.energies + BATCH.counts * 0.002, torch.zeros(18), targets.forces + torch.tensor([0.1, 0.0, -0.2]).double(),
         targets.stresses + 2 * units.GPA,
     )  # fmt: skip
-    table = error_table(BATCH, targets, prediction, units.GPA)
+    table = error_table(BATCH, targets, prediction)
     assert table.energy_mae_meV_per_atom == pytest.approx(2.0)
     assert table.force_mae_meV_per_A == pytest.approx(100.0)
     assert table.force_rmse_meV_per_A == pytest.approx(1e3 * math.sqrt(0.05 / 3))
     assert table.stress_mae_GPa == pytest.approx(2.0)
     assert (table.n_structures, table.n_atoms) == (8, 18)
-    nothing = error_table(BATCH, Targets.unlabelled(BATCH), prediction, units.GPA)
+    nothing = error_table(BATCH, Targets.unlabelled(BATCH), prediction)
     assert math.isnan(nothing.energy_mae_meV_per_atom)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpmlp.core import parallel, units
+from gpmlp.core import parallel
 from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.errors import chemical_symbol
 from gpmlp.core.quantities import Targets
@@ -164,7 +164,7 @@ def _validation_errors(potential: Potential, structures: Structures, targets: Ta
     """Errors on data that were not learned from; of energies only if any were learned."""
     if not energies:
         targets = replace(targets, energies=torch.full_like(targets.energies, float("nan")))
-    return error_table(structures, targets, potential(structures), units.GPA)
+    return error_table(structures, targets, potential(structures))
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,9 +115,9 @@ def compare_prediction(
     for name in sorted(set(targets.config_types) - {""}):
         members = [i for i, label in enumerate(targets.config_types) if label == name]
         some = structures.select(members), targets.select(structures, members), prediction.select(structures, members)
-        tables[name] = error_table(*some, units.GPA)
+        tables[name] = error_table(*some)
         tables_of_scores[name] = score_variances(*some, calibration)
-    overall = error_table(structures, targets, prediction, units.GPA)
+    overall = error_table(structures, targets, prediction)
     scores = score_variances(structures, targets, prediction, calibration)
     return Evaluation(prediction, overall, tables, scores, tables_of_scores)
 
@@ -155,20 +155,16 @@ class ErrorTable:
     n_atoms: int
 
 
-def error_table(structures: Structures, targets: Targets, prediction: Prediction, gpa: float) -> ErrorTable:
-    """Compare predicted with reference energies (per atom), force components and stress components.
+def error_table(structures: Structures, targets: Targets, prediction: Prediction) -> ErrorTable:
+    """Compare predicted with reference energies (per atom), force components and stress components."""
 
-    Args:
-        gpa: 1 GPa in eV/A^3 (units.GPA); the table is a border, so units are in its names.
-    """
-
-    def both(difference: Tensor, scale: float) -> tuple[float, float]:
+    def mae_and_rmse(difference: Tensor, scale: float) -> tuple[float, float]:
         known = difference[~torch.isnan(difference)] * scale
         if not known.numel():
             return float("nan"), float("nan")
         return known.abs().mean().item(), known.square().mean().sqrt().item()
 
-    energy = both((prediction.energies - targets.energies) / structures.counts, 1e3)
-    force = both(prediction.forces - targets.forces, 1e3)
-    stress = both(prediction.stresses - targets.stresses, 1 / gpa)
+    energy = mae_and_rmse((prediction.energies - targets.energies) / structures.counts, 1e3)
+    force = mae_and_rmse(prediction.forces - targets.forces, 1e3)
+    stress = mae_and_rmse(prediction.stresses - targets.stresses, 1 / units.GPA)
     return ErrorTable(*energy, *force, *stress, len(structures), structures.n_atoms)

@@ -42,12 +42,10 @@ class ReservoirSample:
         self._random = np.random.default_rng(seed)
         self._keys = torch.zeros(0, dtype=torch.float64)
         self._rows: Tensor | None = None
-        self.n_streamed = 0
 
     def add(self, rows: Tensor) -> None:
         """Take a chunk (rows, features); only rows that stay are copied."""
         keys = torch.from_numpy(self._random.random(len(rows)))
-        self.n_streamed += len(rows)
         if len(self._keys) == self._size:
             above = (keys > self._keys.min()).nonzero()[:, 0]
             rows, keys = rows[above.to(rows.device)], keys[above]
