@@ -244,7 +244,7 @@ def learning_summary(report: Mapping[str, Any]) -> Table:
         *variance_columns(report),
         (
             "updates",
-            f"{report['updates']} of the factor since it was made from all rows; its error {report['drift']:.0e}",
+            f"{report['updates']} of the factor since it was computed from all rows; its error {report['drift']:.0e}",
         ),
     ]
     pairs += [("last", report["events"][-1])] if report["events"] else []
@@ -331,9 +331,9 @@ class TrialBars:
             share = max(share, number / self.most)
             left_s = min(left_s, (self.most - number) * used_s / number) if number else left_s
         top = best_trial(self.done)
-        said = [f"best {_result(t)}" for t in (top,) if t] + [f"last {_settings(t)}" for t in self.done[-1:]]
+        parts = [f"best {_result(t)}" for t in (top,) if t] + [f"last {_settings(t)}" for t in self.done[-1:]]
         left = f"{math.ceil(left_s / 60)} min left"
-        note = escape("; ".join(said) or "the start recipe")
+        note = escape("; ".join(parts) or "the start recipe")
         self.bar.update(self.task, description=f"trial {number}", completed=share, left=left, note=note)
 
 

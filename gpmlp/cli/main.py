@@ -157,7 +157,7 @@ def report_command(
     model: Annotated[Path, typer.Argument(help="Model file; or the folder of a learning run, for the page about it.")],
     data: Annotated[Path | None, typer.Argument(help="Reference data: extended XYZ, or any format of ASE.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write to; made if not there.")
+        Path | None, typer.Option("--output", "-o", help="Folder to write to; created if missing.")
     ] = None,
 ) -> None:
     """Write the uncertainty report: one HTML page, its figures, and every number as JSON."""
@@ -303,13 +303,13 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         except ClickException as error:
             return _usage_error(error)
-        except SystemExit as ended:  # of a command that has said all there is to say
+        except SystemExit as ended:  # of a command that has printed its message
             return int(ended.code or 0)
         except (KeyboardInterrupt, typer.Abort):
             print_message("error", "interrupted; files that were complete are kept, others are as they were.")
             return INTERRUPTED
         except BrokenPipeError:
-            # the reader of a pipe (head, less) has gone: nobody is left to tell
+            # the reader of a pipe (head, less) has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except Exception as error:  # reported, with a traceback on demand: the last line of defence
@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory is used up; torch says it by a RuntimeError, on a GPU by a subclass of it."""
+    """Whether memory is used up, which torch reports by a RuntimeError, on a GPU by a subclass of it."""
     texts = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)

@@ -26,7 +26,7 @@ class Section:
     """One section of a page.
 
     Attributes:
-        id: of its block in the template; title: above it.
+        id: of its block in the template, and of its anchor; title: above it.
         key: of its answer in report.json.
         answer: the sentences that open it.
     """
@@ -62,9 +62,9 @@ class Page:
     values: Mapping[str, Any]
 
     def write(self, folder: Path) -> Path:
-        """Write index.html, report.json and figures/ into folder (made if missing); return the path of index.html.
+        """Write index.html, report.json and figures/ into folder (created if missing); return the path of index.html.
 
-        A report.html, the former name of the page, is removed, so that it does not stand beside numbers that are not its own.
+        A report.html, the former name of the page, is removed, so that no page of other numbers remains.
         """
         folder = Path(folder)
         (folder / "figures").mkdir(parents=True, exist_ok=True)

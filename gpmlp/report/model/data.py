@@ -19,7 +19,6 @@ from gpmlp.potential.evaluation import Evaluation
 from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty.scores import Scores, area_under_roc, spearman_correlation
 
-KINDS = ("energies", "forces", "stresses")
 UNITS = {"energies": "meV/atom", "forces": "meV/Å", "stresses": "GPa"}
 CAUSES = ("noise", "data", "misspecification", "inducing")
 NO_TYPE = "(no config_type)"
@@ -157,7 +156,7 @@ class ReportData:
             raise errors.UserError(f"`structure` must hold indices of structures, 0 to {n - 1}.")
 
     def labelled(self, kind: str) -> LabelledComponents:
-        """The components of one of KINDS that have a label and a finite prediction."""
+        """The components of a kind (energies, forces, stresses) that have a label and a finite prediction."""
         reference, predicted, std = getattr(self, f"_{kind}")()
         finite = np.isfinite(reference) & np.isfinite(predicted)
         rows, components = np.nonzero(finite)
@@ -246,14 +245,14 @@ def collect_data(
     model_name: str,
     data_name: str,
     version: str,
-    known: DataOverlap | None = None,
+    overlap: DataOverlap | None = None,
 ) -> ReportData:
     """The data of the report about a potential on labelled structures.
 
     Args:
         evaluation: evaluate(potential, structures, targets); without variances the sections that need them say so.
-        version: of the package that made the model, for the citation.
-        known: which of these structures the model was trained or calibrated on, where that was compared.
+        version: of the package that wrote the model, for the citation.
+        overlap: which of these structures the model was trained or calibrated on, where that was compared.
     """
     prediction = evaluation.prediction
     forces, energies, stresses = prediction.forces_variance, prediction.energies_variance, prediction.stresses_variance
@@ -264,8 +263,8 @@ def collect_data(
         title=f"Uncertainty report: {model_name}",
         model_name=model_name,
         data_name=data_name,
-        trained_on=known is not None and known.training,
-        held_out=0 if known is None else known.held_out,
+        trained_on=overlap is not None and overlap.training,
+        held_out=0 if overlap is None else overlap.held_out,
         names=structures.names,
         n_atoms=_numpy(structures.counts),
         energy_reference=_numpy(targets.energies),

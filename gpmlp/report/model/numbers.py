@@ -42,8 +42,8 @@ def rank_correlation(std: np.ndarray, error: np.ndarray) -> float:
 
 def labelled_views(data: ReportData) -> dict[str, LabelledComponents]:
     """kind -> its labelled components, for the kinds that have any."""
-    found = {kind: data.labelled(kind) for kind in ("forces", "energies", "stresses")}
-    return {kind: view for kind, view in found.items() if len(view)}
+    views = {kind: data.labelled(kind) for kind in ("forces", "energies", "stresses")}
+    return {kind: view for kind, view in views.items() if len(view)}
 
 
 def with_std(labelled: dict[str, LabelledComponents]) -> dict[str, LabelledComponents]:
@@ -52,7 +52,7 @@ def with_std(labelled: dict[str, LabelledComponents]) -> dict[str, LabelledCompo
 
 
 def error_table(data: ReportData, labelled: dict[str, LabelledComponents], structures: np.ndarray) -> dict[str, float]:
-    """MAE, RMSE and largest error of each kind over some structures (bool mask); of stresses over all nine components."""
+    """MAE, RMSE and largest error of each kind over the structures of a mask; of stresses over all nine components."""
     row: dict[str, float] = {"n_structures": int(structures.sum()), "n_atoms": int(data.n_atoms[structures].sum())}
     for kind, (name, unit) in KEYS.items():
         error = np.zeros(0)
@@ -87,8 +87,8 @@ def group_errors(data: ReportData, view: LabelledComponents, by: str) -> dict[st
         labels = np.array([chemical_symbol(int(z)) for z in data.species], dtype=object)[view.row]
     else:
         labels = data.types[view.structure]
-    found = {str(name): np.abs(view.error[labels == name]) for name in set(labels)}
-    return dict(sorted(found.items(), key=lambda item: -root_mean_square(item[1])))
+    groups = {str(name): np.abs(view.error[labels == name]) for name in set(labels)}
+    return dict(sorted(groups.items(), key=lambda item: -root_mean_square(item[1])))
 
 
 def error_quantiles(values: np.ndarray) -> dict[str, float]:
@@ -145,12 +145,12 @@ def std_bins(view: LabelledComponents, bins: int = 20) -> dict:
 
 def rank_correlations(data: ReportData, labelled: dict[str, LabelledComponents]) -> dict[str, dict[str, float]]:
     """Spearman's coefficient of std and |error| of each kind under the name that says of what: as given in scores, or counted."""
-    found = {}
+    ranks = {}
     for kind, view in with_std(labelled).items():
         std, error = (data.atom_std, data.atom_error) if kind == "forces" else (view.std, np.abs(view.error))
         value = (data.scores.get(kind) or {}).get(ORDERED[kind])
-        found[kind] = {ORDERED[kind]: rank_correlation(std, error) if value is None or value != value else value}
-    return found
+        ranks[kind] = {ORDERED[kind]: rank_correlation(std, error) if value is None or value != value else value}
+    return ranks
 
 
 def sparsification_numbers(view: LabelledComponents) -> dict:
@@ -168,19 +168,19 @@ def trust_region(data: ReportData) -> dict | None:
     """Atoms inside and outside the trust region with their force errors; None without novelty."""
     if data.novelty is None or np.isnan(data.novelty).all():
         return None
-    known = ~np.isnan(data.novelty)
-    outside = known & (data.novelty > 1)
+    finite = ~np.isnan(data.novelty)
+    outside = finite & (data.novelty > 1)
     error = 1e3 * data.atom_error
     labelled = np.isfinite(error)
     types = data.types[np.asarray(data.structure)]
-    share = {str(t): float(outside[(types == t) & known].mean()) for t in set(types[known])}
+    share = {str(t): float(outside[(types == t) & finite].mean()) for t in set(types[finite])}
     return {
-        "n_atoms": int(known.sum()),
+        "n_atoms": int(finite.sum()),
         "n_outside": int(outside.sum()),
         "n_unseen": int(np.isinf(data.novelty).sum()),
-        "rmse_inside_meV_per_A": root_mean_square(error[labelled & known & ~outside]),
+        "rmse_inside_meV_per_A": root_mean_square(error[labelled & finite & ~outside]),
         "rmse_outside_meV_per_A": root_mean_square(error[labelled & outside]),
-        "std_inside_meV_per_A": root_mean_square(1e3 * data.atom_std[known & ~outside]),
+        "std_inside_meV_per_A": root_mean_square(1e3 * data.atom_std[finite & ~outside]),
         "std_outside_meV_per_A": root_mean_square(1e3 * data.atom_std[outside]),
         "share_outside_by_config_type": dict(sorted(share.items(), key=lambda item: -item[1])),
     }

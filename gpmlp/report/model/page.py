@@ -31,13 +31,13 @@ MAIN_KINDS = ("forces", "energies", "stresses")  # in the order of their weight 
 NOISE_UNITS = {"energies": "eV/atom", "forces": "eV/Å", "stresses": "eV/Å³"}
 SIZES = (
     ("columns", "inducing variables asked for"),
-    ("rank", "kept"),
+    ("rank", "of these independent"),
     ("condition", "condition number"),
     ("jitter", "largest jitter"),
     ("negative_log_evidence", "negative log evidence, nats"),
 )
 SUBSET = (
-    ("columns", "columns kept for variances"),
+    ("columns", "columns for variances"),
     ("std_ratio_median", "std of forces from these / from all, median"),
     ("covariance_error_scaled", "relative error of force covariances, scaled"),
     ("std_spearman", "rank correlation of these std"),
@@ -52,7 +52,7 @@ SCORES = {
 
 
 def write_model_page(data: ReportData, folder: Path) -> Path:
-    """Write index.html, report.json and figures/ into folder (made if missing); return the path of index.html."""
+    """Write index.html, report.json and figures/ into folder (created if missing); return the path of index.html."""
     return model_page(data).write(folder)
 
 
@@ -107,18 +107,23 @@ def model_page(data: ReportData) -> Page:
 
 
 def _sections(data: ReportData, labelled: Labelled, numbers: Numbers) -> list[Section]:
-    return [
-        Section("wrong", "How large are the errors?", "How wrong is it?", error_answer(data, labelled, numbers)),
-        Section("know", "Are the error bars calibrated?", "Does it know?", calibration_answer(data, numbers)),
-        Section(
-            "blind", "Where does the model extrapolate?", "Where is it blind?", extrapolation_answer(data, numbers)
-        ),
-        Section("why", "What causes the uncertainty?", "Why?", cause_answer(numbers)),
-        Section(
-            "next", "Which structures to label next?", "What to label next?", labelling_answer(numbers["label_next"])
-        ),
-        Section("made", "How was the model fitted?", "How was the model made?", fit_answer(data)),
-    ]
+    titles = (
+        ("errors", "How large are the errors?", "How wrong is it?"),
+        ("calibration", "Are the error bars calibrated?", "Does it know?"),
+        ("extrapolation", "Where does the model extrapolate?", "Where is it blind?"),
+        ("causes", "What causes the uncertainty?", "Why?"),
+        ("labelling", "Which structures to label next?", "What to label next?"),
+        ("fit", "How was the model fitted?", "How was the model made?"),
+    )
+    answers = (
+        error_answer(data, labelled, numbers),
+        calibration_answer(data, numbers),
+        extrapolation_answer(data, numbers),
+        cause_answer(numbers),
+        labelling_answer(numbers["label_next"]),
+        fit_answer(data),
+    )
+    return [Section(*title, answer) for title, answer in zip(titles, answers, strict=True)]
 
 
 def extrapolation_values(data: ReportData) -> dict[str, Any]:
@@ -181,7 +186,7 @@ def _fit_values(model: dict[str, Any]) -> dict[str, Any]:
     ]
     noise += [(f"signal {name}", f"{format_number(value)} eV") for name, value in (model.get("signal") or {}).items()]
     origin = model.get("provenance") or {}
-    versions = [f"made {origin['created']}"] if origin.get("created") else []
+    versions = [f"fitted {origin['created']}"] if origin.get("created") else []
     versions += [f"{name} {version}" for name, version in (origin.get("versions") or {}).items()]
     return {
         "fit_sizes": sizes,
@@ -228,11 +233,11 @@ def error_answer(data: ReportData, labelled: Labelled, numbers: Numbers) -> str:
 def _overlap(data: ReportData, count: int) -> str:
     """A warning where these structures served for training or calibration; '' if not."""
     if data.trained_on:
-        return "These are the data the model was trained on, so this says nothing of new structures. "
+        return "These are the data the model was trained on, so errors of new structures may be larger. "
     if data.held_out:
         return (
             f"Of these structures {data.held_out:,} of {count:,} are among those that the error bars were calibrated on and the model "
-            "then learned from, so this says less of new structures than it seems to. "
+            "then trained on, so errors of new structures may be larger. "
         )
     return ""
 
@@ -329,7 +334,7 @@ def fit_answer(data: ReportData) -> str:
     """Size, time and memory of the fit."""
     model = data.model
     if not model:
-        return "Unknown: the model came without a record of how it was made."
+        return "Unknown: the model came without a record of its fit."
     parts = []
     if rows := model.get("rows"):
         parts.append(f"from {sum(rows.values()) if isinstance(rows, dict) else rows:,} observations")

@@ -346,14 +346,14 @@ class JudgedFrames:
 
 
 def judge_frames(events: list[dict[str, Any]], recipe: LearnRecipe, labels: int, hours: float) -> JudgedFrames:
-    """The frames and the verdict that the events of log.jsonl tell of; judged here where the run had not come to it.
+    """Frames and verdict from the events of log.jsonl; judged here where the run has not come to it.
 
     Args:
         labels: number of labels; hours: of the whole run.
     """
     history, asked = History(), []
     for event in events:
-        if event["event"] == "look":  # where it says so, this frame asked; the history is told when the label has come
+        if event["event"] == "look":  # `asked`: this frame asked for a label, which the history notes once it has come
             asked.append(bool(event.get("asked")))
             history = history.append(Record.from_json(event))
         elif event["event"] == "learned" and "key" in event:

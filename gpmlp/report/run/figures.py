@@ -212,10 +212,10 @@ def walker_colour(walker: int) -> str:
     return SPECIES[walker % len(SPECIES)]
 
 
-def _series(data: RunData, name: str, title: str, y: Axis, values: np.ndarray, some: np.ndarray) -> Scatter:
+def _series(data: RunData, name: str, title: str, y: Axis, values: np.ndarray, index: np.ndarray) -> Scatter:
     """A quantity of frames (places among those drawn) against time, with the other quantities for the pointer."""
     frames, drawn = data.frames, drawn_frames(data)
-    chosen = drawn[some]
+    chosen = drawn[index]
     time = frames.time_ps[chosen]
     begin, end = (float(time.min()), float(time.max())) if len(time) else (0.0, 1.0)
     room = 0.01 * (end - begin) or 0.01
@@ -230,7 +230,7 @@ def _series(data: RunData, name: str, title: str, y: Axis, values: np.ndarray, s
             ("outside the trust region", "%", 100 * frames.outside[chosen]),
         )
     return Scatter(
-        name, title, x, y, x.place(time), y.place(values), some, np.full(len(some), -1), np.nan_to_num(values), columns,
+        name, title, x, y, x.place(time), y.place(values), index, np.full(len(index), -1), np.nan_to_num(values), columns,
         colour=DOTS,
     )  # fmt: skip
 
@@ -278,14 +278,14 @@ def _range(values: np.ndarray, *others: float, log: bool = False) -> tuple[float
 def _window(data: RunData) -> Scatter | None:
     """Largest σ over the limit in the frames over which stopping was judged."""
     frames, drawn = data.frames, drawn_frames(data)
-    some = frames.window[drawn].nonzero()[0]
-    chosen = drawn[some]
+    index = frames.window[drawn].nonzero()[0]
+    chosen = drawn[index]
     with np.errstate(invalid="ignore", divide="ignore"):
         values = frames.sigma[chosen] / frames.limit[chosen]
     if not np.isfinite(values).any():
         return None
     y = Axis("largest force σ / limit", 0.0, _range(values, 1.0)[1])
-    plot = _series(data, "window_sigma", "", y, values, some)
+    plot = _series(data, "window_sigma", "", y, values, index)
     return _with_lines(plot, data, values, chosen, _level(plot, 1.0, "limit"))
 
 

@@ -45,7 +45,7 @@ MODEL = (
     ("rank", "inducing variables"),
     ("condition", "condition number"),
     ("drift", "error of the factor after updates"),
-    ("updates", "updates since it was made"),
+    ("updates", "updates since it was computed from all rows"),
 )
 
 
@@ -81,7 +81,7 @@ def _report_labels(folder: Path, entries: dict[str, LabelEntry], potential: Pote
 
 
 def write_run_page(data: RunData, folder: Path) -> Path:
-    """Write index.html, report.json and figures/ into folder (made if missing); return the path of index.html."""
+    """Write index.html, report.json and figures/ into folder (created if missing); return the path of index.html."""
     return run_page(data).write(folder)
 
 
@@ -121,7 +121,7 @@ def run_page(data: RunData) -> Page:
             **_cost_values(data, numbers["costs"]),
             "data": data,
             "drawn": len(numbers["frames"]["step"]),
-            "honesty": numbers["honesty"],
+            "scores": numbers["honesty"],
             "label_groups": _label_groups(numbers["labels"]),
             "model_rows": _model_rows(data.model),
             "versions": " · ".join(f"{name} {version}" for name, version in data.versions.items()),
@@ -133,22 +133,25 @@ def run_page(data: RunData) -> Page:
 
 
 def _sections(data: RunData, numbers: Numbers) -> list[Section]:
-    stop, learned, cost, labels = (
-        "Why did it stop, and is it converged?",
-        "How did it learn?",
-        "What did it cost?",
-        "Which structures were labelled?",
+    titles = (
+        ("stopping", "Why did it stop, and is it converged?", ""),
+        ("learning", "How did it learn?", ""),
+        ("calibration", "Were errors as large as predicted?", "Was the uncertainty honest?"),
+        ("cost", "What did it cost?", ""),
+        ("labels", "Which structures were labelled?", ""),
+        ("extrapolation", "Where does the model extrapolate?", "Where is the model blind?"),
+        ("recipe", "Recipe, model and files", "How was it made?"),
     )
-    honest, blind, made = "Was the uncertainty honest?", "Where is the model blind?", "How was it made?"
-    return [
-        Section("stop", stop, stop, stop_answer(data)),
-        Section("learned", learned, learned, learning_answer(data, numbers)),
-        Section("honest", "Were errors as large as predicted?", honest, prequential_answer(data, numbers["honesty"])),
-        Section("cost", cost, cost, cost_answer(numbers["costs"])),
-        Section("labels", labels, labels, labels_answer(data, numbers["labels"])),
-        Section("blind", "Where does the model extrapolate?", blind, trajectory_answer(data, numbers.get("blind"))),
-        Section("made", "Recipe, model and files", made, recipe_answer(data)),
-    ]
+    answers = (
+        stop_answer(data),
+        learning_answer(data, numbers),
+        prequential_answer(data, numbers["honesty"]),
+        cost_answer(numbers["costs"]),
+        labels_answer(data, numbers["labels"]),
+        trajectory_answer(data, numbers.get("blind")),
+        recipe_answer(data),
+    )
+    return [Section(id, title, key or title, answer) for (id, title, key), answer in zip(titles, answers, strict=True)]
 
 
 def _cost_values(data: RunData, costs: Numbers) -> dict[str, Any]:
