@@ -5,10 +5,12 @@ Only neighbors.py imports this, when there is something to do: numba takes half 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
-FLAGS = {"nogil": True, "cache": True, "error_model": "numpy"}
+FLAGS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 @njit(inline="always", **FLAGS)

@@ -139,7 +139,8 @@ def find_pairs(
         return none, none, none.new_zeros(0, 3), positions.new_zeros(0)
     bins = CellList.from_positions(positions, boxes, periodic, structure, cutoff)
     parts = [bins.pairs(start, end, cutoff) for start, end in bins.blocks()]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    i, j, shifts, distances = (torch.cat(column) for column in zip(*parts, strict=True))
+    return i, j, shifts, distances
 
 
 def _number(place: Tensor, sides: Tensor, first: Tensor) -> Tensor:

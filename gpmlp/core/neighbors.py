@@ -1,4 +1,4 @@
-"""Neighbors says who sees whom: pairs within a cutoff, their vectors, and the scatters pair gradient -> forces and virial."""
+"""Neighbour lists: pairs of atoms within a cutoff and their vectors; sums of pair gradients to forces and virials."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
 
 CLOSEST = 0.3  # A; nearer pairs are taken for an error in the data
-PAIRS = 1 << 13  # that a thread looks at a time
-MOLECULES = 256  # that are searched for pairs in one call
+PAIRS = 1 << 13  # that a thread compares with a cutoff at a time
+MOLECULES = 256  # whose pairs are searched in one call
 THREAD_ATOMS = 1024  # for which another thread of a search is worth starting
 
 
@@ -52,60 +52,60 @@ class Neighbors:
 
     @staticmethod
     def empty(structures: Structures) -> Neighbors:
-        """The list of pairs of atoms that do not see each other."""
+        """The list of no pairs."""
         like = structures.structure_of_atom
         return Neighbors(like[:0], like[:0], like.new_zeros(0, 3), 0.0)
 
     @staticmethod
     def concatenate(parts: Sequence[Neighbors]) -> Neighbors:
-        """Lists of the same cutoff, one after another; indices stay as they are, and what is known of vectors is kept."""
+        """Lists of the same cutoff, one after another; indices stay as they are, and so do remembered vectors."""
         if len(parts) == 1:
             return parts[0]
-        joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("centers", "neighbors", "shifts"))
-        found, known = Neighbors(*joined, parts[0].cutoff), [p._last for p in parts]
-        if None in known or any(of is not known[0][0] for of, _ in known):
-            return found
-        vectors = torch.cat([vectors for _, vectors in known])
-        return found._with(known[0][0], vectors, min(p._closest for p in parts))
+        columns = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("centers", "neighbors", "shifts")}
+        out, last = Neighbors(**columns, cutoff=parts[0].cutoff), [p._last for p in parts if p._last is not None]
+        if len(last) < len(parts) or any(of is not last[0][0] for of, _ in last):
+            return out
+        return out._remember(last[0][0], torch.cat([vectors for _, vectors in last]), min(p._closest for p in parts))
 
     @staticmethod
     def batch(parts: Sequence[Neighbors], counts: Sequence[int]) -> Neighbors:
         """Lists of structures with so many atoms, as the list of a batch of them."""
         firsts = np.cumsum([0, *counts])[:-1].tolist()
-        moved = [
-            Neighbors(p.centers + n, p.neighbors + n, p.shifts, p.cutoff) for p, n in zip(parts, firsts, strict=True)
-        ]
-        return Neighbors.concatenate(moved)
+        return Neighbors.concatenate([p._moved(n) for p, n in zip(parts, firsts, strict=True)])
 
     def of_structures(self, start: int, end: int) -> Neighbors:
-        """The pairs of the centres start to end, atoms counted from `start`: of structures that lie side by side in a batch."""
-        found = self.of_centers(start, end)
-        if not start:
-            return found
-        return Neighbors(found.centers - start, found.neighbors - start, found.shifts, self.cutoff)
+        """The pairs of the atoms start to end, which are whole structures of a batch; atoms counted from `start`."""
+        part = self.of_centers(start, end)
+        return part._moved(-start) if start else part
+
+    def _moved(self, by: int) -> Neighbors:
+        return Neighbors(self.centers + by, self.neighbors + by, self.shifts, self.cutoff)
 
     def of_centers(self, start: int, end: int) -> Neighbors:
         """The pairs of the centres start to end; nothing is copied."""
         low, high = self._sorted_centers.searchsorted((start, end)).tolist()
         if (low, high) == (0, len(self)):
             return self
-        found = Neighbors(self.centers[low:high], self.neighbors[low:high], self.shifts[low:high], self.cutoff)
-        return found if self._last is None else found._with(self._last[0], self._last[1][low:high], self._closest)
+        part = self._select(slice(low, high))
+        return part if self._last is None else part._remember(self._last[0], self._last[1][low:high], self._closest)
+
+    def _select(self, pairs: Tensor | slice, cutoff: float | None = None) -> Neighbors:
+        cutoff = self.cutoff if cutoff is None else cutoff
+        return Neighbors(self.centers[pairs], self.neighbors[pairs], self.shifts[pairs], cutoff)
 
     @cached_property
     def _sorted_centers(self) -> np.ndarray:
         return self.centers.cpu().numpy()
 
-    def _with(self, structures: Structures, vectors: Tensor, closest: float = 0.0) -> Neighbors:
-        """The same, remembering its vectors and how close pairs are: asked for by descriptors and baselines alike."""
+    def _remember(self, structures: Structures, vectors: Tensor, closest: float = 0.0) -> Neighbors:
+        """The same, remembering its vectors and how close pairs are: descriptors and baselines alike ask for them."""
         object.__setattr__(self, "_last", (structures, vectors))
         object.__setattr__(self, "_closest", float(closest))
         return self
 
     def sorted(self) -> Neighbors:
         """The same in the order of centres, neighbours and shifts."""
-        order = lexicographic_order(self.centers, self.neighbors, self.shifts)
-        return Neighbors(self.centers[order], self.neighbors[order], self.shifts[order], self.cutoff)
+        return self._select(lexicographic_order(self.centers, self.neighbors, self.shifts))
 
     def vectors(self, structures: Structures) -> Tensor:
         """(pairs, 3) r_ij = r_j + shift . cell - r_i, A; differentiable in positions and cells."""
@@ -115,45 +115,46 @@ class Neighbors:
             from gpmlp.core import _pair_kernels
 
             out = structures.positions.new_empty(len(self), 3)
-            known = structures.positions, structures.cells, structures.structure_of_atom
-            of_pairs = self.centers, self.neighbors, self.shifts
-            _pair_kernels.pair_vectors(*_arrays(*known, *of_pairs), out.numpy())
+            _pair_kernels.pair_vectors(*self._arrays(structures), out.numpy())
         else:
             cells = structures.cells[structures.structure_of_atom[self.centers]]
             shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
             out = structures.positions[self.neighbors] + shift - structures.positions[self.centers]
         if not _differentiable(structures):
-            self._with(structures, out)
+            self._remember(structures, out)
         return out
 
+    def _arrays(self, structures: Structures) -> tuple[np.ndarray, ...]:
+        """Positions, cells, structure of each atom, and the pairs, for compiled loops."""
+        atoms = structures.positions, structures.cells, structures.structure_of_atom
+        return _arrays(*atoms, self.centers, self.neighbors, self.shifts)
+
     def within(self, structures: Structures, cutoff: float) -> Neighbors:
-        """Return the pairs closer than a smaller cutoff, in the same order."""
+        """The pairs closer than a smaller cutoff, in the same order."""
         if cutoff == self.cutoff:
             return self
         if cutoff > self.cutoff:
             raise ValueError(f"a list of pairs within {self.cutoff} A does not hold those within {cutoff} A")
         if self._last is not None and self._last[0] is structures and cutoff <= self._closest:
-            return Neighbors(self.centers[:0], self.neighbors[:0], self.shifts[:0], cutoff)
+            return self._select(slice(0), cutoff)
         return self.closer_than(structures, cutoff)[0]
 
     def closer_than(self, structures: Structures, cutoff: float) -> tuple[Neighbors, float]:
         """The pairs closer than a smaller cutoff, and the shortest distance of all (inf where there are none), A."""
         if not len(self):
-            return Neighbors(self.centers, self.neighbors, self.shifts, cutoff), math.inf
+            return self._select(slice(0), cutoff), math.inf
         if not fits_compiled_loops(structures.positions, structures.cells):
             r = self.vectors(structures).norm(dim=1)
-            keep = (r < cutoff).nonzero()[:, 0]
-            return Neighbors(self.centers[keep], self.neighbors[keep], self.shifts[keep], cutoff), float(r.min())
+            return self._select((r < cutoff).nonzero()[:, 0], cutoff), float(r.min())
         from gpmlp.core import _pair_kernels
 
-        known = structures.positions, structures.cells, structures.structure_of_atom
-        arrays = _arrays(*known, self.centers, self.neighbors, self.shifts)
+        arrays = self._arrays(structures)
 
         def closer(first: int) -> tuple[Neighbors, float]:
-            *made, least = _pair_kernels.pairs_within(first, min(first + PAIRS, len(self)), *arrays, cutoff)
-            *pairs, vectors = map(torch.from_numpy, made)
-            found = Neighbors(*pairs, cutoff)
-            return (found if _differentiable(structures) else found._with(structures, vectors, least)), least
+            *pairs, least = _pair_kernels.pairs_within(first, min(first + PAIRS, len(self)), *arrays, cutoff)
+            centers, neighbors, shifts, vectors = map(torch.from_numpy, pairs)
+            part = Neighbors(centers, neighbors, shifts, cutoff)
+            return (part if _differentiable(structures) else part._remember(structures, vectors, least)), least
 
         parts, least = zip(*parallel.map_pieces(closer, range(0, len(self), PAIRS)), strict=True)
         return Neighbors.concatenate(parts), min(least)
@@ -168,40 +169,42 @@ def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:
     Raises:
         UserError: two atoms closer than 0.3 A, naming the structure and the atoms.
     """
-    positions, box = structures.positions.detach().double(), structures.cells.detach().double()
-    box = cell_list.complete_cells(box, structures.periodic)
+    positions, boxes = structures.positions.detach().double(), structures.cells.detach().double()
+    boxes = cell_list.complete_cells(boxes, structures.periodic)
     if positions.device.type == "cpu":
-        i, j, shifts = _by_vesin(structures, positions, box, cutoff)
+        i, j, shifts = _by_vesin(structures, positions, boxes, cutoff)
     else:
         i, j, shifts, _ = cell_list.find_pairs(
-            positions, box, structures.periodic, structures.structure_of_atom, cutoff
+            positions, boxes, structures.periodic, structures.structure_of_atom, cutoff
         )
-    found = Neighbors(i, j, shifts, float(cutoff))
-    if not len(found):
-        return found
-    vectors = found.vectors(structures).detach()
+    out = Neighbors(i, j, shifts, float(cutoff))
+    if not len(out):
+        return out
+    vectors = out.vectors(structures).detach()
     where, closest = _shortest(vectors)
-    _check(structures, found, closest, where)
-    return found if _differentiable(structures) else found._with(structures, vectors, closest)
+    if closest < CLOSEST:
+        raise _too_close(structures, int(i[where]), int(j[where]), closest)
+    return out if _differentiable(structures) else out._remember(structures, vectors, closest)
 
 
-def _by_vesin(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, ...]:
+def _by_vesin(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
     """i, j and shifts as of cell_list.find_pairs, in this order: one periodic structure after another, molecules by the hundred."""
     from gpmlp.core import _pair_kernels
 
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64))]
+    parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64))]
     free, offsets = (~structures.periodic.any(dim=1)).tolist(), structures.offsets.tolist()
     apart = _apart(positions, structures.structure_of_atom, cutoff) if sum(free) > 1 else positions
     for first, last in _together(free):
         start, end = offsets[first], offsets[last]
         here = (apart if last - first > 1 else positions)[start:end]
-        many = min(parallel.available_threads(), 1 + (end - start) // THREAD_ATOMS)
-        search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, n_threads=many)
+        threads = min(parallel.available_threads(), 1 + (end - start) // THREAD_ATOMS)
+        search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, n_threads=threads)
         of_call = here.numpy(), boxes[first].numpy(), structures.periodic[first].numpy()
         pairs, shifts = search.compute(*of_call, quantities="PS", copy=False)
-        found.append(_pair_kernels.sort_pairs(pairs.view(np.int64), shifts, end - start, start))
-    parts = found[1:] if len(found) == 2 else [[np.concatenate(part) for part in zip(*found, strict=True)]]
-    return tuple(torch.from_numpy(part) for part in parts[0])
+        parts.append(_pair_kernels.sort_pairs(pairs.view(np.int64), shifts, end - start, start))
+    columns = parts[1] if len(parts) == 2 else [np.concatenate(part) for part in zip(*parts, strict=True)]
+    i, j, shifts = map(torch.from_numpy, columns)
+    return i, j, shifts
 
 
 def _together(free: Sequence[bool]) -> list[tuple[int, int]]:
@@ -216,7 +219,7 @@ def _together(free: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 def _apart(positions: Tensor, structure: Tensor, cutoff: float) -> Tensor:
-    """Positions with each structure moved along x until it is out of sight of the one before."""
+    """Positions with each structure moved along x beyond the cutoff of the one before."""
     n = int(structure[-1]) + 1 if len(structure) else 0
     x, big = positions[:, 0], torch.full((n,), math.inf, dtype=positions.dtype)
     low, high = big.scatter_reduce(0, structure, x, "amin"), (-big).scatter_reduce(0, structure, x, "amax")
@@ -237,15 +240,11 @@ def _shortest(vectors: Tensor) -> tuple[int, float]:
     return where, float(squares[where].sqrt())
 
 
-def _check(structures: Structures, found: Neighbors, closest: float, where: int) -> None:
-    """Raise a UserError if the closest pair, `where`, is too close."""
-    if closest >= CLOSEST:
-        return
-    i, j = int(found.centers[where]), int(found.neighbors[where])
+def _too_close(structures: Structures, i: int, j: int, distance: float) -> UserError:
     s = int(structures.structure_of_atom[i])
     first = int(structures.offsets[s])
-    raise UserError(
-        f"{structures.names[s]}: atoms {i - first} and {j - first} are {closest:.3f} A apart (closer than {CLOSEST} A); "
+    return UserError(
+        f"{structures.names[s]}: atoms {i - first} and {j - first} are {distance:.3f} A apart (closer than {CLOSEST} A); "
         "check the positions, the cell and the unit (A) of this structure, or remove it."
     )
 
@@ -292,9 +291,8 @@ def scatter_forces(neighbors: Neighbors, n_atoms: int, pair_gradients: Tensor) -
         (atoms, 3, ...) eV/A.
     """
     out = pair_gradients.new_zeros(n_atoms, *pair_gradients.shape[1:])
-    return out.index_add(0, neighbors.centers, pair_gradients).index_add(
-        0, neighbors.neighbors, pair_gradients, alpha=-1
-    )
+    out = out.index_add(0, neighbors.centers, pair_gradients)
+    return out.index_add(0, neighbors.neighbors, pair_gradients, alpha=-1)
 
 
 def scatter_virials(structures: Structures, neighbors: Neighbors, vectors: Tensor, pair_gradients: Tensor) -> Tensor:
@@ -319,7 +317,7 @@ def scatter_virials(structures: Structures, neighbors: Neighbors, vectors: Tenso
 def assemble_prediction(
     structures: Structures, neighbors: Neighbors, vectors: Tensor, atom_energies: Tensor, pair_gradients: Tensor
 ) -> Prediction:
-    """Assemble a Prediction from local energies (atoms,) and pair gradients (pairs, 3): the house's one derivative rule."""
+    """A Prediction from local energies (atoms,) and pair gradients g_ij = dE/dr_ij (pairs, 3): the one derivative rule of all terms."""
     on_atoms = pair_gradients.new_zeros(structures.n_atoms, 3)
     strained = pair_gradients.new_zeros(len(structures), 3, 3)
     add_pair_gradients(structures, neighbors, vectors, pair_gradients, on_atoms, strained)
@@ -345,7 +343,7 @@ def add_pair_gradients(
 def prediction_from_sums(
     structures: Structures, atom_energies: Tensor, on_atoms: Tensor, strained: Tensor
 ) -> Prediction:
-    """A Prediction from local energies (atoms,), eV, forces, and what was collected of pair gradients (structures, 3, 3), eV."""
+    """A Prediction from local energies (atoms,), eV, forces, eV/A, and Σ_ij r_ij (x) g_ij (structures, 3, 3), eV."""
     energies = atom_energies.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, atom_energies)
     return Prediction(
         energies, atom_energies, on_atoms, 0.5 * (strained + strained.mT) / structures.volumes[:, None, None]

@@ -64,8 +64,9 @@ class PaddedNeighbors:
         back = lexicographic_order(pairs.neighbors, pairs.centers, -pairs.shifts)
         reverse = torch.arange(size, device=device).index_copy_(0, place[forth], place[back])
         shape = (n, n_slots, width)
-        columns = (part.unflatten(0, shape) for part in (neighbors, shifts, real, reverse))
-        return PaddedNeighbors(rows, structures.structure_of_atom[rows], *columns, pairs.cutoff)
+        neighbors, shifts, real, reverse = (part.unflatten(0, shape) for part in (neighbors, shifts, real, reverse))
+        structure = structures.structure_of_atom[rows]
+        return PaddedNeighbors(rows, structure, neighbors, shifts, real, reverse, pairs.cutoff)
 
     def copy_from(self, other: PaddedNeighbors) -> bool:
         """Take over the pairs of another table of the same atoms, in the memory of this one, if they fit: what was recorded to work on

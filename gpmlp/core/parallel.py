@@ -1,5 +1,5 @@
-"""Threads share out independent pieces of work, as many as PyTorch may use; each piece has one core to itself, so that what comes
-out does not depend on how many there are."""
+"""Threads for independent pieces of work, as many as PyTorch may use: each piece has one core, so that results do not depend on
+their number."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
-Piece, Made = TypeVar("Piece"), TypeVar("Made")
+Piece = TypeVar("Piece")
+Made = TypeVar("Made")
 _here = threading.local()
 
 
 def available_threads() -> int:
-    """How many pieces `each` does side by side where this is asked."""
+    """How many pieces `map_pieces` does side by side where this is called."""
     return getattr(_here, "threads", None) or torch.get_num_threads()
 
 
 def map_pieces(
     work: Callable[[Piece], Made], pieces: Sequence[Piece], take: Callable[[Made], object] | None = None
-) -> list[Made | None]:
+) -> list[Made]:
     """[work(piece) for piece in pieces], side by side where there are several; what a piece raises is raised here.
 
-    Pieces are done by this thread and by others, so work is worth sharing where it spends its time outside of Python.
+    Worth it for work that spends its time outside of Python.
 
     Args:
-        take: is given what was made, in the order of pieces and never two at once, as soon as all before it are there; what it was
-            given is not kept, and None is in its place.
+        take: is called with each result, in the order of pieces and never two at once, as soon as all before it are there; results
+            are then not kept, and None is in their place.
     """
     shared = _Shared(work, pieces, take)
     threads = min(available_threads(), len(pieces))
@@ -52,13 +53,13 @@ def map_pieces(
 
 
 class _Shared(Generic[Piece, Made]):
-    """Pieces that several threads take from; what was made of them."""
+    """Pieces that several threads take from, and their results."""
 
     def __init__(
         self, work: Callable[[Piece], Made], pieces: Sequence[Piece], take: Callable[[Made], object] | None
     ) -> None:
         self.work, self.pieces, self.take = work, pieces, take
-        self.made: list[Made | None] = [None] * len(pieces)
+        self.made: list[Any] = [None] * len(pieces)
         self.raised: dict[int, BaseException] = {}
         self.next = itertools.count()
         self.there = [False] * len(pieces)
@@ -84,7 +85,7 @@ class _Shared(Generic[Piece, Made]):
                 self.raised[k] = error
 
     def hand_on(self) -> None:
-        """Give `take` what is its turn, unless another thread is about it, which then looks again."""
+        """Call `take` with the results whose turn it is, unless another thread does so, which then checks again."""
         while self.take is not None and self.is_turn() and self.taking.acquire(blocking=False):
             try:
                 while self.is_turn():
@@ -97,8 +98,8 @@ class _Shared(Generic[Piece, Made]):
     def is_turn(self) -> bool:
         return self.taken < len(self.there) and self.there[self.taken]
 
-    def finished(self) -> list[Made | None]:
-        """What was made, after pieces that are left were done here; or raise what the first of the failed pieces raised."""
+    def finished(self) -> list[Made]:
+        """Results, after pieces that are left were done here; or raise what the first of the failed pieces raised."""
         self.run()
         if self.raised:
             raise self.raised[min(self.raised)]
@@ -107,7 +108,7 @@ class _Shared(Generic[Piece, Made]):
 
 @lru_cache(maxsize=4)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Kept, as starting a thread may take a millisecond; threads do not survive a fork, so each process has its own."""
+    """Cached, as starting a thread may take a millisecond; threads do not survive a fork, so each process has its own."""
     return ThreadPoolExecutor(threads, "gpmlp", initializer=_take_one_core)
 
 
@@ -122,10 +123,10 @@ def _take_one_core() -> None:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """What PyTorch computes in this thread keeps to one core, but for what `each` shares out.
+    """PyTorch uses one core in this thread, `map_pieces` excepted.
 
-    For work that is nothing but `each` and short passes around it. OpenMP's threads wait for more by turning in circles, and after
-    each pass they would do so on the cores that `each` is about to use.
+    For work that is nothing but `map_pieces` and short passes around it. OpenMP's threads wait for more by spinning, and after each
+    pass they would do so on the cores that `map_pieces` is about to use.
     """
     if getattr(_here, "threads", None) is not None:
         yield

@@ -1,9 +1,11 @@
-"""Targets are what is known of structures (energies, forces, stresses); a Prediction is what a potential says of them."""
+"""Labels (Targets), predictions and their variances for energies, forces and stresses of a batch of structures."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ KINDS = ("energies", "forces", "stresses")
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Reference values; NaN = not known.
+    """Labels of structures: reference values, NaN where there is none.
 
     Attributes:
         energies: (structures,) eV, force-consistent total energy.
@@ -58,18 +60,12 @@ class Targets:
 
     @staticmethod
     def unlabelled(structures: Structures) -> Targets:
-        """Return Targets in which nothing is known."""
-        n, like = len(structures), structures.positions
-        nan = float("nan")
-        return Targets(
-            like.new_full((n,), nan),
-            torch.full_like(like, nan),
-            like.new_full((n, 3, 3), nan),
-            like.new_full((n,), nan),
-            torch.full_like(like, nan),
-            like.new_full((n,), nan),
-            ("",) * n,
-        )
+        """Targets of which none is known."""
+        n, atoms = len(structures), structures.n_atoms
+        shapes: dict[str, tuple[int, ...]] = {"energies": (n,), "forces": (atoms, 3), "stresses": (n, 3, 3)}
+        shapes |= {"energies_noise": (n,), "forces_noise": (atoms, 3), "stresses_noise": (n,)}
+        nothing = {name: structures.positions.new_full(shape, float("nan")) for name, shape in shapes.items()}
+        return Targets(**nothing, config_types=("",) * n)
 
     unknown = unlabelled  # its name before 0.2
 
@@ -77,10 +73,9 @@ class Targets:
         return self.energies.shape[0]
 
     def select(self, structures: Structures, indices: Sequence[int] | Tensor) -> Targets:
-        """Return the targets of structures.select(indices)."""
+        """The targets of structures.select(indices)."""
         indices = torch.as_tensor(indices, device=self.energies.device, dtype=torch.long)
-        wanted = [torch.arange(structures.offsets[i], structures.offsets[i + 1]) for i in indices.tolist()]
-        atoms = torch.cat(wanted) if wanted else torch.zeros(0, dtype=torch.long)
+        atoms = structures.atoms_of(indices).to(indices.device)
         return Targets(
             self.energies[indices],
             self.forces[atoms],
@@ -93,29 +88,24 @@ class Targets:
 
     @staticmethod
     def concatenate(parts: Sequence[Targets]) -> Targets:
-        """Return the targets of the concatenated structures of the parts."""
+        """The targets of the concatenated structures of the parts."""
         values = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Targets)}
-        joined = {name: sum(v, ()) if name == "config_types" else torch.cat(v) for name, v in values.items()}
-        return Targets(**joined)
+        types = tuple(itertools.chain(*values.pop("config_types")))
+        return Targets(**{name: torch.cat(v) for name, v in values.items()}, config_types=types)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Targets:
-        """Return the same targets on another device or in another floating-point type."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Targets(
-            **{k: v.to(device=device, dtype=dtype) if isinstance(v, Tensor) else v for k, v in values.items()}
-        )
+        """The same targets on another device or in another floating-point type."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "config_types"}
+        moved = {name: value.to(device=device, dtype=dtype) for name, value in tensors.items()}
+        return Targets(**moved, config_types=self.config_types)
 
     def minus(self, prediction: Prediction) -> Targets:
-        """Return the targets with predicted energies, forces and stresses taken off (NaN stays NaN)."""
-        stresses = self.stresses - torch.nan_to_num(prediction.stresses)
-        return Targets(
-            self.energies - prediction.energies,
-            self.forces - prediction.forces,
-            stresses,
-            self.energies_noise,
-            self.forces_noise,
-            self.stresses_noise,
-            self.config_types,
+        """The targets less predicted energies, forces and stresses (NaN stays NaN)."""
+        return replace(
+            self,
+            energies=self.energies - prediction.energies,
+            forces=self.forces - prediction.forces,
+            stresses=self.stresses - torch.nan_to_num(prediction.stresses),
         )
 
 
@@ -161,7 +151,7 @@ class Variance:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a potential says of structures.
+    """Energies, forces, stresses and their uncertainties of structures by a potential.
 
     Attributes:
         energies: (structures,) eV.
@@ -201,49 +191,44 @@ class Prediction:
     def __add__(self, other: Prediction) -> Prediction:
         """The sum of energy terms; what only one of them has (variances, novelty) is kept."""
 
-        def plus(a: Tensor | Variance | None, b: Tensor | Variance | None) -> Tensor | Variance | None:
+        def plus(a: Any, b: Any) -> Any:
             if a is None or b is None:
                 return b if a is None else a
             if isinstance(a, Variance):
                 return Variance(*(getattr(a, f.name) + getattr(b, f.name) for f in fields(a)))
             return a + b
 
-        return Prediction(*(plus(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+        return self._with(lambda name, value: plus(value, getattr(other, name)))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Prediction:
         """Apply a function to every tensor."""
-
-        def apply(value: Tensor | Variance | None) -> Tensor | Variance | None:
-            if value is None:
-                return None
-            return value.map(function) if isinstance(value, Variance) else function(value)
-
-        return Prediction(*(apply(getattr(self, f.name)) for f in fields(self)))
+        return self._with(lambda _, value: _apply(function, value))
 
     @staticmethod
     def concatenate(parts: Sequence[Prediction]) -> Prediction:
-        """Return the prediction for the concatenated structures of the parts."""
+        """The prediction for the concatenated structures of the parts."""
 
-        def join(values: list) -> Tensor | Variance | None:
-            if values[0] is None:
+        def join(name: str, first: Any) -> Any:
+            if first is None:
                 return None
-            return (Variance.concatenate if isinstance(values[0], Variance) else torch.cat)(values)
+            values = [getattr(p, name) for p in parts]
+            return Variance.concatenate(values) if isinstance(first, Variance) else torch.cat(values)
 
-        return Prediction(*(join([getattr(p, f.name) for p in parts]) for f in fields(Prediction)))
+        return parts[0]._with(join)
 
     def select(self, structures: Structures, indices: Sequence[int] | Tensor) -> Prediction:
-        """Return the prediction of structures.select(indices)."""
-        device = self.energies.device
-        indices = torch.as_tensor(indices, device=device, dtype=torch.long)
-        offsets = structures.offsets.tolist()
-        wanted = [torch.arange(offsets[i], offsets[i + 1], device=device) for i in indices.tolist()]
-        atoms = torch.cat(wanted) if wanted else indices
+        """The prediction of structures.select(indices)."""
+        indices = torch.as_tensor(indices, device=self.energies.device, dtype=torch.long)
+        atoms = structures.atoms_of(indices).to(indices.device)
         per_atom = {"atom_energies", "forces", "atom_energies_variance", "forces_covariance", "novelty"}
+        return self._with(lambda name, v: _apply(lambda part: part[atoms if name in per_atom else indices], v))
 
-        def pick(name: str, value: Tensor | Variance | None) -> Tensor | Variance | None:
-            where = atoms if name in per_atom else indices
-            if value is None:
-                return None
-            return value.map(lambda part: part[where]) if isinstance(value, Variance) else value[where]
+    def _with(self, function: Callable[[str, Any], Any]) -> Prediction:
+        """With each field as a function of its name and value gives it."""
+        return Prediction(**{f.name: function(f.name, getattr(self, f.name)) for f in fields(self)})
 
-        return Prediction(*(pick(f.name, getattr(self, f.name)) for f in fields(self)))
+
+def _apply(function: Callable[[Tensor], Tensor], value: Tensor | Variance | None) -> Tensor | Variance | None:
+    if value is None:
+        return None
+    return value.map(function) if isinstance(value, Variance) else function(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -98,7 +98,7 @@ class Structures:
         return tuple(self.species.bincount().nonzero()[:, 0].tolist())
 
     def fingerprints(self) -> tuple[str, ...]:
-        """By which each structure is known again in another file (`known_again`): 16 hexadecimal digits of species and periodicity
+        """By which `count_matches` recognises each structure in another file: 16 hexadecimal digits of species and periodicity
         (SHA-256), and three lengths, A, fixed sums over periodic lattice vectors and positions.
 
         The same atoms in another order, or moved together, have another.
@@ -122,51 +122,47 @@ class Structures:
             counts[:, k] = torch.bincount(self.structure_of_atom[self.species == z], minlength=len(self))
         return counts
 
+    def atoms_of(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """(atoms,) of the structures with the given indices, in that order."""
+        indices = torch.as_tensor(indices, device=self.offsets.device, dtype=torch.long)
+        which, rank = repeat_with_rank(self.counts[indices])
+        return self.offsets[indices][which] + rank
+
     def select(self, indices: Sequence[int] | Tensor) -> Structures:
-        """Return the structures with the given indices, in that order."""
+        """The structures with the given indices, in that order."""
         indices = torch.as_tensor(indices, device=self.positions.device, dtype=torch.long)
-        new_structure, rank = repeat_with_rank(self.counts[indices])
-        atoms = self.offsets[indices][new_structure] + rank
+        atoms = self.atoms_of(indices)
+        owner = repeat_with_rank(self.counts[indices])[0]
+        names = tuple(self.names[i] for i in indices.tolist())
         return Structures(
-            self.positions[atoms],
-            self.cells[indices],
-            self.periodic[indices],
-            self.species[atoms],
-            new_structure,
-            tuple(self.names[i] for i in indices.tolist()),
+            self.positions[atoms], self.cells[indices], self.periodic[indices], self.species[atoms], owner, names
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Structures:
-        """Return the same structures on another device or in another floating-point type; UserError for a device not there."""
+        """The same structures on another device or in another floating-point type; UserError for a device not there."""
         if device is not None:
             errors.check_device(str(device))
         positions = self.positions.to(device=device, dtype=dtype)
         if positions is self.positions:  # as everything else then is
             return self
-        return Structures(
-            positions,
-            self.cells.to(device=device, dtype=dtype),
-            self.periodic.to(device=device),
-            self.species.to(device=device),
-            self.structure_of_atom.to(device=device),
-            self.names,
-        )
+        cells = self.cells.to(device=device, dtype=dtype)
+        periodic, species, owner = (x.to(device=device) for x in (self.periodic, self.species, self.structure_of_atom))
+        return Structures(positions, cells, periodic, species, owner, self.names)
 
     def with_positions(self, positions: Tensor, cells: Tensor | None = None) -> Structures:
-        """Return the same atoms at other positions (and in other cells)."""
-        cells = self.cells if cells is None else cells
-        return Structures(positions, cells, self.periodic, self.species, self.structure_of_atom, self.names)
+        """The same atoms at other positions (and in other cells)."""
+        return replace(self, positions=positions, cells=self.cells if cells is None else cells)
 
     def with_unchecked_positions(self, positions: Tensor, cells: Tensor) -> Structures:
-        """As with_positions, but taken as they are: shapes, positions and cells are not looked at, and no device is waited for.
+        """As with_positions without any check and without a host synchronisation.
 
-        For steps of dynamics, where a search of neighbours looks at them when it has to.
+        For steps of dynamics: a search of neighbours checks positions and cells when it has to.
         """
-        made = object.__new__(Structures)
-        known = ("counts", "offsets", "distinct_species")  # of the atoms: need not be found again
-        kept = {name: getattr(self, name) for name in (*_FIELDS, *known)}
-        made.__dict__.update(kept | {"positions": positions, "cells": cells})
-        return made
+        out = object.__new__(Structures)
+        reusable = ("counts", "offsets", "distinct_species")  # cached, and of the atoms alone
+        same = {name: getattr(self, name) for name in (*_FIELDS, *reusable)}
+        out.__dict__.update(same | {"positions": positions, "cells": cells})
+        return out
 
     @staticmethod
     def concatenate(parts: Sequence[Structures]) -> Structures:

@@ -1,4 +1,4 @@
-"""Skin remembers the neighbours of atoms that move little from call to call, and knows when they have to be searched again."""
+"""Verlet lists: the neighbours of atoms that move little from call to call, searched again only when a pair may be missing."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from gpmlp.core import cell_list, errors, neighbors, parallel
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.structures import Structures
 
-HAIR = 1e-6  # A that is always searched beyond the cutoff: which pairs lie within it is decided in one place
-CALLS = 3  # that a skin should last for at the pace of the last calls: else a search without it is cheaper
+HAIR = 1e-6  # A, at least, beyond the cutoff in a search: closer_than alone decides which pairs lie within the cutoff
+CALLS = 3  # for which a skin should last at the pace of the last calls: else a search without it is cheaper
 
 
 @dataclass(frozen=True, eq=False)
 class ReferencePositions:
-    """Where atoms and cells were when neighbours were searched, and how far they may go until pairs can be missing.
+    """Positions and cells of the last search of neighbours within `reach` = cutoff + skin.
 
     A pair vector is r' = r F + (u_j − u_i), with F = h⁻¹ h' the strain of the cell and u what an atom moved beyond it. A pair that was
-    farther than cutoff + skin is now farther than (cutoff + skin)(1 − ‖F − 1‖) − 2 max |u|, so that none is missing as long as
-    2 |u| + (cutoff + skin) ‖F − 1‖ stays below the skin.
+    farther than `reach` is now farther than reach (1 − ‖F − 1‖) − 2 max |u|: none is missing while 2 |u| + reach ‖F − 1‖ < skin.
     """
 
     positions: Tensor
@@ -36,7 +35,7 @@ class ReferencePositions:
         return ReferencePositions(structures.positions.clone(), boxes.clone(), torch.linalg.inv(boxes), reach)
 
     def displacement(self, structures: Structures, positions: Tensor, now: Tensor) -> Tensor:
-        """(atoms,) 2 |u| + reach ‖F − 1‖ of atoms at other positions in cells `now`, A; nothing is asked of the host."""
+        """(atoms,) 2 |u| + reach ‖F − 1‖ of atoms at other positions in cells `now`, A; no host synchronisation."""
         boxes = torch.where(structures.periodic[:, :, None], now, self.boxes)
         strain = self.inverse @ boxes
         if len(strain) == 1:
@@ -48,18 +47,18 @@ class ReferencePositions:
         return 2 * (positions - carried).square().sum(1).sqrt() + self.reach * sheared[structures.structure_of_atom]
 
     def copy_from(self, other: ReferencePositions, which: Tensor | None = None, atoms: Tensor | None = None) -> None:
-        """Take over another one of the same atoms, in the memory of this one; or only that of some structures and their atoms."""
-        for name, some in {"positions": atoms, "boxes": which, "inverse": which}.items():
-            mine, theirs = getattr(self, name), getattr(other, name)
-            mine.copy_(theirs) if some is None else mine.index_copy_(0, some, theirs)
+        """Copy another one of the same atoms into the memory of this one; or only that of some structures and their atoms."""
+        for name, rows in {"positions": atoms, "boxes": which, "inverse": which}.items():
+            target, source = getattr(self, name), getattr(other, name)
+            target.copy_(source) if rows is None else target.index_copy_(0, rows, source)
 
 
 class VerletList:
     """All pairs within a cutoff of a batch whose atoms move little from call to call (Verlet, Phys. Rev. 159, 98 (1967)).
 
     Pairs of a structure are searched for a `skin` beyond the cutoff, and again when its atoms and its cell have gone farther than that
-    allows (Reference). Where a skin would not last for CALLS calls at the pace of the last ones, or that is not known yet, as in the
-    first call, it is left out. What is returned does not depend on when was searched: pairs come in the order of atoms and shifts.
+    allows (ReferencePositions). A skin that would not last for CALLS calls at the pace of the last ones is left out, as in the first
+    call. What is returned does not depend on when was searched: pairs come in the order of atoms and shifts.
     """
 
     def __init__(self, cutoff: float, skin: float = 0.6) -> None:
@@ -78,75 +77,76 @@ class VerletList:
         """All pairs of these structures within the cutoff.
 
         Raises:
-            UserError: as neighbors.find.
+            UserError: as neighbors.find_neighbors.
         """
         with parallel.one_core():
-            if self._reference is None or not self._known(structures):
+            reference = self._reference
+            if reference is None or not self._same_atoms(structures, reference):
                 self._begin(structures)
             else:
                 self._calls += 1
-                gone = self._gone(structures)
-                due = ~(gone < self._room)  # nor where it is no number
+                moved = self._displacements(structures, reference)
+                due = ~(moved < self._room)  # nor where it is no number
                 if due.any():
-                    self._search(structures, due, gone * CALLS < self.skin * self._calls)
-            found, closest = self._pairs.closer_than(structures, self.cutoff)
+                    self._search(structures, due, moved * CALLS < self.skin * self._calls, reference)
+            pairs, closest = self._pairs.closer_than(structures, self.cutoff)
             if closest < neighbors.CLOSEST:
                 neighbors.find_neighbors(structures, self.cutoff)  # which says what is wrong
-            return found
+            return pairs
 
-    def _known(self, now: Structures) -> bool:
+    def _same_atoms(self, now: Structures, reference: ReferencePositions) -> bool:
         """Whether these are the atoms of the last call, in the same precision."""
-        both = (now.positions, self._reference.positions), (now.cells, self._cells)
+        both = (now.positions, reference.positions), (now.cells, self._cells)
         if any(a.dtype != b.dtype or a.device != b.device for a, b in both):
             return False
         here = now.species, now.structure_of_atom, now.periodic
         return all(a is b or a.shape == b.shape and torch.equal(a, b) for a, b in zip(self._atoms, here, strict=True))
 
     def _begin(self, structures: Structures) -> None:
-        """Other atoms: nothing is known of how they move."""
-        self._reference = None
+        """Search all: other atoms, of whose pace nothing is known."""
         every = torch.ones_like(structures.periodic[:, 0])
         self._pairs = Neighbors.empty(structures)
         self._room, self._calls = (structures.cells.new_zeros(len(structures)) for _ in range(2))
-        self._search(structures, every, ~every)
-        reference = ReferencePositions.from_structures(structures, self.cutoff + self.skin)
+        self._search(structures, every, ~every, None)
         self._atoms = structures.species, structures.structure_of_atom, structures.periodic
-        self._cells, self._reference = structures.cells.clone(), reference
+        self._cells = structures.cells.clone()
+        self._reference = ReferencePositions.from_structures(structures, self.cutoff + self.skin)
 
-    def _gone(self, now: Structures) -> Tensor:
-        """(structures,) how far each has gone since it was searched, A."""
-        then = self._reference
+    def _displacements(self, now: Structures, reference: ReferencePositions) -> Tensor:
+        """(structures,) the largest of each since it was searched, A."""
         if now.positions.device.type == "cpu" and torch.equal(now.cells, self._cells):
-            far = 2 * (now.positions - then.positions).square().sum(1).sqrt()
+            by_atom = 2 * (now.positions - reference.positions).square().sum(1).sqrt()
         else:
-            far = then.displacement(now, now.positions, now.cells)
-        if len(now) == 1 and len(far):
-            return far.amax(0, keepdim=True)
-        return far.new_zeros(len(now)).scatter_reduce_(0, now.structure_of_atom, far, "amax")
+            by_atom = reference.displacement(now, now.positions, now.cells)
+        if len(now) == 1 and len(by_atom):
+            return by_atom.amax(0, keepdim=True)
+        return by_atom.new_zeros(len(now)).scatter_reduce_(0, now.structure_of_atom, by_atom, "amax")
 
-    def _search(self, structures: Structures, due: Tensor, lasting: Tensor) -> None:
+    def _search(
+        self, structures: Structures, due: Tensor, lasting: Tensor, reference: ReferencePositions | None
+    ) -> None:
         """Search the structures that are due, with a skin where it is lasting."""
-        parts, of_pair = [], structures.structure_of_atom[self._pairs.centers]
-        reference, self._reference = self._reference, None  # should a search fail
+        self._reference = None  # should a search fail
+        parts = []
         if not due.all():
-            kept = (~due[of_pair]).nonzero()[:, 0]
-            parts.append(tuple(getattr(self._pairs, name)[kept] for name in ("centers", "neighbors", "shifts")))
+            stay = (~due[structures.structure_of_atom[self._pairs.centers]]).nonzero()[:, 0]
+            parts.append((self._pairs.centers[stay], self._pairs.neighbors[stay], self._pairs.shifts[stay]))
         for which, room in ((due & lasting, self.skin), (due & ~lasting, 0.0)):
             if not which.any():
                 continue
             numbers = which.nonzero()[:, 0]
             atoms = which[structures.structure_of_atom].nonzero()[:, 0]
-            some = structures.select(numbers)  # which looks at positions and cells
-            found = neighbors.find_neighbors(some, self.cutoff + max(room, HAIR))
-            found = found if some.positions.device.type == "cpu" else found.sorted()
-            parts.append((atoms[found.centers], atoms[found.neighbors], found.shifts))
+            part = structures.select(numbers)  # which checks positions and cells
+            pairs = neighbors.find_neighbors(part, self.cutoff + max(room, HAIR))
+            pairs = pairs if part.positions.device.type == "cpu" else pairs.sorted()
+            parts.append((atoms[pairs.centers], atoms[pairs.neighbors], pairs.shifts))
             self._room[numbers], self._calls[numbers] = room, 0
             self.searched += len(numbers)
             if reference is not None:
-                reference.copy_from(ReferencePositions.from_structures(some, reference.reach), numbers, atoms)
-                self._cells[numbers] = some.cells
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+                reference.copy_from(ReferencePositions.from_structures(part, reference.reach), numbers, atoms)
+                self._cells[numbers] = part.cells
+        centers, others, shifts = (torch.cat(column) for column in zip(*parts, strict=True))
         if len(parts) > 1:
-            order = columns[0].argsort(stable=True)
-            columns = [column[order] for column in columns]
-        self._pairs, self._reference = Neighbors(*columns, self.cutoff + HAIR), reference
+            order = centers.argsort(stable=True)
+            centers, others, shifts = centers[order], others[order], shifts[order]
+        self._pairs, self._reference = Neighbors(centers, others, shifts, self.cutoff + HAIR), reference

@@ -8,13 +8,14 @@ with wider or narrower registers the compiler does the same with those.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.core.extending import intrinsic, models, overload, register_model
 
 # sums may be reordered and products fused; NaN and infinity mean what they mean
-FLAGS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 LANES = 4
 
 
