@@ -12,6 +12,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+import gpmlp
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.recipe import Recipe
 
@@ -123,3 +124,9 @@ def test_links_lead_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_the_python_interface_is_described():
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"auto(?:function|class):: gpmlp\.(\w+)$", text, flags=re.MULTILINE))
+    assert described == set(gpmlp.__all__)
