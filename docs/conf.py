@@ -1,6 +1,7 @@
 """Sphinx settings: the Markdown of this folder as a site (sphinx-build -W docs site). The pages need no site to be read:
 the table of contents is what index.md links to, in its order, and a page that it does not link to ends the build with a warning."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -35,9 +36,12 @@ def outside(page: str, text: str) -> str:
 
 
 def scripts() -> str:
-    """Each example with its source."""
-    files = sorted((DOCS.parent / "examples").glob("*.py"))
-    return "".join(f"\n## {file.stem}\n\n```{{literalinclude}} ../examples/{file.name}\n```\n" for file in files)
+    """Each example under the question that it answers."""
+    out = ""
+    for file in sorted((DOCS.parent / "examples").glob("*.py")):
+        question = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).partition("\n")[0]
+        out += f"\n## {question}\n\n```{{literalinclude}} ../examples/{file.name}\n:caption: {file.name}\n```\n"
+    return out
 
 
 def prepare(app: object, page: str, source: list[str]) -> None:
