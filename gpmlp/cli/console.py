@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from rich.console import Console
@@ -292,7 +292,20 @@ def sample_origin(origin: Mapping[str, Any]) -> str:
     return f"index {origin['index']} of {origin['of']} drawn from {kind}, seed {origin['seed']}, {scale}; not the mean"
 
 
-class TrialBars:
+class TransientBar:
+    """A bar that is on the terminal while the context lasts."""
+
+    bar: Progress
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+class TrialBars(TransientBar):
     """Trials of a search: one line for each that is over, and on a terminal a bar for the one that runs."""
 
     def __init__(self, budget_s: float, most: int | None, done: Sequence[TuningTrial]) -> None:
@@ -310,13 +323,6 @@ class TrialBars:
             expand=True,
         )
         self.task = self.bar.add_task("trial 0", total=1.0, left="", note="")
-
-    def __enter__(self) -> TrialBars:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
 
     def __call__(self, trial: TuningTrial) -> None:
         """Take a trial that is over."""

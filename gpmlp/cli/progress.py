@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
-from gpmlp.cli.console import format_noise, format_number, pairs_table, standard_error
+from gpmlp.cli.console import TransientBar, format_noise, format_number, pairs_table, standard_error
 from gpmlp.learning.loop import LoopState
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.triggers import force_error_bound
@@ -22,7 +22,7 @@ QUIET_S = 30.0  # between two lines where there is no terminal for a bar
 MARKS = {True: "met", False: "not met", None: "cannot be judged yet"}
 
 
-class LearningBar:
+class LearningBar(TransientBar):
     """Progress of a run while it goes on."""
 
     def __init__(self, recipe: LearnRecipe) -> None:
@@ -51,13 +51,6 @@ class LearningBar:
         total = recipe.dynamics.steps * recipe.dynamics.walkers
         blank: dict[str, Any] = dict.fromkeys(fields, "")
         self.task = self.bar.add_task("start", total=total, note="", **blank)
-
-    def __enter__(self) -> LearningBar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
 
     def __call__(self, state: LoopState) -> None:
         """Take a state."""
