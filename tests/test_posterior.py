@@ -228,8 +228,7 @@ def test_observations_drop_unknown_labels_only():
     targets.forces[1, 2] = 0.5
     targets.stresses[1] = torch.arange(9.0).reshape(3, 3)
     targets.energies_noise[0] = 0.01
-    voigt = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
-    found = observed_labels(targets, structures.counts, voigt)
+    found = observed_labels(targets, structures.counts)
     assert found["energies"].rows.tolist() == [0]
     assert found["energies"].values.tolist() == [2.0]  # per atom
     assert found["energies"].scale.tolist() == [0.5]

@@ -14,7 +14,6 @@ from gpmlp.core import errors, parallel
 from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import Structures
-from gpmlp.core.units import VOIGT
 from gpmlp.fitting import sparse_points
 from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior
@@ -167,7 +166,7 @@ def labelled_rows(
         blocks: inducing variables for each model, if not all of its own.
         views: by descriptor, of the structures, or environments: the same by species with what rows need, if they are there already.
     """
-    known = likelihood.observed_labels(targets, structures.counts, VOIGT)
+    known = likelihood.observed_labels(targets, structures.counts)
     forces, stresses = len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0
     made = []
     for k, m in enumerate(models):

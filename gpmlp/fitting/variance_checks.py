@@ -12,7 +12,6 @@ from gpmlp.core import parallel
 from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.core.units import VOIGT
 from gpmlp.fitting import regression
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.gp import likelihood
@@ -83,7 +82,7 @@ def _missed(
     model: VarianceModel, structure: Structures, targets: Targets, views: Sequence[StructureEnvironments], rows: Tensor
 ) -> Tensor:
     """k_gg - k_gu K_uu⁻¹ k_ug of the known forces with the common noise, whose rows K_ou these are."""
-    seen = likelihood.observed_labels(targets, structure.counts, VOIGT)["forces"]
+    seen = likelihood.observed_labels(targets, structure.counts)["forces"]
     known = seen.rows[seen.noise.isnan()]
     atoms, place = (known // 3).unique(return_inverse=True)
     prior = sum(p.forces(structure, v, atoms) for p, v in zip(model.priors, views, strict=True))

@@ -157,7 +157,7 @@ def rows_from_environments(
     shapes = ((rows, sum(widths)) for rows in (n, 3 * n_forces, 6 * n_stresses))
     out = CovarianceRows(*(like.new_zeros(shape) for shape in shapes))
     fast = forces and fits_compiled_loops(like, *(b.features for b in inducing))
-    add = _add_compiled if fast else _add_rows
+    add = _add_compiled if fast else add_covariance_rows
     columns = zip(*(rows.split(widths, dim=1) for rows in (out.energies, out.forces, out.stresses)), strict=True)
     for block, (energies, of_forces, of_stresses) in zip(inducing, columns, strict=True):
         width, sums = len(block.vectors), None
@@ -228,7 +228,7 @@ def _places(structures: Structures, neighbors: Neighbors, atoms: Tensor | None) 
     return place, mask
 
 
-def _add_rows(
+def add_covariance_rows(
     sums: CovarianceRows,
     structures: Structures,
     some: SpeciesEnvironments,
@@ -282,7 +282,7 @@ def _add_compiled(
     block: InducingBlock,
     place: Tensor,
 ) -> None:
-    """`_add_rows` of forces, with or without stresses, by compiled loops, with columns as in `by_direction`. Threads share the columns."""
+    """`add_covariance_rows` of forces, with or without stresses, by compiled loops, with columns as in `by_direction`. Threads share the columns."""
     energy, first, second, along = _values(kernel, block, some.features)
     owner = structures.structure_of_atom[some.centers]
     sums.energies.index_add_(0, owner, energy)

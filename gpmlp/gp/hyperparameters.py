@@ -42,13 +42,13 @@ def bound_warnings(recipe: Recipe, blocks: Blocks, ended: Sequence[AtBound]) -> 
             given = getattr(recipe.noise, NOISE_FIELDS[at.name])
         prior = _prior(given, default)
         value = prior.low if at.side == "lower" else prior.high
-        said = f"{key} ended at {value:.4g} {UNITS[at.name]}, the {at.side} bound"
+        ended_at = f"{key} ended at {value:.4g} {UNITS[at.name]}, the {at.side} bound"
         if isinstance(given, LearnedRecipe) and given.bounds:
             out.append(
-                f"{said} that the recipe sets ({key}.bounds); the data ask for {'less' if at.side == 'lower' else 'more'}."
+                f"{ended_at} that the recipe sets ({key}.bounds); the data ask for {'less' if at.side == 'lower' else 'more'}."
             )
         else:
-            out.append(f"{said} of its range; the data may not determine it. Give it, or a prior, in the recipe.")
+            out.append(f"{ended_at} of its range; the data may not determine it. Give it, or a prior, in the recipe.")
     return out
 
 

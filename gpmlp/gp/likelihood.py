@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpmlp.core import errors
 from gpmlp.core.quantities import Targets
+from gpmlp.core.units import VOIGT
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,14 @@ class Observations:
     noise: Tensor
 
 
-def observed_labels(targets: Targets, counts: Tensor, voigt: tuple[tuple[int, int], ...]) -> dict[str, Observations]:
+def observed_labels(targets: Targets, counts: Tensor) -> dict[str, Observations]:
     """The labels by kind; the only place where unknown (NaN) labels are dropped."""
-    a, b = (torch.tensor(axis, device=counts.device) for axis in zip(*voigt, strict=True))
+    a, b = (torch.tensor(axis, device=counts.device) for axis in zip(*VOIGT, strict=True))
     per_atom = 1 / counts.to(targets.energies.dtype)
     flat = {
         "energies": (targets.energies * per_atom, per_atom, targets.energies_noise),
         "forces": (targets.forces.flatten(), None, targets.forces_noise.flatten()),
-        "stresses": (targets.stresses[:, a, b].flatten(), None, targets.stresses_noise.repeat_interleave(len(voigt))),
+        "stresses": (targets.stresses[:, a, b].flatten(), None, targets.stresses_noise.repeat_interleave(len(VOIGT))),
     }
     out = {}
     for kind, (values, scale, noise) in flat.items():
