@@ -282,7 +282,7 @@ def _add_compiled(
     block: InducingBlock,
     place: Tensor,
 ) -> None:
-    """`add_covariance_rows` of forces, with or without stresses, by compiled loops, with columns as in `by_direction`. Threads share the columns."""
+    """`add_covariance_rows` of forces, and stresses if wanted, by compiled loops; columns as in `by_direction`, shared by threads."""
     energy, first, second, along = _values(kernel, block, some.features)
     owner = structures.structure_of_atom[some.centers]
     sums.energies.index_add_(0, owner, energy)
