@@ -18,10 +18,8 @@ import torch
 
 from gpmlp.core.errors import ProgressNotice, UserError
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.learning.labels import key_of
+from gpmlp.learning.labels import LabelRefusal, LabelResult, key_of
 from gpmlp.learning.oracles import results, worker
-from gpmlp.learning.oracles import results as holders
-from gpmlp.learning.oracles.job import LabelRefusal, LabelResult
 from gpmlp.learning.oracles.labeller import Labeller, check_refusal
 from gpmlp.learning.oracles.oracle import CalculatorOracle, OracleRecipe, make_job
 
@@ -427,8 +425,8 @@ def test_an_orphan_that_hangs_is_ended(tmp_path, orphan):
 
 def test_only_an_orphan_that_does_nothing_is_ended(tmp_path, orphan, monkeypatch):
     """Not one that computes; nor a process of another time, machine or kind; nor one the run of which lives."""
-    monkeypatch.setattr(holders, "GRACE", 0.3)
-    monkeypatch.setattr(holders, "LOOK", 0.1)
+    monkeypatch.setattr(results, "GRACE", 0.3)
+    monkeypatch.setattr(results, "CHECK_S", 0.1)
     told = []
 
     def wait(holder):

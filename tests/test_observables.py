@@ -14,6 +14,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.learning.recipe import ObservableRecipe
 from gpmlp.learning.stopping.observables import (
     Observer,
     UnwrappedPath,
@@ -24,7 +25,6 @@ from gpmlp.learning.stopping.observables import (
     radial_distribution,
     species_pairs,
 )
-from gpmlp.learning.stopping.recipe import ObservableRecipe
 
 
 def gas(n: int, length: float, seed: int) -> Atoms:

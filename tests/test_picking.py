@@ -18,8 +18,7 @@ from gpmlp.fitting import sparse_points
 from gpmlp.gp import covariances
 from gpmlp.io import ase_atoms
 from gpmlp.learning import pool as picking
-from gpmlp.learning.conditional_variance import ConditionedUncertainty, label_variance
-from gpmlp.learning.pool import METHODS, select_pool
+from gpmlp.learning.pool import METHODS, ConditionedUncertainty, label_variance, select_pool
 
 TIGHT = 1e-10  # eV^2: covariances are of the order of 1 eV^2, and lose some digits in the whitening
 

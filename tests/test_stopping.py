@@ -14,7 +14,7 @@ import scipy.signal
 import torch
 
 from gpmlp.core.errors import UserError
-from gpmlp.learning.recipe import DynamicsRecipe
+from gpmlp.learning.recipe import CoverageRecipe, DynamicsRecipe, ObservableRecipe, PlateauRecipe, StopRecipe
 from gpmlp.learning.stopping.criteria import (
     NoveltySeries,
     all_met,
@@ -26,7 +26,6 @@ from gpmlp.learning.stopping.criteria import (
 )
 from gpmlp.learning.stopping.history import History, Record
 from gpmlp.learning.stopping.judge import ensemble_criterion, judge, judged_window, observable_criterion
-from gpmlp.learning.stopping.recipe import CoverageRecipe, ObservableRecipe, PlateauRecipe, StopRecipe
 from gpmlp.learning.walker_state import typical_force
 
 

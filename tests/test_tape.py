@@ -20,8 +20,7 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning import labels as tape_module
-from gpmlp.learning.labels import LabelEntry, LabelFile, canonical_structure, format_entry, key_of
-from gpmlp.learning.oracles.job import LabelRefusal
+from gpmlp.learning.labels import LabelEntry, LabelFile, LabelRefusal, canonical_structure, format_entry, key_of
 
 
 def structure(seed: int = 0, periodic: bool = True, n: int = 2) -> Structures:

@@ -10,8 +10,7 @@ from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.learning.checkpoint import ActivityTimer, RunFiles
-from gpmlp.learning.labels import LabelEntry, LabelFile, Note, key_of
-from gpmlp.learning.oracles.job import LabelRefusal
+from gpmlp.learning.labels import LabelEntry, LabelFile, LabelRefusal, Note, key_of
 from gpmlp.learning.oracles.labeller import Labeller, check_refusal
 from gpmlp.learning.oracles.oracle import OracleRecipe
 from gpmlp.learning.recipe import SurrogateRecipe

@@ -1,4 +1,4 @@
-"""A Tape is the file of all labels in the order they came; each is on the disk before it is used, and used as it reads from there."""
+"""LabelFile is the append-only file of all labels of a run; each is on the disk before it is used, and used as it reads from there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import io
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
@@ -19,10 +20,8 @@ from ase.io.extxyz import key_val_str_to_dict
 from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.io import ase_atoms as border
 from gpmlp.io import files
-from gpmlp.io.files import check_target
-from gpmlp.learning.oracles.job import LabelRefusal
+from gpmlp.io.ase_atoms import from_ase
 
 Note = int | float | str | bool
 NOTE_NAME = re.compile(r"[a-z][a-zA-Z0-9_]*")
@@ -33,14 +32,14 @@ STARTS = re.compile(rb"^\s*\d+\s*\n[^\n]*Properties=species", re.MULTILINE)
 
 @dataclass(frozen=True, eq=False)
 class LabelEntry:
-    """A label on the tape.
+    """A label of the file.
 
     Attributes:
         structure, targets: of one structure.
         key: `key_of` the structure and the oracle.
         reason: why it was asked for.
         oracle: hash of the oracle's settings, '' if it came from elsewhere.
-        notes: whatever else is to be remembered: step, walker, time, seconds ...
+        notes: further numbers and texts: step, walker, time, ...
     """
 
     structure: Structures
@@ -49,6 +48,41 @@ class LabelEntry:
     reason: str = ""
     oracle: str = ""
     notes: Mapping[str, Note] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelResult:
+    """An answer of an oracle.
+
+    Attributes:
+        structure, targets: of one structure, as it was asked for.
+        attempts: how many it took; seconds: that the successful one took.
+        extrapolated: energy extrapolated to zero smearing (eV); equals targets.energies where nothing is smeared.
+    """
+
+    key: str
+    structure: Structures
+    targets: Targets
+    attempts: int
+    seconds: float
+    extrapolated: float
+
+
+@dataclass(frozen=True)
+class LabelRefusal:
+    """A structure for which the oracle had no answer.
+
+    Attributes:
+        reason: of each attempt, in words.
+        folder: scratch folder of the last attempt, which is not removed.
+        labels_before: how many labels there were.
+    """
+
+    key: str
+    reason: str
+    attempts: int
+    folder: str
+    labels_before: int = field(default=0, compare=False)
 
 
 def key_of(structure: Structures, oracle: str = "") -> str:
@@ -65,7 +99,7 @@ def key_of(structure: Structures, oracle: str = "") -> str:
 
 
 def canonical_structure(structure: Structures) -> Structures:
-    """A structure as it reads back from a tape: the same numbers in double precision on the CPU."""
+    """A structure as it reads back from the file: the same numbers in double precision on the CPU."""
     return _parse(format_entry(LabelEntry(structure, Targets.unlabelled(structure), "")), structure.names[0]).structure
 
 
@@ -102,7 +136,7 @@ def _comment(entry: LabelEntry, columns: str) -> Iterator[str]:
     texts = {"config_type": targets.config_types[0], "key": entry.key, "oracle": entry.oracle, "reason": entry.reason}
     for name, value in {**texts, **entry.notes}.items():
         if name not in texts and (not NOTE_NAME.fullmatch(name) or name in RESERVED):
-            raise ValueError(f"'{name}' cannot be the name of a note on a tape")
+            raise ValueError(f"'{name}' cannot be the name of a note of a label")
         if text := _value(value):
             yield f"{name}={text}"
 
@@ -125,14 +159,14 @@ def _text(text: str) -> str:
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split()).replace("\\", "/").replace('"', "'")
     if not line:
         return ""
-    found = key_val_str_to_dict(f'x="{line}"').get("x")
-    return f'"{line}"' if isinstance(found, str) and found == line else f"\"'{line}'\""
+    back = key_val_str_to_dict(f'x="{line}"').get("x")
+    return f'"{line}"' if isinstance(back, str) and back == line else f"\"'{line}'\""
 
 
 def _parse(text: bytes, name: str) -> LabelEntry:
-    """The entry that a frame holds, by the same road as `gpmlp.read`."""
+    """The entry that a frame holds, read as `gpmlp.read` does."""
     atoms: Atoms = ase.io.read(io.StringIO(text.decode()), format="extxyz", index=0)
-    structures, targets = border.from_ase([atoms], [name])
+    structures, targets = from_ase([atoms], [name])
     info = dict(atoms.info)
     key, reason, oracle = (str(info.pop(part, "")) for part in ("key", "reason", "oracle"))
     notes = {k: v.item() if isinstance(v, np.generic) else v for k, v in info.items() if k not in RESERVED}
@@ -140,40 +174,36 @@ def _parse(text: bytes, name: str) -> LabelEntry:
 
 
 class LabelFile:
-    """Labels on the disk, open for more; and beside them, in refused.jsonl, the structures for which there is none.
+    """Labels on the disk, open for more; and in refused.jsonl the structures that were refused.
 
     Attributes:
         path: the extended XYZ file, which `gpmlp.read` and `gpmlp fit` read as it is.
-        repaired: what was found broken and put right on opening, '' if nothing was.
+        repaired: what was broken and was repaired on opening, '' if nothing was.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open a tape, or begin one where there is none.
-
-        What a kill left of an unfinished last frame goes to PATH.broken.
+        """Open a file, or begin one; what a kill left of an unfinished last frame goes to PATH.broken.
 
         Raises:
             UserError: the file cannot be read or written, or is broken before its end.
         """
-        check_target(path)
+        files.check_target(path)
         self.path = Path(path)
         self._entries: dict[str, LabelEntry] = {}
         self.repaired = ""
         try:
-            self._open()
+            if self.path.exists():
+                self._open()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror or error}.") from error
-        self._refused = files.reopen_journal(self.refused_path)
-        found = [_refusal(entry) for entry in self._refused.entries] if self._refused else []
-        self._refusals = {refusal.key: (refusal, after) for refusal, after in found}
+        self._journal = files.reopen_journal(self.refused_path)
+        self._refusals = {e["key"]: LabelRefusal(**e) for e in (self._journal.entries if self._journal else ())}
 
     @property
     def refused_path(self) -> Path:
         return self.path.with_name("refused.jsonl")
 
     def _open(self) -> None:
-        if not self.path.exists():
-            return
         layout = files.scan_frames(self.path, closed=True)
         data = self.path.read_bytes()
         starts, end = layout.starts, layout.end
@@ -190,15 +220,11 @@ class LabelFile:
                 break
             self._entries.setdefault(entry.key or key_of(entry.structure, entry.oracle), entry)
         if end < len(data):
-            self._cut(end)
-
-    def _cut(self, end: int) -> None:
-        """Put what follows the last complete frame aside."""
-        aside = self.path.with_name(f"{self.path.name}.broken")
-        cut = files.cut_tail(self.path, end, aside)
-        self.repaired = (
-            f"{self.path}: an unfinished frame ({cut} bytes) after {len(self._entries)} whole ones was moved to {aside}"
-        )
+            aside = self.path.with_name(f"{self.path.name}.broken")
+            cut, whole = files.cut_tail(self.path, end, aside), len(self._entries)
+            self.repaired = (
+                f"{self.path}: an unfinished frame ({cut} bytes) after {whole} whole ones was moved to {aside}"
+            )
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -225,10 +251,10 @@ class LabelFile:
         return structures, Targets.concatenate([entry.targets for entry in self])
 
     def append(self, entry: LabelEntry) -> LabelEntry:
-        """Write an entry, and return it as it reads back when it is on the disk; the first of a key is kept.
+        """Write an entry, and return it as it reads back when it is on the disk; of two with one key the first stays.
 
         Raises:
-            UserError: the disk is full or the file cannot be written; the tape is then as it was before.
+            UserError: the disk is full or the file cannot be written; it is then as it was before.
         """
         if entry.key in self._entries:
             return self._entries[entry.key]
@@ -240,43 +266,32 @@ class LabelFile:
 
     @property
     def refusals(self) -> tuple[LabelRefusal, ...]:
-        """Structures that were set aside, in the order they were."""
-        return tuple(refusal for refusal, _ in self._refusals.values())
+        """In the order they came."""
+        return tuple(self._refusals.values())
 
     def refusal(self, key: str) -> LabelRefusal | None:
         """Why there is no label of a key; None if it was not refused."""
-        return self._refusals[key][0] if key in self._refusals else None
+        return self._refusals.get(key)
 
     @property
     def refused_in_a_row(self) -> int:
-        """How many structures were set aside since the last label."""
-        return sum(after == len(self) for _, after in self._refusals.values())
+        """How many structures were refused since the last label."""
+        return sum(refusal.labels_before == len(self) for refusal in self._refusals.values())
 
     def refuse(self, refusal: LabelRefusal) -> None:
-        """Remember that there is no label, on the disk before it is acted upon.
+        """Write down that there is no label, on the disk before it is acted upon.
 
         Raises:
             UserError: the disk is full or the file cannot be written; it is then as it was before.
         """
         if refusal.key in self._refusals:
             return
-        after = len(self)
-        entry = {
-            "key": refusal.key,
-            "reason": refusal.reason,
-            "attempts": refusal.attempts,
-            "folder": refusal.folder,
-            "labels_before": after,
-        }
-        if self._refused is None:
+        refusal = replace(refusal, labels_before=len(self))
+        if self._journal is None:
             about = {"refused": "structures without a label, beside " + self.path.name}
-            self._refused = files.begin_journal(self.refused_path, about)
-        self._refused.append(entry)
-        self._refusals[refusal.key] = (refusal, after)
-
-
-def _refusal(entry: Mapping) -> tuple[LabelRefusal, int]:
-    return LabelRefusal(entry["key"], entry["reason"], entry["attempts"], entry["folder"]), entry["labels_before"]
+            self._journal = files.begin_journal(self.refused_path, about)
+        self._journal.append(asdict(refusal))
+        self._refusals[refusal.key] = refusal
 
 
 def _extend(path: Path, text: bytes) -> None:
@@ -285,3 +300,26 @@ def _extend(path: Path, text: bytes) -> None:
         files.append_whole(path, text)
     except UserError as error:
         raise UserError(f"{error} Make room and go on (--resume): the answer is kept in the spool.") from error
+
+
+def structure_of(job: Mapping[str, Any]) -> Structures:
+    """The structure of an oracle's job."""
+    n = len(job["species"])
+    return Structures(
+        torch.tensor(job["positions"], dtype=torch.float64).reshape(n, 3),
+        torch.tensor(job["cell"], dtype=torch.float64)[None],
+        torch.tensor(job["periodic"])[None],
+        torch.tensor(job["species"]),
+        torch.zeros(n, dtype=torch.long),
+    )
+
+
+def targets_of(record: Mapping[str, Any], structure: Structures) -> Targets:
+    """The targets that the record of a successful attempt holds."""
+    targets, stress = Targets.unlabelled(structure.to(device="cpu", dtype=torch.float64)), record["stress"]
+    return replace(
+        targets,
+        energies=torch.tensor([record["energy"]], dtype=torch.float64),
+        forces=torch.tensor(record["forces"], dtype=torch.float64).reshape(-1, 3),
+        stresses=targets.stresses if stress is None else torch.tensor(stress, dtype=torch.float64)[None],
+    )

@@ -1,4 +1,4 @@
-"""LearnRecipe is the validated list of choices of a learning run: start, oracle, dynamics, and when to ask and to stop."""
+"""LearnRecipe holds the validated choices of a learning run: start, oracle, dynamics, trigger, stopping criteria."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gpmlp.learning.oracles.oracle import OracleRecipe
-from gpmlp.learning.stopping.judge import StopRecipe
 from gpmlp.recipe import Recipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+OBSERVABLES = ("energy", "pressure", "temperature", "rdf", "msd", "diffusion")
 FEWEST_LABELS = 2  # that a model is made from
 RAMP_SHARE = 2 / 3  # of the steps, where the recipe does not say how long a ramp is
 
@@ -28,7 +28,7 @@ class DynamicsRecipe(_Section):
     temperature_K and pressure_GPa: one value, or [first, last] of a linear ramp over the first `ramp_steps` steps (two thirds of all
     if None). nvt is Langevin dynamics (BAOAB), npt the same in a cell that breathes (`cell: isotropic`) or changes shape (`full`).
     timestep_fs None: 0.5 where there is hydrogen, 1 up to neon, else 2. While walkers wait for labels the others go on for up to
-    `ahead` looks.
+    `ahead` strides.
     """
 
     ensemble: Literal["nve", "nvt", "langevin", "npt"] = "nvt"
@@ -82,7 +82,7 @@ def _along(value: float | tuple[float, float], step: int, ramp: int) -> float:
 
 
 class GuardsRecipe(_Section):
-    """Limits of what is physics: distances as a share of the sum of covalent radii, kinetic temperature in units of the target
+    """Limits beyond which dynamics is unphysical: distances as a share of the sum of covalent radii, kinetic temperature in units of the target
     (after allowing for its fluctuation), energy change of one step in eV/atom beyond what kT explains."""
 
     distance: Positive = 0.6
@@ -94,10 +94,10 @@ class TriggerRecipe(_Section):
     """When a label is asked for.
 
     A label is asked for where the probability that the force error of some atom exceeds `force` (eV/A; 'noise': `noise` times the
-    error that noise and misfit, as learned, leave to a frame however much is learned; 'auto': `share` of the rms force of the
+    error that noise and misfit leave to a frame however many labels there are; 'auto': `share` of the rms force of the
     dynamics at its hottest, and no less than 'noise') is more than `probability`; or where
     the standard deviation of a local energy exceeds `local_energy` (eV); or the novelty exceeds `novelty`. The run halts and goes
-    back where the probability holds for `halt` times the force, or a guard is broken. Variances of forces are looked at every
+    back where the probability holds for `halt` times the force, or a guard is broken. Variances of forces are computed every
     `every` steps, those of local energies, which cost far less, every `watch` steps, and forces' whenever these give reason; guards
     and novelty hold in every step. After a label the walker has to be `cooldown` steps older, or `hysteresis` times worse than
     right after it; more than `most_per_1000_steps` labels are not asked.
@@ -133,7 +133,7 @@ class InitialRecipe(_Section):
 
 
 class ExploreRecipe(_Section):
-    """Structures made on purpose where data are thin.
+    """Structures generated where data are thin.
 
     directed: how many are labelled after the first ones, in turn displaced along a rare direction of descriptor space around an atom
     and led up the slope of the local energies' standard deviations; radius_A: the farthest that an atom is moved.
@@ -157,11 +157,101 @@ class SurrogateRecipe(_Section):
 
 
 class RefreshRecipe(_Section):
-    """When noises, signals and novelty are learned again: every `labels` labels (None: a sixth of those there are, 4 at least), or
-    when the running negative log likelihood of foreseen forces has risen by `drift` nats per component."""
+    """When hyperparameters and novelty are refreshed: every `labels` labels (None: a sixth of those there are, 4 at least), or
+    when the running negative log likelihood of prequential forces has risen by `drift` nats per component."""
 
     labels: Count | None = None
     drift: Positive = 1.5
+
+
+class PlateauRecipe(_Section):
+    """Predictive uncertainty without a trend, and labels that have become rare.
+
+    drift: change of the uncertainty over the window, relative to its level, that the 95 % interval of the slope must exclude.
+    significance: of the Mann-Kendall test. labels_per_1000_steps: of all walkers together; its 95 % upper bound must be below.
+    """
+
+    drift: Positive = 0.3
+    significance: Share = 0.05
+    labels_per_1000_steps: Positive = 2.0
+
+
+class ObservableRecipe(_Section):
+    """A quantity whose mean must be known: energy (eV/atom), pressure (GPa), temperature (K), rdf, msd (A^2), diffusion (A^2/fs), or
+    'module:function' of an ase.Atoms that gives a number or a vector.
+
+    tolerance: of the standard error of the mean, rms over components; relative to the rms of the mean if `relative`. None: energy
+    0.1 k_B T, pressure 0.2 GPa, temperature 2 %, rdf 0.05, msd 10 %, diffusion 20 %, others 5 %.
+    cutoff, bins, pair: of rdf, A, such as pair: O-H; all pairs where None. lag_fs: of msd and diffusion.
+    """
+
+    name: str = "energy"
+    tolerance: Positive | None = None
+    relative: bool | None = None
+    cutoff: Positive = 6.0
+    bins: Annotated[int, Field(ge=2, le=1000)] = 60
+    pair: str | None = None
+    lag_fs: Positive = 1000.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ObservableRecipe:
+        module, colon, function = self.name.partition(":")
+        if self.name not in OBSERVABLES and not (colon and module and function):
+            raise ValueError(f"`name` must be one of {', '.join(OBSERVABLES)}, or module:function; got '{self.name}'")
+        if self.pair is not None and self.name != "rdf":
+            raise ValueError(f"`pair` is of rdf; {self.name} has none")
+        if self.relative is not None and self.tolerance is None:
+            raise ValueError("`relative` says how `tolerance` is meant; give both")
+        return self
+
+
+class CoverageRecipe(_Section):
+    """Where the dynamics goes lies inside the trust region (novelty at most 1).
+
+    frames: share of the frames that must be inside (its 95 % lower bound). atoms: share of all atoms; None = 1 - 3 (1 - q), q the
+    quantile of held-out environments that novelty 1 stands for. far: novelty that no atom of a frame inside may exceed.
+    persistent: share of the frames in which one and the same atom may be outside.
+    """
+
+    frames: Share = 0.9
+    atoms: Share | None = None
+    far: Annotated[float, Field(ge=1)] = 1.5
+    persistent: Share = 0.2
+
+
+class StopRecipe(_Section):
+    """When to stop: all criteria that are on hold over the same recent frames, or a limit is reached.
+
+    labels_in_window: how many of the latest labels may lie inside the window, 0: it begins after the last one; None: as many as
+    `plateau` allows, so that the window is the longest over which labels were rare and the uncertainty steady.
+    window_steps: its greatest length for each walker; None: unlimited. temperature: how far, relative, the mean temperature may lie
+    from the target. at_least_steps: of all walkers together, before anything is judged. every_frames: how often to judge.
+    labels_at_most, time_at_most_h: limits that end the run whatever the criteria say.
+    """
+
+    plateau: PlateauRecipe | Literal[False] = PlateauRecipe()
+    observable: ObservableRecipe | tuple[ObservableRecipe, ...] | Literal[False] = ObservableRecipe()
+    coverage: CoverageRecipe | Literal[False] = CoverageRecipe()
+    labels_in_window: Annotated[int, Field(ge=0)] | None = None
+    window_steps: Count | None = None
+    temperature: Share = 0.05
+    at_least_steps: Annotated[int, Field(ge=0)] = 1000
+    every_frames: Count = 25
+    labels_at_most: Annotated[int, Field(ge=0)] | None = None
+    time_at_most_h: Positive | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StopRecipe:
+        names = [o.name for o in self.observables]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`observable` lists a name twice: {', '.join(names)}")
+        return self
+
+    @property
+    def observables(self) -> tuple[ObservableRecipe, ...]:
+        if self.observable is False:
+            return ()
+        return self.observable if isinstance(self.observable, tuple) else (self.observable,)
 
 
 class LearnRecipe(_Section):
@@ -185,7 +275,7 @@ class LearnRecipe(_Section):
     def _consistent(self) -> LearnRecipe:
         if self.model.variance is False or self.model.novelty is False:
             raise ValueError("model.variance and model.novelty steer the run; they cannot be false")
-        self._something_is_asked()
+        self._check_trigger()
         coverage, novelty = self.stop.coverage, self.trigger.novelty
         if coverage and novelty is not None and novelty > coverage.far:
             raise ValueError(
@@ -198,7 +288,7 @@ class LearnRecipe(_Section):
             raise ValueError("dynamics: nve has no thermostat, so temperature_K cannot be a ramp; take ensemble: nvt")
         return self
 
-    def _something_is_asked(self) -> None:
+    def _check_trigger(self) -> None:
         if self.trigger.force is None and self.trigger.local_energy is None and self.trigger.novelty is None:
             raise ValueError(
                 "trigger: force, local_energy and novelty are all null, so that nothing would ever be asked but where physics is "

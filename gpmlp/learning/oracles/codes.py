@@ -1,4 +1,4 @@
-"""Calculators are the codes that can label, by a ready-made name or by an import path; torch is not needed to run them."""
+"""Codes that can label: ASE calculators by a ready-made name or by an import path; no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ class OracleError(ValueError):
 
 @dataclass(frozen=True)
 class CalculatorEntry:
-    """A ready-made entry.
+    """A calculator with a name of its own.
 
     Attributes:
-        path: "module:name" of the class or function that makes the calculator.
+        path: "module:name" of the class or function that makes it.
         install: how to get what it needs.
-        defaults: keyword arguments that the recipe's come on top of.
-        program: name of the program that has to be there, '' if none.
-        closed: whether it takes no keyword but those in its list of defaults, of which it would not say so itself.
+        defaults: keyword arguments, before those of the recipe.
+        program: that has to be there, '' if none.
+        closed: whether it takes no keyword but those in its list of defaults, without saying so itself.
     """
 
     path: str
@@ -71,10 +71,8 @@ def find_calculator(name: str) -> Callable[..., Any]:
     if name in READY:
         return _imported(READY[name].path, READY[name].install)
     if ":" not in name:
-        from gpmlp.core.errors import suggest_name
-
         raise OracleError(
-            f"there is no calculator '{name}'.{suggest_name(name, READY)} Any other goes by its import path, 'module:Class', "
+            f"there is no calculator '{name}'.{_suggestion(name, READY)} Any other goes by its import path, 'module:Class', "
             "e.g. ase.calculators.emt:EMT"
         )
     return _imported(name, "")
@@ -84,6 +82,13 @@ def add_import_folder(folder: Path) -> None:
     """Have Python find the modules of a folder, too; those that it finds elsewhere come first."""
     if str(folder.resolve()) not in sys.path:
         sys.path.append(str(folder.resolve()))
+
+
+def _suggestion(name: str, names: Iterable[str]) -> str:
+    """Of the names one that is near."""
+    from gpmlp.core.errors import suggest_name
+
+    return suggest_name(name, names)
 
 
 def _imported(path: str, install: str) -> Callable[..., Any]:
@@ -104,15 +109,13 @@ def _imported(path: str, install: str) -> Callable[..., Any]:
         raise OracleError(
             f"'{path}' cannot be imported: {type(error).__name__}: {error}; correct the module"
         ) from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        from gpmlp.core.errors import suggest_name
-
+    maker = getattr(module, attribute, None)
+    if not callable(maker):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise OracleError(
-            f"module {module_name} has no class '{attribute}'.{suggest_name(attribute, names) if names else ''}"
+            f"module {module_name} has no class '{attribute}'.{_suggestion(attribute, names) if names else ''}"
         )
-    return found
+    return maker
 
 
 def build_calculator(name: str, kwargs: Mapping[str, Any], directory: Path) -> Any:
@@ -131,7 +134,7 @@ def build_calculator(name: str, kwargs: Mapping[str, Any], directory: Path) -> A
     except Exception as error:
         raise OracleError(
             f"{name} cannot be made with kwargs {', '.join(arguments) or '(none)'}: {type(error).__name__}: {error}."
-            f"{_near(maker, arguments)}"
+            f"{_near_names(maker, arguments)}"
         ) from error
     _refuse_misspelt(name, maker, arguments)
     if not takes_folder and hasattr(calculator, "directory"):
@@ -139,8 +142,8 @@ def build_calculator(name: str, kwargs: Mapping[str, Any], directory: Path) -> A
     return calculator
 
 
-def _known(maker: Callable[..., Any]) -> list[str]:
-    """Keyword arguments that a maker is known to take."""
+def _keywords(maker: Callable[..., Any]) -> list[str]:
+    """Keyword arguments that a maker takes, as far as it says so."""
     try:
         names = [p.name for p in inspect.signature(maker).parameters.values() if p.kind is not p.VAR_KEYWORD]
     except (TypeError, ValueError):
@@ -149,27 +152,25 @@ def _known(maker: Callable[..., Any]) -> list[str]:
     return [name for name in names if name not in ("self", "atoms", "directory", "args")]
 
 
-def _near(maker: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+def _near_names(maker: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
     """Names that the maker does take, near those it does not."""
-    from gpmlp.core.errors import suggest_name
-
-    known = _known(maker)
-    return "".join(f" '{name}':{suggest_name(name, known)}" for name in arguments if known and name not in known)
+    names = _keywords(maker)
+    return "".join(f" '{name}':{_suggestion(name, names)}" for name in arguments if names and name not in names)
 
 
 def _refuse_misspelt(name: str, maker: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """ASE's own calculators swallow any keyword: one that is nearly one that they know is a slip, any other where all are known."""
-    known, closed = _known(maker), name in READY and READY[name].closed
+    """ASE's own calculators swallow any keyword: one that is nearly one of theirs is a slip, and any other where theirs are all listed."""
+    names, closed = _keywords(maker), name in READY and READY[name].closed
     for given in arguments:
-        close = difflib.get_close_matches(given, known, n=1, cutoff=0.85)
-        if given not in known and close:
+        close = difflib.get_close_matches(given, names, n=1, cutoff=0.85)
+        if given not in names and close:
             raise OracleError(f"{name} knows no kwargs.{given}. Perhaps you meant '{close[0]}'")
-        if given not in known and closed:
-            raise OracleError(f"{name} knows no kwargs.{given}; it takes {', '.join(known)}")
+        if given not in names and closed:
+            raise OracleError(f"{name} knows no kwargs.{given}; it takes {', '.join(names)}")
 
 
 def merge_kwargs(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """The first with what the second says instead, sections within sections."""
+    """The first updated with the second, sections within sections."""
     both = dict(first)
     for key, value in second.items():
         inner = both.get(key)
@@ -185,17 +186,15 @@ def stillinger_weber(directory: Path, parameters: str = "Stillinger_Weber_PRB_31
     except ImportError as error:
         raise OracleError(f"stillinger-weber cannot be imported: {error}; pip install matscipy") from error
     if not hasattr(forms, parameters):
-        from gpmlp.core.errors import suggest_name
-
         names = [name for name in vars(forms) if name.startswith("Stillinger_Weber_")]
         raise OracleError(
-            f"matscipy has no Stillinger-Weber parameters '{parameters}'.{suggest_name(parameters, names)}"
+            f"matscipy has no Stillinger-Weber parameters '{parameters}'.{_suggestion(parameters, names)}"
         )
     return Manybody(**forms.StillingerWeber(getattr(forms, parameters)))
 
 
 def gpaw(directory: Path, **kwargs: Any) -> Any:
-    """GPAW, its text output beside the other files of the label."""
+    """GPAW, its text output with the other files of the label."""
     try:
         from gpaw import GPAW
     except ImportError as error:
@@ -220,7 +219,7 @@ def quantum_espresso(
     input_data: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Any:
-    """pw.x through ASE, with forces and stress switched on and nothing left on disk but its input and output.
+    """pw.x through ASE, with forces and stress, and nothing left on disk but its input and output.
 
     Args:
         pseudopotentials: file by chemical symbol.
@@ -300,7 +299,7 @@ class PySCF(Calculator):
         unknown = set(kwargs) - set(self.default_parameters)
         if unknown:
             raise TypeError(f"unknown keyword arguments {sorted(unknown)}")
-        import pyscf  # noqa: F401 - missing: said when the recipe is read, not at the first label
+        import pyscf  # noqa: F401 - so that its absence is found when the recipe is read
 
         super().__init__(**kwargs)
 

@@ -17,8 +17,8 @@ from typing import Any
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.io.files import check_folder
+from gpmlp.learning.labels import LabelRefusal, LabelResult, targets_of
 from gpmlp.learning.oracles import executors, results, worker
-from gpmlp.learning.oracles.job import LabelRefusal, LabelResult, failure_reasons, targets_of
 from gpmlp.learning.oracles.oracle import OracleRecipe, make_job
 
 INTERRUPTIONS = 3  # of one attempt, before it counts as failed
@@ -140,7 +140,9 @@ class Labeller:
             )
             self._answer(asked, label)
         elif len(records) >= self.recipe.attempts:
-            self._answer(asked, LabelRefusal(asked.key, failure_reasons(records), len(records), records[-1]["folder"]))
+            self._answer(
+                asked, LabelRefusal(asked.key, results.failure_reasons(records), len(records), records[-1]["folder"])
+            )
         else:
             attempt = len(records) + 1
             # by the key alone, so that a resumed run checks the same labels

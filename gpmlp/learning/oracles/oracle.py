@@ -17,8 +17,8 @@ from gpmlp.core import errors
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
+from gpmlp.learning.labels import targets_of
 from gpmlp.learning.oracles import codes, results, worker
-from gpmlp.learning.oracles.job import failure_reasons, targets_of
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -144,7 +144,7 @@ class CalculatorOracle:
                 return targets_of(records[-1], structure)
             if records[-1]["kind"] != results.FAILED:
                 break
-        raise UserError(f"{structure.names[0]}: the oracle gave no label: {failure_reasons(records)}.")
+        raise UserError(f"{structure.names[0]}: the oracle gave no label: {results.failure_reasons(records)}.")
 
 
 def make_job(

@@ -1,4 +1,4 @@
-"""The spool is a folder of attempts at labels, written by whoever computed them before anyone is told; no torch."""
+"""Results of oracles on disk: a record for each attempt at a label, written before anyone is told, and a lock for each label; no torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-TICKS = os.sysconf("SC_CLK_TCK")
-GRACE = 5.0  # s in which an orphan must have computed something, it or a process that it started
-LOOK = 1.0  # s between two looks at that
-MODULE = b"gpmlp.learning.oracles.worker"
-
-
-LABEL, FAILED = "label", "failed"  # these end an attempt and are kept
+LABEL, FAILED = "label", "failed"  # these end an attempt and are written
 UNUSABLE, INTERRUPTED, DISK = "unusable", "interrupted", "disk"  # these say nothing of the structure and are not
-POLL = 0.05  # s
+POLL_S = 0.05
+GRACE = 5.0  # s in which an orphan must have computed something, it or a process that it started
+CHECK_S = 1.0  # between two checks of that
+TICKS = os.sysconf("SC_CLK_TCK")
+WORKER = b"gpmlp.learning.oracles.worker"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -33,7 +31,7 @@ def record_path(folder: str | os.PathLike[str], key: str, attempt: int) -> Path:
 
 
 def write_record(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
-    """Put the record of an attempt into the spool: complete and on the disk, or not at all (OSError)."""
+    """Write the record of an attempt: complete and on the disk, or not at all (OSError)."""
     target = record_path(folder, record["key"], record["attempt"])
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -63,16 +61,27 @@ def read_record(folder: str | os.PathLike[str], key: str, attempt: int) -> dict[
 
 def read_attempts(folder: str | os.PathLike[str], key: str) -> list[dict[str, Any]]:
     """The records of all attempts from the first on that have ended."""
-    found = []
-    while (record := read_record(folder, key, len(found) + 1)) is not None:
-        found.append(record)
-    return found
+    records: list[dict[str, Any]] = []
+    while (record := read_record(folder, key, len(records) + 1)) is not None:
+        records.append(record)
+    return records
 
 
 def remove_records(folder: str | os.PathLike[str], key: str) -> None:
-    """Remove what the spool holds of a key."""
+    """Remove all files of a key."""
     for file in Path(folder).glob(f"{key}.*"):
         file.unlink(missing_ok=True)
+
+
+def failure_reasons(records: list[dict[str, Any]]) -> str:
+    """Why attempts failed: each reason once, with the attempts it stands for."""
+    attempts: dict[str, list[int]] = {}
+    for record in records:
+        attempts.setdefault(record["reason"], []).append(record["attempt"])
+    if len(attempts) == 1:
+        reason, which = next(iter(attempts.items()))
+        return reason if len(which) == 1 else f"{reason} ({len(which)} times)"
+    return "; ".join(f"attempt {', '.join(map(str, which))}: {reason}" for reason, which in attempts.items())
 
 
 @contextmanager
@@ -84,7 +93,7 @@ def label_lock(
     The system lets go of the lock when the process that holds it ends, in whatever way.
 
     Args:
-        waiting: called time and again with what the file of the lock says of who holds it.
+        waiting: called time and again with what the file of the lock says of its holder.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     descriptor = os.open(Path(folder) / f"{key}.lock", os.O_RDWR | os.O_CREAT)
@@ -95,7 +104,7 @@ def label_lock(
                 break
             except BlockingIOError:
                 waiting(os.pread(descriptor, 4096, 0).decode(errors="replace"))
-                time.sleep(POLL)
+                time.sleep(POLL_S)
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
@@ -109,10 +118,10 @@ def label_lock(
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Who holds a lock.
+    """The process that holds the lock of a label.
 
     Attributes:
-        began: ticks after boot when the process began, which tells it from a later one of the same number.
+        began: ticks after boot at which it began, which tell it from a later process of the same number.
         parent: process number of the run it works for.
         machine: boot and namespace in which the numbers hold.
     """
@@ -132,7 +141,7 @@ class LockHolder:
 
     @staticmethod
     def from_text(text: str) -> LockHolder | None:
-        """What a lock file says; None if nothing, as of a holder that has just begun."""
+        """From a lock file; None if it says nothing, as of a holder that has just begun."""
         with suppress(ValueError, TypeError):
             return LockHolder(**json.loads(text))
         return None
@@ -152,13 +161,13 @@ class LockHolder:
         if not values or int(values[19]) != self.began or int(values[1]) == self.parent:
             return False
         with suppress(OSError):
-            return MODULE in (Path("/proc") / str(self.pid) / "cmdline").read_bytes().split(b"\0")
+            return WORKER in (Path("/proc") / str(self.pid) / "cmdline").read_bytes().split(b"\0")
         return False
 
     def work(self) -> int:
         """Processor time (ticks) that it, all that it started and those of them that have ended have used."""
-        found = (_stat(pid) for pid in (self.pid, *child_processes(self.pid)))
-        return sum(sum(map(int, values[11:15])) for values in found if values)
+        stats = (_stat(pid) for pid in (self.pid, *child_processes(self.pid)))
+        return sum(sum(map(int, values[11:15])) for values in stats if values)
 
     def end(self) -> None:
         """End it and all that it started."""
@@ -168,19 +177,19 @@ class LockHolder:
 
 
 class LockWaiter:
-    """What is done while somebody else has a lock: say so, once for each holder, and end an orphan that does nothing."""
+    """What is done while another process holds a lock: say so, once for each holder, and end an orphan that does nothing."""
 
     def __init__(self, key: str, tell: Callable[[str], None]) -> None:
         self.key, self.tell = key, tell
         self.holder: LockHolder | None = None
-        self.worked, self.since, self.looked = -1, 0.0, 0.0
+        self.worked, self.since, self.checked = -1, 0.0, 0.0
 
     def __call__(self, text: str) -> None:
-        """Look at the holder, whose lock file holds this text; to be called time and again."""
+        """Check on the holder, whose lock file holds this text; to be called time and again."""
         now = time.monotonic()
-        if now - self.looked < LOOK:
+        if now - self.checked < CHECK_S:
             return
-        holder, self.looked = LockHolder.from_text(text), now
+        holder, self.checked = LockHolder.from_text(text), now
         if holder is None:
             return
         if holder != self.holder:
@@ -209,14 +218,14 @@ class LockWaiter:
 
 def child_processes(pid: int, since: float = 0.0) -> list[int]:
     """Processes that a process started, and those that they started; only those begun since a time after boot (s)."""
-    known: dict[int, list[tuple[int, float]]] = {}
+    children: dict[int, list[tuple[int, float]]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         if values := _stat(int(entry.name)):
-            known.setdefault(int(values[1]), []).append((int(entry.name), int(values[19]) / TICKS))
-    found = list(known.get(pid, []))
-    for child, _ in found:  # grows while it is read
-        found += known.get(child, [])
-    return [child for child, began in found if began >= since]
+            children.setdefault(int(values[1]), []).append((int(entry.name), int(values[19]) / TICKS))
+    family = list(children.get(pid, []))
+    for child, _ in family:  # grows while it is read
+        family += children.get(child, [])
+    return [child for child, began in family if began >= since]
 
 
 def _stat(pid: int) -> list[str]:

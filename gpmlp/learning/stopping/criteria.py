@@ -14,7 +14,7 @@ import numpy as np
 import scipy.special
 
 from gpmlp.core.errors import UserError, chemical_symbol
-from gpmlp.learning.stopping.recipe import CoverageRecipe, PlateauRecipe
+from gpmlp.learning.recipe import CoverageRecipe, PlateauRecipe
 from gpmlp.learning.stopping.timeseries import (
     ENOUGH,
     FEWEST,

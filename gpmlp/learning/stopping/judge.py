@@ -14,6 +14,7 @@ import numpy as np
 
 from gpmlp.core.json_values import json_value
 from gpmlp.core.units import BOLTZMANN
+from gpmlp.learning.recipe import ObservableRecipe, PlateauRecipe, StopRecipe
 from gpmlp.learning.stopping.criteria import (
     NoveltySeries,
     StopCriterion,
@@ -24,7 +25,6 @@ from gpmlp.learning.stopping.criteria import (
     plateau_criterion,
 )
 from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.stopping.recipe import ObservableRecipe, PlateauRecipe, StopRecipe
 from gpmlp.learning.stopping.timeseries import series_mean
 
 __all__ = ("History", "Record", "StopRecipe", "StopVerdict", "judge")  # with what a judgement is made from

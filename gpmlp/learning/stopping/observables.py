@@ -19,8 +19,8 @@ from gpmlp.core import errors, neighbors, units
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.learning.recipe import ObservableRecipe
 from gpmlp.learning.stopping import timeseries
-from gpmlp.learning.stopping.recipe import ObservableRecipe
 
 Value = float | np.ndarray
 

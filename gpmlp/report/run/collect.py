@@ -21,11 +21,10 @@ from gpmlp.io.ase_atoms import iterate_frames, structures_from_ase
 from gpmlp.io.recipe_files import validate_recipe
 from gpmlp.learning.checkpoint import NAME, TEXT_LOG, TIMES
 from gpmlp.learning.labels import LabelEntry, LabelFile
-from gpmlp.learning.recipe import LearnRecipe
+from gpmlp.learning.recipe import CoverageRecipe, LearnRecipe, ObservableRecipe
 from gpmlp.learning.stopping import judge, timeseries
 from gpmlp.learning.stopping.criteria import frames_inside, wanted_atoms
 from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.stopping.recipe import CoverageRecipe, ObservableRecipe
 from gpmlp.potential.evaluation import evaluate
 from gpmlp.potential.potential import Potential
 from gpmlp.report.model.data import ReportData, collect_data
