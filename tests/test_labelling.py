@@ -379,7 +379,7 @@ KILLED = """
 import json, sys
 from gpmlp.learning.oracles.executors import WorkerProcess
 process = WorkerProcess()
-print(process.pid, flush=True)
+print(process.process.pid, flush=True)
 process.call(json.loads(sys.argv[1]))
 """
 

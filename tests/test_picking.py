@@ -136,7 +136,7 @@ def test_first_scores_are_what_the_potential_predicts(potential, pool):
     """Variances and novelty before anything was picked: those of Potential.__call__."""
     told = potential(pool, variance="atom_energies", novelty=True, calibrated=False)
     belief = ConditionedUncertainty(potential, True, True)
-    seen = belief.look(pool)
+    seen = belief.candidates(pool)
     variance, novelty = torch.cat([c.variance for c in seen]), torch.cat([c.novelty for c in seen])
     torch.testing.assert_close(variance, told.atom_energies_variance.epistemic, atol=TIGHT, rtol=1e-9)
     torch.testing.assert_close(novelty, told.novelty)
@@ -148,10 +148,10 @@ def test_first_scores_are_what_the_potential_predicts(potential, pool):
 
 def test_novelty_is_measured_from_what_was_picked_in_the_metric_of_the_clusters(potential, pool):
     belief = ConditionedUncertainty(potential, False, True)
-    candidates = belief.look(pool)
+    candidates = belief.candidates(pool)
     first, second = candidates[0], candidates[1]
     before = second.novelty.clone()
-    belief.learn(first, 2)
+    belief.condition_on(first, 2)
     belief.update(second)
     clusters, threshold = potential.novelty.species[29], potential.novelty.thresholds[29]
     whitening, spread = clusters.precision
@@ -206,7 +206,7 @@ def test_a_batch_of_two_avoids_near_duplicates(potential, method):
     frames = [rattled(copper(31, strain=0.05, rattle=0.15), 0.01), strange, rattled(strange, 0.012), copper(33)]
     pool = structures(frames)
     belief = ConditionedUncertainty(potential, method != "mahalanobis", method != "variance")
-    top = sorted(range(4), key=lambda s: -float(belief.look(pool)[s].scores.max()))
+    top = sorted(range(4), key=lambda s: -float(belief.candidates(pool)[s].scores.max()))
     assert set(top[:2]) == {1, 2}
     x = [potential.terms[0].view(pool.select([s])).environments.features for s in (1, 2)]
     assert torch.cdist(*x).amin(1).max() > picking.LIKE

@@ -82,8 +82,8 @@ def _along(value: float | tuple[float, float], step: int, ramp: int) -> float:
 
 
 class GuardsRecipe(_Section):
-    """Limits beyond which dynamics is unphysical: distances as a share of the sum of covalent radii, kinetic temperature in units of the target
-    (after allowing for its fluctuation), energy change of one step in eV/atom beyond what kT explains."""
+    """Limits beyond which dynamics is unphysical: distances as a share of the sum of covalent radii, kinetic temperature in units of the
+    target (after allowing for its fluctuation), energy change of one step in eV/atom beyond what kT explains."""
 
     distance: Positive = 0.6
     temperature: Positive = 2.0

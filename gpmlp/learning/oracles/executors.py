@@ -1,4 +1,4 @@
-"""Processes is an executor whose jobs run in worker processes of their own: one that hangs or crashes takes no other with it."""
+"""Executors make the attempts at labels: in worker processes, in this one, or by dask or parsl."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ OPTIONS = {
 }
 
 PATIENCE = 2.0  # s between asking a process to end and ending it
-POLL = 0.5  # s between looks for a file that says stop
+POLL = 0.5  # s between checks for a file that says stop
 STOP = b"stop"
-TAIL = 400  # characters of what a crashed process said
+TAIL = 400  # characters of the output of a crashed process
 Record = dict[str, Any]
 
 
@@ -41,29 +41,24 @@ class WorkerProcess:
     """A process that makes one attempt after another, and the group of all that it starts."""
 
     def __init__(self, threads: int = 1) -> None:
-        self._said = tempfile.TemporaryFile()
-        own = {"OMP_NUM_THREADS": str(threads)} if "OMP_NUM_THREADS" not in os.environ else {}
-        self._process = subprocess.Popen(
+        self._errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
             [sys.executable, "-m", "gpmlp.learning.oracles.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,  # not ours: who reads our output would wait for a worker that outlives us
-            env={**os.environ, **own},
+            stderr=self._errors,  # not ours: who reads our output would wait for a worker that outlives us
+            env={"OMP_NUM_THREADS": str(threads), **os.environ},
             start_new_session=True,
         )
         self._rest = b""
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._process.stdout, selectors.EVENT_READ)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        self._selector.register(self.process.stdout, selectors.EVENT_READ)
 
     def call(self, job: Mapping[str, Any]) -> Record:
         """Have the process make an attempt; the process is of no more use if `alive` is false afterwards."""
         try:
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
-            self._process.stdin.flush()
+            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            self.process.stdin.flush()
         except OSError:
             return self._crashed(job)
         deadline, timeout, stop = None, job["timeout_s"], job.get("stop")
@@ -74,9 +69,8 @@ class WorkerProcess:
                 return worker.attempt_record(job, results.INTERRUPTED, "the run ended")
             if line is None:
                 self.end(patience=0.0)
-                return worker.attempt_record(
-                    job, results.FAILED, f"hung: no answer within timeout_s {timeout:g}, nor to signals"
-                )
+                reason = f"hung: no answer within timeout_s {timeout:g}, nor to signals"
+                return worker.attempt_record(job, results.FAILED, reason)
             if not line:
                 return self._crashed(job)
             message = json.loads(line)
@@ -90,7 +84,7 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return self.process.poll() is None
 
     def _line(self, deadline: float | None, stop: str | None) -> bytes | None:
         """The next line; b"" if the process closed its output, None if the deadline came first, STOP if a file of that name did."""
@@ -102,7 +96,7 @@ class WorkerProcess:
                 return None
             if not self._selector.select(min(left or POLL, POLL) if stop else left):
                 continue
-            part = os.read(self._process.stdout.fileno(), 1 << 16)
+            part = os.read(self.process.stdout.fileno(), 1 << 16)
             if not part:
                 return b""
             self._rest += part
@@ -111,70 +105,70 @@ class WorkerProcess:
 
     def _crashed(self, job: Mapping[str, Any]) -> Record:
         self.end(patience=0.0)
-        code = self._process.returncode
+        code = self.process.returncode
         if code in worker.STOPPED:
             return worker.attempt_record(
                 job, results.INTERRUPTED, f"its worker process was ended by signal {abs(code)}"
             )
-        self._said.seek(0)
-        said = self._said.read().decode(errors="replace")
+        self._errors.seek(0)
+        output, folder = self._errors.read().decode(errors="replace"), worker.folder_of(job)
         with suppress(OSError):
-            said += (worker.folder_of(job) / "output.txt").read_text(errors="replace")
+            output += (folder / "output.txt").read_text(errors="replace")
         with suppress(OSError):
-            hung = (worker.folder_of(job) / "hung.txt").read_text(errors="replace")
+            hung = (folder / "hung.txt").read_text(errors="replace")
             if hung:
                 reason = f"hung: no answer within timeout_s {job['timeout_s']:g}, stuck in {hung.split(chr(10))[2:4]}"
                 return worker.attempt_record(job, results.FAILED, reason)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return worker.attempt_record(job, results.FAILED, f"its worker process crashed ({how}) {said[-TAIL:]}")
+        return worker.attempt_record(job, results.FAILED, f"its worker process crashed ({how}) {output[-TAIL:]}")
 
     def end(self, patience: float = PATIENCE) -> None:
         """End the process and all that it started, and wait until it is gone."""
-        family = results.child_processes(self.pid)
+        family = results.child_processes(self.process.pid)
         for number in (signal.SIGTERM, signal.SIGKILL) if patience else (signal.SIGKILL,):
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, number)
+                os.killpg(self.process.pid, number)
             for pid in family:  # some start groups of their own
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, number)
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(patience if number == signal.SIGTERM else None)
+                self.process.wait(patience if number == signal.SIGTERM else None)
 
     def close(self) -> None:
         """End the process if it lives, and give its pipes back; for the thread that calls, after which there is no more to call."""
         if self.alive:
             self.end()
         self._selector.close()
-        for pipe in (self._process.stdin, self._process.stdout, self._said):
+        for pipe in (self.process.stdin, self.process.stdout, self._errors):
             with suppress(OSError):  # what a crashed process has not read
                 pipe.close()
 
 
 class ProcessExecutor(Executor):
-    """Runs `worker.attempt`, and only that, in a number of worker processes; they start when there is work."""
+    """Runs `worker.make_attempt`, and only that, in worker processes: one that hangs or crashes takes no other with it."""
 
     def __init__(self, workers: int, threads: int = 1) -> None:
-        self._workers, self._threads_each = workers, threads
+        self._workers, self._omp_threads = workers, threads
         self._queue: queue.SimpleQueue[tuple[Future, Mapping[str, Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: set[WorkerProcess] = set()
-        self._lanes: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
         self._closing = False
 
     def submit(self, fn: Callable[..., Record], /, *args: Any, **kwargs: Any) -> Future:
         if fn is not worker.make_attempt or len(args) != 1 or kwargs:
-            raise ValueError("Processes runs worker.attempt(job) and nothing else")
+            raise ValueError("ProcessExecutor runs worker.make_attempt(job) and nothing else")
         future: Future = Future()
         with self._lock:
             if self._closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._queue.put((future, args[0]))
-            if len(self._lanes) < self._workers:
-                self._lanes.append(threading.Thread(target=self._lane, daemon=True, name="gpmlp-oracle"))
-                self._lanes[-1].start()
+            if len(self._threads) < self._workers:
+                self._threads.append(threading.Thread(target=self._serve, daemon=True, name="gpmlp-oracle"))
+                self._threads[-1].start()
         return future
 
-    def _lane(self) -> None:
+    def _serve(self) -> None:
         process: WorkerProcess | None = None
         while (item := self._queue.get()) is not None:
             future, job = item
@@ -186,7 +180,7 @@ class ProcessExecutor(Executor):
                         self._running.discard(process)
                         if process is not None:
                             process.close()
-                        process = WorkerProcess(self._threads_each)
+                        process = WorkerProcess(self._omp_threads)
                         self._running.add(process)
                 if self._closing:
                     future.set_result(worker.attempt_record(job, results.INTERRUPTED, "the run ended"))
@@ -203,14 +197,14 @@ class ProcessExecutor(Executor):
         """End the worker processes, whatever they are doing; attempts that had not ended are as if never made."""
         with self._lock:
             self._closing = True
-            running, lanes = list(self._running), list(self._lanes)
-        for _ in lanes:
+            running, threads = list(self._running), list(self._threads)
+        for _ in threads:
             self._queue.put(None)
         for process in running:
             process.end(PATIENCE if process.alive else 0.0)
         if wait:
-            for lane in lanes:
-                lane.join()
+            for thread in threads:
+                thread.join()
 
 
 class InlineExecutor(Executor):
@@ -227,7 +221,7 @@ class InlineExecutor(Executor):
 
 
 def in_own_process(job: Mapping[str, Any]) -> Record:
-    """Make an attempt in a process of its own, from a worker of dask or parsl, whose threads and memory are not ours to risk."""
+    """Make an attempt in a new process, from a worker of dask or parsl, whose threads and memory are not ours to risk."""
     process = WorkerProcess(job.get("threads", 1))
     try:
         return process.call(job)
@@ -240,22 +234,22 @@ class JobRunner:
     """An executor and how to use it.
 
     Attributes:
-        function: what makes an attempt there; takes a job, returns a record.
+        function: makes an attempt there: a job in, a record out.
         close: to be called at the end.
-        far: whether attempts have to be told to stop by a file, because nothing else reaches them.
+        remote: whether a file has to tell attempts to stop, because nothing else reaches them.
     """
 
     executor: Executor
     function: Callable[..., dict[str, Any]]
     close: Callable[[], None]
-    far: bool = False
+    remote: bool = False
 
 
 def make_runner(recipe: OracleRecipe) -> JobRunner:
     """The executor that a recipe asks for.
 
     Raises:
-        UserError: it is not installed, or an option is not known to it.
+        UserError: it is not installed, or has no such option.
     """
     for option in recipe.executor_options:
         if option not in OPTIONS[recipe.executor]:
@@ -286,13 +280,8 @@ def _dask(recipe: OracleRecipe) -> JobRunner:
     cluster = None
     if not where:
         # threads are enough: each attempt gets a process of its own
-        cluster = LocalCluster(
-            n_workers=1,
-            threads_per_worker=recipe.workers,
-            processes=False,
-            dashboard_address=None,
-            protocol="inproc://",
-        )
+        options = {"n_workers": 1, "threads_per_worker": recipe.workers, "processes": False}
+        cluster = LocalCluster(**options, dashboard_address=None, protocol="inproc://")
         where = {"address": cluster}
     try:
         client = Client(**where, set_as_default=False)
@@ -307,7 +296,7 @@ def _dask(recipe: OracleRecipe) -> JobRunner:
         if cluster is not None:
             cluster.close()
 
-    return JobRunner(executor, in_own_process, close, far=True)
+    return JobRunner(executor, in_own_process, close, remote=True)
 
 
 def _parsl(recipe: OracleRecipe) -> JobRunner:
@@ -328,4 +317,4 @@ def _parsl(recipe: OracleRecipe) -> JobRunner:
                 f"oracle: executor_options.config '{path}' is no 'module:name' of a parsl Config: {error}."
             ) from error
     executor = ParslPoolExecutor(config=config)
-    return JobRunner(executor, in_own_process, executor.shutdown, far=True)
+    return JobRunner(executor, in_own_process, executor.shutdown, remote=True)

@@ -1,4 +1,4 @@
-"""A Labeller has structures labelled elsewhere: ask now, fetch later; what was computed outlives the run that asked for it."""
+"""A Labeller has structures labelled by an executor: submit now, fetch later; results outlive the run that asked for them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from gpmlp.learning.oracles import executors, results, worker
 from gpmlp.learning.oracles.oracle import OracleRecipe, make_job
 
 INTERRUPTIONS = 3  # of one attempt, before it counts as failed
-FAREWELL = 20.0  # s for attempts elsewhere to notice that nobody waits for them
+STOP_S = 20.0  # for attempts elsewhere to notice that nobody waits for them
 CLOSED = "it was not labelled, because the labeller was closed"
 
 
 @dataclass(eq=False)
-class _Asked:
-    """What is known of one key."""
+class _Request:
+    """A structure that was submitted, and its attempts so far."""
 
     key: str
     structure: Structures
@@ -36,6 +36,14 @@ class _Asked:
     outcome: Future = field(default_factory=Future)
     running: Future | None = None
     interruptions: int = 0
+
+    def answer(self, answer: LabelResult | LabelRefusal) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(answer)
+
+    def fail(self, reason: str) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(UserError(f"{self.structure.names[0]}: {reason.removesuffix('.')}."))
 
 
 class Labeller:
@@ -52,7 +60,7 @@ class Labeller:
         self.recipe = recipe
         self.spool = Path(folder).absolute() / "spool"
         self.scratch = Path(recipe.directory or Path(folder) / "scratch").absolute()
-        self._asked: dict[str, _Asked] = {}
+        self._requests: dict[str, _Request] = {}
         self._lock = threading.RLock()
         self._closing = False
         self._stop = self.spool / f".stop.{os.getpid()}.{secrets.token_hex(4)}"
@@ -71,14 +79,14 @@ class Labeller:
         with self._lock:
             if self._closing:
                 raise UserError("The labeller was closed; nothing more can be asked.")
-            if key in self._asked:
+            if key in self._requests:
                 return
             try:
                 records = results.read_attempts(self.spool, key)
             except OSError as error:
                 raise UserError(f"{self.spool}: cannot be read: {error.strerror or error}.") from error
-            asked = self._asked[key] = _Asked(key, structure, records)
-        self._go_on(asked)
+            request = self._requests[key] = _Request(key, structure, records)
+        self._go_on(request)
 
     def done(self, key: str) -> bool:
         """Whether `result` would return at once."""
@@ -94,117 +102,103 @@ class Labeller:
         return self._of(key).outcome.result(timeout_s)
 
     def wait(self, keys: Sequence[str] | None = None, timeout_s: float | None = None) -> tuple[str, ...]:
-        """Wait until one of the keys (of all not forgotten) has its answer; return those that have, in the order they were asked."""
+        """Wait until one of the keys (of all not forgotten) has its answer; return those that have, in the order of submission."""
         with self._lock:
-            asked = [self._of(key) for key in keys] if keys is not None else list(self._asked.values())
-        concurrent.futures.wait([a.outcome for a in asked], timeout_s, concurrent.futures.FIRST_COMPLETED)
-        return tuple(a.key for a in asked if a.outcome.done())
+            waiting = [self._of(key) for key in keys] if keys is not None else list(self._requests.values())
+        concurrent.futures.wait([r.outcome for r in waiting], timeout_s, concurrent.futures.FIRST_COMPLETED)
+        return tuple(r.key for r in waiting if r.outcome.done())
 
     def forget(self, key: str) -> None:
-        """Remove an answer from the spool, once it is safe on the tape."""
+        """Remove the records of a key, once its answer is on disk elsewhere."""
         with self._lock:
             if self._of(key).outcome.done():
-                del self._asked[key]
+                del self._requests[key]
                 results.remove_records(self.spool, key)
 
     def close(self) -> None:
-        """End all that is under way; attempts that had not ended are as if never made, those that had stay in the spool."""
+        """End all that is under way; attempts that had not ended are as if never made, the records of those that had stay."""
         with self._lock:
             if self._closing:
                 return
             self._closing = True
-        running = [asked.running for asked in self._asked.values() if asked.running and not asked.running.done()]
-        if self._runner.far and running:
+        running = [r.running for r in self._requests.values() if r.running and not r.running.done()]
+        if self._runner.remote and running:
             with suppress(OSError):
                 self._stop.touch()
-            concurrent.futures.wait(running, FAREWELL)
+            concurrent.futures.wait(running, STOP_S)
         self._runner.close()
         with suppress(OSError):
             self._stop.unlink()
-        for asked in list(self._asked.values()):
-            self._fail(asked, CLOSED)
+        for request in list(self._requests.values()):
+            request.fail(CLOSED)
 
-    def _of(self, key: str) -> _Asked:
-        if key not in self._asked:
+    def _of(self, key: str) -> _Request:
+        if key not in self._requests:
             raise UserError(f"The label {key} was not asked for; submit it first.")
-        return self._asked[key]
+        return self._requests[key]
 
-    def _go_on(self, asked: _Asked) -> None:
+    def _go_on(self, request: _Request) -> None:
         """Give the answer, or make the next attempt."""
-        records = asked.records
+        key, structure, records, recipe = request.key, request.structure, request.records, self.recipe
         if records and records[-1]["kind"] == results.LABEL:
-            record = records[-1]
-            targets = targets_of(record, asked.structure)
-            label = LabelResult(
-                asked.key, asked.structure, targets, len(records), record["seconds"], record["extrapolated"]
-            )
-            self._answer(asked, label)
-        elif len(records) >= self.recipe.attempts:
-            self._answer(
-                asked, LabelRefusal(asked.key, results.failure_reasons(records), len(records), records[-1]["folder"])
-            )
+            last, targets = records[-1], targets_of(records[-1], structure)
+            request.answer(LabelResult(key, structure, targets, len(records), last["seconds"], last["extrapolated"]))
+        elif len(records) >= recipe.attempts:
+            reasons = results.failure_reasons(records)
+            request.answer(LabelRefusal(key, reasons, len(records), records[-1]["folder"]))
         else:
-            attempt = len(records) + 1
             # by the key alone, so that a resumed run checks the same labels
-            check = self.recipe.check_every > 0 and zlib.crc32(asked.key.encode()) % self.recipe.check_every == 0
-            wanted = make_job(self.recipe, asked.key, attempt, asked.structure, self.spool, self.scratch, check)
-            wanted["stop"] = str(self._stop) if self._runner.far else ""
+            check = recipe.check_every > 0 and zlib.crc32(key.encode()) % recipe.check_every == 0
+            job = make_job(recipe, key, len(records) + 1, structure, self.spool, self.scratch, check)
+            job["stop"] = str(self._stop) if self._runner.remote else ""
             try:
-                future = asked.running = self._runner.executor.submit(self._runner.function, wanted)
+                future = request.running = self._runner.executor.submit(self._runner.function, job)
             except RuntimeError as error:  # it was shut down meanwhile
-                self._fail(asked, str(error))
+                request.fail(str(error))
                 return
-            future.add_done_callback(lambda future: self._ended(asked, wanted, future))
+            future.add_done_callback(lambda future: self._ended(request, job, future))
 
-    def _ended(self, asked: _Asked, wanted: dict[str, Any], future: Future) -> None:
+    def _ended(self, request: _Request, job: dict[str, Any], future: Future) -> None:
         """An attempt ended; called in a thread of the executor."""
         try:
-            self._take(asked, wanted, self._record(wanted, future))
+            self._take(request, self._record(job, future))
         except OSError as error:
-            self._fail(asked, _disk(f"{self.spool}: {error.strerror or error}"))
+            request.fail(_on_disk(f"{self.spool}: {error.strerror or error}"))
         except BaseException as error:
-            if not asked.outcome.done():
-                asked.outcome.set_exception(error)
+            if not request.outcome.done():
+                request.outcome.set_exception(error)
 
-    def _record(self, wanted: dict[str, Any], future: Future) -> dict[str, Any]:
+    def _record(self, job: dict[str, Any], future: Future) -> dict[str, Any]:
         if future.cancelled():
-            return worker.attempt_record(wanted, results.INTERRUPTED, "it was cancelled")
+            return worker.attempt_record(job, results.INTERRUPTED, "it was cancelled")
         error = future.exception()
         if error is None:
             return future.result()
         kind = results.INTERRUPTED if self._closing else results.FAILED
-        return worker.attempt_record(wanted, kind, f"{self.recipe.executor}: {type(error).__name__}: {error}")
+        return worker.attempt_record(job, kind, f"{self.recipe.executor}: {type(error).__name__}: {error}")
 
-    def _take(self, asked: _Asked, wanted: dict[str, Any], record: dict[str, Any]) -> None:
+    def _take(self, request: _Request, record: dict[str, Any]) -> None:
         kind = record["kind"]
         if kind == results.INTERRUPTED and not self._closing:
-            asked.interruptions += 1
-            if asked.interruptions >= INTERRUPTIONS:
+            request.interruptions += 1
+            if request.interruptions >= INTERRUPTIONS:
                 record = {**record, "kind": (kind := results.FAILED)}
         if kind in (results.LABEL, results.FAILED):
-            if results.read_record(self.spool, asked.key, record["attempt"]) is None:
-                results.write_record(self.spool, record)  # of a crash, or of a machine that does not see our spool
-            asked.records.append(record)
-            self._go_on(asked)
+            if results.read_record(self.spool, request.key, record["attempt"]) is None:
+                results.write_record(self.spool, record)  # of a crash, or of a machine that does not see our folder
+            request.records.append(record)
+            self._go_on(request)
         elif kind == results.INTERRUPTED and not self._closing:
-            self._go_on(asked)
+            self._go_on(request)
         elif kind == results.INTERRUPTED:
-            self._fail(asked, CLOSED)
+            request.fail(CLOSED)
         elif kind == results.DISK:
-            self._fail(asked, _disk(record["reason"]))
+            request.fail(_on_disk(record["reason"]))
         else:
-            self._fail(asked, f"the oracle cannot be used: {record['reason']}")
-
-    def _answer(self, asked: _Asked, answer: LabelResult | LabelRefusal) -> None:
-        if not asked.outcome.done():
-            asked.outcome.set_result(answer)
-
-    def _fail(self, asked: _Asked, reason: str) -> None:
-        if not asked.outcome.done():
-            asked.outcome.set_exception(UserError(f"{asked.structure.names[0]}: {reason.removesuffix('.')}."))
+            request.fail(f"the oracle cannot be used: {record['reason']}")
 
 
-def _disk(text: str) -> str:
+def _on_disk(text: str) -> str:
     return f"the label could not be kept: {text}; nothing before it is lost: make room and go on (--resume)"
 
 
@@ -212,7 +206,7 @@ def check_refusal(recipe: OracleRecipe, refusal: LabelRefusal, in_a_row: int) ->
     """Raise UserError if the run has to end with this refusal.
 
     Args:
-        in_a_row: how many structures were set aside since the last label, this one included.
+        in_a_row: how many structures were refused since the last label, this one included.
     """
     where = (
         f"{refusal.reason} (label {refusal.key}, after {refusal.attempts} attempts; its files are in {refusal.folder})"

@@ -1,4 +1,4 @@
-"""An oracle is whoever knows the labels of structures; OracleRecipe names one, CalculatorOracle asks any ASE calculator."""
+"""An oracle computes the labels of structures; OracleRecipe holds the choices of one, CalculatorOracle asks any ASE calculator."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ NOT_PHYSICS = ("command",)  # keyword arguments that say how a code is started, 
 
 
 class Oracle(Protocol):
-    """Whoever labels structures."""
+    """Computes the labels of structures."""
 
     def label(self, structures: Structures) -> Targets:
-        """Energies (free, where electrons are smeared), forces and stresses; NaN = not known."""
+        """Energies (free, where electrons are smeared), forces and stresses; NaN = not computed."""
         ...
 
 
@@ -81,7 +81,7 @@ class OracleRecipe(BaseModel):
 
     @property
     def attempts(self) -> int:
-        """How often a structure is asked for before it is given up."""
+        """How many attempts at a structure are made."""
         return 1 + max(self.retries, len(self.retry_kwargs))
 
     @property
@@ -116,7 +116,7 @@ class OracleRecipe(BaseModel):
 
 @dataclass(frozen=True)
 class CalculatorOracle:
-    """Asks an ASE calculator, here and now; each structure gets a fresh one, so that no label depends on those before it."""
+    """Asks an ASE calculator in this process; each structure gets a new one, so that no label depends on those before it."""
 
     recipe: OracleRecipe
 
@@ -127,15 +127,15 @@ class CalculatorOracle:
             UserError: all attempts at a structure failed; names it.
         """
         self.recipe.check()
-        found = []
+        targets = []
         with tempfile.TemporaryDirectory(prefix="gpmlp-oracle-") as folder:
             for i in range(len(structures)):
                 structure = structures.select([i])
                 check = self.recipe.check_every > 0 and i % self.recipe.check_every == 0
-                found.append(self._one(structure, Path(folder), f"structure{i}", check))
-        return Targets.concatenate(found)
+                targets.append(self._label_one(structure, Path(folder), f"structure{i}", check))
+        return Targets.concatenate(targets)
 
-    def _one(self, structure: Structures, folder: Path, key: str, check: bool) -> Targets:
+    def _label_one(self, structure: Structures, folder: Path, key: str, check: bool) -> Targets:
         records = []
         for attempt in range(1, self.recipe.attempts + 1):
             asked = make_job(self.recipe, key, attempt, structure, folder / "spool", folder / "scratch", check)
@@ -150,11 +150,13 @@ class CalculatorOracle:
 def make_job(
     recipe: OracleRecipe, key: str, attempt: int, structure: Structures, spool_folder: Path, scratch: Path, check: bool
 ) -> dict[str, Any]:
-    """Everything that an attempt needs to know, as plain numbers and texts."""
-    return {
+    """The input of an attempt, as plain numbers and texts."""
+    choices = ("calculator", "magnetic_moments", "free_energy", "stress", "timeout_s", "keep", "check_forces")
+    choices += ("largest_force", "largest_net_force")
+    return {name: getattr(recipe, name) for name in choices} | {
         "key": key,
         "attempt": attempt,
-        "calculator": recipe.calculator,
+        "check": check,
         "kwargs": recipe.kwargs_of(attempt),
         "structure": {
             "positions": structure.positions.double().tolist(),
@@ -162,15 +164,6 @@ def make_job(
             "periodic": structure.periodic[0].tolist(),
             "species": structure.species.tolist(),
         },
-        "magnetic_moments": recipe.magnetic_moments,
-        "free_energy": recipe.free_energy,
-        "stress": recipe.stress,
-        "timeout_s": recipe.timeout_s,
-        "keep": recipe.keep,
-        "check": check,
-        "check_forces": recipe.check_forces,
-        "largest_force": recipe.largest_force,
-        "largest_net_force": recipe.largest_net_force,
         "threads": recipe.executor_options.get("threads", 1),
         "spool": str(Path(spool_folder).absolute()),
         "scratch": str(Path(scratch).absolute()),
