@@ -1,4 +1,4 @@
-"""Criteria are the three reasons for which learning may stop, each a pure function of series: plateau, convergence, coverage.
+"""Stopping criteria, each a pure function of series: plateau of the uncertainty, convergence of a mean, coverage of the trust region.
 
 Each takes lists with one array for each walker and returns a Criterion: met, not met, or None where the data are too few to judge.
 docs/stopping.md says what they mean and how to choose tolerances.
@@ -29,22 +29,19 @@ from gpmlp.learning.stopping.timeseries import (
 )
 
 HALVES = 0.01  # chance with which halves of a stationary series are said to differ
-NEGLIGIBLE = (
-    1 / 3
-)  # of the tolerated drift: a trend that is surely smaller than that does not count, however significant
+NEGLIGIBLE = 1 / 3  # of the tolerated drift: a trend surely smaller than that does not count, however significant
 SMALLEST = 1e-3  # of the median: smaller uncertainties count as this
 FARTHEST = 10.0  # novelties above count as this in correlation times; a species never seen is infinitely far
 
 
 @dataclass(frozen=True)
 class StopCriterion:
-    """What one criterion says.
+    """The result of one criterion.
 
     Attributes:
         name: 'plateau', 'observable energy', 'coverage', 'ensemble', ...
         met: None = cannot be judged yet.
-        sentence: for a person.
-        numbers: for a program.
+        sentence: in words; numbers: by name.
     """
 
     name: str
@@ -87,16 +84,14 @@ def plateau_criterion(
     ]
     numbers = {f"{p.name}_{k}": v for p in parts for k, v in p.numbers.items()}
     met = all_met([p.met for p in parts])
-    # what stands in the way is said; all of it, where nothing does
-    told = [p.sentence for p in parts if p.met is met]
-    return StopCriterion("plateau", met, "; ".join(told), numbers)
+    return StopCriterion("plateau", met, "; ".join(p.sentence for p in parts if p.met is met), numbers)
 
 
 def _below(sigma_max: Sequence[np.ndarray]) -> StopCriterion:
-    """Whether the largest uncertainty of a frame is usually below its threshold: what asks in vain must not look learned."""
-    known = np.concatenate([s[~np.isnan(s)] for s in sigma_max])
-    level = float(np.median(known)) if len(known) else math.nan
-    if len(known) < FEWEST:
+    """Whether the largest uncertainty of a frame is below its threshold in half of the frames, so that not all requests are in vain."""
+    sigma = np.concatenate([s[~np.isnan(s)] for s in sigma_max])
+    level = float(np.median(sigma)) if len(sigma) else math.nan
+    if len(sigma) < FEWEST:
         return StopCriterion("limit", None, "force uncertainty: too few frames yet", {"level": level})
     return StopCriterion(
         "limit", level <= 1, f"largest force uncertainty {level:.2g} times its limit", {"level": level}
@@ -109,33 +104,27 @@ def steady_criterion(
     times: Sequence[np.ndarray],
     recipe: PlateauRecipe = PlateauRecipe(),
 ) -> StopCriterion:
-    """Whether a positive series neither falls nor rises: no trend by Mann and Kendall, and a Theil–Sen slope that is small for sure.
+    """Whether a positive series neither falls nor rises: no trend by Mann and Kendall, and a Theil–Sen slope that is surely small.
 
     The slope is that of log σ, times the steps of the longest walker: drift = exp(slope × length) − 1.
     """
     what = f"{name} force uncertainty"
-    kept = [~np.isnan(s) for s in sigma]
-    series = [s[k] for s, k in zip(sigma, kept, strict=True)]
+    finite = [~np.isnan(s) for s in sigma]
+    series = [s[k] for s, k in zip(sigma, finite, strict=True)]
     if sum(len(s) for s in series) < FEWEST:
         return StopCriterion(name, None, f"{what}: too few frames yet", {"frames": sum(len(s) for s in series)})
     level = float(np.median(np.concatenate(series)))
     series = [np.log(np.maximum(s, SMALLEST * level + 1e-300)) for s in series]
-    found = series_trend(series, [t[k] for t, k in zip(times, kept, strict=True)])
-    low, middle, high = (float(np.expm1(min(x * found.duration, 50.0))) for x in (found.low, found.slope, found.high))
-    numbers = {
-        "level": level,
-        "drift": middle,
-        "drift_low": low,
-        "drift_high": high,
-        "p": found.p,
-        "correlation_times": found.n_effective,
-    }
+    trend = series_trend(series, [t[k] for t, k in zip(times, finite, strict=True)])
+    low, middle, high = (float(np.expm1(min(x * trend.duration, 50.0))) for x in (trend.low, trend.slope, trend.high))
+    numbers = {"level": level, "drift": middle, "drift_low": low, "drift_high": high}
+    numbers |= {"p": trend.p, "correlation_times": trend.n_effective}
     reach = max(abs(low), abs(high))
-    if not found.enough or math.isnan(reach):
-        sentence = f"{what}: {found.n_effective:.0f} correlation times so far, {ENOUGH} are needed to see a trend"
+    if not trend.enough or math.isnan(reach):
+        sentence = f"{what}: {trend.n_effective:.0f} correlation times so far, {ENOUGH} are needed to see a trend"
         return StopCriterion(name, None, sentence, numbers)
-    said = f"{what} changes by {middle:+.0%} over the window (95 % interval {low:+.0%} to {high:+.0%}, trend p = {found.p:.2g})"
-    if found.p < recipe.significance and reach > NEGLIGIBLE * recipe.drift:
+    said = f"{what} changes by {middle:+.0%} over the window (95 % interval {low:+.0%} to {high:+.0%}, trend p = {trend.p:.2g})"
+    if trend.p < recipe.significance and reach > NEGLIGIBLE * recipe.drift:
         return StopCriterion(name, False, f"{said}: it is still {'falling' if middle < 0 else 'rising'}", numbers)
     if reach > recipe.drift:
         return StopCriterion(name, None, f"{said}: a drift of {recipe.drift:.0%} cannot be excluded yet", numbers)
@@ -156,7 +145,7 @@ def label_rate_criterion(
         if p < recipe.significance:
             return StopCriterion("labels", False, f"{said}, but they are still getting rarer", numbers)
         return StopCriterion("labels", True, said, numbers)
-    # that so many came at the wanted rate: if that is unlikely the rate is too high, else it is not known well enough
+    # so many labels at the wanted rate: if that is unlikely the rate is too high, else it is uncertain
     surely = len(label_times) > 0 and steps > 0
     surely = surely and scipy.special.pdtr(len(label_times) - 1, bound * steps / 1000) > 0.95
     return StopCriterion("labels", False if surely else None, said, numbers)
@@ -165,47 +154,46 @@ def label_rate_criterion(
 def mean_criterion(
     name: str, series: Sequence[np.ndarray], tolerance: float, relative: bool, unit: str = ""
 ) -> StopCriterion:
-    """Whether the mean of an observable is known within a tolerance.
+    """Whether the standard error of the mean of an observable is within a tolerance.
 
     Equilibration is left out of each walker (Chodera 2016). The standard error is the larger of that from the correlation time and that
     from blocks. Second halves of the walkers must not differ from first ones: |Δ|² / (components γ(0) g (1/n₁ + 1/n₂)) follows F.
 
     Args:
-        series: by walker (frames,) or (frames, components); rows with a NaN are not known and left out.
+        series: by walker (frames,) or (frames, components); rows with a NaN are left out.
         tolerance: of the standard error (rms over components), in `unit` or relative to the rms of the mean.
 
     Raises:
         UserError: infinite values.
     """
-    title, known = f"observable {name}", [s.reshape(len(s), math.prod(s.shape[1:])) for s in series]
-    known = [s[~np.isnan(s).any(1)] for s in known]
-    if sum(len(s) for s in known) < FEWEST:
-        return StopCriterion(title, None, f"{name}: too few frames yet", {"frames": sum(len(s) for s in known)})
-    known = [s[equilibration_end(_leading(s)) :] for s in known if len(s)]
-    found = series_mean(known)
-    level = math.sqrt(float((found.value**2).mean()))
+    title, rows = f"observable {name}", [s.reshape(len(s), math.prod(s.shape[1:])) for s in series]
+    rows = [s[~np.isnan(s).any(1)] for s in rows]
+    if sum(len(s) for s in rows) < FEWEST:
+        return StopCriterion(title, None, f"{name}: too few frames yet", {"frames": sum(len(s) for s in rows)})
+    rows = [s[equilibration_end(_leading(s)) :] for s in rows if len(s)]
+    mean = series_mean(rows)
+    level = math.sqrt(float((mean.value**2).mean()))
     allowed = tolerance * level if relative else tolerance
-    sem = max(found.sem, found.sem_blocking)
-    difference, p = _halves(known, found.sem, found.dimension, found.freedom)
+    sem = max(mean.sem, mean.sem_blocking)
+    difference, p = _halves(rows, mean.sem, mean.dimension, mean.freedom)
     numbers = {
-        "mean": float(found.value[0]) if found.value.size == 1 else level,
+        "mean": float(mean.value[0]) if mean.value.size == 1 else level,
         "sem": sem,
         "tolerance": allowed,
-        "correlation_frames": found.correlation_time,
-        "correlation_times": found.n_effective,
+        "correlation_frames": mean.correlation_time,
+        "correlation_times": mean.n_effective,
         "halves_difference": difference,
         "halves_p": p,
-        "frames": float(found.n),
+        "frames": float(mean.n),
     }
-    what = f"{'rms ' if found.value.size > 1 else ''}{name} {numbers['mean']:.4g}"
+    what = f"{'rms ' if mean.value.size > 1 else ''}{name} {numbers['mean']:.4g}"
     said = f"{what} ± {sem:.2g}{' ' + unit if unit else ''} (wanted ± {allowed:.2g})"
-    if not found.enough:
-        times = f"{found.n_effective:.0f} correlation times so far, {ENOUGH} are needed to trust a standard error"
+    if not mean.enough:
+        times = f"{mean.n_effective:.0f} correlation times so far, {ENOUGH} are needed to trust a standard error"
         return StopCriterion(title, None, f"{name}: {times}", numbers)
     if p < HALVES and difference > allowed:
-        return StopCriterion(
-            title, False, f"{said}, but the second half differs from the first by {difference:.2g}", numbers
-        )
+        said += f", but the second half differs from the first by {difference:.2g}"
+        return StopCriterion(title, False, said, numbers)
     return StopCriterion(title, sem <= allowed, said, numbers)
 
 
@@ -229,7 +217,7 @@ def _halves(series: Sequence[np.ndarray], sem: float, dimension: float, freedom:
 
 @dataclass(frozen=True, eq=False)
 class NoveltySeries:
-    """What is known of novelty in a window; lists by walker.
+    """Novelty in a window; lists by walker.
 
     Attributes:
         largest: (frames,) novelty of the atom farthest out.
@@ -245,7 +233,7 @@ class NoveltySeries:
 
 
 def coverage_criterion(
-    found: NoveltySeries, quantile: float = 0.99, recipe: CoverageRecipe = CoverageRecipe()
+    series: NoveltySeries, quantile: float = 0.99, recipe: CoverageRecipe = CoverageRecipe()
 ) -> StopCriterion:
     """Whether the dynamics stays inside the trust region: frames, atoms of each species, and each single atom.
 
@@ -261,31 +249,29 @@ def coverage_criterion(
     """
     if not 0 < quantile < 1:
         raise UserError(f"`quantile` must lie between 0 and 1, as 0.99; got {quantile}.")
-    novelty = [v for v in found.largest if len(v)]
+    novelty = [v for v in series.largest if len(v)]
     n = sum(len(v) for v in novelty)
     if n < FEWEST or np.isnan(np.concatenate(novelty)).any():
         why = "too few frames yet" if n < FEWEST else "the novelty of some frames was not computed"
         return StopCriterion("coverage", None, f"trust region: {why}", {"frames": n})
-    inside = frames_inside(found.largest, found.atoms, found.outside, quantile, recipe.far)
+    inside = frames_inside(series.largest, series.atoms, series.outside, quantile, recipe.far)
     g = _slowest([np.minimum(v, FARTHEST) for v in novelty], [i.astype(float) for i in inside if len(i)])
     frames = n / g
     share = float(np.concatenate(inside).mean())
     numbers = {"frames": share, "frames_at_least": wilson_bounds(share, frames)[0], "correlation_times": frames}
     numbers["novelty_max"] = float(max(v.max() for v in novelty))
-    verdicts, told = [], []
-    verdicts.append(_bounded(*wilson_bounds(share, frames), recipe.frames))
-    told.append(f"{share:.1%} of frames inside, at least {numbers['frames_at_least']:.0%} (wanted {recipe.frames:.0%})")
-    for test in (_atoms(found, frames, quantile, recipe), _lasting(found, frames, recipe)):
-        verdicts.append(test.met)
-        told.append(test.sentence)
-        numbers |= test.numbers
-    if all_met(verdicts) is not False and frames < ENOUGH:
+    said = f"{share:.1%} of frames inside, at least {numbers['frames_at_least']:.0%} (wanted {recipe.frames:.0%})"
+    parts = (
+        StopCriterion("frames", _bounded(*wilson_bounds(share, frames), recipe.frames), said),
+        _atoms_inside(series, frames, quantile, recipe),
+        _lasting_atoms(series, frames, recipe),
+    )
+    numbers |= {k: v for part in parts for k, v in part.numbers.items()}
+    met = all_met([part.met for part in parts])
+    if met is not False and frames < ENOUGH:
         needed = f"trust region: {frames:.0f} correlation times of the novelty so far, {ENOUGH} are needed"
         return StopCriterion("coverage", None, needed, numbers)
-    met = all_met(verdicts)
-    return StopCriterion(
-        "coverage", met, "; ".join(t for t, v in zip(told, verdicts, strict=True) if v is met), numbers
-    )
+    return StopCriterion("coverage", met, "; ".join(part.sentence for part in parts if part.met is met), numbers)
 
 
 def _bounded(low: float, high: float, wanted: float) -> bool | None:
@@ -324,30 +310,30 @@ def wanted_atoms(recipe: CoverageRecipe, quantile: float) -> float:
     return 1 - min(0.5, 3 * (1 - quantile)) if recipe.atoms is None else recipe.atoms
 
 
-def _atoms(found: NoveltySeries, frames: float, quantile: float, recipe: CoverageRecipe) -> StopCriterion:
+def _atoms_inside(series: NoveltySeries, frames: float, quantile: float, recipe: CoverageRecipe) -> StopCriterion:
     """The share of atoms inside: of all together at least `atoms`, and of no species surely less, nor perhaps less than `frames`."""
     wanted = wanted_atoms(recipe, quantile)
-    numbers, verdicts, told = {}, [], []
+    numbers, parts = {}, []
     everything = {
-        "atoms": (_sum(found.atoms.values()), _sum(found.outside.values())),
+        "atoms": (_sum(series.atoms.values()), _sum(series.outside.values())),
         **{
-            chemical_symbol(z): (np.concatenate(list(c)), np.concatenate(list(found.outside[z])))
-            for z, c in found.atoms.items()
+            chemical_symbol(z): (np.concatenate(list(c)), np.concatenate(list(series.outside[z])))
+            for z, c in series.atoms.items()
         },
     }
     for name, (total, out) in everything.items():
-        if not total.sum() or (name != "atoms" and len(found.atoms) == 1):
+        if not total.sum() or (name != "atoms" and len(series.atoms) == 1):
             continue
         share = 1 - float(out.sum() / total.sum())
         low, high = wilson_bounds(share, _effective(total, out, frames))
         numbers |= {f"{name}_inside": share, f"{name}_inside_at_least": low}
         if name == "atoms":
-            verdicts.append(_bounded(low, high, wanted))
+            met = _bounded(low, high, wanted)
         else:
-            verdicts.append(False if high < wanted else True if low >= min(wanted, recipe.frames) else None)
-        told.append(f"{share:.2%} of {name if name == 'atoms' else name + ' atoms'} inside, at least {low:.1%}")
-    met = all_met(verdicts)
-    sentence = f"{', '.join(t for t, v in zip(told, verdicts, strict=True) if v is met)} (wanted {wanted:.1%})"
+            met = False if high < wanted else True if low >= min(wanted, recipe.frames) else None
+        parts.append((met, f"{share:.2%} of {name if name == 'atoms' else name + ' atoms'} inside, at least {low:.1%}"))
+    met = all_met([m for m, _ in parts])
+    sentence = f"{', '.join(text for m, text in parts if m is met)} (wanted {wanted:.1%})"
     return StopCriterion("atoms", met, sentence, numbers)
 
 
@@ -356,33 +342,32 @@ def _sum(of_species: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
 
 
 def _effective(total: np.ndarray, out: np.ndarray, frames: float) -> float:
-    """Effective number of atoms looked at: that of independent ones would scatter between frames as these do, and frames count g⁻¹."""
+    """Effective number of atoms: as many independent ones would scatter between frames as these do; frames count g⁻¹."""
     p = out.sum() / total.sum()
     chance = total.sum() * p * (1 - p)  # variance of the count, were atoms independent
     excess = max(1.0, float(((out - p * total) ** 2).sum()) / chance) if chance > 0 else 1.0
     return max(frames, float(total.sum()) / excess * frames / len(total))
 
 
-def _lasting(found: NoveltySeries, frames: float, recipe: CoverageRecipe) -> StopCriterion:
-    """Whether one and the same atom is outside again and again: few alien atoms in many are seen only so."""
-    alien, worst = 0, 0.0
-    total = sum(len(v) for v in found.largest)
-    for shares, novelty in zip(found.each_atom, found.largest, strict=True):
+def _lasting_atoms(series: NoveltySeries, frames: float, recipe: CoverageRecipe) -> StopCriterion:
+    """Whether one and the same atom is outside again and again, which shares of many atoms would not show."""
+    lasting, worst = 0, 0.0
+    total = sum(len(v) for v in series.largest)
+    for shares, novelty in zip(series.each_atom, series.largest, strict=True):
         if not len(shares):
             continue
-        own = frames * len(novelty) / total
+        effective = frames * len(novelty) / total
         worst = max(worst, float(shares.max()))
-        alien += int((shares[shares > recipe.persistent] > 0).sum() if own >= ENOUGH else _surely(shares, own, recipe))
-    numbers = {"lasting_atoms": float(alien), "lasting_share": worst}
-    if alien:
+        often = shares[shares > recipe.persistent].tolist()
+        if effective < ENOUGH:
+            often = [share for share in often if wilson_bounds(share, effective)[0] > recipe.persistent]
+        lasting += len(often)
+    numbers = {"lasting_atoms": float(lasting), "lasting_share": worst}
+    if lasting:
         said = (
-            f"{alien} atoms are outside in more than {recipe.persistent:.0%} of the frames (the worst in {worst:.0%})"
+            f"{lasting} atoms are outside in more than {recipe.persistent:.0%} of the frames (the worst in {worst:.0%})"
         )
         return StopCriterion("lasting", False, said, numbers)
     return StopCriterion(
         "lasting", True, f"no atom is outside for long (the worst in {worst:.0%} of the frames)", numbers
     )
-
-
-def _surely(shares: np.ndarray, frames: float, recipe: CoverageRecipe) -> int:
-    return sum(wilson_bounds(s, frames)[0] > recipe.persistent for s in shares[shares > recipe.persistent].tolist())

@@ -1,14 +1,14 @@
-"""Stopping is the judgement over a History: all criteria over the same recent frames, in the ensemble that was asked for, or a limit.
+"""Judges whether a run stops: all criteria over the same recent frames of its history, in the ensemble of the recipe, or a limit.
 
-A trajectory that is trapped shows a plateau, a converged mean and full coverage. So nothing is met while temperature or pressure of any
-walker are still changing, frames count only from then on, and the ensemble reached must be the one asked for. docs/stopping.md has more.
+A trapped trajectory shows a plateau, a converged mean and full coverage. So nothing is met while temperature or pressure of any walker
+are still changing, frames count only from then on, and the ensemble must be that of the recipe. docs/stopping.md has more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -38,7 +38,7 @@ TOLERANCES = {
     "diffusion": (0.2, True, "Å²/fs"),
 }
 CUSTOM = (0.05, True, "")
-ROOM = 300.0  # K, where no target temperature is known
+ROOM = 300.0  # K, where there is no temperature
 NOTHING = {True: "no thermostat: constant energy", False: "too few frames yet"}
 PRESSURE = 0.2  # GPa that the mean pressure may lie off its target
 
@@ -48,10 +48,8 @@ class StopVerdict:
     """Whether to stop, and why.
 
     Attributes:
-        stop: whether the run should end now.
-        converged: whether that is because every criterion that is on is met.
-        criteria: what each of them says.
-        sentence: for a person.
+        stop: whether the run should end now; converged: whether that is because every criterion that is on is met.
+        sentence: all of it in words.
         limit: the limit that was reached ('labels', 'time'), or ''.
     """
 
@@ -63,21 +61,9 @@ class StopVerdict:
 
     def to_json(self) -> dict:
         """The verdict for JSON; numbers that are not finite become null."""
-        return {
-            "stop": self.stop,
-            "converged": self.converged,
-            "limit": self.limit,
-            "sentence": self.sentence,
-            "criteria": [
-                {
-                    "name": c.name,
-                    "met": c.met,
-                    "sentence": c.sentence,
-                    "numbers": json_value({k: float(v) for k, v in c.numbers.items()}),
-                }
-                for c in self.criteria
-            ],
-        }
+        criteria = [asdict(c) | {"numbers": {k: float(v) for k, v in c.numbers.items()}} for c in self.criteria]
+        names = ("stop", "converged", "limit", "sentence")
+        return json_value({name: getattr(self, name) for name in names} | {"criteria": criteria})
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +101,7 @@ def judged_window(history: History, recipe: StopRecipe = StopRecipe()) -> Judged
     Where the recipe leaves the number of labels open it is the longest such window over which the plateau is met, for labels that are
     rare and change little need not end what is judged; but only once there were as many steps without a label as are wanted between
     two, else after the last label. It begins no earlier than the ramps of all walkers ended, and `window_steps` ago. While a ramp is
-    going on, that is not looked at: the window then shows what would be judged without it.
+    going on, its end is left out of account: the window then shows what would be judged without it.
     """
     last, wanted = _after(history, recipe, recipe.labels_in_window or 0), recipe.plateau
     if recipe.labels_in_window is not None or wanted is False or last.ramping:
@@ -139,27 +125,27 @@ def _after(history: History, recipe: StopRecipe, labels: int) -> JudgedWindow:
     labelled, updated, done = (history.column(name).astype(bool) for name in ("labelled", "updated", "ramp_finished"))
     triggered = _triggered(history.column("asked").astype(bool), labelled)
     step = history.column("step")
-    of = [(walker == w).nonzero()[0] for w in walkers]
-    ramping = tuple(int(w) for w, rows in zip(walkers, of, strict=True) if not done[rows[-1]])
+    by_walker = [(walker == w).nonzero()[0] for w in walkers]
+    ramping = tuple(int(w) for w, rows in zip(walkers, by_walker, strict=True) if not done[rows[-1]])
     # the row of the k-th last label belongs to what was before: the model changed after it
     asked = labelled.nonzero()[0]
     start = int(asked[-1 - labels]) + 1 if len(asked) > labels else 0
     changes = updated.nonzero()[0]
     start = max(start, int(changes[-1]) + 1 if len(changes) else 0)
     rows = []
-    for own in of:
+    for every in by_walker:
         first = start
         if not ramping:
-            unfinished = own[~done[own]]
+            unfinished = every[~done[every]]
             first = max(first, int(unfinished[-1]) + 1 if len(unfinished) else 0)
-        kept = own[own >= first]
-        if recipe.window_steps is not None and len(kept):
-            kept = kept[step[kept] > step[kept[-1]] - recipe.window_steps]
+        recent = every[every >= first]
+        if recipe.window_steps is not None and len(recent):
+            recent = recent[step[recent] > step[recent[-1]] - recipe.window_steps]
             # a walker that was set back has passed those steps twice: only the last time counts
-            back = (np.diff(step[kept]) <= 0).nonzero()[0]
-            kept = kept[back[-1] + 1 :] if len(back) else kept
-        rows.append(kept)
-    steps, label_steps = _steps(rows, of, step, triggered)
+            back = (np.diff(step[recent]) <= 0).nonzero()[0]
+            recent = recent[back[-1] + 1 :] if len(back) else recent
+        rows.append(recent)
+    steps, label_steps = _steps(rows, by_walker, step, triggered)
     return JudgedWindow(history, tuple(rows), steps, label_steps, ramping)
 
 
@@ -174,18 +160,18 @@ def _triggered(asked: np.ndarray, labelled: np.ndarray) -> np.ndarray:
 
 
 def _steps(
-    rows: Sequence[np.ndarray], of: Sequence[np.ndarray], step: np.ndarray, triggered: np.ndarray
+    rows: Sequence[np.ndarray], by_walker: Sequence[np.ndarray], step: np.ndarray, triggered: np.ndarray
 ) -> tuple[float, tuple[float, ...]]:
     """(steps of all walkers in the window, steps of all walkers until each time that a label was wanted in it)."""
     places, advances = [], []
-    for kept, own in zip(rows, of, strict=True):
-        if not len(kept):
+    for recent, every in zip(rows, by_walker, strict=True):
+        if not len(recent):
             continue
-        before = own[own < kept[0]]
+        before = every[every < recent[0]]
         # the frame before the window is where its first step starts, unless the walker was set back
-        first = step[before[-1]] if len(before) and step[before[-1]] < step[kept[0]] else step[kept[0]]
-        places.append(kept)
-        advances.append(np.maximum(np.diff(step[kept], prepend=first), 0))
+        first = step[before[-1]] if len(before) and step[before[-1]] < step[recent[0]] else step[recent[0]]
+        places.append(recent)
+        advances.append(np.maximum(np.diff(step[recent], prepend=first), 0))
     if not places:
         return 0.0, ()
     place, advance = np.concatenate(places), np.concatenate(advances)
@@ -232,7 +218,7 @@ def judge(
 
 
 def _early(history: History, recipe: StopRecipe) -> str:
-    """What to say where the run is too young to be judged, or ''."""
+    """Why the run is too young to be judged, or ''."""
     step, walker = history.column("step"), history.column("walker")
     done = sum(int(step[walker == w].max()) for w in history.walkers)
     return f"{done} of at least {recipe.at_least_steps} steps made" if done < recipe.at_least_steps else ""
@@ -248,7 +234,7 @@ def reached_limit(labels: int, elapsed_h: float, recipe: StopRecipe) -> tuple[st
 
 
 def _missing(criteria: Sequence[StopCriterion], early: str) -> str:
-    """What stands in the way: first what is not met, else what cannot be judged."""
+    """What is not met, or else what cannot be judged."""
     if len(criteria) == 1:
         return "all criteria are switched off, so that only limits end the run"
     failed = [c for c in criteria if c.met is False] or [c for c in criteria if c.met is None]
@@ -265,24 +251,24 @@ def ensemble_criterion(recent: JudgedWindow, recipe: StopRecipe = StopRecipe()) 
         which = ", ".join(str(w) for w in recent.ramping)
         sentence = f"temperature or pressure of walker {which} are still being changed, so that new places may open"
         return StopCriterion("ensemble", False, sentence, numbers)
-    told, verdicts = [], []
+    sentences, verdicts = [], []
     for kind, unit in (("temperature", "K"), ("pressure", "GPa")):
         values, targets = recent.series(f"{kind}_{unit}"), recent.series(f"target_{kind}_{unit}")
-        known = [~np.isnan(v) & ~np.isnan(t) for v, t in zip(values, targets, strict=True)]
-        if not any(k.any() for k in known):
+        finite = [~np.isnan(v) & ~np.isnan(t) for v, t in zip(values, targets, strict=True)]
+        if not any(k.any() for k in finite):
             continue
-        target = float(np.concatenate([t[k] for t, k in zip(targets, known, strict=True)]).mean())
-        differences = [(v - t)[k] for v, t, k in zip(values, targets, known, strict=True)]
-        found = series_mean(differences)
-        off = abs(float(found.value[0]))
+        target = float(np.concatenate([t[k] for t, k in zip(targets, finite, strict=True)]).mean())
+        differences = [(v - t)[k] for v, t, k in zip(values, targets, finite, strict=True)]
+        mean = series_mean(differences)
+        off = abs(float(mean.value[0]))
         allowed = recipe.temperature * target if kind == "temperature" else PRESSURE
-        numbers |= {kind: target + float(found.value[0]), f"{kind}_target": target, f"{kind}_sem": found.sem}
-        reach = max(allowed, found.half_width) if found.enough else allowed
-        # outside what is allowed and known too badly: wait
-        verdicts.append(True if off <= reach else False if found.enough else None)
-        told.append(f"mean {kind} {numbers[kind]:.4g} {unit} (target {target:.4g})")
+        numbers |= {kind: target + float(mean.value[0]), f"{kind}_target": target, f"{kind}_sem": mean.sem}
+        reach = max(allowed, mean.half_width) if mean.enough else allowed
+        # outside what is allowed, but with too few samples to say so: wait
+        verdicts.append(True if off <= reach else False if mean.enough else None)
+        sentences.append(f"mean {kind} {numbers[kind]:.4g} {unit} (target {target:.4g})")
     met = all_met(verdicts) if recent.frames else None
-    return StopCriterion("ensemble", met, ", ".join(told) or NOTHING[recent.frames > 0], numbers)
+    return StopCriterion("ensemble", met, ", ".join(sentences) or NOTHING[recent.frames > 0], numbers)
 
 
 def plateau_of_window(recent: JudgedWindow, recipe: PlateauRecipe = PlateauRecipe()) -> StopCriterion:
@@ -331,7 +317,7 @@ def _temperature(recent: JudgedWindow) -> float:
 
 
 def novelty_series(recent: JudgedWindow) -> NoveltySeries:
-    """What a window knows of novelty."""
+    """Novelty in a window."""
     each = []
     for rows, counts in zip(recent.rows, _counts(recent), strict=True):
         outside = [recent.history.outside_atoms(int(r)) for r in rows]

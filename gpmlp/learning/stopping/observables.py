@@ -1,4 +1,4 @@
-"""Observables are what is averaged over a trajectory: energy, pressure, radial distribution, diffusion, or any function of a frame.
+"""Observables averaged over a trajectory: energy, pressure, radial distribution, diffusion, or any function of a frame.
 
 `make` turns recipes into an Observer, which is called with each frame (an ase.Atoms with the results of its calculator) and gives the
 values that a History keeps.
@@ -76,19 +76,19 @@ def radial_distribution(
         )
     edges = np.linspace(0.0, cutoff, bins + 1)
     shells = 4 * math.pi / 3 * np.diff(edges**3)
-    found = neighbors.find_neighbors(structures, cutoff)
+    pairs = neighbors.find_neighbors(structures, cutoff)
     species, owner = structures.species.cpu().numpy(), structures.structure_of_atom.cpu().numpy()
-    i, j = found.centers.cpu().numpy(), found.neighbors.cpu().numpy()
-    distance = found.vectors(structures).detach().norm(dim=1).cpu().numpy()
+    i, j = pairs.centers.cpu().numpy(), pairs.neighbors.cpu().numpy()
+    distance = pairs.vectors(structures).detach().norm(dim=1).cpu().numpy()
     first = np.ones(len(species), bool) if pair is None else species == pair[0]
     second = np.ones(len(species), bool) if pair is None else species == pair[1]
     n = np.bincount(owner[first], minlength=len(structures)) * np.bincount(owner[second], minlength=len(structures))
     if (n == 0).any():
         wanted = "-".join(errors.chemical_symbol(z) for z in pair) if pair else "any"
         raise UserError(f"observable 'rdf': {structures.names[int((n == 0).argmax())]} has no pair {wanted}.")
-    kept = first[i] & second[j]
-    weight = (volumes / n)[owner[i[kept]]]
-    counts, _ = np.histogram(distance[kept], edges, weights=weight)
+    chosen = first[i] & second[j]
+    weight = (volumes / n)[owner[i[chosen]]]
+    counts, _ = np.histogram(distance[chosen], edges, weights=weight)
     return (edges[1:] + edges[:-1]) / 2, counts / (shells * len(structures))
 
 
@@ -98,7 +98,7 @@ def species_pairs(species: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 class UnwrappedPath:
-    """Positions that go on over periodic borders, of the last `lag_fs` of one trajectory, and how far atoms moved in that time.
+    """Unwrapped positions of the last `lag_fs` of one trajectory, and how far atoms moved in that time.
 
     Between frames an atom is taken to have moved to its nearest image: frames must be so close that none moves half a cell. The drift
     of the centre of mass is taken off.
@@ -126,15 +126,12 @@ class UnwrappedPath:
             masses = frame.get_masses()[:, None]
             here = self.positions[-1] + step - (masses * step).sum(0) / masses.sum()
         self.last = fractional
-        kept = self.times >= time_fs - self.lag - self._spacing(time_fs)
-        self.times = np.append(self.times[kept], time_fs)
-        self.positions = np.concatenate([self.positions[kept].reshape(-1, len(frame), 3), here[None]])
+        spacing = time_fs - self.times[-1] if len(self.times) else 0.0  # room for one frame more than the lag
+        within = self.times >= time_fs - self.lag - spacing
+        self.times = np.append(self.times[within], time_fs)
+        self.positions = np.concatenate([self.positions[within].reshape(-1, len(frame), 3), here[None]])
 
-    def _spacing(self, time_fs: float) -> float:
-        """Room for one frame more than the lag."""
-        return (time_fs - self.times[-1]) if len(self.times) else 0.0
-
-    def squared(self, lag_fs: float) -> tuple[float, float]:
+    def squared_displacement(self, lag_fs: float) -> tuple[float, float]:
         """(lag in fs nearest to the one asked for, mean squared displacement over it in A²); NaN where the path is too short."""
         if len(self.times) < 2:
             return math.nan, math.nan
@@ -146,12 +143,12 @@ class UnwrappedPath:
         return float(lags[k]), float((moved**2).sum(1).mean())
 
     def state(self) -> dict[str, np.ndarray]:
-        """Arrays; `restored` gives the path back exactly."""
+        """Arrays, from which `from_state` restores the path exactly."""
         last = np.zeros((0, 3)) if self.last is None else self.last
         return {"times": self.times, "positions": self.positions, "last": last}
 
     @staticmethod
-    def restored(lag_fs: float, state: Mapping[str, np.ndarray]) -> UnwrappedPath:
+    def from_state(lag_fs: float, state: Mapping[str, np.ndarray]) -> UnwrappedPath:
         path = UnwrappedPath(lag_fs)
         path.times, path.positions = np.array(state["times"]), np.array(state["positions"])
         path.last = np.array(state["last"]) if len(state["last"]) else None
@@ -160,12 +157,12 @@ class UnwrappedPath:
 
 def mean_squared_displacement(path: UnwrappedPath) -> float:
     """Mean squared displacement over the last lag, A²: a stationary series, the mean of which is MSD(lag)."""
-    return path.squared(path.lag)[1]
+    return path.squared_displacement(path.lag)[1]
 
 
 def diffusion_estimate(path: UnwrappedPath) -> float:
     """D = (MSD(lag) − MSD(lag/2)) / (6 · lag/2), A²/fs (0.1 cm²/s): Einstein's relation without the ballistic start."""
-    (long, far), (short, near) = path.squared(path.lag), path.squared(path.lag / 2)
+    (long, far), (short, near) = path.squared_displacement(path.lag), path.squared_displacement(path.lag / 2)
     return (far - near) / (6 * (long - short)) if long > short else math.nan
 
 
@@ -175,14 +172,14 @@ def diffusion_of(frames: Sequence[Atoms], times_fs: Sequence[float], lag_fs: flo
     Raises:
         UserError: a trajectory that is not longer than the lag.
     """
-    path, found = UnwrappedPath(lag_fs), []
+    path, estimates = UnwrappedPath(lag_fs), []
     for frame, time in zip(frames, times_fs, strict=True):
         path.add(frame, float(time))
-        found.append(diffusion_estimate(path))
-    known = np.array([d for d in found if not math.isnan(d)])
-    if len(known) < 2:
+        estimates.append(diffusion_estimate(path))
+    finite = np.array([d for d in estimates if not math.isnan(d)])
+    if len(finite) < 2:
         raise UserError(f"`lag_fs` = {lag_fs} fs is as long as the trajectory; take a shorter one.")
-    mean = timeseries.series_mean(known)
+    mean = timeseries.series_mean(finite)
     return float(mean.value[0]), mean.sem
 
 
@@ -198,7 +195,7 @@ def load_function(name: str) -> Callable[[Atoms], Value]:
     except Exception as error:  # whatever the module does on import
         raise UserError(
             f"observable '{name}': module '{module_name}' cannot be imported ({type(error).__name__}: {error}). "
-            "It has to lie beside the recipe or in the folder you start from, or be installed."
+            "It has to be in the folder of the recipe or the one you start from, or be installed."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -224,7 +221,7 @@ class Observer:
         self._paths: dict[tuple[str, int], UnwrappedPath] = {}
 
     def __call__(self, frame: Atoms, walker: int = 0, time_fs: float = 0.0) -> dict[str, Value]:
-        """Value of each observable, by name; NaN while it is not known.
+        """Value of each observable, by name; NaN while it is unknown.
 
         Args:
             frame: with the results of a calculator, and momenta where temperature or pressure are asked for.
@@ -255,7 +252,7 @@ class Observer:
         observer, lags = Observer(self.recipes), {r.name: r.lag_fs for r in self.recipes}
         for name, walker in {tuple(key.split("/")[:2]) for key in state if key.split("/")[0] in lags}:
             arrays = {key.split("/")[2]: v for key, v in state.items() if key.startswith(f"{name}/{walker}/")}
-            observer._paths[name, int(walker)] = UnwrappedPath.restored(lags[name], arrays)
+            observer._paths[name, int(walker)] = UnwrappedPath.from_state(lags[name], arrays)
         return observer
 
 
@@ -288,7 +285,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _checked(name: str, function: Callable[[Atoms], Value], frame: Atoms) -> Value:
-    """What a function of the user's gives, if it can be used."""
+    """The value of a user's function, if it can be used."""
     try:
         value = function(frame)
         array = np.asarray(value, dtype=np.float64)

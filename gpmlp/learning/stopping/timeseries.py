@@ -1,4 +1,4 @@
-"""Correlation is how long a series of samples remembers itself: correlation time, standard error of a mean, equilibration.
+"""Statistics of time series: correlation time, standard error of a mean, equilibration, trend; bounds of probabilities and rates.
 
 A series is what molecular dynamics gives: samples at equal distances in time, one after another. Several series of the same thing
 (walkers) are taken together: their mean is common, and so is the autocovariance about it, so that walkers that sit in different
@@ -48,7 +48,7 @@ class SeriesMean:
         value: (components,) mean over all samples of all series.
         spread: rms over components of the standard deviation of a sample.
         sem: rms over components of the standard error of the mean, from the correlation time.
-        sem_blocking: the same from block averages, which knows nothing of windows: a cross-check.
+        sem_blocking: the same from block averages, without a window: a cross-check.
         correlation_time: g, in samples.
         n: number of samples, all series together.
         freedom: degrees of freedom of `sem`.
@@ -66,7 +66,7 @@ class SeriesMean:
 
     @property
     def n_effective(self) -> float:
-        """Number of independent samples that would know the mean as well, n at most."""
+        """Number of independent samples with the same standard error of the mean, n at most."""
         return self.n / max(1.0, self.correlation_time)
 
     @property
@@ -100,7 +100,7 @@ def check_series(series: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
     if len({p.shape[1] for p in parts}) > 1:
         raise UserError(f"`series` must have as many components each; got {sorted({p.shape[1] for p in parts})}.")
     if not all(np.isfinite(p).all() for p in parts):
-        raise UserError("`series` holds a NaN or infinite value; leave out the samples that are not known.")
+        raise UserError("`series` holds a NaN or infinite value; leave out such samples.")
     return parts
 
 
@@ -119,7 +119,7 @@ def series_mean(series: np.ndarray | Sequence[np.ndarray]) -> SeriesMean:
     covariance = sum(c.T @ c for c in centred) / n
     total = float(np.trace(covariance))
     if n < 2 or _still(total, value):
-        # nothing moves: one sample says it all, but says nothing of how long it will last
+        # nothing moves
         return SeriesMean(value, 0.0, 0.0, 0.0, 1.0, n, math.inf, 1.0)
     g, window = correlation_time(centred, 1)
     if value.size > 1:
@@ -189,19 +189,19 @@ def blocking_error(series: np.ndarray | Sequence[np.ndarray]) -> float:
     parts = check_series(series)
     n = sum(len(p) for p in parts)
     value = sum(p.sum(0) for p in parts) / n
-    length, first, found = 1, None, 0.0
+    length, first, error = 1, None, 0.0
     while True:
         blocks = [p[: len(p) // length * length].reshape(-1, length, p.shape[1]).mean(1) for p in parts]
         joined = np.concatenate(blocks)
         if len(joined) < 4 and first is not None:
-            return found
+            return error
         deviation = ((joined - value) ** 2).mean()
         squared = deviation / max(1, len(joined) - 1)
         if first is None:
             first = squared
-        found = math.sqrt(squared)
+        error = math.sqrt(squared)
         if squared <= 0 or len(joined) < 4 or length**3 > 2 * n * (squared / first) ** 2:
-            return found
+            return error
         length *= 2
 
 
@@ -228,7 +228,7 @@ def equilibration_end(series: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class SeriesTrend:
-    """What a series does over its length.
+    """Mann–Kendall test and Theil–Sen slope of a series.
 
     Attributes:
         slope: Theil–Sen, unit of the values per unit of the times.
@@ -258,14 +258,14 @@ class SeriesTrend:
 def series_trend(
     values: np.ndarray | Sequence[np.ndarray], times: np.ndarray | Sequence[np.ndarray] | None = None
 ) -> SeriesTrend:
-    """Test one or several series for a trend that they share.
+    """Mann–Kendall test of one or several series for a common trend, and Theil–Sen slope.
 
     Args:
         values: (samples,) of one, or a list of such; equally spaced, at least nearly: the correlation time counts samples.
         times: of the same shape, increasing; 0, 1, 2, ... where not given.
 
     Raises:
-        UserError: no samples, values that are not finite, times that are not of the same shape or do not increase.
+        UserError: no samples, values that are not finite, times of another shape or that do not increase.
     """
     x = [p[:, 0] for p in check_series(values)]
     t = [np.arange(len(p), dtype=float) for p in x] if times is None else [p[:, 0] for p in check_series(times)]
