@@ -129,7 +129,7 @@ def test_msd_grows_over_borders_and_drift_is_taken_off():
     for k in range(60):
         for path, trajectory in zip(paths, (frames, drifting), strict=True):
             path.add(trajectory[k], float(k))
-    assert paths[0].squared_displacement(20.0) == pytest.approx(paths[1].squared(20.0))
+    assert paths[0].squared_displacement(20.0) == pytest.approx(paths[1].squared_displacement(20.0))
     assert paths[0].squared_displacement(20.0)[1] == pytest.approx(3 * 20 * 0.09 * 0.95, rel=0.5)
     assert len(paths[0].times) <= 22
 

@@ -185,6 +185,7 @@ class History:
             columns = self._copied()
         values: dict[str, Any] = {name: getattr(record, name) for name in KINDS}
         values["outside_atoms"] = tuple(record.outside_atoms)
+        values["outside_end"] = (columns["outside_end"][-1] if n else 0) + len(record.outside_atoms)
         for kind in ("atoms", "outside"):
             values |= {f"{kind}/{z}": count for z, count in getattr(record, kind).items()}
         for name, value in record.observables.items():
@@ -230,7 +231,7 @@ class History:
                     check_choice("observable", rest, self.observables)
                 elif kind not in ("atoms", "outside") and self._n:
                     check_choice("column", name, tuple(KINDS))
-            dtype = np.int32 if kind in ("atoms", "outside") else KINDS.get(name, np.float64)
+            dtype = np.int32 if kind in ("atoms", "outside") else (KINDS | {"outside_end": np.int64}).get(name, np.float64)
             array = np.array(self._columns.get(name, [0] * self._n)[: self._n], dtype=dtype)
             array.flags.writeable = False
             self._arrays[name] = array
@@ -260,15 +261,13 @@ class History:
         outside = self._columns.get("outside_atoms", [])[: self._n]
         arrays = {name: np.array(self.column(name)) for name in self._columns if name != "outside_atoms"}
         arrays["outside_atoms"] = np.array([i for atoms in outside for i in atoms], dtype=np.int32)
-        if self._n:
-            arrays["outside_end"] = np.cumsum([len(atoms) for atoms in outside])
         return {"records": self._n}, arrays
 
     @staticmethod
     def from_state(header: Mapping, arrays: Mapping[str, np.ndarray]) -> History:
         """Restore what state gave."""
         n = int(header["records"])
-        columns = {name: values.tolist() for name, values in arrays.items() if not name.startswith("outside_")}
+        columns = {name: values.tolist() for name, values in arrays.items() if name != "outside_atoms"}
         for name, values in columns.items():
             if len(values) != n:
                 raise UserError(f"history: column '{name}' holds {len(values)} records instead of {n}.")
