@@ -117,11 +117,7 @@ class RunProgress:
 
 
 def load_checkpoint(folder: Path) -> RunProgress | None:
-    """The last checkpoint of a run; None if there is none yet.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The last checkpoint of a run; None if there is none yet. Raises UserError: the file is damaged."""
     path = folder / NAME
     return archive.load(path, RunProgress.from_state) if path.exists() else None
 

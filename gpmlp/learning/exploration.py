@@ -1,4 +1,4 @@
-"""Exploring makes structures on purpose where the data are thin: along rare directions, up the slope of σ, or by biased dynamics."""
+"""Exploration of thinly sampled regions: displacements along rare directions, ascent of σ, and biased dynamics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import errors, neighbors
-from gpmlp.core.environments import StructureEnvironments
+from gpmlp.core.environments import Environments, StructureEnvironments
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.gp.inducing import InducingBlock
@@ -16,33 +16,32 @@ from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty.mahalanobis import SpeciesClusters
 
 LEAST = 1e-6  # eV, of a standard deviation that is divided by
-
 SMALLEST = 1e-3  # of the largest singular value of a Jacobian: directions that positions hardly move are left out
 SHRINK = 0.7  # of a step that brought atoms too close or led nowhere
 TRIES = 12
-DIRECTIONS = 4  # of which the one is taken that leads farthest
+DIRECTIONS = 4  # of which the one that leads to the greatest novelty is taken
 
 
 def explored_structure(
     k: int, potential: Potential, start: Structures, radius_A: float, share: float
 ) -> tuple[Structures, str]:
-    """The k-th structure of a series, and how it was made: by turns along a rare direction (around each atom that has neighbours) and up
-    the slope."""
-    some = neighbors.find_neighbors(start, potential.terms[0].descriptor.cutoff).centers.unique().tolist()
-    if k % 2 or not some:  # who has no neighbours has no direction
+    """The k-th structure of a series, and how it was made: in turn along a rare direction (around each atom with neighbours) and up the
+    slope of σ."""
+    atoms = neighbors.find_neighbors(start, potential.terms[0].descriptor.cutoff).centers.unique().tolist()
+    if k % 2 or not atoms:
         return ascend_uncertainty(
             potential, start, radius_A, share=share
         ), "explored: up the slope of the standard deviations"
-    atom = some[k // 2 % len(some)]
+    atom = atoms[k // 2 % len(atoms)]
     return displace_rare(potential, start, atom, radius_A, share), f"explored: a rare direction around atom {atom}"
 
 
 def displace_rare(
     potential: Potential, structure: Structures, atom: int, radius_A: float = 0.3, share: float = 0.6
 ) -> Structures:
-    """Displace the neighbourhood of an atom along a direction of descriptor space in which hardly anything was sampled.
+    """Displace the neighbourhood of an atom along a thinly sampled direction of descriptor space.
 
-    Of the principal directions e_k of what was seen around this species (Mahalanobis clusters, in the cluster nearest to the atom)
+    Of the principal directions e_k of the environments of this species (Mahalanobis clusters, in the cluster nearest to the atom)
     each is mapped to displacements by the pseudo-inverse of the Jacobian of the atom's features, δ_k = J⁺ e_k. Of the few that move
     features farthest in standard deviations per A, with either sign, the one is taken that leads to the greatest novelty.
 
@@ -52,7 +51,7 @@ def displace_rare(
         share: least distance of atoms, of the sum of their covalent radii (as `too_close`).
 
     Raises:
-        UserError: a model without novelty; an atom without neighbours, or of a species never seen.
+        UserError: a model without novelty; an atom without neighbours, or of a species without data.
     """
     if potential.novelty is None:
         raise errors.UserError("This model holds no Mahalanobis distances (novelty: false); fit it again.")
@@ -64,8 +63,7 @@ def displace_rare(
         )
     descriptor = potential.terms[0].descriptor
     view = StructureEnvironments.from_structures(descriptor, structure)
-    some = torch.tensor([atom])
-    jacobian = _by_atom(structure, view, descriptor(view.surroundings.select(some)).jacobian().double(), atom)
+    jacobian = _jacobian_by_atom(structure, view, descriptor(view.surroundings.select(torch.tensor([atom]))), atom)
     if not jacobian.abs().sum() > 0:
         raise errors.UserError(f"{structure.names[0]}: atom {atom} has no neighbours within {descriptor.cutoff:g} A.")
     best, highest = structure, -1.0
@@ -77,8 +75,11 @@ def displace_rare(
     return best
 
 
-def _by_atom(structure: Structures, view: StructureEnvironments, jacobian: Tensor, atom: int) -> Tensor:
-    """(features, 3 atoms): how the features of an atom change with all positions, from its pairs' (pairs, 3, features)."""
+def _jacobian_by_atom(
+    structure: Structures, view: StructureEnvironments, environment: Environments, atom: int
+) -> Tensor:
+    """(features, 3 atoms): how the features of an atom change with all positions."""
+    jacobian = environment.jacobian().double()  # (pairs, 3, features)
     pairs = view.surroundings.pairs_of(torch.tensor([atom]))[1]
     out = jacobian.new_zeros(structure.n_atoms, 3, jacobian.shape[2])
     out.index_add_(0, view.neighbors.neighbors[pairs], jacobian)
@@ -93,9 +94,9 @@ def _rarest(clusters: SpeciesClusters, x: Tensor, jacobian: Tensor) -> Tensor:
     inverse = whitening[nearest].T @ whitening[nearest]
     vectors = torch.linalg.eigh(inverse).eigenvectors
     u, s, vh = torch.linalg.svd(jacobian, full_matrices=False)
-    kept = s > SMALLEST * s[0]
+    moving = s > SMALLEST * s[0]
     directions = clusters.components.to(jacobian) @ vectors
-    displacements = vh[kept].T @ ((u[:, kept].T @ directions) / s[kept, None])
+    displacements = vh[moving].T @ ((u[:, moving].T @ directions) / s[moving, None])
     unit = displacements / displacements.norm(dim=0).clamp_min(1e-300)
     # how many standard deviations features move per A, in all directions together
     moved = whitening[nearest] @ (clusters.components.to(jacobian).T @ (jacobian @ unit))
@@ -158,12 +159,12 @@ class UncertaintyBias:
         self.share = share
 
     def __call__(self, potential: Potential, structure: Structures, forces: Tensor) -> tuple[float, Tensor, Tensor]:
-        """(τ Σ σ_i, bias forces (atoms, 3), bias stress (3, 3)) to add to what the potential says; τ is a number here, not a
+        """(−τ Σ σ_i, bias forces (atoms, 3), bias stress (3, 3)) to add to those of the potential; τ is a number here, not a
         function of positions, so the biased energy is not conserved: use a thermostat."""
-        sure = summed_std(potential, structure)
-        rms, own = (float(f.square().mean().sqrt()) for f in (forces, sure.forces))
-        tau = self.share * rms / own if own > 0 else 0.0
-        return -tau * float(sure.energies[0]), -tau * sure.forces, -tau * sure.stresses[0]
+        std = summed_std(potential, structure)
+        rms, std_rms = (float(f.square().mean().sqrt()) for f in (forces, std.forces))
+        tau = self.share * rms / std_rms if std_rms > 0 else 0.0
+        return -tau * float(std.energies[0]), -tau * std.forces, -tau * std.stresses[0]
 
 
 def summed_std(potential: Potential, structures: Structures) -> Prediction:
@@ -174,11 +175,11 @@ def summed_std(potential: Potential, structures: Structures) -> Prediction:
     weights of its own, pulled back as that of the potential is.
 
     Returns:
-        energies Σ σ_i and atom_energies σ_i (eV), forces -∂Σσ/∂r (eV/A): they point to where the potential is sure;
+        energies Σ σ_i and atom_energies σ_i (eV), forces -∂Σσ/∂r (eV/A), towards smaller uncertainty;
         stresses (eV/A^3).
 
     Raises:
-        UserError: a model without variances; a species that it does not know.
+        UserError: a model without variances; a species that it was not fitted to.
     """
     model = potential.variances
     if model is None:
@@ -200,8 +201,8 @@ def summed_std(potential: Potential, structures: Structures) -> Prediction:
             start, lower = here.stop, next(lowers)
             mine = (structures.species == block.species).nonzero()[:, 0]
             if len(mine):
-                own = torch.linalg.solve_triangular(lower.T, weights[mine][:, here].T, upper=True).T
-                cotangents[mine] = kernel_gradients(block, prior_of.kernel, features[mine], own.to(features))
+                unwhitened = torch.linalg.solve_triangular(lower.T, weights[mine][:, here].T, upper=True).T
+                cotangents[mine] = kernel_gradients(block, prior_of.kernel, features[mine], unwhitened.to(features))
         gradients = view.environments.pull_back(cotangents)
         local = std.to(features) if total is None else torch.zeros_like(std)
         part = neighbors.assemble_prediction(structures, view.neighbors, view.surroundings.vectors, local, gradients)
@@ -210,7 +211,7 @@ def summed_std(potential: Potential, structures: Structures) -> Prediction:
 
 
 def kernel_gradients(block: InducingBlock, kernel: ZonalKernel, x: Tensor, weights: Tensor) -> Tensor:
-    """∂/∂x_i Σ_u w_iu k_u(x_i), with weights (environments, columns) of each environment's own; (environments, features)."""
+    """∂/∂x_i Σ_u w_iu k_u(x_i), with weights (environments, columns) for each environment; (environments, features)."""
     alpha, gamma = block.expand_columns(weights)
     _, first, second = kernel.profile(x @ block.features.T)
     along = (x @ block.tangents.flatten(0, 1).T).view_as(gamma)

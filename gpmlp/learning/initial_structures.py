@@ -1,4 +1,4 @@
-"""Bootstrap makes the first structures to label: the starts and copies of them, displaced and strained at random."""
+"""Initial structures to label: the starts of the trajectories, and copies displaced and strained at random."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from gpmlp.learning.surrogate import cut_surrogate
 from gpmlp.learning.triggers import too_close
 from gpmlp.learning.walker import fixed_atoms
 
-STIFFNESS = {
-    True: 4.0,
-    False: 25.0,
-}  # eV/A^2 of an atom in a solid, of a bond in a molecule: sizes of displacements only
+# eV/A^2 of an atom in a solid, of a bond in a molecule: for sizes of displacements only
+STIFFNESS = {True: 4.0, False: 25.0}
 LARGEST = 0.15  # A, of a standard deviation
 FEWER = 0.8  # displacements are made smaller by this until no atoms are too close
 TRIES = 20
@@ -30,10 +28,10 @@ FEWEST, MOST, ATOMS = 6, 20, 150  # structures to begin with, and atoms that the
 
 
 def read_starts(path: Path) -> list[Atoms]:
-    """Structures that trajectories begin from.
+    """The structures that trajectories begin from.
 
     Raises:
-        UserError: there are none, one has no atoms, or they hold constraints that are not kept.
+        UserError: there are none, one has no atoms, or they hold constraints other than fixed atoms.
     """
     frames, _ = read_frames(path)
     for i, atoms in enumerate(frames):
@@ -47,16 +45,16 @@ def read_starts(path: Path) -> list[Atoms]:
 
 
 def read_given(path: Path) -> Iterator[LabelEntry]:
-    """Labelled structures of a file, as entries of a tape.
+    """Labelled structures of a file, as entries of the label file.
 
     Raises:
-        UserError: a frame without forces, from which a run learns nothing of what it judges by.
+        UserError: a frame without forces, which the trigger judges by.
     """
     structures, targets = read(path)
     for i in range(len(structures)):
-        known = targets.select(structures, [i])
-        if bool(known.forces.isnan().all()):
-            only = "neither energy nor forces" if bool(known.energies.isnan().all()) else "an energy, but no forces"
+        label = targets.select(structures, [i])
+        if bool(label.forces.isnan().all()):
+            only = "neither energy nor forces" if bool(label.energies.isnan().all()) else "an energy, but no forces"
             raise UserError(
                 f"{path}: frame {i} has {only}; structures of bootstrap.given need their labels: leave it out, or label it."
             )
@@ -66,12 +64,12 @@ def read_given(path: Path) -> Iterator[LabelEntry]:
 
 
 def _cell_maker(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms, int], Atoms]:
-    """What first structures are made of: starts, or of those that are too large a cell carved around some atom, which a number picks."""
+    """What copies are made of: starts, or of those that are too large the surrogate around some atom, which a number picks."""
     if recipe.carve is None or all(len(atoms) <= recipe.carve.above for atoms in starts):
         return lambda atoms, _: atoms
     whole = structures_from_ase(starts)
-    found = defaults.summarise_data(whole, Targets.unlabelled(whole))
-    resolved = defaults.resolve_recipe(recipe.model, found, len(whole.distinct_species))
+    summary = defaults.summarise_data(whole, Targets.unlabelled(whole))
+    resolved = defaults.resolve_recipe(recipe.model, summary, len(whole.distinct_species))
     reach = max(d.cutoff for d in resolved.descriptors)
 
     def small(atoms: Atoms, number: int) -> Atoms:
@@ -91,8 +89,8 @@ def _cell_maker(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms
 def make_structures(starts: Sequence[Atoms], recipe: LearnRecipe, there: int = 0) -> list[Atoms]:
     """Starts first, then displaced copies of them in turn, recipe.bootstrap.n in all (each start at least once).
 
-    Displacements shrink from copy to copy from one and a half times `displacement_A` to half of it: what is foreseen after the first
-    half was learned lies within that, as dynamics will. No more than stop.labels_at_most leaves room for.
+    Displacements shrink from copy to copy from one and a half times `displacement_A` to half of it, so that the second half, which
+    is predicted before it is learned, interpolates as dynamics will. No more than stop.labels_at_most leaves room for.
 
     Args:
         there: labels that there are already.
@@ -111,14 +109,14 @@ def make_structures(starts: Sequence[Atoms], recipe: LearnRecipe, there: int = 0
     return out if most is None else out[: max(0, most - there)]
 
 
-def check_enough(labels: int, asked: int, tape: LabelFile) -> None:
-    """Raise UserError, with what the oracle said last, where there are too few first labels to make a model from."""
+def check_enough(labels: int, asked: int, file: LabelFile) -> None:
+    """Raise UserError, with the reason of the last refusal, where there are too few first labels to make a model from."""
     if labels >= FEWEST_LABELS:
         return
     said = f"Only {labels} of the first {asked} structures could be labelled; two are needed."
-    if tape.refusals:
+    if file.refusals:
         raise UserError(
-            f"{said} The last was set aside: {tape.refusals[-1].reason}. Correct the oracle, remove {tape.refused_path} to have them "
+            f"{said} The last was set aside: {file.refusals[-1].reason}. Correct the oracle, remove {file.refused_path} to have them "
             "asked again, and go on (--resume); or raise bootstrap.n."
         )
     raise UserError(f"{said} Raise bootstrap.n: the others are alike.")

@@ -67,11 +67,7 @@ class LabelRequests:
         return key_of(structure, self.recipe.settings_hash)
 
     def entry(self, key: str) -> LabelEntry:
-        """A label of the file.
-
-        Raises:
-            UserError: it is not there.
-        """
+        """A label of the file. Raises UserError: it is not there."""
         entry = self.labels.find(key)
         if entry is None:
             raise UserError(

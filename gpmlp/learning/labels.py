@@ -240,11 +240,7 @@ class LabelFile:
         return self._entries.get(key)
 
     def structures_and_targets(self) -> tuple[Structures, Targets]:
-        """All labels, in the order they came.
-
-        Raises:
-            UserError: there are none yet.
-        """
+        """All labels, in the order they came. Raises UserError: there are none yet."""
         if not self._entries:
             raise UserError(f"{self.path}: holds no labels yet.")
         structures = Structures.concatenate([entry.structure for entry in self])

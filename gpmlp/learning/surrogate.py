@@ -1,7 +1,7 @@
-"""Carving makes, of a frame with too many atoms for an ab initio code, a small surrogate around one of them that can be labelled.
+"""Surrogates: small structures cut around an atom of a frame with too many atoms for an ab initio code.
 
-The environment of that atom, and of all others within `core` of it, is kept to the last neighbour; what lies farther out is there to
-close the cell. As in Hodapp and Shapeev, Mach. Learn.: Sci. Technol. 1, 045005 (2020) and Lysogorskiy et al., Phys. Rev. Mater. 7,
+The environments of that atom, and of all others within `core` of it, are those of the frame; what lies farther out closes the cell.
+As in Hodapp and Shapeev, Mach. Learn.: Sci. Technol. 1, 045005 (2020) and Lysogorskiy et al., Phys. Rev. Mater. 7,
 043801 (2023), the surrogate is periodic where the frame is.
 """
 
@@ -27,13 +27,11 @@ from gpmlp.learning.labels import canonical_structure
 from gpmlp.potential.potential import Potential
 
 BONDED = 1.2  # times the sum of covalent radii
-MOLECULE = 40  # atoms; what hangs together and is no larger is cut out whole
+MOLECULE = 40  # atoms; bonded units of no more are cut out whole
 CLOSER = 0.95  # of the smallest distance in the frame, below which two atoms of a surrogate do not both stay
 PLANES = 1.2  # A, least distance of lattice planes: a cell of length a has no period shorter than that
 PERIOD = 6.0  # A beyond what is needed, within which a period of the frame is looked for
-ALIKE = (
-    0.25  # of the mean squared distance by which a random shift misses atoms: a shift that misses by less is a period
-)
+ALIKE = 0.25  # of the mean squared distance by which a random shift misses atoms: one that misses by less is a period
 SAMPLES = 300  # atoms of which that is judged
 SAME = 1e-6  # A, and distance of unit features: what rounding may do
 
@@ -43,10 +41,10 @@ class SurrogateCluster:
     """A small structure to be labelled for the sake of an atom of a large one.
 
     Attributes:
-        structure: as the tape will have it.
+        structure: as the label file will have it.
         origin: (atoms,) the atom of the frame that each one is; centre: the one it was cut around, here.
-        intact: (atoms,) whether all neighbours within reach, and no others, are where they are in the frame.
-        small_cell: whether what is around the ball can be believed, too: cut by periods of the frame alone, of the same composition,
+        intact: (atoms,) whether all neighbours within reach, and no others, are as in the frame.
+        small_cell: whether what is around the ball can be trusted, too: cut by periods of the frame alone, of the same composition,
             and without atoms that have fewer or more neighbours within reach than atoms of their element have in the frame.
         of: atoms of the frame.
     """
@@ -59,15 +57,15 @@ class SurrogateCluster:
     of: int
 
     def trusted_targets(self, targets: Targets) -> Targets:
-        """What is learned of a label: all of it of a small cell; else the forces on intact atoms, NaN elsewhere."""
+        """The part of a label that is learned: all of it of a small cell; else the forces on intact atoms, NaN elsewhere."""
         if self.small_cell:
             return targets
-        unknown = Targets.unlabelled(self.structure)
-        forces = torch.where(self.intact[:, None], targets.forces, unknown.forces)
-        return replace(targets, energies=unknown.energies, stresses=unknown.stresses, forces=forces)
+        nothing = Targets.unlabelled(self.structure)
+        forces = torch.where(self.intact[:, None], targets.forces, nothing.forces)
+        return replace(targets, energies=nothing.energies, stresses=nothing.stresses, forces=forces)
 
     def notes(self) -> dict[str, int | str]:
-        """For the tape."""
+        """Of the label."""
         kind = "small cell" if self.small_cell else "carved"
         return {
             "surrogate": kind,
@@ -80,7 +78,7 @@ class SurrogateCluster:
 def cut_surrogate(frame: Structures, atom: int, reach: float, core: float = 0.0) -> SurrogateCluster | None:
     """Cut a surrogate out of one structure; None where it would not be smaller.
 
-    Along each periodic direction it is as long as keeping the ball of radius core + reach takes, up to the next period of the frame
+    Along each periodic direction it is as long as the ball of radius core + reach needs, up to the next period of the frame
     if there is one (in a crystal: whole lattice vectors); along others nothing is cut. Where nothing is periodic the ball is cut out,
     with vacuum around it. Atoms, or whole molecules, are then taken in the order of their distance, up to the density of the frame,
     unless they come closer to one that was taken, or to an image of it, than atoms of these elements are anywhere in the frame.
@@ -88,18 +86,18 @@ def cut_surrogate(frame: Structures, atom: int, reach: float, core: float = 0.0)
     Args:
         atom: whose environment is to be kept.
         reach: farthest neighbour of an environment, A.
-        core: A around the atom, within which environments are kept.
+        core: A around the atom, within which environments are those of the frame.
     """
     pairs = neighbors.find_neighbors(frame, reach)
     view = _Frame.from_structure(frame, pairs, atom)
     radius = core + reach
     apart, best = view.closest.max(), None
     for more in (0.0, apart, apart + view.extent, apart + 2 * view.extent):  # room between the ball and its images
-        made = _cut(view, radius, more)
-        if made is None:
+        cut = _cut(view, radius, more)
+        if cut is None:
             break
-        *made, cramped = made
-        surrogate = _described(frame, pairs, view, atom, *made, reach)
+        atoms, cell, lattice, cramped = cut
+        surrogate = _described(frame, pairs, view, atom, atoms, cell, lattice, reach)
         inside = torch.as_tensor(view.distance[surrogate.origin.numpy()] <= core)
         if bool(surrogate.intact[inside].all()):
             best = best or surrogate
@@ -121,7 +119,7 @@ def feature_distance(potential: Potential, frame: Structures, surrogate: Surroga
 
 
 def most_uncertain_atom(potential: Potential, structure: Structures) -> int:
-    """The atom whose local energy is known least."""
+    """The atom whose local energy has the largest variance."""
     return int(potential(structure, "atom_energies").atom_energies_variance.total.argmax())
 
 
@@ -213,23 +211,23 @@ def _cut(view: _Frame, radius: float, more: float) -> tuple[np.ndarray, np.ndarr
     place = np.empty(len(outside), dtype=int)
     place[view.unit[order][::-1]] = np.arange(len(order))[::-1]  # units: those inside by distance, then those outside
     cell = view.basis * shares[:, None]
-    kept = _apart(view, atoms, cell, place)
-    kept = kept[np.argsort(place[view.unit[kept]], kind="stable")]
-    full = np.arange(1, len(kept) + 1) > round(len(view.unit) * shares.prod())
-    kept = kept[~np.isin(view.unit[kept], view.unit[kept[full & (view.rank[kept] > radius)]])]
-    return _balanced(view, kept, radius), cell, lattice, bool((intrudes & (beyond <= 0.5 * view.closest.max())).any())
+    atoms = _apart(view, atoms, cell, place)
+    atoms = atoms[np.argsort(place[view.unit[atoms]], kind="stable")]
+    full = np.arange(1, len(atoms) + 1) > round(len(view.unit) * shares.prod())
+    atoms = atoms[~np.isin(view.unit[atoms], view.unit[atoms[full & (view.rank[atoms] > radius)]])]
+    return _balanced(view, atoms, radius), cell, lattice, bool((intrudes & (beyond <= 0.5 * view.closest.max())).any())
 
 
 def _period(view: _Frame, k: int, least: float) -> float | None:
-    """The first share of a lattice vector, `least` or more, by which the frame is like itself; None if there is none."""
+    """The first share of a lattice vector, `least` or more, that is a period of the frame; None if there is none."""
     length = np.linalg.norm(view.basis[k])
     denominators = np.arange(1, max(2, int(length / PLANES) + 1))
     shares = np.unique((np.arange(1, len(denominators) + 1)[:, None] / denominators).round(12))
     shares = shares[(shares >= least) & (shares <= min(1.0, least + PERIOD / length))]
-    some = np.linspace(0, len(view.places) - 1, min(len(view.places), SAMPLES)).round().astype(int)
-    chance = np.random.default_rng(0).random((len(some), 3)) * view.periodic
+    samples = np.linspace(0, len(view.places) - 1, min(len(view.places), SAMPLES)).round().astype(int)
+    chance = np.random.default_rng(0).random((len(samples), 3)) * view.periodic
     shifts = [chance, *(share * np.eye(3)[k] for share in shares)]
-    misses = _misses(view, some, np.stack([np.broadcast_to(shift, (len(some), 3)) for shift in shifts]))
+    misses = _misses(view, samples, np.stack([np.broadcast_to(shift, (len(samples), 3)) for shift in shifts]))
     like = np.flatnonzero(misses[1:] < ALIKE * misses[0])
     if not len(like):
         return None
@@ -237,7 +235,7 @@ def _period(view: _Frame, k: int, least: float) -> float | None:
     return float(shares[here[misses[1:][here].argmin()]])
 
 
-def _misses(view: _Frame, some: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+def _misses(view: _Frame, atoms: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     """(shifts,) mean squared distance, A^2, from atoms that are shifted (shifts, atoms, 3) to the nearest one of their element."""
     images = np.stack(np.meshgrid(*[(-1, 0, 1) if p else (0,) for p in view.periodic], indexing="ij"), -1).reshape(
         -1, 3
@@ -247,8 +245,8 @@ def _misses(view: _Frame, some: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     near = ((np.abs(all_places) < 0.75) | ~view.periodic).all(1)
     apart = 1e3 * view.element  # A: other elements are far away
     tree = cKDTree(np.column_stack([all_places @ view.basis, np.tile(apart, len(images))])[near])
-    moved = _wrapped(places[some] + shifts, view.periodic) @ view.basis
-    fourth = np.broadcast_to(apart[some][None, :, None], (*moved.shape[:2], 1))
+    moved = _wrapped(places[atoms] + shifts, view.periodic) @ view.basis
+    fourth = np.broadcast_to(apart[atoms][None, :, None], (*moved.shape[:2], 1))
     return (tree.query(np.concatenate([moved, fourth], axis=2))[0] ** 2).mean(1)
 
 
@@ -298,7 +296,7 @@ def _described(
     reach: float,
 ) -> SurrogateCluster:
     atoms = atoms[np.argsort(view.distance[atoms], kind="stable")]
-    made = Structures(
+    cut = Structures(
         torch.as_tensor(view.places[atoms] @ view.basis),
         torch.as_tensor(np.where(view.periodic[:, None], cell, 0.0))[None],
         frame.periodic,
@@ -306,17 +304,18 @@ def _described(
         torch.zeros(len(atoms), dtype=torch.long),
         (f"{frame.names[0]}, around atom {atom}",),
     )
-    made, origin = canonical_structure(made), torch.as_tensor(atoms)
-    found = neighbors.find_neighbors(made, reach)
+    cut, origin = canonical_structure(cut), torch.as_tensor(atoms)
+    cut_pairs = neighbors.find_neighbors(cut, reach)
     was = np.bincount(pairs.centers.numpy(), minlength=frame.n_atoms)
-    now = np.bincount(found.centers.numpy(), minlength=made.n_atoms)
-    here, there = origin[found.centers].numpy(), origin[found.neighbors].numpy()
-    vectors = found.vectors(made).numpy() - (view.places[there] - view.places[here]) @ view.basis
+    centers = cut_pairs.centers.numpy()
+    now = np.bincount(centers, minlength=cut.n_atoms)
+    here, there = origin[cut_pairs.centers].numpy(), origin[cut_pairs.neighbors].numpy()
+    vectors = cut_pairs.vectors(cut).numpy() - (view.places[there] - view.places[here]) @ view.basis
     off = _wrapped(vectors @ np.linalg.inv(view.basis), view.periodic) @ view.basis
-    wrong = np.bincount(found.centers.numpy()[np.linalg.norm(off, axis=1) > SAME], minlength=made.n_atoms)
+    wrong = np.bincount(centers[np.linalg.norm(off, axis=1) > SAME], minlength=cut.n_atoms)
     intact = torch.as_tensor((wrong == 0) & (now == was[atoms]))
     small = lattice and _like(view.element, was, view.element[atoms], now)
-    return SurrogateCluster(made, origin, int((origin == atom).nonzero()[0, 0]), intact, small, frame.n_atoms)
+    return SurrogateCluster(cut, origin, int((origin == atom).nonzero()[0, 0]), intact, small, frame.n_atoms)
 
 
 def _like(element: np.ndarray, was: np.ndarray, element_now: np.ndarray, now: np.ndarray) -> bool:

@@ -326,11 +326,7 @@ def bath_of(dynamics: DynamicsRecipe) -> Bath:
 
 
 def fixed_atoms(atoms: Atoms) -> np.ndarray:
-    """Indices of atoms that do not move.
-
-    Raises:
-        UserError: a constraint other than FixAtoms.
-    """
+    """Indices of atoms that do not move. Raises UserError: a constraint other than FixAtoms."""
     fixed = np.zeros(len(atoms), dtype=bool)
     for constraint in atoms.constraints:
         if not isinstance(constraint, FixAtoms):

@@ -119,11 +119,7 @@ def _imported(path: str, install: str) -> Callable[..., Any]:
 
 
 def build_calculator(name: str, kwargs: Mapping[str, Any], directory: Path) -> Any:
-    """A new calculator that works in directory.
-
-    Raises:
-        OracleError: it cannot be made with these keyword arguments.
-    """
+    """A new calculator that works in directory. Raises OracleError: it cannot be made with these keyword arguments."""
     maker = find_calculator(name)
     arguments = {**(READY[name].defaults if name in READY else {}), **kwargs}
     takes_folder = inspect.isfunction(maker) and maker.__module__ == HERE

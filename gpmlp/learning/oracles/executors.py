@@ -246,11 +246,7 @@ class JobRunner:
 
 
 def make_runner(recipe: OracleRecipe) -> JobRunner:
-    """The executor that a recipe asks for.
-
-    Raises:
-        UserError: it is not installed, or has no such option.
-    """
+    """The executor that a recipe asks for. Raises UserError: it is not installed, or has no such option."""
     for option in recipe.executor_options:
         if option not in OPTIONS[recipe.executor]:
             raise UserError(

@@ -121,11 +121,7 @@ class CalculatorOracle:
     recipe: OracleRecipe
 
     def label(self, structures: Structures) -> Targets:
-        """Label one structure after another.
-
-        Raises:
-            UserError: all attempts at a structure failed; names it.
-        """
+        """Label one structure after another. Raises UserError: all attempts at a structure failed; names it."""
         self.recipe.check()
         targets = []
         with tempfile.TemporaryDirectory(prefix="gpmlp-oracle-") as folder:

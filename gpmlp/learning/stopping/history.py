@@ -231,7 +231,9 @@ class History:
                     check_choice("observable", rest, self.observables)
                 elif kind not in ("atoms", "outside") and self._n:
                     check_choice("column", name, tuple(KINDS))
-            dtype = np.int32 if kind in ("atoms", "outside") else (KINDS | {"outside_end": np.int64}).get(name, np.float64)
+            dtype = (
+                np.int32 if kind in ("atoms", "outside") else (KINDS | {"outside_end": np.int64}).get(name, np.float64)
+            )
             array = np.array(self._columns.get(name, [0] * self._n)[: self._n], dtype=dtype)
             array.flags.writeable = False
             self._arrays[name] = array

@@ -184,11 +184,7 @@ def diffusion_of(frames: Sequence[Atoms], times_fs: Sequence[float], lag_fs: flo
 
 
 def load_function(name: str) -> Callable[[Atoms], Value]:
-    """The function 'module:function'.
-
-    Raises:
-        UserError: a module that cannot be imported, or no such function in it.
-    """
+    """The function 'module:function'. Raises UserError: a module that cannot be imported, or no such function in it."""
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -210,11 +206,7 @@ class Observer:
     """Values of the observables of a recipe, frame by frame; keeps a Path for each walker where displacements are asked for."""
 
     def __init__(self, recipes: Sequence[ObservableRecipe]) -> None:
-        """Load what is asked for.
-
-        Raises:
-            UserError: a function of the user's that cannot be loaded, or a pair that is none.
-        """
+        """Load what is asked for. Raises UserError: a function of the user's that cannot be loaded, or a pair that is none."""
         self.recipes = tuple(recipes)
         self._functions = {r.name: load_function(r.name) for r in self.recipes if ":" in r.name}
         self._pairs = {r.name: _pair(r.pair) for r in self.recipes if r.pair}
