@@ -34,16 +34,10 @@ TEXT_LOG, TIMES = "run.log", "times.jsonl"
 SENTENCES = {"judged": "sentence", "stopped": "reason"}  # what says all there is to say of an event
 LEFT_OUT = ("atoms", "foreseen", "criteria", "cause", "first", "ended")  # of the line that a person reads
 HOW = (
-    "timeout_s",
-    "retries",
-    "retry_kwargs",
-    "on_failure",
-    "at_most_failures",
-    "workers",
-    "executor",
-    "executor_options",
+    *("timeout_s", "retries", "retry_kwargs", "on_failure", "at_most_failures", "workers", "executor"),
+    *("executor_options", "directory", "keep", "check_forces", "largest_force", "largest_net_force", "check_every"),
+    "kwargs.command",
 )
-HOW += ("directory", "keep", "check_forces", "largest_force", "largest_net_force", "check_every", "kwargs.command")
 MAY_CHANGE = ("stop.", "thin", "output", "dynamics.steps", "dynamics.ramp_steps", *(f"oracle.{name}" for name in HOW))
 
 
@@ -191,7 +185,7 @@ class RunFiles:
         )
         moment = time.strftime("%Y-%m-%d %H:%M:%S")
         self._write(TEXT_LOG, f"{moment}  {event}: {text}\n".encode())
-        self._write(TIMES, _json_line({"event": event, "time": moment} | recorded))
+        self._write(TIMES, _json_line({"event": event, "time": moment, **recorded}))
 
     def write_frame(
         self, progress: RunProgress, snapshot: WalkerSnapshot, thin: int, timestep_fs: float
@@ -205,9 +199,8 @@ class RunFiles:
         atoms = atoms_with_results(snapshot)
         atoms.info |= {"walker": i, "step": step, "time_fs": step * timestep_fs}
         atoms.info["temperature_K"] = snapshot.temperature_K
-        variance = snapshot.prediction.forces_covariance.total.diagonal(dim1=1, dim2=2).clamp_min(0)
-        atoms.arrays["forces_std"] = variance.sqrt().numpy()
-        atoms.arrays["novelty"] = snapshot.prediction.novelty.numpy()
+        atoms.arrays["forces_std"] = snapshot.force_variances.clamp_min(0).sqrt().numpy()
+        atoms.arrays["novelty"] = snapshot.novelty
         text = io.StringIO()
         ase.io.write(text, atoms, format="extxyz")
         self._write("trajectory.xyz", text.getvalue().encode())

@@ -69,9 +69,10 @@ def displace_rare(
     best, highest = structure, -1.0
     for displacement in _rarest(clusters, view.environments.features[atom].double(), jacobian):
         moved = _within(structure, displacement, radius_A, share)
-        novelty = float(potential(moved, novelty=True).novelty.max())
-        if novelty > highest:
-            best, highest = moved, novelty
+        novelty = potential(moved, novelty=True).novelty
+        assert novelty is not None
+        if float(novelty.max()) > highest:
+            best, highest = moved, float(novelty.max())
     return best
 
 
@@ -192,7 +193,8 @@ def summed_std(potential: Potential, structures: Structures) -> Prediction:
     std = (model.amplitude * (prior - a.square().sum(1)) + left.square().sum(1)).clamp_min(LEAST**2).sqrt()
     inner = torch.linalg.solve_triangular(model.factor, left.T, upper=True).T - model.amplitude * a
     weights = inner * model.signal / std[:, None]
-    total, start, lowers = None, 0, iter(model.lowers)
+    total: Prediction | None = None
+    start, lowers = 0, iter(model.lowers)
     for prior_of, blocks, view in zip(model.priors, model.blocks, views, strict=True):
         features = view.environments.features
         cotangents = torch.zeros_like(features)
@@ -207,6 +209,7 @@ def summed_std(potential: Potential, structures: Structures) -> Prediction:
         local = std.to(features) if total is None else torch.zeros_like(std)
         part = neighbors.assemble_prediction(structures, view.neighbors, view.surroundings.vectors, local, gradients)
         total = part if total is None else total + part
+    assert total is not None
     return total
 
 

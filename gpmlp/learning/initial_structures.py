@@ -65,7 +65,8 @@ def read_given(path: Path) -> Iterator[LabelEntry]:
 
 def _cell_maker(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms, int], Atoms]:
     """What copies are made of: starts, or of those that are too large the surrogate around some atom, which a number picks."""
-    if recipe.carve is None or all(len(atoms) <= recipe.carve.above for atoms in starts):
+    chosen = recipe.carve
+    if chosen is None or all(len(atoms) <= chosen.above for atoms in starts):
         return lambda atoms, _: atoms
     whole = structures_from_ase(starts)
     summary = defaults.summarise_data(whole, Targets.unlabelled(whole))
@@ -75,7 +76,7 @@ def _cell_maker(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms
     def small(atoms: Atoms, number: int) -> Atoms:
         atom = int(np.random.default_rng([recipe.seed, 2, number]).integers(len(atoms)))
         frame = structures_from_ase([atoms])
-        cut = cut_surrogate(frame, atom, reach, recipe.carve.core_A) if len(atoms) > recipe.carve.above else None
+        cut = cut_surrogate(frame, atom, reach, chosen.core_A) if len(atoms) > chosen.above else None
         if cut is None:
             return atoms
         part = atoms[cut.origin.numpy()]

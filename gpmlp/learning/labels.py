@@ -14,7 +14,6 @@ from typing import Any
 import ase.io
 import numpy as np
 import torch
-from ase import Atoms
 from ase.io.extxyz import key_val_str_to_dict
 
 from gpmlp.core.errors import UserError, chemical_symbol
@@ -25,8 +24,10 @@ from gpmlp.io.ase_atoms import from_ase
 
 Note = int | float | str | bool
 NOTE_NAME = re.compile(r"[a-z][a-zA-Z0-9_]*")
-RESERVED = ("key", "oracle", "reason", "config_type", "energy", "free_energy", "stress", "forces", "pbc", "virial")
-RESERVED += ("energy_noise", "stress_noise", "force_noise", "dipole", "magmom", "magmoms", "charges", "positions")
+RESERVED = frozenset(
+    "key oracle reason config_type energy free_energy stress forces pbc virial energy_noise stress_noise force_noise".split()
+    + "dipole magmom magmoms charges positions".split()
+)
 STARTS = re.compile(rb"^\s*\d+\s*\n[^\n]*Properties=species", re.MULTILINE)
 
 
@@ -165,7 +166,7 @@ def _text(text: str) -> str:
 
 def _parse(text: bytes, name: str) -> LabelEntry:
     """The entry that a frame holds, read as `gpmlp.read` does."""
-    atoms: Atoms = ase.io.read(io.StringIO(text.decode()), format="extxyz", index=0)
+    (atoms,) = ase.io.iread(io.StringIO(text.decode()), index=0, format="extxyz")
     structures, targets = from_ase([atoms], [name])
     info = dict(atoms.info)
     key, reason, oracle = (str(info.pop(part, "")) for part in ("key", "reason", "oracle"))

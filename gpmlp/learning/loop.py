@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
@@ -45,7 +46,7 @@ class LoopState:
     phase: str
     progress: RunProgress
     model: OnlineModel | None
-    snapshots: tuple[WalkerSnapshot | None, ...]
+    snapshots: tuple[WalkerSnapshot, ...]
     limits: TriggerLimits | None
     labels: int
     refused: int
@@ -102,9 +103,9 @@ class _Run:
         self.began = time.monotonic()
         self.reason = ""
         self.verdict: StopVerdict | None = None
-        self.model: OnlineModel | None = None
-        self.limits: TriggerLimits | None = None
-        self.snapshots: list[WalkerSnapshot | None] = []
+        self.model: OnlineModel  # with limits and snapshots, after the first labels
+        self.limits: TriggerLimits
+        self.snapshots: list[WalkerSnapshot] = []
         self.saved, self.unsaved = time.monotonic(), False
 
     def close(self) -> None:
@@ -132,9 +133,9 @@ class _Run:
         yield self._state("stopped")
 
     def _state(self, phase: str) -> LoopState:
-        requests = self.requests
+        requests, model, limits = self.requests, getattr(self, "model", None), getattr(self, "limits", None)
         return LoopState(
-            phase, self.progress, self.model, tuple(self.snapshots), self.limits,
+            phase, self.progress, model, tuple(self.snapshots), limits,
             len(requests.labels), len(requests.labels.refusals), requests.n_surrogates, requests.calls, self.reason,
             self.verdict, self.progress.stopped,
         )  # fmt: skip
@@ -257,7 +258,7 @@ class _Run:
                 self.progress = self.progress.with_walker(i, replace(state.without_request(), trusted=state.walker))
                 self._update_snapshots([i])
                 continue
-            under_way = [_structure(w.pending) for w in self.progress.walkers if w.sent and w.pending is not None]
+            under_way = [_structure(w.requested) for w in self.progress.walkers if w.sent]
             room = len(under_way) < self.recipe.oracle.workers
             if not room or self._all_labels(len(under_way)):
                 continue
@@ -278,15 +279,15 @@ class _Run:
         return LabelRequest.from_frame(frame, atom, self.recipe.carve, self.potential)
 
     def _request_of(self, state: WalkerState) -> LabelRequest:
-        return self._request(_structure(state.pending), state.central_atom)
+        return self._request(_structure(state.requested), state.central_atom)
 
     def _with_surrogate_checked(self, i: int, state: WalkerState) -> WalkerState:
         """With the atom around which a surrogate is cut; without where all is labelled, as the environment would not be kept."""
         cluster = self._request_of(state).surrogate
         if cluster is None:
             return replace(state, central_atom=-1)
-        apart = surrogate.feature_distance(self.potential, _structure(state.pending), cluster)
-        notes = {"walker": i, "step": state.pending.step, "atoms": cluster.structure.n_atoms, **cluster.notes()}
+        apart = surrogate.feature_distance(self.potential, _structure(state.requested), cluster)
+        notes = {"walker": i, "step": state.requested.step, "atoms": cluster.structure.n_atoms, **cluster.notes()}
         self.files.log_event("carved", **notes, differs=apart, kept=apart <= surrogate.SAME)
         return state if apart <= surrogate.SAME else replace(state, central_atom=-1)
 
@@ -325,7 +326,7 @@ class _Run:
         request, self.reason, cause = self._request_of(state), state.reason, state.cause
         key = self.requests.key(request.structure)
         yield self._state("labelling")
-        step = state.pending.step
+        step = state.requested.step
         notes = {"walker": i, "step": step, "time_fs": step * self.timestep_fs}
         entry = None if key in self.progress.labels else self.requests.collect(request, self.reason, notes)
         state = state.with_request_settled()
@@ -372,10 +373,11 @@ class _Run:
     def _update_snapshots(self, some: Sequence[int] | None = None) -> None:
         """Limits and snapshots under the present model."""
         self.limits = self._limits()
-        self.snapshots = self.snapshots or [None] * len(self.progress.walkers)
-        for i in range(len(self.snapshots)) if some is None else some:
-            place = self.progress.walkers[i].walker
-            self.snapshots[i] = walker.take_snapshot(place, self.potential, self._decide(i), self.recipe.dynamics)
+        dynamics, walkers = self.recipe.dynamics, self.progress.walkers
+        snapshots = dict(enumerate(self.snapshots))
+        for i in range(len(walkers)) if some is None else some:
+            snapshots[i] = walker.take_snapshot(walkers[i].walker, self.potential, self._decide(i), dynamics)
+        self.snapshots = list(snapshots.values())
 
     def _limits(self) -> TriggerLimits:
         """From the model and the history alone, which a run that is resumed has, too."""
@@ -405,6 +407,7 @@ class _Run:
         due = frames - self.progress.judged >= stop.every_frames
         if not (finished or unstable or due or judge.reached_limit(labels, hours, stop)[0]):
             return
+        assert self.recipe.model.novelty is not False  # nor does the recipe let it be
         quantile = self.recipe.model.novelty.quantile
         verdict = judge.judge(self.progress.history, stop, quantile=quantile, labels=labels, elapsed_h=hours)
         self.verdict, self.progress = verdict, replace(self.progress, judged=frames)
@@ -426,7 +429,7 @@ class _Run:
 
     def _checkpoint(self) -> None:
         hours, self.began = self._hours(), time.monotonic()
-        spent = {"observer": self.observer.state(), "hours": hours, "seconds": dict(self.timer.seconds)}
+        spent: dict[str, Any] = {"observer": self.observer.state(), "hours": hours, "seconds": dict(self.timer.seconds)}
         self.progress = self.files.save_checkpoint(replace(self.progress, **spent))
         self.saved, self.unsaved = time.monotonic(), False
 

@@ -95,6 +95,7 @@ class OnlineModel:
 def prequential_nll(predicted: PrequentialPrediction, calibration: Calibration) -> float:
     """Mean negative log likelihood of the force components of a label under the prediction before it was learned."""
     prediction = calibrate_prediction(predicted.prediction, predicted.structures, calibration)
+    assert prediction.forces_covariance is not None
     variance = prediction.forces_covariance.total.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
     error = prediction.forces - predicted.targets.forces
     labelled = error.isfinite() & variance.isfinite()

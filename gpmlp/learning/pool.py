@@ -100,9 +100,9 @@ def select_pool(
     for part, x in _streamed(descriptor, exclude) if exclude is not None else ():
         excluded.add(part.species, x)
         done += len(part)
-        progress("excluded", done, len(exclude))
+        progress("excluded", done, len(exclude) if exclude is not None else 0)
     picks = _Picks(pool, n, environments, excluded, progress)
-    if method in BY_MODEL:
+    if method in BY_MODEL and potential is not None:
         conditioned = ConditionedUncertainty(potential, method != "mahalanobis", method != "variance")
         labelled = _CandidateCache(exclude, conditioned, "known", progress) if exclude is not None else None
         _pick_greedily(_CandidateCache(pool, conditioned, "pool", progress), labelled, conditioned, picks)
@@ -221,8 +221,8 @@ class _Picks:
         self.progress("picking", self.n, self.n)
         items = torch.tensor([item for item, _ in every])
         scores = torch.tensor([score for _, score in every], dtype=torch.float64)
-        places = (self.owners[items], items) if self.environments else (items, None)
-        return PoolSelection(method, *places, scores, self.n - len(self._picked))
+        owners, atoms = (self.owners[items], items) if self.environments else (items, None)
+        return PoolSelection(method, owners, atoms, scores, self.n - len(self._picked))
 
 
 class _CandidateCache:
@@ -522,7 +522,7 @@ class ConditionedUncertainty:
         for z, around in self._distances.items():
             mine = (candidate.species == z).nonzero()[:, 0]
             first = bisect.bisect_left(around.pivots, old)
-            if len(mine) and first < len(around.pivots):
+            if len(mine) and first < len(around.pivots) and self._novelty:
                 distance = around.distance(candidate.features[0][mine], first) / self._novelty.thresholds[z]
                 candidate.novelty[mine] = torch.minimum(candidate.novelty[mine], distance)
 
@@ -565,6 +565,7 @@ class ConditionedUncertainty:
 def label_variance(potential: Potential, z: int) -> float:
     """s², the variance of the label of a local energy of species z, eV^2: that of energies per atom, as far as it is of the labels."""
     model = potential.variances
+    assert model is not None
     learned = model.noise.get("energies", 0.0)
     prior = sum(p.signal.get(z, 0.0) ** 2 for p in model.priors)
     return max(min(learned, model.label_noise.get("energies", learned)) ** 2, LEAST_NOISE * prior)

@@ -120,7 +120,9 @@ def feature_distance(potential: Potential, frame: Structures, surrogate: Surroga
 
 def most_uncertain_atom(potential: Potential, structure: Structures) -> int:
     """The atom whose local energy has the largest variance."""
-    return int(potential(structure, "atom_energies").atom_energies_variance.total.argmax())
+    variance = potential(structure, "atom_energies").atom_energies_variance
+    assert variance is not None
+    return int(variance.total.argmax())
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +194,7 @@ def _cut(view: _Frame, radius: float, more: float) -> tuple[np.ndarray, np.ndarr
     heights = 1 / np.linalg.norm(np.linalg.inv(view.basis), axis=0)
     margin = view.closest.max() + view.extent
     shares, lattice = np.ones(3), True
-    for k in np.flatnonzero(view.periodic):
+    for k in np.flatnonzero(view.periodic).tolist():
         least = (2 * radius + more) / heights[k]
         if least + margin / heights[k] < 1:
             period = _period(view, k, least)

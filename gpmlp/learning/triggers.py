@@ -203,7 +203,7 @@ def broken_guard(
     """A decision to halt where the structure or its prediction is unphysical; None where it is not."""
     if not (prediction.energies.isfinite().all() and prediction.forces.isfinite().all()):
         return guard_decision("the prediction is not finite", float("inf"))
-    close = too_close(structure, guards.distance, context and context.pairs)
+    close = too_close(structure, guards.distance, context.pairs if context else None)
     if close is not None:
         i, j, r, least = close
         pair = (
@@ -268,7 +268,7 @@ def trigger_limits(
         noise: standard deviation of new labels by kind; with `calibration` what is left of the error however much is learned.
     """
     force = trigger.force
-    if force in ("auto", "noise"):
+    if isinstance(force, str):
         share = trigger.share if force == "auto" else 0.0
         learned = calibration.kinds.get("forces")
         weight = learned.scale * (learned.weights[2] if learned.weights else 1.0) ** 0.5 if learned else 1.0

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ class Walker:
     atoms: Atoms
     step: int
     p_eps: Any
-    chance: dict
+    chance: Mapping[str, Any]
     energy: float | None = None
     force_eps: Any = None
 
@@ -148,10 +148,22 @@ class WalkerSnapshot:
         """Whether it holds force variances."""
         return self.prediction.forces_covariance is not None
 
+    @property
+    def force_variances(self) -> torch.Tensor:
+        """(atoms, 3) of a full one, eV^2/A^2."""
+        assert self.prediction.forces_covariance is not None
+        return self.prediction.forces_covariance.total.diagonal(dim1=1, dim2=2)
+
+    @property
+    def novelty(self) -> np.ndarray:
+        """(atoms,) in thresholds."""
+        assert self.prediction.novelty is not None
+        return self.prediction.novelty.numpy()
+
 
 Variances = str | tuple[str, ...] | None
 DecideFunction = Callable[[Structures, Prediction, StepContext], TriggerDecision]
-PredictFunction = Callable[[Structures, Variances, Neighbors], Prediction]
+PredictFunction = Callable[[Structures, Variances, Neighbors | None], Prediction]
 
 
 class _LostError(Exception):
@@ -181,11 +193,18 @@ class RecordingCalculator(GPCalculator):
         self.volume = abs(atoms.cell.volume)
         self.results = self._ase_results()
 
+    @property
+    def last(self) -> tuple[Structures, Prediction]:
+        """The structure and prediction of the last call."""
+        assert self.structures is not None and self.prediction is not None
+        return self.structures, self.prediction
+
     def _ase_results(self) -> dict[str, Any]:
         """Results that drive the dynamics: those of the potential, and the bias."""
-        results = calculator_results(self.prediction, 0, slice(0, len(self.atoms)))
+        structure, prediction = self.last
+        results = calculator_results(prediction, 0, slice(0, structure.n_atoms))
         if self.bias is not None:
-            energy, forces, stress = self.bias(self.potential, self.structures, self.prediction.forces)
+            energy, forces, stress = self.bias(self.potential, structure, prediction.forces)
             results["energy"] += energy
             results["free_energy"] = results["energy"]
             results["forces"] = results["forces"] + forces.numpy()
@@ -194,6 +213,7 @@ class RecordingCalculator(GPCalculator):
         return results
 
     def _predict(self) -> Prediction:
+        assert self.structures is not None
         return self.ask(self.structures, self.variance, self.pairs)
 
     def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=tuple(all_changes)) -> None:
@@ -274,27 +294,26 @@ def advance_walker(
             step = integrator.advance()
         except _LostError as lost:
             return _lost(snapshot, f"after step {walker.step + k - 1}: {lost}")
+        structure, prediction = calculator.last
         temperature = atoms.get_temperature()
-        prediction = calculator.prediction
         if not math.isfinite(temperature):
             temperature = math.inf
         context = StepContext(energy, dynamics.temperature(step), temperature, freedom, calculator.pairs)
         if k < steps:
-            decision = decide(calculator.structures, _with_estimated_forces(prediction, ratio), context)
+            decision = decide(structure, _with_estimated_forces(prediction, ratio), context)
             if decision.action != "continue" and math.isfinite(decision.severity):  # not where physics is broken
-                prediction = calculator.ask(calculator.structures, FULL, calculator.pairs)
-                decision = decide(calculator.structures, prediction, context)
+                prediction = calculator.ask(structure, FULL, calculator.pairs)
+                decision = decide(structure, prediction, context)
                 ratio = _force_to_energy_variance(prediction)
         else:
-            decision = decide(calculator.structures, prediction, context)
+            decision = decide(structure, prediction, context)
         energy = float(prediction.energies[0])
         if decision.action != "continue":
             break
+    atoms.calc = None
     p_eps, force_eps = integrator.cell_state
-    still = atoms.copy()
-    still.calc = None
-    now = Walker(walker.number, still, step, p_eps, generator.bit_generator.state, energy, force_eps)
-    return WalkerSnapshot(now, calculator.structures, prediction, decision, temperature)
+    now = Walker(walker.number, atoms.copy(), step, p_eps, generator.bit_generator.state, energy, force_eps)
+    return WalkerSnapshot(now, structure, prediction, decision, temperature)
 
 
 def _lost(snapshot: WalkerSnapshot, why: str) -> WalkerSnapshot:
@@ -305,8 +324,9 @@ def _lost(snapshot: WalkerSnapshot, why: str) -> WalkerSnapshot:
 
 def _force_to_energy_variance(prediction: Prediction) -> torch.Tensor:
     """Force covariance of each atom per variance of its local energy, (atoms, 3, 3) 1/A^2."""
-    local = prediction.atom_energies_variance.total.clamp_min(1e-12)
-    return prediction.forces_covariance.total / local[:, None, None]
+    energies, forces = prediction.atom_energies_variance, prediction.forces_covariance
+    assert energies is not None and forces is not None
+    return forces.total / energies.total.clamp_min(1e-12)[:, None, None]
 
 
 def _with_estimated_forces(prediction: Prediction, ratio: torch.Tensor) -> Prediction:
@@ -380,7 +400,7 @@ class _Task:
 
     def __init__(self, function: Callable[[PredictFunction], WalkerSnapshot]) -> None:
         self.function, self.ended = function, False
-        self.request: tuple[Structures, Variances, Neighbors] | None = None
+        self.request: tuple[Structures, Variances, Neighbors]
         self.reply: Prediction | BaseException | None = None
         self._outcome: Any = None
         self._error: BaseException | None = None
@@ -415,13 +435,15 @@ class _Task:
         self.ended = True
         self._stopped.release()
 
-    def _predict(self, structure: Structures, variance: Variances, pairs: Neighbors) -> Prediction:
+    def _predict(self, structure: Structures, variance: Variances, pairs: Neighbors | None) -> Prediction:
+        assert pairs is not None
         self.request = structure, variance, pairs
         self._stopped.release()
         self._go.acquire()
-        if isinstance(self.reply, BaseException):
-            raise self.reply
-        return self.reply
+        if isinstance(self.reply, Prediction):
+            return self.reply
+        assert self.reply is not None
+        raise self.reply
 
 
 def _reply(potential: Potential, tasks: Sequence[_Task]) -> None:
@@ -429,11 +451,11 @@ def _reply(potential: Potential, tasks: Sequence[_Task]) -> None:
     for variance in dict.fromkeys(task.request[1] for task in tasks):
         same = [task for task in tasks if task.request[1] == variance]
         try:
-            replies = _predict_batch(potential, same, variance)
+            for task, reply in zip(same, _predict_batch(potential, same, variance), strict=True):
+                task.reply = reply
         except UserError:  # of one of them: which one it is shows when they are alone
-            replies = [_prediction_or_error(potential, task, variance) for task in same]
-        for task, reply in zip(same, replies, strict=True):
-            task.reply = reply
+            for task in same:
+                task.reply = _prediction_or_error(potential, task, variance)
 
 
 def _predict_batch(potential: Potential, tasks: Sequence[_Task], variance: Variances) -> list[Prediction]:

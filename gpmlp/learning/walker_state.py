@@ -104,7 +104,7 @@ class WalkerState:
             reason = f"{HALTED}: {decision.reason}"
             cause += "" if decision.causes == ("guard",) else f", {HALTED}"
         pending = snapshot.walker if decision.action == "label" or physical else state.trusted
-        request = {"pending": pending, "reason": reason, "cause": cause, "pending_round": round_}
+        request: dict[str, Any] = {"pending": pending, "reason": reason, "cause": cause, "pending_round": round_}
         return replace(state, **request, sent=False, central_atom=-1)
 
     def _set_back(self, recipe: LearnRecipe, starts: Sequence[Atoms], new_velocities: bool) -> WalkerState:
@@ -124,9 +124,15 @@ class WalkerState:
         label_step = min(self.label_step, back.step)  # what is walked again is after the label
         return replace(self, walker=back, trusted=back, setbacks=setbacks, restarts=restarts, label_step=label_step)
 
+    @property
+    def requested(self) -> Walker:
+        """The place whose label it waits for; only while it waits."""
+        assert self.pending is not None
+        return self.pending
+
     def with_request_settled(self) -> WalkerState:
         """Without its request, which counts from now on."""
-        step = self.pending.step
+        step = self.requested.step
         recent = (*(s for s in self.request_steps if s > step - RATE_STEPS), step)
         return replace(self.without_request(), label_step=self.walker.step, request_steps=recent)
 
@@ -181,23 +187,22 @@ def record_from_snapshot(
         threshold: tolerated force error, eV/A; None where there is none.
     """
     place, time_fs = snapshot.walker, snapshot.walker.step * timestep_fs
-    frame, prediction = walker.atoms_with_results(snapshot), snapshot.prediction
-    sigma = prediction.forces_covariance.total.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).sqrt()
+    frame = walker.atoms_with_results(snapshot)
     has_stress = "stress" in frame.calc.results
     return Record.from_arrays(
         place.number,
         place.step,
         time_fs,
         snapshot.structure.species.numpy(),
-        sigma.numpy(),
-        prediction.novelty.numpy(),
+        snapshot.force_variances.sum(1).clamp_min(0).sqrt().numpy(),
+        snapshot.novelty,
         temperature_K=snapshot.temperature_K,
         target_temperature_K=NAN if dynamics.ensemble == "nve" else dynamics.temperature(place.step),
         pressure_GPa=observables.instantaneous_pressure(frame) if has_stress else NAN,
         target_pressure_GPa=dynamics.pressure(place.step) if dynamics.ensemble == "npt" else NAN,
         asked=snapshot.decision.severity > 1,
         ramp_finished=place.step >= dynamics.ramp,
-        force_rms=float(prediction.forces.square().mean().sqrt()),
+        force_rms=float(snapshot.prediction.forces.square().mean().sqrt()),
         threshold=threshold or NAN,
         observables=observer(frame, place.number, time_fs),
     )

@@ -50,15 +50,17 @@ class WorkerProcess:
             env={"OMP_NUM_THREADS": str(threads), **os.environ},
             start_new_session=True,
         )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._jobs, self._answers = self.process.stdin, self.process.stdout
         self._rest = b""
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self.process.stdout, selectors.EVENT_READ)
+        self._selector.register(self._answers, selectors.EVENT_READ)
 
     def call(self, job: Mapping[str, Any]) -> Record:
         """Have the process make an attempt; the process is of no more use if `alive` is false afterwards."""
         try:
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-            self.process.stdin.flush()
+            self._jobs.write(json.dumps(job).encode() + b"\n")
+            self._jobs.flush()
         except OSError:
             return self._crashed(job)
         deadline, timeout, stop = None, job["timeout_s"], job.get("stop")
@@ -96,7 +98,7 @@ class WorkerProcess:
                 return None
             if not self._selector.select(min(left or POLL, POLL) if stop else left):
                 continue
-            part = os.read(self.process.stdout.fileno(), 1 << 16)
+            part = os.read(self._answers.fileno(), 1 << 16)
             if not part:
                 return b""
             self._rest += part
@@ -139,7 +141,7 @@ class WorkerProcess:
         if self.alive:
             self.end()
         self._selector.close()
-        for pipe in (self.process.stdin, self.process.stdout, self._errors):
+        for pipe in (self._jobs, self._answers, self._errors):
             with suppress(OSError):  # what a crashed process has not read
                 pipe.close()
 
@@ -155,7 +157,7 @@ class ProcessExecutor(Executor):
         self._threads: list[threading.Thread] = []
         self._closing = False
 
-    def submit(self, fn: Callable[..., Record], /, *args: Any, **kwargs: Any) -> Future:
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         if fn is not worker.make_attempt or len(args) != 1 or kwargs:
             raise ValueError("ProcessExecutor runs worker.make_attempt(job) and nothing else")
         future: Future = Future()
@@ -182,7 +184,7 @@ class ProcessExecutor(Executor):
                             process.close()
                         process = WorkerProcess(self._omp_threads)
                         self._running.add(process)
-                if self._closing:
+                if self._closing or process is None:
                     future.set_result(worker.attempt_record(job, results.INTERRUPTED, "the run ended"))
                     continue
                 record = process.call(job)
@@ -210,7 +212,7 @@ class ProcessExecutor(Executor):
 class InlineExecutor(Executor):
     """Makes attempts at once, in the calling thread: for oracles that are cheaper than a process."""
 
-    def submit(self, fn: Callable[..., Record], /, *args: Any, **kwargs: Any) -> Future:
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         future: Future = Future()
         future.set_running_or_notify_cancel()
         try:

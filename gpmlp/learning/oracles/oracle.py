@@ -147,8 +147,8 @@ def make_job(
     recipe: OracleRecipe, key: str, attempt: int, structure: Structures, spool_folder: Path, scratch: Path, check: bool
 ) -> dict[str, Any]:
     """The input of an attempt, as plain numbers and texts."""
-    choices = ("calculator", "magnetic_moments", "free_energy", "stress", "timeout_s", "keep", "check_forces")
-    choices += ("largest_force", "largest_net_force")
+    choices = ["calculator", "magnetic_moments", "free_energy", "stress", "timeout_s", "keep", "check_forces"]
+    choices += ["largest_force", "largest_net_force"]
     return {name: getattr(recipe, name) for name in choices} | {
         "key": key,
         "attempt": attempt,

@@ -7,7 +7,7 @@ docs/stopping.md says what they mean and how to choose tolerances.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -313,7 +313,8 @@ def wanted_atoms(recipe: CoverageRecipe, quantile: float) -> float:
 def _atoms_inside(series: NoveltySeries, frames: float, quantile: float, recipe: CoverageRecipe) -> StopCriterion:
     """The share of atoms inside: of all together at least `atoms`, and of no species surely less, nor perhaps less than `frames`."""
     wanted = wanted_atoms(recipe, quantile)
-    numbers, parts = {}, []
+    numbers: dict[str, float] = {}
+    parts = []
     everything = {
         "atoms": (_sum(series.atoms.values()), _sum(series.outside.values())),
         **{
@@ -337,7 +338,7 @@ def _atoms_inside(series: NoveltySeries, frames: float, quantile: float, recipe:
     return StopCriterion("atoms", met, sentence, numbers)
 
 
-def _sum(of_species: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+def _sum(of_species: Iterable[Sequence[np.ndarray]]) -> np.ndarray:
     return sum((np.concatenate(list(c)) for c in of_species), start=np.zeros(1, dtype=int))
 
 

@@ -234,7 +234,7 @@ class History:
             dtype = (
                 np.int32 if kind in ("atoms", "outside") else (KINDS | {"outside_end": np.int64}).get(name, np.float64)
             )
-            array = np.array(self._columns.get(name, [0] * self._n)[: self._n], dtype=dtype)
+            array: np.ndarray = np.array(self._columns.get(name, [0] * self._n)[: self._n], dtype=dtype)
             array.flags.writeable = False
             self._arrays[name] = array
         return self._arrays[name]
