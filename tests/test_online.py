@@ -363,12 +363,13 @@ def test_jacobians_kept_or_made_again_give_the_same(monkeypatch):
 
     kept = run()
     assert (
-        all(b.environments for b in kept.batches) and sum(b.n_bytes for b in kept.batches) < online_updates.KEPT_BYTES
+        all(b.environments for b in kept.batches)
+        and sum(b.n_bytes for b in kept.batches) < online_updates.JACOBIAN_BYTES
     )
-    monkeypatch.setattr(batches, "KEPT_BYTES", kept.batches[0].n_bytes + 1)  # of the first alone
+    monkeypatch.setattr(batches, "JACOBIAN_BYTES", kept.batches[0].n_bytes + 1)  # of the first alone
     some = run()
     assert some.batches[0].environments and not some.batches[-1].environments
-    monkeypatch.setattr(batches, "KEPT_BYTES", 0)
+    monkeypatch.setattr(batches, "JACOBIAN_BYTES", 0)
     none = run()
     assert not any(b.environments for b in none.batches)
     for other in (some, none):

@@ -1,10 +1,11 @@
-"""Held out are the structures that a fit sets aside, to learn from them how wrong it is where it has not looked."""
+"""Calibration of variances: on structures set aside from a fit, or on prequential errors (predicted before conditioning)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from scipy.special import chdtri
@@ -26,13 +27,13 @@ from gpmlp.uncertainty.residuals import (
     zero_by_symmetry,
 )
 
-FEWEST_PREQUENTIAL = 8  # latest structures, at least, whose predictions are kept,
-COMPONENTS = 1000  # and force components that they have together: older predictions are of models that knew less
-CONFIDENCE = 0.9  # that the standard deviations are not too small: of few structures their size is not known well
+FEWEST_PREQUENTIAL = 8  # latest structures, at least, whose predictions count,
+COMPONENTS = 1000  # and force components that they have together: older predictions are of models with less data
+CONFIDENCE = 0.9  # that standard deviations are not too small: few structures determine their size poorly
 HOW = "predicted before they were learned from, in the order in which they came (prequential)"
 
 FEWEST = 20  # structures; of fewer none is set aside
-TELLING = 10  # structures that are set aside at least,
+ENOUGH_HELD = 10  # structures that are set aside at least,
 LARGEST_SHARE = 1 / 3  # up to that share
 LEAST_FREEDOM = 3.0  # below it a new error would have no variance
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
@@ -40,29 +41,30 @@ FEW = 30  # from which the constant part is weighed against the others for a kin
 LEAST = 1e-6  # weight of the constant part, a thousandth of its std: where symmetry leaves nothing else, labels are still not exact
 LEAST_NOVELTY = 1e-3  # that is called typical
 REMOVED = 1e-4  # of the size of forces: a net force below it was subtracted
-LARGE = 0.3  # share of the size of forces that the model class may miss before it is told
+LARGE = 0.3  # share of the size of forces that the model class may miss without a warning
 
 
 def calibration_split(
-    structures: Structures, targets: Targets, recipe: CalibrationRecipe | bool, seed: int
+    structures: Structures, targets: Targets, recipe: CalibrationRecipe | Literal[False], seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the indices of the structures to learn from and of those to set aside.
+    """Indices of the structures to learn from and of those to set aside.
 
-    Of every config_type the same share, at random; isolated atoms always stay. Where `recipe.fraction` is less than TELLING structures
-    it is more, up to LARGEST_SHARE: errors of one structure belong together, so that a few tell little. At most about `recipe.atoms`
-    atoms are set aside: that many tell the scale of the errors, and more would only be missing from the inducing set.
+    Of every config_type the same share, at random; isolated atoms always stay. Where `recipe.fraction` is less than ENOUGH_HELD structures
+    it is more, up to LARGEST_SHARE: errors within one structure are correlated, so that a few structures say little. At most about
+    `recipe.atoms` atoms are set aside: they suffice for the scale of the errors, and more would only be missing from the inducing set.
     """
     everything = torch.arange(len(structures))
     usable = torch.tensor([not baselines.is_isolated_atom(label) for label in targets.config_types])
     if recipe is False or int(usable.sum()) < FEWEST:
         return everything, everything[:0]
     n = int(usable.sum())
-    share = min(max(recipe.fraction, min(TELLING / n, LARGEST_SHARE)), recipe.atoms / structures.n_atoms)
+    share = min(max(recipe.fraction, min(ENOUGH_HELD / n, LARGEST_SHARE)), recipe.atoms / structures.n_atoms)
     order = everything[usable][torch.randperm(int(usable.sum()), generator=torch.Generator().manual_seed(seed))]
     groups: dict[str, list[int]] = {}
     for i in order.tolist():
         groups.setdefault(targets.config_types[i], []).append(i)
-    held, owed = [], 0.0
+    held: list[int] = []
+    owed = 0.0
     for label in groups:  # in the order of chance; what rounding leaves of one group goes to the next
         owed += share * len(groups[label])
         held += groups[label][: int(owed + 0.5)]
@@ -83,30 +85,33 @@ def _keep_every_species(structures: Structures, held: Tensor) -> None:
 
 
 def held_out_calibration(potential: Potential, structures: Structures, targets: Targets) -> Calibration:
-    """Learn a Calibration from structures that the potential has not seen.
+    """Calibration from structures that the potential was not fitted to.
 
-    Of TELLING structures or fewer, standard deviations and intervals are larger by √(ν / (ν - 2)): what so few say of a variance is
+    Of ENOUGH_HELD structures or fewer, standard deviations and intervals are larger by √(ν / (ν - 2)): the variance of so few errors is
     uncertain itself, and a new error is distributed as Student's t.
     """
     novelty = potential.novelty is not None
-    potential.variances.prepare()
-    parts = list(chunk_structures(structures, CHUNK_ATOMS))
-    found = parallel.map_pieces(lambda part: potential(part, VARIANCES, novelty, calibrated=False), parts)
-    raw = Prediction.concatenate(found)
+    if potential.variances is not None:
+        potential.variances.prepare()  # once, not in each thread
+
+    def predict(part: Structures) -> Prediction:
+        return potential(part, VARIANCES, novelty, calibrated=False)
+
+    raw = Prediction.concatenate(parallel.map_pieces(predict, list(chunk_structures(structures, CHUNK_ATOMS))))
     how = "set aside from the training set, at random within each config_type; learned from afterwards"
     learned = learn_calibration(raw, structures, targets, how)
-    if len(structures) > TELLING:
+    if len(structures) > ENOUGH_HELD:
         return learned
-    seen = raw if learned.typical_novelty is None else widen_by_novelty(raw, structures, learned.typical_novelty)
+    wide = raw if learned.typical_novelty is None else widen_by_novelty(raw, structures, learned.typical_novelty)
     kinds = {}
     for name, kind in learned.kinds.items():
-        n = degrees_of_freedom(mean_square_residuals(name, kind, structures, targets, seen)) if kind.n else math.inf
+        n = degrees_of_freedom(mean_square_residuals(name, kind, structures, targets, wide)) if kind.n else math.inf
         kinds[name] = kind.scale_by((max(n, LEAST_FREEDOM) / (max(n, LEAST_FREEDOM) - 2)) ** 0.5) if kind.n else kind
     return replace(learned, kinds=kinds)
 
 
 def learn_calibration(raw: Prediction, structures: Structures, targets: Targets, how: str) -> Calibration:
-    """Learn a Calibration from uncalibrated predictions that were made before the labels were learned from.
+    """Calibration from uncalibrated predictions that were made before the labels were learned from.
 
     The posterior variance has the right shape and often the wrong size: the kernel that the data chose is rougher than the energy
     surface, so what the inducing set cannot represent is overestimated, and noise that is in truth a misfit of the model is the
@@ -129,13 +134,13 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
             continue
         errors, parts, species = split_residuals(kind, structures, targets, prediction)
         known = ~errors.isnan() & parts.isfinite().all(1)
-        # what symmetry makes zero says nothing of how large errors are, and there may be much of it (strained crystals)
-        telling = known & ~zero_by_symmetry(kind, targets, prediction, parts)
-        if int(telling.sum()) < (FEW if telling.sum() < known.sum() else 1):
+        # components that vanish by symmetry say nothing of the size of errors, and there may be many (strained crystals)
+        usable = known & ~zero_by_symmetry(kind, targets, prediction, parts)
+        if int(usable.sum()) < (FEW if usable.sum() < known.sum() else 1):
             blind += [kind] if known.any() else []
             continue
-        errors, parts, species = errors[telling], parts[telling], species if species is None else species[telling]
-        if weights:  # the same process: what forces say of its parts holds here too; noise is a kind's own
+        errors, parts, species = errors[usable], parts[usable], species if species is None else species[usable]
+        if weights:  # the same process: its parts have the weights of the forces; noise is separate for each kind
             inducing, opened, constant = next(iter(weights.values())).tolist()
             if len(errors) >= FEW:
                 both = torch.stack([inducing * parts[:, 0] + opened * parts[:, 1], parts[:, 2]], dim=1)
@@ -155,7 +160,7 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
         "how": how,
         "blind": blind,
     }
-    spread = spread_of_samples(structures, targets, raw) if "forces" in data else None
+    spread = sample_spread(structures, targets, raw) if "forces" in data else None
     calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical, sample_scale=spread)
     if prediction.forces_variance is not None and "forces" in data:
         labels = targets.forces[~targets.forces.isnan()]
@@ -165,12 +170,12 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
     return replace(calibration, source=source)
 
 
-def spread_of_samples(structures: Structures, targets: Targets, raw: Prediction) -> float | None:
-    """The factor that gives deviations of posterior samples the size of the errors of forces, but for what is the same everywhere.
+def sample_spread(structures: Structures, targets: Targets, raw: Prediction) -> float | None:
+    """The factor by which deviations of posterior samples get the size of the errors of forces, less their constant part.
 
-    A sample can differ from the mean only in what the data have left open; errors have other causes as well. Of those that grow where
-    the data leave more open, deviations take the size; the others, label noise among them, are no function of the structure that
-    could be drawn. None where too few errors are known.
+    A sample differs from the mean by the posterior covariance alone; errors have other causes as well. The factor fits the errors that
+    grow with the posterior variance; the others, label noise among them, are no function of the structure that could be drawn.
+    None where too few errors are known.
     """
     errors, parts, _ = split_residuals("forces", structures, targets, raw)
     known = ~errors.isnan() & parts.isfinite().all(1) & ~zero_by_symmetry("forces", targets, raw, parts)
@@ -201,47 +206,48 @@ def calibration_warnings(calibration: Calibration, label_noise: dict[str, float]
 
 @dataclass(frozen=True, eq=False)
 class PrequentialPrediction:
-    """What was predicted of structures, uncalibrated, before their labels were learned from."""
+    """An uncalibrated prediction that was made before the labels of its structures were learned from."""
 
     structures: Structures
     targets: Targets
     prediction: Prediction
 
 
-def latest_prequential(foreseen: tuple[PrequentialPrediction, ...]) -> tuple[PrequentialPrediction, ...]:
-    """The latest ones that tell enough."""
+def latest_prequential(predictions: tuple[PrequentialPrediction, ...]) -> tuple[PrequentialPrediction, ...]:
+    """The latest predictions, as many as a calibration needs."""
     kept, components = 0, 0
-    for one in reversed(foreseen):
+    for one in reversed(predictions):
         if kept >= FEWEST_PREQUENTIAL and components >= COMPONENTS:
             break
         kept, components = kept + 1, components + int(one.targets.forces.isfinite().sum())
-    return foreseen[len(foreseen) - kept :]
+    return predictions[len(predictions) - kept :]
 
 
-def prequential_calibration(foreseen: Sequence[PrequentialPrediction]) -> Calibration:
-    """Learn it from what was foreseen; standard deviations of each kind larger by what covers, with CONFIDENCE, that structures are few.
+def prequential_calibration(predictions: Sequence[PrequentialPrediction]) -> Calibration:
+    """Calibration from prequential errors; standard deviations are larger by small_sample_factor, intervals are not.
 
-    Intervals stay as they are. Novelty does not enter: that of each was measured by what was known then, so that one and the same
-    environment had a hundredth of the novelty of now.
+    Novelty does not enter: each was measured against the data of its time, by which one and the same environment may have had a
+    hundredth of its novelty of now.
     """
-    structures = Structures.concatenate([f.structures for f in foreseen])
-    targets = Targets.concatenate([f.targets for f in foreseen])
+    structures = Structures.concatenate([f.structures for f in predictions])
+    targets = Targets.concatenate([f.targets for f in predictions])
     names = [n for n in Prediction.__dataclass_fields__ if n not in ("energies", "forces")]
-    shared = [n for n in names if n != "novelty" and all(getattr(f.prediction, n) is not None for f in foreseen)]
-    parts = [replace(f.prediction, **{n: None for n in names if n not in shared}) for f in foreseen]
+    shared = [n for n in names if n != "novelty" and all(getattr(f.prediction, n) is not None for f in predictions)]
+    dropped: dict[str, Any] = {n: None for n in names if n not in shared}
+    parts = [replace(f.prediction, **dropped) for f in predictions]
     prediction = Prediction.concatenate(parts)
     learned = learn_calibration(prediction, structures, targets, HOW)
     kinds = {}
     for name, kind in learned.kinds.items():
-        found = mean_square_residuals(name, kind, structures, targets, prediction) if kind.n else ()
+        found = mean_square_residuals(name, kind, structures, targets, prediction) if kind.n else torch.zeros(0)
         kinds[name] = kind.widen_std(small_sample_factor(found)) if len(found) else kind
     return replace(learned, kinds=kinds)
 
 
 def small_sample_factor(squares: Tensor) -> float:
-    """Factor on a standard deviation, so that with CONFIDENCE it is not too small for what so few structures told of it.
+    """Factor on a standard deviation estimated from few structures, so that with CONFIDENCE it is not too small.
 
-    The true variance is less than ν/χ²_ν(1 - CONFIDENCE) times what was found (Pearson & Hartley, Biometrika Tables I, section 4).
+    The true variance is less than ν/χ²_ν(1 - CONFIDENCE) times the estimate (Pearson & Hartley, Biometrika Tables I, section 4).
 
     Args:
         squares: (n,) mean (error/σ)² of each structure.

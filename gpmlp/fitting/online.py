@@ -188,8 +188,8 @@ class OnlineFit:
         self._check_species(structures)
         structures, targets = prepare.prepare_data(structures, targets, self.recipe, whole=False)
         remaining = prepare.subtract_baselines(structures, targets, self.baselines)
-        room = online_updates.KEPT_BYTES - sum(b.n_bytes for b in self.batches)
-        batch = LabelBatch.of(self.models, structures, targets, remaining, self._scales, room, views)
+        room = online_updates.JACOBIAN_BYTES - sum(b.n_bytes for b in self.batches)
+        batch = LabelBatch.from_labels(self.models, structures, targets, remaining, self._scales, room, views)
         new = replace(self, batches=(*self.batches, batch))
         unknown = [kind for kind in batch.rows if kind != FIXED and kind not in self.noise]
         if unknown:
@@ -397,10 +397,10 @@ def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> On
     pieces = list(chunk_structures(structures, CHUNK_ATOMS))
     models, _ = regression.make_models(recipe, structures, pieces, StageTimer(None), lambda z, features: None)
     widths = regression.block_widths(models)
-    unit, made, room = RowScales.unit(len(widths)), [], online_updates.KEPT_BYTES
+    unit, made, room = RowScales.unit(len(widths)), [], online_updates.JACOBIAN_BYTES
     for some, labels in parts:
         remaining = prepare.subtract_baselines(some, labels, base)
-        made.append(LabelBatch.of(models, some, labels, remaining, unit, room))
+        made.append(LabelBatch.from_labels(models, some, labels, remaining, unit, room))
         room -= made[-1].n_bytes
     about = asked, recipe, tuple(models), base, tuple(made), PosteriorFactor.from_rows([], sum(widths))
     return OnlineFit(*about, {}, {}, {}, unit.signal)

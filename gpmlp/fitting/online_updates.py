@@ -1,4 +1,4 @@
-"""Growth is what becomes of models, rows and factor when inducing points come or go."""
+"""Updates of an online fit: rows of labels as they come, and models, rows and factor when inducing points come or go."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from gpmlp.gp.inducing import InducingBlock, extend_cholesky, rank_tolerance, re
 from gpmlp.gp.qr import PosteriorFactor
 from gpmlp.recipe import Recipe
 
-KEPT_BYTES = 2 << 30  # of Jacobians kept with all batches of a model; those of more are made again for each pass
-
-PASS = 200_000  # rows times new columns that one label may cost: some tenths of a second; what it leaves out waits for a model made anew
+JACOBIAN_BYTES = 2 << 30  # of Jacobians kept with all batches of a model; those of more are made again for each pass
+PASS = 200_000  # rows times new columns that one label may cost: some tenths of a second; the rest waits for a model made anew
 
 
 @dataclass(frozen=True, eq=False)
 class RowScales:
-    """What rows of unit noise and unit signal are scaled by.
+    """The factors of rows of unit noise and unit signal.
 
     Attributes:
         noise: standard deviation by kind; 1 where none is given, as for 'given' rows.
@@ -39,7 +38,7 @@ class RowScales:
 
     @staticmethod
     def unit(blocks: int) -> RowScales:
-        """Of rows that are not scaled."""
+        """The scales of rows that are not scaled."""
         return RowScales({}, torch.ones(blocks, dtype=torch.float64))
 
     def of(self, kind: str) -> float:
@@ -58,7 +57,7 @@ class LabelBatch:
         targets: labels as they came; remaining: less the baselines.
         rows: by kind, [A D | y] / σ as the posterior has them; 'given' were divided by their own noise.
         features: (atoms, features) of the first descriptor.
-        environments: by descriptor, with Jacobians, for rows of other inducing variables; empty where not kept.
+        environments: by descriptor, for rows of other inducing variables; empty where they would take too much memory.
     """
 
     structures: Structures
@@ -69,7 +68,7 @@ class LabelBatch:
     environments: tuple[tuple[SpeciesEnvironments, ...], ...]
 
     @staticmethod
-    def of(
+    def from_labels(
         models: Sequence[InducingModel],
         structures: Structures,
         targets: Targets,
@@ -81,23 +80,20 @@ class LabelBatch:
         """Make the rows.
 
         Args:
-            room: bytes that may be kept of environments.
-            views: what the descriptors see of the structures, if that is there already.
+            room: bytes that `environments` may take.
+            views: the environments of the structures by descriptor, if they are there already.
         """
-        every = (
-            [StructureEnvironments.from_structures(m.descriptor, structures) for m in models] if not views else views
-        )
+        every = views or [StructureEnvironments.from_structures(m.descriptor, structures) for m in models]
         for view in views:
             view.keep_jacobian()
         environments: tuple[tuple[SpeciesEnvironments, ...], ...] = ()
         if sum(_bytes(structures, view) for view in every) <= room:
             environments = tuple(_all_environments(structures, remaining, view) for view in every)
-        made = regression.labelled_rows(models, structures, remaining, views=views, environments=environments)
+        raw = regression.labelled_rows(models, structures, remaining, views=views, environments=environments)
         lowers, widths = regression.lowers_of(models), block_widths(models)
         unit = RowScales.unit(len(lowers))
         rows = {
-            k: rescaled_rows(inducing.whiten_rows(raw.double(), lowers), k, unit, scales, widths)
-            for k, raw in made.items()
+            k: rescaled_rows(inducing.whiten_rows(r.double(), lowers), k, unit, scales, widths) for k, r in raw.items()
         }
         features = views[0].environments.features if views else _features(structures, environments, every[0])
         return LabelBatch(structures, targets, remaining, rows, features.double(), environments)
@@ -122,9 +118,9 @@ class LabelBatch:
         rows = {kind: rescaled_rows(some, kind, old, new, widths) for kind, some in self.rows.items()}
         return replace(self, rows=rows)
 
-    def rotated(self, turn: Callable[[Tensor], Tensor]) -> LabelBatch:
+    def rotated(self, rotate: Callable[[Tensor], Tensor]) -> LabelBatch:
         """With rows in another basis."""
-        return replace(self, rows={kind: turn(rows) for kind, rows in self.rows.items()})
+        return replace(self, rows={kind: rotate(rows) for kind, rows in self.rows.items()})
 
     def raw(self, models: Sequence[InducingModel], blocks: Sequence[tuple[InducingBlock, ...]]) -> dict[str, Tensor]:
         """By kind, rows [K_ou | y] of other inducing variables."""
@@ -139,7 +135,7 @@ def rescaled_rows(rows: Tensor, kind: str, old: RowScales, new: RowScales, width
 
 
 def _bytes(structures: Structures, view: StructureEnvironments) -> int:
-    """About what the environments of all atoms with their Jacobian take."""
+    """About the bytes of the environments of all atoms with their Jacobian."""
     rows = 3 * len(view.neighbors) + structures.n_atoms
     return rows * view.descriptor.n_features * structures.positions.element_size()
 
@@ -169,7 +165,7 @@ State = tuple[tuple[InducingModel, ...], tuple[LabelBatch, ...], PosteriorFactor
 
 @dataclass(frozen=True, eq=False)
 class BlockBorder:
-    """What a block gains: its new inducing variables, and the new rows [V C] of its Cholesky factor."""
+    """New inducing variables of a block, and the new rows [V C] of its Cholesky factor."""
 
     block: InducingBlock
     bottom: Tensor
@@ -182,14 +178,16 @@ class BlockBorder:
 def missing_centres(
     asked: Recipe, recipe: Recipe, models: Sequence[InducingModel], k: int, labels: int, periodic: bool
 ) -> int:
-    """How many centres more so many labels ask for, of descriptor k, as far as a pass over them may cost.
+    """Number of centres of descriptor k that so many labels ask for beyond those there are, as far as a pass over them may cost.
 
     Args:
         asked: the recipe as given; recipe: as it was filled in.
     """
-    wish, gradients = asked.inducings[k], recipe.inducings[k].gradients
+    wish, gradients = asked.inducings[k], recipe.inducings[k].gradients or 0
     most = wish.n or (sum(wish.shares.values()) if isinstance(wish.shares, dict) else defaults.MOST_COLUMNS)
-    columns = min(defaults.affordable_columns(recipe.memory_GB), defaults.columns_for(labels, periodic)) // len(models)
+    columns = min(
+        defaults.affordable_columns(recipe.memory_GB or defaults.MEMORY_GB), defaults.columns_for(labels, periodic)
+    ) // len(models)
     wanted = min(most, columns // (1 + gradients)) - sum(len(b.features) for b in models[k].blocks)
     return max(0, min(wanted, max(1, PASS // (labels * (1 + gradients)))))
 
@@ -201,12 +199,12 @@ def add_inducing(
     scales: RowScales,
     grown: Sequence[Sequence[InducingBlock | None]],
 ) -> State:
-    """With the new inducing variables that do not depend on others: bordered factors, and one pass over all data for the columns.
+    """With more inducing variables, those that are independent: bordered Cholesky factors, and one pass over all data for the columns.
 
     Args:
-        grown: for each model and block what is new, if anything.
+        grown: for each model and block its new variables, if any.
     """
-    larger, borders = [], []
+    larger, borders = [], list[BlockBorder | None]()
     for model, extras in zip(models, grown, strict=True):
         pairs = [_bordered(model, k, new) for k, new in enumerate(extras)]
         borders += [border for *_, border in pairs]
@@ -225,19 +223,19 @@ def add_inducing(
     more = [border.width if border else 0 for border in borders]
     order, first = _places(old, more)
     factor = factor.append_columns(passes)
-    if first < len(order):
-        factor = factor.rotate_columns(lambda rows: torch.cat([rows[:, order], rows[:, -1:]], dim=1), first)
-    grown_rows = []
+    if first < len(order) - 1:
+        factor = factor.rotate_columns(lambda rows: rows[:, order], first)
+    wider = []
     for batch, new in zip(batches, columns, strict=True):
-        rows = {kind: _interleaved(some, new[kind], old, borders) for kind, some in batch.rows.items()}
-        grown_rows.append(replace(batch, rows=rows))
-    return tuple(larger), tuple(grown_rows), factor
+        joined = {k: torch.cat([rows[:, :-1], *new[k], rows[:, -1:]], dim=1) for k, rows in batch.rows.items()}
+        wider.append(replace(batch, rows={kind: rows[:, order] for kind, rows in joined.items()}))
+    return tuple(larger), tuple(wider), factor
 
 
 def _bordered(
     model: InducingModel, k: int, new: InducingBlock | None
 ) -> tuple[InducingBlock, Tensor, BlockBorder | None]:
-    """Block k of a model with those of its new variables that are independent, its Cholesky factor, and what is new of it."""
+    """Block k of a model with those of its new variables that are independent, its Cholesky factor, and the border of that."""
     block, lower = model.blocks[k], model.lowers[k]
     if new is None:
         return block, lower, None
@@ -262,7 +260,8 @@ def _columns(
     blocks = [tuple(border.block for border in (next(it) for _ in m.blocks) if border) for m in models]
     out = {}
     for kind, raw in batch.raw(models, blocks).items():
-        pieces, start, first = [], 0, 0
+        pieces: list[Tensor] = []
+        start = first = 0
         for border, width, signal in zip(borders, old, scales.signal.tolist(), strict=True):
             mine = batch.rows[kind][:, first : first + width]
             first += width
@@ -276,27 +275,15 @@ def _columns(
     return out
 
 
-def _interleaved(
-    rows: Tensor, new: Sequence[Tensor], old: Sequence[int], borders: Sequence[BlockBorder | None]
-) -> Tensor:
-    """[A | y] with the new columns of each block behind its old ones."""
-    pieces, first, fresh = [], 0, iter(new)
-    for border, width in zip(borders, old, strict=True):
-        pieces.append(rows[:, first : first + width])
-        first += width
-        if border is not None:
-            pieces.append(next(fresh))
-    return torch.cat([*pieces, rows[:, first:]], dim=1)
-
-
 def _places(old: Sequence[int], new: Sequence[int]) -> tuple[Tensor, int]:
-    """Where the columns [all old | all new] go when each block has its new ones behind its old ones; how many of them stay in place."""
-    order, first, behind = [], 0, sum(old)
+    """The order in which columns [all old | all new | y] follow each other by block, old ones first; how many of them stay in place."""
+    order: list[int] = []
+    first, behind = 0, sum(old)
     for a, b in zip(old, new, strict=True):
         order += [*range(first, first + a), *range(behind, behind + b)]
         first, behind = first + a, behind + b
     stay = next((i for i, place in enumerate(order) if i != place), len(order))
-    return torch.tensor(order, dtype=torch.long), stay
+    return torch.tensor([*order, len(order)], dtype=torch.long), stay
 
 
 def remove_inducing(
@@ -327,25 +314,25 @@ def remove_inducing(
     smaller, columns = inducing.select_centers(block, stays)
     if not len(columns):
         raise errors.UserError(f"All inducing points of {errors.chemical_symbol(species)} would be removed.")
-    shorter, turn = restrict_cholesky(model.lowers[at], columns)
+    shorter, rotation = restrict_cholesky(model.lowers[at], columns)
     blocks, lowers = list(model.blocks), list(model.lowers)
     blocks[at], lowers[at] = smaller, shorter
     before = sum(len(m.blocks) for m in models[:descriptor]) + at
     sizes = block_widths(models)
-    turns = [turn if i == before else None for i in range(len(sizes))]
+    rotations = [rotation if i == before else None for i in range(len(sizes))]
 
-    def turned(rows: Tensor) -> Tensor:
-        return _rotated(rows, turns, sizes)
+    def rotated(rows: Tensor) -> Tensor:
+        return _rotated(rows, rotations, sizes)
 
     changed = replace(model, blocks=tuple(blocks), lowers=tuple(lowers))
     after = tuple(changed if m is model else m for m in models)
-    return after, tuple(b.rotated(turned) for b in batches), factor.rotate_columns(turned, sum(sizes[:before]))
+    return after, tuple(b.rotated(rotated) for b in batches), factor.rotate_columns(rotated, sum(sizes[:before]))
 
 
-def _rotated(rows: Tensor, turns: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+def _rotated(rows: Tensor, rotations: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
     """[A Q | y] with Q block-diagonal; None stands for the identity."""
     pieces = rows.split([*sizes, 1], dim=1)
-    return torch.cat([p if q is None else p @ q for p, q in zip(pieces, [*turns, None], strict=True)], dim=1)
+    return torch.cat([p if q is None else p @ q for p, q in zip(pieces, [*rotations, None], strict=True)], dim=1)
 
 
 def variance_factor(

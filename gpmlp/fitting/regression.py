@@ -1,9 +1,10 @@
-"""Regression is the linear algebra of a fit: inducing models, rows streamed into factors, noises learned, weights found."""
+"""Linear algebra of a fit: inducing models, covariance rows folded into factors, hyperparameters, weights and variances."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,40 +58,42 @@ def make_models(
     stages: StageTimer,
     observe: Callable[[int, Tensor], None],
 ) -> tuple[list[InducingModel], dict[int, int]]:
-    """Choose the inducing variables of every descriptor, in one pass over the chunks.
+    """Choose the inducing variables of every descriptor, in one pass over the chunks each.
 
     Returns:
-        the models, and the number of environments seen of each species.
+        the models, and the number of environments of each species.
     """
     models: list[InducingModel] = []
-    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}
     species = structures.distinct_species
     for k, (d, kern, ind) in enumerate(zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True)):
         descriptor, kernel = descriptors.make_descriptor(species, d.model_dump()), make_kernel(kern)
-        wanted = sum(ind.shares.values()) if isinstance(ind.shares, dict) else ind.n
+        gradients = ind.gradients or 0  # a resolved recipe has numbers for both
+        shares: str | dict[int, int]
+        if isinstance(ind.shares, dict):
+            wanted, shares = sum(ind.shares.values()), {errors.atomic_number(s): n for s, n in ind.shares.items()}
+        else:
+            wanted, shares = ind.n or 1, ind.shares
         if wanted > structures.n_atoms:
             raise errors.UserError(
                 f"inducing.n asks for {wanted} inducing points, but the training data hold only {structures.n_atoms} "
                 f"environment{'s' * (structures.n_atoms != 1)} (atoms); ask for fewer."
             )
-        shares = ind.shares
-        if isinstance(shares, dict):
-            shares = {errors.atomic_number(s): n for s, n in shares.items()}
 
         def tell(done: float, k: int = k) -> None:
             stages.tell(done + k * len(parts), len(parts) * len(recipe.descriptors))
 
-        chosen, seen = sparse_points.choose_centers(
+        chosen, counts = sparse_points.choose_centers(
             parts, descriptor, kernel, ind.method, wanted, shares, recipe.seed, tell, *([observe] if k == 0 else [])
         )
-        made = [
-            sparse_points.make_block(z, features, surroundings, descriptor, kernel, ind.gradients)
+        built = [
+            sparse_points.make_block(z, features, surroundings, descriptor, kernel, gradients)
             for z, (features, surroundings) in chosen.items()
         ]
-        blocks, lowers = tuple(m[0] for m in made), tuple(m[1] for m in made)
-        asked = sum(len(b.features) * (1 + ind.gradients) for b in blocks)
-        models.append(InducingModel(descriptor, kernel, blocks, lowers, max(m[2] for m in made), asked))
-    return models, seen
+        blocks, lowers = tuple(b for b, _, _ in built), tuple(lower for _, lower, _ in built)
+        asked = sum(len(block.features) * (1 + gradients) for block in blocks)
+        models.append(InducingModel(descriptor, kernel, blocks, lowers, max(jitter for *_, jitter in built), asked))
+    return models, counts
 
 
 def blocks_of(models: Sequence[InducingModel]) -> list[tuple[int, int]]:
@@ -109,7 +112,7 @@ def block_widths(models: Sequence[InducingModel]) -> list[int]:
 
 
 def block_numbers(models: Sequence[InducingModel], signal: Tensor) -> dict[str, dict[str, Any]]:
-    """What a report says of each block, by 'descriptor:symbol'; signal (blocks,) eV."""
+    """Signal and number of centres of each block, by 'descriptor:symbol', for a report; signal (blocks,) eV."""
     blocks = [b for m in models for b in m.blocks]
     labels = [f"{k}:{errors.chemical_symbol(z)}" for k, z in blocks_of(models)]
     return {
@@ -133,7 +136,7 @@ def stream_rows(
     factors = {kind: RowFactor(columns, 2 * columns) for kind in (*KINDS, FIXED)}
     done = 0
 
-    def made(piece: tuple[Structures, Targets]) -> dict[str, Tensor]:
+    def rows_of(piece: tuple[Structures, Targets]) -> dict[str, Tensor]:
         return labelled_rows(models, *piece)
 
     def fold(new: dict[str, Tensor]) -> None:
@@ -148,7 +151,7 @@ def stream_rows(
     on_cpu = all(part.positions.device.type == "cpu" for part in parts)
     together = max(1, ROW_BYTES // largest) if on_cpu else 1
     for start in range(0, len(pieces), together):
-        parallel.map_pieces(made, pieces[start : start + together], fold)
+        parallel.map_pieces(rows_of, pieces[start : start + together], fold)
     return {kind: f for kind, f in factors.items() if f.count}
 
 
@@ -160,43 +163,42 @@ def labelled_rows(
     views: Sequence[StructureEnvironments] = (),
     environments: Sequence[tuple[SpeciesEnvironments, ...]] = (),
 ) -> dict[str, Tensor]:
-    """Rows [K_ou | y] of the known labels by kind, energies per atom; those with a noise of their own divided by it ('given').
+    """Rows [K_ou | y] of the labels by kind, energies per atom; those with a noise of their own divided by it ('given').
 
     Args:
         blocks: inducing variables for each model, if not all of its own.
         views: by descriptor, of the structures, or environments: the same by species with what rows need, if they are there already.
     """
-    known = likelihood.observed_labels(targets, structures.counts)
-    forces, stresses = len(known["forces"].rows) > 0, len(known["stresses"].rows) > 0
-    made = []
+    labels = likelihood.observed_labels(targets, structures.counts)
+    forces, stresses = len(labels["forces"].rows) > 0, len(labels["stresses"].rows) > 0
+    parts = []
     for k, m in enumerate(models):
-        asked = m.kernel, blocks[k] if blocks else m.blocks, forces, stresses
+        wanted = m.kernel, blocks[k] if blocks else m.blocks, forces, stresses
         if environments:
-
-            def of_species(
-                z: int, every: tuple[SpeciesEnvironments, ...] = environments[k]
-            ) -> list[SpeciesEnvironments]:
-                return [some for some in every if some.species == z]
-
-            made.append(covariances.rows_from_environments(structures, of_species, *asked))
+            of_species = partial(_of_species, environments[k])
+            parts.append(covariances.rows_from_environments(structures, of_species, *wanted))
             continue
         view = views[k] if views else StructureEnvironments.from_structures(m.descriptor, structures)
         if views:
             view.keep_jacobian()
-        made.append(covariances.covariance_rows(structures, view, *asked))
+        parts.append(covariances.covariance_rows(structures, view, *wanted))
     out: dict[str, list[Tensor]] = {}
-    for kind, seen in known.items():
-        if not len(seen.rows):
+    for kind, label in labels.items():
+        if not len(label.rows):
             continue
-        rows = torch.cat([*(getattr(r, kind)[seen.rows] for r in made), seen.values[:, None]], dim=1)
+        joined = torch.cat([*(getattr(r, kind)[label.rows] for r in parts), label.values[:, None]], dim=1)
         if kind == "energies":
-            rows[:, :-1] *= seen.scale[:, None]
-        common = seen.noise.isnan()
+            joined[:, :-1] *= label.scale[:, None]
+        common = label.noise.isnan()
         if common.any():
-            out.setdefault(kind, []).append(rows if common.all() else rows[common])
+            out.setdefault(kind, []).append(joined if common.all() else joined[common])
         if not common.all():
-            out.setdefault(FIXED, []).append(rows[~common] / seen.noise[~common, None])
+            out.setdefault(FIXED, []).append(joined[~common] / label.noise[~common, None])
     return {kind: torch.cat(some) if len(some) > 1 else some[0] for kind, some in out.items()}
+
+
+def _of_species(laid_out: Sequence[SpeciesEnvironments], species: int) -> Iterator[SpeciesEnvironments]:
+    return (e for e in laid_out if e.species == species)
 
 
 def learn_hyperparameters(
@@ -224,8 +226,8 @@ def learn_hyperparameters(
         share, starts = min(1.0, columns / total), torch.tensor([0, *widths]).cumsum(0).tolist()
         some = torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
         some = some.to(device)
-        made = {k: evidence.SufficientStatistics.from_factor(w, counts[k], some) for k, w in whitened.items()}
-        return made, block_of_column[some]
+        statistics = {k: evidence.SufficientStatistics.from_factor(w, counts[k], some) for k, w in whitened.items()}
+        return statistics, block_of_column[some]
 
     if restarts:
         few, of_few = smaller(RESTART_COLUMNS)
@@ -255,16 +257,16 @@ def fit_noise(
     settled = isinstance(given, LearnedRecipe) and given.prior
     if settled or "energies" not in parameters.learned or counts.get("energies", 0) < FEWEST_ENERGIES:
         return noise
-    lowest = given.bounds[0] if given and given.bounds else 0.0
+    lowest = given.bounds[0] if isinstance(given, LearnedRecipe) and given.bounds else 0.0
     return noise | {"energies": max(lowest, energy_noise.energy_noise(whitened, counts["energies"], noise, signal))}
 
 
 @dataclass(frozen=True, eq=False)
 class WhitenedData:
-    """What the data have come to: whitened factors by kind, and the hyperparameters.
+    """The data as triangular factors of their rows by kind, and the hyperparameters learned from them.
 
     Attributes:
-        whitened: by kind, [R L⁻ᵀ | y] (posterior.whiten).
+        whitened: by kind, [R L⁻ᵀ | y] (inducing.whiten_rows).
         counts: number of observations by kind.
         noise: standard deviation by kind.
         label_noise: as much of it as the labels themselves show, by kind.
@@ -291,7 +293,7 @@ class WhitenedData:
         return WhitenedData(together, total, self.noise, self.label_noise, self.signal)
 
     def weights(self, lowers: Sequence[Tensor]) -> Tensor:
-        """(columns,) weights by the normal equations: half the digits of posterior.solve, a fraction of its cost."""
+        """(columns,) weights by the normal equations: half the digits of posterior.solve_posterior, a fraction of its cost."""
         statistics = {
             kind: evidence.SufficientStatistics.from_factor(rows, self.counts[kind])
             for kind, rows in self.whitened.items()
@@ -314,7 +316,7 @@ def make_terms(models: Sequence[InducingModel], weights: Tensor) -> tuple[Energy
 
 
 def make_priors(models: Sequence[InducingModel], signal: Tensor) -> list[PriorCovariance]:
-    """The process before it has seen data, of each descriptor; signal (columns,)."""
+    """The prior process of each descriptor; signal (columns,)."""
     priors, start = [], 0
     for m in models:
         by_species = {}
@@ -337,7 +339,7 @@ def variance_model(
 
     Args:
         signal: (columns,) δ of each column of the fit; factor: R of the columns that are kept (SparsePosterior.factor).
-        constant: by kind, what a new label scatters by: the noise of the evidence, not the smaller one that leave-one-out gives
+        constant: by kind, the noise of a new label: that of the evidence, not the smaller one that leave-one-out gives
             energies in the fit; label_noise: how much of it labels themselves show.
     """
     kept = subset or (tuple(m.blocks for m in models), lowers_of(models), signal)
