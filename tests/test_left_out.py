@@ -69,7 +69,7 @@ def test_leaving_out_is_learning_without(caught, i):
     assert potential.variances.n_columns == potential.variances.of_fit
     rows = regression.labelled_rows(models, structures.select([i]), remaining.select(structures, [i]))
     residuals = {kind: r[:, -1] - r[:, :-1] @ solved.weights for kind, r in rows.items()}
-    error, variance = variance_checks._left_out(
+    error, variance = variance_checks._leave_one_out(
         {k: r[:, :-1] for k, r in rows.items()}, residuals, potential.variances, learned.noise
     )
     expected, spread = without(arguments, i)

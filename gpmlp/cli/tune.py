@@ -65,7 +65,7 @@ def tune_command(
     problem = tune.tuning_problem(structures, targets, start, search or [], objective.value, seed, data, columns)
     study = tune.open_study(log, problem, resume)
     done = tune.trials_of(study)
-    console.print_message("tuning", f"{problem.summary}; errors of forces are MAE / RMSE")
+    console.print_message("tuning", f"{problem.description}; errors of forces are MAE / RMSE")
     budget_s = 60 * budget_minutes
     try:
         with console.TrialBars(budget_s, trials, done) as bars:

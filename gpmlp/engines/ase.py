@@ -31,8 +31,12 @@ class GPCalculator(Calculator):
     the attributes `structures`, `pairs` and `prediction` hold it in full.
     """
 
-    implemented_properties = ("energy", "free_energy", "energies", "forces", "stress")
-    ignored_changes = frozenset(all_changes) - frozenset(RELEVANT_CHANGES)
+    structures: Structures
+    pairs: Neighbors
+    prediction: Prediction
+
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 - as ASE declares it
+    ignored_changes = set(all_changes) - set(RELEVANT_CHANGES)
 
     def __init__(
         self,
@@ -52,7 +56,7 @@ class GPCalculator(Calculator):
             skin: A beyond the cutoff in which neighbours are kept between calls (verlet_list.VerletList); 0: searched each time.
 
         Raises:
-            UserError: what came is no potential, e.g. the name of its file; a skin that is negative.
+            UserError: the argument is no potential, e.g. the name of its file; a negative skin.
         """
         if not callable(potential):
             raise UserError(
@@ -67,9 +71,6 @@ class GPCalculator(Calculator):
         self.novelty = novelty
         self._verlet_list = VerletList(potential.reach, skin)
         self.label_in_errors = name
-        self.structures: Structures | None = None
-        self.prediction: Prediction | None = None
-        self.pairs: Neighbors | None = None
 
     def calculate(
         self,

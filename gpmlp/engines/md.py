@@ -26,7 +26,7 @@ from gpmlp.core import errors
 from gpmlp.core.errors import UserError
 from gpmlp.core.units import GPA
 from gpmlp.io import files as files_module
-from gpmlp.io.ase_atoms import UNREADABLE, structures_from_ase
+from gpmlp.io.ase_atoms import UNREADABLE, read_frame, structures_from_ase
 from gpmlp.io.files import check_target
 from gpmlp.potential.potential import Potential
 
@@ -34,9 +34,9 @@ FORCE_ATOMS = 4  # whose force variances are predicted for a frame
 STRIDE = 100  # steps between two frames with uncertainties, at least, by default: they take about as long as ten steps
 PREFIX = "gpmlp_"
 
-COLUMNS = ("step", "time_fs", "temperature_K", "potential_eV", "kinetic_eV", "conserved_eV", "drift_eV_per_atom")
-COLUMNS += ("largest_force_std_eV_per_A", "largest_local_energy_std_eV", "largest_novelty")
-HEADER = "# " + " ".join(COLUMNS) + "\n"
+COLUMNS = "step time_fs temperature_K potential_eV kinetic_eV conserved_eV drift_eV_per_atom"
+COLUMNS += " largest_force_std_eV_per_A largest_local_energy_std_eV largest_novelty"
+HEADER = f"# {COLUMNS}\n"
 HOTTEST = 1e6  # K; beyond, the integration has blown up
 PRESSURE_FACTOR = 10.0  # of the barostat's time constant to the thermostat's
 
@@ -83,8 +83,9 @@ class Integrator:
         """
         self.bath, self.step = bath, step
         timestep, relaxation = timestep_fs * units.fs, bath.relaxation_fs * units.fs
-        self._temperature = bath.temperature_K and bath.temperature_K(step)
-        self._pressure = bath.pressure_GPa and bath.pressure_GPa(step)
+        self._temperature = bath.temperature_K(step) if bath.temperature_K else 0.0
+        self._pressure = bath.pressure_GPa(step) if bath.pressure_GPa else 0.0
+        self.dynamics: Any  # each integrator of ASE has attributes of its own
         if rescaling and bath.temperature_K:
             self.dynamics = Bussi(atoms, timestep, self._temperature, relaxation, rng=generator)
             return
@@ -250,9 +251,9 @@ def run_dynamics(
         time = earlier_time + (step - first) * settings.timestep_fs
         snapshot = _snapshot(atoms, {"step": step, "time_fs": time, "heat_eV": heat, "conserved_start_eV": start})
         drift = (conserved - start) / len(atoms)
-        wanted = monitor and settings.uncertainty and step % settings.uncertainty == 0
-        uncertainty = monitor(snapshot) if wanted else None
-        if uncertainty:
+        uncertainty = None
+        if monitor and settings.uncertainty and step % settings.uncertainty == 0:
+            uncertainty = monitor(snapshot)
             uncertainty.write_to(snapshot)
         return MDState(step, time, temperature, potential, kinetic, conserved, drift, snapshot, uncertainty)
 
@@ -391,7 +392,7 @@ def _last_frame(path: Path, layout: files_module.FrameOffsets) -> Atoms:
         file.seek(layout.starts[-1])
         text = file.read(layout.end - layout.starts[-1])
     try:
-        return ase.io.read(io.StringIO(text.decode("utf-8")), format="extxyz")
+        return read_frame(text)
     except UNREADABLE as error:
         raise UserError(f"{path}: its last frame cannot be read: {error}.") from error
 
@@ -471,10 +472,13 @@ class UncertaintyMonitor:
     def __call__(self, atoms: Atoms) -> FrameUncertainty:
         structures = structures_from_ase([atoms], [self.name])
         found = self.potential(structures, "atom_energies", novelty=self.potential.novelty is not None)
+        assert found.atom_energies_variance is not None, "variances of local energies were asked for"
         local = found.atom_energies_variance.total.sqrt()
         suspicion = local if found.novelty is None else local * found.novelty
         few = suspicion.topk(min(FORCE_ATOMS, len(local))).indices
-        variance = self.potential(structures, "forces", atoms=few).forces_variance.total[few].sum(1)
+        forces = self.potential(structures, "forces", atoms=few).forces_variance
+        assert forces is not None, "variances of forces were asked for"
+        variance = forces.total[few].sum(1)
         worst = int(variance.argmax())
         novelty = None if found.novelty is None else found.novelty.cpu().numpy()
         return FrameUncertainty(local.cpu().numpy(), novelty, float(variance[worst].sqrt()), int(few[worst]))

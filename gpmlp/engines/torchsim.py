@@ -1,4 +1,4 @@
-"""GPModel is a potential as TorchSim asks for it: many systems in one batch, uncertainties and novelties beside their forces."""
+"""TorchSim model of a fitted potential: many systems in one batch, with their uncertainties and novelties."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class GPModel(ModelInterface):
         Args:
             uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'.
             skin: A beyond the cutoff within which neighbours are remembered between calls (verlet_list.VerletList).
-            tables: whether all systems are stepped together on tables of neighbours (stepping.Stepper), for no variances but those of
-                local energies; if not given, where the potential is on a CUDA device and this can be done.
+            tables: whether all systems are stepped together on tables of neighbours (potential.stepper.Stepper), with variances of local
+                energies at most; if not given, where the potential is on a CUDA device and this can be done.
 
         Raises:
-            UserError: what came is no potential, or it cannot give these variances, or not on tables.
+            UserError: the argument is no potential, or one that cannot give these variances, or not on tables.
         """
         super().__init__()
         if not isinstance(potential, Potential):
@@ -64,7 +64,7 @@ class GPModel(ModelInterface):
         self._use(potential)
 
     def _use(self, potential: Potential) -> None:
-        """Ask this potential from now on."""
+        """Predict with this potential from now on."""
         wanted = self.uncertainty
         local = wanted is None or wanted == "atom_energies" or tuple(wanted) in ((), ("atom_energies",))
         why = species_model.why_unsupported(potential) or (
@@ -80,7 +80,7 @@ class GPModel(ModelInterface):
         self._pairs = VerletList(potential.reach, self._reach)
 
     def _apply(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> GPModel:
-        """What to, cuda, cpu, float, ... of a module do: the potential goes to the device; its precision is not theirs to choose.
+        """Move the potential to a device, as `to`, `cuda`, `cpu`, ... of a module do; its precision stays.
 
         Raises:
             UserError: another precision, or a device that is not there.
@@ -125,7 +125,7 @@ class GPModel(ModelInterface):
         return out
 
     def _structures(self, state: Any) -> Structures:
-        """The systems of a state; if they are those of the last call it is the search of neighbours that looks at where they are."""
+        """The systems of a state; atoms that are those of the last call keep their Structures, with new positions and cells."""
         positions, cells, *atoms = _tensors(state)
         if self._known is None or not _same(self._known, positions, atoms):
             system, periodic, species = (part.clone() for part in atoms)  # a state may be changed in place
@@ -134,7 +134,7 @@ class GPModel(ModelInterface):
         return self._known.with_unchecked_positions(positions, cells)
 
     def _stepped(self, structures: Structures) -> Prediction:
-        """By a stepper of these atoms."""
+        """The prediction of a stepper of these atoms."""
         if self._stepper is None:
             self._stepper = Stepper(self.potential, structures, bool(self.uncertainty), self.novelty, self._reach)
         found = self._stepper(*(part.to(self._device) for part in (structures.positions, structures.cells)))
@@ -142,9 +142,12 @@ class GPModel(ModelInterface):
 
 
 def _tensors(state: Any) -> tuple[Tensor, ...]:
-    """Positions, cells, system of each atom, periodicity and species from what TorchSim has: cells with lattice vectors as columns,
-    periodicity for all systems together. Positions and cells are laid out anew where they are views."""
-    get = state.get if isinstance(state, dict) else lambda name, default=None: getattr(state, name, default)
+    """Positions, cells, system of each atom, periodicity and species of a state, whose cells have lattice vectors as columns and whose
+    periodicity is one for all systems. Positions and cells are laid out anew where they are views."""
+
+    def get(name: str, default: Any = None) -> Any:
+        return state.get(name, default) if isinstance(state, dict) else getattr(state, name, default)
+
     positions, cell = get("positions").detach(), get("cell").detach()
     system = get("system_idx")
     system = torch.zeros(len(positions), dtype=torch.long, device=positions.device) if system is None else system.long()
@@ -153,7 +156,7 @@ def _tensors(state: Any) -> tuple[Tensor, ...]:
 
 
 def _same(known: Structures, positions: Tensor, atoms: Sequence[Tensor]) -> bool:
-    """Whether atoms are those known, asked of the device once."""
+    """Whether atoms are those of before, with one synchronisation of the device."""
     pairs = list(zip((known.structure_of_atom, known.periodic, known.species), atoms, strict=True))
     alike = positions.dtype == known.positions.dtype and positions.device == known.positions.device
     if not alike or any(a.shape != b.shape for a, b in pairs):

@@ -97,7 +97,8 @@ def held_out_calibration(potential: Potential, structures: Structures, targets: 
     def predict(part: Structures) -> Prediction:
         return potential(part, VARIANCES, novelty, calibrated=False)
 
-    raw = Prediction.concatenate(parallel.map_pieces(predict, list(chunk_structures(structures, CHUNK_ATOMS))))
+    pieces = parallel.map_pieces(predict, list(chunk_structures(structures, CHUNK_ATOMS)))
+    raw = Prediction.concatenate(pieces)
     how = "set aside from the training set, at random within each config_type; learned from afterwards"
     learned = learn_calibration(raw, structures, targets, how)
     if len(structures) > ENOUGH_HELD:
@@ -164,9 +165,10 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
     calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical, sample_scale=spread)
     if prediction.forces_variance is not None and "forces" in data:
         labels = targets.forces[~targets.forces.isnan()]
-        misfit = calibrate_prediction(raw, structures, calibration).forces_variance.misspecification
         source["force_eV_per_A"] = labels.square().mean().sqrt().item()
-        source["misspecification_eV_per_A"] = misfit.mean().sqrt().item()
+        calibrated = calibrate_prediction(raw, structures, calibration).forces_variance
+        if calibrated is not None:
+            source["misspecification_eV_per_A"] = calibrated.misspecification.mean().sqrt().item()
     return replace(calibration, source=source)
 
 

@@ -1,4 +1,4 @@
-"""Defaults fill what a recipe leaves open from the data: species, shortest bonds, density, number of labels, memory."""
+"""Defaults for what a recipe leaves open, from the data: species, shortest bonds, periodicity, number of labels, memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpmlp.recipe import DescriptorRecipe, InducingRecipe, KernelRecipe, RadialS
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the data say before a model is chosen; lengths in A.
+    """Distances and counts of the data, from which defaults follow; lengths in A.
 
     Attributes:
         shortest: nearest distance of each pair of species that occurs.
@@ -33,7 +33,7 @@ class DataSummary:
 
 
 def summarise_data(structures: Structures, targets: Targets, at_most: int = 10_000) -> DataSummary:
-    """Look at structures with about `at_most` atoms, evenly spread, for distances and at all for labels."""
+    """Distances from structures with about `at_most` atoms, evenly drawn, and counts from all."""
     step = max(1, round(structures.n_atoms / at_most))
     sample = structures.select(range(0, len(structures), step))
     reach = 4.0
@@ -60,18 +60,18 @@ def summarise_data(structures: Structures, targets: Targets, at_most: int = 10_0
     )
 
 
-# docs/decisions/003-default-recipe.md tells what was measured for these
+# measured in docs/decisions/003-default-recipe.md
 MATRICES = 12  # of columns^2 doubles that a fit holds at its peak (docs/memory.md)
 LABELS_PER_COLUMN = {True: 12, False: 3}  # periodic, isolated: molecules gain longer from more columns
 GRADIENTS = {True: 3, False: 12}
-FEW_COLUMNS = 1000  # where labels are that few, there is a column for each
+FEW_COLUMNS = 1000  # up to as many labels there is a column for each
 CHEAP_COLUMNS = 1500  # a fit with so many takes seconds: small sets of solids may have them too
 MOST_COLUMNS = 10_000  # beyond, a fit takes more than some twenty minutes on two cores
 MEMORY_GB = 10.0
 VARIANCE_COLUMNS = 1500  # of the posterior kept for variances
 
 
-def resolve_recipe(recipe: Recipe, found: DataSummary, n_species: int, growing: bool = False) -> Recipe:
+def resolve_recipe(recipe: Recipe, summary: DataSummary, n_species: int, growing: bool = False) -> Recipe:
     """Return the recipe with every None replaced, except for what is learned (noise) and ZBL radii (one for each pair).
 
     Args:
@@ -81,9 +81,11 @@ def resolve_recipe(recipe: Recipe, found: DataSummary, n_species: int, growing: 
     budget = recipe.memory_GB or min(MEMORY_GB, 0.4 * physical_memory_GB())
     return recipe.model_copy(
         update={
-            "descriptor": tuple(_descriptor(d, found, n_species) for d in recipe.descriptors),
-            "kernel": tuple(_kernel(k, found) for k in recipe.kernels),
-            "inducing": tuple(_inducing(i, found, budget, len(recipe.descriptors), growing) for i in recipe.inducings),
+            "descriptor": tuple(_descriptor(d, summary, n_species) for d in recipe.descriptors),
+            "kernel": tuple(_kernel(k, summary) for k in recipe.kernels),
+            "inducing": tuple(
+                _inducing(i, summary, budget, len(recipe.descriptors), growing) for i in recipe.inducings
+            ),
             "memory_GB": budget,
             "variance": recipe.variance
             and recipe.variance.model_copy(update={"columns": recipe.variance.columns or VARIANCE_COLUMNS}),
@@ -96,13 +98,13 @@ def physical_memory_GB() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
-def _descriptor(d: DescriptorRecipe, found: DataSummary, n_species: int) -> DescriptorRecipe:
-    shortest = min(found.shortest.values(), default=1.0)
-    cutoff = d.cutoff or (min(6.0, max(4.0, 2.2 * found.bond)) if found.periodic else 5.0)
+def _descriptor(d: DescriptorRecipe, summary: DataSummary, n_species: int) -> DescriptorRecipe:
+    shortest = min(summary.shortest.values(), default=1.0)
+    cutoff = d.cutoff or (min(6.0, max(4.0, 2.2 * summary.bond)) if summary.periodic else 5.0)
     scaling = d.radial_scaling
     if scaling is not False:
         scaling = RadialScaling(
-            scale=scaling.scale or (0.85 * found.bond if found.periodic and n_species == 1 else 2.0),
+            scale=scaling.scale or (0.85 * summary.bond if summary.periodic and n_species == 1 else 2.0),
             exponent=3.0 if scaling.exponent is None else scaling.exponent,
         )
     return d.model_copy(
@@ -119,32 +121,32 @@ def _descriptor(d: DescriptorRecipe, found: DataSummary, n_species: int) -> Desc
     )
 
 
-def _kernel(k: KernelRecipe, found: DataSummary) -> KernelRecipe:
+def _kernel(k: KernelRecipe, summary: DataSummary) -> KernelRecipe:
     return k.model_copy(
         update={
-            "zeta": (4 if found.periodic else 2) if k.zeta is None else k.zeta,
+            "zeta": (4 if summary.periodic else 2) if k.zeta is None else k.zeta,
             "length": k.length or 0.5,
-            "terms": tuple(_kernel(t, found) for t in k.terms),
+            "terms": tuple(_kernel(t, summary) for t in k.terms),
         }
     )
 
 
 def columns_for(n_labels: int, periodic: bool) -> int:
-    """How many columns so many labels ask for, whatever the memory."""
+    """Number of columns for so many labels, whatever the memory."""
     cheap = max(min(n_labels, FEW_COLUMNS), min(n_labels // 3, CHEAP_COLUMNS))
     return min(MOST_COLUMNS, max(n_labels // LABELS_PER_COLUMN[periodic], cheap))
 
 
 def affordable_columns(memory_GB: float) -> int:
-    """How many columns a fit may have in so much memory."""
+    """Number of columns that a fit may have in so much memory."""
     return int((memory_GB * 1e9 / (8 * MATRICES)) ** 0.5)
 
 
 def _inducing(
-    i: InducingRecipe, found: DataSummary, budget: float, n_descriptors: int, growing: bool
+    i: InducingRecipe, summary: DataSummary, budget: float, n_descriptors: int, growing: bool
 ) -> InducingRecipe:
-    """As many columns as memory, data and patience allow, spread over centres and their gradients."""
-    columns = min(affordable_columns(budget), columns_for(found.n_labels, found.periodic))
+    """As many columns as memory, data and time allow, shared by centres and their gradients."""
+    columns = min(affordable_columns(budget), columns_for(summary.n_labels, summary.periodic))
     columns = max(columns, 50) // n_descriptors
     gradients, most = i.gradients, i.n
     if growing and not isinstance(i.shares, dict):
@@ -154,8 +156,11 @@ def _inducing(
     else:
         n = i.n or max(
             1,
-            min(columns // (1 + (GRADIENTS[found.periodic] if gradients is None else gradients)), found.n_environments),
+            min(
+                columns // (1 + (GRADIENTS[summary.periodic] if gradients is None else gradients)),
+                summary.n_environments,
+            ),
         )
     if gradients is None:
-        gradients = max(0, min(15, columns // n - 1)) if i.n else GRADIENTS[found.periodic]
+        gradients = max(0, min(15, columns // n - 1)) if i.n else GRADIENTS[summary.periodic]
     return i.model_copy(update={"n": min(n, most or n), "gradients": gradients})

@@ -33,8 +33,8 @@ from gpmlp.uncertainty.mahalanobis import Mahalanobis, ReservoirSample
 from gpmlp.uncertainty.residuals import force_label_noise
 
 PASS_ATOMS = 128  # atoms of a chunk of rows
-FEW_COLUMNS = 1000  # up to which threads cost the evidence more than they give
-SAMPLE_BYTES = 16 << 20  # of features of one species from which novelty is learned
+FEW_COLUMNS = 1000  # up to which the evidence is faster on one core
+SAMPLE_BYTES = 16 << 20  # of features of one species to which novelty is fitted
 
 
 def fit(
@@ -49,7 +49,7 @@ def fit(
 
     Args:
         structures, targets: training data; unknown labels are NaN.
-        recipe: choices; what it leaves open is chosen from the data (defaults.py).
+        recipe: choices; what it leaves open is chosen from the data (defaults.resolve_recipe).
         validation: data that are only predicted, for the report.
         progress: called as progress(stage, done, total, note).
         provenance: where the data came from, kept in the model.
@@ -61,8 +61,8 @@ def fit(
     stages = StageTimer(progress)
     stages.begin("data")
     data = _Data.from_labels(structures, targets, Recipe() if recipe is None else recipe)
-    aside = data.recipe.variance and data.recipe.calibration
-    kept, held = calibrate.calibration_split(data.structures, data.targets, aside, data.recipe.seed)
+    wanted = data.recipe.calibration if data.recipe.variance is not False else False
+    kept, held = calibrate.calibration_split(data.structures, data.targets, wanted, data.recipe.seed)
     trained = _train(data, kept, held, stages)
     models, learned, calibration = trained.models, trained.learned, Calibration.identity()
     lowers = regression.lowers_of(models)
@@ -144,7 +144,8 @@ def _potential(data: _Data, trained: _Trained, learned: WhitenedData, weights: T
     """The potential of these weights, not calibrated."""
     variances = None
     if data.recipe.variance is not False:
-        factor, subset = regression.variance_factor(trained.models, learned, data.recipe.variance.columns)
+        most = data.recipe.variance.columns or len(learned.signal)
+        factor, subset = regression.variance_factor(trained.models, learned, most)
         constant = data.constant | trained.parameters.noise()
         variances = regression.variance_model(
             trained.models, learned.signal, factor, constant, learned.label_noise, subset

@@ -1,4 +1,4 @@
-"""Online is a fit that goes on: labels and inducing points come and go, and the posterior follows without starting again."""
+"""Online fit: labels and inducing points are added and removed by updates of the posterior factor, without a new fit."""
 
 from __future__ import annotations
 
@@ -30,25 +30,26 @@ from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 from gpmlp.uncertainty.residuals import force_label_noise
 
-LARGEST_ERROR = 1e-9  # measured error of the factor at which it is made again from the rows
-WORSE = 10.0  # times that when it was made: where rounding allows no better, there is no use in making it again
-EDGE = 1.25  # novelty beyond which standard deviations grow with it: nearer, errors were not found larger than they say
-NOVELTY_ROWS = 4000  # environments of a species from which novelty is learned
+LARGEST_ERROR = 1e-9  # measured error of the factor at which it is computed again from the rows
+WORSE = 10.0  # times that when it was computed: where rounding allows no better, there is no use in computing it again
+EDGE = 1.25  # novelty beyond which standard deviations grow with it: nearer, errors are measured to be no larger than these
+NOVELTY_ROWS = 4000  # environments of a species to which novelty is fitted
 
 
 @dataclass(frozen=True, eq=False)
 class OnlineFit:
-    """The state of a fit that goes on; every method returns a new one.
+    """A fit as a value; every method returns a new one.
 
     Attributes:
         asked, recipe: choices as given, and with what was open filled in from the first data.
         models: descriptors with their inducing blocks; columns count through them in order.
-        batches: all that was learned from.
+        batches: the labels, in the order in which they came.
         factor: the posterior at the present hyperparameters.
-        noise, constant: standard deviations by kind in the fit, and of new labels; label_noise: as much as labels themselves show.
+        noise, constant: standard deviations by kind in the fit, and of new labels; label_noise: the part that labels themselves show.
         signal: (blocks,) eV.
-        subset: how variances from a subset of the columns compared with those from all at the last refresh (subset.error).
-        events: what was done beside learning: refreshes, factors made again, and why.
+        prequential: the latest predictions before conditioning on labels.
+        subset: variances from a subset of the columns against those from all, at the last refresh (variance_checks.subset_error).
+        events: refreshes, factors computed again, and why.
     """
 
     asked: Recipe
@@ -69,7 +70,7 @@ class OnlineFit:
 
     @staticmethod
     def begin(structures: Structures, targets: Targets, recipe: Recipe | None = None) -> OnlineFit:
-        """Learn from first structures: inducing points from them, noises by evidence, no calibration yet.
+        """Fit the first structures: inducing points from them, noises by evidence, no calibration yet.
 
         As many inducing points as the labels ask for (defaults.py), `inducing.n` at most, now and as labels come.
 
@@ -79,7 +80,7 @@ class OnlineFit:
         asked = Recipe() if recipe is None else recipe
         if torch.device(asked.device).type != "cpu":
             raise errors.UserError(f"An online model is updated on the CPU; leave out `device: {asked.device}`.")
-        return _unlearned(asked, [prepare.prepare_data(structures, targets, asked, whole=False)]).refreshed(
+        return _without_noises(asked, [prepare.prepare_data(structures, targets, asked, whole=False)]).refreshed(
             "first data"
         )
 
@@ -107,7 +108,7 @@ class OnlineFit:
 
     @cached_property
     def potential(self) -> Potential:
-        """What has been learned so far."""
+        """The potential of this fit."""
         lowers = regression.lowers_of(self.models)
         weights = inducing.unwhiten_weights(self.columns_signal * self.factor.mean, lowers)
         return Potential(
@@ -141,29 +142,29 @@ class OnlineFit:
     # ---------------------------------------------------------------- data
 
     def learned(self, structures: Structures, targets: Targets) -> OnlineFit:
-        """Foresee the labels, learn from them, make new environments inducing points, and count them as seen.
+        """Predict the labels (prequential errors), condition on them, add inducing points, and update the novelty.
 
         Raises:
             UserError: labels that do not fit the structures, or a species that was not there at the beginning.
         """
         self._check_species(structures)
         here = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
-        # made once for everything that follows, unless these are many
+        # computed once for everything that follows, unless these are many
         views = (
             [StructureEnvironments.from_structures(m.descriptor, here) for m in self.models]
             if here.n_atoms <= CHUNK_ATOMS
             else []
         )
-        before = self._foreseen(structures, targets, views)
+        predicted = self._predicted(structures, targets, views)
         new = self.added(structures, targets, views).extended(structures, None, views)
-        new = replace(new, prequential=calibrate.latest_prequential((*self.prequential, *before)))
+        new = replace(new, prequential=calibrate.latest_prequential((*self.prequential, *predicted)))
         if new.novelty is None:
             return new
         batch = new.batches[-1]
         labelled = batch.labelled_atoms
         return replace(new, novelty=new.novelty.updated(batch.structures.species[labelled], batch.features[labelled]))
 
-    def _foreseen(
+    def _predicted(
         self, structures: Structures, targets: Targets, views: Sequence[StructureEnvironments]
     ) -> tuple[PrequentialPrediction, ...]:
         if self.recipe.variance is False:
@@ -175,12 +176,12 @@ class OnlineFit:
         return (PrequentialPrediction(structures, targets, prediction),)
 
     def added(self, structures: Structures, targets: Targets, views: Sequence[StructureEnvironments] = ()) -> OnlineFit:
-        """With labels more at fixed inducing variables and hyperparameters: O(k columns²).
+        """With k more labels at fixed inducing variables and hyperparameters: O(k columns²).
 
         Where they are the first of their kind (a stress, say), its noise has to be learned, and all is refreshed.
 
         Args:
-            views: what the descriptors see of the structures, if that is there already.
+            views: the environments of the structures, if they are there already.
 
         Raises:
             UserError: labels that do not fit the structures, or a species that was not there at the beginning.
@@ -200,7 +201,7 @@ class OnlineFit:
         return replace(new, factor=factor)
 
     def removed(self, index: int) -> OnlineFit:
-        """Without the labels of one batch: a downdate, O(k columns²); from the rows anew where that breaks down."""
+        """Without the k labels of one batch: a downdate, O(k columns²); from the rows anew where that breaks down."""
         batch = self.batches[index]
         left = tuple(b for b in self.batches if b is not batch)
         if not left:
@@ -214,14 +215,14 @@ class OnlineFit:
         return replace(new, factor=factor)._checked()
 
     def _check_species(self, structures: Structures) -> None:
-        known = self.batches[0].structures.distinct_species
-        unknown = [z for z in structures.distinct_species if z not in known]
+        species = self.batches[0].structures.distinct_species
+        unknown = [z for z in structures.distinct_species if z not in species]
         if unknown:
             atom = int((structures.species == unknown[0]).nonzero()[0, 0])
             name = structures.names[int(structures.structure_of_atom[atom])]
             raise errors.UserError(
                 f"{name}: {errors.chemical_symbol(unknown[0])} was not among the structures that the online model began with; it knows "
-                f"{', '.join(errors.chemical_symbol(z) for z in known)}. Begin with structures that hold all species."
+                f"{', '.join(errors.chemical_symbol(z) for z in species)}. Begin with structures that hold all species."
             )
 
     # ---------------------------------------------------------------- inducing variables
@@ -229,14 +230,13 @@ class OnlineFit:
     def extended(
         self, structures: Structures, at_most: int | None = None, views: Sequence[StructureEnvironments] = ()
     ) -> OnlineFit:
-        """With inducing points more, from environments that the present ones represent worst.
+        """With more inducing points, from environments that the present ones represent worst.
 
-        Chosen by a pivoted Cholesky factorisation of the covariance that is left of them given the present inducing set, in units
-        of energy, weighted with their novelty where that is above 1 (posterior variance and Mahalanobis distance together).
+        See sparse_points.choose_more.
 
         Args:
             at_most: inducing points (centres) of each descriptor; as many as the data ask for if None.
-            views: what the descriptors see of the structures, if that is there already.
+            views: the environments of the structures, if they are there already.
         """
         self._check_species(structures)
         structures = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
@@ -269,15 +269,15 @@ class OnlineFit:
     # ---------------------------------------------------------------- hyperparameters
 
     def rebuilt(self, why: str) -> OnlineFit:
-        """What `begin` makes of all labels there are: recipe, baselines and inducing points chosen anew, noises learned again.
+        """The online fit that `begin` gives for all these labels: recipe, baselines and inducing points chosen anew, noises learned again.
 
-        What was foreseen stays, so that the calibration goes on. Takes as long as a fit.
+        Prequential predictions stay, so that the calibration goes on. Takes as long as a fit.
         """
-        new = _unlearned(self.asked, [(b.structures, b.targets) for b in self.batches])
+        new = _without_noises(self.asked, [(b.structures, b.targets) for b in self.batches])
         return replace(new, prequential=self.prequential, events=self.events).refreshed(f"made anew, {why}")
 
     def refreshed(self, why: str) -> OnlineFit:
-        """With noises and signals learned again from the rows, the calibration from what was foreseen, and novelty from what was seen."""
+        """With noises and signals learned again from the rows, and calibration and novelty fitted again."""
         whitened, counts = self._whitened(), self._counts()
         parameters, block_of_column, _ = regression.learn_hyperparameters(
             self.recipe, self.models, whitened, counts, StageTimer(None), restarts=0
@@ -301,40 +301,39 @@ class OnlineFit:
         return new._from_rows(f"refreshed: {why}", rows)._compared().recalibrated()
 
     def _compared(self) -> OnlineFit:
-        """With variances from the columns kept for them compared with those from all."""
+        """With `subset` measured anew."""
         upper = self.factor.upper[:, :-1]
         about = self.potential, self.models, self.columns_signal, upper, self.structures, self.recipe.seed
         return replace(self, subset=variance_checks.subset_error(*about))
 
     def recalibrated(self) -> OnlineFit:
-        """With a calibration from the structures foreseen; standard deviations grow with novelty well outside the trust region."""
+        """With a calibration from prequential errors; standard deviations grow with novelty well outside the trust region."""
         if not self.prequential or self.recipe.calibration is False:
             return self
         edge = None if self.novelty is None else EDGE
-        return replace(
-            self, calibration=replace(calibrate.prequential_calibration(self.prequential), typical_novelty=edge)
-        )
+        calibration = calibrate.prequential_calibration(self.prequential)
+        return replace(self, calibration=replace(calibration, typical_novelty=edge))
 
     def _novelty(self) -> Mahalanobis | None:
-        """Distances with thresholds from structures left out of them, then with these counted too."""
+        """Mahalanobis distances with thresholds from environments left out of the fit, then updated with these."""
         if self.recipe.novelty is False:
             return None
-        seen: dict[int, list[Tensor]] = {}
-        unseen: dict[int, list[Tensor]] = {}
+        inside: dict[int, list[Tensor]] = {}
+        outside: dict[int, list[Tensor]] = {}
         number = 0
         for batch in self.batches:
             left_out = (batch.structures.structure_of_atom + number) % 4 == 3
             number += len(batch.structures)
             for z in batch.structures.distinct_species:
                 here = (batch.structures.species == z) & batch.labelled_atoms
-                for parts, which in ((seen, ~left_out), (unseen, left_out)):
+                for parts, which in ((inside, ~left_out), (outside, left_out)):
                     if (here & which).any():
                         parts.setdefault(z, []).append(batch.features[here & which])
-        for z in set(unseen) - set(seen):
-            seen[z] = unseen.pop(z)
-        joined = [{z: torch.cat(x)[-NOVELTY_ROWS:] for z, x in some.items()} for some in (seen, unseen)]
-        found = mahalanobis.fit_mahalanobis(*joined, self.recipe.novelty.quantile, self.recipe.seed)
-        for z, x in joined[1].items():
+        for z in set(outside) - set(inside):
+            inside[z] = outside.pop(z)
+        fitted, left = ({z: torch.cat(x)[-NOVELTY_ROWS:] for z, x in some.items()} for some in (inside, outside))
+        found = mahalanobis.fit_mahalanobis(fitted, left, self.recipe.novelty.quantile, self.recipe.seed)
+        for z, x in left.items():
             found = found.updated(torch.full((len(x),), z), x)
         return found
 
@@ -351,27 +350,24 @@ class OnlineFit:
     def _whitened(self) -> dict[str, Tensor]:
         """Triangular factors of the rows of each kind, with unit noise and signal."""
         sizes = regression.block_widths(self.models)
-        columns, found = sum(sizes), {}
+        columns, unit, out = sum(sizes), RowScales.unit(len(sizes)), {}
         for kind in self._counts():
             folded = RowFactor(columns, 2 * columns)
             for batch in self.batches:
                 if kind in batch.rows:
                     folded.add(batch.rows[kind][:, :-1], batch.rows[kind][:, -1])
-            found[kind] = online_updates.rescaled_rows(
-                folded.factor(), kind, self._scales, RowScales.unit(len(sizes)), sizes
-            )
-        return found
+            out[kind] = online_updates.rescaled_rows(folded.factor(), kind, self._scales, unit, sizes)
+        return out
 
     def _from_rows(self, why: str, rows: Iterable[Tensor] | None = None) -> OnlineFit:
-        """With the factor made again from all rows, or from others with the same RᵀR."""
-        factor = PosteriorFactor.from_rows(
-            self._rows() if rows is None else rows, sum(regression.block_widths(self.models))
-        )
+        """With the factor computed again from all rows, or from others with the same RᵀR."""
+        columns = sum(regression.block_widths(self.models))
+        factor = PosteriorFactor.from_rows(self._rows() if rows is None else rows, columns)
         events = (*self.events, f"{self.n_labels} labels: {why}")
         return replace(self, factor=factor.measure_drift(self._rows()), events=events)
 
     def _checked(self) -> OnlineFit:
-        """With the error of the factor measured, and without it where it has grown."""
+        """With the error of the factor measured, and the factor computed again where that has grown."""
         factor = self.factor.measure_drift(self._rows())
         if factor.drift <= max(LARGEST_ERROR, WORSE * factor.initial_drift):
             return replace(self, factor=factor)
@@ -380,16 +376,15 @@ class OnlineFit:
     def _variances(self) -> VarianceModel | None:
         if self.recipe.variance is False:
             return None
-        factor, subset = self.factor.upper[:, :-1], None
-        if self.factor.columns > self.recipe.variance.columns:
-            about = self.models, self.factor, self._scales, self.recipe.variance.columns
-            factor, subset = online_updates.variance_factor(*about)
-        about = self.models, self.columns_signal, factor, self.constant, self.label_noise, subset
-        return regression.variance_model(*about)
+        factor, subset, most = self.factor.upper[:, :-1], None, self.recipe.variance.columns
+        if most is not None and self.factor.columns > most:
+            factor, subset = online_updates.variance_factor(self.models, self.factor, self._scales, most)
+        noises = self.constant, self.label_noise
+        return regression.variance_model(self.models, self.columns_signal, factor, *noises, subset)
 
 
-def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> OnlineFit:
-    """Models, baselines and rows of prepared labels, a batch of each part; their noises have still to be learned."""
+def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> OnlineFit:
+    """An online fit of prepared labels, a batch of each part, whose noises are still to be learned."""
     structures = Structures.concatenate([s for s, _ in parts])
     targets = Targets.concatenate([t for _, t in parts])
     hyperparameters.check_species(asked, structures)
@@ -397,10 +392,11 @@ def _unlearned(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> On
     pieces = list(chunk_structures(structures, CHUNK_ATOMS))
     models, _ = regression.make_models(recipe, structures, pieces, StageTimer(None), lambda z, features: None)
     widths = regression.block_widths(models)
-    unit, made, room = RowScales.unit(len(widths)), [], online_updates.JACOBIAN_BYTES
+    unit, room = RowScales.unit(len(widths)), online_updates.JACOBIAN_BYTES
+    batches: list[LabelBatch] = []
     for some, labels in parts:
         remaining = prepare.subtract_baselines(some, labels, base)
-        made.append(LabelBatch.from_labels(models, some, labels, remaining, unit, room))
-        room -= made[-1].n_bytes
-    about = asked, recipe, tuple(models), base, tuple(made), PosteriorFactor.from_rows([], sum(widths))
+        batches.append(LabelBatch.from_labels(models, some, labels, remaining, unit, room))
+        room -= batches[-1].n_bytes
+    about = asked, recipe, tuple(models), base, tuple(batches), PosteriorFactor.from_rows([], sum(widths))
     return OnlineFit(*about, {}, {}, {}, unit.signal)

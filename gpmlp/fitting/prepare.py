@@ -1,9 +1,10 @@
-"""Preparation is what happens to structures and labels before regression: they are checked, moved, and relieved of baselines."""
+"""Preparation of training data: checks, noise per config_type, the recipe filled in, baselines made and subtracted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -37,15 +38,15 @@ def prepare_data(
         )
     for name in ("energies", "forces", "stresses"):
         if not getattr(recipe, f"use_{name}"):
-            targets = replace(targets, **{name: torch.full_like(getattr(targets, name), float("nan"))})
+            blank: dict[str, Any] = {name: torch.full_like(getattr(targets, name), float("nan"))}
+            targets = replace(targets, **blank)
     no_volume = structures.volumes.isnan() & ~targets.stresses.isnan().all(2).all(1)
     if no_volume.any():
         name = structures.names[int(no_volume.nonzero()[0, 0])]
         raise errors.UserError(
             f"{name}: has a stress but is not periodic or has no volume; remove the stress or set pbc."
         )
-    known = {kind: int((~getattr(targets, kind).isnan()).sum()) for kind in KINDS}
-    if not sum(known.values()):
+    if all(getattr(targets, kind).isnan().all() for kind in KINDS):
         raise errors.UserError(
             "No structure has an energy, forces or a stress to learn from; check the names of the labels in the file."
         )
@@ -68,7 +69,7 @@ def _with_config_noise(targets: Targets, structures: Structures, recipe: Recipe,
         )
     if not given:
         return targets
-    values = {f"{kind}_noise": getattr(targets, f"{kind}_noise").clone() for kind in KINDS}
+    values: dict[str, Any] = {f"{kind}_noise": getattr(targets, f"{kind}_noise").clone() for kind in KINDS}
     for kind, key in NOISE_FIELDS.items():
         for i, label in enumerate(targets.config_types):
             value = getattr(given[label], key) if label in given else None
@@ -83,7 +84,7 @@ def _with_config_noise(targets: Targets, structures: Structures, recipe: Recipe,
 def set_up(
     structures: Structures, targets: Targets, recipe: Recipe, growing: bool = False
 ) -> tuple[Recipe, tuple[Baseline, ...], defaults.DataSummary]:
-    """What the data decide before a regression: the recipe filled in, the baselines, and the summary that both come from.
+    """The recipe filled in from the data, the baselines, and the summary that both come from.
 
     Args:
         growing: see defaults.resolve_recipe.
@@ -94,15 +95,15 @@ def set_up(
 
 
 def make_baselines(
-    structures: Structures, targets: Targets, recipe: Recipe, found: defaults.DataSummary
+    structures: Structures, targets: Targets, recipe: Recipe, summary: defaults.DataSummary
 ) -> tuple[Baseline, ...]:
-    """Isolated-atom energies (given, from frames, or by least squares) and ZBL that ends where the data begin."""
+    """Isolated-atom energies (given, from frames, or by least squares) and ZBL repulsion below the shortest distances of the data."""
     out: list[Baseline] = []
     zbl = recipe.baseline.zbl
     species = structures.distinct_species
     if zbl is not False:
         pairs = [(a, b) for a in species for b in species if a <= b]
-        outer = {p: zbl.outer or found.shortest.get(p, 0.6 * found.bond) for p in pairs}
+        outer = {p: zbl.outer or summary.shortest.get(p, 0.6 * summary.bond) for p in pairs}
         out.append(baselines.ZBL({p: zbl.inner or 0.4 * outer[p] for p in pairs}, outer))
     choice = recipe.baseline.isolated_atoms
     if choice == "none":
@@ -122,18 +123,18 @@ def make_baselines(
 
 
 def energy_zero_warnings(structures: Structures, targets: Targets, recipe: Recipe) -> list[str]:
-    """Warnings about a zero of energy that is not what it may be taken for."""
+    """Warnings about a zero of energy that the data leave arbitrary."""
     if targets.energies.isnan().all():
         return [
             "There are no energies to learn from: the zero of predicted energies is arbitrary, and they are not judged."
         ]
-    found = baselines.IsolatedAtoms.from_frames(structures, targets)
-    missing = [errors.chemical_symbol(z) for z in structures.distinct_species if z not in found]
-    if not found or not missing or recipe.baseline.isolated_atoms != "auto":
+    isolated = baselines.IsolatedAtoms.from_frames(structures, targets)
+    missing = [errors.chemical_symbol(z) for z in structures.distinct_species if z not in isolated]
+    if not isolated or not missing or recipe.baseline.isolated_atoms != "auto":
         return []
-    known = ", ".join(errors.chemical_symbol(z) for z in sorted(found))
+    symbols = ", ".join(errors.chemical_symbol(z) for z in sorted(isolated))
     return [
-        f"There are isolated_atom frames of {known} but none of {', '.join(missing)}: energies of atoms are least squares over the "
+        f"There are isolated_atom frames of {symbols} but none of {', '.join(missing)}: energies of atoms are least squares over the "
         "compositions, as if there were none. Add the missing ones, or give all in baseline.isolated_atoms."
     ]
 
@@ -152,6 +153,7 @@ def subtract_baselines(structures: Structures, targets: Targets, base: Sequence[
 
 
 def baseline_sum(base: Sequence[Baseline], structures: Structures) -> Prediction:
+    """Energies, forces and stresses of all baselines together."""
     if not base:
         zero = baselines.IsolatedAtoms(dict.fromkeys(structures.distinct_species, 0.0))
         return zero(structures)
@@ -162,11 +164,11 @@ def baseline_sum(base: Sequence[Baseline], structures: Structures) -> Prediction
 
 
 def labels_noise(targets: Targets) -> dict[str, float]:
-    """Root mean square of the noise that labels bring themselves, by kind."""
-    found = {}
+    """Root mean square of the noise that is given with labels, by kind."""
+    out = {}
     for kind in KINDS:
         given = getattr(targets, f"{kind}_noise")
         given = given[~given.isnan()]
         if len(given):
-            found[kind] = given.square().mean().sqrt().item()
-    return found
+            out[kind] = given.square().mean().sqrt().item()
+    return out

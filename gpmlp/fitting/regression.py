@@ -81,7 +81,7 @@ def make_models(
             )
 
         def tell(done: float, k: int = k) -> None:
-            stages.tell(done + k * len(parts), len(parts) * len(recipe.descriptors))
+            stages.report(done + k * len(parts), len(parts) * len(recipe.descriptors))
 
         chosen, counts = sparse_points.choose_centers(
             parts, descriptor, kernel, ind.method, wanted, shares, recipe.seed, tell, *([observe] if k == 0 else [])
@@ -144,7 +144,7 @@ def stream_rows(
         for kind, rows in new.items():
             factors[kind].add(rows[:, :-1], rows[:, -1])
         done += 1
-        stages.tell(done, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
+        stages.report(done, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
 
     pieces = list(zip(parts, targets, strict=True))
     largest = max((3 * part.n_atoms + 7 * len(part) for part in parts), default=1) * columns * 8
@@ -217,7 +217,7 @@ def learn_hyperparameters(
 
     def tell(calls: int, value: float) -> None:
         noises = ", ".join(f"{k} {v:.2g}" for k, v in parameters.noise().items())
-        stages.tell(min(calls, 39), 40, f"-log evidence {value:.0f}; {noises}")
+        stages.report(min(calls, 39), 40, f"-log evidence {value:.0f}; {noises}")
 
     total = sum(widths)
 

@@ -1,4 +1,4 @@
-"""FitReport says what happened in a fit: rows, noise, rank, condition, jitter, errors, time and memory of each stage."""
+"""Report of a fit: rows, noise, rank, condition, jitter, errors, time and memory of each stage."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Progress = Callable[[str, float, float, str], None]
 
 @dataclass(frozen=True)
 class FitReport:
-    """What happened in a fit.
+    """Numbers of a fit.
 
     Attributes:
         rows: number of observations by kind.
         held_out: structures that were set aside to learn the calibration, and then learned from too.
         noise: standard deviations used, 'energies' eV/atom, 'forces' eV/A, 'stresses' eV/A^3.
-        noise_by_evidence: the same before leave-one-out chose that of the energies (gp/leave_one_out.py).
-        label_noise: how much of it the labels themselves show (uncertainty/label_noise.py); forces only.
+        noise_by_evidence: the same before leave-one-out chose that of the energies (gp/energy_noise.py).
+        label_noise: how much of it the labels themselves show (uncertainty/residuals.py); forces only.
         signal: prior standard deviation of local energies by descriptor and species, eV.
-        environments: number seen of each species; centres: chosen of each species, by descriptor.
+        environments: number of each species; centres: number chosen, by descriptor and species.
         shortest: distance of each pair of species in the data, A.
         variance_subset: columns kept for variances; where they are not all, how covariances of forces from them compare with those
-            from all, on some atoms (subset.error).
-        columns: inducing variables asked for; rank: those kept, not linearly dependent on others.
+            from all, on some atoms (variance_checks.subset_error).
+        columns: inducing variables asked for; rank: those that are linearly independent.
         condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
         negative_log_evidence: of the posterior's columns, nats, priors of the hyperparameters included.
         evidence_trace: (evaluation, negative log evidence) as it was minimised, with all columns.
@@ -76,15 +76,15 @@ class StageTimer:
     def begin(self, name: str) -> None:
         self.end()
         self._name, self._start = name, time.perf_counter()
-        self.tell(0.0, 1.0)
+        self.report(0.0, 1.0)
 
     def end(self) -> None:
         if self._name:
-            self.tell(1.0, 1.0)
+            self.report(1.0, 1.0)
             self.done.append((self._name, time.perf_counter() - self._start, peak_memory_MB()))
             self._name = ""
 
-    def tell(self, done: float, total: float, note: str = "") -> None:
+    def report(self, done: float, total: float, note: str = "") -> None:
         if self.progress:
             self.progress(self._name, done, total, note)
 

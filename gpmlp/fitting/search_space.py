@@ -1,4 +1,4 @@
-"""A search space is which keys of a recipe are varied in tuning, between which values, and where in it to look next."""
+"""Search space of tuning: the keys of a recipe that vary, between which values, and the next point to try."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from gpmlp.core.errors import UserError
 from gpmlp.io import recipe_files
-from gpmlp.recipe import DescriptorRecipe, KernelRecipe, Recipe
+from gpmlp.recipe import KernelRecipe, Recipe
 
 DIGITS = 4  # of proposed numbers, so that recipes can be read
 ATTEMPTS = (10, 500)  # proposals by TPE, then at random, for a point not tried yet
@@ -58,7 +58,7 @@ class SearchParameter:
 
 def parse_search(texts: Sequence[str], start: Recipe, objective: str = "likelihood") -> tuple[SearchParameter, ...]:
     """Read KEY=LOW:HIGH (numbers between; whole ones where the key takes only these) and KEY=a,b,c (one of these)."""
-    found: dict[str, SearchParameter] = {}
+    out: dict[str, SearchParameter] = {}
     for text in texts:
         where = f"--search {text}"
         key, sign, values = (piece.strip() for piece in text.partition("="))
@@ -66,7 +66,7 @@ def parse_search(texts: Sequence[str], start: Recipe, objective: str = "likeliho
             raise UserError(
                 f"{where}: must look like KEY=LOW:HIGH or KEY=a,b,c, e.g. descriptor.cutoff=4:6 or kernel.zeta=2,3,4."
             )
-        if key in found:
+        if key in out:
             raise UserError(f"{where}: '{key}' is given twice.")
         steps = [step for step in key.split(".") if not step.isdigit()]
         named = {steps[0], ".".join(steps[:2])} if steps else set()
@@ -74,8 +74,8 @@ def parse_search(texts: Sequence[str], start: Recipe, objective: str = "likeliho
             raise UserError(
                 f"{where}: '{key}' cannot be searched: the fit chooses it itself, or trials would not be comparable."
             )
-        found[key] = _range(key, values, where, start) if ":" in values else _choices(key, values, where, start)
-    return tuple(found.values())
+        out[key] = _range(key, values, where, start) if ":" in values else _choices(key, values, where, start)
+    return tuple(out.values())
 
 
 def _range(key: str, values: str, where: str, start: Recipe) -> SearchParameter:
@@ -103,29 +103,31 @@ def _choices(key: str, values: str, where: str, start: Recipe) -> SearchParamete
 
 
 def default_space(full: Recipe) -> tuple[SearchParameter, ...]:
-    """What is searched if nothing else is asked for, around a resolved recipe."""
-    found: list[SearchParameter] = []
-    for d, prefix in _places(full.descriptor, "descriptor"):
-        found.append(_around(f"{prefix}.cutoff", d.cutoff, 0.75, 1.3))
+    """The default search around a resolved recipe."""
+    out: list[SearchParameter] = []
+    for d, prefix in zip(full.descriptors, _prefixes(full.descriptor, "descriptor"), strict=True):
+        cutoff, sigma, n_max, l_max = d.cutoff or 0.0, d.sigma_atom or 0.0, d.n_max or 0, d.l_max or 0
+        out.append(_around(f"{prefix}.cutoff", cutoff, 0.75, 1.3))
         if d.name == "dscribe-acsf":
             continue
-        found.append(SearchParameter(f"{prefix}.sigma_atom", min(0.2, d.sigma_atom), max(0.6, d.sigma_atom)))
+        out.append(SearchParameter(f"{prefix}.sigma_atom", min(0.2, sigma), max(0.6, sigma)))
         if d.radial_scaling is not False:
-            exponent = d.radial_scaling.exponent
-            found.append(_around(f"{prefix}.radial_scaling.scale", d.radial_scaling.scale, 0.5, 1.6))
-            found.append(SearchParameter(f"{prefix}.radial_scaling.exponent", min(1.0, exponent), max(7.0, exponent)))
-        found.append(SearchParameter(f"{prefix}.n_max", max(1, d.n_max - 4), min(40, d.n_max + 4), integer=True))
-        found.append(SearchParameter(f"{prefix}.l_max", max(0, d.l_max - 3), min(20, d.l_max + 2), integer=True))
-    for k, prefix in _places(full.kernel, "kernel"):
-        found += _of_kernel(k, prefix)
-    return tuple(found)
+            scale, exponent = d.radial_scaling.scale or 0.0, d.radial_scaling.exponent or 0.0
+            out.append(_around(f"{prefix}.radial_scaling.scale", scale, 0.5, 1.6))
+            out.append(SearchParameter(f"{prefix}.radial_scaling.exponent", min(1.0, exponent), max(7.0, exponent)))
+        out.append(SearchParameter(f"{prefix}.n_max", max(1, n_max - 4), min(40, n_max + 4), integer=True))
+        out.append(SearchParameter(f"{prefix}.l_max", max(0, l_max - 3), min(20, l_max + 2), integer=True))
+    kernels = full.kernel if isinstance(full.kernel, tuple) else (full.kernel,)
+    for k, prefix in zip(kernels, _prefixes(full.kernel, "kernel"), strict=True):
+        out += _of_kernel(k, prefix)
+    return tuple(out)
 
 
 def _of_kernel(kernel: KernelRecipe, prefix: str) -> list[SearchParameter]:
     if kernel.name == "exponential":
-        return [_around(f"{prefix}.length", kernel.length, 0.4, 2.5)]
+        return [_around(f"{prefix}.length", kernel.length or 0.0, 0.4, 2.5)]
     if kernel.name == "polynomial":
-        return [SearchParameter(f"{prefix}.zeta", 1, max(5, kernel.zeta), integer=True)]
+        return [SearchParameter(f"{prefix}.zeta", 1, max(5, kernel.zeta or 0), integer=True)]
     return [p for i, term in enumerate(kernel.terms) for p in _of_kernel(term, f"{prefix}.terms.{i}")]
 
 
@@ -133,14 +135,9 @@ def _around(key: str, value: float, low: float, high: float) -> SearchParameter:
     return SearchParameter(key, float(f"{low * value:.3g}"), float(f"{high * value:.3g}"))
 
 
-def _places(
-    sections: DescriptorRecipe | KernelRecipe | tuple, name: str
-) -> Iterator[tuple[DescriptorRecipe | KernelRecipe, str]]:
-    """Each section with its dotted key, whether there is one or a list."""
-    if isinstance(sections, tuple):
-        yield from ((section, f"{name}.{i}") for i, section in enumerate(sections))
-    else:
-        yield sections, name
+def _prefixes(section: object, name: str) -> list[str]:
+    """The dotted key of each section, whether there is one or a list."""
+    return [f"{name}.{i}" for i in range(len(section))] if isinstance(section, tuple) else [name]
 
 
 def propose(
@@ -148,7 +145,7 @@ def propose(
 ) -> dict[str, Any] | None:
     """Values not tried yet, by the tree-structured Parzen estimator (Bergstra et al., NeurIPS 24 (2011)); None if there are none.
 
-    A function of its arguments alone: nothing is remembered between two proposals.
+    A function of its arguments alone, without a state between two proposals.
 
     Args:
         history: (values, objective) of what was tried; larger is better, None failed: worse than all others.
@@ -179,7 +176,7 @@ def frozen_trial(
     objective: float | None,
     attributes: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A finished trial as optuna has it; without parameters where the values, those of the start recipe, lie outside of the space."""
+    """A finished trial for optuna; without parameters where the values, those of the start recipe, lie outside of the space."""
     optuna = load_optuna()
     inside = [p for p in space if all(q.contains(values.get(q.key)) for q in space)]
     return optuna.trial.create_trial(
@@ -192,7 +189,7 @@ def frozen_trial(
 
 
 def load_optuna() -> Any:
-    """The library of the search, an extra.
+    """The module optuna, an extra.
 
     Raises:
         UserError: it is not installed.

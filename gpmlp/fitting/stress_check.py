@@ -1,4 +1,4 @@
-"""Consistency asks whether the stresses of strained copies of a structure are the derivatives of their energies.
+"""Consistency of stresses with energies: whether stresses of strained copies of a structure are the derivatives of their energies.
 
 Between two copies A and B of one structure in different cells (same fractional coordinates), dE/dC : dC = V sigma : (C^-1 dC)
 with C the cell, so the trapezoid rule gives the work w that must equal E_B - E_A:
@@ -29,8 +29,8 @@ FEWEST_PAIRS = 3
 # Error model of one pair, eV/atom: basis-set noise of the energies, and the trapezoid rule (E''' strain^3 / 12, a stiff solid)
 ENERGY_NOISE = 2e-4
 TRAPEZOID = 30.0
-# A hypothesis is doubted when the residual exceeds the error model by this factor, and another must be this much better
-DOUBT = 2.0
+# A hypothesis is rejected when the residual exceeds the error model by this factor, and another must be this much better
+REJECTED = 2.0
 BETTER = 0.5
 SMALLEST_OFFSET = 0.3 * GPA
 UNITS = {"GPa": 1 / GPA, "kbar": 10 / GPA, "bar": 1e4 / GPA}
@@ -72,7 +72,7 @@ def check_stress_consistency(structures: Structures, targets: Targets) -> list[s
         return []
     one = torch.ones((), dtype=pairs.work.dtype)
     agreed = _residual(pairs, one, 0 * one)
-    if agreed < DOUBT:
+    if agreed < REJECTED:
         return []
     offset = _fit(pairs, slope=False)[1]
     slope, both_offset = _fit(pairs, slope=True)
@@ -128,21 +128,19 @@ def strained_pairs(structures: Structures, targets: Targets) -> StrainedPairs:
     Structures of one composition are sorted by a smooth signature of their fractional coordinates, and each is compared with
     the next few: the cost grows as the number of structures, not as its square.
     """
-    known = ~targets.energies.isnan() & ~targets.stresses.isnan().flatten(1).any(1) & structures.periodic.all(1)
+    labelled = ~targets.energies.isnan() & ~targets.stresses.isnan().flatten(1).any(1) & structures.periodic.all(1)
     groups: dict[tuple[int, ...], list[int]] = {}
     offsets = structures.offsets.tolist()
-    for s in known.nonzero().flatten().tolist():
+    for s in labelled.nonzero().flatten().tolist():
         groups.setdefault(tuple(structures.species[offsets[s] : offsets[s + 1]].tolist()), []).append(s)
-    found = [torch.zeros(0, 2, dtype=torch.long)]
-    for members in groups.values():
-        if len(members) > 1:
-            found.append(_copies(structures, torch.tensor(members)))
-    first, second = torch.cat(found).unbind(1)
+    pairs = [torch.zeros(0, 2, dtype=torch.long)]
+    pairs += [_copies(structures, torch.tensor(members)) for members in groups.values() if len(members) > 1]
+    first, second = torch.cat(pairs).unbind(1)
     return _compare(structures, targets, first, second)
 
 
 def _copies(structures: Structures, members: Tensor) -> Tensor:
-    """(pairs, 2) structures whose fractional coordinates, seen from their first atom, agree modulo 1."""
+    """(pairs, 2) structures whose fractional coordinates relative to their first atom agree modulo 1."""
     starts, n = structures.offsets[members], int(structures.counts[members[0]])
     positions = structures.positions[starts[:, None] + torch.arange(n)].double()
     fractional = torch.linalg.solve(structures.cells[members].double().mT, positions.mT).mT
@@ -176,14 +174,12 @@ def _compare(structures: Structures, targets: Targets, first: Tensor, second: Te
     size = torch.stack([s.flatten(1).norm(dim=1) for s in strains]).max(0).values
     keep = (size > SMALLEST_STRAIN) & (size < LARGEST_STRAIN)
     n = atoms[first]
-    values = (
-        (energies[second] - energies[first]) / n,
-        (works[0] + works[1]) / n,
-        (volumes[second] - volumes[first]) / n,
-    )
+    energy, work = (energies[second] - energies[first]) / n, (works[0] + works[1]) / n
+    volume = (volumes[second] - volumes[first]) / n
     error = (ENERGY_NOISE**2 + (TRAPEZOID * size**3) ** 2).sqrt()
     mean_volume = float(volumes[first[keep]].mean()) if keep.any() else float("nan")
-    return StrainedPairs(first[keep], second[keep], *(v[keep] for v in values), error[keep], mean_volume)
+    about = energy[keep], work[keep], volume[keep], error[keep]
+    return StrainedPairs(first[keep], second[keep], *about, mean_volume)
 
 
 def _fit(pairs: StrainedPairs, slope: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Tuning is the search for the recipe with which a small fit best foresees structures that it has not seen."""
+"""Tuning: a search for the recipe whose small fit predicts held-out structures with the largest likelihood."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from gpmlp.io import provenance, recipe_files
 from gpmlp.io.files import check_target, reopen_journal
 from gpmlp.potential import baselines
 from gpmlp.potential.evaluation import evaluate
-from gpmlp.recipe import CalibrationRecipe, InducingRecipe, Recipe
+from gpmlp.recipe import CalibrationRecipe, InducingRecipe, Recipe, VarianceRecipe
 
 OBJECTIVES = ("likelihood", "evidence")
 COLUMNS = 400  # inducing variables of a trial: a fit to TRAIN_ATOMS atoms takes about ten seconds
@@ -45,7 +45,7 @@ STUDY = "gpmlp tune"
 
 @dataclass(frozen=True)
 class TuningTrial:
-    """One recipe tried.
+    """The outcome of one recipe.
 
     Attributes:
         number: 0 is the start recipe.
@@ -73,18 +73,17 @@ class TuningTrial:
 
 @dataclass(frozen=True, eq=False)
 class TuningProblem:
-    """What is searched, and on which data it is judged.
+    """A search: the start recipe, the space, and the data on which trials are fitted and judged.
 
     Attributes:
         start: the recipe to begin with, as given.
-        found: what all the data say, from which defaults are filled.
+        summary: of all the data, from which defaults are filled.
         learned_from, held: the data of every trial.
-        search: what is varied.
         data: name and sha256 of the file, for the log and the recipe.
     """
 
     start: Recipe
-    found: defaults.DataSummary
+    summary: defaults.DataSummary
     species: tuple[int, ...]
     learned_from: tuple[Structures, Targets]
     held: tuple[Structures, Targets]
@@ -113,7 +112,7 @@ class TuningProblem:
 
     def resolved(self, values: Mapping[str, Any]) -> Recipe:
         """The start recipe with other values, and with what it leaves open chosen from all the data."""
-        return _resolved(self.changed(values), self.found, self.species)
+        return _resolved(self.changed(values), self.summary, self.species)
 
     def final(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe to write: descriptor and kernel in full; inducing set, noise and the rest as the start recipe has them."""
@@ -124,7 +123,7 @@ class TuningProblem:
         """The recipe of a trial: a fixed number of columns, no novelty, a small calibration."""
         chosen = self.changed(values)
         opened = tuple(i.model_copy(update={"n": None}) for i in chosen.inducings)
-        full = _resolved(_update(chosen, inducing=opened), self.found, self.species)
+        full = _resolved(_update(chosen, inducing=opened), self.summary, self.species)
         each = max(1, self.columns // len(full.descriptors))
         judged = self.objective == "likelihood"
         most = self.learned_from[0].n_atoms
@@ -135,7 +134,7 @@ class TuningProblem:
         return _update(
             full,
             inducing=tuple(_limited(i, each, most) for i in full.inducings),
-            variance=Recipe().variance.model_copy(update={"columns": self.columns}) if judged else False,
+            variance=VarianceRecipe(columns=self.columns) if judged else False,
             calibration=CalibrationRecipe(atoms=CALIBRATION_ATOMS) if judged else False,
             novelty=False,
             noise=full.noise.model_copy(update={"config_types": noise}),
@@ -150,7 +149,7 @@ class TuningProblem:
         return "log likelihood per " + {"forces": "force component, eV/A", "energies": "energy, eV/atom"}[self.kind]
 
     @property
-    def summary(self) -> str:
+    def description(self) -> str:
         """The size of a trial."""
         learned, held = self.learned_from[0], self.held[0]
         return (
@@ -182,23 +181,23 @@ def tuning_problem(
     data: Mapping[str, str] | None = None,
     columns: int = COLUMNS,
 ) -> TuningProblem:
-    """Look at the data, set structures aside (the same share of every config_type) and settle what is searched.
+    """Set structures aside (the same share of every config_type) and fix the search space.
 
     Args:
         search: KEY=LOW:HIGH or KEY=a,b,c; nothing for the default space around the start recipe.
         data: 'name' and 'sha256' of the file.
 
     Raises:
-        UserError: fewer than held_out.FEWEST structures, none with a label to judge by, a range that cannot be searched.
+        UserError: fewer than calibrate.FEWEST structures, none with a label to judge by, a range that cannot be searched.
     """
     errors.check_choice("objective", objective, OBJECTIVES)
     errors.check_positive("columns", columns)
     start = _update(start)
-    found, species = defaults.summarise_data(structures, targets), structures.distinct_species
+    summary, species = defaults.summarise_data(structures, targets), structures.distinct_species
     kept, held = calibrate.calibration_split(structures, targets, HELD, seed)
     if not len(held):
         raise UserError(
-            f"tune needs at least {calibrate.FEWEST} structures beside isolated atoms, to learn from some and judge by others; "
+            f"tune needs at least {calibrate.FEWEST} structures that are no isolated atoms, to learn from some and judge by others; "
             f"got {len(structures)}."
         )
     learn, judge = ((structures.select(some), targets.select(structures, some)) for some in (kept, held))
@@ -207,7 +206,7 @@ def tuning_problem(
             "The held-out structures have neither forces nor energies to judge by; check the labels in the file."
         )
     learn = _thinned(*learn, seed)
-    problem = TuningProblem(start, found, species, learn, judge, (), objective, columns, seed, dict(data or {}))
+    problem = TuningProblem(start, summary, species, learn, judge, (), objective, columns, seed, dict(data or {}))
     space = parse_search(search, start, objective) if search else default_space(problem.resolved({}))
     return replace(problem, search=space)
 
@@ -219,9 +218,9 @@ def run_trials(
     most: int | None = None,
     tick: Callable[[int, float], None] | None = None,
 ) -> Iterator[TuningTrial]:
-    """Yield trials, the first that of the start recipe, until time or number is used up or nothing new is left to try.
+    """Yield trials, the first that of the start recipe, until time or number is used up or no new point is left.
 
-    What comes after some trials depends on them and on the seed alone, so that a search resumed is the search uninterrupted.
+    The next trial depends on those before and on the seed alone, so that a resumed search equals an uninterrupted one.
     The first trial runs to its end; a later one is given up, unrecorded, when the time is over.
 
     Args:
@@ -252,10 +251,10 @@ def run_trials(
             return
         values = problem.first
         if history:
-            told = [(t.parameters, t.objective) for t in history]
-            values = propose(problem.search, told, problem.seed)
-        if values is None:
-            return
+            proposed = propose(problem.search, [(t.parameters, t.objective) for t in history], problem.seed)
+            if proposed is None:
+                return
+            values = proposed
         try:
             trial = run_trial(problem, len(history), values, check)
         except _OutOfTimeError:
@@ -265,20 +264,23 @@ def run_trials(
 
 
 class _OutOfTimeError(Exception):
-    """The time is over in the middle of a trial."""
+    """The time is over during a trial."""
 
 
 def run_trial(
     problem: TuningProblem, number: int, values: Mapping[str, Any], check: Callable[..., None] = lambda *_: None
 ) -> TuningTrial:
-    """Fit with these values and judge; what cannot be fitted becomes a failed trial that says why."""
+    """Fit with these values and judge; what cannot be fitted becomes a failed trial with the reason."""
     started = time.perf_counter()
     objective = mae = rmse = failure = None
     try:
         recipe = problem.trial(values)
         potential, report = fit(*problem.learned_from, recipe, progress=check)
         device, dtype = torch.device(recipe.device), getattr(torch, recipe.dtype)
-        structures, targets = (part.to(device=device, dtype=dtype) for part in problem.held)
+        structures, targets = (
+            problem.held[0].to(device=device, dtype=dtype),
+            problem.held[1].to(device=device, dtype=dtype),
+        )
         judged = problem.objective == "likelihood"
         result = evaluate(potential, structures, targets, check, judged)
         mae, rmse = (json_value(v) for v in (result.overall.force_mae_meV_per_A, result.overall.force_rmse_meV_per_A))
@@ -298,12 +300,14 @@ def run_trial(
 
 def best_trial(trials: Sequence[TuningTrial]) -> TuningTrial | None:
     """The trial of the largest objective, the earliest of equal ones."""
-    return max((t for t in trials if t.objective is not None), key=lambda t: t.objective, default=None)
+    scored = [(t.objective, -t.number, t) for t in trials if t.objective is not None]
+    return max(scored)[2] if scored else None
 
 
 def recipe_comment(problem: TuningProblem, trials: Sequence[TuningTrial]) -> list[str]:
-    """What the file of the best recipe says of itself, in lines of comment."""
-    top, start = best_trial(trials), trials[0]
+    """Lines of comment for the file of the best recipe."""
+    start = trials[0]
+    top = best_trial(trials) or start
 
     def of(t: TuningTrial) -> str:
         if t.objective is None:
@@ -318,7 +322,7 @@ def recipe_comment(problem: TuningProblem, trials: Sequence[TuningTrial]) -> lis
         f"objective ({problem.meaning}): {of(top)}",
         f"start recipe: {of(start)}",
         f"data: {data.get('name', 'not recorded')}, sha256 {data.get('sha256', 'not recorded')}",
-        f"trials: {problem.summary}",
+        f"trials: {problem.description}",
         "inducing.n and noise are as in the start recipe; left open, the fit chooses them.",
     ]
 
@@ -405,15 +409,15 @@ def _update(recipe: Recipe, **values: Any) -> Recipe:
     return new.model_copy(update=single)
 
 
-def _resolved(recipe: Recipe, found: defaults.DataSummary, species: Sequence[int]) -> Recipe:
-    full = defaults.resolve_recipe(recipe, found, len(species))
+def _resolved(recipe: Recipe, summary: defaults.DataSummary, species: Sequence[int]) -> Recipe:
+    full = defaults.resolve_recipe(recipe, summary, len(species))
     # one kernel for all descriptors stays one
-    return _update(full, kernel=full.kernel if isinstance(recipe.kernel, tuple) else full.kernel[0])
+    return _update(full, kernel=full.kernel if isinstance(recipe.kernel, tuple) else full.kernels[0])
 
 
 def _limited(inducing: InducingRecipe, columns: int, most: int) -> InducingRecipe:
     """The same kind of inducing set with about so many columns, at most `most` centres."""
-    n = max(1, min(columns // (1 + inducing.gradients), most))
+    n = max(1, min(columns // (1 + (inducing.gradients or 0)), most))
     shares = inducing.shares
     if isinstance(shares, dict):
         total = max(n, sum(shares.values()))
@@ -425,7 +429,7 @@ def _thinned(structures: Structures, targets: Targets, seed: int) -> tuple[Struc
     """At most about TRAIN_ATOMS atoms, the same share of every config_type; isolated atoms stay."""
     if structures.n_atoms <= TRAIN_ATOMS:
         return structures, targets
-    # as what is set aside is chosen, here without its bound of one half
+    # drawn as structures are set aside, but without a bound on their share
     share = CalibrationRecipe.model_construct(fraction=1.0, atoms=TRAIN_ATOMS)
     rest, some = calibrate.calibration_split(structures, targets, share, seed + 1)
     if not len(some):  # few structures are all kept, however large

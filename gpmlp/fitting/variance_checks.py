@@ -1,4 +1,4 @@
-"""Left out in turn, training structures tell how large the process is that the inducing variables do not see."""
+"""Checks of the variances of a fit: the amplitude of what inducing variables miss, by leaving structures out, and the column subset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty.calibration import fit_variance_weights
 from gpmlp.uncertainty.scores import spearman_correlation
 
-SUBSET_ATOMS = 100  # that are looked at
+SUBSET_ATOMS = 100  # whose covariances are compared
 QUANTILES = (0.05, 0.5, 0.95)
 
 ATOMS = 400  # of the structures that are left out in turn
@@ -40,8 +40,8 @@ def leave_out_amplitude(
 ) -> float:
     """The w under which forces of structures left out are most likely: var = w [k_gg - k_gu K_uu⁻¹ k_ug] + data + noise.
 
-    DTC's evidence chooses the size of the process at the inducing variables, for which it has data; what lies between them is noise
-    to it, and mostly far smaller than the same size would have it. With C the posterior covariance of the labels of one structure
+    DTC's evidence chooses the signal variance at the inducing variables, for which it has data; what lies between them is noise
+    to it, and mostly far smaller than this signal variance implies. With C the posterior covariance of the labels of one structure
     and Σ their noise, leaving the structure out turns its residuals r into Σ (Σ - C)⁻¹ r and C into Σ (Σ - C)⁻¹ C: no fit is
     made again (Rasmussen & Williams 2006, section 5.4.2, for more labels than one at a time). Inducing variables stay.
 
@@ -53,61 +53,62 @@ def leave_out_amplitude(
     Returns:
         w; 1 where there are less than 100 forces, or forces all have noises of their own.
     """
-    kept = potential.variances
+    model = potential.variances
+    if model is None:
+        return 1.0
     every = regression.variance_model(models, learned.signal, solved.factor)
 
-    def look(piece: tuple[Structures, Targets]) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Errors of the forces of a structure, what inducing variables miss of them, and the rest of their variance."""
+    def leave_out(piece: tuple[Structures, Targets]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Errors of the forces of a structure, the variance that inducing variables miss, and the rest of it."""
         structure, targets = piece
         views = [StructureEnvironments.from_structures(m.descriptor, structure) for m in models]
         rows = regression.labelled_rows(models, structure, targets, views=views)
         if "forces" not in rows:
             return None
         z = {kind: r[:, -1] - r[:, :-1] @ solved.weights.to(r) for kind, r in rows.items()}
-        left, spread = _left_out({k: r[:, :-1] for k, r in rows.items()}, z, every, learned.noise)
-        if kept.n_columns < kept.of_fit:
-            rows = regression.labelled_rows(models, structure, targets, kept.blocks, views)
-            _, spread = _left_out({k: r[:, :-1] for k, r in rows.items()}, z, kept, learned.noise)
-        missed = _missed(kept, structure, targets, views, rows["forces"][:, :-1])
-        return left, missed, spread + learned.noise["forces"] ** 2
+        error, opened = _leave_one_out({k: r[:, :-1] for k, r in rows.items()}, z, every, learned.noise)
+        if model.n_columns < model.of_fit:
+            rows = regression.labelled_rows(models, structure, targets, model.blocks, views)
+            _, opened = _leave_one_out({k: r[:, :-1] for k, r in rows.items()}, z, model, learned.noise)
+        missed = _missed_variance(model, structure, targets, views, rows["forces"][:, :-1])
+        return error, missed, opened + learned.noise["forces"] ** 2
 
-    seen = [found for found in parallel.map_pieces(look, _some(structures, remaining, seed)) if found is not None]
-    if sum(len(left) for left, _, _ in seen) < ENOUGH:
+    pieces = parallel.map_pieces(leave_out, _some_structures(structures, remaining, seed))
+    results = [piece for piece in pieces if piece is not None]
+    if sum(len(error) for error, _, _ in results) < ENOUGH:
         return 1.0
-    errors, missed, rest = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    errors, missed, rest = (torch.cat(parts) for parts in zip(*results, strict=True))
     return float(fit_variance_weights(errors, missed[:, None], rest))
 
 
-def _missed(
+def _missed_variance(
     model: VarianceModel, structure: Structures, targets: Targets, views: Sequence[StructureEnvironments], rows: Tensor
 ) -> Tensor:
-    """k_gg - k_gu K_uu⁻¹ k_ug of the known forces with the common noise, whose rows K_ou these are."""
-    seen = likelihood.observed_labels(targets, structure.counts)["forces"]
-    known = seen.rows[seen.noise.isnan()]
-    atoms, place = (known // 3).unique(return_inverse=True)
-    prior = sum(p.forces(structure, v, atoms) for p, v in zip(model.priors, views, strict=True))
+    """k_gg - k_gu K_uu⁻¹ k_ug of the labelled forces with the common noise, whose rows K_ou these are."""
+    labels = likelihood.observed_labels(targets, structure.counts)["forces"]
+    components = labels.rows[labels.noise.isnan()]
+    atoms, place = (components // 3).unique(return_inverse=True)
+    priors = [p.forces(structure, v, atoms) for p, v in zip(model.priors, views, strict=True)]
+    variance = sum(priors[1:], start=priors[0]).diagonal(dim1=1, dim2=2)[place, components % 3]
     explained, _ = model.whiten(rows)
-    return inducing_variance(prior.diagonal(dim1=1, dim2=2)[place, known % 3], explained.square().sum(1), 1.0)
+    return inducing_variance(variance, explained.square().sum(1), 1.0)
 
 
-def _some(structures: Structures, targets: Targets, seed: int) -> list[tuple[Structures, Targets]]:
+def _some_structures(structures: Structures, targets: Targets, seed: int) -> list[tuple[Structures, Targets]]:
     """Structures at random, each by itself, of about ATOMS atoms together; of a larger one the forces on so many of its atoms."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(structures), generator=generator)
-    fit = structures.counts.cpu()[order].cumsum(0) <= ATOMS
-    chosen = [int(i) for i in order[: max(1, int(fit.sum()))]]
+    chosen, generator = _draw(structures, ATOMS, seed)
     some = [(structures.select([i]), targets.select(structures, [i])) for i in chosen]
     if some[0][0].n_atoms > ATOMS:
-        one, known = some[0]
-        unseen = torch.randperm(one.n_atoms, generator=generator)[ATOMS:].to(known.forces.device)
-        some[0] = (one, replace(known, forces=known.forces.index_fill(0, unseen, torch.nan)))
+        one, labels = some[0]
+        others = torch.randperm(one.n_atoms, generator=generator)[ATOMS:].to(labels.forces.device)
+        some[0] = (one, replace(labels, forces=labels.forces.index_fill(0, others, torch.nan)))
     return some
 
 
-def _left_out(
+def _leave_one_out(
     rows: dict[str, Tensor], residuals: dict[str, Tensor], model: VarianceModel, noise: dict[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """Errors of the forces of a structure, and what the data leave open of them, had it not been learned from.
+    """Errors of the forces of a structure, and their posterior variances from the other data, by leave-one-out algebra.
 
     Args:
         rows: by kind, K_ou of its labels; residuals: of the fit with it.
@@ -117,7 +118,7 @@ def _left_out(
     _, left = model.whiten(torch.cat(list(rows.values())) / sigma[:, None])
     share = left @ left.T  # Σ^-½ C Σ^-½
     values, vectors = torch.linalg.eigh(share)
-    values = values.clamp(0, 1 - 1e-12)  # labels that were learned leave less than their noise
+    values = values.clamp(0, 1 - 1e-12)  # labels in the data leave less than their noise
     r = torch.cat(list(residuals.values())).to(share) / sigma
     error = sigma * (vectors @ ((vectors.T @ r) / (1 - values)))
     variance = sigma**2 * (vectors.square() @ (values / (1 - values)))
@@ -138,28 +139,33 @@ def subset_error(
 
     Args:
         signal: (columns,) δ of each column; factor: R of all columns (SparsePosterior.factor).
-        structures: of which about ATOMS atoms are looked at, those of structures at random.
+        structures: of which about SUBSET_ATOMS atoms are compared, those of structures at random.
 
     Returns:
         columns, columns_of_fit; where they differ also, over atoms, QUANTILES of the ratio of standard deviations of forces
         (subset / all), Spearman's coefficient between these, and the median of |C - C'| / |C'|, the relative error of the 3 x 3
         covariance (Frobenius norms), as it is and once the subset is scaled by one number, which is what a calibration can do.
     """
-    kept = potential.variances
-    if kept is None:
+    subset = potential.variances
+    if subset is None:
         return {}
-    found: dict[str, float] = {"columns": kept.n_columns, "columns_of_fit": kept.of_fit}
-    if kept.n_columns == kept.of_fit:
+    found: dict[str, float] = {"columns": subset.n_columns, "columns_of_fit": subset.of_fit}
+    if subset.n_columns == subset.of_fit:
         return found
-    some, atoms = _sample(structures, seed)
-    cheap, exact = (
-        replace(potential, variances=v)(some, "forces", atoms=atoms, form="dtc", calibrated=False)
-        .forces_covariance.epistemic[atoms]
-        .double()
-        for v in (replace(kept, noise={}), regression.variance_model(models, signal, factor))
-    )
+    chosen, generator = _draw(structures, SUBSET_ATOMS, seed)
+    some = structures.select(chosen)
+    atoms = torch.randperm(some.n_atoms, generator=generator)[:SUBSET_ATOMS].sort().values
+
+    def covariances_of(model: VarianceModel) -> Tensor:
+        predict = replace(potential, variances=model)
+        covariance = predict(some, "forces", atoms=atoms, form="dtc", calibrated=False).forces_covariance
+        assert covariance is not None, "forces were asked for"
+        return covariance.epistemic[atoms].double()
+
+    cheap = covariances_of(replace(subset, noise={}))
+    exact = covariances_of(regression.variance_model(models, signal, factor))
     sizes = exact.flatten(1).norm(dim=1)
-    moving = sizes > 0  # the force on a lone atom is known
+    moving = sizes > 0  # the force on a lone atom is zero
     if not moving.any():
         return found
     cheap, exact, sizes = cheap[moving], exact[moving], sizes[moving]
@@ -173,10 +179,9 @@ def subset_error(
     return found | ({"std_spearman": order} if order == order else {})
 
 
-def _sample(structures: Structures, seed: int) -> tuple[Structures, Tensor]:
-    """Structures at random with about ATOMS atoms together, one at least, and at most so many of their atoms."""
+def _draw(structures: Structures, atoms: int, seed: int) -> tuple[list[int], torch.Generator]:
+    """Structures at random with about so many atoms together, one at least, and the generator for what else is drawn."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(structures), generator=generator)
-    fit = structures.counts.cpu()[order].cumsum(0) <= SUBSET_ATOMS
-    some = structures.select(order[: max(1, int(fit.sum()))])
-    return some, torch.randperm(some.n_atoms, generator=generator)[:SUBSET_ATOMS].sort().values
+    fit = structures.counts.cpu()[order].cumsum(0) <= atoms
+    return [int(i) for i in order[: max(1, int(fit.sum()))]], generator

@@ -1,8 +1,8 @@
-"""Archive is the file of one potential: safetensors with a JSON header, guarded by a checksum over every byte.
+"""Model file of one potential: safetensors with a JSON header and a checksum over every byte.
 
 The safetensors metadata hold one key, ``gpmlp``: a JSON object with ``archive_sha256`` (of the file with this number replaced by
 zeros), ``format`` (an integer, raised whenever older versions could not read the file), ``version`` of the package, ``units``,
-and ``header``, what Potential.state() returned beside its tensors. Nothing in it is executed on loading.
+and ``header``, the first part of Potential.state(). Nothing in it is executed on loading.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -31,12 +31,9 @@ CHECKSUM = re.compile(rb'"gpmlp":"\{\\"archive_sha256\\":\\"([0-9a-f]{64})\\"')
 
 
 class _Archivable(Protocol):
-    """What can be archived."""
+    """Values that can be saved."""
 
     def state(self) -> tuple[dict[str, Any], Mapping[str, Tensor]]: ...
-
-
-T = TypeVar("T")
 
 
 def save(potential: _Archivable, path: str | os.PathLike[str]) -> None:
@@ -71,7 +68,9 @@ def save(potential: _Archivable, path: str | os.PathLike[str]) -> None:
         file.write(data[match.end(1) :])
 
 
-def load(path: str | os.PathLike[str], factory: Callable[[dict[str, Any], dict[str, Tensor]], T] | None = None):
+def load(
+    path: str | os.PathLike[str], factory: Callable[[dict[str, Any], dict[str, Tensor]], Any] | None = None
+) -> Any:
     """Read a potential; needs no training data and no optimiser.
 
     Args:
@@ -93,7 +92,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[dict[str, Any], dict[s
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what a model file says of itself: format, version, units, header. The whole file is verified."""
+    """Read format, version, units and header of a model file. The whole file is verified."""
     return _verified(Path(path))[0]
 
 

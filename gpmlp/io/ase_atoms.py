@@ -1,4 +1,4 @@
-"""The border between ASE's Atoms (and every file that ASE reads) and Structures with their Targets."""
+"""Conversion between ASE's Atoms (and every file that ASE reads) and Structures with their Targets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
@@ -41,7 +42,7 @@ def read(
     """Read structures and whatever labels they carry from a file in any format known to ASE (extended XYZ is meant).
 
     Energies in eV, forces in eV/A, stresses in eV/A^3 (positive = tension), as ASE stores the results of calculators; else
-    plain keys as listed in gpmlp.io.labels. What is absent or NaN is not known (NaN in Targets).
+    plain keys as listed in gpmlp.io.labels. What is absent is NaN in Targets.
 
     Args:
         path: file to read.
@@ -104,17 +105,17 @@ def read_frames(path: str | os.PathLike[str], index: str | int | slice = ":") ->
         raise UserError(f"{path}: holds no structures.")
     try:
         chosen = string2index(index) if isinstance(index, str) else index
-        numbers = range(len(frames))[chosen]
+        every = range(len(frames))
+        numbers = list(every[chosen]) if isinstance(chosen, slice) else [every[int(chosen)]]
     except (ValueError, IndexError) as error:
         raise UserError(f"{path}: cannot take the frames '{index}' of {len(frames)}: {error}.") from error
-    numbers = [numbers] if isinstance(numbers, int) else list(numbers)
     if not numbers:
         raise UserError(f"{path}: the index '{index}' keeps none of its {len(frames)} frames.")
     return [frames[i] for i in numbers], numbers
 
 
 def read_unlabelled(path: str | os.PathLike[str]) -> tuple[list[Atoms], Structures]:
-    """Read Atoms, with all that the file tells of them, and their Structures; labels are not looked at."""
+    """Read Atoms, with all that is in the file, and their Structures without labels."""
     frames, numbers = read_frames(path)
     return frames, structures_from_ase(frames, [f"{Path(path).name} frame {i}" for i in numbers])
 
@@ -187,7 +188,7 @@ def _group(found: Sequence[labels.FrameLabels], names: Sequence[str]) -> dict[st
 
 
 def to_ase(structures: Structures, values: Prediction | Targets | None = None) -> list[Atoms]:
-    """Convert Structures to Atoms that carry a prediction, or what is known, as calculator results (ASE's units and signs)."""
+    """Convert Structures to Atoms that carry a prediction, or labels, as calculator results (ASE's units and signs)."""
     frames = []
     offsets = structures.offsets.tolist()
     cpu = structures.to(device="cpu")
@@ -208,7 +209,7 @@ def to_ase(structures: Structures, values: Prediction | Targets | None = None) -
 
 
 def calculator_results(values: Prediction | Targets, s: int, atoms: slice) -> dict[str, float | np.ndarray]:
-    """ASE calculator results of structure s, whose atoms are the given rows; what is not known is left out.
+    """ASE calculator results of structure s, whose atoms are the given rows; NaN is left out.
 
     ASE's stress is in Voigt order xx, yy, zz, yz, xz, xy, in eV/A^3 and positive under tension, as ours is.
     """
@@ -260,22 +261,22 @@ def write_frames(path: str | os.PathLike[str], atoms: Atoms | Sequence[Atoms]) -
 
 
 def with_predictions(structures: Structures, targets: Targets, prediction: Prediction) -> list[Atoms]:
-    """Atoms with the references as calculator results, and predictions beside them.
+    """Atoms with the references as calculator results, and predictions as further info and arrays.
 
     Predictions are gpmlp_energy, gpmlp_forces and gpmlp_stress (Voigt xx yy zz yz xz xy), so that read() sees the references;
     standard deviations are gpmlp_energy_std, gpmlp_forces_std, gpmlp_local_energy_std and gpmlp_stress_std, where they were
     predicted, and gpmlp_novelty is the Mahalanobis distance in units of its threshold.
     """
-    frames, predicted = to_ase(structures, targets), to_ase(structures, prediction)
-    offsets = structures.offsets.tolist()
-    for s, (frame, own) in enumerate(zip(frames, predicted, strict=True)):
-        found = own.calc.results
-        for key, value in uncertainty_results(prediction, s, slice(offsets[s], offsets[s + 1])).items():
-            (frame.arrays if np.ndim(value) and key != "stress_std" else frame.info)[f"gpmlp_{key}"] = value
-        frame.info["gpmlp_energy"] = found["energy"]
-        frame.arrays["gpmlp_forces"] = found["forces"]
-        if "stress" in found:
-            frame.info["gpmlp_stress"] = found["stress"]
+    frames, offsets = to_ase(structures, targets), structures.offsets.tolist()
+    for s, frame in enumerate(frames):
+        rows = slice(offsets[s], offsets[s + 1])
+        predicted = calculator_results(prediction, s, rows)
+        values = uncertainty_results(prediction, s, rows)
+        values |= {key: predicted[key] for key in ("energy", "forces", "stress") if key in predicted}
+        for key, value in values.items():
+            of_atoms = np.ndim(value) and not key.startswith("stress")
+            holder: dict[str, Any] = frame.arrays if of_atoms else frame.info
+            holder[f"gpmlp_{key}"] = value
     return frames
 
 
@@ -305,7 +306,14 @@ def picked_frames(
     return list(chosen.values())
 
 
-def iterate_frames(path: Path, at_most: int, most_atoms: int) -> Iterator[ase.Atoms]:
+def read_frame(text: bytes) -> Atoms:
+    """The Atoms of one frame of extended XYZ."""
+    atoms = ase.io.read(io.StringIO(text.decode("utf-8")), format="extxyz", index=0)
+    assert isinstance(atoms, Atoms), "one index, one frame"
+    return atoms
+
+
+def iterate_frames(path: Path, at_most: int, most_atoms: int) -> Iterator[Atoms]:
     """Frames of an extended XYZ trajectory at even distances, the last first; one that is cut off is left out.
 
     Args:
@@ -316,11 +324,11 @@ def iterate_frames(path: Path, at_most: int, most_atoms: int) -> Iterator[ase.At
     layout = files.scan_frames(path, closed=True)
     bounds = [*layout.starts, layout.end]
     n, used = len(layout.starts), 0
-    wanted = np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int)) if n else []
+    wanted = np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int)).tolist() if n else []
     with open(path, "rb") as file:
-        for i in reversed(list(wanted)):  # the last ones first: they are what the run came to
+        for i in reversed(wanted):  # the end of the run matters most
             file.seek(bounds[i])
-            atoms = ase.io.read(io.StringIO(file.read(bounds[i + 1] - bounds[i]).decode()), format="extxyz", index=0)
+            atoms = read_frame(file.read(bounds[i + 1] - bounds[i]))
             used += len(atoms)
             if used > most_atoms and used > len(atoms):
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,21 +35,21 @@ def load_recipe(path: str | os.PathLike[str] | None = None, overrides: Sequence[
 
 
 def load_recipe_as(model: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> T:
-    """Read a recipe of another kind, in the same way."""
+    """Read a recipe of another kind in the same way."""
     data = _read(Path(path)) if path is not None else {}
     for override in overrides:
         _set(data, override)
     places = ([str(path)] if path is not None else []) + (["--set"] if overrides else [])
-    return validate_recipe(data, " and ".join(places) or "recipe", model)
+    return validate_as(model, data, " and ".join(places) or "recipe")
 
 
-def validate_recipe(data: dict[str, Any], where: str = "recipe", model: type[T] = Recipe) -> T:
-    """Return the recipe that nested dictionaries describe.
+def validate_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Return the recipe that nested dictionaries describe; `where` names the source in messages."""
+    return validate_as(Recipe, data, where)
 
-    Args:
-        where: name of the source, for messages.
-        model: of which kind.
-    """
+
+def validate_as(model: type[T], data: dict[str, Any], where: str = "recipe") -> T:
+    """Return the recipe of another kind that nested dictionaries describe."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -69,7 +69,7 @@ def changed_recipe(recipe: Recipe, values: Mapping[str, Any], where: str = "reci
 
 
 def value_at(recipe: Recipe, key: str) -> Any:
-    """What a recipe has at a dotted key; None where the key leads nowhere."""
+    """The value of a recipe at a dotted key; None where the key leads nowhere."""
     value: Any = _plain(recipe.model_dump())
     for step in key.split("."):
         if isinstance(value, list) and step.isdigit() and int(step) < len(value):
@@ -77,11 +77,6 @@ def value_at(recipe: Recipe, key: str) -> Any:
         else:
             value = value.get(step) if isinstance(value, dict) else None
     return value
-
-
-def parse_value(text: str, where: str) -> Any:
-    """Read one value as YAML, as --set does."""
-    return _parse(text, where)
 
 
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str], comment: Sequence[str] = ()) -> None:
@@ -110,19 +105,20 @@ def _given(value: Any) -> Any:
 class _Loader(yaml.SafeLoader):
     """YAML in which a key may be given only once."""
 
-    def construct_mapping(self, node, deep=False):
-        seen = set()
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
+            if key in keys:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark
                 )
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_value(text: str, where: str) -> Any:
+    """Read one value as YAML, as --set does."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader
     except yaml.YAMLError as error:
@@ -136,7 +132,7 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the recipe cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    data = _parse(text, str(path))
+    data = parse_value(text, str(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -145,17 +141,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _set(data: dict[str, Any], override: str) -> None:
-    """Put one KEY=VALUE into nested dictionaries and lists, making those that are not there."""
+    """Put one KEY=VALUE into nested dictionaries and lists, creating them as needed."""
     key, sign, text = override.partition("=")
     if not sign or not all(key.strip().split(".")):
         raise UserError(f"--set {override}: must look like KEY=VALUE with a dotted key, e.g. --set kernel.zeta=2.")
-    _put(data, key.strip(), _parse(text, f"--set {override}"), f"--set {override}")
+    _put(data, key.strip(), parse_value(text, f"--set {override}"), f"--set {override}")
 
 
 def _put(data: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Put a value at a dotted key into nested dictionaries and lists, making those that are not there."""
+    """Put a value at a dotted key into nested dictionaries and lists, creating them as needed."""
     steps = key.split(".")
-    holder, place = {"": data}, ""
+    holder: Any = {"": data}
+    place: str | int = ""
     for step in steps:
         inner = holder[place]
         if step.isdigit():
@@ -198,8 +195,9 @@ def _explain(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
 
 
 def _locate(location: tuple[int | str, ...], data: Any, kind: str) -> tuple[tuple[str, ...], bool]:
-    """Split a pydantic location into the dotted key, and whether its union branches suit the value that is there."""
-    path, suits, value = [], True, data
+    """Split a pydantic location into the dotted key, and whether its union branches suit the value."""
+    path: list[str] = []
+    suits, value = True, data
     for k, step in enumerate(location):
         last = k == len(location) - 1
         if isinstance(value, dict) and step in value:
@@ -221,8 +219,8 @@ def _branch_suits(branch: str, value: Any) -> bool:
     return not isinstance(value, (dict, list, tuple))
 
 
-def _required(entry: dict[str, Any]) -> str:
-    """What pydantic wanted, as the end of "must be ..."."""
+def _required(entry: Mapping[str, Any]) -> str:
+    """The requirement of pydantic, as the end of "must be ..."."""
     context = entry.get("ctx", {})
     if entry["type"] == "literal_error":
         return context["expected"]

@@ -18,7 +18,7 @@ from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.quantities import Targets
 from gpmlp.io import archive, provenance
 from gpmlp.io.ase_atoms import iterate_frames, structures_from_ase
-from gpmlp.io.recipe_files import validate_recipe
+from gpmlp.io.recipe_files import validate_as
 from gpmlp.learning.checkpoint import NAME, TEXT_LOG, TIMES
 from gpmlp.learning.labels import LabelEntry, LabelFile
 from gpmlp.learning.recipe import CoverageRecipe, LearnRecipe, ObservableRecipe
@@ -53,7 +53,7 @@ def run_recipe(folder: Path) -> LearnRecipe:
     """
     path = Path(folder) / "recipe.json"
     try:
-        return validate_recipe(json.loads(path.read_text(encoding="utf-8")), str(path), LearnRecipe)
+        return validate_as(LearnRecipe, json.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, json.JSONDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{folder}: holds no learning run: {path.name} cannot be read ({why}).") from error
