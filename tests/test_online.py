@@ -457,7 +457,7 @@ def test_a_refresh_says_what_a_subset_of_columns_does_to_variances():
     assert told["columns"] < told["columns_of_fit"] == online.factor.columns
     assert told == some.potential.report["variance_subset"]
     whole = replace(some, recipe=online.recipe)  # the same state, all columns kept
-    looked, atoms = variance_checks._sample(some.structures, some.recipe.seed)
+    looked, atoms = variance_checks._draw_atoms(some.structures, some.recipe.seed)
     std = [
         replace(p, variances=replace(p.variances, noise={}))(looked, "forces", form="dtc", calibrated=False)
         .forces_covariance.epistemic.diagonal(dim1=1, dim2=2)

@@ -187,7 +187,7 @@ def test_the_error_of_a_subset_is_that_against_all_columns():
     every, whole = fit(structures, known, Recipe.model_validate(choices))
     assert whole.variance_subset == {"columns": every.variances.of_fit, "columns_of_fit": every.variances.of_fit}
     some, report = fit(structures, known, Recipe.model_validate(choices | {"variance": {"columns": 60}}))
-    looked, atoms = variance_checks._sample(structures, 4)
+    looked, atoms = variance_checks._draw_atoms(structures, 4)
     cheap, exact = (
         replace(p, variances=replace(p.variances, noise={}))(looked, "forces", form="dtc", calibrated=False)
         .forces_covariance.epistemic[atoms]

@@ -152,9 +152,7 @@ def subset_error(
     found: dict[str, float] = {"columns": subset.n_columns, "columns_of_fit": subset.of_fit}
     if subset.n_columns == subset.of_fit:
         return found
-    chosen, generator = _draw(structures, SUBSET_ATOMS, seed)
-    some = structures.select(chosen)
-    atoms = torch.randperm(some.n_atoms, generator=generator)[:SUBSET_ATOMS].sort().values
+    some, atoms = _draw_atoms(structures, seed)
 
     def covariances_of(model: VarianceModel) -> Tensor:
         predict = replace(potential, variances=model)
@@ -185,3 +183,10 @@ def _draw(structures: Structures, atoms: int, seed: int) -> tuple[list[int], tor
     order = torch.randperm(len(structures), generator=generator)
     fit = structures.counts.cpu()[order].cumsum(0) <= atoms
     return [int(i) for i in order[: max(1, int(fit.sum()))]], generator
+
+
+def _draw_atoms(structures: Structures, seed: int) -> tuple[Structures, Tensor]:
+    """Structures at random with about SUBSET_ATOMS atoms together, and at most so many of their atoms."""
+    chosen, generator = _draw(structures, SUBSET_ATOMS, seed)
+    some = structures.select(chosen)
+    return some, torch.randperm(some.n_atoms, generator=generator)[:SUBSET_ATOMS].sort().values
