@@ -2,7 +2,7 @@
 
     python -m pytest -m slow tests/test_golden.py                 compare with golden/reference
     GOLDEN=FOLDER python -m pytest -m slow tests/test_golden.py   compare with another folder
-    python tests/golden/make.py FOLDER [PART ...]                 make such a folder; parts are the functions of make.py
+    python tests/golden_outputs.py FOLDER [PART ...]              make such a folder; parts are functions of golden_outputs.py
 
 The reference belongs to commit d1a0732. Last digits depend on the machine, too (machine.json): elsewhere, make a reference there
 from the commit to compare with. It is made anew only for a change that is meant to change numbers.
@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-HERE = Path(__file__).parent / "golden"
-REFERENCE = Path(os.environ.get("GOLDEN", HERE / "reference"))
+HERE = Path(__file__).parent
+REFERENCE = Path(os.environ.get("GOLDEN", HERE / "golden" / "reference"))
 # of the largest number of an array: some thousand times the rounding of one operation, which is what sums of as many terms in
 # another order may differ by; what a search or a trajectory makes of such a difference may be more, and is then looked at
 TOLERANCE = 1e-12
@@ -29,7 +29,7 @@ Outputs = tuple[dict[str, np.ndarray], dict[str, float | str]]
 
 
 def load(folder: Path) -> Outputs:
-    """Arrays and scalars of a folder that make.py wrote."""
+    """Arrays and scalars of a folder that golden_outputs.py wrote."""
     with np.load(folder / "arrays.npz") as stored:
         arrays = {name.replace("|", "/"): stored[name] for name in stored.files}
     return arrays, json.loads((folder / "scalars.json").read_text())
@@ -67,7 +67,9 @@ def compared(now: Outputs, before: Outputs) -> tuple[int, list[str]]:
 
 @pytest.mark.slow
 def test_numbers_are_what_they_were(tmp_path, capsys):
-    made = subprocess.run([sys.executable, str(HERE / "make.py"), str(tmp_path)], capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, str(HERE / "golden_outputs.py"), str(tmp_path)], capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stderr[-4000:]
     before = load(REFERENCE)
     equal, lines = compared(load(tmp_path), before)

@@ -1,6 +1,6 @@
 """Golden outputs: what the package computes for small, fixed problems, written to OUTPUT_DIR/arrays.npz and OUTPUT_DIR/scalars.json.
 
-    python tests/golden/make.py OUTPUT_DIR [PART ...]
+    python tests/golden_outputs.py OUTPUT_DIR [PART ...]
 
 Everything goes through the public API, the command line and the files that these write, in double precision, on one thread, with
 fixed seeds, so that the same code gives the same bytes. Large matrices of a model file are kept as their products with a few
@@ -50,7 +50,7 @@ from gpmlp.io.ase_atoms import from_ase, structures_from_ase
 from gpmlp.recipe import Recipe
 
 AGAIN = "GOLDEN_AGAIN"  # set in the process that computes again
-DATA = Path(__file__).resolve().parents[2] / "data"
+DATA = Path(__file__).resolve().parents[1] / "data"
 VECTORS = 3  # that large matrices are multiplied with
 LARGE = 400  # numbers of a tensor beyond which it is large
 PARTS = ("energies_variance", "atom_energies_variance", "forces_covariance", "stresses_covariance")
@@ -68,7 +68,7 @@ NOT_COMPARED = (
     "archive_sha256",
     "fingerprints",
 )
-NOT_COMPARED += ("sha256", "evidence")
+NOT_COMPARED += ("sha256", "evidence", "memory_GB")
 
 
 class Golden:
@@ -114,19 +114,17 @@ class Golden:
         self.array(f"{name}.products", (flat[:, :, None] * vectors).sum(1))
 
     def prediction(self, name: str, found: Any) -> None:
-        """Keep all fields of a Prediction, of covariances one triangle."""
-        for field in MEANS:
-            self.array(f"{name}/{field}", getattr(found, field))
-        if found.novelty is not None:
-            self.array(f"{name}/novelty", found.novelty)
+        """Keep all fields of a Prediction; of variances all causes together, of covariances one triangle."""
+        for field in (*MEANS, "novelty"):
+            if getattr(found, field) is not None:
+                self.array(f"{name}/{field}", getattr(found, field))
         for field in PARTS:
-            variance = getattr(found, field)
-            for cause in CAUSES if variance is not None else ():
-                values = getattr(variance, cause)
-                if values.dim() > 1:
+            if (variance := getattr(found, field)) is not None:
+                values = torch.stack([getattr(variance, cause) for cause in CAUSES])
+                if values.dim() > 2:
                     rows, columns = np.triu_indices(values.shape[-1])
                     values = values[..., rows, columns]
-                self.array(f"{name}/{field}.{cause}", values)
+                self.array(f"{name}/{field}", values)
 
     def model(self, name: str, path: Path) -> None:
         """Keep what a model file holds: header and tensors (features of the chosen centres, weights, posterior factor ...)."""
