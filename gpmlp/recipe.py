@@ -233,6 +233,11 @@ class Recipe(_Section):
             raise ValueError("nothing to learn from: use_energies, use_forces and use_stresses are all false")
         return self
 
+    @classmethod
+    def from_header(cls, stored: dict[str, Any]) -> Recipe:
+        """The recipe in the header of a model file, whose evidence may be one that is no longer offered: a model does not need it."""
+        return cls.model_validate(stored | {"evidence": "dtc"})
+
     @property
     def descriptors(self) -> tuple[DescriptorRecipe, ...]:
         return self.descriptor if isinstance(self.descriptor, tuple) else (self.descriptor,)

@@ -174,6 +174,8 @@ def test_a_finished_run_is_reported_and_prolonged(place, command):
     for name, path in {"finished": "report.json", "finished.model": "model/report.json"}.items():
         before = json.loads((OLD / "run" / f"{name}.json").read_text())
         now = json.loads((out / "report" / path).read_text())
+        for some in (now, before):  # equal values had ranks in the order they came; now they share their mean rank
+            some.get("honesty", {}).pop("spearman_of_components", None)
         assert not scores_apart(now, before), path
     command("learn", place / "recipe.yaml", "--resume", "--no-report")
     before = labels(OLD / "run" / "finished")

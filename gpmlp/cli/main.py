@@ -263,11 +263,10 @@ def info_command(
 def cite_command(model: Model) -> None:
     """Print BibTeX entries of the works that a model uses."""
     from gpmlp.io import archive, provenance
-    from gpmlp.io.recipe_files import validate_recipe
     from gpmlp.recipe import Recipe
 
     content = archive.read_header(model)
-    recipe = validate_recipe(content["header"]["recipe"], str(model), Recipe)
+    recipe = Recipe.from_header(content["header"]["recipe"])
     typer.echo("\n".join(work.bibtex() for work in provenance.citations_of(recipe, content["version"])))
 
 

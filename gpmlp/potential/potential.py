@@ -297,8 +297,7 @@ class Potential:
     @classmethod
     def from_state(cls, header: dict, tensors: dict[str, Tensor]) -> Potential:
         """Build a potential again from state()."""
-        # models were once fitted by another evidence, too; that changes nothing of what they hold
-        recipe = Recipe.model_validate(header["recipe"] | {"evidence": "dtc"})
+        recipe = Recipe.from_header(header["recipe"])
         try:
             errors.check_device(recipe.device)
         except errors.UserError:
