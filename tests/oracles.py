@@ -87,8 +87,8 @@ def soap_by_pairs(soap, species: int, neighbor_species: Tensor, vectors: Tensor)
         (n, n', l) by (Z, Z'), every ordered pair: the full spectrum.
     """
     r = vectors.norm(dim=1)
-    radial = soap._radial(r)[0] * soap.weights(r)[0][:, None, None]
-    center = soap._radial(r.new_zeros(1))[0] * soap.central_weight
+    radial = soap.radial_integrals(r)[0] * soap.weights(r)[0][:, None, None]
+    center = soap.radial_integrals(r.new_zeros(1))[0] * soap.central_weight
     values = torch.cat([radial, center])
     z = torch.cat([neighbor_species, torch.tensor([species])])
     units = torch.cat([vectors / r[:, None], vectors.new_zeros(1, 3)])

@@ -1,4 +1,4 @@
-"""Environments are what each atom sees, as numbers: unit features of its neighbourhood and their derivatives."""
+"""Atomic environments as unit feature vectors, with their derivatives with respect to neighbours' positions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from gpmlp.core.neighbors import Neighbors, find_neighbors
 from gpmlp.core.structures import Structures, repeat_with_rank
 
-JACOBIAN_BYTES = 192 << 20  # of the environments of a chunk; more is made again for each use
+JACOBIAN_BYTES = 192 << 20  # of the environments of a chunk; a larger one is computed again for each use
 
 
 @dataclass(frozen=True, eq=False)
 class Surroundings:
-    """The neighbourhoods of a set of centres, cut loose from the structures they came from: all a descriptor needs.
+    """The neighbourhoods of a set of centres, without the structures they came from: the input of a descriptor.
 
     Attributes:
         species: (environments,) Z of the centre.
@@ -71,10 +71,10 @@ class Surroundings:
 
 @dataclass(frozen=True, eq=False)
 class Environments:
-    """Features of surroundings, and how they change when a neighbour moves.
+    """Features of surroundings and their derivatives.
 
     Attributes:
-        surroundings: what the features were made of.
+        surroundings: of which the features are.
         features: (environments, features), unit norm.
     """
 
@@ -92,7 +92,7 @@ class Environments:
         return self.surroundings.species
 
     def pull_back(self, cotangents: Tensor) -> Tensor:
-        """Turn dE/d(features) into pair gradients g_ij = dE/dr_ij.
+        """Pair gradients g_ij = dE/dr_ij from dE/d(features).
 
         Args:
             cotangents: (environments, features), or (k, environments, features) for k of them at once.
@@ -108,7 +108,7 @@ class Environments:
 
 
 class Descriptor(Protocol):
-    """Turns surroundings into environments. Implementations are values: equal parameters give equal features."""
+    """Environments of surroundings. Implementations are values: equal parameters give equal features."""
 
     @property
     def cutoff(self) -> float:
@@ -143,10 +143,10 @@ class SinglePrecisionDescriptor:
 
     def __call__(self, surroundings: Surroundings) -> Environments:
         """Features in double, of unit norm to its rounding, and derivatives in double."""
-        made = self.descriptor(replace(surroundings, vectors=surroundings.vectors.float()))
-        features = torch.nn.functional.normalize(made.features.double(), dim=1)
+        single = self.descriptor(replace(surroundings, vectors=surroundings.vectors.float()))
+        features = torch.nn.functional.normalize(single.features.double(), dim=1)
         return Environments(
-            surroundings, features, lambda c: made.pull_back(c.float()).double(), lambda: made.jacobian().double()
+            surroundings, features, lambda c: single.pull_back(c.float()).double(), lambda: single.jacobian().double()
         )
 
 

@@ -1,4 +1,4 @@
-"""Kernels is the dense power spectrum (dense.py) by Triton: expansion, products and pull-back without anything by pair but gradients."""
+"""Power spectra on GPUs by Triton: expansion, products and pull-back as three kernels, with nothing by pair in memory but gradients."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def can_use_triton(like: Tensor) -> bool:
 
 def failure_reason(kernels: TritonKernels, like: Tensor) -> str | None:
     """Why kernels cannot be compiled or run where a tensor is: the last line of what was raised; None if they can."""
-    far = kernels.numbers.descriptor.cutoff + 1.0
-    vectors = torch.full((1, len(kernels.numbers.descriptor.species), 8, 3), far, dtype=like.dtype, device=like.device)
+    far = kernels.tables.descriptor.cutoff + 1.0
+    vectors = torch.full((1, len(kernels.tables.descriptor.species), 8, 3), far, dtype=like.dtype, device=like.device)
     try:
-        made = kernels.expand(vectors, torch.zeros(1, dtype=torch.long, device=like.device))
-        kernels.pull_back(made, made.spectrum)
+        expansion = kernels.expand(vectors, torch.zeros(1, dtype=torch.long, device=like.device))
+        kernels.pull_back(expansion, expansion.spectrum)
         if like.is_cuda:
             torch.cuda.synchronize(like.device)
     except Exception as error:  # of Triton, its assembler, a C compiler or the driver: there is no common type
@@ -38,16 +38,16 @@ def failure_reason(kernels: TritonKernels, like: Tensor) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class TritonKernels:
-    """A dense.Form.
+    """A DenseBackend of Triton kernels.
 
     Attributes:
-        numbers: of the descriptor.
+        tables: of the descriptor.
         per_length: (1,) intervals of the radial table per A.
         columns: of each harmonic, padded to a power of two: l, l - |m|, |m|, whether a sine (integers), Q_mm with its √2.
         a, b: (l_max + 1, harmonics) of the recurrence, by number of the step.
     """
 
-    numbers: DenseTables
+    tables: DenseTables
     per_length: Tensor
     columns: tuple[Tensor, ...]
     a: Tensor
@@ -66,62 +66,61 @@ class TritonKernels:
             start[k] = coefficients[abs(m), abs(m), 0]
             climb[:, 1 : l - abs(m) + 1, k] = coefficients[abs(m) + 1 : l + 1, abs(m)].T
         columns = (*integers.to(like.device).unbind(), start.to(like))
-        per_length = torch.tensor([1 / descriptor._radial.step], dtype=torch.float64).to(like)
+        per_length = torch.tensor([1 / descriptor.radial_integrals.step], dtype=torch.float64).to(like)
         return TritonKernels(
             DenseTables.from_descriptor(descriptor, like), per_length, columns, *climb.to(like).unbind()
         )
 
     def expand(self, vectors: Tensor, own: Tensor) -> DenseExpansion:
-        """As in dense.Form."""
+        """As in DenseBackend."""
         from gpmlp.descriptors import _triton_kernels
 
-        made, (n, _, width, _) = self.numbers.descriptor, vectors.shape
+        descriptor, (n, _, width, _) = self.tables.descriptor, vectors.shape
         vectors = vectors.contiguous()
-        weight, d_weight = (part.contiguous() for part in made.weights(vectors.norm(dim=3)))
-        density = vectors.new_empty(n, made.channels, (made.l_max + 1) ** 2)
-        spectrum = vectors.new_empty(n, made.n_features)
+        weight, d_weight = (part.contiguous() for part in descriptor.weights(vectors.norm(dim=3)))
+        density = vectors.new_empty(n, descriptor.channels, (descriptor.l_max + 1) ** 2)
+        spectrum = vectors.new_empty(n, descriptor.n_features)
         if not n:
             return DenseExpansion(spectrum, density, (vectors, weight, d_weight))
         with torch.cuda.device_of(vectors):  # which Triton launches on
-            inputs = vectors, weight, own, self.numbers.table, self.per_length, self.numbers.center
+            inputs = vectors, weight, own, self.tables.table, self.per_length, self.tables.center
             _triton_kernels.expand[(n,)](
-                *inputs, *self.columns, self.a, self.b, density, width, len(self.numbers.table), **self._shape()
+                *inputs, *self.columns, self.a, self.b, density, width, len(self.tables.table), **self._shape()
             )
-            sizes = {"CP": _power(made.channels), "MP": _power(2 * made.l_max + 1)}
-            _triton_kernels.multiply[(n, made.l_max + 1)](
-                density, self.numbers.factors, spectrum, C=made.channels, L=made.l_max + 1, num_warps=1, **sizes
+            sizes = {"CP": _power(descriptor.channels), "MP": _power(2 * descriptor.l_max + 1)}
+            _triton_kernels.multiply[(n, descriptor.l_max + 1)](
+                density,
+                self.tables.factors,
+                spectrum,
+                C=descriptor.channels,
+                L=descriptor.l_max + 1,
+                num_warps=1,
+                **sizes,
             )
         return DenseExpansion(spectrum, density, (vectors, weight, d_weight))
 
-    def pull_back(self, made: DenseExpansion, on_spectrum: Tensor) -> Tensor:
-        """As in dense.Form."""
+    def pull_back(self, expansion: DenseExpansion, on_spectrum: Tensor) -> Tensor:
+        """As in DenseBackend."""
         from gpmlp.descriptors import _triton_kernels
 
-        vectors, weight, d_weight = made.pairs
+        vectors, weight, d_weight = expansion.pairs
         gradients = torch.empty_like(vectors)
         if not len(vectors):
             return gradients
         with torch.cuda.device_of(vectors):
-            inputs = vectors, weight, d_weight, self.numbers.table, self.per_length
-            outputs = made.density, self.numbers.factors, on_spectrum.contiguous(), gradients
-            sizes = vectors.shape[2], len(self.numbers.table)
+            inputs = vectors, weight, d_weight, self.tables.table, self.per_length
+            outputs = expansion.density, self.tables.factors, on_spectrum.contiguous(), gradients
+            sizes = vectors.shape[2], len(self.tables.table)
             _triton_kernels.pull_back[(len(vectors),)](
                 *inputs, *self.columns, self.a, self.b, *outputs, *sizes, **self._shape()
             )
         return gradients
 
     def _shape(self) -> dict[str, int]:
-        made = self.numbers.descriptor
-        rows, columns = _power(made.n_max), len(self.columns[0])
-        warps = min(8, max(1, rows * columns // TILE))
-        return {
-            "S": len(made.species),
-            "N": made.n_max,
-            "L": made.l_max + 1,
-            "NP": rows,
-            "LM": columns,
-            "num_warps": warps,
-        }
+        descriptor = self.tables.descriptor
+        rows, columns = _power(descriptor.n_max), len(self.columns[0])
+        sizes = {"S": len(descriptor.species), "N": descriptor.n_max, "L": descriptor.l_max + 1}
+        return sizes | {"NP": rows, "LM": columns, "num_warps": min(8, max(1, rows * columns // TILE))}
 
 
 def _power(size: int) -> int:

@@ -26,13 +26,13 @@ class SoapPowerSpectrum(PowerSpectrum):
         vectors = surroundings.vectors
         if fits_compiled_loops(vectors):
             return cpu.compiled_environments(self, surroundings)
-        if usable_dense(vectors):
-            return gpu.dense_environments(self, surroundings, fastest_backend(self, vectors.detach()))
+        if vectors.is_cuda and not (vectors.requires_grad and torch.is_grad_enabled()):
+            return gpu.dense_environments(self, surroundings, fastest_backend(self, vectors))
         return self.reference(surroundings)
 
 
 def fastest_backend(descriptor: SoapPowerSpectrum, like: Tensor) -> DenseBackend:
-    """The fastest form that works for the device and type of a tensor: Triton's kernels on CUDA devices, if Triton is there and can
+    """The fastest backend that works for the device and type of a tensor: Triton's kernels on CUDA devices, if Triton is there and can
     compile them, which is tried once; a DataWarning says if it cannot."""
     return _form(descriptor, like.device, like.dtype)
 
@@ -40,7 +40,6 @@ def fastest_backend(descriptor: SoapPowerSpectrum, like: Tensor) -> DenseBackend
 @lru_cache(maxsize=32)
 def _form(descriptor: SoapPowerSpectrum, device: torch.device, dtype: torch.dtype) -> DenseBackend:
     """Equal descriptors share one."""
-
     like = torch.zeros(0, dtype=dtype, device=device)
     if _triton.can_use_triton(like):
         kernels = _triton.TritonKernels.from_descriptor(descriptor, like)
@@ -54,8 +53,3 @@ def _form(descriptor: SoapPowerSpectrum, device: torch.device, dtype: torch.dtyp
             stacklevel=2,
         )
     return BatchedProducts.from_descriptor(descriptor, like)
-
-
-def usable_dense(vectors: Tensor) -> bool:
-    """Whether this is the faster way: on CUDA devices, with nothing recorded by autograd."""
-    return vectors.is_cuda and not (vectors.requires_grad and torch.is_grad_enabled())

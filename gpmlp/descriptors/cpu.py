@@ -1,4 +1,4 @@
-"""Fused power spectra: the numbers of power_spectrum.py by compiled loops over environments (loops.py, jacobians.py), on CPUs."""
+"""Power spectra on CPUs: the numbers of soap.py by compiled loops over environments (_cpu_kernels.py), shared by threads."""
 
 from __future__ import annotations
 
@@ -92,19 +92,18 @@ def _in_blocks(start: int, end: int, work: Callable[[int, int], None], size: int
 
 
 def _pairs(descriptor: PowerSpectrum, surroundings: Surroundings, vectors: Tensor, basis: BasisTables) -> SortedPairs:
-
-    w, table = descriptor.weights, descriptor._radial
+    w, table = descriptor.weights, descriptor.radial_integrals
     from gpmlp.descriptors._cpu_kernels import CutoffParameters, lay_out
 
     cut = CutoffParameters(
         cutoff.FUNCTIONS.index(w.function), w.cutoff, w.width, w.cutoff_exponent, w.scale, float(w.exponent)
     )
     species = surroundings.neighbor_species, surroundings.species
-    given = vectors, surroundings.centers, *species, descriptor._places
+    given = vectors, surroundings.centers, *species, descriptor.slot_table
     arrays = (part.contiguous().numpy() for part in given)
     pairs, known = lay_out(*arrays, cut, 1 / table.step, len(table.coefficients))
     if not known:
-        descriptor._slot(torch.cat(species))  # which says what is wrong
+        descriptor.species_slots(torch.cat(species))  # which says what is wrong
     return pairs
 
 
@@ -114,17 +113,16 @@ def _basis(descriptor: PowerSpectrum, dtype: torch.dtype) -> BasisTables:
     from gpmlp.descriptors._cpu_kernels import BasisTables
     from gpmlp.descriptors._simd import LANES
 
-    integrals, like = descriptor._radial, torch.zeros(0, dtype=dtype)
+    integrals, like = descriptor.radial_integrals, torch.zeros(0, dtype=dtype)
     of, n_max, l_max = like.numpy().dtype.type, descriptor.n_max, descriptor.l_max
-    at_zero, _ = integrals(like.new_zeros(1))
     table = integrals.coefficients.to(dtype).unflatten(2, (n_max, l_max + 1)).mT
     return BasisTables(
         torch.nn.functional.pad(table, (0, -n_max % LANES)).flatten().numpy(),
         of(1 / integrals.step),
         of(0),
         of(1),
-        descriptor._prefactors(like).flatten().numpy(),
-        (descriptor.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5).numpy(),
+        descriptor.prefactors(like).numpy(),
+        descriptor.center_density(like).numpy(),
         recurrence_coefficients(l_max).astype(of).reshape(-1),
         n_max,
         l_max,

@@ -18,14 +18,14 @@ from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
 
 @dataclass(frozen=True)
 class PowerSpectrum:
-    """Bartok, Kondor, Csanyi, PRB 87, 184115 (2013).
+    """The SOAP power spectrum of Bartok, Kondor, Csanyi, PRB 87, 184115 (2013).
 
     c_anlm = sum_{j of species a} w(r_j) I_nl(r_j) Y_lm(r_j), the central atom counted at r = 0 with weight central_weight;
     p_{an,bn',l} = pi sqrt(8 / (2l+1)) sum_m c_anlm c_bn'lm for an <= bn', off-diagonal entries times sqrt(2), so that dot products
     are those of the full spectrum; features = p / |p|.
 
     Attributes:
-        species: all atomic numbers that may be seen.
+        species: all atomic numbers that may occur.
         cutoff: A.
         n_max, l_max: number of radial functions; largest angular momentum.
         sigma_atom: width of the Gaussian density, A.
@@ -57,32 +57,37 @@ class PowerSpectrum:
         return self.channels * (self.channels + 1) // 2 * (self.l_max + 1)
 
     @cached_property
-    def _radial(self) -> radial.RadialIntegrals:
+    def radial_integrals(self) -> radial.RadialIntegrals:
         return radial.tabulate_integrals(
             self.basis, self.n_max, self.l_max, self.sigma_atom, self.cutoff, self.shortest, self.weights
         )
 
     @cached_property
-    def _pairs(self) -> tuple[Tensor, Tensor]:
+    def channel_pairs(self) -> tuple[Tensor, Tensor]:
         """Channel indices (a, b) with a <= b of the unique products."""
         a, b = torch.triu_indices(self.channels, self.channels)
         return a, b
 
-    def _prefactors(self, like: Tensor) -> Tensor:
-        """(unique products, l_max + 1) pi sqrt(8/(2l+1)), times sqrt(2) off the diagonal."""
-        a, b = self._pairs
+    def prefactors(self, like: Tensor) -> Tensor:
+        """(features,) pi sqrt(8/(2l+1)), times sqrt(2) off the diagonal."""
+        a, b = self.channel_pairs
         l = torch.arange(self.l_max + 1, dtype=torch.float64)
         double = torch.where(a == b, 1.0, 2.0).to(torch.float64).sqrt()
-        return (torch.pi * double[:, None] * (8 / (2 * l + 1)).sqrt()[None]).to(device=like.device, dtype=like.dtype)
+        return (torch.pi * double[:, None] * (8 / (2 * l + 1)).sqrt()[None]).flatten().to(like)
+
+    def center_density(self, like: Tensor) -> Tensor:
+        """(n_max,) density coefficients c_n00 of the central atom itself."""
+        at_zero, _ = self.radial_integrals(like.new_zeros(1))
+        return self.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5
 
     @cached_property
-    def _places(self) -> Tensor:
-        """(largest Z + 1,) place of each atomic number within self.species, -1 for others."""
-        places = torch.full((max(self.species) + 1,), -1)
-        places[list(self.species)] = torch.arange(len(self.species))
-        return places
+    def slot_table(self) -> Tensor:
+        """(largest Z + 1,) index of each atomic number within self.species, -1 for others."""
+        table = torch.full((max(self.species) + 1,), -1)
+        table[list(self.species)] = torch.arange(len(self.species))
+        return table
 
-    def _slot(self, species: Tensor) -> Tensor:
+    def species_slots(self, species: Tensor) -> Tensor:
         """Index of each atomic number within self.species."""
         known = torch.tensor(self.species, device=species.device)
         slot = torch.searchsorted(known, species.contiguous()).clamp_max(len(self.species) - 1)
@@ -100,7 +105,8 @@ class PowerSpectrum:
         """(l_max + 1, (l_max + 1)^2) one where l is the l of (l, m)."""
         return torch.block_diag(*(torch.ones(1, 2 * l + 1) for l in range(self.l_max + 1)))
 
-    def _l_blocks(self) -> list[slice]:
+    def degree_slices(self) -> list[slice]:
+        """Of (l, m), by l."""
         return [slice(l * l, (l + 1) ** 2) for l in range(self.l_max + 1)]
 
     def __call__(self, surroundings: Surroundings) -> Environments:
@@ -108,10 +114,10 @@ class PowerSpectrum:
         return self.reference(surroundings)
 
     def reference(self, surroundings: Surroundings) -> Environments:
-        """In plain PyTorch on any device, differentiable in the vectors: what the loops are tested against."""
+        """In plain PyTorch on any device, differentiable in the vectors: the reference for all backends."""
         pairs = _PairTerms.from_surroundings(self, surroundings)
         density = self._density(surroundings, pairs)
-        spectrum = self._spectrum(density)
+        spectrum = self.power_spectrum(density, self.channel_pairs, self.prefactors(density))
         # an atom alone and without weight of its own has features of zero, not NaN
         norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
         features = spectrum / norm
@@ -128,17 +134,32 @@ class PowerSpectrum:
         products = self._expand_l(pairs.radial) * pairs.harmonics[:, None, :]
         density = products.new_zeros(n_env * n_species, self.n_max, (self.l_max + 1) ** 2)
         density = density.index_add(0, surroundings.centers * n_species + pairs.slots, products)
-        at_zero, _ = self._radial(products.new_zeros(1))
-        own = torch.arange(n_env, device=density.device) * n_species + self._slot(surroundings.species)
+        own = torch.arange(n_env, device=density.device) * n_species + self.species_slots(surroundings.species)
         center = density.new_zeros(1, *density.shape[1:])
-        center[0, :, 0] = self.central_weight * at_zero[0, :, 0] / (4 * torch.pi) ** 0.5
+        center[0, :, 0] = self.center_density(products)
         density = density.index_add(0, own, center.expand(n_env, -1, -1))
         return density.reshape(n_env, self.channels, (self.l_max + 1) ** 2)
 
-    def _spectrum(self, density: Tensor) -> Tensor:
-        a, b = self._pairs
-        products = torch.stack([density[:, :, m] @ density[:, :, m].transpose(1, 2) for m in self._l_blocks()], dim=-1)
-        return (products[:, a, b] * self._prefactors(density)).flatten(1)
+    def power_spectrum(self, density: Tensor, pairs: tuple[Tensor, Tensor], factors: Tensor) -> Tensor:
+        """(environments, features) p of a density c (environments, channels, (l_max + 1)²).
+
+        Args:
+            pairs, factors: `channel_pairs` and `prefactors` on the device of the density.
+        """
+        a, b = pairs
+        products = [(density[:, :, m] @ density[:, :, m].mT)[:, a, b] for m in self.degree_slices()]
+        return torch.stack(products, dim=-1).flatten(1) * factors
+
+    def pull_back_spectrum(
+        self, density: Tensor, on_spectrum: Tensor, pairs: tuple[Tensor, Tensor], factors: Tensor
+    ) -> Tensor:
+        """∂E/∂c (..., environments, channels, (l_max + 1)²) from ∂E/∂p (..., environments, features)."""
+        a, b = pairs
+        scaled = (on_spectrum * factors).unflatten(-1, (-1, self.l_max + 1))
+        full = scaled.new_zeros(*on_spectrum.shape[:-1], self.channels, self.channels, self.l_max + 1)
+        full[..., a, b, :] = scaled
+        full = full + full.transpose(-3, -2)
+        return torch.cat([full[..., l] @ density[:, :, m] for l, m in enumerate(self.degree_slices())], dim=-1)
 
     def _pull_back(
         self,
@@ -150,13 +171,8 @@ class PowerSpectrum:
         cotangents: Tensor,
     ) -> Tensor:
         """One cotangent (environments, features) or k of them: features -> density -> pairs; nothing of size pairs x features."""
-        a, b = self._pairs
         on_spectrum = (cotangents - features * (features * cotangents).sum(-1, keepdim=True)) / norm
-        scaled = on_spectrum.unflatten(-1, (-1, self.l_max + 1)) * self._prefactors(density)
-        full = scaled.new_zeros(*cotangents.shape[:-1], self.channels, self.channels, self.l_max + 1)
-        full[..., a, b, :] = scaled
-        full = full + full.transpose(-3, -2)
-        on_density = torch.cat([full[..., l] @ density[:, :, m] for l, m in enumerate(self._l_blocks())], dim=-1)
+        on_density = self.pull_back_spectrum(density, on_spectrum, self.channel_pairs, self.prefactors(density))
         if cotangents.dim() == 3:
             return self._pull_back_many(surroundings, pairs, on_density)
         # gather the block of the neighbour's species, then contract with d(R Y)/dr = R' Y r^ + R dY
@@ -193,18 +209,18 @@ class PowerSpectrum:
         n_pairs, centers = len(surroundings.centers), surroundings.centers
         at_center = density[centers]
         both = torch.cat([pairs.harmonics[:, None], pairs.d_harmonics], dim=1).transpose(1, 2)
-        contracted = torch.stack([at_center[:, :, m] @ both[:, m] for m in self._l_blocks()], dim=-1)
+        contracted = torch.stack([at_center[:, :, m] @ both[:, m] for m in self.degree_slices()], dim=-1)
         inner, gradient = contracted[:, :, 0], contracted[:, :, 1:].transpose(1, 2)
         # sum the radial slope into the gradient first: R' r^ A + R B, one product over channels and xyz
         place = torch.arange(self.n_max, device=centers.device) + pairs.slots[:, None] * self.n_max
 
-        def spread(values: Tensor) -> Tensor:
+        def all_channels(values: Tensor) -> Tensor:
             full = values.new_zeros(n_pairs, self.channels, self.l_max + 1)
             return full.scatter_(1, place[:, :, None].expand_as(values), values)
 
-        value, slope = spread(pairs.radial), spread(pairs.d_radial)
-        a, b = self._pairs
-        factors = self._prefactors(density)
+        value, slope = all_channels(pairs.radial), all_channels(pairs.d_radial)
+        a, b = self.channel_pairs
+        factors = self.prefactors(density).unflatten(0, (-1, self.l_max + 1))
         value_a, value_b = value[:, a] * factors, value[:, b] * factors
         radial_part = slope[:, a] * factors * inner[:, b] + slope[:, b] * factors * inner[:, a]
         out = pairs.directions[:, :, None, None] * radial_part[:, None]
@@ -231,11 +247,11 @@ class _PairTerms:
     @staticmethod
     def from_surroundings(descriptor: PowerSpectrum, surroundings: Surroundings) -> _PairTerms:
         r = surroundings.vectors.norm(dim=1)
-        value, slope = descriptor._radial(r)
+        value, slope = descriptor.radial_integrals(r)
         weight, d_weight = (w[:, None, None] for w in descriptor.weights(r))
         y, dy = harmonics_with_gradients(descriptor.l_max, surroundings.vectors)
         return _PairTerms(
-            descriptor._slot(surroundings.neighbor_species),
+            descriptor.species_slots(surroundings.neighbor_species),
             surroundings.vectors / r[:, None],
             weight * value,
             weight * slope + d_weight * value,
