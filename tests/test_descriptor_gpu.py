@@ -119,7 +119,7 @@ def test_products_where_kernels_do_not_compile(monkeypatch, error):
 
 PARITY = """
 import torch
-from test_dense import SOAPS, compare, seen
+from test_descriptor_gpu import SOAPS, compare, seen
 from systems import descriptor
 from gpmlp.descriptors import _triton, backends
 
