@@ -129,7 +129,7 @@ class PowerSpectrum:
         )
 
     def _density(self, surroundings: Surroundings, pairs: _PairTerms) -> Tensor:
-        """(environments, channels, (l_max+1)^2) expansion coefficients c_anlm."""
+        """(environments, channels, (l_max+1)^2) expansion coefficients c_anlm = sum_{j of species a} w(r_j) I_nl(r_j) Y_lm(r_j)."""
         n_env, n_species = len(surroundings), len(self.species)
         products = self._expand_l(pairs.radial) * pairs.harmonics[:, None, :]
         density = products.new_zeros(n_env * n_species, self.n_max, (self.l_max + 1) ** 2)
@@ -141,7 +141,8 @@ class PowerSpectrum:
         return density.reshape(n_env, self.channels, (self.l_max + 1) ** 2)
 
     def power_spectrum(self, density: Tensor, pairs: tuple[Tensor, Tensor], factors: Tensor) -> Tensor:
-        """(environments, features) p of a density c (environments, channels, (l_max + 1)²).
+        """p_{an,bn',l} = pi sqrt(8 / (2l+1)) sum_m c_anlm c_bn'lm (environments, features), off the diagonal times sqrt(2), of a density c
+        (environments, channels, (l_max + 1)²).
 
         Args:
             pairs, factors: `channel_pairs` and `prefactors` on the device of the density.

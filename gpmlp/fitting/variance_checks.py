@@ -108,7 +108,7 @@ def _some_structures(structures: Structures, targets: Targets, seed: int) -> lis
 def _leave_one_out(
     rows: dict[str, Tensor], residuals: dict[str, Tensor], model: VarianceModel, noise: dict[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """Errors of the forces of a structure, and their posterior variances from the other data, by leave-one-out algebra.
+    """Errors Σ (Σ - C)⁻¹ r and posterior variances Σ (Σ - C)⁻¹ C of the forces of a structure = those of a fit to the other data.
 
     Args:
         rows: by kind, K_ou of its labels; residuals: of the fit with it.

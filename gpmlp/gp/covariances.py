@@ -207,7 +207,7 @@ def local_rows(kernel: ZonalKernel, block: InducingBlock, features: Tensor, prof
 def _values(
     kernel: ZonalKernel, block: InducingBlock, features: Tensor, profile: Profile | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """k(x, u) of values and gradients (environments, M + M R); f' and f'' (environments, M); x.t (environments, M, R)."""
+    """k(x, u) = f(x.x_j) of values and f'(x.x_j) x.t of gradients (environments, M + M R); f' and f'' (environments, M); x.t."""
     m, r = block.tangents.shape[:2]
     value, first, second = (p[:, :m] for p in profile or kernel.profile(features @ block.features.T))
     along = (features @ block.tangents.flatten(0, 1).T).unflatten(1, (m, r))

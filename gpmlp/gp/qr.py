@@ -87,7 +87,10 @@ class PosteriorFactor:
         return replace(self, drift=drift, initial_drift=self.initial_drift if self.changes else drift)
 
     def append_rows(self, rows: Tensor) -> PosteriorFactor:
-        """Rank-k update by rows (k, columns + 1): a QR that leaves the triangle's zeros alone, O(k columns²) (Foster et al. 2009, s. 5)."""
+        """Rank-k update by rows (k, columns + 1), R'ᵀR' = RᵀR + AᵀA: QR of [R; A] that leaves the zeros of R alone, O(k columns²).
+
+        Foster et al., JMLR 10, 857 (2009), section 5.
+        """
         if not len(rows):
             return self
         size = self.columns + 1
@@ -169,7 +172,7 @@ class PosteriorFactor:
 
 
 def _downdate(upper: Tensor, rows: Tensor, width: int) -> None:
-    """One block of columns of PosteriorFactor.remove_rows, in place: the rows [R₁ R₂] of the factor and [A₁ A₂] to be removed."""
+    """R₁' = G R₁, R₂' = G⁻ᵀ(R₂ - P A₂), A₂' = C(A₂ - PᵀG⁻¹R₂'): one block of columns of PosteriorFactor.remove_rows, in place."""
     r1, r2, a1, a2 = upper[:, :width], upper[:, width:], rows[:, :width], rows[:, width:]
     p = torch.linalg.solve_triangular(r1.T, a1.T, upper=False)
     g, failed = torch.linalg.cholesky_ex(torch.eye(width, dtype=p.dtype) - p @ p.T, upper=True)

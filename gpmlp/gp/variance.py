@@ -154,7 +154,12 @@ class VarianceModel:
         return torch.cat(made, dim=1) if len(made) > 1 else made[0]
 
     def energy_variance(self, structures: Structures, views: Views, share: float) -> Variance:
-        """(structures,) variance of total energies, eV²; misspecification and noise are those of energies per atom times n_atoms²."""
+        """(structures,) variance of total energies, eV²; misspecification and noise are those of energies per atom times n_atoms².
+
+            var(E) = w [k_EE - k_Eu K_uu⁻¹ k_uE] + k_Eu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uE + misspecification + noise
+
+        (Quiñonero-Candela, Rasmussen 2005, eq. 20), with k_Eu the sum of the rows k_xu of its atoms.
+        """
         k_xu = self.atom_rows([v.environments for v in views])
         # k_Eu = Σ_i k_xi,u
         k_Eu = k_xu.new_zeros(len(structures), k_xu.shape[1]).index_add(0, structures.structure_of_atom, k_xu)
@@ -208,7 +213,10 @@ class VarianceModel:
     def stress_covariance(
         self, structures: Structures, views: Views, share: float, rows: CovarianceRows | None = None
     ) -> Variance:
-        """(structures, 6, 6) covariance of stress components in Voigt order, (eV/A³)², as `force_covariance`; NaN without volume."""
+        """(structures, 6, 6) covariance of stress components in Voigt order, (eV/A³)²; NaN without volume.
+
+        cov(S, S) = w [k_SS - k_Su K_uu⁻¹ k_uS] + k_Su (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uS + misspecification + noise
+        """
         rows = self.covariance_rows(structures, views, forces=False) if rows is None else rows
         a, b = (part.unflatten(0, (len(structures), 6)) for part in self.whiten(rows.stresses))
         k_SS = _total([p.stresses(structures, v) for p, v in zip(self.priors, views, strict=True)])

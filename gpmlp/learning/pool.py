@@ -508,7 +508,7 @@ class ConditionedUncertainty:
         return out
 
     def update(self, candidate: PoolCandidate) -> None:
-        """Bring a candidate up to date with all pivots."""
+        """Bring a candidate up to date with all pivots: variance C_ii - |G⁻¹ C_Pi|², novelty = the least of those by cluster and pivot."""
         old, new = candidate.pivots, len(self)
         if old == new:
             return

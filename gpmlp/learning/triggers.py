@@ -97,12 +97,12 @@ def exceedance_probability(forces_covariance: Tensor, tolerance: float) -> np.nd
 
 
 def any_exceedance(forces_covariance: Tensor, tolerance: float) -> float:
-    """Probability that the force error of some atom exceeds the tolerance, were errors of atoms independent."""
+    """Probability 1 - Π_i (1 - P_i) that the force error of some atom exceeds the tolerance; errors of atoms count as independent."""
     return _any(exceedance_probability(forces_covariance, tolerance))
 
 
 def force_error_bound(forces_covariance: Tensor, probability: float) -> float:
-    """Tolerance (eV/A) at which `risk` is the probability: what the largest force error stays below, with that exception."""
+    """Tolerance (eV/A) at which `any_exceedance` = probability: what the largest force error stays below, but for that chance."""
     trace, freedom = _moments(forces_covariance)
     if not np.isfinite(trace).all():
         return float("inf")
@@ -126,10 +126,12 @@ def _moments(forces_covariance: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _exceedance(trace: np.ndarray, freedom: np.ndarray, tolerance: float) -> np.ndarray:
+    """P_i = P(χ²_n > n t² / tr C_i), (atoms,)."""
     return gammaincc(0.5 * freedom, 0.5 * tolerance**2 * freedom / trace)
 
 
 def _any(each: np.ndarray) -> float:
+    """1 - Π_i (1 - P_i)."""
     return float(-np.expm1(np.log1p(-each.clip(0, 1 - 1e-15)).sum()))
 
 

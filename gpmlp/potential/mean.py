@@ -46,7 +46,7 @@ class MeanBlock:
         return torch.cat([energy for energy, _ in chunks]), torch.cat([slope for _, slope in chunks])
 
     def from_profile(self, x: Tensor, profile: Profile) -> tuple[Tensor, Tensor]:
-        """ε and dε/dx of environments whose kernel with the centres is there."""
+        """ε = Σ_j [α_j f + f' x·τ_j] and dε/dx = Σ_j [(α_j f' + f'' x·τ_j) x_j + f' τ_j], from f, f', f'' of x with the centres."""
         value, first, second = profile
         energy = linear(value, self.weights)
         if self.weights.dim() == 2:

@@ -104,7 +104,7 @@ class KindCalibration:
         return self.scale**2 * (parts @ torch.tensor(self.weights).to(parts))
 
     def half_width(self, std: Tensor, level: float, species: Tensor | None = None) -> Tensor:
-        """See Calibration.half_width."""
+        """(n,) q_p max(σ, floor) = half-width of the interval at level p; see Calibration.half_width."""
         if not 0 < level <= LEVELS[-1]:
             raise UserError(f"`level` must be above 0 and at most {LEVELS[-1]}, as 0.9 for 90 %; got {level}.")
         check_shape("std", std, ("n",))
@@ -235,12 +235,12 @@ def _table(
     conformity: Tensor, bins: Tensor, species: Tensor | None, n_bins: int
 ) -> tuple[dict[str, tuple[float, ...]], dict[str, int]]:
     """Multipliers at LEVELS and number of members of each group that has enough; what it lacks comes from the wider group."""
-    multipliers = {EVERYTHING: _row(conformity, None)}
+    multipliers = {EVERYTHING: conformal_multipliers(conformity, None)}
     counts = {EVERYTHING: len(conformity)}
 
     def add(name: str, members: Tensor, wider: str) -> None:
         if int(members.sum()) >= MEMBERS:
-            row = _row(conformity[members], multipliers.get(wider, multipliers[EVERYTHING]))
+            row = conformal_multipliers(conformity[members], multipliers.get(wider, multipliers[EVERYTHING]))
             multipliers[name], counts[name] = row, int(members.sum())
 
     for b in range(n_bins if n_bins > 1 else 0):
@@ -252,8 +252,9 @@ def _table(
     return multipliers, counts
 
 
-def _row(conformity: Tensor, wider: tuple[float, ...] | None) -> tuple[float, ...]:
-    """The ⌈(n+1)p⌉-th smallest score for each level, or the wider group's multiplier where n is too small for the level."""
+def conformal_multipliers(conformity: Tensor, wider: tuple[float, ...] | None) -> tuple[float, ...]:
+    """q_p, the ⌈(n+1)p⌉-th smallest of the conformity scores |e|/σ, for each level p = LEVELS; the multiplier of the wider group where n is
+    too small for the level."""
     ordered, n = conformity.sort().values, len(conformity)
     row: list[float] = []
     for k, level in enumerate(LEVELS):

@@ -138,7 +138,7 @@ class SpeciesClusters:
         return y, (centred - y @ components.T).square().sum(1)
 
     def squared(self, features: Tensor) -> Tensor:
-        """d² to each cluster (n, clusters)."""
+        """d² = (y − m_k)ᵀ S_k⁻¹ (y − m_k) + |r|²/s_k to each cluster (n, clusters)."""
         y, residual = self.reduce(features)
         whitening, offset, across = (p.to(features) for p in self._whitening)
         z = torch.addmm(offset, y, whitening).unflatten(1, self.mean.shape)

@@ -303,7 +303,7 @@ def _coarse(values: np.ndarray) -> np.ndarray:
 
 
 def _all_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, float, float]:
-    """(slopes of all pairs within series, S, var S of independent samples)."""
+    """Slopes of all pairs, S = Σ_{i<j} sign(x_j - x_i), and var S of independent samples, n(n - 1)(2n + 5)/18 less ties."""
     slopes, s, variance = [], 0.0, 0.0
     for t, x in pairs:
         i, j = np.triu_indices(len(x), 1)
@@ -359,7 +359,7 @@ def wilson_bounds(share: float, n: float, confidence: float = CONFIDENCE) -> tup
 
 
 def poisson_upper(events: int, confidence: float = CONFIDENCE) -> float:
-    """Upper bound of the expected number of events: the mean at which so few happen with chance 1 − confidence (3.0 for none)."""
+    """Upper bound of the expected number of events: the mean at which P(so few) = 1 − confidence (3.0 for none)."""
     return float(scipy.special.gammaincinv(events + 1, confidence))
 
 
