@@ -24,7 +24,7 @@ def find(name: str) -> object:
         except ModuleNotFoundError:
             continue
         for part in parts[n:]:
-            value = getattr(value, part) if hasattr(value, part) else value.__dataclass_fields__[part]
+            value = getattr(value, part, None) or getattr(value, "__dataclass_fields__", {}).get(part)
         return value
     raise ModuleNotFoundError(name)
 
