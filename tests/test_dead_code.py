@@ -8,7 +8,7 @@ import vulture
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gpmlp"
 KINDS = {"class", "function", "import", "method", "property", "unreachable_code"}
-BY_DECORATORS = ["@app.command*", "@*_validator*", "@overload*", "@intrinsic*", "@register_model*"]
+BY_DECORATORS = ["@app.callback*", "@app.command*", "@*_validator*", "@overload*", "@intrinsic*", "@register_model*"]
 USED_BY = {
     "exec_module": "Python's import system",
     "gpaw": "recipes, by name",
@@ -21,6 +21,8 @@ USED_BY = {
     "without": "users, to take inducing points out of an online model",
     "diffusion_of": "users, of a whole trajectory",
     "student": "users of versions before 0.2",
+    "_energies": "report.model.data, by kind",
+    "_stresses": "report.model.data, by kind",
     "evaluations": "tests",
     "species_pairs": "tests",
     "any_exceedance": "tests",
