@@ -483,7 +483,7 @@ def test_what_was_left_after_a_label_is_in_units_of_the_plain_limits(tmp_path):
 def test_labels_at_most(tmp_path):
     last = finish(recipe(stop={"labels_at_most": 5}), prepare(tmp_path / "one"))
     assert last.labels == 5 and last.verdict.limit == "labels"
-    assert "stopped where it was told to, not converged: 5 labels" in last.stopped
+    assert "stopped at a limit, not converged: 5 labels" in last.stopped
     more = finish(recipe(stop={"labels_at_most": 6}), tmp_path / "one", resume=True)
     assert more.labels == 6 and more.calls == 1
     last = finish(recipe(**TWO, stop={"labels_at_most": 5}), prepare(tmp_path / "two"))

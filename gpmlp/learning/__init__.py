@@ -1,1 +1,1 @@
-"""Learning on the fly: oracles that label, a tape that forgets nothing, criteria, and the loop that joins them."""
+"""Learning on the fly: oracles that label, walkers on an online model, triggers and stopping criteria, and the loop that joins them."""

@@ -59,7 +59,7 @@ def displace_rare(
     clusters = potential.novelty.species.get(z)
     if clusters is None:
         raise errors.UserError(
-            f"{structure.names[0]}: {errors.chemical_symbol(z)} was never seen; label a structure with it first."
+            f"{structure.names[0]}: {errors.chemical_symbol(z)} has no data in this model; label a structure with it first."
         )
     descriptor = potential.terms[0].descriptor
     view = StructureEnvironments.from_structures(descriptor, structure)

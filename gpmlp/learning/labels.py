@@ -285,7 +285,7 @@ class LabelFile:
             return
         refusal = replace(refusal, labels_before=len(self))
         if self._journal is None:
-            about = {"refused": "structures without a label, beside " + self.path.name}
+            about = {"refused": "structures without a label, of " + self.path.name}
             self._journal = files.begin_journal(self.refused_path, about)
         self._journal.append(asdict(refusal))
         self._refusals[refusal.key] = refusal

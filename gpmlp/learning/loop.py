@@ -164,9 +164,9 @@ class _Run:
         self.progress = replace(self.progress, first=tuple(first))
         yield from self._explore()
         self.progress = replace(self.progress, walkers=tuple(WalkerState(w, w) for w in self.walkers))
-        told = dict(zip([entry.key for entry in entries], causes, strict=True))
-        told |= dict.fromkeys(self.progress.learned, "explored")
-        self._model_changed("first labels", first=[{"key": key, "cause": cause} for key, cause in told.items()])
+        first_causes = dict(zip([entry.key for entry in entries], causes, strict=True))
+        first_causes |= dict.fromkeys(self.progress.learned, "explored")
+        self._model_changed("first labels", first=[{"key": k, "cause": cause} for k, cause in first_causes.items()])
         self._checkpoint()
 
     def _explore(self) -> Iterator[LoopState]:
@@ -282,7 +282,7 @@ class _Run:
         return self._request(_structure(state.requested), state.central_atom)
 
     def _with_surrogate_checked(self, i: int, state: WalkerState) -> WalkerState:
-        """With the atom around which a surrogate is cut; without where all is labelled, as the environment would not be kept."""
+        """Without the atom around which a surrogate is cut where the surrogate would change its environment: the whole frame is labelled."""
         cluster = self._request_of(state).surrogate
         if cluster is None:
             return replace(state, central_atom=-1)

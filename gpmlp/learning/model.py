@@ -80,7 +80,7 @@ class OnlineModel:
             return new._refreshed(f"{new.since_refresh} labels since the last")
         if drifted:
             rise = sum(recent) / RECENT - self.expected_nll
-            return new._refreshed(f"the negative log likelihood of foreseen forces rose by {rise:.2f}")
+            return new._refreshed(f"the negative log likelihood of predicted forces rose by {rise:.2f}")
         return new
 
     def _refreshed(self, why: str, anew: bool = False) -> OnlineModel:

@@ -391,12 +391,10 @@ class PoolCandidate:
     """The environments of one structure, conditioned on the first `pivots` pivots. Double precision, CPU.
 
     Attributes:
-        species: (n,) Z.
-        features: (n, features) of each descriptor.
-        a, b: (n, columns) D L⁻¹ k_ug and R⁻ᵀ a (VarianceModel.whiten); no columns where no variance is wanted.
-        factor: (n, pivots) covariances with the pivots, whitened: C_iP G⁻ᵀ; no columns where no variance is wanted.
-        variance: (n,) of the local energies, eV^2; zero where it is not wanted.
-        novelty: (n,) distance in units of the threshold; one where it is not wanted.
+        species: (n,) Z; features: (n, features) of each descriptor.
+        a, b: (n, columns) D L⁻¹ k_ug and R⁻ᵀ a (VarianceModel.whiten); factor: (n, pivots) covariances with the pivots, whitened:
+            C_iP G⁻ᵀ; no columns where no variance is wanted.
+        variance: (n,) of the local energies, eV^2; novelty: (n,) in thresholds; one where it is not wanted.
     """
 
     species: Tensor
@@ -454,7 +452,7 @@ class _PivotDistances:
         """Distance of x (n, features) to the nearest of the pivots from the first-th on (n,)."""
         pivots = self._rows.room[first : self._rows.n]
         y, z = ((part - self._clusters.centre) @ self._clusters.components for part in (x, pivots))
-        # |r - r'|² = |x - x'|² - |y - y'|²: all are far above rounding, relative to the least spread that clusters have
+        # |r - r'|² = |x - x'|² - |y - y'|²: all are far above rounding, relative to the least width that clusters have
         across = (_squared(x, pivots) - _squared(y, z)).clamp_min(0)
         squared = [_squared(y @ w.T, z @ w.T) + across / s for w, s in zip(self._whitening, self._spread, strict=True)]
         return torch.stack(squared).amin((0, 2)).sqrt()
@@ -486,9 +484,9 @@ class ConditionedUncertainty:
 
     def candidates(self, structures: Structures) -> list[PoolCandidate]:
         """A candidate for each structure, before any pivot is taken into account."""
-        own = structures.to(device=self._potential.recipe.device, dtype=getattr(torch, self._potential.recipe.dtype))
+        moved = structures.to(device=self._potential.recipe.device, dtype=getattr(torch, self._potential.recipe.dtype))
         terms = self._potential.terms if self._model else self._potential.terms[:1]
-        views = [term.view(own) for term in terms]
+        views = [term.view(moved) for term in terms]
         features = [_plain(v.environments.features) for v in views]
         species = structures.species.cpu()
         a = b = torch.zeros(len(species), 0, dtype=torch.float64)
@@ -496,7 +494,7 @@ class ConditionedUncertainty:
         if self._model is not None:
             rows = self._model.atom_rows([v.environments for v in views])
             a, b = (_plain(part) for part in self._model.whiten(rows))
-            prior = _plain(sum(p.atom_energies(own.species, own.positions) for p in self._model.priors))
+            prior = _plain(sum(p.atom_energies(moved.species, moved.positions) for p in self._model.priors))
             variance = inducing_variance(prior, a.square().sum(1), self._model.amplitude) + b.square().sum(1)
         if self._novelty is not None:
             novelty = self._novelty.novelty(species, features[0]).clamp_max(FARTHEST)

@@ -149,7 +149,7 @@ class SurrogateRecipe(_Section):
     """What is labelled in place of frames that are too large for the oracle.
 
     above: atoms; of a frame with more, a small surrogate is labelled, cut around the atom that asks most; first structures are made
-    of such cells, too. core_A: around that atom, within which environments are kept as they are in the frame.
+    of such cells, too. core_A: around that atom, within which environments are those of the frame.
     """
 
     above: Count
@@ -177,7 +177,7 @@ class PlateauRecipe(_Section):
 
 
 class ObservableRecipe(_Section):
-    """A quantity whose mean must be known: energy (eV/atom), pressure (GPa), temperature (K), rdf, msd (A^2), diffusion (A^2/fs), or
+    """A quantity whose mean must be certain: energy (eV/atom), pressure (GPa), temperature (K), rdf, msd (A^2), diffusion (A^2/fs), or
     'module:function' of an ase.Atoms that gives a number or a vector.
 
     tolerance: of the standard error of the mean, rms over components; relative to the rms of the mean if `relative`. None: energy

@@ -30,7 +30,7 @@ BONDED = 1.2  # times the sum of covalent radii
 MOLECULE = 40  # atoms; bonded units of no more are cut out whole
 CLOSER = 0.95  # of the smallest distance in the frame, below which two atoms of a surrogate do not both stay
 PLANES = 1.2  # A, least distance of lattice planes: a cell of length a has no period shorter than that
-PERIOD = 6.0  # A beyond what is needed, within which a period of the frame is looked for
+PERIOD = 6.0  # A beyond what is needed, within which a period of the frame is sought
 ALIKE = 0.25  # of the mean squared distance by which a random shift misses atoms: one that misses by less is a period
 SAMPLES = 300  # atoms of which that is judged
 SAME = 1e-6  # A, and distance of unit features: what rounding may do
@@ -84,7 +84,7 @@ def cut_surrogate(frame: Structures, atom: int, reach: float, core: float = 0.0)
     unless they come closer to one that was taken, or to an image of it, than atoms of these elements are anywhere in the frame.
 
     Args:
-        atom: whose environment is to be kept.
+        atom: whose environment is to be that of the frame.
         reach: farthest neighbour of an environment, A.
         core: A around the atom, within which environments are those of the frame.
     """
@@ -127,15 +127,14 @@ def most_uncertain_atom(potential: Potential, structure: Structures) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Frame:
-    """A frame seen from one of its atoms.
+    """A frame in the coordinates of one of its atoms.
 
     Attributes:
         basis: (3, 3) A, rows are lattice vectors, and normals of length 1 along axes that are not periodic.
         places: (atoms, 3) in units of the basis, from the atom; of all images the nearest to it, molecules whole.
-        unit: (atoms,) number of the molecule, or of the atom itself.
+        unit: (atoms,) number of the molecule, or of the atom itself; extent: A, largest distance of two atoms of one.
         distance: (atoms,) A, from the atom; rank: the same of the nearest atom of the unit.
         closest: (elements, elements) A, that two atoms of different units may come; element: (atoms,) index in it.
-        extent: A, that an atom of a unit is from another at most.
     """
 
     basis: np.ndarray

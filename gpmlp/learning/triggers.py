@@ -262,12 +262,11 @@ def too_close(
 def trigger_limits(
     trigger: TriggerRecipe, force_rms: float, n_atoms: int, noise: dict[str, float], calibration: Calibration
 ) -> TriggerLimits:
-    """Numbers for what the recipe leaves to the data.
+    """The limits of the recipe, where it leaves them to the data from forces and noises.
 
     Args:
-        force_rms: root mean square of the labelled force components, eV/A.
-        n_atoms: of a structure.
-        noise: standard deviation of new labels by kind; with `calibration` what is left of the error however much is learned.
+        force_rms: root mean square of the force components, eV/A; n_atoms: of a structure.
+        noise: standard deviation of new labels by kind; with `calibration` the error that remains however many labels there are.
     """
     force = trigger.force
     if isinstance(force, str):

@@ -396,7 +396,7 @@ class _ClosedError(BaseException):
 
 
 class _Task:
-    """A task that stops wherever it predicts, in a thread of its own; never more than one of them runs."""
+    """A task that stops wherever it predicts, in its thread; never more than one of them runs."""
 
     def __init__(self, function: Callable[[PredictFunction], WalkerSnapshot]) -> None:
         self.function, self.ended = function, False

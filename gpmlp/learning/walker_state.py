@@ -168,8 +168,8 @@ class WalkerState:
             value = header[name]
             if field.name in WALKERS:
                 prefix = f"{name}."
-                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                value = Walker.from_state(value, own)
+                part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                value = Walker.from_state(value, part)
             values[field.name] = tuple(value) if isinstance(value, list) else value
         return WalkerState(**values)
 

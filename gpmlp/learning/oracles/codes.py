@@ -26,7 +26,7 @@ class OracleError(ValueError):
 
 @dataclass(frozen=True)
 class CalculatorEntry:
-    """A calculator with a name of its own.
+    """A ready-made calculator.
 
     Attributes:
         path: "module:name" of the class or function that makes it.
@@ -295,7 +295,7 @@ class PySCF(Calculator):
         unknown = set(kwargs) - set(self.default_parameters)
         if unknown:
             raise TypeError(f"unknown keyword arguments {sorted(unknown)}")
-        import pyscf  # noqa: F401 - so that its absence is found when the recipe is read
+        import pyscf  # noqa: F401 - so that its absence shows when the recipe is read
 
         super().__init__(**kwargs)
 

@@ -277,7 +277,7 @@ def _dask(recipe: OracleRecipe) -> JobRunner:
     where = {k: v for k, v in recipe.executor_options.items() if k in ("address", "scheduler_file")}
     cluster = None
     if not where:
-        # threads are enough: each attempt gets a process of its own
+        # threads are enough: each attempt gets a new process
         options = {"n_workers": 1, "threads_per_worker": recipe.workers, "processes": False}
         cluster = LocalCluster(**options, dashboard_address=None, protocol="inproc://")
         where = {"address": cluster}

@@ -49,7 +49,7 @@ class _Request:
 class Labeller:
     """Asks the oracle of a recipe, any number of structures at a time.
 
-    Attempts leave their records in FOLDER/spool before anyone is told, and their files in FOLDER/scratch. A key that was asked for
+    Attempts leave their records in FOLDER/spool before the run gets them, and their files in FOLDER/scratch. A key that was asked for
     in an earlier run is answered from there, or waited for where a worker of that run still computes it.
     """
 

@@ -1,4 +1,4 @@
-"""Results of oracles on disk: a record for each attempt at a label, written before anyone is told, and a lock for each label; no torch."""
+"""Results of oracles on disk: a record for each attempt at a label, written before the run gets it, and a lock for each label; no torch."""
 
 from __future__ import annotations
 

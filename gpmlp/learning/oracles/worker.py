@@ -1,4 +1,4 @@
-"""A worker makes one attempt at one label: a single point by a calculator, checked, in this process or one of its own; no torch."""
+"""A worker makes one attempt at one label: a single point by a calculator, checked, in this process or another; no torch."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from gpmlp.learning.stopping.timeseries import (
 HALVES = 0.01  # chance with which halves of a stationary series are said to differ
 NEGLIGIBLE = 1 / 3  # of the tolerated drift: a trend surely smaller than that does not count, however significant
 SMALLEST = 1e-3  # of the median: smaller uncertainties count as this
-FARTHEST = 10.0  # novelties above count as this in correlation times; a species never seen is infinitely far
+FARTHEST = 10.0  # novelties above count as this in correlation times; a species without data is infinitely far
 
 
 @dataclass(frozen=True)

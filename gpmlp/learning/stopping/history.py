@@ -28,19 +28,14 @@ class Record:
     """What one frame of molecular dynamics with force variances adds to the history.
 
     Attributes:
-        walker: number of the trajectory, from 0.
-        step: of that trajectory; falls when it was set back.
-        time_fs: of that trajectory.
-        temperature_K, pressure_GPa: at this moment; NaN = unknown.
-        target_temperature_K, target_pressure_GPa: of thermostat and barostat now; NaN = there is none.
+        walker, step, time_fs: number of the trajectory, from 0, its step (which falls when it was set back) and time.
+        temperature_K, pressure_GPa: now (NaN = unknown); target_...: of thermostat and barostat (NaN = there is none).
         ramp_finished: whether targets will not change any more.
         force_rms: of the predicted force components, eV/A.
         sigma_max, sigma_median: largest and median calibrated standard deviation of an atom's force, eV/A.
         threshold: that of the trigger, eV/A; NaN = there is none.
-        novelty_max: largest novelty of an atom (infinite for a species never seen); NaN = not computed.
-        atoms: by atomic number, how many there are.
-        outside: by atomic number, how many have a novelty above 1.
-        outside_atoms: indices of these atoms.
+        novelty_max: largest novelty of an atom (infinite for a species without data); NaN = not computed.
+        atoms: number of atoms by atomic number; outside: of those with a novelty above 1; outside_atoms: indices of these.
         asked: whether this frame was reason to ask for a label, whether it was granted, refused or withheld.
         labelled: whether a label was learned after this frame (of any walker: the model is common); `History.with_label` says so.
         updated: whether the model changed after this frame for another reason, such as new hyperparameters.

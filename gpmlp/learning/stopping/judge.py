@@ -71,11 +71,8 @@ class JudgedWindow:
     """The recent frames over which everything is judged.
 
     Attributes:
-        history: from which they are.
         rows: by walker, their places in the history, in time order.
-        steps: of all walkers together.
-        label_steps: steps from the start of the window, all walkers together, to each time that a label was asked for inside it,
-            whether it was granted or not.
+        steps: of all walkers together; label_steps: those from the start of the window to each request for a label, granted or not.
         ramping: walkers whose temperature or pressure are still to change.
     """
 
@@ -196,7 +193,7 @@ def judge(
         elapsed_h: time that the run has taken.
     """
     if not len(history):
-        return StopVerdict(False, False, (), "not converged yet: no frame has been looked at yet")
+        return StopVerdict(False, False, (), "not converged yet: there is no frame yet")
     recent = judged_window(history, recipe)
     criteria = [ensemble_criterion(recent, recipe)]
     if recipe.plateau is not False:
@@ -211,7 +208,7 @@ def judge(
     if met:
         sentence = "stopped: " + "; ".join(c.sentence for c in criteria)
     elif reached:
-        sentence = f"stopped where it was told to, not converged: {what}; " + _missing(criteria, early)
+        sentence = f"stopped at a limit, not converged: {what}; " + _missing(criteria, early)
     else:
         sentence = "not converged yet: " + _missing(criteria, early)
     return StopVerdict(met or bool(reached), met, tuple(criteria), sentence, "" if met else reached)

@@ -1,17 +1,16 @@
 """Statistics of time series: correlation time, standard error of a mean, equilibration, trend; bounds of probabilities and rates.
 
-A series is what molecular dynamics gives: samples at equal distances in time, one after another. Several series of the same thing
-(walkers) are taken together: their mean is common, and so is the autocovariance about it, so that walkers that sit in different
-places make the correlation time long. Samples may be vectors (the bins of a histogram); the time is then that of the sum of the
-autocovariances of the components, which is exactly what the mean of the squared standard errors needs, or that of the leading
-principal component, where it is longer. Times are counted in samples.
+Samples are equally spaced in time. Several series of the same thing (walkers) have a common mean, and a common autocovariance about
+it, so that walkers in different places make the correlation time long. Samples may be vectors (the bins of a histogram): the time is
+then that of the sum of the autocovariances of the components, which the mean of the squared standard errors needs, or that of the
+leading principal component, where it is longer. Times are counted in samples.
 
 | on paper | here |
 |---|---|
-| g = 1 + 2 Σ_k ρ(k) = 2 τ_int, n_eff = n / g | `Mean.correlation_time`, `Mean.n_effective` |
+| g = 1 + 2 Σ_k ρ(k) = 2 τ_int, n_eff = n / g | `SeriesMean.correlation_time`, `SeriesMean.n_effective` |
 | window M: the least with M ≥ c τ_int(M) | `WINDOW`; Madras, Sokal, J. Stat. Phys. 50, 109 (1988), app. C |
 | g (1 − (2M + 1)/n)⁻¹, bias of subtracting the mean | Wolff, Comput. Phys. Commun. 156, 143 (2004), eq. 49 |
-| relative variance of g: 2 (2M + 1)/n, so that mean/sem has n/(2M + 1) degrees of freedom | Madras, Sokal, eq. C.19; `Mean.freedom` |
+| relative variance of g: 2 (2M + 1)/n, so that mean/sem has n/(2M + 1) degrees of freedom | Madras, Sokal, eq. C.19; `SeriesMean.freedom` |
 """
 
 from __future__ import annotations
@@ -45,13 +44,10 @@ class SeriesMean:
     """Mean of correlated samples.
 
     Attributes:
-        value: (components,) mean over all samples of all series.
-        spread: rms over components of the standard deviation of a sample.
-        sem: rms over components of the standard error of the mean, from the correlation time.
-        sem_blocking: the same from block averages, without a window: a cross-check.
-        correlation_time: g, in samples.
-        n: number of samples, all series together.
-        freedom: degrees of freedom of `sem`.
+        value: (components,) mean over all samples of all series; n: how many these are.
+        spread: standard deviation of a sample; sem: standard error of the mean, from the correlation time; sem_blocking: the same from
+            block averages; each the rms over components.
+        correlation_time: g, in samples; freedom: degrees of freedom of `sem`.
         dimension: effective number of independent components, (Σλ)²/Σλ² of the covariance; 1 for a scalar.
     """
 
@@ -176,8 +172,8 @@ def correlation_time(centred: Sequence[np.ndarray], parameters: int = 1) -> tupl
     wide = np.arange(len(sums)) >= WINDOW * np.maximum(sums, 0) / 2
     wide[0] = False
     window = int(wide.argmax()) if wide.any() else len(sums) - 1
-    kept = 1 - min(MOST_BIAS, parameters * (2 * window + 1) / n)
-    return max(LEAST, float(sums[window]) / kept), window
+    unbiased = 1 - min(MOST_BIAS, parameters * (2 * window + 1) / n)
+    return max(LEAST, float(sums[window]) / unbiased), window
 
 
 def blocking_error(series: np.ndarray | Sequence[np.ndarray]) -> float:
@@ -231,12 +227,9 @@ class SeriesTrend:
     """Mann–Kendall test and Theil–Sen slope of a series.
 
     Attributes:
-        slope: Theil–Sen, unit of the values per unit of the times.
-        low, high: its 95 % interval; NaN where it cannot be known.
-        p: two-sided chance of an S so far from 0 in a stationary series with these correlations; NaN where it cannot be known.
-        level: median of the values.
-        n: number of samples, all series together.
-        n_effective: n over the correlation time.
+        slope: Theil–Sen, unit of the values per unit of the times; low, high: its 95 % interval (NaN = unknown).
+        p: two-sided chance of an S so far from 0 in a stationary series with these correlations (NaN = unknown).
+        level: median of the values; n: number of samples, all series together; n_effective: n over the correlation time.
         duration: the longest extent of a series, unit of the times.
     """
 

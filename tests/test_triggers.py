@@ -1,4 +1,4 @@
-"""Decisions of the learning loop, from predictions made by hand."""
+"""Decisions of the trigger, from predictions made by hand."""
 
 from __future__ import annotations
 

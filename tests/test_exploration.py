@@ -114,7 +114,7 @@ def test_what_cannot_be_explored_is_refused(learned):
     with pytest.raises(UserError, match="no neighbours"):
         exploration.displace_rare(potential, alone, 0)
     silver = structures_from_ase([ase.build.bulk("Ag", cubic=True)])
-    with pytest.raises(UserError, match="Ag was never seen"):
+    with pytest.raises(UserError, match="Ag has no data in this model"):
         exploration.displace_rare(potential, silver, 0)
     with pytest.raises(UserError, match="Ag"):
         summed_std(potential, silver)

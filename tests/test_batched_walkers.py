@@ -1,4 +1,4 @@
-"""Walkers side by side: each goes where it would have gone alone, one prediction serves all, and one that fails harms no other."""
+"""Walkers in one batch: each goes where it would have gone alone, one prediction serves all, and one that fails harms no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Picking from a pool: the greedy order is that of dense conditioning, nothing is picked twice, and every mistake has a message."""
+"""Selection from a pool: the greedy order is that of dense conditioning, nothing is picked twice, and every mistake has a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tape: what is learned from it after a restart is, to the last bit, what was learned when the label came."""
+"""The label file: what is learned from it after a restart is, to the last bit, what was learned when the label came."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.learning import labels as tape_module
+from gpmlp.learning import labels as label_module
 from gpmlp.learning.labels import LabelEntry, LabelFile, LabelRefusal, canonical_structure, format_entry, key_of
 
 
@@ -115,11 +115,11 @@ def test_every_number_and_text_survives(x, f, energy, reason):
     values = (torch.tensor([energy], dtype=torch.float64), torch.tensor(f, dtype=torch.float64).reshape(2, 3))
     rest = (unknown.stresses, unknown.energies_noise, unknown.forces_noise, unknown.stresses_noise, ("",))
     e = LabelEntry(asked, Targets(*values, *rest), key_of(asked, "o"), reason, "o", {"step": 1})
-    back = tape_module._parse(format_entry(e), "frame")
+    back = label_module._parse(format_entry(e), "frame")
     assert bits(back.structure.positions) == bits(asked.positions)
     assert bits(back.targets.forces) == bits(values[1]) and bits(back.targets.energies) == bits(values[0])
     assert back.key == e.key
-    again = tape_module._parse(format_entry(back), "frame")
+    again = label_module._parse(format_entry(back), "frame")
     assert again.reason == back.reason  # what could not be written was replaced once
 
 

@@ -1,4 +1,4 @@
-"""Surrogates cut out of large frames: environments are kept to the last neighbour, cells close, and only what is believed is learned."""
+"""Surrogates cut out of large frames: environments are kept to the last neighbour, cells close, and only what is trusted is learned."""
 
 from __future__ import annotations
 
