@@ -24,8 +24,6 @@ USED_BY = {
     "_energies": "report.model.data, by kind",
     "_stresses": "report.model.data, by kind",
     "evaluations": "tests",
-    "species_pairs": "tests",
-    "any_exceedance": "tests",
 }
 
 

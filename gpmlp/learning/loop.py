@@ -282,7 +282,7 @@ class _Run:
         return self._request(_structure(state.requested), state.central_atom)
 
     def _with_surrogate_checked(self, i: int, state: WalkerState) -> WalkerState:
-        """Without the atom around which a surrogate is cut where the surrogate would change its environment: the whole frame is labelled."""
+        """Without the atom around which a surrogate is cut where that would change its environment: all is labelled then."""
         cluster = self._request_of(state).surrogate
         if cluster is None:
             return replace(state, central_atom=-1)

@@ -96,13 +96,8 @@ def exceedance_probability(forces_covariance: Tensor, tolerance: float) -> np.nd
     return _exceedance(*_moments(forces_covariance), tolerance)
 
 
-def any_exceedance(forces_covariance: Tensor, tolerance: float) -> float:
-    """Probability 1 - Π_i (1 - P_i) that the force error of some atom exceeds the tolerance; errors of atoms count as independent."""
-    return _any(exceedance_probability(forces_covariance, tolerance))
-
-
 def force_error_bound(forces_covariance: Tensor, probability: float) -> float:
-    """Tolerance (eV/A) at which `any_exceedance` = probability: what the largest force error stays below, but for that chance."""
+    """Tolerance t (eV/A) with 1 - Π_i (1 - P_i(t)) = probability: that of some atom's force error exceeding it, if independent."""
     trace, freedom = _moments(forces_covariance)
     if not np.isfinite(trace).all():
         return float("inf")

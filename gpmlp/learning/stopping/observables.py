@@ -7,7 +7,6 @@ values that a History keeps.
 from __future__ import annotations
 
 import importlib
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -90,11 +89,6 @@ def radial_distribution(
     weight = (volumes / n)[owner[i[chosen]]]
     counts, _ = np.histogram(distance[chosen], edges, weights=weight)
     return (edges[1:] + edges[:-1]) / 2, counts / (shells * len(structures))
-
-
-def species_pairs(species: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Pairs of species (a ≤ b) of the partial distributions."""
-    return tuple(itertools.combinations_with_replacement(sorted(set(species)), 2))
 
 
 class UnwrappedPath:
