@@ -471,14 +471,14 @@ class UncertaintyMonitor:
 
     def __call__(self, atoms: Atoms) -> FrameUncertainty:
         structures = structures_from_ase([atoms], [self.name])
-        found = self.potential(structures, "atom_energies", novelty=self.potential.novelty is not None)
-        assert found.atom_energies_variance is not None, "variances of local energies were asked for"
-        local = found.atom_energies_variance.total.sqrt()
-        suspicion = local if found.novelty is None else local * found.novelty
+        prediction = self.potential(structures, "atom_energies", novelty=self.potential.novelty is not None)
+        assert prediction.atom_energies_variance is not None, "variances of local energies were asked for"
+        local = prediction.atom_energies_variance.total.sqrt()
+        suspicion = local if prediction.novelty is None else local * prediction.novelty
         few = suspicion.topk(min(FORCE_ATOMS, len(local))).indices
         forces = self.potential(structures, "forces", atoms=few).forces_variance
         assert forces is not None, "variances of forces were asked for"
         variance = forces.total[few].sum(1)
         worst = int(variance.argmax())
-        novelty = None if found.novelty is None else found.novelty.cpu().numpy()
+        novelty = None if prediction.novelty is None else prediction.novelty.cpu().numpy()
         return FrameUncertainty(local.cpu().numpy(), novelty, float(variance[worst].sqrt()), int(few[worst]))

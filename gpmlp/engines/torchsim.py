@@ -75,7 +75,7 @@ class GPModel(ModelInterface):
         self.potential = potential
         self._device, self._dtype = torch.device(potential.recipe.device), getattr(torch, potential.recipe.dtype)
         self._tables = why is None and (self._device.type == "cuda" if self._wish is None else self._wish)
-        self._known: Structures | None = None
+        self._last: Structures | None = None
         self._stepper: Stepper | None = None
         self._pairs = VerletList(potential.reach, self._reach)
 
@@ -103,42 +103,42 @@ class GPModel(ModelInterface):
         """
         structures = self._structures(state)
         if self._tables:
-            found = self._stepped(structures)
+            prediction = self._stepped(structures)
         else:
-            found = self.potential(structures, self.uncertainty, self.novelty, pairs=self._pairs(structures))
+            prediction = self.potential(structures, self.uncertainty, self.novelty, pairs=self._pairs(structures))
         periodic = structures.periodic.any(dim=1)[:, None, None]
         out = {
-            "energy": found.energies,
-            "forces": found.forces,
-            "stress": torch.where(periodic & found.stresses.isfinite(), found.stresses, 0.0),
+            "energy": prediction.energies,
+            "forces": prediction.forces,
+            "stress": torch.where(periodic & prediction.stresses.isfinite(), prediction.stresses, 0.0),
         }
         for name, variance in {
-            "energy_std": found.energies_variance,
-            "local_energy_std": found.atom_energies_variance,
-            "forces_std": found.forces_covariance and found.forces_covariance.diagonal(),
-            "stress_std": found.stresses_covariance and found.stresses_covariance.diagonal(),
+            "energy_std": prediction.energies_variance,
+            "local_energy_std": prediction.atom_energies_variance,
+            "forces_std": prediction.forces_covariance and prediction.forces_covariance.diagonal(),
+            "stress_std": prediction.stresses_covariance and prediction.stresses_covariance.diagonal(),
         }.items():
             if variance is not None:
                 out[name] = variance.total.clamp_min(0).sqrt()
-        if found.novelty is not None:
-            out["novelty"] = found.novelty
+        if prediction.novelty is not None:
+            out["novelty"] = prediction.novelty
         return out
 
     def _structures(self, state: Any) -> Structures:
         """The systems of a state; atoms that are those of the last call keep their Structures, with new positions and cells."""
         positions, cells, *atoms = _tensors(state)
-        if self._known is None or not _same(self._known, positions, atoms):
+        if self._last is None or not _same(self._last, positions, atoms):
             system, periodic, species = (part.clone() for part in atoms)  # a state may be changed in place
             names = tuple(f"system {s}" for s in range(len(cells)))
-            self._stepper, self._known = None, Structures(positions, cells, periodic, species, system, names)
-        return self._known.with_unchecked_positions(positions, cells)
+            self._stepper, self._last = None, Structures(positions, cells, periodic, species, system, names)
+        return self._last.with_unchecked_positions(positions, cells)
 
     def _stepped(self, structures: Structures) -> Prediction:
         """The prediction of a stepper of these atoms."""
         if self._stepper is None:
             self._stepper = Stepper(self.potential, structures, bool(self.uncertainty), self.novelty, self._reach)
-        found = self._stepper(*(part.to(self._device) for part in (structures.positions, structures.cells)))
-        return found.map(lambda value: value.to(structures.positions))
+        prediction = self._stepper(*(part.to(self._device) for part in (structures.positions, structures.cells)))
+        return prediction.map(lambda value: value.to(structures.positions))
 
 
 def _tensors(state: Any) -> tuple[Tensor, ...]:
@@ -155,10 +155,10 @@ def _tensors(state: Any) -> tuple[Tensor, ...]:
     return positions.contiguous(), cell.mT.contiguous(), system, periodic, get("atomic_numbers").long()
 
 
-def _same(known: Structures, positions: Tensor, atoms: Sequence[Tensor]) -> bool:
+def _same(last: Structures, positions: Tensor, atoms: Sequence[Tensor]) -> bool:
     """Whether atoms are those of before, with one synchronisation of the device."""
-    pairs = list(zip((known.structure_of_atom, known.periodic, known.species), atoms, strict=True))
-    alike = positions.dtype == known.positions.dtype and positions.device == known.positions.device
+    pairs = list(zip((last.structure_of_atom, last.periodic, last.species), atoms, strict=True))
+    alike = positions.dtype == last.positions.dtype and positions.device == last.positions.device
     if not alike or any(a.shape != b.shape for a, b in pairs):
         return False
     return bool(torch.stack([(a == b).all() for a, b in pairs]).all())

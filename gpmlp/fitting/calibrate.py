@@ -134,11 +134,11 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
         if getattr(prediction, VARIANCE_FIELDS[kind]) is None:
             continue
         errors, parts, species = split_residuals(kind, structures, targets, prediction)
-        known = ~errors.isnan() & parts.isfinite().all(1)
+        labelled = ~errors.isnan() & parts.isfinite().all(1)
         # components that vanish by symmetry say nothing of the size of errors, and there may be many (strained crystals)
-        usable = known & ~zero_by_symmetry(kind, targets, prediction, parts)
-        if int(usable.sum()) < (FEW if usable.sum() < known.sum() else 1):
-            blind += [kind] if known.any() else []
+        usable = labelled & ~zero_by_symmetry(kind, targets, prediction, parts)
+        if int(usable.sum()) < (FEW if usable.sum() < labelled.sum() else 1):
+            blind += [kind] if labelled.any() else []
             continue
         errors, parts, species = errors[usable], parts[usable], species if species is None else species[usable]
         if weights:  # the same process: its parts have the weights of the forces; noise is separate for each kind
@@ -180,10 +180,10 @@ def sample_spread(structures: Structures, targets: Targets, raw: Prediction) -> 
     None where too few errors are known.
     """
     errors, parts, _ = split_residuals("forces", structures, targets, raw)
-    known = ~errors.isnan() & parts.isfinite().all(1) & ~zero_by_symmetry("forces", targets, raw, parts)
-    if int(known.sum()) < ENOUGH:
+    usable = ~errors.isnan() & parts.isfinite().all(1) & ~zero_by_symmetry("forces", targets, raw, parts)
+    if int(usable.sum()) < ENOUGH:
         return None
-    return float(fit_variance_weights(errors[known], parts[known][:, 1:])[0]) ** 0.5
+    return float(fit_variance_weights(errors[usable], parts[usable][:, 1:])[0]) ** 0.5
 
 
 def calibration_warnings(calibration: Calibration, label_noise: dict[str, float]) -> list[str]:
@@ -217,12 +217,12 @@ class PrequentialPrediction:
 
 def latest_prequential(predictions: tuple[PrequentialPrediction, ...]) -> tuple[PrequentialPrediction, ...]:
     """The latest predictions, as many as a calibration needs."""
-    kept, components = 0, 0
+    count, components = 0, 0
     for one in reversed(predictions):
-        if kept >= FEWEST_PREQUENTIAL and components >= COMPONENTS:
+        if count >= FEWEST_PREQUENTIAL and components >= COMPONENTS:
             break
-        kept, components = kept + 1, components + int(one.targets.forces.isfinite().sum())
-    return predictions[len(predictions) - kept :]
+        count, components = count + 1, components + int(one.targets.forces.isfinite().sum())
+    return predictions[len(predictions) - count :]
 
 
 def prequential_calibration(predictions: Sequence[PrequentialPrediction]) -> Calibration:
@@ -241,8 +241,8 @@ def prequential_calibration(predictions: Sequence[PrequentialPrediction]) -> Cal
     learned = learn_calibration(prediction, structures, targets, HOW)
     kinds = {}
     for name, kind in learned.kinds.items():
-        found = mean_square_residuals(name, kind, structures, targets, prediction) if kind.n else torch.zeros(0)
-        kinds[name] = kind.widen_std(small_sample_factor(found)) if len(found) else kind
+        errors = mean_square_residuals(name, kind, structures, targets, prediction) if kind.n else torch.zeros(0)
+        kinds[name] = kind.widen_std(small_sample_factor(errors)) if len(errors) else kind
     return replace(learned, kinds=kinds)
 
 

@@ -62,8 +62,8 @@ def fit(
     stages.begin("data")
     data = _Data.from_labels(structures, targets, Recipe() if recipe is None else recipe)
     wanted = data.recipe.calibration if data.recipe.variance is not False else False
-    kept, held = calibrate.calibration_split(data.structures, data.targets, wanted, data.recipe.seed)
-    trained = _train(data, kept, held, stages)
+    fitted, held = calibrate.calibration_split(data.structures, data.targets, wanted, data.recipe.seed)
+    trained = _train(data, fitted, held, stages)
     models, learned, calibration = trained.models, trained.learned, Calibration.identity()
     lowers = regression.lowers_of(models)
     if len(held):
@@ -78,13 +78,8 @@ def fit(
     solved = posterior.solve_posterior(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
     potential = _potential(data, trained, learned, solved.weights)
     potential = replace(potential, calibration=calibration, provenance=dict(provenance or {}))
-    if potential.variances is not None:
-        share = variance_checks.leave_out_amplitude(
-            potential, models, learned, solved, data.structures, data.remaining, data.recipe.seed
-        )
-        scaled = replace(potential.variances, amplitude=share)
-        potential = replace(potential, variances=scaled, calibration=calibration.with_amplitude(share))
-    compared = data.structures.select(held if len(held) else kept)
+    potential = _with_amplitude(data, potential, models, learned, solved)
+    compared = data.structures.select(held if len(held) else fitted)
     subset = variance_checks.subset_error(potential, models, learned.signal, solved.factor, compared, data.recipe.seed)
     errors = None
     if validation is not None:
@@ -161,6 +156,22 @@ def _potential(data: _Data, trained: _Trained, learned: WhitenedData, weights: T
     )
 
 
+def _with_amplitude(
+    data: _Data,
+    potential: Potential,
+    models: list[InducingModel],
+    learned: WhitenedData,
+    solved: SparsePosterior,
+) -> Potential:
+    """With the amplitude of what inducing variables miss, by leaving structures out."""
+    if potential.variances is None:
+        return potential
+    about = data.structures, data.remaining, data.recipe.seed
+    share = variance_checks.leave_out_amplitude(potential, models, learned, solved, *about)
+    variances = replace(potential.variances, amplitude=share)
+    return replace(potential, variances=variances, calibration=potential.calibration.with_amplitude(share))
+
+
 def _validation_errors(potential: Potential, structures: Structures, targets: Targets, energies: bool) -> ErrorTable:
     """Errors on data that were not learned from; of energies only if any were learned."""
     if not energies:
@@ -186,11 +197,11 @@ class _Trained:
     warnings: tuple[str, ...]
 
 
-def _train(data: _Data, kept: Tensor, held: Tensor, stages: StageTimer) -> _Trained:
-    """Choose inducing variables, stream the rows, learn noises and signals; all from the structures kept alone."""
+def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Trained:
+    """Choose inducing variables, stream the rows, learn noises and signals; all from the fitted structures alone."""
     recipe, structures = data.recipe, data.structures
     (parts, targets), (parts_held, targets_held) = (
-        _chunked(structures.select(some), data.remaining.select(structures, some)) for some in (kept, held)
+        _chunked(structures.select(some), data.remaining.select(structures, some)) for some in (fitted, held)
     )
     stages.begin("inducing points")
     sample = _FeatureSample(recipe)

@@ -72,7 +72,7 @@ class OnlineFit:
     def begin(structures: Structures, targets: Targets, recipe: Recipe | None = None) -> OnlineFit:
         """Fit the first structures: inducing points from them, noises by evidence, no calibration yet.
 
-        As many inducing points as the labels ask for (defaults.py), `inducing.n` at most, now and as labels come.
+        As many inducing points as the labels ask for (defaults.columns_for), `inducing.n` at most, now and as labels come.
 
         Raises:
             UserError: see `fit`; a device other than the CPU.
@@ -332,10 +332,10 @@ class OnlineFit:
         for z in set(outside) - set(inside):
             inside[z] = outside.pop(z)
         fitted, left = ({z: torch.cat(x)[-NOVELTY_ROWS:] for z, x in some.items()} for some in (inside, outside))
-        found = mahalanobis.fit_mahalanobis(fitted, left, self.recipe.novelty.quantile, self.recipe.seed)
+        novelty = mahalanobis.fit_mahalanobis(fitted, left, self.recipe.novelty.quantile, self.recipe.seed)
         for z, x in left.items():
-            found = found.updated(torch.full((len(x),), z), x)
-        return found
+            novelty = novelty.updated(torch.full((len(x),), z), x)
+        return novelty
 
     # ---------------------------------------------------------------- linear algebra
 

@@ -241,11 +241,11 @@ def _bordered(
         return block, lower, None
     both = [replace(b, features=b.features.double(), tangents=b.tangents.double()) for b in (block, new)]
     cross, corner = (inducing.K_uu(model.kernel, b, both[1]) for b in both)
-    longer, kept = extend_cholesky(lower, cross, corner, rank_tolerance(new.features))
-    if not len(kept):
+    longer, independent = extend_cholesky(lower, cross, corner, rank_tolerance(new.features))
+    if not len(independent):
         return block, lower, None
-    taken = replace(new, columns=kept)
-    return inducing.join_blocks(block, taken), longer, BlockBorder(taken, longer[len(lower) :])
+    added = replace(new, columns=independent)
+    return inducing.join_blocks(block, added), longer, BlockBorder(added, longer[len(lower) :])
 
 
 def _columns(

@@ -237,10 +237,10 @@ def learn_hyperparameters(
         evidence.maximise_evidence(some, parameters, of_some, progress=tell)
     statistics = {k: evidence.SufficientStatistics.from_factor(w, counts[k]) for k, w in whitened.items()}
     if total > EVIDENCE_COLUMNS:
-        found = evidence.iterate_fixed_point(statistics, parameters, block_of_column, progress=tell)
+        result = evidence.iterate_fixed_point(statistics, parameters, block_of_column, progress=tell)
     else:
-        found = evidence.maximise_evidence(statistics, parameters, block_of_column, progress=tell, settle=True)
-    return parameters, block_of_column, found
+        result = evidence.maximise_evidence(statistics, parameters, block_of_column, progress=tell, settle=True)
+    return parameters, block_of_column, result
 
 
 def fit_noise(
@@ -342,9 +342,9 @@ def variance_model(
         constant: by kind, the noise of a new label: that of the evidence, not the smaller one that leave-one-out gives
             energies in the fit; label_noise: how much of it labels themselves show.
     """
-    kept = subset or (tuple(m.blocks for m in models), lowers_of(models), signal)
+    columns = subset or (tuple(m.blocks for m in models), lowers_of(models), signal)
     return VarianceModel(
-        tuple(make_priors(models, signal)), *kept, factor, constant or {}, label_noise or {}, len(signal)
+        tuple(make_priors(models, signal)), *columns, factor, constant or {}, label_noise or {}, len(signal)
     )
 
 

@@ -19,7 +19,7 @@ from gpmlp.uncertainty.mahalanobis import Mahalanobis
 METHODS = ("greedy", "farthest", "cur", "random")
 
 WORTH = 3e-7  # of its prior variance: an environment with less left of its own is not worth an inducing point
-MOST_WEIGHT = 10.0  # of novelty beside variance
+MOST_WEIGHT = 10.0  # of novelty, the factor on a variance
 TOGETHER = 32  # chunks that threads describe before their environments are pooled
 POOL_BYTES = 128 << 20  # in memory while choosing; a fuller pool is thinned by the selection itself
 
@@ -111,8 +111,10 @@ def _room(surroundings: Surroundings, features: Tensor, n: int) -> int:
     """Number of such environments that may be in memory while n are chosen."""
     # features twice while merging, a factor of pool x 2n at most in the selection, and the pairs
     per_pair = 3 * features.element_size() + 16
-    own = 2 * (features.shape[1] + n) * features.element_size()
-    return max(4 * n, POOL_BYTES // (own + per_pair * len(surroundings.centers) // max(1, len(surroundings))))
+    per_environment = 2 * (features.shape[1] + n) * features.element_size()
+    return max(
+        4 * n, POOL_BYTES // (per_environment + per_pair * len(surroundings.centers) // max(1, len(surroundings)))
+    )
 
 
 def _quotas(n: int, shares: str | dict[int, int], counts: dict[int, int]) -> dict[int, int]:
@@ -199,8 +201,8 @@ def make_block(
     """
     tangents = gradient_directions(descriptor, surroundings, n_directions).to(features)
     every = torch.arange(len(features) * (1 + n_directions), device=features.device)
-    kept, lower, jitter = independent_columns(kernel, InducingBlock(species, features, tangents, every))
-    return InducingBlock(species, features, tangents, kept), lower, jitter
+    independent, lower, jitter = independent_columns(kernel, InducingBlock(species, features, tangents, every))
+    return InducingBlock(species, features, tangents, independent), lower, jitter
 
 
 def choose_more(

@@ -65,7 +65,7 @@ def check_stress_consistency(structures: Structures, targets: Targets) -> list[s
     """Compare energy differences of strained copies with the work of their stresses.
 
     Returns:
-        One sentence with numbers if sign, unit or pressure contradict the energies; nothing if they agree, or cannot be told.
+        One sentence with numbers if sign, unit or pressure contradict the energies; nothing if they agree, or cannot be compared.
     """
     pairs = strained_pairs(structures, targets)
     if len(pairs) < FEWEST_PAIRS:
@@ -106,13 +106,13 @@ def _scale_message(slope: float, volume: float, evidence: str) -> str:
     ratio = 1 / abs(slope)
     candidates = UNITS | {"virial": volume}
     nearest = min(candidates, key=lambda unit: abs(ratio / candidates[unit] - 1))
-    known = abs(ratio / candidates[nearest] - 1) < 0.2
+    recognised = abs(ratio / candidates[nearest] - 1) < 0.2
     advice = []
     if slope < 0:
         advice.append("the sign is the opposite one (gpmlp and ASE: positive = tension)")
-    if known and nearest == "virial":
+    if recognised and nearest == "virial":
         advice.append("the numbers are virials in eV, not divided by the volume")
-    elif known:
+    elif recognised:
         advice.append(f"the numbers are in {nearest} (required: eV/A^3 = 160.2 GPa)")
     elif not 0.5 < ratio < 2:
         advice.append(f"the numbers are {ratio:.4g} times what they would be in eV/A^3")
@@ -150,15 +150,15 @@ def _copies(structures: Structures, members: Tensor) -> Tensor:
     waves = torch.sin(2 * torch.pi * fractional) + torch.cos(2 * torch.pi * fractional)
     signature = waves.flatten(1) @ weights / (3 * n)
     order = signature[:, 0].argsort()
-    found = []
+    pairs = []
     for step in range(1, min(WINDOW, len(members) - 1) + 1):
         left, right = order[:-step], order[step:]
         near = ((signature[right] - signature[left]).abs() < 9 * SAME_COORDINATE).all(1)
         left, right = left[near], right[near]
         difference = fractional[left] - fractional[right]
         same = (difference - difference.round()).abs().flatten(1).max(1).values < SAME_COORDINATE
-        found.append(torch.stack([members[left[same]], members[right[same]]], 1))
-    return torch.cat(found)
+        pairs.append(torch.stack([members[left[same]], members[right[same]]], 1))
+    return torch.cat(pairs)
 
 
 def _compare(structures: Structures, targets: Targets, first: Tensor, second: Tensor) -> StrainedPairs:

@@ -194,13 +194,13 @@ def tuning_problem(
     errors.check_positive("columns", columns)
     start = _update(start)
     summary, species = defaults.summarise_data(structures, targets), structures.distinct_species
-    kept, held = calibrate.calibration_split(structures, targets, HELD, seed)
+    fitted, held = calibrate.calibration_split(structures, targets, HELD, seed)
     if not len(held):
         raise UserError(
             f"tune needs at least {calibrate.FEWEST} structures that are no isolated atoms, to learn from some and judge by others; "
             f"got {len(structures)}."
         )
-    learn, judge = ((structures.select(some), targets.select(structures, some)) for some in (kept, held))
+    learn, judge = ((structures.select(some), targets.select(structures, some)) for some in (fitted, held))
     if judge[1].forces.isnan().all() and judge[1].energies.isnan().all():
         raise UserError(
             "The held-out structures have neither forces nor energies to judge by; check the labels in the file."

@@ -149,9 +149,9 @@ def subset_error(
     subset = potential.variances
     if subset is None:
         return {}
-    found: dict[str, float] = {"columns": subset.n_columns, "columns_of_fit": subset.of_fit}
+    numbers: dict[str, float] = {"columns": subset.n_columns, "columns_of_fit": subset.of_fit}
     if subset.n_columns == subset.of_fit:
-        return found
+        return numbers
     some, atoms = _draw_atoms(structures, seed)
 
     def covariances_of(model: VarianceModel) -> Tensor:
@@ -165,16 +165,16 @@ def subset_error(
     sizes = exact.flatten(1).norm(dim=1)
     moving = sizes > 0  # the force on a lone atom is zero
     if not moving.any():
-        return found
+        return numbers
     cheap, exact, sizes = cheap[moving], exact[moving], sizes[moving]
     traces = [c.diagonal(dim1=1, dim2=2).sum(1).sqrt() for c in (cheap, exact)]
     ratio, order = traces[0] / traces[1], spearman_correlation(*traces)
     scale = float((cheap * exact).sum() / cheap.square().sum())
     low, median, high = ratio.quantile(ratio.new_tensor(QUANTILES)).tolist()
-    found |= {"atoms": len(ratio), "std_ratio_low": low, "std_ratio_median": median, "std_ratio_high": high}
+    numbers |= {"atoms": len(ratio), "std_ratio_low": low, "std_ratio_median": median, "std_ratio_high": high}
     for name, c in (("covariance_error", cheap), ("covariance_error_scaled", scale * cheap)):
-        found[name] = float(((c - exact).flatten(1).norm(dim=1) / sizes).quantile(0.5))
-    return found | ({"std_spearman": order} if order == order else {})
+        numbers[name] = float(((c - exact).flatten(1).norm(dim=1) / sizes).quantile(0.5))
+    return numbers | ({"std_spearman": order} if order == order else {})
 
 
 def _draw(structures: Structures, atoms: int, seed: int) -> tuple[list[int], torch.Generator]:

@@ -23,7 +23,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.io import provenance
 from gpmlp.io.files import atomic_write
 
-FORMAT_VERSION = 2  # 2: posterior factor, calibration and novelty beside the mean
+FORMAT_VERSION = 2  # 2: posterior factor, calibration and novelty besides the mean
 UNITS = "eV, angstrom, atomic mass units; stress eV/angstrom^3, positive = tension"
 BLANK = "0" * 64
 # the checksum comes first in the JSON text, whose quotes safetensors escapes

@@ -158,13 +158,13 @@ def from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = None) -> tupl
     """
     frames = list(atoms)
     structures = structures_from_ase(frames, names)
-    found = [labels.labels_of(frame, name) for frame, name in zip(frames, structures.names, strict=True)]
-    for note, where in _group(found, structures.names).items():
+    collected = [labels.labels_of(frame, name) for frame, name in zip(frames, structures.names, strict=True)]
+    for note, where in _group(collected, structures.names).items():
         more = f" (and {len(where) - 1} more)" if len(where) > 1 else ""
         warnings.warn(f"{where[0][0]}{more}: {note.format(where[0][1])}", DataWarning, stacklevel=2)
 
     def join(part: str, combine) -> torch.Tensor:
-        return torch.as_tensor(combine([getattr(label, part) for label in found]), dtype=torch.float64)
+        return torch.as_tensor(combine([getattr(label, part) for label in collected]), dtype=torch.float64)
 
     targets = Targets(
         join("energy", np.array),
@@ -173,15 +173,15 @@ def from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = None) -> tupl
         join("energy_noise", np.array),
         join("force_noise", np.concatenate),
         join("stress_noise", np.array),
-        tuple(label.config_type for label in found),
+        tuple(label.config_type for label in collected),
     )
     return structures, targets
 
 
-def _group(found: Sequence[labels.FrameLabels], names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+def _group(collected: Sequence[labels.FrameLabels], names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """Gather equal remarks, so that a thousand frames give one warning: text -> [(frame, number in it)]."""
     groups: dict[str, list[tuple[str, str]]] = {}
-    for label, name in zip(found, names, strict=True):
+    for label, name in zip(collected, names, strict=True):
         for text, number in label.remarks:
             groups.setdefault(text, []).append((name, number))
     return groups
@@ -217,37 +217,37 @@ def calculator_results(values: Prediction | Targets, s: int, atoms: slice) -> di
     def numbers(tensor: torch.Tensor) -> np.ndarray:
         return tensor.detach().cpu().double().numpy()
 
-    found: dict[str, float | np.ndarray] = {}
+    results: dict[str, float | np.ndarray] = {}
     energy, forces, stress = float(values.energies[s]), numbers(values.forces[atoms]), numbers(values.stresses[s])
     if not np.isnan(energy):
-        found |= {"energy": energy, "free_energy": energy}
+        results |= {"energy": energy, "free_energy": energy}
     if isinstance(values, Prediction):
-        found["energies"] = numbers(values.atom_energies[atoms])
+        results["energies"] = numbers(values.atom_energies[atoms])
     if not np.isnan(forces).all():
-        found["forces"] = forces
+        results["forces"] = forces
     if not np.isnan(stress).any():
-        found["stress"] = full_3x3_to_voigt_6_stress(stress)
-    return found
+        results["stress"] = full_3x3_to_voigt_6_stress(stress)
+    return results
 
 
 def uncertainty_results(prediction: Prediction, s: int, atoms: slice) -> dict[str, float | np.ndarray]:
     """Standard deviations and novelty of structure s, whose atoms are the given rows, as far as they were predicted."""
-    found: dict[str, float | np.ndarray] = {}
+    results: dict[str, float | np.ndarray] = {}
 
     def numbers(tensor: torch.Tensor) -> np.ndarray:
         return tensor.detach().cpu().double().numpy()
 
     if prediction.energies_variance is not None:
-        found["energy_std"] = float(prediction.energies_variance.total[s].sqrt())
+        results["energy_std"] = float(prediction.energies_variance.total[s].sqrt())
     if prediction.atom_energies_variance is not None:
-        found["local_energy_std"] = numbers(prediction.atom_energies_variance.total[atoms].sqrt())
+        results["local_energy_std"] = numbers(prediction.atom_energies_variance.total[atoms].sqrt())
     if prediction.forces_variance is not None:
-        found["forces_std"] = numbers(prediction.forces_variance.total[atoms].sqrt())
+        results["forces_std"] = numbers(prediction.forces_variance.total[atoms].sqrt())
     if prediction.stresses_variance is not None and not bool(prediction.stresses_variance.total[s].isnan().any()):
-        found["stress_std"] = full_3x3_to_voigt_6_stress(numbers(prediction.stresses_variance.total[s].sqrt()))
+        results["stress_std"] = full_3x3_to_voigt_6_stress(numbers(prediction.stresses_variance.total[s].sqrt()))
     if prediction.novelty is not None:
-        found["novelty"] = numbers(prediction.novelty[atoms])
-    return found
+        results["novelty"] = numbers(prediction.novelty[atoms])
+    return results
 
 
 def write_frames(path: str | os.PathLike[str], atoms: Atoms | Sequence[Atoms]) -> None:

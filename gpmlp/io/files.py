@@ -1,4 +1,4 @@
-"""Atomic writing: a file is there complete, or the old one is there untouched."""
+"""Files that survive an interruption: atomic writing, append-only journals whose torn tail is cut off, frames of an XYZ file."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def check_apart(
     Args:
         targets, sources: files by what a message calls them ('the model'); None stands for a file that was not asked for.
     """
-    seen = {role: Path(path) for role, path in sources.items() if path is not None}
+    paths = {role: Path(path) for role, path in sources.items() if path is not None}
     for role, path in targets.items():
         if path is None or _special(Path(path)):
             continue
-        for other, known in seen.items():
-            if _same(Path(path), known):
+        for other, place in paths.items():
+            if _same(Path(path), place):
                 raise UserError(
                     f"{path}: is to be written as {role}, but is {other} too; give {role} a name of its own."
                 )
-        seen[role] = Path(path)
+        paths[role] = Path(path)
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -93,8 +93,8 @@ def atomic_write(path: str | os.PathLike[str], text: bool = False) -> Iterator[I
             os.replace(temporary, target)
             _sync_folder(target.parent)
     except OSError as error:
-        kept = "; the old file is untouched" if target.is_file() else ""
-        raise UserError(f"{path}: could not be written: {error.strerror or error}{kept}.") from error
+        untouched = "; the old file is untouched" if target.is_file() else ""
+        raise UserError(f"{path}: could not be written: {error.strerror or error}{untouched}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 

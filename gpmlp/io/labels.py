@@ -1,4 +1,4 @@
-"""Labels are the reference values that one ASE Atoms carries: results of a calculator, or plain keys of info and arrays.
+"""Labels of one ASE Atoms: reference values from the results of a calculator, or from plain keys of info and arrays.
 
 Names of plain keys, in any case: energy, forces (or force), stress, virial (QUIP's sign, -V sigma), each bare or after ref_,
 reference_ or dft_. Per-frame noise: energy_noise (eV/atom), force_noise (eV/A; also as an array), stress_noise (eV/A^3).
@@ -25,7 +25,7 @@ ASYMMETRY = 1e-2  # of the largest component; codes print more digits than that
 
 @dataclass(frozen=True)
 class FrameLabels:
-    """What one frame says of itself, in gpmlp's units; NaN = not known.
+    """Labels of one frame in gpmlp's units; NaN where there is none.
 
     Attributes:
         energy: eV.
@@ -35,7 +35,7 @@ class FrameLabels:
         force_noise: (atoms, 3) eV/A.
         stress_noise: eV/A^3.
         config_type: label of the frame, '' if none.
-        remarks: what looks wrong: (text with {} for the number, number).
+        remarks: on what may be wrong: (text with {} for the number, number).
     """
 
     energy: float
@@ -70,18 +70,18 @@ def labels_of(atoms: Atoms, name: str) -> FrameLabels:
 
 
 def unrecognised_keys(frames: Sequence[Atoms], kind: str) -> list[str]:
-    """Keys that may hold labels of a kind ('energies', 'forces') under a name that is not known: numbers of its shape."""
-    found: dict[str, None] = {}
+    """Keys that may hold labels of a kind ('energies', 'forces') under a name that is not recognised: numbers of its shape."""
+    keys: dict[str, None] = {}
     for frame in frames:
         places = frame.info if kind == "energies" else frame.arrays
         for key, value in places.items():
             name, array = str(key).lower(), np.asarray(value)
-            known = any(name == prefix + k for prefix in PREFIXES for k in NAMES[kind])
-            if known or array.dtype.kind != "f" or name.endswith("_noise") or name in NO_FORCES:
+            recognised = any(name == prefix + k for prefix in PREFIXES for k in NAMES[kind])
+            if recognised or array.dtype.kind != "f" or name.endswith("_noise") or name in NO_FORCES:
                 continue
             if array.shape == (() if kind == "energies" else (len(frame), 3)):
-                found[str(key)] = None
-    return list(found)
+                keys[str(key)] = None
+    return list(keys)
 
 
 def _lower(mapping: dict[str, Any]) -> dict[str, Any]:
@@ -186,9 +186,9 @@ def _stress(atoms: Atoms, name: str, results: dict, info: dict, remarks: list[tu
     stress, virial = _first(results, info, ("stress",)), _first({}, info, ("virial",))
     if stress is None and virial is None:
         return unknown
-    found = _tensor(name, "stress", stress) if stress is not None else unknown
+    given = _tensor(name, "stress", stress) if stress is not None else unknown
     from_virial = -_tensor(name, "virial", virial) if virial is not None else unknown
-    if np.isnan(found).all() and np.isnan(from_virial).all():
+    if np.isnan(given).all() and np.isnan(from_virial).all():
         return unknown
     volume = abs(np.linalg.det(atoms.cell.array))
     if not atoms.pbc.any() or volume < 1e-6:
@@ -197,12 +197,12 @@ def _stress(atoms: Atoms, name: str, results: dict, info: dict, remarks: list[tu
             f"volume {volume:.3g} A^3); set pbc and the cell, or remove the stress."
         )
     from_virial = from_virial / volume
-    if np.isnan(found).all():
+    if np.isnan(given).all():
         return from_virial
-    difference = np.abs(found - from_virial).max()
-    if difference > 1e-6 + 1e-4 * np.abs(found).max():
+    difference = np.abs(given - from_virial).max()
+    if difference > 1e-6 + 1e-4 * np.abs(given).max():
         remarks.append(("`stress` and -`virial`/volume differ by {} eV/A^3; `stress` is used", f"{difference:.3g}"))
-    return found
+    return given
 
 
 def _noise(name: str, key: str, value: Any, *shapes: tuple[int, ...]) -> np.ndarray:

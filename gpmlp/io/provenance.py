@@ -42,9 +42,9 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 def file_provenance(**files: str | os.PathLike[str] | None) -> dict:
     """Provenance of a fit, e.g. of_files(training='train.xyz', validation=None)."""
-    known = {role: path for role, path in files.items() if path is not None}
+    paths = {role: path for role, path in files.items() if path is not None}
     return {
-        "files": {role: {"name": Path(path).name, "sha256": file_hash(path)} for role, path in known.items()},
+        "files": {role: {"name": Path(path).name, "sha256": file_hash(path)} for role, path in paths.items()},
         "versions": installed_versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -73,18 +73,18 @@ def check_overlap(
         structures: as read from the file `path`.
     """
     training = provenance.get("files", {}).get("training", {}).get("sha256") == file_hash(path)
-    found = DataOverlap(training, count_matches(structures.fingerprints(), calibrated_on.get("fingerprints", ())))
+    overlap = DataOverlap(training, count_matches(structures.fingerprints(), calibrated_on.get("fingerprints", ())))
     if training:
         text = f"{path}: is the file this model was trained on; its errors say nothing of new structures."
         warnings.warn(text, DataWarning, stacklevel=2)
-    elif found.held_out:
+    elif overlap.held_out:
         text = (
-            f"{path}: {found.held_out} of {len(structures)} structures are among those from which this model learned how large its "
+            f"{path}: {overlap.held_out} of {len(structures)} structures are among those from which this model learned how large its "
             "errors are, and then learned from; there may be others of its training set. Its errors and error bars say less of new "
             "structures than they seem to."
         )
         warnings.warn(text, DataWarning, stacklevel=2)
-    return found
+    return overlap
 
 
 def version_of(package: str) -> str:
@@ -179,12 +179,12 @@ def citations_of(recipe: Recipe, version: str) -> list[LiteratureReference]:
     ours = (("title", "gpmlp: a sparse Gaussian process potential energy surface"), ("version", version))
     names = {descriptor.name for descriptor in recipe.descriptors}
     soap = [descriptor for descriptor in recipe.descriptors if descriptor.name == "soap"]
-    found = [LiteratureReference("gpmlp", "the package that made this potential", "software", ours), GAP]
-    found += [SOAP] if names & {"soap", "dscribe-soap"} else []
-    found += [SPARSE, QR]
-    found += [SCALING] if any(descriptor.radial_scaling is not False for descriptor in soap) else []
-    found += [OPTIMAL] if any(descriptor.basis == "optimal" for descriptor in soap) else []
-    found += [SPHERICART] if soap else []
-    found += [DSCRIBE] if names & {"dscribe-soap", "dscribe-acsf"} else []
-    found += [ZBL] if recipe.baseline.zbl is not False else []
-    return [*found, VESIN, GPYTORCH]
+    works = [LiteratureReference("gpmlp", "the package that made this potential", "software", ours), GAP]
+    works += [SOAP] if names & {"soap", "dscribe-soap"} else []
+    works += [SPARSE, QR]
+    works += [SCALING] if any(descriptor.radial_scaling is not False for descriptor in soap) else []
+    works += [OPTIMAL] if any(descriptor.basis == "optimal" for descriptor in soap) else []
+    works += [SPHERICART] if soap else []
+    works += [DSCRIBE] if names & {"dscribe-soap", "dscribe-acsf"} else []
+    works += [ZBL] if recipe.baseline.zbl is not False else []
+    return [*works, VESIN, GPYTORCH]

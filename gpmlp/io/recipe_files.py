@@ -1,4 +1,4 @@
-"""Recipe files: YAML and --set overrides in, a validated Recipe out (and back); every mistake names its key and the nearest valid one."""
+"""Recipe files: YAML and --set overrides to a validated Recipe and back; errors name the key and the nearest valid one."""
 
 from __future__ import annotations
 
@@ -175,10 +175,10 @@ def _put(data: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 def _explain(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
     """Turn pydantic's list of errors, one for each branch of each union, into one sentence about one key."""
-    found = [(*_locate(entry["loc"], data, entry["type"]), entry) for entry in error.errors()]
+    located = [(*_locate(entry["loc"], data, entry["type"]), entry) for entry in error.errors()]
     # errors of branches that suit the value, then of the deepest place: a typo is found before its consequences
-    found.sort(key=lambda item: (not item[1], item[2]["type"] != "extra_forbidden"))
-    path, _, first = found[0]
+    located.sort(key=lambda item: (not item[1], item[2]["type"] != "extra_forbidden"))
+    path, _, first = located[0]
     dotted = ".".join(path)
     if first["type"] == "extra_forbidden":
         return f"unknown key '{dotted}'.{_nearest(path, model)}"
@@ -187,7 +187,7 @@ def _explain(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
     if first["type"] == "value_error":
         text = str(first["ctx"]["error"]).removesuffix(".")
         return f"`{dotted}` {text}." if text.startswith("must be ") else f"{dotted}: {text}." if dotted else f"{text}."
-    same = [entry for other, _, entry in found if other == path]
+    same = [entry for other, _, entry in located if other == path]
     required = " or ".join(dict.fromkeys(_required(entry) for entry in same))
     names = [name for entry in same if entry["type"] == "literal_error" for name in _words(entry["ctx"]["expected"])]
     hint = suggest_name(first["input"], names) if names and isinstance(first["input"], str) else ""
