@@ -35,18 +35,20 @@ def _only_evidence(name: object) -> object:
     return name
 
 
-class _Section(BaseModel):
+class RecipeSection(BaseModel):
+    """A part of a recipe: unknown keys are refused, and nothing in it changes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-class RadialScaling(_Section):
+class RadialScaling(RecipeSection):
     """Neighbour weights 1 / (1 + (r / scale)^exponent); Willatt, Musil, Ceriotti, PCCP 20, 29661 (2018)."""
 
     scale: Positive | None = None
     exponent: Annotated[float, Field(ge=0, le=20)] | None = None
 
 
-class DescriptorRecipe(_Section):
+class DescriptorRecipe(RecipeSection):
     """One descriptor; lengths in A."""
 
     name: Literal["soap", "dscribe-soap", "dscribe-acsf"] = "soap"
@@ -69,7 +71,7 @@ class DescriptorRecipe(_Section):
         return self
 
 
-class KernelRecipe(_Section):
+class KernelRecipe(RecipeSection):
     """A zonal kernel f(x.x'): polynomial (x.x')^zeta, exponential exp((x.x' - 1)/length^2), or a sum of weighted terms."""
 
     name: Literal["polynomial", "exponential", "sum"] = "polynomial"
@@ -85,7 +87,7 @@ class KernelRecipe(_Section):
         return self
 
 
-class InducingRecipe(_Section):
+class InducingRecipe(RecipeSection):
     """Sparse points: n centres of each descriptor, each with its value and up to `gradients` directional derivatives."""
 
     method: Literal["greedy", "farthest", "cur", "random"] = "greedy"
@@ -94,7 +96,7 @@ class InducingRecipe(_Section):
     shares: Literal["species", "total"] | dict[str, Count] = "species"
 
 
-class PriorRecipe(_Section):
+class PriorRecipe(RecipeSection):
     """A log-normal prior: 68 % of it lie between median / factor and median * factor."""
 
     median: Positive
@@ -113,7 +115,7 @@ def _bounds(value: Any) -> Any:
     return low, high
 
 
-class LearnedRecipe(_Section):
+class LearnedRecipe(RecipeSection):
     """A standard deviation to be learned, in the unit of its key: start of the optimisation, prior, bounds."""
 
     start: Positive | None = None
@@ -148,7 +150,7 @@ def _by_symbol(signal: dict[str, Any]) -> dict[str, Any]:
 Signal = Annotated[dict[str, Std], AfterValidator(_by_symbol)]
 
 
-class NoiseRecipe(_Section):
+class NoiseRecipe(RecipeSection):
     """Standard deviations: energy_per_atom eV/atom, force eV/A, stress eV/A^3; learned by evidence where None."""
 
     energy_per_atom: Std | None = None
@@ -157,7 +159,7 @@ class NoiseRecipe(_Section):
     config_types: dict[str, NoiseOverride] = {}
 
 
-class NoiseOverride(_Section):
+class NoiseOverride(RecipeSection):
     """Standard deviations for the structures of one config_type; where None, the common ones."""
 
     energy_per_atom: Positive | None = None
@@ -165,14 +167,14 @@ class NoiseOverride(_Section):
     stress: Positive | None = None
 
 
-class ZBLRecipe(_Section):
+class ZBLRecipe(RecipeSection):
     """Screened nuclear repulsion, switched off smoothly between inner and outer (A)."""
 
     inner: Positive | None = None
     outer: Positive | None = None
 
 
-class BaselineRecipe(_Section):
+class BaselineRecipe(RecipeSection):
     """Energy terms that are added, not learned. isolated_atoms: 'auto' (from frames with config_type=isolated_atom if there are any,
     else least squares over compositions), 'least_squares', 'none', or energies in eV by chemical symbol."""
 
@@ -180,27 +182,27 @@ class BaselineRecipe(_Section):
     zbl: ZBLRecipe | Literal[False] = ZBLRecipe()
 
 
-class VarianceRecipe(_Section):
+class VarianceRecipe(RecipeSection):
     """Posterior for variances: of at most `columns` inducing variables, the most important ones."""
 
     columns: Count | None = None
 
 
-class CalibrationRecipe(_Section):
+class CalibrationRecipe(RecipeSection):
     """Held-out data for the calibration of variances: a fraction of the structures, with at most about so many atoms."""
 
     fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     atoms: Count = 1000
 
 
-class NoveltyRecipe(_Section):
+class NoveltyRecipe(RecipeSection):
     """Mahalanobis distances from at most `samples` environments per species; threshold at this quantile of held-out environments."""
 
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.99
     samples: Annotated[int, Field(ge=10)] = 2000
 
 
-class Recipe(_Section):
+class Recipe(RecipeSection):
     """All choices of a fit. signal: standard deviations of local energies by chemical symbol, eV, learned where left out; memory_GB:
     bound on the factors of the fit."""
 

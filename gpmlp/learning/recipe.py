@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from gpmlp.learning.oracles.oracle import OracleRecipe
-from gpmlp.recipe import Recipe
+from gpmlp.recipe import Count, Positive, Recipe, RecipeSection
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
 OBSERVABLES = ("energy", "pressure", "temperature", "rdf", "msd", "diffusion")
 FEWEST_LABELS = 2  # that a model is made from
 RAMP_SHARE = 2 / 3  # of the steps, where the recipe does not say how long a ramp is
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class DynamicsRecipe(_Section):
+class DynamicsRecipe(RecipeSection):
     """Molecular dynamics of every walker.
 
     temperature_K and pressure_GPa: one value, or [first, last] of a linear ramp over the first `ramp_steps` steps (two thirds of all
@@ -81,7 +75,7 @@ def _along(value: float | tuple[float, float], step: int, ramp: int) -> float:
     return value[0] + (value[1] - value[0]) * min(1.0, step / ramp)
 
 
-class GuardsRecipe(_Section):
+class GuardsRecipe(RecipeSection):
     """Limits beyond which dynamics is unphysical: distances as a share of the sum of covalent radii, kinetic temperature in units of the
     target (after allowing for its fluctuation), energy change of one step in eV/atom beyond what kT explains."""
 
@@ -90,7 +84,7 @@ class GuardsRecipe(_Section):
     energy_eV_per_atom: Positive = 0.3
 
 
-class TriggerRecipe(_Section):
+class TriggerRecipe(RecipeSection):
     """When a label is asked for.
 
     A label is asked for where the probability that the force error of some atom exceeds `force` (eV/A; 'noise': `noise` times the
@@ -118,7 +112,7 @@ class TriggerRecipe(_Section):
     guards: GuardsRecipe = GuardsRecipe()
 
 
-class InitialRecipe(_Section):
+class InitialRecipe(RecipeSection):
     """First labels: the start structures and copies with random displacements and, where a cell may change, strains.
 
     n: how many; None: so many that they hold some 150 atoms, 6 at least and 20 at most.
@@ -132,7 +126,7 @@ class InitialRecipe(_Section):
     given: str | None = None
 
 
-class ExploreRecipe(_Section):
+class ExploreRecipe(RecipeSection):
     """Structures generated where data are thin.
 
     directed: how many are labelled after the first ones, in turn displaced along a rare direction of descriptor space around an atom
@@ -145,7 +139,7 @@ class ExploreRecipe(_Section):
     bias: Annotated[float, Field(ge=0, le=2)] = 0.0
 
 
-class SurrogateRecipe(_Section):
+class SurrogateRecipe(RecipeSection):
     """What is labelled in place of frames that are too large for the oracle.
 
     above: atoms; of a frame with more, a small surrogate is labelled, cut around the atom that asks most; first structures are made
@@ -156,7 +150,7 @@ class SurrogateRecipe(_Section):
     core_A: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
-class RefreshRecipe(_Section):
+class RefreshRecipe(RecipeSection):
     """When hyperparameters and novelty are refreshed: every `labels` labels (None: a sixth of those there are, 4 at least), or
     when the running negative log likelihood of prequential forces has risen by `drift` nats per component."""
 
@@ -164,7 +158,7 @@ class RefreshRecipe(_Section):
     drift: Positive = 1.5
 
 
-class PlateauRecipe(_Section):
+class PlateauRecipe(RecipeSection):
     """Predictive uncertainty without a trend, and labels that have become rare.
 
     drift: change of the uncertainty over the window, relative to its level, that the 95 % interval of the slope must exclude.
@@ -176,7 +170,7 @@ class PlateauRecipe(_Section):
     labels_per_1000_steps: Positive = 2.0
 
 
-class ObservableRecipe(_Section):
+class ObservableRecipe(RecipeSection):
     """A quantity whose mean must be certain: energy (eV/atom), pressure (GPa), temperature (K), rdf, msd (A^2), diffusion (A^2/fs), or
     'module:function' of an ase.Atoms that gives a number or a vector.
 
@@ -205,7 +199,7 @@ class ObservableRecipe(_Section):
         return self
 
 
-class CoverageRecipe(_Section):
+class CoverageRecipe(RecipeSection):
     """Where the dynamics goes lies inside the trust region (novelty at most 1).
 
     frames: share of the frames that must be inside (its 95 % lower bound). atoms: share of all atoms; None = 1 - 3 (1 - q), q the
@@ -219,7 +213,7 @@ class CoverageRecipe(_Section):
     persistent: Share = 0.2
 
 
-class StopRecipe(_Section):
+class StopRecipe(RecipeSection):
     """When to stop: all criteria that are on hold over the same recent frames, or a limit is reached.
 
     labels_in_window: how many of the latest labels may lie inside the window, 0: it begins after the last one; None: as many as
@@ -254,7 +248,7 @@ class StopRecipe(_Section):
         return self.observable if isinstance(self.observable, tuple) else (self.observable,)
 
 
-class LearnRecipe(_Section):
+class LearnRecipe(RecipeSection):
     """A learning run; only start, oracle and dynamics have to be given."""
 
     start: str

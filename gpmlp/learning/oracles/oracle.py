@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gpmlp.core import errors
 from gpmlp.core.errors import UserError
@@ -19,9 +19,8 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.learning.labels import targets_of
 from gpmlp.learning.oracles import codes, results, worker
+from gpmlp.recipe import Count, Positive, RecipeSection
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
 NOT_PHYSICS = ("command",)  # keyword arguments that say how a code is started, not what it computes
 
 
@@ -33,10 +32,8 @@ class Oracle(Protocol):
         ...
 
 
-class OracleRecipe(BaseModel):
+class OracleRecipe(RecipeSection):
     """Which code labels, how it is run, and what happens when it fails; docs/oracles.md explains the keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     calculator: str
     kwargs: dict[str, Any] = {}
