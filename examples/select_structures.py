@@ -15,7 +15,7 @@ structures, targets = gpmlp.read(DATA / "train.xyz", "::8")
 potential, _ = gpmlp.fit(structures, targets, gpmlp.Recipe(inducing={"n": 50, "gradients": 2}))
 
 candidates, labels = gpmlp.read(DATA / "test.xyz")
-picked = pool.pick(candidates, 5, "variance", potential, exclude=structures)
+picked = pool.select_pool(candidates, 5, "variance", potential, exclude=structures)
 for index, score in zip(picked.structures.tolist(), picked.scores.tolist()):
     kind = labels.config_types[index]
     print(f"structure {index:2d} ({kind}): standard deviation of a local energy {1e3 * score:.0f} meV")
