@@ -143,7 +143,7 @@ from triton.compiler import ASTSource, compile
 from gpmlp.descriptors import _triton_kernels
 
 def compiled(name, constants, number):
-    kernel, types = getattr(_triton_kernels, name), {"width": "i32", "intervals": "i32", "own": "*i64"}
+    kernel, types = getattr(_triton_kernels, name), {"width": "i32", "intervals": "i32", "center_slots": "*i64"}
     signature = {a: types.get(a, "*i32" if a.startswith("of_") else "*" + number) for a in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(a),): value for a, value in constants.items()}

@@ -1,6 +1,6 @@
-"""Pair loops are the compiled passes over pairs of atoms: their order, their vectors, the scatter to forces and virials.
+"""Compiled loops over pairs of atoms: their order, their vectors, sums to forces and virials.
 
-Only neighbors.py imports this, when there is something to do: numba takes half a second to import. Machine code is cached on disk.
+Only neighbors.py imports this, when it has pairs: numba takes half a second to import. Machine code is cached on disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def pair_vector(positions, cell, i, j, shift, out):
 
 @njit(**FLAGS)
 def sort_pairs(pairs, shifts, n_atoms, first):
-    """Pairs (i, j) and their shifts, found in any order, in that of i, j and shift: two passes that keep order, by j and then by i.
+    """Pairs (i, j) and their shifts, from any order into that of i, j and shift: two stable passes, by j and then by i.
 
     Args:
         pairs: (pairs, 2), both directions of each; atoms counted from 0 to n_atoms, and from `first` in what is returned.
@@ -40,20 +40,20 @@ def sort_pairs(pairs, shifts, n_atoms, first):
     for p in range(n):
         order[at[pairs[p, 1]]] = p
         at[pairs[p, 1]] += 1
-    of, seen, images = np.empty(n, np.int64), np.empty(n, np.int64), np.empty((n, 3), np.int64)
+    i, j, images = np.empty(n, np.int64), np.empty(n, np.int64), np.empty((n, 3), np.int64)
     for p in order:
         k = starts[pairs[p, 0]]
         starts[pairs[p, 0]] += 1
-        of[k], seen[k] = pairs[p, 0] + first, pairs[p, 1] + first
+        i[k], j[k] = pairs[p, 0] + first, pairs[p, 1] + first
         for x in range(3):
             images[k, x] = shifts[p, x]
-    for k in range(1, n):  # an atom and several images of another, in small cells
+    for k in range(1, n):  # an atom and several images i another, in small cells
         t = k
-        while t and of[t] == of[t - 1] and seen[t] == seen[t - 1] and _before(images[t], images[t - 1]):
+        while t and i[t] == i[t - 1] and j[t] == j[t - 1] and _before(images[t], images[t - 1]):
             for x in range(3):
                 images[t, x], images[t - 1, x] = images[t - 1, x], images[t, x]
             t -= 1
-    return of, seen, images
+    return i, j, images
 
 
 @njit(**FLAGS)
@@ -87,21 +87,21 @@ def pairs_within(first, last, positions, cells, owner, centers, neighbors, shift
     """Of the pairs first to last, in their order, those closer than the cutoff.
 
     Returns:
-        centres, neighbours, shifts and vectors of those kept, and the shortest distance of all, A.
+        centres, neighbours, shifts and vectors of these, and the shortest distance of all, A.
     """
     room, n, closest = last - first, 0, np.inf
-    of, seen, images = np.empty(room, np.int64), np.empty(room, np.int64), np.empty((room, 3), np.int64)
-    found = np.empty((room, 3), positions.dtype)
-    pair_vectors(positions, cells, owner, centers[first:last], neighbors[first:last], shifts[first:last], found)
+    i, j, images = np.empty(room, np.int64), np.empty(room, np.int64), np.empty((room, 3), np.int64)
+    r = np.empty((room, 3), positions.dtype)
+    pair_vectors(positions, cells, owner, centers[first:last], neighbors[first:last], shifts[first:last], r)
     for k in range(room):
         p = first + k
-        square = found[k, 0] * found[k, 0] + found[k, 1] * found[k, 1] + found[k, 2] * found[k, 2]
+        square = r[k, 0] * r[k, 0] + r[k, 1] * r[k, 1] + r[k, 2] * r[k, 2]
         closest = min(closest, square)
-        of[n], seen[n] = centers[p], neighbors[p]
+        i[n], j[n] = centers[p], neighbors[p]
         for x in range(3):
-            images[n, x], found[n, x] = shifts[p, x], found[k, x]
+            images[n, x], r[n, x] = shifts[p, x], r[k, x]
         n += square < cutoff * cutoff
-    return of[:n], seen[:n], images[:n], found[:n], np.sqrt(closest)
+    return i[:n], j[:n], images[:n], r[:n], np.sqrt(closest)
 
 
 @njit(**FLAGS)

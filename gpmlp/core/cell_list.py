@@ -1,4 +1,4 @@
-"""Cells sort atoms into bins, so that pairs within a cutoff are found where the positions are: in PyTorch alone, on any device."""
+"""Cell lists: pairs within a cutoff by sorting atoms into bins, in PyTorch alone, on any device and without leaving it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def complete_cells(cells: Tensor, periodic: Tensor) -> Tensor:
     """(structures, 3, 3) cells whose axes that are not periodic are unit vectors, normal to each other and to the periodic ones."""
     if periodic.all():
         return cells
-    kept = torch.where(periodic[:, :, None], cells, 0.0)
-    directions = torch.linalg.svd(kept).Vh  # the last ones are those that no periodic axis has a part in
+    along = torch.where(periodic[:, :, None], cells, 0.0)
+    directions = torch.linalg.svd(along).Vh  # the last ones are those that no periodic axis has a part in
     free = ~periodic
     number = free.long().cumsum(1) - 1 + periodic.sum(1, keepdim=True)
     normal = directions.gather(1, number.clamp_min(0)[:, :, None].expand(-1, -1, 3))
@@ -34,7 +34,7 @@ class CellList:
         positions: (atoms, 3) within the box along periodic axes, A; wraps: (atoms, 3) lattice vectors taken off for that.
         boxes: (structures, 3, 3) A; periodic: (structures, 3).
         structure: (atoms,) index of the structure.
-        sides: (structures, 3) number of bins along each axis; reach: (structures, 3) bins to look at on either side.
+        sides: (structures, 3) number of bins along each axis; reach: (structures, 3) bins to search on either side.
         places: (atoms, 3) bin of each atom.
         first: (structures,) number of the first bin of each structure.
         keys: (atoms,) number of the bin, sorted; atoms: (atoms,) in that order.
@@ -104,12 +104,12 @@ class CellList:
         offsets = torch.einsum("na,nab->nb", images.to(self.boxes.dtype), self.boxes[structure]) - self.positions[atom]
         distance = (self.positions[j] + offsets[row]).norm(dim=1)
         itself = (i == j) & (images == 0).all(1)[row]
-        found = ((distance < cutoff) & ~itself).nonzero()[:, 0]
-        i, j, distance = i[found], j[found], distance[found]
-        return i, j, images[row[found]] + (self.wraps[i] - self.wraps[j]).long(), distance
+        close = ((distance < cutoff) & ~itself).nonzero()[:, 0]
+        i, j, distance = i[close], j[close], distance[close]
+        return i, j, images[row[close]] + (self.wraps[i] - self.wraps[j]).long(), distance
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Consecutive atoms with about ROWS bins to look at."""
+        """Consecutive atoms with about ROWS bins to search."""
         ends = (2 * self.reach + 1).prod(1)[self.structure].cumsum(0)
         start, n = 0, len(ends)
         marks = torch.arange(1, int(ends[-1]) // ROWS + 1 if n else 1, device=ends.device) * ROWS

@@ -154,7 +154,7 @@ class SinglePrecisionDescriptor:
 class StructureEnvironments:
     """The environments of all atoms of some structures by one descriptor: what mean, variances and novelty share.
 
-    Features of all, and their Jacobian if that is small enough to keep, are made when they are first asked for.
+    Features of all, and their Jacobian if that is small enough to keep, are computed when they are first needed.
     """
 
     descriptor: Descriptor
@@ -201,7 +201,7 @@ class StructureEnvironments:
         return self.jacobian is not None
 
     def select(self, centers: Tensor) -> Environments:
-        """Environments of some centres (indices), for their features and Jacobians: cut out of the Jacobian if it is kept, else made."""
+        """Environments of some centres (indices), for their features and Jacobians: cut out of the kept Jacobian, or computed."""
         if vars(self).get("jacobian") is None:
             return self.descriptor(self.surroundings.select(centers))
         pairs = self.surroundings.pairs_of(centers)[1]

@@ -1,4 +1,4 @@
-"""Checks of shapes and values: every error that a user can cause is worded here or raised as one of these types."""
+"""Types of errors and warnings, and checks of shapes and values, with the messages that users read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class UserError(ValueError):
 
 
 class DataWarning(UserWarning):
-    """Data that can be used but look wrong; the message gives the numbers."""
+    """Data that can be used but are suspicious; the message gives the numbers."""
 
 
 class ProgressNotice(UserWarning):
-    """What somebody who waits should know; nothing is wrong."""
+    """Progress of a long computation; nothing is wrong."""
 
 
 def suggest_name(name: str, valid: Iterable[str]) -> str:
@@ -38,8 +38,8 @@ def check_choice(kind: str, name: str, options: Sequence[str] | dict) -> None:
 
 def available_devices() -> tuple[str, ...]:
     """Kinds of devices that torch can use here: 'cpu', and 'cuda' and 'mps' where they are there."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return ("cpu", *(kind for kind, there in found.items() if there))
+    others = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return ("cpu", *(kind for kind, there in others.items() if there))
 
 
 def check_device(name: str) -> None:
@@ -77,12 +77,12 @@ def check_positive(name: str, value: float, allow_zero: bool = False) -> None:
 def check_integer(name: str, value: int, least: int) -> int:
     """A whole number, of any type that says it is one; raise a UserError naming it if it is none or too small."""
     try:
-        found = operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise UserError(f"The {name} must be a whole number, as {least + 1}; got {value!r}.") from None
-    if found < least:
-        raise UserError(f"The {name} must be {least} or more; got {found}.")
-    return found
+    if number < least:
+        raise UserError(f"The {name} must be {least} or more; got {number}.")
+    return number
 
 
 def check_cells(cells: Tensor, periodic: Tensor, names: Sequence[str]) -> None:

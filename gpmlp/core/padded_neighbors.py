@@ -1,4 +1,4 @@
-"""Padded is a neighbour list as a table of fixed width: no shape depends on where atoms are, and nothing is summed by index."""
+"""Neighbour lists as tables of fixed width: no shape depends on positions, and nothing is summed by index."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MULTIPLE = 8  # of which widths are: a new search then seldom changes a shape
 
 @dataclass(frozen=True, eq=False)
 class PaddedNeighbors:
-    """Neighbours of each atom, those of each species beside each other; places that are left over are not `real`.
+    """Neighbours of each atom, grouped by species; places without a neighbour are not `real`.
 
     Attributes:
         rows: (atoms,) the atom that each row is of.
         structure: (atoms,) index of the structure of each row.
         neighbors: (atoms, slots, width) atom index; shifts: (atoms, slots, width, 3) lattice shifts of it, int32.
         real: (atoms, slots, width) whether there is a neighbour.
-        reverse: (atoms, slots, width) place, in the flat table, of the same pair seen from the neighbour; of itself where there is none.
+        reverse: (atoms, slots, width) place in the flat table of the pair from neighbour to centre; of itself where there is none.
         beyond: A, no less than the cutoff: coordinates of vectors that lead nowhere.
     """
 
@@ -59,7 +59,7 @@ class PaddedNeighbors:
         neighbors = rows[:, None].expand(-1, n_slots * width).flatten().index_copy(0, place, pairs.neighbors)
         shifts = torch.zeros(size, 3, dtype=torch.int32, device=device).index_copy_(0, place, pairs.shifts.int())
         real = torch.zeros(size, dtype=torch.bool, device=device).index_fill_(0, place, True)
-        # in the order of the pairs seen from their neighbours, the k-th is the k-th of the others seen from their centres
+        # sorted by neighbour and by centre, the k-th pairs are each other's reverse
         forth = lexicographic_order(pairs.centers, pairs.neighbors, pairs.shifts)
         back = lexicographic_order(pairs.neighbors, pairs.centers, -pairs.shifts)
         reverse = torch.arange(size, device=device).index_copy_(0, place[forth], place[back])
@@ -69,8 +69,7 @@ class PaddedNeighbors:
         return PaddedNeighbors(rows, structure, neighbors, shifts, real, reverse, pairs.cutoff)
 
     def copy_from(self, other: PaddedNeighbors) -> bool:
-        """Take over the pairs of another table of the same atoms, in the memory of this one, if they fit: what was recorded to work on
-        this memory then works on them."""
+        """Copy the pairs of another table of the same atoms into the memory of this one (recorded graphs use it), if they fit."""
         if other.neighbors.shape != self.neighbors.shape:
             return False
         for name in (f.name for f in fields(self) if f.name != "beyond"):
@@ -89,7 +88,7 @@ class PaddedNeighbors:
         return out.masked_fill_(~self.real[here][..., None], self.beyond)
 
     def forces(self, pair_gradients: Tensor, start: int, end: int) -> Tensor:
-        """(rows, 3) F_i = Σ_j (g_ij − g_ji), eV/A: what the neighbours say is fetched, not scattered, so that sums have one order.
+        """(rows, 3) F_i = Σ_j (g_ij − g_ji), eV/A: terms are gathered, not scattered, so that sums have one order.
 
         Args:
             pair_gradients: (atoms, slots, width, 3) g_ij = dE/dr_ij of the whole table, zero where there is no neighbour.
@@ -100,7 +99,7 @@ class PaddedNeighbors:
 
 @dataclass(frozen=True, eq=False)
 class SegmentSums:
-    """Sums over the rows of each segment, in one order whatever the device: rows are fetched WIDTH at a time, not added by index.
+    """Sums over the rows of each segment, in one order on any device: rows are gathered WIDTH at a time, not added by index.
 
     Attributes:
         levels: (sums, WIDTH) rows that each sum is of, one past the last where there are no more; then the same for these sums, until

@@ -42,7 +42,7 @@ def map_pieces(
     if threads < 2 or _local("MKL_Set_Num_Threads_Local") is None:
         with one_core():  # the last digits of products depend on it
             return shared.finished()
-    # of modes that are a thread's own, the ones that change what is computed
+    # of the modes of each thread, the ones that change what is computed
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     helpers = [_pool(os.getpid(), threads - 1).submit(shared.help, *modes) for _ in range(threads - 1)]
     with one_core():
@@ -59,7 +59,7 @@ class _Shared(Generic[Piece, Made]):
         self, work: Callable[[Piece], Made], pieces: Sequence[Piece], take: Callable[[Made], object] | None
     ) -> None:
         self.work, self.pieces, self.take = work, pieces, take
-        self.made: list[Any] = [None] * len(pieces)
+        self.results: list[Any] = [None] * len(pieces)
         self.raised: dict[int, BaseException] = {}
         self.next = itertools.count()
         self.there = [False] * len(pieces)
@@ -78,7 +78,7 @@ class _Shared(Generic[Piece, Made]):
         """As `help`, in the modes of this thread."""
         while not self.raised and (k := next(self.next)) < len(self.pieces):
             try:
-                self.made[k] = self.work(self.pieces[k])
+                self.results[k] = self.work(self.pieces[k])
                 self.there[k] = True
                 self.hand_on()
             except BaseException as error:  # of the thread that asked, which raises it
@@ -89,8 +89,8 @@ class _Shared(Generic[Piece, Made]):
         while self.take is not None and self.is_turn() and self.taking.acquire(blocking=False):
             try:
                 while self.is_turn():
-                    made, self.made[self.taken] = self.made[self.taken], None
-                    self.take(made)
+                    result, self.results[self.taken] = self.results[self.taken], None
+                    self.take(result)
                     self.taken += 1
             finally:
                 self.taking.release()
@@ -103,7 +103,7 @@ class _Shared(Generic[Piece, Made]):
         self.run()
         if self.raised:
             raise self.raised[min(self.raised)]
-        return self.made
+        return self.results
 
 
 @lru_cache(maxsize=4)
@@ -149,5 +149,5 @@ def one_core() -> Iterator[None]:
 @lru_cache(maxsize=2)
 def _local(name: str) -> Callable[[int], int] | None:
     """A function of the libraries inside PyTorch that sets how many threads the calling thread may use, or None without MKL."""
-    found = sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
-    return getattr(ctypes.CDLL(str(found[0])), name, None) if found else None
+    libraries = sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
+    return getattr(ctypes.CDLL(str(libraries[0])), name, None) if libraries else None

@@ -60,7 +60,7 @@ class Targets:
 
     @staticmethod
     def unlabelled(structures: Structures) -> Targets:
-        """Targets of which none is known."""
+        """Targets that are all NaN."""
         n, atoms = len(structures), structures.n_atoms
         shapes: dict[str, tuple[int, ...]] = {"energies": (n,), "forces": (atoms, 3), "stresses": (n, 3, 3)}
         shapes |= {"energies_noise": (n,), "forces_noise": (atoms, 3), "stresses_noise": (n,)}
@@ -189,7 +189,7 @@ class Prediction:
         return self.stresses_covariance.diagonal().map(lambda part: part[:, order])
 
     def __add__(self, other: Prediction) -> Prediction:
-        """The sum of energy terms; what only one of them has (variances, novelty) is kept."""
+        """The sum of energy terms; what only one of them has (variances, novelty) stays as it is."""
 
         def plus(a: Any, b: Any) -> Any:
             if a is None or b is None:

@@ -1,4 +1,4 @@
-"""Structures is a batch of periodic, partly periodic or isolated atomic structures."""
+"""Batches of periodic, partly periodic or isolated atomic structures, and how they are cut into chunks."""
 
 from __future__ import annotations
 
@@ -187,17 +187,17 @@ def count_matches(fingerprints: Sequence[str], others: Sequence[str]) -> int:
     for one in others:
         key, *lengths = one.split()
         places.setdefault(key, []).append(np.array(lengths, dtype=float))
-    found = 0
+    matches = 0
     for one in fingerprints:
         key, *lengths = one.split()
         if key in places:
             apart = np.abs(np.stack(places[key]) - np.array(lengths, dtype=float)).max(axis=1)
-            found += bool(apart.min() < FINGERPRINT_TOLERANCE)
-    return found
+            matches += bool(apart.min() < FINGERPRINT_TOLERANCE)
+    return matches
 
 
 def chunk_ranges(counts: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """First and last + 1 of runs of items whose counts sum to at most `limit`; a larger item is a run of its own."""
+    """First and last + 1 of runs of items whose counts sum to at most `limit`; a larger item is a run by itself."""
     starts, filled = [0], 0
     for i, count in enumerate(counts):
         if filled and filled + count > limit:

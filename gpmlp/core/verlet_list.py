@@ -103,7 +103,7 @@ class VerletList:
         return all(a is b or a.shape == b.shape and torch.equal(a, b) for a, b in zip(self._atoms, here, strict=True))
 
     def _begin(self, structures: Structures) -> None:
-        """Search all: other atoms, of whose pace nothing is known."""
+        """Search all, without a skin: the pace of these atoms is unknown."""
         every = torch.ones_like(structures.periodic[:, 0])
         self._pairs = Neighbors.empty(structures)
         self._room, self._calls = (structures.cells.new_zeros(len(structures)) for _ in range(2))

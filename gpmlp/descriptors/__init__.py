@@ -1,4 +1,4 @@
-"""Descriptors turn surroundings into environments; each is made here from its recipe name and parameters."""
+"""Descriptors of atomic environments, built from the `descriptor` section of a recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def make_descriptor(species: tuple[int, ...], parameters: dict) -> Descriptor:
     """Build a descriptor.
 
     Args:
-        species: atomic numbers it may see, sorted.
+        species: atomic numbers that may occur, sorted.
         parameters: the resolved `descriptor` section of a recipe, as a dictionary.
     """
     name = parameters["name"]

@@ -158,7 +158,7 @@ def expand_features(lo, hi, pairs, basis, tiny, c_row, density, features, norms)
         count = pairs.starts[(e + 1) * species] - first
         _radial_values(pairs, basis, first, count, radial)
         _harmonics(pairs, basis, first, count, width, y)
-        # the last lanes of a species reach into the next, with zeros: before that is made
+        # the last lanes of a species reach into the next, with zeros, and so come before it
         for s in range(species):
             begin, end = pairs.starts[e * species + s] - first, pairs.starts[e * species + s + 1] - first
             for l in range(degrees):
@@ -202,7 +202,7 @@ def pull_back(lo, hi, pairs, basis, c_row, density, features, norms, cotangents,
     g_row = round_up(channels)
     on_gram, on_density = np.zeros(degrees * channels * g_row, like), np.empty(degrees**2 * g_row, like)
     radial, mixed = np.empty(degrees * full * 2 * LANES, like), np.empty(degrees**2 * 2 * LANES, like)
-    made = np.empty(3 * LANES, like)
+    sums = np.empty(3 * LANES, like)
     for e in range(lo, hi):
         _to_density(basis, density, e, c_row, features[e], norms[e], cotangents[e], on_gram, on_density)
         for s in range(species):
@@ -212,10 +212,10 @@ def pull_back(lo, hi, pairs, basis, c_row, density, features, norms, cotangents,
                 for l in range(degrees):
                     multiply_matrices(2 * l + 1, 2 * LANES, n, on_density, l * l * g_row + s * n, g_row, 1,
                             radial, l * full * 2 * LANES, 2 * LANES, mixed, l * l * 2 * LANES, 2 * LANES)  # fmt: skip
-                _to_pairs(pairs, basis, p, mixed, made)
+                _to_pairs(pairs, basis, p, mixed, sums)
                 for i in range(min(LANES, end - p)):
                     for k in range(3):
-                        out[pairs.order[p + i], k] = made[k * LANES + i]
+                        out[pairs.order[p + i], k] = sums[k * LANES + i]
 
 
 @njit(**FLAGS)
@@ -312,7 +312,7 @@ def feature_jacobian(lo, hi, base, pairs, basis, c_row, density, features, norms
     inner, y = np.zeros(4 * c_row * deep, like), np.zeros(4 * degrees**2 * LANES, like)
     products = len(basis.prefactors) // degrees
     factors, unit = np.zeros(products * deep, like), np.zeros(products * deep, like)
-    row, made = np.zeros(3 * width, like), np.zeros(3 * LANES, like)
+    row, sums = np.zeros(3 * width, like), np.zeros(3 * LANES, like)
     for e in range(lo, hi):
         _by_product(basis.prefactors, degrees, deep, basis.one / norms[e], factors)
         _by_product(features[e], degrees, deep, basis.one, unit)
@@ -323,8 +323,8 @@ def feature_jacobian(lo, hi, base, pairs, basis, c_row, density, features, norms
                     _harmonics_with_gradients(pairs, basis, p, y)
                 _radial_columns(pairs, basis, p, s * n * deep, deep, value, slope)
                 _contract(density, e * degrees**2 * c_row, c_row, degrees, deep, y, (p - first) % LANES, inner)
-                _products(basis, s, deep, c_row, width, pairs, p, value, slope, inner, factors, unit, row, made)
-                _onto_sphere(row, width, made, features[e], out[pairs.order[p] - base])
+                _products(basis, s, deep, c_row, width, pairs, p, value, slope, inner, factors, unit, row, sums)
+                _onto_sphere(row, width, sums, features[e], out[pairs.order[p] - base])
             value[s * n * deep : (s + 1) * n * deep], slope[s * n * deep : (s + 1) * n * deep] = basis.zero, basis.zero
 
 
@@ -415,7 +415,7 @@ def _of_degree(density, at, c_row, l, y, lane):
 def _products(basis, species, deep, c_row, width, pairs, pair, value, slope, inner, factors, unit, row, along):
     """row[xyz, feature] = dp/dr / |p| of one neighbour, and the lanes of along[xyz] its parts of x . dp/dr / |p|.
 
-    Lanes behind the last l of a product reach into the next: the first ones, l = 0 and following, are made last.
+    Lanes behind the last l of a product reach into the next: the first ones, l = 0 and following, are computed last.
     """
     n, channels, degrees, each = basis.n_max, basis.n_max * basis.n_species, basis.l_max + 1, c_row * deep
     x, y, z, zero = load_all(pairs.x, pair), load_all(pairs.y, pair), load_all(pairs.z, pair), fill(basis.zero)
@@ -489,14 +489,13 @@ def _weight(cut, r):
 
 
 @njit(cache=True, **FLAGS)
-def lay_out(vectors, centers, species, of_centers, known, cut, per_step, n_intervals):
-    """Pairs from vectors, of neighbours and centres of these species. `known` (largest Z + 1,) is the place of each species, -1 for those
-    not known.
+def lay_out(vectors, centers, species, of_centers, slot_table, cut, per_step, n_intervals):
+    """Pairs from vectors, of neighbours and centres of these species, by their index in `slot_table` (largest Z + 1,) or -1.
 
     Returns:
-        the pairs, and whether all species were known.
+        the pairs, and whether every species has an index.
     """
-    n, n_environments, n_species, like = len(centers), len(of_centers), known.max() + 1, vectors.dtype
+    n, n_environments, n_species, like = len(centers), len(of_centers), slot_table.max() + 1, vectors.dtype
     starts, slots = np.zeros(n_environments * n_species + 1, np.int64), np.empty(n_environments, np.int64)
     order, interval = np.empty(n, np.int64), np.empty(n, np.int64)
     directions = np.ones((4, n + LANES), like)  # lanes of the last pairs reach beyond them
@@ -504,10 +503,10 @@ def lay_out(vectors, centers, species, of_centers, known, cut, per_step, n_inter
     weight, d_weight, offset = np.empty(n, like), np.empty(n, like), np.empty(n, like)
     widest, all_known = np.int64(0), True
     for e in range(n_environments):
-        slots[e] = _place(known, of_centers[e])
+        slots[e] = _place(slot_table, of_centers[e])
         all_known &= slots[e] >= 0
     for p in range(n):
-        slot = _place(known, species[p])
+        slot = _place(slot_table, species[p])
         all_known &= slot >= 0
         starts[centers[p] * n_species + max(slot, 0) + 1] += 1
     for e in range(n_environments):
@@ -518,7 +517,7 @@ def lay_out(vectors, centers, species, of_centers, known, cut, per_step, n_inter
         widest = max(widest, here)
     filled = starts[:-1].copy()
     for p in range(n):
-        group = centers[p] * n_species + max(_place(known, species[p]), 0)
+        group = centers[p] * n_species + max(_place(slot_table, species[p]), 0)
         at = filled[group]
         filled[group] += 1
         r = np.sqrt(vectors[p, 0] * vectors[p, 0] + vectors[p, 1] * vectors[p, 1] + vectors[p, 2] * vectors[p, 2])
@@ -533,8 +532,8 @@ def lay_out(vectors, centers, species, of_centers, known, cut, per_step, n_inter
 
 
 @njit(**FLAGS)
-def _place(known, species):
-    return known[species] if species < len(known) else -1
+def _place(slot_table, species):
+    return slot_table[species] if species < len(slot_table) else -1
 
 
 @njit(**FLAGS)

@@ -1,8 +1,8 @@
-"""Lanes are four numbers side by side in one register, as values of compiled code; and products of small matrices made of them.
+"""Four numbers in one register (lanes) as values of numba's code, and products of small matrices with them.
 
-LLVM does loops over short arrays one by one, or by vectors with as much work before and after as in between. Here it is told: a variable
-holds four numbers, `load` and `store` fetch and put them, + - * act on each, and what is not stored stays in registers. On processors
-with wider or narrower registers the compiler does the same with those.
+LLVM compiles loops over short arrays one by one, or by vectors with as much work before and after as in between. Here a variable holds
+four numbers, `load` and `store` move them, + - * act on each, and what is not stored stays in registers. On processors with wider or
+narrower registers the compiler does the same with those.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def round_up(count):
 def multiply_matrices(rows, columns, depth, a, a_at, a_row, a_deep, b, b_at, b_deep, c, c_at, c_row):
     """c[row, column] = Σ_k a[row, k] b[k, column], of `columns` a multiple of LANES, in flat arrays with these beginnings and steps.
 
-    Four rows at a time; where fewer are left the last one is made again, which stores the same number twice.
+    Four rows at a time; where fewer are left the last one is computed again, which stores the same number twice.
     """
     last = rows - 1
     for row in range(0, rows, 4):

@@ -17,7 +17,7 @@ TILE = 512  # numbers of a tile that one warp holds
 
 
 def can_use_triton(like: Tensor) -> bool:
-    """Whether Triton is there, and can reach this tensor: on a CUDA device, or anywhere with Triton's interpreter (TRITON_INTERPRET=1)."""
+    """Whether Triton is installed and can reach this tensor: on CUDA devices, or anywhere with its interpreter (TRITON_INTERPRET=1)."""
     reached = like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     return reached and like.dtype in (torch.float32, torch.float64) and importlib.util.find_spec("triton") is not None
 
@@ -71,7 +71,7 @@ class TritonKernels:
             DenseTables.from_descriptor(descriptor, like), per_length, columns, *climb.to(like).unbind()
         )
 
-    def expand(self, vectors: Tensor, own: Tensor) -> DenseExpansion:
+    def expand(self, vectors: Tensor, center_slots: Tensor) -> DenseExpansion:
         """As in DenseBackend."""
         from gpmlp.descriptors import _triton_kernels
 
@@ -83,7 +83,7 @@ class TritonKernels:
         if not n:
             return DenseExpansion(spectrum, density, (vectors, weight, d_weight))
         with torch.cuda.device_of(vectors):  # which Triton launches on
-            inputs = vectors, weight, own, self.tables.table, self.per_length, self.tables.center
+            inputs = vectors, weight, center_slots, self.tables.table, self.per_length, self.tables.center
             _triton_kernels.expand[(n,)](
                 *inputs, *self.columns, self.a, self.b, density, width, len(self.tables.table), **self._shape()
             )

@@ -1,8 +1,8 @@
 """Triton kernels of the dense power spectrum: a program for each environment, its neighbours one after another, everything in registers.
 
-Radial polynomials and harmonics of a neighbour are made again where they are needed: a tile has a row for each radial function and a
-column for each harmonic, and the columns run the recurrence of spherical.py side by side, each as far as it goes. Only triton_soap.py
-imports this: it is there only where Triton is.
+Radial polynomials and harmonics of a neighbour are computed again where they are needed: a tile has a row for each radial function and
+a column for each harmonic, and the columns run the recurrence of spherical_harmonics.py side by side, each as far as it goes. Only
+_triton.py imports this, when it launches kernels: Triton takes half a second to import and need not be installed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,29 @@ def harmonics(x, y, z, a, b, start, steps, m, sine, lm, L: tl.constexpr, LM: tl.
 
 
 @triton.jit
+def vector_and_length(vectors, pair):
+    """x, y, z and r of a pair."""
+    x, y, z = tl.load(vectors + 3 * pair), tl.load(vectors + 3 * pair + 1), tl.load(vectors + 3 * pair + 2)
+    return x, y, z, tl.sqrt(x * x + y * y + z * z)
+
+
+@triton.jit
+def splines(table, column, inside, scaled, intervals, N: tl.constexpr, L: tl.constexpr):
+    """Radial functions at r = scaled intervals, and their slopes per interval, by Horner's rule for both together."""
+    interval = tl.minimum(scaled.to(tl.int32), intervals - 1)
+    t = scaled - interval.to(scaled.dtype)
+    place = table + interval * (6 * N * L) + column
+    radial = tl.load(place, mask=inside, other=0.0)
+    slope = tl.zeros_like(radial)
+    for p in tl.static_range(1, 6):
+        slope = slope * t + radial
+        radial = radial * t + tl.load(place + p * N * L, mask=inside, other=0.0)
+    return radial, slope
+
+
+@triton.jit
 def expand(
-    vectors, weights, own, table, numbers, center, of_l, of_steps, of_m, of_sine, starts, a, b, density, width, intervals,
+    vectors, weights, center_slots, table, numbers, center, of_l, of_steps, of_m, of_sine, starts, a, b, density, width, intervals,
     S: tl.constexpr, N: tl.constexpr, L: tl.constexpr, NP: tl.constexpr, LM: tl.constexpr,
 ):  # fmt: skip
     """Density (environments, species × N, L²) of vectors (environments, S, width, 3) with their weights."""
@@ -45,26 +66,15 @@ def expand(
     column = tl.load(of_l + lm)[None, :] * N + n[:, None]
     steps, m, sine = tl.load(of_steps + lm), tl.load(of_m + lm), tl.load(of_sine + lm) != 0
     start, per_length = tl.load(starts + lm), tl.load(numbers)
-    mine = tl.load(own + environment)
+    mine = tl.load(center_slots + environment)
     for s in range(S):
         c = tl.zeros([NP, LM], dtype=vectors.dtype.element_ty)
         for k in range(width):
             pair = (environment * S + s) * width + k
             weight = tl.load(weights + pair)
             if weight != 0:
-                x, y, z = (
-                    tl.load(vectors + 3 * pair + 0),
-                    tl.load(vectors + 3 * pair + 1),
-                    tl.load(vectors + 3 * pair + 2),
-                )
-                r = tl.sqrt(x * x + y * y + z * z)
-                scaled = r * per_length
-                interval = tl.minimum(scaled.to(tl.int32), intervals - 1)
-                t = scaled - interval.to(scaled.dtype)
-                place = table + interval * (6 * N * L) + column
-                radial = tl.load(place, mask=inside, other=0.0)
-                for p in tl.static_range(1, 6):
-                    radial = radial * t + tl.load(place + p * N * L, mask=inside, other=0.0)
+                x, y, z, r = vector_and_length(vectors, pair)
+                radial, _ = splines(table, column, inside, r * per_length, intervals, N, L)
                 value, _, _, _ = harmonics(x / r, y / r, z / r, a, b, start, steps, m, sine, lm, L, LM)
                 c += (weight * radial) * value[None, :]
         alone = tl.load(center + n, mask=n < N, other=0.0)
@@ -97,7 +107,7 @@ def pull_back(
     gradients, width, intervals,
     S: tl.constexpr, N: tl.constexpr, L: tl.constexpr, NP: tl.constexpr, LM: tl.constexpr,
 ):  # fmt: skip
-    """Gradients (environments, S, width, 3) from those on the spectrum; the density's are made species by species and not stored."""
+    """Gradients (environments, S, width, 3) from those on the spectrum; the density's are computed species by species and not stored."""
     environment = tl.program_id(0).to(tl.int64)
     n, lm = tl.arange(0, NP), tl.arange(0, LM)
     inside = (n < N)[:, None] & (lm < L * L)[None, :]
@@ -119,35 +129,19 @@ def pull_back(
         for k in range(width):
             pair = (environment * S + s) * width + k
             weight, d_weight = tl.load(weights + pair), tl.load(slopes + pair)
-            x, y, z = (
-                tl.load(vectors + 3 * pair + 0),
-                tl.load(vectors + 3 * pair + 1),
-                tl.load(vectors + 3 * pair + 2),
-            )
+            x, y, z, r = vector_and_length(vectors, pair)
             g_x, g_y, g_z = x * 0, y * 0, z * 0
             if (weight != 0) | (d_weight != 0):
-                r = tl.sqrt(x * x + y * y + z * z)
                 x, y, z = x / r, y / r, z / r
-                scaled = r * per_length
-                interval = tl.minimum(scaled.to(tl.int32), intervals - 1)
-                t = scaled - interval.to(scaled.dtype)
-                place = table + interval * (6 * N * L) + column
-                radial = tl.load(place, mask=inside, other=0.0)
-                slope = tl.zeros_like(radial)
-                for p in tl.static_range(1, 6):
-                    slope = slope * t + radial
-                    radial = radial * t + tl.load(place + p * N * L, mask=inside, other=0.0)
+                radial, slope = splines(table, column, inside, r * per_length, intervals, N, L)
                 slope = weight * per_length * slope + d_weight * radial
                 on_y, on_slope = tl.sum(on_density * radial, axis=0) * weight, tl.sum(on_density * slope, axis=0)
                 value, y_x, y_y, y_z = harmonics(x, y, z, a, b, start, steps, m, sine, lm, L, LM)
                 along = tl.sum(on_slope * value, axis=0)
                 t_x, t_y, t_z = tl.sum(on_y * y_x, axis=0), tl.sum(on_y * y_y, axis=0), tl.sum(on_y * y_z, axis=0)
                 inward = x * t_x + y * t_y + z * t_z
-                g_x, g_y, g_z = (
-                    x * along + (t_x - x * inward) / r,
-                    y * along + (t_y - y * inward) / r,
-                    z * along + (t_z - z * inward) / r,
-                )
+                g_x, g_y = x * along + (t_x - x * inward) / r, y * along + (t_y - y * inward) / r
+                g_z = z * along + (t_z - z * inward) / r
             tl.store(gradients + 3 * pair + 0, g_x)
             tl.store(gradients + 3 * pair + 1, g_y)
             tl.store(gradients + 3 * pair + 2, g_z)

@@ -35,13 +35,13 @@ def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings)
     n, row = len(surroundings), _cpu_kernels.row_length(descriptor.n_max, basis.n_species)
     density = np.empty((n, (l_max + 1) ** 2, row), basis.table.dtype)
     features, norms = vectors.new_empty(n, descriptor.n_features), vectors.new_empty(n)
-    made = density.reshape(-1), features.numpy(), norms.numpy()
+    buffers = density.reshape(-1), features.numpy(), norms.numpy()
     tiny = basis.table.dtype.type(torch.finfo(vectors.dtype).tiny)
     starts = pairs.starts[:: basis.n_species].tolist()
 
     threads = parallel.available_threads()
     together = max(SHARED, -(-n // (4 * threads))) if threads > 1 else max(1, n)
-    _in_blocks(0, n, lambda lo, hi: _cpu_kernels.expand_features(lo, hi, pairs, basis, tiny, row, *made), together)
+    _in_blocks(0, n, lambda lo, hi: _cpu_kernels.expand_features(lo, hi, pairs, basis, tiny, row, *buffers), together)
 
     def jacobian(start: int = 0, end: int = n, out: Tensor | None = None) -> Tensor:
         """Of environments start to end, in the first rows of `out` if it is given."""
@@ -51,7 +51,7 @@ def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings)
 
         def block(lo: int, hi: int) -> None:
             here = array[starts[lo] - starts[start] :]
-            _cpu_kernels.feature_jacobian(lo, hi, starts[lo], pairs, basis, row, *made, here)
+            _cpu_kernels.feature_jacobian(lo, hi, starts[lo], pairs, basis, row, *buffers, here)
 
         _in_blocks(start, end, block, BLOCK)
         return out
@@ -64,7 +64,7 @@ def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings)
         given, array = cotangents.contiguous().numpy(), out.numpy()
 
         _in_blocks(
-            0, n, lambda lo, hi: _cpu_kernels.pull_back(lo, hi, pairs, basis, row, *made, given, array), together
+            0, n, lambda lo, hi: _cpu_kernels.pull_back(lo, hi, pairs, basis, row, *buffers, given, array), together
         )
         return out
 
@@ -101,8 +101,8 @@ def _pairs(descriptor: PowerSpectrum, surroundings: Surroundings, vectors: Tenso
     species = surroundings.neighbor_species, surroundings.species
     given = vectors, surroundings.centers, *species, descriptor.slot_table
     arrays = (part.contiguous().numpy() for part in given)
-    pairs, known = lay_out(*arrays, cut, 1 / table.step, len(table.coefficients))
-    if not known:
+    pairs, complete = lay_out(*arrays, cut, 1 / table.step, len(table.coefficients))
+    if not complete:
         descriptor.species_slots(torch.cat(species))  # which says what is wrong
     return pairs
 

@@ -1,4 +1,4 @@
-"""Weights say how much a neighbour at distance r counts: a C2 cutoff times a radial scaling, and the derivative."""
+"""Weights of neighbours by distance: a C2 cutoff function times a radial scaling, and the derivative."""
 
 from __future__ import annotations
 

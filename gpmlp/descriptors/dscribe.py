@@ -1,4 +1,4 @@
-"""Descriptors of the dscribe library (SOAP, ACSF) behind the house's Environments: for comparison, not for speed."""
+"""Descriptors of the dscribe library (SOAP, ACSF) as Environments: for comparison, not for speed."""
 
 from __future__ import annotations
 
@@ -144,10 +144,10 @@ class DscribeDescriptor:
         n = len(numbers) - 1
         if self.analytic and n:
             cluster, others = System(numbers=numbers, positions=positions), list(range(1, n + 1))
-            found = self.calculator.derivatives(
+            slopes = self.calculator.derivatives(
                 cluster, centers=[0], include=others, method="analytical", attach=True, return_descriptor=False
             )
-            return found[0] * self.scale
+            return slopes[0] * self.scale
         out = np.zeros((n, 3, self.n_features))
         for atom in range(n):
             for axis in range(3):
@@ -162,9 +162,9 @@ def _clusters(surroundings: Surroundings) -> list[tuple[np.ndarray, np.ndarray]]
     """Atomic numbers and positions of each environment as a finite cluster, its centre first and at the origin."""
     counts = torch.bincount(surroundings.centers, minlength=len(surroundings)).cpu().numpy()
     ends = np.cumsum(counts)
-    own, others = surroundings.species.cpu().numpy(), surroundings.neighbor_species.cpu().numpy()
+    centers, others = surroundings.species.cpu().numpy(), surroundings.neighbor_species.cpu().numpy()
     vectors = surroundings.vectors.detach().cpu().double().numpy()
     return [
-        (np.append(own[e], others[end - n : end]), np.vstack([np.zeros((1, 3)), vectors[end - n : end]]))
+        (np.append(centers[e], others[end - n : end]), np.vstack([np.zeros((1, 3)), vectors[end - n : end]]))
         for e, (end, n) in enumerate(zip(ends, counts, strict=True))
     ]

@@ -69,8 +69,8 @@ class DenseExpansion:
 class DenseBackend(Protocol):
     """Computes dense power spectra and their derivatives."""
 
-    def expand(self, vectors: Tensor, own: Tensor) -> DenseExpansion:
-        """Spectra of vectors (environments, species, width, 3), A; `own`: (environments,) slot of the central species."""
+    def expand(self, vectors: Tensor, center_slots: Tensor) -> DenseExpansion:
+        """Spectra of vectors (environments, species, width, 3), A; `center_slots`: (environments,) slot of the central species."""
         ...
 
     def pull_back(self, expansion: DenseExpansion, on_spectrum: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class BatchedProducts:
             DenseTables.from_descriptor(descriptor, like), BatchedHarmonics.from_degree(descriptor.l_max, like)
         )
 
-    def expand(self, vectors: Tensor, own: Tensor) -> DenseExpansion:
+    def expand(self, vectors: Tensor, center_slots: Tensor) -> DenseExpansion:
         """As in DenseBackend."""
         descriptor, (n, slots, width, _) = self.tables.descriptor, vectors.shape
         r = vectors.norm(dim=3)
@@ -102,7 +102,7 @@ class BatchedProducts:
         y = self.harmonics.values(q, powers).unflatten(1, (n * slots, width))
         parts = [radial[:, :, self._n(l)].mT @ y[m].permute(1, 2, 0) for l, m in enumerate(descriptor.degree_slices())]
         density = torch.cat(parts, dim=2).unflatten(0, (n, slots))
-        mine = own[:, None] == torch.arange(slots, device=own.device)
+        mine = center_slots[:, None] == torch.arange(slots, device=center_slots.device)
         density[..., 0] += mine[:, :, None] * self.tables.center
         density = density.flatten(1, 2)
         spectrum = descriptor.power_spectrum(density, self.tables.pairs, self.tables.factors)
@@ -144,15 +144,15 @@ class BatchedProducts:
 def dense_environments(descriptor: PowerSpectrum, surroundings: Surroundings, by: DenseBackend) -> Environments:
     """Features of all surroundings, ENVIRONMENTS of them at a time, and derivatives likewise. Jacobians are the plain path's.
 
-    What the pull-back needs of the pairs is kept where there is one chunk, else computed again.
+    What the pull-back needs of the pairs is stored where there is one chunk, else computed again.
     """
     vectors = surroundings.vectors.detach()
-    own = descriptor.species_slots(surroundings.species)
+    center_slots = descriptor.species_slots(surroundings.species)
     slots, n, far = len(descriptor.species), len(surroundings), vectors.new_tensor([0.0, 0.0, descriptor.cutoff + 1.0])
     groups = surroundings.centers * slots + descriptor.species_slots(surroundings.neighbor_species)
     place, width = padded_places(groups, n * slots)
     table = far.repeat(n * slots * width, 1).index_copy(0, place, vectors).unflatten(0, (n, slots, width))
-    chunks = list(zip(table.split(ENVIRONMENTS), own.split(ENVIRONMENTS), strict=True))
+    chunks = list(zip(table.split(ENVIRONMENTS), center_slots.split(ENVIRONMENTS), strict=True))
     only = by.expand(*chunks[0]) if len(chunks) == 1 else None
     spectrum = only.spectrum if only else torch.cat([by.expand(*some).spectrum for some in chunks])
     norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)

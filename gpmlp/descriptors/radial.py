@@ -64,22 +64,22 @@ def gto_integrals(n_max: int, l_max: int, sigma: float, cutoff: float) -> Radial
     """
     if cutoff <= 1:
         raise errors.UserError(f"The gto basis needs a cutoff above 1 A; got {cutoff}.")
-    return _spline(lambda r: _gto_integrals(r, n_max, l_max, sigma, cutoff), n_max, l_max, sigma, cutoff)
-
-
-def _gto_integrals(r: np.ndarray, n_max: int, l_max: int, sigma: float, cutoff: float) -> np.ndarray:
-    out = np.empty((len(r), n_max, l_max + 1))
     radii, a = np.linspace(1.0, cutoff, n_max), 1 / (2 * sigma**2)
-    for l in range(l_max + 1):
-        alpha = -np.log(1e-3 / radii**l) / radii**2
-        total = alpha[:, None] + alpha[None, :]
-        overlap = 0.5 * gamma(l + 1.5) * total ** (-l - 1.5)
-        beta = np.real(sqrtm(np.linalg.inv(overlap)))
-        # int x^l Y_lm exp(-alpha x^2) exp(-a |x - r|^2) d3x = (pi/(alpha+a))^(3/2) (a/(alpha+a))^l exp(-alpha a/(alpha+a) r^2) r^l Y_lm(r)
-        s = alpha + a
-        raw = (np.pi / s) ** 1.5 * (a / s) ** l * np.exp(-(alpha * a / s) * r[:, None] ** 2) * r[:, None] ** l
-        out[:, :, l] = raw @ beta.T
-    return out
+
+    def integrals(r: np.ndarray) -> np.ndarray:
+        out = np.empty((len(r), n_max, l_max + 1))
+        for l in range(l_max + 1):
+            alpha = -np.log(1e-3 / radii**l) / radii**2
+            total = alpha[:, None] + alpha[None, :]
+            overlap = 0.5 * gamma(l + 1.5) * total ** (-l - 1.5)
+            beta = np.real(sqrtm(np.linalg.inv(overlap)))
+            # ∫ x^l Y_lm exp(-alpha x²) exp(-a |x - r|²) d³x = (pi/(alpha+a))^(3/2) (a/(alpha+a))^l exp(-alpha a/(alpha+a) r²) r^l Y_lm(r)
+            s = alpha + a
+            raw = (np.pi / s) ** 1.5 * (a / s) ** l * np.exp(-(alpha * a / s) * r[:, None] ** 2) * r[:, None] ** l
+            out[:, :, l] = raw @ beta.T
+        return out
+
+    return _spline(integrals, n_max, l_max, sigma, cutoff)
 
 
 def optimal_integrals(
@@ -101,10 +101,10 @@ def optimal_integrals(
             matrix = root[:, None] * _overlap(nodes, nodes, l, sigma) * root[None, :]
             values, vectors = np.linalg.eigh(matrix)
             values, vectors = values[::-1][:n_max], vectors[:, ::-1][:, :n_max]
-            kept = values > 1e-11 * values[0]  # what rounding leaves of smaller ones is noise
+            used = values > 1e-11 * values[0]  # what rounding leaves of smaller ones is noise
             vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])])
             extended = _overlap(r, nodes, l, sigma) @ (root[:, None] * vectors)
-            out[:, : kept.sum(), l] = extended[:, kept] / np.sqrt(values[kept])
+            out[:, : used.sum(), l] = extended[:, used] / np.sqrt(values[used])
         return out
 
     return _spline(integrals, n_max, l_max, sigma, cutoff)
@@ -115,13 +115,8 @@ def _overlap(r: np.ndarray, s: np.ndarray, l: int, sigma: float) -> np.ndarray:
     x = r[:, None] * s[None, :] / (2 * sigma**2)
     safe = np.where(x > 0, x, 1.0)
     scaled_bessel = np.where(x > 0, np.sqrt(np.pi / (2 * safe)) * ive(l + 0.5, safe), float(l == 0))
-    return (
-        4
-        * np.pi
-        * (np.pi * sigma**2) ** 1.5
-        * np.exp(-((r[:, None] - s[None, :]) ** 2) / (4 * sigma**2))
-        * scaled_bessel
-    )
+    gaussian = np.exp(-((r[:, None] - s[None, :]) ** 2) / (4 * sigma**2))
+    return 4 * np.pi * (np.pi * sigma**2) ** 1.5 * gaussian * scaled_bessel
 
 
 def _spline(

@@ -89,9 +89,9 @@ class PowerSpectrum:
 
     def species_slots(self, species: Tensor) -> Tensor:
         """Index of each atomic number within self.species."""
-        known = torch.tensor(self.species, device=species.device)
-        slot = torch.searchsorted(known, species.contiguous()).clamp_max(len(self.species) - 1)
-        if (known[slot] != species).any():
+        mine = torch.tensor(self.species, device=species.device)
+        slot = torch.searchsorted(mine, species.contiguous()).clamp_max(len(self.species) - 1)
+        if (mine[slot] != species).any():
             missing = sorted(set(species.tolist()) - set(self.species))
             raise errors.UserError(f"The descriptor was not made for species with atomic numbers {missing}.")
         return slot
@@ -118,7 +118,7 @@ class PowerSpectrum:
         pairs = _PairTerms.from_surroundings(self, surroundings)
         density = self._density(surroundings, pairs)
         spectrum = self.power_spectrum(density, self.channel_pairs, self.prefactors(density))
-        # an atom alone and without weight of its own has features of zero, not NaN
+        # an atom alone and without central weight has features of zero, not NaN
         norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
         features = spectrum / norm
         return Environments(
@@ -134,10 +134,10 @@ class PowerSpectrum:
         products = self._expand_l(pairs.radial) * pairs.harmonics[:, None, :]
         density = products.new_zeros(n_env * n_species, self.n_max, (self.l_max + 1) ** 2)
         density = density.index_add(0, surroundings.centers * n_species + pairs.slots, products)
-        own = torch.arange(n_env, device=density.device) * n_species + self.species_slots(surroundings.species)
+        rows = torch.arange(n_env, device=density.device) * n_species + self.species_slots(surroundings.species)
         center = density.new_zeros(1, *density.shape[1:])
         center[0, :, 0] = self.center_density(products)
-        density = density.index_add(0, own, center.expand(n_env, -1, -1))
+        density = density.index_add(0, rows, center.expand(n_env, -1, -1))
         return density.reshape(n_env, self.channels, (self.l_max + 1) ** 2)
 
     def power_spectrum(self, density: Tensor, pairs: tuple[Tensor, Tensor], factors: Tensor) -> Tensor:
@@ -199,8 +199,8 @@ class PowerSpectrum:
         padded = slopes.new_zeros(n_groups * width, 3, slopes[0, 0].numel())
         padded[place] = slopes.flatten(2)
         weights = on_density.unflatten(2, (len(self.species), self.n_max)).flatten(1, 2).flatten(2)
-        made = padded.unflatten(0, (n_groups, width)).flatten(1, 2) @ weights.movedim(0, 2)
-        return made.unflatten(1, (width, 3)).flatten(0, 1)[place].movedim(2, 0)
+        products = padded.unflatten(0, (n_groups, width)).flatten(1, 2) @ weights.movedim(0, 2)
+        return products.unflatten(1, (width, 3)).flatten(0, 1)[place].movedim(2, 0)
 
     def _jacobian(
         self, surroundings: Surroundings, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor
