@@ -1,4 +1,4 @@
-"""What is set aside and what is learned from it; noise that was put in is found again; a model class that is too narrow is told."""
+"""Calibration on structures set aside: noise that was put in is recovered, and a model class that is too narrow gives a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leaving structures out: the same as learning without them, and what it makes of the part that the inducing set misses."""
+"""Leaving structures out by algebra equals fitting without them, and gives the amplitude of what the inducing set misses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection of rows, and of centres from a pool that streams by."""
+"""Selection of rows of a feature matrix, and of centres in one pass over the data."""
 
 from __future__ import annotations
 
