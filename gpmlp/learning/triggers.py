@@ -87,18 +87,28 @@ class StepContext:
     pairs: Neighbors | None = None
 
 
-def exceedance_probability(forces_covariance: Tensor, tolerance: float) -> np.ndarray:
-    """Probability that the error of the force on each atom is longer than the tolerance (eV/A), (atoms,).
+def exceedance_probability(trace: np.ndarray, freedom: np.ndarray, tolerance: float) -> np.ndarray:
+    """P_i = P(χ²_n > n t² / tr C_i), (atoms,): the probability that the error of the force on each atom is longer than t (eV/A).
 
     For a normal error with covariance C the squared norm is nearly χ² of n = (tr C)² / tr C² degrees of freedom times tr C / n
     (Satterthwaite, Biometrics Bull. 2, 110 (1946)); exact where C is isotropic.
+
+    Args:
+        trace, freedom: tr C and n of each atom (`covariance_moments`).
     """
-    return _exceedance(*_moments(forces_covariance), tolerance)
+    return gammaincc(0.5 * freedom, 0.5 * tolerance**2 * freedom / trace)
+
+
+def covariance_moments(forces_covariance: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """tr C and (tr C)² / tr C², of each atom."""
+    c = forces_covariance.cpu().double().numpy()
+    trace, squares = np.trace(c, axis1=1, axis2=2).clip(1e-300), (c * c).sum((1, 2)).clip(1e-300)
+    return trace, (trace**2 / squares).clip(1.0, 3.0)
 
 
 def force_error_bound(forces_covariance: Tensor, probability: float) -> float:
     """Tolerance t (eV/A) with 1 - Π_i (1 - P_i(t)) = probability: that of some atom's force error exceeding it, if independent."""
-    trace, freedom = _moments(forces_covariance)
+    trace, freedom = covariance_moments(forces_covariance)
     if not np.isfinite(trace).all():
         return float("inf")
     if not trace.max(initial=0.0) > SURE:
@@ -106,28 +116,12 @@ def force_error_bound(forces_covariance: Tensor, probability: float) -> float:
     top = float(trace.max()) ** 0.5
 
     def excess(log: float) -> float:
-        return _any(_exceedance(trace, freedom, np.exp(log))) - probability
+        each = exceedance_probability(trace, freedom, np.exp(log)).clip(0, 1 - 1e-15)
+        return float(-np.expm1(np.log1p(-each).sum())) - probability
 
     # the largest norm is no less than 1e-3 and no more than 20 standard deviations of the worst atom
     low, high = np.log(1e-3 * top), np.log(20 * top)
     return float(np.exp(brentq(excess, low, high, xtol=1e-4)))
-
-
-def _moments(forces_covariance: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """tr C of each atom, and its degrees of freedom."""
-    c = forces_covariance.cpu().double().numpy()
-    trace, squares = np.trace(c, axis1=1, axis2=2).clip(1e-300), (c * c).sum((1, 2)).clip(1e-300)
-    return trace, (trace**2 / squares).clip(1.0, 3.0)
-
-
-def _exceedance(trace: np.ndarray, freedom: np.ndarray, tolerance: float) -> np.ndarray:
-    """P_i = P(χ²_n > n t² / tr C_i), (atoms,)."""
-    return gammaincc(0.5 * freedom, 0.5 * tolerance**2 * freedom / trace)
-
-
-def _any(each: np.ndarray) -> float:
-    """1 - Π_i (1 - P_i)."""
-    return float(-np.expm1(np.log1p(-each.clip(0, 1 - 1e-15)).sum()))
 
 
 def trigger_decision(

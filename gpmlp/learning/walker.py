@@ -296,8 +296,7 @@ def advance_walker(
             return _lost(snapshot, f"after step {walker.step + k - 1}: {lost}")
         structure, prediction = calculator.last
         temperature = atoms.get_temperature()
-        if not math.isfinite(temperature):
-            temperature = math.inf
+        temperature = temperature if math.isfinite(temperature) else math.inf
         context = StepContext(energy, dynamics.temperature(step), temperature, freedom, calculator.pairs)
         if k < steps:
             decision = decide(structure, _with_estimated_forces(prediction, ratio), context)
