@@ -6,6 +6,7 @@ python tests/line_coverage/report.py FOLDER; it ends with an error where less ra
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import coverage
 def main(folder: Path) -> tuple[float, float]:
     """Print the report; the share of lines that ran, and the least that is allowed, %."""
     package = Path(importlib.util.find_spec("gpmlp").origin).parent
-    measured = coverage.Coverage(data_file=None, config_file=Path(__file__).parents[2] / "setup.cfg")
+    settings = Path(__file__).resolve().parents[2] / "setup.cfg"
+    os.chdir(package.parent)  # names in the report start there
+    measured = coverage.Coverage(data_file=None, config_file=settings)
     for path in package.rglob("*.py"):
         name = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
         if name.rpartition(".")[2].startswith("_"):  # as sitecustomize.py has it
@@ -28,6 +31,6 @@ def main(folder: Path) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    total, floor = main(Path(sys.argv[1]))
+    total, floor = main(Path(sys.argv[1]).resolve())
     if total < floor:
         sys.exit(f"{total:.2f} % of the lines ran in the tests, fewer than fail_under of setup.cfg, {floor} %")
