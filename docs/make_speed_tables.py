@@ -16,9 +16,9 @@ from pathlib import Path
 
 HEAD = """# Speed, measured
 
-Written by `docs/make_speed_tables.py` from what `tests/benchmarks/speed.py` printed. What is counted, what was asked for and what it
-means stands in [performance](performance.md). Microseconds an atom, least and median of calls, one thread pinned to one core unless
-said; what is compared took turns: ratios are medians of bursts side by side, with quartiles. Machine: {platform}, PyTorch {torch}.
+Written by `docs/make_speed_tables.py` from the output of `tests/benchmarks/speed.py`; [performance](performance.md) explains what is
+counted, the targets and the conclusions. Microseconds per atom, least and median of calls, one thread pinned to one core unless stated
+otherwise. Codes that are compared took turns: ratios are medians of neighbouring bursts, with quartiles. Machine: {platform}, PyTorch {torch}.
 """
 
 
@@ -119,7 +119,7 @@ def md(result: dict) -> str:
          number(of["steps per s"]), number(of["us"]), str(of["searches"])]
         for of in result["of"]
     ]  # fmt: skip
-    return "ASE's velocity Verlet.\n\n" + table(["", "steps", "steps a second", "µs an atom", "searches"], rows)
+    return "ASE's velocity Verlet.\n\n" + table(["", "steps", "steps per second", "µs per atom", "searches"], rows)
 
 
 def variance(result: dict) -> str:

@@ -85,7 +85,7 @@ def test_scaling_and_threads(results):
     )
     names = [call["case"] for call in results["threads"]["calls"]]
     assert names == [
-        "zeta 2, 8 atoms", "zeta 2, 64 atoms", "zeta 2, std, 8 atoms", "zeta 2, ASE with a skin, 8 atoms",
+        "zeta 2, 8 atoms", "zeta 2, 64 atoms", "zeta 2, std, 8 atoms", "zeta 2, ASE with a Verlet list, 8 atoms",
         "zeta 2, ethanol_train",
     ]  # fmt: skip
     for call in results["threads"]["calls"]:

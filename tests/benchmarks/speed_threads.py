@@ -58,7 +58,7 @@ def calls(setup: Setup) -> dict[str, tuple[Callable[[], object], int]]:
             out[f"zeta {zeta}, {cell.n_atoms} atoms"] = lambda p=potential, c=cell: p(c), cell.n_atoms
         some, n = setup.silicon.structures, setup.silicon.structures.n_atoms
         out[f"zeta {zeta}, std, {n} atoms"] = lambda p=potential, c=some: p(c, "atom_energies"), n
-        out[f"zeta {zeta}, ASE with a skin, {n} atoms"] = stepping(potential, k), n
+        out[f"zeta {zeta}, ASE with a Verlet list, {n} atoms"] = stepping(potential, k), n
         batch, known = setup.molecules.structures, setup.molecules.potential(zeta)
         out[f"zeta {zeta}, {setup.molecules.name}"] = lambda p=known, c=batch: p(c), batch.n_atoms
     return out
