@@ -284,8 +284,8 @@ def advance_walker(
     else:
         calculator.volume = abs(atoms.cell.volume)
         atoms.get_potential_energy()
-    cell_state = walker.p_eps, walker.force_eps
-    integrator = Integrator(atoms, bath_of(dynamics), timestep_fs, generator, walker.step, cell_state)
+    bath, cell_state = bath_of(dynamics), (walker.p_eps, walker.force_eps)
+    integrator = Integrator(atoms, bath, timestep_fs, generator, walker.step, cell_state)
     ratio = _force_to_energy_variance(snapshot.prediction)
     energy, freedom = float(snapshot.prediction.energies[0]), atoms.get_number_of_degrees_of_freedom()
     for k in range(1, steps + 1):
@@ -295,8 +295,7 @@ def advance_walker(
         except _LostError as lost:
             return _lost(snapshot, f"after step {walker.step + k - 1}: {lost}")
         structure, prediction = calculator.last
-        temperature = atoms.get_temperature()
-        temperature = temperature if math.isfinite(temperature) else math.inf
+        temperature = float(np.nan_to_num(atoms.get_temperature(), nan=math.inf, posinf=math.inf, neginf=math.inf))
         context = StepContext(energy, dynamics.temperature(step), temperature, freedom, calculator.pairs)
         if k < steps:
             decision = decide(structure, _with_estimated_forces(prediction, ratio), context)
