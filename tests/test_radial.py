@@ -10,7 +10,7 @@ import torch
 
 from gpmlp.core.errors import UserError
 from gpmlp.descriptors import radial
-from gpmlp.descriptors.cutoff import NeighborWeights
+from gpmlp.descriptors.radial import NeighborWeights
 from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
 
 WEIGHTS = {

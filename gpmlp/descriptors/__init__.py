@@ -22,7 +22,7 @@ def make_descriptor(species: tuple[int, ...], parameters: dict) -> Descriptor:
 
         return dscribe.make_dscribe(species, parameters)
     from gpmlp.descriptors.backends import SoapPowerSpectrum
-    from gpmlp.descriptors.cutoff import NeighborWeights
+    from gpmlp.descriptors.radial import NeighborWeights
 
     scaling = parameters["radial_scaling"] or {"scale": 1.0, "exponent": 0.0}
     weights = NeighborWeights(

@@ -458,7 +458,7 @@ def _onto_sphere(row, width, along, x, out):
 
 
 class CutoffParameters(NamedTuple):
-    """The weights of neighbours as plain numbers; `function` is the place of its name in cutoff.FUNCTIONS."""
+    """The weights of neighbours as plain numbers; `function` is the place of its name in radial.CUTOFF_FUNCTIONS."""
 
     function: int
     cutoff: float

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpmlp.core import parallel
 from gpmlp.core.environments import Environments, Surroundings
-from gpmlp.descriptors import cutoff
+from gpmlp.descriptors.radial import CUTOFF_FUNCTIONS
 from gpmlp.descriptors.soap import PowerSpectrum
 from gpmlp.descriptors.spherical_harmonics import recurrence_coefficients
 
@@ -96,7 +96,7 @@ def _pairs(descriptor: PowerSpectrum, surroundings: Surroundings, vectors: Tenso
     from gpmlp.descriptors._cpu_kernels import CutoffParameters, lay_out
 
     cut = CutoffParameters(
-        cutoff.FUNCTIONS.index(w.function), w.cutoff, w.width, w.cutoff_exponent, w.scale, float(w.exponent)
+        CUTOFF_FUNCTIONS.index(w.function), w.cutoff, w.width, w.cutoff_exponent, w.scale, float(w.exponent)
     )
     species = surroundings.neighbor_species, surroundings.species
     given = vectors, surroundings.centers, *species, descriptor.slot_table

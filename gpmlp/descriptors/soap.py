@@ -10,9 +10,8 @@ from torch import Tensor
 
 from gpmlp.core import errors
 from gpmlp.core.environments import Environments, Surroundings
-from gpmlp.core.padded_neighbors import padded_places
 from gpmlp.descriptors import radial
-from gpmlp.descriptors.cutoff import NeighborWeights
+from gpmlp.descriptors.radial import NeighborWeights
 from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
 
 
@@ -121,12 +120,14 @@ class PowerSpectrum:
         # an atom alone and without central weight has features of zero, not NaN
         norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
         features = spectrum / norm
-        return Environments(
-            surroundings,
-            features,
-            lambda cotangents: self._pull_back(surroundings, pairs, density, features, norm, cotangents),
-            lambda: self._jacobian(surroundings, pairs, density, features, norm),
-        )
+        expansion = pairs, density, features, norm
+
+        def pull_back(cotangents: Tensor) -> Tensor:
+            if cotangents.dim() == 3:
+                return torch.stack([self._pull_back(*expansion, one) for one in cotangents])
+            return self._pull_back(*expansion, cotangents)
+
+        return Environments(surroundings, features, pull_back, lambda: self._jacobian(*expansion))
 
     def _density(self, surroundings: Surroundings, pairs: _PairTerms) -> Tensor:
         """(environments, channels, (l_max+1)^2) expansion coefficients c_anlm = sum_{j of species a} w(r_j) I_nl(r_j) Y_lm(r_j)."""
@@ -154,60 +155,31 @@ class PowerSpectrum:
     def pull_back_spectrum(
         self, density: Tensor, on_spectrum: Tensor, pairs: tuple[Tensor, Tensor], factors: Tensor
     ) -> Tensor:
-        """∂E/∂c (..., environments, channels, (l_max + 1)²) from ∂E/∂p (..., environments, features)."""
+        """∂E/∂c (environments, channels, (l_max + 1)²) from ∂E/∂p (environments, features)."""
         a, b = pairs
         scaled = (on_spectrum * factors).unflatten(-1, (-1, self.l_max + 1))
-        full = scaled.new_zeros(*on_spectrum.shape[:-1], self.channels, self.channels, self.l_max + 1)
-        full[..., a, b, :] = scaled
-        full = full + full.transpose(-3, -2)
+        full = scaled.new_zeros(len(scaled), self.channels, self.channels, self.l_max + 1)
+        full[:, a, b] = scaled
+        full = full + full.transpose(1, 2)
         return torch.cat([full[..., l] @ density[:, :, m] for l, m in enumerate(self.degree_slices())], dim=-1)
 
     def _pull_back(
-        self,
-        surroundings: Surroundings,
-        pairs: _PairTerms,
-        density: Tensor,
-        features: Tensor,
-        norm: Tensor,
-        cotangents: Tensor,
+        self, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor, cotangents: Tensor
     ) -> Tensor:
-        """One cotangent (environments, features) or k of them: features -> density -> pairs; nothing of size pairs x features."""
+        """Features -> density -> pairs, for one cotangent (environments, features); nothing of size pairs x features."""
         on_spectrum = (cotangents - features * (features * cotangents).sum(-1, keepdim=True)) / norm
         on_density = self.pull_back_spectrum(density, on_spectrum, self.channel_pairs, self.prefactors(density))
-        if cotangents.dim() == 3:
-            return self._pull_back_many(surroundings, pairs, on_density)
         # gather the block of the neighbour's species, then contract with d(R Y)/dr = R' Y r^ + R dY
-        block = on_density.unflatten(1, (len(self.species), self.n_max)).flatten(0, 1)[
-            surroundings.centers * len(self.species) + pairs.slots
-        ]
+        block = on_density.unflatten(1, (len(self.species), self.n_max))[pairs.centers, pairs.slots]
         radial_part = (block * self._expand_l(pairs.d_radial)).sum(1)
         angular_part = (block * self._expand_l(pairs.radial)).sum(1)
         along = (radial_part * pairs.harmonics).sum(1, keepdim=True) * pairs.directions
         return along + (pairs.d_harmonics @ angular_part[:, :, None])[:, :, 0]
 
-    def _pull_back_many(self, surroundings: Surroundings, pairs: _PairTerms, on_density: Tensor) -> Tensor:
-        """(k, pairs, 3) from (k, environments, channels, lm): d(R Y)/dr of a pair once, then a product per environment and species."""
-        if not len(surroundings.centers):
-            return on_density.new_zeros(len(on_density), 0, 3)
-        groups = surroundings.centers * len(self.species) + pairs.slots
-        n_groups = len(surroundings) * len(self.species)
-        place, width = padded_places(groups, n_groups)
-        slopes = (
-            pairs.directions[:, :, None, None] * (self._expand_l(pairs.d_radial) * pairs.harmonics[:, None])[:, None]
-        )
-        slopes += self._expand_l(pairs.radial)[:, None] * pairs.d_harmonics[:, :, None]
-        padded = slopes.new_zeros(n_groups * width, 3, slopes[0, 0].numel())
-        padded[place] = slopes.flatten(2)
-        weights = on_density.unflatten(2, (len(self.species), self.n_max)).flatten(1, 2).flatten(2)
-        products = padded.unflatten(0, (n_groups, width)).flatten(1, 2) @ weights.movedim(0, 2)
-        return products.unflatten(1, (width, 3)).flatten(0, 1)[place].movedim(2, 0)
-
-    def _jacobian(
-        self, surroundings: Surroundings, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor
-    ) -> Tensor:
+    def _jacobian(self, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor) -> Tensor:
         """d(features)/dr_ij. With A_bl = sum_m Y_lm c_blm and B_bl = sum_m dY_lm c_blm the derivative of the product (a, b) is
         [R'_a A_b + R'_b A_a] r^ + R_a B_b + R_b B_a, where R_a is zero unless a is of the neighbour's species."""
-        n_pairs, centers = len(surroundings.centers), surroundings.centers
+        n_pairs, centers = len(pairs.centers), pairs.centers
         at_center = density[centers]
         both = torch.cat([pairs.harmonics[:, None], pairs.d_harmonics], dim=1).transpose(1, 2)
         contracted = torch.stack([at_center[:, :, m] @ both[:, m] for m in self.degree_slices()], dim=-1)
@@ -236,8 +208,9 @@ class PowerSpectrum:
 
 @dataclass(frozen=True, eq=False)
 class _PairTerms:
-    """Per pair: species slot, unit direction, w I_nl and its slope, Y_lm and its gradient."""
+    """Per pair: centre, species slot of the neighbour, unit direction, w I_nl and its slope, Y_lm and its gradient."""
 
+    centers: Tensor
     slots: Tensor
     directions: Tensor
     radial: Tensor
@@ -252,6 +225,7 @@ class _PairTerms:
         weight, d_weight = (w[:, None, None] for w in descriptor.weights(r))
         y, dy = harmonics_with_gradients(descriptor.l_max, surroundings.vectors)
         return _PairTerms(
+            surroundings.centers,
             descriptor.species_slots(surroundings.neighbor_species),
             surroundings.vectors / r[:, None],
             weight * value,
