@@ -18,7 +18,8 @@ HEAD = """# Speed, measured
 
 Written by `docs/make_speed_tables.py` from the output of `tests/benchmarks/speed.py`; [performance](performance.md) explains what is
 counted, the targets and the conclusions. Microseconds per atom, least and median of calls, one thread pinned to one core unless stated
-otherwise. Codes that are compared took turns: ratios are medians of neighbouring bursts, with quartiles. Machine: {platform}, PyTorch {torch}.
+otherwise. Codes that are compared took turns: ratios are medians of neighbouring bursts, with quartiles.
+Machine: {platform}, PyTorch {torch}.
 """
 
 
