@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/notation.md").read_text(encoding="utf-8")
-ROWS = [re.split(r"(?<!\\)\|", line)[1:-1] for line in PAGE.splitlines() if line.startswith("| ")]
+# a name may be written in two parts, `module` `.Class.method`, so that its line can be broken
+ROWS = [re.split(r"(?<!\\)\|", line.replace("` `.", "."))[1:-1] for line in PAGE.splitlines() if line.startswith("| ")]
 NAMES = sorted({name for row in ROWS for cell in row for name in re.findall(r"`([\w.]+\.[\w.]+)`", cell)})
 # formula | on paper | where
 FORMULAS = sorted({name for row in ROWS if len(row) == 3 for name in re.findall(r"`([\w.]+\.[\w.]+)`", row[2])})
