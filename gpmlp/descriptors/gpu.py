@@ -154,7 +154,7 @@ def dense_environments(descriptor: PowerSpectrum, surroundings: Surroundings, by
     table = far.repeat(n * slots * width, 1).index_copy(0, place, vectors).unflatten(0, (n, slots, width))
     chunks = list(zip(table.split(ENVIRONMENTS), center_slots.split(ENVIRONMENTS), strict=True))
     only = by.expand(*chunks[0]) if len(chunks) == 1 else None
-    spectrum = only.spectrum if only else torch.cat([by.expand(*some).spectrum for some in chunks])
+    spectrum = only.spectrum if only else torch.cat([by.expand(*part).spectrum for part in chunks])
     norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
     features = spectrum / norm
 
@@ -163,7 +163,7 @@ def dense_environments(descriptor: PowerSpectrum, surroundings: Surroundings, by
             return torch.stack([pull_back(one) for one in cotangents])
         on_spectrum = (cotangents - features * (features * cotangents).sum(1, keepdim=True)) / norm
         parts = zip(chunks, on_spectrum.split(ENVIRONMENTS), strict=True)
-        pulled = [by.pull_back(only or by.expand(*some), on) for some, on in parts]
+        pulled = [by.pull_back(only or by.expand(*part), on) for part, on in parts]
         return torch.cat(pulled).flatten(0, 2)[place]
 
     return Environments(surroundings, features, pull_back, lambda: descriptor.reference(surroundings).jacobian())

@@ -161,8 +161,8 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
         "how": how,
         "blind": blind,
     }
-    spread = sample_spread(structures, targets, raw) if "forces" in data else None
-    calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical, sample_scale=spread)
+    sample_scale = sample_spread(structures, targets, raw) if "forces" in data else None
+    calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical, sample_scale=sample_scale)
     if prediction.forces_variance is not None and "forces" in data:
         labels = targets.forces[~targets.forces.isnan()]
         source["force_eV_per_A"] = labels.square().mean().sqrt().item()

@@ -201,7 +201,7 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     """Choose inducing variables, stream the rows, learn noises and signals; all from the fitted structures alone."""
     recipe, structures = data.recipe, data.structures
     (parts, targets), (parts_held, targets_held) = (
-        _chunked(structures.select(some), data.remaining.select(structures, some)) for some in (fitted, held)
+        _chunked(structures.select(part), data.remaining.select(structures, part)) for part in (fitted, held)
     )
     stages.begin("inducing points")
     sample = _FeatureSample(recipe)
@@ -212,10 +212,10 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     factors_held = regression.stream_rows(models, parts_held, targets_held, stages)
     stages.begin("evidence")
     lowers = regression.lowers_of(models)
-    counts, counts_held = ({kind: f.count for kind, f in some.items()} for some in (factors, factors_held))
+    counts, counts_held = ({kind: f.count for kind, f in part.items()} for part in (factors, factors_held))
     whitened, whitened_held = (
-        {kind: inducing.whiten_rows(some.pop(kind).factor().double(), lowers) for kind in list(some)}
-        for some in (factors, factors_held)
+        {kind: inducing.whiten_rows(part.pop(kind).factor().double(), lowers) for kind in list(part)}
+        for part in (factors, factors_held)
     )
     with parallel.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
         parameters, block_of_column, result = regression.learn_hyperparameters(recipe, models, whitened, counts, stages)

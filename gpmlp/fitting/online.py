@@ -331,7 +331,7 @@ class OnlineFit:
                         parts.setdefault(z, []).append(batch.features[here & which])
         for z in set(outside) - set(inside):
             inside[z] = outside.pop(z)
-        fitted, left = ({z: torch.cat(x)[-NOVELTY_ROWS:] for z, x in some.items()} for some in (inside, outside))
+        fitted, left = ({z: torch.cat(x)[-NOVELTY_ROWS:] for z, x in part.items()} for part in (inside, outside))
         novelty = mahalanobis.fit_mahalanobis(fitted, left, self.recipe.novelty.quantile, self.recipe.seed)
         for z, x in left.items():
             novelty = novelty.updated(torch.full((len(x),), z), x)
@@ -394,9 +394,9 @@ def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) 
     widths = regression.block_widths(models)
     unit, room = RowScales.unit(len(widths)), online_updates.JACOBIAN_BYTES
     batches: list[LabelBatch] = []
-    for some, labels in parts:
-        remaining = prepare.subtract_baselines(some, labels, base)
-        batches.append(LabelBatch.from_labels(models, some, labels, remaining, unit, room))
+    for part, labels in parts:
+        remaining = prepare.subtract_baselines(part, labels, base)
+        batches.append(LabelBatch.from_labels(models, part, labels, remaining, unit, room))
         room -= batches[-1].n_bytes
     about = asked, recipe, tuple(models), base, tuple(batches), PosteriorFactor.from_rows([], sum(widths))
     return OnlineFit(*about, {}, {}, {}, unit.signal)

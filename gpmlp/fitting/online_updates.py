@@ -111,11 +111,11 @@ class LabelBatch:
     @property
     def n_bytes(self) -> int:
         """Of environments."""
-        return sum(f.n_bytes for some in self.environments for f in some)
+        return sum(f.n_bytes for part in self.environments for f in part)
 
     def rescaled(self, old: RowScales, new: RowScales, widths: Sequence[int]) -> LabelBatch:
         """With other noises and signals."""
-        rows = {kind: rescaled_rows(some, kind, old, new, widths) for kind, some in self.rows.items()}
+        rows = {kind: rescaled_rows(part, kind, old, new, widths) for kind, part in self.rows.items()}
         return replace(self, rows=rows)
 
     def rotated(self, rotate: Callable[[Tensor], Tensor]) -> LabelBatch:
@@ -155,7 +155,7 @@ def _features(
     """(atoms, features) of the first descriptor."""
     if not environments:
         every = torch.arange(structures.n_atoms).split(covariances.ENVIRONMENTS)
-        return torch.cat([view.select(some).features for some in every])
+        return torch.cat([view.select(part).features for part in every])
     order = torch.cat([e.centers for e in environments[0]]).argsort()
     return torch.cat([e.features for e in environments[0]])[order]
 
@@ -346,17 +346,17 @@ def variance_factor(
     directions, share = max(0, at_most // centres - 1), min(1.0, at_most / centres)
     blocks, lowers, rotations = [], [], []
     for model in models:
-        some = []
+        part = []
         for block, lower in zip(model.blocks, model.lowers, strict=True):
             ranks = (torch.arange(len(block.features) + 1) * share).ceil()
             centre, direction = block.column_addresses
             chosen = ((direction < directions) & (ranks.diff() > 0)[centre]).nonzero()[:, 0]
             chosen = chosen if len(chosen) else torch.arange(1)  # their values depended on others
             shorter, rotation = restrict_cholesky(lower, chosen)
-            some.append(inducing.select_columns(block, chosen))
+            part.append(inducing.select_columns(block, chosen))
             lowers.append(shorter)
             rotations.append(rotation)
-        blocks.append(tuple(some))
+        blocks.append(tuple(part))
     sizes = block_widths(models)
     upper = factor.rotate_columns(lambda rows: _rotated(rows, rotations, sizes)).upper[:, :-1]
     return upper, (tuple(blocks), tuple(lowers), scales.columns([len(lower) for lower in lowers]))

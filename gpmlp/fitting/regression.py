@@ -194,7 +194,7 @@ def labelled_rows(
             out.setdefault(kind, []).append(joined if common.all() else joined[common])
         if not common.all():
             out.setdefault(FIXED, []).append(joined[~common] / label.noise[~common, None])
-    return {kind: torch.cat(some) if len(some) > 1 else some[0] for kind, some in out.items()}
+    return {kind: torch.cat(part) if len(part) > 1 else part[0] for kind, part in out.items()}
 
 
 def _of_species(laid_out: Sequence[SpeciesEnvironments], species: int) -> Iterator[SpeciesEnvironments]:
@@ -224,17 +224,17 @@ def learn_hyperparameters(
     def smaller(columns: int) -> tuple[dict[str, evidence.SufficientStatistics], Tensor]:
         """Columns of each block come most important first, so leading ones are a smaller model of the same data."""
         share, starts = min(1.0, columns / total), torch.tensor([0, *widths]).cumsum(0).tolist()
-        some = torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
-        some = some.to(device)
-        statistics = {k: evidence.SufficientStatistics.from_factor(w, counts[k], some) for k, w in whitened.items()}
-        return statistics, block_of_column[some]
+        part = torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
+        part = part.to(device)
+        statistics = {k: evidence.SufficientStatistics.from_factor(w, counts[k], part) for k, w in whitened.items()}
+        return statistics, block_of_column[part]
 
     if restarts:
         few, of_few = smaller(RESTART_COLUMNS)
         evidence.restart_optimisation(few, parameters, of_few, restarts, recipe.seed)
     if total > EVIDENCE_COLUMNS:
-        some, of_some = smaller(EVIDENCE_COLUMNS)
-        evidence.maximise_evidence(some, parameters, of_some, progress=tell)
+        part, of_some = smaller(EVIDENCE_COLUMNS)
+        evidence.maximise_evidence(part, parameters, of_some, progress=tell)
     statistics = {k: evidence.SufficientStatistics.from_factor(w, counts[k]) for k, w in whitened.items()}
     if total > EVIDENCE_COLUMNS:
         result = evidence.iterate_fixed_point(statistics, parameters, block_of_column, progress=tell)

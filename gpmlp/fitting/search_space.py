@@ -92,14 +92,14 @@ def _range(key: str, values: str, where: str, start: Recipe) -> SearchParameter:
 
 
 def _choices(key: str, values: str, where: str, start: Recipe) -> SearchParameter:
-    some = tuple(recipe_files.parse_value(v, where) for v in values.split(","))
-    if len(some) < 2 or len({(type(v), str(v)) for v in some}) < len(some):
+    part = tuple(recipe_files.parse_value(v, where) for v in values.split(","))
+    if len(part) < 2 or len({(type(v), str(v)) for v in part}) < len(part):
         raise UserError(f"{where}: needs two values or more, all different; use --set for one.")
-    for value in some:
+    for value in part:
         if not isinstance(value, (str, int, float)):
             raise UserError(f"{where}: each value must be a number, a word, true or false; got {value!r}.")
         recipe_files.changed_recipe(start, {key: value}, where)
-    return SearchParameter(key, choices=some)
+    return SearchParameter(key, choices=part)
 
 
 def default_space(full: Recipe) -> tuple[SearchParameter, ...]:

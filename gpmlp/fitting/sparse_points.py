@@ -340,20 +340,20 @@ def _pivots(block: Tensor, variance: Tensor, at_most: int, threshold: float) -> 
     return taken
 
 
-def farthest_points(features: Tensor, n: int, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def farthest_points(features: Tensor, n: int, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Farthest-point sampling in the distance |x - x'|, starting from the point farthest from the mean.
 
     Args:
-        known: (m, features) rows that count as chosen before; the first point is then the one farthest from all of them.
+        given: (m, features) rows that count as chosen before; the first point is then the one farthest from all of them.
     """
     distance = (features - features.mean(0)).square().sum(1)
     chosen: list[int] = []
     scores: list[float] = []
-    if known is not None and len(known):
+    if given is not None and len(given):
         distance = torch.full_like(distance, torch.inf)
         squares = features.square().sum(1)
-        for some in known.split(256):
-            nearest = (some.square().sum(1) - 2 * features @ some.T).amin(1)
+        for part in given.split(256):
+            nearest = (part.square().sum(1) - 2 * features @ part.T).amin(1)
             distance = torch.minimum(distance, (squares + nearest).clamp_min(0))
     else:
         chosen, scores = [int(distance.argmax())], [4.0]

@@ -200,7 +200,7 @@ def tuning_problem(
             f"tune needs at least {calibrate.FEWEST} structures that are no isolated atoms, to learn from some and judge by others; "
             f"got {len(structures)}."
         )
-    learn, judge = ((structures.select(some), targets.select(structures, some)) for some in (fitted, held))
+    learn, judge = ((structures.select(part), targets.select(structures, part)) for part in (fitted, held))
     if judge[1].forces.isnan().all() and judge[1].energies.isnan().all():
         raise UserError(
             "The held-out structures have neither forces nor energies to judge by; check the labels in the file."
@@ -431,9 +431,9 @@ def _thinned(structures: Structures, targets: Targets, seed: int) -> tuple[Struc
         return structures, targets
     # drawn as structures are set aside, but without a bound on their share
     share = CalibrationRecipe.model_construct(fraction=1.0, atoms=TRAIN_ATOMS)
-    rest, some = calibrate.calibration_split(structures, targets, share, seed + 1)
-    if not len(some):  # few structures are all kept, however large
+    rest, part = calibrate.calibration_split(structures, targets, share, seed + 1)
+    if not len(part):  # few structures are all kept, however large
         return structures, targets
     alone = [i for i in rest.tolist() if baselines.is_isolated_atom(targets.config_types[i])]
-    members = sorted([*alone, *some.tolist()])
+    members = sorted([*alone, *part.tolist()])
     return structures.select(members), targets.select(structures, members)

@@ -97,12 +97,12 @@ def _missed_variance(
 def _some_structures(structures: Structures, targets: Targets, seed: int) -> list[tuple[Structures, Targets]]:
     """Structures at random, each by itself, of about ATOMS atoms together; of a larger one the forces on so many of its atoms."""
     chosen, generator = _draw(structures, ATOMS, seed)
-    some = [(structures.select([i]), targets.select(structures, [i])) for i in chosen]
-    if some[0][0].n_atoms > ATOMS:
-        one, labels = some[0]
+    part = [(structures.select([i]), targets.select(structures, [i])) for i in chosen]
+    if part[0][0].n_atoms > ATOMS:
+        one, labels = part[0]
         others = torch.randperm(one.n_atoms, generator=generator)[ATOMS:].to(labels.forces.device)
-        some[0] = (one, replace(labels, forces=labels.forces.index_fill(0, others, torch.nan)))
-    return some
+        part[0] = (one, replace(labels, forces=labels.forces.index_fill(0, others, torch.nan)))
+    return part
 
 
 def _leave_one_out(
@@ -152,11 +152,11 @@ def subset_error(
     numbers: dict[str, float] = {"columns": subset.n_columns, "columns_of_fit": subset.of_fit}
     if subset.n_columns == subset.of_fit:
         return numbers
-    some, atoms = _draw_atoms(structures, seed)
+    part, atoms = _draw_atoms(structures, seed)
 
     def covariances_of(model: VarianceModel) -> Tensor:
         predict = replace(potential, variances=model)
-        covariance = predict(some, "forces", atoms=atoms, form="dtc", calibrated=False).forces_covariance
+        covariance = predict(part, "forces", atoms=atoms, form="dtc", calibrated=False).forces_covariance
         assert covariance is not None, "forces were asked for"
         return covariance.epistemic[atoms].double()
 
@@ -188,5 +188,5 @@ def _draw(structures: Structures, atoms: int, seed: int) -> tuple[list[int], tor
 def _draw_atoms(structures: Structures, seed: int) -> tuple[Structures, Tensor]:
     """Structures at random with about SUBSET_ATOMS atoms together, and at most so many of their atoms."""
     chosen, generator = _draw(structures, SUBSET_ATOMS, seed)
-    some = structures.select(chosen)
-    return some, torch.randperm(some.n_atoms, generator=generator)[:SUBSET_ATOMS].sort().values
+    part = structures.select(chosen)
+    return part, torch.randperm(part.n_atoms, generator=generator)[:SUBSET_ATOMS].sort().values

@@ -16,7 +16,9 @@ COLUMNS = 128  # done together: what they add up to for an environment stays in 
 
 
 @njit(cache=True, **FLAGS)
-def add_rows(products, first, bend, starts, targets, own, vectors, owner, weight, forces, stresses, lo, hi, begin, end):
+def add_rows(
+    products, first, bend, starts, targets, center_slots, vectors, owner, weight, forces, stresses, lo, hi, begin, end
+):
     """Derivatives of k(x, u), g = d/dr f(s) = f' J x and d/dr f'(s) x.t = f' J t + f'' (x.t) J x, of the pairs of environments lo to hi:
     forces[neighbour] -= g, forces[centre] += g, stresses[structure] += (r g + g r) / 2V.
 
@@ -24,7 +26,7 @@ def add_rows(products, first, bend, starts, targets, own, vectors, owner, weight
         products: (3 pairs, columns) J x of the centres begin to end, then J t by direction and centre; pairs of these environments.
         first: (environments, M) f'; bend: (environments, R, M) f'' x.t.
         starts: (environments + 1,) first pair of each environment.
-        targets: (pairs,), own: (environments,) where forces on neighbour and centre go; those behind the end of `forces` go nowhere.
+        targets: (pairs,), center_slots: (environments,) where forces on neighbour and centre go; those behind the end of `forces` go nowhere.
         vectors: (pairs, 3); owner: (environments,) structures; weight: (environments,) 1/V.
         forces: (atoms, 3, M (1 + R)); stresses: (structures, 6, the same), or empty if not wanted.
         begin, end: of the centres whose columns are done here; others are left to other threads.
@@ -48,9 +50,9 @@ def add_rows(products, first, bend, starts, targets, own, vectors, owner, weight
                     _sum(g, count, centre, forces, targets[p], to)
                     if len(stresses):
                         _strain(g, count, vectors[p], virial)
-                if own[e] < len(forces):
+                if center_slots[e] < len(forces):
                     for x in range(3):
-                        there, row = forces[own[e], x, to : to + count], centre[x]
+                        there, row = forces[center_slots[e], x, to : to + count], centre[x]
                         for i in range(count):
                             there[i] += row[i]
                 if len(stresses):

@@ -98,11 +98,11 @@ def species_environments(
     for centers in (mine if mask is None else mine & mask).nonzero()[:, 0].split(ENVIRONMENTS):
         if not len(centers):
             continue
-        some = environments.select(centers)
-        pairs = some.surroundings
-        jacobian = some.jacobian() if derivatives and len(pairs.centers) else None
+        part = environments.select(centers)
+        pairs = part.surroundings
+        jacobian = part.jacobian() if derivatives and len(pairs.centers) else None
         atoms = environments.neighbors.neighbors[environments.surroundings.pairs_of(centers)[1]]
-        yield SpeciesEnvironments(species, centers, some.features, jacobian, pairs.centers, atoms, pairs.vectors)
+        yield SpeciesEnvironments(species, centers, part.features, jacobian, pairs.centers, atoms, pairs.vectors)
 
 
 def strain_derivatives(jacobian: Tensor, owners: Tensor, vectors: Tensor, n: int) -> Tensor:
@@ -161,20 +161,20 @@ def rows_from_environments(
     columns = zip(*(rows.split(widths, dim=1) for rows in (out.energies, out.forces, out.stresses)), strict=True)
     for block, (energies, of_forces, of_stresses) in zip(inducing, columns, strict=True):
         width, sums = len(block.vectors), None
-        for some in of_species(block.species):
+        for part in of_species(block.species):
             # one atom more than there are: where forces that are not wanted may add without harm
             sums = sums or CovarianceRows(
                 like.new_zeros(n, width),
                 like.new_zeros(n_forces + 1 if forces else 0, 3, width),
                 like.new_zeros(n_stresses, 6, width),
             )
-            add(sums, structures, some, kernel, block, place)
+            add(sums, structures, part, kernel, block, place)
         if sums is None:
             continue
         energies.copy_(block.take_columns(sums.energies))
-        for rows, made in ((of_forces, sums.forces[:-1].flatten(0, 1)), (of_stresses, sums.stresses.flatten(0, 1))):
+        for rows, product in ((of_forces, sums.forces[:-1].flatten(0, 1)), (of_stresses, sums.stresses.flatten(0, 1))):
             by_direction = fast and len(block.features) < width
-            rows.copy_(made[:, block.by_direction[1]] if by_direction else block.take_columns(made))
+            rows.copy_(product[:, block.by_direction[1]] if by_direction else block.take_columns(product))
     return out
 
 
@@ -231,7 +231,7 @@ def _places(structures: Structures, neighbors: Neighbors, atoms: Tensor | None) 
 def add_covariance_rows(
     sums: CovarianceRows,
     structures: Structures,
-    some: SpeciesEnvironments,
+    part: SpeciesEnvironments,
     kernel: ZonalKernel,
     block: InducingBlock,
     place: Tensor,
@@ -240,10 +240,10 @@ def add_covariance_rows(
 
     cov(E, u) = Σ_i k(x_i, u),   cov(F_i, u) = Σ_j (g_ij - g_ji),   cov(σ, u) = 1/V Σ_ij r_ij ⊗ g_ij, symmetrised.
     """
-    energy, first, second, along = _values(kernel, block, some.features)
-    owner = structures.structure_of_atom[some.centers]
+    energy, first, second, along = _values(kernel, block, part.features)
+    owner = structures.structure_of_atom[part.centers]
     sums.energies.index_add_(0, owner, energy)
-    if some.jacobian is None:
+    if part.jacobian is None:
         return
     m, r = block.tangents.shape[:2]
 
@@ -260,15 +260,15 @@ def add_covariance_rows(
         return out
 
     if len(sums.forces):
-        size = max(1, BLOCK_BYTES // (3 * len(block.vectors) * some.jacobian.element_size()))
-        centers, neighbors = place[some.centers][some.owners], place[some.atoms]
-        for pairs in torch.arange(len(some.owners), device=owner.device).split(size):
-            gradients = slopes(some.jacobian[pairs], some.owners[pairs])
+        size = max(1, BLOCK_BYTES // (3 * len(block.vectors) * part.jacobian.element_size()))
+        centers, neighbors = place[part.centers][part.owners], place[part.atoms]
+        for pairs in torch.arange(len(part.owners), device=owner.device).split(size):
+            gradients = slopes(part.jacobian[pairs], part.owners[pairs])
             # F_i = Σ_j (g_ij - g_ji)
             sums.forces.index_add_(0, neighbors[pairs], gradients, alpha=-1)
             sums.forces.index_add_(0, centers[pairs], gradients)
     if len(sums.stresses):
-        strains = strain_derivatives(some.jacobian, some.owners, some.vectors, len(owner))
+        strains = strain_derivatives(part.jacobian, part.owners, part.vectors, len(owner))
         virials = slopes(strains, torch.arange(len(owner), device=owner.device))
         per_volume = torch.nan_to_num(1 / structures.volumes)[owner]
         sums.stresses.index_add_(0, owner, virials * per_volume[:, None, None])
@@ -277,23 +277,23 @@ def add_covariance_rows(
 def _add_compiled(
     sums: CovarianceRows,
     structures: Structures,
-    some: SpeciesEnvironments,
+    part: SpeciesEnvironments,
     kernel: ZonalKernel,
     block: InducingBlock,
     place: Tensor,
 ) -> None:
     """`add_covariance_rows` of forces, and stresses if wanted, by compiled loops; columns as in `by_direction`, shared by threads."""
-    energy, first, second, along = _values(kernel, block, some.features)
-    owner = structures.structure_of_atom[some.centers]
+    energy, first, second, along = _values(kernel, block, part.features)
+    owner = structures.structure_of_atom[part.centers]
     sums.energies.index_add_(0, owner, energy)
-    if some.jacobian is None:
+    if part.jacobian is None:
         return
     from gpmlp.gp import _row_kernels
 
-    jacobian, starts = some.jacobian.detach().flatten(0, 1), some.starts.numpy()
+    jacobian, starts = part.jacobian.detach().flatten(0, 1), part.starts.numpy()
     bend = (second[:, :, None] * along).detach().transpose(1, 2).contiguous().numpy()
     slope, weight = first.detach().numpy(), torch.nan_to_num(1 / structures.volumes)[owner]
-    about = [t.numpy() for t in (place[some.atoms], place[some.centers], some.vectors.detach(), owner, weight)]
+    about = [t.numpy() for t in (place[part.atoms], place[part.centers], part.vectors.detach(), owner, weight)]
     forces, stresses = sums.forces[:-1].numpy(), sums.stresses.numpy()
 
     def add_share(columns: tuple[int, int, Tensor]) -> None:
@@ -303,8 +303,8 @@ def _add_compiled(
         products = jacobian.new_empty(3 * most, len(vectors))
         for lo, hi in runs:
             rows = slice(3 * int(starts[lo]), 3 * int(starts[hi]))
-            made = torch.mm(jacobian[rows], vectors.T, out=products[: rows.stop - rows.start])
-            _row_kernels.add_rows(made.numpy(), slope, bend, starts, *about, forces, stresses, lo, hi, begin, end)
+            product = torch.mm(jacobian[rows], vectors.T, out=products[: rows.stop - rows.start])
+            _row_kernels.add_rows(product.numpy(), slope, bend, starts, *about, forces, stresses, lo, hi, begin, end)
 
     parallel.map_pieces(add_share, _shares(block))
 

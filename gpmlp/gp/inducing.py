@@ -158,16 +158,16 @@ def independent_columns(kernel: ZonalKernel, block: InducingBlock) -> tuple[Tens
     tolerance = rank_tolerance(block.features)
     block = replace(block, features=block.features.double(), tangents=block.tangents.double())
     everything = K_uu(kernel, block, block)
-    kept = pivoted_rank(everything, tolerance)
-    k_uu = everything[kept][:, kept]
+    independent = pivoted_rank(everything, tolerance)
+    k_uu = everything[independent][:, independent]
     for jitter in JITTERS:
         shifted = k_uu if not jitter else k_uu + jitter * torch.eye(len(k_uu), dtype=k_uu.dtype, device=k_uu.device)
         # L Lᵀ = K_uu
         lower, failed = torch.linalg.cholesky_ex(shifted)
         if not int(failed):
-            return kept, lower, jitter
+            return independent, lower, jitter
     raise ArithmeticError(
-        f"the covariance of {len(kept)} inducing variables is not positive definite even with jitter {JITTERS[-1]}"
+        f"the covariance of {len(independent)} inducing variables is not positive definite even with jitter {JITTERS[-1]}"
     )
 
 
@@ -196,18 +196,20 @@ def extend_cholesky(
     # in units of the prior, of which the tolerance has to be left
     scale = corner.diagonal().clamp_min(1e-300).sqrt()
     rest = corner / (scale[:, None] * scale) - (v / scale).T @ (v / scale)
-    kept = pivoted_cholesky(rest, tolerance)[0].sort().values
-    kept = kept[rest.diagonal()[kept] > tolerance]
-    size = len(lower) + len(kept)
+    independent = pivoted_cholesky(rest, tolerance)[0].sort().values
+    independent = independent[rest.diagonal()[independent] > tolerance]
+    size = len(lower) + len(independent)
     out = torch.zeros(size, size, dtype=lower.dtype)
-    out[: len(lower), : len(lower)], out[len(lower) :, : len(lower)] = lower, v[:, kept].T
-    out[len(lower) :, len(lower) :] = torch.linalg.cholesky(rest[kept][:, kept]) * scale[kept, None]
-    return out, kept
+    out[: len(lower), : len(lower)], out[len(lower) :, : len(lower)] = lower, v[:, independent].T
+    out[len(lower) :, len(lower) :] = (
+        torch.linalg.cholesky(rest[independent][:, independent]) * scale[independent, None]
+    )
+    return out, independent
 
 
-def restrict_cholesky(lower: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def restrict_cholesky(lower: Tensor, independent: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factor of some rows and columns of L Lᵀ, and the orthonormal Q with L[kept] = L' Qᵀ: whitened columns [.] become [.] Q."""
-    q, r = torch.linalg.qr(lower[kept].T)
+    q, r = torch.linalg.qr(lower[independent].T)
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(lower)
     return (r * sign[:, None]).T.contiguous(), q * sign
 

@@ -120,10 +120,10 @@ class SumKernel(ZonalKernel):
     @property
     def quadratic(self) -> tuple[float, float] | None:
         parts = [k.quadratic for k in self.terms]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts):
+        given = [part for part in parts if part is not None]
+        if len(given) < len(parts):
             return None
-        a, b = (sum(w * part[k] for w, part in zip(self.weights.tolist(), known, strict=True)) for k in range(2))
+        a, b = (sum(w * part[k] for w, part in zip(self.weights.tolist(), given, strict=True)) for k in range(2))
         return a, b
 
 

@@ -40,8 +40,8 @@ class PriorCovariance:
         out = features.new_zeros(len(structures))
         for s, z, members in _species_members(structures):
             x = features[members]
-            for some in torch.arange(len(members), device=x.device).split(CHUNK_ROWS):
-                out[s] += self.signal[z] ** 2 * self.kernel.profile(x[some] @ x.T)[0].sum()
+            for part in torch.arange(len(members), device=x.device).split(CHUNK_ROWS):
+                out[s] += self.signal[z] ** 2 * self.kernel.profile(x[part] @ x.T)[0].sum()
         return out
 
     def stresses(self, structures: Structures, environments: StructureEnvironments) -> Tensor:
@@ -57,11 +57,11 @@ class PriorCovariance:
                 continue
             out[s].nan_to_num_(0.0)
             x, w = _strained_features(environments, members)
-            for some in torch.arange(len(members), device=x.device).split(CHUNK_ROWS):
-                _, first, second = self.kernel.profile(x[some] @ x.T)
-                w_x = torch.einsum("ikf,jf->kij", w[some], x)
-                x_w = torch.einsum("if,jkf->kij", x[some], w)
-                part = torch.einsum("ikf,ijlf->kl", w[some], (first @ w.flatten(1)).unflatten(1, w.shape[1:])[:, None])
+            for chunk in torch.arange(len(members), device=x.device).split(CHUNK_ROWS):
+                _, first, second = self.kernel.profile(x[chunk] @ x.T)
+                w_x = torch.einsum("ikf,jf->kij", w[chunk], x)
+                x_w = torch.einsum("if,jkf->kij", x[chunk], w)
+                part = torch.einsum("ikf,ijlf->kl", w[chunk], (first @ w.flatten(1)).unflatten(1, w.shape[1:])[:, None])
                 part = part + torch.einsum("kij,lij->kl", w_x * second, x_w)
                 out[s] += self.signal[z] ** 2 * part / volumes[s] ** 2
         return out
@@ -74,8 +74,8 @@ class PriorCovariance:
         """
         out = structures.positions.new_zeros(len(atoms), 3, 3)
         size = KEPT_ATOMS if environments.keep_jacobian(len(atoms)) else CHUNK_ATOMS
-        for some in near_together(structures, atoms).split(size):
-            x, v, weight = self._around_atoms(structures, environments, atoms[some])
+        for part in near_together(structures, atoms).split(size):
+            x, v, weight = self._around_atoms(structures, environments, atoms[part])
             n, width = x.shape[:2]
             _, first, second = self.kernel.profile(x @ x.transpose(1, 2))
             v_x = (v.flatten(1, 2) @ x.transpose(1, 2)).unflatten(1, (width, 3))  # v_ea . x_e'
@@ -83,7 +83,7 @@ class PriorCovariance:
             summed = ((weight * first) @ v.flatten(2)).unflatten(2, (3, -1))
             through_first = (v.flatten(0, 1) @ summed.flatten(0, 1).mT).unflatten(0, (n, width)).sum(1)
             # Σ_ee' f'' (v_ea.x_e')(x_e.v_e'b)
-            out[some] = through_first + torch.einsum("neaf,nef,nfbe->nab", v_x, weight * second, v_x)
+            out[part] = through_first + torch.einsum("neaf,nef,nfbe->nab", v_x, weight * second, v_x)
         return out
 
     def _around_atoms(
@@ -100,18 +100,18 @@ class PriorCovariance:
         local[atoms] = torch.arange(n, device=atoms.device)
         hit = (local[neighbors.neighbors] >= 0).nonzero()[:, 0]
         # one key for each (atom, environment that it is part of), the images of an atom together
-        own = local[atoms] * n_atoms + atoms
+        center_slots = local[atoms] * n_atoms + atoms
         others = local[neighbors.neighbors[hit]] * n_atoms + neighbors.centers[hit]
-        keys = torch.unique(torch.cat([others, own]))
+        keys = torch.unique(torch.cat([others, center_slots]))
         owner, environment = keys // n_atoms, keys % n_atoms
         place, width = padded_places(owner, n)
-        if len(hit) and environments.keep_jacobian(n) and len(keys) == len(others) + len(own):
+        if len(hit) and environments.keep_jacobian(n) and len(keys) == len(others) + len(center_slots):
             # no environment holds two images of an atom: rows of the Jacobian as they are
             which, rows = place.new_zeros(n * width), place.new_zeros(n * width)
             which[place], rows[place[torch.searchsorted(keys, others)]] = environment, hit
             assert environments.jacobian is not None
             v = environments.jacobian[rows]
-            v[place[torch.searchsorted(keys, own)]] = environments.center_jacobian[atoms]
+            v[place[torch.searchsorted(keys, center_slots)]] = environments.center_jacobian[atoms]
             x = environments.environments.features[which]
         else:
             some_x, some_v = _position_derivatives(environments, local, keys)
@@ -136,23 +136,23 @@ class PriorCovariance:
         out = like.new_zeros(size + 3, size + 3)  # a bin more for empty neighbour slots
         for z in structures.distinct_species:
             members = (structures.species == z).nonzero()[:, 0]
-            made = [_functionals(structures, environments, some) for some in members.split(ENVIRONMENTS)]
-            x = torch.cat([m[0] for m in made])
-            width = max(m[1].shape[1] for m in made)
-            rows = torch.cat([torch.nn.functional.pad(m[1], (0, 0, 0, width - m[1].shape[1])) for m in made])
-            places = torch.cat([torch.nn.functional.pad(m[2], (0, width - m[2].shape[1]), value=size) for m in made])
+            product = [_functionals(structures, environments, part) for part in members.split(ENVIRONMENTS)]
+            x = torch.cat([m[0] for m in product])
+            width = max(m[1].shape[1] for m in product)
+            rows = torch.cat([torch.nn.functional.pad(m[1], (0, 0, 0, width - m[1].shape[1])) for m in product])
+            places = torch.cat([torch.nn.functional.pad(m[2], (0, width - m[2].shape[1]), value=size) for m in product])
             owner = structures.structure_of_atom[members]
-            for some in torch.arange(len(members), device=like.device).split(CHUNK_JOINT):
-                value, first, second = self.kernel.profile(x[some] @ x.T)
-                to_values = torch.einsum("ird,jd->irj", rows[some], x)
-                from_values = torch.einsum("id,jrd->ijr", x[some], rows)
-                block = torch.einsum("ird,jqd->irjq", rows[some], rows) * first[:, None, :, None]
+            for part in torch.arange(len(members), device=like.device).split(CHUNK_JOINT):
+                value, first, second = self.kernel.profile(x[part] @ x.T)
+                to_values = torch.einsum("ird,jd->irj", rows[part], x)
+                from_values = torch.einsum("id,jrd->ijr", x[part], rows)
+                block = torch.einsum("ird,jqd->irjq", rows[part], rows) * first[:, None, :, None]
                 block += (second[:, None, :] * to_values)[..., None] * from_values[:, None]
                 scale = self.signal[z] ** 2
-                _add_block(out, places[some].flatten(), places.flatten(), scale * block.flatten(2).flatten(0, 1))
-                _add_block(out, owner[some], owner, scale * value)
-                _add_block(out, places[some].flatten(), owner, scale * (to_values * first[:, None]).flatten(0, 1))
-                _add_block(out, owner[some], places.flatten(), scale * (from_values * first[..., None]).flatten(1))
+                _add_block(out, places[part].flatten(), places.flatten(), scale * block.flatten(2).flatten(0, 1))
+                _add_block(out, owner[part], owner, scale * value)
+                _add_block(out, places[part].flatten(), owner, scale * (to_values * first[:, None]).flatten(0, 1))
+                _add_block(out, owner[part], places.flatten(), scale * (from_values * first[..., None]).flatten(1))
         return out[:size, :size]
 
     def _scales(self, species: Tensor, like: Tensor) -> Tensor:
@@ -187,13 +187,13 @@ def _strained_features(environments: StructureEnvironments, members: Tensor) -> 
     """Features (members, features) and their derivatives with respect to the six strains (members, 6, features)."""
     features, slopes = [], []
     for centers in members.split(ENVIRONMENTS):
-        some = environments.select(centers)
-        features.append(some.features)
-        pairs = some.surroundings
+        part = environments.select(centers)
+        features.append(part.features)
+        pairs = part.surroundings
         if len(pairs.centers):
-            slopes.append(strain_derivatives(some.jacobian(), pairs.centers, pairs.vectors, len(centers)))
+            slopes.append(strain_derivatives(part.jacobian(), pairs.centers, pairs.vectors, len(centers)))
         else:
-            slopes.append(some.features.new_zeros(len(centers), 6, some.features.shape[1]))
+            slopes.append(part.features.new_zeros(len(centers), 6, part.features.shape[1]))
     return torch.cat(features), torch.cat(slopes)
 
 
@@ -204,8 +204,8 @@ def _position_derivatives(environments: StructureEnvironments, local: Tensor, ke
     features, gradients = like.new_zeros(len(keys), width), like.new_zeros(len(keys), 3, width)
     for centers in torch.unique(keys % n_atoms).split(ENVIRONMENTS):
         within, pairs = environments.surroundings.pairs_of(centers)
-        some = environments.select(centers)
-        jacobian = some.jacobian()
+        part = environments.select(centers)
+        jacobian = part.jacobian()
         center, neighbor = centers[within], environments.neighbors.neighbors[pairs]
         # x_e changes when a neighbour moves, oppositely when e does
         for atom, sign in ((neighbor, 1.0), (center, -1.0)):
@@ -213,7 +213,7 @@ def _position_derivatives(environments: StructureEnvironments, local: Tensor, ke
             place = torch.searchsorted(keys, local[atom[wanted]] * n_atoms + center[wanted])
             gradients.index_add_(0, place, jacobian[wanted], alpha=sign)
         mine = torch.isin(keys % n_atoms, centers)
-        features[mine] = some.features[torch.searchsorted(centers, keys[mine] % n_atoms)]
+        features[mine] = part.features[torch.searchsorted(centers, keys[mine] % n_atoms)]
     return features, gradients
 
 
@@ -225,18 +225,18 @@ def _functionals(
     The rows of an environment are 3 for every neighbour slot, 3 for the centre, 6 for the virial. F_i = Σ_j (g_ij - g_ji), so with
     the centre's rows minus the sum of its neighbours' all of them enter forces with a minus sign.
     """
-    n, atoms, some = len(structures), structures.n_atoms, environments.select(centers)
+    n, atoms, part = len(structures), structures.n_atoms, environments.select(centers)
     local, pairs = environments.surroundings.pairs_of(centers)
-    n_env, n_features = some.features.shape
+    n_env, n_features = part.features.shape
     if not len(pairs):
-        return some.features, some.features.new_zeros(n_env, 0, n_features), centers.new_zeros(n_env, 0)
-    jacobian = some.jacobian()
+        return part.features, part.features.new_zeros(n_env, 0, n_features), centers.new_zeros(n_env, 0)
+    jacobian = part.jacobian()
     place, n_slots = padded_places(local, n_env)
     rows = jacobian.new_zeros(n_env, 3 * n_slots + 9, n_features)
     slots = rows[:, : 3 * n_slots].unflatten(1, (n_slots, 3))
     slots[local, place % n_slots] = jacobian
     rows[:, 3 * n_slots : 3 * n_slots + 3].index_add_(0, local, jacobian, alpha=-1)
-    rows[:, 3 * n_slots + 3 :] = strain_derivatives(jacobian, local, some.surroundings.vectors, n_env)
+    rows[:, 3 * n_slots + 3 :] = strain_derivatives(jacobian, local, part.surroundings.vectors, n_env)
     rows.neg_()  # F = -dE/dr
     owner = structures.structure_of_atom[centers]
     rows[:, -6:] *= -torch.nan_to_num(1 / structures.volumes)[owner, None, None]
@@ -247,7 +247,7 @@ def _functionals(
     empty = n + 3 * atoms + 6 * n + xyz
     forces = torch.where(atom[..., None] >= 0, n + 3 * atom[..., None] + xyz, empty).flatten(1)
     virial = n + 3 * atoms + 6 * owner[:, None] + torch.arange(6, device=atom.device)
-    return some.features, rows, torch.cat([forces, virial], dim=1)
+    return part.features, rows, torch.cat([forces, virial], dim=1)
 
 
 def _add_block(out: Tensor, rows: Tensor, columns: Tensor, block: Tensor) -> None:

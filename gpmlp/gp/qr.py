@@ -42,8 +42,8 @@ class PosteriorFactor:
         """From all rows (n, columns + 1), by QR as they stream by."""
         folded = RowFactor(columns, 2 * columns)
         folded.add(torch.eye(columns, dtype=torch.float64), torch.zeros(columns, dtype=torch.float64))
-        for some in rows:
-            folded.add(some[:, :-1], some[:, -1])
+        for part in rows:
+            folded.add(part[:, :-1], part[:, -1])
         upper = folded.factor()
         if upper.shape[0] > columns:  # fewer: no rows, and what was added is still there as it was
             upper = torch.linalg.qr(upper, mode="r").R
@@ -77,8 +77,8 @@ class PosteriorFactor:
         signs = 2.0 * torch.randint(0, 2, (self.columns,), generator=generator).to(r) - 1.0
         z = torch.linalg.solve_triangular(r, signs[:, None], upper=True)[:, 0]
         image, right = z.clone(), torch.zeros_like(z)
-        for some in rows:
-            a, y = some[:, :-1], some[:, -1]
+        for part in rows:
+            a, y = part[:, :-1], part[:, -1]
             image += a.T @ (a @ z)
             right += a.T @ y
         back = torch.linalg.solve_triangular(r.T, torch.stack([image, right], dim=1), upper=False)
@@ -117,8 +117,8 @@ class PosteriorFactor:
         if not len(rows):
             return self
         upper = self.upper.clone()
-        for some in rows.split(SLICE):
-            a = some.clone()
+        for part in rows.split(SLICE):
+            a = part.clone()
             for start in range(0, self.columns, SLICE):
                 stop = min(start + SLICE, self.columns)
                 _downdate(upper[start:stop, start:], a[:, start:], stop - start)

@@ -147,11 +147,11 @@ class VarianceModel:
 
     def atom_rows(self, environments: Sequence[Environments]) -> Tensor:
         """(environments, columns) covariances of local energies, unit signal variance, from the environments for each descriptor."""
-        made = [
+        product = [
             covariances.atom_rows(e.features, e.species, p.kernel, b)
             for p, b, e in zip(self.priors, self.blocks, environments, strict=True)
         ]
-        return torch.cat(made, dim=1) if len(made) > 1 else made[0]
+        return torch.cat(product, dim=1) if len(product) > 1 else product[0]
 
     def energy_variance(self, structures: Structures, views: Views, share: float) -> Variance:
         """(structures,) variance of total energies, eV²; misspecification and noise are those of energies per atom times n_atoms².
@@ -194,14 +194,14 @@ class VarianceModel:
         unexplained, data, misfit, noise = (like.new_full((structures.n_atoms, 3, 3), math.nan) for _ in range(4))
         constant, labels = self._noise_parts("forces")
         noise[chosen] = labels * torch.eye(3).to(like)
-        for some in near_together(structures, chosen).split(FORCE_ATOMS):
-            here = chosen[some]
+        for chunk in near_together(structures, chosen).split(FORCE_ATOMS):
+            here = chosen[chunk]
             if not len(here):
                 continue
             if rows is None:
                 k_Fu = self.covariance_rows(structures, views, stresses=False, atoms=here).forces
             else:
-                k_Fu = rows.forces.unflatten(0, (-1, 3))[some].flatten(0, 1)
+                k_Fu = rows.forces.unflatten(0, (-1, 3))[chunk].flatten(0, 1)
             a, b = (part.unflatten(0, (len(here), 3)) for part in self.whiten(k_Fu))
             k_FF = _total([p.forces(structures, v, here) for p, v in zip(self.priors, views, strict=True)])
             # a aᵀ = k_Fu K_uu⁻¹ k_uF and b bᵀ = k_Fu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uF
@@ -256,8 +256,8 @@ class VarianceModel:
         for z in species.unique().tolist():
             at = species == z
             mine = slice(None) if at.all() else at
-            known = [profile.get(z) for profile in profiles or [{}] * len(environments)]
-            pieces = self._pieces(z, [e.features[mine] for e in environments], known)
+            given = [profile.get(z) for profile in profiles or [{}] * len(environments)]
+            pieces = self._pieces(z, [e.features[mine] for e in environments], given)
             unexplained[mine], data[mine] = self.local_energy_variance(z, pieces, unexplained[mine], share)
         return Variance(unexplained, data, none, none)
 
@@ -290,19 +290,19 @@ class VarianceModel:
             for z in set(species):
                 mine = [i for i, other in enumerate(species) if other == z]
                 here = torch.cat([columns[i] for i in mine])
-                lowers, own = [self.lowers[i] for i in mine], p[here][:, here]
-                out[z] = LocalVariance.from_posterior(lowers, self.signal[here], own, self.amplitude)
+                lowers, center_slots = [self.lowers[i] for i in mine], p[here][:, here]
+                out[z] = LocalVariance.from_posterior(lowers, self.signal[here], center_slots, self.amplitude)
         return out
 
     def prepare(self) -> None:
         """Make `local` now, rather than in each of several threads."""
         _ = self.local
 
-    def _pieces(self, z: int, features: Sequence[Tensor], known: Sequence[Profile | None]) -> list[Tensor]:
+    def _pieces(self, z: int, features: Sequence[Tensor], given: Sequence[Profile | None]) -> list[Tensor]:
         """k_xu of local energies of one species with each of its blocks."""
         return [
             covariances.local_rows(p.kernel, block, x, k)
-            for p, blocks, x, k in zip(self.priors, self.blocks, features, known, strict=True)
+            for p, blocks, x, k in zip(self.priors, self.blocks, features, given, strict=True)
             for block in blocks
             if block.species == z
         ]
@@ -326,8 +326,8 @@ class VarianceModel:
         every = [b for blocks in self.blocks for b in blocks]
         tensors = {"factor": _pack_triangle(self.factor.T), "signal": self.signal}
         for i, (block, lower) in enumerate(zip(every, self.lowers, strict=True)):
-            own = {"tangents": block.tangents, "kept": block.columns, "lower": _pack_triangle(lower)}
-            tensors |= {f"{i}.{name}": tensor for name, tensor in own.items()}
+            center_slots = {"tangents": block.tangents, "kept": block.columns, "lower": _pack_triangle(lower)}
+            tensors |= {f"{i}.{name}": tensor for name, tensor in center_slots.items()}
         return header, tensors
 
     @staticmethod
@@ -367,8 +367,8 @@ def _where_free(data: Tensor, constant: float) -> Tensor:
         return torch.zeros_like(data)
     values, vectors = torch.linalg.eigh(0.5 * (data + data.mT))
     values = values.clamp_min(0)
-    kept = constant * (values + KEPT * FREE * constant) / (values + FREE * constant)
-    return (vectors * kept[..., None, :]) @ vectors.mT
+    independent = constant * (values + KEPT * FREE * constant) / (values + FREE * constant)
+    return (vectors * independent[..., None, :]) @ vectors.mT
 
 
 def _nearest_semidefinite(matrices: Tensor) -> Tensor:

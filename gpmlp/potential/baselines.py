@@ -79,10 +79,10 @@ class IsolatedAtoms(Baseline):
     def least_squares(structures: Structures, targets: Targets) -> dict[int, float]:
         """Energies that fit the total energies best; of all that fit equally well, the smallest."""
         species = structures.distinct_species
-        known = ~torch.isnan(targets.energies)
-        if not known.any():
+        given = ~torch.isnan(targets.energies)
+        if not given.any():
             return dict.fromkeys(species, 0.0)
-        counts, energies = structures.composition(species)[known], targets.energies[known]
+        counts, energies = structures.composition(species)[given], targets.energies[given]
         weights = 1 / counts.sum(1)  # per atom, as the noise is
         left, right = (counts * weights[:, None]).cpu().double(), (energies * weights).cpu().double()
         solution = torch.linalg.lstsq(left, right[:, None], driver="gelsd").solution[:, 0]

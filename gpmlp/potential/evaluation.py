@@ -114,9 +114,9 @@ def compare_prediction(
     tables, tables_of_scores = {}, {}
     for name in sorted(set(targets.config_types) - {""}):
         members = [i for i, label in enumerate(targets.config_types) if label == name]
-        some = structures.select(members), targets.select(structures, members), prediction.select(structures, members)
-        tables[name] = error_table(*some)
-        tables_of_scores[name] = score_variances(*some, calibration)
+        part = structures.select(members), targets.select(structures, members), prediction.select(structures, members)
+        tables[name] = error_table(*part)
+        tables_of_scores[name] = score_variances(*part, calibration)
     overall = error_table(structures, targets, prediction)
     scores = score_variances(structures, targets, prediction, calibration)
     return Evaluation(prediction, overall, tables, scores, tables_of_scores)
@@ -132,12 +132,12 @@ def score_variances(
             continue
         error, parts, species = residuals.split_residuals(kind, structures, targets, prediction)
         std = parts.sum(1).sqrt()
-        known = ~error.isnan() & std.isfinite()
-        error, std = error[known], std[known]
-        z = None if species is None else species[known]
+        given = ~error.isnan() & std.isfinite()
+        error, std = error[given], std[given]
+        z = None if species is None else species[given]
         widths = {level: calibration.half_width(kind, std, level, z) for level in LEVELS}
         atom = torch.arange(structures.n_atoms, device=std.device).repeat_interleave(3) if kind == "forces" else None
-        scores[kind] = score_errors(error, std, widths, None if atom is None else atom[known])
+        scores[kind] = score_errors(error, std, widths, None if atom is None else atom[given])
     return scores
 
 
@@ -159,10 +159,10 @@ def error_table(structures: Structures, targets: Targets, prediction: Prediction
     """Compare predicted with reference energies (per atom), force components and stress components."""
 
     def mae_and_rmse(difference: Tensor, scale: float) -> tuple[float, float]:
-        known = difference[~torch.isnan(difference)] * scale
-        if not known.numel():
+        given = difference[~torch.isnan(difference)] * scale
+        if not given.numel():
             return float("nan"), float("nan")
-        return known.abs().mean().item(), known.square().mean().sqrt().item()
+        return given.abs().mean().item(), given.square().mean().sqrt().item()
 
     energy = mae_and_rmse((prediction.energies - targets.energies) / structures.counts, 1e3)
     force = mae_and_rmse(prediction.forces - targets.forces, 1e3)

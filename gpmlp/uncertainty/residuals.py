@@ -70,10 +70,10 @@ def mean_square_residuals(
     errors, parts, _ = split_residuals(name, structures, targets, prediction)
     owner = structures.structure_of_atom if name == "forces" else torch.arange(len(structures))
     owner = owner.to(errors.device).repeat_interleave(len(errors) // len(owner))
-    known = errors.isfinite() & parts.isfinite().all(1)
-    squares = (errors[known].square() / kind.variance(parts[known]).clamp_min(kind.floor**2)).double()
-    counts = torch.zeros(len(structures)).to(squares).index_add(0, owner[known], torch.ones_like(squares))
-    sums = torch.zeros_like(counts).index_add(0, owner[known], squares)
+    given = errors.isfinite() & parts.isfinite().all(1)
+    squares = (errors[given].square() / kind.variance(parts[given]).clamp_min(kind.floor**2)).double()
+    counts = torch.zeros(len(structures)).to(squares).index_add(0, owner[given], torch.ones_like(squares))
+    sums = torch.zeros_like(counts).index_add(0, owner[given], squares)
     return (sums / counts)[counts > 0]
 
 
@@ -99,8 +99,8 @@ def force_label_noise(structures: Structures, targets: Targets) -> float:
     with independent noise has the variance N σ² in each direction and no other: σ² = Σ_s |Σ_i F_i|² / (3 Σ_s N_s). What the evidence
     takes for noise beyond that is misspecification. Codes that subtract the net force give 0.
     """
-    known = ~targets.forces.isnan().any(1)
-    whole = known.new_ones(len(structures)).index_put((structures.structure_of_atom[~known],), known.new_zeros(()))
+    given = ~targets.forces.isnan().any(1)
+    whole = given.new_ones(len(structures)).index_put((structures.structure_of_atom[~given],), given.new_zeros(()))
     whole &= structures.counts > 1
     if not whole.any():
         return math.nan
