@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from gpmlp.core.json_values import json_value
+from gpmlp.core.quantities import json_value
 from gpmlp.core.units import GPA
 from gpmlp.fitting.tune import TuningTrial, best_trial
 from gpmlp.potential.evaluation import ErrorTable, Evaluation

@@ -21,7 +21,7 @@ from gpmlp.cli.learn import INTERRUPTED, learn_command, report_folder
 from gpmlp.cli.md import md_command
 from gpmlp.cli.tune import tune_command
 from gpmlp.core.errors import DataWarning, ProgressNotice, UserError, chemical_symbol
-from gpmlp.core.json_values import json_value
+from gpmlp.core.quantities import json_value
 
 # typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")

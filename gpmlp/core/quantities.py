@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -232,3 +233,16 @@ def _apply(function: Callable[[Tensor], Tensor], value: Tensor | Variance | None
     if value is None:
         return None
     return value.map(function) if isinstance(value, Variance) else function(value)
+
+
+def json_value(value: Any) -> Any:
+    """The same value for JSON: arrays, tuples and sets as lists, numbers that are not finite as None, anything else as text."""
+    if isinstance(value, Mapping):
+        return {str(key): json_value(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [json_value(entry) for entry in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return json_value(value.tolist()) if hasattr(value, "tolist") else str(value)

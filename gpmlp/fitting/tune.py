@@ -14,8 +14,7 @@ import torch
 
 from gpmlp.core import errors
 from gpmlp.core.errors import UserError
-from gpmlp.core.json_values import json_value
-from gpmlp.core.quantities import Targets
+from gpmlp.core.quantities import Targets, json_value
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import calibrate, defaults
 from gpmlp.fitting.fit import fit

@@ -26,7 +26,7 @@ def add_rows(
         products: (3 pairs, columns) J x of the centres begin to end, then J t by direction and centre; pairs of these environments.
         first: (environments, M) f'; bend: (environments, R, M) f'' x.t.
         starts: (environments + 1,) first pair of each environment.
-        targets: (pairs,), center_slots: (environments,) where forces on neighbour and centre go; those behind the end of `forces` go nowhere.
+        targets: (pairs,), center_slots: (environments,) rows of `forces` for neighbour and centre; those behind its end go nowhere.
         vectors: (pairs, 3); owner: (environments,) structures; weight: (environments,) 1/V.
         forces: (atoms, 3, M (1 + R)); stresses: (structures, 6, the same), or empty if not wanted.
         begin, end: of the centres whose columns are done here; others are left to other threads.

@@ -207,9 +207,9 @@ def extend_cholesky(
     return out, independent
 
 
-def restrict_cholesky(lower: Tensor, independent: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of some rows and columns of L Lᵀ, and the orthonormal Q with L[kept] = L' Qᵀ: whitened columns [.] become [.] Q."""
-    q, r = torch.linalg.qr(lower[independent].T)
+def restrict_cholesky(lower: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of these rows and columns of L Lᵀ, and Q, orthonormal, with L[columns] = L' Qᵀ: whitened columns [.] become [.] Q."""
+    q, r = torch.linalg.qr(lower[columns].T)
     sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(lower)
     return (r * sign[:, None]).T.contiguous(), q * sign
 

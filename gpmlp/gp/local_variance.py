@@ -63,13 +63,13 @@ class LocalVariance:
             posterior: (columns, columns) P, (RᵀR)⁻¹ among them.
             amplitude: w of the VarianceModel.
         """
-        part = LEADING
+        size = LEADING
         while True:
-            leading = tuple(len(lower) if len(lower) <= 2 * part else part for lower in lowers)
-            product = LocalVariance._split(lowers, signal, posterior, leading)
-            if not len(product.whiten_rest) or product._rounding(lowers, signal, posterior, amplitude) <= TOLERANCE:
-                return product
-            part *= 2
+            leading = tuple(len(lower) if len(lower) <= 2 * size else size for lower in lowers)
+            split = LocalVariance._split(lowers, signal, posterior, leading)
+            if not len(split.whiten_rest) or split._rounding(lowers, signal, posterior, amplitude) <= TOLERANCE:
+                return split
+            size *= 2
 
     @staticmethod
     def _split(lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, leading: tuple[int, ...]) -> LocalVariance:
@@ -109,9 +109,9 @@ class LocalVariance:
         There k is a row of K = L Lᵀ, so that a is one of L D, and nothing is left unexplained.
         """
         whole = torch.block_diag(*lowers)
-        part = whole[:: max(1, len(whole) // MEASURED)]
-        a = part * signal
-        pieces = zip(part.split([len(lower) for lower in lowers], dim=1), lowers, strict=True)
+        rows = whole[:: max(1, len(whole) // MEASURED)]
+        a = rows * signal
+        pieces = zip(rows.split([len(lower) for lower in lowers], dim=1), lowers, strict=True)
         explained, left = self([piece @ lower.T for piece, lower in pieces])
         prior, exact = a.square().sum(1), ((a @ posterior) * a).sum(1)
         off = max(1.0, amplitude) * (explained - prior).abs() + (left - exact).abs()

@@ -290,8 +290,8 @@ class VarianceModel:
             for z in set(species):
                 mine = [i for i, other in enumerate(species) if other == z]
                 here = torch.cat([columns[i] for i in mine])
-                lowers, center_slots = [self.lowers[i] for i in mine], p[here][:, here]
-                out[z] = LocalVariance.from_posterior(lowers, self.signal[here], center_slots, self.amplitude)
+                lowers, covariance = [self.lowers[i] for i in mine], p[here][:, here]
+                out[z] = LocalVariance.from_posterior(lowers, self.signal[here], covariance, self.amplitude)
         return out
 
     def prepare(self) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core.errors import UserError
-from gpmlp.core.json_values import json_value
+from gpmlp.core.quantities import json_value
 from gpmlp.io import archive
 from gpmlp.io.files import atomic_write, check_folder
 from gpmlp.learning.oracles import results

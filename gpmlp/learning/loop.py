@@ -370,12 +370,12 @@ class _Run:
         """Of the model as it stands."""
         return self.model.potential
 
-    def _update_snapshots(self, part: Sequence[int] | None = None) -> None:
+    def _update_snapshots(self, walkers_to_update: Sequence[int] | None = None) -> None:
         """Limits and snapshots under the present model."""
         self.limits = self._limits()
         dynamics, walkers = self.recipe.dynamics, self.progress.walkers
         snapshots = dict(enumerate(self.snapshots))
-        for i in range(len(walkers)) if part is None else part:
+        for i in range(len(walkers)) if walkers_to_update is None else walkers_to_update:
             snapshots[i] = walker.take_snapshot(walkers[i].walker, self.potential, self._decide(i), dynamics)
         self.snapshots = list(snapshots.values())
 

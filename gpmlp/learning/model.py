@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gpmlp.core.json_values import json_value
-from gpmlp.core.quantities import Targets
+from gpmlp.core.quantities import Targets, json_value
 from gpmlp.core.structures import Structures
 from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online import OnlineFit

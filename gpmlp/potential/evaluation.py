@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import units
-from gpmlp.core.json_values import json_value
-from gpmlp.core.quantities import Prediction, Targets
+from gpmlp.core.quantities import Prediction, Targets, json_value
 from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.gp.variance import VARIANCES
 from gpmlp.potential.potential import Potential

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from gpmlp.core.json_values import json_value
+from gpmlp.core.quantities import json_value
 from gpmlp.io.files import atomic_write
 from gpmlp.report.figures import Picture, PointLabels, Scatter, plot_payload
 from gpmlp.report.style import format_duration, format_number, format_percent, format_value

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core.errors import UserError, check_choice, check_shape
-from gpmlp.core.json_values import json_value
-from gpmlp.core.quantities import KINDS, Prediction, Variance
+from gpmlp.core.quantities import KINDS, Prediction, Variance, json_value
 from gpmlp.core.structures import Structures
 from gpmlp.uncertainty.scores import gaussian_multiplier, known_errors, smallest_std
 

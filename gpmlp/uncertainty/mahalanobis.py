@@ -52,8 +52,8 @@ class ReservoirSample:
         rows = rows.detach()
         joined = rows if self._rows is None else torch.cat([self._rows, rows])
         keys = torch.cat([self._keys, keys])
-        independent = keys.topk(min(self._size, len(keys))).indices.sort().values
-        self._keys, self._rows = keys[independent], joined[independent.to(joined.device)]
+        smallest = keys.topk(min(self._size, len(keys))).indices.sort().values
+        self._keys, self._rows = keys[smallest], joined[smallest.to(joined.device)]
 
     def rows(self) -> Tensor:
         """The sample (at most size, features), in the order of the stream; (0, 0) of an empty stream."""

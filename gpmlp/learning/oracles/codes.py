@@ -261,10 +261,10 @@ def _pseudo_dir(given: str | None) -> str:
 
 def _check_pseudopotentials(files: Mapping[str, str] | None, folder: str) -> None:
     if not files:
-        part = ", ".join(sorted(os.listdir(folder))[:8])
+        listing = ", ".join(sorted(os.listdir(folder))[:8])
         raise OracleError(
             f"quantum-espresso needs kwargs.pseudopotentials, a file for each element, e.g. {{Si: Si.pbe-rrkj.UPF}}; {folder} "
-            f"holds {part}, ..."
+            f"holds {listing}, ..."
         )
     for symbol, name in files.items():
         if not (Path(folder) / name).is_file():

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from gpmlp.core.json_values import json_value
+from gpmlp.core.quantities import json_value
 from gpmlp.core.units import BOLTZMANN
 from gpmlp.learning.recipe import ObservableRecipe, PlateauRecipe, StopRecipe
 from gpmlp.learning.stopping.criteria import (
