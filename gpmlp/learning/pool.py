@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -494,7 +495,8 @@ class ConditionedUncertainty:
         if self._model is not None:
             rows = self._model.atom_rows([v.environments for v in views])
             a, b = (_plain(part) for part in self._model.whiten(rows))
-            prior = _plain(sum(p.atom_energies(moved.species, moved.positions) for p in self._model.priors))
+            priors = [p.atom_energies(moved.species, moved.positions) for p in self._model.priors]
+            prior = _plain(functools.reduce(torch.add, priors))
             variance = inducing_variance(prior, a.square().sum(1), self._model.amplitude) + b.square().sum(1)
         if self._novelty is not None:
             novelty = self._novelty.novelty(species, features[0]).clamp_max(FARTHEST)
@@ -551,6 +553,7 @@ class ConditionedUncertainty:
 
     def _covariance(self, candidate: PoolCandidate, old: int, new: int) -> Tensor:
         """C between the candidate and the pivots from old to new (n, new - old), eV^2."""
+        assert self._model is not None, "without a model novelty alone is asked"
         z = torch.tensor(self._species[old:new])
         out = -candidate.a @ self._a.room[old:new].T
         for prior, x, pivots in zip(self._model.priors, candidate.features, self._features, strict=True):

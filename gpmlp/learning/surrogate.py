@@ -221,7 +221,7 @@ def _cut(view: _Frame, radius: float, more: float) -> tuple[np.ndarray, np.ndarr
 
 def _period(view: _Frame, k: int, least: float) -> float | None:
     """The first share of a lattice vector, `least` or more, that is a period of the frame; None if there is none."""
-    length = np.linalg.norm(view.basis[k])
+    length = float(np.linalg.norm(view.basis[k]))
     denominators = np.arange(1, max(2, int(length / PLANES) + 1))
     shares = np.unique((np.arange(1, len(denominators) + 1)[:, None] / denominators).round(12))
     shares = shares[(shares >= least) & (shares <= min(1.0, least + PERIOD / length))]
