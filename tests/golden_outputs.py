@@ -4,8 +4,7 @@
 
 Everything goes through the public API, the command line and the files that these write, in double precision, on one thread, with
 fixed seeds, so that the same code gives the same bytes. Large matrices of a model file are kept as their products with a few
-fixed vectors. If numba had to compile anything, all is computed again: rows of stresses differ in their last digits between the
-process that compiles them and those that find them in the cache.
+fixed vectors.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.filters import FrechetCellFilter
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
-from numba.core import event
 
 import gpmlp
 from gpmlp.engines.ase import GPCalculator
@@ -49,7 +47,6 @@ from gpmlp.fitting.online import OnlineFit
 from gpmlp.io.ase_atoms import from_ase, structures_from_ase
 from gpmlp.recipe import Recipe
 
-AGAIN = "GOLDEN_AGAIN"  # set in the process that computes again
 DATA = Path(__file__).resolve().parents[1] / "data"
 VECTORS = 3  # that large matrices are multiplied with
 LARGE = 400  # numbers of a tensor beyond which it is large
@@ -541,7 +538,4 @@ def make(output: Path, only: Iterable[str] = ()) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    with event.install_recorder("numba:compile") as compiled:
-        make(Path(sys.argv[1]), sys.argv[2:])
-    if compiled.buffer and AGAIN not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, AGAIN: "1"})
+    make(Path(sys.argv[1]), sys.argv[2:])

@@ -65,20 +65,33 @@ def compared(now: Outputs, before: Outputs) -> tuple[int, list[str]]:
     return equal, [line for _, line in sorted(lines, reverse=True)]
 
 
+def made(folder: Path, *parts: str, **environment: str) -> Outputs:
+    """Golden outputs of the package as it is now."""
+    command = [sys.executable, str(HERE / "golden_outputs.py"), str(folder), *parts]
+    ended = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return load(folder)
+
+
 @pytest.mark.slow
 def test_numbers_are_what_they_were(tmp_path, capsys):
-    made = subprocess.run(
-        [sys.executable, str(HERE / "golden_outputs.py"), str(tmp_path)], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr[-4000:]
     before = load(REFERENCE)
-    equal, lines = compared(load(tmp_path), before)
+    equal, lines = compared(made(tmp_path), before)
     summary = f"{equal} of {sum(map(len, before))} golden outputs are equal to the last bit, {len(lines)} differ"
     with capsys.disabled():
         print(f"\n{summary} by more than {TOLERANCE:g}")
     machines = [json.loads((folder / "machine.json").read_text()) for folder in (tmp_path, REFERENCE)]
     where = "" if machines[0] == machines[1] else f" (made here on {machines[0]}, before on {machines[1]})"
     assert not lines, "\n".join([summary + where, *lines])
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_computes_the_same(tmp_path):
+    """As one that finds the machine code in numba's cache, to the last bit: a run that is resumed in another process has to repeat."""
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    first, second = (made(tmp_path / name, "silicon", "ethanol", **cache) for name in ("first", "second"))
+    equal, lines = compared(first, second)
+    assert not lines and equal == sum(map(len, first))
 
 
 def test_a_number_that_changed_is_named():

@@ -11,6 +11,8 @@ import numpy as np
 from numba import njit
 
 # a product and the sum it goes into may be rounded once: that is all that is left to the compiler
+# What is called here is inlined: else numba links one of two translations of it, one in the process that compiled it and the other
+# in those that find it in the cache, and which products are rounded differs.
 FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 COLUMNS = 128  # done together: what they add up to for an environment stays in the innermost cache
 
@@ -62,7 +64,7 @@ def add_rows(
                             there[i] += weight[e] * row[i]
 
 
-@njit(**FLAGS)
+@njit(forceinline=True, **FLAGS)
 def _slopes(products, row, values, here, slope, bent, g):
     """g[xyz] of the columns of `products` from `here` on, those of the values being at `values`."""
     count = len(slope)
@@ -77,7 +79,7 @@ def _slopes(products, row, values, here, slope, bent, g):
                 out[i] = slope[i] * on_centre[i]
 
 
-@njit(**FLAGS)
+@njit(forceinline=True, **FLAGS)
 def _sum(g, count, centre, forces, target, to):
     """Forces on neighbour and centre."""
     for x in range(3):
@@ -90,7 +92,7 @@ def _sum(g, count, centre, forces, target, to):
                 there[i] -= row[i]
 
 
-@njit(**FLAGS)
+@njit(forceinline=True, **FLAGS)
 def _strain(g, count, r, virial):
     """Symmetric part of r ⊗ g, in Voigt's order."""
     x, y, z, gx, gy, gz = r[0], r[1], r[2], g[0], g[1], g[2]
