@@ -117,7 +117,7 @@ def chunk(potential: Potential, some: Structures, precision: str) -> tuple[Tenso
     positions, cells = stepper.structures.positions, stepper.structures.cells
     stepper._search(positions, cells)
     vectors = stepper._table.vectors(positions, cells, 0, min(some.n_atoms, gpu.ENVIRONMENTS))
-    return vectors.to(getattr(torch, precision)), stepper._chunks[0][2].parts[0].form.numbers.descriptor
+    return vectors.to(getattr(torch, precision)), stepper._chunks[0][2].terms[0].backend.tables.descriptor
 
 
 def form(kind: type[gpu.DenseBackend], vectors: Tensor, descriptor: SoapPowerSpectrum) -> dict:
