@@ -27,7 +27,6 @@ FLOORS = (
 # External packages that only some packages of ours may know
 CONFINED = {
     "gpytorch": {"gp"},
-    "linear_operator": {"gp"},
     "ase": {"io", "engines", "learning", "properties", "cli"},
     "torch_sim": {"engines"},
     "dscribe": {"descriptors"},
@@ -36,6 +35,8 @@ CONFINED = {
     "llvmlite": {"descriptors"},
     "vesin": {"core"},
     "safetensors": {"io"},
+    "pydantic": {"recipe", "io", "learning"},
+    "sklearn": {"uncertainty"},
     "yaml": {"io", "cli"},
     "typer": {"cli"},
     "rich": {"cli"},

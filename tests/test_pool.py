@@ -50,7 +50,7 @@ def pool():
 def local_covariance(potential, pool) -> torch.Tensor:
     """Posterior covariance of all local energies of the pool, dense."""
     model = potential.variances
-    views = [term.view(pool) for term in potential.terms]
+    views = [term.environments(pool) for term in potential.terms]
     every = list(zip(model.priors, model.blocks, views, strict=True))
     rows = [covariances.atom_rows(v.environments.features, pool.species, p.kernel, u) for p, u, v in every]
     a, b = model.whiten(torch.cat(rows, dim=1))
@@ -208,7 +208,7 @@ def test_a_batch_of_two_avoids_near_duplicates(potential, method):
     belief = ConditionedUncertainty(potential, method != "mahalanobis", method != "variance")
     top = sorted(range(4), key=lambda s: -float(belief.candidates(pool)[s].scores.max()))
     assert set(top[:2]) == {1, 2}
-    x = [potential.terms[0].view(pool.select([s])).environments.features for s in (1, 2)]
+    x = [potential.terms[0].environments(pool.select([s])).environments.features for s in (1, 2)]
     assert torch.cdist(*x).amin(1).max() > picking.LIKE
     found = select_pool(pool, 2, method, potential)
     assert found.structures[0] == top[0]

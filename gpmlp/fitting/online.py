@@ -150,13 +150,13 @@ class OnlineFit:
         self._check_species(structures)
         here = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
         # computed once for everything that follows, unless these are many
-        views = (
+        environments = (
             [StructureEnvironments.from_structures(m.descriptor, here) for m in self.models]
             if here.n_atoms <= CHUNK_ATOMS
             else []
         )
-        predicted = self._predicted(structures, targets, views)
-        new = self.added(structures, targets, views).extended(structures, None, views)
+        predicted = self._predicted(structures, targets, environments)
+        new = self.added(structures, targets, environments).extended(structures, None, environments)
         new = replace(new, prequential=calibrate.latest_prequential((*self.prequential, *predicted)))
         if new.novelty is None:
             return new
@@ -165,23 +165,27 @@ class OnlineFit:
         return replace(new, novelty=new.novelty.updated(batch.structures.species[labelled], batch.features[labelled]))
 
     def _predicted(
-        self, structures: Structures, targets: Targets, views: Sequence[StructureEnvironments]
+        self, structures: Structures, targets: Targets, environments: Sequence[StructureEnvironments]
     ) -> tuple[PrequentialPrediction, ...]:
         if self.recipe.variance is False:
             return ()
         stressed = "stresses" in self.noise or bool(targets.stresses.isfinite().any())
         wanted = ["energies", "forces", *(["stresses"] if stressed else [])]
         novelty = self.novelty is not None
-        prediction = self.potential(structures, variance=wanted, novelty=novelty, calibrated=False, environments=views)
+        prediction = self.potential(
+            structures, variance=wanted, novelty=novelty, calibrated=False, environments=environments
+        )
         return (PrequentialPrediction(structures, targets, prediction),)
 
-    def added(self, structures: Structures, targets: Targets, views: Sequence[StructureEnvironments] = ()) -> OnlineFit:
+    def added(
+        self, structures: Structures, targets: Targets, environments: Sequence[StructureEnvironments] = ()
+    ) -> OnlineFit:
         """With k more labels at fixed inducing variables and hyperparameters: O(k columns²).
 
         Where they are the first of their kind (a stress, say), its noise has to be learned, and all is refreshed.
 
         Args:
-            views: the environments of the structures, if they are there already.
+            environments: the environments of the structures, if they are there already.
 
         Raises:
             UserError: labels that do not fit the structures, or a species that was not there at the beginning.
@@ -190,7 +194,7 @@ class OnlineFit:
         structures, targets = prepare.prepare_data(structures, targets, self.recipe, whole=False)
         remaining = prepare.subtract_baselines(structures, targets, self.baselines)
         room = online_updates.JACOBIAN_BYTES - sum(b.n_bytes for b in self.batches)
-        batch = LabelBatch.from_labels(self.models, structures, targets, remaining, self._scales, room, views)
+        batch = LabelBatch.from_labels(self.models, structures, targets, remaining, self._scales, room, environments)
         new = replace(self, batches=(*self.batches, batch))
         unknown = [kind for kind in batch.rows if kind != FIXED and kind not in self.noise]
         if unknown:
@@ -228,7 +232,7 @@ class OnlineFit:
     # ---------------------------------------------------------------- inducing variables
 
     def extended(
-        self, structures: Structures, at_most: int | None = None, views: Sequence[StructureEnvironments] = ()
+        self, structures: Structures, at_most: int | None = None, environments: Sequence[StructureEnvironments] = ()
     ) -> OnlineFit:
         """With more inducing points, from environments that the present ones represent worst.
 
@@ -236,7 +240,7 @@ class OnlineFit:
 
         Args:
             at_most: inducing points (centres) of each descriptor; as many as the data ask for if None.
-            views: the environments of the structures, if they are there already.
+            environments: the environments of the structures, if they are there already.
         """
         self._check_species(structures)
         structures = structures.to(device=self.recipe.device, dtype=getattr(torch, self.recipe.dtype))
@@ -251,7 +255,9 @@ class OnlineFit:
                 room = online_updates.missing_centres(self.asked, self.recipe, self.models, k, labels, periodic)
             novelty = self.novelty if k == 0 else None
             about = model.descriptor, model.kernel, model.blocks, model.lowers, here
-            grown.append(sparse_points.choose_more(*about, structures, room, novelty, views[k] if views else None))
+            grown.append(
+                sparse_points.choose_more(*about, structures, room, novelty, environments[k] if environments else None)
+            )
         models, after, factor = online_updates.add_inducing(self.models, self.batches, self.factor, self._scales, grown)
         return self if factor is self.factor else replace(self, models=models, batches=after, factor=factor)._checked()
 

@@ -75,28 +75,30 @@ class LabelBatch:
         remaining: Targets,
         scales: RowScales,
         room: int,
-        views: Sequence[StructureEnvironments] = (),
+        environments: Sequence[StructureEnvironments] = (),
     ) -> LabelBatch:
         """Make the rows.
 
         Args:
-            room: bytes that `environments` may take.
-            views: the environments of the structures by descriptor, if they are there already.
+            room: bytes that `LabelBatch.environments` may take.
+            environments: the environments of the structures by descriptor, if they are there already.
         """
-        every = views or [StructureEnvironments.from_structures(m.descriptor, structures) for m in models]
-        for view in views:
-            view.keep_jacobian()
-        environments: tuple[tuple[SpeciesEnvironments, ...], ...] = ()
-        if sum(_bytes(structures, view) for view in every) <= room:
-            environments = tuple(_all_environments(structures, remaining, view) for view in every)
-        raw = regression.labelled_rows(models, structures, remaining, views=views, environments=environments)
+        every = environments or [StructureEnvironments.from_structures(m.descriptor, structures) for m in models]
+        for one in environments:
+            one.keep_jacobian()
+        by_species: tuple[tuple[SpeciesEnvironments, ...], ...] = ()
+        if sum(_bytes(structures, one) for one in every) <= room:
+            by_species = tuple(_all_environments(structures, remaining, one) for one in every)
+        raw = regression.labelled_rows(models, structures, remaining, environments=environments, by_species=by_species)
         lowers, widths = regression.lowers_of(models), block_widths(models)
         unit = RowScales.unit(len(lowers))
         rows = {
             k: rescaled_rows(inducing.whiten_rows(r.double(), lowers), k, unit, scales, widths) for k, r in raw.items()
         }
-        features = views[0].environments.features if views else _features(structures, environments, every[0])
-        return LabelBatch(structures, targets, remaining, rows, features.double(), environments)
+        features = (
+            environments[0].environments.features if environments else _features(structures, by_species, every[0])
+        )
+        return LabelBatch(structures, targets, remaining, rows, features.double(), by_species)
 
     @property
     def labelled_atoms(self) -> Tensor:
@@ -124,7 +126,7 @@ class LabelBatch:
 
     def raw(self, models: Sequence[InducingModel], blocks: Sequence[tuple[InducingBlock, ...]]) -> dict[str, Tensor]:
         """By kind, rows [K_ou | y] of other inducing variables."""
-        return regression.labelled_rows(models, self.structures, self.remaining, blocks, environments=self.environments)
+        return regression.labelled_rows(models, self.structures, self.remaining, blocks, by_species=self.environments)
 
 
 def rescaled_rows(rows: Tensor, kind: str, old: RowScales, new: RowScales, widths: Sequence[int]) -> Tensor:

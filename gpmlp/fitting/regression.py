@@ -160,28 +160,28 @@ def labelled_rows(
     structures: Structures,
     targets: Targets,
     blocks: Sequence[tuple[InducingBlock, ...]] = (),
-    views: Sequence[StructureEnvironments] = (),
-    environments: Sequence[tuple[SpeciesEnvironments, ...]] = (),
+    environments: Sequence[StructureEnvironments] = (),
+    by_species: Sequence[tuple[SpeciesEnvironments, ...]] = (),
 ) -> dict[str, Tensor]:
     """Rows [K_ou | y] of the labels by kind, energies per atom; those with a noise of their own divided by it ('given').
 
     Args:
         blocks: inducing variables for each model, if not all of its own.
-        views: by descriptor, of the structures, or environments: the same by species with what rows need, if they are there already.
+        environments: of the structures, by descriptor; by_species: the same sorted by species, with what rows need. Each if there already.
     """
     labels = likelihood.observed_labels(targets, structures.counts)
     forces, stresses = len(labels["forces"].rows) > 0, len(labels["stresses"].rows) > 0
     parts = []
     for k, m in enumerate(models):
         wanted = m.kernel, blocks[k] if blocks else m.blocks, forces, stresses
-        if environments:
-            of_species = partial(_of_species, environments[k])
+        if by_species:
+            of_species = partial(_of_species, by_species[k])
             parts.append(covariances.rows_from_environments(structures, of_species, *wanted))
             continue
-        view = views[k] if views else StructureEnvironments.from_structures(m.descriptor, structures)
-        if views:
-            view.keep_jacobian()
-        parts.append(covariances.covariance_rows(structures, view, *wanted))
+        of_model = environments[k] if environments else StructureEnvironments.from_structures(m.descriptor, structures)
+        if environments:
+            of_model.keep_jacobian()
+        parts.append(covariances.covariance_rows(structures, of_model, *wanted))
     out: dict[str, list[Tensor]] = {}
     for kind, label in labels.items():
         if not len(label.rows):

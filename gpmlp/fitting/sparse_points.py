@@ -214,7 +214,7 @@ def choose_more(
     structures: Structures,
     n: int,
     novelty: Mahalanobis | None,
-    view: StructureEnvironments | None = None,
+    environments: StructureEnvironments | None = None,
 ) -> list[InducingBlock | None]:
     """Environments that the present inducing variables represent worst, at most n, as blocks of their own.
 
@@ -224,15 +224,15 @@ def choose_more(
     Args:
         lowers: Cholesky factor of the covariance of each block.
         signal: (blocks,) standard deviation, eV.
-        view: the environments of the structures, if they are there already.
+        environments: the environments of the structures, if they are there already.
 
     Returns:
         for each block its new inducing variables, with tangents, all columns kept; None where there are none.
     """
     if not n:
         return [None] * len(blocks)
-    view = view or StructureEnvironments.from_structures(descriptor, structures)
-    features = view.environments.features
+    environments = environments or StructureEnvironments.from_structures(descriptor, structures)
+    features = environments.environments.features
     weight = torch.ones(len(features), dtype=torch.float64)
     if novelty is not None:
         weight = novelty.novelty(structures.species, features.double()).clamp(1.0, MOST_WEIGHT)
@@ -254,7 +254,7 @@ def choose_more(
     for block, pivots, picks in zip(blocks, scores, chosen, strict=True):
         taken = picks[pivots >= least]
         n_directions = block.tangents.shape[1]
-        tangents = gradient_directions(descriptor, view.surroundings.select(taken), n_directions).to(features)
+        tangents = gradient_directions(descriptor, environments.surroundings.select(taken), n_directions).to(features)
         columns = torch.arange(len(taken) * (1 + n_directions))
         out.append(InducingBlock(block.species, features[taken], tangents, columns) if len(taken) else None)
     return out

@@ -344,10 +344,10 @@ def open_study(path: Path, problem: TuningProblem, resume: bool) -> Any:
     if journal is not None and "gpmlp_tune" in journal.header:
         raise UserError(
             f"{path}: was written by gpmlp {journal.header.get('version')}, whose trials are recorded in another form than this version's; "
-            "finish that search with it, or give another --log."
+            "finish that search with it, give another --log, or remove the file."
         )
     if journal is not None and "op_code" not in journal.header:
-        raise UserError(f"{path}: is not a log of `gpmlp tune` that this version can read.")
+        raise UserError(f"{path}: is not a log of `gpmlp tune`; give another --log, or remove the file.")
     with quiet_optuna():
         backend = optuna.storages.journal.JournalFileBackend(str(path))
         storage = optuna.storages.journal.JournalStorage(backend)

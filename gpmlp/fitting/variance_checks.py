@@ -61,16 +61,16 @@ def leave_out_amplitude(
     def leave_out(piece: tuple[Structures, Targets]) -> tuple[Tensor, Tensor, Tensor] | None:
         """Errors of the forces of a structure, the variance that inducing variables miss, and the rest of it."""
         structure, targets = piece
-        views = [StructureEnvironments.from_structures(m.descriptor, structure) for m in models]
-        rows = regression.labelled_rows(models, structure, targets, views=views)
+        environments = [StructureEnvironments.from_structures(m.descriptor, structure) for m in models]
+        rows = regression.labelled_rows(models, structure, targets, environments=environments)
         if "forces" not in rows:
             return None
         z = {kind: r[:, -1] - r[:, :-1] @ solved.weights.to(r) for kind, r in rows.items()}
         error, opened = _leave_one_out({k: r[:, :-1] for k, r in rows.items()}, z, every, learned.noise)
         if model.n_columns < model.of_fit:
-            rows = regression.labelled_rows(models, structure, targets, model.blocks, views)
+            rows = regression.labelled_rows(models, structure, targets, model.blocks, environments)
             _, opened = _leave_one_out({k: r[:, :-1] for k, r in rows.items()}, z, model, learned.noise)
-        missed = _missed_variance(model, structure, targets, views, rows["forces"][:, :-1])
+        missed = _missed_variance(model, structure, targets, environments, rows["forces"][:, :-1])
         return error, missed, opened + learned.noise["forces"] ** 2
 
     pieces = parallel.map_pieces(leave_out, _some_structures(structures, remaining, seed))
@@ -82,13 +82,17 @@ def leave_out_amplitude(
 
 
 def _missed_variance(
-    model: VarianceModel, structure: Structures, targets: Targets, views: Sequence[StructureEnvironments], rows: Tensor
+    model: VarianceModel,
+    structure: Structures,
+    targets: Targets,
+    environments: Sequence[StructureEnvironments],
+    rows: Tensor,
 ) -> Tensor:
     """k_gg - k_gu K_uu⁻¹ k_ug of the labelled forces with the common noise, whose rows K_ou these are."""
     labels = likelihood.observed_labels(targets, structure.counts)["forces"]
     components = labels.rows[labels.noise.isnan()]
     atoms, place = (components // 3).unique(return_inverse=True)
-    priors = [p.forces(structure, v, atoms) for p, v in zip(model.priors, views, strict=True)]
+    priors = [p.forces(structure, v, atoms) for p, v in zip(model.priors, environments, strict=True)]
     variance = sum(priors[1:], start=priors[0]).diagonal(dim1=1, dim2=2)[place, components % 3]
     explained, _ = model.whiten(rows)
     return inducing_variance(variance, explained.square().sum(1), 1.0)

@@ -21,7 +21,7 @@ from gpmlp.gp.kernels import Profile, ZonalKernel
 from gpmlp.gp.local_variance import LocalVariance, inducing_variance
 from gpmlp.gp.prior import PriorCovariance, near_together
 
-Views = Sequence[StructureEnvironments]  # of some structures by each descriptor
+ByDescriptor = Sequence[StructureEnvironments]  # environments of the same structures, by each descriptor
 VARIANCES = ("atom_energies", "energies", "forces", "stresses")
 FORMS = ("scaled", "dtc")
 FREE = 1e-12  # of the misspecification: a variance left by the data that is far below is one that symmetry makes zero
@@ -102,18 +102,20 @@ class VarianceModel:
     def n_columns(self) -> int:
         return len(self.signal)
 
-    def __call__(self, structures: Structures, views: Views, request: VarianceRequest) -> dict[str, Variance]:
+    def __call__(
+        self, structures: Structures, environments: ByDescriptor, request: VarianceRequest
+    ) -> dict[str, Variance]:
         """Variances of energies, forces and stresses, by name of the field of Prediction that holds them."""
         out: dict[str, Variance] = {}
         share = self.inducing_share(request.form)
         if request.energies:
-            out["energies_variance"] = self.energy_variance(structures, views, share)
+            out["energies_variance"] = self.energy_variance(structures, environments, share)
         all_forces = request.forces and request.atoms is None and structures.n_atoms <= FORCE_ATOMS
-        rows = self.covariance_rows(structures, views) if all_forces and request.stresses else None
+        rows = self.covariance_rows(structures, environments) if all_forces and request.stresses else None
         if request.forces:
-            out["forces_covariance"] = self.force_covariance(structures, views, share, request.atoms, rows)
+            out["forces_covariance"] = self.force_covariance(structures, environments, share, request.atoms, rows)
         if request.stresses:
-            out["stresses_covariance"] = self.stress_covariance(structures, views, share, rows)
+            out["stresses_covariance"] = self.stress_covariance(structures, environments, share, rows)
         return out
 
     def inducing_share(self, form: str) -> float:
@@ -132,7 +134,7 @@ class VarianceModel:
     def covariance_rows(
         self,
         structures: Structures,
-        views: Views,
+        environments: ByDescriptor,
         forces: bool = True,
         stresses: bool = True,
         atoms: Tensor | None = None,
@@ -140,7 +142,7 @@ class VarianceModel:
         """K_fu: covariances of energies, of forces (of some atoms) and of stresses with all columns, unit signal variance."""
         n = structures.n_atoms if atoms is None else len(atoms)
         parts = []
-        for p, blocks, v in zip(self.priors, self.blocks, views, strict=True):
+        for p, blocks, v in zip(self.priors, self.blocks, environments, strict=True):
             v.keep_jacobian(n)
             parts.append(covariances.covariance_rows(structures, v, p.kernel, blocks, forces, stresses, atoms))
         return CovarianceRows.side_by_side(parts)
@@ -153,18 +155,18 @@ class VarianceModel:
         ]
         return torch.cat(product, dim=1) if len(product) > 1 else product[0]
 
-    def energy_variance(self, structures: Structures, views: Views, share: float) -> Variance:
+    def energy_variance(self, structures: Structures, environments: ByDescriptor, share: float) -> Variance:
         """(structures,) variance of total energies, eV²; misspecification and noise are those of energies per atom times n_atoms².
 
             var(E) = w [k_EE - k_Eu K_uu⁻¹ k_uE] + k_Eu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uE + misspecification + noise
 
         (Quiñonero-Candela, Rasmussen 2005, eq. 20), with k_Eu the sum of the rows k_xu of its atoms.
         """
-        k_xu = self.atom_rows([v.environments for v in views])
+        k_xu = self.atom_rows([v.environments for v in environments])
         # k_Eu = Σ_i k_xi,u
         k_Eu = k_xu.new_zeros(len(structures), k_xu.shape[1]).index_add(0, structures.structure_of_atom, k_xu)
         a, b = self.whiten(k_Eu)
-        features = [v.environments.features for v in views]
+        features = [v.environments.features for v in environments]
         k_EE = _total([p.energies(structures, x) for p, x in zip(self.priors, features, strict=True)])
         unexplained = inducing_variance(k_EE, a.square().sum(1), share)
         counts = structures.counts.to(a.dtype).square()
@@ -174,7 +176,7 @@ class VarianceModel:
     def force_covariance(
         self,
         structures: Structures,
-        views: Views,
+        environments: ByDescriptor,
         share: float,
         atoms: Tensor | None = None,
         rows: CovarianceRows | None = None,
@@ -199,11 +201,11 @@ class VarianceModel:
             if not len(here):
                 continue
             if rows is None:
-                k_Fu = self.covariance_rows(structures, views, stresses=False, atoms=here).forces
+                k_Fu = self.covariance_rows(structures, environments, stresses=False, atoms=here).forces
             else:
                 k_Fu = rows.forces.unflatten(0, (-1, 3))[chunk].flatten(0, 1)
             a, b = (part.unflatten(0, (len(here), 3)) for part in self.whiten(k_Fu))
-            k_FF = _total([p.forces(structures, v, here) for p, v in zip(self.priors, views, strict=True)])
+            k_FF = _total([p.forces(structures, v, here) for p, v in zip(self.priors, environments, strict=True)])
             # a aᵀ = k_Fu K_uu⁻¹ k_uF and b bᵀ = k_Fu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uF
             unexplained[here] = share * _nearest_semidefinite(k_FF - a @ a.mT)
             data[here] = b @ b.mT
@@ -211,15 +213,15 @@ class VarianceModel:
         return Variance(unexplained, data, misfit, noise)
 
     def stress_covariance(
-        self, structures: Structures, views: Views, share: float, rows: CovarianceRows | None = None
+        self, structures: Structures, environments: ByDescriptor, share: float, rows: CovarianceRows | None = None
     ) -> Variance:
         """(structures, 6, 6) covariance of stress components in Voigt order, (eV/A³)²; NaN without volume.
 
         cov(S, S) = w [k_SS - k_Su K_uu⁻¹ k_uS] + k_Su (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uS + misspecification + noise
         """
-        rows = self.covariance_rows(structures, views, forces=False) if rows is None else rows
+        rows = self.covariance_rows(structures, environments, forces=False) if rows is None else rows
         a, b = (part.unflatten(0, (len(structures), 6)) for part in self.whiten(rows.stresses))
-        k_SS = _total([p.stresses(structures, v) for p, v in zip(self.priors, views, strict=True)])
+        k_SS = _total([p.stresses(structures, v) for p, v in zip(self.priors, environments, strict=True)])
         unknown = structures.volumes.isnan()
         data = b @ b.mT
         unexplained = torch.full_like(data, math.nan)
@@ -230,14 +232,14 @@ class VarianceModel:
             part[unknown] = math.nan
         return Variance(unexplained, data, misfit, noise)
 
-    def joint_covariance(self, structures: Structures, views: Views) -> Tensor:
+    def joint_covariance(self, structures: Structures, environments: ByDescriptor) -> Tensor:
         """Posterior covariance (without noise) of all energies, force components and stress components, each with each.
 
         Rows and columns: energies (structures), forces (3 atoms), stresses (6 structures, Voigt; zero where there is no volume).
         """
-        rows = self.covariance_rows(structures, views)
+        rows = self.covariance_rows(structures, environments)
         a, b = self.whiten(torch.cat([rows.energies, rows.forces, rows.stresses]))
-        k_gg = _total([p.joint(structures, v) for p, v in zip(self.priors, views, strict=True)])
+        k_gg = _total([p.joint(structures, v) for p, v in zip(self.priors, environments, strict=True)])
         return self.amplitude * (k_gg - a @ a.T) + b @ b.T
 
     def atom_energies(

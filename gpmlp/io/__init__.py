@@ -1,1 +1,1 @@
-"""Files in and out: structures and labels (atoms), model files (archive), recipes; everything written is written atomically."""
+"""Files: structures and labels (ase_atoms, labels), model files (archive), recipes, provenance; all are written atomically."""

@@ -187,15 +187,15 @@ def summed_std(potential: Potential, structures: Structures) -> Prediction:
         raise errors.UserError("This model holds no posterior factor, so it has no standard deviations: fit it again.")
     potential.check_species(structures)
     structures = structures.to(device=potential.recipe.device, dtype=getattr(torch, potential.recipe.dtype))
-    views = [term.view(structures) for term in potential.terms]
-    a, left = model.whiten(model.atom_rows([view.environments for view in views]))
+    environments = [term.environments(structures) for term in potential.terms]
+    a, left = model.whiten(model.atom_rows([view.environments for view in environments]))
     prior = sum(p.atom_energies(structures.species, structures.positions) for p in model.priors)
     std = (model.amplitude * (prior - a.square().sum(1)) + left.square().sum(1)).clamp_min(LEAST**2).sqrt()
     inner = torch.linalg.solve_triangular(model.factor, left.T, upper=True).T - model.amplitude * a
     weights = inner * model.signal / std[:, None]
     total: Prediction | None = None
     start, lowers = 0, iter(model.lowers)
-    for prior_of, blocks, view in zip(model.priors, model.blocks, views, strict=True):
+    for prior_of, blocks, view in zip(model.priors, model.blocks, environments, strict=True):
         features = view.environments.features
         cotangents = torch.zeros_like(features)
         for block in blocks:

@@ -487,13 +487,13 @@ class ConditionedUncertainty:
         """A candidate for each structure, before any pivot is taken into account."""
         moved = structures.to(device=self._potential.recipe.device, dtype=getattr(torch, self._potential.recipe.dtype))
         terms = self._potential.terms if self._model else self._potential.terms[:1]
-        views = [term.view(moved) for term in terms]
-        features = [_plain(v.environments.features) for v in views]
+        environments = [term.environments(moved) for term in terms]
+        features = [_plain(v.environments.features) for v in environments]
         species = structures.species.cpu()
         a = b = torch.zeros(len(species), 0, dtype=torch.float64)
         variance, novelty = torch.ones(len(species), dtype=torch.float64), torch.ones(len(species), dtype=torch.float64)
         if self._model is not None:
-            rows = self._model.atom_rows([v.environments for v in views])
+            rows = self._model.atom_rows([v.environments for v in environments])
             a, b = (_plain(part) for part in self._model.whiten(rows))
             priors = [p.atom_energies(moved.species, moved.positions) for p in self._model.priors]
             prior = _plain(functools.reduce(torch.add, priors))

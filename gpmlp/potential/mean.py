@@ -125,7 +125,7 @@ class EnergyTerm:
     kernel: ZonalKernel
     blocks: dict[int, MeanBlock]
 
-    def view(self, structures: Structures, pairs: Neighbors | None = None) -> StructureEnvironments:
+    def environments(self, structures: Structures, pairs: Neighbors | None = None) -> StructureEnvironments:
         """Environments of structures as the descriptor has them; `pairs` as there."""
         return StructureEnvironments.from_structures(self.descriptor, structures, pairs)
 

@@ -199,7 +199,7 @@ class Potential:
         )
         if not model or not request.correlated:
             return mean
-        environments = environments or [term.view(structures, pairs) for term in self.terms]
+        environments = environments or [term.environments(structures, pairs) for term in self.terms]
         variances: dict[str, Any] = dict(model(structures, environments, request))
         return replace(mean, **variances)
 
@@ -222,7 +222,7 @@ class Potential:
         """
         self.check_species(structures)
         here = self.to_own_device(structures)
-        joint = self.variance_model().joint_covariance(here, [term.view(here) for term in self.terms])
+        joint = self.variance_model().joint_covariance(here, [term.environments(here) for term in self.terms])
         return joint.to(device=structures.positions.device)
 
     def to(self, device: str | None = None, descriptors: str | None = None) -> Potential:

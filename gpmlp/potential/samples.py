@@ -198,7 +198,7 @@ def _add_deviations(mean: MeanBlock, block: InducingBlock, weights: Tensor, othe
 
 def _predict_term(term: EnergyTerm, structures: Structures) -> Prediction:
     """One term of all samples, with a leading axis (samples)."""
-    view = term.view(structures)
+    view = term.environments(structures)
     local, cotangents = term.local_energies(view.environments)
     gradients = view.environments.pull_back(cotangents.movedim(1, 0))
     vectors = view.surroundings.vectors

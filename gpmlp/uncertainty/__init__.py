@@ -1,1 +1,1 @@
-"""Uncertainty: how good standard deviations are (scores), how to rescale them (calibration), what is unlike the data (mahalanobis)."""
+"""Uncertainty: errors beside their standard deviations (residuals, scores), calibration, distance from the data (mahalanobis)."""

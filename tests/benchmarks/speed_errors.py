@@ -95,7 +95,7 @@ def _molecules(case: Case) -> dict[str, Structures]:
 def std_errors(potential: Potential, some: Structures) -> dict[str, float]:
     """Relative errors of standard deviations of local energies, not calibrated, form 'scaled'."""
     model = potential.variances
-    seen = [term.view(some).environments for term in potential.terms]
+    seen = [term.environments(some).environments for term in potential.terms]
     fast = model.atom_energies(seen, "scaled").total.sqrt()
     a, left = model.whiten(model.atom_rows(seen))
     prior = sum(p.atom_energies(e.species, e.features) for p, e in zip(model.priors, seen, strict=True))

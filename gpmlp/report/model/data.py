@@ -332,7 +332,7 @@ def nearest_distance(potential: Potential, structures: Structures) -> Tensor:
     term, out = potential.terms[0], []
     device, dtype = potential.recipe.device, getattr(torch, potential.recipe.dtype)
     for chunk in (part.to(device=device, dtype=dtype) for part in chunk_structures(structures, 500)):
-        features = term.view(chunk).environments.features
+        features = term.environments(chunk).environments.features
         nearest = features.new_full((len(features),), math.inf)
         for z, block in term.blocks.items():
             mine = chunk.species == z

@@ -253,7 +253,7 @@ def test_standard_deviations_are_those_by_solves_wherever_atoms_are(silicon, kin
         some = gpmlp.read(f"data/silicon/{kind.removesuffix('ing')}.xyz", "::4")[0]
     else:
         some = structures_from_ase(elsewhere()[kind])
-    model, seen = silicon.variances, [term.view(some).environments for term in silicon.terms]
+    model, seen = silicon.variances, [term.environments(some).environments for term in silicon.terms]
     assert len(next(iter(model.local.values())).whiten_rest) > 400
     prior, explained, left = by_solves(model, seen)
     for form in ("scaled", "dtc"):
@@ -277,7 +277,7 @@ def test_a_saved_model_says_the_same_to_the_last_bit_whatever_the_threads(silico
 
 def test_single_descriptors_change_nothing_here(silicon):
     """Of the same features, variances are the same whether or not descriptors are in single precision."""
-    seen = [term.view(gpmlp.read("data/silicon/test.xyz", "3")[0]).environments for term in silicon.terms]
+    seen = [term.environments(gpmlp.read("data/silicon/test.xyz", "3")[0]).environments for term in silicon.terms]
     single = silicon.to(descriptors="float32")
     assert isinstance(single.terms[0].descriptor, SinglePrecisionDescriptor)
     assert torch.equal(single.variances.atom_energies(seen).data, silicon.variances.atom_energies(seen).data)

@@ -210,7 +210,7 @@ RUN = """
 import sys, time, torch
 torch.set_num_threads(1)
 sys.path[:0] = [{tests!r}]
-import test_labelling as t
+import test_labeller as t
 from pathlib import Path
 labellers = []
 for name in {names!r}:

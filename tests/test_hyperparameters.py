@@ -1,4 +1,4 @@
-"""What is held of noises and signals before the data speak: priors move the optimum, bounds hold, what is given stays."""
+"""Prior distributions of noises and signals: priors move the optimum, bounds hold, what is given stays."""
 
 from __future__ import annotations
 
