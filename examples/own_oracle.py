@@ -1,7 +1,8 @@
 """How does gpmlp learn on the fly from a reference method of my own?
 
 The oracle is a class with one method, here a Morse potential of 13 copper atoms that stands for an expensive code. Dynamics runs on the
-model, and the oracle is asked where the error of a force may be too large. Labels and the model are in the folder `learned`.
+model, and the oracle is asked where the error of a force may be too large. Labels and the model are in the folder
+`own_oracle_run`.
 """
 
 import dataclasses
@@ -23,17 +24,18 @@ class Morse:
         closeness = torch.exp(-WIDTH * (torch.pdist(positions) - DISTANCE))
         energy = DEPTH * ((1 - closeness) ** 2 - 1).sum()
         (slope,) = torch.autograd.grad(energy, positions)
-        return dataclasses.replace(gpmlp.Targets.unknown(structures), energies=energy.detach()[None], forces=-slope)
+        return dataclasses.replace(gpmlp.Targets.unlabelled(structures), energies=energy.detach()[None], forces=-slope)
 
 
 if __name__ == "__main__":  # the run imports this file to find the oracle
-    ase.cluster.Icosahedron("Cu", 2).write("start.xyz")
+    ase.cluster.Icosahedron("Cu", 2).write("own_oracle.xyz")
     recipe = LearnRecipe(
-        start="start.xyz",
+        start="own_oracle.xyz",
         oracle={"calculator": "own_oracle:Morse", "executor": "inline"},
         dynamics={"temperature_K": 300, "steps": 200},
         trigger={"share": 0.5},  # of the rms force, which an error may have
         bootstrap={"n": 6},
+        output="own_oracle_run",
     )
     *_, last = gpmlp.learn(recipe)
     reason = last.stopped.partition(";")[0]

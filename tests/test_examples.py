@@ -59,7 +59,7 @@ def own_oracle(printed: str, folder: Path) -> None:
     (labels,), (limit,) = numbers(r"(\d+) labels", printed), numbers(r"up to ([\d.]+) eV/A", printed)
     assert 6 <= labels < 60 and 0.02 < limit < 2
     assert "all 200 steps" in printed
-    frames = read(folder / "learned/labels.xyz", ":")
+    frames = read(folder / "own_oracle_run/labels.xyz", ":")
     assert len(frames) == labels
     for frame in frames:  # the labels are the oracle's
         r = frame.get_all_distances()[np.triu_indices(13, 1)]
