@@ -1,7 +1,8 @@
 #!/bin/sh
 # Install gpmlp with pinned versions into a virtual environment (.venv, or $VENV) and run the tests on the installed package.
-# Arguments go to pytest: sh run_tests.sh -k archive
+# Arguments go to pytest: sh run_tests.sh -k archive. COVERAGE: options of python that run pytest under another program (.ci/run).
 set -eu
 cd "$(dirname "$0")"
 . ./install.sh
-exec "$VENV/bin/pytest" -n logical --maxprocesses 4 --dist loadfile "$@"
+set -f # the options may hold patterns
+exec "$VENV/bin/python" -P ${COVERAGE:-} -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
