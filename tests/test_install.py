@@ -103,7 +103,9 @@ def test_a_package_that_was_removed_is_installed_again(tree):
 def test_no_suitable_python_is_said(tree):
     shutil.rmtree(tree / "environment")
     command = ["sh", "-c", "set -eu; . ./install.sh"]
-    done = subprocess.run(command, cwd=tree, env=os.environ | {"VENV": "environment", "PYTHON": "false"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tree, env=os.environ | {"VENV": "environment", "PYTHON": "false"}, capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert "gpmlp needs Python 3.11, 3.12 or 3.13" in done.stderr
 
