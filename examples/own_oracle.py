@@ -1,7 +1,6 @@
 """How does gpmlp learn on the fly from a reference method of my own?
 
-The oracle is a class with one method, here a Morse potential of 13 copper atoms that stands for an expensive code. Dynamics runs on the
-model, and the oracle is asked where the error of a force may be too large. Its files are in `own_oracle_run`.
+The oracle is a class with one method, here a Morse potential of 13 copper atoms in place of an expensive code.
 """
 
 import dataclasses
@@ -37,4 +36,5 @@ if __name__ == "__main__":  # the run imports this file to find the oracle
         output="own_oracle_run",
     )
     *_, last = gpmlp.learn(recipe)
-    print(f"{last.labels} labels for errors of forces up to {last.limits.force:.2f} eV/A; {last.stopped}")
+    reason = last.stopped.partition(";")[0]
+    print(f"{last.labels} labels for errors of forces up to {last.limits.force:.2f} eV/A; {reason}")
