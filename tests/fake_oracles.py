@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import signal
@@ -29,8 +30,10 @@ class Fake(Calculator):
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
         super().calculate(atoms, properties, system_changes)
         with open(self.log, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # two calls at once are a first and a second one
             file.write(f"{os.getpid()}\n")
-        call = len(self.log.read_text().split())
+            file.flush()
+            call = len(self.log.read_text().split())
         emt = EMT()
         emt.calculate(self.atoms, ["energy", "forces", "stress"], all_changes)
         self.results = {k: emt.results[k] for k in ("energy", "free_energy", "forces", "stress")}
