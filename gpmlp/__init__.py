@@ -49,13 +49,21 @@ _MOVED = {
     "gpmlp.active.recipe": "gpmlp.learning.recipe",
     "gpmlp.active.stopping": "gpmlp.learning.stopping.judge",
     "gpmlp.active.tape": "gpmlp.learning.labels",
+    "gpmlp.cells": "gpmlp.core.cell_list",
+    "gpmlp.environments": "gpmlp.core.environments",
     "gpmlp.io.atoms": "gpmlp.io.ase_atoms",
+    "gpmlp.neighbors": "gpmlp.core.neighbors",
     "gpmlp.picking": "gpmlp.learning.pool",
+    "gpmlp.quantities": "gpmlp.core.quantities",
     "gpmlp.stepping": "gpmlp.potential.stepper",
+    "gpmlp.structures": "gpmlp.core.structures",
+    "gpmlp.units": "gpmlp.core.units",
 }
 _RENAMED = {
     "gpmlp.active.after.report": "gpmlp.report.run.page.report_run",
     "gpmlp.active.stopping.Record": "gpmlp.learning.stopping.history.Record",
+    "gpmlp.cells.search": "gpmlp.core.cell_list.find_pairs",
+    "gpmlp.neighbors.find": "gpmlp.core.neighbors.find_neighbors",
     "gpmlp.picking.pick": "gpmlp.learning.pool.select_pool",
 }
 

@@ -282,13 +282,22 @@ from gpmlp.active.tape import key_of
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.engines.torchsim import GPModel
 from gpmlp.io.atoms import from_ase, structures_from_ase
+from gpmlp import neighbors
+from gpmlp.cells import search
+from gpmlp.environments import Environments
 from gpmlp.picking import pick
 from gpmlp.potential import Potential
+from gpmlp.quantities import Targets
+from gpmlp.structures import Structures
+from gpmlp.units import __doc__
 from gpmlp.recipe import Recipe
 from gpmlp.stepping import Stepper
 import gpmlp
 from gpmlp.learning.pool import select_pool
 from gpmlp.report.run.page import report_run
+from gpmlp.core.cell_list import find_pairs
+from gpmlp.core.neighbors import find_neighbors
+assert neighbors.find is find_neighbors and search is find_pairs and Structures is gpmlp.Structures
 assert pick is select_pool and after.report is report_run and callable(judge) and loop.learn is gpmlp.learn
 assert Record.of is Record.from_arrays and gpmlp.Targets.unknown is gpmlp.Targets.unlabelled
 assert isinstance(loop.LoopState.student, property)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import oracles
 import pytest
 import torch
-from systems import CELLS, CUTOFF, cluster, crystal, dimer, everything, structure
+from systems import CELLS, CUTOFF, cluster, crystal, dimer, everything, scattered, structure
 
-from gpmlp.core import neighbors, parallel
+from gpmlp.core import cell_list, neighbors, parallel
 from gpmlp.core.environments import Surroundings
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
+from gpmlp.core.verlet_list import VerletList
 
 
 def as_set(found, first=0):
@@ -147,6 +153,110 @@ def test_atoms_on_top_of_each_other_are_named():
     same = structure([[0, 0, 0], [0, 0, 0]], [6, 8])
     with pytest.raises(UserError, match=r"0\.000 A apart"):
         neighbors.find_neighbors(same, CUTOFF)
+
+
+def tilted(height: float) -> torch.Tensor:
+    """A wide cell of that height between its two larger faces, nowhere orthogonal."""
+    return torch.tensor([[3000.0, 40.0, 3.0], [-500.0, 900.0, 0.5 * height], [1.2 * height, -0.4 * height, height]])
+
+
+ALL, NONE, ALONG_XY, ALONG_X = [True] * 3, [False] * 3, [True, True, False], [True, False, False]
+WIDE = {  # cell, periodic axes, box of the atoms
+    "case": ([3000.0, 1000.0, 6.0], ALL, [8.0, 8.0, 6.0]),
+    "sheet along z": ([6.0, 1000.0, 3000.0], ALL, [6.0, 9.0, 9.0]),
+    "sheet along y": ([1000.0, 6.0, 3000.0], ALL, [9.0, 6.0, 9.0]),
+    "slab": ([3000.0, 3000.0, 30.0], ALONG_XY, [9.0, 9.0, 9.0]),
+    "slab without height": ([3000.0, 3000.0, 0.0], ALONG_XY, [9.0, 9.0, 9.0]),
+    "wire": ([1e7, 6.0, 6.0], ALONG_X, [9.0, 9.0, 9.0]),
+    "needle": ([1e7, 6.0, 6.0], ALL, [9.0, 6.0, 6.0]),
+    "huge": ([3e8, 3e8, 3e8], ALL, [9.0, 9.0, 9.0]),
+    "huge slab": ([3e8, 3e8, 1.0], ALONG_XY, [9.0, 9.0, 9.0]),
+    "evaporated": (None, NONE, [3000.0, 1000.0, 6.0]),
+    "vapour of a slab": ([20.0, 20.0, 1.0], ALONG_XY, [20.0, 20.0, 1e7]),
+    "tilted": (tilted(6.0), ALL, [8.0, 8.0, 6.0]),
+    "tilted, thin": (tilted(0.9), ALL, [8.0, 8.0, 0.9]),
+    "tiny": ([1.9, 2.1, 2.0], ALL, [1.9, 2.1, 2.0]),
+    "thin and wide": ([1.9, 2.1, 5e5], ALL, [1.9, 2.1, 9.0]),
+}
+
+
+def wide_cells() -> list[tuple[str, Structures]]:
+    """Cells and clouds whose grids of bins are as uneven as can be: two dozen atoms, most in a corner, one at the far end."""
+    out = []
+    for name, (cell, periodic, box) in WIDE.items():
+        cell = None if cell is None else torch.diag(torch.tensor(cell)) if isinstance(cell, list) else cell
+        edges = torch.diag(torch.tensor(box, dtype=torch.float64))
+        volume = edges.diagonal().prod()
+        points = scattered(1 if volume < 20 else 24, edges, 5, closest=1.0)
+        if cell is not None and volume > 20:
+            away = torch.tensor([2.0, -3.0, 1.0], dtype=torch.float64) * torch.tensor(periodic)
+            points[0] += away @ cell.double()
+        out.append((name, structure(points, [29] * len(points), cell, tuple(periodic))))
+    return out
+
+
+def brute_force(one: Structures, cutoff: float) -> set[tuple[int, ...]]:
+    """As oracles.neighbor_set, of atoms anywhere: each is put into the cell first, and shifts are tried as far as heights ask for."""
+    box = cell_list.complete_cells(one.cells, one.periodic)[0]
+    fractions = one.positions @ torch.linalg.inv(box)
+    wraps = torch.where(one.periodic[0], fractions.floor(), 0.0).long()
+    x = one.positions - wraps.double() @ box
+    heights = 1 / torch.linalg.inv(box).norm(dim=0)
+    most = torch.where(one.periodic[0], (cutoff / heights).ceil() + 1, 0.0).int().tolist()
+    found = set()
+    for shift in itertools.product(*(range(-k, k + 1) for k in most)):
+        near = ((x[None] + torch.tensor(shift).double() @ box - x[:, None]).norm(dim=2) < cutoff).nonzero().tolist()
+        for i, j in near:
+            if i != j or any(shift):
+                found.add((i, j, *(torch.tensor(shift) + wraps[i] - wraps[j]).tolist()))
+    return found
+
+
+def check_wide_cells() -> None:
+    """Run in a process of its own, as a fault in a compiled library ends it."""
+    parts = dict(wide_cells())
+    for cutoff in (2.5, 5.0, 11.0):
+        alone = []
+        for name, one in parts.items():
+            neighbors_of = brute_force(one, cutoff)
+            found = neighbors.find_neighbors(one, cutoff)
+            assert as_set(found) == neighbors_of, (name, cutoff, len(found), len(neighbors_of))
+            assert all(torch.equal(getattr(found, k), getattr(found.sorted(), k)) for k in ("centers", "shifts")), name
+            assert as_set(VerletList(cutoff)(one)) == neighbors_of, (name, cutoff)
+            alone.append(found)
+        batch = Structures.concatenate([*parts.values(), *(parts["evaporated"] for _ in range(3)), cluster()])
+        joined = neighbors.find_neighbors(batch, cutoff)
+        together = neighbors.Neighbors.batch(alone, [one.n_atoms for one in parts.values()])
+        assert torch.equal(joined.centers[: len(together)], together.centers)
+        assert torch.equal(joined.shifts[: len(together)], together.shifts)
+
+
+def check_clouds() -> None:
+    """Molecules that are searched in one call, whose grid is the sum of theirs."""
+    flat = [
+        structure(scattered(20, torch.diag(torch.tensor([200.0, 200.0, 3.0]).double()), k), [29] * 20)
+        for k in range(300)
+    ]
+    batch = Structures.concatenate(flat)
+    found = neighbors.find_neighbors(batch, 5.0)
+    alone = neighbors.Neighbors.batch([neighbors.find_neighbors(one, 5.0) for one in flat], batch.counts.tolist())
+    assert torch.equal(found.centers, alone.centers) and torch.equal(found.neighbors, alone.neighbors)
+
+
+@pytest.mark.parametrize("check", ["check_wide_cells", "check_clouds"])
+def test_no_cell_is_too_wide_or_too_thin(check):
+    """vesin thins a grid of more than 1e5 bins, and divides by zero where it leaves an axis none."""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-c", f"import test_neighbors; test_neighbors.{check}()"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-1500:]}"
+
+
+def test_atoms_and_cells_beyond_double_precision_are_refused():
+    with pytest.raises(UserError, match=r"structure 0: a position is farther than 1e\+09 A from the origin"):
+        structure([[0, 0, 0], [2e9, 0, 0]], [29, 29])
+    with pytest.raises(UserError, match=r"structure 0: a lattice vector is longer than 1e\+09 A"):
+        structure([[0, 0, 0]], [29], torch.diag(torch.tensor([1e12, 6.0, 6.0])), (True, True, True))
 
 
 def test_vectors_are_differentiable_and_scatters_are_their_transposes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from gpmlp.core.structures import repeat_with_rank
 
 ROWS = 1 << 20  # (atom, bin) rows whose candidates are in memory together
-MOST_BINS = 1 << 12  # along an axis: a few atoms far apart need no finer grid, and keys stay in 64 bits
+FARTHEST = 1 << 30  # cells from the origin, of which other searches count in 32 bits
+MOST_BINS = 1 << 16  # along an axis: a few atoms far apart need no finer grid, and keys stay in 64 bits
 
 
 def complete_cells(cells: Tensor, periodic: Tensor) -> Tensor:
@@ -57,18 +59,10 @@ class CellList:
         positions: Tensor, boxes: Tensor, periodic: Tensor, structure: Tensor, cutoff: float
     ) -> CellList:
         """Sort the atoms."""
-        inverse = torch.linalg.inv(boxes)
-        fractions = torch.einsum("na,nab->nb", positions, inverse[structure])
+        fractions, low, high, heights = _fractions(positions, boxes, structure)
         wraps = torch.where(periodic[structure], fractions.floor(), 0.0)
         fractions = fractions - wraps
-        heights = 1 / inverse.norm(dim=1)  # between opposite faces
-        edges = fractions.new_zeros(len(boxes), 3), fractions.new_ones(len(boxes), 3)
-        index = structure[:, None].expand(-1, 3)
-        low, high = (
-            edge.scatter_reduce(0, index, fractions, how, include_self=False)
-            for edge, how in zip(edges, ("amin", "amax"), strict=True)
-        )
-        low, high = torch.where(periodic, edges[0], low), torch.where(periodic, edges[1], high)
+        low, high = torch.where(periodic, 0.0, low), torch.where(periodic, 1.0, high)
         extent = (high - low) * heights
         sides = (extent / cutoff).floor().clamp(1, MOST_BINS).long()
         # a hair more than the cutoff: a pair must not be lost to the rounding of a fraction
@@ -117,6 +111,28 @@ class CellList:
             if end > start:
                 yield start, end
                 start = end
+
+
+def _fractions(positions: Tensor, boxes: Tensor, structure: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(atoms, 3) coordinates in the boxes, least and largest of each structure (0 and 1 without atoms), heights of the boxes, A."""
+    inverse = torch.linalg.inv(boxes)
+    fractions = torch.einsum("na,nab->nb", positions, inverse[structure])
+    index = structure[:, None].expand(-1, 3)
+    low, high = (
+        torch.full_like(boxes[:, 0], edge).scatter_reduce(0, index, fractions, how, include_self=False)
+        for edge, how in ((0.0, "amin"), (1.0, "amax"))
+    )
+    return fractions, low, high, 1 / inverse.norm(dim=1)  # between opposite faces
+
+
+def count_bins(positions: Tensor, boxes: Tensor, periodic: Tensor, structure: Tensor, cutoff: float) -> Tensor:
+    """(structures, 3) number of bins as wide as the cutoff that cover the cell or, where an axis is not periodic, the atoms, as floats.
+
+    Infinite where an atom is so many cells away that their number is none of 32 bits.
+    """
+    _, low, high, heights = _fractions(positions, boxes, structure)
+    bins = (torch.where(periodic, 1.0, high - low) * heights / cutoff).ceil().clamp_min(1)
+    return torch.where(periodic & (torch.maximum(-low, high) > FARTHEST), math.inf, bins)
 
 
 def find_pairs(

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST = 1e9  # A, of positions and lattice vectors: their differences keep 1e-7 A in double precision
+
 
 class UserError(ValueError):
     """Input that gpmlp cannot use; the message says what is wrong, where, and what to do. The command line exits with 2."""
@@ -103,6 +105,8 @@ def check_cells(cells: Tensor, periodic: Tensor, names: Sequence[str]) -> None:
     refuse(~np.isfinite(rows).all((1, 2)), "the cell holds a NaN or infinite number.")
     if not along.any():
         return
+    far = (np.abs(rows) >= LARGEST).any(axis=2) & along
+    refuse(far.any(1), f"a lattice vector is longer than {LARGEST:g} A.")
     lengths = np.sqrt((rows * rows).sum(2))
     short = (lengths < 1e-3) & along
     refuse(short.any(1), "periodic along a lattice vector of zero length; give the cell, or set pbc to F there.")

@@ -20,6 +20,8 @@ from gpmlp.core.structures import Structures
 CLOSEST = 0.3  # A; nearer pairs are taken for an error in the data
 PAIRS = 1 << 13  # that a thread compares with a cutoff at a time
 MOLECULES = 256  # whose pairs are searched in one call
+GRID = 5e4  # bins that vesin certainly keeps; of more than 1e5 it makes fewer, which may leave none along a short axis
+THICK = 4  # bins along the shortest axis that survive that
 THREAD_ATOMS = 1024  # for which another thread of a search is worth starting
 
 
@@ -163,8 +165,8 @@ class Neighbors:
 def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:
     """Find all pairs within the cutoff; cells smaller than the cutoff, triclinic and left-handed cells included.
 
-    By vesin on the CPU, in the order of centres, neighbours and shifts; by `cell_list` on any other device, where positions then stay, in
-    the order of centres.
+    On the CPU by vesin, or by `cell_list` where vesin's grid would have no bin along an axis (wide flat cells and clouds), in the order of
+    centres, neighbours and shifts; on any other device, where positions then stay, by `cell_list`, in the order of centres.
 
     Raises:
         UserError: two atoms closer than 0.3 A, naming the structure and the atoms.
@@ -172,7 +174,7 @@ def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:
     positions, boxes = structures.positions.detach().double(), structures.cells.detach().double()
     boxes = cell_list.complete_cells(boxes, structures.periodic)
     if positions.device.type == "cpu":
-        i, j, shifts = _by_vesin(structures, positions, boxes, cutoff)
+        i, j, shifts = _on_cpu(structures, positions, boxes, cutoff)
     else:
         i, j, shifts, _ = cell_list.find_pairs(
             positions, boxes, structures.periodic, structures.structure_of_atom, cutoff
@@ -187,34 +189,74 @@ def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:
     return out if _differentiable(structures) else out._remember(structures, vectors, closest)
 
 
-def _by_vesin(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
+def _on_cpu(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
     """i, j and shifts as of cell_list.find_pairs, in this order: one periodic structure after another, molecules by the hundred."""
-    from gpmlp.core import _pair_kernels
-
-    parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int64))]
-    free, offsets = (~structures.periodic.any(dim=1)).tolist(), structures.offsets.tolist()
-    apart = _apart(positions, structures.structure_of_atom, cutoff) if sum(free) > 1 else positions
-    for first, last in _together(free):
-        start, end = offsets[first], offsets[last]
-        here = (apart if last - first > 1 else positions)[start:end]
-        threads = min(parallel.available_threads(), 1 + (end - start) // THREAD_ATOMS)
-        search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, n_threads=threads)
-        of_call = here.numpy(), boxes[first].numpy(), structures.periodic[first].numpy()
-        pairs, shifts = search.compute(*of_call, quantities="PS", copy=False)
-        parts.append(_pair_kernels.sort_pairs(pairs.view(np.int64), shifts, end - start, start))
+    none = np.zeros((0, 3), np.int64)
+    parts: list[tuple[np.ndarray, ...]] = [(none[:, 0], none[:, 0], none)]
+    offsets = structures.offsets.tolist()
+    free = np.logical_not(structures.periodic.numpy().any(axis=1))
+    bins = _grids(structures, positions, boxes, cutoff)
+    apart = _apart(positions, structures.structure_of_atom, cutoff) if free.sum() > 1 else positions
+    for first, last in _together(free.tolist(), bins):
+        atoms = slice(offsets[first], offsets[last])
+        here = (apart if last - first > 1 else positions)[atoms]
+        search = _by_vesin if last - first > 1 or _fits_grid(bins[first]) else _by_cell_list
+        parts.append(search(here, boxes[first], structures.periodic[first], cutoff, atoms.start))
     columns = parts[1] if len(parts) == 2 else [np.concatenate(part) for part in zip(*parts, strict=True)]
     i, j, shifts = map(torch.from_numpy, columns)
     return i, j, shifts
 
 
-def _together(free: Sequence[bool]) -> list[tuple[int, int]]:
-    """(first, last + 1) of structures that are searched in one call: runs of those that are not periodic, MOLECULES at most."""
+def _by_vesin(here: Tensor, box: Tensor, periodic: Tensor, cutoff: float, start: int) -> tuple[np.ndarray, ...]:
+    """Sorted pairs of one structure, whose atoms count from `start`."""
+    from gpmlp.core import _pair_kernels
+
+    threads = min(parallel.available_threads(), 1 + len(here) // THREAD_ATOMS)
+    search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, n_threads=threads)
+    pairs, shifts = search.compute(here.numpy(), box.numpy(), periodic.numpy(), quantities="PS", copy=False)
+    return _pair_kernels.sort_pairs(pairs.view(np.int64), shifts, len(here), start)
+
+
+def _by_cell_list(here: Tensor, box: Tensor, periodic: Tensor, cutoff: float, start: int) -> tuple[np.ndarray, ...]:
+    """The same, where vesin cannot."""
+    owner = torch.zeros(len(here), dtype=torch.long)
+    i, j, shifts, _ = cell_list.find_pairs(here, box[None], periodic[None], owner, cutoff)
+    order = lexicographic_order(i, j, shifts)
+    return (i[order] + start).numpy(), (j[order] + start).numpy(), shifts[order].numpy()
+
+
+def _grids(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> list[list[float]]:
+    """cell_list.count_bins of each structure; where a bound of them is small, and there are no molecules to join, that."""
+    periodic, far = structures.periodic.numpy(), float(positions.abs().max()) if len(positions) else 0.0
+    lengths = np.linalg.norm(boxes.numpy(), axis=2)
+    bound = np.where(periodic, lengths, 4 * far) / cutoff + 1  # 4 > 2 sqrt(3)
+    # no height is below 1e-3 of its vector (errors.check_cells)
+    near = far < 1e-3 * cell_list.FARTHEST * float(lengths.min(initial=1.0))
+    if near and bound.prod(axis=1).max(initial=0.0) <= GRID and (~periodic.any(axis=1)).sum() <= 1:
+        return bound.tolist()
+    owner = structures.structure_of_atom
+    return cell_list.count_bins(positions, boxes, structures.periodic, owner, cutoff).tolist()
+
+
+def _fits_grid(bins: Sequence[float]) -> bool:
+    """Whether vesin's grid certainly has a bin along each axis: it divides by their number, and a zero ends the process."""
+    total = math.prod(bins)
+    return total <= GRID or min(bins) * (GRID / total) ** (1 / 3) >= THICK
+
+
+def _together(free: Sequence[bool], bins: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+    """(first, last + 1) of structures that are searched in one call: runs of those that are not periodic, MOLECULES at most, whose grid,
+    the bins of one beside those of the other along x, is one that vesin keeps."""
     out: list[tuple[int, int]] = []
+    grid = [0.0, 0.0, 0.0]
     for s, alone in enumerate(free):
-        if alone and s and free[s - 1] and s - out[-1][0] < MOLECULES:
-            out[-1] = (out[-1][0], s + 1)
+        x, y, z = bins[s]
+        joined = [grid[0] + x + 3, max(grid[1], y), max(grid[2], z)]  # 2 cutoffs between them, and rounding
+        if alone and s and free[s - 1] and s - out[-1][0] < MOLECULES and math.prod(joined) <= GRID:
+            out[-1], grid = (out[-1][0], s + 1), joined
         else:
             out.append((s, s + 1))
+            grid = [x, y, z]
     return out
 
 

@@ -33,7 +33,7 @@ class Structures:
         names: how error messages call each structure, e.g. "train.xyz frame 12".
 
     Raises:
-        UserError: wrong shape, not finite, flat cell, unsorted or out-of-range structure index.
+        UserError: wrong shape, not finite or beyond 1e9 A, flat cell, unsorted or out-of-range structure index.
     """
 
     positions: Tensor
@@ -62,10 +62,16 @@ class Structures:
             in_range = 0 <= self.structure_of_atom[0] and self.structure_of_atom[-1] < n
             if (steps < 0).any() or not in_range:
                 raise errors.UserError(f"`structure_of_atom` must be sorted with values 0 to {n - 1}.")
-        bad = ~torch.isfinite(self.positions).all(dim=1)
+        bad = ~(self.positions.abs() < errors.LARGEST).all(dim=1)
         if bad.any():
             atom = int(bad.nonzero()[0, 0])
-            raise errors.UserError(f"{self.names[int(self.structure_of_atom[atom])]}: a position is NaN or infinite.")
+            name, far = self.names[int(self.structure_of_atom[atom])], torch.isfinite(self.positions[atom]).all()
+            what = (
+                f"farther than {errors.LARGEST:g} A from the origin, where distances are rounding"
+                if far
+                else "NaN or infinite"
+            )
+            raise errors.UserError(f"{name}: a position is {what}.")
         errors.check_cells(self.cells, self.periodic, self.names)
 
     def __len__(self) -> int:
