@@ -25,9 +25,10 @@ from ase.md.verlet import VelocityVerlet
 from gpmlp.core import errors
 from gpmlp.core.errors import UserError
 from gpmlp.core.units import GPA
-from gpmlp.io import files as files_module
-from gpmlp.io.ase_atoms import UNREADABLE, read_frame, structures_from_ase
-from gpmlp.io.files import check_target
+from gpmlp.io.ase_atoms import read_frame, structures_from_ase
+from gpmlp.io.extxyz import FrameOffsets, scan_frames
+from gpmlp.io.files import check_target, cut_tail
+from gpmlp.io.structure_files import UNREADABLE
 from gpmlp.potential.potential import Potential
 
 FORCE_ATOMS = 4  # whose force variances are predicted for a frame
@@ -368,7 +369,7 @@ def resume_trajectory(
     path = Path(trajectory)
     if not path.is_file():
         raise UserError(f"{path}: there is no trajectory to resume.")
-    layout = files_module.scan_frames(path, closed=True)
+    layout = scan_frames(path, closed=True)
     if not layout.starts:
         raise UserError(f"{path}: holds no complete frame to resume from; start anew with --overwrite.")
     frame = _last_frame(path, layout)
@@ -380,13 +381,13 @@ def resume_trajectory(
         )
     table = Path(energies) if energies is not None and Path(energies).is_file() else None
     end = _end_of_table(table, int(frame.info["step"])) if table else 0
-    files_module.cut_tail(path, layout.end)
+    cut_tail(path, layout.end)
     if table:
-        files_module.cut_tail(table, end)
+        cut_tail(table, end)
     return frame
 
 
-def _last_frame(path: Path, layout: files_module.FrameOffsets) -> Atoms:
+def _last_frame(path: Path, layout: FrameOffsets) -> Atoms:
     """The last complete frame of an extended XYZ file, whatever follows it."""
     with open(path, "rb") as file:
         file.seek(layout.starts[-1])

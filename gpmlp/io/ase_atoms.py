@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,104 +13,86 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io.formats import UnknownFileTypeError, string2index
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from gpmlp.core.errors import DataWarning, UserError
+from gpmlp.core.errors import UserError, chemical_symbol
+from gpmlp.core.findings import Finding, warn_of
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
-from gpmlp.io import files, labels
+from gpmlp.io import extxyz, label_names, labels, structure_files
 from gpmlp.io.files import atomic_write
+from gpmlp.io.frames import Frame
+from gpmlp.io.structure_files import Paths, Progress
+from gpmlp.io.zero_labels import without_false_zeros
 
-# what readers of the many formats raise on input that they do not understand
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AssertionError,
-    AttributeError,
-    RuntimeError,
-    UnknownFileTypeError,
-)
+Keys = Mapping[str, str | Sequence[str]]
+UNNAMED = ("labels-of-unknown-name", "no-labels")  # findings that matter only where there should be labels
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Structures and labels of files, with what was found when they were read.
+
+    Attributes:
+        findings: which labels were taken ('note'), and what may be wrong with them.
+    """
+
+    structures: Structures
+    targets: Targets
+    findings: tuple[Finding, ...]
 
 
 def read(
-    path: str | os.PathLike[str], index: str | int | slice = ":", labelled: bool = False
+    path: Paths,
+    index: str | int | slice = ":",
+    labelled: bool = False,
+    keys: Keys | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Structures, Targets]:
-    """Read structures and whatever labels they carry from a file in any format known to ASE (extended XYZ is meant).
+    """Read structures and whatever labels they carry from files in any format known to ASE (extended XYZ is meant).
 
     Energies in eV, forces in eV/A, stresses in eV/A^3 (positive = tension), as ASE stores the results of calculators; else
-    plain keys as listed in gpmlp.io.labels. What is absent is NaN in Targets.
+    plain keys as gpmlp.io.label_names knows them, of one source in each file. What is absent is NaN in Targets. What may be
+    wrong is warned of (FindingWarning).
 
     Args:
-        path: file to read.
-        index: frames to keep: 0, -1, ':100', '::10', ... Frames are counted from 0 in the file, whatever is kept.
-        labelled: whether to warn (DataWarning) if no energies or no forces were recognised, though there may be some.
+        path: file to read, a pattern ('data/*.xyz'), or several of these.
+        index: frames to keep of each file: 0, -1, ':100', '::10', ... Frames are counted from 0 in the file, whatever is kept.
+        labelled: whether to warn too if no energies or no forces were recognised, though there may be some.
+        keys: names of labels where they are not to be found out, as {'energy': 'E_pbe', 'forces': 'F_pbe', 'stress': 'none'}.
+        progress: called with ('reading', done, total, file).
 
     Raises:
-        UserError: the file or a frame of it cannot be used; names the file and the frame.
+        UserError: a file or a frame of it cannot be used; names the file and the frame.
     """
-    frames, numbers = read_frames(path, index)
-    structures, targets = from_ase(frames, [f"{Path(path).name} frame {i}" for i in numbers])
-    if labelled:
-        _warn_of_other_names(Path(path), frames, targets)
-    return structures, targets
+    data = read_labelled(path, index, keys, progress)
+    for finding in data.findings:
+        if finding.severity != "note" and (labelled or finding.kind not in UNNAMED):
+            warn_of(finding)
+    return data.structures, data.targets
 
 
-def _warn_of_other_names(path: Path, frames: Sequence[Atoms], targets: Targets) -> None:
-    """Warn of labels that seem to be there under names that are not recognised, or of none at all."""
-    missing = [kind for kind in labels.NAMES if bool(getattr(targets, kind).isnan().all())]
-    nothing = len(missing) == len(labels.NAMES) and bool(targets.stresses.isnan().all())
-    candidates = {kind: labels.unrecognised_keys(frames, kind) for kind in missing}
-    for kind in missing:
-        if not candidates[kind] and not nothing:
-            continue
-        names = " or ".join(labels.NAMES[kind])
-        there = ", ".join(candidates[kind]) if candidates[kind] else "nothing that could be them"
-        where = "info" if kind == "energies" else "arrays"
-        warnings.warn(
-            f"{path}: no {kind} were recognised in any of its {len(frames)} frame{'s' * (len(frames) > 1)}; their {where} hold "
-            f"{there}. {kind.capitalize()} are called {names}, bare or after {', '.join(labels.PREFIXES[:-1])}: rename them.",
-            DataWarning,
-            stacklevel=3,
-        )
+def read_labelled(
+    path: Paths, index: str | int | slice = ":", keys: Keys | None = None, progress: Progress | None = None
+) -> LabelledData:
+    """Read structures and labels, and everything that was found on the way; see `read`, nothing is warned of."""
+    structures, targets, findings = [], [], []
+    for file in structure_files.read_files(path, index, progress):
+        data = from_frames(file.frames, file.names, str(file.path), keys)
+        structures.append(data.structures)
+        targets.append(data.targets)
+        findings += [*file.findings, *data.findings]
+    if len(structures) == 1:
+        return LabelledData(structures[0], targets[0], tuple(findings))
+    return LabelledData(Structures.concatenate(structures), Targets.concatenate(targets), tuple(findings))
 
 
 def read_frames(path: str | os.PathLike[str], index: str | int | slice = ":") -> tuple[list[Atoms], list[int]]:
     """Read Atoms and their numbers in the file, counted from 0."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give a file of structures.")
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise UserError(f"{path}: is empty.")
-    if path.suffix == ".gpmlp":
-        raise UserError(f"{path}: is a model file by its name; give a file of structures, as train.xyz.")
-    frames: list[Atoms] = []
-    try:
-        if path.suffix in (".xyz", ".extxyz") and (problem := files.scan_frames(path).problem):
-            raise UserError(f"{path}: cannot be read: {problem}.")
-        for atoms in ase.io.iread(path, index=":", do_not_split_by_at_sign=True):
-            frames.append(atoms)
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        reason = str(error) or type(error).__name__
-        where = f"frame {len(frames)} of it" if frames or path.suffix in (".xyz", ".extxyz") else "it"
-        raise UserError(f"{path}: {where} cannot be read: {reason}") from error
-    if not frames:
-        raise UserError(f"{path}: holds no structures.")
-    try:
-        chosen = string2index(index) if isinstance(index, str) else index
-        every = range(len(frames))
-        numbers = list(every[chosen]) if isinstance(chosen, slice) else [every[int(chosen)]]
-    except (ValueError, IndexError) as error:
-        raise UserError(f"{path}: cannot take the frames '{index}' of {len(frames)}: {error}.") from error
-    if not numbers:
-        raise UserError(f"{path}: the index '{index}' keeps none of its {len(frames)} frames.")
-    return [frames[i] for i in numbers], numbers
+    file = structure_files.read_file(path, index)
+    for finding in file.findings:
+        warn_of(finding)
+    return [frame.to_atoms() for frame in file.frames], file.numbers
 
 
 def read_unlabelled(path: str | os.PathLike[str]) -> tuple[list[Atoms], Structures]:
@@ -126,7 +107,10 @@ def structures_from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = No
     Raises:
         UserError: no frames, a frame without atoms, an atom without an element, a cell that spans no volume.
     """
-    frames = list(atoms)
+    return _structures([Frame(a.numbers, a.positions, a.cell.array, a.pbc) for a in atoms], names)
+
+
+def _structures(frames: Sequence[Frame], names: Sequence[str] | None) -> Structures:
     names = tuple(names) if names is not None else tuple(f"frame {i}" for i in range(len(frames)))
     if not frames:
         raise UserError("There are no structures: the list of atoms is empty.")
@@ -135,11 +119,12 @@ def structures_from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = No
             raise UserError(f"{name}: holds no atoms; remove this frame.")
         if (frame.numbers <= 0).any():
             atom = int((frame.numbers <= 0).argmax())
-            raise UserError(f"{name}: atom {atom} is '{frame.symbols[atom]}', which is no element.")
+            symbol = chemical_symbol(int(frame.numbers[atom]))
+            raise UserError(f"{name}: atom {atom} is '{symbol}', which is no element.")
     counts = [len(frame) for frame in frames]
     return Structures(
         torch.as_tensor(np.concatenate([frame.positions for frame in frames]), dtype=torch.float64),
-        torch.as_tensor(np.stack([frame.cell.array for frame in frames]), dtype=torch.float64),
+        torch.as_tensor(np.stack([frame.cell for frame in frames]), dtype=torch.float64),
         torch.as_tensor(np.stack([frame.pbc for frame in frames])),
         torch.as_tensor(np.concatenate([frame.numbers for frame in frames]), dtype=torch.long),
         torch.from_numpy(np.repeat(np.arange(len(frames)), counts)),
@@ -147,21 +132,46 @@ def structures_from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = No
     )
 
 
-def from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = None) -> tuple[Structures, Targets]:
+def from_ase(
+    atoms: Iterable[Atoms], names: Sequence[str] | None = None, keys: Keys | None = None
+) -> tuple[Structures, Targets]:
     """Convert Atoms to Structures and the Targets found in their calculator results, info and arrays; computes nothing.
 
     Args:
         names: how error messages call each frame; 'frame 0', 'frame 1', ... if not given.
+        keys: see `read`.
 
     Raises:
         UserError: see `read`.
     """
-    frames = list(atoms)
-    structures = structures_from_ase(frames, names)
-    collected = [labels.labels_of(frame, name) for frame, name in zip(frames, structures.names, strict=True)]
-    for note, where in _group(collected, structures.names).items():
-        more = f" (and {len(where) - 1} more)" if len(where) > 1 else ""
-        warnings.warn(f"{where[0][0]}{more}: {note.format(where[0][1])}", DataWarning, stacklevel=2)
+    data = from_frames([Frame.from_atoms(frame) for frame in atoms], names, keys=keys)
+    for finding in data.findings:
+        if finding.severity != "note" and finding.kind not in UNNAMED:
+            warn_of(finding)
+    return data.structures, data.targets
+
+
+def from_frames(
+    frames: Sequence[Frame],
+    names: Sequence[str] | None = None,
+    path: str = "The data",
+    keys: Keys | None = None,
+    as_written: bool = False,
+) -> LabelledData:
+    """Convert frames of one file to Structures and Targets.
+
+    Args:
+        path: how messages call the file.
+        as_written: whether exact zeros are labels in any case (gpmlp.io.zero_labels), as in files of our own.
+    """
+    structures = _structures(frames, names)
+    names = structures.names
+    table = label_names.LabelTable(frames, names)
+    given = {kind: (name,) if isinstance(name, str) else tuple(name) for kind, name in (keys or {}).items()}
+    chosen, findings = label_names.choose_keys(table, path, given)
+    collected = [labels.labels_of(frame, name, chosen) for frame, name in zip(frames, names, strict=True)]
+    findings += label_names.unread_weights(table, path, labels.READ_NAMES)
+    findings += _grouped(collected, names)
 
     def join(part: str, combine) -> torch.Tensor:
         return torch.as_tensor(combine([getattr(label, part) for label in collected]), dtype=torch.float64)
@@ -175,16 +185,27 @@ def from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = None) -> tupl
         join("stress_noise", np.array),
         tuple(label.config_type for label in collected),
     )
-    return structures, targets
+    if not as_written:
+        targets, zeros = without_false_zeros(frames, structures, targets)
+        findings += zeros
+    return LabelledData(structures, targets, tuple(findings))
 
 
-def _group(collected: Sequence[labels.FrameLabels], names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """Gather equal remarks, so that a thousand frames give one warning: text -> [(frame, number in it)]."""
-    groups: dict[str, list[tuple[str, str]]] = {}
+def _grouped(collected: Sequence[labels.FrameLabels], names: Sequence[str]) -> list[Finding]:
+    """Gather equal remarks, so that a thousand frames give one finding; its number is the largest."""
+    groups: dict[tuple[str, str, str, str], list[tuple[str, float]]] = {}
     for label, name in zip(collected, names, strict=True):
-        for text, number in label.remarks:
-            groups.setdefault(text, []).append((name, number))
-    return groups
+        for remark in label.remarks:
+            key = (remark.kind, remark.severity, remark.text, remark.unit)
+            groups.setdefault(key, []).append((name, remark.number))
+    findings = []
+    for (kind, severity, text, unit), members in groups.items():
+        members = sorted(members, key=lambda member: -member[1]) if unit else members
+        numbers = {unit: members[0][1]} if unit else {}
+        findings.append(
+            Finding(kind, severity, text.format(members[0][1]), tuple(name for name, _ in members), numbers)
+        )
+    return findings
 
 
 def to_ase(structures: Structures, values: Prediction | Targets | None = None) -> list[Atoms]:
@@ -308,9 +329,7 @@ def picked_frames(
 
 def read_frame(text: bytes) -> Atoms:
     """The Atoms of one frame of extended XYZ."""
-    atoms = ase.io.read(io.StringIO(text.decode("utf-8")), format="extxyz", index=0)
-    assert isinstance(atoms, Atoms), "one index, one frame"
-    return atoms
+    return extxyz.parse_frame(text).to_atoms()
 
 
 def iterate_frames(path: Path, at_most: int, most_atoms: int) -> Iterator[Atoms]:
@@ -321,7 +340,7 @@ def iterate_frames(path: Path, at_most: int, most_atoms: int) -> Iterator[Atoms]
     """
     if not path.exists():
         return
-    layout = files.scan_frames(path, closed=True)
+    layout = extxyz.scan_frames(path, closed=True)
     bounds = [*layout.starts, layout.end]
     n, used = len(layout.starts), 0
     wanted = np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int)).tolist() if n else []

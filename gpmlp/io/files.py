@@ -1,4 +1,4 @@
-"""Files that survive an interruption: atomic writing, append-only journals whose torn tail is cut off, frames of an XYZ file."""
+"""Files that survive an interruption: atomic writing, append-only journals whose torn tail is cut off."""
 
 from __future__ import annotations
 
@@ -221,56 +221,3 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-@dataclass(frozen=True)
-class FrameOffsets:
-    """The complete frames of an XYZ file.
-
-    Attributes:
-        starts: byte offset of each frame.
-        end: byte offset after the last one.
-        problem: what follows it, '' if nothing but blank lines.
-    """
-
-    starts: tuple[int, ...]
-    end: int
-    problem: str
-
-
-def scan_frames(path: str | os.PathLike[str], closed: bool = False) -> FrameOffsets:
-    """Find the frames of an XYZ file.
-
-    Args:
-        closed: whether a frame whose last line has no line end is incomplete: an interrupted writer may have cut its last number short.
-    """
-    starts: list[int] = []
-    with open(path, "rb") as file:
-        end, number = 0, 1
-        while True:
-            line = file.readline()
-            if not line.strip():
-                return FrameOffsets(tuple(starts), end, _rest(file, number, len(starts)) if line else "")
-            if not line.strip().isdigit():
-                got = line.strip()[:40].decode("utf-8", "replace")
-                return FrameOffsets(
-                    tuple(starts), end, f"line {number}: a number of atoms must stand there; got '{got}'"
-                )
-            n = int(line)
-            lines = [file.readline() for _ in range(n + 1)]
-            # the comment line may be blank, the lines of atoms may not
-            present = sum(bool(entry.strip()) for entry in lines[1:]) if lines[0] else 0
-            if present < n or not lines[0] or (closed and not lines[-1].endswith(b"\n")):
-                return FrameOffsets(
-                    tuple(starts), end, f"frame {len(starts)} is cut off: {present} of {n} atoms are there"
-                )
-            starts.append(end)
-            end, number = file.tell(), number + n + 2
-
-
-def _rest(file: IO[bytes], number: int, n_frames: int) -> str:
-    """Say what follows a blank line; readers stop there, so anything that does would be lost."""
-    for line in file:
-        if line.strip():
-            return f"line {number} is blank but more follows; frames after frame {n_frames - 1} would be lost"
-    return ""

@@ -19,8 +19,9 @@ from ase.io.extxyz import key_val_str_to_dict
 from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.io import files
-from gpmlp.io.ase_atoms import from_ase
+from gpmlp.io import extxyz, files
+from gpmlp.io.ase_atoms import from_frames
+from gpmlp.io.frames import Frame
 
 Note = int | float | str | bool
 NOTE_NAME = re.compile(r"[a-z][a-zA-Z0-9_]*")
@@ -167,7 +168,8 @@ def _text(text: str) -> str:
 def _parse(text: bytes, name: str) -> LabelEntry:
     """The entry that a frame holds, read as `gpmlp.read` does."""
     (atoms,) = ase.io.iread(io.StringIO(text.decode()), index=0, format="extxyz")
-    structures, targets = from_ase([atoms], [name])
+    data = from_frames([Frame.from_atoms(atoms)], [name], as_written=True)
+    structures, targets = data.structures, data.targets
     info = dict(atoms.info)
     key, reason, oracle = (str(info.pop(part, "")) for part in ("key", "reason", "oracle"))
     notes = {k: v.item() if isinstance(v, np.generic) else v for k, v in info.items() if k not in RESERVED}
@@ -205,7 +207,7 @@ class LabelFile:
         return self.path.with_name("refused.jsonl")
 
     def _open(self) -> None:
-        layout = files.scan_frames(self.path, closed=True)
+        layout = extxyz.scan_frames(self.path, closed=True)
         data = self.path.read_bytes()
         starts, end = layout.starts, layout.end
         if STARTS.search(data, end + 1):

@@ -1,0 +1,433 @@
+"""Names of labels in files: which key is an energy, forces, a stress or a virial, by whom, and which of several sources is taken.
+
+A name is a word (energy, free_energy, force, stress, virial; singular or plural, any case) with a prefix or suffix that says where
+the number comes from, its source: REF_energy and REF_forces are of the source `ref`, energy and forces of the source ``. Labels of
+a file are taken from one source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from gpmlp.core.errors import UserError, suggest_name
+from gpmlp.core.findings import Finding
+from gpmlp.io.frames import Frame
+
+KINDS = ("energy", "forces", "stress")
+PLURAL = {"energy": "energies", "forces": "forces", "stress": "stresses"}
+NONE = "none"  # of --keys: this kind is not to be read
+SAME_ENERGY, SAME_FORCE = 1e-6, 1e-4  # eV/atom, eV/A: two names of one number
+
+# a source that says it is the reference; a code or method, whose name alone makes it a source; a model or a part of the energy
+REFERENCES = frozenset("ref reference dft qm target label labels true abinitio ab_initio ground_truth".split())
+METHODS = REFERENCES | frozenset(
+    "vasp outcar qe espresso pwscf cp2k aims fhiaims castep abinit gpaw siesta orca gaussian psi4 turbomole nwchem molpro pyscf "
+    "abacus openmx quantum_espresso ccsd ccsdt ccsd_t mp2 rpa hf pbe pbesol pbe0 rpbe revpbe blyp b3lyp hse hse06 scan rscan r2scan "
+    "lda wb97x wb97m quip".split()
+)
+MODELS = frozenset(
+    "gpmlp pred predicted prediction model mace nep gap ace nequip allegro deepmd dp chgnet m3gnet mtp snap ml mlip mlff mlp nn nnp "
+    "schnet painn sevennet orb mattersim uma grace pet metatrain xtb gfn dftb emt lj sw tersoff eam meam reaxff reax zbl d3 d4 "
+    "baseline ff forcefield".split()
+)
+# words that make another quantity of an energy, or a statement about a label
+OTHER = frozenset(
+    "kinetic formation binding adsorption ads cohesive atomization interaction inter intra dispersion vdw ewald fermi zero point zpe "
+    "per atomic isolated dipole correction corrected band homo lumo relative reaction solvation surface mixing excess hull above "
+    "coulomb electrostatic nuclear body exchange correlation xc delta difference diff error err mean max min norm shift std sigma "
+    "noise weight weights variance var uncertainty mask unit units key name type mae rmse tolerance bias spring external random "
+    "constraint local site one".split()
+)
+_WORD = re.compile(r"^(.*?)([_\-. ]?)(free_?energy|energy|energies|forces?|stress(?:es)?|virials?)(?:[_\-. ](.+))?$")
+_NOISE_WORDS = re.compile(r"sigma|std|noise|uncert|weight|varian")
+_LABEL_WORDS = re.compile(r"ener|forc|vir|stress|config|^weight")
+_STRESS_WORDS = re.compile(r"vir|stress")
+NO_FORCES = frozenset("positions momenta velocities velo vel velocity initial_magmoms magmoms spin dipoles".split())
+
+Place = tuple[str, str]  # 'results', 'info' or 'arrays', and the key
+
+
+@dataclass(frozen=True)
+class LabelName:
+    """What a key says by its name: kind is 'energy', 'free_energy', 'forces', 'stress' or 'virial'."""
+
+    kind: str
+    source: str
+
+
+@cache
+def label_name(key: str) -> LabelName | None:
+    """The label that a key names, None if it names none."""
+    match = _WORD.match(key.lower())
+    if match is None:
+        return None
+    prefix, separator, word, suffix = match.groups()
+    if prefix and not separator and prefix not in METHODS:
+        return None
+    source = re.sub(r"[_\-. ]+", "_", "_".join(part for part in (prefix, suffix) if part)).strip("_")
+    if OTHER & set(source.split("_")):
+        return None
+    kind = {"e": "energy", "fr": "free_energy", "fo": "forces", "s": "stress", "v": "virial"}
+    return LabelName(next(value for start, value in kind.items() if word.startswith(start)), source)
+
+
+def is_model(source: str) -> bool:
+    """Whether a source is a model's, or a part of the energy, and no reference."""
+    return bool(MODELS & set(source.split("_"))) and not REFERENCES & set(source.split("_"))
+
+
+@dataclass(frozen=True)
+class LabelKeys:
+    """The keys that labels of a file are read from, in the order in which they are tried.
+
+    Attributes:
+        energy, forces, stress, virial: places; a frame's label is that of the first place that is there.
+    """
+
+    energy: tuple[Place, ...] = ()
+    forces: tuple[Place, ...] = ()
+    stress: tuple[Place, ...] = ()
+    virial: tuple[Place, ...] = ()
+
+    def of_kind(self, kind: str) -> tuple[Place, ...]:
+        """Places of a kind; the virial is a stress too."""
+        return self.stress + self.virial if kind == "stress" else getattr(self, kind)
+
+
+def parse_keys(text: str) -> dict[str, tuple[str, ...]]:
+    """Keys of labels from text as 'energy=REF_energy,forces=REF_forces,stress=none'; alternatives are joined by +.
+
+    Raises:
+        UserError: not of this form.
+    """
+    keys: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        kind, equals, names = part.partition("=")
+        if not equals or not names or kind not in (*KINDS, "virial"):
+            raise UserError(
+                f"--keys must be as energy=REF_energy,forces=REF_forces,stress=REF_stress (or virial=..., or {NONE}); got '{part}'."
+            )
+        keys[kind] = tuple(names.split("+"))
+    return keys
+
+
+class LabelTable:
+    """Which frames of a file hold which keys, and which of these are labels by their names."""
+
+    def __init__(self, frames: Sequence[Frame], names: Sequence[str]) -> None:
+        self.frames, self.names = frames, names
+        holders: dict[Place, list[int]] = {}
+        groups: dict[tuple[tuple[str, ...], ...], list[int]] = {}
+        for i, frame in enumerate(frames):
+            groups.setdefault((tuple(frame.results), tuple(frame.info), tuple(frame.arrays)), []).append(i)
+        for signature, members in groups.items():
+            for place, keys in zip(("results", "info", "arrays"), signature, strict=True):
+                for key in filter(lambda key: isinstance(key, str), keys):
+                    holders.setdefault((place, key), []).extend(members)
+        self.holders = {place: np.array(sorted(members)) for place, members in holders.items()}
+        self.labels = {place: name for place in self.holders if (name := self._name(place)) is not None}
+
+    def _name(self, place: Place) -> LabelName | None:
+        """What a key is by its name; energies and stresses of atoms are no labels."""
+        name = label_name(place[1])
+        if name is None or place[0] not in ("results", "arrays" if name.kind == "forces" else "info"):
+            return None
+        of_atoms = place[1].lower().endswith("energies") and np.size(self.value(place, int(self.holders[place][0]))) > 1
+        return None if of_atoms or place == ("results", "stresses") else name
+
+    def value(self, place: Place, frame: int) -> Any:
+        """What a frame holds there."""
+        return getattr(self.frames[frame], place[0])[place[1]]
+
+    def places(self, kind: str, source: str) -> list[Place]:
+        """Where labels of a kind are, of a source; the results of a calculator first, the key of most frames before others."""
+        found = [p for p, name in self.labels.items() if name.source == source and name.kind == kind]
+        return sorted(found, key=lambda p: (p[0] != "results", -len(self.holders[p])))
+
+    def sources(self, kinds: Sequence[str]) -> list[str]:
+        """Sources that have labels of one of the kinds."""
+        return list(dict.fromkeys(name.source for name in self.labels.values() if name.kind in kinds))
+
+    def frames_of(self, places: Sequence[Place]) -> np.ndarray:
+        """Frames that have at least one of the places."""
+        held = [self.holders[p] for p in places if p in self.holders]
+        return np.unique(np.concatenate(held)) if held else np.zeros(0, dtype=int)
+
+    def spell(self, places: Sequence[Place]) -> str:
+        """Keys with the number of their frames, for a message."""
+        return ", ".join(f"`{key}` ({len(self.holders[place, key])})" for place, key in places)
+
+
+def choose_keys(table: LabelTable, path: str, given: Mapping[str, Sequence[str]]) -> tuple[LabelKeys, list[Finding]]:
+    """The keys that labels are taken from: those given, else of one source.
+
+    Raises:
+        UserError: several sources that differ, none of which is the reference by its name, or a given key that no frame has.
+    """
+    named = {kind: _given_places(table, path, kind, names) for kind, names in given.items()}
+    sources = [table.labels[p].source for places in named.values() for p in places if p in table.labels]
+    source = (
+        sources[0] if sources else choose_source(table, path, given) if not {"energy", "forces"} <= set(given) else None
+    )
+    places = {
+        kind: tuple(named[kind]) if kind in named else tuple(table.places(kind, source)) if source is not None else ()
+        for kind in ("energy", "forces", "stress", "virial")
+    }
+    if "energy" not in named and source is not None:
+        places["energy"] = _energy_places(table, source)
+    if "stress" in named or "virial" in named:
+        given_places = [*named.get("stress", ()), *named.get("virial", ())]
+        is_virial = {p: "vir" in p[1].lower() or p in named.get("virial", ()) for p in given_places}
+        places["stress"] = tuple(p for p in given_places if not is_virial[p])
+        places["virial"] = tuple(p for p in given_places if is_virial[p])
+    chosen = LabelKeys(**places)
+    return chosen, _findings(table, path, chosen, source, given)
+
+
+def _energy_places(table: LabelTable, source: str) -> tuple[Place, ...]:
+    """The free energy before the energy, unless it is in some frames only where both are and differ: then there is one zero."""
+    free, energy = table.places("free_energy", source), table.places("energy", source)
+    both = np.intersect1d(table.frames_of(free), table.frames_of(energy))
+    if len(table.frames_of(free)) < len(table.frames_of(energy)) and _differ(table, "energy", free, energy, both):
+        return tuple(energy)
+    return (*free, *energy)
+
+
+def _given_places(table: LabelTable, path: str, kind: str, names: Sequence[str]) -> list[Place]:
+    """Where the keys are that the user gave; upper and lower case count only where that tells two apart."""
+    if tuple(names) == (NONE,):
+        return []
+    rooms = ("results", "arrays") if kind == "forces" else ("results", "info")
+    there = [place for place in table.holders if place[0] in rooms]
+    out: list[Place] = []
+    for name in names:
+        exact = [p for p in there if p[1] == name] or [p for p in there if p[1].lower() == name.lower()]
+        if not exact:
+            hint = suggest_name(name, sorted({p[1] for p in there})) if there else " They hold no keys at all."
+            raise UserError(
+                f"{path}: no frame has `{name}`, which --keys gives for the {PLURAL.get(kind, kind)}.{hint}"
+            )
+        out += sorted(exact, key=lambda p: p[0] != "results")
+    return out
+
+
+def choose_source(table: LabelTable, path: str, given: Mapping[str, Sequence[str]]) -> str | None:
+    """The source that labels are taken from; None where no key is known as one.
+
+    A reference by its name comes before others that differ from it; a source of which nothing is known counts if it has both
+    energies and forces; a model's never does.
+    """
+    energies, forces = (
+        {s: _places(table, s, kind) for s in table.sources(kinds) if kind not in given} for kind, kinds in _KINDS[:2]
+    )
+    usable = [s for s in dict.fromkeys([*energies, *forces]) if not is_model(s)]
+    complete = [s for s in usable if s in energies and s in forces]
+    if complete:
+        return _the_one(table, path, complete)
+    known = [s for s in usable if not s or METHODS & set(s.split("_")) or s in METHODS]
+    with_energy, with_forces = [s for s in known if s in energies], [s for s in known if s in forces]
+    if with_energy and with_forces:
+        a, b = energies[with_energy[0]], forces[with_forces[0]]
+        raise UserError(
+            f"{path}: energies are {table.spell(a)} and forces {table.spell(b)} of its {len(table.frames)} frames: they may be of two "
+            f"sources. Say that they belong together by --keys energy={a[0][1]},forces={b[0][1]} (in Python keys=...), or rename them."
+        )
+    if with_energy or with_forces:
+        return _the_one(table, path, with_energy or with_forces)
+    stresses = [s for s in table.sources(("stress", "virial")) if not is_model(s) and (not s or s in METHODS)]
+    return stresses[0] if stresses else None
+
+
+_KINDS = (("energy", ("energy", "free_energy")), ("forces", ("forces",)), ("stress", ("stress", "virial")))
+
+
+def _places(table: LabelTable, source: str, kind: str) -> list[Place]:
+    return [p for name in dict(_KINDS)[kind] for p in table.places(name, source)]
+
+
+def _the_one(table: LabelTable, path: str, sources: Sequence[str]) -> str:
+    """One of several sources: they are the same numbers, or one is the reference by its name."""
+    ranked = sorted(
+        sources, key=lambda s: (not REFERENCES & {s, *s.split("_")}, -len(table.frames_of(_places(table, s, "energy"))))
+    )
+    first, *others = ranked
+    reference = bool(REFERENCES & {first, *first.split("_")})
+    rivals = [s for s in others if reference == bool(REFERENCES & {s, *s.split("_")})]
+    for other in rivals:
+        for kind in ("energy", "forces"):
+            a, b = _places(table, first, kind), _places(table, other, kind)
+            both = np.intersect1d(table.frames_of(a), table.frames_of(b))
+            if a and b and (not len(both) or _differ(table, kind, a, b, both)):
+                how = "which differ" if len(both) else "each in frames of its own"
+                raise UserError(
+                    f"{path}: has {PLURAL[kind]} of two sources, {table.spell(a)} and {table.spell(b)}, {how}. Say which are meant by "
+                    f"--keys {_as_option(table, first)} or --keys {_as_option(table, other)} (in Python keys=...)."
+                )
+    return first
+
+
+def _as_option(table: LabelTable, source: str) -> str:
+    parts = [(kind, _places(table, source, kind)) for kind in KINDS]
+    return ",".join(f"{kind}={places[0][1]}" for kind, places in parts if places)
+
+
+def _differ(table: LabelTable, kind: str, a: Sequence[Place], b: Sequence[Place], frames: np.ndarray) -> bool:
+    """Whether two names hold different numbers in a frame that has both."""
+    for i in frames.tolist():
+        frame = table.frames[i]
+        x, y = (next(table.value(p, i) for p in places if p[1] in getattr(frame, p[0])) for places in (a, b))
+        try:
+            x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+        except (TypeError, ValueError):
+            return True
+        tolerance = SAME_ENERGY * max(len(frame), 1) if kind == "energy" else SAME_FORCE
+        if x.shape != y.shape or not np.allclose(x, y, rtol=0, atol=tolerance, equal_nan=True):
+            return True
+    return False
+
+
+def _findings(
+    table: LabelTable, path: str, chosen: LabelKeys, source: str | None, given: Mapping[str, Sequence[str]]
+) -> list[Finding]:
+    """What was taken, from how many frames, and what was not though it looks like labels."""
+    findings = [_taken(table, path, chosen)]
+    n = len(table.frames)
+    for kind, kinds in _KINDS:
+        taken = chosen.of_kind(kind)
+        if given.get(kind) == (NONE,):
+            continue
+        having = table.frames_of(taken)
+        others = [p for p, name in table.labels.items() if name.kind in kinds and p not in taken]
+        others = [
+            p for p in others if table.labels[p].source != "gpmlp" and not table.labels[p].source.startswith("gpmlp_")
+        ]
+        rest = np.setdiff1d(table.frames_of(others), having)
+        if others and kind in given:
+            others = []
+        models = [p for p in others if is_model(table.labels[p].source)]
+        real = [p for p in others if p not in models]
+        differ = [p for p in real if not taken or not len(having) or _other_numbers(table, kind, taken, p)]
+        for places, severity in ((differ, "warning"), (models, "warning" if not taken else "note")):
+            if not places:
+                continue
+            where = "" if len(rest) else f"{path}: "
+            beside = f"beside {table.spell(taken)}" if taken else "as their source is not the one that is read"
+            unread = f"; {len(rest)} of {n} frames have no other {kind} label" if len(rest) else ""
+            findings.append(
+                Finding(
+                    "labels-not-taken",
+                    severity,
+                    f"{where}{PLURAL[kind]} {table.spell(places)} are not read {beside}{unread}.",
+                    tuple(table.names[i] for i in rest.tolist()),
+                    {"frames": float(len(table.frames_of(places)))},
+                    f"Use --keys {kind}={places[0][1]} if they are meant (in Python keys=...).",
+                )
+            )
+        if given.get(kind) is None and not taken:
+            findings += _unknown_names(table, path, kind)
+    if len(findings) == 1 and not any(chosen.of_kind(kind) for kind in KINDS):
+        text = f"{path}: no energies, forces or stresses were recognised, and nothing that could be them, in its {n} frames."
+        findings.append(Finding("no-labels", "warning", text))
+    return findings
+
+
+def _other_numbers(table: LabelTable, kind: str, taken: Sequence[Place], place: Place) -> bool:
+    """Whether a key holds something that the keys taken do not."""
+    both = np.intersect1d(table.frames_of(taken), table.holders[place])
+    if len(both) < len(table.holders[place]):
+        return True
+    if kind == "stress":
+        virial = {"stress": False, "virial": True}
+        if len({virial[table.labels[p].kind] for p in (*taken, place) if p in table.labels}) > 1:
+            return False  # of one source and compared frame by frame, or of another source whose energies are compared
+    return _differ(table, kind, taken, [place], both)
+
+
+def _taken(table: LabelTable, path: str, chosen: LabelKeys) -> Finding:
+    n = len(table.frames)
+    parts = []
+    for kind in KINDS:
+        places = chosen.of_kind(kind)
+        if places:
+            parts.append(
+                f"{PLURAL[kind]} from {' or '.join(f'`{key}`' for _, key in places)} in {len(table.frames_of(places))}"
+            )
+        else:
+            parts.append(f"{PLURAL[kind]} from none")
+    counts = {f"{PLURAL[kind]}_frames": float(len(table.frames_of(chosen.of_kind(kind)))) for kind in KINDS}
+    return Finding("labels-taken", "note", f"{path}: {', '.join(parts)} of {n} frames.", (), counts)
+
+
+def _unknown_names(table: LabelTable, path: str, kind: str) -> list[Finding]:
+    """Keys of a kind that is missing that may hold it by the shape of their values."""
+    room = "arrays" if kind == "forces" else "info"
+    found = [
+        place
+        for place, members in table.holders.items()
+        if place[0] == room
+        and place not in table.labels
+        and _may_be(kind, place[1], table.value(place, int(members[0])), table, members)
+    ]
+    if not found:
+        return []
+    names = {"energy": "energy or free_energy", "forces": "forces or force", "stress": "stress or virial"}[kind]
+    return [
+        Finding(
+            "labels-of-unknown-name",
+            "warning",
+            f"{path}: no {PLURAL[kind]} were recognised in any of its {len(table.frames)} frame{'s' * (len(table.frames) > 1)}; their "
+            f"{room} hold {', '.join(key for _, key in found)}. {PLURAL[kind].capitalize()} are called {names}, bare or with the name "
+            "of their source, as REF_.",
+            (),
+            {"frames": float(len(table.frames_of(found)))},
+            f"Name them by --keys {kind}={found[0][1]} (in Python keys=...), or rename them.",
+        )
+    ]
+
+
+def _may_be(kind: str, key: str, value: Any, table: LabelTable, members: np.ndarray) -> bool:
+    name, array = key.lower(), np.asarray(value)
+    if array.dtype.kind not in "fi" or _NOISE_WORDS.search(name) or name in NO_FORCES:
+        return False
+    if kind == "energy":
+        return array.dtype.kind == "f" and array.shape == () and not OTHER & set(name.split("_"))
+    if kind == "forces":
+        return array.dtype.kind == "f" and array.shape == (len(table.frames[int(members[0])]), 3)
+    return array.size in (6, 9) and bool(_STRESS_WORDS.search(name))
+
+
+def unread_weights(table: LabelTable, path: str, read: Sequence[str]) -> list[Finding]:
+    """Weights and standard deviations of labels that are there but have no meaning here, with their counts."""
+    findings = []
+    for (place, key), members in table.holders.items():
+        name = key.lower()
+        if name in read or name.startswith("gpmlp") or place == "results":
+            continue
+        if not (_NOISE_WORDS.search(name) and _LABEL_WORDS.search(name)):
+            continue
+        zero = [i for i in members.tolist() if place == "info" and _is_zero(table.value((place, key), i))]
+        findings.append(
+            Finding(
+                "weights-not-read",
+                "warning" if zero else "note",
+                f"{'' if zero else path + ': '}`{key}` of {len(members)} frames is not read"
+                + (f"; it is 0 in {len(zero)}, which count here like all others." if zero else "."),
+                tuple(table.names[i] for i in zero),
+                {"frames": float(len(members)), "zeros": float(len(zero))},
+                "Standard deviations of labels are energy_noise (eV/atom), force_noise (eV/A) and stress_noise (eV/A^3).",
+            )
+        )
+    return findings
+
+
+def _is_zero(value: Any) -> bool:
+    try:
+        return float(value) == 0.0
+    except (TypeError, ValueError):
+        return False
