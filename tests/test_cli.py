@@ -363,7 +363,7 @@ def test_an_interrupted_fit_leaves_the_old_model(gpmlp, monkeypatch, train_file,
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ase_atoms, "from_ase", interrupted)
+    monkeypatch.setattr(ase_atoms, "from_frames", interrupted)
     assert gpmlp("fit", train_file, *QUICK, "-o", model)[0] == 130
     assert model.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["m.gpmlp"]

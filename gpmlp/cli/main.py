@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,6 +54,18 @@ class SelectMethod(StrEnum):
 
 
 Model = Annotated[Path, typer.Argument(help="Model file written by `gpmlp fit`.")]
+Keys = Annotated[
+    str | None,
+    typer.Option(
+        "--keys",
+        help="Names of labels in the files, where they are not to be found out: energy=REF_energy,forces=REF_forces,stress=none.",
+    ),
+]
+
+
+def _by_role(role: str, paths: Sequence[Path]) -> dict[str, Path]:
+    """Files of a role by what messages call them."""
+    return {role if not i else f"{role} ({path})": path for i, path in enumerate(paths)}
 
 
 def _version(asked: bool) -> None:
@@ -73,7 +86,9 @@ def common_options(
 
 @app.command("fit")
 def fit_command(
-    train: Annotated[Path, typer.Argument(help="Training data: extended XYZ, or any format of ASE.")],
+    train: Annotated[
+        list[Path], typer.Argument(help="Training data: extended XYZ, or any format of ASE; patterns, as 'data/*.xyz'.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")],
     valid: Annotated[Path | None, typer.Option("--valid", help="Validation data, only predicted.")] = None,
     recipe: Annotated[
@@ -82,21 +97,26 @@ def fit_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE, e.g. kernel.zeta=2; may be repeated.")
     ] = None,
+    keys: Keys = None,
 ) -> None:
     """Fit a potential to energies, forces and stresses."""
     from gpmlp.cli import console
     from gpmlp.fitting.fit import fit
     from gpmlp.io import archive, ase_atoms, provenance
     from gpmlp.io.files import check_apart, check_target
+    from gpmlp.io.label_names import parse_keys
     from gpmlp.io.recipe_files import load_recipe
+    from gpmlp.io.structure_files import find_files
 
     check_target(output)
-    sources = {"the training data": train, "the validation data": valid, "the recipe": recipe}
+    files = find_files(train)
+    sources = _by_role("the training data", files) | {"the validation data": valid, "the recipe": recipe}
     check_apart({"the model (--output)": output}, sources)
-    chosen = load_recipe(recipe, settings or [])
-    structures, targets = ase_atoms.read(train, labelled=True)
-    validation = ase_atoms.read(valid, labelled=True) if valid is not None else None
-    origin = provenance.file_provenance(training=train, validation=valid)
+    chosen, names = load_recipe(recipe, settings or []), parse_keys(keys or "")
+    with console.StageBars() as stages:
+        structures, targets = ase_atoms.read(files, labelled=True, keys=names, progress=stages)
+        validation = ase_atoms.read(valid, labelled=True, keys=names) if valid is not None else None
+    origin = provenance.file_provenance(training=files, validation=valid)
     with console.StageBars() as stages:
         potential, report = fit(structures, targets, chosen, validation, stages, origin)
     for text in report.warnings:
@@ -115,7 +135,10 @@ app.command("md")(md_command)
 @app.command("evaluate")
 def evaluate_command(
     model: Model,
-    data: Annotated[Path, typer.Argument(help="Reference data: extended XYZ, or any format of ASE.")],
+    data: Annotated[
+        list[Path],
+        typer.Argument(help="Reference data: extended XYZ, or any format of ASE; patterns, as 'data/*.xyz'."),
+    ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the errors to this file.")] = None,
     xyz_file: Annotated[
         Path | None, typer.Option("--xyz", help="Write predictions beside references to this file.")
@@ -123,21 +146,26 @@ def evaluate_command(
     variance: Annotated[
         bool, typer.Option("--variance/--no-variance", help="Predict uncertainties and score them (some times slower).")
     ] = True,
+    keys: Keys = None,
 ) -> None:
     """Compare a potential with reference data: errors in all and by config_type, and how well error bars match them."""
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms, provenance
     from gpmlp.io.files import atomic_write, check_apart, check_target
+    from gpmlp.io.label_names import parse_keys
+    from gpmlp.io.structure_files import find_files
     from gpmlp.potential.evaluation import evaluate
 
     for path in (json_file, xyz_file):
         if path is not None:
             check_target(path)
     targets_of = {"the errors (--json)": json_file, "the predictions (--xyz)": xyz_file}
-    check_apart(targets_of, {"the model": model, "the data": data})
+    files = find_files(data)
+    check_apart(targets_of, {"the model": model} | _by_role("the data", files))
     potential = archive.load(model)
-    structures, targets = ase_atoms.read(data, labelled=True)
-    provenance.check_overlap(potential.provenance, potential.calibration.source, structures, data)
+    with console.StageBars() as stages:
+        structures, targets = ase_atoms.read(files, labelled=True, keys=parse_keys(keys or ""), progress=stages)
+    provenance.check_overlap(potential.provenance, potential.calibration.source, structures, files)
     with console.StageBars() as stages:
         result = evaluate(potential, structures, targets, stages, variance)
     if json_file is not None:
@@ -159,6 +187,7 @@ def report_command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write to; created if missing.")
     ] = None,
+    keys: Keys = None,
 ) -> None:
     """Write the uncertainty report: one HTML page, its figures, and every number as JSON."""
     if model.is_dir():
@@ -171,6 +200,7 @@ def report_command(
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms, provenance
     from gpmlp.io.files import check_apart, check_folder
+    from gpmlp.io.label_names import parse_keys
     from gpmlp.potential.evaluation import comparable_targets, evaluate
     from gpmlp.report.model.data import collect_data
     from gpmlp.report.model.page import write_model_page
@@ -179,7 +209,7 @@ def report_command(
     check_folder(output)
     version = archive.read_header(model)["version"]
     potential = archive.load(model)
-    structures, targets = ase_atoms.read(data, labelled=True)
+    structures, targets = ase_atoms.read(data, labelled=True, keys=parse_keys(keys or ""))
     targets = comparable_targets(potential, targets)
     overlap = provenance.check_overlap(potential.provenance, potential.calibration.source, structures, data)
     with console.StageBars() as stages:

@@ -16,7 +16,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from gpmlp.core.errors import UserError, chemical_symbol
-from gpmlp.core.findings import Finding, warn_of
+from gpmlp.core.findings import Finding, Severity, warn_of
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io import extxyz, label_names, labels, structure_files
@@ -193,7 +193,7 @@ def from_frames(
 
 def _grouped(collected: Sequence[labels.FrameLabels], names: Sequence[str]) -> list[Finding]:
     """Gather equal remarks, so that a thousand frames give one finding; its number is the largest."""
-    groups: dict[tuple[str, str, str, str], list[tuple[str, float]]] = {}
+    groups: dict[tuple[str, Severity, str, str], list[tuple[str, float]]] = {}
     for label, name in zip(collected, names, strict=True):
         for remark in label.remarks:
             key = (remark.kind, remark.severity, remark.text, remark.unit)

@@ -53,7 +53,8 @@ def _vasprun(lines: Iterator[str]) -> Iterator[bool]:
         r'<i[^>]*name="(NELM|EDIFF)"[^>]*>\s*([-+.\deE]+)|<(calculation|scstep|/scstep|/calculation)\b|'
         r'<i[^>]*name="e_fr_energy"[^>]*>\s*(\S+?)\s*</i>'
     )
-    limit, ediff, energies, inside = 60, EDIFF, [], False
+    limit, ediff, inside = 60, EDIFF, False
+    energies: list[float] = []
     for line in lines:
         for name, value, tag, energy in tags.findall(line):
             if name == "NELM":
@@ -89,16 +90,19 @@ def _outcar(lines: Iterator[str]) -> Iterator[bool]:
             reached, said, last = False, False, 0
 
 
+# what makes a frame of ASE's out of a structure of pw.x
+_RESULTS = (
+    "!    total energy",
+    "Forces acting on atoms",
+    "total   stress",
+    "Magnetic moment per site",
+    "End of self-consistent calculation",
+    "End of band structure calculation",
+)
+
+
 def _pwscf(lines: Iterator[str]) -> Iterator[bool]:
     """Structures of an output of pw.x with results, by the verdict of their last self-consistency loop."""
-    results = (
-        "!    total energy",
-        "Forces acting on atoms",
-        "total   stress",
-        "Magnetic moment per site",
-        "End of self-consistent",
-    )
-    results += ("End of band structure calculation",)
     failed, holds = False, False
     for line in lines:
         if "Program PWSCF" in line or "ATOMIC_POSITIONS" in line:
@@ -109,7 +113,7 @@ def _pwscf(lines: Iterator[str]) -> Iterator[bool]:
             failed = True
         elif "convergence has been achieved" in line:
             failed = False
-        holds = holds or any(mark in line for mark in results)
+        holds = holds or any(mark in line for mark in _RESULTS)
     if holds:
         yield failed
 

@@ -98,4 +98,4 @@ def _fixed(atoms: Atoms) -> np.ndarray | None:
     fixed = np.zeros((len(atoms), 3), dtype=bool)
     for constraint in held:
         fixed[constraint.index] |= True if isinstance(constraint, FixAtoms) else np.asarray(constraint.mask, bool)
-    return fixed.all(1) if all(isinstance(c, FixAtoms) for c in held) else fixed
+    return fixed[:, 0] if all(isinstance(c, FixAtoms) for c in held) else fixed

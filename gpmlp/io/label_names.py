@@ -8,7 +8,7 @@ a file are taken from one source.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpmlp.core.errors import UserError, suggest_name
-from gpmlp.core.findings import Finding
+from gpmlp.core.findings import Finding, Severity
 from gpmlp.io.frames import Frame
 
 KINDS = ("energy", "forces", "stress")
@@ -171,10 +171,11 @@ def choose_keys(table: LabelTable, path: str, given: Mapping[str, Sequence[str]]
         UserError: several sources that differ, none of which is the reference by its name, or a given key that no frame has.
     """
     named = {kind: _given_places(table, path, kind, names) for kind, names in given.items()}
-    sources = [table.labels[p].source for places in named.values() for p in places if p in table.labels]
-    source = (
-        sources[0] if sources else choose_source(table, path, given) if not {"energy", "forces"} <= set(given) else None
-    )
+    of_forces = [p for kind in ("energy", "forces") for p in named.get(kind, ()) if p in table.labels]
+    if of_forces:
+        source: str | None = table.labels[of_forces[0]].source
+    else:
+        source = None if {"energy", "forces"} <= set(given) else choose_source(table, path, given)
     places = {
         kind: tuple(named[kind]) if kind in named else tuple(table.places(kind, source)) if source is not None else ()
         for kind in ("energy", "forces", "stress", "virial")
@@ -187,7 +188,7 @@ def choose_keys(table: LabelTable, path: str, given: Mapping[str, Sequence[str]]
         places["stress"] = tuple(p for p in given_places if not is_virial[p])
         places["virial"] = tuple(p for p in given_places if is_virial[p])
     chosen = LabelKeys(**places)
-    return chosen, _findings(table, path, chosen, source, given)
+    return chosen, _findings(table, path, chosen, given, "note" if of_forces else "warning")
 
 
 def _energy_places(table: LabelTable, source: str) -> tuple[Place, ...]:
@@ -293,9 +294,9 @@ def _differ(table: LabelTable, kind: str, a: Sequence[Place], b: Sequence[Place]
 
 
 def _findings(
-    table: LabelTable, path: str, chosen: LabelKeys, source: str | None, given: Mapping[str, Sequence[str]]
+    table: LabelTable, path: str, chosen: LabelKeys, given: Mapping[str, Sequence[str]], severity: Severity
 ) -> list[Finding]:
-    """What was taken, from how many frames, and what was not though it looks like labels."""
+    """What was taken, from how many frames, and what was not though it looks like labels (of that severity)."""
     findings = [_taken(table, path, chosen)]
     n = len(table.frames)
     for kind, kinds in _KINDS:
@@ -313,7 +314,9 @@ def _findings(
         models = [p for p in others if is_model(table.labels[p].source)]
         real = [p for p in others if p not in models]
         differ = [p for p in real if not taken or not len(having) or _other_numbers(table, kind, taken, p)]
-        for places, severity in ((differ, "warning"), (models, "warning" if not taken else "note")):
+        of_models: Severity = "note" if taken else "warning"
+        parts: tuple[tuple[list[Place], Severity], ...] = ((differ, severity), (models, of_models))
+        for places, grave in parts:
             if not places:
                 continue
             where = "" if len(rest) else f"{path}: "
@@ -322,7 +325,7 @@ def _findings(
             findings.append(
                 Finding(
                     "labels-not-taken",
-                    severity,
+                    grave,
                     f"{where}{PLURAL[kind]} {table.spell(places)} are not read {beside}{unread}.",
                     tuple(table.names[i] for i in rest.tolist()),
                     {"frames": float(len(table.frames_of(places)))},
@@ -402,7 +405,7 @@ def _may_be(kind: str, key: str, value: Any, table: LabelTable, members: np.ndar
     return array.size in (6, 9) and bool(_STRESS_WORDS.search(name))
 
 
-def unread_weights(table: LabelTable, path: str, read: Sequence[str]) -> list[Finding]:
+def unread_weights(table: LabelTable, path: str, read: Collection[str]) -> list[Finding]:
     """Weights and standard deviations of labels that are there but have no meaning here, with their counts."""
     findings = []
     for (place, key), members in table.holders.items():

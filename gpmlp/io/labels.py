@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpmlp.core.errors import UserError
+from gpmlp.core.findings import Severity
 from gpmlp.core.units import VOIGT_INDEX
 from gpmlp.io.frames import Frame
 from gpmlp.io.label_names import SAME_ENERGY, LabelKeys, Place
@@ -29,7 +30,7 @@ class Remark:
     """What may be wrong with a label: kind and severity of a Finding, its text with {} for the number, and the number."""
 
     kind: str
-    severity: str
+    severity: Severity
     text: str
     number: float = float("nan")
     unit: str = ""

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,6 +16,7 @@ from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.structures import Structures, count_matches
 from gpmlp.recipe import Recipe
 
+Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 NOT_INSTALLED = "not installed"
 PACKAGES = (
     "gpmlp",
@@ -40,9 +42,16 @@ def file_hash(path: str | os.PathLike[str]) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-def file_provenance(**files: str | os.PathLike[str] | None) -> dict:
-    """Provenance of a fit, e.g. of_files(training='train.xyz', validation=None)."""
-    paths = {role: path for role, path in files.items() if path is not None}
+def file_provenance(**files: Files | None) -> dict:
+    """Provenance of a fit, e.g. file_provenance(training=['a.xyz', 'b.xyz'], validation=None).
+
+    Of several files of a role the second is called 'training 2'.
+    """
+    paths = {
+        role if not i else f"{role} {i + 1}": path
+        for role, several in files.items()
+        for i, path in enumerate(_listed(several))
+    }
     return {
         "files": {role: {"name": Path(path).name, "sha256": file_hash(path)} for role, path in paths.items()},
         "versions": installed_versions(),
@@ -50,12 +59,16 @@ def file_provenance(**files: str | os.PathLike[str] | None) -> dict:
     }
 
 
+def _listed(files: Files | None) -> list[str | os.PathLike[str]]:
+    return [] if files is None else [files] if isinstance(files, (str, os.PathLike)) else list(files)
+
+
 @dataclass(frozen=True)
 class DataOverlap:
     """Overlap of evaluation data with those of a model.
 
     Attributes:
-        training: whether the model was trained on a file of these very bytes.
+        training: whether the model was trained on a file of the very bytes of one of these.
         held_out: number of structures that are among those of its calibration.
     """
 
@@ -63,16 +76,17 @@ class DataOverlap:
     held_out: int
 
 
-def check_overlap(
-    provenance: dict, calibrated_on: dict, structures: Structures, path: str | os.PathLike[str]
-) -> DataOverlap:
-    """The overlap of a file with the data of a model; warns if there is any.
+def check_overlap(provenance: dict, calibrated_on: dict, structures: Structures, path: Files) -> DataOverlap:
+    """The overlap of files with the data of a model; warns if there is any.
 
     Args:
         provenance: of the model; calibrated_on: Calibration.source.
-        structures: as read from the file `path`.
+        structures: as read from the files `path`.
     """
-    training = provenance.get("files", {}).get("training", {}).get("sha256") == file_hash(path)
+    files = _listed(path)
+    hashes = {entry["sha256"] for role, entry in provenance.get("files", {}).items() if role.startswith("training")}
+    trained = [file for file in files if file_hash(file) in hashes]
+    training, path = bool(trained), ", ".join(map(str, trained or files))
     overlap = DataOverlap(training, count_matches(structures.fingerprints(), calibrated_on.get("fingerprints", ())))
     if training:
         text = f"{path}: is the file this model was trained on; its errors say nothing of new structures."

@@ -66,16 +66,16 @@ def find_files(paths: Paths) -> list[Path]:
     Raises:
         UserError: a pattern that fits no file, a file that is named twice.
     """
-    single = isinstance(paths, (str, os.PathLike))
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     found: list[Path] = []
-    for path in [paths] if single else paths:  # type: ignore[union-attr, list-item]
-        if glob.has_magic(str(path)) and not Path(path).exists():
+    for path in map(Path, given):
+        if glob.has_magic(str(path)) and not path.exists():
             fitting = sorted(glob.glob(str(path), recursive=True))
             if not fitting:
                 raise UserError(f"{path}: no file fits this pattern.")
             found += map(Path, fitting)
         else:
-            found.append(Path(path))
+            found.append(path)
     if not found:
         raise UserError("No file of structures was given.")
     places: dict[Path, Path] = {}
@@ -156,7 +156,7 @@ def _read_xyz(path: Path, index: str | int | slice, progress: Progress | None, c
     frames = []
     for frame in extxyz.read_chosen(path, layout, numbers):
         frames.append(frame)
-        if progress and (len(frames) % EVERY == 0 or len(frames) == len(numbers)):
+        if progress and len(numbers) > EVERY and (len(frames) % EVERY == 0 or len(frames) == len(numbers)):
             progress("reading", len(frames), len(numbers), called)
     names = [f"{called} frame {i}" for i in numbers]
     return FileFrames(path, frames, numbers, names, tuple(_not_read(frames, names)))
@@ -203,8 +203,9 @@ def _read_by_ase(path: Path, index: str | int | slice, called: str) -> FileFrame
     if not numbers:
         raise UserError(f"{path}: none of its {len(frames)} steps has converged: {failed.reason}.")
     text = f"the electronic steps have not converged ({failed.reason}); the step is left out."
-    where, advice = tuple(f"{called} frame {i}" for i in sorted(failed.steps)), "Repeat it with more electronic steps."
-    finding = Finding("step-not-converged", "warning", text, where, {"steps": float(len(where))}, advice)
+    steps = tuple(f"{called} frame {i}" for i in sorted(failed.steps))
+    advice = "Repeat it with more electronic steps."
+    finding = Finding("step-not-converged", "warning", text, steps, {"steps": float(len(steps))}, advice)
     return FileFrames(path, kept, numbers, names, (finding,))
 
 
