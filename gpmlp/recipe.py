@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -10,8 +9,25 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 
 from gpmlp.core import errors
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+SHORTEST, LONGEST = 0.5, 100.0  # A, that a cutoff can mean
+
+
+def _within(low: float, high: float) -> AfterValidator:
+    """Refuse positive numbers that are typing errors or would lose all digits."""
+
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"must be between {low:g} and {high:g}; got {value:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False), _within(-1e15, 1e15)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _within(1e-15, 1e15)]
+Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False), _within(1e-9, 1e6)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def _kind_of_device(name: str) -> str:
@@ -52,7 +68,7 @@ class DescriptorRecipe(RecipeSection):
     """One descriptor; lengths in A."""
 
     name: Literal["soap", "dscribe-soap", "dscribe-acsf"] = "soap"
-    cutoff: Positive | None = None
+    cutoff: Annotated[Positive, _within(SHORTEST, LONGEST)] | None = None
     n_max: Annotated[int, Field(ge=1, le=40)] | None = None
     l_max: Annotated[int, Field(ge=0, le=20)] | None = None
     sigma_atom: Positive | None = None
@@ -61,7 +77,7 @@ class DescriptorRecipe(RecipeSection):
     cutoff_function: Literal["smoothstep", "poly", "none"] = "smoothstep"
     cutoff_width: Positive | None = None
     cutoff_exponent: Annotated[float, Field(ge=2, le=10)] = 2.0
-    central_weight: Annotated[float, Field(ge=0)] = 1.0
+    central_weight: Annotated[Finite, Field(ge=0)] = 1.0
     shortest: Positive | None = None
 
     @model_validator(mode="after")
@@ -99,8 +115,8 @@ class InducingRecipe(RecipeSection):
 class PriorRecipe(RecipeSection):
     """A log-normal prior: 68 % of it lie between median / factor and median * factor."""
 
-    median: Positive
-    factor: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    median: Deviation
+    factor: Annotated[Finite, Field(gt=1)]
 
 
 def _bounds(value: Any) -> Any:
@@ -110,7 +126,7 @@ def _bounds(value: Any) -> Any:
         low, high = (float(v) for v in value) if numbers else (0.0, 0.0)
     except (TypeError, ValueError):
         low = high = 0.0
-    if not 0 < low < high < math.inf:
+    if not 0 < low < high <= 1e15:
         raise ValueError(f"must be [lowest, highest], two positive numbers, the smaller one first; got {value!r}")
     return low, high
 
@@ -118,7 +134,7 @@ def _bounds(value: Any) -> Any:
 class LearnedRecipe(RecipeSection):
     """A standard deviation to be learned, in the unit of its key: start of the optimisation, prior, bounds."""
 
-    start: Positive | None = None
+    start: Deviation | None = None
     prior: PriorRecipe | None = None
     bounds: Annotated[tuple[float, float], BeforeValidator(_bounds)] | None = None
 
@@ -137,7 +153,7 @@ def _tag(value: Any) -> str:
 
 # a number is fixed, a section is learned; a tag chosen by type, so that a mistake gives the message of one of them only
 Std = Annotated[
-    Annotated[Positive, Tag("number")] | Annotated[LearnedRecipe, Tag("LearnedRecipe")], Discriminator(_tag)
+    Annotated[Deviation, Tag("number")] | Annotated[LearnedRecipe, Tag("LearnedRecipe")], Discriminator(_tag)
 ]
 
 
@@ -162,9 +178,9 @@ class NoiseRecipe(RecipeSection):
 class NoiseOverride(RecipeSection):
     """Standard deviations for the structures of one config_type; where None, the common ones."""
 
-    energy_per_atom: Positive | None = None
-    force: Positive | None = None
-    stress: Positive | None = None
+    energy_per_atom: Deviation | None = None
+    force: Deviation | None = None
+    stress: Deviation | None = None
 
 
 class ZBLRecipe(RecipeSection):
@@ -178,7 +194,7 @@ class BaselineRecipe(RecipeSection):
     """Energy terms that are added, not learned. isolated_atoms: 'auto' (from frames with config_type=isolated_atom if there are any,
     else least squares over compositions), 'least_squares', 'none', or energies in eV by chemical symbol."""
 
-    isolated_atoms: Literal["auto", "least_squares", "none"] | dict[str, float] = "auto"
+    isolated_atoms: Literal["auto", "least_squares", "none"] | dict[str, Finite] = "auto"
     zbl: ZBLRecipe | Literal[False] = ZBLRecipe()
 
 
@@ -199,7 +215,7 @@ class NoveltyRecipe(RecipeSection):
     """Mahalanobis distances from at most `samples` environments per species; threshold at this quantile of held-out environments."""
 
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    samples: Annotated[int, Field(ge=10)] = 2000
+    samples: Annotated[Count, Field(ge=10)] = 2000
 
 
 class Recipe(RecipeSection):
@@ -220,7 +236,7 @@ class Recipe(RecipeSection):
     use_forces: bool = True
     use_stresses: bool = True
     memory_GB: Positive | None = None
-    seed: int = 0
+    seed: Seed = 0
     device: Device = "cpu"
     dtype: Literal["float64", "float32"] = "float64"
 

@@ -119,7 +119,7 @@ def check_cells(cells: Tensor, periodic: Tensor, names: Sequence[str]) -> None:
     refuse(flat, f"the cell is flat (its periodic lattice vectors span no volume, normalised volume {volume:.1e}).")
 
 
-_SYMBOLS = tuple(
+SYMBOLS = tuple(
     (
         "X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr Nb Mo "
         "Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb "
@@ -130,11 +130,11 @@ _SYMBOLS = tuple(
 
 def chemical_symbol(atomic_number: int) -> str:
     """Chemical symbol of an atomic number."""
-    return _SYMBOLS[atomic_number] if 0 <= atomic_number < len(_SYMBOLS) else f"Z{atomic_number}"
+    return SYMBOLS[atomic_number] if 0 <= atomic_number < len(SYMBOLS) else f"Z{atomic_number}"
 
 
 def atomic_number(symbol: str) -> int:
     """Atomic number of a chemical symbol; UserError for anything else."""
-    if symbol not in _SYMBOLS[1:]:
-        raise UserError(f"'{symbol}' is not a chemical symbol.{suggest_name(symbol, _SYMBOLS[1:]) if symbol else ''}")
-    return _SYMBOLS.index(symbol)
+    if symbol not in SYMBOLS[1:]:
+        raise UserError(f"'{symbol}' is not a chemical symbol.{suggest_name(symbol, SYMBOLS[1:]) if symbol else ''}")
+    return SYMBOLS.index(symbol)

@@ -10,6 +10,8 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
+from gpmlp.core.errors import UserError
+from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.gp.kernels import ZonalKernel
 
 RANK_TOLERANCE = 1e-9  # of the prior variance: a column with less of it left given the others is dropped as dependent
@@ -41,6 +43,18 @@ class InducingBlock:
         return InducingBlock(
             species, features, tangents, torch.where(direction < 0, centre, m + centre * r + direction)
         )
+
+    @staticmethod
+    def from_stored(species: int, features: Tensor, stored: StoredTensors) -> InducingBlock:
+        """That of a model file; UserError if its columns are none of its centres and tangents."""
+        m, d = features.shape
+        tangents = stored.take("tangents", (m, "directions", d), features.dtype)
+        columns = stored.take("kept", ("columns",), torch.int64)
+        if len(columns.unique()) < len(columns) or bool(
+            ((columns < 0) | (columns >= m * (1 + tangents.shape[1]))).any()
+        ):
+            raise UserError("a column of the posterior factor belongs to no inducing variable, or one belongs to two.")
+        return InducingBlock(species, features, tangents, columns)
 
     @property
     def n_columns(self) -> int:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from gpmlp.core import parallel
 from gpmlp.core.environments import Environments, StructureEnvironments
+from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Variance
+from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import Structures
 from gpmlp.gp import covariances, inducing
 from gpmlp.gp.covariances import CovarianceRows
@@ -334,9 +336,13 @@ class VarianceModel:
 
     @staticmethod
     def from_state(
-        header: dict, tensors: dict[str, Tensor], kernels: Sequence[ZonalKernel], features: Sequence[dict[int, Tensor]]
+        header: dict, stored: StoredTensors, kernels: Sequence[ZonalKernel], features: Sequence[dict[int, Tensor]]
     ) -> VarianceModel:
-        """Restore what state gave, with the kernels and centres (by Z) of the mean."""
+        """Restore what state gave, with the kernels and centres (by Z) of the mean.
+
+        Raises:
+            UserError: parts that do not fit each other, or numbers that mean nothing, as a negative variance.
+        """
         priors, blocks = [], []
         lowers: list[Tensor] = []
         for k, kernel in enumerate(kernels):
@@ -344,13 +350,23 @@ class VarianceModel:
             mine = []
             for entry in header["blocks"][k]:
                 z, i = entry["species"], len(lowers)
-                centres = features[k][z][: entry["centres"]]
-                mine.append(InducingBlock(z, centres, tensors[f"{i}.tangents"], tensors[f"{i}.kept"]))
-                lowers.append(_unpack_triangle(tensors[f"{i}.lower"]))
+                centres = features[k].get(z, stored["signal"][:0, None])[: entry["centres"]]
+                if len(centres) != entry["centres"]:
+                    raise UserError(
+                        f"the posterior factor has {entry['centres']} centres of Z = {z}; the mean has {len(centres)}."
+                    )
+                mine.append(InducingBlock.from_stored(z, centres, stored.part(f"{i}.")))
+                lowers.append(_stored_triangle(stored, f"{i}.lower", mine[-1].n_columns))
             blocks.append(tuple(mine))
-        factor = _unpack_triangle(tensors["factor"]).T
+        columns = sum(len(lower) for lower in lowers)
+        signal, factor = stored.take("signal", (columns,)), _stored_triangle(stored, "factor", columns)
         about = dict(header["noise"]), dict(header["label_noise"]), header["of_fit"], header.get("amplitude", 1.0)
-        return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), tensors["signal"], factor, *about)
+        positive = [*about[0].values(), *about[1].values(), *(s for p in priors for s in p.signal.values())]
+        if min(positive, default=1.0) <= 0 or bool((signal <= 0).any()) or about[3] < 0 or about[2] < columns:
+            raise UserError(
+                "the posterior factor has a standard deviation that is not positive, or more columns than the fit."
+            )
+        return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), signal, factor.T, *about)
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
@@ -385,9 +401,12 @@ def _pack_triangle(lower: Tensor) -> Tensor:
     return lower[rows, columns]
 
 
-def _unpack_triangle(entries: Tensor) -> Tensor:
-    size = int(((8 * len(entries) + 1) ** 0.5 - 1) / 2 + 0.5)
+def _stored_triangle(stored: StoredTensors, name: str, size: int) -> Tensor:
+    """A triangular factor of a model file, as _pack_triangle made it."""
+    entries = stored.take(name, (size * (size + 1) // 2,))
     out = entries.new_zeros(size, size)
     rows, columns = torch.tril_indices(size, size, device=entries.device)
     out[rows, columns] = entries
+    if bool((out.diagonal() == 0).any()):
+        raise UserError(f"the tensor `{name}` is a singular triangle.")
     return out

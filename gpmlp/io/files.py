@@ -28,6 +28,19 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path}: the folder {folder} may not be written to; choose another place.")
 
 
+def check_readable(path: str | os.PathLike[str], what: str) -> None:
+    """Raise UserError unless path is a file with an end: not a folder, a device (/dev/zero) or a pipe, which may have none.
+
+    Args:
+        what: that it should be, e.g. 'a recipe'.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file.")
+    if not path.is_file():
+        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'a device or a pipe'}, not {what}.")
+
+
 def check_folder(path: str | os.PathLike[str]) -> None:
     """Raise UserError if path is no folder and cannot be made one."""
     path = Path(path)

@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from gpmlp.learning.oracles.oracle import OracleRecipe
-from gpmlp.recipe import Count, Positive, Recipe, RecipeSection
+from gpmlp.recipe import Count, Finite, Positive, Recipe, RecipeSection, Seed
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 OBSERVABLES = ("energy", "pressure", "temperature", "rdf", "msd", "diffusion")
 FEWEST_LABELS = 2  # that a model is made from
@@ -26,7 +25,7 @@ class DynamicsRecipe(RecipeSection):
     """
 
     ensemble: Literal["nve", "nvt", "langevin", "npt"] = "nvt"
-    temperature_K: Annotated[float, Field(ge=0, allow_inf_nan=False)] | tuple[Positive, Positive]
+    temperature_K: Annotated[Finite, Field(ge=0)] | tuple[Positive, Positive]
     pressure_GPa: Finite | tuple[Finite, Finite] = 0.0
     cell: Literal["isotropic", "full"] = "isotropic"
     timestep_fs: Positive | None = None
@@ -261,7 +260,7 @@ class LearnRecipe(RecipeSection):
     explore: ExploreRecipe = ExploreRecipe()
     refresh: RefreshRecipe = RefreshRecipe()
     carve: SurrogateRecipe | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     output: str = "learned"
     thin: Count = 100
 

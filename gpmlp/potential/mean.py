@@ -11,10 +11,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gpmlp.core.environments import Descriptor, Environments, StructureEnvironments
+from gpmlp.core.errors import UserError
 from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import Structures
 from gpmlp.gp.kernels import Profile, ZonalKernel
 
+UNIT_TOLERANCE = 1e-4  # of the square of a length that is 1, in single precision
 ROWS, PRODUCTS = 64, 1 << 16  # environments, at least, and products with all centres that stay in cache
 SLOPE_BYTES = 8 << 20  # of samples: slopes with respect to kernel arguments in memory together, what stays in cache
 TANGENT_BYTES = 16 << 20  # the same where each sample has τ of its own, to be read for every chunk
@@ -33,6 +36,18 @@ class MeanBlock:
     features: Tensor
     weights: Tensor
     tangents: Tensor
+
+    @staticmethod
+    def from_stored(stored: StoredTensors, n_features: int, dtype: torch.dtype) -> MeanBlock:
+        """That of a model file, with tensors called as the attributes; UserError if these do not fit each other and the descriptor."""
+        features = stored.take("features", ("centres", n_features), dtype)
+        weights = stored.take("weights", (len(features),), dtype)
+        rows = len(features) if len(stored["tangents"]) else 0
+        squares = features.square().sum(1)
+        # an atom alone and without central weight has features of zero
+        if bool(((squares - 1).abs().minimum(squares) > UNIT_TOLERANCE).any()):
+            raise UserError("the features of a centre have not length 1.")
+        return MeanBlock(features, weights, stored.take("tangents", (rows, n_features), dtype))
 
     def __call__(self, kernel: ZonalKernel, x: Tensor, profile: Profile | None = None) -> tuple[Tensor, Tensor]:
         """Return ε (environments,) and dε/dx (environments, features), in chunks.

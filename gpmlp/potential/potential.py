@@ -14,6 +14,7 @@ from gpmlp.core import errors, neighbors, parallel
 from gpmlp.core.environments import Environments, SinglePrecisionDescriptor, StructureEnvironments
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction, Variance
+from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.gp import posterior
@@ -296,29 +297,32 @@ class Potential:
 
     @classmethod
     def from_state(cls, header: dict, tensors: dict[str, Tensor]) -> Potential:
-        """Build a potential again from state()."""
+        """Build a potential again from state().
+
+        Raises:
+            UserError: a tensor is missing, too many, not finite, or of a shape, type or range that does not fit the header.
+        """
         recipe = Recipe.from_header(header["recipe"])
         try:
             errors.check_device(recipe.device)
         except errors.UserError:
             recipe = recipe.model_copy(update={"device": "cpu"})  # fitted on a GPU, used where there is none
-        tensors = {name: value.to(recipe.device) for name, value in tensors.items()}
+        dtype = getattr(torch, recipe.dtype)
+        stored = StoredTensors({name: value.to(recipe.device) for name, value in tensors.items()})
         species = tuple(header["species"])
         terms = []
         for k, (descriptor, kernel) in enumerate(zip(recipe.descriptors, recipe.kernels, strict=True)):
-            blocks = {}
-            for z in species:
-                block = _with_prefix(f"term{k}.Z{z}.", tensors)
-                if block:
-                    blocks[z] = MeanBlock(block["features"], block["weights"], block["tangents"])
-            terms.append(EnergyTerm(make_descriptor(species, descriptor.model_dump()), make_kernel(kernel), blocks))
+            made = make_descriptor(species, descriptor.model_dump())
+            read = [MeanBlock.from_stored(stored.part(f"term{k}.Z{z}."), made.n_features, dtype) for z in species]
+            terms.append(EnergyTerm(made, make_kernel(kernel), dict(zip(species, read, strict=True))))
         variances = novelty = None
-        if "variances" in header:
+        if header.get("variances") is not None:
             features = [{z: block.features for z, block in term.blocks.items()} for term in terms]
-            kernels, stored = [term.kernel for term in terms], _with_prefix("variances.", tensors)
-            variances = VarianceModel.from_state(header["variances"], stored, kernels, features)
-        if "novelty" in header:
-            novelty = Mahalanobis.from_state(header["novelty"], _with_prefix("novelty.", tensors))
+            kernels, part = [term.kernel for term in terms], stored.part("variances.")
+            variances = VarianceModel.from_state(header["variances"], part, kernels, features)
+        if header.get("novelty") is not None:
+            novelty = Mahalanobis.from_state(header["novelty"], stored.part("novelty."))
+        stored.check_all_taken()
         learned = header.get("calibration")
         return cls(
             tuple(terms),
@@ -332,7 +336,3 @@ class Potential:
             Calibration.identity() if learned is None else Calibration.from_dict(learned),
             novelty,
         )
-
-
-def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -111,7 +111,7 @@ def collect_run(
     """
     progress: dict[str, Any] = {"first": [], "learned": [], "hours": 0.0, "seconds": {}}
     if (folder / NAME).exists():
-        progress |= archive.read_header(folder / NAME)["header"]
+        progress |= archive.read_header(folder / NAME, potential=False)["header"]
     judged = judge_frames(events, recipe, len(entries), progress["hours"])
     frames, plateau, coverage = judged.frames, recipe.stop.plateau, recipe.stop.coverage
     times = read_times(folder, events)
