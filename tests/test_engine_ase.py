@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.constraints import FixAtoms, FixBondLength
+from ase.md.verlet import VelocityVerlet
 from conftest import copper
 
-from gpmlp.core.errors import UserError
+from gpmlp.core.errors import ProgressNotice, UserError
 from gpmlp.engines import md
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.io.ase_atoms import from_ase
+from gpmlp.io.ase_atoms import from_ase, read, read_frames
 
 
 @pytest.fixture
@@ -333,3 +335,87 @@ def test_strides_of_doubt_are_checked(potential):
     blind = dataclasses.replace(potential, novelty=None)
     found = md.UncertaintyMonitor(blind)(start())
     assert found.novelty is None and np.isnan(found.largest[2]) and found.force_std > 0
+
+
+# --- starts and trajectories of other programs
+
+
+def bonded() -> Atoms:
+    atoms = copper(41)
+    atoms.set_constraint([FixBondLength(0, 1), FixAtoms([3])])
+    return atoms
+
+
+def test_constraints_of_the_start_are_kept_by_resume(calculator, tmp_path):
+    ase.io.write(tmp_path / "start.traj", bonded())
+    start = read_frames(tmp_path / "start.traj", -1)[0][0]
+    settings = md.MDSettings("nvt", 600.0, steps=20, interval=10)
+    with md.record_trajectory(tmp_path / "md.xyz", None) as append:
+        for state in md.run_dynamics(start, calculator, settings):
+            append(state)
+    for other in (None, copper(41)):
+        with pytest.raises(
+            UserError, match="run with the constraints FixBondLengths, and the start has no such constraint"
+        ):
+            md.resume_trajectory(tmp_path / "md.xyz", None, other)
+    again = md.resume_trajectory(tmp_path / "md.xyz", None, read_frames(tmp_path / "start.traj", -1)[0][0])
+    assert sorted(type(c).__name__ for c in again.constraints) == ["FixAtoms", "FixBondLengths"]
+    length = bonded().get_distance(0, 1, mic=True)
+    *_, state = md.run_dynamics(again, calculator, dataclasses.replace(settings, steps=60))
+    assert state.step == 60
+    assert state.atoms.get_distance(0, 1, mic=True) == pytest.approx(length, abs=1e-6)  # eight decimals in the file
+    np.testing.assert_array_equal(state.atoms.positions[3], again.positions[3])
+
+
+@pytest.mark.parametrize("name", ["velo", "vel", "Velocities"])
+def test_velocities_of_other_programs(calculator, tmp_path, name):
+    atoms, rng = copper(42), np.random.default_rng(0)
+    md.draw_velocities(atoms, 300.0, rng)
+    expected, temperature = atoms.get_velocities(), atoms.get_temperature()
+    del atoms.arrays["momenta"]
+    atoms.set_array(name, expected * units.fs)  # A/fs
+    ase.io.write(tmp_path / "start.xyz", atoms)
+    start = read_frames(tmp_path / "start.xyz")[0][0]
+    with pytest.warns(ProgressNotice, match=rf"velocities of the start are `{name}`, in A/fs: {temperature:.0f} K"):
+        first = next(md.run_dynamics(start, calculator, md.MDSettings(steps=0)))
+    np.testing.assert_allclose(first.atoms.get_velocities(), expected, atol=1e-6)
+    assert name not in first.atoms.arrays
+    # in ASE's unit, or in A/ps: another temperature by a factor of a hundred or a million
+    for factor in (1 / units.fs, 1000.0):
+        start.arrays[name] = expected * units.fs * factor
+        with pytest.raises(
+            UserError, match=f"The velocities `{name}` of the start would be those of .* K if their unit is A/fs"
+        ):
+            next(md.run_dynamics(start, calculator, md.MDSettings(steps=0)))
+
+
+@pytest.mark.parametrize("suffix", ["traj", "xyz"])
+def test_trajectories_of_ase_keep_standard_deviations(potential, tmp_path, suffix):
+    atoms = copper(43)
+    atoms.calc = GPCalculator(potential, uncertainty="forces", novelty=potential.novelty is not None)
+    path = tmp_path / f"a.{suffix}"
+    with VelocityVerlet(atoms, 1.0 * units.fs) as dynamics:
+        dynamics.attach(lambda: ase.io.write(path, atoms, append=True) if suffix == "xyz" else file.write(atoms))
+        if suffix == "traj":
+            with ase.io.Trajectory(path, "w") as file:
+                dynamics.run(3)
+        else:
+            dynamics.run(3)
+    frames = read_frames(path)[0]
+    assert len(frames) == 4
+    for frame in frames:
+        twin = frame.copy()
+        twin.calc = GPCalculator(potential, uncertainty="forces")
+        twin.get_forces()
+        np.testing.assert_allclose(frame.info["gpmlp_forces_std"], twin.calc.results["forces_std"], rtol=1e-5)
+        if potential.novelty is not None:
+            assert len(frame.info["gpmlp_novelty"]) == len(frame)
+    _, targets = read(path)  # and they are no labels
+    assert not targets.forces.isnan().any()
+
+
+def test_info_is_left_alone_without_uncertainty(calculator):
+    atoms = copper(43)
+    atoms.calc = calculator
+    atoms.get_forces()
+    assert not atoms.info.keys() - copper(43).info.keys()

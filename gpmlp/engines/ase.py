@@ -27,8 +27,9 @@ class GPCalculator(Calculator):
     volume; asked for elsewhere it raises ASE's PropertyNotImplementedError. Cells, species and pbc may change between calls.
 
     With `uncertainty`, `results` also hold calibrated standard deviations `energy_std` (eV), `local_energy_std` (atoms,) eV,
-    `forces_std` (atoms, 3) eV/A, `stress_std` (6,) eV/A^3 and `novelty` (atoms,), each where it was asked for. After a calculation
-    the attributes `structures`, `pairs` and `prediction` hold it in full.
+    `forces_std` (atoms, 3) eV/A, `stress_std` (6,) eV/A^3 and `novelty` (atoms,), each where it was asked for; `info` of the atoms
+    holds them too, as `gpmlp_energy_std` and so on, so that trajectories of ASE keep them. After a calculation the attributes
+    `structures`, `pairs` and `prediction` hold it in full.
     """
 
     structures: Structures
@@ -88,6 +89,9 @@ class GPCalculator(Calculator):
         self.pairs = self._verlet_list(self.structures)
         self.prediction = self._predict()
         self.results = self._ase_results()
+        if atoms is not None:  # trajectories of ASE keep info, but no results of these names
+            doubts = uncertainty_results(self.prediction, 0, slice(0, len(atoms)))
+            atoms.info.update({f"gpmlp_{key}": value for key, value in doubts.items()})
 
     def _predict(self) -> Prediction:
         return self.potential(self.structures, self.uncertainty, self.novelty, pairs=self.pairs)

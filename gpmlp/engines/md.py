@@ -18,6 +18,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms, FixCartesian
 from ase.md.bussi import Bussi
 from ase.md.langevinbaoab import LangevinBAOAB
 from ase.md.verlet import VelocityVerlet
@@ -34,6 +35,10 @@ from gpmlp.potential.potential import Potential
 FORCE_ATOMS = 4  # whose force variances are predicted for a frame
 STRIDE = 100  # steps between two frames with uncertainties, at least, by default: they take about as long as ten steps
 PREFIX = "gpmlp_"
+VELOCITIES = ("velo", "vel", "velocities", "velocity")  # arrays in any case
+COLDEST, HOT = 1e-2, 1e4  # K; velocities beyond are in another unit
+KEPT = (FixAtoms, FixCartesian)  # constraints that extended XYZ keeps
+CONSTRAINTS = "constraints"  # info of a frame: names of those that it does not keep
 
 COLUMNS = "step time_fs temperature_K potential_eV kinetic_eV conserved_eV drift_eV_per_atom"
 COLUMNS += " largest_force_std_eV_per_A largest_local_energy_std_eV largest_novelty"
@@ -228,6 +233,9 @@ def run_dynamics(
     """
     atoms = atoms.copy()
     remove_uncertainty(atoms)
+    atoms.info.pop(CONSTRAINTS, None)
+    if other := _other_constraints(atoms):
+        atoms.info[CONSTRAINTS] = " ".join(other)
     first = int(atoms.info.get("step", 0))
     earlier_time = float(atoms.info.get("time_fs", 0.0))
     earlier_heat, start = float(atoms.info.get("heat_eV", 0.0)), atoms.info.get("conserved_start_eV")
@@ -275,13 +283,33 @@ def ensure_velocities(atoms: Atoms, temperature_K: float | None, generator: np.r
     """Keep the velocities that the atoms have; draw them at the temperature, in place, if they have none.
 
     Raises:
-        UserError: no velocities and no temperature.
+        UserError: no velocities and no temperature, or velocities in a unit that cannot be A/fs.
     """
-    if atoms.has("momenta") and np.abs(atoms.get_momenta()).max() > 0:
+    if atoms.has("momenta") and np.abs(atoms.get_momenta()).max() > 0 or _take_velocities(atoms):
         return
     if temperature_K is None:
         raise UserError("The start has no velocities: give a temperature to draw them at, `temperature_K`.")
     draw_velocities(atoms, temperature_K, generator)
+
+
+def _take_velocities(atoms: Atoms) -> bool:
+    """Take velocities from an array, A/fs, as QUIP (velo), GPUMD (vel) and others write it; False if there is none."""
+    found = False
+    for key in [key for key in atoms.arrays if key.lower() in VELOCITIES]:
+        velocities = np.asarray(atoms.arrays[key], dtype=float)
+        del atoms.arrays[key]  # of this moment only
+        if found or velocities.shape != (len(atoms), 3) or not np.isfinite(velocities).all() or not velocities.any():
+            continue
+        atoms.set_velocities(velocities / units.fs)
+        temperature, found = atoms.get_temperature(), True
+        if not COLDEST < temperature < HOT:
+            raise UserError(
+                f"The velocities `{key}` of the start would be those of {temperature:.3g} K if their unit is A/fs, which is meant; "
+                "convert them, or give `momenta` in ASE's units."
+            )
+        text = f"velocities of the start are `{key}`, in A/fs: {temperature:.0f} K."
+        warnings.warn(text, errors.ProgressNotice, stacklevel=3)
+    return found
 
 
 def draw_velocities(atoms: Atoms, temperature_K: float, generator: np.random.Generator) -> None:
@@ -360,11 +388,11 @@ def resume_trajectory(
     """Return the last complete frame of a trajectory and cut off, in both files, what came after it.
 
     Args:
-        start: what the run began from, if known: must hold the same elements in the same order.
+        start: what the run began from, if known: must hold the same elements in the same order; its constraints are kept.
 
     Raises:
-        UserError: no trajectory, no complete frame in it, not one written by a run, or a run of other atoms; nothing is cut
-            off then.
+        UserError: no trajectory, no complete frame in it, not one written by a run, or a run of other atoms or constraints;
+            nothing is cut off then.
     """
     path = Path(trajectory)
     if not path.is_file():
@@ -379,12 +407,37 @@ def resume_trajectory(
         raise UserError(
             f"{path}: is a run of {frame.symbols}, but the start is {start.symbols}; give the start which that run had."
         )
+    _restore_constraints(frame, start, path)
     table = Path(energies) if energies is not None and Path(energies).is_file() else None
     end = _end_of_table(table, int(frame.info["step"])) if table else 0
     cut_tail(path, layout.end)
     if table:
         cut_tail(table, end)
     return frame
+
+
+def _other_constraints(atoms: Atoms) -> list[str]:
+    """Names of constraints that a frame of extended XYZ does not keep."""
+    return sorted(type(constraint).__name__ for constraint in atoms.constraints if not isinstance(constraint, KEPT))
+
+
+def _restore_constraints(frame: Atoms, start: Atoms | None, path: Path) -> None:
+    """Give a frame the constraints of the start, of which its file keeps fixed atoms only.
+
+    Raises:
+        UserError: the run had others, and the start does not hold them.
+    """
+    if start is not None and start.constraints:
+        start.set_positions(
+            start.positions
+        )  # what is measured at the first step, as lengths of bonds, is that of the start
+        frame.set_constraint(start.constraints)
+    lost = str(frame.info.get(CONSTRAINTS, "")).split()
+    if lost and lost != _other_constraints(frame):
+        raise UserError(
+            f"{path}: is a run with the constraints {' '.join(lost)}, and the start has "
+            f"{' '.join(_other_constraints(frame)) or 'no such constraint'}; give the start which that run had."
+        )
 
 
 def _last_frame(path: Path, layout: FrameOffsets) -> Atoms:

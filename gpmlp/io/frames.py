@@ -26,6 +26,7 @@ class Frame:
         fixed: (atoms,) or (atoms, 3) bool, whether it is held in place; None where nothing is.
         stale: whether a calculator held results of other positions or of another cell; these are left out.
         unnamed_columns: columns of an XYZ file that it gives no name and that were not read.
+        atoms: what it was made from, which holds more (other constraints, parameters of a calculator); None for an XYZ file.
     """
 
     numbers: np.ndarray
@@ -38,6 +39,7 @@ class Frame:
     fixed: np.ndarray | None = None
     stale: bool = False
     unnamed_columns: int = 0
+    atoms: Atoms | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -58,7 +60,6 @@ class Frame:
         stale = bool(results) and bool(atoms.calc.check_state(atoms))
         standard = ("numbers", "positions")
         arrays = {key: value for key, value in atoms.arrays.items() if key not in standard}
-        fixed = _fixed(atoms)
         return Frame(
             atoms.numbers,
             atoms.positions,
@@ -67,12 +68,15 @@ class Frame:
             atoms.info,
             arrays,
             {} if stale else results,
-            fixed,
-            stale,
+            fixed=_fixed(atoms),
+            stale=stale,
+            atoms=atoms,
         )
 
     def to_atoms(self) -> Atoms:
         """Atoms as ASE reads them: names that ASE knows become results of a calculator."""
+        if self.atoms is not None:
+            return self.atoms
         arrays, info = dict(self.arrays), dict(self.info)
         atoms = Atoms(
             self.numbers,
