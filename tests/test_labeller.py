@@ -391,7 +391,7 @@ def orphan(tmp_path):
 
     def make(*behaviour):
         wanted = make_job(
-            recipe(tmp_path, *behaviour), "a", 1, copper(), tmp_path / "spool", tmp_path / "scratch", False
+            recipe(tmp_path, *behaviour), "a", 1, copper(), tmp_path / "spool", tmp_path / "scratch", ()
         )
         run = subprocess.Popen([sys.executable, "-c", KILLED, json.dumps(wanted)], stdout=subprocess.PIPE, text=True)
         with run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import ase.build
@@ -81,9 +82,10 @@ def test_documented_recipes():
     assert len(blocks) >= 8
     for block in blocks:
         values = yaml.safe_load(block)["oracle"]
+        recipe = OracleRecipe(**values)
         try:
-            recipe = OracleRecipe(**values)
-        except ValidationError as error:
+            codes.find_calculator(recipe.calculator)
+        except codes.OracleError as error:
             assert "pip install" in str(error), error  # what is not installed here says so
             continue
         if recipe.calculator == "quantum-espresso" and pseudo is not None:
@@ -119,11 +121,8 @@ def test_own_oracle(copper):
     [
         ({"calculator": "tblit"}, "there is no calculator 'tblit'. Perhaps you meant 'tblite'"),
         ({"calculator": "nonsense"}, "Valid names: aims, cp2k, dftb\\+, emt.*import path, 'module:Class'"),
-        (
-            {"calculator": "ase.calculators.emt:EMTT"},
-            "module ase.calculators.emt has no class 'EMTT'. Perhaps .* 'EMT'",
-        ),
-        ({"calculator": "no_such_code.ase:Code"}, "No module named 'no_such_code'; pip install no_such_code"),
+        ({"calculator": "os.path.join(1):x"}, "there is no calculator"),
+        ({"calculator": "os:"}, "there is no calculator"),
         ({"calculator": "emt", "retrys": 2}, "retrys"),
         ({"calculator": "emt", "kwargs": {"x": object()}}, "must hold plain values"),
         ({"calculator": "emt", "magnetic_moments": {"Fee": 2}}, "'Fee' is not a chemical symbol"),
@@ -138,6 +137,11 @@ def test_recipe_refused(values, match):
 @pytest.mark.parametrize(
     ("values", "match"),
     [
+        (
+            {"calculator": "ase.calculators.emt:EMTT"},
+            "module ase.calculators.emt has no class 'EMTT'. Perhaps .* 'EMT'",
+        ),
+        ({"calculator": "no_such_code.ase:Code"}, "No module named 'no_such_code'; pip install no_such_code"),
         (
             {"calculator": "emt", "kwargs": {"asap_cutof": True}},
             "emt knows no kwargs.asap_cutof. Perhaps .* 'asap_cutoff'",
@@ -156,6 +160,26 @@ def test_recipe_refused(values, match):
 def test_calculator_that_cannot_be_made(values, match, copper):
     with pytest.raises(UserError, match=match):
         CalculatorOracle(OracleRecipe(**values)).label(copper)
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "builtins:exec", "shutil:rmtree", "pathlib:Path"])
+def test_what_is_no_oracle_is_not_called(name, copper, tmp_path):
+    """Nor made: only a class that can answer is."""
+    told = tmp_path / "told"
+    kwargs = {"command": f"touch {told}", "args": f"touch {told}", "shell": True}
+    with pytest.raises(UserError, match=f"'{name}' is no oracle: it has to be a class with `calculate`"):
+        CalculatorOracle(OracleRecipe(calculator=name, kwargs=kwargs)).label(copper)
+    assert not told.exists()
+
+
+def test_reading_a_recipe_imports_nothing(tmp_path, monkeypatch):
+    """What a stranger's recipe names runs when a run of it is begun, and not before."""
+    (tmp_path / "strangers_oracle.py").write_text("raise AssertionError('it was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = OracleRecipe(calculator="strangers_oracle:Own")
+    assert recipe.settings_hash and "strangers_oracle" not in sys.modules
+    with pytest.raises(UserError, match="it was imported"):
+        recipe.check()
 
 
 def test_hash_of_settings():

@@ -63,7 +63,6 @@ def report_folder(folder: Path, data: Path | None, output: Path | None) -> None:
     """Write the page about a run, finished or not."""
     from gpmlp.cli import console
     from gpmlp.core.errors import UserError
-    from gpmlp.learning.oracles import codes
     from gpmlp.report.run.collect import run_recipe
     from gpmlp.report.run.page import report_run
 
@@ -71,7 +70,6 @@ def report_folder(folder: Path, data: Path | None, output: Path | None) -> None:
         raise UserError(
             f"{folder}: is a folder; the report of a run goes to {folder / 'report'}: leave out DATA and --output."
         )
-    codes.add_import_folder(folder.parent)  # where the recipe is, most often
     page = report_run(folder, run_recipe(folder))
     console.print_line(f"wrote {page}")
 

@@ -60,6 +60,7 @@ class LabelResult:
         structure, targets: of one structure, as it was asked for.
         attempts: how many it took; seconds: that the successful one took.
         extrapolated: energy extrapolated to zero smearing (eV); equals targets.energies where nothing is smeared.
+        calls: of the calculator in all attempts; checked: what was compared with the energy ('forces', 'stress').
     """
 
     key: str
@@ -68,6 +69,8 @@ class LabelResult:
     attempts: int
     seconds: float
     extrapolated: float
+    calls: int = 1
+    checked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class LabelRefusal:
         reason: of each attempt, in words.
         folder: scratch folder of the last attempt, which is not removed.
         labels_before: how many labels there were.
+        contradiction: whether energy and forces, or stress, contradicted each other.
     """
 
     key: str
@@ -85,6 +89,7 @@ class LabelRefusal:
     attempts: int
     folder: str
     labels_before: int = field(default=0, compare=False)
+    contradiction: bool = False
 
 
 def key_of(structure: Structures, oracle: str = "") -> str:

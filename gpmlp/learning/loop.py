@@ -83,6 +83,7 @@ class _Run:
     """A run under way: the only object here that changes."""
 
     def __init__(self, recipe: LearnRecipe, base: Path, resume: bool) -> None:
+        recipe.oracle.check()  # before anything is written
         self.recipe, self.folder = recipe, base / recipe.output
         self.starts = initial_structures.read_starts(base / recipe.start)
         dynamics, starts = recipe.dynamics, self.starts
@@ -182,7 +183,7 @@ class _Run:
             )
             self.requests.submit(request)
             yield self._state("first labels")
-            entry = self.requests.collect(request, self.reason, {"walker": -1, "step": 0})
+            entry = self.requests.collect(request, self.reason, {"walker": -1, "step": 0}, self.potential)
             if entry is not None and entry.key not in self.progress.labels:
                 self.progress = replace(self.progress, learned=(*self.progress.learned, entry.key))
                 with self.timer("learning"):
@@ -328,7 +329,8 @@ class _Run:
         yield self._state("labelling")
         step = state.requested.step
         notes = {"walker": i, "step": step, "time_fs": step * self.timestep_fs}
-        entry = None if key in self.progress.labels else self.requests.collect(request, self.reason, notes)
+        learned = key in self.progress.labels
+        entry = None if learned else self.requests.collect(request, self.reason, notes, self.potential)
         state = state.with_request_settled()
         if entry is None:  # refused, or learned already: the same place must not ask for the same thing again
             state = state.with_new_velocities(self.recipe, self.progress.round)

@@ -17,6 +17,7 @@ import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
 from ase.units import Bohr, Hartree
 
+ANSWERS = ("calculate", "label")  # methods of a class, one of which an oracle has
 PSEUDO_DIRS = ("/usr/share/espresso/pseudo", "/usr/local/share/espresso/pseudo")
 
 
@@ -66,16 +67,30 @@ def find_calculator(name: str) -> Callable[..., Any]:
     """What makes the calculator called name.
 
     Raises:
-        OracleError: no such ready-made entry, module or class; says what is near or how to install it.
+        OracleError: no such ready-made entry, module or class, or one that cannot answer; says what is near or how to install it.
     """
     if name in READY:
         return _imported(READY[name].path, READY[name].install)
-    if ":" not in name:
+    check_calculator_name(name)
+    maker = _imported(name, "")
+    if not inspect.isclass(maker) or not any(callable(getattr(maker, method, None)) for method in ANSWERS):
+        raise OracleError(
+            f"'{name}' is no oracle: it has to be a class with `calculate`, as ASE calculators have, or with `label(structures)`; "
+            "it was not called. Of a function that makes a calculator, write such a class (docs/oracles.md, Your own oracle)"
+        )
+    return maker
+
+
+def check_calculator_name(name: str) -> None:
+    """Raise OracleError unless a name is a ready-made one or has the form of an import path; nothing is imported."""
+    if name in READY:
+        return
+    module, _, attribute = name.partition(":")
+    if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise OracleError(
             f"there is no calculator '{name}'.{_suggestion(name, READY)} Any other goes by its import path, 'module:Class', "
             "e.g. ase.calculators.emt:EMT"
         )
-    return _imported(name, "")
 
 
 def add_import_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from gpmlp.core.errors import UserError, suggest_name
 from gpmlp.learning.oracles import results, worker
@@ -63,7 +63,7 @@ class WorkerProcess:
             self._jobs.flush()
         except OSError:
             return self._crashed(job)
-        deadline, timeout, stop = None, job["timeout_s"], job.get("stop")
+        deadline, timeout, stop = None, worker.time_limit(job), job.get("stop")
         while True:
             line = self._line(deadline, stop)
             if line == STOP:
@@ -71,7 +71,7 @@ class WorkerProcess:
                 return worker.attempt_record(job, results.INTERRUPTED, "the run ended")
             if line is None:
                 self.end(patience=0.0)
-                reason = f"hung: no answer within timeout_s {timeout:g}, nor to signals"
+                reason = f"hung: no answer within timeout_s {job['timeout_s']:g}, nor to signals"
                 return worker.attempt_record(job, results.FAILED, reason)
             if not line:
                 return self._crashed(job)
@@ -112,10 +112,10 @@ class WorkerProcess:
             return worker.attempt_record(
                 job, results.INTERRUPTED, f"its worker process was ended by signal {abs(code)}"
             )
-        self._errors.seek(0)
-        output, folder = self._errors.read().decode(errors="replace"), worker.folder_of(job)
-        with suppress(OSError):
-            output += (folder / "output.txt").read_text(errors="replace")
+        folder = worker.folder_of(job)
+        output = _tail(self._errors)
+        with suppress(OSError), open(folder / "output.txt", "rb") as file:
+            output += _tail(file)
         with suppress(OSError):
             hung = (folder / "hung.txt").read_text(errors="replace")
             if hung:
@@ -144,6 +144,12 @@ class WorkerProcess:
         for pipe in (self._jobs, self._answers, self._errors):
             with suppress(OSError):  # what a crashed process has not read
                 pipe.close()
+
+
+def _tail(file: IO[bytes]) -> str:
+    """The end of what a process wrote, however much that is."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+    return file.read().decode(errors="replace")
 
 
 class ProcessExecutor(Executor):

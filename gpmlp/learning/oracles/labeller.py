@@ -20,6 +20,7 @@ from gpmlp.io.files import check_folder
 from gpmlp.learning.labels import LabelRefusal, LabelResult, targets_of
 from gpmlp.learning.oracles import executors, results, worker
 from gpmlp.learning.oracles.oracle import OracleRecipe, make_job
+from gpmlp.learning.oracles.single_point import FORCES
 
 INTERRUPTIONS = 3  # of one attempt, before it counts as failed
 STOP_S = 20.0  # for attempts elsewhere to notice that nobody waits for them
@@ -33,9 +34,14 @@ class _Request:
     key: str
     structure: Structures
     records: list[dict[str, Any]]
+    check: tuple[str, ...]
     outcome: Future = field(default_factory=Future)
     running: Future | None = None
     interruptions: int = 0
+
+    def lacks(self, check: Sequence[str]) -> bool:
+        """Whether the last attempt gave a label that was not checked as wanted."""
+        return bool(self.records) and worker.lacks_check(self.records[-1], check)
 
     def answer(self, answer: LabelResult | LabelRefusal) -> None:
         if not self.outcome.done():
@@ -72,20 +78,26 @@ class Labeller:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, key: str, structure: Structures) -> None:
-        """Ask for the label of one structure and return (with executor: inline, when it is there); asking again does nothing."""
+    def submit(self, key: str, structure: Structures, check: Sequence[str] = ()) -> None:
+        """Ask for the label of one structure and return (with executor: inline, when it is there); asking again does nothing.
+
+        Args:
+            check: what to compare with the energy, by further calls ('forces', 'stress'), besides the forces of about one label in
+                `check_every`; a label that came unchecked is checked when it is asked for again.
+        """
         if len(structure) != 1:
             raise UserError(f"One structure is labelled at a time; got {len(structure)}: take structures.select([i]).")
         with self._lock:
             if self._closing:
                 raise UserError("The labeller was closed; nothing more can be asked.")
-            if key in self._requests:
+            before = self._requests.get(key)
+            if before is not None and not (before.outcome.done() and before.lacks(check)):
                 return
             try:
                 records = results.read_attempts(self.spool, key)
             except OSError as error:
                 raise UserError(f"{self.spool}: cannot be read: {error.strerror or error}.") from error
-            request = self._requests[key] = _Request(key, structure, records)
+            request = self._requests[key] = _Request(key, structure, records, (*check, *self._by_chance(key)))
         self._go_on(request)
 
     def done(self, key: str) -> bool:
@@ -115,6 +127,11 @@ class Labeller:
                 del self._requests[key]
                 results.remove_records(self.spool, key)
 
+    def discard(self) -> None:
+        """Remove all answers that are not on disk elsewhere, so that they are asked for again; after `close`."""
+        for file in self.spool.glob("*.json"):
+            file.unlink(missing_ok=True)
+
     def close(self) -> None:
         """End all that is under way; attempts that had not ended are as if never made, the records of those that had stay."""
         with self._lock:
@@ -132,6 +149,11 @@ class Labeller:
         for request in list(self._requests.values()):
             request.fail(CLOSED)
 
+    def _by_chance(self, key: str) -> tuple[str, ...]:
+        """What is checked of a label unasked: by the key alone, so that a resumed run checks the same labels."""
+        every = self.recipe.check_every
+        return (FORCES,) if every and zlib.crc32(key.encode()) % every == 0 else ()
+
     def _of(self, key: str) -> _Request:
         if key not in self._requests:
             raise UserError(f"The label {key} was not asked for; submit it first.")
@@ -140,16 +162,21 @@ class Labeller:
     def _go_on(self, request: _Request) -> None:
         """Give the answer, or make the next attempt."""
         key, structure, records, recipe = request.key, request.structure, request.records, self.recipe
+        if request.lacks(request.check):
+            records.pop()  # the same attempt again, of which only the check is missing
+        calls = sum(record.get("calls", 1) for record in records)
         if records and records[-1]["kind"] == results.LABEL:
             last, targets = records[-1], targets_of(records[-1], structure)
-            request.answer(LabelResult(key, structure, targets, len(records), last["seconds"], last["extrapolated"]))
+            checked = tuple(last.get("checked", ()))
+            seconds, extrapolated = last["seconds"], last["extrapolated"]
+            answer = LabelResult(key, structure, targets, len(records), seconds, extrapolated, calls, checked)
+            request.answer(answer)
         elif len(records) >= recipe.attempts:
-            reasons = results.failure_reasons(records)
-            request.answer(LabelRefusal(key, reasons, len(records), records[-1]["folder"]))
+            reasons, last = results.failure_reasons(records), records[-1]
+            contradiction = last.get("contradiction", False)
+            request.answer(LabelRefusal(key, reasons, len(records), last["folder"], contradiction=contradiction))
         else:
-            # by the key alone, so that a resumed run checks the same labels
-            check = recipe.check_every > 0 and zlib.crc32(key.encode()) % recipe.check_every == 0
-            job = make_job(recipe, key, len(records) + 1, structure, self.spool, self.scratch, check)
+            job = make_job(recipe, key, len(records) + 1, structure, self.spool, self.scratch, request.check)
             job["stop"] = str(self._stop) if self._runner.remote else ""
             try:
                 future = request.running = self._runner.executor.submit(self._runner.function, job)

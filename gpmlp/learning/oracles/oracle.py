@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -19,6 +20,7 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.learning.labels import targets_of
 from gpmlp.learning.oracles import codes, results, worker
+from gpmlp.learning.oracles.single_point import FORCES, STRESS
 from gpmlp.recipe import Count, Positive, RecipeSection
 
 NOT_PHYSICS = ("command",)  # keyword arguments that say how a code is started, not what it computes
@@ -57,8 +59,8 @@ class OracleRecipe(RecipeSection):
 
     @field_validator("calculator")
     @classmethod
-    def _there(cls, name: str) -> str:
-        codes.find_calculator(name)
+    def _named(cls, name: str) -> str:
+        codes.check_calculator_name(name)  # a recipe is read without importing what it names; `check` does that
         return name
 
     @field_validator("kwargs", "retry_kwargs")
@@ -95,7 +97,7 @@ class OracleRecipe(RecipeSection):
         return codes.merge_kwargs(self.kwargs, self.retry_kwargs[min(attempt - 2, len(self.retry_kwargs) - 1)])
 
     def check(self) -> None:
-        """Raise UserError if the calculator cannot be made, or its program is not there."""
+        """Import the calculator and make it once. Raises UserError: that fails, or its program is not there."""
         ready = codes.READY.get(self.calculator)
         if ready and ready.program and self.executor in ("processes", "inline"):
             program = str(self.kwargs.get("command", ready.program)).split()[0]
@@ -124,11 +126,11 @@ class CalculatorOracle:
         with tempfile.TemporaryDirectory(prefix="gpmlp-oracle-") as folder:
             for i in range(len(structures)):
                 structure = structures.select([i])
-                check = self.recipe.check_every > 0 and i % self.recipe.check_every == 0
+                check = () if not self.recipe.check_every or i % self.recipe.check_every else (FORCES,) if i else (FORCES, STRESS)
                 targets.append(self._label_one(structure, Path(folder), f"structure{i}", check))
         return Targets.concatenate(targets)
 
-    def _label_one(self, structure: Structures, folder: Path, key: str, check: bool) -> Targets:
+    def _label_one(self, structure: Structures, folder: Path, key: str, check: Sequence[str]) -> Targets:
         records = []
         for attempt in range(1, self.recipe.attempts + 1):
             asked = make_job(self.recipe, key, attempt, structure, folder / "spool", folder / "scratch", check)
@@ -141,15 +143,15 @@ class CalculatorOracle:
 
 
 def make_job(
-    recipe: OracleRecipe, key: str, attempt: int, structure: Structures, spool_folder: Path, scratch: Path, check: bool
+    recipe: OracleRecipe, key: str, attempt: int, structure: Structures, spool_folder: Path, scratch: Path, check: Sequence[str]
 ) -> dict[str, Any]:
-    """The input of an attempt, as plain numbers and texts."""
+    """The input of an attempt, as plain numbers and texts; `check`: what to compare with the energy ('forces', 'stress')."""
     choices = ["calculator", "magnetic_moments", "free_energy", "stress", "timeout_s", "keep", "check_forces"]
     choices += ["largest_force", "largest_net_force"]
     return {name: getattr(recipe, name) for name in choices} | {
         "key": key,
         "attempt": attempt,
-        "check": check,
+        "check": sorted(set(check)),
         "kwargs": recipe.kwargs_of(attempt),
         "structure": {
             "positions": structure.positions.double().tolist(),
