@@ -390,9 +390,7 @@ def orphan(tmp_path):
     found = []
 
     def make(*behaviour):
-        wanted = make_job(
-            recipe(tmp_path, *behaviour), "a", 1, copper(), tmp_path / "spool", tmp_path / "scratch", ()
-        )
+        wanted = make_job(recipe(tmp_path, *behaviour), "a", 1, copper(), tmp_path / "spool", tmp_path / "scratch", ())
         run = subprocess.Popen([sys.executable, "-c", KILLED, json.dumps(wanted)], stdout=subprocess.PIPE, text=True)
         with run:
             found.append(int(run.stdout.readline()))

@@ -25,7 +25,7 @@ from gpmlp.potential.potential import Potential
 EVERYTHING = (FORCES, STRESS)
 BELIEVED = 3  # labels in a row that are checked and agree, after which an oracle that has contradicted itself is believed again
 FAR_FORCES = 0.5  # share of the forces (of label or model) by which a label is off that is unlikely
-FAR_SIGMAS, FAR_ENERGY = 10.0, 0.02  # as much in the energy: standard deviations, and eV/atom
+FAR_SIGMAS, FAR_ENERGY = 6.0, 0.003  # as much in the energy: standard deviations, and eV/atom
 ALIKE = 0.999  # kernel of two unit environments above which one label will do for both
 COMPARED = 3  # atoms of a decision that are compared
 
@@ -177,8 +177,8 @@ class LabelRequests:
                 else ""
             )
             raise UserError(
-                f"The oracle contradicts itself, so the run ends: {said}{since} Correct the oracle and go on (--resume): both structures are "
-                "asked for again. Where it is right and only rough, converge it better; oracle.check_every: 0 believes it blindly."
+                f"The oracle contradicts itself, so the run ends: {said}{since} Correct the oracle and go on (--resume): both structures "
+                "are asked for again. Where it is right and only rough, converge it better; oracle.check_every: 0 believes it blindly."
             )
         if not refusal.contradiction and self.recipe.on_failure != "stop":
             self.labels.refuse(refusal)
@@ -194,11 +194,12 @@ def _unlikely(request: LabelRequest, answer: LabelResult, potential: Potential |
         return False
     targets = _trusted(answer, request.surrogate)
     with torch.no_grad():
-        predicted = potential(request.structure, variance=["energy"])
+        predicted = potential(request.structure, variance=["energies"])
     forces = torch.stack([targets.forces, predicted.forces])[:, targets.forces.isfinite().all(dim=1)]
     if forces.numel() and bool((forces[0] - forces[1]).norm() > FAR_FORCES * forces.norm(dim=(1, 2)).max()):
         return True
     error = float((targets.energies - predicted.energies).abs()[0])
+    assert predicted.energies_variance is not None
     sigma = float(predicted.energies_variance.total.clamp_min(0).sqrt()[0])
     return error > max(FAR_SIGMAS * sigma, FAR_ENERGY * request.structure.n_atoms)
 

@@ -126,7 +126,13 @@ class CalculatorOracle:
         with tempfile.TemporaryDirectory(prefix="gpmlp-oracle-") as folder:
             for i in range(len(structures)):
                 structure = structures.select([i])
-                check = () if not self.recipe.check_every or i % self.recipe.check_every else (FORCES,) if i else (FORCES, STRESS)
+                check = (
+                    ()
+                    if not self.recipe.check_every or i % self.recipe.check_every
+                    else (FORCES,)
+                    if i
+                    else (FORCES, STRESS)
+                )
                 targets.append(self._label_one(structure, Path(folder), f"structure{i}", check))
         return Targets.concatenate(targets)
 
@@ -143,7 +149,13 @@ class CalculatorOracle:
 
 
 def make_job(
-    recipe: OracleRecipe, key: str, attempt: int, structure: Structures, spool_folder: Path, scratch: Path, check: Sequence[str]
+    recipe: OracleRecipe,
+    key: str,
+    attempt: int,
+    structure: Structures,
+    spool_folder: Path,
+    scratch: Path,
+    check: Sequence[str],
 ) -> dict[str, Any]:
     """The input of an attempt, as plain numbers and texts; `check`: what to compare with the energy ('forces', 'stress')."""
     choices = ["calculator", "magnetic_moments", "free_energy", "stress", "timeout_s", "keep", "check_forces"]

@@ -18,11 +18,19 @@ from gpmlp.learning.oracles.codes import OracleError, build_calculator
 FORCES, STRESS = "forces", "stress"  # what a label's energy can be compared with
 STEP = 0.02  # A, the largest displacement along the forces when energies are compared with them
 SHAKE = 0.25  # of STEP: every atom moves at random as well, also one that the oracle holds
-RESTING = 0.05  # eV/A; where all forces are smaller, atoms are moved by STEP at random: there is no slope, but a curvature
-SLOPE = 0.05  # by which energies and forces may disagree: a share of the work done on all atoms,
+RESTING = (
+    0.05  # eV/A; where all forces are smaller, atoms are moved by STEP at random: there is no slope, but a curvature
+)
+SLOPE = 0.05  # by which energies and forces may disagree: a share of the work that forces can do on the way,
 ROUGHNESS = 5e-5  # and eV/atom, what a self-consistent code leaves unconverged
-STRAIN = 0.02 * np.array([[1.0, 0.5, 0.3], [0.5, -0.6, 0.2], [0.3, 0.2, -0.4]])  # without change of volume: no Pulay stress
-STRAIN_SLOPE, STRAIN_ROUGHNESS = 0.75, 5e-4  # as SLOPE and ROUGHNESS, but only a wrong sign or unit counts: with the cell plane waves change
+STRAIN = 0.02 * np.array(
+    [[1.0, 0.5, 0.3], [0.5, -0.6, 0.2], [0.3, 0.2, -0.4]]
+)  # without change of volume: no Pulay stress
+STRAIN_SLOPE, STRAIN_ROUGHNESS = (
+    0.75,
+    5e-4,
+)  # as SLOPE and ROUGHNESS, but only a wrong sign or unit counts: with the cell plane waves change
+UNCHANGED = 1e-3  # eV/A
 BONDED = 1.3  # times the sum of covalent radii: atoms so near exert forces
 ASYMMETRY = 1e-2  # of the largest component of a stress; codes print more digits than that
 NOT_CONVERGED = "convergence NOT achieved"
@@ -35,7 +43,12 @@ UNITS = {
     1 / 13.6057: "right, and the energy in Rydberg",
     23.0605: "right, and the energy in kcal/mol",
 }
-STRESS_UNITS = {-1.0: "of the opposite sign", 1 / 160.2177: "in GPa", -1 / 160.2177: "a pressure in GPa", 1 / 1602.177: "in kbar"}
+STRESS_UNITS = {
+    -1.0: "of the opposite sign",
+    1 / 160.2177: "in GPa",
+    -1 / 160.2177: "a pressure in GPa",
+    1 / 1602.177: "in kbar",
+}
 ALIKE = 0.1
 
 
@@ -43,7 +56,7 @@ class LabelError(ValueError):
     """A label that came back but cannot be trusted."""
 
 
-class Contradiction(LabelError):
+class ContradictionError(LabelError):
     """A label whose energy is not that of its forces or stress: a fault of the oracle, not of the structure.
 
     Attributes:
@@ -53,9 +66,7 @@ class Contradiction(LabelError):
     calls = 0
 
 
-def compute_label(
-    job: Mapping[str, Any], directory: Path, earlier: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def compute_label(job: Mapping[str, Any], directory: Path, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The label that a job asks for: energy (eV), forces (eV/A), stress ((3, 3) eV/A^3 or None), as plain numbers; `calls` of the
     calculator, and what was `checked` against the energy.
 
@@ -83,7 +94,7 @@ def compute_label(
             continue
         try:
             calls += COMPARISONS[what](job, atoms, answer, directory / what)
-        except Contradiction as error:
+        except ContradictionError as error:
             error.calls = calls + 1
             raise
         checked.append(what)
@@ -240,24 +251,37 @@ def _compare_forces(job: Mapping[str, Any], atoms: Atoms, answer: dict[str, Any]
     moved = atoms.copy()
     moved.positions += step
     other = _moved_answer(job, moved, directory)
-    work = -(step * (forces + other["forces"])).sum(axis=1) / 2
-    change, expected = other["energy"] - answer["energy"], float(work.sum())
-    if abs(change - expected) > SLOPE * float(np.abs(work).sum()) + ROUGHNESS * n:
+    change, expected = other["energy"] - answer["energy"], -float((step * (forces + other["forces"])).sum()) / 2
+    scale = (
+        sum(float((np.linalg.norm(step, axis=1) * np.linalg.norm(f, axis=1)).sum()) for f in (forces, other["forces"]))
+        / 2
+    )
+    if abs(change - expected) > SLOPE * scale + ROUGHNESS * n:
         ratios = {**UNITS, 1 / n: "right, and the energy per atom"}
-        raise Contradiction(
+        raise ContradictionError(
             f"energy and forces contradict each other: a step of at most {STEP} A along the forces changes the energy by "
             f"{change:.6g} eV, the forces say {expected:.6g} eV{_likely('forces', change, expected, ratios)}"
         )
-    held = (forces == 0).all(axis=1) & (other["forces"] == 0).all(axis=1)
-    if held.any():
-        radii, distances = covalent_radii[moved.numbers], moved.get_all_distances(mic=True)
-        near = (distances < BONDED * (radii[:, None] + radii)).sum(axis=1) > 1  # than itself
-        if wrong := (held & near).nonzero()[0].tolist():
-            raise Contradiction(
-                f"the forces on {len(wrong)} atoms ({', '.join(map(str, wrong[:5]))}{', ...' if wrong[5:] else ''}) are exactly zero, "
-                "here and after these atoms were moved: does the oracle hold them? Labels need the forces on all atoms"
-            )
+    _check_changed(moved, forces, other["forces"])
     return 1
+
+
+def _check_changed(atoms: Atoms, before: np.ndarray, after: np.ndarray) -> None:
+    """Forces of atoms that were moved are others, and not zero, where there are neighbours."""
+    radii, distances = covalent_radii[atoms.numbers], atoms.get_all_distances(mic=True)
+    near = (distances < BONDED * (radii[:, None] + radii)).sum(axis=1) > 1  # than itself
+    if near.any() and np.linalg.norm(after - before, axis=1)[near].max() < UNCHANGED:
+        raise ContradictionError(
+            f"energy and forces contradict each other: atoms were moved by up to {STEP} A, and no force changed by {UNCHANGED:g} "
+            "eV/A; does the oracle relax the structure, or answer for another one?"
+        )
+    held = near & (before == 0).all(axis=1) & (after == 0).all(axis=1)
+    if held.any():
+        named = ", ".join(map(str, held.nonzero()[0][:5].tolist()))
+        raise ContradictionError(
+            f"the forces on {held.sum()} atoms ({named}{', ...' if held.sum() > 5 else ''}) are exactly zero, here and after these "
+            "atoms were moved: does the oracle hold them? Labels need the forces on all atoms"
+        )
 
 
 def _compare_stress(job: Mapping[str, Any], atoms: Atoms, answer: dict[str, Any], directory: Path) -> int:
@@ -276,7 +300,7 @@ def _compare_stress(job: Mapping[str, Any], atoms: Atoms, answer: dict[str, Any]
     change, expected = other["energy"] - answer["energy"], float(sum(work)) / 2
     if abs(change - expected) > STRAIN_SLOPE * max(abs(change), abs(expected)) + STRAIN_ROUGHNESS * len(atoms):
         virial = dict.fromkeys((1 / atoms.get_volume(), -1 / atoms.get_volume()), "the virial (stress times volume)")
-        raise Contradiction(
+        raise ContradictionError(
             f"energy and stress contradict each other: a strain of {np.abs(STRAIN).max():g} changes the energy by {change:.6g} eV, the "
             f"stress says {expected:.6g} eV{_likely('the stress', change, expected, {**STRESS_UNITS, **virial})}"
         )

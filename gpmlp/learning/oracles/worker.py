@@ -22,7 +22,7 @@ from typing import Any
 from gpmlp.learning.oracles import results
 from gpmlp.learning.oracles.codes import OracleError, find_calculator
 from gpmlp.learning.oracles.results import TICKS, LockWaiter, child_processes
-from gpmlp.learning.oracles.single_point import Contradiction, LabelError, compute_label, failure_text
+from gpmlp.learning.oracles.single_point import ContradictionError, LabelError, compute_label, failure_text
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 STOPPED = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM, 128 + signal.SIGINT)
@@ -114,7 +114,7 @@ def _attempt(job: Mapping[str, Any], earlier: Mapping[str, Any] | None, ours: bo
     except _TimedOut:
         kill_children(booted)
         return attempt_record(job, results.FAILED, f"no answer within timeout_s {job['timeout_s']:g}")
-    except Contradiction as error:
+    except ContradictionError as error:
         return attempt_record(job, results.FAILED, str(error), contradiction=True, calls=error.calls)
     except BaseException as error:  # calculators raise what they like
         if isinstance(error, KeyboardInterrupt) and not ours:  # the user's
@@ -159,7 +159,7 @@ def _failure(error: BaseException, folder: Path) -> tuple[str, str]:
 def _redirected(folder: Path, ours: bool) -> Iterator[None]:
     """What calculators print goes into the scratch folder; what their programs print, too, where the process is ours."""
     if not ours:
-        with open(folder / "output.txt", "a") as file, redirect_stdout(file):
+        with open(folder / "output.txt", "a") as text, redirect_stdout(text):
             yield
         return
     with open(folder / "output.txt", "ab") as file:
@@ -168,7 +168,8 @@ def _redirected(folder: Path, ours: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
+        with suppress(ValueError):  # it was closed
+            sys.stdout.flush()
         nothing = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
             os.dup2(nothing, descriptor)

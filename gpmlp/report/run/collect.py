@@ -257,7 +257,8 @@ def _labels(
     nothing = {"seconds": float("nan"), "attempts": 1}
     work = [oracle.get(label.key, nothing) for label in labels]
     return tuple(
-        replace(label, seconds=w["seconds"], attempts=w["attempts"]) for label, w in zip(labels, work, strict=True)
+        replace(label, seconds=w["seconds"], attempts=w["attempts"], checks=max(0, w.get("calls", 0) - w["attempts"]))
+        for label, w in zip(labels, work, strict=True)
     )
 
 

@@ -92,6 +92,7 @@ class LabelRecord:
         walker: -1 for none; total_step: steps of all walkers together until it was learned.
         bound: of the force error where it was asked for, eV/A; limit: of the trigger then.
         species: (atoms,). columns: of the model after it. seconds: that it took the oracle.
+        checks: further calls that compared its energy with its forces and stress.
         surrogate: what was labelled in place of a frame that was too large, in words; '' = the frame itself.
     """
 
@@ -110,6 +111,7 @@ class LabelRecord:
     columns: int = 0
     seconds: float = float("nan")
     attempts: int = 1
+    checks: int = 0
     prequential: PrequentialError | None = None
     surrogate: str = ""
 

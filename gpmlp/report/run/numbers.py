@@ -117,6 +117,7 @@ def run_costs(data: RunData) -> dict[str, Any]:
     seconds = seconds[np.isfinite(seconds)]
     asked, steps = len(data.asked), data.total_steps
     given = sum(label.cause == "given" for label in data.labels)
+    checks = sum(label.checks for label in data.labels)
     dynamics = data.seconds.get("dynamics", float("nan"))
     return {
         "labels": len(data.labels),
@@ -125,7 +126,8 @@ def run_costs(data: RunData) -> dict[str, Any]:
         "labels_asked_by_dynamics": asked,
         "refused": len(data.refused),
         "failed_attempts": sum(label.attempts - 1 for label in data.labels) + sum(r["attempts"] for r in data.refused),
-        "oracle_calls": len(data.labels) - given + len(data.refused),
+        "oracle_calls": len(data.labels) - given + len(data.refused) + checks,
+        "oracle_checks": checks,
         "steps": steps,
         "steps_per_label": steps / asked if asked else None,
         "share_of_steps_without_oracle": 1 - asked / steps if steps else None,

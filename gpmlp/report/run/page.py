@@ -162,6 +162,7 @@ def _cost_values(data: RunData, costs: Numbers) -> dict[str, Any]:
         ("labels asked for by the dynamics", format_number(costs["labels_asked_by_dynamics"])),
         ("structures set aside", format_number(costs["refused"])),
         ("attempts that failed", format_number(costs["failed_attempts"])),
+        ("further calls, to compare energies with forces", format_number(costs["oracle_checks"])),
         ("steps per label asked for", format_number(costs["steps_per_label"])),
         ("median time of a label", format_duration(costs["oracle_seconds_median"])),
     ]
