@@ -171,7 +171,7 @@ def test_errors_of_the_user_are_one_message(name, recipe, capsys):
         ("1 / 0", "'wrong_oracle:Own' cannot be imported: ZeroDivisionError: division by zero; correct the module."),
         ("raise SystemExit(3)", "'wrong_oracle:Own' cannot be imported: SystemExit: 3"),
         (
-            "class Own:\n    def __init__(self, argument): ...",
+            "class Own:\n    label = None\n    def __init__(self, argument): ...\n    def calculate(self): ...",
             "TypeError: Own.__init__() missing 1 required positional argument: 'argument'.",
         ),
     ],

@@ -111,9 +111,9 @@ class LabelRecord:
     columns: int = 0
     seconds: float = float("nan")
     attempts: int = 1
-    checks: int = 0
     prequential: PrequentialError | None = None
     surrogate: str = ""
+    checks: int = 0
 
     @property
     def name(self) -> str:
