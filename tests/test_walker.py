@@ -82,15 +82,14 @@ class Springs:
         local = 0.5 * self.stiffness * shift.square().sum(1)
         sigma = self.sigma(shift)
         none, eye = torch.zeros_like(sigma), torch.eye(3, dtype=torch.float64)
-        covariance = None
-        if "forces" in (variance or ()):
-            self.full += 1
-            total = sigma.square()[:, None, None] * eye * 4.0
-            covariance = Variance(0 * total, total, 0 * total, 0 * total)
+        total = sigma.square()[:, None, None] * eye
+        estimated, exact = (Variance(0 * total, scale * total, 0 * total, 0 * total) for scale in (3.0, 4.0))
+        self.full += "forces" in (variance or ())
         return Prediction(
             local.sum()[None], local, -self.stiffness * shift, torch.full((1, 3, 3), math.nan, dtype=torch.float64),
             atom_energies_variance=Variance(none, sigma.square(), none, none) if variance else None,
-            forces_covariance=covariance, novelty=none,
+            forces_covariance=exact if "forces" in (variance or ()) else None,
+            sampled_forces_covariance=estimated if variance else None, novelty=none,
         )  # fmt: skip
 
 
@@ -336,7 +335,7 @@ def test_watching_in_some_steps_only():
         cheap = 0
 
         def __call__(self, structures, variance, novelty=True, pairs=None):
-            self.cheap += variance == "atom_energies"
+            self.cheap += variance == walker.CHEAP
             return super().__call__(structures, variance, novelty)
 
     potential = Counted(atoms, stiffness=0.2)
@@ -352,7 +351,7 @@ def test_watching_in_some_steps_only():
 
 
 def test_a_false_alarm_of_the_cheap_look_does_not_stop_a_walker():
-    """Where local energies become uncertain and forces do not, the full look says so, and is not asked for at each step again."""
+    """Where estimates grow and variances of forces do not, the full look says so, and is not asked for at each step again."""
     atoms, dynamics = cluster(), DynamicsRecipe(temperature_K=300, steps=400)
 
     class Calm(Springs):

@@ -162,6 +162,7 @@ class Prediction:
         energies_variance: (structures,) eV^2; this and what follows is None where it was not asked for.
         atom_energies_variance: (atoms,) eV^2.
         forces_covariance: (atoms, 3, 3) (eV/A)^2, of the components of one atom.
+        sampled_forces_covariance: (atoms, 3, 3) (eV/A)^2, an estimate of the same from posterior samples.
         stresses_covariance: (structures, 6, 6) (eV/A^3)^2, in the order xx yy zz yz xz xy.
         novelty: (atoms,) Mahalanobis distance of each environment over the threshold of its species; above 1: outside the data.
     """
@@ -173,6 +174,7 @@ class Prediction:
     energies_variance: Variance | None = None
     atom_energies_variance: Variance | None = None
     forces_covariance: Variance | None = None
+    sampled_forces_covariance: Variance | None = None
     stresses_covariance: Variance | None = None
     novelty: Tensor | None = None
 
@@ -222,6 +224,7 @@ class Prediction:
         indices = torch.as_tensor(indices, device=self.energies.device, dtype=torch.long)
         atoms = structures.atoms_of(indices).to(indices.device)
         per_atom = {"atom_energies", "forces", "atom_energies_variance", "forces_covariance", "novelty"}
+        per_atom.add("sampled_forces_covariance")
         return self._with(lambda name, v: _apply(lambda part: part[atoms if name in per_atom else indices], v))
 
     def _with(self, function: Callable[[str, Any], Any]) -> Prediction:

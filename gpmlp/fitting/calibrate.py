@@ -130,6 +130,7 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
     data: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     weights: dict[str, Tensor] = {}
     blind: list[str] = []
+    unsampled = 1.0
     for kind in ("forces", "energies", "stresses"):
         if getattr(prediction, VARIANCE_FIELDS[kind]) is None:
             continue
@@ -152,6 +153,8 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
             weights[kind] = fit_variance_weights(errors, parts)
             weights[kind][2] = max(float(weights[kind][2]), LEAST)
         used = weights.get(kind, torch.ones(parts.shape[1], dtype=parts.dtype))
+        if kind == "forces":
+            unsampled = unsampled_factor(parts, used)
         data[kind] = (errors, (parts @ used.to(parts)).sqrt(), species)
     source: dict[str, object] = {
         "held_out_structures": len(structures),
@@ -162,7 +165,8 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
         "blind": blind,
     }
     sample_scale = sample_spread(structures, targets, raw) if "forces" in data else None
-    calibration = replace(Calibration.fit(data, source, weights), typical_novelty=typical, sample_scale=sample_scale)
+    about = {"typical_novelty": typical, "sample_scale": sample_scale, "unsampled": unsampled}
+    calibration = replace(Calibration.fit(data, source, weights), **about)
     if prediction.forces_variance is not None and "forces" in data:
         labels = targets.forces[~targets.forces.isnan()]
         source["force_eV_per_A"] = labels.square().mean().sqrt().item()
@@ -184,6 +188,16 @@ def sample_spread(structures: Structures, targets: Targets, raw: Prediction) -> 
     if int(usable.sum()) < ENOUGH:
         return None
     return float(fit_variance_weights(errors[usable], parts[usable][:, 1:])[0]) ** 0.5
+
+
+def unsampled_factor(parts: Tensor, weights: Tensor) -> float:
+    """Median over force components of (inducing + data) / data, with their weights: what samples show is the latter.
+
+    Args:
+        parts: (n, 3) of variances of forces (`split_residuals`); weights: (3,).
+    """
+    inducing, data, _ = (parts * weights.to(parts)).unbind(1)
+    return float(1 + (inducing / data).nan_to_num(0.0, posinf=0.0).median())
 
 
 def calibration_warnings(calibration: Calibration, label_noise: dict[str, float]) -> list[str]:

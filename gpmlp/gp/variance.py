@@ -25,6 +25,7 @@ from gpmlp.gp.prior import PriorCovariance, near_together
 
 ByDescriptor = Sequence[StructureEnvironments]  # environments of the same structures, by each descriptor
 VARIANCES = ("atom_energies", "energies", "forces", "stresses")
+SAMPLED = "sampled_forces"  # an estimate of the variances of forces
 FORMS = ("scaled", "dtc")
 FREE = 1e-12  # of the misspecification: a variance left by the data that is far below is one that symmetry makes zero
 KEPT = 1e-6  # of the misspecification, there
@@ -38,6 +39,7 @@ class VarianceRequest:
     Attributes:
         atom_energies, energies, stresses: whether.
         forces: whether; for `atoms` only, if given (indices).
+        sampled_forces: whether those of all forces, estimated from posterior samples.
         form: how much of what the inducing set cannot represent counts: 'dtc', all of it (Quiñonero-Candela, Rasmussen 2005, eq. 20);
             'scaled', VarianceModel.amplitude of it.
     """
@@ -48,10 +50,11 @@ class VarianceRequest:
     stresses: bool = False
     atoms: Tensor | None = None
     form: str = "scaled"
+    sampled_forces: bool = False
 
     @property
     def any(self) -> bool:
-        return self.atom_energies or self.correlated
+        return self.atom_energies or self.sampled_forces or self.correlated
 
     @property
     def correlated(self) -> bool:
@@ -213,6 +216,21 @@ class VarianceModel:
             data[here] = b @ b.mT
             misfit[here] = _where_free(data[here], constant)
         return Variance(unexplained, data, misfit, noise)
+
+    def sampled_force_covariance(self, deviations: Tensor) -> Variance:
+        """(atoms, 3, 3) covariance of the force on each atom, (eV/A)², estimated from samples of the posterior.
+
+            cov(F, F) ≈ 1/k Σ_s δF_s δF_sᵀ + misspecification + noise
+
+        What the inducing set cannot represent is not in it: samples do not show it.
+
+        Args:
+            deviations: (k, atoms, 3) forces of samples less those of the mean, eV/A.
+        """
+        data = torch.einsum("kna,knb->nab", deviations, deviations).to(self.signal.dtype) / len(deviations)
+        constant, labels = self._noise_parts("forces")
+        noise = (labels * torch.eye(3).to(data)).expand_as(data)
+        return Variance(torch.zeros_like(data), data, _where_free(data, constant), noise)
 
     def stress_covariance(
         self, structures: Structures, environments: ByDescriptor, share: float, rows: CovarianceRows | None = None

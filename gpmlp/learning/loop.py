@@ -224,7 +224,7 @@ class _Run:
         stride = min(state.steps_to_full_variance(trigger), dynamics.steps - state.walker.step)
         return walker.advance_walker(
             self.snapshots[i], self.potential, self._decide(i), dynamics, self.timestep_fs, stride, trigger.watch,
-            self.recipe.explore.bias, predict,
+            self.recipe.explore.bias, predict, trigger.local_energy is not None,
         )  # fmt: skip
 
     def _is_active(self, state: WalkerState) -> bool:
@@ -253,7 +253,7 @@ class _Run:
         for i, state in enumerate(self.progress.walkers):
             if state.pending is None or state.sent:
                 continue
-            snapshot = walker.take_snapshot(state.pending, self.potential, self._decide(i), self.recipe.dynamics)
+            snapshot = self._snapshot(i, state.pending)
             if snapshot.decision.action == "continue" and not state.reason.startswith(HALTED):
                 self.files.log_event("dropped", walker=i, step=state.pending.step)
                 self.progress = self.progress.with_walker(i, replace(state.without_request(), trusted=state.walker))
@@ -314,7 +314,7 @@ class _Run:
             self.files.log_event(
                 "ask", walker=i, step=snapshot.walker.step, action=decision.action, reason=decision.reason,
                 severity=decision.severity, force_limit=self.limits.force, atoms=list(decision.atoms),
-                cause=" and ".join(decision.causes),
+                cause=" and ".join(decision.causes), probability=self.limits.probability,
             )  # fmt: skip
         state = self.progress.walkers[i].after_decision(snapshot, self.recipe, self.starts, self.progress.round)
         self.progress = self.progress.with_walker(i, state)
@@ -375,18 +375,24 @@ class _Run:
     def _update_snapshots(self, walkers_to_update: Sequence[int] | None = None) -> None:
         """Limits and snapshots under the present model."""
         self.limits = self._limits()
-        dynamics, walkers = self.recipe.dynamics, self.progress.walkers
-        snapshots = dict(enumerate(self.snapshots))
+        walkers, snapshots = self.progress.walkers, dict(enumerate(self.snapshots))
         for i in range(len(walkers)) if walkers_to_update is None else walkers_to_update:
-            snapshots[i] = walker.take_snapshot(walkers[i].walker, self.potential, self._decide(i), dynamics)
+            snapshots[i] = self._snapshot(i, walkers[i].walker)
         self.snapshots = list(snapshots.values())
+
+    def _snapshot(self, i: int, place: Walker) -> WalkerSnapshot:
+        """Of a place of walker i under the present model."""
+        local = self.recipe.trigger.local_energy is not None
+        return walker.take_snapshot(place, self.potential, self._decide(i), self.recipe.dynamics, local)
 
     def _limits(self) -> TriggerLimits:
         """From the model and the history alone, which a run that is resumed has, too."""
         online = self.model.online
         rms = walker_state.typical_force(self.progress.history, self.recipe.dynamics, online.targets)
         atoms = max(len(a) for a in self.starts)
-        return trigger_limits(self.recipe.trigger, rms, atoms, online.constant, online.calibration)
+        limits = trigger_limits(self.recipe.trigger, rms, atoms, online.constant, online.calibration)
+        asking = walker_state.label_probability(self.progress.history, self.recipe.trigger)
+        return replace(limits, probability=asking)
 
     # ------------------------------------------------------------ records
 

@@ -88,18 +88,20 @@ class TriggerRecipe(RecipeSection):
 
     A label is asked for where the probability that the force error of some atom exceeds `force` (eV/A; 'noise': `noise` times the
     error that noise and misfit leave to a frame however many labels there are; 'auto': `share` of the rms force of the
-    dynamics at its hottest, and no less than 'noise') is more than `probability`; or where
-    the standard deviation of a local energy exceeds `local_energy` (eV); or the novelty exceeds `novelty`. The run halts and goes
-    back where the probability holds for `halt` times the force, or a guard is broken. Variances of forces are computed every
-    `every` steps, those of local energies, which cost far less, every `watch` steps, and forces' whenever these give reason; guards
-    and novelty hold in every step. After a label the walker has to be `cooldown` steps older, or `hysteresis` times worse than
-    right after it; more than `most_per_1000_steps` labels are not asked.
+    dynamics at its hottest, and no less than 'noise') is more than `likely`, or less where errors beyond it would otherwise pass
+    in a share of more than `probability` of the latest frames (triggers.asking_probability); or where the standard deviation of a
+    local energy exceeds `local_energy` (eV); or the novelty exceeds `novelty`. The run halts and goes back where the probability
+    holds for `halt` times the force, or a guard is broken. Variances of forces are computed every `every` steps; estimates of
+    them, which cost far less, every `watch` steps, and the variances whenever these give reason; guards and novelty hold in every
+    step. After a label the walker has to be `cooldown` steps older, or `hysteresis` times worse than right after it; more than
+    `most_per_1000_steps` labels are not asked.
     """
 
     force: Positive | Literal["auto", "noise"] | None = "auto"
     share: Positive = 0.15
     noise: Positive = 1.2
     probability: Share = 0.02
+    likely: Share = 0.5
     local_energy: Positive | None = None
     novelty: Positive | None = 1.5
     halt: Annotated[float, Field(gt=1)] = 4.0

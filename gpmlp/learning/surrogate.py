@@ -119,10 +119,10 @@ def feature_distance(potential: Potential, frame: Structures, surrogate: Surroga
 
 
 def most_uncertain_atom(potential: Potential, structure: Structures) -> int:
-    """The atom whose local energy has the largest variance."""
-    variance = potential(structure, "atom_energies").atom_energies_variance
-    assert variance is not None
-    return int(variance.total.argmax())
+    """The atom whose force has the largest variance, as samples show it."""
+    covariance = potential(structure, "sampled_forces").sampled_forces_covariance
+    assert covariance is not None
+    return int(covariance.total.diagonal(dim1=1, dim2=2).sum(1).argmax())
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from gpmlp.uncertainty.calibration import Calibration
 Action = Literal["continue", "label", "halt"]
 SURE = 1e-30  # eV^2/A^2; no force varies by less, unless symmetry makes it zero
 NAMED = 10  # atoms that a decision names at most
+FRAMES = 25  # fewer than that say nothing of shares of 2 %: where there are none, errors were none
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,30 @@ def covariance_moments(forces_covariance: Tensor) -> tuple[np.ndarray, np.ndarra
     return trace, (trace**2 / squares).clip(1.0, 3.0)
 
 
+def frame_exceedance(forces_covariance: Tensor, tolerance: float) -> float:
+    """1 - Π_i (1 - P_i(t)): the probability that some atom's force error is longer than t (eV/A), if these are independent."""
+    trace, freedom = covariance_moments(forces_covariance)
+    if not np.isfinite(trace).all():
+        return 1.0
+    each = exceedance_probability(trace, freedom, tolerance).clip(0, 1 - 1e-15)
+    return float(-np.expm1(np.log1p(-each).sum()))
+
+
+def asking_probability(exceedances: np.ndarray, trigger: TriggerRecipe) -> float:
+    """The probability of exceeding the limit above which a label is asked for: `likely`, or less where frames that may pass below
+    would have an error beyond the limit in more than a share `probability` of all.
+
+    Args:
+        exceedances: (frames,) these probabilities in the latest frames, in any order.
+    """
+    ordered = np.sort(exceedances[np.isfinite(exceedances)])
+    passed = ordered.cumsum() / max(len(ordered), FRAMES) <= trigger.probability
+    if passed.all():
+        return max(trigger.likely, trigger.probability)
+    highest = float(ordered[:-1][passed[:-1]].max(initial=0.0))
+    return min(max(highest, trigger.probability), max(trigger.likely, trigger.probability))
+
+
 def force_error_bound(forces_covariance: Tensor, probability: float) -> float:
     """Tolerance t (eV/A) with 1 - Π_i (1 - P_i(t)) = probability: that of some atom's force error exceeding it, if independent."""
     trace, freedom = covariance_moments(forces_covariance)
@@ -115,12 +140,12 @@ def force_error_bound(forces_covariance: Tensor, probability: float) -> float:
         return 0.0
     top = float(trace.max()) ** 0.5
 
-    def excess(log: float) -> float:
-        each = exceedance_probability(trace, freedom, np.exp(log)).clip(0, 1 - 1e-15)
-        return float(-np.expm1(np.log1p(-each).sum())) - probability
-
     # the largest norm is no less than 1e-3 and no more than 20 standard deviations of the worst atom
     low, high = np.log(1e-3 * top), np.log(20 * top)
+
+    def excess(log: float) -> float:
+        return frame_exceedance(forces_covariance, np.exp(log)) - probability
+
     return float(np.exp(brentq(excess, low, high, xtol=1e-4)))
 
 

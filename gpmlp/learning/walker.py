@@ -20,7 +20,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from gpmlp.core.errors import UserError
 from gpmlp.core.neighbors import Neighbors
-from gpmlp.core.quantities import Prediction, Variance
+from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.core.verlet_list import VerletList
 from gpmlp.engines.ase import GPCalculator
@@ -28,11 +28,12 @@ from gpmlp.engines.md import Bath, Integrator, draw_velocities, ensure_velocitie
 from gpmlp.io.ase_atoms import calculator_results, structures_from_ase
 from gpmlp.learning import exploration
 from gpmlp.learning.recipe import DynamicsRecipe
-from gpmlp.learning.triggers import StepContext, TriggerDecision, guard_decision
+from gpmlp.learning.triggers import SURE, StepContext, TriggerDecision, guard_decision
 from gpmlp.potential.potential import Potential
 
-CHEAP = "atom_energies"  # variances of every few steps
-FULL = ("atom_energies", "forces")
+CHEAP = ("sampled_forces",)  # variances of every few steps
+FULL = ("forces", "sampled_forces")
+LOCAL = ("atom_energies",)  # with both, where these have a limit
 SWELLING = 2.0  # factor on the volume in one step at which the dynamics counts as lost
 
 
@@ -233,11 +234,12 @@ def predict_alone(potential: Potential) -> PredictFunction:
 
 
 def take_snapshot(
-    walker: Walker, potential: Potential, decide: DecideFunction, dynamics: DynamicsRecipe
+    walker: Walker, potential: Potential, decide: DecideFunction, dynamics: DynamicsRecipe, local: bool = False
 ) -> WalkerSnapshot:
-    """Predict with force variances where a walker is, and decide."""
+    """Predict with force variances where a walker is, with those of local energies if wanted, and decide."""
     structure = structures_from_ase([walker.atoms], [f"walker {walker.number}, step {walker.step}"])
-    prediction = predict_alone(potential)(structure, FULL, VerletList(potential.reach)(structure))
+    wanted = FULL + LOCAL * local
+    prediction = predict_alone(potential)(structure, wanted, VerletList(potential.reach)(structure))
     temperature = walker.atoms.get_temperature()
     freedom = walker.atoms.get_number_of_degrees_of_freedom()
     context = StepContext(None, dynamics.temperature(walker.step), temperature, freedom)
@@ -261,18 +263,20 @@ def advance_walker(
     watch: int = 1,
     bias: float = 0.0,
     predict: PredictFunction | None = None,
+    local: bool = False,
 ) -> WalkerSnapshot:
     """Make steps until the decision is not to go on, with force variances at the last one.
 
-    In between, variances of local energies are computed every few steps, and those of forces only where a local energy's standard
-    deviation has grown beyond what the last force variances showed to be harmless.
+    In between, force variances are estimated from posterior samples every few steps, and computed where the decision by these estimates
+    is not to go on. Estimates of the atoms of a species are in proportion to what they were where variances were computed last.
 
     Args:
         snapshot: with force variances, by the same potential.
-        watch: steps from one variance of local energies to the next; guards and novelty hold in every step.
+        watch: steps from one estimate to the next; guards and novelty hold in every step.
         bias: share of the rms forces that pushes towards uncertainty.
         predict: who predicts; None: the potential, and forces of the first step are those of the snapshot. Others, whose last digits
             need not be those of the potential alone, are asked for these too, so that results do not depend on who predicted last.
+        local: whether variances of local energies are wanted beside those of forces.
     """
     walker = snapshot.walker
     atoms = walker.atoms.copy()
@@ -286,10 +290,10 @@ def advance_walker(
         atoms.get_potential_energy()
     bath, cell_state = bath_of(dynamics), (walker.p_eps, walker.force_eps)
     integrator = Integrator(atoms, bath, timestep_fs, generator, walker.step, cell_state)
-    ratio = _force_to_energy_variance(snapshot.prediction)
+    ratio = _computed_to_estimated_variance(snapshot.prediction, snapshot.structure)
     energy, freedom = float(snapshot.prediction.energies[0]), atoms.get_number_of_degrees_of_freedom()
     for k in range(1, steps + 1):
-        calculator.variance = FULL if k == steps else CHEAP if k % watch == 0 else None
+        calculator.variance = FULL + LOCAL * local if k == steps else CHEAP + LOCAL * local if k % watch == 0 else None
         try:
             step = integrator.advance()
         except _LostError as lost:
@@ -300,9 +304,9 @@ def advance_walker(
         if k < steps:
             decision = decide(structure, _with_estimated_forces(prediction, ratio), context)
             if decision.action != "continue" and math.isfinite(decision.severity):  # not where physics is broken
-                prediction = calculator.ask(structure, FULL, calculator.pairs)
+                prediction = calculator.ask(structure, FULL + LOCAL * local, calculator.pairs)
                 decision = decide(structure, prediction, context)
-                ratio = _force_to_energy_variance(prediction)
+                ratio = _computed_to_estimated_variance(prediction, structure)
         else:
             decision = decide(structure, prediction, context)
         energy = float(prediction.energies[0])
@@ -320,20 +324,22 @@ def _lost(snapshot: WalkerSnapshot, why: str) -> WalkerSnapshot:
     return replace(snapshot, prediction=prediction, decision=guard_decision(why, math.inf))
 
 
-def _force_to_energy_variance(prediction: Prediction) -> torch.Tensor:
-    """Force covariance of each atom per variance of its local energy, (atoms, 3, 3) 1/A^2."""
-    energies, forces = prediction.atom_energies_variance, prediction.forces_covariance
-    assert energies is not None and forces is not None
-    return forces.total / energies.total.clamp_min(1e-12)[:, None, None]
+def _computed_to_estimated_variance(prediction: Prediction, structure: Structures) -> torch.Tensor:
+    """(atoms,) sum of the force variances of all atoms of the same species over that of their estimates."""
+    computed, estimated = prediction.forces_covariance, prediction.sampled_forces_covariance
+    assert computed is not None and estimated is not None
+    traces = [c.total.diagonal(dim1=1, dim2=2).sum(1) for c in (computed, estimated)]
+    _, slots = structure.species.unique(return_inverse=True)
+    sums = [trace.new_zeros(int(slots.max()) + 1).index_add(0, slots, trace) for trace in traces]
+    return (sums[0] / sums[1].clamp_min(SURE))[slots]
 
 
 def _with_estimated_forces(prediction: Prediction, ratio: torch.Tensor) -> Prediction:
-    """With force covariances estimated from the variances of local energies, if these are there."""
-    if prediction.atom_energies_variance is None:
+    """With force covariances in proportion to their estimates, if these are there."""
+    estimated = prediction.sampled_forces_covariance
+    if estimated is None:
         return prediction
-    local = prediction.atom_energies_variance.total[:, None, None]
-    none = torch.zeros_like(ratio)
-    return replace(prediction, forces_covariance=Variance(none, ratio * local, none, none))
+    return replace(prediction, forces_covariance=estimated.map(lambda part: ratio[:, None, None] * part))
 
 
 def bath_of(dynamics: DynamicsRecipe) -> Bath:

@@ -16,7 +16,7 @@ from gpmlp.learning import walker
 from gpmlp.learning.recipe import DynamicsRecipe, LearnRecipe, TriggerRecipe
 from gpmlp.learning.stopping import observables
 from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.triggers import broken_guard
+from gpmlp.learning.triggers import asking_probability, broken_guard, frame_exceedance
 from gpmlp.learning.walker import Walker, WalkerSnapshot
 
 NAN = math.nan
@@ -187,6 +187,8 @@ def record_from_snapshot(
         threshold: tolerated force error, eV/A; None where there is none.
     """
     place, time_fs = snapshot.walker, snapshot.walker.step * timestep_fs
+    covariance = snapshot.prediction.forces_covariance
+    assert covariance is not None
     frame = walker.atoms_with_results(snapshot)
     has_stress = "stress" in frame.calc.results
     return Record.from_arrays(
@@ -204,8 +206,14 @@ def record_from_snapshot(
         ramp_finished=place.step >= dynamics.ramp,
         force_rms=float(snapshot.prediction.forces.square().mean().sqrt()),
         threshold=threshold or NAN,
+        exceedance=frame_exceedance(covariance.total, threshold) if threshold else NAN,
         observables=observer(frame, place.number, time_fs),
     )
+
+
+def label_probability(history: History, trigger: TriggerRecipe) -> float:
+    """The probability of exceeding the limit above which a label is asked for, from the latest RECENT frames."""
+    return asking_probability(history.column("exceedance")[-RECENT:].astype(float), trigger)
 
 
 def typical_force(history: History, dynamics: DynamicsRecipe, labels: Targets) -> float:

@@ -19,6 +19,7 @@ from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.gp.kernels import Profile
 from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.force_samples import ForceSamples
 from gpmlp.potential.mean import EnergyTerm
 
 ATOMS = 256  # of a chunk, for each species: products are by central species, and want many rows
@@ -39,12 +40,14 @@ class ChunkPrediction:
         local: (atoms,) local energies, eV.
         gradients: of each term and baseline, pairs of these atoms, their vectors, A, and ∂E/∂r_ij (pairs, 3), eV/A.
         variance: of the local energies; novelty: (atoms,); each None if not asked for.
+        sampled: of each term, ∂δE/∂r_ij of posterior samples (k, pairs, 3); empty if not asked for.
     """
 
     local: Tensor
     gradients: list[tuple[Neighbors, Tensor, Tensor]]
     variance: Variance | None
     novelty: Tensor | None
+    sampled: Sequence[Tensor] = ()
 
 
 def atom_ranges(counts: Sequence[int], atoms: int) -> list[tuple[int, int]]:
@@ -68,6 +71,7 @@ def predict_mean(
     extras: ExtraPredictions | None = None,
     share_kernels: bool = False,
     baselines: Sequence[Baseline] = (),
+    samples: ForceSamples | None = None,
 ) -> Prediction:
     """Posterior mean of energies, forces and stresses with the baselines, and what `extras` predicts from the same environments.
 
@@ -77,6 +81,7 @@ def predict_mean(
         pairs_of: atoms (start, end) -> all pairs with these as centres, within the largest cutoff of all terms or more, as
             Neighbors.of_centers.
         share_kernels: whether `extras` uses the kernels of the mean.
+        samples: whose forces the force covariances are estimated from.
     """
 
     def predict(span: tuple[int, int]) -> ChunkPrediction:
@@ -95,16 +100,23 @@ def predict_mean(
             energies.append(local)
             gradients.append((closer, closer.vectors(structures), slopes))
         extra = extras(environments, profiles) if extras else (None, None)
-        return ChunkPrediction(functools.reduce(torch.add, energies), gradients, *extra)
+        sampled = samples.pair_gradients(environments) if samples else ()
+        return ChunkPrediction(functools.reduce(torch.add, energies), gradients, *extra, sampled)
 
     like, local = structures.positions, []
     variances: list[Variance] = []
     novelties: list[Tensor] = []
     on_atoms, strained = like.new_zeros(like.shape), like.new_zeros(structures.cells.shape)  # whatever the strides
 
+    deviations = like.new_zeros(samples.members if samples else 0, *like.shape)
+    unused = torch.zeros_like(strained)
+
     def take(chunk: ChunkPrediction) -> None:
         for pairs, vectors, gradients in chunk.gradients:
             neighbors.add_pair_gradients(structures, pairs, vectors, gradients, on_atoms, strained)
+        for (pairs, vectors, _), members in zip(chunk.gradients, chunk.sampled, strict=False):
+            for forces, gradients in zip(deviations, members, strict=True):
+                neighbors.add_pair_gradients(structures, pairs, vectors, gradients, forces, unused)
         local.append(chunk.local)
         if chunk.variance is not None:
             variances.append(chunk.variance)
@@ -117,5 +129,6 @@ def predict_mean(
     return replace(
         neighbors.prediction_from_sums(structures, torch.cat(local), on_atoms, strained),
         atom_energies_variance=Variance.concatenate(variances) if variances else None,
+        sampled_forces_covariance=samples.covariance(deviations) if samples else None,
         novelty=torch.cat(novelties) if novelties else None,
     )

@@ -101,14 +101,15 @@ class MeanBlock:
     def quadratic_form(self, kernel: ZonalKernel) -> QuadraticForm | None:
         """The same mean as a quadratic form, if the kernel allows it and the form is cheaper to evaluate."""
         m, d = self.features.shape
-        if kernel.quadratic is None or self.weights.dim() == 2 or d >= (4 if len(self.tangents) else 2) * m:
+        if kernel.quadratic is None or d >= (4 if self.tangents.shape[-2] else 2) * m:
             return None
         a, b = kernel.quadratic
-        linear_part, matrix = self.weights @ self.features, (self.features.T * self.weights) @ self.features
-        if len(self.tangents):
-            linear_part = linear_part + self.tangents.sum(0)
+        linear_part = self.weights @ self.features
+        matrix = (self.features.T * self.weights[..., None, :]) @ self.features
+        if self.tangents.shape[-2]:
+            linear_part = linear_part + self.tangents.sum(-2)
             across = self.features.T @ self.tangents
-            matrix = matrix + across + across.T
+            matrix = matrix + across + across.mT
         return QuadraticForm(a * linear_part, 2 * b * matrix)
 
 
@@ -119,8 +120,8 @@ class QuadraticForm:
     With f' = a + 2 b s: v = a Σ_j (α_j x_j + τ_j), H = 2 b Σ_j (α_j x_j x_jᵀ + x_j τ_jᵀ + τ_j x_jᵀ).
 
     Attributes:
-        linear: (features,) v, eV.
-        hessian: (features, features) H, symmetric, eV.
+        linear: (features,) v, eV; with a leading k of samples, whose axis then follows that of the environments in all results.
+        hessian: (features, features) H, symmetric, eV; with a leading k of samples.
     """
 
     linear: Tensor
@@ -128,6 +129,9 @@ class QuadraticForm:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ε (environments,) and dε/dx (environments, features)."""
+        if self.hessian.dim() == 3:
+            slope = (x @ self.hessian.movedim(1, 0).flatten(1)).unflatten(1, self.linear.shape) + self.linear
+            return 0.5 * torch.linalg.vecdot(x[:, None], slope + self.linear), slope
         slope = torch.addmm(self.linear, x, self.hessian)
         return 0.5 * (torch.linalg.vecdot(x, slope) + x @ self.linear), slope
 
@@ -147,7 +151,8 @@ class EnergyTerm:
     @cached_property
     def quadratic_forms(self) -> dict[int, QuadraticForm]:
         """Means that are cheaper as a quadratic form, by species."""
-        forms = {z: block.quadratic_form(self.kernel) for z, block in self.blocks.items()}
+        single = {z: block for z, block in self.blocks.items() if block.weights.dim() == 1}
+        forms = {z: block.quadratic_form(self.kernel) for z, block in single.items()}
         return {z: form for z, form in forms.items() if form is not None}
 
     def kernel_profiles(self, environments: Environments) -> dict[int, Profile]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.gp import posterior
 from gpmlp.gp.kernels import make_kernel
-from gpmlp.gp.variance import FORMS, VARIANCES, VarianceModel, VarianceRequest
+from gpmlp.gp.variance import FORMS, SAMPLED, VARIANCES, VarianceModel, VarianceRequest
 from gpmlp.potential import baselines, chunked, samples
 from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.force_samples import ForceSamples
 from gpmlp.potential.mean import EnergyTerm, MeanBlock
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction
@@ -88,7 +90,8 @@ class Potential:
         """Predict energies, forces and stresses, and variances of them where asked for.
 
         Args:
-            variance: one or more of VARIANCES ('atom_energies', 'energies', 'forces', 'stresses'), or 'all'.
+            variance: one or more of VARIANCES ('atom_energies', 'energies', 'forces', 'stresses'), or 'all'; 'sampled_forces', an
+                estimate of those of all forces from a few posterior samples (force_samples.py), at the price of a few predictions.
             novelty: whether to compute the Mahalanobis distance of each environment from the training data, relative to its threshold.
             atoms: indices of the atoms whose force variances are wanted (others NaN); all if not given.
             form: how much of what the inducing set cannot represent counts: 'dtc' all, 'scaled' what the training data show there is
@@ -154,13 +157,13 @@ class Potential:
     ) -> VarianceRequest:
         names = () if variance is None else (variance,) if isinstance(variance, str) else tuple(variance)
         for name in names:
-            errors.check_choice("variance", name, (*VARIANCES, "all"))
+            errors.check_choice("variance", name, (*VARIANCES, SAMPLED, "all"))
         errors.check_choice("form of the variance", form, FORMS)
         if names:
             self.variance_model()
         chosen = None if atoms is None else self._atom_indices(atoms, n_atoms)
         kinds = [name in names or "all" in names for name in VARIANCES]
-        return VarianceRequest(kinds[0], kinds[1], kinds[2], kinds[3], chosen, form)
+        return VarianceRequest(*kinds, atoms=chosen, form=form, sampled_forces=SAMPLED in names)
 
     def variance_model(self) -> VarianceModel:
         """The posterior factor; a UserError that says why where there is none."""
@@ -173,6 +176,11 @@ class Potential:
         else:
             why = "its file is of format 1. Fit it again."
         raise errors.UserError(f"This model holds no posterior factor, so it can give no variances: {why}")
+
+    @cached_property
+    def force_samples(self) -> ForceSamples:
+        """What force covariances are estimated from."""
+        return ForceSamples.from_potential(self)
 
     def _predict(
         self,
@@ -196,8 +204,9 @@ class Potential:
             return variance, distances.novelty(chunk[0].species, chunk[0].features) if distances else None
 
         mean = chunked.predict_mean(
-            self.terms, structures, pairs.of_centers, extras, request.atom_energies, self.baselines
-        )
+            self.terms, structures, pairs.of_centers, extras, request.atom_energies, self.baselines,
+            self.force_samples if request.sampled_forces else None,
+        )  # fmt: skip
         if not model or not request.correlated:
             return mean
         environments = environments or [term.environments(structures, pairs) for term in self.terms]

@@ -11,7 +11,7 @@ from typing import Any, Protocol, overload
 import torch
 from torch import Tensor
 
-from gpmlp.core import errors, neighbors
+from gpmlp.core import errors, neighbors, parallel
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.gp import inducing
@@ -149,6 +149,34 @@ def draw_samples(
         terms.append(replace(term, blocks=drawn))
     origin = {"how": how, "seed": seed, "of": k, "calibrated": scale is not None}
     return PosteriorSamples(potential, tuple(terms), origin, tuple(range(k)))
+
+
+def draw_deviations(potential: SampledPotential, k: int, seed: int) -> list[dict[int, MeanBlock]]:
+    """What k posterior samples add to the mean, as the data leave it: for each term and species, at the inducing variables.
+
+    By one thread and from factors laid out in one way, so that a model that was saved and loaded has the same to the last bit.
+    """
+    model = potential.variance_model()
+    model = replace(model, factor=model.factor.contiguous())
+    generator = torch.Generator().manual_seed(seed)
+    with parallel.one_core():
+        drawn = model.signal[:, None] * _whitened_deviations(model, k, generator, "posterior")
+        return _deviation_blocks(model, drawn)
+
+
+def _deviation_blocks(model: VarianceModel, drawn: Tensor) -> list[dict[int, MeanBlock]]:
+    """Blocks of weights from (columns, k) draws of D (β - β̄)."""
+    pieces, lowers = iter(drawn.split([len(lower) for lower in model.lowers])), iter(model.lowers)
+    out = []
+    for blocks in model.blocks:
+        mine = {}
+        for block in blocks:
+            weights = torch.linalg.solve_triangular(next(lowers).contiguous().T, next(pieces), upper=True)
+            centres = block.features.to(weights)
+            nothing = MeanBlock(centres, weights.new_zeros(len(centres)), weights.new_zeros(0, centres.shape[1]))
+            mine[block.species] = _add_deviations(nothing, block, weights, None)
+        out.append(mine)
+    return out
 
 
 def _whitened_deviations(model: VarianceModel, k: int, generator: torch.Generator, how: str) -> Tensor:

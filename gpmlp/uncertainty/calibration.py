@@ -25,6 +25,7 @@ CALIBRATED_AS = {
     "energies_variance": "energies",
     "atom_energies_variance": "forces",
     "forces_covariance": "forces",
+    "sampled_forces_covariance": "forces",
     "stresses_covariance": "stresses",
 }
 
@@ -134,12 +135,15 @@ class Calibration:
             it; None = they do not.
         sample_scale: factor on the deviations of posterior samples from the mean, with which those of forces have the rms of the held-out
             errors (Imbalzano et al., J. Chem. Phys. 154, 074102 (2021), rescale committees likewise); None = not learned.
+        unsampled: factor on what samples show of the variance of forces, the part due to the data, for the part due to the inducing set,
+            which they do not show.
     """
 
     kinds: dict[str, KindCalibration]
     source: dict = field(default_factory=dict)
     typical_novelty: float | None = None
     sample_scale: float | None = None
+    unsampled: float = 1.0
 
     @staticmethod
     def identity() -> Calibration:
@@ -203,7 +207,7 @@ class Calibration:
     def as_dict(self) -> dict:
         """Plain data for JSON; from_dict restores it exactly."""
         kinds = {kind: json_value(asdict(calibration)) for kind, calibration in self.kinds.items()}
-        numbers = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale}
+        numbers = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale, "unsampled": self.unsampled}
         return {"levels": list(LEVELS), "kinds": kinds, "source": self.source} | numbers
 
     @staticmethod
@@ -216,7 +220,8 @@ class Calibration:
             rows = {name: tuple(row) for name, row in entry["multipliers"].items()}
             tuples = {"multipliers": rows, "edges": tuple(entry["edges"]), "weights": tuple(entry["weights"])}
             kinds[kind] = KindCalibration(**(entry | tuples))
-        return Calibration(kinds, plain["source"], plain.get("typical_novelty"), plain.get("spread"))
+        numbers = plain.get("typical_novelty"), plain.get("spread"), plain.get("unsampled", 1.0)
+        return Calibration(kinds, plain["source"], *numbers)
 
 
 def _edges(std: Tensor) -> tuple[float, ...]:
@@ -360,8 +365,11 @@ def calibrate_prediction(prediction: Prediction, structures: Structures, calibra
     changed: dict[str, Any] = {}
     for name, kind in CALIBRATED_AS.items():
         variance: Variance | None = getattr(prediction, name)
-        if variance is not None:
-            changed[name] = calibrate_variance(variance, calibration.kinds[kind])
+        if variance is None:
+            continue
+        if name == "sampled_forces_covariance":
+            variance = replace(variance, data=calibration.unsampled * variance.data)
+        changed[name] = calibrate_variance(variance, calibration.kinds[kind])
     return replace(prediction, **changed)
 
 
