@@ -278,12 +278,14 @@ def test_doubt_is_what_the_potential_says(potential):
     frame = copper(43, cells=3, rattle=0.2)
     found = md.UncertaintyMonitor(potential)(frame)
     structures, _ = from_ase([frame])
-    whole = potential(structures, ["atom_energies", "forces"], novelty=True)
+    whole = potential(structures, ["atom_energies", "forces", "sampled_forces"], novelty=True)
     np.testing.assert_allclose(found.local_energy_std, whole.atom_energies_variance.total.sqrt(), rtol=1e-12)
     np.testing.assert_allclose(found.novelty, whole.novelty, rtol=1e-12)
     std = whole.forces_variance.total.sum(1).sqrt()
     assert len(frame) > md.FORCE_ATOMS  # the largest of those that are looked at
-    suspects = (whole.atom_energies_variance.total.sqrt() * whole.novelty).topk(md.FORCE_ATOMS).indices
+    estimates = whole.sampled_forces_covariance.diagonal().total.sum(1).sqrt()
+    np.testing.assert_allclose(found.atom_force_std, estimates, rtol=1e-9)
+    suspects = estimates.topk(md.FORCE_ATOMS).indices
     assert found.force_std == pytest.approx(float(std[suspects].max()), rel=1e-9)
     assert found.force_atom in suspects.tolist() and found.force_std == pytest.approx(float(std[found.force_atom]))
     assert found.largest == (found.force_std, found.local_energy_std.max(), found.novelty.max())
@@ -312,6 +314,7 @@ def test_a_run_says_how_sure_the_potential_is(potential, calculator, tmp_path):
             continue
         np.testing.assert_allclose(row[7:], own.largest, rtol=1e-5)
         np.testing.assert_allclose(frame.arrays["gpmlp_local_energy_std"], own.local_energy_std, atol=1e-8)
+        np.testing.assert_allclose(frame.arrays["gpmlp_force_std"], own.atom_force_std, atol=1e-8)
         np.testing.assert_allclose(frame.arrays["gpmlp_novelty"], own.novelty, atol=1e-7)
         assert frame.info["gpmlp_largest_force_std"] == pytest.approx(own.force_std, rel=1e-6)
         assert frame.info["gpmlp_largest_force_std_atom"] == own.force_atom

@@ -261,16 +261,19 @@ def test_the_same_as_the_potential(potential):
 
 def test_on_tables_the_same_as_the_potential(potential):
     """All systems at once, then others, then the first ones again."""
-    model = GPModel(potential, "atom_energies", novelty=True, tables=True)
+    wanted = "atom_energies", "sampled_forces"
+    model = GPModel(potential, wanted, novelty=True, tables=True)
     for systems in (cells(), cells()[1:], cells()):
-        found, there = model(state_of(systems)), potential(structures_from_ase(systems), "atom_energies", novelty=True)
+        found, there = model(state_of(systems)), potential(structures_from_ase(systems), wanted, novelty=True)
         close = {"rtol": 1e-8, "atol": 1e-9}
         for name, value in {"energy": there.energies, "forces": there.forces, "stress": there.stresses}.items():
             torch.testing.assert_close(found[name], value, **close)
         torch.testing.assert_close(found["novelty"], there.novelty, **close)
         std = there.atom_energies_variance.total.sqrt()
         torch.testing.assert_close(found["local_energy_std"], std, rtol=1e-5, atol=1e-8)
-        assert set(found) == {"energy", "forces", "stress", "novelty", "local_energy_std"}
+        std = there.sampled_forces_covariance.diagonal().total.sum(1).sqrt()
+        torch.testing.assert_close(found["force_std"], std, rtol=1e-6, atol=1e-9)
+        assert set(found) == {"energy", "forces", "stress", "novelty", "local_energy_std", "force_std"}
 
 
 @WAYS

@@ -84,6 +84,16 @@ def test_the_same_as_the_potential(potential):
     assert stepper.searches == 2
 
 
+def test_estimated_force_covariances_are_those_of_the_potential(potential):
+    batch = everything()
+    stepper = Stepper(potential, batch, sampled_forces=True)
+    for moved in (batch, shaken(batch, 0.03), shaken(batch, 0.13)):
+        found, there = stepper(moved.positions), potential(moved, "sampled_forces")
+        assert found.atom_energies_variance is None and found.novelty is None
+        ours, theirs = (p.sampled_forces_covariance.total for p in (found, there))
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8 * float(theirs.abs().max()))
+
+
 def test_single_precision(plain):
     batch = everything()
     stepper = Stepper(plain.to(descriptors="float32"), batch)

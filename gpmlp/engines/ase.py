@@ -27,7 +27,8 @@ class GPCalculator(Calculator):
     volume; asked for elsewhere it raises ASE's PropertyNotImplementedError. Cells, species and pbc may change between calls.
 
     With `uncertainty`, `results` also hold calibrated standard deviations `energy_std` (eV), `local_energy_std` (atoms,) eV,
-    `forces_std` (atoms, 3) eV/A, `stress_std` (6,) eV/A^3 and `novelty` (atoms,), each where it was asked for; `info` of the atoms
+    `forces_std` (atoms, 3) eV/A, `stress_std` (6,) eV/A^3, `force_std` (atoms,) eV/A and `novelty` (atoms,), each where it was asked
+    for. `force_std`, by 'sampled_forces', is of the force vector, an estimate that is cheap enough for every step. `info` of the atoms
     holds them too, as `gpmlp_energy_std` and so on, so that trajectories of ASE keep them. After a calculation the attributes
     `structures`, `pairs` and `prediction` hold it in full.
     """
@@ -51,8 +52,8 @@ class GPCalculator(Calculator):
 
         Args:
             name: what error messages call the structure.
-            uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'
-                (the same as True).
+            uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', 'sampled_forces',
+                several, or 'all' (the same as True; without the last one).
             novelty: whether to compute Mahalanobis distances too.
             skin: A beyond the cutoff in which neighbours are kept between calls (verlet_list.VerletList); 0: searched each time.
 

@@ -472,12 +472,14 @@ class FrameUncertainty:
 
     Attributes:
         local_energy_std: (atoms,) eV.
+        atom_force_std: (atoms,) eV/A, of the force vector, estimated from posterior samples (force_samples.py).
         novelty: (atoms,) Mahalanobis distance / threshold; None where the potential has none.
-        force_std: eV/A, of the force vector (the root of the summed variances of its components), the largest of FORCE_ATOMS atoms.
+        force_std: eV/A, the same exactly (the root of the summed variances of its components), the largest of FORCE_ATOMS atoms.
         force_atom: that atom, counted from 0.
     """
 
     local_energy_std: np.ndarray
+    atom_force_std: np.ndarray
     novelty: np.ndarray | None
     force_std: float
     force_atom: int
@@ -491,6 +493,7 @@ class FrameUncertainty:
     def write_to(self, atoms: Atoms) -> None:
         """Put it into the arrays and the info of a frame."""
         atoms.set_array(f"{PREFIX}local_energy_std", self.local_energy_std)
+        atoms.set_array(f"{PREFIX}force_std", self.atom_force_std)
         if self.novelty is not None:
             atoms.set_array(f"{PREFIX}novelty", self.novelty)
         atoms.info[f"{PREFIX}largest_force_std"] = self.force_std
@@ -507,8 +510,8 @@ def remove_uncertainty(atoms: Atoms) -> None:
 class UncertaintyMonitor:
     """Predicts the FrameUncertainty of atoms.
 
-    Variances of forces cost some twenty predictions for all atoms: they are computed of the FORCE_ATOMS atoms at which the standard
-    deviation of the local energy, times the novelty where there is one, is largest.
+    Variances of forces cost some twenty predictions for all atoms: they are computed of the FORCE_ATOMS atoms at which estimates from
+    posterior samples, at the price of a few predictions, are largest.
     """
 
     def __init__(self, potential: Potential, name: str = "atoms") -> None:
@@ -525,14 +528,16 @@ class UncertaintyMonitor:
 
     def __call__(self, atoms: Atoms) -> FrameUncertainty:
         structures = structures_from_ase([atoms], [self.name])
-        prediction = self.potential(structures, "atom_energies", novelty=self.potential.novelty is not None)
-        assert prediction.atom_energies_variance is not None, "variances of local energies were asked for"
-        local = prediction.atom_energies_variance.total.sqrt()
-        suspicion = local if prediction.novelty is None else local * prediction.novelty
-        few = suspicion.topk(min(FORCE_ATOMS, len(local))).indices
+        wanted = "atom_energies", "sampled_forces"
+        prediction = self.potential(structures, wanted, novelty=self.potential.novelty is not None)
+        local, sampled = prediction.atom_energies_variance, prediction.sampled_forces_covariance
+        assert local is not None and sampled is not None, "variances were asked for"
+        estimates = sampled.diagonal().total.sum(1).sqrt()
+        few = estimates.topk(min(FORCE_ATOMS, len(estimates))).indices
         forces = self.potential(structures, "forces", atoms=few).forces_variance
         assert forces is not None, "variances of forces were asked for"
         variance = forces.total[few].sum(1)
         worst = int(variance.argmax())
         novelty = None if prediction.novelty is None else prediction.novelty.cpu().numpy()
-        return FrameUncertainty(local.cpu().numpy(), novelty, float(variance[worst].sqrt()), int(few[worst]))
+        std = local.total.sqrt().cpu().numpy(), estimates.cpu().numpy()
+        return FrameUncertainty(*std, novelty, float(variance[worst].sqrt()), int(few[worst]))

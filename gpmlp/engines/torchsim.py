@@ -12,6 +12,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.core.verlet_list import VerletList
+from gpmlp.gp.variance import SAMPLED
 from gpmlp.potential import species_model
 from gpmlp.potential.potential import Potential
 from gpmlp.potential.stepper import Stepper
@@ -25,12 +26,16 @@ except ImportError as error:
     ) from error
 
 
+ON_TABLES = {"atom_energies", SAMPLED}  # variances that a Stepper has
+
+
 class GPModel(ModelInterface):
     """A fitted potential as a TorchSim model, for its dynamics, relaxations and autobatching.
 
     forward(state) returns `energy` (systems,) eV, `forces` (atoms, 3) eV/A and `stress` (systems, 3, 3) eV/A^3, positive = tension
     as TorchSim has it; with `uncertainty` also calibrated standard deviations `energy_std` (systems,), `local_energy_std` (atoms,),
-    `forces_std` (atoms, 3) and `stress_std` (systems, 6, Voigt) of what was asked for, with `novelty` the Mahalanobis distances
+    `forces_std` (atoms, 3), `stress_std` (systems, 6, Voigt) and `force_std` (atoms,) of what was asked for (the last one, by
+    'sampled_forces', is an estimate for the force vector that is cheap enough for every step), with `novelty` the Mahalanobis distances
     `novelty` (atoms,). Stress is zero for systems without volume. Works in double precision unless the potential was fitted in single.
     """
 
@@ -45,10 +50,12 @@ class GPModel(ModelInterface):
         """Wrap a potential.
 
         Args:
-            uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', several, or 'all'.
+            uncertainty: the `variance` of Potential.__call__: 'atom_energies', 'energies', 'forces', 'stresses', 'sampled_forces', several,
+                or 'all'.
             skin: A beyond the cutoff within which neighbours are remembered between calls (verlet_list.VerletList).
             tables: whether all systems are stepped together on tables of neighbours (potential.stepper.Stepper), with variances of local
-                energies at most; if not given, where the potential is on a CUDA device and this can be done.
+                energies and estimates of those of forces at most; if not given, where the potential is on a CUDA device and this can be
+                done.
 
         Raises:
             UserError: the argument is no potential, or one that cannot give these variances, or not on tables.
@@ -66,9 +73,9 @@ class GPModel(ModelInterface):
     def _use(self, potential: Potential) -> None:
         """Predict with this potential from now on."""
         wanted = self.uncertainty
-        local = wanted is None or wanted == "atom_energies" or tuple(wanted) in ((), ("atom_energies",))
+        names = {wanted} if isinstance(wanted, str) else set(wanted or ())
         why = species_model.why_unsupported(potential) or (
-            None if local else "variances of more than local energies are asked for"
+            None if names <= ON_TABLES else "variances of more than local energies and sampled forces are asked for"
         )
         if self._wish and why:
             raise UserError(f"This potential cannot be stepped on tables of neighbours: {why}; leave out `tables`.")
@@ -120,6 +127,8 @@ class GPModel(ModelInterface):
         }.items():
             if variance is not None:
                 out[name] = variance.total.clamp_min(0).sqrt()
+        if prediction.sampled_forces_covariance is not None:
+            out["force_std"] = prediction.sampled_forces_covariance.diagonal().total.sum(1).sqrt()
         if prediction.novelty is not None:
             out["novelty"] = prediction.novelty
         return out
@@ -136,7 +145,8 @@ class GPModel(ModelInterface):
     def _stepped(self, structures: Structures) -> Prediction:
         """The prediction of a stepper of these atoms."""
         if self._stepper is None:
-            self._stepper = Stepper(self.potential, structures, bool(self.uncertainty), self.novelty, self._reach)
+            wanted = [name in (self.uncertainty or ()) for name in ("atom_energies", SAMPLED)]
+            self._stepper = Stepper(self.potential, structures, wanted[0], self.novelty, wanted[1], self._reach)
         prediction = self._stepper(*(part.to(self._device) for part in (structures.positions, structures.cells)))
         return prediction.map(lambda value: value.to(structures.positions))
 

@@ -264,6 +264,8 @@ def uncertainty_results(prediction: Prediction, s: int, atoms: slice) -> dict[st
         results["local_energy_std"] = numbers(prediction.atom_energies_variance.total[atoms].sqrt())
     if prediction.forces_variance is not None:
         results["forces_std"] = numbers(prediction.forces_variance.total[atoms].sqrt())
+    if prediction.sampled_forces_covariance is not None:
+        results["force_std"] = numbers(prediction.sampled_forces_covariance.diagonal().total[atoms].sum(1).sqrt())
     if prediction.stresses_variance is not None and not bool(prediction.stresses_variance.total[s].isnan().any()):
         results["stress_std"] = full_3x3_to_voigt_6_stress(numbers(prediction.stresses_variance.total[s].sqrt()))
     if prediction.novelty is not None:

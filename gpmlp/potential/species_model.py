@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import Profile, ZonalKernel
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.baselines import ZBL, IsolatedAtoms
+from gpmlp.potential.force_samples import DeviationTerm
 from gpmlp.potential.mean import MeanBlock, QuadraticForm
 from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty.mahalanobis import SpeciesClusters
@@ -35,6 +36,7 @@ class LocalPrediction:
         energies: (n,) eV; slopes: (n, slots, width, 3) eV/A with respect to their pair vectors.
         inducing, data: (n,) eV², the two parts of the variance of the energies.
         novelty: (n,)
+        sampled: (members, n, slots, width, 3) eV/A, slopes of what posterior samples add to the mean.
     """
 
     energies: Tensor
@@ -42,6 +44,7 @@ class LocalPrediction:
     inducing: Tensor | None = None
     data: Tensor | None = None
     novelty: Tensor | None = None
+    sampled: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,7 @@ class SpeciesTerm:
         backend: of the descriptor; single: whether it works in single precision.
         mean: None where the term holds nothing of the species.
         block: its inducing variables in the variances, None where these were not asked for or there are none.
+        deviations: of posterior samples from the mean, None where these were not asked for.
     """
 
     backend: DenseBackend
@@ -59,6 +63,7 @@ class SpeciesTerm:
     kernel: ZonalKernel
     mean: MeanBlock | QuadraticForm | None
     block: InducingBlock | None
+    deviations: DeviationTerm | None = None
 
     def features(self, vectors: Tensor, slots: Tensor) -> tuple[gpu.DenseExpansion, Tensor, Tensor]:
         """The expansion, features in double precision, and the norm that they were divided by."""
@@ -130,7 +135,9 @@ class SpeciesModel:
     threshold: float
 
     @staticmethod
-    def from_potential(potential: Potential, z: int, variance: bool, novelty: bool) -> SpeciesModel:
+    def from_potential(
+        potential: Potential, z: int, variance: bool, novelty: bool, sampled: bool = False
+    ) -> SpeciesModel:
         """On the potential's device."""
         like = torch.zeros(0, dtype=getattr(torch, potential.recipe.dtype), device=potential.recipe.device)
         model = potential.variance_model() if variance else None
@@ -144,7 +151,9 @@ class SpeciesModel:
             mean = term.quadratic_forms.get(z) or term.blocks.get(z)
             block = next((b for b in model.blocks[k] if b.species == z), None) if model else None
             # a kernel's parameters are on the host, from where each step would have to fetch them
-            terms.append(SpeciesTerm(backend, single, deepcopy(term.kernel).to(like.device), mean, block))
+            kernel = deepcopy(term.kernel).to(like.device)
+            deviations = replace(potential.force_samples.terms[k], kernel=kernel) if sampled else None
+            terms.append(SpeciesTerm(backend, single, kernel, mean, block, deviations))
         isolated = sum(b.energies.get(z, 0.0) for b in potential.baselines if isinstance(b, IsolatedAtoms))
         zbl = [
             SpeciesZBL.from_baseline(b, z, potential.species, like) for b in potential.baselines if isinstance(b, ZBL)
@@ -166,13 +175,16 @@ class SpeciesModel:
         """Of vectors (n, slots, width, 3) from n atoms of the species to their neighbours, A."""
         slots = torch.full(vectors.shape[:1], self.slot, dtype=torch.long, device=vectors.device)
         energies, slopes = vectors.new_full(vectors.shape[:1], self.isolated), torch.zeros_like(vectors)
-        rows, novelty = [], energies.new_full(energies.shape, math.inf) if self.novelty else None
+        rows, sampled, novelty = [], [], energies.new_full(energies.shape, math.inf) if self.novelty else None
         for k, term in enumerate(self.terms):
             expansion, x, norm = term.features(vectors, slots)
             energy, slope, profile = term.local_energies(x)
             energies, slopes = energies + energy, slopes + term.pull_back(expansion, x, norm, slope)
             if term.block is not None:
                 rows.append(local_rows(term.kernel, term.block, x, profile))
+            if term.deviations is not None:
+                members = term.deviations.of_species(self.species, x)
+                sampled.append(torch.stack([term.pull_back(expansion, x, norm, member) for member in members]))
             if k == 0 and self.clusters is not None:
                 novelty = self.clusters.distance(x) / self.threshold
         for repulsion in self.repulsion:
@@ -181,7 +193,9 @@ class SpeciesModel:
         inducing, data = None, None
         if self.variance:
             inducing, data = self.variance.local_energy_variance(self.species, rows, energies)
-        return LocalPrediction(energies, slopes, inducing, data, novelty)
+        return LocalPrediction(
+            energies, slopes, inducing, data, novelty, sum(sampled[1:], sampled[0]) if sampled else None
+        )
 
 
 def why_unsupported(potential: Potential) -> str | None:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -20,7 +21,7 @@ from gpmlp.descriptors.gpu import ENVIRONMENTS
 from gpmlp.potential import species_model
 from gpmlp.potential.potential import Potential
 from gpmlp.potential.species_model import SpeciesModel
-from gpmlp.uncertainty.calibration import CALIBRATED_AS, calibrate_variance, novelty_factor
+from gpmlp.uncertainty.calibration import calibrate_prediction
 
 RECORDED = 1 << 17  # atoms up to which a step is recorded as a CUDA graph: above, launches take no part of the time
 
@@ -44,6 +45,7 @@ class Stepper:
         structures: Structures,
         variance: bool = False,
         novelty: bool = False,
+        sampled_forces: bool = False,
         skin: float = 0.6,
         wait: bool = True,
         graphs: bool = True,
@@ -53,6 +55,7 @@ class Stepper:
         Args:
             structures: the atoms, in their first positions.
             variance: whether variances of local energies are wanted, calibrated; novelty: whether novelties are.
+            sampled_forces: whether estimates of force covariances are wanted, calibrated (force_samples.py); they make the host wait.
             skin: A.
             graphs: whether CUDA graphs may be recorded.
 
@@ -65,16 +68,15 @@ class Stepper:
         potential.check_species(structures)
         if not structures.n_atoms:
             raise errors.UserError("There are no atoms to step.")
-        if variance:
+        if variance or sampled_forces:
             potential.check_variance("atom_energies")
         if novelty and potential.novelty is None:
             raise errors.UserError("This model holds no Mahalanobis distances: fit it again with `novelty: true`.")
         self.potential, self.skin, self.wait = potential, skin, wait
         self.structures = potential.to_own_device(structures)
-        self._variance, self._novelty = variance, novelty
-        self._typical_novelty = (
-            potential.calibration.typical_novelty if variance and potential.novelty is not None else None
-        )
+        self._variance, self._novelty, self._sampled = variance, novelty, sampled_forces
+        widened = potential.calibration.typical_novelty is not None and potential.novelty is not None
+        self._widened = widened and (variance or sampled_forces)
         species = self.structures.species
         self._slots = torch.searchsorted(torch.tensor(potential.species, device=species.device), species)
         self._rows = species.argsort(stable=True)
@@ -173,10 +175,10 @@ class Stepper:
     def _species_chunks(self) -> list[tuple[int, int, SpeciesModel]]:
         """Rows of one species, ENVIRONMENTS of them at most, and the model that predicts them."""
         chunks, start = [], 0
-        novelty = self._novelty or self._typical_novelty is not None
+        novelty = self._novelty or self._widened
         counts = zip(*(part.tolist() for part in self.structures.species.unique(return_counts=True)), strict=True)
         for z, count in counts:
-            model = SpeciesModel.from_potential(self.potential, z, self._variance, novelty)
+            model = SpeciesModel.from_potential(self.potential, z, self._variance, novelty, self._sampled)
             edges = [*range(start, start + count, ENVIRONMENTS), start + count]
             chunks += [(first, last, model) for first, last in pairwise(edges)]
             start += count
@@ -186,12 +188,16 @@ class Stepper:
         """Arguments of `_prediction`, and the largest displacement with the least squared distance."""
         table, reference = self._table, self._reference
         assert table is not None and reference is not None, "_search comes first"
+        members = self.potential.force_samples.members if self._sampled else 0
         gradients = positions.new_empty(*table.neighbors.shape, 3)
+        sampled = gradients.new_empty(members, *gradients.shape)
         virials, nearest, parts = [], [], []
         for start, end, model in self._chunks:
             vectors = table.vectors(positions, cell, start, end)
             part = model(vectors)
             gradients[start:end] = part.slopes
+            if part.sampled is not None:
+                sampled[:, start:end] = part.sampled
             virials.append(vectors.flatten(1, 2).mT @ part.slopes.flatten(1, 2))
             nearest.append(vectors.square().sum(3).amin())
             parts.append(part)
@@ -214,8 +220,17 @@ class Stepper:
             self._in_order(forces, missing),
             (0.5 * (virial + virial.mT)).masked_fill(missing, math.nan),
             *(joined(name) for name in ("inducing", "data", "novelty")),
+            self._deviations(table, sampled, missing),
             torch.stack([displacement, torch.stack(nearest).amin()]),
         )
+
+    def _deviations(self, table: PaddedNeighbors, sampled: Tensor, missing: Tensor) -> Tensor | None:
+        """(members, atoms, 3) forces of what posterior samples add to the mean, eV/A, from their pair gradients."""
+        if not self._sampled:
+            return None
+        spans = [(start, end) for start, end, _ in self._chunks]
+        forces = [torch.cat([table.forces(member, *span) for span in spans]) for member in sampled]
+        return torch.stack([self._in_order(rows, missing) for rows in forces])
 
     def _in_order(self, rows: Tensor, missing: Tensor) -> Tensor:
         """Rows in the order of the atoms; NaN where pairs may be missing."""
@@ -223,20 +238,20 @@ class Stepper:
 
     def _prediction(
         self, energies: Tensor, local: Tensor, forces: Tensor, stresses: Tensor,
-        inducing: Tensor | None, data: Tensor | None, novelty: Tensor | None,
+        inducing: Tensor | None, data: Tensor | None, novelty: Tensor | None, deviations: Tensor | None,
     ) -> Prediction:  # fmt: skip
         variance = None
         if inducing is not None and data is not None:
             none = torch.zeros_like(inducing)
-            if novelty is not None and self._typical_novelty is not None:
-                factor = novelty_factor(novelty, self._typical_novelty)
-                inducing, data = inducing * factor, data * factor
-            kind = self.potential.calibration.kinds[CALIBRATED_AS["atom_energies_variance"]]
-            variance = calibrate_variance(Variance(inducing, data, none, none), kind)
-        return Prediction(
+            variance = Variance(inducing, data, none, none)
+        sampled = None if deviations is None else self.potential.force_samples.covariance(deviations)
+        prediction = Prediction(
             energies, local, forces, stresses,
-            atom_energies_variance=variance, novelty=novelty if self._novelty else None,
+            atom_energies_variance=variance, sampled_forces_covariance=sampled, novelty=novelty,
         )  # fmt: skip
+        if self._variance or self._sampled:
+            prediction = calibrate_prediction(prediction, self.structures, self.potential.calibration)
+        return prediction if self._novelty else replace(prediction, novelty=None)
 
 
 def record_graph(step: Callable[..., tuple], *inputs: Tensor) -> Callable[..., tuple]:
