@@ -165,8 +165,9 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
         "blind": blind,
     }
     sample_scale = sample_spread(structures, targets, raw) if "forces" in data else None
-    about = {"typical_novelty": typical, "sample_scale": sample_scale, "unsampled": unsampled}
-    calibration = replace(Calibration.fit(data, source, weights), **about)
+    calibration = replace(
+        Calibration.fit(data, source, weights), typical_novelty=typical, sample_scale=sample_scale, unsampled=unsampled
+    )
     if prediction.forces_variance is not None and "forces" in data:
         labels = targets.forces[~targets.forces.isnan()]
         source["force_eV_per_A"] = labels.square().mean().sqrt().item()

@@ -162,8 +162,8 @@ class Potential:
         if names:
             self.variance_model()
         chosen = None if atoms is None else self._atom_indices(atoms, n_atoms)
-        kinds = [name in names or "all" in names for name in VARIANCES]
-        return VarianceRequest(*kinds, atoms=chosen, form=form, sampled_forces=SAMPLED in names)
+        kinds = {name: name in names or "all" in names for name in VARIANCES}
+        return VarianceRequest(**kinds, atoms=chosen, form=form, sampled_forces=SAMPLED in names)  # type: ignore[arg-type]
 
     def variance_model(self) -> VarianceModel:
         """The posterior factor; a UserError that says why where there is none."""
