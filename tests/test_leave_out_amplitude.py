@@ -43,7 +43,7 @@ def caught(silicon):
 
 def without(arguments, i):
     """Errors and open variances of the forces of structure i, from a posterior that never saw its labels."""
-    potential, models, learned, _, structures, remaining, _ = arguments
+    potential, models, learned, _, structures, remaining, *_ = arguments
     lowers = [low for m in models for low in m.lowers]
     rows: dict[str, list[torch.Tensor]] = {}
     for k in range(len(structures)):
@@ -65,7 +65,7 @@ def without(arguments, i):
 @pytest.mark.parametrize("i", [3, 17])
 def test_leaving_out_is_learning_without(caught, i):
     arguments, _ = caught
-    potential, models, learned, solved, structures, remaining, _ = arguments
+    potential, models, learned, solved, structures, remaining, *_ = arguments
     assert potential.variances.n_columns == potential.variances.of_fit
     rows = regression.labelled_rows(models, structures.select([i]), remaining.select(structures, [i]))
     residuals = {kind: r[:, -1] - r[:, :-1] @ solved.weights for kind, r in rows.items()}
@@ -81,7 +81,7 @@ def test_leaving_out_is_learning_without(caught, i):
 def test_the_amplitude_is_the_most_likely(caught, silicon):
     """On all structures that are left out, refitted one by one, no other size of the missing part is more likely."""
     arguments, potential = caught
-    raw, _, learned, _, structures, remaining, seed = arguments
+    raw, _, learned, _, structures, remaining, _, seed = arguments
     chosen = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed)).tolist()
     errors, missed, rest, atoms = [], [], [], 0
     for i in chosen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from scipy.special import chdtri
@@ -14,6 +14,7 @@ from torch import Tensor
 from gpmlp.core import parallel
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
+from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.gp.variance import VARIANCES
 from gpmlp.potential import baselines
 from gpmlp.potential.potential import Potential
@@ -44,35 +45,58 @@ REMOVED = 1e-4  # of the size of forces: a net force below it was subtracted
 LARGE = 0.3  # share of the size of forces that the model class may miss without a warning
 
 
+class CalibrationSplit(NamedTuple):
+    """Indices of structures: those learned from first; those set aside; and of these the ones that are predicted, none of which has a
+    near-duplicate among those learned from."""
+
+    fitted: Tensor
+    held: Tensor
+    judged: Tensor
+
+
 def calibration_split(
-    structures: Structures, targets: Targets, recipe: CalibrationRecipe | Literal[False], seed: int
-) -> tuple[Tensor, Tensor]:
-    """Indices of the structures to learn from and of those to set aside.
+    structures: Structures,
+    targets: Targets,
+    recipe: CalibrationRecipe | Literal[False],
+    seed: int,
+    groups: IndependentGroups | None = None,
+) -> CalibrationSplit:
+    """Structures to learn from and those to set aside.
 
     Of every config_type the same share, at random; isolated atoms always stay. Where `recipe.fraction` is less than ENOUGH_HELD structures
     it is more, up to LARGEST_SHARE: errors within one structure are correlated, so that a few structures say little. At most about
-    `recipe.atoms` atoms are set aside: they suffice for the scale of the errors, and more would only be missing from the inducing set.
+    `recipe.atoms` atoms are predicted: they suffice for the scale of the errors, and more would only be missing from the inducing set.
+
+    Args:
+        groups: what counts as one structure, each set aside with all that is near its leader; every structure for itself if None.
     """
-    everything = torch.arange(len(structures))
-    usable = torch.tensor([not baselines.is_isolated_atom(label) for label in targets.config_types])
-    if recipe is False or int(usable.sum()) < FEWEST:
-        return everything, everything[:0]
-    n = int(usable.sum())
-    share = min(max(recipe.fraction, min(ENOUGH_HELD / n, LARGEST_SHARE)), recipe.atoms / structures.n_atoms)
-    order = everything[usable][torch.randperm(int(usable.sum()), generator=torch.Generator().manual_seed(seed))]
-    groups: dict[str, list[int]] = {}
-    for i in order.tolist():
-        groups.setdefault(targets.config_types[i], []).append(i)
-    held: list[int] = []
+    everything, groups = torch.arange(len(structures)), groups or IndependentGroups.of_one(len(structures))
+    alone = torch.tensor([baselines.is_isolated_atom(label) for label in targets.config_types])
+    group_of = dict(zip(groups.leaders.tolist(), groups.near, strict=True))
+    usable = everything[~alone]
+    drawn = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))].tolist()
+    order = [i for i in drawn if i in group_of]
+    n = len(order)
+    if recipe is False or n < FEWEST:
+        return CalibrationSplit(everything, everything[:0], everything[:0])
+    atoms = int(structures.counts.cpu()[groups.leaders].sum())
+    share = min(max(recipe.fraction, min(ENOUGH_HELD / n, LARGEST_SHARE)), recipe.atoms / atoms)
+    by_type: dict[str, list[int]] = {}
+    for i in order:
+        by_type.setdefault(targets.config_types[i], []).append(i)
+    chosen: list[int] = []
     owed = 0.0
-    for label in groups:  # in the order of chance; what rounding leaves of one group goes to the next
-        owed += share * len(groups[label])
-        held += groups[label][: int(owed + 0.5)]
+    for members in by_type.values():  # in the order of chance; what rounding leaves of one config_type goes to the next
+        owed += share * len(members)
+        chosen += members[: int(owed + 0.5)]
         owed -= int(owed + 0.5)
     mask = torch.zeros(len(structures), dtype=torch.bool)
-    mask[held] = True
+    for i in chosen:
+        mask[group_of[i]] = True
+    mask &= ~alone
     _keep_every_species(structures, mask)
-    return everything[~mask], everything[mask]
+    judged = sorted(i for i in chosen if (mask | alone)[group_of[i]].all())
+    return CalibrationSplit(everything[~mask], everything[mask], torch.tensor(judged, dtype=torch.long))
 
 
 def _keep_every_species(structures: Structures, held: Tensor) -> None:

@@ -16,7 +16,9 @@ from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.errors import chemical_symbol
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures, chunk_structures
-from gpmlp.fitting import calibrate, prepare, regression, variance_checks
+from gpmlp.descriptors import make_descriptor
+from gpmlp.fitting import calibrate, near_duplicates, prepare, regression, variance_checks
+from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
 from gpmlp.fitting.stress_check import check_stress_consistency
@@ -62,24 +64,26 @@ def fit(
     stages.begin("data")
     data = _Data.from_labels(structures, targets, Recipe() if recipe is None else recipe)
     wanted = data.recipe.calibration if data.recipe.variance is not False else False
-    fitted, held = calibrate.calibration_split(data.structures, data.targets, wanted, data.recipe.seed)
+    split = calibrate.calibration_split(data.structures, data.targets, wanted, data.recipe.seed, data.groups)
+    fitted, held, judged = split
     trained = _train(data, fitted, held, stages)
     models, learned, calibration = trained.models, trained.learned, Calibration.identity()
     lowers = regression.lowers_of(models)
-    if len(held):
+    if len(judged):
         stages.begin("calibration")
         calibration = calibrate.held_out_calibration(
             _potential(data, trained, learned, learned.weights(lowers)),
-            data.structures.select(held),
-            data.targets.select(data.structures, held),
+            data.structures.select(judged),
+            data.targets.select(data.structures, judged),
         )
+    if len(held):
         learned = learned.joined(*trained.held)
     stages.begin("posterior")
     solved = posterior.solve_posterior(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
     potential = _potential(data, trained, learned, solved.weights)
     potential = replace(potential, calibration=calibration, provenance=dict(provenance or {}))
     potential = _with_amplitude(data, potential, models, learned, solved)
-    compared = data.structures.select(held if len(held) else fitted)
+    compared = data.structures.select(judged if len(judged) else fitted)
     subset = variance_checks.subset_error(potential, models, learned.signal, solved.factor, compared, data.recipe.seed)
     errors = None
     if validation is not None:
@@ -87,7 +91,8 @@ def fit(
         errors = _validation_errors(potential, *validation, energies=not data.targets.energies.isnan().all())
     stages.end()
     report = FitReport(
-        held_out=len(held),
+        independent_groups=len(data.groups),
+        held_out=len(judged),
         variance_subset=subset,
         validation_errors=errors,
         stages=tuple(stages.done),
@@ -105,6 +110,7 @@ class _Data:
         targets: labels as they came; remaining: less the baselines.
         shortest: distance of each pair of species that occurs, by symbols, A.
         label_noise: as much of the noise as labels themselves show, by kind; constant: what labels bring with them.
+        groups: structures that are independent of each other, and what is near each.
     """
 
     recipe: Recipe
@@ -115,6 +121,7 @@ class _Data:
     shortest: dict[str, float]
     label_noise: dict[str, float]
     constant: dict[str, float]
+    groups: IndependentGroups
     warnings: tuple[str, ...]
 
     @staticmethod
@@ -132,7 +139,11 @@ class _Data:
         shown = [force_label_noise(structures, targets), given.get("forces", math.nan)]
         shown = [x for x in shown if x == x]
         noise = {"forces": max(shown)} if shown else {}
-        return _Data(recipe, structures, targets, remaining, base, shortest, noise, given, warnings)
+        descriptor = make_descriptor(structures.distinct_species, recipe.descriptors[0].model_dump())
+        groups = near_duplicates.find_groups(structures, descriptor, targets.config_types, recipe.seed)
+        twins = groups.finding(structures)
+        warnings = (*warnings, *([str(twins)] if twins else []))
+        return _Data(recipe, structures, targets, remaining, base, shortest, noise, given, groups, warnings)
 
 
 def _potential(data: _Data, trained: _Trained, learned: WhitenedData, weights: Tensor) -> Potential:
@@ -141,7 +152,7 @@ def _potential(data: _Data, trained: _Trained, learned: WhitenedData, weights: T
     if data.recipe.variance is not False:
         most = data.recipe.variance.columns or len(learned.signal)
         factor, subset = regression.variance_factor(trained.models, learned, most)
-        constant = data.constant | trained.parameters.noise()
+        constant = data.constant | regression.label_scatter(trained.parameters, learned.noise)
         variances = regression.variance_model(
             trained.models, learned.signal, factor, constant, learned.label_noise, subset
         )
@@ -166,7 +177,7 @@ def _with_amplitude(
     """With the amplitude of what inducing variables miss, by leaving structures out."""
     if potential.variances is None:
         return potential
-    about = data.structures, data.remaining, data.recipe.seed
+    about = data.structures, data.remaining, data.groups, data.recipe.seed
     share = variance_checks.leave_out_amplitude(potential, models, learned, solved, *about)
     variances = replace(potential.variances, amplitude=share)
     return replace(potential, variances=variances, calibration=potential.calibration.with_amplitude(share))
@@ -220,9 +231,10 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     with parallel.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
         parameters, block_of_column, result = regression.learn_hyperparameters(recipe, models, whitened, counts, stages)
     signal = parameters.signal().to(block_of_column.device)[block_of_column]
-    noise = regression.fit_noise(recipe, parameters, whitened, counts, signal)
+    left_out = regression.left_out_energies(data.remaining, data.groups, fitted)
+    noise = regression.fit_noise(recipe, parameters, whitened, counts, signal, left_out)
     learned = WhitenedData(whitened, counts, noise, data.label_noise, signal)
-    warnings = hyperparameters.bound_warnings(recipe, regression.blocks_of(models), result.at_bound)
+    warnings = hyperparameters.bound_warnings(recipe, regression.blocks_of(models), result.at_bound, noise)
     jitter = max(m.jitter for m in models)
     if jitter:
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")

@@ -296,7 +296,7 @@ class OnlineFit:
             self,
             batches=tuple(b.rescaled(self._scales, scales, sizes) for b in self.batches),
             noise=noise,
-            constant=prepare.labels_noise(self.targets) | parameters.noise(),
+            constant=prepare.labels_noise(self.targets) | regression.label_scatter(parameters, noise),
             label_noise={"forces": scatter} if scatter == scatter else {},
             signal=signal,
             novelty=self._novelty(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,11 @@ from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import sparse_points
+from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior
 from gpmlp.gp.covariances import SpeciesEnvironments
+from gpmlp.gp.energy_noise import LeftOutEnergies
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel, make_kernel
 from gpmlp.gp.likelihood import Hyperparameters
@@ -244,21 +247,46 @@ def learn_hyperparameters(
 
 
 def fit_noise(
-    recipe: Recipe, parameters: Hyperparameters, whitened: dict[str, Tensor], counts: dict[str, int], signal: Tensor
+    recipe: Recipe,
+    parameters: Hyperparameters,
+    whitened: dict[str, Tensor],
+    counts: dict[str, int],
+    signal: Tensor,
+    left_out: LeftOutEnergies | None = None,
 ) -> dict[str, float]:
-    """Standard deviations by kind that weigh the labels: of the evidence, that of energies lessened by leave-one-out.
+    """Standard deviations by kind that weigh the labels: of the evidence, that of energies chosen by leave-one-out.
 
     Where the recipe gives it, or a prior of it, that has the last word; bounds that it gives hold.
 
     Args:
         signal: (columns,) δ of each column.
+        left_out: which energies are left out together.
     """
     noise, given = parameters.noise(), recipe.noise.energy_per_atom
     settled = isinstance(given, LearnedRecipe) and given.prior
-    if settled or "energies" not in parameters.learned or counts.get("energies", 0) < FEWEST_ENERGIES:
+    n = counts.get("energies", 0) if left_out is None else len(left_out.rows)
+    if settled or "energies" not in parameters.learned or n < FEWEST_ENERGIES:
         return noise
-    lowest = given.bounds[0] if isinstance(given, LearnedRecipe) and given.bounds else 0.0
-    return noise | {"energies": max(lowest, energy_noise.energy_noise(whitened, counts["energies"], noise, signal))}
+    low, high = given.bounds if isinstance(given, LearnedRecipe) and given.bounds else (0.0, math.inf)
+    chosen = energy_noise.energy_noise(whitened, counts["energies"], noise, signal, left_out)
+    return noise | {"energies": min(max(low, chosen), max(high, noise["energies"]))}
+
+
+def label_scatter(parameters: Hyperparameters, noise: dict[str, float]) -> dict[str, float]:
+    """Standard deviation by kind by which new labels scatter: that of the evidence, or `noise` of the fit where the evidence had none."""
+    return {kind: max(std, noise[kind]) for kind, std in parameters.noise().items()}
+
+
+def left_out_energies(targets: Targets, groups: IndependentGroups, fitted: Tensor) -> LeftOutEnergies:
+    """Rows of energies that are left out together: groups of near-duplicates among the structures learned from.
+
+    Args:
+        targets: of all structures, less the baselines; fitted: the structures whose energies with the common noise have rows.
+    """
+    common = ~targets.energies.isnan() & targets.energies_noise.isnan()
+    with_rows = fitted[common.cpu()[fitted]]
+    among = groups.among(with_rows, len(targets))
+    return LeftOutEnergies(among.near, tuple(targets.config_types[i] for i in with_rows[among.leaders].tolist()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from gpmlp.core import errors
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets, json_value
 from gpmlp.core.structures import Structures
-from gpmlp.fitting import calibrate, defaults
+from gpmlp.descriptors import make_descriptor
+from gpmlp.fitting import calibrate, defaults, near_duplicates
 from gpmlp.fitting.fit import fit
 from gpmlp.fitting.search_space import (
     SearchParameter,
@@ -193,13 +194,16 @@ def tuning_problem(
     errors.check_positive("columns", columns)
     start = _update(start)
     summary, species = defaults.summarise_data(structures, targets), structures.distinct_species
-    fitted, held = calibrate.calibration_split(structures, targets, HELD, seed)
-    if not len(held):
+    settled = defaults.resolve_recipe(start, summary, len(species))
+    descriptor = make_descriptor(species, settled.descriptors[0].model_dump())
+    groups = near_duplicates.find_groups(structures, descriptor, targets.config_types, seed)
+    fitted, _, judged = calibrate.calibration_split(structures, targets, HELD, seed, groups)
+    if not len(judged):
         raise UserError(
-            f"tune needs at least {calibrate.FEWEST} structures that are no isolated atoms, to learn from some and judge by others; "
-            f"got {len(structures)}."
+            f"tune needs at least {calibrate.FEWEST} structures that are no isolated atoms and no near-duplicates of each other, to "
+            f"learn from some and judge by others; got {len(groups)} among {len(structures)}."
         )
-    learn, judge = ((structures.select(part), targets.select(structures, part)) for part in (fitted, held))
+    learn, judge = ((structures.select(part), targets.select(structures, part)) for part in (fitted, judged))
     if judge[1].forces.isnan().all() and judge[1].energies.isnan().all():
         raise UserError(
             "The held-out structures have neither forces nor energies to judge by; check the labels in the file."
@@ -430,7 +434,7 @@ def _thinned(structures: Structures, targets: Targets, seed: int) -> tuple[Struc
         return structures, targets
     # drawn as structures are set aside, but without a bound on their share
     share = CalibrationRecipe.model_construct(fraction=1.0, atoms=TRAIN_ATOMS)
-    rest, part = calibrate.calibration_split(structures, targets, share, seed + 1)
+    rest, part, _ = calibrate.calibration_split(structures, targets, share, seed + 1)
     if not len(part):  # few structures are all kept, however large
         return structures, targets
     alone = [i for i in rest.tolist() if baselines.is_isolated_atom(targets.config_types[i])]

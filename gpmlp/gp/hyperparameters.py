@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gpmlp.core import errors
 from gpmlp.core.structures import Structures
@@ -13,6 +13,7 @@ from gpmlp.recipe import LearnedRecipe, Recipe
 
 NOISE_FIELDS = {"energies": "energy_per_atom", "forces": "force", "stresses": "stress"}
 UNITS = {"energies": "eV/atom", "forces": "eV/A", "stresses": "eV/A^3", "signal": "eV"}
+LEFT = 1.01  # times a bound: what is above has left it
 Blocks = Sequence[tuple[int, int]]  # (number of the descriptor, atomic number)
 
 
@@ -31,8 +32,14 @@ def make_hyperparameters(recipe: Recipe, kinds: Sequence[str], blocks: Blocks) -
     return Hyperparameters(noise, [_prior(_signal(recipe, block), SIGNAL_PRIOR) for block in blocks])
 
 
-def bound_warnings(recipe: Recipe, blocks: Blocks, ended: Sequence[AtBound]) -> list[str]:
-    """A warning for each standard deviation that ended at a bound."""
+def bound_warnings(
+    recipe: Recipe, blocks: Blocks, ended: Sequence[AtBound], noise: Mapping[str, float] | None = None
+) -> list[str]:
+    """A warning for each standard deviation that ended at a bound.
+
+    Args:
+        noise: by kind, as the fit uses them, where they are not those of the evidence.
+    """
     out = []
     for at in ended:
         if at.name == "signal":
@@ -42,6 +49,8 @@ def bound_warnings(recipe: Recipe, blocks: Blocks, ended: Sequence[AtBound]) -> 
             given = getattr(recipe.noise, NOISE_FIELDS[at.name])
         prior = _prior(given, default)
         value = prior.low if at.side == "lower" else prior.high
+        if at.side == "lower" and noise and noise.get(at.name, 0.0) > LEFT * prior.low:
+            continue  # leave-one-out found what the evidence could not
         ended_at = f"{key} ended at {value:.4g} {UNITS[at.name]}, the {at.side} bound"
         if isinstance(given, LearnedRecipe) and given.bounds:
             out.append(

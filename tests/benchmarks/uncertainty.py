@@ -47,7 +47,7 @@ def read(paths: list[Path]) -> tuple[Structures, Targets]:
 
 def committee(recipe: Recipe, structures: Structures, targets: Targets, tests: dict) -> tuple[dict[str, Scores], float]:
     """Forces of bootstrap members: their mean as prediction, their weighted variance and a constant as uncertainty."""
-    kept, held = calibrate.calibration_split(structures, targets, recipe.calibration, recipe.seed)
+    kept, held, _ = calibrate.calibration_split(structures, targets, recipe.calibration, recipe.seed)
     inducing = tuple(i.model_copy(update={"n": max(1, round(i.n / SHARE))}) for i in recipe.inducings)
     small = recipe.model_copy(update={"inducing": inducing, "variance": False, "calibration": False, "novelty": False})
     sets = tests | {"held out": (structures.select(held), targets.select(structures, held))}
