@@ -226,6 +226,8 @@ def variance_columns(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         text += f", rank correlation {subset['std_spearman']:.2f}" if "std_spearman" in subset else ""
     if "held_out" in report:
         text += f"; calibrated on {report['held_out']} structures"
+    if "independent_groups" in report:
+        text += f" ({report['independent_groups']} independent groups in all)"
     return [("variances", text)]
 
 

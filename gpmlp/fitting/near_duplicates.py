@@ -18,11 +18,12 @@ from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 DIMENSIONS = 48  # of a random projection: distances are right to a tenth (Johnson & Lindenstrauss 1984)
 SLOTS = 64  # signs that tell the atoms of a structure apart
 TYPICAL = 0.2  # the distance within which that share of the structures of its kind lie is typical of a structure;
-NEAR = 0.25  # of it is near, where atoms come in the same order; thermal frames drawn at random keep .35 at least (decision 014)
+NEAR = 0.25  # of it is near, where atoms come in the same order
 NEAR_SHUFFLED = 0.05  # of it, where only the sum over the atoms is compared, in which differences of many atoms cancel
 LEADING = (
     12  # principal components in which structures are searched: in more dimensions a tree has to look at everything
 )
+FLATTEST = 1e-4  # of the largest variance among components: those below count as if they had so much
 SAME = 1e-4  # distance of structures that are the same to rounding
 REFERENCES = 256  # structures of a kind to which distances are measured
 ENOUGH = 10  # structures of a kind that have a typical distance of their own
@@ -82,7 +83,8 @@ def find_groups(
     """Group structures that are much nearer to each other than structures of their kind are.
 
     The distance of two structures of equal species is the root mean square of the distances of the features of their atoms, in the order
-    of the atoms; or that of the sums of the features over the atoms, which no order changes. Both are measured in a random projection.
+    of the atoms; or that of the sums of the features over the atoms, which no order changes. Both are measured in a random projection,
+    in which components of large variance are made smaller (_evened).
     Near is what lies within NEAR (NEAR_SHUFFLED) of the smaller of the two structures' typical distances, or within SAME. Leaders are
     taken in random order, each with all that is near it (Hartigan, Clustering Algorithms (1975), chapter 3): chains, as a trajectory
     is one, break up. O(n log n) in the number of structures.
@@ -167,6 +169,7 @@ class _Search:
         vectors: np.ndarray, kinds: list[int], config_types: Sequence[str], ratio: float, generator: torch.Generator
     ) -> _Search:
         """With trees of each kind of which there are several structures."""
+        vectors = _evened(vectors, kinds)
         reach = _reach(vectors, kinds, config_types, ratio, generator)
         trees, members, alone = {}, {}, np.ones(len(vectors), dtype=bool)
         leading = np.zeros((len(vectors), min(LEADING, vectors.shape[1])))
@@ -193,6 +196,22 @@ class _Search:
         near = np.concatenate([self.members[kind][p] for p in points])
         distance = np.linalg.norm(self.vectors[near] - self.vectors[i], axis=1)
         return near[distance <= np.minimum(self.reach[near], self.reach[i])].tolist()
+
+
+def _evened(vectors: np.ndarray, kinds: list[int]) -> np.ndarray:
+    """With principal components of each kind divided by the fourth root of their variances, the largest being one.
+
+    Else the volume decides: cells of nearly one volume that are strained or displaced otherwise would all be near. Divided by the square
+    root, all components would count the same, fast motions of hydrogen and what is next to nothing among them.
+    """
+    out = vectors.copy()
+    for here in _positions(kinds).values():
+        if len(here) >= ENOUGH:
+            centred = vectors[here] - vectors[here].mean(0)
+            values, axes = np.linalg.eigh(centred.T @ centred)
+            values = np.maximum(values, max(FLATTEST * values[-1], np.finfo(float).tiny))
+            out[here] = centred @ (axes * (values[-1] / values) ** 0.25) @ axes.T
+    return out
 
 
 def _principal(vectors: np.ndarray) -> np.ndarray:

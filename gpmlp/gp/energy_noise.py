@@ -55,7 +55,7 @@ def energy_noise(
     signal: Tensor,
     left_out: LeftOutEnergies | None = None,
 ) -> float:
-    """The largest noise of energies, at most that of the evidence, whose leave-one-out error is within 5 % of the best.
+    """The largest σ_E, at most that of the evidence, with rms of (Q_gg)⁻¹ [Q r]_g within 5 % of the least: the leave-one-out error.
 
     What a sparse model with few columns cannot express is no independent noise: it is shared by energy and forces of a structure, so
     the evidence gives the few energies too little weight. Where it gives them far too much, because the columns can follow every energy
