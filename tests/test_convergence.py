@@ -81,16 +81,26 @@ def test_outcar(tmp_path, version):
     assert found.steps == {1, 3} and "EDIFF" in found.reason
 
 
+def pwscf(accuracies: list[float]) -> str:
+    """An output of pw.x with forces of each step, and the accuracy of its last iteration."""
+    text = "     Program PWSCF v.7.2 starts\n     scf convergence threshold =      1.0E-09\n"
+    for i, accuracy in enumerate(accuracies):
+        text += "ATOMIC_POSITIONS (angstrom)\n" if i else ""
+        text += "     estimated scf accuracy    <       0.00088135 Ry\n!    total energy = -1.0 Ry\n"
+        text += f"     estimated scf accuracy    <       {accuracy:.1E} Ry\n     convergence has been achieved in   3 iterations\n"
+        text += "     Forces acting on atoms (cartesian axes, Ry/au):\n"
+    return text
+
+
 def test_pwscf(tmp_path):
-    good = "     convergence has been achieved in   8 iterations\n"
-    bad = "     convergence NOT achieved after 100 iterations: stopping\n"
-    forces = "     Forces acting on atoms (cartesian axes, Ry/au):\n"
-    text = "     Program PWSCF v.7.2 starts\n" + "!    total energy = -1.0 Ry\n" + good + forces
-    text += "ATOMIC_POSITIONS (angstrom)\n" + bad + forces  # scf_must_converge = .false.
-    text += "ATOMIC_POSITIONS (angstrom)\n!    total energy = -1.0 Ry\n" + good + forces
+    # with scf_must_converge = .false. pw.x 7.2 says that convergence has been achieved where it has not
+    text = pwscf([2e-10, 7e-5, 9e-10])
     text += "ATOMIC_POSITIONS (angstrom)\n"  # the last positions once more, without results: no frame of ASE's
     (tmp_path / "pw.out").write_text(text)
     assert unconverged_steps(tmp_path / "pw.out", 3).steps == {1}
+    text += "     End of self-consistent calculation\n     convergence NOT achieved after 100 iterations: stopping\n"
+    (tmp_path / "pw.out").write_text(text)
+    assert unconverged_steps(tmp_path / "pw.out", 4).steps == {1, 3}
 
 
 def test_aims(tmp_path):

@@ -69,6 +69,8 @@ def written(tmp_path):
         ("my.code_virials", "virial", "my_code"),
         ("stresses", "stress", ""),
         ("QM_virial", "virial", "qm"),
+        ("energy_eV", "energy", ""),
+        ("forces_eV_A", "forces", ""),
     ],
 )
 def test_names_of_labels(key, kind, source):
@@ -79,6 +81,7 @@ def test_names_of_labels(key, kind, source):
 @pytest.mark.parametrize(
     "key",
     "energyA inter_energy interaction_energy kinetic_energy energy_noise force_sigma energy_per_atom forces_weight enforced "
+    "energy_Ha forces_kcal_mol stress_GPa dft_energy_Ry "
     "adsorption_energy max_force virial_sigma environment dispersion_forces e_pbe config_energy_weight".split(),
 )
 def test_names_of_other_things(key):
@@ -210,6 +213,29 @@ def test_free_energy_in_some_frames_only(written):
     atoms[0].info["free_energy"] = -7.0  # that of the others is not known: energies of one zero
     _, targets = read(written(atoms))
     assert targets.energies.tolist() == [0, -1, -2, -3]
+
+
+def test_units_are_not_guessed(written):
+    path = written(frames(energy_Ha="energy", forces_Ha_bohr="forces", stress_GPa="stress"))
+    data = read_labelled(path)
+    assert data.targets.energies.isnan().all() and data.targets.stresses.isnan().all()
+    assert [str(f).split("hold ")[1].split(".")[0] for f in kinds(data)["labels-of-unknown-name"]] == [
+        "energy_Ha", "forces_Ha_bohr", "stress_GPa"
+    ]  # fmt: skip
+
+
+def test_unknown_names_in_half_of_the_frames(written):
+    data = read_labelled(written(frames(energy="energy", forces="forces") + frames(3, E_pbe="energy", forces="forces")))
+    (finding,) = kinds(data)["labels-of-unknown-name"]
+    assert "no energies were recognised of 3 of its 7 frames; their info hold E_pbe" in finding.message
+
+
+def test_free_energies_in_half_of_the_frames(written):
+    data = read_labelled(
+        written(frames(energy="energy", forces="forces") + frames(3, free_energy="energy", forces="forces"))
+    )
+    (finding,) = kinds(data)["two-kinds-of-energy"]
+    assert finding.numbers == {"free_energy_frames": 3, "energy_frames": 4} and not data.targets.energies.isnan().any()
 
 
 def test_stress_of_another_source_is_named(written):

@@ -102,17 +102,24 @@ _RESULTS = (
 
 
 def _pwscf(lines: Iterator[str]) -> Iterator[bool]:
-    """Structures of an output of pw.x with results, by the verdict of their last self-consistency loop."""
-    failed, holds = False, False
+    """Structures of an output of pw.x with results, by the verdict of their last self-consistency loop.
+
+    With scf_must_converge = .false. pw.x says 'convergence has been achieved' in any case: the accuracy that it estimates decides.
+    """
+    failed, holds, threshold, accuracy = False, False, float("inf"), 0.0
     for line in lines:
         if "Program PWSCF" in line or "ATOMIC_POSITIONS" in line:
             if holds:
                 yield failed
             failed, holds = False, False
+        elif "scf convergence threshold" in line:
+            threshold = _number(line.split("=")[1])
+        elif "estimated scf accuracy" in line:
+            accuracy = _number(line.split("<")[1].split()[0])
         elif "convergence NOT achieved" in line:
             failed = True
         elif "convergence has been achieved" in line:
-            failed = False
+            failed = accuracy > threshold
         holds = holds or any(mark in line for mark in _RESULTS)
     if holds:
         yield failed
@@ -153,6 +160,6 @@ def _number(text: str) -> float:
 _CODES: tuple[tuple[str, Callable[[Iterator[str]], Iterator[bool]], str], ...] = (
     ("<modeling>", _vasprun, "VASP used all NELM electronic steps without reaching EDIFF"),
     (r"\A\s*vasp\.\d", _outcar, "VASP did not reach EDIFF"),
-    ("Program PWSCF", _pwscf, "pw.x says 'convergence NOT achieved'"),
+    ("Program PWSCF", _pwscf, "pw.x did not reach conv_thr"),
     ("Invoking FHI-aims", _aims, "FHI-aims does not say 'Self-consistency cycle converged'"),
 )

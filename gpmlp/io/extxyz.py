@@ -196,6 +196,8 @@ def _rest(file: IO[bytes], number: int, n_frames: int) -> str:
     """Say what follows a blank line; readers stop there, so anything that does would be lost."""
     while line := file.readline(LONGEST_LINE):
         if line.strip():
+            if not n_frames:
+                return f"line {number} is blank; a number of atoms must stand there"
             return f"line {number} is blank but more follows; frames after frame {n_frames - 1} would be lost"
     return ""
 

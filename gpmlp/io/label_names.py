@@ -44,10 +44,17 @@ OTHER = frozenset(
     "noise weight weights variance var uncertainty mask unit units key name type mae rmse tolerance bias spring external random "
     "constraint local site one".split()
 )
+# units that gpmlp does not convert, and those that it has
+UNITS = frozenset("ha hartree hartrees kcal kj mol ry rydberg au bohr mev gpa kbar bar pa".split())
+OWN_UNITS = frozenset("ev a ang angstrom a3 ang3".split())
+_LOOKS = {
+    "energy": re.compile(r"ener|toten|etot|^e$|^e[_\d]|_e$"),
+    "forces": re.compile(r"forc|frc|^f$|^f[_\d]|_f$|grad"),
+    "stress": re.compile(r"vir|stress"),
+}
 _WORD = re.compile(r"^(.*?)([_\-. ]?)(free_?energy|energy|energies|forces?|stress(?:es)?|virials?)(?:[_\-. ](.+))?$")
 _NOISE_WORDS = re.compile(r"sigma|std|noise|uncert|weight|varian")
 _LABEL_WORDS = re.compile(r"ener|forc|vir|stress|config|^weight")
-_STRESS_WORDS = re.compile(r"vir|stress")
 NO_FORCES = frozenset("positions momenta velocities velo vel velocity initial_magmoms magmoms spin dipoles".split())
 
 Place = tuple[str, str]  # 'results', 'info' or 'arrays', and the key
@@ -70,11 +77,11 @@ def label_name(key: str) -> LabelName | None:
     prefix, separator, word, suffix = match.groups()
     if prefix and not separator and prefix not in METHODS:
         return None
-    source = re.sub(r"[_\-. ]+", "_", "_".join(part for part in (prefix, suffix) if part)).strip("_")
-    if OTHER & set(source.split("_")):
+    parts = [part for part in re.split(r"[_\-. ]+", f"{prefix}_{suffix or ''}") if part and part not in OWN_UNITS]
+    if (OTHER | UNITS) & set(parts):
         return None
     kind = {"e": "energy", "fr": "free_energy", "fo": "forces", "s": "stress", "v": "virial"}
-    return LabelName(next(value for start, value in kind.items() if word.startswith(start)), source)
+    return LabelName(next(value for start, value in kind.items() if word.startswith(start)), "_".join(parts))
 
 
 def is_model(source: str) -> bool:
@@ -332,8 +339,9 @@ def _findings(
                     f"Use --keys {kind}={places[0][1]} if they are meant (in Python keys=...).",
                 )
             )
-        if given.get(kind) is None and not taken:
-            findings += _unknown_names(table, path, kind)
+        if given.get(kind) is None and len(having) < n:
+            findings += _unknown_names(table, path, kind, having)
+    findings += _two_energies(table, path, chosen)
     if len(findings) == 1 and not any(chosen.of_kind(kind) for kind in KINDS):
         text = f"{path}: no energies, forces or stresses were recognised, and nothing that could be them, in its {n} frames."
         findings.append(Finding("no-labels", "warning", text))
@@ -367,42 +375,58 @@ def _taken(table: LabelTable, path: str, chosen: LabelKeys) -> Finding:
     return Finding("labels-taken", "note", f"{path}: {', '.join(parts)} of {n} frames.", (), counts)
 
 
-def _unknown_names(table: LabelTable, path: str, kind: str) -> list[Finding]:
-    """Keys of a kind that is missing that may hold it by the shape of their values."""
+def _two_energies(table: LabelTable, path: str, chosen: LabelKeys) -> list[Finding]:
+    """A warning where some frames have only a free energy and all others only an energy: nothing says that these are alike."""
+    names = {p: table.labels[p].kind for p in chosen.energy if p in table.labels}
+    free, plain = (table.frames_of([p for p, k in names.items() if k == kind]) for kind in ("free_energy", "energy"))
+    if not len(free) or not len(plain) or len(np.intersect1d(free, plain)):
+        return []
+    text = f"{path}: energies are free energies in {len(free)} frames and energies in {len(plain)} others; both are taken for the same."
+    numbers = {"free_energy_frames": float(len(free)), "energy_frames": float(len(plain))}
+    return [
+        Finding(
+            "two-kinds-of-energy", "warning", text, (), numbers, "Give all frames the energy that forces belong to."
+        )
+    ]
+
+
+def _unknown_names(table: LabelTable, path: str, kind: str, having: np.ndarray) -> list[Finding]:
+    """Keys of frames without a label of a kind that may hold it, by the shape of their values and, where others have one, by name."""
     room = "arrays" if kind == "forces" else "info"
     found = [
         place
         for place, members in table.holders.items()
         if place[0] == room
         and place not in table.labels
-        and _may_be(kind, place[1], table.value(place, int(members[0])), table, members)
+        and not np.isin(members, having).any()
+        and _may_be(kind, place[1], table.value(place, int(members[0])), len(table.frames[int(members[0])]))
+        and (not len(having) or _LOOKS[kind].search(place[1].lower()))
     ]
     if not found:
         return []
-    names = {"energy": "energy or free_energy", "forces": "forces or force", "stress": "stress or virial"}[kind]
+    n, rest = len(table.frames), np.setdiff1d(table.frames_of(found), having)
+    words = {"energy": "energy or free_energy", "forces": "forces or force", "stress": "stress or virial"}[kind]
+    where = f"of {len(rest)} of its {n} frames" if len(having) else f"in any of its {n} frame{'s' * (n > 1)}"
     return [
         Finding(
             "labels-of-unknown-name",
             "warning",
-            f"{path}: no {PLURAL[kind]} were recognised in any of its {len(table.frames)} frame{'s' * (len(table.frames) > 1)}; their "
-            f"{room} hold {', '.join(key for _, key in found)}. {PLURAL[kind].capitalize()} are called {names}, bare or with the name "
-            "of their source, as REF_.",
+            f"{path}: no {PLURAL[kind]} were recognised {where}; their {room} hold {', '.join(key for _, key in found)}. "
+            f"{PLURAL[kind].capitalize()} are called {words}, bare or with the name of their source, as REF_.",
             (),
-            {"frames": float(len(table.frames_of(found)))},
-            f"Name them by --keys {kind}={found[0][1]} (in Python keys=...), or rename them.",
+            {"frames": float(len(rest))},
+            f"Name them by --keys {kind}={found[0][1]} (in Python keys=...) if they are in eV and A, or rename them.",
         )
     ]
 
 
-def _may_be(kind: str, key: str, value: Any, table: LabelTable, members: np.ndarray) -> bool:
+def _may_be(kind: str, key: str, value: Any, n_atoms: int) -> bool:
     name, array = key.lower(), np.asarray(value)
     if array.dtype.kind not in "fi" or _NOISE_WORDS.search(name) or name in NO_FORCES:
         return False
-    if kind == "energy":
-        return array.dtype.kind == "f" and array.shape == () and not OTHER & set(name.split("_"))
-    if kind == "forces":
-        return array.dtype.kind == "f" and array.shape == (len(table.frames[int(members[0])]), 3)
-    return array.size in (6, 9) and bool(_STRESS_WORDS.search(name))
+    if kind == "stress":
+        return array.size in (6, 9) and bool(_LOOKS[kind].search(name))
+    return array.dtype.kind == "f" and array.shape == (() if kind == "energy" else (n_atoms, 3))
 
 
 def unread_weights(table: LabelTable, path: str, read: Collection[str]) -> list[Finding]:

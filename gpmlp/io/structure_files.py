@@ -192,10 +192,13 @@ def _read_by_ase(path: Path, index: str | int | slice, called: str) -> FileFrame
         for atoms in ase.io.iread(path, index=":", do_not_split_by_at_sign=True):
             frames.append(Frame.from_atoms(atoms))
     except UNREADABLE as error:
-        reason = str(error) or type(error).__name__
-        where = f"frame {len(frames)} of it" if frames else "it"
-        raise UserError(f"{path}: {where} cannot be read: {reason}") from error
-    failed = unconverged_steps(path, len(frames))
+        failed = unconverged_steps(path, len(frames) + 1)
+        if not frames or len(frames) not in failed.steps:
+            reason = failed.reason or str(error) or type(error).__name__
+            where = f"frame {len(frames)} of it" if frames else "it"
+            raise UserError(f"{path}: {where} cannot be read: {reason}") from error
+    else:
+        failed = unconverged_steps(path, len(frames))
     numbers = [i for i in _choose(path, index, len(frames)) if i not in failed.steps]
     kept, names = [frames[i] for i in numbers], [f"{called} frame {i}" for i in numbers]
     if not failed.steps:
