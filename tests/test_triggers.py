@@ -18,10 +18,12 @@ from gpmlp.learning.recipe import GuardsRecipe, LearnRecipe, TriggerRecipe
 from gpmlp.learning.triggers import (
     StepContext,
     TriggerLimits,
+    asking_probability,
     broken_guard,
     covariance_moments,
     exceedance_probability,
     force_error_bound,
+    frame_exceedance,
     too_close,
     trigger_decision,
     trigger_limits,
@@ -284,7 +286,7 @@ def identity(scale=1.0):
 def test_automatic_limit_is_a_share_of_the_forces():
     limits = trigger_limits(TriggerRecipe(), 1.0, 32, {"forces": 0.001}, identity())
     assert limits.force == pytest.approx(0.15 * 3**0.5)
-    assert (limits.novelty, limits.local_energy, limits.halt) == (1.5, None, 4.0)
+    assert (limits.novelty, limits.local_energy, limits.halt) == (3.0, None, 4.0)
 
 
 def test_automatic_limit_is_no_less_than_the_noise_allows():
@@ -323,8 +325,42 @@ def test_novelty_that_neither_asks_nor_counts_as_covered_is_refused():
     recipe = {"start": "a.xyz", "oracle": {"calculator": "emt"}, "dynamics": {"temperature_K": 300}}
     default = LearnRecipe.model_validate(recipe)
     assert default.trigger.novelty <= default.stop.coverage.far
-    with pytest.raises(ValueError, match=r"trigger\.novelty 2 is above stop\.coverage\.far 1\.5"):
-        LearnRecipe.model_validate(recipe | {"trigger": {"novelty": 2.0}})
+    with pytest.raises(ValueError, match=r"trigger\.novelty 4 is above stop\.coverage\.far 3"):
+        LearnRecipe.model_validate(recipe | {"trigger": {"novelty": 4.0}})
+    strict = LearnRecipe.model_validate(recipe | {"stop": {"coverage": {"far": 1.5}}})
+    assert default.novelty_limit == 3.0 and strict.novelty_limit == 1.5  # what is left out follows
     LearnRecipe.model_validate(recipe | {"trigger": {"novelty": 2.0}, "stop": {"coverage": {"far": 2.0}}})
     LearnRecipe.model_validate(recipe | {"trigger": {"novelty": 2.0}, "stop": {"coverage": False}})
     LearnRecipe.model_validate(recipe | {"trigger": {"novelty": None}})
+
+
+# ---------------------------------------------------------------- how likely an error has to be
+
+
+def test_a_label_is_asked_for_where_an_error_is_likely():
+    """Frames of which all but a few are sure: they may pass up to `likely`."""
+    few = np.array([0.001] * 48 + [0.3, 0.4])  # in all 0.7 of 50 frames, 1.5 %
+    assert asking_probability(few, TriggerRecipe()) == 0.5
+    assert asking_probability(np.array([]), TriggerRecipe()) == 0.5  # nothing is known of frames yet
+    assert asking_probability(np.full(10, math.nan), TriggerRecipe()) == 0.5
+
+
+def test_errors_that_pass_are_rationed():
+    """Where too many would pass, those at the highest probabilities are labelled until the others are few enough."""
+    many = np.array([0.001] * 40 + [0.3] * 5 + [0.4] * 5)  # 7 % of 50 frames, if all pass
+    found = asking_probability(many[::-1], TriggerRecipe())
+    assert 0.001 <= found < 0.4
+    assert many[many <= found].sum() / 50 <= 0.02 < many[many <= 0.4].sum() / 50
+    always = np.full(50, 0.1)  # none can pass often enough: as strict as can be
+    assert asking_probability(always, TriggerRecipe()) == 0.02
+    assert asking_probability(np.array([0.001] * 49 + [0.7, 0.8]), TriggerRecipe()) == 0.5  # which are asked for anyway
+    assert asking_probability(always, TriggerRecipe(likely=0.02)) == 0.02  # the rule of versions before
+
+
+def test_probability_of_a_frame():
+    covariance = 0.01 * torch.eye(3, dtype=torch.float64).expand(7, 3, 3)
+    bound = force_error_bound(covariance, 0.3)
+    assert frame_exceedance(covariance, bound) == pytest.approx(0.3, rel=1e-2)
+    each = chi2.sf(0.25**2 / 0.01, 3)
+    assert frame_exceedance(covariance, 0.25) == pytest.approx(1 - (1 - each) ** 7, rel=1e-12)
+    assert frame_exceedance(covariance * math.inf, 0.25) == 1.0

@@ -253,7 +253,9 @@ def _check_same_run(before: dict, now: dict, folder: Path) -> None:
     """What decides what a run is must not change on the way; when to stop, and how the oracle is run, may."""
     a, b = dict(_flat(before, "")), dict(_flat(now, ""))
     for name in sorted(a.keys() | b.keys()):
-        if a.get(name) != b.get(name) and not name.startswith(MAY_CHANGE):
+        if (
+            name in a and a[name] != b.get(name) and not name.startswith(MAY_CHANGE)
+        ):  # a newer key says what was always done
             raise UserError(
                 f"{folder}: the run there had {name} = {a.get(name)!r}, the recipe says {b.get(name)!r}; a run is resumed with "
                 "the recipe it began with (only `stop`, `thin`, dynamics.steps and how the oracle is run may change)."
@@ -264,6 +266,18 @@ def _check_same_run(before: dict, now: dict, folder: Path) -> None:
             f"{folder}: with these dynamics.steps the ramp would take {ramps[1]} steps instead of {ramps[0]}; give "
             f"dynamics.ramp_steps: {ramps[0]}."
         )
+
+
+def recipe_as_begun(recipe: LearnRecipe, folder: Path) -> LearnRecipe:
+    """The recipe of a run that a version without `trigger.likely` began: what it leaves out is as it was by default then."""
+    path = folder / "recipe.json"
+    before = json.loads(path.read_text())["trigger"] if path.exists() else {"likely": None}
+    given = recipe.trigger.model_fields_set
+    if "likely" in before:
+        return recipe
+    old = {"likely": before["probability"], "novelty": before["novelty"]}
+    changed = {name: value for name, value in old.items() if name not in given}
+    return recipe.model_copy(update={"trigger": recipe.trigger.model_copy(update=changed)})
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:

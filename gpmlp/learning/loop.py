@@ -14,7 +14,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.io import archive
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning import exploration, initial_structures, model, surrogate, walker, walker_state
-from gpmlp.learning.checkpoint import ActivityTimer, RunFiles, RunProgress, load_checkpoint
+from gpmlp.learning.checkpoint import ActivityTimer, RunFiles, RunProgress, load_checkpoint, recipe_as_begun
 from gpmlp.learning.label_requests import LabelRequest, LabelRequests, share_environment
 from gpmlp.learning.labels import canonical_structure
 from gpmlp.learning.model import OnlineModel
@@ -84,6 +84,7 @@ class _Run:
 
     def __init__(self, recipe: LearnRecipe, base: Path, resume: bool) -> None:
         recipe.oracle.check()  # before anything is written
+        recipe = recipe_as_begun(recipe, base / recipe.output)
         self.recipe, self.folder = recipe, base / recipe.output
         self.starts = initial_structures.read_starts(base / recipe.start)
         dynamics, starts = recipe.dynamics, self.starts
@@ -392,7 +393,7 @@ class _Run:
         atoms = max(len(a) for a in self.starts)
         limits = trigger_limits(self.recipe.trigger, rms, atoms, online.constant, online.calibration)
         asking = walker_state.label_probability(self.progress.history, self.recipe.trigger)
-        return replace(limits, probability=asking)
+        return replace(limits, probability=asking, novelty=self.recipe.novelty_limit)
 
     # ------------------------------------------------------------ records
 

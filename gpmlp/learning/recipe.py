@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -103,7 +104,7 @@ class TriggerRecipe(RecipeSection):
     probability: Share = 0.02
     likely: Share = 0.5
     local_energy: Positive | None = None
-    novelty: Positive | None = 1.5
+    novelty: Positive | None = 3.0
     halt: Annotated[float, Field(gt=1)] = 4.0
     every: Count = 60
     watch: Count = 4
@@ -210,7 +211,7 @@ class CoverageRecipe(RecipeSection):
 
     frames: Share = 0.9
     atoms: Share | None = None
-    far: Annotated[float, Field(ge=1)] = 1.5
+    far: Annotated[float, Field(ge=1)] = 3.0
     persistent: Share = 0.2
 
 
@@ -272,7 +273,8 @@ class LearnRecipe(RecipeSection):
             raise ValueError("model.variance and model.novelty steer the run; they cannot be false")
         self._check_trigger()
         coverage, novelty = self.stop.coverage, self.trigger.novelty
-        if coverage and novelty is not None and novelty > coverage.far:
+        given = "novelty" in self.trigger.model_fields_set
+        if given and coverage and novelty is not None and novelty > coverage.far:
             raise ValueError(
                 f"trigger.novelty {novelty:g} is above stop.coverage.far {coverage.far:g}: what lies between would neither be "
                 "labelled nor count as covered, and the run never stop; lower the one or raise the other"
@@ -282,6 +284,12 @@ class LearnRecipe(RecipeSection):
         if self.dynamics.ensemble == "nve" and isinstance(self.dynamics.temperature_K, tuple):
             raise ValueError("dynamics: nve has no thermostat, so temperature_K cannot be a ramp; take ensemble: nvt")
         return self
+
+    @property
+    def novelty_limit(self) -> float | None:
+        """`trigger.novelty`; not above `stop.coverage.far`, beyond which a frame never counts as covered."""
+        far = self.stop.coverage.far if self.stop.coverage else math.inf
+        return None if self.trigger.novelty is None else min(self.trigger.novelty, far)
 
     def _check_trigger(self) -> None:
         if self.trigger.force is None and self.trigger.local_energy is None and self.trigger.novelty is None:

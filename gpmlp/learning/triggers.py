@@ -124,11 +124,11 @@ def asking_probability(exceedances: np.ndarray, trigger: TriggerRecipe) -> float
         exceedances: (frames,) these probabilities in the latest frames, in any order.
     """
     ordered = np.sort(exceedances[np.isfinite(exceedances)])
-    passed = ordered.cumsum() / max(len(ordered), FRAMES) <= trigger.probability
-    if passed.all():
-        return max(trigger.likely, trigger.probability)
-    highest = float(ordered[:-1][passed[:-1]].max(initial=0.0))
-    return min(max(highest, trigger.probability), max(trigger.likely, trigger.probability))
+    least, most = trigger.probability, max(trigger.likely, trigger.probability)
+    beyond = ordered[ordered.cumsum() / max(len(ordered), FRAMES) > least]
+    if not len(beyond):
+        return most
+    return float(ordered[ordered < beyond[0]].max(initial=0.0).clip(least, most))
 
 
 def force_error_bound(forces_covariance: Tensor, probability: float) -> float:
