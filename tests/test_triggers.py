@@ -15,6 +15,7 @@ from gpmlp.core import neighbors
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.recipe import GuardsRecipe, LearnRecipe, TriggerRecipe
+from gpmlp.learning.stopping.history import History, Record
 from gpmlp.learning.triggers import (
     StepContext,
     TriggerLimits,
@@ -28,6 +29,7 @@ from gpmlp.learning.triggers import (
     trigger_decision,
     trigger_limits,
 )
+from gpmlp.learning.walker_state import label_probability
 from gpmlp.uncertainty.calibration import Calibration, KindCalibration
 
 LIMITS = TriggerLimits(force=0.1, probability=0.1, local_energy=0.05, novelty=1.5, halt=4.0, guards=GuardsRecipe())
@@ -337,24 +339,41 @@ def test_novelty_that_neither_asks_nor_counts_as_covered_is_refused():
 # ---------------------------------------------------------------- how likely an error has to be
 
 
+def asking(exceedances, steps=100.0, trigger=None):
+    return asking_probability(np.asarray(exceedances), np.full(len(exceedances), steps), trigger or TriggerRecipe())
+
+
 def test_a_label_is_asked_for_where_an_error_is_likely():
     """Frames of which all but a few are sure: they may pass up to `likely`."""
-    few = np.array([0.001] * 48 + [0.3, 0.4])  # in all 0.7 of 50 frames, 1.5 %
-    assert asking_probability(few, TriggerRecipe()) == 0.5
-    assert asking_probability(np.array([]), TriggerRecipe()) == 0.5  # nothing is known of frames yet
-    assert asking_probability(np.full(10, math.nan), TriggerRecipe()) == 0.5
+    assert asking([0.001] * 48 + [0.3, 0.4]) == 0.5  # in all 0.75 of 50 frames, 1.5 %
+    assert asking([]) == 0.5 and asking([math.nan] * 10) == 0.5  # nothing is known of frames yet
+    assert asking([0.3] * 10, 8.0) == 0.5  # 24 steps of 80 are no more than 100 of 5000
+    assert asking([0.001] * 49 + [0.7, 0.8]) == 0.5  # these are asked for anyway
 
 
 def test_errors_that_pass_are_rationed():
     """Where too many would pass, those at the highest probabilities are labelled until the others are few enough."""
-    many = np.array([0.001] * 40 + [0.3] * 5 + [0.4] * 5)  # 7 % of 50 frames, if all pass
-    found = asking_probability(many[::-1], TriggerRecipe())
-    assert 0.001 <= found < 0.4
+    many = np.array([0.001] * 40 + [0.1] * 3 + [0.15] * 3 + [0.4] * 4)
+    found = asking(many[::-1])
+    assert found == 0.15
     assert many[many <= found].sum() / 50 <= 0.02 < many[many <= 0.4].sum() / 50
-    always = np.full(50, 0.1)  # none can pass often enough: as strict as can be
-    assert asking_probability(always, TriggerRecipe()) == 0.02
-    assert asking_probability(np.array([0.001] * 49 + [0.7, 0.8]), TriggerRecipe()) == 0.5  # which are asked for anyway
-    assert asking_probability(always, TriggerRecipe(likely=0.02)) == 0.02  # the rule of versions before
+    assert asking([0.1] * 50) == 0.02  # none may pass: as strict as can be
+    assert asking([0.1] * 50, trigger=TriggerRecipe(likely=0.02)) == 0.02  # the rule of versions before, always
+
+
+def test_frames_count_by_the_steps_they_stand_for():
+    """Of the latest 5000 steps, whoever made them; a walker that goes back does not count twice."""
+    history = History()
+    for k in range(1, 121):
+        for walker in (0, 1):
+            unsure = 0.4 if k <= 40 else 0.001
+            history = history.append(Record(walker, 60 * k, 0.0, exceedance=unsure, threshold=1.0))
+    assert label_probability(history, TriggerRecipe()) == 0.5  # what was unsure is more than 5000 steps ago
+    history = history.append(Record(0, 7208, 0.0, exceedance=0.4)).append(Record(0, 3000, 0.0, exceedance=0.4))
+    assert label_probability(history, TriggerRecipe()) == 0.5  # 8 steps, and none
+    for k in range(1, 6):
+        history = history.append(Record(0, 3000 + 60 * k, 0.0, exceedance=0.4))
+    assert label_probability(history, TriggerRecipe()) == 0.02  # 123 expected steps of 5000
 
 
 def test_probability_of_a_frame():

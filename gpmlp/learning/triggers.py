@@ -24,7 +24,7 @@ from gpmlp.uncertainty.calibration import Calibration
 Action = Literal["continue", "label", "halt"]
 SURE = 1e-30  # eV^2/A^2; no force varies by less, unless symmetry makes it zero
 NAMED = 10  # atoms that a decision names at most
-FRAMES = 25  # fewer than that say nothing of shares of 2 %: where there are none, errors were none
+HORIZON = 5000  # steps of all walkers: of fewer, a share of 2 % is not worth a label
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,21 @@ def frame_exceedance(forces_covariance: Tensor, tolerance: float) -> float:
     return float(-np.expm1(np.log1p(-each).sum()))
 
 
-def asking_probability(exceedances: np.ndarray, trigger: TriggerRecipe) -> float:
-    """The probability of exceeding the limit above which a label is asked for: `likely`, or less where frames that may pass below
-    would have an error beyond the limit in more than a share `probability` of all.
+def asking_probability(exceedances: np.ndarray, steps: np.ndarray, trigger: TriggerRecipe) -> float:
+    """The probability of exceeding the limit above which a label is asked for: `likely`, or less where steps that may pass below would
+    have an error beyond the limit in more than a share `probability` of HORIZON steps, or of all if there are more.
+
+        p* = max{p ≤ likely: Σ_k n_k P_k [P_k ≤ p] ≤ probability max(HORIZON, Σ_k n_k)}, but not less than probability
 
     Args:
-        exceedances: (frames,) these probabilities in the latest frames, in any order.
+        exceedances: (frames,) P_k (`frame_exceedance`) of the latest frames, in any order, NaN = not known; steps: (frames,) n_k that each
+            stands for.
     """
-    ordered = np.sort(exceedances[np.isfinite(exceedances)])
+    known = np.isfinite(exceedances)
+    order = exceedances[known].argsort()
+    ordered, weights = exceedances[known][order], steps[known][order]
     least, most = trigger.probability, max(trigger.likely, trigger.probability)
-    beyond = ordered[ordered.cumsum() / max(len(ordered), FRAMES) > least]
+    beyond = ordered[(weights * ordered).cumsum() > least * max(HORIZON, weights.sum())]
     if not len(beyond):
         return most
     return float(ordered[ordered < beyond[0]].max(initial=0.0).clip(least, most))

@@ -16,7 +16,7 @@ from gpmlp.learning import walker
 from gpmlp.learning.recipe import DynamicsRecipe, LearnRecipe, TriggerRecipe
 from gpmlp.learning.stopping import observables
 from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.triggers import asking_probability, broken_guard, frame_exceedance
+from gpmlp.learning.triggers import HORIZON, asking_probability, broken_guard, frame_exceedance
 from gpmlp.learning.walker import Walker, WalkerSnapshot
 
 NAN = math.nan
@@ -212,8 +212,14 @@ def record_from_snapshot(
 
 
 def label_probability(history: History, trigger: TriggerRecipe) -> float:
-    """The probability of exceeding the limit above which a label is asked for, from the latest RECENT frames."""
-    return asking_probability(history.column("exceedance")[-RECENT:].astype(float), trigger)
+    """The probability of exceeding the limit above which a label is asked for, from the frames of the latest HORIZON steps."""
+    walkers, at = history.column("walker"), history.column("step")
+    steps = np.zeros(len(at))
+    for number in history.walkers:
+        mine = walkers == number
+        steps[mine] = np.diff(at[mine], prepend=0).clip(0, trigger.every)  # a walker that is set back makes some again
+    latest = steps[::-1].cumsum()[::-1] <= HORIZON
+    return asking_probability(history.column("exceedance")[latest], steps[latest], trigger)
 
 
 def typical_force(history: History, dynamics: DynamicsRecipe, labels: Targets) -> float:

@@ -220,7 +220,11 @@ class Calibration:
             rows = {name: tuple(row) for name, row in entry["multipliers"].items()}
             tuples = {"multipliers": rows, "edges": tuple(entry["edges"]), "weights": tuple(entry["weights"])}
             kinds[kind] = KindCalibration(**(entry | tuples))
-        numbers = plain.get("typical_novelty"), plain.get("spread"), plain.get("unsampled", 1.0)
+        numbers = plain.get("typical_novelty"), plain.get("spread"), plain.get("unsampled")
+        if numbers[2] is None:  # a file of an older version: as much as makes samples as wide as errors are
+            forces, spread = kinds["forces"], numbers[1]
+            data = forces.scale**2 * (forces.weights[1] if forces.weights else 1.0)
+            numbers = (*numbers[:2], max(1.0, spread**2 / data) if spread else 1.0)
         return Calibration(kinds, plain["source"], *numbers)
 
 
