@@ -275,7 +275,7 @@ def recipe_as_begun(recipe: LearnRecipe, folder: Path) -> LearnRecipe:
     given = recipe.trigger.model_fields_set
     if "likely" in before:
         return recipe
-    old = {"likely": before["probability"], "novelty": before["novelty"]}
+    old = {"likely": before["probability"], "probability": before["probability"], "novelty": before["novelty"]}
     changed = {name: value for name, value in old.items() if name not in given}
     return recipe.model_copy(update={"trigger": recipe.trigger.model_copy(update=changed)})
 

@@ -101,7 +101,7 @@ class TriggerRecipe(RecipeSection):
     force: Positive | Literal["auto", "noise"] | None = "auto"
     share: Positive = 0.15
     noise: Positive = 1.2
-    probability: Share = 0.02
+    probability: Share = 0.01
     likely: Share = 0.5
     local_energy: Positive | None = None
     novelty: Positive | None = 3.0

@@ -24,7 +24,7 @@ from gpmlp.uncertainty.calibration import Calibration
 Action = Literal["continue", "label", "halt"]
 SURE = 1e-30  # eV^2/A^2; no force varies by less, unless symmetry makes it zero
 NAMED = 10  # atoms that a decision names at most
-HORIZON = 5000  # steps of all walkers: of fewer, a share of 2 % is not worth a label
+HORIZON = 5000  # steps of all walkers: of fewer, a share of 1 % is not worth a label
 
 
 @dataclass(frozen=True)
