@@ -43,6 +43,7 @@ def tune_command(
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the log.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is held out, and of the search.")] = 0,
+    keys: Annotated[str | None, typer.Option("--keys", help="Names of labels, as of `gpmlp fit`.")] = None,
 ) -> None:
     """Search the descriptor and kernel with which small fits best predict held-out structures."""
     from gpmlp.cli import console
@@ -51,6 +52,7 @@ def tune_command(
     from gpmlp.fitting.search_space import load_optuna
     from gpmlp.io import ase_atoms, provenance
     from gpmlp.io.files import check_apart, check_target
+    from gpmlp.io.label_names import parse_keys
     from gpmlp.io.recipe_files import load_recipe
 
     check_positive("--budget-minutes", budget_minutes)
@@ -60,7 +62,7 @@ def tune_command(
     check_apart(targets_of, {"the training data": train, "the start recipe": recipe})
     load_optuna()
     start = load_recipe(recipe, settings or [])
-    structures, targets = ase_atoms.read(train, labelled=True)
+    structures, targets = ase_atoms.read(train, labelled=True, keys=parse_keys(keys or ""))
     data = {"name": train.name, "sha256": provenance.file_hash(train)}
     problem = tune.tuning_problem(structures, targets, start, search or [], objective.value, seed, data, columns)
     study = tune.open_study(log, problem, resume)

@@ -231,11 +231,7 @@ def run_dynamics(
     Raises:
         UserError: no velocities and no temperature, or the run has blown up.
     """
-    atoms = atoms.copy()
-    remove_uncertainty(atoms)
-    atoms.info.pop(CONSTRAINTS, None)
-    if other := _other_constraints(atoms):
-        atoms.info[CONSTRAINTS] = " ".join(other)
+    atoms = _start_of_run(atoms)
     first = int(atoms.info.get("step", 0))
     earlier_time = float(atoms.info.get("time_fs", 0.0))
     earlier_heat, start = float(atoms.info.get("heat_eV", 0.0)), atoms.info.get("conserved_start_eV")
@@ -277,6 +273,16 @@ def run_dynamics(
         except UserError as error:
             raise UserError(f"between steps {begun} and {begun + stride}: {error}") from error
         yield state()
+
+
+def _start_of_run(atoms: Atoms) -> Atoms:
+    """A copy without the uncertainties of an earlier run, that names the constraints which its file will not keep."""
+    atoms = atoms.copy()
+    remove_uncertainty(atoms)
+    atoms.info.pop(CONSTRAINTS, None)
+    if other := _other_constraints(atoms):
+        atoms.info[CONSTRAINTS] = " ".join(other)
+    return atoms
 
 
 def ensure_velocities(atoms: Atoms, temperature_K: float | None, generator: np.random.Generator) -> None:
