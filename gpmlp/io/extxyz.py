@@ -168,9 +168,9 @@ def _scan(file: IO[bytes], size: int | None, closed: bool) -> FrameOffsets:
         if not count:
             return result(_rest(file, number, len(starts)) if line else "")
         if not count.isdigit() or len(count) > MOST_DIGITS:
-            return result(
-                f"line {number}: a number of atoms must stand there; got '{count[:40].decode('utf-8', 'replace')}'"
-            )
+            got = count[:40].decode("utf-8", "replace")
+            where = f" (frame {len(starts)} should begin there)" if starts else ""
+            return result(f"line {number}: a number of atoms must stand there; got '{got}'{where}")
         n = int(count)
         if size is not None and n * SHORTEST_ATOM > size - end:
             return result(
@@ -282,10 +282,12 @@ def _value(key: str, text: str) -> Any:
         known = [_BOOL.get(word) for word in words]
         return text if None in known else known[0] if len(known) == 1 else known
     try:
-        array = np.array([int(word) for word in words], dtype=int)
+        if "." in text:
+            raise ValueError
+        array = np.array(list(map(int, words)), dtype=int)
     except (ValueError, OverflowError):
         try:
-            array = np.array([float(word) for word in words])
+            array = np.array(list(map(float, words)))
         except ValueError:
             return text
     if key in _TENSORS and array.shape == (9,):
@@ -358,7 +360,7 @@ def _columns(lines: Sequence[str], layout: tuple[tuple[str, str, int, int], ...]
     for name, kind, first, last in layout:
         convert, dtype = _CONVERT[kind]
         try:
-            values = [convert(word) for word in chain.from_iterable(columns[first:last])]
+            values = list(map(convert, chain.from_iterable(columns[first:last])))
         except ValueError as error:
             raise ParseError(str(error), 2 + _first_bad(columns[first:last], convert)) from error
         array = np.array(values, dtype=dtype)

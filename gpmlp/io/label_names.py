@@ -404,6 +404,7 @@ def _unknown_names(table: LabelTable, path: str, kind: str, having: np.ndarray) 
     ]
     if not found:
         return []
+    found.sort(key=lambda place: not _LOOKS[kind].search(place[1].lower()))  # the likely ones first
     n, rest = len(table.frames), np.setdiff1d(table.frames_of(found), having)
     words = {"energy": "energy or free_energy", "forces": "forces or force", "stress": "stress or virial"}[kind]
     where = f"of {len(rest)} of its {n} frames" if len(having) else f"in any of its {n} frame{'s' * (n > 1)}"

@@ -49,7 +49,7 @@ def without_false_zeros(
     if empty.any():
         stresses = stresses.masked_fill(empty[:, None, None], NAN)
         names = tuple(structures.names[i] for i in empty.nonzero()[:, 0].tolist())
-        text = f"a stress that is exactly 0 in all its components ({len(names)} frames) is no label and is left out."
+        text = "a stress that is exactly 0 in all its components is no label and is left out."
         findings.append(Finding("zero-stress", "warning", text, names, {"frames": float(len(names))}))
     return replace(targets, forces=forces, stresses=stresses), findings
 
@@ -58,7 +58,7 @@ def _finding(kind: str, which: str, structures: Structures, atoms: Tensor) -> li
     if not atoms.any():
         return []
     owners, n = structures.structure_of_atom[atoms].unique().tolist(), int(atoms.sum())
-    text = f"forces of exactly 0 on {n} atoms {which} ({len(owners)} frames) are taken as missing."
+    text = f"forces of exactly 0 on {n} atoms {which} are taken as missing."
     names = tuple(structures.names[i] for i in owners)
     return [Finding(kind, "warning", text, names, {"atoms": float(n)}, "Give the forces on all atoms (raw forces).")]
 
