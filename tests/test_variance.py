@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import ase.build
 import numpy as np
 import oracles
 import pytest
 import scipy.stats
 import torch
+from ase.calculators.singlepoint import SinglePointCalculator
 from systems import cluster, crystal, replicate, rotation, structure
 from test_dense_gp import TIGHT, dense_fit, other_structures, recipe, targets, training_set
 
@@ -22,6 +24,8 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import variance_checks
 from gpmlp.fitting.fit import fit
+from gpmlp.io import archive, ase_atoms
+from gpmlp.potential import baselines
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty.calibration import widen_by_novelty
 
@@ -136,9 +140,30 @@ def test_rotation_turns_the_covariance(silicon):
     for part in PARTS:
         a, b = (getattr(p.forces_covariance, part) for p in (before, after))
         torch.testing.assert_close(
-            turn @ a @ turn.T, b, rtol=1e-7, atol=1e-9 * float(before.forces_covariance.total.max())
+            turn @ a @ turn.T, b, rtol=0, atol=1e-10 * float(before.forces_covariance.total.max())
         )
     torch.testing.assert_close(before.energies_variance.total, after.energies_variance.total, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, "one atom", "strain"])
+def test_rotation_turns_the_covariance_where_symmetry_forbids_forces(silicon, moved):
+    """Nothing is divided by rounding noise: every part turns to 1e-10 of the covariances that atoms which move have, or of its own."""
+    potential, structures, _ = silicon
+    frame = ase.build.bulk("Si", "diamond", a=5.43, cubic=True)
+    if moved == "one atom":
+        frame.positions[0, 2] += 0.01
+    elif moved == "strain":
+        frame.set_cell(frame.cell.array @ (np.eye(3) + 0.02 * np.eye(3)[[1, 0, 2]]), scale_atoms=True)
+    else:
+        frame.positions += moved * np.random.default_rng(1).normal(size=(8, 3))
+    one, turn = ase_atoms.structures_from_ase([frame]), rotation()
+    turned = replace(one, positions=one.positions @ turn.T, cells=one.cells @ turn.T)
+    usual = float(potential(structures.select([20]), variance="forces").forces_covariance.total.max())
+    for calibrated in (True, False):
+        before, after = (potential(s, variance="forces", calibrated=calibrated) for s in (one, turned))
+        for part in (*PARTS, "total"):
+            a, b = (getattr(p.forces_covariance, part) for p in (before, after))
+            torch.testing.assert_close(turn @ a @ turn.T, b, rtol=0, atol=1e-10 * max(usual, float(a.max())))
 
 
 def test_replicated_cell(silicon):
@@ -216,7 +241,7 @@ def test_the_error_of_a_subset_is_that_against_all_columns():
 
 def test_calibration_scales_and_can_be_left_out(silicon):
     potential, structures, _ = silicon
-    some = structures.select([5])
+    some = structures
     raw, ready = (potential(some, variance="all", novelty=True, calibrated=c) for c in (False, True))
     far = (raw.novelty / potential.calibration.typical_novelty).clamp_min(1)
     assert far.max() > 1  # some are more novel than the typical environment
@@ -341,7 +366,7 @@ def test_where_symmetry_forbids_a_force_nothing_is_missed(silicon):
     assert 0 < size < 1e-5 * constant
     assert potential(perfect, "forces").forces_variance.total.max() > 0
     moved = perfect.positions.clone()
-    moved[0, 2] += 0.01  # along z: x and y of that atom stay forbidden by the two mirror planes that hold z
+    moved[0, 2] += 0.03  # along z: x and y of that atom stay forbidden by the two mirror planes that hold z
     axis = potential(perfect.with_positions(moved), "forces", calibrated=False).forces_covariance.misspecification[0]
     values, vectors = torch.linalg.eigh(axis)
     assert values[-1] > 0.99 * constant and vectors[2, -1].abs() > 0.999
@@ -350,3 +375,62 @@ def test_where_symmetry_forbids_a_force_nothing_is_missed(silicon):
     torch.testing.assert_close(
         usual, (constant * torch.eye(3).double()).expand_as(usual), rtol=1e-3, atol=1e-3 * constant
     )
+
+
+TOTAL = {1: -13.6, 6: -1028.0, 8: -2041.0, 14: -7870.0}  # eV, of all electrons
+
+
+def springs(symbols: list[str], n: int, seed: int = 0):
+    """Molecules whose atoms hang on springs at fixed places, with total energies of all electrons."""
+    rng, frames = np.random.default_rng(seed), []
+    places = {name: ase.build.molecule(name).positions for name in symbols}
+    for k in range(n):
+        frame = ase.build.molecule(symbols[k % len(symbols)])
+        moved = 0.05 * rng.normal(size=frame.positions.shape)
+        frame.positions = places[symbols[k % len(symbols)]] + moved
+        energy = sum(TOTAL[z] for z in frame.numbers) + 5 * (moved**2).sum()
+        frame.calc = SinglePointCalculator(frame, energy=energy, forces=-10 * moved)
+        frames.append(frame)
+    return ase_atoms.from_ase(frames)
+
+
+@pytest.mark.parametrize(
+    "learned, others",
+    [(["CH3CH2OH"], ["H2O", "CH4", "CO"]), (["H2O"], ["H2", "O2"]), (["CH4", "H2O"], ["H2", "CO2", "CH3OH"])],
+)
+def test_compositions_that_the_data_do_not_tell_apart(learned, others, tmp_path):
+    """Another composition has an error bar as wide as its error, one in the span of the data that of the process alone."""
+    recipe = Recipe.model_validate({"descriptor": {"n_max": 4, "l_max": 2}, "inducing": {"n": 12}})
+    potential, _ = fit(*springs(learned, 40), recipe)
+    *others_, isolated = potential.baselines
+    settled = replace(potential, baselines=(*others_, replace(isolated, open_directions=())))
+    far, labels = springs(others, len(others))
+    found, narrow = (p(far, variance="energies") for p in (potential, settled))
+    z = (found.energies - labels.energies) / found.energies_variance.epistemic.sqrt()
+    assert z.abs().max() < 3
+    opened = found.energies_variance.data - narrow.energies_variance.data
+    expected = isolated.energy_deviations(far).square().sum(1)
+    assert opened.min() > 1e5 and (opened > 0.05 * (found.energies - labels.energies).square()).all()
+    torch.testing.assert_close(opened, expected, rtol=1e-9, atol=0)
+    near, _ = springs(learned, 2, seed=5)
+    places = near.positions + 20.0 * near.structure_of_atom[:, None]
+    within = structure(places.tolist(), near.species.tolist())  # both together
+    for some in (near, within):
+        a, b = (p(some, variance="energies").energies_variance.total for p in (potential, settled))
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+    joint = potential.covariance(far)[: len(far), : len(far)]
+    raw = potential(far, variance="energies", calibrated=False, form="scaled").energies_variance
+    torch.testing.assert_close(joint.diagonal(), raw.inducing + raw.data, rtol=1e-9, atol=1e-9)
+    archive.save(potential, tmp_path / "m.gpmlp")
+    again = archive.load(tmp_path / "m.gpmlp")(far, variance="energies").energies_variance.total
+    torch.testing.assert_close(again, found.energies_variance.total, rtol=1e-12, atol=0)
+
+
+def test_isolated_atoms_leave_nothing_open():
+    """Each element by itself, or as many compositions as elements."""
+    structures, targets = springs(["H2O", "CH4", "CO"], 9)
+    assert baselines.open_directions(structures, targets) == ()
+    only, known = springs(["H2O"], 9)
+    (direction,) = baselines.open_directions(only, known)
+    assert 2 * direction[1] + direction[8] == pytest.approx(0, abs=1e-9) and abs(direction[8]) > 500
+    assert baselines.open_directions(only, replace(known, energies=torch.full_like(known.energies, torch.nan))) == ()

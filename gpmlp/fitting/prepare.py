@@ -116,9 +116,10 @@ def make_baselines(
     else:
         from_frames = baselines.IsolatedAtoms.from_frames(structures, targets) if choice == "auto" else {}
         remaining = targets.minus(baseline_sum(tuple(out), structures)) if out else targets
-        energies = baselines.IsolatedAtoms.least_squares(structures, remaining)
-        if set(from_frames) >= set(species):
-            energies = from_frames
+        if not set(from_frames) >= set(species):
+            energies = baselines.IsolatedAtoms.least_squares(structures, remaining)
+            return (*out, baselines.IsolatedAtoms(energies, baselines.open_directions(structures, remaining)))
+        energies = from_frames
     return (*out, baselines.IsolatedAtoms(energies))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ def energy_noise(
     """
     error = _leave_out_error(whitened, count, noise, signal, left_out or LeftOutEnergies.one_by_one(count))
     start = noise["energies"]
+    while error(start) == math.inf:  # more parameters determined than there are groups
+        start *= 2
     if start < UNDETERMINED * error(start):
         start = error(start)
     errors = [error(fraction * start) for fraction in FRACTIONS]
@@ -111,7 +114,7 @@ def _leave_out_error(
     def of_factor(sigma: float) -> float:
         residuals = sigma**2 * rotated / (values + sigma**2)
         free = 1 - float((values / (values + sigma**2)).sum()) / groups
-        return float(residuals.square().sum() / count) ** 0.5 / free if free > 0 else float("inf")
+        return float(residuals.square().sum() / count) ** 0.5 / free if free > 0 else math.inf
 
     def of_rows(sigma: float) -> float:
         inverse = 1 / (values + sigma**2)

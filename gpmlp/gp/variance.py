@@ -27,7 +27,10 @@ ByDescriptor = Sequence[StructureEnvironments]  # environments of the same struc
 VARIANCES = ("atom_energies", "energies", "forces", "stresses")
 SAMPLED = "sampled_forces"  # an estimate of the variances of forces
 FORMS = ("scaled", "dtc")
-FREE = 1e-12  # of the misspecification: a variance left by the data that is far below is one that symmetry makes zero
+FREE = (
+    1e-6  # of the misspecification: where the data leave far less, symmetry forbids a force; rounding is 1e-10 of that
+)
+ROUNDING = 1e-12  # of prior variances: less than that of their difference to what is explained is rounding
 KEPT = 1e-6  # of the misspecification, there
 FORCE_ATOMS = 512  # atoms whose force rows are in memory together
 
@@ -212,7 +215,7 @@ class VarianceModel:
             a, b = (part.unflatten(0, (len(here), 3)) for part in self.whiten(k_Fu))
             k_FF = _total([p.forces(structures, v, here) for p, v in zip(self.priors, environments, strict=True)])
             # a aᵀ = k_Fu K_uu⁻¹ k_uF and b bᵀ = k_Fu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uF
-            unexplained[here] = share * _nearest_semidefinite(k_FF - a @ a.mT)
+            unexplained[here] = share * _above_rounding(k_FF - a @ a.mT, k_FF)
             data[here] = b @ b.mT
             misfit[here] = _where_free(data[here], constant)
         return Variance(unexplained, data, misfit, noise)
@@ -245,7 +248,7 @@ class VarianceModel:
         unknown = structures.volumes.isnan()
         data = b @ b.mT
         unexplained = torch.full_like(data, math.nan)
-        unexplained[~unknown] = share * _nearest_semidefinite((k_SS - a @ a.mT)[~unknown])
+        unexplained[~unknown] = share * _above_rounding((k_SS - a @ a.mT)[~unknown], k_SS[~unknown])
         unit = torch.eye(6).to(data).expand_as(data)
         misfit, noise = (part * unit for part in self._noise_parts("stresses"))
         for part in (data, misfit, noise):
@@ -407,10 +410,16 @@ def _where_free(data: Tensor, constant: float) -> Tensor:
     return (vectors * independent[..., None, :]) @ vectors.mT
 
 
-def _nearest_semidefinite(matrices: Tensor) -> Tensor:
-    """The nearest positive semi-definite matrices: exact differences are, and only rounding makes them not."""
-    values, vectors = torch.linalg.eigh(0.5 * (matrices + matrices.mT))
-    return (vectors * values.clamp_min(0)[..., None, :]) @ vectors.mT
+def _above_rounding(differences: Tensor, prior: Tensor) -> Tensor:
+    """Differences (n, k, k) of covariances from `prior` ones, v² / (v + θ) for each eigenvalue v, none for negative ones.
+
+    Exact differences are positive semi-definite. Rounding leaves some 1e-16 of the prior, which turns with the machine and not with the
+    structure; θ is far above that and far below what counts.
+    """
+    values, vectors = torch.linalg.eigh(0.5 * (differences + differences.mT))
+    values, least = values.clamp_min(0), ROUNDING * prior.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+    values = torch.where(values > 0, values * (values / (values + least)), values)
+    return (vectors * values[..., None, :]) @ vectors.mT
 
 
 def _pack_triangle(lower: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class _Section(BaseModel):
 class _IsolatedAtoms(_Section):
     name: Literal["isolated_atoms"]
     energies: dict[Element, Annotated[float, Field(ge=-1e9, le=1e9)]]
+    open_directions: list[dict[Element, Annotated[float, Field(ge=-1e9, le=1e9)]]] = []
 
 
 class _ZBL(_Section):

@@ -13,6 +13,9 @@ from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
 
+RANK = 1e-9  # of the largest singular value of compositions: below, a direction is open
+LEAST_OPEN = 1.0  # eV, by which the energy of an element may be off where total energies are about zero
+
 
 class Baseline(Protocol):
     """A term of the energy with its forces and stress."""
@@ -44,9 +47,16 @@ class Baseline(Protocol):
 
 @dataclass(frozen=True)
 class IsolatedAtoms(Baseline):
-    """E = sum_i e(Z_i); energies in eV by atomic number."""
+    """E = Σ_i e(Z_i).
+
+    Attributes:
+        energies: eV, by atomic number.
+        open_directions: what the compositions of the data leave open: e may be off by Σ_k x_k d_k with x_k standard normal, each d_k eV
+            by atomic number. Energies of compositions like those of the data are the same along all of them.
+    """
 
     energies: dict[int, float]
+    open_directions: tuple[dict[int, float], ...] = ()
     cutoff = 0.0
 
     def of_atoms(
@@ -61,8 +71,17 @@ class IsolatedAtoms(Baseline):
             local.masked_fill_(species == z, self.energies[z])
         return local, Neighbors.empty(structures), local.new_zeros(0, 3)
 
+    def energy_deviations(self, structures: Structures) -> Tensor:
+        """(structures, directions) Σ_i d_k(Z_i), eV: how far total energies move along each open direction."""
+        species = structures.distinct_species
+        table = [[direction.get(z, 0.0) for direction in self.open_directions] for z in species]
+        like = structures.positions
+        return structures.composition(species).to(like) @ like.new_tensor(table).reshape(len(species), -1)
+
     def state(self) -> dict:
-        return {"name": "isolated_atoms", "energies": {str(z): e for z, e in self.energies.items()}}
+        directions = [{str(z): d for z, d in direction.items()} for direction in self.open_directions]
+        more = {"open_directions": directions} if directions else {}
+        return {"name": "isolated_atoms", "energies": {str(z): e for z, e in self.energies.items()}} | more
 
     @staticmethod
     def from_frames(structures: Structures, targets: Targets) -> dict[int, float]:
@@ -87,6 +106,30 @@ class IsolatedAtoms(Baseline):
         left, right = (counts * weights[:, None]).cpu().double(), (energies * weights).cpu().double()
         solution = torch.linalg.lstsq(left, right[:, None], driver="gelsd").solution[:, 0]
         return dict(zip(species, solution.tolist(), strict=True))
+
+
+def open_directions(structures: Structures, targets: Targets) -> tuple[dict[int, float], ...]:
+    """The directions in which compositions with a known energy leave energies of elements open, as long as those may be off.
+
+    Conditional on the energies A e of the compositions A (frames, elements), e ~ N(., S²) has the covariance N (Nᵀ S⁻² N)⁻¹ Nᵀ, N spanning
+    the null space of A. The prior S is as large as an energy of an element may be: an equal share of the total energies, as that of
+    valence electrons, or a share that grows as Z^(7/3), as that of all electrons (Thomas-Fermi; Lieb, Rev. Mod. Phys. 53, 603 (1981)).
+    """
+    species = structures.distinct_species
+    known = ~torch.isnan(targets.energies)
+    if not known.any():
+        return ()
+    counts, energies = structures.composition(species)[known].cpu().double(), targets.energies[known].cpu().double()
+    _, values, axes = torch.linalg.svd(counts.unique(dim=0), full_matrices=True)
+    null = axes[int((values > RANK * values[0]).sum()) :].T
+    if not null.shape[1]:
+        return ()
+    electrons = torch.tensor(species, dtype=torch.float64) ** (7 / 3)
+    shares = torch.stack([(1 / counts.sum(1))[:, None].expand_as(counts), electrons / (counts @ electrons)[:, None]])
+    prior = (shares.amax(0) * energies[:, None]).square().mean(0).sqrt().clamp_min(LEAST_OPEN)
+    lower = torch.linalg.cholesky(null.T @ (null / prior[:, None] ** 2))
+    directions = torch.linalg.solve_triangular(lower, null.T, upper=False)
+    return tuple(dict(zip(species, d, strict=True)) for d in directions.tolist())
 
 
 def is_isolated_atom(config_type: str) -> bool:
@@ -168,7 +211,8 @@ class ZBL(Baseline):
 def baseline_from_state(state: dict) -> Baseline:
     """Build a baseline again from its state()."""
     if state["name"] == "isolated_atoms":
-        return IsolatedAtoms({int(z): float(e) for z, e in state["energies"].items()})
+        directions = ({int(z): float(d) for z, d in one.items()} for one in state.get("open_directions", ()))
+        return IsolatedAtoms({int(z): float(e) for z, e in state["energies"].items()}, tuple(directions))
     if state["name"] == "zbl":
         return ZBL(
             {(a, b): inner for a, b, inner, _ in state["pairs"]}, {(a, b): outer for a, b, _, outer in state["pairs"]}

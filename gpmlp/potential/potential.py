@@ -130,7 +130,17 @@ class Potential:
         if calibrated:
             prediction = calibrate_prediction(prediction, structures.to(device=self.recipe.device), self.calibration)
             prediction = prediction if novelty else replace(prediction, novelty=None)
+        if prediction.energies_variance is not None:
+            open_ = self._energy_deviations(structures).square().sum(1).to(prediction.energies_variance.data)
+            spread = replace(prediction.energies_variance, data=prediction.energies_variance.data + open_)
+            prediction = replace(prediction, energies_variance=spread)
         return prediction.map(lambda v: v.to(structures.positions))
+
+    def _energy_deviations(self, structures: Structures) -> Tensor:
+        """(structures, directions) how far energies move along what the compositions of the training data leave open, eV."""
+        isolated = [b for b in self.baselines if isinstance(b, baselines.IsolatedAtoms)]
+        none = structures.positions.new_zeros(len(structures), 0)
+        return torch.cat([none, *(b.energy_deviations(structures) for b in isolated)], dim=1)
 
     def to_own_device(self, structures: Structures) -> Structures:
         """Structures on the potential's device, in its precision."""
@@ -233,6 +243,8 @@ class Potential:
         self.check_species(structures)
         here = self.to_own_device(structures)
         joint = self.variance_model().joint_covariance(here, [term.environments(here) for term in self.terms])
+        deviations = self._energy_deviations(here).to(joint)
+        joint[: len(here), : len(here)] += deviations @ deviations.T
         return joint.to(device=structures.positions.device)
 
     def to(self, device: str | None = None, descriptors: str | None = None) -> Potential:

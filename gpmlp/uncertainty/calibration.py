@@ -377,12 +377,23 @@ def calibrate_prediction(prediction: Prediction, structures: Structures, calibra
     return replace(prediction, **changed)
 
 
+def _smaller(floor: Tensor, noise: Tensor) -> Tensor:
+    """The smaller of two variances; of covariances, of which `noise` is a multiple of the identity, in each principal direction."""
+    if floor.dim() < 3:
+        return torch.minimum(floor, noise)
+    known, out = floor.isfinite().flatten(1).all(1), noise.clone()
+    values, vectors = torch.linalg.eigh(floor[known])
+    values = torch.minimum(values, noise[known].diagonal(dim1=1, dim2=2))
+    out[known] = (vectors * values[..., None, :]) @ vectors.mT
+    return out
+
+
 def calibrate_variance(variance: Variance, learned: KindCalibration) -> Variance:
     """Each part times its weight and the square of the scale."""
     inducing, data, constant = (learned.scale**2 * w for w in learned.weights or (1.0, 1.0, 1.0))
     # Of the constant part, label noise comes first and misspecification is the rest. It also takes what a weight above 1 adds to the
     # part due to the data: more data would narrow the posterior and leave these errors.
     floor = constant * (variance.misspecification + variance.noise)
-    noise = torch.minimum(floor, variance.noise)
+    noise = _smaller(floor, variance.noise)
     excess = max(0.0, data - 1.0) * variance.data
     return Variance(inducing * variance.inducing, min(1.0, data) * variance.data, floor - noise + excess, noise)
