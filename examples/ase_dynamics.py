@@ -27,7 +27,9 @@ dynamics = Langevin(atoms, 2 * units.fs, temperature_K=900, friction=friction, f
 def show() -> None:
     std, novelty = (atoms.calc.results[key].max() for key in ("force_std", "novelty"))
     time = dynamics.get_time() / units.fs
-    print(f"{time:3.0f} fs, {atoms.get_temperature():4.0f} K: largest std {1e3 * std:3.0f} meV/A, novelty {novelty:.2f}")
+    print(
+        f"{time:3.0f} fs, {atoms.get_temperature():4.0f} K: largest std {1e3 * std:3.0f} meV/A, novelty {novelty:.2f}"
+    )
 
 
 dynamics.attach(show, interval=20)

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import shutil
+from dataclasses import replace
 
 import ase.build
 import numpy as np
@@ -21,6 +22,10 @@ from gpmlp.core.structures import Structures
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning import labels as label_module
 from gpmlp.learning.labels import LabelEntry, LabelFile, LabelRefusal, canonical_structure, format_entry, key_of
+
+PLAIN_KEY = (
+    "k7406d6c8db31d0cdc14b027b9782345"  # of structure() and oracle 'o1', before structures had moments and charges
+)
 
 
 def structure(seed: int = 0, periodic: bool = True, n: int = 2) -> Structures:
@@ -100,11 +105,12 @@ def test_given_noise_and_kind_are_kept(tmp_path):
 
 
 number = st.floats(allow_nan=False, allow_infinity=False, width=64)
+place = st.floats(-1e9, 1e9, width=64, exclude_min=True, exclude_max=True)  # beyond, structures are refused
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    x=st.lists(number, min_size=6, max_size=6),
+    x=st.lists(place, min_size=6, max_size=6),
     f=st.lists(number, min_size=6, max_size=6),
     energy=number,
     reason=st.text(max_size=30),
@@ -271,3 +277,30 @@ def test_no_place_and_no_labels(tmp_path):
         LabelFile(tmp_path / "labels.xyz").structures_and_targets()
     with pytest.raises(ValueError, match="cannot be the name of a note"):
         format_entry(entry(0, notes={"energy": 1.0}))
+
+
+def test_moments_and_charges_are_part_of_a_label(tmp_path):
+    """By site, as they were, numbers or vectors; another order of spins is another label, none is the label it always was."""
+    plain = structure()
+    assert key_of(plain, "o1") == PLAIN_KEY
+    magnet = replace(
+        plain,
+        magnetic_moments=torch.tensor([0.1, -0.7]).double(),
+        charges=torch.tensor([-1.0, 1 / 3], dtype=torch.float64),
+    )
+    other = replace(magnet, magnetic_moments=-magnet.magnetic_moments)
+    tilted = replace(plain, magnetic_moments=torch.tensor([[0.1, 0, 1], [-1, 0, 0]]).double())
+    zero = replace(plain, magnetic_moments=torch.zeros(2), charges=-torch.zeros(2))
+    keys = {key_of(s, "o1") for s in (plain, magnet, other, tilted, replace(magnet, charges=None))}
+    assert len(keys) == 5 and key_of(zero, "o1") == PLAIN_KEY
+    file = LabelFile(tmp_path / "labels.xyz")
+    for asked in (plain, magnet, other, tilted):
+        file.append(replace(entry(), structure=asked, key=key_of(asked, "o1")))
+    for asked, back in zip((plain, magnet, other, tilted), LabelFile(file.path), strict=True):
+        assert key_of(back.structure, "o1") == key_of(asked, "o1") == back.key
+        for name in ("magnetic_moments", "charges"):
+            was, now = getattr(asked, name), getattr(back.structure, name)
+            assert (was is None) == (now is None) and (was is None or bits(was) == bits(now))
+        assert key_of(canonical_structure(asked), "o1") == back.key
+    read_again = gpmlp.read(file.path)[0]
+    assert read_again.charges.tolist() == [0, 0, -1, 1 / 3, -1, 1 / 3, 0, 0]

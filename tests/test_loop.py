@@ -17,7 +17,7 @@ from conftest import labelled
 from counting_oracle import answers
 from learning_runs import cluster, contents, crystal, events, finish, merged, prepare, recipe
 
-from gpmlp.core.errors import UserError
+from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.io import archive
 from gpmlp.io.ase_atoms import structures_from_ase, write_frames
 from gpmlp.learning import checkpoint, loop, walker_state
@@ -629,3 +629,44 @@ def test_paths_of_the_recipe_start_from_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     finish(recipe(dynamics={"steps": 5}), Path("deep/down"))
     assert (folder / "out" / "model.gpmlp").exists()
+
+
+def test_an_antiferromagnetic_ion_is_labelled_as_one(tmp_path, monkeypatch):
+    """Moments by site and the charge reach each question to the oracle, before and after an interruption, and are in every file."""
+    start = crystal()
+    start.set_initial_magnetic_moments([2.0, -2.0, 2.0, -2.0])
+    start.set_initial_charges([-1.0, 0.0, 0.0, 0.0])
+    asked = []
+    plain = counting_oracle.Counting.calculate
+
+    def noting(self, atoms=None, *more):
+        asked.append((atoms.get_initial_magnetic_moments().tolist(), float(atoms.get_initial_charges().sum())))
+        plain(self, atoms, *more)
+
+    monkeypatch.setattr(counting_oracle.Counting, "calculate", noting)
+    whole = prepare(tmp_path / "whole", start)
+    last = finish(recipe(), whole)
+    broken = prepare(tmp_path / "broken", start)
+    for k, _ in enumerate(learn(recipe(), broken)):
+        if k == 9:
+            break
+    finish(recipe(), broken, resume=True)
+    assert contents(whole) == contents(broken)
+    assert len(asked) >= 2 * last.labels > 6 and set(map(str, asked)) == {"([2.0, -2.0, 2.0, -2.0], -1.0)"}
+    for name in ("labels.xyz", "trajectory.xyz"):
+        for frame in ase.io.iread(whole / "out" / name):
+            assert frame.get_initial_magnetic_moments().tolist() == [2.0, -2.0, 2.0, -2.0]
+            assert frame.get_initial_charges().sum() == -1.0
+
+
+def test_what_the_starts_say_of_charge_and_spin_is_not_dropped_without_a_word(tmp_path):
+    start = crystal()
+    start.info["charge"] = -1
+    folder = prepare(tmp_path / "a", start)
+    with pytest.warns(DataWarning, match=r"start.xyz: frame 0 says charge = -1, which does not reach the oracle"):
+        next(iter(learn(recipe(), folder)))
+    start = crystal()
+    start.set_initial_magnetic_moments([1.0] * 4)
+    folder = prepare(tmp_path / "b", start)
+    with pytest.warns(DataWarning, match=r"frame 0 has magnetic moments of its own, by site"):
+        next(iter(learn(recipe(oracle={"magnetic_moments": {"Al": 1.0}}), folder)))

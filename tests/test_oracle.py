@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import ase
 import ase.build
 import numpy as np
 import pytest
@@ -18,9 +20,16 @@ from pydantic import ValidationError
 import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.learning.oracles import codes
-from gpmlp.learning.oracles.codes import PSEUDO_DIRS, merge_kwargs
-from gpmlp.learning.oracles.oracle import CalculatorOracle, OracleRecipe
+from gpmlp.learning.oracles import codes, single_point
+from gpmlp.learning.oracles.codes import (
+    PSEUDO_DIRS,
+    READY,
+    OracleError,
+    build_calculator,
+    electronic_kwargs,
+    merge_kwargs,
+)
+from gpmlp.learning.oracles.oracle import CalculatorOracle, OracleRecipe, make_job
 
 SILICON = {
     "pseudopotentials": {"Si": "Si.pbe-rrkj.UPF"},
@@ -356,3 +365,59 @@ def test_quantum_espresso_needs_a_box():
     water = structures_from_ase([ase.build.molecule("H2O")])
     with pytest.raises(UserError, match="pw.x needs a cell"):
         CalculatorOracle(OracleRecipe(calculator="quantum-espresso", kwargs=SILICON)).label(water)
+
+
+STRUCTURE = {"charges": [-1.0, 0.0], "magnetic_moments": [1.0, -1.0]}
+
+
+@pytest.mark.parametrize("name", READY)
+def test_what_ready_made_calculators_are_told_of_charge_and_moments(name):
+    """Each gets the charge where it does not ask the atoms, and refuses moments that it would not see; nothing is dropped."""
+    entry = READY[name]
+    charge = {"charges": [-0.5, -0.5]}
+    assert electronic_kwargs(name, {"a": 1}, {}) == {"a": 1}
+    assert electronic_kwargs(name, {"a": 1}, charge) == {"a": 1} | ({entry.charge: -1} if entry.charge else {})
+    if entry.charge:
+        assert electronic_kwargs(name, {entry.charge: -1}, charge) == {entry.charge: -1}
+        with pytest.raises(
+            OracleError, match=f"kwargs.{entry.charge} is 2, but the initial charges of the atoms sum to -1"
+        ):
+            electronic_kwargs(name, {entry.charge: 2}, charge)
+    if entry.moments:
+        electronic_kwargs(name, {}, STRUCTURE)
+    else:
+        with pytest.raises(OracleError, match=f"{re.escape(name)} takes no magnetic moments of atoms"):
+            electronic_kwargs(name, {}, STRUCTURE)
+
+
+def test_pw_x_is_told_of_spins_by_site_and_of_the_charge(tmp_path):
+    """Its input, written for an antiferromagnetic ion: two types of atoms of opposite moment, and the charge of the cell."""
+    pytest.importorskip("ase.calculators.espresso")
+    (tmp_path / "Fe.upf").touch()
+    atoms = ase.Atoms(
+        "Fe2", [[0, 0, 0], [0, 0, 2.4]], cell=[5, 5, 5], pbc=True, magmoms=[2.0, -2.0], charges=[1.0, 0.0]
+    )
+    kwargs = {"pseudopotentials": {"Fe": "Fe.upf"}, "pseudo_dir": str(tmp_path), "ecutwfc_Ry": 30, "command": "true"}
+    (structure,) = [structures_from_ase([atoms])]
+    job = make_job(
+        OracleRecipe(calculator="quantum-espresso", kwargs=kwargs), "k", 1, structure, tmp_path, tmp_path, False
+    )
+    made = electronic_kwargs("quantum-espresso", kwargs, job["structure"])
+    calculator = build_calculator("quantum-espresso", made, tmp_path)
+    calculator.template.write_input(calculator.profile, tmp_path, atoms, calculator.parameters, ["energy"])
+    text = (tmp_path / "espresso.pwi").read_text()
+    assert (
+        re.search(r"tot_charge\s*=\s*1\b", text)
+        and re.search(r"nspin\s*=\s*2", text)
+        and re.search(r"ntyp\s*=\s*2", text)
+    )
+
+
+def test_moments_of_the_atoms_come_before_those_by_symbol(copper, monkeypatch):
+    asked = []
+    monkeypatch.setattr(single_point, "_answer", lambda job, atoms, folder: asked.append(atoms) or {})
+    recipe = OracleRecipe(calculator="emt", magnetic_moments={"Cu": 1.0}, check_every=0)
+    magnet = replace(copper.select([0]), magnetic_moments=-2.0 * torch.ones(int(copper.counts[0])))
+    for structure in (copper.select([0]), magnet):
+        single_point.compute_label(make_job(recipe, "k", 1, structure, Path("."), Path("."), False), Path("."))
+    assert [atoms.get_initial_magnetic_moments()[0] for atoms in asked] == [1.0, -2.0]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from systems import cluster, crystal, everything, structure
+from systems import cluster, crystal, dimer, everything, structure
 
 from gpmlp.core import units
 from gpmlp.core.errors import UserError
@@ -190,3 +190,42 @@ def test_a_fingerprint_changes_with_what_the_structure_is(changed):
     found, whole = replace(BATCH, **{changed: value}).fingerprints(), BATCH.fingerprints()
     assert count_matches(found[1:2], whole) == 0
     assert (found[0], *found[2:]) == (whole[0], *whole[2:])
+
+
+def test_moments_and_charges_stay_with_their_atoms():
+    """Through selection, batches, devices and new positions; where a part has none they are zero, and moments along z beside vectors."""
+    one, two = dimer(2.0), cluster()
+    magnet = replace(
+        one, magnetic_moments=torch.tensor([2.0, -2.0]).double(), charges=torch.tensor([-1.0, 0.0]).double()
+    )
+    batch = Structures.concatenate([two, magnet])
+    assert batch.charges.tolist() == [0.0] * 5 + [-1.0, 0.0]
+    again = batch.select([1]).with_positions(3 * one.positions).to(dtype=torch.float32)
+    assert again.magnetic_moments.tolist() == [2.0, -2.0] and again.charges.dtype == torch.float64
+    moved = again.with_unchecked_positions(one.positions, one.cells)
+    assert torch.equal(moved.magnetic_moments, magnet.magnetic_moments)
+    tilted = replace(one, magnetic_moments=torch.tensor([[1.0, 0, 0], [0, 1, 0]]).double())
+    assert Structures.concatenate([magnet, tilted]).magnetic_moments.tolist() == [
+        [0, 0, 2],
+        [0, 0, -2],
+        [1, 0, 0],
+        [0, 1, 0],
+    ]
+    assert Structures.concatenate([one, two]).magnetic_moments is None
+    for name, bad, said in (
+        ("charges", torch.zeros(3), "must have shape"),
+        ("charges", torch.zeros(2, 3), "must have shape"),
+        ("magnetic_moments", torch.tensor([1.0, float("nan")]), "hold a NaN"),
+    ):
+        with pytest.raises(UserError, match=said):
+            replace(one, **{name: bad})
+
+
+def test_fingerprints_tell_orders_of_spins_apart():
+    """And are what they were where there are none, or only zeros."""
+    one = dimer(2.0)
+    plain = one.fingerprints()
+    up, down = (replace(one, magnetic_moments=torch.tensor(m).double()) for m in ([2.0, 2.0], [2.0, -2.0]))
+    charged, zero = replace(one, charges=torch.tensor([0.0, 1.0])), replace(one, charges=torch.zeros(2))
+    assert len({f for s in (one, up, down, charged) for f in s.fingerprints()}) == 4
+    assert zero.fingerprints() == plain == Structures.concatenate([up, one]).select([1]).fingerprints()

@@ -358,7 +358,9 @@ def test_errors_that_pass_are_rationed():
     assert found == 0.08
     assert many[many <= found].sum() / 50 <= 0.01 < many[many <= 0.4].sum() / 50
     assert asking([0.1] * 50) == 0.01  # none may pass: as strict as can be
-    assert asking([0.1] * 50, trigger=TriggerRecipe(probability=0.02, likely=0.02)) == 0.02  # the rule of versions before, always
+    assert (
+        asking([0.1] * 50, trigger=TriggerRecipe(probability=0.02, likely=0.02)) == 0.02
+    )  # the rule of versions before, always
 
 
 def test_frames_count_by_the_steps_they_stand_for():

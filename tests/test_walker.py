@@ -231,10 +231,18 @@ def test_begin_keeps_what_a_checkpoint_keeps():
     """Otherwise the trajectory of a run that is resumed would look different."""
     atoms = copper()
     atoms.info["config_type"], atoms.arrays["tags"] = "bulk", np.arange(4)
-    atoms.set_initial_magnetic_moments([1.0] * 4)
+    atoms.set_initial_magnetic_moments([1.0, -1.0, 1.0, -1.0])
+    atoms.set_initial_charges([-1.0, 0.0, 0.0, 0.0])
     place = begin(NVT, atoms)
-    assert not place.atoms.info and set(place.atoms.arrays) == {"numbers", "positions", "momenta"}
-    assert set(again(place).atoms.arrays) == {"numbers", "positions", "momenta"}
+    for arrays in (place.atoms.arrays, again(place).atoms.arrays):
+        assert set(arrays) == {"numbers", "positions", "momenta", "initial_magmoms", "initial_charges"}
+        assert arrays["initial_magmoms"].tolist() == [1, -1, 1, -1] and arrays["initial_charges"].tolist() == [
+            -1,
+            0,
+            0,
+            0,
+        ]
+    assert not place.atoms.info
 
 
 def test_isotopes_are_kept():

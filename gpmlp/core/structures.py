@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ class Structures:
         species: (atoms,) atomic numbers Z.
         structure_of_atom: (atoms,) index of the structure of each atom, sorted.
         names: how error messages call each structure, e.g. "train.xyz frame 12".
+        magnetic_moments: (atoms,) or (atoms, 3) from which an electronic structure code begins, Bohr magnetons; None = none. No
+            descriptor sees them.
+        charges: (atoms,) the same, elementary charges; their sum is the charge of a structure.
 
     Raises:
         UserError: wrong shape, not finite or beyond 1e9 A, flat cell, unsorted or out-of-range structure index.
@@ -42,6 +46,8 @@ class Structures:
     species: Tensor
     structure_of_atom: Tensor
     names: tuple[str, ...] = field(default=())
+    magnetic_moments: Tensor | None = None
+    charges: Tensor | None = None
 
     def __post_init__(self) -> None:
         errors.check_shape("positions", self.positions, ("atoms", 3))
@@ -73,6 +79,11 @@ class Structures:
             )
             raise errors.UserError(f"{name}: a position is {what}.")
         errors.check_cells(self.cells, self.periodic, self.names)
+        for name, value in self.electronic_start().items():
+            vectors = name == "magnetic_moments" and value.dim() == 2
+            errors.check_shape(name, value, (n_atoms, 3) if vectors else (n_atoms,))
+            if not torch.isfinite(value).all():
+                raise errors.UserError(f"`{name}` hold a NaN or infinite number.")
 
     def __len__(self) -> int:
         return self.cells.shape[0]
@@ -80,6 +91,11 @@ class Structures:
     @property
     def n_atoms(self) -> int:
         return self.positions.shape[0]
+
+    def electronic_start(self) -> dict[str, Any]:
+        """Magnetic moments and charges by name, those that are given."""
+        both = {"magnetic_moments": self.magnetic_moments, "charges": self.charges}
+        return {name: value for name, value in both.items() if value is not None}
 
     @cached_property
     def counts(self) -> Tensor:
@@ -105,7 +121,8 @@ class Structures:
 
     def fingerprints(self) -> tuple[str, ...]:
         """By which `count_matches` recognises each structure in another file: 16 hexadecimal digits of species and periodicity
-        (SHA-256), and three lengths, A, fixed sums over periodic lattice vectors and positions.
+        (SHA-256; of magnetic moments and charges, too, where they are not zero), and three lengths, A, fixed sums over periodic lattice
+        vectors and positions.
 
         The same atoms in another order, or moved together, have another.
         """
@@ -114,6 +131,7 @@ class Structures:
         positions, offsets, out = self.positions.double().cpu().numpy(), self.offsets.tolist(), []
         for i, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
             digest = hashlib.sha256(species[first:last].astype("<i8").tobytes() + periodic[i].tobytes())
+            digest.update(electronic_bytes(self, slice(first, last)))
             lengths = np.concatenate([cells[i].ravel(), positions[first:last].ravel()])
             # frequencies that are no multiples of one another: no two coordinates count alike in all three
             weights = np.cos(np.outer(np.sqrt([2.0, 3.0, 5.0]), np.arange(1, len(lengths) + 1)))
@@ -140,9 +158,8 @@ class Structures:
         atoms = self.atoms_of(indices)
         owner = repeat_with_rank(self.counts[indices])[0]
         names = tuple(self.names[i] for i in indices.tolist())
-        return Structures(
-            self.positions[atoms], self.cells[indices], self.periodic[indices], self.species[atoms], owner, names
-        )
+        here = self.positions[atoms], self.cells[indices], self.periodic[indices], self.species[atoms], owner, names
+        return Structures(*here, **{name: value[atoms] for name, value in self.electronic_start().items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Structures:
         """The same structures on another device or in another floating-point type; UserError for a device not there."""
@@ -153,7 +170,8 @@ class Structures:
             return self
         cells = self.cells.to(device=device, dtype=dtype)
         periodic, species, owner = (x.to(device=device) for x in (self.periodic, self.species, self.structure_of_atom))
-        return Structures(positions, cells, periodic, species, owner, self.names)
+        more = {name: value.to(device=device) for name, value in self.electronic_start().items()}
+        return Structures(positions, cells, periodic, species, owner, self.names, **more)
 
     def with_positions(self, positions: Tensor, cells: Tensor | None = None) -> Structures:
         """The same atoms at other positions (and in other cells)."""
@@ -181,10 +199,32 @@ class Structures:
             torch.cat([p.species for p in parts]),
             torch.cat([p.structure_of_atom + s for p, s in zip(parts, shifts, strict=False)]),
             tuple(name for p in parts for name in p.names),
+            *(_join_electronic(parts, name) for name in ("magnetic_moments", "charges")),
         )
 
 
 _FIELDS = tuple(f.name for f in fields(Structures))
+
+
+def _join_electronic(parts: Sequence[Structures], name: str) -> Tensor | None:
+    """Moments or charges of all parts, zero where a part has none; moments along z where others are vectors."""
+    given = [part.electronic_start().get(name) for part in parts]
+    if all(value is None for value in given):
+        return None
+    zeros = [part.positions.new_zeros(part.n_atoms) for part in parts]
+    values = [zero if value is None else value for value, zero in zip(given, zeros, strict=True)]
+    if any(value.dim() == 2 for value in values):
+        values = [v if v.dim() == 2 else torch.nn.functional.pad(v[:, None], (2, 0)) for v in values]
+    return torch.cat(values)
+
+
+def electronic_bytes(structures: Structures, atoms: slice = slice(None)) -> bytes:
+    """Moments and charges of some atoms for a hash; nothing where they are zero, which is the same as none."""
+    out = b""
+    for name, value in structures.electronic_start().items():
+        here = value[atoms].detach().cpu().double() + 0.0  # no negative zeros
+        out += name.encode() + here.numpy().astype("<f8").tobytes() if bool(here.any()) else b""
+    return out
 
 
 def count_matches(fingerprints: Sequence[str], others: Sequence[str]) -> int:

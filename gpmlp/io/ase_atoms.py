@@ -25,6 +25,7 @@ from gpmlp.io.frames import Frame
 from gpmlp.io.structure_files import Paths, Progress
 from gpmlp.io.zero_labels import without_false_zeros
 
+ELECTRONIC = {"magnetic_moments": "initial_magmoms", "charges": "initial_charges"}  # of Structures: ASE's arrays
 Keys = Mapping[str, str | Sequence[str]]
 UNNAMED = ("labels-of-unknown-name", "no-labels")  # findings that matter only where there should be labels
 
@@ -107,7 +108,7 @@ def structures_from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = No
     Raises:
         UserError: no frames, a frame without atoms, an atom without an element, a cell that spans no volume.
     """
-    return _structures([Frame(a.numbers, a.positions, a.cell.array, a.pbc) for a in atoms], names)
+    return _structures([Frame(a.numbers, a.positions, a.cell.array, a.pbc, arrays=a.arrays) for a in atoms], names)
 
 
 def _structures(frames: Sequence[Frame], names: Sequence[str] | None) -> Structures:
@@ -129,7 +130,24 @@ def _structures(frames: Sequence[Frame], names: Sequence[str] | None) -> Structu
         torch.as_tensor(np.concatenate([frame.numbers for frame in frames]), dtype=torch.long),
         torch.from_numpy(np.repeat(np.arange(len(frames)), counts)),
         names,
+        *(_electronic(frames, names, name) for name in ELECTRONIC.values()),
     )
+
+
+def _electronic(frames: Sequence[Frame], names: Sequence[str], key: str) -> torch.Tensor | None:
+    """Initial magnetic moments or charges, zero where a frame has none; None where no frame has any but zeros."""
+    given = [np.asarray(frame.arrays.get(key, np.zeros(len(frame)))) for frame in frames]
+    for name, frame, value in zip(names, frames, given, strict=True):
+        shapes = [(len(frame),), (len(frame), 3)] if key == "initial_magmoms" else [(len(frame),)]
+        if value.dtype.kind not in "if" or value.shape not in shapes or not np.isfinite(value).all():
+            raise UserError(
+                f"{name}: `{key}` must be one finite number for each atom; got {value.dtype} of shape {value.shape}."
+            )
+    if not any(value.any() for value in given):
+        return None
+    if any(value.ndim == 2 for value in given):  # a moment that is one number points along z
+        given = [value if value.ndim == 2 else np.stack([0 * value, 0 * value, value], 1) for value in given]
+    return torch.as_tensor(np.concatenate(given), dtype=torch.float64)
 
 
 def from_ase(
@@ -220,6 +238,8 @@ def to_ase(structures: Structures, values: Prediction | Targets | None = None) -
             positions=cpu.positions[rows].double().numpy(),
             cell=cpu.cells[s].double().numpy(),
             pbc=cpu.periodic[s].numpy(),
+            magmoms=None if cpu.magnetic_moments is None else cpu.magnetic_moments[rows].double().numpy(),
+            charges=None if cpu.charges is None else cpu.charges[rows].double().numpy(),
         )
         if isinstance(values, Targets) and values.config_types[s]:
             frame.info["config_type"] = values.config_types[s]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from ase import Atoms
 
-from gpmlp.core.errors import UserError
+from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.units import BOLTZMANN
 from gpmlp.fitting import defaults
@@ -24,6 +25,7 @@ STIFFNESS = {True: 4.0, False: 25.0}
 LARGEST = 0.15  # A, of a standard deviation
 FEWER = 0.8  # displacements are made smaller by this until no atoms are too close
 TRIES = 20
+TOTALS = frozenset("charge total_charge spin multiplicity spin_multiplicity total_spin magmom".split())
 FEWEST, MOST, ATOMS = 6, 20, 150  # structures to begin with, and atoms that they should hold together
 
 
@@ -42,6 +44,32 @@ def read_starts(path: Path) -> list[Atoms]:
     if not frames:
         raise UserError(f"{path}: holds no structure to start from.")
     return frames
+
+
+def warn_of_electronic_start(starts: Sequence[Atoms], path: Path, by_symbol: Mapping[str, float]) -> None:
+    """Say what of the starts' charges and magnetic moments reaches the oracle otherwise than one may think (DataWarning).
+
+    Args:
+        by_symbol: `oracle.magnetic_moments`.
+    """
+    moments = [i for i, atoms in enumerate(starts) if atoms.get_initial_magnetic_moments().any()]
+    if moments and by_symbol:
+        warnings.warn(
+            f"{path}: frame {moments[0]} has magnetic moments of its own, by site; the oracle begins with these there, and with "
+            "oracle.magnetic_moments, by symbol, only where a structure has none.",
+            DataWarning,
+            stacklevel=2,
+        )
+    for i, atoms in enumerate(starts):
+        totals = sorted(name for name in atoms.info if name.lower() in TOTALS)
+        if totals and not atoms.get_initial_charges().any() and not atoms.get_initial_magnetic_moments().any():
+            warnings.warn(
+                f"{path}: frame {i} says {', '.join(f'{name} = {atoms.info[name]}' for name in totals)}, which does not reach the oracle: "
+                "give it as initial charges or magnetic moments of atoms (columns initial_charges, initial_magmoms), or in oracle.kwargs.",
+                DataWarning,
+                stacklevel=2,
+            )
+            return
 
 
 def read_given(path: Path) -> Iterator[LabelEntry]:

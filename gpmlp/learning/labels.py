@@ -18,9 +18,9 @@ from ase.io.extxyz import key_val_str_to_dict
 
 from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.quantities import Targets
-from gpmlp.core.structures import Structures
+from gpmlp.core.structures import Structures, electronic_bytes
 from gpmlp.io import extxyz, files
-from gpmlp.io.ase_atoms import from_frames
+from gpmlp.io.ase_atoms import ELECTRONIC, from_frames
 from gpmlp.io.frames import Frame
 
 Note = int | float | str | bool
@@ -93,7 +93,8 @@ class LabelRefusal:
 
 
 def key_of(structure: Structures, oracle: str = "") -> str:
-    """The name of a label: a hash of one structure (elements, positions, cell, periodicity, to the last bit) and of the oracle."""
+    """The name of a label: a hash of one structure (elements, positions, cell, periodicity, to the last bit, and magnetic moments and
+    charges where there are any) and of the oracle."""
     digest = hashlib.sha256(oracle.encode() + b"\0")
     for tensor, kind in (
         (structure.species, "<i8"),
@@ -102,6 +103,7 @@ def key_of(structure: Structures, oracle: str = "") -> str:
         (structure.positions.double() + 0.0, "<f8"),
     ):
         digest.update(tensor.detach().cpu().numpy().astype(kind).tobytes())
+    digest.update(electronic_bytes(structure))
     return "k" + digest.hexdigest()[:31]  # a letter first, so that no reader takes it for a number
 
 
@@ -119,6 +121,10 @@ def format_entry(entry: LabelEntry) -> bytes:
         columns, numbers = [*columns, "forces:R:3"], [*numbers, targets.forces]
     if not bool(targets.forces_noise.isnan().all()):
         columns, numbers = [*columns, "force_noise:R:3"], [*numbers, targets.forces_noise]
+    for name, value in structure.electronic_start().items():
+        if bool(value.any()):
+            column = value if value.dim() == 2 else value[:, None]
+            columns, numbers = [*columns, f"{ELECTRONIC[name]}:R:{column.shape[1]}"], [*numbers, column]
     table = torch.cat([n.detach().cpu().double() for n in numbers], dim=1).tolist()
     symbols = [chemical_symbol(z) for z in structure.species.tolist()]
     lines = [str(len(symbols)), " ".join(_comment(entry, ":".join(columns)))]
@@ -309,12 +315,14 @@ def _extend(path: Path, text: bytes) -> None:
 def structure_of(job: Mapping[str, Any]) -> Structures:
     """The structure of an oracle's job."""
     n = len(job["species"])
+    more: dict[str, Any] = {name: torch.tensor(job[name], dtype=torch.float64) for name in ELECTRONIC if name in job}
     return Structures(
         torch.tensor(job["positions"], dtype=torch.float64).reshape(n, 3),
         torch.tensor(job["cell"], dtype=torch.float64)[None],
         torch.tensor(job["periodic"])[None],
         torch.tensor(job["species"]),
         torch.zeros(n, dtype=torch.long),
+        **more,
     )
 
 

@@ -87,6 +87,8 @@ class _Run:
         recipe = recipe_as_begun(recipe, base / recipe.output)
         self.recipe, self.folder = recipe, base / recipe.output
         self.starts = initial_structures.read_starts(base / recipe.start)
+        moments = recipe.oracle.magnetic_moments
+        initial_structures.warn_of_electronic_start(self.starts, base / recipe.start, moments)
         dynamics, starts = recipe.dynamics, self.starts
         self.walkers = [
             Walker.from_atoms(i, starts[i % len(starts)], dynamics, recipe.seed) for i in range(dynamics.walkers)

@@ -304,6 +304,7 @@ def _described(
         frame.species[atoms],
         torch.zeros(len(atoms), dtype=torch.long),
         (f"{frame.names[0]}, around atom {atom}",),
+        **{name: value[atoms] for name, value in frame.electronic_start().items()},
     )
     cut, origin = canonical_structure(cut), torch.as_tensor(atoms)
     cut_pairs = neighbors.find_neighbors(cut, reach)

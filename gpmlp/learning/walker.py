@@ -25,7 +25,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.core.verlet_list import VerletList
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.engines.md import Bath, Integrator, draw_velocities, ensure_velocities
-from gpmlp.io.ase_atoms import calculator_results, structures_from_ase
+from gpmlp.io.ase_atoms import ELECTRONIC, calculator_results, structures_from_ase
 from gpmlp.learning import exploration
 from gpmlp.learning.recipe import DynamicsRecipe
 from gpmlp.learning.triggers import SURE, StepContext, TriggerDecision, guard_decision
@@ -108,6 +108,7 @@ class Walker:
             "force_eps": torch.as_tensor(np.array([] if self.force_eps is None else self.force_eps, float).reshape(-1)),
             "fixed": torch.as_tensor(fixed_atoms(self.atoms)),
         }
+        tensors |= {key: torch.as_tensor(self.atoms.arrays[key]) for key in ELECTRONIC.values() if self.atoms.has(key)}
         return header, tensors
 
     @staticmethod
@@ -115,6 +116,9 @@ class Walker:
         """What `state` gave."""
         t = {name: value.numpy() for name, value in tensors.items()}
         atoms = Atoms(t["numbers"], t["positions"], cell=t["cell"], pbc=header["pbc"])
+        for key in ELECTRONIC.values():
+            if key in t:
+                atoms.set_array(key, t[key])
         if (t["masses"] != atoms.get_masses()).any():
             atoms.set_masses(t["masses"])
         atoms.set_constraint(FixAtoms(t["fixed"]) if len(t["fixed"]) else None)

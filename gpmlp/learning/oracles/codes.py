@@ -35,6 +35,8 @@ class CalculatorEntry:
         defaults: keyword arguments, before those of the recipe.
         program: that has to be there, '' if none.
         closed: whether it takes no keyword but those in its list of defaults, without saying so itself.
+        charge: keyword of the total charge, where the code does not take it from the atoms; '' = it does, or knows no charge.
+        moments: whether it begins with the atoms' magnetic moments.
     """
 
     path: str
@@ -42,6 +44,8 @@ class CalculatorEntry:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     program: str = ""
     closed: bool = False
+    charge: str = ""
+    moments: bool = True
 
 
 HERE = "gpmlp.learning.oracles.codes"
@@ -50,16 +54,24 @@ READY = {
     "lennard-jones": CalculatorEntry("ase.calculators.lj:LennardJones", "", closed=True),
     "stillinger-weber": CalculatorEntry(f"{HERE}:stillinger_weber", "pip install matscipy"),
     "tblite": CalculatorEntry("tblite.ase:TBLite", "pip install tblite", {"method": "GFN2-xTB", "verbosity": 0}),
-    "pyscf": CalculatorEntry(f"{HERE}:PySCF", "pip install pyscf"),
+    "pyscf": CalculatorEntry(f"{HERE}:PySCF", "pip install pyscf", charge="charge", moments=False),
     "quantum-espresso": CalculatorEntry(
-        f"{HERE}:quantum_espresso", "apt install quantum-espresso quantum-espresso-data", program="pw.x"
+        f"{HERE}:quantum_espresso",
+        "apt install quantum-espresso quantum-espresso-data",
+        program="pw.x",
+        charge="tot_charge",
     ),
-    "gpaw": CalculatorEntry(f"{HERE}:gpaw", "conda install -c conda-forge gpaw"),
-    "dftb+": CalculatorEntry("ase.calculators.dftb:Dftb", "conda install -c conda-forge dftbplus"),
-    "vasp": CalculatorEntry("ase.calculators.vasp:Vasp", ""),
-    "cp2k": CalculatorEntry("ase.calculators.cp2k:CP2K", ""),
-    "orca": CalculatorEntry("ase.calculators.orca:ORCA", ""),
-    "aims": CalculatorEntry("ase.calculators.aims:Aims", ""),
+    "gpaw": CalculatorEntry(f"{HERE}:gpaw", "conda install -c conda-forge gpaw", charge="charge"),
+    "dftb+": CalculatorEntry(
+        "ase.calculators.dftb:Dftb",
+        "conda install -c conda-forge dftbplus",
+        charge="Hamiltonian_Charge",
+        moments=False,
+    ),
+    "vasp": CalculatorEntry("ase.calculators.vasp:Vasp", "", charge="net_charge"),
+    "cp2k": CalculatorEntry("ase.calculators.cp2k:CP2K", "", charge="charge", moments=False),
+    "orca": CalculatorEntry("ase.calculators.orca:ORCA", "", charge="charge", moments=False),
+    "aims": CalculatorEntry("ase.calculators.aims:Aims", "", charge="charge"),
 }
 
 
@@ -180,6 +192,32 @@ def _refuse_misspelt(name: str, maker: Callable[..., Any], arguments: Mapping[st
             raise OracleError(f"{name} knows no kwargs.{given}; it takes {', '.join(names)}")
 
 
+def electronic_kwargs(name: str, kwargs: Mapping[str, Any], structure: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments with the total charge of a structure, where a ready-made calculator does not take it from the atoms.
+
+    Args:
+        structure: of a job, with `charges` and `magnetic_moments` if there are any.
+
+    Raises:
+        OracleError: another charge is given, or the calculator would not see the magnetic moments.
+    """
+    entry, out = READY.get(name), dict(kwargs)
+    if entry is None:
+        return out
+    if "magnetic_moments" in structure and not entry.moments:
+        raise OracleError(
+            f"{name} takes no magnetic moments of atoms through ASE; remove initial_magmoms from the start, and give the spin in kwargs"
+        )
+    total = round(sum(structure.get("charges", ())), 6)
+    if total and entry.charge:
+        given = out.setdefault(entry.charge, int(total) if total == int(total) else total)
+        if abs(given - total) > 1e-6:
+            raise OracleError(
+                f"kwargs.{entry.charge} is {given}, but the initial charges of the atoms sum to {total:g}; give one of them"
+            )
+    return out
+
+
 def merge_kwargs(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """The first updated with the second, sections within sections."""
     both = dict(first)
@@ -225,6 +263,7 @@ def quantum_espresso(
     kpts: Any = None,
     koffset: Any = (0, 0, 0),
     kspacing: float | None = None,
+    tot_charge: float | None = None,
     command: str = "pw.x",
     pseudo_dir: str | None = None,
     input_data: Mapping[str, Any] | None = None,
@@ -237,6 +276,7 @@ def quantum_espresso(
         ecutwfc_Ry, ecutrho_Ry, degauss_Ry: cutoffs and width of the smearing; a metal needs degauss_Ry.
         kspacing: distance of k-points in 1/A, without 2 pi; a mesh that changes with the cell makes steps in the energy, so give
             kpts where the cell changes. Only Gamma if neither is given.
+        tot_charge: of the cell, elementary charges; else the sum of the atoms' initial charges.
         pseudo_dir: else $ESPRESSO_PSEUDO, else where Debian's quantum-espresso-data puts them.
         input_data: any keyword of pw.x, flat or by namelist; comes last.
     """
@@ -246,7 +286,12 @@ def quantum_espresso(
     _check_pseudopotentials(pseudopotentials, folder)
     data: dict[str, Any] = {"tprnfor": True, "tstress": True, "disk_io": "none"}
     data |= {} if degauss_Ry is None else {"occupations": "smearing", "smearing": smearing, "degauss": degauss_Ry}
-    for key, value in (("ecutwfc", ecutwfc_Ry), ("ecutrho", ecutrho_Ry), ("mixing_beta", mixing_beta)):
+    for key, value in (
+        ("ecutwfc", ecutwfc_Ry),
+        ("ecutrho", ecutrho_Ry),
+        ("mixing_beta", mixing_beta),
+        ("tot_charge", tot_charge),
+    ):
         data |= {} if value is None else {key: value}
     for key, value in (input_data or {}).items():
         data |= dict(value) if isinstance(value, Mapping) else {key: value}

@@ -170,6 +170,7 @@ def make_job(
             "cell": structure.cells[0].double().tolist(),
             "periodic": structure.periodic[0].tolist(),
             "species": structure.species.tolist(),
+            **{name: value.tolist() for name, value in structure.electronic_start().items() if bool(value.any())},
         },
         "threads": recipe.executor_options.get("threads", 1),
         "spool": str(Path(spool_folder).absolute()),

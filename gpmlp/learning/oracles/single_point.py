@@ -13,7 +13,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.data import covalent_radii
 
 from gpmlp.core.units import VOIGT_INDEX
-from gpmlp.learning.oracles.codes import OracleError, build_calculator
+from gpmlp.learning.oracles.codes import OracleError, build_calculator, electronic_kwargs
 
 FORCES, STRESS = "forces", "stress"  # what a label's energy can be compared with
 STEP = 0.02  # A, the largest displacement along the forces when energies are compared with them
@@ -81,7 +81,11 @@ def compute_label(job: Mapping[str, Any], directory: Path, earlier: Mapping[str,
     """
     given, moments = job["structure"], job["magnetic_moments"]
     atoms = Atoms(given["species"], positions=given["positions"], cell=given["cell"], pbc=given["periodic"])
-    if moments:
+    if "charges" in given:
+        atoms.set_initial_charges(given["charges"])
+    if "magnetic_moments" in given:  # by site, which says more than by symbol
+        atoms.set_initial_magnetic_moments(given["magnetic_moments"])
+    elif moments:
         atoms.set_initial_magnetic_moments([moments.get(symbol, 0.0) for symbol in atoms.get_chemical_symbols()])
     if earlier is None:
         answer, calls, checked = _answer(job, atoms, directory / "label"), 1, []
@@ -107,7 +111,8 @@ def compute_label(job: Mapping[str, Any], directory: Path, earlier: Mapping[str,
 
 def _answer(job: Mapping[str, Any], atoms: Atoms, directory: Path) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
-    calculator = build_calculator(job["calculator"], job["kwargs"], directory)
+    kwargs = electronic_kwargs(job["calculator"], job["kwargs"], job["structure"])
+    calculator = build_calculator(job["calculator"], kwargs, directory)
     if callable(getattr(type(calculator), "label", None)):
         answer = _by_oracle(calculator, job)
     else:
