@@ -400,7 +400,7 @@ def test_pw_x_is_told_of_spins_by_site_and_of_the_charge(tmp_path):
     kwargs = {"pseudopotentials": {"Fe": "Fe.upf"}, "pseudo_dir": str(tmp_path), "ecutwfc_Ry": 30, "command": "true"}
     (structure,) = [structures_from_ase([atoms])]
     job = make_job(
-        OracleRecipe(calculator="quantum-espresso", kwargs=kwargs), "k", 1, structure, tmp_path, tmp_path, False
+        OracleRecipe(calculator="quantum-espresso", kwargs=kwargs), "k", 1, structure, tmp_path, tmp_path, ()
     )
     made = electronic_kwargs("quantum-espresso", kwargs, job["structure"])
     calculator = build_calculator("quantum-espresso", made, tmp_path)
@@ -419,5 +419,5 @@ def test_moments_of_the_atoms_come_before_those_by_symbol(copper, monkeypatch):
     recipe = OracleRecipe(calculator="emt", magnetic_moments={"Cu": 1.0}, check_every=0)
     magnet = replace(copper.select([0]), magnetic_moments=-2.0 * torch.ones(int(copper.counts[0])))
     for structure in (copper.select([0]), magnet):
-        single_point.compute_label(make_job(recipe, "k", 1, structure, Path("."), Path("."), False), Path("."))
+        single_point.compute_label(make_job(recipe, "k", 1, structure, Path("."), Path("."), ()), Path("."))
     assert [atoms.get_initial_magnetic_moments()[0] for atoms in asked] == [1.0, -2.0]
