@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from ase.build import bulk
@@ -117,3 +120,11 @@ def test_starts_keep_what_only_atoms_hold(tmp_path):
     start.write(tmp_path / "start.traj")
     with pytest.raises(UserError, match="The start has a FixBondLengths"):
         read_starts(tmp_path / "start.traj")
+
+
+def test_the_benchmark_of_reading_runs():
+    root = Path(__file__).resolve().parents[1]
+    options = ["--frames", "30", "--atoms", "3", "--ase-frames", "5"]
+    command = [sys.executable, str(root / "tests/benchmarks/reading.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("30 frames of 3 atoms") and done.stdout.count(" s") >= 3

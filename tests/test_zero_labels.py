@@ -105,6 +105,15 @@ def test_zeros_by_symmetry_are_labels(atoms):
     assert not from_ase([labelled(atoms, np.zeros((len(atoms), 3)))])[1].forces.isnan().any()
 
 
+def test_rounded_zeros_of_relaxed_structures_are_labels():
+    forces = np.round(np.random.default_rng(0).normal(size=(13, 3)) * 0.01, 3)
+    forces[5] = 0
+    assert not from_ase([labelled(slab(), forces)])[1].forces.isnan().any()
+    forces[1] = 1.0
+    with pytest.warns(FindingWarning, match="on 1 atoms that symmetry does not keep at rest"):
+        assert from_ase([labelled(slab(), forces)])[1].forces[5].isnan().all()
+
+
 def test_the_middle_of_a_molecule_is_at_rest():
     co2 = molecule("CO2")
     moving = not_at_rest(structures_from_ase([co2]))

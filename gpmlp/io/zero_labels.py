@@ -26,6 +26,7 @@ FREE = ("free", "moving", "movable", "selective_dynamics")  # true where it is n
 CUTOFF = 5.0  # A
 POWERS = (0, 1, 2)  # of the radial functions
 AT_REST = 3e-3  # of the sum of weights: an atom some 0.02 A off its site
+SMALL = 0.1  # eV/A
 TOGETHER = 100  # structures whose neighbours are in memory together
 NAN = float("nan")
 
@@ -41,7 +42,7 @@ def without_false_zeros(
         held = _held(frames, structures, zero.any(1))
         held &= (zero | ~held).all(1, keepdim=True)
         forces = forces.masked_fill(held, NAN)
-        moving = _moving(structures, (forces == 0).all(1))
+        moving = _moving(structures, (forces == 0).all(1) & ~_nearly_relaxed(structures, forces))
         forces = forces.masked_fill(moving[:, None], NAN)
         findings += _finding("zero-forces-on-fixed-atoms", "that are fixed", structures, held.any(1))
         findings += _finding("zero-forces-not-at-rest", "that symmetry does not keep at rest", structures, moving)
@@ -75,6 +76,15 @@ def _held(frames: Sequence[Frame], structures: Structures, zero: Tensor) -> Tens
             if str(key).lower() in FIXED + FREE:
                 here |= per_component(value, len(frame)) ^ (str(key).lower() in FREE)
     return torch.from_numpy(held)
+
+
+def _nearly_relaxed(structures: Structures, forces: Tensor) -> Tensor:
+    """(atoms,) whether the forces of the structure are small but not all 0: zeros among them may be rounded."""
+    sizes = forces.nan_to_num().abs().amax(1)
+    largest = torch.zeros(len(structures), dtype=sizes.dtype).scatter_reduce(
+        0, structures.structure_of_atom, sizes, "amax"
+    )
+    return ((largest > 0) & (largest < SMALL))[structures.structure_of_atom]
 
 
 def _moving(structures: Structures, zero: Tensor) -> Tensor:
