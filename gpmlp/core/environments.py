@@ -35,6 +35,11 @@ class Surroundings:
     def __len__(self) -> int:
         return self.species.shape[0]
 
+    @property
+    def surrounded(self) -> Tensor:
+        """(environments,) bool: those with a neighbour."""
+        return torch.bincount(self.centers, minlength=len(self)) > 0
+
     @staticmethod
     def from_structures(
         structures: Structures, neighbors: Neighbors, start: int = 0, end: int | None = None

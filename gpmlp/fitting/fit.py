@@ -80,8 +80,8 @@ def fit(
         learned = learned.joined(*trained.held)
     stages.begin("posterior")
     solved = posterior.solve_posterior(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
-    potential = _potential(data, trained, learned, solved.weights)
-    potential = replace(potential, calibration=calibration, provenance=dict(provenance or {}))
+    potential = replace(_potential(data, trained, learned, solved.weights), calibration=calibration)
+    potential = replace(potential, novelty=trained.novelty_whole, provenance=dict(provenance or {}))
     potential = _with_amplitude(data, potential, models, learned, solved)
     compared = data.structures.select(judged if len(judged) else fitted)
     subset = variance_checks.subset_error(potential, models, learned.signal, solved.factor, compared, data.recipe.seed)
@@ -196,6 +196,7 @@ class _Trained:
 
     Attributes:
         environments: number of each species; held: whitened rows of the structures set aside and their number, by kind.
+        novelty: of the structures fitted; novelty_whole: of these and those set aside.
     """
 
     models: list[InducingModel]
@@ -203,6 +204,7 @@ class _Trained:
     learned: WhitenedData
     held: tuple[dict[str, Tensor], dict[str, int]]
     novelty: Mahalanobis | None
+    novelty_whole: Mahalanobis | None
     parameters: Hyperparameters
     result: evidence.EvidenceResult
     warnings: tuple[str, ...]
@@ -217,7 +219,10 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     stages.begin("inducing points")
     sample = _FeatureSample(recipe)
     models, environments = regression.make_models(recipe, structures, parts, stages, sample.add)
-    novelty = sample.fit(models[0].descriptor, parts_held)
+    novelty = whole = sample.fit()
+    if len(held):
+        sample.add_structures(models[0].descriptor, parts_held, len(fitted))
+        whole = sample.fit()
     stages.begin("covariances")
     factors = regression.stream_rows(models, parts, targets, stages)
     factors_held = regression.stream_rows(models, parts_held, targets_held, stages)
@@ -239,7 +244,7 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     if jitter:
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
     about = parameters, result, tuple(warnings)
-    return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, *about)
+    return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, whole, *about)
 
 
 class _FeatureSample:
@@ -249,24 +254,28 @@ class _FeatureSample:
         self.choices, self.seed = recipe.novelty, recipe.seed
         self.reservoirs: dict[int, ReservoirSample] = {}
 
-    def add(self, z: int, features: Tensor) -> None:
+    def add(self, z: int, features: Tensor, structures: Tensor) -> None:
         if self.choices is False:
             return
         rows = max(10, min(self.choices.samples, SAMPLE_BYTES // (features.shape[1] * features.element_size())))
-        self.reservoirs.setdefault(z, ReservoirSample(rows, self.seed + z)).add(features)
+        self.reservoirs.setdefault(z, ReservoirSample(rows, self.seed + z)).add(features, structures)
 
-    def fit(self, descriptor: Descriptor, held: Sequence[Structures]) -> Mahalanobis | None:
-        """Distances whose thresholds come from the environments of held-out structures, where there are enough."""
+    def add_structures(self, descriptor: Descriptor, parts: Sequence[Structures], first: int) -> None:
+        """Chunks that come after `first` structures."""
+        for part in parts if self.choices is not False else ():
+            here = StructureEnvironments.from_structures(descriptor, part)
+            features, surrounded = here.environments.features, here.surroundings.surrounded
+            for z in part.distinct_species:
+                mine = surrounded & (part.species == z)
+                self.add(z, features[mine], first + part.structure_of_atom[mine])
+            first += len(part)
+
+    def fit(self) -> Mahalanobis | None:
         if self.choices is False:
             return None
-        outside: dict[int, list[Tensor]] = {}
-        for part in held:
-            features = StructureEnvironments.from_structures(descriptor, part).environments.features
-            for z in part.distinct_species:
-                outside.setdefault(z, []).append(features[part.species == z].double())
-        inside = {z: r.rows().double() for z, r in self.reservoirs.items()}
-        joined = {z: torch.cat(x) for z, x in outside.items()}
-        return mahalanobis.fit_mahalanobis(inside, joined, self.choices.quantile, self.seed)
+        features = {z: r.rows().double() for z, r in self.reservoirs.items()}
+        structures = {z: r.owners() for z, r in self.reservoirs.items()}
+        return mahalanobis.fit_mahalanobis(features, structures, self.choices.quantile, self.seed)
 
 
 def _chunked(structures: Structures, targets: Targets) -> tuple[list[Structures], list[Targets]]:

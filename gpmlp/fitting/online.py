@@ -27,13 +27,15 @@ from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty import mahalanobis
 from gpmlp.uncertainty.calibration import Calibration
-from gpmlp.uncertainty.mahalanobis import Mahalanobis
+from gpmlp.uncertainty.mahalanobis import Mahalanobis, ReservoirSample
 from gpmlp.uncertainty.residuals import force_label_noise
 
 LARGEST_ERROR = 1e-9  # measured error of the factor at which it is computed again from the rows
 WORSE = 10.0  # times that when it was computed: where rounding allows no better, there is no use in computing it again
 EDGE = 1.25  # novelty beyond which standard deviations grow with it: nearer, errors are measured to be no larger than these
-NOVELTY_ROWS = 4000  # environments of a species to which novelty is fitted
+NOVELTY_GROWTH = (
+    1.05  # of the structures, after which novelty is fitted again; before, metric and threshold hardly change
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class OnlineFit:
         factor: the posterior at the present hyperparameters.
         noise, constant: standard deviations by kind in the fit, and of new labels; label_noise: the part that labels themselves show.
         signal: (blocks,) eV.
+        novelty_labels: structures when novelty was last fitted; since then it was updated.
         prequential: the latest predictions before conditioning on labels.
         subset: variances from a subset of the columns against those from all, at the last refresh (variance_checks.subset_error).
         events: refreshes, factors computed again, and why.
@@ -64,6 +67,7 @@ class OnlineFit:
     signal: Tensor
     calibration: Calibration = field(default_factory=Calibration.identity)
     novelty: Mahalanobis | None = None
+    novelty_labels: int = 0
     prequential: tuple[PrequentialPrediction, ...] = ()
     subset: dict[str, float] = field(default_factory=dict)
     events: tuple[str, ...] = ()
@@ -158,11 +162,7 @@ class OnlineFit:
         predicted = self._predicted(structures, targets, environments)
         new = self.added(structures, targets, environments).extended(structures, None, environments)
         new = replace(new, prequential=calibrate.latest_prequential((*self.prequential, *predicted)))
-        if new.novelty is None:
-            return new
-        batch = new.batches[-1]
-        labelled = batch.labelled_atoms
-        return replace(new, novelty=new.novelty.updated(batch.structures.species[labelled], batch.features[labelled]))
+        return new._with_newer_novelty()
 
     def _predicted(
         self, structures: Structures, targets: Targets, environments: Sequence[StructureEnvironments]
@@ -300,6 +300,7 @@ class OnlineFit:
             label_noise={"forces": scatter} if scatter == scatter else {},
             signal=signal,
             novelty=self._novelty(),
+            novelty_labels=self.n_labels,
         )
         rows = [
             online_updates.rescaled_rows(w, k, RowScales.unit(len(sizes)), scales, sizes) for k, w in whitened.items()
@@ -320,28 +321,32 @@ class OnlineFit:
         calibration = calibrate.prequential_calibration(self.prequential)
         return replace(self, calibration=replace(calibration, typical_novelty=edge))
 
+    def _with_newer_novelty(self) -> OnlineFit:
+        """With the novelty of the last batch too: fitted again where structures have become so many more, else by an update."""
+        if self.novelty is None or self.n_labels == self.novelty_labels:
+            return self
+        if self.n_labels >= NOVELTY_GROWTH * self.novelty_labels:
+            return replace(self, novelty=self._novelty(), novelty_labels=self.n_labels)
+        batch = self.batches[-1]
+        labelled = batch.labelled_atoms
+        novelty = self.novelty.updated(batch.structures.species[labelled], batch.features[labelled])
+        return replace(self, novelty=novelty)
+
     def _novelty(self) -> Mahalanobis | None:
-        """Mahalanobis distances with thresholds from environments left out of the fit, then updated with these."""
+        """Mahalanobis distances from the environments of labelled atoms, as a fit has them."""
         if self.recipe.novelty is False:
             return None
-        inside: dict[int, list[Tensor]] = {}
-        outside: dict[int, list[Tensor]] = {}
-        number = 0
+        samples: dict[int, ReservoirSample] = {}
+        first = 0
         for batch in self.batches:
-            left_out = (batch.structures.structure_of_atom + number) % 4 == 3
-            number += len(batch.structures)
-            for z in batch.structures.distinct_species:
-                here = (batch.structures.species == z) & batch.labelled_atoms
-                for parts, which in ((inside, ~left_out), (outside, left_out)):
-                    if (here & which).any():
-                        parts.setdefault(z, []).append(batch.features[here & which])
-        for z in set(outside) - set(inside):
-            inside[z] = outside.pop(z)
-        fitted, left = ({z: torch.cat(x)[-NOVELTY_ROWS:] for z, x in part.items()} for part in (inside, outside))
-        novelty = mahalanobis.fit_mahalanobis(fitted, left, self.recipe.novelty.quantile, self.recipe.seed)
-        for z, x in left.items():
-            novelty = novelty.updated(torch.full((len(x),), z), x)
-        return novelty
+            structures, labelled = batch.structures, batch.labelled_atoms
+            for z in structures.distinct_species:
+                here = labelled & (structures.species == z)
+                sample = samples.setdefault(z, ReservoirSample(self.recipe.novelty.samples, self.recipe.seed + z))
+                sample.add(batch.features[here], first + structures.structure_of_atom[here])
+            first += len(structures)
+        features, owners = {z: s.rows() for z, s in samples.items()}, {z: s.owners() for z, s in samples.items()}
+        return mahalanobis.fit_mahalanobis(features, owners, self.recipe.novelty.quantile, self.recipe.seed)
 
     # ---------------------------------------------------------------- linear algebra
 
@@ -396,7 +401,9 @@ def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) 
     hyperparameters.check_species(asked, structures)
     recipe, base, _ = prepare.set_up(structures, targets, asked, growing=True)
     pieces = list(chunk_structures(structures, CHUNK_ATOMS))
-    models, _ = regression.make_models(recipe, structures, pieces, StageTimer(None), lambda z, features: None)
+    models, _ = regression.make_models(
+        recipe, structures, pieces, StageTimer(None), lambda z, features, structures: None
+    )
     widths = regression.block_widths(models)
     unit, room = RowScales.unit(len(widths)), online_updates.JACOBIAN_BYTES
     batches: list[LabelBatch] = []

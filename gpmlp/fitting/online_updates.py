@@ -56,7 +56,7 @@ class LabelBatch:
     Attributes:
         targets: labels as they came; remaining: less the baselines.
         rows: by kind, [A D | y] / σ as the posterior has them; 'given' were divided by their own noise.
-        features: (atoms, features) of the first descriptor.
+        features: (atoms, features) of the first descriptor; surrounded: (atoms,) bool, those that have neighbours in it.
         environments: by descriptor, for rows of other inducing variables; empty where they would take too much memory.
     """
 
@@ -65,6 +65,7 @@ class LabelBatch:
     remaining: Targets
     rows: dict[str, Tensor]
     features: Tensor
+    surrounded: Tensor
     environments: tuple[tuple[SpeciesEnvironments, ...], ...]
 
     @staticmethod
@@ -98,13 +99,15 @@ class LabelBatch:
         features = (
             environments[0].environments.features if environments else _features(structures, by_species, every[0])
         )
-        return LabelBatch(structures, targets, remaining, rows, features.double(), by_species)
+        return LabelBatch(
+            structures, targets, remaining, rows, features.double(), every[0].surroundings.surrounded, by_species
+        )
 
     @property
     def labelled_atoms(self) -> Tensor:
-        """(atoms,) bool: those whose force is labelled, or the energy of whose structure is."""
+        """(atoms,) bool: those with neighbours whose force is labelled, or the energy of whose structure is."""
         whole = self.targets.energies.isfinite()[self.structures.structure_of_atom]
-        return whole | self.targets.forces.isfinite().any(1)
+        return self.surrounded & (whole | self.targets.forces.isfinite().any(1))
 
     @property
     def count(self) -> int:

@@ -59,7 +59,7 @@ def make_models(
     structures: Structures,
     parts: Sequence[Structures],
     stages: StageTimer,
-    observe: Callable[[int, Tensor], None],
+    observe: Callable[[int, Tensor, Tensor], None],
 ) -> tuple[list[InducingModel], dict[int, int]]:
     """Choose the inducing variables of every descriptor, in one pass over the chunks each.
 

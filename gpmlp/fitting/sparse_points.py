@@ -57,14 +57,14 @@ def choose_centers(
     shares: str | dict[int, int],
     seed: int,
     progress: Callable[[float], None],
-    observe: Callable[[int, Tensor], None] = lambda z, features: None,
+    observe: Callable[[int, Tensor, Tensor], None] = lambda z, features, structures: None,
 ) -> tuple[dict[int, tuple[Tensor, Surroundings]], dict[int, int]]:
     """Stream over the structures once and choose n centres.
 
     Args:
         shares: 'species' (in proportion to how many environments there are), 'total' (the best of all species together) or
             a number for each species.
-        observe: called with Z and features of all environments as they stream by.
+        observe: called with Z, features and number of the structure of all environments with neighbors, as they stream by.
 
     Returns:
         by species (features, surroundings) of the chosen centres, most important first; and the number of environments of each.
@@ -79,22 +79,25 @@ def choose_centers(
 
     pools: dict[int, _Pool] = {}
     counts: dict[int, int] = {}
-    done = 0
+    done = structures = 0
 
     def collect(described: tuple[Structures, Surroundings, Tensor]) -> None:
-        nonlocal done
+        nonlocal done, structures
         part, surroundings, features = described
+        surrounded = surroundings.surrounded
         for z in part.distinct_species:
             mine = (part.species == z).nonzero()[:, 0]
             pool = pools.setdefault(z, _Pool([], []))
             pool.features.append(features[mine])
-            observe(z, pool.features[-1])
+            with_neighbors = mine[surrounded[mine]]
+            observe(z, features[with_neighbors], structures + part.structure_of_atom[with_neighbors])
             pool.surroundings.append(surroundings.select(mine))
             counts[z] = counts.get(z, 0) + len(mine)
         if sum(pool.size() for pool in pools.values()) > _room(surroundings, features, n):
             spare = _quotas(2 * n, shares, counts)
             for z, pool in pools.items():
                 pool.keep(select(pool.merge()[0], spare[z], seed)[0].sort().values)
+        structures += len(part)
         done += 1
         progress(done)
 

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import scipy.linalg
+import scipy.special
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from gpmlp.core import errors
 
 EXPLAINED = 1 - 1e-6  # share of the variance that the reduced space holds, where
 COMPONENTS = 40  # dimensions are enough for it
+DIRECTIONS = 200  # in which rows are left out in turn: beyond them there is nothing that a threshold would notice
 RELATIVE_FLOOR = 1e-8  # least variance along any direction, relative to the variance of all features of the species,
 ABSOLUTE_FLOOR = 1e-12  # and of unit vectors: their rounding in float32 is 6e-8
 CLUSTERS = 6  # at most
@@ -24,9 +26,9 @@ MEMBERS = 30  # rows of a cluster at least
 GAIN = 0.2  # fall of the BIC per row that one more cluster must bring: cutting one curved sheet in two brings less, and costs members
 LEADING = 8  # components in which clusters are looked for
 MIXTURE_ROWS = 2000  # rows on which they are looked for
-HELD_OUT = 20  # rows of a species from which its threshold can be learned
-FOLDS = 5  # of the rows, where too few were held out
-FEW = 500  # rows up to which each of the folds is left out in turn; above, one of them
+FOLDS = 10  # of the structures, each of which is left out in turn
+NEAR = 0.2  # of its distance from a tenth of the structures, within which a row repeats another
+WIDEST = 2.0  # times the largest distance of a row left out, that few of them are extrapolated
 LEAST_THRESHOLD = 1.0  # distance; below one standard deviation nothing is far
 
 
@@ -41,41 +43,48 @@ class ReservoirSample:
         self._size = size
         self._random = np.random.default_rng(seed)
         self._keys = torch.zeros(0, dtype=torch.float64)
+        self._owners = torch.zeros(0, dtype=torch.long)
         self._rows: Tensor | None = None
 
-    def add(self, rows: Tensor) -> None:
-        """Take a chunk (rows, features); only rows that stay are copied."""
-        keys = torch.from_numpy(self._random.random(len(rows)))
+    def add(self, rows: Tensor, owners: Tensor) -> None:
+        """Take a chunk (rows, features) with the number of the structure of each row (rows,); only rows that stay are copied."""
+        keys, owners = torch.from_numpy(self._random.random(len(rows))), owners.cpu()
         if len(self._keys) == self._size:
             above = (keys > self._keys.min()).nonzero()[:, 0]
-            rows, keys = rows[above.to(rows.device)], keys[above]
+            rows, keys, owners = rows[above.to(rows.device)], keys[above], owners[above]
         rows = rows.detach()
         joined = rows if self._rows is None else torch.cat([self._rows, rows])
-        keys = torch.cat([self._keys, keys])
-        smallest = keys.topk(min(self._size, len(keys))).indices.sort().values
-        self._keys, self._rows = keys[smallest], joined[smallest.to(joined.device)]
+        keys, owners = torch.cat([self._keys, keys]), torch.cat([self._owners, owners])
+        largest = keys.topk(min(self._size, len(keys))).indices.sort().values
+        self._keys, self._owners, self._rows = keys[largest], owners[largest], joined[largest.to(joined.device)]
 
     def rows(self) -> Tensor:
         """The sample (at most size, features), in the order of the stream; (0, 0) of an empty stream."""
         return torch.zeros(0, 0, dtype=torch.float64) if self._rows is None else self._rows
+
+    def owners(self) -> Tensor:
+        """(rows,) number of the structure of each row of the sample."""
+        return self._owners
 
 
 @dataclass(frozen=True, eq=False)
 class SpeciesClusters:
     """Clusters of the training environments of one central species: sufficient statistics in a reduced space, float64.
 
-    With x − centre = Vy + r, y in the reduced space and r across it, the squared distance to cluster k is
-    d² = (y − m_k)ᵀ S_k⁻¹ (y − m_k) + |r|²/s_k, with S_k the covariance of y, shrunk (OAS: Chen, Wiesel, Eldar, Hero, IEEE Trans. Signal
-    Process. 58, 5016 (2010), eq. 23) and with the floor added, and s_k the mean of |r|², at least the floor.
+    With x − centre = Vy + r, y in the reduced space and r across it, the squared distance to cluster k of n rows is
+    d² = (y − m_k)ᵀ S_k⁻¹ (y − m_k) + |r|²/s_k, with n S_k = Σ (y − m)(y − m)ᵀ + t_k I and n s_k = Σ |r|² + t_k: the rows, and one more
+    along every direction, as far out as their mean square t_k. It is the mode of S under an inverse Wishart prior worth one row
+    (Murphy, Machine Learning (2012), eq. 4.167), and says what n rows cannot: how far the next one reaches where none of them did.
 
     Attributes:
         centre: (features,)
         components: (features, r) V, orthonormal columns.
-        variance: () mean |x − centre|² at the fit; the floor is relative to it.
-        count: (clusters,)
+        variance: () mean |x − centre|² at the fit; the floor, for rounding, is relative to it.
+        count: (clusters,) n.
         mean: (clusters, r) of y.
         scatter: (clusters, r, r) Σ (y − m)(y − m)ᵀ.
         residual: (clusters,) Σ |r|².
+        spread: (clusters,) t, mean |x − centre of the cluster|² at the fit.
     """
 
     centre: Tensor
@@ -85,40 +94,36 @@ class SpeciesClusters:
     mean: Tensor
     scatter: Tensor
     residual: Tensor
+    spread: Tensor
 
     @staticmethod
-    def fit(features: Tensor, seed: int) -> SpeciesClusters:
-        """Fit to (n, features) rows, n >= 1; the order of the rows does not matter beyond rounding."""
-        x = features.detach().double().cpu()
-        centre, components, variance = _principal(x)
-        y = (x - centre) @ components
-        labels = _labels(y, seed)
-        k, r = int(labels.max()) + 1, components.shape[1]
-        empty = SpeciesClusters(
-            centre,
-            components,
-            variance,
-            *(x.new_zeros(shape) for shape in ((k,), (k, r), (k, r, r), (k,))),
-        )
-        return empty.updated(x, labels).to(features.device)
+    def fit(rows: Tensor, labels: Tensor, spread: Tensor) -> SpeciesClusters:
+        """Fit to (n, features) rows, n >= 1, with the cluster of each (n,); clusters without rows are left out."""
+        x = rows.detach().double().cpu()
+        return SpeciesClusters._empty(*_principal(x), spread).updated(x, labels)._without_empty()
+
+    @staticmethod
+    def _empty(centre: Tensor, components: Tensor, variance: Tensor, spread: Tensor) -> SpeciesClusters:
+        k, r = len(spread), components.shape[1]
+        count, mean, scatter, residual = (centre.new_zeros(shape) for shape in ((k,), (k, r), (k, r, r), (k,)))
+        return SpeciesClusters(centre, components, variance, count, mean, scatter, residual, spread)
+
+    def _without_empty(self) -> SpeciesClusters:
+        there = self.count > 0
+        names = ("count", "mean", "scatter", "residual", "spread")
+        return replace(self, **{name: getattr(self, name)[there] for name in names})
 
     @cached_property
     def precision(self) -> tuple[Tensor, Tensor]:
         """(W, s): W_kᵀW_k = S_k⁻¹ (clusters, r, r), and s (clusters,)."""
         r = self.components.shape[1]
         floor = (RELATIVE_FLOOR * self.variance).clamp_min(ABSOLUTE_FLOOR)
-        eye = torch.eye(r, dtype=self.scatter.dtype, device=self.scatter.device)
-        covariance = self.scatter / self.count[:, None, None]
-        across = (self.residual / self.count).clamp_min(floor)
+        across = ((self.residual + self.spread) / self.count).clamp_min(floor)
         if not r:
-            return covariance, across
-        square = covariance.square().mean((1, 2))
-        trace = covariance.diagonal(dim1=1, dim2=2).mean(1)
-        # ρ = (tr S² + tr² S)/((n + 1)(tr S² − tr² S/r)) but for terms of 1/r, as in scikit-learn
-        below = (self.count + 1) * (square - trace.square() / r)
-        rho = ((square + trace.square()) / below.clamp_min(1e-300)).clamp(max=1.0)[:, None, None]
-        shrunk = (1 - rho) * covariance + (rho * trace[:, None, None] + floor) * eye
-        lower = torch.linalg.cholesky(shrunk)
+            return self.scatter, across
+        eye = torch.eye(r, dtype=self.scatter.dtype, device=self.scatter.device)
+        more = (self.spread / self.count + floor)[:, None, None] * eye
+        lower = torch.linalg.cholesky(self.scatter / self.count[:, None, None] + more)
         return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False), across
 
     @cached_property
@@ -180,7 +185,7 @@ class Mahalanobis:
 
     Attributes:
         species: by Z, the clusters.
-        thresholds: by Z, the distance that a share `quantile` of held-out environments stays below; at least LEAST_THRESHOLD.
+        thresholds: by Z, the distance that a share `quantile` of environments left out stays below; at least LEAST_THRESHOLD.
         quantile: 0 to 1.
     """
 
@@ -207,7 +212,7 @@ class Mahalanobis:
         return distance
 
     def novelty(self, species: Tensor, features: Tensor) -> Tensor:
-        """Distance / threshold of the species (n,): above 1 is as far as few held-out environments were; see `distance`."""
+        """Distance / threshold of the species (n,): above 1 is as far as few environments left out were; see `distance`."""
         threshold = features.new_ones(len(features))
         for z, value in self.thresholds.items():
             threshold = torch.where(species == z, value, threshold)
@@ -216,7 +221,8 @@ class Mahalanobis:
     def updated(self, species: Tensor, features: Tensor) -> Mahalanobis:
         """The same with more training environments, each added to its nearest cluster.
 
-        Reduced spaces and thresholds stay as they are; a species without training data remains so until the next fit.
+        Reduced spaces and thresholds stay as they are, and are right as long as the rows added are few; a species without training
+        data remains so until the next fit.
         """
         self._check(species, features)
         renewed = dict(self.species)
@@ -236,9 +242,13 @@ class Mahalanobis:
 
     @staticmethod
     def from_state(header: dict, tensors: Mapping[str, Tensor]) -> Mahalanobis:
-        """Restore what state gave."""
+        """Restore what state gave, or what versions wrote that knew no `spread`."""
         thresholds = {int(z): t for z, t in header["thresholds"].items()}
-        species = {z: SpeciesClusters(*(tensors[f"{z}.{f.name}"] for f in fields(SpeciesClusters))) for z in thresholds}
+        names = [f.name for f in fields(SpeciesClusters)]
+        species = {}
+        for z in thresholds:
+            parts = {name: tensors[f"{z}.{name}"] for name in names if f"{z}.{name}" in tensors}
+            species[z] = SpeciesClusters(**parts) if "spread" in parts else _without_spread(**parts)
         return Mahalanobis(species, thresholds, header["quantile"])
 
     def _check(self, species: Tensor, features: Tensor) -> None:
@@ -248,19 +258,21 @@ class Mahalanobis:
 
 
 def fit_mahalanobis(
-    features: Mapping[int, Tensor], held_out: Mapping[int, Tensor] | None = None, quantile: float = 0.99, seed: int = 0
+    features: Mapping[int, Tensor],
+    structures: Mapping[int, Tensor] | None = None,
+    quantile: float = 0.99,
+    seed: int = 0,
 ) -> Mahalanobis:
-    """Fit the clusters of the training environments, and thresholds to held-out environments.
+    """Fit the clusters of the training environments, and thresholds to those that are left out of such a fit in turn.
 
-    A threshold is the quantile (order statistic ⌈(n+1)·quantile⌉, or the largest) of the distances of held-out rows; of rows left out
-    of a fit of their own where fewer than HELD_OUT were held out. Neighbours in one structure are alike, so that rows held out by
-    structure give the larger, more cautious threshold.
+    Neighbours in one structure are alike, so whole structures are left out, and rows that repeat one of another structure (the same
+    frame twice, the next step of a trajectory) count once. See `_threshold` for what few rows leave uncertain.
 
     Args:
         features: by Z of the central atom, (n, features) unit vectors, a subsample (ReservoirSample) of some thousands; a species
             without any counts as one without training data.
-        held_out: by Z, the same of structures that are not in `features`.
-        seed: of the mixture and of the rows left out.
+        structures: by Z, (n,) number of the structure of each row; each row one of its own if not given.
+        seed: of the mixture and of the structures left out together.
 
     Raises:
         UserError: features that are not finite or not a matrix; a quantile outside 0 to 1.
@@ -269,36 +281,108 @@ def fit_mahalanobis(
         raise errors.UserError(f"`quantile` must lie between 0 and 1, as 0.99; got {quantile}.")
     species, thresholds = {}, {}
     for z in sorted(z for z, x in features.items() if len(x)):
-        for x in (features[z], (held_out or {}).get(z)):
-            if x is not None and len(x):
-                errors.check_shape("features", x, ("n", features[z].shape[1]), f"Species {errors.chemical_symbol(z)}.")
-                if not torch.isfinite(x).all():
-                    raise errors.UserError(f"`features` of {errors.chemical_symbol(z)} hold a NaN or infinite number.")
-        species[z] = SpeciesClusters.fit(features[z], seed)
-        others = (held_out or {}).get(z, features[z][:0])
-        enough = len(others) >= HELD_OUT
-        distances = species[z].distance(others.double()) if enough else _left_out(features[z], seed)
-        ordered = distances.sort().values
-        rank = min(len(ordered), math.ceil((len(ordered) + 1) * quantile - 1e-9))
-        thresholds[z] = max(LEAST_THRESHOLD, ordered[rank - 1].item() if rank else 0.0)
+        x, name = features[z], errors.chemical_symbol(z)
+        errors.check_shape("features", x, ("n", "features"), f"Species {name}.")
+        if not torch.isfinite(x).all():
+            raise errors.UserError(f"`features` of {name} hold a NaN or infinite number.")
+        owners = torch.arange(len(x)) if structures is None else structures[z].cpu()
+        errors.check_shape("structures", owners, (len(x),), f"Species {name}, a structure for each row of features.")
+        clusters, distances = _fit_species(x.detach().double().cpu(), owners, seed)
+        species[z], thresholds[z] = clusters.to(x.device), _threshold(distances, quantile)
     return Mahalanobis(species, thresholds, quantile)
 
 
-def _left_out(features: Tensor, seed: int) -> Tensor:
-    """Distances of rows to fits without them; none where there is only one row."""
-    n = len(features)
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(n)).to(features.device)
-    folds = order.tensor_split(min(n, FOLDS)) if n > 1 else ()
-    distances = [features.new_zeros(0, dtype=torch.float64)]
-    for fold in folds[:1] if n > FEW else folds:
-        rest = torch.ones(n, dtype=torch.bool, device=features.device)
-        rest[fold] = False
-        distances.append(SpeciesClusters.fit(features[rest], seed).distance(features[fold].double()))
-    return torch.cat(distances)
+def _fit_species(x: Tensor, owners: Tensor, seed: int) -> tuple[SpeciesClusters, Tensor]:
+    """Clusters of rows (n, features), and the distances of rows from clusters fitted without their structures, if there are others."""
+    centre, directions, variance = _principal(x, DIRECTIONS, 1.0)
+    y = (x - centre) @ directions
+    kept = _distinct(y, owners)
+    x, y, owners = x[kept], y[kept], owners[kept]
+    labels = _labels(y, seed)
+    sums = y.new_zeros(int(labels.max()) + 1, y.shape[1]).index_add(0, labels, y)
+    count = labels.bincount()
+    from_mean = (y - (sums / count[:, None])[labels]).square().sum(1)
+    spread = y.new_zeros(len(count)).index_add(0, labels, from_mean) / count
+    at, components, _ = _principal(y)
+    clusters = SpeciesClusters._empty(centre + directions @ at, directions @ components, variance, spread)
+    return clusters.updated(x, labels), _left_out(y, owners, labels, spread, seed)
 
 
-def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(centre, components, variance): the fewest leading principal directions with EXPLAINED of the variance, COMPONENTS at most."""
+def _left_out(rows: Tensor, owners: Tensor, labels: Tensor, spread: Tensor, seed: int) -> Tensor:
+    """Distances (n,) of rows from the clusters of the others, FOLDS times a share of the structures left out; none of one structure."""
+    structures, of_row = owners.unique(return_inverse=True)
+    n = len(structures)
+    if n < 2:
+        return rows.new_zeros(0)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
+    fold = torch.empty(n, dtype=torch.long).scatter(0, order, torch.arange(n) % FOLDS)[of_row]
+    distances = rows.new_zeros(len(rows))
+    for k in fold.unique():
+        out = fold == k
+        distances[out] = SpeciesClusters.fit(rows[~out], labels[~out], spread).distance(rows[out])
+    return distances
+
+
+def _threshold(distances: Tensor, quantile: float) -> float:
+    """The distance that a share `quantile` of new rows stays below: the geometric mean of two estimates, LEAST_THRESHOLD at least.
+
+    The order statistic ⌈(n+1) quantile⌉, or the largest, assumes nothing, and is too small by chance where rows are few. The upper
+    half of log d, taken as that of a normal distribution about the median, tells from all rows what the tail may be: the quantile of
+    the next of n + 1, by Student's t (Hahn, Meeker, Statistical Intervals (1991), section 4.7), WIDEST times the largest at most.
+    """
+    n = len(distances)
+    if n < 2:
+        return LEAST_THRESHOLD
+    ordered = distances.clamp_min(LEAST_THRESHOLD).sort().values
+    order = ordered[min(n, math.ceil((n + 1) * quantile - 1e-9)) - 1].item()
+    logs = ordered.log()
+    middle = logs.quantile(0.5)
+    width = (logs[logs >= middle] - middle).square().mean().sqrt().item()
+    factor = float(scipy.special.stdtrit(n - 1, quantile)) * math.sqrt(1 + 1 / n)
+    tail = min(math.exp(middle.item() + factor * width), WIDEST * ordered[-1].item())
+    return max(LEAST_THRESHOLD, math.sqrt(order * tail))
+
+
+def _distinct(rows: Tensor, owners: Tensor) -> Tensor:
+    """Indices of rows that do not repeat another: none is within NEAR times the distance that it has from a tenth of the structures."""
+    n, structures = len(rows), len(owners.unique())
+    if structures < 2:
+        return torch.arange(n)
+    # by their leading coordinate, so that the order of the stream does not matter
+    order = rows[:, :1].sum(1).argsort(stable=True)
+    rows, owners = rows[order], owners[order]
+    lengths = rows.square().sum(1)
+    squared = (lengths[:, None] + lengths - 2 * rows @ rows.T).clamp_min(0)
+    from_others = squared.masked_fill(owners[:, None] == owners, math.inf)
+    typical = from_others.kthvalue(max(1, structures // 10), dim=1).values
+    close = (squared <= NEAR**2 * typical[:, None]).tril(-1)  # to a row before it
+    open_, kept = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+    while open_.any():
+        new = open_ & ~(close & open_).any(1)
+        kept |= new
+        open_ &= ~(new | (close & kept).any(1))
+    return order[kept].sort().values
+
+
+def _without_spread(
+    centre: Tensor, components: Tensor, variance: Tensor, count: Tensor, mean: Tensor, scatter: Tensor, residual: Tensor
+) -> SpeciesClusters:
+    """Clusters of a model file without `spread`, whose S was shrunk by OAS (Chen, Wiesel, Eldar, Hero, IEEE Trans. Signal Process. 58, 5016
+    (2010), eq. 23) instead."""
+    r = components.shape[1]
+    if r:
+        covariance = scatter / count[:, None, None]
+        square, trace = covariance.square().mean((1, 2)), covariance.diagonal(dim1=1, dim2=2).mean(1)
+        # ρ = (tr S² + tr² S)/((n + 1)(tr S² − tr² S/r)) but for terms of 1/r, as in scikit-learn
+        below = (count + 1) * (square - trace.square() / r)
+        rho = ((square + trace.square()) / below.clamp_min(1e-300)).clamp(max=1.0)[:, None, None]
+        eye = torch.eye(r, dtype=scatter.dtype)
+        scatter = ((1 - rho) * covariance + rho * trace[:, None, None] * eye) * count[:, None, None]
+    return SpeciesClusters(centre, components, variance, count, mean, scatter, residual, torch.zeros_like(residual))
+
+
+def _principal(x: Tensor, most: int = COMPONENTS, explained: float = EXPLAINED) -> tuple[Tensor, Tensor, Tensor]:
+    """(centre, components, variance): the fewest leading principal directions with such a share of the variance, `most` at most."""
     centre = x.mean(0)
     centred = x - centre
     variance = centred.square().sum(1).mean()
@@ -306,10 +390,10 @@ def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return centre, x.new_zeros(x.shape[1], 0), variance
     wide = len(x) < x.shape[1]
     gram = (centred @ centred.T if wide else centred.T @ centred) / len(x)
-    top = (max(0, len(gram) - COMPONENTS), len(gram) - 1)
+    top = (max(0, len(gram) - most), len(gram) - 1)
     values, vectors = (torch.from_numpy(a) for a in scipy.linalg.eigh(gram.numpy(), subset_by_index=top))
     values, vectors = values.flip(0), vectors.flip(1)
-    short = int((values.cumsum(0) < EXPLAINED * variance).sum()) + 1
+    short = int((values.cumsum(0) < explained * variance).sum()) + 1
     rank = min(short, int((values > 1e-12 * values[0]).sum()))
     leading = vectors[:, :rank]
     if wide:
