@@ -29,6 +29,7 @@ _HOMES = {
     "Recipe": "gpmlp.recipe",
     "Structures": "gpmlp.core.structures",
     "Targets": "gpmlp.core.quantities",
+    "check": "gpmlp.io.label_checks.stage",
     "evaluate": "gpmlp.potential.evaluation",
     "fit": "gpmlp.fitting.fit",
     "learn": "gpmlp.learning.loop",

@@ -151,6 +151,6 @@ def test_isolated_atoms_of_some_species_are_no_zero():
     frames = Structures.concatenate([cluster((6, 8)), structure([[0.0, 0.0, 0.0]], [6])])
     known = Targets.unlabelled(frames)
     known = replace(known, energies=torch.tensor([-3.0, -1.0]).double(), config_types=("", "isolated_atom"))
-    (warning,) = prepare.energy_zero_warnings(frames, known, Recipe())
-    assert "isolated_atom frames of C but none of O" in warning
-    assert prepare.energy_zero_warnings(frames, known, Recipe(baseline={"isolated_atoms": "least_squares"})) == []
+    (finding,) = prepare.check_labels(frames, known, Recipe())
+    assert "isolated_atom frames of C but none of O" in finding.message
+    assert prepare.check_labels(frames, known, Recipe(baseline={"isolated_atoms": "least_squares"})) == []

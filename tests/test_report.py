@@ -25,6 +25,7 @@ KEYS = (  # of report.json
     "Where is it blind?",
     "Why?",
     "What to label next?",
+    "Are the data right?",
     "How was the model made?",
 )
 TITLES = (
@@ -33,6 +34,7 @@ TITLES = (
     "Where does the model extrapolate?",
     "What causes the uncertainty?",
     "Which structures to label next?",
+    "Are the labels consistent?",
     "How was the model fitted?",
 )
 VOID = {"meta", "img", "br", "input", "link", "hr", "circle", "line"}

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import json_value
 from gpmlp.core.units import GPA
 from gpmlp.fitting.tune import TuningTrial, best_trial
@@ -22,6 +23,7 @@ from gpmlp.potential.evaluation import ErrorTable, Evaluation
 PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
 LONG = 1e6  # numbers from here on are written as powers of ten
 BAR_WIDTH = 24
+COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 LONGEST_STAGE = len("inducing points")
 
 
@@ -43,8 +45,27 @@ def print_line(text: str) -> None:
 
 def print_message(kind: str, text: str) -> None:
     """Print one message to standard error."""
-    colour = {"error": "red", "warning": "yellow"}.get(kind, "dim")
+    colour = COLOURS.get(kind.split()[-1], "dim")
     standard_error().print(f"[{colour}]{kind}:[/] {escape(' '.join(str(text).split()))}", soft_wrap=True)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print findings to standard error, each as one message; notes are kept for `gpmlp check` and `gpmlp info`."""
+    for finding in findings:
+        if finding.severity != "note":
+            print_message("label error" if finding.severity == "error" else "warning", str(finding))
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """Findings, one row each: how grave, what kind, and all that there is to say."""
+    table = Table(title="Labels", title_justify="left", title_style="bold", show_lines=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("kind", max_width=24, overflow="fold")
+    table.add_column("finding", overflow="fold")
+    for finding in findings:
+        colour = COLOURS[finding.severity]
+        table.add_row(f"[{colour}]{finding.severity}[/]", escape(finding.kind), escape(str(finding)))
+    return table
 
 
 class StageBars:
@@ -273,10 +294,18 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         *([("calibrated on", calibration_source(aside))] if aside else []),
         ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
         ("units", content["units"]),
-        *(("warning", text) for text in header.get("report", {}).get("warnings", ())),
+        *said_of_fit(header.get("report", {})),
         ("recipe", yaml.safe_dump(json_value(header["recipe"]), sort_keys=False).rstrip()),
     ]
     return pairs_table("Model", pairs)
+
+
+def said_of_fit(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(severity, sentence) of the findings about the labels of a fit, then of its other warnings."""
+    findings = [Finding.from_dict(values) for values in report.get("findings", ())]
+    texts = {str(finding) for finding in findings}
+    rows = [(finding.severity, str(finding)) for finding in findings]
+    return rows + [("warning", text) for text in report.get("warnings", ()) if text not in texts]
 
 
 def calibration_source(source: Mapping[str, Any], shown: int = 3) -> str:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 import gpmlp
+from gpmlp.cli.check import Keys, check_command
 from gpmlp.cli.learn import INTERRUPTED, learn_command, report_folder
 from gpmlp.cli.md import md_command
 from gpmlp.cli.tune import tune_command
@@ -54,13 +55,6 @@ class SelectMethod(StrEnum):
 
 
 Model = Annotated[Path, typer.Argument(help="Model file written by `gpmlp fit`.")]
-Keys = Annotated[
-    str | None,
-    typer.Option(
-        "--keys",
-        help="Names of labels in the files, where they are not to be found out: energy=REF_energy,forces=REF_forces,stress=none.",
-    ),
-]
 
 
 def _by_role(role: str, paths: Sequence[Path]) -> dict[str, Path]:
@@ -114,12 +108,13 @@ def fit_command(
     check_apart({"the model (--output)": output}, sources)
     chosen, names = load_recipe(recipe, settings or []), parse_keys(keys or "")
     with console.StageBars() as stages:
-        structures, targets = ase_atoms.read(files, labelled=True, keys=names, progress=stages)
+        data = ase_atoms.read_labelled(files, keys=names, progress=stages)
         validation = ase_atoms.read(valid, labelled=True, keys=names) if valid is not None else None
     origin = provenance.file_provenance(training=files, validation=valid)
     with console.StageBars() as stages:
-        potential, report = fit(structures, targets, chosen, validation, stages, origin)
-    for text in report.warnings:
+        potential, report = fit(data.structures, data.targets, chosen, validation, stages, origin, data.findings)
+    console.print_findings(report.findings)
+    for text in report.warnings[sum(finding.severity != "note" for finding in report.findings) :]:
         warnings.warn(text, DataWarning, stacklevel=1)
     archive.save(potential, output)
     out = console.standard_output()
@@ -127,6 +122,7 @@ def fit_command(
     console.print_line(f"wrote {output}")
 
 
+app.command("check")(check_command)
 app.command("tune")(tune_command)
 app.command("learn")(learn_command)
 app.command("md")(md_command)
@@ -152,6 +148,7 @@ def evaluate_command(
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms, provenance
     from gpmlp.io.files import atomic_write, check_apart, check_target
+    from gpmlp.io.label_checks.stage import check_evaluated
     from gpmlp.io.label_names import parse_keys
     from gpmlp.io.structure_files import find_files
     from gpmlp.potential.evaluation import evaluate
@@ -164,16 +161,20 @@ def evaluate_command(
     check_apart(targets_of, {"the model": model} | _by_role("the data", files))
     potential = archive.load(model)
     with console.StageBars() as stages:
-        structures, targets = ase_atoms.read(files, labelled=True, keys=parse_keys(keys or ""), progress=stages)
+        read = ase_atoms.read_labelled(files, keys=parse_keys(keys or ""), progress=stages)
+    structures, targets = read.structures, read.targets
+    findings = check_evaluated(structures, targets, read.findings)
     provenance.check_overlap(potential.provenance, potential.calibration.source, structures, files)
     with console.StageBars() as stages:
         result = evaluate(potential, structures, targets, stages, variance)
     if json_file is not None:
         with atomic_write(json_file, text=True) as file:
-            json.dump(result.as_dict(), file, indent=2, allow_nan=False)
+            content = result.as_dict() | {"label_findings": [finding.as_dict() for finding in findings]}
+            json.dump(content, file, indent=2, allow_nan=False)
             file.write("\n")
     if xyz_file is not None:
         ase_atoms.write_frames(xyz_file, ase_atoms.with_predictions(structures, targets, result.prediction))
+    console.print_findings(findings)
     out = console.standard_output()
     out.print(console.evaluation_table(result))
     if any(entry.n for entry in result.scores.values()):
@@ -200,6 +201,7 @@ def report_command(
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms, provenance
     from gpmlp.io.files import check_apart, check_folder
+    from gpmlp.io.label_checks.stage import check_evaluated
     from gpmlp.io.label_names import parse_keys
     from gpmlp.potential.evaluation import comparable_targets, evaluate
     from gpmlp.report.model.data import collect_data
@@ -209,15 +211,17 @@ def report_command(
     check_folder(output)
     version = archive.read_header(model)["version"]
     potential = archive.load(model)
-    structures, targets = ase_atoms.read(data, labelled=True, keys=parse_keys(keys or ""))
-    targets = comparable_targets(potential, targets)
+    read = ase_atoms.read_labelled(data, keys=parse_keys(keys or ""))
+    structures, findings = read.structures, check_evaluated(read.structures, read.targets, read.findings)
+    targets = comparable_targets(potential, read.targets)
     overlap = provenance.check_overlap(potential.provenance, potential.calibration.source, structures, data)
     with console.StageBars() as stages:
         result = evaluate(potential, structures, targets, stages)
         stages("report", 0, 1, "figures")
         names = model.name, data.name, version
-        page = write_model_page(collect_data(potential, structures, targets, result, *names, overlap), output)
+        page = write_model_page(collect_data(potential, structures, targets, result, *names, overlap, findings), output)
         stages("report", 1, 1, "figures")
+    console.print_findings(findings)
     out = console.standard_output()
     out.print(console.evaluation_table(result))
     console.print_line(f"wrote {page}")

@@ -37,12 +37,17 @@ class Finding:
         """Frames, message and advice as one text."""
         named = ", ".join(self.frames[:FRAMES_SHOWN])
         more = f" and {len(self.frames) - FRAMES_SHOWN} more" if len(self.frames) > FRAMES_SHOWN else ""
-        where = f"{named}{more}: " if named else ""
-        return f"{where}{self.message}{' ' + self.advice if self.advice else ''}"
+        text = f"{named}{more}: {self.message}" if named else self.message[:1].upper() + self.message[1:]
+        return f"{text}{' ' + self.advice if self.advice else ''}"
 
     def as_dict(self) -> dict:
         """JSON-able form."""
         return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict) -> Finding:
+        """The finding of as_dict(), which may have been through JSON."""
+        return Finding(**values | {"frames": tuple(values["frames"])})
 
 
 class FindingWarning(DataWarning):

@@ -14,6 +14,7 @@ from torch import Tensor
 from gpmlp.core import parallel
 from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.errors import chemical_symbol
+from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.descriptors import make_descriptor
@@ -21,10 +22,10 @@ from gpmlp.fitting import calibrate, near_duplicates, prepare, regression, varia
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
-from gpmlp.fitting.stress_check import check_stress_consistency
 from gpmlp.gp import evidence, hyperparameters, inducing, posterior
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
+from gpmlp.io.label_checks.stage import sort_findings
 from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.evaluation import ErrorTable, error_table
 from gpmlp.potential.potential import Potential
@@ -46,6 +47,7 @@ def fit(
     validation: tuple[Structures, Targets] | None = None,
     progress: Progress | None = None,
     provenance: dict | None = None,
+    findings: Sequence[Finding] = (),
 ) -> tuple[Potential, FitReport]:
     """Fit a sparse Gaussian process over SOAP power spectra to energies, forces and stresses together.
 
@@ -55,6 +57,7 @@ def fit(
         validation: data that are only predicted, for the report.
         progress: called as progress(stage, done, total, note).
         provenance: where the data came from, kept in the model.
+        findings: of reading the data; kept in the report before those of the checks of labels.
 
     Raises:
         UserError: no labels, labels that do not belong to the structures, more inducing points than environments,
@@ -62,7 +65,7 @@ def fit(
     """
     stages = StageTimer(progress)
     stages.begin("data")
-    data = _Data.from_labels(structures, targets, Recipe() if recipe is None else recipe)
+    data = _Data.from_labels(structures, targets, Recipe() if recipe is None else recipe, findings)
     wanted = data.recipe.calibration if data.recipe.variance is not False else False
     split = calibrate.calibration_split(data.structures, data.targets, wanted, data.recipe.seed, data.groups)
     fitted, held, judged = split
@@ -96,7 +99,12 @@ def fit(
         variance_subset=subset,
         validation_errors=errors,
         stages=tuple(stages.done),
-        warnings=(*data.warnings, *trained.warnings, *calibrate.calibration_warnings(calibration, learned.label_noise)),
+        findings=data.findings,
+        warnings=(
+            *(str(finding) for finding in data.findings if finding.severity != "note"),
+            *trained.warnings,
+            *calibrate.calibration_warnings(calibration, learned.label_noise),
+        ),
         **_numbers(data, trained, learned, solved),
     )
     return replace(potential, report=report.as_dict()), report
@@ -107,10 +115,11 @@ class _Data:
     """Training data on the device, with the recipe filled in.
 
     Attributes:
-        targets: labels as they came; remaining: less the baselines.
+        targets: labels that can be right; remaining: less the baselines, those of failed calculations with a large noise.
         shortest: distance of each pair of species that occurs, by symbols, A.
         label_noise: as much of the noise as labels themselves show, by kind; constant: what labels bring with them.
         groups: structures that are independent of each other, and what is near each.
+        findings: of reading and checking the labels.
     """
 
     recipe: Recipe
@@ -122,28 +131,27 @@ class _Data:
     label_noise: dict[str, float]
     constant: dict[str, float]
     groups: IndependentGroups
-    warnings: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
     @staticmethod
-    def from_labels(structures: Structures, targets: Targets, recipe: Recipe) -> _Data:
+    def from_labels(structures: Structures, targets: Targets, recipe: Recipe, findings: Sequence[Finding]) -> _Data:
         """Check and move the data, fill in the recipe and subtract the baselines."""
         structures, targets = prepare.prepare_data(structures, targets, recipe)
-        warnings = (
-            *check_stress_consistency(structures, targets),
-            *prepare.energy_zero_warnings(structures, targets, recipe),
-        )
-        recipe, base, summary = prepare.set_up(structures, targets, recipe)
-        remaining = prepare.subtract_baselines(structures, targets, base)
+        findings = sort_findings([*findings, *prepare.check_labels(structures, targets, recipe)])
+        trusted = prepare.trusted_labels(structures, targets, recipe)
+        learned = prepare.with_failed_energies(trusted, structures, targets)
+        recipe, base, summary = prepare.set_up(structures, trusted, recipe)
+        remaining = prepare.subtract_baselines(structures, learned, base)
         shortest = {f"{chemical_symbol(a)}-{chemical_symbol(b)}": r for (a, b), r in summary.shortest.items()}
-        given = prepare.labels_noise(targets)
-        shown = [force_label_noise(structures, targets), given.get("forces", math.nan)]
+        given = prepare.labels_noise(trusted)
+        shown = [force_label_noise(structures, trusted), given.get("forces", math.nan)]
         shown = [x for x in shown if x == x]
         noise = {"forces": max(shown)} if shown else {}
         descriptor = make_descriptor(structures.distinct_species, recipe.descriptors[0].model_dump())
         groups = near_duplicates.find_groups(structures, descriptor, targets.config_types, recipe.seed)
         twins = groups.finding(structures)
-        warnings = (*warnings, *([str(twins)] if twins else []))
-        return _Data(recipe, structures, targets, remaining, base, shortest, noise, given, groups, warnings)
+        findings = sort_findings([*findings, *([twins] if twins else [])])
+        return _Data(recipe, structures, trusted, remaining, base, shortest, noise, given, groups, findings)
 
 
 def _potential(data: _Data, trained: _Trained, learned: WhitenedData, weights: Tensor) -> Potential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import torch
 
 from gpmlp.core import errors
+from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import KINDS, Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import defaults
 from gpmlp.gp import hyperparameters
 from gpmlp.gp.hyperparameters import NOISE_FIELDS
+from gpmlp.io.label_checks import outliers, totals
+from gpmlp.io.label_checks import stage as label_checks
 from gpmlp.potential import baselines
 from gpmlp.potential.baselines import Baseline
 from gpmlp.recipe import Recipe
@@ -123,21 +127,39 @@ def make_baselines(
     return (*out, baselines.IsolatedAtoms(energies))
 
 
-def energy_zero_warnings(structures: Structures, targets: Targets, recipe: Recipe) -> list[str]:
-    """Warnings about a zero of energy that the data leave arbitrary."""
-    if targets.energies.isnan().all():
-        return [
-            "There are no energies to learn from: the zero of predicted energies is arbitrary, and they are not judged."
-        ]
-    isolated = baselines.IsolatedAtoms.from_frames(structures, targets)
-    missing = [errors.chemical_symbol(z) for z in structures.distinct_species if z not in isolated]
-    if not isolated or not missing or recipe.baseline.isolated_atoms != "auto":
-        return []
-    symbols = ", ".join(errors.chemical_symbol(z) for z in sorted(isolated))
-    return [
-        f"There are isolated_atom frames of {symbols} but none of {', '.join(missing)}: energies of atoms are least squares over the "
-        "compositions, as if there were none. Add the missing ones, or give all in baseline.isolated_atoms."
-    ]
+def check_labels(structures: Structures, targets: Targets, recipe: Recipe) -> list[Finding]:
+    """Findings of the checks of labels, without those that choices of the recipe make void."""
+    void = set()
+    if recipe.baseline.isolated_atoms != "auto":
+        void |= {"isolated-atoms-missing", "isolated-atoms-differ", "isolated-atoms-of-another-reference"}
+    if isinstance(recipe.baseline.isolated_atoms, dict):
+        void.add("energies-of-elements-undetermined")
+    return [finding for finding in label_checks.check(structures, targets) if finding.kind not in void]
+
+
+def trusted_labels(structures: Structures, targets: Targets, recipe: Recipe) -> Targets:
+    """Labels without energies that cannot be right: those of failed calculations, and of isolated atoms of another reference.
+
+    Baselines and the calibration come from these alone.
+    """
+    wrong = outliers.failed_energies(structures, targets)
+    if recipe.baseline.isolated_atoms == "auto" and totals.atoms_of_another_reference(structures, targets):
+        wrong |= totals.isolated_frames(structures, targets)
+    return replace(targets, energies=targets.energies.masked_fill(wrong.to(targets.energies.device), math.nan))
+
+
+def with_failed_energies(trusted: Targets, structures: Structures, targets: Targets) -> Targets:
+    """Trusted labels, and those of failed calculations with a noise of their own as large as their deviation.
+
+    So they weigh next to nothing, and do not enter the noise that all others share.
+    """
+    failed = outliers.failed_energies(structures, targets).to(targets.energies.device)
+    deviation = outliers.energy_deviations(structures, targets).abs().to(targets.energies)
+    return replace(
+        trusted,
+        energies=torch.where(failed, targets.energies, trusted.energies),
+        energies_noise=torch.where(failed, deviation, targets.energies_noise),
+    )
 
 
 def subtract_baselines(structures: Structures, targets: Targets, base: Sequence[Baseline]) -> Targets:

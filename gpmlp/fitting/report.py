@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
+from gpmlp.core.findings import Finding
 from gpmlp.potential.evaluation import ErrorTable
 
 Progress = Callable[[str, float, float, str], None]
@@ -37,7 +38,8 @@ class FitReport:
         train_rmse: residuals of the training labels by kind, eV/atom, eV/A, eV/A^3.
         validation_errors: ErrorTable, or None.
         stages: (name, seconds, peak memory of the process so far in MB).
-        warnings: sentences for the user.
+        findings: about the labels, the gravest first.
+        warnings: sentences for the user, those of findings (but notes) first.
     """
 
     rows: dict[str, int]
@@ -60,6 +62,7 @@ class FitReport:
     train_rmse: dict[str, float]
     validation_errors: ErrorTable | None
     stages: tuple[tuple[str, float, float], ...]
+    findings: tuple[Finding, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import errors, units
+from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import Targets, Variance
 from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.io import provenance
@@ -95,6 +97,7 @@ class ReportData:
         dimers: dicts of pair, r (A), energy (eV, less that of the free atoms), std, shortest (A; the shortest distance in the
             training data).
         citations: BibTeX entries.
+        findings: about the labels of these structures; those of the fit are in `model`.
     """
 
     title: str
@@ -112,6 +115,7 @@ class ReportData:
     config_type: tuple[str, ...] = ()
     trained_on: bool = False
     held_out: int = 0
+    findings: tuple[Finding, ...] = ()
     energy_std: np.ndarray | None = None
     energy_variance: dict[str, np.ndarray] = field(default_factory=dict)
     force_std: np.ndarray | None = None
@@ -246,6 +250,7 @@ def collect_data(
     data_name: str,
     version: str,
     overlap: DataOverlap | None = None,
+    findings: Sequence[Finding] = (),
 ) -> ReportData:
     """The data of the report about a potential on labelled structures.
 
@@ -253,6 +258,7 @@ def collect_data(
         evaluation: evaluate(potential, structures, targets); without variances the sections that need them say so.
         version: of the package that wrote the model, for the citation.
         overlap: which of these structures the model was trained or calibrated on, where that was compared.
+        findings: about the labels of these structures.
     """
     prediction = evaluation.prediction
     forces, energies, stresses = prediction.forces_variance, prediction.energies_variance, prediction.stresses_variance
@@ -275,6 +281,7 @@ def collect_data(
         force_reference=_numpy(targets.forces),
         force_predicted=_numpy(prediction.forces),
         config_type=targets.config_types,
+        findings=tuple(findings),
         energy_std=_std(energies),
         energy_variance=_parts(energies),
         force_std=_std(forces),

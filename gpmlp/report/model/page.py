@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gpmlp.core.findings import Finding
 from gpmlp.report.figures import PointLabels
 from gpmlp.report.model.data import LEVELS, NO_TYPE, ORDERED, SCALES, SINGULAR, UNITS, LabelledComponents, ReportData
 from gpmlp.report.model.figures import draw_figures, scatter_plots
@@ -80,6 +81,7 @@ def model_page(data: ReportData) -> Page:
             "data_name": data.data_name,
             **numbers,
             "model": data.model,
+            "label_findings": [finding.as_dict() for finding in data.findings],
             "dimers": data.dimers,
             "citations": data.citations,
         },
@@ -93,6 +95,7 @@ def model_page(data: ReportData) -> Page:
             **_score_values(data),
             **_budget_values(numbers),
             **_fit_values(data.model),
+            "findings": label_findings(data),
             "labelled": labelled,
             "dimer_figures": [name for name in pictures if name.startswith("dimer_")],
             "has_types": set(data.types) != {NO_TYPE},
@@ -113,6 +116,7 @@ def _sections(data: ReportData, labelled: Labelled, numbers: Numbers) -> list[Se
         ("extrapolation", "Where does the model extrapolate?", "Where is it blind?"),
         ("causes", "What causes the uncertainty?", "Why?"),
         ("labelling", "Which structures to label next?", "What to label next?"),
+        ("labels", "Are the labels consistent?", "Are the data right?"),
         ("fit", "How was the model fitted?", "How was the model made?"),
     )
     answers = (
@@ -121,6 +125,7 @@ def _sections(data: ReportData, labelled: Labelled, numbers: Numbers) -> list[Se
         extrapolation_answer(data, numbers),
         cause_answer(numbers),
         labelling_answer(numbers["label_next"]),
+        label_answer(data),
         fit_answer(data),
     )
     return [Section(*title, answer) for title, answer in zip(titles, answers, strict=True)]
@@ -328,6 +333,23 @@ def labelling_answer(candidates: list[dict[str, Any]]) -> str:
     largest = first["largest_force_std_meV_per_A"]
     size = f", whose force error bar reaches {format_number(largest)}\u00a0meV/Å" if largest > 0 else ""
     return f"{words}{groups}; begin with {first['structure']}{size}."
+
+
+def label_findings(data: ReportData) -> dict[str, list[Finding]]:
+    """Findings about the data and about the training data of the model, by what the page calls them."""
+    of_fit = [Finding.from_dict(values) for values in data.model.get("findings") or ()]
+    tables = {f"Findings in {data.data_name}": list(data.findings), "Findings in the training data": of_fit}
+    return {title: findings for title, findings in tables.items() if findings}
+
+
+def label_answer(data: ReportData) -> str:
+    """How many findings there are about the labels, and the first of the gravest."""
+    findings = [finding for finding in data.findings if finding.severity != "note"]
+    if not findings:
+        return f"The checks of labels find nothing wrong in {data.data_name}."
+    errors = sum(finding.severity == "error" for finding in findings)
+    count = f"{len(findings)} finding{'s' * (len(findings) > 1)} in {data.data_name}, {errors} of them grave"
+    return f"{count}. {findings[0]}"
 
 
 def fit_answer(data: ReportData) -> str:

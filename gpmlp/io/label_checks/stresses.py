@@ -11,14 +11,17 @@ offset of the pressure (a = 1, b = the stress that is missing) from stresses tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import GPA
+from gpmlp.io.label_checks.units import ENERGY_UNITS, STRESS_UNITS
 
 LARGEST_STRAIN = 0.08
 SMALLEST_STRAIN = 1e-4
@@ -33,7 +36,7 @@ TRAPEZOID = 30.0
 REJECTED = 2.0
 BETTER = 0.5
 SMALLEST_OFFSET = 0.3 * GPA
-UNITS = {"GPa": 1 / GPA, "kbar": 10 / GPA, "bar": 1e4 / GPA}
+KIND = "stresses-against-energies"
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,11 @@ class StrainedPairs:
         return self.first.shape[0]
 
 
-def check_stress_consistency(structures: Structures, targets: Targets) -> list[str]:
+def check_stresses(structures: Structures, targets: Targets) -> list[Finding]:
     """Compare energy differences of strained copies with the work of their stresses.
 
     Returns:
-        One sentence with numbers if sign, unit or pressure contradict the energies; nothing if they agree, or cannot be compared.
+        One finding with numbers if sign, unit or pressure contradict the energies; none if they agree, or cannot be compared.
     """
     pairs = strained_pairs(structures, targets)
     if len(pairs) < FEWEST_PAIRS:
@@ -78,48 +81,57 @@ def check_stress_consistency(structures: Structures, targets: Targets) -> list[s
     slope, both_offset = _fit(pairs, slope=True)
     shifted, fitted = _residual(pairs, one, offset), _residual(pairs, slope, both_offset)
     plain_slope = _slope(pairs)
-    evidence = (
-        f"{len(pairs)} pairs of strained copies, e.g. {structures.names[int(pairs.first[0])]} and "
-        f"{structures.names[int(pairs.second[0])]}; energy differences and V sigma : strain disagree by "
-        f"{1e3 * (pairs.energy - pairs.work).square().mean().sqrt():.3g} meV/atom (rms)"
-    )
+    disagreement = 1e3 * float((pairs.energy - pairs.work).square().mean().sqrt())
+    evidence = f"{len(pairs)} pairs of strained copies, which disagree by {disagreement:.3g} meV/atom rms"
+    frames = structures.names[int(pairs.first[0])], structures.names[int(pairs.second[0])]
+    numbers = {"pairs": float(len(pairs)), "disagreement_meV_per_atom": disagreement}
     # a wrong sign or unit is tried first, alone: it explains everything with one number that is not near 1
     wrong = min(_residual(pairs, plain_slope, 0 * one), fitted)
     if not 0.5 < slope < 2 and not 0.5 < plain_slope < 2 and wrong < BETTER * agreed:
-        return [_scale_message(float(plain_slope), pairs.mean_volume, evidence)]
+        return [scale_finding(float(plain_slope), pairs.mean_volume, evidence, frames, numbers)]
     if shifted < BETTER * agreed and abs(offset) > SMALLEST_OFFSET:
-        return [
-            f"The stresses contradict the energies by a constant pressure: adding {float(offset) / GPA:+.3g} GPa to each "
-            f"diagonal component makes them agree ({evidence}, {1e3 * _rms(pairs, one, offset):.3g} with the offset). "
-            "Give stress a wide noise (noise.stress), or leave it out (use_stresses: false)."
-        ]
+        text = (
+            f"the stresses contradict the energies by a constant pressure: adding {float(offset) / GPA:+.3g} GPa to each "
+            f"diagonal component makes them agree ({evidence}, {1e3 * _rms(pairs, one, offset):.3g} with the offset)."
+        )
+        advice = "Give stress a wide noise (noise.stress), or leave it out (use_stresses: false)."
+        return [Finding(KIND, "warning", text, frames, numbers | {"pressure_GPa": float(offset) / GPA}, advice)]
     if fitted < BETTER * agreed:
-        return [
-            f"The stresses contradict the energies: dE = {float(slope):.3g} x V sigma : strain, where 1 is right, and a constant "
-            f"{float(both_offset) / GPA:+.3g} GPa is missing ({evidence}). Check the unit, eV/A^3, and the order of components."
-        ]
+        text = (
+            f"the stresses contradict the energies: dE = {float(slope):.3g} x V sigma : strain, where 1 is right, and a constant "
+            f"{float(both_offset) / GPA:+.3g} GPa is missing ({evidence})."
+        )
+        numbers |= {"slope": float(slope), "pressure_GPa": float(both_offset) / GPA}
+        return [Finding(KIND, "warning", text, frames, numbers, "Check the unit, eV/A^3, and the order of components.")]
     return []
 
 
-def _scale_message(slope: float, volume: float, evidence: str) -> str:
-    """Name the sign and the unit that explain a slope."""
+def scale_finding(
+    slope: float, volume: float, evidence: str, frames: tuple[str, ...], numbers: dict[str, float], within: float = 0.12
+) -> Finding:
+    """The finding that names the sign and the unit behind a slope of dE against V sigma : strain.
+
+    Args:
+        within: |log| of the ratio of the slope to that of a unit.
+    """
     ratio = 1 / abs(slope)
-    candidates = UNITS | {"virial": volume}
-    nearest = min(candidates, key=lambda unit: abs(ratio / candidates[unit] - 1))
-    recognised = abs(ratio / candidates[nearest] - 1) < 0.2
-    advice = []
-    if slope < 0:
-        advice.append("the sign is the opposite one (gpmlp and ASE: positive = tension)")
-    if recognised and nearest == "virial":
-        advice.append("the numbers are virials in eV, not divided by the volume")
-    elif recognised:
-        advice.append(f"the numbers are in {nearest} (required: eV/A^3 = 160.2 GPa)")
+    candidates = {f"the numbers are in {unit} (required: eV/A^3 = 160.2 GPa)": x for unit, x in STRESS_UNITS.items()}
+    candidates["the numbers are virials in eV, not divided by the volume"] = volume
+    off = {text: abs(math.log(ratio / x)) for text, x in candidates.items()}
+    units = [text for text, x in sorted(off.items(), key=lambda entry: entry[1]) if x < within]
+    reasons = ["the sign is the opposite one (gpmlp and ASE: positive = tension)"] if slope < 0 else []
+    if units:
+        reasons.append(" or ".join(units))
     elif not 0.5 < ratio < 2:
-        advice.append(f"the numbers are {ratio:.4g} times what they would be in eV/A^3")
-    return (
-        f"The stresses contradict the energies: dE = {slope:.3g} x V sigma : strain, where 1 is right; probably "
-        f"{' and '.join(advice)} ({evidence}). Correct the file, or leave stresses out (use_stresses: false)."
+        known = [unit for unit, x in ENERGY_UNITS.items() if x < 1 and abs(math.log(ratio * x)) < 0.1]
+        or_energies = "".join(f", or the energies are in {unit}" for unit in known)
+        reasons.append(f"the numbers are {ratio:.4g} times what they would be in eV/A^3{or_energies}")
+    text = (
+        f"the stresses contradict the energies: dE = {slope:.3g} x V sigma : strain, where 1 is right; probably "
+        f"{' and '.join(reasons)} ({evidence})."
     )
+    ending = "Correct the file, or leave stresses out (use_stresses: false)."
+    return Finding(KIND, "error", text, frames, numbers | {"slope": slope}, ending)
 
 
 def strained_pairs(structures: Structures, targets: Targets) -> StrainedPairs:

@@ -12,8 +12,8 @@ import torch
 from ase.calculators.emt import EMT
 
 from gpmlp.core import units
-from gpmlp.fitting.stress_check import check_stress_consistency, strained_pairs
 from gpmlp.io import ase_atoms
+from gpmlp.io.label_checks.stresses import check_stresses, strained_pairs
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_consistent_data_are_not_doubted(strained):
     pairs = strained_pairs(structures, targets)
     assert len(pairs) > 20
     assert max(pairs.first.max(), pairs.second.max()) < 15  # rattled cells are no copies
-    assert check_stress_consistency(structures, targets) == []
+    assert check_stresses(structures, targets) == []
 
 
 def test_trapezoid_rule_converges_as_the_cube_of_the_strain():
@@ -75,29 +75,29 @@ def test_trapezoid_rule_converges_as_the_cube_of_the_strain():
 )
 def test_wrong_sign_and_unit(strained, factor, text):
     structures, targets = strained
-    (warning,) = check_stress_consistency(structures, scaled(targets, factor))
-    assert re.search(text, warning), warning
+    (warning,) = check_stresses(structures, scaled(targets, factor))
+    assert re.search(text, str(warning)), warning
 
 
 def test_virial_in_place_of_stress(strained):
     structures, targets = strained
-    (warning,) = check_stress_consistency(structures, scaled(targets, structures.volumes[:, None, None]))
-    assert "virials in eV, not divided by the volume" in warning
+    (warning,) = check_stresses(structures, scaled(targets, structures.volumes[:, None, None]))
+    assert "virials in eV, not divided by the volume" in str(warning)
 
 
 def test_pressure_offset(strained):
     structures, targets = strained
     shifted = replace(targets, stresses=targets.stresses + 3.0 * units.GPA * torch.eye(3, dtype=torch.float64))
-    (warning,) = check_stress_consistency(structures, shifted)
-    assert re.search(r"constant pressure: adding -(2\.9\d?|3) GPa", warning), warning
+    (warning,) = check_stresses(structures, shifted)
+    assert re.search(r"constant pressure: adding -(2\.9\d?|3) GPa", str(warning)), warning
 
 
 def test_little_data_and_missing_labels_say_nothing(strained):
     structures, targets = strained
     few = structures.select([0, 6])
-    assert check_stress_consistency(few, scaled(targets, -1.0).select(structures, [0, 6])) == []
+    assert check_stresses(few, scaled(targets, -1.0).select(structures, [0, 6])) == []
     unknown = scaled(targets, float("nan"))
-    assert check_stress_consistency(structures, unknown) == []
+    assert check_stresses(structures, unknown) == []
 
 
 def test_copies_are_found_after_a_shift_of_the_origin(strained):
