@@ -133,8 +133,9 @@ class _Frames:
         positions, periodic = structures.positions[rows].double(), structures.periodic[members[0]]
         cells = whole_cells(structures.cells[members].double(), periodic)
         fractional = torch.linalg.solve(cells.mT, positions.mT).mT
-        labels = targets.forces[rows], targets.energies[members], targets.stresses[members]
-        return _Frames(members, positions, fractional, *(x.double() for x in labels), cells, periodic)
+        forces, energies = targets.forces[rows].double(), targets.energies[members].double()
+        stresses = targets.stresses[members].double()
+        return _Frames(members, positions, fractional, forces, energies, stresses, cells, periodic)
 
     def compare(self, a: Tensor, b: Tensor) -> NearPairs:
         """The pairs among those with these places that are near and labelled."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core.errors import chemical_symbol
-from gpmlp.core.findings import Finding
+from gpmlp.core.findings import Finding, Severity
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io.label_checks.totals import isolated_frames
@@ -71,7 +71,8 @@ def _energy_outliers(structures: Structures, targets: Targets) -> list[Finding]:
     far = deviation.nan_to_num().abs() > max(MANY_DEVIATIONS * scale, SUSPICIOUS)
     wild = _largest_force(structures, targets) > WILD_FORCE
     out = []
-    for severity, which in (("error", failed), ("warning", far & ~failed & ~wild)):
+    levels: list[tuple[Severity, Tensor]] = [("error", failed), ("warning", far & ~failed & ~wild)]
+    for severity, which in levels:
         index = which.nonzero().flatten()
         if not len(index):
             continue

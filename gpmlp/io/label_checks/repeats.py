@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpmlp.core.findings import Finding
+from gpmlp.core.findings import Finding, Severity
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io.label_checks.near_frames import whole_cells
@@ -187,7 +187,7 @@ def _energy_findings(structures: Structures, energies: Tensor, pairs: Tensor, di
     worst = int(per_atom.argmax())
     a, b = pairs[worst].tolist()
     count = len(pairs.unique())
-    severity = "error" if float(per_atom[worst]) > ENERGIES_CONTRADICT else "warning"
+    severity: Severity = "error" if float(per_atom[worst]) > ENERGIES_CONTRADICT else "warning"
     text = (
         f"the same structure with two energies: {energies[a]:.6g} and {energies[b]:.6g} eV, {1e3 * per_atom[worst]:.3g} meV/atom apart"
         f"{f', and so on: {count} frames contradict one another' if count > 2 else ''}; nothing can fit both."

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core.errors import chemical_symbol
-from gpmlp.core.findings import Finding
+from gpmlp.core.findings import Finding, Severity
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import HARTREE
@@ -89,7 +89,7 @@ def _isolated_atoms_differ(structures: Structures, targets: Targets) -> list[Fin
         if high - low <= ATOMS_DIFFER:
             continue
         text = f"{len(here)} isolated atoms of {chemical_symbol(z)} differ: {low:.6g} to {high:.6g} eV; the last one is taken."
-        severity = "error" if high - low > ATOMS_CONTRADICT else "warning"
+        severity: Severity = "error" if high - low > ATOMS_CONTRADICT else "warning"
         names = tuple(structures.names[i] for i in here.tolist())
         numbers = {"lowest_eV": low, "highest_eV": high}
         out.append(

@@ -129,7 +129,7 @@ def _fit(pairs: NearPairs, judged: _Judgement) -> WorkFit | None:
     both = torch.full((2,), math.nan, dtype=torch.float64)
     both[there] = slopes
     both[(works.abs() > INFORMATIVE).sum(0) < FEWEST_PAIRS] = math.nan
-    return WorkFit(*both.tolist(), scatter, at_one, at_zero, len(energy), judged)
+    return WorkFit(float(both[0]), float(both[1]), scatter, at_one, at_zero, len(energy), judged)
 
 
 def _robust_slopes(columns: Tensor, energy: Tensor) -> Tensor:
