@@ -86,6 +86,7 @@ class ReportData:
             cannot express), 'inducing' (what the inducing set cannot represent).
         local_energy_std: (atoms,) eV.
         novelty: (atoms,) distance / threshold; > 1 is outside the trust region, inf an unseen species.
+        novelty_thresholds: the distances, by symbol of the species, in standard deviations.
         positions: (atoms, 3) A; cells: (structures, 3, 3) A, rows; periodic: (structures, 3) bool.
         cutoff: A.
         stress_reference, stress_predicted, stress_std: (structures, 6) eV/A^3, xx yy zz yz xz xy.
@@ -122,6 +123,7 @@ class ReportData:
     force_variance: dict[str, np.ndarray] = field(default_factory=dict)
     local_energy_std: np.ndarray | None = None
     novelty: np.ndarray | None = None
+    novelty_thresholds: dict[str, float] = field(default_factory=dict)
     positions: np.ndarray | None = None
     cells: np.ndarray | None = None
     periodic: np.ndarray | None = None
@@ -288,6 +290,7 @@ def collect_data(
         force_variance=_parts(forces),
         local_energy_std=_std(prediction.atom_energies_variance),
         novelty=None if prediction.novelty is None else _numpy(prediction.novelty),
+        novelty_thresholds=_thresholds(potential),
         positions=_numpy(structures.positions),
         cells=_numpy(structures.cells),
         periodic=_numpy(structures.periodic),
@@ -301,6 +304,11 @@ def collect_data(
         dimers=tuple(dimer_curves(potential)),
         citations=tuple(work.bibtex() for work in provenance.citations_of(potential.recipe, version)),
     )
+
+
+def _thresholds(potential: Potential) -> dict[str, float]:
+    distances = potential.novelty
+    return {} if distances is None else {errors.chemical_symbol(z): t for z, t in sorted(distances.thresholds.items())}
 
 
 def compare_indicators(

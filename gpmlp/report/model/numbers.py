@@ -183,7 +183,25 @@ def trust_region(data: ReportData) -> dict | None:
         "std_inside_meV_per_A": root_mean_square(1e3 * data.atom_std[finite & ~outside]),
         "std_outside_meV_per_A": root_mean_square(1e3 * data.atom_std[outside]),
         "share_outside_by_config_type": dict(sorted(share.items(), key=lambda item: -item[1])),
+        "by_species": _novelty_by_species(data),
     }
+
+
+def _novelty_by_species(data: ReportData) -> dict[str, dict[str, float]]:
+    """Threshold of each species, in standard deviations, and how novel its atoms are."""
+    assert data.novelty is not None
+    elements, out = np.asarray(data.species), {}
+    for z in data.elements:
+        novelty, name = data.novelty[(elements == z) & ~np.isnan(data.novelty)], chemical_symbol(z)
+        if len(novelty):
+            out[name] = {
+                "n_atoms": len(novelty),
+                "threshold": data.novelty_thresholds.get(name, float("nan")),
+                "novelty_median": float(np.median(novelty)),
+                "novelty_quantile_99": float(np.quantile(novelty, 0.99, method="lower")),
+                "share_outside": float((novelty > 1).mean()),
+            }
+    return out
 
 
 def variance_budget(data: ReportData) -> dict:

@@ -12,7 +12,7 @@ from gpmlp.core.findings import Finding
 from gpmlp.report.figures import PointLabels
 from gpmlp.report.model.data import LEVELS, NO_TYPE, ORDERED, SCALES, SINGULAR, UNITS, LabelledComponents, ReportData
 from gpmlp.report.model.figures import draw_figures, scatter_plots
-from gpmlp.report.model.numbers import KEYS, all_numbers, labelled_views, mean_value
+from gpmlp.report.model.numbers import KEYS, all_numbers, labelled_views, mean_value, trust_region
 from gpmlp.report.model.worst import PER_STRUCTURE, draw_environment, label_next, worst_environments
 from gpmlp.report.page import Page, Section
 from gpmlp.report.style import (
@@ -138,6 +138,7 @@ def extrapolation_values(data: ReportData) -> dict[str, Any]:
         "data": data,
         "per_structure": PER_STRUCTURE,
         "has_errors": has_errors,
+        "novelty_by_species": (trust_region(data) or {}).get("by_species", {}),
         "draw_environment": draw_environment,
     }
 
