@@ -226,7 +226,12 @@ def test_a_count_that_the_file_does_not_hold(tmp_path, count, pack, small_atoms)
     text = written(small_atoms[:2]) + f"{count}\n\n".encode() + b"H 0 0 0\n" * 1000
     path.write_bytes(gzip.compress(text) if pack else text)
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    with pytest.raises(UserError, match=r"frame 2|a number of atoms must stand there"):
+    cut = (
+        r"frame 2 is cut off: 1000 of \d+ atoms"
+        if pack
+        else r"frame 2 \(line \d+\) is cut off: the file is too short for the"
+    )
+    with pytest.raises(UserError, match="a number of atoms must stand there" if len(count) > 15 else cut):
         read(path)
     assert time.perf_counter() - begun < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
