@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 from dataclasses import replace
@@ -147,9 +148,9 @@ def test_first_of_a_key_is_kept(tmp_path):
     first = tape.append(entry(0))
     other = LabelEntry(first.structure, entry(5).targets, first.key)
     assert tape.append(other) is first and len(tape) == 1
-    with open(tape.path, "ab") as file:
-        file.write(format_entry(other))
-    assert_same(next(iter(LabelFile(tape.path))), first)
+    older = tmp_path / "older.xyz"  # without checksums
+    older.write_bytes(format_entry(first) + format_entry(replace(other, oracle=first.oracle)))
+    assert_same(next(iter(LabelFile(older))), first)
 
 
 def test_cut_at_every_byte(tmp_path):
@@ -304,3 +305,128 @@ def test_moments_and_charges_are_part_of_a_label(tmp_path):
         assert key_of(canonical_structure(asked), "o1") == back.key
     read_again = gpmlp.read(file.path)[0]
     assert read_again.charges.tolist() == [0, 0, -1, 1 / 3, -1, 1 / 3, 0, 0]
+
+
+# ---------------------------------------------------------------- files that are not what was written
+
+NUMBER = rb"(-?\d+\.\d+(?:e-?\d+)?)"
+STRUCTURE = "its elements, positions, cell, `key` or `oracle` are not those"
+LABEL = "its energy, forces, stress or notes are not those that were written"
+
+
+def changed(frame: bytes, pattern: bytes, new: bytes) -> bytes:
+    """A frame with the first match (its group 1) replaced."""
+    match = re.search(pattern, frame, re.MULTILINE)
+    assert match and match[1] != new
+    return frame[: match.start(1)] + new + frame[match.end(1) :]
+
+
+ALTERED = {
+    "energy": (rb" energy=" + NUMBER, b"-3.25", LABEL),
+    "free energy": (rb"free_energy=" + NUMBER, b"-3.25", LABEL),
+    "no energy": (rb" (energy=\S+ free_energy=\S+)", b"step2=1", LABEL),
+    "force": (rb"^Cu \S+ \S+ \S+ " + NUMBER, b"0.5", LABEL),
+    "no force": (rb"^Cu \S+ \S+ \S+ " + NUMBER, b"NaN", "cannot be read"),
+    "garbage": (rb"^Cu \S+ \S+ \S+ " + NUMBER, b"1.0.0", "cannot be read"),
+    "one digit of a force": (rb"^Cu \S+ \S+ \S+ -?\d\.\d+(\d)", b"", LABEL),
+    "stress": (rb'stress="' + NUMBER, b"0.5", LABEL),
+    "step": (rb"step=(12)", b"13", LABEL),
+    "reason": (rb"(novelty)", b"nowhere", LABEL),
+    "element": (rb"^(Cu)", b"Ag", STRUCTURE),
+    "position": (rb"^Cu " + NUMBER, b"0.5", STRUCTURE),
+    "cell": (rb'Lattice="' + NUMBER, b"5.5", STRUCTURE),
+    "periodicity": (rb'pbc="(T T T)', b"T T F", STRUCTURE),
+    "key": (rb'key="?k(.)', b"x", STRUCTURE),
+    "oracle": (rb'oracle="?(o1)', b"o2", STRUCTURE),
+    "checksum": (rb"checksum=s(......)", b"000000", LABEL),
+    "no checksum": (rb"( checksum=\S+)$", b"", "was not written by the run, or lost its checksum"),
+}
+
+
+@pytest.fixture
+def three(tmp_path):
+    """(path, frames) of a file."""
+    tape = LabelFile(tmp_path / "labels.xyz")
+    frames, before = [], 0
+    for i in range(3):
+        tape.append(entry(i, notes={"step": 12}))
+        frames.append(tape.path.read_bytes()[before:])
+        before = tape.path.stat().st_size
+    return tape.path, frames
+
+
+@pytest.mark.parametrize("i", [0, 1, 2])
+@pytest.mark.parametrize("name", ALTERED)
+def test_an_altered_frame_is_refused(name, i, three):
+    path, frames = three
+    pattern, new, what = ALTERED[name]
+    if name == "no checksum" and i == 0:
+        i, what = 1, "was not written by the run"  # a first one alone may be of an older version
+    frames[i] = changed(frames[i], pattern, new)
+    path.write_bytes(b"".join(frames))
+    with pytest.raises(UserError, match=re.escape(what)) as error:
+        LabelFile(path)
+    assert f"labels.xyz: frame {i} " in str(error.value)
+    assert path.read_bytes() == b"".join(frames)
+
+
+@pytest.mark.parametrize(
+    ("order", "what"),
+    [
+        ([0, 2, 1], "frame 1 .* is whole but comes after frame 2"),
+        ([1, 0, 2], "frame 0 .* is whole but comes after frame 1"),
+        ([0, 2], "frame 1 .* was altered"),
+        ([1, 2], "frame 0 .* was altered"),
+        ([0, 1, 1, 2], "frame 2 .* is whole but comes after frame 0"),
+        ([0, 1, 0, 2], "frame 2 .* is whole but is the first one"),
+    ],
+)
+def test_another_order_is_refused(order, what, three):
+    path, frames = three
+    path.write_bytes(b"".join(frames[i] for i in order))
+    with pytest.raises(UserError, match=what):
+        LabelFile(path)
+
+
+def test_what_a_checkpoint_knows(three, tmp_path):
+    """A file may hold more than a checkpoint knows of, and never less; and not that of another run."""
+    path, frames = three
+    tape = LabelFile(path)
+    for n in range(4):
+        tape.check_frames(n, tape.checksums[n - 1] if n else "")
+    path.write_bytes(frames[0] + frames[1])
+    with pytest.raises(UserError, match="holds 2 labels, of 3 that the run had"):
+        LabelFile(path).check_frames(3, tape.checksums[2])
+    other = LabelFile(tmp_path / "other.xyz")
+    for i in (3, 1, 2):
+        other.append(entry(i))
+    with pytest.raises(UserError, match="the first 3 labels are not those that the run wrote"):
+        other.check_frames(3, tape.checksums[2])
+
+
+def test_files_of_older_versions(tmp_path):
+    """Without checksums: keys and missing numbers are checked, and new labels seal what was there before."""
+    path = tmp_path / "labels.xyz"
+    one, two = (format_entry(entry(i)) for i in range(2))
+    path.write_bytes(one + two)
+    tape = LabelFile(path)
+    assert tape.unsealed == 2
+    tape.append(entry(2))
+    assert LabelFile(path).unsealed == 2 and len(LabelFile(path)) == 3
+    whole = path.read_bytes()
+    for name, what in (("element", STRUCTURE), ("key", STRUCTURE), ("no energy", "it has no energy or not all forces")):
+        path.write_bytes(changed(whole, *ALTERED[name][:2]))
+        with pytest.raises(UserError, match=re.escape(what)):
+            LabelFile(path)
+    path.write_bytes(changed(whole, *ALTERED["force"][:2]))  # seen by the checksum of the third
+    with pytest.raises(UserError, match="frame 2 .* was altered"):
+        LabelFile(path)
+
+
+def test_lines_that_are_no_refusals(tmp_path):
+    tape = LabelFile(tmp_path / "labels.xyz")
+    tape.refuse(LabelRefusal("ka", "not converged", 2, ""))
+    with open(tape.refused_path, "ab") as file:
+        file.write(b'{"something": "else"}\n{}\n')
+    with pytest.raises(UserError, match="refused.jsonl: a line of it is no refusal"):
+        LabelFile(tape.path)

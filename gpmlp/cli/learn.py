@@ -31,6 +31,7 @@ def learn_command(
     from gpmlp.learning import loop
     from gpmlp.learning.oracles import codes
     from gpmlp.learning.recipe import LearnRecipe
+    from gpmlp.report.page import PAGE
     from gpmlp.report.run.page import report_run
 
     codes.add_import_folder(recipe.parent)
@@ -43,15 +44,21 @@ def learn_command(
         try:
             with closing(loop.learn(chosen, recipe.parent, resume)) as states:
                 bar(last := next(states))
+                over = last.phase == "stopped"  # before this began
                 for last in states:
                     bar(last)
         except KeyboardInterrupt:
             again = shlex.join(["gpmlp", "learn", str(recipe), *(f"--set={s}" for s in settings or []), "--resume"])
             console.print_message("stopped", f"interrupted; go on with: {again}")
             raise SystemExit(INTERRUPTED) from None
-        if report:
+        if report and over and (folder / "report" / PAGE).exists():
+            page = folder / "report" / PAGE
+        elif report:
             bar.show_report()
             page = report_run(folder, chosen)
+    if over:
+        more = "more dynamics.steps, or another section `stop`, let it go on"
+        console.print_message("finished", f"the run in {folder} had stopped already, and nothing was done; {more}")
     console.standard_output().print(progress.learning_table(last, folder, page))
     if last.stopped == loop.UNSTABLE:
         raise UserError(

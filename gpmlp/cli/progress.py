@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 from gpmlp.cli.console import TransientBar, format_noise, format_number, pairs_table, standard_error
 from gpmlp.learning.loop import LoopState
+from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.triggers import force_error_bound
 from gpmlp.learning.walker import WalkerSnapshot
@@ -57,7 +58,12 @@ class LearningBar(TransientBar):
         if self.labels < 0:  # of a run that is resumed they were shown before
             self.labels, self.refused = state.labels, state.refused
         if state.labels > self.labels or state.refused > self.refused:
-            self._line(f"label {state.labels}" if state.labels > self.labels else "set aside", self.where, self.reason)
+            labelled = state.labels > self.labels
+            self._line(
+                f"label {state.labels}" if labelled else "set aside",
+                self.where,
+                self.reason if labelled else f"{self.reason} ({state.refusal})",
+            )
             self.labels, self.refused = state.labels, state.refused
         elif not self.bar.console.is_terminal and time.monotonic() - self.printed_at > QUIET_S:
             self._line(state.phase, _places(state), _note(state))
@@ -139,13 +145,19 @@ def learning_table(state: LoopState, folder: Path, page: Path | None) -> Table:
         *((c.name, f"{MARKS[c.met]}: {c.sentence}") for c in (state.verdict.criteria if state.verdict else ())),
         ("labels", f"{state.labels}: {len(progress.first)} to begin with, {asked} asked for{cut}{aside}"),
         ("steps", f"{steps} of {len(progress.walkers)} walkers{rare}"),
-        ("force error, limit", f"{format_number(force)} eV/A" if force else "none"),
-        ("noise", format_noise(model.online.noise if model else {})),
-        ("inducing variables", str(model.online.factor.columns if model else 0)),
+        *(_model_pairs(model, force) if model else ()),
         ("model", str(folder / "model.gpmlp")),
         ("labels, trajectory, log", f"labels.xyz, trajectory.xyz, run.log, log.jsonl in {folder}"),
     ]
     return pairs_table("Learning run", [*pairs, ("report", str(page))] if page is not None else pairs)
+
+
+def _model_pairs(model: OnlineModel, force: float | None) -> tuple[tuple[str, str], ...]:
+    return (
+        ("force error, limit", f"{format_number(force)} eV/A" if force else "none"),
+        ("noise", format_noise(model.online.noise)),
+        ("inducing variables", str(model.online.factor.columns)),
+    )
 
 
 def _why(state: LoopState) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,7 @@ class RunProgress:
         observer: state of the observables; hours: time the run has taken; seconds: by activity.
         round: number of strides so far.
         written: bytes of each file that belong to this moment.
+        labelled: frames of the label file, and the running checksum after them; None in checkpoints of older versions.
         framed: step of the last frame of each walker in the trajectory.
         stopped: why the run ended, '' while it goes on; judged: frames there were at the last judgement.
     """
@@ -63,6 +64,7 @@ class RunProgress:
     seconds: dict[str, float] = field(default_factory=dict)
     round: int = 0
     written: dict[str, int] = field(default_factory=dict)
+    labelled: tuple[int, str] | None = (0, "")
     framed: tuple[int, ...] = ()
     stopped: str = ""
     judged: int = 0
@@ -78,7 +80,7 @@ class RunProgress:
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """What a checkpoint file holds: a JSON-able header and tensors."""
-        names = ("first", "learned", "hours", "seconds", "round", "written", "framed", "stopped", "judged")
+        names = ("first", "learned", "hours", "seconds", "round", "written", "framed", "stopped", "judged", "labelled")
         header: dict[str, Any] = {name: getattr(self, name) for name in names} | {"minds": []}
         tensors: dict[str, Tensor] = {}
         for i, walker in enumerate(self.walkers):
@@ -106,6 +108,7 @@ class RunProgress:
             observer=observer,
             seconds=header.get("seconds", {}),
             framed=tuple(header["framed"]),
+            labelled=tuple(header["labelled"]) if "labelled" in header else None,
             **{name: header[name] for name in ("hours", "round", "written", "stopped", "judged")},
         )
 
@@ -133,6 +136,7 @@ class RunFiles:
         """
         check_folder(folder)
         self.folder = folder
+        self._made = [place for place in (folder, *folder.parents) if not place.exists()]
         self._files: dict[str, IO[bytes]] = {}
         begun = any((folder / name).exists() for name in (NAME, "labels.xyz", "refused.jsonl"))
         if begun and not resume:
@@ -143,7 +147,7 @@ class RunFiles:
             for stale in folder.glob(".*.tmp"):  # what a kill left of atomic writing
                 stale.unlink()
             mine, path = recipe.model_dump(mode="json"), folder / "recipe.json"
-            before = json.loads(path.read_text()) if begun and path.exists() else mine
+            before = _read_recipe(path) if begun else mine
             _check_same_run(before, mine, folder)
             self.changed = before != mine
             with atomic_write(path, text=True) as file:
@@ -157,6 +161,19 @@ class RunFiles:
         except BaseException:
             self.close()
             raise
+
+    def discard_unused(self) -> None:
+        """Remove what a run wrote that ended before there was any label, but what its oracle left in scratch/; after `close`."""
+        parts = [self.folder / name for name in ("spool", "scratch")]
+        if any((self.folder / name).exists() for name in (NAME, "labels.xyz")) or any(parts[0].glob("k*.json")):
+            return
+        for place in parts[0].glob("*.lock"):
+            place.unlink(missing_ok=True)
+        for name in (*self.REPEATABLE, TEXT_LOG, TIMES, "recipe.json", "refused.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        for place in (*parts, *self._made):
+            with suppress(OSError):  # it was never there, or holds what is not ours
+                place.rmdir()
 
     def truncate(self, progress: RunProgress) -> None:
         """Open log and trajectory where the checkpoint left them."""
@@ -247,6 +264,19 @@ def _worded(path: Path) -> Iterator[None]:
     except OSError as error:
         text = f"{path}: could not be written: {error.strerror or error}; make room and go on with --resume."
         raise UserError(text) from error
+
+
+def _read_recipe(path: Path) -> dict:
+    """What the recipe of a run was."""
+    mend = f"put it back, or begin anew (the recipe can go on in another folder with bootstrap.given: {path.parent}/labels.xyz)."
+    if not path.exists():
+        raise UserError(f"{path}: is gone, so that nobody knows which recipe the run there had; {mend}")
+    try:
+        recipe = json.loads(path.read_text())
+        DynamicsRecipe.model_validate(recipe["dynamics"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: is no recipe of a run any more ({' '.join(str(error).split())}); {mend}") from error
+    return recipe
 
 
 def _check_same_run(before: dict, now: dict, folder: Path) -> None:

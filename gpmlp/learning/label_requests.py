@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gpmlp.core.environments import StructureEnvironments
-from gpmlp.core.errors import UserError
+from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.learning.checkpoint import ActivityTimer, RunFiles
@@ -54,6 +55,7 @@ class LabelRequests:
 
     Attributes:
         calls: labels that came from the oracle in this process.
+        refused: why there was no label for the last structure that was refused.
     """
 
     def __init__(self, recipe: OracleRecipe, folder: Path, files: RunFiles, timer: ActivityTimer) -> None:
@@ -61,13 +63,26 @@ class LabelRequests:
         self.recipe, self.files, self.timer = recipe, files, timer
         self.labels = LabelFile(folder / "labels.xyz")
         self.labeller = Labeller(recipe, folder)
-        self.calls = 0
+        self.calls, self.refused = 0, ""
         self._to_check = 1 if recipe.check_every else 0  # labels, until the oracle is believed
-        self._first = True
+        self._first, self._failed = True, False
         self._contradictions: list[LabelRefusal] = []
         self._unchecked: list[str] = []  # keys of labels that were taken since the last that was checked
         if self.labels.repaired:
             files.log_time("repaired", what=self.labels.repaired)
+
+    def verify(self, labelled: tuple[int, str] | None) -> None:
+        """Compare the label file with what a checkpoint says of it (frames, running checksum); say so once where neither has checksums.
+
+        Raises:
+            UserError: it is not the file of that run.
+        """
+        frames, checksum = labelled or (0, "")
+        self.labels.check_frames(frames, checksum)
+        if self.labels.unsealed > frames:
+            what = f"{self.labels.path}: {self.labels.unsealed} labels of an older version carry no checksum: nobody knows whether they were altered"
+            self.files.log_time("unverified", what=what)
+            warnings.warn(what, DataWarning, stacklevel=2)
 
     @property
     def n_surrogates(self) -> int:
@@ -75,10 +90,11 @@ class LabelRequests:
         return sum("surrogate" in entry.notes for entry in self.labels)
 
     def close(self) -> None:
-        """End all that is under way. What an oracle has answered that is not believed any more is removed from the spool."""
+        """End all that is under way. Failures of an oracle that ended the run, and all answers of one that is not believed any more, are
+        removed from the spool, so that they are asked for again."""
         self.labeller.close()
-        if len(self._contradictions) > 1:
-            self.labeller.discard()
+        if self._failed:
+            self.labeller.discard(labels=len(self._contradictions) > 1)
 
     def key(self, structure: Structures) -> str:
         """Of the label of a structure."""
@@ -133,9 +149,14 @@ class LabelRequests:
                 self.files.log_time("labelled", key=key, **how, checked=" ".join(answer.checked))
                 return entry
             refusal = answer
+        self.refused = refusal.reason
+        try:
             self._refuse(refusal)
-        in_a_row = self.labels.refused_in_a_row + len(self._contradictions)
-        check_refusal(self.recipe, refusal, in_a_row)
+            in_a_row = self.labels.refused_in_a_row + len(self._contradictions)
+            check_refusal(self.recipe, refusal, in_a_row, begun=len(self.labels) > 0)
+        except UserError:
+            self._failed = True
+            raise
         self.files.log_event("refused", key=key, reason=refusal.reason)
         return None
 
@@ -164,6 +185,8 @@ class LabelRequests:
 
     def _refuse(self, refusal: LabelRefusal) -> None:
         """Write a refusal down, unless it is the oracle that is to blame, or the structure is asked for again when the run goes on."""
+        if self.labels.refusal(refusal.key) is not None:
+            return
         self.labeller.forget(refusal.key)
         if refusal.contradiction:
             self._to_check = BELIEVED

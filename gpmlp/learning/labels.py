@@ -1,4 +1,7 @@
-"""LabelFile is the append-only file of all labels of a run; each is on the disk before it is used, and used as it reads from there."""
+"""LabelFile is the append-only file of all labels of a run; each is on the disk before it is used, and used as it reads from there.
+
+Each frame carries a running checksum of itself and all before it, so that a file that was altered, cut or put in another order is refused.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,9 @@ Note = int | float | str | bool
 NOTE_NAME = re.compile(r"[a-z][a-zA-Z0-9_]*")
 RESERVED = frozenset(
     "key oracle reason config_type energy free_energy stress forces pbc virial energy_noise stress_noise force_noise".split()
-    + "dipole magmom magmoms charges positions".split()
+    + "checksum dipole magmom magmoms charges positions".split()
 )
+CHECKSUM = re.compile(rb" checksum=(s[0-9a-f]{31})$", re.MULTILINE)  # at the end of a frame's second line
 STARTS = re.compile(rb"^\s*\d+\s*\n[^\n]*Properties=species", re.MULTILINE)
 
 
@@ -167,6 +171,17 @@ def _numbers(tensor: torch.Tensor) -> str:
     return " ".join(map(repr, tensor.detach().cpu().double().reshape(-1).tolist()))
 
 
+def _chained(before: str, frame: bytes) -> str:
+    """The running checksum after a frame (without its own), from that before it."""
+    return "s" + hashlib.sha256(before.encode() + frame).hexdigest()[:31]
+
+
+def _sealed(frame: bytes, checksum: str) -> bytes:
+    """A frame that carries its checksum."""
+    count, comment, atoms = frame.split(b"\n", 2)
+    return b"\n".join([count, comment + b" checksum=" + checksum.encode(), atoms])
+
+
 def _text(text: str) -> str:
     """A text that ASE reads as one value of one line; what looks like a number or a truth value is put in quotes to stay a text."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split()).replace("\\", "/").replace('"', "'")
@@ -193,17 +208,21 @@ class LabelFile:
     Attributes:
         path: the extended XYZ file, which `gpmlp.read` and `gpmlp fit` read as it is.
         repaired: what was broken and was repaired on opening, '' if nothing was.
+        checksums: running checksum after each frame. unsealed: frames of older versions that carry none, so that nobody knows whether
+            they were altered.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open a file, or begin one; what a kill left of an unfinished last frame goes to PATH.broken.
 
         Raises:
-            UserError: the file cannot be read or written, or is broken before its end.
+            UserError: the file cannot be read or written, is broken before its end, or was altered.
         """
         files.check_target(path)
         self.path = Path(path)
         self._entries: dict[str, LabelEntry] = {}
+        self.checksums: list[str] = []
+        self.unsealed = 0
         self.repaired = ""
         try:
             if self.path.exists():
@@ -211,7 +230,10 @@ class LabelFile:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror or error}.") from error
         self._journal = files.reopen_journal(self.refused_path)
-        self._refusals = {e["key"]: LabelRefusal(**e) for e in (self._journal.entries if self._journal else ())}
+        try:
+            self._refusals = {e["key"]: LabelRefusal(**e) for e in (self._journal.entries if self._journal else ())}
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{self.refused_path}: a line of it is no refusal ({error}); remove that line.") from error
 
     @property
     def refused_path(self) -> Path:
@@ -224,14 +246,16 @@ class LabelFile:
         if STARTS.search(data, end + 1):
             raise UserError(f"{self.path}: {layout.problem or 'broken'}, and more frames follow; repair it by hand.")
         bounds = [*starts, end]
-        for i in range(len(starts)):
+        frames = [data[bounds[i] : bounds[i + 1]] for i in range(len(starts))]
+        for i, frame in enumerate(frames):
             try:
-                entry = _parse(data[bounds[i] : bounds[i + 1]], f"{self.path.name} frame {i}")
-            except Exception as error:  # zeros or garbage, which readers refuse in many ways
-                if i < len(starts) - 1 or end < len(data):
+                entry = _parse(frame, f"{self.path.name} frame {i}")
+            except Exception as error:  # readers refuse in many ways
+                if i < len(starts) - 1 or end < len(data) or b"\0" not in frame:  # which a power cut leaves
                     raise UserError(f"{self.path}: frame {i} cannot be read: {error}; repair it by hand.") from error
                 end = bounds[i]
                 break
+            self._verify(i, frames, entry)
             self._entries.setdefault(entry.key or key_of(entry.structure, entry.oracle), entry)
         if end < len(data):
             aside = self.path.with_name(f"{self.path.name}.broken")
@@ -239,6 +263,44 @@ class LabelFile:
             self.repaired = (
                 f"{self.path}: an unfinished frame ({cut} bytes) after {whole} whole ones was moved to {aside}"
             )
+
+    def _verify(self, i: int, frames: list[bytes], entry: LabelEntry) -> None:
+        """Raise UserError, with what differs, unless a frame is the one that was written there; takes its checksum."""
+        before, match = self.checksums[-1] if self.checksums else "", CHECKSUM.search(frames[i])
+        body = CHECKSUM.sub(b"", frames[i], count=1)
+        self.checksums.append(_chained(before, body))
+        where = f"{self.path}: frame {i} ({entry.reason or 'no reason given'})"
+        mend = "Put the file back as it was, or begin anew in another folder."
+        if entry.key and entry.key != key_of(entry.structure, entry.oracle):
+            what = "its elements, positions, cell, `key` or `oracle`"
+            raise UserError(f"{where} was altered: {what} are not those that it was labelled with. {mend}")
+        written = match[1].decode() if match else ""
+        if written == self.checksums[-1]:
+            return
+        if not written and len(self.checksums) - 1 == self.unsealed:  # nor has any before it
+            self.unsealed += 1
+            whole = entry.targets.energies.isfinite().all() and entry.targets.forces.isfinite().all()
+            if entry.oracle and "surrogate" not in entry.notes and not whole:
+                raise UserError(f"{where} was altered: it has no energy or not all forces. {mend}")
+            return
+        if not written:
+            raise UserError(f"{where} was not written by the run, or lost its checksum. {mend}")
+        others = [(j, CHECKSUM.search(frame)) for j, frame in enumerate(frames)]
+        after = [j for j, seal in others if seal and _chained(seal[1].decode(), body) == written]
+        if after or _chained("", body) == written:
+            first = f"comes after frame {after[0]}" if after else "is the first one"
+            raise UserError(f"{where} is whole but {first}: frames were removed, added or put in another order. {mend}")
+        raise UserError(
+            f"{where} was altered: its energy, forces, stress or notes are not those that were written. {mend}"
+        )
+
+    def check_frames(self, frames: int, checksum: str) -> None:
+        """Raise UserError unless the first frames are those that a checkpoint knows, by their number and running checksum."""
+        mend = "Put the file back as it was, or begin anew in another folder."
+        if len(self.checksums) < frames:
+            raise UserError(f"{self.path}: holds {len(self.checksums)} labels, of {frames} that the run had. {mend}")
+        if frames and self.checksums[frames - 1] != checksum:
+            raise UserError(f"{self.path}: the first {frames} labels are not those that the run wrote. {mend}")
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -269,8 +331,11 @@ class LabelFile:
         if entry.key in self._entries:
             return self._entries[entry.key]
         text = format_entry(entry)
-        back = _parse(text, f"{self.path.name} frame {len(self._entries)}")
+        checksum = _chained(self.checksums[-1] if self.checksums else "", text)
+        text = _sealed(text, checksum)
+        back = _parse(text, f"{self.path.name} frame {len(self.checksums)}")
         _extend(self.path, text)
+        self.checksums.append(checksum)
         self._entries[entry.key] = back
         return back
 

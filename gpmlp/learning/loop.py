@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.io import archive
@@ -37,9 +38,10 @@ class LoopState:
 
     Attributes:
         phase: 'first labels', 'dynamics', 'labelling', 'learning' or 'stopped'.
+        model: None before the first labels are learned, and of a run that had stopped when it was resumed.
         snapshots: the last one of each walker.
         labels, refused, surrogates: how many there are so far; calls: labels asked of the oracle in this process.
-        reason: why the last label was asked for.
+        reason: why the last label was asked for; refusal: why the oracle gave none where it last did not.
         verdict: of the stopping criteria; stopped: why the run ended, '' while it goes on.
     """
 
@@ -55,6 +57,7 @@ class LoopState:
     reason: str
     verdict: StopVerdict | None = None
     stopped: str = ""
+    refusal: str = ""
 
     @property
     def student(self) -> OnlineModel | None:
@@ -75,6 +78,10 @@ def learn(recipe: LearnRecipe, base: Path = Path("."), resume: bool = False) -> 
     run = _Run(recipe, base, resume)
     try:
         yield from run.states()
+    except UserError:
+        run.close()
+        run.files.discard_unused()
+        raise
     finally:
         run.close()
 
@@ -101,8 +108,10 @@ class _Run:
             self.progress = load_checkpoint(self.folder) or RunProgress()
             self.observer, self.timer = observer.restore(self.progress.observer), ActivityTimer(self.progress.seconds)
             self.requests = LabelRequests(recipe.oracle, self.folder, self.files, self.timer)
+            self.requests.verify(self.progress.labelled)
         except BaseException:
             self.files.close()
+            self.files.discard_unused()
             raise
         self.began = time.monotonic()
         self.reason = ""
@@ -125,6 +134,9 @@ class _Run:
         self.files.truncate(self.progress)
         if self.files.changed:  # there may be another reason to stop now
             self.progress = replace(self.progress, stopped="")
+        if self.progress.stopped:
+            yield self._state("stopped")
+            return
         if not self.progress.first:
             yield from self._first_labels()
         else:
@@ -141,7 +153,7 @@ class _Run:
         return LoopState(
             phase, self.progress, model, tuple(self.snapshots), limits,
             len(requests.labels), len(requests.labels.refusals), requests.n_surrogates, requests.calls, self.reason,
-            self.verdict, self.progress.stopped,
+            self.verdict, self.progress.stopped, requests.refused,
         )  # fmt: skip
 
     def _first_labels(self) -> Iterator[LoopState]:
@@ -440,7 +452,14 @@ class _Run:
 
     def _checkpoint(self) -> None:
         hours, self.began = self._hours(), time.monotonic()
-        spent: dict[str, Any] = {"observer": self.observer.state(), "hours": hours, "seconds": dict(self.timer.seconds)}
+        checksums = self.requests.labels.checksums
+        labelled = (len(checksums), checksums[-1] if checksums else "")
+        spent: dict[str, Any] = {
+            "labelled": labelled,
+            "observer": self.observer.state(),
+            "hours": hours,
+            "seconds": dict(self.timer.seconds),
+        }
         self.progress = self.files.save_checkpoint(replace(self.progress, **spent))
         self.saved, self.unsaved = time.monotonic(), False
 

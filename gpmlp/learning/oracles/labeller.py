@@ -127,10 +127,13 @@ class Labeller:
                 del self._requests[key]
                 results.remove_records(self.spool, key)
 
-    def discard(self) -> None:
-        """Remove all answers that are not on disk elsewhere, so that they are asked for again; after `close`."""
-        for file in self.spool.glob("*.json"):
-            file.unlink(missing_ok=True)
+    def discard(self, labels: bool) -> None:
+        """Remove failures that are not on disk elsewhere, so that they are asked for again, and labels, too; after `close`."""
+        for file in self.spool.glob("k*.json"):
+            key, attempt, _ = file.name.split(".")
+            record = results.read_record(self.spool, key, int(attempt))
+            if labels or record is None or record["kind"] != results.LABEL:
+                file.unlink(missing_ok=True)
 
     def close(self) -> None:
         """End all that is under way; attempts that had not ended are as if never made, the records of those that had stay."""
@@ -229,11 +232,12 @@ def _on_disk(text: str) -> str:
     return f"the label could not be kept: {text}; nothing before it is lost: make room and go on (--resume)"
 
 
-def check_refusal(recipe: OracleRecipe, refusal: LabelRefusal, in_a_row: int) -> None:
+def check_refusal(recipe: OracleRecipe, refusal: LabelRefusal, in_a_row: int, begun: bool = True) -> None:
     """Raise UserError if the run has to end with this refusal.
 
     Args:
         in_a_row: how many structures were refused since the last label, this one included.
+        begun: whether there is any label yet.
     """
     where = (
         f"{refusal.reason} (label {refusal.key}, after {refusal.attempts} attempts; its files are in {refusal.folder})"
@@ -243,5 +247,10 @@ def check_refusal(recipe: OracleRecipe, refusal: LabelRefusal, in_a_row: int) ->
     if in_a_row > recipe.at_most_failures:
         raise UserError(
             f"The oracle failed for {in_a_row} structures in a row, more than at_most_failures {recipe.at_most_failures}; the last: "
-            f"{where}. Correct the oracle, remove refused.jsonl to have them asked again, and go on (--resume)."
+            f"{where}. "
+            + (
+                "Correct the oracle, remove refused.jsonl to have them asked again, and go on (--resume)."
+                if begun
+                else "There is no label yet: correct the oracle and begin again."
+            )
         )

@@ -89,7 +89,10 @@ def read_labels(folder: Path) -> tuple[dict[str, LabelEntry], tuple[dict[str, An
         for name in ("labels.xyz", "refused.jsonl"):
             if (folder / name).exists():
                 shutil.copyfile(folder / name, Path(copies) / name)
-        file = LabelFile(Path(copies) / "labels.xyz")
+        try:
+            file = LabelFile(Path(copies) / "labels.xyz")
+        except UserError as error:
+            raise UserError(str(error).replace(copies, str(folder))) from error
     if not len(file):
         raise UserError(f"{folder}: the run there has no labels yet; there is nothing to report.")
     refused = tuple({"key": r.key, "reason": r.reason, "attempts": r.attempts} for r in file.refusals)
