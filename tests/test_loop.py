@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import itertools
 import math
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.stopping.history import History, Record
 from gpmlp.learning.stopping.judge import judged_window
 from gpmlp.learning.walker import Walker
+from gpmlp.report.run.collect import read_labels
 
 LIMIT = "0.06"  # eV, above which an oracle fails: some of the labels after the first ones are
 TWO = {"dynamics": {"walkers": 2, "ahead": 2, "steps": 30}, "oracle": {"workers": 2}}
@@ -244,6 +247,94 @@ def test_files_that_were_cut_are_told(tmp_path, name):
     (tmp_path / "out" / name).write_bytes(b"")
     with pytest.raises(UserError, match="shorter than the run left it|holds 0 labels, of . that the run had"):
         finish(recipe(dynamics={"steps": 10}), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("energy", "its energy, forces, stress or notes are not those that were written"),
+        ("element", "its elements, positions, cell, `key` or `oracle` are not those that it was labelled with"),
+        ("order", "is whole but"),
+        ("last", "holds . labels, of . that the run had"),
+        ("another", "labels are not those that the run wrote"),
+        ("older", "was not written by the run, or lost its checksum"),
+    ],
+)
+def test_labels_that_were_altered_are_refused(name, what, finished, tmp_path):
+    """By a run that is resumed and by a report, with what differs; the folder stays as it is."""
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "out" / "labels.xyz"
+    frames = re.split(rb"^(?=4\n)", path.read_bytes(), flags=re.MULTILINE)[1:]
+    assert len(frames) > 5
+    if name == "energy":
+        frames[2] = re.sub(rb" energy=\S+", b" energy=-0.125", frames[2])
+    elif name == "element":
+        frames[-1] = frames[-1].replace(b"Al ", b"Cu ", 1)
+    elif name == "order":
+        frames[1:3] = frames[2], frames[1]
+    elif name == "last":
+        frames.pop()
+    elif name == "older":
+        frames[4] = re.sub(rb" checksum=\S+", b"", frames[4])
+    path.write_bytes(b"".join(frames))
+    if name == "another":
+        entries = list(LabelFile(path))
+        path.unlink()
+        other = LabelFile(path)
+        for entry in entries:
+            other.append(replace(entry, targets=replace(entry.targets, forces=-entry.targets.forces)))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=what):
+        finish(recipe(), tmp_path, resume=True)
+    assert contents(tmp_path) == before
+    if name not in ("last", "another"):  # which only the checkpoint tells
+        with pytest.raises(UserError, match=f"{tmp_path}/out/labels.xyz: .*{what}"):
+            read_labels(tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", [None, "", "[1, 2]", "{}", '{"dynamics": {"steps": "x"}}'])
+def test_a_recipe_that_is_gone_or_broken(text, finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "out" / "recipe.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match="recipe.json: (is gone, so that nobody knows|is no recipe of a run any more)"):
+        finish(recipe(), tmp_path, resume=True)
+    assert (path.read_text() if path.exists() else None) == text
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path):
+    """Neither a folder nor its parents, nor what stops the next one; what the oracle left is where the message says."""
+    prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for more, what in (
+        ({"oracle": {"calculator": "no_such_module:Own"}}, "No module named"),
+        ({"oracle": {"executor": "dask", "executor_options": {"wrong": 1}}}, "has no option 'wrong'"),
+        ({"bootstrap": {"given": "none.xyz"}}, "none.xyz"),
+    ):
+        with pytest.raises(UserError, match=what):
+            finish(recipe(output="deep/er/out", **more), tmp_path)
+        assert sorted(tmp_path.rglob("*")) == before
+    wrong = {"oracle": {"calculator": "emt"}, "output": "gold"}
+    ase.io.write(tmp_path / "start.xyz", Atoms("Si2", [[0, 0, 0], [0, 0, 2.3]]))
+    with pytest.raises(
+        UserError, match="No EMT-potential for Si.* There is no label yet: correct the oracle and begin again"
+    ):
+        finish(recipe(**wrong), tmp_path)
+    assert [p.name for p in (tmp_path / "gold").iterdir()] == ["scratch"]
+    ase.io.write(tmp_path / "start.xyz", crystal())
+    assert finish(recipe(**wrong, dynamics={"steps": 5}), tmp_path).phase == "stopped"
+
+
+def test_a_finished_run_ends_at_once(finished, tmp_path, monkeypatch):
+    """Without learning its labels again."""
+    folder, last = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(OnlineModel, "with_label", lambda *_: pytest.fail("it learns"))
+    monkeypatch.setattr(OnlineModel, "from_labels", lambda *_: pytest.fail("it learns"))
+    states = list(learn(recipe(), tmp_path, resume=True))
+    assert [s.phase for s in states] == ["stopped"] and states[0].stopped == last.stopped and states[0].model is None
 
 
 def test_a_checkpoint_counts_what_belongs_to_it(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from systems import KERNELS, crystal, descriptor, random_term, targets_of
@@ -58,3 +60,21 @@ def test_made_anew_it_knows_what_all_labels_together_tell():
     torch.testing.assert_close(a.forces, b.forces, rtol=0, atol=1e-9)
     assert float(a.energies) == pytest.approx(float(b.energies), abs=1e-9)
     assert taught.fitted_labels == 6  # all of them
+
+
+def test_refreshed_where_labels_become_unlikely():
+    """Forces twenty times as large as those before: their likelihood falls, averaged over three labels, and that is said."""
+    some = entries(10)
+    usual, other = some[:6], [replace(e, targets=replace(e.targets, forces=20 * e.targets.forces)) for e in some[6:]]
+    refresh = RefreshRecipe(labels=100, drift=1.0)
+    taught = OnlineModel.from_labels(usual[:4], RECIPE, refresh)
+    since = []
+    for entry in (*usual[4:], *other):
+        taught = taught.with_label(entry)
+        since.append(taught.since_refresh)
+    assert since[:2] == [1, 2] and 0 in since[2:]
+    assert any("the negative log likelihood of predicted forces rose by" in e for e in taught.online.events)
+    deaf = OnlineModel.from_labels(usual[:4], RECIPE, RefreshRecipe(labels=100, drift=1e9))
+    for entry in (*usual[4:], *other):
+        deaf = deaf.with_label(entry)
+    assert deaf.since_refresh == 6 and not any("rose by" in e for e in deaf.online.events)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.signal
+import scipy.stats
 import torch
 
 from gpmlp.core.errors import UserError
@@ -95,6 +96,21 @@ def test_rate_of_labels():
     assert label_rate_criterion([], 0, recipe).met is None
 
 
+@pytest.mark.parametrize("labels", [1, 2, 7])
+def test_bounds_of_the_rate_with_labels(labels):
+    """Poisson's, by the chi-squared distribution: rare if its 95 % upper bound is, not rare if its 95 % lower bound is not."""
+    recipe = PlateauRecipe(labels_per_1000_steps=2.0)
+    highest, lowest = scipy.stats.chi2.ppf(0.95, 2 * labels + 2) / 2, scipy.stats.chi2.ppf(0.05, 2 * labels) / 2
+    for factor, met in ((1.01, True), (0.99, None)):
+        steps = 1000 * highest / 2.0 * factor
+        found = label_rate_criterion(np.linspace(0, steps, labels + 2)[1:-1], steps, recipe)
+        assert found.met is met
+        assert found.numbers["per_1000_steps_at_most"] == pytest.approx(1000 * highest / steps)
+    for factor, met in ((1.01, None), (0.99, False)):
+        steps = 1000 * lowest / 2.0 * factor
+        assert label_rate_criterion(np.linspace(0, steps, labels + 2)[1:-1], steps, recipe).met is met
+
+
 def test_plateau_needs_all_three():
     times = [np.arange(800.0) * 10]
     sigma = [0.5 * np.exp(0.1 * correlated(800, 0.5, 6))]
@@ -138,6 +154,19 @@ def test_a_jump_in_the_middle_is_seen():
     assert mean_criterion("energy", [x], 10.0, False).met is not True
     ramp = correlated(4000, 0.3, 10) + np.linspace(0, 3, 4000)
     assert mean_criterion("energy", [ramp], 10.0, False).met is not True
+
+
+@pytest.mark.parametrize("jump", [0.2, 0.5])
+def test_halves_that_differ_are_told(jump):
+    """Though everything else is well: the standard error is small enough, and there are enough correlation times."""
+    x = correlated(4000, 0.3, 40)
+    assert mean_criterion("energy", [x], 0.1, False).met is True
+    x[2000:] += jump
+    found = mean_criterion("energy", [x], 0.1, False)
+    assert found.met is False and "the second half differs from the first by" in found.sentence
+    assert found.numbers["sem"] < 0.1 and found.numbers["correlation_times"] > 20
+    assert found.numbers["halves_difference"] == pytest.approx(jump, abs=0.06) and found.numbers["halves_p"] < 0.001
+    assert mean_criterion("energy", [x], 1.1 * jump, False).met is True  # where so much is tolerated
 
 
 def test_equilibration_is_left_out():

@@ -80,7 +80,10 @@ class LabelRequests:
         frames, checksum = labelled or (0, "")
         self.labels.check_frames(frames, checksum)
         if self.labels.unsealed > frames:
-            what = f"{self.labels.path}: {self.labels.unsealed} labels of an older version carry no checksum: nobody knows whether they were altered"
+            what = (
+                f"{self.labels.path}: {self.labels.unsealed} labels of an older version carry no checksum: nobody knows whether they "
+                "were altered"
+            )
             self.files.log_time("unverified", what=what)
             warnings.warn(what, DataWarning, stacklevel=2)
 

@@ -294,6 +294,11 @@ class LabelFile:
             f"{where} was altered: its energy, forces, stress or notes are not those that were written. {mend}"
         )
 
+    @property
+    def fingerprint(self) -> tuple[int, str]:
+        """Number of frames, and the running checksum after them."""
+        return len(self.checksums), self.checksums[-1] if self.checksums else ""
+
     def check_frames(self, frames: int, checksum: str) -> None:
         """Raise UserError unless the first frames are those that a checkpoint knows, by their number and running checksum."""
         mend = "Put the file back as it was, or begin anew in another folder."

@@ -452,14 +452,8 @@ class _Run:
 
     def _checkpoint(self) -> None:
         hours, self.began = self._hours(), time.monotonic()
-        checksums = self.requests.labels.checksums
-        labelled = (len(checksums), checksums[-1] if checksums else "")
-        spent: dict[str, Any] = {
-            "labelled": labelled,
-            "observer": self.observer.state(),
-            "hours": hours,
-            "seconds": dict(self.timer.seconds),
-        }
+        spent: dict[str, Any] = {"labelled": self.requests.labels.fingerprint, "observer": self.observer.state()}
+        spent |= {"hours": hours, "seconds": dict(self.timer.seconds)}
         self.progress = self.files.save_checkpoint(replace(self.progress, **spent))
         self.saved, self.unsaved = time.monotonic(), False
 
