@@ -253,6 +253,11 @@ def calibration_answer(data: ReportData, numbers: Numbers) -> str:
     judged = [kind for kind in MAIN_KINDS if kind in numbers["reliability"]]
     if not judged:
         return "Unknown: there are no labels with predicted error bars to compare."
+    if data.trained_on:
+        return (
+            "Not to be judged here: the model was trained on these data, so their errors say nothing of those of new structures. "
+            "The page of a learning run judges by labels that were predicted before they were learned."
+        )
     kind = judged[0]
     curve, cover = numbers["reliability"][kind], numbers["coverage"]["gaussian"]
     area = (data.scores.get(kind) or {}).get("miscalibration_area")
