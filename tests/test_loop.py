@@ -245,7 +245,7 @@ def test_an_oracle_that_cannot_be_used_leaves_nothing_behind(tmp_path):
 def test_files_that_were_cut_are_told(tmp_path, name):
     finish(recipe(dynamics={"steps": 10}), prepare(tmp_path))
     (tmp_path / "out" / name).write_bytes(b"")
-    with pytest.raises(UserError, match="shorter than the run left it|holds 0 labels, of . that the run had"):
+    with pytest.raises(UserError, match="shorter than the run left it|holds 0 labels, of .* that the run had"):
         finish(recipe(dynamics={"steps": 10}), tmp_path, resume=True)
 
 
@@ -255,7 +255,7 @@ def test_files_that_were_cut_are_told(tmp_path, name):
         ("energy", "its energy, forces, stress or notes are not those that were written"),
         ("element", "its elements, positions, cell, `key` or `oracle` are not those that it was labelled with"),
         ("order", "is whole but"),
-        ("last", "holds . labels, of . that the run had"),
+        ("last", r"holds \d+ labels, of \d+ that the run had"),
         ("another", "labels are not those that the run wrote"),
         ("older", "was not written by the run, or lost its checksum"),
     ],
@@ -319,7 +319,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path):
     wrong = {"oracle": {"calculator": "emt"}, "output": "gold"}
     ase.io.write(tmp_path / "start.xyz", Atoms("Si2", [[0, 0, 0], [0, 0, 2.3]]))
     with pytest.raises(
-        UserError, match="No EMT-potential for Si.* There is no label yet: correct the oracle and begin again"
+        UserError, match="No EMT-potential for Si.* Correct the oracle, and begin again"
     ):
         finish(recipe(**wrong), tmp_path)
     assert [p.name for p in (tmp_path / "gold").iterdir()] == ["scratch"]

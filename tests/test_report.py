@@ -340,7 +340,9 @@ def test_training_data_are_no_test(whole, tmp_path, monkeypatch):
     said = "These are the data the model was trained on"
     _, record, _ = built(dataclasses.replace(synthetic(3), trained_on=True), tmp_path)
     assert record["answers"]["How wrong is it?"].startswith(said)
-    assert "Not to be judged here: the model was trained on these data" in " ".join(map(str, record["answers"].values()))
+    assert "Not to be judged here: the model was trained on these data" in " ".join(
+        map(str, record["answers"].values())
+    )
     assert said not in whole[0]
     _, record, _ = built(dataclasses.replace(synthetic(3), held_out=2), tmp_path)
     assert record["answers"]["How wrong is it?"].startswith(

@@ -144,9 +144,9 @@ def check_enough(labels: int, asked: int, file: LabelFile) -> None:
         return
     said = f"Only {labels} of the first {asked} structures could be labelled; two are needed."
     if file.refusals:
+        again = f"remove {file.refused_path} to have them asked again, and go on (--resume); or raise bootstrap.n"
         raise UserError(
-            f"{said} The last was set aside: {file.refusals[-1].reason}. Correct the oracle, remove {file.refused_path} to have them "
-            "asked again, and go on (--resume); or raise bootstrap.n."
+            f"{said} The last was set aside: {file.refusals[-1].reason}. Correct the oracle, {again if labels else 'and begin again'}."
         )
     raise UserError(f"{said} Raise bootstrap.n: the others are alike.")
 
