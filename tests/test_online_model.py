@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from ase import Atoms
 from systems import KERNELS, crystal, descriptor, random_term, targets_of
 
-from gpmlp.core.quantities import Targets
+from gpmlp.core.quantities import Prediction, Targets, Variance
 from gpmlp.core.structures import Structures
+from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online import OnlineFit
+from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.labels import LabelEntry
-from gpmlp.learning.model import OnlineModel
+from gpmlp.learning.model import OnlineModel, error_over_median
 from gpmlp.learning.recipe import RefreshRecipe
 from gpmlp.recipe import Recipe
+from gpmlp.uncertainty.calibration import Calibration
 
 RECIPE = Recipe.model_validate(
     {
@@ -78,3 +84,37 @@ def test_refreshed_where_labels_become_unlikely():
     for entry in (*usual[4:], *other):
         deaf = deaf.with_label(entry)
     assert deaf.since_refresh == 6 and not any("rose by" in e for e in deaf.online.events)
+
+
+# ---------------------------------------------------------------- errors of what was asked for
+
+
+def foretold(errors: list[float], sigma: float = 0.1) -> PrequentialPrediction:
+    """A prediction of atoms far apart whose forces are off by so much along x (NaN: no label), with isotropic standard deviations."""
+    n = len(errors)
+    structures = structures_from_ase([Atoms(f"Cu{n}", positions=[[5.0 * i, 0, 0] for i in range(n)])])
+    zeros, none = torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n, 3, 3, dtype=torch.float64)
+    covariance = Variance(none, none + sigma**2 * torch.eye(3, dtype=torch.float64), none, none)
+    prediction = Prediction(
+        torch.zeros(1, dtype=torch.float64), zeros[:, 0], zeros, none[:1], forces_covariance=covariance
+    )
+    forces = zeros.clone()
+    forces[:, 0] = torch.tensor(errors, dtype=torch.float64)
+    return PrequentialPrediction(structures, replace(Targets.unlabelled(structures), forces=forces), prediction)
+
+
+def test_errors_of_labels_beside_what_was_expected():
+    """One atom: the median of the norm of three normal numbers is 1.5382 times their standard deviation."""
+    identity = Calibration.identity()
+    assert error_over_median(foretold([0.15382]), identity) == pytest.approx(0, abs=2e-4)  # xtol of brentq
+    assert error_over_median(foretold([0.30764, math.nan]), identity) == pytest.approx(math.log(2), abs=2e-4)
+    assert math.isnan(error_over_median(foretold([math.nan]), identity))
+
+
+def test_spread_of_what_was_asked_for():
+    """Six labels with errors a third of what was expected, after others that do not count; four are supposed to have agreed."""
+    third, first = foretold([0.15382 / 3]), foretold([9.0])
+    online = SimpleNamespace(prequential=(first, *[third] * 6), calibration=Calibration.identity())
+    model = OnlineModel(online, RefreshRecipe(), 1)
+    assert model.error_spread(6) == pytest.approx(3 ** (-6 / 10), rel=1e-3)
+    assert model.error_spread(0) == 1.0

@@ -330,6 +330,7 @@ class _Run:
                 "ask", walker=i, step=snapshot.walker.step, action=decision.action, reason=decision.reason,
                 severity=decision.severity, force_limit=self.limits.force, atoms=list(decision.atoms),
                 cause=" and ".join(decision.causes), probability=self.limits.probability,
+                spread=self.limits.spread,
             )  # fmt: skip
         state = self.progress.walkers[i].after_decision(snapshot, self.recipe, self.starts, self.progress.round)
         self.progress = self.progress.with_walker(i, state)
@@ -407,14 +408,15 @@ class _Run:
         atoms = max(len(a) for a in self.starts)
         limits = trigger_limits(self.recipe.trigger, rms, atoms, online.constant, online.calibration)
         asking = walker_state.label_probability(self.progress.history, self.recipe.trigger)
-        return replace(limits, probability=asking, novelty=self.recipe.novelty_limit)
+        spread = self.model.error_spread(len(self.progress.learned))
+        return replace(limits, probability=asking, novelty=self.recipe.novelty_limit, spread=spread)
 
     # ------------------------------------------------------------ records
 
     def _record(self, snapshot: WalkerSnapshot) -> None:
         if snapshot.full:
             record = walker_state.record_from_snapshot(
-                snapshot, self.recipe.dynamics, self.timestep_fs, self.limits.force, self.observer
+                snapshot, self.recipe.dynamics, self.timestep_fs, self.limits, self.observer
             )
             self.progress = replace(self.progress, history=self.progress.history.append(record))
             self.files.log_event("look", **record.to_json())

@@ -23,6 +23,7 @@ DIGITS = 4  # significant, of numbers that are many
 
 SHARE, FEWEST = 6, 4  # labels between two refreshes: a SHARE-th of those there are, FEWEST at least
 GROWTH = 1.3  # of the labels, at which a refresh fits all of them together: all fits then take a few times the last
+PRIOR_LABELS = 4  # as many as which errors and standard deviations are supposed to agree beforehand
 RECENT = 3  # labels over which the likelihood is averaged before it counts as having drifted
 
 
@@ -67,6 +68,21 @@ class OnlineModel:
     def potential(self) -> Potential:
         return self.online.potential
 
+    def error_spread(self, asked: int) -> float:
+        """Factor on standard deviations of forces with which the errors of the labels agree that were asked for last.
+
+        exp(Σ log(e/b) / (n + PRIOR_LABELS)) over n labels, with e the largest force error of a label as predicted before it was learned
+        and b the median of what it was expected to be. A label is asked for where standard deviations are largest, and these need not
+        be right where all of them together are; PRIOR_LABELS are supposed to have agreed.
+
+        Args:
+            asked: how many of the labels were asked for; only the latest predictions are known.
+        """
+        latest = self.online.prequential[-asked:] if asked else ()
+        logs = [error_over_median(predicted, self.online.calibration) for predicted in latest]
+        known = [log for log in logs if math.isfinite(log)]
+        return math.exp(sum(known) / (len(known) + PRIOR_LABELS))
+
     def with_label(self, entry: LabelEntry) -> OnlineModel:
         """Add one label; refresh what is due."""
         online = self.online.learned(entry.structure, entry.targets)
@@ -89,6 +105,18 @@ class OnlineModel:
         nll = [prequential_nll(f, online.calibration) for f in online.prequential]
         expected = sum(nll) / len(nll) if nll else math.nan
         return OnlineModel(online, self.refresh, online.n_labels if anew else self.fitted_labels, 0, (), expected)
+
+
+def error_over_median(predicted: PrequentialPrediction, calibration: Calibration) -> float:
+    """log(e/b): e the largest force error of a label, b = t with P(e > t) = 1/2 of its prediction (triggers.force_error_bound); NaN where
+    there is no error."""
+    prediction = calibrate_prediction(predicted.prediction, predicted.structures, calibration)
+    norm = (prediction.forces - predicted.targets.forces).norm(dim=1)
+    labelled, covariance = norm.isfinite(), prediction.forces_covariance
+    if covariance is None or not labelled.any():
+        return math.nan
+    median, largest = force_error_bound(covariance.total[labelled], 0.5), float(norm[labelled].max())
+    return math.log(largest / median) if largest > 0 < median < math.inf else math.nan
 
 
 def prequential_nll(predicted: PrequentialPrediction, calibration: Calibration) -> float:

@@ -56,6 +56,7 @@ class TriggerLimits:
         force: tolerated error of the force on an atom (its norm), eV/A; probability: with which it may be exceeded somewhere.
         local_energy: standard deviation, eV. novelty: in units of the trust region's radius.
         halt: factor on `force` at which the run has to stop.
+        spread: factor on the standard deviations of forces with which errors of the labels asked for so far agree.
     """
 
     force: float | None
@@ -64,13 +65,15 @@ class TriggerLimits:
     novelty: float | None
     halt: float
     guards: GuardsRecipe
+    spread: float = 1.0
 
     def times(self, factor: float) -> TriggerLimits:
         """Looser by a factor, as hysteresis asks for; what halts a run stays where it is."""
         force, local, novelty = (
             None if v is None else v * factor for v in (self.force, self.local_energy, self.novelty)
         )
-        return TriggerLimits(force, self.probability, local, novelty, max(1.0, self.halt / factor), self.guards)
+        halt = max(1.0, self.halt / factor)
+        return replace(self, force=force, local_energy=local, novelty=novelty, halt=halt)
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def _forces(prediction: Prediction, limits: TriggerLimits) -> TriggerDecision | 
     if variance is None or limits.force is None:
         return None
     total = variance.total
-    largest = force_error_bound(total, limits.probability)
+    largest = limits.spread * force_error_bound(total, limits.probability)
     severity = largest / limits.force
     order = total.diagonal(dim1=1, dim2=2).sum(1).argsort(descending=True)[:NAMED].tolist()
     action: Action = "continue" if severity <= 1 else "halt" if severity > limits.halt else "label"

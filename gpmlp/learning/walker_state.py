@@ -16,7 +16,7 @@ from gpmlp.learning import walker
 from gpmlp.learning.recipe import DynamicsRecipe, LearnRecipe, TriggerRecipe
 from gpmlp.learning.stopping import observables
 from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.triggers import HORIZON, asking_probability, broken_guard, frame_exceedance
+from gpmlp.learning.triggers import HORIZON, TriggerLimits, asking_probability, broken_guard, frame_exceedance
 from gpmlp.learning.walker import Walker, WalkerSnapshot
 
 NAN = math.nan
@@ -178,13 +178,13 @@ def record_from_snapshot(
     snapshot: WalkerSnapshot,
     dynamics: DynamicsRecipe,
     timestep_fs: float,
-    threshold: float | None,
+    limits: TriggerLimits,
     observer: observables.Observer,
 ) -> Record:
     """The record of a snapshot with force variances.
 
     Args:
-        threshold: tolerated force error, eV/A; None where there is none.
+        limits: of the trigger, as they are for a walker that was not labelled just now.
     """
     place, time_fs = snapshot.walker, snapshot.walker.step * timestep_fs
     covariance = snapshot.prediction.forces_covariance
@@ -205,8 +205,8 @@ def record_from_snapshot(
         asked=snapshot.decision.severity > 1,
         ramp_finished=place.step >= dynamics.ramp,
         force_rms=float(snapshot.prediction.forces.square().mean().sqrt()),
-        threshold=threshold or NAN,
-        exceedance=frame_exceedance(covariance.total, threshold) if threshold else NAN,
+        threshold=limits.force or NAN,
+        exceedance=frame_exceedance(covariance.total, limits.force / limits.spread) if limits.force else NAN,
         observables=observer(frame, place.number, time_fs),
     )
 
