@@ -23,7 +23,15 @@ SMALL = {
         "check_every": 0,
     },  # every answer is a label
     "dynamics": {"temperature_K": [100, 600], "steps": 40, "timestep_fs": 4.0, "ramp_steps": 30},
-    "trigger": {"every": 5, "watch": 1, "cooldown": 5, "most_per_1000_steps": 500, "force": 0.012},
+    "trigger": {
+        "every": 5,
+        "watch": 1,
+        "cooldown": 5,
+        "most_per_1000_steps": 500,
+        "force": 0.012,
+        "probability": 0.02,
+        "likely": 0.02,
+    },  # so that short runs ask
     "stop": {"every_frames": 5},
     "model": {"descriptor": {"n_max": 4, "l_max": 3, "cutoff": 4.0}, "inducing": {"n": 30, "gradients": 1}},
     "bootstrap": {"n": 3, "displacement_A": 0.02},
