@@ -318,9 +318,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
     wrong = {"oracle": {"calculator": "emt"}, "output": "gold"}
     ase.io.write(tmp_path / "start.xyz", Atoms("Si2", [[0, 0, 0], [0, 0, 2.3]]))
-    with pytest.raises(
-        UserError, match="No EMT-potential for Si.* Correct the oracle, and begin again"
-    ):
+    with pytest.raises(UserError, match="No EMT-potential for Si.* Correct the oracle, and begin again"):
         finish(recipe(**wrong), tmp_path)
     assert [p.name for p in (tmp_path / "gold").iterdir()] == ["scratch"]
     ase.io.write(tmp_path / "start.xyz", crystal())
