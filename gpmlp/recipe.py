@@ -198,10 +198,23 @@ class BaselineRecipe(RecipeSection):
     zbl: ZBLRecipe | Literal[False] = ZBLRecipe()
 
 
-class VarianceRecipe(RecipeSection):
-    """Posterior for variances: of at most `columns` inducing variables, the most important ones."""
+def _word_or_number(value: Any) -> str:
+    return "word" if isinstance(value, str) and not value.isdigit() else "number"
 
-    columns: Count | None = None
+
+class VarianceRecipe(RecipeSection):
+    """Posterior for variances: of at most `columns` inducing variables, the most important ones, or of all."""
+
+    columns: (
+        Annotated[
+            Annotated[Count, Tag("number")] | Annotated[Literal["all"], Tag("word")], Discriminator(_word_or_number)
+        ]
+        | None
+    ) = None
+
+    def at_most(self, columns: int) -> int:
+        """How many of so many inducing variables variances are computed from."""
+        return columns if self.columns in (None, "all") else min(columns, int(self.columns))
 
 
 class CalibrationRecipe(RecipeSection):

@@ -26,7 +26,7 @@ from gpmlp.fitting import variance_checks
 from gpmlp.fitting.fit import fit
 from gpmlp.io import archive, ase_atoms
 from gpmlp.potential import baselines
-from gpmlp.recipe import Recipe
+from gpmlp.recipe import Recipe, VarianceRecipe
 from gpmlp.uncertainty.calibration import widen_by_novelty
 
 PARTS = ("inducing", "data", "misspecification", "noise")
@@ -195,6 +195,10 @@ def test_a_subset_of_columns_sees_less():
         and told["std_ratio_median"] > 1
     )
     assert every.variances.n_columns == every.variances.of_fit > 100
+    whole, report = fit(structures, known, Recipe.model_validate(choices | {"variance": {"columns": "all"}}))
+    assert report.variance_subset == {"columns": len(whole.variances.signal), "columns_of_fit": every.variances.of_fit}
+    assert VarianceRecipe(columns="all").at_most(10**6) == 10**6 == VarianceRecipe().at_most(10**6)
+    assert VarianceRecipe(columns=40).at_most(10**6) == 40 and VarianceRecipe(columns=40).at_most(30) == 30
     assert 30 <= some.variances.n_columns <= 40
     test = structures.select([3, 17])
     a, b = (p(test, variance="all") for p in (every, some))

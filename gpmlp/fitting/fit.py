@@ -158,7 +158,7 @@ def _potential(data: _Data, trained: _Trained, learned: WhitenedData, weights: T
     """The potential of these weights, not calibrated."""
     variances = None
     if data.recipe.variance is not False:
-        most = data.recipe.variance.columns or len(learned.signal)
+        most = data.recipe.variance.at_most(len(learned.signal))
         factor, subset = regression.variance_factor(trained.models, learned, most)
         constant = data.constant | regression.label_scatter(trained.parameters, learned.noise)
         variances = regression.variance_model(

@@ -387,8 +387,8 @@ class OnlineFit:
     def _variances(self) -> VarianceModel | None:
         if self.recipe.variance is False:
             return None
-        factor, subset, most = self.factor.upper[:, :-1], None, self.recipe.variance.columns
-        if most is not None and self.factor.columns > most:
+        factor, subset, most = self.factor.upper[:, :-1], None, self.recipe.variance.at_most(self.factor.columns)
+        if self.factor.columns > most:
             factor, subset = online_updates.variance_factor(self.models, self.factor, self._scales, most)
         noises = self.constant, self.label_noise
         return regression.variance_model(self.models, self.columns_signal, factor, *noises, subset)
