@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+import reprlib
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -49,6 +50,16 @@ def _only_evidence(name: object) -> object:
             "'vfe' is no longer offered: noises and signals maximise the evidence 'dtc'; leave `evidence` out"
         )
     return name
+
+
+def _by_symbol(values: dict[str, Any]) -> dict[str, Any]:
+    for name in values:
+        errors.atomic_number(name)
+    return values
+
+
+T = TypeVar("T")
+BySymbol = Annotated[dict[str, T], AfterValidator(_by_symbol)]
 
 
 class RecipeSection(BaseModel):
@@ -109,7 +120,7 @@ class InducingRecipe(RecipeSection):
     method: Literal["greedy", "farthest", "cur", "random"] = "greedy"
     n: Count | None = None
     gradients: Annotated[int, Field(ge=0, le=300)] | None = None
-    shares: Literal["species", "total"] | dict[str, Count] = "species"
+    shares: Literal["species", "total"] | BySymbol[Count] = "species"
 
 
 class PriorRecipe(RecipeSection):
@@ -127,7 +138,9 @@ def _bounds(value: Any) -> Any:
     except (TypeError, ValueError):
         low = high = 0.0
     if not 0 < low < high <= 1e15:
-        raise ValueError(f"must be [lowest, highest], two positive numbers, the smaller one first; got {value!r}")
+        raise ValueError(
+            f"must be [lowest, highest], two positive numbers, the smaller one first; got {reprlib.repr(value)}"
+        )
     return low, high
 
 
@@ -157,13 +170,7 @@ Std = Annotated[
 ]
 
 
-def _by_symbol(signal: dict[str, Any]) -> dict[str, Any]:
-    for name in signal:
-        errors.atomic_number(name)
-    return signal
-
-
-Signal = Annotated[dict[str, Std], AfterValidator(_by_symbol)]
+Signal = BySymbol[Std]
 
 
 class NoiseRecipe(RecipeSection):
@@ -194,7 +201,7 @@ class BaselineRecipe(RecipeSection):
     """Energy terms that are added, not learned. isolated_atoms: 'auto' (from frames with config_type=isolated_atom if there are any,
     else least squares over compositions), 'least_squares', 'none', or energies in eV by chemical symbol."""
 
-    isolated_atoms: Literal["auto", "least_squares", "none"] | dict[str, Finite] = "auto"
+    isolated_atoms: Literal["auto", "least_squares", "none"] | BySymbol[Finite] = "auto"
     zbl: ZBLRecipe | Literal[False] = ZBLRecipe()
 
 

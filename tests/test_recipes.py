@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from gpmlp.core.errors import UserError
@@ -104,3 +106,82 @@ def test_a_list_needs_a_place(recipe_file):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="the recipe cannot be read: No such file"):
         load_recipe(tmp_path / "none.yaml")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(10 * ['*' + old])}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+NONSENSE = {
+    "seed: -1": "`seed` must be at least 0; got -1",
+    f"seed: {2**70}": "`seed` must be less than 2147483648",
+    "seed: 2^70": "`seed` must be a valid integer; got '2\\^70'",
+    "seed: .inf": "`seed` must be a finite number",
+    "seed: " + 5000 * "9": "holds a value that is none",
+    "seed: 2020-99-99": "holds a value that is none: month must be in 1..12",
+    "descriptor: {cutoff: 1.0e-9}": "`descriptor.cutoff` must be between 0.5 and 100; got 1e-09",
+    "descriptor: {cutoff: 1.0e+9}": "`descriptor.cutoff` must be between 0.5 and 100",
+    "noise: {force: 1.0e+300}": "`noise.force` must be between 1e-09 and 1e\\+06",
+    "noise: {force: 1.0e-300}": "`noise.force` must be between 1e-09",
+    "noise: {energy_per_atom: .nan}": "`noise.energy_per_atom` must be a finite number",
+    "noise: {force: {bounds: [1.0e-300, 1.0e+300]}}": "`noise.force.bounds` must be \\[lowest, highest\\]",
+    "memory_GB: 1.0e-30": "`memory_GB` must be between",
+    "inducing: {n: 1000000000000}": "`inducing.n` must be at most 1000000000",
+    "inducing: {shares: {Qq: 3}}": "'Qq' is not a chemical symbol",
+    "baseline: {isolated_atoms: {Xx: 1}}": "'Xx' is not a chemical symbol",
+    "baseline: {isolated_atoms: {Si: .inf}}": "`baseline.isolated_atoms.Si` must be a finite number",
+    "? [a, b]\n: 1": "line 1, column 3.: a key must be a word; got",
+    "? {a: b}\n: 1": "a key must be a word",
+    "null: 3": "a key must be a word; got None",
+    "3: 4": "a key must be a word; got 3",
+    "2020-01-01: 3": "a key must be a word",
+    "seed: 1\nseed: 2": "line 2, column 1.: the key 'seed' is given twice",
+    "descriptor: {cutoff: 4, cutoff: 5}": "the key 'cutoff' is given twice",
+    "a: " + 3000 * "[" + 3000 * "]": "is nested too deeply",
+    "kernel: " + 40 * "{name: sum, terms: [" + "{zeta: 2}" + 40 * "]}": "is nested too deeply",
+    BOMB: "repeats itself too often",
+    BOMB + "descriptor: *i": "repeats itself too often",
+    "descriptor: &a {x: *a}": "repeats itself too often",
+    "&a [*a]": "repeats itself too often",
+    "descriptor:\n\tcutoff: 4": "line 2, column 1.: found character",
+    "seed: \0": "is not valid YAML: unacceptable character",
+    "seed: \x1b[31m": "is not valid YAML: unacceptable character",
+    "!!python/object/apply:os.system ['true']": "could not determine a constructor",
+    "--- \na: 1\n---\nb: 2": "another document",
+    "[1, 2]": "a recipe is a mapping of keys to values; got list",
+}
+
+
+@pytest.mark.parametrize("text", NONSENSE, ids=lambda text: text[:30])
+def test_nonsense_is_refused_in_one_sentence(text, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"r.yaml: .*{NONSENSE[text]}") as error:
+        load_recipe(path)
+    assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "long.yaml").write_text("# " + "x" * (1 << 20))
+    (tmp_path / "latin.yaml").write_bytes(b"seed: \xe9")
+    for path, said in (
+        (tmp_path / "fifo", "is a device or a pipe, not a recipe"),
+        ("/dev/zero", "is a device or a pipe"),
+        (tmp_path, "is a folder, not a recipe"),
+        (tmp_path / "none.yaml", "cannot be read: No such file"),
+        (tmp_path / "long.yaml", "has more than 1 MB"),
+        (tmp_path / "latin.yaml", "cannot be read: 'utf-8'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_recipe(path)
+
+
+def test_aliases_and_merges_of_a_sensible_size_are_read(tmp_path):
+    (tmp_path / "r.yaml").write_text("descriptor: [&d {cutoff: 4.0}, {<<: *d, n_max: 3}]")
+    first, second = load_recipe(tmp_path / "r.yaml").descriptors
+    assert first.cutoff == second.cutoff == 4.0 and second.n_max == 3
+
+
+def test_an_override_never_vanishes():
+    with pytest.raises(UserError, match="--set 0.seed=3: must look like KEY=VALUE"):
+        load_recipe(None, ["0.seed=3"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import typing
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,10 +15,13 @@ from pydantic import BaseModel, ValidationError
 
 from gpmlp.core import errors
 from gpmlp.core.errors import UserError, suggest_name
-from gpmlp.io.files import atomic_write
+from gpmlp.io.files import atomic_write, check_readable
 from gpmlp.recipe import Recipe
 
 T = TypeVar("T", bound=BaseModel)
+LARGEST = 1 << 20  # bytes of a recipe
+DEEPEST, MOST_SECTIONS = 20, 2000  # of a recipe with all aliases written out
+MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_recipe(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Recipe:
@@ -108,11 +113,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
-            if key in keys:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark
-                )
+            problem = "" if isinstance(key, (str, int, float)) else f"a key must be a word; got {reprlib.repr(key)}"
+            if problem or key in keys:
+                problem = problem or f"the key '{key}' is given twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
             keys.add(key)
         return super().construct_mapping(node, deep)
 
@@ -120,15 +127,39 @@ class _Loader(yaml.SafeLoader):
 def parse_value(text: str, where: str) -> Any:
     """Read one value as YAML, as --set does."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise UserError(f"{where}: is not valid YAML{place}: {getattr(error, 'problem', None) or error}.") from error
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{where}: is not valid YAML{place}: {problem}.") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: is nested too deeply for a recipe.") from error
+    except (ValueError, OverflowError) as error:  # a number of thousands of digits, the 99th of a month
+        raise UserError(f"{where}: holds a value that is none: {error}.") from error
+    _check_size(value, where)
+    return value
+
+
+def _check_size(value: Any, where: str) -> None:
+    """Raise UserError for what is nested too deeply, or grows without end once its aliases (&a, *a) are written out."""
+    sections, level = 0, [value] if isinstance(value, (dict, list)) else []
+    for _ in range(DEEPEST):
+        inside = (v for section in level for v in (section.values() if isinstance(section, dict) else section))
+        level = list(islice((v for v in inside if isinstance(v, (dict, list))), MOST_SECTIONS))
+        sections += len(level)
+        if not level or sections >= MOST_SECTIONS:
+            break
+    if level:
+        raise UserError(f"{where}: is nested too deeply, or repeats itself too often (&a, *a), for a recipe.")
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.exists():
+        check_readable(path, "a recipe")
     try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path}: is no recipe: it has more than {LARGEST >> 20} MB.")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the recipe cannot be read: {getattr(error, 'strerror', None) or error}.") from error
@@ -143,7 +174,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _set(data: dict[str, Any], override: str) -> None:
     """Put one KEY=VALUE into nested dictionaries and lists, creating them as needed."""
     key, sign, text = override.partition("=")
-    if not sign or not all(key.strip().split(".")):
+    steps = key.strip().split(".")
+    if not sign or not all(steps) or steps[0].isdigit():
         raise UserError(f"--set {override}: must look like KEY=VALUE with a dotted key, e.g. --set kernel.zeta=2.")
     _put(data, key.strip(), parse_value(text, f"--set {override}"), f"--set {override}")
 
@@ -182,6 +214,8 @@ def _explain(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
     dotted = ".".join(path)
     if first["type"] == "extra_forbidden":
         return f"unknown key '{dotted}'.{_nearest(path, model)}"
+    if first["type"] == "invalid_key":
+        return f"a key must be a word; got {dotted or reprlib.repr(first['input'])}."
     if first["type"] == "missing":
         return f"`{dotted}` is missing and has to be given."
     if first["type"] == "value_error":
@@ -191,7 +225,7 @@ def _explain(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
     required = " or ".join(dict.fromkeys(_required(entry) for entry in same))
     names = [name for entry in same if entry["type"] == "literal_error" for name in _words(entry["ctx"]["expected"])]
     hint = suggest_name(first["input"], names) if names and isinstance(first["input"], str) else ""
-    return f"`{dotted}` must be {required}; got {first['input']!r}.{hint if 'Perhaps' in hint else ''}"
+    return f"`{dotted}` must be {required}; got {reprlib.repr(first['input'])}.{hint if 'Perhaps' in hint else ''}"
 
 
 def _locate(location: tuple[int | str, ...], data: Any, kind: str) -> tuple[tuple[str, ...], bool]:
@@ -214,7 +248,7 @@ def _locate(location: tuple[int | str, ...], data: Any, kind: str) -> tuple[tupl
 def _branch_suits(branch: str, value: Any) -> bool:
     if branch.startswith("tuple"):
         return isinstance(value, (list, tuple))
-    if branch.startswith("dict") or branch.endswith("Recipe") or branch == "RadialScaling" or branch == "NoiseOverride":
+    if "dict[" in branch or branch.endswith("Recipe") or branch == "RadialScaling" or branch == "NoiseOverride":
         return isinstance(value, dict)
     return not isinstance(value, (dict, list, tuple))
 
@@ -226,7 +260,7 @@ def _required(entry: Mapping[str, Any]) -> str:
         return context["expected"]
     for key, words in (("gt", "greater than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most")):
         if key in context:
-            return f"{words} {context[key]:g}"
+            return f"{words} {context[key]:{'d' if isinstance(context[key], int) else 'g'}}"
     if entry["type"] in ("model_type", "dict_type"):
         return "a mapping of keys to values"
     if entry["type"] == "tuple_type":
