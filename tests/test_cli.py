@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import xml.dom.minidom
 
 import ase.build
 import ase.io
@@ -428,3 +429,44 @@ def test_md_says_what_a_start_without_periodicity_means(gpmlp, model_file, tmp_p
         "md", model_file, tmp_path / "start.xyz", "-o", tmp_path / "two.xyz", "--temperature-K", 100, "--steps", 2
     )
     assert "empty space" not in err
+
+
+NAMES = (
+    "[red]x[/red]",
+    ":smile:",
+    "esc\x1b[31m",
+    "[/]",
+    "bell\x07",
+    "<b>x</b>",
+    "$\\frac{$",
+    "a\u202eb",
+    "[link=http://x]y",
+)
+
+
+def test_names_are_shown_as_they_are(gpmlp, model_file, small_atoms, tmp_path):
+    """Neither markup, emoji codes nor terminal escapes in names are obeyed; figures and page stay whole."""
+    frames = [frame.copy() for frame in small_atoms[: len(NAMES)]]
+    for frame, labelled, name in zip(frames, small_atoms, NAMES, strict=False):
+        frame.calc, frame.info["config_type"] = labelled.calc, name
+    data = tmp_path / "[red]:smile:\x1b[31m.xyz"
+    ase.io.write(data, frames, format="extxyz")
+    status, out, err = gpmlp("evaluate", model_file, data)
+    assert status == 0 and "\x1b" not in out + err and "\x07" not in out and "\u202e" not in out
+    for name in ("[red]x[/red]", ":smile:", r"esc\x1b[31m", "[/]", "<b>x</b>", r"a\u202eb", "[link=http://x]y"):
+        assert name in out
+    status, _, err = gpmlp("info", data)
+    assert status == 2 and r"[red]:smile:\x1b[31m.xyz: is not a gpmlp model file" in err
+    status, out, _ = gpmlp("report", model_file, data, "-o", tmp_path / "page")
+    assert status == 0
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert not {c for c in page if ord(c) < 32 and c not in "\n\t"} and "\u202e" not in page and r"esc\x1b[31m" in page
+    for picture in (tmp_path / "page" / "figures").glob("*.svg"):
+        xml.dom.minidom.parse(str(picture))
+
+
+def test_special_files_are_no_output(gpmlp, model_file, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for target in (tmp_path / "fifo", "/dev/zero"):
+        status, _, err = gpmlp("fit", model_file, "-o", target)
+        assert status == 2 and "is a device or a pipe; give the name of a file for the model" in " ".join(err.split())

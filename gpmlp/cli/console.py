@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from gpmlp.core.errors import visible_text
 from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import json_value
 from gpmlp.core.units import GPA
@@ -29,24 +30,29 @@ LONGEST_STAGE = len("inducing points")
 
 def standard_output() -> Console:
     """Standard output as it is now: tests and notebooks replace it."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=PLAIN_WIDTH)
+
+
+def literal(text: str) -> str:
+    """Markup that shows a text as it is: brackets, and control characters by their codes."""
+    return escape(visible_text(text))
 
 
 def standard_error() -> Console:
     """Standard error as it is now."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def print_line(text: str) -> None:
     """Print one line, however long, to standard output."""
-    standard_output().print(text, soft_wrap=True, markup=False)
+    standard_output().print(visible_text(text), soft_wrap=True, markup=False)
 
 
 def print_message(kind: str, text: str) -> None:
     """Print one message to standard error."""
     colour = COLOURS.get(kind.split()[-1], "dim")
-    standard_error().print(f"[{colour}]{kind}:[/] {escape(' '.join(str(text).split()))}", soft_wrap=True)
+    standard_error().print(f"[{colour}]{kind}:[/] {literal(' '.join(str(text).split()))}", soft_wrap=True)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
@@ -64,7 +70,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     table.add_column("finding", overflow="fold")
     for finding in findings:
         colour = COLOURS[finding.severity]
-        table.add_row(f"[{colour}]{finding.severity}[/]", escape(finding.kind), escape(str(finding)))
+        table.add_row(f"[{colour}]{finding.severity}[/]", literal(finding.kind), literal(str(finding)))
     return table
 
 
@@ -82,11 +88,11 @@ class StageBars:
         note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         self.bars = Progress(
             SpinnerColumn(table_column=whole),
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=LONGEST_STAGE)),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=LONGEST_STAGE)),
             BarColumn(bar_width=BAR_WIDTH, table_column=Column(no_wrap=True, min_width=BAR_WIDTH)),
             TaskProgressColumn(table_column=Column(no_wrap=True, min_width=len("100%"))),
             TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=len("0:00:00"))),
-            TextColumn("[dim]{task.fields[note]}", table_column=note),
+            TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=note),
             console=self.console,
             disable=not self.live,
             expand=True,
@@ -113,18 +119,18 @@ class StageBars:
         self.complete, self.last = done >= total, time.monotonic()
         if self.live:
             if stage not in self.tasks:
-                self.tasks[stage] = self.bars.add_task(escape(stage), total=total, note="")
+                self.tasks[stage] = self.bars.add_task(visible_text(stage), total=total, note="")
                 self.bars.tasks[-1].start_time = self.begun
             # rich stops the clock of a bar that is full, but a stage may go on after its last report of work done
             almost = min(done, (1 - 1e-6) * total)
-            self.bars.update(self.tasks[stage], completed=almost, total=total, note=escape(self.note))
+            self.bars.update(self.tasks[stage], completed=almost, total=total, note=visible_text(self.note))
 
     def _over(self) -> None:
         if self.complete and self.live:
             task = self.tasks[self.stage]
             self.bars.update(task, completed=self.bars.tasks[task].total)
         elif self.complete:
-            self.console.print(escape(f"{self.stage}: {self.last - self.begun:.1f} s {self.note}".rstrip()))
+            self.console.print(literal(f"{self.stage}: {self.last - self.begun:.1f} s {self.note}".rstrip()))
         self.complete = False
 
 
@@ -147,7 +153,7 @@ def error_table(title: str, rows: Mapping[str, ErrorTable]) -> Table:
             f"{format_number(getattr(row, f'{kind}_mae_{unit}'))} / {format_number(getattr(row, f'{kind}_rmse_{unit}'))}"
             for kind, unit in (("energy", "meV_per_atom"), ("force", "meV_per_A"), ("stress", "GPa"))
         ]
-        table.add_row(escape(name), str(row.n_structures), str(row.n_atoms), *cells)
+        table.add_row(literal(name), str(row.n_structures), str(row.n_atoms), *cells)
     return table
 
 
@@ -185,7 +191,7 @@ def pairs_table(title: str, pairs: Sequence[tuple[str, str]]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(escape(name), escape(value))
+        table.add_row(literal(name), literal(value))
     return table
 
 
@@ -344,10 +350,15 @@ class TrialBars(TransientBar):
         console = standard_error()
         self.bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(bar_width=BAR_WIDTH // 2, table_column=Column(no_wrap=True, min_width=BAR_WIDTH // 2)),
             TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
-            TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            TextColumn(
+                "{task.fields[note]}",
+                style="dim",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
             console=console,
             disable=not console.is_terminal,
             transient=True,
@@ -359,7 +370,7 @@ class TrialBars(TransientBar):
         """Take a trial that is over."""
         self.done.append(trial)
         text = f"{_result(trial)}, {trial.seconds:.1f} s; {_settings(trial)}"
-        self.bar.console.print(f"[dim]trial {trial.number}:[/] {escape(text)}", soft_wrap=True)
+        self.bar.console.print(f"[dim]trial {trial.number}:[/] {literal(text)}", soft_wrap=True)
 
     def show_running(self, number: int, used_s: float) -> None:
         """Take the number of the running trial and the time used so far."""
@@ -370,7 +381,7 @@ class TrialBars(TransientBar):
         top = best_trial(self.done)
         parts = [f"best {_result(t)}" for t in (top,) if t] + [f"last {_settings(t)}" for t in self.done[-1:]]
         left = f"{math.ceil(left_s / 60)} min left"
-        note = escape("; ".join(parts) or "the start recipe")
+        note = visible_text("; ".join(parts) or "the start recipe")
         self.bar.update(self.task, description=f"trial {number}", completed=share, left=left, note=note)
 
 
@@ -397,11 +408,11 @@ def trials_table(trials: Sequence[TuningTrial], meaning: str, shown: int = 5) ->
     table = Table(title=title, title_justify="left", title_style="bold")
     settings = list(trials[0].settings)
     for heading in ("trial", "objective", "force MAE / RMSE\nmeV/A", "s", *settings):
-        table.add_column(escape(heading).replace("_", "\n_"), justify="right")
+        table.add_column(literal(heading).replace("_", "\n_"), justify="right")
     ranked = sorted((t for t in trials if t.objective is not None), key=lambda t: -(t.objective or 0.0))[:shown]
     for t in [*ranked, *(t for t in trials[:1] if t not in ranked)]:
         errors = f"{format_number(t.force_mae_meV_per_A)} / {format_number(t.force_rmse_meV_per_A)}"
         name = str(t.number) if t.number else "0 start"
         value = "failed" if t.objective is None else f"{t.objective:.4f}"
-        table.add_row(name, value, errors, f"{t.seconds:.0f}", *(escape(v) for v in t.settings.values()))
+        table.add_row(name, value, errors, f"{t.seconds:.0f}", *(literal(v) for v in t.settings.values()))
     return table

@@ -22,7 +22,7 @@ from gpmlp.cli.check import Keys, check_command
 from gpmlp.cli.learn import INTERRUPTED, learn_command, report_folder
 from gpmlp.cli.md import md_command
 from gpmlp.cli.tune import tune_command
-from gpmlp.core.errors import DataWarning, ProgressNotice, UserError, chemical_symbol
+from gpmlp.core.errors import DataWarning, ProgressNotice, UserError, chemical_symbol, visible_text
 from gpmlp.core.quantities import json_value
 
 # typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
@@ -102,7 +102,7 @@ def fit_command(
     from gpmlp.io.recipe_files import load_recipe
     from gpmlp.io.structure_files import find_files
 
-    check_target(output)
+    check_target(output, "the model")
     files = find_files(train)
     sources = _by_role("the training data", files) | {"the validation data": valid, "the recipe": recipe}
     check_apart({"the model (--output)": output}, sources)
@@ -301,7 +301,7 @@ def cite_command(model: Model) -> None:
 
     content = archive.read_header(model)
     recipe = Recipe.from_header(content["header"]["recipe"])
-    typer.echo("\n".join(work.bibtex() for work in provenance.citations_of(recipe, content["version"])))
+    typer.echo(visible_text("\n".join(work.bibtex() for work in provenance.citations_of(recipe, content["version"]))))
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
-from gpmlp.cli.console import TransientBar, format_noise, format_number, pairs_table, standard_error
+from gpmlp.cli.console import TransientBar, format_noise, format_number, literal, pairs_table, standard_error
+from gpmlp.core.errors import visible_text
 from gpmlp.learning.loop import LoopState
 from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.recipe import LearnRecipe
@@ -38,7 +38,7 @@ class LearningBar(TransientBar):
         columns = [TextColumn(f"{{task.fields[{name}]}}", table_column=whole) for name in fields]
         if self.wide:
             note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-            columns.append(TextColumn("[dim]{task.fields[note]}", table_column=note))
+            columns.append(TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=note))
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len("labelling"))),
@@ -69,7 +69,7 @@ class LearningBar(TransientBar):
             self._line(state.phase, _places(state), _note(state))
         self.reason, self.where = state.reason, _asking(state)
         done = sum(walker.walker.step for walker in state.progress.walkers)
-        fields: dict[str, Any] = {"labels": f"labels {state.labels}", "note": escape(_note(state))}
+        fields: dict[str, Any] = {"labels": f"labels {state.labels}", "note": visible_text(_note(state))}
         fields |= _physics(state, " eV/A" if self.wide else "")
         self.bar.update(self.task, description=state.phase, completed=done, **fields)
 
@@ -80,7 +80,7 @@ class LearningBar(TransientBar):
     def _line(self, what: str, where: str, text: str) -> None:
         self.printed_at = time.monotonic()
         where = f" {where}:" if where else ""
-        self.bar.console.print(f"[dim]{what}:[/]{where} {escape(text)}", soft_wrap=True)
+        self.bar.console.print(f"[dim]{what}:[/]{where} {literal(text)}", soft_wrap=True)
 
 
 def _worst(state: LoopState) -> WalkerSnapshot | None:

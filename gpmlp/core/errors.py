@@ -25,6 +25,20 @@ class ProgressNotice(UserWarning):
     """Progress of a long computation; nothing is wrong."""
 
 
+def visible_text(text: str) -> str:
+    """The same with control characters, terminal escapes and marks that turn the direction of writing as \\x1b, \\u202e, ...; lines and
+    tabs stay."""
+
+    def shown(c: str) -> str:
+        return (
+            c
+            if c.isprintable() or c in "\n\t" or c.isspace() and ord(c) > 0x9F
+            else c.encode("unicode_escape").decode()
+        )
+
+    return text if text.isprintable() else "".join(map(shown, text))
+
+
 def suggest_name(name: str, valid: Iterable[str]) -> str:
     """Return `` Perhaps you meant '...'.`` for the nearest valid name, or the list of valid names."""
     valid = sorted(valid)

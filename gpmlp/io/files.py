@@ -14,10 +14,16 @@ from typing import IO, Any
 from gpmlp.core.errors import UserError
 
 
-def check_target(path: str | os.PathLike[str]) -> None:
-    """Raise UserError if no file can be written at path (asked before a long computation, not after it)."""
+def check_target(path: str | os.PathLike[str], stays: str = "") -> None:
+    """Raise UserError if no file can be written at path (asked before a long computation, not after it).
+
+    Args:
+        stays: what has to be there afterwards, e.g. 'the model', so that a device or a pipe, which may be written to, is refused.
+    """
     path = Path(path)
     if _special(path):
+        if stays:
+            raise UserError(f"{path}: is a device or a pipe; give the name of a file for {stays}.")
         return
     folder = path.resolve().parent
     if path.is_dir():

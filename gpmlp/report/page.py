@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
+from gpmlp.core.errors import visible_text
 from gpmlp.core.quantities import json_value
 from gpmlp.io.files import atomic_write
 from gpmlp.report.figures import Picture, PointLabels, Scatter, plot_payload
@@ -100,7 +102,13 @@ class Page:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("gpmlp.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("gpmlp.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: (
+            value if not isinstance(value, str) or isinstance(value, Markup) else visible_text(value)
+        ),
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     environment.filters |= {

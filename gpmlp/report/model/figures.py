@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpmlp.core.errors import chemical_symbol
+from gpmlp.core.errors import chemical_symbol, visible_text
 from gpmlp.report.figures import (
     WIDTH,
     Axis,
@@ -212,7 +212,7 @@ def paint_boxes(axes: Axes, groups: dict[str, np.ndarray], kind: str, colours: S
 
 
 def _short(name: str, most: int = 22) -> str:
-    name = name.replace("$", r"\$")
+    name = visible_text(name).replace("$", r"\$")
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpmlp.core.errors import visible_text
 from gpmlp.report.figures import (
     Axis,
     Line,
@@ -119,7 +120,7 @@ def paint_causes(axes: Axes, counts: dict[str, int]) -> None:
     for k, name in enumerate(names):
         axes.barh(k, counts[name], height=0.62, color=REASON_COLOURS.get(name, OTHER))
         axes.text(counts[name], k, f" {counts[name]}", va="center", color=INK)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [visible_text(name).replace("$", r"\$") for name in names])
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.set_xlim(0, 1.12 * max(counts.values()))
     axes.tick_params(axis="y", length=0)
