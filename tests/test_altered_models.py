@@ -17,6 +17,7 @@ import torch
 
 from gpmlp.cli import main
 from gpmlp.core.errors import UserError
+from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.io import archive
 
 NAN, INF = float("nan"), float("inf")
@@ -371,6 +372,14 @@ def test_the_table_is_long_and_the_unaltered_file_loads(whole, tmp_path):
     path = tmp_path / "whole.gpmlp"
     path.write_bytes(sealed(packed(*whole)))
     archive.load(path)
+
+
+def test_what_is_not_there_is_not_there():
+    """Parts of files of older versions are looked for by name."""
+    stored = StoredTensors({"a.b": torch.zeros(1)}).part("a.")
+    assert "b" in stored and "c" not in stored and list(stored) == ["b"] and len(stored) == 1
+    with pytest.raises(UserError, match="`a.c` is missing"):
+        stored["c"]
 
 
 def test_special_files_are_no_models(tmp_path, capsys):

@@ -24,6 +24,9 @@ class StoredTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def __contains__(self, name: object) -> bool:
+        return f"{self._prefix}{name}" in self._tensors
+
     def __getitem__(self, name: str) -> Tensor:
         full = self._prefix + name
         if full not in self._tensors:
