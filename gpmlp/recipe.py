@@ -232,7 +232,7 @@ class CalibrationRecipe(RecipeSection):
 
 
 class NoveltyRecipe(RecipeSection):
-    """Mahalanobis distances from at most `samples` environments per species; threshold at this quantile of held-out environments."""
+    """Mahalanobis distances from at most `samples` environments per species; threshold at this quantile of environments left out."""
 
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.99
     samples: Annotated[Count, Field(ge=10)] = 2000

@@ -205,7 +205,7 @@ class CoverageRecipe(RecipeSection):
     """Where the dynamics goes lies inside the trust region (novelty at most 1).
 
     frames: share of the frames that must be inside (its 95 % lower bound). atoms: share of all atoms; None = 1 - 3 (1 - q), q the
-    quantile of held-out environments that novelty 1 stands for. far: novelty that no atom of a frame inside may exceed.
+    quantile of environments left out that novelty 1 stands for. far: novelty that no atom of a frame inside may exceed.
     persistent: share of the frames in which one and the same atom may be outside.
     """
 

@@ -25,7 +25,6 @@ from ase import Atoms, units
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 from common import ROOT, table
@@ -64,7 +63,9 @@ def trajectory(
     rng = np.random.default_rng(0)
     atoms = atoms.copy()
     atoms.calc = calculator
-    thermalize_momenta(atoms, temperature_K, rng)
+    atoms.set_momenta(
+        rng.normal(size=(len(atoms), 3)) * np.sqrt(units.kB * temperature_K * atoms.get_masses())[:, None]
+    )
     run = LangevinBAOAB(atoms, timestep_fs * units.fs, temperature_K=temperature_K, T_tau=50 * units.fs, rng=rng)
     run.run(200)
     out = []

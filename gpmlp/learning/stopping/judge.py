@@ -188,7 +188,7 @@ def judge(
     """Say whether to stop.
 
     Args:
-        quantile: of held-out environments, that novelty 1 stands for (`recipe.novelty.quantile` of the model).
+        quantile: of environments left out, that novelty 1 stands for (`recipe.novelty.quantile` of the model).
         labels: how many there are in all, with those of the start; None: those of the history.
         elapsed_h: time that the run has taken.
     """
