@@ -263,12 +263,17 @@ class Fake(Calculator):
         shutil.rmtree(Path(self.directory).parent)
 
     def forks(self) -> None:
-        os.fork()
+        """The child returns from here as its parent does."""
+        child = os.fork()
+        if child:
+            self.started(child)
+
+    def started(self, child: int) -> None:
+        with open(f"{self.log}.children", "a") as file:
+            file.write(f"{child}\n")
 
     def leaves_a_child(self) -> None:
-        child = subprocess.Popen(["sleep", "1000"])
-        with open(f"{self.log}.children", "a") as file:
-            file.write(f"{child.pid}\n")
+        self.started(subprocess.Popen(["sleep", "1000"]).pid)
 
 
 class OwnOracle:

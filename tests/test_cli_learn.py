@@ -77,6 +77,11 @@ def test_a_run_and_going_on(recipe, capsys):
         capsys.readouterr().err
     )
 
+    assert main.main(["learn", str(recipe), "--no-report", "--resume"]) == 0
+    said = capsys.readouterr()
+    assert "finished: the run in" in said.err and "had stopped already, and nothing was done" in words(said.err)
+    assert "why it stopped all 30 steps" in words(said.out) and "noise" not in said.out
+
     arguments = ["learn", str(recipe), "--no-report", "--resume", "--set", "dynamics.steps=50"]
     assert main.main(arguments) == 0
     said = capsys.readouterr()

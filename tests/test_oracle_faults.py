@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from learning_runs import crystal, finish, prepare, recipe
+from test_labeller import alive, until
 
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import structures_from_ase
@@ -136,6 +137,12 @@ def _raise(text: str) -> None:
     raise UserError(text)
 
 
+def children(folder: Path) -> list[int]:
+    """Processes that the oracle started."""
+    log = folder / "log.children"
+    return [int(pid) for pid in log.read_text().split()] if log.exists() else []
+
+
 @pytest.mark.parametrize("name", HERE)
 def test_in_the_process_of_the_run(name, tmp_path, capfd):
     """A label that is checked, as the first of a run is; the process is afterwards as it was."""
@@ -144,6 +151,7 @@ def test_in_the_process_of_the_run(name, tmp_path, capfd):
         labeller.submit("k", aluminium(), (FORCES, STRESS))
         assert_outcome(labeller.result("k"), name, HERE[name])
     assert os.getcwd() == place and os.getpid() == process and "SCF cycle 1" not in capfd.readouterr().out
+    until(lambda: not any(map(alive, children(tmp_path))), 5.0)
     scratch = [p for p in (tmp_path / "scratch").rglob("*") if p.is_file()]
     assert bool(HERE[name]) or not scratch
 
@@ -156,9 +164,7 @@ def test_in_a_process_of_its_own(name, tmp_path, capfd):
         labeller.submit("next", aluminium())  # nothing of it is left
         assert_right(labeller.result("next", 60))
     assert "SCF" not in capfd.readouterr().out
-    children = tmp_path / "log.children"
-    if children.exists():
-        assert not Path(f"/proc/{children.read_text().strip()}").exists()
+    assert not any(map(alive, children(tmp_path)))
 
 
 def run_of(folder: Path, *behaviour: str, **values):
