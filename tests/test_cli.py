@@ -103,14 +103,14 @@ def test_fit_evaluate_report_info_cite(gpmlp, train_file, tmp_path, monkeypatch)
     assert "Bartok2013" in out and "Ziegler1985" in out and "Himanen2020" not in out
 
 
-def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeypatch):
+def test_structures_that_calibrated_are_known_again(gpmlp, tmp_path, monkeypatch):
     """In another file, with other names and digits: evaluate and report say that they are no test."""
     frames = [copper(100 + seed) for seed in range(24)]
     model, train, other = tmp_path / "m.gpmlp", tmp_path / "train.xyz", tmp_path / "other.xyz"
     ase_atoms.write_frames(train, frames)
     assert gpmlp("fit", train, *QUICK, "--set", "noise.energy_per_atom.bounds=[0.5,0.9]", "-o", model)[0] == 0
     source = archive.read_header(model)["header"]["calibration"]["source"]
-    assert source["held_out_structures"] == len(source["fingerprints"]) == 8
+    assert source["held_out_structures"] == len(source["fingerprints"]) == 24
     numbers = [int(name.split("frame ")[1]) for name in source["names"]]
     held = [frames[i].copy() for i in numbers]
     for frame, i in zip(held, numbers, strict=True):
@@ -119,7 +119,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     ase_atoms.write_frames(other, [*held, copper(300), copper(301)])
 
     status, _, err = gpmlp("evaluate", model, other, "--no-variance")
-    assert status == 0 and "other.xyz: 8 of 10 structures are among those from which this model" in " ".join(
+    assert status == 0 and "other.xyz: 24 of 26 structures are among those from which this model" in " ".join(
         err.split()
     )
     monkeypatch.setattr(
@@ -127,7 +127,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     )
     assert gpmlp("report", model, other, "-o", tmp_path / "report")[0] == 0
     record = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert record["answers"]["How wrong is it?"].startswith("Of these structures 8 of 10 are among those")
+    assert record["answers"]["How wrong is it?"].startswith("Of these structures 24 of 26 are among those")
     assert "fingerprints" not in json.dumps(record)
 
     ase_atoms.write_frames(other, [copper(300), copper(301)])
@@ -136,7 +136,7 @@ def test_structures_that_were_set_aside_are_known_again(gpmlp, tmp_path, monkeyp
     said = " ".join(gpmlp("info", model)[1].split())
     digest = hashlib.sha256("".join(source["fingerprints"]).encode()).hexdigest()[:12]
     assert "warning noise.energy_per_atom ended at 0.9 eV/atom, the upper bound" in said
-    assert "calibrated on 8 structures, 32 atoms, set aside" in said and f"(sha256 of all {digest})" in said
+    assert "calibrated on 24 structures, 96 atoms, left out" in said and f"(sha256 of all {digest})" in said
 
 
 def test_errors_without_labels_are_null(gpmlp, model_file, small_atoms, tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 import gpmlp
 from gpmlp.fitting import regression, variance_checks
+from gpmlp.fitting.left_out import leave_one_out
 from gpmlp.gp import inducing, posterior
 from gpmlp.gp.posterior import FIXED
 from gpmlp.potential.evaluation import evaluate
@@ -69,8 +70,11 @@ def test_leaving_out_is_learning_without(caught, i):
     assert potential.variances.n_columns == potential.variances.of_fit
     rows = regression.labelled_rows(models, structures.select([i]), remaining.select(structures, [i]))
     residuals = {kind: r[:, -1] - r[:, :-1] @ solved.weights for kind, r in rows.items()}
-    error, variance = variance_checks._leave_one_out(
-        {k: r[:, :-1] for k, r in rows.items()}, residuals, potential.variances, learned.noise
+    error, variance = (
+        found["forces"]
+        for found in leave_one_out(
+            {k: r[:, :-1] for k, r in rows.items()}, residuals, potential.variances, learned.noise
+        )
     )
     expected, spread = without(arguments, i)
     assert error.abs().max() > 1.05 * residuals["forces"].abs().max()  # what was learned from is nearer

@@ -94,7 +94,7 @@ def test_unknown_errors_are_dropped_with_their_std():
 def test_nothing_known(n):
     found = s.score_errors(torch.full((n,), math.nan), torch.ones(n))
     assert found.n == 0
-    assert all(math.isnan(v) for k, v in asdict(found).items() if k != "n")
+    assert all(math.isnan(v) for k, v in asdict(found).items() if k not in ("n", "n_symmetric"))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10])
@@ -105,9 +105,9 @@ def test_std_of_zero(n):
         found = s.score_errors(e, std)
         assert found.coverage_95 == covered
         assert math.isnan(found.spearman)  # constant
-        assert all(math.isfinite(v) for k, v in asdict(found).items() if k != "spearman")
+        assert all(math.isfinite(v) for k, v in asdict(found).items() if not k.startswith("spearman"))
     mixed = s.score_errors(torch.cat([zero, _normal(20)]), torch.cat([zero, torch.ones(20, dtype=torch.float64)]))
-    assert all(math.isfinite(v) for v in asdict(mixed).values())
+    assert all(math.isfinite(v) for k, v in asdict(mixed).items() if k != "spearman_within_frame")  # without frames
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, math.inf])
@@ -123,6 +123,24 @@ def test_bad_shapes_are_errors():
         s.score_errors(torch.zeros(3, 3), torch.zeros(3, 3))
     with pytest.raises(UserError, match="infinite"):
         s.score_errors(torch.tensor([math.inf]), torch.ones(1))
+
+
+def test_ranks_within_frames_see_what_frames_hide():
+    """Frames of different temperature: std ranks them well, and the atoms of each not at all."""
+    frames, atoms = 30, 20
+    level = torch.linspace(-2, 2, frames, dtype=torch.float64).exp().repeat_interleave(3 * atoms)
+    atom, frame = torch.arange(frames * atoms).repeat_interleave(3), torch.arange(frames).repeat_interleave(3 * atoms)
+    own = _normal(frames * atoms, seed=5).exp().repeat_interleave(3)
+    e = level * own * _normal(3 * frames * atoms, seed=6)
+    blind, seeing = (
+        s.score_errors(e, std, group=atom, frame=frame) for std in (level * own[torch.randperm(len(own))], level * own)
+    )
+    assert blind.spearman > 0.5 and abs(blind.spearman_within_frame) < 0.15
+    assert seeing.spearman_within_frame > 0.6
+    # a frame of a few values shared by all its atoms, as in a perfect crystal, has no ranks
+    assert math.isnan(s.score_errors(e, torch.ones_like(e), group=atom, frame=frame).spearman_within_frame)
+    lone = s.score_errors(e[:60], own[:60], group=atom[:60], frame=frame[:60])
+    assert lone.spearman_within_frame == pytest.approx(lone.spearman)
 
 
 def test_ranking_by_groups_sees_what_components_hide():

@@ -1,8 +1,7 @@
-"""Calibration of variances: on structures set aside from a fit, or on prequential errors (predicted before conditioning)."""
+"""Calibration of variances: on structures left out of a fit in turn, or on prequential errors (predicted before conditioning)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -11,22 +10,28 @@ import torch
 from scipy.special import chdtri
 from torch import Tensor
 
-from gpmlp.core import parallel
 from gpmlp.core.quantities import Prediction, Targets
-from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
+from gpmlp.core.structures import Structures
+from gpmlp.fitting.left_out import LeftOut
 from gpmlp.fitting.near_duplicates import IndependentGroups
-from gpmlp.gp.variance import VARIANCES
 from gpmlp.potential import baselines
-from gpmlp.potential.potential import Potential
 from gpmlp.recipe import CalibrationRecipe
-from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction, fit_variance_weights, widen_by_novelty
+from gpmlp.uncertainty.calibration import (
+    Calibration,
+    KnownErrors,
+    calibrate_prediction,
+    invariants,
+    widen_by_novelty,
+)
 from gpmlp.uncertainty.residuals import (
     VARIANCE_FIELDS,
     degrees_of_freedom,
     mean_square_residuals,
     split_residuals,
+    structure_of_error,
     zero_by_symmetry,
 )
+from gpmlp.uncertainty.variance_weights import fit_variance_weights
 
 FEWEST_PREQUENTIAL = 8  # latest structures, at least, whose predictions count,
 COMPONENTS = 1000  # and force components that they have together: older predictions are of models with less data
@@ -40,9 +45,10 @@ LEAST_FREEDOM = 3.0  # below it a new error would have no variance
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
 FEW = 30  # from which the constant part is weighed against the others for a kind of its own
 LEAST = 1e-6  # weight of the constant part, a thousandth of its std: where symmetry leaves nothing else, labels are still not exact
+TYPICAL = 0.9  # quantile of the novelty beyond which standard deviations grow with it
 LEAST_NOVELTY = 1e-3  # that is called typical
 REMOVED = 1e-4  # of the size of forces: a net force below it was subtracted
-LARGE = 0.3  # share of the size of forces that the model class may miss without a warning
+LARGE = 0.25  # share of the size of forces that the model class may miss without a warning
 
 
 class CalibrationSplit(NamedTuple):
@@ -108,30 +114,16 @@ def _keep_every_species(structures: Structures, held: Tensor) -> None:
             held[with_it[0]] = False
 
 
-def held_out_calibration(potential: Potential, structures: Structures, targets: Targets) -> Calibration:
-    """Calibration from structures that the potential was not fitted to.
+def left_out_calibration(left_out: LeftOut) -> Calibration:
+    """Calibration from structures predicted without their labels, standard deviations and intervals larger by √(n / (n - 2)).
 
-    Of ENOUGH_HELD structures or fewer, standard deviations and intervals are larger by √(ν / (ν - 2)): the variance of so few errors is
-    uncertain itself, and a new error is distributed as Student's t.
+    Errors within a structure depend on each other, so n structures count as n errors; the variance of so many is uncertain itself, and
+    a new error is distributed as Student's t.
     """
-    novelty = potential.novelty is not None
-    if potential.variances is not None:
-        potential.variances.prepare()  # once, not in each thread
-
-    def predict(part: Structures) -> Prediction:
-        return potential(part, VARIANCES, novelty, calibrated=False)
-
-    pieces = parallel.map_pieces(predict, list(chunk_structures(structures, CHUNK_ATOMS)))
-    raw = Prediction.concatenate(pieces)
-    how = "set aside from the training set, at random within each config_type; learned from afterwards"
-    learned = learn_calibration(raw, structures, targets, how)
-    if len(structures) > ENOUGH_HELD:
-        return learned
-    wide = raw if learned.typical_novelty is None else widen_by_novelty(raw, structures, learned.typical_novelty)
-    kinds = {}
-    for name, kind in learned.kinds.items():
-        n = degrees_of_freedom(mean_square_residuals(name, kind, structures, targets, wide)) if kind.n else math.inf
-        kinds[name] = kind.scale_by((max(n, LEAST_FREEDOM) / (max(n, LEAST_FREEDOM) - 2)) ** 0.5) if kind.n else kind
+    how = "left out of the training set in turn, several of each config_type; learned from otherwise"
+    learned = learn_calibration(left_out.prediction, left_out.structures, left_out.targets, how)
+    n = max(len(left_out.structures), LEAST_FREEDOM)
+    kinds = {name: kind.scale_by((n / (n - 2)) ** 0.5) if kind.n else kind for name, kind in learned.kinds.items()}
     return replace(learned, kinds=kinds)
 
 
@@ -148,10 +140,10 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
         how: where the structures come from, for the record.
     """
     prediction = raw
-    typical = max(float(raw.novelty.median()), LEAST_NOVELTY) if raw.novelty is not None else None
+    typical = max(float(raw.novelty.double().quantile(TYPICAL)), LEAST_NOVELTY) if raw.novelty is not None else None
     if typical is not None:
         prediction = widen_by_novelty(raw, structures, typical)
-    data: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+    data: dict[str, KnownErrors] = {}
     weights: dict[str, Tensor] = {}
     blind: list[str] = []
     unsampled = 1.0
@@ -166,20 +158,19 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
             blind += [kind] if labelled.any() else []
             continue
         errors, parts, species = errors[usable], parts[usable], species if species is None else species[usable]
-        if weights:  # the same process: its parts have the weights of the forces; noise is separate for each kind
-            inducing, opened, constant = next(iter(weights.values())).tolist()
-            if len(errors) >= FEW:
-                both = torch.stack([inducing * parts[:, 0] + opened * parts[:, 1], parts[:, 2]], dim=1)
-                common, constant = fit_variance_weights(errors, both).tolist()
-                inducing, opened = common * inducing, common * opened
-            weights[kind] = torch.tensor([inducing, opened, max(constant, LEAST)], dtype=torch.float64)
-        elif len(errors) >= ENOUGH:
-            weights[kind] = fit_variance_weights(errors, parts)
-            weights[kind][2] = max(float(weights[kind][2]), LEAST)
-        used = weights.get(kind, torch.ones(parts.shape[1], dtype=parts.dtype))
-        if kind == "forces":
-            unsampled = unsampled_factor(parts, used)
-        data[kind] = (errors, (parts @ used.to(parts)).sqrt(), species)
+        found = _weights(errors, parts, next(iter(weights.values()), None))
+        if found is not None:
+            weights[kind] = found
+        used = weights.get(kind, torch.ones(parts.shape[1], dtype=parts.dtype)).to(parts)
+        unsampled = unsampled_factor(parts, used) if kind == "forces" else unsampled
+        data[kind] = KnownErrors(errors, (parts @ used).sqrt(), species)
+        if len(structures) >= FEWEST:
+            owner = structure_of_error(kind, structures).to(errors.device)[usable]
+            labels = tuple(targets.config_types[i] for i in owner.tolist())
+            mean, squared_force = (
+                x.repeat_interleave(len(usable) // len(x), 0)[usable] for x in invariants(kind, prediction, structures)
+            )
+            data[kind] = KnownErrors(*data[kind][:3], owner, labels, mean * used, squared_force)
     source: dict[str, object] = {
         "held_out_structures": len(structures),
         "held_out_atoms": structures.n_atoms,
@@ -193,12 +184,35 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
         Calibration.fit(data, source, weights), typical_novelty=typical, sample_scale=sample_scale, unsampled=unsampled
     )
     if prediction.forces_variance is not None and "forces" in data:
-        labels = targets.forces[~targets.forces.isnan()]
-        source["force_eV_per_A"] = labels.square().mean().sqrt().item()
-        calibrated = calibrate_prediction(raw, structures, calibration).forces_variance
-        if calibrated is not None:
-            source["misspecification_eV_per_A"] = calibrated.misspecification.mean().sqrt().item()
+        source |= _misspecification(calibration, raw, structures, targets)
     return replace(calibration, source=source)
+
+
+def _weights(errors: Tensor, parts: Tensor, of_forces: Tensor | None) -> Tensor | None:
+    """Weights of the parts of a variance: those of the forces, as far as it is the same process; None = there are too few errors."""
+    if of_forces is None:
+        if len(errors) < ENOUGH:
+            return None
+        inducing, opened, constant = fit_variance_weights(errors, parts).tolist()
+    else:  # its parts have the weights of the forces; noise is separate for each kind
+        inducing, opened, constant = of_forces.tolist()
+        if len(errors) >= FEW:
+            both = torch.stack([inducing * parts[:, 0] + opened * parts[:, 1], parts[:, 2]], dim=1)
+            common, constant = fit_variance_weights(errors, both).tolist()
+            inducing, opened = common * inducing, common * opened
+    return torch.tensor([inducing, opened, max(constant, LEAST)], dtype=torch.float64)
+
+
+def _misspecification(
+    calibration: Calibration, raw: Prediction, structures: Structures, targets: Targets
+) -> dict[str, float]:
+    """Sizes of forces and of what the model class misses of them, for the record."""
+    labels = targets.forces[~targets.forces.isnan()]
+    sizes = {"force_eV_per_A": labels.square().mean().sqrt().item()}
+    calibrated = calibrate_prediction(raw, structures, calibration).forces_variance
+    if calibrated is not None:
+        sizes["misspecification_eV_per_A"] = calibrated.misspecification.nanmean().sqrt().item()
+    return sizes
 
 
 def sample_spread(structures: Structures, targets: Targets, raw: Prediction) -> float | None:

@@ -18,7 +18,7 @@ from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.descriptors import make_descriptor
-from gpmlp.fitting import calibrate, near_duplicates, prepare, regression, variance_checks
+from gpmlp.fitting import calibrate, left_out, near_duplicates, prepare, regression, variance_checks
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
@@ -37,6 +37,7 @@ from gpmlp.uncertainty.residuals import force_label_noise
 
 PASS_ATOMS = 128  # atoms of a chunk of rows
 FEW_COLUMNS = 1000  # up to which the evidence is faster on one core
+LEFT_OUT = 2  # atoms that are left out in turn for the calibration, times those that may be set aside
 SAMPLE_BYTES = 16 << 20  # of features of one species to which novelty is fitted
 
 
@@ -70,21 +71,17 @@ def fit(
     split = calibrate.calibration_split(data.structures, data.targets, wanted, data.recipe.seed, data.groups)
     fitted, held, judged = split
     trained = _train(data, fitted, held, stages)
-    models, learned, calibration = trained.models, trained.learned, Calibration.identity()
+    models, learned = trained.models, trained.learned
     lowers = regression.lowers_of(models)
-    if len(judged):
-        stages.begin("calibration")
-        calibration = calibrate.held_out_calibration(
-            _potential(data, trained, learned, learned.weights(lowers)),
-            data.structures.select(judged),
-            data.targets.select(data.structures, judged),
-        )
     if len(held):
         learned = learned.joined(*trained.held)
     stages.begin("posterior")
     solved = posterior.solve_posterior(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
-    potential = replace(_potential(data, trained, learned, solved.weights), calibration=calibration)
-    potential = replace(potential, novelty=trained.novelty_whole, provenance=dict(provenance or {}))
+    potential = replace(_potential(data, trained, learned, solved.weights), provenance=dict(provenance or {}))
+    potential = replace(potential, novelty=trained.novelty_whole)
+    if len(judged):
+        stages.begin("calibration")
+        potential = replace(potential, calibration=_calibration(data, potential, models, learned, solved, judged))
     potential = _with_amplitude(data, potential, models, learned, solved)
     compared = data.structures.select(judged if len(judged) else fitted)
     subset = variance_checks.subset_error(potential, models, learned.signal, solved.factor, compared, data.recipe.seed)
@@ -95,7 +92,7 @@ def fit(
     stages.end()
     report = FitReport(
         independent_groups=len(data.groups),
-        held_out=len(judged),
+        held_out=potential.calibration.source.get("held_out_structures", 0),
         variance_subset=subset,
         validation_errors=errors,
         stages=tuple(stages.done),
@@ -103,7 +100,7 @@ def fit(
         warnings=(
             *(str(finding) for finding in data.findings if finding.severity != "note"),
             *trained.warnings,
-            *calibrate.calibration_warnings(calibration, learned.label_noise),
+            *calibrate.calibration_warnings(potential.calibration, learned.label_noise),
         ),
         **_numbers(data, trained, learned, solved),
     )
@@ -189,6 +186,25 @@ def _with_amplitude(
     share = variance_checks.leave_out_amplitude(potential, models, learned, solved, *about)
     variances = replace(potential.variances, amplitude=share)
     return replace(potential, variances=variances, calibration=potential.calibration.with_amplitude(share))
+
+
+def _calibration(
+    data: _Data,
+    potential: Potential,
+    models: list[InducingModel],
+    learned: WhitenedData,
+    solved: SparsePosterior,
+    aside: Tensor,
+) -> Calibration:
+    """From structures left out in turn with what is near them, those set aside (`aside`) before others."""
+    assert data.recipe.calibration is not False, "structures were set aside"
+    labels, groups = (data.structures, data.targets), data.groups
+    atoms, seed = LEFT_OUT * data.recipe.calibration.atoms, data.recipe.seed
+    chosen = left_out.choose_left_out(*labels, aside, atoms, seed, groups.leaders)
+    near = dict(zip(groups.leaders.tolist(), groups.near, strict=True))
+    about = *labels, data.remaining
+    predicted = left_out.predict_left_out(potential, models, learned, solved, *about, chosen, near)
+    return Calibration.identity() if predicted is None else calibrate.left_out_calibration(predicted)
 
 
 def _validation_errors(potential: Potential, structures: Structures, targets: Targets, energies: bool) -> ErrorTable:

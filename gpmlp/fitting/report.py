@@ -21,8 +21,7 @@ class FitReport:
     Attributes:
         rows: number of observations by kind.
         independent_groups: of structures that are no near-duplicates of each other (fitting/near_duplicates.py).
-        held_out: structures that were set aside and predicted to learn the calibration, and then learned from too; what is near
-            them was set aside with them.
+        held_out: structures that were left out in turn, each with what is near it, to learn the calibration, and learned from otherwise.
         noise: standard deviations used, 'energies' eV/atom, 'forces' eV/A, 'stresses' eV/A^3.
         noise_by_evidence: the same before leave-one-out chose that of the energies (gp/energy_noise.py).
         label_noise: how much of it the labels themselves show (uncertainty/residuals.py); forces only.

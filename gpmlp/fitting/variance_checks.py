@@ -13,15 +13,16 @@ from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
+from gpmlp.fitting.left_out import leave_one_out
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.gp import likelihood
 from gpmlp.gp.local_variance import inducing_variance
-from gpmlp.gp.posterior import FIXED, SparsePosterior
+from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.potential import Potential
-from gpmlp.uncertainty.calibration import fit_variance_weights
 from gpmlp.uncertainty.scores import spearman_correlation
+from gpmlp.uncertainty.variance_weights import fit_variance_weights
 
 SUBSET_ATOMS = 100  # whose covariances are compared
 QUANTILES = (0.05, 0.5, 0.95)
@@ -71,13 +72,13 @@ def leave_out_amplitude(
         if not len(judged):
             return None
         z = {kind: r[:, -1] - r[:, :-1] @ solved.weights.to(r) for kind, r in rows.items()}
-        error, opened = _leave_one_out({k: r[:, :-1] for k, r in rows.items()}, z, every, learned.noise)
+        error, opened = leave_one_out({k: r[:, :-1] for k, r in rows.items()}, z, every, learned.noise)
         if model.n_columns < model.of_fit:
             rows = regression.labelled_rows(models, structures, targets, model.blocks, environments)
-            _, opened = _leave_one_out({k: r[:, :-1] for k, r in rows.items()}, z, model, learned.noise)
+            _, opened = leave_one_out({k: r[:, :-1] for k, r in rows.items()}, z, model, learned.noise)
         n = len(judged)
         missed = _missed_variance(model, structures, judged, environments, rows["forces"][:n, :-1])
-        return error[:n], missed, opened[:n] + learned.noise["forces"] ** 2
+        return error["forces"][:n], missed, opened["forces"][:n] + learned.noise["forces"] ** 2
 
     pieces = parallel.map_pieces(leave_out, _some_groups(structures, remaining, groups, seed))
     results = [piece for piece in pieces if piece is not None]
@@ -126,28 +127,6 @@ def _some_groups(
         others = torch.randperm(one.n_atoms, generator=generator)[ATOMS:].to(labels.forces.device)
         some[0] = (one, replace(labels, forces=labels.forces.index_fill(0, others, torch.nan)))
     return some
-
-
-def _leave_one_out(
-    rows: dict[str, Tensor], residuals: dict[str, Tensor], model: VarianceModel, noise: dict[str, float]
-) -> tuple[Tensor, Tensor]:
-    """Errors Σ (Σ - C)⁻¹ r and posterior variances Σ (Σ - C)⁻¹ C of the forces of a structure = those of a fit to the other data.
-
-    Args:
-        rows: by kind, K_ou of its labels; residuals: of the fit with it.
-    """
-    sizes = [len(r) for r in rows.values()]
-    sigma = torch.cat([r.new_full((len(r),), 1.0 if k == FIXED else noise[k]) for k, r in rows.items()])
-    _, left = model.whiten(torch.cat(list(rows.values())) / sigma[:, None])
-    share = left @ left.T  # Σ^-½ C Σ^-½
-    values, vectors = torch.linalg.eigh(share)
-    values = values.clamp(0, 1 - 1e-12)  # labels in the data leave less than their noise
-    r = torch.cat(list(residuals.values())).to(share) / sigma
-    error = sigma * (vectors @ ((vectors.T @ r) / (1 - values)))
-    variance = sigma**2 * (vectors.square() @ (values / (1 - values)))
-    here = dict(zip(rows, range(len(sizes)), strict=True))["forces"]
-    forces = slice(sum(sizes[:here]), sum(sizes[: here + 1]))
-    return error[forces], variance[forces]
 
 
 def subset_error(

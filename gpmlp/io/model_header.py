@@ -20,6 +20,7 @@ Species = Annotated[int, Field(ge=1, le=len(errors.SYMBOLS) - 1)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Deviation = Annotated[float, Field(gt=0, le=1e9)]
 NotNegative = Annotated[float, Field(ge=0, le=1e15)]
+Three = Annotated[list[Annotated[float, Field(ge=-1e4, le=1e4)]], Field(min_length=3, max_length=3)]
 Kind = Literal["energies", "forces", "stresses"]
 
 
@@ -85,6 +86,26 @@ class _Source(_Section):
     fingerprints: list[str] = []
 
 
+class _LocalScale(_Section):
+    slopes: Three
+    middle: Three
+    low: Three
+    high: Three
+    force: Deviation
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _LocalScale:
+        if any(a > b for a, b in zip(self.low, self.high, strict=True)):
+            raise ValueError("low must not be above high")
+        return self
+
+
+class _GroupScale(_Section):
+    std: Deviation = 1.0
+    intervals: list[NotNegative] = []
+    structures: Count = 0
+
+
 class _KindCalibration(_Section):
     scale: Deviation
     n: Count
@@ -92,6 +113,9 @@ class _KindCalibration(_Section):
     edges: list[NotNegative] = []
     floor: NotNegative = 0.0
     weights: list[NotNegative] = []
+    local: _LocalScale | None = None
+    groups: dict[str, _GroupScale] = {}
+    unseen: _GroupScale = _GroupScale()
 
 
 class _Calibration(_Section):

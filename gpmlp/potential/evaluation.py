@@ -19,6 +19,9 @@ from gpmlp.uncertainty.scores import Scores, score_errors
 
 CHUNK_ATOMS = 500  # atoms between two calls of progress
 LEVELS = (0.5, 0.68, 0.9, 0.95)
+EXACT = (
+    1e-3  # of the rms error: where symmetry forbids a component and the error is smaller, it is no test of an error bar
+)
 # keys of the JSON: name of a kind there, and the unit of its sharpness
 KEYS = {
     "energies": ("energy", "meV_per_atom", 1e3),
@@ -50,7 +53,8 @@ class Evaluation:
 
         Of variances, for energy (per atom), force and stress: `force_coverage_50`, `_68`, `_90`, `_95` (share of components in the
         intervals), `force_miscalibration_area`, `force_ence`, `force_nll` (nats, errors in eV/A), `force_crps` (eV/A),
-        `force_sharpness_meV_per_A` (rms standard deviation), `force_spearman` (of forces per atom).
+        `force_sharpness_meV_per_A` (rms standard deviation), `force_rms_z` (rms of error/std), `force_spearman` (of forces per atom),
+        `force_spearman_within_frame` (median over the structures), `force_n_symmetric` (components left out, as they vanish by symmetry).
         """
         scores = self.scores_by_config_type
         tables = {name: _as_dict(table, scores.get(name, {})) for name, table in self.by_config_type.items()}
@@ -64,6 +68,8 @@ def _as_dict(table: ErrorTable, scores: dict[str, Scores]) -> dict:
         numbers = asdict(entry)
         values[f"{name}_sharpness_{unit}"] = factor * numbers.pop("sharpness")
         values |= {f"{name}_{key}": value for key, value in numbers.items() if key != "n"}
+        if kind != "forces":
+            del values[f"{name}_spearman_within_frame"]
     return json_value(values)
 
 
@@ -88,7 +94,10 @@ def evaluate(
     if progress:
         progress("prediction", 0, structures.n_atoms, "")
     for chunk in chunk_structures(structures, CHUNK_ATOMS):
-        parts.append(potential(chunk, VARIANCES if variances else None, potential.novelty is not None and variances))
+        first = sum(len(part.energies) for part in parts)
+        labels = targets.config_types[first : first + len(chunk)]
+        about = VARIANCES if variances else None, potential.novelty is not None and variances
+        parts.append(potential(chunk, *about, config_types=labels))
         done += chunk.n_atoms
         if progress:
             progress("prediction", done, structures.n_atoms, f"{done} atoms")
@@ -124,19 +133,31 @@ def compare_prediction(
 def score_variances(
     structures: Structures, targets: Targets, prediction: Prediction, calibration: Calibration
 ) -> dict[str, Scores]:
-    """Scores of the variances of a prediction by kind; kinds without variances are left out."""
+    """Scores of the variances of a prediction by kind; kinds without variances are left out.
+
+    So are components that vanish by symmetry: error bars of next to nothing hold there, and there may be many (strained crystals).
+    """
     scores = {}
     for kind, name in residuals.VARIANCE_FIELDS.items():
         if getattr(prediction, name) is None:
             continue
         error, parts, species = residuals.split_residuals(kind, structures, targets, prediction)
         std = parts.sum(1).sqrt()
-        given = ~error.isnan() & std.isfinite()
+        forbidden = residuals.zero_by_symmetry(kind, targets, prediction, parts)
+        exact = forbidden & (error.abs() < EXACT * error[~error.isnan()].square().mean().sqrt())
+        given = ~error.isnan() & std.isfinite() & ~exact
+        owner = residuals.structure_of_error(kind, structures).to(std.device)[given]
         error, std = error[given], std[given]
         z = None if species is None else species[given]
-        widths = {level: calibration.half_width(kind, std, level, z) for level in LEVELS}
-        atom = torch.arange(structures.n_atoms, device=std.device).repeat_interleave(3) if kind == "forces" else None
-        scores[kind] = score_errors(error, std, widths, None if atom is None else atom[given])
+        groups = [targets.config_types[i] for i in owner.tolist()]
+        widths = {level: calibration.half_width(kind, std, level, z, groups) for level in LEVELS}
+        atom = (
+            torch.arange(structures.n_atoms, device=std.device).repeat_interleave(3)[given]
+            if kind == "forces"
+            else None
+        )
+        found = score_errors(error, std, widths, atom, None if atom is None else owner)
+        scores[kind] = replace(found, n_symmetric=int(exact.sum()))
     return scores
 
 

@@ -86,6 +86,7 @@ class Potential:
         calibrated: bool = True,
         environments: Sequence[StructureEnvironments] = (),
         pairs: Neighbors | None = None,
+        config_types: Sequence[str] = (),
     ) -> Prediction:
         """Predict energies, forces and stresses, and variances of them where asked for.
 
@@ -99,6 +100,8 @@ class Potential:
             calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
             environments: of all the structures, one entry for each term, if they are there already; one chunk is predicted then.
             pairs: all neighbours within `reach`, if they are there already (verlet_list.VerletList).
+            config_types: of the structures, where they are known ('' = not known): the calibration has factors of each that it has seen,
+                and one for others.
 
         Raises:
             UserError: a species that was not in the training data; atoms on top of each other; an unknown variance or form; a model
@@ -128,7 +131,8 @@ class Potential:
             raise errors.UserError("There are no structures to predict.")
         prediction = Prediction.concatenate(parts)
         if calibrated:
-            prediction = calibrate_prediction(prediction, structures.to(device=self.recipe.device), self.calibration)
+            here = structures.to(device=self.recipe.device)
+            prediction = calibrate_prediction(prediction, here, self.calibration, config_types)
             prediction = prediction if novelty else replace(prediction, novelty=None)
         if prediction.energies_variance is not None:
             open_ = self._energy_deviations(structures).square().sum(1).to(prediction.energies_variance.data)

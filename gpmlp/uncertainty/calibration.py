@@ -1,24 +1,27 @@
-"""Calibration of standard deviations on held-out errors: a scale, weights of the parts of the variance, conformal intervals.
+"""Calibration of standard deviations on held-out errors: weights of the parts of the variance, scales by place and group, intervals.
 
-For each kind of observation: one factor on the standard deviation (maximum likelihood), if wanted weights of the parts of the variance
-(`fit_variance_weights`), and split-conformal intervals whose half-width is a multiple of the calibrated standard deviation.
+For each kind of observation: if wanted weights of the parts of the variance (variance_weights), a factor on the standard
+deviation (maximum likelihood) that depends on the prediction (`LocalScale`) and on the group of the structure (`GroupFactors`), and
+conformal intervals whose half-width is a multiple of the calibrated standard deviation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from gpmlp.core.errors import UserError, check_choice, check_shape
 from gpmlp.core.quantities import KINDS, Prediction, Variance, json_value
 from gpmlp.core.structures import Structures
-from gpmlp.uncertainty.scores import gaussian_multiplier, known_errors, smallest_std
+from gpmlp.uncertainty.local_scale import GroupFactors, LocalScale
+from gpmlp.uncertainty.scores import SMALLEST, gaussian_multiplier, known_errors, smallest_std
 
 # local energies have no labels; of the forces, which are their slopes, there are most
 CALIBRATED_AS = {
@@ -29,12 +32,59 @@ CALIBRATED_AS = {
     "stresses_covariance": "stresses",
 }
 
+# whose local scale follows from the prediction: rotation-invariant means of its own variance
+INVARIANT = {"forces_covariance": "forces", "energies_variance": "energies", "stresses_covariance": "stresses"}
+PER_ATOM = ("atom_energies_variance", "forces_covariance", "sampled_forces_covariance")
+
 LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.99)
 MEMBERS = 30  # a group with fewer, or with fewer than 3/(1 − p), has no multiplier of its own at level p
+TRANSFER = 0.8  # of groups that the calibration has not seen are covered as those are that it has
+SHRUNK = 4.0  # structures as many as which the wider group counts beside the structures of a group
 TERTILES = (1 / 3, 2 / 3)
-PRIOR = 2.0  # standard deviation of log w about 0: weights of 7 or 1/7 cost half a nat
-WEIGHTS = (1e-8, 1e8)  # bounds of the weights
 EVERYTHING = "all"
+
+
+class KnownErrors(NamedTuple):
+    """Errors of one kind of observation, and what was known of each before.
+
+    Attributes:
+        errors: (n,) predicted - known, NaN = not known; std: (n,) predicted.
+        species: (n,) Z of the central atom, or None.
+        structure: (n,) number of the structure, or None: each error is independent of the others then.
+        groups: of each error, the group (config_type) of its structure, '' = of none; () = of none.
+        parts: (n, 3) weighted parts of the variance by cause, rotation-invariant means over the components;
+        squared_force: (n,) mean square of the components of the predicted force. From these two LocalScale is learned; None = none is.
+    """
+
+    errors: Tensor
+    std: Tensor
+    species: Tensor | None = None
+    structure: Tensor | None = None
+    groups: Sequence[str] = ()
+    parts: Tensor | None = None
+    squared_force: Tensor | None = None
+
+    def select(self, keep: Tensor) -> KnownErrors:
+        """Those of a mask (n,)."""
+        tensors = {k: v[keep] for k, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(
+            **tensors, groups=tuple(np.asarray(self.groups)[keep.cpu().numpy()]) if self.groups else ()
+        )
+
+
+@dataclass(frozen=True)
+class GroupScale:
+    """Factors for the structures of one group (config_type).
+
+    Attributes:
+        std: on the standard deviation.
+        intervals: on the half-widths at each of LEVELS, beyond that of the standard deviation.
+        structures: held-out structures from which they were learned.
+    """
+
+    std: float = 1.0
+    intervals: tuple[float, ...] = (1.0,) * len(LEVELS)
+    structures: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +99,10 @@ class KindCalibration:
         counts: by group, number of held-out errors.
         edges: of the bins, calibrated std, unit of the errors; none = one bin.
         floor: smallest calibrated std, unit of the errors: smaller ones count as this in intervals.
-        weights: of the parts of the variance (`fit_variance_weights`) from which the std was formed; empty = 1 each.
+        weights: of the parts of the variance (variance_weights) from which the std was formed; empty = 1 each.
+        local: factor on the std that depends on the prediction; None = 1.
+        groups: by config_type, factors for its structures; unseen: for structures of a config_type that is not among them, where there
+            are some.
     """
 
     scale: float
@@ -59,6 +112,9 @@ class KindCalibration:
     edges: tuple[float, ...] = ()
     floor: float = 0.0
     weights: tuple[float, ...] = ()
+    local: LocalScale | None = None
+    groups: dict[str, GroupScale] = field(default_factory=dict)
+    unseen: GroupScale = GroupScale()
 
     def widen_std(self, factor: float) -> KindCalibration:
         """With standard deviations larger by a factor, and unchanged intervals."""
@@ -76,52 +132,107 @@ class KindCalibration:
         return KindCalibration(1.0, 0, {EVERYTHING: tuple(gaussian_multiplier(p) for p in LEVELS)})
 
     @staticmethod
-    def fit(
-        errors: Tensor, std: Tensor, species: Tensor | None = None, weights: tuple[float, ...] = ()
-    ) -> KindCalibration:
+    def fit(known: KnownErrors, weights: tuple[float, ...] = ()) -> KindCalibration:
         """See Calibration.fit."""
-        keep, e, s = known_errors(errors, std)
+        keep, e, s = known_errors(known.errors, known.std)
         if not len(e):
             return KindCalibration.identity()
+        if known.species is not None:
+            check_shape("species", known.species, (len(known.errors),))
+        known = known.select(keep)._replace(errors=e)
         floor = smallest_std(s, e)
         s = s.clamp_min(floor)
+        structure = torch.arange(len(e), device=e.device) if known.structure is None else known.structure
+        local, scale = None, 1.0
+        if known.parts is not None and known.squared_force is not None:
+            local, scale = LocalScale.fit((e / s).square(), known.parts, known.squared_force, structure)
+            s = scale * local.factor(known.parts, known.squared_force).to(s) * s
+        factors = GroupFactors.fit((e / s).square(), known.groups or ("",), structure)
+        s = s * _per_error(known.groups, factors.factors).to(s)
         # argmax over s of Σ log N(e; 0, s²σ²)
-        scale = max((e / s).square().mean().sqrt().item(), 1e-12)  # errors that are all 0 must leave a std
-        s = scale * s
+        rest = max((e / s).square().mean().sqrt().item(), 1e-12)  # errors that are all 0 must leave a std
+        s, scale = rest * s, rest * scale
         edges = _edges(s)
-        labels = None
-        if species is not None:
-            check_shape("species", species, (len(errors),))
-            labels = species[keep].cpu()
-        multipliers, counts = _table((e.abs() / s).cpu(), _bins(s, edges).cpu(), labels, len(edges) + 1)
-        return KindCalibration(scale, len(e), multipliers, counts, edges, scale * floor, weights)
+        size, bins = (e.abs() / s).cpu(), _bins(s, edges).cpu()
+        species = None if known.species is None else known.species.cpu()
+        where = None if known.structure is None else structure.cpu()
+        multipliers, counts = _table(size, bins, species, len(edges) + 1, where)
+        found = KindCalibration(scale, len(e), multipliers, counts, edges, scale * floor, weights, local)
+        if not factors.factors:
+            return found
+        conformity = (e.abs()[:, None] / found.half_widths(s, species)).cpu()
+        groups = _group_scales(conformity, known.groups, structure.cpu(), factors.factors)
+        return replace(found, groups=groups, unseen=_unseen(known, s, factors, structure))
 
     def variance(self, parts: Tensor) -> Tensor:
-        """Calibrated variance (n,) of parts of variance (n, parts): scale² Σ_k w_k part_k."""
+        """Calibrated variance (n,) of parts of variance (n, parts): scale² Σ_k w_k part_k, without local or group factors."""
         if not self.weights:
             return self.scale**2 * parts.sum(1)
         check_shape("parts", parts, ("n", len(self.weights)))
-        return self.scale**2 * (parts @ torch.tensor(self.weights).to(parts))
+        return self.scale**2 * (parts @ torch.tensor(self.weights, dtype=torch.float64).to(parts))
 
-    def half_width(self, std: Tensor, level: float, species: Tensor | None = None) -> Tensor:
+    def group(self, name: str) -> GroupScale:
+        """Factors for structures of a config_type; '' = not known."""
+        return self.groups.get(name, self.unseen) if name and self.groups else GroupScale()
+
+    def half_width(
+        self, std: Tensor, level: float, species: Tensor | None = None, groups: Sequence[str] = ()
+    ) -> Tensor:
         """(n,) q_p max(σ, floor) = half-width of the interval at level p; see Calibration.half_width."""
         if not 0 < level <= LEVELS[-1]:
             raise UserError(f"`level` must be above 0 and at most {LEVELS[-1]}, as 0.9 for 90 %; got {level}.")
         check_shape("std", std, ("n",))
-        column = next(k for k, p in enumerate(LEVELS) if p >= level - 1e-9)
-        bins = _bins(std, self.edges)
-        factor = self._multipliers("*", column).to(std)[bins]
         if species is not None:
             check_shape("species", species, (len(std),))
-            for z in sorted({name.split("/")[0] for name in self.multipliers} - {EVERYTHING, "*"}):
-                factor = torch.where(species == int(z), self._multipliers(z, column).to(std)[bins], factor)
-        return factor * std.clamp_min(self.floor)
+        column = next(k for k, p in enumerate(LEVELS) if p >= level - 1e-9)
+        half = self.half_widths(std, species)[:, : column + 1]
+        rows = {name: self.group(name).intervals for name in set(groups)}
+        if rows:
+            half = half * torch.tensor([rows[name] for name in groups], dtype=torch.float64).to(half)[:, : column + 1]
+        return half.amax(1)  # an interval is never narrower than that of a lower level
 
-    def _multipliers(self, species: str, column: int) -> Tensor:
-        """(bins,) multipliers of a species, or else those of the bin, or else those of all."""
+    def half_widths(self, std: Tensor, species: Tensor | None = None) -> Tensor:
+        """(n, levels) half-widths at LEVELS of structures of no known group."""
+        bins = _bins(std, self.edges)
+        factor = self._multipliers("*").to(std)[bins]
+        if species is not None:
+            species = species.to(std.device)
+            for z in sorted({name.split("/")[0] for name in self.multipliers} - {EVERYTHING, "*"}):
+                factor = torch.where((species == int(z))[:, None], self._multipliers(z).to(std)[bins], factor)
+        return factor * std.clamp_min(self.floor)[:, None]
+
+    def _multipliers(self, species: str) -> Tensor:
+        """(bins, levels) multipliers of a species, or else those of the bin, or else those of all."""
         rows, wider = self.multipliers, self.multipliers[EVERYTHING]
         row_of_bin = [rows.get(f"{species}/{b}", rows.get(f"*/{b}", wider)) for b in range(len(self.edges) + 1)]
-        return torch.tensor([row[column] for row in row_of_bin], dtype=torch.float64)
+        return torch.tensor(row_of_bin, dtype=torch.float64)
+
+    @staticmethod
+    def from_dict(plain: dict) -> KindCalibration:
+        """Restore what dataclasses.asdict gave, of older versions too."""
+        changed: dict[str, Any] = {"multipliers": {name: tuple(row) for name, row in plain["multipliers"].items()}}
+        changed |= {"edges": tuple(plain["edges"]), "weights": tuple(plain["weights"])}
+        if plain.get("local") is not None:
+            changed["local"] = LocalScale.from_dict(plain["local"])
+        groups = {name: _group_from_dict(entry) for name, entry in plain.get("groups", {}).items()}
+        changed |= {"groups": groups, "unseen": _group_from_dict(plain.get("unseen", {}))}
+        return KindCalibration(**_known(KindCalibration, plain | changed))
+
+
+def _group_from_dict(plain: Mapping) -> GroupScale:
+    scale = GroupScale(
+        **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in _known(GroupScale, plain).items()}
+    )
+    if len(scale.intervals) != len(LEVELS):
+        raise UserError(
+            f"Calibration with {len(scale.intervals)} factors on intervals of a group; there are {len(LEVELS)} levels."
+        )
+    return scale
+
+
+def _known(of: type, plain: Mapping) -> dict[str, Any]:
+    """The entries that are fields; keys that other versions add pass."""
+    return {f.name: plain[f.name] for f in fields(of) if f.name in plain}
 
 
 @dataclass(frozen=True)
@@ -152,7 +263,7 @@ class Calibration:
 
     @staticmethod
     def fit(
-        data: Mapping[str, tuple[Tensor, Tensor, Tensor | None]],
+        data: Mapping[str, KnownErrors | tuple],
         source: dict | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Calibration:
@@ -167,13 +278,19 @@ class Calibration:
         taken and the guarantee is lost. It is an average over new data: not for each structure, and not for data of another kind
         than the held-out ones; atoms of one structure are less than exchangeable.
         Multipliers are by species × bin of calibrated std (tertiles of the held-out data), by bin where that group has fewer
-        than max(30, 3/(1 − p)) members, by all where the bin has. They never fall with the level.
+        than max(30, 3/(1 − p)) members, by all where the bin has; where structures are known, each is a geometric mean of the group's
+        own and that of the wider group, weighted S to SHRUNK for S structures. They never fall with the level.
+
+        Where config_types are known, each has a factor on the std (GroupFactors), and one on the half-widths beyond it, shrunk
+        likewise: Mondrian conformal prediction (Vovk et al. 2005, section 4.5). For a config_type that was not among them there is a
+        transfer factor: how much larger standard deviations and intervals have to be for one whole group that is left out of the
+        calibration and judged by it, each group counting the same (`_unseen`).
 
         Args:
-            data: by kind, (errors, std, species): (n,) predicted − known with NaN = not known; (n,) predicted std; (n,) Z of the
-                central atom, or None. Flatten the components of forces and stresses, and repeat the species.
+            data: by kind, KnownErrors, or a tuple of its first fields. Flatten the components of forces and stresses, and repeat
+                the species.
             source: JSON-able, for the record.
-            weights: by kind, weights of the parts of variance (`fit_variance_weights`) from which std was formed.
+            weights: by kind, weights of the parts of variance (variance_weights) from which std was formed.
 
         Raises:
             UserError: an unknown kind, wrong shapes, a std that is negative or not finite where the error is known.
@@ -181,9 +298,9 @@ class Calibration:
         for kind in data:
             check_choice("kind of observation", kind, KINDS)
         kinds = {kind: KindCalibration.identity() for kind in KINDS}
-        for kind, (errors, std, species) in data.items():
+        for kind, known in data.items():
             used = tuple(float(w) for w in (weights or {}).get(kind, ()))
-            kinds[kind] = KindCalibration.fit(errors, std, species, used)
+            kinds[kind] = KindCalibration.fit(KnownErrors(*known), used)
         return Calibration(kinds, dict(source or {}))
 
     def with_amplitude(self, amplitude: float) -> Calibration:
@@ -194,15 +311,18 @@ class Calibration:
             kinds[kind] = replace(learned, weights=(first / amplitude, *others)) if learned.n else learned
         return replace(self, kinds=kinds)
 
-    def half_width(self, kind: str, std: Tensor, level: float, species: Tensor | None = None) -> Tensor:
+    def half_width(
+        self, kind: str, std: Tensor, level: float, species: Tensor | None = None, groups: Sequence[str] = ()
+    ) -> Tensor:
         """Half-width (n,) of the interval about the prediction that holds a new error with probability `level`.
 
         Args:
-            std: (n,) calibrated standard deviation; species: (n,) Z of the central atom, not needed.
+            std: (n,) calibrated standard deviation; species: (n,) Z of the central atom, not needed; groups: config_type of the structure
+                of each (with which `std` was calibrated), not needed.
             level: up to 0.99; between two of LEVELS the next higher is used.
         """
         check_choice("kind of observation", kind, self.kinds)
-        return self.kinds[kind].half_width(std, level, species)
+        return self.kinds[kind].half_width(std, level, species, groups)
 
     def as_dict(self) -> dict:
         """Plain data for JSON; from_dict restores it exactly."""
@@ -215,11 +335,7 @@ class Calibration:
         """Restore what as_dict gave; a UserError if its levels are not LEVELS."""
         if tuple(plain["levels"]) != LEVELS:
             raise UserError(f"Calibration on levels {plain['levels']}; this version of gpmlp has {LEVELS}.")
-        kinds = {}
-        for kind, entry in plain["kinds"].items():
-            rows = {name: tuple(row) for name, row in entry["multipliers"].items()}
-            tuples = {"multipliers": rows, "edges": tuple(entry["edges"]), "weights": tuple(entry["weights"])}
-            kinds[kind] = KindCalibration(**(entry | tuples))
+        kinds = {kind: KindCalibration.from_dict(entry) for kind, entry in plain["kinds"].items()}
         numbers = plain.get("typical_novelty"), plain.get("spread"), plain.get("unsampled")
         if numbers[2] is None:  # a file of an older version: as much as makes samples as wide as errors are
             forces, spread = kinds["forces"], numbers[1]
@@ -240,7 +356,7 @@ def _bins(std: Tensor, edges: tuple[float, ...]) -> Tensor:
 
 
 def _table(
-    conformity: Tensor, bins: Tensor, species: Tensor | None, n_bins: int
+    conformity: Tensor, bins: Tensor, species: Tensor | None, n_bins: int, structure: Tensor | None = None
 ) -> tuple[dict[str, tuple[float, ...]], dict[str, int]]:
     """Multipliers at LEVELS and number of members of each group that has enough; what it lacks comes from the wider group."""
     multipliers = {EVERYTHING: conformal_multipliers(conformity, None)}
@@ -248,8 +364,14 @@ def _table(
 
     def add(name: str, members: Tensor, wider: str) -> None:
         if int(members.sum()) >= MEMBERS:
-            row = conformal_multipliers(conformity[members], multipliers.get(wider, multipliers[EVERYTHING]))
-            multipliers[name], counts[name] = row, int(members.sum())
+            outer = multipliers.get(wider, multipliers[EVERYTHING])
+            own = conformal_multipliers(conformity[members], outer)
+            share = 1.0 if structure is None else _own_share(structure[members])
+            multipliers[name] = tuple(
+                math.exp(share * _log(a) + (1 - share) * _log(b)) if share < 1 else a
+                for a, b in zip(own, outer, strict=True)
+            )
+            counts[name] = int(members.sum())
 
     for b in range(n_bins if n_bins > 1 else 0):
         add(f"*/{b}", bins == b, EVERYTHING)
@@ -258,6 +380,66 @@ def _table(
             for b in range(n_bins):
                 add(f"{z}/{b}", (bins == b) & (species == z), f"*/{b}")
     return multipliers, counts
+
+
+def _own_share(structure: Tensor) -> float:
+    """Weight of a group's own multiplier beside the wider group's, by how many structures it has."""
+    n = len(structure.unique())
+    return n / (n + SHRUNK)
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, SMALLEST))
+
+
+def _per_error(groups: Sequence[str], factors: Mapping[str, float]) -> Tensor:
+    """(n,) factor of each error's group, 1 where it has none; (1,) if there are no groups."""
+    return torch.tensor([factors.get(name, 1.0) for name in groups or ("",)], dtype=torch.float64)
+
+
+def _group_scales(
+    ratios: Tensor, groups: Sequence[str], structure: Tensor, factors: Mapping[str, float]
+) -> dict[str, GroupScale]:
+    """Of each group, from ratios (n, levels) of errors to the half-widths without it."""
+    names, out = np.asarray(groups), {}
+    for name, factor in factors.items():
+        mine = torch.from_numpy(names == name)
+        n, share = len(structure[mine].unique()), _own_share(structure[mine])
+        row = [_quantile(ratios[mine, k], p) for k, p in enumerate(LEVELS)]
+        out[name] = GroupScale(factor, tuple(math.exp(share * _log(q)) for q in row), n)
+    return out
+
+
+def _quantile(scores: Tensor, level: float) -> float:
+    """The ⌈(n+1)p⌉-th smallest, the largest where there are too few."""
+    n = len(scores)
+    return float(scores.kthvalue(max(1, min(n, math.ceil((n + 1) * level - 1e-9)))).values)
+
+
+def _unseen(known: KnownErrors, std: Tensor, factors: GroupFactors, structure: Tensor) -> GroupScale:
+    """What a group needs that the calibration has not seen, learned by leaving each group out of it in turn.
+
+    With ρ_g the factor by which the rms of error/std, or the p-quantile of |error|/half-width, of group g differs from 1 under a
+    calibration on the others, a new group needs less than exp(mean log ρ + t s √(1 + 1/G)) with probability TRANSFER (Student's t
+    with G − 1 degrees of freedom, s the standard deviation of log ρ over the G groups: the prediction interval of a normal variable).
+    """
+    names = np.asarray(known.groups)
+    bare = std / _per_error(known.groups, factors.factors).to(std)
+    needed = []
+    for name in factors.factors:
+        mine = torch.from_numpy(names == name).to(std.device)
+        others = (known.errors[~mine] / bare[~mine]).abs()
+        scale = others.square().mean().sqrt()
+        z = (known.errors[mine] / (scale * bare[mine])).abs().cpu()
+        row = conformal_multipliers((others / scale).cpu(), None)
+        needed.append(
+            [float(z.square().mean().sqrt()), *(_quantile(z, p) / q for p, q in zip(LEVELS, row, strict=True))]
+        )
+    n = len(needed)
+    logs = torch.tensor(needed, dtype=torch.float64).clamp_min(SMALLEST).log()
+    reach = float(stdtrit(n - 1, TRANSFER)) * math.sqrt(1 + 1 / n)
+    ratio, *widths = (logs.mean(0) + reach * logs.std(0)).exp().clamp_min(1.0).tolist()
+    return GroupScale(ratio, tuple(w / ratio for w in widths), len(structure.unique()))
 
 
 def conformal_multipliers(conformity: Tensor, wider: tuple[float, ...] | None) -> tuple[float, ...]:
@@ -272,63 +454,6 @@ def conformal_multipliers(conformity: Tensor, wider: tuple[float, ...] | None) -
         value = ordered[rank - 1].item() if wider is None or enough else wider[k]
         row.append(max([value, *row[-1:]]))
     return tuple(row)
-
-
-def fit_variance_weights(errors: Tensor, parts: Tensor, rest: Tensor | None = None) -> Tensor:
-    """Weights (parts,) of the parts of a variance: those that make held-out errors most likely under var = Σ_k w_k part_k + rest.
-
-    Maximises Σ_i log N(e_i; 0, var_i) − Σ_k (log w_k)² / (2·PRIOR²) by L-BFGS-B in log w, within WEIGHTS. The prior decides only where
-    the errors do not: for a part that is 0, or two parts that are proportional.
-
-    Args:
-        errors: (n,) NaN = not known, dropped.
-        parts: (n, parts) variances by cause, zero or positive, unit of the errors squared.
-        rest: (n,) variance without a weight; none if not given.
-
-    Raises:
-        UserError: shapes that do not belong together; a part that is negative or not finite where the error is known.
-    """
-    from scipy.optimize import minimize
-
-    check_shape("errors", errors, ("n",))
-    check_shape("parts", parts, (len(errors), "parts"))
-    total = parts.sum(1)
-    _, e, s = known_errors(errors, torch.where((parts >= 0).all(1), total.clamp_min(0).sqrt(), math.nan))
-    p = parts[~torch.isnan(errors)].double()
-    if not len(e):
-        return torch.ones(parts.shape[1], dtype=torch.float64, device=parts.device)
-    floor = torch.full_like(e, smallest_std(s, e) ** 2)
-    # start where a common factor is best
-    common = (e.square() / (p.sum(1) + floor)).mean().clamp(*WEIGHTS).log().item()
-    if rest is not None:
-        floor = floor + rest[~torch.isnan(errors)].to(floor)
-        common = 0.0
-    optimum = minimize(
-        _negative_log_posterior,
-        np.full(p.shape[1], common),
-        args=(e.square().cpu().numpy(), p.cpu().numpy(), floor.cpu().numpy()),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[tuple(math.log(w) for w in WEIGHTS)] * p.shape[1],
-        options={"ftol": 1e-14, "gtol": 1e-9, "maxiter": 500},
-    )
-    return torch.from_numpy(np.exp(optimum.x)).to(parts.device)
-
-
-def _negative_log_posterior(
-    log_weights: np.ndarray, squared: np.ndarray, parts: np.ndarray, floor: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """Minus the objective of `fit_variance_weights` per error, and its gradient in log w; `floor` (n,) is added to the variances.
-
-    f = ½ Σ_i [log v_i + e_i²/v_i] + ½ Σ_k (a_k/τ)²,  v = Σ_k exp(a_k) p_k + floor
-    ∂f/∂a_k = ½ Σ_i (1/v_i − e_i²/v_i²) exp(a_k) p_ik + a_k/τ²
-    """
-    n = len(squared)
-    weighted = parts * np.exp(log_weights)
-    variance = weighted.sum(1) + floor
-    value = 0.5 * (np.log(variance) + squared / variance).sum() + 0.5 * np.square(log_weights / PRIOR).sum()
-    gradient = 0.5 * ((1 - squared / variance) / variance) @ weighted + log_weights / PRIOR**2
-    return value / n, gradient / n
 
 
 def novelty_factor(novelty: Tensor, typical: float) -> Tensor:
@@ -362,8 +487,14 @@ def widen_by_novelty(prediction: Prediction, structures: Structures, typical: fl
     return replace(prediction, **changed)
 
 
-def calibrate_prediction(prediction: Prediction, structures: Structures, calibration: Calibration) -> Prediction:
-    """The prediction with calibrated variances, widened where it is novel."""
+def calibrate_prediction(
+    prediction: Prediction, structures: Structures, calibration: Calibration, config_types: Sequence[str] = ()
+) -> Prediction:
+    """The prediction with calibrated variances, widened where it is novel.
+
+    Args:
+        config_types: of the structures, where they are known: '' = not known.
+    """
     if calibration.typical_novelty is not None and prediction.novelty is not None:
         prediction = widen_by_novelty(prediction, structures, calibration.typical_novelty)
     changed: dict[str, Any] = {}
@@ -373,8 +504,45 @@ def calibrate_prediction(prediction: Prediction, structures: Structures, calibra
             continue
         if name == "sampled_forces_covariance":
             variance = replace(variance, data=calibration.unsampled * variance.data)
-        changed[name] = calibrate_variance(variance, calibration.kinds[kind])
+        learned = calibration.kinds[kind]
+        factor = local_factor(name, prediction, structures, learned)
+        if config_types and learned.groups:
+            group = torch.tensor([learned.group(label).std for label in config_types], dtype=torch.float64).to(
+                variance.data
+            )
+            factor = factor * (group[structures.structure_of_atom] if name in PER_ATOM else group)
+        changed[name] = calibrate_variance(variance, learned, factor)
     return replace(prediction, **changed)
+
+
+def local_factor(name: str, prediction: Prediction, structures: Structures, learned: KindCalibration) -> Tensor | float:
+    """(atoms,) or (structures,) factor of LocalScale on the standard deviations in a field of the prediction; 1 where there is none."""
+    variance: Variance = getattr(prediction, name)
+    if learned.local is None or name not in INVARIANT:
+        return 1.0
+    parts, squared_force = invariants(INVARIANT[name], prediction, structures)
+    weights = torch.tensor(learned.weights or (1.0, 1.0, 1.0), dtype=torch.float64).to(parts)
+    return learned.local.factor(parts * weights, squared_force).to(variance.data)
+
+
+def invariants(kind: str, prediction: Prediction, structures: Structures) -> tuple[Tensor, Tensor]:
+    """What LocalScale needs of the predictions of a kind: of each atom (forces) or structure (energies, per atom; stresses).
+
+    Returns:
+        parts of the variance (n, 3) by cause (inducing set, data, constant), means over the components; mean square of the components
+        of the predicted force (n,), of structures over their atoms.
+    """
+    name = {kind: name for name, kind in INVARIANT.items()}[kind]
+    variance: Variance = getattr(prediction, name)
+    parts = [variance.inducing, variance.data, variance.misspecification + variance.noise]
+    if kind != "energies":
+        parts = [part.diagonal(dim1=-2, dim2=-1).mean(-1) for part in parts]
+    squared = prediction.forces.square().mean(1)
+    if kind != "forces":
+        sums = squared.new_zeros(len(structures)).index_add(0, structures.structure_of_atom, squared)
+        squared = sums / structures.counts
+    joined = torch.stack(parts, dim=1)
+    return joined / structures.counts.to(joined)[:, None].square() if kind == "energies" else joined, squared
 
 
 def _smaller(floor: Tensor, noise: Tensor) -> Tensor:
@@ -388,12 +556,16 @@ def _smaller(floor: Tensor, noise: Tensor) -> Tensor:
     return out
 
 
-def calibrate_variance(variance: Variance, learned: KindCalibration) -> Variance:
-    """Each part times its weight and the square of the scale."""
-    inducing, data, constant = (learned.scale**2 * w for w in learned.weights or (1.0, 1.0, 1.0))
+def calibrate_variance(variance: Variance, learned: KindCalibration, factor: Tensor | float = 1.0) -> Variance:
+    """Each part times its weight and the square of the scale, and of a further factor on standard deviations (n,)."""
+    if isinstance(factor, Tensor):
+        factor = factor.reshape(-1, *(1,) * (variance.data.dim() - 1))
+    squared = learned.scale**2 * factor**2
+    inducing, data, constant = (w * squared for w in learned.weights or (1.0, 1.0, 1.0))
     # Of the constant part, label noise comes first and misspecification is the rest. It also takes what a weight above 1 adds to the
     # part due to the data: more data would narrow the posterior and leave these errors.
     floor = constant * (variance.misspecification + variance.noise)
     noise = _smaller(floor, variance.noise)
-    excess = max(0.0, data - 1.0) * variance.data
-    return Variance(inducing * variance.inducing, min(1.0, data) * variance.data, floor - noise + excess, noise)
+    share = torch.as_tensor(data).clamp(max=1.0)
+    excess = (data - share) * variance.data
+    return Variance(inducing * variance.inducing, share * variance.data, floor - noise + excess, noise)

@@ -10,7 +10,7 @@ from torch import Tensor
 from gpmlp.core.errors import check_choice
 from gpmlp.core.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.core.structures import Structures
-from gpmlp.uncertainty.calibration import KindCalibration
+from gpmlp.uncertainty.calibration import Calibration, KindCalibration, calibrate_prediction
 
 VARIANCE_FIELDS = {"energies": "energies_variance", "forces": "forces_variance", "stresses": "stresses_variance"}
 # eV/A, eV/A^3: labels and predictions below it are zero by symmetry
@@ -44,6 +44,14 @@ def split_residuals(
     return (difference * scale).flatten(), parts, species
 
 
+def structure_of_error(kind: str, structures: Structures) -> Tensor:
+    """(n,) number of the structure of each error of `split_residuals`."""
+    if kind == "forces":
+        return structures.structure_of_atom.repeat_interleave(3)
+    each = 6 if kind == "stresses" else 1
+    return torch.arange(len(structures), device=structures.positions.device).repeat_interleave(each)
+
+
 def _six_components(stresses: Tensor) -> Tensor:
     """(n, 6) different ones of the nine components."""
     a, b = torch.triu_indices(3, 3, device=stresses.device)
@@ -67,11 +75,11 @@ def mean_square_residuals(
     name: str, kind: KindCalibration, structures: Structures, targets: Targets, prediction: Prediction
 ) -> Tensor:
     """(n,) mean (error/σ)², with calibrated σ, of each structure that has a label of the kind."""
-    errors, parts, _ = split_residuals(name, structures, targets, prediction)
-    owner = structures.structure_of_atom if name == "forces" else torch.arange(len(structures))
-    owner = owner.to(errors.device).repeat_interleave(len(errors) // len(owner))
-    given = errors.isfinite() & parts.isfinite().all(1)
-    squares = (errors[given].square() / kind.variance(parts[given]).clamp_min(kind.floor**2)).double()
+    about = calibrate_prediction(prediction, structures, Calibration(dict.fromkeys(KINDS, kind)), targets.config_types)
+    errors, parts, _ = split_residuals(name, structures, targets, about)
+    owner = structure_of_error(name, structures).to(errors.device)
+    given = errors.isfinite() & parts.isfinite().all(1) & ~zero_by_symmetry(name, targets, about, parts)
+    squares = (errors[given].square() / parts[given].sum(1).clamp_min(kind.floor**2)).double()
     counts = torch.zeros(len(structures)).to(squares).index_add(0, owner[given], torch.ones_like(squares))
     sums = torch.zeros_like(counts).index_add(0, owner[given], squares)
     return (sums / counts)[counts > 0]

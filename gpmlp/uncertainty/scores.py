@@ -20,6 +20,8 @@ Array = Tensor | np.ndarray
 FLOOR = 1e-6  # smallest standard deviation that is told from 0, relative to the rms of std or of errors, whichever is larger
 BINS = (5, 20)  # of ENCE: about sqrt(n), within these
 GRID = 1001  # levels over which the miscalibration area is integrated
+FRAME = 5  # different values in a frame from which its ranks count
+ALIKE = 1e-6  # relative difference of values that are the same but for rounding
 SMALLEST = 1e-150  # in place of the floor where all errors and all std are 0
 
 
@@ -37,7 +39,10 @@ class Scores:
         nll: mean Gaussian −log density, nats, with errors in their own unit.
         crps: mean continuous ranked probability score of Gaussians, unit of the errors; smaller is better.
         sharpness: rms std, unit of the errors.
+        rms_z: root mean square of error/std; 1 where std has the size of the errors.
         spearman: rank correlation of std and |error|.
+        spearman_within_frame: median over frames of the rank correlation within each; see `within_frames`.
+        n_symmetric: errors that were left out, as they vanish by symmetry.
     """
 
     n: int
@@ -50,11 +55,18 @@ class Scores:
     nll: float
     crps: float
     sharpness: float
+    rms_z: float
     spearman: float
+    spearman_within_frame: float = math.nan
+    n_symmetric: int = 0
 
 
 def score_errors(
-    errors: Tensor, std: Tensor, multipliers: Mapping[float, float | Tensor] | None = None, group: Tensor | None = None
+    errors: Tensor,
+    std: Tensor,
+    multipliers: Mapping[float, float | Tensor] | None = None,
+    group: Tensor | None = None,
+    frame: Tensor | None = None,
 ) -> Scores:
     """Compare standard deviations with errors.
 
@@ -67,6 +79,7 @@ def score_errors(
             the unit of the errors (conformal intervals); the Gaussian quantile where a level is not given.
         group: (n,) integers: rows of one thing, such as the three force components of an atom. Only `spearman` sees it: it compares
             the rms std and rms error of the groups, since the size of one component of a vector is mostly chance.
+        frame: (n,) integers: errors of one structure, for `spearman_within_frame`; needs `group`.
 
     Raises:
         UserError: shapes that do not belong together; a std that is negative or not finite where the error is known.
@@ -74,7 +87,7 @@ def score_errors(
     keep, e, s = known_errors(errors, std)
     n = len(e)
     if not n:
-        return Scores(0, **{f.name: math.nan for f in fields(Scores) if f.name != "n"})
+        return Scores(0, **{f.name: math.nan for f in fields(Scores) if f.name not in ("n", "n_symmetric")})
     s = s.clamp_min(smallest_std(s, e))
     z = e / s
     coverage = {}
@@ -82,10 +95,15 @@ def score_errors(
         m = (multipliers or {}).get(percent / 100, gaussian_multiplier(percent / 100))
         half = m.to(e)[keep] if isinstance(m, Tensor) and m.dim() else m * s
         coverage[f"coverage_{percent}"] = (e.abs() <= half).double().mean().item()
-    size, predicted = e.abs(), s
+    size, predicted, within = e.abs(), s, math.nan
     if group is not None:
         check_shape("group", group, (len(errors),))
         size, predicted = (_rms_by(group[keep], v) for v in (e, s))
+        if frame is not None:
+            check_shape("frame", frame, (len(errors),))
+            of_group = torch.zeros(len(size)).to(frame)
+            of_group[torch.unique(group[keep], return_inverse=True)[1]] = frame[keep]
+            within = within_frames(predicted, size, of_group)
     return Scores(
         n,
         **coverage,
@@ -95,7 +113,9 @@ def score_errors(
         nll=(s.log() + z.square() / 2).mean().item() + math.log(2 * math.pi) / 2,
         crps=_crps(z, s).mean().item(),
         sharpness=_rms(s),
+        rms_z=_rms(z),
         spearman=spearman_correlation(predicted, size),
+        spearman_within_frame=within,
     )
 
 
@@ -205,6 +225,20 @@ def spearman_correlation(a: Array, b: Array) -> float:
     x, y = (r - r.mean() for r in (_ranks(first), _ranks(second)))
     norm = (x.square().sum() * y.square().sum()).sqrt().item()
     return (x @ y).item() / norm if norm > 0 else math.nan
+
+
+def within_frames(std: Tensor, size: Tensor, frame: Tensor) -> float:
+    """Median over frames of the rank correlation of std and size of the errors of its atoms (n,); NaN if no frame can tell.
+
+    Frames with fewer than FRAME different values of either are left out: in a perfect crystal a few values are shared by all atoms.
+    """
+    found = []
+    for k in frame.unique():
+        mine = frame == k
+        a, b = (v[mine] for v in (std, size))
+        if min(len((v / v.max().clamp_min(SMALLEST)).mul(1 / ALIKE).round().unique()) for v in (a, b)) >= FRAME:
+            found.append(spearman_correlation(a, b))
+    return float(np.median(found)) if found else math.nan
 
 
 def area_under_roc(score: Array, positive: Array) -> float:

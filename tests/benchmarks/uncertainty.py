@@ -33,8 +33,9 @@ from gpmlp.gp.variance import VARIANCES
 from gpmlp.potential.evaluation import compare_prediction, score_variances
 from gpmlp.recipe import Recipe
 from gpmlp.report.model.data import compare_indicators
-from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction, fit_variance_weights
+from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction
 from gpmlp.uncertainty.scores import Scores, score_errors
+from gpmlp.uncertainty.variance_weights import fit_variance_weights
 
 MEMBERS = 8
 SHARE = 6  # of the centres, for each member

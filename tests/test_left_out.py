@@ -1,0 +1,107 @@
+"""Predictions of structures left out are those of a fit without them, in every kind of label, and the choice of structures is fair."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpmlp
+from gpmlp.core.quantities import KINDS
+from gpmlp.core.structures import Structures
+from gpmlp.fitting import left_out, regression
+from gpmlp.gp import inducing, posterior
+from gpmlp.gp.posterior import FIXED
+from gpmlp.recipe import Recipe
+
+DATA = Path(__file__).parents[1] / "data" / "silicon"
+SMALL = {"descriptor": {"n_max": 5, "l_max": 3, "cutoff": 4.5}, "inducing": {"n": 50, "gradients": 1}, "novelty": False}
+
+
+@pytest.fixture(scope="module")
+def caught():
+    """The arguments with which a fit of structures, some of them with noises of their own, asks for left-out predictions."""
+    structures, targets = gpmlp.read(DATA / "train.xyz", "::8")
+    noise = torch.full_like(targets.forces_noise, torch.nan)
+    noise[structures.structure_of_atom % 3 == 0] = 0.3
+    energies = torch.full_like(targets.energies_noise, torch.nan)
+    energies[1::4] = 0.01
+    targets = replace(targets, forces_noise=noise, energies_noise=energies)
+    seen = []
+    original = left_out.predict_left_out
+
+    def spy(*arguments, **more):
+        seen.append(arguments)
+        return original(*arguments, **more)
+
+    left_out.predict_left_out = spy
+    try:
+        gpmlp.fit(structures, targets, Recipe.model_validate(SMALL))
+    finally:
+        left_out.predict_left_out = original
+    return seen[0]
+
+
+def fitted_without(arguments, out: list[int]):
+    """The potential of the same inducing variables and hyperparameters, from the rows of the other structures."""
+    potential, models, learned, _, structures, _, remaining, _ = arguments[:8]
+    lowers = [low for m in models for low in m.lowers]
+    rows: dict[str, list[torch.Tensor]] = {}
+    for k in (k for k in range(len(structures)) if k not in out):
+        here = regression.labelled_rows(models, structures.select([k]), remaining.select(structures, [k]))
+        for kind, part in here.items():
+            rows.setdefault(kind, []).append(part.double())
+    whitened = {kind: inducing.whiten_rows(torch.cat(parts), lowers) for kind, parts in rows.items()}
+    counts = {kind: len(part) for kind, part in whitened.items()}
+    solved = posterior.solve_posterior(whitened, counts, learned.noise | {FIXED: 1.0}, learned.signal, lowers)
+    variances = replace(potential.variances, factor=solved.factor)
+    return replace(potential, terms=regression.make_terms(models, solved.weights), variances=variances)
+
+
+@pytest.mark.parametrize("i, near", [(5, []), (4, []), (6, [7, 8])])
+def test_left_out_is_not_learned(caught, i, near):
+    """Energies, forces and stresses, and the variances that the data leave, with common noise and noises of their own."""
+    structures, targets = caught[4], caught[5]
+    together = {i: torch.tensor([*near, i])} if near else None
+    found = left_out.predict_left_out(*caught[:7], [i], together)
+    assert len(found.structures) == 1 and torch.equal(found.targets.forces, targets.select(structures, [i]).forces)
+    truth = fitted_without(caught, [i, *near])(structures.select([i]), KINDS, calibrated=False)
+    with_it = caught[0](structures.select([i]))
+    assert (found.prediction.forces - with_it.forces).abs().max() > 1e-4  # what was learned from is another prediction
+    for kind, size in (("energies", 1e-7), ("forces", 1e-7), ("stresses", 1e-9)):
+        torch.testing.assert_close(getattr(found.prediction, kind), getattr(truth, kind), rtol=1e-6, atol=size)
+    assert torch.allclose(found.prediction.energies_variance.data, truth.energies_variance.data, rtol=1e-6)
+    assert torch.allclose(found.prediction.forces_variance.data, truth.forces_variance.data, rtol=1e-5, atol=1e-12)
+    assert torch.allclose(found.prediction.stresses_variance.data, truth.stresses_variance.data, rtol=1e-5, atol=1e-14)
+
+
+def test_of_many_that_are_near_the_next_are_left_out(caught, monkeypatch):
+    monkeypatch.setattr(left_out, "NEAR_ATOMS", int(caught[4].counts[12:15].sum()))
+    found = left_out.predict_left_out(*caught[:7], [13], {13: torch.tensor([13, *range(1, 13), *range(14, 20)])})
+    expected = left_out.predict_left_out(*caught[:7], [13], {13: torch.tensor([13, 12, 14])})
+    torch.testing.assert_close(found.prediction.forces, expected.prediction.forces)
+
+
+def test_every_config_type_has_its_turn_and_those_set_aside_come_first():
+    structures, targets = gpmlp.read(DATA / "train.xyz")
+    labels = targets.config_types
+    held = torch.arange(0, len(structures), 7)
+    chosen = left_out.choose_left_out(structures, targets, held, 1500, 0)
+    assert int(structures.counts[chosen].sum()) <= 1500 and chosen == sorted(set(chosen))
+    assert "isolated_atom" not in {labels[i] for i in chosen}
+    for name in set(labels) - {"isolated_atom"}:
+        members = [i for i, label in enumerate(labels) if label == name]
+        taken = set(chosen) & set(members)
+        assert len(taken) >= min(left_out.EACH, len(members)), name
+        aside = [i for i in members if i in held.tolist()]
+        assert len(taken & set(aside)) >= min(len(aside), left_out.EACH)
+    everything = left_out.choose_left_out(structures, targets, held, 10**9, 0)
+    assert len(everything) == len(structures) - 1
+    one = left_out.choose_left_out(*_first(structures, targets, 3), held[:0], 1, 0)
+    assert len(one) == 1  # one at least
+
+
+def _first(structures: Structures, targets, n: int):
+    return structures.select(range(1, n + 1)), targets.select(structures, range(1, n + 1))
