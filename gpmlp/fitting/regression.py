@@ -320,14 +320,6 @@ class WhitenedData:
         total = {kind: self.counts.get(kind, 0) + counts.get(kind, 0) for kind in together}
         return WhitenedData(together, total, self.noise, self.label_noise, self.signal)
 
-    def weights(self, lowers: Sequence[Tensor]) -> Tensor:
-        """(columns,) weights by the normal equations: half the digits of posterior.solve_posterior, a fraction of its cost."""
-        statistics = {
-            kind: evidence.SufficientStatistics.from_factor(rows, self.counts[kind])
-            for kind, rows in self.whitened.items()
-        }
-        return inducing.unwhiten_weights(evidence.posterior_mean(statistics, self.every_noise, self.signal), lowers)
-
 
 def make_terms(models: Sequence[InducingModel], weights: Tensor) -> tuple[EnergyTerm, ...]:
     """Energy terms of the mean: all directions of a centre collapse into one."""

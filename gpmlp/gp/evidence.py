@@ -106,12 +106,6 @@ def _by_kind(
     return others | {most: every - sum(others.values())}
 
 
-def posterior_mean(statistics: Statistics, noise: dict[str, float], signal: Tensor) -> Tensor:
-    """(columns,) D β = D S⁻¹ h: the posterior mean in the whitened basis, signal (columns,) being the diagonal of D."""
-    lower, right = _factorise(statistics, noise, signal)
-    return signal * torch.cholesky_solve(right[:, None], lower)[:, 0]
-
-
 def _factorise(statistics: Statistics, noise: dict[str, float], scale: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factor of S = I + Σ_k D G_k D / σ_k², and h = Σ_k D h_k / σ_k²; scale (columns,) is the diagonal of D."""
     system = torch.zeros(len(scale), len(scale), dtype=scale.dtype, device=scale.device)
