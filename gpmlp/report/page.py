@@ -106,9 +106,7 @@ def _environment() -> Environment:
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: (
-            value if not isinstance(value, str) or isinstance(value, Markup) else visible_text(value)
-        ),
+        finalize=lambda value: value if isinstance(value, Markup) else visible_text(str(value)),
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     environment.filters |= {
