@@ -470,3 +470,15 @@ def test_special_files_are_no_output(gpmlp, model_file, tmp_path):
     for target in (tmp_path / "fifo", "/dev/zero"):
         status, _, err = gpmlp("fit", model_file, "-o", target)
         assert status == 2 and "is a device or a pipe; give the name of a file for the model" in " ".join(err.split())
+
+
+def test_a_long_stage_is_not_silent_in_a_file(capsys, monkeypatch):
+    now = iter([0.0, 0.0, 10.0, 35.0, 40.0, 70.0, 71.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    bars = console.StageBars()
+    bars.begun = bars.last = bars.spoke = 0.0
+    next(now)
+    for k in range(4):
+        bars("covariances", k, 8, f"{k} rows")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["covariances: 12 % after 35 s 1 rows", "covariances: 38 % after 70 s 3 rows"]

@@ -24,6 +24,7 @@ from gpmlp.potential.evaluation import ErrorTable, Evaluation
 PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
 LONG = 1e6  # numbers from here on are written as powers of ten
 BAR_WIDTH = 24
+QUIET_S = 30.0  # for which nothing need be said where there are no bars
 COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
 LONGEST_STAGE = len("inducing points")
 
@@ -75,7 +76,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 
 class StageBars:
-    """Progress (stage, done, total, note) as bars on a terminal, elsewhere as one line for each stage when it is over.
+    """Progress (stage, done, total, note) as bars on a terminal, elsewhere as a line for each stage when it is over, and every QUIET_S.
 
     A stage lasts from the end of the one before it (or from __enter__) to its own last report.
     """
@@ -99,11 +100,11 @@ class StageBars:
         )
         self.tasks: dict[str, TaskID] = {}
         self.stage, self.note, self.complete = "", "", False
-        self.begun = self.last = time.monotonic()
+        self.begun = self.last = self.spoke = time.monotonic()
 
     def __enter__(self) -> StageBars:
         self.bars.start()
-        self.begun = self.last = time.monotonic()
+        self.begun = self.last = self.spoke = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,6 +118,10 @@ class StageBars:
             self.stage, self.note, self.begun = stage, "", self.last
         self.note = note or self.note
         self.complete, self.last = done >= total, time.monotonic()
+        if not self.live and not self.complete and self.last - self.spoke > QUIET_S:
+            self.spoke = self.last
+            share = f"{100 * done / total:.0f} % after {self.last - self.begun:.0f} s"
+            self.console.print(literal(f"{stage}: {share} {self.note}".rstrip()))
         if self.live:
             if stage not in self.tasks:
                 self.tasks[stage] = self.bars.add_task(visible_text(stage), total=total, note="")
@@ -130,6 +135,7 @@ class StageBars:
             task = self.tasks[self.stage]
             self.bars.update(task, completed=self.bars.tasks[task].total)
         elif self.complete:
+            self.spoke = time.monotonic()
             self.console.print(literal(f"{self.stage}: {self.last - self.begun:.1f} s {self.note}".rstrip()))
         self.complete = False
 

@@ -19,6 +19,7 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting import calibrate, left_out, near_duplicates, prepare, regression, variance_checks
+from gpmlp.fitting.cost import expected_cost
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
@@ -67,6 +68,9 @@ def fit(
     stages = StageTimer(progress)
     stages.begin("data")
     data = _Data.from_labels(structures, targets, Recipe() if recipe is None else recipe, findings)
+    cost = expected_cost(data.recipe, data.structures, data.targets)
+    stages.report(1.0, 1.0, str(cost))
+    cost.check()
     wanted = data.recipe.calibration if data.recipe.variance is not False else False
     split = calibrate.calibration_split(data.structures, data.targets, wanted, data.recipe.seed, data.groups)
     fitted, held, judged = split

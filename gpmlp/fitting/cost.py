@@ -1,0 +1,87 @@
+"""Expected cost of a fit: columns, memory and time, known before it starts from the number of labels and the speed of this machine."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from gpmlp.core.errors import DataWarning, UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.fitting.defaults import physical_memory_GB
+from gpmlp.fitting.regression import EVIDENCE_COLUMNS
+from gpmlp.recipe import Recipe
+
+# fitted to five fits of 400 to 2000 columns (docs/memory.md)
+MATRICES, BASE_GB = 16, 0.12  # of columns² doubles at the peak, and what chunks and compiled loops take
+BASE_S = 20.0  # of reading, compiling and choosing sparse points
+ROW_PRODUCTS = 4.0  # operations per row and columns²: the factor of the rows
+EVIDENCE_PRODUCTS, POSTERIOR_PRODUCTS = 100.0, 40.0  # per columns³ that hyperparameters are learned with, and of all
+LONG_S = 3600.0
+
+
+@dataclass(frozen=True)
+class FitCost:
+    """What a fit will take: within a factor of two in time, and up to 1.5 times less than this in memory.
+
+    Attributes:
+        columns: at most, centres times (1 + gradients) of all descriptors; rows: labels.
+    """
+
+    columns: int
+    rows: int
+    memory_GB: float
+    seconds: float
+
+    def __str__(self) -> str:
+        minutes = self.seconds / 60
+        length = (
+            f"{self.seconds:.0f} s"
+            if minutes < 2
+            else f"{minutes:.0f} min"
+            if minutes < 120
+            else f"{minutes / 60:.0f} h"
+        )
+        return f"expected: {self.columns} columns x {self.rows} rows, {self.memory_GB:.2g} GB, about {length}"
+
+    def check(self) -> None:
+        """Warn of more than an hour (DataWarning). Raises UserError: more memory than this machine has."""
+        there, smaller = physical_memory_GB(), "lower inducing.n or inducing.gradients (--set inducing.n=500)"
+        if self.memory_GB > there:
+            raise UserError(
+                f"The fit would need {self.memory_GB:.3g} GB for {self.columns} columns; this machine has {there:.3g} GB: {smaller}."
+            )
+        if self.seconds > LONG_S:
+            warnings.warn(f"E{str(self)[1:]}; to have it sooner {smaller}.", DataWarning, stacklevel=3)
+
+
+def expected_cost(recipe: Recipe, structures: Structures, targets: Targets) -> FitCost:
+    """The cost of a fit with a resolved recipe."""
+    columns = 0
+    for inducing in recipe.inducings:
+        wanted = sum(inducing.shares.values()) if isinstance(inducing.shares, dict) else inducing.n or 1
+        columns += min(wanted, structures.n_atoms) * (1 + (inducing.gradients or 0))
+    known = [int(label.isfinite().sum()) for label in (targets.energies, targets.forces, targets.stresses)]
+    rows = known[0] + known[1] + known[2] * 6 // 9
+    return cost_of(columns, rows)
+
+
+def cost_of(columns: int, rows: int) -> FitCost:
+    """The cost of a fit with so many columns and rows."""
+    u, e = float(columns), float(min(columns, EVIDENCE_COLUMNS))
+    operations = ROW_PRODUCTS * rows * u**2 + EVIDENCE_PRODUCTS * e**3 + POSTERIOR_PRODUCTS * u**3
+    seconds = BASE_S + operations / operations_per_second()
+    return FitCost(columns, rows, BASE_GB + 8e-9 * MATRICES * u**2, seconds)
+
+
+def operations_per_second(size: int = 400, times: int = 3) -> float:
+    """Of products of matrices in double precision, here and now."""
+    matrix = torch.ones(size, size, dtype=torch.float64)
+    matrix @ matrix
+    begun = time.perf_counter()
+    for _ in range(times):
+        matrix @ matrix
+    return times * 2 * size**3 / max(time.perf_counter() - begun, 1e-9)
