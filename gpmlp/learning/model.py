@@ -23,7 +23,7 @@ DIGITS = 4  # significant, of numbers that are many
 
 SHARE, FEWEST = 6, 4  # labels between two refreshes: a SHARE-th of those there are, FEWEST at least
 GROWTH = 1.3  # of the labels, at which a refresh fits all of them together: all fits then take a few times the last
-PRIOR_LABELS = 4  # as many as which errors and standard deviations are supposed to agree beforehand
+PRIOR_LABELS = 2  # as many as which errors and standard deviations are supposed to agree beforehand
 RECENT = 3  # labels over which the likelihood is averaged before it counts as having drifted
 
 
