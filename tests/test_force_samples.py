@@ -48,7 +48,9 @@ def test_no_bias(silicon, monkeypatch):
     found = replace(potential)(one, "sampled_forces", calibrated=False).sampled_forces_covariance
     exact = potential(one, "forces", calibrated=False).forces_covariance
     torch.testing.assert_close(traces(found, "data"), traces(exact, "data"), rtol=0.15, atol=0)
-    torch.testing.assert_close(found.misspecification, exact.misspecification, rtol=1e-6, atol=1e-12)
+    # in directions that are nearly forbidden it follows the part due to the data, which scatters
+    close = 0.01 * float(exact.misspecification.abs().max())
+    torch.testing.assert_close(found.misspecification, exact.misspecification, rtol=0.01, atol=close)
     torch.testing.assert_close(found.noise, exact.noise)
 
 

@@ -34,7 +34,8 @@ CALIBRATED_AS = {
 
 # whose local scale follows from the prediction: rotation-invariant means of its own variance
 INVARIANT = {"forces_covariance": "forces", "energies_variance": "energies", "stresses_covariance": "stresses"}
-PER_ATOM = ("atom_energies_variance", "forces_covariance", "sampled_forces_covariance")
+SAMPLED = "sampled_forces_covariance"
+PER_ATOM = ("atom_energies_variance", "forces_covariance", SAMPLED)
 
 LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.99)
 MEMBERS = 30  # a group with fewer, or with fewer than 3/(1 − p), has no multiplier of its own at level p
@@ -336,12 +337,12 @@ class Calibration:
         if tuple(plain["levels"]) != LEVELS:
             raise UserError(f"Calibration on levels {plain['levels']}; this version of gpmlp has {LEVELS}.")
         kinds = {kind: KindCalibration.from_dict(entry) for kind, entry in plain["kinds"].items()}
-        numbers = plain.get("typical_novelty"), plain.get("spread"), plain.get("unsampled")
-        if numbers[2] is None:  # a file of an older version: as much as makes samples as wide as errors are
-            forces, spread = kinds["forces"], numbers[1]
+        typical, spread, unsampled = (plain.get(name) for name in ("typical_novelty", "spread", "unsampled"))
+        if unsampled is None:  # a file of an older version: as much as makes samples as wide as errors are
+            forces = kinds["forces"]
             data = forces.scale**2 * (forces.weights[1] if forces.weights else 1.0)
-            numbers = (*numbers[:2], max(1.0, spread**2 / data) if spread else 1.0)
-        return Calibration(kinds, plain["source"], *numbers)
+            unsampled = max(1.0, spread**2 / data) if spread else 1.0
+        return Calibration(kinds, plain["source"], typical, spread, unsampled)
 
 
 def _edges(std: Tensor) -> tuple[float, ...]:
@@ -502,9 +503,12 @@ def calibrate_prediction(
         variance: Variance | None = getattr(prediction, name)
         if variance is None:
             continue
-        if name == "sampled_forces_covariance":
-            variance = replace(variance, data=calibration.unsampled * variance.data)
         learned = calibration.kinds[kind]
+        if name == SAMPLED:  # what samples do not show, as its calibrated size says
+            inducing, data, _ = learned.weights or (1.0, 1.0, 1.0)
+            unseen = (calibration.unsampled - 1) * data / inducing * variance.data
+            prediction = replace(prediction, sampled_forces_covariance=replace(variance, inducing=unseen))
+            variance = getattr(prediction, name)
         factor = local_factor(name, prediction, structures, learned)
         if config_types and learned.groups:
             group = torch.tensor([learned.group(label).std for label in config_types], dtype=torch.float64).to(
@@ -518,8 +522,11 @@ def calibrate_prediction(
 def local_factor(name: str, prediction: Prediction, structures: Structures, learned: KindCalibration) -> Tensor | float:
     """(atoms,) or (structures,) factor of LocalScale on the standard deviations in a field of the prediction; 1 where there is none."""
     variance: Variance = getattr(prediction, name)
-    if learned.local is None or name not in INVARIANT:
+    if learned.local is None or name not in (*INVARIANT, SAMPLED):
         return 1.0
+    if name == SAMPLED:  # as that of the covariances that it stands for
+        prediction = replace(prediction, forces_covariance=getattr(prediction, name))
+        name = "forces_covariance"
     parts, squared_force = invariants(INVARIANT[name], prediction, structures)
     weights = torch.tensor(learned.weights or (1.0, 1.0, 1.0), dtype=torch.float64).to(parts)
     return learned.local.factor(parts * weights, squared_force).to(variance.data)
