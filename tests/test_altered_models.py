@@ -206,7 +206,7 @@ HEADERS: dict[str, Callable] = {
     "calibration scale NaN": put(*FORCES, "scale", NAN),
     "calibration scale negative": put(*FORCES, "scale", -1.0),
     "calibration scale text": put(*FORCES, "scale", "wide"),
-    "calibration key": put(*FORCES, "colour", 1),
+    "calibration multipliers negative": put(*FORCES, "multipliers", {"all": [-1.0] * 6}),
     "calibration kind": put("calibration", "kinds", "charges", {}),
     "calibration source a list": put("calibration", "source", [1]),
     "calibration source count": put("calibration", "source", {"held_out_structures": -1}),
