@@ -255,6 +255,7 @@ class Recipe(RecipeSection):
     use_energies: bool = True
     use_forces: bool = True
     use_stresses: bool = True
+    robust: bool = False
     memory_GB: Positive | None = None
     seed: Seed = 0
     device: Device = "cpu"

@@ -91,6 +91,9 @@ def fit_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE, e.g. kernel.zeta=2; may be repeated.")
     ] = None,
+    robust: Annotated[
+        bool, typer.Option("--robust", help="Leave out labels that the fit says are wrong (recipe: robust: true).")
+    ] = False,
     keys: Keys = None,
 ) -> None:
     """Fit a potential to energies, forces and stresses."""
@@ -106,7 +109,10 @@ def fit_command(
     files = find_files(train)
     sources = _by_role("the training data", files) | {"the validation data": valid, "the recipe": recipe}
     check_apart({"the model (--output)": output}, sources)
-    chosen, names = load_recipe(recipe, settings or []), parse_keys(keys or "")
+    chosen, names = (
+        load_recipe(recipe, [*(settings or []), *(["robust=true"] if robust else [])]),
+        parse_keys(keys or ""),
+    )
     with console.StageBars() as stages:
         data = ase_atoms.read_labelled(files, keys=names, progress=stages)
         validation = ase_atoms.read(valid, labelled=True, keys=names) if valid is not None else None

@@ -20,6 +20,7 @@ from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting import calibrate, left_out, near_duplicates, prepare, regression, variance_checks
 from gpmlp.fitting.cost import expected_cost
+from gpmlp.fitting.label_outliers import LabelOutliers, find_label_outliers, noise_finding
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
@@ -39,6 +40,7 @@ from gpmlp.uncertainty.residuals import force_label_noise
 PASS_ATOMS = 128  # atoms of a chunk of rows
 FEW_COLUMNS = 1000  # up to which the evidence is faster on one core
 LEFT_OUT = 2  # atoms that are left out in turn for the calibration, times those that may be set aside
+ROBUST_ROUNDS = 3  # of leaving out what the last fit says is wrong
 SAMPLE_BYTES = 16 << 20  # of features of one species to which novelty is fitted
 
 
@@ -65,9 +67,29 @@ def fit(
         UserError: no labels, labels that do not belong to the structures, more inducing points than environments,
             atoms on top of each other.
     """
-    stages = StageTimer(progress)
+    recipe, stages = Recipe() if recipe is None else recipe, StageTimer(progress)
+    about = recipe, validation, stages, provenance
+    potential, report, wrong = _fit_once(structures, targets, *about, findings)
+    for _ in range(ROBUST_ROUNDS if recipe.robust else 0):
+        if not wrong:
+            break
+        findings, targets = [*findings, *wrong.findings(structures, removed=True)], wrong.remove_from(targets)
+        potential, report, wrong = _fit_once(structures, targets, *about, findings)
+    return potential, report
+
+
+def _fit_once(
+    structures: Structures,
+    targets: Targets,
+    recipe: Recipe,
+    validation: tuple[Structures, Targets] | None,
+    stages: StageTimer,
+    provenance: dict | None,
+    findings: Sequence[Finding],
+) -> tuple[Potential, FitReport, LabelOutliers]:
+    """A fit to these labels, and the labels that it says are wrong."""
     stages.begin("data")
-    data = _Data.from_labels(structures, targets, Recipe() if recipe is None else recipe, findings)
+    data = _Data.from_labels(structures, targets, recipe, findings)
     cost = expected_cost(data.recipe, data.structures, data.targets)
     stages.report(1.0, 1.0, str(cost))
     cost.check()
@@ -89,6 +111,13 @@ def fit(
     potential = _with_amplitude(data, potential, models, learned, solved)
     compared = data.structures.select(judged if len(judged) else fitted)
     subset = variance_checks.subset_error(potential, models, learned.signal, solved.factor, compared, data.recipe.seed)
+    wrong = find_label_outliers(potential, data.structures, data.labels)
+    numbers = _numbers(data, trained, learned, solved)
+    found = [
+        *data.findings,
+        *replace(wrong, energies=wrong.energies & ~data.failed).findings(data.structures),
+        *noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
+    ]
     errors = None
     if validation is not None:
         stages.begin("validation")
@@ -100,15 +129,16 @@ def fit(
         variance_subset=subset,
         validation_errors=errors,
         stages=tuple(stages.done),
-        findings=data.findings,
+        findings=sort_findings(found),
         warnings=(
-            *(str(finding) for finding in data.findings if finding.severity != "note"),
+            *(str(finding) for finding in sort_findings(found) if finding.severity != "note"),
             *trained.warnings,
             *calibrate.calibration_warnings(potential.calibration, learned.label_noise),
         ),
-        **_numbers(data, trained, learned, solved),
+        **numbers,
     )
-    return replace(potential, report=report.as_dict()), report
+    wrong = replace(wrong, energies=wrong.energies | data.failed)
+    return replace(potential, report=report.as_dict()), report, wrong
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,11 +146,12 @@ class _Data:
     """Training data on the device, with the recipe filled in.
 
     Attributes:
-        targets: labels that can be right; remaining: less the baselines, those of failed calculations with a large noise.
+        targets: labels that can be right; remaining: `labels` less the baselines.
         shortest: distance of each pair of species that occurs, by symbols, A.
         label_noise: as much of the noise as labels themselves show, by kind; constant: what labels bring with them.
         groups: structures that are independent of each other, and what is near each.
         findings: of reading and checking the labels.
+        labels: those that can be right, and energies of failed calculations with a large noise.
     """
 
     recipe: Recipe
@@ -133,6 +164,12 @@ class _Data:
     constant: dict[str, float]
     groups: IndependentGroups
     findings: tuple[Finding, ...]
+    labels: Targets
+
+    @property
+    def failed(self) -> Tensor:
+        """(structures,) bool: energies that can be of no structure."""
+        return (self.targets.energies.isnan() & ~self.labels.energies.isnan()).cpu()
 
     @staticmethod
     def from_labels(structures: Structures, targets: Targets, recipe: Recipe, findings: Sequence[Finding]) -> _Data:
@@ -152,7 +189,7 @@ class _Data:
         groups = near_duplicates.find_groups(structures, descriptor, targets.config_types, recipe.seed)
         twins = groups.finding(structures)
         findings = sort_findings([*findings, *([twins] if twins else [])])
-        return _Data(recipe, structures, trusted, remaining, base, shortest, noise, given, groups, findings)
+        return _Data(recipe, structures, trusted, remaining, base, shortest, noise, given, groups, findings, learned)
 
 
 def _potential(data: _Data, trained: _Trained, learned: WhitenedData, weights: Tensor) -> Potential:

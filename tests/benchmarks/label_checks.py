@@ -1,6 +1,6 @@
 """The table of healthy sets of docs/checks.md: findings of `gpmlp check` on files, and the slopes that energies have against works.
 
-python -m tests.benchmarks.label_checks FILE...
+python tests/benchmarks/label_checks.py FILE...
 """
 
 from __future__ import annotations

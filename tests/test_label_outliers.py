@@ -1,0 +1,111 @@
+"""Labels that a fit says are wrong: named with their numbers; a robust fit goes without them and is as good as one to right labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import ase.build
+import numpy as np
+import pytest
+import torch
+from ase.calculators.emt import EMT
+
+import gpmlp
+from gpmlp.fitting.label_outliers import find_label_outliers
+from gpmlp.io import ase_atoms
+from gpmlp.recipe import Recipe
+
+SMALL = {"inducing": {"n": 20, "gradients": 1}, "novelty": False}
+
+
+def crystals(n: int, seed: int):
+    """Rattled and strained cells of copper with the labels of EMT."""
+    rng, frames = np.random.default_rng(seed), []
+    for _ in range(n):
+        frame = ase.build.bulk("Cu", cubic=True)
+        frame.set_cell(frame.cell.array @ (np.eye(3) + 0.02 * rng.normal(size=(3, 3))), scale_atoms=True)
+        frame.positions += 0.12 * rng.normal(size=(4, 3))
+        frame.calc = EMT()
+        frame.get_stress()
+        frames.append(frame)
+    return ase_atoms.from_ase(frames)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return *crystals(40, 0), *crystals(15, 1)
+
+
+def errors(potential, structures, targets) -> tuple[float, float]:
+    """Root mean squares, meV/atom and eV/A."""
+    prediction = potential(structures)
+    energy = (prediction.energies - targets.energies) / structures.counts
+    return 1e3 * float(energy.square().mean().sqrt()), float(
+        (prediction.forces - targets.forces).square().mean().sqrt()
+    )
+
+
+def test_right_labels_are_left_alone(data):
+    structures, targets, *_ = data
+    plain = gpmlp.fit(structures, targets, Recipe(**SMALL))
+    robust = gpmlp.fit(structures, targets, Recipe(**SMALL, robust=True))
+    for potential, report in (plain, robust):
+        assert not [f for f in report.findings if f.kind.startswith("label-outlier")]
+        assert not find_label_outliers(potential, structures, targets)
+    assert plain[1].noise == robust[1].noise and plain[1].rows == robust[1].rows
+
+
+@pytest.mark.parametrize("kind", ["energy", "force", "failed"])
+def test_wrong_labels_are_named_and_robust_fits_go_without_them(data, kind):
+    structures, targets, test, true = data
+    right = errors(gpmlp.fit(structures, targets, Recipe(**SMALL))[0], test, true)
+    energies, forces = targets.energies.clone(), targets.forces.clone()
+    if kind == "energy":
+        energies[18] += 4 * 0.6
+    elif kind == "force":
+        forces[4 * 11 + 2, 0] += 30.0
+    else:
+        energies[18] -= 400.0
+    wrong = replace(targets, energies=energies, forces=forces)
+    naive, report = gpmlp.fit(structures, wrong, Recipe(**SMALL))
+    potential, robust = gpmlp.fit(structures, wrong, Recipe(**SMALL, robust=True))
+    frame = structures.names[11 if kind == "force" else 18]
+    name = {"energy": "label-outlier-energy", "force": "label-outlier-force", "failed": "energy-outlier"}[kind]
+    (finding,) = (f for f in report.findings if f.kind == name)
+    assert finding.severity == "error" and finding.frames == (frame,)
+    (warning,) = (text for text in report.warnings if text == str(finding))
+    assert frame in warning
+    found = errors(potential, test, true)
+    assert found[0] < 1.3 * right[0] and found[1] < 1.1 * right[1]
+    label = "label-outlier-force" if kind == "force" else "label-outlier-energy"
+    (left_out,) = (f for f in robust.findings if f.kind == label)
+    assert left_out.severity == "warning" and "left out of the fit" in left_out.message and left_out.frames == (frame,)
+    if kind == "energy":
+        assert finding.numbers["deviation_eV_per_atom"] == pytest.approx(0.6, abs=0.05)
+        assert robust.rows["energies"] == report.rows["energies"] - 1
+    if kind == "force":
+        assert finding.numbers["deviation_eV_per_A"] == pytest.approx(30, abs=3)
+        assert errors(naive, test, true)[1] > 2 * right[1] and robust.rows["forces"] == report.rows["forces"] - 3
+    if kind == "failed":  # decides nothing, robust or not
+        assert left_out.numbers["deviation_eV_per_atom"] == pytest.approx(-100, abs=1)
+        assert errors(naive, test, true)[0] < 1.3 * right[0]
+
+
+def test_isolated_atoms_of_another_reference_are_left_out(data):
+    structures, targets, test, true = data
+    right = errors(gpmlp.fit(structures, targets, Recipe(**SMALL))[0], test, true)
+    lone = gpmlp.Structures(
+        torch.zeros(1, 3).double(),
+        torch.zeros(1, 3, 3).double(),
+        torch.zeros(1, 3, dtype=torch.bool),
+        torch.tensor([29]),
+        torch.tensor([0]),
+        ("lone atom",),
+    )
+    label = replace(
+        gpmlp.Targets.unlabelled(lone), energies=torch.tensor([500.0]).double(), config_types=("isolated_atom",)
+    )
+    both = gpmlp.Structures.concatenate([lone, structures]), gpmlp.Targets.concatenate([label, targets])
+    potential, report = gpmlp.fit(*both, Recipe(**SMALL))
+    assert report.findings[0].kind == "isolated-atoms-of-another-reference"
+    assert errors(potential, test, true) == pytest.approx(right, rel=0.3)
