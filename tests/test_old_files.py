@@ -24,6 +24,9 @@ from gpmlp import __main__ as entry
 HERE = machine() == json.loads((REFERENCE / "machine.json").read_text())
 ROUNDING = 1e-10 if HERE else 1e-6
 SEARCHED = 1e-5  # what a search for the best noises leaves open
+VARIANCES = (
+    1e-3  # directions along which nothing moves are told otherwise now (docs/decisions/014-groups-noise-columns.md)
+)
 
 
 @pytest.fixture
@@ -44,7 +47,8 @@ def apart(now: dict[str, np.ndarray], before: dict[str, np.ndarray], tolerance: 
     """A line for each array that is not what it was."""
     assert before and now.keys() == before.keys()
     found = {name: difference(np.asarray(now[name]), np.asarray(before[name])) for name in before}
-    return [f"{name}: {size:.1e}, {where}" for name, (size, where) in found.items() if size > tolerance]
+    most = {name: max(tolerance, VARIANCES) if "variance" in name else tolerance for name in before}
+    return [f"{name}: {size:.1e}, {where}" for name, (size, where) in found.items() if size > most[name]]
 
 
 def numbers(value: Any, name: str = "") -> dict[str, np.ndarray]:
@@ -60,9 +64,8 @@ def scores_apart(now: Any, before: Any) -> list[str]:
     """A line for each number of an evaluation or a report that is not what it was."""
     now, before = numbers(now), numbers(before)
     assert now.keys() >= before.keys()  # newer versions may say more
-    now = {k: now[k] for k in before}
-    if not HERE:  # ranks and shares jump where what vanishes by symmetry has other last digits
-        now, before = ({k: v for k, v in some.items() if "_mae_" in k or "_rmse_" in k} for some in (now, before))
+    # of error bars more components count as zero by symmetry now, and ranks and shares jump where these have other last digits
+    now, before = ({k: some[k] for k in before if "_mae_" in k or "_rmse_" in k} for some in (now, before))
     return apart(now, before, 100 * ROUNDING)  # errors are differences of large numbers
 
 
@@ -72,9 +75,11 @@ def predicted(name: str) -> dict[str, np.ndarray]:
         return {k.replace("|", "/"): stored[k] for k in stored.files if k.startswith(f"{name}|")}
 
 
-def but_novelty(numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a new fit has in common with an old one: its metric and thresholds are others (docs/decisions/012-novelty.md)."""
-    return {k: v for k, v in numbers.items() if not k.endswith("novelty")}
+def mean(numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a new fit has in common with an old one: its error bars and novelty are others (docs/decisions/012 to 015)."""
+    return {
+        k: v for k, v in numbers.items() if k.rpartition("/")[2] in ("energies", "atom_energies", "forces", "stresses")
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,7 +112,7 @@ def test_every_key_of_a_recipe(tmp_path, command):
     ase.io.write(train, ase.io.read(old_files.DATA / "silicon" / "train.xyz", "::9"))
     command("fit", train, "-o", tmp_path / "model.gpmlp", "--recipe", OLD / "every_key.yaml")
     found = old_files.predictions("every_key", gpmlp.load(tmp_path / "model.gpmlp"))
-    assert not apart(*map(but_novelty, (found, predicted("every_key"))), SEARCHED)
+    assert not apart(*map(mean, (found, predicted("every_key"))), SEARCHED)
 
 
 # ---------------------------------------------------------------- learning runs
@@ -140,21 +145,17 @@ def labels(folder: Path) -> dict[str, np.ndarray]:
     }
 
 
-def said_of_labels(folder: Path) -> dict[str, np.ndarray]:
-    """What the model of a run says of the labels of the finished one."""
-    structures, _ = gpmlp.read(OLD / "run" / "finished" / "labels.xyz")
-    found = gpmlp.load(folder / "model.gpmlp")(structures, variance=["forces"], novelty=True)
-    kept = {"energies": found.energies, "forces": found.forces, "novelty": found.novelty}
-    return {k: v.numpy() for k, v in kept.items()} | {"variances": found.forces_variance.total.numpy()}
-
-
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_killed_run_goes_on_to_the_same_end(torn, place, command, monkeypatch):
-    """As it was left; or with a label and a line of the log half written, too. No answer that is on the disk is asked for again."""
+def test_a_killed_run_goes_on_to_its_end(torn, place, command, monkeypatch):
+    """As it was left; or with a label and a line of the log half written, too. No answer that is on the disk is asked for again.
+
+    What is asked for from then on may be other structures than at that commit: error bars and novelty are others (docs/decisions/012 to 015).
+    """
     monkeypatch.setenv("EMT_KILLS_AT", "0")  # only counts
     out, finished = place / "out", OLD / "run" / "finished"
     shutil.copytree(OLD / "run" / "killed", out)
-    before = len(ase.io.read(out / "labels.xyz", ":"))
+    known = labels(out)
+    before = len(known["energies"])
     if torn:
         for name in ("labels.xyz", "log.jsonl"):
             data = (finished / name).read_bytes()
@@ -162,14 +163,14 @@ def test_a_killed_run_goes_on_to_the_same_end(torn, place, command, monkeypatch)
             assert data[:there] == (out / name).read_bytes()
             (out / name).write_bytes(data[: there + 150])
     command("learn", place / "recipe.yaml", "--resume", "--no-report", "--set", "oracle.executor=inline")
-    now, then = labels(out), labels(finished)
-    assert len(now["energies"]) == len(then["energies"]) > before
-    assert now["steps"].tolist() == then["steps"].tolist()
-    assert not apart(now, then, SEARCHED)
-    assert not apart(*map(but_novelty, map(said_of_labels, (out, finished))), SEARCHED)
+    now = labels(out)
+    assert len(now["energies"]) > before
+    assert all(np.array_equal(now[name][: len(value)], value) for name, value in known.items())
     assert (out / "labels.xyz.broken").exists() == torn
     assert (place / "asked").stat().st_size == len(now["energies"]) - before - 1  # one was in the spool
-    assert len((out / "log.jsonl").read_text().splitlines()) == len((finished / "log.jsonl").read_text().splitlines())
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "stopped" and "all 40 steps of 2 walker(s) are made" in events[-1]["reason"]
+    assert gpmlp.load(out / "model.gpmlp").novelty is not None
 
 
 def test_a_finished_run_is_reported_and_prolonged(place, command):
@@ -180,8 +181,6 @@ def test_a_finished_run_is_reported_and_prolonged(place, command):
     for name, path in {"finished": "report.json", "finished.model": "model/report.json"}.items():
         before = json.loads((OLD / "run" / f"{name}.json").read_text())
         now = json.loads((out / "report" / path).read_text())
-        for some in (now, before):  # equal values had ranks in the order they came; now they share their mean rank
-            some.get("honesty", {}).pop("spearman_of_components", None)
         assert not scores_apart(now, before), path
     command("learn", place / "recipe.yaml", "--resume", "--no-report")
     before = labels(OLD / "run" / "finished")
