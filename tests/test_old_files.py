@@ -24,9 +24,8 @@ from gpmlp import __main__ as entry
 HERE = machine() == json.loads((REFERENCE / "machine.json").read_text())
 ROUNDING = 1e-10 if HERE else 1e-6
 SEARCHED = 1e-5  # what a search for the best noises leaves open
-VARIANCES = (
-    1e-3  # directions along which nothing moves are told otherwise now (docs/decisions/014-groups-noise-columns.md)
-)
+# what directions that move nothing add is told otherwise now (docs/decisions/014-groups-noise-columns.md)
+VARIANCES = 2e-3
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ def labels(folder: Path) -> dict[str, np.ndarray]:
 def test_a_killed_run_goes_on_to_its_end(torn, place, command, monkeypatch):
     """As it was left; or with a label and a line of the log half written, too. No answer that is on the disk is asked for again.
 
-    What is asked for from then on may be other structures than at that commit: error bars and novelty are others (docs/decisions/012 to 015).
+    What is asked for from then on may differ: error bars and novelty are others (docs/decisions/012 to 015).
     """
     monkeypatch.setenv("EMT_KILLS_AT", "0")  # only counts
     out, finished = place / "out", OLD / "run" / "finished"
@@ -185,7 +184,7 @@ def test_a_finished_run_is_reported_and_prolonged(place, command):
     command("learn", place / "recipe.yaml", "--resume", "--no-report")
     before = labels(OLD / "run" / "finished")
     assert len(labels(out)["energies"]) == len(before["energies"])
-    command("learn", place / "recipe.yaml", "--resume", "--no-report", "--set", "dynamics.steps=44")
+    command("learn", place / "recipe.yaml", "--resume", "--no-report", "--set", "dynamics.steps=80")
     now = labels(out)
     assert len(now["energies"]) > len(before["energies"]) and now["steps"][:, 1].max() > 40
     assert all(np.array_equal(now[name][: len(before[name])], before[name]) for name in before)
