@@ -345,10 +345,10 @@ def asking(exceedances, steps=100.0, trigger=None):
 
 def test_a_label_is_asked_for_where_an_error_is_likely():
     """Frames of which all but a few are sure: they may pass up to `likely`."""
-    assert asking([0.001] * 49 + [0.4]) == 0.5  # in all 0.45 of 50 frames, 0.9 %
-    assert asking([]) == 0.5 and asking([math.nan] * 10) == 0.5  # nothing is known of frames yet
-    assert asking([0.3] * 10, 8.0) == 0.5  # 24 steps of 80 are no more than 50 of 5000
-    assert asking([0.001] * 49 + [0.7, 0.8], 60.0) == 0.5  # these are asked for anyway
+    assert asking([0.001] * 49 + [0.4]) == 0.7  # in all 0.45 of 50 frames, 0.9 %
+    assert asking([]) == 0.7 and asking([math.nan] * 10) == 0.7  # nothing is known of frames yet
+    assert asking([0.3] * 10, 8.0) == 0.7  # 24 steps of 80 are no more than 50 of 5000
+    assert asking([0.001] * 49 + [0.75, 0.8], 60.0) == 0.7  # these are asked for anyway
 
 
 def test_errors_that_pass_are_rationed():
@@ -370,9 +370,9 @@ def test_frames_count_by_the_steps_they_stand_for():
         for walker in (0, 1):
             unsure = 0.4 if k <= 40 else 0.001
             history = history.append(Record(walker, 60 * k, 0.0, exceedance=unsure, threshold=1.0))
-    assert label_probability(history, TriggerRecipe()) == 0.5  # what was unsure is more than 5000 steps ago
+    assert label_probability(history, TriggerRecipe()) == 0.7  # what was unsure is more than 5000 steps ago
     history = history.append(Record(0, 7208, 0.0, exceedance=0.4)).append(Record(0, 3000, 0.0, exceedance=0.4))
-    assert label_probability(history, TriggerRecipe()) == 0.5  # 8 steps, and none
+    assert label_probability(history, TriggerRecipe()) == 0.7  # 8 steps, and none
     for k in range(1, 4):
         history = history.append(Record(0, 3000 + 60 * k, 0.0, exceedance=0.4))
     assert label_probability(history, TriggerRecipe()) == 0.01  # 75 steps of 5000 would be missed
