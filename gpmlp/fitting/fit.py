@@ -104,7 +104,6 @@ def _fit_once(
     stages.begin("posterior")
     solved = posterior.solve_posterior(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
     potential = replace(_potential(data, trained, learned, solved.weights), provenance=dict(provenance or {}))
-    potential = replace(potential, novelty=trained.novelty_whole)
     if len(judged):
         stages.begin("calibration")
         potential = replace(potential, calibration=_calibration(data, potential, models, learned, solved, judged))
@@ -261,7 +260,7 @@ class _Trained:
 
     Attributes:
         environments: number of each species; held: whitened rows of the structures set aside and their number, by kind.
-        novelty: of the structures fitted; novelty_whole: of these and those set aside.
+        novelty: of the structures fitted and those set aside.
     """
 
     models: list[InducingModel]
@@ -269,7 +268,6 @@ class _Trained:
     learned: WhitenedData
     held: tuple[dict[str, Tensor], dict[str, int]]
     novelty: Mahalanobis | None
-    novelty_whole: Mahalanobis | None
     parameters: Hyperparameters
     result: evidence.EvidenceResult
     warnings: tuple[str, ...]
@@ -284,10 +282,8 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     stages.begin("inducing points")
     sample = _FeatureSample(recipe)
     models, environments = regression.make_models(recipe, structures, parts, stages, sample.add)
-    novelty = whole = sample.fit()
-    if len(held):
-        sample.add_structures(models[0].descriptor, parts_held, len(fitted))
-        whole = sample.fit()
+    sample.add_structures(models[0].descriptor, parts_held, len(fitted))
+    novelty = sample.fit()
     stages.begin("covariances")
     factors = regression.stream_rows(models, parts, targets, stages)
     factors_held = regression.stream_rows(models, parts_held, targets_held, stages)
@@ -309,7 +305,7 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     if jitter:
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
     about = parameters, result, tuple(warnings)
-    return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, whole, *about)
+    return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, *about)
 
 
 class _FeatureSample:

@@ -33,9 +33,7 @@ from gpmlp.uncertainty.residuals import force_label_noise
 LARGEST_ERROR = 1e-9  # measured error of the factor at which it is computed again from the rows
 WORSE = 10.0  # times that when it was computed: where rounding allows no better, there is no use in computing it again
 EDGE = 1.25  # novelty beyond which standard deviations grow with it: nearer, errors are measured to be no larger than these
-NOVELTY_GROWTH = (
-    1.05  # of the structures, after which novelty is fitted again; before, metric and threshold hardly change
-)
+NOVELTY_GROWTH = 1.05  # of the structures, after which novelty is fitted again; before that it hardly changes
 
 
 @dataclass(frozen=True, eq=False)
