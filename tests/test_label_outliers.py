@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import ase.build
@@ -11,6 +12,7 @@ import torch
 from ase.calculators.emt import EMT
 
 import gpmlp
+from gpmlp.cli.main import main
 from gpmlp.fitting.label_outliers import find_label_outliers
 from gpmlp.io import ase_atoms
 from gpmlp.recipe import Recipe
@@ -109,3 +111,21 @@ def test_isolated_atoms_of_another_reference_are_left_out(data):
     potential, report = gpmlp.fit(*both, Recipe(**SMALL))
     assert report.findings[0].kind == "isolated-atoms-of-another-reference"
     assert errors(potential, test, true) == pytest.approx(right, rel=0.3)
+
+
+def test_the_command_fits_without_them_and_the_model_file_keeps_the_findings(data, tmp_path, capsys):
+    structures, targets, *_ = data
+    energies = targets.energies.clone()
+    energies[7] += 4 * 0.6
+    file, model = tmp_path / "train.xyz", tmp_path / "model.gpmlp"
+    ase_atoms.write_frames(file, ase_atoms.to_ase(structures, replace(targets, energies=energies)))
+    choices = ["--set", "inducing.n=20", "--set", "inducing.gradients=1", "--set", "novelty=false"]
+    assert main(["fit", str(file), "-o", str(model), "--robust", *choices]) == 0
+    said = capsys.readouterr().err
+    assert "warning: train.xyz frame 7: the energy is +0.6" in said and "left out of the fit" in said
+    assert main(["info", str(model), "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)["header"]["report"]["findings"]
+    (kept,) = (f for f in findings if f["kind"] == "label-outlier-energy")
+    assert kept["frames"] == ["train.xyz frame 7"] and kept["severity"] == "warning"
+    assert main(["info", str(model)]) == 0
+    assert "train.xyz frame 7" in capsys.readouterr().out
