@@ -37,7 +37,9 @@ class Finding:
         """Frames, message and advice as one text."""
         named = ", ".join(self.frames[:FRAMES_SHOWN])
         more = f" and {len(self.frames) - FRAMES_SHOWN} more" if len(self.frames) > FRAMES_SHOWN else ""
-        text = f"{named}{more}: {self.message}" if named else self.message[:1].upper() + self.message[1:]
+        first, space, rest = self.message.partition(" ")
+        capital = first[:1].upper() + first[1:] if first.isalpha() else first  # names of files stay as they are
+        text = f"{named}{more}: {self.message}" if named else f"{capital}{space}{rest}"
         return f"{text}{' ' + self.advice if self.advice else ''}"
 
     def as_dict(self) -> dict:
