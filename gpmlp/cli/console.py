@@ -172,21 +172,23 @@ def scores_table(evaluation: Evaluation) -> Table:
     """How well predicted standard deviations match errors: coverage of intervals, scores, rank correlation."""
     table = Table(title="Predicted uncertainty (calibrated)", title_justify="left", title_style="bold")
     table.add_column("")
-    for name in ("coverage 50 / 68 / 90 / 95 %", "rms std", "NLL", "ENCE", "Spearman"):
+    for name in ("coverage 50 / 68 / 90 / 95 %", "rms std", "NLL", "ENCE", "Spearman", "within frames"):
         table.add_column(name, justify="right")
     shown = {"energies": (1e3, "meV/atom"), "forces": (1e3, "meV/A"), "stresses": (1 / GPA, "GPa")}
-    for kind, entry in evaluation.scores.items():
+    groups = {name: of["forces"] for name, of in evaluation.scores_by_config_type.items() if "forces" in of}
+    rows = [(kind, kind, entry) for kind, entry in evaluation.scores.items()]
+    rows += [(f"forces, {name}", "forces", entry) for name, entry in groups.items() if len(groups) > 1]
+    for name, kind, entry in rows:
         if not entry.n:
             continue
         factor, unit = shown[kind]
         covered = (entry.coverage_50, entry.coverage_68, entry.coverage_90, entry.coverage_95)
+        numbers = (entry.nll, entry.ence, entry.spearman, entry.spearman_within_frame)
         table.add_row(
-            kind,
+            literal(name),
             " / ".join(f"{100 * c:.0f}" for c in covered),
             f"{format_number(factor * entry.sharpness)} {unit}",
-            f"{entry.nll:.2f}",
-            f"{entry.ence:.2f}",
-            f"{entry.spearman:.2f}",
+            *("-" if value != value else f"{value:.2f}" for value in numbers),
         )
     return table
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ def choose_left_out(
         taken[label] = taken.get(label, 0) + 1
         rank.append(taken[label])
     turn = sorted(range(len(order)), key=lambda k: min(rank[k], EACH + 1))
-    counts, chosen, total = structures.counts.tolist(), [], 0
+    counts, total = structures.counts.tolist(), 0
+    chosen: list[int] = []
     for i in (order[k] for k in turn):
         if baselines.is_isolated_atom(targets.config_types[i]) or (chosen and total + counts[i] > atoms):
             continue
@@ -112,7 +114,8 @@ def predict_left_out(
     pieces = parallel.map_pieces(predict, list(chunk_structures(here, CHUNK_ATOMS)))
     raw = Prediction.concatenate(pieces)
     each = [
-        _replaced(raw.select(here, [k]), labels.select(here, [k]), *members) for k, (_, *members) in enumerate(found)
+        _replaced(raw.select(here, [k]), labels.select(here, [k]), members, known, error, variance)
+        for k, (_, members, known, error, variance) in enumerate(found)
     ]
     return LeftOut(here, labels, Prediction.concatenate(each))
 
@@ -193,9 +196,12 @@ def _replaced(
         "stresses": found["stresses"][0][:6][order][None],
     }
     values = {kind: getattr(known, kind) - error for kind, error in errors.items()}
+    known_values: dict[str, Any] = {
+        kind: torch.where(value.isnan(), getattr(raw, kind), value) for kind, value in values.items()
+    }
     return replace(
         raw,
-        **{kind: torch.where(value.isnan(), getattr(raw, kind), value) for kind, value in values.items()},
+        **known_values,
         energies_variance=_with_data(raw.energies_variance, n**2 * found["energies"][1][:1]),
         forces_covariance=_with_data(raw.forces_covariance, found["forces"][1][: 3 * atoms].view(-1, 3)),
         stresses_covariance=_with_data(raw.stresses_covariance, found["stresses"][1][None, :6]),

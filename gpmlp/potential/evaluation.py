@@ -90,11 +90,12 @@ def evaluate(
     """
     variances = variances and potential.variances is not None
     targets = comparable_targets(potential, targets)
-    parts, done = [], 0
+    parts: list[Prediction] = []
+    done = 0
     if progress:
         progress("prediction", 0, structures.n_atoms, "")
     for chunk in chunk_structures(structures, CHUNK_ATOMS):
-        first = sum(len(part.energies) for part in parts)
+        first = sum(int(part.energies.shape[0]) for part in parts)
         labels = targets.config_types[first : first + len(chunk)]
         about = VARIANCES if variances else None, potential.novelty is not None and variances
         parts.append(potential(chunk, *about, config_types=labels))

@@ -131,8 +131,8 @@ class Potential:
             raise errors.UserError("There are no structures to predict.")
         prediction = Prediction.concatenate(parts)
         if calibrated:
-            here = structures.to(device=self.recipe.device)
-            prediction = calibrate_prediction(prediction, here, self.calibration, config_types)
+            moved = structures.to(device=self.recipe.device)
+            prediction = calibrate_prediction(prediction, moved, self.calibration, config_types)
             prediction = prediction if novelty else replace(prediction, novelty=None)
         if prediction.energies_variance is not None:
             open_ = self._energy_deviations(structures).square().sum(1).to(prediction.energies_variance.data)

@@ -221,9 +221,8 @@ class KindCalibration:
 
 
 def _group_from_dict(plain: Mapping) -> GroupScale:
-    scale = GroupScale(
-        **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in _known(GroupScale, plain).items()}
-    )
+    known: dict[str, Any] = _known(GroupScale, plain)
+    scale = GroupScale(**(known | ({"intervals": tuple(known["intervals"])} if "intervals" in known else {})))
     if len(scale.intervals) != len(LEVELS):
         raise UserError(
             f"Calibration with {len(scale.intervals)} factors on intervals of a group; there are {len(LEVELS)} levels."
@@ -573,6 +572,6 @@ def calibrate_variance(variance: Variance, learned: KindCalibration, factor: Ten
     # part due to the data: more data would narrow the posterior and leave these errors.
     floor = constant * (variance.misspecification + variance.noise)
     noise = _smaller(floor, variance.noise)
-    share = torch.as_tensor(data).clamp(max=1.0)
+    share = data.clamp(max=1.0) if isinstance(data, Tensor) else min(1.0, data)
     excess = (data - share) * variance.data
     return Variance(inducing * variance.inducing, share * variance.data, floor - noise + excess, noise)

@@ -57,7 +57,8 @@ class LocalScale:
     @staticmethod
     def from_dict(plain: Mapping) -> LocalScale:
         """Restore what dataclasses.asdict gave."""
-        return LocalScale(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in plain.items()})
+        slopes, middle, low, high = (tuple(plain[name]) for name in ("slopes", "middle", "low", "high"))
+        return LocalScale(slopes, middle, low, high, plain["force"])
 
     @staticmethod
     def fit(squares: Tensor, parts: Tensor, squared_force: Tensor, structure: Tensor) -> tuple[LocalScale, float]:

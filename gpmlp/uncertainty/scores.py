@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,10 +88,11 @@ def score_errors(
     keep, e, s = known_errors(errors, std)
     n = len(e)
     if not n:
-        return Scores(0, **{f.name: math.nan for f in fields(Scores) if f.name not in ("n", "n_symmetric")})
+        unknown: dict[str, Any] = {f.name: math.nan for f in fields(Scores) if f.name not in ("n", "n_symmetric")}
+        return Scores(0, **unknown)
     s = s.clamp_min(smallest_std(s, e))
     z = e / s
-    coverage = {}
+    coverage: dict[str, Any] = {}
     for percent in (50, 68, 90, 95):
         m = (multipliers or {}).get(percent / 100, gaussian_multiplier(percent / 100))
         half = m.to(e)[keep] if isinstance(m, Tensor) and m.dim() else m * s

@@ -90,6 +90,7 @@ class ReportData:
         positions: (atoms, 3) A; cells: (structures, 3, 3) A, rows; periodic: (structures, 3) bool.
         cutoff: A.
         stress_reference, stress_predicted, stress_std: (structures, 6) eV/A^3, xx yy zz yz xz xy.
+        group_scores: config_type -> the same as `scores`, of its structures.
         scores: kind -> {coverage_50, ... (of conformal intervals; missing where there are none), miscalibration_area, nll, crps,
             sharpness, spearman_of_structures | _atoms | _components (numbers.ORDERED), ...}; crps and sharpness in eV/atom, eV/A
             or eV/A^3 (the page converts them), all others without unit.
@@ -132,6 +133,7 @@ class ReportData:
     stress_predicted: np.ndarray | None = None
     stress_std: np.ndarray | None = None
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    group_scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     rivals: dict[str, dict[str, float]] | None = None
     model: dict[str, Any] = field(default_factory=dict)
     dimers: tuple[dict[str, Any], ...] = ()
@@ -299,6 +301,10 @@ def collect_data(
         stress_predicted=_numpy(prediction.stresses[:, rows, columns]),
         stress_std=None if stresses is None else _numpy(stresses.total[:, rows, columns].sqrt()),
         scores={kind: _scores(potential, kind, s) for kind, s in evaluation.scores.items() if s.n},
+        group_scores={
+            name: {kind: _scores(potential, kind, s) for kind, s in scores.items() if s.n}
+            for name, scores in evaluation.scores_by_config_type.items()
+        },
         rivals=compare_indicators(potential, structures, targets, evaluation),
         model=_model(potential),
         dimers=tuple(dimer_curves(potential)),

@@ -247,6 +247,7 @@ def all_numbers(data: ReportData, labelled: dict[str, LabelledComponents]) -> di
         "error_against_std": {kind: std_bins(view) for kind, view in judged.items()},
         "sparsification": {kind: sparsification_numbers(view) for kind, view in judged.items()},
         "scores": data.scores,
+        "scores_by_config_type": data.group_scores,
         "rivals": data.rivals,
         "trust_region": trust_region(data),
         "variance_by_cause_meV2_per_A2": variance_budget(data),

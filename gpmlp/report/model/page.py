@@ -93,6 +93,7 @@ def model_page(data: ReportData) -> Page:
             **numbers,
             **extrapolation_values(data),
             **_score_values(data),
+            "group_rows": _group_rows(data),
             **_budget_values(numbers),
             **_fit_values(data.model),
             "findings": label_findings(data),
@@ -160,6 +161,16 @@ def _score_values(data: ReportData) -> dict[str, Any]:
             cells.append((value, unit))
         rows.append({"kind": kind, "cells": cells})
     return {"score_names": [SCORES.get(key, key.replace("_", " ")) for key in keys], "score_rows": rows}
+
+
+def _group_rows(data: ReportData) -> list[tuple[str, str, list[float | None]]]:
+    """Error bars by config_type: name, kind, and number, share in the 90 % interval, rms of error/σ, NLL, rank correlation in a frame."""
+    keys = ("n", "coverage_90", "rms_z", "nll", "spearman_within_frame")
+    return [
+        (name, kind, [row.get(key) for key in keys])
+        for name, scores in data.group_scores.items()
+        for kind, row in scores.items()
+    ]
 
 
 def _budget_values(numbers: Numbers) -> dict[str, Any]:
