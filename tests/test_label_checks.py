@@ -379,3 +379,10 @@ def test_command(copper, tmp_path, capsys):
     assert content["n_structures"] == 82 and content["n_atoms"] == 322 and content["counts"]["error"] >= 1
     assert {"kind", "severity", "frames", "message", "numbers", "advice"} == set(content["findings"][0])
     assert main(["check", str(tmp_path / "nothing.xyz")]) == 2
+
+
+def test_units_of_one_system_count_as_one_cause():
+    reasons = work.explain_slope(1 / BOHR)
+    assert "the forces are in eV/Bohr" in reasons
+    assert "the energies are in Hartree and the forces are in Hartree/Bohr" in reasons
+    assert work.explain_slope(1.0) == [] and work.explain_slope(17.0) == []
