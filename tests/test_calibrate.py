@@ -82,6 +82,18 @@ def test_forces_that_vanish_calibrate_nothing():
     assert ((prediction.forces - known.forces).abs() < 1.645 * std).double().mean() > 0.9
 
 
+def test_labels_scatter_where_symmetry_forbids_a_force():
+    """Perfect crystals beside others, labels with noise of 1e-3 eV/A: error bars of forbidden forces are as wide as that and no wider."""
+    frames = [strained(1 + 0.003 * (i % 12)) if i % 2 else copper(i) for i in range(48)]
+    structures, targets = from_ase(frames)
+    noise = 1e-3 * torch.randn(targets.forces.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noisy = replace(targets, forces=targets.forces + noise)
+    potential, _ = fit(structures, noisy, Recipe.model_validate({"inducing": {"n": 30, "gradients": 2}}))
+    assert potential.calibration.kinds["forces"].forbidden == pytest.approx(1e-3, rel=0.2)
+    std = potential(from_ase([strained(1.02)])[0], variance="forces").forces_variance.total.sqrt()
+    assert torch.allclose(std, torch.full_like(std, 1e-3), rtol=0.25)
+
+
 def test_no_more_atoms_than_asked():
     structures, targets = many(["a"] * 50)
     _, held, _ = calibrate.calibration_split(structures, targets, CalibrationRecipe(fraction=0.3, atoms=10), 0)

@@ -146,6 +146,7 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
     data: dict[str, KnownErrors] = {}
     weights: dict[str, Tensor] = {}
     blind: list[str] = []
+    scatter: dict[str, float] = {}
     unsampled = 1.0
     for kind in ("forces", "energies", "stresses"):
         if getattr(prediction, VARIANCE_FIELDS[kind]) is None:
@@ -154,6 +155,9 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
         labelled = ~errors.isnan() & parts.isfinite().all(1)
         # components that vanish by symmetry say nothing of the size of errors, and there may be many (strained crystals)
         usable = labelled & ~zero_by_symmetry(kind, targets, prediction, parts)
+        forbidden = errors[labelled & ~usable]
+        if len(forbidden) >= FEW and kind != "energies":
+            scatter[kind] = forbidden.square().mean().sqrt().item()
         if int(usable.sum()) < (FEW if usable.sum() < labelled.sum() else 1):
             blind += [kind] if labelled.any() else []
             continue
@@ -180,9 +184,11 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
         "blind": blind,
     }
     sample_scale = sample_spread(structures, targets, raw) if "forces" in data else None
-    calibration = replace(
-        Calibration.fit(data, source, weights), typical_novelty=typical, sample_scale=sample_scale, unsampled=unsampled
-    )
+    learned = Calibration.fit(data, source, weights)
+    kinds = {
+        kind: replace(one, forbidden=scatter.get(kind, 0.0)) if one.n else one for kind, one in learned.kinds.items()
+    }
+    calibration = replace(learned, kinds=kinds, typical_novelty=typical, sample_scale=sample_scale, unsampled=unsampled)
     if prediction.forces_variance is not None and "forces" in data:
         source |= _misspecification(calibration, raw, structures, targets)
     return replace(calibration, source=source)

@@ -113,6 +113,7 @@ class _KindCalibration(_Section):
     edges: list[NotNegative] = []
     floor: NotNegative = 0.0
     weights: list[NotNegative] = []
+    forbidden: NotNegative = 0.0
     local: _LocalScale | None = None
     groups: dict[str, _GroupScale] = {}
     unseen: _GroupScale = _GroupScale()

@@ -101,6 +101,7 @@ class KindCalibration:
         edges: of the bins, calibrated std, unit of the errors; none = one bin.
         floor: smallest calibrated std, unit of the errors: smaller ones count as this in intervals.
         weights: of the parts of the variance (variance_weights) from which the std was formed; empty = 1 each.
+        forbidden: std of the errors where symmetry forbids a component, which is scatter of the labels: the least of all.
         local: factor on the std that depends on the prediction; None = 1.
         groups: by config_type, factors for its structures; unseen: for structures of a config_type that is not among them, where there
             are some.
@@ -113,6 +114,7 @@ class KindCalibration:
     edges: tuple[float, ...] = ()
     floor: float = 0.0
     weights: tuple[float, ...] = ()
+    forbidden: float = 0.0
     local: LocalScale | None = None
     groups: dict[str, GroupScale] = field(default_factory=dict)
     unseen: GroupScale = GroupScale()
@@ -125,7 +127,8 @@ class KindCalibration:
     def scale_by(self, factor: float) -> KindCalibration:
         """With standard deviations and intervals larger by a factor."""
         edges = tuple(factor * e for e in self.edges)
-        return replace(self, scale=factor * self.scale, edges=edges, floor=factor * self.floor)
+        wider = {name: factor * getattr(self, name) for name in ("scale", "floor", "forbidden")}
+        return replace(self, edges=edges, **wider)
 
     @staticmethod
     def identity() -> KindCalibration:
@@ -158,7 +161,7 @@ class KindCalibration:
         species = None if known.species is None else known.species.cpu()
         where = None if known.structure is None else structure.cpu()
         multipliers, counts = _table(size, bins, species, len(edges) + 1, where)
-        found = KindCalibration(scale, len(e), multipliers, counts, edges, scale * floor, weights, local)
+        found = KindCalibration(scale, len(e), multipliers, counts, edges, scale * floor, weights, local=local)
         if not factors.factors:
             return found
         conformity = (e.abs()[:, None] / found.half_widths(s, species)).cpu()
@@ -572,6 +575,7 @@ def calibrate_variance(variance: Variance, learned: KindCalibration, factor: Ten
     # part due to the data: more data would narrow the posterior and leave these errors.
     floor = constant * (variance.misspecification + variance.noise)
     noise = _smaller(floor, variance.noise)
+    scatter = learned.forbidden**2 * (torch.eye(noise.shape[-1]).to(noise) if noise.dim() == 3 else 1.0)
     share = data.clamp(max=1.0) if isinstance(data, Tensor) else min(1.0, data)
     excess = (data - share) * variance.data
-    return Variance(inducing * variance.inducing, share * variance.data, floor - noise + excess, noise)
+    return Variance(inducing * variance.inducing, share * variance.data, floor - noise + excess, noise + scatter)

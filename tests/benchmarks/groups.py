@@ -1,0 +1,108 @@
+"""Error bars in every group: coverage, rms of error/σ, NLL and ranks within frames by config_type, for data/ and literature sets.
+
+    python tests/benchmarks/groups.py --data DATA [--cases data_silicon zuo_si acac] [--without Surface] [--n 200] [--least 300]
+
+DATA holds the folders named in accuracy.py (not needed for `data_silicon` and `data_ethanol`, which are in data/). Each case is fitted with
+--n inducing points and 3 gradients of each, and judged on its test files twice: with the config_types of the file, and without. --without
+leaves the config_types that begin so out of the training. Components that vanish by symmetry are left out (column "symmetric").
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import common
+from accuracy import CASES
+
+import gpmlp
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.potential.evaluation import evaluate
+from gpmlp.recipe import Recipe
+
+OWN = {
+    name: common.ROOT / "data" / folder for name, folder in (("data_silicon", "silicon"), ("data_ethanol", "ethanol"))
+}
+HEADER = [
+    "case, config_type",
+    "kind",
+    "label",
+    "n",
+    "symmetric",
+    "90 % covered",
+    "rms z",
+    "NLL",
+    "Spearman",
+    "in frames",
+]
+
+
+def files(case: str, data: Path | None) -> tuple[list[Path], dict[str, Path]]:
+    """Training files, and test files by name."""
+    if case in OWN:
+        return [OWN[case] / "train.xyz"], {"test": OWN[case] / "test.xyz"}
+    if data is None:
+        raise SystemExit(f"{case} needs --data")
+    return [data / path for path in CASES[case].train], {name: data / path for name, path in CASES[case].tests.items()}
+
+
+def run(case: str, options: argparse.Namespace) -> list[list[str]]:
+    train, tests = files(case, options.data)
+    parts = [gpmlp.read(path) for path in train]
+    structures, targets = Structures.concatenate([s for s, _ in parts]), Targets.concatenate([t for _, t in parts])
+    left = [
+        i for i, label in enumerate(targets.config_types) if not (options.without and label.startswith(options.without))
+    ]
+    recipe = Recipe.model_validate({"inducing": {"n": options.n, "gradients": 3}})
+    potential, _ = gpmlp.fit(structures.select(left), targets.select(structures, left), recipe)
+    rows = []
+    for name, path in tests.items():
+        some, known = gpmlp.read(path, f"::{options.step}")
+        for label, types in (("given", known.config_types), ("not given", ("",) * len(some))):
+            found = evaluate(potential, some, replace(known, config_types=types))
+            groups = {"all": found.scores} | found.scores_by_config_type
+            if label == "not given":  # the same groups, judged by error bars that know nothing of them
+                groups |= scores_by_type(potential, some, known, found.prediction)
+            for group, scores in groups.items():
+                rows += [
+                    [f"{case} {name}, {group}", kind, label, str(s.n), str(s.n_symmetric), f"{100 * s.coverage_90:.1f}"]
+                    + [f"{v:.2f}" for v in (s.rms_z, s.nll, s.spearman, s.spearman_within_frame)]
+                    for kind, s in scores.items()
+                    if s.n >= (options.least if kind == "forces" else 1)
+                ]
+    return rows
+
+
+def scores_by_type(potential, structures: Structures, targets: Targets, prediction) -> dict:
+    """Scores of a prediction by the config_types of the labels, with intervals that do not know them."""
+    from gpmlp.potential.evaluation import score_variances
+
+    out = {}
+    for name in sorted(set(targets.config_types) - {""}):
+        mine = [i for i, label in enumerate(targets.config_types) if label == name]
+        blind = replace(targets.select(structures, mine), config_types=("",) * len(mine))
+        part = structures.select(mine), blind, prediction.select(structures, mine)
+        out[name] = score_variances(*part, potential.calibration)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with the data sets")
+    parser.add_argument("--cases", nargs="+", choices=[*OWN, *CASES], default=list(OWN))
+    parser.add_argument("--without", default="", help="leave config_types that begin so out of the training")
+    parser.add_argument("--n", type=int, default=200, help="inducing points")
+    parser.add_argument("--step", type=int, default=1, help="take every so many frames of the test files")
+    parser.add_argument("--least", type=int, default=300, help="force components of a group that is shown")
+    options = parser.parse_args()
+    for case in options.cases:
+        print(common.table(run(case, options), HEADER), flush=True)
+
+
+if __name__ == "__main__":
+    main()
