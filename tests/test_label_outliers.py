@@ -93,6 +93,23 @@ def test_wrong_labels_are_named_and_robust_fits_go_without_them(data, kind):
         assert errors(naive, test, true)[0] < 1.3 * right[0]
 
 
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (lambda t: replace(t, forces=-t.forces, stresses=t.stresses * torch.nan), "energies", "wrong sign"),
+        (lambda t: replace(t, energies=t.energies / 27.2114, stresses=t.stresses * torch.nan), "energies", "Hartree"),
+        (lambda t: replace(t, stresses=-t.stresses), "stresses", "the sign is the opposite one"),
+    ],
+)
+def test_kinds_that_a_fit_gives_up_as_noise(data, change, kind, words):
+    """No two frames are near enough to tell, but the fit cannot follow all labels."""
+    structures, targets, *_ = data
+    _, report = gpmlp.fit(structures, change(targets), Recipe(**SMALL))
+    named = {"energies": "energies-against-forces", "stresses": "stresses-against-energies"}[kind]
+    (found,) = [f for f in report.findings if f.kind == named]
+    assert found.severity == "error" and words in found.message, report.findings
+
+
 def test_isolated_atoms_of_another_reference_are_left_out(data):
     structures, targets, test, true = data
     right = errors(gpmlp.fit(structures, targets, Recipe(**SMALL))[0], test, true)

@@ -20,7 +20,7 @@ from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting import calibrate, left_out, near_duplicates, prepare, regression, variance_checks
 from gpmlp.fitting.cost import expected_cost
-from gpmlp.fitting.label_outliers import LabelOutliers, find_label_outliers, noise_finding
+from gpmlp.fitting.label_outliers import LabelOutliers, contradicted_kinds, find_label_outliers, noise_finding
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
@@ -115,6 +115,7 @@ def _fit_once(
     found = [
         *data.findings,
         *replace(wrong, energies=wrong.energies & ~data.failed).findings(data.structures),
+        *contradicted_kinds(data.structures, wrong, data.findings),
         *noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
     ]
     errors = None

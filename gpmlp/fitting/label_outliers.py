@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from gpmlp.core import parallel
 from gpmlp.core.findings import Finding, Severity
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
+from gpmlp.core.units import GPA
+from gpmlp.io.label_checks import stresses, work
+from gpmlp.io.label_checks.totals import isolated_frames
 from gpmlp.potential.potential import Potential
 
 FAR = {
@@ -28,10 +32,44 @@ LARGEST_SHARE = (
     0.9  # of its noise variance that is left at a label: noise chosen too small must not make residuals of nothing
 )
 BEYOND_NOISE = 4.0  # training error over learned noise
+# a kind of labels is followed by a fit unless its errors exceed its scatter, or it is that correlated and its slope is outside
+UNFOLLOWED, CORRELATED, SLOPES = 1.1, 0.8, (0.5, 2.0)
+TELLING = 0.3  # correlation of which a slope says something about signs and units
+SMALLEST_UNFOLLOWED = {"energies": 5e-3, "stresses": 2e-3}  # eV/atom, eV/A^3: errors that may be anything
 ADVICE = (
     "The label is wrong, or the model misses such frames: compute it again, or fit with --robust (recipe: robust: true), "
     "which leaves it out."
 )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How labels of a kind agree with the fit to all labels.
+
+    Attributes:
+        slope: of labels on predictions; 1 where right.
+        correlation: of the two.
+        error, scatter: root mean squares of label less prediction, and of the labels; energies less those of the composition, eV/atom.
+    """
+
+    slope: float
+    correlation: float
+    error: float
+    scatter: float
+
+    @staticmethod
+    def between(predictions: Tensor, labels: Tensor) -> Agreement:
+        """Of (n,) predictions and labels without their means."""
+        xx, yy, xy = (float(a @ b) for a, b in ((predictions, predictions), (labels, labels), (predictions, labels)))
+        error, scatter = float((labels - predictions).square().mean().sqrt()), float(labels.square().mean().sqrt())
+        return Agreement(xy / max(xx, 1e-300), xy / max((xx * yy) ** 0.5, 1e-300), error, scatter)
+
+    def contradicts(self, kind: str) -> bool:
+        """Whether the fit took the labels for noise, or follows them but for a factor."""
+        if self.error < SMALLEST_UNFOLLOWED[kind]:
+            return False
+        factor = abs(self.correlation) > CORRELATED and not SLOPES[0] < self.slope < SLOPES[1]
+        return factor or self.error > UNFOLLOWED * self.scatter
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +81,7 @@ class LabelOutliers:
         energy_residuals: (structures,) eV/atom, label less prediction from the other labels; force_residuals: (atoms,) eV/A;
             NaN where there is no label.
         energy_scatter: (structures,) eV/atom, force_scatter: (atoms,) eV/A: of all residuals, or of the config_type if larger.
+        agreement: of the kinds that a fit may give up as noise where others contradict them, 'energies' and 'stresses'.
     """
 
     energies: Tensor
@@ -51,6 +90,7 @@ class LabelOutliers:
     force_residuals: Tensor
     energy_scatter: Tensor
     force_scatter: Tensor
+    agreement: dict[str, Agreement] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.energies.any() or self.forces.any())
@@ -131,7 +171,28 @@ def find_label_outliers(potential: Potential, structures: Structures, targets: T
         residuals.nan_to_num().abs() > (FAR[kind] * scatter).clamp_min(SMALLEST[kind])
         for kind, residuals, scatter in zip(FAR, (energies, forces), around, strict=True)
     ]
-    return LabelOutliers(far[0], far[1], energies, forces, *around)
+    agreement = _agreement(structures, targets, prediction, ~far[0])
+    return LabelOutliers(far[0], far[1], energies, forces, *around, agreement)
+
+
+def _agreement(structures: Structures, targets: Targets, prediction: Prediction, used: Tensor) -> dict[str, Agreement]:
+    """Agreement of energies and stresses, of the frames that are used, where there are enough."""
+    used = used & ~isolated_frames(structures, targets)
+    shares = structures.composition(structures.distinct_species).double().cpu()
+    shares = shares / shares.sum(1, keepdim=True)
+    energies = (torch.stack([prediction.energies, targets.energies], 1) / structures.counts[:, None]).double().cpu()
+    known = used & ~energies.isnan().any(1)
+    energies, shares = energies[known], shares[known]
+    out = {}
+    if len(energies) >= FEWEST + shares.shape[1]:
+        energies = energies - shares @ torch.linalg.lstsq(shares, energies, driver="gelsd").solution
+        out["energies"] = Agreement.between(*energies.unbind(1))
+    tensors = torch.stack([prediction.stresses, targets.stresses], 1).double().cpu()[used]
+    tensors = tensors[~tensors.flatten(1).isnan().any(1)].flatten(2)
+    if len(tensors) >= FEWEST:
+        tensors = tensors - tensors.mean(0)
+        out["stresses"] = Agreement.between(tensors[:, 0].flatten(), tensors[:, 1].flatten())
+    return out
 
 
 def _scatters(residuals: Tensor, group: Tensor) -> Tensor:
@@ -166,6 +227,47 @@ def _leave_out(potential: Potential, structures: Structures, targets: Targets, r
     own = targets.energies_noise.double().cpu()[index]
     share = (variance.data / part.counts.square()).double().cpu() / torch.where(own.isnan(), noise, own).square()
     return residuals.index_copy(0, index, residuals[index] / (1 - share.clamp(0, LARGEST_SHARE)))
+
+
+def contradicted_kinds(structures: Structures, outliers: LabelOutliers, known: Sequence[Finding]) -> list[Finding]:
+    """Energies and stresses that the fit took for noise, or that follow it but for a sign or a unit.
+
+    Args:
+        known: findings of the labels themselves; what is said there is not said again.
+    """
+    said = {finding.kind for finding in known if finding.severity == "error"}
+    failed = outliers.forces & (outliers.force_residuals > CERTAIN["forces"])  # these alone may upset energies
+    if failed.any() or said & {"energies-against-forces", "energies-per-atom", stresses.KIND}:
+        return []
+    energies, tensors = (outliers.agreement.get(kind) for kind in ("energies", "stresses"))
+    if energies is not None and energies.contradicts("energies"):
+        return [_contradicted_energies(structures, energies)]
+    if tensors is None or not tensors.contradicts("stresses"):
+        return []
+    evidence = f"by a fit to all labels, which misses stresses by {tensors.error / GPA:.3g} GPa rms"
+    numbers = {"error_GPa": tensors.error / GPA, "scatter_GPa": tensors.scatter / GPA}
+    if abs(tensors.correlation) > CORRELATED:
+        volume = float(structures.volumes.nanmean())
+        return [stresses.scale_finding(1 / tensors.slope, volume, evidence, (), numbers)]
+    text = f"the stresses contradict the other labels, and scatter by {tensors.scatter / GPA:.3g} GPa ({evidence})."
+    advice = "Check their unit, eV/A^3, their sign and order, or leave them out (use_stresses: false)."
+    return [Finding(stresses.KIND, "error", text, (), numbers, advice)]
+
+
+def _contradicted_energies(structures: Structures, energies: Agreement) -> Finding:
+    counts = structures.counts.unique()
+    reasons: list[str] = []
+    if abs(energies.correlation) > TELLING:
+        reasons = work.explain_slope(energies.slope, float(counts[0]) if len(counts) == 1 else math.nan)
+        reasons = [text for text in reasons if " and " not in text]  # one cause: the slope is no better known
+        if energies.slope < 0:
+            reasons = reasons or ["the forces have the wrong sign (they are gradients)"]
+    text = (
+        f"the energies contradict the forces: they scatter by {energies.scatter:.3g} eV/atom, and a fit to all labels misses them by "
+        f"{energies.error:.3g} eV/atom rms{'; probably ' + ' or '.join(reasons) if reasons else ''}."
+    )
+    numbers = {"error_eV_per_atom": energies.error, "scatter_eV_per_atom": energies.scatter, "slope": energies.slope}
+    return Finding("energies-against-forces", "error", text, (), numbers, work.ADVICE)
 
 
 def noise_finding(

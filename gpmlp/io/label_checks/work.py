@@ -30,6 +30,7 @@ BETTER = 0.6  # a slope that is believed leaves at most this of what the slope 1
 STRANGE, BEST = 10.0, 3  # times the scatter of all pairs: a frame whose 3 best pairs all deviate so far is wrong
 SMALLEST_DEVIATION = 0.02  # eV/atom
 CAUCHY, ITERATIONS = 2.0, 30
+ADVICE = "Correct the file (energies in eV, forces in eV/A, F = -dE/dr), or leave one kind out (use_energies or use_forces: false)."
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,7 @@ def _contradiction(structures: Structures, pairs: NearPairs, fit: WorkFit, where
     text += (
         f" ({fit.pairs} pairs); {'probably ' + ' or '.join(reasons) if reasons else 'no common unit explains that'}."
     )
-    advice = "Correct the file (energies in eV, forces in eV/A, F = -dE/dr), or leave one kind out (use_energies or use_forces: false)."
-    return [Finding("energies-against-forces", "error", text, example_frames(structures, pairs), numbers, advice)]
+    return [Finding("energies-against-forces", "error", text, example_frames(structures, pairs), numbers, ADVICE)]
 
 
 def explain_slope(
