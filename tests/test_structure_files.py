@@ -114,6 +114,19 @@ def test_columns_and_cells_that_are_not_read_are_said(tmp_path):
     assert "`cell` is not known as a cell; the structures are taken as not periodic" in said["cell-of-unknown-name"]
 
 
+@pytest.mark.parametrize(
+    ("mark", "said"),
+    [
+        ("converged=F", True), ("scf_converged=no", True), ("unconverged=T", True), ("Converged=0", True),
+        ("converged=T", False), ("unconverged=F", False), ("relax_converged=F", False), ('convergence="1e-6"', False),
+    ],
+)  # fmt: skip
+def test_frames_that_say_they_have_not_converged_are_named(mark, said, tmp_path):
+    (tmp_path / "a.xyz").write_text(f"1\nenergy=1.0 converged_in=0\nCu 0 0 0\n1\nenergy=1.0 {mark}\nCu 0 0 0\n")
+    found = [f for f in ase_atoms.read_labelled(tmp_path / "a.xyz").findings if f.kind == "marked-as-not-converged"]
+    assert [f.frames for f in found] == ([("a.xyz frame 1",)] if said else [])
+
+
 def test_starts_keep_what_only_atoms_hold(tmp_path):
     start = bulk("Cu", cubic=True)
     start.set_constraint(FixBondLength(0, 1))

@@ -20,6 +20,12 @@ from gpmlp.io.frames import Frame
 
 Progress = Callable[[str, float, float, str], None]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+REPEAT = "Repeat it with more electronic steps."
+CONVERGED = frozenset("converged unconverged isconverged".split())
+OF_ELECTRONS = CONVERGED | frozenset(
+    "is not scf electronic electrons energy dft ref reference qm calc calculation vasp qe cp2k aims".split()
+)
+NO, YES = ("false", "f", "no", "0", ".false."), ("true", "t", "yes", "1", ".true.")
 EVERY = 500  # frames between two reports of progress
 
 # what readers of the many formats raise on input that they do not understand
@@ -170,6 +176,10 @@ def _not_read(frames: Sequence[Frame], names: Sequence[str]) -> Iterator[Finding
         text = f"lines of atoms have up to {most} more columns than Properties name; these are not read."
         advice = "Name them in Properties, as Properties=species:S:1:pos:R:3:forces:R:3."
         yield Finding("columns-without-a-name", "warning", text, tuple(ragged), {"columns": float(most)}, advice)
+    failed = [name for name, frame in zip(names, frames, strict=True) if _says_unconverged(frame)]
+    if failed:
+        text = "the file says that the electronic steps have not converged; the labels are taken nevertheless."
+        yield Finding("marked-as-not-converged", "warning", text, tuple(failed), {"frames": float(len(failed))}, REPEAT)
     cells: dict[str, list[str]] = {}
     for name, frame in zip(names, frames, strict=True):
         if frame.pbc.any() or frame.cell.any():
@@ -183,6 +193,16 @@ def _not_read(frames: Sequence[Frame], names: Sequence[str]) -> Iterator[Finding
         text = f"`{key}` is not known as a cell; the structures are taken as not periodic."
         advice = 'Write the lattice vectors as Lattice="ax ay az bx by bz cx cy cz".'
         yield Finding("cell-of-unknown-name", "warning", text, tuple(where), {"frames": float(len(where))}, advice)
+
+
+def _says_unconverged(frame: Frame) -> bool:
+    """Whether a key as `converged` or `scf_converged` is false; those of relaxations, whose labels are right, do not count."""
+    for key, value in frame.info.items():
+        words = set(key.lower().replace("-", "_").split("_"))
+        if words & CONVERGED and words <= OF_ELECTRONS:
+            if str(value).strip().lower() in (YES if words & {"unconverged", "not"} else NO):
+                return True
+    return False
 
 
 def _read_by_ase(path: Path, index: str | int | slice, called: str) -> FileFrames:
@@ -207,8 +227,7 @@ def _read_by_ase(path: Path, index: str | int | slice, called: str) -> FileFrame
         raise UserError(f"{path}: none of its {len(frames)} steps has converged: {failed.reason}.")
     text = f"the electronic steps have not converged ({failed.reason}); the step is left out."
     steps = tuple(f"{called} frame {i}" for i in sorted(failed.steps))
-    advice = "Repeat it with more electronic steps."
-    finding = Finding("step-not-converged", "warning", text, steps, {"steps": float(len(steps))}, advice)
+    finding = Finding("step-not-converged", "warning", text, steps, {"steps": float(len(steps))}, REPEAT)
     return FileFrames(path, kept, numbers, names, (finding,))
 
 
