@@ -36,6 +36,7 @@ from gpmlp.uncertainty.variance_weights import fit_variance_weights
 FEWEST_PREQUENTIAL = 8  # latest structures, at least, whose predictions count,
 COMPONENTS = 1000  # and force components that they have together: older predictions are of models with less data
 CONFIDENCE = 0.9  # that standard deviations are not too small: few structures determine their size poorly
+LEFT_OUT = "left out of the training set in turn, several of each config_type; learned from otherwise"
 HOW = "predicted before they were learned from, in the order in which they came (prequential)"
 
 FEWEST = 20  # structures; of fewer none is set aside
@@ -120,8 +121,7 @@ def left_out_calibration(left_out: LeftOut) -> Calibration:
     Errors within a structure depend on each other, so n structures count as n errors; the variance of so many is uncertain itself, and
     a new error is distributed as Student's t.
     """
-    how = "left out of the training set in turn, several of each config_type; learned from otherwise"
-    learned = learn_calibration(left_out.prediction, left_out.structures, left_out.targets, how)
+    learned = learn_calibration(left_out.prediction, left_out.structures, left_out.targets, LEFT_OUT)
     n = max(len(left_out.structures), LEAST_FREEDOM)
     kinds = {name: kind.scale_by((n / (n - 2)) ** 0.5) if kind.n else kind for name, kind in learned.kinds.items()}
     return replace(learned, kinds=kinds)

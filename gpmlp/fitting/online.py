@@ -13,13 +13,13 @@ from gpmlp.core import errors
 from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
-from gpmlp.fitting import calibrate, online_updates, prepare, regression, sparse_points, variance_checks
+from gpmlp.fitting import calibrate, left_out, online_updates, prepare, regression, sparse_points, variance_checks
 from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online_updates import LabelBatch, RowScales
-from gpmlp.fitting.regression import InducingModel
+from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import hyperparameters, inducing
-from gpmlp.gp.posterior import FIXED
+from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.gp.qr import DowndateError, PosteriorFactor, RowFactor
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.baselines import Baseline
@@ -32,6 +32,7 @@ from gpmlp.uncertainty.residuals import force_label_noise
 
 LARGEST_ERROR = 1e-9  # measured error of the factor at which it is computed again from the rows
 WORSE = 10.0  # times that when it was computed: where rounding allows no better, there is no use in computing it again
+LEFT_OUT = 600  # atoms of structures that are left out in turn at a refresh
 EDGE = 1.25  # novelty beyond which standard deviations grow with it: nearer, errors are measured to be no larger than these
 NOVELTY_GROWTH = 1.05  # of the structures, after which novelty is fitted again; before that it hardly changes
 
@@ -303,7 +304,7 @@ class OnlineFit:
         rows = [
             online_updates.rescaled_rows(w, k, RowScales.unit(len(sizes)), scales, sizes) for k, w in whitened.items()
         ]
-        return new._from_rows(f"refreshed: {why}", rows)._compared().recalibrated()
+        return new._from_rows(f"refreshed: {why}", rows)._compared()._calibrated()
 
     def _compared(self) -> OnlineFit:
         """With `subset` measured anew."""
@@ -312,11 +313,33 @@ class OnlineFit:
         return replace(self, subset=variance_checks.subset_error(*about))
 
     def recalibrated(self) -> OnlineFit:
-        """With a calibration from prequential errors; standard deviations grow with novelty well outside the trust region."""
-        if not self.prequential or self.recipe.calibration is False:
+        """With a calibration from prequential errors, as long as there is none from structures left out.
+
+        Standard deviations grow with novelty well outside the trust region.
+        """
+        known = self.calibration.source.get("how") == calibrate.LEFT_OUT
+        if known or not self.prequential or self.recipe.calibration is False:
             return self
+        return self._with_calibration(calibrate.prequential_calibration(self.prequential))
+
+    def _calibrated(self) -> OnlineFit:
+        """With a calibration from structures left out in turn, where there are enough of them; it holds until the next refresh."""
+        if self.recipe.calibration is False or self.recipe.variance is False or self.n_labels < calibrate.FEWEST:
+            return self.recalibrated()
+        structures, targets, lowers = self.structures, self.targets, regression.lowers_of(self.models)
+        weights = inducing.unwhiten_weights(self.columns_signal * self.factor.mean, lowers)
+        solved = SparsePosterior(weights, self.factor.upper[:, :-1], {}, self.factor.condition)
+        learned = WhitenedData({}, {}, self.noise, self.label_noise, self.columns_signal)
+        chosen = left_out.choose_left_out(
+            structures, targets, torch.zeros(0, dtype=torch.long), LEFT_OUT, self.recipe.seed
+        )
+        remaining = prepare.subtract_baselines(structures, targets, self.baselines)
+        about = structures, targets, remaining
+        found = left_out.predict_left_out(self.potential, self.models, learned, solved, *about, chosen)
+        return self.recalibrated() if found is None else self._with_calibration(calibrate.left_out_calibration(found))
+
+    def _with_calibration(self, calibration: Calibration) -> OnlineFit:
         edge = None if self.novelty is None else EDGE
-        calibration = calibrate.prequential_calibration(self.prequential)
         return replace(self, calibration=replace(calibration, typical_novelty=edge))
 
     def _with_newer_novelty(self) -> OnlineFit:
