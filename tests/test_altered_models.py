@@ -102,6 +102,7 @@ def entry(name: str, value: float, place: int = 0) -> Callable:
 FORCES = ("calibration", "kinds", "forces")
 DESCRIPTOR = ("recipe", "descriptor", 0)
 ZBL, ATOMS = ("baselines", 0), ("baselines", 1)
+NOVELTY = "novelty.29."
 CU = "term0.Z29."
 HEADERS: dict[str, Callable] = {
     # format
@@ -232,6 +233,17 @@ HEADERS: dict[str, Callable] = {
     "novelty of another species": put("novelty", "thresholds", {"13": 1.0}),
     "novelty quantile 2": put("novelty", "quantile", 2.0),
     "novelty dropped": drop("novelty"),
+    **{f"novelty {name} shorter": tensor(NOVELTY + name, lambda t: t[:-1]) for name in ("centre", "components", "mean", "residual")},
+    "novelty variance a vector": tensor(NOVELTY + "variance", lambda t: t.repeat(2)),
+    "novelty variance negative": entry(NOVELTY + "variance", -1.0),
+    "novelty components huge": entry(NOVELTY + "components", 1e200),
+    "novelty centre huge": entry(NOVELTY + "centre", 1e200),
+    "novelty mean huge": entry(NOVELTY + "mean", 1e200),
+    "novelty scatter indefinite": tensor(NOVELTY + "scatter", lambda t: -t),
+    "novelty count 0": entry(NOVELTY + "count", 0.0),
+    "novelty residual negative": entry(NOVELTY + "residual", -1.0),
+    "novelty spread single": tensor(NOVELTY + "spread", lambda t: t.float()),
+    "novelty centre dropped": lambda _, tensors: tensors.pop(NOVELTY + "centre"),
     # tensors
     "features NaN": entry(CU + "features", NAN),
     "features not of length 1": tensor(CU + "features", lambda t: 3 * t),

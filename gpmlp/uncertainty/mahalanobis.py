@@ -24,6 +24,7 @@ ABSOLUTE_FLOOR = 1e-12  # and of unit vectors: their rounding in float32 is 6e-8
 CLUSTERS = 6  # at most
 MEMBERS = 30  # rows of a cluster at least
 GAIN = 0.2  # fall of the BIC per row that one more cluster must bring: cutting one curved sheet in two brings less, and costs members
+ROUNDING, LARGEST = 1e-6, 1e12  # of statistics that are read from a file: of unit vectors, and their sums
 LEADING = 8  # components in which clusters are looked for
 MIXTURE_ROWS = 2000  # rows on which they are looked for
 FOLDS = 10  # of the structures, each of which is left out in turn
@@ -248,6 +249,7 @@ class Mahalanobis:
         species = {}
         for z in thresholds:
             parts = {name: tensors[f"{z}.{name}"] for name in names if f"{z}.{name}" in tensors}
+            _check_state(f"novelty.{z}.", parts)
             species[z] = SpeciesClusters(**parts) if "spread" in parts else _without_spread(**parts)
         return Mahalanobis(species, thresholds, header["quantile"])
 
@@ -255,6 +257,36 @@ class Mahalanobis:
         dimension = next((len(c.centre) for c in self.species.values()), "features")
         errors.check_shape("features", features, ("n", dimension))
         errors.check_shape("species", species, (len(features),), "One atomic number for each row of features.")
+
+
+def _check_state(prefix: str, parts: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless the statistics of a species, read from a file, can be what they are called."""
+    for name in ("centre", "components", "variance", "count", "mean", "scatter", "residual"):
+        if name not in parts:
+            raise errors.UserError(f"the tensor `{prefix}{name}` is missing.")
+    d, r, k = (tuple(parts[name].shape)[-1:] for name in ("centre", "components", "count"))
+    shapes = {
+        "centre": d, "components": d + r, "variance": (), "count": k, "mean": k + r, "scatter": k + r + r, "residual": k, "spread": k,
+    }  # fmt: skip
+    for name, tensor in parts.items():
+        errors.check_shape(prefix + name, tensor, shapes[name])
+        if tensor.dtype != torch.float64:
+            raise errors.UserError(f"the tensor `{prefix}{name}` must be of type float64.")
+    lowest = {"variance": 0.0, "count": 1.0, "residual": 0.0, "spread": 0.0}
+    for name, least in lowest.items():
+        if name in parts and not bool((parts[name] >= least).all()):
+            raise errors.UserError(f"the tensor `{prefix}{name}` holds a number below {least:g}.")
+    for name, tensor in parts.items():
+        if name != "count" and not bool((tensor.abs() <= LARGEST).all()):
+            raise errors.UserError(f"the tensor `{prefix}{name}` holds a number beyond {LARGEST:g}.")
+    v, s = parts["components"], parts["scatter"]
+    if not torch.allclose(v.T @ v, torch.eye(v.shape[1], dtype=v.dtype), rtol=0, atol=ROUNDING):
+        raise errors.UserError(f"the columns of `{prefix}components` are not orthonormal.")
+    size = float(s.abs().max()) if s.numel() else 0.0
+    if not torch.allclose(s, s.mT, rtol=0, atol=ROUNDING * size) or (
+        s.numel() and float(torch.linalg.eigvalsh(s).min()) < -ROUNDING * size
+    ):
+        raise errors.UserError(f"`{prefix}scatter` is no sum of squares.")
 
 
 def fit_mahalanobis(
