@@ -171,7 +171,7 @@ def run_of(folder: Path, *behaviour: str, **values):
     """A recipe of a run whose oracle behaves like that, call by call, and well where the file `mended` is there."""
     kwargs = {"log": str(folder / "log"), "behaviour": list(behaviour), "mended": str(folder / "mended")}
     chosen = {"calculator": "fake_oracles:Fake", "kwargs": kwargs, "check_every": 20, "retries": 0}
-    return recipe(oracle=chosen | values, dynamics={"steps": 30}, trigger={"force": 0.006})
+    return recipe(oracle=chosen | values, dynamics={"steps": 40}, trigger={"force": 0.003})
 
 
 def right_labels(path: Path) -> list[bool]:
