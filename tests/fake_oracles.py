@@ -189,8 +189,8 @@ class Fake(Calculator):
     def relaxed(self) -> None:
         """Of the structure at the end of the slope, as of a code that relaxes although nobody asked it to."""
         other = self.atoms.copy()
-        for _ in range(100):
-            other.positions += 0.05 * emt_results(other)["forces"]
+        for _ in range(20):
+            other.positions += 0.1 * emt_results(other)["forces"]
         self.results = emt_results(other)
 
     def moved(self) -> None:

@@ -591,7 +591,8 @@ def test_labels_at_most_counts_what_was_learned(finished, tmp_path):
     folder, _ = finished
     out = prepare(tmp_path) / "out"
     out.mkdir()
-    (out / "labels.xyz").write_bytes((folder / "out" / "labels.xyz").read_bytes())  # as if all checkpoints were lost
+    for name in ("labels.xyz", "recipe.json"):  # as if all checkpoints were lost
+        (out / name).write_bytes((folder / "out" / name).read_bytes())
     finish(recipe(stop={"labels_at_most": 100}), tmp_path, resume=True)
     assert contents(tmp_path) == contents(folder)
     assert answers(tmp_path / "answers") == []

@@ -25,7 +25,7 @@ def parts():
     )
     recipe = defaults.resolve_recipe(recipe, defaults.summarise_data(structures, targets), 1)
     chunks, labels = _chunked(structures, targets)
-    models, _ = regression.make_models(recipe, structures, chunks, StageTimer(None), lambda z, x: None)
+    models, _ = regression.make_models(recipe, structures, chunks, StageTimer(None), lambda z, x, structure: None)
     assert len(chunks) > 2
     return recipe, models, chunks, labels
 

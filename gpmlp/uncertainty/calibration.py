@@ -558,9 +558,9 @@ def _smaller(floor: Tensor, noise: Tensor) -> Tensor:
     """The smaller of two variances; of covariances, of which `noise` is a multiple of the identity, in each principal direction."""
     if floor.dim() < 3:
         return torch.minimum(floor, noise)
-    known, out = floor.isfinite().flatten(1).all(1), noise.clone()
+    known, out = floor.isfinite().flatten(1).all(1), noise.to(floor, copy=True)
     values, vectors = torch.linalg.eigh(floor[known])
-    values = torch.minimum(values, noise[known].diagonal(dim1=1, dim2=2))
+    values = torch.minimum(values, out[known].diagonal(dim1=1, dim2=2))
     out[known] = (vectors * values[..., None, :]) @ vectors.mT
     return out
 
