@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gpmlp.gp import energy_noise as module
 from gpmlp.gp.energy_noise import FRACTIONS, WITHIN, LeftOutEnergies, energy_noise
 from gpmlp.gp.qr import RowFactor
 
@@ -139,14 +140,24 @@ def test_a_noise_that_the_evidence_cannot_tell_is_chosen_by_leave_one_out():
     assert 1e-3 < noise < 10.0
 
 
-def test_every_config_type_counts():
+def test_every_config_type_counts(monkeypatch):
     """One kind of energy is off by far more than the others' error: pooled, it alone decides, and the others are hardly learned."""
     rows, signal = problem(60, columns=10, shared=0.3), torch.ones(10, dtype=torch.float64)
     rows["energies"][:6, -1] += 10.0 * torch.randn(6, generator=torch.Generator().manual_seed(0)).double()
     alone, noise = tuple(torch.arange(60).split(1)), NOISE | {"energies": 3.0}
     kinds = ("surface",) * 6 + ("bulk",) * 54
-    found = [energy_noise(rows, 60, noise, signal, LeftOutEnergies(alone, labels)) for labels in (("",) * 60, kinds)]
-    assert found[1] < 0.6 * found[0]
+
+    def chosen(labels):
+        return energy_noise(rows, 60, noise, signal, LeftOutEnergies(alone, labels))
+
+    def residual(sigma):
+        weights = solve(rows, noise | {"energies": sigma}, signal)
+        return float((rows["forces"][:, :-1] @ weights - rows["forces"][:, -1]).norm())
+
+    pooled, followed = chosen(("",) * 60), chosen(kinds)
+    assert residual(followed) <= module.FORCES * residual(pooled) < residual(followed / 2)  # as far as forces allow
+    monkeypatch.setattr(module, "FORCES", 10.0)
+    assert chosen(kinds) < 0.6 * pooled and residual(chosen(kinds)) <= 10 * residual(pooled)
 
 
 def test_the_typical_error():

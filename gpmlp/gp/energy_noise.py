@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ FRACTIONS = tuple(2.0**-k for k in range(8))
 WITHIN = 1.05  # of the best leave-one-out error is as good
 UNDETERMINED = 0.1  # of the leave-one-out error: with a noise below, the data do not say how large it is
 FEW = 3  # energies of a config_type, which have a typical error of their own
+FORCES = 1.01  # of the residual of forces: so much may energies of some config_types cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,8 @@ def energy_noise(
     What a sparse model with few columns cannot express is no independent noise: it is shared by energy and forces of a structure, so
     the evidence gives the few energies too little weight. Where it gives them far too much, because the columns can follow every energy
     or structures have near-duplicates, its noise is below a tenth of the leave-one-out error and says nothing; candidates then begin
-    at that error.
+    at that error. The typical error of the config_types asks for a smaller noise where most of them are easier than the worst: it is
+    followed as far as the residual of the forces grows by no more than a factor FORCES.
 
     Args:
         whitened: by kind, [A | y] (posterior.whiten).
@@ -70,58 +72,92 @@ def energy_noise(
         signal: (columns,) diagonal of D.
         left_out: which energies are left out together; each by itself if None.
     """
-    error = _leave_out_error(whitened, count, noise, signal, left_out or LeftOutEnergies.one_by_one(count))
+    left_out = left_out or LeftOutEnergies.one_by_one(count)
+    conditioned = _EnergiesGivenForces.build(whitened, count, noise, signal)
+    alike = replace(left_out, config_types=("",) * len(left_out.rows))
     start = noise["energies"]
-    while error(start) == math.inf:  # more parameters determined than there are groups
+    while conditioned.error(start, left_out) == math.inf:  # more parameters determined than there are groups
         start *= 2
-    if start < UNDETERMINED * error(start):
-        start = error(start)
-    errors = [error(fraction * start) for fraction in FRACTIONS]
-    best = min(errors)
-    return start * next(f for f, e in zip(FRACTIONS, errors, strict=True) if e <= WITHIN * best)
+    if start < UNDETERMINED * conditioned.error(start, left_out):
+        start = conditioned.error(start, left_out)
+    candidates = [fraction * start for fraction in FRACTIONS]
+
+    def chosen(judged: LeftOutEnergies) -> float:
+        errors = [conditioned.error(sigma, judged) for sigma in candidates]
+        return next(s for s, e in zip(candidates, errors, strict=True) if e <= WITHIN * min(errors))
+
+    pooled, typical = chosen(alike), chosen(left_out)
+    if typical >= pooled:
+        return typical
+    most = FORCES * conditioned.force_residual(pooled)
+    return min(
+        s for s in candidates if typical <= s <= pooled and (s == pooled or conditioned.force_residual(s) <= most)
+    )
 
 
-def _leave_out_error(
-    whitened: dict[str, Tensor], count: int, noise: dict[str, float], signal: Tensor, left_out: LeftOutEnergies
-) -> Callable[[float], float]:
-    """The leave-one-out error of energies per atom, eV, as a function of their noise.
+@dataclass(frozen=True, eq=False)
+class _EnergiesGivenForces:
+    """The energies as a small Gaussian process given forces and stresses: covariance K = A D S₀⁻¹ D Aᵀ = V diag(values) Vᵀ, residuals r.
 
-    Given forces and stresses, the energies are a small Gaussian process of their own with covariance K = A D S₀⁻¹ D Aᵀ and residuals r;
-    leaving out a group g leaves the errors (Q_gg)⁻¹ [Q r]_g, Q = (K + σ² I)⁻¹ (Rasmussen & Williams 2006, eqs. 5.10 to 5.12, for one at
-    a time). Where the energies are more than the columns and only their triangular factor is left, generalised cross-validation takes
-    its place: residuals divided by 1 - tr(K Q) / groups, which the factor knows (Golub, Heath, Wahba, Technometrics 21, 215 (1979),
-    eq. 1.4, where each energy is a group).
+    Attributes:
+        count: number of energies; values, vectors: of K, of the rows or of the triangular factor of the energies; rotated: Vᵀ r.
+        lower: Cholesky factor of S₀; root: L⁻¹ D Aᵀ; mean: weights over D given forces and stresses.
+        forces: [A D | y] of the forces, None if there are none.
     """
-    columns = len(signal)
-    system = torch.eye(columns, dtype=signal.dtype, device=signal.device)
-    right = torch.zeros_like(signal)
-    for kind, rows in whitened.items():
-        if kind == "energies":
-            continue
-        scaled = rows[:, :columns] * signal
-        weight = (1.0 if kind == FIXED else noise[kind]) ** -2
-        system.addmm_(scaled.T, scaled, alpha=weight)
-        right.addmv_(scaled.T, rows[:, columns], alpha=weight)
-    lower = torch.linalg.cholesky(system)
-    mean = torch.cholesky_solve(right[:, None], lower)[:, 0]
-    energies = whitened["energies"][:, :columns] * signal
-    root = torch.linalg.solve_triangular(lower, energies.T, upper=False)
-    values, vectors = torch.linalg.eigh(root.T @ root)
-    values = values.clamp_min(0)
-    rotated = vectors.T @ (whitened["energies"][:, columns] - energies @ mean)
-    groups = len(left_out.rows)
 
-    def of_factor(sigma: float) -> float:
-        residuals = sigma**2 * rotated / (values + sigma**2)
-        free = 1 - float((values / (values + sigma**2)).sum()) / groups
-        return float(residuals.square().sum() / count) ** 0.5 / free if free > 0 else math.inf
+    count: int
+    values: Tensor
+    vectors: Tensor
+    rotated: Tensor
+    lower: Tensor
+    root: Tensor
+    mean: Tensor
+    forces: tuple[Tensor, Tensor] | None
 
-    def of_rows(sigma: float) -> float:
-        inverse = 1 / (values + sigma**2)
-        image = vectors @ (inverse * rotated)
-        return left_out.typical_error(_left_out(vectors, inverse, image, left_out.rows))
+    @staticmethod
+    def build(whitened: dict[str, Tensor], count: int, noise: dict[str, float], signal: Tensor) -> _EnergiesGivenForces:
+        columns = len(signal)
+        system = torch.eye(columns, dtype=signal.dtype, device=signal.device)
+        right = torch.zeros_like(signal)
+        scaled = {kind: (rows[:, :columns] * signal, rows[:, columns]) for kind, rows in whitened.items()}
+        for kind, (a, y) in scaled.items():
+            if kind != "energies":
+                weight = (1.0 if kind == FIXED else noise[kind]) ** -2
+                system.addmm_(a.T, a, alpha=weight)
+                right.addmv_(a.T, y, alpha=weight)
+        lower = torch.linalg.cholesky(system)
+        mean = torch.cholesky_solve(right[:, None], lower)[:, 0]
+        energies, known = scaled["energies"]
+        root = torch.linalg.solve_triangular(lower, energies.T, upper=False)
+        values, vectors = torch.linalg.eigh(root.T @ root)
+        rotated = vectors.T @ (known - energies @ mean)
+        return _EnergiesGivenForces(
+            count, values.clamp_min(0), vectors, rotated, lower, root, mean, scaled.get("forces")
+        )
 
-    return of_factor if count > len(rotated) else of_rows
+    def error(self, sigma: float, left_out: LeftOutEnergies) -> float:
+        """The leave-one-out error of energies per atom, eV, with noise sigma.
+
+        Leaving out a group g leaves the errors (Q_gg)⁻¹ [Q r]_g, Q = (K + σ² I)⁻¹ (Rasmussen & Williams 2006, eqs. 5.10 to 5.12, for one
+        at a time). Where the energies are more than the columns and only their triangular factor is left, generalised cross-validation
+        takes its place: residuals divided by 1 - tr(K Q) / groups, which the factor knows (Golub, Heath, Wahba, Technometrics 21, 215
+        (1979), eq. 1.4, where each energy is a group).
+        """
+        inverse = 1 / (self.values + sigma**2)
+        if self.count > len(self.rotated):
+            residuals = sigma**2 * self.rotated * inverse
+            free = 1 - float((self.values * inverse).sum()) / len(left_out.rows)
+            return float(residuals.square().sum() / self.count) ** 0.5 / free if free > 0 else math.inf
+        image = self.vectors @ (inverse * self.rotated)
+        return left_out.typical_error(_left_out(self.vectors, inverse, image, left_out.rows))
+
+    def force_residual(self, sigma: float) -> float:
+        """Norm of the residuals of the forces when the energies have noise sigma; 0 without forces."""
+        if self.forces is None:
+            return 0.0
+        moved = self.root @ (self.vectors @ (self.rotated / (self.values + sigma**2)))
+        weights = self.mean + torch.linalg.solve_triangular(self.lower.T, moved[:, None], upper=True)[:, 0]
+        return float(torch.linalg.vector_norm(self.forces[0] @ weights - self.forces[1]))
 
 
 def _left_out(vectors: Tensor, inverse: Tensor, image: Tensor, groups: Sequence[Tensor]) -> Tensor:
