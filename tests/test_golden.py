@@ -4,7 +4,8 @@
     GOLDEN=FOLDER python -m pytest -m slow tests/test_golden.py   compare with another folder
     python tests/golden_outputs.py FOLDER [PART ...]              make such a folder; parts are functions of golden_outputs.py
 
-The reference was made anew after novelty, calibration, noise of energies and triggers were changed (docs/decisions/012 to 015). Last digits depend on the machine, too (machine.json): elsewhere, make a reference there
+The reference was made anew when novelty, calibration, noises and triggers changed (docs/decisions/012 to 015). Last digits
+depend on the machine, too (machine.json): elsewhere, make a reference there
 from the commit to compare with. It is made anew only for a change that is meant to change numbers.
 """
 
