@@ -57,7 +57,7 @@ def read(
     wrong is warned of (FindingWarning).
 
     Args:
-        path: file to read, a pattern ('data/*.xyz'), or several of these.
+        path: file to read, a pattern (``data/*.xyz``), or several of these.
         index: frames to keep of each file: 0, -1, ':100', '::10', ... Frames are counted from 0 in the file, whatever is kept.
         labelled: whether to warn too if no energies or no forces were recognised, though there may be some.
         keys: names of labels where they are not to be found out, as {'energy': 'E_pbe', 'forces': 'F_pbe', 'stress': 'none'}.
