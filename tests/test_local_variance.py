@@ -144,7 +144,7 @@ def test_single_precision_stays_within_its_bound(model, few):
         largest = max(largest, float(off.max()))
     assert largest > 1e-13  # single precision it was
     std, exact = found.total.sqrt(), ((prior - explained).clamp_min(0) + left).sqrt()
-    torch.testing.assert_close(std, exact, rtol=1.5e-3, atol=0)
+    torch.testing.assert_close(std, exact, rtol=1e-3, atol=0)
 
 
 def test_as_many_leading_columns_as_rounding_asks_for(monkeypatch):
@@ -248,7 +248,7 @@ def elsewhere() -> dict[str, list[ase.Atoms]]:
 
 @pytest.mark.parametrize("kind", ["training", "test", *elsewhere()])
 def test_standard_deviations_are_those_by_solves_wherever_atoms_are(silicon, kind):
-    """Near the data and far away; the largest error is 1.1e-3 of itself here, of one atom (decision 009: 6e-4, with 1000 columns)."""
+    """Near the data and far away; the largest is 5e-4 of itself here (decision 009: 6e-4, with 1000 columns), which rounding may double."""
     if kind in ("training", "test"):
         some = gpmlp.read(f"data/silicon/{kind.removesuffix('ing')}.xyz", "::4")[0]
     else:
@@ -258,7 +258,7 @@ def test_standard_deviations_are_those_by_solves_wherever_atoms_are(silicon, kin
     prior, explained, left = by_solves(model, seen)
     for form in ("scaled", "dtc"):
         exact = (model.inducing_share(form) * (prior - explained).clamp_min(0) + left).sqrt()
-        torch.testing.assert_close(model.atom_energies(seen, form).total.sqrt(), exact, rtol=1.5e-3, atol=0)
+        torch.testing.assert_close(model.atom_energies(seen, form).total.sqrt(), exact, rtol=1e-3, atol=0)
 
 
 def test_a_saved_model_says_the_same_to_the_last_bit_whatever_the_threads(silicon, tmp_path):
