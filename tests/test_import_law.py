@@ -14,7 +14,8 @@ import gpmlp
 PACKAGE = Path(gpmlp.__file__).parent
 # A module imports only from lower floors or from its own package; `gp` and `descriptors` never meet.
 FLOORS = (
-    {"core", "native"},
+    {"native"},
+    {"core"},
     {"descriptors", "uncertainty", "recipe"},
     {"gp"},
     {"potential"},
@@ -79,8 +80,8 @@ def identify(path: Path) -> str:
 
 
 def floor(name: str) -> int:
-    """Number of the floor that a package of ours is on, from below."""
-    (number,) = (k for k, packages in enumerate(FLOORS, 1) if name in packages)
+    """Number of the floor that a package of ours is on, from below; the compiled core is the ground."""
+    (number,) = (k for k, packages in enumerate(FLOORS) if name in packages)
     return number
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.structures import Structures, count_matches
+from gpmlp.native.library import instruction_set
 from gpmlp.recipe import Recipe
 
 Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -110,8 +111,9 @@ def version_of(package: str) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python, gpmlp and its dependencies."""
-    return {"python": platform.python_version()} | {package: version_of(package) for package in PACKAGES}
+    """Versions of Python, gpmlp and its dependencies, and the instruction set of the compiled core."""
+    versions = {"python": platform.python_version()} | {package: version_of(package) for package in PACKAGES}
+    return versions | {"compiled core": instruction_set()}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""The compiled library of `src/core.cpp`: which one this processor runs, its functions and their types, calls with tensors.
+
+Without it (no compiler when gpmlp was installed) PyTorch computes the same, slower. ctypes releases Python's lock during a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI = 1  # of gpmlp_abi_version: raised with every change of SIGNATURES or of what an argument means
+VARIANTS = ("v3", "baseline")
+CHOICES = (*VARIANTS, "off")  # of the environment variable GPMLP_NATIVE
+# name without gpmlp_: I int64 tensor, S int32 tensor, F tensor of single or double precision (then there are NAME_f32 and NAME_f64),
+# n whole number, x number
+SIGNATURES: dict[str, str] = {"abi_version": "", "supports_v3": ""}
+TYPES = {"I": ctypes.c_void_p, "S": ctypes.c_void_p, "F": ctypes.c_void_p, "n": ctypes.c_int64, "x": ctypes.c_double}
+SUFFIXES = {torch.float32: "_f32", torch.float64: "_f64"}
+
+
+@cache
+def compiled() -> ctypes.CDLL | None:
+    """The library for this processor, or the one that GPMLP_NATIVE asks for; None, with a warning, where there is none."""
+    wanted = os.environ.get("GPMLP_NATIVE", "")
+    if wanted and wanted not in CHOICES:
+        warnings.warn(f"GPMLP_NATIVE={wanted} is left out of account: use {', '.join(CHOICES)}.", stacklevel=2)
+        wanted = ""
+    try:
+        if wanted == "off":
+            raise OSError("GPMLP_NATIVE=off")
+        baseline = _load("baseline")
+        if wanted == "baseline" or not baseline.gpmlp_supports_v3():
+            return baseline
+        return _load("v3")
+    except OSError as error:
+        warnings.warn(
+            f"gpmlp computes without its compiled core, several times slower ({error}). To have it, install a C++ compiler "
+            "(Debian: apt install g++) and then gpmlp again; in a source tree: python setup.py build_ext --inplace.",
+            stacklevel=2,
+        )
+        return None
+
+
+def instruction_set() -> str:
+    """'v3' (x86-64-v3: AVX2, FMA) or 'baseline', as the library in use was compiled; 'none' without one."""
+    library = compiled()
+    return "none" if library is None else Path(library._name).stem.removeprefix("_core_")
+
+
+def call(name: str, *arguments: Tensor | float) -> int:
+    """The result of gpmlp_NAME; tensors go by the address of their numbers, in the memory of the CPU.
+
+    Raises:
+        MemoryError: there was no room for what the function needs beside its arguments.
+        TypeError: an argument is not what SIGNATURES says.
+    """
+    letters, passed, precision = SIGNATURES[name], [], ""
+    for letter, argument in zip(letters, arguments, strict=True):
+        if not isinstance(argument, Tensor):
+            passed.append(argument)
+            continue
+        if letter == "F":
+            suffix = SUFFIXES[argument.dtype]
+            fits = precision in ("", suffix)
+            precision = suffix
+        else:
+            fits = argument.dtype is (torch.int64 if letter == "I" else torch.int32)
+        if not (fits and argument.is_contiguous() and argument.device.type == "cpu"):
+            raise TypeError(f"gpmlp_{name}: argument {len(passed)} is {argument.dtype}, strides {argument.stride()}")
+        passed.append(argument.data_ptr())
+    status = getattr(compiled(), f"gpmlp_{name}{precision}")(*passed)
+    if status < 0:
+        raise MemoryError(f"gpmlp_{name}: no room")
+    return status
+
+
+def _load(variant: str) -> ctypes.CDLL:
+    """A library with the types of its functions; OSError if it is not there or was made of other sources."""
+    path = Path(__file__).with_name(f"_core_{variant}.so")
+    if not path.exists():
+        raise OSError(f"there is no {path.name}")
+    library = ctypes.CDLL(str(path))
+    names = {f"gpmlp_{n}{s}": k for n, k in SIGNATURES.items() for s in (SUFFIXES.values() if "F" in k else ("",))}
+    if not all(hasattr(library, name) for name in names) or library.gpmlp_abi_version() != ABI:
+        raise OSError(f"{path.name} was made of other sources")
+    for name, letters in names.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [TYPES[letter] for letter in letters], ctypes.c_int64
+    return library

@@ -1,0 +1,22 @@
+// The C ABI of the compiled core: what gpmlp/native/library.py and other programs call.
+//
+// Plain pointers to contiguous numbers and int64_t sizes; results are a value or a status, 0 or more, and -1 where memory ran out.
+// Nothing is thrown through it. GPMLP_FLOATS makes the two functions NAME_f32 and NAME_f64 of one template.
+
+#include <cstdint>
+#include <new>
+
+#define GPMLP_API extern "C" __attribute__((visibility("default")))
+
+GPMLP_API int64_t gpmlp_abi_version() { return 1; }
+
+// Whether this processor runs code compiled for x86-64-v3.
+GPMLP_API int64_t gpmlp_supports_v3() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2");
+#else
+    return 0;
+#endif
+}
