@@ -36,9 +36,9 @@ class BuildCore(build_ext):
             return
         compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or "clang++"]
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # not written over: a process may have it loaded
+        fresh = target.with_suffix(".new")  # a process may have the other loaded
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-        command = [*compiler, *FLAGS.split(), *extension.extra_compile_args, *extra, str(SOURCE), "-o", str(target)]
+        command = [*compiler, *FLAGS.split(), *extension.extra_compile_args, *extra, str(SOURCE), "-o", str(fresh)]
         try:
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -46,6 +46,7 @@ class BuildCore(build_ext):
                 f"{target.name} could not be compiled ({error}). gpmlp works without it, several times slower; "
                 "to have it, install a C++ compiler (Debian: apt install g++) and then gpmlp again."
             ) from error
+        fresh.replace(target)
 
 
 def core(variant, flags):

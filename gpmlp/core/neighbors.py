@@ -16,6 +16,7 @@ from gpmlp.core import cell_list, parallel
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
+from gpmlp.native import library
 
 CLOSEST = 0.3  # A; nearer pairs are taken for an error in the data
 PAIRS = 1 << 13  # that a thread compares with a cutoff at a time
@@ -114,10 +115,8 @@ class Neighbors:
         if self._last is not None and self._last[0] is structures:
             return self._last[1]
         if fits_compiled_loops(structures.positions, structures.cells):
-            from gpmlp.core import _pair_kernels
-
             out = structures.positions.new_empty(len(self), 3)
-            _pair_kernels.pair_vectors(*self._arrays(structures), out.numpy())
+            library.call("pair_vectors", len(self), *self._columns(structures), out)
         else:
             cells = structures.cells[structures.structure_of_atom[self.centers]]
             shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
@@ -126,10 +125,10 @@ class Neighbors:
             self._remember(structures, out)
         return out
 
-    def _arrays(self, structures: Structures) -> tuple[np.ndarray, ...]:
-        """Positions, cells, structure of each atom, and the pairs, for compiled loops."""
+    def _columns(self, structures: Structures, pairs: slice = slice(None)) -> tuple[Tensor, ...]:
+        """Positions, cells, structure of each atom, and these pairs, for compiled loops."""
         atoms = structures.positions, structures.cells, structures.structure_of_atom
-        return _arrays(*atoms, self.centers, self.neighbors, self.shifts)
+        return _contiguous(*atoms, self.centers[pairs], self.neighbors[pairs], self.shifts[pairs])
 
     def within(self, structures: Structures, cutoff: float) -> Neighbors:
         """The pairs closer than a smaller cutoff, in the same order."""
@@ -148,15 +147,15 @@ class Neighbors:
         if not fits_compiled_loops(structures.positions, structures.cells):
             r = self.vectors(structures).norm(dim=1)
             return self._select((r < cutoff).nonzero()[:, 0], cutoff), float(r.min())
-        from gpmlp.core import _pair_kernels
-
-        arrays = self._arrays(structures)
 
         def closer(first: int) -> tuple[Neighbors, float]:
-            *pairs, least = _pair_kernels.pairs_within(first, min(first + PAIRS, len(self)), *arrays, cutoff)
-            centers, neighbors, shifts, vectors = map(torch.from_numpy, pairs)
-            part = Neighbors(centers, neighbors, shifts, cutoff)
-            return (part if _differentiable(structures) else part._remember(structures, vectors, least)), least
+            given = self._columns(structures, slice(first, first + PAIRS))
+            closest = torch.empty(1, dtype=torch.float64)
+            i, j, shifts = (torch.empty_like(column) for column in given[3:])
+            vectors = given[0].new_empty(len(i), 3)
+            n = library.call("pairs_within", len(i), *given, float(cutoff), i, j, shifts, vectors, closest)
+            part, least = Neighbors(i[:n], j[:n], shifts[:n], cutoff), closest.item()
+            return (part if _differentiable(structures) else part._remember(structures, vectors[:n], least)), least
 
         parts, least = zip(*parallel.map_pieces(closer, range(0, len(self), PAIRS)), strict=True)
         return Neighbors.concatenate(parts), min(least)
@@ -191,8 +190,8 @@ def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:
 
 def _on_cpu(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:
     """i, j and shifts as of cell_list.find_pairs, in this order: one periodic structure after another, molecules by the hundred."""
-    none = np.zeros((0, 3), np.int64)
-    parts: list[tuple[np.ndarray, ...]] = [(none[:, 0], none[:, 0], none)]
+    none = structures.structure_of_atom.new_zeros(0, 3)
+    parts: list[tuple[Tensor, ...]] = [(none[:, 0], none[:, 0], none)]
     offsets = structures.offsets.tolist()
     free = np.logical_not(structures.periodic.numpy().any(axis=1))
     bins = _grids(structures, positions, boxes, cutoff)
@@ -202,27 +201,32 @@ def _on_cpu(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: fl
         here = (apart if last - first > 1 else positions)[atoms]
         search = _by_vesin if last - first > 1 or _fits_grid(bins[first]) else _by_cell_list
         parts.append(search(here, boxes[first], structures.periodic[first], cutoff, atoms.start))
-    columns = parts[1] if len(parts) == 2 else [np.concatenate(part) for part in zip(*parts, strict=True)]
-    i, j, shifts = map(torch.from_numpy, columns)
+    i, j, shifts = parts[1] if len(parts) == 2 else (torch.cat(column) for column in zip(*parts, strict=True))
     return i, j, shifts
 
 
-def _by_vesin(here: Tensor, box: Tensor, periodic: Tensor, cutoff: float, start: int) -> tuple[np.ndarray, ...]:
+def _by_vesin(here: Tensor, box: Tensor, periodic: Tensor, cutoff: float, start: int) -> tuple[Tensor, ...]:
     """Sorted pairs of one structure, whose atoms count from `start`."""
-    from gpmlp.core import _pair_kernels
-
     threads = min(parallel.available_threads(), 1 + len(here) // THREAD_ATOMS)
     search = vesin.NeighborList(cutoff=float(cutoff), full_list=True, n_threads=threads)
     pairs, shifts = search.compute(here.numpy(), box.numpy(), periodic.numpy(), quantities="PS", copy=False)
-    return _pair_kernels.sort_pairs(pairs.view(np.int64), shifts, len(here), start)
+    found, images = torch.from_numpy(pairs.view(np.int64)), torch.from_numpy(shifts)
+    if library.compiled() is None:
+        return _sorted_pairs(found[:, 0], found[:, 1], images.long(), start)
+    out = found.new_empty(len(found)), found.new_empty(len(found)), found.new_empty(len(found), 3)
+    library.call("sort_pairs", len(found), found, images, len(here), start, *out)
+    return out
 
 
-def _by_cell_list(here: Tensor, box: Tensor, periodic: Tensor, cutoff: float, start: int) -> tuple[np.ndarray, ...]:
+def _by_cell_list(here: Tensor, box: Tensor, periodic: Tensor, cutoff: float, start: int) -> tuple[Tensor, ...]:
     """The same, where vesin cannot."""
     owner = torch.zeros(len(here), dtype=torch.long)
-    i, j, shifts, _ = cell_list.find_pairs(here, box[None], periodic[None], owner, cutoff)
-    order = lexicographic_order(i, j, shifts)
-    return (i[order] + start).numpy(), (j[order] + start).numpy(), shifts[order].numpy()
+    return _sorted_pairs(*cell_list.find_pairs(here, box[None], periodic[None], owner, cutoff)[:3], start)
+
+
+def _sorted_pairs(centers: Tensor, neighbors: Tensor, shifts: Tensor, start: int) -> tuple[Tensor, ...]:
+    order = lexicographic_order(centers, neighbors, shifts)
+    return centers[order] + start, neighbors[order] + start, shifts[order]
 
 
 def _grids(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> list[list[float]]:
@@ -274,9 +278,8 @@ def _apart(positions: Tensor, structure: Tensor, cutoff: float) -> Tensor:
 def _shortest(vectors: Tensor) -> tuple[int, float]:
     """Place and length of the shortest vector."""
     if fits_compiled_loops(vectors):
-        from gpmlp.core import _pair_kernels
-
-        return _pair_kernels.shortest_vector(*_arrays(vectors))
+        length = torch.empty(1, dtype=torch.float64)
+        return library.call("shortest_vector", len(vectors), *_contiguous(vectors), length), length.item()
     squares = vectors.square().sum(1)
     where = int(squares.argmin())
     return where, float(squares[where].sqrt())
@@ -296,9 +299,9 @@ def _differentiable(structures: Structures) -> bool:
     return structures.positions.requires_grad or structures.cells.requires_grad
 
 
-def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
+def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As compiled loops read them; not to be written to, as some are copies."""
-    return tuple(part.detach().contiguous().numpy() for part in tensors)
+    return tuple(part.detach().contiguous() for part in tensors)
 
 
 def lexicographic_order(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> Tensor:
@@ -314,8 +317,9 @@ def lexicographic_order(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> T
 
 
 def fits_compiled_loops(*tensors: Tensor) -> bool:
-    """Whether compiled loops can take these: in the memory of the CPU, in single or double precision, nothing recorded by autograd."""
-    return all(
+    """Whether there are compiled loops and they can take these: in the memory of the CPU, in single or double precision, nothing
+    recorded by autograd."""
+    return library.compiled() is not None and all(
         t.device.type == "cpu"
         and t.dtype in (torch.float32, torch.float64)
         and not (t.requires_grad and torch.is_grad_enabled())
@@ -373,10 +377,8 @@ def add_pair_gradients(
     if not len(vectors):
         return
     if fits_compiled_loops(vectors, gradients):
-        from gpmlp.core import _pair_kernels
-
         given = structures.structure_of_atom, neighbors.centers, neighbors.neighbors, vectors, gradients
-        _pair_kernels.add_pair_gradients(*_arrays(*given), on_atoms.numpy(), strained.numpy())
+        library.call("add_pair_gradients", len(vectors), *_contiguous(*given), on_atoms, strained)
     else:
         on_atoms += scatter_forces(neighbors, structures.n_atoms, gradients)
         strained += scatter_virials(structures, neighbors, vectors, gradients)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +17,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.core.units import VOIGT
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import Profile, ZonalKernel
-
-if TYPE_CHECKING:
-    import numpy as np
+from gpmlp.native import library
 
 BLOCK_BYTES = 1 << 20  # of one block of covariance rows: what stays in cache between its product and its scatter; and
 BLOCK_ROWS = 256  # rows it has at least, as products of fewer are slow
@@ -288,23 +285,22 @@ def _add_compiled(
     sums.energies.index_add_(0, owner, energy)
     if part.jacobian is None:
         return
-    from gpmlp.gp import _row_kernels
-
-    jacobian, starts = part.jacobian.detach().flatten(0, 1), part.starts.numpy()
-    bend = (second[:, :, None] * along).detach().transpose(1, 2).contiguous().numpy()
-    slope, weight = first.detach().numpy(), torch.nan_to_num(1 / structures.volumes)[owner]
-    about = [t.numpy() for t in (place[part.atoms], place[part.centers], part.vectors.detach(), owner, weight)]
-    forces, stresses = sums.forces[:-1].numpy(), sums.stresses.numpy()
+    jacobian, starts = part.jacobian.detach().flatten(0, 1), part.starts.tolist()
+    bend = (second[:, :, None] * along).detach().transpose(1, 2).contiguous()
+    weight = torch.nan_to_num(1 / structures.volumes)[owner]
+    slopes = first.detach().contiguous(), bend, first.shape[1], bend.shape[1]
+    about = part.starts, place[part.atoms], place[part.centers], owner, part.vectors.detach().contiguous(), weight
+    given = *slopes, *about, sums.forces, len(sums.forces) - 1, sums.stresses, len(sums.stresses)
 
     def add_share(columns: tuple[int, int, Tensor]) -> None:
         begin, end, vectors = columns
         runs = _runs(starts, BLOCK_BYTES // (len(vectors) * jacobian.element_size()))
-        most = max(int(starts[hi] - starts[lo]) for lo, hi in runs)
+        most = max(starts[hi] - starts[lo] for lo, hi in runs)
         products = jacobian.new_empty(3 * most, len(vectors))
         for lo, hi in runs:
-            rows = slice(3 * int(starts[lo]), 3 * int(starts[hi]))
+            rows = slice(3 * starts[lo], 3 * starts[hi])
             product = torch.mm(jacobian[rows], vectors.T, out=products[: rows.stop - rows.start])
-            _row_kernels.add_rows(product.numpy(), slope, bend, starts, *about, forces, stresses, lo, hi, begin, end)
+            library.call("add_rows", product, lo, hi, begin, end, *given)
 
     parallel.map_pieces(add_share, _shares(block))
 
@@ -320,7 +316,7 @@ def _shares(block: InducingBlock) -> list[tuple[int, int, Tensor]]:
     return [(a, b, by_centre[:, a:b].flatten(0, 1)) for a, b in pairwise(edges)]
 
 
-def _runs(starts: np.ndarray, rows: int) -> list[tuple[int, int]]:
+def _runs(starts: Sequence[int], rows: int) -> list[tuple[int, int]]:
     """Consecutive environments with about so many rows together, but not fewer than BLOCK_ROWS; those without pairs are in any."""
     edges, least = [0], max(rows, BLOCK_ROWS) // 3
     for e in range(1, len(starts)):

@@ -17,10 +17,20 @@ from torch import Tensor
 ABI = 1  # of gpmlp_abi_version: raised with every change of SIGNATURES or of what an argument means
 VARIANTS = ("v3", "baseline")
 CHOICES = (*VARIANTS, "off")  # of the environment variable GPMLP_NATIVE
-# name without gpmlp_: I int64 tensor, S int32 tensor, F tensor of single or double precision (then there are NAME_f32 and NAME_f64),
-# n whole number, x number
-SIGNATURES: dict[str, str] = {"abi_version": "", "supports_v3": ""}
-TYPES = {"I": ctypes.c_void_p, "S": ctypes.c_void_p, "F": ctypes.c_void_p, "n": ctypes.c_int64, "x": ctypes.c_double}
+# name without gpmlp_: tensors I of int64, S of int32, D of float64, F of float32 or float64 (then there are NAME_f32 and NAME_f64);
+# numbers n whole, x not
+SIGNATURES: dict[str, str] = {
+    "abi_version": "",
+    "supports_v3": "",
+    "sort_pairs": "nISnnIII",
+    "pair_vectors": "nFFIIIIF",
+    "shortest_vector": "nFD",
+    "pairs_within": "nFFIIIIxIIIFD",
+    "add_pair_gradients": "nIIIFFFF",
+    "add_rows": "FnnnnFFnnIIIIFFFnFn",
+}
+NUMBERS = {"n": ctypes.c_int64, "x": ctypes.c_double}
+DTYPES = {"I": torch.int64, "S": torch.int32, "D": torch.float64}
 SUFFIXES = {torch.float32: "_f32", torch.float64: "_f64"}
 
 
@@ -70,7 +80,7 @@ def call(name: str, *arguments: Tensor | float) -> int:
             fits = precision in ("", suffix)
             precision = suffix
         else:
-            fits = argument.dtype is (torch.int64 if letter == "I" else torch.int32)
+            fits = argument.dtype is DTYPES[letter]
         if not (fits and argument.is_contiguous() and argument.device.type == "cpu"):
             raise TypeError(f"gpmlp_{name}: argument {len(passed)} is {argument.dtype}, strides {argument.stride()}")
         passed.append(argument.data_ptr())
@@ -91,5 +101,8 @@ def _load(variant: str) -> ctypes.CDLL:
         raise OSError(f"{path.name} was made of other sources")
     for name, letters in names.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = [TYPES[letter] for letter in letters], ctypes.c_int64
+        function.argtypes, function.restype = (
+            [NUMBERS.get(letter, ctypes.c_void_p) for letter in letters],
+            ctypes.c_int64,
+        )
     return library

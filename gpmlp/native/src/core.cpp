@@ -1,12 +1,11 @@
 // The C ABI of the compiled core: what gpmlp/native/library.py and other programs call.
 //
-// Plain pointers to contiguous numbers and int64_t sizes; results are a value or a status, 0 or more, and -1 where memory ran out.
-// Nothing is thrown through it. GPMLP_FLOATS makes the two functions NAME_f32 and NAME_f64 of one template.
+// Plain pointers to contiguous numbers and int64_t sizes; results are a value or a status, 0 or more, and -1 where
+// memory ran out. Nothing is thrown through it. A macro makes the two functions NAME_f32 and NAME_f64 of one template.
 
-#include <cstdint>
-#include <new>
-
-#define GPMLP_API extern "C" __attribute__((visibility("default")))
+#include "abi.hpp"
+#include "covariance_rows.hpp"
+#include "pairs.hpp"
 
 GPMLP_API int64_t gpmlp_abi_version() { return 1; }
 
