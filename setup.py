@@ -15,7 +15,8 @@ SOURCE = Path("gpmlp/native/src/core.cpp")
 VARIANTS = {"baseline": []} | ({"v3": ["-march=x86-64-v3"]} if sysconfig.get_platform().endswith("x86_64") else {})
 # products and sums may be contracted; NaN and infinity keep their meaning
 FLAGS = (
-    "-std=c++17 -O3 -fPIC -shared -pthread -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+    "-std=c++17 -O3 -fPIC -shared -pthread -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
+    "-Wno-psabi"  # vectors are arguments of inlined functions only
 )
 
 

@@ -12,6 +12,7 @@ from gpmlp.core.neighbors import fits_compiled_loops
 from gpmlp.descriptors import cpu
 
 SOAPS = [name for name in DESCRIPTORS if name.startswith("soap")]
+BLOCK = 16  # environments that a thread does together: gpmlp/native/src/expansion.hpp
 # sums of up to some hundred terms of order 1 in another order: 1e-16 or 1e-7 times about ten, and derivatives grow with l
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
 
@@ -50,22 +51,6 @@ def test_radial_functions_that_do_not_fill_lanes(n_max):
     compare(descriptor(SOAPS[0], n_max=n_max, l_max=2), seen())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
-@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 4, 3), (3, 8, 1), (4, 12, 5), (7, 20, 9), (5, 4, 0)])
-def test_products_of_small_matrices(rows, columns, depth, dtype):
-    """a is stored by columns and begins late, c has longer rows than it needs: nothing else is written."""
-    from gpmlp.descriptors import _simd
-
-    a, b = random(rows + 1, depth, dtype=dtype)[1:], random(depth, columns, dtype=dtype)
-    c = torch.full((rows, columns + 3), 7.0, dtype=dtype)
-    flat = torch.cat([torch.zeros(2, dtype=dtype), a.T.flatten()]).numpy()
-    _simd.multiply_matrices(
-        rows, columns, depth, flat, 2, 1, rows, b.flatten().numpy(), 0, columns, c.view(-1).numpy(), 0, columns + 3
-    )
-    torch.testing.assert_close(c[:, :columns], a @ b, rtol=0, atol=TOLERANCE[dtype])
-    assert (c[:, columns:] == 7).all()
-
-
 def test_many_neighbours():
     surroundings = seen(cutoff=12.0)
     assert torch.bincount(surroundings.centers).max() > 200
@@ -93,7 +78,7 @@ def test_threads_change_nothing():
     """More blocks than threads, each environment done by one: equal to the last bit."""
     surroundings = Surroundings.concatenate([seen()] * 8)
     made, before = descriptor(SOAPS[0]), torch.get_num_threads()
-    assert len(surroundings) > 3 * cpu.BLOCK
+    assert len(surroundings) > 3 * BLOCK
     found = []
     try:
         for threads in (1, 3):

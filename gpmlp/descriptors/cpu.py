@@ -1,13 +1,11 @@
-"""Power spectra on CPUs: the numbers of soap.py by compiled loops over environments (_cpu_kernels.py), shared by threads."""
+"""Power spectra on CPUs: the numbers of soap.py by the compiled core (gpmlp/native/src/expansion.hpp), shared by threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,44 +14,32 @@ from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.descriptors.radial import CUTOFF_FUNCTIONS
 from gpmlp.descriptors.soap import PowerSpectrum
 from gpmlp.descriptors.spherical_harmonics import recurrence_coefficients
+from gpmlp.native import library
 
-if TYPE_CHECKING:
-    from gpmlp.descriptors._cpu_kernels import BasisTables, SortedPairs
-
-BLOCK = 16  # environments whose Jacobian is worth handing to another thread
-SHARED = 128  # environments that are worth handing to another thread
 FEW = 8  # environments whose Jacobian stays in cache while many cotangents are pulled back
 
 
 def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings) -> Environments:
     """Features of all surroundings; derivatives when asked for."""
-    from gpmlp.descriptors import _cpu_kernels
-
-    vectors, l_max = surroundings.vectors.detach().contiguous(), descriptor.l_max
-    basis = _basis(descriptor, vectors.dtype)
-    pairs = _pairs(descriptor, surroundings, vectors, basis)
-    n, row = len(surroundings), _cpu_kernels.row_length(descriptor.n_max, basis.n_species)
-    density = np.empty((n, (l_max + 1) ** 2, row), basis.table.dtype)
-    features, norms = vectors.new_empty(n, descriptor.n_features), vectors.new_empty(n)
-    buffers = density.reshape(-1), features.numpy(), norms.numpy()
-    tiny = basis.table.dtype.type(torch.finfo(vectors.dtype).tiny)
-    starts = pairs.starts[:: basis.n_species].tolist()
-
-    threads = parallel.available_threads()
-    together = max(SHARED, -(-n // (4 * threads))) if threads > 1 else max(1, n)
-    _in_blocks(0, n, lambda lo, hi: _cpu_kernels.expand_features(lo, hi, pairs, basis, tiny, row, *buffers), together)
+    vectors = surroundings.vectors.detach().contiguous()
+    given = tuple(
+        part.contiguous() for part in (surroundings.species, surroundings.centers, surroundings.neighbor_species)
+    )
+    n, features = len(surroundings), vectors.new_empty(len(surroundings), descriptor.n_features)
+    spectrum = _compiled_spectrum(descriptor, vectors.dtype)
+    address = library.call(
+        "expand", spectrum.address, n, len(vectors), *given, vectors, features, parallel.available_threads()
+    )
+    if not address:
+        descriptor.species_slots(torch.cat([given[0], given[2]]))  # which says what is wrong
+    expansion = library.Handle(address, spectrum, features)
+    starts = torch.searchsorted(given[1], torch.arange(n + 1)).tolist()
 
     def jacobian(start: int = 0, end: int = n, out: Tensor | None = None) -> Tensor:
         """Of environments start to end, in the first rows of `out` if it is given."""
         n_pairs = starts[end] - starts[start]
         out = vectors.new_empty(n_pairs, 3, descriptor.n_features) if out is None else out[:n_pairs]
-        array = out.numpy()
-
-        def block(lo: int, hi: int) -> None:
-            here = array[starts[lo] - starts[start] :]
-            _cpu_kernels.feature_jacobian(lo, hi, starts[lo], pairs, basis, row, *buffers, here)
-
-        _in_blocks(start, end, block, BLOCK)
+        library.call("jacobian", expansion.address, start, end, out, parallel.available_threads())
         return out
 
     def pull_back(cotangents: Tensor) -> Tensor:
@@ -61,11 +47,7 @@ def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings)
         if cotangents.dim() == 3:
             return _pull_back_many(jacobian, starts, cotangents)
         out = torch.empty_like(vectors)
-        given, array = cotangents.contiguous().numpy(), out.numpy()
-
-        _in_blocks(
-            0, n, lambda lo, hi: _cpu_kernels.pull_back(lo, hi, pairs, basis, row, *buffers, given, array), together
-        )
+        library.call("pull_back", expansion.address, cotangents.contiguous(), out, parallel.available_threads())
         return out
 
     return Environments(surroundings, features, pull_back, jacobian)
@@ -86,45 +68,16 @@ def _pull_back_many(jacobian: Callable[[int, int, Tensor], Tensor], starts: list
     return out.unflatten(0, (-1, 3)).movedim(2, 0)
 
 
-def _in_blocks(start: int, end: int, work: Callable[[int, int], None], size: int) -> None:
-    """Do work(lo, hi) for blocks of start to end, in as many threads as PyTorch may use."""
-    parallel.map_pieces(lambda lo: work(lo, min(end, lo + size)), range(start, end, size))
-
-
-def _pairs(descriptor: PowerSpectrum, surroundings: Surroundings, vectors: Tensor, basis: BasisTables) -> SortedPairs:
-    w, table = descriptor.weights, descriptor.radial_integrals
-    from gpmlp.descriptors._cpu_kernels import CutoffParameters, lay_out
-
-    cut = CutoffParameters(
-        CUTOFF_FUNCTIONS.index(w.function), w.cutoff, w.width, w.cutoff_exponent, w.scale, float(w.exponent)
-    )
-    species = surroundings.neighbor_species, surroundings.species
-    given = vectors, surroundings.centers, *species, descriptor.slot_table
-    arrays = (part.contiguous().numpy() for part in given)
-    pairs, complete = lay_out(*arrays, cut, 1 / table.step, len(table.coefficients))
-    if not complete:
-        descriptor.species_slots(torch.cat(species))  # which says what is wrong
-    return pairs
-
-
 @lru_cache(maxsize=32)
-def _basis(descriptor: PowerSpectrum, dtype: torch.dtype) -> BasisTables:
+def _compiled_spectrum(descriptor: PowerSpectrum, dtype: torch.dtype) -> library.Handle:
     """Equal descriptors share one."""
-    from gpmlp.descriptors._cpu_kernels import BasisTables
-    from gpmlp.descriptors._simd import LANES
-
-    integrals, like = descriptor.radial_integrals, torch.zeros(0, dtype=dtype)
-    of, n_max, l_max = like.numpy().dtype.type, descriptor.n_max, descriptor.l_max
-    table = integrals.coefficients.to(dtype).unflatten(2, (n_max, l_max + 1)).mT
-    return BasisTables(
-        torch.nn.functional.pad(table, (0, -n_max % LANES)).flatten().numpy(),
-        of(1 / integrals.step),
-        of(0),
-        of(1),
-        descriptor.prefactors(like).numpy(),
-        descriptor.center_density(like).numpy(),
-        recurrence_coefficients(l_max).astype(of).reshape(-1),
-        n_max,
-        l_max,
-        len(descriptor.species),
-    )
+    integrals, like, w = descriptor.radial_integrals, torch.zeros(0, dtype=dtype), descriptor.weights
+    n_max, l_max, slots = descriptor.n_max, descriptor.l_max, descriptor.slot_table
+    table = integrals.coefficients.to(dtype).unflatten(2, (n_max, l_max + 1)).mT.contiguous()
+    sizes = torch.tensor([n_max, l_max, len(descriptor.species), len(table), len(slots)])
+    recurrence = torch.from_numpy(recurrence_coefficients(l_max)).to(dtype)
+    address = library.call(
+        "spectrum", sizes, slots, table, descriptor.prefactors(like), descriptor.center_density(like), recurrence,
+        1 / integrals.step, CUTOFF_FUNCTIONS.index(w.function), w.cutoff, w.width, w.cutoff_exponent, w.scale, w.exponent,
+    )  # fmt: skip
+    return library.Handle(address)

@@ -22,12 +22,17 @@ CHOICES = (*VARIANTS, "off")  # of the environment variable GPMLP_NATIVE
 SIGNATURES: dict[str, str] = {
     "abi_version": "",
     "supports_v3": "",
+    "free": "n",
     "sort_pairs": "nISnnIII",
     "pair_vectors": "nFFIIIIF",
     "shortest_vector": "nFD",
     "pairs_within": "nFFIIIIxIIIFD",
     "add_pair_gradients": "nIIIFFFF",
     "add_rows": "FnnnnFFnnIIIIFFFnFn",
+    "spectrum": "IIFFFFxnxxxxx",
+    "expand": "nnnIIIFFn",
+    "pull_back": "nFFn",
+    "jacobian": "nnnFn",
 }
 NUMBERS = {"n": ctypes.c_int64, "x": ctypes.c_double}
 DTYPES = {"I": torch.int64, "S": torch.int32, "D": torch.float64}
@@ -88,6 +93,18 @@ def call(name: str, *arguments: Tensor | float) -> int:
     if status < 0:
         raise MemoryError(f"gpmlp_{name}: no room")
     return status
+
+
+class Handle:
+    """An object of the library, by its address; freed when nothing refers to it any more."""
+
+    def __init__(self, address: int, *needs: object) -> None:
+        self.address = address
+        self.needs = needs  # what must live as long
+        self._free = call  # still there when the interpreter ends
+
+    def __del__(self) -> None:
+        self._free("free", self.address)
 
 
 def _load(variant: str) -> ctypes.CDLL:

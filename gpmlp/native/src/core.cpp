@@ -5,9 +5,15 @@
 
 #include "abi.hpp"
 #include "covariance_rows.hpp"
+#include "expansion.hpp"
 #include "pairs.hpp"
 
 GPMLP_API int64_t gpmlp_abi_version() { return 1; }
+
+GPMLP_API int64_t gpmlp_free(int64_t address) {
+    delete reinterpret_cast<gpmlp::Object *>(address);
+    return 0;
+}
 
 // Whether this processor runs code compiled for x86-64-v3.
 GPMLP_API int64_t gpmlp_supports_v3() {
