@@ -15,7 +15,6 @@ import importlib.abc
 import os
 import sys
 import warnings
-from importlib import metadata
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -71,6 +70,8 @@ _RENAMED = {
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
+        from importlib import metadata
+
         try:
             return metadata.version("gpmlp")
         except metadata.PackageNotFoundError:

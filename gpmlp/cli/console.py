@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 from rich.console import Console
@@ -16,10 +16,11 @@ from rich.table import Column, Table
 
 from gpmlp.core.errors import visible_text
 from gpmlp.core.findings import Finding
-from gpmlp.core.quantities import json_value
 from gpmlp.core.units import GPA
-from gpmlp.fitting.tune import TuningTrial, best_trial
-from gpmlp.potential.evaluation import ErrorTable, Evaluation
+
+if TYPE_CHECKING:
+    from gpmlp.fitting.tune import TuningTrial
+    from gpmlp.potential.evaluation import ErrorTable, Evaluation
 
 PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
 LONG = 1e6  # numbers from here on are written as powers of ten
@@ -232,6 +233,8 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
     ]
     pairs += variance_columns(report)
     if validation:
+        from gpmlp.potential.evaluation import ErrorTable
+
         values: dict[str, Any] = {key: float("nan") if v is None else v for key, v in validation.items()}
         table = ErrorTable(**values)
         pairs.append(
@@ -297,6 +300,8 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
     ]
     if learned := provenance.get("learned"):  # such files hold no time, so that runs repeat to the last bit
         files = [f"{learned['labels']} labels of {learned['oracle']}, learned on the fly"]
+    from gpmlp.core.quantities import json_value
+
     aside = header.get("calibration", {}).get("source", {})
     created = f"{provenance['created']} " if "created" in provenance else ""
     sample = provenance.get("sample")
@@ -386,6 +391,8 @@ class TrialBars(TransientBar):
         if self.most:
             share = max(share, number / self.most)
             left_s = min(left_s, (self.most - number) * used_s / number) if number else left_s
+        from gpmlp.fitting.tune import best_trial
+
         top = best_trial(self.done)
         parts = [f"best {_result(t)}" for t in (top,) if t] + [f"last {_settings(t)}" for t in self.done[-1:]]
         left = f"{math.ceil(left_s / 60)} min left"

@@ -23,7 +23,6 @@ from gpmlp.cli.learn import INTERRUPTED, learn_command, report_folder
 from gpmlp.cli.md import md_command
 from gpmlp.cli.tune import tune_command
 from gpmlp.core.errors import DataWarning, ProgressNotice, UserError, chemical_symbol, visible_text
-from gpmlp.core.quantities import json_value
 
 # typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -291,6 +290,8 @@ def info_command(
 
     content = archive.read_header(model)
     if as_json:
+        from gpmlp.core.quantities import json_value
+
         typer.echo(json.dumps(json_value(content), indent=2, allow_nan=False))
         return
     out = console.standard_output()
@@ -310,21 +311,24 @@ def cite_command(model: Model) -> None:
     typer.echo(visible_text("\n".join(work.bibtex() for work in provenance.citations_of(recipe, content["version"]))))
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+def print_message(kind: str, text: str) -> None:
+    """console.print_message, which is imported where there is something to say."""
     from gpmlp.cli import console
 
+    console.print_message(kind, text)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, ProgressNotice):
-        console.print_message("note", str(message))
+        print_message("note", str(message))
     else:
-        console.print_message(
-            "warning", str(message) if issubclass(category, DataWarning) else f"{message} ({category.__name__})"
-        )
+        text = str(message)
+        ours = issubclass(category, DataWarning) or category is UserWarning
+        print_message("warning", text if ours else f"{text} ({category.__name__})")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    from gpmlp.cli.console import print_message
-
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get(DEBUG, "") not in ("", "0")
     with warnings.catch_warnings():
@@ -375,8 +379,6 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _usage_error(error: Any) -> int:
     """One line about wrong arguments; the help itself where nothing was asked for."""
-    from gpmlp.cli.console import print_message
-
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(error.format_message(), err=True)
         return 2

@@ -1,14 +1,18 @@
-"""Types of errors and warnings, and checks of shapes and values, with the messages that users read."""
+"""Types of errors and warnings, and checks of shapes and values, with the messages that users read.
+
+The command line imports this before it does anything: torch and numpy come only with what needs them.
+"""
 
 from __future__ import annotations
 
 import difflib
 import operator
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 LARGEST = 1e9  # A, of positions and lattice vectors: their differences keep 1e-7 A in double precision
 
@@ -54,6 +58,8 @@ def check_choice(kind: str, name: str, options: Sequence[str] | dict) -> None:
 
 def available_devices() -> tuple[str, ...]:
     """Kinds of devices that torch can use here: 'cpu', and 'cuda' and 'mps' where they are there."""
+    import torch
+
     others = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return ("cpu", *(kind for kind, there in others.items() if there))
 
@@ -62,6 +68,8 @@ def check_device(name: str) -> None:
     """Raise UserError unless torch can use the device called name ('cpu', 'cuda', 'cuda:1', ...) on this machine."""
     if name == "cpu":
         return
+    import torch
+
     kind, _, index = name.partition(":")
     have = available_devices()
     there = kind in have and (not index or index.isdigit())
@@ -109,6 +117,8 @@ def check_cells(cells: Tensor, periodic: Tensor, names: Sequence[str]) -> None:
         periodic: (structures, 3) bool.
         names: of the structures, for the message.
     """
+    import numpy as np
+
     # nine numbers a structure, at every step of dynamics
     rows, along = cells.detach().cpu().numpy(), periodic.cpu().numpy()
 
