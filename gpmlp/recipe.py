@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import re
 import reprlib
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from gpmlp.core import errors
 
@@ -66,6 +77,30 @@ class RecipeSection(BaseModel):
     """A part of a recipe: unknown keys are refused, and nothing in it changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false (in YAML also yes, no, on, off) where they would count as 1 and 0."""
+        if _holds_bool(value) and not _takes_bool(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("must not be a truth value (true, false, yes, no, on, off)")
+        return value
+
+
+def _holds_bool(value: Any) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return isinstance(value, bool) or any(map(_holds_bool, inside))
+
+
+def _takes_bool(annotation: Any) -> bool:
+    """Whether values of a type may hold a truth value; sections check their own."""
+    section = isinstance(annotation, type) and issubclass(annotation, RecipeSection)
+    return (
+        annotation in (bool, Any)
+        or isinstance(annotation, bool)
+        or section
+        or any(map(_takes_bool, get_args(annotation)))
+    )
 
 
 class RadialScaling(RecipeSection):

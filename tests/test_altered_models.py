@@ -7,7 +7,8 @@ import hashlib
 import json
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from gpmlp.cli import main
+from gpmlp.cli import console, main
 from gpmlp.core.errors import UserError
 from gpmlp.core.stored_tensors import StoredTensors
+from gpmlp.core.structures import Structures
 from gpmlp.io import archive
+from gpmlp.io.model_header import check_header
+from gpmlp.potential.baselines import IsolatedAtoms
+from gpmlp.uncertainty.calibration import Calibration, KnownErrors
 
 NAN, INF = float("nan"), float("inf")
 Tensors = dict[str, torch.Tensor]
@@ -301,6 +306,169 @@ def test_altered(name, whole, tmp_path, capsys):
     path = tmp_path / "altered.gpmlp"
     path.write_bytes(sealed(packed(content, tensors)))
     check_refused(path, capsys)
+
+
+# ---------------------------------------------------------------- every tensor and every number that enters predictions
+
+
+@pytest.fixture(scope="module")
+def calibrated(potential) -> tuple[dict[str, Any], Tensors]:
+    """The model with everything that a calibration can hold."""
+    generator = torch.Generator().manual_seed(0)
+    known = {}
+    for kind in ("energies", "forces", "stresses"):
+        std = torch.rand(600, generator=generator, dtype=torch.float64) + 0.1
+        parts = torch.rand(600, 3, generator=generator, dtype=torch.float64) * std[:, None] ** 2
+        errors, structure = std * torch.randn(600, generator=generator, dtype=torch.float64), torch.arange(600) // 20
+        groups = tuple("ab"[int(s) % 2] for s in structure)
+        known[kind] = KnownErrors(
+            errors, std, torch.full((600,), 29), structure=structure, groups=groups, parts=parts, squared_force=std**2
+        )
+    source = {"held_out_structures": 30, "held_out_atoms": 600, "how": "here", "names": ["a"]}
+    calibration = Calibration.fit(known, source, {kind: torch.ones(3) for kind in known})
+    calibration = replace(calibration, typical_novelty=0.5, sample_scale=1.1, unsampled=2.0)
+    open_ = [
+        replace(b, open_directions=({29: 0.1},)) if isinstance(b, IsolatedAtoms) else b for b in potential.baselines
+    ]
+    header, tensors = replace(potential, calibration=calibration, baselines=tuple(open_)).state()
+    content = {
+        "archive_sha256": archive.BLANK, "format": archive.FORMAT_VERSION, "version": "0", "units": archive.UNITS, "header": header,
+    }  # fmt: skip
+    return json.loads(json.dumps(content)), tensors
+
+
+def refused_or_right(content: dict[str, Any], tensors: Tensors, path: Path, structures: Structures) -> bool:
+    """Whether the file is refused in a sentence; else all that it predicts has to be numbers, and no variance negative."""
+    path.write_bytes(sealed(packed(content, tensors)))
+    try:
+        potential = archive.load(path)
+    except UserError as error:
+        text = str(error)
+        assert text.startswith(f"{path}: ") and text.endswith(".") and "no version of gpmlp writes" not in text, text
+        return True
+    console.model_summary(content, ["Cu"])
+    prediction = potential(structures, variance="all", novelty=True, config_types=["a"])
+    sampled = potential(structures, variance="sampled_forces")
+    stds = [
+        v.total for v in (prediction.energies_variance, prediction.forces_variance, sampled.sampled_forces_covariance)
+    ]
+    level = potential.calibration.half_width(
+        "forces", prediction.forces_variance.total.sqrt()[:, 0], 0.9, groups=["a"] * 4
+    )
+    stds[2] = stds[2].diagonal(dim1=1, dim2=2)
+    for value in (prediction.energies, prediction.forces, prediction.novelty, level, *stds):
+        assert value.isfinite().all()
+    assert min(float(v.min()) for v in stds) >= 0
+    return False
+
+
+TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "one 1e200": lambda t: torch.cat([t.new_tensor([1e200 if t.is_floating_point() else 2**62]), t.reshape(-1)[1:]]).view(t.shape),
+    "all 1e200": lambda t: torch.full_like(t, 1e200 if t.is_floating_point() else 2**62),
+    "all NaN": lambda t: t.double() * NAN,
+    "all infinite": lambda t: t.double() + INF,
+    "all zero": torch.zeros_like,
+    "all 1e-200": lambda t: torch.full_like(t, 1e-200),
+    "sign of all": lambda t: -t,
+    "sign of the last": lambda t: torch.cat([t.reshape(-1)[:-1], -t.reshape(-1)[-1:]]).view(t.shape),
+    "ten times": lambda t: 10 * t,
+    "fewer": lambda t: t.reshape(-1)[:-1],
+    "a dimension more": lambda t: t[None],
+    "single": lambda t: t.float(),
+    "whole numbers": lambda t: t.to(torch.int32),
+    "truth values": lambda t: t.bool(),
+}  # fmt: skip
+MUST = (
+    "one 1e200",
+    "all 1e200",
+    "all NaN",
+    "all infinite",
+    "fewer",
+    "a dimension more",
+    "single",
+    "whole numbers",
+    "truth values",
+)
+# what the file itself shows to be wrong
+CONTRADICTIONS = {
+    "variances.0.tangents": ("all zero", "all 1e-200", "ten times"),
+    "variances.0.lower": ("all zero", "all 1e-200", "ten times", "sign of all", "sign of the last"),
+    "variances.0.kept": ("all zero", "all 1e-200", "sign of all", "ten times"),
+    "variances.signal": ("all zero", "all 1e-200", "sign of all", "ten times"),
+    "variances.factor": ("all zero", "all 1e-200"),
+    CU + "features": ("ten times",),
+}
+
+
+@pytest.mark.parametrize("change", TENSORS)
+def test_every_tensor(change, calibrated, small_set, tmp_path):
+    content, tensors = calibrated
+    for name, old in tensors.items():
+        new = TENSORS[change](old)
+        if new.dtype == old.dtype and new.shape == old.shape and torch.equal(new, old):
+            continue
+        refused = refused_or_right(content, tensors | {name: new}, tmp_path / "m.gpmlp", small_set[0].select([0]))
+        assert refused or change not in (*MUST, *CONTRADICTIONS.get(name, ())), name
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Of everything in plain data; of a list the first two."""
+    if path:
+        yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, entry in inside:
+        if path == ("calibration", "kinds") and key != "forces":  # the others are of the same kind
+            continue
+        yield from places(entry, (*path, key))
+
+
+VALUES = {
+    "NaN": NAN,
+    "infinite": INF,
+    "1e200": 1e200,
+    "1e-300": 1e-300,
+    "-1.5": -1.5,
+    "0": 0,
+    "text": "x",
+    "none": None,
+    "a list": ["x"],
+}
+
+
+@pytest.mark.parametrize("value", [*VALUES, "dropped"])
+@pytest.mark.parametrize("part", ["noise", "baselines", "calibration", "variances", "novelty"])
+def test_every_number_of_the_header(part, value, calibrated, small_set, tmp_path):
+    content, tensors = calibrated
+    refused = 0
+    for place in places(content["header"][part], (part,)):
+        changed = copy.deepcopy(content)
+        if value == "dropped":
+            drop(*place)(changed, tensors)
+        else:
+            put(*place, VALUES[value])(changed, tensors)
+        refused += refused_or_right(changed, tensors, tmp_path / "m.gpmlp", small_set[0].select([0]))
+    assert refused
+
+
+@pytest.mark.parametrize("value", [*VALUES, "dropped"])
+def test_every_entry_that_is_shown(value, calibrated):
+    """Of the header: refused, or `gpmlp info` has something to say of it."""
+    content, refused = calibrated[0], 0
+    for place in places(content["header"]):
+        if place[0] in ("calibration", "variances", "novelty"):
+            continue
+        changed = copy.deepcopy(content)
+        alter = drop(*place) if value == "dropped" else put(*place, VALUES[value])
+        alter(changed, {})
+        try:
+            check_header(changed["header"])
+        except UserError:
+            refused += 1
+            continue
+        console.model_summary(changed, ["Cu"])
+        if changed["header"]["report"]:
+            console.report_summary(changed["header"]["report"])
+    assert refused
 
 
 def claim(size: int, shape: list[int]) -> Callable[[bytes], bytes]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 
 import ase.build
 import ase.io
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from test_report import Balanced, only_paint
 
-from gpmlp.core.errors import UserError
+from gpmlp.cli import main
+from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning import loop, triggers
 from gpmlp.learning.labels import LabelFile
@@ -333,6 +336,42 @@ def test_a_run_that_was_killed_has_a_page_too(run, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "report" / "report.json").read_text())
     assert record["ended"] == "not finished" and "can be resumed" in record["answers"][KEYS[0]]
     assert (tmp_path / "labels.xyz").read_bytes() == before
+
+
+def one_frame_less(data: bytes) -> bytes:
+    return data[: data.rindex(b"\n4\n") + 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("labels.xyz", one_frame_less, "labels, of "),
+        ("labels.xyz", lambda data: data[:-30], "labels, of "),
+        ("labels.xyz", lambda data: data.replace(b"energy=-", b"energy=", 1), "frame 0 (.*) was altered"),
+        ("labels.xyz", lambda data: b"", "labels, of "),
+        ("log.jsonl", lambda data: data[: len(data) // 2], "log.jsonl: is shorter than the run left it"),
+        ("trajectory.xyz", lambda data: data[:-40], "trajectory.xyz: is shorter than the run left it"),
+    ],
+)
+def test_a_run_whose_files_were_altered_has_none(name, change, said, run, tmp_path, capsys):
+    """As --resume refuses them."""
+    shutil.copytree(run[0], tmp_path / "out")
+    path = tmp_path / "out" / name
+    path.write_bytes(change(path.read_bytes()))
+    assert main.main(["report", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and re.search(said, " ".join(error.split())), error
+
+
+def test_an_unfinished_frame_beyond_the_checkpoint_is_left_out(run, tmp_path):
+    """The run may be writing it."""
+    folder = tmp_path / "out"
+    shutil.copytree(run[0], folder)
+    data = (folder / "labels.xyz").read_bytes()
+    (folder / "labels.xyz").write_bytes(data + b"4\nenergy=1")
+    with pytest.warns(DataWarning, match="ends with an unfinished frame, which is left out"):
+        entries, _ = collect.read_labels(folder)
+    assert len(entries) == len(LabelFile(run[0] / "labels.xyz"))
 
 
 def test_a_run_of_before_json_times_and_causes_has_the_same_page(run, tmp_path):

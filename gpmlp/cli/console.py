@@ -302,7 +302,7 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         files = [f"{learned['labels']} labels of {learned['oracle']}, learned on the fly"]
     from gpmlp.core.quantities import json_value
 
-    aside = header.get("calibration", {}).get("source", {})
+    aside = (header.get("calibration") or {}).get("source", {})
     created = f"{provenance['created']} " if "created" in provenance else ""
     sample = provenance.get("sample")
     pairs = [

@@ -1,4 +1,4 @@
-"""Tensors read from a file, taken one by one: each must be there, finite, of the right type and shape, and none may be left over."""
+"""Tensors read from a file, taken one by one: each must be there, of the right type, shape and size, and none may be left over."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from gpmlp.core.errors import UserError, check_shape
+
+LARGEST = 1e15  # of any number: far above all that a fit makes, and its square is finite
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -34,6 +36,8 @@ class StoredTensors(Mapping[str, Tensor]):
         tensor = self._tensors[full]
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(f"the tensor `{full}` holds a NaN or infinite number.")
+        if tensor.is_floating_point() and not bool((tensor.abs() <= LARGEST).all()):
+            raise UserError(f"the tensor `{full}` holds a number beyond {LARGEST:g}.")
         self._taken.add(full)
         return tensor
 
@@ -45,7 +49,7 @@ class StoredTensors(Mapping[str, Tensor]):
         """One tensor of this type and shape; a string stands for any size and names the axis.
 
         Raises:
-            UserError: it is missing, of another type or shape, or not finite.
+            UserError: it is missing, of another type or shape, not finite, or beyond LARGEST.
         """
         tensor, full = self[name], self._prefix + name
         check_shape(full, tensor, shape)

@@ -15,6 +15,7 @@ from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.gp.kernels import ZonalKernel
 
 RANK_TOLERANCE = 1e-9  # of the prior variance: a column with less of it left given the others is dropped as dependent
+DIRECTIONS_TOLERANCE = 1e-4  # of products of directions in a file, which may be in single precision
 JITTERS = (0.0, *(1e-12 * 10.0**k for k in range(7)))  # tried in turn, in units of the prior variance
 
 
@@ -46,9 +47,14 @@ class InducingBlock:
 
     @staticmethod
     def from_stored(species: int, features: Tensor, stored: StoredTensors) -> InducingBlock:
-        """That of a model file; UserError if its columns are none of its centres and tangents."""
+        """That of a model file; UserError if its columns are none of its centres and tangents, or these are no directions."""
         m, d = features.shape
         tangents = stored.take("tangents", (m, "directions", d), features.dtype)
+        gram = tangents @ tangents.mT
+        there = torch.diag_embed((gram.diagonal(dim1=1, dim2=2) > 0.5).to(gram))
+        across = (tangents @ features[:, :, None]).abs()
+        if bool(((gram - there).abs() > DIRECTIONS_TOLERANCE).any() or (across > DIRECTIONS_TOLERANCE).any()):
+            raise UserError("the tangents of a centre are not orthonormal, or not orthogonal to its features.")
         columns = stored.take("kept", ("columns",), torch.int64)
         if len(columns.unique()) < len(columns) or bool(
             ((columns < 0) | (columns >= m * (1 + tangents.shape[1]))).any()

@@ -32,6 +32,8 @@ FREE = (
 )
 ROUNDING = 1e-12  # of prior variances: less than that of their difference to what is explained is rounding
 KEPT = 1e-6  # of the misspecification, there
+STORED = 1e-4  # by which numbers of a file may disagree with one another, relative; centres may be in single precision
+ROWS_CHECKED = 16  # of the prior covariance of a block, against its factor in a file
 FORCE_ATOMS = 512  # atoms whose force rows are in memory together
 
 
@@ -378,9 +380,21 @@ class VarianceModel:
                     )
                 mine.append(InducingBlock.from_stored(z, centres, stored.part(f"{i}.")))
                 lowers.append(_stored_triangle(stored, f"{i}.lower", mine[-1].n_columns))
+                _check_factor(lowers[-1], kernel, mine[-1])
             blocks.append(tuple(mine))
         columns = sum(len(lower) for lower in lowers)
         signal, factor = stored.take("signal", (columns,)), _stored_triangle(stored, "factor", columns)
+        stds = [
+            torch.full((b.n_columns,), p.signal[b.species])
+            for p, mine in zip(priors, blocks, strict=True)
+            for b in mine
+        ]
+        if not torch.allclose(
+            signal.cpu(), torch.cat([signal.new_zeros(0).cpu(), *stds]).to(torch.float64), rtol=1e-6, atol=0
+        ):
+            raise UserError("the standard deviations of columns are not those of the prior.")
+        if columns and float(factor.diagonal().abs().min()) < 1 - STORED:
+            raise UserError("the posterior factor is smaller than that without any data.")
         about = dict(header["noise"]), dict(header["label_noise"]), header["of_fit"], header.get("amplitude", 1.0)
         positive = [*about[0].values(), *about[1].values(), *(s for p in priors for s in p.signal.values())]
         if min(positive, default=1.0) <= 0 or bool((signal <= 0).any()) or about[3] < 0 or about[2] < columns:
@@ -437,3 +451,25 @@ def _stored_triangle(stored: StoredTensors, name: str, size: int) -> Tensor:
     if bool((out.diagonal() == 0).any()):
         raise UserError(f"the tensor `{name}` is a singular triangle.")
     return out
+
+
+def _check_factor(lower: Tensor, kernel: ZonalKernel, block: InducingBlock) -> None:
+    """Raise UserError unless L Lᵀ = K_uu, as far as its diagonal and some of its rows show."""
+    if not len(lower):
+        return
+    centre, direction = block.column_addresses
+    chosen = torch.linspace(0, len(lower) - 1, min(len(lower), ROWS_CHECKED), device=lower.device).round().long()
+    few = InducingBlock.from_addresses(
+        block.species,
+        block.features[centre[chosen]],
+        block.tangents[centre[chosen]],
+        torch.arange(len(chosen)),
+        direction[chosen],
+    )
+    rows = inducing.K_uu(kernel, few, block).to(lower)
+    of_value, of_slope, _ = kernel.profile(lower.new_ones(1))
+    sizes = torch.where(direction < 0, of_value, of_slope).to(lower)
+    scale = (sizes[chosen, None] * sizes).sqrt()
+    unequal = ((lower[chosen] @ lower.T - rows).abs() > STORED * scale).any()
+    if bool(unequal or (lower.diagonal() < 0).any() or (lower.square().sum(1) / sizes - 1).abs().max() > STORED):
+        raise UserError("the factor of the prior covariance of inducing variables is that of others.")

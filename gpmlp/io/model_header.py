@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gpmlp.core import errors
 from gpmlp.core.errors import UserError
+from gpmlp.core.findings import Severity
+from gpmlp.potential.evaluation import ErrorTable
 from gpmlp.recipe import LONGEST, Recipe
+from gpmlp.uncertainty.calibration import EVERYTHING, LEVELS
 
 NUMBERS = ("noise", "baselines", "calibration", "variances", "novelty")  # parts in which every number is finite
+LARGEST_LOG = 50.0  # of a factor on standard deviations
 Species = Annotated[int, Field(ge=1, le=len(errors.SYMBOLS) - 1)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
-Deviation = Annotated[float, Field(gt=0, le=1e9)]
+Deviation = Annotated[float, Field(ge=1e-50, le=1e9)]  # its square is a number too
 NotNegative = Annotated[float, Field(ge=0, le=1e15)]
 Three = Annotated[list[Annotated[float, Field(ge=-1e4, le=1e4)]], Field(min_length=3, max_length=3)]
 Kind = Literal["energies", "forces", "stresses"]
@@ -47,6 +52,13 @@ def _complete(recipe: dict[str, Any]) -> dict[str, Any]:
         if missing:
             raise ValueError(f"descriptor {k} lacks {missing[0]}")
     return recipe
+
+
+def _all_or_none(part: Any, needed: set[str]) -> Any:
+    """A part of the header that has all of these keys, or none at all."""
+    if isinstance(part, dict) and part and (missing := sorted(needed - part.keys())):
+        raise ValueError(f"lacks {missing[0]}")
+    return part
 
 
 Element = Annotated[str, BeforeValidator(_element)]
@@ -85,6 +97,11 @@ class _Source(_Section):
     names: list[str] = []
     fingerprints: list[str] = []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, source: Any) -> Any:
+        return _all_or_none(source, {"held_out_structures", "held_out_atoms", "how", "names"})
+
 
 class _LocalScale(_Section):
     slopes: Three
@@ -94,9 +111,15 @@ class _LocalScale(_Section):
     force: Deviation
 
     @model_validator(mode="after")
-    def _ordered(self) -> _LocalScale:
+    def _bounded(self) -> _LocalScale:
         if any(a > b for a, b in zip(self.low, self.high, strict=True)):
             raise ValueError("low must not be above high")
+        ends = zip(self.slopes, self.middle, self.low, self.high, strict=True)
+        if (
+            sum(abs(slope) * max(abs(low - middle), abs(high - middle)) for slope, middle, low, high in ends)
+            > LARGEST_LOG
+        ):
+            raise ValueError(f"changes standard deviations by a factor beyond exp({LARGEST_LOG:g})")
         return self
 
 
@@ -109,20 +132,40 @@ class _GroupScale(_Section):
 class _KindCalibration(_Section):
     scale: Deviation
     n: Count
-    multipliers: dict[str, list[NotNegative]]
-    edges: list[NotNegative] = []
+    multipliers: dict[
+        Annotated[str, Field(pattern=rf"^({EVERYTHING}|(\*|[1-9]\d{{0,2}})/\d{{1,3}})$")], list[NotNegative]
+    ]
+    counts: dict[str, Count] = {}
+    edges: list[NotNegative]
     floor: NotNegative = 0.0
-    weights: list[NotNegative] = []
+    weights: list[Deviation]
     forbidden: NotNegative = 0.0
     local: _LocalScale | None = None
     groups: dict[str, _GroupScale] = {}
     unseen: _GroupScale = _GroupScale()
 
+    @model_validator(mode="after")
+    def _table(self) -> _KindCalibration:
+        if EVERYTHING not in self.multipliers or any(len(row) != len(LEVELS) for row in self.multipliers.values()):
+            raise ValueError(f"needs multipliers of '{EVERYTHING}', and {len(LEVELS)} of each group")
+        if self.edges != sorted(self.edges) or len(self.weights) not in (0, 3):
+            raise ValueError("edges must ascend, and weights be three or none")
+        return self
+
 
 class _Calibration(_Section):
     levels: list[float]
     kinds: dict[Kind, _KindCalibration]
-    source: _Source = _Source()
+    source: _Source
+    typical_novelty: Deviation | None = None
+    spread: NotNegative | None = None
+    unsampled: NotNegative | None = None
+
+    @model_validator(mode="after")
+    def _of_all_kinds(self) -> _Calibration:
+        if missing := {"energies", "forces", "stresses"} - set(self.kinds):
+            raise ValueError(f"lacks the {min(missing)}")
+        return self
 
 
 class _Block(_Section):
@@ -137,6 +180,13 @@ class _Variances(_Section):
     label_noise: dict[Kind, Deviation]
     of_fit: Count
     amplitude: NotNegative = 1.0
+
+    @model_validator(mode="after")
+    def _have_signals(self) -> _Variances:
+        for k, (blocks, signal) in enumerate(zip(self.blocks, self.signal, strict=True)):
+            if lacking := [block.species for block in blocks if str(block.species) not in signal]:
+                raise ValueError(f"the signal of descriptor {k} lacks Z = {lacking[0]}")
+        return self
 
 
 class _Novelty(_Section):
@@ -169,10 +219,40 @@ class _Provenance(_Section):
     sample: _Sample | None = None
 
 
+class _Finding(_Section):
+    kind: str
+    severity: Severity
+    message: str
+    frames: list[str]
+    numbers: dict[str, float]
+    advice: str
+
+
+class _VarianceSubset(_Section):
+    """How variances from some columns compare with those from all: nothing, their numbers, or the comparison too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, subset: Any) -> Any:
+        subset = _all_or_none(subset, {"columns", "columns_of_fit"})
+        compared = {"std_ratio_median", "std_ratio_low", "std_ratio_high", "covariance_error_scaled"}
+        if isinstance(subset, dict) and any(type(value) not in (int, float) for value in subset.values()):
+            raise ValueError("must hold numbers")
+        return _all_or_none(subset, compared) if isinstance(subset, dict) and "covariance_error" in subset else subset
+
+
+def _error_table(values: dict[str, float | None]) -> dict[str, float | None]:
+    if values and values.keys() != {field.name for field in fields(ErrorTable)}:
+        raise ValueError("is no table of errors")
+    return values
+
+
 class _Report(_Section):
     """Numbers of the fit that are shown; of a fit all of `OF_FIT`, of a model that learned label by label all of `LEARNED`."""
 
     rows: dict[str, Count] = {}
+    independent_groups: Count = 0
+    findings: list[_Finding] = []
     centres: dict[str, Count] = {}
     environments: dict[str, Count] = {}
     noise: dict[str, float] = {}
@@ -185,8 +265,8 @@ class _Report(_Section):
     updates: Count = 0
     held_out: Count = 0
     events: list[str] = []
-    variance_subset: dict[str, float] | None = None
-    validation_errors: dict[str, float | None] | None = None
+    variance_subset: _VarianceSubset | None = None
+    validation_errors: Annotated[dict[str, float | None], AfterValidator(_error_table)] | None = None
     shortest: dict[str, float] = {}
     evidence_trace: list[list[float]] = []
     stages: list[Annotated[list[Any], AfterValidator(lambda stage: _stage(stage))]] = []

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import tempfile
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gpmlp.core.errors import UserError, chemical_symbol
+from gpmlp.core.errors import DataWarning, UserError, chemical_symbol
 from gpmlp.core.quantities import Targets
 from gpmlp.io import archive, provenance
 from gpmlp.io.ase_atoms import iterate_frames, structures_from_ase
@@ -79,11 +80,16 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """What the last checkpoint of a run says of it; empty if there is none yet."""
+    return archive.read_header(folder / NAME, potential=False)["header"] if (folder / NAME).exists() else {}
+
+
 def read_labels(folder: Path) -> tuple[dict[str, LabelEntry], tuple[dict[str, Any], ...]]:
     """Labels by key, and what was set aside, from copies: opening a label file repairs it, which is for the run to do.
 
     Raises:
-        UserError: there is no label yet.
+        UserError: there is no label yet, or labels or log are not those that the last checkpoint of the run knows.
     """
     with tempfile.TemporaryDirectory(prefix="gpmlp-report-") as copies:
         for name in ("labels.xyz", "refused.jsonl"):
@@ -91,8 +97,16 @@ def read_labels(folder: Path) -> tuple[dict[str, LabelEntry], tuple[dict[str, An
                 shutil.copyfile(folder / name, Path(copies) / name)
         try:
             file = LabelFile(Path(copies) / "labels.xyz")
+            known = read_checkpoint(folder)
+            file.check_frames(*(known.get("labelled") or (0, "")))
         except UserError as error:
             raise UserError(str(error).replace(copies, str(folder))) from error
+        if file.repaired:  # while a run goes on
+            what = "ends with an unfinished frame, which is left out; a run that is resumed labels it again."
+            warnings.warn(f"{folder / 'labels.xyz'}: {what}", DataWarning, stacklevel=2)
+    for name, size in known.get("written", {}).items():
+        if not (folder / name).exists() or (folder / name).stat().st_size < size:
+            raise UserError(f"{folder / name}: is shorter than the run left it; put the file back, or begin anew.")
     if not len(file):
         raise UserError(f"{folder}: the run there has no labels yet; there is nothing to report.")
     refused = tuple({"key": r.key, "reason": r.reason, "attempts": r.attempts} for r in file.refusals)
@@ -112,9 +126,7 @@ def collect_run(
     Args:
         events: of log.jsonl. entries: labels by key. refused: key, reason and attempts. potential: as the run left it.
     """
-    progress: dict[str, Any] = {"first": [], "learned": [], "hours": 0.0, "seconds": {}}
-    if (folder / NAME).exists():
-        progress |= archive.read_header(folder / NAME, potential=False)["header"]
+    progress: dict[str, Any] = {"first": [], "learned": [], "hours": 0.0, "seconds": {}} | read_checkpoint(folder)
     judged = judge_frames(events, recipe, len(entries), progress["hours"])
     frames, plateau, coverage = judged.frames, recipe.stop.plateau, recipe.stop.coverage
     times = read_times(folder, events)
