@@ -4,7 +4,7 @@
 # PYTHON names the interpreter, 3.11 to 3.13; the first of python3.11, python3.12, python3.13, python3 that is one of these if not set.
 VENV=${VENV:-.venv}
 suits() { "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
-digest() { find "$@" -type f ! -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum; }
+digest() { find "$@" -type f ! -path '*/__pycache__/*' ! -name '*.so' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum; }
 if [ ! -x "$VENV/bin/python" ]; then
     for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
         if suits "$candidate"; then
@@ -26,10 +26,13 @@ if [ "$packages" != "$(cat "$VENV/packages.sha256" 2>/dev/null)" ]; then
     "$VENV/bin/python" -m pip install $quiet --disable-pip-version-check --requirement requirements.txt
     echo "$packages" >"$VENV/packages.sha256"
 fi
-sources=$(digest gpmlp setup.py setup.cfg)
+sources="$(digest gpmlp setup.py setup.cfg) $(command -v ${CXX:-g++ c++ clang++} || true)" # a compiler may have come since
 if [ ! -e "$VENV/bin/gpmlp" ] || [ "$sources" != "$(cat "$VENV/sources.sha256" 2>/dev/null)" ]; then
     echo "building gpmlp"
     rm -rf build "$VENV/sources.sha256" # what setuptools left of an older version would be installed again
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps . # all that it needs is in requirements.txt
+    if ! ls "$VENV"/lib/python3*/site-packages/gpmlp/native/_core_baseline.so >/dev/null 2>&1; then
+        echo "without a C++ compiler gpmlp has no compiled core and is several times slower (Debian: apt install g++; then run this again)" >&2
+    fi
     echo "$sources" >"$VENV/sources.sha256"
 fi

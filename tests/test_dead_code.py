@@ -8,7 +8,7 @@ import vulture
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gpmlp"
 KINDS = {"class", "function", "import", "method", "property", "unreachable_code"}
-BY_DECORATORS = ["@app.callback*", "@app.command*", "@*_validator*", "@overload*", "@intrinsic*", "@register_model*"]
+BY_DECORATORS = ["@app.callback*", "@app.command*", "@*_validator*", "@overload*"]
 USED_BY = {
     "exec_module": "Python's import system",
     "gpaw": "recipes, by name",

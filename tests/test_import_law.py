@@ -33,7 +33,6 @@ CONFINED = {
     "dscribe": {"descriptors"},
     "sphericart": {"descriptors"},
     "triton": {"descriptors"},
-    "llvmlite": {"descriptors"},
     "vesin": {"core"},
     "safetensors": {"io"},
     "pydantic": {"recipe", "io", "learning"},
@@ -48,8 +47,8 @@ CONFINED = {
     "distributed": {"learning"},
     "parsl": {"learning"},
 }
-COMPILED = {"numba", "llvmlite", "triton"}  # only modules whose name begins with _ may know these
-FORBIDDEN = {"botorch", "pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
+COMPILED = {"triton"}  # only modules whose name begins with _ may know it
+FORBIDDEN = {"botorch", "pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "numba", "llvmlite"}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.stem not in ("__init__", "__main__"))
 LOOSE = {"__init__", "__main__", "recipe"}
 

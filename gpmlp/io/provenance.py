@@ -28,7 +28,6 @@ PACKAGES = (
     "scipy",
     "ase",
     "vesin",
-    "numba",
     "sphericart-torch",
     "dscribe",
 )

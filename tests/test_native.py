@@ -1,0 +1,216 @@
+"""The compiled core: how it is built, found and called, and what happens without it; its numbers are tested where they are used."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpmlp.native import library
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(library.__file__).parents[1]
+SOURCES = sorted((PACKAGE / "native/src").iterdir())
+
+# predicts by a model, and by one that is fitted here if there are three arguments; a process of its own, as the library is loaded once
+PREDICT = """
+import json, sys, warnings
+import torch
+torch.set_num_threads(1)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import gpmlp
+    from gpmlp.io.recipe_files import load_recipe
+    from gpmlp.native import library
+    structures, targets = gpmlp.read(sys.argv[2])
+    models = [gpmlp.load(sys.argv[1])]
+    models += [gpmlp.fit(structures, targets, models[0].recipe)[0]] * (sys.argv[3] == "fit")
+    found = [model(structures, variance="forces") for model in models]
+print(json.dumps({
+    "loaded": library.instruction_set(),
+    "said": [str(w.message) for w in said if "compiled core" in str(w.message)],
+    "energies": [f.energies.tolist() for f in found],
+    "forces": [f.forces.tolist() for f in found],
+    "stresses": [f.stresses.tolist() for f in found],
+    "variances": [f.forces_variance.total.tolist() for f in found],
+}))
+"""
+NUMBERS = ("energies", "forces", "stresses", "variances")
+
+
+@pytest.fixture(scope="module")
+def results(model_file, train_file) -> dict[str, dict]:
+    """Of each choice of GPMLP_NATIVE that this processor has."""
+    out = {}
+    for choice in ["off", "baseline"] + ["v3"] * (library.call("supports_v3") == 1):
+        command = [
+            sys.executable,
+            "-c",
+            PREDICT,
+            str(model_file),
+            str(train_file),
+            "fit" if choice == "off" else "predict",
+        ]
+        run = subprocess.run(command, env=os.environ | {"GPMLP_NATIVE": choice}, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        out[choice] = json.loads(run.stdout.splitlines()[-1])
+    return out
+
+
+def test_the_choice_is_loaded(results):
+    assert library.instruction_set() == ("v3" if "v3" in results else "baseline")
+    for choice, result in results.items():
+        assert result["loaded"] == ("none" if choice == "off" else choice)
+
+
+def test_every_choice_gives_the_same_numbers(results):
+    """PyTorch, too. Products that are rounded once or twice differ by 1e-16; weights of some 1e4 eV make 1e-12 eV/A of it."""
+    for choice, name in itertools.product(results, NUMBERS):
+        here, there = results[choice][name][0], results["baseline"][name][0]
+        np.testing.assert_allclose(here, there, rtol=1e-8, atol=1e-10, err_msg=f"{choice} {name}")
+
+
+def test_a_fit_without_the_core_is_the_same(results):
+    """To what the condition of the fit, some 1e6, makes of rounding."""
+    for name in NUMBERS:
+        predicted, of_own_fit = results["off"][name]
+        np.testing.assert_allclose(of_own_fit, predicted, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_without_the_core_this_is_said_once(results):
+    (said,) = results["off"]["said"]
+    assert "several times slower (GPMLP_NATIVE=off)" in said and "apt install g++" in said
+    assert not any(result["said"] for choice, result in results.items() if choice != "off")
+
+
+@pytest.fixture
+def afresh(monkeypatch):
+    """The library is looked for again, here and after the test."""
+    library.compiled.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    library.compiled.cache_clear()
+
+
+def test_a_wrong_choice_is_named(afresh):
+    afresh.setenv("GPMLP_NATIVE", "fast")
+    with pytest.warns(UserWarning, match="GPMLP_NATIVE=fast is left out of account: use v3, baseline, off"):
+        assert library.compiled() is not None
+
+
+def test_a_library_of_other_sources_is_not_used(afresh):
+    afresh.delenv("GPMLP_NATIVE", raising=False)
+    afresh.setattr(library, "ABI", library.ABI + 1)
+    with pytest.warns(UserWarning, match="_core_baseline.so was made of other sources"):
+        assert library.compiled() is None
+    assert library.instruction_set() == "none"
+
+
+def test_arguments_are_checked():
+    length, vectors = torch.empty(1, dtype=torch.float64), torch.ones(2, 3)
+    assert library.call("shortest_vector", 2, vectors, length) == 0 and length.item() == pytest.approx(3**0.5)
+    for wrong in (vectors.T, vectors[:, :2]):
+        with pytest.raises(TypeError, match="gpmlp_shortest_vector: argument 1"):
+            library.call("shortest_vector", 2, wrong, length)
+    with pytest.raises(TypeError, match="argument 2"):
+        library.call("shortest_vector", 2, vectors, length.float())
+    with pytest.raises(ValueError):
+        library.call("shortest_vector", 2, vectors)
+
+
+def test_no_memory_is_said():
+    none, small = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)
+    with pytest.raises(MemoryError, match="gpmlp_sort_pairs"):
+        library.call("sort_pairs", 0, none, small, 1 << 50, 0, none, none, none)
+
+
+LETTERS = {
+    "const int64_t *": "I", "int64_t *": "I", "const int32_t *": "S", "double *": "D", "const T *": "F", "T *": "F", "int64_t ": "n",
+    "double ": "x",
+}  # fmt: skip
+
+
+def test_signatures_are_those_of_the_sources():
+    """A pointer where a number is expected would not be noticed by ctypes."""
+    found = {}
+    for path in SOURCES:
+        text = path.read_text().replace("\\\n", "\n")
+        for name, arguments in re.findall(r"GPMLP_API int64_t gpmlp_(\w+)(?:##SUFFIX)?\(([^)]*)\)", text):
+            parts = [re.sub(r"\w+$", "", " ".join(a.split())) for a in arguments.split(",") if a.strip()]
+            found[name] = "".join(LETTERS[part] for part in parts)
+    assert found == library.SIGNATURES
+
+
+def tree(folder: Path) -> Path:
+    """The sources alone, without what was built of them."""
+    for name in ("setup.py", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "gpmlp", folder / "gpmlp", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return folder
+
+
+def build(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", *options]
+    return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_no_warning_of_the_compiler(tmp_path):
+    done = build(tree(tmp_path), CXXFLAGS="-Wall -Wextra -Werror -O1")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    made = {path.name for path in (tmp_path / "gpmlp/native").glob("*.so")}
+    assert made >= {"_core_baseline.so"}
+
+
+@pytest.mark.parametrize("compiler", ["/bin/false", "/nowhere/g++"])
+def test_a_build_without_a_compiler_goes_on(tmp_path, compiler):
+    done = build(tree(tmp_path), CXX=compiler)
+    assert done.returncode == 0, done.stderr
+    assert "_core_baseline.so could not be compiled" in done.stderr and "apt install g++" in done.stderr
+    assert not list((tmp_path / "gpmlp/native").glob("*.so"))
+
+
+SANITIZED = """
+import numpy, torch
+from gpmlp.native import library
+assert library.instruction_set() == "baseline" and library.__file__.startswith({folder!r})
+import pytest, sys
+sys.exit(pytest.main(["-q", "-x", "-s", "-k", "not dscribe", "-p", "no:cacheprovider", "-c", {config!r}, "--rootdir", {root!r}, *{files!r}]))
+"""
+USED_IN = ("test_neighbors.py", "test_descriptor_cpu.py", "test_covariances.py")
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path):
+    """Nothing is read or written outside of tensors, nor anything undefined done, in the tests of what uses the core."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    assert Path(runtime).is_absolute(), "g++ has no address sanitizer here"
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g"
+    done = build(tree(tmp_path), CXXFLAGS=flags)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    (tmp_path / "setup.py").unlink()  # or conftest.py would build again
+    tests = shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("golden", "__pycache__"))
+    code = SANITIZED.format(
+        folder=str(tmp_path),
+        config=str(tmp_path / "setup.cfg"),
+        root=str(tmp_path),
+        files=[str(tests / name) for name in USED_IN],
+    )
+    environment = {
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps some
+        "GPMLP_NATIVE": "baseline",
+        "PYTHONPATH": str(tmp_path),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
