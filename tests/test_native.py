@@ -179,11 +179,12 @@ def test_a_build_without_a_compiler_goes_on(tmp_path, compiler):
 
 
 SANITIZED = """
-import numpy, torch
+import sys
+import pytest
 from gpmlp.native import library
-assert library.instruction_set() == "baseline" and library.__file__.startswith({folder!r})
-import pytest, sys
-sys.exit(pytest.main(["-q", "-x", "-s", "-k", "not dscribe", "-p", "no:cacheprovider", "-c", {config!r}, "--rootdir", {root!r}, *{files!r}]))
+assert library.instruction_set() == "baseline" and library.__file__.startswith(sys.argv[1])
+options = ["-q", "-x", "-s", "-k", "not dscribe", "-p", "no:cacheprovider", "-c", "setup.cfg", "--rootdir", "."]
+sys.exit(pytest.main([*options, *sys.argv[2:]]))
 """
 USED_IN = ("test_neighbors.py", "test_descriptor_cpu.py", "test_covariances.py")
 
@@ -198,12 +199,7 @@ def test_sanitizers_find_nothing(tmp_path):
     assert done.returncode == 0 and not done.stderr, done.stderr
     (tmp_path / "setup.py").unlink()  # or conftest.py would build again
     tests = shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("golden", "__pycache__"))
-    code = SANITIZED.format(
-        folder=str(tmp_path),
-        config=str(tmp_path / "setup.cfg"),
-        root=str(tmp_path),
-        files=[str(tests / name) for name in USED_IN],
-    )
+    files = [str(tests / name) for name in USED_IN]
     environment = {
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps some
@@ -211,6 +207,10 @@ def test_sanitizers_find_nothing(tmp_path):
         "PYTHONPATH": str(tmp_path),
     }
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True
+        [sys.executable, "-c", SANITIZED, str(tmp_path), *files],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
