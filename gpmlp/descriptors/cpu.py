@@ -26,7 +26,7 @@ def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings)
         part.contiguous() for part in (surroundings.species, surroundings.centers, surroundings.neighbor_species)
     )
     n, features = len(surroundings), vectors.new_empty(len(surroundings), descriptor.n_features)
-    spectrum = _compiled_spectrum(descriptor, vectors.dtype)
+    spectrum = compiled_spectrum(descriptor, vectors.dtype)
     address = library.call(
         "expand", spectrum.address, n, len(vectors), *given, vectors, features, parallel.available_threads()
     )
@@ -69,8 +69,8 @@ def _pull_back_many(jacobian: Callable[[int, int, Tensor], Tensor], starts: list
 
 
 @lru_cache(maxsize=32)
-def _compiled_spectrum(descriptor: PowerSpectrum, dtype: torch.dtype) -> library.Handle:
-    """Equal descriptors share one."""
+def compiled_spectrum(descriptor: PowerSpectrum, dtype: torch.dtype) -> library.Handle:
+    """Sizes and tables of a descriptor as the core holds them; equal descriptors share one."""
     integrals, like, w = descriptor.radial_integrals, torch.zeros(0, dtype=dtype), descriptor.weights
     n_max, l_max, slots = descriptor.n_max, descriptor.l_max, descriptor.slot_table
     table = integrals.coefficients.to(dtype).unflatten(2, (n_max, l_max + 1)).mT.contiguous()

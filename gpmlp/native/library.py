@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,12 @@ SIGNATURES: dict[str, str] = {
     "expand": "nnnIIIFFn",
     "pull_back": "nFFn",
     "jacobian": "nnnFn",
+    "quadratic_form": "nDD",
+    "low_rank_form": "nnDDD",
+    "inducing_centres": "nnnnDDDD",
+    "model": "nIDDDx",
+    "add_term": "nnnnI",
+    "evaluate": "nnnIIIDDDIn",
 }
 NUMBERS = {"n": ctypes.c_int64, "x": ctypes.c_double}
 DTYPES = {"I": torch.int64, "S": torch.int32, "D": torch.float64}
@@ -101,10 +108,7 @@ class Handle:
     def __init__(self, address: int, *needs: object) -> None:
         self.address = address
         self.needs = needs  # what must live as long
-        self._free = call  # still there when the interpreter ends
-
-    def __del__(self) -> None:
-        self._free("free", self.address)
+        weakref.finalize(self, compiled().gpmlp_free, address)  # type: ignore[union-attr]
 
 
 def _load(variant: str) -> ctypes.CDLL:

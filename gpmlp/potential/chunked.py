@@ -14,11 +14,12 @@ from torch import Tensor
 
 from gpmlp.core import neighbors, parallel
 from gpmlp.core.environments import Environments, Surroundings
-from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.neighbors import Neighbors, fits_compiled_loops
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.gp.kernels import Profile
 from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.compiled import CompiledMean
 from gpmlp.potential.force_samples import ForceSamples
 from gpmlp.potential.mean import EnergyTerm
 
@@ -27,6 +28,7 @@ MOST_SPECIES = 3
 SHARES, MOST_ATOMS = 8, 1024  # so many chunks, if they need not be larger for that: each costs some Python
 ON_DEVICE = 1 << 14  # where there are many cores
 # environments of each term, with profiles of the kernels if there are any -> variance of local energies, novelty
+PairGradients = tuple[Neighbors, Tensor, Tensor]  # pairs, their vectors, A, and derivatives with respect to these
 ExtraPredictions = Callable[
     [Sequence[Environments], Sequence[dict[int, Profile]]], tuple[Variance | None, Tensor | None]
 ]
@@ -40,14 +42,14 @@ class ChunkPrediction:
         local: (atoms,) local energies, eV.
         gradients: of each term and baseline, pairs of these atoms, their vectors, A, and ∂E/∂r_ij (pairs, 3), eV/A.
         variance: of the local energies; novelty: (atoms,); each None if not asked for.
-        sampled: of each term, ∂δE/∂r_ij of posterior samples (k, pairs, 3); empty if not asked for.
+        sampled: the same of posterior samples, ∂δE/∂r_ij (k, pairs, 3); empty if not asked for.
     """
 
     local: Tensor
-    gradients: list[tuple[Neighbors, Tensor, Tensor]]
+    gradients: list[PairGradients]
     variance: Variance | None
     novelty: Tensor | None
-    sampled: Sequence[Tensor] = ()
+    sampled: Sequence[PairGradients] = ()
 
 
 def atom_ranges(counts: Sequence[int], atoms: int) -> list[tuple[int, int]]:
@@ -72,6 +74,7 @@ def predict_mean(
     share_kernels: bool = False,
     baselines: Sequence[Baseline] = (),
     samples: ForceSamples | None = None,
+    compiled: CompiledMean | None = None,
 ) -> Prediction:
     """Posterior mean of energies, forces and stresses with the baselines, and what `extras` predicts from the same environments.
 
@@ -82,53 +85,122 @@ def predict_mean(
             Neighbors.of_centers.
         share_kernels: whether `extras` uses the kernels of the mean.
         samples: whose forces the force covariances are estimated from.
+        compiled: the mean of the terms and baselines, if there is one.
     """
+    chunks = _Chunks(terms, structures, pairs_of, extras, share_kernels, baselines, samples, compiled)
+    sums = _Sums(structures, samples.members if samples else 0)
+    if compiled is None or not fits_compiled_loops(structures.positions, structures.cells):
+        parallel.map_pieces(chunks.by_pytorch, _spans(structures), sums.add)
+    elif extras or samples:
+        parallel.map_pieces(chunks.by_core, _spans(structures), sums.add)
+    else:  # the core shares it among threads
+        sums.add(chunks.by_core((0, structures.n_atoms)))
+    prediction = sums.prediction()
+    return replace(prediction, sampled_forces_covariance=samples.covariance(sums.deviations)) if samples else prediction
 
-    def predict(span: tuple[int, int]) -> ChunkPrediction:
-        near = pairs_of(*span)
-        pairs = tuple(near.within(structures, term.descriptor.cutoff) for term in terms)
-        surroundings = tuple(Surroundings.from_structures(structures, p, *span) for p in pairs)
-        environments = [term.descriptor(s) for term, s in zip(terms, surroundings, strict=True)]
-        profiles = [t.kernel_profiles(e) if share_kernels else {} for t, e in zip(terms, environments, strict=True)]
+
+@dataclass(frozen=True, eq=False)
+class _Chunks:
+    """How runs of atoms, each given by its first and last + 1, are predicted; attributes as arguments of `predict_mean`."""
+
+    terms: Sequence[EnergyTerm]
+    structures: Structures
+    pairs_of: Callable[[int, int], Neighbors]
+    extras: ExtraPredictions | None
+    share_kernels: bool
+    baselines: Sequence[Baseline]
+    samples: ForceSamples | None
+    compiled: CompiledMean | None
+
+    def by_core(self, span: tuple[int, int]) -> ChunkPrediction:
+        assert self.compiled is not None
+        near = self.pairs_of(*span)
+        surroundings = Surroundings.from_structures(self.structures, near, *span)
+        local, gradients, features = self.compiled(surroundings, bool(self.extras) and not self.samples)
+        if self.samples:
+            pairs, environments = self._environments(near, span)
+        else:
+            pairs, environments = [], [_features_only(surroundings, x) for x in features]
+        extra = self.extras(environments, [{} for _ in self.terms]) if self.extras else (None, None)
+        sampled = self._sampled(pairs, environments)
+        return ChunkPrediction(local, [(near, surroundings.vectors, gradients)], *extra, sampled)
+
+    def by_pytorch(self, span: tuple[int, int]) -> ChunkPrediction:
+        near = self.pairs_of(*span)
+        pairs, environments = self._environments(near, span)
+        together = list(zip(self.terms, environments, strict=True))
+        profiles = [term.kernel_profiles(e) if self.share_kernels else {} for term, e in together]
         energies, gradients = [], []
-        for term, p, s, e, profile in zip(terms, pairs, surroundings, environments, profiles, strict=True):
+        for (term, e), p, profile in zip(together, pairs, profiles, strict=True):
             local, slopes = term.local_energies(e, profile)
             energies.append(local)
-            gradients.append((p, s.vectors, e.pull_back(slopes)))
-        for baseline in baselines:
-            local, closer, slopes = baseline.of_atoms(structures, near, *span)
+            gradients.append((p, e.surroundings.vectors, e.pull_back(slopes)))
+        for baseline in self.baselines:
+            local, closer, slopes = baseline.of_atoms(self.structures, near, *span)
             energies.append(local)
-            gradients.append((closer, closer.vectors(structures), slopes))
-        extra = extras(environments, profiles) if extras else (None, None)
-        sampled = samples.pair_gradients(environments) if samples else ()
+            gradients.append((closer, closer.vectors(self.structures), slopes))
+        extra = self.extras(environments, profiles) if self.extras else (None, None)
+        sampled = self._sampled(pairs, environments)
         return ChunkPrediction(functools.reduce(torch.add, energies), gradients, *extra, sampled)
 
-    like, local = structures.positions, []
-    variances: list[Variance] = []
-    novelties: list[Tensor] = []
-    on_atoms, strained = like.new_zeros(like.shape), like.new_zeros(structures.cells.shape)  # whatever the strides
+    def _environments(self, near: Neighbors, span: tuple[int, int]) -> tuple[list[Neighbors], list[Environments]]:
+        """Of each term: pairs within its cutoff, and the environments."""
+        pairs = [near.within(self.structures, term.descriptor.cutoff) for term in self.terms]
+        surroundings = (Surroundings.from_structures(self.structures, p, *span) for p in pairs)
+        return pairs, [term.descriptor(s) for term, s in zip(self.terms, surroundings, strict=True)]
 
-    deviations = like.new_zeros(samples.members if samples else 0, *like.shape)
-    unused = torch.zeros_like(strained)
+    def _sampled(self, pairs: list[Neighbors], environments: list[Environments]) -> list[PairGradients]:
+        members = self.samples.pair_gradients(environments) if self.samples else []
+        return [(p, p.vectors(self.structures), m) for p, m in zip(pairs, members, strict=bool(members))]
 
-    def take(chunk: ChunkPrediction) -> None:
+
+class _Sums:
+    """What chunks, in the order of their atoms, add up to."""
+
+    def __init__(self, structures: Structures, members: int) -> None:
+        like = structures.positions
+        self.structures = structures
+        self.forces, self.strained = like.new_zeros(like.shape), like.new_zeros(structures.cells.shape)  # any strides
+        self.deviations = like.new_zeros(members, *like.shape)
+        self.local: list[Tensor] = []
+        self.variances: list[Variance] = []
+        self.novelties: list[Tensor] = []
+
+    def add(self, chunk: ChunkPrediction) -> None:
+        """The next one."""
         for pairs, vectors, gradients in chunk.gradients:
-            neighbors.add_pair_gradients(structures, pairs, vectors, gradients, on_atoms, strained)
-        for (pairs, vectors, _), members in zip(chunk.gradients, chunk.sampled, strict=False):
-            for forces, gradients in zip(deviations, members, strict=True):
-                neighbors.add_pair_gradients(structures, pairs, vectors, gradients, forces, unused)
-        local.append(chunk.local)
+            neighbors.add_pair_gradients(self.structures, pairs, vectors, gradients, self.forces, self.strained)
+        unused = torch.zeros_like(self.strained)
+        for pairs, vectors, members in chunk.sampled:
+            for forces, gradients in zip(self.deviations, members, strict=True):
+                neighbors.add_pair_gradients(self.structures, pairs, vectors, gradients, forces, unused)
+        self.local.append(chunk.local)
         if chunk.variance is not None:
-            variances.append(chunk.variance)
+            self.variances.append(chunk.variance)
         if chunk.novelty is not None:
-            novelties.append(chunk.novelty)
+            self.novelties.append(chunk.novelty)
 
-    least = ATOMS * min(len(structures.distinct_species), MOST_SPECIES)
-    atoms = max(least, min(MOST_ATOMS, len(like) // SHARES)) if like.device.type == "cpu" else ON_DEVICE
-    parallel.map_pieces(predict, atom_ranges(structures.counts.tolist(), atoms) or [(0, 0)], take)
-    return replace(
-        neighbors.prediction_from_sums(structures, torch.cat(local), on_atoms, strained),
-        atom_energies_variance=Variance.concatenate(variances) if variances else None,
-        sampled_forces_covariance=samples.covariance(deviations) if samples else None,
-        novelty=torch.cat(novelties) if novelties else None,
-    )
+    def prediction(self) -> Prediction:
+        """Of all structures."""
+        return replace(
+            neighbors.prediction_from_sums(self.structures, torch.cat(self.local), self.forces, self.strained),
+            atom_energies_variance=Variance.concatenate(self.variances) if self.variances else None,
+            novelty=torch.cat(self.novelties) if self.novelties else None,
+        )
+
+
+def _spans(structures: Structures) -> list[tuple[int, int]]:
+    """First and last + 1 atom of each chunk."""
+    least, n = ATOMS * min(len(structures.distinct_species), MOST_SPECIES), structures.n_atoms
+    on_cpu = structures.positions.device.type == "cpu"
+    atoms = max(least, min(MOST_ATOMS, n // SHARES)) if on_cpu else ON_DEVICE
+    return atom_ranges(structures.counts.tolist(), atoms) or [(0, 0)]
+
+
+def _features_only(surroundings: Surroundings, features: Tensor) -> Environments:
+    """Environments whose derivatives nobody asks for."""
+
+    def never(*_: object) -> Tensor:
+        raise TypeError("only the features of these environments were kept")
+
+    return Environments(surroundings, features, never, never)

@@ -23,6 +23,7 @@ from gpmlp.gp.kernels import make_kernel
 from gpmlp.gp.variance import FORMS, SAMPLED, VARIANCES, VarianceModel, VarianceRequest
 from gpmlp.potential import baselines, chunked, samples
 from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.compiled import CompiledMean, compile_mean
 from gpmlp.potential.force_samples import ForceSamples
 from gpmlp.potential.mean import EnergyTerm, MeanBlock
 from gpmlp.recipe import Recipe
@@ -192,6 +193,11 @@ class Potential:
         raise errors.UserError(f"This model holds no posterior factor, so it can give no variances: {why}")
 
     @cached_property
+    def compiled_mean(self) -> CompiledMean | None:
+        """The mean in the compiled core; None where PyTorch computes it."""
+        return compile_mean(self.terms, self.baselines, self.species)
+
+    @cached_property
     def force_samples(self) -> ForceSamples:
         """What force covariances are estimated from."""
         return ForceSamples.from_potential(self)
@@ -218,8 +224,8 @@ class Potential:
             return variance, distances.novelty(chunk[0].species, chunk[0].features) if distances else None
 
         mean = chunked.predict_mean(
-            self.terms, structures, pairs.of_centers, extras, request.atom_energies, self.baselines,
-            self.force_samples if request.sampled_forces else None,
+            self.terms, structures, pairs.of_centers, extras if request.atom_energies or distances else None,
+            request.atom_energies, self.baselines, self.force_samples if request.sampled_forces else None, self.compiled_mean,
         )  # fmt: skip
         if not model or not request.correlated:
             return mean

@@ -12,9 +12,7 @@ struct Object {
     virtual ~Object() = default;
 };
 
-template <class T> const T &object(int64_t address) {
-    return *static_cast<const T *>(reinterpret_cast<Object *>(address));
-}
+template <class T> const T &object(int64_t address) { return *static_cast<const T *>(reinterpret_cast<Object *>(address)); }
 
 inline int64_t address_of(Object *object) { return reinterpret_cast<int64_t>(object); }
 

@@ -6,6 +6,7 @@
 #include "abi.hpp"
 #include "covariance_rows.hpp"
 #include "expansion.hpp"
+#include "model.hpp"
 #include "pairs.hpp"
 
 GPMLP_API int64_t gpmlp_abi_version() { return 1; }

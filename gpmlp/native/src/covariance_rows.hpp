@@ -29,8 +29,7 @@ template <class T> struct RowSums {
     int64_t atoms, columns;
 };
 
-constexpr int64_t STRIP =
-    128; // columns done together: what they add up to for an environment stays in the innermost cache
+constexpr int64_t STRIP = 128; // columns done together: what they add up to for an environment stays in the innermost cache
 
 // One strip of one pair: g = f' J x (+ f'' (x.t) J x of gradients), taken from its neighbour and added to its centre
 // and virial.
@@ -68,10 +67,9 @@ inline void add_pair(int64_t n, const T *__restrict slope, const T *__restrict b
 // The strips of `count` columns of one environment from column `begin` of one direction on (0 the values, then the
 // gradients).
 template <class T, bool BENT, bool STRAINED>
-void add_environment(const T *products, int64_t row, int64_t at, int64_t count, int64_t e, int64_t direction,
-                     int64_t begin, const KernelSlopes<T> &kernel, const RowPairs<T> &pairs, const RowSums<T> &sums) {
-    const int64_t m = kernel.centers, to = direction * m + begin,
-                  in_product = direction * (row / (kernel.directions + 1)) + at;
+void add_environment(const T *products, int64_t row, int64_t at, int64_t count, int64_t e, int64_t direction, int64_t begin,
+                     const KernelSlopes<T> &kernel, const RowPairs<T> &pairs, const RowSums<T> &sums) {
+    const int64_t m = kernel.centers, to = direction * m + begin, in_product = direction * (row / (kernel.directions + 1)) + at;
     const T *slope = kernel.first + e * m + begin;
     const T *bend = BENT ? kernel.bend + (e * kernel.directions + direction - 1) * m + begin : nullptr;
     T center[3][STRIP] = {}, virial[6][STRIP] = {};
@@ -80,24 +78,20 @@ void add_environment(const T *products, int64_t row, int64_t at, int64_t count, 
         const T *r = pairs.vectors + 3 * p;
         if (pairs.targets[p] < sums.atoms) {
             T *neighbor = sums.forces + 3 * pairs.targets[p] * sums.columns + to;
-            add_pair<T, BENT, true, STRAINED>(count, slope, bend, value, of_center, row, r, neighbor, sums.columns,
-                                              center, virial);
+            add_pair<T, BENT, true, STRAINED>(count, slope, bend, value, of_center, row, r, neighbor, sums.columns, center, virial);
         } else {
-            add_pair<T, BENT, false, STRAINED>(count, slope, bend, value, of_center, row, r, nullptr, 0, center,
-                                               virial);
+            add_pair<T, BENT, false, STRAINED>(count, slope, bend, value, of_center, row, r, nullptr, 0, center, virial);
         }
     }
     if (pairs.center_rows[e] < sums.atoms) {
         T *force = sums.forces + 3 * pairs.center_rows[e] * sums.columns + to;
         for (int x = 0; x < 3; x++, force += sums.columns)
-            for (int64_t k = 0; k < count; k++)
-                force[k] += center[x][k];
+            for (int64_t k = 0; k < count; k++) force[k] += center[x][k];
     }
     if (STRAINED) {
         T *stress = sums.stresses + 6 * pairs.structure[e] * sums.columns + to;
         for (int v = 0; v < 6; v++, stress += sums.columns)
-            for (int64_t k = 0; k < count; k++)
-                stress[k] += pairs.weight[e] * virial[v][k];
+            for (int64_t k = 0; k < count; k++) stress[k] += pairs.weight[e] * virial[v][k];
     }
 }
 
@@ -114,9 +108,8 @@ void add_rows(const T *products, int64_t lo, int64_t hi, int64_t begin, int64_t 
         const T *here = products + 3 * (pairs.starts[e] - pairs.starts[lo]) * row;
         for (int64_t d = 0; pairs.starts[e] < pairs.starts[e + 1] && d <= kernel.directions; d++) {
             for (int64_t k = 0; k < n; k += STRIP) {
-                const auto add =
-                    d ? (sums.stresses ? add_environment<T, true, true> : add_environment<T, true, false>)
-                      : (sums.stresses ? add_environment<T, false, true> : add_environment<T, false, false>);
+                const auto add = d ? (sums.stresses ? add_environment<T, true, true> : add_environment<T, true, false>)
+                                   : (sums.stresses ? add_environment<T, false, true> : add_environment<T, false, false>);
                 add(here, row, k, std::min(STRIP, n - k), e, d, begin + k, kernel, pairs, sums);
             }
         }
@@ -126,16 +119,15 @@ void add_rows(const T *products, int64_t lo, int64_t hi, int64_t begin, int64_t 
 } // namespace gpmlp
 
 // The stresses are not looked at without `with_stresses`.
-#define GPMLP_COVARIANCE_ROWS(T, SUFFIX)                                                                               \
-    GPMLP_API int64_t gpmlp_add_rows##SUFFIX(                                                                          \
-        const T *products, int64_t lo, int64_t hi, int64_t begin, int64_t end, const T *first, const T *bend,          \
-        int64_t centers, int64_t directions, const int64_t *starts, const int64_t *targets,                            \
-        const int64_t *center_rows, const int64_t *structure, const T *vectors, const T *weight, T *forces,            \
-        int64_t atoms, T *stresses, int64_t with_stresses) {                                                           \
-        gpmlp::add_rows<T>(products, lo, hi, begin, end, {first, bend, centers, directions},                           \
-                           {starts, targets, center_rows, structure, vectors, weight},                                 \
-                           {forces, with_stresses ? stresses : nullptr, atoms, centers * (directions + 1)});           \
-        return 0;                                                                                                      \
+#define GPMLP_COVARIANCE_ROWS(T, SUFFIX)                                                                                                   \
+    GPMLP_API int64_t gpmlp_add_rows##SUFFIX(                                                                                              \
+        const T *products, int64_t lo, int64_t hi, int64_t begin, int64_t end, const T *first, const T *bend, int64_t centers,             \
+        int64_t directions, const int64_t *starts, const int64_t *targets, const int64_t *center_rows, const int64_t *structure,           \
+        const T *vectors, const T *weight, T *forces, int64_t atoms, T *stresses, int64_t with_stresses) {                                 \
+        gpmlp::add_rows<T>(products, lo, hi, begin, end, {first, bend, centers, directions},                                               \
+                           {starts, targets, center_rows, structure, vectors, weight},                                                     \
+                           {forces, with_stresses ? stresses : nullptr, atoms, centers * (directions + 1)});                               \
+        return 0;                                                                                                                          \
     }
 
 GPMLP_COVARIANCE_ROWS(double, _f64)

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <atomic>
+#include <limits>
 #include <memory>
+#include <numeric>
 
 #include "abi.hpp"
 #include "power_spectrum.hpp"
@@ -12,6 +14,7 @@
 namespace gpmlp {
 
 constexpr int64_t BLOCK = 16; // environments that one thread expands together
+constexpr double EVERYWHERE = std::numeric_limits<double>::infinity();
 
 template <class T> typename Block<T>::Scratch &scratch_of_thread() {
     static thread_local typename Block<T>::Scratch scratch;
@@ -29,13 +32,14 @@ template <class T> class Expansion : public Object {
     bool complete; // whether the spectrum was made for all species
 
     Expansion(const PowerSpectrum<T> &spectrum, const Surroundings<T> &given, T *features, int64_t threads)
-        : spectrum(spectrum), features(features), first_pairs(given.first_pairs()),
-          blocks((given.n + BLOCK - 1) / BLOCK) {
+        : spectrum(spectrum), features(features), first_pairs(given.first_pairs()), blocks((given.n + BLOCK - 1) / BLOCK) {
         std::atomic<bool> known{true};
         Pool::share(blocks.size(), threads, [&](int64_t b) {
             const int64_t lo = b * BLOCK, hi = std::min(given.n, lo + BLOCK);
-            T *here = features + lo * spectrum.features;
-            if (!blocks[b].expand(spectrum, given, first_pairs.data(), lo, hi, scratch_of_thread<T>(), here))
+            int64_t environments[BLOCK];
+            std::iota(environments, environments + (hi - lo), lo);
+            if (!blocks[b].expand(spectrum, given, first_pairs.data(), environments, int(hi - lo), EVERYWHERE, scratch_of_thread<T>(),
+                                  features + lo * spectrum.features, spectrum.features))
                 known = false;
         });
         complete = known;
@@ -45,6 +49,7 @@ template <class T> class Expansion : public Object {
     void pull_back(const T *cotangents, T *out, int64_t threads) const {
         for_each(0, int64_t(first_pairs.size()) - 1, threads, [&](const Block<T> &block, int at, int64_t e) {
             const int64_t row = e * spectrum.features;
+            std::fill(out + 3 * first_pairs[e], out + 3 * first_pairs[e + 1], T(0));
             block.pull_back(at, features + row, cotangents + row, scratch_of_thread<T>(), out);
         });
     }
@@ -62,8 +67,7 @@ template <class T> class Expansion : public Object {
         const int64_t first = lo / BLOCK, last = (hi + BLOCK - 1) / BLOCK;
         Pool::share(std::max<int64_t>(0, last - first), threads, [&](int64_t b) {
             b += first;
-            for (int64_t e = std::max(lo, b * BLOCK); e < std::min(hi, (b + 1) * BLOCK); e++)
-                work(blocks[b], int(e - b * BLOCK), e);
+            for (int64_t e = std::max(lo, b * BLOCK); e < std::min(hi, (b + 1) * BLOCK); e++) work(blocks[b], int(e - b * BLOCK), e);
         });
     }
 };
@@ -71,38 +75,35 @@ template <class T> class Expansion : public Object {
 } // namespace gpmlp
 
 // sizes: n_max, l_max, number of species, intervals, largest atomic number + 1. table (intervals, 6, l_max + 1, n_max).
-#define GPMLP_SPECTRUM(T, SUFFIX)                                                                                      \
-    GPMLP_API int64_t gpmlp_spectrum##SUFFIX(const int64_t *sizes, const int64_t *slots, const T *table,               \
-                                             const T *prefactors, const T *center, const T *recurrence,                \
-                                             double per_step, int64_t function, double cutoff, double width,           \
-                                             double cutoff_exponent, double scale, double exponent) {                  \
-        return gpmlp::guarded([&] {                                                                                    \
-            const gpmlp::NeighborWeights weights{function, cutoff, width, cutoff_exponent, scale, exponent};           \
-            return gpmlp::address_of(                                                                                  \
-                new gpmlp::PowerSpectrum<T>(sizes, slots, table, prefactors, center, recurrence, per_step, weights));  \
-        });                                                                                                            \
-    }                                                                                                                  \
-    GPMLP_API int64_t gpmlp_expand##SUFFIX(int64_t spectrum, int64_t n, int64_t n_pairs, const int64_t *species,       \
-                                           const int64_t *centers, const int64_t *neighbor_species, const T *vectors,  \
-                                           T *features, int64_t threads) {                                             \
-        return gpmlp::guarded([&] {                                                                                    \
-            const auto &made = gpmlp::object<gpmlp::PowerSpectrum<T>>(spectrum);                                       \
-            const gpmlp::Surroundings<T> given{n, n_pairs, species, centers, neighbor_species, vectors};               \
-            auto out = std::make_unique<gpmlp::Expansion<T>>(made, given, features, threads);                          \
-            return out->complete ? gpmlp::address_of(out.release()) : 0;                                               \
-        });                                                                                                            \
-    }                                                                                                                  \
-    GPMLP_API int64_t gpmlp_pull_back##SUFFIX(int64_t expansion, const T *cotangents, T *out, int64_t threads) {       \
-        return gpmlp::guarded([&] {                                                                                    \
-            gpmlp::object<gpmlp::Expansion<T>>(expansion).pull_back(cotangents, out, threads);                         \
-            return 0;                                                                                                  \
-        });                                                                                                            \
-    }                                                                                                                  \
-    GPMLP_API int64_t gpmlp_jacobian##SUFFIX(int64_t expansion, int64_t lo, int64_t hi, T *out, int64_t threads) {     \
-        return gpmlp::guarded([&] {                                                                                    \
-            gpmlp::object<gpmlp::Expansion<T>>(expansion).jacobian(lo, hi, out, threads);                              \
-            return 0;                                                                                                  \
-        });                                                                                                            \
+#define GPMLP_SPECTRUM(T, SUFFIX)                                                                                                          \
+    GPMLP_API int64_t gpmlp_spectrum##SUFFIX(const int64_t *sizes, const int64_t *slots, const T *table, const T *prefactors,              \
+                                             const T *center, const T *recurrence, double per_step, int64_t function, double cutoff,       \
+                                             double width, double cutoff_exponent, double scale, double exponent) {                        \
+        return gpmlp::guarded([&] {                                                                                                        \
+            const gpmlp::NeighborWeights weights{function, cutoff, width, cutoff_exponent, scale, exponent};                               \
+            return gpmlp::address_of(new gpmlp::PowerSpectrum<T>(sizes, slots, table, prefactors, center, recurrence, per_step, weights)); \
+        });                                                                                                                                \
+    }                                                                                                                                      \
+    GPMLP_API int64_t gpmlp_expand##SUFFIX(int64_t spectrum, int64_t n, int64_t n_pairs, const int64_t *species, const int64_t *centers,   \
+                                           const int64_t *neighbor_species, const T *vectors, T *features, int64_t threads) {              \
+        return gpmlp::guarded([&] {                                                                                                        \
+            const auto &made = gpmlp::object<gpmlp::PowerSpectrum<T>>(spectrum);                                                           \
+            const gpmlp::Surroundings<T> given{n, n_pairs, species, centers, neighbor_species, vectors};                                   \
+            auto out = std::make_unique<gpmlp::Expansion<T>>(made, given, features, threads);                                              \
+            return out->complete ? gpmlp::address_of(out.release()) : 0;                                                                   \
+        });                                                                                                                                \
+    }                                                                                                                                      \
+    GPMLP_API int64_t gpmlp_pull_back##SUFFIX(int64_t expansion, const T *cotangents, T *out, int64_t threads) {                           \
+        return gpmlp::guarded([&] {                                                                                                        \
+            gpmlp::object<gpmlp::Expansion<T>>(expansion).pull_back(cotangents, out, threads);                                             \
+            return 0;                                                                                                                      \
+        });                                                                                                                                \
+    }                                                                                                                                      \
+    GPMLP_API int64_t gpmlp_jacobian##SUFFIX(int64_t expansion, int64_t lo, int64_t hi, T *out, int64_t threads) {                         \
+        return gpmlp::guarded([&] {                                                                                                        \
+            gpmlp::object<gpmlp::Expansion<T>>(expansion).jacobian(lo, hi, out, threads);                                                  \
+            return 0;                                                                                                                      \
+        });                                                                                                                                \
     }
 
 GPMLP_SPECTRUM(double, _f64)

@@ -38,14 +38,11 @@ GPMLP_INLINE Lanes<double> fill(double x) { return Lanes<double>{x, x, x, x}; }
 GPMLP_INLINE Lanes<float> fill(float x) { return Lanes<float>{x, x, x, x, x, x, x, x}; }
 
 // Elementwise a where `mask` is set (the result of a comparison), else b.
-template <class T> GPMLP_INLINE Lanes<T> choose(typename LanesOf<T>::places mask, Lanes<T> a, Lanes<T> b) {
-    return mask ? a : b;
-}
+template <class T> GPMLP_INLINE Lanes<T> choose(typename LanesOf<T>::places mask, Lanes<T> a, Lanes<T> b) { return mask ? a : b; }
 
 template <class T> GPMLP_INLINE T sum(Lanes<T> lanes) {
     T total = 0;
-    for (int k = 0; k < WIDTH<T>; k++)
-        total += lanes[k];
+    for (int k = 0; k < WIDTH<T>; k++) total += lanes[k];
     return total;
 }
 
@@ -57,9 +54,7 @@ template <class T> struct Aligned {
     using value_type = T;
     Aligned() = default;
     template <class U> Aligned(const Aligned<U> &) {}
-    T *allocate(std::size_t n) {
-        return static_cast<T *>(::operator new((n + LANE_BYTES) * sizeof(T), std::align_val_t(64)));
-    }
+    T *allocate(std::size_t n) { return static_cast<T *>(::operator new((n + LANE_BYTES) * sizeof(T), std::align_val_t(64))); }
     void deallocate(T *p, std::size_t) { ::operator delete(p, std::align_val_t(64)); }
     template <class U> bool operator==(const Aligned<U> &) const { return true; }
     template <class U> bool operator!=(const Aligned<U> &) const { return false; }
@@ -97,13 +92,10 @@ template <class T> inline T dot(const T *a, const T *b, int n) {
     Lanes<T> s[4] = {};
     int k = 0;
     for (; k + 4 * W <= n; k += 4 * W)
-        for (int j = 0; j < 4; j++)
-            s[j] += load(a + k + j * W) * load(b + k + j * W);
-    for (; k + W <= n; k += W)
-        s[0] += load(a + k) * load(b + k);
+        for (int j = 0; j < 4; j++) s[j] += load(a + k + j * W) * load(b + k + j * W);
+    for (; k + W <= n; k += W) s[0] += load(a + k) * load(b + k);
     T rest = 0;
-    for (; k < n; k++)
-        rest += a[k] * b[k];
+    for (; k < n; k++) rest += a[k] * b[k];
     return sum<T>((s[0] + s[1]) + (s[2] + s[3])) + rest;
 }
 
@@ -113,63 +105,49 @@ template <class T> struct Strided {
     int row, deep;
 };
 
-// R rows and C lanes of columns of c = a b, kept in registers while the depth is summed over.
-template <int R, int C, class T>
-GPMLP_INLINE void multiply_tile(int depth, Strided<T> a, const T *b, int b_row, T *c, int c_row) {
+// R rows and C lanes of columns of c = a b, kept in registers while the depth is summed over (by way of memory if loops are not unrolled).
+template <int R, int C, class T> GPMLP_INLINE void multiply_tile(int depth, Strided<T> a, const T *b, int b_row, T *c, int c_row) {
     constexpr int W = WIDTH<T>;
     Lanes<T> s[R][C] = {};
     for (int k = 0; k < depth; k++) {
         Lanes<T> x[C];
-        for (int j = 0; j < C; j++)
-            x[j] = load(b + k * b_row + j * W);
+#pragma GCC unroll 8
+        for (int j = 0; j < C; j++) x[j] = load(b + k * b_row + j * W);
+#pragma GCC unroll 8
         for (int i = 0; i < R; i++) {
             const Lanes<T> u = fill(a.data[i * a.row + k * a.deep]);
-            for (int j = 0; j < C; j++)
-                s[i][j] += u * x[j];
+#pragma GCC unroll 8
+            for (int j = 0; j < C; j++) s[i][j] += u * x[j];
         }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < R; i++)
-        for (int j = 0; j < C; j++)
-            store(c + i * c_row + j * W, s[i][j]);
+#pragma GCC unroll 8
+        for (int j = 0; j < C; j++) store(c + i * c_row + j * W, s[i][j]);
 }
 
-template <int R, class T>
-GPMLP_INLINE void multiply_rows(int columns, int depth, Strided<T> a, const T *b, int b_row, T *c, int c_row) {
+template <int R, class T> GPMLP_INLINE void multiply_rows(int columns, int depth, Strided<T> a, const T *b, int b_row, T *c, int c_row) {
     constexpr int W = WIDTH<T>;
     int at = 0;
-    for (; at + 2 * W <= columns; at += 2 * W)
-        multiply_tile<R, 2>(depth, a, b + at, b_row, c + at, c_row);
-    if (at < columns)
-        multiply_tile<R, 1>(depth, a, b + at, b_row, c + at, c_row);
+    for (; at + 2 * W <= columns; at += 2 * W) multiply_tile<R, 2>(depth, a, b + at, b_row, c + at, c_row);
+    if (at < columns) multiply_tile<R, 1>(depth, a, b + at, b_row, c + at, c_row);
 }
 
 // c (rows, columns) = a (rows, depth) b (depth, columns); columns are a multiple of the lanes, rows of b and c follow
 // after b_row and c_row.
-template <class T>
-GPMLP_INLINE void multiply(int rows, int columns, int depth, Strided<T> a, const T *b, int b_row, T *c, int c_row) {
+template <class T> GPMLP_INLINE void multiply(int rows, int columns, int depth, Strided<T> a, const T *b, int b_row, T *c, int c_row) {
     constexpr int MOST = 6; // of 16 registers, 12 hold sums
     for (int i = 0, pieces = (rows + MOST - 1) / MOST; i < rows; pieces--) {
         const int here = (rows - i + pieces - 1) / pieces;
         const Strided<T> from{a.data + i * a.row, a.row, a.deep};
         T *to = c + i * c_row;
         switch (here) {
-        case 1:
-            multiply_rows<1>(columns, depth, from, b, b_row, to, c_row);
-            break;
-        case 2:
-            multiply_rows<2>(columns, depth, from, b, b_row, to, c_row);
-            break;
-        case 3:
-            multiply_rows<3>(columns, depth, from, b, b_row, to, c_row);
-            break;
-        case 4:
-            multiply_rows<4>(columns, depth, from, b, b_row, to, c_row);
-            break;
-        case 5:
-            multiply_rows<5>(columns, depth, from, b, b_row, to, c_row);
-            break;
-        default:
-            multiply_rows<6>(columns, depth, from, b, b_row, to, c_row);
+        case 1: multiply_rows<1>(columns, depth, from, b, b_row, to, c_row); break;
+        case 2: multiply_rows<2>(columns, depth, from, b, b_row, to, c_row); break;
+        case 3: multiply_rows<3>(columns, depth, from, b, b_row, to, c_row); break;
+        case 4: multiply_rows<4>(columns, depth, from, b, b_row, to, c_row); break;
+        case 5: multiply_rows<5>(columns, depth, from, b, b_row, to, c_row); break;
+        default: multiply_rows<6>(columns, depth, from, b, b_row, to, c_row);
         }
         i += here;
     }

@@ -24,8 +24,7 @@ namespace gpmlp {
 // r = r_j + shift . cell - r_i; the one place where the order of these sums is laid down.
 template <class T> inline void pair_vector(const T *from, const T *to, const int64_t *shift, const T *cell, T *r) {
     for (int x = 0; x < 3; x++) {
-        const double shifted =
-            shift[0] * double(cell[x]) + shift[1] * double(cell[3 + x]) + shift[2] * double(cell[6 + x]);
+        const double shifted = shift[0] * double(cell[x]) + shift[1] * double(cell[3 + x]) + shift[2] * double(cell[6 + x]);
         r[x] = T((to[x] + shifted) - from[x]);
     }
 }
@@ -33,12 +32,11 @@ template <class T> inline void pair_vector(const T *from, const T *to, const int
 template <class T> inline T square(const T *r) { return r[0] * r[0] + r[1] * r[1] + r[2] * r[2]; }
 
 template <class T>
-void pair_vectors(int64_t n, const T *positions, const T *cells, const int64_t *structure, const int64_t *centers,
-                  const int64_t *neighbors, const int64_t *shifts, T *out) {
+void pair_vectors(int64_t n, const T *positions, const T *cells, const int64_t *structure, const int64_t *centers, const int64_t *neighbors,
+                  const int64_t *shifts, T *out) {
     for (int64_t p = 0; p < n; p++) {
         const int64_t i = centers[p];
-        pair_vector(positions + 3 * i, positions + 3 * neighbors[p], shifts + 3 * p, cells + 9 * structure[i],
-                    out + 3 * p);
+        pair_vector(positions + 3 * i, positions + 3 * neighbors[p], shifts + 3 * p, cells + 9 * structure[i], out + 3 * p);
     }
 }
 
@@ -61,8 +59,8 @@ template <class T> int64_t shortest_vector(int64_t n, const T *vectors, double *
 // the shortest distance of all. Returns how many they are.
 template <class T>
 int64_t pairs_within(int64_t n, const T *positions, const T *cells, const int64_t *structure, const int64_t *centers,
-                     const int64_t *neighbors, const int64_t *shifts, double cutoff, int64_t *i, int64_t *j,
-                     int64_t *images, T *r, double *closest) {
+                     const int64_t *neighbors, const int64_t *shifts, double cutoff, int64_t *i, int64_t *j, int64_t *images, T *r,
+                     double *closest) {
     int64_t kept = 0;
     double least = std::numeric_limits<double>::infinity();
     for (int64_t p = 0; p < n; p++) { // what is too far is written over by the next
@@ -70,10 +68,8 @@ int64_t pairs_within(int64_t n, const T *positions, const T *cells, const int64_
         T *vector = r + 3 * kept;
         i[kept] = centers[p];
         j[kept] = neighbors[p];
-        for (int x = 0; x < 3; x++)
-            images[3 * kept + x] = shift[x];
-        pair_vector(positions + 3 * centers[p], positions + 3 * neighbors[p], shift, cells + 9 * structure[centers[p]],
-                    vector);
+        for (int x = 0; x < 3; x++) images[3 * kept + x] = shift[x];
+        pair_vector(positions + 3 * centers[p], positions + 3 * neighbors[p], shift, cells + 9 * structure[centers[p]], vector);
         const double here = square(vector);
         least = here < least ? here : least;
         kept += here < cutoff * cutoff;
@@ -84,8 +80,8 @@ int64_t pairs_within(int64_t n, const T *positions, const T *cells, const int64_
 
 // F_i = sum_j (g_ij - g_ji) added to `forces` and sum r_ij (x) g_ij to `virials`, in the order of pairs.
 template <class T>
-void add_pair_gradients(int64_t n, const int64_t *structure, const int64_t *centers, const int64_t *neighbors,
-                        const T *vectors, const T *gradients, T *forces, T *virials) {
+void add_pair_gradients(int64_t n, const int64_t *structure, const int64_t *centers, const int64_t *neighbors, const T *vectors,
+                        const T *gradients, T *forces, T *virials) {
     for (int64_t p = 0; p < n; p++) {
         const T *r = vectors + 3 * p, *g = gradients + 3 * p;
         T *on_center = forces + 3 * centers[p], *on_neighbor = forces + 3 * neighbors[p];
@@ -93,8 +89,7 @@ void add_pair_gradients(int64_t n, const int64_t *structure, const int64_t *cent
         for (int x = 0; x < 3; x++) {
             on_center[x] += g[x];
             on_neighbor[x] -= g[x];
-            for (int y = 0; y < 3; y++)
-                virial[3 * y + x] += r[y] * g[x];
+            for (int y = 0; y < 3; y++) virial[3 * y + x] += r[y] * g[x];
         }
     }
 }
@@ -105,8 +100,7 @@ void add_pair_gradients(int64_t n, const int64_t *structure, const int64_t *cent
 
 inline bool before(const int64_t *a, const int64_t *b) {
     for (int x = 0; x < 3; x++) {
-        if (a[x] != b[x])
-            return a[x] < b[x];
+        if (a[x] != b[x]) return a[x] < b[x];
     }
     return false;
 }
@@ -114,64 +108,55 @@ inline bool before(const int64_t *a, const int64_t *b) {
 // Pairs (i, j), both directions of each, and their shifts, from any order into that of i, j and shift: two passes that
 // keep the order of equals, by j and then by i. Atoms are counted from 0 to n_atoms in `pairs`, from `first` in i and
 // j.
-inline void sort_pairs(int64_t n, const int64_t *pairs, const int32_t *shifts, int64_t n_atoms, int64_t first,
-                       int64_t *i, int64_t *j, int64_t *images) {
+inline void sort_pairs(int64_t n, const int64_t *pairs, const int32_t *shifts, int64_t n_atoms, int64_t first, int64_t *i, int64_t *j,
+                       int64_t *images) {
     std::vector<int64_t> starts(n_atoms + 1, 0), order(n);
-    for (int64_t p = 0; p < n; p++)
-        starts[pairs[2 * p] + 1]++;
-    for (int64_t a = 0; a < n_atoms; a++)
-        starts[a + 1] += starts[a];
+    for (int64_t p = 0; p < n; p++) starts[pairs[2 * p] + 1]++;
+    for (int64_t a = 0; a < n_atoms; a++) starts[a + 1] += starts[a];
     std::vector<int64_t> at = starts; // as often as an atom is i it is j
-    for (int64_t p = 0; p < n; p++)
-        order[at[pairs[2 * p + 1]]++] = p;
+    for (int64_t p = 0; p < n; p++) order[at[pairs[2 * p + 1]]++] = p;
     for (const int64_t p : order) {
         const int64_t k = starts[pairs[2 * p]]++;
         i[k] = pairs[2 * p] + first;
         j[k] = pairs[2 * p + 1] + first;
-        for (int x = 0; x < 3; x++)
-            images[3 * k + x] = shifts[3 * p + x];
+        for (int x = 0; x < 3; x++) images[3 * k + x] = shifts[3 * p + x];
     }
     for (int64_t k = 1; k < n; k++) { // an atom and several images of another, in small cells
-        for (int64_t t = k; t && i[t] == i[t - 1] && j[t] == j[t - 1] && before(images + 3 * t, images + 3 * (t - 1));
-             t--) {
-            for (int x = 0; x < 3; x++)
-                std::swap(images[3 * t + x], images[3 * (t - 1) + x]);
+        for (int64_t t = k; t && i[t] == i[t - 1] && j[t] == j[t - 1] && before(images + 3 * t, images + 3 * (t - 1)); t--) {
+            for (int x = 0; x < 3; x++) std::swap(images[3 * t + x], images[3 * (t - 1) + x]);
         }
     }
 }
 
 } // namespace gpmlp
 
-GPMLP_API int64_t gpmlp_sort_pairs(int64_t n, const int64_t *pairs, const int32_t *shifts, int64_t n_atoms,
-                                   int64_t first, int64_t *i, int64_t *j, int64_t *images) {
+GPMLP_API int64_t gpmlp_sort_pairs(int64_t n, const int64_t *pairs, const int32_t *shifts, int64_t n_atoms, int64_t first, int64_t *i,
+                                   int64_t *j, int64_t *images) {
     return gpmlp::guarded([&] {
         gpmlp::sort_pairs(n, pairs, shifts, n_atoms, first, i, j, images);
         return 0;
     });
 }
 
-#define GPMLP_PAIRS(T, SUFFIX)                                                                                         \
-    GPMLP_API int64_t gpmlp_pair_vectors##SUFFIX(int64_t n, const T *positions, const T *cells,                        \
-                                                 const int64_t *structure, const int64_t *centers,                     \
-                                                 const int64_t *neighbors, const int64_t *shifts, T *out) {            \
-        gpmlp::pair_vectors(n, positions, cells, structure, centers, neighbors, shifts, out);                          \
-        return 0;                                                                                                      \
-    }                                                                                                                  \
-    GPMLP_API int64_t gpmlp_shortest_vector##SUFFIX(int64_t n, const T *vectors, double *length) {                     \
-        return gpmlp::shortest_vector(n, vectors, length);                                                             \
-    }                                                                                                                  \
-    GPMLP_API int64_t gpmlp_pairs_within##SUFFIX(int64_t n, const T *positions, const T *cells,                        \
-                                                 const int64_t *structure, const int64_t *centers,                     \
-                                                 const int64_t *neighbors, const int64_t *shifts, double cutoff,       \
-                                                 int64_t *i, int64_t *j, int64_t *images, T *r, double *closest) {     \
-        return gpmlp::pairs_within(n, positions, cells, structure, centers, neighbors, shifts, cutoff, i, j, images,   \
-                                   r, closest);                                                                        \
-    }                                                                                                                  \
-    GPMLP_API int64_t gpmlp_add_pair_gradients##SUFFIX(int64_t n, const int64_t *structure, const int64_t *centers,    \
-                                                       const int64_t *neighbors, const T *vectors, const T *gradients, \
-                                                       T *forces, T *virials) {                                        \
-        gpmlp::add_pair_gradients(n, structure, centers, neighbors, vectors, gradients, forces, virials);              \
-        return 0;                                                                                                      \
+#define GPMLP_PAIRS(T, SUFFIX)                                                                                                             \
+    GPMLP_API int64_t gpmlp_pair_vectors##SUFFIX(int64_t n, const T *positions, const T *cells, const int64_t *structure,                  \
+                                                 const int64_t *centers, const int64_t *neighbors, const int64_t *shifts, T *out) {        \
+        gpmlp::pair_vectors(n, positions, cells, structure, centers, neighbors, shifts, out);                                              \
+        return 0;                                                                                                                          \
+    }                                                                                                                                      \
+    GPMLP_API int64_t gpmlp_shortest_vector##SUFFIX(int64_t n, const T *vectors, double *length) {                                         \
+        return gpmlp::shortest_vector(n, vectors, length);                                                                                 \
+    }                                                                                                                                      \
+    GPMLP_API int64_t gpmlp_pairs_within##SUFFIX(int64_t n, const T *positions, const T *cells, const int64_t *structure,                  \
+                                                 const int64_t *centers, const int64_t *neighbors, const int64_t *shifts, double cutoff,   \
+                                                 int64_t *i, int64_t *j, int64_t *images, T *r, double *closest) {                         \
+        return gpmlp::pairs_within(n, positions, cells, structure, centers, neighbors, shifts, cutoff, i, j, images, r, closest);          \
+    }                                                                                                                                      \
+    GPMLP_API int64_t gpmlp_add_pair_gradients##SUFFIX(int64_t n, const int64_t *structure, const int64_t *centers,                        \
+                                                       const int64_t *neighbors, const T *vectors, const T *gradients, T *forces,          \
+                                                       T *virials) {                                                                       \
+        gpmlp::add_pair_gradients(n, structure, centers, neighbors, vectors, gradients, forces, virials);                                  \
+        return 0;                                                                                                                          \
     }
 
 GPMLP_PAIRS(double, _f64)

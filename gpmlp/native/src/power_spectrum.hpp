@@ -18,8 +18,7 @@ constexpr int LARGEST_Z = 118;
 // x^exponent, by multiplications where that is a small whole number.
 template <class V> inline V power(V x, double exponent) {
     V out = x - x + 1;
-    for (int k = 0; k < static_cast<int>(exponent); k++)
-        out *= x;
+    for (int k = 0; k < static_cast<int>(exponent); k++) out *= x;
     return out;
 }
 inline bool is_small_integer(double x) { return x == std::floor(x) && 0 <= x && x <= 12; }
@@ -45,20 +44,16 @@ struct NeighborWeights {
         } else {
             w = choose<T>(r < T(cutoff), one, zero), slope = zero;
         }
-        if (exponent == 0)
-            return;
+        if (exponent == 0) return;
         const Lanes<T> u = raise<T>(r / T(scale), exponent), scaling = one / (one + u);
-        const Lanes<T> least = fill(T(1e-12)),
-                       bent = T(-exponent) * u / choose<T>(r > least, r, least) * scaling * scaling;
+        const Lanes<T> least = fill(T(1e-12)), bent = T(-exponent) * u / choose<T>(r > least, r, least) * scaling * scaling;
         slope = slope * scaling + w * bent;
         w = w * scaling;
     }
 
     template <class T> static GPMLP_INLINE Lanes<T> raise(Lanes<T> x, double exponent) {
-        if (is_small_integer(exponent))
-            return power(x, exponent);
-        for (int k = 0; k < WIDTH<T>; k++)
-            x[k] = static_cast<T>(std::pow(x[k], static_cast<T>(exponent)));
+        if (is_small_integer(exponent)) return power(x, exponent);
+        for (int k = 0; k < WIDTH<T>; k++) x[k] = static_cast<T>(std::pow(x[k], static_cast<T>(exponent)));
         return x;
     }
 };
@@ -80,24 +75,21 @@ template <class T> struct PowerSpectrum : Object {
 
     // sizes: n_max, l_max, number of species, intervals, largest atomic number + 1. table (intervals, 6, l_max + 1,
     // n_max).
-    PowerSpectrum(const int64_t *sizes, const int64_t *slots, const T *table, const T *prefactors, const T *center,
-                  const T *recurrence, double per_step, NeighborWeights weights)
-        : n_max(sizes[0]), l_max(sizes[1]), n_species(sizes[2]), intervals(sizes[3]), per_step(per_step),
-          slots(slots, slots + sizes[4]), weights(weights) {
+    PowerSpectrum(const int64_t *sizes, const int64_t *slots, const T *table, const T *prefactors, const T *center, const T *recurrence,
+                  double per_step, NeighborWeights weights)
+        : n_max(sizes[0]), l_max(sizes[1]), n_species(sizes[2]), intervals(sizes[3]), per_step(per_step), slots(slots, slots + sizes[4]),
+          weights(weights) {
         degrees = l_max + 1, channels = n_max * n_species, features = channels * (channels + 1) / 2 * degrees;
         full = round_up<T>(n_max), size = degrees * full;
         c_row = round_up<T>((n_species - 1) * n_max + full), g_row = round_up<T>(channels);
         const std::size_t rows = std::size_t(intervals) * POWERS * degrees;
         this->table.assign(rows * full, 0);
-        for (std::size_t row = 0; row < rows; row++)
-            std::copy_n(table + row * n_max, n_max, &this->table[row * full]);
+        for (std::size_t row = 0; row < rows; row++) std::copy_n(table + row * n_max, n_max, &this->table[row * full]);
         this->prefactors.assign(prefactors, prefactors + features), this->center.assign(center, center + n_max);
         this->recurrence.assign(recurrence, recurrence + 2 * degrees * degrees);
     }
 
-    int slot_of(int64_t z) const {
-        return z >= 0 && z < static_cast<int64_t>(slots.size()) ? static_cast<int>(slots[z]) : -1;
-    }
+    int slot_of(int64_t z) const { return z >= 0 && z < static_cast<int64_t>(slots.size()) ? static_cast<int>(slots[z]) : -1; }
     std::size_t density_size() const { return std::size_t(degrees) * degrees * c_row; }
 };
 
@@ -110,10 +102,8 @@ template <class T> struct Surroundings {
 
     std::vector<int64_t> first_pairs() const {
         std::vector<int64_t> out(n + 1, n_pairs);
-        for (int64_t p = n_pairs; p--;)
-            out[centers[p]] = p;
-        for (int64_t e = n; e--;)
-            out[e] = std::min(out[e], out[e + 1]);
+        for (int64_t p = n_pairs; p--;) out[centers[p]] = p;
+        for (int64_t e = n; e--;) out[e] = std::min(out[e], out[e + 1]);
         return out;
     }
 };
@@ -129,57 +119,57 @@ template <class T> struct Pairs {
     Array<T> weight, d_weight;  // w(r) and its slope
     Array<T> offset;            // place in the interval, 0 to 1
 
-    // False if there is a species that the spectrum was not made for.
-    bool lay_out(const PowerSpectrum<T> &spectrum, const Surroundings<T> &given, const int64_t *first_pairs, int64_t lo,
-                 int64_t hi) {
-        const int n = int(first_pairs[hi] - first_pairs[lo]), species = spectrum.n_species;
-        resize(n, int(hi - lo), species);
+    // Of pairs closer than `reach`. False if there is a species that the spectrum was not made for.
+    template <class V>
+    bool lay_out(const PowerSpectrum<T> &spectrum, const Surroundings<V> &given, const int64_t *first_pairs, const int64_t *environments,
+                 int n, double reach) {
+        const int species = spectrum.n_species;
+        int most = 0;
+        for (int i = 0; i < n; i++) most += int(first_pairs[environments[i] + 1] - first_pairs[environments[i]]);
+        resize(most, n, species);
         int at[LARGEST_Z + 2], here = 0;
-        for (int64_t e = lo; e < hi; e++) {
-            const int64_t begin = first_pairs[e], end = first_pairs[e + 1];
-            widest = std::max(widest, int(end - begin));
-            if ((slots[e - lo] = spectrum.slot_of(given.species[e])) < 0)
-                return false;
+        for (int i = 0; i < n; i++) {
+            const int64_t begin = first_pairs[environments[i]], end = first_pairs[environments[i] + 1];
+            if ((slots[i] = spectrum.slot_of(given.species[environments[i]])) < 0) return false;
             std::fill(at, at + species + 1, 0);
             for (int64_t p = begin; p < end; p++) {
                 const int slot = spectrum.slot_of(given.neighbor_species[p]);
-                if (slot < 0)
-                    return false;
-                at[slot + 1]++;
+                if (slot < 0) return false;
+                at[slot + 1] += is_within(given.vectors + 3 * p, reach);
             }
             at[0] = here;
-            for (int s = 0; s < species; s++)
-                starts[(e - lo) * species + s] = at[s], at[s + 1] += at[s];
+            for (int s = 0; s < species; s++) starts[i * species + s] = at[s], at[s + 1] += at[s];
+            widest = std::max(widest, at[species] - here);
             here = at[species];
             for (int64_t p = begin; p < end; p++) {
+                const V *r = given.vectors + 3 * p;
+                if (!is_within(r, reach)) continue;
                 const int to = at[spectrum.slot_of(given.neighbor_species[p])]++;
-                const T *r = given.vectors + 3 * p;
-                order[to] = p, x[to] = r[0], y[to] = r[1], z[to] = r[2];
+                order[to] = p, x[to] = T(r[0]), y[to] = T(r[1]), z[to] = T(r[2]);
             }
         }
-        starts[(hi - lo) * species] = n;
-        for (int p = 0; p < n; p += WIDTH<T>)
-            measure(spectrum, p);
+        starts[n * species] = here;
+        // lanes of the last pairs reach beyond them
+        for (auto *column : {&x, &y, &z}) std::fill_n(column->begin() + here, WIDTH<T>, T(1));
+        for (int p = 0; p < here; p += WIDTH<T>) measure(spectrum, p);
         return true;
     }
 
   private:
+    template <class V> static bool is_within(const V *r, double reach) { return r[0] * r[0] + r[1] * r[1] + r[2] * r[2] < reach * reach; }
+
     void resize(int n, int environments, int species) {
         widest = 0;
         slots.resize(environments), starts.resize(environments * species + 1);
         order.resize(n), interval.resize(n + WIDTH<T>);
-        for (auto *column : {&x, &y, &z, &inverse, &weight, &d_weight, &offset})
-            column->resize(n + WIDTH<T>);
-        for (auto *column : {&x, &y, &z})
-            std::fill(column->begin() + n, column->end(), T(1)); // lanes of the last pairs reach beyond them
+        for (auto *column : {&x, &y, &z, &inverse, &weight, &d_weight, &offset}) column->resize(n + WIDTH<T>);
     }
 
     // Directions, weights and places in the table of the pairs p and following.
     GPMLP_INLINE void measure(const PowerSpectrum<T> &spectrum, int p) {
         const Lanes<T> dx = load(&x[p]), dy = load(&y[p]), dz = load(&z[p]);
         Lanes<T> r = dx * dx + dy * dy + dz * dz, w, slope;
-        for (int k = 0; k < WIDTH<T>; k++)
-            r[k] = std::sqrt(r[k]);
+        for (int k = 0; k < WIDTH<T>; k++) r[k] = std::sqrt(r[k]);
         const Lanes<T> one_over_r = fill(T(1)) / r, scaled = r * spectrum.per_step;
         spectrum.weights.template operator()<T>(r, w, slope);
         store(&x[p], dx * one_over_r), store(&y[p], dy * one_over_r), store(&z[p], dz * one_over_r);
@@ -195,8 +185,7 @@ template <class T> struct Pairs {
 template <class T> struct Polynomial {
     Lanes<T> q, q_before, slope, slope_before;
 
-    Polynomial(const PowerSpectrum<T> &s, int m)
-        : q(fill(s.recurrence[2 * (m * s.degrees + m)])), q_before{}, slope{}, slope_before{} {}
+    Polynomial(const PowerSpectrum<T> &s, int m) : q(fill(s.recurrence[2 * (m * s.degrees + m)])), q_before{}, slope{}, slope_before{} {}
 
     GPMLP_INLINE void to_degree(const PowerSpectrum<T> &s, int l, int m, Lanes<T> z) {
         const T *k = &s.recurrence[2 * (l * s.degrees + m)];
@@ -226,7 +215,6 @@ template <class T> class Block {
 
   public:
     Pairs<T> pairs;
-    int n = 0;
 
     // Scratch of one thread, whatever block it works on.
     struct Scratch {
@@ -234,51 +222,47 @@ template <class T> class Block {
         Array<T> value, slope, inner, factors, unit, row;
     };
 
-    // Features of environments lo to hi into rows of `features`; false if there is a species that the spectrum was not
-    // made for.
-    bool expand(const PowerSpectrum<T> &s, const Surroundings<T> &given, const int64_t *first_pairs, int64_t lo,
-                int64_t hi, Scratch &scratch, T *features) {
-        spectrum = &s, n = int(hi - lo);
-        if (!pairs.lay_out(s, given, first_pairs, lo, hi))
-            return false;
+    // Features of n environments, of their pairs closer than `reach`, into rows of `features`; false if there is a
+    // species that the spectrum was not made for.
+    template <class G>
+    bool expand(const PowerSpectrum<T> &s, const Surroundings<G> &given, const int64_t *first_pairs, const int64_t *environments, int n,
+                double reach, Scratch &scratch, T *features, int row) {
+        spectrum = &s;
+        if (!pairs.lay_out(s, given, first_pairs, environments, n, reach)) return false;
         density.resize(n * s.density_size()), norms.resize(n);
-        scratch.radial.resize(pairs.widest * s.size),
-            scratch.harmonics.resize(s.degrees * s.degrees * round_up<T>(pairs.widest));
+        scratch.radial.resize(pairs.widest * s.size), scratch.harmonics.resize(s.degrees * s.degrees * round_up<T>(pairs.widest));
         scratch.products.resize(s.degrees * s.channels * s.g_row);
         for (int e = 0; e < n; e++) {
             expand_density(e, scratch);
-            T *x = features + std::size_t(e) * s.features;
+            T *x = features + std::size_t(e) * row;
             norms[e] = std::max(std::numeric_limits<T>::min(), multiply_channels(e, scratch, x));
             const T inverse = 1 / norms[e];
-            for (int k = 0; k < s.features; k++)
-                x[k] *= inverse;
+            for (int k = 0; k < s.features; k++) x[k] *= inverse;
         }
         return true;
     }
 
-    // ∂E/∂r of the pairs of environment e into their places in `out` (pairs, 3), from its features and ∂E/∂(features).
-    void pull_back(int e, const T *features, const T *cotangent, Scratch &scratch, T *out) const {
+    // Adds ∂E/∂r of the pairs of environment e to their places in `out` (pairs, 3), from its features and
+    // ∂E/∂(features).
+    template <class X> void pull_back(int e, const X *features, const X *cotangent, Scratch &scratch, X *out) const {
         const PowerSpectrum<T> &s = *spectrum;
-        scratch.on_products.resize(s.degrees * s.channels * s.g_row),
-            scratch.on_density.resize(s.degrees * s.degrees * s.g_row);
+        scratch.on_products.resize(s.degrees * s.channels * s.g_row), scratch.on_density.resize(s.degrees * s.degrees * s.g_row);
         scratch.slopes.resize(s.size * 2 * W), scratch.mixed.resize(s.degrees * s.degrees * 2 * W);
         to_density(e, features, cotangent, scratch);
         T *slopes = scratch.slopes.data(), *mixed = scratch.mixed.data();
         for (int species = 0; species < s.n_species; species++) {
-            const int begin = pairs.starts[e * s.n_species + species],
-                      end = pairs.starts[e * s.n_species + species + 1];
+            const int begin = pairs.starts[e * s.n_species + species], end = pairs.starts[e * s.n_species + species + 1];
             for (int p = begin; p < end; p += W) {
                 radial_slopes(p, end - 1, slopes);
                 for (int l = 0; l < s.degrees; l++) {
                     const Strided<T> on{&scratch.on_density[l * l * s.g_row + species * s.n_max], s.g_row, 1};
-                    multiply(2 * l + 1, 2 * W, s.n_max, on, slopes + l * s.full * 2 * W, 2 * W, mixed + l * l * 2 * W,
-                             2 * W);
+                    multiply(2 * l + 1, 2 * W, s.n_max, on, slopes + l * s.full * 2 * W, 2 * W, mixed + l * l * 2 * W, 2 * W);
                 }
                 V on_x, on_y, on_z;
                 to_pairs(p, mixed, on_x, on_y, on_z);
                 for (int k = 0; k < W && p + k < end; k++) {
-                    T *g = out + 3 * pairs.order[p + k];
-                    g[0] = on_x[k], g[1] = on_y[k], g[2] = on_z[k];
+                    X *g = out + 3 * pairs.order[p + k];
+                    g[0] += on_x[k], g[1] += on_y[k], g[2] += on_z[k];
                 }
             }
         }
@@ -294,31 +278,26 @@ template <class T> class Block {
         const PowerSpectrum<T> &s = *spectrum;
         const int deep = round_up<T>(s.degrees), products = s.features / s.degrees, width = s.features + W;
         // by channel and l, filled up to whole lanes; channels of other species stay zero
-        for (auto *part : {&scratch.value, &scratch.slope})
-            part->assign((s.channels + W) * deep, 0);
+        for (auto *part : {&scratch.value, &scratch.slope}) part->assign((s.channels + W) * deep, 0);
         scratch.inner.resize(4 * s.c_row * deep),
             scratch.harmonics.resize(std::max<std::size_t>(scratch.harmonics.size(), 4 * s.degrees * s.degrees * W));
         scratch.row.resize(3 * width);
         by_product(s.prefactors.data(), 1 / norms[e], products, deep, scratch.factors);
         by_product(features, T(1), products, deep, scratch.unit);
         for (int species = 0; species < s.n_species; species++) {
-            const int begin = pairs.starts[e * s.n_species + species],
-                      end = pairs.starts[e * s.n_species + species + 1];
+            const int begin = pairs.starts[e * s.n_species + species], end = pairs.starts[e * s.n_species + species + 1];
             const int channel = species * s.n_max * deep;
             for (int p = begin; p < end; p++) {
-                if ((p - begin) % W == 0)
-                    harmonics_with_gradients(p, scratch.harmonics.data());
+                if ((p - begin) % W == 0) harmonics_with_gradients(p, scratch.harmonics.data());
                 radial_columns(p, deep, &scratch.value[channel], &scratch.slope[channel]);
                 contract(e, deep, scratch.harmonics.data() + (p - begin) % W, scratch.inner.data());
                 T along[3];
                 multiply_slopes(species, p, deep, width, scratch, along);
                 T *to = out + std::size_t(pairs.order[p] - first) * 3 * s.features;
                 for (int k = 0; k < 3; k++) // x = p/|p|: dx = (dp - x (x . dp)) / |p|
-                    for (int i = 0; i < s.features; i++)
-                        to[k * s.features + i] = scratch.row[k * width + i] - features[i] * along[k];
+                    for (int i = 0; i < s.features; i++) to[k * s.features + i] = scratch.row[k * width + i] - features[i] * along[k];
             }
-            for (auto *part : {&scratch.value, &scratch.slope})
-                std::fill_n(part->begin() + channel, s.n_max * deep, T(0));
+            for (auto *part : {&scratch.value, &scratch.slope}) std::fill_n(part->begin() + channel, s.n_max * deep, T(0));
         }
     }
 
@@ -328,8 +307,7 @@ template <class T> class Block {
         const T *c = &spectrum->table[std::size_t(pairs.interval[pair]) * POWERS * spectrum->size + at];
         const V t = fill(pairs.offset[pair]);
         V value = load(c);
-        for (int power = 1; power < POWERS; power++)
-            value = value * t + load(c + power * spectrum->size);
+        for (int power = 1; power < POWERS; power++) value = value * t + load(c + power * spectrum->size);
         return value;
     }
 
@@ -339,8 +317,7 @@ template <class T> class Block {
         const V t = fill(pairs.offset[pair]), w = fill(pairs.weight[pair]);
         V v = load(c), d = v;
         v = v * t + load(c + spectrum->size);
-        for (int power = 2; power < POWERS; power++)
-            d = d * t + v, v = v * t + load(c + power * spectrum->size);
+        for (int power = 2; power < POWERS; power++) d = d * t + v, v = v * t + load(c + power * spectrum->size);
         value = v * w, slope = d * (w * spectrum->per_step) + v * fill(pairs.d_weight[pair]);
     }
 
@@ -352,11 +329,9 @@ template <class T> class Block {
         T *radial = scratch.radial.data(), *y = scratch.harmonics.data(), *c = &density[e * s.density_size()];
         for (int p = 0; p < count; p++) {
             const V w = fill(pairs.weight[first + p]);
-            for (int at = 0; at < s.size; at += W)
-                store(radial + p * s.size + at, spline(first + p, at) * w);
+            for (int at = 0; at < s.size; at += W) store(radial + p * s.size + at, spline(first + p, at) * w);
         }
-        for (int p = 0; p < count; p += W)
-            harmonics(first + p, width, y + p);
+        for (int p = 0; p < count; p += W) harmonics(first + p, width, y + p);
         // the last lanes of a species reach into the next, with zeros, and so come before it
         for (int species = 0; species < s.n_species; species++) {
             const int begin = starts[species] - first, depth = starts[species + 1] - starts[species];
@@ -366,8 +341,7 @@ template <class T> class Block {
                          c + l * l * s.c_row + species * s.n_max, s.c_row);
             }
         }
-        for (int k = 0; k < s.n_max; k++)
-            c[pairs.slots[e] * s.n_max + k] += s.center[k];
+        for (int k = 0; k < s.n_max; k++) c[pairs.slots[e] * s.n_max + k] += s.center[k];
     }
 
     // out[lm, pair lanes] = Y_lm of the pairs p and following.
@@ -376,8 +350,7 @@ template <class T> class Block {
         const V x = load(&pairs.x[p]), y = load(&pairs.y[p]), z = load(&pairs.z[p]);
         Azimuth<T> azimuth;
         for (int m = 0; m < degrees; m++) {
-            if (m)
-                azimuth.to_next(x, y);
+            if (m) azimuth.to_next(x, y);
             V q = fill(spectrum->recurrence[2 * (m * degrees + m)]), before = {};
             for (int l = m; l < degrees; l++) {
                 if (l > m) {
@@ -385,8 +358,7 @@ template <class T> class Block {
                     const V next = (fill(k[0]) * z) * q + fill(k[1]) * before;
                     before = q, q = next;
                 }
-                if (m)
-                    store(out + (l * l + l - m) * width, q * azimuth.im);
+                if (m) store(out + (l * l + l - m) * width, q * azimuth.im);
                 store(out + (l * l + l + m) * width, q * azimuth.re);
             }
         }
@@ -407,21 +379,20 @@ template <class T> class Block {
         int k = 0;
         for (int a = 0; a < s.channels; a++)
             for (int b = a; b < s.channels; b++)
-                for (int l = 0; l < s.degrees; l++, k++)
-                    p[k] = products[(l * s.channels + a) * s.g_row + b] * s.prefactors[k];
+                for (int l = 0; l < s.degrees; l++, k++) p[k] = products[(l * s.channels + a) * s.g_row + b] * s.prefactors[k];
         return std::sqrt(dot(p, p, s.features));
     }
 
     // ∂E/∂c (lm, channels) of environment e from ∂E/∂x, by way of ∂E/∂p = (∂E/∂x - x (x . ∂E/∂x)) / |p|.
-    void to_density(int e, const T *x, const T *cotangent, Scratch &scratch) const {
+    template <class X> void to_density(int e, const X *x, const X *cotangent, Scratch &scratch) const {
         const PowerSpectrum<T> &s = *spectrum;
-        const T along = dot(x, cotangent, s.features), inverse = 1 / norms[e];
+        const X along = dot(x, cotangent, s.features), inverse = X(1) / norms[e];
         T *on_products = scratch.on_products.data();
         int k = 0;
         for (int a = 0; a < s.channels; a++)
             for (int b = a; b < s.channels; b++)
                 for (int l = 0; l < s.degrees; l++, k++) {
-                    const T g = (cotangent[k] - x[k] * along) * inverse * s.prefactors[k], both = a == b ? g + g : g;
+                    const T g = T((cotangent[k] - x[k] * along) * inverse * s.prefactors[k]), both = a == b ? g + g : g;
                     T *of_l = on_products + l * s.channels * s.g_row;
                     of_l[a * s.g_row + b] = of_l[b * s.g_row + a] = both;
                 }
@@ -437,11 +408,9 @@ template <class T> class Block {
     void radial_slopes(int p, int last, T *out) const {
         for (int at = 0; at < spectrum->size; at += W) {
             V value[W], slope[W];
-            for (int k = 0; k < W; k++)
-                value_and_slope(std::min(p + k, last), at, value[k], slope[k]);
+            for (int k = 0; k < W; k++) value_and_slope(std::min(p + k, last), at, value[k], slope[k]);
             transpose(value), transpose(slope);
-            for (int k = 0; k < W; k++)
-                store(out + (at + k) * 2 * W, value[k]), store(out + (at + k) * 2 * W + W, slope[k]);
+            for (int k = 0; k < W; k++) store(out + (at + k) * 2 * W, value[k]), store(out + (at + k) * 2 * W + W, slope[k]);
         }
     }
 
@@ -453,13 +422,11 @@ template <class T> class Block {
         V on_x = {}, on_y = {}, on_z = {}, on_r = {};
         Azimuth<T> azimuth;
         for (int m = 0; m < degrees; m++) {
-            if (m)
-                azimuth.to_next(x, y);
+            if (m) azimuth.to_next(x, y);
             Polynomial<T> polynomial(*spectrum, m);
             V re_q = {}, re_d = {}, re_r = {}, im_q = {}, im_d = {}, im_r = {};
             for (int l = m; l < degrees; l++) {
-                if (l > m)
-                    polynomial.to_degree(*spectrum, l, m, z);
+                if (l > m) polynomial.to_degree(*spectrum, l, m, z);
                 // the same for m = 0, where im is zero
                 const T *plus = mixed + (l * l + l + m) * 2 * W, *minus = mixed + (l * l + l - m) * 2 * W;
                 const V of_re = load(plus), of_im = load(minus), q = polynomial.q, d = polynomial.slope;
@@ -480,8 +447,7 @@ template <class T> class Block {
     void by_product(const T *given, T scale, int products, int deep, Array<T> &out) const {
         out.assign(products * deep, 0);
         for (int product = 0; product < products; product++)
-            for (int l = 0; l < spectrum->degrees; l++)
-                out[product * deep + l] = given[product * spectrum->degrees + l] * scale;
+            for (int l = 0; l < spectrum->degrees; l++) out[product * deep + l] = given[product * spectrum->degrees + l] * scale;
     }
 
     // out[0, lm, pair lanes] = Y_lm and out[1 + xyz, lm, pair lanes] = ∂Y_lm/∂r of the pairs p and following.
@@ -497,16 +463,13 @@ template <class T> class Block {
         };
         Azimuth<T> a;
         for (int m = 0; m < degrees; m++) {
-            if (m)
-                a.to_next(x, y);
+            if (m) a.to_next(x, y);
             Polynomial<T> polynomial(*spectrum, m);
             for (int l = m; l < degrees; l++) {
-                if (l > m)
-                    polynomial.to_degree(*spectrum, l, m, z);
+                if (l > m) polynomial.to_degree(*spectrum, l, m, z);
                 const V q = polynomial.q, d = polynomial.slope,
                         slope = a.order * q; // d(x + iy)^m = m (x + iy)^(m-1) (dx + i dy)
-                if (m)
-                    put(l * l + l - m, q * a.im, slope * a.im_before, slope * a.re_before, d * a.im);
+                if (m) put(l * l + l - m, q * a.im, slope * a.im_before, slope * a.re_before, d * a.im);
                 put(l * l + l + m, q * a.re, slope * a.re_before, -slope * a.im_before, d * a.re);
             }
         }
@@ -518,11 +481,9 @@ template <class T> class Block {
         for (int l = 0; l <= l_max; l += W)
             for (int at = 0; at < full; at += W) {
                 V v[W], d[W];
-                for (int k = 0; k < W; k++)
-                    value_and_slope(pair, std::min(l + k, l_max) * full + at, v[k], d[k]);
+                for (int k = 0; k < W; k++) value_and_slope(pair, std::min(l + k, l_max) * full + at, v[k], d[k]);
                 transpose(v), transpose(d);
-                for (int k = 0; k < W; k++)
-                    store(value + (at + k) * deep + l, v[k]), store(slope + (at + k) * deep + l, d[k]);
+                for (int k = 0; k < W; k++) store(value + (at + k) * deep + l, v[k]), store(slope + (at + k) * deep + l, d[k]);
             }
     }
 
@@ -541,8 +502,7 @@ template <class T> class Block {
                             sums[j] += fill(y[lm * W]) * load(c + lm * s.c_row + channel);
                     }
                     transpose(sums);
-                    for (int j = 0; j < W; j++)
-                        store(out + (k * s.c_row + channel + j) * deep + l, sums[j]);
+                    for (int j = 0; j < W; j++) store(out + (k * s.c_row + channel + j) * deep + l, sums[j]);
                 }
     }
 

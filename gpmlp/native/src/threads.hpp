@@ -23,19 +23,15 @@ class Pool {
         if (threads > 1) {
             Pool &pool = of_process();
             std::unique_lock<std::mutex> mine(pool.busy, std::try_to_lock);
-            if (mine)
-                return pool.run(blocks, threads, &call<Work>, &work);
+            if (mine) return pool.run(blocks, threads, &call<Work>, &work);
         }
-        for (int64_t block = 0; block < blocks; block++)
-            work(block);
+        for (int64_t block = 0; block < blocks; block++) work(block);
     }
 
   private:
     using Function = void (*)(void *, int64_t);
 
-    template <class Work> static void call(void *work, int64_t block) {
-        (*static_cast<std::remove_reference_t<Work> *>(work))(block);
-    }
+    template <class Work> static void call(void *work, int64_t block) { (*static_cast<std::remove_reference_t<Work> *>(work))(block); }
 
     // Threads do not survive a fork: each process has a pool of its own. That of the parent is left as it is.
     static Pool &of_process() {
@@ -43,16 +39,14 @@ class Pool {
         static Pool *pool = nullptr;
         static pid_t owner = 0;
         std::lock_guard<std::mutex> lock(making);
-        if (!pool || owner != getpid())
-            pool = new Pool, owner = getpid();
+        if (!pool || owner != getpid()) pool = new Pool, owner = getpid();
         return *pool;
     }
 
     void run(int64_t blocks, int64_t threads, Function function, void *work) {
         {
             std::lock_guard<std::mutex> lock(guard);
-            while (static_cast<int64_t>(workers.size()) + 1 < threads)
-                workers.emplace_back([this, id = workers.size()] { serve(id); });
+            while (static_cast<int64_t>(workers.size()) + 1 < threads) workers.emplace_back([this, id = workers.size()] { serve(id); });
             job = {function, work, blocks, threads - 1};
             next = 0, error = nullptr, active = threads - 1, round++;
         }
@@ -60,8 +54,7 @@ class Pool {
         take_blocks();
         std::unique_lock<std::mutex> lock(guard);
         done.wait(lock, [this] { return active == 0; });
-        if (error)
-            std::rethrow_exception(error);
+        if (error) std::rethrow_exception(error);
     }
 
     void serve(std::size_t id) {
@@ -70,13 +63,11 @@ class Pool {
         for (;;) {
             wake.wait(lock, [&] { return round != last; });
             last = round;
-            if (static_cast<int64_t>(id) >= job.helpers)
-                continue;
+            if (static_cast<int64_t>(id) >= job.helpers) continue;
             lock.unlock();
             take_blocks();
             lock.lock();
-            if (--active == 0)
-                done.notify_one();
+            if (--active == 0) done.notify_one();
         }
     }
 

@@ -1,0 +1,115 @@
+"""A potential's mean in the compiled core: local energies and pair gradients of all terms and baselines in one call
+(gpmlp/native/src/model.hpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from gpmlp.core import parallel, units
+from gpmlp.core.environments import Descriptor, SinglePrecisionDescriptor, Surroundings
+from gpmlp.descriptors.backends import SoapPowerSpectrum
+from gpmlp.descriptors.cpu import compiled_spectrum
+from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel
+from gpmlp.native import library
+from gpmlp.potential.baselines import ZBL, Baseline, IsolatedAtoms
+from gpmlp.potential.mean import EnergyTerm, MeanBlock, QuadraticForm
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledMean:
+    """The mean of a potential as the core holds it.
+
+    Attributes:
+        n_features: of each term.
+    """
+
+    model: library.Handle
+    n_features: tuple[int, ...]
+
+    def __call__(self, surroundings: Surroundings, features: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Local energies (environments,), eV, ∂E/∂r_ij (pairs, 3), eV/A, and if wanted the features of each term.
+
+        Args:
+            surroundings: pairs within the largest cutoff or more; those beyond have a gradient of zero.
+        """
+        n, vectors = len(surroundings), surroundings.vectors
+        local, gradients = vectors.new_empty(n), torch.empty_like(vectors)
+        rows = [vectors.new_empty(n, width) for width in self.n_features] if features else []
+        addresses = torch.tensor([row.data_ptr() for row in rows] if features else [0] * len(self.n_features))
+        given = surroundings.species, surroundings.centers, surroundings.neighbor_species, vectors
+        library.call(
+            "evaluate", self.model.address, n, len(vectors), *(part.contiguous() for part in given),
+            local, gradients, addresses, parallel.available_threads(),
+        )  # fmt: skip
+        return local, gradients, rows
+
+
+def compile_mean(
+    terms: Sequence[EnergyTerm], baselines: Sequence[Baseline], species: Sequence[int]
+) -> CompiledMean | None:
+    """The mean of these, or None where there is no core, or it has no form for one of them: PyTorch then computes it."""
+    spectra = [_power_spectrum(term.descriptor) for term in terms]
+    supported = all(isinstance(b, (IsolatedAtoms, ZBL)) for b in baselines) and all(map(_is_supported, terms, spectra))
+    if library.compiled() is None or not supported or sum(isinstance(b, ZBL) for b in baselines) > 1:
+        return None
+    isolated = [sum(b.energies.get(z, 0.0) for b in baselines if isinstance(b, IsolatedAtoms)) for z in species]
+    radii = [torch.zeros(len(species), len(species), dtype=torch.float64) for _ in range(2)]
+    for zbl in (b for b in baselines if isinstance(b, ZBL)):
+        for (i, a), (j, b) in product(enumerate(species), repeat=2):
+            for table, values in zip(radii, (zbl.inner, zbl.outer), strict=True):
+                table[i, j] = values.get((min(a, b), max(a, b)), 0.0)
+    energies = torch.tensor(isolated, dtype=torch.float64)
+    model = library.call("model", len(species), torch.tensor(species), energies, *radii, units.COULOMB)
+    needs: list[library.Handle] = []
+    for term, spectrum in zip(terms, spectra, strict=True):
+        assert spectrum is not None
+        single = isinstance(term.descriptor, SinglePrecisionDescriptor)
+        handle = compiled_spectrum(spectrum, torch.float32 if single else torch.float64)
+        means = [library.Handle(_mean(term, z)) if z in term.blocks else None for z in species]
+        addresses = torch.tensor([mean.address if mean else 0 for mean in means])
+        library.call("add_term", model, handle.address, int(single), len(species), addresses)
+        needs += [handle, *(mean for mean in means if mean)]
+    return CompiledMean(library.Handle(model, *needs), tuple(term.descriptor.n_features for term in terms))
+
+
+def _power_spectrum(descriptor: Descriptor) -> SoapPowerSpectrum | None:
+    inner = descriptor.descriptor if isinstance(descriptor, SinglePrecisionDescriptor) else descriptor
+    return inner if isinstance(inner, SoapPowerSpectrum) else None
+
+
+def _is_supported(term: EnergyTerm, spectrum: SoapPowerSpectrum | None) -> bool:
+    """Whether it is a sum over power spectra in the memory of the CPU, in double precision, and not of several samples."""
+    tensors = [block.weights for block in term.blocks.values()]
+    return (
+        spectrum is not None
+        and _kernel_parts(term.kernel) is not None
+        and all(w.dim() == 1 and w.dtype == torch.float64 and w.device.type == "cpu" for w in tensors)
+    )
+
+
+def _kernel_parts(kernel: ZonalKernel) -> list[list[float]] | None:
+    """(weight, zeta, 1/length²) of each part of a kernel, zeta 0 of an exponential; None if there is one of another kind."""
+    if isinstance(kernel, PolynomialKernel):
+        return [[1.0, float(kernel.zeta), 0.0]]
+    if isinstance(kernel, ExponentialKernel):
+        return [[1.0, 0.0, float(kernel.length.detach()) ** -2]]
+    if not isinstance(kernel, SumKernel):
+        return None
+    parts = [_kernel_parts(term) for term in kernel.terms]
+    weighted = zip(kernel.weights.tolist(), (part for part in parts if part is not None), strict=False)
+    return None if None in parts else [[w * x, *rest] for w, part in weighted for x, *rest in part]
+
+
+def _mean(term: EnergyTerm, z: int) -> int:
+    """The mean of a central species, by its address."""
+    form: MeanBlock | QuadraticForm = term.quadratic_forms.get(z) or term.blocks[z]
+    if isinstance(form, QuadraticForm):
+        return library.call("quadratic_form", len(form.linear), form.linear.contiguous(), form.hessian.contiguous())
+    parts = torch.tensor(_kernel_parts(term.kernel), dtype=torch.float64)
+    arrays = (t.contiguous() for t in (form.features, form.weights, form.tangents))
+    return library.call("inducing_centres", *form.features.shape, len(form.tangents), len(parts), *arrays, parts)
