@@ -134,7 +134,7 @@ def test_no_memory_is_said():
 
 
 LETTERS = {
-    "const int64_t *": "I", "int64_t *": "I", "const int32_t *": "S", "double *": "D", "const T *": "F", "T *": "F", "int64_t ": "n",
+    "const int64_t *": "I", "int64_t *": "I", "const int32_t *": "S", "double *": "D", "const double *": "D", "const T *": "F", "T *": "F", "int64_t ": "n",
     "double ": "x",
 }  # fmt: skip
 
