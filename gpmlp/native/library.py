@@ -93,7 +93,7 @@ def call(name: str, *arguments: Tensor | float) -> int:
             precision = suffix
         else:
             fits = argument.dtype is DTYPES[letter]
-        if not (fits and argument.is_contiguous() and argument.device.type == "cpu"):
+        if not (fits and argument.is_contiguous() and argument.is_cpu):
             raise TypeError(f"gpmlp_{name}: argument {len(passed)} is {argument.dtype}, strides {argument.stride()}")
         passed.append(argument.data_ptr())
     status = getattr(compiled(), f"gpmlp_{name}{precision}")(*passed)
