@@ -17,13 +17,17 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 import gpmlp
 from gpmlp.cli.main import main
+from gpmlp.core.errors import UserError
 from gpmlp.core.findings import Finding
+from gpmlp.core.neighbors import find_neighbors
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import BOHR, GPA, HARTREE
 from gpmlp.io import ase_atoms
-from gpmlp.io.label_checks import totals, work
+from gpmlp.io.label_checks import repeats, totals, work
+from gpmlp.io.label_checks.coincident import check_coincident
 from gpmlp.io.label_checks.near_frames import find_near_pairs
 from gpmlp.io.label_checks.units import KCAL
+from gpmlp.potential.baselines import IsolatedAtoms
 
 
 def labelled(frame: Atoms, **more) -> Atoms:
@@ -243,6 +247,61 @@ def test_same_structure_two_energies(kind, change):
     assert f"{known:.6g} and {known + 2:.6g} eV" in finding.message and "nothing can fit both" in finding.message
 
 
+def exchanged(frame: Atoms) -> Atoms:
+    """With the elements of its first two atoms exchanged: every distance stays."""
+    frame.numbers[:2] = frame.numbers[1::-1]
+    return frame
+
+
+def isomer(frame: Atoms) -> Atoms:
+    """With the same distances from its first atom, and others between the rest."""
+    axis, point = frame.positions[1] - frame.positions[0], frame.positions[0]
+    moved = Atoms(frame.numbers[-1:], frame.positions[-1:])
+    moved.rotate(40, axis, center=point)
+    frame.positions[-1] = moved.positions[0]
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda frame: moved_and_permuted(frame, 5), True),
+        (lambda frame: moved_and_permuted(frame, 6), True),
+        (lambda frame: Atoms(frame.numbers[::-1], frame.positions[::-1] * [1, 1, -1]), True),
+        (lambda frame: exchanged(frame), False),
+        (lambda frame: exchanged(moved_and_permuted(frame, 5)[np.argsort(-frame.numbers)]), False),
+        (lambda frame: isomer(frame), False),
+        (lambda frame: Atoms(frame.numbers, frame.positions + np.eye(6, 3) * 0.05), False),
+    ],
+)
+def test_molecules_are_compared_atom_by_atom(change, same):
+    """Those of equal signature and unequal energy; here by hand."""
+    frame = ase.build.molecule("CH3OH")
+    frame.rattle(0.1, seed=2)
+    pair = ase_atoms.structures_from_ase([frame, change(frame.copy())])
+    assert repeats.same_atoms_elsewhere(pair) == same
+
+
+def test_each_atom_of_a_crystal_has_a_partner():
+    first = ase.build.bulk("Cu", cubic=True)
+    first.rattle(0.15, seed=1)
+    second = first.copy()
+    second.positions[2] = second.positions[3]  # every atom of it is where one of the first is
+    pair = ase_atoms.structures_from_ase([first, second])
+    assert repeats.same_atoms_elsewhere(pair.select([0, 0])) and not repeats.same_atoms_elsewhere(pair)
+
+
+def test_what_signatures_do_not_see_is_compared():
+    """A far atom hardly changes them."""
+    frames = []
+    for distance in (16.0, 16.3):
+        frame = ase.build.molecule("CH3OH") + Atoms("Al", [[distance, 0, 0]])
+        frames.append(labelled(frame, energy=distance))
+    structures, targets = ase_atoms.from_ase(frames)
+    assert len(repeats.equal_pairs(structures, torch.tensor([0, 1]))) == 1
+    assert "same-structure-two-energies" not in kinds(repeats.check_repeats(structures, targets))
+
+
 def test_mirror_images_have_one_energy_and_near_structures_may_differ():
     first, second = (labelled(ase.build.molecule("CH3CHO")) for _ in range(2))
     second.positions[:, 0] *= -1
@@ -287,6 +346,57 @@ def test_isolated_atoms(copper):
     findings = gpmlp.check(both, type(targets).concatenate([targets, wrong.select(structures, [0])]))
     finding = next(f for f in findings if f.kind == "isolated-atoms-differ")
     assert finding.severity == "error" and finding.numbers["highest_eV"] == 500
+
+
+def with_lone_atom(tmp_path, box: float, config_type: str):
+    """20 cells of copper of cohesive energies, and a single atom 3.5 eV above: read from a file."""
+    alone = Atoms("Cu", cell=[box] * 3, pbc=box > 0)
+    alone.calc = SinglePointCalculator(alone, energy=40.0, forces=np.zeros((1, 3)))
+    if config_type:
+        alone.info["config_type"] = config_type
+    frames = trajectory(ase.build.bulk("Cu", cubic=True), 20, 0.03)
+    ase_atoms.write_frames(tmp_path / "a.xyz", [*frames, alone])
+    return ase_atoms.read_labelled(tmp_path / "a.xyz")
+
+
+@pytest.mark.parametrize(("box", "config_type"), [(0.0, ""), (12.0, ""), (12.0, "single atoms"), (9.0, "IsolatedAtom")])
+def test_single_atoms_without_neighbours_are_isolated(tmp_path, box, config_type):
+    data = with_lone_atom(tmp_path, box, config_type)
+    assert IsolatedAtoms.from_frames(data.structures, data.targets) == {29: 40.0}
+    notes = [f for f in data.findings if f.kind == "lone-atoms"]
+    assert len(notes) == (config_type != "IsolatedAtom") and all(f.frames == ("a.xyz frame 20",) for f in notes)
+    findings = gpmlp.check(data.structures, data.targets)
+    assert kinds(f for f in findings if f.severity != "note") == ["isolated-atoms-of-another-reference"]
+
+
+@pytest.mark.parametrize(("box", "config_type"), [(2.5, ""), (12.0, "charged")])
+def test_single_atoms_that_are_not_isolated(tmp_path, box, config_type):
+    data = with_lone_atom(tmp_path, box, config_type)
+    assert IsolatedAtoms.from_frames(data.structures, data.targets) == {}
+    finding = only(gpmlp.check(data.structures, data.targets), "energy-outlier")
+    assert "a single atom that is not marked as isolated" in finding.message and "failed" not in str(finding)
+    assert "config_type=isolated_atom" in finding.advice
+
+
+@pytest.mark.parametrize(
+    "atoms", [ase.build.bulk("Cu", cubic=True), ase.build.bulk("Cu", cubic=True) * 3, ase.build.molecule("CH3OH")]
+)
+@pytest.mark.parametrize("where", ["beside", "across the boundary"])
+def test_atoms_on_top_of_one_another(atoms, where):
+    frames = [atoms.copy() for _ in range(3)]
+    for frame in frames[1:]:
+        frame.positions[-1] = frame.positions[0] + [0.1, 0.05, 0.0]
+    if where == "across the boundary" and atoms.pbc.any():
+        frames[1].positions[-1] += frames[1].cell[0] - 2 * frames[1].cell[2]
+    frames[1].positions[-1] += [0.1, 0, 0]  # less near than in the last frame
+    structures, targets = ase_atoms.from_ase(frames)
+    finding = next(f for f in gpmlp.check(structures, targets) if f.kind == "coincident-atoms")
+    assert finding.severity == "error" and finding.frames == ("frame 2", "frame 1")
+    assert finding.numbers["distance_A"] == pytest.approx(np.hypot(0.1, 0.05))
+    assert f"atoms 0 and {len(atoms) - 1} are 0.112 A apart" in finding.message
+    assert not check_coincident(structures.select([0]))
+    with pytest.raises(UserError, match=r"closer than 0.3 A"):
+        find_neighbors(structures.select([1]), 3.0)
 
 
 @pytest.mark.parametrize(
@@ -385,4 +495,7 @@ def test_units_of_one_system_count_as_one_cause():
     reasons = work.explain_slope(1 / BOHR)
     assert "the forces are in eV/Bohr" in reasons
     assert "the energies are in Hartree and the forces are in Hartree/Bohr" in reasons
+    # two units of different systems, which would explain it a little better, are two causes
+    assert work.explain_slope(0.0965) == ["the energies are in kJ/mol and the forces are in kJ/mol/nm"]
+    assert work.explain_slope(43.58) == ["the forces are in Hartree/Bohr"]
     assert work.explain_slope(17.0) == [] and "gradients" in work.explain_slope(-1.0)[0]

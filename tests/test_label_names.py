@@ -252,6 +252,59 @@ def test_what_was_taken_is_a_note(written):
     assert note.numbers == {"energies_frames": 4, "forces_frames": 4, "stresses_frames": 0}
 
 
+def test_labels_that_are_nan_are_no_labels(written):
+    atoms = frames(REF_energy="energy", REF_forces="forces")
+    for frame in atoms[:2]:
+        frame.info["REF_energy"] = np.nan
+    atoms[0].arrays["REF_forces"][:] = np.nan
+    note = kinds(read_labelled(written(atoms)))["labels-taken"][0]
+    assert "`REF_energy` in 2 (NaN in 2 more), forces from `REF_forces` in 3 (NaN in 1 more)" in note.message
+    assert note.numbers == {"energies_frames": 2, "forces_frames": 3, "stresses_frames": 0}
+    atoms[0].info["energy"] = -7.0
+    finding = kinds(read_labelled(written(atoms)))["labels-not-taken"][0]
+    assert "1 of 4 frames have no other energy label" in finding.message and finding.frames == ("a.xyz frame 0",)
+    assert "--keys energy=REF_energy+energy (first or, in frames without it, second)" in finding.advice
+    keys = {"energy": ("REF_energy", "energy"), "forces": "REF_forces"}
+    energies = read_labelled(written(atoms), keys=keys).targets.energies
+    assert energies.isnan().tolist() == [False, True, False, False] and energies[0] == -7
+
+
+def test_a_number_counts_before_nan(written):
+    """Of several keys of one source."""
+    atoms = frames(energy="energy", free_energy="energy", forces="forces", force="forces")
+    atoms[0].info["free_energy"] = np.nan
+    atoms[0].arrays["forces"][:] = np.nan
+    targets = read_labelled(written(atoms)).targets
+    assert not targets.energies.isnan().any() and not targets.forces.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "severity"),
+    [
+        ("energy_unit", "Hartree", "error"),
+        ("units", "kcal/mol", "error"),
+        ("unit", "energy:Ha,length:bohr", "error"),
+        ("force_units", "eV/bohr", "error"),
+        ("energy_unit", "furlong", "warning"),
+        ("energy_unit", "eV", None),
+        ("units", "eV, Angstrom", None),
+        ("units", "energy:eV,forces:eV/A,stress:eV/A^3", None),
+        ("force_unit", "eV/Å", None),
+        ("stress-unit", "eV/Ang**3", None),
+        ("units", "metal", None),
+        ("community", "Hartree", None),
+    ],
+)
+def test_stated_units(written, key, text, severity):
+    atoms = frames(energy="energy", forces="forces")
+    for frame in atoms[1:]:
+        frame.info[key] = text
+    found = kinds(read_labelled(written(atoms))).get("labels-in-another-unit", [])
+    assert [f.severity for f in found] == ([severity] if severity else [])
+    if severity:
+        assert f"`{key}` says '{text}'" in found[0].message and len(found[0].frames) == 3
+
+
 # --- given keys
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from gpmlp.io.files import atomic_write
 from gpmlp.io.frames import Frame
 from gpmlp.io.structure_files import Paths, Progress
 from gpmlp.io.zero_labels import without_false_zeros
+from gpmlp.potential.baselines import ISOLATED, is_isolated_atom
 
 ELECTRONIC = {"magnetic_moments": "initial_magmoms", "charges": "initial_charges"}  # of Structures: ASE's arrays
 Keys = Mapping[str, str | Sequence[str]]
+ALONE = 8.0  # A, from the images of a single atom that make it an isolated one,
+LONE = re.compile("^$|atom|isolated|single", re.IGNORECASE)  # and what its config_type may be then
 UNNAMED = ("labels-of-unknown-name", "no-labels")  # findings that matter only where there should be labels
 
 
@@ -188,7 +192,7 @@ def from_frames(
     given = {kind: (name,) if isinstance(name, str) else tuple(name) for kind, name in (keys or {}).items()}
     chosen, findings = label_names.choose_keys(table, path, given)
     collected = [labels.labels_of(frame, name, chosen) for frame, name in zip(frames, names, strict=True)]
-    findings += label_names.unread_weights(table, path, labels.READ_NAMES)
+    findings += label_names.unread_weights(table, path, labels.READ_NAMES) + label_names.other_units(table, path)
     findings += _grouped(collected, names)
 
     def join(part: str, combine) -> torch.Tensor:
@@ -204,9 +208,28 @@ def from_frames(
         tuple(label.config_type for label in collected),
     )
     if not as_written:
+        targets, lone = _mark_lone_atoms(structures, targets)
+        findings += lone
         targets, zeros = without_false_zeros(frames, structures, targets)
         findings += zeros
     return LabelledData(structures, targets, tuple(findings))
+
+
+def _mark_lone_atoms(structures: Structures, targets: Targets) -> tuple[Targets, list[Finding]]:
+    """Mark single atoms without an image of theirs near as isolated ones, unless their config_type is something else; say which."""
+    lengths = torch.where(structures.periodic, structures.cells.norm(dim=2), torch.inf).amin(1)
+    alone = ((structures.counts == 1) & (lengths > ALONE) & ~targets.energies.isnan()).nonzero().flatten().tolist()
+    alone = [i for i in alone if LONE.search(targets.config_types[i]) and not is_isolated_atom(targets.config_types[i])]
+    if not alone:
+        return targets, []
+    labels = list(targets.config_types)
+    for i in alone:
+        labels[i] = ISOLATED
+    names = tuple(structures.names[i] for i in alone)
+    text = "a single atom without neighbours is taken as an isolated atom (config_type=isolated_atom)."
+    advice = "Give it a config_type of its own if it is to be learned like other structures."
+    finding = Finding("lone-atoms", "note", text, names, {"frames": float(len(names))}, advice)
+    return replace(targets, config_types=tuple(labels)), [finding]
 
 
 def _grouped(collected: Sequence[labels.FrameLabels], names: Sequence[str]) -> list[Finding]:

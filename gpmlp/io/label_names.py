@@ -46,6 +46,9 @@ OTHER = frozenset(
 )
 # units that gpmlp does not convert, and those that it has
 UNITS = frozenset("ha hartree hartrees kcal kj mol ry rydberg au bohr mev gpa kbar bar pa".split())
+UNIT_WORDS = frozenset("unit units".split())
+LENGTHS = frozenset("length lengths position positions pos distance cell volume".split())
+_OWN_UNIT = re.compile(r"^(ev|electron_?volts?|metal|ase)?([/*]?(a|å|ang|angstroms?)([\^*]*-?[123])?)*$")
 OWN_UNITS = frozenset("ev a ang angstrom a3 ang3".split())
 _LOOKS = {
     "energy": re.compile(r"ener|toten|etot|^e$|^e[_\d]|_e$"),
@@ -138,6 +141,7 @@ class LabelTable:
                 for key in filter(lambda key: isinstance(key, str), keys):
                     holders.setdefault((place, key), []).extend(members)
         self.holders = {place: np.array(sorted(members)) for place, members in holders.items()}
+        self._known: dict[Place, np.ndarray] = {}
         self.labels = {place: name for place in self.holders if (name := self._name(place)) is not None}
 
     def _name(self, place: Place) -> LabelName | None:
@@ -152,6 +156,13 @@ class LabelTable:
         """What a frame holds there."""
         return getattr(self.frames[frame], place[0])[place[1]]
 
+    def known(self, place: Place) -> np.ndarray:
+        """Frames that hold something there other than NaN."""
+        if place not in self._known:
+            members = self.holders.get(place, np.zeros(0, dtype=int))
+            self._known[place] = members[[not is_unknown(self.value(place, int(i))) for i in members]]
+        return self._known[place]
+
     def places(self, kind: str, source: str) -> list[Place]:
         """Where labels of a kind are, of a source; the results of a calculator first, the key of most frames before others."""
         found = [p for p, name in self.labels.items() if name.source == source and name.kind == kind]
@@ -162,13 +173,22 @@ class LabelTable:
         return list(dict.fromkeys(name.source for name in self.labels.values() if name.kind in kinds))
 
     def frames_of(self, places: Sequence[Place]) -> np.ndarray:
-        """Frames that have at least one of the places."""
-        held = [self.holders[p] for p in places if p in self.holders]
+        """Frames that have a number in at least one of the places."""
+        held = [self.known(p) for p in places]
         return np.unique(np.concatenate(held)) if held else np.zeros(0, dtype=int)
 
     def spell(self, places: Sequence[Place]) -> str:
         """Keys with the number of their frames, for a message."""
-        return ", ".join(f"`{key}` ({len(self.holders[place, key])})" for place, key in places)
+        return ", ".join(f"`{place[1]}` ({len(self.known(place))})" for place in places)
+
+
+def is_unknown(value: Any) -> bool:
+    """Whether a value is NaN in all its parts."""
+    try:
+        numbers = np.asarray(value, dtype=float).ravel()
+    except (TypeError, ValueError):
+        return False
+    return bool(len(numbers)) and bool(np.isnan(numbers[0])) and bool(np.isnan(numbers).all())
 
 
 def choose_keys(table: LabelTable, path: str, given: Mapping[str, Sequence[str]]) -> tuple[LabelKeys, list[Finding]]:
@@ -336,7 +356,7 @@ def _findings(
                     f"{where}{PLURAL[kind]} {table.spell(places)} are not read {beside}{unread}.",
                     tuple(table.names[i] for i in rest.tolist()),
                     {"frames": float(len(table.frames_of(places)))},
-                    f"Use --keys {kind}={places[0][1]} if they are meant (in Python keys=...).",
+                    f"Use --keys {_meant(kind, taken, places, len(rest))} if they are meant (in Python keys=...).",
                 )
             )
         if given.get(kind) is None and len(having) < n:
@@ -348,10 +368,20 @@ def _findings(
     return findings
 
 
+def _meant(kind: str, taken: Sequence[Place], places: Sequence[Place], filled: int) -> str:
+    """The option that reads other places: in place of those taken, or beside them where they fill frames without a label."""
+    keys = f"{kind}={places[0][1]}"
+    return (
+        f"{kind}={taken[0][1]}+{places[0][1]} (first or, in frames without it, second) or {keys}"
+        if taken and filled
+        else keys
+    )
+
+
 def _other_numbers(table: LabelTable, kind: str, taken: Sequence[Place], place: Place) -> bool:
     """Whether a key holds something that the keys taken do not."""
-    both = np.intersect1d(table.frames_of(taken), table.holders[place])
-    if len(both) < len(table.holders[place]):
+    both = np.intersect1d(table.frames_of(taken), table.known(place))
+    if len(both) < len(table.known(place)):
         return True
     if kind == "stress":
         virial = {"stress": False, "virial": True}
@@ -365,12 +395,11 @@ def _taken(table: LabelTable, path: str, chosen: LabelKeys) -> Finding:
     parts = []
     for kind in KINDS:
         places = chosen.of_kind(kind)
-        if places:
-            parts.append(
-                f"{PLURAL[kind]} from {' or '.join(f'`{key}`' for _, key in places)} in {len(table.frames_of(places))}"
-            )
-        else:
-            parts.append(f"{PLURAL[kind]} from none")
+        keys = " or ".join(f"`{key}`" for _, key in places)
+        count = len(table.frames_of(places))
+        unknown = len(set().union(*(table.holders[p].tolist() for p in places))) - count
+        where = f" in {count}{f' (NaN in {unknown} more)' if unknown else ''}" if places else ""
+        parts.append(f"{PLURAL[kind]} from {keys or 'none'}{where}")
     counts = {f"{PLURAL[kind]}_frames": float(len(table.frames_of(chosen.of_kind(kind)))) for kind in KINDS}
     return Finding("labels-taken", "note", f"{path}: {', '.join(parts)} of {n} frames.", (), counts)
 
@@ -451,6 +480,33 @@ def unread_weights(table: LabelTable, path: str, read: Collection[str]) -> list[
                 "Standard deviations of labels are energy_noise (eV/atom), force_noise (eV/A) and stress_noise (eV/A^3).",
             )
         )
+    return findings
+
+
+def other_units(table: LabelTable, path: str) -> list[Finding]:
+    """Units that a file states for its frames (`energy_unit=Hartree`, `units=metal`) and that are not those in which labels are read."""
+    findings = []
+    for place, members in table.holders.items():
+        if place[0] != "info" or not UNIT_WORDS & set(re.split(r"[_\-. ]+", place[1].lower())):
+            continue
+        stated: dict[str, list[int]] = {}
+        for i in members.tolist():
+            stated.setdefault(str(table.value(place, i)), []).append(i)
+        for text, where in stated.items():
+            words = [word for word in re.split(r"[,;\s]+|(?<=[a-z])[:=]", text.lower()) if word]
+            if all(_OWN_UNIT.match(word) or label_name(word) or word in LENGTHS for word in words):
+                continue
+            known = UNITS & set(re.split(r"[^a-z]+", text.lower()))
+            findings.append(
+                Finding(
+                    "labels-in-another-unit",
+                    "error" if known else "warning",
+                    f"`{place[1]}` says {text[:40]!r}; labels are read as eV, eV/A and eV/A^3 whatever it says.",
+                    tuple(table.names[i] for i in where),
+                    {"frames": float(len(where))},
+                    "Convert the labels and the key, or remove the key if they are in eV and A.",
+                )
+            )
     return findings
 
 

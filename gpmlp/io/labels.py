@@ -17,7 +17,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.findings import Severity
 from gpmlp.core.units import VOIGT_INDEX
 from gpmlp.io.frames import Frame
-from gpmlp.io.label_names import SAME_ENERGY, LabelKeys, Place
+from gpmlp.io.label_names import SAME_ENERGY, LabelKeys, Place, is_unknown
 
 NOISES = ("energy_noise", "force_noise", "stress_noise")
 SIGMAS = ("energy_sigma", "force_sigma", "force_atom_sigma", "force_component_sigma", "virial_sigma", "stress_sigma")
@@ -93,12 +93,11 @@ def _noise_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first(frame: Frame, places: tuple[Place, ...]) -> Any:
-    """The first of the places that the frame has; None if it has none."""
-    for room, key in places:
-        value = getattr(frame, room).get(key)
-        if value is not None:
-            return value
-    return None
+    """What the first of the places holds that the frame has a number in, or else NaN; None if it has none of them."""
+    values = [value for room, key in places if (value := getattr(frame, room).get(key)) is not None]
+    if len(values) > 1:
+        values.sort(key=is_unknown)
+    return values[0] if values else None
 
 
 def _array(name: str, key: str, value: Any, *shapes: tuple[int, ...]) -> np.ndarray:
@@ -123,6 +122,8 @@ def _energy(frame: Frame, name: str, keys: LabelKeys, remarks: list[Remark]) -> 
     if not places:
         return float("nan")
     values = [float(_array(name, "energy", getattr(frame, room)[key], ())) for room, key in places]
+    known = [i for i, value in enumerate(values) if not np.isnan(value)] or [0]
+    places, values = [places[i] for i in known], [values[i] for i in known]
     energy = values[0]
     if np.isinf(energy):
         raise UserError(f"{name}: the energy is infinite; correct it or remove the frame.")

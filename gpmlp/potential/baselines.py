@@ -14,6 +14,7 @@ from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
 
 RANK = 1e-9  # of the largest singular value of compositions: below, a direction is open
+ISOLATED = "isolated_atom"  # config_type of isolated atoms
 LEAST_OPEN = 1.0  # eV, by which the energy of an element may be off where total energies are about zero
 
 
@@ -134,7 +135,7 @@ def open_directions(structures: Structures, targets: Targets) -> tuple[dict[int,
 
 def is_isolated_atom(config_type: str) -> bool:
     """Whether a config_type marks isolated atoms: isolated_atom, IsolatedAtom, ..."""
-    return config_type.lower().replace("_", "") == "isolatedatom"
+    return config_type.lower().replace("_", "") == ISOLATED.replace("_", "")
 
 
 # universal screening function: Ziegler, Biersack, Littmark, The Stopping and Range of Ions in Matter (1985)

@@ -18,6 +18,18 @@ WILD_FORCE = 10.0  # eV/A: with forces like that large energies are believed
 FEWEST = 10  # frames
 FORCE_FACTOR, LARGE_FORCE = 30.0, 100.0  # times the 95 % quantile of the element; eV/A
 ITERATIONS = 30
+# what may be the cause of energies far from others, and what to do
+AS_FOUND = {
+    "error": (
+        ": probably a failed calculation",
+        "Compute it again or remove it; a fit gives it a noise as large as that, so that it does not decide the noise of all others.",
+    ),
+    "warning": ("", "Nothing is wrong if it is meant (a dimer, a strongly compressed or torn structure)."),
+}
+AS_SINGLE = (
+    ": a single atom that is not marked as isolated",
+    "Mark it by config_type=isolated_atom if that is what it is.",
+)
 
 
 def energy_deviations(structures: Structures, targets: Targets) -> Tensor:
@@ -77,21 +89,14 @@ def _energy_outliers(structures: Structures, targets: Targets) -> list[Finding]:
         if not len(index):
             continue
         index = index[deviation[index].abs().argsort(descending=True, stable=True)]
-        first = int(index[0])
-        what = "the energy is" if len(index) == 1 else f"the energies of {len(index)} frames are"
-        far_text = f"{deviation[first]:+.4g} eV/atom" if len(index) == 1 else f"up to {deviation[first]:+.4g} eV/atom"
+        first, several = int(index[0]), len(index) > 1
+        cause, advice = AS_SINGLE if int(structures.counts[index].max()) == 1 else AS_FOUND[severity]
         text = (
-            f"{what} {far_text} from all others of the composition ({float(targets.energies[first]):.6g} eV; the others scatter by "
-            f"{scale:.2g} eV/atom){': probably a failed calculation' if severity == 'error' else ''}."
-        )
-        advice = (
-            "Compute it again or remove it; a fit gives it a noise as large as that, so that it does not decide the noise of all others."
-            if severity == "error"
-            else "Nothing is wrong if it is meant (a dimer, a strongly compressed or torn structure)."
+            f"{f'the energies of {len(index)} frames are up to' if several else 'the energy is'} {deviation[first]:+.4g} eV/atom from all "
+            f"others of the composition ({float(targets.energies[first]):.6g} eV; the others scatter by {scale:.2g} eV/atom){cause}."
         )
         numbers = {
             "deviation_eV_per_atom": float(deviation[first]),
-            "scatter_eV_per_atom": scale,
             "frames": float(len(index)),
         }
         names = tuple(structures.names[i] for i in index.tolist())

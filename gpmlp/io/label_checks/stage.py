@@ -8,6 +8,7 @@ from gpmlp.core.findings import SEVERITIES, Finding
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io.label_checks import stresses
+from gpmlp.io.label_checks.coincident import check_coincident
 from gpmlp.io.label_checks.near_frames import find_near_pairs
 from gpmlp.io.label_checks.outliers import check_outliers
 from gpmlp.io.label_checks.repeats import check_repeats
@@ -39,6 +40,7 @@ def check(structures: Structures, targets: Targets) -> tuple[Finding, ...]:
     named = {frame for f in far for frame in f.frames}
     work = [f for f in work if f.kind != "energy-against-near-frames" or not named & set(f.frames)]
     findings = [
+        *check_coincident(structures),
         *check_repeats(structures, targets),
         *work,
         *strained,
