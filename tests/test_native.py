@@ -134,8 +134,8 @@ def test_no_memory_is_said():
 
 
 LETTERS = {
-    "const int64_t *": "I", "int64_t *": "I", "const int32_t *": "S", "double *": "D", "const double *": "D", "const T *": "F", "T *": "F", "int64_t ": "n",
-    "double ": "x",
+    "const int64_t *": "I", "int64_t *": "I", "const int32_t *": "S", "const double *": "D", "double *": "D",
+    "const T *": "F", "T *": "F", "int64_t ": "n", "double ": "x",
 }  # fmt: skip
 
 
@@ -214,3 +214,51 @@ def test_sanitizers_find_nothing(tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+SHARES = """
+#include "threads.hpp"
+#include <cstdlib>
+#include <sys/wait.h>
+
+// As often as asked, blocks that write a number each: all must be there, whoever did them.
+static bool share(int rounds) {
+    bool right = true;
+    for (int round = 0; round < rounds; round++) {
+        std::vector<int64_t> done(round % 23, -1);
+        gpmlp::Pool::share(done.size(), round % 5, [&](int64_t block) { done[block] = block * round; });
+        for (std::size_t block = 0; block < done.size(); block++) right &= done[block] == int64_t(block) * round;
+    }
+    return right;
+}
+
+int main() {
+    bool right = share(3000), others[2];
+    std::thread first([&] { others[0] = share(1000); }), second([&] { others[1] = share(1000); });
+    first.join(), second.join();
+    try {
+        gpmlp::Pool::share(20, 3, [](int64_t block) { if (block == 7) throw std::bad_alloc(); });
+        right = false;
+    } catch (const std::bad_alloc &) {
+    }
+    const pid_t child = fork();
+    if (!child) _exit(!share(100));
+    int status = 1;
+    waitpid(child, &status, 0);
+    return !(right && others[0] && others[1] && share(100) && status == 0);
+}
+"""
+
+
+@pytest.mark.parametrize("sanitizer", ["none", pytest.param("thread", marks=pytest.mark.slow)])
+def test_threads_share_all_blocks(tmp_path, sanitizer):
+    """Of callers one after another, two at once, in a process that was forked, and where a block fails; without races."""
+    (tmp_path / "shares.cpp").write_text(SHARES)
+    flags = ["-std=c++17", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{PACKAGE / 'native/src'}"]
+    if sanitizer != "none":
+        flags.append(f"-fsanitize={sanitizer}")
+    subprocess.run(["g++", *flags, "shares.cpp", "-o", "shares"], cwd=tmp_path, check=True)
+    run = subprocess.run(
+        [tmp_path / "shares"], env={"TSAN_OPTIONS": "die_after_fork=0"}, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
