@@ -15,6 +15,12 @@ from gpmlp.core import errors, units
 from gpmlp.core.structures import Structures
 
 KINDS = ("energies", "forces", "stresses")
+ISOLATED = "isolated_atom"  # config_type of isolated atoms
+
+
+def is_isolated_atom(config_type: str) -> bool:
+    """Whether a config_type marks isolated atoms: isolated_atom, IsolatedAtom, ..."""
+    return config_type.lower().replace("_", "") == ISOLATED.replace("_", "")
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,14 +18,13 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.findings import Finding, Severity, warn_of
-from gpmlp.core.quantities import Prediction, Targets
+from gpmlp.core.quantities import ISOLATED, Prediction, Targets, is_isolated_atom
 from gpmlp.core.structures import Structures
 from gpmlp.io import extxyz, label_names, labels, structure_files
 from gpmlp.io.files import atomic_write
 from gpmlp.io.frames import Frame
 from gpmlp.io.structure_files import Paths, Progress
 from gpmlp.io.zero_labels import without_false_zeros
-from gpmlp.potential.baselines import ISOLATED, is_isolated_atom
 
 ELECTRONIC = {"magnetic_moments": "initial_magmoms", "charges": "initial_charges"}  # of Structures: ASE's arrays
 Keys = Mapping[str, str | Sequence[str]]

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from gpmlp.core import errors, neighbors, units
 from gpmlp.core.neighbors import Neighbors
-from gpmlp.core.quantities import Prediction, Targets
+from gpmlp.core.quantities import Prediction, Targets, is_isolated_atom
 from gpmlp.core.structures import Structures
 
 RANK = 1e-9  # of the largest singular value of compositions: below, a direction is open
-ISOLATED = "isolated_atom"  # config_type of isolated atoms
 LEAST_OPEN = 1.0  # eV, by which the energy of an element may be off where total energies are about zero
 
 
@@ -131,11 +130,6 @@ def open_directions(structures: Structures, targets: Targets) -> tuple[dict[int,
     lower = torch.linalg.cholesky(null.T @ (null / prior[:, None] ** 2))
     directions = torch.linalg.solve_triangular(lower, null.T, upper=False)
     return tuple(dict(zip(species, d, strict=True)) for d in directions.tolist())
-
-
-def is_isolated_atom(config_type: str) -> bool:
-    """Whether a config_type marks isolated atoms: isolated_atom, IsolatedAtom, ..."""
-    return config_type.lower().replace("_", "") == ISOLATED.replace("_", "")
 
 
 # universal screening function: Ziegler, Biersack, Littmark, The Stopping and Range of Ions in Matter (1985)

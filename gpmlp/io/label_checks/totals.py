@@ -18,11 +18,11 @@ from torch import Tensor
 
 from gpmlp.core.errors import chemical_symbol
 from gpmlp.core.findings import Finding, Severity
-from gpmlp.core.quantities import Targets
+from gpmlp.core.quantities import Targets, is_isolated_atom
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import HARTREE
 from gpmlp.io.label_checks.units import ENERGY_UNITS
-from gpmlp.potential.baselines import IsolatedAtoms, is_isolated_atom
+from gpmlp.potential.baselines import IsolatedAtoms
 
 BINDING = (-20.0, 10.0)  # eV/atom: no bound or strongly compressed structure lies outside
 ATOMS_DIFFER, ATOMS_CONTRADICT = 1e-3, 0.05  # eV
