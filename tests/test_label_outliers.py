@@ -53,7 +53,7 @@ def test_right_labels_are_left_alone(data):
     robust = gpmlp.fit(structures, targets, Recipe(**SMALL, robust=True))
     for potential, report in (plain, robust):
         assert not [f for f in report.findings if f.kind.startswith("label-outlier")]
-        assert not find_label_outliers(potential, structures, targets)
+        assert not find_label_outliers(potential, structures, targets, potential(structures))
     assert plain[1].noise == robust[1].noise and plain[1].rows == robust[1].rows
 
 
@@ -108,6 +108,24 @@ def test_kinds_that_a_fit_gives_up_as_noise(data, change, kind, words):
     named = {"energies": "energies-against-forces", "stresses": "stresses-against-energies"}[kind]
     (found,) = [f for f in report.findings if f.kind == named]
     assert found.severity == "error" and words in found.message, report.findings
+
+
+def test_stresses_in_the_order_of_another_code(data):
+    """VASP's xx yy zz xy yz zx read as xx yy zz yz xz xy, in the frames of one config_type, is named; labels that are right are not."""
+    structures, targets, *_ = data
+    kinds = tuple("a" if i % 2 else "b" for i in range(len(structures)))
+    right = replace(targets, config_types=kinds)
+    _, report = gpmlp.fit(structures, right, Recipe(**SMALL))
+    assert not [f for f in report.findings if f.kind == "stress-components-exchanged"]
+    stresses = targets.stresses.clone()
+    for i in (i for i, kind in enumerate(kinds) if kind == "a"):
+        (xy, xz, yz) = (targets.stresses[i, a, b] for a, b in ((0, 1), (0, 2), (1, 2)))
+        for (a, b), value in zip(((1, 2), (0, 2), (0, 1)), (xy, yz, xz), strict=True):
+            stresses[i, a, b] = stresses[i, b, a] = value
+    _, report = gpmlp.fit(structures, replace(right, stresses=stresses), Recipe(**SMALL))
+    (found,) = [f for f in report.findings if f.kind == "stress-components-exchanged"]
+    assert found.frames == tuple(n for n, kind in zip(structures.names, kinds, strict=True) if kind == "a")
+    assert "(a) have as yz, xz, xy of their stresses seems to be xy, yz, xz" in found.message, found.message
 
 
 def test_isolated_atoms_of_another_reference_are_left_out(data):

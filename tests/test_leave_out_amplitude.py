@@ -1,4 +1,4 @@
-"""Leaving structures out by algebra equals fitting without them, and gives the amplitude of what the inducing set misses."""
+"""Structures left out give the amplitude of what the inducing set misses, that of fits without them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import gpmlp
-from gpmlp.fitting import regression, variance_checks
-from gpmlp.fitting.left_out import leave_one_out
+from gpmlp.fitting import left_out, regression
+from gpmlp.fitting.fit import AMPLITUDE_ATOMS
 from gpmlp.gp import inducing, posterior
 from gpmlp.gp.posterior import FIXED
 from gpmlp.potential.evaluation import evaluate
@@ -27,24 +27,24 @@ def silicon():
 
 @pytest.fixture(scope="module")
 def caught(silicon):
-    """The arguments with which a fit asks for the amplitude, and the potential that it gives."""
+    """The arguments with which a fit leaves structures out, what it gets, and the potential that it gives."""
     recipe = Recipe.model_validate(
         {"descriptor": {"n_max": 5, "l_max": 3, "cutoff": 4.5}, "inducing": {"n": 60, "gradients": 1},
          "calibration": False, "novelty": False, "variance": {"columns": 400}}
     )  # fmt: skip
     seen = []
-    original = variance_checks.leave_out_amplitude
-    variance_checks.leave_out_amplitude = lambda *arguments: seen.append(arguments) or original(*arguments)
+    original = left_out.predict_left_out
+    left_out.predict_left_out = lambda *arguments: seen.append((arguments, original(*arguments))) or seen[-1][1]
     try:
         potential, _ = gpmlp.fit(*silicon, recipe)
     finally:
-        variance_checks.leave_out_amplitude = original
-    return seen[0], potential
+        left_out.predict_left_out = original
+    return *seen[0], potential
 
 
 def without(arguments, i):
     """Errors and open variances of the forces of structure i, from a posterior that never saw its labels."""
-    potential, models, learned, _, structures, remaining, *_ = arguments
+    potential, models, learned, _, structures, _, remaining, *_ = arguments
     lowers = [low for m in models for low in m.lowers]
     rows: dict[str, list[torch.Tensor]] = {}
     for k in range(len(structures)):
@@ -63,40 +63,20 @@ def without(arguments, i):
     return error, left.square().sum(1)
 
 
-@pytest.mark.parametrize("i", [3, 17])
-def test_leaving_out_is_learning_without(caught, i):
-    arguments, _ = caught
-    potential, models, learned, solved, structures, remaining, *_ = arguments
-    assert potential.variances.n_columns == potential.variances.of_fit
-    rows = regression.labelled_rows(models, structures.select([i]), remaining.select(structures, [i]))
-    residuals = {kind: r[:, -1] - r[:, :-1] @ solved.weights for kind, r in rows.items()}
-    error, variance = (
-        found["forces"]
-        for found in leave_one_out(
-            {k: r[:, :-1] for k, r in rows.items()}, residuals, potential.variances, learned.noise
-        )
-    )
-    expected, spread = without(arguments, i)
-    assert error.abs().max() > 1.05 * residuals["forces"].abs().max()  # what was learned from is nearer
-    torch.testing.assert_close(error, expected, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(variance, spread, rtol=1e-6, atol=1e-12)
-
-
 def test_the_amplitude_is_the_most_likely(caught, silicon):
     """On all structures that are left out, refitted one by one, no other size of the missing part is more likely."""
-    arguments, potential = caught
-    raw, _, learned, _, structures, remaining, _, seed = arguments
-    chosen = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed)).tolist()
-    errors, missed, rest, atoms = [], [], [], 0
-    for i in chosen:
-        atoms += int(structures.counts[i])
-        if atoms > variance_checks.ATOMS:
-            break
+    arguments, predicted, potential = caught
+    raw, learned, structures, chosen = arguments[0], arguments[2], arguments[4], arguments[7]
+    assert raw.variances.n_columns == raw.variances.of_fit and structures.counts[chosen].sum() <= AMPLITUDE_ATOMS
+    errors, missed, rest = [], [], []
+    for k, i in enumerate(chosen):
         error, spread = without(arguments, i)
-        seen = ~remaining.select(structures, [i]).forces.isnan().flatten()
+        mine = slice(*(predicted.structures.offsets[k : k + 2].tolist()))
+        seen = predicted.prediction.forces_variance.inducing[mine].isfinite().flatten()
+        assert seen.sum() == 3 * min(left_out.FORCE_ATOMS, len(seen) // 3)
         found = raw(structures.select([i]), variance="forces", form="dtc", calibrated=False).forces_variance
-        errors.append(error), missed.append(found.inducing.flatten()[seen])
-        rest.append(spread + learned.noise["forces"] ** 2)
+        errors.append(error[seen]), missed.append(found.inducing.flatten()[seen])
+        rest.append(spread[seen] + learned.noise["forces"] ** 2)
     errors, missed, rest = (torch.cat(x) for x in (errors, missed, rest))
 
     def value(w):
@@ -112,7 +92,7 @@ def test_the_amplitude_is_the_most_likely(caught, silicon):
 
 def test_forms(caught, silicon):
     """`scaled` has the amplitude, `dtc` has not."""
-    _, potential = caught
+    *_, potential = caught
     some = silicon[0].select([5, 9])
     found = {f: potential(some, variance="all", form=f, calibrated=False) for f in ("scaled", "dtc")}
     for name in ("energies_variance", "atom_energies_variance", "forces_covariance", "stresses_covariance"):
@@ -129,7 +109,7 @@ def test_calibration_does_not_depend_on_it(silicon, monkeypatch):
     structures, targets = silicon
     recipe = Recipe.model_validate({"descriptor": {"n_max": 4, "l_max": 2, "cutoff": 4.0}, "inducing": {"n": 30}})
     one, _ = gpmlp.fit(structures, targets, recipe)
-    monkeypatch.setattr(variance_checks, "leave_out_amplitude", lambda *_: 1.0)
+    monkeypatch.setattr(left_out.LeftOut, "amplitude", lambda *_: 1.0)
     other, _ = gpmlp.fit(structures, targets, recipe)
     assert one.variances.amplitude != 1.0
     some = structures.select([2, 9])

@@ -74,6 +74,13 @@ def test_left_out_is_not_learned(caught, i, near):
         torch.testing.assert_close(getattr(found.prediction, kind), getattr(truth, kind), rtol=1e-6, atol=size)
     assert torch.allclose(found.prediction.energies_variance.data, truth.energies_variance.data, rtol=1e-6)
     assert torch.allclose(found.prediction.forces_variance.data, truth.forces_variance.data, rtol=1e-5, atol=1e-12)
+    for kind, n in (("energies", 1), ("forces", left_out.FORCE_ATOMS), ("stresses", 1)):
+        got, expected = (getattr(p, f"{kind}_variance") for p in (found.prediction, truth))
+        known = got.inducing.isfinite()
+        assert known.sum() == known[0].numel() * min(n, len(known))
+        for part in ("inducing", "misspecification", "noise"):
+            a, b = getattr(got, part)[known], getattr(expected, part)[known]
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-9), (kind, part)
     assert torch.allclose(found.prediction.stresses_variance.data, truth.stresses_variance.data, rtol=1e-5, atol=1e-14)
 
 

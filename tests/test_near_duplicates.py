@@ -16,7 +16,7 @@ from conftest import labelled
 
 import gpmlp
 from gpmlp.descriptors import make_descriptor
-from gpmlp.fitting import calibrate, near_duplicates, regression, variance_checks
+from gpmlp.fitting import calibrate, left_out, near_duplicates, regression
 from gpmlp.fitting.near_duplicates import IndependentGroups, find_groups
 from gpmlp.gp.energy_noise import LeftOutEnergies
 from gpmlp.io.ase_atoms import from_ase
@@ -192,19 +192,19 @@ def test_the_amplitude_leaves_out_what_is_near():
     frames = rattled(30, seed=4)
     recipe = Recipe(inducing={"n": 60, "gradients": 2}, calibration=False, novelty=False)
     errors = {}
-    original = variance_checks.leave_one_out
+    original = left_out.predict_left_out
 
     for name, groups in (("known", find_groups), ("blind", lambda s, *_: IndependentGroups.of_one(len(s)))):
         seen: list[torch.Tensor] = []
 
-        def spy(rows, residuals, model, noise, seen=seen):
-            out = original(rows, residuals, model, noise)
-            seen.append(out[0]["forces"][:12])
-            return out
+        def spy(*arguments, seen=seen):
+            found = original(*arguments)
+            seen.append(found.targets.forces - found.prediction.forces)
+            return found
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(near_duplicates, "find_groups", groups)
-            patch.setattr(variance_checks, "leave_one_out", spy)
+            patch.setattr(left_out, "predict_left_out", spy)
             gpmlp.fit(*from_ase([labelled(f) for f in [*frames, *twins(frames)]]), recipe)
         errors[name] = float(torch.cat(seen).square().mean().sqrt())
     assert errors["known"] > 2 * errors["blind"]

@@ -40,12 +40,14 @@ LEFT_OUT = "left out of the training set in turn, several of each config_type; l
 HOW = "predicted before they were learned from, in the order in which they came (prequential)"
 
 FEWEST = 20  # structures; of fewer none is set aside
+FEWEST_LEFT_OUT = 5  # structures whose left-out errors say how large others are
 ENOUGH_HELD = 10  # structures that are set aside at least,
 LARGEST_SHARE = 1 / 3  # up to that share
 LEAST_FREEDOM = 3.0  # below it a new error would have no variance
 ENOUGH = 100  # errors of a kind from which weights of the parts of its variance are learned
 FEW = 30  # from which the constant part is weighed against the others for a kind of its own
 LEAST = 1e-6  # weight of the constant part, a thousandth of its std: where symmetry leaves nothing else, labels are still not exact
+AT_REST = 1e-4  # of the rms force: a smaller vector is none; those of moving atoms are that small one time in 10¹²
 TYPICAL = 0.9  # quantile of the novelty beyond which standard deviations grow with it
 LEAST_NOVELTY = 1e-3  # that is called typical
 REMOVED = 1e-4  # of the size of forces: a net force below it was subtracted
@@ -115,16 +117,40 @@ def _keep_every_species(structures: Structures, held: Tensor) -> None:
             held[with_it[0]] = False
 
 
-def left_out_calibration(left_out: LeftOut) -> Calibration:
+def left_out_calibration(left_out: LeftOut, at_rest: float | None = None) -> Calibration:
     """Calibration from structures predicted without their labels, standard deviations and intervals larger by √(n / (n - 2)).
 
     Errors within a structure depend on each other, so n structures count as n errors; the variance of so many is uncertain itself, and
     a new error is distributed as Student's t.
+
+    Args:
+        at_rest: scatter of force labels where symmetry forbids a force, if known better than from these structures (scatter_at_rest).
     """
     learned = learn_calibration(left_out.prediction, left_out.structures, left_out.targets, LEFT_OUT)
     n = max(len(left_out.structures), LEAST_FREEDOM)
     kinds = {name: kind.scale_by((n / (n - 2)) ** 0.5) if kind.n else kind for name, kind in learned.kinds.items()}
+    if kinds["forces"].n and at_rest is not None:
+        kinds["forces"] = replace(kinds["forces"], forbidden=at_rest)
     return replace(learned, kinds=kinds)
+
+
+def scatter_at_rest(targets: Targets, forces: Tensor) -> float | None:
+    """Root mean square of the errors of force labels on atoms at which the model has none, as it does where symmetry forbids them.
+
+    Few structures may have such atoms, and labels of few of these scatter (some calculations use the symmetry, some do not), so it takes
+    all training structures to know.
+
+    Args:
+        forces: (atoms, 3) predicted.
+
+    Returns:
+        eV/A; None where there are fewer than FEW such atoms.
+    """
+    known = ~targets.forces.isnan().any(1)
+    size = targets.forces[known].square().mean().sqrt()
+    still = known & (forces.norm(dim=1) < AT_REST * size)
+    errors = (targets.forces - forces)[still]
+    return errors.square().mean().sqrt().item() if len(errors) >= FEW else None
 
 
 def learn_calibration(raw: Prediction, structures: Structures, targets: Targets, how: str) -> Calibration:

@@ -15,12 +15,12 @@ from gpmlp.core import parallel
 from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.errors import chemical_symbol
 from gpmlp.core.findings import Finding
-from gpmlp.core.quantities import Targets
-from gpmlp.core.structures import Structures, chunk_structures
+from gpmlp.core.quantities import Prediction, Targets
+from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.descriptors import make_descriptor
-from gpmlp.fitting import calibrate, left_out, near_duplicates, prepare, regression, variance_checks
+from gpmlp.fitting import calibrate, label_outliers, left_out, near_duplicates, prepare, regression, variance_checks
 from gpmlp.fitting.cost import expected_cost
-from gpmlp.fitting.label_outliers import LabelOutliers, contradicted_kinds, find_label_outliers, noise_finding
+from gpmlp.fitting.label_outliers import LabelOutliers
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
@@ -39,7 +39,8 @@ from gpmlp.uncertainty.residuals import force_label_noise
 
 PASS_ATOMS = 128  # atoms of a chunk of rows
 FEW_COLUMNS = 1000  # up to which the evidence is faster on one core
-LEFT_OUT = 2  # atoms that are left out in turn for the calibration, times those that may be set aside
+LEFT_OUT = 3  # atoms that are left out in turn for the calibration, times those that may be set aside
+AMPLITUDE_ATOMS = 400  # of structures left out where there is no calibration
 ROBUST_ROUNDS = 3  # of leaving out what the last fit says is wrong
 SAMPLE_BYTES = 16 << 20  # of features of one species to which novelty is fitted
 
@@ -103,20 +104,22 @@ def _fit_once(
         learned = learned.joined(*trained.held)
     stages.begin("posterior")
     solved = posterior.solve_posterior(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
-    potential = replace(_potential(data, trained, learned, solved.weights), provenance=dict(provenance or {}))
-    if len(judged):
+    potential = replace(_potential(data, trained, learned, solved), provenance=dict(provenance or {}))
+    parts = list(chunk_structures(data.structures, CHUNK_ATOMS))
+    again = Prediction.concatenate(parallel.map_pieces(lambda part: potential(part), parts))
+    if potential.variances is not None:
         stages.begin("calibration")
-        potential = replace(potential, calibration=_calibration(data, potential, models, learned, solved, judged))
-    potential = _with_amplitude(data, potential, models, learned, solved)
+        potential = _calibrated(data, potential, models, learned, solved, judged, again.forces)
     compared = data.structures.select(judged if len(judged) else fitted)
     subset = variance_checks.subset_error(potential, models, learned.signal, solved.factor, compared, data.recipe.seed)
-    wrong = find_label_outliers(potential, data.structures, data.labels)
+    wrong = label_outliers.find_label_outliers(potential, data.structures, data.labels, again)
     numbers = _numbers(data, trained, learned, solved)
     found = [
         *data.findings,
         *replace(wrong, energies=wrong.energies & ~data.failed).findings(data.structures),
-        *contradicted_kinds(data.structures, wrong, data.findings),
-        *noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
+        *label_outliers.contradicted_kinds(data.structures, wrong, data.findings),
+        *label_outliers.exchanged_shears(data.structures, data.labels, again),
+        *label_outliers.noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
     ]
     errors = None
     if validation is not None:
@@ -192,18 +195,18 @@ class _Data:
         return _Data(recipe, structures, trusted, remaining, base, shortest, noise, given, groups, findings, learned)
 
 
-def _potential(data: _Data, trained: _Trained, learned: WhitenedData, weights: Tensor) -> Potential:
-    """The potential of these weights, not calibrated."""
+def _potential(data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior) -> Potential:
+    """The potential of this posterior, not calibrated."""
     variances = None
     if data.recipe.variance is not False:
         most = data.recipe.variance.at_most(len(learned.signal))
-        factor, subset = regression.variance_factor(trained.models, learned, most)
+        factor, subset = regression.variance_factor(trained.models, learned, solved, most)
         constant = data.constant | regression.label_scatter(trained.parameters, learned.noise)
         variances = regression.variance_model(
             trained.models, learned.signal, factor, constant, learned.label_noise, subset
         )
     return Potential(
-        regression.make_terms(trained.models, weights),
+        regression.make_terms(trained.models, solved.weights),
         data.baselines,
         data.structures.distinct_species,
         data.recipe,
@@ -213,39 +216,36 @@ def _potential(data: _Data, trained: _Trained, learned: WhitenedData, weights: T
     )
 
 
-def _with_amplitude(
-    data: _Data,
-    potential: Potential,
-    models: list[InducingModel],
-    learned: WhitenedData,
-    solved: SparsePosterior,
-) -> Potential:
-    """With the amplitude of what inducing variables miss, by leaving structures out."""
-    if potential.variances is None:
-        return potential
-    about = data.structures, data.remaining, data.groups, data.recipe.seed
-    share = variance_checks.leave_out_amplitude(potential, models, learned, solved, *about)
-    variances = replace(potential.variances, amplitude=share)
-    return replace(potential, variances=variances, calibration=potential.calibration.with_amplitude(share))
-
-
-def _calibration(
+def _calibrated(
     data: _Data,
     potential: Potential,
     models: list[InducingModel],
     learned: WhitenedData,
     solved: SparsePosterior,
     aside: Tensor,
-) -> Calibration:
-    """From structures left out in turn with what is near them, those set aside (`aside`) before others."""
-    assert data.recipe.calibration is not False, "structures were set aside"
-    labels, groups = (data.structures, data.targets), data.groups
-    atoms, seed = LEFT_OUT * data.recipe.calibration.atoms, data.recipe.seed
-    chosen = left_out.choose_left_out(*labels, aside, atoms, seed, groups.leaders)
+    forces: Tensor,
+) -> Potential:
+    """With the amplitude of what inducing variables miss, and calibrated if that is wanted.
+
+    Both come from structures left out in turn with what is near them, those set aside (`aside`) before others.
+
+    Args:
+        forces: of all structures, by the fit.
+    """
+    wanted, groups, seed = data.recipe.calibration, data.groups, data.recipe.seed
+    atoms = LEFT_OUT * wanted.atoms if wanted else AMPLITUDE_ATOMS
+    chosen = left_out.choose_left_out(data.structures, data.targets, aside, atoms, seed, groups.leaders)
     near = dict(zip(groups.leaders.tolist(), groups.near, strict=True))
-    about = *labels, data.remaining
+    about = data.structures, data.targets, data.remaining
     predicted = left_out.predict_left_out(potential, models, learned, solved, *about, chosen, near)
-    return Calibration.identity() if predicted is None else calibrate.left_out_calibration(predicted)
+    if predicted is None or potential.variances is None:
+        return potential
+    share = predicted.amplitude(learned.noise.get("forces", 0.0))
+    calibration = Calibration.identity()
+    if wanted and len(chosen) >= calibrate.FEWEST_LEFT_OUT:
+        calibration = calibrate.left_out_calibration(predicted, calibrate.scatter_at_rest(data.targets, forces))
+    variances = replace(potential.variances, amplitude=share)
+    return replace(potential, variances=variances, calibration=calibration.with_amplitude(share))
 
 
 def _validation_errors(potential: Potential, structures: Structures, targets: Targets, energies: bool) -> ErrorTable:

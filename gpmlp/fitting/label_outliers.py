@@ -1,11 +1,13 @@
-"""Labels that a fit says are wrong: residuals far beyond all others, of energies by leaving each out, of forces atom by atom."""
+"""Labels that a fit says are wrong: residuals far beyond all others, kinds that it cannot follow, stresses in another order."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +38,8 @@ BEYOND_NOISE = 4.0  # training error over learned noise
 UNFOLLOWED, CORRELATED, SLOPES = 1.1, 0.8, (0.5, 2.0)
 TELLING = 0.3  # correlation of which a slope says something about signs and units
 SMALLEST_UNFOLLOWED = {"energies": 5e-3, "stresses": 2e-3}  # eV/atom, eV/A^3: errors that may be anything
+OFF_DIAGONAL = {"yz": (1, 2), "xz": (0, 2), "xy": (0, 1)}
+EXCHANGED, MOST = 0.5, 2 / 3  # of the error, in another order; of the frames that then agree better
 ADVICE = (
     "The label is wrong, or the model misses such frames: compute it again, or fit with --robust (recipe: robust: true), "
     "which leaves it out."
@@ -152,15 +156,18 @@ def _farthest(which: Tensor, residuals: Tensor) -> list[int]:
     return index[residuals[index].abs().argsort(descending=True, stable=True)].tolist()
 
 
-def find_label_outliers(potential: Potential, structures: Structures, targets: Targets) -> LabelOutliers:
+def find_label_outliers(
+    potential: Potential, structures: Structures, targets: Targets, prediction: Prediction
+) -> LabelOutliers:
     """Labels of the training data whose residuals are far beyond the others.
 
     The scatter is the root mean square of the 90 % smallest residuals, as a normal distribution has it: what is wrong does not enter.
     Of the energies with the largest residuals r the leave-one-out residual r / (1 - c / σ²) decides, with c the posterior variance and
     σ² the noise (Rasmussen & Williams 2006, section 5.4.2).
+
+    Args:
+        prediction: of these structures by the potential.
     """
-    parts = list(chunk_structures(structures, CHUNK_ATOMS))
-    prediction = Prediction.concatenate(parallel.map_pieces(lambda part: potential(part), parts))
     energies = ((targets.energies - prediction.energies) / structures.counts).double().cpu()
     forces = (targets.forces - prediction.forces).norm(dim=1).double().cpu()
     types = {label: k for k, label in enumerate(dict.fromkeys(targets.config_types))}
@@ -268,6 +275,39 @@ def _contradicted_energies(structures: Structures, energies: Agreement) -> Findi
     )
     numbers = {"error_eV_per_atom": energies.error, "scatter_eV_per_atom": energies.scatter, "slope": energies.slope}
     return Finding("energies-against-forces", "error", text, (), numbers, work.ADVICE)
+
+
+def exchanged_shears(structures: Structures, targets: Targets, prediction: Prediction) -> list[Finding]:
+    """Config_types whose off-diagonal stresses agree with the fit in another order: codes differ in it (VASP has xx yy zz xy yz zx).
+
+    Forces and energies decide about the fit, so it tells; if there are none, or too few, nothing is found.
+    """
+    rows, columns = zip(*OFF_DIAGONAL.values(), strict=True)
+    labels, fitted = (s[:, rows, columns].double().cpu() for s in (targets.stresses, prediction.stresses))
+    known = ~(labels.isnan() | fitted.isnan()).any(1)
+    orders, out = list(itertools.permutations(range(3))), []
+    for name in dict.fromkeys(targets.config_types):
+        members = known & torch.tensor([label == name for label in targets.config_types])
+        frames = members.nonzero()[:, 0].tolist()
+        squares = torch.stack([(fitted[members] - labels[members][:, order]).square().mean(1) for order in orders])
+        if len(frames) < FEWEST:
+            continue
+        error = squares.mean(1).sqrt()
+        best = int(error.argmin())
+        most = (squares[best] < squares[0]).double().mean() > MOST
+        if error[best] > EXCHANGED * error[0] or error[0] < SMALLEST_UNFOLLOWED["stresses"] or not most:
+            continue
+        words = ", ".join(OFF_DIAGONAL), ", ".join(list(OFF_DIAGONAL)[k] for k in np.argsort(orders[best]))
+        numbers = {"error_GPa": float(error[0]) / GPA, "error_in_that_order_GPa": float(error[best]) / GPA}
+        text = (
+            f"what these frames{f' ({name})' if name else ''} have as {words[0]} of their stresses seems to be {words[1]}: "
+            f"the fit then misses off-diagonal stresses by {float(error[best]) / GPA:.2g} GPa rms, "
+            f"and by {float(error[0]) / GPA:.2g} as they are."
+        )
+        advice = "Put the components in order (ASE: xx yy zz yz xz xy), or leave stresses out (use_stresses: false)."
+        names = tuple(structures.names[i] for i in frames)
+        out.append(Finding("stress-components-exchanged", "warning", text, names, numbers, advice))
+    return out
 
 
 def noise_finding(

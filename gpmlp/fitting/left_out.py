@@ -7,6 +7,7 @@ variables and hyperparameters stay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,17 +18,23 @@ from torch import Tensor
 from gpmlp.core import parallel, units
 from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import KINDS, Prediction, Targets, Variance
-from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
+from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.gp import likelihood
-from gpmlp.gp.posterior import FIXED, SparsePosterior
-from gpmlp.gp.variance import VarianceModel
+from gpmlp.gp.covariances import CovarianceRows
+from gpmlp.gp.posterior import SparsePosterior
+from gpmlp.gp.variance import ByDescriptor, VarianceModel, VarianceRequest, WhitenedRows
 from gpmlp.potential import baselines
 from gpmlp.potential.potential import Potential
+from gpmlp.uncertainty import residuals
+from gpmlp.uncertainty.variance_weights import fit_variance_weights
 
 EACH = 8  # structures of each config_type that come first, those set aside before others
 NEAR_ATOMS = 600  # of a structure and those near it, which are left out together
+FORCE_ATOMS = 16  # of a structure, whose force variances are computed: its errors depend on each other
+PART_ATOMS = 128  # of structures whose rows are made together
+ENOUGH = 100  # forces from which the amplitude is learned
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +48,27 @@ class LeftOut:
     structures: Structures
     targets: Targets
     prediction: Prediction
+
+    def amplitude(self, noise: float) -> float:
+        """The w under which forces are most likely: var = w [k_gg - k_gu K_uu⁻¹ k_ug] + data + noise².
+
+        DTC's evidence chooses the signal variance at the inducing variables, for which it has data; what lies between them is noise
+        to it, and mostly far smaller than this signal variance implies.
+
+        Args:
+            noise: of forces in the fit, eV/A; those with a noise of their own do not count.
+
+        Returns:
+            w; 1 where there are less than ENOUGH forces.
+        """
+        if self.prediction.forces_covariance is None:
+            return 1.0
+        errors, parts, _ = residuals.split_residuals("forces", self.structures, self.targets, self.prediction)
+        common = self.targets.forces_noise.flatten().isnan() & ~errors.isnan() & parts.isfinite().all(1)
+        if int(common.sum()) < ENOUGH:
+            return 1.0
+        missed, opened, _ = parts[common].unbind(1)
+        return float(fit_variance_weights(errors[common], missed[:, None], opened + noise**2))
 
 
 def choose_left_out(
@@ -93,118 +121,162 @@ def predict_left_out(
         targets, remaining: labels of `structures`, and the same less the baselines.
         near: for some structures, others whose labels are left out with theirs (near-duplicates).
     """
-    every = regression.variance_model(models, learned.signal, solved.factor)
-    near = near or {}
-
-    def leave_out(i: int) -> tuple[int, Structures, Targets, dict[str, Tensor], dict[str, Tensor]]:
-        # of a long trajectory the frames next to it matter most
-        others = sorted((near[i].tolist() if i in near else [i]), key=lambda j: abs(j - i))
-        others = others[: max(1, int((structures.counts.cpu()[others].cumsum(0) <= NEAR_ATOMS).sum()))]
-        members = structures.select(others), remaining.select(structures, others)
-        return i, *members, *_errors(potential.variance_model(), models, every, learned, solved, *members)
-
-    def predict(part: Structures) -> Prediction:
-        return potential(part, KINDS, potential.novelty is not None, calibrated=False)
-
-    found = parallel.map_pieces(leave_out, list(chosen))
-    if not found:
+    if not chosen:
         return None
-    indices = [one[0] for one in found]
-    here, labels = structures.select(indices), targets.select(structures, indices)
-    pieces = parallel.map_pieces(predict, list(chunk_structures(here, CHUNK_ATOMS)))
-    raw = Prediction.concatenate(pieces)
-    each = [
-        _replaced(raw.select(here, [k]), labels.select(here, [k]), members, known, error, variance)
-        for k, (_, members, known, error, variance) in enumerate(found)
-    ]
-    return LeftOut(here, labels, Prediction.concatenate(each))
+    near = near or {}
+    wanted: dict[str, Any] = {kind: bool(getattr(remaining, kind).isfinite().any()) for kind in KINDS}
+    request = VarianceRequest(**wanted)
+    own = potential.variance_model()
+    every = regression.variance_model(models, learned.signal, solved.factor)
+    # of a subset of the columns come the variances, the errors of all
+    used = [every] if own.n_columns == own.of_fit else [every, own]
+
+    def standard(model: VarianceModel, indices: Sequence[int], given: ByDescriptor = ()) -> _StandardLabels:
+        part = structures.select(indices)
+        environments = given or [StructureEnvironments.from_structures(m.descriptor, part) for m in models]
+        rows = model.covariance_rows(part, environments, request.forces, request.stresses)
+        weights = solved.weights if model is every else None
+        return _StandardLabels.make(
+            model.whitened(rows), rows, part, remaining.select(structures, indices), learned.noise, weights
+        )
+
+    def leave_out(part: Sequence[int]) -> Prediction:
+        here = structures.select(part)
+        environments = [StructureEnvironments.from_structures(m.descriptor, here) for m in models]
+        labels = [standard(model, part, environments) for model in used]
+        error, variance = solved.weights.new_full((2, 7 * len(here) + 3 * here.n_atoms), torch.nan)
+        for k, i in enumerate(part):
+            others = _others_near(structures, i, near)
+            more = [standard(model, others) if others else None for model in used]
+            found = [a.left_out(k, b) for a, b in zip(labels, more, strict=True)]
+            place = found[0][0]
+            error[place], variance[place] = found[0][1], found[-1][2]
+        atoms = [here.offsets[k] + _some_atoms(here.select([k]), i) for k, i in enumerate(part)]
+        asked = replace(request, atoms=torch.cat(atoms))
+        spread: dict[str, Any] = dict(own(here, environments, asked, labels[-1].rows))
+        raw = replace(potential(here, novelty=potential.novelty is not None, environments=environments), **spread)
+        return _replaced(raw, targets.select(structures, part), error, variance)
+
+    found = parallel.map_pieces(leave_out, _parts(structures, chosen))
+    return LeftOut(structures.select(chosen), targets.select(structures, chosen), Prediction.concatenate(found))
 
 
-def _errors(
-    own: VarianceModel,
-    models: Sequence[InducingModel],
-    every: VarianceModel,
-    learned: WhitenedData,
-    solved: SparsePosterior,
-    structures: Structures,
-    targets: Targets,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By kind of rows, errors (label - prediction) of a posterior without these labels, and variances due to the data by `own`."""
-    environments = [StructureEnvironments.from_structures(m.descriptor, structures) for m in models]
-    rows = regression.labelled_rows(models, structures, targets, environments=environments)
-    residuals = {kind: r[:, -1] - r[:, :-1] @ solved.weights.to(r) for kind, r in rows.items()}
-    error, variance = leave_one_out({k: r[:, :-1] for k, r in rows.items()}, residuals, every, learned.noise)
-    if own.n_columns < own.of_fit:
-        rows = regression.labelled_rows(models, structures, targets, own.blocks, environments)
-        _, variance = leave_one_out({k: r[:, :-1] for k, r in rows.items()}, residuals, own, learned.noise)
-    return error, variance
+def _parts(structures: Structures, chosen: Sequence[int]) -> list[list[int]]:
+    """Structures of about PART_ATOMS atoms together."""
+    parts: list[list[int]] = []
+    counts, total = structures.counts.tolist(), 0
+    for i in chosen:
+        total = total + counts[i] if parts else PART_ATOMS + 1
+        if total > PART_ATOMS:
+            parts.append([])
+            total = counts[i]
+        parts[-1].append(i)
+    return parts
 
 
-def leave_one_out(
-    rows: dict[str, Tensor], residuals: dict[str, Tensor], model: VarianceModel, noise: dict[str, float]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By kind, errors (label - prediction) Σ (Σ - C)⁻¹ r and posterior variances Σ (Σ - C)⁻¹ C of a fit to the other data.
+def _others_near(structures: Structures, i: int, near: dict[int, Tensor]) -> list[int]:
+    """The others that are left out with structure i: of a long trajectory the frames next to it, which matter most."""
+    order = sorted((near[i].tolist() if i in near else [i]), key=lambda j: abs(j - i))
+    together = max(1, int((structures.counts.cpu()[order].cumsum(0) <= NEAR_ATOMS).sum()))
+    return [j for j in order[:together] if j != i]
+
+
+def _some_atoms(structures: Structures, seed: int) -> Tensor:
+    """FORCE_ATOMS atoms of a structure at random, as many of each species as far as there are so many."""
+    order = torch.randperm(structures.n_atoms, generator=torch.Generator().manual_seed(seed))
+    species = structures.species.cpu()[order]
+    rank = torch.zeros(len(order), dtype=torch.long)
+    for z in species.unique():
+        rank[species == z] = torch.arange(int((species == z).sum()))
+    chosen = order[rank.argsort(stable=True)[:FORCE_ATOMS]].sort().values
+    return chosen.to(structures.species.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _StandardLabels:
+    """Labels of some structures over their noise σ.
+
+    Attributes:
+        rows: of these structures.
+        left: (labels, columns) whose products are the posterior covariances Σ^-½ C Σ^-½; residuals: (labels,) of the fit, over σ.
+        sigma: (labels,) σ of energies (totals), forces and stresses.
+        owner: (labels,) structure; place: (labels,) among energies, force components and stress components of all structures.
+    """
+
+    rows: WhitenedRows
+    left: Tensor
+    residuals: Tensor
+    sigma: Tensor
+    owner: Tensor
+    place: Tensor
+
+    @staticmethod
+    def make(
+        rows: WhitenedRows,
+        k_fu: CovarianceRows,
+        structures: Structures,
+        targets: Targets,
+        noise: dict[str, float],
+        weights: Tensor | None,
+    ) -> _StandardLabels:
+        """From `rows` and K_fu of the structures, labels less baselines, and weights of the mean (no residuals if None)."""
+        labels = likelihood.observed_labels(targets, structures.counts)
+        of_atom, each = structures.structure_of_atom, torch.arange(len(structures), device=structures.species.device)
+        owners = {"energies": each, "forces": of_atom.repeat_interleave(3), "stresses": each.repeat_interleave(6)}
+        parts, start = [], 0
+        for kind, owner in owners.items():
+            label = labels[kind]
+            sigma = label.noise.nan_to_num(nan=noise.get(kind, math.nan)) / label.scale
+            total, b = label.values / label.scale, getattr(rows.b, kind)
+            fitted = total if weights is None else getattr(k_fu, kind)[label.rows] @ weights.to(total)
+            left = b[label.rows] / sigma[:, None] if len(label.rows) else b[:0]
+            parts.append((left, (total - fitted) / sigma, sigma, owner[label.rows], start + label.rows))
+            start += len(owner)
+        return _StandardLabels(rows, *(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def left_out(self, structure: int, others: _StandardLabels | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`place`, errors (label - prediction) and variances of the labels of a structure, without these and the `others`."""
+        mine = self.owner == structure
+        parts = [(self.left[mine], self.residuals[mine]), *([(others.left, others.residuals)] if others else [])]
+        error, variance = leave_one_out(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        sigma = self.sigma[mine]
+        return self.place[mine], sigma * error[: len(sigma)], sigma**2 * variance[: len(sigma)]
+
+
+def leave_one_out(left: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) errors (I - C)⁻¹ r and posterior variances [(I - C)⁻¹ C]_ii of a fit to the other data, of labels with unit noise.
 
     Args:
-        rows: by kind, K_ou of the labels; residuals: of the fit with them.
+        left: (n, columns) whose products are C; residuals: (n,) r of the fit with these labels.
     """
-    sizes = [len(r) for r in rows.values()]
-    sigma = torch.cat([r.new_full((len(r),), 1.0 if k == FIXED else noise[k]) for k, r in rows.items()])
-    _, left = model.whiten(torch.cat(list(rows.values())) / sigma[:, None])
-    share = left @ left.T  # Σ^-½ C Σ^-½
-    values, vectors = torch.linalg.eigh(share)
+    values, vectors = torch.linalg.eigh(left @ left.T)
     values = values.clamp(0, 1 - 1e-12)  # labels in the data leave less than their noise
-    r = torch.cat(list(residuals.values())).to(share) / sigma
-    error = sigma * (vectors @ ((vectors.T @ r) / (1 - values)))
-    variance = sigma**2 * (vectors.square() @ (values / (1 - values)))
-    return dict(zip(rows, error.split(sizes), strict=True)), dict(zip(rows, variance.split(sizes), strict=True))
+    error = vectors @ ((vectors.T @ residuals.to(left)) / (1 - values))
+    return error, vectors.square() @ (values / (1 - values))
 
 
-def _replaced(
-    raw: Prediction,
-    known: Targets,
-    structures: Structures,
-    targets: Targets,
-    error: dict[str, Tensor],
-    variance: dict[str, Tensor],
-) -> Prediction:
-    """The prediction of the first of the structures with other values (label - error) and variances due to the data.
+def _replaced(raw: Prediction, known: Targets, error: Tensor, variance: Tensor) -> Prediction:
+    """The prediction with other values (label - error) and variances due to the data, where these are known.
 
     Args:
-        known: its labels, baselines and all; targets: of all the structures, less baselines; error, variance: of their rows.
+        error, variance: of energies (structures), force components (3 atoms) and stress components (6 structures).
     """
-    labels = likelihood.observed_labels(targets, structures.counts)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    given = 0
-    for kind, label in labels.items():
-        size = {"energies": len(structures), "forces": 3 * structures.n_atoms, "stresses": 6 * len(structures)}[kind]
-        of_error, of_variance = (raw.energies.new_full((size,), torch.nan, dtype=torch.float64) for _ in range(2))
-        common = label.noise.isnan()
-        if common.any():
-            of_error[label.rows[common]], of_variance[label.rows[common]] = error[kind], variance[kind]
-        if not common.all():
-            rows = slice(given, given + int((~common).sum()))
-            given = rows.stop
-            of_error[label.rows[~common]] = error[FIXED][rows] * label.noise[~common]
-            of_variance[label.rows[~common]] = variance[FIXED][rows] * label.noise[~common].square()
-        found[kind] = of_error, of_variance
-    n, atoms = int(structures.counts[0]), len(known.forces)
-    order = torch.tensor(units.VOIGT_INDEX, device=raw.energies.device)
-    errors = {
-        "energies": n * found["energies"][0][:1],
-        "forces": found["forces"][0][: 3 * atoms].view(-1, 3),
-        "stresses": found["stresses"][0][:6][order][None],
+    n = len(raw.energies)
+    errors, variances = (x.split([n, 3 * len(raw.forces), 6 * n]) for x in (error, variance))
+    order = torch.tensor(units.VOIGT_INDEX, device=error.device)
+    shaped = {
+        "energies": errors[0],
+        "forces": errors[1].view(-1, 3),
+        "stresses": errors[2].view(n, 6)[:, order],
     }
-    values = {kind: getattr(known, kind) - error for kind, error in errors.items()}
-    known_values: dict[str, Any] = {
-        kind: torch.where(value.isnan(), getattr(raw, kind), value) for kind, value in values.items()
-    }
+    values = {kind: getattr(known, kind) - e for kind, e in shaped.items()}
+    known_values: dict[str, Any] = {k: torch.where(v.isnan(), getattr(raw, k), v) for k, v in values.items()}
     return replace(
         raw,
         **known_values,
-        energies_variance=_with_data(raw.energies_variance, n**2 * found["energies"][1][:1]),
-        forces_covariance=_with_data(raw.forces_covariance, found["forces"][1][: 3 * atoms].view(-1, 3)),
-        stresses_covariance=_with_data(raw.stresses_covariance, found["stresses"][1][None, :6]),
+        energies_variance=_with_data(raw.energies_variance, variances[0]),
+        forces_covariance=_with_data(raw.forces_covariance, variances[1].view(-1, 3)),
+        stresses_covariance=_with_data(raw.stresses_covariance, variances[2].view(n, 6)),
     )
 
 

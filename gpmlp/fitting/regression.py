@@ -20,12 +20,12 @@ from gpmlp.fitting import sparse_points
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior
-from gpmlp.gp.covariances import SpeciesEnvironments
+from gpmlp.gp.covariances import CovarianceRows, SpeciesEnvironments
 from gpmlp.gp.energy_noise import LeftOutEnergies
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel, make_kernel
-from gpmlp.gp.likelihood import Hyperparameters
-from gpmlp.gp.posterior import FIXED
+from gpmlp.gp.likelihood import Hyperparameters, Observations
+from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.gp.prior import PriorCovariance
 from gpmlp.gp.qr import RowFactor
 from gpmlp.gp.variance import VarianceModel
@@ -185,6 +185,11 @@ def labelled_rows(
         if environments:
             of_model.keep_jacobian()
         parts.append(covariances.covariance_rows(structures, of_model, *wanted))
+    return rows_of_labels(parts, labels)
+
+
+def rows_of_labels(parts: Sequence[CovarianceRows], labels: dict[str, Observations]) -> dict[str, Tensor]:
+    """Rows [K_ou | y] of labels as in `labelled_rows`, from K_fu of their structures by each model."""
     out: dict[str, list[Tensor]] = {}
     for kind, label in labels.items():
         if not len(label.rows):
@@ -369,24 +374,25 @@ def variance_model(
 
 
 def variance_factor(
-    models: Sequence[InducingModel], learned: WhitenedData, at_most: int
+    models: Sequence[InducingModel], learned: WhitenedData, solved: SparsePosterior, at_most: int
 ) -> tuple[Tensor, VarianceSubset | None]:
-    """The posterior factor for variances, of all columns or, where these are more than `at_most`, of those of leading centres.
+    """The posterior factor for variances: that of all columns or, where these are more than `at_most`, of those of leading centres.
 
     A subset is a sparse process of its own with the same hyperparameters: its factors are columns of those of the fit.
     """
-    whitened, signal, lowers, subset = learned.whitened, learned.signal, lowers_of(models), None
-    if len(signal) > at_most:
-        chosen = [_leading(block, at_most / len(signal)) for m in models for block in m.blocks]
-        starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
-        columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
-        picked = iter(chosen)
-        blocks = tuple(tuple(inducing.select_columns(block, next(picked)) for block in m.blocks) for m in models)
-        whitened = {kind: inducing.unwhiten_columns(rows, lowers, chosen) for kind, rows in whitened.items()}
-        lowers = tuple(torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(lowers, chosen, strict=True))
-        whitened = {kind: inducing.whiten_rows(rows, lowers) for kind, rows in whitened.items()}
-        signal = signal[columns]
-        subset = blocks, lowers, signal
+    signal, lowers = learned.signal, lowers_of(models)
+    if len(signal) <= at_most:
+        return solved.factor, None
+    chosen = [_leading(block, at_most / len(signal)) for m in models for block in m.blocks]
+    starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
+    columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
+    picked = iter(chosen)
+    blocks = tuple(tuple(inducing.select_columns(block, next(picked)) for block in m.blocks) for m in models)
+    whitened = {kind: inducing.unwhiten_columns(rows, lowers, chosen) for kind, rows in learned.whitened.items()}
+    lowers = tuple(torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(lowers, chosen, strict=True))
+    whitened = {kind: inducing.whiten_rows(rows, lowers) for kind, rows in whitened.items()}
+    signal = signal[columns]
+    subset = blocks, lowers, signal
     return posterior.solve_posterior(whitened, learned.counts, learned.every_noise, signal, lowers).factor, subset
 
 

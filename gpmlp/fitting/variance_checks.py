@@ -1,4 +1,4 @@
-"""Checks of the variances of a fit: the amplitude of what inducing variables miss, by leaving structures out, and the column subset."""
+"""Check of the variances of a fit: how those from a subset of the columns compare with those from all."""
 
 from __future__ import annotations
 
@@ -8,125 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gpmlp.core import parallel
-from gpmlp.core.environments import StructureEnvironments
-from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
-from gpmlp.fitting.left_out import leave_one_out
-from gpmlp.fitting.near_duplicates import IndependentGroups
-from gpmlp.fitting.regression import InducingModel, WhitenedData
-from gpmlp.gp import likelihood
-from gpmlp.gp.local_variance import inducing_variance
-from gpmlp.gp.posterior import SparsePosterior
+from gpmlp.fitting.regression import InducingModel
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty.scores import spearman_correlation
-from gpmlp.uncertainty.variance_weights import fit_variance_weights
 
 SUBSET_ATOMS = 100  # whose covariances are compared
 QUANTILES = (0.05, 0.5, 0.95)
-
-ATOMS = 400  # of the structures that are left out in turn
-NEAR_ATOMS = 600  # of a structure and those near it, which are left out together
-ENOUGH = 100  # forces
-
-
-def leave_out_amplitude(
-    potential: Potential,
-    models: Sequence[InducingModel],
-    learned: WhitenedData,
-    solved: SparsePosterior,
-    structures: Structures,
-    remaining: Targets,
-    groups: IndependentGroups,
-    seed: int,
-) -> float:
-    """The w under which forces of structures left out are most likely: var = w [k_gg - k_gu K_uu⁻¹ k_ug] + data + noise.
-
-    DTC's evidence chooses the signal variance at the inducing variables, for which it has data; what lies between them is noise
-    to it, and mostly far smaller than this signal variance implies. With C the posterior covariance of the labels of one structure
-    and Σ their noise, leaving the structure out turns its residuals r into Σ (Σ - C)⁻¹ r and C into Σ (Σ - C)⁻¹ C: no fit is
-    made again (Rasmussen & Williams 2006, section 5.4.2, for more labels than one at a time). Inducing variables stay. Structures near
-    it are left out with it.
-
-    Args:
-        potential: with the variances that w is for.
-        learned, solved: of all columns and all data, these structures included.
-        remaining: labels less the baselines; groups: of the structures that are near each other.
-
-    Returns:
-        w; 1 where there are less than 100 forces, or forces all have noises of their own.
-    """
-    model = potential.variances
-    if model is None:
-        return 1.0
-    every = regression.variance_model(models, learned.signal, solved.factor)
-
-    def leave_out(group: tuple[Structures, Targets]) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Errors of the forces of the first structure of a group, the variance that inducing variables miss, and the rest of it."""
-        structures, targets = group
-        environments = [StructureEnvironments.from_structures(m.descriptor, structures) for m in models]
-        rows = regression.labelled_rows(models, structures, targets, environments=environments)
-        judged = _common_forces(structures, targets)
-        if not len(judged):
-            return None
-        z = {kind: r[:, -1] - r[:, :-1] @ solved.weights.to(r) for kind, r in rows.items()}
-        error, opened = leave_one_out({k: r[:, :-1] for k, r in rows.items()}, z, every, learned.noise)
-        if model.n_columns < model.of_fit:
-            rows = regression.labelled_rows(models, structures, targets, model.blocks, environments)
-            _, opened = leave_one_out({k: r[:, :-1] for k, r in rows.items()}, z, model, learned.noise)
-        n = len(judged)
-        missed = _missed_variance(model, structures, judged, environments, rows["forces"][:n, :-1])
-        return error["forces"][:n], missed, opened["forces"][:n] + learned.noise["forces"] ** 2
-
-    pieces = parallel.map_pieces(leave_out, _some_groups(structures, remaining, groups, seed))
-    results = [piece for piece in pieces if piece is not None]
-    if sum(len(error) for error, _, _ in results) < ENOUGH:
-        return 1.0
-    errors, missed, rest = (torch.cat(parts) for parts in zip(*results, strict=True))
-    return float(fit_variance_weights(errors, missed[:, None], rest))
-
-
-def _common_forces(structures: Structures, targets: Targets) -> Tensor:
-    """Labelled force components of the first structure that have the common noise."""
-    labels = likelihood.observed_labels(targets, structures.counts)["forces"]
-    components = labels.rows[labels.noise.isnan()]
-    return components[components < 3 * structures.counts[0]]
-
-
-def _missed_variance(
-    model: VarianceModel,
-    structures: Structures,
-    components: Tensor,
-    environments: Sequence[StructureEnvironments],
-    rows: Tensor,
-) -> Tensor:
-    """k_gg - k_gu K_uu⁻¹ k_ug of some force components, whose rows K_ou these are."""
-    atoms, place = (components // 3).unique(return_inverse=True)
-    priors = [p.forces(structures, v, atoms) for p, v in zip(model.priors, environments, strict=True)]
-    variance = sum(priors[1:], start=priors[0]).diagonal(dim1=1, dim2=2)[place, components % 3]
-    explained, _ = model.whiten(rows)
-    return inducing_variance(variance, explained.square().sum(1), 1.0)
-
-
-def _some_groups(
-    structures: Structures, targets: Targets, groups: IndependentGroups, seed: int
-) -> list[tuple[Structures, Targets]]:
-    """Structures at random of about ATOMS atoms together, each first among those that are near it, of NEAR_ATOMS atoms at most; of a
-    larger structure the forces on so many of its atoms."""
-    chosen, generator = _draw(structures.select(groups.leaders), ATOMS, seed)
-    counts = structures.counts.cpu()
-    some = []
-    for i in chosen:
-        near = groups.near[i]
-        near = near[: max(1, int((counts[near].cumsum(0) <= NEAR_ATOMS).sum()))]
-        some.append((structures.select(near), targets.select(structures, near)))
-    if some[0][0].counts[0] > ATOMS:
-        one, labels = some[0]
-        others = torch.randperm(one.n_atoms, generator=generator)[ATOMS:].to(labels.forces.device)
-        some[0] = (one, replace(labels, forces=labels.forces.index_fill(0, others, torch.nan)))
-    return some
 
 
 def subset_error(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,25 +74,22 @@ def energy_noise(
     """
     left_out = left_out or LeftOutEnergies.one_by_one(count)
     conditioned = _EnergiesGivenForces.build(whitened, count, noise, signal)
-    alike = replace(left_out, config_types=("",) * len(left_out.rows))
     start = noise["energies"]
-    while conditioned.error(start, left_out) == math.inf:  # more parameters determined than there are groups
+    while (errors := conditioned.errors(start, left_out.rows)).isinf().any():  # more parameters than there are groups
         start *= 2
-    if start < UNDETERMINED * conditioned.error(start, left_out):
-        start = conditioned.error(start, left_out)
-    candidates = [fraction * start for fraction in FRACTIONS]
+    if start < UNDETERMINED * left_out.typical_error(errors):
+        start = left_out.typical_error(errors)
+    judged = {fraction * start: conditioned.errors(fraction * start, left_out.rows) for fraction in FRACTIONS}
 
-    def chosen(judged: LeftOutEnergies) -> float:
-        errors = [conditioned.error(sigma, judged) for sigma in candidates]
-        return next(s for s, e in zip(candidates, errors, strict=True) if e <= WITHIN * min(errors))
+    def largest(values: Sequence[float]) -> float:
+        return next(s for s, value in zip(judged, values, strict=True) if value <= WITHIN * min(values))
 
-    pooled, typical = chosen(alike), chosen(left_out)
+    pooled = largest([float(errors.square().mean().sqrt()) for errors in judged.values()])
+    typical = largest([left_out.typical_error(errors) for errors in judged.values()])
     if typical >= pooled:
         return typical
     most = FORCES * conditioned.force_residual(pooled)
-    return min(
-        s for s in candidates if typical <= s <= pooled and (s == pooled or conditioned.force_residual(s) <= most)
-    )
+    return min(s for s in judged if typical <= s <= pooled and (s == pooled or conditioned.force_residual(s) <= most))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,21 +132,22 @@ class _EnergiesGivenForces:
             count, values.clamp_min(0), vectors, rotated, lower, root, mean, scaled.get("forces")
         )
 
-    def error(self, sigma: float, left_out: LeftOutEnergies) -> float:
-        """The leave-one-out error of energies per atom, eV, with noise sigma.
+    def errors(self, sigma: float, groups: Sequence[Tensor]) -> Tensor:
+        """(groups,) leave-one-out errors of energies per atom, eV, with noise sigma; infinite where nothing is left to judge by.
 
         Leaving out a group g leaves the errors (Q_gg)⁻¹ [Q r]_g, Q = (K + σ² I)⁻¹ (Rasmussen & Williams 2006, eqs. 5.10 to 5.12, for one
-        at a time). Where the energies are more than the columns and only their triangular factor is left, generalised cross-validation
-        takes its place: residuals divided by 1 - tr(K Q) / groups, which the factor knows (Golub, Heath, Wahba, Technometrics 21, 215
-        (1979), eq. 1.4, where each energy is a group).
+        at a time), that of its first row counts. Where the energies are more than the columns and only their triangular factor is left,
+        generalised cross-validation takes its place, the same for all: rms residual divided by 1 - tr(K Q) / groups, which the factor
+        knows (Golub, Heath, Wahba, Technometrics 21, 215 (1979), eq. 1.4, where each energy is a group).
         """
         inverse = 1 / (self.values + sigma**2)
         if self.count > len(self.rotated):
             residuals = sigma**2 * self.rotated * inverse
-            free = 1 - float((self.values * inverse).sum()) / len(left_out.rows)
-            return float(residuals.square().sum() / self.count) ** 0.5 / free if free > 0 else math.inf
+            free = 1 - float((self.values * inverse).sum()) / len(groups)
+            error = float(residuals.square().sum() / self.count) ** 0.5 / free if free > 0 else math.inf
+            return inverse.new_full((len(groups),), error)
         image = self.vectors @ (inverse * self.rotated)
-        return left_out.typical_error(_left_out(self.vectors, inverse, image, left_out.rows))
+        return _left_out(self.vectors, inverse, image, groups)
 
     def force_residual(self, sigma: float) -> float:
         """Norm of the residuals of the forces when the energies have noise sigma; 0 without forces."""

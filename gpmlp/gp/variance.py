@@ -75,6 +75,14 @@ class VarianceRequest:
 
 
 @dataclass(frozen=True, eq=False)
+class WhitenedRows:
+    """Rows of energies, forces and stresses as `VarianceModel.whiten` has them."""
+
+    a: CovarianceRows
+    b: CovarianceRows
+
+
+@dataclass(frozen=True, eq=False)
 class VarianceModel:
     """The posterior covariance of a set of inducing variables u, as factors.
 
@@ -113,15 +121,24 @@ class VarianceModel:
         return len(self.signal)
 
     def __call__(
-        self, structures: Structures, environments: ByDescriptor, request: VarianceRequest
+        self,
+        structures: Structures,
+        environments: ByDescriptor,
+        request: VarianceRequest,
+        rows: WhitenedRows | None = None,
     ) -> dict[str, Variance]:
-        """Variances of energies, forces and stresses, by name of the field of Prediction that holds them."""
+        """Variances of energies, forces and stresses, by name of the field of Prediction that holds them.
+
+        Args:
+            rows: of all that is asked for, if they are there already.
+        """
         out: dict[str, Variance] = {}
         share = self.inducing_share(request.form)
-        if request.energies:
-            out["energies_variance"] = self.energy_variance(structures, environments, share)
         all_forces = request.forces and request.atoms is None and structures.n_atoms <= FORCE_ATOMS
-        rows = self.covariance_rows(structures, environments) if all_forces and request.stresses else None
+        if rows is None and all_forces and request.stresses:
+            rows = self.whitened(self.covariance_rows(structures, environments))
+        if request.energies:
+            out["energies_variance"] = self.energy_variance(structures, environments, share, rows)
         if request.forces:
             out["forces_covariance"] = self.force_covariance(structures, environments, share, request.atoms, rows)
         if request.stresses:
@@ -140,6 +157,12 @@ class VarianceModel:
         """
         a = inducing.whiten_rows(rows.to(self.signal, copy=True), self.lowers) * self.signal
         return a, torch.linalg.solve_triangular(self.factor.T, a.T, upper=False).T
+
+    def whitened(self, rows: CovarianceRows) -> WhitenedRows:
+        """`whiten` of all rows at once."""
+        every = rows.energies, rows.forces, rows.stresses
+        a, b = (CovarianceRows(*part.split([len(r) for r in every])) for part in self.whiten(torch.cat(every)))
+        return WhitenedRows(a, b)
 
     def covariance_rows(
         self,
@@ -165,17 +188,22 @@ class VarianceModel:
         ]
         return torch.cat(product, dim=1) if len(product) > 1 else product[0]
 
-    def energy_variance(self, structures: Structures, environments: ByDescriptor, share: float) -> Variance:
+    def energy_variance(
+        self, structures: Structures, environments: ByDescriptor, share: float, rows: WhitenedRows | None = None
+    ) -> Variance:
         """(structures,) variance of total energies, eV²; misspecification and noise are those of energies per atom times n_atoms².
 
             var(E) = w [k_EE - k_Eu K_uu⁻¹ k_uE] + k_Eu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uE + misspecification + noise
 
         (Quiñonero-Candela, Rasmussen 2005, eq. 20), with k_Eu the sum of the rows k_xu of its atoms.
         """
-        k_xu = self.atom_rows([v.environments for v in environments])
-        # k_Eu = Σ_i k_xi,u
-        k_Eu = k_xu.new_zeros(len(structures), k_xu.shape[1]).index_add(0, structures.structure_of_atom, k_xu)
-        a, b = self.whiten(k_Eu)
+        if rows is None:
+            k_xu = self.atom_rows([v.environments for v in environments])
+            # k_Eu = Σ_i k_xi,u
+            k_Eu = k_xu.new_zeros(len(structures), k_xu.shape[1]).index_add(0, structures.structure_of_atom, k_xu)
+            a, b = self.whiten(k_Eu)
+        else:
+            a, b = rows.a.energies, rows.b.energies
         features = [v.environments.features for v in environments]
         k_EE = _total([p.energies(structures, x) for p, x in zip(self.priors, features, strict=True)])
         unexplained = inducing_variance(k_EE, a.square().sum(1), share)
@@ -189,7 +217,7 @@ class VarianceModel:
         environments: ByDescriptor,
         share: float,
         atoms: Tensor | None = None,
-        rows: CovarianceRows | None = None,
+        rows: WhitenedRows | None = None,
     ) -> Variance:
         """(atoms, 3, 3) covariance of the components of the force on each atom, (eV/A)²; NaN for atoms that were not asked for.
 
@@ -199,7 +227,7 @@ class VarianceModel:
 
         Args:
             share: w.
-            atoms: indices; all if None. rows: K_fu of all forces, if they are there.
+            atoms: indices; all if None. rows: of all forces, if they are there.
         """
         chosen = torch.arange(structures.n_atoms, device=structures.species.device) if atoms is None else atoms
         like = structures.positions.to(self.signal.dtype)
@@ -212,9 +240,9 @@ class VarianceModel:
                 continue
             if rows is None:
                 k_Fu = self.covariance_rows(structures, environments, stresses=False, atoms=here).forces
+                a, b = (part.unflatten(0, (len(here), 3)) for part in self.whiten(k_Fu))
             else:
-                k_Fu = rows.forces.unflatten(0, (-1, 3))[chunk].flatten(0, 1)
-            a, b = (part.unflatten(0, (len(here), 3)) for part in self.whiten(k_Fu))
+                a, b = (part.forces.unflatten(0, (-1, 3))[here] for part in (rows.a, rows.b))
             k_FF = _total([p.forces(structures, v, here) for p, v in zip(self.priors, environments, strict=True)])
             # a aᵀ = k_Fu K_uu⁻¹ k_uF and b bᵀ = k_Fu (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uF
             unexplained[here] = share * _above_rounding(k_FF - a @ a.mT, k_FF)
@@ -238,14 +266,15 @@ class VarianceModel:
         return Variance(torch.zeros_like(data), data, _where_free(data, constant), noise)
 
     def stress_covariance(
-        self, structures: Structures, environments: ByDescriptor, share: float, rows: CovarianceRows | None = None
+        self, structures: Structures, environments: ByDescriptor, share: float, rows: WhitenedRows | None = None
     ) -> Variance:
         """(structures, 6, 6) covariance of stress components in Voigt order, (eV/A³)²; NaN without volume.
 
         cov(S, S) = w [k_SS - k_Su K_uu⁻¹ k_uS] + k_Su (K_uu + K_uo Σ⁻¹ K_ou)⁻¹ k_uS + misspecification + noise
         """
-        rows = self.covariance_rows(structures, environments, forces=False) if rows is None else rows
-        a, b = (part.unflatten(0, (len(structures), 6)) for part in self.whiten(rows.stresses))
+        if rows is None:
+            rows = self.whitened(self.covariance_rows(structures, environments, forces=False))
+        a, b = (part.stresses.unflatten(0, (len(structures), 6)) for part in (rows.a, rows.b))
         k_SS = _total([p.stresses(structures, v) for p, v in zip(self.priors, environments, strict=True)])
         unknown = structures.volumes.isnan()
         data = b @ b.mT
