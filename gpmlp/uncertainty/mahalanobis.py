@@ -449,13 +449,16 @@ def _labels(y: Tensor, seed: int) -> Tensor:
     ordered = z[np.argsort(z[:, 0], kind="stable")]
     rows = np.random.default_rng(seed).choice(n, min(n, MIXTURE_ROWS), replace=False)
     sample = ordered[np.sort(rows)]
-    fits = []
+    least, best = math.inf, GaussianMixture(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a rough mixture is enough
         for k in range(1, CLUSTERS + 1):
             mixture = GaussianMixture(k, random_state=seed).fit(sample)
-            fits.append((mixture.bic(sample) + GAIN * k * len(sample), k, mixture))
-    best = min(fits)[2]
+            score = mixture.bic(sample) + GAIN * k * len(sample)
+            if score < least:
+                least, best = score, mixture
+            elif k > best.n_components + 1:  # two in a row are worse
+                break
     raw = torch.from_numpy(best.predict(z))
     large = (torch.bincount(raw, minlength=best.n_components) >= MEMBERS).nonzero()[:, 0]
     if len(large) < 2:
