@@ -51,6 +51,12 @@ def gpmlp(capsys):
 # --- what it does
 
 
+def test_observations_are_told_in_words():
+    assert console.format_rows({"energies": 3, "given": 2}) == "3 energies, 2 with a noise of their own"
+    terms = [{"name": "isolated_atoms", "energies": {"1": -1.5}, "open_directions": [{"1": 2.0}]}]
+    assert console.chosen_baselines(terms) == [("isolated atoms", "H -1.5 eV; the data do not determine all of them")]
+
+
 def test_fit_evaluate_report_info_cite(gpmlp, train_file, tmp_path, monkeypatch):
     model, result, predicted = tmp_path / "m.gpmlp", tmp_path / "e.json", tmp_path / "p.xyz"
     status, out, err = gpmlp("fit", train_file, "--valid", train_file, *QUICK, "-o", model)
@@ -92,6 +98,8 @@ def test_fit_evaluate_report_info_cite(gpmlp, train_file, tmp_path, monkeypatch)
 
     status, out, _ = gpmlp("info", model)
     assert status == 0 and "Cu" in out and "training train.xyz" in out and "n_max: 4" in out
+    said = " ".join(out.split())
+    assert "ZBL fades out Cu-Cu " in said and re.search(r"isolated atoms Cu -?[\d.]+ eV", said) and "null" in said
     status, out, _ = gpmlp("info", model, "--json")
     content = json.loads(out)
     assert content["header"]["recipe"]["seed"] == 0

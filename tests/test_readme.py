@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -128,5 +130,13 @@ def test_links_lead_somewhere():
 
 def test_the_python_interface_is_described():
     text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
-    described = set(re.findall(r"auto(?:function|class):: gpmlp\.(\w+)$", text, flags=re.MULTILINE))
-    assert described == set(gpmlp.__all__)
+    described = re.findall(r"auto(?:function|class):: (gpmlp\.[\w.]+)$", text, flags=re.MULTILINE)
+    assert {name.removeprefix("gpmlp.") for name in described if name.count(".") == 1} == set(gpmlp.__all__)
+    # the tables, which can be read without the site, have the same names in the same order, and arguments that there are
+    rows = re.findall(r"^\| `(gpmlp\.[\w.]+)(?:\(([\w, ]*)\))?` \| .+\. \|$", text, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == described
+    for name, arguments in rows:
+        module, _, last = name.rpartition(".")
+        if arguments and "torchsim" not in name:  # which not everybody has
+            parameters = inspect.signature(getattr(importlib.import_module(module), last)).parameters
+            assert [a for a in arguments.split(", ") if a not in parameters] == [], name

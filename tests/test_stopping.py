@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -268,6 +269,21 @@ def test_a_rare_species_is_judged_by_itself():
     assert "Cu" in found.sentence
     assert found.numbers["Cu_inside"] == pytest.approx(0.85, abs=0.03)
     assert found.numbers["Al_inside"] > 0.98
+
+
+def test_the_sentence_shows_why_it_is_met():
+    """Of a species 97 % need not be reached, only be possible: the interval, and both numbers that it is judged by."""
+    species = np.where(np.arange(1000) < 20, 29, 13)
+    novelty = usual(300, 1000, 24)
+    novelty[:, :20] = np.where(np.random.default_rng(25).random((300, 20)) < 0.031, 1.2, 0.5)
+    found = coverage_criterion(novelties(novelty, species))
+    share, low = found.numbers["Cu_inside"], found.numbers["Cu_inside_at_least"]
+    assert found.met is True and 0.965 < share < 0.97 and low < 0.97
+    match = re.search(r"([\d.]+)% of Cu atoms inside, 90 % interval ([\d.]+)% to ([\d.]+)%", found.sentence)
+    assert match and float(match[1]) == pytest.approx(100 * share, abs=6e-3)
+    assert float(match[2]) == pytest.approx(100 * low, abs=6e-3) and float(match[3]) > 97
+    assert "(wanted: 90.00% or more for sure, 97.00% possible)" in found.sentence
+    assert "of atoms inside" in found.sentence and "(wanted: 97.00% or more for sure)" in found.sentence
 
 
 def test_coverage_refuses_to_judge():

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from gpmlp.core.errors import visible_text
+from gpmlp.core.errors import chemical_symbol, visible_text
 from gpmlp.core.findings import Finding
 from gpmlp.core.units import GPA
 
@@ -216,12 +216,36 @@ def format_noise(noise: Mapping[str, float]) -> str:
     )
 
 
+def format_rows(rows: Mapping[str, int]) -> str:
+    """Numbers of observations by kind; those whose noise the data or the fit gave are a kind of their own."""
+    return ", ".join(f"{n} {'with a noise of their own' if kind == 'given' else kind}" for kind, n in rows.items())
+
+
+def chosen_baselines(baselines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What was chosen for the terms that are not learned: energies of isolated atoms, and between which distances ZBL fades out."""
+    pairs = []
+    for term in baselines:
+        if term["name"] == "isolated_atoms":
+            energies = {chemical_symbol(int(z)): energy for z, energy in term["energies"].items()}
+            text = ", ".join(f"{symbol} {energy:.6g} eV" for symbol, energy in energies.items())
+            if term.get("open_directions"):
+                text += "; the data do not determine all of them"
+            pairs.append(("isolated atoms", text))
+        else:
+            ranges = [
+                f"{chemical_symbol(a)}-{chemical_symbol(b)} {low:.2f} to {high:.2f} A"
+                for a, b, low, high in term["pairs"]
+            ]
+            pairs.append(("ZBL", f"fades out {', '.join(ranges)}"))
+    return pairs
+
+
 def fit_summary(report: Mapping[str, Any]) -> Table:
     """A FitReport (as a dictionary) in a few lines."""
     rms = report["train_rmse"]
     validation = report.get("validation_errors")
     pairs = [
-        ("observations", ", ".join(f"{n} {kind}" for kind, n in report["rows"].items())),
+        ("observations", format_rows(report["rows"])),
         ("environments", ", ".join(f"{n} {z}" for z, n in report["environments"].items())),
         ("inducing", ", ".join(f"{n} {label}" for label, n in report["centres"].items())),
         (
@@ -277,7 +301,7 @@ def report_summary(report: Mapping[str, Any]) -> Table:
 def learning_summary(report: Mapping[str, Any]) -> Table:
     """The report of a model that learned label by label, in a few lines."""
     pairs = [
-        ("observations", ", ".join(f"{n} {kind}" for kind, n in report["rows"].items())),
+        ("observations", format_rows(report["rows"])),
         ("inducing", ", ".join(f"{n} {label}" for label, n in report["centres"].items())),
         ("columns", f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}"),
         ("noise", format_noise(report["noise"])),
@@ -309,6 +333,7 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         ("species", ", ".join(symbols)),
         *([("sample", sample_origin(sample))] if sample else []),
         ("noise", format_noise(header["noise"])),
+        *chosen_baselines(header["baselines"]),
         ("data", ", ".join(files) or "not recorded"),
         *([("calibrated on", calibration_source(aside))] if aside else []),
         ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),

@@ -258,11 +258,12 @@ def coverage_criterion(
     g = _slowest([np.minimum(v, FARTHEST) for v in novelty], [i.astype(float) for i in inside if len(i)])
     frames = n / g
     share = float(np.concatenate(inside).mean())
-    numbers = {"frames": share, "frames_at_least": wilson_bounds(share, frames)[0], "correlation_times": frames}
+    low, high = wilson_bounds(share, frames)
+    numbers = {"frames": share, "frames_at_least": low, "correlation_times": frames}
     numbers["novelty_max"] = float(max(v.max() for v in novelty))
-    said = f"{share:.1%} of frames inside, at least {numbers['frames_at_least']:.0%} (wanted {recipe.frames:.0%})"
+    said = f"{share:.2%} of frames inside, 90 % interval {low:.2%} to {high:.2%} (wanted: {recipe.frames:.2%} or more for sure)"
     parts = (
-        StopCriterion("frames", _bounded(*wilson_bounds(share, frames), recipe.frames), said),
+        StopCriterion("frames", _bounded(low, high, recipe.frames), said),
         _atoms_inside(series, frames, quantile, recipe),
         _lasting_atoms(series, frames, recipe),
     )
@@ -328,14 +329,13 @@ def _atoms_inside(series: NoveltySeries, frames: float, quantile: float, recipe:
         share = 1 - float(out.sum() / total.sum())
         low, high = wilson_bounds(share, _effective(total, out, frames))
         numbers |= {f"{name}_inside": share, f"{name}_inside_at_least": low}
-        if name == "atoms":
-            met = _bounded(low, high, wanted)
-        else:
-            met = False if high < wanted else True if low >= min(wanted, recipe.frames) else None
-        parts.append((met, f"{share:.2%} of {name if name == 'atoms' else name + ' atoms'} inside, at least {low:.1%}"))
+        surely = wanted if name == "atoms" else min(wanted, recipe.frames)  # of a species, not surely fewer than of all
+        met = False if high < wanted else True if low >= surely else None
+        rule = f"{surely:.2%} or more for sure" + ("" if name == "atoms" else f", {wanted:.2%} possible")
+        what = name if name == "atoms" else f"{name} atoms"
+        parts.append((met, f"{share:.2%} of {what} inside, 90 % interval {low:.2%} to {high:.2%} (wanted: {rule})"))
     met = all_met([m for m, _ in parts])
-    sentence = f"{', '.join(text for m, text in parts if m is met)} (wanted {wanted:.1%})"
-    return StopCriterion("atoms", met, sentence, numbers)
+    return StopCriterion("atoms", met, "; ".join(text for m, text in parts if m is met), numbers)
 
 
 def _sum(of_species: Iterable[Sequence[np.ndarray]]) -> np.ndarray:

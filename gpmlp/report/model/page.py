@@ -46,7 +46,7 @@ SUBSET = (
 SCORES = {
     "n": "components",
     "miscalibration_area": "miscalibration area",
-    "nll": "negative log likelihood",
+    "nll": "negative log likelihood, nats (of errors in eV, Å)",
     "crps": "CRPS",
     "sharpness": "sharpness",
 }
