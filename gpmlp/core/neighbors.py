@@ -19,7 +19,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.native import library
 
 CLOSEST = 0.3  # A; nearer pairs are taken for an error in the data
-PAIRS = 1 << 13  # that a thread compares with a cutoff at a time
+PAIRS = 1 << 13  # that another thread is worth waking for, to compare them with a cutoff
 MOLECULES = 256  # whose pairs are searched in one call
 GRID = 5e4  # bins that vesin certainly keeps; of more than 1e5 it makes fewer, which may leave none along a short axis
 THICK = 4  # bins along the shortest axis that survive that
@@ -125,10 +125,10 @@ class Neighbors:
             self._remember(structures, out)
         return out
 
-    def _columns(self, structures: Structures, pairs: slice = slice(None)) -> tuple[Tensor, ...]:
-        """Positions, cells, structure of each atom, and these pairs, for compiled loops."""
+    def _columns(self, structures: Structures) -> tuple[Tensor, ...]:
+        """Positions, cells, structure of each atom, and the pairs, for compiled loops."""
         atoms = structures.positions, structures.cells, structures.structure_of_atom
-        return _contiguous(*atoms, self.centers[pairs], self.neighbors[pairs], self.shifts[pairs])
+        return _contiguous(*atoms, self.centers, self.neighbors, self.shifts)
 
     def within(self, structures: Structures, cutoff: float) -> Neighbors:
         """The pairs closer than a smaller cutoff, in the same order."""
@@ -147,18 +147,13 @@ class Neighbors:
         if not fits_compiled_loops(structures.positions, structures.cells):
             r = self.vectors(structures).norm(dim=1)
             return self._select((r < cutoff).nonzero()[:, 0], cutoff), float(r.min())
-
-        def closer(first: int) -> tuple[Neighbors, float]:
-            given = self._columns(structures, slice(first, first + PAIRS))
-            closest = torch.empty(1, dtype=torch.float64)
-            i, j, shifts = (torch.empty_like(column) for column in given[3:])
-            vectors = given[0].new_empty(len(i), 3)
-            n = library.call("pairs_within", len(i), *given, float(cutoff), i, j, shifts, vectors, closest)
-            part, least = Neighbors(i[:n], j[:n], shifts[:n], cutoff), closest.item()
-            return (part if _differentiable(structures) else part._remember(structures, vectors[:n], least)), least
-
-        parts, least = zip(*parallel.map_pieces(closer, range(0, len(self), PAIRS)), strict=True)
-        return Neighbors.concatenate(parts), min(least)
+        given, closest = self._columns(structures), torch.empty(1, dtype=torch.float64)
+        i, j, shifts = (torch.empty_like(column) for column in given[3:])
+        vectors = given[0].new_empty(len(i), 3)
+        threads = min(parallel.available_threads(), 1 + len(i) // PAIRS)
+        n = library.call("pairs_within", len(i), *given, float(cutoff), i, j, shifts, vectors, closest, threads)
+        out, least = Neighbors(i[:n], j[:n], shifts[:n], cutoff), closest.item()
+        return (out if _differentiable(structures) else out._remember(structures, vectors[:n], least)), least
 
 
 def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:

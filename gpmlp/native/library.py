@@ -27,7 +27,7 @@ SIGNATURES: dict[str, str] = {
     "sort_pairs": "nISnnIII",
     "pair_vectors": "nFFIIIIF",
     "shortest_vector": "nFD",
-    "pairs_within": "nFFIIIIxIIIFD",
+    "pairs_within": "nFFIIIIxIIIFDn",
     "add_pair_gradients": "nIIIFFFF",
     "add_rows": "FnnnnFFnnIIIIFFFnFn",
     "spectrum": "IIFFFFxnxxxxx",

@@ -6,6 +6,7 @@
 // whatever the instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "abi.hpp"
+#include "threads.hpp"
 
 namespace gpmlp {
 
@@ -55,27 +57,41 @@ template <class T> int64_t shortest_vector(int64_t n, const T *vectors, double *
     return where;
 }
 
-// The pairs closer than the cutoff, in their order, to i, j, images and r, which have room for all; `closest` is set to
-// the shortest distance of all. Returns how many they are.
+// Pairs that are read, and pairs that are written with their vectors.
+struct PairList {
+    const int64_t *centers, *neighbors, *shifts;
+};
+template <class T> struct NearPairs {
+    int64_t *centers, *neighbors, *shifts;
+    T *vectors;
+
+    void move(int64_t from, int64_t n, int64_t to) const {
+        std::copy_n(centers + from, n, centers + to);
+        std::copy_n(neighbors + from, n, neighbors + to);
+        std::copy_n(shifts + 3 * from, 3 * n, shifts + 3 * to);
+        std::copy_n(vectors + 3 * from, 3 * n, vectors + 3 * to);
+    }
+};
+
+// Of the pairs first to last those closer than the cutoff, in their order, to `out` from `first` on; `least` is set to
+// the shortest distance of all, squared. Returns how many they are.
 template <class T>
-int64_t pairs_within(int64_t n, const T *positions, const T *cells, const int64_t *structure, const int64_t *centers,
-                     const int64_t *neighbors, const int64_t *shifts, double cutoff, int64_t *i, int64_t *j, int64_t *images, T *r,
-                     double *closest) {
-    int64_t kept = 0;
-    double least = std::numeric_limits<double>::infinity();
-    for (int64_t p = 0; p < n; p++) { // what is too far is written over by the next
-        const int64_t *shift = shifts + 3 * p;
-        T *vector = r + 3 * kept;
-        i[kept] = centers[p];
-        j[kept] = neighbors[p];
-        for (int x = 0; x < 3; x++) images[3 * kept + x] = shift[x];
-        pair_vector(positions + 3 * centers[p], positions + 3 * neighbors[p], shift, cells + 9 * structure[centers[p]], vector);
+int64_t filter_pairs(int64_t first, int64_t last, const T *positions, const T *cells, const int64_t *structure, const PairList &pairs,
+                     double cutoff, const NearPairs<T> &out, double &least) {
+    int64_t kept = first;
+    least = std::numeric_limits<double>::infinity();
+    for (int64_t p = first; p < last; p++) { // what is too far is written over by the next
+        const int64_t i = pairs.centers[p], j = pairs.neighbors[p], *shift = pairs.shifts + 3 * p;
+        T *vector = out.vectors + 3 * kept;
+        out.centers[kept] = i;
+        out.neighbors[kept] = j;
+        for (int x = 0; x < 3; x++) out.shifts[3 * kept + x] = shift[x];
+        pair_vector(positions + 3 * i, positions + 3 * j, shift, cells + 9 * structure[i], vector);
         const double here = square(vector);
         least = here < least ? here : least;
         kept += here < cutoff * cutoff;
     }
-    *closest = std::sqrt(least);
-    return kept;
+    return kept - first;
 }
 
 // F_i = sum_j (g_ij - g_ji) added to `forces` and sum r_ij (x) g_ij to `virials`, in the order of pairs.
@@ -97,6 +113,24 @@ void add_pair_gradients(int64_t n, const int64_t *structure, const int64_t *cent
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC pop_options
 #endif
+
+// The pairs closer than the cutoff, in their order, to `out`, which has room for all; `closest` is set to the shortest
+// distance of all. Returns how many they are.
+template <class T>
+int64_t pairs_within(int64_t n, const T *positions, const T *cells, const int64_t *structure, const PairList &pairs, double cutoff,
+                     const NearPairs<T> &out, double *closest, int64_t threads) {
+    const int64_t shares = std::max<int64_t>(1, threads);
+    std::vector<int64_t> counts(shares);
+    std::vector<double> least(shares);
+    Pool::share(shares, threads, [&](int64_t s) {
+        const int64_t first = n * s / shares, last = n * (s + 1) / shares;
+        counts[s] = filter_pairs(first, last, positions, cells, structure, pairs, cutoff, out, least[s]);
+    });
+    int64_t kept = counts[0];
+    for (int64_t s = 1; s < shares; kept += counts[s++]) out.move(n * s / shares, counts[s], kept);
+    *closest = std::sqrt(*std::min_element(least.begin(), least.end()));
+    return kept;
+}
 
 inline bool before(const int64_t *a, const int64_t *b) {
     for (int x = 0; x < 3; x++) {
@@ -149,8 +183,11 @@ GPMLP_API int64_t gpmlp_sort_pairs(int64_t n, const int64_t *pairs, const int32_
     }                                                                                                                                      \
     GPMLP_API int64_t gpmlp_pairs_within##SUFFIX(int64_t n, const T *positions, const T *cells, const int64_t *structure,                  \
                                                  const int64_t *centers, const int64_t *neighbors, const int64_t *shifts, double cutoff,   \
-                                                 int64_t *i, int64_t *j, int64_t *images, T *r, double *closest) {                         \
-        return gpmlp::pairs_within(n, positions, cells, structure, centers, neighbors, shifts, cutoff, i, j, images, r, closest);          \
+                                                 int64_t *i, int64_t *j, int64_t *images, T *r, double *closest, int64_t threads) {        \
+        return gpmlp::guarded([&] {                                                                                                        \
+            return gpmlp::pairs_within<T>(n, positions, cells, structure, {centers, neighbors, shifts}, cutoff, {i, j, images, r},         \
+                                          closest, threads);                                                                               \
+        });                                                                                                                                \
     }                                                                                                                                      \
     GPMLP_API int64_t gpmlp_add_pair_gradients##SUFFIX(int64_t n, const int64_t *structure, const int64_t *centers,                        \
                                                        const int64_t *neighbors, const T *vectors, const T *gradients, T *forces,          \
