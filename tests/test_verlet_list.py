@@ -10,6 +10,7 @@ from gpmlp.core import neighbors, verlet_list
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.core.verlet_list import VerletList
+from gpmlp.native import library
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -72,6 +73,22 @@ def test_what_a_search_gives(kind, device):
         true_to(remember(one), one)
         calls += len(one)
     assert len(one) < remember.searched < 0.8 * calls
+
+
+def test_displacements_by_compiled_loops():
+    """Of each structure where no cell has changed, as by tensors; where one is no number, that is none."""
+    start, remember = everything(), VerletList(CUTOFF)
+    remember(start)
+    positions = start.positions + 0.01 * noise(start.positions, 2)
+    for one in (start.with_positions(positions), start.with_positions(positions.mT.contiguous().mT)):
+        by_atom = remember._reference.displacement(one, one.positions, one.cells)
+        expected = torch.stack([part.max() for part in by_atom.split(one.counts.tolist())])
+        torch.testing.assert_close(remember._displacements(one, remember._reference), expected, rtol=1e-12, atol=1e-12)
+    positions[1] = torch.nan
+    lost = torch.empty(2, dtype=torch.float64)
+    given = torch.zeros(4, dtype=torch.long), positions[:4].contiguous(), start.positions[:4].contiguous()
+    library.call("displacements", 4, *given, 2, lost)
+    assert lost[0].isnan() and lost[1] == 0
 
 
 @pytest.mark.parametrize("kind", CELLS)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 LARGEST = 1e9  # A, of positions and lattice vectors: their differences keep 1e-7 A in double precision
@@ -117,30 +117,38 @@ def check_cells(cells: Tensor, periodic: Tensor, names: Sequence[str]) -> None:
         periodic: (structures, 3) bool.
         names: of the structures, for the message.
     """
+    rows, along = cells.detach().cpu().numpy(), periodic.cpu().numpy()
+    if fault := _find_bad_cell(rows.tobytes(), rows.dtype.str, along.tobytes()):
+        which, why = fault
+        raise UserError(f"{names[which]}: {why}")
+
+
+@lru_cache(maxsize=16)  # dynamics asks for the same cells at every step
+def _find_bad_cell(cells: bytes, dtype: str, periodic: bytes) -> tuple[int, str] | None:
+    """Index of the first structure whose cell cannot be used, and what is wrong with it."""
     import numpy as np
 
-    # nine numbers a structure, at every step of dynamics
-    rows, along = cells.detach().cpu().numpy(), periodic.cpu().numpy()
-
-    def refuse(bad: np.ndarray, why: str) -> None:
-        if bad.any():
-            raise UserError(f"{names[int(bad.argmax())]}: {why}")
-
-    refuse(~np.isfinite(rows).all((1, 2)), "the cell holds a NaN or infinite number.")
+    rows = np.frombuffer(cells, dtype).reshape(-1, 3, 3)
+    along = np.frombuffer(periodic, bool).reshape(-1, 3)
+    if (bad := ~np.isfinite(rows).all((1, 2))).any():
+        return int(bad.argmax()), "the cell holds a NaN or infinite number."
     if not along.any():
-        return
-    far = (np.abs(rows) >= LARGEST).any(axis=2) & along
-    refuse(far.any(1), f"a lattice vector is longer than {LARGEST:g} A.")
+        return None
+    if (bad := ((np.abs(rows) >= LARGEST).any(axis=2) & along).any(1)).any():
+        return int(bad.argmax()), f"a lattice vector is longer than {LARGEST:g} A."
     lengths = np.sqrt((rows * rows).sum(2))
-    short = (lengths < 1e-3) & along
-    refuse(short.any(1), "periodic along a lattice vector of zero length; give the cell, or set pbc to F there.")
+    if (bad := ((lengths < 1e-3) & along).any(1)).any():
+        why = "periodic along a lattice vector of zero length; give the cell, or set pbc to F there."
+        return int(bad.argmax()), why
     # the volume spanned by unit vectors along the periodic axes, and any normal to these: 0 when they lie in a line or a plane
     units = rows * (along / np.where(along, lengths, 1.0))[:, :, None]
     gram = units @ units.transpose(0, 2, 1) + ~along[:, :, None] * np.eye(3)
     span = np.sqrt(np.linalg.det(gram).clip(0.0))
-    flat = span < 1e-3
-    volume = float(span[int(flat.argmax())])  # of the structure that is named
-    refuse(flat, f"the cell is flat (its periodic lattice vectors span no volume, normalised volume {volume:.1e}).")
+    if (bad := span < 1e-3).any():
+        volume = float(span[int(bad.argmax())])
+        why = f"the cell is flat (its periodic lattice vectors span no volume, normalised volume {volume:.1e})."
+        return int(bad.argmax()), why
+    return None
 
 
 SYMBOLS = tuple(

@@ -296,7 +296,7 @@ def _differentiable(structures: Structures) -> bool:
 
 def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As compiled loops read them; not to be written to, as some are copies."""
-    return tuple(part.detach().contiguous() for part in tensors)
+    return tuple(part.contiguous() for part in tensors)
 
 
 def lexicographic_order(centers: Tensor, neighbors: Tensor, shifts: Tensor) -> Tensor:

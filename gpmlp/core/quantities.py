@@ -216,6 +216,8 @@ class Prediction:
     @staticmethod
     def concatenate(parts: Sequence[Prediction]) -> Prediction:
         """The prediction for the concatenated structures of the parts."""
+        if len(parts) == 1:
+            return parts[0]
 
         def join(name: str, first: Any) -> Any:
             if first is None:

@@ -63,13 +63,12 @@ class Structures:
             object.__setattr__(self, "names", tuple(f"structure {i}" for i in range(n)))
         if len(self.names) != n:
             raise errors.UserError(f"`names` must hold {n} names; got {len(self.names)}.")
-        if n_atoms:
-            steps = self.structure_of_atom.diff()
-            in_range = 0 <= self.structure_of_atom[0] and self.structure_of_atom[-1] < n
-            if (steps < 0).any() or not in_range:
+        if n_atoms and (n != 1 or self.structure_of_atom.any()):
+            first, last = int(self.structure_of_atom[0]), int(self.structure_of_atom[-1])
+            if first < 0 or last >= n or (self.structure_of_atom.diff() < 0).any():
                 raise errors.UserError(f"`structure_of_atom` must be sorted with values 0 to {n - 1}.")
-        bad = ~(self.positions.abs() < errors.LARGEST).all(dim=1)
-        if bad.any():
+        if n_atoms and not self.positions.detach().abs().amax() < errors.LARGEST:
+            bad = ~(self.positions.abs() < errors.LARGEST).all(dim=1)
             atom = int(bad.nonzero()[0, 0])
             name, far = self.names[int(self.structure_of_atom[atom])], torch.isfinite(self.positions[atom]).all()
             what = (

@@ -10,6 +10,7 @@ from torch import Tensor
 from gpmlp.core import cell_list, errors, neighbors, parallel
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.structures import Structures
+from gpmlp.native import library
 
 HAIR = 1e-6  # A, at least, beyond the cutoff in a search: closer_than alone decides which pairs lie within the cutoff
 CALLS = 3  # for which a skin should last at the pace of the last calls: else a search without it is cheaper
@@ -32,7 +33,8 @@ class ReferencePositions:
     def from_structures(structures: Structures, reach: float) -> ReferencePositions:
         """Of structures whose pairs within `reach` (A) were searched."""
         boxes = cell_list.complete_cells(structures.cells, structures.periodic)
-        return ReferencePositions(structures.positions.clone(), boxes.clone(), torch.linalg.inv(boxes), reach)
+        positions = structures.positions.clone(memory_format=torch.contiguous_format)
+        return ReferencePositions(positions, boxes.clone(), torch.linalg.inv(boxes), reach)
 
     def displacement(self, structures: Structures, positions: Tensor, now: Tensor) -> Tensor:
         """(atoms,) 2 |u| + reach ‖F − 1‖ of atoms at other positions in cells `now`, A; no host synchronisation."""
@@ -86,9 +88,9 @@ class VerletList:
             else:
                 self._calls += 1
                 moved = self._displacements(structures, reference)
-                due = ~(moved < self._room)  # nor where it is no number
-                if due.any():
-                    self._search(structures, due, moved * CALLS < self.skin * self._calls, reference)
+                lasts = moved < self._room  # not where it is no number
+                if not lasts.all():
+                    self._search(structures, ~lasts, moved * CALLS < self.skin * self._calls, reference)
             pairs, closest = self._pairs.closer_than(structures, self.cutoff)
             if closest < neighbors.CLOSEST:
                 neighbors.find_neighbors(structures, self.cutoff)  # which says what is wrong
@@ -114,12 +116,12 @@ class VerletList:
 
     def _displacements(self, now: Structures, reference: ReferencePositions) -> Tensor:
         """(structures,) the largest of each since it was searched, A."""
-        if now.positions.device.type == "cpu" and torch.equal(now.cells, self._cells):
-            by_atom = 2 * (now.positions - reference.positions).square().sum(1).sqrt()
-        else:
-            by_atom = reference.displacement(now, now.positions, now.cells)
-        if len(now) == 1 and len(by_atom):
-            return by_atom.amax(0, keepdim=True)
+        positions = now.positions.contiguous()
+        if neighbors.fits_compiled_loops(positions) and torch.equal(now.cells, self._cells):
+            owner, moved = now.structure_of_atom.contiguous(), torch.empty_like(self._room)
+            library.call("displacements", len(positions), owner, positions, reference.positions, len(moved), moved)
+            return 2 * moved
+        by_atom = reference.displacement(now, positions, now.cells)
         return by_atom.new_zeros(len(now)).scatter_reduce_(0, now.structure_of_atom, by_atom, "amax")
 
     def _search(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
@@ -73,6 +74,16 @@ class GPCalculator(Calculator):
         self.novelty = novelty
         self._verlet_list = VerletList(potential.reach, skin)
         self.label_in_errors = name
+
+    def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
+        """What has changed since the last calculation, of RELEVANT_CHANGES and to the last bit, which costs less than a tolerance."""
+        if self.atoms is None:
+            return list(RELEVANT_CHANGES)
+        before, now = (
+            {"positions": a.positions, "numbers": a.numbers, "cell": a.cell.array, "pbc": a.pbc}
+            for a in (self.atoms, atoms)
+        )
+        return [name for name in RELEVANT_CHANGES if not np.array_equal(before[name], now[name])]
 
     def calculate(
         self,

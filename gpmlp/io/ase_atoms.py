@@ -139,6 +139,8 @@ def _structures(frames: Sequence[Frame], names: Sequence[str] | None) -> Structu
 
 def _electronic(frames: Sequence[Frame], names: Sequence[str], key: str) -> torch.Tensor | None:
     """Initial magnetic moments or charges, zero where a frame has none; None where no frame has any but zeros."""
+    if not any(key in frame.arrays for frame in frames):
+        return None
     given = [np.asarray(frame.arrays.get(key, np.zeros(len(frame)))) for frame in frames]
     for name, frame, value in zip(names, frames, given, strict=True):
         shapes = [(len(frame),), (len(frame), 3)] if key == "initial_magmoms" else [(len(frame),)]

@@ -28,6 +28,7 @@ SIGNATURES: dict[str, str] = {
     "pair_vectors": "nFFIIIIF",
     "shortest_vector": "nFD",
     "pairs_within": "nFFIIIIxIIIFDn",
+    "displacements": "nIFFnF",
     "add_pair_gradients": "nIIIFFFF",
     "add_rows": "FnnnnFFnnIIIIFFFnFn",
     "spectrum": "IIFFFFxnxxxxx",

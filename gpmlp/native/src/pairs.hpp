@@ -94,6 +94,19 @@ int64_t filter_pairs(int64_t first, int64_t last, const T *positions, const T *c
     return kept - first;
 }
 
+// The longest way from the reference of an atom of each structure; no number where one of them is none.
+template <class T>
+void displacements(int64_t n_atoms, const int64_t *structure, const T *positions, const T *reference, int64_t n_structures, T *out) {
+    std::fill_n(out, n_structures, T(0));
+    for (int64_t a = 0; a < n_atoms; a++) {
+        const T *to = positions + 3 * a, *from = reference + 3 * a, way[3] = {to[0] - from[0], to[1] - from[1], to[2] - from[2]};
+        const T here = square(way);
+        T &most = out[structure[a]];
+        if (here > most || here != here) most = here;
+    }
+    for (int64_t s = 0; s < n_structures; s++) out[s] = std::sqrt(out[s]);
+}
+
 // F_i = sum_j (g_ij - g_ji) added to `forces` and sum r_ij (x) g_ij to `virials`, in the order of pairs.
 template <class T>
 void add_pair_gradients(int64_t n, const int64_t *structure, const int64_t *centers, const int64_t *neighbors, const T *vectors,
@@ -188,6 +201,11 @@ GPMLP_API int64_t gpmlp_sort_pairs(int64_t n, const int64_t *pairs, const int32_
             return gpmlp::pairs_within<T>(n, positions, cells, structure, {centers, neighbors, shifts}, cutoff, {i, j, images, r},         \
                                           closest, threads);                                                                               \
         });                                                                                                                                \
+    }                                                                                                                                      \
+    GPMLP_API int64_t gpmlp_displacements##SUFFIX(int64_t n_atoms, const int64_t *structure, const T *positions, const T *reference,       \
+                                                  int64_t n_structures, T *out) {                                                          \
+        gpmlp::displacements(n_atoms, structure, positions, reference, n_structures, out);                                                 \
+        return 0;                                                                                                                          \
     }                                                                                                                                      \
     GPMLP_API int64_t gpmlp_add_pair_gradients##SUFFIX(int64_t n, const int64_t *structure, const int64_t *centers,                        \
                                                        const int64_t *neighbors, const T *vectors, const T *gradients, T *forces,          \
