@@ -21,6 +21,7 @@ from pydantic import (
 
 from gpmlp.core import errors
 
+MEANS = ("exact", "low_rank")
 SHORTEST, LONGEST = 0.5, 100.0  # A, that a cutoff can mean
 
 
@@ -274,8 +275,8 @@ class NoveltyRecipe(RecipeSection):
 
 
 class Recipe(RecipeSection):
-    """All choices of a fit. signal: standard deviations of local energies by chemical symbol, eV, learned where left out; memory_GB:
-    bound on the factors of the fit."""
+    """All choices of a fit. signal: standard deviations of local energies by chemical symbol, eV, learned where left out; mean: how the
+    posterior mean is evaluated where the kernel is quadratic; memory_GB: bound on the factors of the fit."""
 
     descriptor: DescriptorRecipe | tuple[DescriptorRecipe, ...] = DescriptorRecipe()
     kernel: KernelRecipe | tuple[KernelRecipe, ...] = KernelRecipe()
@@ -287,6 +288,7 @@ class Recipe(RecipeSection):
     variance: VarianceRecipe | Literal[False] = VarianceRecipe()
     calibration: CalibrationRecipe | Literal[False] = CalibrationRecipe()
     novelty: NoveltyRecipe | Literal[False] = NoveltyRecipe()
+    mean: Literal["exact", "low_rank"] = "exact"
     use_energies: bool = True
     use_forces: bool = True
     use_stresses: bool = True
@@ -310,7 +312,7 @@ class Recipe(RecipeSection):
     @classmethod
     def from_header(cls, stored: dict[str, Any]) -> Recipe:
         """The recipe in the header of a model file, whose evidence may be one that is no longer offered: a model does not need it."""
-        return cls.model_validate(stored | {"evidence": "dtc"})
+        return cls.model_validate({"mean": "exact"} | stored | {"evidence": "dtc"})
 
     @property
     def descriptors(self) -> tuple[DescriptorRecipe, ...]:

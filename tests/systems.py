@@ -17,7 +17,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.descriptors import radial
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel, make_kernel
 from gpmlp.potential import baselines, chunked
-from gpmlp.potential.mean import EnergyTerm, MeanBlock
+from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock
 from gpmlp.recipe import KernelRecipe
 
 CUTOFF = 3.6  # A: of every descriptor here, so that environments hold a handful of neighbours
@@ -180,13 +180,28 @@ def random_term(made: Descriptor, kernel: ZonalKernel, seed: int = 3, scale: flo
     return OwnTerm(made, kernel, blocks)
 
 
+def low_rank_form(block: MeanBlock, kernel: ZonalKernel, rank: int) -> LowRankForm:
+    """The mean of a block with so many eigenvectors of its matrix, those of the largest eigenvalues."""
+    form = block.quadratic_form(kernel)
+    values, vectors = torch.linalg.eigh(form.hessian)
+    kept = values.abs().argsort(descending=True)[:rank]
+    return LowRankForm(form.linear, values[kept], vectors[:, kept].clone())
+
+
+def low_rank_term(made: Descriptor) -> EnergyTerm:
+    """A random term with means of low rank."""
+    term = random_term(made, KERNELS["polynomial 2"])
+    forms = {z: low_rank_form(block, term.kernel, 3) for z, block in term.blocks.items()}
+    return OwnTerm(term.descriptor, term.kernel, term.blocks, forms, exact=False)
+
+
 def _term_cases() -> dict:
-    """Every descriptor with one kernel, every kernel with one descriptor, every baseline: name -> energy term."""
+    """Every descriptor with one kernel, every kernel with one descriptor, a mean of low rank, every baseline: name -> energy term."""
     usual = KERNELS["polynomial 3"]
     cases = {name: (lambda name=name: random_term(descriptor(name), usual)) for name in DESCRIPTORS}
     first = next(iter(DESCRIPTORS))
     cases |= {f"{first} {k}": (lambda k=k: random_term(descriptor(first), KERNELS[k])) for k in KERNELS}
-    return cases | BASELINES
+    return cases | {"low rank": lambda: low_rank_term(descriptor(first))} | BASELINES
 
 
 TERMS = _term_cases()
@@ -202,7 +217,8 @@ def single(term):
     if not isinstance(term, EnergyTerm):
         return term
     blocks = {z: MeanBlock(*(v.float() for v in vars(b).values())) for z, b in term.blocks.items()}
-    return OwnTerm(term.descriptor, term.kernel, blocks)
+    forms = {z: LowRankForm(*(v.float() for v in vars(f).values())) for z, f in term.low_rank.items()}
+    return OwnTerm(term.descriptor, term.kernel, blocks, forms, term.exact)
 
 
 def targets_of(structures: Structures, prediction: Prediction) -> Targets:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from systems import low_rank_form
 
 from gpmlp.gp import kernels
 from gpmlp.potential import mean as terms
-from gpmlp.potential.mean import ROWS, MeanBlock
+from gpmlp.potential.mean import ROWS, LowRankForm, MeanBlock
 
 QUADRATIC = {
     "zeta 1": kernels.PolynomialKernel(1),
@@ -37,17 +38,36 @@ def test_collapsed_is_the_sum_over_centres(name, tangents):
     torch.testing.assert_close(slope, steep, rtol=1e-11, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_all_directions_are_the_exact_form(dtype):
+    """And one less is not; energies are those whose slopes these are."""
+    mean, kernel, x = block(60, 20, True), QUADRATIC["sum"], unit(150, 20, seed=3)
+    exact = mean.quadratic_form(kernel)
+    whole, less = (
+        LowRankForm(*(v.to(dtype) for v in vars(low_rank_form(mean, kernel, rank)).values())) for rank in (20, 19)
+    )
+    close = {"rtol": 1e-11, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-2}
+    for found, expected in zip(whole(x.to(dtype)), exact(x), strict=True):
+        torch.testing.assert_close(found.double(), expected, **close)
+    energy, slope = less(x.to(dtype))
+    assert float((slope.double() - exact(x)[1]).abs().max()) > 1e-2
+    x.requires_grad_(True)
+    if dtype == torch.float64:
+        (derivative,) = torch.autograd.grad(less(x)[0].sum(), x)
+        torch.testing.assert_close(slope, derivative, rtol=1e-11, atol=1e-10)
+
+
 def test_collapsed_only_where_it_is_exact_and_cheaper():
-    assert block(60, 20, False).quadratic_form(kernels.PolynomialKernel(4)) is None
+    assert block(60, 20, False).cheaper_form(kernels.PolynomialKernel(4)) is None
     assert (
-        block(60, 20, False).quadratic_form(
+        block(60, 20, False).cheaper_form(
             kernels.SumKernel([QUADRATIC["zeta 2"], kernels.ExponentialKernel(0.5)], [1, 1])
         )
         is None
     )
-    assert block(10, 20, False).quadratic_form(QUADRATIC["zeta 2"]) is None  # 2 D² = 4 M D
-    assert block(11, 20, False).quadratic_form(QUADRATIC["zeta 2"]) is not None
-    assert block(5, 20, True).quadratic_form(QUADRATIC["zeta 2"]) is None and block(6, 20, True).quadratic_form(
+    assert block(10, 20, False).cheaper_form(QUADRATIC["zeta 2"]) is None  # 2 D² = 4 M D
+    assert block(11, 20, False).cheaper_form(QUADRATIC["zeta 2"]) is not None
+    assert block(5, 20, True).cheaper_form(QUADRATIC["zeta 2"]) is None and block(6, 20, True).cheaper_form(
         QUADRATIC["zeta 2"]
     )
 

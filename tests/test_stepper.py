@@ -25,6 +25,7 @@ SOAP = {"cutoff": CUTOFF, "n_max": 3, "l_max": 3}
 CHOICES = {
     # few features, so that the mean of some species collapses to a quadratic form
     "quadratic": {"descriptor": SOAP | {"n_max": 1, "l_max": 0}, "kernel": {"zeta": 2}, "inducing": {"n": 50, "gradients": 0}},
+    "low rank": {"descriptor": SOAP, "kernel": {"zeta": 2}, "inducing": {"n": 60, "gradients": 0}, "mean": "low_rank"},
     "tangents": {"descriptor": SOAP, "kernel": {"zeta": 3}, "inducing": {"n": 8, "gradients": 2}},
     "two": {
         "descriptor": [SOAP, {"cutoff": 2.8, "n_max": 2, "l_max": 1}],

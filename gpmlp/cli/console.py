@@ -255,7 +255,7 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
         ("noise", format_noise(report["noise"])),
         ("train RMSE", format_noise(rms)),
     ]
-    pairs += variance_columns(report)
+    pairs += [*mean_ranks(report), *variance_columns(report)]
     if validation:
         from gpmlp.potential.evaluation import ErrorTable
 
@@ -272,6 +272,20 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
     if report["stages"]:
         pairs += [("peak memory", f"{max(memory for *_, memory in report['stages']):.0f} MB")]
     return pairs_table("Fit", pairs)
+
+
+def mean_ranks(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rank of each mean of low rank, and by how much that changes forces."""
+    told = report.get("low_rank")
+    if not told:
+        return []
+    ranks = ", ".join(f"{rank} of {told['features'][label]} {label}" for label, rank in told["rank"].items())
+    change, noise = told["change_of_forces_eV_per_A"], told["noise_of_forces_eV_per_A"]
+    text = (
+        f"{ranks}; on {told['structures']} structures forces change by {format_number(1e3 * change)} meV/A (rms), "
+        f"{format_number(100 * change / noise)} % of their noise, {format_number(1e3 * told['largest_change_of_forces_eV_per_A'])} at most"
+    )
+    return [("low rank", text)]
 
 
 def variance_columns(report: Mapping[str, Any]) -> list[tuple[str, str]]:

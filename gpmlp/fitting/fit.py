@@ -18,7 +18,16 @@ from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.descriptors import make_descriptor
-from gpmlp.fitting import calibrate, label_outliers, left_out, near_duplicates, prepare, regression, variance_checks
+from gpmlp.fitting import (
+    calibrate,
+    label_outliers,
+    left_out,
+    low_rank,
+    near_duplicates,
+    prepare,
+    regression,
+    variance_checks,
+)
 from gpmlp.fitting.cost import expected_cost
 from gpmlp.fitting.label_outliers import LabelOutliers
 from gpmlp.fitting.near_duplicates import IndependentGroups
@@ -42,6 +51,10 @@ FEW_COLUMNS = 1000  # up to which the evidence is faster on one core
 LEFT_OUT = 3  # atoms that are left out in turn for the calibration, times those that may be set aside
 AMPLITUDE_ATOMS = 400  # of structures left out where there is no calibration
 ROBUST_ROUNDS = 3  # of leaving out what the last fit says is wrong
+NO_LOW_RANK = (
+    "`mean: low_rank` was left aside: it needs a kernel of zeta 1 or 2 (or a sum of such), forces, two structures or more that are no "
+    "near-duplicates, and fewer directions than make the exact mean as cheap. The mean is exact."
+)
 SAMPLE_BYTES = 16 << 20  # of features of one species to which novelty is fitted
 
 
@@ -121,6 +134,7 @@ def _fit_once(
         *label_outliers.exchanged_shears(data.structures, data.labels, again),
         *label_outliers.noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
     ]
+    potential, ranks = _with_low_rank(data, potential, fitted, judged, stages)
     errors = None
     if validation is not None:
         stages.begin("validation")
@@ -130,12 +144,14 @@ def _fit_once(
         independent_groups=len(data.groups),
         held_out=potential.calibration.source.get("held_out_structures", 0),
         variance_subset=subset,
+        low_rank=ranks,
         validation_errors=errors,
         stages=tuple(stages.done),
         findings=sort_findings(found),
         warnings=(
             *(str(finding) for finding in sort_findings(found) if finding.severity != "note"),
             *trained.warnings,
+            *([NO_LOW_RANK] if data.recipe.mean == "low_rank" and not ranks else []),
             *calibrate.calibration_warnings(potential.calibration, learned.label_noise),
         ),
         **numbers,
@@ -214,6 +230,21 @@ def _potential(data: _Data, trained: _Trained, learned: WhitenedData, solved: Sp
         variances=variances,
         novelty=trained.novelty,
     )
+
+
+def _with_low_rank(
+    data: _Data, potential: Potential, fitted: Tensor, judged: Tensor, stages: StageTimer
+) -> tuple[Potential, dict[str, Any] | None]:
+    """With means of low rank, where they were asked for: directions from the structures fitted, their number from those set aside; without
+    these from either half of the independent groups."""
+    if data.recipe.mean == "exact":
+        return potential, None
+    stages.begin("low rank")
+    if not len(judged):
+        order = torch.randperm(len(data.groups), generator=torch.Generator().manual_seed(data.recipe.seed))
+        fitted, judged = data.groups.leaders[order].tensor_split(2)
+    known, others = (data.structures.select(part.sort().values) for part in (fitted, judged))
+    return low_rank.with_low_rank(potential, known, others, data.recipe.seed)
 
 
 def _calibrated(

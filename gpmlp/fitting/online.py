@@ -83,8 +83,9 @@ class OnlineFit:
         asked = Recipe() if recipe is None else recipe
         if torch.device(asked.device).type != "cpu":
             raise errors.UserError(f"An online model is updated on the CPU; leave out `device: {asked.device}`.")
-        return _without_noises(asked, [prepare.prepare_data(structures, targets, asked, whole=False)]).refreshed(
-            "first data"
+        begun = _without_noises(asked, [prepare.prepare_data(structures, targets, asked, whole=False)])
+        return begun.refreshed(
+            "first data" + ("; the mean stays exact while labels come" if asked.mean != "exact" else "")
         )
 
     @property
@@ -416,11 +417,14 @@ class OnlineFit:
 
 
 def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> OnlineFit:
-    """An online fit of prepared labels, a batch of each part, whose noises are still to be learned."""
+    """An online fit of prepared labels, a batch of each part, whose noises are still to be learned.
+
+    Its mean is exact: directions chosen for some labels need not be those of the next ones.
+    """
     structures = Structures.concatenate([s for s, _ in parts])
     targets = Targets.concatenate([t for _, t in parts])
     hyperparameters.check_species(asked, structures)
-    recipe, base, _ = prepare.set_up(structures, targets, asked, growing=True)
+    recipe, base, _ = prepare.set_up(structures, targets, asked.model_copy(update={"mean": "exact"}), growing=True)
     pieces = list(chunk_structures(structures, CHUNK_ATOMS))
     models, _ = regression.make_models(
         recipe, structures, pieces, StageTimer(None), lambda z, features, structures: None

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from gpmlp.core.findings import Finding
 from gpmlp.potential.evaluation import ErrorTable
@@ -30,6 +31,7 @@ class FitReport:
         shortest: distance of each pair of species in the data, A.
         variance_subset: columns kept for variances; where they are not all, how covariances of forces from them compare with those
             from all, on some atoms (variance_checks.subset_error).
+        low_rank: of a mean of low rank, its rank and what it changes (low_rank.with_low_rank); None where the mean is exact.
         columns: inducing variables asked for; rank: those that are linearly independent.
         condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
         negative_log_evidence: of the posterior's columns, nats, priors of the hyperparameters included.
@@ -52,6 +54,7 @@ class FitReport:
     centres: dict[str, int]
     shortest: dict[str, float]
     variance_subset: dict[str, float]
+    low_rank: dict[str, Any] | None
     columns: int
     rank: int
     condition: float

@@ -247,6 +247,23 @@ def _error_table(values: dict[str, float | None]) -> dict[str, float | None]:
     return values
 
 
+class _LowRank(_Section):
+    """What a mean of low rank changes."""
+
+    rank: dict[str, Count]
+    features: dict[str, Count]
+    structures: Count
+    change_of_forces_eV_per_A: NotNegative
+    largest_change_of_forces_eV_per_A: NotNegative
+    noise_of_forces_eV_per_A: Deviation
+
+    @model_validator(mode="after")
+    def _possible(self) -> _LowRank:
+        if self.rank.keys() != self.features.keys() or any(n > self.features[label] for label, n in self.rank.items()):
+            raise ValueError("rank must not be above features, of which there must be as many entries")
+        return self
+
+
 class _Report(_Section):
     """Numbers of the fit that are shown; of a fit all of `OF_FIT`, of a model that learned label by label all of `LEARNED`."""
 
@@ -266,6 +283,7 @@ class _Report(_Section):
     held_out: Count = 0
     events: list[str] = []
     variance_subset: _VarianceSubset | None = None
+    low_rank: _LowRank | None = None
     validation_errors: Annotated[dict[str, float | None], AfterValidator(_error_table)] | None = None
     shortest: dict[str, float] = {}
     evidence_trace: list[list[float]] = []

@@ -65,7 +65,7 @@ class ForceSamples:
         drawn = draw_deviations(potential, MEMBERS, SEED)
         terms = []
         for term, blocks in zip(potential.terms, drawn, strict=True):
-            forms = {z: block.quadratic_form(term.kernel) or block for z, block in blocks.items()}
+            forms = {z: block.cheaper_form(term.kernel) or block for z, block in blocks.items()}
             terms.append(DeviationTerm(term.kernel, forms, MEMBERS))
         return ForceSamples(potential.variance_model(), tuple(terms), MEMBERS)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -98,10 +98,14 @@ class MeanBlock:
                 place.copy_(part)
         return out
 
+    @property
+    def products(self) -> int:
+        """Multiplications for ε and dε/dx of an environment."""
+        return (4 if self.tangents.shape[-2] else 2) * self.features.numel()
+
     def quadratic_form(self, kernel: ZonalKernel) -> QuadraticForm | None:
-        """The same mean as a quadratic form, if the kernel allows it and the form is cheaper to evaluate."""
-        m, d = self.features.shape
-        if kernel.quadratic is None or d >= (4 if self.tangents.shape[-2] else 2) * m:
+        """The same mean as a quadratic form, where the kernel allows it."""
+        if kernel.quadratic is None:
             return None
         a, b = kernel.quadratic
         linear_part = self.weights @ self.features
@@ -111,6 +115,10 @@ class MeanBlock:
             across = self.features.T @ self.tangents
             matrix = matrix + across + across.mT
         return QuadraticForm(a * linear_part, 2 * b * matrix)
+
+    def cheaper_form(self, kernel: ZonalKernel) -> QuadraticForm | None:
+        """The quadratic form where there is one and it is cheaper to evaluate than the sum over centres."""
+        return self.quadratic_form(kernel) if self.features.shape[1] ** 2 < self.products else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +135,11 @@ class QuadraticForm:
     linear: Tensor
     hessian: Tensor
 
+    @property
+    def products(self) -> int:
+        """Multiplications for ε and dε/dx of an environment."""
+        return self.hessian.numel()
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ε (environments,) and dε/dx (environments, features)."""
         if self.hessian.dim() == 3:
@@ -137,23 +150,69 @@ class QuadraticForm:
 
 
 @dataclass(frozen=True, eq=False)
+class LowRankForm:
+    """ε(x) = v.x + Σ_i s_i (u_i.x)² / 2: a quadratic form with k directions of its matrix, those that forces feel (fitting/low_rank.py).
+
+    Attributes:
+        linear: (features,) v, eV.
+        values: (k,) s, eV, of either sign.
+        vectors: (features, k) u_i, of length 1, not orthogonal to each other.
+    """
+
+    linear: Tensor
+    values: Tensor
+    vectors: Tensor
+
+    @staticmethod
+    def from_stored(stored: StoredTensors, n_features: int, dtype: torch.dtype) -> LowRankForm:
+        """That of a model file, with tensors called as the attributes; UserError if these do not fit each other and the descriptor."""
+        values = stored.take("values", ("rank",), dtype)
+        vectors = stored.take("vectors", (n_features, len(values)), dtype)
+        if bool(((vectors.square().sum(0) - 1).abs() > UNIT_TOLERANCE).any()):
+            raise UserError("a direction of a low-rank mean has not length 1.")
+        return LowRankForm(stored.take("linear", (n_features,), dtype), values, vectors)
+
+    @property
+    def products(self) -> int:
+        """Multiplications for ε and dε/dx of an environment."""
+        return 2 * self.vectors.numel()
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ε (environments,) and dε/dx (environments, features)."""
+        along = x @ self.vectors
+        scaled = along * self.values
+        slope = torch.addmm(self.linear, scaled, self.vectors.T)
+        return x @ self.linear + 0.5 * torch.linalg.vecdot(along, scaled), slope
+
+
+@dataclass(frozen=True, eq=False)
 class EnergyTerm:
-    """One descriptor with its kernel and, for each central species, the mean of the local energies."""
+    """One descriptor with its kernel and, for each central species, the mean of the local energies.
+
+    Attributes:
+        blocks: the exact mean by species.
+        low_rank: the same by fewer directions, of species that have it; exact: whether predictions leave it aside.
+    """
 
     descriptor: Descriptor
     kernel: ZonalKernel
     blocks: dict[int, MeanBlock]
+    low_rank: dict[int, LowRankForm] = field(default_factory=dict)
+    exact: bool = True
 
     def environments(self, structures: Structures, pairs: Neighbors | None = None) -> StructureEnvironments:
         """Environments of structures as the descriptor has them; `pairs` as there."""
         return StructureEnvironments.from_structures(self.descriptor, structures, pairs)
 
     @cached_property
-    def quadratic_forms(self) -> dict[int, QuadraticForm]:
-        """Means that are cheaper as a quadratic form, by species."""
-        single = {z: block for z, block in self.blocks.items() if block.weights.dim() == 1}
-        forms = {z: block.quadratic_form(self.kernel) for z, block in single.items()}
-        return {z: form for z, form in forms.items() if form is not None}
+    def quadratic_forms(self) -> dict[int, QuadraticForm | LowRankForm]:
+        """Quadratic forms that stand for sums over centres, by species: where they are cheaper, of low rank where that is wanted."""
+        chosen: dict[int, QuadraticForm | LowRankForm] = {} if self.exact else dict(self.low_rank)
+        for z, block in self.blocks.items():
+            form = None if z in chosen or block.weights.dim() > 1 else block.cheaper_form(self.kernel)
+            if form is not None:
+                chosen[z] = form
+        return chosen
 
     def kernel_profiles(self, environments: Environments) -> dict[int, Profile]:
         """Kernel of the environments of each species with all its centres: what mean and variances of local energies share.

@@ -25,8 +25,8 @@ from gpmlp.potential import baselines, chunked, samples
 from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.compiled import CompiledMean, compile_mean
 from gpmlp.potential.force_samples import ForceSamples
-from gpmlp.potential.mean import EnergyTerm, MeanBlock
-from gpmlp.recipe import Recipe
+from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock
+from gpmlp.recipe import MEANS, Recipe
 from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
@@ -243,7 +243,8 @@ class Potential:
 
     def as_sample(self, terms: tuple[EnergyTerm, ...], origin: dict) -> Potential:
         """A potential with the weights of a sample, which has no variances; `origin`: how it was drawn, for the provenance."""
-        return replace(self, terms=terms, variances=None, provenance=self.provenance | {"sample": origin})
+        provenance, recipe = self.provenance | {"sample": origin}, self.recipe.model_copy(update={"mean": "exact"})
+        return replace(self, terms=terms, recipe=recipe, variances=None, provenance=provenance)
 
     def covariance(self, structures: Structures) -> Tensor:
         """Posterior covariance (no noise, not calibrated) of all energies, forces and stresses of a few structures, each with each.
@@ -257,15 +258,21 @@ class Potential:
         joint[: len(here), : len(here)] += deviations @ deviations.T
         return joint.to(device=structures.positions.device)
 
-    def to(self, device: str | None = None, descriptors: str | None = None) -> Potential:
-        """The same on another device, or with descriptors in another precision ('float64', 'float32'), which model files do not keep.
+    def to(self, device: str | None = None, descriptors: str | None = None, mean: str | None = None) -> Potential:
+        """The same on another device, with descriptors in another precision ('float64', 'float32'), which model files do not keep, or with
+        the mean in another form ('exact', 'low_rank').
 
         What is not given stays as it is. Single precision is faster, above all on GPUs, and changes predictions by far less than their
-        errors (environments.SinglePrecisionDescriptor).
+        errors (environments.SinglePrecisionDescriptor); so does a low rank (mean.LowRankForm), by what the report says.
 
         Raises:
-            UserError: a device that is not available, or another precision.
+            UserError: a device that is not available, another precision, or a form that this model does not have.
         """
+        errors.check_choice("form of the mean", mean or "exact", MEANS)
+        if mean == "low_rank" and not any(term.low_rank for term in self.terms):
+            raise errors.UserError(
+                "This model has no mean of low rank. Fit it with `mean: low_rank` in the recipe, a kernel of zeta 1 or 2, and forces."
+            )
         errors.check_choice("precision of the descriptors", descriptors or "float64", ("float64", "float32"))
         if descriptors is None and any(isinstance(t.descriptor, SinglePrecisionDescriptor) for t in self.terms):
             descriptors = "float32"
@@ -273,6 +280,8 @@ class Potential:
         if device is not None:
             errors.check_device(device)
             header["recipe"] = header["recipe"] | {"device": device}
+        if mean is not None:
+            header["recipe"] = header["recipe"] | {"mean": mean}
         moved = self.from_state(header, tensors)
         if descriptors != "float32":
             return moved
@@ -318,6 +327,12 @@ class Potential:
             for z, block in term.blocks.items()
             for name, value in vars(block).items()
         }
+        tensors |= {
+            f"term{k}.Z{z}.low_rank.{name}": value
+            for k, term in enumerate(self.terms)
+            for z, form in term.low_rank.items()
+            for name, value in vars(form).items()
+        }
         if self.variances is not None:
             header["variances"], more = self.variances.state()
             tensors |= {f"variances.{name}": value for name, value in more.items()}
@@ -344,8 +359,14 @@ class Potential:
         terms = []
         for k, (descriptor, kernel) in enumerate(zip(recipe.descriptors, recipe.kernels, strict=True)):
             made = make_descriptor(species, descriptor.model_dump())
-            read = [MeanBlock.from_stored(stored.part(f"term{k}.Z{z}."), made.n_features, dtype) for z in species]
-            terms.append(EnergyTerm(made, make_kernel(kernel), dict(zip(species, read, strict=True))))
+            parts = {z: stored.part(f"term{k}.Z{z}.") for z in species}
+            blocks = {z: MeanBlock.from_stored(part, made.n_features, dtype) for z, part in parts.items()}
+            low_rank = {
+                z: LowRankForm.from_stored(part.part("low_rank."), made.n_features, dtype)
+                for z, part in parts.items()
+                if len(part.part("low_rank."))
+            }
+            terms.append(EnergyTerm(made, make_kernel(kernel), blocks, low_rank, recipe.mean == "exact"))
         variances = novelty = None
         if header.get("variances") is not None:
             features = [{z: block.features for z, block in term.blocks.items()} for term in terms]

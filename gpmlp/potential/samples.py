@@ -146,7 +146,7 @@ def draw_samples(
                 std = model.amplitude**0.5 * prior.signal[block.species]
                 weights, others = weights + std * correction, std * others
             drawn[block.species] = _add_deviations(mean, block, weights, others)
-        terms.append(replace(term, blocks=drawn))
+        terms.append(EnergyTerm(term.descriptor, term.kernel, drawn))
     origin = {"how": how, "seed": seed, "of": k, "calibrated": scale is not None}
     return PosteriorSamples(potential, tuple(terms), origin, tuple(range(k)))
 

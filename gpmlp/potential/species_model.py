@@ -23,7 +23,7 @@ from gpmlp.gp.kernels import Profile, ZonalKernel
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.baselines import ZBL, IsolatedAtoms
 from gpmlp.potential.force_samples import DeviationTerm
-from gpmlp.potential.mean import MeanBlock, QuadraticForm
+from gpmlp.potential.mean import LowRankForm, MeanBlock, QuadraticForm
 from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty.mahalanobis import SpeciesClusters
 
@@ -61,7 +61,7 @@ class SpeciesTerm:
     backend: DenseBackend
     single: bool
     kernel: ZonalKernel
-    mean: MeanBlock | QuadraticForm | None
+    mean: MeanBlock | QuadraticForm | LowRankForm | None
     block: InducingBlock | None
     deviations: DeviationTerm | None = None
 
@@ -76,7 +76,7 @@ class SpeciesTerm:
         """Energies, their slopes dε/dx, and the kernel with all centres where the mean needs it."""
         if self.mean is None:
             return x.new_zeros(len(x)), torch.zeros_like(x), None
-        if isinstance(self.mean, QuadraticForm):
+        if not isinstance(self.mean, MeanBlock):
             return *self.mean(x), None
         profile = self.kernel.profile(x @ self.mean.features.T)
         return *self.mean.from_profile(x, profile), profile

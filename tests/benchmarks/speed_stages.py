@@ -65,8 +65,8 @@ def _kernel_flops(term: EnergyTerm, structures: Structures) -> float:
     """Of the mean's kernel and its slope, an atom."""
     total = 0.0
     for z, block in term.blocks.items():
-        m, d = block.features.shape
-        total += float((structures.species == z).sum()) * (2 * d * d if z in term.quadratic_forms else 4 * m * d)
+        mean = term.quadratic_forms.get(z, block)
+        total += float((structures.species == z).sum()) * 2 * mean.products
     return total / structures.n_atoms
 
 

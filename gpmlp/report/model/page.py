@@ -194,6 +194,14 @@ def _fit_values(model: dict[str, Any]) -> dict[str, Any]:
     subset = model.get("variance_subset") or {}
     for record, names in ((model, SIZES), (subset, SUBSET)):
         sizes += [(name, format_number(record[key])) for key, name in names if record.get(key) is not None]
+    low_rank = model.get("low_rank") or {}
+    if low_rank:
+        sizes += [
+            (f"rank of the mean of {kind}", f"{n} of {low_rank['features'][kind]}")
+            for kind, n in low_rank["rank"].items()
+        ]
+        share = low_rank["change_of_forces_eV_per_A"] / low_rank["noise_of_forces_eV_per_A"]
+        sizes.append(("forces change by that, share of their noise", format_percent(share)))
     for key in ("environments", "centres"):
         sizes += [(f"{key} of {kind}", format_number(n)) for kind, n in (model.get(key) or {}).items()]
     noise = [

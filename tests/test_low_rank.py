@@ -1,0 +1,167 @@
+"""Means of low rank: how many directions, what they change, files, and what is left exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import gpmlp
+from gpmlp.cli import main
+from gpmlp.core.errors import UserError
+from gpmlp.fitting import low_rank
+from gpmlp.fitting.low_rank import SHARE_OF_NOISE, with_low_rank
+from gpmlp.fitting.online import OnlineFit
+from gpmlp.potential.mean import LowRankForm
+from gpmlp.potential.potential import Potential
+from gpmlp.recipe import Recipe
+
+CHOICES = {
+    "descriptor": {"cutoff": 4.0, "n_max": 6, "l_max": 4},
+    "kernel": {"zeta": 2},
+    "inducing": {"n": 60, "gradients": 0},
+    "noise": {"force": 0.05, "energy_per_atom": 0.005, "stress": 0.01},
+    "variance": False,
+    "calibration": False,
+    "novelty": False,
+}
+
+
+def recipe(**changes) -> Recipe:
+    return Recipe.model_validate(CHOICES | {"mean": "low_rank"} | changes)
+
+
+@pytest.fixture(scope="module")
+def fitted(small_set):
+    return gpmlp.fit(*small_set, recipe())
+
+
+@pytest.fixture(scope="module")
+def halves(small_set):
+    structures = small_set[0]
+    return structures.select(range(0, len(structures), 2)), structures.select(range(1, len(structures), 2))
+
+
+def changes(potential: Potential, structures) -> dict[str, torch.Tensor]:
+    """Root mean square change of each structure's forces, energy per atom and stress against the exact mean."""
+    exact, found = potential.to(mean="exact")(structures), potential(structures)
+    forces = (exact.forces - found.forces).square().mean(1)
+    of = structures.structure_of_atom
+    return {
+        "forces": (torch.zeros(len(structures)).double().index_add_(0, of, forces) / structures.counts).sqrt(),
+        "energies": ((exact.energies - found.energies) / structures.counts).abs(),
+        "stresses": (exact.stresses - found.stresses).square().mean((1, 2)).sqrt(),
+    }
+
+
+def test_the_smallest_rank_that_changes_no_structure_by_more_than_its_share_of_the_noise(fitted, halves):
+    potential, numbers = with_low_rank(fitted[0].to(mean="exact"), *halves)
+    (form,) = potential.terms[0].low_rank.values()
+    rank = len(form.values)
+    assert numbers["rank"] == {"0:Cu": rank} and numbers["features"] == {"0:Cu": 105} and 0 < rank < 52
+    assert numbers["structures"] == len(halves[1])
+    found = changes(potential, halves[1])
+    for (kind, each), unit in zip(found.items(), ("eV_per_A", "eV_per_atom", "eV_per_A3"), strict=True):
+        assert numbers[f"change_of_{kind}_{unit}"] == pytest.approx(float(each.square().mean().sqrt()), rel=1e-6)
+        assert numbers[f"worst_change_of_{kind}_{unit}"] == pytest.approx(float(each.max()), rel=1e-6)
+        assert numbers[f"noise_of_{kind}_{unit}"] == potential.noise[kind]
+        assert 0 < float(each.max()) <= SHARE_OF_NOISE * potential.noise[kind]
+    less = LowRankForm(form.linear, form.values[:-1], form.vectors[:, :-1])
+    (term,) = potential.terms
+    found = changes(replace(potential, terms=(replace(term, low_rank={29: less}),)), halves[1])
+    assert any(float(each.max()) > SHARE_OF_NOISE * potential.noise[kind] for kind, each in found.items())
+
+
+def test_a_larger_noise_needs_fewer_directions(fitted, halves):
+    exact = fitted[0].to(mean="exact")
+    ranks = [
+        with_low_rank(replace(exact, noise={k: by * v for k, v in exact.noise.items()}), *halves)[1]["rank"]["0:Cu"]
+        for by in (1, 10)
+    ]
+    assert ranks[1] < ranks[0]
+
+
+def test_all_directions_are_the_exact_mean(fitted, halves):
+    """Of a real fit, whose features do not fill their space, so that the whitening is all but singular."""
+    (term,) = fitted[0].terms
+    (directions,) = low_rank._directions(term, halves[0], 0).values()
+    x = term.environments(halves[1]).environments.features
+    for found, expected in zip(directions.every(x), directions.exact(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_both_forms_are_in_the_file(fitted, small_set, tmp_path):
+    """And the exact one is to the last bit that of a fit which has no other."""
+    potential, report = fitted
+    assert potential.recipe.mean == "low_rank" and report.low_rank == potential.report["low_rank"]
+    gpmlp.save(potential, tmp_path / "m.gpmlp")
+    again, structures = gpmlp.load(tmp_path / "m.gpmlp"), small_set[0]
+    assert torch.equal(again(structures).forces, potential(structures).forces)
+    plain = gpmlp.fit(*small_set, recipe(mean="exact"))[0]
+    assert not plain.terms[0].low_rank and plain.report["low_rank"] is None
+    exact = again.to(mean="exact")
+    assert torch.equal(exact(structures).forces, plain(structures).forces)
+    assert not torch.equal(exact(structures).forces, potential(structures).forces)
+    gpmlp.save(exact, tmp_path / "e.gpmlp")
+    back = gpmlp.load(tmp_path / "e.gpmlp")
+    assert torch.equal(back(structures).forces, plain(structures).forces)
+    assert torch.equal(back.to(mean="low_rank")(structures).forces, potential(structures).forces)
+    single = potential.to(descriptors="float32")(structures).forces
+    torch.testing.assert_close(single, potential(structures).forces, rtol=0, atol=1e-4)
+
+
+def test_what_the_command_line_says(fitted, tmp_path, capsys):
+    gpmlp.save(fitted[0], tmp_path / "m.gpmlp")
+    assert main.main(["info", str(tmp_path / "m.gpmlp")]) == 0
+    rank = fitted[1].low_rank["rank"]["0:Cu"]
+    assert f"{rank} of 105 0:Cu; on 8 structures forces change by" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("values", lambda t: t[:-1]),
+        ("values", lambda t: t * float("nan")),
+        ("vectors", lambda t: t[1:]),
+        ("vectors", lambda t: 2 * t),
+        ("vectors", lambda t: t.float()),
+        ("linear", lambda t: t[:-1]),
+        ("linear", None),
+        ("more", torch.clone),
+    ],
+)
+def test_altered_directions_are_refused(fitted, name, change):
+    header, tensors = fitted[0].state()
+    key = f"term0.Z29.low_rank.{name}"
+    if change is None:
+        del tensors[key]
+    else:
+        tensors[key] = change(tensors.get(key, torch.zeros(2)))
+    with pytest.raises(UserError):
+        Potential.from_state(header, tensors)
+
+
+def test_forms_that_are_not_there(fitted, small_set):
+    with pytest.raises(UserError, match="Unknown form of the mean 'low_rnk'.*low_rank"):
+        fitted[0].to(mean="low_rnk")
+    potential, report = gpmlp.fit(*small_set, recipe(kernel={"zeta": 4}))
+    assert potential.recipe.mean == "exact" and report.low_rank is None
+    assert any("`mean: low_rank` was left aside" in text for text in report.warnings)
+    with pytest.raises(UserError, match="has no mean of low rank"):
+        potential.to(mean="low_rank")
+
+
+def test_samples_are_exact(small_set):
+    potential = gpmlp.fit(*small_set, recipe(variance={}))[0]
+    assert potential.terms[0].low_rank
+    sample = potential.sample(2, 0)[0]
+    assert sample.recipe.mean == "exact" and not sample.terms[0].low_rank
+    there = potential.to(mean="exact").sample(2, 0)[0]
+    assert torch.equal(sample(small_set[0]).forces, there(small_set[0]).forces)
+
+
+def test_what_learns_label_by_label_is_exact_and_says_so(small_set):
+    online = OnlineFit.begin(*small_set, recipe())
+    assert online.potential.recipe.mean == "exact" and not online.potential.terms[0].low_rank
+    assert "mean stays exact" in online.report()["events"][0]
