@@ -288,7 +288,7 @@ class Recipe(RecipeSection):
     variance: VarianceRecipe | Literal[False] = VarianceRecipe()
     calibration: CalibrationRecipe | Literal[False] = CalibrationRecipe()
     novelty: NoveltyRecipe | Literal[False] = NoveltyRecipe()
-    mean: Literal["exact", "low_rank"] = "exact"
+    mean: Literal["exact", "low_rank"] = "low_rank"
     use_energies: bool = True
     use_forces: bool = True
     use_stresses: bool = True

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import copper
 
 import gpmlp
 from gpmlp.cli import main
@@ -13,6 +14,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.fitting import low_rank
 from gpmlp.fitting.low_rank import SHARE_OF_NOISE, with_low_rank
 from gpmlp.fitting.online import OnlineFit
+from gpmlp.io import ase_atoms
 from gpmlp.potential.mean import LowRankForm
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
@@ -33,13 +35,19 @@ def recipe(**changes) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def fitted(small_set):
-    return gpmlp.fit(*small_set, recipe())
+def many():
+    """Enough structures to hold some out."""
+    return ase_atoms.from_ase([copper(seed, 1 + seed % 2) for seed in range(24)])
 
 
 @pytest.fixture(scope="module")
-def halves(small_set):
-    structures = small_set[0]
+def fitted(many):
+    return gpmlp.fit(*many, recipe())
+
+
+@pytest.fixture(scope="module")
+def halves(many):
+    structures = many[0]
     return structures.select(range(0, len(structures), 2)), structures.select(range(1, len(structures), 2))
 
 
@@ -91,14 +99,14 @@ def test_all_directions_are_the_exact_mean(fitted, halves):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_both_forms_are_in_the_file(fitted, small_set, tmp_path):
+def test_both_forms_are_in_the_file(fitted, many, tmp_path):
     """And the exact one is to the last bit that of a fit which has no other."""
     potential, report = fitted
     assert potential.recipe.mean == "low_rank" and report.low_rank == potential.report["low_rank"]
     gpmlp.save(potential, tmp_path / "m.gpmlp")
-    again, structures = gpmlp.load(tmp_path / "m.gpmlp"), small_set[0]
+    again, structures = gpmlp.load(tmp_path / "m.gpmlp"), many[0]
     assert torch.equal(again(structures).forces, potential(structures).forces)
-    plain = gpmlp.fit(*small_set, recipe(mean="exact"))[0]
+    plain = gpmlp.fit(*many, recipe(mean="exact"))[0]
     assert not plain.terms[0].low_rank and plain.report["low_rank"] is None
     exact = again.to(mean="exact")
     assert torch.equal(exact(structures).forces, plain(structures).forces)
@@ -115,7 +123,7 @@ def test_what_the_command_line_says(fitted, tmp_path, capsys):
     gpmlp.save(fitted[0], tmp_path / "m.gpmlp")
     assert main.main(["info", str(tmp_path / "m.gpmlp")]) == 0
     rank = fitted[1].low_rank["rank"]["0:Cu"]
-    assert f"{rank} of 105 0:Cu; on 8 structures forces change by" in " ".join(capsys.readouterr().out.split())
+    assert f"{rank} of 105 0:Cu; on 12 structures forces change by" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -142,26 +150,39 @@ def test_altered_directions_are_refused(fitted, name, change):
         Potential.from_state(header, tensors)
 
 
-def test_forms_that_are_not_there(fitted, small_set):
-    with pytest.raises(UserError, match="Unknown form of the mean 'low_rnk'.*low_rank"):
+def test_it_is_the_default_where_structures_can_be_held_out(fitted, many, small_set):
+    """Of too few it is exact, and nothing is said unless a low rank was asked for."""
+    choices = {key: value for key, value in CHOICES.items() if key not in ("calibration", "variance")}
+    potential, report = gpmlp.fit(*many, Recipe.model_validate(choices))
+    assert potential.recipe.mean == "low_rank" and report.low_rank["structures"] == 8
+    for recipe_of_few, said in ((Recipe.model_validate(choices), False), (recipe(), True)):
+        potential, report = gpmlp.fit(*small_set, recipe_of_few)
+        assert potential.recipe.mean == "exact" and report.low_rank is None
+        assert any("`mean: low_rank` was left aside" in text for text in report.warnings) == said
+
+
+def test_forms_that_are_not_there(fitted, many):
+    with pytest.raises(UserError, match="Unknown form of the mean .low_rnk.*low_rank"):
         fitted[0].to(mean="low_rnk")
-    potential, report = gpmlp.fit(*small_set, recipe(kernel={"zeta": 4}))
+    potential, report = gpmlp.fit(*many, recipe(kernel={"zeta": 4}))
     assert potential.recipe.mean == "exact" and report.low_rank is None
     assert any("`mean: low_rank` was left aside" in text for text in report.warnings)
     with pytest.raises(UserError, match="has no mean of low rank"):
         potential.to(mean="low_rank")
 
 
-def test_samples_are_exact(small_set):
-    potential = gpmlp.fit(*small_set, recipe(variance={}))[0]
+def test_samples_are_exact(many):
+    potential = gpmlp.fit(*many, recipe(variance={}))[0]
     assert potential.terms[0].low_rank
     sample = potential.sample(2, 0)[0]
     assert sample.recipe.mean == "exact" and not sample.terms[0].low_rank
     there = potential.to(mean="exact").sample(2, 0)[0]
-    assert torch.equal(sample(small_set[0]).forces, there(small_set[0]).forces)
+    assert torch.equal(sample(many[0]).forces, there(many[0]).forces)
 
 
-def test_what_learns_label_by_label_is_exact_and_says_so(small_set):
-    online = OnlineFit.begin(*small_set, recipe())
+def test_what_learns_label_by_label_is_exact_and_says_so(many):
+    online = OnlineFit.begin(*many, recipe())
     assert online.potential.recipe.mean == "exact" and not online.potential.terms[0].low_rank
     assert "mean stays exact" in online.report()["events"][0]
+    silent = OnlineFit.begin(*many, Recipe.model_validate(CHOICES))
+    assert silent.potential.recipe.mean == "exact" and "exact" not in silent.report()["events"][0]

@@ -52,8 +52,8 @@ LEFT_OUT = 3  # atoms that are left out in turn for the calibration, times those
 AMPLITUDE_ATOMS = 400  # of structures left out where there is no calibration
 ROBUST_ROUNDS = 3  # of leaving out what the last fit says is wrong
 NO_LOW_RANK = (
-    "`mean: low_rank` was left aside: it needs a kernel of zeta 1 or 2 (or a sum of such), forces, two structures or more that are no "
-    "near-duplicates, and fewer directions than make the exact mean as cheap. The mean is exact."
+    "`mean: low_rank` was left aside, and the mean is exact: a low rank needs a kernel of zeta 1 or 2 (or a sum of such), forces, "
+    f"{calibrate.FEWEST} structures that are no near-duplicates, and so few directions that they are cheaper."
 )
 SAMPLE_BYTES = 16 << 20  # of features of one species to which novelty is fitted
 
@@ -151,7 +151,7 @@ def _fit_once(
         warnings=(
             *(str(finding) for finding in sort_findings(found) if finding.severity != "note"),
             *trained.warnings,
-            *([NO_LOW_RANK] if data.recipe.mean == "low_rank" and not ranks else []),
+            *([NO_LOW_RANK] if recipe.mean == "low_rank" and "mean" in recipe.model_fields_set and not ranks else []),
             *calibrate.calibration_warnings(potential.calibration, learned.label_noise),
         ),
         **numbers,
@@ -235,12 +235,12 @@ def _potential(data: _Data, trained: _Trained, learned: WhitenedData, solved: Sp
 def _with_low_rank(
     data: _Data, potential: Potential, fitted: Tensor, judged: Tensor, stages: StageTimer
 ) -> tuple[Potential, dict[str, Any] | None]:
-    """With means of low rank, where they were asked for: directions from the structures fitted, their number from those set aside; without
-    these from either half of the independent groups."""
+    """With means of low rank, where they are wanted: directions from the structures fitted, their number from those set aside; without
+    these from either half of the independent groups, if there are enough."""
     if data.recipe.mean == "exact":
         return potential, None
     stages.begin("low rank")
-    if not len(judged):
+    if not len(judged) and len(data.groups) >= calibrate.FEWEST:
         order = torch.randperm(len(data.groups), generator=torch.Generator().manual_seed(data.recipe.seed))
         fitted, judged = data.groups.leaders[order].tensor_split(2)
     known, others = (data.structures.select(part.sort().values) for part in (fitted, judged))

@@ -84,9 +84,8 @@ class OnlineFit:
         if torch.device(asked.device).type != "cpu":
             raise errors.UserError(f"An online model is updated on the CPU; leave out `device: {asked.device}`.")
         begun = _without_noises(asked, [prepare.prepare_data(structures, targets, asked, whole=False)])
-        return begun.refreshed(
-            "first data" + ("; the mean stays exact while labels come" if asked.mean != "exact" else "")
-        )
+        wanted = "mean" in asked.model_fields_set and asked.mean != "exact"
+        return begun.refreshed("first data" + ("; the mean stays exact while labels come" if wanted else ""))
 
     @property
     def n_labels(self) -> int:
