@@ -188,10 +188,10 @@ def low_rank_form(block: MeanBlock, kernel: ZonalKernel, rank: int) -> LowRankFo
     return LowRankForm(form.linear, values[kept], vectors[:, kept].clone())
 
 
-def low_rank_term(made: Descriptor) -> EnergyTerm:
+def low_rank_term(made: Descriptor, rank: int = 3) -> EnergyTerm:
     """A random term with means of low rank."""
     term = random_term(made, KERNELS["polynomial 2"])
-    forms = {z: low_rank_form(block, term.kernel, 3) for z, block in term.blocks.items()}
+    forms = {z: low_rank_form(block, term.kernel, rank) for z, block in term.blocks.items()}
     return OwnTerm(term.descriptor, term.kernel, term.blocks, forms, exact=False)
 
 

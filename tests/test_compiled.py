@@ -6,7 +6,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from systems import BASELINES, DESCRIPTORS, KERNELS, SPECIES, cluster, descriptor, everything, random_term
+from systems import (
+    BASELINES,
+    DESCRIPTORS,
+    KERNELS,
+    SPECIES,
+    cluster,
+    descriptor,
+    everything,
+    low_rank_term,
+    random_term,
+)
 
 from gpmlp.core import neighbors
 from gpmlp.core.environments import SinglePrecisionDescriptor
@@ -40,6 +50,11 @@ def compare(terms, structures: Structures, baselines=(), margin: float = 0.4, en
 @pytest.mark.parametrize("name", SOAPS)
 def test_every_descriptor_and_kernel(name, kernel):
     compare([random_term(descriptor(name), KERNELS[kernel])], everything())
+
+
+@pytest.mark.parametrize("rank", [1, 7, 20])
+def test_low_ranks(rank):
+    compare([low_rank_term(descriptor(SOAPS[0]), rank)], everything(), [made() for made in BASELINES.values()])
 
 
 @pytest.mark.parametrize("kernel", ["polynomial 2", "polynomial 4"])

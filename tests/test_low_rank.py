@@ -130,6 +130,7 @@ def test_what_the_command_line_says(fitted, tmp_path, capsys):
     ("name", "change"),
     [
         ("values", lambda t: t[:-1]),
+        ("values", lambda t: t[:0]),
         ("values", lambda t: t * float("nan")),
         ("vectors", lambda t: t[1:]),
         ("vectors", lambda t: 2 * t),

@@ -17,7 +17,7 @@ from gpmlp.descriptors.cpu import compiled_spectrum
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel
 from gpmlp.native import library
 from gpmlp.potential.baselines import ZBL, Baseline, IsolatedAtoms
-from gpmlp.potential.mean import EnergyTerm, MeanBlock, QuadraticForm
+from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock, QuadraticForm
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,10 @@ def _kernel_parts(kernel: ZonalKernel) -> list[list[float]] | None:
 
 def _mean(term: EnergyTerm, z: int) -> int:
     """The mean of a central species, by its address."""
-    form: MeanBlock | QuadraticForm = term.quadratic_forms.get(z) or term.blocks[z]
+    form: MeanBlock | QuadraticForm | LowRankForm = term.quadratic_forms.get(z) or term.blocks[z]
+    if isinstance(form, LowRankForm):
+        arrays = (t.contiguous() for t in (form.linear, form.vectors, form.values))
+        return library.call("low_rank_form", *form.vectors.shape, *arrays)
     if isinstance(form, QuadraticForm):
         return library.call("quadratic_form", len(form.linear), form.linear.contiguous(), form.hessian.contiguous())
     parts = torch.tensor(_kernel_parts(term.kernel), dtype=torch.float64)

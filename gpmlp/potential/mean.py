@@ -155,7 +155,7 @@ class LowRankForm:
 
     Attributes:
         linear: (features,) v, eV.
-        values: (k,) s, eV, of either sign.
+        values: (k,) s, k > 0, eV, of either sign.
         vectors: (features, k) u_i, of length 1, not orthogonal to each other.
     """
 
@@ -167,6 +167,8 @@ class LowRankForm:
     def from_stored(stored: StoredTensors, n_features: int, dtype: torch.dtype) -> LowRankForm:
         """That of a model file, with tensors called as the attributes; UserError if these do not fit each other and the descriptor."""
         values = stored.take("values", ("rank",), dtype)
+        if not len(values):
+            raise UserError("a low-rank mean has no directions.")
         vectors = stored.take("vectors", (n_features, len(values)), dtype)
         if bool(((vectors.square().sum(0) - 1).abs() > UNIT_TOLERANCE).any()):
             raise UserError("a direction of a low-rank mean has not length 1.")
