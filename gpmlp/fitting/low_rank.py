@@ -194,7 +194,9 @@ class _Comparison:
 
     def _forms(self, total: int) -> list[dict[int, LowRankForm]]:
         kept = self.order[:total]
-        return [{z: d.leading(max(1, kept.count((k, z)))) for z, d in of.items()} for k, of in enumerate(self.directions)]
+        return [
+            {z: d.leading(max(1, kept.count((k, z)))) for z, d in of.items()} for k, of in enumerate(self.directions)
+        ]
 
     def changes(self, forms: Sequence[dict[int, LowRankForm]]) -> dict[str, float]:
         """Root mean square change by kind, and the largest of a force component."""
