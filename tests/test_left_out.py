@@ -110,5 +110,16 @@ def test_every_config_type_has_its_turn_and_those_set_aside_come_first():
     assert len(one) == 1  # one at least
 
 
+def test_crystals_at_rest_do_not_take_the_place_of_those_with_forces():
+    """Of one config_type with thirty cells at rest and nine that are not, eight of these are left out."""
+    structures, targets = gpmlp.read(DATA / "train.xyz", "1:40")
+    forces = targets.forces.clone()
+    forces[structures.structure_of_atom >= 9] = 0.0
+    one_type = replace(targets, forces=forces, config_types=("strained",) * len(structures))
+    atoms = int(structures.counts.max()) * 2 * left_out.EACH
+    chosen = left_out.choose_left_out(structures, one_type, torch.zeros(0, dtype=torch.long), atoms, 0)
+    assert sum(i < 9 for i in chosen) == left_out.EACH
+
+
 def _first(structures: Structures, targets, n: int):
     return structures.select(range(1, n + 1)), targets.select(structures, range(1, n + 1))

@@ -30,7 +30,7 @@ from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty import residuals
 from gpmlp.uncertainty.variance_weights import fit_variance_weights
 
-EACH = 8  # structures of each config_type that come first, those set aside before others
+EACH = 8  # structures of each config_type that come first, moving or at rest, those set aside before others
 NEAR_ATOMS = 600  # of a structure and those near it, which are left out together
 FORCE_ATOMS = 16  # of a structure, whose force variances are computed: its errors depend on each other
 PART_ATOMS = 128  # of structures whose rows are made together
@@ -76,8 +76,8 @@ def choose_left_out(
 ) -> list[int]:
     """Indices of structures to leave out in turn, of about so many atoms together.
 
-    First come EACH of every config_type, as far as there are so many, and among these the structures that were set aside (`held`): no
-    inducing point was chosen from them. All others follow at random.
+    First come EACH of every config_type, of those with forces and of those at rest, as far as there are so many, and among these the
+    structures that were set aside (`held`): no inducing point was chosen from them. All others follow at random.
 
     Args:
         among: indices of the structures to choose from; all if not given.
@@ -86,10 +86,13 @@ def choose_left_out(
     candidates = torch.arange(len(structures)) if among is None else among
     order = candidates[torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))].tolist()
     order.sort(key=lambda i: i not in aside)
-    taken: dict[str, int] = {}
+    pushed = (targets.forces.nan_to_num().abs() > residuals.ZERO_LABEL["forces"]).any(1).cpu()
+    moving = torch.zeros(len(structures), dtype=torch.bool)
+    moving[structures.structure_of_atom.cpu()[pushed]] = True
+    taken: dict[tuple[str, bool], int] = {}
     rank = []
     for i in order:
-        label = targets.config_types[i]
+        label = targets.config_types[i], bool(moving[i])
         taken[label] = taken.get(label, 0) + 1
         rank.append(taken[label])
     turn = sorted(range(len(order)), key=lambda k: min(rank[k], EACH + 1))
