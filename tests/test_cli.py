@@ -356,6 +356,7 @@ def test_interruption_while_importing(monkeypatch, capsys):
 
 def test_warnings_are_one_line_on_standard_error(gpmlp, model_file, small_atoms, tmp_path):
     frame = small_atoms[0].copy()
+    frame.rattle(0.02, seed=1)  # not one that the error bars were calibrated on
     frame.info |= {"energy": 1.0, "free_energy": 2.0}
     ase.io.write(tmp_path / "w.xyz", frame)
     status, out, err = gpmlp("evaluate", model_file, tmp_path / "w.xyz")

@@ -103,7 +103,7 @@ class VarianceModel:
         label_noise: by kind, as much of `noise` as the labels themselves show (uncertainty/residuals.py); absent = all of it.
         of_fit: number of columns of the mean; these are a subset if they are fewer.
         amplitude: w of the form 'scaled': DTC's evidence knows the process at the inducing variables only, and that of what lies
-            between them may be of another size (fitting/variance_checks.py).
+            between them may be of another size (fitting/left_out.py).
     """
 
     priors: tuple[PriorCovariance, ...]
