@@ -7,10 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import copper
+from systems import CUTOFF, everything
+from test_stepper import shaken
 
 import gpmlp
 from gpmlp.cli import main
-from gpmlp.core.errors import UserError
+from gpmlp.core.errors import UserError, chemical_symbol
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
 from gpmlp.fitting import low_rank
 from gpmlp.fitting.low_rank import SHARE_OF_NOISE, with_low_rank
 from gpmlp.fitting.online import OnlineFit
@@ -97,6 +101,55 @@ def test_all_directions_are_the_exact_mean(fitted, halves):
     x = term.environments(halves[1]).environments.features
     for found, expected in zip(directions.every(x), directions.exact(x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_directions_are_those_that_forces_feel(fitted, halves, monkeypatch):
+    """Eigenvectors of the matrix itself, whatever features do, are far more for the same change of forces."""
+    exact = fitted[0].to(mean="exact")
+    rank = with_low_rank(exact, *halves)[1]["rank"]["0:Cu"]
+    monkeypatch.setattr(low_rank, "_whitening", lambda x, jacobians: torch.eye(x.shape[1]).to(x))
+    numbers = with_low_rank(exact, *halves)[1]
+    assert numbers is None or numbers["rank"]["0:Cu"] > 1.2 * rank
+
+
+def test_the_moment_of_jacobians_is_what_pulling_back_gives(fitted, halves, monkeypatch):
+    """cᵀ A c is the mean over environments of |∂(c·x)/∂r|²; from some of the rows nearly so."""
+    (term,) = fitted[0].terms
+    view = term.environments(halves[0])
+    n, d = len(view.surroundings), term.descriptor.n_features
+    along = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = float(view.environments.pull_back(along.expand(n, d).contiguous()).square().sum() / n)
+    few = low_rank._jacobian_moment(term.descriptor, view, torch.arange(n), torch.Generator().manual_seed(0))
+    monkeypatch.setattr(low_rank, "ROWS", 10**6)
+    all_rows = low_rank._jacobian_moment(term.descriptor, view, torch.arange(n), torch.Generator().manual_seed(0))
+    assert float(along @ all_rows @ along) == pytest.approx(expected, rel=1e-9)
+    assert not torch.equal(few, all_rows) and float(along @ few @ along) == pytest.approx(expected, rel=0.3)
+
+
+def test_several_descriptors_and_species():
+    """Changes are those of whole predictions (to 1e-9 eV/A: random labels have weights that cancel), and only cheaper forms are kept."""
+    batch = Structures.concatenate([shaken(everything(), 0.05, seed) for seed in range(6)])
+    generator = torch.Generator().manual_seed(0)
+    energies = torch.randn(len(batch), generator=generator, dtype=torch.float64)
+    forces = 0.3 * torch.randn(batch.n_atoms, 3, generator=generator, dtype=torch.float64)
+    targets = replace(Targets.unlabelled(batch), energies=energies, forces=forces)
+    choices = {
+        "descriptor": [{"cutoff": CUTOFF, "n_max": 3, "l_max": 3}, {"cutoff": 2.8, "n_max": 2, "l_max": 1}],
+        "kernel": [{"zeta": 2}, {"zeta": 1}],
+        "noise": {"energy_per_atom": 0.01, "force": 0.1},
+    }
+    exact = gpmlp.fit(batch, targets, recipe(**choices))[0].to(mean="exact")
+    known, others = batch.select(range(0, 48, 2)), batch.select(range(1, 48, 2))
+    potential, numbers = with_low_rank(exact, known, others)
+    assert {label[0] for label in numbers["rank"]} == {"0", "1"} and len(numbers["rank"]) > 3
+    found = changes(potential, others)
+    assert numbers["worst_change_of_forces_eV_per_A"] == pytest.approx(float(found["forces"].max()), rel=1e-3)
+    assert numbers["worst_change_of_energies_eV_per_atom"] == pytest.approx(float(found["energies"].max()), rel=1e-3)
+    assert float(found["forces"].max()) <= SHARE_OF_NOISE * 0.1
+    for k, term in enumerate(potential.terms):
+        for z, form in term.low_rank.items():
+            assert numbers["rank"][f"{k}:{chemical_symbol(z)}"] == len(form.values)
+            assert form.products < min(term.blocks[z].products, term.descriptor.n_features**2)
 
 
 def test_both_forms_are_in_the_file(fitted, many, tmp_path):

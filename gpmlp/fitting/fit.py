@@ -239,7 +239,8 @@ def _with_low_rank(
     these from either half of the independent groups, if there are enough."""
     if data.recipe.mean == "exact":
         return potential, None
-    stages.begin("low rank")
+    if any(term.kernel.quadratic is not None for term in potential.terms):
+        stages.begin("low rank")
     if not len(judged) and len(data.groups) >= calibrate.FEWEST:
         order = torch.randperm(len(data.groups), generator=torch.Generator().manual_seed(data.recipe.seed))
         fitted, judged = data.groups.leaders[order].tensor_split(2)

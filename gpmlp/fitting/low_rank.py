@@ -81,7 +81,8 @@ def with_low_rank(
         by term and species, changes and noise by kind, largest change of a force, and the number of structures.
     """
     forms: list[dict[int, LowRankForm]] = [{} for _ in potential.terms]
-    if "forces" in potential.noise and len(known) and len(others):
+    quadratic = any(term.kernel.quadratic is not None for term in potential.terms)
+    if quadratic and "forces" in potential.noise and len(known) and len(others):
         known = known.select(_enough(known, ENVIRONMENTS, seed))
         others = others.select(_enough(others, JUDGED, seed))
         directions = [_directions(term, known, seed) for term in potential.terms]
