@@ -38,8 +38,8 @@ template <class T> class Expansion : public Object {
             const int64_t lo = b * BLOCK, hi = std::min(given.n, lo + BLOCK);
             int64_t environments[BLOCK];
             std::iota(environments, environments + (hi - lo), lo);
-            if (!blocks[b].expand(spectrum, given, first_pairs.data(), environments, int(hi - lo), EVERYWHERE, scratch_of_thread<T>(),
-                                  features + lo * spectrum.features, spectrum.features))
+            if (!blocks[b].expand(spectrum, given, first_pairs.data(), environments, int(hi - lo), EVERYWHERE, false,
+                                  scratch_of_thread<T>(), features + lo * spectrum.features, spectrum.features))
                 known = false;
         });
         complete = known;

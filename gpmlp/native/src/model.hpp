@@ -69,11 +69,11 @@ template <class T> class SpectrumTerm : public Term {
     bool expand(const Run &run, Scratch &s, int row) const {
         const double reach = spectrum.weights.cutoff;
         if constexpr (std::is_same_v<T, double>) {
-            return s.block.expand(spectrum, run.given, run.first_pairs, run.environments, run.n, reach, s.of_block, s.x.data(), row);
+            return s.block.expand(spectrum, run.given, run.first_pairs, run.environments, run.n, reach, true, s.of_block, s.x.data(), row);
         } else {
             const int d = spectrum.features;
             s.narrow.resize(std::size_t(run.n) * d);
-            if (!s.block.expand(spectrum, run.given, run.first_pairs, run.environments, run.n, reach, s.of_block, s.narrow.data(), d))
+            if (!s.block.expand(spectrum, run.given, run.first_pairs, run.environments, run.n, reach, true, s.of_block, s.narrow.data(), d))
                 return false;
             for (int i = 0; i < run.n; i++) {
                 double *x = &s.x[std::size_t(i) * row];

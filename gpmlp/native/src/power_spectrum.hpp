@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "abi.hpp"
 #include "lanes.hpp"
@@ -68,6 +69,7 @@ template <class T> struct PowerSpectrum : Object {
     T per_step;                 // intervals per A
     Array<T> table;             // quintics by interval, power (highest first), l and n; zeros behind n_max
     Array<T> prefactors;        // (features,)
+    Array<T> slope_factors;     // the same, twice on the diagonal, whose products hold a channel twice
     Array<T> center;            // (n_max,) density of the central atom at l = 0
     Array<T> recurrence;        // (l, m, 2), descriptors/spherical_harmonics.py: recurrence_coefficients
     std::vector<int64_t> slots; // place of each atomic number among the species, or -1
@@ -85,8 +87,11 @@ template <class T> struct PowerSpectrum : Object {
         const std::size_t rows = std::size_t(intervals) * POWERS * degrees;
         this->table.assign(rows * full, 0);
         for (std::size_t row = 0; row < rows; row++) std::copy_n(table + row * n_max, n_max, &this->table[row * full]);
-        this->prefactors.assign(prefactors, prefactors + features), this->center.assign(center, center + n_max);
+        this->prefactors.assign(prefactors, prefactors + features), slope_factors = this->prefactors,
+                                                                    this->center.assign(center, center + n_max);
         this->recurrence.assign(recurrence, recurrence + 2 * degrees * degrees);
+        for (int a = 0, k = 0; a < channels; k += (channels - a) * degrees, a++)
+            for (int l = 0; l < degrees; l++) slope_factors[k + l] *= 2;
     }
 
     int slot_of(int64_t z) const { return z >= 0 && z < static_cast<int64_t>(slots.size()) ? static_cast<int>(slots[z]) : -1; }
@@ -210,8 +215,10 @@ template <class T> class Block {
     static constexpr int W = WIDTH<T>;
     using V = Lanes<T>;
     const PowerSpectrum<T> *spectrum = nullptr;
-    Array<T> density; // (environments, lm, c_row)
-    Array<T> norms;   // of the spectra
+    Array<T> density;     // (environments, lm, c_row)
+    Array<T> norms;       // of the spectra
+    Array<T> kept_radial; // (pairs, 2, size) w I_nl and slopes, where the block is small enough for the cache
+    bool keeps_radial = false;
 
   public:
     Pairs<T> pairs;
@@ -226,19 +233,22 @@ template <class T> class Block {
     // species that the spectrum was not made for.
     template <class G>
     bool expand(const PowerSpectrum<T> &s, const Surroundings<G> &given, const int64_t *first_pairs, const int64_t *environments, int n,
-                double reach, Scratch &scratch, T *features, int row) {
-        spectrum = &s;
+                double reach, bool keep_radial, Scratch &scratch, T *features, int row) {
+        spectrum = &s, keeps_radial = keep_radial;
         if (!pairs.lay_out(s, given, first_pairs, environments, n, reach)) return false;
+        if (keep_radial) kept_radial.resize(std::size_t(pairs.starts.back()) * 2 * s.size);
         density.resize(n * s.density_size()), norms.resize(n);
         scratch.radial.resize(pairs.widest * s.size), scratch.harmonics.resize(s.degrees * s.degrees * round_up<T>(pairs.widest));
         scratch.products.resize(s.degrees * s.channels * s.g_row);
-        for (int e = 0; e < n; e++) {
-            expand_density(e, scratch);
-            T *x = features + std::size_t(e) * row;
-            norms[e] = std::max(std::numeric_limits<T>::min(), multiply_channels(e, scratch, x));
-            const T inverse = 1 / norms[e];
-            for (int k = 0; k < s.features; k++) x[k] *= inverse;
-        }
+        with_degrees([&](auto degrees) {
+            for (int e = 0; e < n; e++) {
+                expand_density(degrees, e, scratch);
+                T *x = features + std::size_t(e) * row;
+                norms[e] = std::max(std::numeric_limits<T>::min(), multiply_channels(degrees, e, scratch, x));
+                const T inverse = 1 / norms[e];
+                for (int k = 0; k < s.features; k++) x[k] *= inverse;
+            }
+        });
         return true;
     }
 
@@ -247,25 +257,12 @@ template <class T> class Block {
     template <class X> void pull_back(int e, const X *features, const X *cotangent, Scratch &scratch, X *out) const {
         const PowerSpectrum<T> &s = *spectrum;
         scratch.on_products.resize(s.degrees * s.channels * s.g_row), scratch.on_density.resize(s.degrees * s.degrees * s.g_row);
-        scratch.slopes.resize(s.size * 2 * W), scratch.mixed.resize(s.degrees * s.degrees * 2 * W);
-        to_density(e, features, cotangent, scratch);
-        T *slopes = scratch.slopes.data(), *mixed = scratch.mixed.data();
-        for (int species = 0; species < s.n_species; species++) {
-            const int begin = pairs.starts[e * s.n_species + species], end = pairs.starts[e * s.n_species + species + 1];
-            for (int p = begin; p < end; p += W) {
-                radial_slopes(p, end - 1, slopes);
-                for (int l = 0; l < s.degrees; l++) {
-                    const Strided<T> on{&scratch.on_density[l * l * s.g_row + species * s.n_max], s.g_row, 1};
-                    multiply(2 * l + 1, 2 * W, s.n_max, on, slopes + l * s.full * 2 * W, 2 * W, mixed + l * l * 2 * W, 2 * W);
-                }
-                V on_x, on_y, on_z;
-                to_pairs(p, mixed, on_x, on_y, on_z);
-                for (int k = 0; k < W && p + k < end; k++) {
-                    X *g = out + 3 * pairs.order[p + k];
-                    g[0] += on_x[k], g[1] += on_y[k], g[2] += on_z[k];
-                }
-            }
-        }
+        scratch.row.resize(std::max<std::size_t>(scratch.row.size(), s.features)), scratch.slopes.resize(s.size * 2 * W),
+            scratch.mixed.resize(s.degrees * s.degrees * 2 * W);
+        with_degrees([&](auto degrees) {
+            to_density(degrees, e, features, cotangent, scratch);
+            for (int species = 0; species < s.n_species; species++) pull_back_to(degrees, e, species, scratch, out);
+        });
     }
 
     // ∂(features)/∂r of the pairs of environment e into their places in `out` (pairs, 3, features), which begins with
@@ -302,59 +299,121 @@ template <class T> class Block {
     }
 
   private:
-    // W quintics of one interval by Horner's rule; those of l and n from `at` on.
-    GPMLP_INLINE V spline(int pair, int at) const {
-        const T *c = &spectrum->table[std::size_t(pairs.interval[pair]) * POWERS * spectrum->size + at];
-        const V t = fill(pairs.offset[pair]);
-        V value = load(c);
-        for (int power = 1; power < POWERS; power++) value = value * t + load(c + power * spectrum->size);
-        return value;
+    // work(l_max + 1): as a constant where it is a usual one, so that loops over degrees are unrolled.
+    template <class Work> void with_degrees(Work work) const {
+        switch (spectrum->degrees) {
+        case 5: return work(std::integral_constant<int, 5>());
+        case 7: return work(std::integral_constant<int, 7>());
+        case 9: return work(std::integral_constant<int, 9>());
+        default: return work(spectrum->degrees);
+        }
     }
 
-    // w I_nl and its slope.
-    GPMLP_INLINE void value_and_slope(int pair, int at, V &value, V &slope) const {
-        const T *c = &spectrum->table[std::size_t(pairs.interval[pair]) * POWERS * spectrum->size + at];
-        const V t = fill(pairs.offset[pair]), w = fill(pairs.weight[pair]);
-        V v = load(c), d = v;
-        v = v * t + load(c + spectrum->size);
-        for (int power = 2; power < POWERS; power++) d = d * t + v, v = v * t + load(c + power * spectrum->size);
-        value = v * w, slope = d * (w * spectrum->per_step) + v * fill(pairs.d_weight[pair]);
+    // Adds ∂E/∂r of the pairs with neighbours of one species, from ∂E/∂c in scratch.
+    template <class D, class X> void pull_back_to(D constant, int e, int species, Scratch &scratch, X *out) const {
+        const int degrees = constant;
+        const PowerSpectrum<T> &s = *spectrum;
+        const int begin = pairs.starts[e * s.n_species + species], end = pairs.starts[e * s.n_species + species + 1];
+        T *slopes = scratch.slopes.data(), *mixed = scratch.mixed.data();
+        for (int p = begin; p < end; p += W) {
+            radial_slopes(p, end - 1, slopes);
+#pragma GCC unroll 9
+            for (int l = 0; l < degrees; l++) {
+                const Strided<T> on{&scratch.on_density[l * l * s.g_row + species * s.n_max], s.g_row, 1};
+                multiply(2 * l + 1, 2 * W, s.n_max, on, slopes + l * s.full * 2 * W, 2 * W, mixed + l * l * 2 * W, 2 * W);
+            }
+            V on_x, on_y, on_z;
+            to_pairs(constant, p, mixed, on_x, on_y, on_z);
+            for (int k = 0; k < W && p + k < end; k++) {
+                X *g = out + 3 * pairs.order[p + k];
+                g[0] += on_x[k], g[1] += on_y[k], g[2] += on_z[k];
+            }
+        }
+    }
+
+    // w I_nl of one pair and its slope, W quintics of one interval of the table at a time, by Horner's rule.
+    struct RadialFunctions {
+        const T *table, *kept;
+        int size;
+        V t, w, slope_w, d_w;
+
+        GPMLP_INLINE V value(int at) const {
+            V value = load(table + at);
+            for (int power = 1; power < POWERS; power++) value = value * t + load(table + power * size + at);
+            return value * w;
+        }
+
+        GPMLP_INLINE void value_and_slope(int at, V &value, V &slope) const {
+            if (kept) {
+                value = load(kept + at), slope = load(kept + size + at);
+                return;
+            }
+            V v = load(table + at), d = v;
+            v = v * t + load(table + size + at);
+            for (int power = 2; power < POWERS; power++) d = d * t + v, v = v * t + load(table + power * size + at);
+            value = v * w, slope = d * slope_w + v * d_w;
+        }
+    };
+
+    GPMLP_INLINE RadialFunctions radial_functions(int pair, bool kept = false) const {
+        const int size = spectrum->size;
+        const V w = fill(pairs.weight[pair]);
+        return {&spectrum->table[std::size_t(pairs.interval[pair]) * POWERS * size],
+                kept ? &kept_radial[std::size_t(pair) * 2 * size] : nullptr,
+                size,
+                fill(pairs.offset[pair]),
+                w,
+                w * spectrum->per_step,
+                fill(pairs.d_weight[pair])};
     }
 
     // c_lm,an = Σ_j w I_nl Y_lm of environment e.
-    void expand_density(int e, Scratch &scratch) {
+    template <class D> void expand_density(D constant, int e, Scratch &scratch) {
+        const int degrees = constant;
         const PowerSpectrum<T> &s = *spectrum;
         const int *starts = &pairs.starts[e * s.n_species], first = starts[0], count = starts[s.n_species] - first;
         const int width = round_up<T>(pairs.widest);
-        T *radial = scratch.radial.data(), *y = scratch.harmonics.data(), *c = &density[e * s.density_size()];
+        const int row = keeps_radial ? 2 * s.size : s.size;
+        T *radial = keeps_radial ? &kept_radial[std::size_t(first) * row] : scratch.radial.data();
+        T *y = scratch.harmonics.data(), *c = &density[e * s.density_size()];
         for (int p = 0; p < count; p++) {
-            const V w = fill(pairs.weight[first + p]);
-            for (int at = 0; at < s.size; at += W) store(radial + p * s.size + at, spline(first + p, at) * w);
+            T *to = radial + p * row;
+            const RadialFunctions radial_of = radial_functions(first + p);
+            if (keeps_radial) {
+                for (int at = 0, size = s.size; at < size; at += W) {
+                    V value, slope;
+                    radial_of.value_and_slope(at, value, slope);
+                    store(to + at, value), store(to + size + at, slope);
+                }
+            } else {
+                for (int at = 0, size = s.size; at < size; at += W) store(to + at, radial_of.value(at));
+            }
         }
-        for (int p = 0; p < count; p += W) harmonics(first + p, width, y + p);
+        for (int p = 0; p < count; p += W) harmonics(constant, first + p, width, y + p);
         // the last lanes of a species reach into the next, with zeros, and so come before it
         for (int species = 0; species < s.n_species; species++) {
             const int begin = starts[species] - first, depth = starts[species + 1] - starts[species];
-            for (int l = 0; l < s.degrees; l++) {
+#pragma GCC unroll 9
+            for (int l = 0; l < degrees; l++) {
                 const Strided<T> of_l{y + l * l * width + begin, width, 1};
-                multiply(2 * l + 1, s.full, depth, of_l, radial + begin * s.size + l * s.full, s.size,
-                         c + l * l * s.c_row + species * s.n_max, s.c_row);
+                multiply(2 * l + 1, s.full, depth, of_l, radial + begin * row + l * s.full, row, c + l * l * s.c_row + species * s.n_max,
+                         s.c_row);
             }
         }
         for (int k = 0; k < s.n_max; k++) c[pairs.slots[e] * s.n_max + k] += s.center[k];
     }
 
     // out[lm, pair lanes] = Y_lm of the pairs p and following.
-    GPMLP_INLINE void harmonics(int p, int width, T *out) const {
-        const int degrees = spectrum->degrees;
+    template <class D> GPMLP_INLINE void harmonics(D degrees, int p, int width, T *out) const {
         const V x = load(&pairs.x[p]), y = load(&pairs.y[p]), z = load(&pairs.z[p]);
+        const T *recurrence = spectrum->recurrence.data();
         Azimuth<T> azimuth;
         for (int m = 0; m < degrees; m++) {
             if (m) azimuth.to_next(x, y);
-            V q = fill(spectrum->recurrence[2 * (m * degrees + m)]), before = {};
+            V q = fill(recurrence[2 * (m * degrees + m)]), before = {};
             for (int l = m; l < degrees; l++) {
                 if (l > m) {
-                    const T *k = &spectrum->recurrence[2 * (l * degrees + m)];
+                    const T *k = recurrence + 2 * (l * degrees + m);
                     const V next = (fill(k[0]) * z) * q + fill(k[1]) * before;
                     before = q, q = next;
                 }
@@ -365,39 +424,49 @@ template <class T> class Block {
     }
 
     // p_ab,l = prefactor Σ_m c_lm,a c_lm,b of environment e; returns their norm.
-    T multiply_channels(int e, Scratch &scratch, T *p) const {
+    template <class D> T multiply_channels(D constant, int e, Scratch &scratch, T *p) const {
+        const int degrees = constant;
         const PowerSpectrum<T> &s = *spectrum;
         const T *c = &density[e * s.density_size()];
         T *products = scratch.products.data();
-        for (int l = 0; l < s.degrees; l++)
+#pragma GCC unroll 9
+        for (int l = 0; l < degrees; l++)
             for (int a = 0; a < s.channels; a += W) { // b from the lanes of a on
                 const T *at = c + l * l * s.c_row + a;
                 const int rows = std::min(W, s.channels - a);
                 multiply(rows, s.g_row - a, 2 * l + 1, Strided<T>{at, 1, s.c_row}, at, s.c_row,
                          products + (l * s.channels + a) * s.g_row + a, s.g_row);
             }
-        int k = 0;
-        for (int a = 0; a < s.channels; a++)
-            for (int b = a; b < s.channels; b++)
-                for (int l = 0; l < s.degrees; l++, k++) p[k] = products[(l * s.channels + a) * s.g_row + b] * s.prefactors[k];
+        const int channels = s.channels, g_row = s.g_row, of_degree = channels * g_row;
+        T *to = p;
+        for (int a = 0; a < channels; a++)
+            for (int b = a; b < channels; b++, to += degrees) {
+                const T *ab = products + a * g_row + b;
+#pragma GCC unroll 9
+                for (int l = 0; l < degrees; l++) to[l] = ab[l * of_degree];
+            }
+        for (int k = 0, n = s.features; k < n; k++) p[k] *= s.prefactors[k];
         return std::sqrt(dot(p, p, s.features));
     }
 
     // ∂E/∂c (lm, channels) of environment e from ∂E/∂x, by way of ∂E/∂p = (∂E/∂x - x (x . ∂E/∂x)) / |p|.
-    template <class X> void to_density(int e, const X *x, const X *cotangent, Scratch &scratch) const {
+    template <class D, class X> void to_density(D constant, int e, const X *x, const X *cotangent, Scratch &scratch) const {
+        const int degrees = constant;
         const PowerSpectrum<T> &s = *spectrum;
         const X along = dot(x, cotangent, s.features), inverse = X(1) / norms[e];
-        T *on_products = scratch.on_products.data();
-        int k = 0;
-        for (int a = 0; a < s.channels; a++)
-            for (int b = a; b < s.channels; b++)
-                for (int l = 0; l < s.degrees; l++, k++) {
-                    const T g = T((cotangent[k] - x[k] * along) * inverse * s.prefactors[k]), both = a == b ? g + g : g;
-                    T *of_l = on_products + l * s.channels * s.g_row;
-                    of_l[a * s.g_row + b] = of_l[b * s.g_row + a] = both;
-                }
+        T *on_products = scratch.on_products.data(), *on_spectrum = scratch.row.data();
+        for (int k = 0, n = s.features; k < n; k++) on_spectrum[k] = T((cotangent[k] - x[k] * along) * inverse) * s.slope_factors[k];
+        const int channels = s.channels, g_row = s.g_row, of_degree = channels * g_row;
+        const T *from = on_spectrum;
+        for (int a = 0; a < channels; a++)
+            for (int b = a; b < channels; b++, from += degrees) {
+                T *ab = on_products + a * g_row + b, *ba = on_products + b * g_row + a;
+#pragma GCC unroll 9
+                for (int l = 0; l < degrees; l++) ab[l * of_degree] = ba[l * of_degree] = from[l];
+            }
         const T *c = &density[e * s.density_size()];
-        for (int l = 0; l < s.degrees; l++) {
+#pragma GCC unroll 9
+        for (int l = 0; l < degrees; l++) {
             const Strided<T> of_l{c + l * l * s.c_row, s.c_row, 1};
             multiply(2 * l + 1, s.g_row, s.channels, of_l, on_products + l * s.channels * s.g_row, s.g_row,
                      &scratch.on_density[l * l * s.g_row], s.g_row);
@@ -406,18 +475,21 @@ template <class T> class Block {
 
     // out[l n, 2 pair lanes] = w I_nl and d(w I_nl)/dr of the pairs p and following, up to `last`.
     void radial_slopes(int p, int last, T *out) const {
-        for (int at = 0; at < spectrum->size; at += W) {
+        RadialFunctions of[W];
+        for (int k = 0; k < W; k++) of[k] = radial_functions(std::min(p + k, last), keeps_radial);
+        for (int at = 0, size = spectrum->size; at < size; at += W) {
             V value[W], slope[W];
-            for (int k = 0; k < W; k++) value_and_slope(std::min(p + k, last), at, value[k], slope[k]);
+#pragma GCC unroll 8
+            for (int k = 0; k < W; k++) of[k].value_and_slope(at, value[k], slope[k]);
             transpose(value), transpose(slope);
+#pragma GCC unroll 8
             for (int k = 0; k < W; k++) store(out + (at + k) * 2 * W, value[k]), store(out + (at + k) * 2 * W + W, slope[k]);
         }
     }
 
     // ∂E/∂r of the pairs p and following. `mixed` (lm, 2 pair lanes) is Σ_n ∂E/∂c_lmn of I_nl and of I'_nl; Y is a
     // polynomial in x, y, z, whose gradient goes beyond the sphere: only what is across the pair turns it.
-    GPMLP_INLINE void to_pairs(int p, const T *mixed, V &out_x, V &out_y, V &out_z) const {
-        const int degrees = spectrum->degrees;
+    template <class D> GPMLP_INLINE void to_pairs(D degrees, int p, const T *mixed, V &out_x, V &out_y, V &out_z) const {
         const V x = load(&pairs.x[p]), y = load(&pairs.y[p]), z = load(&pairs.z[p]), inverse = load(&pairs.inverse[p]);
         V on_x = {}, on_y = {}, on_z = {}, on_r = {};
         Azimuth<T> azimuth;
@@ -478,10 +550,11 @@ template <class T> class Block {
     // value[n, l] = w I_nl and slope[n, l] = d(w I_nl)/dr of one pair, l in whole lanes.
     void radial_columns(int pair, int deep, T *value, T *slope) const {
         const int full = spectrum->full, l_max = spectrum->l_max;
+        const RadialFunctions radial_of = radial_functions(pair);
         for (int l = 0; l <= l_max; l += W)
             for (int at = 0; at < full; at += W) {
                 V v[W], d[W];
-                for (int k = 0; k < W; k++) value_and_slope(pair, std::min(l + k, l_max) * full + at, v[k], d[k]);
+                for (int k = 0; k < W; k++) radial_of.value_and_slope(std::min(l + k, l_max) * full + at, v[k], d[k]);
                 transpose(v), transpose(d);
                 for (int k = 0; k < W; k++) store(value + (at + k) * deep + l, v[k]), store(slope + (at + k) * deep + l, d[k]);
             }
