@@ -93,11 +93,20 @@ def test_wrong_labels_are_named_and_robust_fits_go_without_them(data, kind):
         assert errors(naive, test, true)[0] < 1.3 * right[0]
 
 
+def with_forces(targets, change):
+    """With the forces (frames, 4, 3) changed, and without stresses."""
+    forces = change(targets.forces.view(-1, 4, 3)).reshape(-1, 3)
+    return replace(targets, forces=forces, stresses=targets.stresses * torch.nan)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
         (lambda t: replace(t, forces=-t.forces, stresses=t.stresses * torch.nan), "energies", "wrong sign"),
         (lambda t: replace(t, energies=t.energies / 27.2114, stresses=t.stresses * torch.nan), "energies", "Hartree"),
+        (lambda t: with_forces(t, lambda f: f[:, [1, 0, 3, 2]]), "energies", "the forces contradict the energies"),
+        (lambda t: with_forces(t, lambda f: f.roll(1, 0)), "energies", "the forces contradict the energies"),
+        (lambda t: with_forces(t, lambda f: f[:, :, [1, 2, 0]]), "energies", "the forces contradict the energies"),
         (lambda t: replace(t, stresses=-t.stresses), "stresses", "the sign is the opposite one"),
     ],
 )

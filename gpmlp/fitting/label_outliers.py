@@ -37,7 +37,11 @@ BEYOND_NOISE = 4.0  # training error over learned noise
 # a kind of labels is followed by a fit unless its errors exceed its scatter, or it is that correlated and its slope is outside
 UNFOLLOWED, CORRELATED, SLOPES = 1.1, 0.8, (0.5, 2.0)
 TELLING = 0.3  # correlation of which a slope says something about signs and units
-SMALLEST_UNFOLLOWED = {"energies": 5e-3, "stresses": 2e-3}  # eV/atom, eV/A^3: errors that may be anything
+SMALLEST_UNFOLLOWED = {
+    "energies": 5e-3,
+    "forces": 0.1,
+    "stresses": 2e-3,
+}  # eV/atom, eV/A, eV/A^3: errors that may be anything
 OFF_DIAGONAL = {"yz": (1, 2), "xz": (0, 2), "xy": (0, 1)}
 EXCHANGED, MOST = 0.5, 2 / 3  # of the error, in another order; of the frames that then agree better
 ADVICE = (
@@ -74,6 +78,11 @@ class Agreement:
             return False
         factor = abs(self.correlation) > CORRELATED and not SLOPES[0] < self.slope < SLOPES[1]
         return factor or self.error > UNFOLLOWED * self.scatter
+
+    def is_noise_beside(self, energies: Agreement) -> bool:
+        """Whether the fit follows energies, and forces not at all."""
+        followed = energies.correlation > CORRELATED and energies.error < 0.5 * energies.scatter
+        return followed and self.error > SMALLEST_UNFOLLOWED["forces"] and abs(self.correlation) < TELLING
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +192,7 @@ def find_label_outliers(
 
 
 def _agreement(structures: Structures, targets: Targets, prediction: Prediction, used: Tensor) -> dict[str, Agreement]:
-    """Agreement of energies and stresses, of the frames that are used, where there are enough."""
+    """Agreement of energies, forces and stresses, of the frames that are used, where there are enough."""
     used = used & ~isolated_frames(structures, targets)
     shares = structures.composition(structures.distinct_species).double().cpu()
     shares = shares / shares.sum(1, keepdim=True)
@@ -194,6 +203,11 @@ def _agreement(structures: Structures, targets: Targets, prediction: Prediction,
     if len(energies) >= FEWEST + shares.shape[1]:
         energies = energies - shares @ torch.linalg.lstsq(shares, energies, driver="gelsd").solution
         out["energies"] = Agreement.between(*energies.unbind(1))
+    of_atoms = used[structures.structure_of_atom.cpu()]
+    vectors = torch.stack([prediction.forces, targets.forces], 1).double().cpu()[of_atoms]
+    vectors = vectors[~vectors.flatten(1).isnan().any(1)]
+    if len(vectors) >= FEWEST:
+        out["forces"] = Agreement.between(vectors[:, 0].flatten(), vectors[:, 1].flatten())
     tensors = torch.stack([prediction.stresses, targets.stresses], 1).double().cpu()[used]
     tensors = tensors[~tensors.flatten(1).isnan().any(1)].flatten(2)
     if len(tensors) >= FEWEST:
@@ -237,7 +251,7 @@ def _leave_out(potential: Potential, structures: Structures, targets: Targets, r
 
 
 def contradicted_kinds(structures: Structures, outliers: LabelOutliers, known: Sequence[Finding]) -> list[Finding]:
-    """Energies and stresses that the fit took for noise, or that follow it but for a sign or a unit.
+    """Energies, forces and stresses that the fit took for noise, or that follow it but for a sign or a unit.
 
     Args:
         known: findings of the labels themselves; what is said there is not said again.
@@ -249,6 +263,9 @@ def contradicted_kinds(structures: Structures, outliers: LabelOutliers, known: S
     energies, tensors = (outliers.agreement.get(kind) for kind in ("energies", "stresses"))
     if energies is not None and energies.contradicts("energies"):
         return [_contradicted_energies(structures, energies)]
+    forces = outliers.agreement.get("forces")
+    if energies is not None and forces is not None and forces.is_noise_beside(energies):
+        return [_contradicted_forces(energies, forces)]
     if tensors is None or not tensors.contradicts("stresses"):
         return []
     evidence = f"by a fit to all labels, which misses stresses by {tensors.error / GPA:.3g} GPa rms"
@@ -275,6 +292,23 @@ def _contradicted_energies(structures: Structures, energies: Agreement) -> Findi
     )
     numbers = {"error_eV_per_atom": energies.error, "scatter_eV_per_atom": energies.scatter, "slope": energies.slope}
     return Finding("energies-against-forces", "error", text, (), numbers, work.ADVICE)
+
+
+def _contradicted_forces(energies: Agreement, forces: Agreement) -> Finding:
+    text = (
+        f"the forces contradict the energies: they scatter by {forces.scatter:.3g} eV/A, and a fit to all labels that follows the energies "
+        f"(to {1e3 * energies.error:.3g} of {1e3 * energies.scatter:.3g} meV/atom) misses them by {forces.error:.3g} eV/A (correlation "
+        f"{forces.correlation:.2f})."
+    )
+    advice = (
+        "Check that they belong to the same frames, with the atoms in the same order and the axes the same way round."
+    )
+    numbers = {
+        "error_eV_per_A": forces.error,
+        "scatter_eV_per_A": forces.scatter,
+        "correlation": forces.correlation,
+    }
+    return Finding("energies-against-forces", "error", text, (), numbers, advice)
 
 
 def exchanged_shears(structures: Structures, targets: Targets, prediction: Prediction) -> list[Finding]:
