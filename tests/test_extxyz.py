@@ -253,3 +253,19 @@ def test_carriage_returns(tmp_path, small_atoms):
     frames, _ = read_frames(tmp_path / "a.xyz")
     for frame, expected in zip(frames, small_atoms[:3], strict=True):
         assert_equal(frame, by_ase(written(expected)))
+
+
+def test_numbers_of_fortran_and_a_mark_of_byte_order(tmp_path):
+    """As programs in Fortran and editors of Windows write them."""
+    text = '1\nLattice="3.0D0 0 0 0 3 0 0 0 3.D+00" energy=-1.25D-01 note=1.0Dx Properties=species:S:1:pos:R:3\nCu 1.0d0 -2.5D-1 0\n'
+    (tmp_path / "a.xyz").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    (tmp_path / "b.dat").write_bytes(b"\xef\xbb\xbf" + 2 * text.encode())
+    for name, n in (("a.xyz", 1), ("b.dat", 2)):
+        structures, targets = read(tmp_path / name)
+        assert len(structures) == n and targets.energies.tolist() == n * [-0.125]
+        assert structures.positions[0].tolist() == [1.0, -0.25, 0.0] and structures.volumes[0] == 27
+    (tmp_path / "c.xyz").write_text(text.replace("-2.5D-1", "-2.5Q-1"))
+    with pytest.raises(
+        UserError, match="frame 0 of it cannot be read: could not convert string to float: '-2.5Q-1' .line 3"
+    ):
+        read(tmp_path / "c.xyz")

@@ -9,16 +9,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import oracles
 import pytest
 import torch
+from ase import Atoms
+from ase.build import bulk
 from systems import CELLS, CUTOFF, cluster, crystal, dimer, everything, scattered, structure
 
 from gpmlp.core import cell_list, neighbors, parallel
 from gpmlp.core.environments import Surroundings
 from gpmlp.core.errors import UserError
+from gpmlp.core.neighbors import find_neighbors
 from gpmlp.core.structures import Structures
 from gpmlp.core.verlet_list import VerletList
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.io.label_checks.coincident import check_coincident
 
 
 def as_set(found, first=0):
@@ -298,3 +304,40 @@ def test_surroundings_select_and_concatenate():
         assert torch.equal(getattr(chosen, name), getattr(again, name))
     assert torch.equal(chosen.vectors[chosen.centers == 2], whole.vectors[whole.centers == 8])
     assert chosen.species.tolist() == whole.species[[3, 0, 8]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("cell", "periodic"),
+    [
+        (np.eye(3) * 4e-3, True),  # a unit that is wrong by a thousand
+        (np.diag([4.0, 4.0, 0.2]), True),
+        ([[4, 0, 0], [4, 0.2, 0], [0, 0, 4]], True),
+        (np.diag([0.25, 5, 5]), [True, False, False]),
+        ([[5, 0, 0], [5, 0.01, 0], [0, 0, 5]], [True, True, False]),
+    ],
+)
+def test_cells_that_hold_an_atom_and_its_image_together(cell, periodic):
+    """Within a second, whatever the number of images."""
+    structures = structures_from_ase(
+        [Atoms("Cu2", [[0, 0, 0], [1.8, 0, 0]], cell=cell, pbc=periodic)], ["a.xyz frame 3"]
+    )
+    with pytest.raises(UserError, match="a.xyz frame 3: .*closer than 0.3 A"):
+        find_neighbors(structures, 5.0)
+    (finding,) = check_coincident(structures)[:1]
+    assert finding.severity == "error" and finding.frames == ("a.xyz frame 3",)
+
+
+@pytest.mark.parametrize(
+    ("cell", "periodic"),
+    [
+        (np.eye(3) * 2.0, True),
+        ([[5, 0, 0], [5, 0.5, 0], [0, 0, 5]], True),
+        (np.diag([0.5, 5, 5]), [True, False, False]),
+        (np.zeros((3, 3)), False),
+        (bulk("Cu").cell.array, True),
+    ],
+)
+def test_small_and_skewed_cells_are_no_mistake(cell, periodic):
+    structures = structures_from_ase([Atoms("Cu", cell=cell, pbc=periodic)])
+    find_neighbors(structures, 2.5)
+    assert check_coincident(structures) == []

@@ -19,6 +19,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.native import library
 
 CLOSEST = 0.3  # A; nearer pairs are taken for an error in the data
+FLAT = 0.03  # A between opposite faces of a cell: flatter ones have too many images to count
 PAIRS = 1 << 13  # that another thread is worth waking for, to compare them with a cutoff
 MOLECULES = 256  # whose pairs are searched in one call
 GRID = 5e4  # bins that vesin certainly keeps; of more than 1e5 it makes fewer, which may leave none along a short axis
@@ -163,10 +164,18 @@ def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:
     centres, neighbours and shifts; on any other device, where positions then stay, by `cell_list`, in the order of centres.
 
     Raises:
-        UserError: two atoms closer than 0.3 A, naming the structure and the atoms.
+        UserError: two atoms closer than 0.3 A, naming the structure and the atoms; a cell with hardly any volume.
     """
     positions, boxes = structures.positions.detach().double(), structures.cells.detach().double()
     boxes = cell_list.complete_cells(boxes, structures.periodic)
+    collapsed = collapsed_cells(boxes, structures.periodic)
+    if collapsed.any():
+        s = int(collapsed.nonzero()[0, 0])
+        lengths = ", ".join(f"{length:.3g}" for length in structures.cells[s].detach().norm(dim=1).tolist())
+        raise UserError(
+            f"{structures.names[s]}: an atom and its own image are closer than {CLOSEST} A, or the cell is almost flat: its vectors are "
+            f"{lengths} A long; check the cell and its unit (A), or remove this structure."
+        )
     if positions.device.type == "cpu":
         i, j, shifts = _on_cpu(structures, positions, boxes, cutoff)
     else:
@@ -181,6 +190,15 @@ def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:
     if closest < CLOSEST:
         raise _too_close(structures, int(i[where]), int(j[where]), closest)
     return out if _differentiable(structures) else out._remember(structures, vectors, closest)
+
+
+def collapsed_cells(boxes: Tensor, periodic: Tensor) -> Tensor:
+    """(structures,) whether a complete cell (cell_list.complete_cells) is so small that some lattice vector is shorter than CLOSEST, as
+    the densest lattices show (Hermite's constants √(4/3) and 2^(1/3)), or so flat that its images could not be counted."""
+    densest = boxes.new_tensor([0.0, CLOSEST, 0.75**0.5 * CLOSEST**2, 0.5**0.5 * CLOSEST**3])
+    volumes = torch.linalg.det(boxes).abs()
+    heights = volumes[:, None] / torch.linalg.cross(boxes.roll(-1, 1), boxes.roll(-2, 1)).norm(dim=2).clamp_min(1e-300)
+    return (volumes < densest[periodic.sum(1)]) | (periodic & ~(heights > FLAT)).any(1)
 
 
 def _on_cpu(structures: Structures, positions: Tensor, boxes: Tensor, cutoff: float) -> tuple[Tensor, Tensor, Tensor]:

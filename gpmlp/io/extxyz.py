@@ -1,12 +1,14 @@
 """Extended XYZ: where the frames of a file begin, and a parser of one frame that is several times as quick as ASE's.
 
 What ASE reads is read alike (tests/test_extxyz.py compares them). Beyond that, the names Lattice, pbc, Properties, species and pos
-are known in any case, as NEP writes them, and a stress or virial may have six numbers. Compression is told by the first bytes.
+are known in any case, as NEP writes them, a stress or virial may have six numbers, numbers may be Fortran's (1.0D-3), and a mark of
+byte order may come first. Compression is told by the first bytes.
 """
 
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import importlib
 import io
@@ -14,7 +16,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +37,7 @@ MOST_DIGITS = 15  # of a number of atoms
 SHORTEST_ATOM = 2  # bytes of its line
 HEAD = 1 << 16  # bytes that a format is told by
 
+_FORTRAN = re.compile(r"[-+]?\d*\.\d*[dD][-+]?\d+")  # 1.0D-3; without a point it may be a name
 # one key, or key=value with a plain or quoted value; whatever is written otherwise is left to ASE's parser
 _ENTRY = re.compile(r"""([^\s="'{}\[\]\\]+)(?:=(?:"([^"\\]*)"|([^\s="'{}\[\]\\]+)))?(?:\s+|$)""")
 _NUMERIC = frozenset("+-.0123456789nNiI")
@@ -132,7 +135,7 @@ def is_xyz(path: Path) -> bool:
     if suffixes and suffixes[-1] in SUFFIXES:
         return True
     with open_decompressed(path) as file:
-        head = file.read(HEAD).decode("utf-8", "replace").split("\n")
+        head = file.read(HEAD).decode("utf-8-sig", "replace").split("\n")
     if len(head) < 3 or not head[0].strip().isdecimal():
         return False
     words = head[2].split()
@@ -164,7 +167,7 @@ def _scan(file: IO[bytes], size: int | None, closed: bool) -> FrameOffsets:
 
     while True:
         line = file.readline(LONGEST_LINE)
-        count = line.strip()
+        count = line.strip() if starts else line.removeprefix(codecs.BOM_UTF8).strip()
         if not count:
             return result(_rest(file, number, len(starts)) if line else "")
         if not count.isdigit() or len(count) > MOST_DIGITS:
@@ -226,7 +229,7 @@ def parse_frame(text: bytes) -> Frame:
         ParseError: it cannot be read.
     """
     try:
-        count, comment, *lines = text.decode("utf-8").split("\n")
+        count, comment, *lines = text.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ParseError("it is no text in UTF-8", text[: error.start].count(b"\n")) from error
     n = int(count)
@@ -287,7 +290,7 @@ def _value(key: str, text: str) -> Any:
         array = np.array(list(map(int, words)), dtype=int)
     except (ValueError, OverflowError):
         try:
-            array = np.array(list(map(float, words)))
+            array = np.array(_converted(float, words))
         except ValueError:
             return text
     if key in _TENSORS and array.shape == (9,):
@@ -339,6 +342,17 @@ def _layout(properties: str) -> tuple[tuple[str, str, int, int], ...]:
     return tuple(out)
 
 
+def _converted(convert: Callable[[str], Any], words: Iterable[str]) -> list:
+    """Words as numbers, also of Fortran, or as what their column is."""
+    words = list(words)
+    try:
+        return list(map(convert, words))
+    except ValueError:
+        if convert is not float:
+            raise
+        return [float(word.lower().replace("d", "e") if _FORTRAN.fullmatch(word) else word) for word in words]
+
+
 _CONVERT: dict[str, tuple[Callable[[str], Any], Any]] = {
     "R": (float, float),
     "I": (int, np.int32),
@@ -360,7 +374,7 @@ def _columns(lines: Sequence[str], layout: tuple[tuple[str, str, int, int], ...]
     for name, kind, first, last in layout:
         convert, dtype = _CONVERT[kind]
         try:
-            values = list(map(convert, chain.from_iterable(columns[first:last])))
+            values = _converted(convert, chain.from_iterable(columns[first:last]))
         except ValueError as error:
             raise ParseError(str(error), 2 + _first_bad(columns[first:last], convert)) from error
         array = np.array(values, dtype=dtype)
@@ -372,7 +386,7 @@ def _first_bad(columns: Sequence[Sequence[str]], convert: Callable[[str], Any]) 
     """Row of the first word that cannot be converted."""
     for i, words in enumerate(zip(*columns, strict=True)):
         try:
-            list(map(convert, words))
+            _converted(convert, words)
         except ValueError:
             return i
     return 0

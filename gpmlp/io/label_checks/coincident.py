@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from gpmlp.core import cell_list
 from gpmlp.core.findings import Finding
-from gpmlp.core.neighbors import CLOSEST
+from gpmlp.core.neighbors import CLOSEST, collapsed_cells
 from gpmlp.core.structures import Structures
 
 FEW = 100  # atoms of a structure all of whose pairs are compared; of more, neighbours are searched
@@ -17,15 +19,34 @@ PAIRS = 1 << 20  # that are in memory together
 def check_coincident(structures: Structures) -> list[Finding]:
     """An error for all structures with atoms closer than CLOSEST."""
     found: dict[int, tuple[float, int, int]] = {}
-    for count in structures.counts.unique().tolist():
-        members = (structures.counts == count).nonzero().flatten()
+    boxes = cell_list.complete_cells(structures.cells.double(), structures.periodic)
+    collapsed = collapsed_cells(boxes, structures.periodic) | (_shortest_vectors(boxes, structures.periodic) < CLOSEST)
+    whole = (~collapsed).nonzero().flatten()
+    for count in structures.counts[whole].unique().tolist():
+        members = whole[structures.counts[whole] == count]
         rows = 1 if count > FEW else max(1, PAIRS // count**2)
         for part in members.split(rows):
             here = _searched(structures, part) if count > FEW else _compared(structures, part)
             for s, i, j, distance in zip(*(column.tolist() for column in here), strict=True):
                 found[s] = min(found.get(s, (distance, i, j)), (distance, i, j))
+    out = []
+    if collapsed.any():
+        names = tuple(structures.names[s] for s in collapsed.nonzero().flatten().tolist())
+        text = (
+            f"an atom and its own image are closer than {CLOSEST} A, or the cell is almost flat, which a fit refuses."
+        )
+        out.append(
+            Finding(
+                "coincident-atoms",
+                "error",
+                text,
+                names,
+                {"frames": float(len(names))},
+                "Correct the cell or its unit (A).",
+            )
+        )
     if not found:
-        return []
+        return out
     worst = min(found, key=lambda s: found[s])
     distance, i, j = found[worst]
     text = (
@@ -34,7 +55,18 @@ def check_coincident(structures: Structures) -> list[Finding]:
     text += f"; so are atoms of {len(found) - 1} more frames." if len(found) > 1 else "."
     names = tuple(structures.names[s] for s in (worst, *(s for s in found if s != worst)))
     numbers = {"distance_A": distance, "frames": float(len(found))}
-    return [Finding("coincident-atoms", "error", text, names, numbers, "Correct the positions or remove the frame.")]
+    return [
+        *out,
+        Finding("coincident-atoms", "error", text, names, numbers, "Correct the positions or remove the frame."),
+    ]
+
+
+def _shortest_vectors(boxes: Tensor, periodic: Tensor) -> Tensor:
+    """(structures,) length of the shortest lattice vector to a neighbouring cell, A; infinite where nothing is periodic."""
+    steps = torch.tensor([h for h in itertools.product((-1, 0, 1), repeat=3) if h > (0, 0, 0)], dtype=boxes.dtype)
+    lengths = torch.einsum("ha,sab->shb", steps, boxes).norm(dim=2)
+    along = ((steps != 0)[None] & ~periodic[:, None]).any(2)
+    return lengths.masked_fill(along, torch.inf).amin(1)
 
 
 def _compared(structures: Structures, members: Tensor) -> tuple[Tensor, ...]:
