@@ -5,7 +5,7 @@
 DATA holds the folders named in CASES. A model of each case is fitted with `mean: low_rank` and kept in the folder of --work. Both of its
 means predict the test set, and structures far from the data: frames of it squeezed, stretched and shaken. Changes of forces are given
 over the noise of forces, and over the predicted standard deviations of the same forces. Times: the mean and its slopes from known
-features, in the chunks of a prediction, and the whole prediction with pairs known; the least CPU seconds of bursts that take turns
+features in PyTorch, in chunks, and the whole prediction with pairs known; the least CPU seconds of bursts that take turns
 (bursts.py), so that they hold on a busy machine too.
 --frames 20 is a quick trial.
 """
