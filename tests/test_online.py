@@ -532,13 +532,13 @@ def test_what_is_refused():
 
 
 def test_a_refresh_calibrates_on_structures_left_out():
-    """From 20 structures on; until the next refresh the calibration stays, whatever is foreseen meanwhile."""
-    online = OnlineFit.begin(*together(*(labelled(seed) for seed in range(calibrate.FEWEST - 2))), recipe())
+    """From 10 structures on; until the next refresh the calibration stays, whatever is foreseen meanwhile."""
+    online = OnlineFit.begin(*together(*(labelled(seed) for seed in range(calibrate.FEWEST_LEFT_OUT - 2))), recipe())
     online = online.learned(*labelled(70)).learned(*labelled(71))
     assert "left out" not in online.recalibrated().calibration.source["how"]
     fresh = online.refreshed("enough structures")
     source = fresh.calibration.source
-    assert "left out" in source["how"] and source["held_out_structures"] == calibrate.FEWEST
+    assert "left out" in source["how"] and source["held_out_structures"] == calibrate.FEWEST_LEFT_OUT
     later = fresh.learned(*labelled(72)).recalibrated()
     assert later.calibration == fresh.calibration
-    assert later.refreshed("again").calibration.source["held_out_structures"] == calibrate.FEWEST + 1
+    assert later.refreshed("again").calibration.source["held_out_structures"] == calibrate.FEWEST_LEFT_OUT + 1

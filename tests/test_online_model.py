@@ -17,7 +17,7 @@ from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.labels import LabelEntry
-from gpmlp.learning.model import OnlineModel, error_over_median
+from gpmlp.learning.model import LATEST, OnlineModel, error_over_median
 from gpmlp.learning.recipe import RefreshRecipe
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty.calibration import Calibration
@@ -118,3 +118,6 @@ def test_spread_of_what_was_asked_for():
     model = OnlineModel(online, RefreshRecipe(), 1)
     assert model.error_spread(6) == pytest.approx(3 ** (-6 / 8), rel=1e-3)
     assert model.error_spread(0) == 1.0
+    many = SimpleNamespace(prequential=(*[first] * 9, *[third] * LATEST), calibration=Calibration.identity())
+    of_latest = OnlineModel(many, RefreshRecipe(), 1).error_spread(9 + LATEST)
+    assert of_latest == pytest.approx(3 ** (-LATEST / (LATEST + 2)), rel=1e-3)  # the model has changed since the others

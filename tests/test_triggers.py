@@ -347,35 +347,33 @@ def test_a_label_is_asked_for_where_an_error_is_likely():
     """Frames of which all but a few are sure: they may pass up to `likely`."""
     assert asking([0.001] * 49 + [0.4]) == 0.7  # in all 0.45 of 50 frames, 0.9 %
     assert asking([]) == 0.7 and asking([math.nan] * 10) == 0.7  # nothing is known of frames yet
-    assert asking([0.3] * 10, 8.0) == 0.7  # 24 steps of 80 are no more than 50 of 5000
+    assert asking([0.3] * 8, 8.0) == 0.7  # 19.2 steps of 64 are no more than 20 of 1000
     assert asking([0.001] * 49 + [0.75, 0.8], 60.0) == 0.7  # these are asked for anyway
 
 
 def test_errors_that_pass_are_rationed():
     """Where too many would pass, those at the highest probabilities are labelled until the others are few enough."""
-    many = np.array([0.001] * 42 + [0.05] * 3 + [0.08] * 3 + [0.4] * 2)
+    many = np.array([0.001] * 42 + [0.05] * 3 + [0.08] * 3 + [0.4] * 4 + [0.6])
     found = asking(many[::-1])
-    assert found == 0.08
-    assert many[many <= found].sum() / 50 <= 0.01 < many[many <= 0.4].sum() / 50
-    assert asking([0.1] * 50) == 0.01  # none may pass: as strict as can be
-    assert (
-        asking([0.1] * 50, trigger=TriggerRecipe(probability=0.02, likely=0.02)) == 0.02
-    )  # the rule of versions before, always
+    assert found == 0.4  # a label is asked for at more than that: of what is like the last of these
+    assert many[many < found].sum() / 53 <= 0.02 < many[many <= found].sum() / 53
+    assert asking([0.1] * 50) == 0.1
+    assert asking([0.005] * 42 + [0.01] * 200) == 0.7  # 0.9 %
+    assert asking([0.1] * 50, trigger=TriggerRecipe(probability=0.02, likely=0.02)) == 0.02  # as versions before 0.2
 
 
 def test_frames_count_by_the_steps_they_stand_for():
-    """Of the latest 5000 steps, whoever made them; a walker that goes back does not count twice."""
+    """Of the latest 1000 steps, whoever made them; a walker that goes back does not count twice."""
     history = History()
-    for k in range(1, 121):
+    for k in range(1, 31):
         for walker in (0, 1):
-            unsure = 0.4 if k <= 40 else 0.001
+            unsure = 0.5 if k <= 20 else 0.001
             history = history.append(Record(walker, 60 * k, 0.0, exceedance=unsure, threshold=1.0))
-    assert label_probability(history, TriggerRecipe()) == 0.7  # what was unsure is more than 5000 steps ago
-    history = history.append(Record(0, 7208, 0.0, exceedance=0.4)).append(Record(0, 3000, 0.0, exceedance=0.4))
+    assert label_probability(history, TriggerRecipe()) == 0.7  # what was unsure is more than 1000 steps ago
+    history = history.append(Record(0, 1808, 0.0, exceedance=0.4)).append(Record(0, 900, 0.0, exceedance=0.4))
     assert label_probability(history, TriggerRecipe()) == 0.7  # 8 steps, and none
-    for k in range(1, 4):
-        history = history.append(Record(0, 3000 + 60 * k, 0.0, exceedance=0.4))
-    assert label_probability(history, TriggerRecipe()) == 0.01  # 75 steps of 5000 would be missed
+    history = history.append(Record(0, 960, 0.0, exceedance=0.4))
+    assert label_probability(history, TriggerRecipe()) == 0.4  # 27 steps of 1000 would be missed
 
 
 def test_probability_of_a_frame():

@@ -299,16 +299,16 @@ def _check_same_run(before: dict, now: dict, folder: Path) -> None:
 
 
 def recipe_as_begun(recipe: LearnRecipe, folder: Path) -> LearnRecipe:
-    """The recipe of a run that a version without `trigger.likely` began: what it leaves out is as it was by default then."""
+    """The recipe of a run that an older version began: what it leaves out of these keys of `trigger` is as it was by default then."""
     path = folder / "recipe.json"
     before = _read_recipe(path).get("trigger", {}) if path.exists() else {}
-    old = {name: before.get(name) for name in ("probability", "novelty")}
-    # resumed once by this version, its recipe has the key as this function gave it
-    if not before or before.get("likely", old["probability"]) != old["probability"]:
+    if not before:
         return recipe
-    old["likely"] = old["probability"]
-    changed = {name: value for name, value in old.items() if name not in recipe.trigger.model_fields_set}
-    return recipe.model_copy(update={"trigger": recipe.trigger.model_copy(update=changed)})
+    before = {"likely": before.get("probability")} | before  # before there was `likely`
+    names = {"probability", "likely", "novelty"} - recipe.trigger.model_fields_set
+    return recipe.model_copy(
+        update={"trigger": recipe.trigger.model_copy(update={name: before.get(name) for name in names})}
+    )
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -21,8 +21,9 @@ from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction
 
 DIGITS = 4  # significant, of numbers that are many
 
-SHARE, FEWEST = 6, 4  # labels between two refreshes: a SHARE-th of those there are, FEWEST at least
+SHARE, FEWEST = 12, 4  # labels between two refreshes: a SHARE-th of those there are, FEWEST at least
 GROWTH = 1.3  # of the labels, at which a refresh fits all of them together: all fits then take a few times the last
+LATEST = 12  # labels asked for that say how errors of the model as it is agree with its standard deviations
 PRIOR_LABELS = 2  # as many as which errors and standard deviations are supposed to agree beforehand
 RECENT = 3  # labels over which the likelihood is averaged before it counts as having drifted
 
@@ -71,14 +72,14 @@ class OnlineModel:
     def error_spread(self, asked: int) -> float:
         """Factor on standard deviations of forces with which the errors of the labels agree that were asked for last.
 
-        exp(Σ log(e/b) / (n + PRIOR_LABELS)) over n labels, with e the largest force error of a label as predicted before it was learned
-        and b the median of what it was expected to be. A label is asked for where standard deviations are largest, and these need not
-        be right where all of them together are; PRIOR_LABELS are supposed to have agreed.
+        exp(Σ log(e/b) / (n + PRIOR_LABELS)) over the latest n labels, with e the largest force error of a label as predicted before it was
+        learned and b the median of what it was expected to be. A label is asked for where standard deviations are largest, and these
+        need not be right where all of them together are; PRIOR_LABELS are supposed to have agreed.
 
         Args:
-            asked: how many of the labels were asked for; only the latest predictions are known.
+            asked: how many of the labels were asked for; the LATEST of them count, as the model changes.
         """
-        latest = self.online.prequential[-asked:] if asked else ()
+        latest = self.online.prequential[-min(asked, LATEST) :] if asked else ()
         logs = [error_over_median(predicted, self.online.calibration) for predicted in latest]
         known = [log for log in logs if math.isfinite(log)]
         return math.exp(sum(known) / (len(known) + PRIOR_LABELS))

@@ -90,7 +90,7 @@ class TriggerRecipe(RecipeSection):
     A label is asked for where the probability that the force error of some atom exceeds `force` (eV/A; 'noise': `noise` times the
     error that noise and misfit leave to a frame however many labels there are; 'auto': `share` of the rms force of the
     dynamics at its hottest, and no less than 'noise') is more than `likely`, or less where errors beyond it would otherwise pass
-    in a share of more than `probability` of the latest frames (triggers.asking_probability); or where the standard deviation of a
+    in a share of more than `probability` of the latest steps (triggers.asking_probability); or where the standard deviation of a
     local energy exceeds `local_energy` (eV); or the novelty exceeds `novelty`. The run halts and goes back where the probability
     holds for `halt` times the force, or a guard is broken. Variances of forces are computed every `every` steps; estimates of
     them, which cost far less, every `watch` steps, and the variances whenever these give reason; guards and novelty hold in every
@@ -101,7 +101,7 @@ class TriggerRecipe(RecipeSection):
     force: Positive | Literal["auto", "noise"] | None = "auto"
     share: Positive = 0.15
     noise: Positive = 1.2
-    probability: Share = 0.01
+    probability: Share = 0.02
     likely: Share = 0.7
     local_energy: Positive | None = None
     novelty: Positive | None = 3.0
@@ -153,7 +153,7 @@ class SurrogateRecipe(RecipeSection):
 
 
 class RefreshRecipe(RecipeSection):
-    """When hyperparameters and novelty are refreshed: every `labels` labels (None: a sixth of those there are, 4 at least), or
+    """When hyperparameters and novelty are refreshed: every `labels` labels (None: a twelfth of those there are, 4 at least), or
     when the running negative log likelihood of prequential forces has risen by `drift` nats per component."""
 
     labels: Count | None = None

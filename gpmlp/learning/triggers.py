@@ -24,7 +24,7 @@ from gpmlp.uncertainty.calibration import Calibration
 Action = Literal["continue", "label", "halt"]
 SURE = 1e-30  # eV^2/A^2; no force varies by less, unless symmetry makes it zero
 NAMED = 10  # atoms that a decision names at most
-HORIZON = 5000  # steps of all walkers: of fewer, a share of 1 % is not worth a label
+HORIZON = 1000  # latest steps of all walkers, of which a share may be missed: of steps long ago another model knew less
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def asking_probability(exceedances: np.ndarray, steps: np.ndarray, trigger: Trig
     """The probability of exceeding the limit above which a label is asked for: `likely`, or less where steps that may pass below would
     have an error beyond the limit in more than a share `probability` of HORIZON steps, or of all if there are more.
 
-        p* = max{p ≤ likely: Σ_k n_k P_k [P_k ≤ p] ≤ probability max(HORIZON, Σ_k n_k)}, but not less than probability
+        p* = sup{p ≤ likely: Σ_k n_k P_k [P_k ≤ p] ≤ probability max(HORIZON, Σ_k n_k)}, but not less than probability
 
     Args:
         exceedances: (frames,) P_k (`frame_exceedance`) of the latest frames, in any order, NaN = not known; steps: (frames,) n_k that each
@@ -134,9 +134,7 @@ def asking_probability(exceedances: np.ndarray, steps: np.ndarray, trigger: Trig
     ordered, weights = exceedances[known][order], steps[known][order]
     least, most = trigger.probability, max(trigger.likely, trigger.probability)
     beyond = ordered[(weights * ordered).cumsum() > least * max(HORIZON, weights.sum())]
-    if not len(beyond):
-        return most
-    return float(ordered[ordered < beyond[0]].max(initial=0.0).clip(least, most))
+    return float(beyond.min(initial=most).clip(least, most))
 
 
 def force_error_bound(forces_covariance: Tensor, probability: float) -> float:
