@@ -221,7 +221,7 @@ def test_made_anew_is_what_all_labels_begin_with():
     same, other = (difference(o.potential, anew.potential, probes()) for o in (begin, online))
     assert same < 1e-9 < 1e-3 < other
     assert anew.recipe == begin.recipe and anew.noise == pytest.approx(begin.noise, rel=1e-7)
-    assert anew.prequential == online.prequential and anew.calibration.source["held_out_structures"] == 6
+    assert anew.prequential == online.prequential and anew.calibration.source["held_out_structures"] == 14
     assert [len(b.structures) for b in anew.batches] == [8, 1, 1, 1, 1, 1, 1]
     assert anew.events == (*online.events, "14 labels: refreshed: made anew, a test")
     assert difference(anew.removed(-1).potential, refit(anew.removed(-1)), probes()) < 1e-9
@@ -533,12 +533,12 @@ def test_what_is_refused():
 
 def test_a_refresh_calibrates_on_structures_left_out():
     """From 10 structures on; until the next refresh the calibration stays, whatever is foreseen meanwhile."""
-    online = OnlineFit.begin(*together(*(labelled(seed) for seed in range(calibrate.FEWEST_LEFT_OUT - 2))), recipe())
+    online = OnlineFit.begin(*together(*(labelled(seed) for seed in range(calibrate.FEWEST_ONLINE - 2))), recipe())
     online = online.learned(*labelled(70)).learned(*labelled(71))
     assert "left out" not in online.recalibrated().calibration.source["how"]
     fresh = online.refreshed("enough structures")
     source = fresh.calibration.source
-    assert "left out" in source["how"] and source["held_out_structures"] == calibrate.FEWEST_LEFT_OUT
+    assert "left out" in source["how"] and source["held_out_structures"] == calibrate.FEWEST_ONLINE
     later = fresh.learned(*labelled(72)).recalibrated()
     assert later.calibration == fresh.calibration
-    assert later.refreshed("again").calibration.source["held_out_structures"] == calibrate.FEWEST_LEFT_OUT + 1
+    assert later.refreshed("again").calibration.source["held_out_structures"] == calibrate.FEWEST_ONLINE + 1

@@ -324,11 +324,7 @@ class OnlineFit:
 
     def _calibrated(self) -> OnlineFit:
         """With a calibration from structures left out in turn, where there are enough of them; it holds until the next refresh."""
-        if (
-            self.recipe.calibration is False
-            or self.recipe.variance is False
-            or self.n_labels < calibrate.FEWEST_LEFT_OUT
-        ):
+        if self.recipe.calibration is False or self.recipe.variance is False or self.n_labels < calibrate.FEWEST_ONLINE:
             return self.recalibrated()
         structures, targets, lowers = self.structures, self.targets, regression.lowers_of(self.models)
         weights = inducing.unwhiten_weights(self.columns_signal * self.factor.mean, lowers)

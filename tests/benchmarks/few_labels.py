@@ -93,7 +93,7 @@ def scores(structures: Structures, targets: Targets, labels: list[int]) -> dict[
     for n in range(FIRST + 1, most + 1):
         online = online.learned(*part([order[n - 1]]))
         for how, least in HOW.items() if n in labels else ():
-            calibrate.FEWEST_LEFT_OUT = least
+            calibrate.FEWEST_ONLINE = least
             fresh = replace(online, calibration=Calibration.identity()).refreshed(how)
             found = evaluate(fresh.potential, *tests).scores["forces"]
             out[f"{n} {how}"] = {"rms_z": found.rms_z, "coverage_90": found.coverage_90}
