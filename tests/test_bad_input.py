@@ -104,7 +104,8 @@ def test_labels_of_other_names(capsys, model_file, frames, tmp_path):
         frame.arrays["f_pbe"] = forces
     ase_atoms.write_frames(tmp_path / "other.xyz", frames)
     assert main.main(["evaluate", str(model_file), str(tmp_path / "other.xyz")]) == 0
-    energies, forces = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
+    energies, forces = (line for line in capsys.readouterr().err.splitlines() if "recognised" in line)
+    assert energies.startswith("warning: ") and forces.startswith("warning: ")
     assert "no energies were recognised in any of its 6 frames; their info hold E_pbe. Energies are called" in energies
     assert "their arrays hold f_pbe. Forces are called forces or force, bare or with the name of their source" in forces
     assert "Name them by --keys forces=f_pbe" in forces
