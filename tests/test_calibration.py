@@ -17,6 +17,7 @@ from gpmlp.core.quantities import KINDS
 from gpmlp.uncertainty import calibration as c
 from gpmlp.uncertainty import variance_weights as vw
 from gpmlp.uncertainty.calibration import LEVELS, Calibration, KnownErrors
+from gpmlp.uncertainty.local_scale import LocalScale
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -394,3 +395,21 @@ def test_no_slope_without_structures_to_show_it():
     known = KnownErrors(errors, parts.sum(1).sqrt(), None, structure, (), parts, force.square())
     factor = c.KindCalibration.fit(known).local.factor(parts, force.square())
     assert 0.66 < float(factor.min()) <= float(factor.max()) < 1.5
+
+
+def test_a_part_that_is_rounding_says_nothing_of_the_local_scale():
+    """Where every environment is an inducing point that part of the variance is 1e-12 of the other, by chance as large as the errors; a new
+    structure, which has as much of either, gets no other standard deviation for that."""
+    generator = np.random.default_rng(0)
+    ratio = torch.from_numpy(10.0 ** generator.uniform(-15, -9, 40))
+    parts = torch.stack([ratio, torch.ones(40), torch.zeros(40)], dim=1).double()
+    squares = torch.from_numpy(generator.chisquare(1, 40)) * (ratio / ratio.median()) ** -0.4
+    scale, _ = LocalScale.fit(squares, parts, torch.ones(40).double(), torch.arange(40))
+    new = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
+    assert 0.5 < float(scale.factor(new, torch.ones(1).double())) < 2
+    # of parts that are there it does depend
+    parts[:, 0] = 10.0 ** torch.linspace(-2, 2, 40).double()
+    squares = torch.from_numpy(generator.chisquare(1, 40)) * parts[:, 0] ** -0.5
+    scale, _ = LocalScale.fit(squares, parts, torch.ones(40).double(), torch.arange(40))
+    ends = scale.factor(parts[[0, -1]], torch.ones(2).double())
+    assert ends[0] > 2 * ends[1]

@@ -23,7 +23,7 @@ RANGE = 0.02  # share of the structures left out at either end beyond which the 
 LEAST_FORCE = (
     0.1  # of the rms force: smaller ones count as that, for a force passes through zero where nothing else is small
 )
-LEAST_PART = 1e-12  # of the variance, in place of a part that is zero
+LEAST_PART = 1e-4  # of the variance, in place of a part that is less: such a part may be rounding
 
 
 @dataclass(frozen=True)
