@@ -407,6 +407,13 @@ def test_a_part_that_is_rounding_says_nothing_of_the_local_scale():
     scale, _ = LocalScale.fit(squares, parts, torch.ones(40).double(), torch.arange(40))
     new = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
     assert 0.5 < float(scale.factor(new, torch.ones(1).double())) < 2
+    # where a few structures have that part, they do not speak for those to come
+    most = parts.clone()
+    most[:8, 0] = 10.0 ** torch.linspace(-3, -1, 8).double()
+    scale, _ = LocalScale.fit(
+        squares.clone().index_fill_(0, torch.arange(8), 0.01), most, torch.ones(40).double(), torch.arange(40)
+    )
+    assert scale.slopes[2] == 0.0
     # of parts that are there it does depend
     parts[:, 0] = 10.0 ** torch.linspace(-2, 2, 40).double()
     squares = torch.from_numpy(generator.chisquare(1, 40)) * parts[:, 0] ** -0.5

@@ -71,6 +71,8 @@ class LocalScale:
         """
         force = max(squared_force.mean().sqrt().item(), 1e-12)
         x = predictors(parts, squared_force, force)
+        if not _parts_are_seen(parts):
+            x[:, 2] = x[:, 2].median()
         low, middle, high = x.quantile(torch.tensor([RANGE, 0.5, 1 - RANGE], dtype=torch.float64).to(x), dim=0)
         columns = torch.maximum(torch.minimum(x, high), low) - middle
         columns = torch.cat([torch.ones_like(columns[:, :1]), columns], dim=1)
@@ -78,6 +80,15 @@ class LocalScale:
         found, *_ = log_factors(squares, columns, precision, structure_weights(structure))
         low, middle, high = (tuple(v.tolist()) for v in (low, middle, high))
         return LocalScale(tuple(found[1:].tolist()), middle, low, high, force), math.exp(found[0])
+
+
+def _parts_are_seen(parts: Tensor) -> bool:
+    """Whether the first part is seen at all in half of the variances (n, 3), beside the second.
+
+    Where most environments are inducing points themselves it is not: what is not known of a structure that is left out is all in the
+    second part, and of a new one in both.
+    """
+    return bool((parts[:, 0] > LEAST_PART * parts[:, 1]).double().mean() > 0.5)
 
 
 def predictors(parts: Tensor, squared_force: Tensor, force: float) -> Tensor:
