@@ -304,7 +304,6 @@ template <class T> class Block {
         switch (spectrum->degrees) {
         case 5: return work(std::integral_constant<int, 5>());
         case 7: return work(std::integral_constant<int, 7>());
-        case 9: return work(std::integral_constant<int, 9>());
         default: return work(spectrum->degrees);
         }
     }
