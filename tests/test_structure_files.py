@@ -141,3 +141,15 @@ def test_the_benchmark_of_reading_runs():
     command = [sys.executable, str(root / "tests/benchmarks/reading.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("30 frames of 3 atoms") and done.stdout.count(" s") >= 3
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_starts_with_atoms_on_top_of_one_another(tmp_path, scale):
+    """Or in a cell of another unit: said before any oracle is asked."""
+    start = bulk("Al", cubic=True)
+    if scale == 1.0:
+        start.positions[1] = start.positions[0]
+    start.set_cell(scale * start.cell, scale_atoms=True)
+    write_frames(tmp_path / "start.xyz", [bulk("Al", cubic=True), start])
+    with pytest.raises(UserError, match="start.xyz: frame 1: .*closer than 0.3 A"):
+        read_starts(tmp_path / "start.xyz")

@@ -14,6 +14,7 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.units import BOLTZMANN
 from gpmlp.fitting import defaults
 from gpmlp.io.ase_atoms import read, read_frames, structures_from_ase
+from gpmlp.io.label_checks.coincident import check_coincident
 from gpmlp.learning.labels import LabelEntry, LabelFile, canonical_structure, key_of
 from gpmlp.learning.recipe import FEWEST_LABELS, LearnRecipe
 from gpmlp.learning.surrogate import cut_surrogate
@@ -33,7 +34,7 @@ def read_starts(path: Path) -> list[Atoms]:
     """The structures that trajectories begin from.
 
     Raises:
-        UserError: there are none, one has no atoms, or they hold constraints other than fixed atoms.
+        UserError: there are none, one has no atoms or atoms on top of one another, or they hold constraints other than fixed atoms.
     """
     frames, _ = read_frames(path)
     for i, atoms in enumerate(frames):
@@ -43,6 +44,9 @@ def read_starts(path: Path) -> list[Atoms]:
         atoms.calc = None
     if not frames:
         raise UserError(f"{path}: holds no structure to start from.")
+    # before an oracle is asked, which may take forever
+    for finding in check_coincident(structures_from_ase(frames, [f"{path}: frame {i}" for i in range(len(frames))])):
+        raise UserError(str(finding))
     return frames
 
 
