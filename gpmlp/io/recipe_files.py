@@ -275,16 +275,16 @@ def _words(expected: str) -> list[str]:
 
 
 def _nearest(path: tuple[str, ...], model: type[BaseModel]) -> str:
-    """Suggest the nearest key of the section; else the same key in another section; else list the section's keys."""
+    """Suggest the same key in another section; else the nearest key of the section; else list the section's keys."""
     *section, key = path
+    elsewhere = {name.rsplit(".", 1)[-1]: name for name in reversed(_all_keys(model))}
     here = [".".join([*section, name]) for name in _keys(tuple(section), model)]
+    if key in elsewhere:
+        return f" Perhaps you meant '{elsewhere[key]}'."
     local = suggest_name(key, [name.rsplit(".", 1)[-1] for name in here])
     if "Perhaps" in local:
         prefix = "".join(step + "." for step in section)
         return local.replace("meant '", f"meant '{prefix}")
-    elsewhere = {name.rsplit(".", 1)[-1]: name for name in reversed(_all_keys(model))}
-    if key in elsewhere:
-        return f" Perhaps you meant '{elsewhere[key]}'."
     return suggest_name(".".join(path), here)
 
 
