@@ -59,6 +59,10 @@ def peers(result: dict) -> str:
     return turns(result["of"], [name for name in result["of"] if name.startswith("zeta")])
 
 
+def known(result: dict) -> str:
+    return f"Weights of ace-jax are drawn: what it costs, not how good it is.\n\n{peers(result)}"
+
+
 def molecules(result: dict) -> str:
     floors = []
     for name, found in result["floors"].items():
@@ -98,17 +102,18 @@ def scaling(result: dict) -> str:
     return table(["atoms", *map(str, first["atoms"]), "slope of log time against log atoms"], rows)
 
 
-def threads(result: dict) -> str:
-    def pair(times: Sequence[float]) -> str:
-        return ", ".join(map(number, times))
+def pair(times: Sequence[float]) -> str:
+    return ", ".join(map(number, times))
 
+
+def threads(result: dict) -> str:
     rows = [
         [c["case"], pair(c["us"]["1"]), pair(c["us"]["2"]), f"{c['least']:.2f}", ratio(c["ratio"])]
         for c in result["calls"]
     ]
     rows += [
         [f"{name}: two processes of one thread beside one", "", "", "", ratio(r)]
-        for name, r in result["ceiling"].items()
+        for name, r in result.get("ceiling", {}).items()
     ]
     header = ["", "one thread: least, median", "two: least, median", "least / least", "faster, in turn"]
     return f"{result['cores']} cores.\n\n" + table(header, rows)
@@ -124,21 +129,27 @@ def md(result: dict) -> str:
 
 
 def variance(result: dict) -> str:
-    def pair(times: Sequence[float]) -> str:
-        return ", ".join(map(number, times))
-
-    times = [
-        [name, pair(f["us"]["mean"]), pair(f["us"]["std"]), f"{f['least']:.2f}", ratio(f["ratio"])]
-        for name, f in result["times"].items()
-    ]
     errors = [
         [e["model"], e["of"], small(e["largest"]), small(e["99 %"]), small(e["median"])] for e in result["errors"]
     ]
-    return (
-        table(["", "mean: least, median", "with std: least, median", "least / least", "in turn"], times)
-        + "\n\nRelative differences of std from triangular solves in double precision:\n\n"
-        + table(["model", "environments", "largest", "99 %", "median"], errors)
+    return "Relative differences from triangular solves in double precision.\n\n" + table(
+        ["model", "environments", "largest", "99 %", "median"], errors
     )
+
+
+def ways(result: dict) -> str:
+    """One way to predict beside the usual one."""
+    usual, other = next(iter(result["of"].values()))["us"]
+    rows = [
+        [name, *map(pair, f["us"].values()), f"{f['least']:.2f}", ratio(f["ratio"])] for name, f in result["of"].items()
+    ]
+    header = ["", f"{usual}: least, median", f"{other}: least, median", "least / least", "in turn"]
+    return f"Pairs known; {other} over {usual}.\n\n" + table(header, rows)
+
+
+def start(result: dict) -> str:
+    rows = [[name, *(f"{seconds:.3f}" for seconds in times)] for name, times in result["of"].items()]
+    return f"Seconds; ζ {result['zeta']}, {result['atoms']} atoms.\n\n" + table(["", "least", "median"], rows)
 
 
 def precision(result: dict) -> str:
@@ -151,14 +162,20 @@ def precision(result: dict) -> str:
 
 PARTS: dict[str, tuple[str, Callable[[dict], str]]] = {
     "peers": ("Beside others: silicon, energy and forces", peers),
+    "known": ("Beside others: silicon, energy and forces, pairs known", known),
     "molecules": ("Three species of molecules", molecules),
     "descriptors": ("Descriptors alone: silicon", descriptors),
     "stages": ("Stages over floors: silicon", stages),
     "scaling": ("Sizes and memory: silicon", scaling),
     "threads": ("Two cores", threads),
+    "ase": ("Two cores: ASE's calculator", threads),
     "md": ("Dynamics", md),
-    "variance": ("Standard deviations of local energies", variance),
-    "precision": ("Single precision", precision),
+    "start": ("A new process", start),
+    "low_rank": ("The exact mean beside that of low rank", ways),
+    "sigma": ("Standard deviations of local energies", ways),
+    "variance": ("Standard deviations of local energies: errors of the fast path", variance),
+    "float32": ("Single precision", ways),
+    "precision": ("Single precision: errors", precision),
 }
 
 

@@ -15,7 +15,10 @@ import pytest
 import gpmlp
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("stages", "scaling", "threads", "md", "variance", "precision", "descriptors", "molecules", "peers")
+PARTS = (
+    "stages", "scaling", "threads", "ase", "md", "variance", "precision", "start", "sigma", "float32", "low_rank", "descriptors",
+    "molecules", "peers", "known",
+)  # fmt: skip
 COLUMNS = 20
 
 
@@ -44,6 +47,7 @@ def run(folder):
     options = [
         "--work", folder, "--json", folder / "speed.json", "--zeta", 2, "--columns", COLUMNS, "--cells", 1, "--sizes", 1, 2,
         "--rounds", 2, "--seconds", 0.01, "--lammps-python", sys.executable, "--featomic-python", sys.executable,
+        "--ace-python", sys.executable, "--nep-python", sys.executable,
     ]  # fmt: skip
     command = [sys.executable, "tests/benchmarks/speed.py", *map(str, options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -91,14 +95,34 @@ def test_scaling_and_threads(results):
         and math.isfinite(one["slope"])
     )
     names = [call["case"] for call in results["threads"]["calls"]]
-    assert names == [
-        "zeta 2, 8 atoms", "zeta 2, 64 atoms", "zeta 2, std, 8 atoms", "zeta 2, ASE with a Verlet list, 8 atoms",
-        "zeta 2, ethanol_train",
-    ]  # fmt: skip
-    for call in results["threads"]["calls"]:
+    assert names == ["zeta 2, 8 atoms", "zeta 2, 64 atoms", "zeta 2, std, 8 atoms", "zeta 2, ethanol_train"]
+    (step,) = results["ase"]["calls"]
+    assert step["case"] == "zeta 2, 8 atoms"
+    for call in (*results["threads"]["calls"], step):
         low, middle, high = call["ratio"]
         assert 0 < low <= middle <= high and set(call["us"]) == {"1", "2"}
     assert results["threads"]["ceiling"]["zeta 2"][1] > 0
+
+
+def test_ways_beside_the_usual_one(results):
+    """Standard deviations cost something whatever the size; all of them have two times and a ratio."""
+    for part, names in {
+        "sigma": ["mean", "with std"],
+        "float32": ["float64", "float32"],
+        "low_rank": ["low rank", "exact"],
+    }.items():
+        found = results[part]["of"]
+        assert list(found) == ["si, zeta 2", "ethanol_train, zeta 2"]
+        for one in found.values():
+            assert list(one["us"]) == names and 0 < one["ratio"][0] <= one["ratio"][1] <= one["ratio"][2]
+    assert all(one["ratio"][1] > 1 for one in results["sigma"]["of"].values())
+
+
+def test_new_processes(results):
+    """Python alone is part of the help."""
+    found = results["start"]["of"]
+    assert found["Python alone"][0] < found["gpmlp --help, the whole process"][0] and len(found) == 9
+    assert all(0 < least <= median for least, median in found.values())
 
 
 def test_dynamics_search_again(results):
@@ -124,7 +148,8 @@ def test_peers_that_fail_are_left_out_and_said_so(run, results):
     _, _, errors = run
     assert set(results["peers"]["of"]) == {"zeta 2", "zeta 2, std"}
     assert "SNAP is left out: ended with status 1: " in errors and "No module named 'lammps'" in errors
-    assert "No module named 'featomic'" in errors
+    assert all(f"No module named '{name}'" in errors for name in ("featomic", "jax", "calorine"))
+    assert set(results["known"]["of"]) == {"zeta 2"}
     described = results["descriptors"]["of"]
     assert set(described) == {"values", "and pulled back", "dscribe, values"}
     assert described["values"]["ratios"]["values"] == [1, 1, 1]

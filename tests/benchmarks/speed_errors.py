@@ -1,5 +1,4 @@
-"""What fast paths cost in accuracy: standard deviations by products against triangular solves, single precision against double; and
-what standard deviations cost in time."""
+"""What fast paths cost in accuracy: standard deviations by products against triangular solves, single precision against double."""
 
 from __future__ import annotations
 
@@ -29,17 +28,9 @@ SHAKEN = 0.15  # A
 
 
 def variance(setup: Setup) -> dict:
-    """Time of means and standard deviations of local energies in turn, and how far their fast path is from triangular solves."""
-    found: dict = {"times": {}, "errors": []}
-    rows = []
+    """How far the fast path of standard deviations of local energies is from triangular solves."""
+    found: dict = {"errors": []}
     with bursts.pinned(bursts.cores()[0]):
-        for case in (setup.silicon, setup.molecules):
-            for zeta in setup.zetas:
-                name, potential = f"{case.name}, zeta {zeta}", case.potential(zeta)
-                found["times"][name], row = _times(setup, case, potential)
-                rows.append([name, *row])
-        print(f"us an atom, least and median; ratio to the mean beside it in turn (quartiles of {setup.rounds} rounds)")
-        print(common.table(rows, ["", "mean", "", "with std", "", "least / least", "ratio"]))
         for case, systems in ((setup.silicon, _silicon()), (setup.molecules, _molecules(setup.molecules))):
             for zeta in setup.zetas:
                 potential = case.potential(zeta)
@@ -53,16 +44,6 @@ def variance(setup: Setup) -> dict:
     ]
     print(common.table(rows, ["", "largest", "99 %", "median"]))
     return found
-
-
-def _times(setup: Setup, case: Case, potential: Potential) -> tuple[dict, list[str]]:
-    some, n = case.structures, case.structures.n_atoms
-    runs = {"mean": bursts.of(lambda: potential(some)), "std": bursts.of(lambda: potential(some, "atom_energies"))}
-    times = setup.in_turn(runs)
-    us = {name: [1e6 * t.least / n, 1e6 * t.median / n] for name, t in times.items()}
-    ratio, least = times["std"].over(times["mean"]), times["std"].least / times["mean"].least
-    record = {"us": us, "least": least, "ratio": [ratio.low, ratio.median, ratio.high]}
-    return record, [*(f"{v:.1f}" for pair in us.values() for v in pair), f"{least:.2f}", str(ratio)]
 
 
 def _silicon() -> dict[str, Structures]:

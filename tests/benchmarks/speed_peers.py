@@ -14,7 +14,12 @@ import common
 import speed_stages
 from speed_cases import MOLECULES, SILICON, Case
 
+ACES = {"ace-jax o3d10": ("3", "10"), "ace-jax o4d12": ("4", "12")}  # order and degree: 110 and 338 functions
+NEPS = {"NEP4, 8 and 4 A": ("8", "4"), "NEP4, 5 and 4 A": ("5", "4")}  # cutoffs: the default, and one like ours
 SNAPS = {"SNAP": "Si_Zuo_JPCA2020", "quadratic SNAP": "Si_Zuo_JPCA2020.quadratic"}  # as LAMMPS ships them
+
+
+PYTHONS = ("gap", "lammps", "featomic", "ace", "nep")
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Setup:
     Attributes:
         sizes: cells along each axis of silicon, for scaling.
         rounds, seconds: how often contestants take turns, and for how long.
-        pythons: by 'gap', 'lammps', 'featomic', of environments that hold these.
+        pythons: by names of PYTHONS, of environments that hold these.
     """
 
     silicon: Case
@@ -90,7 +95,7 @@ def against(setup: Setup, case: Case, asked: Mapping[str, Asked]) -> dict:
         times = setup.in_turn(workers)
     n, own = (
         case.structures.n_atoms,
-        [name for name, one in asked.items() if one.kind in ("energies", "values", "pulled")],
+        [name for name, one in asked.items() if one.kind in ("energies", "known", "values", "pulled")],
     )
     ratios = {name: {of: took.over(times[of]) for of in own if of in times} for name, took in times.items()}
     rows = [
@@ -112,10 +117,21 @@ def against(setup: Setup, case: Case, asked: Mapping[str, Asked]) -> dict:
 
 
 def peers(setup: Setup) -> dict:
-    """Silicon: GAP, and LAMMPS' SNAP in dynamics with its own skin; ours searches neighbours in every call."""
+    """Silicon: GAP, NEP on a CPU, and LAMMPS' SNAP in dynamics with its own skin; ours searches neighbours in every call, as NEP does."""
     asked = means(setup, setup.silicon)
     if "lammps" in setup.pythons:
         asked |= {name: Asked(setup.pythons["lammps"], "snap", (model,)) for name, model in SNAPS.items()}
+    if "nep" in setup.pythons:
+        asked |= {name: Asked(setup.pythons["nep"], "nep", cutoffs) for name, cutoffs in NEPS.items()}
+    return {"atoms": setup.silicon.structures.n_atoms, "of": against(setup, setup.silicon, asked)}
+
+
+def known(setup: Setup) -> dict:
+    """Silicon with pairs known: the kernel of ace-jax beside."""
+    asked = {f"zeta {zeta}": ours(setup.silicon, zeta, "known") for zeta in setup.zetas}
+    if "ace" in setup.pythons:
+        cutoff = str(SILICON["cutoff"])
+        asked |= {name: Asked(setup.pythons["ace"], "ace", (*size, cutoff)) for name, size in ACES.items()}
     return {"atoms": setup.silicon.structures.n_atoms, "of": against(setup, setup.silicon, asked)}
 
 

@@ -58,17 +58,28 @@ def calls(setup: Setup) -> dict[str, tuple[Callable[[], object], int]]:
             out[f"zeta {zeta}, {cell.n_atoms} atoms"] = lambda p=potential, c=cell: p(c), cell.n_atoms
         some, n = setup.silicon.structures, setup.silicon.structures.n_atoms
         out[f"zeta {zeta}, std, {n} atoms"] = lambda p=potential, c=some: p(c, "atom_energies"), n
-        out[f"zeta {zeta}, ASE with a Verlet list, {n} atoms"] = stepping(potential, k), n
         batch, known = setup.molecules.structures, setup.molecules.potential(zeta)
         out[f"zeta {zeta}, {setup.molecules.name}"] = lambda p=known, c=batch: p(c), batch.n_atoms
     return out
 
 
 def threads(setup: Setup) -> dict:
-    """Both numbers of threads in turn, and the ceiling beside it."""
+    """Calls with both numbers of threads in turn, and the ceiling beside it."""
+    return compared(setup, calls(setup)) | {"ceiling": ceiling(setup)}
+
+
+def ase(setup: Setup) -> dict:
+    """The same of ASE's calculator."""
+    n = setup.silicon.structures.n_atoms
+    steps = {zeta: stepping(setup.silicon.potential(zeta), round((n / 8) ** (1 / 3))) for zeta in setup.zetas}
+    return compared(setup, {f"zeta {zeta}, {n} atoms": (step, n) for zeta, step in steps.items()})
+
+
+def compared(setup: Setup, of: dict[str, tuple[Callable[[], object], int]]) -> dict:
+    """Both numbers of threads in turn."""
     print(f"{len(bursts.cores())} core(s) to use; us an atom, ratios of medians (quartiles of {setup.rounds} rounds)")
     found, rows = [], []
-    for name, (call, n) in calls(setup).items():
+    for name, (call, n) in of.items():
         times = setup.in_turn({str(count): with_threads(count, call) for count in COUNTS})
         one, two = (times[str(count)] for count in COUNTS)
         ratio = one.over(two)
@@ -82,7 +93,7 @@ def threads(setup: Setup) -> dict:
         )
     torch.set_num_threads(1)
     print(common.table(rows, ["", "1: least", "median", "2: least", "median", "least / least", "1 / 2"]))
-    return {"cores": len(bursts.cores()), "calls": found, "ceiling": ceiling(setup)}
+    return {"cores": len(bursts.cores()), "calls": found}
 
 
 def ceiling(setup: Setup) -> dict:
