@@ -47,7 +47,7 @@ class Surroundings:
         """The surroundings of every atom, in the order of atoms; or of the atoms start to end, whose pairs these are."""
         centers = neighbors.centers - start if start else neighbors.centers
         vectors = neighbors.vectors(structures)
-        return Surroundings(structures.species[start:end], centers, structures.species[neighbors.neighbors], vectors)
+        return Surroundings(structures.species[start:end], centers, neighbors.species(structures), vectors)
 
     def pairs_of(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Return, for the pairs of the given environments, their position in `indices` and their pair index."""

@@ -43,6 +43,7 @@ class Neighbors:
     shifts: Tensor
     cutoff: float
     _last: tuple[Structures, Tensor] | None = field(default=None, init=False, repr=False)
+    _last_species: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
     _closest: float = field(default=0.0, init=False, repr=False)  # no pair of the structures of _last is closer, A
 
     def __len__(self) -> int:
@@ -126,6 +127,17 @@ class Neighbors:
             self._remember(structures, out)
         return out
 
+    def species(self, structures: Structures) -> Tensor:
+        """(pairs,) atomic numbers of the neighbours."""
+        if self._last_species is None or self._last_species[0] is not structures.species:
+            object.__setattr__(self, "_last_species", (structures.species, structures.species[self.neighbors]))
+        assert self._last_species is not None
+        return self._last_species[1]
+
+    def closest(self, structures: Structures) -> float:
+        """The shortest distance of all (inf where there are none), A."""
+        return _shortest(self.vectors(structures).detach())[1] if len(self) else math.inf
+
     def _columns(self, structures: Structures) -> tuple[Tensor, ...]:
         """Positions, cells, structure of each atom, and the pairs, for compiled loops."""
         atoms = structures.positions, structures.cells, structures.structure_of_atom
@@ -139,22 +151,17 @@ class Neighbors:
             raise ValueError(f"a list of pairs within {self.cutoff} A does not hold those within {cutoff} A")
         if self._last is not None and self._last[0] is structures and cutoff <= self._closest:
             return self._select(slice(0), cutoff)
-        return self.closer_than(structures, cutoff)[0]
-
-    def closer_than(self, structures: Structures, cutoff: float) -> tuple[Neighbors, float]:
-        """The pairs closer than a smaller cutoff, and the shortest distance of all (inf where there are none), A."""
         if not len(self):
-            return self._select(slice(0), cutoff), math.inf
+            return self._select(slice(0), cutoff)
         if not fits_compiled_loops(structures.positions, structures.cells):
-            r = self.vectors(structures).norm(dim=1)
-            return self._select((r < cutoff).nonzero()[:, 0], cutoff), float(r.min())
+            return self._select((self.vectors(structures).norm(dim=1) < cutoff).nonzero()[:, 0], cutoff)
         given, closest = self._columns(structures), torch.empty(1, dtype=torch.float64)
         i, j, shifts = (torch.empty_like(column) for column in given[3:])
         vectors = given[0].new_empty(len(i), 3)
         threads = min(parallel.available_threads(), 1 + len(i) // PAIRS)
         n = library.call("pairs_within", len(i), *given, float(cutoff), i, j, shifts, vectors, closest, threads)
-        out, least = Neighbors(i[:n], j[:n], shifts[:n], cutoff), closest.item()
-        return (out if _differentiable(structures) else out._remember(structures, vectors[:n], least)), least
+        out = Neighbors(i[:n], j[:n], shifts[:n], cutoff)
+        return out if _differentiable(structures) else out._remember(structures, vectors[:n], closest.item())
 
 
 def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:

@@ -183,6 +183,8 @@ class Structures:
         """
         out = object.__new__(Structures)
         reusable = ("counts", "offsets", "distinct_species")  # cached, and of the atoms alone
+        if cells is self.cells:
+            reusable += ("volumes",)
         same = {name: getattr(self, name) for name in (*_FIELDS, *reusable)}
         out.__dict__.update(same | {"positions": positions, "cells": cells})
         return out

@@ -12,7 +12,7 @@ from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.structures import Structures
 from gpmlp.native import library
 
-HAIR = 1e-6  # A, at least, beyond the cutoff in a search: closer_than alone decides which pairs lie within the cutoff
+HAIR = 1e-6  # A, at least, beyond the cutoff in a search: `within` alone decides which pairs lie within the cutoff
 CALLS = 3  # for which a skin should last at the pace of the last calls: else a search without it is cheaper
 
 
@@ -81,6 +81,15 @@ class VerletList:
         Raises:
             UserError: as neighbors.find_neighbors.
         """
+        return self.candidates(structures).within(structures, self.cutoff)
+
+    def candidates(self, structures: Structures) -> Neighbors:
+        """All pairs within the cutoff and some beyond, which stay the same object until the next search: who skips what is too far
+        anyway, as Potential does, is spared their selection.
+
+        Raises:
+            UserError: as neighbors.find_neighbors.
+        """
         with parallel.one_core():
             reference = self._reference
             if reference is None or not self._same_atoms(structures, reference):
@@ -91,10 +100,9 @@ class VerletList:
                 lasts = moved < self._room  # not where it is no number
                 if not lasts.all():
                     self._search(structures, ~lasts, moved * CALLS < self.skin * self._calls, reference)
-            pairs, closest = self._pairs.closer_than(structures, self.cutoff)
-            if closest < neighbors.CLOSEST:
+            if self._pairs.closest(structures) < neighbors.CLOSEST:
                 neighbors.find_neighbors(structures, self.cutoff)  # which says what is wrong
-            return pairs
+            return self._pairs
 
     def _same_atoms(self, now: Structures, reference: ReferencePositions) -> bool:
         """Whether these are the atoms of the last call, in the same precision."""

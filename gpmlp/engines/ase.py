@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
@@ -14,7 +15,7 @@ from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.core.verlet_list import VerletList
-from gpmlp.io.ase_atoms import calculator_results, structures_from_ase, uncertainty_results
+from gpmlp.io.ase_atoms import ELECTRONIC, calculator_results, structures_from_ase, uncertainty_results
 from gpmlp.potential.potential import Potential
 
 # what the energy depends on; charges and magnetic moments set on the Atoms change nothing
@@ -35,7 +36,6 @@ class GPCalculator(Calculator):
     """
 
     structures: Structures
-    pairs: Neighbors
     prediction: Prediction
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 - as ASE declares it
@@ -97,16 +97,29 @@ class GPCalculator(Calculator):
             UserError: an element that the potential was not trained on, or atoms on top of each other.
         """
         super().calculate(atoms, list(properties), list(system_changes))
-        self.structures = structures_from_ase([self.atoms], [self.label_in_errors])
-        self.pairs = self._verlet_list(self.structures)
+        self.structures = self._convert(self.atoms, system_changes)
+        self._candidates = self._verlet_list.candidates(self.structures)
         self.prediction = self._predict()
         self.results = self._ase_results()
         if atoms is not None:  # trajectories of ASE keep info, but no results of these names
             doubts = uncertainty_results(self.prediction, 0, slice(0, len(atoms)))
             atoms.info.update({f"gpmlp_{key}": value for key, value in doubts.items()})
 
+    @property
+    def pairs(self) -> Neighbors:
+        """All pairs of `structures` within the reach of the potential."""
+        return self._candidates.within(self.structures, self.potential.reach)
+
+    def _convert(self, atoms: Atoms, changes: Sequence[str]) -> Structures:
+        """The atoms as Structures: those of the last call where only positions have changed, which the Verlet list checks if need be."""
+        last = vars(self).pop("structures", None)  # those of other atoms, should this fail
+        plain = atoms.arrays.keys().isdisjoint(ELECTRONIC.values()) and last is not None and not last.electronic_start()
+        if last is not None and plain and list(changes) == ["positions"]:
+            return last.with_unchecked_positions(torch.tensor(atoms.positions, dtype=torch.float64), last.cells)
+        return structures_from_ase([atoms], [self.label_in_errors])
+
     def _predict(self) -> Prediction:
-        return self.potential(self.structures, self.uncertainty, self.novelty, pairs=self.pairs)
+        return self.potential(self.structures, self.uncertainty, self.novelty, pairs=self._candidates)
 
     def _ase_results(self) -> dict[str, Any]:
         every = slice(0, len(self.atoms))

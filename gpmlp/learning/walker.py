@@ -219,7 +219,7 @@ class RecordingCalculator(GPCalculator):
 
     def _predict(self) -> Prediction:
         assert self.structures is not None
-        return self.ask(self.structures, self.variance, self.pairs)
+        return self.ask(self.structures, self.variance, self._candidates)
 
     def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=tuple(all_changes)) -> None:
         """Predict."""

@@ -100,7 +100,7 @@ class Potential:
                 (VarianceModel.amplitude). Where a calibration was learned both are the same: it has weights of its own.
             calibrated: whether variances are rescaled as `calibration` learned from held-out data, or are the posterior's own.
             environments: of all the structures, one entry for each term, if they are there already; one chunk is predicted then.
-            pairs: all neighbours within `reach`, if they are there already (verlet_list.VerletList).
+            pairs: all neighbours within `reach`, or more, if they are there already (verlet_list.VerletList).
             config_types: of the structures, where they are known ('' = not known): the calibration has factors of each that it has seen,
                 and one for others.
 
@@ -139,7 +139,10 @@ class Potential:
             open_ = self._energy_deviations(structures).square().sum(1).to(prediction.energies_variance.data)
             spread = replace(prediction.energies_variance, data=prediction.energies_variance.data + open_)
             prediction = replace(prediction, energies_variance=spread)
-        return prediction.map(lambda v: v.to(structures.positions))
+        like = structures.positions
+        if prediction.forces.dtype == like.dtype and prediction.forces.device == like.device:
+            return prediction
+        return prediction.map(lambda v: v.to(like))
 
     def _energy_deviations(self, structures: Structures) -> Tensor:
         """(structures, directions) how far energies move along what the compositions of the training data leave open, eV."""
