@@ -97,21 +97,25 @@ def test_any_environments(n_max, l_max, cutoff, zeta, function, exponent, specie
 
 @pytest.mark.parametrize("kernel", ["polynomial 2", "polynomial 4"])
 def test_threads_and_company_change_no_bit(kernel):
-    """Neither the number of threads nor which structures are predicted together."""
+    """Neither the number of threads, nor which structures are predicted together, what else is asked for, or pairs that are too far."""
     term, batch = random_term(descriptor(SOAPS[0]), KERNELS[kernel]), Structures.concatenate([everything()] * 6)
     compiled, before = compile_mean([term], [], sorted(SPECIES)), torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            near = neighbors.find_neighbors(batch, term.descriptor.cutoff)
-            found.append(chunked.predict_mean([term], batch, near.of_centers, compiled=compiled))
+            near_all = neighbors.find_neighbors(batch, term.descriptor.cutoff)
+            found.append(chunked.predict_mean([term], batch, near_all.of_centers, compiled=compiled))
     finally:
         torch.set_num_threads(before)
     alone = everything()
     near = neighbors.find_neighbors(alone, term.descriptor.cutoff)
     found.append(chunked.predict_mean([term], alone, near.of_centers, compiled=compiled))
+    found.append(chunked.predict_mean([term], batch, near_all.of_centers, lambda *_: (None, None), compiled=compiled))
+    far = neighbors.find_neighbors(batch, term.descriptor.cutoff + 0.5)
+    assert len(far) > len(near_all)
+    found.append(chunked.predict_mean([term], batch, far.of_centers, compiled=compiled))
     for other in found[1:]:
-        n = len(other.atom_energies)
-        assert torch.equal(found[0].atom_energies[:n], other.atom_energies)
-        assert torch.equal(found[0].forces[:n], other.forces)
+        for name in ("atom_energies", "forces", "energies", "stresses"):
+            whole, part = getattr(found[0], name), getattr(other, name)
+            torch.testing.assert_close(whole[: len(part)], part, rtol=0, atol=0, equal_nan=True)

@@ -8,16 +8,19 @@ import ase.build
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase import Atoms, units
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.constraints import FixAtoms, FixBondLength
 from ase.md.verlet import VelocityVerlet
+from ase.stress import full_3x3_to_voigt_6_stress
 from conftest import copper
 
+from gpmlp.core import neighbors
 from gpmlp.core.errors import ProgressNotice, UserError
 from gpmlp.engines import md
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.io.ase_atoms import from_ase, read, read_frames
+from gpmlp.io.ase_atoms import from_ase, read, read_frames, structures_from_ase
 
 
 @pytest.fixture
@@ -62,6 +65,47 @@ def test_a_skin_does_not_show(potential):
     assert searched[0] == 12 and searched[2] < 6
     with pytest.raises(UserError, match="`skin` must be zero or positive"):
         GPCalculator(potential, skin=-0.1)
+
+
+def test_a_calculation_is_held_in_full(potential):
+    """As predicted afresh, to the last bit, however the atoms came to be; with all pairs within the cutoff."""
+    frame, calculator = copper(7, 2), GPCalculator(potential)
+    frame.calc = calculator
+
+    def check() -> None:
+        results = frame.get_forces(), frame.get_stress(), frame.get_potential_energies(), frame.get_potential_energy()
+        fresh = structures_from_ase([frame])
+        wanted, near = potential(fresh), neighbors.find_neighbors(fresh, potential.reach).sorted()
+        for name in ("positions", "cells", "species", "magnetic_moments", "volumes"):
+            ours, other = getattr(calculator.structures, name), getattr(fresh, name)
+            assert ours is other or torch.equal(ours, other), name
+        for name in ("centers", "neighbors", "shifts"):
+            assert torch.equal(getattr(calculator.pairs, name), getattr(near, name))
+        for name in ("energies", "atom_energies", "forces", "stresses"):
+            assert torch.equal(getattr(calculator.prediction, name), getattr(wanted, name))
+        stress = full_3x3_to_voigt_6_stress(wanted.stresses[0].numpy())
+        for ours, other in zip(results, (wanted.forces, stress, wanted.atom_energies, wanted.energies[0]), strict=True):
+            np.testing.assert_array_equal(ours, other)
+
+    check()
+    for moments in (None, np.arange(8.0), None):
+        frame.set_initial_magnetic_moments(moments)
+        for _ in range(3):
+            frame.positions[0] += 0.01
+            check()
+    frame.set_cell(frame.cell.array * 1.01, scale_atoms=True)
+    check()
+    good = frame.numbers.copy()
+    frame.numbers[3] = 0
+    for _ in range(2):  # what could not be converted is not taken for the atoms of the last call
+        frame.positions[0] += 0.01
+        with pytest.raises(UserError, match="atom 3 is"):
+            frame.get_forces()
+    frame.numbers[:] = good
+    check()
+    frame.positions[0, 0] = np.nan
+    with pytest.raises(UserError, match="a position is NaN or infinite"):
+        frame.get_forces()
 
 
 def test_a_potential_needs_structures(potential, small_atoms):

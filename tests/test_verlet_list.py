@@ -142,6 +142,19 @@ def test_no_skin_where_it_would_not_last(monkeypatch):
     assert searches[6:] in ([CUTOFF + 0.6], [CUTOFF + verlet_list.HAIR, CUTOFF + 0.6])
 
 
+def test_candidates_hold_what_is_near_and_stay():
+    one, remember = crystal("triclinic", (6, 8, 1)), VerletList(CUTOFF)
+    remember(one)
+    one = one.with_positions(one.positions + 1e-3 * noise(one.positions, 0))
+    before = remember.candidates(one)  # now with a skin
+    for k in range(4):
+        one = one.with_positions(one.positions + 1e-3 * noise(one.positions, k))
+        found = remember.candidates(one)
+        assert found is before and len(found) > len(found.within(one, CUTOFF))
+        true_to(found.within(one, CUTOFF), one)
+        assert found.closest(one) == float(found.vectors(one).norm(dim=1).min())
+
+
 def test_without_a_skin_every_call_searches():
     one, remember = crystal("cubic"), VerletList(CUTOFF, 0.0)
     for _ in range(3):

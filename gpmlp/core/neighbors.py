@@ -88,9 +88,9 @@ class Neighbors:
 
     def of_centers(self, start: int, end: int) -> Neighbors:
         """The pairs of the centres start to end; nothing is copied."""
-        low, high = self._sorted_centers.searchsorted((start, end)).tolist()
-        if (low, high) == (0, len(self)):
+        if not len(self) or (start <= self._sorted_centers[0] and self._sorted_centers[-1] < end):
             return self
+        low, high = self._sorted_centers.searchsorted((start, end)).tolist()
         part = self._select(slice(low, high))
         return part if self._last is None else part._remember(self._last[0], self._last[1][low:high], self._closest)
 

@@ -182,9 +182,8 @@ class Structures:
         For steps of dynamics: a search of neighbours checks positions and cells when it has to.
         """
         out = object.__new__(Structures)
-        reusable = ("counts", "offsets", "distinct_species")  # cached, and of the atoms alone
-        if cells is self.cells:
-            reusable += ("volumes",)
+        reusable = ["counts", "offsets", "distinct_species"]  # cached, and of the atoms alone
+        reusable += ["volumes"] if cells is self.cells else []
         same = {name: getattr(self, name) for name in (*_FIELDS, *reusable)}
         out.__dict__.update(same | {"positions": positions, "cells": cells})
         return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
@@ -79,11 +78,9 @@ class GPCalculator(Calculator):
         """What has changed since the last calculation, of RELEVANT_CHANGES and to the last bit, which costs less than a tolerance."""
         if self.atoms is None:
             return list(RELEVANT_CHANGES)
-        before, now = (
-            {"positions": a.positions, "numbers": a.numbers, "cell": a.cell.array, "pbc": a.pbc}
-            for a in (self.atoms, atoms)
-        )
-        return [name for name in RELEVANT_CHANGES if not np.array_equal(before[name], now[name])]
+        before, now = ((a.positions, a.numbers, a.cell.array, a.pbc) for a in (self.atoms, atoms))
+        arrays = zip(RELEVANT_CHANGES, before, now, strict=True)
+        return [name for name, a, b in arrays if a.shape != b.shape or a.tobytes() != b.tobytes()]
 
     def calculate(
         self,
@@ -113,10 +110,10 @@ class GPCalculator(Calculator):
     def _convert(self, atoms: Atoms, changes: Sequence[str]) -> Structures:
         """The atoms as Structures: those of the last call where only positions have changed, which the Verlet list checks if need be."""
         last = vars(self).pop("structures", None)  # those of other atoms, should this fail
-        plain = atoms.arrays.keys().isdisjoint(ELECTRONIC.values()) and last is not None and not last.electronic_start()
-        if last is not None and plain and list(changes) == ["positions"]:
+        name, plain = self.label_in_errors, atoms.arrays.keys().isdisjoint(ELECTRONIC.values())
+        if last and plain and list(changes) == ["positions"] and last.names == (name,) and not last.electronic_start():
             return last.with_unchecked_positions(torch.tensor(atoms.positions, dtype=torch.float64), last.cells)
-        return structures_from_ase([atoms], [self.label_in_errors])
+        return structures_from_ase([atoms], [name])
 
     def _predict(self) -> Prediction:
         return self.potential(self.structures, self.uncertainty, self.novelty, pairs=self._candidates)

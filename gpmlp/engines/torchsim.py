@@ -112,7 +112,9 @@ class GPModel(ModelInterface):
         if self._tables:
             prediction = self._stepped(structures)
         else:
-            prediction = self.potential(structures, self.uncertainty, self.novelty, pairs=self._pairs.candidates(structures))
+            prediction = self.potential(
+                structures, self.uncertainty, self.novelty, pairs=self._pairs.candidates(structures)
+            )
         periodic = structures.periodic.any(dim=1)[:, None, None]
         out = {
             "energy": prediction.energies,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -283,15 +284,16 @@ def calculator_results(values: Prediction | Targets, s: int, atoms: slice) -> di
         return tensor.detach().cpu().double().numpy()
 
     results: dict[str, float | np.ndarray] = {}
-    energy, forces, stress = float(values.energies[s]), numbers(values.forces[atoms]), numbers(values.stresses[s])
-    if not np.isnan(energy):
+    energy, forces, (xx, yy, zz) = float(values.energies[s]), numbers(values.forces[atoms]), values.stresses[s].tolist()
+    if not math.isnan(energy):
         results |= {"energy": energy, "free_energy": energy}
     if isinstance(values, Prediction):
         results["energies"] = numbers(values.atom_energies[atoms])
-    if not np.isnan(forces).all():
+    if forces.size and not (math.isnan(forces.item(0)) and np.isnan(forces).all()):
         results["forces"] = forces
-    if not np.isnan(stress).any():
-        results["stress"] = full_3x3_to_voigt_6_stress(stress)
+    if not any(map(math.isnan, (*xx, *yy, *zz))):
+        sheared = (yy[2] + zz[1]) / 2, (xx[2] + zz[0]) / 2, (xx[1] + yy[0]) / 2
+        results["stress"] = np.array([xx[0], yy[1], zz[2], *sheared])
     return results
 
 

@@ -184,14 +184,6 @@ class RecordingCalculator(GPCalculator):
         self.variance: Variances = None
         self.volume = 0.0
 
-    def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
-        """What has changed: of the atoms of one walker only places and cell do. ASE's own comparison takes as long as a neighbour list."""
-        last = self.atoms
-        if last is None:
-            return list(all_changes)
-        pairs = {"positions": (last.positions, atoms.positions), "cell": (last.cell.array, atoms.cell.array)}
-        return [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
-
     def take_over(self, atoms: Atoms, snapshot: WalkerSnapshot) -> None:
         """Use the prediction of a snapshot for its atoms."""
         self.atoms, self.structures, self.prediction = atoms.copy(), snapshot.structure, snapshot.prediction

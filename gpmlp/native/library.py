@@ -41,6 +41,7 @@ SIGNATURES: dict[str, str] = {
     "model": "nIDDDx",
     "add_term": "nnnnI",
     "evaluate": "nnnIIIDDDIn",
+    "predict": "nnnnIIIIIDDDDDDn",
 }
 NUMBERS = {"n": ctypes.c_int64, "x": ctypes.c_double}
 DTYPES = {"I": torch.int64, "S": torch.int32, "D": torch.float64}

@@ -87,14 +87,12 @@ def predict_mean(
         samples: whose forces the force covariances are estimated from.
         compiled: the mean of the terms and baselines, if there is one.
     """
+    by_core = compiled is not None and fits_compiled_loops(structures.positions, structures.cells)
+    if compiled and by_core and not extras and not samples:  # the core shares it among threads
+        return compiled.predict(structures, pairs_of(0, structures.n_atoms))
     chunks = _Chunks(terms, structures, pairs_of, extras, share_kernels, baselines, samples, compiled)
     sums = _Sums(structures, samples.members if samples else 0)
-    if compiled is None or not fits_compiled_loops(structures.positions, structures.cells):
-        parallel.map_pieces(chunks.by_pytorch, _spans(structures), sums.add)
-    elif extras or samples:
-        parallel.map_pieces(chunks.by_core, _spans(structures), sums.add)
-    else:  # the core shares it among threads
-        sums.add(chunks.by_core((0, structures.n_atoms)))
+    parallel.map_pieces(chunks.by_core if by_core else chunks.by_pytorch, _spans(structures), sums.add)
     prediction = sums.prediction()
     return replace(prediction, sampled_forces_covariance=samples.covariance(sums.deviations)) if samples else prediction
 

@@ -1,4 +1,4 @@
-"""A potential's mean in the compiled core: local energies and pair gradients of all terms and baselines in one call
+"""A potential's mean in the compiled core: local energies, and pair gradients or their sums, of all terms and baselines in one call
 (gpmlp/native/src/model.hpp)."""
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from gpmlp.core import parallel, units
 from gpmlp.core.environments import Descriptor, SinglePrecisionDescriptor, Surroundings
+from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.quantities import Prediction
+from gpmlp.core.structures import Structures
 from gpmlp.descriptors.backends import SoapPowerSpectrum
 from gpmlp.descriptors.cpu import compiled_spectrum
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel
@@ -47,6 +50,26 @@ class CompiledMean:
             local, gradients, addresses, parallel.available_threads(),
         )  # fmt: skip
         return local, gradients, rows
+
+    def predict(self, structures: Structures, pairs: Neighbors) -> Prediction:
+        """Energies, forces and stresses, to the last bit those that come from the pair gradients.
+
+        Args:
+            pairs: all within the largest cutoff, and perhaps more.
+        """
+        like, n, n_atoms = structures.positions, len(structures), structures.n_atoms
+        shapes = (n,), (n_atoms,), (n_atoms, 3), (n, 3, 3)
+        energies, local, forces, stresses = (like.new_empty(shape) for shape in shapes)
+        by_atom, by_pair = (
+            (structures.structure_of_atom, structures.species),
+            (pairs.centers, pairs.neighbors, pairs.species(structures), pairs.vectors(structures)),
+        )
+        given = (part.contiguous() for part in (*by_atom, *by_pair, structures.volumes))
+        library.call(
+            "predict", self.model.address, n, n_atoms, len(pairs), *given, energies, local, forces, stresses,
+            parallel.available_threads(),
+        )  # fmt: skip
+        return Prediction(energies, local, forces, stresses)
 
 
 def compile_mean(

@@ -66,7 +66,7 @@ class Potential:
         """Largest cutoff of the descriptors, A."""
         return max(term.descriptor.cutoff for term in self.terms)
 
-    @property
+    @cached_property
     def reach(self) -> float:
         """Largest cutoff of descriptors and baselines, A."""
         return max(self.cutoff, *(term.cutoff for term in self.baselines), 0.0)

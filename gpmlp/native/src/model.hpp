@@ -6,6 +6,7 @@
 
 #include "baselines.hpp"
 #include "mean.hpp"
+#include "pairs.hpp"
 #include "power_spectrum.hpp"
 #include "threads.hpp"
 
@@ -94,6 +95,27 @@ class Model : public Object {
     std::vector<std::unique_ptr<Term>> terms;
 
     Model(std::vector<int64_t> species, Baselines baselines) : species(std::move(species)), baselines(std::move(baselines)) {}
+
+    // Local energies, and their sums: energies (structures,), forces (atoms, 3) and stresses (structures, 3, 3), by volumes.
+    // False if a species is unknown.
+    bool predict(const Surroundings<double> &given, int64_t n_structures, const int64_t *structure, const int64_t *neighbors,
+                 const double *volumes, double *energies, double *local, double *forces, double *stresses, int64_t threads) const {
+        const std::unique_ptr<double[]> gradients(new double[3 * given.n_pairs]);
+        const std::vector<double *> no_features(terms.size());
+        if (!evaluate(given, local, gradients.get(), no_features.data(), threads)) return false;
+        std::fill_n(energies, n_structures, 0.0);
+        std::fill_n(forces, 3 * given.n, 0.0);
+        std::fill_n(stresses, 9 * n_structures, 0.0);
+        for (int64_t a = 0; a < given.n; a++) energies[structure[a]] += local[a];
+        add_pair_gradients(given.n_pairs, structure, given.centers, neighbors, given.vectors, gradients.get(), forces, stresses);
+        for (int64_t s = 0; s < n_structures; s++) {
+            double *stress = stresses + 9 * s;
+            for (int x = 0; x < 3; x++)
+                for (int y = 0; y <= x; y++)
+                    stress[3 * x + y] = stress[3 * y + x] = 0.5 * (stress[3 * x + y] + stress[3 * y + x]) / volumes[s];
+        }
+        return true;
+    }
 
     // Energies of all environments and gradients of all pairs, those of pairs beyond all cutoffs zero; features of term
     // k into features[k] unless that is null. False if a species is unknown.
@@ -199,5 +221,20 @@ GPMLP_API int64_t gpmlp_evaluate(int64_t model, int64_t n, int64_t n_pairs, cons
         const gpmlp::Surroundings<double> given{n, n_pairs, species, centers, neighbor_species, vectors};
         const auto *addresses = reinterpret_cast<double *const *>(features);
         return gpmlp::object<gpmlp::Model>(model).evaluate(given, energies, gradients, addresses, threads) ? 0 : 1;
+    });
+}
+
+// The same summed: energies (structures,), local (atoms,) eV, forces (atoms, 3) eV/A, stresses (structures, 3, 3) eV/A^3.
+// structure: of each atom. volumes: A^3.
+GPMLP_API int64_t gpmlp_predict(int64_t model, int64_t n_structures, int64_t n, int64_t n_pairs, const int64_t *structure,
+                                const int64_t *species, const int64_t *centers, const int64_t *neighbors, const int64_t *neighbor_species,
+                                const double *vectors, const double *volumes, double *energies, double *local, double *forces,
+                                double *stresses, int64_t threads) {
+    return gpmlp::guarded([&] {
+        const gpmlp::Surroundings<double> given{n, n_pairs, species, centers, neighbor_species, vectors};
+        return gpmlp::object<gpmlp::Model>(model).predict(given, n_structures, structure, neighbors, volumes, energies, local, forces,
+                                                          stresses, threads)
+                   ? 0
+                   : 1;
     });
 }
