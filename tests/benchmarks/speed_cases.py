@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import common
@@ -112,8 +113,9 @@ def silicon_case(cells: int, columns: int, work: Path) -> Case:
 
 
 def molecules_case(train: Path, test: Path, columns: int, work: Path) -> Case:
-    """The first molecules of a file; models of the first ones of another."""
+    """The first molecules of a file; models of the first ones of another, of as many columns as these have atoms at most."""
     frames = ase.io.read(test, f":{FRAMES}")
+    columns = min(columns, sum(len(atoms) for _, atoms in islice(common.frames(train), FRAMES)))
     sparse = max(
         1, columns // len({z for atoms in frames for z in atoms.numbers})
     )  # gap_fit counts them for each species
