@@ -201,6 +201,33 @@ def test_names_in_half_of_the_frames_are_said(written):
     assert not data.targets.energies.isnan().any() and not data.targets.forces.isnan().any()
 
 
+@pytest.mark.parametrize(
+    ("energy", "forces"),
+    [
+        ("total_energy", "forces"),
+        ("potential_energy", "force"),
+        ("REF_total_energy", "REF_forces"),
+        ("energy_total", "forces"),
+    ],
+)
+def test_total_energy_is_of_the_source_of_the_forces(written, energy, forces):
+    data = read_labelled(written(frames(**{energy: "energy", forces: "forces"})))
+    assert not data.targets.energies.isnan().any() and not data.targets.forces.isnan().any()
+    assert "labels-not-taken" not in kinds(data)
+
+
+def test_total_energy_beside_a_plainer_name_is_not_taken(written):
+    atoms = frames(energy="energy", forces="forces")
+    for one in atoms:
+        one.info |= {"total_energy": one.info["energy"] + 0.1, "potential_energy": one.info["energy"]}
+    data = read_labelled(written(atoms))
+    np.testing.assert_array_equal(data.targets.energies, [one.info["energy"] for one in atoms])
+    for one in atoms:
+        del one.info["energy"]
+    data = read_labelled(written(atoms))  # with the kinetic energy in it
+    np.testing.assert_array_equal(data.targets.energies, [one.info["potential_energy"] for one in atoms])
+
+
 def test_unknown_source_counts_with_energies_and_forces_only(written):
     assert not read(written(frames(foo_energy="energy", foo_forces="forces")))[1].energies.isnan().any()
     with pytest.warns(FindingWarning, match=r"energies `foo_energy` \(4\) are not read .*--keys energy=foo_energy"):

@@ -99,6 +99,12 @@ def with_forces(targets, change):
     return replace(targets, forces=forces, stresses=targets.stresses * torch.nan)
 
 
+def with_another_zero(targets):
+    """Half of the energies from a code with another zero."""
+    other = 4 * 5.0 * (torch.arange(len(targets.energies)) % 2)
+    return replace(targets, energies=targets.energies + other, stresses=targets.stresses * torch.nan)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
@@ -107,6 +113,8 @@ def with_forces(targets, change):
         (lambda t: with_forces(t, lambda f: f[:, [1, 0, 3, 2]]), "energies", "the forces contradict the energies"),
         (lambda t: with_forces(t, lambda f: f.roll(1, 0)), "energies", "the forces contradict the energies"),
         (lambda t: with_forces(t, lambda f: f[:, :, [1, 2, 0]]), "energies", "the forces contradict the energies"),
+        (lambda t: with_forces(t, lambda f: f * 0.529177 / 27.2114), "energies", "another unit than the forces"),
+        (with_another_zero, "energies", "of two zeros"),
         (lambda t: replace(t, stresses=-t.stresses), "stresses", "the sign is the opposite one"),
     ],
 )

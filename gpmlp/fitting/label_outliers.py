@@ -36,6 +36,7 @@ LARGEST_SHARE = (
 BEYOND_NOISE = 4.0  # training error over learned noise
 # a kind of labels is followed by a fit unless its errors exceed its scatter, or it is that correlated and its slope is outside
 UNFOLLOWED, CORRELATED, SLOPES = 1.1, 0.8, (0.5, 2.0)
+GIVEN_UP = 0.9  # of their scatter: labels of a kind that were taken for noise while the other kind is followed
 TELLING = 0.3  # correlation of which a slope says something about signs and units
 SMALLEST_UNFOLLOWED = {
     "energies": 5e-3,
@@ -79,10 +80,10 @@ class Agreement:
         factor = abs(self.correlation) > CORRELATED and not SLOPES[0] < self.slope < SLOPES[1]
         return factor or self.error > UNFOLLOWED * self.scatter
 
-    def is_noise_beside(self, energies: Agreement) -> bool:
-        """Whether the fit follows energies, and forces not at all."""
-        followed = energies.correlation > CORRELATED and energies.error < 0.5 * energies.scatter
-        return followed and self.error > SMALLEST_UNFOLLOWED["forces"] and abs(self.correlation) < TELLING
+    def is_noise_beside(self, other: Agreement, kind: str) -> bool:
+        """Whether the fit follows the other kind of labels, and these not at all."""
+        followed = other.correlation > CORRELATED and other.error < 0.5 * other.scatter
+        return followed and self.error > max(SMALLEST_UNFOLLOWED[kind], GIVEN_UP * self.scatter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,8 +265,11 @@ def contradicted_kinds(structures: Structures, outliers: LabelOutliers, known: S
     if energies is not None and energies.contradicts("energies"):
         return [_contradicted_energies(structures, energies)]
     forces = outliers.agreement.get("forces")
-    if energies is not None and forces is not None and forces.is_noise_beside(energies):
-        return [_contradicted_forces(energies, forces)]
+    if energies is not None and forces is not None:
+        if forces.is_noise_beside(energies, "forces"):
+            return [_contradicted_forces(energies, forces)]
+        if energies.is_noise_beside(forces, "energies"):
+            return [_contradicted_energies(structures, energies)]
     if tensors is None or not tensors.contradicts("stresses"):
         return []
     evidence = f"by a fit to all labels, which misses stresses by {tensors.error / GPA:.3g} GPa rms"
@@ -281,7 +285,11 @@ def contradicted_kinds(structures: Structures, outliers: LabelOutliers, known: S
 def _contradicted_energies(structures: Structures, energies: Agreement) -> Finding:
     counts = structures.counts.unique()
     reasons: list[str] = []
-    if abs(energies.correlation) > TELLING:
+    if (
+        energies.error < UNFOLLOWED * energies.scatter and abs(energies.correlation) < CORRELATED
+    ):  # the slope is not known
+        reasons = ["they are of two zeros (files, codes, settings)", "in another unit than the forces"]
+    elif abs(energies.correlation) > TELLING:
         reasons = work.explain_slope(energies.slope, float(counts[0]) if len(counts) == 1 else math.nan)
         reasons = [text for text in reasons if " and " not in text]  # one cause: the slope is no better known
         if energies.slope < 0:

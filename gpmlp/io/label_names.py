@@ -44,6 +44,10 @@ OTHER = frozenset(
     "noise weight weights variance var uncertainty mask unit units key name type mae rmse tolerance bias spring external random "
     "constraint local site one".split()
 )
+WHOLE = (
+    "potential",
+    "total",
+)  # words that say no more of an energy than that it is one: NequIP's and Allegro's total_energy
 # units that gpmlp does not convert, and those that it has
 UNITS = frozenset("ha hartree hartrees kcal kj mol ry rydberg au bohr mev gpa kbar bar pa".split())
 UNIT_WORDS = frozenset("unit units".split())
@@ -143,6 +147,16 @@ class LabelTable:
         self.holders = {place: np.array(sorted(members)) for place, members in holders.items()}
         self._known: dict[Place, np.ndarray] = {}
         self.labels = {place: name for place in self.holders if (name := self._name(place)) is not None}
+        self._without_whole()
+
+    def _without_whole(self) -> None:
+        """Let total_energy be of the source of bare forces, unless a plainer name is there."""
+        for word in WHOLE:
+            for place, name in self.labels.items():
+                parts = name.source.split("_")
+                plain = LabelName(name.kind, "_".join(part for part in parts if part != word))
+                if name.kind == "energy" and word in parts and plain not in self.labels.values():
+                    self.labels[place] = plain
 
     def _name(self, place: Place) -> LabelName | None:
         """What a key is by its name; energies and stresses of atoms are no labels."""

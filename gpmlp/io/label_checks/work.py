@@ -51,6 +51,7 @@ class _Judgement:
 ON_NEAR = _Judgement((0.67, 1.5), 0.7, 0.2)
 # the third order falsifies slopes of pairs that are farther apart, and those of stresses, to a half or twice what is right
 ON_FAR = _Judgement((0.3, 3.0), 0.4, 0.6)
+RECOGNISED_STRESS = 1.0  # of far pairs: a slope 2.3 times too small is seen
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ def _contradiction(structures: Structures, pairs: NearPairs, fit: WorkFit, where
     if math.isnan(a) or low < a < high:
         volume = float(structures.volumes[pairs.first].nanmean())
         evidence = f"{fit.pairs} pairs of near frames"
-        return [scale_finding(b, volume, evidence, example_frames(structures, pairs), numbers, ON_FAR.recognised)]
+        within = ON_FAR.recognised if fit.judged is ON_NEAR else RECOGNISED_STRESS
+        return [scale_finding(b, volume, evidence, example_frames(structures, pairs), numbers, within)]
     atoms = pairs.atoms.unique()
     together = not math.isnan(b) and 0 < a / b and abs(math.log(a / b)) < ON_FAR.recognised
     alone = not math.isnan(b) and ON_FAR.right[0] < b < ON_FAR.right[1]
