@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -23,6 +24,7 @@ from gpmlp.core import errors
 
 MEANS = ("exact", "low_rank")
 SHORTEST, LONGEST = 0.5, 100.0  # A, that a cutoff can mean
+WIDTHS = 0.05, 10.0  # A, of atoms: integrals of narrower ones take grids that fit no memory
 
 
 def _within(low: float, high: float) -> AfterValidator:
@@ -67,6 +69,12 @@ def _only_evidence(name: object) -> object:
 def _by_symbol(values: dict[str, Any]) -> dict[str, Any]:
     for name in values:
         errors.atomic_number(name)
+    return values
+
+
+def _not_empty(values: Collection) -> Collection:
+    if not values:
+        raise ValueError("must not be empty; leave the key out instead")
     return values
 
 
@@ -118,7 +126,7 @@ class DescriptorRecipe(RecipeSection):
     cutoff: Annotated[Positive, _within(SHORTEST, LONGEST)] | None = None
     n_max: Annotated[int, Field(ge=1, le=40)] | None = None
     l_max: Annotated[int, Field(ge=0, le=20)] | None = None
-    sigma_atom: Positive | None = None
+    sigma_atom: Annotated[Positive, _within(*WIDTHS)] | None = None
     basis: Literal["optimal", "gto"] | None = None
     radial_scaling: RadialScaling | Literal[False] = RadialScaling()
     cutoff_function: Literal["smoothstep", "poly", "none"] = "smoothstep"
@@ -156,7 +164,7 @@ class InducingRecipe(RecipeSection):
     method: Literal["greedy", "farthest", "cur", "random"] = "greedy"
     n: Count | None = None
     gradients: Annotated[int, Field(ge=0, le=300)] | None = None
-    shares: Literal["species", "total"] | BySymbol[Count] = "species"
+    shares: Literal["species", "total"] | Annotated[BySymbol[Count], AfterValidator(_not_empty)] = "species"
 
 
 class PriorRecipe(RecipeSection):
@@ -278,7 +286,9 @@ class Recipe(RecipeSection):
     """All choices of a fit. signal: standard deviations of local energies by chemical symbol, eV, learned where left out; mean: how the
     posterior mean is evaluated where the kernel is quadratic; memory_GB: bound on the factors of the fit."""
 
-    descriptor: DescriptorRecipe | tuple[DescriptorRecipe, ...] = DescriptorRecipe()
+    descriptor: DescriptorRecipe | Annotated[tuple[DescriptorRecipe, ...], AfterValidator(_not_empty)] = (
+        DescriptorRecipe()
+    )
     kernel: KernelRecipe | tuple[KernelRecipe, ...] = KernelRecipe()
     inducing: InducingRecipe | tuple[InducingRecipe, ...] = InducingRecipe()
     noise: NoiseRecipe = NoiseRecipe()
