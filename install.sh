@@ -31,7 +31,8 @@ if [ ! -e "$VENV/bin/gpmlp" ] || [ "$sources" != "$(cat "$VENV/sources.sha256" 2
     echo "building gpmlp"
     rm -rf build "$VENV/sources.sha256" # what setuptools left of an older version would be installed again
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps . # all that it needs is in requirements.txt
-    if ! ls "$VENV"/lib/python3*/site-packages/gpmlp/native/_core_baseline.so >/dev/null 2>&1; then
+    # python started in this folder imports the sources: they need the compiled core too (a process may have the old one loaded)
+    if ! cp --remove-destination "$VENV"/lib/python3*/site-packages/gpmlp/native/_core_*.so gpmlp/native 2>/dev/null; then
         echo "without a C++ compiler gpmlp has no compiled core and is several times slower (Debian: apt install g++; then run this again)" >&2
     fi
     echo "$sources" >"$VENV/sources.sha256"
