@@ -19,11 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # a python that writes down how pip is called, and makes the command that the package brings; fails while there is a file `broken`
 STUB = """#!/bin/sh
+CORE="$VENV/lib/python3.11/site-packages/gpmlp/native"
 case "$*" in
 *pip*)
     echo "$@" >>calls
     [ ! -e broken ] || exit 1
-    case "$*" in *"--no-deps .") touch "$VENV/bin/gpmlp" ;; esac ;;
+    case "$*" in *"--no-deps .")
+        touch "$VENV/bin/gpmlp"
+        [ ! -e compiler ] || { mkdir -p "$CORE" && cp compiler "$CORE/_core_baseline.so"; } ;;
+    esac ;;
 esac
 """
 
@@ -98,6 +102,19 @@ def test_a_package_that_was_removed_is_installed_again(tree):
     installs(tree)
     (tree / "environment/bin/gpmlp").unlink()
     assert installs(tree) == ["gpmlp"]
+
+
+def test_python_started_in_the_source_tree_has_the_compiled_core(tree):
+    (tree / "gpmlp/native").mkdir()
+    core = tree / "gpmlp/native/_core_baseline.so"
+    (tree / "compiler").write_text("first")
+    assert installs(tree) == ["packages", "gpmlp"] and core.read_text() == "first"
+    loaded = core.stat().st_ino
+    (tree / "compiler").write_text("second")
+    (tree / "gpmlp/units.py").write_text("ONE = 2\n")
+    with open(core) as held:  # as a process that has it loaded
+        assert installs(tree) == ["gpmlp"] and core.read_text() == "second" and core.stat().st_ino != loaded
+        assert held.read() == "first"
 
 
 def test_no_suitable_python_is_said(tree):

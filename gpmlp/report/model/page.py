@@ -46,7 +46,7 @@ SUBSET = (
 SCORES = {
     "n": "components",
     "miscalibration_area": "miscalibration area",
-    "nll": "negative log likelihood, nats (of errors in eV, Å)",
+    "nll": "NLL, nats (errors in eV, Å)",
     "crps": "CRPS",
     "sharpness": "sharpness",
 }
@@ -156,6 +156,8 @@ def _score_values(data: ReportData) -> dict[str, Any]:
         cells = [(row.get(order), order.removeprefix("spearman_").replace("_", " ") if order in row else "")]
         for key in keys:
             value, unit = row.get(key), ""
+            if value is not None and key == "n":
+                value = int(value)
             if value is not None and key in ("crps", "sharpness"):
                 value, unit = value * SCALES.get(kind, 1.0), UNITS.get(kind, "")
             cells.append((value, unit))
