@@ -49,6 +49,10 @@ SCORES = {
     "nll": "NLL, nats (errors in eV, Å)",
     "crps": "CRPS",
     "sharpness": "sharpness",
+    "ence": "ENCE",
+    "rms_z": "rms of error/σ",
+    "spearman_within_frame": "rank correlation within frames",
+    "n_symmetric": "fixed by symmetry",
 }
 
 
@@ -156,7 +160,7 @@ def _score_values(data: ReportData) -> dict[str, Any]:
         cells = [(row.get(order), order.removeprefix("spearman_").replace("_", " ") if order in row else "")]
         for key in keys:
             value, unit = row.get(key), ""
-            if value is not None and key == "n":
+            if value is not None and key in ("n", "n_symmetric"):
                 value = int(value)
             if value is not None and key in ("crps", "sharpness"):
                 value, unit = value * SCALES.get(kind, 1.0), UNITS.get(kind, "")
