@@ -155,6 +155,19 @@ def test_candidates_hold_what_is_near_and_stay():
         assert found.closest(one) == float(found.vectors(one).norm(dim=1).min())
 
 
+def test_atoms_that_meet_between_two_searches_are_noticed():
+    none, two = torch.eye(3, dtype=torch.float64)[None], torch.tensor([29, 29])
+    apart = torch.tensor([[0.0, 0, 0], [0.36, 0, 0]], dtype=torch.float64)
+    one, remember = Structures(apart, none, torch.zeros(1, 3, dtype=torch.bool), two, 0 * two), VerletList(CUTOFF)
+    by = torch.tensor([[0.0, 0, 0], [-0.01, 0, 0]], dtype=torch.float64)
+    for k in range(6):  # to 0.31 A
+        remember(one.with_positions(apart + k * by))
+    searched = remember.searched
+    with pytest.raises(UserError, match="atoms 0 and 1 are 0.290 A apart"):
+        remember(one.with_positions(apart + 7 * by))
+    assert remember.searched == searched
+
+
 def test_without_a_skin_every_call_searches():
     one, remember = crystal("cubic"), VerletList(CUTOFF, 0.0)
     for _ in range(3):
