@@ -175,6 +175,18 @@ class Fake(Calculator):
     def held(self) -> None:
         self.results["forces"][:2] = 0.0
 
+    def flat(self) -> None:
+        self.results["forces"][:, 2] = 0.0
+
+    def flipped_axis(self) -> None:
+        self.results["forces"][:, 0] *= -1.0
+
+    def frozen_energy(self) -> None:
+        self.set(energy=-1.0, free_energy=-1.0)
+
+    def bytes_for_energy(self) -> None:
+        self.set(energy=b"3.1")
+
     def at_random(self) -> None:
         forces = np.random.default_rng().standard_normal(self.results["forces"].shape)
         self.set(forces=forces - forces.mean(axis=0))

@@ -197,7 +197,7 @@ def _check_converged(calculator: Any, directory: Path) -> None:
 def _check(job: Mapping[str, Any], answer: dict[str, Any], n: int) -> None:
     """Real numbers of the right shapes, not NaN, and no forces that no code means; makes stress (3, 3) and exactly symmetric."""
     for name in ("energy", "extrapolated"):
-        answer[name] = _real(name, answer[name])
+        answer[name] = _real("energy", answer[name])
         if answer[name].size != 1:
             raise LabelError(f"the energy is an array of the shape {answer[name].shape}")
         answer[name] = float(answer[name].reshape(()))
@@ -286,6 +286,12 @@ def _check_changed(atoms: Atoms, before: np.ndarray, after: np.ndarray) -> None:
         raise ContradictionError(
             f"the forces on {held.sum()} atoms ({named}{', ...' if held.sum() > 5 else ''}) are exactly zero, here and after these "
             "atoms were moved: does the oracle hold them? Labels need the forces on all atoms"
+        )
+    axes = (before[near] == 0).all(axis=0) & (after[near] == 0).all(axis=0)
+    if axes.any() and near.sum() > 2:
+        raise ContradictionError(
+            f"the forces along {' and '.join(np.array(list('xyz'))[axes])} are exactly zero on all atoms, here and after these were moved: "
+            "does the oracle hold a direction? Labels need all components"
         )
 
 
