@@ -286,9 +286,7 @@ class Recipe(RecipeSection):
     """All choices of a fit. signal: standard deviations of local energies by chemical symbol, eV, learned where left out; mean: how the
     posterior mean is evaluated where the kernel is quadratic; memory_GB: bound on the factors of the fit."""
 
-    descriptor: DescriptorRecipe | Annotated[tuple[DescriptorRecipe, ...], AfterValidator(_not_empty)] = (
-        DescriptorRecipe()
-    )
+    descriptor: DescriptorRecipe | tuple[DescriptorRecipe, ...] = DescriptorRecipe()
     kernel: KernelRecipe | tuple[KernelRecipe, ...] = KernelRecipe()
     inducing: InducingRecipe | tuple[InducingRecipe, ...] = InducingRecipe()
     noise: NoiseRecipe = NoiseRecipe()
@@ -311,6 +309,8 @@ class Recipe(RecipeSection):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         n = len(self.descriptors)
+        if not n:
+            raise ValueError("`descriptor` must not be empty; leave the key out instead")
         for name in ("kernel", "inducing", "signal"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != n:
