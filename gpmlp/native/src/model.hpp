@@ -13,6 +13,7 @@
 namespace gpmlp {
 
 constexpr int64_t ROWS = 60, MANY_ROWS = 240; // environments of a block, where features are few or many: then matrices are large
+constexpr int64_t LEAST_ROWS = 12;            // that are worth another thread
 constexpr int MANY_FEATURES = 512;
 
 // What a block of environments of one species is evaluated from and to.
@@ -123,7 +124,7 @@ class Model : public Object {
         const std::vector<int64_t> first_pairs = given.first_pairs();
         std::vector<int64_t> order(given.n);
         std::vector<Run> runs;
-        if (!divide(given, first_pairs.data(), order, energies, gradients, runs)) return false;
+        if (!divide(given, first_pairs.data(), threads, order, energies, gradients, runs)) return false;
         std::atomic<bool> complete{true};
         Pool::share(runs.size(), threads, [&](int64_t r) {
             const Run &run = runs[r];
@@ -146,9 +147,9 @@ class Model : public Object {
         return -1;
     }
 
-    // Environments of each species together, in runs whose features stay in cache.
-    bool divide(const Surroundings<double> &given, const int64_t *first_pairs, std::vector<int64_t> &order, double *energies,
-                double *gradients, std::vector<Run> &runs) const {
+    // Environments of each species together, in runs whose features stay in cache, as many for each thread.
+    bool divide(const Surroundings<double> &given, const int64_t *first_pairs, int64_t threads, std::vector<int64_t> &order,
+                double *energies, double *gradients, std::vector<Run> &runs) const {
         std::vector<int64_t> ends(species.size() + 1);
         for (int64_t e = 0; e < given.n; e++) {
             const int place = place_of(given.species[e]);
@@ -160,10 +161,13 @@ class Model : public Object {
         for (int64_t e = 0; e < given.n; e++) order[at[place_of(given.species[e])]++] = e;
         int widest = 1;
         for (const auto &term : terms) widest = std::max(widest, term->features());
-        const int64_t rows = widest < MANY_FEATURES ? ROWS : MANY_ROWS;
-        for (std::size_t k = 0; k < species.size(); k++)
+        const int64_t most = widest < MANY_FEATURES ? ROWS : MANY_ROWS;
+        for (std::size_t k = 0; k < species.size(); k++) {
+            const int64_t count = ends[k + 1] - ends[k], rounds = (count + most * threads - 1) / (most * threads);
+            const int64_t rows = std::max(LEAST_ROWS, (count + rounds * threads - 1) / std::max<int64_t>(1, rounds * threads));
             for (int64_t lo = ends[k]; lo < ends[k + 1]; lo += rows)
                 runs.push_back({given, first_pairs, &order[lo], int(std::min(rows, ends[k + 1] - lo)), int(k), energies, gradients});
+        }
         return true;
     }
 
