@@ -62,6 +62,7 @@ def test_places_in_lists(recipe_file):
         ("noise: {config_types: {liquid: {forc: 1}}}", r"'noise.config_types.liquid.forc'. Perhaps .*liquid.force'"),
         ("qwertz: 5", r"unknown key 'qwertz'. Valid names: baseline, calibration, descriptor"),
         ("descriptor: {cutoff: -1}", r"`descriptor.cutoff` must be greater than 0; got -1"),
+        ("descriptor: [{cutoff: -1}]", r"`descriptor.0.cutoff` must be greater than 0; got -1"),
         ("noise: {force: 0}", r"`noise.force` must be greater than 0; got 0"),
         ("noise: {energy_per_atom: -0.1}", r"`noise.energy_per_atom` must be greater than 0; got -0.1"),
         ("kernel: {zeta: 2.5}", r"`kernel.zeta` must be a valid integer.*got 2.5"),
