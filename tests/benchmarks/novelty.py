@@ -234,7 +234,10 @@ def main() -> None:
     parser.add_argument("--fits", type=int, nargs="*", default=[], help="sizes of potentials to fit as well")
     options = parser.parse_args()
     rows = []
-    for name, make in systems(options.data).items():
+    made = systems(options.data)
+    if unknown := set(options.systems or ()) - made.keys():
+        parser.error(f"there is no system {', '.join(sorted(unknown))}; there are {', '.join(made)}")
+    for name, make in made.items():
         if options.systems and name not in options.systems:
             continue
         system = make()
