@@ -519,7 +519,7 @@ def test_a_start_that_cannot_be_kept(tmp_path, monkeypatch):
 
 
 def test_atoms_on_top_of_one_another_in_the_start(tmp_path):
-    with pytest.raises(UserError, match="Only . of the first 3 structures could be labelled"):
+    with pytest.raises(UserError, match="atoms 0 and 1 are 0.100 A apart"):
         finish(recipe(), prepare(tmp_path, Atoms("Al2", [[0, 0, 0], [0.1, 0, 0]])))
 
 

@@ -66,7 +66,7 @@ template <class T> struct PowerSpectrum : Object {
     int full, size;                  // n_max in whole lanes; numbers of one power in a row of the table
     int c_row, g_row;                // rows of densities and of products of channels, in whole lanes
     int intervals;
-    T per_step;                 // intervals per A
+    double per_step;            // intervals per A
     Array<T> table;             // quintics by interval, power (highest first), l and n; zeros behind n_max
     Array<T> prefactors;        // (features,)
     Array<T> slope_factors;     // the same, twice on the diagonal, whose products hold a channel twice
@@ -175,13 +175,14 @@ template <class T> struct Pairs {
         const Lanes<T> dx = load(&x[p]), dy = load(&y[p]), dz = load(&z[p]);
         Lanes<T> r = dx * dx + dy * dy + dz * dz, w, slope;
         for (int k = 0; k < WIDTH<T>; k++) r[k] = std::sqrt(r[k]);
-        const Lanes<T> one_over_r = fill(T(1)) / r, scaled = r * spectrum.per_step;
+        const Lanes<T> one_over_r = fill(T(1)) / r;
         spectrum.weights.template operator()<T>(r, w, slope);
         store(&x[p], dx * one_over_r), store(&y[p], dy * one_over_r), store(&z[p], dz * one_over_r);
         store(&inverse[p], one_over_r), store(&weight[p], w), store(&d_weight[p], slope);
         for (int k = 0; k < WIDTH<T>; k++) {
-            interval[p + k] = scaled[k] < spectrum.intervals - 1 ? std::max(0, int(scaled[k])) : spectrum.intervals - 1;
-            offset[p + k] = scaled[k] - interval[p + k];
+            const double scaled = r[k] * spectrum.per_step; // of some hundred intervals single precision would leave five digits
+            interval[p + k] = scaled < spectrum.intervals - 1 ? std::max(0, int(scaled)) : spectrum.intervals - 1;
+            offset[p + k] = T(scaled - interval[p + k]);
         }
     }
 };
@@ -362,7 +363,7 @@ template <class T> class Block {
                 size,
                 fill(pairs.offset[pair]),
                 w,
-                w * spectrum->per_step,
+                w * T(spectrum->per_step),
                 fill(pairs.d_weight[pair])};
     }
 
