@@ -161,13 +161,13 @@ def sizes(upper: plt.Axes, lower: plt.Axes, record: dict) -> None:
         va="center",
     )
     upper.set(xscale="log", yscale="log", ylabel="µs an atom, silicon")
-    upper.set_yticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
+    upper.set_yticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
     upper.minorticks_off()
     every = sorted({*atoms, *mean["atoms"]})
     ticks = [n for k, n in enumerate(every) if not k or n > 3 * every[k - 1]]  # with room for their labels
     upper.set_xticks(ticks, [])
     upper.legend(frameon=False, fontsize=7.5, ncols=2)
-    upper.set_ylim(8, 420)
+    upper.set_ylim(4, 420)
     lower.set(xscale="log", xlabel="atoms", ylabel="two threads, times faster", ylim=(0.9, 2.3))
     lower.set_xticks(ticks, [str(n) for n in ticks])
     lower.minorticks_off()
