@@ -149,7 +149,7 @@ def compiled(name, constants, number):
     places = {(kernel.arg_names.index(a),): value for a, value in constants.items()}
     return compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
 
-tile = {"S": 2, "N": 5, "L": 4, "NP": 8, "LM": 16}
+tile = {"S": 2, "N": 5, "L": 4, "NP": 8, "LP": 4, "LM": 16}
 for number in ("fp32", "fp64"):
     for name, constants in {"expand": tile, "pull_back": tile, "multiply": {"C": 10, "L": 4, "CP": 16, "MP": 8}}.items():
         assert len(compiled(name, constants, number).asm["cubin"]) > 1000, name

@@ -120,7 +120,8 @@ class TritonKernels:
         descriptor = self.tables.descriptor
         rows, columns = _power(descriptor.n_max), len(self.columns[0])
         sizes = {"S": len(descriptor.species), "N": descriptor.n_max, "L": descriptor.l_max + 1}
-        return sizes | {"NP": rows, "LM": columns, "num_warps": min(8, max(1, rows * columns // TILE))}
+        tile = {"NP": rows, "LP": _power(descriptor.l_max + 1), "LM": columns}
+        return sizes | tile | {"num_warps": min(8, max(1, rows * columns // TILE))}
 
 
 def _power(size: int) -> int:

@@ -1,8 +1,9 @@
 """Triton kernels of the dense power spectrum: a program for each environment, its neighbours one after another, everything in registers.
 
-Radial polynomials and harmonics of a neighbour are computed again where they are needed: a tile has a row for each radial function and
-a column for each harmonic, and the columns run the recurrence of spherical_harmonics.py side by side, each as far as it goes. Only
-_triton.py imports this, when it launches kernels: Triton takes half a second to import and need not be installed.
+Radial polynomials and harmonics of a neighbour are computed again where they are needed. A tile of the density has a row for each radial
+function and a column for each harmonic; the columns run the recurrence of spherical_harmonics.py side by side, each as far as it goes,
+and those of one l share a column of the radial tile, which is loaded once. The width of the table of neighbours is a number that kernels
+are not compiled for. Only _triton.py imports this, when it launches kernels: Triton takes half a second to import and need not be there.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ def vector_and_length(vectors, pair):
 
 
 @triton.jit
-def splines(table, column, inside, scaled, intervals, N: tl.constexpr, L: tl.constexpr):
-    """Radial functions at r = scaled intervals, and their slopes per interval, by Horner's rule for both together."""
+def splines(table, n, l, scaled, intervals, N: tl.constexpr, L: tl.constexpr):
+    """Radial functions (n, l) at r = scaled intervals, and their slopes per interval, by Horner's rule for both together."""
+    column, inside = l[None, :] * N + n[:, None], (n < N)[:, None] & (l < L)[None, :]
     interval = tl.minimum(scaled.to(tl.int32), intervals - 1)
     t = scaled - interval.to(scaled.dtype)
     place = table + interval * (6 * N * L) + column
@@ -54,16 +56,16 @@ def splines(table, column, inside, scaled, intervals, N: tl.constexpr, L: tl.con
     return radial, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "intervals"])
 def expand(
     vectors, weights, center_slots, table, numbers, center, of_l, of_steps, of_m, of_sine, starts, a, b, density, width, intervals,
-    S: tl.constexpr, N: tl.constexpr, L: tl.constexpr, NP: tl.constexpr, LM: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, L: tl.constexpr, NP: tl.constexpr, LP: tl.constexpr, LM: tl.constexpr,
 ):  # fmt: skip
     """Density (environments, species × N, L²) of vectors (environments, S, width, 3) with their weights."""
     environment = tl.program_id(0).to(tl.int64)
-    n, lm = tl.arange(0, NP), tl.arange(0, LM)
+    n, degrees, lm = tl.arange(0, NP), tl.arange(0, LP), tl.arange(0, LM)
     inside = (n < N)[:, None] & (lm < L * L)[None, :]
-    column = tl.load(of_l + lm)[None, :] * N + n[:, None]
+    l = tl.broadcast_to(tl.load(of_l + lm)[None, :], (NP, LM))
     steps, m, sine = tl.load(of_steps + lm), tl.load(of_m + lm), tl.load(of_sine + lm) != 0
     start, per_length = tl.load(starts + lm), tl.load(numbers)
     mine = tl.load(center_slots + environment)
@@ -74,9 +76,9 @@ def expand(
             weight = tl.load(weights + pair)
             if weight != 0:
                 x, y, z, r = vector_and_length(vectors, pair)
-                radial, _ = splines(table, column, inside, r * per_length, intervals, N, L)
+                radial, _ = splines(table, n, degrees, r * per_length, intervals, N, L)
                 value, _, _, _ = harmonics(x / r, y / r, z / r, a, b, start, steps, m, sine, lm, L, LM)
-                c += (weight * radial) * value[None, :]
+                c += tl.gather(weight * radial, l, 1) * value[None, :]
         alone = tl.load(center + n, mask=n < N, other=0.0)
         c += tl.where((lm == 0)[None, :] & (mine == s), alone[:, None], 0.0)
         tl.store(density + (environment * S + s) * (N * L * L) + n[:, None] * (L * L) + lm[None, :], c, mask=inside)
@@ -101,18 +103,17 @@ def multiply(
         tl.store(spectrum + environment * (C * (C + 1) // 2 * L) + place, product * factor, mask=unique)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "intervals"])
 def pull_back(
     vectors, weights, slopes, table, numbers, of_l, of_steps, of_m, of_sine, starts, a, b, density, factors, on_spectrum,
     gradients, width, intervals,
-    S: tl.constexpr, N: tl.constexpr, L: tl.constexpr, NP: tl.constexpr, LM: tl.constexpr,
+    S: tl.constexpr, N: tl.constexpr, L: tl.constexpr, NP: tl.constexpr, LP: tl.constexpr, LM: tl.constexpr,
 ):  # fmt: skip
     """Gradients (environments, S, width, 3) from those on the spectrum; the density's are computed species by species and not stored."""
     environment = tl.program_id(0).to(tl.int64)
-    n, lm = tl.arange(0, NP), tl.arange(0, LM)
+    n, degrees, lm = tl.arange(0, NP), tl.arange(0, LP), tl.arange(0, LM)
     inside = (n < N)[:, None] & (lm < L * L)[None, :]
-    l = tl.load(of_l + lm)
-    column = l[None, :] * N + n[:, None]
+    l = tl.broadcast_to(tl.load(of_l + lm)[None, :], (NP, LM))
     steps, m, sine = tl.load(of_steps + lm), tl.load(of_m + lm), tl.load(of_sine + lm) != 0
     start, per_length = tl.load(starts + lm), tl.load(numbers)
     C: tl.constexpr = S * N
@@ -121,7 +122,7 @@ def pull_back(
         channel = s * N + n
         for other in range(C):
             low, high = tl.minimum(channel, other), tl.maximum(channel, other)
-            place = (low * C - low * (low - 1) // 2 + high - low)[:, None] * L + l[None, :]
+            place = (low * C - low * (low - 1) // 2 + high - low)[:, None] * L + l
             on = tl.load(on_spectrum + environment * (C * (C + 1) // 2 * L) + place, mask=inside, other=0.0)
             on = on * tl.load(factors + place, mask=inside, other=0.0)
             row = tl.load(density + environment * (C * L * L) + other * (L * L) + lm, mask=lm < L * L, other=0.0)
@@ -133,9 +134,10 @@ def pull_back(
             g_x, g_y, g_z = x * 0, y * 0, z * 0
             if (weight != 0) | (d_weight != 0):
                 x, y, z = x / r, y / r, z / r
-                radial, slope = splines(table, column, inside, r * per_length, intervals, N, L)
+                radial, slope = splines(table, n, degrees, r * per_length, intervals, N, L)
                 slope = weight * per_length * slope + d_weight * radial
-                on_y, on_slope = tl.sum(on_density * radial, axis=0) * weight, tl.sum(on_density * slope, axis=0)
+                on_y = tl.sum(on_density * tl.gather(weight * radial, l, 1), axis=0)
+                on_slope = tl.sum(on_density * tl.gather(slope, l, 1), axis=0)
                 value, y_x, y_y, y_z = harmonics(x, y, z, a, b, start, steps, m, sine, lm, L, LM)
                 along = tl.sum(on_slope * value, axis=0)
                 t_x, t_y, t_z = tl.sum(on_y * y_x, axis=0), tl.sum(on_y * y_y, axis=0), tl.sum(on_y * y_z, axis=0)

@@ -84,6 +84,11 @@ def stepped(potential: Potential, some: Structures, variance: bool, graphs: bool
     stepper = Stepper(potential, some, variance, skin=SKIN, wait=False, graphs=graphs)
     positions, cells = stepper.structures.positions, stepper.structures.cells
     search = 1e6 * least(lambda: stepper._search(positions, cells), device, 1) / n
+    backends = {type(term.backend) for _, _, mean in stepper._chunks for term in mean.terms}
+    if on_device and backends != {
+        _triton.TritonKernels
+    }:  # never the time of PyTorch's products under the name of the kernels
+        raise RuntimeError(f"descriptors are made by {backends}, not by Triton's kernels")
     searched = (peak(device) - before) / n
     if on_device:
         torch.cuda.reset_peak_memory_stats()
