@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,7 @@ def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings)
     )
     n, features = len(surroundings), vectors.new_empty(len(surroundings), descriptor.n_features)
     spectrum = compiled_spectrum(descriptor, vectors.dtype)
-    address = library.call(
-        "expand", spectrum.address, n, len(vectors), *given, vectors, features, parallel.available_threads()
-    )
+    address = library.call("expand", spectrum, n, len(vectors), *given, vectors, features, parallel.available_threads())
     if not address:
         descriptor.species_slots(torch.cat([given[0], given[2]]))  # which says what is wrong
     expansion = library.Handle(address, spectrum, features)
@@ -39,7 +38,7 @@ def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings)
         """Of environments start to end, in the first rows of `out` if it is given."""
         n_pairs = starts[end] - starts[start]
         out = vectors.new_empty(n_pairs, 3, descriptor.n_features) if out is None else out[:n_pairs]
-        library.call("jacobian", expansion.address, start, end, out, parallel.available_threads())
+        library.call("jacobian", expansion, start, end, out, parallel.available_threads())
         return out
 
     def pull_back(cotangents: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings)
         if cotangents.dim() == 3:
             return _pull_back_many(jacobian, starts, cotangents)
         out = torch.empty_like(vectors)
-        library.call("pull_back", expansion.address, cotangents.contiguous(), out, parallel.available_threads())
+        library.call("pull_back", expansion, cotangents.contiguous(), out, parallel.available_threads())
         return out
 
     return Environments(surroundings, features, pull_back, jacobian)
@@ -70,14 +69,18 @@ def _pull_back_many(jacobian: Callable[[int, int, Tensor], Tensor], starts: list
 
 @lru_cache(maxsize=32)
 def compiled_spectrum(descriptor: PowerSpectrum, dtype: torch.dtype) -> library.Handle:
-    """Sizes and tables of a descriptor as the core holds them; equal descriptors share one."""
+    """A descriptor as the core holds it; equal descriptors share one."""
+    return library.build("spectrum", *spectrum_arguments(descriptor, dtype))
+
+
+def spectrum_arguments(descriptor: PowerSpectrum, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Sizes and tables of a descriptor, as gpmlp_spectrum takes them."""
     integrals, like, w = descriptor.radial_integrals, torch.zeros(0, dtype=dtype), descriptor.weights
     n_max, l_max, slots = descriptor.n_max, descriptor.l_max, descriptor.slot_table
     table = integrals.coefficients.to(dtype).unflatten(2, (n_max, l_max + 1)).mT.contiguous()
     sizes = torch.tensor([n_max, l_max, len(descriptor.species), len(table), len(slots)])
     recurrence = torch.from_numpy(recurrence_coefficients(l_max)).to(dtype)
-    address = library.call(
-        "spectrum", sizes, slots, table, descriptor.prefactors(like), descriptor.center_density(like), recurrence,
+    return (
+        sizes, slots, table, descriptor.prefactors(like), descriptor.center_density(like), recurrence,
         1 / integrals.step, CUTOFF_FUNCTIONS.index(w.function), w.cutoff, w.width, w.cutoff_exponent, w.scale, w.exponent,
     )  # fmt: skip
-    return library.Handle(address)

@@ -9,8 +9,10 @@ import ctypes
 import os
 import warnings
 import weakref
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ ABI = 1  # of gpmlp_abi_version: raised with every change of SIGNATURES or of wh
 VARIANTS = ("v3", "baseline")
 CHOICES = (*VARIANTS, "off")  # of the environment variable GPMLP_NATIVE
 # name without gpmlp_: tensors I of int64, S of int32, D of float64, F of float32 or float64 (then there are NAME_f32 and NAME_f64);
-# numbers n whole, x not
+# numbers n whole, x not; objects o by their Handle, O several of them, each perhaps none; texts s to read, c to write to
 SIGNATURES: dict[str, str] = {
     "abi_version": "",
     "supports_v3": "",
@@ -32,18 +34,21 @@ SIGNATURES: dict[str, str] = {
     "add_pair_gradients": "nIIIFFFF",
     "add_rows": "FnnnnFFnnIIIIFFFnFn",
     "spectrum": "IIFFFFxnxxxxx",
-    "expand": "nnnIIIFFn",
-    "pull_back": "nFFn",
-    "jacobian": "nnnFn",
+    "expand": "onnIIIFFn",
+    "pull_back": "oFFn",
+    "jacobian": "onnFn",
     "quadratic_form": "nDD",
     "low_rank_form": "nnDDD",
     "inducing_centres": "nnnnDDDD",
     "model": "nIDDDx",
-    "add_term": "nnnnI",
-    "evaluate": "nnnIIIDDDIn",
-    "predict": "nnnnIIIIIDDDDDDn",
+    "add_term": "oonnO",
+    "evaluate": "onnIIIDDDIn",
+    "predict": "onnnIIIIIDDDDDDn",
+    "load_model": "scn",
+    "model_cutoff": "oD",
+    "model_species": "oI",
 }
-NUMBERS = {"n": ctypes.c_int64, "x": ctypes.c_double}
+NOT_ARRAYS = {"n": ctypes.c_int64, "x": ctypes.c_double, "o": ctypes.c_int64} | dict.fromkeys("sc", ctypes.c_char_p)
 DTYPES = {"I": torch.int64, "S": torch.int32, "D": torch.float64}
 SUFFIXES = {torch.float32: "_f32", torch.float64: "_f64"}
 
@@ -77,33 +82,6 @@ def instruction_set() -> str:
     return "none" if library is None else Path(library._name).stem.removeprefix("_core_")
 
 
-def call(name: str, *arguments: Tensor | float) -> int:
-    """The result of gpmlp_NAME; tensors go by the address of their numbers, in the memory of the CPU.
-
-    Raises:
-        MemoryError: there was no room for what the function needs beside its arguments.
-        TypeError: an argument is not what SIGNATURES says.
-    """
-    letters, passed, precision = SIGNATURES[name], [], ""
-    for letter, argument in zip(letters, arguments, strict=True):
-        if not isinstance(argument, Tensor):
-            passed.append(argument)
-            continue
-        if letter == "F":
-            suffix = SUFFIXES[argument.dtype]
-            fits = precision in ("", suffix)
-            precision = suffix
-        else:
-            fits = argument.dtype is DTYPES[letter]
-        if not (fits and argument.is_contiguous() and argument.is_cpu):
-            raise TypeError(f"gpmlp_{name}: argument {len(passed)} is {argument.dtype}, strides {argument.stride()}")
-        passed.append(argument.data_ptr())
-    status = getattr(compiled(), f"gpmlp_{name}{precision}")(*passed)
-    if status < 0:
-        raise MemoryError(f"gpmlp_{name}: no room")
-    return status
-
-
 class Handle:
     """An object of the library, by its address; freed when nothing refers to it any more."""
 
@@ -111,6 +89,58 @@ class Handle:
         self.address = address
         self.needs = needs  # what must live as long
         weakref.finalize(self, compiled().gpmlp_free, address)  # type: ignore[union-attr]
+
+
+def call(name: str, *arguments: Any) -> int:
+    """The result of gpmlp_NAME; tensors go by the address of their numbers, in the memory of the CPU, objects by their Handles.
+
+    Raises:
+        MemoryError: there was no room for what the function needs beside its arguments.
+        TypeError: an argument is not what SIGNATURES says.
+    """
+    function = f"gpmlp_{name}{precision_of(name, arguments)}"
+    passed, kept = [], []
+    for letter, argument in zip(SIGNATURES[name], arguments, strict=True):
+        if letter == "O":
+            argument = torch.tensor([handle.address if handle else 0 for handle in argument], dtype=torch.int64)
+            kept.append(argument)
+        if isinstance(argument, Tensor):
+            passed.append(argument.data_ptr())
+        else:
+            passed.append(argument.address if isinstance(argument, Handle) else argument)
+    status = getattr(compiled(), function)(*passed)
+    if status < 0:
+        raise MemoryError(f"gpmlp_{name}: no room")
+    return status
+
+
+def precision_of(name: str, arguments: Sequence[Any]) -> str:
+    """What the name of the function ends with for tensors of this precision, '' where there is but one; TypeError as `call`."""
+    suffixes = set()
+    for k, (letter, argument) in enumerate(zip(SIGNATURES[name], arguments, strict=True)):
+        if not isinstance(argument, Tensor):
+            continue
+        if letter == "F":
+            suffixes.add(SUFFIXES[argument.dtype])
+        fits = len(suffixes) <= 1 and argument.dtype is DTYPES.get(letter, argument.dtype)
+        if not (fits and argument.is_contiguous() and argument.is_cpu):
+            raise TypeError(f"gpmlp_{name}: argument {k} is {argument.dtype}, strides {argument.stride()}")
+    return "".join(suffixes)
+
+
+def build(name: str, *arguments: Any) -> Handle:
+    """The object that gpmlp_NAME makes, or, where it makes none, its first argument, to which it adds the others.
+
+    It lives as long as whatever it was made of; see gpmlp.io.export for another that writes down what is to be built.
+    """
+    address = call(name, *arguments)
+    several = [handle for argument in arguments if isinstance(argument, (list, tuple)) for handle in argument if handle]
+    handles = [argument for argument in arguments if isinstance(argument, Handle)] + several
+    if address:
+        return Handle(address, *handles)
+    first, *added = handles
+    first.needs += tuple(added)
+    return first
 
 
 def _load(variant: str) -> ctypes.CDLL:
@@ -125,7 +155,7 @@ def _load(variant: str) -> ctypes.CDLL:
     for name, letters in names.items():
         function = getattr(library, name)
         function.argtypes, function.restype = (
-            [NUMBERS.get(letter, ctypes.c_void_p) for letter in letters],
+            [NOT_ARRAYS.get(letter, ctypes.c_void_p) for letter in letters],
             ctypes.c_int64,
         )
     return library

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors.backends import SoapPowerSpectrum
-from gpmlp.descriptors.cpu import compiled_spectrum
+from gpmlp.descriptors.cpu import spectrum_arguments
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel
 from gpmlp.native import library
 from gpmlp.potential.baselines import ZBL, Baseline, IsolatedAtoms
@@ -46,7 +47,7 @@ class CompiledMean:
         addresses = torch.tensor([row.data_ptr() for row in rows] if features else [0] * len(self.n_features))
         given = surroundings.species, surroundings.centers, surroundings.neighbor_species, vectors
         library.call(
-            "evaluate", self.model.address, n, len(vectors), *(part.contiguous() for part in given),
+            "evaluate", self.model, n, len(vectors), *(part.contiguous() for part in given),
             local, gradients, addresses, parallel.available_threads(),
         )  # fmt: skip
         return local, gradients, rows
@@ -66,7 +67,7 @@ class CompiledMean:
         )
         given = (part.contiguous() for part in (*by_atom, *by_pair, structures.volumes))
         library.call(
-            "predict", self.model.address, n, n_atoms, len(pairs), *given, energies, local, forces, stresses,
+            "predict", self.model, n, n_atoms, len(pairs), *given, energies, local, forces, stresses,
             parallel.available_threads(),
         )  # fmt: skip
         return Prediction(energies, local, forces, stresses)
@@ -76,10 +77,15 @@ def compile_mean(
     terms: Sequence[EnergyTerm], baselines: Sequence[Baseline], species: Sequence[int]
 ) -> CompiledMean | None:
     """The mean of these, or None where there is no core, or it has no form for one of them: PyTorch then computes it."""
-    spectra = [_power_spectrum(term.descriptor) for term in terms]
-    supported = all(isinstance(b, (IsolatedAtoms, ZBL)) for b in baselines) and all(map(_is_supported, terms, spectra))
-    if library.compiled() is None or not supported or sum(isinstance(b, ZBL) for b in baselines) > 1:
+    if library.compiled() is None or without_form(terms, baselines):
         return None
+    return CompiledMean(
+        build_mean(terms, baselines, species, library.build), tuple(t.descriptor.n_features for t in terms)
+    )
+
+
+def build_mean(terms: Sequence[EnergyTerm], baselines: Sequence[Baseline], species: Sequence[int], build: Any) -> Any:
+    """The core's model of these, of which it has forms, by calls of `build`: library.build, or one that writes them down."""
     isolated = [sum(b.energies.get(z, 0.0) for b in baselines if isinstance(b, IsolatedAtoms)) for z in species]
     radii = [torch.zeros(len(species), len(species), dtype=torch.float64) for _ in range(2)]
     for zbl in (b for b in baselines if isinstance(b, ZBL)):
@@ -87,17 +93,15 @@ def compile_mean(
             for table, values in zip(radii, (zbl.inner, zbl.outer), strict=True):
                 table[i, j] = values.get((min(a, b), max(a, b)), 0.0)
     energies = torch.tensor(isolated, dtype=torch.float64)
-    model = library.call("model", len(species), torch.tensor(species), energies, *radii, units.COULOMB)
-    needs: list[library.Handle] = []
-    for term, spectrum in zip(terms, spectra, strict=True):
-        assert spectrum is not None
+    model = build("model", len(species), torch.tensor(species), energies, *radii, units.COULOMB)
+    for term in terms:
         single = isinstance(term.descriptor, SinglePrecisionDescriptor)
-        handle = compiled_spectrum(spectrum, torch.float32 if single else torch.float64)
-        means = [library.Handle(_mean(term, z)) if z in term.blocks else None for z in species]
-        addresses = torch.tensor([mean.address if mean else 0 for mean in means])
-        library.call("add_term", model, handle.address, int(single), len(species), addresses)
-        needs += [handle, *(mean for mean in means if mean)]
-    return CompiledMean(library.Handle(model, *needs), tuple(term.descriptor.n_features for term in terms))
+        descriptor = _power_spectrum(term.descriptor)
+        assert descriptor is not None
+        spectrum = build("spectrum", *spectrum_arguments(descriptor, torch.float32 if single else torch.float64))
+        means = [_build_mean_of(term, z, build) if z in term.blocks else None for z in species]
+        build("add_term", model, spectrum, int(single), len(species), means)
+    return model
 
 
 def _power_spectrum(descriptor: Descriptor) -> SoapPowerSpectrum | None:
@@ -105,14 +109,24 @@ def _power_spectrum(descriptor: Descriptor) -> SoapPowerSpectrum | None:
     return inner if isinstance(inner, SoapPowerSpectrum) else None
 
 
-def _is_supported(term: EnergyTerm, spectrum: SoapPowerSpectrum | None) -> bool:
-    """Whether it is a sum over power spectra in the memory of the CPU, in double precision, and not of several samples."""
-    tensors = [block.weights for block in term.blocks.values()]
-    return (
-        spectrum is not None
-        and _kernel_parts(term.kernel) is not None
-        and all(w.dim() == 1 and w.dtype == torch.float64 and w.device.type == "cpu" for w in tensors)
-    )
+def without_form(terms: Sequence[EnergyTerm], baselines: Sequence[Baseline]) -> str:
+    """What of a potential the core has no form for; empty where it has one for all."""
+    for baseline in baselines:
+        if not isinstance(baseline, (IsolatedAtoms, ZBL)):
+            return f"the baseline {type(baseline).__name__}"
+    if sum(isinstance(b, ZBL) for b in baselines) > 1:
+        return "several ZBL baselines"
+    for term in terms:
+        weights = [block.weights for block in term.blocks.values()]
+        if _power_spectrum(term.descriptor) is None:
+            return f"the descriptor {type(term.descriptor).__name__}"
+        if _kernel_parts(term.kernel) is None:
+            return f"the kernel {type(term.kernel).__name__}"
+        if any(w.dim() != 1 for w in weights):
+            return "several samples at once"
+        if any(w.dtype != torch.float64 or w.device.type != "cpu" for w in weights):
+            return "weights in single precision or on a GPU"
+    return ""
 
 
 def _kernel_parts(kernel: ZonalKernel) -> list[list[float]] | None:
@@ -128,14 +142,14 @@ def _kernel_parts(kernel: ZonalKernel) -> list[list[float]] | None:
     return None if None in parts else [[w * x, *rest] for w, part in weighted for x, *rest in part]
 
 
-def _mean(term: EnergyTerm, z: int) -> int:
-    """The mean of a central species, by its address."""
+def _build_mean_of(term: EnergyTerm, z: int, build: Any) -> Any:
+    """The mean of a central species."""
     form: MeanBlock | QuadraticForm | LowRankForm = term.quadratic_forms.get(z) or term.blocks[z]
     if isinstance(form, LowRankForm):
         arrays = (t.contiguous() for t in (form.linear, form.vectors, form.values))
-        return library.call("low_rank_form", *form.vectors.shape, *arrays)
+        return build("low_rank_form", *form.vectors.shape, *arrays)
     if isinstance(form, QuadraticForm):
-        return library.call("quadratic_form", len(form.linear), form.linear.contiguous(), form.hessian.contiguous())
+        return build("quadratic_form", len(form.linear), form.linear.contiguous(), form.hessian.contiguous())
     parts = torch.tensor(_kernel_parts(term.kernel), dtype=torch.float64)
     arrays = (t.contiguous() for t in (form.features, form.weights, form.tangents))
-    return library.call("inducing_centres", *form.features.shape, len(form.tangents), len(parts), *arrays, parts)
+    return build("inducing_centres", *form.features.shape, len(form.tangents), len(parts), *arrays, parts)

@@ -7,6 +7,8 @@
 
 namespace gpmlp {
 
+constexpr int64_t ABI = 1; // raised with every change of what functions or their arguments mean
+
 // Whatever a function hands out by its address, to be freed by gpmlp_free.
 struct Object {
     virtual ~Object() = default;

@@ -7,9 +7,10 @@
 #include "covariance_rows.hpp"
 #include "expansion.hpp"
 #include "model.hpp"
+#include "model_file.hpp"
 #include "pairs.hpp"
 
-GPMLP_API int64_t gpmlp_abi_version() { return 1; }
+GPMLP_API int64_t gpmlp_abi_version() { return gpmlp::ABI; }
 
 GPMLP_API int64_t gpmlp_free(int64_t address) {
     delete reinterpret_cast<gpmlp::Object *>(address);

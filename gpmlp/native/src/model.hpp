@@ -32,6 +32,7 @@ struct Term {
     // species that the descriptor was not made for.
     virtual bool add(const Run &run, double *out) const = 0;
     virtual int features() const = 0;
+    virtual double cutoff() const = 0; // A
 };
 
 template <class T> class SpectrumTerm : public Term {
@@ -50,6 +51,7 @@ template <class T> class SpectrumTerm : public Term {
     SpectrumTerm(const PowerSpectrum<T> &spectrum, std::vector<const Mean *> means) : spectrum(spectrum), means(std::move(means)) {}
 
     int features() const override { return spectrum.features; }
+    double cutoff() const override { return spectrum.weights.cutoff; }
 
     bool add(const Run &run, double *out) const override {
         static thread_local Scratch s;
@@ -89,13 +91,21 @@ template <class T> class SpectrumTerm : public Term {
 };
 
 class Model : public Object {
-    std::vector<int64_t> species; // atomic numbers, in the order of their places
     Baselines baselines;
 
   public:
+    const std::vector<int64_t> species; // atomic numbers, in the order of their places
     std::vector<std::unique_ptr<Term>> terms;
+    std::vector<std::unique_ptr<Object>> made_of; // if it came from a file, what terms refer to
 
-    Model(std::vector<int64_t> species, Baselines baselines) : species(std::move(species)), baselines(std::move(baselines)) {}
+    Model(std::vector<int64_t> species, Baselines baselines) : baselines(std::move(baselines)), species(std::move(species)) {}
+
+    // Largest of the terms and baselines, A.
+    double cutoff() const {
+        double out = baselines.farthest;
+        for (const auto &term : terms) out = std::max(out, term->cutoff());
+        return out;
+    }
 
     // Local energies, and their sums: energies (structures,), forces (atoms, 3) and stresses (structures, 3, 3), by volumes.
     // False if a species is unknown.
