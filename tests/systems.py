@@ -18,7 +18,8 @@ from gpmlp.descriptors import radial
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel, make_kernel
 from gpmlp.potential import baselines, chunked
 from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock
-from gpmlp.recipe import KernelRecipe
+from gpmlp.potential.potential import Potential
+from gpmlp.recipe import KernelRecipe, Recipe
 
 CUTOFF = 3.6  # A: of every descriptor here, so that environments hold a handful of neighbours
 SPECIES = (1, 6, 8)
@@ -205,6 +206,12 @@ def _term_cases() -> dict:
 
 
 TERMS = _term_cases()
+
+
+def mixed_potential(kernel: str = "polynomial 2") -> Potential:
+    """A potential of several species with a random term and all baselines, whose mean the compiled core has; without variances."""
+    term = random_term(descriptor("soap gto"), KERNELS[kernel])
+    return Potential((term,), tuple(made() for made in BASELINES.values()), SPECIES, Recipe())
 
 
 def reach(term) -> float:

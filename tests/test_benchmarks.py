@@ -233,3 +233,15 @@ def test_workers(bursts, tmp_path):
     assert "noise" in (tmp_path / "log").read_text()
     with pytest.raises(bursts.WorkerError, match="No such file"):
         bursts.Worker([tmp_path / "no python"], bursts.cores()[0], tmp_path / "log", {})
+
+
+def test_engines_take_turns(folder):
+    """Of 8 atoms; what is not installed is left out, ASE is there."""
+    options = ["--work", folder, "--json", folder / "engines.json", "--cells", 1, "--columns", COLUMNS]
+    command = [sys.executable, "tests/benchmarks/engines.py", *options, "--rounds", 2, "--seconds", 0.01]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "engines.json").read_text())
+    assert found["ASE"]["ratio"] == {"low": 1, "median": 1, "high": 1} and "8 atoms" in done.stdout
+    assert all(0 < one["us"][0] <= one["us"][1] and 0 < one["ratio"]["median"] for one in found.values())
+    assert all(name in done.stdout for name in ("LAMMPS, fix external", "OpenMM, PythonForce"))

@@ -25,6 +25,8 @@ USED_BY = {
     "_energies": "report.model.data, by kind",
     "_stresses": "report.model.data, by kind",
     "evaluations": "tests",
+    "ExternalPotential": "users (docs/engines.md)",
+    "open_lammps": "users (docs/engines.md)",
 }
 
 

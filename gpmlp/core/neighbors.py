@@ -404,6 +404,20 @@ def add_pair_gradients(
         strained += scatter_virials(structures, neighbors, vectors, gradients)
 
 
+def scatter_atom_virials(n_atoms: int, neighbors: Neighbors, vectors: Tensor, gradients: Tensor) -> Tensor:
+    """(atoms, 3, 3) eV: of r_ij (x) g_ij of each pair (scatter_virials) half goes to either atom, symmetrised."""
+    out, ends = vectors.new_zeros(n_atoms, 3, 3), (neighbors.centers, neighbors.neighbors)
+    if fits_compiled_loops(vectors, gradients):
+        given = *_contiguous(*ends, vectors, gradients), vectors.new_zeros(n_atoms, 3), out
+        for i, j, *rest in (given, (given[1], given[0], *given[2:])):
+            library.call("add_pair_gradients", len(vectors), torch.arange(n_atoms), i, j, *rest)
+    else:
+        outer = vectors[:, :, None] * gradients[:, None]
+        for atoms in ends:
+            out.index_add_(0, atoms, outer)
+    return 0.25 * (out + out.mT)
+
+
 def prediction_from_sums(
     structures: Structures, atom_energies: Tensor, on_atoms: Tensor, strained: Tensor
 ) -> Prediction:

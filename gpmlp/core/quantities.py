@@ -171,6 +171,7 @@ class Prediction:
         sampled_forces_covariance: (atoms, 3, 3) (eV/A)^2, an estimate of the same from posterior samples.
         stresses_covariance: (structures, 6, 6) (eV/A^3)^2, in the order xx yy zz yz xz xy.
         novelty: (atoms,) Mahalanobis distance of each environment over the threshold of its species; above 1: outside the data.
+        atom_virials: (atoms, 3, 3) eV, symmetric, summing to stress times volume: half of what a pair adds belongs to either atom.
     """
 
     energies: Tensor
@@ -183,6 +184,7 @@ class Prediction:
     sampled_forces_covariance: Variance | None = None
     stresses_covariance: Variance | None = None
     novelty: Tensor | None = None
+    atom_virials: Tensor | None = None
 
     @property
     def forces_variance(self) -> Variance | None:
@@ -231,7 +233,7 @@ class Prediction:
         """The prediction of structures.select(indices)."""
         indices = torch.as_tensor(indices, device=self.energies.device, dtype=torch.long)
         atoms = structures.atoms_of(indices).to(indices.device)
-        per_atom = {"atom_energies", "forces", "atom_energies_variance", "forces_covariance", "novelty"}
+        per_atom = {"atom_energies", "forces", "atom_virials", "atom_energies_variance", "forces_covariance", "novelty"}
         per_atom.add("sampled_forces_covariance")
         return self._with(lambda name, v: _apply(lambda part: part[atoms if name in per_atom else indices], v))
 

@@ -75,6 +75,7 @@ def predict_mean(
     baselines: Sequence[Baseline] = (),
     samples: ForceSamples | None = None,
     compiled: CompiledMean | None = None,
+    atom_virials: bool = False,
 ) -> Prediction:
     """Posterior mean of energies, forces and stresses with the baselines, and what `extras` predicts from the same environments.
 
@@ -86,12 +87,13 @@ def predict_mean(
         share_kernels: whether `extras` uses the kernels of the mean.
         samples: whose forces the force covariances are estimated from.
         compiled: the mean of the terms and baselines, if there is one.
+        atom_virials: whether they are wanted.
     """
     by_core = compiled is not None and fits_compiled_loops(structures.positions, structures.cells)
-    if compiled and by_core and not extras and not samples:  # the core shares it among threads
+    if compiled and by_core and not extras and not samples and not atom_virials:  # the core shares it among threads
         return compiled.predict(structures, pairs_of(0, structures.n_atoms))
     chunks = _Chunks(terms, structures, pairs_of, extras, share_kernels, baselines, samples, compiled)
-    sums = _Sums(structures, samples.members if samples else 0)
+    sums = _Sums(structures, samples.members if samples else 0, atom_virials)
     parallel.map_pieces(chunks.by_core if by_core else chunks.by_pytorch, _spans(structures), sums.add)
     prediction = sums.prediction()
     return replace(prediction, sampled_forces_covariance=samples.covariance(sums.deviations)) if samples else prediction
@@ -155,11 +157,12 @@ class _Chunks:
 class _Sums:
     """What chunks, in the order of their atoms, add up to."""
 
-    def __init__(self, structures: Structures, members: int) -> None:
+    def __init__(self, structures: Structures, members: int, atom_virials: bool) -> None:
         like = structures.positions
         self.structures = structures
         self.forces, self.strained = like.new_zeros(like.shape), like.new_zeros(structures.cells.shape)  # any strides
         self.deviations = like.new_zeros(members, *like.shape)
+        self.atom_virials = like.new_zeros(len(like), 3, 3) if atom_virials else None
         self.local: list[Tensor] = []
         self.variances: list[Variance] = []
         self.novelties: list[Tensor] = []
@@ -168,6 +171,8 @@ class _Sums:
         """The next one."""
         for pairs, vectors, gradients in chunk.gradients:
             neighbors.add_pair_gradients(self.structures, pairs, vectors, gradients, self.forces, self.strained)
+            if self.atom_virials is not None:
+                self.atom_virials += neighbors.scatter_atom_virials(len(self.forces), pairs, vectors, gradients)
         unused = torch.zeros_like(self.strained)
         for pairs, vectors, members in chunk.sampled:
             for forces, gradients in zip(self.deviations, members, strict=True):
@@ -184,6 +189,7 @@ class _Sums:
             neighbors.prediction_from_sums(self.structures, torch.cat(self.local), self.forces, self.strained),
             atom_energies_variance=Variance.concatenate(self.variances) if self.variances else None,
             novelty=torch.cat(self.novelties) if self.novelties else None,
+            atom_virials=self.atom_virials,
         )
 
 

@@ -88,6 +88,7 @@ class Potential:
         environments: Sequence[StructureEnvironments] = (),
         pairs: Neighbors | None = None,
         config_types: Sequence[str] = (),
+        atom_virials: bool = False,
     ) -> Prediction:
         """Predict energies, forces and stresses, and variances of them where asked for.
 
@@ -103,6 +104,7 @@ class Potential:
             pairs: all neighbours within `reach`, or more, if they are there already (verlet_list.VerletList).
             config_types: of the structures, where they are known ('' = not known): the calibration has factors of each that it has seen,
                 and one for others.
+            atom_virials: whether to predict what each atom adds to stress times volume.
 
         Raises:
             UserError: a species that was not in the training data; atoms on top of each other; an unknown variance or form; a model
@@ -126,7 +128,8 @@ class Potential:
                 end = first + chunk.n_atoms
                 near = None if pairs is None else pairs.of_structures(first, end).to(self.recipe.device)
                 here = request.within(first, chunk.n_atoms)
-                parts.append(self._predict(self.to_own_device(chunk), here, novelty or widened, environments, near))
+                about = novelty or widened, environments, near, atom_virials
+                parts.append(self._predict(self.to_own_device(chunk), here, *about))
                 first = end
         if not parts:
             raise errors.UserError("There are no structures to predict.")
@@ -212,6 +215,7 @@ class Potential:
         novelty: bool,
         environments: Sequence[StructureEnvironments],
         pairs: Neighbors | None,
+        atom_virials: bool,
     ) -> Prediction:
         if environments:
             pairs = max((e.neighbors for e in environments), key=lambda near: near.cutoff)
@@ -229,6 +233,7 @@ class Potential:
         mean = chunked.predict_mean(
             self.terms, structures, pairs.of_centers, extras if request.atom_energies or distances else None,
             request.atom_energies, self.baselines, self.force_samples if request.sampled_forces else None, self.compiled_mean,
+            atom_virials,
         )  # fmt: skip
         if not model or not request.correlated:
             return mean
