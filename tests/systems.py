@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from gpmlp import descriptors
-from gpmlp.core import neighbors
+from gpmlp.core import neighbors, parallel
 from gpmlp.core.environments import Descriptor, Surroundings
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors import radial
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel, make_kernel
+from gpmlp.native import library
 from gpmlp.potential import baselines, chunked
 from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock
 from gpmlp.potential.potential import Potential
@@ -255,3 +256,13 @@ def replicate(one: Structures, times: tuple[int, int, int]) -> Structures:
     positions = torch.cat([one.positions + s for s in shifts])
     larger = cell * torch.tensor(times, dtype=torch.float64)[:, None]
     return structure(positions, one.species.repeat(math.prod(times)), larger, tuple(one.periodic[0].tolist()))
+
+
+def evaluate_by_core(model, given: Surroundings, errors: bool = False) -> list[Tensor]:
+    """What the core's model gives of environments: local energies, pair gradients; with `errors` also standard deviations and novelties."""
+    n, vectors = len(given), given.vectors
+    made = [vectors.new_empty(n), torch.empty_like(vectors), *(vectors.new_empty(n) for _ in range(2 * errors))]
+    parts = (t.contiguous() for t in (given.species, given.centers, given.neighbor_species, vectors, *made[:2]))
+    asked = made[2:] or (0, 0)
+    assert library.call("evaluate", model, n, len(vectors), *parts, 0, *asked, parallel.available_threads()) == 0
+    return made

@@ -111,7 +111,6 @@ def test_threads_and_company_change_no_bit(kernel):
     alone = everything()
     near = neighbors.find_neighbors(alone, term.descriptor.cutoff)
     found.append(chunked.predict_mean([term], alone, near.of_centers, compiled=compiled))
-    found.append(chunked.predict_mean([term], batch, near_all.of_centers, lambda *_: (None, None), compiled=compiled))
     far = neighbors.find_neighbors(batch, term.descriptor.cutoff + 0.5)
     assert len(far) > len(near_all)
     found.append(chunked.predict_mean([term], batch, far.of_centers, compiled=compiled))

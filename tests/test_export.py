@@ -6,11 +6,24 @@ import ctypes
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from systems import BASELINES, DESCRIPTORS, KERNELS, SPECIES, descriptor, everything, low_rank_term, random_term
+from systems import (
+    BASELINES,
+    DESCRIPTORS,
+    KERNELS,
+    SPECIES,
+    descriptor,
+    evaluate_by_core,
+    everything,
+    low_rank_term,
+    random_term,
+)
+from test_compiled_errors import distances_of, terms_of
+from test_local_variance import model_of, shaken
 
 import gpmlp
 from gpmlp.cli import main
@@ -21,10 +34,11 @@ from gpmlp.gp.kernels import PolynomialKernel, SumKernel
 from gpmlp.io.export import export_model
 from gpmlp.native import library
 from gpmlp.potential.baselines import Baseline
-from gpmlp.potential.compiled import CompiledMean, compile_mean
+from gpmlp.potential.compiled import compile_mean
 from gpmlp.potential.mean import EnergyTerm
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
+from gpmlp.uncertainty.calibration import Calibration
 
 pytestmark = pytest.mark.skipif(library.compiled() is None, reason="gpmlp was built without a compiler")
 SOAPS = [name for name in DESCRIPTORS if name.startswith("soap")]
@@ -35,13 +49,13 @@ def potential_of(terms: Sequence[EnergyTerm], baselines: Sequence[Baseline] = ()
     return Potential(tuple(terms), tuple(baselines), tuple(sorted(SPECIES)), Recipe())
 
 
-def load(path: Path, n_features: Sequence[int]) -> CompiledMean:
+def load(path: Path) -> library.Handle:
     """The model of an exported file; ValueError with what the core says of it."""
     said = ctypes.create_string_buffer(1000)
     address = library.call("load_model", str(path).encode(), said, len(said))
     if not address:
         raise ValueError(said.value.decode())
-    return CompiledMean(library.Handle(address), tuple(n_features))
+    return library.Handle(address)
 
 
 def cases() -> dict[str, tuple[list[EnergyTerm], list[Baseline]]]:
@@ -76,18 +90,40 @@ def test_what_is_loaded_is_what_was_exported(case, tmp_path):
     compiled = compile_mean(terms, baselines, potential.species)
     structures = everything()
     given = Surroundings.from_structures(structures, neighbors.find_neighbors(structures, potential.reach))
-    loaded = load(tmp_path / "model", compiled.n_features)
-    energies, gradients, features = compiled(given, True)
-    again = loaded(given, True)
+    loaded = load(tmp_path / "model")
+    energies, gradients = evaluate_by_core(compiled.model, given)
+    again = evaluate_by_core(loaded, given)
     assert torch.equal(energies, again[0]) and torch.equal(gradients, again[1]) and energies.abs().max() > 0.1
-    assert all(map(torch.equal, features, again[2]))
 
     cutoff, species = torch.zeros(1, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
-    library.call("model_cutoff", loaded.model, cutoff)
-    assert library.call("model_species", loaded.model, species) == 3
+    library.call("model_cutoff", loaded, cutoff)
+    assert library.call("model_species", loaded, species) == 3
     assert cutoff.item() == potential.reach and species.tolist() == sorted(SPECIES)
     line = (tmp_path / "model").read_bytes().split(b"\n")[0].decode()
     assert f"gpmlp-export 1 abi {library.ABI} " in line and "species H,C,O" in line and "sha256 some-hash" in line
+
+
+@pytest.mark.parametrize("case", ["polynomial 2", "tangents", "two descriptors"])
+def test_errors_are_those_of_the_potential(case, tmp_path):
+    """Calibrated standard deviations of local energies, and novelties."""
+    model = model_of(case)
+    calibration = replace(Calibration.identity(), typical_novelty=0.5)
+    kinds = {name: replace(kind, n=9, weights=(0.4, 1.9, 1.0), scale=1.3) for name, kind in calibration.kinds.items()}
+    potential = replace(
+        potential_of(terms_of(model)),
+        variances=model,
+        novelty=distances_of(model),
+        calibration=replace(calibration, kinds=kinds),
+    )
+    recipe = Recipe.model_validate({"descriptor": [{}] * len(model.priors), "kernel": [{}] * len(model.priors)})
+    potential = replace(potential, recipe=recipe)
+    export_model(potential, tmp_path / "model")
+    structures = shaken(everything(), 0.1, 3)
+    given = Surroundings.from_structures(structures, neighbors.find_neighbors(structures, potential.reach))
+    *_, sigma, novelty = evaluate_by_core(load(tmp_path / "model"), given, True)
+    wanted = potential(structures, "atom_energies", novelty=True)
+    torch.testing.assert_close(sigma, wanted.atom_energies_variance.total.sqrt(), rtol=1e-12, atol=0)
+    assert torch.equal(novelty, wanted.novelty)
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +145,14 @@ def test_no_altered_file_is_loaded(exported, tmp_path):
             data[place] ^= change
             path.write_bytes(data)
             with pytest.raises(ValueError, match=f"{path}: (is damaged|is no model for engines)"):
-                load(path, [1])
+                load(path)
     for length in places:
         path.write_bytes(exported[:length])
         with pytest.raises(ValueError, match="is damaged|is no model for engines"):
-            load(path, [1])
+            load(path)
     path.write_bytes(exported + bytes(8))
     with pytest.raises(ValueError, match="is damaged"):
-        load(path, [1])
+        load(path)
 
 
 def resealed(data: bytes) -> bytes:
@@ -146,7 +182,7 @@ def test_sizes_and_references_are_checked_even_if_the_checksum_fits(exported, tm
             struct.pack_into("<q", data, place, value)
             path.write_bytes(resealed(bytes(data)))
             with pytest.raises(ValueError, match="is damaged|other arguments|another version|this version"):
-                load(path, [1])
+                load(path)
 
 
 def test_other_versions_are_named(exported, tmp_path):
@@ -154,22 +190,22 @@ def test_other_versions_are_named(exported, tmp_path):
     for old, new in ((f" abi {library.ABI} ", f" abi {library.ABI + 1} "), ("gpmlp-export 1", "gpmlp-export 2")):
         path.write_bytes(resealed(exported.replace(old.encode(), new.encode())))
         with pytest.raises(ValueError, match="was written by another version of gpmlp .*export the model again"):
-            load(path, [1])
+            load(path)
     path.write_bytes(resealed(exported.replace(b"low_rank_form", b"low_rank_farm")))
     with pytest.raises(ValueError, match="needs low_rank_farm, which this version of gpmlp has not"):
-        load(path, [1])
+        load(path)
 
 
 def test_other_files_are_named(model_file, tmp_path):
     with pytest.raises(ValueError, match="is no model for engines; write one by: gpmlp export"):
-        load(model_file, [1])
+        load(model_file)
     with pytest.raises(ValueError, match="cannot be read: No such file"):
-        load(tmp_path / "none", [1])
+        load(tmp_path / "none")
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
-        load(tmp_path, [1])
+        load(tmp_path)
     (tmp_path / "empty").touch()
     with pytest.raises(ValueError, match="is no model for engines"):
-        load(tmp_path / "empty", [1])
+        load(tmp_path / "empty")
 
 
 def test_what_the_core_has_no_form_for_is_refused(tmp_path):
@@ -195,8 +231,8 @@ def test_the_command(model_file, small_set, tmp_path, capsys):
     potential = gpmlp.load(model_file).to(descriptors="float32")
     structures = small_set[0]
     given = Surroundings.from_structures(structures, neighbors.find_neighbors(structures, potential.reach))
-    loaded = load(out, potential.compiled_mean.n_features)
-    assert torch.equal(loaded(given, False)[0], potential.compiled_mean(given, False)[0])
+    ours, core = (evaluate_by_core(model, given)[0] for model in (load(out), potential.compiled_mean.model))
+    assert torch.equal(ours, core)
 
     before = out.read_bytes()
     assert main.main(["export", str(model_file), "--to", "lammps", "-o", str(out), "--mean", "low_rank"]) == 2

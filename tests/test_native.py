@@ -135,7 +135,7 @@ def test_no_memory_is_said():
 
 LETTERS = {
     "const int64_t *": "I", "int64_t *": "I", "const int32_t *": "S", "const double *": "D", "double *": "D",
-    "const T *": "F", "T *": "F", "int64_t ": "n", "double ": "x", "const char *": "s", "char *": "c",
+    "const float *": "E", "const T *": "F", "T *": "F", "int64_t ": "n", "double ": "x", "const char *": "s", "char *": "c",
 }  # fmt: skip
 
 

@@ -368,7 +368,7 @@ def test_where_symmetry_forbids_a_force_nothing_is_missed(silicon):
     a = 5.43
     basis = torch.tensor([[0, 0, 0], [0, 2, 2], [2, 0, 2], [2, 2, 0], [1, 1, 1], [1, 3, 3], [3, 1, 3], [3, 3, 1]]) / 4
     perfect = structure((a * basis.double()).tolist(), [14] * 8, a * torch.eye(3).double(), (True, True, True))
-    constant = potential.variances._noise_parts("forces")[0]
+    constant = potential.variances.noise_parts("forces")[0]
     found = potential(perfect, "forces", calibrated=False).forces_covariance
     size = torch.linalg.matrix_norm(found.misspecification).max()
     assert 0 < size < 1e-5 * constant

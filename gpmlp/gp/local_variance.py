@@ -73,7 +73,7 @@ class LocalVariance:
 
     @staticmethod
     def _split(lowers: Sequence[Tensor], signal: Tensor, posterior: Tensor, leading: tuple[int, ...]) -> LocalVariance:
-        n, order = sum(leading), _leading_first([len(lower) for lower in lowers], leading)
+        n, order = sum(leading), leading_first([len(lower) for lower in lowers], leading)
         lower, d = torch.block_diag(*lowers)[order][:, order], signal[order]
         posterior = posterior[order][:, order]
         unit = torch.eye(n, dtype=signal.dtype, device=signal.device)
@@ -118,7 +118,7 @@ class LocalVariance:
         return float((0.5 * off / (exact + NEGLIGIBLE * prior)).quantile(1 - EXEMPT))
 
 
-def _leading_first(widths: Sequence[int], leading: Sequence[int]) -> Tensor:
+def leading_first(widths: Sequence[int], leading: Sequence[int]) -> Tensor:
     """Columns of blocks side by side, the leading ones of all blocks before all others."""
     first = torch.cat([torch.arange(w) < n for w, n in zip(widths, leading, strict=True)])
     return torch.cat([first.nonzero()[:, 0], (~first).nonzero()[:, 0]])

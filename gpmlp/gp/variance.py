@@ -208,7 +208,7 @@ class VarianceModel:
         k_EE = _total([p.energies(structures, x) for p, x in zip(self.priors, features, strict=True)])
         unexplained = inducing_variance(k_EE, a.square().sum(1), share)
         counts = structures.counts.to(a.dtype).square()
-        misfit, noise = (counts * part for part in self._noise_parts("energies"))
+        misfit, noise = (counts * part for part in self.noise_parts("energies"))
         return Variance(unexplained, b.square().sum(1), misfit, noise)
 
     def force_covariance(
@@ -232,7 +232,7 @@ class VarianceModel:
         chosen = torch.arange(structures.n_atoms, device=structures.species.device) if atoms is None else atoms
         like = structures.positions.to(self.signal.dtype)
         unexplained, data, misfit, noise = (like.new_full((structures.n_atoms, 3, 3), math.nan) for _ in range(4))
-        constant, labels = self._noise_parts("forces")
+        constant, labels = self.noise_parts("forces")
         noise[chosen] = labels * torch.eye(3).to(like)
         for chunk in near_together(structures, chosen).split(FORCE_ATOMS):
             here = chosen[chunk]
@@ -261,7 +261,7 @@ class VarianceModel:
             deviations: (k, atoms, 3) forces of samples less those of the mean, eV/A.
         """
         data = torch.einsum("kna,knb->nab", deviations, deviations).to(self.signal.dtype) / len(deviations)
-        constant, labels = self._noise_parts("forces")
+        constant, labels = self.noise_parts("forces")
         noise = (labels * torch.eye(3).to(data)).expand_as(data)
         return Variance(torch.zeros_like(data), data, _where_free(data, constant), noise)
 
@@ -281,7 +281,7 @@ class VarianceModel:
         unexplained = torch.full_like(data, math.nan)
         unexplained[~unknown] = share * _above_rounding((k_SS - a @ a.mT)[~unknown], k_SS[~unknown])
         unit = torch.eye(6).to(data).expand_as(data)
-        misfit, noise = (part * unit for part in self._noise_parts("stresses"))
+        misfit, noise = (part * unit for part in self.noise_parts("stresses"))
         for part in (data, misfit, noise):
             part[unknown] = math.nan
         return Variance(unexplained, data, misfit, noise)
@@ -328,11 +328,15 @@ class VarianceModel:
             share: w; the amplitude if None.
         """
         share = self.amplitude if share is None else share
-        k_xx = sum(p.signal.get(z, 0.0) ** 2 for p in self.priors)  # δ_z² f(1), f(1) = 1
+        k_xx = self.prior_variance(z)
         if z not in self.local:
             return torch.full_like(like, share * k_xx), torch.zeros_like(like)
         explained, left = self.local[z](pieces)
         return inducing_variance(k_xx, explained, share), left
+
+    def prior_variance(self, z: int) -> float:
+        """k_xx of local energies of species z, eV²: δ_z² f(1) of all descriptors, f(1) = 1."""
+        return float(sum(p.signal.get(z, 0.0) ** 2 for p in self.priors))
 
     @cached_property
     def local(self) -> dict[int, LocalVariance]:
@@ -363,7 +367,7 @@ class VarianceModel:
             if block.species == z
         ]
 
-    def _noise_parts(self, kind: str) -> tuple[float, float]:
+    def noise_parts(self, kind: str) -> tuple[float, float]:
         """Variances that are the same everywhere: what the model class cannot express, and noise of the labels."""
         everything = self.noise.get(kind, 0.0) ** 2
         noise = min(everything, self.label_noise.get(kind, math.inf) ** 2)

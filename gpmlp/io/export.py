@@ -19,7 +19,7 @@ from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.io.files import atomic_write
 from gpmlp.io.provenance import version_of
 from gpmlp.native.library import ABI, NOT_ARRAYS, SIGNATURES, precision_of
-from gpmlp.potential.compiled import build_mean, without_form
+from gpmlp.potential.compiled import build_calibration, build_mean, build_novelty, build_variances, without_form
 from gpmlp.potential.potential import Potential
 
 FORMAT = 1
@@ -56,7 +56,12 @@ def export_model(potential: Potential, path: str | os.PathLike[str], source: str
     with atomic_write(path) as file:
         record = _Record(file)
         record.write(line.encode().ljust(-(-(len(line) + 1) // WORD) * WORD - 1) + b"\n")
-        build_mean(potential.terms, potential.baselines, potential.species, record)
+        model = build_mean(potential.terms, potential.baselines, potential.species, record)
+        if potential.variances is not None:
+            build_variances(model, potential.variances, potential.species, record)
+            build_calibration(model, potential.calibration, potential.variances, record)
+        if potential.novelty is not None:
+            build_novelty(model, potential.novelty, potential.species, record)
         record.write(_words(record.checksum))
 
 

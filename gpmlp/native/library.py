@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 1  # of gpmlp_abi_version: raised with every change of SIGNATURES or of what an argument means
+ABI = 2  # of gpmlp_abi_version: raised with every change of SIGNATURES or of what an argument means
 VARIANTS = ("v3", "baseline")
 CHOICES = (*VARIANTS, "off")  # of the environment variable GPMLP_NATIVE
-# name without gpmlp_: tensors I of int64, S of int32, D of float64, F of float32 or float64 (then there are NAME_f32 and NAME_f64);
-# numbers n whole, x not; objects o by their Handle, O several of them, each perhaps none; texts s to read, c to write to
+# name without gpmlp_: tensors I of int64, S of int32, E of float32, D of float64, F of float32 or float64 (then there are NAME_f32 and
+# NAME_f64), or 0 for one that is left out; numbers n whole, x not; objects o by their Handle, O several of them, each perhaps none;
+# texts s to read, c to write to
 SIGNATURES: dict[str, str] = {
     "abi_version": "",
     "supports_v3": "",
@@ -42,14 +43,20 @@ SIGNATURES: dict[str, str] = {
     "inducing_centres": "nnnnDDDD",
     "model": "nIDDDx",
     "add_term": "oonnO",
-    "evaluate": "onnIIIDDDIn",
-    "predict": "onnnIIIIIDDDDDDn",
+    "inducing_columns": "nnnnnDDIID",
+    "local_variance": "xnOInnDDDEEE",
+    "clusters": "nnnxDDDDD",
+    "add_variances": "onO",
+    "add_novelty": "onO",
+    "calibrate": "oD",
+    "evaluate": "onnIIIDDDDDDn",
+    "predict": "onnnIIIIIDDDDDDDDDDn",
     "load_model": "scn",
     "model_cutoff": "oD",
     "model_species": "oI",
 }
 NOT_ARRAYS = {"n": ctypes.c_int64, "x": ctypes.c_double, "o": ctypes.c_int64} | dict.fromkeys("sc", ctypes.c_char_p)
-DTYPES = {"I": torch.int64, "S": torch.int32, "D": torch.float64}
+DTYPES = {"I": torch.int64, "S": torch.int32, "E": torch.float32, "D": torch.float64}
 SUFFIXES = {torch.float32: "_f32", torch.float64: "_f64"}
 
 

@@ -17,21 +17,17 @@ from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.core.neighbors import Neighbors, fits_compiled_loops
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
-from gpmlp.gp.kernels import Profile
 from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.compiled import CompiledMean
 from gpmlp.potential.force_samples import ForceSamples
+from gpmlp.potential.local_errors import NOTHING, LocalErrors
 from gpmlp.potential.mean import EnergyTerm
 
 ATOMS = 256  # of a chunk, for each species: products are by central species, and want many rows
 MOST_SPECIES = 3
 SHARES, MOST_ATOMS = 8, 1024  # so many chunks, if they need not be larger for that: each costs some Python
 ON_DEVICE = 1 << 14  # where there are many cores
-# environments of each term, with profiles of the kernels if there are any -> variance of local energies, novelty
 PairGradients = tuple[Neighbors, Tensor, Tensor]  # pairs, their vectors, A, and derivatives with respect to these
-ExtraPredictions = Callable[
-    [Sequence[Environments], Sequence[dict[int, Profile]]], tuple[Variance | None, Tensor | None]
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,33 +66,35 @@ def predict_mean(
     terms: Sequence[EnergyTerm],
     structures: Structures,
     pairs_of: Callable[[int, int], Neighbors],
-    extras: ExtraPredictions | None = None,
-    share_kernels: bool = False,
+    errors: LocalErrors = NOTHING,
     baselines: Sequence[Baseline] = (),
     samples: ForceSamples | None = None,
     compiled: CompiledMean | None = None,
     atom_virials: bool = False,
 ) -> Prediction:
-    """Posterior mean of energies, forces and stresses with the baselines, and what `extras` predicts from the same environments.
+    """Posterior mean of energies, forces and stresses with the baselines, and of the same environments what `errors` asks for.
 
     Bit for bit the same for any number of threads, and whatever else is asked for.
 
     Args:
         pairs_of: atoms (start, end) -> all pairs with these as centres, within the largest cutoff of all terms or more, as
             Neighbors.of_centers.
-        share_kernels: whether `extras` uses the kernels of the mean.
         samples: whose forces the force covariances are estimated from.
         compiled: the mean of the terms and baselines, if there is one.
         atom_virials: whether they are wanted.
     """
-    by_core = compiled is not None and fits_compiled_loops(structures.positions, structures.cells)
-    if compiled and by_core and not extras and not samples and not atom_virials:  # the core shares it among threads
-        return compiled.predict(structures, pairs_of(0, structures.n_atoms))
-    chunks = _Chunks(terms, structures, pairs_of, extras, share_kernels, baselines, samples, compiled)
-    sums = _Sums(structures, samples.members if samples else 0, atom_virials)
-    parallel.map_pieces(chunks.by_core if by_core else chunks.by_pytorch, _spans(structures), sums.add)
-    prediction = sums.prediction()
-    return replace(prediction, sampled_forces_covariance=samples.covariance(sums.deviations)) if samples else prediction
+    chunks, spans = _Chunks(terms, structures, pairs_of, errors, baselines, samples), _spans(structures)
+    deviations = structures.positions.new_zeros(samples.members if samples else 0, structures.n_atoms, 3)
+    if compiled is not None and fits_compiled_loops(structures.positions, structures.cells):
+        prediction = compiled.predict(structures, pairs_of(0, structures.n_atoms), errors, atom_virials)
+        if samples:
+            add = functools.partial(_add_deviations, structures, deviations)
+            parallel.map_pieces(chunks.sampled, spans, add)
+    else:
+        sums = _Sums(structures, deviations, atom_virials)
+        parallel.map_pieces(chunks.predict, spans, sums.add)
+        prediction = sums.prediction()
+    return replace(prediction, sampled_forces_covariance=samples.covariance(deviations)) if samples else prediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,30 +104,16 @@ class _Chunks:
     terms: Sequence[EnergyTerm]
     structures: Structures
     pairs_of: Callable[[int, int], Neighbors]
-    extras: ExtraPredictions | None
-    share_kernels: bool
+    errors: LocalErrors
     baselines: Sequence[Baseline]
     samples: ForceSamples | None
-    compiled: CompiledMean | None
 
-    def by_core(self, span: tuple[int, int]) -> ChunkPrediction:
-        assert self.compiled is not None
-        near = self.pairs_of(*span)
-        surroundings = Surroundings.from_structures(self.structures, near, *span)
-        local, gradients, features = self.compiled(surroundings, bool(self.extras) and not self.samples)
-        if self.samples:
-            pairs, environments = self._environments(near, span)
-        else:
-            pairs, environments = [], [_features_only(surroundings, x) for x in features]
-        extra = self.extras(environments, [{} for _ in self.terms]) if self.extras else (None, None)
-        sampled = self._sampled(pairs, environments)
-        return ChunkPrediction(local, [(near, surroundings.vectors, gradients)], *extra, sampled)
-
-    def by_pytorch(self, span: tuple[int, int]) -> ChunkPrediction:
+    def predict(self, span: tuple[int, int]) -> ChunkPrediction:
         near = self.pairs_of(*span)
         pairs, environments = self._environments(near, span)
         together = list(zip(self.terms, environments, strict=True))
-        profiles = [term.kernel_profiles(e) if self.share_kernels else {} for term, e in together]
+        shared = self.errors.variances is not None  # mean and variances have the same kernels
+        profiles = [term.kernel_profiles(e) if shared else {} for term, e in together]
         energies, gradients = [], []
         for (term, e), p, profile in zip(together, pairs, profiles, strict=True):
             local, slopes = term.local_energies(e, profile)
@@ -139,9 +123,12 @@ class _Chunks:
             local, closer, slopes = baseline.of_atoms(self.structures, near, *span)
             energies.append(local)
             gradients.append((closer, closer.vectors(self.structures), slopes))
-        extra = self.extras(environments, profiles) if self.extras else (None, None)
-        sampled = self._sampled(pairs, environments)
+        extra, sampled = self.errors(environments, profiles), self._sampled(pairs, environments)
         return ChunkPrediction(functools.reduce(torch.add, energies), gradients, *extra, sampled)
+
+    def sampled(self, span: tuple[int, int]) -> Sequence[PairGradients]:
+        """Those of posterior samples only."""
+        return self._sampled(*self._environments(self.pairs_of(*span), span))
 
     def _environments(self, near: Neighbors, span: tuple[int, int]) -> tuple[list[Neighbors], list[Environments]]:
         """Of each term: pairs within its cutoff, and the environments."""
@@ -157,11 +144,10 @@ class _Chunks:
 class _Sums:
     """What chunks, in the order of their atoms, add up to."""
 
-    def __init__(self, structures: Structures, members: int, atom_virials: bool) -> None:
+    def __init__(self, structures: Structures, deviations: Tensor, atom_virials: bool) -> None:
         like = structures.positions
-        self.structures = structures
+        self.structures, self.deviations = structures, deviations
         self.forces, self.strained = like.new_zeros(like.shape), like.new_zeros(structures.cells.shape)  # any strides
-        self.deviations = like.new_zeros(members, *like.shape)
         self.atom_virials = like.new_zeros(len(like), 3, 3) if atom_virials else None
         self.local: list[Tensor] = []
         self.variances: list[Variance] = []
@@ -173,10 +159,7 @@ class _Sums:
             neighbors.add_pair_gradients(self.structures, pairs, vectors, gradients, self.forces, self.strained)
             if self.atom_virials is not None:
                 self.atom_virials += neighbors.scatter_atom_virials(len(self.forces), pairs, vectors, gradients)
-        unused = torch.zeros_like(self.strained)
-        for pairs, vectors, members in chunk.sampled:
-            for forces, gradients in zip(self.deviations, members, strict=True):
-                neighbors.add_pair_gradients(self.structures, pairs, vectors, gradients, forces, unused)
+        _add_deviations(self.structures, self.deviations, chunk.sampled)
         self.local.append(chunk.local)
         if chunk.variance is not None:
             self.variances.append(chunk.variance)
@@ -201,10 +184,9 @@ def _spans(structures: Structures) -> list[tuple[int, int]]:
     return atom_ranges(structures.counts.tolist(), atoms) or [(0, 0)]
 
 
-def _features_only(surroundings: Surroundings, features: Tensor) -> Environments:
-    """Environments whose derivatives nobody asks for."""
-
-    def never(*_: object) -> Tensor:
-        raise TypeError("only the features of these environments were kept")
-
-    return Environments(surroundings, features, never, never)
+def _add_deviations(structures: Structures, deviations: Tensor, sampled: Sequence[PairGradients]) -> None:
+    """Add forces from pair gradients of samples to `deviations` (members, atoms, 3)."""
+    unused = torch.zeros_like(structures.cells)
+    for pairs, vectors, members in sampled:
+        for forces, gradients in zip(deviations, members, strict=True):
+            neighbors.add_pair_gradients(structures, pairs, vectors, gradients, forces, unused)

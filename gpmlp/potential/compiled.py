@@ -1,5 +1,5 @@
-"""A potential's mean in the compiled core: local energies, and pair gradients or their sums, of all terms and baselines in one call
-(gpmlp/native/src/model.hpp)."""
+"""A potential in the compiled core: energies, forces and stresses of all terms and baselines, variances of local energies and novelties in
+one call (gpmlp/native/src/model.hpp)."""
 
 from __future__ import annotations
 
@@ -9,68 +9,83 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gpmlp.core import parallel, units
-from gpmlp.core.environments import Descriptor, SinglePrecisionDescriptor, Surroundings
+from gpmlp.core import neighbors, parallel, units
+from gpmlp.core.environments import Descriptor, SinglePrecisionDescriptor
 from gpmlp.core.neighbors import Neighbors
-from gpmlp.core.quantities import Prediction
+from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors.backends import SoapPowerSpectrum
 from gpmlp.descriptors.cpu import spectrum_arguments
+from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel
+from gpmlp.gp.local_variance import leading_first
+from gpmlp.gp.variance import VarianceModel
 from gpmlp.native import library
 from gpmlp.potential.baselines import ZBL, Baseline, IsolatedAtoms
+from gpmlp.potential.local_errors import LocalErrors
 from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock, QuadraticForm
+from gpmlp.uncertainty.calibration import Calibration
+from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class CompiledMean:
-    """The mean of a potential as the core holds it.
+    """The mean of a potential as the core holds it, and what it was told of errors.
 
     Attributes:
-        n_features: of each term.
+        species: atomic numbers of the potential.
+        variances, distances: what the core has of these, None before they were asked for the first time.
     """
 
     model: library.Handle
-    n_features: tuple[int, ...]
+    species: Sequence[int]
+    variances: VarianceModel | None = None
+    distances: Mahalanobis | None = None
 
-    def __call__(self, surroundings: Surroundings, features: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Local energies (environments,), eV, ∂E/∂r_ij (pairs, 3), eV/A, and if wanted the features of each term.
-
-        Args:
-            surroundings: pairs within the largest cutoff or more; those beyond have a gradient of zero.
-        """
-        n, vectors = len(surroundings), surroundings.vectors
-        local, gradients = vectors.new_empty(n), torch.empty_like(vectors)
-        rows = [vectors.new_empty(n, width) for width in self.n_features] if features else []
-        addresses = torch.tensor([row.data_ptr() for row in rows] if features else [0] * len(self.n_features))
-        given = surroundings.species, surroundings.centers, surroundings.neighbor_species, vectors
-        library.call(
-            "evaluate", self.model, n, len(vectors), *(part.contiguous() for part in given),
-            local, gradients, addresses, parallel.available_threads(),
-        )  # fmt: skip
-        return local, gradients, rows
-
-    def predict(self, structures: Structures, pairs: Neighbors) -> Prediction:
-        """Energies, forces and stresses, to the last bit those that come from the pair gradients.
+    def predict(
+        self, structures: Structures, pairs: Neighbors, errors: LocalErrors, atom_virials: bool = False
+    ) -> Prediction:
+        """Energies, forces and stresses, and what is known of the errors of local energies.
 
         Args:
             pairs: all within the largest cutoff, and perhaps more.
         """
+        self.hold(errors.variances, errors.distances)
         like, n, n_atoms = structures.positions, len(structures), structures.n_atoms
         shapes = (n,), (n_atoms,), (n_atoms, 3), (n, 3, 3)
         energies, local, forces, stresses = (like.new_empty(shape) for shape in shapes)
+        vectors = pairs.vectors(structures)
+        gradients = torch.empty_like(vectors) if atom_virials else None
+        parts = None if errors.variances is None else like.new_empty(n_atoms, 2)
+        novelty = None if errors.distances is None else like.new_empty(n_atoms)
         by_atom, by_pair = (
             (structures.structure_of_atom, structures.species),
-            (pairs.centers, pairs.neighbors, pairs.species(structures), pairs.vectors(structures)),
+            (pairs.centers, pairs.neighbors, pairs.species(structures), vectors),
         )
         given = (part.contiguous() for part in (*by_atom, *by_pair, structures.volumes))
+        asked = (0 if part is None else part for part in (gradients, parts, None, novelty))
         library.call(
-            "predict", self.model, n, n_atoms, len(pairs), *given, energies, local, forces, stresses,
+            "predict", self.model, n, n_atoms, len(pairs), *given, energies, local, forces, stresses, *asked,
             parallel.available_threads(),
         )  # fmt: skip
-        return Prediction(energies, local, forces, stresses)
+        variance = None
+        if parts is not None and errors.variances is not None:
+            none = torch.zeros_like(local)
+            variance = Variance(errors.variances.inducing_share(errors.form) * parts[:, 0], parts[:, 1], none, none)
+        virials = None if gradients is None else neighbors.scatter_atom_virials(n_atoms, pairs, vectors, gradients)
+        return Prediction(
+            energies, local, forces, stresses, atom_energies_variance=variance, novelty=novelty, atom_virials=virials
+        )
+
+    def hold(self, variances: VarianceModel | None, distances: Mahalanobis | None) -> None:
+        """Tell the core of these, unless it has them."""
+        if variances is not None and variances is not self.variances:
+            build_variances(self.model, variances, self.species, library.build)
+            self.variances = variances
+        if distances is not None and distances is not self.distances:
+            build_novelty(self.model, distances, self.species, library.build)
+            self.distances = distances
 
 
 def compile_mean(
@@ -79,9 +94,7 @@ def compile_mean(
     """The mean of these, or None where there is no core, or it has no form for one of them: PyTorch then computes it."""
     if library.compiled() is None or without_form(terms, baselines):
         return None
-    return CompiledMean(
-        build_mean(terms, baselines, species, library.build), tuple(t.descriptor.n_features for t in terms)
-    )
+    return CompiledMean(build_mean(terms, baselines, species, library.build), species)
 
 
 def build_mean(terms: Sequence[EnergyTerm], baselines: Sequence[Baseline], species: Sequence[int], build: Any) -> Any:
@@ -153,3 +166,62 @@ def _build_mean_of(term: EnergyTerm, z: int, build: Any) -> Any:
     parts = torch.tensor(_kernel_parts(term.kernel), dtype=torch.float64)
     arrays = (t.contiguous() for t in (form.features, form.weights, form.tangents))
     return build("inducing_centres", *form.features.shape, len(form.tangents), len(parts), *arrays, parts)
+
+
+def build_variances(model: Any, variances: VarianceModel, species: Sequence[int], build: Any) -> None:
+    """Give the core's model variances of local energies, by calls of `build` as in build_mean."""
+    build("add_variances", model, len(species), [_build_local_variance(variances, z, build) for z in species])
+
+
+def build_novelty(model: Any, distances: Mahalanobis, species: Sequence[int], build: Any) -> None:
+    """Give it distances from the training data."""
+    build("add_novelty", model, len(species), [_build_clusters(distances, z, build) for z in species])
+
+
+def build_calibration(model: Any, calibration: Calibration, variances: VarianceModel, build: Any) -> None:
+    """Tell it how standard deviations are calibrated: those of forces, and of local energies, whose slopes these are."""
+    learned, typical = calibration.kinds["forces"], calibration.typical_novelty or 0.0
+    numbers = [variances.amplitude, *(learned.weights or (1.0, 1.0, 1.0)), learned.scale, learned.forbidden, typical]
+    numbers += variances.noise_parts("forces")
+    local, none = learned.local, (0.0,) * 3
+    rows = [none] * 4 if local is None else [local.slopes, local.middle, local.low, local.high]
+    numbers += [0.0 if local is None else local.force, *(x for row in rows for x in row)]
+    build("calibrate", model, torch.tensor(numbers, dtype=torch.float64))
+
+
+def _build_columns(kernel: ZonalKernel, block: InducingBlock, build: Any) -> Any:
+    """The inducing variables of a species and descriptor."""
+    m, columns = len(block.features), block.columns
+    of_tangents = columns >= m
+    tangents, centre = block.tangents.flatten(0, 1)[columns[of_tangents] - m], block.column_addresses[0]
+    number = torch.where(of_tangents, of_tangents.long().cumsum(0) - 1, -1)
+    parts = torch.tensor(_kernel_parts(kernel), dtype=torch.float64)
+    arrays = (t.contiguous() for t in (block.features, tangents, centre, number))
+    return build("inducing_columns", *block.features.shape, len(tangents), len(columns), len(parts), *arrays, parts)
+
+
+def _build_local_variance(variances: VarianceModel, z: int, build: Any) -> Any:
+    """Variances of local energies of a central species."""
+    blocks = [next((b for b in mine if b.species == z), None) for mine in variances.blocks]
+    columns = [_build_columns(p.kernel, b, build) if b else None for p, b in zip(variances.priors, blocks, strict=True)]
+    local, none = variances.local.get(z), variances.signal.new_zeros(0, 0)
+    order, arrays = torch.zeros(0, dtype=torch.long), [none] * 3 + [none.float()] * 3
+    if local is not None:
+        order = leading_first([b.n_columns for b in blocks if b], local.leading)
+        arrays = [
+            local.whiten_leading, local.posterior_leading, local.project,
+            local.whiten_rest, local.posterior_cross, local.posterior_rest,
+        ]  # fmt: skip
+    sizes = order.argsort(), len(arrays[0]), len(arrays[3])
+    arrays = [array.contiguous() for array in arrays]
+    return build("local_variance", variances.prior_variance(z), len(columns), columns, *sizes, *arrays)
+
+
+def _build_clusters(distances: Mahalanobis, z: int, build: Any) -> Any:
+    """Distances of a central species, None where the training data hold nothing of it."""
+    clusters = distances.species.get(z)
+    if clusters is None:
+        return None
+    whiten, offset, across = clusters.whitening
+    arrays = (t.contiguous() for t in (clusters.centre, clusters.components, whiten, offset, across))
+    return build("clusters", *clusters.components.shape, len(across), float(distances.thresholds.get(z, 1.0)), *arrays)

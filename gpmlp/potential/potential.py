@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import errors, neighbors, parallel
-from gpmlp.core.environments import Environments, SinglePrecisionDescriptor, StructureEnvironments
+from gpmlp.core.environments import SinglePrecisionDescriptor, StructureEnvironments
 from gpmlp.core.neighbors import Neighbors
-from gpmlp.core.quantities import Prediction, Variance
+from gpmlp.core.quantities import Prediction
 from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.descriptors import make_descriptor
@@ -25,6 +25,7 @@ from gpmlp.potential import baselines, chunked, samples
 from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.compiled import CompiledMean, compile_mean
 from gpmlp.potential.force_samples import ForceSamples
+from gpmlp.potential.local_errors import LocalErrors
 from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock
 from gpmlp.recipe import MEANS, Recipe
 from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction
@@ -226,14 +227,10 @@ class Potential:
         if model and request.atom_energies:
             model.prepare()
 
-        def extras(chunk: Sequence[Environments], profiles: Sequence[dict]) -> tuple[Variance | None, Tensor | None]:
-            variance = model.atom_energies(chunk, request.form, profiles) if model and request.atom_energies else None
-            return variance, distances.novelty(chunk[0].species, chunk[0].features) if distances else None
-
+        wanted = LocalErrors(model if request.atom_energies else None, distances, request.form)
         mean = chunked.predict_mean(
-            self.terms, structures, pairs.of_centers, extras if request.atom_energies or distances else None,
-            request.atom_energies, self.baselines, self.force_samples if request.sampled_forces else None, self.compiled_mean,
-            atom_virials,
+            self.terms, structures, pairs.of_centers, wanted, self.baselines,
+            self.force_samples if request.sampled_forces else None, self.compiled_mean, atom_virials,
         )  # fmt: skip
         if not model or not request.correlated:
             return mean

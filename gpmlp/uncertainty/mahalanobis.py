@@ -128,7 +128,7 @@ class SpeciesClusters:
         return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False), across
 
     @cached_property
-    def _whitening(self) -> tuple[Tensor, Tensor, Tensor]:
+    def whitening(self) -> tuple[Tensor, Tensor, Tensor]:
         """All W_k side by side (r, clusters r), -W_k m_k (clusters r,), and s (clusters,)."""
         whitening, across = self.precision
         offset = -(whitening @ self.mean[:, :, None])
@@ -146,7 +146,7 @@ class SpeciesClusters:
     def squared(self, features: Tensor) -> Tensor:
         """d² = (y − m_k)ᵀ S_k⁻¹ (y − m_k) + |r|²/s_k to each cluster (n, clusters)."""
         y, residual = self.reduce(features)
-        whitening, offset, across = (p.to(features) for p in self._whitening)
+        whitening, offset, across = (p.to(features) for p in self.whitening)
         z = torch.addmm(offset, y, whitening).unflatten(1, self.mean.shape)
         return z.square().sum(2) + residual[:, None] / across
 

@@ -2,12 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #define GPMLP_API extern "C" __attribute__((visibility("default")))
 
 namespace gpmlp {
 
-constexpr int64_t ABI = 1; // raised with every change of what functions or their arguments mean
+constexpr int64_t ABI = 2; // raised with every change of what functions or their arguments mean
 
 // Whatever a function hands out by its address, to be freed by gpmlp_free.
 struct Object {
@@ -15,6 +16,15 @@ struct Object {
 };
 
 template <class T> const T &object(int64_t address) { return *static_cast<const T *>(reinterpret_cast<Object *>(address)); }
+
+template <class T> T &changed(int64_t address) { return *static_cast<T *>(reinterpret_cast<Object *>(address)); }
+
+// Of n addresses, null where one is 0.
+template <class T> std::vector<const T *> objects(int64_t n, const int64_t *addresses) {
+    std::vector<const T *> out;
+    for (; n--; addresses++) out.push_back(*addresses ? &object<T>(*addresses) : nullptr);
+    return out;
+}
 
 inline int64_t address_of(Object *object) { return reinterpret_cast<int64_t>(object); }
 

@@ -18,7 +18,8 @@ template <class T> class PanelMatrix {
 
     PanelMatrix() = default;
     // Of element (i, j) = from[i * row + j * deep].
-    PanelMatrix(int depth, int columns, const double *from, std::ptrdiff_t row, std::ptrdiff_t column) : depth(depth), columns(columns) {
+    template <class From>
+    PanelMatrix(int depth, int columns, const From *from, std::ptrdiff_t row, std::ptrdiff_t column) : depth(depth), columns(columns) {
         panels.assign(std::size_t(row_length(columns)) * depth, 0);
         for (int j = 0; j < columns; j++)
             for (int i = 0; i < depth; i++) panels[std::size_t(j / WIDE * depth + i) * WIDE + j % WIDE] = T(from[i * row + j * column]);

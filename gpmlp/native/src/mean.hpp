@@ -20,6 +20,11 @@ struct Kernel {
     };
     std::vector<Part> parts;
 
+    // from: (n, 3) weight, zeta (0: exponential), inverse square of the length.
+    Kernel(int64_t n, const double *from) {
+        for (; n--; from += 3) parts.push_back({from[0], int(from[1]), from[2]});
+    }
+
     // f, f' and f'' of four dot products.
     GPMLP_INLINE void profile(Lanes<double> s, Lanes<double> &f, Lanes<double> &first, Lanes<double> &second) const {
         f = first = second = Lanes<double>{};
@@ -40,13 +45,27 @@ struct Kernel {
     }
 };
 
+// f and f' of rows of features with the first centres of a mean, which variances want too.
+struct KernelRows {
+    int width = 0; // of a row, in whole lanes: how many centres; 0 where nobody keeps them
+    Array<double> values, slopes;
+
+    void resize(int n, int to) { width = round_up<double>(to), values.resize(std::size_t(n) * width), slopes.resize(values.size()); }
+    const double *value(int i) const { return values.data() + std::size_t(i) * width; }
+    const double *first(int i) const { return slopes.data() + std::size_t(i) * width; }
+};
+
 constexpr int CENTRES = 256; // of an inducing set together: what rows have to do with them stays in cache
 
 struct Mean : Object {
     // Memory of one thread.
     struct Scratch {
         Array<double> dots, along;
+        KernelRows kept;
     };
+
+    // Whether it fills scratch.kept, as far as its width goes.
+    virtual bool keeps_kernel() const { return false; }
 
     // For n rows of features, which follow each other after `row` numbers, as do slopes, in whole panels.
     virtual void operator()(int n, const double *x, int row, double *energies, double *slopes, Scratch &scratch) const = 0;
@@ -86,6 +105,8 @@ class InducingCentres : public Mean {
         if (tangents) to_along = {d, m, tangents, 1, d}, from_along = {m, d, tangents, d, 1};
     }
 
+    bool keeps_kernel() const override { return true; }
+
     void operator()(int n, const double *x, int row, double *energies, double *slopes, Scratch &scratch) const override {
         scratch.dots.resize(std::size_t(n) * CENTRES), scratch.along.resize(std::size_t(n) * CENTRES);
         double *dots = scratch.dots.data(), *along = scratch.along.data();
@@ -94,7 +115,11 @@ class InducingCentres : public Mean {
             const int to = std::min(m, from + CENTRES);
             to_dots.multiply_part(n, 0, d, from, to, x, row, dots, CENTRES, false);
             if (tangents) to_along.multiply_part(n, 0, d, from, to, x, row, along, CENTRES, false);
-            for (int i = 0; i < n; i++) energies[i] += on_arguments(from, to, dots + i * CENTRES, along + i * CENTRES);
+            for (int i = 0; i < n; i++) {
+                const std::size_t at = std::size_t(i) * scratch.kept.width + from;
+                energies[i] += on_arguments(from, to, dots + i * CENTRES, along + i * CENTRES, scratch.kept.width - from,
+                                            scratch.kept.values.data() + at, scratch.kept.slopes.data() + at);
+            }
             from_dots.multiply_part(n, from, to, 0, d, dots, CENTRES, slopes, row, from > 0);
             if (tangents) from_along.multiply_part(n, from, to, 0, d, along, CENTRES, slopes, row, true);
         }
@@ -102,12 +127,13 @@ class InducingCentres : public Mean {
 
   private:
     // Share of ε of the centres from, ..., to of one row; x.x_j becomes ∂ε/∂(x.x_j) = α f' + f'' x.τ, and x.τ_j becomes
-    // f'.
-    double on_arguments(int from, int to, double *dots, double *along) const {
+    // f'. The first `kept` of f and f' are kept.
+    double on_arguments(int from, int to, double *dots, double *along, int kept, double *values, double *slopes) const {
         Lanes<double> energy = {};
         for (int j = 0; j < to - from; j += WIDTH<double>) {
             Lanes<double> f, first, second;
             kernel.profile(load(dots + j), f, first, second);
+            if (j < kept) store(values + j, f), store(slopes + j, first);
             const Lanes<double> weight = load(&weights[from + j]);
             energy += weight * f;
             Lanes<double> on_dots = first * weight;
@@ -163,8 +189,7 @@ GPMLP_API int64_t gpmlp_low_rank_form(int64_t d, int64_t rank, const double *lin
 GPMLP_API int64_t gpmlp_inducing_centres(int64_t m, int64_t d, int64_t n_tangents, int64_t n_parts, const double *features,
                                          const double *weights, const double *tangents, const double *parts) {
     return gpmlp::guarded([&] {
-        gpmlp::Kernel kernel;
-        for (; n_parts--; parts += 3) kernel.parts.push_back({parts[0], int(parts[1]), parts[2]});
-        return gpmlp::address_of(new gpmlp::InducingCentres(int(m), int(d), features, weights, n_tangents ? tangents : nullptr, kernel));
+        return gpmlp::address_of(
+            new gpmlp::InducingCentres(int(m), int(d), features, weights, n_tangents ? tangents : nullptr, gpmlp::Kernel(n_parts, parts)));
     });
 }

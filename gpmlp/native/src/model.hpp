@@ -1,14 +1,18 @@
-// A potential's mean for runs of environments: local energies and pair gradients of all terms and baselines.
+// A potential for runs of environments: local energies and pair gradients of all terms and baselines, and what is known
+// of the error of a local energy.
 #pragma once
 
 #include <atomic>
 #include <memory>
 
 #include "baselines.hpp"
+#include "calibration.hpp"
 #include "mean.hpp"
+#include "novelty.hpp"
 #include "pairs.hpp"
 #include "power_spectrum.hpp"
 #include "threads.hpp"
+#include "variance.hpp"
 
 namespace gpmlp {
 
@@ -16,21 +20,32 @@ constexpr int64_t ROWS = 60, MANY_ROWS = 240; // environments of a block, where 
 constexpr int64_t LEAST_ROWS = 12;            // that are worth another thread
 constexpr int MANY_FEATURES = 512;
 
+// What evaluation fills, by environment or pair; null where it was not asked for, but for the first two.
+struct Wanted {
+    double *energies;           // eV
+    double *gradients;          // (pairs, 3) ∂E/∂r_ij, eV/A
+    double *variance = nullptr; // (environments, 2) eV², what the inducing set cannot represent (w = 1), what data leave
+    double *sigma = nullptr;    // calibrated standard deviation of the local energy, eV
+    double *novelty = nullptr;
+};
+
 // What a block of environments of one species is evaluated from and to.
 struct Run {
     const Surroundings<double> &given;
     const int64_t *first_pairs, *environments;
-    int n, slot;       // how many environments; place of their species in the model
-    double *energies;  // of all environments, eV
-    double *gradients; // (pairs, 3) ∂E/∂r_ij of all pairs, eV/A
+    int n, slot; // how many environments; place of their species in the model
+    const Wanted &to;
+    const LocalVariance *variance; // of the species, if it is wanted
+    const Clusters *clusters;
+    double *novelty; // (n,) of the run
 };
 
 // One descriptor, and the mean of local energies for each central species.
 struct Term {
     virtual ~Term() = default;
-    // Adds to energies and gradients; features go to `out` (environments, features) if it is given. False if there is a
-    // species that the descriptor was not made for.
-    virtual bool add(const Run &run, double *out) const = 0;
+    // Adds to energies and gradients as term `k` of the model, and fills what else is wanted. False if there is a species
+    // that the descriptor was not made for.
+    virtual bool add(const Run &run, std::size_t k, LocalVariance::Scratch &of_variance) const = 0;
     virtual int features() const = 0;
     virtual double cutoff() const = 0; // A
 };
@@ -43,6 +58,7 @@ template <class T> class SpectrumTerm : public Term {
         Block<T> block;
         typename Block<T>::Scratch of_block;
         Mean::Scratch of_mean;
+        Clusters::Scratch of_clusters;
         Array<T> narrow;
         Array<double> x, slopes, energies;
     };
@@ -53,18 +69,23 @@ template <class T> class SpectrumTerm : public Term {
     int features() const override { return spectrum.features; }
     double cutoff() const override { return spectrum.weights.cutoff; }
 
-    bool add(const Run &run, double *out) const override {
+    bool add(const Run &run, std::size_t k, LocalVariance::Scratch &of_variance) const override {
         static thread_local Scratch s;
-        const int d = spectrum.features, row = PanelMatrix<double>::row_length(d);
-        s.x.resize(std::size_t(run.n) * row), s.slopes.resize(std::size_t(run.n) * row), s.energies.resize(run.n);
+        const int n = run.n, d = spectrum.features, row = PanelMatrix<double>::row_length(d);
+        s.x.resize(std::size_t(n) * row), s.slopes.resize(std::size_t(n) * row), s.energies.resize(n);
         if (!expand(run, s, row)) return false;
-        for (int i = 0; out && i < run.n; i++) std::copy_n(&s.x[std::size_t(i) * row], d, out + run.environments[i] * d);
-        if (!means[run.slot]) return true;
-        (*means[run.slot])(run.n, s.x.data(), row, s.energies.data(), s.slopes.data(), s.of_mean);
-        for (int i = 0; i < run.n; i++) {
-            run.energies[run.environments[i]] += s.energies[i];
-            s.block.pull_back(i, &s.x[std::size_t(i) * row], &s.slopes[std::size_t(i) * row], s.of_block, run.gradients);
+        const Mean *mean = means[run.slot];
+        s.of_mean.kept.resize(n, run.variance && mean && mean->keeps_kernel() ? run.variance->shared_centres(k) : 0);
+        if (mean) {
+            (*mean)(n, s.x.data(), row, s.energies.data(), s.slopes.data(), s.of_mean);
+            for (int i = 0; i < n; i++) {
+                run.to.energies[run.environments[i]] += s.energies[i];
+                s.block.pull_back(i, &s.x[std::size_t(i) * row], &s.slopes[std::size_t(i) * row], s.of_block, run.to.gradients);
+            }
         }
+        if (run.variance) run.variance->take(k, n, s.x.data(), row, s.of_mean.kept, of_variance);
+        if (k == 0 && run.clusters) // the space of the first descriptor
+            (*run.clusters)(n, s.x.data(), row, s.of_clusters, [&](int i, double novelty) { run.novelty[i] = novelty; });
         return true;
     }
 
@@ -97,6 +118,9 @@ class Model : public Object {
     const std::vector<int64_t> species; // atomic numbers, in the order of their places
     std::vector<std::unique_ptr<Term>> terms;
     std::vector<std::unique_ptr<Object>> made_of; // if it came from a file, what terms refer to
+    std::vector<const LocalVariance *> variances; // by place of the species; empty where the model has none
+    std::vector<const Clusters *> clusters;       // the same; null where training data hold nothing of the species
+    Calibration calibration;
 
     Model(std::vector<int64_t> species, Baselines baselines) : baselines(std::move(baselines)), species(std::move(species)) {}
 
@@ -107,18 +131,20 @@ class Model : public Object {
         return out;
     }
 
+    bool knows(const Wanted &to) const { return (variances.size() || !(to.variance || to.sigma)) && (clusters.size() || !to.novelty); }
+
     // Local energies, and their sums: energies (structures,), forces (atoms, 3) and stresses (structures, 3, 3), by volumes.
-    // False if a species is unknown.
+    // `to` has the local energies and what is known of their errors; pair gradients need not be in it. False if a species is unknown.
     bool predict(const Surroundings<double> &given, int64_t n_structures, const int64_t *structure, const int64_t *neighbors,
-                 const double *volumes, double *energies, double *local, double *forces, double *stresses, int64_t threads) const {
-        const std::unique_ptr<double[]> gradients(new double[3 * given.n_pairs]);
-        const std::vector<double *> no_features(terms.size());
-        if (!evaluate(given, local, gradients.get(), no_features.data(), threads)) return false;
+                 const double *volumes, double *energies, double *forces, double *stresses, Wanted to, int64_t threads) const {
+        const std::unique_ptr<double[]> made(to.gradients ? nullptr : new double[3 * given.n_pairs]);
+        if (made) to.gradients = made.get();
+        if (!evaluate(given, to, threads)) return false;
         std::fill_n(energies, n_structures, 0.0);
         std::fill_n(forces, 3 * given.n, 0.0);
         std::fill_n(stresses, 9 * n_structures, 0.0);
-        for (int64_t a = 0; a < given.n; a++) energies[structure[a]] += local[a];
-        add_pair_gradients(given.n_pairs, structure, given.centers, neighbors, given.vectors, gradients.get(), forces, stresses);
+        for (int64_t a = 0; a < given.n; a++) energies[structure[a]] += to.energies[a];
+        add_pair_gradients(given.n_pairs, structure, given.centers, neighbors, given.vectors, to.gradients, forces, stresses);
         for (int64_t s = 0; s < n_structures; s++) {
             double *stress = stresses + 9 * s;
             for (int x = 0; x < 3; x++)
@@ -128,29 +154,45 @@ class Model : public Object {
         return true;
     }
 
-    // Energies of all environments and gradients of all pairs, those of pairs beyond all cutoffs zero; features of term
-    // k into features[k] unless that is null. False if a species is unknown.
-    bool evaluate(const Surroundings<double> &given, double *energies, double *gradients, double *const *features, int64_t threads) const {
+    // Of all environments; gradients of pairs beyond all cutoffs are zero. False if a species is unknown.
+    bool evaluate(const Surroundings<double> &given, const Wanted &to, int64_t threads) const {
         const std::vector<int64_t> first_pairs = given.first_pairs();
         std::vector<int64_t> order(given.n);
         std::vector<Run> runs;
-        if (!divide(given, first_pairs.data(), threads, order, energies, gradients, runs)) return false;
+        if (!divide(given, first_pairs.data(), threads, order, to, runs)) return false;
         std::atomic<bool> complete{true};
         Pool::share(runs.size(), threads, [&](int64_t r) {
-            const Run &run = runs[r];
-            for (int i = 0; i < run.n; i++) {
-                const int64_t e = run.environments[i];
-                energies[e] = 0;
-                std::fill(gradients + 3 * first_pairs[e], gradients + 3 * first_pairs[e + 1], 0.0);
-            }
-            for (std::size_t k = 0; k < terms.size(); k++)
-                if (!terms[k]->add(run, features[k])) complete = false;
-            for (int i = 0; i < run.n; i++) add_baselines(run, run.environments[i]);
+            if (!evaluate_run(runs[r])) complete = false;
         });
         return complete;
     }
 
   private:
+    bool evaluate_run(Run run) const {
+        static thread_local LocalVariance::Scratch of_variance;
+        double novelty[MANY_ROWS];
+        std::fill_n(novelty, run.n, std::numeric_limits<double>::infinity());
+        run.novelty = novelty;
+        for (int i = 0; i < run.n; i++) {
+            const int64_t e = run.environments[i];
+            run.to.energies[e] = 0;
+            std::fill(run.to.gradients + 3 * run.first_pairs[e], run.to.gradients + 3 * run.first_pairs[e + 1], 0.0);
+        }
+        for (std::size_t k = 0; k < terms.size(); k++)
+            if (!terms[k]->add(run, k, of_variance)) return false;
+        for (int i = 0; i < run.n; i++) {
+            add_baselines(run, run.environments[i]);
+            if (run.to.novelty) run.to.novelty[run.environments[i]] = novelty[i];
+        }
+        if (run.variance)
+            run.variance->finish(run.n, of_variance, [&](int i, double inducing, double data) {
+                const int64_t e = run.environments[i];
+                if (run.to.variance) run.to.variance[2 * e] = inducing, run.to.variance[2 * e + 1] = data;
+                if (run.to.sigma) run.to.sigma[e] = calibration.local_sigma(inducing, data, novelty[i]);
+            });
+        return true;
+    }
+
     int place_of(int64_t z) const {
         for (std::size_t k = 0; k < species.size(); k++)
             if (species[k] == z) return int(k);
@@ -159,7 +201,7 @@ class Model : public Object {
 
     // Environments of each species together, in runs whose features stay in cache, as many for each thread.
     bool divide(const Surroundings<double> &given, const int64_t *first_pairs, int64_t threads, std::vector<int64_t> &order,
-                double *energies, double *gradients, std::vector<Run> &runs) const {
+                const Wanted &to, std::vector<Run> &runs) const {
         std::vector<int64_t> ends(species.size() + 1);
         for (int64_t e = 0; e < given.n; e++) {
             const int place = place_of(given.species[e]);
@@ -172,11 +214,13 @@ class Model : public Object {
         int widest = 1;
         for (const auto &term : terms) widest = std::max(widest, term->features());
         const int64_t most = widest < MANY_FEATURES ? ROWS : MANY_ROWS;
+        const bool errors = to.variance || to.sigma, far = to.novelty || (to.sigma && clusters.size() && calibration.typical_novelty > 0);
         for (std::size_t k = 0; k < species.size(); k++) {
             const int64_t count = ends[k + 1] - ends[k], rounds = (count + most * threads - 1) / (most * threads);
             const int64_t rows = std::max(LEAST_ROWS, (count + rounds * threads - 1) / std::max<int64_t>(1, rounds * threads));
             for (int64_t lo = ends[k]; lo < ends[k + 1]; lo += rows)
-                runs.push_back({given, first_pairs, &order[lo], int(std::min(rows, ends[k + 1] - lo)), int(k), energies, gradients});
+                runs.push_back({given, first_pairs, &order[lo], int(std::min(rows, ends[k + 1] - lo)), int(k), to,
+                                errors ? variances[k] : nullptr, far ? clusters[k] : nullptr, nullptr});
         }
         return true;
     }
@@ -192,9 +236,9 @@ class Model : public Object {
             if (other < 0 || !(r < baselines.outer[run.slot * species.size() + other])) continue;
             double slope;
             repulsion += baselines.repulsion(run.slot, other, r, slope);
-            for (int k = 0; k < 3; k++) run.gradients[3 * p + k] += slope * v[k] / r;
+            for (int k = 0; k < 3; k++) run.to.gradients[3 * p + k] += slope * v[k] / r;
         }
-        run.energies[e] = (run.energies[e] + energy) + repulsion;
+        run.to.energies[e] = (run.to.energies[e] + energy) + repulsion;
     }
 };
 
@@ -214,9 +258,8 @@ GPMLP_API int64_t gpmlp_model(int64_t n, const int64_t *species, const double *i
 // spectrum is in single precision.
 GPMLP_API int64_t gpmlp_add_term(int64_t model, int64_t spectrum, int64_t single, int64_t n, const int64_t *means) {
     return gpmlp::guarded([&] {
-        std::vector<const gpmlp::Mean *> of_species;
-        for (int64_t k = 0; k < n; k++) of_species.push_back(means[k] ? &gpmlp::object<gpmlp::Mean>(means[k]) : nullptr);
-        auto &terms = const_cast<gpmlp::Model &>(gpmlp::object<gpmlp::Model>(model)).terms;
+        const auto of_species = gpmlp::objects<gpmlp::Mean>(n, means);
+        auto &terms = gpmlp::changed<gpmlp::Model>(model).terms;
         if (single)
             terms.push_back(std::make_unique<gpmlp::SpectrumTerm<float>>(gpmlp::object<gpmlp::PowerSpectrum<float>>(spectrum), of_species));
         else
@@ -226,29 +269,59 @@ GPMLP_API int64_t gpmlp_add_term(int64_t model, int64_t spectrum, int64_t single
     });
 }
 
-// features: for each term the address of (environments, features) numbers to fill, or 0. Status 1: a species is
-// unknown.
+// variances: addresses by place of the species, each there.
+GPMLP_API int64_t gpmlp_add_variances(int64_t model, int64_t n, const int64_t *variances) {
+    return gpmlp::guarded([&] {
+        gpmlp::changed<gpmlp::Model>(model).variances = gpmlp::objects<gpmlp::LocalVariance>(n, variances);
+        return 0;
+    });
+}
+
+// clusters: addresses by place of the species, 0 where the training data hold nothing of it.
+GPMLP_API int64_t gpmlp_add_novelty(int64_t model, int64_t n, const int64_t *clusters) {
+    return gpmlp::guarded([&] {
+        gpmlp::changed<gpmlp::Model>(model).clusters = gpmlp::objects<gpmlp::Clusters>(n, clusters);
+        return 0;
+    });
+}
+
+// numbers: share, three weights, scale, forbidden, typical novelty, misspecification, label noise; then those of
+// LocalScale: force, and slope, middle, lowest and highest of three predictors.
+GPMLP_API int64_t gpmlp_calibrate(int64_t model, const double *numbers) {
+    return gpmlp::guarded([&] {
+        const double *n = numbers, *of = n + 10;
+        gpmlp::Calibration c{n[0], {n[1], n[2], n[3]}, n[4], n[5], n[6], n[7], n[8], {}};
+        c.local.force = n[9];
+        for (double *to : {c.local.slope, c.local.middle, c.local.lowest, c.local.highest}) std::copy_n(of, 3, to), of += 3;
+        gpmlp::changed<gpmlp::Model>(model).calibration = c;
+        return 0;
+    });
+}
+
+// variance (environments, 2), sigma, novelty (environments,): null where they are not wanted. Status 1: a species is unknown; 2: the model
+// does not hold what is wanted.
 GPMLP_API int64_t gpmlp_evaluate(int64_t model, int64_t n, int64_t n_pairs, const int64_t *species, const int64_t *centers,
                                  const int64_t *neighbor_species, const double *vectors, double *energies, double *gradients,
-                                 const int64_t *features, int64_t threads) {
+                                 double *variance, double *sigma, double *novelty, int64_t threads) {
     return gpmlp::guarded([&] {
+        const auto &of = gpmlp::object<gpmlp::Model>(model);
         const gpmlp::Surroundings<double> given{n, n_pairs, species, centers, neighbor_species, vectors};
-        const auto *addresses = reinterpret_cast<double *const *>(features);
-        return gpmlp::object<gpmlp::Model>(model).evaluate(given, energies, gradients, addresses, threads) ? 0 : 1;
+        const gpmlp::Wanted to{energies, gradients, variance, sigma, novelty};
+        return !of.knows(to) ? 2 : of.evaluate(given, to, threads) ? 0 : 1;
     });
 }
 
 // The same summed: energies (structures,), local (atoms,) eV, forces (atoms, 3) eV/A, stresses (structures, 3, 3) eV/A^3.
-// structure: of each atom. volumes: A^3.
+// structure: of each atom. volumes: A^3. What follows the stresses as in gpmlp_evaluate, null where it is not wanted.
 GPMLP_API int64_t gpmlp_predict(int64_t model, int64_t n_structures, int64_t n, int64_t n_pairs, const int64_t *structure,
                                 const int64_t *species, const int64_t *centers, const int64_t *neighbors, const int64_t *neighbor_species,
                                 const double *vectors, const double *volumes, double *energies, double *local, double *forces,
-                                double *stresses, int64_t threads) {
+                                double *stresses, double *gradients, double *variance, double *sigma, double *novelty, int64_t threads) {
     return gpmlp::guarded([&] {
+        const auto &of = gpmlp::object<gpmlp::Model>(model);
         const gpmlp::Surroundings<double> given{n, n_pairs, species, centers, neighbor_species, vectors};
-        return gpmlp::object<gpmlp::Model>(model).predict(given, n_structures, structure, neighbors, volumes, energies, local, forces,
-                                                          stresses, threads)
-                   ? 0
-                   : 1;
+        const gpmlp::Wanted to{local, gradients, variance, sigma, novelty};
+        if (!of.knows(to)) return 2;
+        return of.predict(given, n_structures, structure, neighbors, volumes, energies, forces, stresses, to, threads) ? 0 : 1;
     });
 }
