@@ -45,7 +45,7 @@ CONFINED = {
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "dask": {"learning"},
-    "distributed": {"learning"},
+    "distributed": {"fitting", "learning"},
     "parsl": {"learning"},
 }
 COMPILED = {"triton"}  # only modules whose name begins with _ may know it

@@ -378,3 +378,19 @@ def test_reservoir_by_seed_whatever_the_chunks():
     assert torch.equal(few.rows(), rows)
     with pytest.raises(UserError, match="`size`"):
         ReservoirSample(0, 0)
+
+
+def test_merged_reservoirs_are_that_of_the_stream():
+    """Wherever the stream was cut: a later sample knows how many rows came before."""
+    rows, owners = torch.randn(300, 3, generator=_generator(0)), torch.arange(300)
+    whole, empty = ReservoirSample(20, 5), ReservoirSample(20, 5)
+    whole.add(rows, owners)
+    for cuts in ([150, 150], [0, 300], [100, 100, 100], [1, 5, 294]):
+        before, merged = 0, None
+        for part, who in zip(rows.split(cuts), owners.split(cuts), strict=True):
+            sample = ReservoirSample(20, 5, before)
+            sample.add(part, who)
+            merged, before = sample if merged is None else merged.merge(sample), before + len(part)
+        assert torch.equal(merged.rows(), whole.rows()) and torch.equal(merged.owners(), whole.owners())
+    assert torch.equal(empty.merge(whole).rows(), whole.rows()) and torch.equal(whole.merge(empty).rows(), whole.rows())
+    assert len(empty.rows()) == 0

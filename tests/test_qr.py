@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gpmlp.gp import qr
 from gpmlp.gp.inducing import extend_cholesky, restrict_cholesky
-from gpmlp.gp.qr import DowndateError, PosteriorFactor
+from gpmlp.gp.qr import DowndateError, PosteriorFactor, RowFactor
 
 EXACT = 1e-12  # relative: some hundred operations of the size of the condition (below 100) times 1e-16
 
@@ -340,3 +342,43 @@ def test_slices_do_not_matter(monkeypatch):
     whole = factor.remove_rows(rows[:30]).upper
     monkeypatch.setattr(qr, "SLICE", 7)
     torch.testing.assert_close(factor.remove_rows(rows[:30]).upper, whole, rtol=1e-11, atol=1e-12)
+
+
+# merged factors -------------------------------------------------------------------------------------------------------------
+
+
+def folded(rows: Tensor, chunk: int) -> RowFactor:
+    factor = RowFactor(rows.shape[1] - 1, 8)
+    for part in rows.split(chunk) if len(rows) else []:
+        factor.add(part[:, :-1], part[:, -1])
+    return factor
+
+
+def gram(factor: RowFactor) -> Tensor:
+    r = factor.factor()
+    return r.T @ r
+
+
+@given(st.lists(st.integers(0, 25), min_size=3, max_size=3), st.integers(1, 6), st.integers(1, 9), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_merging_is_associative_and_that_of_all_rows(sizes, columns, chunk, seed):
+    """RᵀR = AᵀA of all rows, however they were divided, counts add up, and what was merged is as it was."""
+    rows = random(sum(sizes), columns + 1, seed=seed)
+    a, b, c = (folded(part, chunk) for part in rows.split(sizes))
+    expected, before = rows.T @ rows, [gram(f) for f in (a, b, c)]
+    scale = max(1.0, float(expected.abs().max()))
+    for found in (a.merge(b).merge(c), a.merge(b.merge(c))):
+        assert found.count == len(rows)
+        assert found.factor().shape[0] <= max(columns + 1, 0)
+        assert (gram(found) - expected).abs().max() <= 1e-12 * scale
+        more = folded(rows, chunk).merge(found)
+        more.add(rows[:, :-1], rows[:, -1])
+        assert more.count == 3 * len(rows) and (gram(more) - 3 * expected).abs().max() <= 3e-12 * scale
+    assert all(torch.equal(gram(f), g) for f, g in zip((a, b, c), before, strict=True))
+    assert [f.count for f in (a, b, c)] == sizes
+
+
+def test_few_rows_stay_as_they_are_when_merged():
+    """In their order: leave-one-out of energies needs them."""
+    rows = random(7, 11)
+    assert torch.equal(folded(rows[:3], 2).merge(folded(rows[3:], 4)).factor(), rows)

@@ -9,8 +9,9 @@ import torch
 
 import gpmlp
 from gpmlp.fitting import defaults, regression
-from gpmlp.fitting.fit import _chunked
-from gpmlp.fitting.report import StageTimer
+from gpmlp.fitting.partitions import Partition
+from gpmlp.fitting.passes import _chunked
+from gpmlp.fitting.sparse_points import Candidates
 from gpmlp.recipe import Recipe
 
 DATA = Path(__file__).parents[1] / "data" / "silicon"
@@ -24,8 +25,8 @@ def parts():
         {"descriptor": {"n_max": 3, "l_max": 3, "cutoff": 4.5}, "inducing": {"n": 20, "gradients": 2}}
     )
     recipe = defaults.resolve_recipe(recipe, defaults.summarise_data(structures, targets), 1)
-    chunks, labels = _chunked(structures, targets)
-    models, _ = regression.make_models(recipe, structures, chunks, StageTimer(None), lambda z, x, structure: None)
+    chunks, labels = _chunked(Partition(structures, targets, 0, {14: 0}), torch.arange(len(structures)))
+    models, _ = regression.make_models(recipe, structures, lambda k, choice: Candidates(choice).collect(chunks))
     assert len(chunks) > 2
     return recipe, models, chunks, labels
 
@@ -38,9 +39,7 @@ def test_threads_and_memory_change_no_factor(parts, monkeypatch):
         for threads, at_most in ((1, regression.ROW_BYTES), (3, regression.ROW_BYTES), (3, 1 << 19)):
             torch.set_num_threads(threads)
             monkeypatch.setattr(regression, "ROW_BYTES", at_most)
-            factors = regression.stream_rows(
-                *parts[1:], StageTimer(lambda _, done, total, note: steps.append(done / total))
-            )
+            factors = regression.stream_rows(*parts[1:], lambda done, total, note: steps.append(done / total))
             found.append({kind: f.factor() for kind, f in factors.items()})
     finally:
         torch.set_num_threads(before)

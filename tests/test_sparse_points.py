@@ -138,9 +138,10 @@ def stream():
 def _choose(stream, method="greedy", n=12, shares="species", seed=0):
     parts, made = stream
     told = []
-    found = sparse_points.choose_centers(parts, made, KERNEL, method, n, shares, seed, told.append)
+    choice = sparse_points.CentreChoice(made, KERNEL, method, n, shares, seed)
+    found = sparse_points.Candidates(choice).collect(parts, told.append)
     assert told == [1, 2, 3, 4, 5]
-    return found
+    return found.chosen(), found.counts
 
 
 def test_centres_are_environments_with_their_features(stream):
@@ -222,6 +223,26 @@ def test_thinning_costs_little(stream, monkeypatch):
     assert len(thinned[6][0]) == len(full[6][0])
     random = left(pool[sparse_points.select_rows("random", pool, len(full[6][0]), profile, 0)[0]])
     assert left(thinned[6][0]) < min(1.5 * left(full[6][0]), random)
+
+
+def test_merged_candidates_are_those_of_the_stream(stream, monkeypatch):
+    """To the last bit, as long as all of them fit; and with no room each pool has twice the centres at most."""
+    parts, made = stream
+    choice = sparse_points.CentreChoice(made, KERNEL, "greedy", 9, "species", 0)
+
+    def merged() -> sparse_points.Candidates:
+        first, second, third = (sparse_points.Candidates(choice).collect(p) for p in (parts[:1], parts[1:4], parts[4:]))
+        return first.merge(second).merge(third)
+
+    whole, found = sparse_points.Candidates(choice).collect(parts), merged()
+    assert found.counts == whole.counts
+    for z, (features, surroundings) in whole.chosen().items():
+        assert torch.equal(found.chosen()[z][0], features)
+        assert torch.equal(found.chosen()[z][1].vectors, surroundings.vectors)
+    monkeypatch.setattr(sparse_points, "_room", lambda *_: 0)
+    thinned = merged()
+    assert {z: pool.size() for z, pool in thinned.pools.items()} == {6: 12, 8: 6}
+    assert {z: len(features) for z, (features, _) in thinned.chosen().items()} == {6: 6, 8: 3}
 
 
 def test_quotas_add_up():

@@ -94,11 +94,18 @@ def fit_command(
     robust: Annotated[
         bool, typer.Option("--robust", help="Leave out labels that the fit says are wrong (recipe: robust: true).")
     ] = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Processes on this machine that share the work, by dask.")
+    ] = None,
+    dask: Annotated[
+        str | None, typer.Option("--dask", help="Address of a dask scheduler whose workers share it: tcp://host:8786.")
+    ] = None,
     keys: Keys = None,
 ) -> None:
     """Fit a potential to energies, forces and stresses."""
     from gpmlp.cli import console
     from gpmlp.fitting.fit import fit
+    from gpmlp.fitting.workers import open_executor
     from gpmlp.io import archive, ase_atoms, provenance
     from gpmlp.io.files import check_apart, check_target
     from gpmlp.io.label_names import parse_keys
@@ -117,8 +124,9 @@ def fit_command(
         data = ase_atoms.read_labelled(files, keys=names, progress=stages)
         validation = ase_atoms.read(valid, labelled=True, keys=names) if valid is not None else None
     origin = provenance.file_provenance(training=files, validation=valid)
-    with console.StageBars() as stages:
-        potential, report = fit(data.structures, data.targets, chosen, validation, stages, origin, data.findings)
+    with open_executor(workers, dask) as executor, console.StageBars() as stages:
+        about = chosen, validation, stages, origin, data.findings
+        potential, report = fit(data.structures, data.targets, *about, executor)
     console.print_findings(report.findings)
     for text in report.warnings[sum(finding.severity != "note" for finding in report.findings) :]:
         warnings.warn(text, DataWarning, stacklevel=1)

@@ -60,13 +60,17 @@ class FitCost:
 
 def expected_cost(recipe: Recipe, structures: Structures, targets: Targets) -> FitCost:
     """The cost of a fit with a resolved recipe."""
+    known = [int(label.isfinite().sum()) for label in (targets.energies, targets.forces, targets.stresses)]
+    return cost_of(most_columns(recipe, structures), known[0] + known[1] + known[2] * 6 // 9)
+
+
+def most_columns(recipe: Recipe, structures: Structures) -> int:
+    """Columns of a fit with a resolved recipe, at most."""
     columns = 0
     for inducing in recipe.inducings:
         wanted = sum(inducing.shares.values()) if isinstance(inducing.shares, dict) else inducing.n or 1
         columns += min(wanted, structures.n_atoms) * (1 + (inducing.gradients or 0))
-    known = [int(label.isfinite().sum()) for label in (targets.energies, targets.forces, targets.stresses)]
-    rows = known[0] + known[1] + known[2] * 6 // 9
-    return cost_of(columns, rows)
+    return columns
 
 
 def cost_of(columns: int, rows: int) -> FitCost:

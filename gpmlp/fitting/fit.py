@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import parallel
-from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.errors import chemical_symbol
 from gpmlp.core.findings import Finding
-from gpmlp.core.quantities import Prediction, Targets
-from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting import (
     calibrate,
@@ -24,15 +23,20 @@ from gpmlp.fitting import (
     left_out,
     low_rank,
     near_duplicates,
+    passes,
     prepare,
     regression,
     variance_checks,
 )
-from gpmlp.fitting.cost import expected_cost
+from gpmlp.fitting.cost import expected_cost, most_columns
 from gpmlp.fitting.label_outliers import LabelOutliers
 from gpmlp.fitting.near_duplicates import IndependentGroups
+from gpmlp.fitting.partitions import Partitions
+from gpmlp.fitting.passes import FeatureSample
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
+from gpmlp.fitting.sparse_points import Candidates, CentreChoice
+from gpmlp.fitting.workers import Executor, Workers, within, workers_of
 from gpmlp.gp import evidence, hyperparameters, inducing, posterior
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
@@ -41,12 +45,10 @@ from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.evaluation import ErrorTable, error_table
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
-from gpmlp.uncertainty import mahalanobis
 from gpmlp.uncertainty.calibration import Calibration
-from gpmlp.uncertainty.mahalanobis import Mahalanobis, ReservoirSample
+from gpmlp.uncertainty.mahalanobis import Mahalanobis
 from gpmlp.uncertainty.residuals import force_label_noise
 
-PASS_ATOMS = 128  # atoms of a chunk of rows
 FEW_COLUMNS = 1000  # up to which the evidence is faster on one core
 LEFT_OUT = 3  # atoms that are left out in turn for the calibration, times those that may be set aside
 AMPLITUDE_ATOMS = 400  # of structures left out where there is no calibration
@@ -55,7 +57,6 @@ NO_LOW_RANK = (
     "`mean: low_rank` was left aside, and the mean is exact: a low rank needs a kernel of zeta 1 or 2 (or a sum of such), forces, "
     f"{calibrate.FEWEST} structures that are no near-duplicates, and so few directions that they are cheaper."
 )
-SAMPLE_BYTES = 16 << 20  # of features of one species to which novelty is fitted
 
 
 def fit(
@@ -66,6 +67,7 @@ def fit(
     progress: Progress | None = None,
     provenance: dict | None = None,
     findings: Sequence[Finding] = (),
+    executor: Executor | None = None,
 ) -> tuple[Potential, FitReport]:
     """Fit a sparse Gaussian process over SOAP power spectra to energies, forces and stresses together.
 
@@ -76,13 +78,15 @@ def fit(
         progress: called as progress(stage, done, total, note).
         provenance: where the data came from, kept in the model.
         findings: of reading the data; kept in the report before those of the checks of labels.
+        executor: whose workers do the passes over the data: a Client of dask.distributed, or an Executor of concurrent.futures with
+            processes. The result is the same, whoever works (docs/scale.md).
 
     Raises:
         UserError: no labels, labels that do not belong to the structures, more inducing points than environments,
             atoms on top of each other.
     """
     recipe, stages = Recipe() if recipe is None else recipe, StageTimer(progress)
-    about = recipe, validation, stages, provenance
+    about = recipe, validation, stages, provenance, workers_of(executor, recipe.device)
     potential, report, wrong = _fit_once(structures, targets, *about, findings)
     for _ in range(ROBUST_ROUNDS if recipe.robust else 0):
         if not wrong:
@@ -99,11 +103,12 @@ def _fit_once(
     validation: tuple[Structures, Targets] | None,
     stages: StageTimer,
     provenance: dict | None,
+    workers: Workers,
     findings: Sequence[Finding],
 ) -> tuple[Potential, FitReport, LabelOutliers]:
     """A fit to these labels, and the labels that it says are wrong."""
     stages.begin("data")
-    data = _Data.from_labels(structures, targets, recipe, findings)
+    data = _Data.from_labels(structures, targets, recipe, findings, workers)
     cost = expected_cost(data.recipe, data.structures, data.targets)
     stages.report(1.0, 1.0, str(cost))
     cost.check()
@@ -118,8 +123,7 @@ def _fit_once(
     stages.begin("posterior")
     solved = posterior.solve_posterior(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
     potential = replace(_potential(data, trained, learned, solved), provenance=dict(provenance or {}))
-    parts = list(chunk_structures(data.structures, CHUNK_ATOMS))
-    again = Prediction.concatenate(parallel.map_pieces(lambda part: potential(part), parts))
+    again = passes.predict(data.partitions, potential)
     if potential.variances is not None:
         stages.begin("calibration")
         potential = _calibrated(data, potential, models, learned, solved, judged, again.forces)
@@ -171,6 +175,7 @@ class _Data:
         groups: structures that are independent of each other, and what is near each.
         findings: of reading and checking the labels.
         labels: those that can be right, and energies of failed calculations with a large noise.
+        partitions: of the structures with what remains of their labels.
     """
 
     recipe: Recipe
@@ -184,6 +189,7 @@ class _Data:
     groups: IndependentGroups
     findings: tuple[Finding, ...]
     labels: Targets
+    partitions: Partitions
 
     @property
     def failed(self) -> Tensor:
@@ -191,7 +197,9 @@ class _Data:
         return (self.targets.energies.isnan() & ~self.labels.energies.isnan()).cpu()
 
     @staticmethod
-    def from_labels(structures: Structures, targets: Targets, recipe: Recipe, findings: Sequence[Finding]) -> _Data:
+    def from_labels(
+        structures: Structures, targets: Targets, recipe: Recipe, findings: Sequence[Finding], workers: Workers
+    ) -> _Data:
         """Check and move the data, fill in the recipe and subtract the baselines."""
         structures, targets = prepare.prepare_data(structures, targets, recipe)
         findings = sort_findings([*findings, *prepare.check_labels(structures, targets, recipe)])
@@ -205,10 +213,12 @@ class _Data:
         shown = [x for x in shown if x == x]
         noise = {"forces": max(shown)} if shown else {}
         descriptor = make_descriptor(structures.distinct_species, recipe.descriptors[0].model_dump())
-        groups = near_duplicates.find_groups(structures, descriptor, targets.config_types, recipe.seed)
+        partitions = Partitions.of_data(structures, remaining, most_columns(recipe, structures), workers)
+        groups = near_duplicates.find_groups(structures, descriptor, targets.config_types, recipe.seed, partitions)
         twins = groups.finding(structures)
         findings = sort_findings([*findings, *([twins] if twins else [])])
-        return _Data(recipe, structures, trusted, remaining, base, shortest, noise, given, groups, findings, learned)
+        known = recipe, structures, trusted, remaining, base, shortest, noise, given, groups, findings, learned
+        return _Data(*known, partitions)
 
 
 def _potential(data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior) -> Potential:
@@ -269,7 +279,8 @@ def _calibrated(
     chosen = left_out.choose_left_out(data.structures, data.targets, aside, atoms, seed, groups.leaders)
     near = dict(zip(groups.leaders.tolist(), groups.near, strict=True))
     about = data.structures, data.targets, data.remaining
-    predicted = left_out.predict_left_out(potential, models, learned, solved, *about, chosen, near)
+    workers = data.partitions.workers
+    predicted = left_out.predict_left_out(potential, models, learned, solved, *about, chosen, near, workers)
     if predicted is None or potential.variances is None:
         return potential
     share = predicted.amplitude(learned.noise.get("forces", 0.0))
@@ -309,17 +320,21 @@ class _Trained:
 def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Trained:
     """Choose inducing variables, stream the rows, learn noises and signals; all from the fitted structures alone."""
     recipe, structures = data.recipe, data.structures
-    (parts, targets), (parts_held, targets_held) = (
-        _chunked(structures.select(part), data.remaining.select(structures, part)) for part in (fitted, held)
-    )
     stages.begin("inducing points")
-    sample = _FeatureSample(recipe)
-    models, environments = regression.make_models(recipe, structures, parts, stages, sample.add)
-    sample.add_structures(models[0].descriptor, parts_held, len(fitted))
-    novelty = sample.fit()
+    sample: FeatureSample | None = None
+
+    def candidates_of(k: int, choice: CentreChoice) -> Candidates:
+        nonlocal sample
+        found, of_all = passes.collect_candidates(
+            data.partitions, recipe, choice, fitted, held, within(stages.report, k, len(recipe.descriptors))
+        )
+        sample = sample or of_all
+        return found
+
+    models, environments = regression.make_models(recipe, structures, candidates_of)
+    novelty = sample.fit() if sample is not None else None
     stages.begin("covariances")
-    factors = regression.stream_rows(models, parts, targets, stages)
-    factors_held = regression.stream_rows(models, parts_held, targets_held, stages)
+    factors, factors_held = passes.make_factors(data.partitions, models, fitted, held, stages.report)
     stages.begin("evidence")
     lowers = regression.lowers_of(models)
     counts, counts_held = ({kind: f.count for kind, f in part.items()} for part in (factors, factors_held))
@@ -339,51 +354,6 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
     about = parameters, result, tuple(warnings)
     return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, *about)
-
-
-class _FeatureSample:
-    """A uniform sample of the features of each species, and the novelty fitted to it."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.choices, self.seed = recipe.novelty, recipe.seed
-        self.reservoirs: dict[int, ReservoirSample] = {}
-
-    def add(self, z: int, features: Tensor, structures: Tensor) -> None:
-        if self.choices is False:
-            return
-        rows = max(10, min(self.choices.samples, SAMPLE_BYTES // (features.shape[1] * features.element_size())))
-        self.reservoirs.setdefault(z, ReservoirSample(rows, self.seed + z)).add(features, structures)
-
-    def add_structures(self, descriptor: Descriptor, parts: Sequence[Structures], first: int) -> None:
-        """Chunks that come after `first` structures."""
-        for part in parts if self.choices is not False else ():
-            here = StructureEnvironments.from_structures(descriptor, part)
-            features, surrounded = here.environments.features, here.surroundings.surrounded
-            for z in part.distinct_species:
-                mine = surrounded & (part.species == z)
-                self.add(z, features[mine], first + part.structure_of_atom[mine])
-            first += len(part)
-
-    def fit(self) -> Mahalanobis | None:
-        if self.choices is False:
-            return None
-        features = {z: r.rows().double() for z, r in self.reservoirs.items()}
-        structures = {z: r.owners() for z, r in self.reservoirs.items()}
-        return mahalanobis.fit_mahalanobis(features, structures, self.choices.quantile, self.seed)
-
-
-def _chunked(structures: Structures, targets: Targets) -> tuple[list[Structures], list[Targets]]:
-    """Chunks of PASS_ATOMS atoms, and the targets of each."""
-    parts = list(chunk_structures(structures, PASS_ATOMS))
-    out, first, atom = [], 0, 0
-    for part in parts:
-        here, atoms = slice(first, first + len(part)), slice(atom, atom + part.n_atoms)
-        values = {
-            name: value[atoms] if name.startswith("forces") else value[here] for name, value in vars(targets).items()
-        }
-        out.append(Targets(**values))
-        first, atom = here.stop, atoms.stop
-    return parts, out
 
 
 def _numbers(data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior) -> dict[str, Any]:

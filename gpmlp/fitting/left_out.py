@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import parallel, units
-from gpmlp.core.environments import StructureEnvironments
+from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
 from gpmlp.fitting.regression import InducingModel, WhitenedData
+from gpmlp.fitting.workers import Report, Workers
 from gpmlp.gp import likelihood
 from gpmlp.gp.covariances import CovarianceRows
 from gpmlp.gp.posterior import SparsePosterior
@@ -116,6 +117,7 @@ def predict_left_out(
     remaining: Targets,
     chosen: Sequence[int],
     near: dict[int, Tensor] | None = None,
+    workers: Workers | None = None,
 ) -> LeftOut | None:
     """Predict some of the structures without their labels; None if there are none that can be left out.
 
@@ -123,45 +125,100 @@ def predict_left_out(
         potential: with variances. learned, solved: of all columns and all data, these structures included.
         targets, remaining: labels of `structures`, and the same less the baselines.
         near: for some structures, others whose labels are left out with theirs (near-duplicates).
+        workers: who does it; this process if not given.
     """
     if not chosen:
         return None
-    near = near or {}
+    workers = workers or Workers()
     wanted: dict[str, Any] = {kind: bool(getattr(remaining, kind).isfinite().any()) for kind in KINDS}
-    request = VarianceRequest(**wanted)
     own = potential.variance_model()
     every = regression.variance_model(models, learned.signal, solved.factor)
-    # of a subset of the columns come the variances, the errors of all
-    used = [every] if own.n_columns == own.of_fit else [every, own]
+    fitted = _Fitted(
+        potential,
+        tuple(m.descriptor for m in models),
+        # of a subset of the columns come the variances, the errors of all
+        (every,) if own.n_columns == own.of_fit else (every, own),
+        solved.weights,
+        learned.noise,
+        VarianceRequest(**wanted),
+    )
 
-    def standard(model: VarianceModel, indices: Sequence[int], given: ByDescriptor = ()) -> _StandardLabels:
+    def select(indices: Sequence[int]) -> _Labelled:
         part = structures.select(indices)
-        environments = given or [StructureEnvironments.from_structures(m.descriptor, part) for m in models]
-        rows = model.covariance_rows(part, environments, request.forces, request.stresses)
-        weights = solved.weights if model is every else None
-        return _StandardLabels.make(
-            model.whitened(rows), rows, part, remaining.select(structures, indices), learned.noise, weights
-        )
+        return _Labelled(part, targets.select(structures, indices), remaining.select(structures, indices), indices)
 
-    def leave_out(part: Sequence[int]) -> Prediction:
-        here = structures.select(part)
-        environments = [StructureEnvironments.from_structures(m.descriptor, here) for m in models]
-        labels = [standard(model, part, environments) for model in used]
-        error, variance = solved.weights.new_full((2, 7 * len(here) + 3 * here.n_atoms), torch.nan)
-        for k, i in enumerate(part):
-            others = _others_near(structures, i, near)
-            more = [standard(model, others) if others else None for model in used]
+    parts = [
+        (select(part), [select(o) if (o := _others_near(structures, i, near or {})) else None for i in part])
+        for part in _parts(structures, chosen)
+    ]
+    pieces = [parts] if workers.shares else [[part] for part in parts]
+    kept = workers.keep(fitted)
+    found = workers.map(_leave_out, [(kept, piece) for piece in pieces])
+    return LeftOut(
+        structures.select(chosen), targets.select(structures, chosen), Prediction.concatenate(sum(found, []))
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Labelled:
+    """Some structures, their labels, the same less the baselines, and their numbers among all."""
+
+    structures: Structures
+    targets: Targets
+    remaining: Targets
+    numbers: Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """What predictions of left-out structures need of a fit.
+
+    Attributes:
+        potential: with variances; models: that of the variances with all columns, and that of the potential, if it has fewer.
+        weights: of the mean; noise: by kind.
+    """
+
+    potential: Potential
+    descriptors: tuple[Descriptor, ...]
+    models: tuple[VarianceModel, ...]
+    weights: Tensor
+    noise: dict[str, float]
+    request: VarianceRequest
+
+    def standard(self, labelled: _Labelled, environments: ByDescriptor) -> list[_StandardLabels]:
+        """The labels over their noise, by each of the models."""
+        out, part = [], labelled.structures
+        for k, model in enumerate(self.models):
+            rows = model.covariance_rows(part, environments, self.request.forces, self.request.stresses)
+            weights = None if k else self.weights
+            out.append(_StandardLabels.make(model.whitened(rows), rows, part, labelled.remaining, self.noise, weights))
+        return out
+
+    def environments(self, structures: Structures) -> list[StructureEnvironments]:
+        """By descriptor."""
+        return [StructureEnvironments.from_structures(d, structures) for d in self.descriptors]
+
+    def leave_out(self, part: tuple[_Labelled, list[_Labelled | None]]) -> Prediction:
+        """Predictions of structures, each without its labels and those of the others beside it."""
+        labelled, near = part
+        here, environments = labelled.structures, self.environments(labelled.structures)
+        labels = self.standard(labelled, environments)
+        error, variance = self.weights.new_full((2, 7 * len(here) + 3 * here.n_atoms), torch.nan)
+        for k, others in enumerate(near):
+            more = self.standard(others, self.environments(others.structures)) if others else [None] * len(labels)
             found = [a.left_out(k, b) for a, b in zip(labels, more, strict=True)]
             place = found[0][0]
             error[place], variance[place] = found[0][1], found[-1][2]
-        atoms = [here.offsets[k] + _some_atoms(here.select([k]), i) for k, i in enumerate(part)]
-        asked = replace(request, atoms=torch.cat(atoms))
-        spread: dict[str, Any] = dict(own(here, environments, asked, labels[-1].rows))
-        raw = replace(potential(here, novelty=potential.novelty is not None, environments=environments), **spread)
-        return _replaced(raw, targets.select(structures, part), error, variance)
+        atoms = [here.offsets[k] + _some_atoms(here.select([k]), i) for k, i in enumerate(labelled.numbers)]
+        asked = replace(self.request, atoms=torch.cat(atoms))
+        spread: dict[str, Any] = dict(self.potential.variance_model()(here, environments, asked, labels[-1].rows))
+        novelty = self.potential.novelty is not None
+        raw = replace(self.potential(here, novelty=novelty, environments=environments), **spread)
+        return _replaced(raw, labelled.targets, error, variance)
 
-    found = parallel.map_pieces(leave_out, _parts(structures, chosen))
-    return LeftOut(structures.select(chosen), targets.select(structures, chosen), Prediction.concatenate(found))
+
+def _leave_out(report: Report, fitted: _Fitted, parts: Sequence[tuple]) -> list[Prediction]:
+    return parallel.map_pieces(fitted.leave_out, parts)
 
 
 def _parts(structures: Structures, chosen: Sequence[int]) -> list[list[int]]:

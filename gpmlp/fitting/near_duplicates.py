@@ -11,9 +11,12 @@ from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
+from gpmlp.core import parallel
 from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.findings import Finding
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
+from gpmlp.fitting.partitions import Partition, Partitions
+from gpmlp.fitting.workers import Report, silent
 
 DIMENSIONS = 48  # of a random projection: distances are right to a tenth (Johnson & Lindenstrauss 1984)
 SLOTS = 64  # signs that tell the atoms of a structure apart
@@ -78,7 +81,11 @@ class IndependentGroups:
 
 
 def find_groups(
-    structures: Structures, descriptor: Descriptor, config_types: Sequence[str], seed: int = 0
+    structures: Structures,
+    descriptor: Descriptor,
+    config_types: Sequence[str],
+    seed: int = 0,
+    partitions: Partitions | None = None,
 ) -> IndependentGroups:
     """Group structures that are much nearer to each other than structures of their kind are.
 
@@ -88,8 +95,17 @@ def find_groups(
     Near is what lies within NEAR (NEAR_SHUFFLED) of the smaller of the two structures' typical distances, or within SAME. Leaders are
     taken in random order, each with all that is near it (Hartigan, Clustering Algorithms (1975), chapter 3): chains, as a trajectory
     is one, break up. O(n log n) in the number of structures.
+
+    Args:
+        partitions: of the structures, if there are some already.
     """
-    ordered, summed, kinds = _vectors(structures, descriptor, seed)
+    species = structures.distinct_species
+    if partitions is None:
+        found = [_project(silent, descriptor, species, seed, structures)]
+    else:
+        found = partitions.map(_project_partition, descriptor, species, seed)
+    ordered, summed = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    kinds = _kinds(structures)
     generator = torch.Generator().manual_seed(seed)
     searches = [
         _Search.build(ordered, kinds[0], config_types, NEAR, generator),
@@ -110,11 +126,20 @@ def find_groups(
     return IndependentGroups(torch.tensor(leaders, dtype=torch.long), tuple(near[i] for i in leaders))
 
 
-def _vectors(
-    structures: Structures, descriptor: Descriptor, seed: int
-) -> tuple[np.ndarray, np.ndarray, tuple[list[int], list[int]]]:
-    """Projected features of each structure (structures, DIMENSIONS), in the order of its atoms and summed; and what kind it is of in each:
-    that of structures with the same species in the same order, and in any order."""
+def _project_partition(
+    report: Report, descriptor: Descriptor, species: Sequence[int], seed: int, partition: Partition
+) -> tuple[np.ndarray, np.ndarray]:
+    return _project(report, descriptor, species, seed, partition.structures)
+
+
+def _project(
+    report: Report, descriptor: Descriptor, species: Sequence[int], seed: int, structures: Structures
+) -> tuple[np.ndarray, np.ndarray]:
+    """Projected features of each structure (structures, DIMENSIONS), in the order of its atoms and summed.
+
+    Args:
+        species: of all structures that are compared.
+    """
     generator = torch.Generator().manual_seed(seed)
     like = structures.positions.new_zeros(0, dtype=torch.float64)
 
@@ -123,26 +148,33 @@ def _vectors(
 
     project = torch.randn(descriptor.n_features, DIMENSIONS, generator=generator, dtype=torch.float64).to(like.device)
     project /= DIMENSIONS**0.5
-    by_slot, by_species = signs(SLOTS), signs(len(structures.distinct_species))
-    species = torch.tensor(structures.distinct_species, device=like.device)
-    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for part in chunk_structures(structures, CHUNK_ATOMS):
+    by_slot, by_species = signs(SLOTS), signs(len(species))
+    known = torch.tensor(species, device=like.device)
+
+    def project_part(part: Structures) -> list[Tensor]:
         x = StructureEnvironments.from_structures(descriptor, part).environments.features.double()
         owner = part.structure_of_atom
         slot = (torch.arange(part.n_atoms, device=owner.device) - part.offsets[owner]) % SLOTS
-        for out, sign in zip(
-            parts, (by_slot[slot], by_species[torch.searchsorted(species, part.species)]), strict=True
-        ):
+        out = []
+        for sign in (by_slot[slot], by_species[torch.searchsorted(known, part.species)]):
             sums = like.new_zeros(len(part), DIMENSIONS).index_add_(0, owner, (x * sign) @ project)
             out.append(sums / part.counts.to(sums)[:, None].sqrt())
+        return out
+
+    parts = parallel.map_pieces(project_part, list(chunk_structures(structures, CHUNK_ATOMS)))
+    first, second = (torch.cat(out).cpu().numpy() for out in zip(*parts, strict=True))
+    return first, second
+
+
+def _kinds(structures: Structures) -> tuple[list[int], list[int]]:
+    """What kind each structure is of: that of structures with the same species in the same order, and in any order."""
     every, offsets = structures.species.cpu().numpy(), structures.offsets.tolist()
     numbers: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
     kinds: tuple[list[int], list[int]] = ([], [])
     for a, b in zip(offsets, offsets[1:], strict=False):
         for number, kind, key in zip(numbers, kinds, (every[a:b], np.sort(every[a:b])), strict=True):
             kind.append(number.setdefault(key.tobytes(), len(number)))
-    first, second = (torch.cat(out).cpu().numpy() for out in parts)
-    return first, second, kinds
+    return kinds
 
 
 @dataclass(frozen=True, eq=False)

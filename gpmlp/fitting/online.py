@@ -426,7 +426,7 @@ def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) 
     recipe, base, _ = prepare.set_up(structures, targets, asked.model_copy(update={"mean": "exact"}), growing=True)
     pieces = list(chunk_structures(structures, CHUNK_ATOMS))
     models, _ = regression.make_models(
-        recipe, structures, pieces, StageTimer(None), lambda z, features, structures: None
+        recipe, structures, lambda k, choice: sparse_points.Candidates(choice).collect(pieces)
     )
     widths = regression.block_widths(models)
     unit, room = RowScales.unit(len(widths)), online_updates.JACOBIAN_BYTES

@@ -19,6 +19,8 @@ from gpmlp.core.structures import Structures
 from gpmlp.fitting import sparse_points
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.report import StageTimer
+from gpmlp.fitting.sparse_points import Candidates, CentreChoice
+from gpmlp.fitting.workers import Report
 from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior
 from gpmlp.gp.covariances import CovarianceRows, SpeciesEnvironments
 from gpmlp.gp.energy_noise import LeftOutEnergies
@@ -55,13 +57,12 @@ class InducingModel:
 
 
 def make_models(
-    recipe: Recipe,
-    structures: Structures,
-    parts: Sequence[Structures],
-    stages: StageTimer,
-    observe: Callable[[int, Tensor, Tensor], None],
+    recipe: Recipe, structures: Structures, candidates_of: Callable[[int, CentreChoice], Candidates]
 ) -> tuple[list[InducingModel], dict[int, int]]:
-    """Choose the inducing variables of every descriptor, in one pass over the chunks each.
+    """Choose the inducing variables of every descriptor.
+
+    Args:
+        candidates_of: all environments that centres may be, by the number of the descriptor.
 
     Returns:
         the models, and the number of environments of each species.
@@ -82,16 +83,11 @@ def make_models(
                 f"inducing.n asks for {wanted} inducing points, but the training data hold only {structures.n_atoms} "
                 f"environment{'s' * (structures.n_atoms != 1)} (atoms); ask for fewer."
             )
-
-        def tell(done: float, k: int = k) -> None:
-            stages.report(done + k * len(parts), len(parts) * len(recipe.descriptors))
-
-        chosen, counts = sparse_points.choose_centers(
-            parts, descriptor, kernel, ind.method, wanted, shares, recipe.seed, tell, *([observe] if k == 0 else [])
-        )
+        candidates = candidates_of(k, CentreChoice(descriptor, kernel, ind.method, wanted, shares, recipe.seed))
+        counts = candidates.counts
         built = [
             sparse_points.make_block(z, features, surroundings, descriptor, kernel, gradients)
-            for z, (features, surroundings) in chosen.items()
+            for z, (features, surroundings) in candidates.chosen().items()
         ]
         blocks, lowers = tuple(b for b, _, _ in built), tuple(lower for _, lower, _ in built)
         asked = sum(len(block.features) * (1 + gradients) for block in blocks)
@@ -128,7 +124,7 @@ def stream_rows(
     models: Sequence[InducingModel],
     parts: Sequence[Structures],
     targets: Sequence[Targets],
-    stages: StageTimer,
+    report: Report,
 ) -> dict[str, RowFactor]:
     """Make the rows of each chunk once and fold them into one triangular factor for each kind of observation.
 
@@ -147,7 +143,7 @@ def stream_rows(
         for kind, rows in new.items():
             factors[kind].add(rows[:, :-1], rows[:, -1])
         done += 1
-        stages.report(done, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
+        report(done, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
 
     pieces = list(zip(parts, targets, strict=True))
     largest = max((3 * part.n_atoms + 7 * len(part) for part in parts), default=1) * columns * 8
@@ -156,6 +152,14 @@ def stream_rows(
     for start in range(0, len(pieces), together):
         parallel.map_pieces(rows_of, pieces[start : start + together], fold)
     return {kind: f for kind, f in factors.items() if f.count}
+
+
+def merge_factors(first: dict[str, RowFactor], later: dict[str, RowFactor]) -> dict[str, RowFactor]:
+    """The factors by kind of the rows of both."""
+    with parallel.one_core():  # the last digits depend on it
+        kinds = [kind for kind in (*KINDS, FIXED) if kind in first or kind in later]
+        both = [[f[kind] for f in (first, later) if kind in f] for kind in kinds]
+        return {kind: f[0].merge(f[1]) if len(f) > 1 else f[0] for kind, f in zip(kinds, both, strict=True)}
 
 
 def labelled_rows(

@@ -24,6 +24,28 @@ TOGETHER = 32  # chunks that threads describe before their environments are pool
 POOL_BYTES = 128 << 20  # in memory while choosing; a fuller pool is thinned by the selection itself
 
 
+@dataclass(frozen=True, eq=False)
+class CentreChoice:
+    """How centres are chosen.
+
+    Attributes:
+        method: of METHODS; n: how many.
+        shares: 'species' (in proportion to how many environments there are), 'total' (the best of all species together) or
+            a number for each species.
+    """
+
+    descriptor: Descriptor
+    kernel: ZonalKernel
+    method: str
+    n: int
+    shares: str | dict[int, int]
+    seed: int
+
+    def select(self, features: Tensor, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
+        """As select_rows."""
+        return select_rows(self.method, features, wanted, lambda s: self.kernel.profile(s)[0], seed)
+
+
 @dataclass
 class _Pool:
     """Candidate environments of one species."""
@@ -48,76 +70,93 @@ class _Pool:
         self.features, self.surroundings = [features], [surroundings]
 
 
-def choose_centers(
-    parts: Sequence[Structures],
-    descriptor: Descriptor,
-    kernel: ZonalKernel,
-    method: str,
-    n: int,
-    shares: str | dict[int, int],
-    seed: int,
-    progress: Callable[[float], None],
-    observe: Callable[[int, Tensor, Tensor], None] = lambda z, features, structures: None,
-) -> tuple[dict[int, tuple[Tensor, Surroundings]], dict[int, int]]:
-    """Stream over the structures once and choose n centres.
+Observe = Callable[
+    [int, Tensor, Tensor], object
+]  # Z, features and number of the structure of environments with neighbors
 
-    Args:
-        shares: 'species' (in proportion to how many environments there are), 'total' (the best of all species together) or
-            a number for each species.
-        observe: called with Z, features and number of the structure of all environments with neighbors, as they stream by.
 
-    Returns:
-        by species (features, surroundings) of the chosen centres, most important first; and the number of environments of each.
+class Candidates:
+    """Environments among which centres are chosen, collected as structures stream by.
+
+    A pool that is full is thinned to twice the centres by the selection itself, and so are two pools that are too much together:
+    what is chosen depends on the order of the structures and on where the stream was cut, on nothing else.
     """
 
-    def select(rows: Tensor, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
-        return select_rows(method, rows, wanted, lambda s: kernel.profile(s)[0], seed)
+    def __init__(self, choice: CentreChoice) -> None:
+        self.choice = choice
+        self.counts: dict[int, int] = {}
+        self.pools: dict[int, _Pool] = {}
 
-    def describe(part: Structures) -> tuple[Structures, Surroundings, Tensor]:
-        surroundings = Surroundings.from_structures(part, neighbors.find_neighbors(part, descriptor.cutoff))
-        return part, surroundings, descriptor(surroundings).features
+    def collect(
+        self,
+        parts: Sequence[Structures],
+        told: Callable[[int], object] = lambda done: None,
+        observe: Observe = lambda z, features, structures: None,
+    ) -> Candidates:
+        """With the environments of chunks of structures; `told` is called with the number of chunks done."""
+        descriptor, done, structures = self.choice.descriptor, 0, 0
 
-    pools: dict[int, _Pool] = {}
-    counts: dict[int, int] = {}
-    done = structures = 0
+        def describe(part: Structures) -> tuple[Structures, Surroundings, Tensor]:
+            surroundings = Surroundings.from_structures(part, neighbors.find_neighbors(part, descriptor.cutoff))
+            return part, surroundings, descriptor(surroundings).features
 
-    def collect(described: tuple[Structures, Surroundings, Tensor]) -> None:
-        nonlocal done, structures
-        part, surroundings, features = described
-        surrounded = surroundings.surrounded
-        for z in part.distinct_species:
-            mine = (part.species == z).nonzero()[:, 0]
-            pool = pools.setdefault(z, _Pool([], []))
-            pool.features.append(features[mine])
-            with_neighbors = mine[surrounded[mine]]
-            observe(z, features[with_neighbors], structures + part.structure_of_atom[with_neighbors])
-            pool.surroundings.append(surroundings.select(mine))
-            counts[z] = counts.get(z, 0) + len(mine)
-        if sum(pool.size() for pool in pools.values()) > _room(surroundings, features, n):
-            spare = _quotas(2 * n, shares, counts)
-            for z, pool in pools.items():
-                pool.keep(select(pool.merge()[0], spare[z], seed)[0].sort().values)
-        structures += len(part)
-        done += 1
-        progress(done)
+        def take(described: tuple[Structures, Surroundings, Tensor]) -> None:
+            nonlocal done, structures
+            part, surroundings, features = described
+            surrounded = surroundings.surrounded
+            for z in part.distinct_species:
+                mine = (part.species == z).nonzero()[:, 0]
+                pool = self.pools.setdefault(z, _Pool([], []))
+                pool.features.append(features[mine])
+                with_neighbors = mine[surrounded[mine]]
+                observe(z, features[with_neighbors], structures + part.structure_of_atom[with_neighbors])
+                pool.surroundings.append(surroundings.select(mine))
+                self.counts[z] = self.counts.get(z, 0) + len(mine)
+            self._thin([surroundings], features)
+            structures += len(part)
+            done += 1
+            told(done)
 
-    for start in range(0, len(parts), TOGETHER):
-        parallel.map_pieces(describe, parts[start : start + TOGETHER], collect)
-    quota = _quotas(n, shares, counts)
-    chosen = {z: select(pool.merge()[0], quota[z], seed + z) for z, pool in pools.items()}
-    if shares == "total":
-        chosen = _best_of_all(chosen, n)
-    return {z: pool.merged(chosen[z][0]) for z, pool in sorted(pools.items())}, counts
+        for start in range(0, len(parts), TOGETHER):
+            parallel.map_pieces(describe, parts[start : start + TOGETHER], take)
+        return self
+
+    def merge(self, later: Candidates) -> Candidates:
+        """The candidates of both, later ones behind; neither is changed."""
+        both = Candidates(self.choice)
+        for z in [*self.pools, *(z for z in later.pools if z not in self.pools)]:
+            pools = [c.pools[z] for c in (self, later) if z in c.pools]
+            both.pools[z] = _Pool([f for p in pools for f in p.features], [s for p in pools for s in p.surroundings])
+            both.counts[z] = self.counts.get(z, 0) + later.counts.get(z, 0)
+        if both.pools:
+            every = list(both.pools.values())
+            both._thin([s for pool in every for s in pool.surroundings], every[0].features[0])
+        return both
+
+    def _thin(self, like: Sequence[Surroundings], features: Tensor) -> None:
+        """Keep no more than may be in memory of such environments."""
+        if sum(pool.size() for pool in self.pools.values()) > _room(like, features, self.choice.n):
+            spare = _quotas(2 * self.choice.n, self.choice.shares, self.counts)
+            for z, pool in self.pools.items():
+                pool.keep(self.choice.select(pool.merge()[0], spare[z], self.choice.seed)[0].sort().values)
+
+    def chosen(self) -> dict[int, tuple[Tensor, Surroundings]]:
+        """By species (features, surroundings) of the centres, most important first."""
+        c = self.choice
+        quota = _quotas(c.n, c.shares, self.counts)
+        best = {z: c.select(pool.merge()[0], quota[z], c.seed + z) for z, pool in self.pools.items()}
+        if c.shares == "total":
+            best = _best_of_all(best, c.n)
+        return {z: pool.merged(best[z][0]) for z, pool in sorted(self.pools.items())}
 
 
-def _room(surroundings: Surroundings, features: Tensor, n: int) -> int:
+def _room(like: Sequence[Surroundings], features: Tensor, n: int) -> int:
     """Number of such environments that may be in memory while n are chosen."""
     # features twice while merging, a factor of pool x 2n at most in the selection, and the pairs
     per_pair = 3 * features.element_size() + 16
     per_environment = 2 * (features.shape[1] + n) * features.element_size()
-    return max(
-        4 * n, POOL_BYTES // (per_environment + per_pair * len(surroundings.centers) // max(1, len(surroundings)))
-    )
+    pairs, environments = sum(len(s.centers) for s in like), sum(len(s) for s in like)
+    return max(4 * n, POOL_BYTES // (per_environment + per_pair * pairs // max(1, environments)))
 
 
 def _quotas(n: int, shares: str | dict[int, int], counts: dict[int, int]) -> dict[int, int]:

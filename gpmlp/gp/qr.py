@@ -207,6 +207,15 @@ class RowFactor:
         if self._pending >= self._buffer_rows:
             self._compress()
 
+    def merge(self, later: RowFactor) -> RowFactor:
+        """The factor of the rows of both, later ones behind; neither is changed."""
+        both = RowFactor(self.columns, self._buffer_rows)
+        both._parts = [part for part in (self.factor(), later.factor()) if len(part)]
+        both.count = self.count + later.count
+        if both._parts:
+            both._compress()
+        return both
+
     def _compress(self) -> None:
         stacked = torch.cat(self._parts) if len(self._parts) > 1 else self._parts[0]
         self._parts.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping
@@ -39,10 +40,12 @@ class ReservoirSample:
     Each row draws a uniform key, and those with the largest keys stay (Efraimidis, Spirakis, Inf. Process. Lett. 97, 181 (2006)).
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, before: int = 0) -> None:
+        """Args: before: number of rows of the stream, at least, that others have taken (merge)."""
         errors.check_positive("size", size)
         self._size = size
         self._random = np.random.default_rng(seed)
+        self._random.bit_generator.advance(before)  # type: ignore[attr-defined]  # a PCG64 has it
         self._keys = torch.zeros(0, dtype=torch.float64)
         self._owners = torch.zeros(0, dtype=torch.long)
         self._rows: Tensor | None = None
@@ -53,7 +56,16 @@ class ReservoirSample:
         if len(self._keys) == self._size:
             above = (keys > self._keys.min()).nonzero()[:, 0]
             rows, keys, owners = rows[above.to(rows.device)], keys[above], owners[above]
-        rows = rows.detach()
+        self._take(rows.detach(), keys, owners)
+
+    def merge(self, later: ReservoirSample) -> ReservoirSample:
+        """The sample of both streams, the later one behind; neither is changed."""
+        both = copy.copy(self)
+        if later._rows is not None:
+            both._take(later._rows, later._keys, later._owners)
+        return both
+
+    def _take(self, rows: Tensor, keys: Tensor, owners: Tensor) -> None:
         joined = rows if self._rows is None else torch.cat([self._rows, rows])
         keys, owners = torch.cat([self._keys, keys]), torch.cat([self._owners, owners])
         largest = keys.topk(min(self._size, len(keys))).indices.sort().values

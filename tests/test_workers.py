@@ -1,0 +1,266 @@
+"""A fit by many processes: the same to the last bit, however many there are, and when one of them dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import pieces_of_work
+import pytest
+import torch
+from conftest import copper
+
+import gpmlp
+from gpmlp.core.errors import UserError
+from gpmlp.fitting import partitions, sparse_points, workers
+from gpmlp.fitting.partitions import Partitions
+from gpmlp.fitting.workers import RemoteWorkers, Workers, open_executor
+from gpmlp.io import ase_atoms
+from gpmlp.recipe import Recipe
+
+distributed = pytest.importorskip("distributed")
+
+SMALL = {"inducing": {"n": 12, "gradients": 1}, "descriptor": {"cutoff": 4.0, "n_max": 4, "l_max": 2}}
+WITH_NOVELTY = Recipe.model_validate(SMALL | {"kernel": {"zeta": 2}})
+RECIPE = Recipe.model_validate(SMALL | {"kernel": {"zeta": 2}, "novelty": False})  # which takes half of the time
+FEW_SAMPLES = Recipe.model_validate(SMALL | {"kernel": {"zeta": 2}, "novelty": {"samples": 30}})
+ATOMS = 40  # of a partition, about
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    """24 cells of 4 or 8 copper atoms with labels."""
+    return ase_atoms.from_ase([copper(seed, 1 + seed % 2) for seed in range(24)])
+
+
+@pytest.fixture(scope="module")
+def client():
+    """Two processes of dask."""
+    with open_executor(2) as made:
+        yield made
+
+
+def numbers(fitted, structures) -> list[torch.Tensor]:
+    """Whatever a fit predicts, and its noises."""
+    potential, report = fitted
+    found = potential(structures, variance=("energies", "forces"), novelty=potential.novelty is not None)
+    values = [found.energies, found.forces, found.stresses, found.energies_variance.total, found.forces_variance.total]
+    values += [found.novelty] if found.novelty is not None else []
+    return [*values, torch.tensor([*report.noise.values(), *report.signal.values(), report.condition])]
+
+
+def same_bits(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def small_partitions(monkeypatch):
+    monkeypatch.setattr(partitions, "PARTITION_ATOMS", ATOMS)
+
+
+@pytest.fixture(scope="module")
+def alone(labelled):
+    """The fit of small partitions in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partitions, "PARTITION_ATOMS", ATOMS)
+        return numbers(gpmlp.fit(*labelled, RECIPE), labelled[0])
+
+
+# pieces, trees, partitions --------------------------------------------------------------------------------------------------
+
+
+def by_levels(names: list[str]) -> str:
+    """Neighbours joined, then pairs of these, and so on; the odd one waits."""
+    while len(names) > 1:
+        pairs = [pieces_of_work.join(a, b) for a, b in zip(names[::2], names[1::2], strict=False)]
+        names = pairs + names[2 * len(pairs) :]
+    return names[0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 11])
+def test_merged_along_a_tree_that_the_number_of_pieces_fixes(n, client):
+    pieces = [(k,) for k in range(n)]
+    expected = by_levels([str(k) for k in range(n)])
+    with ThreadPoolExecutor(3) as threads:
+        for found in (Workers(), RemoteWorkers(threads), RemoteWorkers(client)):
+            assert found.reduce(pieces_of_work.named, pieces_of_work.join, pieces) == expected
+
+
+def test_results_in_order_and_progress_by_pieces(client):
+    with ThreadPoolExecutor(3) as threads:
+        for found in (Workers(), RemoteWorkers(threads), RemoteWorkers(client)):
+            told: list[tuple] = []
+            shared = found.keep(100)
+            pieces = [(shared, k) for k in range(4)]
+            assert found.map(pieces_of_work.doubled, pieces, lambda *report, told=told: told.append(report)) == [
+                100,
+                102,
+                104,
+                106,
+            ]
+            if isinstance(found, RemoteWorkers):
+                assert [(done, total) for done, total, _ in told] == [(k, 4) for k in range(1, 1 + len(told))]
+                assert told[-1] == (len(told), 4, f"{len(told)} of 4 partitions")
+            else:
+                assert told == [(k + 0.5, 4, f"{k + 1} of 4: half") for k in range(4)]
+
+
+def test_partitions_are_runs_of_about_equal_size(labelled, small_partitions):
+    structures, targets = labelled
+    made = Partitions.of_data(structures, targets, 24, Workers())
+    assert len(made.kept) == structures.n_atoms // ATOMS == 3
+    assert [b for _, b in made.bounds[:-1]] == [a for a, _ in made.bounds[1:]]
+    assert made.bounds[0][0] == 0 and made.bounds[-1][1] == len(structures)
+    before = 0
+    for (first, last), part in zip(made.bounds, made.kept, strict=True):
+        assert part.structures.names == structures.names[first:last] and part.first == first
+        assert torch.equal(part.targets.energies, targets.energies[first:last])
+        assert part.atoms_before == {29: before}
+        before += part.structures.n_atoms
+        assert abs(part.structures.n_atoms - structures.n_atoms / len(made.kept)) <= 8
+    assert before == structures.n_atoms
+
+
+def test_number_of_partitions():
+    """At least so many atoms, and four rows a column, each; at most PARTITIONS."""
+    assert partitions._number_of(1, 10) == partitions._number_of(2 * partitions.PARTITION_ATOMS - 1, 10) == 1
+    assert partitions._number_of(2 * partitions.PARTITION_ATOMS, 10) == 2
+    assert partitions._number_of(10**6, 10**5) == 10**6 // (4 * 10**5 // 3)
+    assert partitions._number_of(10**9, 1000) == partitions.PARTITIONS
+
+
+# fits -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_partitions_give_the_fit_of_one(labelled, small_partitions):
+    """To rounding: within 1e-9 of the largest value of each kind."""
+    parts = numbers(gpmlp.fit(*labelled, WITH_NOVELTY), labelled[0])
+    partitions.PARTITION_ATOMS = 1000
+    whole = numbers(gpmlp.fit(*labelled, WITH_NOVELTY), labelled[0])
+    assert not same_bits(parts, whole)  # they are partitions indeed
+    for a, b in zip(parts, whole, strict=True):
+        assert (a - b).abs().max() <= 1e-9 * b.abs().max()
+
+
+def test_any_number_of_workers_gives_the_same_bits(labelled, small_partitions, monkeypatch):
+    """With centres chosen in two levels: pools are thinned in their partitions, and again where they are merged."""
+    monkeypatch.setattr(sparse_points, "_room", lambda *_: 30)
+    merged = []
+    monkeypatch.setattr(
+        sparse_points._Pool, "keep", lambda *a, keep=sparse_points._Pool.keep: merged.append(1) or keep(*a)
+    )
+    found = []
+    for number in (0, 1, 2, 3):
+        with ThreadPoolExecutor(max(number, 1)) as threads:
+            fitted = gpmlp.fit(*labelled, FEW_SAMPLES, executor=threads if number else None)
+        found.append(numbers(fitted, labelled[0]))
+        assert len(merged) > 3
+        merged.clear()
+    assert all(same_bits(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("kind", ["dask", "processes"])
+def test_processes_give_the_same_bits(labelled, small_partitions, alone, client, kind):
+    if kind == "dask":
+        found = gpmlp.fit(*labelled, RECIPE, executor=client)
+    else:
+        with ProcessPoolExecutor(2, get_context("spawn")) as executor:
+            found = gpmlp.fit(*labelled, RECIPE, executor=executor)
+    assert same_bits(numbers(found, labelled[0]), alone)
+
+
+@pytest.mark.parametrize("stage", ["inducing points", "covariances", "calibration"])
+def test_what_a_lost_worker_did_is_done_again(labelled, small_partitions, alone, client, stage):
+    """With the partitions and models that it held."""
+    killed = []
+
+    def kill(name, done, total, note):
+        if name == stage and not killed and (done or name == "calibration"):
+            killed.extend(sorted(client.run(os.getpid).values())[:1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    found = gpmlp.fit(*labelled, RECIPE, progress=kill, executor=client)
+    assert killed and same_bits(numbers(found, labelled[0]), alone)
+    client.wait_for_workers(2, timeout=60)
+    assert killed[0] not in client.run(os.getpid).values()
+
+
+# errors ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_errors_of_the_work_are_those_of_the_work(client):
+    for executor in (client, ThreadPoolExecutor(1)):
+        with pytest.raises(UserError, match="piece 1 is wrong"):
+            RemoteWorkers(executor).map(pieces_of_work.refuse, [(1,), (2,)])
+        with pytest.raises(ZeroDivisionError, match="piece 0"):
+            RemoteWorkers(executor).reduce(pieces_of_work.fail, pieces_of_work.join, [(0,), (0,), (0,)])
+
+
+def test_workers_that_die_again_and_again():
+    import dask
+
+    with dask.config.set({"distributed.scheduler.allowed-failures": 1}), open_executor(1) as client:
+        with pytest.raises(UserError, match="Workers died at one piece of work, again and again: .*inducing.n"):
+            RemoteWorkers(client).map(pieces_of_work.die, [(0,)])
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        with pytest.raises(UserError, match="The workers are lost: .*"):
+            RemoteWorkers(executor).map(pieces_of_work.die, [(0,)])
+
+
+class Broken(Executor):
+    """Whose work fails before it begins."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def submit(self, function, /, *arguments, **keywords):
+        future: Future = Future()
+        future.set_exception(self.error)
+        return future
+
+
+def test_workers_without_gpmlp_or_with_another():
+    missing = ModuleNotFoundError("No module named 'gpmlp'", name="gpmlp")
+    with pytest.raises(UserError, match="A worker cannot import gpmlp; install it"):
+        RemoteWorkers(Broken(missing)).map(pieces_of_work.named, [(0,)])
+    with ThreadPoolExecutor(1) as threads:
+        other = RemoteWorkers(threads)
+        other.versions = other.versions | {"gpmlp": "0.0.1"}
+        with pytest.raises(
+            UserError, match=r"A worker has gpmlp \S+ and torch \S+, this process gpmlp 0.0.1 and torch"
+        ):
+            other.map(pieces_of_work.named, [(0,)])
+
+
+def test_executors_that_are_none(labelled):
+    with pytest.raises(UserError, match="`executor` must have submit, as .* has; got 3"):
+        gpmlp.fit(*labelled, RECIPE, executor=3)
+    with pytest.raises(UserError, match="works on processors, not on 'cuda'"):
+        workers.workers_of(ThreadPoolExecutor(1), "cuda")
+
+
+def test_executors_that_cannot_be_opened(monkeypatch):
+    monkeypatch.setattr(workers, "CONNECT_S", 1.0)
+    cases = {
+        "number of workers must be 1 or more; got 0": {"workers": 0},
+        "give one of --workers and --dask": {"workers": 2, "address": "tcp://localhost:1"},
+        "There is no dask scheduler at 'tcp://127.0.0.1:9'": {"address": "tcp://127.0.0.1:9"},
+        "There is no dask scheduler at 'nonsense://1'": {"address": "nonsense://1"},
+    }
+    for text, options in cases.items():
+        with pytest.raises(UserError, match=text), open_executor(**options):
+            pass
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster:
+        with (
+            pytest.raises(UserError, match="has no workers; start some"),
+            open_executor(address=cluster.scheduler_address),
+        ):
+            pass
+    with open_executor() as executor:
+        assert executor is None
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match=r"pip install 'gpmlp\[dask\]'"), open_executor(2):
+        pass
