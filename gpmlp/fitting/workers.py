@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import signal
 import time
 import warnings
 import weakref
@@ -223,9 +224,20 @@ def open_executor(workers: int | None = None, address: str | None = None) -> Ite
     with ExitStack() as stack:
         if workers is not None:
             how = {"threads_per_worker": 1, "processes": True, "memory_limit": None, "dashboard_address": "127.0.0.1:0"}
-            made = distributed.LocalCluster(n_workers=workers, silence_logs=logging.CRITICAL, **how)
+            with _uninterrupted():
+                made = distributed.LocalCluster(n_workers=workers, silence_logs=logging.CRITICAL, **how)
             address = stack.enter_context(made)
         yield stack.enter_context(_connect(distributed, address))
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes and threads that begin in here never hear of Ctrl-C: who began them ends them. This thread hears of it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _connect(distributed: Any, address: Any) -> Any:
