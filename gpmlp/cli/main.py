@@ -20,6 +20,7 @@ import typer
 import gpmlp
 from gpmlp.cli.check import Keys, check_command
 from gpmlp.cli.export import export_command
+from gpmlp.cli.lammps import lammps_app
 from gpmlp.cli.learn import INTERRUPTED, learn_command, report_folder
 from gpmlp.cli.md import md_command
 from gpmlp.cli.tune import tune_command
@@ -141,6 +142,7 @@ app.command("tune")(tune_command)
 app.command("learn")(learn_command)
 app.command("md")(md_command)
 app.command("export")(export_command)
+app.add_typer(lammps_app, name="lammps")
 
 
 @app.command("evaluate")

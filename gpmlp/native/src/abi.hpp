@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <vector>
 
+#ifndef GPMLP_API // programs that compile the core in need none of its functions to be visible
 #define GPMLP_API extern "C" __attribute__((visibility("default")))
+#endif
 
 namespace gpmlp {
 

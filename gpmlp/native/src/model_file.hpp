@@ -13,6 +13,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -176,6 +177,15 @@ inline const int64_t *check_head(const Words &words) {
                ") than this program was built with (abi " + std::to_string(ABI) +
                "); export the model again and build this program again with one version of gpmlp");
     return words.data() + (line_end + 1 - text) / WORD;
+}
+
+// What the first line of a file, checked before, says of `key`: gpmlp, units, species (symbols, by commas), cutoff, sha256.
+inline std::string head_entry(const Words &words, const std::string &key) {
+    const char *text = reinterpret_cast<const char *>(words.data());
+    std::istringstream line(std::string(text, std::strchr(text, '\n')));
+    for (std::string word; line >> word;)
+        if (word == key && line >> word) return word;
+    return "";
 }
 
 // The model whose building the words of a file record; it owns whatever it is made of. Throws a sentence that begins with

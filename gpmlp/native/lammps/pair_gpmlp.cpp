@@ -1,0 +1,202 @@
+// pair_style gpmlp: environments from LAMMPS's neighbour list, local energies and their gradients from the core, sums to
+// forces, energies and virials.
+
+#include "pair_gpmlp.h"
+
+#include "atom.h"
+#include "comm.h"
+#include "error.h"
+#include "force.h"
+#include "memory.h"
+#include "neigh_list.h"
+#include "neighbor.h"
+#include "update.h"
+#include "utils.h"
+
+#include "model_file.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <sstream>
+
+using namespace LAMMPS_NS;
+
+static constexpr double ON_TOP = 1e-3; // A; atoms that are as close are one on top of the other
+
+PairGPMLP::PairGPMLP(LAMMPS *lmp) : Pair(lmp) {
+    restartinfo = 0; // as others that read a file: give pair_style and pair_coeff again
+    one_coeff = 1;
+    manybody_flag = 1;
+    single_enable = 0;
+    centroidstressflag = CENTROID_AVAIL;
+}
+
+PairGPMLP::~PairGPMLP() {
+    if (!allocated) return;
+    memory->destroy(setflag);
+    memory->destroy(cutsq);
+}
+
+void PairGPMLP::settings(int n, char **words) {
+    if (n % 2) error->all(FLERR, "pair_style gpmlp: an option lacks its value (pair_style gpmlp [threads N])");
+    for (int k = 0; k < n; k += 2) {
+        if (std::strcmp(words[k], "threads")) error->all(FLERR, std::string("pair_style gpmlp has no option ") + words[k]);
+        threads = utils::inumeric(FLERR, words[k + 1], false, lmp);
+        if (threads < 1) error->all(FLERR, "pair_style gpmlp: threads must be 1 or more");
+    }
+}
+
+void PairGPMLP::coeff(int n, char **words) {
+    const int types = atom->ntypes;
+    if (n != 3 + types || std::strcmp(words[0], "*") || std::strcmp(words[1], "*"))
+        error->all(FLERR, "pair_style gpmlp needs: pair_coeff * * MODEL and then one element (or NULL) for each of the " +
+                              std::to_string(types) + " atom types");
+    const std::string known = load(words[2]);
+    std::vector<std::string> symbols;
+    std::istringstream list(known);
+    for (std::string symbol; std::getline(list, symbol, ',');) symbols.push_back(symbol);
+    species_of_type.assign(types + 1, 0);
+    for (int type = 1; type <= types; type++) {
+        const char *word = words[2 + type];
+        if (!std::strcmp(word, "NULL")) continue;
+        const auto found = std::find(symbols.begin(), symbols.end(), word);
+        if (found == symbols.end())
+            error->all(FLERR, std::string("pair_coeff: the model ") + words[2] + " was not trained on " + word + ", given for atom type " +
+                                  std::to_string(type) + "; it knows " + known);
+        species_of_type[type] = model->species[found - symbols.begin()];
+    }
+    if (!allocated) {
+        allocated = 1;
+        memory->create(setflag, types + 1, types + 1, "pair:setflag");
+        memory->create(cutsq, types + 1, types + 1, "pair:cutsq");
+    }
+    for (int i = 1; i <= types; i++)
+        for (int j = 1; j <= types; j++) setflag[i][j] = species_of_type[i] && species_of_type[j];
+}
+
+// Read by one process, replayed by all. Returns the symbols of the model's species.
+std::string PairGPMLP::load(const std::string &given) {
+    const std::string path = utils::get_potential_file_path(given);
+    gpmlp::Words words;
+    std::string problem;
+    if (comm->me == 0) {
+        try {
+            words = gpmlp::read_words(path.empty() ? given : path);
+        } catch (const std::exception &said) {
+            problem = said.what();
+        }
+    }
+    bigint n = words.size();
+    MPI_Bcast(&n, 1, MPI_LMP_BIGINT, 0, world);
+    words.resize(n);
+    for (bigint from = 0; from < n; from += MAXSMALLINT)
+        MPI_Bcast(words.data() + from, int(std::min<bigint>(n - from, MAXSMALLINT)), MPI_LMP_BIGINT, 0, world);
+    try {
+        if (problem.empty()) model = gpmlp::model_of(words);
+    } catch (const std::bad_alloc &) {
+        error->one(FLERR, "there is not enough memory for the model " + given);
+    } catch (const std::exception &said) {
+        problem = said.what();
+    }
+    int length = int(problem.size());
+    MPI_Bcast(&length, 1, MPI_INT, 0, world); // all read the same, but only one knows why there is nothing to read
+    if (length) error->all(FLERR, given + ": " + problem);
+    cutoff = model->cutoff();
+    return gpmlp::head_entry(words, "species");
+}
+
+void PairGPMLP::init_style() {
+    if (!force->newton_pair) error->all(FLERR, "pair_style gpmlp needs the forces of ghost atoms to be summed: newton on");
+    if (std::strcmp(update->unit_style, "metal"))
+        error->all(FLERR, std::string("pair_style gpmlp has energies in eV and lengths in A: it needs units metal, not ") +
+                              update->unit_style);
+    const double *lj = force->special_lj;
+    if (atom->molecular != Atom::ATOMIC && !(lj[1] == 1 && lj[2] == 1 && lj[3] == 1))
+        error->all(FLERR, "pair_style gpmlp sees bonded neighbours as others: it needs special_bonds lj/coul 1.0 1.0 1.0");
+    if (neighbor->exclude && comm->me == 0)
+        error->warning(FLERR, "pair_style gpmlp does not see the pairs that neigh_modify exclude leaves out: energies and forces of "
+                              "atoms near them are not those of the model");
+    neighbor->add_request(this, NeighConst::REQ_FULL);
+}
+
+double PairGPMLP::init_one(int i, int j) {
+    if (!species_of_type[i] || !species_of_type[j]) return 0; // by hybrid styles only
+    return cutoff;
+}
+
+// Centres that are ours, and their neighbours within the cutoff.
+void PairGPMLP::gather() {
+    const double *const *x = atom->x;
+    const int *type = atom->type;
+    std::size_t most = 0, n = 0;
+    for (int k = 0; k < list->inum; k++) most += list->numneigh[list->ilist[k]];
+    if (here.neighbors.size() < most) {
+        here.neighbors.resize(most), here.centers.resize(most), here.neighbor_species.resize(most);
+        here.vectors.resize(3 * most), here.gradients.resize(3 * most);
+    }
+    here.atoms.clear(), here.species.clear();
+    double closest = cutoff * cutoff;
+    for (int k = 0; k < list->inum; k++) {
+        const int i = list->ilist[k], *neighbors = list->firstneigh[i];
+        if (!species_of_type[type[i]]) continue;
+        const int64_t center = here.atoms.size();
+        here.atoms.push_back(i), here.species.push_back(species_of_type[type[i]]);
+        for (int m = 0; m < list->numneigh[i]; m++) { // what is too far is written over by the next
+            const int j = neighbors[m] & NEIGHMASK;
+            double *r = &here.vectors[3 * n], square = 0;
+            for (int c = 0; c < 3; c++) r[c] = x[j][c] - x[i][c], square += r[c] * r[c];
+            here.neighbors[n] = j, here.centers[n] = center, here.neighbor_species[n] = species_of_type[type[j]];
+            const bool near = square < cutoff * cutoff && here.neighbor_species[n];
+            closest = near && square < closest ? square : closest;
+            n += near;
+        }
+    }
+    here.pairs = n;
+    here.energies.resize(here.atoms.size());
+    if (closest < ON_TOP * ON_TOP) error->one(FLERR, "pair_style gpmlp: two atoms are on top of each other");
+}
+
+void PairGPMLP::compute(int eflag, int vflag) {
+    ev_init(eflag, vflag);
+    gather();
+    const int64_t n = here.atoms.size();
+    const gpmlp::Surroundings<double> given{
+        n, here.pairs, here.species.data(), here.centers.data(), here.neighbor_species.data(), here.vectors.data()};
+    const std::vector<double *> no_features(model->terms.size());
+    try {
+        if (!model->evaluate(given, here.energies.data(), here.gradients.data(), no_features.data(), threads))
+            error->one(FLERR, "pair_style gpmlp: a descriptor of the model was not made for one of its species");
+    } catch (const std::bad_alloc &) {
+        error->one(FLERR, "pair_style gpmlp: there is not enough memory");
+    }
+    for (int64_t k = 0; k < n; k++) {
+        if (eflag_global) eng_vdwl += here.energies[k];
+        if (eflag_atom) eatom[here.atoms[k]] += here.energies[k];
+    }
+    double **f = atom->f;
+    const bool tally = vflag_atom || cvflag_atom || (vflag_global && !vflag_fdotr);
+    for (int64_t p = 0; p < here.pairs; p++) {
+        const int i = here.atoms[here.centers[p]], j = here.neighbors[p];
+        const double *r = &here.vectors[3 * p], *g = &here.gradients[3 * p];
+        for (int c = 0; c < 3; c++) f[i][c] += g[c], f[j][c] -= g[c];
+        if (tally) tally_pair(i, j, r, g);
+    }
+    if (vflag_fdotr) virial_fdotr_compute();
+}
+
+// Shares of the virial -r g of the pair: half of it for each atom, but all for the neighbour where it is to be multiplied by
+// velocities (centroid stress), as there it is what the motion of the neighbour does to the energy of the centre.
+void PairGPMLP::tally_pair(int i, int j, const double *r, const double *g) {
+    static constexpr int ROW[9] = {0, 1, 2, 0, 0, 1, 1, 2, 2}, COLUMN[9] = {0, 1, 2, 1, 2, 2, 0, 0, 1}; // LAMMPS's order
+    for (int k = 0; k < 6; k++) {
+        const double v = -0.5 * (r[ROW[k]] * g[COLUMN[k]] + r[COLUMN[k]] * g[ROW[k]]);
+        if (vflag_global && !vflag_fdotr) virial[k] += v;
+        if (vflag_atom) vatom[i][k] += 0.5 * v, vatom[j][k] += 0.5 * v;
+    }
+    if (cvflag_atom)
+        for (int k = 0; k < 9; k++) cvatom[j][k] -= r[ROW[k]] * g[COLUMN[k]];
+}
+
+double PairGPMLP::memory_usage() {
+    return Pair::memory_usage() + double(here.neighbors.size()) * (sizeof(int) + 8 * sizeof(double));
+}

@@ -1,0 +1,51 @@
+// pair_style gpmlp: a potential of gpmlp in LAMMPS, with its uncertainties.
+//
+// pair_style gpmlp [threads N]
+// pair_coeff * * MODEL element|NULL ...   (MODEL written by: gpmlp export MODEL.gpmlp --to lammps -o MODEL)
+#pragma once
+
+#include "pair.h"
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace gpmlp {
+class Model;
+}
+
+namespace LAMMPS_NS {
+
+class PairGPMLP : public Pair {
+  public:
+    explicit PairGPMLP(LAMMPS *);
+    ~PairGPMLP() override;
+    void settings(int, char **) override;
+    void coeff(int, char **) override;
+    void init_style() override;
+    double init_one(int, int) override;
+    void compute(int, int) override;
+    double memory_usage() override;
+
+  private:
+    // The environments of this process: pairs by centre, each with its neighbour.
+    struct Environments {
+        std::vector<int> atoms, neighbors; // which atom each centre and each neighbour is
+        std::vector<int64_t> species, centers, neighbor_species;
+        std::vector<double> vectors, gradients, energies; // A, eV/A, eV
+        int64_t pairs = 0; // so many of the entries of pairs are in use
+    };
+
+    std::unique_ptr<gpmlp::Model> model;
+    double cutoff = 0;
+    int64_t threads = 1;
+    std::vector<int64_t> species_of_type; // atomic numbers; 0 of types that are none of ours
+    Environments here;
+
+    std::string load(const std::string &path);
+    void gather();
+    void tally_pair(int i, int j, const double *r, const double *g);
+};
+
+} // namespace LAMMPS_NS
