@@ -33,7 +33,9 @@ def lammps() -> Installation:
 @cache
 def plugin() -> Path:
     """The plugin of these sources, from an earlier run or another process where there is one."""
-    made_of = sorted(SOURCES.glob("src/*.hpp")) + sorted(SOURCES.glob("lammps/*")) + [SOURCES.parent / "engines/lammps.py"]
+    made_of = (
+        sorted(SOURCES.glob("src/*.hpp")) + sorted(SOURCES.glob("lammps/*")) + [SOURCES.parent / "engines/lammps.py"]
+    )
     sources = b"".join(path.read_bytes() for path in made_of) + importlib.metadata.version("lammps").encode()
     folder = Path(tempfile.gettempdir()) / f"gpmlp-plugin-{os.getuid()}-{hashlib.sha256(sources).hexdigest()[:16]}"
     made = folder / "gpmlp_plugin.so"
@@ -71,7 +73,9 @@ def refusal(script: str, folder: Path) -> str:
     return errors[0]
 
 
-def start(atoms: Atoms, potential: Potential, folder: Path, style: str = "gpmlp", coeff: str = "", before: str = "") -> str:
+def start(
+    atoms: Atoms, potential: Potential, folder: Path, style: str = "gpmlp", coeff: str = "", before: str = ""
+) -> str:
     """Commands that set up atoms, whose cell is lower triangular, and the potential."""
     export_model(potential, folder / "model")
     symbols = [chemical_symbols[z] for z in sorted(set(atoms.numbers))]

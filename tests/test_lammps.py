@@ -5,10 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from ase import Atoms
-from lammps_runs import refusal, run, start, static
-from systems import BASELINES, DESCRIPTORS, KERNELS, SPECIES, TRICLINIC, descriptor, low_rank_term, random_term, scattered
+from lammps_runs import start, static
+from systems import (
+    BASELINES,
+    DESCRIPTORS,
+    KERNELS,
+    SPECIES,
+    TRICLINIC,
+    descriptor,
+    low_rank_term,
+    random_term,
+    scattered,
+)
 
-from gpmlp.core import units
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.native import library
 from gpmlp.potential.potential import Potential

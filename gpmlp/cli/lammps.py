@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-lammps_app = typer.Typer(no_args_is_help=True, help="The plugin with which LAMMPS runs models.")
+app = typer.Typer(no_args_is_help=True, help="The plugin with which LAMMPS runs models.")
 
 
-@lammps_app.callback()
+@app.callback()
 def lammps_commands() -> None:
     """The plugin with which LAMMPS runs models."""
 
 
-@lammps_app.command("build")
+@app.command("build")
 def build_command(
     lammps: Annotated[
         Path | None,

@@ -20,7 +20,7 @@ import typer
 import gpmlp
 from gpmlp.cli.check import Keys, check_command
 from gpmlp.cli.export import export_command
-from gpmlp.cli.lammps import lammps_app
+from gpmlp.cli.lammps import app as lammps_app
 from gpmlp.cli.learn import INTERRUPTED, learn_command, report_folder
 from gpmlp.cli.md import md_command
 from gpmlp.cli.tune import tune_command
