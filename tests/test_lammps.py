@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ase.build
 import numpy as np
 import pytest
 from ase import Atoms
@@ -19,6 +20,7 @@ from systems import (
 )
 
 from gpmlp.engines.ase import GPCalculator
+from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.native import library
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
@@ -78,3 +80,24 @@ def test_as_the_ase_calculator(name, ranks, organic, tmp_path):
     of_centroids = found.centroids.sum(0)
     np.testing.assert_allclose(of_centroids, of_atoms, rtol=0, atol=1e-9 * size)
     assert np.abs(found.centroids - found.centroids.transpose(0, 2, 1)).max() > 1e-3 * np.abs(found.centroids).max()
+
+
+@pytest.fixture(scope="module")
+def copper_start(potential, tmp_path_factory):
+    """(Atoms, commands, folder): 108 copper atoms far from equilibrium, by a fitted potential with variances."""
+    atoms = ase.build.bulk("Cu", cubic=True).repeat(3)
+    atoms.rattle(0.15, seed=5)
+    folder = tmp_path_factory.mktemp("copper")
+    return atoms, start(atoms, potential, folder), folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_errors_of_local_energies(ranks, potential, copper_start):
+    atoms, script, folder = copper_start
+    asked = "fix errors all pair 1 gpmlp sigma 1 novelty 1\n"
+    found = static(script + asked, folder, ranks, "f_errors[1] f_errors[2]")
+    said = potential(structures_from_ase([atoms]), variance="atom_energies", novelty=True)
+    np.testing.assert_allclose(found.more[:, 0], said.atom_energies_variance.total.sqrt(), rtol=1e-7)
+    np.testing.assert_allclose(found.more[:, 1], said.novelty, rtol=1e-9)
+    assert found.more.min() > 0
+    compare(found, atoms, potential)

@@ -162,9 +162,12 @@ void PairGPMLP::compute(int eflag, int vflag) {
     const int64_t n = here.atoms.size();
     const gpmlp::Surroundings<double> given{
         n, here.pairs, here.species.data(), here.centers.data(), here.neighbor_species.data(), here.vectors.data()};
-    const std::vector<double *> no_features(model->terms.size());
+    for (Errors *wanted : {&sigma, &novelty})
+        if (wanted->asked) wanted->of_centers.resize(n);
+    const gpmlp::Wanted to{here.energies.data(), here.gradients.data(), nullptr, sigma.asked ? sigma.of_centers.data() : nullptr,
+                           novelty.asked ? novelty.of_centers.data() : nullptr};
     try {
-        if (!model->evaluate(given, here.energies.data(), here.gradients.data(), no_features.data(), threads))
+        if (!model->evaluate(given, to, threads))
             error->one(FLERR, "pair_style gpmlp: a descriptor of the model was not made for one of its species");
     } catch (const std::bad_alloc &) {
         error->one(FLERR, "pair_style gpmlp: there is not enough memory");
@@ -182,6 +185,41 @@ void PairGPMLP::compute(int eflag, int vflag) {
         if (tally) tally_pair(i, j, r, g);
     }
     if (vflag_fdotr) virial_fdotr_compute();
+    if (sigma.asked) spread(sigma);
+    if (novelty.asked) spread(novelty);
+}
+
+// To the places of atoms; zero for those that are none of ours.
+void PairGPMLP::spread(Errors &found) {
+    found.of_atoms.assign(atom->nmax, 0);
+    for (std::size_t k = 0; k < here.atoms.size(); k++) found.of_atoms[here.atoms[k]] = found.of_centers[k];
+}
+
+PairGPMLP::Errors *PairGPMLP::errors(const std::string &name) {
+    if (name != "sigma" && name != "novelty") return nullptr;
+    if (!model) error->all(FLERR, "pair_style gpmlp: give pair_coeff before fix pair");
+    const bool known = name == "sigma" ? model->variances.size() : model->clusters.size();
+    if (!known)
+        error->all(FLERR, "pair_style gpmlp: the model knows no " + name + " (it was fitted with " +
+                              (name == "sigma" ? "variance" : "novelty") + ": false); fit and export it again");
+    return name == "sigma" ? &sigma : &novelty;
+}
+
+// Fix pair sets it to 1 where it wants the property on this step.
+void *PairGPMLP::extract(const char *name, int &dimension) {
+    dimension = 0;
+    const std::string whole = name, ending = "_flag";
+    if (whole.size() <= ending.size() || whole.substr(whole.size() - ending.size()) != ending) return nullptr;
+    Errors *found = errors(whole.substr(0, whole.size() - ending.size()));
+    return found ? &found->asked : nullptr;
+}
+
+void *PairGPMLP::extract_peratom(const char *name, int &columns) {
+    columns = 0;
+    Errors *found = errors(name);
+    if (!found) return nullptr;
+    if (found->of_atoms.size() < std::size_t(atom->nmax)) found->of_atoms.resize(atom->nmax, 0);
+    return found->of_atoms.data();
 }
 
 // Shares of the virial -r g of the pair: half of it for each atom, but all for the neighbour where it is to be multiplied by

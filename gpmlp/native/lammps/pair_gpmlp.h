@@ -2,6 +2,7 @@
 //
 // pair_style gpmlp [threads N]
 // pair_coeff * * MODEL element|NULL ...   (MODEL written by: gpmlp export MODEL.gpmlp --to lammps -o MODEL)
+// fix ID all pair N gpmlp sigma 1 novelty 1   (by atom, every N steps: standard deviation of the local energy, eV; novelty)
 #pragma once
 
 #include "pair.h"
@@ -26,6 +27,8 @@ class PairGPMLP : public Pair {
     void init_style() override;
     double init_one(int, int) override;
     void compute(int, int) override;
+    void *extract(const char *, int &) override;
+    void *extract_peratom(const char *, int &) override;
     double memory_usage() override;
 
   private:
@@ -43,8 +46,17 @@ class PairGPMLP : public Pair {
     std::vector<int64_t> species_of_type; // atomic numbers; 0 of types that are none of ours
     Environments here;
 
+    // What is known of the error of each atom's local energy, on steps when fix pair asks for it.
+    struct Errors {
+        int asked = 0;
+        std::vector<double> of_centers, of_atoms;
+    };
+    Errors sigma, novelty;
+
     std::string load(const std::string &path);
     void gather();
+    Errors *errors(const std::string &name);
+    void spread(Errors &);
     void tally_pair(int i, int j, const double *r, const double *g);
 };
 
