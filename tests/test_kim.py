@@ -23,9 +23,13 @@ from gpmlp.io.ase_atoms import structures_from_ase
 
 COLLECTIONS = {f"KIM_API_{kind}_DIR": kind.lower() for kind in ("MODEL_DRIVERS", "PORTABLE_MODELS", "SIMULATOR_MODELS")}
 KIM = all(map(shutil.which, ("kim-api-collections-management", "cmake", "c++")))
-needs_kim = pytest.mark.skipif(not KIM, reason="the KIM API or cmake is not installed (apt install libkim-api-dev cmake)")
+needs_kim = pytest.mark.skipif(
+    not KIM, reason="the KIM API or cmake is not installed (apt install libkim-api-dev cmake)"
+)
 LAMMPS = next(filter(os.path.isfile, ("/usr/bin/lmp",)), None)
-needs_lammps = pytest.mark.skipif(not LAMMPS, reason="a LAMMPS with the package KIM is not installed (apt install lammps)")
+needs_lammps = pytest.mark.skipif(
+    not LAMMPS, reason="a LAMMPS with the package KIM is not installed (apt install lammps)"
+)
 MPIRUN = shutil.which("mpirun.openmpi")
 
 
@@ -102,7 +106,7 @@ def test_sentences_in_the_log(collections):
 
 def run_lammps(folder: Path, style: str, ranks: int, commands: str) -> np.ndarray:
     """A row for each atom, in the order of IDs, of what the last dump has."""
-    ids = 'dump d all custom 1 dump.out id c_pe fx fy fz c_st[1] c_st[2] c_st[3] c_st[4] c_st[5] c_st[6] x y z\n'
+    ids = "dump d all custom 1 dump.out id c_pe fx fy fz c_st[1] c_st[2] c_st[3] c_st[4] c_st[5] c_st[6] x y z\n"
     text = f"""
         kim init mixed {style}
         box tilt large
@@ -131,7 +135,9 @@ def run_lammps(folder: Path, style: str, ranks: int, commands: str) -> np.ndarra
 def test_lammps_has_energies_and_virials_of_atoms(collections, style):
     """In its units, of a triclinic cell."""
     atoms, (energy, length, pressure) = mixed_atoms("triclinic"), UNITS[style]
-    ase.io.write(collections / f"data.{style}", atoms, format="lammps-data", specorder=["C", "H", "O"], masses=True, units=style)
+    ase.io.write(
+        collections / f"data.{style}", atoms, format="lammps-data", specorder=["C", "H", "O"], masses=True, units=style
+    )
     rows = run_lammps(collections, style, 1, "run 0")
     wanted = mixed_potential()(structures_from_ase([atoms]), atom_virials=True)
     local = wanted.atom_energies.numpy()

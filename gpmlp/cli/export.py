@@ -33,7 +33,9 @@ class Precision(StrEnum):
 def export_command(
     model: Annotated[Path, typer.Argument(help="Model file written by `gpmlp fit`.")],
     engine: Annotated[Engine, typer.Option("--to", help="What the file is for.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; for KIM a folder, which names the model.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write; for KIM a folder, which names the model.")
+    ],
     mean: Annotated[
         Mean | None, typer.Option("--mean", help="Form of the mean; if not given, that of the model.")
     ] = None,
@@ -41,7 +43,7 @@ def export_command(
         Precision | None, typer.Option("--descriptors", help="Precision of the descriptors; float32 is faster.")
     ] = None,
 ) -> None:
-    """Write a model for an engine: for LAMMPS the file that pair_coeff of pair_style gpmlp reads, for KIM a portable model and its driver."""
+    """Write a model for an engine: for LAMMPS the file that pair_coeff of pair_style gpmlp reads, for KIM a portable model."""
     from gpmlp.cli import console
     from gpmlp.engines.kim import export_kim
     from gpmlp.io import archive, provenance

@@ -7,6 +7,7 @@ one driver, compiled once, serves all models of its version.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from gpmlp.core.errors import UserError
@@ -42,7 +43,8 @@ def export_kim(potential: Potential, folder: str | os.PathLike[str], source: str
     model, driver = folder / name, folder / DRIVER
     for made in (model, driver):
         made.mkdir(parents=True, exist_ok=True)
-    export_model(potential, model / f"{name}.export", source)
+    mean = replace(potential, variances=None, novelty=None)  # KIM has no place for more
+    export_model(mean, model / f"{name}.export", source)
     _fill("model.cmake", model, {"NAME": name, "DRIVER": DRIVER, "FILE": f"{name}.export"})
     _fill("driver.cmake", driver, {"NAME": DRIVER})
     for path in (SOURCES / "kim/driver.cpp", *(SOURCES / "src").glob("*.hpp")):

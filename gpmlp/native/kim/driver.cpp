@@ -119,8 +119,7 @@ int compute(const KIM::ModelCompute *const model, const KIM::ModelComputeArgumen
         here.energies.resize(here.particles.size()), here.gradients.resize(here.vectors.size());
         const gpmlp::Surroundings<double> pairs{int64_t(here.particles.size()), int64_t(here.neighbors.size()), here.species.data(),
                                                 here.centers.data(),            here.neighbor_species.data(),   here.vectors.data()};
-        const std::vector<double *> no_features(buffer->model->terms.size());
-        if (!buffer->model->evaluate(pairs, here.energies.data(), here.gradients.data(), no_features.data(), buffer->threads))
+        if (!buffer->model->evaluate(pairs, {here.energies.data(), here.gradients.data()}, buffer->threads))
             return SAY(model, "the model was not made for one of these species"), FAILED;
         add_up(*buffer, here, given);
     } catch (const std::exception &) {
