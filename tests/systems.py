@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -266,3 +267,14 @@ def evaluate_by_core(model, given: Surroundings, errors: bool = False) -> list[T
     asked = made[2:] or (0, 0)
     assert library.call("evaluate", model, n, len(vectors), *parts, 0, *asked, parallel.available_threads()) == 0
     return made
+
+
+def force_sigma_by_core(model, structures: Structures, pairs, atoms: Sequence[int]) -> Tensor:
+    """Standard deviations of force components of these atoms (atoms, 3), from environments of all."""
+    given = Surroundings.from_structures(structures, pairs)
+    out, chosen = given.vectors.new_empty(len(atoms), 3), torch.tensor(atoms)
+    parts = given.species, given.centers, pairs.neighbors, given.neighbor_species, given.vectors
+    sizes = len(given), len(given.vectors)
+    asked = len(chosen), chosen, out, parallel.available_threads()
+    assert library.call("force_sigma", model, *sizes, *(t.contiguous() for t in parts), *asked) == 0
+    return out

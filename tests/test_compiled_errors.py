@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from systems import BASELINES, SPECIES, cluster, descriptor, evaluate_by_core, everything
+from systems import BASELINES, SPECIES, cluster, descriptor, evaluate_by_core, everything, force_sigma_by_core
 from test_local_variance import CASES, looks, model_of, shaken
 
 from gpmlp.core import neighbors
@@ -16,10 +18,11 @@ from gpmlp.gp import local_variance
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.native import library
 from gpmlp.potential import chunked
-from gpmlp.potential.compiled import CompiledMean, build_calibration, compile_mean
+from gpmlp.potential.compiled import CompiledMean, build_calibration, build_novelty, build_variances, compile_mean
 from gpmlp.potential.local_errors import LocalErrors
 from gpmlp.potential.mean import EnergyTerm, MeanBlock
 from gpmlp.uncertainty.calibration import Calibration, KindCalibration, calibrate_prediction
+from gpmlp.uncertainty.local_scale import LocalScale
 from gpmlp.uncertainty.mahalanobis import Mahalanobis, fit_mahalanobis
 
 pytestmark = pytest.mark.skipif(library.compiled() is None, reason="gpmlp was built without a compiler")
@@ -37,6 +40,10 @@ def terms_of(model: VarianceModel) -> list[EnergyTerm]:
             means[block.species] = MeanBlock(features, weights, features[:0])
         made.append(EnergyTerm(descriptor("soap gto"), prior.kernel, means))
     return made
+
+
+def core_baselines() -> list:
+    return [made() for made in BASELINES.values()]
 
 
 def distances_of(model: VarianceModel) -> Mahalanobis:
@@ -118,7 +125,7 @@ def test_calibrated_standard_deviations(errors, typical):
     learned = KindCalibration(1.7, 9, {"all": (1.0,) * 6}, weights=(0.3, 2.5, 1.1), forbidden=3e-3)
     calibration = Calibration({"forces": learned, "energies": learned, "stresses": learned}, typical_novelty=typical)
     terms, structures = terms_of(errors.variances), shaken(everything(), 0.2, 62)
-    core = compile_mean(terms, [made() for made in BASELINES.values()], sorted(SPECIES))
+    core = compile_mean(terms, core_baselines(), sorted(SPECIES))
     core.hold(errors.variances, errors.distances)
     build_calibration(core.model, calibration, errors.variances, library.build)
     near = neighbors.find_neighbors(structures, terms[0].descriptor.cutoff)
@@ -155,3 +162,37 @@ def test_threads_and_company_change_no_bit(errors):
         for get in (lambda p: p.atom_energies_variance.total, lambda p: p.novelty, lambda p: p.atom_energies):
             part = get(other)
             assert torch.equal(get(found[0])[: len(part)], part)
+
+
+LOCAL = LocalScale((0.2, -0.3, 0.15), (-3.0, 0.1, -0.4), (-6.0, -2.0, -3.0), (1.0, 1.5, 2.0), 1.3)
+
+
+@pytest.mark.parametrize("local", [None, LOCAL], ids=["", "local scale"])
+def test_standard_deviations_of_forces(errors, local):
+    """Of some atoms, in cells where they see their own images and in clusters, calibrated; and of neither threads nor company."""
+    model = replace(errors.variances, noise={"forces": 0.05}, label_noise={"forces": 0.02})
+    learned = KindCalibration(1.7, 9, {"all": (1.0,) * 6}, weights=(0.3, 2.5, 1.1), forbidden=3e-3, local=local)
+    calibration = Calibration({"forces": learned, "energies": learned, "stresses": learned}, typical_novelty=0.4)
+    terms, structures = terms_of(model), shaken(everything(), 0.1, 63)
+    core = compile_mean(terms, core_baselines(), sorted(SPECIES))
+    build_variances(core.model, model, core.species, library.build, forces=True)
+    build_novelty(core.model, errors.distances, core.species, library.build)
+    build_calibration(core.model, calibration, model, library.build)
+    near, atoms = neighbors.find_neighbors(structures, 3.9), [9, 0, 4, structures.n_atoms - 1]
+    found = force_sigma_by_core(core.model, structures, near, atoms)
+
+    raw = chunked.predict_mean(
+        terms, structures, near.of_centers, LocalErrors(None, errors.distances), core_baselines()
+    )
+    seen = [term.environments(structures) for term in terms]
+    covariance = model.force_covariance(structures, seen, model.amplitude, torch.tensor(atoms))
+    whole = calibrate_prediction(replace(raw, forces_covariance=covariance), structures, calibration)
+    wanted = whole.forces_covariance.total.diagonal(dim1=1, dim2=2).sqrt()[atoms]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+    assert torch.equal(force_sigma_by_core(core.model, structures, near, [4]), found[2:3])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(force_sigma_by_core(core.model, structures, near, atoms), found)
+    finally:
+        torch.set_num_threads(before)

@@ -384,9 +384,9 @@ class VarianceModel:
             "signal": [{str(z): s for z, s in prior.signal.items()} for prior in self.priors],
         }
         every = [b for blocks in self.blocks for b in blocks]
-        tensors = {"factor": _pack_triangle(self.factor.T), "signal": self.signal}
+        tensors = {"factor": pack_triangle(self.factor.T), "signal": self.signal}
         for i, (block, lower) in enumerate(zip(every, self.lowers, strict=True)):
-            center_slots = {"tangents": block.tangents, "kept": block.columns, "lower": _pack_triangle(lower)}
+            center_slots = {"tangents": block.tangents, "kept": block.columns, "lower": pack_triangle(lower)}
             tensors |= {f"{i}.{name}": tensor for name, tensor in center_slots.items()}
         return header, tensors
 
@@ -469,14 +469,14 @@ def _above_rounding(differences: Tensor, prior: Tensor) -> Tensor:
     return (vectors * values[..., None, :]) @ vectors.mT
 
 
-def _pack_triangle(lower: Tensor) -> Tensor:
+def pack_triangle(lower: Tensor) -> Tensor:
     """The entries of a lower triangular matrix, row by row."""
     rows, columns = torch.tril_indices(*lower.shape, device=lower.device)
     return lower[rows, columns]
 
 
 def _stored_triangle(stored: StoredTensors, name: str, size: int) -> Tensor:
-    """A triangular factor of a model file, as _pack_triangle made it."""
+    """A triangular factor of a model file, as pack_triangle made it."""
     entries = stored.take(name, (size * (size + 1) // 2,))
     out = entries.new_zeros(size, size)
     rows, columns = torch.tril_indices(size, size, device=entries.device)

@@ -58,7 +58,7 @@ def export_model(potential: Potential, path: str | os.PathLike[str], source: str
         record.write(line.encode().ljust(-(-(len(line) + 1) // WORD) * WORD - 1) + b"\n")
         model = build_mean(potential.terms, potential.baselines, potential.species, record)
         if potential.variances is not None:
-            build_variances(model, potential.variances, potential.species, record)
+            build_variances(model, potential.variances, potential.species, record, forces=True)
             build_calibration(model, potential.calibration, potential.variances, record)
         if potential.novelty is not None:
             build_novelty(model, potential.novelty, potential.species, record)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2  # of gpmlp_abi_version: raised with every change of SIGNATURES or of what an argument means
+ABI = 3  # of gpmlp_abi_version: raised with every change of SIGNATURES or of what an argument means
 VARIANTS = ("v3", "baseline")
 CHOICES = (*VARIANTS, "off")  # of the environment variable GPMLP_NATIVE
 # name without gpmlp_: tensors I of int64, S of int32, E of float32, D of float64, F of float32 or float64 (then there are NAME_f32 and
@@ -49,8 +49,10 @@ SIGNATURES: dict[str, str] = {
     "add_variances": "onO",
     "add_novelty": "onO",
     "calibrate": "oD",
+    "add_posterior": "onnnIIODDDDD",
     "evaluate": "onnIIIDDDDDDn",
     "predict": "onnnIIIIIDDDDDDDDDDn",
+    "force_sigma": "onnIIIIDnIDn",
     "load_model": "scn",
     "model_cutoff": "oD",
     "model_species": "oI",

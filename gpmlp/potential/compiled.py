@@ -3,7 +3,7 @@ one call (gpmlp/native/src/model.hpp)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -20,7 +20,7 @@ from gpmlp.descriptors.cpu import spectrum_arguments
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel
 from gpmlp.gp.local_variance import leading_first
-from gpmlp.gp.variance import VarianceModel
+from gpmlp.gp.variance import VarianceModel, pack_triangle
 from gpmlp.native import library
 from gpmlp.potential.baselines import ZBL, Baseline, IsolatedAtoms
 from gpmlp.potential.local_errors import LocalErrors
@@ -168,9 +168,19 @@ def _build_mean_of(term: EnergyTerm, z: int, build: Any) -> Any:
     return build("inducing_centres", *form.features.shape, len(form.tangents), len(parts), *arrays, parts)
 
 
-def build_variances(model: Any, variances: VarianceModel, species: Sequence[int], build: Any) -> None:
-    """Give the core's model variances of local energies, by calls of `build` as in build_mean."""
-    build("add_variances", model, len(species), [_build_local_variance(variances, z, build) for z in species])
+def build_variances(
+    model: Any, variances: VarianceModel, species: Sequence[int], build: Any, forces: bool = False
+) -> None:
+    """Give the core's model variances of local energies, and if wanted of forces, by calls of `build` as in build_mean."""
+    columns = {
+        (k, block.species): _build_columns(prior.kernel, block, build)
+        for k, (prior, blocks) in enumerate(zip(variances.priors, variances.blocks, strict=True))
+        for block in blocks
+    }
+    local = [_build_local_variance(variances, z, columns, build) for z in species]
+    build("add_variances", model, len(species), local)
+    if forces:
+        _build_posterior(model, variances, species, columns, build)
 
 
 def build_novelty(model: Any, distances: Mahalanobis, species: Sequence[int], build: Any) -> None:
@@ -200,21 +210,36 @@ def _build_columns(kernel: ZonalKernel, block: InducingBlock, build: Any) -> Any
     return build("inducing_columns", *block.features.shape, len(tangents), len(columns), len(parts), *arrays, parts)
 
 
-def _build_local_variance(variances: VarianceModel, z: int, build: Any) -> Any:
+def _build_local_variance(variances: VarianceModel, z: int, columns: Mapping[tuple[int, int], Any], build: Any) -> Any:
     """Variances of local energies of a central species."""
-    blocks = [next((b for b in mine if b.species == z), None) for mine in variances.blocks]
-    columns = [_build_columns(p.kernel, b, build) if b else None for p, b in zip(variances.priors, blocks, strict=True)]
     local, none = variances.local.get(z), variances.signal.new_zeros(0, 0)
     order, arrays = torch.zeros(0, dtype=torch.long), [none] * 3 + [none.float()] * 3
     if local is not None:
-        order = leading_first([b.n_columns for b in blocks if b], local.leading)
+        widths = [b.n_columns for blocks in variances.blocks for b in blocks if b.species == z]
+        order = leading_first(widths, local.leading)
         arrays = [
             local.whiten_leading, local.posterior_leading, local.project,
             local.whiten_rest, local.posterior_cross, local.posterior_rest,
         ]  # fmt: skip
     sizes = order.argsort(), len(arrays[0]), len(arrays[3])
     arrays = [array.contiguous() for array in arrays]
-    return build("local_variance", variances.prior_variance(z), len(columns), columns, *sizes, *arrays)
+    mine = [columns.get((k, z)) for k in range(len(variances.blocks))]
+    return build("local_variance", variances.prior_variance(z), len(mine), mine, *sizes, *arrays)
+
+
+def _build_posterior(
+    model: Any, variances: VarianceModel, species: Sequence[int], columns: Mapping[tuple[int, int], Any], build: Any
+) -> None:
+    """Variances of forces, from all columns."""
+    n_terms = len(variances.priors)
+    terms, slots = (torch.tensor(v) for v in zip(*((k, list(species).index(z)) for k, z in columns), strict=True))
+    lowers = torch.cat([pack_triangle(lower) for lower in variances.lowers])
+    prior = torch.tensor([[p.signal.get(z, 0.0) ** 2 for z in species] for p in variances.priors], dtype=torch.float64)
+    parts = [[float(k), *part] for k, p in enumerate(variances.priors) for part in _kernel_parts(p.kernel) or []]
+    arrays = lowers, variances.signal.contiguous(), pack_triangle(variances.factor.T), prior
+    kernels = torch.tensor(parts, dtype=torch.float64)
+    sizes = len(columns), n_terms, len(parts)
+    build("add_posterior", model, *sizes, terms, slots, list(columns.values()), *arrays, kernels)
 
 
 def _build_clusters(distances: Mahalanobis, z: int, build: Any) -> Any:

@@ -6,6 +6,7 @@
 #include "abi.hpp"
 #include "covariance_rows.hpp"
 #include "expansion.hpp"
+#include "force_variance.hpp"
 #include "model.hpp"
 #include "model_file.hpp"
 #include "pairs.hpp"

@@ -57,7 +57,8 @@ template <class T> class Expansion : public Object {
     // ∂(features)/∂r (pairs, 3, features) of the environments lo to hi.
     void jacobian(int64_t lo, int64_t hi, T *out, int64_t threads) const {
         for_each(lo, hi, threads, [&](const Block<T> &block, int at, int64_t e) {
-            block.jacobian(at, features + e * spectrum.features, first_pairs[lo], scratch_of_thread<T>(), out);
+            block.jacobian(at, features + e * spectrum.features, first_pairs[lo], scratch_of_thread<T>(), out,
+                           [](int64_t) { return true; });
         });
     }
 

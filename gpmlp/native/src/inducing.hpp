@@ -52,29 +52,27 @@ class InducingColumns : public Object {
         }
     }
 
-    // Takes from `out` (3, all columns), from column `from` on, the derivatives of the covariances of one environment x
-    // with respect to the position of an atom, from those of its features (3, row).
-    void subtract_slopes(const double *x, const double *derivatives, int row, int64_t from, int64_t all, double *out, Scratch &s) const {
+    // Takes from rows `out` (3, columns), of length out_row, the derivatives of the covariances of n environments with respect to
+    // the position of one atom. y: of each environment the features and their three derivatives, in rows.
+    void subtract_slopes(int n, const double *y, int row, int64_t out_row, double *out, Scratch &s) const {
         const int wide = PanelMatrix<double>::row_length(m), long_row = PanelMatrix<double>::row_length(n_tangents);
-        s.dots.resize(std::size_t(4) * wide), s.along.resize(std::size_t(4) * long_row);
-        to_dots.multiply(1, x, row, s.dots.data(), wide), to_dots.multiply(3, derivatives, row, &s.dots[wide], wide);
-        if (n_tangents) {
-            to_along.multiply(1, x, row, s.along.data(), long_row);
-            to_along.multiply(3, derivatives, row, &s.along[long_row], long_row);
-        }
+        s.dots.resize(std::size_t(4) * n * wide), s.along.resize(std::size_t(4) * n * long_row);
+        to_dots.multiply(4 * n, y, row, s.dots.data(), wide);
+        if (n_tangents) to_along.multiply(4 * n, y, row, s.along.data(), long_row);
         s.values.resize(wide), s.first.resize(wide), s.second.resize(wide);
-        of_row(s.dots.data(), s, true);
-        for (int a = 0; a < 3; a++) {
-            const double *on_dots = &s.dots[std::size_t(a + 1) * wide], *on_along = s.along.data() + std::size_t(a + 1) * long_row;
-            double *to = out + a * all + from;
-            for (int k = 0; k < n_columns; k++) { // d f(s) = f' dx.x_j  and  d [f'(s) x.t] = f' dx.t + f'' (x.t) dx.x_j
-                const int64_t j = centre[k], t = tangent[k];
-                to[k] -= t < 0 ? s.first[j] * on_dots[j] : s.first[j] * on_along[t] + s.second[j] * s.along[t] * on_dots[j];
+        for (int e = 0; e < n; e++) {
+            const double *dots = &s.dots[std::size_t(4) * e * wide], *along = s.along.data() + std::size_t(4) * e * long_row;
+            of_row(dots, s, true);
+            for (int a = 0; a < 3; a++) {
+                const double *on_dots = dots + std::size_t(a + 1) * wide, *on_along = along + std::size_t(a + 1) * long_row;
+                double *to = out + a * out_row;
+                for (int k = 0; k < n_columns; k++) { // d f(s) = f' dx.x_j  and  d [f'(s) x.t] = f' dx.t + f'' (x.t) dx.x_j
+                    const int64_t j = centre[k], t = tangent[k];
+                    to[k] -= t < 0 ? s.first[j] * on_dots[j] : s.first[j] * on_along[t] + s.second[j] * along[t] * on_dots[j];
+                }
             }
         }
     }
-
-    const Kernel &profile() const { return kernel; }
 
   private:
     void of_row(const double *dots, Scratch &s, bool bent) const {

@@ -40,12 +40,23 @@ struct Run {
     double *novelty; // (n,) of the run
 };
 
+// The environments of a run that an atom is part of.
+struct Neighborhood {
+    const Surroundings<double> &given;
+    const int64_t *first_pairs, *neighbors, *environments, *atoms; // atom of each pair's neighbour; of these n environments, of each one
+    int n;
+    int64_t atom;
+};
+
 // One descriptor, and the mean of local energies for each central species.
 struct Term {
     virtual ~Term() = default;
     // Adds to energies and gradients as term `k` of the model, and fills what else is wanted. False if there is a species
     // that the descriptor was not made for.
     virtual bool add(const Run &run, std::size_t k, LocalVariance::Scratch &of_variance) const = 0;
+    // Of each environment the features and their derivatives with respect to the position of the atom, four rows of y, which is
+    // zero before.
+    virtual bool derivatives(const Neighborhood &around, double *y, int row) const = 0;
     virtual int features() const = 0;
     virtual double cutoff() const = 0; // A
 };
@@ -89,6 +100,32 @@ template <class T> class SpectrumTerm : public Term {
         return true;
     }
 
+    bool derivatives(const Neighborhood &around, double *y, int row) const override {
+        static thread_local Scratch s;
+        static thread_local Array<T> features, jacobian;
+        const int n = around.n, d = spectrum.features, n_species = spectrum.n_species;
+        features.resize(std::size_t(n) * d);
+        if (!s.block.expand(spectrum, around.given, around.first_pairs, around.environments, n, spectrum.weights.cutoff, false, s.of_block,
+                            features.data(), d))
+            return false;
+        for (int i = 0; i < n; i++, y += std::size_t(4) * row) {
+            const int64_t e = around.environments[i], first = around.first_pairs[e];
+            const bool central = around.atoms[e] == around.atom;
+            const auto sign = [&](int64_t p) { return int(around.neighbors[p] == around.atom) - int(central); };
+            const T *x = &features[std::size_t(i) * d];
+            jacobian.resize(std::size_t(around.first_pairs[e + 1] - first) * 3 * d);
+            s.block.jacobian(i, x, first, s.of_block, jacobian.data(), sign);
+            widen(x, y);
+            for (int q = s.block.pairs.starts[i * n_species]; q < s.block.pairs.starts[(i + 1) * n_species]; q++) {
+                const int64_t p = s.block.pairs.order[q];
+                const T *slope = &jacobian[std::size_t(p - first) * 3 * d];
+                for (int a = 0; sign(p) && a < 3; a++)
+                    for (int k = 0; k < d; k++) y[(a + 1) * row + k] += sign(p) * slope[a * d + k];
+            }
+        }
+        return true;
+    }
+
   private:
     // Features in double precision, of unit norm to its rounding.
     bool expand(const Run &run, Scratch &s, int row) const {
@@ -100,14 +137,18 @@ template <class T> class SpectrumTerm : public Term {
             s.narrow.resize(std::size_t(run.n) * d);
             if (!s.block.expand(spectrum, run.given, run.first_pairs, run.environments, run.n, reach, true, s.of_block, s.narrow.data(), d))
                 return false;
-            for (int i = 0; i < run.n; i++) {
-                double *x = &s.x[std::size_t(i) * row];
-                for (int k = 0; k < d; k++) x[k] = s.narrow[std::size_t(i) * d + k];
-                const double inverse = 1 / std::max(1e-12, std::sqrt(dot(x, x, d)));
-                for (int k = 0; k < d; k++) x[k] *= inverse;
-            }
+            for (int i = 0; i < run.n; i++) widen(&s.narrow[std::size_t(i) * d], &s.x[std::size_t(i) * row]);
             return true;
         }
+    }
+
+    // Features of one environment in double precision, of unit norm to its rounding.
+    void widen(const T *from, double *x) const {
+        const int d = spectrum.features;
+        std::copy_n(from, d, x);
+        if (std::is_same_v<T, double>) return;
+        const double inverse = 1 / std::max(1e-12, std::sqrt(dot(x, x, d)));
+        for (int k = 0; k < d; k++) x[k] *= inverse;
     }
 };
 
@@ -120,6 +161,7 @@ class Model : public Object {
     std::vector<std::unique_ptr<Object>> made_of; // if it came from a file, what terms refer to
     std::vector<const LocalVariance *> variances; // by place of the species; empty where the model has none
     std::vector<const Clusters *> clusters;       // the same; null where training data hold nothing of the species
+    std::shared_ptr<const Object> posterior;      // of force_variance.hpp, if it has one
     Calibration calibration;
 
     Model(std::vector<int64_t> species, Baselines baselines) : baselines(std::move(baselines)), species(std::move(species)) {}
@@ -129,6 +171,12 @@ class Model : public Object {
         double out = baselines.farthest;
         for (const auto &term : terms) out = std::max(out, term->cutoff());
         return out;
+    }
+
+    int place_of(int64_t z) const {
+        for (std::size_t k = 0; k < species.size(); k++)
+            if (species[k] == z) return int(k);
+        return -1;
     }
 
     bool knows(const Wanted &to) const { return (variances.size() || !(to.variance || to.sigma)) && (clusters.size() || !to.novelty); }
@@ -191,12 +239,6 @@ class Model : public Object {
                 if (run.to.sigma) run.to.sigma[e] = calibration.local_sigma(inducing, data, novelty[i]);
             });
         return true;
-    }
-
-    int place_of(int64_t z) const {
-        for (std::size_t k = 0; k < species.size(); k++)
-            if (species[k] == z) return int(k);
-        return -1;
     }
 
     // Environments of each species together, in runs whose features stay in cache, as many for each thread.

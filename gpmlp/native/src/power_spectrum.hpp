@@ -267,12 +267,12 @@ template <class T> class Block {
     }
 
     // ∂(features)/∂r of the pairs of environment e into their places in `out` (pairs, 3, features), which begins with
-    // pair `first`.
+    // pair `first`; only of those pairs that are `wanted`.
     //
     // With A_bl = Σ_m Y_lm c_blm and B_bl = Σ_m ∂Y_lm c_blm the derivative of the product (a, b) is [R'_a A_b + R'_b
     // A_a] r^ + R_a B_b
     // + R_b B_a, where R_a is zero unless a is of the neighbour's species.
-    void jacobian(int e, const T *features, int64_t first, Scratch &scratch, T *out) const {
+    template <class Wanted> void jacobian(int e, const T *features, int64_t first, Scratch &scratch, T *out, Wanted wanted) const {
         const PowerSpectrum<T> &s = *spectrum;
         const int deep = round_up<T>(s.degrees), products = s.features / s.degrees, width = s.features + W;
         // by channel and l, filled up to whole lanes; channels of other species stay zero
@@ -287,6 +287,7 @@ template <class T> class Block {
             const int channel = species * s.n_max * deep;
             for (int p = begin; p < end; p++) {
                 if ((p - begin) % W == 0) harmonics_with_gradients(p, scratch.harmonics.data());
+                if (!wanted(pairs.order[p])) continue;
                 radial_columns(p, deep, &scratch.value[channel], &scratch.slope[channel]);
                 contract(e, deep, scratch.harmonics.data() + (p - begin) % W, scratch.inner.data());
                 T along[3];
