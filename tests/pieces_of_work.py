@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 
 from gpmlp.core.errors import UserError
@@ -37,3 +38,8 @@ def fail(report, k):
 def die(report, k):
     """End this process."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def peak_memory_kB():
+    """The largest memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -378,6 +378,17 @@ def test_merging_is_associative_and_that_of_all_rows(sizes, columns, chunk, seed
     assert [f.count for f in (a, b, c)] == sizes
 
 
+@pytest.mark.parametrize("columns, block", [(11, 4), (12, 4), (11, 1), (11, 20)])
+def test_triangles_are_merged_by_blocks_of_columns(monkeypatch, columns, block):
+    monkeypatch.setattr(qr, "SLICE", block)
+    rows = random(60, columns + 1)
+    a, b = folded(rows[:25], 5), folded(rows[25:], 5)
+    found, kept = a.merge(b).factor(), (a.factor().clone(), b.factor().clone())
+    assert found.shape == (columns + 1, columns + 1) and torch.equal(found, found.triu())
+    assert (found.T @ found - rows.T @ rows).abs().max() <= 1e-12 * (rows.T @ rows).abs().max()
+    assert torch.equal(a.factor(), kept[0]) and torch.equal(b.factor(), kept[1])
+
+
 def test_few_rows_stay_as_they_are_when_merged():
     """In their order: leave-one-out of energies needs them."""
     rows = random(7, 11)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pieces_of_work
@@ -14,7 +18,10 @@ import torch
 from conftest import copper
 
 import gpmlp
+from gpmlp.cli.main import main
 from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
 from gpmlp.fitting import partitions, sparse_points, workers
 from gpmlp.fitting.partitions import Partitions
 from gpmlp.fitting.workers import RemoteWorkers, Workers, open_executor
@@ -22,6 +29,7 @@ from gpmlp.io import ase_atoms
 from gpmlp.recipe import Recipe
 
 distributed = pytest.importorskip("distributed")
+psutil = pytest.importorskip("psutil")  # comes with it
 
 SMALL = {"inducing": {"n": 12, "gradients": 1}, "descriptor": {"cutoff": 4.0, "n_max": 4, "l_max": 2}}
 WITH_NOVELTY = Recipe.model_validate(SMALL | {"kernel": {"zeta": 2}})
@@ -264,3 +272,111 @@ def test_executors_that_cannot_be_opened(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r"pip install 'gpmlp\[dask\]'"), open_executor(2):
         pass
+
+
+# the command line -----------------------------------------------------------------------------------------------------------
+
+QUICK = [
+    "--set",
+    "descriptor.cutoff=4",
+    "--set",
+    "descriptor.n_max=4",
+    "--set",
+    "inducing.n=12",
+    "--set",
+    "novelty=false",
+]
+
+
+def test_the_command_with_workers(train_file, tmp_path, capfd):
+    second = tmp_path / "second.xyz"  # files are read by the workers
+    ase_atoms.write_frames(second, [copper(seed) for seed in range(30, 34)])
+    for name, options in (("alone", []), ("two", ["--workers", "2"])):
+        assert main(["fit", str(train_file), str(second), *QUICK, *options, "-o", str(tmp_path / f"{name}.gpmlp")]) == 0
+        assert "wrote" in capfd.readouterr().out
+    structures, _ = gpmlp.read(train_file)
+    alone, two = (gpmlp.load(tmp_path / f"{name}.gpmlp")(structures, variance="forces") for name in ("alone", "two"))
+    assert torch.equal(alone.forces, two.forces)
+    assert torch.equal(alone.forces_variance.total, two.forces_variance.total)
+    second.write_text("3\n\nSi 0 0 0\n")
+    assert main(["fit", str(train_file), str(second), "--workers", "1", "-o", str(tmp_path / "no.gpmlp")]) == 2
+    assert "second.xyz: cannot be read" in capfd.readouterr().err
+    assert main(["fit", str(train_file), "--workers", "0", "-o", str(tmp_path / "no.gpmlp")]) == 2
+    assert "number of workers must be 1 or more" in capfd.readouterr().err
+    assert not (tmp_path / "no.gpmlp").exists()
+
+
+def running(group: int) -> list[int]:
+    """Processes of a group that have not ended."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def test_an_interrupted_fit_leaves_no_workers(train_file, tmp_path):
+    """Ctrl-C reaches all processes of a terminal: the command says so, its workers say nothing, and none is left."""
+    command = [sys.executable, "-m", "gpmlp", "fit", str(train_file), *QUICK, "--workers", "2", "-o", "m.gpmlp"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    lines = []
+    for line in process.stderr:  # the first stage is over, work is going on
+        lines.append(line)
+        if line.startswith("data:"):
+            break
+    before = running(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, "".join(lines) + rest
+    assert len(before) >= 3 and rest.endswith(
+        "interrupted; files that were complete are kept, others are as they were.\n"
+    )
+    assert "Traceback" not in rest and not (tmp_path / "m.gpmlp").exists()
+    for _ in range(100):
+        if not (left := running(process.pid)):
+            break
+        time.sleep(0.1)
+    assert left == []
+
+
+# many structures ------------------------------------------------------------------------------------------------------------
+
+
+def trimers(n: int) -> tuple[Structures, Targets]:
+    """Triangles of atoms at random, with the energies and forces of a Morse potential, in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    place = torch.tensor([[0.0, 0.0, 0.0], [2.4, 0.0, 0.0], [1.2, 2.1, 0.0]], dtype=torch.float64)
+    x = (place + 0.2 * torch.randn(n, 3, 3, generator=generator, dtype=torch.float64)).requires_grad_()
+    distances = torch.stack([(x[:, a] - x[:, b]).norm(dim=1) for a, b in ((0, 1), (0, 2), (1, 2))])
+    energies = ((1 - torch.exp(-1.2 * (distances - 2.4))).square() - 1).sum(0)
+    forces = -torch.autograd.grad(energies.sum(), x)[0]
+    never = torch.zeros(n, 3, dtype=torch.bool)
+    cells, owner = torch.zeros(n, 3, 3, dtype=torch.float64), torch.arange(n).repeat_interleave(3)
+    structures = Structures(x.detach().reshape(-1, 3), cells, never, torch.full((3 * n,), 14), owner)
+    known = {"energies": energies.detach(), "forces": forces.reshape(-1, 3)}
+    return structures, replace(Targets.unlabelled(structures), **known)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_structures():
+    """In nine partitions, by two processes, whose memory stays that of a small set; and the model is right."""
+    structures, targets = trimers(100_000)
+    choices = {"inducing": {"n": 60, "gradients": 0}, "descriptor": {"cutoff": 4.5, "n_max": 5, "l_max": 3}}
+    recipe = Recipe.model_validate(choices | {"kernel": {"zeta": 3}, "calibration": {"atoms": 60}})
+    assert partitions._number_of(structures.n_atoms, 60) == 9
+    told = []
+    with open_executor(2) as client:
+        found = gpmlp.fit(structures, targets, recipe, progress=lambda *report: told.append(report), executor=client)
+        peaks = [kB / 1e6 for kB in client.run(pieces_of_work.peak_memory_kB).values()]
+    potential, report = found
+    assert [note for name, *_, note in told if name == "covariances"][-1] == "9 of 9 partitions"
+    assert report.rows == {"energies": 100_000, "forces": 900_000}
+    others, known = trimers(100_200)
+    others, known = others.select(range(100_000, 100_200)), known.select(others, range(100_000, 100_200))
+    error = (potential(others).forces - known.forces).square().mean().sqrt()
+    assert error < 0.03 * known.forces.square().mean().sqrt()
+    assert max(peaks) < 1.2, peaks  # GB

@@ -106,7 +106,7 @@ def fit_command(
     """Fit a potential to energies, forces and stresses."""
     from gpmlp.cli import console
     from gpmlp.fitting.fit import fit
-    from gpmlp.fitting.workers import open_executor
+    from gpmlp.fitting.workers import open_executor, workers_of
     from gpmlp.io import archive, ase_atoms, provenance
     from gpmlp.io.files import check_apart, check_target
     from gpmlp.io.label_names import parse_keys
@@ -121,13 +121,16 @@ def fit_command(
         load_recipe(recipe, [*(settings or []), *(["robust=true"] if robust else [])]),
         parse_keys(keys or ""),
     )
-    with console.StageBars() as stages:
-        data = ase_atoms.read_labelled(files, keys=names, progress=stages)
-        validation = ase_atoms.read(valid, labelled=True, keys=names) if valid is not None else None
-    origin = provenance.file_provenance(training=files, validation=valid)
-    with open_executor(workers, dask) as executor, console.StageBars() as stages:
-        about = chosen, validation, stages, origin, data.findings
-        potential, report = fit(data.structures, data.targets, *about, executor)
+    with open_executor(workers, dask) as executor:
+        # several files are read by the workers
+        shared: dict[str, Any] = {"each": workers_of(executor).each} if executor is not None and len(files) > 1 else {}
+        with console.StageBars() as stages:
+            data = ase_atoms.read_labelled(files, keys=names, progress=stages, **shared)
+            validation = ase_atoms.read(valid, labelled=True, keys=names) if valid is not None else None
+        origin = provenance.file_provenance(training=files, validation=valid)
+        with console.StageBars() as stages:
+            about = chosen, validation, stages, origin, data.findings
+            potential, report = fit(data.structures, data.targets, *about, executor)
     console.print_findings(report.findings)
     for text in report.warnings[sum(finding.severity != "note" for finding in report.findings) :]:
         warnings.warn(text, DataWarning, stacklevel=1)

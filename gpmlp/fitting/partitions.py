@@ -14,7 +14,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.fitting.workers import Report, Workers, silent
 
 PARTITION_ATOMS = 1 << 15  # of a partition, about: less, and merging costs as much as what is merged
-PARTITIONS = 256  # at most: each sends a triangular factor
+PARTITIONS = 2048  # at most: each sends a triangular factor
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,6 +70,10 @@ class Workers:
         """[work(report, *piece) for piece in pieces]."""
         return [self.result(promise) for promise in self._begin(work, pieces, report)]
 
+    def each(self, function: Callable, pieces: Sequence[tuple]) -> list[Any]:
+        """[function(*piece) for piece in pieces]."""
+        return self.map(_call, [(function, *piece) for piece in pieces])
+
     def reduce(self, work: Callable, merge: Callable, pieces: Sequence[tuple], report: Report = silent) -> Any:
         """What work(report, *piece) gives for each piece, merged with its neighbours: merge(merge(a, b), merge(c, d)) of four."""
         promises = self._begin(work, pieces, report)
@@ -172,6 +176,10 @@ def workers_of(executor: Executor | None, device: str = "cpu") -> Workers:
 
 def _same(value: Any) -> Any:
     return value
+
+
+def _call(report: Report, function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _versions() -> dict[str, str]:

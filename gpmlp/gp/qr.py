@@ -184,6 +184,19 @@ def _downdate(upper: Tensor, rows: Tensor, width: int) -> None:
     a2.copy_(c @ (a2 - p.T @ torch.linalg.solve_triangular(g, r2, upper=True)))
 
 
+def _merge_triangles(upper: Tensor, other: Tensor) -> Tensor:
+    """Triangular factor of [R; R'], both square, by blocks of columns that leave zeros alone: a fifth of a QR's operations. In place."""
+    for start in range(0, len(upper), SLICE):
+        stop = min(start + SLICE, len(upper))
+        rows = torch.cat([upper[start:stop, start:], other[:stop, start:]])
+        panel, tau = torch.geqrf(rows[:, : stop - start])
+        upper[start:stop, start:stop] = panel[: stop - start].triu()
+        if stop < len(upper):
+            rest = torch.ormqr(panel, tau, rows[:, stop - start :], transpose=True)
+            upper[start:stop, stop:], other[:stop, stop:] = rest[: stop - start], rest[stop - start :]
+    return upper
+
+
 class RowFactor:
     """The triangular factor R, RᵀR = AᵀA, of rows A = [K_ou | y] added so far (tall-skinny QR, Golub & Van Loan 5.2).
 
@@ -210,9 +223,12 @@ class RowFactor:
     def merge(self, later: RowFactor) -> RowFactor:
         """The factor of the rows of both, later ones behind; neither is changed."""
         both = RowFactor(self.columns, self._buffer_rows)
-        both._parts = [part for part in (self.factor(), later.factor()) if len(part)]
+        first, second = self.factor(), later.factor()
         both.count = self.count + later.count
-        if both._parts:
+        both._parts = [part for part in (first, second) if len(part)]
+        if min(self.count, later.count) > self.columns + 1:  # both are triangles
+            both._parts = [_merge_triangles(first.clone(), second.clone())]
+        elif both._parts:
             both._compress()
         return both
 

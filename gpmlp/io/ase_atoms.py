@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +80,32 @@ def read(
 
 
 def read_labelled(
-    path: Paths, index: str | int | slice = ":", keys: Keys | None = None, progress: Progress | None = None
+    path: Paths,
+    index: str | int | slice = ":",
+    keys: Keys | None = None,
+    progress: Progress | None = None,
+    each: Callable[[Callable, Sequence[tuple]], Iterable] = starmap,
 ) -> LabelledData:
-    """Read structures and labels, and everything that was found on the way; see `read`, nothing is warned of."""
-    structures, targets, findings = [], [], []
-    for file in structure_files.read_files(path, index, progress):
-        data = from_frames(file.frames, file.names, str(file.path), keys)
-        structures.append(data.structures)
-        targets.append(data.targets)
-        findings += [*file.findings, *data.findings]
-    if len(structures) == 1:
-        return LabelledData(structures[0], targets[0], tuple(findings))
-    return LabelledData(Structures.concatenate(structures), Targets.concatenate(targets), tuple(findings))
+    """Read structures and labels, and everything that was found on the way; see `read`, nothing is warned of.
+
+    Args:
+        each: calls a function with each file and what messages call it; by default one after the other.
+    """
+    here, files = each is starmap, structure_files.called_files(path)
+    read_file = partial(_read_file, index, keys, progress if here else None)
+    parts = list(each(read_file, files if here else [(path.absolute(), called) for path, called in files]))
+    if len(parts) == 1:
+        return parts[0]
+    structures, targets = Structures.concatenate([d.structures for d in parts]), [d.targets for d in parts]
+    return LabelledData(structures, Targets.concatenate(targets), tuple(f for d in parts for f in d.findings))
+
+
+def _read_file(
+    index: str | int | slice, keys: Keys | None, progress: Progress | None, path: Path, called: str
+) -> LabelledData:
+    file = structure_files.read_file(path, index, progress, called)
+    data = from_frames(file.frames, file.names, str(file.path), keys)
+    return replace(data, findings=(*file.findings, *data.findings))
 
 
 def read_frames(path: str | os.PathLike[str], index: str | int | slice = ":") -> tuple[list[Atoms], list[int]]:

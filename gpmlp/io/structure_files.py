@@ -121,12 +121,11 @@ def check_source(path: Path) -> None:
         raise UserError(f"{path}: is a model file by its name; give a file of structures, as train.xyz.")
 
 
-def read_files(paths: Paths, index: str | int | slice = ":", progress: Progress | None = None) -> Iterator[FileFrames]:
-    """Read frames of each of the files that paths and patterns name; see read_file."""
+def called_files(paths: Paths) -> list[tuple[Path, str]]:
+    """The files that paths and patterns name, and what messages call each."""
     files = find_files(paths)
     names = [path.name for path in files]
-    for path in files:
-        yield read_file(path, index, progress, str(path) if names.count(path.name) > 1 else path.name)
+    return [(path, str(path) if names.count(path.name) > 1 else path.name) for path in files]
 
 
 def read_file(
