@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
@@ -137,9 +137,8 @@ class RemoteWorkers(Workers):
             self._tell()
             return promise.result()
         except BaseException as error:
-            for other in list(self.open):
-                with suppress(Exception):  # of a scheduler that is gone
-                    other.cancel()
+            for other in () if self.takes_promises else list(self.open):  # a Client forgets what nobody refers to
+                other.cancel()
             raise _in_words(error) from error
 
     def _begin(self, work: Callable, pieces: Sequence[tuple], report: Report) -> Iterator[Any]:
