@@ -237,11 +237,12 @@ def test_workers(bursts, tmp_path):
 
 def test_engines_take_turns(folder):
     """Of 8 atoms; what is not installed is left out, ASE is there."""
-    options = ["--work", folder, "--json", folder / "engines.json", "--cells", 1, "--columns", COLUMNS]
-    command = [sys.executable, "tests/benchmarks/engines.py", *options, "--rounds", 2, "--seconds", 0.01]
+    options = ["--work", folder, "--json", folder / "engines.json", "--cells", 1, "--columns", COLUMNS, "--rounds", 2]
+    options += ["--seconds", 0.01, "--engines", "fix_external", "openmm"]  # the others compile for minutes
+    command = [sys.executable, "tests/benchmarks/engines.py", *options]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((folder / "engines.json").read_text())
-    assert found["ASE"]["ratio"] == {"low": 1, "median": 1, "high": 1} and "8 atoms" in done.stdout
+    assert found["ase"]["ratio"] == {"low": 1, "median": 1, "high": 1} and "8 atoms" in done.stdout
     assert all(0 < one["us"][0] <= one["us"][1] and 0 < one["ratio"]["median"] for one in found.values())
-    assert all(name in done.stdout for name in ("LAMMPS, fix external", "OpenMM, PythonForce"))
+    assert all(name in done.stdout for name in ("fix_external", "openmm"))

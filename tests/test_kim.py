@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
@@ -104,6 +103,17 @@ def test_sentences_in_the_log(collections):
         Atoms("Ni2", [[0, 0, 0], [0, 0, 2.4]], calculator=KIM("copper")).get_potential_energy()
 
 
+def write_data(path: Path, atoms: Atoms, elements: list[str], length: float) -> None:
+    """A data file of LAMMPS with all digits, of a cell that is lower triangular."""
+    (lx, _, _), (xy, ly, _), (xz, yz, lz) = (atoms.cell.array / length).tolist()
+    head = [f"{len(atoms)} atoms", f"{len(elements)} atom types", f"{xy!r} {xz!r} {yz!r} xy xz yz"]
+    head += [f"0 {edge!r} {axis}lo {axis}hi" for axis, edge in zip("xyz", (lx, ly, lz), strict=True)]
+    masses = [f"{k} {Atoms(s).get_masses()[0]}" for k, s in enumerate(elements, 1)]
+    placed = zip(atoms.symbols, (atoms.positions / length).tolist(), strict=True)
+    rows = [f"{i} {elements.index(s) + 1} {x!r} {y!r} {z!r}" for i, (s, (x, y, z)) in enumerate(placed, 1)]
+    path.write_text("\n".join(["of a test", "", *head, "", "Masses", "", *masses, "", "Atoms", "", *rows, ""]))
+
+
 def run_lammps(folder: Path, style: str, ranks: int, commands: str) -> np.ndarray:
     """A row for each atom, in the order of IDs, of what the last dump has."""
     ids = "dump d all custom 1 dump.out id c_pe fx fy fz c_st[1] c_st[2] c_st[3] c_st[4] c_st[5] c_st[6] x y z\n"
@@ -115,7 +125,7 @@ def run_lammps(folder: Path, style: str, ranks: int, commands: str) -> np.ndarra
         compute pe all pe/atom
         compute st all stress/atom NULL virial
         {ids}
-        dump_modify d sort id format float %20.15g
+        dump_modify d sort id format float %24.17g
         {commands}
     """
     (folder / "in.lammps").write_text(text.replace("        ", ""))
@@ -135,15 +145,13 @@ def run_lammps(folder: Path, style: str, ranks: int, commands: str) -> np.ndarra
 def test_lammps_has_energies_and_virials_of_atoms(collections, style):
     """In its units, of a triclinic cell."""
     atoms, (energy, length, pressure) = mixed_atoms("triclinic"), UNITS[style]
-    ase.io.write(
-        collections / f"data.{style}", atoms, format="lammps-data", specorder=["C", "H", "O"], masses=True, units=style
-    )
+    write_data(collections / f"data.{style}", atoms, ["C", "H", "O"], length)
     rows = run_lammps(collections, style, 1, "run 0")
     wanted = mixed_potential()(structures_from_ase([atoms]), atom_virials=True)
     local = wanted.atom_energies.numpy()
-    near = {"rtol": ANGLES, "atol": 2e-6}  # data files have digits, and LAMMPS its own constants
-    np.testing.assert_allclose(rows[:, 0] * energy, local, **near)
-    np.testing.assert_allclose(rows[:, 1:4] * energy / length, wanted.forces.numpy(), rtol=1e-5, atol=2e-5)
+    digits = 1e-10 if style == "metal" else 1e-5  # elsewhere KIM and LAMMPS have constants of their own
+    np.testing.assert_allclose(rows[:, 0] * energy, local, rtol=1e-13 if style == "metal" else ANGLES, atol=1e-10)
+    np.testing.assert_allclose(rows[:, 1:4] * energy / length, wanted.forces.numpy(), rtol=digits, atol=digits)
     virials = wanted.atom_virials.numpy()[:, [0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]]
     np.testing.assert_allclose(rows[:, 4:10] * pressure * length**3, virials, rtol=1e-5, atol=2e-4)
 
@@ -154,10 +162,10 @@ def test_lammps_has_energies_and_virials_of_atoms(collections, style):
 def test_ranks_do_not_matter(collections):
     """Steps at constant pressure on one rank and on two."""
     atoms = mixed_atoms("triclinic")
-    ase.io.write(collections / "data.metal", atoms, format="lammps-data", specorder=["C", "H", "O"], masses=True)
+    write_data(collections / "data.metal", atoms, ["C", "H", "O"], 1.0)
     commands = "velocity all create 300 1 loop geom\nfix 1 all npt temp 300 300 0.1 tri 0 0 1\ntimestep 2e-4\nrun 20"
     one, two = (run_lammps(collections, "metal", ranks, commands) for ranks in (1, 2))
-    np.testing.assert_allclose(two[:, :10], one[:, :10], rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(two[:, :10], one[:, :10], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["my-model", "3d", "modèle", DRIVER])

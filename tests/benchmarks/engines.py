@@ -1,18 +1,22 @@
 """Steps of dynamics in several engines, each in turn with ASE's: rattled diamond at constant energy, one core.
 
-python tests/benchmarks/engines.py --work ../benchmark [--cells 4] [--columns 1000] [--zeta 2]
+python tests/benchmarks/engines.py --work ../benchmark [--cells 4] [--columns 1000] [--zeta 2] [--engines ase kim ...]
 
 Prints microseconds an atom and step, least and median, and how many times as long as in ASE (quartiles of the rounds). An engine that
-is not installed is left out.
+is not installed is left out. LAMMPS with the plugin and with KIM are programs of their own, whose loop time is taken.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import ase.io
 import bursts
 import common
 import numpy as np
@@ -22,23 +26,28 @@ from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
 
 from gpmlp.core.errors import UserError
+from gpmlp.engines import kim
 from gpmlp.engines.ase import GPCalculator
+from gpmlp.engines.lammps import build_plugin, find_lammps
 from gpmlp.engines.lammps_external import ExternalPotential, open_lammps
+from gpmlp.io.export import export_model
 from gpmlp.potential.potential import Potential
 
 STEPS = 10  # of a call
+LOOP = 50  # steps of a LAMMPS that is started for each burst
+DEBIAN = Path("/usr/bin/lmp")  # has the package KIM
 TEMPERATURE = 600.0  # K
 
-Engine = Callable[[Potential, Atoms], Callable[[], object]]
+Engine = Callable[[Potential, Atoms, Path], bursts.Burst]
 
 
-def ase(potential: Potential, atoms: Atoms) -> Callable[[], object]:
+def in_ase(potential: Potential, atoms: Atoms, work: Path) -> bursts.Burst:
     atoms.calc = GPCalculator(potential)
     dynamics = VelocityVerlet(atoms, units.fs)
-    return lambda: dynamics.run(STEPS)
+    return bursts.of(lambda: dynamics.run(STEPS))
 
 
-def fix_external(potential: Potential, atoms: Atoms) -> Callable[[], object]:
+def fix_external(potential: Potential, atoms: Atoms, work: Path) -> bursts.Burst:
     lmp = open_lammps("-log", "none", "-screen", "none")
     lx, ly, lz = atoms.cell.lengths()
     lmp.commands_string(f"""
@@ -56,10 +65,49 @@ def fix_external(potential: Potential, atoms: Atoms) -> Callable[[], object]:
     lmp.create_atoms(n, range(1, n + 1), [1] * n, positions.ravel().tolist(), velocities.ravel().tolist())
     ExternalPotential(lmp, potential, [atoms.symbols[0]])
     lmp.command("run 0 post no")
-    return lambda: lmp.command(f"run {STEPS} pre no post no")
+    return bursts.of(lambda: lmp.command(f"run {STEPS} pre no post no"))
 
 
-def openmm(potential: Potential, atoms: Atoms) -> Callable[[], object]:
+def plugin(potential: Potential, atoms: Atoms, work: Path) -> bursts.Burst:
+    lammps, made = find_lammps(), (work / "gpmlp_plugin.so").resolve()
+    if not made.exists():
+        build_plugin(lammps.executable, made)
+    export_model(potential, work / "model.export")
+    commands = f"pair_style gpmlp\npair_coeff * * model.export {atoms.symbols[0]}"
+    before = f"plugin load {made}\nunits metal"
+    return started(lammps.executable, lammps.environment, before, commands, atoms, work)
+
+
+def by_kim(potential: Potential, atoms: Atoms, work: Path) -> bursts.Burst:
+    folders = {f"KIM_API_{kind}_DIR": work / kind for kind in ("MODEL_DRIVERS", "PORTABLE_MODELS", "SIMULATOR_MODELS")}
+    environment = {name: str(folder.resolve()) for name, folder in folders.items()}
+    for folder in folders.values():
+        folder.mkdir(exist_ok=True)
+    command = kim.export_kim(potential, work / "benchmark").replace(" user ", " environment ").split()
+    subprocess.run(command, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL)
+    commands = f"kim interactions {atoms.symbols[0]}"
+    return started(DEBIAN, environment, "kim init benchmark metal", commands, atoms, work)
+
+
+def started(
+    executable: Path, environment: dict[str, str], before: str, after: str, atoms: Atoms, work: Path
+) -> bursts.Burst:
+    """Commands before and after the atoms are there; each burst is a run of a new process."""
+    ase.io.write(work / "atoms.data", atoms, format="lammps-data", masses=True, velocities=True)
+    script = work / f"in.{executable.parent.name}"
+    script.write_text(f"{before}\nread_data atoms.data\n{after}\nfix 1 all nve\ntimestep 0.001\nrun 0\nrun {LOOP}\n")
+    command, environment = [executable, "-in", script.name, "-log", "none"], environment | {"OMP_NUM_THREADS": "1"}
+
+    def run(_: float) -> list[float]:
+        done = subprocess.run(
+            command, cwd=work, env=os.environ | environment, check=True, stdout=subprocess.PIPE, text=True
+        )
+        return [float(re.findall(r"Loop time of (\S+)", done.stdout)[-1]) * STEPS / LOOP]
+
+    return run
+
+
+def openmm(potential: Potential, atoms: Atoms, work: Path) -> bursts.Burst:
     import openmm as mm
 
     atoms.calc, ev = GPCalculator(potential), units.mol / units.kJ
@@ -76,10 +124,16 @@ def openmm(potential: Potential, atoms: Atoms) -> Callable[[], object]:
     context = mm.Context(system, mm.VerletIntegrator(0.001), mm.Platform.getPlatform("Reference"))
     context.setPositions(0.1 * atoms.positions)
     context.setVelocitiesToTemperature(TEMPERATURE, 1)
-    return lambda: context.getIntegrator().step(STEPS)
+    return bursts.of(lambda: context.getIntegrator().step(STEPS))
 
 
-ENGINES: dict[str, Engine] = {"ASE": ase, "LAMMPS, fix external": fix_external, "OpenMM, PythonForce": openmm}
+ENGINES: dict[str, Engine] = {
+    "ase": in_ase,
+    "plugin": plugin,
+    "kim": by_kim,
+    "fix_external": fix_external,
+    "openmm": openmm,
+}
 
 
 def warm(cells: int) -> Atoms:
@@ -96,21 +150,22 @@ def main() -> None:
     for name, default in {"cells": 4, "columns": 1000, "zeta": 2, "rounds": 12}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each engine in a round")
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     potential = speed_cases.silicon_case(options.cells, options.columns, options.work).potential(options.zeta)
     runs, atoms = {}, warm(options.cells)
     with bursts.pinned(bursts.cores()[0]):
-        for name, engine in ENGINES.items():
+        for name in ["ase", *(name for name in options.engines if name != "ase")]:
             try:
-                runs[name] = bursts.of(engine(potential, atoms.copy()))
-            except (ImportError, UserError) as error:
+                runs[name] = ENGINES[name](potential, atoms.copy(), options.work)
+            except (ImportError, OSError, UserError) as error:
                 print(f"{name} is left out: {error}")
         times = bursts.in_turn(runs, options.rounds, options.seconds)
     per_step = 1e6 / STEPS / len(atoms)
     found = {
-        name: {"us": [per_step * t.least, per_step * t.median], "ratio": vars(t.over(times["ASE"]))}
+        name: {"us": [per_step * t.least, per_step * t.median], "ratio": vars(t.over(times["ase"]))}
         for name, t in times.items()
     }
     rows = [[name, *(f"{v:.1f}" for v in one["us"]), str(bursts.Spread(**one["ratio"]))] for name, one in found.items()]
