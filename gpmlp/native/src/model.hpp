@@ -17,6 +17,7 @@
 namespace gpmlp {
 
 constexpr int64_t ROWS = 60, MANY_ROWS = 240; // environments of a block, where features are few or many: then matrices are large
+constexpr int64_t FEW_ROWS = 30;              // where variances are wanted, whose rows are as long as there are columns
 constexpr int64_t LEAST_ROWS = 12;            // that are worth another thread
 constexpr int MANY_FEATURES = 512;
 
@@ -154,6 +155,7 @@ template <class T> class SpectrumTerm : public Term {
 
 class Model : public Object {
     Baselines baselines;
+    int places[LARGEST_Z + 1]; // of atomic numbers
 
   public:
     const std::vector<int64_t> species; // atomic numbers, in the order of their places
@@ -164,7 +166,11 @@ class Model : public Object {
     std::shared_ptr<const Object> posterior;      // of force_variance.hpp, if it has one
     Calibration calibration;
 
-    Model(std::vector<int64_t> species, Baselines baselines) : baselines(std::move(baselines)), species(std::move(species)) {}
+    Model(std::vector<int64_t> of_species, Baselines baselines) : baselines(std::move(baselines)), species(std::move(of_species)) {
+        std::fill_n(places, LARGEST_Z + 1, -1);
+        for (std::size_t k = species.size(); k--;)
+            if (species[k] >= 0 && species[k] <= LARGEST_Z) places[species[k]] = int(k);
+    }
 
     // Largest of the terms and baselines, A.
     double cutoff() const {
@@ -173,11 +179,8 @@ class Model : public Object {
         return out;
     }
 
-    int place_of(int64_t z) const {
-        for (std::size_t k = 0; k < species.size(); k++)
-            if (species[k] == z) return int(k);
-        return -1;
-    }
+    // Of an atomic number among the species of the model, -1 if it is none of them.
+    int place_of(int64_t z) const { return z < 0 || z > LARGEST_Z ? -1 : places[z]; }
 
     bool knows(const Wanted &to) const { return (variances.size() || !(to.variance || to.sigma)) && (clusters.size() || !to.novelty); }
 
@@ -253,10 +256,10 @@ class Model : public Object {
         for (std::size_t k = 0; k < species.size(); k++) ends[k + 1] += ends[k];
         std::vector<int64_t> at(ends.begin(), ends.end() - 1);
         for (int64_t e = 0; e < given.n; e++) order[at[place_of(given.species[e])]++] = e;
+        const bool errors = to.variance || to.sigma, far = to.novelty || (to.sigma && clusters.size() && calibration.typical_novelty > 0);
         int widest = 1;
         for (const auto &term : terms) widest = std::max(widest, term->features());
-        const int64_t most = widest < MANY_FEATURES ? ROWS : MANY_ROWS;
-        const bool errors = to.variance || to.sigma, far = to.novelty || (to.sigma && clusters.size() && calibration.typical_novelty > 0);
+        const int64_t most = widest < MANY_FEATURES ? (errors ? FEW_ROWS : ROWS) : (errors ? ROWS : MANY_ROWS);
         for (std::size_t k = 0; k < species.size(); k++) {
             const int64_t count = ends[k + 1] - ends[k], rounds = (count + most * threads - 1) / (most * threads);
             const int64_t rows = std::max(LEAST_ROWS, (count + rounds * threads - 1) / std::max<int64_t>(1, rounds * threads));
