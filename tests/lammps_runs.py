@@ -22,6 +22,7 @@ from gpmlp.io.export import export_model
 from gpmlp.potential.potential import Potential
 
 BAR = 1 / 1.6021765e6  # in eV/A^3, as LAMMPS has it
+MVV2E = 1.0364269e-4  # amu A^2/ps^2 in eV, the same
 VOIGT = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # LAMMPS's order
 
 
@@ -53,10 +54,10 @@ def plugin() -> Path:
         raise
 
 
-def run(script: str, folder: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """An input script, in a folder; the plugin is loaded before."""
+def run(script: str, folder: Path, ranks: int = 1, load: bool = True) -> subprocess.CompletedProcess[str]:
+    """An input script, in a folder; the plugin is loaded before if `load`."""
     file = folder / "in.lammps"
-    file.write_text(f"plugin load {plugin()}\n{script}")
+    file.write_text(f"plugin load {plugin()}\n{script}" if load else script)
     command = [str(lammps().executable), "-in", str(file), "-log", "none", "-nocite"]
     if ranks > 1:
         launcher = next(p / "bin/mpiexec" for p in lammps().executable.parents if (p / "bin/mpiexec").is_file())

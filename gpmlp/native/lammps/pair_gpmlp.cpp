@@ -113,7 +113,7 @@ void PairGPMLP::init_style() {
     const double *lj = force->special_lj;
     if (atom->molecular != Atom::ATOMIC && !(lj[1] == 1 && lj[2] == 1 && lj[3] == 1))
         error->all(FLERR, "pair_style gpmlp sees bonded neighbours as others: it needs special_bonds lj/coul 1.0 1.0 1.0");
-    if (neighbor->exclude && comm->me == 0)
+    if ((neighbor->nex_type || neighbor->nex_group || neighbor->nex_mol) && comm->me == 0)
         error->warning(FLERR, "pair_style gpmlp does not see the pairs that neigh_modify exclude leaves out: energies and forces of "
                               "atoms near them are not those of the model");
     neighbor->add_request(this, NeighConst::REQ_FULL);

@@ -43,9 +43,9 @@ struct lammpsplugin_t {
     void *handle;
 };
 
-extern const char gpmlp_plugin_made_for[] __attribute__((visibility("default")));
-const char gpmlp_plugin_made_for[] =
-    "gpmlp plugin for LAMMPS " GPMLP_LAMMPS_VERSION " (" GPMLP_LAMMPS_COMMIT "), " GPMLP_MPI ", " GPMLP_SIZES;
+// whom it is made for, as the file says; not constants, which would be compiled away
+__attribute__((visibility("default"))) char gpmlp_plugin_version[] = GPMLP_LAMMPS_VERSION, gpmlp_plugin_commit[] = GPMLP_LAMMPS_COMMIT,
+                                            gpmlp_plugin_abi[] = GPMLP_MPI ", " GPMLP_SIZES;
 }
 
 // with std::string among its arguments: the name is another where that is another type
@@ -68,8 +68,8 @@ static std::string mismatch(void *lmp) {
     if (!lammps_extract_global || !lammps_extract_setting)
         return "a LAMMPS without its C library (build LAMMPS with -D BUILD_SHARED_LIBS=on)";
     const auto *version = static_cast<const char *>(lammps_extract_global(lmp, "lammps_version"));
-    if (!version || std::strcmp(version, GPMLP_LAMMPS_VERSION)) return std::string("LAMMPS ") + (version ? version : "of unknown version");
-    const std::string commit = GPMLP_LAMMPS_COMMIT, running = LAMMPS_NS::LAMMPS::git_descriptor();
+    if (!version || std::strcmp(version, gpmlp_plugin_version)) return std::string("LAMMPS ") + (version ? version : "of unknown version");
+    const std::string commit = gpmlp_plugin_commit, running = LAMMPS_NS::LAMMPS::git_descriptor();
     if (!commit.empty() && running != commit) return std::string("LAMMPS ") + version + " (" + running + ")";
     if (!LAMMPS_NS::utils::get_potential_file_path) return "a LAMMPS that was compiled with another std::string";
     for (const auto &type : {std::make_pair("tagint", sizeof(LAMMPS_NS::tagint)), {"bigint", sizeof(LAMMPS_NS::bigint)},
@@ -89,14 +89,15 @@ static void *make_pair(void *lmp) { return new LAMMPS_NS::PairGPMLP(static_cast<
 extern "C" __attribute__((visibility("default"))) void lammpsplugin_init(void *lmp, void *handle, void *registration) {
     const std::string other = mismatch(lmp);
     if (!other.empty()) {
-        const std::string sentence = std::string("this is a ") + gpmlp_plugin_made_for + ", and cannot be loaded by " + other +
-                                     ": build it for this LAMMPS by: gpmlp lammps build --lammps PATH";
+        const std::string sentence = std::string("this plugin of gpmlp is for LAMMPS ") + gpmlp_plugin_version + " (" +
+                                     gpmlp_plugin_commit + "; " + gpmlp_plugin_abi + ") and cannot be loaded by " + other +
+                                     ": build one for this LAMMPS by: gpmlp lammps build --lammps PATH";
         if (lammps_error)
             lammps_error(lmp, 2, sentence.c_str()); // of all processes
         else
             std::fprintf(stderr, "ERROR: %s\n", sentence.c_str());
         return;
     }
-    lammpsplugin_t plugin{GPMLP_LAMMPS_VERSION, "pair", "gpmlp", "potentials of gpmlp with uncertainties", "gpmlp", make_pair, handle};
+    lammpsplugin_t plugin{gpmlp_plugin_version, "pair", "gpmlp", "potentials of gpmlp with uncertainties", "gpmlp", make_pair, handle};
     reinterpret_cast<void (*)(lammpsplugin_t *, void *)>(registration)(&plugin, lmp);
 }
