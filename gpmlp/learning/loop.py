@@ -235,12 +235,19 @@ class _Run:
     def _advanced(self, i: int, predict: walker.PredictFunction | None = None) -> WalkerSnapshot:
         """Where a walker is after a stride, or where it stopped in it."""
         trigger, dynamics = self.recipe.trigger, self.recipe.dynamics
-        state = self.progress.walkers[i]
-        stride = min(state.steps_to_full_variance(trigger), dynamics.steps - state.walker.step)
-        return walker.advance_walker(
-            self.snapshots[i], self.potential, self._decide(i), dynamics, self.timestep_fs, stride, trigger.watch,
-            self.recipe.explore.bias, predict, trigger.local_energy is not None,
-        )  # fmt: skip
+        stride = min(trigger.every, dynamics.steps - self.progress.walkers[i].walker.step)
+
+        def advance(start: WalkerSnapshot, decide: walker.DecideFunction, steps: int) -> WalkerSnapshot:
+            return walker.advance_walker(
+                start, self.potential, decide, dynamics, self.timestep_fs, steps, trigger.watch,
+                self.recipe.explore.bias, predict, trigger.local_energy is not None,
+            )  # fmt: skip
+
+        decide = self._decide(i)
+        snapshot = advance(self.snapshots[i], decide, stride)
+        if snapshot.decision.action != "label":
+            return snapshot
+        return walker.look_ahead(advance, snapshot, decide, trigger.every)
 
     def _is_active(self, state: WalkerState) -> bool:
         return state.pending is None and state.walker.step < self.recipe.dynamics.steps
@@ -326,8 +333,10 @@ class _Run:
         if decision.action == "continue":
             self.snapshots[i] = snapshot
         else:
+            worst = snapshot.worst or snapshot
+            decision = worst.decision
             self.files.log_event(
-                "ask", walker=i, step=snapshot.walker.step, action=decision.action, reason=decision.reason,
+                "ask", walker=i, step=worst.walker.step, action=decision.action, reason=decision.reason,
                 severity=decision.severity, force_limit=self.limits.force, atoms=list(decision.atoms),
                 cause=" and ".join(decision.causes), probability=self.limits.probability,
                 spread=self.limits.spread,
@@ -340,10 +349,11 @@ class _Run:
     def _settle(self, i: int) -> Iterator[LoopState]:
         """Get the label that a walker waits for, learn it, and let the walker go on from where it is."""
         state = self.progress.walkers[i]
+        labelled = state.requested
         request, self.reason, cause = self._request_of(state), state.reason, state.cause
         key = self.requests.key(request.structure)
         yield self._state("labelling")
-        step = state.requested.step
+        step = labelled.step
         notes = {"walker": i, "step": step, "time_fs": step * self.timestep_fs}
         learned = key in self.progress.labels
         entry = None if learned else self.requests.collect(request, self.reason, notes, self.potential)
@@ -364,7 +374,7 @@ class _Run:
                 self.model.online.prequential[-1], calibration, self.recipe.trigger.probability
             )
             self._model_changed(self.reason, key=key, walker=i, step=step, foreseen=errors, cause=cause)
-        snapshot = self.snapshots[i]
+        snapshot = self._snapshot(i, labelled)
         severity = trigger_decision(snapshot.prediction, snapshot.structure, self.limits).severity
         state = replace(self.progress.walkers[i], label_severity=severity)
         self.progress = self.progress.with_walker(i, state)
@@ -420,7 +430,7 @@ class _Run:
             )
             self.progress = replace(self.progress, history=self.progress.history.append(record))
             self.files.log_event("look", **record.to_json())
-        if snapshot.decision.action != "halt":
+        if snapshot.decision.action == "continue":
             self.progress = self.files.write_frame(self.progress, snapshot, self.recipe.thin, self.timestep_fs)
 
     def _judge(self) -> None:

@@ -109,14 +109,14 @@ class OnlineModel:
 
 
 def error_over_median(predicted: PrequentialPrediction, calibration: Calibration) -> float:
-    """log(e/b): e the largest force error of a label, b = t with P(e > t) = 1/2 of its prediction (triggers.force_error_bound); NaN where
-    there is no error."""
+    """log(e/b): e the largest force error of a label, b = t with P(e > t) = 1/2 if standard deviations are right
+    (triggers.force_error_bound); NaN where there is no error."""
     prediction = calibrate_prediction(predicted.prediction, predicted.structures, calibration)
     norm = (prediction.forces - predicted.targets.forces).norm(dim=1)
     labelled, covariance = norm.isfinite(), prediction.forces_covariance
     if covariance is None or not labelled.any():
         return math.nan
-    median, largest = force_error_bound(covariance.total[labelled], 0.5), float(norm[labelled].max())
+    median, largest = force_error_bound(covariance.total[labelled], 0.5, common=0.0), float(norm[labelled].max())
     return math.log(largest / median) if largest > 0 < median < math.inf else math.nan
 
 

@@ -102,7 +102,7 @@ class TriggerRecipe(RecipeSection):
     share: Positive = 0.15
     noise: Positive = 1.2
     probability: Share = 0.02
-    likely: Share = 0.7
+    likely: Share = 0.5
     local_energy: Positive | None = None
     novelty: Positive | None = 3.0
     halt: Annotated[float, Field(gt=1)] = 4.0

@@ -9,6 +9,7 @@ from typing import Literal
 import ase.data
 import numpy as np
 import torch
+from numpy.polynomial.hermite_e import hermegauss
 from scipy.optimize import brentq
 from scipy.special import gammaincc
 from torch import Tensor
@@ -24,7 +25,10 @@ from gpmlp.uncertainty.calibration import Calibration
 Action = Literal["continue", "label", "halt"]
 SURE = 1e-30  # eV^2/A^2; no force varies by less, unless symmetry makes it zero
 NAMED = 10  # atoms that a decision names at most
-HORIZON = 1000  # latest steps of all walkers, of which a share may be missed: of steps long ago another model knew less
+HORIZON = 1000  # latest steps of all walkers that say how many will be missed: of steps long ago another model knew less
+# errors of a frame are larger or smaller together than they are foreseen: standard deviation of the logarithm of that factor
+COMMON = 0.3
+NODES, WEIGHTS = hermegauss(7)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class TriggerDecision:
         atoms: those for whose sake, most important first.
         reason: in words, with numbers; causes: of 'force', 'local energy', 'novelty', 'guard'.
         severity: the largest ratio to a limit; below 1 where the run goes on, unless a label was withheld.
+        exceedance: probability that the error of some force is beyond its limit (`frame_exceedance`); NaN = unknown.
     """
 
     action: Action
@@ -42,6 +47,7 @@ class TriggerDecision:
     reason: str = ""
     severity: float = 0.0
     causes: tuple[str, ...] = ()
+    exceedance: float = np.nan
 
     def withheld(self) -> TriggerDecision:
         """The same where no label may be asked for: the run goes on, with the severity as it is."""
@@ -91,7 +97,7 @@ class StepContext:
     pairs: Neighbors | None = None
 
 
-def exceedance_probability(trace: np.ndarray, freedom: np.ndarray, tolerance: float) -> np.ndarray:
+def exceedance_probability(trace: np.ndarray, freedom: np.ndarray, tolerance: float | np.ndarray) -> np.ndarray:
     """P_i = P(χ²_n > n t² / tr C_i), (atoms,): the probability that the error of the force on each atom is longer than t (eV/A).
 
     For a normal error with covariance C the squared norm is nearly χ² of n = (tr C)² / tr C² degrees of freedom times tr C / n
@@ -110,35 +116,41 @@ def covariance_moments(forces_covariance: Tensor) -> tuple[np.ndarray, np.ndarra
     return trace, (trace**2 / squares).clip(1.0, 3.0)
 
 
-def frame_exceedance(forces_covariance: Tensor, tolerance: float) -> float:
-    """1 - Π_i (1 - P_i(t)): the probability that some atom's force error is longer than t (eV/A), if these are independent."""
+def frame_exceedance(forces_covariance: Tensor, tolerance: float, common: float = COMMON) -> float:
+    """E_f[1 - Π_i (1 - P_i(t / f))], the probability that some atom's force error is longer than t (eV/A).
+
+    Errors of a frame share a factor f, ln f ~ N(0, common²), as the size of standard deviations is known no better; they are independent
+    otherwise.
+    """
     trace, freedom = covariance_moments(forces_covariance)
     if not np.isfinite(trace).all():
         return 1.0
-    each = exceedance_probability(trace, freedom, tolerance).clip(0, 1 - 1e-15)
-    return float(-np.expm1(np.log1p(-each).sum()))
+    scaled = tolerance * np.exp(-common * NODES)[:, None]
+    each = exceedance_probability(trace, freedom, scaled).clip(0, 1 - 1e-15)
+    return float(-np.expm1(np.log1p(-each).sum(1)) @ WEIGHTS / WEIGHTS.sum())
 
 
-def asking_probability(exceedances: np.ndarray, steps: np.ndarray, trigger: TriggerRecipe) -> float:
-    """The probability of exceeding the limit above which a label is asked for: `likely`, or less where steps that may pass below would
-    have an error beyond the limit in more than a share `probability` of HORIZON steps, or of all if there are more.
+def asking_probability(
+    largest: np.ndarray, missed: np.ndarray, allowed: float, trigger: TriggerRecipe
+) -> float:
+    """The probability of exceeding the limit above which a label is asked for: `likely`, or less where strides that may pass below would
+    have an error beyond the limit in too many steps.
 
-        p* = sup{p ≤ likely: Σ_k n_k P_k [P_k ≤ p] ≤ probability max(HORIZON, Σ_k n_k)}, but not less than probability
+        p* = sup{p ≤ likely: Σ_k m_k [P_k ≤ p] ≤ allowed}, but not less than `probability`
 
     Args:
-        exceedances: (frames,) P_k (`frame_exceedance`) of the latest frames, in any order, NaN = not known; steps: (frames,) n_k that each
-            stands for.
+        largest: (strides,) P_k, largest probability (`frame_exceedance`) in each of the latest strides, in any order, NaN = not known.
+        missed: (strides,) m_k, expected number of steps beyond the limit in it; allowed: number of steps.
     """
-    known = np.isfinite(exceedances)
-    order = exceedances[known].argsort()
-    ordered, weights = exceedances[known][order], steps[known][order]
+    known = np.isfinite(largest)
+    order = largest[known].argsort()
     least, most = trigger.probability, max(trigger.likely, trigger.probability)
-    beyond = ordered[(weights * ordered).cumsum() > least * max(HORIZON, weights.sum())]
+    beyond = largest[known][order][missed[known][order].cumsum() > allowed]
     return float(beyond.min(initial=most).clip(least, most))
 
 
-def force_error_bound(forces_covariance: Tensor, probability: float) -> float:
-    """Tolerance t (eV/A) with 1 - Π_i (1 - P_i(t)) = probability: that of some atom's force error exceeding it, if independent."""
+def force_error_bound(forces_covariance: Tensor, probability: float, common: float = COMMON) -> float:
+    """Tolerance t (eV/A) with `frame_exceedance` = probability."""
     trace, freedom = covariance_moments(forces_covariance)
     if not np.isfinite(trace).all():
         return float("inf")
@@ -146,11 +158,11 @@ def force_error_bound(forces_covariance: Tensor, probability: float) -> float:
         return 0.0
     top = float(trace.max()) ** 0.5
 
-    # the largest norm is no less than 1e-3 and no more than 20 standard deviations of the worst atom
-    low, high = np.log(1e-3 * top), np.log(20 * top)
+    # the largest norm is no less than 1e-3 and no more than 50 standard deviations of the worst atom
+    low, high = np.log(1e-3 * top), np.log(50 * top)
 
     def excess(log: float) -> float:
-        return frame_exceedance(forces_covariance, np.exp(log)) - probability
+        return frame_exceedance(forces_covariance, np.exp(log), common) - probability
 
     return float(np.exp(brentq(excess, low, high, xtol=1e-4)))
 
@@ -170,6 +182,7 @@ def trigger_decision(
     if not decisions:
         return TriggerDecision("continue")
     worst = max(decisions, key=lambda d: (d.action == "halt", d.action == "label", d.severity))
+    worst = replace(worst, exceedance=every[0].exceedance if every[0] else np.nan)
     if worst.action == "continue":
         return replace(worst, reason="", causes=())
     same = [d for d in decisions if d.action == worst.action]
@@ -186,7 +199,8 @@ def _forces(prediction: Prediction, limits: TriggerLimits) -> TriggerDecision | 
     order = total.diagonal(dim1=1, dim2=2).sum(1).argsort(descending=True)[:NAMED].tolist()
     action: Action = "continue" if severity <= 1 else "halt" if severity > limits.halt else "label"
     text = f"force error of atom {order[0]} may reach {largest:.3g} eV/A (limit {limits.force:.3g})"
-    return TriggerDecision(action, tuple(order), text, severity, ("force",))
+    exceedance = frame_exceedance(total, limits.force / limits.spread)
+    return TriggerDecision(action, tuple(order), text, severity, ("force",), exceedance)
 
 
 def _local_energies(prediction: Prediction, limits: TriggerLimits) -> TriggerDecision | None:
@@ -295,7 +309,8 @@ def trigger_limits(
         weight = learned.scale * (learned.weights[2] if learned.weights else 1.0) ** 0.5 if learned else 1.0
         floor = noise.get("forces", 0.0) * weight
         eye = (floor**2 * torch.eye(3, dtype=torch.float64)).expand(n_atoms, 3, 3)
-        force = max(share * 3**0.5 * force_rms, trigger.noise * force_error_bound(eye, trigger.probability), 1e-4)
+        remaining = force_error_bound(eye, trigger.probability, common=0.0)
+        force = max(share * 3**0.5 * force_rms, trigger.noise * remaining, 1e-4)
     return TriggerLimits(
         force, trigger.probability, trigger.local_energy, trigger.novelty, trigger.halt, trigger.guards
     )

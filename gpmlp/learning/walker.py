@@ -140,6 +140,8 @@ class WalkerSnapshot:
     Attributes:
         structure, prediction: of one structure.
         decision: what follows.
+        worst: where a label is asked for, the frame to be labelled (`look_ahead`); None: this one.
+        exceedances: probabilities that a force error was beyond its limit, at each estimate of force variances since the last snapshot.
     """
 
     walker: Walker
@@ -147,6 +149,8 @@ class WalkerSnapshot:
     prediction: Prediction
     decision: TriggerDecision
     temperature_K: float
+    worst: WalkerSnapshot | None = None
+    exceedances: tuple[float, ...] = ()
 
     @property
     def full(self) -> bool:
@@ -288,6 +292,7 @@ def advance_walker(
     integrator = Integrator(atoms, bath, timestep_fs, generator, walker.step, cell_state)
     ratio = _computed_to_estimated_variance(snapshot.prediction, snapshot.structure)
     energy, freedom = float(snapshot.prediction.energies[0]), atoms.get_number_of_degrees_of_freedom()
+    exceedances: list[float] = []
     for k in range(1, steps + 1):
         calculator.variance = FULL + LOCAL * local if k == steps else CHEAP + LOCAL * local if k % watch == 0 else None
         try:
@@ -306,12 +311,44 @@ def advance_walker(
         else:
             decision = decide(structure, prediction, context)
         energy = float(prediction.energies[0])
+        exceedances += [decision.exceedance] if math.isfinite(decision.exceedance) else []
         if decision.action != "continue":
             break
     atoms.calc = None
     p_eps, force_eps = integrator.cell_state
     now = Walker(walker.number, atoms.copy(), step, p_eps, generator.bit_generator.state, energy, force_eps)
-    return WalkerSnapshot(now, structure, prediction, decision, temperature)
+    return WalkerSnapshot(now, structure, prediction, decision, temperature, exceedances=tuple(exceedances))
+
+
+def look_ahead(
+    advance: Callable[[WalkerSnapshot, DecideFunction, int], WalkerSnapshot],
+    snapshot: WalkerSnapshot,
+    decide: DecideFunction,
+    steps: int,
+) -> WalkerSnapshot:
+    """A snapshot that asks for a label, with the most severe frame of the steps after it as the one to be labelled.
+
+    Errors come and go with the motion of atoms, and the first frame that asks is at the foot of such a wave, about as likely as not
+    within the limit. So the walker goes on as if nothing had been, up to where it would have to halt; these steps are not kept.
+
+    Args:
+        advance: makes steps from a snapshot until a decision is not to go on, or as many as there are (`advance_walker`).
+    """
+    severities: list[float] = []
+
+    def watch(structure: Structures, prediction: Prediction, context: StepContext) -> TriggerDecision:
+        decision = decide(structure, prediction, context)
+        if decision.action != "halt":
+            severities.append(decision.severity)
+        return decision.withheld()
+
+    advance(snapshot, watch, steps)
+    if max(severities, default=0.0) <= 1:
+        return snapshot
+    worst = advance(snapshot, watch, 1 + int(np.argmax(severities)))
+    if worst.decision.severity <= snapshot.decision.severity or worst.decision.action == "halt":
+        return snapshot
+    return replace(snapshot, worst=replace(worst, decision=replace(worst.decision, action="label")))
 
 
 def _lost(snapshot: WalkerSnapshot, why: str) -> WalkerSnapshot:

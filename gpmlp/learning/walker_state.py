@@ -16,7 +16,7 @@ from gpmlp.learning import walker
 from gpmlp.learning.recipe import DynamicsRecipe, LearnRecipe, TriggerRecipe
 from gpmlp.learning.stopping import observables
 from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.triggers import HORIZON, TriggerLimits, asking_probability, broken_guard, frame_exceedance
+from gpmlp.learning.triggers import HORIZON, TriggerLimits, asking_probability, broken_guard
 from gpmlp.learning.walker import Walker, WalkerSnapshot
 
 NAN = math.nan
@@ -26,7 +26,6 @@ RECENT, FEWEST = 50, 5
 NEVER = -(10**9)  # a step long ago
 MOST_SETBACKS = 8  # in a row, before a walker starts again from the beginning
 HALTED = "halted"
-SOONEST = 2  # evaluations of local energies between a label and the first full one
 RATE_STEPS = 1000  # of trigger.most_per_1000_steps
 WALKERS = ("walker", "trusted", "pending")
 ON_DISK = {  # keys of a checkpoint that differ from the fields
@@ -75,10 +74,6 @@ class WalkerState:
         young = self.walker.step - self.label_step < trigger.cooldown
         return max(1.0, trigger.hysteresis * self.label_severity) if young else 1.0
 
-    def steps_to_full_variance(self, trigger: TriggerRecipe) -> int:
-        """Steps to the next force variances: no more than were made since the last label, which lowers those of local energies less."""
-        return min(trigger.every, max(SOONEST * trigger.watch, self.walker.step - max(self.label_step, 0)))
-
     def at_label_rate(self, trigger: TriggerRecipe) -> bool:
         """Whether this walker has asked so often that it may not ask for another label now."""
         return sum(step > self.walker.step - RATE_STEPS for step in self.request_steps) >= trigger.most_per_1000_steps
@@ -95,15 +90,18 @@ class WalkerState:
             return replace(self, walker=snapshot.walker, trusted=trusted, setbacks=setbacks, farthest_step=farthest)
         physical = broken_guard(snapshot.prediction, snapshot.structure, recipe.trigger.guards) is None
         cause = " and ".join(decision.causes)
+        labelled = snapshot
         if decision.action == "label":
-            state, reason = replace(self, walker=snapshot.walker), decision.reason
+            labelled = snapshot.worst or snapshot
+            cause, reason = " and ".join(labelled.decision.causes), labelled.decision.reason
+            state = self
         else:
             if self.at_label_rate(recipe.trigger):
                 return self._set_back(recipe, starts, new_velocities=True)
             state = self._set_back(recipe, starts, new_velocities=not physical)
             reason = f"{HALTED}: {decision.reason}"
             cause += "" if decision.causes == ("guard",) else f", {HALTED}"
-        pending = snapshot.walker if decision.action == "label" or physical else state.trusted
+        pending = labelled.walker if decision.action == "label" or physical else state.trusted
         request: dict[str, Any] = {"pending": pending, "reason": reason, "cause": cause, "pending_round": round_}
         return replace(state, **request, sent=False, central_atom=-1)
 
@@ -134,7 +132,7 @@ class WalkerState:
         """Without its request, which counts from now on."""
         step = self.requested.step
         recent = (*(s for s in self.request_steps if s > step - RATE_STEPS), step)
-        return replace(self.without_request(), label_step=self.walker.step, request_steps=recent)
+        return replace(self.without_request(), label_step=step, request_steps=recent)
 
     def without_request(self) -> WalkerState:
         return replace(self, pending=None, reason="", cause="", sent=False, central_atom=-1)
@@ -206,20 +204,28 @@ def record_from_snapshot(
         ramp_finished=place.step >= dynamics.ramp,
         force_rms=float(snapshot.prediction.forces.square().mean().sqrt()),
         threshold=limits.force or NAN,
-        exceedance=frame_exceedance(covariance.total, limits.force / limits.spread) if limits.force else NAN,
+        exceedance=max(snapshot.exceedances, default=NAN),
+        missed=float(np.mean(snapshot.exceedances)) if snapshot.exceedances else NAN,
         observables=observer(frame, place.number, time_fs),
     )
 
 
 def label_probability(history: History, trigger: TriggerRecipe) -> float:
-    """The probability of exceeding the limit above which a label is asked for, from the frames of the latest HORIZON steps."""
-    walkers, at = history.column("walker"), history.column("step")
+    """The probability of exceeding the limit above which a label is asked for, from strides in which none was.
+
+    As many errors may pass in the latest HORIZON steps as would be a share `probability` of these steps and, where fewer have passed in
+    those before, of these.
+    """
+    kept = ~history.column("asked")  # others are walked again
+    walkers, at, largest, missed = (history.column(name)[kept] for name in ("walker", "step", "exceedance", "missed"))
     steps = np.zeros(len(at))
     for number in history.walkers:
         mine = walkers == number
-        steps[mine] = np.diff(at[mine], prepend=0).clip(0, trigger.every)  # a walker that is set back makes some again
+        steps[mine] = np.diff(np.maximum.accumulate(at[mine]), prepend=0)  # a walker that was set back makes some again
     latest = steps[::-1].cumsum()[::-1] <= HORIZON
-    return asking_probability(history.column("exceedance")[latest], steps[latest], trigger)
+    left = ((trigger.probability - np.nan_to_num(missed)) * steps)[~latest].sum()
+    allowed = trigger.probability * steps[latest].sum() + max(0.0, float(left))
+    return asking_probability(largest[latest], (missed * steps)[latest], allowed, trigger)
 
 
 def typical_force(history: History, dynamics: DynamicsRecipe, labels: Targets) -> float:

@@ -4,9 +4,9 @@
 
 Every case is one recipe (start, oracle, dynamics; all else as it is by default) and is run once for each seed. Models are tested on
 forces of an independent trajectory of the oracle with the same protocol; rivals are fitted to as many frames of another such
-trajectory, drawn at random or evenly spaced, and to ten times as many. Missed: steps of the run, drawn at random and whether looked at or
-not, that were not labelled although the true error of some atom's force was above the limit that held. False: labels for which it was
-below.
+trajectory, drawn at random or evenly spaced, and to ten times as many. Missed: steps of the trajectory, drawn at random and whether looked
+at or not, at which the true error of some atom's force was above the limit that held; steps that were walked again after a label count as
+they were in the end. False: labels for which it was below.
 """
 
 from __future__ import annotations
@@ -155,16 +155,21 @@ class Step:
 
 @contextmanager
 def sampled(share: float, seed: int) -> Iterator[list[Step]]:
-    """Keep that share of all steps that walkers make meanwhile, drawn at random."""
+    """Keep that share of all steps that walkers make meanwhile, drawn at random; of steps that are walked again the last time."""
     rng, kept, calculate = np.random.default_rng(seed), [], walker.RecordingCalculator.calculate
+    reached: dict[int, int] = {}
 
     def keeping(self: walker.RecordingCalculator, atoms: Atoms | None = None, *others: object) -> None:
         calculate(self, atoms, *others)
         self.made = getattr(self, "made", 0) + 1
+        number, first = (int(k) for k in re.match(r"walker (\d+), step (\d+)", self.label_in_errors).groups())
+        step = first + self.made
+        if step <= reached.get(number, 0):
+            kept[:] = [one for one in kept if one.walker != number or one.step < step]
+        reached[number] = step
         if rng.random() < share:
-            number, first = (int(k) for k in re.match(r"walker (\d+), step (\d+)", self.label_in_errors).groups())
             about = self.atoms.positions.copy(), self.atoms.cell.array.copy(), self.results["forces"].copy()
-            kept.append(Step(number, first + self.made, *about))
+            kept.append(Step(number, step, *about))
 
     walker.RecordingCalculator.calculate = keeping
     try:
@@ -174,15 +179,13 @@ def sampled(share: float, seed: int) -> Iterator[list[Step]]:
 
 
 def missed(folder: Path, case: Case, steps: Sequence[Step]) -> dict[str, float]:
-    """Share of the steps that were not labelled although an error was above the limit that held then, and of labels asked for by the
-    trigger that were not needed; each with its number of cases."""
-    limits, asked, needed = defaultdict(list), set(), []
+    """Share of the steps at which an error was above the limit that held then, and of labels asked for by the trigger that were not
+    needed; each with its number of cases."""
+    limits, needed = defaultdict(list), []
     for line in (folder / "log.jsonl").read_text().splitlines():
         event = json.loads(line)
         if event["event"] == "look":
             limits[event["walker"]].append((event["step"], event["threshold"]))
-        if event["event"] == "ask":
-            asked.add((event["walker"], event["step"]))
         if event["event"] == "learned" and (event.get("foreseen") or {}).get("largest_error") is not None:
             needed.append(event["foreseen"]["largest_error"] > limits[event["walker"]][-1][1])
     calculator = codes.build_calculator(case.oracle["calculator"], case.oracle.get("kwargs", {}), folder)
@@ -190,8 +193,6 @@ def missed(folder: Path, case: Case, steps: Sequence[Step]) -> dict[str, float]:
     atoms.set_constraint()
     atoms.calc = calculator
     for one in steps:
-        if (one.walker, one.step) in asked:
-            continue
         atoms.set_cell(one.cell)
         atoms.positions = one.positions
         error = np.linalg.norm(one.forces - atoms.get_forces(), axis=1).max()

@@ -16,7 +16,7 @@ from gpmlp.core.errors import UserError, check_choice
 
 FLOATS = (
     *("time_fs", "temperature_K", "target_temperature_K", "pressure_GPa", "target_pressure_GPa"),
-    *("force_rms", "sigma_max", "sigma_median", "threshold", "exceedance", "novelty_max"),
+    *("force_rms", "sigma_max", "sigma_median", "threshold", "exceedance", "missed", "novelty_max"),
 )
 INTEGERS = ("walker", "step")
 FLAGS = ("ramp_finished", "asked", "labelled", "updated")
@@ -34,7 +34,8 @@ class Record:
         force_rms: of the predicted force components, eV/A.
         sigma_max, sigma_median: largest and median calibrated standard deviation of an atom's force, eV/A.
         threshold: that of the trigger, eV/A; NaN = there is none.
-        exceedance: probability that the error of some force is beyond the threshold; NaN = unknown.
+        exceedance: largest probability, since the last record, that the error of some force is beyond the threshold; NaN = unknown.
+        missed: expected share of the steps since then in which it is; NaN = unknown.
         novelty_max: largest novelty of an atom (infinite for a species without data); NaN = not computed.
         atoms: number of atoms by atomic number; outside: of those with a novelty above 1; outside_atoms: indices of these.
         asked: whether this frame was reason to ask for a label, whether it was granted, refused or withheld.
@@ -56,6 +57,7 @@ class Record:
     sigma_median: float = math.nan
     threshold: float = math.nan
     exceedance: float = math.nan
+    missed: float = math.nan
     novelty_max: float = math.nan
     atoms: Mapping[int, int] = field(default_factory=dict)
     outside: Mapping[int, int] = field(default_factory=dict)
