@@ -122,7 +122,9 @@ def test_bound_is_the_inverse_of_risk(n, probability):
 def test_bound_grows_with_the_number_of_atoms_and_scales_with_errors():
     eye = torch.eye(3, dtype=torch.float64)
     few, many = force_error_bound(eye.expand(2, 3, 3), 0.1), force_error_bound(eye.expand(200, 3, 3), 0.1)
-    assert few == pytest.approx(largest_error(2, 0.1), rel=0.01) and many == pytest.approx(largest_error(200, 0.1), rel=0.01)
+    assert few == pytest.approx(largest_error(2, 0.1), rel=0.01) and many == pytest.approx(
+        largest_error(200, 0.1), rel=0.01
+    )
     assert force_error_bound(1e-8 * eye.expand(2, 3, 3), 0.1) == pytest.approx(1e-4 * few, rel=1e-3)
 
 
@@ -395,7 +397,9 @@ def test_what_may_pass_is_a_share_of_the_latest_steps():
     assert label_probability(again, trigger) == 0.7  # 1200 steps of before are made again
     again = passed(again, 1815, 0.4, 1.0)
     assert label_probability(again, trigger) == 0.7  # 15 steps of 1000
-    assert label_probability(passed(again, 1830, 0.5, 1.0), trigger) == 0.5  # 30 of them: those of the worse stride have to go
+    assert (
+        label_probability(passed(again, 1830, 0.5, 1.0), trigger) == 0.5
+    )  # 30 of them: those of the worse stride have to go
 
 
 def test_what_was_not_missed_before_may_be_missed_now():
@@ -416,7 +420,9 @@ def test_probability_of_a_frame():
     each = chi2.sf(0.25**2 / 0.01, 3)
     assert frame_exceedance(covariance, 0.25, common=0.0) == pytest.approx(1 - (1 - each) ** 7, rel=1e-12)
     rng = np.random.default_rng(0)
-    errors = 0.1 * np.exp(COMMON * rng.standard_normal((100_000, 1))) * chi2.rvs(3, size=(100_000, 7), random_state=1) ** 0.5
+    errors = (
+        0.1 * np.exp(COMMON * rng.standard_normal((100_000, 1))) * chi2.rvs(3, size=(100_000, 7), random_state=1) ** 0.5
+    )
     for tolerance in (0.2, 0.3, 0.5):
         found = frame_exceedance(covariance, tolerance)
         assert found == pytest.approx((errors.max(1) > tolerance).mean(), abs=0.01)

@@ -22,7 +22,7 @@ from gpmlp.engines.ase import GPCalculator
 from gpmlp.learning import walker
 from gpmlp.learning.recipe import DynamicsRecipe, GuardsRecipe
 from gpmlp.learning.triggers import TriggerDecision, TriggerLimits, trigger_decision
-from gpmlp.learning.walker import Walker, advance_walker, take_snapshot
+from gpmlp.learning.walker import Walker, advance_walker, look_ahead, take_snapshot
 
 NVE = DynamicsRecipe(ensemble="nve", temperature_K=300, steps=100)
 NVT = DynamicsRecipe(temperature_K=300, steps=100)
@@ -333,6 +333,60 @@ def test_the_cheap_look_notices_what_a_full_one_would():
     assert rare.walker.step == every.walker.step and rare.decision == every.decision
     assert rare.full and same(rare.walker, every.walker)
     assert potential.full < 0.5 * every.walker.step
+
+
+def ahead(potential, now, judge, dynamics, steps):
+    """`look_ahead` from the first frame that asks."""
+
+    def advance(start, decide, count):
+        return advance_walker(start, potential, decide, dynamics, 4.0, count)
+
+    asks = advance(now, judge, 400)
+    assert asks.decision.action == "label"
+    return asks, look_ahead(advance, asks, judge, steps)
+
+
+def test_the_frame_to_be_labelled_is_the_worst_of_those_ahead():
+    atoms, dynamics = cluster(), DynamicsRecipe(temperature_K=600, steps=400, relaxation_fs=20)
+    potential = Springs(atoms, stiffness=0.2)
+    potential.sigma = lambda shift: 0.01 + 0.3 * shift.norm(dim=1).square()
+    judge = judged(replace(LIMITS, halt=100.0))
+    start = take_snapshot(begin(dynamics, atoms), potential, judge, dynamics)
+    asks, seen = ahead(potential, start, judge, dynamics, 60)
+    assert same(seen.walker, asks.walker) and seen.decision == asks.decision  # from where it looked
+    every = [asks]
+    for _ in range(60):
+        every.append(advance_walker(every[-1], potential, judge, dynamics, 4.0, 1))
+    worst = max(every, key=lambda one: one.decision.severity)
+    assert 0 < worst.walker.step - asks.walker.step < 60  # else there is nothing to find
+    assert same(seen.worst.walker, worst.walker) and seen.worst.full
+    assert seen.worst.decision.action == "label"
+    assert asks.decision.severity < seen.worst.decision.severity == pytest.approx(worst.decision.severity)
+    assert seen.worst.decision.reason == worst.decision.reason
+    assert ahead(potential, start, judge, dynamics, 1)[1].worst.walker.step == asks.walker.step + 1
+    # not as far as where it would halt
+    halts = judged(replace(LIMITS, halt=0.5 * (1 + worst.decision.severity)))
+    nearer = ahead(potential, start, halts, dynamics, 60)[1].worst
+    assert nearer.walker.step < worst.walker.step and 1 < nearer.decision.severity < worst.decision.severity
+
+
+def test_nothing_worse_ahead():
+    """The frame that asked is the one to be labelled."""
+    atoms, dynamics = cluster(), DynamicsRecipe(temperature_K=600, steps=400, relaxation_fs=20)
+    potential = Springs(atoms, stiffness=0.2)
+    potential.sigma = lambda shift: 0.01 + 0.3 * shift.norm(dim=1).square()
+    seen = []
+
+    def judge(structure, prediction, context):
+        """As the trigger does, until a label was asked for; then all is well."""
+        decision = judged(LIMITS)(structure, prediction, context)
+        seen.extend([1] * (decision.action == "label" and prediction.forces_covariance is not None))
+        return decision if len(seen) < 3 else TriggerDecision("continue", severity=0.5)
+
+    asks, found = ahead(
+        potential, take_snapshot(begin(dynamics, atoms), potential, judge, dynamics), judge, dynamics, 20
+    )
+    assert found.worst is None and found is asks
 
 
 def test_watching_in_some_steps_only():

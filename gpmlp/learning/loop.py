@@ -339,7 +339,7 @@ class _Run:
                 "ask", walker=i, step=worst.walker.step, action=decision.action, reason=decision.reason,
                 severity=decision.severity, force_limit=self.limits.force, atoms=list(decision.atoms),
                 cause=" and ".join(decision.causes), probability=self.limits.probability,
-                spread=self.limits.spread,
+                spread=self.limits.spread, temperature_K=worst.temperature_K,
             )  # fmt: skip
         state = self.progress.walkers[i].after_decision(snapshot, self.recipe, self.starts, self.progress.round)
         self.progress = self.progress.with_walker(i, state)

@@ -25,7 +25,9 @@ from gpmlp.uncertainty.calibration import Calibration
 Action = Literal["continue", "label", "halt"]
 SURE = 1e-30  # eV^2/A^2; no force varies by less, unless symmetry makes it zero
 NAMED = 10  # atoms that a decision names at most
-HORIZON = 1000  # latest steps of all walkers that say how many will be missed: of steps long ago another model knew less
+HORIZON = (
+    1000  # latest steps of all walkers that say how many will be missed: of steps long ago another model knew less
+)
 # errors of a frame are larger or smaller together than they are foreseen: standard deviation of the logarithm of that factor
 COMMON = 0.3
 NODES, WEIGHTS = hermegauss(7)
@@ -130,9 +132,7 @@ def frame_exceedance(forces_covariance: Tensor, tolerance: float, common: float 
     return float(-np.expm1(np.log1p(-each).sum(1)) @ WEIGHTS / WEIGHTS.sum())
 
 
-def asking_probability(
-    largest: np.ndarray, missed: np.ndarray, allowed: float, trigger: TriggerRecipe
-) -> float:
+def asking_probability(largest: np.ndarray, missed: np.ndarray, allowed: float, trigger: TriggerRecipe) -> float:
     """The probability of exceeding the limit above which a label is asked for: `likely`, or less where strides that may pass below would
     have an error beyond the limit in too many steps.
 

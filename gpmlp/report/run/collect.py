@@ -239,6 +239,8 @@ def _labels(
             temperatures[w, event["step"]] = Record.from_json(event).temperature_K
         elif event["event"] == "ask":
             asks[event["walker"]] = event
+            if event.get("temperature_K") is not None:
+                temperatures[event["walker"], event["step"]] = float(event["temperature_K"])
         elif event["event"] == "learned":
             before, limit = limit, float(event["force_limit"] or "nan")
             if "key" not in event:
