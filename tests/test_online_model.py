@@ -17,8 +17,9 @@ from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.labels import LabelEntry
-from gpmlp.learning.model import LATEST, OnlineModel, error_over_median
+from gpmlp.learning.model import LATEST, OnlineModel, error_over_median, force_errors
 from gpmlp.learning.recipe import RefreshRecipe
+from gpmlp.learning.triggers import frame_exceedance
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty.calibration import Calibration
 
@@ -106,18 +107,33 @@ def foretold(errors: list[float], sigma: float = 0.1) -> PrequentialPrediction:
 def test_errors_of_labels_beside_what_was_expected():
     """One atom: the median of the norm of three normal numbers is 1.5382 times their standard deviation."""
     identity = Calibration.identity()
-    assert error_over_median(foretold([0.15382]), identity) == pytest.approx(0, abs=2e-4)  # xtol of brentq
-    assert error_over_median(foretold([0.30764, math.nan]), identity) == pytest.approx(math.log(2), abs=2e-4)
-    assert math.isnan(error_over_median(foretold([math.nan]), identity))
+
+    def of(errors: list[float]) -> float:
+        return error_over_median(*force_errors(foretold(errors), identity))
+
+    assert of([0.15382]) == pytest.approx(0, abs=2e-4)  # xtol of brentq
+    assert of([0.30764, math.nan]) == pytest.approx(math.log(2), abs=2e-4)
+    assert math.isnan(of([math.nan]))
 
 
 def test_spread_of_what_was_asked_for():
-    """Six labels with errors a third of what was expected, after others that do not count; two are supposed to have agreed."""
+    """Six labels with errors a third of what was expected, after others that do not count; one is supposed to have agreed."""
     third, first = foretold([0.15382 / 3]), foretold([9.0])
     online = SimpleNamespace(prequential=(first, *[third] * 6), calibration=Calibration.identity())
     model = OnlineModel(online, RefreshRecipe(), 1)
-    assert model.error_spread(6) == pytest.approx(3 ** (-6 / 8), rel=1e-3)
+    assert model.error_spread(6) == pytest.approx(3 ** (-6 / 7), rel=1e-3)
     assert model.error_spread(0) == 1.0
     many = SimpleNamespace(prequential=(*[first] * 9, *[third] * LATEST), calibration=Calibration.identity())
     of_latest = OnlineModel(many, RefreshRecipe(), 1).error_spread(9 + LATEST)
-    assert of_latest == pytest.approx(3 ** (-LATEST / (LATEST + 2)), rel=1e-3)  # the model has changed since the others
+    assert of_latest == pytest.approx(3 ** (-LATEST / (LATEST + 1)), rel=1e-3)  # the model has changed since the others
+
+
+def test_errors_beyond_a_limit_beside_those_foreseen():
+    """Of six labels, whose largest errors are as expected, as many as probabilities say, and two that are supposed to have been seen."""
+    as_expected, first = foretold([0.15382]), foretold([9.0])
+    online = SimpleNamespace(prequential=(first, *[as_expected] * 6), calibration=Calibration.identity())
+    model = OnlineModel(online, RefreshRecipe(), 1)
+    for limit, seen in ((0.15, 6), (0.16, 0), (0.5, 0)):
+        expected = 6 * frame_exceedance(0.01 * torch.eye(3, dtype=torch.float64)[None], limit)
+        assert model.exceedance_ratio(6, limit) == pytest.approx((seen + 2) / (expected + 2), rel=1e-4)
+    assert model.exceedance_ratio(0, 0.1) == 1.0

@@ -417,8 +417,11 @@ class _Run:
         rms = walker_state.typical_force(self.progress.history, self.recipe.dynamics, online.targets)
         atoms = max(len(a) for a in self.starts)
         limits = trigger_limits(self.recipe.trigger, rms, atoms, online.constant, online.calibration)
-        asking = walker_state.label_probability(self.progress.history, self.recipe.trigger)
-        spread = self.model.error_spread(len(self.progress.learned))
+        asked = len(self.progress.learned)
+        spread, ratio = self.model.error_spread(asked), 1.0
+        if limits.force is not None:
+            ratio = self.model.exceedance_ratio(asked, limits.force)
+        asking = walker_state.label_probability(self.progress.history, self.recipe.trigger, ratio)
         return replace(limits, probability=asking, novelty=self.recipe.novelty_limit, spread=spread)
 
     # ------------------------------------------------------------ records

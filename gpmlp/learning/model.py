@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -14,7 +15,7 @@ from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.learning.labels import LabelEntry
 from gpmlp.learning.recipe import RefreshRecipe
-from gpmlp.learning.triggers import force_error_bound
+from gpmlp.learning.triggers import force_error_bound, frame_exceedance
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction
@@ -24,7 +25,8 @@ DIGITS = 4  # significant, of numbers that are many
 SHARE, FEWEST = 12, 4  # labels between two refreshes: a SHARE-th of those there are, FEWEST at least
 GROWTH = 1.3  # of the labels, at which a refresh fits all of them together: all fits then take a few times the last
 LATEST = 12  # labels asked for that say how errors of the model as it is agree with its standard deviations
-PRIOR_LABELS = 2  # as many as which errors and standard deviations are supposed to agree beforehand
+PRIOR_LABELS = 1  # as many as which errors and standard deviations are supposed to agree beforehand
+PRIOR_EXCEEDANCES = 2.0  # as many errors beyond the limit as were foreseen are supposed to have been seen beforehand
 RECENT = 3  # labels over which the likelihood is averaged before it counts as having drifted
 
 
@@ -79,10 +81,29 @@ class OnlineModel:
         Args:
             asked: how many of the labels were asked for; the LATEST of them count, as the model changes.
         """
-        latest = self.online.prequential[-min(asked, LATEST) :] if asked else ()
-        logs = [error_over_median(predicted, self.online.calibration) for predicted in latest]
+        logs = [error_over_median(*errors) for errors in self._latest(asked)]
         known = [log for log in logs if math.isfinite(log)]
         return math.exp(sum(known) / (len(known) + PRIOR_LABELS))
+
+    def exceedance_ratio(self, asked: int, limit: float) -> float:
+        """Number of labels asked for whose force errors are beyond a limit (eV/A), over what was to be expected.
+
+        (Σ [e > limit] + PRIOR_EXCEEDANCES) / (Σ P + PRIOR_EXCEEDANCES) over the labels of `error_spread`, with that spread.
+        """
+        scaled, seen, expected = limit / self.error_spread(asked), PRIOR_EXCEEDANCES, PRIOR_EXCEEDANCES
+        for norm, covariance in self._latest(asked):
+            if covariance is not None and len(norm):
+                seen += float(norm.max() > limit)
+                expected += frame_exceedance(covariance, scaled)
+        return seen / expected
+
+    def _latest(self, asked: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """`force_errors` of the LATEST labels among those asked for."""
+        return self._errors[-asked:] if asked else []
+
+    @cached_property
+    def _errors(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        return [force_errors(one, self.online.calibration) for one in self.online.prequential[-LATEST:]]
 
     def with_label(self, entry: LabelEntry) -> OnlineModel:
         """Add one label; refresh what is due."""
@@ -108,15 +129,27 @@ class OnlineModel:
         return OnlineModel(online, self.refresh, online.n_labels if anew else self.fitted_labels, 0, (), expected)
 
 
-def error_over_median(predicted: PrequentialPrediction, calibration: Calibration) -> float:
-    """log(e/b): e the largest force error of a label, b = t with P(e > t) = 1/2 if standard deviations are right
-    (triggers.force_error_bound); NaN where there is no error."""
+def force_errors(
+    predicted: PrequentialPrediction, calibration: Calibration
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(atoms,) norms of the force errors of a label as predicted before it was learned (eV/A), and their covariances (None = unknown),
+    of atoms with labels."""
     prediction = calibrate_prediction(predicted.prediction, predicted.structures, calibration)
     norm = (prediction.forces - predicted.targets.forces).norm(dim=1)
     labelled, covariance = norm.isfinite(), prediction.forces_covariance
-    if covariance is None or not labelled.any():
+    return norm[labelled], None if covariance is None else covariance.total[labelled]
+
+
+def error_over_median(norm: torch.Tensor, covariance: torch.Tensor | None) -> float:
+    """log(e/b): e the largest force error of a label, b = t with P(e > t) = 1/2 if standard deviations are right
+    (triggers.force_error_bound); NaN where there is no error.
+
+    Args:
+        norm, covariance: see `force_errors`.
+    """
+    if covariance is None or not len(norm):
         return math.nan
-    median, largest = force_error_bound(covariance.total[labelled], 0.5, common=0.0), float(norm[labelled].max())
+    median, largest = force_error_bound(covariance, 0.5, common=0.0), float(norm.max())
     return math.log(largest / median) if largest > 0 < median < math.inf else math.nan
 
 

@@ -210,22 +210,25 @@ def record_from_snapshot(
     )
 
 
-def label_probability(history: History, trigger: TriggerRecipe) -> float:
+def label_probability(history: History, trigger: TriggerRecipe, ratio: float = 1.0) -> float:
     """The probability of exceeding the limit above which a label is asked for, from strides in which none was.
 
     As many errors may pass in the latest HORIZON steps as would be a share `probability` of these steps and, where fewer have passed in
     those before, of these.
+
+    Args:
+        ratio: of errors beyond the limit to those foreseen, in labels (`OnlineModel.exceedance_ratio`).
     """
     kept = ~history.column("asked")  # others are walked again
-    walkers, at, largest, missed = (history.column(name)[kept] for name in ("walker", "step", "exceedance", "missed"))
+    walkers, at, largest, share = (history.column(name)[kept] for name in ("walker", "step", "exceedance", "missed"))
     steps = np.zeros(len(at))
     for number in history.walkers:
         mine = walkers == number
         steps[mine] = np.diff(np.maximum.accumulate(at[mine]), prepend=0)  # a walker that was set back makes some again
-    latest = steps[::-1].cumsum()[::-1] <= HORIZON
-    left = ((trigger.probability - np.nan_to_num(missed)) * steps)[~latest].sum()
+    missed, latest = ratio * share * steps, steps[::-1].cumsum()[::-1] <= HORIZON
+    left = (trigger.probability * steps - np.nan_to_num(missed))[~latest].sum()
     allowed = trigger.probability * steps[latest].sum() + max(0.0, float(left))
-    return asking_probability(largest[latest], (missed * steps)[latest], allowed, trigger)
+    return asking_probability(largest[latest], missed[latest], allowed, trigger)
 
 
 def typical_force(history: History, dynamics: DynamicsRecipe, labels: Targets) -> float:
