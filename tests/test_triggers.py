@@ -66,12 +66,13 @@ def decide(limits=LIMITS, before=CALM, **values):
     return trigger_decision(prediction(**values), structure(), limits, before)
 
 
-def largest_error(n, probability):
-    """Of n atoms with isotropic errors of unit standard deviation and a common factor, exceeded with that probability."""
+def largest_error(n, probability, atoms=None):
+    """Of n atoms (of so many in all) with isotropic errors of unit standard deviation and a common factor, exceeded with that probability."""
+    common = COMMON / (atoms or n) ** (1 / 3)
 
     def excess(t):
         def density(u):
-            return norm.pdf(u) * chi2.cdf((t / math.exp(COMMON * u)) ** 2, 3) ** n
+            return norm.pdf(u) * chi2.cdf((t / math.exp(common * u)) ** 2, 3) ** n
 
         return 1 - quad(density, -8, 8)[0] - probability
 
@@ -135,7 +136,7 @@ def test_bound_where_nothing_or_everything_is_known():
     assert force_error_bound(nothing + float("nan"), 0.1) == math.inf
     one = nothing.clone()
     one[0] = 0.01 * torch.eye(3)
-    assert force_error_bound(one, 0.1) == pytest.approx(0.1 * largest_error(1, 0.1), rel=0.01)
+    assert force_error_bound(one, 0.1) == pytest.approx(0.1 * largest_error(1, 0.1, atoms=2), rel=0.01)
 
 
 # ---------------------------------------------------------------- triggers
@@ -197,7 +198,7 @@ def test_the_order_of_importance():
     assert "temperature" in decide(before=hot, force=9.0, novelty=9.0).reason
     halts = decide(force=1.0, novelty=100.0)
     assert halts.action == "halt" and "novelty" not in halts.reason and "times the radius" not in halts.reason
-    both = decide(force=0.055, novelty=3.1)
+    both = decide(force=0.05, novelty=3.1)
     assert both.action == "label" and "may reach" in both.reason and "times the radius" in both.reason
     assert both.severity == pytest.approx(3.1 / 1.5)
     assert decide(force=0.01, novelty=1.4).reason == ""
@@ -421,7 +422,7 @@ def test_probability_of_a_frame():
     assert frame_exceedance(covariance, 0.25, common=0.0) == pytest.approx(1 - (1 - each) ** 7, rel=1e-12)
     rng = np.random.default_rng(0)
     errors = (
-        0.1 * np.exp(COMMON * rng.standard_normal((100_000, 1))) * chi2.rvs(3, size=(100_000, 7), random_state=1) ** 0.5
+        0.1 * np.exp(COMMON / 7 ** (1 / 3) * rng.standard_normal((100_000, 1))) * chi2.rvs(3, size=(100_000, 7), random_state=1) ** 0.5
     )
     for tolerance in (0.2, 0.3, 0.5):
         found = frame_exceedance(covariance, tolerance)
