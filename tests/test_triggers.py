@@ -67,7 +67,7 @@ def decide(limits=LIMITS, before=CALM, **values):
 
 
 def largest_error(n, probability, atoms=None):
-    """Of n atoms (of so many in all) with isotropic errors of unit standard deviation and a common factor, exceeded with that probability."""
+    """Of n atoms (of so many in all) with isotropic errors of unit size and a common factor, exceeded with that probability."""
     common = COMMON / (atoms or n) ** (1 / 3)
 
     def excess(t):
@@ -422,7 +422,9 @@ def test_probability_of_a_frame():
     assert frame_exceedance(covariance, 0.25, common=0.0) == pytest.approx(1 - (1 - each) ** 7, rel=1e-12)
     rng = np.random.default_rng(0)
     errors = (
-        0.1 * np.exp(COMMON / 7 ** (1 / 3) * rng.standard_normal((100_000, 1))) * chi2.rvs(3, size=(100_000, 7), random_state=1) ** 0.5
+        0.1
+        * np.exp(COMMON / 7 ** (1 / 3) * rng.standard_normal((100_000, 1)))
+        * chi2.rvs(3, size=(100_000, 7), random_state=1) ** 0.5
     )
     for tolerance in (0.2, 0.3, 0.5):
         found = frame_exceedance(covariance, tolerance)
