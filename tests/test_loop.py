@@ -411,7 +411,7 @@ def test_order_of_answers_does_not_matter(tmp_path, monkeypatch, log):
 def test_walkers_go_on_while_others_wait(tmp_path):
     """A label that is asked for is settled no later than `ahead` strides after, whatever the other walkers do meanwhile."""
     prepare(tmp_path)
-    run = loop._Run(recipe(**merged(TWO, {"trigger": {"force": 0.012}})), tmp_path, False)
+    run = loop._Run(recipe(**merged(TWO, {"trigger": {"force": 0.012}, "dynamics": {"steps": 60, "ramp_steps": 60}})), tmp_path, False)
     settled, ahead = [], 0
     settle = run._settle
 
@@ -549,7 +549,7 @@ def test_labels_are_rationed(tmp_path):
 
 
 def test_a_walker_that_may_not_ask_still_halts(tmp_path):
-    last = finish(recipe(trigger={"most_per_1000_steps": 2, "halt": 1.001}), prepare(tmp_path))
+    last = finish(recipe(trigger={"most_per_1000_steps": 2, "halt": 1.001, "force": 0.015}), prepare(tmp_path))
     assert len(last.progress.learned) == 2
     halts = [e for e in events(tmp_path, "ask") if e["action"] == "halt"]
     assert len(halts) > 2 and last.progress.walkers[0].restarts > 0
