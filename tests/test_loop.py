@@ -411,7 +411,11 @@ def test_order_of_answers_does_not_matter(tmp_path, monkeypatch, log):
 def test_walkers_go_on_while_others_wait(tmp_path):
     """A label that is asked for is settled no later than `ahead` strides after, whatever the other walkers do meanwhile."""
     prepare(tmp_path)
-    run = loop._Run(recipe(**merged(TWO, {"trigger": {"force": 0.012}, "dynamics": {"steps": 60, "ramp_steps": 60}})), tmp_path, False)
+    run = loop._Run(
+        recipe(**merged(TWO, {"trigger": {"force": 0.012}, "dynamics": {"steps": 60, "ramp_steps": 60}})),
+        tmp_path,
+        False,
+    )
     settled, ahead = [], 0
     settle = run._settle
 

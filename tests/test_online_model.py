@@ -13,6 +13,7 @@ from systems import KERNELS, crystal, descriptor, random_term, targets_of
 
 from gpmlp.core.quantities import Prediction, Targets, Variance
 from gpmlp.core.structures import Structures
+from gpmlp.fitting import calibrate
 from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.io.ase_atoms import structures_from_ase
@@ -117,15 +118,20 @@ def test_errors_of_labels_beside_what_was_expected():
 
 
 def test_spread_of_what_was_asked_for():
-    """Six labels with errors a third of what was expected, after others that do not count; one is supposed to have agreed."""
+    """Six labels with errors a third of what was expected, after others that do not count; two are supposed to have agreed."""
     third, first = foretold([0.15382 / 3]), foretold([9.0])
     online = SimpleNamespace(prequential=(first, *[third] * 6), calibration=Calibration.identity())
     model = OnlineModel(online, RefreshRecipe(), 1)
-    assert model.error_spread(6) == pytest.approx(3 ** (-6 / 7), rel=1e-3)
+    assert model.error_spread(6) == pytest.approx(3 ** (-6 / 8), rel=1e-3)
     assert model.error_spread(0) == 1.0
+    few = replace(Calibration.identity(), source={"how": calibrate.HOW})
+    prequential = OnlineModel(SimpleNamespace(prequential=(third,) * 6, calibration=few), RefreshRecipe(), 1)
+    assert prequential.error_spread(6) == 1.0  # not narrower while that is all there is
+    wide = OnlineModel(SimpleNamespace(prequential=(first,) * 6, calibration=few), RefreshRecipe(), 1)
+    assert wide.error_spread(6) > 10
     many = SimpleNamespace(prequential=(*[first] * 9, *[third] * LATEST), calibration=Calibration.identity())
     of_latest = OnlineModel(many, RefreshRecipe(), 1).error_spread(9 + LATEST)
-    assert of_latest == pytest.approx(3 ** (-LATEST / (LATEST + 1)), rel=1e-3)  # the model has changed since the others
+    assert of_latest == pytest.approx(3 ** (-LATEST / (LATEST + 2)), rel=1e-3)  # the model has changed since the others
 
 
 def test_errors_beyond_a_limit_beside_those_foreseen():

@@ -21,7 +21,7 @@ from gpmlp.learning.walker import Walker, WalkerSnapshot
 
 NAN = math.nan
 # the typical force is that of the latest half of the frames, RECENT at least; of the labels until there are FEWEST frames
-RECENT, FEWEST = 50, 5
+RECENT, FEWEST = 50, 2
 
 NEVER = -(10**9)  # a step long ago
 MOST_SETBACKS = 8  # in a row, before a walker starts again from the beginning
