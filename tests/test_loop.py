@@ -574,7 +574,7 @@ def test_what_was_left_after_a_label_is_in_units_of_the_plain_limits(tmp_path):
         elif state.phase == "dynamics" and last is None and state.progress.learned:
             last = state
             first = state.progress.walkers[0]
-            assert first.label_severity > 0 and first.label_step == dict(list(tape(tmp_path))[-1].notes)["step"]
+            assert first.label_severity > 0 and first.label_step <= dict(list(tape(tmp_path))[-1].notes)["step"]
     assert last is not None
 
 
