@@ -25,6 +25,7 @@ from gpmlp.core import errors
 MEANS = ("exact", "low_rank")
 SHORTEST, LONGEST = 0.5, 100.0  # A, that a cutoff can mean
 WIDTHS = 0.05, 10.0  # A, of atoms: integrals of narrower ones take grids that fit no memory
+NARROWEST = 0.1  # A, of a switch: across a narrower one forces jump
 
 
 def _within(low: float, high: float) -> AfterValidator:
@@ -40,6 +41,7 @@ def _within(low: float, high: float) -> AfterValidator:
 
 Finite = Annotated[float, Field(allow_inf_nan=False), _within(-1e15, 1e15)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _within(1e-15, 1e15)]
+Length = Annotated[float, Field(gt=0, allow_inf_nan=False), _within(NARROWEST, LONGEST)]
 Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False), _within(1e-9, 1e6)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -115,7 +117,7 @@ def _takes_bool(annotation: Any) -> bool:
 class RadialScaling(RecipeSection):
     """Neighbour weights 1 / (1 + (r / scale)^exponent); Willatt, Musil, Ceriotti, PCCP 20, 29661 (2018)."""
 
-    scale: Positive | None = None
+    scale: Length | None = None
     exponent: Annotated[float, Field(ge=0, le=20)] | None = None
 
 
@@ -130,15 +132,17 @@ class DescriptorRecipe(RecipeSection):
     basis: Literal["optimal", "gto"] | None = None
     radial_scaling: RadialScaling | Literal[False] = RadialScaling()
     cutoff_function: Literal["smoothstep", "poly", "none"] = "smoothstep"
-    cutoff_width: Positive | None = None
+    cutoff_width: Length | None = None
     cutoff_exponent: Annotated[float, Field(ge=2, le=10)] = 2.0
-    central_weight: Annotated[Finite, Field(ge=0)] = 1.0
-    shortest: Positive | None = None
+    central_weight: Annotated[float, Field(ge=0, le=1e4)] = 1.0
+    shortest: Length | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> DescriptorRecipe:
-        if self.cutoff is not None and self.cutoff_width is not None and self.cutoff_width > self.cutoff:
-            raise ValueError(f"cutoff_width {self.cutoff_width} A is larger than the cutoff {self.cutoff} A")
+        for name in ("cutoff_width", "shortest"):
+            value = getattr(self, name)
+            if self.cutoff is not None and value is not None and value > self.cutoff:
+                raise ValueError(f"{name} {value} A is larger than the cutoff {self.cutoff} A")
         return self
 
 
@@ -147,8 +151,8 @@ class KernelRecipe(RecipeSection):
 
     name: Literal["polynomial", "exponential", "sum"] = "polynomial"
     zeta: Annotated[int, Field(ge=1, le=16)] | None = None
-    length: Positive | None = None
-    weight: Positive = 1.0
+    length: Annotated[Positive, _within(1e-3, 1e3)] | None = None
+    weight: Annotated[Positive, _within(1e-6, 1e6)] = 1.0
     terms: tuple[KernelRecipe, ...] = ()
 
     @model_validator(mode="after")
@@ -238,7 +242,15 @@ class ZBLRecipe(RecipeSection):
     """Screened nuclear repulsion, switched off smoothly between inner and outer (A)."""
 
     inner: Positive | None = None
-    outer: Positive | None = None
+    outer: Length | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ZBLRecipe:
+        if self.inner is not None and self.outer is not None and self.outer - self.inner < NARROWEST:
+            raise ValueError(
+                f"outer {self.outer:g} A must be larger than inner {self.inner:g} A by {NARROWEST:g} A or more"
+            )
+        return self
 
 
 class BaselineRecipe(RecipeSection):

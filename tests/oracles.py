@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import scipy.special
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import neighbors
-from gpmlp.core.environments import Descriptor, Surroundings
+from gpmlp.core.environments import Descriptor, StructureEnvironments, Surroundings
 from gpmlp.core.structures import Structures
+from gpmlp.fitting import regression
+from gpmlp.gp import inducing, posterior
 
 # neighbours -----------------------------------------------------------------------------------------------------------------
 
@@ -220,3 +223,43 @@ class DenseGP:
         """Posterior means of energies per atom, force components and stress components."""
         every, x, z = self.functionals(structures)
         return {kind: self.covariance(fs, x, z, self.seen, self.x, self.z) @ self.weights for kind, fs in every.items()}
+
+
+def without_centres_of(models, structures):
+    """The models without the inducing variables at environments of some structures, and the positions of the other columns."""
+    out, kept, start = [], [], 0
+    for m in models:
+        here = StructureEnvironments.from_structures(m.descriptor, structures).environments.features
+        blocks, lowers = [], []
+        for block, lower in zip(m.blocks, m.lowers, strict=True):
+            of_them = (torch.cdist(block.features, here) < 1e-6).any(1)
+            chosen = (~of_them[block.column_addresses[0]]).nonzero()[:, 0]
+            kept.append(start + chosen)
+            start += block.n_columns
+            blocks.append(inducing.select_columns(block, chosen))
+            lowers.append(torch.linalg.cholesky((lower @ lower.T)[chosen][:, chosen]))
+        out.append(replace(m, blocks=tuple(blocks), lowers=tuple(lowers)))
+    return out, torch.cat(kept)
+
+
+def fitted_without(arguments, out: list[int]):
+    """The potential of the same hyperparameters from the rows of the other structures, with inducing variables at these only.
+
+    Args:
+        arguments: those of fitting.left_out.predict_left_out; out: indices of structures.
+    """
+    potential, models, learned, _, structures, _, remaining, _ = arguments[:8]
+    models, kept = without_centres_of(models, structures.select(out))
+    lowers, signal = [low for m in models for low in m.lowers], learned.signal[kept]
+    rows: dict[str, list[Tensor]] = {}
+    for k in (k for k in range(len(structures)) if k not in out):
+        here = regression.labelled_rows(models, structures.select([k]), remaining.select(structures, [k]))
+        for kind, part in here.items():
+            rows.setdefault(kind, []).append(part.double())
+    whitened = {kind: inducing.whiten_rows(torch.cat(parts), lowers) for kind, parts in rows.items()}
+    counts = {kind: len(part) for kind, part in whitened.items()}
+    solved = posterior.solve_posterior(whitened, counts, learned.noise | {posterior.FIXED: 1.0}, signal, lowers)
+    old = potential.variances
+    variances = regression.variance_model(models, signal, solved.factor, old.noise, old.label_noise)
+    variances = replace(variances, amplitude=old.amplitude)
+    return replace(potential, terms=regression.make_terms(models, solved.weights), variances=variances)

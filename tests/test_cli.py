@@ -23,6 +23,7 @@ from gpmlp.__main__ import main as gpmlp_main
 from gpmlp.cli import console, main
 from gpmlp.io import archive, ase_atoms
 from gpmlp.report.figures import Picture
+from gpmlp.report.style import format_number
 
 ERRORS = (
     "energy_mae_meV_per_atom",
@@ -68,6 +69,7 @@ def test_fit_evaluate_report_info_cite(gpmlp, train_file, tmp_path, monkeypatch)
     assert status == 0, err
     assert "warning: " in err and "is the file this model was trained on" in err
     assert "meV/atom" in out and "big" in out and "small" in out
+    assert "inside conformal intervals of 50 / 68 / 90 / 95 %" in " ".join(out.split())
     numbers = json.loads(result.read_text())
     scored = {
         f"{kind}_{score}"
@@ -99,6 +101,7 @@ def test_fit_evaluate_report_info_cite(gpmlp, train_file, tmp_path, monkeypatch)
     status, out, _ = gpmlp("info", model)
     assert status == 0 and "Cu" in out and "training train.xyz" in out and "n_max: 4" in out
     said = " ".join(out.split())
+    assert "mean exact (a low rank is for kernels of zeta 1 or 2)" in said
     assert "ZBL fades out Cu-Cu " in said and re.search(r"isolated atoms Cu -?[\d.]+ eV", said) and "null" in said
     status, out, _ = gpmlp("info", model, "--json")
     content = json.loads(out)
@@ -137,6 +140,10 @@ def test_structures_that_calibrated_are_known_again(gpmlp, tmp_path, monkeypatch
     record = json.loads((tmp_path / "report" / "report.json").read_text())
     assert record["answers"]["How wrong is it?"].startswith("Of these structures 24 of 26 are among those")
     assert "fingerprints" not in json.dumps(record)
+    page = (tmp_path / "report" / "index.html").read_text()
+    table = page[page.index("Calibration of the error bars") :]
+    weights = archive.read_header(model)["header"]["calibration"]["kinds"]["forces"]["weights"]
+    assert all(format_number(weight) in table for weight in weights) and "24 structures, 96 atoms, left out" in table
 
     ase_atoms.write_frames(other, [copper(300), copper(301)])
     status, _, err = gpmlp("evaluate", model, other, "--no-variance")

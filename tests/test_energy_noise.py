@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gpmlp.gp import energy_noise as module
+from gpmlp.gp import energy_scale
 from gpmlp.gp.energy_noise import FRACTIONS, WITHIN, LeftOutEnergies, energy_noise
 from gpmlp.gp.qr import RowFactor
 
@@ -168,3 +169,33 @@ def test_the_typical_error():
     assert some.typical_error(errors) == pytest.approx((first * second) ** 0.5)
     one = LeftOutEnergies(tuple(torch.arange(6).split(1)), ("",) * 6)
     assert one.typical_error(errors) == pytest.approx(float(errors.square().mean().sqrt()))
+
+
+def test_scale_of_energies_is_that_of_the_dense_likelihood():
+    """By the joint density of whitened rows, which for each s is log N(y; s A b, s² A C Aᵀ + σ²) with σ of the same grid."""
+    generator = torch.Generator().manual_seed(0)
+    columns, n, noise, truth = 6, 40, 0.1, 1.9
+    signal = torch.rand(columns, dtype=torch.float64, generator=generator) + 0.5
+    rows, slopes = (torch.randn(m, columns, dtype=torch.float64, generator=generator) for m in (n, 8))
+    beta = torch.randn(columns, dtype=torch.float64, generator=generator)
+    y = truth * (rows * signal) @ beta + 0.01 * torch.randn(n, dtype=torch.float64, generator=generator)
+    f = (slopes * signal) @ beta + noise * torch.randn(8, dtype=torch.float64, generator=generator)
+    energies, forces = torch.cat([rows, y[:, None]], 1), torch.cat([slopes, f[:, None]], 1)
+    small = torch.linalg.qr(energies, mode="r").R
+    found = energy_scale.energy_scale(small, forces, n, noise, signal)
+    a = slopes * signal / noise
+    precision = torch.eye(columns, dtype=torch.float64) + a.T @ a
+    mean = torch.linalg.solve(precision, a.T @ (f / noise))
+    whole = rows * signal
+
+    def best(s: float) -> float:
+        mu, c = s * whole @ mean, s**2 * whole @ torch.linalg.solve(precision, whole.T)
+        sigmas = energy_scale.NOISES * y.square().mean().sqrt()
+        eye = torch.eye(n, dtype=torch.float64)
+        return max(
+            float(torch.distributions.MultivariateNormal(mu, c + t**2 * eye).log_prob(y)) for t in sigmas.tolist()
+        )
+
+    assert found.factor == pytest.approx(truth, rel=0.1)
+    assert found.gain == pytest.approx(best(found.factor) - best(1.0), rel=1e-6)
+    assert found.gain > 20 and found.noise < found.noise_at_one

@@ -499,3 +499,14 @@ def test_units_of_one_system_count_as_one_cause():
     assert work.explain_slope(0.0965) == ["the energies are in kJ/mol and the forces are in kJ/mol/nm"]
     assert work.explain_slope(43.58) == ["the forces are in Hartree/Bohr"]
     assert work.explain_slope(17.0) == [] and "gradients" in work.explain_slope(-1.0)[0]
+
+
+def test_forces_in_a_smaller_unit_with_energies_in_it(copper):
+    """Energies in kcal/mol agree with forces in kcal/mol/A; forces are too large everywhere then."""
+    structures, targets = copper
+    scaled = replace(
+        targets, energies=targets.energies / KCAL, forces=targets.forces / KCAL, stresses=targets.stresses * torch.nan
+    )
+    (finding,) = [f for f in gpmlp.check(structures, scaled) if f.kind == "forces-in-another-unit"]
+    assert finding.severity == "warning" and "if they are in kcal/mol/A" in finding.message
+    assert not [f for f in gpmlp.check(structures, targets) if f.kind == "forces-in-another-unit"]

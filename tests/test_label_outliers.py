@@ -113,7 +113,13 @@ def with_another_zero(targets):
         (lambda t: with_forces(t, lambda f: f[:, [1, 0, 3, 2]]), "energies", "the forces contradict the energies"),
         (lambda t: with_forces(t, lambda f: f.roll(1, 0)), "energies", "the forces contradict the energies"),
         (lambda t: with_forces(t, lambda f: f[:, :, [1, 2, 0]]), "energies", "the forces contradict the energies"),
-        (lambda t: with_forces(t, lambda f: f * 0.529177 / 27.2114), "energies", "another unit than the forces"),
+        (lambda t: with_forces(t, lambda f: f * 0.529177 / 27.2114), "energies", "the forces are in Hartree/Bohr"),
+        (lambda t: with_forces(t, lambda f: f * 0.529177), "energies", "the forces are in eV/Bohr"),
+        (
+            lambda t: with_forces(replace(t, energies=t.energies / 27.2114), lambda f: f * 0.529177 / 27.2114),
+            "energies",
+            "the energies are in Hartree and the forces are in Hartree/Bohr",
+        ),
         (with_another_zero, "energies", "of two zeros"),
         (lambda t: replace(t, stresses=-t.stresses), "stresses", "the sign is the opposite one"),
     ],
@@ -125,6 +131,18 @@ def test_kinds_that_a_fit_gives_up_as_noise(data, change, kind, words):
     named = {"energies": "energies-against-forces", "stresses": "stresses-against-energies"}[kind]
     (found,) = [f for f in report.findings if f.kind == named]
     assert found.severity == "error" and words in found.message, report.findings
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_gradients_in_some_of_the_frames_are_named(data, share):
+    structures, targets, *_ = data
+    wrong = torch.randperm(40, generator=torch.Generator().manual_seed(0))[: int(40 * share)]
+    turned = targets.forces.view(-1, 4, 3).index_put((wrong,), -targets.forces.view(-1, 4, 3)[wrong])
+    labels = replace(targets, forces=turned.reshape(-1, 3), stresses=targets.stresses * torch.nan)
+    _, report = gpmlp.fit(structures, labels, Recipe(**SMALL))
+    (found,) = [f for f in report.findings if f.kind == "forces-of-opposite-signs"]
+    assert found.severity == "error" and "gradients" in found.message
+    assert set(found.frames) <= {structures.names[i] for i in wrong.tolist()} and len(found.frames) >= 3
 
 
 def test_stresses_in_the_order_of_another_code(data):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from oracles import fitted_without
 
 import gpmlp
-from gpmlp.fitting import left_out, regression
+from gpmlp.fitting import left_out
 from gpmlp.fitting.fit import AMPLITUDE_ATOMS
-from gpmlp.gp import inducing, posterior
-from gpmlp.gp.posterior import FIXED
 from gpmlp.potential.evaluation import evaluate
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty import residuals as residuals_module
@@ -42,27 +40,6 @@ def caught(silicon):
     return *seen[0], potential
 
 
-def without(arguments, i):
-    """Errors and open variances of the forces of structure i, from a posterior that never saw its labels."""
-    potential, models, learned, _, structures, _, remaining, *_ = arguments
-    lowers = [low for m in models for low in m.lowers]
-    rows: dict[str, list[torch.Tensor]] = {}
-    for k in range(len(structures)):
-        here = regression.labelled_rows(models, structures.select([k]), remaining.select(structures, [k]))
-        if k == i:
-            own = here
-            continue
-        for kind, part in here.items():
-            rows.setdefault(kind, []).append(part.double())
-    whitened = {kind: inducing.whiten_rows(torch.cat(parts), lowers) for kind, parts in rows.items()}
-    counts = {kind: len(part) for kind, part in whitened.items()}
-    solved = posterior.solve_posterior(whitened, counts, learned.noise | {FIXED: 1.0}, learned.signal, lowers)
-    error = own["forces"][:, -1] - own["forces"][:, :-1] @ solved.weights
-    model = replace(potential.variances, factor=solved.factor, blocks=tuple(m.blocks for m in models))
-    _, left = model.whiten(own["forces"][:, :-1])
-    return error, left.square().sum(1)
-
-
 def test_the_amplitude_is_the_most_likely(caught, silicon):
     """On all structures that are left out, refitted one by one, no other size of the missing part is more likely."""
     arguments, predicted, potential = caught
@@ -70,13 +47,13 @@ def test_the_amplitude_is_the_most_likely(caught, silicon):
     assert raw.variances.n_columns == raw.variances.of_fit and structures.counts[chosen].sum() <= AMPLITUDE_ATOMS
     errors, missed, rest = [], [], []
     for k, i in enumerate(chosen):
-        error, spread = without(arguments, i)
+        without = fitted_without(arguments, [i])(structures.select([i]), "forces", form="dtc", calibrated=False)
         mine = slice(*(predicted.structures.offsets[k : k + 2].tolist()))
         seen = predicted.prediction.forces_variance.inducing[mine].isfinite().flatten()
         assert seen.sum() == 3 * min(left_out.FORCE_ATOMS, len(seen) // 3)
-        found = raw(structures.select([i]), variance="forces", form="dtc", calibrated=False).forces_variance
-        errors.append(error[seen]), missed.append(found.inducing.flatten()[seen])
-        rest.append(spread[seen] + learned.noise["forces"] ** 2)
+        found, known = without.forces_variance, arguments[5].select(structures, [i]).forces
+        errors.append((known - without.forces).flatten()[seen]), missed.append(found.inducing.flatten()[seen])
+        rest.append(found.data.flatten()[seen] + learned.noise["forces"] ** 2)
     errors, missed, rest = (torch.cat(x) for x in (errors, missed, rest))
 
     def value(w):

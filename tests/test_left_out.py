@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import fitted_without, without_centres_of
 
 import gpmlp
 from gpmlp.core.quantities import KINDS
 from gpmlp.core.structures import Structures
-from gpmlp.fitting import left_out, regression
-from gpmlp.gp import inducing, posterior
-from gpmlp.gp.posterior import FIXED
+from gpmlp.fitting import calibrate, left_out
 from gpmlp.recipe import Recipe
 
 DATA = Path(__file__).parents[1] / "data" / "silicon"
@@ -44,28 +43,16 @@ def caught():
     return seen[0]
 
 
-def fitted_without(arguments, out: list[int]):
-    """The potential of the same inducing variables and hyperparameters, from the rows of the other structures."""
-    potential, models, learned, _, structures, _, remaining, _ = arguments[:8]
-    lowers = [low for m in models for low in m.lowers]
-    rows: dict[str, list[torch.Tensor]] = {}
-    for k in (k for k in range(len(structures)) if k not in out):
-        here = regression.labelled_rows(models, structures.select([k]), remaining.select(structures, [k]))
-        for kind, part in here.items():
-            rows.setdefault(kind, []).append(part.double())
-    whitened = {kind: inducing.whiten_rows(torch.cat(parts), lowers) for kind, parts in rows.items()}
-    counts = {kind: len(part) for kind, part in whitened.items()}
-    solved = posterior.solve_posterior(whitened, counts, learned.noise | {FIXED: 1.0}, learned.signal, lowers)
-    variances = replace(potential.variances, factor=solved.factor)
-    return replace(potential, terms=regression.make_terms(models, solved.weights), variances=variances)
-
-
 @pytest.mark.parametrize("i, near", [(5, []), (4, []), (6, [7, 8])])
 def test_left_out_is_not_learned(caught, i, near):
     """Energies, forces and stresses, and the variances that the data leave, with common noise and noises of their own."""
     structures, targets = caught[4], caught[5]
     together = {i: torch.tensor([*near, i])} if near else None
-    found = left_out.predict_left_out(*caught[:7], [i], together)
+    said = []
+    found = left_out.predict_left_out(*caught[:7], [i], together, report=lambda *report: said.append(report))
+    assert said == [(1, 1, "1 of 1 structures left out in turn")]
+    _, kept = without_centres_of(caught[1], structures.select([i, *near]))
+    assert len(kept) < len(caught[2].signal)  # some of its environments are inducing points
     assert len(found.structures) == 1 and torch.equal(found.targets.forces, targets.select(structures, [i]).forces)
     truth = fitted_without(caught, [i, *near])(structures.select([i]), KINDS, calibrated=False)
     with_it = caught[0](structures.select([i]))
@@ -82,6 +69,21 @@ def test_left_out_is_not_learned(caught, i, near):
             a, b = getattr(got, part)[known], getattr(expected, part)[known]
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-9), (kind, part)
     assert torch.allclose(found.prediction.stresses_variance.data, truth.stresses_variance.data, rtol=1e-5, atol=1e-14)
+
+
+def test_scales_are_judged_on_structures_that_they_were_not_learned_from(caught):
+    found = left_out.predict_left_out(*caught[:8])
+    n, sizes = len(found.structures), calibrate.cross_fitted_size(found)
+    plain = calibrate.learn_calibration(found.prediction, found.structures, found.targets, "")
+    for kind, learned in calibrate.left_out_calibration(found).kinds.items():
+        factor = max((n / (n - 2)) ** 0.5, min(sizes[kind], calibrate.LARGEST_FACTOR))
+        assert learned.scale == pytest.approx(factor * plain.kinds[kind].scale) and 0.9 < sizes[kind] < 1.5
+    # one far error is as large as a scale that follows it, and far beyond one that does not
+    energies = found.targets.energies.clone()
+    energies[3] += 5.0
+    far = calibrate.cross_fitted_size(replace(found, targets=replace(found.targets, energies=energies)))
+    assert far["energies"] > 2 and far["forces"] == pytest.approx(sizes["forces"])
+    assert calibrate.cross_fitted_size(found.select(range(2 * calibrate.FOLDS - 1))) == {}
 
 
 def test_of_many_that_are_near_the_next_are_left_out(caught, monkeypatch):

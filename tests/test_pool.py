@@ -173,7 +173,7 @@ def test_rows_too_long_for_memory_are_projected(potential, pool, monkeypatch):
     descriptor = make_descriptor(potential.species, rich)
     monkeypatch.setattr(picking, "ROW_BYTES", 1)
     for environments, size in ((False, len(pool)), (True, pool.n_atoms)):
-        picks = SimpleNamespace(environments=environments, size=size)
+        picks = SimpleNamespace(environments=environments, size=size, progress=lambda *_: None)
         short = picking._rows(descriptor, potential.species, pool, picks)
         with monkeypatch.context() as patch:
             patch.setattr(picking, "ROW_BYTES", 1 << 30)

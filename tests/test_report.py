@@ -320,7 +320,7 @@ def test_gaussian_and_conformal_intervals_are_told_apart(whole):
     }
     answer = record["answers"]["Does it know?"]
     assert f"{format_percent(gaussian['coverage_68'])} of force errors lie within one standard deviation" in answer
-    assert f"the conformal 90\u202f% interval holds {format_percent(0.91)}" in answer
+    assert f"conformal 90\u202f% intervals, which `gpmlp evaluate` counts, hold {format_percent(0.91)}" in answer
     assert "forces, Gaussian interval" in page and "forces, conformal interval" in page
 
 

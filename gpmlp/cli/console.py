@@ -170,10 +170,11 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 
 def scores_table(evaluation: Evaluation) -> Table:
-    """How well predicted standard deviations match errors: coverage of intervals, scores, rank correlation."""
-    table = Table(title="Predicted uncertainty (calibrated)", title_justify="left", title_style="bold")
+    """How well predicted standard deviations match errors: coverage of conformal intervals, scores, rank correlation."""
+    title = "Predicted uncertainty (calibrated); share of errors inside conformal intervals of 50 / 68 / 90 / 95 %"
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
-    for name in ("coverage 50 / 68 / 90 / 95 %", "rms std", "NLL", "ENCE", "Spearman", "within frames"):
+    for name in ("inside 50 / 68 / 90 / 95 %", "rms std", "NLL", "ENCE", "Spearman", "within frames"):
         table.add_column(name, justify="right")
     shown = {"energies": (1e3, "meV/atom"), "forces": (1e3, "meV/A"), "stresses": (1 / GPA, "GPa")}
     groups = {name: of["forces"] for name, of in evaluation.scores_by_config_type.items() if "forces" in of}
@@ -252,7 +253,8 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
             "columns",
             f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}, jitter {report['jitter']:.0e}",
         ),
-        ("noise", format_noise(report["noise"])),
+        ("noise", f"{format_noise(report['noise'])} (of the labels, and what the model misses)"),
+        *([("label noise", f"{format_noise(report['label_noise'])} (net forces)")] if report["label_noise"] else []),
         ("train RMSE", format_noise(rms)),
     ]
     pairs += [*mean_ranks(report), *variance_columns(report)]
@@ -350,12 +352,24 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         *chosen_baselines(header["baselines"]),
         ("data", ", ".join(files) or "not recorded"),
         *([("calibrated on", calibration_source(aside))] if aside else []),
+        ("mean", means_of(header)),
         ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
         ("units", content["units"]),
         *said_of_fit(header.get("report", {})),
         ("recipe", yaml.safe_dump(json_value(header["recipe"]), sort_keys=False).rstrip()),
     ]
     return pairs_table("Model", pairs)
+
+
+def means_of(header: Mapping[str, Any]) -> str:
+    """How the mean is evaluated, and why so where a low rank is not possible."""
+    if (header.get("report") or {}).get("low_rank"):
+        return "low rank"
+    recipe = header["recipe"]
+    kernels = recipe["kernel"] if isinstance(recipe["kernel"], (list, tuple)) else [recipe["kernel"]]
+    every = [term for kernel in kernels for term in (kernel.get("terms") or [kernel])]
+    quadratic = all(term["name"] == "polynomial" and (term["zeta"] or 0) <= 2 for term in every)
+    return "exact" if quadratic else "exact (a low rank is for kernels of zeta 1 or 2)"
 
 
 def said_of_fit(report: Mapping[str, Any]) -> list[tuple[str, str]]:

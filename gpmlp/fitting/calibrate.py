@@ -40,6 +40,8 @@ FEWEST_ONLINE = 10  # structures of an online model that are left out in turn; o
 LEFT_OUT = "left out of the training set in turn, several of each config_type; learned from otherwise"
 HOW = "predicted before they were learned from, in the order in which they came (prequential)"
 
+FOLDS = 8  # in which standard deviations are judged that were calibrated on the others
+LARGEST_FACTOR = 1.5  # on standard deviations that follows from it
 FEWEST = 20  # structures; of fewer none is set aside
 FEWEST_LEFT_OUT = 5  # structures whose left-out errors say how large others are
 ENOUGH_HELD = 10  # structures that are set aside at least,
@@ -119,20 +121,47 @@ def _keep_every_species(structures: Structures, held: Tensor) -> None:
 
 
 def left_out_calibration(left_out: LeftOut, at_rest: float | None = None) -> Calibration:
-    """Calibration from structures predicted without their labels, standard deviations and intervals larger by √(n / (n - 2)).
+    """Calibration from structures predicted without their labels, with standard deviations and intervals larger for their small number.
 
     Errors within a structure depend on each other, so n structures count as n errors; the variance of so many is uncertain itself, and
-    a new error is distributed as Student's t.
+    a new error is distributed as Student's t: larger by √(n / (n - 2)). What else is learned from them (weights, local scale, groups)
+    follows their errors too; the factor is that of `cross_fitted_size` where it is more.
 
     Args:
         at_rest: scatter of force labels where symmetry forbids a force, if known better than from these structures (scatter_at_rest).
     """
     learned = learn_calibration(left_out.prediction, left_out.structures, left_out.targets, LEFT_OUT)
     n = max(len(left_out.structures), LEAST_FREEDOM)
-    kinds = {name: kind.scale_by((n / (n - 2)) ** 0.5) if kind.n else kind for name, kind in learned.kinds.items()}
+    larger, least = cross_fitted_size(left_out), (n / (n - 2)) ** 0.5
+    kinds = {
+        name: kind.scale_by(max(least, min(larger.get(name, least), LARGEST_FACTOR))) if kind.n else kind
+        for name, kind in learned.kinds.items()
+    }
     if kinds["forces"].n and at_rest is not None:
         kinds["forces"] = replace(kinds["forces"], forbidden=at_rest)
     return replace(learned, kinds=kinds)
+
+
+def cross_fitted_size(left_out: LeftOut) -> dict[str, float]:
+    """By kind, rms of error/σ where σ was calibrated on other structures: FOLDS times on all but one part of them."""
+    n, squares = len(left_out.structures), dict[str, list[Tensor]]()
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
+    for k in range(FOLDS if n >= 2 * FOLDS else 0):
+        judged, others = (
+            left_out.select(sorted(order[k::FOLDS])),
+            left_out.select(sorted({*order} - {*order[k::FOLDS]})),
+        )
+        learned = learn_calibration(others.prediction, others.structures, others.targets, LEFT_OUT)
+        types = judged.targets.config_types
+        predicted = calibrate_prediction(judged.prediction, judged.structures, learned, types)
+        for kind, one in learned.kinds.items():
+            if not one.n or getattr(predicted, VARIANCE_FIELDS[kind]) is None:
+                continue
+            errors, parts, _ = split_residuals(kind, judged.structures, judged.targets, predicted)
+            usable = ~errors.isnan() & parts.isfinite().all(1)
+            usable &= ~zero_by_symmetry(kind, judged.targets, predicted, parts)
+            squares.setdefault(kind, []).append((errors.square() / parts.sum(1))[usable])
+    return {kind: float(torch.cat(found).mean().sqrt()) for kind, found in squares.items()}
 
 
 def scatter_at_rest(targets: Targets, forces: Tensor) -> float | None:
@@ -170,11 +199,48 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
     typical = max(float(raw.novelty.double().quantile(TYPICAL)), LEAST_NOVELTY) if raw.novelty is not None else None
     if typical is not None:
         prediction = widen_by_novelty(raw, structures, typical)
-    data: dict[str, KnownErrors] = {}
-    weights: dict[str, Tensor] = {}
-    blind: list[str] = []
-    scatter: dict[str, float] = {}
-    unsampled = 1.0
+    kinds = _kinds_of_errors(prediction, structures, targets)
+    data = {kind: one.known for kind, one in kinds.items() if one.known is not None}
+    weights = {kind: one.weights for kind, one in kinds.items() if one.weights is not None}
+    source: dict[str, object] = {
+        "held_out_structures": len(structures),
+        "held_out_atoms": structures.n_atoms,
+        "names": list(structures.names[:200]),
+        "fingerprints": list(structures.fingerprints()),
+        "how": how,
+        "blind": [kind for kind, one in kinds.items() if one.known is None],
+    }
+    learned = Calibration.fit(data, source, weights)
+    calibration = replace(
+        learned,
+        kinds={k: replace(one, forbidden=kinds[k].scatter) if one.n else one for k, one in learned.kinds.items()},
+        typical_novelty=typical,
+        sample_scale=sample_spread(structures, targets, raw) if "forces" in data else None,
+        unsampled=kinds["forces"].unsampled if "forces" in data else 1.0,
+    )
+    if prediction.forces_variance is not None and "forces" in data:
+        source |= _misspecification(calibration, raw, structures, targets)
+    return replace(calibration, source=source)
+
+
+class _ErrorsOfKind(NamedTuple):
+    """What is known of the errors of a kind.
+
+    Attributes:
+        known: None where nearly all labels vanish by symmetry. weights: of the parts of the variance; None = 1 each.
+        scatter: of labels where symmetry forbids them, 0 if not known. unsampled: see `unsampled_factor`.
+    """
+
+    known: KnownErrors | None
+    weights: Tensor | None = None
+    scatter: float = 0.0
+    unsampled: float = 1.0
+
+
+def _kinds_of_errors(prediction: Prediction, structures: Structures, targets: Targets) -> dict[str, _ErrorsOfKind]:
+    """By kind, forces first; those without labels or variances are left out."""
+    out: dict[str, _ErrorsOfKind] = {}
+    of_forces: Tensor | None = None
     for kind in ("forces", "energies", "stresses"):
         if getattr(prediction, VARIANCE_FIELDS[kind]) is None:
             continue
@@ -182,43 +248,25 @@ def learn_calibration(raw: Prediction, structures: Structures, targets: Targets,
         labelled = ~errors.isnan() & parts.isfinite().all(1)
         # components that vanish by symmetry say nothing of the size of errors, and there may be many (strained crystals)
         usable = labelled & ~zero_by_symmetry(kind, targets, prediction, parts)
-        forbidden = errors[labelled & ~usable]
-        if len(forbidden) >= FEW and kind != "energies":
-            scatter[kind] = forbidden.square().mean().sqrt().item()
         if int(usable.sum()) < (FEW if usable.sum() < labelled.sum() else 1):
-            blind += [kind] if labelled.any() else []
+            out |= {kind: _ErrorsOfKind(None)} if labelled.any() else {}
             continue
+        forbidden = errors[labelled & ~usable]
+        scatter = forbidden.square().mean().sqrt().item() if len(forbidden) >= FEW and kind != "energies" else 0.0
         errors, parts, species = errors[usable], parts[usable], species if species is None else species[usable]
-        found = _weights(errors, parts, next(iter(weights.values()), None))
-        if found is not None:
-            weights[kind] = found
-        used = weights.get(kind, torch.ones(parts.shape[1], dtype=parts.dtype)).to(parts)
-        unsampled = unsampled_factor(parts, used) if kind == "forces" else unsampled
-        data[kind] = KnownErrors(errors, (parts @ used).sqrt(), species)
+        weights = _weights(errors, parts, of_forces)
+        of_forces = weights if of_forces is None else of_forces
+        used = (torch.ones(parts.shape[1]) if weights is None else weights).to(parts)
+        known = KnownErrors(errors, (parts @ used).sqrt(), species)
         if len(structures) >= FEWEST:
             owner = structure_of_error(kind, structures).to(errors.device)[usable]
             labels = tuple(targets.config_types[i] for i in owner.tolist())
             mean, squared_force = (
                 x.repeat_interleave(len(usable) // len(x), 0)[usable] for x in invariants(kind, prediction, structures)
             )
-            data[kind] = KnownErrors(*data[kind][:3], owner, labels, mean * used, squared_force)
-    source: dict[str, object] = {
-        "held_out_structures": len(structures),
-        "held_out_atoms": structures.n_atoms,
-        "names": list(structures.names[:200]),
-        "fingerprints": list(structures.fingerprints()),
-        "how": how,
-        "blind": blind,
-    }
-    sample_scale = sample_spread(structures, targets, raw) if "forces" in data else None
-    learned = Calibration.fit(data, source, weights)
-    kinds = {
-        kind: replace(one, forbidden=scatter.get(kind, 0.0)) if one.n else one for kind, one in learned.kinds.items()
-    }
-    calibration = replace(learned, kinds=kinds, typical_novelty=typical, sample_scale=sample_scale, unsampled=unsampled)
-    if prediction.forces_variance is not None and "forces" in data:
-        source |= _misspecification(calibration, raw, structures, targets)
-    return replace(calibration, source=source)
+            known = KnownErrors(*known[:3], owner, labels, mean * used, squared_force)
+        out[kind] = _ErrorsOfKind(known, weights, scatter, unsampled_factor(parts, used))
+    return out
 
 
 def _weights(errors: Tensor, parts: Tensor, of_forces: Tensor | None) -> Tensor | None:

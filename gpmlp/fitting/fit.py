@@ -126,16 +126,15 @@ def _fit_once(
     again = passes.predict(data.partitions, potential)
     if potential.variances is not None:
         stages.begin("calibration")
-        potential = _calibrated(data, potential, models, learned, solved, judged, again.forces)
+        potential = _calibrated(data, potential, models, learned, solved, judged, again.forces, stages)
     compared = data.structures.select(judged if len(judged) else fitted)
     subset = variance_checks.subset_error(potential, models, learned.signal, solved.factor, compared, data.recipe.seed)
     wrong = label_outliers.find_label_outliers(potential, data.structures, data.labels, again)
-    numbers = _numbers(data, trained, learned, solved)
+    numbers, scale = _numbers(data, trained, learned, solved), regression.scale_of_energies(models, learned)
     found = [
         *data.findings,
         *replace(wrong, energies=wrong.energies & ~data.failed).findings(data.structures),
-        *label_outliers.contradicted_kinds(data.structures, wrong, data.findings),
-        *label_outliers.exchanged_shears(data.structures, data.labels, again),
+        *label_outliers.contradictions(data.structures, data.labels, again, wrong, scale, data.findings),
         *label_outliers.noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
     ]
     potential, ranks = _with_low_rank(data, potential, fitted, judged, stages)
@@ -266,6 +265,7 @@ def _calibrated(
     solved: SparsePosterior,
     aside: Tensor,
     forces: Tensor,
+    stages: StageTimer,
 ) -> Potential:
     """With the amplitude of what inducing variables miss, and calibrated if that is wanted.
 
@@ -278,9 +278,8 @@ def _calibrated(
     atoms = LEFT_OUT * wanted.atoms if wanted else AMPLITUDE_ATOMS
     chosen = left_out.choose_left_out(data.structures, data.targets, aside, atoms, seed, groups.leaders)
     near = dict(zip(groups.leaders.tolist(), groups.near, strict=True))
-    about = data.structures, data.targets, data.remaining
-    workers = data.partitions.workers
-    predicted = left_out.predict_left_out(potential, models, learned, solved, *about, chosen, near, workers)
+    about = data.structures, data.targets, data.remaining, chosen, near, data.partitions.workers, stages.report
+    predicted = left_out.predict_left_out(potential, models, learned, solved, *about)
     if predicted is None or potential.variances is None:
         return potential
     share = predicted.amplitude(learned.noise.get("forces", 0.0))

@@ -16,6 +16,7 @@ from gpmlp.core.findings import Finding, Severity
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.core.units import GPA
+from gpmlp.gp.energy_scale import EnergyScale
 from gpmlp.io.label_checks import stresses, work
 from gpmlp.io.label_checks.totals import isolated_frames
 from gpmlp.potential.potential import Potential
@@ -43,6 +44,10 @@ SMALLEST_UNFOLLOWED = {
     "forces": 0.1,
     "stresses": 2e-3,
 }  # eV/atom, eV/A, eV/A^3: errors that may be anything
+# a scale of energies is another one where that is likelier by GAIN nats, leaves half of the noise, and a unit explains it within RECOGNISED
+SCALES_RIGHT, GAIN, EXPLAINED, RECOGNISED = (0.67, 1.5), 20.0, 0.5, 0.25
+OPPOSITE = 2.0  # standard deviations of the cosine of unrelated forces: beyond it they point against the fit
+SMALLEST_FORCE, FEWEST_OPPOSITE, SHARE_OPPOSITE = 0.1, 3, 0.02  # eV/A; frames; of the frames with larger forces
 OFF_DIAGONAL = {"yz": (1, 2), "xz": (0, 2), "xy": (0, 1)}
 EXCHANGED, MOST = 0.5, 2 / 3  # of the error, in another order; of the frames that then agree better
 ADVICE = (
@@ -251,6 +256,28 @@ def _leave_out(potential: Potential, structures: Structures, targets: Targets, r
     return residuals.index_copy(0, index, residuals[index] / (1 - share.clamp(0, LARGEST_SHARE)))
 
 
+def contradictions(
+    structures: Structures,
+    targets: Targets,
+    prediction: Prediction,
+    outliers: LabelOutliers,
+    scale: EnergyScale | None,
+    known: Sequence[Finding],
+) -> list[Finding]:
+    """What the fit says of labels that contradict each other; the first of these that is found, and exchanged stresses.
+
+    Args:
+        prediction: of these structures by the fit. scale: of the energies against the forces.
+        known: findings of the labels themselves; what is said there is not said again.
+    """
+    said = {finding.kind for finding in known if finding.severity == "error"}
+    found = opposite_forces(structures, targets, prediction)
+    if not found and scale is not None and "energies-against-forces" not in said:
+        found = scaled_energies(scale)
+    found = found or contradicted_kinds(structures, outliers, known)
+    return [*found, *exchanged_shears(structures, targets, prediction)]
+
+
 def contradicted_kinds(structures: Structures, outliers: LabelOutliers, known: Sequence[Finding]) -> list[Finding]:
     """Energies, forces and stresses that the fit took for noise, or that follow it but for a sign or a unit.
 
@@ -280,6 +307,55 @@ def contradicted_kinds(structures: Structures, outliers: LabelOutliers, known: S
     text = f"the stresses contradict the other labels, and scatter by {tensors.scatter / GPA:.3g} GPa ({evidence})."
     advice = "Check their unit, eV/A^3, their sign and order, or leave them out (use_stresses: false)."
     return [Finding(stresses.KIND, "error", text, (), numbers, advice)]
+
+
+def opposite_forces(structures: Structures, targets: Targets, prediction: Prediction) -> list[Finding]:
+    """Frames whose forces point against those of the fit, where it follows others: they are gradients.
+
+    Of unrelated forces without a net force the cosine of the 3n components scatters by 1/√(3n - 3).
+    """
+    owner, forces, fitted = (
+        structures.structure_of_atom.cpu(),
+        targets.forces.double().cpu(),
+        prediction.forces.double().cpu(),
+    )
+    known = ~forces.isnan()
+    products = [
+        torch.where(known, a * b, 0.0).sum(1) for a, b in ((forces, fitted), (forces, forces), (fitted, fitted))
+    ]
+    along, labels, model = (torch.zeros(len(structures)).double().index_add(0, owner, p) for p in products)
+    components = torch.zeros(len(structures)).double().index_add(0, owner, known.double().sum(1))
+    large = labels > SMALLEST_FORCE**2 * components
+    significance = along / (labels * model).sqrt().clamp_min(1e-300) * (components - 3).clamp_min(0).sqrt()
+    against = (large & (significance < -OPPOSITE)).nonzero()[:, 0].tolist()
+    with_it, all_large = int((large & (significance > OPPOSITE)).sum()), int(large.sum())
+    clear = 2 * (len(against) + with_it) > all_large and 2 * with_it >= len(against)
+    if len(against) < max(FEWEST_OPPOSITE, SHARE_OPPOSITE * all_large) or not clear:
+        return []
+    text = (
+        f"the forces of {len(against)} of {all_large} frames point against those of a fit to all labels, and those of {with_it} "
+        "along them: in some of the frames they have the wrong sign (they are gradients)."
+    )
+    numbers = {"frames_against": float(len(against)), "frames_along": float(with_it)}
+    names = tuple(structures.names[i] for i in against)
+    advice = "Turn the sign of the forces of these frames (F = -dE/dr), or of the others, whichever are gradients."
+    return [Finding("forces-of-opposite-signs", "error", text, names, numbers, advice)]
+
+
+def scaled_energies(scale: EnergyScale) -> list[Finding]:
+    """Energies that are most likely a multiple of what the forces lead to, if a unit explains that."""
+    low, high = SCALES_RIGHT
+    if low < scale.factor < high or scale.gain < GAIN or scale.noise > EXPLAINED * scale.noise_at_one:
+        return []
+    reasons = work.explain_slope(scale.factor, within=RECOGNISED, causes=1)
+    if not reasons:
+        return []
+    text = (
+        f"the energies contradict the forces: {scale.factor:.3g} times what the forces lead to is likelier than once (by {scale.gain:.0f} "
+        f"nats), and misses energies {scale.noise_at_one / scale.noise:.2g} times less; probably {' or '.join(reasons)}."
+    )
+    numbers = {"scale": scale.factor, "gain_nats": scale.gain}
+    return [Finding("energies-against-forces", "error", text, (), numbers, work.ADVICE)]
 
 
 def _contradicted_energies(structures: Structures, energies: Agreement) -> Finding:

@@ -1,8 +1,11 @@
 """Left-out predictions: of training structures, by the posterior without their labels, without a new fit.
 
 With C the posterior covariance of the labels of some structures and Σ their noise, leaving these out turns residuals r into
-Σ (Σ - C)⁻¹ r and C into Σ (Σ - C)⁻¹ C (Rasmussen & Williams 2006, section 5.4.2, for more labels than one at a time). Inducing
-variables and hyperparameters stay.
+Σ (Σ - C)⁻¹ r and C into Σ (Σ - C)⁻¹ C (Rasmussen & Williams 2006, section 5.4.2, for more labels than one at a time).
+
+Their environments are no inducing points then either, as those of a new structure are not. The mean is k_gu w with w = L⁻ᵀ D β, so
+without some of the inducing variables it is the posterior given that their weights w_r = Tᵀ β are zero, T the columns of D L⁻¹: T is
+projected out of the rows a of the prior, and R⁻ᵀ T out of the rows b of the posterior. Hyperparameters stay.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from gpmlp.core.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
 from gpmlp.fitting.regression import InducingModel, WhitenedData
-from gpmlp.fitting.workers import Report, Workers
+from gpmlp.fitting.workers import Report, Workers, silent
 from gpmlp.gp import likelihood
 from gpmlp.gp.covariances import CovarianceRows
 from gpmlp.gp.posterior import SparsePosterior
@@ -35,6 +38,7 @@ EACH = 8  # structures of each config_type that come first, moving or at rest, t
 NEAR_ATOMS = 600  # of a structure and those near it, which are left out together
 FORCE_ATOMS = 16  # of a structure, whose force variances are computed: its errors depend on each other
 PART_ATOMS = 128  # of structures whose rows are made together
+SAME = 1e-6  # 1 - x.x' of an environment and a centre that is this environment
 ENOUGH = 100  # forces from which the amplitude is learned
 
 
@@ -49,6 +53,11 @@ class LeftOut:
     structures: Structures
     targets: Targets
     prediction: Prediction
+
+    def select(self, indices: Sequence[int]) -> LeftOut:
+        """Some of the structures."""
+        parts = self.structures.select(indices), self.targets.select(self.structures, indices)
+        return LeftOut(*parts, self.prediction.select(self.structures, indices))
 
     def amplitude(self, noise: float) -> float:
         """The w under which forces are most likely: var = w [k_gg - k_gu K_uu⁻¹ k_ug] + data + noise².
@@ -118,6 +127,7 @@ def predict_left_out(
     chosen: Sequence[int],
     near: dict[int, Tensor] | None = None,
     workers: Workers | None = None,
+    report: Report = silent,
 ) -> LeftOut | None:
     """Predict some of the structures without their labels; None if there are none that can be left out.
 
@@ -125,7 +135,7 @@ def predict_left_out(
         potential: with variances. learned, solved: of all columns and all data, these structures included.
         targets, remaining: labels of `structures`, and the same less the baselines.
         near: for some structures, others whose labels are left out with theirs (near-duplicates).
-        workers: who does it; this process if not given.
+        workers: who does it; this process if not given. report: of the structures done.
     """
     if not chosen:
         return None
@@ -153,7 +163,7 @@ def predict_left_out(
     ]
     pieces = [parts] if workers.shares else [[part] for part in parts]
     kept = workers.keep(fitted)
-    found = workers.map(_leave_out, [(kept, piece) for piece in pieces])
+    found = workers.map(_leave_out, [(kept, piece) for piece in pieces], report)
     return LeftOut(
         structures.select(chosen), targets.select(structures, chosen), Prediction.concatenate(sum(found, []))
     )
@@ -185,27 +195,64 @@ class _Fitted:
     noise: dict[str, float]
     request: VarianceRequest
 
-    def standard(self, labelled: _Labelled, environments: ByDescriptor) -> list[_StandardLabels]:
-        """The labels over their noise, by each of the models."""
+    def standard(
+        self, labelled: _Labelled, environments: ByDescriptor, unused: Sequence[Sequence[Tensor]]
+    ) -> list[_StandardLabels]:
+        """The labels over their noise, by each of the models, for each structure without the `unused` columns of the model."""
         out, part = [], labelled.structures
-        for k, model in enumerate(self.models):
-            rows = model.covariance_rows(part, environments, self.request.forces, self.request.stresses)
-            weights = None if k else self.weights
-            out.append(_StandardLabels.make(model.whitened(rows), rows, part, labelled.remaining, self.noise, weights))
+        for model, columns in zip(self.models, unused, strict=True):
+            k_fu = model.covariance_rows(part, environments, self.request.forces, self.request.stresses)
+            rows, mean = model.whitened(k_fu), None
+            if model is self.models[0]:
+                mean = CovarianceRows(*(getattr(k_fu, kind) @ self.weights.to(model.signal) for kind in KINDS))
+            for k, gone in enumerate(columns):
+                if len(gone):
+                    self.leave_columns_out(model, gone, rows, mean, _rows_of(part, k))
+            out.append(_StandardLabels.make(rows, mean, part, labelled.remaining, self.noise))
         return out
+
+    def leave_columns_out(
+        self,
+        model: VarianceModel,
+        columns: Tensor,
+        rows: WhitenedRows,
+        mean: CovarianceRows | None,
+        of: tuple[slice, slice, slice],
+    ) -> None:
+        """Change some rows, and the mean there, to those of the posterior without these columns, in place."""
+        unit = torch.zeros(len(columns), model.n_columns).to(model.signal)
+        unit[torch.arange(len(columns)), columns] = 1.0
+        a, b = model.whiten(unit)
+        prior, (data, upper) = torch.linalg.qr(a.T).Q, torch.linalg.qr(b.T)
+        for kind, here in zip(KINDS, of, strict=True):
+            of_prior, of_data = getattr(rows.a, kind)[here], getattr(rows.b, kind)[here]
+            of_prior -= (of_prior @ prior) @ prior.T
+            along = of_data @ data
+            of_data -= along @ data.T
+            if mean is not None:
+                opened = torch.linalg.solve_triangular(upper.T, self.weights[columns, None].to(upper), upper=False)
+                getattr(mean, kind)[here] -= (along @ opened)[:, 0]
 
     def environments(self, structures: Structures) -> list[StructureEnvironments]:
         """By descriptor."""
         return [StructureEnvironments.from_structures(d, structures) for d in self.descriptors]
 
     def leave_out(self, part: tuple[_Labelled, list[_Labelled | None]]) -> Prediction:
-        """Predictions of structures, each without its labels and those of the others beside it."""
+        """Predictions of structures, each without its labels and those of the others beside it, and without inducing points at these."""
         labelled, near = part
         here, environments = labelled.structures, self.environments(labelled.structures)
-        labels = self.standard(labelled, environments)
+        beside = [(o, self.environments(o.structures)) if o else None for o in near]
+        seen = [
+            [_features(here, environments, k), *([_features(other[0].structures, other[1])] if other else [])]
+            for k, other in enumerate(beside)
+        ]
+        unused = [[_columns_at(model, groups) for groups in seen] for model in self.models]
+        labels = self.standard(labelled, environments, unused)
         error, variance = self.weights.new_full((2, 7 * len(here) + 3 * here.n_atoms), torch.nan)
-        for k, others in enumerate(near):
-            more = self.standard(others, self.environments(others.structures)) if others else [None] * len(labels)
+        for k, other in enumerate(beside):
+            more: Sequence[_StandardLabels | None] = [None] * len(labels)
+            if other:
+                more = self.standard(*other, [[columns[k]] * len(other[0].structures) for columns in unused])
             found = [a.left_out(k, b) for a, b in zip(labels, more, strict=True)]
             place = found[0][0]
             error[place], variance[place] = found[0][1], found[-1][2]
@@ -217,8 +264,42 @@ class _Fitted:
         return _replaced(raw, labelled.targets, error, variance)
 
 
+def _rows_of(structures: Structures, k: int) -> tuple[slice, slice, slice]:
+    """Of structure k among the rows of energies, forces and stresses."""
+    first, end = structures.offsets[k : k + 2].tolist()
+    return slice(k, k + 1), slice(3 * first, 3 * end), slice(6 * k, 6 * k + 6)
+
+
+def _features(structures: Structures, environments: ByDescriptor, k: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Species and features of the environments of structure k, or of all, by each descriptor."""
+    first, end = (0, None) if k is None else structures.offsets[k : k + 2].tolist()
+    return [(structures.species[first:end], e.environments.features[first:end]) for e in environments]
+
+
+def _columns_at(model: VarianceModel, groups: Sequence[list[tuple[Tensor, Tensor]]]) -> Tensor:
+    """Columns of the inducing variables at these environments (_features of some groups of structures)."""
+    start, out = 0, []
+    for d, blocks in enumerate(model.blocks):
+        for block in blocks:
+            here = torch.cat([group[d][1][group[d][0] == block.species] for group in groups]).to(block.features)
+            if len(here):
+                own = (block.features @ here.T).amax(1) > 1 - SAME
+                out.append(start + own[block.column_addresses[0]].nonzero()[:, 0])
+            start += block.n_columns
+    return torch.cat(out) if out else torch.zeros(0, dtype=torch.long)
+
+
 def _leave_out(report: Report, fitted: _Fitted, parts: Sequence[tuple]) -> list[Prediction]:
-    return parallel.map_pieces(fitted.leave_out, parts)
+    found: list[Prediction] = []
+    total = sum(len(labelled.structures) for labelled, _ in parts)
+
+    def take(one: Prediction) -> None:
+        found.append(one)
+        done = sum(len(p.energies) for p in found)
+        report(done, total, f"{done} of {total} structures left out in turn")
+
+    parallel.map_pieces(fitted.leave_out, parts, take)
+    return found
 
 
 def _parts(structures: Structures, chosen: Sequence[int]) -> list[list[int]]:
@@ -273,13 +354,12 @@ class _StandardLabels:
     @staticmethod
     def make(
         rows: WhitenedRows,
-        k_fu: CovarianceRows,
+        mean: CovarianceRows | None,
         structures: Structures,
         targets: Targets,
         noise: dict[str, float],
-        weights: Tensor | None,
     ) -> _StandardLabels:
-        """From `rows` and K_fu of the structures, labels less baselines, and weights of the mean (no residuals if None)."""
+        """From `rows` of the structures, labels less baselines, and the mean at these rows (no residuals if None)."""
         labels = likelihood.observed_labels(targets, structures.counts)
         of_atom, each = structures.structure_of_atom, torch.arange(len(structures), device=structures.species.device)
         owners = {"energies": each, "forces": of_atom.repeat_interleave(3), "stresses": each.repeat_interleave(6)}
@@ -288,7 +368,7 @@ class _StandardLabels:
             label = labels[kind]
             sigma = label.noise.nan_to_num(nan=noise.get(kind, math.nan)) / label.scale
             total, b = label.values / label.scale, getattr(rows.b, kind)
-            fitted = total if weights is None else getattr(k_fu, kind)[label.rows] @ weights.to(total)
+            fitted = total if mean is None else getattr(mean, kind)[label.rows].to(total)
             left = b[label.rows] / sigma[:, None] if len(label.rows) else b[:0]
             parts.append((left, (total - fitted) / sigma, sigma, owner[label.rows], start + label.rows))
             start += len(owner)

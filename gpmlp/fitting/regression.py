@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from gpmlp.fitting.workers import Report
 from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior
 from gpmlp.gp.covariances import CovarianceRows, SpeciesEnvironments
 from gpmlp.gp.energy_noise import LeftOutEnergies
+from gpmlp.gp.energy_scale import EnergyScale, energy_scale
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel, make_kernel
 from gpmlp.gp.likelihood import Hyperparameters, Observations
@@ -36,6 +38,7 @@ from gpmlp.recipe import LearnedRecipe, Recipe
 
 RESTART_COLUMNS, RESTARTS = 200, 3  # with so few, noises are learned from several starts
 EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
+FEWEST_ENERGIES = 10  # that say whether they agree with the forces
 ROW_BYTES = 64 << 20  # of rows that are there before they are folded in
 FEWEST_ENERGIES = 10  # that leaving one out can judge
 
@@ -234,10 +237,7 @@ def learn_hyperparameters(
     total = sum(widths)
 
     def smaller(columns: int) -> tuple[dict[str, evidence.SufficientStatistics], Tensor]:
-        """Columns of each block come most important first, so leading ones are a smaller model of the same data."""
-        share, starts = min(1.0, columns / total), torch.tensor([0, *widths]).cumsum(0).tolist()
-        part = torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
-        part = part.to(device)
+        part = _leading_columns(widths, columns).to(device)
         statistics = {k: evidence.SufficientStatistics.from_factor(w, counts[k], part) for k, w in whitened.items()}
         return statistics, block_of_column[part]
 
@@ -398,6 +398,25 @@ def variance_factor(
     signal = signal[columns]
     subset = blocks, lowers, signal
     return posterior.solve_posterior(whitened, learned.counts, learned.every_noise, signal, lowers).factor, subset
+
+
+def _leading_columns(widths: Sequence[int], columns: int) -> Tensor:
+    """About so many columns: those of each block come most important first, so leading ones are a smaller model of the same data."""
+    share, starts = min(1.0, columns / sum(widths)), [0, *itertools.accumulate(widths)]
+    return torch.cat([torch.arange(s, s + max(1, int(share * w))) for s, w in zip(starts, widths, strict=False)])
+
+
+def scale_of_energies(models: Sequence[InducingModel], learned: WhitenedData) -> EnergyScale | None:
+    """Scale of the energies against the forces, by some of the columns; None where either have no noise in common or are few."""
+    whitened, noise = learned.whitened, learned.noise
+    if any(kind not in whitened or kind not in noise for kind in ("energies", "forces")):
+        return None
+    if learned.counts["energies"] < FEWEST_ENERGIES:
+        return None
+    part = _leading_columns(block_widths(models), EVIDENCE_COLUMNS).to(learned.signal.device)
+    taken = torch.cat([part, part.new_tensor([len(learned.signal)])])
+    energies, forces = (whitened[kind][:, taken] for kind in ("energies", "forces"))
+    return energy_scale(energies, forces, learned.counts["energies"], noise["forces"], learned.signal[part])
 
 
 def _leading(block: InducingBlock, share: float) -> Tensor:

@@ -209,8 +209,12 @@ class _Picks:
             return False
         self._environments.add(species, x)
         self._picked.append((item, score))
-        self.progress("picking", len(self._picked), self.n)
+        self.report()
         return True
+
+    def report(self) -> None:
+        """Say how many are picked; the last one ends the stage."""
+        self.progress("picking", len(self._picked), self.n)
 
     def selection(self, method: str) -> PoolSelection:
         every = (self._picked + self._repeats)[: self.n]
@@ -277,6 +281,7 @@ def _pick_greedily(
     left = torch.ones(picks.pool.n_atoms, dtype=torch.bool)
     at_most = max(1, min(PIVOTS, ALL_PIVOTS // picks.n))
     while queue and not picks.full:
+        picks.report()
         bound, s = heapq.heappop(queue)
         candidate, first = pool[s], picks.offsets[s]
         scores = torch.where(left[first : first + len(candidate)], candidate.scores, -1.0)
@@ -324,7 +329,7 @@ def _pick_in_order(
     pool, n, size = picks.pool.to(device="cpu"), picks.n, picks.size
     rows = labelled = torch.zeros(size, 1)
     if method != "random":
-        rows = _rows(descriptor, species, pool, picks)
+        rows = _rows(descriptor, species, picks.pool, picks)
     if method == "farthest" and exclude is not None:
         every = exclude.n_atoms if picks.environments else len(exclude)
         labelled = _rows(descriptor, species, exclude, picks)[:: -(-every // EXCLUDED_ROWS)]
@@ -361,8 +366,9 @@ def _rows(descriptor: Descriptor, species: tuple[int, ...], structures: Structur
     blocks = 1 if picks.environments else len(species)
     width = min(descriptor.n_features, max(64, ROW_BYTES // (8 * blocks * picks.size)))
     projections: dict[int, Tensor] = {}
-    out = []
+    out, done = [], 0
     for part, x in _streamed(descriptor, structures):
+        picks.progress("features", done := done + len(part), len(structures))
         slot = torch.tensor([species.index(z) for z in part.species.tolist()])
         if picks.environments:
             centre = torch.nn.functional.one_hot(slot, len(species)).double()

@@ -10,6 +10,7 @@ from gpmlp.core.findings import Finding, Severity
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io.label_checks.totals import isolated_frames
+from gpmlp.io.label_checks.units import FORCE_UNITS
 
 MANY_DEVIATIONS = 30.0  # times the median absolute deviation (x 1.4826)
 FAILED = 10.0  # eV/atom: more is no structure among others of the set, unless forces are as wild
@@ -17,6 +18,8 @@ SUSPICIOUS = 3.0  # eV/atom
 WILD_FORCE = 10.0  # eV/A: with forces like that large energies are believed
 FEWEST = 10  # frames
 FORCE_FACTOR, LARGE_FORCE = 30.0, 100.0  # times the 95 % quantile of the element; eV/A
+LARGEST_MEDIAN = 18.0  # eV/A, of forces; in sets of solids, liquids and molecules to 2000 K it is 0.01 to 3, in cells displaced by 0.4 A 14
+SMALL_UNITS = ("kcal/mol/A", "kJ/mol/A", "meV/A")
 ITERATIONS = 30
 # what may be the cause of energies far from others, and what to do
 AS_FOUND = {
@@ -70,7 +73,11 @@ def failed_energies(structures: Structures, targets: Targets) -> Tensor:
 
 def check_outliers(structures: Structures, targets: Targets) -> list[Finding]:
     """Findings about single energies and forces that are far from all others."""
-    return [*_energy_outliers(structures, targets), *_force_outliers(structures, targets)]
+    return [
+        *_energy_outliers(structures, targets),
+        *_force_outliers(structures, targets),
+        *_force_size(structures, targets),
+    ]
 
 
 def _energy_outliers(structures: Structures, targets: Targets) -> list[Finding]:
@@ -110,6 +117,22 @@ def _largest_force(structures: Structures, targets: Targets) -> Tensor:
     return torch.zeros(len(structures), dtype=torch.float64).scatter_reduce(
         0, structures.structure_of_atom.cpu(), size, "amax"
     )
+
+
+def _force_size(structures: Structures, targets: Targets) -> list[Finding]:
+    """Forces that are large everywhere: in another unit, which energies in a unit of the same system do not contradict."""
+    size = targets.forces.double().norm(dim=1)
+    size = size[~size.isnan() & (size > 0)]
+    if len(size) < FEWEST or not float(size.median()) > LARGEST_MEDIAN:
+        return []
+    median = float(size.median())
+    units = [f"{median / x:.2g} if they are in {name}" for name, x in FORCE_UNITS.items() if name in SMALL_UNITS]
+    text = (
+        f"half of the forces are larger than {median:.3g} eV/A, where 0.01 to 3 eV/A are usual: they are probably in another unit ("
+        f"{', '.join(units)}), and energies in a unit of the same kind would not contradict them."
+    )
+    advice = "Convert energies to eV and forces to eV/A, unless atoms are meant to be that far displaced or compressed."
+    return [Finding("forces-in-another-unit", "warning", text, (), {"median_eV_per_A": median}, advice)]
 
 
 def _force_outliers(structures: Structures, targets: Targets) -> list[Finding]:

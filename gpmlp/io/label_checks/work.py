@@ -215,13 +215,14 @@ def explain_slope(
     energies: bool = True,
     forces: bool = True,
     within: float = ON_NEAR.recognised,
+    causes: int = 2,
 ) -> list[str]:
     """Units and signs that give this slope, the simplest first.
 
     Args:
         atoms: number of atoms of a frame, if all have as many.
         energies, forces: whether these may be what is wrong.
-        within: |log| of the ratio to the slope of a unit.
+        within: |log| of the ratio to the slope of a unit. causes: at most; units of one system count as one.
     """
     sign = ["the forces have the wrong sign (they are gradients)"] if slope < 0 else []
     size = abs(slope)
@@ -237,7 +238,7 @@ def explain_slope(
         found.append((1 if alike else len(words), off, " and ".join(words)))
     if atoms == atoms:
         found.append((1, abs(math.log(size * atoms)), "the energies are per atom"))
-    found = sorted(entry for entry in found if entry[1] < within and entry[0])
+    found = sorted(entry for entry in found if entry[1] < within and 0 < entry[0] <= causes)
     if not found:
         return sign
     simplest = [entry for entry in found if entry[0] == found[0][0]]

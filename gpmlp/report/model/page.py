@@ -210,10 +210,12 @@ def _fit_values(model: dict[str, Any]) -> dict[str, Any]:
         sizes.append(("forces change by that, share of their noise", format_percent(share)))
     for key in ("environments", "centres"):
         sizes += [(f"{key} of {kind}", format_number(n)) for kind, n in (model.get(key) or {}).items()]
+    shown = model.get("label_noise") or {}
     noise = [
-        (f"noise of {kind}", f"{format_number(value)} {NOISE_UNITS.get(kind, '')}")
-        for kind, value in (model.get("noise") or {}).items()
-        if not isinstance(value, dict)
+        (f"{name} of {kind}", f"{format_number(record[kind])} {NOISE_UNITS.get(kind, '')}")
+        for kind in model.get("noise") or {}
+        for record, name in ((model["noise"], "noise, with what the model misses,"), (shown, "label noise alone"))
+        if isinstance(record.get(kind), (int, float))
     ]
     noise += [(f"signal {name}", f"{format_number(value)} eV") for name, value in (model.get("signal") or {}).items()]
     origin = model.get("provenance") or {}
@@ -222,6 +224,8 @@ def _fit_values(model: dict[str, Any]) -> dict[str, Any]:
     return {
         "fit_sizes": sizes,
         "noise_rows": noise,
+        "calibration_rows": _calibration_rows(model.get("calibration") or {}),
+        "calibration_source": _calibration_source(model.get("calibration") or {}),
         "sample_words": ", ".join(f"{k} {v}" for k, v in (origin.get("sample") or {}).items()),
         "file_rows": [
             (role, entry.get("name", "–"), entry.get("sha256") or "–")
@@ -229,6 +233,32 @@ def _fit_values(model: dict[str, Any]) -> dict[str, Any]:
         ],
         "versions": " · ".join(versions),
     }
+
+
+def _calibration_rows(calibration: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Of each kind that was calibrated: number of errors, factor on σ, weights of the parts of the variance, half-width of the 90 %
+    interval, range of the factors of config_types."""
+    rows = []
+    for kind, learned in (calibration.get("kinds") or {}).items():
+        if not learned.get("n"):
+            continue
+        level = list(calibration["levels"]).index(0.9)
+        factors = [group["std"] for group in (learned.get("groups") or {}).values()]
+        weights = [format_number(weight) for weight in learned.get("weights") or (1.0, 1.0, 1.0)]
+        among = f"{format_number(min(factors), 2)} – {format_number(max(factors), 2)}" if factors else "–"
+        width = f"{format_number(learned['multipliers']['all'][level])} σ"
+        rows.append((kind, [f"{learned['n']:,}", format_number(learned["scale"]), *weights, width, among]))
+    return rows
+
+
+def _calibration_source(calibration: dict[str, Any]) -> str:
+    """From which structures a calibration was learned."""
+    source = calibration.get("source") or {}
+    if "held_out_structures" not in source:
+        return ""
+    novelty = calibration.get("typical_novelty")
+    beyond = f"; error bars grow with novelty beyond {format_number(novelty)}" if novelty else ""
+    return f"{source['held_out_structures']:,} structures, {source['held_out_atoms']:,} atoms, {source['how']}{beyond}."
 
 
 def error_answer(data: ReportData, labelled: Labelled, numbers: Numbers) -> str:
@@ -298,7 +328,8 @@ def calibration_answer(data: ReportData, numbers: Numbers) -> str:
     others = [f"{format_percent(cover[k]['coverage_90'])} for {k}" for k in judged[1:]]
     more = f"; {join_words(others)}" if others else ""
     conformal = numbers["coverage"]["conformal"].get(kind, {}).get("coverage_90")
-    held = f"; the conformal 90\u202f% interval holds {format_percent(conformal)}" if conformal is not None else ""
+    held = f"; conformal 90\u202f% intervals, which `gpmlp evaluate` counts, hold {format_percent(conformal)}"
+    held = held if conformal is not None else ""
     return (
         f"{verdict}: {format_percent(cover[kind]['coverage_68'])} of {SINGULAR[kind]} errors lie within one standard deviation "
         f"(68\u202f% expected) and {format_percent(cover[kind]['coverage_90'])} within 1.64 of them (90\u202f% expected{more})"
