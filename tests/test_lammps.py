@@ -114,6 +114,20 @@ def test_errors_of_local_energies(ranks, potential, copper_start):
     compare(found, atoms, potential)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_errors_of_forces(ranks, potential, copper_start):
+    """Of the five atoms with the largest standard deviation of the local energy; 0 of all others."""
+    atoms, script, folder = copper_start
+    asked = "fix errors all pair 1 gpmlp sigma 1\nfix forces all pair 1 gpmlp force_sigma 1\n"
+    script = script.replace("pair_style gpmlp", "pair_style gpmlp force_atoms 5")
+    found = static(script + asked, folder, ranks, "f_errors f_forces[*]").more
+    chosen = np.sort(np.argsort(found[:, 0])[-5:])
+    said = potential(structures_from_ase([atoms]), variance="forces", atoms=chosen.tolist())
+    expected = said.forces_variance.total.sqrt().numpy()[chosen]
+    np.testing.assert_allclose(found[chosen, 1:], expected, rtol=1e-6)
+    assert expected.min() > 0 and not np.delete(found[:, 1:], chosen, axis=0).any()
+
+
 NPT = """neighbor 1.0 bin
 neigh_modify every 1 delay 0 check yes
 velocity all create 600 4321 mom yes loop geom
@@ -269,6 +283,8 @@ def test_what_is_refused(organic, potential, tmp_path):
         "threads must be 1 or more": script.replace("pair_style gpmlp", "pair_style gpmlp threads 0"),
         "the model knows no sigma": script + "fix errors all pair 1 gpmlp sigma 1\n",
         "the model knows no novelty": script + "fix errors all pair 1 gpmlp novelty 1\n",
+        "the model knows no force_sigma": script + "fix errors all pair 1 gpmlp force_sigma 1\n",
+        "force_atoms must be 1 or more": script.replace("pair_style gpmlp", "pair_style gpmlp force_atoms 0"),
         "give pair_coeff before fix pair": script.replace(line, "") + "fix errors all pair 1 gpmlp sigma 1\n",
         "two atoms are on top of each other": script + "set atom 1*2 x 1 y 1 z 1\n",
         "needs special_bonds lj/coul 1.0 1.0 1.0": script.replace("atom_style atomic", "atom_style bond").replace(

@@ -13,10 +13,12 @@
 #include "update.h"
 #include "utils.h"
 
+#include "force_variance.hpp"
 #include "model_file.hpp"
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <sstream>
 
 using namespace LAMMPS_NS;
@@ -38,11 +40,13 @@ PairGPMLP::~PairGPMLP() {
 }
 
 void PairGPMLP::settings(int n, char **words) {
-    if (n % 2) error->all(FLERR, "pair_style gpmlp: an option lacks its value (pair_style gpmlp [threads N])");
+    if (n % 2) error->all(FLERR, "pair_style gpmlp: an option lacks its value (pair_style gpmlp [threads N] [force_atoms N])");
     for (int k = 0; k < n; k += 2) {
-        if (std::strcmp(words[k], "threads")) error->all(FLERR, std::string("pair_style gpmlp has no option ") + words[k]);
-        threads = utils::inumeric(FLERR, words[k + 1], false, lmp);
-        if (threads < 1) error->all(FLERR, "pair_style gpmlp: threads must be 1 or more");
+        const std::string name = words[k];
+        if (name != "threads" && name != "force_atoms") error->all(FLERR, "pair_style gpmlp has no option " + name);
+        const int value = utils::inumeric(FLERR, words[k + 1], false, lmp);
+        if (value < 1) error->all(FLERR, "pair_style gpmlp: " + name + " must be 1 or more");
+        (name == "threads" ? threads : force_sigma.atoms) = value;
     }
 }
 
@@ -162,6 +166,7 @@ void PairGPMLP::compute(int eflag, int vflag) {
     const int64_t n = here.atoms.size();
     const gpmlp::Surroundings<double> given{
         n, here.pairs, here.species.data(), here.centers.data(), here.neighbor_species.data(), here.vectors.data()};
+    if (force_sigma.asked) sigma.asked = 1;
     for (Errors *wanted : {&sigma, &novelty})
         if (wanted->asked) wanted->of_centers.resize(n);
     const gpmlp::Wanted to{here.energies.data(), here.gradients.data(), nullptr, sigma.asked ? sigma.of_centers.data() : nullptr,
@@ -187,6 +192,8 @@ void PairGPMLP::compute(int eflag, int vflag) {
     if (vflag_fdotr) virial_fdotr_compute();
     if (sigma.asked) spread(sigma);
     if (novelty.asked) spread(novelty);
+    if (force_sigma.asked) find_force_errors();
+    sigma.asked = novelty.asked = force_sigma.asked = 0;
 }
 
 // To the places of atoms; zero for those that are none of ours.
@@ -209,6 +216,7 @@ PairGPMLP::Errors *PairGPMLP::errors(const std::string &name) {
 void *PairGPMLP::extract(const char *name, int &dimension) {
     dimension = 0;
     const std::string whole = name, ending = "_flag";
+    if (whole == "force_sigma_flag") return &force_sigma.asked;
     if (whole.size() <= ending.size() || whole.substr(whole.size() - ending.size()) != ending) return nullptr;
     Errors *found = errors(whole.substr(0, whole.size() - ending.size()));
     return found ? &found->asked : nullptr;
@@ -216,6 +224,12 @@ void *PairGPMLP::extract(const char *name, int &dimension) {
 
 void *PairGPMLP::extract_peratom(const char *name, int &columns) {
     columns = 0;
+    if (!std::strcmp(name, "force_sigma")) {
+        columns = 3;
+        reach_twice_as_far();
+        if (force_sigma.rows.size() < std::size_t(atom->nmax)) force_sigma.resize(atom->nmax);
+        return force_sigma.rows.data();
+    }
     Errors *found = errors(name);
     if (!found) return nullptr;
     if (found->of_atoms.size() < std::size_t(atom->nmax)) found->of_atoms.resize(atom->nmax, 0);
@@ -237,4 +251,74 @@ void PairGPMLP::tally_pair(int i, int j, const double *r, const double *g) {
 
 double PairGPMLP::memory_usage() {
     return Pair::memory_usage() + double(here.neighbors.size()) * (sizeof(int) + 8 * sizeof(double));
+}
+
+void PairGPMLP::ForceErrors::resize(std::size_t n) {
+    values.assign(3 * n, 0), rows.resize(n);
+    for (std::size_t k = 0; k < n; k++) rows[k] = &values[3 * k];
+}
+
+// Environments that contain an atom reach twice as far as the model, and ghost atoms have to.
+void PairGPMLP::reach_twice_as_far() {
+    if (!model || !model->posterior)
+        error->all(FLERR, "pair_style gpmlp: the model knows no force_sigma (give pair_coeff before fix pair; it may have been fitted with "
+                          "variance: false, or exported by another version)");
+    if (comm->mode != Comm::SINGLE) error->all(FLERR, "pair_style gpmlp: force_sigma needs comm_modify mode single");
+    comm->cutghostuser = std::max(comm->cutghostuser, 2 * cutoff + neighbor->skin);
+}
+
+// Places in `here` of the atoms with the largest sigma of all processes.
+std::vector<int> PairGPMLP::least_certain() const {
+    const std::size_t most = force_sigma.atoms;
+    std::vector<double> mine = sigma.of_centers;
+    mine.resize(std::max(mine.size(), most), -1);
+    std::partial_sort(mine.begin(), mine.begin() + most, mine.end(), std::greater<>());
+    std::vector<double> all(most * comm->nprocs);
+    MPI_Allgather(mine.data(), int(most), MPI_DOUBLE, all.data(), int(most), MPI_DOUBLE, world);
+    std::nth_element(all.begin(), all.begin() + (most - 1), all.end(), std::greater<>());
+    std::vector<int> out;
+    for (std::size_t k = 0; k < here.atoms.size(); k++)
+        if (sigma.of_centers[k] >= all[most - 1]) out.push_back(int(k));
+    return out;
+}
+
+// Of each of these atoms the environments around it, those of ghosts among them: the image of an atom counts as an atom, whose
+// environment is the same.
+void PairGPMLP::find_force_errors() {
+    force_sigma.resize(atom->nmax);
+    const double *const *x = atom->x;
+    const int *type = atom->type, all = atom->nlocal + atom->nghost;
+    const auto vector = [&](int i, int j, double *r) {
+        for (int c = 0; c < 3; c++) r[c] = x[j][c] - x[i][c];
+        return r[0] * r[0] + r[1] * r[1] + r[2] * r[2] < cutoff * cutoff;
+    };
+    std::vector<int> atoms; // of environments
+    std::vector<int64_t> chosen, place(all, -1);
+    double r[3];
+    const auto add = [&](int i) {
+        if (place[i] < 0) place[i] = int64_t(atoms.size()), atoms.push_back(i);
+    };
+    for (const int k : least_certain()) {
+        const int i = here.atoms[k];
+        add(i), chosen.push_back(place[i]);
+        for (int m = 0; m < list->numneigh[i]; m++)
+            if (const int j = list->firstneigh[i][m] & NEIGHMASK; species_of_type[type[j]] && vector(i, j, r)) add(j);
+    }
+    const int64_t n = atoms.size(); // others are named by one more environment, which has no neighbours
+    std::vector<int64_t> species, centers, neighbors, neighbor_species;
+    std::vector<double> vectors, found(3 * chosen.size());
+    for (int64_t e = 0; e < n; e++) {
+        species.push_back(species_of_type[type[atoms[e]]]);
+        for (int j = 0; j < all; j++) {
+            if (j == atoms[e] || !species_of_type[type[j]] || !vector(atoms[e], j, r)) continue;
+            centers.push_back(e), neighbors.push_back(place[j] < 0 ? n : place[j]), neighbor_species.push_back(species_of_type[type[j]]);
+            vectors.insert(vectors.end(), r, r + 3);
+        }
+    }
+    species.push_back(model->species[0]);
+    const int64_t status = gpmlp_force_sigma(gpmlp::address_of(model.get()), n + 1, centers.size(), species.data(),
+                                             centers.data(), neighbors.data(), neighbor_species.data(), vectors.data(), chosen.size(),
+                                             chosen.data(), found.data(), threads);
+    if (status) error->one(FLERR, "pair_style gpmlp: there is not enough memory for force_sigma");
+    for (std::size_t c = 0; c < chosen.size(); c++) std::copy_n(&found[3 * c], 3, force_sigma.rows[atoms[chosen[c]]]);
 }

@@ -1,7 +1,8 @@
 // pair_style gpmlp: a potential of gpmlp in LAMMPS, with its uncertainties.
 //
-// pair_style gpmlp [threads N]
+// pair_style gpmlp [threads N] [force_atoms N]
 // pair_coeff * * MODEL element|NULL ...   (MODEL written by: gpmlp export MODEL.gpmlp --to lammps -o MODEL)
+// fix ID all pair N gpmlp force_sigma 1       (standard deviations of force components, eV/A, of the atoms with the largest sigma)
 // fix ID all pair N gpmlp sigma 1 novelty 1   (by atom, every N steps: standard deviation of the local energy, eV; novelty)
 #pragma once
 
@@ -42,7 +43,7 @@ class PairGPMLP : public Pair {
 
     std::unique_ptr<gpmlp::Model> model;
     double cutoff = 0;
-    int64_t threads = 1;
+    int threads = 1;
     std::vector<int64_t> species_of_type; // atomic numbers; 0 of types that are none of ours
     Environments here;
 
@@ -57,6 +58,20 @@ class PairGPMLP : public Pair {
     void gather();
     Errors *errors(const std::string &name);
     void spread(Errors &);
+
+    // Of force components of the atoms whose local energies are least certain; zero for all others.
+    struct ForceErrors {
+        int asked = 0;
+        int atoms = 8; // so many of all processes
+        std::vector<double> values;
+        std::vector<double *> rows; // (atoms, 3), as LAMMPS wants them
+        void resize(std::size_t n);
+    };
+    ForceErrors force_sigma;
+
+    std::vector<int> least_certain() const;
+    void find_force_errors();
+    void reach_twice_as_far();
     void tally_pair(int i, int j, const double *r, const double *g);
 };
 
