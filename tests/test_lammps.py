@@ -23,6 +23,7 @@ from systems import (
     scattered,
 )
 
+from gpmlp.cli import main
 from gpmlp.core.errors import UserError
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.engines.lammps import build_plugin
@@ -323,7 +324,7 @@ Installed packages:
     return executable
 
 
-def test_what_lacks_for_the_plugin_is_named(tmp_path, monkeypatch):
+def test_what_lacks_for_the_plugin_is_named(tmp_path, monkeypatch, capsys):
     headers = tmp_path / "full/include/lammps"
     headers.mkdir(parents=True)
     (headers / "pair.h").touch()
@@ -349,6 +350,8 @@ def test_what_lacks_for_the_plugin_is_named(tmp_path, monkeypatch):
             changed.setenv("PATH", "/bin" if "compiler" not in said else str(without_compiler))
             build_plugin(place, tmp_path / "made.so")
     assert not (tmp_path / "made.so").exists()
+    command = ["lammps", "build", "--lammps", str(tmp_path / "bare/lmp"), "-o", str(tmp_path / "made.so")]
+    assert main.main(command) == 2 and "without the package PLUGIN" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_version_refuses_the_plugin(tmp_path):
