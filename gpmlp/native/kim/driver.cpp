@@ -43,11 +43,12 @@ struct Arguments {
 
     bool get(const KIM::ModelComputeArguments *from) {
         namespace N = KIM::COMPUTE_ARGUMENT_NAME;
-        return !(from->GetArgumentPointer(N::numberOfParticles, &n) || from->GetArgumentPointer(N::particleSpeciesCodes, &species) ||
-                 from->GetArgumentPointer(N::particleContributing, &contributing) || from->GetArgumentPointer(N::coordinates, &coordinates) ||
-                 from->GetArgumentPointer(N::partialEnergy, &energy) || from->GetArgumentPointer(N::partialForces, &forces) ||
-                 from->GetArgumentPointer(N::partialParticleEnergy, &particle_energy) ||
-                 from->GetArgumentPointer(N::partialVirial, &virial) || from->GetArgumentPointer(N::partialParticleVirial, &particle_virial));
+        return !(
+            from->GetArgumentPointer(N::numberOfParticles, &n) || from->GetArgumentPointer(N::particleSpeciesCodes, &species) ||
+            from->GetArgumentPointer(N::particleContributing, &contributing) || from->GetArgumentPointer(N::coordinates, &coordinates) ||
+            from->GetArgumentPointer(N::partialEnergy, &energy) || from->GetArgumentPointer(N::partialForces, &forces) ||
+            from->GetArgumentPointer(N::partialParticleEnergy, &particle_energy) || from->GetArgumentPointer(N::partialVirial, &virial) ||
+            from->GetArgumentPointer(N::partialParticleVirial, &particle_virial));
     }
 };
 
@@ -117,8 +118,12 @@ int compute(const KIM::ModelCompute *const model, const KIM::ModelComputeArgumen
         Environments here;
         if (!gather(model, arguments, *buffer, given, here)) return FAILED;
         here.energies.resize(here.particles.size()), here.gradients.resize(here.vectors.size());
-        const gpmlp::Surroundings<double> pairs{int64_t(here.particles.size()), int64_t(here.neighbors.size()), here.species.data(),
-                                                here.centers.data(),            here.neighbor_species.data(),   here.vectors.data()};
+        const gpmlp::Surroundings<double> pairs{int64_t(here.particles.size()),
+                                                int64_t(here.neighbors.size()),
+                                                here.species.data(),
+                                                here.centers.data(),
+                                                here.neighbor_species.data(),
+                                                here.vectors.data()};
         if (!buffer->model->evaluate(pairs, {here.energies.data(), here.gradients.data()}, buffer->threads))
             return SAY(model, "the model was not made for one of these species"), FAILED;
         add_up(*buffer, here, given);

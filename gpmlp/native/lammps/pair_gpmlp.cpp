@@ -112,8 +112,8 @@ std::string PairGPMLP::load(const std::string &given) {
 void PairGPMLP::init_style() {
     if (!force->newton_pair) error->all(FLERR, "pair_style gpmlp needs the forces of ghost atoms to be summed: newton on");
     if (std::strcmp(update->unit_style, "metal"))
-        error->all(FLERR, std::string("pair_style gpmlp has energies in eV and lengths in A: it needs units metal, not ") +
-                              update->unit_style);
+        error->all(FLERR,
+                   std::string("pair_style gpmlp has energies in eV and lengths in A: it needs units metal, not ") + update->unit_style);
     const double *lj = force->special_lj;
     if (atom->molecular != Atom::ATOMIC && !(lj[1] == 1 && lj[2] == 1 && lj[3] == 1))
         error->all(FLERR, "pair_style gpmlp sees bonded neighbours as others: it needs special_bonds lj/coul 1.0 1.0 1.0");
@@ -249,9 +249,7 @@ void PairGPMLP::tally_pair(int i, int j, const double *r, const double *g) {
         for (int k = 0; k < 9; k++) cvatom[j][k] -= r[ROW[k]] * g[COLUMN[k]];
 }
 
-double PairGPMLP::memory_usage() {
-    return Pair::memory_usage() + double(here.neighbors.size()) * (sizeof(int) + 8 * sizeof(double));
-}
+double PairGPMLP::memory_usage() { return Pair::memory_usage() + double(here.neighbors.size()) * (sizeof(int) + 8 * sizeof(double)); }
 
 void PairGPMLP::ForceErrors::resize(std::size_t n) {
     values.assign(3 * n, 0), rows.resize(n);
@@ -316,9 +314,9 @@ void PairGPMLP::find_force_errors() {
         }
     }
     species.push_back(model->species[0]);
-    const int64_t status = gpmlp_force_sigma(gpmlp::address_of(model.get()), n + 1, centers.size(), species.data(),
-                                             centers.data(), neighbors.data(), neighbor_species.data(), vectors.data(), chosen.size(),
-                                             chosen.data(), found.data(), threads);
+    const int64_t status =
+        gpmlp_force_sigma(gpmlp::address_of(model.get()), n + 1, centers.size(), species.data(), centers.data(), neighbors.data(),
+                          neighbor_species.data(), vectors.data(), chosen.size(), chosen.data(), found.data(), threads);
     if (status) error->one(FLERR, "pair_style gpmlp: there is not enough memory for force_sigma");
     for (std::size_t c = 0; c < chosen.size(); c++) std::copy_n(&found[3 * c], 3, force_sigma.rows[atoms[chosen[c]]]);
 }

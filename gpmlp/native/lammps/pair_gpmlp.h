@@ -38,7 +38,7 @@ class PairGPMLP : public Pair {
         std::vector<int> atoms, neighbors; // which atom each centre and each neighbour is
         std::vector<int64_t> species, centers, neighbor_species;
         std::vector<double> vectors, gradients, energies; // A, eV/A, eV
-        int64_t pairs = 0; // so many of the entries of pairs are in use
+        int64_t pairs = 0;                                // so many of the entries of pairs are in use
     };
 
     std::unique_ptr<gpmlp::Model> model;

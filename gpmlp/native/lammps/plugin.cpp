@@ -72,7 +72,8 @@ static std::string mismatch(void *lmp) {
     const std::string commit = gpmlp_plugin_commit, running = LAMMPS_NS::LAMMPS::git_descriptor();
     if (!commit.empty() && running != commit) return std::string("LAMMPS ") + version + " (" + running + ")";
     if (!LAMMPS_NS::utils::get_potential_file_path) return "a LAMMPS that was compiled with another std::string";
-    for (const auto &type : {std::make_pair("tagint", sizeof(LAMMPS_NS::tagint)), {"bigint", sizeof(LAMMPS_NS::bigint)},
+    for (const auto &type : {std::make_pair("tagint", sizeof(LAMMPS_NS::tagint)),
+                             {"bigint", sizeof(LAMMPS_NS::bigint)},
                              {"imageint", sizeof(LAMMPS_NS::imageint)}}) {
         const int size = lammps_extract_setting(lmp, type.first);
         if (size != int(type.second)) return std::string("a LAMMPS whose ") + type.first + " has " + std::to_string(size) + " bytes";
