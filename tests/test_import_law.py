@@ -44,7 +44,7 @@ CONFINED = {
     "optuna": {"fitting"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
-    "dask": {"learning"},
+    "dask": {"fitting", "learning"},
     "distributed": {"fitting", "learning"},
     "parsl": {"learning"},
 }

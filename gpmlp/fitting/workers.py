@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -230,8 +231,11 @@ def open_executor(workers: int | None = None, address: str | None = None) -> Ite
     distributed = _import_distributed()
     with ExitStack() as stack:
         if workers is not None:
+            import dask
+
             how = {"threads_per_worker": 1, "processes": True, "memory_limit": None, "dashboard_address": "127.0.0.1:0"}
-            with _uninterrupted():
+            # a process that is busy is not dead: its end is noticed at once
+            with _uninterrupted(), dask.config.set({"distributed.scheduler.worker-ttl": None}):
                 made = distributed.LocalCluster(n_workers=workers, silence_logs=logging.CRITICAL, **how)
             address = stack.enter_context(made)
         yield stack.enter_context(_connect(distributed, address))
@@ -240,6 +244,7 @@ def open_executor(workers: int | None = None, address: str | None = None) -> Ite
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Processes and threads that begin in here never hear of Ctrl-C: who began them ends them. This thread hears of it afterwards."""
+    resource_tracker.ensure_running()  # whose start would undo what follows in the thread that starts it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
