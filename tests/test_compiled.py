@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -118,3 +121,15 @@ def test_threads_and_company_change_no_bit(kernel):
         for name in ("atom_energies", "forces", "energies", "stresses"):
             whole, part = getattr(found[0], name), getattr(other, name)
             torch.testing.assert_close(whole[: len(part)], part, rtol=0, atol=0, equal_nan=True)
+
+
+def test_copies_and_other_processes_compile_again(potential, small_set):
+    """A potential that was used is sent without its addresses, which mean nothing elsewhere."""
+    structures, _ = small_set
+    before = potential(structures).forces
+    assert potential.compiled_mean is not None and "compiled_mean" in vars(potential)
+    for again in (pickle.loads(pickle.dumps(potential)), copy.deepcopy(potential)):
+        assert "compiled_mean" not in vars(again)
+        assert torch.equal(again(structures).forces, before)
+    with pytest.raises(TypeError, match="is of its process"):
+        pickle.dumps(potential.compiled_mean)

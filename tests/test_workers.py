@@ -22,7 +22,7 @@ from gpmlp.cli.main import main
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.fitting import partitions, sparse_points, workers
+from gpmlp.fitting import left_out, partitions, sparse_points, workers
 from gpmlp.fitting.partitions import Partitions
 from gpmlp.fitting.workers import RemoteWorkers, Workers, open_executor
 from gpmlp.io import ase_atoms
@@ -64,16 +64,22 @@ def same_bits(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def make_small(patch) -> None:
+    """Several partitions, and many pieces that are left out, for which workers take the potential from each other."""
+    patch.setattr(partitions, "PARTITION_ATOMS", ATOMS)
+    patch.setattr(left_out, "PART_ATOMS", 8)
+
+
 @pytest.fixture
 def small_partitions(monkeypatch):
-    monkeypatch.setattr(partitions, "PARTITION_ATOMS", ATOMS)
+    make_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def alone(labelled):
     """The fit of small partitions in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partitions, "PARTITION_ATOMS", ATOMS)
+        make_small(patch)
         return numbers(gpmlp.fit(*labelled, RECIPE), labelled[0])
 
 
@@ -173,7 +179,9 @@ def test_any_number_of_workers_gives_the_same_bits(labelled, small_partitions, m
 @pytest.mark.parametrize("kind", ["dask", "processes"])
 def test_processes_give_the_same_bits(labelled, small_partitions, alone, client, kind):
     if kind == "dask":
+        before = client.run(os.getpid)
         found = gpmlp.fit(*labelled, RECIPE, executor=client)
+        assert client.run(os.getpid) == before, "a worker was lost"
     else:
         with ProcessPoolExecutor(2, get_context("spawn")) as executor:
             found = gpmlp.fit(*labelled, RECIPE, executor=executor)

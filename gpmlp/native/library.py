@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -98,6 +98,9 @@ class Handle:
         self.address = address
         self.needs = needs  # what must live as long
         weakref.finalize(self, compiled().gpmlp_free, address)  # type: ignore[union-attr]
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an object of the compiled core is of its process: it cannot be copied or sent to another")
 
 
 def call(name: str, *arguments: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -61,6 +61,10 @@ class Potential:
     variances: VarianceModel | None = None
     calibration: Calibration = field(default_factory=Calibration.identity)
     novelty: Mahalanobis | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and other processes get: the fields, without what was compiled of them here."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def cutoff(self) -> float:
