@@ -254,7 +254,7 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
             f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}, jitter {report['jitter']:.0e}",
         ),
         ("noise", f"{format_noise(report['noise'])} (of the labels, and what the model misses)"),
-        *([("label noise", f"{format_noise(report['label_noise'])} (net forces)")] if report["label_noise"] else []),
+        *([("label noise", f"{format_noise(scatter)} (net forces)")] if (scatter := report.get("label_noise")) else []),
         ("train RMSE", format_noise(rms)),
     ]
     pairs += [*mean_ranks(report), *variance_columns(report)]
@@ -365,8 +365,9 @@ def means_of(header: Mapping[str, Any]) -> str:
     """How the mean is evaluated, and why so where a low rank is not possible."""
     if (header.get("report") or {}).get("low_rank"):
         return "low rank"
-    recipe = header["recipe"]
-    kernels = recipe["kernel"] if isinstance(recipe["kernel"], (list, tuple)) else [recipe["kernel"]]
+    from gpmlp.recipe import Recipe
+
+    kernels = [kernel.model_dump() for kernel in Recipe.from_header(header["recipe"]).kernels]
     every = [term for kernel in kernels for term in (kernel.get("terms") or [kernel])]
     quadratic = all(term["name"] == "polynomial" and (term["zeta"] or 0) <= 2 for term in every)
     return "exact" if quadratic else "exact (a low rank is for kernels of zeta 1 or 2)"

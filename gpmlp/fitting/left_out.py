@@ -204,7 +204,8 @@ class _Fitted:
             k_fu = model.covariance_rows(part, environments, self.request.forces, self.request.stresses)
             rows, mean = model.whitened(k_fu), None
             if model is self.models[0]:
-                mean = CovarianceRows(*(getattr(k_fu, kind) @ self.weights.to(model.signal) for kind in KINDS))
+                weights = self.weights.to(model.signal)
+                mean = CovarianceRows(*(getattr(k_fu, kind).to(weights) @ weights for kind in KINDS))
             for k, gone in enumerate(columns):
                 if len(gone):
                     self.leave_columns_out(model, gone, rows, mean, _rows_of(part, k))

@@ -273,6 +273,7 @@ class _Report(_Section):
     centres: dict[str, Count] = {}
     environments: dict[str, Count] = {}
     noise: dict[str, float] = {}
+    label_noise: dict[str, float] = {}
     train_rmse: dict[str, float] = {}
     columns: Count = 0
     rank: Count = 0
