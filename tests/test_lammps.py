@@ -129,6 +129,14 @@ def test_errors_of_forces(ranks, potential, copper_start):
     assert expected.min() > 0 and not np.delete(found[:, 1:], chosen, axis=0).any()
 
 
+def test_ghosts_that_do_not_reach_far_enough(copper_start):
+    """Standard deviations of forces would be those of environments cut off."""
+    _, script, folder = copper_start
+    asked = "fix forces all pair 1 gpmlp force_sigma 1\n"
+    said = refusal(script + asked + "comm_modify cutoff 7\nrun 0\n", folder)
+    assert "ghost atoms do not reach as far as force_sigma needs" in said
+
+
 NPT = """neighbor 1.0 bin
 neigh_modify every 1 delay 0 check yes
 velocity all create 600 4321 mom yes loop geom

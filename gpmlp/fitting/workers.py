@@ -126,7 +126,10 @@ class RemoteWorkers(Workers):
             arguments = tuple(self.result(a) if any(a is p for p in self.open) else a for a in arguments)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sending large graph")  # the data have to travel once
-            promise = self.executor.submit(_do, self.versions, work, *arguments, **how)
+            try:
+                promise = self.executor.submit(_do, self.versions, work, *arguments, **how)
+            except Exception as error:
+                raise _in_words(error) from error
         self.open.add(promise)
         return promise
 

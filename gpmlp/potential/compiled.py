@@ -3,8 +3,9 @@ one call (gpmlp/native/src/model.hpp)."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -42,6 +43,7 @@ class CompiledMean:
     species: Sequence[int]
     variances: VarianceModel | None = None
     distances: Mahalanobis | None = None
+    _telling: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def predict(
         self, structures: Structures, pairs: Neighbors, errors: LocalErrors, atom_virials: bool = False
@@ -79,13 +81,14 @@ class CompiledMean:
         )
 
     def hold(self, variances: VarianceModel | None, distances: Mahalanobis | None) -> None:
-        """Tell the core of these, unless it has them."""
-        if variances is not None and variances is not self.variances:
-            build_variances(self.model, variances, self.species, library.build)
-            self.variances = variances
-        if distances is not None and distances is not self.distances:
-            build_novelty(self.model, distances, self.species, library.build)
-            self.distances = distances
+        """Tell the core of these, unless it has them: once, whichever thread is first."""
+        with self._telling:
+            if variances is not None and variances is not self.variances:
+                build_variances(self.model, variances, self.species, library.build)
+                self.variances = variances
+            if distances is not None and distances is not self.distances:
+                build_novelty(self.model, distances, self.species, library.build)
+                self.distances = distances
 
 
 def compile_mean(

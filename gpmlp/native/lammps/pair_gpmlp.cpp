@@ -283,6 +283,10 @@ std::vector<int> PairGPMLP::least_certain() const {
 // Of each of these atoms the environments around it, those of ghosts among them: the image of an atom counts as an atom, whose
 // environment is the same.
 void PairGPMLP::find_force_errors() {
+    if (comm->get_comm_cutoff() < 2 * cutoff + neighbor->skin)
+        error->all(FLERR, "pair_style gpmlp: ghost atoms do not reach as far as force_sigma needs: give fix pair behind neighbor and "
+                          "comm_modify, or comm_modify cutoff " +
+                              std::to_string(2 * cutoff + neighbor->skin));
     force_sigma.resize(atom->nmax);
     const double *const *x = atom->x;
     const int *type = atom->type, all = atom->nlocal + atom->nghost;
