@@ -37,6 +37,8 @@ class Fake(Calculator):
 
     def __init__(self, log: str, behaviour=("well",), gate: str = "", mended: str = "", **kwargs) -> None:
         super().__init__(**kwargs)
+        # by an environment variable where the keys of structures, which hash all settings, are to be the same in all runs
+        log, mended = (os.path.expandvars(path) for path in (log, mended))
         self.log, self.behaviour, self.gate, self.mended = Path(log), list(behaviour), gate, mended
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:

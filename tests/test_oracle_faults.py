@@ -173,7 +173,8 @@ def test_in_a_process_of_its_own(name, tmp_path, capfd):
 
 def run_of(folder: Path, *behaviour: str, **values):
     """A recipe of a run whose oracle behaves like that, call by call, and well where the file `mended` is there."""
-    kwargs = {"log": str(folder / "log"), "behaviour": list(behaviour), "mended": str(folder / "mended")}
+    os.environ["FAKE_ORACLE"] = str(folder)
+    kwargs = {"log": "$FAKE_ORACLE/log", "behaviour": list(behaviour), "mended": "$FAKE_ORACLE/mended"}
     chosen = {"calculator": "fake_oracles:Fake", "kwargs": kwargs, "check_every": 20, "retries": 0}
     return recipe(oracle=chosen | values, dynamics={"steps": 40}, trigger={"force": 0.003})
 
