@@ -549,7 +549,9 @@ def test_labels_are_rationed(tmp_path):
     last = finish(recipe(trigger={"most_per_1000_steps": 2, "halt": 1e9}), prepare(tmp_path))
     assert len(last.progress.learned) == 2 and last.progress.walkers[0].walker.step == 40
     # what it may not ask for is not forgotten: it counts in the rate of labels by which the run is judged
-    assert last.progress.history.column("asked").sum() > 2
+    asked, withheld = (last.progress.history.column(name) for name in ("asked", "withheld"))
+    assert asked.sum() > 2 and withheld.sum() == asked.sum() - len(events(tmp_path, "ask"))
+    assert [e.get("withheld", False) for e in events(tmp_path, "look")] == withheld.tolist()
 
 
 def test_a_walker_that_may_not_ask_still_halts(tmp_path):

@@ -380,8 +380,8 @@ def test_errors_that_pass_are_rationed():
     assert asking([0.1] * 50, [0.1] * 50, trigger=TriggerRecipe(probability=0.02, likely=0.02)) == 0.02
 
 
-def passed(history, step, largest, missed, walker=0, asked=False):
-    return history.append(Record(walker, step, 0.0, exceedance=largest, missed=missed, threshold=1.0, asked=asked))
+def passed(history, step, largest, missed, walker=0, **flags):
+    return history.append(Record(walker, step, 0.0, exceedance=largest, missed=missed, threshold=1.0, **flags))
 
 
 def test_what_may_pass_is_a_share_of_the_latest_steps():
@@ -401,6 +401,31 @@ def test_what_may_pass_is_a_share_of_the_latest_steps():
     assert (
         label_probability(passed(again, 1830, 0.5, 1.0), trigger) == 0.5
     )  # 30 of them: those of the worse stride have to go
+
+
+def test_a_stride_whose_label_was_withheld_counts_as_passed():
+    history, trigger = History(), TriggerRecipe(likely=0.7)
+    for k in range(1, 31):
+        history = passed(history, 60 * k, 0.001, 0.0)
+    assert label_probability(passed(history, 1860, 0.6, 0.9, asked=True), trigger) == 0.7  # it was made again
+    assert label_probability(passed(history, 1860, 0.6, 0.9, asked=True, withheld=True), trigger) == 0.6  # 54 steps
+
+
+def test_what_an_old_run_missed_is_unknown():
+    """Strides of a checkpoint without `missed` neither count as missed nor let the next ones miss more."""
+    old, trigger = History(), TriggerRecipe(likely=0.7)
+    for k in range(1, 101):
+        old = passed(old, 60 * k, 0.4, math.nan)
+    header, arrays = old.state()
+    old = History.from_state(
+        header, {name: values for name, values in arrays.items() if name not in ("missed", "withheld")}
+    )
+    assert np.isnan(old.column("missed")).all() and not old.column("withheld").any()
+    assert label_probability(old, trigger) == 0.7
+    new = passed(old, 6060, 0.6, 0.9)
+    assert np.isnan(new.column("missed")[:-1]).all() and new.column("missed")[-1] == 0.9
+    assert label_probability(new, trigger) == 0.6  # 54 of the 60 steps that are known, and not of 6060
+    assert label_probability(passed(old, 6060, 0.4, 0.01), trigger) == 0.7
 
 
 def test_what_was_not_missed_before_may_be_missed_now():

@@ -201,6 +201,7 @@ def record_from_snapshot(
         pressure_GPa=observables.instantaneous_pressure(frame) if has_stress else NAN,
         target_pressure_GPa=dynamics.pressure(place.step) if dynamics.ensemble == "npt" else NAN,
         asked=snapshot.decision.severity > 1,
+        withheld=snapshot.decision.severity > 1 and snapshot.decision.action == "continue",
         ramp_finished=place.step >= dynamics.ramp,
         force_rms=float(snapshot.prediction.forces.square().mean().sqrt()),
         threshold=limits.force or NAN,
@@ -211,7 +212,7 @@ def record_from_snapshot(
 
 
 def label_probability(history: History, trigger: TriggerRecipe, ratio: float = 1.0) -> float:
-    """The probability of exceeding the limit above which a label is asked for, from strides in which none was.
+    """The probability of exceeding the limit above which a label is asked for, from strides that are part of the trajectory.
 
     As many errors may pass in the latest HORIZON steps as would be a share `probability` of these steps and, where fewer have passed in
     those before, of these.
@@ -219,14 +220,16 @@ def label_probability(history: History, trigger: TriggerRecipe, ratio: float = 1
     Args:
         ratio: of errors beyond the limit to those foreseen, in labels (`OnlineModel.exceedance_ratio`).
     """
-    kept = ~history.column("asked")  # others are walked again
+    kept = ~history.column("asked") | history.column("withheld")  # others are walked again
     walkers, at, largest, share = (history.column(name)[kept] for name in ("walker", "step", "exceedance", "missed"))
     steps = np.zeros(len(at))
     for number in history.walkers:
         mine = walkers == number
         steps[mine] = np.diff(np.maximum.accumulate(at[mine]), prepend=0)  # a walker that was set back makes some again
-    missed, latest = ratio * share * steps, steps[::-1].cumsum()[::-1] <= HORIZON
-    left = (trigger.probability * steps - np.nan_to_num(missed))[~latest].sum()
+    known = np.isfinite(share)  # it is not in what a version before 0.2 recorded
+    steps, largest, missed = steps[known], largest[known], ratio * (share * steps)[known]
+    latest = steps[::-1].cumsum()[::-1] <= HORIZON
+    left = (trigger.probability * steps - missed)[~latest].sum()
     allowed = trigger.probability * steps[latest].sum() + max(0.0, float(left))
     return asking_probability(largest[latest], missed[latest], allowed, trigger)
 

@@ -19,7 +19,7 @@ FLOATS = (
     *("force_rms", "sigma_max", "sigma_median", "threshold", "exceedance", "missed", "novelty_max"),
 )
 INTEGERS = ("walker", "step")
-FLAGS = ("ramp_finished", "asked", "labelled", "updated")
+FLAGS = ("ramp_finished", "asked", "withheld", "labelled", "updated")
 KINDS = {**dict.fromkeys(FLOATS, np.float64), **dict.fromkeys(INTEGERS, np.int64), **dict.fromkeys(FLAGS, np.bool_)}
 
 
@@ -39,6 +39,7 @@ class Record:
         novelty_max: largest novelty of an atom (infinite for a species without data); NaN = not computed.
         atoms: number of atoms by atomic number; outside: of those with a novelty above 1; outside_atoms: indices of these.
         asked: whether this frame was reason to ask for a label, whether it was granted, refused or withheld.
+        withheld: whether it was, and the run went on all the same, as no more labels were allowed then.
         labelled: whether a label was learned after this frame (of any walker: the model is common); `History.with_label` says so.
         updated: whether the model changed after this frame for another reason, such as new hyperparameters.
         observables: by name, a number or (components,); NaN = unknown yet.
@@ -63,6 +64,7 @@ class Record:
     outside: Mapping[int, int] = field(default_factory=dict)
     outside_atoms: tuple[int, ...] = ()
     asked: bool = False
+    withheld: bool = False
     labelled: bool = False
     updated: bool = False
     observables: Mapping[str, float | np.ndarray] = field(default_factory=dict)
@@ -111,7 +113,7 @@ class Record:
             if not math.isnan(getattr(self, name)):
                 out[name] = _number(getattr(self, name))
         out["ramp_finished"] = bool(self.ramp_finished)
-        out |= {name: True for name in ("asked", "labelled", "updated") if getattr(self, name)}
+        out |= {name: True for name in ("asked", "withheld", "labelled", "updated") if getattr(self, name)}
         out |= {name: {str(z): int(n) for z, n in getattr(self, name).items()} for name in ("atoms", "outside")}
         out["outside_atoms"] = [int(i) for i in self.outside_atoms]
         out["observables"] = {
@@ -221,7 +223,8 @@ class History:
     def column(self, name: str) -> np.ndarray:
         """(records,) of a field of Record, or (records, components) of 'observable/NAME'; read-only.
 
-        'atoms/Z' and 'outside/Z' count atoms by atomic number. Records that say nothing hold NaN or 0.
+        'atoms/Z' and 'outside/Z' count atoms by atomic number. Records that say nothing, and those of an
+        older version that had no such column, hold NaN; of counts and flags 0.
         """
         if name not in self._arrays:
             kind, _, rest = name.partition("/")
@@ -233,7 +236,7 @@ class History:
             dtype = (
                 np.int32 if kind in ("atoms", "outside") else (KINDS | {"outside_end": np.int64}).get(name, np.float64)
             )
-            array: np.ndarray = np.array(self._columns.get(name, [0] * self._n)[: self._n], dtype=dtype)
+            array: np.ndarray = np.array(self._columns.get(name, [_blank(name)] * self._n)[: self._n], dtype=dtype)
             array.flags.writeable = False
             self._arrays[name] = array
         return self._arrays[name]
@@ -281,6 +284,8 @@ class History:
         return {name: values[: self._n] for name, values in self._columns.items()}
 
 
-def _blank(name: str, like: Any) -> Any:
+def _blank(name: str, like: Any = ()) -> Any:
     """What a column holds for a record that says nothing."""
-    return [math.nan] * len(like) if name.startswith("observable/") else () if name == "outside_atoms" else 0
+    if name.startswith("observable/"):
+        return [math.nan] * len(like)
+    return math.nan if name in FLOATS else () if name == "outside_atoms" else 0
