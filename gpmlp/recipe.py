@@ -80,8 +80,15 @@ def _not_empty(values: Collection) -> Collection:
     return values
 
 
+def _word_or_number(value: Any) -> str:
+    return "word" if isinstance(value, str) and not value.isdigit() else "number"
+
+
 T = TypeVar("T")
 BySymbol = Annotated[dict[str, T], AfterValidator(_by_symbol)]
+WordOrCount = Annotated[
+    Annotated[Count, Tag("number")] | Annotated[Literal["all"], Tag("word")], Discriminator(_word_or_number)
+]
 
 
 class RecipeSection(BaseModel):
@@ -163,12 +170,25 @@ class KernelRecipe(RecipeSection):
 
 
 class InducingRecipe(RecipeSection):
-    """Sparse points: n centres of each descriptor, each with its value and up to `gradients` directional derivatives."""
+    """Inducing variables: n centres of each descriptor, each with its value and up to `gradients` directional derivatives; or functionals
+    of the data themselves (energies, internal forces, stresses), 'all' or those of as many structures at random as have that number."""
 
     method: Literal["greedy", "farthest", "cur", "random"] = "greedy"
     n: Count | None = None
     gradients: Annotated[int, Field(ge=0, le=300)] | None = None
     shares: Literal["species", "total"] | Annotated[BySymbol[Count], AfterValidator(_not_empty)] = "species"
+    functionals: WordOrCount | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> InducingRecipe:
+        if self.functionals and (others := {"n", "gradients", "shares", "method"} & self.model_fields_set):
+            given = next(
+                (name for name in sorted(others) if getattr(self, name) != InducingRecipe.model_fields[name].default),
+                "",
+            )
+            if given:
+                raise ValueError(f"`functionals` take the place of centres: leave `{given}` out")
+        return self
 
 
 class PriorRecipe(RecipeSection):
@@ -261,19 +281,10 @@ class BaselineRecipe(RecipeSection):
     zbl: ZBLRecipe | Literal[False] = ZBLRecipe()
 
 
-def _word_or_number(value: Any) -> str:
-    return "word" if isinstance(value, str) and not value.isdigit() else "number"
-
-
 class VarianceRecipe(RecipeSection):
     """Posterior for variances: of at most `columns` inducing variables, the most important ones, or of all."""
 
-    columns: (
-        Annotated[
-            Annotated[Count, Tag("number")] | Annotated[Literal["all"], Tag("word")], Discriminator(_word_or_number)
-        ]
-        | None
-    ) = None
+    columns: WordOrCount | None = None
 
     def at_most(self, columns: int) -> int:
         """How many of so many inducing variables variances are computed from."""

@@ -25,7 +25,7 @@ from gpmlp.core.environments import StructureEnvironments, Surroundings
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import VOIGT
 from gpmlp.fitting.sparse_points import gradient_directions, make_block
-from gpmlp.gp import covariances, posterior
+from gpmlp.gp import covariances
 from gpmlp.gp import inducing as inducing_module
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.potential.mean import MeanBlock
@@ -270,7 +270,7 @@ def test_directions_collapse_into_one_vector_per_centre(name):
     block, _, _ = make_block(6, made(surroundings).features, surroundings, made, kernel, 5)
     assert not block.has_all_columns  # one centre twice: its columns have no weights
     weights = torch.randn(block.n_columns, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    mean = MeanBlock(block.features, *posterior.collapse_directions(block, weights))
+    mean = MeanBlock(block.features, *block.collapse(weights, block.species))
     others = cluster(seed=9)
     x = made(Surroundings.from_structures(others, neighbors.find_neighbors(others, CUTOFF))).features
     points = InducingBlock(6, x, x.new_zeros(len(x), 0, x.shape[1]), torch.arange(len(x)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gpmlp
-from gpmlp.fitting import defaults, regression
+from gpmlp.fitting import defaults, inducing_sets, regression
 from gpmlp.fitting.partitions import Partition
 from gpmlp.fitting.passes import _chunked
 from gpmlp.fitting.sparse_points import Candidates
@@ -26,7 +26,9 @@ def parts():
     )
     recipe = defaults.resolve_recipe(recipe, defaults.summarise_data(structures, targets), 1)
     chunks, labels = _chunked(Partition(structures, targets, 0, {14: 0}), torch.arange(len(structures)))
-    models, _ = regression.make_models(recipe, structures, lambda k, choice: Candidates(choice).collect(chunks))
+    models, _ = inducing_sets.make_models(
+        recipe, structures, lambda k, choice: Candidates(choice).collect(chunks), structures, targets
+    )
     assert len(chunks) > 2
     return recipe, models, chunks, labels
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpmlp.core.neighbors import Neighbors, find_neighbors
 from gpmlp.core.structures import Structures, repeat_with_rank
+from gpmlp.core.units import VOIGT
 
 JACOBIAN_BYTES = 192 << 20  # of the environments of a chunk; a larger one is computed again for each use
 
@@ -223,3 +224,11 @@ class StructureEnvironments:
 
 def _cut_out(cotangents: Tensor) -> Tensor:
     raise RuntimeError("these environments were cut out for their Jacobians; pull back through all of them")
+
+
+def strain_derivatives(jacobian: Tensor, owners: Tensor, vectors: Tensor, n: int) -> Tensor:
+    """(n environments, 6, features) derivatives with respect to the strains of VOIGT: the symmetric part of Σ_j r_ij ⊗ dx/dr_ij."""
+    sums = jacobian.new_zeros(n, 3, *jacobian.shape[1:])
+    for a in range(3):
+        sums[:, a].index_add_(0, owners, jacobian * vectors[:, a, None, None])
+    return torch.stack([0.5 * (sums[:, a, b] + sums[:, b, a]) for a, b in VOIGT], dim=1)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
+from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting.defaults import physical_memory_GB
 from gpmlp.fitting.regression import EVIDENCE_COLUMNS
-from gpmlp.recipe import Recipe
+from gpmlp.recipe import InducingRecipe, Recipe
 
 # fitted to five fits of 400 to 2000 columns (docs/memory.md)
 MATRICES, BASE_GB = 16, 0.12  # of columns² doubles at the peak, and what chunks and compiled loops take
 BASE_S = 20.0  # of reading, compiling and choosing sparse points
 ROW_PRODUCTS = 4.0  # operations per row and columns²: the factor of the rows
 EVIDENCE_PRODUCTS, POSTERIOR_PRODUCTS = 100.0, 40.0  # per columns³ that hyperparameters are learned with, and of all
+PRODUCTS_PER_SLOPE = (
+    200.0  # operations per functional, environment and feature: covariances of functionals, and of rows with them
+)
 LONG_S = 3600.0
 
 
@@ -28,13 +33,15 @@ class FitCost:
     """What a fit will take: within a factor of two in time, and up to 1.5 times less than this in memory.
 
     Attributes:
-        columns: at most, centres times (1 + gradients) of all descriptors; rows: labels.
+        columns: at most, centres times (1 + gradients) of all descriptors, or functionals; rows: labels.
+        functionals: whether there are any.
     """
 
     columns: int
     rows: int
     memory_GB: float
     seconds: float
+    functionals: bool = False
 
     def __str__(self) -> str:
         minutes = self.seconds / 60
@@ -50,6 +57,7 @@ class FitCost:
     def check(self) -> None:
         """Warn of more than an hour (DataWarning). Raises UserError: more memory than this machine has."""
         there, smaller = physical_memory_GB(), "lower inducing.n or inducing.gradients (--set inducing.n=500)"
+        smaller = "ask for fewer functionals (--set inducing.functionals=2000)" if self.functionals else smaller
         if self.memory_GB > there:
             raise UserError(
                 f"The fit would need {self.memory_GB:.3g} GB for {self.columns} columns; this machine has {there:.3g} GB: {smaller}."
@@ -61,13 +69,41 @@ class FitCost:
 def expected_cost(recipe: Recipe, structures: Structures, targets: Targets) -> FitCost:
     """The cost of a fit with a resolved recipe."""
     known = [int(label.isfinite().sum()) for label in (targets.energies, targets.forces, targets.stresses)]
-    return cost_of(most_columns(recipe, structures), known[0] + known[1] + known[2] * 6 // 9)
+    cost = cost_of(most_columns(recipe, structures), known[0] + known[1] + known[2] * 6 // 9)
+    numbers, atoms = functionals_of(structures), structures.counts
+    for inducing, descriptor in zip(recipe.inducings, recipe.descriptors, strict=True):
+        if not inducing.functionals:
+            continue
+        made = make_descriptor(structures.distinct_species, descriptor.model_dump())
+        share = min(1.0, _wanted(inducing, numbers) / max(1, int(numbers.sum())))
+        numbers_kept = (
+            share * float((numbers * atoms).sum()) * made.n_features
+        )  # of the derivatives of their environments
+        products = share * float(numbers.sum()) * structures.n_atoms * made.n_features * PRODUCTS_PER_SLOPE
+        seconds = cost.seconds + products / operations_per_second()
+        cost = replace(cost, memory_GB=cost.memory_GB + 8e-9 * numbers_kept, seconds=seconds, functionals=True)
+    return cost
+
+
+def functionals_of(structures: Structures) -> Tensor:
+    """(structures,) number of their functionals, at most: energy, internal forces and stress."""
+    isolated = ~structures.periodic.any(dim=1)
+    internal = 3 * structures.counts - torch.where(isolated, 5, 3)  # of linear molecules; one less of others
+    return 1 + internal.clamp_min(0) + torch.where(isolated, 0, 6)
+
+
+def _wanted(inducing: InducingRecipe, numbers: Tensor) -> int:
+    most = int(numbers.sum())
+    return most if inducing.functionals == "all" else min(most, int(inducing.functionals or 0) + int(numbers.max()))
 
 
 def most_columns(recipe: Recipe, structures: Structures) -> int:
     """Columns of a fit with a resolved recipe, at most."""
     columns = 0
     for inducing in recipe.inducings:
+        if inducing.functionals:
+            columns += _wanted(inducing, functionals_of(structures))
+            continue
         wanted = sum(inducing.shares.values()) if isinstance(inducing.shares, dict) else inducing.n or 1
         columns += min(wanted, structures.n_atoms) * (1 + (inducing.gradients or 0))
     return columns

@@ -145,7 +145,9 @@ def affordable_columns(memory_GB: float) -> int:
 def _inducing(
     i: InducingRecipe, summary: DataSummary, budget: float, n_descriptors: int, growing: bool
 ) -> InducingRecipe:
-    """As many columns as memory, data and time allow, shared by centres and their gradients."""
+    """As many columns as memory, data and time allow, shared by centres and their gradients; of functionals as many as asked for."""
+    if i.functionals:
+        return i
     columns = min(affordable_columns(budget), columns_for(summary.n_labels, summary.periodic))
     columns = max(columns, 50) // n_descriptors
     gradients, most = i.gradients, i.n

@@ -19,6 +19,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting import (
     calibrate,
+    inducing_sets,
     label_outliers,
     left_out,
     low_rank,
@@ -113,6 +114,8 @@ def _fit_once(
     stages.report(1.0, 1.0, str(cost))
     cost.check()
     wanted = data.recipe.calibration if data.recipe.variance is not False else False
+    if any(i.functionals == "all" for i in data.recipe.inducings):
+        wanted = False  # leaving a structure out leaves its functionals out as well: none need be set aside
     split = calibrate.calibration_split(data.structures, data.targets, wanted, data.recipe.seed, data.groups)
     fitted, held, judged = split
     trained = _train(data, fitted, held, stages)
@@ -330,7 +333,10 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
         sample = sample or of_all
         return found
 
-    models, environments = regression.make_models(recipe, structures, candidates_of)
+    models, environments = inducing_sets.make_models(
+        recipe, structures, candidates_of, structures.select(fitted), data.remaining.select(structures, fitted)
+    )
+    models = [replace(m, of=tuple(fitted[list(m.of)].tolist())) for m in models]
     novelty = sample.fit() if sample is not None else None
     stages.begin("covariances")
     factors, factors_held = passes.make_factors(data.partitions, models, fitted, held, stages.report)

@@ -3,9 +3,10 @@
 With C the posterior covariance of the labels of some structures and Σ their noise, leaving these out turns residuals r into
 Σ (Σ - C)⁻¹ r and C into Σ (Σ - C)⁻¹ C (Rasmussen & Williams 2006, section 5.4.2, for more labels than one at a time).
 
-Their environments are no inducing points then either, as those of a new structure are not. The mean is k_gu w with w = L⁻ᵀ D β, so
-without some of the inducing variables it is the posterior given that their weights w_r = Tᵀ β are zero, T the columns of D L⁻¹: T is
-projected out of the rows a of the prior, and R⁻ᵀ T out of the rows b of the posterior. Hyperparameters stay.
+Their environments are no inducing points then either, nor their functionals inducing variables, as those of a new structure are not. The
+mean is k_gu w with w = L⁻ᵀ D β, so without some of the inducing variables it is the posterior given that their weights w_r = Tᵀ β are
+zero, T the columns of D L⁻¹: T is projected out of the rows a of the prior, and R⁻ᵀ T out of the rows b of the posterior.
+Hyperparameters stay.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.workers import Report, Workers, silent
 from gpmlp.gp import likelihood
 from gpmlp.gp.covariances import CovarianceRows
+from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.gp.variance import ByDescriptor, VarianceModel, VarianceRequest, WhitenedRows
 from gpmlp.potential import baselines
@@ -38,7 +40,8 @@ EACH = 8  # structures of each config_type that come first, moving or at rest, t
 NEAR_ATOMS = 600  # of a structure and those near it, which are left out together
 FORCE_ATOMS = 16  # of a structure, whose force variances are computed: its errors depend on each other
 PART_ATOMS = 128  # of structures whose rows are made together
-SAME = 1e-6  # 1 - x.x' of an environment and a centre that is this environment
+SAME = 2e-6  # |x - x'|² of an environment and a centre that is this environment
+EVERY = slice(None), slice(None), slice(None)
 ENOUGH = 100  # forces from which the amplitude is learned
 
 
@@ -146,6 +149,7 @@ def predict_left_out(
     fitted = _Fitted(
         potential,
         tuple(m.descriptor for m in models),
+        tuple(m.of for m in models),
         # of a subset of the columns come the variances, the errors of all
         (every,) if own.n_columns == own.of_fit else (every, own),
         solved.weights,
@@ -185,20 +189,23 @@ class _Fitted:
 
     Attributes:
         potential: with variances; models: that of the variances with all columns, and that of the potential, if it has fewer.
+        functionals_of: for each descriptor, numbers of the structures whose functionals are inducing variables.
         weights: of the mean; noise: by kind.
     """
 
     potential: Potential
     descriptors: tuple[Descriptor, ...]
+    functionals_of: tuple[tuple[int, ...], ...]
     models: tuple[VarianceModel, ...]
     weights: Tensor
     noise: dict[str, float]
     request: VarianceRequest
 
     def standard(
-        self, labelled: _Labelled, environments: ByDescriptor, unused: Sequence[Sequence[Tensor]]
+        self, labelled: _Labelled, environments: ByDescriptor, unused: Sequence[Sequence[_Unused]]
     ) -> list[_StandardLabels]:
-        """The labels over their noise, by each of the models, for each structure without the `unused` columns of the model."""
+        """The labels over their noise, by each of the models, without the `unused` columns: each structure without its own, or all
+        without the same ones."""
         out, part = [], labelled.structures
         for model, columns in zip(self.models, unused, strict=True):
             k_fu = model.covariance_rows(part, environments, self.request.forces, self.request.stresses)
@@ -207,62 +214,89 @@ class _Fitted:
                 weights = self.weights.to(model.signal)
                 mean = CovarianceRows(*(getattr(k_fu, kind).to(weights) @ weights for kind in KINDS))
             for k, gone in enumerate(columns):
-                if len(gone):
-                    self.leave_columns_out(model, gone, rows, mean, _rows_of(part, k))
+                gone.leave(rows, mean, _rows_of(part, k) if len(columns) == len(part) else EVERY)
             out.append(_StandardLabels.make(rows, mean, part, labelled.remaining, self.noise))
         return out
 
-    def leave_columns_out(
-        self,
-        model: VarianceModel,
-        columns: Tensor,
-        rows: WhitenedRows,
-        mean: CovarianceRows | None,
-        of: tuple[slice, slice, slice],
-    ) -> None:
-        """Change some rows, and the mean there, to those of the posterior without these columns, in place."""
-        unit = torch.zeros(len(columns), model.n_columns).to(model.signal)
-        unit[torch.arange(len(columns)), columns] = 1.0
-        a, b = model.whiten(unit)
-        prior, (data, upper) = torch.linalg.qr(a.T).Q, torch.linalg.qr(b.T)
-        for kind, here in zip(KINDS, of, strict=True):
-            of_prior, of_data = getattr(rows.a, kind)[here], getattr(rows.b, kind)[here]
-            of_prior -= (of_prior @ prior) @ prior.T
-            along = of_data @ data
-            of_data -= along @ data.T
-            if mean is not None:
-                opened = torch.linalg.solve_triangular(upper.T, self.weights[columns, None].to(upper), upper=False)
-                getattr(mean, kind)[here] -= (along @ opened)[:, 0]
+    def unused(self, here: _Seen, beside: _Seen | None, k: int) -> list[_Unused]:
+        """By each of the models, its columns at structure k and at those beside it."""
+        seen = [here.features(k), *([beside.features()] if beside else [])]
+        numbers = {here.labelled.numbers[k], *(beside.labelled.numbers if beside else ())}
+        columns = [_columns_at(model, seen, self.functionals_of, numbers) for model in self.models]
+        return [_Unused.make(m, c, self.weights) for m, c in zip(self.models, columns, strict=True)]
 
-    def environments(self, structures: Structures) -> list[StructureEnvironments]:
-        """By descriptor."""
-        return [StructureEnvironments.from_structures(d, structures) for d in self.descriptors]
+    def environments(self, labelled: _Labelled) -> _Seen:
+        """Of the structures, by descriptor."""
+        return _Seen(
+            labelled, [StructureEnvironments.from_structures(d, labelled.structures) for d in self.descriptors]
+        )
 
     def leave_out(self, part: tuple[_Labelled, list[_Labelled | None]]) -> Prediction:
-        """Predictions of structures, each without its labels and those of the others beside it, and without inducing points at these."""
+        """Predictions of structures, each without its labels and those of the others beside it, and without inducing variables at
+        these."""
         labelled, near = part
-        here, environments = labelled.structures, self.environments(labelled.structures)
-        beside = [(o, self.environments(o.structures)) if o else None for o in near]
-        seen = [
-            [_features(here, environments, k), *([_features(other[0].structures, other[1])] if other else [])]
-            for k, other in enumerate(beside)
-        ]
-        unused = [[_columns_at(model, groups) for groups in seen] for model in self.models]
-        labels = self.standard(labelled, environments, unused)
+        here, seen = labelled.structures, self.environments(labelled)
+        beside = [self.environments(others) if others else None for others in near]
+        unused = [self.unused(seen, other, k) for k, other in enumerate(beside)]
+        labels = self.standard(labelled, seen.by_descriptor, list(zip(*unused, strict=True)))
         error, variance = self.weights.new_full((2, 7 * len(here) + 3 * here.n_atoms), torch.nan)
         for k, other in enumerate(beside):
             more: Sequence[_StandardLabels | None] = [None] * len(labels)
             if other:
-                more = self.standard(*other, [[columns[k]] * len(other[0].structures) for columns in unused])
+                more = self.standard(other.labelled, other.by_descriptor, [[columns] for columns in unused[k]])
             found = [a.left_out(k, b) for a, b in zip(labels, more, strict=True)]
             place = found[0][0]
             error[place], variance[place] = found[0][1], found[-1][2]
         atoms = [here.offsets[k] + _some_atoms(here.select([k]), i) for k, i in enumerate(labelled.numbers)]
-        asked = replace(self.request, atoms=torch.cat(atoms))
+        asked, environments = replace(self.request, atoms=torch.cat(atoms)), seen.by_descriptor
         spread: dict[str, Any] = dict(self.potential.variance_model()(here, environments, asked, labels[-1].rows))
         novelty = self.potential.novelty is not None
         raw = replace(self.potential(here, novelty=novelty, environments=environments), **spread)
         return _replaced(raw, labelled.targets, error, variance)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Structures with their environments by each descriptor."""
+
+    labelled: _Labelled
+    by_descriptor: list[StructureEnvironments]
+
+    def features(self, k: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Species and features of the environments of structure k, or of all, by each descriptor."""
+        part = self.labelled.structures
+        first, end = (0, None) if k is None else part.offsets[k : k + 2].tolist()
+        return [(part.species[first:end], e.environments.features[first:end]) for e in self.by_descriptor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Unused:
+    """Columns that a posterior is to do without: orthonormal bases of T and of R⁻ᵀ T, and the coefficients of the mean along the latter."""
+
+    of_prior: Tensor
+    of_data: Tensor
+    mean: Tensor
+
+    @staticmethod
+    def make(model: VarianceModel, columns: Tensor, weights: Tensor) -> _Unused:
+        """Those columns of a model whose mean has such weights."""
+        unit = torch.zeros(len(columns), model.n_columns).to(model.signal)
+        unit[torch.arange(len(columns)), columns] = 1.0
+        a, b = model.whiten(unit)
+        data, upper = torch.linalg.qr(b.T)
+        # the weights of another model mean nothing here, and nobody asks for them
+        own = weights[columns, None].to(upper) if len(weights) == model.n_columns else upper.new_zeros(len(columns), 1)
+        return _Unused(torch.linalg.qr(a.T).Q, data, torch.linalg.solve_triangular(upper.T, own, upper=False)[:, 0])
+
+    def leave(self, rows: WhitenedRows, mean: CovarianceRows | None, of: tuple[slice, slice, slice]) -> None:
+        """Change some rows, and the mean there, to those of the posterior without these columns, in place."""
+        for kind, here in zip(KINDS, of, strict=True) if len(self.mean) else ():
+            of_prior, of_data = getattr(rows.a, kind)[here], getattr(rows.b, kind)[here]
+            of_prior -= (of_prior @ self.of_prior) @ self.of_prior.T
+            along = of_data @ self.of_data
+            of_data -= along @ self.of_data.T
+            if mean is not None:
+                getattr(mean, kind)[here] -= along @ self.mean
 
 
 def _rows_of(structures: Structures, k: int) -> tuple[slice, slice, slice]:
@@ -271,21 +305,28 @@ def _rows_of(structures: Structures, k: int) -> tuple[slice, slice, slice]:
     return slice(k, k + 1), slice(3 * first, 3 * end), slice(6 * k, 6 * k + 6)
 
 
-def _features(structures: Structures, environments: ByDescriptor, k: int | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Species and features of the environments of structure k, or of all, by each descriptor."""
-    first, end = (0, None) if k is None else structures.offsets[k : k + 2].tolist()
-    return [(structures.species[first:end], e.environments.features[first:end]) for e in environments]
+def _columns_at(
+    model: VarianceModel,
+    groups: Sequence[list[tuple[Tensor, Tensor]]],
+    functionals_of: Sequence[Sequence[int]],
+    numbers: set[int],
+) -> Tensor:
+    """Columns of the inducing variables at some structures.
 
-
-def _columns_at(model: VarianceModel, groups: Sequence[list[tuple[Tensor, Tensor]]]) -> Tensor:
-    """Columns of the inducing variables at these environments (_features of some groups of structures)."""
+    Args:
+        groups: _Seen.features of the structures. numbers: theirs; functionals_of: by descriptor, of those with functionals.
+    """
     start, out = 0, []
     for d, blocks in enumerate(model.blocks):
         for block in blocks:
-            here = torch.cat([group[d][1][group[d][0] == block.species] for group in groups]).to(block.features)
-            if len(here):
-                own = (block.features @ here.T).amax(1) > 1 - SAME
-                out.append(start + own[block.column_addresses[0]].nonzero()[:, 0])
+            if isinstance(block, FunctionalBlock):
+                mine = torch.tensor([i in numbers for i in functionals_of[d][: len(block.maps)]])
+                own = mine.repeat_interleave(torch.tensor(block.starts).diff())
+            else:
+                here = torch.cat([group[d][1][group[d][0] == block.species] for group in groups]).to(block.features)
+                apart = torch.cdist(block.features, here) if len(here) else here.new_ones(len(block.features), 1)
+                own = (apart.amin(1).square() < SAME)[block.column_addresses[0]]
+            out.append(start + own.nonzero()[:, 0])
             start += block.n_columns
     return torch.cat(out) if out else torch.zeros(0, dtype=torch.long)
 

@@ -13,7 +13,16 @@ from gpmlp.core import errors
 from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
-from gpmlp.fitting import calibrate, left_out, online_updates, prepare, regression, sparse_points, variance_checks
+from gpmlp.fitting import (
+    calibrate,
+    inducing_sets,
+    left_out,
+    online_updates,
+    prepare,
+    regression,
+    sparse_points,
+    variance_checks,
+)
 from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online_updates import LabelBatch, RowScales
 from gpmlp.fitting.regression import InducingModel, WhitenedData
@@ -83,6 +92,10 @@ class OnlineFit:
         asked = Recipe() if recipe is None else recipe
         if torch.device(asked.device).type != "cpu":
             raise errors.UserError(f"An online model is updated on the CPU; leave out `device: {asked.device}`.")
+        if any(i.functionals for i in asked.inducings):
+            raise errors.UserError(
+                "An online model has centres as inducing variables, to which new ones can be added: leave out `inducing.functionals`."
+            )
         begun = _without_noises(asked, [prepare.prepare_data(structures, targets, asked, whole=False)])
         wanted = "mean" in asked.model_fields_set and asked.mean != "exact"
         return begun.refreshed("first data" + ("; the mean stays exact while labels come" if wanted else ""))
@@ -133,7 +146,7 @@ class OnlineFit:
             "noise": self.noise,
             "label_noise": self.label_noise,
             **regression.block_numbers(self.models, self.signal),
-            "columns": sum(len(b.vectors) for m in self.models for b in m.blocks),
+            "columns": sum(len(b.vectors) for m in self.models for b in m.local_blocks),
             "rank": self.factor.columns,
             "condition": self.factor.condition,
             "variance_subset": self.subset,
@@ -253,7 +266,7 @@ class OnlineFit:
             if room is None:
                 room = online_updates.missing_centres(self.asked, self.recipe, self.models, k, labels, periodic)
             novelty = self.novelty if k == 0 else None
-            about = model.descriptor, model.kernel, model.blocks, model.lowers, here
+            about = model.descriptor, model.kernel, model.local_blocks, model.lowers, here
             grown.append(
                 sparse_points.choose_more(*about, structures, room, novelty, environments[k] if environments else None)
             )
@@ -425,8 +438,12 @@ def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) 
     hyperparameters.check_species(asked, structures)
     recipe, base, _ = prepare.set_up(structures, targets, asked.model_copy(update={"mean": "exact"}), growing=True)
     pieces = list(chunk_structures(structures, CHUNK_ATOMS))
-    models, _ = regression.make_models(
-        recipe, structures, lambda k, choice: sparse_points.Candidates(choice).collect(pieces)
+    models, _ = inducing_sets.make_models(
+        recipe,
+        structures,
+        lambda k, choice: sparse_points.Candidates(choice).collect(pieces),
+        structures,
+        targets,
     )
     widths = regression.block_widths(models)
     unit, room = RowScales.unit(len(widths)), online_updates.JACOBIAN_BYTES

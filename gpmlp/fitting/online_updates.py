@@ -193,7 +193,7 @@ def missing_centres(
     columns = min(
         defaults.affordable_columns(recipe.memory_GB or defaults.MEMORY_GB), defaults.columns_for(labels, periodic)
     ) // len(models)
-    wanted = min(most, columns // (1 + gradients)) - sum(len(b.features) for b in models[k].blocks)
+    wanted = min(most, columns // (1 + gradients)) - sum(len(b.features) for b in models[k].local_blocks)
     return max(0, min(wanted, max(1, PASS // (labels * (1 + gradients)))))
 
 
@@ -241,7 +241,7 @@ def _bordered(
     model: InducingModel, k: int, new: InducingBlock | None
 ) -> tuple[InducingBlock, Tensor, BlockBorder | None]:
     """Block k of a model with those of its new variables that are independent, its Cholesky factor, and the border of that."""
-    block, lower = model.blocks[k], model.lowers[k]
+    block, lower = model.local_blocks[k], model.lowers[k]
     if new is None:
         return block, lower, None
     both = [replace(b, features=b.features.double(), tangents=b.tangents.double()) for b in (block, new)]
@@ -305,10 +305,10 @@ def remove_inducing(
         UserError: no such block or centre, or none would be left.
     """
     model = models[descriptor]
-    at = next((i for i, b in enumerate(model.blocks) if b.species == species), None)
+    at = next((i for i, b in enumerate(model.local_blocks) if b.species == species), None)
     if at is None:
         raise errors.UserError(f"There are no inducing points of {errors.chemical_symbol(species)} to remove.")
-    block = model.blocks[at]
+    block = model.local_blocks[at]
     wrong = [c for c in centres if not 0 <= c < len(block.features)]
     if wrong:
         raise errors.UserError(
@@ -320,7 +320,7 @@ def remove_inducing(
     if not len(columns):
         raise errors.UserError(f"All inducing points of {errors.chemical_symbol(species)} would be removed.")
     shorter, rotation = restrict_cholesky(model.lowers[at], columns)
-    blocks, lowers = list(model.blocks), list(model.lowers)
+    blocks, lowers = list(model.local_blocks), list(model.lowers)
     blocks[at], lowers[at] = smaller, shorter
     before = sum(len(m.blocks) for m in models[:descriptor]) + at
     sizes = block_widths(models)
@@ -347,18 +347,18 @@ def variance_factor(
 
     All centres with fewer gradients, as new ones count most; of centres that are too many by themselves, evenly many of old and new.
     """
-    centres = sum(len(b.features) for m in models for b in m.blocks)
+    centres = sum(len(b.features) for m in models for b in m.local_blocks)
     directions, share = max(0, at_most // centres - 1), min(1.0, at_most / centres)
     blocks, lowers, rotations = [], [], []
     for model in models:
         part = []
-        for block, lower in zip(model.blocks, model.lowers, strict=True):
+        for block, lower in zip(model.local_blocks, model.lowers, strict=True):
             ranks = (torch.arange(len(block.features) + 1) * share).ceil()
             centre, direction = block.column_addresses
             chosen = ((direction < directions) & (ranks.diff() > 0)[centre]).nonzero()[:, 0]
             chosen = chosen if len(chosen) else torch.arange(1)  # their values depended on others
             shorter, rotation = restrict_cholesky(lower, chosen)
-            part.append(inducing.select_columns(block, chosen))
+            part.append(block.select(chosen))
             lowers.append(shorter)
             rotations.append(rotation)
         blocks.append(tuple(part))

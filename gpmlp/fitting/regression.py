@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,22 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpmlp import descriptors
 from gpmlp.core import errors, parallel
 from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import Structures
-from gpmlp.fitting import sparse_points
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.report import StageTimer
-from gpmlp.fitting.sparse_points import Candidates, CentreChoice
 from gpmlp.fitting.workers import Report
 from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior
-from gpmlp.gp.covariances import CovarianceRows, SpeciesEnvironments
+from gpmlp.gp.covariances import Block, CovarianceRows, SpeciesEnvironments
 from gpmlp.gp.energy_noise import LeftOutEnergies
 from gpmlp.gp.energy_scale import EnergyScale, energy_scale
+from gpmlp.gp.functionals import FunctionalBlock, internal_directions
 from gpmlp.gp.inducing import InducingBlock
-from gpmlp.gp.kernels import ZonalKernel, make_kernel
+from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.likelihood import Hyperparameters, Observations
 from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.gp.prior import PriorCovariance
@@ -38,69 +36,44 @@ from gpmlp.recipe import LearnedRecipe, Recipe
 
 RESTART_COLUMNS, RESTARTS = 200, 3  # with so few, noises are learned from several starts
 EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
-FEWEST_ENERGIES = 10  # that say whether they agree with the forces
+FEWEST_ENERGIES = 10  # that leaving one out can judge, or that say whether they agree with the forces
 ROW_BYTES = 64 << 20  # of rows that are there before they are folded in
-FEWEST_ENERGIES = 10  # that leaving one out can judge
 
 
 # blocks of each model, Cholesky factors of all blocks and (columns,) δ of a sparse process with some of the columns
-VarianceSubset = tuple[tuple[tuple[InducingBlock, ...], ...], tuple[Tensor, ...], Tensor]
+VarianceSubset = tuple[tuple[tuple[Block, ...], ...], tuple[Tensor, ...], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class InducingModel:
-    """One descriptor of the model with its kernel and inducing blocks and their Cholesky factors."""
+    """One descriptor of the model with its kernel and inducing blocks and their Cholesky factors.
+
+    Attributes:
+        asked: inducing variables before dependent ones were dropped.
+        of: index, among those fitted, of each structure whose functionals are inducing variables.
+    """
 
     descriptor: Descriptor
     kernel: ZonalKernel
-    blocks: tuple[InducingBlock, ...]
+    blocks: tuple[Block, ...]
     lowers: tuple[Tensor, ...]
     jitter: float
     asked: int
+    of: tuple[int, ...] = ()
+
+    @property
+    def local_blocks(self) -> tuple[InducingBlock, ...]:
+        """Values and gradients at centres, which is all that an online fit has."""
+        return tuple(b for b in self.blocks if isinstance(b, InducingBlock))
 
 
-def make_models(
-    recipe: Recipe, structures: Structures, candidates_of: Callable[[int, CentreChoice], Candidates]
-) -> tuple[list[InducingModel], dict[int, int]]:
-    """Choose the inducing variables of every descriptor.
-
-    Args:
-        candidates_of: all environments that centres may be, by the number of the descriptor.
-
-    Returns:
-        the models, and the number of environments of each species.
-    """
-    models: list[InducingModel] = []
-    counts: dict[int, int] = {}
-    species = structures.distinct_species
-    for k, (d, kern, ind) in enumerate(zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True)):
-        descriptor, kernel = descriptors.make_descriptor(species, d.model_dump()), make_kernel(kern)
-        gradients = ind.gradients or 0  # a resolved recipe has numbers for both
-        shares: str | dict[int, int]
-        if isinstance(ind.shares, dict):
-            wanted, shares = sum(ind.shares.values()), {errors.atomic_number(s): n for s, n in ind.shares.items()}
-        else:
-            wanted, shares = ind.n or 1, ind.shares
-        if wanted > structures.n_atoms:
-            raise errors.UserError(
-                f"inducing.n asks for {wanted} inducing points, but the training data hold only {structures.n_atoms} "
-                f"environment{'s' * (structures.n_atoms != 1)} (atoms); ask for fewer."
-            )
-        candidates = candidates_of(k, CentreChoice(descriptor, kernel, ind.method, wanted, shares, recipe.seed))
-        counts = candidates.counts
-        built = [
-            sparse_points.make_block(z, features, surroundings, descriptor, kernel, gradients)
-            for z, (features, surroundings) in candidates.chosen().items()
-        ]
-        blocks, lowers = tuple(b for b, _, _ in built), tuple(lower for _, lower, _ in built)
-        asked = sum(len(block.features) * (1 + gradients) for block in blocks)
-        models.append(InducingModel(descriptor, kernel, blocks, lowers, max(jitter for *_, jitter in built), asked))
-    return models, counts
-
-
-def blocks_of(models: Sequence[InducingModel]) -> list[tuple[int, int]]:
-    """(number of the descriptor, species) of each inducing block, in the order of the columns."""
-    return [(k, b.species) for k, m in enumerate(models) for b in m.blocks]
+def blocks_of(models: Sequence[InducingModel]) -> list[tuple[int, int | None]]:
+    """(number of the descriptor, species; None = several together) of each inducing block, in the order of the columns."""
+    return [
+        (k, b.central_species[0] if len(b.central_species) == 1 else None)
+        for k, m in enumerate(models)
+        for b in m.blocks
+    ]
 
 
 def lowers_of(models: Sequence[InducingModel]) -> tuple[Tensor, ...]:
@@ -115,12 +88,13 @@ def block_widths(models: Sequence[InducingModel]) -> list[int]:
 
 def block_numbers(models: Sequence[InducingModel], signal: Tensor) -> dict[str, dict[str, Any]]:
     """Signal and number of centres of each block, by 'descriptor:symbol', for a report; signal (blocks,) eV."""
-    blocks = [b for m in models for b in m.blocks]
-    labels = [f"{k}:{errors.chemical_symbol(z)}" for k, z in blocks_of(models)]
-    return {
-        "signal": dict(zip(labels, signal.tolist(), strict=True)),
-        "centres": {label: len(b.features) for label, b in zip(labels, blocks, strict=True)},
-    }
+    stds, centres = {}, {}
+    blocks = [(k, b) for k, m in enumerate(models) for b in m.blocks]
+    for (k, block), std in zip(blocks, signal.tolist(), strict=True):
+        for z in block.central_species:
+            label = f"{k}:{errors.chemical_symbol(z)}"
+            stds[label], centres[label] = std * block.relative[z], len(block.centres(z))
+    return {"signal": stds, "centres": centres}
 
 
 def stream_rows(
@@ -169,7 +143,7 @@ def labelled_rows(
     models: Sequence[InducingModel],
     structures: Structures,
     targets: Targets,
-    blocks: Sequence[tuple[InducingBlock, ...]] = (),
+    blocks: Sequence[tuple[Block, ...]] = (),
     environments: Sequence[StructureEnvironments] = (),
     by_species: Sequence[tuple[SpeciesEnvironments, ...]] = (),
 ) -> dict[str, Tensor]:
@@ -192,11 +166,19 @@ def labelled_rows(
         if environments:
             of_model.keep_jacobian()
         parts.append(covariances.covariance_rows(structures, of_model, *wanted))
-    return rows_of_labels(parts, labels)
+    functional = any(isinstance(b, FunctionalBlock) for m in models for b in m.blocks)
+    return rows_of_labels(parts, labels, structures if functional else None)
 
 
-def rows_of_labels(parts: Sequence[CovarianceRows], labels: dict[str, Observations]) -> dict[str, Tensor]:
-    """Rows [K_ou | y] of labels as in `labelled_rows`, from K_fu of their structures by each model."""
+def rows_of_labels(
+    parts: Sequence[CovarianceRows], labels: dict[str, Observations], internal: Structures | None = None
+) -> dict[str, Tensor]:
+    """Rows [K_ou | y] of labels as in `labelled_rows`, from K_fu of their structures by each model.
+
+    Args:
+        internal: the structures, if forces count along internal directions only. No model has others, and labels often have none: as
+            residuals of zero they would make the noise small.
+    """
     out: dict[str, list[Tensor]] = {}
     for kind, label in labels.items():
         if not len(label.rows):
@@ -206,10 +188,25 @@ def rows_of_labels(parts: Sequence[CovarianceRows], labels: dict[str, Observatio
             joined[:, :-1] *= label.scale[:, None]
         common = label.noise.isnan()
         if common.any():
-            out.setdefault(kind, []).append(joined if common.all() else joined[common])
+            shared = joined if common.all() else joined[common]
+            if internal is not None and kind == "forces":
+                shared = _internal_rows(shared, label.rows[common], internal)
+            out.setdefault(kind, []).append(shared)
         if not common.all():
             out.setdefault(FIXED, []).append(joined[~common] / label.noise[~common, None])
     return {kind: torch.cat(part) if len(part) > 1 else part[0] for kind, part in out.items()}
+
+
+def _internal_rows(rows: Tensor, components: Tensor, structures: Structures) -> Tensor:
+    """Rows of force components along the internal directions of each structure, where it has all components; others as they are."""
+    known = torch.bincount(structures.structure_of_atom[components // 3], minlength=len(structures))
+    out, offsets = [], structures.offsets.tolist()
+    for i, part in enumerate(rows.split(known.tolist())):
+        atoms = slice(offsets[i], offsets[i + 1])
+        if len(part) == 3 * (atoms.stop - atoms.start):
+            part = internal_directions(structures.positions[atoms], structures.periodic[i]) @ part
+        out.append(part)
+    return torch.cat(out)
 
 
 def _of_species(laid_out: Sequence[SpeciesEnvironments], species: int) -> Iterator[SpeciesEnvironments]:
@@ -338,8 +335,9 @@ def make_terms(models: Sequence[InducingModel], weights: Tensor) -> tuple[Energy
         for block in m.blocks:
             part = weights[start : start + block.n_columns]
             start += block.n_columns
-            alpha, tau = posterior.collapse_directions(block, part.to(block.features))
-            blocks[block.species] = MeanBlock(block.features, alpha, tau if block.tangents.shape[1] else tau[:0])
+            for z in block.central_species:
+                centres = block.centres(z)
+                blocks[z] = MeanBlock(centres, *block.collapse(part.to(centres), z))
         terms.append(EnergyTerm(m.descriptor, m.kernel, blocks))
     return tuple(terms)
 
@@ -348,9 +346,9 @@ def make_priors(models: Sequence[InducingModel], signal: Tensor) -> list[PriorCo
     """The prior process of each descriptor; signal (columns,)."""
     priors, start = [], 0
     for m in models:
-        by_species = {}
+        by_species: dict[int, float] = {}
         for block in m.blocks:
-            by_species[block.species] = float(signal[start])
+            by_species |= {z: float(signal[start]) * block.relative[z] for z in block.central_species}
             start += block.n_columns
         priors.append(PriorCovariance(m.kernel, by_species))
     return priors
@@ -387,11 +385,11 @@ def variance_factor(
     signal, lowers = learned.signal, lowers_of(models)
     if len(signal) <= at_most:
         return solved.factor, None
-    chosen = [_leading(block, at_most / len(signal)) for m in models for block in m.blocks]
+    chosen = [block.leading_columns(at_most / len(signal)) for m in models for block in m.blocks]
     starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
     columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
     picked = iter(chosen)
-    blocks = tuple(tuple(inducing.select_columns(block, next(picked)) for block in m.blocks) for m in models)
+    blocks = tuple(tuple(block.select(next(picked)) for block in m.blocks) for m in models)
     whitened = {kind: inducing.unwhiten_columns(rows, lowers, chosen) for kind, rows in learned.whitened.items()}
     lowers = tuple(torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(lowers, chosen, strict=True))
     whitened = {kind: inducing.whiten_rows(rows, lowers) for kind, rows in whitened.items()}
@@ -417,9 +415,3 @@ def scale_of_energies(models: Sequence[InducingModel], learned: WhitenedData) ->
     taken = torch.cat([part, part.new_tensor([len(learned.signal)])])
     energies, forces = (whitened[kind][:, taken] for kind in ("energies", "forces"))
     return energy_scale(energies, forces, learned.counts["energies"], noise["forces"], learned.signal[part])
-
-
-def _leading(block: InducingBlock, share: float) -> Tensor:
-    """Positions of the columns of that share of the centres, the most important ones."""
-    centre, _ = block.column_addresses
-    return (centre < max(1, int(share * len(block.features)))).nonzero()[:, 0]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import parallel
-from gpmlp.core.environments import StructureEnvironments
+from gpmlp.core.environments import StructureEnvironments, strain_derivatives
 from gpmlp.core.neighbors import Neighbors, fits_compiled_loops
+from gpmlp.core.padded_neighbors import padded_places
 from gpmlp.core.structures import Structures
-from gpmlp.core.units import VOIGT
+from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import Profile, ZonalKernel
 from gpmlp.native import library
@@ -23,6 +24,7 @@ BLOCK_BYTES = 1 << 20  # of one block of covariance rows: what stays in cache be
 BLOCK_ROWS = 256  # rows it has at least, as products of fewer are slow
 ENVIRONMENTS = 32  # whose Jacobian is in memory at a time
 SHARE = 128  # columns, at least, that are worth another thread
+Block = InducingBlock | FunctionalBlock
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,19 +104,11 @@ def species_environments(
         yield SpeciesEnvironments(species, centers, part.features, jacobian, pairs.centers, atoms, pairs.vectors)
 
 
-def strain_derivatives(jacobian: Tensor, owners: Tensor, vectors: Tensor, n: int) -> Tensor:
-    """(n environments, 6, features) derivatives with respect to the strains of VOIGT: the symmetric part of Σ_j r_ij ⊗ dx/dr_ij."""
-    sums = jacobian.new_zeros(n, 3, *jacobian.shape[1:])
-    for a in range(3):
-        sums[:, a].index_add_(0, owners, jacobian * vectors[:, a, None, None])
-    return torch.stack([0.5 * (sums[:, a, b] + sums[:, b, a]) for a, b in VOIGT], dim=1)
-
-
 def covariance_rows(
     structures: Structures,
     environments: StructureEnvironments,
     kernel: ZonalKernel,
-    inducing: tuple[InducingBlock, ...],
+    inducing: tuple[Block, ...],
     forces: bool = True,
     stresses: bool = True,
     atoms: Tensor | None = None,
@@ -137,7 +131,7 @@ def rows_from_environments(
     structures: Structures,
     of_species: Callable[[int], Iterable[SpeciesEnvironments]],
     kernel: ZonalKernel,
-    inducing: tuple[InducingBlock, ...],
+    inducing: tuple[Block, ...],
     forces: bool = True,
     stresses: bool = True,
     place: Tensor | None = None,
@@ -153,10 +147,18 @@ def rows_from_environments(
     n_forces, n_stresses = int(place[-1]) if forces else 0, n if stresses else 0
     shapes = ((rows, sum(widths)) for rows in (n, 3 * n_forces, 6 * n_stresses))
     out = CovarianceRows(*(like.new_zeros(shape) for shape in shapes))
-    fast = forces and fits_compiled_loops(like, *(b.features for b in inducing))
+    fast = forces and fits_compiled_loops(like, *(b.features for b in inducing if isinstance(b, InducingBlock)))
     add = _add_compiled if fast else add_covariance_rows
     columns = zip(*(rows.split(widths, dim=1) for rows in (out.energies, out.forces, out.stresses)), strict=True)
     for block, (energies, of_forces, of_stresses) in zip(inducing, columns, strict=True):
+        if isinstance(block, FunctionalBlock):
+            bins = like.new_zeros(n_forces + 1 if forces else 0, 3, block.n_columns)
+            here = energies, bins, of_stresses.unflatten(0, (n_stresses, 6))
+            for z in block.central_species:
+                for part in of_species(z):
+                    _add_functional_rows(here, structures, part, kernel, block, place)
+            of_forces.copy_(bins[:-1].flatten(0, 1))
+            continue
         width, sums = len(block.vectors), None
         for part in of_species(block.species):
             # one atom more than there are: where forces that are not wanted may add without harm
@@ -175,26 +177,31 @@ def rows_from_environments(
     return out
 
 
-def atom_rows(features: Tensor, species: Tensor, kernel: ZonalKernel, inducing: tuple[InducingBlock, ...]) -> Tensor:
+def atom_rows(features: Tensor, species: Tensor, kernel: ZonalKernel, inducing: tuple[Block, ...]) -> Tensor:
     """k_xu: (environments, columns) covariances of the local energies themselves, unit signal variance."""
     pieces = []
     for block in inducing:
-        mine = species == block.species
-        if mine.all():
-            pieces.append(local_rows(kernel, block, features))
-            continue
         piece = features.new_zeros(len(features), block.n_columns)
-        piece[mine] = local_rows(kernel, block, features[mine])
+        for z in block.central_species:
+            mine = species == z
+            if mine.all():
+                piece = local_rows(kernel, block, z, features)
+            else:
+                piece[mine] = local_rows(kernel, block, z, features[mine])
         pieces.append(piece)
     return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
 
-def local_rows(kernel: ZonalKernel, block: InducingBlock, features: Tensor, profile: Profile | None = None) -> Tensor:
-    """k_xu: (environments, columns) covariances of local energies of the block's species with the block, unit signal variance.
+def local_rows(
+    kernel: ZonalKernel, block: Block, species: int, features: Tensor, profile: Profile | None = None
+) -> Tensor:
+    """k_xu: (environments, columns) covariances of local energies of one of the block's species with it, unit signal variance.
 
     Args:
         profile: f, f' and f'' of these with centres of which the first ones are the block's, if they are known.
     """
+    if isinstance(block, FunctionalBlock):
+        return block.local_rows(kernel, species, features)
     if not block.tangents.shape[1]:
         m = len(block.features)
         return block.take_columns(profile[0][:, :m] if profile else kernel.value(features @ block.features.T))
@@ -269,6 +276,44 @@ def add_covariance_rows(
         virials = slopes(strains, torch.arange(len(owner), device=owner.device))
         per_volume = torch.nan_to_num(1 / structures.volumes)[owner]
         sums.stresses.index_add_(0, owner, virials * per_volume[:, None, None])
+
+
+def _add_functional_rows(
+    sums: tuple[Tensor, Tensor, Tensor],
+    structures: Structures,
+    part: SpeciesEnvironments,
+    kernel: ZonalKernel,
+    block: FunctionalBlock,
+    place: Tensor,
+) -> None:
+    """`add_covariance_rows` of functionals: g_ij = J_ij T_b(x_i).
+
+    Args:
+        sums: energies (structures, columns), forces (atoms + 1, 3, columns) and stresses (structures, 6, columns), either may be empty.
+    """
+    energies, forces, stresses = sums
+    owner, n, derivatives = structures.structure_of_atom[part.centers], len(part.centers), []
+    slot, width = padded_places(part.owners, n)
+    if part.jacobian is not None and len(forces):
+        table = part.jacobian.new_zeros(n * width, *part.jacobian.shape[1:])
+        table[slot] = part.jacobian
+        derivatives.append(table.view(n, 3 * width, -1))
+    if part.jacobian is not None and len(stresses):
+        strains = strain_derivatives(part.jacobian, part.owners, part.vectors, n)
+        derivatives.append(strains * torch.nan_to_num(1 / structures.volumes)[owner, None, None])
+    rows = torch.cat(derivatives, 1) if derivatives else None
+    for columns, values, slopes in block.coupled(kernel, part.species, part.features):
+        energies[:, columns].index_add_(0, owner, values)
+        if rows is None:
+            continue
+        product = rows @ slopes.permute(1, 2, 0)
+        if len(forces):
+            gradients = product[:, : 3 * width].unflatten(1, (width, 3)).flatten(0, 1)[slot]
+            # F_i = Σ_j (g_ij - g_ji)
+            forces[..., columns].index_add_(0, place[part.atoms], gradients, alpha=-1)
+            forces[..., columns].index_add_(0, place[part.centers][part.owners], gradients)
+        if len(stresses):
+            stresses[..., columns].index_add_(0, owner, product[:, -6:])
 
 
 def _add_compiled(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,9 +147,15 @@ def negative_log_posterior(
     that along what is given is zero."""
     noise = parameters.noise() | {"given": 1.0}
     signal = parameters.signal().to(block_of_column.device)
-    value, d_noise, d_signal = negative_log_evidence(statistics, noise, signal, block_of_column)
+    return _with_priors(parameters, statistics, *negative_log_evidence(statistics, noise, signal, block_of_column))
+
+
+def _with_priors(
+    parameters: Hyperparameters, kinds: Container[str], value: float, d_noise: dict[str, float], d_signal: Tensor
+) -> tuple[float, dict[str, Tensor]]:
+    """Of a negative log evidence and its slopes along log σ_k and log δ, those of its product with the priors, by name."""
     slopes = {}
-    for name in _learned(statistics, parameters):
+    for name in _learned(kinds, parameters):
         prior, d_prior = parameters.log_prior(name)
         value -= prior
         slope = d_signal.cpu() if name == "signal" else torch.tensor([d_noise[name]], dtype=torch.float64)
@@ -157,9 +163,51 @@ def negative_log_posterior(
     return value, slopes
 
 
-def _learned(statistics: Statistics, parameters: Hyperparameters) -> list[str]:
+def _learned(kinds: Container[str], parameters: Hyperparameters) -> list[str]:
     """What is learned of the kinds that there are data of, and 'signal'."""
-    return [n for n in parameters.learned if n == "signal" or n in statistics]
+    return [n for n in parameters.learned if n == "signal" or n in kinds]
+
+
+@dataclass(frozen=True, eq=False)
+class DenseData:
+    """A few observations with their prior covariances in full.
+
+    Attributes:
+        covariances: (n, n) for each signal, with unit signal variance.
+        values: (n,); rows: of each kind, which observations; scale: (n,) noise of each over that of its kind.
+    """
+
+    covariances: tuple[Tensor, ...]
+    values: Tensor
+    rows: dict[str, Tensor]
+    scale: Tensor
+
+    def negative_log_evidence(self, noise: dict[str, float], signal: Tensor) -> tuple[float, dict[str, float], Tensor]:
+        """-log N(y; 0, C), C = Σ_b δ_b² K_b + diag(σ_k² s²), and its derivatives with respect to log σ_k and log δ_b:
+        θ/2 tr[(C⁻¹ - ααᵀ) ∂C/∂θ] with α = C⁻¹ y (Rasmussen & Williams 2006, eqs. 5.8 and 5.9)."""
+        variance = torch.zeros_like(self.values)
+        for kind, rows in self.rows.items():
+            variance[rows] = (noise[kind] * self.scale[rows]).square()
+        system = torch.diag(variance)
+        for k, delta in zip(self.covariances, signal.tolist(), strict=True):
+            system.add_(k, alpha=delta**2)
+        lower = _cholesky(system)
+        alpha = torch.cholesky_solve(self.values[:, None], lower)[:, 0]
+        value = 0.5 * float(self.values @ alpha) + float(lower.diagonal().log().sum())
+        rest = torch.cholesky_inverse(lower).addr_(alpha, alpha, alpha=-1)
+        d_signal = torch.stack([(rest * k).sum() for k in self.covariances]) * signal.square()
+        along = rest.diagonal() * variance
+        d_noise = {kind: float(along[rows].sum()) for kind, rows in self.rows.items()}
+        return value + 0.5 * len(self.values) * np.log(2 * np.pi), d_noise, d_signal
+
+    def maximise(self, parameters: Hyperparameters, max_evaluations: int = 40) -> EvidenceResult:
+        """As `maximise_evidence`."""
+
+        def evaluate() -> tuple[float, dict[str, Tensor]]:
+            found = self.negative_log_evidence(parameters.noise(), parameters.signal())
+            return _with_priors(parameters, self.rows, *found)
+
+        return _maximise(evaluate, parameters, _learned(self.rows, parameters), max_evaluations)
 
 
 def maximise_evidence(
@@ -175,7 +223,22 @@ def maximise_evidence(
     Args:
         settle: whether to go on to where the gradient is zero to rounding, with p + 3 or so evaluations more for p parameters.
     """
-    names = _learned(statistics, parameters)
+
+    def evaluate() -> tuple[float, dict[str, Tensor]]:
+        return negative_log_posterior(statistics, parameters, block_of_column)
+
+    return _maximise(evaluate, parameters, _learned(statistics, parameters), max_evaluations, progress, settle)
+
+
+def _maximise(
+    evaluate: Callable[[], tuple[float, dict[str, Tensor]]],
+    parameters: Hyperparameters,
+    names: list[str],
+    max_evaluations: int,
+    progress: Progress | None = None,
+    settle: bool = False,
+) -> EvidenceResult:
+    """`maximise_evidence` of what `evaluate` gives at the present parameters: a negative log density and its slopes by name."""
     sizes = [parameters.log_std(n).numel() for n in names]
     bounds = [pair for n in names for pair in zip(*(side.tolist() for side in parameters.bounds(n)), strict=True)]
     start = np.concatenate([parameters.log_std(n).detach().cpu().numpy() for n in names])
@@ -183,7 +246,7 @@ def maximise_evidence(
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
         _assign(parameters, names, sizes, x)
-        value, slopes = negative_log_posterior(statistics, parameters, block_of_column)
+        value, slopes = evaluate()
         trace.append((len(trace) + 1, value))
         if progress:
             progress(*trace[-1])

@@ -14,7 +14,7 @@ from gpmlp.recipe import LearnedRecipe, Recipe
 NOISE_FIELDS = {"energies": "energy_per_atom", "forces": "force", "stresses": "stress"}
 UNITS = {"energies": "eV/atom", "forces": "eV/A", "stresses": "eV/A^3", "signal": "eV"}
 LEFT = 1.01  # times a bound: what is above has left it
-Blocks = Sequence[tuple[int, int]]  # (number of the descriptor, atomic number)
+Blocks = Sequence[tuple[int, int | None]]  # (number of the descriptor, atomic number; None = all species together)
 
 
 def check_species(recipe: Recipe, structures: Structures) -> None:
@@ -61,13 +61,17 @@ def bound_warnings(
     return out
 
 
-def _signal(recipe: Recipe, block: tuple[int, int]) -> float | LearnedRecipe | None:
-    return recipe.signals[block[0]].get(errors.chemical_symbol(block[1]))
+def _signal(recipe: Recipe, block: tuple[int, int | None]) -> float | LearnedRecipe | None:
+    """Of a block of all species it is a factor on what each has: 1 where the recipe says anything of those."""
+    descriptor, z = block
+    if z is None:
+        return 1.0 if recipe.signals[descriptor] else None
+    return recipe.signals[descriptor].get(errors.chemical_symbol(z))
 
 
-def _signal_key(recipe: Recipe, block: tuple[int, int]) -> str:
+def _signal_key(recipe: Recipe, block: tuple[int, int | None]) -> str:
     place = f"{block[0]}." if len(recipe.descriptors) > 1 else ""
-    return f"signal.{place}{errors.chemical_symbol(block[1])}"
+    return f"signal.{place}{errors.chemical_symbol(block[1]) if block[1] else 'all'}"
 
 
 def _prior(given: float | LearnedRecipe | None, default: StdPrior) -> StdPrior:

@@ -62,9 +62,55 @@ class InducingBlock:
             raise UserError("a column of the posterior factor belongs to no inducing variable, or one belongs to two.")
         return InducingBlock(species, features, tangents, columns)
 
+    def to(self, like: Tensor) -> InducingBlock:
+        """In the precision and on the device of a tensor."""
+        return replace(self, features=self.features.to(like), tangents=self.tangents.to(like))
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a model file holds of it, besides the centres."""
+        return {"tangents": self.tangents, "kept": self.columns}
+
     @property
     def n_columns(self) -> int:
         return self.columns.shape[0]
+
+    @property
+    def central_species(self) -> tuple[int, ...]:
+        return (self.species,)
+
+    @property
+    def relative(self) -> dict[int, float]:
+        """By species, standard deviation of local energies in units of the block's signal."""
+        return {self.species: 1.0}
+
+    def centres(self, z: int) -> Tensor:
+        """(M, features) of the species, which is the block's."""
+        return self.features
+
+    def collapse(self, weights: Tensor, z: int) -> tuple[Tensor, Tensor]:
+        """Fold all directions of a centre into one vector: ε(x) = Σ_j [α_j f(x·x_j) + f'(x·x_j) x·τ_j].
+
+        Args:
+            weights: (..., columns).
+
+        Returns:
+            α (..., M) and τ_j = Σ_r α_jr t_jr (..., M, features), or (..., 0, features) where no centre has directions.
+        """
+        alpha, on_tangents = self.expand_columns(weights)
+        tau = torch.einsum("...mr,mrf->...mf", on_tangents, self.tangents)
+        return alpha, tau if self.tangents.shape[1] else tau[..., :0, :]
+
+    def leading_columns(self, share: float) -> Tensor:
+        """Positions of the columns of that share of the centres, the most important ones."""
+        centre, _ = self.column_addresses
+        return (centre < max(1, int(share * len(self.features)))).nonzero()[:, 0]
+
+    def select(self, chosen: Tensor) -> InducingBlock:
+        """The block with the chosen columns only, and without the last centres and tangents that none of them needs."""
+        centre, direction = (part[chosen] for part in self.column_addresses)
+        m, r = int(centre.max()) + 1, int(direction.max()) + 1
+        features, tangents = self.features[:m], self.tangents[:m, :r].contiguous()
+        return InducingBlock.from_addresses(self.species, features, tangents, centre, direction)
 
     @cached_property
     def column_addresses(self) -> tuple[Tensor, Tensor]:
@@ -125,14 +171,6 @@ def select_centers(block: InducingBlock, stays: Tensor) -> tuple[InducingBlock, 
     return InducingBlock.from_addresses(block.species, features, tangents, place, direction[columns]), columns
 
 
-def select_columns(block: InducingBlock, chosen: Tensor) -> InducingBlock:
-    """The block with the chosen columns only, and without the last centres and tangents that none of them needs."""
-    centre, direction = (part[chosen] for part in block.column_addresses)
-    m, r = int(centre.max()) + 1, int(direction.max()) + 1
-    features, tangents = block.features[:m], block.tangents[:m, :r].contiguous()
-    return InducingBlock.from_addresses(block.species, features, tangents, centre, direction)
-
-
 def K_uu(kernel: ZonalKernel, a: InducingBlock, b: InducingBlock) -> Tensor:
     """(columns of a, columns of b) covariance of inducing variables of one species, unit signal variance.
 
@@ -177,7 +215,11 @@ def independent_columns(kernel: ZonalKernel, block: InducingBlock) -> tuple[Tens
     """
     tolerance = rank_tolerance(block.features)
     block = replace(block, features=block.features.double(), tangents=block.tangents.double())
-    everything = K_uu(kernel, block, block)
+    return independent_factor(K_uu(kernel, block, block), tolerance)
+
+
+def independent_factor(everything: Tensor, tolerance: float) -> tuple[Tensor, Tensor, float]:
+    """`independent_columns` of a covariance (columns, columns) with diagonal entries of about 1."""
     independent = pivoted_rank(everything, tolerance)
     k_uu = everything[independent][:, independent]
     for jitter in JITTERS:

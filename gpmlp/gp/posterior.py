@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpmlp.gp.inducing import InducingBlock, unwhiten_weights
+from gpmlp.gp.inducing import unwhiten_weights
 
 FIXED = "given"  # rows that come with a noise of their own, already divided by it
 
@@ -63,13 +63,3 @@ def solve_posterior(
     weights = unwhiten_weights(signal * beta, lowers)
     diagonal = factor.diagonal().abs()
     return SparsePosterior(weights, factor, rms, float(diagonal.max() / diagonal.min()))
-
-
-def collapse_directions(block: InducingBlock, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold all directions of a centre into one vector: ε(x) = Σ_j [α_j f(x·x_j) + f'(x·x_j) x·τ_j].
-
-    Returns:
-        α (M,) and τ_j = Σ_r α_jr t_jr (M, features).
-    """
-    alpha, on_tangents = block.expand_columns(weights)
-    return alpha, torch.einsum("mr,mrf->mf", on_tangents, block.tangents)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpmlp.core.environments import StructureEnvironments
+from gpmlp.core.environments import StructureEnvironments, strain_derivatives
 from gpmlp.core.padded_neighbors import padded_places
 from gpmlp.core.structures import Structures
-from gpmlp.gp.covariances import ENVIRONMENTS, strain_derivatives
+from gpmlp.gp.covariances import ENVIRONMENTS
 from gpmlp.gp.kernels import ZonalKernel
 
 CHUNK_ATOMS = 128  # whose force covariances are made together

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import parallel
-from gpmlp.core.environments import Environments, StructureEnvironments
+from gpmlp.core.environments import Descriptor, Environments, StructureEnvironments
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Variance
 from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import Structures
 from gpmlp.gp import covariances, inducing
-from gpmlp.gp.covariances import CovarianceRows
+from gpmlp.gp.covariances import Block, CovarianceRows
+from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import Profile, ZonalKernel
 from gpmlp.gp.local_variance import LocalVariance, inducing_variance
@@ -107,7 +108,7 @@ class VarianceModel:
     """
 
     priors: tuple[PriorCovariance, ...]
-    blocks: tuple[tuple[InducingBlock, ...], ...]
+    blocks: tuple[tuple[Block, ...], ...]
     lowers: tuple[Tensor, ...]
     signal: Tensor
     factor: Tensor
@@ -119,6 +120,12 @@ class VarianceModel:
     @property
     def n_columns(self) -> int:
         return len(self.signal)
+
+    @property
+    def local_blocks(self) -> tuple[tuple[InducingBlock, ...], ...] | None:
+        """`blocks` where all are values and gradients at centres; None where there are functionals, for which the core has no form."""
+        local = tuple(tuple(b for b in blocks if isinstance(b, InducingBlock)) for blocks in self.blocks)
+        return local if sum(map(len, local)) == sum(map(len, self.blocks)) else None
 
     def __call__(
         self,
@@ -343,12 +350,17 @@ class VarianceModel:
         """By species, what stands for `whiten` of its local energies. By one thread, whose rounding is always the same."""
         widths = [len(lower) for lower in self.lowers]
         columns = torch.arange(self.n_columns, device=self.signal.device).split(widths)
-        species = [block.species for blocks in self.blocks for block in blocks]
-        out = {}
+        species = [block.central_species for blocks in self.blocks for block in blocks]
+        out: dict[int, LocalVariance] = {}
         with parallel.one_core():
             p = torch.cholesky_inverse(self.factor, upper=True)  # (RᵀR)⁻¹
-            for z in set(species):
-                mine = [i for i, other in enumerate(species) if other == z]
+            for z in set().union(*species):
+                mine = [i for i, others in enumerate(species) if z in others]
+                if same := next(
+                    (other for other in out if mine == [i for i, s in enumerate(species) if other in s]), None
+                ):
+                    out[z] = out[same]
+                    continue
                 here = torch.cat([columns[i] for i in mine])
                 lowers, covariance = [self.lowers[i] for i in mine], p[here][:, here]
                 out[z] = LocalVariance.from_posterior(lowers, self.signal[here], covariance, self.amplitude)
@@ -361,10 +373,10 @@ class VarianceModel:
     def _pieces(self, z: int, features: Sequence[Tensor], given: Sequence[Profile | None]) -> list[Tensor]:
         """k_xu of local energies of one species with each of its blocks."""
         return [
-            covariances.local_rows(p.kernel, block, x, k)
+            covariances.local_rows(p.kernel, block, z, x, k)
             for p, blocks, x, k in zip(self.priors, self.blocks, features, given, strict=True)
             for block in blocks
-            if block.species == z
+            if z in block.central_species
         ]
 
     def noise_parts(self, kind: str) -> tuple[float, float]:
@@ -380,21 +392,24 @@ class VarianceModel:
             "label_noise": self.label_noise,
             "of_fit": self.of_fit,
             "amplitude": self.amplitude,
-            "blocks": [[{"species": b.species, "centres": len(b.features)} for b in blocks] for blocks in self.blocks],
+            "blocks": [[_block_header(b) for b in blocks] for blocks in self.blocks],
             "signal": [{str(z): s for z, s in prior.signal.items()} for prior in self.priors],
         }
         every = [b for blocks in self.blocks for b in blocks]
         tensors = {"factor": pack_triangle(self.factor.T), "signal": self.signal}
         for i, (block, lower) in enumerate(zip(every, self.lowers, strict=True)):
-            center_slots = {"tangents": block.tangents, "kept": block.columns, "lower": pack_triangle(lower)}
-            tensors |= {f"{i}.{name}": tensor for name, tensor in center_slots.items()}
+            tensors |= {f"{i}.{name}": t for name, t in (block.stored() | {"lower": pack_triangle(lower)}).items()}
         return header, tensors
 
     @staticmethod
     def from_state(
-        header: dict, stored: StoredTensors, kernels: Sequence[ZonalKernel], features: Sequence[dict[int, Tensor]]
+        header: dict,
+        stored: StoredTensors,
+        descriptors: Sequence[Descriptor],
+        kernels: Sequence[ZonalKernel],
+        features: Sequence[dict[int, Tensor]],
     ) -> VarianceModel:
-        """Restore what state gave, with the kernels and centres (by Z) of the mean.
+        """Restore what state gave, with the descriptors, kernels and centres (by Z) of the mean.
 
         Raises:
             UserError: parts that do not fit each other, or numbers that mean nothing, as a negative variance.
@@ -403,24 +418,20 @@ class VarianceModel:
         lowers: list[Tensor] = []
         for k, kernel in enumerate(kernels):
             priors.append(PriorCovariance(kernel, {int(z): s for z, s in header["signal"][k].items()}))
-            mine = []
+            mine: list[Block] = []
             for entry in header["blocks"][k]:
-                z, i = entry["species"], len(lowers)
-                centres = features[k].get(z, stored["signal"][:0, None])[: entry["centres"]]
-                if len(centres) != entry["centres"]:
-                    raise UserError(
-                        f"the posterior factor has {entry['centres']} centres of Z = {z}; the mean has {len(centres)}."
-                    )
-                mine.append(InducingBlock.from_stored(z, centres, stored.part(f"{i}.")))
+                i = len(lowers)
+                mine.append(_stored_block(entry, stored.part(f"{i}."), descriptors[k], features[k]))
                 lowers.append(_stored_triangle(stored, f"{i}.lower", mine[-1].n_columns))
                 _check_factor(lowers[-1], kernel, mine[-1])
             blocks.append(tuple(mine))
         columns = sum(len(lower) for lower in lowers)
         signal, factor = stored.take("signal", (columns,)), _stored_triangle(stored, "factor", columns)
         stds = [
-            torch.full((b.n_columns,), p.signal[b.species])
+            torch.full((b.n_columns,), p.signal[z] / b.relative[z])
             for p, mine in zip(priors, blocks, strict=True)
             for b in mine
+            for z in b.central_species[:1]
         ]
         if not torch.allclose(
             signal.cpu(), torch.cat([signal.new_zeros(0).cpu(), *stds]).to(torch.float64), rtol=1e-6, atol=0
@@ -435,6 +446,24 @@ class VarianceModel:
                 "the posterior factor has a standard deviation that is not positive, or more columns than the fit."
             )
         return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), signal, factor.T, *about)
+
+
+def _block_header(block: Block) -> dict:
+    """What the header of a model file says of inducing variables; centres are the first ones of the mean's."""
+    if isinstance(block, FunctionalBlock):
+        return {"relative": {str(z): std for z, std in block.relative.items()}}
+    return {"species": block.species, "centres": len(block.features)}
+
+
+def _stored_block(entry: dict, stored: StoredTensors, descriptor: Descriptor, features: dict[int, Tensor]) -> Block:
+    """Inducing variables of a model file, with the descriptor and centres (by Z) of the mean."""
+    if "relative" in entry:
+        return FunctionalBlock.from_stored(stored, descriptor, {int(z): std for z, std in entry["relative"].items()})
+    z, n = entry["species"], entry["centres"]
+    centres = features[z][:n] if z in features else stored["tangents"][:0, 0]
+    if len(centres) != n:
+        raise UserError(f"the posterior factor has {n} centres of Z = {z}; the mean has {len(centres)}.")
+    return InducingBlock.from_stored(z, centres, stored)
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
@@ -486,9 +515,18 @@ def _stored_triangle(stored: StoredTensors, name: str, size: int) -> Tensor:
     return out
 
 
-def _check_factor(lower: Tensor, kernel: ZonalKernel, block: InducingBlock) -> None:
-    """Raise UserError unless L Lᵀ = K_uu, as far as its diagonal and some of its rows show."""
+def _check_factor(lower: Tensor, kernel: ZonalKernel, block: Block) -> None:
+    """Raise UserError unless L Lᵀ = K_uu, as far as its diagonal and some of its rows show; of functionals those of the first structure."""
     if not len(lower):
+        return
+    if isinstance(block, FunctionalBlock):
+        first = block.select(torch.arange(block.starts[1], device=lower.device)).K_uu(kernel).to(lower)
+        there = lower[: len(first), : len(first)]
+        size = first.diagonal().clamp_min(0).sqrt()
+        if bool(
+            ((there @ there.T - first).abs() > STORED * (size[:, None] * size)).any() or (lower.diagonal() < 0).any()
+        ):
+            raise UserError("the factor of the prior covariance of inducing functionals is that of others.")
         return
     centre, direction = block.column_addresses
     chosen = torch.linspace(0, len(lower) - 1, min(len(lower), ROWS_CHECKED), device=lower.device).round().long()

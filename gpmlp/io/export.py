@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any
@@ -15,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from gpmlp.core.errors import UserError, chemical_symbol
+from gpmlp.core.errors import DataWarning, UserError, chemical_symbol
 from gpmlp.io.files import atomic_write
 from gpmlp.io.provenance import version_of
 from gpmlp.native.library import ABI, NOT_ARRAYS, SIGNATURES, precision_of
@@ -44,6 +45,15 @@ def export_model(potential: Potential, path: str | os.PathLike[str], source: str
             f"This model cannot be exported: the compiled core has no form for {lacking}. Engines take models with the descriptor "
             "soap, kernels of whole zeta, exponential ones and sums of these, isolated atoms and ZBL."
         )
+    variances = potential.variances
+    if variances is not None and variances.local_blocks is None:
+        variances = None
+        warnings.warn(
+            "The file has no variances: the compiled core has no form for inducing functionals. Fit with centres "
+            "(without inducing.functionals) where engines need them.",
+            DataWarning,
+            stacklevel=2,
+        )
     head = {
         "abi": ABI,
         "gpmlp": version_of("gpmlp"),
@@ -57,9 +67,9 @@ def export_model(potential: Potential, path: str | os.PathLike[str], source: str
         record = _Record(file)
         record.write(line.encode().ljust(-(-(len(line) + 1) // WORD) * WORD - 1) + b"\n")
         model = build_mean(potential.terms, potential.baselines, potential.species, record)
-        if potential.variances is not None:
-            build_variances(model, potential.variances, potential.species, record, forces=True)
-            build_calibration(model, potential.calibration, potential.variances, record)
+        if variances is not None:
+            build_variances(model, variances, potential.species, record, forces=True)
+            build_calibration(model, potential.calibration, variances, record)
         if potential.novelty is not None:
             build_novelty(model, potential.novelty, potential.species, record)
         record.write(_words(record.checksum))

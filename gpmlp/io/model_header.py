@@ -173,8 +173,12 @@ class _Block(_Section):
     centres: Count
 
 
+class _Functionals(_Section):
+    relative: Annotated[dict[Element, Deviation], Field(min_length=1)]
+
+
 class _Variances(_Section):
-    blocks: list[list[_Block]]
+    blocks: list[list[_Block | _Functionals]]
     signal: list[dict[Element, Deviation]]
     noise: dict[Kind, Deviation]
     label_noise: dict[Kind, Deviation]
@@ -184,7 +188,8 @@ class _Variances(_Section):
     @model_validator(mode="after")
     def _have_signals(self) -> _Variances:
         for k, (blocks, signal) in enumerate(zip(self.blocks, self.signal, strict=True)):
-            if lacking := [block.species for block in blocks if str(block.species) not in signal]:
+            species = [z for b in blocks for z in (b.relative if isinstance(b, _Functionals) else [str(b.species)])]
+            if lacking := [z for z in species if z not in signal]:
                 raise ValueError(f"the signal of descriptor {k} lacks Z = {lacking[0]}")
         return self
 

@@ -248,7 +248,12 @@ def _locate(location: tuple[int | str, ...], data: Any, kind: str) -> tuple[tupl
 def _branch_suits(branch: str, value: Any) -> bool:
     if branch.startswith("tuple"):
         return isinstance(value, (list, tuple))
-    if "dict[" in branch or branch.endswith("Recipe") or branch == "RadialScaling" or branch == "NoiseOverride":
+    if (
+        "dict[" in branch
+        or branch.rstrip("]").endswith("Recipe")
+        or branch == "RadialScaling"
+        or branch == "NoiseOverride"
+    ):
         return isinstance(value, dict)
     return not isinstance(value, (dict, list, tuple))
 

@@ -9,7 +9,8 @@ from gpmlp.core import errors, neighbors
 from gpmlp.core.environments import Environments, StructureEnvironments
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
-from gpmlp.gp.inducing import InducingBlock
+from gpmlp.gp.covariances import Block
+from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.learning.triggers import too_close
 from gpmlp.potential.potential import Potential
@@ -201,10 +202,12 @@ def summed_std(potential: Potential, structures: Structures) -> Prediction:
         for block in blocks:
             here = slice(start, start + block.n_columns)
             start, lower = here.stop, next(lowers)
-            mine = (structures.species == block.species).nonzero()[:, 0]
-            if len(mine):
+            for z in block.central_species:
+                mine = (structures.species == z).nonzero()[:, 0]
+                if not len(mine):
+                    continue
                 unwhitened = torch.linalg.solve_triangular(lower.T, weights[mine][:, here].T, upper=True).T
-                cotangents[mine] = kernel_gradients(block, prior_of.kernel, features[mine], unwhitened.to(features))
+                cotangents[mine] = kernel_gradients(block, z, prior_of.kernel, features[mine], unwhitened.to(features))
         gradients = view.environments.pull_back(cotangents)
         local = std.to(features) if total is None else torch.zeros_like(std)
         part = neighbors.assemble_prediction(structures, view.neighbors, view.surroundings.vectors, local, gradients)
@@ -213,8 +216,11 @@ def summed_std(potential: Potential, structures: Structures) -> Prediction:
     return total
 
 
-def kernel_gradients(block: InducingBlock, kernel: ZonalKernel, x: Tensor, weights: Tensor) -> Tensor:
-    """∂/∂x_i Σ_u w_iu k_u(x_i), with weights (environments, columns) for each environment; (environments, features)."""
+def kernel_gradients(block: Block, z: int, kernel: ZonalKernel, x: Tensor, weights: Tensor) -> Tensor:
+    """∂/∂x_i Σ_u w_iu k_u(x_i) of environments of a species of the block, with weights (environments, columns) for each; (environments,
+    features)."""
+    if isinstance(block, FunctionalBlock):
+        return block.local_slopes(kernel, z, x, weights)
     alpha, gamma = block.expand_columns(weights)
     _, first, second = kernel.profile(x @ block.features.T)
     along = (x @ block.tangents.flatten(0, 1).T).view_as(gamma)

@@ -85,7 +85,8 @@ def predict_mean(
     """
     chunks, spans = _Chunks(terms, structures, pairs_of, errors, baselines, samples), _spans(structures)
     deviations = structures.positions.new_zeros(samples.members if samples else 0, structures.n_atoms, 3)
-    if compiled is not None and fits_compiled_loops(structures.positions, structures.cells):
+    has_form = errors.variances is None or errors.variances.local_blocks is not None
+    if compiled is not None and has_form and fits_compiled_loops(structures.positions, structures.cells):
         prediction = compiled.predict(structures, pairs_of(0, structures.n_atoms), errors, atom_virials)
         if samples:
             add = functools.partial(_add_deviations, structures, deviations)

@@ -175,9 +175,11 @@ def build_variances(
     model: Any, variances: VarianceModel, species: Sequence[int], build: Any, forces: bool = False
 ) -> None:
     """Give the core's model variances of local energies, and if wanted of forces, by calls of `build` as in build_mean."""
+    local_blocks = variances.local_blocks
+    assert local_blocks is not None, "checked by who asks"
     columns = {
         (k, block.species): _build_columns(prior.kernel, block, build)
-        for k, (prior, blocks) in enumerate(zip(variances.priors, variances.blocks, strict=True))
+        for k, (prior, blocks) in enumerate(zip(variances.priors, local_blocks, strict=True))
         for block in blocks
     }
     local = [_build_local_variance(variances, z, columns, build) for z in species]
@@ -218,7 +220,7 @@ def _build_local_variance(variances: VarianceModel, z: int, columns: Mapping[tup
     local, none = variances.local.get(z), variances.signal.new_zeros(0, 0)
     order, arrays = torch.zeros(0, dtype=torch.long), [none] * 3 + [none.float()] * 3
     if local is not None:
-        widths = [b.n_columns for blocks in variances.blocks for b in blocks if b.species == z]
+        widths = [b.n_columns for blocks in variances.blocks for b in blocks if z in b.central_species]
         order = leading_first(widths, local.leading)
         arrays = [
             local.whiten_leading, local.posterior_leading, local.project,

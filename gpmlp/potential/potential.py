@@ -380,7 +380,8 @@ class Potential:
         if header.get("variances") is not None:
             features = [{z: block.features for z, block in term.blocks.items()} for term in terms]
             kernels, part = [term.kernel for term in terms], stored.part("variances.")
-            variances = VarianceModel.from_state(header["variances"], part, kernels, features)
+            made_by = [term.descriptor for term in terms]
+            variances = VarianceModel.from_state(header["variances"], part, made_by, kernels, features)
         if header.get("novelty") is not None:
             novelty = Mahalanobis.from_state(header["novelty"], stored.part("novelty."))
         stored.check_all_taken()

@@ -15,7 +15,7 @@ from gpmlp.core import errors, neighbors, parallel
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.gp import inducing
-from gpmlp.gp.inducing import InducingBlock
+from gpmlp.gp.covariances import Block, local_rows
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.mean import EnergyTerm, MeanBlock
@@ -131,21 +131,21 @@ def draw_samples(
     scale = potential.calibration.sample_scale if calibrated else None
     deviations = (scale or 1.0) * model.signal[:, None] * _whitened_deviations(model, k, generator, how)
     start, i, terms = 0, 0, []
-    for term, blocks, prior in zip(potential.terms, model.blocks, model.priors, strict=True):
-        drawn = {}
+    for term, blocks in zip(potential.terms, model.blocks, strict=True):
+        drawn: dict[int, MeanBlock] = {}
         for block in blocks:
             here = slice(start, start + block.n_columns)
             lower = model.lowers[i]
             start, i = here.stop, i + 1
             weights = torch.linalg.solve_triangular(lower.T, deviations[here], upper=True)
-            mean = term.blocks[block.species]
-            others = None
-            if scale is None and how == "posterior" and len(mean.features) > len(block.features):
-                centres = mean.features[len(block.features) :]
-                others, correction = _prior_residual_paths(term, block, lower, centres, k, generator)
-                std = model.amplitude**0.5 * prior.signal[block.species]
-                weights, others = weights + std * correction, std * others
-            drawn[block.species] = _add_deviations(mean, block, weights, others)
+            means = {z: term.blocks[z] for z in block.central_species}
+            others = {z: mean.features[len(block.centres(z)) :] for z, mean in means.items()}
+            values: dict[int, Tensor] = {}
+            if scale is None and how == "posterior" and any(map(len, others.values())):
+                values, correction = _prior_residual_paths(term, block, lower, others, k, generator)
+                std = model.amplitude**0.5 * model.signal[here.start]
+                weights, values = weights + std * correction, {z: std * v for z, v in values.items()}
+            drawn |= {z: _add_deviations(mean, block, z, weights, values.get(z)) for z, mean in means.items()}
         terms.append(EnergyTerm(term.descriptor, term.kernel, drawn))
     origin = {"how": how, "seed": seed, "of": k, "calibrated": scale is not None}
     return PosteriorSamples(potential, tuple(terms), origin, tuple(range(k)))
@@ -172,9 +172,10 @@ def _deviation_blocks(model: VarianceModel, drawn: Tensor) -> list[dict[int, Mea
         mine = {}
         for block in blocks:
             weights = torch.linalg.solve_triangular(next(lowers).contiguous().T, next(pieces), upper=True)
-            centres = block.features.to(weights)
-            nothing = MeanBlock(centres, weights.new_zeros(len(centres)), weights.new_zeros(0, centres.shape[1]))
-            mine[block.species] = _add_deviations(nothing, block, weights, None)
+            for z in block.central_species:
+                centres = block.centres(z).to(weights)
+                nothing = MeanBlock(centres, weights.new_zeros(len(centres)), weights.new_zeros(0, centres.shape[1]))
+                mine[z] = _add_deviations(nothing, block, z, weights, None)
         out.append(mine)
     return out
 
@@ -189,38 +190,40 @@ def _whitened_deviations(model: VarianceModel, k: int, generator: torch.Generato
 
 
 def _prior_residual_paths(
-    term: EnergyTerm, block: InducingBlock, lower: Tensor, centres: Tensor, k: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Prior paths conditioned on zero at the block's variables: weights at other centres (n, k) and their correction (columns, k).
+    term: EnergyTerm, block: Block, lower: Tensor, others: dict[int, Tensor], k: int, generator: torch.Generator
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Prior paths conditioned on zero at the block's variables: weights at other centres (n, k) by species and their correction (columns,
+    k), unit signal variance.
 
     With S = K_ww - K_wu K_uu⁻¹ K_uw = C Cᵀ: h(x) = (k_xw - k_xu K_uu⁻¹ K_uw) C⁻ᵀ ξ has the covariance of the prior residual at w.
     """
-    centres = centres.to(lower)
-    block = replace(block, features=block.features.to(lower), tangents=block.tangents.to(lower))
-    none = centres.new_zeros(len(centres), 0, centres.shape[1])
-    others = InducingBlock(block.species, centres, none, torch.arange(len(centres), device=centres.device))
-    cross = torch.linalg.solve_triangular(lower, inducing.K_uu(term.kernel, block, others), upper=False)
-    residual = inducing.K_uu(term.kernel, others, others) - cross.T @ cross
-    values, vectors = torch.linalg.eigh(residual)
-    usable = values > inducing.RANK_TOLERANCE
-    xi = torch.randn(int(usable.sum()), k, generator=generator, dtype=torch.float64).to(centres)
+    block, kernel = block.to(lower), term.kernel
+    centres = {z: x.to(lower) for z, x in others.items()}
+    scale = torch.cat([x.new_full((len(x),), block.relative[z]) for z, x in centres.items()])
+    prior = torch.block_diag(*(kernel.value(x @ x.T) for x in centres.values())) * scale * scale[:, None]
+    rows = torch.cat([local_rows(kernel, block, z, x) for z, x in centres.items()])
+    cross = torch.linalg.solve_triangular(lower, rows.T, upper=False)
+    values, vectors = torch.linalg.eigh(prior - cross.T @ cross)
+    usable = values > inducing.RANK_TOLERANCE * float(scale.max()) ** 2
+    xi = torch.randn(int(usable.sum()), k, generator=generator, dtype=torch.float64).to(lower)
     weights = (vectors[:, usable] * values[usable].rsqrt()) @ xi
-    return weights, -torch.linalg.solve_triangular(lower.T, cross @ weights, upper=True)
+    correction = -torch.linalg.solve_triangular(lower.T, cross @ weights, upper=True)
+    weights = weights * scale[:, None].square()  # k_xw = ρ² f(x.x_w)
+    return dict(zip(centres, weights.split([len(x) for x in centres.values()]), strict=True)), correction
 
 
-def _add_deviations(mean: MeanBlock, block: InducingBlock, weights: Tensor, others: Tensor | None) -> MeanBlock:
+def _add_deviations(mean: MeanBlock, block: Block, z: int, weights: Tensor, others: Tensor | None) -> MeanBlock:
     """The mean plus k deviations: (columns, k) of the block's inducing variables, (others, k) of the values at the other centres."""
-    k, m, r = weights.shape[1], len(block.features), block.tangents.shape[1]
-    full = mean.weights.new_zeros(m + m * r, k)
-    full[block.columns] = weights.to(full)
+    k, m = weights.shape[1], len(block.centres(z))
+    more, directions = block.collapse(weights.to(mean.weights).T, z)
     alpha = mean.weights.repeat(k, 1)
-    alpha[:, :m] += full[:m].T
+    alpha[:, :m] += more
     if others is not None:
-        alpha[:, m:] += others.to(full).T
-    if not len(mean.tangents) and not r:
+        alpha[:, m:] += others.to(alpha).T
+    if not len(mean.tangents) and not directions.shape[-2]:
         return MeanBlock(mean.features, alpha, mean.tangents.expand(k, -1, -1))
     tau = (mean.tangents if len(mean.tangents) else torch.zeros_like(mean.features)).repeat(k, 1, 1)
-    tau[:, :m] += torch.einsum("mrk,mrf->kmf", full[m:].reshape(m, r, k), block.tangents)
+    tau[:, : directions.shape[-2]] += directions
     return MeanBlock(mean.features, alpha, tau)
 
 

@@ -17,8 +17,7 @@ from gpmlp.core.environments import Descriptor, SinglePrecisionDescriptor
 from gpmlp.descriptors import backends, gpu
 from gpmlp.descriptors.backends import SoapPowerSpectrum
 from gpmlp.descriptors.gpu import DenseBackend
-from gpmlp.gp.covariances import local_rows
-from gpmlp.gp.inducing import InducingBlock
+from gpmlp.gp.covariances import Block, local_rows
 from gpmlp.gp.kernels import Profile, ZonalKernel
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.baselines import ZBL, IsolatedAtoms
@@ -62,7 +61,7 @@ class SpeciesTerm:
     single: bool
     kernel: ZonalKernel
     mean: MeanBlock | QuadraticForm | LowRankForm | None
-    block: InducingBlock | None
+    block: Block | None
     deviations: DeviationTerm | None = None
 
     def features(self, vectors: Tensor, slots: Tensor) -> tuple[gpu.DenseExpansion, Tensor, Tensor]:
@@ -149,7 +148,7 @@ class SpeciesModel:
             assert descriptor is not None, "check_supported"
             backend = backends.fastest_backend(descriptor, like.float() if single else like)
             mean = term.quadratic_forms.get(z) or term.blocks.get(z)
-            block = next((b for b in model.blocks[k] if b.species == z), None) if model else None
+            block = next((b for b in model.blocks[k] if z in b.central_species), None) if model else None
             # a kernel's parameters are on the host, from where each step would have to fetch them
             kernel = deepcopy(term.kernel).to(like.device)
             deviations = replace(potential.force_samples.terms[k], kernel=kernel) if sampled else None
@@ -181,7 +180,7 @@ class SpeciesModel:
             energy, slope, profile = term.local_energies(x)
             energies, slopes = energies + energy, slopes + term.pull_back(expansion, x, norm, slope)
             if term.block is not None:
-                rows.append(local_rows(term.kernel, term.block, x, profile))
+                rows.append(local_rows(term.kernel, term.block, self.species, x, profile))
             if term.deviations is not None:
                 members = term.deviations.of_species(self.species, x)
                 sampled.append(torch.stack([term.pull_back(expansion, x, norm, member) for member in members]))

@@ -1,0 +1,158 @@
+"""The inducing variables of a fit: centres chosen from the data with their gradients, or functionals of the data themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gpmlp import descriptors
+from gpmlp.core import errors
+from gpmlp.core.environments import Descriptor
+from gpmlp.core.quantities import KINDS, Targets
+from gpmlp.core.structures import Structures
+from gpmlp.core.units import VOIGT
+from gpmlp.fitting import sparse_points
+from gpmlp.fitting.regression import InducingModel
+from gpmlp.fitting.sparse_points import Candidates, CentreChoice
+from gpmlp.gp import functionals, hyperparameters, inducing
+from gpmlp.gp.evidence import DenseData
+from gpmlp.gp.functionals import FunctionalBlock
+from gpmlp.gp.kernels import ZonalKernel, make_kernel
+from gpmlp.recipe import Recipe
+
+RELATIVE_COLUMNS = 1200  # functionals by which the signals of several species are compared
+
+
+def make_models(
+    recipe: Recipe,
+    structures: Structures,
+    candidates_of: Callable[[int, CentreChoice], Candidates],
+    fitted: Structures,
+    targets: Targets,
+) -> tuple[list[InducingModel], dict[int, int]]:
+    """Choose the inducing variables of every descriptor.
+
+    Args:
+        candidates_of: all environments that centres may be, by the number of the descriptor.
+        fitted, targets: structures whose functionals may be inducing variables, and their labels less the baselines.
+
+    Returns:
+        the models, and the number of environments of each species.
+    """
+    models: list[InducingModel] = []
+    counts: dict[int, int] = {}
+    species = structures.distinct_species
+    for k, (d, kern, ind) in enumerate(zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True)):
+        descriptor, kernel = descriptors.make_descriptor(species, d.model_dump()), make_kernel(kern)
+        if ind.functionals:
+            # they are none of these environments, which novelty learns from all the same
+            counts = candidates_of(k, CentreChoice(descriptor, kernel, "random", 1, "species", recipe.seed)).counts
+            models.append(_functional_model(recipe, k, descriptor, kernel, fitted, targets))
+            continue
+        gradients = ind.gradients or 0  # a resolved recipe has numbers for both
+        shares: str | dict[int, int]
+        if isinstance(ind.shares, dict):
+            wanted, shares = sum(ind.shares.values()), {errors.atomic_number(s): n for s, n in ind.shares.items()}
+        else:
+            wanted, shares = ind.n or 1, ind.shares
+        if wanted > structures.n_atoms:
+            raise errors.UserError(
+                f"inducing.n asks for {wanted} inducing points, but the training data hold only {structures.n_atoms} "
+                f"environment{'s' * (structures.n_atoms != 1)} (atoms); ask for fewer."
+            )
+        candidates = candidates_of(k, CentreChoice(descriptor, kernel, ind.method, wanted, shares, recipe.seed))
+        counts = candidates.counts
+        built = [
+            sparse_points.make_block(z, features, surroundings, descriptor, kernel, gradients)
+            for z, (features, surroundings) in candidates.chosen().items()
+        ]
+        blocks, lowers = tuple(b for b, _, _ in built), tuple(lower for _, lower, _ in built)
+        asked = sum(len(block.features) * (1 + gradients) for block in blocks)
+        models.append(InducingModel(descriptor, kernel, blocks, lowers, max(jitter for *_, jitter in built), asked))
+    return models, counts
+
+
+def _functional_model(
+    recipe: Recipe,
+    k: int,
+    descriptor: Descriptor,
+    kernel: ZonalKernel,
+    structures: Structures,
+    labels: Targets,
+) -> InducingModel:
+    """Functionals of structures in random order: all that have labels, or those of the first ones that have as many as are asked for."""
+    order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(recipe.seed))
+    structures, labels = structures.select(order), labels.select(structures, order)
+    owner, known = structures.structure_of_atom, ~labels.forces.isnan().all(1)
+    moving = torch.zeros(len(structures), dtype=torch.bool, device=owner.device)
+    moving[owner[known]] = True
+    stressed = ~labels.stresses.isnan().flatten(1).all(1)
+    maps = functionals.functional_maps(structures, ~labels.energies.isnan(), moving, stressed)
+    wanted = recipe.inducings[k].functionals
+    total = torch.tensor([len(m) for m in maps]).cumsum(0)
+    many = len(maps) if wanted in (None, "all") else int((total < int(wanted)).sum()) + 1
+    structures, labels, maps = structures.select(range(many)), labels.select(structures, range(many)), maps[:many]
+    species = structures.distinct_species
+    relative = dict.fromkeys(species, 1.0)
+    if len(species) > 1:
+        relative = _relative_signals(recipe, k, descriptor, kernel, structures, labels, maps)
+    block = FunctionalBlock(descriptor, structures, tuple(maps), relative)
+    block, lower, jitter = _independent(kernel, block)
+    of = tuple(order[: len(block.structures)].tolist())
+    return InducingModel(descriptor, kernel, (block,), (lower,), jitter, int(total[many - 1]), of)
+
+
+def _independent(kernel: ZonalKernel, block: FunctionalBlock) -> tuple[FunctionalBlock, Tensor, float]:
+    """Without functionals that depend on others; the Cholesky factor of the covariance of the rest, and the jitter it took."""
+    covariance = block.K_uu(kernel).double()
+    scale = covariance.diagonal().clamp_min(0).sqrt()
+    unit = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    columns, lower, jitter = inducing.independent_factor(
+        covariance.mul_(unit).mul_(unit[:, None]), inducing.RANK_TOLERANCE
+    )
+    return block.select(columns), lower.mul_(scale[columns, None]), jitter
+
+
+def _relative_signals(
+    recipe: Recipe,
+    k: int,
+    descriptor: Descriptor,
+    kernel: ZonalKernel,
+    structures: Structures,
+    targets: Targets,
+    maps: Sequence[Tensor],
+) -> dict[int, float]:
+    """Signal of local energies of each species, eV, by evidence of the functionals of the first structures alone."""
+    many = max(1, int((torch.tensor([len(m) for m in maps]).cumsum(0) <= RELATIVE_COLUMNS).sum()))
+    few, labels = structures.select(range(many)), targets.select(structures, range(many))
+    species = few.distinct_species
+    every = [FunctionalBlock(descriptor, few, tuple(maps[:many]), {z: 1.0}).K_uu(kernel).double() for z in species]
+    values, of_kind, scale = _functional_labels(few, labels, maps)
+    known = ~values.isnan()
+    rows = {kind: (of_kind[known] == i).nonzero()[:, 0] for i, kind in enumerate(KINDS)}
+    rows = {kind: which for kind, which in rows.items() if len(which)}
+    data = DenseData(tuple(c[known][:, known] for c in every), values[known], rows, scale[known])
+    own = recipe.model_copy(update={"descriptor": recipe.descriptors[k], "signal": recipe.signals[k]})
+    parameters = hyperparameters.make_hyperparameters(own, list(rows), [(0, z) for z in species])
+    data.maximise(parameters)
+    found = dict(zip(species, parameters.signal().tolist(), strict=True))
+    typical = sum(found.values()) / len(found)
+    return {z: found.get(z, typical) for z in structures.distinct_species}
+
+
+def _functional_labels(
+    structures: Structures, targets: Targets, maps: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels of functionals as `functional_maps` has them, NaN where not known; index of their kind; noise over that of the kind."""
+    values, kinds, scale, offsets = [], [], [], structures.offsets.tolist()
+    a, b = torch.tensor(VOIGT).T
+    for i, rows in enumerate(maps[: len(structures)]):
+        atoms = slice(offsets[i], offsets[i + 1])
+        label = torch.cat([targets.energies[i, None], targets.forces[atoms].flatten(), targets.stresses[i][a, b]])
+        used = rows != 0
+        values.append((rows * label.nan_to_num()).sum(1).masked_fill((used & label.isnan()).any(1), torch.nan))
+        kinds.append(torch.where(used[:, 0], 0, torch.where(used[:, -6:].any(1), 2, 1)))
+        scale.append(torch.where(used[:, 0], atoms.stop - atoms.start, 1).to(rows))
+    return torch.cat(values), torch.cat(kinds), torch.cat(scale)

@@ -1,0 +1,200 @@
+"""Fits whose inducing variables are functionals of the data: all of them, or some; every use of such a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpmlp
+from gpmlp.core.errors import UserError
+from gpmlp.core.structures import Structures
+from gpmlp.engines.ase import GPCalculator
+from gpmlp.fitting import left_out, regression
+from gpmlp.fitting.online import OnlineFit
+from gpmlp.gp import covariances, inducing, posterior
+from gpmlp.gp.functionals import FunctionalBlock
+from gpmlp.gp.posterior import FIXED
+from gpmlp.io import ase_atoms
+from gpmlp.io.recipe_files import validate_recipe
+from gpmlp.recipe import Recipe
+
+DATA = Path(__file__).parents[1] / "data" / "ethanol"
+SMALL = {"descriptor": {"n_max": 4, "l_max": 3, "cutoff": 4.0}, "mean": "exact"}
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Molecules, one of them without forces and one without an energy."""
+    structures, targets = gpmlp.read(DATA / "train.xyz", ":24")
+    forces, energies = targets.forces.clone(), targets.energies.clone()
+    forces[structures.structure_of_atom == 3] = torch.nan
+    energies[5] = torch.nan
+    return structures, replace(targets, forces=forces, energies=energies)
+
+
+@pytest.fixture(scope="module")
+def fitted(data):
+    """A fit with all functionals, and the arguments with which it asks for left-out predictions."""
+    seen = []
+    original = left_out.predict_left_out
+
+    def spy(*arguments, **more):
+        seen.append(arguments)
+        return original(*arguments, **more)
+
+    left_out.predict_left_out = spy
+    try:
+        potential, report = gpmlp.fit(*data, Recipe.model_validate(SMALL | {"inducing": {"functionals": "all"}}))
+    finally:
+        left_out.predict_left_out = original
+    return potential, report, seen[0]
+
+
+def test_all_functionals_of_the_data_are_inducing_variables(data, fitted):
+    potential, report, _ = fitted
+    structures, _ = data
+    (block,) = potential.variances.blocks[0]
+    assert isinstance(block, FunctionalBlock) and len(block.structures) == len(structures)
+    atoms = int(structures.counts.max())
+    isolated = [i for i, n in enumerate(structures.counts.tolist()) if n == 1]
+    moving = len(structures) - len(isolated) - 1
+    assert report.columns == moving * (3 * atoms - 6) + len(structures) - 1
+    assert report.rank == report.columns  # none depends on others
+    assert set(report.signal) == {"0:H", "0:C", "0:O"} and len(set(report.signal.values())) == 3
+    assert all(
+        potential.variances.priors[0].signal[z] == pytest.approx(report.signal[f"0:{s}"])
+        for z, s in ((1, "H"), (6, "C"), (8, "O"))
+    )
+
+
+def without(arguments, i: int):
+    """The potential of the same hyperparameters that has never seen structure i: neither its labels nor its functionals."""
+    potential, (model,), learned, _, structures, _, remaining, _ = arguments[:8]
+    (block,) = model.blocks
+    place = model.of.index(i)
+    columns = [c for c in range(block.n_columns) if not block.starts[place] <= c < block.starts[place + 1]]
+    block, lower = block.select(torch.tensor(columns)), model.lowers[0][columns]
+    lower = torch.linalg.cholesky(lower @ lower.T)
+    other = replace(model, blocks=(block,), lowers=(lower,))
+    rows: dict[str, list[torch.Tensor]] = {}
+    for k in (k for k in range(len(structures)) if k != i):
+        here = regression.labelled_rows([other], structures.select([k]), remaining.select(structures, [k]))
+        for kind, part in here.items():
+            rows.setdefault(kind, []).append(part.double())
+    whitened = {kind: inducing.whiten_rows(torch.cat(parts), (lower,)) for kind, parts in rows.items()}
+    counts = {kind: len(part) for kind, part in whitened.items()}
+    signal = learned.signal[: len(columns)]
+    solved = posterior.solve_posterior(whitened, counts, learned.noise | {FIXED: 1.0}, signal, (lower,))
+    variances = replace(potential.variances, blocks=((block,),), lowers=(lower,), signal=signal, factor=solved.factor)
+    return replace(potential, terms=regression.make_terms([other], solved.weights), variances=variances)
+
+
+@pytest.mark.parametrize("i", [4, 11])
+def test_a_structure_left_out_is_left_out_with_its_functionals(fitted, i):
+    """In closed form what a fit without it gives: prediction, and both parts of the variance."""
+    arguments = fitted[2]
+    found = left_out.predict_left_out(*arguments[:7], [i]).prediction
+    part = arguments[4].select([i])
+    truth = without(arguments, i)(part, ("energies", "forces"), calibrated=False)
+    assert (found.forces - arguments[0](part).forces).abs().max() > 1e-3
+    torch.testing.assert_close(found.energies, truth.energies, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.forces, truth.forces, rtol=0, atol=1e-5)
+    for kind in ("energies", "forces"):
+        got, expected = (getattr(p, f"{kind}_variance") for p in (found, truth))
+        for name in ("inducing", "data"):
+            a, b = getattr(got, name), getattr(expected, name)
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(expected.epistemic.max())), (kind, name)
+        assert float(got.inducing.mean()) > 0.1 * float(got.data.mean())  # of its own it would have none
+
+
+def test_the_model_file_keeps_it(fitted, data, tmp_path):
+    potential = fitted[0]
+    gpmlp.save(potential, tmp_path / "model.gpmlp")
+    again = gpmlp.load(tmp_path / "model.gpmlp")
+    part = data[0].select([0, 7])
+    a, b = (p(part, "all", novelty=True) for p in (potential, again))
+    assert torch.equal(a.energies, b.energies) and torch.equal(a.forces, b.forces)
+    for name in ("energies_variance", "forces_covariance", "atom_energies_variance"):
+        torch.testing.assert_close(getattr(b, name).total, getattr(a, name).total, rtol=1e-6, atol=1e-12)
+
+
+def test_samples_scatter_by_what_the_data_leave(fitted, data):
+    potential = fitted[0]
+    samples = potential.sample(400, seed=1, calibrated=False)
+    part = data[0].select([12]).with_positions(data[0].select([12]).positions * 1.03)
+    drawn, data_part = samples(part).forces, potential(part, "forces", calibrated=False).forces_variance.data
+    spread = drawn.var(0)
+    assert abs(float(spread.mean() / data_part.mean()) - 1) < 0.25
+    assert float(potential(part, "sampled_forces").sampled_forces_covariance.data.diagonal(dim1=1, dim2=2).mean()) > 0
+
+
+def test_some_functionals_and_fewer_for_variances(data, tmp_path):
+    """As many structures as have that number; variances from the leading ones of these."""
+    recipe = SMALL | {"inducing": {"functionals": 100}, "variance": {"columns": 60}, "calibration": False}
+    potential, report = gpmlp.fit(*data, Recipe.model_validate(recipe))
+    assert 100 <= report.columns < 123 and potential.variances.n_columns == 60 * report.rank // report.rank
+    (block,) = potential.variances.blocks[0]
+    assert len(block.structures) < 6
+    gpmlp.save(potential, tmp_path / "model.gpmlp")
+    part = data[0].select([9])
+    a, b = (p(part, "all") for p in (potential, gpmlp.load(tmp_path / "model.gpmlp")))
+    torch.testing.assert_close(b.forces_covariance.total, a.forces_covariance.total, rtol=1e-6, atol=1e-12)
+    samples = potential.sample(8, seed=0, calibrated=False)  # paths of what the subset misses, at the other centres
+    assert float(samples(part).forces.std(0).mean()) > 0
+    errors = [potential(data[0]).forces - data[1].forces, data[1].forces]
+    assert errors[0].nan_to_num().abs().mean() < 0.5 * errors[1].nan_to_num().abs().mean()
+
+
+def test_dynamics_has_it(fitted, data):
+    """The calculator of ASE, whose mean is compiled, and the stepper on tables of neighbours with its variances."""
+    potential, atoms = fitted[0], ase_atoms.to_ase(data[0].select([8]))[0]
+    atoms.calc = GPCalculator(potential)
+    expected = potential(data[0].select([8]), "atom_energies", calibrated=False)
+    torch.testing.assert_close(torch.from_numpy(atoms.get_forces()), expected.forces, rtol=0, atol=1e-9)
+    spread = expected.atom_energies_variance
+    for z in potential.species:
+        mine = data[0].select([8]).species == z
+        x = potential.terms[0].environments(data[0].select([8])).environments.features[mine]
+        block = potential.variances.blocks[0][0]
+        rows = covariances.local_rows(potential.terms[0].kernel, block, z, x)
+        a, b = potential.variances.whiten(rows)
+        torch.testing.assert_close(spread.data[mine], b.square().sum(1), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("inducing", "message"),
+    [
+        ({"functionals": "all", "n": 5}, "`functionals` take the place of centres: leave `n` out"),
+        ({"functionals": 10, "gradients": 2}, "leave `gradients` out"),
+        ({"functionals": 0}, "must be at least 1"),
+        ({"functionals": "some"}, "must be 'all'"),
+    ],
+)
+def test_what_cannot_be_is_refused(inducing, message):
+    with pytest.raises(UserError, match=message):
+        validate_recipe({"inducing": inducing})
+
+
+def test_an_online_model_says_that_it_has_centres(data):
+    with pytest.raises(UserError, match=r"leave out `inducing.functionals`"):
+        OnlineFit.begin(*data, Recipe.model_validate({"inducing": {"functionals": "all"}}))
+
+
+def test_two_descriptors_with_functionals_of_one(data):
+    recipe = SMALL | {
+        "descriptor": [SMALL["descriptor"], {"n_max": 2, "l_max": 2, "cutoff": 3.0}],
+        "inducing": [{"functionals": "all"}, {"n": 20, "gradients": 2}],
+        "calibration": False,
+    }
+    structures = Structures.concatenate([data[0].select(range(6))])
+    potential, report = gpmlp.fit(structures, data[1].select(data[0], range(6)), Recipe.model_validate(recipe))
+    assert [type(b).__name__ for blocks in potential.variances.blocks for b in blocks] == [
+        "FunctionalBlock",
+        *3 * ["InducingBlock"],
+    ]
+    found = potential(structures, ("energies", "forces"))
+    assert float((found.forces - data[1].select(data[0], range(6)).forces).nan_to_num().abs().mean()) < 0.1
+    assert bool((found.forces_variance.total > 0).all())
