@@ -16,6 +16,7 @@ from gpmlp.core.environments import Descriptor, StructureEnvironments, Surroundi
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
 from gpmlp.gp import inducing, posterior
+from gpmlp.gp.functionals import FunctionalBlock
 
 # neighbours -----------------------------------------------------------------------------------------------------------------
 
@@ -225,18 +226,27 @@ class DenseGP:
         return {kind: self.covariance(fs, x, z, self.seen, self.x, self.z) @ self.weights for kind, fs in every.items()}
 
 
-def without_centres_of(models, structures):
-    """The models without the inducing variables at environments of some structures, and the positions of the other columns."""
+def without_columns_of(models, structures, numbers):
+    """The models without the inducing variables at environments of some structures, or that are their functionals, and the positions
+    of the other columns.
+
+    Args:
+        structures: all; numbers: which of them.
+    """
     out, kept, start = [], [], 0
     for m in models:
-        here = StructureEnvironments.from_structures(m.descriptor, structures).environments.features
+        here = StructureEnvironments.from_structures(m.descriptor, structures.select(numbers)).environments.features
         blocks, lowers = [], []
         for block, lower in zip(m.blocks, m.lowers, strict=True):
-            of_them = (torch.cdist(block.features, here) < 1e-6).any(1)
-            chosen = (~of_them[block.column_addresses[0]]).nonzero()[:, 0]
+            if isinstance(block, FunctionalBlock):
+                others = [torch.arange(*block.starts[s : s + 2]) for s, i in enumerate(m.of) if i not in numbers]
+                chosen = torch.cat(others)
+            else:
+                of_them = (torch.cdist(block.features, here) < 1e-6).any(1)
+                chosen = (~of_them[block.column_addresses[0]]).nonzero()[:, 0]
             kept.append(start + chosen)
             start += block.n_columns
-            blocks.append(inducing.select_columns(block, chosen))
+            blocks.append(block.select(chosen))
             lowers.append(torch.linalg.cholesky((lower @ lower.T)[chosen][:, chosen]))
         out.append(replace(m, blocks=tuple(blocks), lowers=tuple(lowers)))
     return out, torch.cat(kept)
@@ -249,7 +259,7 @@ def fitted_without(arguments, out: list[int]):
         arguments: those of fitting.left_out.predict_left_out; out: indices of structures.
     """
     potential, models, learned, _, structures, _, remaining, _ = arguments[:8]
-    models, kept = without_centres_of(models, structures.select(out))
+    models, kept = without_columns_of(models, structures, out)
     lowers, signal = [low for m in models for low in m.lowers], learned.signal[kept]
     rows: dict[str, list[Tensor]] = {}
     for k in (k for k in range(len(structures)) if k not in out):

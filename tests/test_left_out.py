@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import fitted_without, without_centres_of
+from oracles import fitted_without, without_columns_of
 
 import gpmlp
 from gpmlp.core.quantities import KINDS
@@ -51,7 +51,7 @@ def test_left_out_is_not_learned(caught, i, near):
     said = []
     found = left_out.predict_left_out(*caught[:7], [i], together, report=lambda *report: said.append(report))
     assert said == [(1, 1, "1 of 1 structures left out in turn")]
-    _, kept = without_centres_of(caught[1], structures.select([i, *near]))
+    _, kept = without_columns_of(caught[1], structures, [i, *near])
     assert len(kept) < len(caught[2].signal)  # some of its environments are inducing points
     assert len(found.structures) == 1 and torch.equal(found.targets.forces, targets.select(structures, [i]).forces)
     truth = fitted_without(caught, [i, *near])(structures.select([i]), KINDS, calibrated=False)
