@@ -13,10 +13,11 @@ import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.fitting import left_out
+from gpmlp.fitting import left_out, regression
 from gpmlp.fitting.online import OnlineFit
-from gpmlp.gp import covariances
+from gpmlp.gp import covariances, inducing
 from gpmlp.gp.functionals import FunctionalBlock
+from gpmlp.gp.posterior import FIXED
 from gpmlp.io import ase_atoms
 from gpmlp.io.recipe_files import validate_recipe
 from gpmlp.recipe import Recipe
@@ -88,6 +89,33 @@ def test_a_structure_left_out_is_left_out_with_its_functionals(fitted, i, near):
             a, b = getattr(got, name), getattr(expected, name)
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(expected.epistemic.max())), (kind, name)
         assert float(got.inducing.mean()) > 0.1 * float(got.data.mean())  # of its own it would have none
+
+
+def test_rows_of_the_data_are_those_of_the_functionals(data, monkeypatch):
+    """No kernel is needed for them: streamed from the environments they are the same, for labels with noises of their own too, and for
+    components of forces and energies that are not there."""
+    structures, targets = data[0].select(range(8)), data[1].select(data[0], range(8))
+    noise, forces = torch.full_like(targets.forces_noise, torch.nan), targets.forces.clone()
+    noise[structures.structure_of_atom == 2] = 0.1
+    forces[structures.offsets[5] : structures.offsets[5] + 2] = torch.nan
+    targets, seen = replace(targets, forces_noise=noise, forces=forces), []
+    original = regression.own_rows
+
+    def spy(models, *part):
+        seen.append((models, *part, original(models, *part)))
+        return seen[0][-1]
+
+    monkeypatch.setattr(regression, "own_rows", spy)
+    gpmlp.fit(structures, targets, Recipe.model_validate(SMALL | {"inducing": {"functionals": "all"}}))
+    models, part, labels, (found, counts) = seen[0]
+    lowers = regression.lowers_of(models)
+    expected = regression.labelled_rows(models, part, labels)
+    assert found.keys() == expected.keys() == {"energies", "forces", FIXED}
+    for kind, rows in expected.items():
+        rows = inducing.whiten_rows(rows.double(), lowers)
+        assert len(found[kind]) == counts[kind] == len(rows)
+        # whitening loses 1e-16 times the condition of L, 1e4 here
+        torch.testing.assert_close(found[kind], rows, rtol=0, atol=1e-9 * float(rows.abs().max()))
 
 
 def test_the_model_file_keeps_it(fitted, data, tmp_path):

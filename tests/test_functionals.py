@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import oracles
 import pytest
 import torch
@@ -16,7 +18,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.fitting.inducing_sets import _independent
 from gpmlp.gp import covariances, evidence, inducing, posterior, qr
 from gpmlp.gp.evidence import SufficientStatistics
-from gpmlp.gp.functionals import FunctionalBlock, functional_maps, internal_directions
+from gpmlp.gp.functionals import TOLERANCE, FunctionalBlock, functional_maps, internal_directions
 from gpmlp.gp.kernels import PolynomialKernel
 from gpmlp.gp.prior import PriorCovariance
 from gpmlp.gp.variance import VarianceModel, VarianceRequest
@@ -30,9 +32,10 @@ def few() -> Structures:
     return Structures.concatenate([cluster((6, 1, 8)), crystal("triclinic"), structure([[0, 0, 0]], [1])])
 
 
-def block_of(structures: Structures, made, relative: dict[int, float]) -> FunctionalBlock:
+def block_of(structures: Structures, made, relative: dict[int, float], tolerance: float = 0.0) -> FunctionalBlock:
+    """With energies, forces and stresses of the structures, and all directions of the features that these have."""
     on = torch.ones(len(structures), dtype=torch.bool)
-    return FunctionalBlock(made, structures, tuple(functional_maps(structures, on, on, on)), relative)
+    return FunctionalBlock.make(made, structures, functional_maps(structures, on, on, on), relative, tolerance)
 
 
 def dense_maps(block: FunctionalBlock) -> Tensor:
@@ -78,6 +81,25 @@ def test_covariances_are_the_double_sums_of_the_oracle(case, kernel):
     torch.testing.assert_close(summed, rows.energies, atol=float(scale) * 1e-13, rtol=0)
 
 
+def test_directions_left_out_change_no_more_than_they_say():
+    """Products of the coordinates differ from those of the vectors by 1e-8 of the largest, and so do covariances of the functionals; what
+    is left are functionals of the same process: no variance is below zero."""
+    made, kernel = descriptor("soap gto"), KERNELS["polynomial 2"]
+    full, few_ = (block_of(few(), made, RELATIVE, tolerance) for tolerance in (0.0, TOLERANCE))
+    assert all(few_.bases[z].shape[1] < full.bases[z].shape[1] < made.n_features for z in (1, 6, 8))
+    exact, cut = full.K_uu(kernel), few_.K_uu(kernel)
+    assert 0 < float((exact - cut).abs().max()) < 1e-6 * float(exact.diagonal().max())
+    batch = Structures.concatenate([cluster((8, 1), 3), crystal("slab")])
+    view = StructureEnvironments.from_structures(made, batch)
+    rows, lower = (
+        covariances.covariance_rows(batch, view, kernel, (few_,)),
+        torch.linalg.cholesky(cut + 1e-12 * torch.eye(len(cut))),
+    )
+    explained = torch.linalg.solve_triangular(lower, rows.forces.T, upper=False).square().sum(0).view(-1, 3)
+    prior = PriorCovariance(kernel, RELATIVE).forces(batch, view, torch.arange(batch.n_atoms)).diagonal(dim1=1, dim2=2)
+    assert bool((prior - explained > -1e-9 * prior.max()).all())
+
+
 def test_some_columns_and_some_atoms():
     made, kernel, block = (
         descriptor("soap gto"),
@@ -89,7 +111,7 @@ def test_some_columns_and_some_atoms():
     assert len(part.structures) < len(block.structures) and part.n_columns == len(chosen)
     whole = block.K_uu(kernel)
     torch.testing.assert_close(part.K_uu(kernel), whole[chosen][:, chosen], atol=1e-12, rtol=1e-12)
-    fresh = FunctionalBlock(made, part.structures, part.maps, RELATIVE)  # without what was kept
+    fresh = replace(part)  # without what was kept
     torch.testing.assert_close(fresh.K_uu(kernel), part.K_uu(kernel), atol=1e-12, rtol=1e-12)
     batch, atoms = cluster(seed=4), torch.tensor([3, 0])
     view = StructureEnvironments.from_structures(made, batch)
@@ -137,7 +159,7 @@ def test_internal_directions_leave_out_rigid_motions(positions, periodic, n):
 def both(request):
     """(dense process, sparse one with all functionals of the data) conditioned on the same labels."""
     made, kernel, structures = descriptor("soap gto", (6, 8), **SIZES), KERNELS[request.param], training_set()
-    block, lower, jitter = _independent(kernel, block_of(structures, made, SIGNAL))
+    block, lower, jitter, _ = _independent(kernel, block_of(structures, made, SIGNAL))
     assert jitter == 0
     values = labels(structures)
     noise = {kind: torch.full_like(y, NOISE[kind]) for kind, y in values.items()}

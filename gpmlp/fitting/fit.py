@@ -52,6 +52,7 @@ from gpmlp.uncertainty.residuals import force_label_noise
 
 FEW_COLUMNS = 1000  # up to which the evidence is faster on one core
 LEFT_OUT = 3  # atoms that are left out in turn for the calibration, times those that may be set aside
+CountedRows = tuple[dict[str, Tensor], dict[str, int]]  # by kind, [A | y] and the number of labels
 AMPLITUDE_ATOMS = 400  # of structures left out where there is no calibration
 ROBUST_ROUNDS = 3  # of leaving out what the last fit says is wrong
 NO_LOW_RANK = (
@@ -334,19 +335,20 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
         return found
 
     models, environments = inducing_sets.make_models(
-        recipe, structures, candidates_of, structures.select(fitted), data.remaining.select(structures, fitted)
+        recipe,
+        structures,
+        candidates_of,
+        structures.select(fitted),
+        data.remaining.select(structures, fitted),
+        stages.report,
     )
     models = [replace(m, of=tuple(fitted[list(m.of)].tolist())) for m in models]
     novelty = sample.fit() if sample is not None else None
     stages.begin("covariances")
-    factors, factors_held = passes.make_factors(data.partitions, models, fitted, held, stages.report)
+    (whitened, counts), of_held = _whitened(data, models, fitted, held, stages)
+    models = [replace(m, own=None) for m in models]
     stages.begin("evidence")
     lowers = regression.lowers_of(models)
-    counts, counts_held = ({kind: f.count for kind, f in part.items()} for part in (factors, factors_held))
-    whitened, whitened_held = (
-        {kind: inducing.whiten_rows(part.pop(kind).factor().double(), lowers) for kind in list(part)}
-        for part in (factors, factors_held)
-    )
     with parallel.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
         parameters, block_of_column, result = regression.learn_hyperparameters(recipe, models, whitened, counts, stages)
     signal = parameters.signal().to(block_of_column.device)[block_of_column]
@@ -358,7 +360,22 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     if jitter:
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
     about = parameters, result, tuple(warnings)
-    return _Trained(models, environments, learned, (whitened_held, counts_held), novelty, *about)
+    return _Trained(models, environments, learned, of_held, novelty, *about)
+
+
+def _whitened(
+    data: _Data, models: list[InducingModel], fitted: Tensor, held: Tensor, stages: StageTimer
+) -> tuple[CountedRows, CountedRows]:
+    """Whitened rows of the structures fitted, and of those set aside, and their number, by kind."""
+    own = regression.own_rows(models, data.structures.select(fitted), data.remaining.select(data.structures, fitted))
+    if own is not None and not len(held):
+        return own, ({}, {})
+    lowers, out = regression.lowers_of(models), []
+    for part in passes.make_factors(data.partitions, models, fitted, held, stages.report):
+        counts = {kind: f.count for kind, f in part.items()}
+        rows = {kind: inducing.whiten_rows(part.pop(kind).factor().double(), lowers) for kind in list(part)}
+        out.append((rows, counts))
+    return out[0], out[1]
 
 
 def _numbers(data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior) -> dict[str, Any]:

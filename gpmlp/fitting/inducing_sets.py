@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import VOIGT
 from gpmlp.fitting import sparse_points
-from gpmlp.fitting.regression import InducingModel
+from gpmlp.fitting.regression import InducingModel, OwnRows
 from gpmlp.fitting.sparse_points import Candidates, CentreChoice
+from gpmlp.fitting.workers import Report
 from gpmlp.gp import functionals, hyperparameters, inducing
 from gpmlp.gp.evidence import DenseData
 from gpmlp.gp.functionals import FunctionalBlock
@@ -31,12 +33,14 @@ def make_models(
     candidates_of: Callable[[int, CentreChoice], Candidates],
     fitted: Structures,
     targets: Targets,
+    report: Report,
 ) -> tuple[list[InducingModel], dict[int, int]]:
     """Choose the inducing variables of every descriptor.
 
     Args:
         candidates_of: all environments that centres may be, by the number of the descriptor.
         fitted, targets: structures whose functionals may be inducing variables, and their labels less the baselines.
+        report: of the structures whose functionals have met those of all others.
 
     Returns:
         the models, and the number of environments of each species.
@@ -49,7 +53,7 @@ def make_models(
         if ind.functionals:
             # they are none of these environments, which novelty learns from all the same
             counts = candidates_of(k, CentreChoice(descriptor, kernel, "random", 1, "species", recipe.seed)).counts
-            models.append(_functional_model(recipe, k, descriptor, kernel, fitted, targets))
+            models.append(_functional_model(recipe, k, descriptor, kernel, fitted, targets, report))
             continue
         gradients = ind.gradients or 0  # a resolved recipe has numbers for both
         shares: str | dict[int, int]
@@ -81,6 +85,7 @@ def _functional_model(
     kernel: ZonalKernel,
     structures: Structures,
     labels: Targets,
+    report: Report,
 ) -> InducingModel:
     """Functionals of structures in random order: all that have labels, or those of the first ones that have as many as are asked for."""
     order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(recipe.seed))
@@ -95,41 +100,48 @@ def _functional_model(
     many = len(maps) if wanted in (None, "all") else int((total < int(wanted)).sum()) + 1
     structures, labels, maps = structures.select(range(many)), labels.select(structures, range(many)), maps[:many]
     species = structures.distinct_species
-    relative = dict.fromkeys(species, 1.0)
+    block = FunctionalBlock.make(descriptor, structures, maps, dict.fromkeys(species, 1.0))
     if len(species) > 1:
-        relative = _relative_signals(recipe, k, descriptor, kernel, structures, labels, maps)
-    block = FunctionalBlock(descriptor, structures, tuple(maps), relative)
-    block, lower, jitter = _independent(kernel, block)
+        block = block.of_species(_relative_signals(recipe, k, kernel, block, labels))
+    every, rows = block, partial(report, note=f"covariances of {block.n_columns} functionals")
+    block, lower, jitter, whitened = _independent(kernel, block, rows)
+    own = None
+    if wanted == "all":
+        places = order.argsort().tolist()
+        pieces = whitened.split([len(m) for m in every.maps])
+        own = OwnRows(tuple(every.maps[i] for i in places), tuple(pieces[i] for i in places))
     of = tuple(order[: len(block.structures)].tolist())
-    return InducingModel(descriptor, kernel, (block,), (lower,), jitter, int(total[many - 1]), of)
+    return InducingModel(descriptor, kernel, (block,), (lower,), jitter, int(total[many - 1]), of, own)
 
 
-def _independent(kernel: ZonalKernel, block: FunctionalBlock) -> tuple[FunctionalBlock, Tensor, float]:
-    """Without functionals that depend on others; the Cholesky factor of the covariance of the rest, and the jitter it took."""
-    covariance = block.K_uu(kernel).double()
+def _independent(
+    kernel: ZonalKernel, block: FunctionalBlock, report: Callable[[float, float], None] = lambda done, total: None
+) -> tuple[FunctionalBlock, Tensor, float, Tensor]:
+    """Without functionals that depend on others; L of the covariance of the rest; the jitter it took; and of all functionals, as they
+    were, covariances with those that are left, whitened: k L⁻ᵀ."""
+    covariance = block.K_uu(kernel, report).double()
     scale = covariance.diagonal().clamp_min(0).sqrt()
     unit = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    columns, lower, jitter = inducing.independent_factor(
-        covariance.mul_(unit).mul_(unit[:, None]), inducing.RANK_TOLERANCE
-    )
-    return block.select(columns), lower.mul_(scale[columns, None]), jitter
+    covariance.mul_(unit).mul_(unit[:, None])
+    columns, lower, jitter = inducing.independent_factor(covariance, inducing.RANK_TOLERANCE)
+    rows = covariance.new_empty(len(covariance), len(columns))
+    rows[columns] = lower
+    others = torch.ones(len(covariance), dtype=torch.bool).index_fill(0, columns.cpu(), jitter > 0).nonzero()[:, 0]
+    rows[others] = torch.linalg.solve_triangular(lower, covariance[others][:, columns].T, upper=False).T
+    return block.select(columns), lower.mul_(scale[columns, None]), jitter, rows.mul_(scale[:, None])
 
 
 def _relative_signals(
-    recipe: Recipe,
-    k: int,
-    descriptor: Descriptor,
-    kernel: ZonalKernel,
-    structures: Structures,
-    targets: Targets,
-    maps: Sequence[Tensor],
+    recipe: Recipe, k: int, kernel: ZonalKernel, block: FunctionalBlock, targets: Targets
 ) -> dict[int, float]:
     """Signal of local energies of each species, eV, by evidence of the functionals of the first structures alone."""
-    many = max(1, int((torch.tensor([len(m) for m in maps]).cumsum(0) <= RELATIVE_COLUMNS).sum()))
-    few, labels = structures.select(range(many)), targets.select(structures, range(many))
-    species = few.distinct_species
-    every = [FunctionalBlock(descriptor, few, tuple(maps[:many]), {z: 1.0}).K_uu(kernel).double() for z in species]
-    values, of_kind, scale = _functional_labels(few, labels, maps)
+    many = max(1, sum(start <= RELATIVE_COLUMNS for start in block.starts[1:]))
+    few = block.select(torch.arange(block.starts[many]))
+    structures, maps = few.structures, few.maps
+    labels = targets.select(block.structures, range(len(structures)))
+    species = structures.distinct_species
+    every = [few.of_species({z: 1.0}).K_uu(kernel).double() for z in species]
+    values, of_kind, scale = _functional_labels(structures, labels, maps)
     known = ~values.isnan()
     rows = {kind: (of_kind[known] == i).nonzero()[:, 0] for i, kind in enumerate(KINDS)}
     rows = {kind: which for kind, which in rows.items() if len(which)}
@@ -139,7 +151,7 @@ def _relative_signals(
     data.maximise(parameters)
     found = dict(zip(species, parameters.signal().tolist(), strict=True))
     typical = sum(found.values()) / len(found)
-    return {z: found.get(z, typical) for z in structures.distinct_species}
+    return {z: found.get(z, typical) for z in block.relative}
 
 
 def _functional_labels(

@@ -45,12 +45,30 @@ VarianceSubset = tuple[tuple[tuple[Block, ...], ...], tuple[Tensor, ...], Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class OwnRows:
+    """Covariances of all functionals of the structures fitted with those of them that are inducing variables: rows of K_uu, whitened.
+
+    Attributes:
+        maps: of each structure fitted, (functionals, 1 + 3 atoms + 6) orthonormal rows; rows: of each, (functionals, columns).
+    """
+
+    maps: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
+
+    def of(self, i: int) -> CovarianceRows:
+        """K_fu L⁻ᵀ of structure i: its energy, forces and stress are in the span of its functionals, or have no label."""
+        every = self.maps[i].T @ self.rows[i]
+        return CovarianceRows(every[:1], every[1:-6], every[-6:])
+
+
+@dataclass(frozen=True, eq=False)
 class InducingModel:
     """One descriptor of the model with its kernel and inducing blocks and their Cholesky factors.
 
     Attributes:
         asked: inducing variables before dependent ones were dropped.
         of: index, among those fitted, of each structure whose functionals are inducing variables.
+        own: rows of the data where all their functionals are inducing variables; None otherwise.
     """
 
     descriptor: Descriptor
@@ -60,6 +78,7 @@ class InducingModel:
     jitter: float
     asked: int
     of: tuple[int, ...] = ()
+    own: OwnRows | None = None
 
     @property
     def local_blocks(self) -> tuple[InducingBlock, ...]:
@@ -137,6 +156,24 @@ def merge_factors(first: dict[str, RowFactor], later: dict[str, RowFactor]) -> d
         kinds = [kind for kind in (*KINDS, FIXED) if kind in first or kind in later]
         both = [[f[kind] for f in (first, later) if kind in f] for kind in kinds]
         return {kind: f[0].merge(f[1]) if len(f) > 1 else f[0] for kind, f in zip(kinds, both, strict=True)}
+
+
+def own_rows(
+    models: Sequence[InducingModel], structures: Structures, targets: Targets
+) -> tuple[dict[str, Tensor], dict[str, int]] | None:
+    """[K_ou L⁻ᵀ | y] of the labels and their number, by kind, without a kernel: None unless all functionals of the structures are inducing
+    variables of every model."""
+    own = [m.own for m in models if m.own is not None]
+    if len(own) < len(models):
+        return None
+    out: dict[str, list[Tensor]] = {}
+    for i in range(len(structures)):
+        part = structures.select([i])
+        labels = likelihood.observed_labels(targets.select(structures, [i]), part.counts)
+        for kind, rows in rows_of_labels([o.of(i) for o in own], labels, part).items():
+            out.setdefault(kind, []).append(rows)
+    whitened = {kind: torch.cat(out.pop(kind)).double() for kind in (*KINDS, FIXED) if kind in out}
+    return whitened, {kind: len(rows) for kind, rows in whitened.items()}
 
 
 def labelled_rows(

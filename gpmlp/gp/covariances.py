@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import torch
@@ -293,16 +293,18 @@ def _add_functional_rows(
     """
     energies, forces, stresses = sums
     owner, n, derivatives = structures.structure_of_atom[part.centers], len(part.centers), []
+    coordinates = partial(block.coordinates, part.species)
     slot, width = padded_places(part.owners, n)
     if part.jacobian is not None and len(forces):
-        table = part.jacobian.new_zeros(n * width, *part.jacobian.shape[1:])
-        table[slot] = part.jacobian
+        jacobian = coordinates(part.jacobian)
+        table = jacobian.new_zeros(n * width, *jacobian.shape[1:])
+        table[slot] = jacobian
         derivatives.append(table.view(n, 3 * width, -1))
     if part.jacobian is not None and len(stresses):
         strains = strain_derivatives(part.jacobian, part.owners, part.vectors, n)
-        derivatives.append(strains * torch.nan_to_num(1 / structures.volumes)[owner, None, None])
+        derivatives.append(coordinates(strains) * torch.nan_to_num(1 / structures.volumes)[owner, None, None])
     rows = torch.cat(derivatives, 1) if derivatives else None
-    for columns, values, slopes in block.coupled(kernel, part.species, part.features):
+    for columns, values, slopes in block.coupled(kernel, part.species, coordinates(part.features)):
         energies[:, columns].index_add_(0, owner, values)
         if rows is None:
             continue

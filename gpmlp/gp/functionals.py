@@ -7,11 +7,14 @@ b = Σ_j [c_b ε(x_j) + v_bj.∂ε/∂x_j]. Its covariances with a local energy 
 
 so that those of data and of functionals among themselves are pull-backs of T, by products of matrices; sums run over environments of
 equal central species. With all labels of the data among the functionals the sparse process is the exact one (representer theorem).
+
+All x_j and v_bj of a species lie, but for a rounding of TOLERANCE, in few directions of the features, and so does every T_b: x_j and v_bj
+are taken as their projections onto these, which makes them functionals of the same process once more, and only coordinates are multiplied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -31,11 +34,13 @@ RIGID = 1e-6  # of the size of a molecule: a rotation that moves its atoms by le
 TOGETHER = 64  # functionals, about, whose slopes are in memory at a time
 GROUP_ATOMS = 64  # of structures of one shape whose rows of K_uu are made together
 CHUNK_ATOMS = 128  # of structures whose Jacobian is in memory at a time
-MAP_TOLERANCE = 1e-4  # of products of functionals' maps in a file
+STORED = 1e-4  # by which the directions of a file may be no orthonormal ones; they may be in single precision
+TOLERANCE = 1e-8  # of the largest eigenvalue of Σ [x_j x_jᵀ + v_bj v_bjᵀ]: directions with less are left out
 
 
 class Part(NamedTuple):
-    """Environments of one species in one structure: x_j (environments, features), and v_bj (functionals, environments, features)."""
+    """Environments of one species in one structure: x_j (environments, directions), and v_bj (functionals, environments, directions),
+    in coordinates along the directions of the species."""
 
     features: Tensor
     slopes: Tensor
@@ -49,12 +54,36 @@ class FunctionalBlock:
         structures: whose functionals they are, most important ones first.
         maps: for each, (functionals, 1 + 3 atoms + 6) coefficients of its energy, forces and stress (Voigt).
         relative: by central species, those that count, standard deviation of local energies in units of the block's signal.
+        bases: by central species, (features, directions) orthonormal directions of the features that x_j and v_bj are in.
     """
 
     descriptor: Descriptor
     structures: Structures
     maps: tuple[Tensor, ...]
     relative: dict[int, float]
+    bases: dict[int, Tensor]
+
+    @staticmethod
+    def make(
+        descriptor: Descriptor,
+        structures: Structures,
+        maps: Sequence[Tensor],
+        relative: dict[int, float],
+        tolerance: float = TOLERANCE,
+    ) -> FunctionalBlock:
+        """With the directions that these functionals span.
+
+        Args:
+            tolerance: of the largest eigenvalue; 0 for all directions there are.
+        """
+        every = FunctionalBlock(descriptor, structures, tuple(maps), relative, {})
+        grams: dict[int, Tensor] = {}
+        for part in every._made(relative):
+            for z, (x, v) in part.items():
+                vectors = torch.cat([x, v.flatten(0, 1)]).double()
+                grams[z] = vectors.T @ vectors + grams.get(z, 0.0)
+        bases = {z: _directions(gram, tolerance).to(structures.positions) for z, gram in grams.items()}
+        return replace(every, bases=bases)
 
     @property
     def central_species(self) -> tuple[int, ...]:
@@ -72,26 +101,35 @@ class FunctionalBlock:
     @cached_property
     def parts(self) -> list[dict[int, Part]]:
         """For each structure, by central species, what covariances need of it."""
-        out: list[dict[int, Part]] = []
+        return [{z: Part(*(v @ self.bases[z] for v in p)) for z, p in part.items()} for part in self._made(self.bases)]
+
+    def _made(self, species: Collection[int]) -> Iterator[dict[int, Part]]:
+        """Parts of every structure with all features in place of coordinates."""
         for first, last in chunk_ranges(self.structures.counts.tolist(), CHUNK_ATOMS):
             chunk = self.structures.select(range(first, last))
             view = StructureEnvironments.from_structures(self.descriptor, chunk)
             view.keep_jacobian()
-            out += [self._parts_of(view, chunk, i, self.maps[first + i]) for i in range(len(chunk))]
-        return out
+            for i, rows in enumerate(self.maps[first:last]):
+                atoms = torch.arange(int(chunk.offsets[i]), int(chunk.offsets[i + 1]), device=rows.device)
+                out = {}
+                for z in set(chunk.species[atoms].tolist()) & set(species):
+                    x, slopes = _derivatives(view, chunk, atoms[chunk.species[atoms] == z], i)
+                    out[z] = Part(x, (rows[:, 1:] @ slopes).transpose(0, 1).contiguous())
+                yield out
 
-    def _parts_of(self, view: StructureEnvironments, chunk: Structures, i: int, rows: Tensor) -> dict[int, Part]:
-        atoms = torch.arange(int(chunk.offsets[i]), int(chunk.offsets[i + 1]), device=rows.device)
-        species, out = chunk.species[atoms], {}
-        for z in set(species.tolist()) & set(self.relative):
-            centers = atoms[species == z]
-            x, slopes = _derivatives(view, chunk, centers, i)
-            out[z] = Part(x, (rows[:, 1:] @ slopes).transpose(0, 1).contiguous())
-        return out
+    def coordinates(self, z: int, vectors: Tensor) -> Tensor:
+        """(..., directions) of vectors (..., features): what covariances see of them."""
+        return vectors @ self.bases[z]
+
+    def of_species(self, relative: dict[int, float]) -> FunctionalBlock:
+        """The same functionals of a process with other standard deviations, or of some species only."""
+        block = replace(self, relative=relative)
+        vars(block)["parts"] = self.parts
+        return block
 
     def centres(self, z: int) -> Tensor:
         """(centres, features) x_j of a species, by structure."""
-        return torch.cat([part[z].features for part in self.parts if z in part])
+        return torch.cat([part[z].features for part in self.parts if z in part]) @ self.bases[z].T
 
     def collapse(self, weights: Tensor, z: int) -> tuple[Tensor, Tensor]:
         """α_j = Σ_b w_b c_b and τ_j = Σ_b w_b v_bj of the centres of a species: ε(x) = Σ_j [α_j f(x.x_j) + f'(x.x_j) x.τ_j].
@@ -108,11 +146,11 @@ class FunctionalBlock:
                 n = len(part[z].features)
                 alpha.append((mine @ rows[:, 0])[..., None].expand(*mine.shape[:-1], n))
                 tau.append((mine @ part[z].slopes.flatten(1)).unflatten(-1, part[z].features.shape))
-        return scale * torch.cat(alpha, -1), scale * torch.cat(tau, -2)
+        return scale * torch.cat(alpha, -1), scale * torch.cat(tau, -2) @ self.bases[z].T
 
     def local_rows(self, kernel: ZonalKernel, z: int, x: Tensor) -> Tensor:
         """k_xu: (environments, columns) covariances of local energies of a species, unit signal variance."""
-        out = x.new_zeros(len(x), self.n_columns)
+        out, x = x.new_zeros(len(x), self.n_columns), self.coordinates(z, x)
         for part, rows, columns in self._of_species(z):
             value, first, _ = kernel.profile(x @ part.features.T)
             along = torch.einsum("bjd,nd->nbj", part.slopes, x)
@@ -121,11 +159,12 @@ class FunctionalBlock:
 
     def local_slopes(self, kernel: ZonalKernel, z: int, x: Tensor, weights: Tensor) -> Tensor:
         """∂/∂x_i Σ_b w_ib k(x_i, b), with weights (environments, columns) for each environment; (environments, features)."""
+        x = self.coordinates(z, x)
         out = torch.zeros_like(x)
         for part, rows, columns in self._of_species(z):
             _, slopes = _couple(kernel, x, part, rows[:, 0])
             out += torch.einsum("nb,bnd->nd", weights[:, columns], slopes)
-        return out.mul_(self.relative[z] ** 2)
+        return out.mul_(self.relative[z] ** 2) @ self.bases[z].T
 
     def _of_species(self, z: int) -> Iterator[tuple[Part, Tensor, slice]]:
         """The structures with that species: what they are made of, their maps and columns."""
@@ -136,9 +175,10 @@ class FunctionalBlock:
     def coupled(
         self, kernel: ZonalKernel, z: int, x: Tensor, up_to: int | None = None
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Columns, k (environments, columns) and T (columns, environments, features) of some of them at a time.
+        """Columns, k (environments, columns) and T (columns, environments, directions) of some of them at a time.
 
         Args:
+            x: (environments, directions), coordinates.
             up_to: columns before it only.
         """
         values: list[Tensor] = []
@@ -159,18 +199,22 @@ class FunctionalBlock:
         if values:
             yield slice(start, start + held), torch.cat(values, 1), torch.cat(slopes)
 
-    def K_uu(self, kernel: ZonalKernel) -> Tensor:
+    def K_uu(self, kernel: ZonalKernel, report: Callable[[float, float], None] = lambda done, total: None) -> Tensor:
         """(columns, columns) covariance of the functionals, unit signal variance: Σ_z ρ_z² Σ_i [c_b k(x_i, b') + v_bi.T_b'(x_i)].
 
         One half is made, for structures of one shape together, and mirrored.
+
+        Args:
+            report: of the pairs of structures done.
         """
+        done = 0
         out = self.structures.positions.new_zeros(self.n_columns, self.n_columns)
 
-        def rows_of(group: tuple[int, int]) -> None:
+        def rows_of(group: tuple[int, int]) -> int:
             first, last = group
             here = out[self.starts[first] : self.starts[last]]
             maps = torch.stack(self.maps[first:last])
-            for z in self.parts[first]:
+            for z in self.parts[first].keys() & self.relative.keys():
                 mine = [part[z] for part in self.parts[first:last]]
                 x, own = torch.cat([m.features for m in mine]), torch.stack([m.slopes.flatten(1) for m in mine])
                 for columns, values, slopes in self.coupled(kernel, z, x, self.starts[last]):
@@ -179,8 +223,14 @@ class FunctionalBlock:
                     totals = values.unflatten(0, (len(mine), -1)).sum(1)
                     product += maps[:, :, :1] * totals[:, None]
                     here[:, columns] += product.flatten(0, 1)
+            return (last - first) * (first + last + 1) // 2
 
-        parallel.map_pieces(rows_of, self._groups())
+        def tell(pairs: int) -> None:
+            nonlocal done
+            done += pairs
+            report(done, len(self.maps) * (len(self.maps) + 1) // 2)
+
+        parallel.map_pieces(rows_of, self._groups(), tell)
         lower = out.tril()
         return lower + lower.tril(-1).T
 
@@ -220,7 +270,12 @@ class FunctionalBlock:
         return (
             self
             if self.structures.positions.dtype == like.dtype
-            else replace(self, structures=self.structures.to(*here), maps=tuple(m.to(like) for m in self.maps))
+            else replace(
+                self,
+                structures=self.structures.to(*here),
+                maps=tuple(m.to(like) for m in self.maps),
+                bases={z: basis.to(like) for z, basis in self.bases.items()},
+            )
         )
 
     def stored(self) -> dict[str, Tensor]:
@@ -234,7 +289,7 @@ class FunctionalBlock:
             "counts": here.counts,
             "functionals": torch.tensor([len(m) for m in self.maps]),
             "maps": torch.cat([m.flatten() for m in self.maps]),
-        }
+        } | {f"directions.{z}": basis for z, basis in self.bases.items()}
 
     @staticmethod
     def from_stored(stored: StoredTensors, descriptor: Descriptor, relative: dict[int, float]) -> FunctionalBlock:
@@ -261,7 +316,18 @@ class FunctionalBlock:
             tuple(f"inducing structure {i}" for i in range(n)),
         )
         maps = tuple(part.view(*shape) for part, shape in zip(flat.split(sizes.tolist()), shapes.tolist(), strict=True))
-        return FunctionalBlock(descriptor, structures, maps, relative)
+        bases = {z: stored.take(f"directions.{z}", (descriptor.n_features, "directions")) for z in relative}
+        for basis in bases.values():
+            eye = torch.eye(basis.shape[1]).to(basis)
+            if bool((basis.T @ basis - eye).abs().gt(STORED).any()):
+                raise UserError("the directions of inducing functionals are not orthonormal.")
+        return FunctionalBlock(descriptor, structures, maps, relative, bases)
+
+
+def _directions(gram: Tensor, tolerance: float) -> Tensor:
+    """(features, directions) principal directions of vectors with that Σ v vᵀ."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors[:, values > tolerance * values[-1]].flip(1).contiguous()
 
 
 def _couple(kernel: ZonalKernel, x: Tensor, part: Part, on_values: Tensor) -> tuple[Tensor, Tensor]:

@@ -209,8 +209,7 @@ def _explain(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
     """Turn pydantic's list of errors, one for each branch of each union, into one sentence about one key."""
     located = [(*_locate(entry["loc"], data, entry["type"]), entry) for entry in error.errors()]
     # errors of branches that suit the value, then of the deepest place: a typo is found before its consequences
-    located.sort(key=lambda item: (not item[1], item[2]["type"] != "extra_forbidden"))
-    path, _, first = located[0]
+    path, _, first = min(located, key=lambda item: (not item[1], item[2]["type"] != "extra_forbidden"))
     dotted = ".".join(path)
     if first["type"] == "extra_forbidden":
         return f"unknown key '{dotted}'.{_nearest(path, model)}"
