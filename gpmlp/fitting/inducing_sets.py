@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from gpmlp.core.units import VOIGT
 from gpmlp.fitting import sparse_points
 from gpmlp.fitting.regression import InducingModel, OwnRows
 from gpmlp.fitting.sparse_points import Candidates, CentreChoice
-from gpmlp.fitting.workers import Report
+from gpmlp.fitting.workers import Report, silent
 from gpmlp.gp import functionals, hyperparameters, inducing
 from gpmlp.gp.evidence import DenseData
 from gpmlp.gp.functionals import FunctionalBlock
@@ -33,7 +32,7 @@ def make_models(
     candidates_of: Callable[[int, CentreChoice], Candidates],
     fitted: Structures,
     targets: Targets,
-    report: Report,
+    report: Report = silent,
 ) -> tuple[list[InducingModel], dict[int, int]]:
     """Choose the inducing variables of every descriptor.
 
@@ -103,8 +102,8 @@ def _functional_model(
     block = FunctionalBlock.make(descriptor, structures, maps, dict.fromkeys(species, 1.0))
     if len(species) > 1:
         block = block.of_species(_relative_signals(recipe, k, kernel, block, labels))
-    every, rows = block, partial(report, note=f"covariances of {block.n_columns} functionals")
-    block, lower, jitter, whitened = _independent(kernel, block, rows)
+    every, note = block, f"covariances of {block.n_columns} functionals"
+    block, lower, jitter, whitened = _independent(kernel, block, lambda done, total: report(done, total, note))
     own = None
     if wanted == "all":
         places = order.argsort().tolist()
