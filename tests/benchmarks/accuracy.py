@@ -1,11 +1,15 @@
 """Accuracy and cost of gpmlp, and of QUIP's gap_fit beside it in the same run, on data that are not shipped.
 
     python tests/benchmarks/accuracy.py --data DATA [--cases zuo_si_matched ethanol] [--peer-python /path/to/quippy/bin/python]
+    python tests/benchmarks/accuracy.py --data DATA --cases ethanol --structures 50 100 250 [--set inducing.functionals=all]
 
 DATA holds the folders named in CASES. Every fit is a process of its own; CPU seconds and peak memory are that process's. The
 recipe of a case is recipes/CASE.yaml (an empty one is the default recipe); the peer's settings stand in CASES. The peer
 (pip install quippy-ase, in an environment of its own, with its gap_fit beside its python) fits energies and forces; gpmlp
 fits stresses too where the data have them. --frames 20 is a quick trial.
+
+--structures makes learning curves in place of that: fits of so many training structures at random (isolated atoms in addition) by the
+recipe of the case, and by the same with every --set; errors, and how much 90 % intervals hold, on --tests test structures at random.
 """
 
 from __future__ import annotations
@@ -64,6 +68,7 @@ ERRORS = {
     "F RMSE": "force_rmse_meV_per_A",
     "S MAE": "stress_mae_GPa",
 }
+INTERVALS = {"F in 90 %": "force_coverage_90", "E in 90 %": "energy_coverage_90", "F NLL": "force_nll"}
 COSTS = {"fit CPU s": "cpu_s", "fit wall s": "wall_s", "peak GB": "peak_GB"}
 
 
@@ -94,6 +99,38 @@ def run(name: str, data: Path, work: Path, options: argparse.Namespace) -> dict:
             t: _test(common.errors_peer(folder, python, p, options.threads)) for t, p in tests.items()
         }
     return result
+
+
+def curve(name: str, data: Path, work: Path, options: argparse.Namespace) -> list[dict]:
+    """Learning curves of a case: by its recipe, and by that with each setting."""
+    case, out = CASES[name], []
+    recipe = options.recipe or common.RECIPES / f"{name}.yaml"
+    for n in options.structures:
+        folder = work / f"{name}_{n}"
+        folder.mkdir(parents=True, exist_ok=True)
+        common.draw([data / path for path in case.train], folder / "train.xyz", n)
+        for k, path in enumerate(case.tests.values()):
+            common.draw([data / path], folder / f"test{k}.xyz", options.tests)
+        for i, settings in enumerate([[], *([s] for s in options.set)] if not options.only_set else [options.set]):
+            print(f"{name}: fitting {n} structures, {' '.join(settings) or 'its recipe'}", file=sys.stderr)
+            cost = common.fit_ours(folder, recipe, options.threads, f"ours{i}", settings)
+            rank = common.report_ours(folder, options.threads, f"ours{i}")["rank"]
+            for k, test in enumerate(case.tests):
+                errors, _ = common.errors_ours(folder, folder / f"test{k}.xyz", options.threads, f"ours{i}")
+                about = {"case": f"{name} {test}", "structures": n, "settings": settings, "columns": rank}
+                out.append(about | {"errors": errors, "fit": asdict(cost)})
+                print(common.table([_curve_row(out[-1])], CURVE), flush=True)
+    return out
+
+
+CURVE = ["case", "structures", "settings", "columns", *list(ERRORS)[:4], *INTERVALS, *COSTS]
+
+
+def _curve_row(found: dict) -> list[str]:
+    errors = [found["errors"].get(k) for k in [*list(ERRORS.values())[:4], *INTERVALS.values()]]
+    numbers = [*errors, *(found["fit"][k] for k in COSTS.values())]
+    about = [found["case"], str(found["structures"]), " ".join(found["settings"]) or "-", str(found["columns"])]
+    return [*about, *map(_number, numbers)]
 
 
 def _test(measured: tuple[dict, common.Cost]) -> dict:
@@ -131,6 +168,12 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, help="use this recipe for every case")
     parser.add_argument("--peer-python", type=Path, help="python of an environment with quippy-ase and gap_fit")
     parser.add_argument("--frames", type=int, help="only the first frames of every file: a trial, not a benchmark")
+    parser.add_argument("--structures", nargs="+", type=int, help="learning curves: numbers of training structures")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of curves: fit with this setting too; repeat"
+    )
+    parser.add_argument("--only-set", action="store_true", help="of curves: one fit, with all settings together")
+    parser.add_argument("--tests", type=int, default=100, help="of curves: test structures (default 100)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each fit (default 1: CPU time compares)")
     parser.add_argument("--work", type=Path, help="keep models and logs here (default: a temporary folder)")
     parser.add_argument("--json", type=Path, default=Path("accuracy.json"), help="where to write the numbers")
@@ -144,6 +187,11 @@ def main() -> None:
     print(f"energies in meV/atom, forces in meV/A, stresses in GPa; {options.threads} thread(s)")
     results: dict[str, dict] = {}
     try:
+        if options.structures:
+            curves = [row for name in options.cases for row in curve(name, options.data, work, options)]
+            options.json.write_text(json.dumps({"machine": platform.platform(), "curves": curves}, indent=2) + "\n")
+            print(f"\n{common.table([_curve_row(row) for row in curves], CURVE)}")
+            return
         for name in options.cases:
             results[name] = run(name, options.data, work, options)
             print(common.table(rows({name: results[name]}), header), flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -76,6 +77,17 @@ def join(paths: Sequence[Path], target: Path, at_most: int | None = None, for_pe
     return count
 
 
+def draw(paths: Sequence[Path], target: Path, n: int, seed: int = 0) -> None:
+    """Write n frames at random, and all of one atom, to a file."""
+    every = [(comment, atoms) for path in paths for comment, atoms in frames(path)]
+    order = [k for k, (_, atoms) in enumerate(every) if len(atoms) > 1]
+    random.Random(seed).shuffle(order)
+    kept = [k for k, (_, atoms) in enumerate(every) if len(atoms) == 1] + order[:n]
+    target.write_text(
+        "".join("\n".join([str(len(atoms)), text, *atoms, ""]) for text, atoms in (every[k] for k in kept))
+    )
+
+
 def repeat(path: Path, target: Path, times: int) -> None:
     """Write a file of frames so many times over."""
     text = path.read_text(encoding="utf-8")
@@ -102,18 +114,23 @@ def _peer_comment(comment: str, n_atoms: int) -> str:
     return " ".join([*parts, f"config_type={label}"])
 
 
-def fit_ours(folder: Path, recipe: Path | None, threads: int, name: str = "ours") -> Cost:
-    """`gpmlp fit train.xyz` in a folder."""
+def fit_ours(folder: Path, recipe: Path | None, threads: int, name: str = "ours", settings: Sequence[str] = ()) -> Cost:
+    """`gpmlp fit train.xyz` in a folder; settings: KEY=VALUE."""
     command = [sys.executable, "-m", "gpmlp", "fit", "train.xyz", "--output", f"{name}.gpmlp"]
-    return measured(command + (["--recipe", recipe] if recipe else []), folder, f"{name}_fit.log", threads)
+    command += [*(["--recipe", recipe] if recipe else []), *(word for s in settings for word in ("--set", s))]
+    return measured(command, folder, f"{name}_fit.log", threads)
 
 
 def stages_ours(folder: Path, fit: Cost, threads: int, name: str = "ours") -> dict[str, float]:
     """Wall seconds of each stage of a fit, as the report in its model has them, and of all that is before and after."""
-    measured([sys.executable, "-m", "gpmlp", "info", f"{name}.gpmlp", "--json"], folder, f"{name}_info.log", threads)
-    report = json.loads((folder / f"{name}_info.log").read_text())["header"]["report"]
-    found = {stage: seconds for stage, seconds, _ in report["stages"]}
+    found = {stage: seconds for stage, seconds, _ in report_ours(folder, threads, name)["stages"]}
     return found | {"imports, reading, writing": fit.wall_s - sum(found.values())}
+
+
+def report_ours(folder: Path, threads: int, name: str = "ours") -> dict:
+    """The report in a model, as `gpmlp info` has it."""
+    measured([sys.executable, "-m", "gpmlp", "info", f"{name}.gpmlp", "--json"], folder, f"{name}_info.log", threads)
+    return json.loads((folder / f"{name}_info.log").read_text())["header"]["report"]
 
 
 def errors_ours(folder: Path, data: Path, threads: int, name: str = "ours") -> tuple[dict, Cost]:
