@@ -206,3 +206,18 @@ def test_two_descriptors_with_functionals_of_one(data):
     found = potential(structures, ("energies", "forces"))
     assert float((found.forces - data[1].select(data[0], range(6)).forces).nan_to_num().abs().mean()) < 0.1
     assert bool((found.forces_variance.total > 0).all())
+
+
+def test_what_is_left_out_keeps_a_variance_due_to_the_data(data):
+    """Where variances come from fewer functionals than the fit as well. Without it a component would count as one that symmetry forbids,
+    and its error as scatter of the labels, which every error bar then has."""
+    recipe = SMALL | {"inducing": {"functionals": "all"}, "variance": {"columns": 250}}
+    seen, original = [], left_out.predict_left_out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(left_out, "predict_left_out", lambda *a, **more: seen.append(original(*a, **more)) or seen[0])
+        potential, _ = gpmlp.fit(*data, Recipe.model_validate(recipe))
+    assert potential.variances.n_columns < potential.variances.of_fit
+    spread = seen[0].prediction.forces_variance.data
+    known = spread[seen[0].targets.forces.isfinite()]
+    assert float(known.min()) > 1e-6 * float(known.mean())
+    assert potential.calibration.kinds["forces"].forbidden == 0
