@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import threading
+import time
 
 from gpmlp.core.errors import UserError
 
@@ -28,6 +30,51 @@ def join(a, b):
 def refuse(report, k):
     """A mistake of the user's."""
     raise UserError(f"piece {k} is wrong")
+
+
+def refuse_late(report, k):
+    """The first piece takes longest."""
+    time.sleep(0.3 if k == 1 else 0.0)
+    raise UserError(f"piece {k} is wrong")
+
+
+def slowly(report, k):
+    """The piece, after a while."""
+    time.sleep(0.1)
+    return k
+
+
+def length(report, shared, k):
+    """Of what is shared, and the piece."""
+    return len(shared) + k
+
+
+class Factor:
+    """Which pieces it is made of; how many there have been at a time, at most, in this process."""
+
+    now, most, lock = 0, 0, threading.Lock()
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+        with Factor.lock:
+            Factor.now += 1
+            Factor.most = max(Factor.most, Factor.now)
+
+    def __del__(self):
+        with Factor.lock:
+            Factor.now -= 1
+
+
+def factor(report, k):
+    """Of one piece."""
+    time.sleep(0.002 * (k % 3))
+    return Factor((k,))
+
+
+def merged_factors(first, later):
+    """Of both, which takes longer than to make one."""
+    time.sleep(0.005)
+    return Factor(first.pieces + later.pieces)
 
 
 def fail(report, k):

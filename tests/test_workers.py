@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -122,6 +123,90 @@ def test_results_in_order_and_progress_by_pieces(client):
                 assert told == [(k + 0.5, 4, f"{k + 1} of 4: half") for k in range(4)]
 
 
+@pytest.fixture
+def threads_of_dask():
+    """A Client whose two workers are threads of this process, which counts what they hold."""
+    options = {"processes": False, "n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as made:
+        yield made
+
+
+@pytest.mark.parametrize("kind", ["dask", "threads", "alone"])
+def test_few_factors_wait_to_be_merged(kind, threads_of_dask):
+    """AHEAD for each worker and log2 of the pieces, those under way and what a merge makes; not one for each piece, as once."""
+    n, workers_there = 64, 2
+    with ThreadPoolExecutor(workers_there) as threads:
+        executors = {"dask": threads_of_dask, "threads": threads}
+        found = RemoteWorkers(executors[kind]) if kind in executors else Workers()
+        pieces_of_work.Factor.most = 0
+        total = found.reduce(pieces_of_work.factor, pieces_of_work.merged_factors, [(k,) for k in range(n)])
+    assert total.pieces == tuple(range(n))
+    waiting = workers.AHEAD * workers_there + 6 if kind in executors else 7
+    under_way = 2 * workers_there if kind in executors else 1
+    assert 6 < pieces_of_work.Factor.most <= waiting + under_way < 20
+
+
+def test_leaves_are_triangles(labelled, small_partitions):
+    """A factor that waits or is sent has no rows left to be folded in; one partition is left as it always was."""
+    recipe = Recipe.model_validate(RECIPE.model_dump() | {"inducing": {"n": 4, "gradients": 0}})
+    sizes: list[int] = []
+
+    class Watching(Workers):
+        def reduce(self, work, merge, pieces, report=workers.silent):
+            def watched(*about):
+                made = work(*about)
+                if isinstance(made[0], dict):
+                    sizes.extend(sum(len(part) for part in f._parts) - f.columns - 1 for f in made[0].values())
+                return made
+
+            return super().reduce(watched, merge, pieces, report)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpmlp.fitting.fit.workers_of", lambda *_: Watching())
+        gpmlp.fit(*labelled, recipe)
+        assert len(sizes) == 9 and max(sizes) == 0
+        sizes.clear()
+        patch.setattr(partitions, "PARTITION_ATOMS", 1000)
+        gpmlp.fit(*labelled, recipe)
+    assert len(sizes) == 3 and max(sizes) > 0
+
+
+def test_progress_of_merges(client):
+    told: list[tuple] = []
+    RemoteWorkers(client).reduce(
+        pieces_of_work.named, pieces_of_work.join, [(k,) for k in range(5)], lambda *report: told.append(report)
+    )
+    assert [(done, total) for done, total, _ in told] == [(k, 9) for k in range(1, 10)]
+    assert told[-1][2] == "5 of 5 partitions, 4 of 4 merged" and told[0][2] == "1 of 5 partitions"
+
+
+def test_what_pieces_share_travels_to_processes_a_few_times():
+    """It is written down anew for each bundle of pieces, not for each piece."""
+    with ThreadPoolExecutor(2) as threads:
+        found = RemoteWorkers(threads)
+        sent: list = []
+        begin = threads.submit
+
+        def submit(function, /, *arguments):
+            sent.append(len(pickle.dumps(arguments)))
+            return begin(function, *arguments)
+
+        threads.submit = submit
+        shared = bytes(100_000)
+        lengths = found.map(pieces_of_work.length, [(shared, k) for k in range(50)])
+        assert found.map(pieces_of_work.length, []) == []
+    assert lengths == [100_000 + k for k in range(50)]
+    assert len(sent) <= 2 * workers.BUNDLES and max(sent) < 110_000
+
+
+def test_the_error_of_the_first_piece_is_told(client):
+    """Whichever ends first; pieces that were not begun are left."""
+    with ThreadPoolExecutor(2) as threads:
+        for executor in (client, threads):
+            with pytest.raises(UserError, match="piece 1 is wrong"):
+                RemoteWorkers(executor).map(pieces_of_work.refuse_late, [(k,) for k in range(1, 30)])
+
+
 def test_partitions_are_runs_of_about_equal_size(labelled, small_partitions):
     structures, targets = labelled
     made = Partitions.of_data(structures, targets, 24, Workers())
@@ -226,6 +311,31 @@ def test_workers_that_die_again_and_again():
     with ProcessPoolExecutor(1, get_context("spawn")) as executor:
         with pytest.raises(UserError, match="The workers are lost: .*"):
             RemoteWorkers(executor).map(pieces_of_work.die, [(0,)])
+
+
+def test_a_fit_waits_for_workers_for_some_time(monkeypatch):
+    """Progress says so; new ones go on with the work, and where none come there is a sentence."""
+    monkeypatch.setattr(workers, "LOOK_S", 0.1)
+    told: list[str] = []
+    with (
+        distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        found = RemoteWorkers(client)
+
+        def watch(done, total, note):
+            told.append(note)
+            if note == "waiting for workers":
+                cluster.scale(1)
+            elif len(told) == 1:
+                cluster.scale(0)
+
+        assert found.map(pieces_of_work.slowly, [(k,) for k in range(8)], watch) == list(range(8))
+        assert "waiting for workers" in told and told[-1] == "8 of 8 partitions"
+        monkeypatch.setattr(workers, "ALONE_S", 0.5)
+        cluster.scale(0)
+        with pytest.raises(UserError, match=r"has had no workers for 0.00833 minutes, .* Start some"):
+            found.map(pieces_of_work.slowly, [(0,)])
 
 
 class Broken(Executor):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpmlp.core.errors import UserError
+from gpmlp.io.provenance import version_of
 from gpmlp.native import library
 
 SOURCES = Path(library.__file__).parent
@@ -28,6 +29,7 @@ COMPILERS = {
     "Open MPI": ("mpicxx", "mpicxx.openmpi"),
     STUBS: ("g++", "c++", "clang++"),
 }
+INSTRUCTIONS = ("sse4.2", "avx", "avx2", "fma", "bmi", "bmi2", "avx512f", "avx512vl", "avx512bw", "avx512dq")
 TRIAL = "units metal\nplugin load {}\npair_style gpmlp\n"
 
 
@@ -205,20 +207,23 @@ def _compiler(found: Installation, headers: Path) -> list[str]:
 def _compile(found: Installation, headers: Path, folder: Path) -> Path:
     """The plugin, in a folder, with its object files."""
     quoted = {"GPMLP_LAMMPS_VERSION": found.version, "GPMLP_LAMMPS_COMMIT": found.commit}
+    quoted["GPMLP_VERSION"] = version_of("gpmlp")
     options = [f'-D{name}="{value}"' for name, value in quoted.items()]
     options += ['-DGPMLP_API=extern "C"', f"-DLAMMPS_{'BIG' if found.big_tags else 'SMALL'}BIG"]
     if _has_old_strings(found):
         options.append("-D_GLIBCXX_USE_CXX11_ABI=0")
-    if library.compiled() is not None and library.call("supports_v3"):
-        options.append("-march=x86-64-v3")
-    options += [f"-I{headers}", f"-I{SOURCES / 'src'}", *os.environ.get("CXXFLAGS", "").split()]
-    compiler = _compiler(found, headers)
-    objects = [folder / f"{name}.o" for name in ("pair_gpmlp", "plugin")]
-    for made in objects:
+    options += [f"-I{headers}", f"-I{SOURCES / 'src'}"]
+    compiler = [*_compiler(found, headers), *FLAGS.split(), *options]
+    fast = ["-march=x86-64-v3"] if library.compiled() is not None and library.call("supports_v3") else []
+    fast += os.environ.get("CXXFLAGS", "").split()
+    needs = f"-DGPMLP_NEEDS={_instructions([*compiler, *fast], found)}"
+    # what both hold of templates is taken from the first, which has to run on any processor
+    objects = [folder / f"{name}.o" for name in ("plugin", "pair_gpmlp")]
+    for made, more in zip(objects, ([needs], fast), strict=True):
         source = SOURCES / "lammps" / f"{made.stem}.cpp"
-        _run([*compiler, *FLAGS.split(), *options, "-c", str(source), "-o", str(made)], found)
+        _run([*compiler, *more, "-c", str(source), "-o", str(made)], found)
     plugin = folder / "gpmlp_plugin.so"
-    link = [*compiler, "-shared", "-pthread", *map(str, objects), "-o", str(plugin)]
+    link = [*compiler, *fast, "-shared", "-pthread", *map(str, objects), "-o", str(plugin)]
     _run(link, found)
     # where something is lacking the one with strong references is not loaded
     trial = folder / "trial.in"
@@ -232,6 +237,13 @@ def _compile(found: Installation, headers: Path, folder: Path) -> Path:
     return plugin
 
 
+def _instructions(compiler: list[str], found: Installation) -> str:
+    """Checks of plugin.cpp for those of INSTRUCTIONS that the compiler makes use of."""
+    macros = _run([*compiler, "-dM", "-E", "-x", "c++", os.devnull], found)
+    needed = (name for name in INSTRUCTIONS if f" __{name.upper().replace('.', '_')}__ " in macros)
+    return " ".join(f'GPMLP_CHECK("{name}")' for name in needed)
+
+
 def _has_old_strings(found: Installation) -> bool:
     """Whether it was compiled with std::string as of before C++11."""
     libraries = [*found.executable.parent.glob("liblammps*.so"), *found.executable.parent.glob("../lib/liblammps*.so")]
@@ -239,7 +251,9 @@ def _has_old_strings(found: Installation) -> bool:
     return b"_ZN9LAMMPS_NS5utils8inumericEPKciRKSs" in text
 
 
-def _run(command: list[str], found: Installation) -> None:
+def _run(command: list[str], found: Installation) -> str:
+    """What a command prints."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{found}: the plugin could not be compiled ({' '.join(command)}):\n{done.stderr[:2000]}")
+    return done.stdout

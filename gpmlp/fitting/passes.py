@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -108,7 +109,8 @@ def make_factors(
 ) -> tuple[Factors, Factors]:
     """Triangular factors of the rows of the structures fitted, and of those set aside, by kind."""
     light = [replace(model, lowers=()) for model in models]
-    return partitions.reduce(_make_factors, _merge_factors, light, chosen=(fitted, held), report=report)
+    work = _make_factors if len(partitions.bounds) == 1 else _make_triangles
+    return partitions.reduce(work, _merge_factors, light, chosen=(fitted, held), report=report)
 
 
 def _make_factors(
@@ -116,6 +118,15 @@ def _make_factors(
 ) -> tuple[Factors, Factors]:
     of_fitted = regression.stream_rows(models, *_chunked(partition, fitted), report)
     return of_fitted, regression.stream_rows(models, *_chunked(partition, held), lambda done, total, note: None)
+
+
+def _make_triangles(report: Report, *about: Any) -> tuple[Factors, Factors]:
+    """The same with nothing left to be folded in, which is a third of what waits to be merged and is sent."""
+    found = _make_factors(report, *about)
+    with parallel.one_core():  # the last digits depend on it
+        for factor in (*found[0].values(), *found[1].values()):
+            factor.compress()
+    return found
 
 
 def _merge_factors(first: tuple[Factors, Factors], later: tuple[Factors, Factors]) -> tuple[Factors, Factors]:

@@ -4,15 +4,13 @@ number of pieces alone fixes, so that no result depends on who did what, or when
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import signal
 import time
 import warnings
-import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import resource_tracker
 from typing import Any, Protocol
 from uuid import uuid4
@@ -24,8 +22,13 @@ from gpmlp.core import errors
 from gpmlp.core.errors import UserError
 
 Report = Callable[[float, float, str], None]  # done, total, note
+Span = tuple[int, int]  # of pieces: the first one, and how many
 POLL_S = 0.02
 CONNECT_S = 15.0  # until a scheduler has to answer, and its first worker to be there
+LOOK_S = 1.0  # between two looks whether there are workers
+ALONE_S = 600.0  # that a fit waits for workers where none is left
+AHEAD = 2  # pieces a worker that may be begun beyond the oldest that has not ended: what they give waits to be merged
+BUNDLES = 4  # a worker, in which pieces travel to those of an executor that is not dask's
 
 
 def silent(done: float, total: float, note: str = "") -> None:
@@ -40,6 +43,8 @@ class Future(Protocol):
     def result(self) -> Any: ...
 
     def cancel(self) -> Any: ...
+
+    def exception(self) -> BaseException | None: ...
 
     def add_done_callback(self, function: Callable[[Any], Any], /) -> Any: ...
 
@@ -59,30 +64,26 @@ class Workers:
         """A value for many pieces, as an argument of theirs."""
         return value
 
-    def submit(self, work: Callable, *arguments: Any) -> Any:
-        """A promise of work(*arguments), which may be an argument itself."""
-        return work(*arguments)
-
-    def result(self, promise: Any) -> Any:
-        """What was promised."""
-        return promise
-
     def map(self, work: Callable, pieces: Sequence[tuple], report: Report = silent) -> list[Any]:
         """[work(report, *piece) for piece in pieces]."""
-        return [self.result(promise) for promise in self._begin(work, pieces, report)]
+        return [work(within(report, k, len(pieces)), *piece) for k, piece in enumerate(pieces)]
 
     def each(self, function: Callable, pieces: Sequence[tuple]) -> list[Any]:
         """[function(*piece) for piece in pieces]."""
         return self.map(_call, [(function, *piece) for piece in pieces])
 
     def reduce(self, work: Callable, merge: Callable, pieces: Sequence[tuple], report: Report = silent) -> Any:
-        """What work(report, *piece) gives for each piece, merged with its neighbours: merge(merge(a, b), merge(c, d)) of four."""
-        promises = self._begin(work, pieces, report)
-        return self.result(_merged(promises, len(pieces), partial(self.submit, merge)))
+        """What work(report, *piece) gives for each piece, merged with its neighbours: merge(merge(a, b), merge(c, d)) of four. At most
+        log2 of the number of pieces wait to be merged."""
 
-    def _begin(self, work: Callable, pieces: Sequence[tuple], report: Report) -> Iterator[Any]:
-        for k, piece in enumerate(pieces):
-            yield self.submit(work, within(report, k, len(pieces)), *piece)
+        def whole(span: Span) -> Any:
+            if span[1] == 1:
+                return work(within(report, span[0], len(pieces)), *pieces[span[0]])
+            first, later = _halves(span)
+            made = whole(first)
+            return merge(made, whole(later))
+
+        return whole((0, len(pieces)))
 
 
 def within(report: Report, before: int, pieces: int) -> Report:
@@ -94,72 +95,173 @@ def within(report: Report, before: int, pieces: int) -> Report:
     return tell
 
 
-def _merged(promises: Iterator[Any], n: int, merge: Callable[[Any, Any], Any]) -> Any:
-    """The next n in one: the first 2^k of them, the largest such number below n, merged with the others. At most log2 n wait."""
-    if n == 1:
-        return next(promises)
+def _halves(span: Span) -> tuple[Span, Span]:
+    """What a span of several pieces is merged of: its first 2^k, the largest such number below all of them, and the others."""
+    first, n = span
     left = 1 << (n - 1).bit_length() - 1
-    first = _merged(promises, left, merge)
-    return merge(first, _merged(promises, n - left, merge))
+    return (first, left), (first + left, n - left)
+
+
+def _merges(span: Span) -> Iterator[tuple[Span, Span, Span]]:
+    """Each merge of the tree: both halves and what they make."""
+    if span[1] > 1:
+        halves = _halves(span)
+        yield (*halves, span)
+        for half in halves:
+            yield from _merges(half)
 
 
 class RemoteWorkers(Workers):
-    """Whoever works for an executor."""
+    """Whoever works for an executor.
+
+    Pieces are begun in their order, AHEAD for each worker beyond the oldest that has not ended, and merges go before further pieces. So
+    no more than AHEAD for each worker and log2 of the number of pieces wait to be merged.
+    """
 
     shares = False
 
     def __init__(self, executor: Executor) -> None:
         self.executor, self.versions = executor, _versions()
         self.takes_promises = hasattr(executor, "scheduler_info")  # a Client of dask
-        self.open: weakref.WeakSet = weakref.WeakSet()  # a result is given up by dask when nobody refers to it
-        self.ended: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.progress: tuple[Report, int, int] = (silent, 0, 0)
+        self.number: int = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
+        self.looked, self.attended = -LOOK_S, time.monotonic()  # when we looked for workers, and when some were there
 
     def keep(self, value: Any) -> Any:
-        return self.submit(_same, value) if self.takes_promises else value
+        return self._submit(0, _same, value) if self.takes_promises else value
 
-    def submit(self, work: Callable, *arguments: Any) -> Any:
+    def map(self, work: Callable, pieces: Sequence[tuple], report: Report = silent) -> list[Any]:
+        n = len(pieces)
+        if self.takes_promises:
+            made = self._run(work, pieces, report)
+            return [self._result(made[k, 1]) for k in range(n)]
+        size = -(-n // (BUNDLES * self.number)) or 1  # what pieces of a bundle share travels once
+        bundles = [(work, pieces[k : k + size]) for k in range(0, n, size)]
+
+        def tell(done: float, _: float, note: str) -> None:
+            done = min(n, int(done) * size)
+            report(done, n, f"{done} of {n} partitions" if done else note)
+
+        made = self._run(_bundled, bundles, tell)
+        return [result for k in range(len(bundles)) for result in made[k, 1].result()]
+
+    def reduce(self, work: Callable, merge: Callable, pieces: Sequence[tuple], report: Report = silent) -> Any:
+        (made,) = self._run(work, pieces, report, merge).values()
+        return self._result(made)
+
+    def _run(
+        self, work: Callable, pieces: Sequence[tuple], report: Report, merge: Callable | None = None
+    ) -> dict[Span, Any]:
+        """Promises of each piece, or of all of them merged, that have been kept."""
+        n, begun = len(pieces), 0
+        into = {half: merged for merged in _merges((0, n)) for half in merged[:2]} if merge else {}
+        running: dict[Span, Any] = {}
+        made: dict[Span, Any] = {}
+        errors: dict[Span, BaseException] = {}
+        ended: queue.SimpleQueue[Span] = queue.SimpleQueue()
+        progress = _Progress(report, n, len(into) // 2)
+        self.attended = time.monotonic()
+
+        def begin(span: Span, *call: Any) -> None:
+            running[span] = promise = self._submit(int(span[1] > 1), *call)
+            promise.add_done_callback(lambda _: ended.put(span))
+
+        try:
+            while running or begun < n:
+                oldest = min((first for first, size in running if size == 1), default=begun)
+                while begun < min(n, oldest + AHEAD * self.number) and not errors:
+                    begin((begun, 1), work, silent, *pieces[begun])
+                    begun += 1
+                span = self._next(ended, progress)
+                made[span] = promise = running.pop(span)
+                if error := promise.exception():
+                    errors[span] = error
+                if errors:  # that of the first piece, whichever ended first
+                    if all(other > min(errors) for other in running):
+                        raise errors[min(errors)]
+                    continue
+                progress.count(span)
+                one, later, both = into.get(span, (span, span, span))
+                if both != span and one in made and later in made:
+                    begin(both, merge, *(self._argument(made.pop(half)) for half in (one, later)))
+        except BaseException as error:
+            for other in () if self.takes_promises else running.values():  # a Client forgets what nobody refers to
+                other.cancel()
+            raise _in_words(error) from error
+        return made
+
+    def _submit(self, priority: int, work: Callable, *arguments: Any) -> Any:
+        """A promise of work(*arguments), of dask's among which may be others."""
         how: dict[str, Any] = {}
         if self.takes_promises:  # told apart by names, not by hashes of the data
-            how = {"pure": False, "key": f"{work.__name__.strip('_')}-{uuid4()}"}
-        else:
-            arguments = tuple(self.result(a) if any(a is p for p in self.open) else a for a in arguments)
+            how = {"pure": False, "key": f"{work.__name__.strip('_')}-{uuid4()}", "priority": priority}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sending large graph")  # the data have to travel once
             try:
-                promise = self.executor.submit(_do, self.versions, work, *arguments, **how)
+                return self.executor.submit(_do, self.versions, work, *arguments, **how)
             except Exception as error:
                 raise _in_words(error) from error
-        self.open.add(promise)
-        return promise
 
-    def result(self, promise: Future) -> Any:
+    def _argument(self, promise: Future) -> Any:
+        return promise if self.takes_promises else promise.result()
+
+    def _next(self, ended: queue.SimpleQueue[Span], progress: _Progress) -> Span:
+        """What ends next."""
+        while True:
+            if self._deserted():
+                progress.tell("waiting for workers")
+            with suppress(queue.Empty):
+                return ended.get(timeout=LOOK_S)
+
+    def _result(self, promise: Future) -> Any:
+        """What was promised, which a worker that dies afterwards takes with it, and others make again."""
         try:
             while not promise.done():
-                self._tell()
+                self._deserted()
                 time.sleep(POLL_S)
-            self._tell()
             return promise.result()
         except BaseException as error:
-            for other in () if self.takes_promises else list(self.open):  # a Client forgets what nobody refers to
-                other.cancel()
             raise _in_words(error) from error
 
-    def _begin(self, work: Callable, pieces: Sequence[tuple], report: Report) -> Iterator[Any]:
-        ended = self.ended = queue.SimpleQueue()
-        self.progress = report, 0, len(pieces)
-        promises = deque(self.submit(work, silent, *piece) for piece in pieces)
-        for promise in promises:
-            promise.add_done_callback(lambda _: ended.put(None))
-        return (promises.popleft() for _ in pieces)
+    def _deserted(self) -> bool:
+        """Whether dask has no workers at the moment.
 
-    def _tell(self) -> None:
-        """Report the pieces that have ended."""
-        while not self.ended.empty():
-            self.ended.get()
-            report, done, total = self.progress
-            self.progress = report, done + 1, total
-            report(done + 1, total, f"{done + 1} of {total} partitions")
+        Raises:
+            UserError: there have been none for ALONE_S.
+        """
+        now = time.monotonic()
+        if self.takes_promises and now >= self.looked + LOOK_S:
+            with suppress(OSError):  # a scheduler that is gone is told by the promises
+                self.number = sum(self.executor.nthreads().values())  # type: ignore[attr-defined]
+            self.looked = time.monotonic()
+        if self.number:
+            self.attended = now
+        elif now > self.attended + ALONE_S:
+            raise UserError(
+                f"The scheduler has had no workers for {ALONE_S / 60:.3g} minutes, and the fit ends. Start some and fit again; if they "
+                "died for want of memory (docs/memory.md), take fewer on a machine, or lower inducing.n."
+            )
+        return not self.number
+
+
+class _Progress:
+    """Pieces that have ended, and what is merged of them."""
+
+    def __init__(self, report: Report, pieces: int, merges: int) -> None:
+        self.report, self.pieces, self.merges, self.ended, self.merged = report, pieces, merges, 0, 0
+
+    def count(self, span: Span) -> None:
+        """One more has ended."""
+        self.ended, self.merged = self.ended + (span[1] == 1), self.merged + (span[1] > 1)
+        note = f", {self.merged} of {self.merges} merged" if self.merged else ""
+        self.tell(f"{self.ended} of {self.pieces} partitions{note}")
+
+    def tell(self, note: str) -> None:
+        """Report it in other words."""
+        self.report(self.ended + self.merged, self.pieces + self.merges, note)
+
+
+def _bundled(report: Report, work: Callable, pieces: Sequence[tuple]) -> list[Any]:
+    return [work(report, *piece) for piece in pieces]
 
 
 def workers_of(executor: Executor | None, device: str = "cpu") -> Workers:

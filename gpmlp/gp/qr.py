@@ -218,7 +218,7 @@ class RowFactor:
         self.count += len(values)
         self._pending += len(values)
         if self._pending >= self._buffer_rows:
-            self._compress()
+            self.compress()
 
     def merge(self, later: RowFactor) -> RowFactor:
         """The factor of the rows of both, later ones behind; neither is changed."""
@@ -229,10 +229,13 @@ class RowFactor:
         if min(self.count, later.count) > self.columns + 1:  # both are triangles
             both._parts = [_merge_triangles(first.clone(), second.clone())]
         elif both._parts:
-            both._compress()
+            both.compress()
         return both
 
-    def _compress(self) -> None:
+    def compress(self) -> None:
+        """Fold in the rows that wait in the buffer, if there are any: at most columns + 1 rows are held then."""
+        if not self._parts:
+            return
         stacked = torch.cat(self._parts) if len(self._parts) > 1 else self._parts[0]
         self._parts.clear()
         if stacked.shape[0] > self.columns + 1:
@@ -244,5 +247,5 @@ class RowFactor:
         """(at most columns + 1, columns + 1) triangular factor, or the rows themselves where they are fewer."""
         if not self._parts:
             return torch.zeros(0, self.columns + 1, dtype=torch.float64)
-        self._compress()
+        self.compress()
         return self._parts[0]

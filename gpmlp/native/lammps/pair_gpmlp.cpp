@@ -17,6 +17,7 @@
 #include "model_file.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <sstream>
@@ -24,6 +25,7 @@
 using namespace LAMMPS_NS;
 
 static constexpr double ON_TOP = 1e-3; // A; atoms that are as close are one on top of the other
+static constexpr int FEW = 8;          // atoms whose force_sigma is found where no others are flagged
 
 PairGPMLP::PairGPMLP(LAMMPS *lmp) : Pair(lmp) {
     restartinfo = 0; // as others that read a file: give pair_style and pair_coeff again
@@ -40,14 +42,24 @@ PairGPMLP::~PairGPMLP() {
 }
 
 void PairGPMLP::settings(int n, char **words) {
-    if (n % 2) error->all(FLERR, "pair_style gpmlp: an option lacks its value (pair_style gpmlp [threads N] [force_atoms N])");
+    if (n % 2)
+        error->all(FLERR, "pair_style gpmlp: an option lacks its value (pair_style gpmlp [threads N] [force_atoms N] [sigma_above X] "
+                          "[novelty_above X])");
     for (int k = 0; k < n; k += 2) {
         const std::string name = words[k];
+        if (name == "sigma_above" || name == "novelty_above") {
+            const double value = utils::numeric(FLERR, words[k + 1], false, lmp);
+            if (!(value >= 0)) error->all(FLERR, "pair_style gpmlp: " + name + " must be 0 or more");
+            (name == "sigma_above" ? force_sigma.sigma_above : force_sigma.novelty_above) = value;
+            continue;
+        }
         if (name != "threads" && name != "force_atoms") error->all(FLERR, "pair_style gpmlp has no option " + name);
         const int value = utils::inumeric(FLERR, words[k + 1], false, lmp);
         if (value < 1) error->all(FLERR, "pair_style gpmlp: " + name + " must be 1 or more");
         (name == "threads" ? threads : force_sigma.atoms) = value;
     }
+    const bool thresholds = std::isfinite(force_sigma.sigma_above) || std::isfinite(force_sigma.novelty_above);
+    if (force_sigma.atoms < 0) force_sigma.atoms = thresholds ? 0 : FEW;
 }
 
 void PairGPMLP::coeff(int n, char **words) {
@@ -106,10 +118,23 @@ std::string PairGPMLP::load(const std::string &given) {
     MPI_Bcast(&length, 1, MPI_INT, 0, world); // all read the same, but only one knows why there is nothing to read
     if (length) error->all(FLERR, given + ": " + problem);
     cutoff = model->cutoff();
+    if (comm->me == 0) introduce(given, words);
     return gpmlp::head_entry(words, "species");
 }
 
+// What was loaded, so that an export that is older than its model is noticed.
+void PairGPMLP::introduce(const std::string &given, const std::vector<int64_t> &words) {
+    const std::string hash = gpmlp::head_entry(words, "sha256"), writer = gpmlp::head_entry(words, "gpmlp"), built = GPMLP_VERSION;
+    utils::logmesg(lmp, "gpmlp: " + given + " was exported by gpmlp " + writer + " from " +
+                            (hash == "unknown" ? "a model that was in no file" : "the model file with sha256 " + hash) + "\n");
+    if (writer != built)
+        error->warning(FLERR, "pair_style gpmlp: " + given + " was exported by gpmlp " + writer + ", and the plugin was built by gpmlp " +
+                                  built + "; they can be used together, but export the model again (gpmlp export) or build the plugin "
+                                          "again (gpmlp lammps build) if results are to be those of one version");
+}
+
 void PairGPMLP::init_style() {
+    evaluated = -1;
     if (!force->newton_pair) error->all(FLERR, "pair_style gpmlp needs the forces of ghost atoms to be summed: newton on");
     if (std::strcmp(update->unit_style, "metal"))
         error->all(FLERR,
@@ -167,6 +192,7 @@ void PairGPMLP::compute(int eflag, int vflag) {
     const gpmlp::Surroundings<double> given{
         n, here.pairs, here.species.data(), here.centers.data(), here.neighbor_species.data(), here.vectors.data()};
     if (force_sigma.asked) sigma.asked = 1;
+    if (force_sigma.asked && std::isfinite(force_sigma.novelty_above)) novelty.asked = 1;
     for (Errors *wanted : {&sigma, &novelty})
         if (wanted->asked) wanted->of_centers.resize(n);
     const gpmlp::Wanted to{here.energies.data(), here.gradients.data(), nullptr, sigma.asked ? sigma.of_centers.data() : nullptr,
@@ -193,7 +219,11 @@ void PairGPMLP::compute(int eflag, int vflag) {
     if (sigma.asked) spread(sigma);
     if (novelty.asked) spread(novelty);
     if (force_sigma.asked) find_force_errors();
-    sigma.asked = novelty.asked = force_sigma.asked = 0;
+    evaluated = update->ntimestep;
+    for (Asked *found : {static_cast<Asked *>(&sigma), static_cast<Asked *>(&novelty), static_cast<Asked *>(&force_sigma)}) {
+        if (found->asked) found->step = evaluated;
+        found->asked = 0;
+    }
 }
 
 // To the places of atoms; zero for those that are none of ours.
@@ -222,16 +252,25 @@ void *PairGPMLP::extract(const char *name, int &dimension) {
     return found ? &found->asked : nullptr;
 }
 
+// Fix pair reads, after the forces of a step, what nobody asked for on it: its own 0 behind the name.
+void PairGPMLP::check_read(const Asked &found) const {
+    if (update->whichflag && evaluated == update->ntimestep && found.step != evaluated)
+        error->all(FLERR, std::string("pair_style gpmlp: fix pair reads ") + found.name +
+                              ", which is computed on steps that ask for it only: write " + found.name + " 1 in fix pair, not 0");
+}
+
 void *PairGPMLP::extract_peratom(const char *name, int &columns) {
     columns = 0;
     if (!std::strcmp(name, "force_sigma")) {
         columns = 3;
+        check_read(force_sigma);
         reach_twice_as_far();
         if (force_sigma.rows.size() < std::size_t(atom->nmax)) force_sigma.resize(atom->nmax);
         return force_sigma.rows.data();
     }
     Errors *found = errors(name);
     if (!found) return nullptr;
+    check_read(*found);
     if (found->of_atoms.size() < std::size_t(atom->nmax)) found->of_atoms.resize(atom->nmax, 0);
     return found->of_atoms.data();
 }
@@ -261,22 +300,32 @@ void PairGPMLP::reach_twice_as_far() {
     if (!model || !model->posterior)
         error->all(FLERR, "pair_style gpmlp: the model knows no force_sigma (give pair_coeff before fix pair; it may have been fitted with "
                           "variance: false, or exported by another version)");
+    if (std::isfinite(force_sigma.novelty_above)) errors("novelty");
     if (comm->mode != Comm::SINGLE) error->all(FLERR, "pair_style gpmlp: force_sigma needs comm_modify mode single");
     comm->cutghostuser = std::max(comm->cutghostuser, 2 * cutoff + neighbor->skin);
 }
 
-// Places in `here` of the atoms with the largest sigma of all processes.
-std::vector<int> PairGPMLP::least_certain() const {
+// The least sigma of the `force_atoms` atoms of all processes that have the largest.
+double PairGPMLP::sigma_of_flagged() const {
     const std::size_t most = force_sigma.atoms;
+    if (!most) return INFINITY;
     std::vector<double> mine = sigma.of_centers;
     mine.resize(std::max(mine.size(), most), -1);
     std::partial_sort(mine.begin(), mine.begin() + most, mine.end(), std::greater<>());
     std::vector<double> all(most * comm->nprocs);
     MPI_Allgather(mine.data(), int(most), MPI_DOUBLE, all.data(), int(most), MPI_DOUBLE, world);
     std::nth_element(all.begin(), all.begin() + (most - 1), all.end(), std::greater<>());
+    return all[most - 1];
+}
+
+// Places in `here` of the atoms whose force_sigma is wanted: the least certain ones, and those beyond a threshold.
+std::vector<int> PairGPMLP::flagged() const {
+    const double least = sigma_of_flagged();
     std::vector<int> out;
     for (std::size_t k = 0; k < here.atoms.size(); k++)
-        if (sigma.of_centers[k] >= all[most - 1]) out.push_back(int(k));
+        if (sigma.of_centers[k] >= least || sigma.of_centers[k] > force_sigma.sigma_above ||
+            (novelty.asked && novelty.of_centers[k] > force_sigma.novelty_above))
+            out.push_back(int(k));
     return out;
 }
 
@@ -300,7 +349,7 @@ void PairGPMLP::find_force_errors() {
     const auto add = [&](int i) {
         if (place[i] < 0) place[i] = int64_t(atoms.size()), atoms.push_back(i);
     };
-    for (const int k : least_certain()) {
+    for (const int k : flagged()) {
         const int i = here.atoms[k];
         add(i), chosen.push_back(place[i]);
         for (int m = 0; m < list->numneigh[i]; m++)

@@ -1,6 +1,7 @@
 // What LAMMPS calls when it loads the plugin: it refuses any LAMMPS but the one that it was compiled for, whose classes
 // alone are laid out in memory as it reads them. Until that is known only LAMMPS's C library is called. All of LAMMPS is
-// referred to weakly, so that another version, which lacks some of it, loads the plugin and learns why it is refused.
+// referred to weakly, so that another version, which lacks some of it, loads the plugin and learns why it is refused. This
+// file is compiled for any processor of its kind, as it has to tell those that the pair style is not for.
 
 #include "lammps.h"
 #include "pair_gpmlp.h"
@@ -63,6 +64,19 @@ static std::string running_mpi() {
     return "MPICH";
 }
 
+// Instructions that pair_gpmlp.cpp was compiled with and this processor has not. GPMLP_NEEDS names them: GPMLP_CHECK("avx2") ...
+static std::string lacking_instructions() {
+    std::string out;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#define GPMLP_CHECK(NAME)                                                                                                                  \
+    if (!__builtin_cpu_supports(NAME)) out += out.empty() ? NAME : ", " NAME;
+    GPMLP_NEEDS
+#undef GPMLP_CHECK
+#endif
+    return out;
+}
+
 // What this LAMMPS is that the plugin was not made for; empty if it is the one.
 static std::string mismatch(void *lmp) {
     if (!lammps_extract_global || !lammps_extract_setting)
@@ -79,10 +93,8 @@ static std::string mismatch(void *lmp) {
         if (size != int(type.second)) return std::string("a LAMMPS whose ") + type.first + " has " + std::to_string(size) + " bytes";
     }
     if (running_mpi() != GPMLP_MPI) return "a LAMMPS that runs with " + running_mpi();
-#if defined(__AVX2__)
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return "this processor, which has no AVX2";
-#endif
-    return "";
+    const std::string lacking = lacking_instructions();
+    return lacking.empty() ? "" : "this processor, which lacks " + lacking;
 }
 
 static void *make_pair(void *lmp) { return new LAMMPS_NS::PairGPMLP(static_cast<LAMMPS_NS::LAMMPS *>(lmp)); }
