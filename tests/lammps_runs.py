@@ -75,13 +75,19 @@ def refusal(script: str, folder: Path) -> str:
 
 
 def start(
-    atoms: Atoms, potential: Potential, folder: Path, style: str = "gpmlp", coeff: str = "", before: str = ""
+    atoms: Atoms,
+    potential: Potential,
+    folder: Path,
+    style: str = "gpmlp",
+    coeff: str = "",
+    before: str = "",
+    boundary: str = "",
 ) -> str:
     """Commands that set up atoms, whose cell is lower triangular, and the potential."""
     export_model(potential, folder / "model")
     symbols = [chemical_symbols[z] for z in sorted(set(atoms.numbers))]
     ase.io.write(folder / "data", atoms, format="lammps-data", specorder=symbols, masses=True, atom_style="atomic")
-    boundary = " ".join("p" if periodic else "f" for periodic in atoms.pbc)
+    boundary = boundary or " ".join("p" if periodic else "f" for periodic in atoms.pbc)
     return f"""units metal
 boundary {boundary}
 atom_style atomic

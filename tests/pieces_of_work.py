@@ -67,13 +67,13 @@ class Factor:
 
 def factor(report, k):
     """Of one piece."""
-    time.sleep(0.002 * (k % 3))
+    time.sleep(0.01 * (k % 3))
     return Factor((k,))
 
 
 def merged_factors(first, later):
     """Of both, which takes longer than to make one."""
-    time.sleep(0.005)
+    time.sleep(0.02)
     return Factor(first.pieces + later.pieces)
 
 

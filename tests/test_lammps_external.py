@@ -194,6 +194,24 @@ def test_a_box_that_changes_and_atoms_that_come_and_go(potential):
     assert lmp.get_thermo("pe") == 0
 
 
+def test_no_atoms_have_no_energy(potential):
+    """Those of when there were some do not stay."""
+    lmp, _ = crystal(potential)
+    external = ExternalPotential(lmp, potential, ["Cu"], "atom_energies", novelty=True)
+    lmp.commands_string(
+        "variable s equal f_gpmlp[1]\nvariable n equal f_gpmlp[3]\nthermo_style custom step pe press v_s v_n\nrun 0"
+    )
+    assert lmp.get_thermo("pe") != 0 and lmp.get_thermo("press") != 0 and lmp.extract_variable("n") > 0
+    lmp.commands_string("delete_atoms group all compress no\nthermo_modify lost ignore\nrun 0")
+    assert lmp.get_thermo("pe") == 0 and lmp.get_thermo("press") == 0
+    assert np.isnan(lmp.extract_variable("s")) and np.isnan(lmp.extract_variable("n"))
+    assert not hasattr(external, "prediction") and not hasattr(external, "structures")
+    atoms = crystal_atoms(potential)
+    lmp.create_atoms(len(atoms), list(range(1, len(atoms) + 1)), [1] * len(atoms), atoms.positions.ravel().tolist())
+    lmp.command("run 0")
+    assert lmp.get_thermo("pe") == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
+
+
 def test_largest_uncertainties_are_elements_of_the_fix(potential):
     """With which `fix halt` ends a run."""
     lmp, atoms = crystal(potential)

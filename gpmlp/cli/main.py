@@ -122,10 +122,9 @@ def fit_command(
         parse_keys(keys or ""),
     )
     with open_executor(workers, dask) as executor:
-        # several files are read by the workers
-        shared: dict[str, Any] = {"each": workers_of(executor).each} if executor is not None and len(files) > 1 else {}
+        each = workers_of(executor).each if executor is not None else None  # by whom files are read
         with console.StageBars() as stages:
-            data = ase_atoms.read_labelled(files, keys=names, progress=stages, **shared)
+            data = ase_atoms.read_labelled(files, keys=names, progress=stages, each=each)
             validation = ase_atoms.read(valid, labelled=True, keys=names) if valid is not None else None
         origin = provenance.file_provenance(training=files, validation=valid)
         with console.StageBars() as stages:

@@ -49,7 +49,7 @@ class LearningBar(TransientBar):
             transient=True,
             expand=self.wide,
         )
-        total = recipe.dynamics.steps * recipe.dynamics.walkers
+        total = None if recipe.lammps else recipe.dynamics.steps * recipe.dynamics.walkers
         blank: dict[str, Any] = dict.fromkeys(fields, "")
         self.task = self.bar.add_task("start", total=total, note="", **blank)
 
@@ -144,7 +144,7 @@ def learning_table(state: LoopState, folder: Path, page: Path | None) -> Table:
         ("why it stopped", _why(state)),
         *((c.name, f"{MARKS[c.met]}: {c.sentence}") for c in (state.verdict.criteria if state.verdict else ())),
         ("labels", f"{state.labels}: {len(progress.first)} to begin with, {asked} asked for{cut}{aside}"),
-        ("steps", f"{steps} of {len(progress.walkers)} walkers{rare}"),
+        *([("steps", f"{steps} of {len(progress.walkers)} walkers{rare}")] if progress.walkers else []),
         *(_model_pairs(model, force) if model else ()),
         ("model", str(folder / "model.gpmlp")),
         ("labels, trajectory, log", f"labels.xyz, trajectory.xyz, run.log, log.jsonl in {folder}"),

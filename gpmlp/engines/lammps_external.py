@@ -70,7 +70,7 @@ class ExternalPotential:
     or `file` of the instance, which is usable afterwards.
 
     Attributes:
-        prediction: of the last step, atoms in the order of their IDs, in eV and A.
+        prediction: of the last step, atoms in the order of their IDs, in eV and A; absent where there were no atoms.
         structures: what was predicted.
     """
 
@@ -138,9 +138,12 @@ class ExternalPotential:
     def _callback(self, _: Any, step: int, n_local: int, tags: np.ndarray, x: np.ndarray, forces: np.ndarray) -> None:
         """What LAMMPS calls at each step: positions (n_local, 3) of the atoms `tags` in, forces (n_local, 3) out."""
         forces[:] = 0.0
-        if self._failure is not None or not n_local:
+        if self._failure is not None:
             return
         try:
+            if not n_local:
+                self._give_nothing()
+                return
             order = self._place(tags, x)
             self.prediction = self.potential(
                 self.structures, self.uncertainty, self.novelty,
@@ -201,6 +204,15 @@ class ExternalPotential:
         for k, name in enumerate(LARGEST, 1):
             largest = float(np.max(doubts[name])) if name in doubts else math.nan
             lib.lammps_fix_external_set_vector(handle, self._fix, k, largest / self._in_lammps(name))
+
+    def _give_nothing(self) -> None:
+        """Without atoms LAMMPS would go on with the numbers of when there were some."""
+        lib, handle, self._tags = self._lmp.lib, self._lmp.lmp, np.empty(0, dtype=np.int64)
+        vars(self).pop("structures", None), vars(self).pop("prediction", None)
+        lib.lammps_fix_external_set_energy_global(handle, self._fix, 0.0)
+        lib.lammps_fix_external_set_virial_global(handle, self._fix, (6 * c_double)())
+        for k in range(1, len(LARGEST) + 1):
+            lib.lammps_fix_external_set_vector(handle, self._fix, k, math.nan)
 
     def _in_lammps(self, name: str) -> float:
         """LAMMPS' unit of one of LARGEST in eV and A."""

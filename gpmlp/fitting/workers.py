@@ -68,9 +68,9 @@ class Workers:
         """[work(report, *piece) for piece in pieces]."""
         return [work(within(report, k, len(pieces)), *piece) for k, piece in enumerate(pieces)]
 
-    def each(self, function: Callable, pieces: Sequence[tuple]) -> list[Any]:
+    def each(self, function: Callable, pieces: Sequence[tuple], report: Report = silent) -> list[Any]:
         """[function(*piece) for piece in pieces]."""
-        return self.map(_call, [(function, *piece) for piece in pieces])
+        return self.map(_call, [(function, *piece) for piece in pieces], report)
 
     def reduce(self, work: Callable, merge: Callable, pieces: Sequence[tuple], report: Report = silent) -> Any:
         """What work(report, *piece) gives for each piece, merged with its neighbours: merge(merge(a, b), merge(c, d)) of four. At most

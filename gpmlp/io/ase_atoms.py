@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.io import extxyz, label_names, labels, structure_files
 from gpmlp.io.files import atomic_write
 from gpmlp.io.frames import Frame
-from gpmlp.io.structure_files import Paths, Progress
+from gpmlp.io.structure_files import Each, Paths, Progress
 from gpmlp.io.zero_labels import without_false_zeros
 
 ELECTRONIC = {"magnetic_moments": "initial_magmoms", "charges": "initial_charges"}  # of Structures: ASE's arrays
@@ -84,16 +83,20 @@ def read_labelled(
     index: str | int | slice = ":",
     keys: Keys | None = None,
     progress: Progress | None = None,
-    each: Callable[[Callable, Sequence[tuple]], Iterable] = starmap,
+    each: Each | None = None,
 ) -> LabelledData:
     """Read structures and labels, and everything that was found on the way; see `read`, nothing is warned of.
 
     Args:
-        each: calls a function with each file and what messages call it; by default one after the other.
+        each: by whom files are read, each by one, and a single one in shards; this process if not given.
     """
-    here, files = each is starmap, structure_files.called_files(path)
-    read_file = partial(_read_file, index, keys, progress if here else None)
-    parts = list(each(read_file, files if here else [(path.absolute(), called) for path, called in files]))
+    files = structure_files.called_files(path)
+    if each is None or len(files) == 1:
+        parts = [_read_file(index, keys, progress, each, *file) for file in files]
+    else:
+        tell = partial(progress, "reading") if progress else lambda done, total, note: None
+        absolute = [(path.absolute(), called) for path, called in files]
+        parts = list(each(partial(_read_file, index, keys, None, None), absolute, tell))
     if len(parts) == 1:
         return parts[0]
     structures, targets = Structures.concatenate([d.structures for d in parts]), [d.targets for d in parts]
@@ -101,9 +104,9 @@ def read_labelled(
 
 
 def _read_file(
-    index: str | int | slice, keys: Keys | None, progress: Progress | None, path: Path, called: str
+    index: str | int | slice, keys: Keys | None, progress: Progress | None, each: Each | None, path: Path, called: str
 ) -> LabelledData:
-    file = structure_files.read_file(path, index, progress, called)
+    file = structure_files.read_file(path, index, progress, called, each)
     data = from_frames(file.frames, file.names, str(file.path), keys)
     return replace(data, findings=(*file.findings, *data.findings))
 

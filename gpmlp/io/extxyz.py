@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from ase.data import atomic_numbers
@@ -84,6 +84,20 @@ class FrameOffsets:
     lines: tuple[int, ...]
     end: int
     problem: str
+
+    def places(self, chosen: Sequence[int]) -> list[FramePlace]:
+        """Where some of the frames are, by their numbers."""
+        bounds = [*self.starts, self.end]
+        return [FramePlace(i, self.lines[i], bounds[i], bounds[i + 1]) for i in chosen]
+
+
+class FramePlace(NamedTuple):
+    """A frame of a file: its number, the line that it begins with, and its bytes."""
+
+    number: int
+    line: int
+    start: int
+    end: int
 
 
 def _zstandard(raw: IO[bytes]) -> IO[bytes]:
@@ -149,12 +163,17 @@ def scan_frames(path: str | os.PathLike[str], closed: bool = False) -> FrameOffs
         closed: whether a frame whose last line has no line end is incomplete: an interrupted writer may have cut its last number short.
     """
     with open_decompressed(path) as file:
-        left = os.stat(path).st_size if isinstance(file, io.BufferedReader) and _is_raw(file) else None
-        return _scan(file, left, closed)
+        return _scan(file, os.stat(path).st_size if _is_raw(file) else None, closed)
 
 
-def _is_raw(file: io.BufferedReader) -> bool:
-    return isinstance(file.raw, io.FileIO)
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Whether frames can be reached only through those before them."""
+    with open_decompressed(path) as file:
+        return not _is_raw(file)
+
+
+def _is_raw(file: IO[bytes]) -> bool:
+    return isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
 
 
 def _scan(file: IO[bytes], size: int | None, closed: bool) -> FrameOffsets:
@@ -205,21 +224,20 @@ def _rest(file: IO[bytes], number: int, n_frames: int) -> str:
     return ""
 
 
-def read_chosen(path: str | os.PathLike[str], layout: FrameOffsets, chosen: Sequence[int]) -> Iterator[Frame]:
-    """Parse the frames of the given numbers; nothing else is parsed.
+def read_places(path: str | os.PathLike[str], places: Sequence[FramePlace]) -> Iterator[Frame]:
+    """Parse these frames; nothing else is parsed.
 
     Raises:
         UserError: a frame cannot be read; names file, frame and line.
     """
-    bounds = [*layout.starts, layout.end]
     with open_decompressed(path) as file:
-        for i in chosen:
-            file.seek(bounds[i])
+        for place in places:
+            file.seek(place.start)
             try:
-                yield parse_frame(file.read(bounds[i + 1] - bounds[i]))
+                yield parse_frame(file.read(place.end - place.start))
             except ParseError as error:
-                line = layout.lines[i] + error.line
-                raise UserError(f"{path}: frame {i} of it cannot be read: {error} (line {line}).") from error
+                line = place.line + error.line
+                raise UserError(f"{path}: frame {place.number} of it cannot be read: {error} (line {line}).") from error
 
 
 def parse_frame(text: bytes) -> Frame:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ase.io
@@ -16,6 +17,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.findings import Finding
 from gpmlp.io import extxyz
 from gpmlp.io.convergence import unconverged_steps
+from gpmlp.io.extxyz import FramePlace
 from gpmlp.io.frames import Frame
 
 Progress = Callable[[str, float, float, str], None]
@@ -27,6 +29,9 @@ OF_ELECTRONS = CONVERGED | frozenset(
 )
 NO, YES = ("false", "f", "no", "0", ".false."), ("true", "t", "yes", "1", ".true.")
 EVERY = 500  # frames between two reports of progress
+SHARD_BYTES = 4 << 20  # of frames that a worker parses at a time
+Report = Callable[[float, float, str], None]
+Each = Callable[[Callable, Sequence[tuple], Report], Iterable]  # calls a function with each tuple, in whatever process
 
 # what readers of the many formats raise on input that they do not understand
 UNREADABLE = (
@@ -133,11 +138,13 @@ def read_file(
     index: str | int | slice = ":",
     progress: Progress | None = None,
     called: str | None = None,
+    each: Each | None = None,
 ) -> FileFrames:
     """Read frames of one file; what the index leaves out of an XYZ file is not parsed.
 
     Args:
         called: how messages call the file; its name without folders, if not given.
+        each: by whom frames of an XYZ file that is not compressed are parsed, SHARD_BYTES at a time; this process if not given.
 
     Raises:
         UserError: the file or a frame of it cannot be used; names the file, the frame and where possible the line.
@@ -146,25 +153,55 @@ def read_file(
     check_source(path)
     called = called or path.name
     try:
-        return _read_xyz(path, index, progress, called) if extxyz.is_xyz(path) else _read_by_ase(path, index, called)
+        if not extxyz.is_xyz(path):
+            return _read_by_ase(path, index, called)
+        return _read_xyz(path, index, progress, called, None if extxyz.is_compressed(path) else each)
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-def _read_xyz(path: Path, index: str | int | slice, progress: Progress | None, called: str) -> FileFrames:
+def _read_xyz(
+    path: Path, index: str | int | slice, progress: Progress | None, called: str, each: Each | None
+) -> FileFrames:
     layout = extxyz.scan_frames(path)
     if layout.problem:
         raise UserError(f"{path}: cannot be read: {layout.problem}.")
     numbers = _choose(path, index, len(layout.starts))
-    frames = []
-    for frame in extxyz.read_chosen(path, layout, numbers):
-        frames.append(frame)
-        if progress and len(numbers) > EVERY and (len(frames) % EVERY == 0 or len(frames) == len(numbers)):
-            progress("reading", len(frames), len(numbers), called)
+    tell = partial(progress, "reading") if progress and len(numbers) > EVERY else lambda done, total, note: None
+    frames: list[Frame] = []
+    if each is None:
+        for frame in extxyz.read_places(path, layout.places(numbers)):
+            frames.append(frame)
+            if len(frames) % EVERY == 0 or len(frames) == len(numbers):
+                tell(len(frames), len(numbers), called)
+    else:
+        shards = [(path.absolute(), places) for places in _shards(layout.places(numbers))]
+        for part in each(_read_shard, shards, lambda done, total, _: tell(done, total, called)):
+            frames += part
     names = [f"{called} frame {i}" for i in numbers]
     return FileFrames(path, frames, numbers, names, tuple(_not_read(frames, names)))
+
+
+def _shards(places: Sequence[FramePlace]) -> Iterator[list[FramePlace]]:
+    """Runs of frames of about SHARD_BYTES."""
+    shard: list[FramePlace] = []
+    for place in places:
+        shard.append(place)
+        if abs(place.end - shard[0].start) >= SHARD_BYTES:  # they may be in any order
+            yield shard
+            shard = []
+    if shard:
+        yield shard
+
+
+def _read_shard(path: Path, places: Sequence[FramePlace]) -> list[Frame]:
+    """Parse frames of a file, on a worker, which has to see it under this path."""
+    try:
+        return list(extxyz.read_places(path, places))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read by a worker: {error.strerror or error}.") from error
 
 
 def _not_read(frames: Sequence[Frame], names: Sequence[str]) -> Iterator[Finding]:

@@ -38,7 +38,15 @@ HOW = (
     *("executor_options", "directory", "keep", "check_forces", "largest_force", "largest_net_force", "check_every"),
     "kwargs.command",
 )
-MAY_CHANGE = ("stop.", "thin", "output", "dynamics.steps", "dynamics.ramp_steps", *(f"oracle.{name}" for name in HOW))
+MAY_CHANGE = (
+    "stop.",
+    "thin",
+    "lammps.",
+    "output",
+    "dynamics.steps",
+    "dynamics.ramp_steps",
+    *(f"oracle.{name}" for name in HOW),
+)
 
 
 @dataclass(frozen=True, eq=False)

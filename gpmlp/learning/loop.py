@@ -18,6 +18,7 @@ from gpmlp.learning import exploration, initial_structures, model, surrogate, wa
 from gpmlp.learning.checkpoint import ActivityTimer, RunFiles, RunProgress, load_checkpoint, recipe_as_begun
 from gpmlp.learning.label_requests import LabelRequest, LabelRequests, share_environment
 from gpmlp.learning.labels import canonical_structure
+from gpmlp.learning.lammps_runs import LammpsRuns
 from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.stopping import judge, observables
@@ -97,8 +98,10 @@ class _Run:
         moments = recipe.oracle.magnetic_moments
         initial_structures.warn_of_electronic_start(self.starts, base / recipe.start, moments)
         dynamics, starts = recipe.dynamics, self.starts
+        self.lammps = LammpsRuns(recipe.lammps, base, self.folder) if recipe.lammps else None
         self.walkers = [
-            Walker.from_atoms(i, starts[i % len(starts)], dynamics, recipe.seed) for i in range(dynamics.walkers)
+            Walker.from_atoms(i, starts[i % len(starts)], dynamics, recipe.seed)
+            for i in range(0 if self.lammps else dynamics.walkers)
         ]
         self.given = base / recipe.bootstrap.given if recipe.bootstrap.given else None
         self.timestep_fs = dynamics.timestep_fs or walker.default_timestep_fs(min((a.numbers for a in starts), key=min))
@@ -141,6 +144,8 @@ class _Run:
             yield from self._first_labels()
         else:
             yield from self._restore_model()
+        while not self.progress.stopped and self.lammps:
+            yield from self._lammps_round(self.lammps)
         while not self.progress.stopped:
             yield from self._round()
             self._judge()
@@ -231,6 +236,45 @@ class _Run:
             self._take(i, snapshot)
             yield self._state("dynamics")
         yield from self._serve_requests()
+
+    def _lammps_round(self, lammps: LammpsRuns) -> Iterator[LoopState]:
+        """Let LAMMPS go on until it halts, and learn the frame at which it did; without one it has come to its end."""
+        left, self.progress = lammps.waiting(), replace(self.progress, round=self.progress.round + 1)
+        limited, sentence = judge.reached_limit(len(self.progress.labels), self._hours(), self.recipe.stop)
+        frame = left
+        if frame is None and not limited:
+            yield self._state("dynamics")
+            with self.timer("dynamics"):
+                limits = self.recipe.novelty_limit, self.recipe.trigger.local_energy
+                frame = lammps.advance(self.potential, self.folder / "model.gpmlp", *limits)
+        if frame is None or limited:
+            stopped = sentence if limited else f"LAMMPS came to the end of {lammps.recipe.input}"
+            self.progress = replace(self.progress, stopped=stopped)
+            self.files.log_event("stopped", reason=stopped, ended="limit" if limited else "steps")
+            self._checkpoint()
+            return
+        frame = canonical_structure(frame)
+        request = self._request(frame, surrogate.most_uncertain_atom(self.potential, frame))
+        key, self.reason = self.requests.key(request.structure), f"LAMMPS halted ({lammps.recipe.input})"
+        if key not in self.progress.labels:
+            yield self._state("labelling")
+            notes = {"walker": 0, "step": self.progress.round}
+            entry = self.requests.collect(request, self.reason, notes, self.potential)
+            if entry is None:
+                raise UserError(
+                    f"The oracle gave no label for the frame at which LAMMPS halted: {self.requests.refused}"
+                )
+            self.progress = replace(self.progress, learned=(*self.progress.learned, key))
+            yield self._state("learning")
+            with self.timer("learning"):
+                self.model = self.model.with_label(entry)
+            self._model_changed(self.reason, key=key)
+            self._checkpoint()
+        elif left is None:
+            raise UserError(
+                f"LAMMPS halted at a frame that the model has learned: the limit at which {lammps.recipe.input} halts is too low for it."
+            )
+        lammps.done()
 
     def _advanced(self, i: int, predict: walker.PredictFunction | None = None) -> WalkerSnapshot:
         """Where a walker is after a stride, or where it stopped in it."""

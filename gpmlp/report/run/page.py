@@ -50,7 +50,8 @@ MODEL = (
 
 
 def report_run(folder: Path, recipe: LearnRecipe) -> Path:
-    """Write FOLDER/report: the page about a run, finished or not, and in model/ the uncertainty report on its labels.
+    """Write FOLDER/report: the page about a run, finished or not, and in model/ the uncertainty report on its labels; of a run with
+    dynamics in LAMMPS, whose frames are LAMMPS's, the latter alone.
 
     Raises:
         UserError: there is no run in the folder, or it has not learned anything yet.
@@ -62,6 +63,8 @@ def report_run(folder: Path, recipe: LearnRecipe) -> Path:
     if not any(e["event"] == "learned" for e in events):
         raise UserError(f"{folder}: the run there has not learned anything yet; go on with it (gpmlp learn --resume).")
     potential = archive.load(folder / "model.gpmlp")
+    if recipe.lammps is not None:
+        return _report_labels(folder / "report" / "model", entries, potential)
     data = collect_run(folder, recipe, events, entries, refused, potential)
     if potential.variances is not None:
         _report_labels(folder / "report" / "model", entries, potential)
@@ -69,15 +72,15 @@ def report_run(folder: Path, recipe: LearnRecipe) -> Path:
     return write_run_page(data, folder / "report")
 
 
-def _report_labels(folder: Path, entries: dict[str, LabelEntry], potential: Potential) -> None:
-    """Write the uncertainty report of a model on the labels it has learned from."""
+def _report_labels(folder: Path, entries: dict[str, LabelEntry], potential: Potential) -> Path:
+    """Write the uncertainty report of a model on the labels it has learned from; return its page."""
     structures = Structures.concatenate([e.structure for e in entries.values()])
     structures = replace(structures, names=tuple(f"label {i + 1}" for i in range(len(structures))))
     targets = Targets.concatenate([e.targets for e in entries.values()])
     with torch.no_grad():
         evaluation = evaluate(potential, structures, targets)
     about = "model.gpmlp", "labels.xyz", provenance.version_of("gpmlp"), provenance.DataOverlap(True, 0)
-    write_model_page(collect_data(potential, structures, targets, evaluation, *about), folder)
+    return write_model_page(collect_data(potential, structures, targets, evaluation, *about), folder)
 
 
 def write_run_page(data: RunData, folder: Path) -> Path:
