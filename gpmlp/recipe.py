@@ -128,6 +128,14 @@ class RadialScaling(RecipeSection):
     exponent: Annotated[float, Field(ge=0, le=20)] | None = None
 
 
+class FourBodyRecipe(RecipeSection):
+    """Four-body invariants beside the power spectrum: of so many principal channels, up to a degree, with a weight."""
+
+    channels: Annotated[int, Field(ge=1, le=12)] = 5
+    l_max: Annotated[int, Field(ge=1, le=8)] | None = None
+    weight: Annotated[Positive, _within(1e-3, 1e3)] | None = 0.1
+
+
 class DescriptorRecipe(RecipeSection):
     """One descriptor; lengths in A."""
 
@@ -143,9 +151,16 @@ class DescriptorRecipe(RecipeSection):
     cutoff_exponent: Annotated[float, Field(ge=2, le=10)] = 2.0
     central_weight: Annotated[float, Field(ge=0, le=1e4)] = 1.0
     shortest: Length | None = None
+    four_body: Annotated[FourBodyRecipe | Literal[False], BeforeValidator(lambda v: {} if v is True else v)] = False
 
     @model_validator(mode="after")
     def _consistent(self) -> DescriptorRecipe:
+        if self.four_body and self.name != "soap":
+            raise ValueError(f"four_body needs the descriptor soap; {self.name} has no density to take channels from")
+        if self.four_body and self.l_max is not None and max(1, self.four_body.l_max or 1) > self.l_max:
+            raise ValueError(
+                f"four_body.l_max must be 1 or more, and not above the l_max of the descriptor, {self.l_max}"
+            )
         for name in ("cutoff_width", "shortest"):
             value = getattr(self, name)
             if self.cutoff is not None and value is not None and value > self.cutoff:

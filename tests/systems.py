@@ -114,6 +114,7 @@ def _descriptor_cases() -> dict[str, dict]:
             for basis in radial.BASES:
                 cases[f"soap {basis}"] = plain | {"name": name, "basis": basis}
             cases["soap poly"] = plain | {"name": name, "cutoff_function": "poly", "radial_scaling": False}
+            cases["four-body soap"] = plain | {"name": name, "four_body": {"channels": 3, "l_max": 3, "weight": 0.5}}
         else:
             cases[name] = plain | {"name": name}
     return cases
@@ -124,7 +125,8 @@ DESCRIPTORS = _descriptor_cases()
 
 def descriptor(case: str, species: tuple[int, ...] = SPECIES, **changes) -> Descriptor:
     """The descriptor of a case of DESCRIPTORS, some of its parameters changed."""
-    return descriptors.make_descriptor(species, DESCRIPTORS[case] | changes)
+    some = Structures.concatenate([cluster((*species, z), 60 + k) for k, z in enumerate(species)])
+    return descriptors.learn_descriptor(species, DESCRIPTORS[case] | changes, some, 0)
 
 
 def _kernel_cases() -> dict[str, ZonalKernel]:

@@ -124,6 +124,11 @@ class Descriptor(Protocol):
     @property
     def n_features(self) -> int: ...
 
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """What it learned from training environments, as a model file keeps it, by name."""
+        ...
+
     def __call__(self, surroundings: Surroundings) -> Environments: ...
 
 
@@ -146,6 +151,11 @@ class SinglePrecisionDescriptor:
     def n_features(self) -> int:
         """Of the descriptor."""
         return self.descriptor.n_features
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Of the descriptor."""
+        return self.descriptor.constants
 
     def __call__(self, surroundings: Surroundings) -> Environments:
         """Features in double, of unit norm to its rounding, and derivatives in double."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from gpmlp.core import errors
 from gpmlp.core.environments import Descriptor
+from gpmlp.core.stored_tensors import StoredTensors
+from gpmlp.core.structures import Structures
 
 NAMES = ("soap", "dscribe-soap", "dscribe-acsf")
 
 
-def make_descriptor(species: tuple[int, ...], parameters: dict) -> Descriptor:
+def make_descriptor(species: tuple[int, ...], parameters: dict, constants: StoredTensors | None = None) -> Descriptor:
     """Build a descriptor.
 
     Args:
         species: atomic numbers that may occur, sorted.
         parameters: the resolved `descriptor` section of a recipe, as a dictionary.
+        constants: what it learned from training environments, of a model file; without them, of a descriptor that has such, only the
+            part that learns nothing: the power spectrum of SOAP with four-body invariants.
     """
     name = parameters["name"]
     errors.check_choice("descriptor", name, NAMES)
@@ -33,7 +37,7 @@ def make_descriptor(species: tuple[int, ...], parameters: dict) -> Descriptor:
         scale=scaling["scale"],
         exponent=scaling["exponent"],
     )
-    return SoapPowerSpectrum(
+    spectrum = SoapPowerSpectrum(
         species=species,
         cutoff=parameters["cutoff"],
         n_max=parameters["n_max"],
@@ -44,3 +48,20 @@ def make_descriptor(species: tuple[int, ...], parameters: dict) -> Descriptor:
         shortest=parameters["shortest"],
         central_weight=parameters["central_weight"],
     )
+    if constants is None or not parameters.get("four_body"):
+        return spectrum
+    from gpmlp.descriptors.four_body import FourBodyInvariants, FourBodySoap
+
+    return FourBodySoap(spectrum, FourBodyInvariants.from_stored(constants, spectrum, parameters["four_body"]))
+
+
+def learn_descriptor(species: tuple[int, ...], parameters: dict, structures: Structures, seed: int) -> Descriptor:
+    """A descriptor that learns what it has to learn from these structures; other arguments as in `make_descriptor`."""
+    made, four_body = make_descriptor(species, parameters), parameters.get("four_body")
+    if not four_body:
+        return made
+    from gpmlp.descriptors.backends import SoapPowerSpectrum
+    from gpmlp.descriptors.four_body import FourBodySoap, learn_four_body
+
+    assert isinstance(made, SoapPowerSpectrum), "DescriptorRecipe"
+    return FourBodySoap(made, learn_four_body(made, four_body, structures, seed))

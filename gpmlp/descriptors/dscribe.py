@@ -109,6 +109,11 @@ class DscribeDescriptor:
     def n_features(self) -> int:
         return len(self.scale) + (self.constant is not None)
 
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """As in Descriptor."""
+        return {}
+
     def __call__(self, surroundings: Surroundings) -> Environments:
         clusters = _clusters(surroundings)
         raw = np.array([self._raw(*cluster) for cluster in clusters]).reshape(len(clusters), self.n_features)

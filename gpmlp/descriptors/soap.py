@@ -106,7 +106,12 @@ class PowerSpectrum:
 
     def degree_slices(self) -> list[slice]:
         """Of (l, m), by l."""
-        return [slice(l * l, (l + 1) ** 2) for l in range(self.l_max + 1)]
+        return degree_slices(self.l_max)
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """As in Descriptor."""
+        return {}
 
     def __call__(self, surroundings: Surroundings) -> Environments:
         """Environments of all surroundings."""
@@ -114,22 +119,25 @@ class PowerSpectrum:
 
     def reference(self, surroundings: Surroundings) -> Environments:
         """In plain PyTorch on any device, differentiable in the vectors: the reference for all backends."""
-        pairs = _PairTerms.from_surroundings(self, surroundings)
+        made = self.expand(surroundings)
+
+        def pull_back(cotangents: Tensor) -> Tensor:
+            if cotangents.dim() == 3:
+                return torch.stack([pull_back(one) for one in cotangents])
+            return self.pull_back_density(made.pairs, self.on_density(made, cotangents))
+
+        return Environments(surroundings, made.features, pull_back, lambda: self.jacobian(made))
+
+    def expand(self, surroundings: Surroundings) -> Expansion:
+        """Density and features in plain PyTorch."""
+        pairs = PairTerms.from_surroundings(self, surroundings)
         density = self._density(surroundings, pairs)
         spectrum = self.power_spectrum(density, self.channel_pairs, self.prefactors(density))
         # an atom alone and without central weight has features of zero, not NaN
         norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
-        features = spectrum / norm
-        expansion = pairs, density, features, norm
+        return Expansion(pairs, density, spectrum / norm, norm)
 
-        def pull_back(cotangents: Tensor) -> Tensor:
-            if cotangents.dim() == 3:
-                return torch.stack([self._pull_back(*expansion, one) for one in cotangents])
-            return self._pull_back(*expansion, cotangents)
-
-        return Environments(surroundings, features, pull_back, lambda: self._jacobian(*expansion))
-
-    def _density(self, surroundings: Surroundings, pairs: _PairTerms) -> Tensor:
+    def _density(self, surroundings: Surroundings, pairs: PairTerms) -> Tensor:
         """(environments, channels, (l_max+1)^2) expansion coefficients c_anlm = sum_{j of species a} w(r_j) I_nl(r_j) Y_lm(r_j)."""
         n_env, n_species = len(surroundings), len(self.species)
         products = self._expand_l(pairs.radial) * pairs.harmonics[:, None, :]
@@ -163,12 +171,14 @@ class PowerSpectrum:
         full = full + full.transpose(1, 2)
         return torch.cat([full[..., l] @ density[:, :, m] for l, m in enumerate(self.degree_slices())], dim=-1)
 
-    def _pull_back(
-        self, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor, cotangents: Tensor
-    ) -> Tensor:
-        """Features -> density -> pairs, for one cotangent (environments, features); nothing of size pairs x features."""
-        on_spectrum = (cotangents - features * (features * cotangents).sum(-1, keepdim=True)) / norm
-        on_density = self.pull_back_spectrum(density, on_spectrum, self.channel_pairs, self.prefactors(density))
+    def on_density(self, made: Expansion, cotangents: Tensor) -> Tensor:
+        """∂E/∂c (environments, channels, (l_max + 1)²) from ∂E/∂x (environments, features) of one cotangent."""
+        x = made.features
+        on_spectrum = (cotangents - x * (x * cotangents).sum(-1, keepdim=True)) / made.norm
+        return self.pull_back_spectrum(made.density, on_spectrum, self.channel_pairs, self.prefactors(made.density))
+
+    def pull_back_density(self, pairs: PairTerms, on_density: Tensor) -> Tensor:
+        """Pair gradients (pairs, 3) from ∂E/∂c; nothing of size pairs x features."""
         # gather the block of the neighbour's species, then contract with d(R Y)/dr = R' Y r^ + R dY
         block = on_density.unflatten(1, (len(self.species), self.n_max))[pairs.centers, pairs.slots]
         radial_part = (block * self._expand_l(pairs.d_radial)).sum(1)
@@ -176,9 +186,10 @@ class PowerSpectrum:
         along = (radial_part * pairs.harmonics).sum(1, keepdim=True) * pairs.directions
         return along + (pairs.d_harmonics @ angular_part[:, :, None])[:, :, 0]
 
-    def _jacobian(self, pairs: _PairTerms, density: Tensor, features: Tensor, norm: Tensor) -> Tensor:
+    def jacobian(self, made: Expansion) -> Tensor:
         """d(features)/dr_ij. With A_bl = sum_m Y_lm c_blm and B_bl = sum_m dY_lm c_blm the derivative of the product (a, b) is
         [R'_a A_b + R'_b A_a] r^ + R_a B_b + R_b B_a, where R_a is zero unless a is of the neighbour's species."""
+        pairs, density, features, norm = made.pairs, made.density, made.features, made.norm
         n_pairs, centers = len(pairs.centers), pairs.centers
         at_center = density[centers]
         both = torch.cat([pairs.harmonics[:, None], pairs.d_harmonics], dim=1).transpose(1, 2)
@@ -207,7 +218,7 @@ class PowerSpectrum:
 
 
 @dataclass(frozen=True, eq=False)
-class _PairTerms:
+class PairTerms:
     """Per pair: centre, species slot of the neighbour, unit direction, w I_nl and its slope, Y_lm and its gradient."""
 
     centers: Tensor
@@ -219,12 +230,12 @@ class _PairTerms:
     d_harmonics: Tensor
 
     @staticmethod
-    def from_surroundings(descriptor: PowerSpectrum, surroundings: Surroundings) -> _PairTerms:
+    def from_surroundings(descriptor: PowerSpectrum, surroundings: Surroundings) -> PairTerms:
         r = surroundings.vectors.norm(dim=1)
         value, slope = descriptor.radial_integrals(r)
         weight, d_weight = (w[:, None, None] for w in descriptor.weights(r))
         y, dy = harmonics_with_gradients(descriptor.l_max, surroundings.vectors)
-        return _PairTerms(
+        return PairTerms(
             surroundings.centers,
             descriptor.species_slots(surroundings.neighbor_species),
             surroundings.vectors / r[:, None],
@@ -233,3 +244,23 @@ class _PairTerms:
             y,
             dy,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """The density of some environments and the features that come of it.
+
+    Attributes:
+        density: (environments, channels, (l_max + 1)²) c.
+        features: (environments, features) p / |p|; norm: (environments, 1) |p|.
+    """
+
+    pairs: PairTerms
+    density: Tensor
+    features: Tensor
+    norm: Tensor
+
+
+def degree_slices(l_max: int) -> list[slice]:
+    """Of (l, m), by l."""
+    return [slice(l * l, (l + 1) ** 2) for l in range(l_max + 1)]

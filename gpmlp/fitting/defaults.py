@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from gpmlp.core import neighbors
+from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.recipe import DescriptorRecipe, InducingRecipe, KernelRecipe, RadialScaling, Recipe
+from gpmlp.recipe import DescriptorRecipe, FourBodyRecipe, InducingRecipe, KernelRecipe, RadialScaling, Recipe
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ FEW_COLUMNS = 1000  # up to as many labels there is a column for each
 CHEAP_COLUMNS = 1500  # a fit with so many takes seconds: small sets of solids may have them too
 MOST_COLUMNS = 10_000  # beyond, a fit takes more than some twenty minutes on two cores
 MEMORY_GB = 10.0
+FOUR_BODY_DEGREE = 4  # docs/decisions/020-four-body.md
 VARIANCE_COLUMNS = 1500  # of the posterior kept for variances
 
 
@@ -107,17 +109,27 @@ def _descriptor(d: DescriptorRecipe, summary: DataSummary, n_species: int) -> De
             scale=scaling.scale or (0.85 * summary.bond if summary.periodic and n_species == 1 else 2.0),
             exponent=3.0 if scaling.exponent is None else scaling.exponent,
         )
+    n_max, l_max = d.n_max or (8 if n_species == 1 else 6), (6 if n_species == 1 else 4) if d.l_max is None else d.l_max
     return d.model_copy(
         update={
             "cutoff": cutoff,
-            "n_max": d.n_max or (8 if n_species == 1 else 6),
-            "l_max": (6 if n_species == 1 else 4) if d.l_max is None else d.l_max,
+            "n_max": n_max,
+            "l_max": l_max,
+            "four_body": d.four_body and _four_body(d.four_body, l_max, n_species * n_max),
             "sigma_atom": d.sigma_atom or 0.4,
             "basis": d.basis or ("optimal" if n_species == 1 else "gto"),
             "radial_scaling": scaling,
             "cutoff_width": d.cutoff_width or min(cutoff, 1.0),
             "shortest": d.shortest or min(0.8 * shortest, 0.5 * cutoff),
         }
+    )
+
+
+def _four_body(f: FourBodyRecipe, l_max: int, channels: int) -> FourBodyRecipe:
+    if (f.l_max or 1) > l_max:
+        raise UserError(f"four_body.l_max {f.l_max} is above the l_max of the descriptor, {l_max}.")
+    return f.model_copy(
+        update={"channels": min(f.channels, channels), "l_max": f.l_max or min(FOUR_BODY_DEGREE, l_max)}
     )
 
 

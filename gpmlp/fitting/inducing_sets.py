@@ -48,7 +48,8 @@ def make_models(
     counts: dict[int, int] = {}
     species = structures.distinct_species
     for k, (d, kern, ind) in enumerate(zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True)):
-        descriptor, kernel = descriptors.make_descriptor(species, d.model_dump()), make_kernel(kern)
+        descriptor = descriptors.learn_descriptor(species, d.model_dump(), fitted, recipe.seed)
+        kernel = make_kernel(kern)
         if ind.functionals:
             # they are none of these environments, which novelty learns from all the same
             counts = candidates_of(k, CentreChoice(descriptor, kernel, "random", 1, "species", recipe.seed)).counts

@@ -337,6 +337,11 @@ class Potential:
             for name, value in vars(block).items()
         }
         tensors |= {
+            f"term{k}.descriptor.{name}": value
+            for k, term in enumerate(self.terms)
+            for name, value in term.descriptor.constants.items()
+        }
+        tensors |= {
             f"term{k}.Z{z}.low_rank.{name}": value
             for k, term in enumerate(self.terms)
             for z, form in term.low_rank.items()
@@ -367,7 +372,7 @@ class Potential:
         species = tuple(header["species"])
         terms = []
         for k, (descriptor, kernel) in enumerate(zip(recipe.descriptors, recipe.kernels, strict=True)):
-            made = make_descriptor(species, descriptor.model_dump())
+            made = make_descriptor(species, descriptor.model_dump(), stored.part(f"term{k}.descriptor."))
             parts = {z: stored.part(f"term{k}.Z{z}.") for z in species}
             blocks = {z: MeanBlock.from_stored(part, made.n_features, dtype) for z, part in parts.items()}
             low_rank = {

@@ -1,0 +1,328 @@
+"""Four-body invariants beside the SOAP power spectrum: products of three principal channels of the density, coupled to a scalar.
+
+Their channels, components and lengths are learned from training environments, and are constants from then on (docs/decisions/020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import combinations_with_replacement, permutations, product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Environments, Surroundings
+from gpmlp.core.errors import UserError
+from gpmlp.core.stored_tensors import StoredTensors
+from gpmlp.core.structures import Structures, repeat_with_rank
+from gpmlp.descriptors.backends import SoapPowerSpectrum
+from gpmlp.descriptors.soap import Expansion, degree_slices
+from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
+
+SAMPLE = 300  # environments of each species that constants are learned from
+TOLERANCE = 1e-5  # of the largest moment: components with less of features and Jacobians are left out
+BLOCK = 16  # environments whose Jacobians of all invariants are in memory together
+ORTHONORMAL = 1e-6  # of products of channels or components in a file
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """Three degrees l1 <= l2 <= l3, which meet the triangle rule and have an even sum: invariant under reflections too.
+
+    Attributes:
+        degrees: l1, l2, l3.
+        tensor: (2 l1 + 1, 2 l2 + 1, 2 l3 + 1) G, integrals of products of three real harmonics.
+        channels: (invariants,) place of (q1, q2, q3) among all Q³, of those that symmetry leaves distinct.
+        factors: (invariants,) √ of how many places are equal by symmetry, so that dot products are those of all.
+    """
+
+    degrees: tuple[int, int, int]
+    tensor: Tensor
+    channels: Tensor
+    factors: Tensor
+
+
+@lru_cache(maxsize=32)
+def couplings(l_max: int, n_channels: int) -> tuple[Coupling, ...]:
+    """Of all degrees 1 <= l1 <= l2 <= l3 <= l_max."""
+    integrals, m, out = _gaunt_integrals(l_max), degree_slices(l_max), []
+    for l1, l2, l3 in combinations_with_replacement(range(1, l_max + 1), 3):
+        if l3 > l1 + l2 or (l1 + l2 + l3) % 2:
+            continue
+        degrees, places = (l1, l2, l3), {}
+        for q in product(range(n_channels), repeat=3):
+            # channels of equal degrees may change places
+            same = {tuple(q[k] for k in p) for p in permutations(range(3)) if [degrees[k] for k in p] == list(degrees)}
+            if q == min(same):
+                places[(q[0] * n_channels + q[1]) * n_channels + q[2]] = len(same) ** 0.5
+        channels, factors = torch.tensor(list(places)), torch.tensor(list(places.values()), dtype=torch.float64)
+        out.append(Coupling(degrees, integrals[m[l1]][:, m[l2]][:, :, m[l3]].clone(), channels, factors))
+    return tuple(out)
+
+
+def _gaunt_integrals(l_max: int) -> Tensor:
+    """∫ Y_a Y_b Y_c over the sphere ((l_max + 1)², thrice), by quadrature that is exact for these degrees."""
+    n = 3 * l_max // 2 + 1
+    z, weights = np.polynomial.legendre.leggauss(n)
+    phi = np.arange(3 * l_max + 1) * 2 * np.pi / (3 * l_max + 1)
+    z, phi = (part.ravel() for part in np.meshgrid(z, phi, indexing="ij"))
+    r = np.sqrt(1 - z**2)
+    y, _ = harmonics_with_gradients(l_max, torch.from_numpy(np.stack([r * np.cos(phi), r * np.sin(phi), z], axis=1)))
+    weight = torch.from_numpy(np.repeat(weights, 3 * l_max + 1)) * 2 * torch.pi / (3 * l_max + 1)
+    integrals = torch.einsum("p,pa,pb,pc->abc", weight, y, y, y)
+    return torch.where(integrals.abs() < 1e-12, 0.0, integrals)
+
+
+@dataclass(frozen=True, eq=False)
+class FourBodyInvariants:
+    """v = w Vᵀb / <|b|> of b_{l1 l2 l3, q1 q2 q3} = Σ_m G^{l1 l2 l3}_{m1 m2 m3} y_q1l1m1 y_q2l2m2 y_q3l3m3, y_qlm = Σ_k P⁽ˡ⁾_kq c_klm.
+
+    The bispectrum of Bartok, Kondor, Csanyi, PRB 87, 184115 (2013), of several channels; Drautz, PRB 99, 014104 (2019). What it tells
+    apart that the power spectrum does not: Pozdnyakov et al., PRL 125, 166001 (2020).
+
+    Attributes:
+        channels: (l_max, channels of the density, Q) P of l = 1, ..., l_max, orthonormal columns.
+        components: (species, invariants, D) V of each central species, orthonormal columns.
+        lengths: (species,) <|b|>.
+        weight: w.
+    """
+
+    channels: Tensor
+    components: Tensor
+    lengths: Tensor
+    weight: float
+
+    @staticmethod
+    def from_stored(stored: StoredTensors, spectrum: SoapPowerSpectrum, parameters: dict) -> FourBodyInvariants:
+        """Those of a model file; UserError if the tensors do not fit each other, the power spectrum and the recipe."""
+        l_max, q, n_species = parameters["l_max"], parameters["channels"], len(spectrum.species)
+        channels = stored.take("channels", (l_max, spectrum.channels, q))
+        n_invariants = sum(len(c.channels) for c in couplings(l_max, q))
+        components = stored.take("components", (n_species, n_invariants, "components"))
+        lengths = stored.take("lengths", (n_species,))
+        for what, part in (("channels", channels), ("components", components)):
+            products = part.mT @ part
+            if not bool(((products - torch.eye(products.shape[1]).to(products)).abs() < ORTHONORMAL).all()):
+                raise UserError(f"the {what} of four-body invariants are not orthonormal.")
+        if not bool((lengths > 0).all()):
+            raise UserError("a length of four-body invariants is not positive.")
+        return FourBodyInvariants(channels, components, lengths, parameters["weight"])
+
+    @property
+    def l_max(self) -> int:
+        return self.channels.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        """D."""
+        return self.components.shape[2]
+
+    @cached_property
+    def couplings(self) -> tuple[Coupling, ...]:
+        return couplings(self.l_max, self.channels.shape[2])
+
+    @cached_property
+    def projections(self) -> Tensor:
+        """(species, invariants, D) w V / <|b|>."""
+        return self.components * (self.weight / self.lengths)[:, None, None]
+
+    def channel_densities(self, density: Tensor) -> list[Tensor]:
+        """y (environments, 2 l + 1, Q) by l, the first of l = 0 empty, of densities (environments, channels, lm)."""
+        of_l = degree_slices(self.l_max)[1:]
+        y = [density[:, :, m].mT @ p for m, p in zip(of_l, self.channels.to(density), strict=True)]
+        return [density.new_zeros(len(density), 1, 0), *y]
+
+    def invariants(self, y: Sequence[Tensor]) -> Tensor:
+        """b (environments, invariants)."""
+        parts = []
+        for c in self.couplings:
+            a, b, d = (y[l] for l in c.degrees)
+            every = torch.einsum("uvw,nuq,nvr,nws->nqrs", c.tensor.to(a), a, b, d).flatten(1)
+            parts.append(every[:, c.channels.to(a.device)] * c.factors.to(a))
+        return torch.cat(parts, dim=1)
+
+    def pull_back(self, y: Sequence[Tensor], on_invariants: Tensor) -> Tensor:
+        """∂E/∂y (environments, k, lm, Q), zero for l = 0, from k ∂E/∂b of each environment (environments, k, invariants), or of all alike
+        (1, k, invariants)."""
+        n, k, q = len(y[0]), on_invariants.shape[1], self.channels.shape[2]
+        out = [y[-1].new_zeros(n, k, 2 * l + 1, q) for l in range(self.l_max + 1)]
+        start = 0
+        for c in self.couplings:
+            here = on_invariants[:, :, start : start + len(c.channels)] * c.factors.to(y[-1])
+            on = here.new_zeros(*here.shape[:2], q**3)
+            on[:, :, c.channels.to(on.device)] = here
+            on, g, (a, b, d) = (
+                on.unflatten(2, (q, q, q)).expand(n, -1, -1, -1, -1),
+                c.tensor.to(on),
+                (y[l] for l in c.degrees),
+            )
+            out[c.degrees[0]] += torch.einsum("nkqrs,nurs->nkuq", on, torch.einsum("uvw,nvr,nws->nurs", g, b, d))
+            out[c.degrees[1]] += torch.einsum("nkqrs,nvqs->nkvr", on, torch.einsum("uvw,nuq,nws->nvqs", g, a, d))
+            out[c.degrees[2]] += torch.einsum("nkqrs,nwqr->nkws", on, torch.einsum("uvw,nuq,nvr->nwqr", g, a, b))
+            start += len(c.channels)
+        return torch.cat(out, dim=2)
+
+    def channel_slopes(self, made: Expansion) -> Tensor:
+        """∂y/∂r_ij (pairs, 3, lm, Q), zero for l = 0."""
+        pairs, n_max = made.pairs, made.pairs.radial.shape[1]
+        by_species = self.channels.to(made.density).unflatten(1, (-1, n_max))  # (l_max, species, n_max, Q)
+        of_pair = by_species[:, pairs.slots].movedim(0, 3)  # (pairs, n_max, Q, l_max)
+        l = torch.tensor([l for l in range(1, self.l_max + 1) for _ in range(2 * l + 1)], device=pairs.slots.device)
+        m = slice(1, (self.l_max + 1) ** 2)
+        value, slope = (
+            torch.einsum("pnl,pnql->plq", part[:, :, 1 : self.l_max + 1], of_pair)[:, l - 1]
+            for part in (pairs.radial, pairs.d_radial)
+        )
+        along = (slope * pairs.harmonics[:, m, None])[:, None] * pairs.directions[:, :, None, None]
+        slopes = along + value[:, None] * pairs.d_harmonics[:, :, m, None]
+        return torch.cat([slopes.new_zeros(*slopes.shape[:2], 1, slopes.shape[3]), slopes], dim=2)
+
+
+@dataclass(frozen=True, eq=False)
+class FourBodySoap:
+    """Features [p/|p|, v] of unit length: the SOAP power spectrum with four-body invariants beside it."""
+
+    spectrum: SoapPowerSpectrum
+    four_body: FourBodyInvariants
+
+    @property
+    def cutoff(self) -> float:
+        """A."""
+        return self.spectrum.cutoff
+
+    @property
+    def n_features(self) -> int:
+        return self.spectrum.n_features + self.four_body.n_features
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """As in Descriptor."""
+        made = self.four_body
+        return {"channels": made.channels, "components": made.components, "lengths": made.lengths}
+
+    def __call__(self, surroundings: Surroundings) -> Environments:
+        """Environments of all surroundings."""
+        return self.reference(surroundings)
+
+    def reference(self, surroundings: Surroundings) -> Environments:
+        """In plain PyTorch on any device, differentiable in the vectors."""
+        made = self.spectrum.expand(surroundings)
+        y = self.four_body.channel_densities(made.density)
+        slots = self.spectrum.species_slots(surroundings.species)
+        v = _by_slot(self.four_body.invariants(y), slots, self.four_body.projections)
+        both = torch.cat([made.features, v], dim=1)
+        norm = both.norm(dim=1, keepdim=True).clamp_min(torch.finfo(both.dtype).tiny)
+        features = both / norm
+
+        def pull_back(cotangents: Tensor) -> Tensor:
+            if cotangents.dim() == 3:
+                return torch.stack([pull_back(one) for one in cotangents])
+            on_both = (cotangents - features * (features * cotangents).sum(1, keepdim=True)) / norm
+            on_p, on_v = on_both.split([made.features.shape[1], v.shape[1]], dim=1)
+            on_density = self.spectrum.on_density(made, on_p)
+            on_y = self.four_body.pull_back(y, _by_slot(on_v, slots, self.four_body.projections.mT)[:, None])[:, 0]
+            for l, m in enumerate(degree_slices(self.four_body.l_max)[1:]):
+                on_density[:, :, m] += (on_y[:, m] @ self.four_body.channels[l].to(on_y).mT).mT
+            return self.spectrum.pull_back_density(made.pairs, on_density)
+
+        def jacobian() -> Tensor:
+            out = torch.cat([self.spectrum.jacobian(made), self._jacobian(made, y, slots)], dim=2)
+            centers = made.pairs.centers
+            x = features[centers]
+            return out.addcmul_(out @ x[:, :, None], x[:, None, :], value=-1).div_(norm[centers][:, :, None])
+
+        return Environments(surroundings, features, pull_back, jacobian)
+
+    def _jacobian(self, made: Expansion, y: Sequence[Tensor], slots: Tensor) -> Tensor:
+        """∂v/∂r_ij (pairs, 3, D), by way of ∂v/∂y of each environment."""
+        four_body = self.four_body
+        on_y = made.density.new_zeros(
+            len(slots), four_body.n_features, (four_body.l_max + 1) ** 2 * four_body.channels.shape[2]
+        )
+        for slot in slots.unique().tolist():
+            mine = (slots == slot).nonzero()[:, 0]
+            directions = four_body.projections[slot].to(on_y).mT[None]
+            on_y[mine] = four_body.pull_back([part[mine] for part in y], directions).flatten(2)
+        centers, place, slopes = _padded(made, four_body.channel_slopes(made))
+        return (slopes.flatten(1, 2) @ on_y.mT).unflatten(1, (-1, 3))[centers, place]
+
+
+def _padded(made: Expansion, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Environment and place in it of each pair, and slopes (pairs, 3, lm, Q) by these (environments, places, 3, lm Q), zero beyond."""
+    centers = made.pairs.centers
+    place = repeat_with_rank(torch.bincount(centers, minlength=len(made.density)))[1]
+    width = int(place.max()) + 1 if len(place) else 1
+    padded = slopes.new_zeros(len(made.density), width, 3, slopes.shape[2] * slopes.shape[3])
+    padded[centers, place] = slopes.flatten(2)
+    return centers, place, padded
+
+
+def _by_slot(rows: Tensor, slots: Tensor, matrices: Tensor) -> Tensor:
+    """Each row times the matrix of its slot."""
+    out = rows.new_zeros(len(rows), matrices.shape[2])
+    for slot in slots.unique().tolist():
+        mine = (slots == slot).nonzero()[:, 0]
+        out = out.index_copy(0, mine, rows[mine] @ matrices[slot].to(rows))
+    return out
+
+
+def learn_four_body(
+    spectrum: SoapPowerSpectrum, parameters: dict, structures: Structures, seed: int
+) -> FourBodyInvariants:
+    """With constants from at most SAMPLE environments of each species; `parameters`: the resolved section `four_body` of a recipe.
+
+    Channels are principal components of the density by l, components those of the invariants and their derivatives together, by central
+    species: so directions count in which an environment hardly differs from others, but changes as atoms move.
+    """
+    n_channels, l_max = parameters["channels"], parameters["l_max"]
+    surroundings = _sample(spectrum, structures, seed)
+    made, slots = spectrum.expand(surroundings), spectrum.species_slots(surroundings.species)
+    of_l = [made.density[:, :, m] for m in degree_slices(l_max)[1:]]
+    channels = torch.stack([_leading(torch.einsum("nkm,njm->kj", c, c), n_channels) for c in of_l])
+    n_invariants = sum(len(c.channels) for c in couplings(l_max, n_channels))
+    none = torch.eye(n_invariants, dtype=channels.dtype, device=channels.device)
+    four_body = FourBodyInvariants(channels, none[None], channels.new_ones(1), 1.0)
+    y = four_body.channel_densities(made.density)
+    b, (_, _, slopes) = four_body.invariants(y), _padded(made, four_body.channel_slopes(made))
+    lengths, moments = [], []
+    for slot in range(len(spectrum.species)):
+        mine = (slots == slot).nonzero()[:, 0]
+        length = b[mine].norm(dim=1).mean() if len(mine) else b.new_zeros(())
+        moment = b[mine].T @ b[mine]
+        for some in mine.split(BLOCK):
+            on_y = four_body.pull_back([part[some] for part in y], none[None]).flatten(2)
+            jacobian = (slopes[some].flatten(1, 2) @ on_y.mT).flatten(0, 1)
+            moment = moment + jacobian.T @ jacobian
+        lengths.append(torch.where(length > 0, length, 1.0))  # none of the species has neighbours
+        moments.append(moment)
+    values = torch.stack([torch.linalg.eigvalsh(moment) for moment in moments])
+    n = max(1, int((values > TOLERANCE * values[:, -1:]).sum(1).max()))
+    return FourBodyInvariants(
+        channels, torch.stack([_leading(m, n) for m in moments]), torch.stack(lengths), parameters["weight"]
+    )
+
+
+def _leading(moment: Tensor, n: int) -> Tensor:
+    """n eigenvectors of the largest eigenvalues as columns, each with its largest element positive."""
+    vectors = torch.linalg.eigh(moment)[1].flip(1)[:, :n]
+    return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+
+
+def _sample(spectrum: SoapPowerSpectrum, structures: Structures, seed: int) -> Surroundings:
+    """At most SAMPLE environments of each species, of structures in random order."""
+    order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(len(structures), len(spectrum.species), dtype=torch.long)
+    owners, slots = structures.structure_of_atom.cpu(), spectrum.species_slots(structures.species).cpu()
+    counts.index_put_((owners, slots), torch.ones(1, dtype=torch.long), accumulate=True)
+    before = counts[order].cumsum(0) - counts[order]
+    wanted = ((before < SAMPLE) & (counts[order] > 0)).any(1)
+    some = structures.select(order[wanted]).to(dtype=torch.float64)
+    surroundings = Surroundings.from_structures(some, neighbors.find_neighbors(some, spectrum.cutoff))
+    shuffled = torch.randperm(len(surroundings), generator=torch.Generator().manual_seed(seed))
+    species = surroundings.species.cpu()[shuffled]
+    picks = [shuffled[(species == z).nonzero()[:SAMPLE, 0]] for z in spectrum.species]
+    return surroundings.select(torch.cat(picks).sort().values)
