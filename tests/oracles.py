@@ -116,6 +116,38 @@ def full_spectrum(soap, surroundings: Surroundings, environment: int, vectors: T
     return flat / flat.norm()
 
 
+def four_body_by_triples(made, neighbor_species: Tensor, vectors: Tensor) -> dict[tuple[int, int, int], Tensor]:
+    """Four-body invariants of one environment as a sum over all triples of neighbours, without harmonics or coupling coefficients.
+
+    Σ_m G Y_m1(a) Y_m2(b) Y_m3(c) is the integral over all directions t of P_l1(a.t) P_l2(b.t) P_l3(c.t), each times (2 l + 1) / (4 pi).
+    Differentiable by autograd.
+
+    Returns:
+        (q1, q2, q3) by degrees l1 <= l2 <= l3, for every triple of channels.
+    """
+    spectrum, channels = made.spectrum, made.four_body.channels
+    u, du = np.polynomial.legendre.leggauss(12)
+    phi = np.arange(24) * 2 * np.pi / 24
+    sin = np.sqrt(1 - u**2)
+    t = np.stack([np.outer(sin, np.cos(phi)), np.outer(sin, np.sin(phi)), np.outer(u, np.ones(24))], axis=-1)
+    t, dt = torch.from_numpy(t.reshape(-1, 3)), torch.from_numpy(np.repeat(du, 24) * 2 * np.pi / 24)
+    r = vectors.norm(dim=1)
+    radial = spectrum.radial_integrals(r)[0] * spectrum.weights(r)[0][:, None, None]
+    cosines = (vectors / r[:, None]) @ t.T
+    slots = [spectrum.species.index(z) for z in neighbor_species.tolist()]
+    own, angular = {}, {}
+    for l in range(1, len(channels) + 1):
+        of_species = channels[l - 1].unflatten(0, (-1, spectrum.n_max))[slots]
+        own[l] = torch.einsum("jn,jnq->jq", radial[:, :, l], of_species)
+        angular[l] = legendre(l, cosines) * (2 * l + 1) / (4 * math.pi)
+    out = {}
+    for a, b, c in itertools.combinations_with_replacement(range(1, len(channels) + 1), 3):
+        coupled = torch.einsum("t,it,jt,kt->ijk", dt, angular[a], angular[b], angular[c])
+        if (a + b + c) % 2 == 0 and c <= a + b:
+            out[a, b, c] = torch.einsum("ijk,ip,jq,kr->pqr", coupled, own[a], own[b], own[c])
+    return out
+
+
 def gaussian_overlap(r: float, s: float, l: int, sigma: float) -> float:
     """2 pi int_{-1}^{1} P_l(u) <Gaussian at r | Gaussian at s, angle arccos u> du: the complete-basis limit of sum_n I_nl(r) I_nl(s)."""
     u, du = np.polynomial.legendre.leggauss(80)

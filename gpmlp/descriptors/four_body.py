@@ -18,14 +18,14 @@ from gpmlp.core import neighbors
 from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.core.errors import UserError
 from gpmlp.core.stored_tensors import StoredTensors
-from gpmlp.core.structures import Structures, repeat_with_rank
+from gpmlp.core.structures import Structures
 from gpmlp.descriptors.backends import SoapPowerSpectrum
 from gpmlp.descriptors.soap import Expansion, degree_slices
 from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
 
-SAMPLE = 300  # environments of each species that constants are learned from
+SAMPLE = 200  # environments of each species that constants are learned from
 TOLERANCE = 1e-5  # of the largest moment: components with less of features and Jacobians are left out
-BLOCK = 16  # environments whose Jacobians of all invariants are in memory together
+BLOCK = 16  # environments whose Jacobians are in memory together
 ORTHONORMAL = 1e-6  # of products of channels or components in a file
 
 
@@ -145,26 +145,34 @@ class FourBodyInvariants:
             parts.append(every[:, c.channels.to(a.device)] * c.factors.to(a))
         return torch.cat(parts, dim=1)
 
+    def slopes(self, y: Sequence[Tensor], centers: Tensor, on_y: Tensor) -> Tensor:
+        """∂b/∂r_ij (pairs, 3, invariants) from ∂y/∂r_ij (pairs, 3, lm, Q) of pairs with these centres."""
+        m, parts = degree_slices(self.l_max), []
+        for c in self.couplings:
+            (a, b, d), (da, db, dd) = (
+                [part(l) for l in c.degrees] for part in (y.__getitem__, lambda l: on_y[:, :, m[l]])
+            )
+            g = c.tensor.to(a)
+            every = torch.einsum("pxuq,purs->pxqrs", da, torch.einsum("uvw,nvr,nws->nurs", g, b, d)[centers])
+            every += torch.einsum("pxvr,pvqs->pxqrs", db, torch.einsum("uvw,nuq,nws->nvqs", g, a, d)[centers])
+            every += torch.einsum("pxws,pwqr->pxqrs", dd, torch.einsum("uvw,nuq,nvr->nwqr", g, a, b)[centers])
+            parts.append(every.flatten(2)[:, :, c.channels.to(a.device)] * c.factors.to(a))
+        return torch.cat(parts, dim=2)
+
     def pull_back(self, y: Sequence[Tensor], on_invariants: Tensor) -> Tensor:
-        """∂E/∂y (environments, k, lm, Q), zero for l = 0, from k ∂E/∂b of each environment (environments, k, invariants), or of all alike
-        (1, k, invariants)."""
-        n, k, q = len(y[0]), on_invariants.shape[1], self.channels.shape[2]
-        out = [y[-1].new_zeros(n, k, 2 * l + 1, q) for l in range(self.l_max + 1)]
+        """∂E/∂y (environments, lm, Q), zero for l = 0, from ∂E/∂b (environments, invariants)."""
+        q = self.channels.shape[2]
+        out = [y[-1].new_zeros(len(y[-1]), 2 * l + 1, q) for l in range(self.l_max + 1)]
         start = 0
         for c in self.couplings:
-            here = on_invariants[:, :, start : start + len(c.channels)] * c.factors.to(y[-1])
-            on = here.new_zeros(*here.shape[:2], q**3)
-            on[:, :, c.channels.to(on.device)] = here
-            on, g, (a, b, d) = (
-                on.unflatten(2, (q, q, q)).expand(n, -1, -1, -1, -1),
-                c.tensor.to(on),
-                (y[l] for l in c.degrees),
-            )
-            out[c.degrees[0]] += torch.einsum("nkqrs,nurs->nkuq", on, torch.einsum("uvw,nvr,nws->nurs", g, b, d))
-            out[c.degrees[1]] += torch.einsum("nkqrs,nvqs->nkvr", on, torch.einsum("uvw,nuq,nws->nvqs", g, a, d))
-            out[c.degrees[2]] += torch.einsum("nkqrs,nwqr->nkws", on, torch.einsum("uvw,nuq,nvr->nwqr", g, a, b))
+            (a, b, d), g = (y[l] for l in c.degrees), c.tensor.to(y[-1])
+            here = on_invariants[:, start : start + len(c.channels)] * c.factors.to(y[-1])
+            on = here.new_zeros(len(here), q**3).index_copy(1, c.channels.to(here.device), here).unflatten(1, (q, q, q))
+            out[c.degrees[0]] = out[c.degrees[0]] + torch.einsum("uvw,nqrs,nvr,nws->nuq", g, on, b, d)
+            out[c.degrees[1]] = out[c.degrees[1]] + torch.einsum("uvw,nqrs,nuq,nws->nvr", g, on, a, d)
+            out[c.degrees[2]] = out[c.degrees[2]] + torch.einsum("uvw,nqrs,nuq,nvr->nws", g, on, a, b)
             start += len(c.channels)
-        return torch.cat(out, dim=2)
+        return torch.cat(out, dim=1)
 
     def channel_slopes(self, made: Expansion) -> Tensor:
         """∂y/∂r_ij (pairs, 3, lm, Q), zero for l = 0."""
@@ -224,46 +232,25 @@ class FourBodySoap:
             on_both = (cotangents - features * (features * cotangents).sum(1, keepdim=True)) / norm
             on_p, on_v = on_both.split([made.features.shape[1], v.shape[1]], dim=1)
             on_density = self.spectrum.on_density(made, on_p)
-            on_y = self.four_body.pull_back(y, _by_slot(on_v, slots, self.four_body.projections.mT)[:, None])[:, 0]
+            on_y = self.four_body.pull_back(y, _by_slot(on_v, slots, self.four_body.projections.mT))
             for l, m in enumerate(degree_slices(self.four_body.l_max)[1:]):
                 on_density[:, :, m] += (on_y[:, m] @ self.four_body.channels[l].to(on_y).mT).mT
             return self.spectrum.pull_back_density(made.pairs, on_density)
 
         def jacobian() -> Tensor:
-            out = torch.cat([self.spectrum.jacobian(made), self._jacobian(made, y, slots)], dim=2)
             centers = made.pairs.centers
+            on_b = self.four_body.slopes(y, centers, self.four_body.channel_slopes(made))
+            on_v = _by_slot(on_b, slots[centers], self.four_body.projections)
+            out = torch.cat([self.spectrum.jacobian(made), on_v], dim=2)
             x = features[centers]
             return out.addcmul_(out @ x[:, :, None], x[:, None, :], value=-1).div_(norm[centers][:, :, None])
 
         return Environments(surroundings, features, pull_back, jacobian)
 
-    def _jacobian(self, made: Expansion, y: Sequence[Tensor], slots: Tensor) -> Tensor:
-        """∂v/∂r_ij (pairs, 3, D), by way of ∂v/∂y of each environment."""
-        four_body = self.four_body
-        on_y = made.density.new_zeros(
-            len(slots), four_body.n_features, (four_body.l_max + 1) ** 2 * four_body.channels.shape[2]
-        )
-        for slot in slots.unique().tolist():
-            mine = (slots == slot).nonzero()[:, 0]
-            directions = four_body.projections[slot].to(on_y).mT[None]
-            on_y[mine] = four_body.pull_back([part[mine] for part in y], directions).flatten(2)
-        centers, place, slopes = _padded(made, four_body.channel_slopes(made))
-        return (slopes.flatten(1, 2) @ on_y.mT).unflatten(1, (-1, 3))[centers, place]
-
-
-def _padded(made: Expansion, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Environment and place in it of each pair, and slopes (pairs, 3, lm, Q) by these (environments, places, 3, lm Q), zero beyond."""
-    centers = made.pairs.centers
-    place = repeat_with_rank(torch.bincount(centers, minlength=len(made.density)))[1]
-    width = int(place.max()) + 1 if len(place) else 1
-    padded = slopes.new_zeros(len(made.density), width, 3, slopes.shape[2] * slopes.shape[3])
-    padded[centers, place] = slopes.flatten(2)
-    return centers, place, padded
-
 
 def _by_slot(rows: Tensor, slots: Tensor, matrices: Tensor) -> Tensor:
-    """Each row times the matrix of its slot."""
-    out = rows.new_zeros(len(rows), matrices.shape[2])
+    """Rows (n, ..., a) of each of n, times the matrix (a, b) of its slot."""
+    out = rows.new_zeros(*rows.shape[:-1], matrices.shape[2])
     for slot in slots.unique().tolist():
         mine = (slots == slot).nonzero()[:, 0]
         out = out.index_copy(0, mine, rows[mine] @ matrices[slot].to(rows))
@@ -280,30 +267,31 @@ def learn_four_body(
     """
     n_channels, l_max = parameters["channels"], parameters["l_max"]
     surroundings = _sample(spectrum, structures, seed)
-    made, slots = spectrum.expand(surroundings), spectrum.species_slots(surroundings.species)
-    of_l = [made.density[:, :, m] for m in degree_slices(l_max)[1:]]
+    density, slots = spectrum.expand(surroundings).density, spectrum.species_slots(surroundings.species)
+    of_l = [density[:, :, m] for m in degree_slices(l_max)[1:]]
     channels = torch.stack([_leading(torch.einsum("nkm,njm->kj", c, c), n_channels) for c in of_l])
-    n_invariants = sum(len(c.channels) for c in couplings(l_max, n_channels))
-    none = torch.eye(n_invariants, dtype=channels.dtype, device=channels.device)
-    four_body = FourBodyInvariants(channels, none[None], channels.new_ones(1), 1.0)
-    y = four_body.channel_densities(made.density)
-    b, (_, _, slopes) = four_body.invariants(y), _padded(made, four_body.channel_slopes(made))
+    every = torch.ones(1, 1, 1, dtype=channels.dtype, device=channels.device)
+    four_body = FourBodyInvariants(channels, every, every[0, 0], 1.0)
     lengths, moments = [], []
     for slot in range(len(spectrum.species)):
         mine = (slots == slot).nonzero()[:, 0]
-        length = b[mine].norm(dim=1).mean() if len(mine) else b.new_zeros(())
-        moment = b[mine].T @ b[mine]
-        for some in mine.split(BLOCK):
-            on_y = four_body.pull_back([part[some] for part in y], none[None]).flatten(2)
-            jacobian = (slopes[some].flatten(1, 2) @ on_y.mT).flatten(0, 1)
-            moment = moment + jacobian.T @ jacobian
-        lengths.append(torch.where(length > 0, length, 1.0))  # none of the species has neighbours
+        parts = [_moments(spectrum, four_body, surroundings.select(some)) for some in mine.split(BLOCK)]
+        length, moment = (sum(part[1:], part[0]) for part in zip(*parts, strict=True))
+        lengths.append(torch.where(length > 0, length / max(1, len(mine)), 1.0))  # 0 where none has neighbours
         moments.append(moment)
     values = torch.stack([torch.linalg.eigvalsh(moment) for moment in moments])
     n = max(1, int((values > TOLERANCE * values[:, -1:]).sum(1).max()))
     return FourBodyInvariants(
         channels, torch.stack([_leading(m, n) for m in moments]), torch.stack(lengths), parameters["weight"]
     )
+
+
+def _moments(spectrum: SoapPowerSpectrum, four_body: FourBodyInvariants, some: Surroundings) -> tuple[Tensor, Tensor]:
+    """Σ |b| and Σ (b bᵀ + Σ ∂b ∂bᵀ) of some environments."""
+    made = spectrum.expand(some)
+    y = four_body.channel_densities(made.density)
+    b, slopes = four_body.invariants(y), four_body.slopes(y, some.centers, four_body.channel_slopes(made)).flatten(0, 1)
+    return b.norm(dim=1).sum(), b.T @ b + slopes.T @ slopes
 
 
 def _leading(moment: Tensor, n: int) -> Tensor:

@@ -1,0 +1,265 @@
+"""Four-body invariants: sums over triples of neighbours, invariance, what only they tell apart, their constants, their recipe."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+from systems import CUTOFF, DESCRIPTORS, cluster, descriptor, everything, structure
+
+from gpmlp.core import neighbors
+from gpmlp.core.environments import Surroundings
+from gpmlp.core.errors import UserError
+from gpmlp.core.stored_tensors import StoredTensors
+from gpmlp.core.structures import Structures
+from gpmlp.descriptors import learn_descriptor, make_descriptor
+from gpmlp.descriptors.four_body import FourBodySoap, couplings
+from gpmlp.fitting import defaults
+from gpmlp.recipe import DescriptorRecipe, FourBodyRecipe
+
+CASE = "four-body soap"
+
+
+@pytest.fixture(scope="module")
+def made() -> FourBodySoap:
+    return descriptor(CASE)
+
+
+def surroundings_of(structures: Structures, cutoff: float = CUTOFF) -> Surroundings:
+    return Surroundings.from_structures(structures, neighbors.find_neighbors(structures, cutoff))
+
+
+def of_environments(structures: Structures) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Species and vectors of the neighbours of each atom."""
+    all_of = surroundings_of(structures)
+    mine = [all_of.centers == e for e in range(len(all_of))]
+    return [(all_of.neighbor_species[m], all_of.vectors[m]) for m in mine]
+
+
+def test_invariants_are_sums_over_triples_of_neighbours(made):
+    heap = cluster()
+    expansion = made.spectrum.expand(surroundings_of(heap))
+    invariants = made.four_body.invariants(made.four_body.channel_densities(expansion.density))
+    full = []
+    for e, (species, vectors) in enumerate(of_environments(heap)):
+        by_degrees = oracles.four_body_by_triples(made, species, vectors)
+        assert list(by_degrees) == [c.degrees for c in made.four_body.couplings]
+        expected = [by_degrees[c.degrees].flatten()[c.channels] * c.factors for c in made.four_body.couplings]
+        torch.testing.assert_close(invariants[e], torch.cat(expected), atol=1e-14, rtol=1e-10)
+        full.append(torch.cat([by_degrees[c.degrees].flatten() for c in made.four_body.couplings]))
+    # those left out are equal to others: dot products are those of all
+    full = torch.stack(full)
+    torch.testing.assert_close(invariants @ invariants.T, full @ full.T, atol=1e-14, rtol=1e-10)
+    assert invariants.shape[1] < full.shape[1]
+
+
+def features_by_triples(made: FourBodySoap, center: int, species: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """[full power spectrum, four-body part] of unit length, the power spectrum by pair sums: for dot products."""
+    pairs = oracles.soap_by_pairs(made.spectrum, center, species, vectors)
+    spectrum = torch.cat([pairs[key].flatten() for key in sorted(pairs)])
+    by_degrees = oracles.four_body_by_triples(made, species, vectors)
+    b = torch.cat([by_degrees[c.degrees].flatten()[c.channels] * c.factors for c in made.four_body.couplings])
+    slot, four = made.spectrum.species.index(center), made.four_body
+    v = four.weight / four.lengths[slot] * (four.components[slot].T @ b)
+    both = torch.cat([spectrum / spectrum.norm(), v])
+    return both / both.norm()
+
+
+def test_features_and_derivatives_equal_brute_force_and_its_autograd(made):
+    heap = cluster()
+    species, all_of = heap.species.tolist(), surroundings_of(heap)
+    environments, brute, other = made(all_of), [], 3
+    target = features_by_triples(made, species[other], *of_environments(heap)[other]).detach()
+    pulled = environments.pull_back(environments.features[other].expand(len(heap.species), -1))
+    along = environments.jacobian() @ environments.features[other]
+    for e, (of, vectors) in enumerate(of_environments(heap)):
+        vectors = vectors.clone().requires_grad_()
+        x = features_by_triples(made, species[e], of, vectors)
+        (slope,) = torch.autograd.grad(x @ target, vectors)
+        mine = all_of.centers == e
+        torch.testing.assert_close(pulled[mine], slope, atol=1e-12, rtol=0)
+        torch.testing.assert_close(along[mine], slope, atol=1e-12, rtol=0)
+        brute.append(x.detach())
+    dots = environments.features @ environments.features.T
+    torch.testing.assert_close(dots, torch.stack(brute) @ torch.stack(brute).T, atol=1e-13, rtol=0)
+
+
+def test_gradcheck_through_the_reference(made):
+    all_of = surroundings_of(cluster((6, 8, 1)))
+
+    def features(vectors):
+        return made.reference(replace(all_of, vectors=vectors)).features
+
+    assert torch.autograd.gradcheck(features, (all_of.vectors.clone().requires_grad_(),), eps=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reflected", [False, True])
+def test_rotations_and_reflections_change_nothing(made, reflected):
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64))[0]
+    turn = turn * turn.det().sign() * (-1.0 if reflected else 1.0)
+    assert (turn.det() < 0) == reflected
+    all_of = surroundings_of(everything())
+    turned = replace(all_of, vectors=all_of.vectors @ turn.T)
+    torch.testing.assert_close(made(turned).features, made(all_of).features, atol=1e-12, rtol=0)
+
+
+def test_a_neighbour_comes_and_goes_without_a_step(made):
+    """A fourth neighbour at the cutoff changes neither features nor Jacobian of the others: errors fall as the cube of the distance."""
+    steps = []
+    for inside in (1e-2, 1e-3):
+        positions = [
+            [0, 0, 0],
+            [1.2, 0, 0],
+            [0, 1.3, 0.2],
+            [-0.3, 0.1, 1.4],
+            [0, (CUTOFF - inside) * 0.6, (CUTOFF - inside) * 0.8],
+        ]
+        four, three = (surroundings_of(structure(positions[:k], [6, 1, 8, 1, 6][:k])).select([0]) for k in (5, 4))
+        near, without = made(four), made(three)
+        steps.append(float((near.features - without.features).norm()))
+        last = int(four.vectors.norm(dim=1).argmax())
+        assert float(near.jacobian()[last].norm()) < 100 * inside**2
+    assert steps[0] < 1e-4 and steps[1] < 2e-3 * steps[0]
+
+
+def test_degrees_of_the_couplings_are_even_and_meet_the_triangle_rule():
+    degrees = [c.degrees for c in couplings(4, 2)]
+    assert degrees == [
+        (1, 1, 2),
+        (1, 2, 3),
+        (1, 3, 4),
+        (2, 2, 2),
+        (2, 2, 4),
+        (2, 3, 3),
+        (2, 4, 4),
+        (3, 3, 4),
+        (4, 4, 4),
+    ]
+    assert [len(c.channels) for c in couplings(4, 5)] == [75, 125, 125, 35, 75, 75, 75, 75, 35]
+
+
+# what only they tell apart --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def probe():
+    sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+    yield importlib.import_module("body_order")
+    sys.path.pop(0)
+
+
+def test_environments_that_no_power_spectrum_tells_apart_are_told_apart(probe):
+    vectors, energies = probe.degenerate(20, torch.Generator().manual_seed(0))
+    pairs = probe.environments(vectors, (6, 1, 1, 1, 1))
+    both = learn_descriptor((1, 6), probe.DESCRIPTORS["nu 2 and 3"], pairs, 0)
+    assert (energies[::2] - energies[1::2]).abs().min() > 1e-3
+    for made, least, most in ((both.spectrum, 0.0, 1e-12), (both, 1e-3, 1.0)):
+        x = probe.features(made, pairs)
+        apart = (x[::2] - x[1::2]).norm(dim=1)
+        assert least < float(apart.min()) + 1e-300 and float(apart.max()) < most
+
+
+def test_energies_of_body_order_four_are_learned_that_nu_2_cannot_learn(probe):
+    two, three = probe.DESCRIPTORS.values()
+    for zeta in (1, 2, 4):
+        assert probe.unlearned(two, "degenerate pairs", zeta, 200) > 0.5
+        assert probe.unlearned(three, "degenerate pairs", zeta, 200) < 0.02
+    # a linear kernel of the power spectrum is a sum over pairs of neighbours, which a dihedral angle is not
+    assert probe.unlearned(two, "dihedral angle", 1, 1000) > 0.5
+    assert probe.unlearned(three, "dihedral angle", 1, 1000) < 0.2
+
+
+# constants ------------------------------------------------------------------------------------------------------------------
+
+
+def test_constants_do_not_depend_on_what_is_predicted_and_are_learned_again_the_same(made):
+    again = descriptor(CASE)
+    assert all(torch.equal(again.constants[name], value) for name, value in made.constants.items())
+    whole = made(surroundings_of(everything())).features
+    first = everything().select([0])
+    assert torch.allclose(made(surroundings_of(first)).features, whole[: first.n_atoms], atol=1e-14, rtol=0)
+
+
+def test_components_hold_features_and_derivatives_of_the_environments_they_were_learned_from(made):
+    """What is left out of b and its Jacobian is less than the tolerance says: a share of √1e-5 for each of the directions."""
+    some = Structures.concatenate([cluster((1, 6, 8, z), 60 + k) for k, z in enumerate((1, 6, 8))])
+    all_of = surroundings_of(some)
+    everything_kept = replace(
+        made,
+        four_body=replace(
+            made.four_body, components=torch.eye(made.four_body.components.shape[1]).double().expand(3, -1, -1)
+        ),
+    )
+    few, full = made(all_of), everything_kept(all_of)
+    assert few.features.shape[1] < full.features.shape[1]
+    for z in (1, 6, 8):  # each has components of its own
+        mine = all_of.species == z
+        dots, all_dots = (e.features[mine] @ e.features[mine].T for e in (few, full))
+        torch.testing.assert_close(dots, all_dots, atol=1e-3, rtol=0)
+        slopes = [e.jacobian()[mine[all_of.centers]].flatten(0, 1) for e in (few, full)]
+        grams = [jacobian @ jacobian.T for jacobian in slopes]
+        assert (grams[0] - grams[1]).norm() < 3e-3 * grams[1].norm()
+
+
+def test_a_species_without_neighbours_in_the_data_has_no_four_body_part():
+    lonely = Structures.concatenate([cluster((6, 6, 6, 6)), structure([[0, 0, 0]], [1])])
+    learned = learn_descriptor((1, 6), DESCRIPTORS[CASE], lonely, 0)
+    x = learned(surroundings_of(lonely)).features
+    assert torch.isfinite(x).all() and not x[-1, learned.spectrum.n_features :].any()
+    assert x[0, learned.spectrum.n_features :].any()
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("channels", lambda t: 2 * t, "channels of four-body invariants are not orthonormal"),
+        ("components", lambda t: t[:, :, :1] + t, "components of four-body invariants are not orthonormal"),
+        ("components", lambda t: t[:, :-1].contiguous(), "components"),
+        ("lengths", lambda t: -t, "length of four-body invariants is not positive"),
+        ("lengths", lambda t: t.float(), "lengths"),
+        ("channels", lambda t: t[:, :, :1].contiguous(), "channels"),
+    ],
+)
+def test_constants_that_do_not_fit_are_refused(made, name, change, message):
+    stored = made.constants | {name: change(made.constants[name])}
+    with pytest.raises(UserError, match=message):
+        make_descriptor((1, 6, 8), DESCRIPTORS[CASE], StoredTensors(stored))
+
+
+# recipe ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"name": "dscribe-soap", "four_body": {}}, "four_body needs the descriptor soap"),
+        ({"l_max": 2, "four_body": {"l_max": 3}}, "not above the l_max of the descriptor, 2"),
+        ({"l_max": 0, "four_body": True}, "1 or more, and not above the l_max of the descriptor, 0"),
+        ({"four_body": {"channels": 0}}, "channels"),
+        ({"four_body": {"weight": 0}}, "weight"),
+        ({"four_body": {"kanals": 3}}, "kanals"),
+    ],
+)
+def test_recipes_that_mean_nothing_are_refused(section, message):
+    with pytest.raises(ValueError, match=message):
+        DescriptorRecipe.model_validate(section)
+
+
+def test_what_a_recipe_leaves_open_is_filled_in():
+    summary = defaults.DataSummary({(14, 14): 2.3}, 2.35, True, 1000, 300)
+    for given, n_max, expected in (
+        (True, None, (5, 4, 0.1)),
+        ({"channels": 9}, 3, (3, 4, 0.1)),
+        ({"l_max": 2}, None, (5, 2, 0.1)),
+    ):
+        section = DescriptorRecipe(four_body=given, n_max=n_max)
+        found = defaults._descriptor(section, summary, 1).four_body
+        assert found == FourBodyRecipe(channels=expected[0], l_max=expected[1], weight=expected[2])
+    assert DescriptorRecipe().four_body is False
+    with pytest.raises(UserError, match="four_body.l_max 5 is above the l_max of the descriptor, 4"):
+        defaults._descriptor(DescriptorRecipe(four_body={"l_max": 5}), summary, 2)
