@@ -10,17 +10,24 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
-from systems import CUTOFF, DESCRIPTORS, cluster, descriptor, everything, structure
+from systems import CUTOFF, DESCRIPTORS, KERNELS, cluster, descriptor, everything, random_term, structure, targets_of
 
+import gpmlp
 from gpmlp.core import neighbors
 from gpmlp.core.environments import Surroundings
 from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
 from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors import learn_descriptor, make_descriptor
 from gpmlp.descriptors.four_body import FourBodySoap, couplings
-from gpmlp.fitting import defaults
-from gpmlp.recipe import DescriptorRecipe, FourBodyRecipe
+from gpmlp.engines.ase import GPCalculator
+from gpmlp.fitting import defaults, four_body_weight, prepare
+from gpmlp.fitting.fit import fit
+from gpmlp.fitting.online import OnlineFit
+from gpmlp.io import archive, ase_atoms
+from gpmlp.potential.potential import Potential
+from gpmlp.recipe import DescriptorRecipe, FourBodyRecipe, Recipe
 
 CASE = "four-body soap"
 
@@ -229,6 +236,94 @@ def test_constants_that_do_not_fit_are_refused(made, name, change, message):
     stored = made.constants | {name: change(made.constants[name])}
     with pytest.raises(UserError, match=message):
         make_descriptor((1, 6, 8), DESCRIPTORS[CASE], StoredTensors(stored))
+
+
+# fits -----------------------------------------------------------------------------------------------------------------------
+
+TRUTH = random_term(descriptor(CASE), KERNELS["polynomial 2"])
+FOUR_BODY = {"cutoff": CUTOFF, "n_max": 3, "l_max": 3, "four_body": {"channels": 3, "weight": 0.3}}
+SMALL = {"descriptor": FOUR_BODY, "kernel": {"zeta": 2}, "inducing": {"n": 15, "gradients": 4}}
+
+
+def labelled(seeds) -> tuple[Structures, Targets]:
+    some = Structures.concatenate([cluster((6, 8, 1, 6), k, 2.8) for k in seeds])
+    return some, targets_of(some, TRUTH(some))
+
+
+@pytest.fixture(scope="module")
+def potential() -> Potential:
+    return fit(*labelled(range(40)), Recipe.model_validate(SMALL))[0]
+
+
+def test_a_fit_with_them_predicts_errors_and_forces_that_are_derivatives(potential):
+    new, truth = labelled(range(100, 112))
+    found = potential(new, variance="all", novelty=True)
+    assert isinstance(potential.terms[0].descriptor, FourBodySoap)
+    assert torch.isfinite(found.forces_variance.total).all() and torch.isfinite(found.novelty).all()
+    errors = (found.forces - truth.forces).square().mean().sqrt()
+    sigma = found.forces_variance.total.mean().sqrt()
+    assert 0.4 < errors / sigma < 2.5
+    step = torch.zeros_like(new.positions)
+    step[5, 1] = 1e-4
+    there, back = (potential(replace(new, positions=new.positions + s)).energies[1] for s in (step, -step))
+    torch.testing.assert_close(found.forces[5, 1], -(there - back) / 2e-4, rtol=1e-6, atol=1e-7)
+
+
+def test_they_lower_the_evidence_of_an_energy_that_has_them():
+    data = labelled(range(40))
+    with_, without = (
+        fit(*data, Recipe.model_validate(SMALL | {"descriptor": FOUR_BODY | {"four_body": value}}))[1]
+        for value in (FOUR_BODY["four_body"], False)
+    )
+    assert with_.negative_log_evidence < without.negative_log_evidence - 10
+
+
+def test_a_model_file_keeps_the_constants(potential, tmp_path):
+    path = tmp_path / "model.gpmlp"
+    archive.save(potential, path)
+    again, (new, _) = gpmlp.load(path), labelled([200])
+    for name, value in potential.terms[0].descriptor.constants.items():
+        assert torch.equal(again.terms[0].descriptor.constants[name], value)
+    assert torch.equal(again(new).forces, potential(new).forces)
+    single = potential.to(descriptors="float32")
+    torch.testing.assert_close(single(new).forces, potential(new).forces, atol=1e-4, rtol=1e-4)
+    header, tensors = potential.state()
+    with pytest.raises(UserError, match=r"term0.descriptor.channels"):
+        Potential.from_state(header, {name: t for name, t in tensors.items() if name != "term0.descriptor.channels"})
+
+
+def test_constants_stay_as_labels_come(potential):
+    online = OnlineFit.begin(*labelled(range(10)), Recipe.model_validate(SMALL))
+    before = online.models[0].descriptor
+    grown = online.added(*labelled(range(10, 14))).refreshed("")
+    assert grown.models[0].descriptor is before
+    new, truth = labelled([300])
+    assert (grown.potential(new).forces - truth.forces).abs().mean() < 2 * truth.forces.abs().mean()
+
+
+def test_the_calculator_of_ase(potential):
+    new, _ = labelled([400])
+    atoms = ase_atoms.to_ase(new)[0]
+    atoms.calc = GPCalculator(potential)
+    torch.testing.assert_close(torch.from_numpy(atoms.get_forces()), potential(new).forces, atol=1e-12, rtol=0)
+
+
+def test_a_weight_that_is_left_open_is_that_of_the_largest_evidence(monkeypatch):
+    data, asked = (
+        labelled(range(30)),
+        Recipe.model_validate(SMALL | {"descriptor": FOUR_BODY | {"four_body": {"channels": 3, "weight": None}}}),
+    )
+    values = {0.03: 5.0, 0.1: 2.0, 0.3: 3.0}
+    recipe, base, _ = prepare.set_up(*data, asked)
+    remaining = prepare.subtract_baselines(*data, base)
+    chosen = four_body_weight.with_weights(recipe, data[0], remaining)
+    assert chosen.descriptors[0].four_body.weight in values
+    monkeypatch.setattr(
+        four_body_weight, "_negative_log_evidence", lambda r, *_: values[r.descriptors[0].four_body.weight]
+    )
+    potential, _ = fit(*data, asked)
+    assert potential.recipe.descriptors[0].four_body.weight == 0.1
+    assert potential.terms[0].descriptor.four_body.weight == 0.1
 
 
 # recipe ---------------------------------------------------------------------------------------------------------------------

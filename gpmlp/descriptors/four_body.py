@@ -137,7 +137,7 @@ class FourBodyInvariants:
         return [density.new_zeros(len(density), 1, 0), *y]
 
     def invariants(self, y: Sequence[Tensor]) -> Tensor:
-        """b (environments, invariants)."""
+        """b = Σ_m G y y y (environments, invariants), those that symmetry leaves distinct, times √ of how many are equal."""
         parts = []
         for c in self.couplings:
             a, b, d = (y[l] for l in c.degrees)

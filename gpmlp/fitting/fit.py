@@ -19,6 +19,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting import (
     calibrate,
+    four_body_weight,
     inducing_sets,
     label_outliers,
     left_out,
@@ -210,6 +211,7 @@ class _Data:
         learned = prepare.with_failed_energies(trusted, structures, targets)
         recipe, base, summary = prepare.set_up(structures, trusted, recipe)
         remaining = prepare.subtract_baselines(structures, learned, base)
+        recipe = four_body_weight.with_weights(recipe, structures, remaining)
         shortest = {f"{chemical_symbol(a)}-{chemical_symbol(b)}": r for (a, b), r in summary.shortest.items()}
         given = prepare.labels_noise(trusted)
         shown = [force_label_noise(structures, trusted), given.get("forces", math.nan)]

@@ -15,6 +15,7 @@ from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.fitting import (
     calibrate,
+    four_body_weight,
     inducing_sets,
     left_out,
     online_updates,
@@ -437,6 +438,7 @@ def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) 
     targets = Targets.concatenate([t for _, t in parts])
     hyperparameters.check_species(asked, structures)
     recipe, base, _ = prepare.set_up(structures, targets, asked.model_copy(update={"mean": "exact"}), growing=True)
+    recipe = four_body_weight.with_weights(recipe, structures, prepare.subtract_baselines(structures, targets, base))
     pieces = list(chunk_structures(structures, CHUNK_ATOMS))
     models, _ = inducing_sets.make_models(
         recipe,
