@@ -292,6 +292,16 @@ def test_a_model_file_keeps_the_constants(potential, tmp_path):
         Potential.from_state(header, {name: t for name, t in tensors.items() if name != "term0.descriptor.channels"})
 
 
+def test_functionals_of_the_data_have_them_too(potential, tmp_path):
+    asked = {"descriptor": FOUR_BODY, "kernel": {"zeta": 2}, "inducing": {"functionals": "all"}}
+    exact, (new, truth) = fit(*labelled(range(15)), Recipe.model_validate(asked))[0], labelled([200, 201])
+    archive.save(exact, tmp_path / "model.gpmlp")
+    found, again = (p(new, variance="forces") for p in (exact, gpmlp.load(tmp_path / "model.gpmlp")))
+    assert torch.equal(again.forces, found.forces)
+    torch.testing.assert_close(again.forces_variance.total, found.forces_variance.total, rtol=1e-10, atol=0)
+    assert (found.forces - truth.forces).square().mean() < truth.forces.square().mean()
+
+
 def test_constants_stay_as_labels_come(potential):
     online = OnlineFit.begin(*labelled(range(10)), Recipe.model_validate(SMALL))
     before = online.models[0].descriptor
