@@ -299,7 +299,8 @@ def test_functionals_of_the_data_have_them_too(potential, tmp_path):
     found, again = (p(new, variance="forces") for p in (exact, gpmlp.load(tmp_path / "model.gpmlp")))
     assert torch.equal(again.forces, found.forces)
     torch.testing.assert_close(again.forces_variance.total, found.forces_variance.total, rtol=1e-10, atol=0)
-    assert (found.forces - truth.forces).square().mean() < truth.forces.square().mean()
+    # a pair closer than any of the data is repelled by ZBL
+    assert (found.forces - truth.forces).abs().median() < 0.3 * truth.forces.abs().median()
 
 
 def test_constants_stay_as_labels_come(potential):
