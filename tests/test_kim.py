@@ -19,6 +19,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.engines.kim import DRIVER, INSTALL, export_kim
 from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.io.provenance import file_hash, version_of
 
 COLLECTIONS = {f"KIM_API_{kind}_DIR": kind.lower() for kind in ("MODEL_DRIVERS", "PORTABLE_MODELS", "SIMULATOR_MODELS")}
 KIM = all(map(shutil.which, ("kim-api-collections-management", "cmake", "c++")))
@@ -86,7 +87,7 @@ def test_ase_gives_the_same_digits(collections, kind, skin):
 
 
 @needs_kim
-def test_sentences_in_the_log(collections):
+def test_sentences_in_the_log(collections, model_file):
     """KIM has codes and a log file."""
     pytest.importorskip("kimpy", reason="kimpy is not installed (pip install kimpy, with libkim-api-dev)")
     from ase.calculators.kim import KIM
@@ -96,6 +97,11 @@ def test_sentences_in_the_log(collections):
         KIM("damaged")
     assert "gpmlp: the model is damaged" in log.read_text()
     atoms = Atoms("Cu2", [[0, 0, 0], [0, 0, 1e-4]], calculator=KIM("copper"))
+    assert (
+        f"gpmlp: copper.export was exported by gpmlp {version_of('gpmlp')} from the model file with sha256"
+        in log.read_text()
+    )
+    assert file_hash(model_file) in log.read_text() and "the driver is of" not in log.read_text()
     with pytest.raises(Exception, match="compute"):
         atoms.get_potential_energy()
     assert "gpmlp: particles 0 and 1 are on top of each other" in log.read_text()

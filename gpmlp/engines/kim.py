@@ -13,6 +13,7 @@ from pathlib import Path
 from gpmlp.core.errors import UserError
 from gpmlp.io.export import export_model
 from gpmlp.io.files import atomic_write, check_folder
+from gpmlp.io.provenance import version_of
 from gpmlp.native import library
 from gpmlp.potential.potential import Potential
 
@@ -46,7 +47,7 @@ def export_kim(potential: Potential, folder: str | os.PathLike[str], source: str
     mean = replace(potential, variances=None, novelty=None)  # KIM has no place for more
     export_model(mean, model / f"{name}.export", source)
     _fill("model.cmake", model, {"NAME": name, "DRIVER": DRIVER, "FILE": f"{name}.export"})
-    _fill("driver.cmake", driver, {"NAME": DRIVER})
+    _fill("driver.cmake", driver, {"NAME": DRIVER, "VERSION": version_of("gpmlp")})
     for path in (SOURCES / "kim/driver.cpp", *(SOURCES / "src").glob("*.hpp")):
         with atomic_write(driver / path.name) as file:
             file.write(path.read_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -345,9 +346,12 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
         stages.report,
     )
     models = [replace(m, of=tuple(fitted[list(m.of)].tolist())) for m in models]
-    novelty = sample.fit() if sample is not None else None
     stages.begin("covariances")
-    (whitened, counts), of_held = _whitened(data, models, fitted, held, stages)
+    with ThreadPoolExecutor(1) as meanwhile:  # while others make rows
+        idle = not data.partitions.workers.shares
+        promised = meanwhile.submit(sample.fit) if idle and sample is not None else None
+        (whitened, counts), of_held = _whitened(data, models, fitted, held, stages)
+    novelty = promised.result() if promised else sample.fit() if sample is not None else None
     models = [replace(m, own=None) for m in models]
     stages.begin("evidence")
     lowers = regression.lowers_of(models)

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from multiprocessing import resource_tracker
 from typing import Any, Protocol
 from uuid import uuid4
@@ -25,7 +26,7 @@ Report = Callable[[float, float, str], None]  # done, total, note
 Span = tuple[int, int]  # of pieces: the first one, and how many
 POLL_S = 0.02
 CONNECT_S = 15.0  # until a scheduler has to answer, and its first worker to be there
-LOOK_S = 1.0  # between two looks whether there are workers
+LOOK_S = 5.0  # between two looks whether there are workers
 ALONE_S = 600.0  # that a fit waits for workers where none is left
 AHEAD = 2  # pieces a worker that may be begun beyond the oldest that has not ended: what they give waits to be merged
 BUNDLES = 4  # a worker, in which pieces travel to those of an executor that is not dask's
@@ -279,6 +280,11 @@ def workers_of(executor: Executor | None, device: str = "cpu") -> Workers:
     return RemoteWorkers(executor)
 
 
+def _get_ready() -> None:
+    """Import what a worker of a fit needs."""
+    import_module("gpmlp.fitting.fit")
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -343,7 +349,11 @@ def open_executor(workers: int | None = None, address: str | None = None) -> Ite
             with _uninterrupted(), dask.config.set({"distributed.scheduler.worker-ttl": None}):
                 made = distributed.LocalCluster(n_workers=workers, silence_logs=logging.CRITICAL, **how)
             address = stack.enter_context(made)
-        yield stack.enter_context(_connect(distributed, address))
+        client = stack.enter_context(_connect(distributed, address))
+        for worker in client.nthreads() if workers is not None else ():  # while this process reads and checks the data
+            how = {"workers": [worker], "allow_other_workers": True, "pure": False}
+            distributed.fire_and_forget(client.submit(_get_ready, **how))
+        yield client
 
 
 @contextmanager

@@ -17,4 +17,4 @@ check_cxx_source_runs("int main() { return !(__builtin_cpu_supports(\"avx2\") &&
 if(RUNS_V3) # this processor, and those that its programs are for
   list(APPEND FLAGS -march=x86-64-v3)
 endif()
-set_source_files_properties(driver.cpp PROPERTIES COMPILE_OPTIONS "${FLAGS}")
+set_source_files_properties(driver.cpp PROPERTIES COMPILE_OPTIONS "${FLAGS}" COMPILE_DEFINITIONS "GPMLP_VERSION=\"@VERSION@\"")

@@ -178,6 +178,13 @@ void create(KIM::ModelDriverCreate *const driver, KIM::LengthUnit length, KIM::E
     const gpmlp::Words words = gpmlp::read_words(*folder + "/" + *name);
     buffer->model = gpmlp::model_of(words);
     buffer->cutoff = buffer->model->cutoff() / buffer->length;
+    const std::string writer = gpmlp::head_entry(words, "gpmlp"), built = GPMLP_VERSION;
+    const std::string told = "gpmlp: " + *name + " was exported by gpmlp " + writer + " from the model file with sha256 " +
+                             gpmlp::head_entry(words, "sha256");
+    driver->LogEntry(KIM::LOG_VERBOSITY::information, told, __LINE__, __FILE__);
+    if (writer != built)
+        driver->LogEntry(KIM::LOG_VERBOSITY::warning, told + "; the driver is of gpmlp " + built + ": export and install both again",
+                         __LINE__, __FILE__);
     const char *threads = std::getenv("OMP_NUM_THREADS");
     buffer->threads = threads && std::atoi(threads) > 0 ? std::atoi(threads) : 1;
     std::istringstream symbols(gpmlp::head_entry(words, "species"));
