@@ -19,7 +19,7 @@ from gpmlp.descriptors import radial
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel, make_kernel
 from gpmlp.native import library
 from gpmlp.potential import baselines, chunked
-from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock
+from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock, ProjectedCentres
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import KernelRecipe, Recipe
 
@@ -193,10 +193,21 @@ def low_rank_form(block: MeanBlock, kernel: ZonalKernel, rank: int) -> LowRankFo
     return LowRankForm(form.linear, values[kept], vectors[:, kept].clone())
 
 
-def low_rank_term(made: Descriptor, rank: int = 3) -> EnergyTerm:
+def projected_centres(block: MeanBlock, kernel: ZonalKernel, rank: int) -> ProjectedCentres:
+    """The mean of a block in so many directions, drawn at random, with a constant and a linear part."""
+    generator = torch.Generator().manual_seed(11)
+    d = block.features.shape[1]
+    vectors, other = (torch.linalg.qr(torch.randn(d, d, generator=generator).double())[0][:, :rank] for _ in range(2))
+    duals = vectors + 0.1 * (other - vectors @ (vectors.T @ other))  # a projector that is not quite orthogonal
+    constant, linear = torch.randn(1, generator=generator).double(), torch.randn(d, generator=generator).double()
+    return ProjectedCentres.from_exact(block, kernel, vectors, duals, constant, linear)
+
+
+def low_rank_term(made: Descriptor, rank: int = 3, kernel: str = "polynomial 2") -> EnergyTerm:
     """A random term with means of low rank."""
-    term = random_term(made, KERNELS["polynomial 2"])
-    forms = {z: low_rank_form(block, term.kernel, rank) for z, block in term.blocks.items()}
+    term = random_term(made, KERNELS[kernel])
+    make = projected_centres if term.kernel.quadratic is None else low_rank_form
+    forms = {z: make(block, term.kernel, rank) for z, block in term.blocks.items()}
     return OwnTerm(term.descriptor, term.kernel, term.blocks, forms, exact=False)
 
 
@@ -206,7 +217,8 @@ def _term_cases() -> dict:
     cases = {name: (lambda name=name: random_term(descriptor(name), usual)) for name in DESCRIPTORS}
     first = next(iter(DESCRIPTORS))
     cases |= {f"{first} {k}": (lambda k=k: random_term(descriptor(first), KERNELS[k])) for k in KERNELS}
-    return cases | {"low rank": lambda: low_rank_term(descriptor(first))} | BASELINES
+    cases |= {f"low rank {k}": (lambda k=k: low_rank_term(descriptor(first), 3, k)) for k in ("polynomial 2", "sum")}
+    return cases | BASELINES
 
 
 TERMS = _term_cases()
@@ -228,7 +240,13 @@ def single(term):
     if not isinstance(term, EnergyTerm):
         return term
     blocks = {z: MeanBlock(*(v.float() for v in vars(b).values())) for z, b in term.blocks.items()}
-    forms = {z: LowRankForm(*(v.float() for v in vars(f).values())) for z, f in term.low_rank.items()}
+    forms = {}
+    for z, form in term.low_rank.items():
+        parts = {name: value.float() for name, value in form.stored().items()}
+        if isinstance(form, LowRankForm):
+            forms[z] = LowRankForm(**parts)
+        else:
+            forms[z] = ProjectedCentres.from_exact(blocks[z], term.kernel, **parts)
     return OwnTerm(term.descriptor, term.kernel, blocks, forms, term.exact)
 
 

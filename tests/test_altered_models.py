@@ -524,7 +524,7 @@ BYTES: dict[str, Callable[[bytes], bytes]] = {
     "a tensor twice": again("tensor"),
     "the format twice": again("format"),
     "nested deeply": deep,
-    "a number of 1e5 digits": lambda data: data.replace(b'\\"format\\":3', b'\\"format\\":3' + b"0" * 99_999, 1),
+    "a number of 1e5 digits": lambda data: data.replace(b'\\"format\\":4', b'\\"format\\":4' + b"0" * 99_999, 1),
     "type unknown": rewritten(lambda text: text[CU + "weights"].update(dtype="F7")),
     "offsets text": rewritten(lambda text: text[CU + "weights"].update(data_offsets=["a", "b"])),
     "offsets missing": rewritten(lambda text: text[CU + "weights"].pop("data_offsets")),

@@ -87,7 +87,7 @@ def test_newer_format(saved, monkeypatch, double, tmp_path):
     monkeypatch.setattr(archive, "FORMAT_VERSION", 7)
     archive.save(double, tmp_path / "newer.gpmlp")
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"is of format 7, written by gpmlp .*reads formats up to 3. Upgrade gpmlp"):
+    with pytest.raises(UserError, match=r"is of format 7, written by gpmlp .*reads formats up to 4. Upgrade gpmlp"):
         archive.load(tmp_path / "newer.gpmlp", Double)
 
 

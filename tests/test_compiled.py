@@ -55,9 +55,11 @@ def test_every_descriptor_and_kernel(name, kernel):
     compare([random_term(descriptor(name), KERNELS[kernel])], everything())
 
 
+@pytest.mark.parametrize("kernel", ["polynomial 2", "polynomial 4", "exponential", "sum"])
 @pytest.mark.parametrize("rank", [1, 7, 20])
-def test_low_ranks(rank):
-    compare([low_rank_term(descriptor(SOAPS[0]), rank)], everything(), [made() for made in BASELINES.values()])
+def test_low_ranks(rank, kernel):
+    term = low_rank_term(descriptor(SOAPS[0]), rank, kernel)
+    compare([term], everything(), [made() for made in BASELINES.values()])
 
 
 @pytest.mark.parametrize("kernel", ["polynomial 2", "polynomial 4"])

@@ -69,6 +69,7 @@ def cases() -> dict[str, tuple[list[EnergyTerm], list[Baseline]]]:
     single = SinglePrecisionDescriptor(first)
     out["single precision"] = ([random_term(single, ZETA_2)], [])
     out["low rank"] = ([low_rank_term(first, 5)], [])
+    out["low rank, sum"] = ([low_rank_term(first, 5, "sum")], [])
     lacking = random_term(first, KERNELS["polynomial 4"])
     del lacking.blocks[SPECIES[1]]
     out["nothing of a species"] = ([lacking], [])

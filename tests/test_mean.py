@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from systems import low_rank_form
+from systems import low_rank_form, projected_centres
 
 from gpmlp.gp import kernels
 from gpmlp.potential import mean as terms
@@ -55,6 +55,24 @@ def test_all_directions_are_the_exact_form(dtype):
     if dtype == torch.float64:
         (derivative,) = torch.autograd.grad(less(x)[0].sum(), x)
         torch.testing.assert_close(slope, derivative, rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize("tangents", [False, True], ids=["values", "gradients"])
+@pytest.mark.parametrize("kernel", [kernels.PolynomialKernel(4), kernels.ExponentialKernel(0.6)])
+def test_projected_centres(kernel, tangents):
+    """In all directions the sum over centres, with a linear function added; in fewer one with these slopes."""
+    mean, x = block(60, 20, tangents), unit(150, 20, seed=3)
+    whole = projected_centres(mean, kernel, 20)
+    energy, slope = whole(x)
+    expected, steep = mean(kernel, x)
+    torch.testing.assert_close(energy, expected + x @ whole.linear + whole.constant, rtol=1e-9, atol=1e-8)
+    torch.testing.assert_close(slope, steep + whole.linear, rtol=1e-9, atol=1e-8)
+    less = projected_centres(mean, kernel, 7)
+    x = (1.3 * x).requires_grad_(True)  # of any length
+    energy, slope = less(x)
+    assert float((slope - mean(kernel, x)[1]).detach().abs().max()) > 1.0 and less.rank == 7
+    assert less.products == mean.products * 7 // 20 + 2 * 7 * 20
+    torch.testing.assert_close(slope, torch.autograd.grad(energy.sum(), x)[0], rtol=1e-10, atol=1e-9)
 
 
 def test_collapsed_only_where_it_is_exact_and_cheaper():

@@ -26,6 +26,7 @@ CHOICES = {
     # few features, so that the mean of some species collapses to a quadratic form
     "quadratic": {"descriptor": SOAP | {"n_max": 1, "l_max": 0}, "kernel": {"zeta": 2}, "inducing": {"n": 50, "gradients": 0}},
     "low rank": {"descriptor": SOAP, "kernel": {"zeta": 2}, "inducing": {"n": 60, "gradients": 0}, "mean": "low_rank"},
+    "low rank, zeta 3": {"descriptor": SOAP, "kernel": {"zeta": 3}, "inducing": {"n": 24, "gradients": 0}, "mean": "low_rank"},
     "tangents": {"descriptor": SOAP, "kernel": {"zeta": 3}, "inducing": {"n": 8, "gradients": 2}},
     "two": {
         "descriptor": [SOAP, {"cutoff": 2.8, "n_max": 2, "l_max": 1}],
@@ -84,7 +85,8 @@ def test_the_same_as_the_potential(potential):
     """Of every periodicity and species at once, at the start and after a move; so are energies, forces and all else."""
     batch = everything()
     assert any(isinstance(b, ZBL) for b in potential.baselines)
-    assert bool(potential.terms[0].quadratic_forms) == (potential.recipe.kernels[0].zeta == 2)
+    cheaper = potential.recipe.kernels[0].zeta == 2 or potential.recipe.mean == "low_rank"
+    assert bool(potential.terms[0].cheaper_means) == cheaper
     stepper = Stepper(potential, batch, variance=True, novelty=True)
     for moved in (batch, shaken(batch, 0.03), shaken(batch, 0.13)):
         there = potential(moved, "atom_energies", novelty=True)

@@ -365,12 +365,7 @@ def means_of(header: Mapping[str, Any]) -> str:
     """How the mean is evaluated, and why so where a low rank is not possible."""
     if (header.get("report") or {}).get("low_rank"):
         return "low rank"
-    from gpmlp.recipe import Recipe
-
-    kernels = [kernel.model_dump() for kernel in Recipe.from_header(header["recipe"]).kernels]
-    every = [term for kernel in kernels for term in (kernel.get("terms") or [kernel])]
-    quadratic = all(term["name"] == "polynomial" and (term["zeta"] or 0) <= 2 for term in every)
-    return "exact" if quadratic else "exact (a low rank is for kernels of zeta 1 or 2)"
+    return "exact"
 
 
 def said_of_fit(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -58,7 +58,7 @@ CountedRows = tuple[dict[str, Tensor], dict[str, int]]  # by kind, [A | y] and t
 AMPLITUDE_ATOMS = 400  # of structures left out where there is no calibration
 ROBUST_ROUNDS = 3  # of leaving out what the last fit says is wrong
 NO_LOW_RANK = (
-    "`mean: low_rank` was left aside, and the mean is exact: a low rank needs a kernel of zeta 1 or 2 (or a sum of such), forces, "
+    "`mean: low_rank` was left aside, and the mean is exact: a low rank needs forces, "
     f"{calibrate.FEWEST} structures that are no near-duplicates, and so few directions that they are cheaper."
 )
 
@@ -255,8 +255,7 @@ def _with_low_rank(
     these from either half of the independent groups, if there are enough."""
     if data.recipe.mean == "exact":
         return potential, None
-    if any(term.kernel.quadratic is not None for term in potential.terms):
-        stages.begin("low rank")
+    stages.begin("low rank")
     if not len(judged) and len(data.groups) >= calibrate.FEWEST:
         order = torch.randperm(len(data.groups), generator=torch.Generator().manual_seed(data.recipe.seed))
         fitted, judged = data.groups.leaders[order].tensor_split(2)

@@ -25,7 +25,7 @@ from gpmlp.io import provenance
 from gpmlp.io.files import atomic_write, check_readable
 from gpmlp.io.model_header import check_header
 
-FORMAT_VERSION = 3  # 2: posterior factor, calibration and novelty besides the mean; 3: means of low rank
+FORMAT_VERSION = 4  # 2: posterior factor, calibration, novelty besides the mean; 3: means of low rank; 4: of any kernel
 UNITS = "eV, angstrom, atomic mass units; stress eV/angstrom^3, positive = tension"
 LONGEST_HEADER = 100 << 20  # bytes, as in safetensors
 BLANK = "0" * 64

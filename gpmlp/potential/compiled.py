@@ -25,7 +25,7 @@ from gpmlp.gp.variance import VarianceModel, pack_triangle
 from gpmlp.native import library
 from gpmlp.potential.baselines import ZBL, Baseline, IsolatedAtoms
 from gpmlp.potential.local_errors import LocalErrors
-from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock, QuadraticForm
+from gpmlp.potential.mean import CheaperMean, EnergyTerm, LowRankForm, MeanBlock, ProjectedCentres, QuadraticForm
 from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
@@ -160,15 +160,24 @@ def _kernel_parts(kernel: ZonalKernel) -> list[list[float]] | None:
 
 def _build_mean_of(term: EnergyTerm, z: int, build: Any) -> Any:
     """The mean of a central species."""
-    form: MeanBlock | QuadraticForm | LowRankForm = term.quadratic_forms.get(z) or term.blocks[z]
+    form: MeanBlock | CheaperMean = term.cheaper_means.get(z) or term.blocks[z]
     if isinstance(form, LowRankForm):
         arrays = (t.contiguous() for t in (form.linear, form.vectors, form.values))
         return build("low_rank_form", *form.vectors.shape, *arrays)
     if isinstance(form, QuadraticForm):
         return build("quadratic_form", len(form.linear), form.linear.contiguous(), form.hessian.contiguous())
-    parts = torch.tensor(_kernel_parts(term.kernel), dtype=torch.float64)
-    arrays = (t.contiguous() for t in (form.features, form.weights, form.tangents))
-    return build("inducing_centres", *form.features.shape, len(form.tangents), len(parts), *arrays, parts)
+    if isinstance(form, ProjectedCentres):
+        arrays = (t.contiguous() for t in (form.linear, form.vectors))
+        inner = _build_centres(form.centres, term.kernel, build)
+        return build("projected_mean", *form.vectors.shape, float(form.constant), *arrays, inner)
+    return _build_centres(form, term.kernel, build)
+
+
+def _build_centres(block: MeanBlock, kernel: ZonalKernel, build: Any) -> Any:
+    """A sum over centres."""
+    parts = torch.tensor(_kernel_parts(kernel), dtype=torch.float64)
+    arrays = (t.contiguous() for t in (block.features, block.weights, block.tangents))
+    return build("inducing_centres", *block.features.shape, len(block.tangents), len(parts), *arrays, parts)
 
 
 def build_variances(

@@ -1,4 +1,4 @@
-"""Posterior mean of local energies: sums over inducing centres, their quadratic form, and terms of a descriptor with its kernel."""
+"""Posterior mean of local energies: sums over inducing centres, cheaper forms of them, and terms of a descriptor with its kernel."""
 
 from __future__ import annotations
 
@@ -186,6 +186,83 @@ class LowRankForm:
         slope = torch.addmm(self.linear, scaled, self.vectors.T)
         return x @ self.linear + 0.5 * torch.linalg.vecdot(along, scaled), slope
 
+    @property
+    def rank(self) -> int:
+        return self.vectors.shape[1]
+
+    def stored(self) -> dict[str, Tensor]:
+        """What from_stored takes."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedCentres:
+    """ε(x) = c + v.x + ε'(Wᵀx): a sum over centres in the k directions that forces feel (fitting/low_rank.py), for any kernel.
+
+    ε' has the weights of the exact mean, and the centres y_j = Aᵀx_j and τ'_j = Aᵀτ_j. As AᵀW = 1, W Aᵀ is a projector, so that
+    x.x_j becomes what this leaves of it; c and v make up for the rest, on average.
+
+    Attributes:
+        constant: (1,) c, eV; linear: (features,) v, eV.
+        vectors: (features, k) W, whose columns are orthonormal; duals: (features, k) A.
+        centres: ε'; kernel: of it.
+    """
+
+    constant: Tensor
+    linear: Tensor
+    vectors: Tensor
+    duals: Tensor
+    centres: MeanBlock
+    kernel: ZonalKernel
+
+    @staticmethod
+    def from_exact(
+        exact: MeanBlock, kernel: ZonalKernel, vectors: Tensor, duals: Tensor, constant: Tensor, linear: Tensor
+    ) -> ProjectedCentres:
+        """Of the exact mean."""
+        centres = MeanBlock(exact.features @ duals, exact.weights, exact.tangents @ duals)
+        return ProjectedCentres(constant, linear, vectors, duals, centres, kernel)
+
+    @staticmethod
+    def from_stored(stored: StoredTensors, exact: MeanBlock, kernel: ZonalKernel) -> ProjectedCentres:
+        """That of a model file, with tensors called as the first four attributes; UserError if they do not fit the exact mean."""
+        dtype, n_features = exact.features.dtype, exact.features.shape[1]
+        vectors = stored.take("vectors", (n_features, "rank"), dtype)
+        duals = stored.take("duals", vectors.shape, dtype)
+        unit = torch.eye(vectors.shape[1], dtype=dtype, device=vectors.device)
+        if not len(unit) or any(bool(((a.T @ vectors - unit).abs() > UNIT_TOLERANCE).any()) for a in (vectors, duals)):
+            raise UserError("the directions of a mean of low rank are none, or do not make a projector.")
+        others = stored.take("constant", (1,), dtype), stored.take("linear", (n_features,), dtype)
+        return ProjectedCentres.from_exact(exact, kernel, vectors, duals, *others)
+
+    @property
+    def rank(self) -> int:
+        return self.vectors.shape[1]
+
+    @property
+    def products(self) -> int:
+        """Multiplications for ε and dε/dx of an environment."""
+        return self.centres.products + 2 * self.vectors.numel()
+
+    def stored(self) -> dict[str, Tensor]:
+        """What from_stored takes beside the exact mean."""
+        return {name: getattr(self, name) for name in ("constant", "linear", "vectors", "duals")}
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ε (environments,) and dε/dx (environments, features)."""
+        energy, slope = self.centres(self.kernel, x @ self.vectors)
+        return energy + x @ self.linear + self.constant, torch.addmm(self.linear, slope, self.vectors.T)
+
+
+CheaperMean = QuadraticForm | LowRankForm | ProjectedCentres
+
+
+def stored_low_rank(stored: StoredTensors, exact: MeanBlock, kernel: ZonalKernel) -> LowRankForm | ProjectedCentres:
+    """The mean of low rank of a model file, of the form that its kernel has."""
+    if kernel.quadratic is None:
+        return ProjectedCentres.from_stored(stored, exact, kernel)
+    return LowRankForm.from_stored(stored, exact.features.shape[1], exact.features.dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class EnergyTerm:
@@ -199,7 +276,7 @@ class EnergyTerm:
     descriptor: Descriptor
     kernel: ZonalKernel
     blocks: dict[int, MeanBlock]
-    low_rank: dict[int, LowRankForm] = field(default_factory=dict)
+    low_rank: dict[int, LowRankForm | ProjectedCentres] = field(default_factory=dict)
     exact: bool = True
 
     def environments(self, structures: Structures, pairs: Neighbors | None = None) -> StructureEnvironments:
@@ -207,9 +284,9 @@ class EnergyTerm:
         return StructureEnvironments.from_structures(self.descriptor, structures, pairs)
 
     @cached_property
-    def quadratic_forms(self) -> dict[int, QuadraticForm | LowRankForm]:
-        """Quadratic forms that stand for sums over centres, by species: where they are cheaper, of low rank where that is wanted."""
-        chosen: dict[int, QuadraticForm | LowRankForm] = {} if self.exact else dict(self.low_rank)
+    def cheaper_means(self) -> dict[int, CheaperMean]:
+        """What stands for sums over centres, by species: of low rank where that is wanted, quadratic forms where they are cheaper."""
+        chosen: dict[int, CheaperMean] = {} if self.exact else dict(self.low_rank)
         for z, block in self.blocks.items():
             form = None if z in chosen or block.weights.dim() > 1 else block.cheaper_form(self.kernel)
             if form is not None:
@@ -219,12 +296,12 @@ class EnergyTerm:
     def kernel_profiles(self, environments: Environments) -> dict[int, Profile]:
         """Kernel of the environments of each species with all its centres: what mean and variances of local energies share.
 
-        Not of species whose mean is a quadratic form, which has no use for it.
+        Not of species whose mean is of another form, which has no use for it.
         """
         out = {}
         for z, block in self.blocks.items():
             mine = environments.species == z
-            if z not in self.quadratic_forms and mine.any():
+            if z not in self.cheaper_means and mine.any():
                 out[z] = block.profile(self.kernel, environments.features[mine])
         return out
 
@@ -249,8 +326,8 @@ class EnergyTerm:
         return tuple(next(iter(self.blocks.values())).weights.shape[:-1]) if self.blocks else ()
 
     def _local_energies(self, z: int, x: Tensor, profiles: dict[int, Profile] | None) -> tuple[Tensor, Tensor]:
-        if z in self.quadratic_forms:
-            return self.quadratic_forms[z](x)
+        if z in self.cheaper_means:
+            return self.cheaper_means[z](x)
         if z not in self.blocks:
             none = x.new_zeros(len(x), *self._samples)
             return none, none[..., None].expand(*none.shape, x.shape[1])

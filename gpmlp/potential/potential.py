@@ -26,7 +26,7 @@ from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.compiled import CompiledMean, compile_mean
 from gpmlp.potential.force_samples import ForceSamples
 from gpmlp.potential.local_errors import LocalErrors
-from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock
+from gpmlp.potential.mean import EnergyTerm, MeanBlock, stored_low_rank
 from gpmlp.recipe import MEANS, Recipe
 from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
@@ -272,7 +272,7 @@ class Potential:
         the mean in another form ('exact', 'low_rank').
 
         What is not given stays as it is. Single precision is faster, above all on GPUs, and changes predictions by far less than their
-        errors (environments.SinglePrecisionDescriptor); so does a low rank (mean.LowRankForm), by what the report says.
+        errors (environments.SinglePrecisionDescriptor); so does a low rank (fitting/low_rank.py), by what the report says.
 
         Raises:
             UserError: a device that is not available, another precision, or a form that this model does not have.
@@ -280,7 +280,7 @@ class Potential:
         errors.check_choice("form of the mean", mean or "exact", MEANS)
         if mean == "low_rank" and not any(term.low_rank for term in self.terms):
             raise errors.UserError(
-                "This model has no mean of low rank. Fit it with `mean: low_rank` in the recipe, a kernel of zeta 1 or 2, and forces."
+                "This model has no mean of low rank. Fit it with `mean: low_rank` in the recipe, and forces of enough structures."
             )
         errors.check_choice("precision of the descriptors", descriptors or "float64", ("float64", "float32"))
         if descriptors is None and any(isinstance(t.descriptor, SinglePrecisionDescriptor) for t in self.terms):
@@ -345,7 +345,7 @@ class Potential:
             f"term{k}.Z{z}.low_rank.{name}": value
             for k, term in enumerate(self.terms)
             for z, form in term.low_rank.items()
-            for name, value in vars(form).items()
+            for name, value in form.stored().items()
         }
         if self.variances is not None:
             header["variances"], more = self.variances.state()
@@ -375,12 +375,13 @@ class Potential:
             made = make_descriptor(species, descriptor.model_dump(), stored.part(f"term{k}.descriptor."))
             parts = {z: stored.part(f"term{k}.Z{z}.") for z in species}
             blocks = {z: MeanBlock.from_stored(part, made.n_features, dtype) for z, part in parts.items()}
+            function = make_kernel(kernel)
             low_rank = {
-                z: LowRankForm.from_stored(part.part("low_rank."), made.n_features, dtype)
+                z: stored_low_rank(part.part("low_rank."), blocks[z], function)
                 for z, part in parts.items()
                 if len(part.part("low_rank."))
             }
-            terms.append(EnergyTerm(made, make_kernel(kernel), blocks, low_rank, recipe.mean == "exact"))
+            terms.append(EnergyTerm(made, function, blocks, low_rank, recipe.mean == "exact"))
         variances = novelty = None
         if header.get("variances") is not None:
             features = [{z: block.features for z, block in term.blocks.items()} for term in terms]

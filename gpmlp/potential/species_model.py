@@ -22,7 +22,7 @@ from gpmlp.gp.kernels import Profile, ZonalKernel
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.baselines import ZBL, IsolatedAtoms
 from gpmlp.potential.force_samples import DeviationTerm
-from gpmlp.potential.mean import LowRankForm, MeanBlock, QuadraticForm
+from gpmlp.potential.mean import CheaperMean, MeanBlock, ProjectedCentres
 from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty.mahalanobis import SpeciesClusters
 
@@ -60,7 +60,7 @@ class SpeciesTerm:
     backend: DenseBackend
     single: bool
     kernel: ZonalKernel
-    mean: MeanBlock | QuadraticForm | LowRankForm | None
+    mean: MeanBlock | CheaperMean | None
     block: Block | None
     deviations: DeviationTerm | None = None
 
@@ -147,10 +147,11 @@ class SpeciesModel:
             descriptor, single = _soap_descriptor(term.descriptor)
             assert descriptor is not None, "check_supported"
             backend = backends.fastest_backend(descriptor, like.float() if single else like)
-            mean = term.quadratic_forms.get(z) or term.blocks.get(z)
+            mean = term.cheaper_means.get(z) or term.blocks.get(z)
             block = next((b for b in model.blocks[k] if z in b.central_species), None) if model else None
             # a kernel's parameters are on the host, from where each step would have to fetch them
             kernel = deepcopy(term.kernel).to(like.device)
+            mean = replace(mean, kernel=kernel) if isinstance(mean, ProjectedCentres) else mean
             deviations = replace(potential.force_samples.terms[k], kernel=kernel) if sampled else None
             terms.append(SpeciesTerm(backend, single, kernel, mean, block, deviations))
         isolated = sum(b.energies.get(z, 0.0) for b in potential.baselines if isinstance(b, IsolatedAtoms))

@@ -57,12 +57,19 @@ CASES = {
         "zuo2020_Si/train.xyz", "zuo2020_Si/test.xyz", None,
         {"descriptor": {"cutoff": 5.0, "n_max": 8, "l_max": 6}, "kernel": {"zeta": 2}, "inducing": {"n": 1000, "gradients": 0}},
     ),
+    "zuo_si_zeta_4": Case(
+        "zuo2020_Si/train.xyz", "zuo2020_Si/test.xyz", None,
+        {"descriptor": {"cutoff": 5.0, "n_max": 8, "l_max": 6}, "kernel": {"zeta": 4}, "inducing": {"n": 1000, "gradients": 0}},
+    ),
     "ethanol": Case(
         "rmd17_ethanol/train.xyz", "rmd17_ethanol/test.xyz", 400,
         {"kernel": {"zeta": 2}, "inducing": {"n": 1200, "gradients": 0}},
     ),
     "acac": Case(
         "acac/train_300K.xyz", "acac/test_MD_600K.xyz", None, {"kernel": {"zeta": 2}, "inducing": {"n": 900, "gradients": 0}}
+    ),
+    "acac_zeta_4": Case(
+        "acac/train_300K.xyz", "acac/test_MD_600K.xyz", None, {"kernel": {"zeta": 4}, "inducing": {"n": 900, "gradients": 0}}
     ),
 }  # fmt: skip
 

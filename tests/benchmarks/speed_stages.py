@@ -65,7 +65,7 @@ def _kernel_flops(term: EnergyTerm, structures: Structures) -> float:
     """Of the mean's kernel and its slope, an atom."""
     total = 0.0
     for z, block in term.blocks.items():
-        mean = term.quadratic_forms.get(z, block)
+        mean = term.cheaper_means.get(z, block)
         total += float((structures.species == z).sum()) * 2 * mean.products
     return total / structures.n_atoms
 

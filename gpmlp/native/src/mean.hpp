@@ -60,7 +60,7 @@ constexpr int CENTRES = 256; // of an inducing set together: what rows have to d
 struct Mean : Object {
     // Memory of one thread.
     struct Scratch {
-        Array<double> dots, along;
+        Array<double> dots, along, projected, steep;
         KernelRows kept;
     };
 
@@ -174,6 +174,32 @@ class LowRankForm : public Mean {
     }
 };
 
+// ε = c + v.x + ε'(Wᵀx), of a mean ε' in the space of leading directions W (features, rank).
+class ProjectedMean : public Mean {
+    int d, rank;
+    double constant;
+    Array<double> linear;
+    PanelMatrix<double> to_directions, from_directions;
+    const Mean &inner;
+
+  public:
+    ProjectedMean(int d, int rank, double constant, const double *linear, const double *directions, const Mean &inner)
+        : d(d), rank(rank), constant(constant), linear(linear, linear + d), to_directions(d, rank, directions, rank, 1),
+          from_directions(rank, d, directions, 1, rank), inner(inner) {}
+
+    void operator()(int n, const double *x, int row, double *energies, double *slopes, Scratch &scratch) const override {
+        const int wide = PanelMatrix<double>::row_length(rank);
+        scratch.projected.resize(std::size_t(n) * wide), scratch.steep.resize(std::size_t(n) * wide);
+        to_directions.multiply(n, x, row, scratch.projected.data(), wide);
+        inner(n, scratch.projected.data(), wide, energies, scratch.steep.data(), scratch);
+        from_directions.multiply(n, scratch.steep.data(), wide, slopes, row);
+        for (int i = 0; i < n; i++, x += row, slopes += row) {
+            energies[i] += dot(x, linear.data(), d) + constant;
+            for (int k = 0; k < d; k++) slopes[k] += linear[k];
+        }
+    }
+};
+
 } // namespace gpmlp
 
 GPMLP_API int64_t gpmlp_quadratic_form(int64_t d, const double *linear, const double *hessian) {
@@ -182,6 +208,15 @@ GPMLP_API int64_t gpmlp_quadratic_form(int64_t d, const double *linear, const do
 
 GPMLP_API int64_t gpmlp_low_rank_form(int64_t d, int64_t rank, const double *linear, const double *directions, const double *values) {
     return gpmlp::guarded([&] { return gpmlp::address_of(new gpmlp::LowRankForm(int(d), int(rank), linear, directions, values)); });
+}
+
+// inner: a mean of rank features.
+GPMLP_API int64_t gpmlp_projected_mean(int64_t d, int64_t rank, double constant, const double *linear, const double *directions,
+                                       int64_t inner) {
+    return gpmlp::guarded([&] {
+        return gpmlp::address_of(
+            new gpmlp::ProjectedMean(int(d), int(rank), constant, linear, directions, gpmlp::object<gpmlp::Mean>(inner)));
+    });
 }
 
 // tangents: (m, d), or nothing if n_tangents is 0. parts: of the kernel, (n_parts, 3) weight, zeta (0: exponential),
