@@ -22,9 +22,13 @@ MATRICES, BASE_GB = 16, 0.12  # of columns² doubles at the peak, and what chunk
 BASE_S = 20.0  # of reading, compiling and choosing sparse points
 ROW_PRODUCTS = 4.0  # operations per row and columns²: the factor of the rows
 EVIDENCE_PRODUCTS, POSTERIOR_PRODUCTS = 100.0, 40.0  # per columns³ that hyperparameters are learned with, and of all
-PRODUCTS_PER_SLOPE = (
-    200.0  # operations per functional, environment and feature: covariances of functionals, and of rows with them
-)
+FEATURE_DIRECTIONS = 300  # that functionals of one species span, about
+PRODUCTS_PER_SLOPE = 60.0  # operations per functional, environment and direction: covariances of all pairs, each once
+EXACT_MATRICES, EXACT_ROWS, EXACT_PRODUCTS = (
+    1.2,
+    6.0,
+    4.0,
+)  # of n² doubles, n times columns of variances; per n³ (gp/exact.py)
 LONG_S = 3600.0
 
 
@@ -69,20 +73,31 @@ class FitCost:
 def expected_cost(recipe: Recipe, structures: Structures, targets: Targets) -> FitCost:
     """The cost of a fit with a resolved recipe."""
     known = [int(label.isfinite().sum()) for label in (targets.energies, targets.forces, targets.stresses)]
-    cost = cost_of(most_columns(recipe, structures), known[0] + known[1] + known[2] * 6 // 9)
+    columns, rows = most_columns(recipe, structures), known[0] + known[1] + known[2] * 6 // 9
+    cost = cost_of(columns, rows)
+    few = recipe.variance.at_most(columns) if recipe.variance is not False else columns
+    if few < columns and [i.functionals for i in recipe.inducings] == ["all"]:
+        cost = _exact_cost(columns, few, cost_of(few, rows))
     numbers, atoms = functionals_of(structures), structures.counts
     for inducing, descriptor in zip(recipe.inducings, recipe.descriptors, strict=True):
         if not inducing.functionals:
             continue
         made = make_descriptor(structures.distinct_species, descriptor.model_dump())
+        directions = min(made.n_features, FEATURE_DIRECTIONS)
         share = min(1.0, _wanted(inducing, numbers) / max(1, int(numbers.sum())))
-        numbers_kept = (
-            share * float((numbers * atoms).sum()) * made.n_features
-        )  # of the derivatives of their environments
-        products = share * float(numbers.sum()) * structures.n_atoms * made.n_features * PRODUCTS_PER_SLOPE
+        numbers_kept = share * float((numbers * atoms).sum()) * directions  # of the derivatives of their environments
+        pairs = 1.0 if inducing.functionals == "all" else share**2 + 2 * share  # among themselves, and with the data
+        products = pairs * float(numbers.sum()) * structures.n_atoms * directions * PRODUCTS_PER_SLOPE
         seconds = cost.seconds + products / operations_per_second()
         cost = replace(cost, memory_GB=cost.memory_GB + 8e-9 * numbers_kept, seconds=seconds, functionals=True)
     return cost
+
+
+def _exact_cost(n: int, columns: int, of_variances: FitCost) -> FitCost:
+    """Of n functionals by a Cholesky factorisation in place, with variances of the leading columns."""
+    memory = of_variances.memory_GB + 8e-9 * (EXACT_MATRICES * float(n) ** 2 + EXACT_ROWS * n * columns)
+    seconds = of_variances.seconds + EXACT_PRODUCTS * float(n) ** 3 / operations_per_second()
+    return replace(of_variances, columns=n, memory_GB=memory, seconds=seconds)
 
 
 def functionals_of(structures: Structures) -> Tensor:

@@ -40,7 +40,8 @@ from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
 from gpmlp.fitting.sparse_points import Candidates, CentreChoice
 from gpmlp.fitting.workers import Executor, Workers, within, workers_of
-from gpmlp.gp import evidence, hyperparameters, inducing, posterior
+from gpmlp.gp import evidence, hyperparameters, inducing
+from gpmlp.gp.exact import ExactPosterior
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.io.label_checks.stage import sort_findings
@@ -123,18 +124,19 @@ def _fit_once(
     fitted, held, judged = split
     trained = _train(data, fitted, held, stages)
     models, learned = trained.models, trained.learned
-    lowers = regression.lowers_of(models)
     if len(held):
         learned = learned.joined(*trained.held)
     stages.begin("posterior")
-    solved = posterior.solve_posterior(learned.whitened, learned.counts, learned.every_noise, learned.signal, lowers)
-    potential = replace(_potential(data, trained, learned, solved), provenance=dict(provenance or {}))
+    solved, given = regression.solve(models, learned)
+    potential = _potential(data, trained, learned, solved, solved.weights if given is None else given.weights)
+    potential = replace(potential, provenance=dict(provenance or {}))
     again = passes.predict(data.partitions, potential)
     if potential.variances is not None:
         stages.begin("calibration")
-        potential = _calibrated(data, potential, models, learned, solved, judged, again.forces, stages)
+        potential = _calibrated(data, potential, models, learned, solved, given, judged, again.forces, stages)
     compared = data.structures.select(judged if len(judged) else fitted)
-    subset = variance_checks.subset_error(potential, models, learned.signal, solved.factor, compared, data.recipe.seed)
+    of_all = solved.factor if given is None else given
+    subset = variance_checks.subset_error(potential, models, learned.signal, of_all, compared, data.recipe.seed)
     wrong = label_outliers.find_label_outliers(potential, data.structures, data.labels, again)
     numbers, scale = _numbers(data, trained, learned, solved), regression.scale_of_energies(models, learned)
     found = [
@@ -227,8 +229,10 @@ class _Data:
         return _Data(*known, partitions)
 
 
-def _potential(data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior) -> Potential:
-    """The potential of this posterior, not calibrated."""
+def _potential(
+    data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior, weights: Tensor
+) -> Potential:
+    """The potential of this posterior, not calibrated; weights of the mean."""
     variances = None
     if data.recipe.variance is not False:
         most = data.recipe.variance.at_most(len(learned.signal))
@@ -237,8 +241,9 @@ def _potential(data: _Data, trained: _Trained, learned: WhitenedData, solved: Sp
         variances = regression.variance_model(
             trained.models, learned.signal, factor, constant, learned.label_noise, subset
         )
+        variances = replace(variances, of_fit=len(weights))
     return Potential(
-        regression.make_terms(trained.models, solved.weights),
+        regression.make_terms(trained.models, weights),
         data.baselines,
         data.structures.distinct_species,
         data.recipe,
@@ -269,6 +274,7 @@ def _calibrated(
     models: list[InducingModel],
     learned: WhitenedData,
     solved: SparsePosterior,
+    given: ExactPosterior | None,
     aside: Tensor,
     forces: Tensor,
     stages: StageTimer,
@@ -278,14 +284,14 @@ def _calibrated(
     Both come from structures left out in turn with what is near them, those set aside (`aside`) before others.
 
     Args:
-        forces: of all structures, by the fit.
+        given: where the mean is exact. forces: of all structures, by the fit.
     """
     wanted, groups, seed = data.recipe.calibration, data.groups, data.recipe.seed
     atoms = LEFT_OUT * wanted.atoms if wanted else AMPLITUDE_ATOMS
     chosen = left_out.choose_left_out(data.structures, data.targets, aside, atoms, seed, groups.leaders)
     near = dict(zip(groups.leaders.tolist(), groups.near, strict=True))
     about = data.structures, data.targets, data.remaining, chosen, near, data.partitions.workers, stages.report
-    predicted = left_out.predict_left_out(potential, models, learned, solved, *about)
+    predicted = left_out.predict_left_out(potential, models, learned, solved, *about, given=given)
     if predicted is None or potential.variances is None:
         return potential
     share = predicted.amplitude(learned.noise.get("forces", 0.0))
@@ -344,7 +350,7 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
         data.remaining.select(structures, fitted),
         stages.report,
     )
-    models = [replace(m, of=tuple(fitted[list(m.of)].tolist())) for m in models]
+    models = [m.numbered(fitted) for m in models]
     stages.begin("covariances")
     with ThreadPoolExecutor(1) as meanwhile:  # while others make rows
         idle = not data.partitions.workers.shares
@@ -356,6 +362,8 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     lowers = regression.lowers_of(models)
     with parallel.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
         parameters, block_of_column, result = regression.learn_hyperparameters(recipe, models, whitened, counts, stages)
+    if (every := models[0].exact) is not None:
+        result = regression.learn_exactly(every, parameters, stages)
     signal = parameters.signal().to(block_of_column.device)[block_of_column]
     left_out = regression.left_out_energies(data.remaining, data.groups, fitted)
     noise = regression.fit_noise(recipe, parameters, whitened, counts, signal, left_out)
@@ -395,7 +403,7 @@ def _numbers(data: _Data, trained: _Trained, learned: WhitenedData, solved: Spar
         "environments": {chemical_symbol(z): n for z, n in sorted(trained.environments.items())},
         "shortest": data.shortest,
         "columns": sum(m.asked for m in models),
-        "rank": sum(regression.block_widths(models)),
+        "rank": sum(block.n_columns for m in models for block in m.of_mean.blocks),
         "condition": solved.condition,
         "jitter": max(m.jitter for m in models),
         "negative_log_evidence": result.negative_log_evidence,

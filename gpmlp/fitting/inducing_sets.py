@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,12 @@ from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import VOIGT
 from gpmlp.fitting import sparse_points
-from gpmlp.fitting.regression import InducingModel, OwnRows
+from gpmlp.fitting.regression import ExactModel, InducingModel, OwnRows
 from gpmlp.fitting.sparse_points import Candidates, CentreChoice
 from gpmlp.fitting.workers import Report, silent
 from gpmlp.gp import functionals, hyperparameters, inducing
 from gpmlp.gp.evidence import DenseData
+from gpmlp.gp.exact import ExactProcess
 from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.kernels import ZonalKernel, make_kernel
 from gpmlp.recipe import Recipe
@@ -103,32 +105,53 @@ def _functional_model(
     block = FunctionalBlock.make(descriptor, structures, maps, dict.fromkeys(species, 1.0))
     if len(species) > 1:
         block = block.of_species(_relative_signals(recipe, k, kernel, block, labels))
-    every, note = block, f"covariances of {block.n_columns} functionals"
-    block, lower, jitter, whitened = _independent(kernel, block, lambda done, total: report(done, total, note))
-    own = None
+    note = f"covariances of {block.n_columns} functionals"
+    half, of = block.lower_K_uu(kernel, lambda done, total: report(done, total, note)).double(), tuple(order.tolist())
+    exact, leading, own = None, block.n_columns, None
+    few = recipe.variance.at_most(leading) if recipe.variance is not False else leading
+    if wanted == "all" and few < leading and (process := _exact_process(recipe, block, labels, half)):
+        exact, leading = ExactModel(block, process, of[:many]), few
+    chosen, lower, jitter, whitened = _independent(half, leading)
     if wanted == "all":
-        places = order.argsort().tolist()
-        pieces = whitened.split([len(m) for m in every.maps])
-        own = OwnRows(tuple(every.maps[i] for i in places), tuple(pieces[i] for i in places))
-    of = tuple(order[: len(block.structures)].tolist())
-    return InducingModel(descriptor, kernel, (block,), (lower,), jitter, int(total[many - 1]), of, own)
+        pieces, places = whitened.split([len(m) for m in block.maps]), order.argsort().tolist()
+        own = OwnRows(tuple(block.maps[i] for i in places), tuple(pieces[i] for i in places))
+    block = block.select(chosen)
+    about = of[: len(block.structures)], own, exact
+    return InducingModel(descriptor, kernel, (block,), (lower,), jitter, int(total[many - 1]), *about)
 
 
-def _independent(
-    kernel: ZonalKernel, block: FunctionalBlock, report: Callable[[float, float], None] = lambda done, total: None
-) -> tuple[FunctionalBlock, Tensor, float, Tensor]:
-    """Without functionals that depend on others; L of the covariance of the rest; the jitter it took; and of all functionals, as they
-    were, covariances with those that are left, whitened: k L⁻ᵀ."""
-    covariance = block.K_uu(kernel, report).double()
-    scale = covariance.diagonal().clamp_min(0).sqrt()
+def _exact_process(recipe: Recipe, block: FunctionalBlock, targets: Targets, half: Tensor) -> ExactProcess | None:
+    """The process of all functionals for a Cholesky factorisation; None where only the QR will do: force labels of one structure have
+    different noises, some of their components are unknown, or there are several descriptors."""
+    if len(recipe.inducings) > 1 or half.device.type != "cpu":
+        return None
+    labels = _functional_labels(block.structures, targets, block.maps)
+    if labels.values.isnan().any() or labels.given.isinf().any():
+        return None
+    return ExactProcess.of_covariance(half, labels.values, labels.by_kind(), labels.scale, labels.given)
+
+
+def _independent(half: Tensor, leading: int) -> tuple[Tensor, Tensor, float, Tensor]:
+    """Of the leading functionals those that do not depend on others; L of their covariance; the jitter it took; and of all functionals
+    the covariances with them, whitened: k L⁻ᵀ.
+
+    Args:
+        half: (n, n) covariance, of which the lower half counts.
+    """
+    square = functionals.mirrored(half[:leading, :leading])
+    scale = square.diagonal().clamp_min(0).sqrt()
     unit = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    covariance.mul_(unit).mul_(unit[:, None])
-    columns, lower, jitter = inducing.independent_factor(covariance, inducing.RANK_TOLERANCE)
-    rows = covariance.new_empty(len(covariance), len(columns))
-    rows[columns] = lower
-    others = torch.ones(len(covariance), dtype=torch.bool).index_fill(0, columns.cpu(), jitter > 0).nonzero()[:, 0]
-    rows[others] = torch.linalg.solve_triangular(lower, covariance[others][:, columns].T, upper=False).T
-    return block.select(columns), lower.mul_(scale[columns, None]), jitter, rows.mul_(scale[:, None])
+    square.mul_(unit).mul_(unit[:, None])
+    columns, lower, jitter = inducing.independent_factor(square, inducing.RANK_TOLERANCE)
+    others = torch.ones(leading, dtype=torch.bool).index_fill(0, columns.cpu(), jitter > 0).nonzero()[:, 0]
+    rows = half.new_empty(len(half), len(columns))
+    rows[columns] = lower * scale[columns, None]
+    rows[others] = (
+        torch.linalg.solve_triangular(lower, square[others][:, columns].T, upper=False).T * scale[others, None]
+    )
+    rest = half[leading:, :leading][:, columns] * unit[columns]
+    rows[leading:] = torch.linalg.solve_triangular(lower, rest.T, upper=False).T
+    return columns, lower.mul_(scale[columns, None]), jitter, rows
 
 
 def _relative_signals(
@@ -141,11 +164,12 @@ def _relative_signals(
     labels = targets.select(block.structures, range(len(structures)))
     species = structures.distinct_species
     every = [few.of_species({z: 1.0}).K_uu(kernel).double() for z in species]
-    values, of_kind, scale = _functional_labels(structures, labels, maps)
-    known = ~values.isnan()
-    rows = {kind: (of_kind[known] == i).nonzero()[:, 0] for i, kind in enumerate(KINDS)}
-    rows = {kind: which for kind, which in rows.items() if len(which)}
-    data = DenseData(tuple(c[known][:, known] for c in every), values[known], rows, scale[known])
+    of_all = _functional_labels(structures, labels, maps)
+    known = ~of_all.values.isnan() & of_all.given.isnan()
+    known = known if known.any() else ~of_all.values.isnan()
+    shown = _FunctionalLabels(*(part[known] for part in of_all))
+    rows = {kind: which for kind, which in shown.by_kind().items() if len(which)}
+    data = DenseData(tuple(c[known][:, known] for c in every), shown.values, rows, shown.scale)
     own = recipe.model_copy(update={"descriptor": recipe.descriptors[k], "signal": recipe.signals[k]})
     parameters = hyperparameters.make_hyperparameters(own, list(rows), [(0, z) for z in species])
     data.maximise(parameters)
@@ -154,17 +178,43 @@ def _relative_signals(
     return {z: found.get(z, typical) for z in block.relative}
 
 
-def _functional_labels(
-    structures: Structures, targets: Targets, maps: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels of functionals as `functional_maps` has them, NaN where not known; index of their kind; noise over that of the kind."""
-    values, kinds, scale, offsets = [], [], [], structures.offsets.tolist()
+class _FunctionalLabels(NamedTuple):
+    """Labels of functionals as `functional_maps` has them.
+
+    Attributes:
+        values: (functionals,) NaN where not known; kinds: index in KINDS; scale: noise over that of the kind.
+        given: noise of its own, NaN where that of the kind holds; infinite where a functional mixes several.
+    """
+
+    values: Tensor
+    kinds: Tensor
+    scale: Tensor
+    given: Tensor
+
+    def by_kind(self) -> dict[str, Tensor]:
+        """Which have the noise of the kind."""
+        common = self.given.isnan()
+        rows = {kind: ((self.kinds == i) & common).nonzero()[:, 0] for i, kind in enumerate(KINDS)}
+        return {kind: which for kind, which in rows.items() if len(which)}
+
+
+def _functional_labels(structures: Structures, targets: Targets, maps: Sequence[Tensor]) -> _FunctionalLabels:
+    parts, offsets = [], structures.offsets.tolist()
     a, b = torch.tensor(VOIGT).T
     for i, rows in enumerate(maps[: len(structures)]):
         atoms = slice(offsets[i], offsets[i + 1])
+        n = atoms.stop - atoms.start
         label = torch.cat([targets.energies[i, None], targets.forces[atoms].flatten(), targets.stresses[i][a, b]])
-        used = rows != 0
-        values.append((rows * label.nan_to_num()).sum(1).masked_fill((used & label.isnan()).any(1), torch.nan))
-        kinds.append(torch.where(used[:, 0], 0, torch.where(used[:, -6:].any(1), 2, 1)))
-        scale.append(torch.where(used[:, 0], atoms.stop - atoms.start, 1).to(rows))
-    return torch.cat(values), torch.cat(kinds), torch.cat(scale)
+        noises = (
+            n * targets.energies_noise[i, None],
+            targets.forces_noise[atoms].flatten(),
+            targets.stresses_noise[i].expand(6),
+        )
+        noise, used = torch.cat(noises).nan_to_num(-1.0).expand_as(rows), rows != 0
+        low, high = noise.where(used, torch.inf).amin(1), noise.where(used, -torch.inf).amax(1)
+        one = torch.where(high < 0, torch.nan, high)
+        values = (rows * label.nan_to_num()).sum(1).masked_fill((used & label.isnan()).any(1), torch.nan)
+        kinds = torch.where(used[:, 0], 0, torch.where(used[:, -6:].any(1), 2, 1))
+        scale = torch.where(used[:, 0], n, 1).to(rows)
+        parts.append((values, kinds, scale, torch.where(low < high, torch.inf, one)))
+    return _FunctionalLabels(*(torch.cat(part) for part in zip(*parts, strict=True)))

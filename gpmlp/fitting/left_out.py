@@ -28,6 +28,7 @@ from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.workers import Report, Workers, silent
 from gpmlp.gp import likelihood
 from gpmlp.gp.covariances import CovarianceRows
+from gpmlp.gp.exact import ExactPosterior
 from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.gp.variance import ByDescriptor, VarianceModel, VarianceRequest, WhitenedRows
@@ -131,6 +132,7 @@ def predict_left_out(
     near: dict[int, Tensor] | None = None,
     workers: Workers | None = None,
     report: Report = silent,
+    given: ExactPosterior | None = None,
 ) -> LeftOut | None:
     """Predict some of the structures without their labels; None if there are none that can be left out.
 
@@ -139,9 +141,15 @@ def predict_left_out(
         targets, remaining: labels of `structures`, and the same less the baselines.
         near: for some structures, others whose labels are left out with theirs (near-duplicates).
         workers: who does it; this process if not given. report: of the structures done.
+        given: where the mean is exact.
     """
     if not chosen:
         return None
+    beside = {i: _others_near(structures, i, near or {}) for i in chosen}
+    errors: dict[int, Tensor] = {}
+    if given is not None and (exact := models[0].exact) is not None:
+        labels = {i: remaining.forces[structures.structure_of_atom == i].flatten() for i in chosen}
+        errors = {i: exact.left_out(given, [i, *beside[i]], labels[i]) for i in chosen}
     workers = workers or Workers()
     wanted: dict[str, Any] = {kind: bool(getattr(remaining, kind).isfinite().any()) for kind in KINDS}
     own = potential.variance_model()
@@ -151,7 +159,8 @@ def predict_left_out(
         tuple(m.descriptor for m in models),
         tuple(m.of for m in models),
         # of a subset of the columns come the variances, the errors of all
-        (every,) if own.n_columns == own.of_fit else (every, own),
+        (own,) if errors else (every,) if own.n_columns == own.of_fit else (every, own),
+        errors,
         solved.weights,
         learned.noise,
         VarianceRequest(**wanted),
@@ -162,8 +171,7 @@ def predict_left_out(
         return _Labelled(part, targets.select(structures, indices), remaining.select(structures, indices), indices)
 
     parts = [
-        (select(part), [select(o) if (o := _others_near(structures, i, near or {})) else None for i in part])
-        for part in _parts(structures, chosen)
+        (select(part), [select(beside[i]) if beside[i] else None for i in part]) for part in _parts(structures, chosen)
     ]
     pieces = [parts] if workers.shares else [[part] for part in parts]
     kept = workers.keep(fitted)
@@ -190,6 +198,7 @@ class _Fitted:
     Attributes:
         potential: with variances; models: that of the variances with all columns, and that of the potential, if it has fewer.
         functionals_of: for each descriptor, numbers of the structures whose functionals are inducing variables.
+        errors: where the mean is exact, (1 + 3 atoms + 6,) errors of energy, forces and stress of each structure that is left out.
         weights: of the mean; noise: by kind.
     """
 
@@ -197,6 +206,7 @@ class _Fitted:
     descriptors: tuple[Descriptor, ...]
     functionals_of: tuple[tuple[int, ...], ...]
     models: tuple[VarianceModel, ...]
+    errors: dict[int, Tensor]
     weights: Tensor
     noise: dict[str, float]
     request: VarianceRequest
@@ -247,6 +257,9 @@ class _Fitted:
             found = [a.left_out(k, b) for a, b in zip(labels, more, strict=True)]
             place = found[0][0]
             error[place], variance[place] = found[0][1], found[-1][2]
+            if self.errors:
+                at = torch.cat([torch.arange(len(error))[rows] for rows in _places_of(here, k)])
+                error[at] = self.errors[labelled.numbers[k]].where(~error[at].isnan(), torch.nan)
         atoms = [here.offsets[k] + _some_atoms(here.select([k]), i) for k, i in enumerate(labelled.numbers)]
         asked, environments = replace(self.request, atoms=torch.cat(atoms)), seen.by_descriptor
         spread: dict[str, Any] = dict(self.potential.variance_model()(here, environments, asked, labels[-1].rows))
@@ -303,6 +316,13 @@ def _rows_of(structures: Structures, k: int) -> tuple[slice, slice, slice]:
     """Of structure k among the rows of energies, forces and stresses."""
     first, end = structures.offsets[k : k + 2].tolist()
     return slice(k, k + 1), slice(3 * first, 3 * end), slice(6 * k, 6 * k + 6)
+
+
+def _places_of(structures: Structures, k: int) -> tuple[slice, slice, slice]:
+    """Of the energy, forces and stress of structure k among all energies, forces and stresses in turn."""
+    energy, forces, stress = _rows_of(structures, k)
+    n, atoms = len(structures), 3 * structures.n_atoms
+    return energy, slice(n + forces.start, n + forces.stop), slice(n + atoms + stress.start, n + atoms + stress.stop)
 
 
 def _columns_at(

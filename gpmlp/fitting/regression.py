@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,11 @@ from gpmlp.core.structures import Structures
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.report import StageTimer
 from gpmlp.fitting.workers import Report
-from gpmlp.gp import covariances, energy_noise, evidence, hyperparameters, inducing, likelihood, posterior
+from gpmlp.gp import covariances, energy_noise, evidence, exact, hyperparameters, inducing, likelihood, posterior
 from gpmlp.gp.covariances import Block, CovarianceRows, SpeciesEnvironments
 from gpmlp.gp.energy_noise import LeftOutEnergies
 from gpmlp.gp.energy_scale import EnergyScale, energy_scale
+from gpmlp.gp.exact import ExactPosterior, ExactProcess
 from gpmlp.gp.functionals import FunctionalBlock, internal_directions
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
@@ -42,6 +43,33 @@ ROW_BYTES = 64 << 20  # of rows that are there before they are folded in
 
 # blocks of each model, Cholesky factors of all blocks and (columns,) δ of a sparse process with some of the columns
 VarianceSubset = tuple[tuple[tuple[Block, ...], ...], tuple[Tensor, ...], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ExactModel:
+    """All functionals of the data and their labels.
+
+    Attributes:
+        of: index, among those fitted, of each structure of the block.
+    """
+
+    block: FunctionalBlock
+    process: ExactProcess
+    of: tuple[int, ...]
+
+    def left_out(self, posterior: ExactPosterior, numbers: Sequence[int], forces: Tensor) -> Tensor:
+        """(1 + 3 atoms + 6,) errors, label - mean, of energy, forces and stress of the first of some structures without all of them; zero
+        where there is no functional.
+
+        Args:
+            numbers: as `of` has them; forces: (3 atoms,) labels of the first, along rigid motions of which the mean is zero.
+        """
+        places = [self.of.index(i) for i in numbers]
+        columns = [c for p in places for c in range(*self.block.starts[p : p + 2])]
+        maps = self.block.maps[places[0]]
+        errors = maps.T @ posterior.left_out(columns)[0][: len(maps)]
+        errors[1:-6] += forces - maps[:, 1:-6].T @ (maps[:, 1:-6] @ forces)
+        return errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +96,8 @@ class InducingModel:
     Attributes:
         asked: inducing variables before dependent ones were dropped.
         of: index, among those fitted, of each structure whose functionals are inducing variables.
-        own: rows of the data where all their functionals are inducing variables; None otherwise.
+        own: rows of the data where these and all inducing variables are functionals that have met; None otherwise.
+        exact: the process of all functionals, of which these are the leading ones; None where these are all, or it is not wanted.
     """
 
     descriptor: Descriptor
@@ -79,6 +108,17 @@ class InducingModel:
     asked: int
     of: tuple[int, ...] = ()
     own: OwnRows | None = None
+    exact: ExactModel | None = None
+
+    def numbered(self, fitted: Tensor) -> InducingModel:
+        """With the numbers that structures have among all, from those among the fitted ones."""
+        exact = self.exact and replace(self.exact, of=tuple(fitted[list(self.exact.of)].tolist()))
+        return replace(self, of=tuple(fitted[list(self.of)].tolist()), exact=exact)
+
+    @property
+    def of_mean(self) -> InducingModel:
+        """That of the mean: of all functionals where it is exact."""
+        return replace(self, blocks=(self.exact.block,)) if self.exact else self
 
     @property
     def local_blocks(self) -> tuple[InducingBlock, ...]:
@@ -108,7 +148,7 @@ def block_widths(models: Sequence[InducingModel]) -> list[int]:
 def block_numbers(models: Sequence[InducingModel], signal: Tensor) -> dict[str, dict[str, Any]]:
     """Signal and number of centres of each block, by 'descriptor:symbol', for a report; signal (blocks,) eV."""
     stds, centres = {}, {}
-    blocks = [(k, b) for k, m in enumerate(models) for b in m.blocks]
+    blocks = [(k, b) for k, m in enumerate(models) for b in m.of_mean.blocks]
     for (k, block), std in zip(blocks, signal.tolist(), strict=True):
         for z in block.central_species:
             label = f"{k}:{errors.chemical_symbol(z)}"
@@ -289,6 +329,18 @@ def learn_hyperparameters(
     return parameters, block_of_column, result
 
 
+def learn_exactly(every: ExactModel, parameters: Hyperparameters, stages: StageTimer) -> evidence.EvidenceResult:
+    """Noises and the signal of the process of all functionals, from where those of the leading ones are."""
+
+    def tell(calls: int, value: float) -> None:
+        noises = ", ".join(f"{k} {v:.2g}" for k, v in parameters.noise().items())
+        stages.report(
+            min(calls, 9), 10, f"all {every.block.n_columns} functionals: -log evidence {value:.0f}; {noises}"
+        )
+
+    return exact.learn(every.process, parameters, progress=tell)
+
+
 def fit_noise(
     recipe: Recipe,
     parameters: Hyperparameters,
@@ -364,10 +416,21 @@ class WhitenedData:
         return WhitenedData(together, total, self.noise, self.label_noise, self.signal)
 
 
+def solve(models: Sequence[InducingModel], learned: WhitenedData) -> tuple[SparsePosterior, ExactPosterior | None]:
+    """The posterior of the columns, and that of all functionals where the mean is exact, of which residuals and condition then are."""
+    about = learned.whitened, learned.counts, learned.every_noise, learned.signal
+    solved, every = posterior.solve_posterior(*about, lowers_of(models)), models[0].exact
+    if every is None:
+        return solved, None
+    given = every.process.condition(learned.noise, float(learned.signal[0]))
+    return replace(solved, rms=given.rms, condition=given.condition), given
+
+
 def make_terms(models: Sequence[InducingModel], weights: Tensor) -> tuple[EnergyTerm, ...]:
-    """Energy terms of the mean: all directions of a centre collapse into one."""
+    """Energy terms of the mean: all directions of a centre collapse into one; weights (columns,), where it is exact those of all
+    functionals."""
     terms, start = [], 0
-    for m in models:
+    for m in (model.of_mean for model in models):
         blocks = {}
         for block in m.blocks:
             part = weights[start : start + block.n_columns]

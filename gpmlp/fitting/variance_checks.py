@@ -8,9 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
 from gpmlp.fitting.regression import InducingModel
+from gpmlp.gp import covariances
+from gpmlp.gp.exact import ExactPosterior
+from gpmlp.gp.prior import PriorCovariance
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty.scores import spearman_correlation
@@ -23,14 +27,14 @@ def subset_error(
     potential: Potential,
     models: Sequence[InducingModel],
     signal: Tensor,
-    factor: Tensor,
+    of_all: Tensor | ExactPosterior,
     structures: Structures,
     seed: int,
 ) -> dict[str, float]:
     """How force covariances as the potential has them compare with those from all columns, neither calibrated, without noise.
 
     Args:
-        signal: (columns,) δ of each column; factor: R of all columns (SparsePosterior.factor).
+        signal: (columns,) δ of each column; of_all: R of all columns (SparsePosterior.factor), or the exact posterior.
         structures: of which about SUBSET_ATOMS atoms are compared, those of structures at random.
 
     Returns:
@@ -53,7 +57,10 @@ def subset_error(
         return covariance.epistemic[atoms].double()
 
     cheap = covariances_of(replace(subset, noise={}))
-    exact = covariances_of(regression.variance_model(models, signal, factor))
+    if isinstance(of_all, ExactPosterior):
+        exact = _exact_covariances(models[0], of_all, part, atoms)
+    else:
+        exact = covariances_of(regression.variance_model(models, signal, of_all))
     sizes = exact.flatten(1).norm(dim=1)
     moving = sizes > 0  # the force on a lone atom is zero
     if not moving.any():
@@ -67,6 +74,17 @@ def subset_error(
     for name, c in (("covariance_error", cheap), ("covariance_error_scaled", scale * cheap)):
         numbers[name] = float(((c - exact).flatten(1).norm(dim=1) / sizes).quantile(0.5))
     return numbers | ({"std_spearman": order} if order == order else {})
+
+
+def _exact_covariances(model: InducingModel, given: ExactPosterior, structures: Structures, atoms: Tensor) -> Tensor:
+    """(atoms, 3, 3) covariances of forces, k_FF - δ⁴ k_Fu C⁻¹ k_uF (Rasmussen & Williams 2006, eq. 2.26)."""
+    (block,), kernel = model.of_mean.blocks, model.kernel
+    here = StructureEnvironments.from_structures(model.descriptor, structures)
+    here.keep_jacobian(len(atoms))
+    rows = covariances.covariance_rows(structures, here, kernel, (block,), stresses=False, atoms=atoms).forces
+    half = given.half_solve(given.signal**2 * rows.T.double()).T.unflatten(0, (-1, 3))
+    prior = PriorCovariance(kernel, {z: given.signal * std for z, std in block.relative.items()})
+    return prior.forces(structures, here, atoms).double() - half @ half.mT
 
 
 def _draw(structures: Structures, atoms: int, seed: int) -> tuple[list[int], torch.Generator]:

@@ -368,26 +368,28 @@ def _fixed_point_step(
 ) -> float:
     """Set new noises and signals; return the largest change of a logarithm."""
     changes = [0.0]
-
-    def move(name: str, target: Tensor) -> None:
-        old = parameters.log_std(name).detach().clone()
-        parameters.set(name, old + (target - old).clamp(-1.5, 1.5))  # no step by more than a factor of 4.5
-        changes.append(float((parameters.log_std(name).detach() - old).abs().max()))
-
     for kind in _learned(statistics, parameters)[:-1]:
         s = statistics[kind]
         fit = s.square - 2 * float(s.projection @ weights) + float(weights @ (s.gram @ weights))
         gamma = float(determined[kind].mean(1).sum())
         left = max(s.count - gamma, 0.02 * s.count)
-        move(kind, _stationary(torch.tensor([left]), torch.tensor([fit]), *parameters.prior(kind)))
+        changes.append(move(parameters, kind, torch.tensor([left]), torch.tensor([fit])))
     per_column = torch.zeros_like(mean)
     for d in determined.values():
         per_column += d.mean(1)
     zeros = torch.zeros(len(parameters.signal()), dtype=mean.dtype, device=mean.device)
     determined_by_block = zeros.index_add(0, block_of_column, per_column).clamp_min(1e-3)
     power = zeros.index_add(0, block_of_column, mean.square()) * parameters.signal().to(mean.device).square()
-    move("signal", _stationary(determined_by_block.cpu(), power.cpu(), *parameters.prior("signal")))
+    changes.append(move(parameters, "signal", determined_by_block.cpu(), power.cpu()))
     return max(changes)
+
+
+def move(parameters: Hyperparameters, name: str, count: Tensor, power: Tensor) -> float:
+    """Set log σ of a kind, or of 'signal', to where count log σ + power / (2 σ²) less the log of its prior has no slope; its change."""
+    old = parameters.log_std(name).detach().clone()
+    target = _stationary(count, power, *parameters.prior(name))
+    parameters.set(name, old + (target - old).clamp(-1.5, 1.5))  # no step by more than a factor of 4.5
+    return float((parameters.log_std(name).detach() - old).abs().max())
 
 
 def _stationary(count: Tensor, power: Tensor, middle: Tensor, width: Tensor) -> Tensor:

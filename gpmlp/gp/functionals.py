@@ -199,10 +199,14 @@ class FunctionalBlock:
         if values:
             yield slice(start, start + held), torch.cat(values, 1), torch.cat(slopes)
 
-    def K_uu(self, kernel: ZonalKernel, report: Callable[[float, float], None] = lambda done, total: None) -> Tensor:
-        """(columns, columns) covariance of the functionals, unit signal variance: Σ_z ρ_z² Σ_i [c_b k(x_i, b') + v_bi.T_b'(x_i)].
+    def K_uu(self, kernel: ZonalKernel) -> Tensor:
+        """(columns, columns) covariance of the functionals, unit signal variance: Σ_z ρ_z² Σ_i [c_b k(x_i, b') + v_bi.T_b'(x_i)]."""
+        return mirrored(self.lower_K_uu(kernel))
 
-        One half is made, for structures of one shape together, and mirrored.
+    def lower_K_uu(
+        self, kernel: ZonalKernel, report: Callable[[float, float], None] = lambda done, total: None
+    ) -> Tensor:
+        """K_uu of which the lower half counts, made for structures of one shape together.
 
         Args:
             report: of the pairs of structures done.
@@ -231,8 +235,7 @@ class FunctionalBlock:
             report(done, len(self.maps) * (len(self.maps) + 1) // 2)
 
         parallel.map_pieces(rows_of, self._groups(), tell)
-        lower = out.tril()
-        return lower + lower.tril(-1).T
+        return out
 
     def _groups(self) -> list[tuple[int, int]]:
         """Runs of structures of one composition with as many functionals each."""
@@ -322,6 +325,12 @@ class FunctionalBlock:
             if bool((basis.T @ basis - eye).abs().gt(STORED).any()):
                 raise UserError("the directions of inducing functionals are not orthonormal.")
         return FunctionalBlock(descriptor, structures, maps, relative, bases)
+
+
+def mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrix of a lower half."""
+    half = lower.tril()
+    return half.add_(half.tril(-1).T)
 
 
 def _directions(gram: Tensor, tolerance: float) -> Tensor:

@@ -1,0 +1,178 @@
+"""The exact posterior of functionals of the data given their labels: Cholesky factorisation of C = δ² K + Σ, in place.
+
+With α = C⁻¹ y the mean is k_gu δ² α, minus the log evidence is ½ yᵀα + ½ log|C| + n/2 log 2π, and labels g that are left out have the
+errors [C⁻¹]_gg⁻¹ α_g (Rasmussen & Williams 2006, eqs. 2.25, 2.30 and 5.10 to 5.12). K is below the diagonal of a square and the factor
+above it, so that memory is 8 n² bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.linalg import lapack
+from torch import Tensor
+
+from gpmlp.gp import evidence
+from gpmlp.gp.evidence import EvidenceResult
+from gpmlp.gp.likelihood import Hyperparameters
+from gpmlp.gp.posterior import FIXED
+
+COPIED = 512  # rows of the square that are copied together
+PROBES = 32  # of the traces that steer the hyperparameters
+
+
+@dataclass(frozen=True, eq=False)
+class ExactProcess:
+    """Labels of n functionals and their prior covariance.
+
+    Attributes:
+        square: (n, n) K below the diagonal, unit signal variance; above it whatever factor was made last.
+        diagonal: (n,) of K.
+        values: (n,) y; rows: by kind, which of them have its noise; scale: (n,) noise of each over that of its kind.
+        given: (n,) noise of its own of each, NaN for those of a kind.
+    """
+
+    square: Tensor
+    diagonal: Tensor
+    values: Tensor
+    rows: dict[str, Tensor]
+    scale: Tensor
+    given: Tensor
+
+    @staticmethod
+    def of_covariance(
+        covariance: Tensor, values: Tensor, rows: dict[str, Tensor], scale: Tensor, given: Tensor
+    ) -> ExactProcess:
+        """Takes the covariance (n, n), of which the lower half counts, over as its own."""
+        return ExactProcess(covariance, covariance.diagonal().clone(), values, rows, scale, given)
+
+    def condition(self, noise: dict[str, float], signal: float) -> ExactPosterior:
+        """The posterior for noises by kind and δ; those made before lose their factor to it.
+
+        Raises:
+            ArithmeticError: C is not positive definite to rounding.
+        """
+        variance = self.given.nan_to_num(0.0).square()
+        for kind, rows in self.rows.items():
+            variance[rows] = (noise[kind] * self.scale[rows]).square()
+        square, n = self.square, len(self.values)
+        for first in range(0, n, COPIED):
+            last = min(first + COPIED, n)
+            square[first:last, last:] = square[last:, first:last].T * signal**2
+            here = square[first:last, first:last]
+            below = here.tril(-1)
+            here.copy_(below + below.T * signal**2)
+        square.diagonal().copy_(self.diagonal * signal**2 + variance)
+        # rows of C order are columns of LAPACK's, whose lower half is the upper one here
+        factor, failed = lapack.dpotrf(square.numpy().T, lower=1, clean=0, overwrite_a=1)
+        if failed:
+            raise ArithmeticError(
+                f"the covariance of {n} labels with noises {noise} is not positive definite to rounding: give larger noises."
+            )
+        return ExactPosterior(self, signal, variance, factor)
+
+
+class ExactPosterior:
+    """ExactProcess given its labels.
+
+    Attributes:
+        alpha: (n,) α = C⁻¹ y.
+        variance: (n,) of the noise of each label, the diagonal of Σ.
+        signal: δ.
+    """
+
+    def __init__(self, process: ExactProcess, signal: float, variance: Tensor, factor: np.ndarray) -> None:
+        self.process, self.signal, self.variance, self._factor = process, signal, variance, factor
+        self.alpha = self.solve(process.values[:, None])[:, 0]
+
+    @property
+    def weights(self) -> Tensor:
+        """(n,) w of the mean k_gu w."""
+        return self.signal**2 * self.alpha
+
+    @property
+    def residuals(self) -> Tensor:
+        """(n,) labels less their mean, Σ α."""
+        return self.variance * self.alpha
+
+    @property
+    def rms(self) -> dict[str, float]:
+        """Root mean square of the residuals by kind, per atom for energies; of those with a noise of their own in units of that."""
+        each, given = self.residuals / self.process.scale, self.process.given
+        found = {kind: float(each[rows].square().mean().sqrt()) for kind, rows in self.process.rows.items()}
+        own = (self.residuals / given)[~given.isnan()]
+        return found | ({FIXED: float(own.square().mean().sqrt())} if len(own) else {})
+
+    @property
+    def condition(self) -> float:
+        """Of the factor: ratio of its largest to smallest diagonal entry, a lower bound."""
+        diagonal = self.process.square.diagonal()
+        return float(diagonal.max() / diagonal.min())
+
+    @property
+    def negative_log_evidence(self) -> float:
+        """-log N(y; 0, C), nats."""
+        y = self.process.values
+        return (
+            0.5 * float(y @ self.alpha)
+            + float(self.process.square.diagonal().log().sum())
+            + 0.5 * len(y) * math.log(2 * math.pi)
+        )
+
+    def half_solve(self, right: Tensor) -> Tensor:
+        """L⁻¹ B of columns B (n, k), C = L Lᵀ."""
+        return torch.from_numpy(lapack.dtrtrs(self._factor, right.numpy(), lower=1)[0])
+
+    def solve(self, right: Tensor) -> Tensor:
+        """C⁻¹ B of columns B (n, k)."""
+        return torch.from_numpy(lapack.dtrtrs(self._factor, self.half_solve(right).numpy(), lower=1, trans=1)[0])
+
+    def left_out(self, group: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Errors (g,) of labels of a group without all of it, label - mean, and their covariance (g, g), noise included."""
+        unit = self.alpha.new_zeros(len(self.alpha), len(group))
+        unit[list(group), range(len(group))] = 1.0
+        half = self.half_solve(unit)
+        covariance = torch.linalg.inv(half.T @ half)
+        return covariance @ self.alpha[list(group)], covariance
+
+
+def learn(
+    process: ExactProcess,
+    parameters: Hyperparameters,
+    max_iterations: int = 10,
+    tolerance: float = 0.02,
+    progress: Callable[[int, float], None] | None = None,
+    seed: int = 0,
+) -> EvidenceResult:
+    """MacKay's fixed point of the evidence, in place, one factorisation for each iteration, as evidence.iterate_fixed_point.
+
+    With r = Σ α and γ = n - tr(Σ C⁻¹):  σ_k² <- Σ (r/s)² / tr_k(Σ C⁻¹)  and  δ² <- δ² αᵀ(y - r) / γ, with priors. Traces are estimates
+    from the same probes throughout.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = len(process.values)
+    probes = torch.randint(0, 2, (n, PROBES), generator=generator).double() * 2 - 1
+    trace: list[tuple[int, float]] = []
+    for iteration in range(1, max_iterations + 1):
+        posterior = process.condition(parameters.noise(), float(parameters.signal()[0]))
+        prior = sum(parameters.log_prior(name)[0] for name in parameters.learned)
+        trace.append((iteration, posterior.negative_log_evidence - prior))
+        if progress:
+            progress(*trace[-1])
+        undetermined = posterior.variance * (probes * posterior.solve(probes)).mean(1)
+        change = 0.0
+        for kind in [kind for kind in process.rows if kind in parameters.learned]:
+            rows = process.rows[kind]
+            power = (posterior.residuals / process.scale)[rows].square().sum()
+            left = undetermined[rows].sum().clamp(1e-3 * len(rows), len(rows))
+            change = max(change, evidence.move(parameters, kind, left[None], power[None]))
+        power = posterior.signal**2 * (posterior.alpha @ (process.values - posterior.residuals))
+        gamma = (n - undetermined.sum()).clamp_min(1e-3 * n)
+        change = max(change, evidence.move(parameters, "signal", gamma[None], power[None]))
+        if change < tolerance:
+            break
+    return EvidenceResult(trace[-1][1], evidence.at_bound(parameters), tuple(trace))
