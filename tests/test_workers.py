@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import get_context
 
+import numpy as np
 import pieces_of_work
 import pytest
 import torch
@@ -28,6 +29,7 @@ from gpmlp.fitting import left_out, partitions, passes, sparse_points, workers
 from gpmlp.fitting.partitions import Partitions
 from gpmlp.fitting.workers import RemoteWorkers, Workers, open_executor
 from gpmlp.io import ase_atoms, structure_files
+from gpmlp.io.frames import PackedFrames
 from gpmlp.recipe import Recipe
 
 distributed = pytest.importorskip("distributed")
@@ -450,6 +452,14 @@ def test_one_file_is_read_in_shards(tmp_path, monkeypatch, client):
             other = getattr(by_workers.targets, name)
             assert torch.equal(other.nan_to_num(-7), value.nan_to_num(-7)) if torch.is_tensor(value) else other == value
     assert shards[0] > 5 and shards[-1] == 1
+    frames = structure_files.read_file(file).frames
+    packed = PackedFrames.of(frames)
+    assert isinstance(packed, PackedFrames) and PackedFrames.of([*frames[:3], replace(frames[3], unnamed_columns=2)])[3]
+    for frame, other in zip(frames, packed.unpacked(), strict=True):
+        assert list(frame.arrays) == list(other.arrays) and list(frame.info) == list(other.info)
+        assert all(np.array_equal(value, other.info[key]) for key, value in frame.info.items())
+    frames[3].arrays = frames[3].arrays | {"more": np.zeros(len(frames[3]))}
+    assert PackedFrames.of(frames) is frames, "they are not alike"
     compressed = tmp_path / "train.xyz.gz"
     compressed.write_bytes(gzip.compress(file.read_bytes()))
     assert ase_atoms.read_labelled(compressed, each=each).structures.n_atoms and len(shards) == 4

@@ -351,8 +351,8 @@ def open_executor(workers: int | None = None, address: str | None = None) -> Ite
             address = stack.enter_context(made)
         client = stack.enter_context(_connect(distributed, address))
         for worker in client.nthreads() if workers is not None else ():  # while this process reads and checks the data
-            how = {"workers": [worker], "allow_other_workers": True, "pure": False}
-            distributed.fire_and_forget(client.submit(_get_ready, **how))
+            ready = client.submit(_get_ready, workers=[worker], allow_other_workers=True, pure=False)
+            distributed.fire_and_forget(ready)
         yield client
 
 

@@ -94,6 +94,67 @@ class Frame:
         return atoms
 
 
+@dataclass(frozen=True, eq=False)
+class PackedFrames:
+    """Frames of an XYZ file on their way between processes: what all of them have is in one array, which travels many times faster."""
+
+    first: Frame  # for names of arrays, in their order
+    counts: tuple[int, ...]
+    of_atoms: dict[str, np.ndarray]
+    of_frames: dict[str, np.ndarray]
+    infos: tuple[dict[str, Any], ...]  # with None where an array was
+
+    @staticmethod
+    def of(frames: list[Frame]) -> PackedFrames | list[Frame]:
+        """The frames themselves where they are not alike."""
+        first = frames[0]
+        stacked = {key: value for key, value in first.info.items() if isinstance(value, np.ndarray)}
+        for frame in frames:
+            if (
+                frame.fixed is not None or frame.unnamed_columns or frame.results or frame.atoms is not None
+                or list(frame.arrays) != list(first.arrays) or not _alike(frame.arrays, first.arrays, 1)
+                or any(key not in frame.info for key in stacked) or not _alike(frame.info, stacked, 0)
+            ):  # fmt: skip
+                return frames
+        joined = {"numbers": [f.numbers for f in frames], "positions": [f.positions for f in frames]}
+        joined |= {f"array {key}": [f.arrays[key] for f in frames] for key in first.arrays}
+        each = {"cell": [f.cell for f in frames], "pbc": [f.pbc for f in frames]}
+        each |= {f"info {key}": [f.info[key] for f in frames] for key in stacked}
+        return PackedFrames(
+            first,
+            tuple(map(len, frames)),
+            {key: np.concatenate(parts) for key, parts in joined.items()},
+            {key: np.stack(parts) for key, parts in each.items()},
+            tuple(frame.info | dict.fromkeys(stacked) for frame in frames),
+        )
+
+    def unpacked(self) -> list[Frame]:
+        """As they were packed."""
+        out, start = [], 0
+        arrays = {key: self.of_atoms[f"array {key}"] for key in self.first.arrays}
+        stacked = {key.removeprefix("info "): rows for key, rows in self.of_frames.items() if key.startswith("info ")}
+        numbers, positions, cells, pbc = (
+            *(self.of_atoms[key] for key in ("numbers", "positions")),
+            *(self.of_frames[key] for key in ("cell", "pbc")),
+        )
+        for k, (count, info) in enumerate(zip(self.counts, self.infos, strict=True)):
+            here = slice(start, start := start + count)
+            info |= {key: rows[k] for key, rows in stacked.items()}
+            mine = {key: rows[here] for key, rows in arrays.items()}
+            out.append(Frame(numbers[here], positions[here], cells[k], pbc[k], info, mine))
+        return out
+
+
+def _alike(values: dict[str, Any], wanted: dict[str, np.ndarray], axis: int) -> bool:
+    """Whether arrays have the same types and shapes, but along the first `axis` axes."""
+    return all(
+        isinstance(values[key], np.ndarray)
+        and values[key].dtype == array.dtype
+        and values[key].shape[axis:] == array.shape[axis:]
+        for key, array in wanted.items()
+    )
+
+
 def _fixed(atoms: Atoms) -> np.ndarray | None:
     """Which atoms, or which of their components, the constraints of Atoms hold in place."""
     held = [c for c in atoms.constraints if isinstance(c, (FixAtoms, FixCartesian))]

@@ -18,7 +18,7 @@ from gpmlp.core.findings import Finding
 from gpmlp.io import extxyz
 from gpmlp.io.convergence import unconverged_steps
 from gpmlp.io.extxyz import FramePlace
-from gpmlp.io.frames import Frame
+from gpmlp.io.frames import Frame, PackedFrames
 
 Progress = Callable[[str, float, float, str], None]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -179,7 +179,7 @@ def _read_xyz(
     else:
         shards = [(path.absolute(), places) for places in _shards(layout.places(numbers))]
         for part in each(_read_shard, shards, lambda done, total, _: tell(done, total, called)):
-            frames += part
+            frames += part.unpacked() if isinstance(part, PackedFrames) else part
     names = [f"{called} frame {i}" for i in numbers]
     return FileFrames(path, frames, numbers, names, tuple(_not_read(frames, names)))
 
@@ -196,10 +196,10 @@ def _shards(places: Sequence[FramePlace]) -> Iterator[list[FramePlace]]:
         yield shard
 
 
-def _read_shard(path: Path, places: Sequence[FramePlace]) -> list[Frame]:
+def _read_shard(path: Path, places: Sequence[FramePlace]) -> PackedFrames | list[Frame]:
     """Parse frames of a file, on a worker, which has to see it under this path."""
     try:
-        return list(extxyz.read_places(path, places))
+        return PackedFrames.of(list(extxyz.read_places(path, places)))
     except OSError as error:
         raise UserError(f"{path}: cannot be read by a worker: {error.strerror or error}.") from error
 

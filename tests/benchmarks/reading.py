@@ -1,6 +1,8 @@
 """Time to read many labelled frames of extended XYZ, by gpmlp.read and by ase.io alone.
 
-python tests/benchmarks/reading.py [--frames 100000] [--atoms 20] [--ase-frames 2000]
+python tests/benchmarks/reading.py [--frames 100000] [--atoms 20] [--ase-frames 2000] [--workers 2]
+
+With workers also by them, in shards of the file: processor time of the process that asks, which is what is left where they are many.
 """
 
 import argparse
@@ -16,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ase.io
 
 import gpmlp
+from gpmlp.fitting.workers import open_executor, workers_of
+from gpmlp.io.ase_atoms import read_labelled
 
 
 def write(path: Path, frames: int, atoms: int) -> None:
@@ -47,6 +51,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=100_000)
     parser.add_argument("--atoms", type=int, default=20)
     parser.add_argument("--ase-frames", type=int, default=2000)
+    parser.add_argument("--workers", type=int)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "frames.xyz"
@@ -56,9 +61,14 @@ def main() -> None:
         some = seconds(lambda: gpmlp.read(path, "::100"))
         few = min(chosen.ase_frames, chosen.frames)
         theirs = seconds(lambda: list(ase.io.iread(path, f":{few}", format="extxyz"))) * chosen.frames / few
+        with open_executor(chosen.workers) as executor:
+            each = workers_of(executor).each
+            asking = seconds(lambda: read_labelled(path, each=each)) if executor is not None else None
     print(f"{chosen.frames} frames of {chosen.atoms} atoms, processor time:")
     print(f"gpmlp.read                {every:8.2f} s")
     print(f"gpmlp.read ::100          {some:8.2f} s")
+    if asking is not None:
+        print(f"asking {chosen.workers} workers          {asking:8.2f} s")
     print(f"ase.io alone, no labels   {theirs:8.2f} s (from {few} frames)")
 
 

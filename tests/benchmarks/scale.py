@@ -2,6 +2,8 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/scale.py --data data/silicon/train.xyz [--times 30] [--centres 200] [--workers 1 2]
 
+What two processes gain (docs/scale.md), on a machine that does nothing else: --times 60 --centres 600 --workers 1 2, some eight minutes.
+
 The set is repeated, each copy strained and displaced at random, so that no two structures are near-duplicates; labels are those of the
 file, as nothing but time is asked. Each fit runs in a process of its own. On a busy machine wall times say nothing: `alone` is what
 they would be if each process had a core to itself, the processor time of the process that asks and of the busiest worker together.
@@ -56,9 +58,8 @@ def main() -> None:
             raise SystemExit(found.stderr)
         result = json.loads(found.stdout.split(MARK)[1])
         rows.append([f"{number} workers" if number else "no workers", *result["shown"], result["bits"]])
-        print(
-            f"{result['atoms']} atoms, {result['partitions']} partitions, {result['columns']} columns", file=sys.stderr
-        )
+        size = f"{result['atoms']} atoms, {result['partitions']} partitions, {result['columns']} columns"
+        print(f"{size}; {number} workers, wall s: {result['stages']}", file=sys.stderr)
     if rows:
         print(common.table(rows, ["", "wall s", "asking: CPU s, GB", "each worker: CPU s, GB", "alone s", "the model"]))
     print_costs(options, measure_constants(options))
@@ -103,6 +104,7 @@ def fit_once(options: argparse.Namespace, workers: int) -> dict:
     told = ", ".join(f"{spent:.0f} {peak:.2f}" for spent, peak in each) or "-"
     return {
         "shown": [f"{wall:.0f}", f"{cpu:.0f} {_usage()[1]:.2f}", told, f"{cpu + busiest:.0f}"],
+        "stages": ", ".join(f"{name} {spent:.0f}" for name, spent, _ in report.stages),
         "atoms": data[0].n_atoms,
         "columns": report.rank,
         "partitions": partitions._number_of(data[0].n_atoms, options.centres),
