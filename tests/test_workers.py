@@ -344,6 +344,32 @@ def test_a_fit_waits_for_workers_for_some_time(monkeypatch):
             found.map(pieces_of_work.slowly, [(0,)])
 
 
+def test_a_scheduler_that_is_gone(monkeypatch):
+    """Is told, and not waited for."""
+    monkeypatch.setattr(workers, "CONNECT_S", 8.0)
+    monkeypatch.setattr(workers, "LOOK_S", 0.5)
+    path = os.pathsep.join([os.path.dirname(pieces_of_work.__file__), *sys.path])
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard"]
+    how = {"env": os.environ | {"PYTHONPATH": path}, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **how) as scheduler:
+        address = next(line.split()[-1] for line in scheduler.stderr if "tcp://" in line)
+        how["stderr"] = subprocess.DEVNULL
+        command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny"]
+        worker = subprocess.Popen(command, **how)
+        try:
+            with (
+                open_executor(address=address) as client,
+                pytest.raises(UserError, match="workers are lost.*scheduler"),
+            ):
+                RemoteWorkers(client).map(
+                    pieces_of_work.slowly, [(k,) for k in range(600)], lambda *_: scheduler.kill()
+                )
+        finally:
+            scheduler.kill()
+            worker.kill()
+            worker.wait()
+
+
 class Broken(Executor):
     """Whose work fails before it begins."""
 

@@ -29,6 +29,7 @@ CONNECT_S = 15.0  # until a scheduler has to answer, and its first worker to be 
 LOOK_S = 5.0  # between two looks whether there are workers
 ALONE_S = 600.0  # that a fit waits for workers where none is left
 AHEAD = 2  # pieces a worker that may be begun beyond the oldest that has not ended: what they give waits to be merged
+OF_SCHEDULERS = "With dask, a worker that dies is replaced; the scheduler is not."
 BUNDLES = 4  # a worker, in which pieces travel to those of an executor that is not dask's
 
 
@@ -231,8 +232,11 @@ class RemoteWorkers(Workers):
         """
         now = time.monotonic()
         if self.takes_promises and now >= self.looked + LOOK_S:
-            with suppress(OSError):  # a scheduler that is gone is told by the promises
-                self.number = sum(self.executor.nthreads().values())  # type: ignore[attr-defined]
+            client: Any = self.executor
+            if client.status == "closed":
+                raise UserError(f"The workers are lost: the scheduler does not answer. {OF_SCHEDULERS}")
+            with suppress(OSError, AttributeError):  # on the way to being closed
+                self.number = sum(client.nthreads().values())
             self.looked = time.monotonic()
         if self.number:
             self.attended = now
@@ -317,9 +321,7 @@ def _in_words(error: BaseException) -> BaseException:
             "take fewer workers on a machine, or lower inducing.n."
         )
     if source in ("distributed", "concurrent"):
-        return UserError(
-            f"The workers are lost: {str(error) or name}. With dask, a worker that dies is replaced; the scheduler is not."
-        )
+        return UserError(f"The workers are lost: {str(error).rstrip('.') or name}. {OF_SCHEDULERS}")
     return error
 
 
