@@ -132,7 +132,7 @@ class FourBodyRecipe(RecipeSection):
     """Four-body invariants beside the power spectrum: of so many principal channels, up to a degree, with a weight."""
 
     channels: Annotated[int, Field(ge=1, le=12)] = 5
-    l_max: Annotated[int, Field(ge=1, le=8)] | None = None
+    l_max: Annotated[int, Field(ge=2, le=8)] | None = None
     weight: Annotated[Positive, _within(1e-3, 1e3)] | None = 0.1
 
 
@@ -157,9 +157,9 @@ class DescriptorRecipe(RecipeSection):
     def _consistent(self) -> DescriptorRecipe:
         if self.four_body and self.name != "soap":
             raise ValueError(f"four_body needs the descriptor soap; {self.name} has no density to take channels from")
-        if self.four_body and self.l_max is not None and max(1, self.four_body.l_max or 1) > self.l_max:
+        if self.four_body and self.l_max is not None and (self.four_body.l_max or 2) > self.l_max:
             raise ValueError(
-                f"four_body.l_max must be 1 or more, and not above the l_max of the descriptor, {self.l_max}"
+                f"four_body.l_max must be 2 or more, and not above the l_max of the descriptor, {self.l_max}"
             )
         for name in ("cutoff_width", "shortest"):
             value = getattr(self, name)

@@ -24,14 +24,15 @@ from systems import (
 from gpmlp.core import neighbors
 from gpmlp.core.environments import SinglePrecisionDescriptor
 from gpmlp.core.structures import Structures
-from gpmlp.descriptors.backends import SoapPowerSpectrum
+from gpmlp.descriptors.backends import FourBodySoap, SoapPowerSpectrum
+from gpmlp.descriptors.four_body import learn_four_body
 from gpmlp.descriptors.radial import NeighborWeights
 from gpmlp.native import library
 from gpmlp.potential import chunked
 from gpmlp.potential.compiled import compile_mean
 
 pytestmark = pytest.mark.skipif(library.compiled() is None, reason="gpmlp was built without a compiler")
-SOAPS = [name for name in DESCRIPTORS if name.startswith("soap")]
+SOAPS = [name for name in DESCRIPTORS if not name.startswith("dscribe")]
 
 
 def compare(terms, structures: Structures, baselines=(), margin: float = 0.4, energy=1e-10, force=1e-9) -> None:
@@ -75,9 +76,10 @@ def test_a_term_that_holds_nothing_of_a_species():
 
 
 @pytest.mark.parametrize("kernel", ["polynomial 2", "polynomial 4"])
-def test_single_precision(kernel):
+@pytest.mark.parametrize("name", [SOAPS[0], "four-body soap"])
+def test_single_precision(name, kernel):
     """The reference removes the slope along the features, which may be large, in single precision, the core in double."""
-    single = SinglePrecisionDescriptor(descriptor(SOAPS[0]))
+    single = SinglePrecisionDescriptor(descriptor(name))
     compare([random_term(single, KERNELS[kernel])], everything(), energy=1e-5, force=1e-4)
 
 
@@ -90,20 +92,25 @@ def test_single_precision(kernel):
     function=st.sampled_from(["smoothstep", "poly"]),
     exponent=st.sampled_from([0.0, 4.0, 2.5]),
     species=st.lists(st.sampled_from(SPECIES), min_size=1, max_size=25),
+    channels=st.integers(0, 6),
     seed=st.integers(0, 99),
 )
-def test_any_environments(n_max, l_max, cutoff, zeta, function, exponent, species, seed):
-    """Single atoms, without neighbours, among them."""
+def test_any_environments(n_max, l_max, cutoff, zeta, function, exponent, species, channels, seed):
+    """Single atoms, without neighbours, among them; with four-body invariants of so many channels, if there are any."""
     weights = NeighborWeights(cutoff, function, width=0.8, cutoff_exponent=2.5, exponent=exponent)
     made = SoapPowerSpectrum(tuple(sorted(SPECIES)), cutoff, n_max, l_max, 0.5, weights)
     structures = Structures.concatenate([cluster(tuple(species), seed), cluster(SPECIES[:1], seed + 1)])
+    if channels and l_max > 1:
+        asked = {"channels": min(channels, made.channels), "l_max": min(l_max, 5), "weight": 0.5}
+        made = FourBodySoap(made, learn_four_body(made, asked, structures, seed))
     compare([random_term(made, KERNELS[zeta])], structures)
 
 
 @pytest.mark.parametrize("kernel", ["polynomial 2", "polynomial 4"])
-def test_threads_and_company_change_no_bit(kernel):
+@pytest.mark.parametrize("name", [SOAPS[0], "four-body soap"])
+def test_threads_and_company_change_no_bit(name, kernel):
     """Neither the number of threads, nor which structures are predicted together, what else is asked for, or pairs that are too far."""
-    term, batch = random_term(descriptor(SOAPS[0]), KERNELS[kernel]), Structures.concatenate([everything()] * 6)
+    term, batch = random_term(descriptor(name), KERNELS[kernel]), Structures.concatenate([everything()] * 6)
     compiled, before = compile_mean([term], [], sorted(SPECIES)), torch.get_num_threads()
     found = []
     try:

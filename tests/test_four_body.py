@@ -20,7 +20,8 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors import learn_descriptor, make_descriptor
-from gpmlp.descriptors.four_body import FourBodySoap, couplings
+from gpmlp.descriptors.backends import FourBodySoap
+from gpmlp.descriptors.four_body import couplings
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.fitting import defaults, four_body_weight, prepare
 from gpmlp.fitting.fit import fit
@@ -30,6 +31,7 @@ from gpmlp.potential.potential import Potential
 from gpmlp.recipe import DescriptorRecipe, FourBodyRecipe, Recipe
 
 CASE = "four-body soap"
+SOME = Structures.concatenate([cluster((1, 6, 8, z), 60 + k) for k, z in enumerate((1, 6, 8))])  # it was learned from
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def features_by_triples(made: FourBodySoap, center: int, species: torch.Tensor, 
     by_degrees = oracles.four_body_by_triples(made, species, vectors)
     b = torch.cat([by_degrees[c.degrees].flatten()[c.channels] * c.factors for c in made.four_body.couplings])
     slot, four = made.spectrum.species.index(center), made.four_body
-    v = four.weight / four.lengths[slot] * (four.components[slot].T @ b)
+    v = four.weight / four.lengths[slot] * b
     both = torch.cat([spectrum / spectrum.norm(), v])
     return both / both.norm()
 
@@ -192,25 +194,24 @@ def test_constants_do_not_depend_on_what_is_predicted_and_are_learned_again_the_
     assert torch.allclose(made(surroundings_of(first)).features, whole[: first.n_atoms], atol=1e-14, rtol=0)
 
 
-def test_components_hold_features_and_derivatives_of_the_environments_they_were_learned_from(made):
-    """What is left out of b and its Jacobian is less than the tolerance says: a share of √1e-5 for each of the directions."""
-    some = Structures.concatenate([cluster((1, 6, 8, z), 60 + k) for k, z in enumerate((1, 6, 8))])
-    all_of = surroundings_of(some)
-    everything_kept = replace(
-        made,
-        four_body=replace(
-            made.four_body, components=torch.eye(made.four_body.components.shape[1]).double().expand(3, -1, -1)
-        ),
-    )
-    few, full = made(all_of), everything_kept(all_of)
-    assert few.features.shape[1] < full.features.shape[1]
-    for z in (1, 6, 8):  # each has components of its own
-        mine = all_of.species == z
-        dots, all_dots = (e.features[mine] @ e.features[mine].T for e in (few, full))
-        torch.testing.assert_close(dots, all_dots, atol=1e-3, rtol=0)
-        slopes = [e.jacobian()[mine[all_of.centers]].flatten(0, 1) for e in (few, full)]
-        grams = [jacobian @ jacobian.T for jacobian in slopes]
-        assert (grams[0] - grams[1]).norm() < 3e-3 * grams[1].norm()
+def test_channels_hold_most_of_the_density_of_the_environments_they_were_learned_from(made):
+    """No other channels of as many leave less of it out: those of the largest singular values."""
+    density = made.spectrum.expand(surroundings_of(SOME)).density
+    for l, channels in enumerate(made.four_body.channels, 1):
+        of_l = density[:, :, l * l : (l + 1) ** 2].transpose(1, 2).flatten(0, 1)
+        left = of_l - of_l @ channels @ channels.T
+        singular = torch.linalg.svdvals(of_l)
+        torch.testing.assert_close(
+            left.square().sum(), singular[channels.shape[1] :].square().sum(), rtol=1e-8, atol=1e-14
+        )
+
+
+def test_the_part_of_four_bodies_has_the_weight_for_its_length_on_average(made):
+    x, all_of = made(surroundings_of(SOME)).features, surroundings_of(SOME)
+    of_pairs, of_triples = x.split([made.spectrum.n_features, made.four_body.n_features], dim=1)
+    ratio = of_triples.norm(dim=1) / of_pairs.norm(dim=1)
+    for z in (1, 6, 8):
+        torch.testing.assert_close(ratio[all_of.species == z].mean(), torch.tensor(0.5).double(), rtol=1e-12, atol=0)
 
 
 def test_a_species_without_neighbours_in_the_data_has_no_four_body_part():
@@ -225,8 +226,6 @@ def test_a_species_without_neighbours_in_the_data_has_no_four_body_part():
     "name, change, message",
     [
         ("channels", lambda t: 2 * t, "channels of four-body invariants are not orthonormal"),
-        ("components", lambda t: t[:, :, :1] + t, "components of four-body invariants are not orthonormal"),
-        ("components", lambda t: t[:, :-1].contiguous(), "components"),
         ("lengths", lambda t: -t, "length of four-body invariants is not positive"),
         ("lengths", lambda t: t.float(), "lengths"),
         ("channels", lambda t: t[:, :, :1].contiguous(), "channels"),
@@ -294,13 +293,13 @@ def test_a_model_file_keeps_the_constants(potential, tmp_path):
 
 def test_functionals_of_the_data_have_them_too(potential, tmp_path):
     asked = {"descriptor": FOUR_BODY, "kernel": {"zeta": 2}, "inducing": {"functionals": "all"}}
-    exact, (new, truth) = fit(*labelled(range(15)), Recipe.model_validate(asked))[0], labelled([200, 201])
+    exact, (new, truth) = fit(*labelled(range(30)), Recipe.model_validate(asked))[0], labelled([200, 201])
     archive.save(exact, tmp_path / "model.gpmlp")
     found, again = (p(new, variance="forces") for p in (exact, gpmlp.load(tmp_path / "model.gpmlp")))
     assert torch.equal(again.forces, found.forces)
     torch.testing.assert_close(again.forces_variance.total, found.forces_variance.total, rtol=1e-10, atol=0)
     # a pair closer than any of the data is repelled by ZBL
-    assert (found.forces - truth.forces).abs().median() < 0.3 * truth.forces.abs().median()
+    assert (found.forces - truth.forces).abs().median() < 0.5 * truth.forces.abs().median()
 
 
 def test_constants_stay_as_labels_come(potential):
@@ -345,7 +344,7 @@ def test_a_weight_that_is_left_open_is_that_of_the_largest_evidence(monkeypatch)
     [
         ({"name": "dscribe-soap", "four_body": {}}, "four_body needs the descriptor soap"),
         ({"l_max": 2, "four_body": {"l_max": 3}}, "not above the l_max of the descriptor, 2"),
-        ({"l_max": 0, "four_body": True}, "1 or more, and not above the l_max of the descriptor, 0"),
+        ({"l_max": 0, "four_body": True}, "2 or more, and not above the l_max of the descriptor, 0"),
         ({"four_body": {"channels": 0}}, "channels"),
         ({"four_body": {"weight": 0}}, "weight"),
         ({"four_body": {"kanals": 3}}, "kanals"),

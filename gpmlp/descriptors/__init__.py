@@ -50,7 +50,8 @@ def make_descriptor(species: tuple[int, ...], parameters: dict, constants: Store
     )
     if constants is None or not parameters.get("four_body"):
         return spectrum
-    from gpmlp.descriptors.four_body import FourBodyInvariants, FourBodySoap
+    from gpmlp.descriptors.backends import FourBodySoap
+    from gpmlp.descriptors.four_body import FourBodyInvariants
 
     return FourBodySoap(spectrum, FourBodyInvariants.from_stored(constants, spectrum, parameters["four_body"]))
 
@@ -60,8 +61,8 @@ def learn_descriptor(species: tuple[int, ...], parameters: dict, structures: Str
     made, four_body = make_descriptor(species, parameters), parameters.get("four_body")
     if not four_body:
         return made
-    from gpmlp.descriptors.backends import SoapPowerSpectrum
-    from gpmlp.descriptors.four_body import FourBodySoap, learn_four_body
+    from gpmlp.descriptors.backends import FourBodySoap, SoapPowerSpectrum
+    from gpmlp.descriptors.four_body import learn_four_body
 
     assert isinstance(made, SoapPowerSpectrum), "DescriptorRecipe"
     return FourBodySoap(made, learn_four_body(made, four_body, structures, seed))

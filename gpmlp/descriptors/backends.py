@@ -1,4 +1,5 @@
-"""Backends: the SOAP power spectrum by compiled loops on CPUs, by batched products or Triton's kernels on GPUs, or in plain PyTorch."""
+"""Backends: the SOAP power spectrum, and with four-body invariants, by compiled loops on CPUs, by batched products or Triton's kernels
+on GPUs (the spectrum alone), or in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.core.errors import DataWarning
 from gpmlp.core.neighbors import fits_compiled_loops
 from gpmlp.descriptors import _triton, cpu, gpu
+from gpmlp.descriptors.four_body import FourBodySpectrum
 from gpmlp.descriptors.gpu import BatchedProducts, DenseBackend
 from gpmlp.descriptors.soap import PowerSpectrum
 
@@ -28,6 +30,17 @@ class SoapPowerSpectrum(PowerSpectrum):
             return cpu.compiled_environments(self, surroundings)
         if vectors.is_cuda and not (vectors.requires_grad and torch.is_grad_enabled()):
             return gpu.dense_environments(self, surroundings, fastest_backend(self, vectors))
+        return self.reference(surroundings)
+
+
+@dataclass(frozen=True, eq=False)
+class FourBodySoap(FourBodySpectrum):
+    """A FourBodySpectrum computed by compiled loops on CPUs, elsewhere in plain PyTorch."""
+
+    def __call__(self, surroundings: Surroundings) -> Environments:
+        """Environments of all surroundings."""
+        if fits_compiled_loops(surroundings.vectors):
+            return cpu.compiled_environments(self, surroundings)
         return self.reference(surroundings)
 
 

@@ -1,4 +1,5 @@
-"""Power spectra on CPUs: the numbers of soap.py by the compiled core (gpmlp/native/src/expansion.hpp), shared by threads."""
+"""Power spectra on CPUs: the numbers of soap.py and four_body.py by the compiled core (gpmlp/native/src/expansion.hpp), shared by
+threads."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gpmlp.core import parallel
 from gpmlp.core.environments import Environments, Surroundings
+from gpmlp.descriptors.four_body import FourBodyInvariants, FourBodySpectrum
 from gpmlp.descriptors.radial import CUTOFF_FUNCTIONS
 from gpmlp.descriptors.soap import PowerSpectrum
 from gpmlp.descriptors.spherical_harmonics import recurrence_coefficients
@@ -20,7 +22,10 @@ from gpmlp.native import library
 FEW = 8  # environments whose Jacobian stays in cache while many cotangents are pulled back
 
 
-def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings) -> Environments:
+Spectrum = PowerSpectrum | FourBodySpectrum
+
+
+def compiled_environments(descriptor: Spectrum, surroundings: Surroundings) -> Environments:
     """Features of all surroundings; derivatives when asked for."""
     vectors = surroundings.vectors.detach().contiguous()
     given = tuple(
@@ -30,7 +35,7 @@ def compiled_environments(descriptor: PowerSpectrum, surroundings: Surroundings)
     spectrum = compiled_spectrum(descriptor, vectors.dtype)
     address = library.call("expand", spectrum, n, len(vectors), *given, vectors, features, parallel.available_threads())
     if not address:
-        descriptor.species_slots(torch.cat([given[0], given[2]]))  # which says what is wrong
+        spectrum_of(descriptor).species_slots(torch.cat([given[0], given[2]]))  # which says what is wrong
     expansion = library.Handle(address, spectrum, features)
     starts = torch.searchsorted(given[1], torch.arange(n + 1)).tolist()
 
@@ -68,12 +73,41 @@ def _pull_back_many(jacobian: Callable[[int, int, Tensor], Tensor], starts: list
 
 
 @lru_cache(maxsize=32)
-def compiled_spectrum(descriptor: PowerSpectrum, dtype: torch.dtype) -> library.Handle:
+def compiled_spectrum(descriptor: Spectrum, dtype: torch.dtype) -> library.Handle:
     """A descriptor as the core holds it; equal descriptors share one."""
-    return library.build("spectrum", *spectrum_arguments(descriptor, dtype))
+    return build_spectrum(descriptor, dtype, library.build)
 
 
-def spectrum_arguments(descriptor: PowerSpectrum, dtype: torch.dtype) -> tuple[Any, ...]:
+def spectrum_of(descriptor: Spectrum) -> PowerSpectrum:
+    """The power spectrum alone."""
+    return descriptor.spectrum if isinstance(descriptor, FourBodySpectrum) else descriptor
+
+
+def build_spectrum(descriptor: Spectrum, dtype: torch.dtype, build: Any) -> Any:
+    """The core's form of a descriptor, by calls of `build`: library.build, or one that writes them down."""
+    made = build("spectrum", *_spectrum_arguments(spectrum_of(descriptor), dtype))
+    if isinstance(descriptor, FourBodySpectrum):
+        build("add_four_body", made, *_four_body_arguments(descriptor.four_body, dtype))
+    return made
+
+
+def _four_body_arguments(four_body: FourBodyInvariants, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Sizes and tables, as gpmlp_add_four_body takes them."""
+    all_of, entries = four_body.couplings, [c.tensor.nonzero() for c in four_body.couplings]
+    values = torch.cat([c.tensor[tuple(places.T)] for c, places in zip(all_of, entries, strict=True)])
+    starts = torch.tensor([0, *(len(places) for places in entries)]).cumsum(0)
+    l_max, density_channels, n_channels = four_body.channels.shape
+    sizes = torch.tensor([l_max, n_channels, density_channels, len(four_body.lengths), len(all_of), len(values)])
+    degrees = torch.tensor([c.degrees for c in all_of], dtype=torch.int64)
+    factors = torch.cat([c.factors for c in all_of])
+    places = torch.cat(entries)
+    numbers = (
+        t.to(dtype=dtype, device="cpu").contiguous() for t in (values, factors, four_body.channels, four_body.scales)
+    )
+    return sizes, degrees, starts, places.contiguous(), *numbers
+
+
+def _spectrum_arguments(descriptor: PowerSpectrum, dtype: torch.dtype) -> tuple[Any, ...]:
     """Sizes and tables of a descriptor, as gpmlp_spectrum takes them."""
     integrals, like, w = descriptor.radial_integrals, torch.zeros(0, dtype=dtype), descriptor.weights
     n_max, l_max, slots = descriptor.n_max, descriptor.l_max, descriptor.slot_table

@@ -1,12 +1,12 @@
 """Four-body invariants beside the SOAP power spectrum: products of three principal channels of the density, coupled to a scalar.
 
-Their channels, components and lengths are learned from training environments, and are constants from then on (docs/decisions/020).
+Their channels and lengths are learned from training environments, and are constants from then on (docs/decisions/020).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import combinations_with_replacement, permutations, product
 
@@ -19,14 +19,11 @@ from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.core.errors import UserError
 from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import Structures
-from gpmlp.descriptors.backends import SoapPowerSpectrum
-from gpmlp.descriptors.soap import Expansion, degree_slices
+from gpmlp.descriptors.soap import Expansion, PowerSpectrum, degree_slices
 from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
 
-SAMPLE = 200  # environments of each species that constants are learned from
-TOLERANCE = 1e-5  # of the largest moment: components with less of features and Jacobians are left out
-BLOCK = 16  # environments whose Jacobians are in memory together
-ORTHONORMAL = 1e-6  # of products of channels or components in a file
+SAMPLE = 300  # environments of each species that constants are learned from
+ORTHONORMAL = 1e-6  # of products of channels in a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,38 +76,33 @@ def _gaunt_integrals(l_max: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FourBodyInvariants:
-    """v = w Vᵀb / <|b|> of b_{l1 l2 l3, q1 q2 q3} = Σ_m G^{l1 l2 l3}_{m1 m2 m3} y_q1l1m1 y_q2l2m2 y_q3l3m3, y_qlm = Σ_k P⁽ˡ⁾_kq c_klm.
+    """v = w b / <|b|> of b_{l1 l2 l3, q1 q2 q3} = Σ_m G^{l1 l2 l3}_{m1 m2 m3} y_q1l1m1 y_q2l2m2 y_q3l3m3, y_qlm = Σ_k P⁽ˡ⁾_kq c_klm.
 
     The bispectrum of Bartok, Kondor, Csanyi, PRB 87, 184115 (2013), of several channels; Drautz, PRB 99, 014104 (2019). What it tells
     apart that the power spectrum does not: Pozdnyakov et al., PRL 125, 166001 (2020).
 
     Attributes:
         channels: (l_max, channels of the density, Q) P of l = 1, ..., l_max, orthonormal columns.
-        components: (species, invariants, D) V of each central species, orthonormal columns.
-        lengths: (species,) <|b|>.
+        lengths: (species,) <|b|> of each central species.
         weight: w.
     """
 
     channels: Tensor
-    components: Tensor
     lengths: Tensor
     weight: float
 
     @staticmethod
-    def from_stored(stored: StoredTensors, spectrum: SoapPowerSpectrum, parameters: dict) -> FourBodyInvariants:
+    def from_stored(stored: StoredTensors, spectrum: PowerSpectrum, parameters: dict) -> FourBodyInvariants:
         """Those of a model file; UserError if the tensors do not fit each other, the power spectrum and the recipe."""
         l_max, q, n_species = parameters["l_max"], parameters["channels"], len(spectrum.species)
         channels = stored.take("channels", (l_max, spectrum.channels, q))
-        n_invariants = sum(len(c.channels) for c in couplings(l_max, q))
-        components = stored.take("components", (n_species, n_invariants, "components"))
         lengths = stored.take("lengths", (n_species,))
-        for what, part in (("channels", channels), ("components", components)):
-            products = part.mT @ part
-            if not bool(((products - torch.eye(products.shape[1]).to(products)).abs() < ORTHONORMAL).all()):
-                raise UserError(f"the {what} of four-body invariants are not orthonormal.")
+        products = channels.mT @ channels
+        if not bool(((products - torch.eye(q).to(products)).abs() < ORTHONORMAL).all()):
+            raise UserError("the channels of four-body invariants are not orthonormal.")
         if not bool((lengths > 0).all()):
             raise UserError("a length of four-body invariants is not positive.")
-        return FourBodyInvariants(channels, components, lengths, parameters["weight"])
+        return FourBodyInvariants(channels, lengths, parameters["weight"])
 
     @property
     def l_max(self) -> int:
@@ -118,17 +110,16 @@ class FourBodyInvariants:
 
     @property
     def n_features(self) -> int:
-        """D."""
-        return self.components.shape[2]
+        return sum(len(c.channels) for c in self.couplings)
 
     @cached_property
     def couplings(self) -> tuple[Coupling, ...]:
         return couplings(self.l_max, self.channels.shape[2])
 
     @cached_property
-    def projections(self) -> Tensor:
-        """(species, invariants, D) w V / <|b|>."""
-        return self.components * (self.weight / self.lengths)[:, None, None]
+    def scales(self) -> Tensor:
+        """(species,) w / <|b|>."""
+        return self.weight / self.lengths
 
     def channel_densities(self, density: Tensor) -> list[Tensor]:
         """y (environments, 2 l + 1, Q) by l, the first of l = 0 empty, of densities (environments, channels, lm)."""
@@ -191,10 +182,10 @@ class FourBodyInvariants:
 
 
 @dataclass(frozen=True, eq=False)
-class FourBodySoap:
-    """Features [p/|p|, v] of unit length: the SOAP power spectrum with four-body invariants beside it."""
+class FourBodySpectrum:
+    """Features [p/|p|, v] / their length: the SOAP power spectrum with four-body invariants beside it."""
 
-    spectrum: SoapPowerSpectrum
+    spectrum: PowerSpectrum
     four_body: FourBodyInvariants
 
     @property
@@ -210,7 +201,7 @@ class FourBodySoap:
     def constants(self) -> dict[str, Tensor]:
         """As in Descriptor."""
         made = self.four_body
-        return {"channels": made.channels, "components": made.components, "lengths": made.lengths}
+        return {"channels": made.channels, "lengths": made.lengths}
 
     def __call__(self, surroundings: Surroundings) -> Environments:
         """Environments of all surroundings."""
@@ -220,9 +211,8 @@ class FourBodySoap:
         """In plain PyTorch on any device, differentiable in the vectors."""
         made = self.spectrum.expand(surroundings)
         y = self.four_body.channel_densities(made.density)
-        slots = self.spectrum.species_slots(surroundings.species)
-        v = _by_slot(self.four_body.invariants(y), slots, self.four_body.projections)
-        both = torch.cat([made.features, v], dim=1)
+        scale = self.four_body.scales.to(made.density)[self.spectrum.species_slots(surroundings.species)][:, None]
+        both = torch.cat([made.features, scale * self.four_body.invariants(y)], dim=1)
         norm = both.norm(dim=1, keepdim=True).clamp_min(torch.finfo(both.dtype).tiny)
         features = both / norm
 
@@ -230,9 +220,9 @@ class FourBodySoap:
             if cotangents.dim() == 3:
                 return torch.stack([pull_back(one) for one in cotangents])
             on_both = (cotangents - features * (features * cotangents).sum(1, keepdim=True)) / norm
-            on_p, on_v = on_both.split([made.features.shape[1], v.shape[1]], dim=1)
+            on_p, on_v = on_both.split([self.spectrum.n_features, self.four_body.n_features], dim=1)
             on_density = self.spectrum.on_density(made, on_p)
-            on_y = self.four_body.pull_back(y, _by_slot(on_v, slots, self.four_body.projections.mT))
+            on_y = self.four_body.pull_back(y, scale * on_v)
             for l, m in enumerate(degree_slices(self.four_body.l_max)[1:]):
                 on_density[:, :, m] += (on_y[:, m] @ self.four_body.channels[l].to(on_y).mT).mT
             return self.spectrum.pull_back_density(made.pairs, on_density)
@@ -240,7 +230,7 @@ class FourBodySoap:
         def jacobian() -> Tensor:
             centers = made.pairs.centers
             on_b = self.four_body.slopes(y, centers, self.four_body.channel_slopes(made))
-            on_v = _by_slot(on_b, slots[centers], self.four_body.projections)
+            on_v = scale[centers][:, :, None] * on_b
             out = torch.cat([self.spectrum.jacobian(made), on_v], dim=2)
             x = features[centers]
             return out.addcmul_(out @ x[:, :, None], x[:, None, :], value=-1).div_(norm[centers][:, :, None])
@@ -248,50 +238,22 @@ class FourBodySoap:
         return Environments(surroundings, features, pull_back, jacobian)
 
 
-def _by_slot(rows: Tensor, slots: Tensor, matrices: Tensor) -> Tensor:
-    """Rows (n, ..., a) of each of n, times the matrix (a, b) of its slot."""
-    out = rows.new_zeros(*rows.shape[:-1], matrices.shape[2])
-    for slot in slots.unique().tolist():
-        mine = (slots == slot).nonzero()[:, 0]
-        out = out.index_copy(0, mine, rows[mine] @ matrices[slot].to(rows))
-    return out
-
-
-def learn_four_body(
-    spectrum: SoapPowerSpectrum, parameters: dict, structures: Structures, seed: int
-) -> FourBodyInvariants:
+def learn_four_body(spectrum: PowerSpectrum, parameters: dict, structures: Structures, seed: int) -> FourBodyInvariants:
     """With constants from at most SAMPLE environments of each species; `parameters`: the resolved section `four_body` of a recipe.
 
-    Channels are principal components of the density by l, components those of the invariants and their derivatives together, by central
-    species: so directions count in which an environment hardly differs from others, but changes as atoms move.
+    Channels are principal components of the density, by l.
     """
     n_channels, l_max = parameters["channels"], parameters["l_max"]
     surroundings = _sample(spectrum, structures, seed)
     density, slots = spectrum.expand(surroundings).density, spectrum.species_slots(surroundings.species)
     of_l = [density[:, :, m] for m in degree_slices(l_max)[1:]]
     channels = torch.stack([_leading(torch.einsum("nkm,njm->kj", c, c), n_channels) for c in of_l])
-    every = torch.ones(1, 1, 1, dtype=channels.dtype, device=channels.device)
-    four_body = FourBodyInvariants(channels, every, every[0, 0], 1.0)
-    lengths, moments = [], []
-    for slot in range(len(spectrum.species)):
-        mine = (slots == slot).nonzero()[:, 0]
-        parts = [_moments(spectrum, four_body, surroundings.select(some)) for some in mine.split(BLOCK)]
-        length, moment = (sum(part[1:], part[0]) for part in zip(*parts, strict=True))
-        lengths.append(torch.where(length > 0, length / max(1, len(mine)), 1.0))  # 0 where none has neighbours
-        moments.append(moment)
-    values = torch.stack([torch.linalg.eigvalsh(moment) for moment in moments])
-    n = max(1, int((values > TOLERANCE * values[:, -1:]).sum(1).max()))
-    return FourBodyInvariants(
-        channels, torch.stack([_leading(m, n) for m in moments]), torch.stack(lengths), parameters["weight"]
-    )
-
-
-def _moments(spectrum: SoapPowerSpectrum, four_body: FourBodyInvariants, some: Surroundings) -> tuple[Tensor, Tensor]:
-    """Σ |b| and Σ (b bᵀ + Σ ∂b ∂bᵀ) of some environments."""
-    made = spectrum.expand(some)
-    y = four_body.channel_densities(made.density)
-    b, slopes = four_body.invariants(y), four_body.slopes(y, some.centers, four_body.channel_slopes(made)).flatten(0, 1)
-    return b.norm(dim=1).sum(), b.T @ b + slopes.T @ slopes
+    ones = channels.new_ones(len(spectrum.species))
+    made = FourBodyInvariants(channels, ones, parameters["weight"])
+    norms = made.invariants(made.channel_densities(density)).norm(dim=1)
+    lengths = torch.zeros_like(ones).index_add(0, slots, norms) / slots.bincount(minlength=len(ones)).clamp_min(1)
+    # there may be no neighbours in any environment of a species
+    return replace(made, lengths=torch.where(lengths > 0, lengths, 1.0))
 
 
 def _leading(moment: Tensor, n: int) -> Tensor:
@@ -300,7 +262,7 @@ def _leading(moment: Tensor, n: int) -> Tensor:
     return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
 
 
-def _sample(spectrum: SoapPowerSpectrum, structures: Structures, seed: int) -> Surroundings:
+def _sample(spectrum: PowerSpectrum, structures: Structures, seed: int) -> Surroundings:
     """At most SAMPLE environments of each species, of structures in random order."""
     order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed))
     counts = torch.zeros(len(structures), len(spectrum.species), dtype=torch.long)

@@ -126,8 +126,8 @@ def _descriptor(d: DescriptorRecipe, summary: DataSummary, n_species: int) -> De
 
 
 def _four_body(f: FourBodyRecipe, l_max: int, channels: int) -> FourBodyRecipe:
-    if (f.l_max or 1) > l_max:
-        raise UserError(f"four_body.l_max {f.l_max} is above the l_max of the descriptor, {l_max}.")
+    if (f.l_max or 2) > l_max:
+        raise UserError(f"four_body.l_max {f.l_max or 2} is above the l_max of the descriptor, {l_max}.")
     return f.model_copy(
         update={"channels": min(f.channels, channels), "l_max": f.l_max or min(FOUR_BODY_DEGREE, l_max)}
     )

@@ -35,6 +35,7 @@ SIGNATURES: dict[str, str] = {
     "add_pair_gradients": "nIIIFFFF",
     "add_rows": "FnnnnFFnnIIIIFFFnFn",
     "spectrum": "IIFFFFxnxxxxx",
+    "add_four_body": "oIIIIFFFF",
     "expand": "onnIIIFFn",
     "pull_back": "oFFn",
     "jacobian": "onnFn",

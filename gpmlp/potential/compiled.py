@@ -16,8 +16,8 @@ from gpmlp.core.environments import Descriptor, SinglePrecisionDescriptor
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
-from gpmlp.descriptors.backends import SoapPowerSpectrum
-from gpmlp.descriptors.cpu import spectrum_arguments
+from gpmlp.descriptors.backends import FourBodySoap, SoapPowerSpectrum
+from gpmlp.descriptors.cpu import build_spectrum
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel
 from gpmlp.gp.local_variance import leading_first
@@ -114,15 +114,15 @@ def build_mean(terms: Sequence[EnergyTerm], baselines: Sequence[Baseline], speci
         single = isinstance(term.descriptor, SinglePrecisionDescriptor)
         descriptor = _power_spectrum(term.descriptor)
         assert descriptor is not None
-        spectrum = build("spectrum", *spectrum_arguments(descriptor, torch.float32 if single else torch.float64))
+        spectrum = build_spectrum(descriptor, torch.float32 if single else torch.float64, build)
         means = [_build_mean_of(term, z, build) if z in term.blocks else None for z in species]
         build("add_term", model, spectrum, int(single), len(species), means)
     return model
 
 
-def _power_spectrum(descriptor: Descriptor) -> SoapPowerSpectrum | None:
+def _power_spectrum(descriptor: Descriptor) -> SoapPowerSpectrum | FourBodySoap | None:
     inner = descriptor.descriptor if isinstance(descriptor, SinglePrecisionDescriptor) else descriptor
-    return inner if isinstance(inner, SoapPowerSpectrum) else None
+    return inner if isinstance(inner, (SoapPowerSpectrum, FourBodySoap)) else None
 
 
 def without_form(terms: Sequence[EnergyTerm], baselines: Sequence[Baseline]) -> str:

@@ -47,35 +47,29 @@ template <class T> class Expansion : public Object {
 
     // Pair gradients (pairs, 3) from cotangents of the features.
     void pull_back(const T *cotangents, T *out, int64_t threads) const {
-        for_each(0, int64_t(first_pairs.size()) - 1, threads, [&](const Block<T> &block, int at, int64_t e) {
-            const int64_t row = e * spectrum.features;
-            std::fill(out + 3 * first_pairs[e], out + 3 * first_pairs[e + 1], T(0));
-            block.pull_back(at, features + row, cotangents + row, scratch_of_thread<T>(), out);
+        std::fill_n(out, 3 * first_pairs.back(), T(0));
+        Pool::share(blocks.size(), threads, [&](int64_t b) {
+            const int64_t lo = b * BLOCK, n = std::min(BLOCK, int64_t(first_pairs.size()) - 1 - lo), from = lo * spectrum.features;
+            blocks[b].pull_back(int(n), features + from, cotangents + from, spectrum.features, scratch_of_thread<T>(), out);
         });
     }
 
     // ∂(features)/∂r (pairs, 3, features) of the environments lo to hi.
     void jacobian(int64_t lo, int64_t hi, T *out, int64_t threads) const {
-        for_each(lo, hi, threads, [&](const Block<T> &block, int at, int64_t e) {
-            block.jacobian(at, features + e * spectrum.features, first_pairs[lo], scratch_of_thread<T>(), out,
-                           [](int64_t) { return true; });
-        });
-    }
-
-  private:
-    // work(block, place in it, environment) for the environments lo to hi.
-    template <class Work> void for_each(int64_t lo, int64_t hi, int64_t threads, Work work) const {
-        const int64_t first = lo / BLOCK, last = (hi + BLOCK - 1) / BLOCK;
-        Pool::share(std::max<int64_t>(0, last - first), threads, [&](int64_t b) {
-            b += first;
-            for (int64_t e = std::max(lo, b * BLOCK); e < std::min(hi, (b + 1) * BLOCK); e++) work(blocks[b], int(e - b * BLOCK), e);
+        const int64_t begin = lo / BLOCK, last = (hi + BLOCK - 1) / BLOCK;
+        Pool::share(std::max<int64_t>(0, last - begin), threads, [&](int64_t b) {
+            b += begin;
+            for (int64_t e = std::max(lo, b * BLOCK); e < std::min(hi, (b + 1) * BLOCK); e++)
+                blocks[b].jacobian(int(e - b * BLOCK), features + e * spectrum.features, first_pairs[lo], scratch_of_thread<T>(), out,
+                                   [](int64_t) { return true; });
         });
     }
 };
 
 } // namespace gpmlp
 
-// sizes: n_max, l_max, number of species, intervals, largest atomic number + 1. table (intervals, 6, l_max + 1, n_max).
+// sizes: n_max, l_max, number of species, intervals, largest atomic number + 1. table (intervals, 6, l_max + 1, n_max). Arguments of
+// gpmlp_add_four_body: four_body.hpp.
 #define GPMLP_SPECTRUM(T, SUFFIX)                                                                                                          \
     GPMLP_API int64_t gpmlp_spectrum##SUFFIX(const int64_t *sizes, const int64_t *slots, const T *table, const T *prefactors,              \
                                              const T *center, const T *recurrence, double per_step, int64_t function, double cutoff,       \
@@ -83,6 +77,15 @@ template <class T> class Expansion : public Object {
         return gpmlp::guarded([&] {                                                                                                        \
             const gpmlp::NeighborWeights weights{function, cutoff, width, cutoff_exponent, scale, exponent};                               \
             return gpmlp::address_of(new gpmlp::PowerSpectrum<T>(sizes, slots, table, prefactors, center, recurrence, per_step, weights)); \
+        });                                                                                                                                \
+    }                                                                                                                                      \
+    GPMLP_API int64_t gpmlp_add_four_body##SUFFIX(int64_t spectrum, const int64_t *sizes, const int64_t *degrees, const int64_t *starts,   \
+                                                  const int64_t *places, const T *values, const T *factors, const T *channels,             \
+                                                  const T *scales) {                                                                       \
+        return gpmlp::guarded([&] {                                                                                                        \
+            auto &to = gpmlp::changed<gpmlp::PowerSpectrum<T>>(spectrum);                                                                  \
+            to.add(std::make_unique<gpmlp::FourBody<T>>(sizes, to.g_row, degrees, starts, places, values, factors, channels, scales));     \
+            return 0;                                                                                                                      \
         });                                                                                                                                \
     }                                                                                                                                      \
     GPMLP_API int64_t gpmlp_expand##SUFFIX(int64_t spectrum, int64_t n, int64_t n_pairs, const int64_t *species, const int64_t *centers,   \

@@ -90,10 +90,8 @@ template <class T> class SpectrumTerm : public Term {
         s.of_mean.kept.resize(n, run.variance && mean && mean->keeps_kernel() ? run.variance->shared_centres(k) : 0);
         if (mean) {
             (*mean)(n, s.x.data(), row, s.energies.data(), s.slopes.data(), s.of_mean);
-            for (int i = 0; i < n; i++) {
-                run.to.energies[run.environments[i]] += s.energies[i];
-                s.block.pull_back(i, &s.x[std::size_t(i) * row], &s.slopes[std::size_t(i) * row], s.of_block, run.to.gradients);
-            }
+            for (int i = 0; i < n; i++) run.to.energies[run.environments[i]] += s.energies[i];
+            s.block.pull_back(n, s.x.data(), s.slopes.data(), row, s.of_block, run.to.gradients);
         }
         if (run.variance) run.variance->take(k, n, s.x.data(), row, s.of_mean.kept, of_variance);
         if (k == 0 && run.clusters) // the space of the first descriptor

@@ -1,4 +1,5 @@
-// The SOAP power spectrum and its derivatives, one environment at a time: the equations of gpmlp/descriptors/soap.py.
+// The SOAP power spectrum and its derivatives, one environment at a time: the equations of gpmlp/descriptors/soap.py; four-body
+// invariants may be beside it, of as many environments at a time as there are lanes.
 //
 // Expansion, spectrum and their slopes are products of small matrices, for each angular momentum and species; what an
 // environment needs stays in the innermost caches.
@@ -6,9 +7,11 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <type_traits>
 
 #include "abi.hpp"
+#include "four_body.hpp"
 #include "lanes.hpp"
 
 namespace gpmlp {
@@ -62,7 +65,8 @@ struct NeighborWeights {
 // A power spectrum's sizes and tables.
 template <class T> struct PowerSpectrum : Object {
     int n_max, l_max, n_species;
-    int degrees, channels, features; // l_max + 1; species x n; unique products of channels x l
+    int degrees, channels;           // l_max + 1; species x n
+    int pair_features, features;     // unique products of channels x l; the same, and what is beside them
     int full, size;                  // n_max in whole lanes; numbers of one power in a row of the table
     int c_row, g_row;                // rows of densities and of products of channels, in whole lanes
     int intervals;
@@ -74,6 +78,7 @@ template <class T> struct PowerSpectrum : Object {
     Array<T> recurrence;        // (l, m, 2), descriptors/spherical_harmonics.py: recurrence_coefficients
     std::vector<int64_t> slots; // place of each atomic number among the species, or -1
     NeighborWeights weights;
+    std::unique_ptr<const FourBody<T>> four_body; // beside the spectrum, if there are any
 
     // sizes: n_max, l_max, number of species, intervals, largest atomic number + 1. table (intervals, 6, l_max + 1,
     // n_max).
@@ -81,7 +86,7 @@ template <class T> struct PowerSpectrum : Object {
                   double per_step, NeighborWeights weights)
         : n_max(sizes[0]), l_max(sizes[1]), n_species(sizes[2]), intervals(sizes[3]), per_step(per_step), slots(slots, slots + sizes[4]),
           weights(weights) {
-        degrees = l_max + 1, channels = n_max * n_species, features = channels * (channels + 1) / 2 * degrees;
+        degrees = l_max + 1, channels = n_max * n_species, features = pair_features = channels * (channels + 1) / 2 * degrees;
         full = round_up<T>(n_max), size = degrees * full;
         c_row = round_up<T>((n_species - 1) * n_max + full), g_row = round_up<T>(channels);
         const std::size_t rows = std::size_t(intervals) * POWERS * degrees;
@@ -93,6 +98,8 @@ template <class T> struct PowerSpectrum : Object {
         for (int a = 0, k = 0; a < channels; k += (channels - a) * degrees, a++)
             for (int l = 0; l < degrees; l++) slope_factors[k + l] *= 2;
     }
+
+    void add(std::unique_ptr<const FourBody<T>> beside) { four_body = std::move(beside), features = pair_features + four_body->features; }
 
     int slot_of(int64_t z) const { return z >= 0 && z < static_cast<int64_t>(slots.size()) ? static_cast<int>(slots[z]) : -1; }
     std::size_t density_size() const { return std::size_t(degrees) * degrees * c_row; }
@@ -218,6 +225,7 @@ template <class T> class Block {
     const PowerSpectrum<T> *spectrum = nullptr;
     Array<T> density;     // (environments, lm, c_row)
     Array<T> norms;       // of the spectra
+    Array<T> lengths;     // of features, before they were divided by them: 1 of a spectrum alone
     Array<T> kept_radial; // (pairs, 2, size) w I_nl and slopes, where the block is small enough for the cache
     bool keeps_radial = false;
 
@@ -228,6 +236,8 @@ template <class T> class Block {
     struct Scratch {
         Array<T> radial, harmonics, products, on_products, on_density, slopes, mixed;
         Array<T> value, slope, inner, factors, unit, row;
+        Array<T> y_rows, on_y_rows, pair_products;
+        std::vector<V, Aligned<V>> y, on_y, b, channel_pairs, radial_channels;
     };
 
     // Features of n environments, of their pairs closer than `reach`, into rows of `features`; false if there is a
@@ -247,22 +257,37 @@ template <class T> class Block {
                 T *x = features + std::size_t(e) * row;
                 norms[e] = std::max(std::numeric_limits<T>::min(), multiply_channels(degrees, e, scratch, x));
                 const T inverse = 1 / norms[e];
-                for (int k = 0; k < s.features; k++) x[k] *= inverse;
+                for (int k = 0; k < s.pair_features; k++) x[k] *= inverse;
             }
         });
+        lengths.assign(n, 1);
+        if (s.four_body) append_four_body(n, scratch, features, row);
         return true;
     }
 
-    // Adds ∂E/∂r of the pairs of environment e to their places in `out` (pairs, 3), from its features and
+    // Adds ∂E/∂r of the pairs of the first n environments to their places in `out` (pairs, 3), from rows of features and
     // ∂E/∂(features).
-    template <class X> void pull_back(int e, const X *features, const X *cotangent, Scratch &scratch, X *out) const {
+    template <class X> void pull_back(int n, const X *features, const X *cotangents, int row, Scratch &scratch, X *out) const {
         const PowerSpectrum<T> &s = *spectrum;
+        static thread_local Array<X> x, cotangent;
         scratch.on_products.resize(s.degrees * s.channels * s.g_row), scratch.on_density.resize(s.degrees * s.degrees * s.g_row);
-        scratch.row.resize(std::max<std::size_t>(scratch.row.size(), s.features)), scratch.slopes.resize(s.size * 2 * W),
-            scratch.mixed.resize(s.degrees * s.degrees * 2 * W);
+        scratch.row.resize(std::max<std::size_t>(scratch.row.size(), s.pair_features)), scratch.slopes.resize(s.size * 2 * W),
+            scratch.mixed.resize(s.degrees * s.degrees * std::max(2 * W, s.g_row));
+        x.resize(s.pair_features), cotangent.resize(s.features);
         with_degrees([&](auto degrees) {
-            to_density(degrees, e, features, cotangent, scratch);
-            for (int species = 0; species < s.n_species; species++) pull_back_to(degrees, e, species, scratch, out);
+            for (int e = 0; e < n; e++, features += row, cotangents += row) {
+                if (!s.four_body) {
+                    to_density(degrees, e, features, cotangents, scratch);
+                } else {
+                    if (e % W == 0) pull_back_four_body(e, std::min(W, n - e), features, cotangents, row, scratch);
+                    before_division(e, features, cotangents, cotangent.data());
+                    for (int k = 0; k < s.pair_features; k++) x[k] = features[k] * lengths[e];
+                    to_density(degrees, e, x.data(), cotangent.data(), scratch);
+                    const T *on_y = &scratch.on_y_rows[(e % W) * s.degrees * s.degrees * s.four_body->q_row];
+                    s.four_body->add_to_density(on_y, scratch.on_density.data(), scratch.mixed.data());
+                }
+                for (int species = 0; species < s.n_species; species++) pull_back_to(degrees, e, species, scratch, out);
+            }
         });
     }
 
@@ -274,14 +299,14 @@ template <class T> class Block {
     // + R_b B_a, where R_a is zero unless a is of the neighbour's species.
     template <class Wanted> void jacobian(int e, const T *features, int64_t first, Scratch &scratch, T *out, Wanted wanted) const {
         const PowerSpectrum<T> &s = *spectrum;
-        const int deep = round_up<T>(s.degrees), products = s.features / s.degrees, width = s.features + W;
+        const int deep = round_up<T>(s.degrees), products = s.pair_features / s.degrees, width = s.pair_features + W;
         // by channel and l, filled up to whole lanes; channels of other species stay zero
         for (auto *part : {&scratch.value, &scratch.slope}) part->assign((s.channels + W) * deep, 0);
         scratch.inner.resize(4 * s.c_row * deep),
             scratch.harmonics.resize(std::max<std::size_t>(scratch.harmonics.size(), 4 * s.degrees * s.degrees * W));
         scratch.row.resize(3 * width);
         by_product(s.prefactors.data(), 1 / norms[e], products, deep, scratch.factors);
-        by_product(features, T(1), products, deep, scratch.unit);
+        by_product(features, lengths[e], products, deep, scratch.unit);
         for (int species = 0; species < s.n_species; species++) {
             const int begin = pairs.starts[e * s.n_species + species], end = pairs.starts[e * s.n_species + species + 1];
             const int channel = species * s.n_max * deep;
@@ -293,11 +318,14 @@ template <class T> class Block {
                 T along[3];
                 multiply_slopes(species, p, deep, width, scratch, along);
                 T *to = out + std::size_t(pairs.order[p] - first) * 3 * s.features;
-                for (int k = 0; k < 3; k++) // x = p/|p|: dx = (dp - x (x . dp)) / |p|
-                    for (int i = 0; i < s.features; i++) to[k * s.features + i] = scratch.row[k * width + i] - features[i] * along[k];
+                for (int k = 0; k < 3; k++) { // x = p/|p|: dx = (dp - x (x . dp)) / |p|
+                    const T share = along[k] * lengths[e];
+                    for (int i = 0; i < s.pair_features; i++) to[k * s.features + i] = scratch.row[k * width + i] - features[i] * share;
+                }
             }
             for (auto *part : {&scratch.value, &scratch.slope}) std::fill_n(part->begin() + channel, s.n_max * deep, T(0));
         }
+        if (s.four_body) append_four_body_slopes(e, features, first, scratch, out, wanted);
     }
 
   private:
@@ -307,6 +335,134 @@ template <class T> class Block {
         case 5: return work(std::integral_constant<int, 5>());
         case 7: return work(std::integral_constant<int, 7>());
         default: return work(spectrum->degrees);
+        }
+    }
+
+    // y (lm, q) of the environments e and following, in lanes.
+    void channel_densities(int e, int n, Scratch &scratch) const {
+        const PowerSpectrum<T> &s = *spectrum;
+        const FourBody<T> &f = *s.four_body;
+        scratch.y_rows.resize(s.degrees * s.degrees * f.q_row);
+        scratch.y.assign(f.size, V{});
+        scratch.channel_pairs.resize(2 * f.q * f.q * FourBody<T>::MOST);
+        for (int k = 0; k < n; k++) {
+            f.to_y(&density[(e + k) * s.density_size()], s.c_row, scratch.y_rows.data());
+            for (int lm = 1; lm < f.size / f.q; lm++)
+                for (int c = 0; c < f.q; c++) scratch.y[lm * f.q + c][k] = scratch.y_rows[lm * f.q_row + c];
+        }
+    }
+
+    // Puts four-body invariants behind the features of n environments, and divides both by their length.
+    void append_four_body(int n, Scratch &scratch, T *features, int row) {
+        const PowerSpectrum<T> &s = *spectrum;
+        const FourBody<T> &f = *s.four_body;
+        scratch.b.resize(f.features);
+        for (int lo = 0; lo < n; lo += W) {
+            const int here = std::min(W, n - lo);
+            channel_densities(lo, here, scratch);
+            f.invariants(scratch.y.data(), scratch.channel_pairs.data(), scratch.b.data());
+            for (int k = 0; k < here; k++) {
+                T *x = features + std::size_t(lo + k) * row, scale = f.scales[pairs.slots[lo + k]];
+                for (int i = 0; i < f.features; i++) x[s.pair_features + i] = scale * scratch.b[i][k];
+                lengths[lo + k] = std::max(std::numeric_limits<T>::min(), std::sqrt(dot(x, x, s.features)));
+                const T inverse = 1 / lengths[lo + k];
+                for (int i = 0; i < s.features; i++) x[i] *= inverse;
+            }
+        }
+    }
+
+    // out = ∂E/∂(features before they were divided by their length) of environment e.
+    template <class X> void before_division(int e, const X *x, const X *cotangent, X *out) const {
+        const int n = spectrum->features;
+        const X along = dot(x, cotangent, n), inverse = X(1) / lengths[e];
+        for (int i = 0; i < n; i++) out[i] = (cotangent[i] - x[i] * along) * inverse;
+    }
+
+    // ∂E/∂y of the environments e and following, as rows in scratch.
+    template <class X>
+    void pull_back_four_body(int e, int n, const X *features, const X *cotangents, int row, Scratch &scratch) const {
+        static thread_local Array<X> on_features;
+        const PowerSpectrum<T> &s = *spectrum;
+        const FourBody<T> &f = *s.four_body;
+        on_features.resize(s.features);
+        scratch.b.assign(f.features, V{}), scratch.on_y.resize(f.size);
+        const int each = s.degrees * s.degrees * f.q_row;
+        scratch.on_y_rows.assign(W * each, 0);
+        for (int k = 0; k < n; k++) {
+            before_division(e + k, features + std::size_t(k) * row, cotangents + std::size_t(k) * row, on_features.data());
+            const X scale = f.scales[pairs.slots[e + k]];
+            for (int i = 0; i < f.features; i++) scratch.b[i][k] = T(scale * on_features[s.pair_features + i]);
+        }
+        channel_densities(e, n, scratch);
+        f.pull_back(scratch.y.data(), scratch.b.data(), scratch.channel_pairs.data(), scratch.on_y.data());
+        for (int k = 0; k < n; k++)
+            for (int lm = 1; lm < f.size / f.q; lm++)
+                for (int c = 0; c < f.q; c++) scratch.on_y_rows[k * each + lm * f.q_row + c] = scratch.on_y[lm * f.q + c][k];
+    }
+
+    // Puts the derivatives of four-body invariants behind those of the spectrum in `out`, and divides both by the length of the
+    // features: x = z/|z|, dx = (dz - x (x . dz)) / |z|, where the spectrum alone has x . dz = 0.
+    template <class Wanted>
+    void append_four_body_slopes(int e, const T *features, int64_t first, Scratch &scratch, T *out, Wanted wanted) const {
+        const PowerSpectrum<T> &s = *spectrum;
+        const FourBody<T> &f = *s.four_body;
+        const T *v = features + s.pair_features, scale = f.scales[pairs.slots[e]], inverse = 1 / lengths[e];
+        scratch.pair_products.resize(f.products_size()), scratch.slopes.resize(s.size * 2 * W);
+        scratch.on_y.resize(3 * f.size), scratch.b.resize(3 * f.features);
+        channel_densities(e, 1, scratch);
+        scratch.on_y_rows.resize(std::max<std::size_t>(scratch.on_y_rows.size(), f.size));
+        for (int i = 0; i < f.size; i++) scratch.on_y_rows[i] = scratch.y[i][0];
+        f.pair_products(scratch.on_y_rows.data(), scratch.pair_products.data());
+        for (int species = 0; species < s.n_species; species++) {
+            const int begin = pairs.starts[e * s.n_species + species], end = pairs.starts[e * s.n_species + species + 1];
+            for (int p = begin; p < end; p += W) {
+                bool any = false;
+                for (int k = 0; k < W && p + k < end; k++) any = any || wanted(pairs.order[p + k]);
+                if (!any) continue;
+                channel_slopes(species, p, end - 1, scratch);
+                V along[3] = {};
+                for (int a = 0; a < 3; a++) {
+                    V *db = &scratch.b[a * f.features];
+                    f.push_forward(scratch.pair_products.data(), &scratch.on_y[a * f.size], db);
+                    for (int i = 0; i < f.features; i++) db[i] = scale * db[i], along[a] += v[i] * db[i];
+                }
+                for (int k = 0; k < W && p + k < end; k++) {
+                    if (!wanted(pairs.order[p + k])) continue;
+                    T *to = out + std::size_t(pairs.order[p + k] - first) * 3 * s.features;
+                    for (int a = 0; a < 3; a++, to += s.features) {
+                        const V *db = &scratch.b[a * f.features];
+                        const T share = along[a][k];
+                        for (int i = 0; i < s.pair_features; i++) to[i] = (to[i] - features[i] * share) * inverse;
+                        for (int i = 0; i < f.features; i++) to[s.pair_features + i] = (db[i][k] - v[i] * share) * inverse;
+                    }
+                }
+            }
+        }
+    }
+
+    // scratch.on_y (xyz, lm, q) = ∂y/∂r of the pairs p and following, with neighbours of one species, in lanes.
+    void channel_slopes(int species, int p, int last, Scratch &scratch) const {
+        const PowerSpectrum<T> &s = *spectrum;
+        const FourBody<T> &f = *s.four_body;
+        const V direction[3] = {load(&pairs.x[p]), load(&pairs.y[p]), load(&pairs.z[p])};
+        const int each = s.degrees * s.degrees * W;
+        T *slopes = scratch.slopes.data(), *y = scratch.harmonics.data();
+        scratch.radial_channels.resize(2 * f.q);
+        V *value = scratch.radial_channels.data(), *slope = value + f.q;
+        radial_slopes(p, last, slopes), harmonics_with_gradients(p, y);
+        for (int l = 1; l <= f.l_max; l++) {
+            std::fill_n(value, 2 * f.q, V{});
+            const T *channels = f.channels_of(l) + species * s.n_max * f.q_row, *radial = slopes + l * s.full * 2 * W;
+            for (int n = 0; n < s.n_max; n++, channels += f.q_row, radial += 2 * W) {
+                const V r = load(radial), d = load(radial + W);
+                for (int c = 0; c < f.q; c++) value[c] += channels[c] * r, slope[c] += channels[c] * d;
+            }
+            for (int lm = l * l; lm < (l + 1) * (l + 1); lm++)
+                for (int a = 0; a < 3; a++) {
+                    V *to = &scratch.on_y[a * f.size + lm * f.q];
+                    const V along = direction[a] * load(y + lm * W), across = load(y + (a + 1) * each + lm * W);
+                    for (int c = 0; c < f.q; c++) to[c] = along * slope[c] + across * value[c];
+                }
         }
     }
 
@@ -446,17 +602,17 @@ template <class T> class Block {
 #pragma GCC unroll 9
                 for (int l = 0; l < degrees; l++) to[l] = ab[l * of_degree];
             }
-        for (int k = 0, n = s.features; k < n; k++) p[k] *= s.prefactors[k];
-        return std::sqrt(dot(p, p, s.features));
+        for (int k = 0, n = s.pair_features; k < n; k++) p[k] *= s.prefactors[k];
+        return std::sqrt(dot(p, p, s.pair_features));
     }
 
     // ∂E/∂c (lm, channels) of environment e from ∂E/∂x, by way of ∂E/∂p = (∂E/∂x - x (x . ∂E/∂x)) / |p|.
     template <class D, class X> void to_density(D constant, int e, const X *x, const X *cotangent, Scratch &scratch) const {
         const int degrees = constant;
         const PowerSpectrum<T> &s = *spectrum;
-        const X along = dot(x, cotangent, s.features), inverse = X(1) / norms[e];
+        const X along = dot(x, cotangent, s.pair_features), inverse = X(1) / norms[e];
         T *on_products = scratch.on_products.data(), *on_spectrum = scratch.row.data();
-        for (int k = 0, n = s.features; k < n; k++) on_spectrum[k] = T((cotangent[k] - x[k] * along) * inverse) * s.slope_factors[k];
+        for (int k = 0, n = s.pair_features; k < n; k++) on_spectrum[k] = T((cotangent[k] - x[k] * along) * inverse) * s.slope_factors[k];
         const int channels = s.channels, g_row = s.g_row, of_degree = channels * g_row;
         const T *from = on_spectrum;
         for (int a = 0; a < channels; a++)
