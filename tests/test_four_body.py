@@ -10,7 +10,18 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
-from systems import CUTOFF, DESCRIPTORS, KERNELS, cluster, descriptor, everything, random_term, structure, targets_of
+from systems import (
+    CUTOFF,
+    DESCRIPTORS,
+    KERNELS,
+    cluster,
+    descriptor,
+    everything,
+    force_sigma_by_core,
+    random_term,
+    structure,
+    targets_of,
+)
 
 import gpmlp
 from gpmlp.core import neighbors
@@ -27,6 +38,8 @@ from gpmlp.fitting import defaults, four_body_weight, prepare
 from gpmlp.fitting.fit import fit
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.io import archive, ase_atoms
+from gpmlp.native import library
+from gpmlp.potential.compiled import build_calibration, build_novelty, build_variances, compile_mean
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import DescriptorRecipe, FourBodyRecipe, Recipe
 
@@ -316,6 +329,19 @@ def test_the_calculator_of_ase(potential):
     atoms = ase_atoms.to_ase(new)[0]
     atoms.calc = GPCalculator(potential)
     torch.testing.assert_close(torch.from_numpy(atoms.get_forces()), potential(new).forces, atol=1e-12, rtol=0)
+
+
+@pytest.mark.skipif(library.compiled() is None, reason="gpmlp was built without a compiler")
+def test_standard_deviations_of_forces_in_the_compiled_core(potential):
+    """Which are made of Jacobians of those environments that the atom is part of, and of those pairs only."""
+    (new, _), atoms = labelled([500, 501]), [0, 3, 6]
+    core = compile_mean(potential.terms, potential.baselines, potential.species)
+    build_variances(core.model, potential.variances, core.species, library.build, forces=True)
+    build_novelty(core.model, potential.novelty, core.species, library.build)
+    build_calibration(core.model, potential.calibration, potential.variances, library.build)
+    found = force_sigma_by_core(core.model, new, neighbors.find_neighbors(new, potential.reach), atoms)
+    wanted = potential(new, variance="forces", atoms=atoms).forces_variance.total[atoms].sqrt()
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
 
 
 def test_a_weight_that_is_left_open_is_that_of_the_largest_evidence(monkeypatch):
