@@ -22,7 +22,7 @@ MATRICES, BASE_GB = 16, 0.12  # of columns² doubles at the peak, and what chunk
 BASE_S = 20.0  # of reading, compiling and choosing sparse points
 ROW_PRODUCTS = 4.0  # operations per row and columns²: the factor of the rows
 EVIDENCE_PRODUCTS, POSTERIOR_PRODUCTS = 100.0, 40.0  # per columns³ that hyperparameters are learned with, and of all
-FEATURE_DIRECTIONS = 300  # that functionals of one species span, about
+FEATURE_DIRECTIONS = 500  # that functionals of one species span, about
 PRODUCTS_PER_SLOPE = 60.0  # operations per functional, environment and direction: covariances of all pairs, each once
 EXACT_MATRICES, EXACT_ROWS, EXACT_PRODUCTS = (
     1.2,

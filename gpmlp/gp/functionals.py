@@ -35,7 +35,7 @@ TOGETHER = 64  # functionals, about, whose slopes are in memory at a time
 GROUP_ATOMS = 64  # of structures of one shape whose rows of K_uu are made together
 CHUNK_ATOMS = 128  # of structures whose Jacobian is in memory at a time
 STORED = 1e-4  # by which the directions of a file may be no orthonormal ones; they may be in single precision
-TOLERANCE = 1e-8  # of the largest eigenvalue of Σ [x_j x_jᵀ + v_bj v_bjᵀ]: directions with less are left out
+TOLERANCE = 1e-10  # of the largest eigenvalue of Σ [x_j x_jᵀ + v_bj v_bjᵀ]: directions with less are left out
 
 
 class Part(NamedTuple):
