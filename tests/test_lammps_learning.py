@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pydoc
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from gpmlp.cli.main import main
 from gpmlp.core.errors import UserError
 from gpmlp.io import archive, structure_files
 from gpmlp.learning import lammps_runs
-from gpmlp.learning.lammps_runs import LammpsRuns
 from gpmlp.learning.loop import learn
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.native import library
@@ -91,34 +91,34 @@ def test_it_learns_until_lammps_gets_through(uninterrupted):
     assert len(frames) == len(answers(whole / "answers")) == 3 + len(learned) - 1
     assert "step 400" not in (whole / "out/lammps/log.lammps").read_text().splitlines()[-1]
     assert archive.load(whole / "out/model.gpmlp").novelty is not None
-    assert not (whole / "out/lammps/halted.xyz").exists()
+    assert not (whole / "out/lammps/ended").exists() and (whole / "out/lammps/state").exists()
 
 
 PLACES = {
-    "in LAMMPS": (LammpsRuns, "_adopt"),
-    "before the label": (LammpsRuns, "_frame"),
-    "after the label": (LammpsRuns, "done"),
-    "in a checkpoint": ("gpmlp.learning.checkpoint.RunFiles", "save_checkpoint"),
+    "in LAMMPS": "gpmlp.learning.lammps_runs.LammpsRuns._run",
+    "before the label": "gpmlp.learning.label_requests.LabelRequests.collect",
+    "after the label": "gpmlp.learning.lammps_runs.LammpsRuns.done",
+    "before a folder is removed": "shutil.rmtree",
+    "in a checkpoint": "gpmlp.learning.checkpoint.RunFiles.save_checkpoint",
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_that_was_killed_goes_on(place, folder, uninterrupted, monkeypatch):
     """Labels are those of the run that nobody killed, none of them asked for twice."""
-    owner, name = PLACES[place]
-    target = f"{owner}.{name}" if isinstance(owner, str) else f"gpmlp.learning.lammps_runs.{owner.__name__}.{name}"
     with monkeypatch.context() as patch:
         times = []
 
         def kill(*_, **__):
             times.append(1)
-            if len(times) == 2:
+            if len(times) == (
+                4 if place == "before the label" else 1 if "removed" in place else 2
+            ):  # after three first ones
                 raise KilledError
             return real(*_, **__)
 
-        module, _, attribute = target.rpartition(".")
-        real = getattr(pytest.importorskip("pydoc").locate(module), attribute)
-        patch.setattr(target, kill)
+        real = pydoc.locate(PLACES[place])
+        patch.setattr(PLACES[place], kill)
         with pytest.raises(KilledError):
             finish(folder)
     assert finish(folder, resume=True).stopped == "LAMMPS came to the end of in.heat"

@@ -2,14 +2,15 @@
 
 The script gets these variables: `model` and `plugin`, files; `novelty` and `sigma`, limits (trigger.novelty, trigger.local_energy);
 `begun`, 0 or 1: whether there is a state to go on from, and `state`, its file; `next`, where it writes the state for the next run; and
-`halted`, where it writes the frame at which it halted, and nothing otherwise. What LAMMPS wrote counts when it has ended without an
-error, so that a run that was killed begins again from its last state.
+`halted`, where it writes the frame at which it halted, and nothing otherwise. Both are in a folder of that attempt, which counts, by one
+renaming, when LAMMPS has ended without an error; so a run that was killed begins again from its last state, whatever is left of LAMMPS.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -29,29 +30,25 @@ SAID = 12  # last lines of LAMMPS's output that an error shows
 
 
 class LammpsRuns:
-    """LAMMPS runs in the folder of the recipe; its files, in the folder `lammps` of the run.
-
-    Attributes:
-        halted: the file of a frame at which LAMMPS has halted, until it is `done` with.
-    """
+    """LAMMPS runs in the folder of the recipe; its files, in the folder `lammps` of the run."""
 
     def __init__(self, recipe: LammpsRecipe, base: Path, folder: Path) -> None:
-        """Raises UserError: there is no script, no LAMMPS, or no plugin can be built for it."""
+        """Raises UserError: there is no script, or no LAMMPS."""
         check_readable(base / recipe.input, "the input script of LAMMPS")
         self.recipe, self.base, self.folder = recipe, base.resolve(), folder.resolve() / "lammps"
-        self.halted = self.folder / "halted.xyz"
-        self.installation = find_lammps()
-        self.command = shlex.split(recipe.command) if recipe.command else [str(self.installation.executable)]
-
-    def _file(self, name: str) -> Path:
-        return self.folder / name
+        self.ended, self.state = self.folder / "ended", self.folder / "state"
+        self.installation = None if recipe.command and recipe.plugin else find_lammps()
+        self.command = shlex.split(recipe.command or str(self.installation and self.installation.executable))
 
     def waiting(self) -> Structures | None:
-        """The frame at which LAMMPS halted when this run was interrupted, if it was then."""
-        if not self.halted.exists():
+        """The frame at which LAMMPS has halted, until it is `done` with; None if there is none."""
+        halted = self.ended / "halted.xyz"
+        if not halted.exists():
             return None
-        self._adopt()
-        return self._frame()
+        _, frames = read_unlabelled(halted)
+        if len(frames) != 1:
+            raise UserError(f"{halted}: the script has to write the frame at which it halted; it wrote {len(frames)}.")
+        return replace(frames, names=("LAMMPS' frame",))
 
     def advance(
         self, potential: Potential, source: Path, novelty: float | None, sigma: float | None
@@ -64,53 +61,41 @@ class LammpsRuns:
         Raises:
             UserError: LAMMPS ended with an error, which is told.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("halting.xyz", "next"):
-            self._file(name).unlink(missing_ok=True)
-        export_model(potential, self._file("model"), file_hash(source))
-        begun = self._file("state").exists()
-        variables = {
-            "model": self._file("model"),
-            "plugin": self._plugin(),
-            "begun": int(begun),
-            "state": self._file("state"),
-        }
-        variables |= {"next": self._file("next"), "halted": self._file("halting.xyz")}
-        variables |= {"novelty": NEVER if novelty is None else novelty, "sigma": NEVER if sigma is None else sigma}
-        words = [word for name, value in variables.items() for word in ("-var", name, str(value))]
-        command = [*self.command, "-in", self.recipe.input, "-log", str(self._file("log.lammps")), *words]
+        if self.ended.exists():
+            return None
+        for left in self.folder.glob("attempt.*"):
+            shutil.rmtree(left)
+        attempt = self.folder / f"attempt.{os.getpid()}"
+        attempt.mkdir(parents=True)
+        export_model(potential, self.folder / "model", file_hash(source))
+        limits = {"novelty": novelty, "sigma": sigma}
+        variables: dict[str, object] = {name: NEVER if limit is None else limit for name, limit in limits.items()}
+        variables |= {"model": self.folder / "model", "plugin": self._plugin(), "halted": attempt / "halted.xyz"}
+        variables |= {"begun": int(self.state.exists()), "state": self.state, "next": attempt / "state"}
+        self._run([word for name, value in variables.items() for word in ("-var", name, str(value))])
+        attempt.rename(self.ended)
+        return self.waiting()
+
+    def done(self) -> None:
+        """The next run goes on from where the last one ended."""
+        if (self.ended / "state").exists():
+            (self.ended / "state").replace(self.state)
+        shutil.rmtree(self.ended, ignore_errors=True)
+
+    def _run(self, variables: list[str]) -> None:
+        command = [*self.command, "-in", self.recipe.input, "-log", str(self.folder / "log.lammps"), *variables]
+        environment = os.environ | (self.installation.environment if self.installation else {})
         try:
-            environment = os.environ | self.installation.environment
             done = subprocess.run(command, cwd=self.base, env=environment, capture_output=True, text=True, check=False)
         except OSError as error:
             raise UserError(f"lammps.command: {self.command[0]} cannot be run: {error.strerror}.") from error
         if done.returncode:
             said = "\n".join([*done.stdout.splitlines()[-SAID:], *done.stderr.splitlines()[-SAID:]])
             raise UserError(f"LAMMPS ended with an error ({shlex.join(command)}):\n{said}")
-        if self._file("halting.xyz").exists():
-            self._file("halting.xyz").replace(self.halted)
-        self._adopt()
-        return self._frame() if self.halted.exists() else None
-
-    def done(self) -> None:
-        """The frame is learned, or was before."""
-        self.halted.unlink(missing_ok=True)
-
-    def _adopt(self) -> None:
-        """What LAMMPS wrote for the next run is what that goes on from."""
-        if self._file("next").exists():
-            self._file("next").replace(self._file("state"))
-
-    def _frame(self) -> Structures:
-        _, frames = read_unlabelled(self.halted)
-        if len(frames) != 1:
-            raise UserError(
-                f"{self.halted}: the script has to write the frame at which it halted; it wrote {len(frames)}."
-            )
-        return replace(frames, names=("LAMMPS' frame",))
 
     def _plugin(self) -> Path:
         if self.recipe.plugin:
             return self.base / self.recipe.plugin
-        made = self._file("gpmlp_plugin.so")
+        assert self.installation is not None
+        made = self.folder / "gpmlp_plugin.so"
         return made if made.exists() else build_plugin(self.installation.executable, made)[0]

@@ -250,8 +250,10 @@ class _Run:
         if frame is None or limited:
             stopped = sentence if limited else f"LAMMPS came to the end of {lammps.recipe.input}"
             self.progress = replace(self.progress, stopped=stopped)
-            self.files.log_event("stopped", reason=stopped, ended="limit" if limited else "steps")
+            self.files.log_event("stopped", reason=stopped, ended=limited or "steps")
             self._checkpoint()
+            if not limited:
+                lammps.done()
             return
         frame = canonical_structure(frame)
         request = self._request(frame, surrogate.most_uncertain_atom(self.potential, frame))
