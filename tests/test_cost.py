@@ -52,6 +52,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(small_set, sma
         fit(*small_set, recipe)
 
 
+def test_error_bars_from_all_columns_are_counted(small_set, fitted, monkeypatch):
+    monkeypatch.setattr(cost, "operations_per_second", lambda: 1e10)
+    found = cost.cost_of(7518, 23_000, 7518)
+    assert str(found).endswith(
+        "error bars from 7518 columns: up to 0.34 GB in the model file, about 0.03 s for the force of an atom "
+        "(fewer: --set variance.columns=1500)"
+    )
+    assert str(cost.cost_of(7518, 23_000, 1500)) == str(cost.cost_of(7518, 23_000)) == str(found).split(";")[0]
+    recipe = changed_recipe(
+        fitted[0].recipe, {"inducing.0.n": 2000, "inducing.0.gradients": 99, "variance.columns": "all"}
+    )
+    assert expected_cost(recipe, *small_set).variance_columns == expected_cost(recipe, *small_set).columns > 1500
+    some = changed_recipe(recipe, {"variance.columns": 1600})
+    assert expected_cost(some, *small_set).variance_columns == 1600
+
+
 def test_more_than_an_hour_is_warned_of():
     with pytest.warns(
         DataWarning, match=r"Expected: 9000 columns x 10000 rows, 10 GB, about 2 h; to have it sooner lower"

@@ -335,7 +335,7 @@ def test_the_cheap_look_notices_what_a_full_one_would():
     assert potential.full < 0.5 * every.walker.step
 
 
-def ahead(potential, now, judge, dynamics, steps):
+def ahead(potential, now, judge, dynamics, steps, likely=0.0):
     """`look_ahead` from the first frame that asks."""
 
     def advance(start, decide, count):
@@ -343,7 +343,7 @@ def ahead(potential, now, judge, dynamics, steps):
 
     asks = advance(now, judge, 400)
     assert asks.decision.action == "label"
-    return asks, look_ahead(advance, asks, judge, steps)
+    return asks, look_ahead(advance, asks, judge, steps, likely)
 
 
 def test_the_frame_to_be_labelled_is_the_worst_of_those_ahead():
@@ -368,6 +368,30 @@ def test_the_frame_to_be_labelled_is_the_worst_of_those_ahead():
     halts = judged(replace(LIMITS, halt=0.5 * (1 + worst.decision.severity)))
     nearer = ahead(potential, start, halts, dynamics, 60)[1].worst
     assert nearer.walker.step < worst.walker.step and 1 < nearer.decision.severity < worst.decision.severity
+
+
+def test_it_looks_ahead_until_an_error_is_likely():
+    """Stride after stride, to the end of that with a frame whose error is as likely as that, but no more than STRIDES_AHEAD."""
+    atoms, dynamics = cluster(), DynamicsRecipe(temperature_K=600, steps=400, relaxation_fs=20)
+    potential = Springs(atoms, stiffness=0.2)
+    potential.sigma = lambda shift: 0.01 + 0.3 * shift.norm(dim=1).square()
+    judge = judged(replace(LIMITS, halt=100.0))
+    asks, _ = ahead(potential, take_snapshot(begin(dynamics, atoms), potential, judge, dynamics), judge, dynamics, 1)
+    every = [asks]
+    for _ in range(5 * walker.STRIDES_AHEAD):
+        every.append(advance_walker(every[-1], potential, judge, dynamics, 4.0, 1))
+    chances = [one.decision.exceedance for one in every]
+    found = set()
+    for likely in (0.5 * chances[0], 0.9 * max(chances[:11]), 0.99 * max(chances), 1.1 * max(chances)):
+        enough = next((k for k, chance in enumerate(chances) if chance >= likely), len(every) - 1)
+        reach = 5 * max(1, math.ceil(enough / 5))
+        worst = max(every[: reach + 1], key=lambda one: one.decision.severity)
+        seen = ahead(
+            potential, take_snapshot(begin(dynamics, atoms), potential, judge, dynamics), judge, dynamics, 5, likely
+        )[1]
+        assert same((seen.worst or seen).walker, worst.walker), likely
+        found.add(reach)
+    assert len(found) > 2  # else there is nothing to tell
 
 
 def test_nothing_worse_ahead():

@@ -75,13 +75,10 @@ def tune_command(
                 tune.record_trial(study, problem, trial)
                 done.append(trial)
                 bars(trial)
-    except KeyboardInterrupt:
-        _write_best(problem, done, output)
-        raise
-    if not _write_best(problem, done, output):
-        raise UserError(
-            "No trial could be fitted; the log tells why. Raise --trials, or change --search or the start recipe."
-        )
+    finally:  # interrupted or not
+        written = _write_best(problem, done, output)
+    if not written:
+        raise UserError("No trial could be fitted (the log tells why); raise --trials, change --search or the start.")
 
 
 def _write_best(problem: TuningProblem, trials: list[TuningTrial], output: Path) -> bool:

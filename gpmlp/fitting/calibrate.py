@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from scipy.special import chdtri
 from torch import Tensor
 
 from gpmlp.core.quantities import Prediction, Targets
@@ -35,7 +34,6 @@ from gpmlp.uncertainty.variance_weights import fit_variance_weights
 
 FEWEST_PREQUENTIAL = 8  # latest structures, at least, whose predictions count,
 COMPONENTS = 1000  # and force components that they have together: older predictions are of models with less data
-CONFIDENCE = 0.9  # that standard deviations are not too small: few structures determine their size poorly
 FEWEST_ONLINE = 10  # structures of an online model that are left out in turn; of fewer, prequential errors say more
 LEFT_OUT = "left out of the training set in turn, several of each config_type; learned from otherwise"
 HOW = "predicted before they were learned from, in the order in which they came (prequential)"
@@ -381,14 +379,15 @@ def prequential_calibration(predictions: Sequence[PrequentialPrediction]) -> Cal
 
 
 def small_sample_factor(squares: Tensor) -> float:
-    """Factor on a standard deviation estimated from few structures, so that with CONFIDENCE it is not too small.
+    """√(ν / (ν - 2)), the factor on a standard deviation estimated from few structures: a new error is distributed as Student's t.
 
-    The true variance is less than ν/χ²_ν(1 - CONFIDENCE) times the estimate (Pearson & Hartley, Biometrika Tables I, section 4).
+    As in `left_out_calibration`, with ν of `degrees_of_freedom`. With a factor that hardly ever is too small a learning run asks for labels
+    that are not needed (decision 015).
 
     Args:
         squares: (n,) mean (error/σ)² of each structure.
     """
     if not squares.mean() > 0:
         return 1.0
-    degrees = degrees_of_freedom(squares)
-    return float((degrees / chdtri(degrees, CONFIDENCE)) ** 0.5)
+    degrees = max(degrees_of_freedom(squares), LEAST_FREEDOM)
+    return (degrees / (degrees - 2)) ** 0.5

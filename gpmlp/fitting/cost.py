@@ -13,7 +13,7 @@ from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors import make_descriptor
-from gpmlp.fitting.defaults import physical_memory_GB
+from gpmlp.fitting.defaults import VARIANCE_COLUMNS, physical_memory_GB
 from gpmlp.fitting.regression import EVIDENCE_COLUMNS
 from gpmlp.recipe import InducingRecipe, Recipe
 
@@ -39,6 +39,8 @@ class FitCost:
     Attributes:
         columns: at most, centres times (1 + gradients) of all descriptors, or functionals; rows: labels.
         functionals: whether there are any.
+        variance_columns: of them for variances, where they are more than by default; file_GB: in the model file for their sake, at most;
+            atom_seconds: for the force variances of an atom.
     """
 
     columns: int
@@ -46,6 +48,9 @@ class FitCost:
     memory_GB: float
     seconds: float
     functionals: bool = False
+    variance_columns: int = 0
+    file_GB: float = 0.0
+    atom_seconds: float = 0.0
 
     def __str__(self) -> str:
         minutes = self.seconds / 60
@@ -56,7 +61,12 @@ class FitCost:
             if minutes < 120
             else f"{minutes / 60:.0f} h"
         )
-        return f"expected: {self.columns} columns x {self.rows} rows, {self.memory_GB:.2g} GB, about {length}"
+        variances = (
+            f"; error bars from {self.variance_columns} columns: up to {self.file_GB:.2g} GB in the model file, about "
+            f"{self.atom_seconds:.1g} s for the force of an atom (fewer: --set variance.columns={VARIANCE_COLUMNS})"
+        )
+        expected = f"expected: {self.columns} columns x {self.rows} rows, {self.memory_GB:.2g} GB, about {length}"
+        return expected + variances * (self.variance_columns > 0)
 
     def check(self) -> None:
         """Warn of more than an hour (DataWarning). Raises UserError: more memory than this machine has."""
@@ -74,10 +84,10 @@ def expected_cost(recipe: Recipe, structures: Structures, targets: Targets) -> F
     """The cost of a fit with a resolved recipe."""
     known = [int(label.isfinite().sum()) for label in (targets.energies, targets.forces, targets.stresses)]
     columns, rows = most_columns(recipe, structures), known[0] + known[1] + known[2] * 6 // 9
-    cost = cost_of(columns, rows)
-    few = recipe.variance.at_most(columns) if recipe.variance is not False else columns
-    if few < columns and [i.functionals for i in recipe.inducings] == ["all"]:
-        cost = _exact_cost(columns, few, cost_of(few, rows))
+    few = recipe.variance.at_most(columns) if recipe.variance is not False else 0
+    cost = cost_of(columns, rows, few)
+    if 0 < few < columns and [i.functionals for i in recipe.inducings] == ["all"]:
+        cost = _exact_cost(columns, few, cost_of(few, rows, few))
     numbers, atoms = functionals_of(structures), structures.counts
     for inducing, descriptor in zip(recipe.inducings, recipe.descriptors, strict=True):
         if not inducing.functionals:
@@ -124,12 +134,14 @@ def most_columns(recipe: Recipe, structures: Structures) -> int:
     return columns
 
 
-def cost_of(columns: int, rows: int) -> FitCost:
-    """The cost of a fit with so many columns and rows."""
+def cost_of(columns: int, rows: int, variance_columns: int = 0) -> FitCost:
+    """The cost of a fit with so many columns and rows, and variances from so many of the columns."""
     u, e = float(columns), float(min(columns, EVIDENCE_COLUMNS))
     operations = ROW_PRODUCTS * rows * u**2 + EVIDENCE_PRODUCTS * e**3 + POSTERIOR_PRODUCTS * u**3
-    seconds = BASE_S + operations / operations_per_second()
-    return FitCost(columns, rows, BASE_GB + 8e-9 * MATRICES * u**2, seconds)
+    speed, v = operations_per_second(), float(variance_columns if variance_columns > VARIANCE_COLUMNS else 0)
+    # three rows, each solved with two triangles; packed triangles of R in single and of K_uu in double precision
+    cost = FitCost(columns, rows, BASE_GB + 8e-9 * MATRICES * u**2, BASE_S + operations / speed)
+    return replace(cost, variance_columns=int(v), file_GB=6e-9 * v**2, atom_seconds=3 * 2 * v**2 / speed)
 
 
 def operations_per_second(size: int = 400, times: int = 3) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpmlp.core import parallel
 from gpmlp.core.errors import chemical_symbol
 from gpmlp.core.findings import Finding
-from gpmlp.core.quantities import Targets
+from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting import (
@@ -41,9 +41,11 @@ from gpmlp.fitting.report import FitReport, Progress, StageTimer
 from gpmlp.fitting.sparse_points import Candidates, CentreChoice
 from gpmlp.fitting.workers import Executor, Workers, within, workers_of
 from gpmlp.gp import evidence, hyperparameters, inducing
+from gpmlp.gp.energy_scale import EnergyScale
 from gpmlp.gp.exact import ExactPosterior
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
+from gpmlp.gp.variance import rounded_factor
 from gpmlp.io.label_checks.stage import sort_findings
 from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.evaluation import ErrorTable, error_table
@@ -120,31 +122,24 @@ def _fit_once(
     wanted = data.recipe.calibration if data.recipe.variance is not False else False
     if any(i.functionals == "all" for i in data.recipe.inducings):
         wanted = False  # leaving a structure out leaves its functionals out as well: none need be set aside
-    split = calibrate.calibration_split(data.structures, data.targets, wanted, data.recipe.seed, data.groups)
-    fitted, held, judged = split
+    about = data.structures, data.targets, wanted, data.recipe.seed, data.groups
+    fitted, held, judged = calibrate.calibration_split(*about)
     trained = _train(data, fitted, held, stages)
-    models, learned = trained.models, trained.learned
-    if len(held):
-        learned = learned.joined(*trained.held)
+    models = trained.models
+    learned = trained.learned.joined(*trained.held) if len(held) else trained.learned
     stages.begin("posterior")
     solved, given = regression.solve(models, learned)
-    potential = _potential(data, trained, learned, solved, solved.weights if given is None else given.weights)
-    potential = replace(potential, provenance=dict(provenance or {}))
+    weights, origin = (solved if given is None else given).weights, dict(provenance or {})
+    potential = replace(_potential(data, trained, learned, solved, weights), provenance=origin)
     again = passes.predict(data.partitions, potential)
     if potential.variances is not None:
         stages.begin("calibration")
         potential = _calibrated(data, potential, models, learned, solved, given, judged, again.forces, stages)
     compared = data.structures.select(judged if len(judged) else fitted)
-    of_all = solved.factor if given is None else given
-    subset = variance_checks.subset_error(potential, models, learned.signal, of_all, compared, data.recipe.seed)
-    wrong = label_outliers.find_label_outliers(potential, data.structures, data.labels, again)
+    of_all = learned.signal, solved.factor if given is None else given
+    subset = variance_checks.subset_error(potential, models, *of_all, compared, data.recipe.seed)
     numbers, scale = _numbers(data, trained, learned, solved), regression.scale_of_energies(models, learned)
-    found = [
-        *data.findings,
-        *replace(wrong, energies=wrong.energies & ~data.failed).findings(data.structures),
-        *label_outliers.contradictions(data.structures, data.labels, again, wrong, scale, data.findings),
-        *label_outliers.noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
-    ]
+    wrong, found = _wrong_labels(data, potential, again, scale, numbers)
     potential, ranks = _with_low_rank(data, potential, fitted, judged, stages)
     errors = None
     if validation is not None:
@@ -158,17 +153,35 @@ def _fit_once(
         low_rank=ranks,
         validation_errors=errors,
         stages=tuple(stages.done),
-        findings=sort_findings(found),
+        findings=found,
         warnings=(
-            *(str(finding) for finding in sort_findings(found) if finding.severity != "note"),
+            *(str(finding) for finding in found if finding.severity != "note"),
             *trained.warnings,
             *([NO_LOW_RANK] if recipe.mean == "low_rank" and "mean" in recipe.model_fields_set and not ranks else []),
             *calibrate.calibration_warnings(potential.calibration, learned.label_noise),
         ),
         **numbers,
     )
-    wrong = replace(wrong, energies=wrong.energies | data.failed)
     return replace(potential, report=report.as_dict()), report, wrong
+
+
+def _wrong_labels(
+    data: _Data, potential: Potential, again: Prediction, scale: EnergyScale | None, numbers: dict[str, Any]
+) -> tuple[LabelOutliers, tuple[Finding, ...]]:
+    """Labels that the fit says are wrong, those of failed calculations among them, and all findings.
+
+    Args:
+        again: of the training structures; scale: of energies (`scale_of_energies`); numbers: of the report.
+    """
+    about = data.structures, data.labels, again
+    wrong = label_outliers.find_label_outliers(potential, *about)
+    found = [
+        *data.findings,
+        *replace(wrong, energies=wrong.energies & ~data.failed).findings(data.structures),
+        *label_outliers.contradictions(*about, wrong, scale, data.findings),
+        *label_outliers.noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
+    ]
+    return replace(wrong, energies=wrong.energies | data.failed), sort_findings(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +252,7 @@ def _potential(
         factor, subset = regression.variance_factor(trained.models, learned, solved, most)
         constant = data.constant | regression.label_scatter(trained.parameters, learned.noise)
         variances = regression.variance_model(
-            trained.models, learned.signal, factor, constant, learned.label_noise, subset
+            trained.models, learned.signal, rounded_factor(factor), constant, learned.label_noise, subset
         )
         variances = replace(variances, of_fit=len(weights))
     return Potential(

@@ -34,6 +34,9 @@ FREE = (
 ROUNDING = 1e-12  # of prior variances: less than that of their difference to what is explained is rounding
 KEPT = 1e-6  # of the misspecification, there
 STORED = 1e-4  # by which numbers of a file may disagree with one another, relative; centres may be in single precision
+DOUBLE_COLUMNS = 1500  # up to which the posterior factor is kept in double precision; its size grows with the square
+SINGLE_ERROR = 0.01  # of standard deviations that single precision may cost beyond
+POWER_STEPS, POWER_VECTORS = 12, 4  # of the iteration that estimates this error
 ROWS_CHECKED = 16  # of the prior covariance of a block, against its factor in a file
 FORCE_ATOMS = 512  # atoms whose force rows are in memory together
 
@@ -396,7 +399,9 @@ class VarianceModel:
             "signal": [{str(z): s for z, s in prior.signal.items()} for prior in self.priors],
         }
         every = [b for blocks in self.blocks for b in blocks]
-        tensors = {"factor": pack_triangle(self.factor.T), "signal": self.signal}
+        factor = pack_triangle(self.factor.T)
+        single = factor.float()  # of a factor that was rounded (`rounded_factor`) nothing is lost
+        tensors = {"factor": single if torch.equal(single.to(factor), factor) else factor, "signal": self.signal}
         for i, (block, lower) in enumerate(zip(every, self.lowers, strict=True)):
             tensors |= {f"{i}.{name}": t for name, t in (block.stored() | {"lower": pack_triangle(lower)}).items()}
         return header, tensors
@@ -498,6 +503,26 @@ def _above_rounding(differences: Tensor, prior: Tensor) -> Tensor:
     return (vectors * values[..., None, :]) @ vectors.mT
 
 
+def rounded_factor(factor: Tensor) -> Tensor:
+    """R rounded to single precision, if it has more than DOUBLE_COLUMNS columns and standard deviations keep to SINGLE_ERROR of themselves.
+
+    With R' = (I + E) R, R'⁻ᵀ a = (I + E)⁻ᵀ R⁻ᵀ a, so that they change by no more than the largest singular value of E, which a block power
+    iteration on E Eᵀ estimates.
+    """
+    if len(factor) <= DOUBLE_COLUMNS:
+        return factor
+    rounded = factor.float().to(factor)
+    lost = rounded - factor
+    vectors = torch.randn(len(factor), POWER_VECTORS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for _ in range(POWER_STEPS):
+        vectors = torch.linalg.qr(vectors.to(factor)).Q
+        vectors = lost @ torch.linalg.solve_triangular(
+            factor, torch.linalg.solve_triangular(factor.T, lost.T @ vectors, upper=False), upper=True
+        )
+    error = float(torch.linalg.matrix_norm(vectors, 2)) ** 0.5
+    return rounded if error < SINGLE_ERROR else factor
+
+
 def pack_triangle(lower: Tensor) -> Tensor:
     """The entries of a lower triangular matrix, row by row."""
     rows, columns = torch.tril_indices(*lower.shape, device=lower.device)
@@ -506,7 +531,8 @@ def pack_triangle(lower: Tensor) -> Tensor:
 
 def _stored_triangle(stored: StoredTensors, name: str, size: int) -> Tensor:
     """A triangular factor of a model file, as pack_triangle made it."""
-    entries = stored.take(name, (size * (size + 1) // 2,))
+    precision = torch.float32 if name in stored and stored[name].dtype == torch.float32 else torch.float64
+    entries = stored.take(name, (size * (size + 1) // 2,), precision).double()
     out = entries.new_zeros(size, size)
     rows, columns = torch.tril_indices(size, size, device=entries.device)
     out[rows, columns] = entries

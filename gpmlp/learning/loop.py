@@ -293,7 +293,7 @@ class _Run:
         snapshot = advance(self.snapshots[i], decide, stride)
         if snapshot.decision.action != "label":
             return snapshot
-        return walker.look_ahead(advance, snapshot, decide, trigger.every)
+        return walker.look_ahead(advance, snapshot, decide, trigger.every, trigger.likely)
 
     def _is_active(self, state: WalkerState) -> bool:
         return state.pending is None and state.walker.step < self.recipe.dynamics.steps

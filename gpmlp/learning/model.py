@@ -11,7 +11,6 @@ import torch
 
 from gpmlp.core.quantities import Targets, json_value
 from gpmlp.core.structures import Structures
-from gpmlp.fitting import calibrate
 from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.learning.labels import LabelEntry
@@ -77,16 +76,14 @@ class OnlineModel:
 
         exp(Σ log(e/b) / (n + PRIOR_LABELS)) over the latest n labels, with e the largest force error of a label as predicted before it was
         learned and b the median of what it was expected to be. A label is asked for where standard deviations are largest, and these
-        need not be right where all of them together are; PRIOR_LABELS are supposed to have agreed. Not less than 1 while the calibration is
-        of prequential errors: of so few labels, one or two small errors do not say that all will be.
+        need not be right where all of them together are; PRIOR_LABELS are supposed to have agreed.
 
         Args:
             asked: how many of the labels were asked for; the LATEST of them count, as the model changes.
         """
         logs = [error_over_median(*errors) for errors in self._latest(asked)]
         known = [log for log in logs if math.isfinite(log)]
-        spread = math.exp(sum(known) / (len(known) + PRIOR_LABELS))
-        return max(1.0, spread) if self.online.calibration.source.get("how") == calibrate.HOW else spread
+        return math.exp(sum(known) / (len(known) + PRIOR_LABELS))
 
     def exceedance_ratio(self, asked: int, limit: float) -> float:
         """Number of labels asked for whose force errors are beyond a limit (eV/A), over what was to be expected.

@@ -34,6 +34,7 @@ from gpmlp.potential.potential import Potential
 CHEAP = ("sampled_forces",)  # variances of every few steps
 FULL = ("forces", "sampled_forces")
 LOCAL = ("atom_energies",)  # with both, where these have a limit
+STRIDES_AHEAD = 8  # that a walker looks ahead at most for a frame worth a label
 SWELLING = 2.0  # factor on the volume in one step at which the dynamics counts as lost
 
 
@@ -278,23 +279,19 @@ def advance_walker(
             need not be those of the potential alone, are asked for these too, so that results do not depend on who predicted last.
         local: whether variances of local energies are wanted beside those of forces.
     """
-    walker = snapshot.walker
-    atoms = walker.atoms.copy()
+    walker, generator = snapshot.walker, snapshot.walker.generator
     name = f"walker {walker.number}, step {walker.step} to {walker.step + steps}"
-    atoms.calc = calculator = RecordingCalculator(potential, name, bias, predict or predict_alone(potential))
-    generator = walker.generator
-    if predict is None:
-        calculator.take_over(atoms, snapshot)
-    else:
-        calculator.volume = abs(atoms.cell.volume)
-        atoms.get_potential_energy()
+    atoms, calculator = _begun(
+        snapshot, RecordingCalculator(potential, name, bias, predict or predict_alone(potential)), predict is None
+    )
     bath, cell_state = bath_of(dynamics), (walker.p_eps, walker.force_eps)
     integrator = Integrator(atoms, bath, timestep_fs, generator, walker.step, cell_state)
     ratio = _computed_to_estimated_variance(snapshot.prediction, snapshot.structure)
     energy, freedom = float(snapshot.prediction.energies[0]), atoms.get_number_of_degrees_of_freedom()
     exceedances: list[float] = []
+    computed, estimated = FULL + LOCAL * local, CHEAP + LOCAL * local
     for k in range(1, steps + 1):
-        calculator.variance = FULL + LOCAL * local if k == steps else CHEAP + LOCAL * local if k % watch == 0 else None
+        calculator.variance = computed if k == steps else estimated if k % watch == 0 else None
         try:
             step = integrator.advance()
         except _LostError as lost:
@@ -302,14 +299,13 @@ def advance_walker(
         structure, prediction = calculator.last
         temperature = float(np.nan_to_num(atoms.get_temperature(), nan=math.inf, posinf=math.inf, neginf=math.inf))
         context = StepContext(energy, dynamics.temperature(step), temperature, freedom, calculator.pairs)
-        if k < steps:
-            decision = decide(structure, _with_estimated_forces(prediction, ratio), context)
-            if decision.action != "continue" and math.isfinite(decision.severity):  # not where physics is broken
-                prediction = calculator.ask(structure, FULL + LOCAL * local, calculator.pairs)
-                decision = decide(structure, prediction, context)
-                ratio = _computed_to_estimated_variance(prediction, structure)
-        else:
+        decision = decide(structure, prediction if k == steps else _with_estimated_forces(prediction, ratio), context)
+        if (
+            k < steps and decision.action != "continue" and math.isfinite(decision.severity)
+        ):  # not where physics is broken
+            prediction = calculator.ask(structure, computed, calculator.pairs)
             decision = decide(structure, prediction, context)
+            ratio = _computed_to_estimated_variance(prediction, structure)
         energy = float(prediction.energies[0])
         exceedances += [decision.exceedance] if math.isfinite(decision.exceedance) else []
         if decision.action != "continue":
@@ -320,32 +316,59 @@ def advance_walker(
     return WalkerSnapshot(now, structure, prediction, decision, temperature, exceedances=tuple(exceedances))
 
 
+def _begun(snapshot: WalkerSnapshot, calculator: RecordingCalculator, known: bool) -> tuple[Atoms, RecordingCalculator]:
+    """The atoms of a snapshot with a calculator that has the forces there, those of the snapshot if these are `known` to be its own."""
+    atoms = snapshot.walker.atoms.copy()
+    atoms.calc = calculator
+    if known:
+        calculator.take_over(atoms, snapshot)
+    else:
+        calculator.volume = abs(atoms.cell.volume)
+        atoms.get_potential_energy()
+    return atoms, calculator
+
+
 def look_ahead(
     advance: Callable[[WalkerSnapshot, DecideFunction, int], WalkerSnapshot],
     snapshot: WalkerSnapshot,
     decide: DecideFunction,
     steps: int,
+    likely: float = 0.0,
 ) -> WalkerSnapshot:
     """A snapshot that asks for a label, with the most severe frame of the steps after it as the one to be labelled.
 
     Errors come and go with the motion of atoms, and the first frame that asks is at the foot of such a wave, about as likely as not
-    within the limit. So the walker goes on as if nothing had been, up to where it would have to halt; these steps are not kept.
+    within the limit. So the walker goes on as if nothing had been, for a stride and for as many more, up to STRIDES_AHEAD, as it takes to
+    come to a frame whose error is likely to be beyond the limit, or to where it would have to halt; these steps are not kept.
 
     Args:
         advance: makes steps from a snapshot until a decision is not to go on, or as many as there are (`advance_walker`).
+        steps: of a stride; likely: probability of an error beyond the limit at which a frame is worth a label.
     """
-    severities: list[float] = []
+    passed: list[TriggerDecision] = []
 
     def watch(structure: Structures, prediction: Prediction, context: StepContext) -> TriggerDecision:
         decision = decide(structure, prediction, context)
         if decision.action != "halt":
-            severities.append(decision.severity)
+            passed.append(decision)
         return decision.withheld()
 
-    advance(snapshot, watch, steps)
-    if max(severities, default=0.0) <= 1:
+    start, severest, most_severe = snapshot, None, max(1.0, snapshot.decision.severity)
+    for _ in range(STRIDES_AHEAD):
+        passed.clear()
+        end = advance(start, watch, steps)
+        k = max(range(len(passed)), key=lambda i: passed[i].severity, default=0)
+        if passed and passed[k].severity > most_severe:
+            severest, most_severe = (start, k + 1), passed[k].severity
+        if (
+            end.decision.action == "halt"
+            or not np.fmax.reduce([d.exceedance for d in (snapshot.decision, *passed)]) < likely
+        ):
+            break
+        start = end
+    if severest is None:
         return snapshot
-    worst = advance(snapshot, watch, 1 + int(np.argmax(severities)))
+    worst = advance(severest[0], watch, severest[1])
     if worst.decision.severity <= snapshot.decision.severity or worst.decision.action == "halt":
         return snapshot
     return replace(snapshot, worst=replace(worst, decision=replace(worst.decision, action="label")))

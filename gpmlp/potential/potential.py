@@ -115,6 +115,8 @@ class Potential:
             UserError: a species that was not in the training data; atoms on top of each other; an unknown variance or form; a model
                 without variances.
         """
+        if not len(structures):
+            raise errors.UserError("There are no structures to predict.")
         self.check_species(structures)
         learned = calibrated and any(kind.n for kind in self.calibration.kinds.values())
         form = "scaled" if learned and form == "dtc" else form
@@ -125,32 +127,25 @@ class Potential:
             )
         calibrated = calibrated and request.any
         widened = calibrated and self.calibration.typical_novelty is not None and self.novelty is not None
-        atoms_together = CHUNK_ATOMS if request.correlated else LIST_ATOMS
-        parts, first = [], 0
-        for chunk in [structures] if environments else chunk_structures(structures, atoms_together):
-            # products of correlated variances are large enough for many cores; elsewhere threads share chunks of atoms
-            with nullcontext() if request.correlated else parallel.one_core():
-                end = first + chunk.n_atoms
-                near = None if pairs is None else pairs.of_structures(first, end).to(self.recipe.device)
-                here = request.within(first, chunk.n_atoms)
-                about = novelty or widened, environments, near, atom_virials
-                parts.append(self._predict(self.to_own_device(chunk), here, *about))
-                first = end
-        if not parts:
-            raise errors.UserError("There are no structures to predict.")
-        prediction = Prediction.concatenate(parts)
+        about = request, pairs, novelty or widened, environments, atom_virials
+        prediction = self._predict_chunks(structures, *about)
         if calibrated:
             moved = structures.to(device=self.recipe.device)
             prediction = calibrate_prediction(prediction, moved, self.calibration, config_types)
             prediction = prediction if novelty else replace(prediction, novelty=None)
-        if prediction.energies_variance is not None:
-            open_ = self._energy_deviations(structures).square().sum(1).to(prediction.energies_variance.data)
-            spread = replace(prediction.energies_variance, data=prediction.energies_variance.data + open_)
-            prediction = replace(prediction, energies_variance=spread)
+        prediction = self._with_open_energies(prediction, structures)
         like = structures.positions
         if prediction.forces.dtype == like.dtype and prediction.forces.device == like.device:
             return prediction
         return prediction.map(lambda v: v.to(like))
+
+    def _with_open_energies(self, prediction: Prediction, structures: Structures) -> Prediction:
+        """With what the compositions of the training data leave open in the variances of energies."""
+        variance = prediction.energies_variance
+        if variance is None:
+            return prediction
+        left_open = self._energy_deviations(structures).square().sum(1).to(variance.data)
+        return replace(prediction, energies_variance=replace(variance, data=variance.data + left_open))
 
     def _energy_deviations(self, structures: Structures) -> Tensor:
         """(structures, directions) how far energies move along what the compositions of the training data leave open, eV."""
@@ -213,13 +208,36 @@ class Potential:
         """What force covariances are estimated from."""
         return ForceSamples.from_potential(self)
 
+    def _predict_chunks(
+        self,
+        structures: Structures,
+        request: VarianceRequest,
+        pairs: Neighbors | None,
+        novelty: bool,
+        environments: Sequence[StructureEnvironments],
+        atom_virials: bool,
+    ) -> Prediction:
+        """Uncalibrated, as many atoms at a time as fit in memory."""
+        parts, first = [], 0
+        atoms_together = CHUNK_ATOMS if request.correlated else LIST_ATOMS
+        for chunk in [structures] if environments else chunk_structures(structures, atoms_together):
+            # products of correlated variances are large enough for many cores; elsewhere threads share chunks of atoms
+            with nullcontext() if request.correlated else parallel.one_core():
+                end = first + chunk.n_atoms
+                near = None if pairs is None else pairs.of_structures(first, end).to(self.recipe.device)
+                here = request.within(first, chunk.n_atoms)
+                about = here, near, novelty, environments, atom_virials
+                parts.append(self._predict(self.to_own_device(chunk), *about))
+                first = end
+        return Prediction.concatenate(parts)
+
     def _predict(
         self,
         structures: Structures,
         request: VarianceRequest,
+        pairs: Neighbors | None,
         novelty: bool,
         environments: Sequence[StructureEnvironments],
-        pairs: Neighbors | None,
         atom_virials: bool,
     ) -> Prediction:
         if environments:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpmlp.core import errors, units
 from gpmlp.core.findings import Finding
-from gpmlp.core.quantities import Targets, Variance
+from gpmlp.core.quantities import Prediction, Targets, Variance
 from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.io import provenance
 from gpmlp.io.provenance import DataOverlap
@@ -264,42 +264,16 @@ def collect_data(
         overlap: which of these structures the model was trained or calibrated on, where that was compared.
         findings: about the labels of these structures.
     """
-    prediction = evaluation.prediction
-    forces, energies, stresses = prediction.forces_variance, prediction.energies_variance, prediction.stresses_variance
-    rows, columns = zip(*units.VOIGT, strict=True)
-    offsets = structures.offsets[:-1][structures.structure_of_atom]
-    atoms = torch.arange(structures.n_atoms) - offsets.cpu()
     return ReportData(
+        **_arrays(structures, targets, evaluation.prediction),
         title=f"Uncertainty report: {model_name}",
         model_name=model_name,
         data_name=data_name,
         trained_on=overlap is not None and overlap.training,
         held_out=0 if overlap is None else overlap.held_out,
-        names=structures.names,
-        n_atoms=_numpy(structures.counts),
-        energy_reference=_numpy(targets.energies),
-        energy_predicted=_numpy(prediction.energies),
-        structure=_numpy(structures.structure_of_atom),
-        species=_numpy(structures.species),
-        atom=_numpy(atoms),
-        force_reference=_numpy(targets.forces),
-        force_predicted=_numpy(prediction.forces),
-        config_type=targets.config_types,
         findings=tuple(findings),
-        energy_std=_std(energies),
-        energy_variance=_parts(energies),
-        force_std=_std(forces),
-        force_variance=_parts(forces),
-        local_energy_std=_std(prediction.atom_energies_variance),
-        novelty=None if prediction.novelty is None else _numpy(prediction.novelty),
         novelty_thresholds=_thresholds(potential),
-        positions=_numpy(structures.positions),
-        cells=_numpy(structures.cells),
-        periodic=_numpy(structures.periodic),
         cutoff=potential.cutoff,
-        stress_reference=_numpy(targets.stresses[:, rows, columns]),
-        stress_predicted=_numpy(prediction.stresses[:, rows, columns]),
-        stress_std=None if stresses is None else _numpy(stresses.total[:, rows, columns].sqrt()),
         scores={kind: _scores(potential, kind, s) for kind, s in evaluation.scores.items() if s.n},
         group_scores={
             name: {kind: _scores(potential, kind, s) for kind, s in scores.items() if s.n}
@@ -310,6 +284,37 @@ def collect_data(
         dimers=tuple(dimer_curves(potential)),
         citations=tuple(work.bibtex() for work in provenance.citations_of(potential.recipe, version)),
     )
+
+
+def _arrays(structures: Structures, targets: Targets, prediction: Prediction) -> dict[str, Any]:
+    """What ReportData holds of each structure, atom and component."""
+    forces, energies, stresses = prediction.forces_variance, prediction.energies_variance, prediction.stresses_variance
+    rows, columns = zip(*units.VOIGT, strict=True)
+    offsets = structures.offsets[:-1][structures.structure_of_atom]
+    return {
+        "names": structures.names,
+        "config_type": targets.config_types,
+        "n_atoms": _numpy(structures.counts),
+        "energy_reference": _numpy(targets.energies),
+        "energy_predicted": _numpy(prediction.energies),
+        "energy_std": _std(energies),
+        "energy_variance": _parts(energies),
+        "structure": _numpy(structures.structure_of_atom),
+        "species": _numpy(structures.species),
+        "atom": _numpy(torch.arange(structures.n_atoms) - offsets.cpu()),
+        "force_reference": _numpy(targets.forces),
+        "force_predicted": _numpy(prediction.forces),
+        "force_std": _std(forces),
+        "force_variance": _parts(forces),
+        "local_energy_std": _std(prediction.atom_energies_variance),
+        "novelty": None if prediction.novelty is None else _numpy(prediction.novelty),
+        "positions": _numpy(structures.positions),
+        "cells": _numpy(structures.cells),
+        "periodic": _numpy(structures.periodic),
+        "stress_reference": _numpy(targets.stresses[:, rows, columns]),
+        "stress_predicted": _numpy(prediction.stresses[:, rows, columns]),
+        "stress_std": None if stresses is None else _numpy(stresses.total[:, rows, columns].sqrt()),
+    }
 
 
 def _thresholds(potential: Potential) -> dict[str, float]:
