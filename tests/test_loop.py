@@ -555,7 +555,7 @@ def test_labels_are_rationed(tmp_path):
 
 
 def test_a_walker_that_may_not_ask_still_halts(tmp_path):
-    last = finish(recipe(trigger={"most_per_1000_steps": 2, "halt": 1.001, "force": 0.015}), prepare(tmp_path))
+    last = finish(recipe(trigger={"most_per_1000_steps": 2, "halt": 1.001, "force": 0.01}), prepare(tmp_path))
     assert len(last.progress.learned) == 2
     halts = [e for e in events(tmp_path, "ask") if e["action"] == "halt"]
     assert len(halts) > 2 and last.progress.walkers[0].restarts > 0
