@@ -173,6 +173,7 @@ PARTS: dict[str, tuple[str, Callable[[dict], str]]] = {
     "start": ("A new process", start),
     "low_rank": ("The exact mean beside that of low rank", ways),
     "sigma": ("Standard deviations of local energies", ways),
+    "reduced": ("Standard deviations of local energies from fewer columns", ways),
     "variance": ("Standard deviations of local energies: errors of the fast path", variance),
     "float32": ("Single precision", ways),
     "precision": ("Single precision: errors", precision),

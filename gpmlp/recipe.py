@@ -23,6 +23,7 @@ from pydantic import (
 from gpmlp.core import errors
 
 MEANS = ("exact", "low_rank")
+LOCAL_VARIANCES = ("exact", "reduced")
 SHORTEST, LONGEST = 0.5, 100.0  # A, that a cutoff can mean
 WIDTHS = 0.05, 10.0  # A, of atoms: integrals of narrower ones take grids that fit no memory
 NARROWEST = 0.1  # A, of a switch: across a narrower one forces jump
@@ -297,9 +298,11 @@ class BaselineRecipe(RecipeSection):
 
 
 class VarianceRecipe(RecipeSection):
-    """Posterior for variances: of at most `columns` inducing variables, the most important ones, or of all."""
+    """Posterior for variances: of at most `columns` inducing variables, the most important ones, or of all. local: whether those of local
+    energies, for dynamics, are of all of these or of as few as come near."""
 
     columns: WordOrCount | None = None
+    local: Literal["exact", "reduced"] = "exact"
 
     def at_most(self, columns: int) -> int:
         """How many of so many inducing variables variances are computed from."""

@@ -16,8 +16,8 @@ import gpmlp
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = (
-    "stages", "scaling", "threads", "ase", "md", "variance", "precision", "start", "sigma", "float32", "low_rank", "descriptors",
-    "molecules", "peers", "known",
+    "stages", "scaling", "threads", "ase", "md", "variance", "precision", "start", "sigma", "reduced", "float32", "low_rank",
+    "descriptors", "molecules", "peers", "known",
 )  # fmt: skip
 COLUMNS = 20
 
@@ -116,6 +116,7 @@ def test_ways_beside_the_usual_one(results):
         for one in found.values():
             assert list(one["us"]) == names and 0 < one["ratio"][0] <= one["ratio"][1] <= one["ratio"][2]
     assert all(one["ratio"][1] > 1 for one in results["sigma"]["of"].values())
+    assert not results["reduced"]["of"]  # of models of so few columns
 
 
 def test_new_processes(results):

@@ -257,7 +257,7 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
         *([("label noise", f"{format_noise(scatter)} (net forces)")] if (scatter := report.get("label_noise")) else []),
         ("train RMSE", format_noise(rms)),
     ]
-    pairs += [*mean_ranks(report), *variance_columns(report)]
+    pairs += [*mean_ranks(report), *variance_columns(report), *local_variances(report)]
     if validation:
         from gpmlp.potential.evaluation import ErrorTable
 
@@ -288,6 +288,20 @@ def mean_ranks(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"{format_number(100 * change / noise)} % of their noise, {format_number(1e3 * told['largest_change_of_forces_eV_per_A'])} at most"
     )
     return [("low rank", text)]
+
+
+def local_variances(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """From how many columns standard deviations of local energies are, and how they compare with those of all."""
+    lines = []
+    for symbol, told in (report.get("local_variance") or {}).items():
+        near, far = (
+            ", ".join(f"{100 * told[f'std_ratio_{q}{of}'] - 100:+.1f}" for q in ("low", "median", "high"))
+            for of in ("", "_moved")
+        )
+        text = f"{told['columns']} of {told['columns_of_all']} columns; standard deviations differ by {near} % (5, 50, 95 %), "
+        text += f"far from the data by {far} %"
+        lines.append((f"local energies of {symbol}", text))
+    return lines
 
 
 def variance_columns(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -322,6 +336,7 @@ def learning_summary(report: Mapping[str, Any]) -> Table:
         ("columns", f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}"),
         ("noise", format_noise(report["noise"])),
         *variance_columns(report),
+        *local_variances(report),
         (
             "updates",
             f"{report['updates']} of the factor since it was computed from all rows; its error {report['drift']:.0e}",

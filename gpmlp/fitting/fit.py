@@ -28,6 +28,7 @@ from gpmlp.fitting import (
     near_duplicates,
     passes,
     prepare,
+    reduced_variance,
     regression,
     variance_checks,
 )
@@ -140,7 +141,9 @@ def _fit_once(
     subset = variance_checks.subset_error(potential, models, *of_all, compared, data.recipe.seed)
     numbers, scale = _numbers(data, trained, learned, solved), regression.scale_of_energies(models, learned)
     wrong, found = _wrong_labels(data, potential, again, scale, numbers)
-    potential, ranks = _with_low_rank(data, potential, fitted, judged, stages)
+    parts = _known_and_others(data, fitted, judged)
+    potential, ranks = _with_low_rank(data, potential, parts, stages)
+    potential, fewer = _with_reduced_variance(data, potential, parts, stages)
     errors = None
     if validation is not None:
         stages.begin("validation")
@@ -150,6 +153,7 @@ def _fit_once(
         independent_groups=len(data.groups),
         held_out=potential.calibration.source.get("held_out_structures", 0),
         variance_subset=subset,
+        local_variance=fewer,
         low_rank=ranks,
         validation_errors=errors,
         stages=tuple(stages.done),
@@ -266,19 +270,37 @@ def _potential(
     )
 
 
-def _with_low_rank(
-    data: _Data, potential: Potential, fitted: Tensor, judged: Tensor, stages: StageTimer
-) -> tuple[Potential, dict[str, Any] | None]:
-    """With means of low rank, where they are wanted: directions from the structures fitted, their number from those set aside; without
-    these from either half of the independent groups, if there are enough."""
-    if data.recipe.mean == "exact":
-        return potential, None
-    stages.begin("low rank")
+def _known_and_others(data: _Data, fitted: Tensor, judged: Tensor) -> tuple[Structures, Structures]:
+    """The structures fitted and those set aside; without these either half of the independent groups, if there are enough."""
     if not len(judged) and len(data.groups) >= calibrate.FEWEST:
         order = torch.randperm(len(data.groups), generator=torch.Generator().manual_seed(data.recipe.seed))
         fitted, judged = data.groups.leaders[order].tensor_split(2)
     known, others = (data.structures.select(part.sort().values) for part in (fitted, judged))
-    return low_rank.with_low_rank(potential, known, others, data.recipe.seed)
+    return known, others
+
+
+def _with_low_rank(
+    data: _Data, potential: Potential, parts: tuple[Structures, Structures], stages: StageTimer
+) -> tuple[Potential, dict[str, Any] | None]:
+    """With means of low rank, where they are wanted: directions from the structures fitted, their number from those set aside."""
+    if data.recipe.mean == "exact":
+        return potential, None
+    stages.begin("low rank")
+    return low_rank.with_low_rank(potential, *parts, data.recipe.seed)
+
+
+def _with_reduced_variance(
+    data: _Data, potential: Potential, parts: tuple[Structures, Structures], stages: StageTimer
+) -> tuple[Potential, dict[str, Any] | None]:
+    """With variances of local energies from fewer columns, where they are wanted."""
+    if data.recipe.variance is False or data.recipe.variance.local == "exact":
+        return potential, None
+    stages.begin("variance of fewer columns")
+    potential, numbers = reduced_variance.with_reduced_variance(potential, *parts, data.recipe.seed)
+    if numbers is None:
+        variance = data.recipe.variance.model_copy(update={"local": "exact"})
+        potential = replace(potential, recipe=potential.recipe.model_copy(update={"variance": variance}))
+    return potential, numbers
 
 
 def _calibrated(

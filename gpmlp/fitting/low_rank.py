@@ -174,8 +174,8 @@ def with_low_rank(
     """
     forms: list[dict[int, Form]] = [{} for _ in potential.terms]
     if "forces" in potential.noise and len(known) and len(others):
-        known = known.select(_enough(known, ENVIRONMENTS, seed))
-        others = others.select(_enough(others, JUDGED, seed))
+        known = known.select(enough(known, ENVIRONMENTS, seed))
+        others = others.select(enough(others, JUDGED, seed))
         directions = [_directions(term, known, seed) for term in potential.terms]
         comparison = _Comparison(potential.terms, directions, others, potential.noise)
         forms = comparison.cheapest()
@@ -195,7 +195,7 @@ def with_low_rank(
     return replace(potential, terms=terms, recipe=recipe), numbers
 
 
-def _enough(structures: Structures, each: int, seed: int) -> list[int]:
+def enough(structures: Structures, each: int, seed: int) -> list[int]:
     """Structures at random, until there are about so many environments of each species, if there are."""
     species = structures.distinct_species
     counts = torch.stack(

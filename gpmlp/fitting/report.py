@@ -31,6 +31,8 @@ class FitReport:
         shortest: distance of each pair of species in the data, A.
         variance_subset: columns kept for variances; where they are not all, how covariances of forces from them compare with those
             from all, on some atoms (variance_checks.subset_error).
+        local_variance: of variances of local energies from fewer columns, by species how many and how they compare with those of all
+            (reduced_variance.with_reduced_variance); None where these are exact.
         low_rank: of a mean of low rank, its rank and what it changes (low_rank.with_low_rank); None where the mean is exact.
         columns: inducing variables asked for; rank: those that are linearly independent.
         condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
@@ -54,6 +56,7 @@ class FitReport:
     centres: dict[str, int]
     shortest: dict[str, float]
     variance_subset: dict[str, float]
+    local_variance: dict[str, Any] | None
     low_rank: dict[str, Any] | None
     columns: int
     rank: int

@@ -74,6 +74,14 @@ class InducingBlock:
     def n_columns(self) -> int:
         return self.columns.shape[0]
 
+    def leading(self, n: int) -> InducingBlock:
+        """With so many of its leading columns, and the centres that they need."""
+        columns, (centre, direction) = self.columns[:n], self.column_addresses
+        m = 1 + int(centre[:n].max())
+        return InducingBlock.from_addresses(
+            self.species, self.features[:m], self.tangents[:m], centre[: len(columns)], direction[: len(columns)]
+        )
+
     @property
     def central_species(self) -> tuple[int, ...]:
         return (self.species,)

@@ -118,6 +118,30 @@ class LocalVariance:
         return float((0.5 * off / (exact + NEGLIGIBLE * prior)).quantile(1 - EXEMPT))
 
 
+@dataclass(frozen=True, eq=False)
+class ReducedVariance:
+    """v = |T k|² of the covariances k with some leading columns: nearly the variance of local energies of one species, what the inducing
+    set cannot represent included (fitting/reduced_variance.py).
+
+    Attributes:
+        leading: for each block, how many of its columns.
+        triangle: (columns, columns) T, lower triangular, eV.
+    """
+
+    leading: tuple[int, ...]
+    triangle: Tensor
+
+    def columns(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Those among the columns of all blocks, each with a row in its entry of `blocks`, side by side."""
+        widths = torch.tensor([0, *(len(block) for block in blocks)]).cumsum(0).tolist()
+        return torch.cat([torch.arange(s, s + n) for s, n in zip(widths, self.leading, strict=False)])
+
+    def __call__(self, pieces: Sequence[Tensor]) -> Tensor:
+        """v, (environments,) eV², from covariances as LocalVariance takes them."""
+        rows = _together([piece[:, :n] for piece, n in zip(pieces, self.leading, strict=True)])
+        return (rows.to(self.triangle) @ self.triangle.T).square().sum(1)
+
+
 def leading_first(widths: Sequence[int], leading: Sequence[int]) -> Tensor:
     """Columns of blocks side by side, the leading ones of all blocks before all others."""
     first = torch.cat([torch.arange(w) < n for w, n in zip(widths, leading, strict=True)])

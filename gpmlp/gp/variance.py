@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -21,7 +21,7 @@ from gpmlp.gp.covariances import Block, CovarianceRows
 from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import Profile, ZonalKernel
-from gpmlp.gp.local_variance import LocalVariance, inducing_variance
+from gpmlp.gp.local_variance import LocalVariance, ReducedVariance, inducing_variance
 from gpmlp.gp.prior import PriorCovariance, near_together
 
 ByDescriptor = Sequence[StructureEnvironments]  # environments of the same structures, by each descriptor
@@ -108,6 +108,8 @@ class VarianceModel:
         of_fit: number of columns of the mean; these are a subset if they are fewer.
         amplitude: w of the form 'scaled': DTC's evidence knows the process at the inducing variables only, and that of what lies
             between them may be of another size (fitting/left_out.py).
+        reduced: by species, nearly the variances of local energies from fewer columns, where a fit was asked for them; exact: whether
+            they are left aside.
     """
 
     priors: tuple[PriorCovariance, ...]
@@ -119,6 +121,8 @@ class VarianceModel:
     label_noise: dict[str, float]
     of_fit: int
     amplitude: float = 1.0
+    reduced: dict[int, ReducedVariance] = field(default_factory=dict)
+    exact: bool = True
 
     @property
     def n_columns(self) -> int:
@@ -323,7 +327,7 @@ class VarianceModel:
             at = species == z
             mine = slice(None) if at.all() else at
             given = [profile.get(z) for profile in profiles or [{}] * len(environments)]
-            pieces = self._pieces(z, [e.features[mine] for e in environments], given)
+            pieces = self.local_pieces(z, [e.features[mine] for e in environments], given)
             unexplained[mine], data[mine] = self.local_energy_variance(z, pieces, unexplained[mine], share)
         return Variance(unexplained, data, none, none)
 
@@ -337,6 +341,8 @@ class VarianceModel:
             like: (environments,) of the result's type.
             share: w; the amplitude if None.
         """
+        if z in self.cheap:
+            return torch.zeros_like(like), self.cheap[z](pieces)
         share = self.amplitude if share is None else share
         k_xx = self.prior_variance(z)
         if z not in self.local:
@@ -347,6 +353,11 @@ class VarianceModel:
     def prior_variance(self, z: int) -> float:
         """k_xx of local energies of species z, eV²: δ_z² f(1) of all descriptors, f(1) = 1."""
         return float(sum(p.signal.get(z, 0.0) ** 2 for p in self.priors))
+
+    @property
+    def cheap(self) -> dict[int, ReducedVariance]:
+        """By species, what stands for the exact variances of local energies."""
+        return {} if self.exact else self.reduced
 
     @cached_property
     def local(self) -> dict[int, LocalVariance]:
@@ -371,13 +382,17 @@ class VarianceModel:
 
     def prepare(self) -> None:
         """Make `local` now, rather than in each of several threads."""
+        if not self.exact and self.reduced.keys() >= {z for p in self.priors for z in p.signal}:
+            return
         _ = self.local
 
-    def _pieces(self, z: int, features: Sequence[Tensor], given: Sequence[Profile | None]) -> list[Tensor]:
-        """k_xu of local energies of one species with each of its blocks."""
+    def local_pieces(
+        self, z: int, features: Sequence[Tensor], given: Sequence[Profile | None] | None = None
+    ) -> list[Tensor]:
+        """k_xu of local energies of one species with each of its blocks; `given`: kernels as in atom_energies, if they are known."""
         return [
             covariances.local_rows(p.kernel, block, z, x, k)
-            for p, blocks, x, k in zip(self.priors, self.blocks, features, given, strict=True)
+            for p, blocks, x, k in zip(self.priors, self.blocks, features, given or [None] * len(features), strict=True)
             for block in blocks
             if z in block.central_species
         ]
@@ -397,6 +412,7 @@ class VarianceModel:
             "amplitude": self.amplitude,
             "blocks": [[_block_header(b) for b in blocks] for blocks in self.blocks],
             "signal": [{str(z): s for z, s in prior.signal.items()} for prior in self.priors],
+            "reduced": {str(z): list(form.leading) for z, form in self.reduced.items()},
         }
         every = [b for blocks in self.blocks for b in blocks]
         factor = pack_triangle(self.factor.T)
@@ -404,6 +420,7 @@ class VarianceModel:
         tensors = {"factor": single if torch.equal(single.to(factor), factor) else factor, "signal": self.signal}
         for i, (block, lower) in enumerate(zip(every, self.lowers, strict=True)):
             tensors |= {f"{i}.{name}": t for name, t in (block.stored() | {"lower": pack_triangle(lower)}).items()}
+        tensors |= {f"reduced.{z}": pack_triangle(form.triangle) for z, form in self.reduced.items()}
         return header, tensors
 
     @staticmethod
@@ -413,8 +430,9 @@ class VarianceModel:
         descriptors: Sequence[Descriptor],
         kernels: Sequence[ZonalKernel],
         features: Sequence[dict[int, Tensor]],
+        exact: bool = True,
     ) -> VarianceModel:
-        """Restore what state gave, with the descriptors, kernels and centres (by Z) of the mean.
+        """Restore what state gave, with the descriptors, kernels and centres (by Z) of the mean; `exact` as the attribute.
 
         Raises:
             UserError: parts that do not fit each other, or numbers that mean nothing, as a negative variance.
@@ -450,7 +468,21 @@ class VarianceModel:
             raise UserError(
                 "the posterior factor has a standard deviation that is not positive, or more columns than the fit."
             )
-        return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), signal, factor.T, *about)
+        reduced = _stored_reduced(header.get("reduced") or {}, stored, [b for mine in blocks for b in mine])
+        return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), signal, factor.T, *about, reduced, exact)
+
+
+def _stored_reduced(
+    header: dict[str, list[int]], stored: StoredTensors, blocks: Sequence[Block]
+) -> dict[int, ReducedVariance]:
+    """Variances from fewer columns, of a model file: `header` has the columns of each block of a species."""
+    out = {}
+    for z, leading in header.items():
+        widths = [b.n_columns for b in blocks if int(z) in b.central_species]
+        if len(leading) != len(widths) or any(not 0 < n <= w for n, w in zip(leading, widths, strict=True)):
+            raise UserError("variances of fewer columns are of other inducing variables.")
+        out[int(z)] = ReducedVariance(tuple(leading), _stored_triangle(stored, f"reduced.{z}", sum(leading)))
+    return out
 
 
 def _block_header(block: Block) -> dict:

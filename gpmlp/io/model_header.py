@@ -269,6 +269,19 @@ class _LowRank(_Section):
         return self
 
 
+class _LocalVariance(_Section):
+    """Variances of local energies of one species from fewer columns, and how standard deviations compare with those of all."""
+
+    columns: Count
+    columns_of_all: Count
+    std_ratio_low: NotNegative
+    std_ratio_median: NotNegative
+    std_ratio_high: NotNegative
+    std_ratio_low_moved: NotNegative
+    std_ratio_median_moved: NotNegative
+    std_ratio_high_moved: NotNegative
+
+
 class _Report(_Section):
     """Numbers of the fit that are shown; of a fit all of `OF_FIT`, of a model that learned label by label all of `LEARNED`."""
 
@@ -289,6 +302,7 @@ class _Report(_Section):
     held_out: Count = 0
     events: list[str] = []
     variance_subset: _VarianceSubset | None = None
+    local_variance: dict[str, _LocalVariance] | None = None
     low_rank: _LowRank | None = None
     validation_errors: Annotated[dict[str, float | None], AfterValidator(_error_table)] | None = None
     shortest: dict[str, float] = {}

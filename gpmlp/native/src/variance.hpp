@@ -13,6 +13,7 @@ class LocalVariance : public Object {
     };
     std::vector<Block> blocks; // by descriptor
     double prior;              // k_xx, eV²
+    bool together;             // whether what data leave is |a|² itself: of fewer columns, the rest of the variance included
     int leading, others, first_other, width;
     PanelMatrix<double> whiten_leading, posterior_leading, project; // D₁ L₁₁⁻¹, S and L₂₁ D₁⁻¹, transposed
     PanelMatrix<float> whiten_rest, posterior_cross;                // Vᵀ D₂ L₂₂⁻¹ and C, transposed
@@ -25,13 +26,13 @@ class LocalVariance : public Object {
         Array<float> narrow, narrow_a, y, z;
     };
 
-    // places: of all columns, block after block, leading ones first.
+    // places: of all columns, block after block, leading ones first. posterior_leading: null where there are no others, and none is needed.
     LocalVariance(double prior, std::vector<const InducingColumns *> columns, const int64_t *places, int leading, int others,
                   const double *whiten_leading, const double *posterior_leading, const double *project, const float *whiten_rest,
                   const float *posterior_cross, const float *posterior_rest)
-        : prior(prior), leading(leading), others(others), first_other(PanelMatrix<double>::row_length(leading)),
+        : prior(prior), together(!posterior_leading), leading(leading), others(others), first_other(PanelMatrix<double>::row_length(leading)),
           width(first_other + PanelMatrix<double>::row_length(others)), whiten_leading(leading, leading, whiten_leading, 1, leading),
-          posterior_leading(leading, leading, posterior_leading, 1, leading), project(leading, others, project, 1, leading),
+          posterior_leading(leading, together ? 0 : leading, posterior_leading, 1, leading), project(leading, others, project, 1, leading),
           whiten_rest(others, others, whiten_rest, 1, others), posterior_cross(leading, others, posterior_cross, 1, leading),
           posterior_rest(posterior_rest, posterior_rest + others) {
         for (const InducingColumns *block : columns) {
@@ -57,12 +58,12 @@ class LocalVariance : public Object {
         s.a.resize(std::size_t(n) * deep), s.more.resize(std::size_t(n) * std::max(deep, wide));
         for (auto *part : {&s.narrow, &s.y, &s.z}) part->resize(std::size_t(n) * narrow);
         s.narrow_a.resize(std::size_t(n) * deep);
-        whiten_leading.multiply(n, s.rows.data(), width, s.a.data(), deep);
+        whiten_leading.multiply_triangle(n, s.rows.data(), width, s.a.data(), deep);
         posterior_leading.multiply(n, s.a.data(), deep, s.more.data(), deep);
         std::vector<double> explained(n), left(n);
         for (int i = 0; i < n; i++) {
             const double *a = &s.a[std::size_t(i) * deep], *b = &s.more[std::size_t(i) * deep];
-            explained[i] = dot(a, a, leading), left[i] = dot(b, b, leading);
+            explained[i] = dot(a, a, leading), left[i] = together ? explained[i] : dot(b, b, leading);
         }
         if (others) {
             project.multiply(n, s.a.data(), deep, s.more.data(), wide);
