@@ -127,7 +127,7 @@ def test_single_precision_stays_within_its_bound(model, few):
     largest = 0.0
     for z, part in model.local.items():
         mine = seen[0].species == z
-        pieces = model._pieces(z, [e.features[mine] for e in seen], [None] * len(seen))
+        pieces = model.local_pieces(z, [e.features[mine] for e in seen], [None] * len(seen))
         assert part.whiten_rest.dtype == torch.float32 and len(part.whiten_rest) == sum(
             k.shape[1] for k in pieces
         ) - sum(part.leading)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import copper
-from systems import CUTOFF, everything
+from systems import CUTOFF, evaluate_by_core, everything, force_sigma_by_core
+from test_export import load
 from test_low_rank import CHOICES
 from test_stepper import shaken
 
 import gpmlp
 from gpmlp.core import neighbors
+from gpmlp.core.environments import Surroundings
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import reduced_variance
 from gpmlp.fitting.reduced_variance import MOVED, RIDGE, with_reduced_variance
 from gpmlp.io import ase_atoms
+from gpmlp.io.export import export_model
 from gpmlp.potential import chunked
 from gpmlp.potential.local_errors import LocalErrors
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 
-SETTINGS = CHOICES | {"mean": "exact", "variance": {"local": "reduced"}, "calibration": False}
+SETTINGS = CHOICES | {"mean": "exact", "variance": {"local": "reduced"}, "calibration": False, "novelty": {}}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,18 @@ def test_the_core_has_them(fitted, many, monkeypatch):
         )
         torch.testing.assert_close(ours.total.sqrt(), reference.total.sqrt(), rtol=1e-8, atol=0)
         assert not ours.inducing.any() and reference.data.min() > 0
+
+
+def test_exports_have_them(fitted, many, tmp_path):
+    """And variances of forces, which are of all columns."""
+    potential, structures = fitted[0], many[0].select([0, 1])
+    export_model(potential, tmp_path / "model")
+    near = neighbors.find_neighbors(structures, potential.reach)
+    *_, sigma, _ = evaluate_by_core(load(tmp_path / "model"), Surroundings.from_structures(structures, near), True)
+    torch.testing.assert_close(sigma, std(potential, structures), rtol=1e-12, atol=0)
+    forces = force_sigma_by_core(load(tmp_path / "model"), structures, near, [0, 3])
+    wanted = potential(structures, "forces", atoms=[0, 3]).forces_covariance.total.diagonal(dim1=1, dim2=2).sqrt()
+    torch.testing.assert_close(forces, wanted[[0, 3]], rtol=1e-6, atol=1e-8)
 
 
 def test_files_keep_both(fitted, many, tmp_path):
