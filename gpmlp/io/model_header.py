@@ -184,6 +184,7 @@ class _Variances(_Section):
     label_noise: dict[Kind, Deviation]
     of_fit: Count
     amplitude: NotNegative = 1.0
+    reduced: dict[Element, list[Count]] = {}
 
     @model_validator(mode="after")
     def _have_signals(self) -> _Variances:
