@@ -139,6 +139,8 @@ def variance(result: dict) -> str:
 
 def ways(result: dict) -> str:
     """One way to predict beside the usual one."""
+    if not result["of"]:
+        return "No model has it."
     usual, other = next(iter(result["of"].values()))["us"]
     rows = [
         [name, *map(pair, f["us"].values()), f"{f['least']:.2f}", ratio(f["ratio"])] for name, f in result["of"].items()
