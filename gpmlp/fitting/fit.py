@@ -141,9 +141,7 @@ def _fit_once(
     subset = variance_checks.subset_error(potential, models, *of_all, compared, data.recipe.seed)
     numbers, scale = _numbers(data, trained, learned, solved), regression.scale_of_energies(models, learned)
     wrong, found = _wrong_labels(data, potential, again, scale, numbers)
-    parts = _known_and_others(data, fitted, judged)
-    potential, ranks = _with_low_rank(data, potential, parts, stages)
-    potential, fewer = _with_reduced_variance(data, potential, parts, stages)
+    potential, cheaper = _with_cheaper_forms(data, potential, _known_and_others(data, fitted, judged), stages)
     errors = None
     if validation is not None:
         stages.begin("validation")
@@ -153,15 +151,14 @@ def _fit_once(
         independent_groups=len(data.groups),
         held_out=potential.calibration.source.get("held_out_structures", 0),
         variance_subset=subset,
-        local_variance=fewer,
-        low_rank=ranks,
+        **cheaper,
         validation_errors=errors,
         stages=tuple(stages.done),
         findings=found,
         warnings=(
             *(str(finding) for finding in found if finding.severity != "note"),
             *trained.warnings,
-            *([NO_LOW_RANK] if recipe.mean == "low_rank" and "mean" in recipe.model_fields_set and not ranks else []),
+            *([NO_LOW_RANK] if _low_rank_left_aside(recipe, cheaper) else []),
             *calibrate.calibration_warnings(potential.calibration, learned.label_noise),
         ),
         **numbers,
@@ -277,6 +274,20 @@ def _known_and_others(data: _Data, fitted: Tensor, judged: Tensor) -> tuple[Stru
         fitted, judged = data.groups.leaders[order].tensor_split(2)
     known, others = (data.structures.select(part.sort().values) for part in (fitted, judged))
     return known, others
+
+
+def _with_cheaper_forms(
+    data: _Data, potential: Potential, parts: tuple[Structures, Structures], stages: StageTimer
+) -> tuple[Potential, dict[str, Any]]:
+    """With means of low rank and variances of local energies from fewer columns; entries of the FitReport."""
+    potential, ranks = _with_low_rank(data, potential, parts, stages)
+    potential, fewer = _with_reduced_variance(data, potential, parts, stages)
+    return potential, {"low_rank": ranks, "local_variance": fewer}
+
+
+def _low_rank_left_aside(recipe: Recipe, cheaper: dict[str, Any]) -> bool:
+    """Whether it was asked for in so many words."""
+    return recipe.mean == "low_rank" and "mean" in recipe.model_fields_set and not cheaper["low_rank"]
 
 
 def _with_low_rank(

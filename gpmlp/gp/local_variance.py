@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpmlp.core.errors import UserError
+
 LEADING = 128  # columns of a block that are; twice, four times as many where rounding asks for that; all where that is half of them
 TOLERANCE = 1e-4  # what rounding may do to standard deviations, of themselves, at all inducing variables but
 EXEMPT = 0.01  # of them, or
@@ -140,6 +142,12 @@ class ReducedVariance:
         """v, (environments,) eV², from covariances as LocalVariance takes them."""
         rows = _together([piece[:, :n] for piece, n in zip(pieces, self.leading, strict=True)])
         return (rows.to(self.triangle) @ self.triangle.T).square().sum(1)
+
+
+def check_leading(leading: Sequence[int], widths: Sequence[int]) -> None:
+    """Raise UserError unless these are leading columns, some of each block of so many."""
+    if len(leading) != len(widths) or any(not 0 < n <= w for n, w in zip(leading, widths, strict=True)):
+        raise UserError("variances of fewer columns are of other inducing variables.")
 
 
 def leading_first(widths: Sequence[int], leading: Sequence[int]) -> Tensor:

@@ -21,7 +21,7 @@ from gpmlp.gp.covariances import Block, CovarianceRows
 from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import Profile, ZonalKernel
-from gpmlp.gp.local_variance import LocalVariance, ReducedVariance, inducing_variance
+from gpmlp.gp.local_variance import LocalVariance, ReducedVariance, check_leading, inducing_variance
 from gpmlp.gp.prior import PriorCovariance, near_together
 
 ByDescriptor = Sequence[StructureEnvironments]  # environments of the same structures, by each descriptor
@@ -468,21 +468,12 @@ class VarianceModel:
             raise UserError(
                 "the posterior factor has a standard deviation that is not positive, or more columns than the fit."
             )
-        reduced = _stored_reduced(header.get("reduced") or {}, stored, [b for mine in blocks for b in mine])
+        reduced = {}
+        for z, leading in (header.get("reduced") or {}).items():
+            check_leading(leading, [b.n_columns for mine in blocks for b in mine if int(z) in b.central_species])
+            triangle = _stored_triangle(stored, f"reduced.{z}", sum(leading))
+            reduced[int(z)] = ReducedVariance(tuple(leading), triangle)
         return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), signal, factor.T, *about, reduced, exact)
-
-
-def _stored_reduced(
-    header: dict[str, list[int]], stored: StoredTensors, blocks: Sequence[Block]
-) -> dict[int, ReducedVariance]:
-    """Variances from fewer columns, of a model file: `header` has the columns of each block of a species."""
-    out = {}
-    for z, leading in header.items():
-        widths = [b.n_columns for b in blocks if int(z) in b.central_species]
-        if len(leading) != len(widths) or any(not 0 < n <= w for n, w in zip(leading, widths, strict=True)):
-            raise UserError("variances of fewer columns are of other inducing variables.")
-        out[int(z)] = ReducedVariance(tuple(leading), _stored_triangle(stored, f"reduced.{z}", sum(leading)))
-    return out
 
 
 def _block_header(block: Block) -> dict:
