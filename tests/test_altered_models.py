@@ -274,7 +274,6 @@ HEADERS: dict[str, Callable] = {
     "factor NaN": entry("variances.factor", NAN, 7),
     "factor singular": entry("variances.factor", 0.0),
     "factor smaller": tensor("variances.factor", lambda t: t[:-3]),
-    "factor single": tensor("variances.factor", lambda t: t.float()),
     "signal negative": entry("variances.signal", -1.0),
     "signal shorter": tensor("variances.signal", lambda t: t[:-1]),
     "columns out of range": entry("variances.0.kept", 10**9),
@@ -408,6 +407,9 @@ def test_every_tensor(change, calibrated, small_set, tmp_path):
         if new.dtype == old.dtype and new.shape == old.shape and torch.equal(new, old):
             continue
         refused = refused_or_right(content, tensors | {name: new}, tmp_path / "m.gpmlp", small_set[0].select([0]))
+        if (name, change) == ("variances.factor", "single"):
+            assert not refused  # files of many columns keep it so
+            continue
         assert refused or change not in (*MUST, *CONTRADICTIONS.get(name, ())), name
 
 

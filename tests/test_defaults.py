@@ -52,9 +52,10 @@ def test_nothing_is_left_open(name, structures):
     recipe = defaults.resolve_recipe(
         Recipe.model_validate(RECIPES[name]), _survey(structures), len(structures.distinct_species)
     )
-    # noises stay open until the evidence is maximised; inner and outer of ZBL belong to pairs of species
+    # noises stay open until the evidence is maximised; inner and outer of ZBL belong to pairs of species; no functionals means centres
     meant = ("noise", "baseline")
-    assert [c for c in open_choices(recipe) if not c.startswith(meant)] == []
+    left = [c for c in open_choices(recipe) if not c.startswith(meant)]
+    assert [c for c in left if not c.endswith("functionals")] == []
     for d, k, i in zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True):
         assert descriptors.make_descriptor(structures.distinct_species, d.model_dump()).n_features > 0
         assert float(make_kernel(k).profile(torch.ones(1).double())[0]) == pytest.approx(1.0)

@@ -449,7 +449,7 @@ class VarianceModel:
                 _check_factor(lowers[-1], kernel, mine[-1])
             blocks.append(tuple(mine))
         columns = sum(len(lower) for lower in lowers)
-        signal, factor = stored.take("signal", (columns,)), _stored_triangle(stored, "factor", columns)
+        signal, factor = stored.take("signal", (columns,)), _stored_triangle(stored, "factor", columns, single=True)
         stds = [
             torch.full((b.n_columns,), p.signal[z] / b.relative[z])
             for p, mine in zip(priors, blocks, strict=True)
@@ -552,9 +552,10 @@ def pack_triangle(lower: Tensor) -> Tensor:
     return lower[rows, columns]
 
 
-def _stored_triangle(stored: StoredTensors, name: str, size: int) -> Tensor:
-    """A triangular factor of a model file, as pack_triangle made it."""
-    precision = torch.float32 if name in stored and stored[name].dtype == torch.float32 else torch.float64
+def _stored_triangle(stored: StoredTensors, name: str, size: int, single: bool = False) -> Tensor:
+    """A triangular factor of a model file, as pack_triangle made it; `single`: it may be in single precision."""
+    rounded = single and name in stored and stored[name].dtype == torch.float32
+    precision = torch.float32 if rounded else torch.float64
     entries = stored.take(name, (size * (size + 1) // 2,), precision).double()
     out = entries.new_zeros(size, size)
     rows, columns = torch.tril_indices(size, size, device=entries.device)
