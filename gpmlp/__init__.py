@@ -34,6 +34,7 @@ _HOMES = {
     "learn": "gpmlp.learning.loop",
     "load": "gpmlp.io.archive",
     "read": "gpmlp.io.ase_atoms",
+    "register_network": "gpmlp.descriptors.networks",
     "save": "gpmlp.io.archive",
 }
 

@@ -24,6 +24,7 @@ from gpmlp.core import errors
 
 MEANS = ("exact", "low_rank")
 LOCAL_VARIANCES = ("exact", "reduced")
+SEVENNET = ("7net-0", "7net-l3i5")  # checkpoints that come with the package
 SHORTEST, LONGEST = 0.5, 100.0  # A, that a cutoff can mean
 WIDTHS = 0.05, 10.0  # A, of atoms: integrals of narrower ones take grids that fit no memory
 NARROWEST = 0.1  # A, of a switch: across a narrower one forces jump
@@ -137,8 +138,44 @@ class FourBodyRecipe(RecipeSection):
     weight: Annotated[Positive, _within(1e-3, 1e3)] | None = 0.1
 
 
+class NetworkName(RecipeSection):
+    """A network: one of sevennet by its checkpoint, or one registered in Python (descriptors/networks.py). sha256: of its weights; a model
+    keeps it, and none but these are taken for it."""
+
+    name: Literal["sevennet", "network"]
+    checkpoint: Annotated[str, Field(min_length=1, max_length=100)] = "7net-l3i5"
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NetworkName:
+        if self.name == "sevennet" and self.checkpoint not in SEVENNET:
+            raise ValueError(
+                f"checkpoint '{self.checkpoint}' is none of {', '.join(SEVENNET)}, whose weights come with the package sevenn; files are "
+                "not read: register_network makes other networks known in Python"
+            )
+        return self
+
+
+class NetworkRecipe(NetworkName):
+    """Scalars of a network's layers as features, on so many principal components; weight: against the features that they stand beside."""
+
+    layers: Annotated[tuple[Count, ...], AfterValidator(_not_empty)] | None = None
+    weight: Annotated[Positive, _within(1e-3, 1e3)] | None = None
+    components: Annotated[int, Field(ge=1, le=4096)] = 128
+
+    @property
+    def cutoff(self) -> None:
+        """None: features are of whole structures."""
+        return None
+
+    @property
+    def four_body(self) -> Literal[False]:
+        """There is no density to make them of."""
+        return False
+
+
 class DescriptorRecipe(RecipeSection):
-    """One descriptor; lengths in A."""
+    """One descriptor; lengths in A. beside: features of a network beside its own, as one descriptor."""
 
     name: Literal["soap", "dscribe-soap", "dscribe-acsf"] = "soap"
     cutoff: Annotated[Positive, _within(SHORTEST, LONGEST)] | None = None
@@ -153,6 +190,7 @@ class DescriptorRecipe(RecipeSection):
     central_weight: Annotated[float, Field(ge=0, le=1e4)] = 1.0
     shortest: Length | None = None
     four_body: Annotated[FourBodyRecipe | Literal[False], BeforeValidator(lambda v: {} if v is True else v)] = False
+    beside: NetworkRecipe | Literal[False] = False
 
     @model_validator(mode="after")
     def _consistent(self) -> DescriptorRecipe:
@@ -167,6 +205,38 @@ class DescriptorRecipe(RecipeSection):
             if self.cutoff is not None and value is not None and value > self.cutoff:
                 raise ValueError(f"{name} {value} A is larger than the cutoff {self.cutoff} A")
         return self
+
+
+def _network_or_local(value: Any) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return "NetworkRecipe" if name in ("sevennet", "network") else "DescriptorRecipe"
+
+
+AnyDescriptor = Annotated[
+    Annotated[DescriptorRecipe, Tag("DescriptorRecipe")] | Annotated[NetworkRecipe, Tag("NetworkRecipe")],
+    Discriminator(_network_or_local),
+]
+
+
+def _join_networks(value: Any) -> Any:
+    """A network with a weight that is listed after a local descriptor stands beside that."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    out: list[Any] = []
+    for entry in value:
+        before = out[-1] if out else None
+        weighted = isinstance(entry, dict) and entry.get("weight") is not None
+        if (
+            weighted
+            and isinstance(before, dict)
+            and _network_or_local(entry) == "NetworkRecipe"
+            and not before.get("beside")
+        ):
+            if _network_or_local(before) == "DescriptorRecipe":
+                out[-1] = before | {"beside": entry}
+                continue
+        out.append(entry)
+    return out
 
 
 class KernelRecipe(RecipeSection):
@@ -291,10 +361,11 @@ class ZBLRecipe(RecipeSection):
 
 class BaselineRecipe(RecipeSection):
     """Energy terms that are added, not learned. isolated_atoms: 'auto' (from frames with config_type=isolated_atom if there are any,
-    else least squares over compositions), 'least_squares', 'none', or energies in eV by chemical symbol."""
+    else least squares over compositions), 'least_squares', 'none', or energies in eV by chemical symbol. network: its energies."""
 
     isolated_atoms: Literal["auto", "least_squares", "none"] | BySymbol[Finite] = "auto"
     zbl: ZBLRecipe | Literal[False] = ZBLRecipe()
+    network: NetworkName | Literal[False] = False
 
 
 class VarianceRecipe(RecipeSection):
@@ -327,7 +398,9 @@ class Recipe(RecipeSection):
     """All choices of a fit. signal: standard deviations of local energies by chemical symbol, eV, learned where left out; mean: how the
     posterior mean is evaluated where the kernel is quadratic; memory_GB: bound on the factors of the fit."""
 
-    descriptor: DescriptorRecipe | tuple[DescriptorRecipe, ...] = DescriptorRecipe()
+    descriptor: Annotated[AnyDescriptor | tuple[AnyDescriptor, ...], BeforeValidator(_join_networks)] = (
+        DescriptorRecipe()
+    )
     kernel: KernelRecipe | tuple[KernelRecipe, ...] = KernelRecipe()
     inducing: InducingRecipe | tuple[InducingRecipe, ...] = InducingRecipe()
     noise: NoiseRecipe = NoiseRecipe()
@@ -366,7 +439,7 @@ class Recipe(RecipeSection):
         return cls.model_validate({"mean": "exact"} | stored | {"evidence": "dtc"})
 
     @property
-    def descriptors(self) -> tuple[DescriptorRecipe, ...]:
+    def descriptors(self) -> tuple[DescriptorRecipe | NetworkRecipe, ...]:
         return self.descriptor if isinstance(self.descriptor, tuple) else (self.descriptor,)
 
     @property

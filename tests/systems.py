@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 import torch
+import toy_network
 from torch import Tensor
 
 from gpmlp import descriptors
@@ -153,19 +154,25 @@ def _baseline_cases() -> dict:
     }
     # a baseline is what has a state() and can be called; one without a case here is a KeyError
     known = [n for n, c in inspect.getmembers(baselines, inspect.isclass) if hasattr(c, "state") and n != "Baseline"]
-    return {name: made[name] for name in known}
+    return {name: made[name] for name in known if name != "NetworkEnergies"}  # that one is in TERMS
 
 
 BASELINES = _baseline_cases()
+
+
+def network_descriptor(case: str | None = "soap gto", weight: float = 0.3) -> Descriptor:
+    """Features of the toy network beside those of a case of DESCRIPTORS, or alone."""
+    network = {"name": "network", "checkpoint": "toy", "layers": None, "weight": weight, "components": 7}
+    parameters = network if case is None else DESCRIPTORS[case] | {"beside": network}
+    return descriptors.learn_descriptor(SPECIES, parameters, everything(), 0)
 
 
 class OwnTerm(EnergyTerm):
     """A term that can be called on structures, as baselines can."""
 
     def __call__(self, structures: Structures) -> Prediction:
-        return chunked.predict_mean(
-            [self], structures, neighbors.find_neighbors(structures, self.descriptor.cutoff).of_centers
-        )
+        reach = min(self.descriptor.cutoff, CUTOFF)  # what has no cutoff makes its own list
+        return chunked.predict_mean([self], structures, neighbors.find_neighbors(structures, reach).of_centers)
 
 
 def random_term(made: Descriptor, kernel: ZonalKernel, seed: int = 3, scale: float = 1.0) -> EnergyTerm:
@@ -218,6 +225,9 @@ def _term_cases() -> dict:
     first = next(iter(DESCRIPTORS))
     cases |= {f"{first} {k}": (lambda k=k: random_term(descriptor(first), KERNELS[k])) for k in KERNELS}
     cases |= {f"low rank {k}": (lambda k=k: low_rank_term(descriptor(first), 3, k)) for k in ("polynomial 2", "sum")}
+    cases |= {"network beside soap": lambda: random_term(network_descriptor(), usual)}
+    cases |= {"network alone": lambda: random_term(network_descriptor(None), usual)}
+    cases |= {"NetworkEnergies": lambda: baselines.NetworkEnergies("network", "toy", toy_network.SHA256)}
     return cases | BASELINES
 
 
@@ -232,7 +242,8 @@ def mixed_potential(kernel: str = "polynomial 2") -> Potential:
 
 def reach(term) -> float:
     """Distance at which atoms stop seeing each other in an energy term; 0 where they never do."""
-    return term.descriptor.cutoff if isinstance(term, EnergyTerm) else getattr(term, "cutoff", 0.0)
+    # of the graph of a network that is
+    return min(term.descriptor.cutoff, CUTOFF) if isinstance(term, EnergyTerm) else getattr(term, "cutoff", 0.0)
 
 
 def single(term):

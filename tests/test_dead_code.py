@@ -27,6 +27,7 @@ USED_BY = {
     "evaluations": "tests",
     "ExternalPotential": "users (docs/engines.md)",
     "open_lammps": "users (docs/engines.md)",
+    "register_network": "users (docs/pretrained.md)",
 }
 
 

@@ -55,6 +55,12 @@ def torchsim_dynamics(printed: str, folder: Path) -> None:
     assert all(0 < std < 0.2 for std in stds)
 
 
+def own_network(printed: str, folder: Path) -> None:
+    """Random weights: features of which neither much good nor much harm comes."""
+    soap, both = numbers(r"error ([\d.]+) meV/A", printed)
+    assert 30 < soap < 120 and both < 1.5 * soap
+
+
 def own_oracle(printed: str, folder: Path) -> None:
     from ase.io import read
 

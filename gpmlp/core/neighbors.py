@@ -15,7 +15,7 @@ from torch import Tensor
 from gpmlp.core import cell_list, parallel
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Prediction
-from gpmlp.core.structures import Structures
+from gpmlp.core.structures import Structures, repeat_with_rank
 from gpmlp.native import library
 
 CLOSEST = 0.3  # A; nearer pairs are taken for an error in the data
@@ -71,6 +71,26 @@ class Neighbors:
         if len(last) < len(parts) or any(of is not last[0][0] for of, _ in last):
             return out
         return out._remember(last[0][0], torch.cat([vectors for _, vectors in last]), min(p._closest for p in parts))
+
+    @staticmethod
+    def complete(structures: Structures) -> Neighbors:
+        """What the geometry of whole structures is a function of, without a cutoff: from each atom to every other one of its structure,
+        and to its own images along the periodic lattice vectors.
+
+        In the order of centres and neighbours, the images of a centre (along the lattice vectors in turn) in its own place.
+        """
+        n, axes = structures.counts, structures.periodic.sum(1)
+        center, place = repeat_with_rank((n + axes - 1).repeat_interleave(n))
+        owner = structures.structure_of_atom[center]
+        first = structures.offsets[owner]
+        images, own = axes[owner], center - first
+        image = (place >= own) & (place < own + images)
+        neighbors = torch.where(image, own, place - torch.where(place < own, 0, images - 1)) + first
+        # the k-th periodic axis of each structure
+        axis_of = (~structures.periodic).to(torch.int8).argsort(dim=1, stable=True)
+        axis = axis_of[owner, torch.where(image, place - own, 0)]
+        shifts = torch.nn.functional.one_hot(axis, 3) * image[:, None]
+        return Neighbors(center, neighbors, shifts, math.inf)
 
     @staticmethod
     def batch(parts: Sequence[Neighbors], counts: Sequence[int]) -> Neighbors:
@@ -144,9 +164,13 @@ class Neighbors:
         return _contiguous(*atoms, self.centers, self.neighbors, self.shifts)
 
     def within(self, structures: Structures, cutoff: float) -> Neighbors:
-        """The pairs closer than a smaller cutoff, in the same order."""
+        """The pairs closer than a smaller cutoff, in the same order; without a cutoff (inf) all that `complete` has, whatever is here."""
         if cutoff == self.cutoff:
             return self
+        if cutoff == math.inf:
+            return Neighbors.complete(structures)
+        if self.cutoff == math.inf:
+            raise ValueError(f"a list without a cutoff does not hold the images within {cutoff} A")
         if cutoff > self.cutoff:
             raise ValueError(f"a list of pairs within {self.cutoff} A does not hold those within {cutoff} A")
         if self._last is not None and self._last[0] is structures and cutoff <= self._closest:
@@ -165,7 +189,8 @@ class Neighbors:
 
 
 def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:
-    """Find all pairs within the cutoff; cells smaller than the cutoff, triclinic and left-handed cells included.
+    """Find all pairs within the cutoff; cells smaller than the cutoff, triclinic and left-handed cells included. Without a cutoff (inf)
+    the list is that of Neighbors.complete.
 
     On the CPU by vesin, or by `cell_list` where vesin's grid would have no bin along an axis (wide flat cells and clouds), in the order of
     centres, neighbours and shifts; on any other device, where positions then stay, by `cell_list`, in the order of centres.
@@ -173,6 +198,9 @@ def find_neighbors(structures: Structures, cutoff: float) -> Neighbors:
     Raises:
         UserError: two atoms closer than 0.3 A, naming the structure and the atoms; a cell with hardly any volume.
     """
+    if cutoff == math.inf:
+        find_neighbors(structures, CLOSEST)  # which says what is wrong
+        return Neighbors.complete(structures)
     positions, boxes = structures.positions.detach().double(), structures.cells.detach().double()
     boxes = cell_list.complete_cells(boxes, structures.periodic)
     collapsed = collapsed_cells(boxes, structures.periodic)

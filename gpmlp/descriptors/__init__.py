@@ -6,8 +6,9 @@ from gpmlp.core import errors
 from gpmlp.core.environments import Descriptor
 from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import Structures
+from gpmlp.descriptors import networks
 
-NAMES = ("soap", "dscribe-soap", "dscribe-acsf")
+NAMES = ("soap", "dscribe-soap", "dscribe-acsf")  # of local descriptors
 
 
 def make_descriptor(species: tuple[int, ...], parameters: dict, constants: StoredTensors | None = None) -> Descriptor:
@@ -17,10 +18,49 @@ def make_descriptor(species: tuple[int, ...], parameters: dict, constants: Store
         species: atomic numbers that may occur, sorted.
         parameters: the resolved `descriptor` section of a recipe, as a dictionary.
         constants: what it learned from training environments, of a model file; without them, of a descriptor that has such, only the
-            part that learns nothing: the power spectrum of SOAP with four-body invariants.
+            part that learns nothing: the power spectrum of SOAP with four-body invariants or features of a network beside it.
     """
+    local, network = _parts(parameters)
+    made = None if local is None else _make_local(species, local, constants)
+    if network is None or (constants is None and made is not None):
+        assert made is not None
+        return made
+    if constants is None:
+        raise ValueError("features of a network are learned from structures: learn_descriptor")
+    from gpmlp.descriptors.network_features import NetworkDescriptor, NetworkFeatures
+
+    features = NetworkFeatures.from_stored(constants.part("network."), species, network)
+    return NetworkDescriptor(made, features, network["weight"])
+
+
+def learn_descriptor(species: tuple[int, ...], parameters: dict, structures: Structures, seed: int) -> Descriptor:
+    """A descriptor that learns what it has to learn from these structures; other arguments as in `make_descriptor`."""
+    local, network = _parts(parameters)
+    made = None if local is None else _learn_local(species, local, structures, seed)
+    if network is None:
+        assert made is not None
+        return made
+    from gpmlp.descriptors.network_features import NetworkDescriptor, learn_features
+
+    return NetworkDescriptor(made, learn_features(species, network, structures, seed), network["weight"])
+
+
+def most_features(species: tuple[int, ...], parameters: dict) -> int:
+    """Number of features of a descriptor, at most, before it has learned what it learns; arguments as in `make_descriptor`."""
+    local, network = _parts(parameters)
+    return (1 if local is None else _make_local(species, local).n_features) + (network["components"] if network else 0)
+
+
+def _parts(parameters: dict) -> tuple[dict | None, dict | None]:
+    """The sections of the local descriptor and of the network, None where there is none."""
+    errors.check_choice("descriptor", parameters["name"], (*NAMES, *networks.NAMES))
+    if parameters["name"] in networks.NAMES:
+        return None, parameters
+    return parameters, parameters.get("beside") or None
+
+
+def _make_local(species: tuple[int, ...], parameters: dict, constants: StoredTensors | None = None) -> Descriptor:
     name = parameters["name"]
-    errors.check_choice("descriptor", name, NAMES)
     if name != "soap":
         from gpmlp.descriptors import dscribe
 
@@ -56,9 +96,8 @@ def make_descriptor(species: tuple[int, ...], parameters: dict, constants: Store
     return FourBodySoap(spectrum, FourBodyInvariants.from_stored(constants, spectrum, parameters["four_body"]))
 
 
-def learn_descriptor(species: tuple[int, ...], parameters: dict, structures: Structures, seed: int) -> Descriptor:
-    """A descriptor that learns what it has to learn from these structures; other arguments as in `make_descriptor`."""
-    made, four_body = make_descriptor(species, parameters), parameters.get("four_body")
+def _learn_local(species: tuple[int, ...], parameters: dict, structures: Structures, seed: int) -> Descriptor:
+    made, four_body = _make_local(species, parameters), parameters.get("four_body")
     if not four_body:
         return made
     from gpmlp.descriptors.backends import FourBodySoap, SoapPowerSpectrum

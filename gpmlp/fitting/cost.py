@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gpmlp import descriptors
 from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting.defaults import VARIANCE_COLUMNS, physical_memory_GB
 from gpmlp.fitting.regression import EVIDENCE_COLUMNS
 from gpmlp.recipe import InducingRecipe, Recipe
@@ -92,8 +92,8 @@ def expected_cost(recipe: Recipe, structures: Structures, targets: Targets) -> F
     for inducing, descriptor in zip(recipe.inducings, recipe.descriptors, strict=True):
         if not inducing.functionals:
             continue
-        made = make_descriptor(structures.distinct_species, descriptor.model_dump())
-        directions = min(made.n_features, FEATURE_DIRECTIONS)
+        features = descriptors.most_features(structures.distinct_species, descriptor.model_dump())
+        directions = min(features, FEATURE_DIRECTIONS)
         share = min(1.0, _wanted(inducing, numbers) / max(1, int(numbers.sum())))
         numbers_kept = share * float((numbers * atoms).sum()) * directions  # of the derivatives of their environments
         pairs = 1.0 if inducing.functionals == "all" else share**2 + 2 * share  # among themselves, and with the data

@@ -11,7 +11,16 @@ from gpmlp.core import neighbors
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.recipe import DescriptorRecipe, FourBodyRecipe, InducingRecipe, KernelRecipe, RadialScaling, Recipe
+from gpmlp.descriptors.network_features import check_network
+from gpmlp.recipe import (
+    DescriptorRecipe,
+    FourBodyRecipe,
+    InducingRecipe,
+    KernelRecipe,
+    NetworkRecipe,
+    RadialScaling,
+    Recipe,
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,8 @@ CHEAP_COLUMNS = 1500  # a fit with so many takes seconds: small sets of solids m
 MOST_COLUMNS = 10_000  # beyond, a fit takes more than some twenty minutes on two cores
 MEMORY_GB = 10.0
 FOUR_BODY_DEGREE = 4  # docs/decisions/020-four-body.md
+MOST_FUNCTIONALS = 6000  # of a descriptor with features of a network, unless more are asked for
+NETWORK_WEIGHT = 0.1  # docs/decisions/022-pretrained-features.md
 VARIANCE_COLUMNS = 1500  # of the posterior kept for variances
 
 
@@ -86,7 +97,8 @@ def resolve_recipe(recipe: Recipe, summary: DataSummary, n_species: int, growing
             "descriptor": tuple(_descriptor(d, summary, n_species) for d in recipe.descriptors),
             "kernel": tuple(_kernel(k, summary) for k in recipe.kernels),
             "inducing": tuple(
-                _inducing(i, summary, budget, len(recipe.descriptors), growing) for i in recipe.inducings
+                _inducing(_functionals_for(d, i, summary, growing), summary, budget, len(recipe.descriptors), growing)
+                for d, i in zip(recipe.descriptors, recipe.inducings, strict=True)
             ),
             "memory_GB": budget,
             "variance": recipe.variance
@@ -100,7 +112,25 @@ def physical_memory_GB() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
-def _descriptor(d: DescriptorRecipe, summary: DataSummary, n_species: int) -> DescriptorRecipe:
+def local_descriptor(recipe: Recipe, summary: DataSummary, n_species: int) -> DescriptorRecipe:
+    """The first local descriptor of a resolved recipe, or the default one: for what needs features before any are learned."""
+    given = (d for d in recipe.descriptors if isinstance(d, DescriptorRecipe))
+    return next(given, None) or _local(DescriptorRecipe(), summary, n_species)
+
+
+def _network(n: NetworkRecipe) -> NetworkRecipe:
+    """With its layers and the SHA-256 of its weights."""
+    *_, sha256, layers = check_network(n.model_dump())
+    return n.model_copy(update={"sha256": sha256, "layers": layers, "weight": n.weight or NETWORK_WEIGHT})
+
+
+def _descriptor(
+    d: DescriptorRecipe | NetworkRecipe, summary: DataSummary, n_species: int
+) -> DescriptorRecipe | NetworkRecipe:
+    return _network(d) if isinstance(d, NetworkRecipe) else _local(d, summary, n_species)
+
+
+def _local(d: DescriptorRecipe, summary: DataSummary, n_species: int) -> DescriptorRecipe:
     shortest = min(summary.shortest.values(), default=1.0)
     cutoff = d.cutoff or (min(6.0, max(4.0, 2.2 * summary.bond)) if summary.periodic else 5.0)
     scaling = d.radial_scaling
@@ -121,6 +151,7 @@ def _descriptor(d: DescriptorRecipe, summary: DataSummary, n_species: int) -> De
             "radial_scaling": scaling,
             "cutoff_width": d.cutoff_width or min(cutoff, 1.0),
             "shortest": d.shortest or min(0.8 * shortest, 0.5 * cutoff),
+            "beside": d.beside and _network(d.beside),
         }
     )
 
@@ -152,6 +183,17 @@ def columns_for(n_labels: int, periodic: bool) -> int:
 def affordable_columns(memory_GB: float) -> int:
     """Number of columns that a fit may have in so much memory."""
     return int((memory_GB * 1e9 / (8 * MATRICES)) ** 0.5)
+
+
+def _functionals_for(
+    d: DescriptorRecipe | NetworkRecipe, i: InducingRecipe, summary: DataSummary, growing: bool
+) -> InducingRecipe:
+    """Functionals of the data in place of centres where features are a network's, which few centres represent badly, unless inducing
+    variables are given or have to be added as labels come."""
+    if growing or i.model_fields_set or not (isinstance(d, NetworkRecipe) or d.beside):
+        return i
+    most = MOST_FUNCTIONALS
+    return i.model_copy(update={"functionals": "all" if summary.n_labels <= most else most})
 
 
 def _inducing(

@@ -20,6 +20,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting import (
     calibrate,
+    defaults,
     four_body_weight,
     inducing_sets,
     label_outliers,
@@ -234,7 +235,9 @@ class _Data:
         shown = [force_label_noise(structures, trusted), given.get("forces", math.nan)]
         shown = [x for x in shown if x == x]
         noise = {"forces": max(shown)} if shown else {}
-        descriptor = make_descriptor(structures.distinct_species, recipe.descriptors[0].model_dump())
+        species = structures.distinct_species
+        local = defaults.local_descriptor(recipe, summary, len(species))
+        descriptor = make_descriptor(species, local.model_dump())
         partitions = Partitions.of_data(structures, remaining, most_columns(recipe, structures), workers)
         groups = near_duplicates.find_groups(structures, descriptor, targets.config_types, recipe.seed, partitions)
         twins = groups.finding(structures)

@@ -14,7 +14,7 @@ from gpmlp.fitting.partitions import Partitions
 from gpmlp.fitting.report import StageTimer
 from gpmlp.fitting.workers import Workers, silent
 from gpmlp.gp import inducing
-from gpmlp.recipe import DescriptorRecipe, InducingRecipe, Recipe
+from gpmlp.recipe import DescriptorRecipe, InducingRecipe, NetworkRecipe, Recipe
 
 WEIGHTS = (0.03, 0.1, 0.3)
 ATOMS, COLUMNS = 600, 400  # of the small fits, about
@@ -40,8 +40,8 @@ def with_weights(recipe: Recipe, structures: Structures, remaining: Targets) -> 
 
 
 def _with_weight(recipe: Recipe, weight: float) -> Recipe:
-    def changed(d: DescriptorRecipe) -> DescriptorRecipe:
-        if d.four_body is False or d.four_body.weight is not None:
+    def changed(d: DescriptorRecipe | NetworkRecipe) -> DescriptorRecipe | NetworkRecipe:
+        if isinstance(d, NetworkRecipe) or d.four_body is False or d.four_body.weight is not None:
             return d
         return d.model_copy(update={"four_body": d.four_body.model_copy(update={"weight": weight})})
 

@@ -13,6 +13,7 @@ from gpmlp.core import errors
 from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import KINDS, Prediction, Targets
 from gpmlp.core.structures import Structures
+from gpmlp.descriptors.networks import find_network
 from gpmlp.fitting import defaults
 from gpmlp.gp import hyperparameters
 from gpmlp.gp.hyperparameters import NOISE_FIELDS
@@ -103,7 +104,10 @@ def make_baselines(
 ) -> tuple[Baseline, ...]:
     """Isolated-atom energies (given, from frames, or by least squares) and ZBL repulsion below the shortest distances of the data."""
     out: list[Baseline] = []
-    zbl = recipe.baseline.zbl
+    network, zbl = recipe.baseline.network, recipe.baseline.zbl
+    if network:
+        known = find_network(network.name, network.checkpoint, network.sha256)
+        out.append(baselines.NetworkEnergies(network.name, network.checkpoint, known.sha256))
     species = structures.distinct_species
     if zbl is not False:
         pairs = [(a, b) for a in species for b in species if a <= b]
@@ -114,17 +118,28 @@ def make_baselines(
         return tuple(out)
     if isinstance(choice, dict):
         energies = {errors.atomic_number(s): e for s, e in choice.items()}
+        if network:
+            energies = _less_atoms_of(out[0], energies)
         missing = [errors.chemical_symbol(z) for z in species if z not in energies]
         if missing:
             raise errors.UserError(f"baseline.isolated_atoms gives no energy for {', '.join(missing)}.")
     else:
-        from_frames = baselines.IsolatedAtoms.from_frames(structures, targets) if choice == "auto" else {}
         remaining = targets.minus(baseline_sum(tuple(out), structures)) if out else targets
+        from_frames = baselines.IsolatedAtoms.from_frames(structures, remaining) if choice == "auto" else {}
         if not set(from_frames) >= set(species):
             energies = baselines.IsolatedAtoms.least_squares(structures, remaining)
             return (*out, baselines.IsolatedAtoms(energies, baselines.open_directions(structures, remaining)))
         energies = from_frames
     return (*out, baselines.IsolatedAtoms(energies))
+
+
+def _less_atoms_of(network: Baseline, energies: dict[int, float]) -> dict[int, float]:
+    """Energies of isolated atoms less those of a network."""
+    n, species = len(energies), torch.tensor(list(energies))
+    cells = torch.zeros(n, 3, 3, dtype=torch.float64)
+    alone = Structures(cells[:, 0], cells, cells[:, 0].bool(), species, torch.arange(n))
+    own = network(alone).energies.tolist()
+    return {z: e - mine for (z, e), mine in zip(energies.items(), own, strict=True)}
 
 
 def check_labels(structures: Structures, targets: Targets, recipe: Recipe) -> list[Finding]:

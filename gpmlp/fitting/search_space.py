@@ -10,7 +10,7 @@ from typing import Any
 
 from gpmlp.core.errors import UserError
 from gpmlp.io import recipe_files
-from gpmlp.recipe import KernelRecipe, Recipe
+from gpmlp.recipe import KernelRecipe, NetworkRecipe, Recipe
 
 DIGITS = 4  # of proposed numbers, so that recipes can be read
 ATTEMPTS = (10, 500)  # proposals by TPE, then at random, for a point not tried yet
@@ -106,6 +106,8 @@ def default_space(full: Recipe) -> tuple[SearchParameter, ...]:
     """The default search around a resolved recipe."""
     out: list[SearchParameter] = []
     for d, prefix in zip(full.descriptors, _prefixes(full.descriptor, "descriptor"), strict=True):
+        if isinstance(d, NetworkRecipe):
+            continue
         cutoff, sigma, n_max, l_max = d.cutoff or 0.0, d.sigma_atom or 0.0, d.n_max or 0, d.l_max or 0
         out.append(_around(f"{prefix}.cutoff", cutoff, 0.75, 1.3))
         if d.name == "dscribe-acsf":

@@ -195,7 +195,7 @@ def tuning_problem(
     start = _update(start)
     summary, species = defaults.summarise_data(structures, targets), structures.distinct_species
     settled = defaults.resolve_recipe(start, summary, len(species))
-    descriptor = make_descriptor(species, settled.descriptors[0].model_dump())
+    descriptor = make_descriptor(species, defaults.local_descriptor(settled, summary, len(species)).model_dump())
     groups = near_duplicates.find_groups(structures, descriptor, targets.config_types, seed)
     fitted, _, judged = calibrate.calibration_split(structures, targets, HELD, seed, groups)
     if not len(judged):

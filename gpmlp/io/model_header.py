@@ -16,7 +16,7 @@ from gpmlp.core import errors
 from gpmlp.core.errors import UserError
 from gpmlp.core.findings import Severity
 from gpmlp.potential.evaluation import ErrorTable
-from gpmlp.recipe import LONGEST, Recipe
+from gpmlp.recipe import LONGEST, DescriptorRecipe, NetworkName, NetworkRecipe, Recipe
 from gpmlp.uncertainty.calibration import EVERYTHING, LEVELS
 
 NUMBERS = ("noise", "baselines", "calibration", "variances", "novelty")  # parts in which every number is finite
@@ -46,8 +46,12 @@ def _complete(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe that is valid and leaves open nothing that descriptors need."""
     for k, descriptor in enumerate(Recipe.from_header(recipe).descriptors):
         needed = ("cutoff", "n_max", "l_max", "sigma_atom", "basis") if descriptor.name == "soap" else ("cutoff",)
-        missing = [name for name in needed if getattr(descriptor, name) is None]
-        if descriptor.name == "soap" and descriptor.radial_scaling:
+        network = descriptor if isinstance(descriptor, NetworkRecipe) else descriptor.beside
+        missing = (
+            [name for name in needed if getattr(descriptor, name, None) is None] if network is not descriptor else []
+        )
+        missing += [name for name in ("sha256", "layers", "weight") if network and getattr(network, name) is None]
+        if isinstance(descriptor, DescriptorRecipe) and descriptor.name == "soap" and descriptor.radial_scaling:
             missing += [name for name, value in descriptor.radial_scaling if value is None]
         if missing:
             raise ValueError(f"descriptor {k} lacks {missing[0]}")
@@ -79,6 +83,18 @@ class _IsolatedAtoms(_Section):
 class _ZBL(_Section):
     name: Literal["zbl"]
     pairs: list[Annotated[list[Any], AfterValidator(lambda pair: _zbl_pair(pair))]]
+
+
+class _Network(_Section):
+    name: Literal["network"]
+    network: str
+    checkpoint: str
+    sha256: str
+
+    @model_validator(mode="after")
+    def _known(self) -> _Network:
+        NetworkName.model_validate({"name": self.network, "checkpoint": self.checkpoint, "sha256": self.sha256})
+        return self
 
 
 def _zbl_pair(pair: list[Any]) -> list[Any]:
@@ -335,7 +351,7 @@ class ModelHeader(_Section):
     species: Annotated[list[Species], Field(min_length=1), AfterValidator(_sorted)]
     recipe: Annotated[dict[str, Any], AfterValidator(_complete)]
     noise: dict[Kind, Deviation]
-    baselines: list[Annotated[_IsolatedAtoms | _ZBL, Field(discriminator="name")]]
+    baselines: list[Annotated[_IsolatedAtoms | _ZBL | _Network, Field(discriminator="name")]]
     provenance: _Provenance
     report: _Report
     calibration: _Calibration | None = None
@@ -348,6 +364,8 @@ class ModelHeader(_Section):
             if isinstance(baseline, _ZBL):
                 have = {(a, b) for a, b, *_ in baseline.pairs}
                 lacking = [f"Z = {a}, {b}" for a in self.species for b in self.species if a <= b and (a, b) not in have]
+            elif isinstance(baseline, _Network):
+                lacking = []
             else:
                 lacking = [f"Z = {z}" for z in self.species if str(z) not in baseline.energies]
             if lacking:

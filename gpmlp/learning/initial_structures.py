@@ -103,7 +103,7 @@ def _cell_maker(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms
     whole = structures_from_ase(starts)
     summary = defaults.summarise_data(whole, Targets.unlabelled(whole))
     resolved = defaults.resolve_recipe(recipe.model, summary, len(whole.distinct_species))
-    reach = max(d.cutoff or 0.0 for d in resolved.descriptors)  # resolved: each has one
+    reach = max(d.cutoff or 0.0 for d in resolved.descriptors)
 
     def small(atoms: Atoms, number: int) -> Atoms:
         atom = int(np.random.default_rng([recipe.seed, 2, number]).integers(len(atoms)))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from gpmlp.learning.oracles.oracle import OracleRecipe
-from gpmlp.recipe import Count, Finite, Positive, Recipe, RecipeSection, Seed
+from gpmlp.recipe import Count, Finite, NetworkRecipe, Positive, Recipe, RecipeSection, Seed
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 OBSERVABLES = ("energy", "pressure", "temperature", "rdf", "msd", "diffusion")
@@ -293,6 +293,10 @@ class LearnRecipe(RecipeSection):
     def _consistent(self) -> LearnRecipe:
         if self.model.variance is False or self.model.novelty is False:
             raise ValueError("model.variance and model.novelty steer the run; they cannot be false")
+        if self.carve and any(isinstance(d, NetworkRecipe) or d.beside for d in self.model.descriptors):
+            raise ValueError(
+                "carve cuts an environment of a cutoff, and features of a network depend on all atoms; leave out carve, or the network"
+            )
         self._check_trigger()
         self._check_lammps()
         coverage, novelty = self.stop.coverage, self.trigger.novelty

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -11,14 +12,22 @@ from torch import Tensor
 from gpmlp.core import errors, neighbors, units
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction, Targets, is_isolated_atom
-from gpmlp.core.structures import Structures
+from gpmlp.core.structures import Structures, chunk_ranges
+from gpmlp.descriptors.networks import InvariantNetwork, find_network
 
+NETWORK_ATOMS = 64  # of structures in one graph of a network, unless one has more
 RANK = 1e-9  # of the largest singular value of compositions: below, a direction is open
 LEAST_OPEN = 1.0  # eV, by which the energy of an element may be off where total energies are about zero
 
 
 class Baseline(Protocol):
-    """A term of the energy with its forces and stress."""
+    """A term of the energy with its forces and stress.
+
+    Attributes:
+        whole_structures: whether `of_atoms` is to be asked of all atoms of a structure at once.
+    """
+
+    whole_structures: bool = False
 
     @property
     def cutoff(self) -> float:
@@ -203,6 +212,77 @@ class ZBL(Baseline):
         }
 
 
+@dataclass(frozen=True)
+class NetworkEnergies(Baseline):
+    """The energy of a network (descriptors/networks.py), so that what is learned is the difference to it; derivatives by autograd.
+
+    Attributes:
+        name, checkpoint, sha256: as in networks.find_network.
+    """
+
+    name: str
+    checkpoint: str
+    sha256: str
+    whole_structures = True
+
+    @cached_property
+    def network(self) -> InvariantNetwork:
+        """UserError if it has no energies, or as find_network."""
+        network = find_network(self.name, self.checkpoint, self.sha256).network
+        if not hasattr(network, "atom_energies"):
+            raise errors.UserError(f"The network {self.checkpoint!r} has no `atom_energies`: it cannot be a baseline.")
+        return network
+
+    def __getstate__(self) -> dict:
+        """What other processes get: not the network, which they find by its name."""
+        return {key: value for key, value in vars(self).items() if key != "network"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+
+    @property
+    def cutoff(self) -> float:
+        return self.network.cutoff
+
+    def of_atoms(
+        self, structures: Structures, pairs: Neighbors, start: int, end: int
+    ) -> tuple[Tensor, Neighbors, Tensor]:
+        """As in Baseline; dE/dr_ij of a pair counts what messages along it do to all atoms."""
+        unknown = set(structures.distinct_species) - set(self.network.species or structures.distinct_species)
+        if unknown:
+            symbols = ", ".join(map(errors.chemical_symbol, sorted(unknown)))
+            raise errors.UserError(f"The network {self.checkpoint!r} does not know {symbols}.")
+        near, first = pairs.within(structures, self.cutoff), 0
+        local, slopes = [], []
+        counts = structures.structure_of_atom[start:end].unique_consecutive(return_counts=True)[1].tolist()
+        for a, b in chunk_ranges(counts, NETWORK_ATOMS):
+            last = first + sum(counts[a:b])
+            energies, gradients = self._of_graph(
+                structures, near.of_centers(start + first, start + last), start + first, last - first
+            )
+            local.append(energies)
+            slopes.append(gradients)
+            first = last
+        none = structures.positions.new_zeros(0)
+        return torch.cat([none, *local]), near, torch.cat([none.new_zeros(0, 3), *slopes])
+
+    def _of_graph(self, structures: Structures, near: Neighbors, first: int, n: int) -> tuple[Tensor, Tensor]:
+        """Energies of so many atoms and derivatives with respect to the vectors of their pairs."""
+        like = near.vectors(structures)
+        with torch.inference_mode(False), torch.enable_grad():
+            vectors = like.detach().double().clone().requires_grad_()
+            species = structures.species[first : first + n].clone()
+            energies = self.network.atom_energies(species, near.centers - first, near.neighbors - first, vectors)
+            if not energies.requires_grad:  # no pairs
+                return energies.to(like), torch.zeros_like(like)
+            (gradients,) = torch.autograd.grad(energies.sum(), vectors)
+        return energies.detach().to(like), gradients.to(like)
+
+    def state(self) -> dict:
+        """The name and the SHA-256 of the weights."""
+        return {"name": "network", "network": self.name, "checkpoint": self.checkpoint, "sha256": self.sha256}
+
+
 def baseline_from_state(state: dict) -> Baseline:
     """Build a baseline again from its state()."""
     if state["name"] == "isolated_atoms":
@@ -212,4 +292,8 @@ def baseline_from_state(state: dict) -> Baseline:
         return ZBL(
             {(a, b): inner for a, b, inner, _ in state["pairs"]}, {(a, b): outer for a, b, _, outer in state["pairs"]}
         )
+    if state["name"] == "network":
+        made = NetworkEnergies(state["network"], state["checkpoint"], state["sha256"])
+        made.network  # noqa: B018  is there, or says why not
+        return made
     raise errors.UserError(f"Unknown baseline '{state['name']}'.")

@@ -6,6 +6,7 @@ They bound the memory of a prediction, however large a structure is, and are wha
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -83,7 +84,8 @@ def predict_mean(
         compiled: the mean of the terms and baselines, if there is one.
         atom_virials: whether they are wanted.
     """
-    chunks, spans = _Chunks(terms, structures, pairs_of, errors, baselines, samples), _spans(structures)
+    whole = any(term.descriptor.cutoff == math.inf for term in terms) or any(b.whole_structures for b in baselines)
+    chunks, spans = _Chunks(terms, structures, pairs_of, errors, baselines, samples), _spans(structures, whole)
     deviations = structures.positions.new_zeros(samples.members if samples else 0, structures.n_atoms, 3)
     has_form = errors.variances is None or errors.variances.local_blocks is not None
     if compiled is not None and has_form and fits_compiled_loops(structures.positions, structures.cells):
@@ -134,6 +136,7 @@ class _Chunks:
     def _environments(self, near: Neighbors, span: tuple[int, int]) -> tuple[list[Neighbors], list[Environments]]:
         """Of each term: pairs within its cutoff, and the environments."""
         pairs = [near.within(self.structures, term.descriptor.cutoff) for term in self.terms]
+        pairs = [p if p.cutoff < math.inf else p.of_centers(*span) for p in pairs]
         surroundings = (Surroundings.from_structures(self.structures, p, *span) for p in pairs)
         return pairs, [term.descriptor(s) for term, s in zip(self.terms, surroundings, strict=True)]
 
@@ -177,11 +180,12 @@ class _Sums:
         )
 
 
-def _spans(structures: Structures) -> list[tuple[int, int]]:
-    """First and last + 1 atom of each chunk."""
+def _spans(structures: Structures, whole: bool) -> list[tuple[int, int]]:
+    """First and last + 1 atom of each chunk; `whole`: no structure is to be cut."""
     least, n = ATOMS * min(len(structures.distinct_species), MOST_SPECIES), structures.n_atoms
     on_cpu = structures.positions.device.type == "cpu"
     atoms = max(least, min(MOST_ATOMS, n // SHARES)) if on_cpu else ON_DEVICE
+    atoms = max(atoms, int(structures.counts.max())) if whole and len(structures) else atoms
     return atom_ranges(structures.counts.tolist(), atoms) or [(0, 0)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -68,8 +69,9 @@ class Potential:
 
     @property
     def cutoff(self) -> float:
-        """Largest cutoff of the descriptors, A."""
-        return max(term.descriptor.cutoff for term in self.terms)
+        """Largest cutoff of the descriptors that have one, A."""
+        cutoffs = (term.descriptor.cutoff for term in self.terms)
+        return max((c for c in cutoffs if c < math.inf), default=neighbors.CLOSEST)
 
     @cached_property
     def reach(self) -> float:
@@ -241,7 +243,8 @@ class Potential:
         atom_virials: bool,
     ) -> Prediction:
         if environments:
-            pairs = max((e.neighbors for e in environments), key=lambda near: near.cutoff)
+            lists = (e.neighbors for e in environments if e.neighbors.cutoff < math.inf)
+            pairs = max(lists, key=lambda near: near.cutoff, default=None)
         if pairs is None or pairs.cutoff < self.reach:
             pairs = neighbors.find_neighbors(structures, self.reach)
         model = self.variance_model() if request.any else None
