@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.fitting import cost
@@ -74,3 +77,23 @@ def test_more_than_an_hour_is_warned_of():
     ):
         FitCost(9000, 10_000, 10.0, 7300.0).check()
     FitCost(9000, 10_000, 1e-3, 3599.0).check()
+
+
+def test_all_functionals_cost_what_their_way_costs(small_set, fitted, monkeypatch):
+    """Force labels that the factorisation in place does not take go by the QR, whose memory is many times that."""
+    monkeypatch.setattr(cost, "operations_per_second", lambda: 1e10)
+    structures, targets = small_set
+    every = {"inducing.0.functionals": "all", "inducing.0.n": None, "inducing.0.gradients": None}
+    recipe = changed_recipe(fitted[0].recipe, every | {"variance.columns": 20})
+    forces, noise = targets.forces.clone(), targets.forces_noise.clone()
+    forces[0, 0] = torch.nan
+    noise[0, 0] = 0.1
+    exact, *others = (
+        expected_cost(recipe, structures, labels)
+        for labels in (targets, replace(targets, forces=forces), replace(targets, forces_noise=noise))
+    )
+    n = exact.columns
+    for other in others:
+        assert other.columns == n and other.memory_GB > exact.memory_GB + 8e-9 * 10 * n**2
+    forces[structures.structure_of_atom == 0] = torch.nan  # of one structure no force at all: as before
+    assert expected_cost(recipe, structures, replace(targets, forces=forces)).memory_GB == exact.memory_GB

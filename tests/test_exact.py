@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import gpmlp
+from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import inducing_sets, left_out, variance_checks
 from gpmlp.gp import exact
@@ -90,7 +91,7 @@ def test_hyperparameters_are_where_the_evidence_has_no_slope():
 def test_labels_that_contradict_one_another_without_noise_are_refused():
     y, one = torch.arange(4.0).double(), torch.ones(4).double()
     twins = ExactProcess.of_covariance(torch.ones(4, 4).double(), y, {"forces": torch.arange(4)}, one, one * torch.nan)
-    with pytest.raises(ArithmeticError, match="give larger noises"):
+    with pytest.raises(UserError, match="give larger ones"):
         twins.condition({"forces": 1e-12}, 1.0)
 
 
@@ -178,3 +179,12 @@ def test_force_labels_of_different_noises_in_one_structure_go_by_qr(data, compon
     potential, report = gpmlp.fit(Structures.concatenate([structures]), targets, recipe)
     assert potential.variances.n_columns == 60 < potential.variances.of_fit == report.rank
     assert (seen[0] is None) == (components < 3)
+
+
+def test_noises_too_small_for_a_fit_are_refused(data):
+    """Of structures that are there twice, whose labels all but agree."""
+    structures = Structures.concatenate([data[0].select(range(8, 14))] * 2)
+    targets = data[1].select(data[0], [*range(8, 14)] * 2)
+    recipe = SMALL | {"variance": {"columns": 60}, "noise": {"energy_per_atom": 1e-8, "force": 1e-8}}
+    with pytest.raises(UserError, match="is not positive definite to rounding: give larger ones"):
+        gpmlp.fit(structures, targets, Recipe.model_validate(recipe))

@@ -221,3 +221,78 @@ def test_what_is_left_out_keeps_a_variance_due_to_the_data(data):
     known = spread[seen[0].targets.forces.isfinite()]
     assert float(known.min()) > 1e-6 * float(known.mean())
     assert potential.calibration.kinds["forces"].forbidden == 0
+
+
+def test_noises_of_labels_are_those_of_the_recipe(data):
+    """Also where each label has one of its own, and those of one structure differ: signals of species are learned from all of them."""
+    structures, targets = data
+    given = replace(
+        targets,
+        energies_noise=torch.full_like(targets.energies_noise, 0.002),
+        forces_noise=torch.full_like(targets.forces_noise, 0.05),
+    )
+    mixed = given.forces_noise.clone()
+    mixed[::2] *= 1.0 + 1e-9
+    noise = {"noise": {"energy_per_atom": 0.002, "force": 0.05}}
+    found = []
+    for labels, more in ((targets, noise), (given, {}), (replace(given, forces_noise=mixed), {})):
+        recipe = SMALL | {"inducing": {"functionals": 80}, "variance": False, "novelty": False} | more
+        potential, report = gpmlp.fit(structures, labels, Recipe.model_validate(recipe))
+        found.append((report.signal, potential(structures).forces))
+    for signal, forces in found[1:]:
+        assert signal == pytest.approx(found[0][0], rel=1e-3)
+        torch.testing.assert_close(forces, found[0][1], rtol=0, atol=1e-3)  # the optimum is not known better
+
+
+def test_force_labels_that_are_all_partly_unknown_say_nothing_of_species(data):
+    structures, targets = data[0].select(range(8)), data[1].select(data[0], range(8))
+    forces = targets.forces.clone()
+    forces[structures.offsets[:-1], 0] = torch.nan
+    targets = replace(targets, forces=forces, energies=torch.full_like(targets.energies, torch.nan))
+    recipe = SMALL | {"inducing": {"functionals": "all"}, "variance": {"columns": 30}, "calibration": False}
+    potential, report = gpmlp.fit(structures, targets, Recipe.model_validate(recipe))
+    assert len(set(report.signal.values())) == 1
+    errors = (potential(structures).forces - forces).nan_to_num()
+    assert float(errors.square().mean()) < 0.1 * float(forces.nan_to_num().square().mean())
+
+
+@pytest.fixture(scope="module")
+def with_rare(data):
+    """Molecules, the last of which has a species that no other has."""
+    structures, targets = data[0].select(range(8, 14)), data[1].select(data[0], range(8, 14))
+    species = structures.species.clone()
+    species[structures.offsets[4]] = 9
+    return replace(structures, species=species), targets
+
+
+@pytest.mark.parametrize(
+    ("functionals", "variance"), [(5, {"columns": None}), (5, False), ("all", {"columns": 30}), (10**6, False)]
+)
+def test_every_species_has_its_functionals(with_rare, functionals, variance, tmp_path):
+    """With fewer than there are, with more, and where those of variances have not all species."""
+    structures, targets = with_rare
+    recipe = SMALL | {"inducing": {"functionals": functionals}, "variance": variance, "calibration": False}
+    potential, report = gpmlp.fit(structures, targets, Recipe.model_validate(recipe))
+    assert report.columns <= 6 * 22 and report.signal.keys() == {"0:H", "0:C", "0:O", "0:F"}
+    assert all(len(potential.terms[0].blocks[z].features) for z in (1, 6, 8, 9))
+    gpmlp.save(potential, tmp_path / "model.gpmlp")
+    again = gpmlp.load(tmp_path / "model.gpmlp")
+    assert torch.equal(again(structures).forces, potential(structures).forces)
+    if variance:
+        assert float(potential.sample(4, 0)(structures).forces.std(0).mean()) > 0
+        assert bool((again(structures, "sampled_forces").sampled_forces_covariance.total.isfinite()).all())
+
+
+@pytest.mark.parametrize(("functionals", "columns"), [("all", 60), ("all", None), (80, 60)])
+def test_single_precision(data, functionals, columns, tmp_path):
+    structures, targets = data[0].select(range(8)), data[1].select(data[0], range(8))
+    forces = []
+    for dtype in ("float32", "float64"):
+        about = {"dtype": dtype, "inducing": {"functionals": functionals}, "variance": {"columns": columns}}
+        noise = {"noise": {"energy_per_atom": 0.01, "force": 0.1}}
+        potential, _ = gpmlp.fit(structures, targets, Recipe.model_validate(SMALL | about | noise))
+        gpmlp.save(potential, tmp_path / "model.gpmlp")
+        found, again = (p(structures, "all").forces for p in (potential, gpmlp.load(tmp_path / "model.gpmlp")))
+        assert torch.equal(found, again)
+        forces.append(found.double())
+    assert 0 < float((forces[0] - forces[1]).square().mean().sqrt()) < 0.02

@@ -21,7 +21,7 @@ from gpmlp.gp.evidence import SufficientStatistics
 from gpmlp.gp.functionals import TOLERANCE, FunctionalBlock, functional_maps, internal_directions
 from gpmlp.gp.kernels import PolynomialKernel
 from gpmlp.gp.prior import PriorCovariance
-from gpmlp.gp.variance import VarianceModel, VarianceRequest
+from gpmlp.gp.variance import VarianceModel, VarianceRequest, _check_factor
 
 CASES = [("soap gto", k) for k in KERNELS] + [("soap optimal", "polynomial 2"), ("dscribe-soap", "polynomial 6")]
 RELATIVE = {1: 0.7, 6: 1.3, 8: 0.8}
@@ -230,3 +230,35 @@ def test_a_stored_block_is_the_same_and_altered_ones_are_refused():
     ):
         with pytest.raises(UserError):
             FunctionalBlock.from_stored(StoredTensors(tensors | {name: value}), block.descriptor, RELATIVE)
+
+
+def test_a_first_structure_without_functionals():
+    """As one atom in a cell with forces alone: a block is checked by the first that has any; of no structures it has no columns."""
+    structures = Structures.concatenate([structure([[0, 0, 0]], [1]), cluster((6, 1, 8))])
+    yes, no = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
+    kernel, maps = KERNELS["polynomial 2"], functional_maps(structures, no, yes, no)
+    block = FunctionalBlock.make(descriptor("soap gto"), structures, maps, RELATIVE)
+    assert block.starts == [0, 0, 3]
+    lower = torch.linalg.cholesky(block.K_uu(kernel))
+    _check_factor(lower, kernel, block)
+    with pytest.raises(UserError, match="is that of others"):
+        _check_factor(1.1 * lower, kernel, block)
+    none = block.select(torch.arange(0))
+    assert none.K_uu(kernel).shape == (0, 0)
+    assert none.centres(6).shape == (0, block.descriptor.n_features)
+    alpha, tau = none.collapse(torch.zeros(2, 0, dtype=torch.float64), 6)
+    assert alpha.shape == (2, 0) and tau.shape == (2, 0, block.descriptor.n_features)
+
+
+def test_a_block_goes_to_another_device():
+    block = block_of(cluster(), descriptor("soap gto"), RELATIVE)
+    assert block.to(torch.ones(1, dtype=torch.float64)) is block
+    there, asked = (
+        torch.ones(1, dtype=torch.float64, device="meta"),
+        [],
+    )  # which every machine has, but has no numbers to check
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Structures, "to", lambda self, *where: asked.append(where) or self)
+        moved = block.to(there)
+    assert asked == [(there.device, torch.float64)]
+    assert {t.device.type for t in (*moved.maps, *moved.bases.values())} == {"meta"}

@@ -13,6 +13,7 @@ from gpmlp import descriptors
 from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
+from gpmlp.fitting import inducing_sets
 from gpmlp.fitting.defaults import VARIANCE_COLUMNS, physical_memory_GB
 from gpmlp.fitting.regression import EVIDENCE_COLUMNS
 from gpmlp.recipe import InducingRecipe, Recipe
@@ -86,7 +87,8 @@ def expected_cost(recipe: Recipe, structures: Structures, targets: Targets) -> F
     columns, rows = most_columns(recipe, structures), known[0] + known[1] + known[2] * 6 // 9
     few = recipe.variance.at_most(columns) if recipe.variance is not False else 0
     cost = cost_of(columns, rows, few)
-    if 0 < few < columns and [i.functionals for i in recipe.inducings] == ["all"]:
+    every = [i.functionals for i in recipe.inducings] == ["all"]
+    if 0 < few < columns and every and inducing_sets.goes_exactly(recipe, structures, targets):
         cost = _exact_cost(columns, few, cost_of(few, rows, few))
     numbers, atoms = functionals_of(structures), structures.counts
     for inducing, descriptor in zip(recipe.inducings, recipe.descriptors, strict=True):

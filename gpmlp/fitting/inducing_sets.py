@@ -90,59 +90,81 @@ def _functional_model(
     report: Report,
 ) -> InducingModel:
     """Functionals of structures in random order: all that have labels, or those of the first ones that have as many as are asked for."""
-    order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(recipe.seed))
-    structures, labels = structures.select(order), labels.select(structures, order)
+    like, structures = structures.positions, structures.to(dtype=torch.float64)
     owner, known = structures.structure_of_atom, ~labels.forces.isnan().all(1)
     moving = torch.zeros(len(structures), dtype=torch.bool, device=owner.device)
     moving[owner[known]] = True
     stressed = ~labels.stresses.isnan().flatten(1).all(1)
     maps = functionals.functional_maps(structures, ~labels.energies.isnan(), moving, stressed)
     wanted = recipe.inducings[k].functionals
-    total = torch.tensor([len(m) for m in maps]).cumsum(0)
-    many = len(maps) if wanted in (None, "all") else int((total < int(wanted)).sum()) + 1
-    structures, labels, maps = structures.select(range(many)), labels.select(structures, range(many)), maps[:many]
+    order, fewest = _random_order(structures, torch.tensor([len(m) for m in maps]), recipe.seed)
+    total = torch.tensor([len(maps[i]) for i in order]).cumsum(0)
+    many = len(maps) if wanted in (None, "all") else min(len(maps), int((total < int(wanted)).sum()) + 1)
+    chosen = order[: max(many, fewest)]
+    structures, labels, maps = structures.select(chosen), labels.select(structures, chosen), [maps[i] for i in chosen]
     species = structures.distinct_species
     block = FunctionalBlock.make(descriptor, structures, maps, dict.fromkeys(species, 1.0))
     if len(species) > 1:
         block = block.of_species(_relative_signals(recipe, k, kernel, block, labels))
     note = f"covariances of {block.n_columns} functionals"
-    half, of = block.lower_K_uu(kernel, lambda done, total: report(done, total, note)).double(), tuple(order.tolist())
+    half, of = block.lower_K_uu(kernel, lambda done, total: report(done, total, note)), tuple(chosen.tolist())
     exact, leading, own = None, block.n_columns, None
     few = recipe.variance.at_most(leading) if recipe.variance is not False else leading
     if wanted == "all" and few < leading and (process := _exact_process(recipe, block, labels, half)):
-        exact, leading = ExactModel(block, process, of[:many]), few
-    chosen, lower, jitter, whitened = _independent(half, leading)
+        exact, leading = ExactModel(block.to(like), process, of), few
+    columns, lower, jitter, whitened = _independent(half, leading, inducing.rank_tolerance(like))
     if wanted == "all":
         pieces, places = whitened.split([len(m) for m in block.maps]), order.argsort().tolist()
         own = OwnRows(tuple(block.maps[i] for i in places), tuple(pieces[i] for i in places))
-    block = block.select(chosen)
+    block = block.select(columns).to(like)
     about = of[: len(block.structures)], own, exact
-    return InducingModel(descriptor, kernel, (block,), (lower,), jitter, int(total[many - 1]), *about)
+    return InducingModel(descriptor, kernel, (block,), (lower,), jitter, int(total[len(of) - 1]), *about)
+
+
+def _random_order(structures: Structures, functionals: Tensor, seed: int) -> tuple[Tensor, int]:
+    """A random order of the structures that begins with some that hold every species, and how many these are; structures that have
+    functionals (of each, how many) rather than others."""
+    order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed))
+    there = structures.composition(structures.distinct_species)[order.to(structures.species.device)].cpu() > 0
+    some = there & (functionals[order] > 0)[:, None]
+    best = torch.where(some.any(0), some, there).int().argmax(0).unique()
+    rest = torch.ones(len(order), dtype=torch.bool).index_fill(0, best, False)
+    return torch.cat([order[best], order[rest]]), len(best)
+
+
+def goes_exactly(recipe: Recipe, structures: Structures, targets: Targets) -> bool:
+    """Whether the process of all functionals goes by a Cholesky factorisation; only the QR will do where force labels of one structure
+    have different noises, some of its components are unknown, there are several descriptors, or on a GPU."""
+    if len(recipe.inducings) > 1 or structures.positions.device.type != "cpu":
+        return False
+    noise = targets.forces_noise.nan_to_num(-1.0).masked_fill(targets.forces.isnan(), torch.inf)
+    first = noise[structures.offsets[:-1], :1][structures.structure_of_atom]
+    unknown = targets.stresses.isnan().flatten(1)
+    return bool((noise == first).all() and (unknown == unknown[:, :1]).all())
 
 
 def _exact_process(recipe: Recipe, block: FunctionalBlock, targets: Targets, half: Tensor) -> ExactProcess | None:
-    """The process of all functionals for a Cholesky factorisation; None where only the QR will do: force labels of one structure have
-    different noises, some of their components are unknown, or there are several descriptors."""
-    if len(recipe.inducings) > 1 or half.device.type != "cpu":
+    """The process of all functionals for a Cholesky factorisation; None where only the QR will do (`goes_exactly`)."""
+    if not goes_exactly(recipe, block.structures, targets):
         return None
     labels = _functional_labels(block.structures, targets, block.maps)
-    if labels.values.isnan().any() or labels.given.isinf().any():
-        return None
     return ExactProcess.of_covariance(half, labels.values, labels.by_kind(), labels.scale, labels.given)
 
 
-def _independent(half: Tensor, leading: int) -> tuple[Tensor, Tensor, float, Tensor]:
+def _independent(
+    half: Tensor, leading: int, tolerance: float = inducing.RANK_TOLERANCE
+) -> tuple[Tensor, Tensor, float, Tensor]:
     """Of the leading functionals those that do not depend on others; L of their covariance; the jitter it took; and of all functionals
     the covariances with them, whitened: k L⁻ᵀ.
 
     Args:
-        half: (n, n) covariance, of which the lower half counts.
+        half: (n, n) covariance, of which the lower half counts; tolerance: of the prior variance, less than which is dependent.
     """
     square = functionals.mirrored(half[:leading, :leading])
     scale = square.diagonal().clamp_min(0).sqrt()
     unit = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     square.mul_(unit).mul_(unit[:, None])
-    columns, lower, jitter = inducing.independent_factor(square, inducing.RANK_TOLERANCE)
+    columns, lower, jitter = inducing.independent_factor(square, tolerance)
     others = torch.ones(leading, dtype=torch.bool).index_fill(0, columns.cpu(), jitter > 0).nonzero()[:, 0]
     rows = half.new_empty(len(half), len(columns))
     rows[columns] = lower * scale[columns, None]
@@ -163,16 +185,16 @@ def _relative_signals(
     structures, maps = few.structures, few.maps
     labels = targets.select(block.structures, range(len(structures)))
     species = structures.distinct_species
-    every = [few.of_species({z: 1.0}).K_uu(kernel).double() for z in species]
+    every = [few.of_species({z: 1.0}).K_uu(kernel) for z in species]
     of_all = _functional_labels(structures, labels, maps)
-    known = ~of_all.values.isnan() & of_all.given.isnan()
-    known = known if known.any() else ~of_all.values.isnan()
+    known = ~of_all.values.isnan()
     shown = _FunctionalLabels(*(part[known] for part in of_all))
-    rows = {kind: which for kind, which in shown.by_kind().items() if len(which)}
-    data = DenseData(tuple(c[known][:, known] for c in every), shown.values, rows, shown.scale)
+    rows, own_variance = shown.by_kind(), shown.given.nan_to_num(0.0).square()
+    data = DenseData(tuple(c[known][:, known] for c in every), shown.values, rows, shown.scale, own_variance)
     own = recipe.model_copy(update={"descriptor": recipe.descriptors[k], "signal": recipe.signals[k]})
     parameters = hyperparameters.make_hyperparameters(own, list(rows), [(0, z) for z in species])
-    data.maximise(parameters)
+    if len(data.values):
+        data.maximise(parameters)
     found = dict(zip(species, parameters.signal().tolist(), strict=True))
     typical = sum(found.values()) / len(found)
     return {z: found.get(z, typical) for z in block.relative}
@@ -183,7 +205,7 @@ class _FunctionalLabels(NamedTuple):
 
     Attributes:
         values: (functionals,) NaN where not known; kinds: index in KINDS; scale: noise over that of the kind.
-        given: noise of its own, NaN where that of the kind holds; infinite where a functional mixes several.
+        given: noise of its own, NaN where that of the kind holds; their root mean square where a functional mixes several.
     """
 
     values: Tensor
@@ -204,17 +226,20 @@ def _functional_labels(structures: Structures, targets: Targets, maps: Sequence[
     for i, rows in enumerate(maps[: len(structures)]):
         atoms = slice(offsets[i], offsets[i + 1])
         n = atoms.stop - atoms.start
-        label = torch.cat([targets.energies[i, None], targets.forces[atoms].flatten(), targets.stresses[i][a, b]])
+        label = torch.cat([targets.energies[i, None], targets.forces[atoms].flatten(), targets.stresses[i][a, b]]).to(
+            rows
+        )
         noises = (
             n * targets.energies_noise[i, None],
             targets.forces_noise[atoms].flatten(),
             targets.stresses_noise[i].expand(6),
         )
-        noise, used = torch.cat(noises).nan_to_num(-1.0).expand_as(rows), rows != 0
-        low, high = noise.where(used, torch.inf).amin(1), noise.where(used, -torch.inf).amax(1)
-        one = torch.where(high < 0, torch.nan, high)
+        noise = torch.cat(noises).to(rows)
+        used = rows != 0
+        own = (used & ~noise.isnan()) * rows.square()
+        given = ((own * noise.nan_to_num().square()).sum(1) / own.sum(1)).sqrt()  # NaN where none has one of its own
         values = (rows * label.nan_to_num()).sum(1).masked_fill((used & label.isnan()).any(1), torch.nan)
         kinds = torch.where(used[:, 0], 0, torch.where(used[:, -6:].any(1), 2, 1))
         scale = torch.where(used[:, 0], n, 1).to(rows)
-        parts.append((values, kinds, scale, torch.where(low < high, torch.inf, one)))
+        parts.append((values, kinds, scale, given))
     return _FunctionalLabels(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -66,8 +66,9 @@ class ExactModel:
         """
         places = [self.of.index(i) for i in numbers]
         columns = [c for p in places for c in range(*self.block.starts[p : p + 2])]
-        maps = self.block.maps[places[0]]
+        maps = self.block.maps[places[0]].double()
         errors = maps.T @ posterior.left_out(columns)[0][: len(maps)]
+        forces = forces.to(maps)
         errors[1:-6] += forces - maps[:, 1:-6].T @ (maps[:, 1:-6] @ forces)
         return errors
 
@@ -281,7 +282,7 @@ def _internal_rows(rows: Tensor, components: Tensor, structures: Structures) -> 
     for i, part in enumerate(rows.split(known.tolist())):
         atoms = slice(offsets[i], offsets[i + 1])
         if len(part) == 3 * (atoms.stop - atoms.start):
-            part = internal_directions(structures.positions[atoms], structures.periodic[i]) @ part
+            part = internal_directions(structures.positions[atoms], structures.periodic[i]).to(part) @ part
         out.append(part)
     return torch.cat(out)
 

@@ -175,17 +175,19 @@ class DenseData:
     Attributes:
         covariances: (n, n) for each signal, with unit signal variance.
         values: (n,); rows: of each kind, which observations; scale: (n,) noise of each over that of its kind.
+        fixed: (n,) variances of noises of their own, of those of no kind.
     """
 
     covariances: tuple[Tensor, ...]
     values: Tensor
     rows: dict[str, Tensor]
     scale: Tensor
+    fixed: Tensor
 
     def negative_log_evidence(self, noise: dict[str, float], signal: Tensor) -> tuple[float, dict[str, float], Tensor]:
         """-log N(y; 0, C), C = Σ_b δ_b² K_b + diag(σ_k² s²), and its derivatives with respect to log σ_k and log δ_b:
         θ/2 tr[(C⁻¹ - ααᵀ) ∂C/∂θ] with α = C⁻¹ y (Rasmussen & Williams 2006, eqs. 5.8 and 5.9)."""
-        variance = torch.zeros_like(self.values)
+        variance = self.fixed.clone()
         for kind, rows in self.rows.items():
             variance[rows] = (noise[kind] * self.scale[rows]).square()
         system = torch.diag(variance)

@@ -16,6 +16,7 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
+from gpmlp.core.errors import UserError
 from gpmlp.gp import evidence
 from gpmlp.gp.evidence import EvidenceResult
 from gpmlp.gp.likelihood import Hyperparameters
@@ -54,7 +55,7 @@ class ExactProcess:
         """The posterior for noises by kind and δ; those made before lose their factor to it.
 
         Raises:
-            ArithmeticError: C is not positive definite to rounding.
+            UserError: C is not positive definite to rounding.
         """
         variance = self.given.nan_to_num(0.0).square()
         for kind, rows in self.rows.items():
@@ -70,8 +71,10 @@ class ExactProcess:
         # rows of C order are columns of LAPACK's, whose lower half is the upper one here
         factor, failed = lapack.dpotrf(square.numpy().T, lower=1, clean=0, overwrite_a=1)
         if failed:
-            raise ArithmeticError(
-                f"the covariance of {n} labels with noises {noise} is not positive definite to rounding: give larger noises."
+            said = ", ".join(f"{kind} {std:.3g}" for kind, std in noise.items())
+            raise UserError(
+                f"The covariance of {n} labels with these noises ({said}) is not positive definite to rounding: give larger ones "
+                "(`noise`), or have error bars from all functionals (--set variance.columns=all), which needs no such covariance."
             )
         return ExactPosterior(self, signal, variance, factor)
 

@@ -129,7 +129,8 @@ class FunctionalBlock:
 
     def centres(self, z: int) -> Tensor:
         """(centres, features) x_j of a species, by structure."""
-        return torch.cat([part[z].features for part in self.parts if z in part]) @ self.bases[z].T
+        none = self.bases[z].new_zeros(0, self.bases[z].shape[1])
+        return torch.cat([none, *(part[z].features for part in self.parts if z in part)]) @ self.bases[z].T
 
     def collapse(self, weights: Tensor, z: int) -> tuple[Tensor, Tensor]:
         """α_j = Σ_b w_b c_b and τ_j = Σ_b w_b v_bj of the centres of a species: ε(x) = Σ_j [α_j f(x.x_j) + f'(x.x_j) x.τ_j].
@@ -140,7 +141,8 @@ class FunctionalBlock:
         Returns:
             (..., centres) and (..., centres, features), times the relative variance of the species.
         """
-        alpha, tau, scale = [], [], self.relative[z] ** 2
+        alpha, scale = [weights.new_zeros(*weights.shape[:-1], 0)], self.relative[z] ** 2
+        tau = [weights.new_zeros(*weights.shape[:-1], 0, self.bases[z].shape[1])]
         for part, rows, mine in zip(self.parts, self.maps, weights.split(list(map(len, self.maps)), -1), strict=True):
             if z in part:
                 n = len(part[z].features)
@@ -243,6 +245,8 @@ class FunctionalBlock:
             (len(m), sorted((z, len(p.features)) for z, p in part.items()))
             for m, part in zip(self.maps, self.parts, strict=True)
         ]
+        if not shapes:
+            return []
         edges, counts = [0], self.structures.counts.tolist()
         for i in range(1, len(shapes)):
             if shapes[i] != shapes[i - 1] or sum(counts[edges[-1] : i + 1]) > GROUP_ATOMS:
@@ -272,7 +276,7 @@ class FunctionalBlock:
         here = like.device, like.dtype
         return (
             self
-            if self.structures.positions.dtype == like.dtype
+            if (self.structures.positions.device, self.structures.positions.dtype) == here
             else replace(
                 self,
                 structures=self.structures.to(*here),
@@ -295,14 +299,16 @@ class FunctionalBlock:
         } | {f"directions.{z}": basis for z, basis in self.bases.items()}
 
     @staticmethod
-    def from_stored(stored: StoredTensors, descriptor: Descriptor, relative: dict[int, float]) -> FunctionalBlock:
-        """That of a model file, with tensors as in `stored`; UserError if these do not fit each other."""
+    def from_stored(
+        stored: StoredTensors, descriptor: Descriptor, relative: dict[int, float], dtype: torch.dtype = torch.float64
+    ) -> FunctionalBlock:
+        """That of a model file, with tensors as in `stored` and of that precision; UserError if these do not fit each other."""
         z, counts = (
             stored.take("atomic_numbers", ("atoms",), torch.int64),
             stored.take("counts", ("structures",), torch.int64),
         )
         n = len(counts)
-        numbers, flat = stored.take("functionals", (n,), torch.int64), stored.take("maps", ("coefficients",))
+        numbers, flat = stored.take("functionals", (n,), torch.int64), stored.take("maps", ("coefficients",), dtype)
         if bool((counts < 1).any() or (numbers < 0).any()) or int(counts.sum()) != len(z):
             raise UserError("the numbers of atoms of the inducing structures are not those of their positions.")
         owner = torch.repeat_interleave(torch.arange(n, device=z.device), counts)
@@ -311,15 +317,15 @@ class FunctionalBlock:
         if int(sizes.sum()) != len(flat) or not set(z.tolist()) <= set(relative):
             raise UserError("the maps of inducing functionals are not those of their structures.")
         structures = Structures(
-            stored.take("positions", (len(z), 3)),
-            stored.take("cells", (n, 3, 3)),
+            stored.take("positions", (len(z), 3), dtype),
+            stored.take("cells", (n, 3, 3), dtype),
             stored.take("periodic", (n, 3), torch.bool),
             z,
             owner,
             tuple(f"inducing structure {i}" for i in range(n)),
         )
         maps = tuple(part.view(*shape) for part, shape in zip(flat.split(sizes.tolist()), shapes.tolist(), strict=True))
-        bases = {z: stored.take(f"directions.{z}", (descriptor.n_features, "directions")) for z in relative}
+        bases = {z: stored.take(f"directions.{z}", (descriptor.n_features, "directions"), dtype) for z in relative}
         for basis in bases.values():
             eye = torch.eye(basis.shape[1]).to(basis)
             if bool((basis.T @ basis - eye).abs().gt(STORED).any()):

@@ -486,7 +486,9 @@ def _block_header(block: Block) -> dict:
 def _stored_block(entry: dict, stored: StoredTensors, descriptor: Descriptor, features: dict[int, Tensor]) -> Block:
     """Inducing variables of a model file, with the descriptor and centres (by Z) of the mean."""
     if "relative" in entry:
-        return FunctionalBlock.from_stored(stored, descriptor, {int(z): std for z, std in entry["relative"].items()})
+        relative = {int(z): std for z, std in entry["relative"].items()}
+        dtype = next((x.dtype for x in features.values()), torch.float64)
+        return FunctionalBlock.from_stored(stored, descriptor, relative, dtype)
     z, n = entry["species"], entry["centres"]
     centres = features[z][:n] if z in features else stored["tangents"][:0, 0]
     if len(centres) != n:
@@ -566,11 +568,13 @@ def _stored_triangle(stored: StoredTensors, name: str, size: int, single: bool =
 
 
 def _check_factor(lower: Tensor, kernel: ZonalKernel, block: Block) -> None:
-    """Raise UserError unless L Lᵀ = K_uu, as far as its diagonal and some of its rows show; of functionals those of the first structure."""
+    """Raise UserError unless L Lᵀ = K_uu, as far as its diagonal and some of its rows show; of functionals those of the first structure
+    with any."""
     if not len(lower):
         return
     if isinstance(block, FunctionalBlock):
-        first = block.select(torch.arange(block.starts[1], device=lower.device)).K_uu(kernel).to(lower)
+        few = next(start for start in block.starts if start)
+        first = block.select(torch.arange(few, device=lower.device)).K_uu(kernel).to(lower)
         there = lower[: len(first), : len(first)]
         size = first.diagonal().clamp_min(0).sqrt()
         if bool(
