@@ -573,8 +573,8 @@ def _check_factor(lower: Tensor, kernel: ZonalKernel, block: Block) -> None:
     if not len(lower):
         return
     if isinstance(block, FunctionalBlock):
-        few = next(start for start in block.starts if start)
-        first = block.select(torch.arange(few, device=lower.device)).K_uu(kernel).to(lower)
+        leading = next(start for start in block.starts if start)
+        first = block.select(torch.arange(leading, device=lower.device)).K_uu(kernel).to(lower)
         there = lower[: len(first), : len(first)]
         size = first.diagonal().clamp_min(0).sqrt()
         if bool(
