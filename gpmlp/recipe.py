@@ -219,7 +219,8 @@ AnyDescriptor = Annotated[
 
 
 def _join_networks(value: Any) -> Any:
-    """A network with a weight that is listed after a local descriptor stands beside that."""
+    """A network with a weight that is listed after a local descriptor stands beside that, unless `beside` says what does: so it is in
+    recipes that leave nothing open, which have to mean the same again."""
     if not isinstance(value, (list, tuple)):
         return value
     out: list[Any] = []
@@ -230,7 +231,7 @@ def _join_networks(value: Any) -> Any:
             weighted
             and isinstance(before, dict)
             and _network_or_local(entry) == "NetworkRecipe"
-            and not before.get("beside")
+            and "beside" not in before
         ):
             if _network_or_local(before) == "DescriptorRecipe":
                 out[-1] = before | {"beside": entry}

@@ -183,6 +183,10 @@ def test_thresholds_of_errors_of_forces(learned, tmp_path):
         compare_force_errors(static(script, tmp_path, 2, BY_ATOM).more, flagged, atoms, learned)
     none = start(atoms, learned, tmp_path, "gpmlp sigma_above 1e9") + FORCE_ERRORS
     assert not static(none, tmp_path, 2, BY_ATOM).more[:, 2:].any()
+    # of an earlier pair_style nothing stays
+    again = start(atoms, learned, tmp_path, "gpmlp sigma_above 1e-9 force_atoms 5\npair_style gpmlp force_atoms 3")
+    flagged = sigma >= np.sort(sigma)[-3]
+    compare_force_errors(static(again + FORCE_ERRORS, tmp_path, 2, BY_ATOM).more, flagged, atoms, learned)
 
 
 @pytest.fixture(scope="module")

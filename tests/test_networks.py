@@ -14,6 +14,7 @@ from ase.md.verlet import VelocityVerlet
 from systems import CUTOFF, SPECIES, cluster, crystal, descriptor, everything, network_descriptor, structure
 
 import gpmlp
+from gpmlp.cli.main import main
 from gpmlp.core import neighbors
 from gpmlp.core.environments import Surroundings
 from gpmlp.core.errors import UserError
@@ -23,6 +24,7 @@ from gpmlp.descriptors import networks
 from gpmlp.descriptors.network_features import LayerScalars, learn_features
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.io.recipe_files import load_recipe
 from gpmlp.potential.baselines import NetworkEnergies
 from gpmlp.recipe import Recipe
 
@@ -193,6 +195,17 @@ def test_a_list_with_a_weight_is_one_descriptor_and_without_it_two():
     assert len(Recipe.model_validate({"descriptor": [SOAP, TOY]}).descriptors) == 2
     again = Recipe.model_validate(joined.model_dump(mode="json"))
     assert again == joined
+    apart = Recipe.model_validate({"descriptor": [SOAP | {"beside": False}, TOY | {"weight": 0.3}]})
+    assert len(apart.descriptors) == 2 and Recipe.model_validate(apart.model_dump(mode="json")) == apart
+
+
+def test_a_sum_of_two_terms_is_saved_and_loaded(tmp_path):
+    recipe = Recipe.model_validate({"descriptor": [SOAP, TOY], **SMALL, "inducing": {"n": 10, "gradients": 2}})
+    potential, _ = gpmlp.fit(*labelled(8), recipe)
+    gpmlp.save(potential, tmp_path / "sum.gpmlp")
+    again, one = gpmlp.load(tmp_path / "sum.gpmlp"), labelled(1, seed=2)[0]
+    assert len(again.terms) == len(potential.terms) == 2 and again.recipe == potential.recipe
+    torch.testing.assert_close(again(one).forces, potential(one).forces, atol=1e-11, rtol=0)
 
 
 def test_forces_are_derivatives_of_the_energy_and_variances_are_there(fitted):
@@ -244,6 +257,12 @@ def test_registering_is_checked():
         networks.register_network("toy", toy_network.ToyNetwork(seed=1))
     with pytest.raises(UserError, match="has no `cutoff`"):
         networks.register_network("nothing", torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"has 'embedding' in float32; .*network\.double\(\)"):
+        networks.register_network("single", toy_network.ToyNetwork(seed=2).float())
+    half = toy_network.ToyNetwork(seed=2)
+    half.register_buffer("scale", torch.ones(1, dtype=torch.bfloat16))
+    with pytest.raises(UserError, match="has 'scale' in bfloat16"):
+        networks.register_network("half", half)
     with pytest.raises(UserError, match=r"layers 1 to 3; got \[2, 4\]"):
         learn_features((1,), TOY | {"layers": (2, 4), "components": 3}, cluster((1, 1)), 0)
 
@@ -261,6 +280,27 @@ def test_registering_is_checked():
 def test_mistakes_in_a_recipe_are_named(section, words):
     with pytest.raises(ValueError, match=words):
         Recipe.model_validate({"descriptor": section})
+
+
+@pytest.mark.parametrize("section", ["{name: sevennet, cutoff: 5}", "[{name: soap}, {name: sevennet, cutoff: 5}]"])
+def test_keys_of_other_descriptors_are_not_suggested(section, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"descriptor: {section}\n")
+    with pytest.raises(UserError, match=r"unknown key 'descriptor(\.1)?\.cutoff'\. Valid names: .*layers"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_too_large_structures_are_refused_before_memory_is():
+    n = neighbors.MOST_COMPLETE + 1
+    positions = 3.0 * torch.cartesian_prod(*[torch.arange(18.0)] * 3)[:n]
+    with pytest.raises(UserError, match="has 5001 atoms.* 4 GB here; at most 5000 atoms"):
+        neighbors.find_neighbors(structure(positions, [6] * n), float("inf"))
+
+
+def test_what_is_not_local_is_told(fitted):
+    potential, _ = fitted
+    assert f"cutoff {CUTOFF:g} A, a network beyond;" in repr(potential) and potential.cutoff == CUTOFF
+    with pytest.raises(UserError, match="Virials of atoms have no meaning with a network"):
+        potential(labelled(1)[0], atom_virials=True)
 
 
 def test_an_atom_of_unknown_species_is_refused():
@@ -289,7 +329,7 @@ def test_dynamics_conserve_the_energy_and_ase_gives_the_same_numbers(fitted):
     assert np.ptp(energies) < 0.02 * moving  # what the integrator does with steps of 0.25 fs
 
 
-def test_a_network_as_baseline_is_learned_against(tmp_path):
+def test_a_network_as_baseline_is_learned_against(tmp_path, capsys):
     """Labels that are the network's own: nothing is left to learn; and the file demands the network."""
     structures, targets = labelled(12)
     recipe = Recipe.model_validate(
@@ -300,6 +340,8 @@ def test_a_network_as_baseline_is_learned_against(tmp_path):
     assert float((potential(fresh[0]).forces - fresh[1].forces).abs().max()) < 1e-6
     path = tmp_path / "delta.gpmlp"
     gpmlp.save(potential, path)
+    assert main(["info", str(path)]) == 0
+    assert "energies of the network 'truth'" in " ".join(capsys.readouterr().out.split())
     assert torch.equal(gpmlp.load(path)(fresh[0]).forces, potential(fresh[0]).forces)
 
 

@@ -344,6 +344,15 @@ def test_a_fit_waits_for_workers_for_some_time(monkeypatch):
             found.map(pieces_of_work.slowly, [(0,)])
 
 
+def test_workers_that_come_back_before_they_are_looked_for(threads_of_dask, monkeypatch):
+    """Begun pieces may all have ended by then: others are begun."""
+    monkeypatch.setattr(workers, "LOOK_S", 0.1)
+    monkeypatch.setattr(workers, "ALONE_S", 1.0)
+    found = RemoteWorkers(threads_of_dask)
+    found.number, found.looked = 0, float("inf")
+    assert found.map(pieces_of_work.slowly, [(k,) for k in range(5)]) == list(range(5))
+
+
 def test_a_scheduler_that_is_gone(monkeypatch):
     """Is told, and not waited for."""
     monkeypatch.setattr(workers, "CONNECT_S", 8.0)

@@ -223,7 +223,7 @@ def format_rows(rows: Mapping[str, int]) -> str:
 
 
 def chosen_baselines(baselines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """What was chosen for the terms that are not learned: energies of isolated atoms, and between which distances ZBL fades out."""
+    """The terms that are not learned: energies of isolated atoms, between which distances ZBL fades out, a network."""
     pairs = []
     for term in baselines:
         if term["name"] == "isolated_atoms":
@@ -232,6 +232,11 @@ def chosen_baselines(baselines: Sequence[Mapping[str, Any]]) -> list[tuple[str, 
             if term.get("open_directions"):
                 text += "; the data do not determine all of them"
             pairs.append(("isolated atoms", text))
+        elif term["name"] == "network":
+            checkpoint = repr(term["checkpoint"]) if term["network"] == "network" else term["checkpoint"]
+            pairs.append(
+                ("baseline", f"energies of the network {checkpoint}, weights with the SHA-256 {term['sha256']}")
+            )
         else:
             ranges = [
                 f"{chemical_symbol(a)}-{chemical_symbol(b)} {low:.2f} to {high:.2f} A"

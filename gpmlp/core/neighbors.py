@@ -24,6 +24,8 @@ PAIRS = 1 << 13  # that another thread is worth waking for, to compare them with
 MOLECULES = 256  # whose pairs are searched in one call
 GRID = 5e4  # bins that vesin certainly keeps; of more than 1e5 it makes fewer, which may leave none along a short axis
 THICK = 4  # bins along the shortest axis that survive that
+MOST_COMPLETE = 5000  # atoms of a structure all pairs of which are listed
+COMPLETE_BYTES = 160  # that such a pair takes with its vector, in its environment and in a gradient
 THREAD_ATOMS = 1024  # for which another thread of a search is worth starting
 
 
@@ -78,8 +80,18 @@ class Neighbors:
         and to its own images along the periodic lattice vectors.
 
         In the order of centres and neighbours, the images of a centre (along the lattice vectors in turn) in its own place.
+
+        Raises:
+            UserError: a structure of so many atoms that these pairs would take gigabytes.
         """
         n, axes = structures.counts, structures.periodic.sum(1)
+        if len(n) and int(n.max()) > MOST_COMPLETE:
+            largest = int(n.argmax())
+            raise UserError(
+                f"{structures.names[largest]}: has {int(n.max())} atoms. Features of a network are functions of the vectors between all atoms "
+                f"of a structure, which take {COMPLETE_BYTES * float(n.max()) ** 2 / 1e9:.3g} GB here; at most {MOST_COMPLETE} atoms are "
+                "taken. Take smaller structures, or a model with local descriptors only."
+            )
         center, place = repeat_with_rank((n + axes - 1).repeat_interleave(n))
         owner = structures.structure_of_atom[center]
         first = structures.offsets[owner]

@@ -378,6 +378,11 @@ class NetworkDescriptor:
     cutoff = float("inf")
 
     @property
+    def shown_cutoff(self) -> float:
+        """Of the local descriptor, or of the network's edges: where environments are shown, as they end nowhere, A."""
+        return self.network.scalars.network.cutoff if self.local is None else self.local.cutoff
+
+    @property
     def n_features(self) -> int:
         return (1 if self.local is None else self.local.n_features) + self.network.n_features
 

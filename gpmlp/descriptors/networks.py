@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from gpmlp.core import errors
@@ -77,7 +78,7 @@ def register_network(name: str, network: InvariantNetwork) -> str:
         the SHA-256 of its weights, which models keep.
 
     Raises:
-        UserError: it lacks what InvariantNetwork asks for, or another one has the name.
+        UserError: it lacks what InvariantNetwork asks for, has weights that are not in double precision, or another one has the name.
     """
     for what in ("cutoff", "widths", "layers", "state_dict"):
         if not hasattr(network, what):
@@ -86,6 +87,11 @@ def register_network(name: str, network: InvariantNetwork) -> str:
             )
     digest = hashlib.sha256(repr((float(network.cutoff), tuple(network.widths))).encode())
     for key, value in sorted(network.state_dict().items()):
+        if value.dtype not in (torch.float64, torch.complex128) and (value.is_floating_point() or value.is_complex()):
+            raise errors.UserError(
+                f"The network {name!r} has {key!r} in {str(value.dtype).removeprefix('torch.')}; all it computes must be in double "
+                "precision: register network.double()."
+            )
         value = value.detach().cpu().contiguous()
         digest.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode() + value.numpy().tobytes())
     known = KnownNetwork(network, digest.hexdigest())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,24 +109,27 @@ def load_sevennet(checkpoint: str) -> tuple[SevenNet, str]:
     path = Path(found.origin).parent / "pretrained_potentials" / name
     if not path.is_file():
         raise errors.UserError(f"The package sevenn holds no weights of {checkpoint!r}; install sevenn 0.13.")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    weights = path.read_bytes()
+    digest = hashlib.sha256(weights).hexdigest()
     if digest != sha256:
         raise errors.UserError(
             f"The weights of {checkpoint!r} in the package sevenn have the SHA-256 {digest}, not {sha256}: not read. Install sevenn 0.13."
         )
-    return SevenNet(_build(path)), sha256
+    return SevenNet(_build(weights)), sha256
 
 
-def _build(path: Path) -> torch.nn.Module:
+def _build(weights: bytes) -> torch.nn.Module:
     """The model as plain PyTorch in double precision: TorchScript has no forward-mode derivatives."""
     import e3nn
     from sevenn.checkpoint import SevenNetCheckpoint
 
-    with _building:
+    with _building, tempfile.TemporaryDirectory() as folder:
+        # a pickle, whose bytes are known: these ones, whatever becomes of the package's file meanwhile
+        path = Path(folder) / "weights.pth"
+        path.write_bytes(weights)
         script = e3nn.get_optimization_defaults()["jit_script_fx"]
         try:
             e3nn.set_optimization_defaults(jit_script_fx=False)
-            # a pickle, whose bytes are known
             model = SevenNetCheckpoint(path).build_model()
         finally:
             e3nn.set_optimization_defaults(jit_script_fx=script)

@@ -213,9 +213,11 @@ def _compile(found: Installation, headers: Path, folder: Path) -> Path:
     if _has_old_strings(found):
         options.append("-D_GLIBCXX_USE_CXX11_ABI=0")
     options += [f"-I{headers}", f"-I{SOURCES / 'src'}"]
+    given = os.environ.get("CXXFLAGS", "").split()
+    options += [flag for flag in given if not flag.startswith("-m")]
     compiler = [*_compiler(found, headers), *FLAGS.split(), *options]
     fast = ["-march=x86-64-v3"] if library.compiled() is not None and library.call("supports_v3") else []
-    fast += os.environ.get("CXXFLAGS", "").split()
+    fast += [flag for flag in given if flag.startswith("-m")]
     needs = f"-DGPMLP_NEEDS={_instructions([*compiler, *fast], found)}"
     # what both hold of templates is taken from the first, which has to run on any processor
     objects = [folder / f"{name}.o" for name in ("plugin", "pair_gpmlp")]

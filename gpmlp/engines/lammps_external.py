@@ -107,6 +107,8 @@ class ExternalPotential:
             )
         if uncertainty is not None:
             potential.check_variance(uncertainty)
+        if isinstance(potential, Potential):
+            potential.check_atom_virials()
         self.potential, self.uncertainty, self.novelty = potential, uncertainty, novelty
         self._energy, self._length = _units(lmp)
         self._species = _species(elements, lmp.extract_setting("ntypes"), potential)

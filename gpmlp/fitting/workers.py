@@ -170,7 +170,7 @@ class RemoteWorkers(Workers):
         try:
             while running or begun < n:
                 oldest = min((first for first, size in running if size == 1), default=begun)
-                while begun < min(n, oldest + AHEAD * self.number) and not errors:
+                while begun < min(n, oldest + AHEAD * max(1, self.number)) and not errors:
                     begin((begun, 1), work, silent, *pieces[begun])
                     begun += 1
                 span = self._next(ended, progress)

@@ -212,7 +212,7 @@ def _explain(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
     path, _, first = min(located, key=lambda item: (not item[1], item[2]["type"] != "extra_forbidden"))
     dotted = ".".join(path)
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{dotted}'.{_nearest(path, model)}"
+        return f"unknown key '{dotted}'.{_nearest(path, model, first['loc'])}"
     if first["type"] == "invalid_key":
         return f"a key must be a word; got {dotted or reprlib.repr(first['input'])}."
     if first["type"] == "missing":
@@ -278,11 +278,14 @@ def _words(expected: str) -> list[str]:
     return [word.strip("' ") for word in expected.replace(" or ", ",").split(",") if word.strip("' ")]
 
 
-def _nearest(path: tuple[str, ...], model: type[BaseModel]) -> str:
-    """Suggest the same key in another section; else the nearest key of the section; else list the section's keys."""
+def _nearest(path: tuple[str, ...], model: type[BaseModel], branches: tuple[int | str, ...]) -> str:
+    """Suggest the same key in another section; else the nearest key of the section, which is the one of pydantic's branches; else list
+    the section's keys."""
     *section, key = path
     elsewhere = {name.rsplit(".", 1)[-1]: name for name in reversed(_all_keys(model))}
-    here = [".".join([*section, name]) for name in _keys(tuple(section), model)]
+    here = [".".join([*section, name]) for name in _keys(tuple(section), model, branches)]
+    if elsewhere.get(key) == ".".join(step for step in path if not step.isdigit()):  # of another kind of this section
+        return f" Valid names: {', '.join(here)}."
     if key in elsewhere:
         return f" Perhaps you meant '{elsewhere[key]}'."
     local = suggest_name(key, [name.rsplit(".", 1)[-1] for name in here])
@@ -299,13 +302,13 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in typing.get_args(annotation) for model in _models(part)]
 
 
-def _keys(section: tuple[str, ...], model: type[BaseModel]) -> list[str]:
+def _keys(section: tuple[str, ...], model: type[BaseModel], branches: tuple[int | str, ...]) -> list[str]:
     """Valid keys of a section."""
     for step in section:
         # places in lists and free names (config types) stay with the section they belong to
         if step in model.model_fields:
             inner = _models(model.model_fields[step].annotation)
-            model = inner[0] if inner else model
+            model = next((one for one in inner if one.__name__ in branches), inner[0] if inner else model)
     return list(model.model_fields)
 
 

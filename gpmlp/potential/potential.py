@@ -69,14 +69,20 @@ class Potential:
 
     @property
     def cutoff(self) -> float:
-        """Largest cutoff of the descriptors that have one, A."""
-        cutoffs = (term.descriptor.cutoff for term in self.terms)
-        return max((c for c in cutoffs if c < math.inf), default=neighbors.CLOSEST)
+        """Largest cutoff of descriptors, A; of those with features of a network, which have none, what they name in its place."""
+        return max(getattr(term.descriptor, "shown_cutoff", term.descriptor.cutoff) for term in self.terms)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the energy of an atom depends on its neighbours within a cutoff only, without any network."""
+        whole = any(term.descriptor.cutoff == math.inf for term in self.terms)
+        return not whole and not any(baseline.whole_structures for baseline in self.baselines)
 
     @cached_property
     def reach(self) -> float:
-        """Largest cutoff of descriptors and baselines, A."""
-        return max(self.cutoff, *(term.cutoff for term in self.baselines), 0.0)
+        """Largest cutoff of descriptors that have one, and baselines, A: of the neighbours to look for."""
+        cutoffs = *(term.descriptor.cutoff for term in self.terms), *(term.cutoff for term in self.baselines)
+        return max(neighbors.CLOSEST, *(c for c in cutoffs if c < math.inf))
 
     @property
     def has_energy_zero(self) -> bool:
@@ -115,8 +121,10 @@ class Potential:
 
         Raises:
             UserError: a species that was not in the training data; atoms on top of each other; an unknown variance or form; a model
-                without variances.
+                without variances; virials of atoms of a model with a network.
         """
+        if atom_virials:
+            self.check_atom_virials()
         if not len(structures):
             raise errors.UserError("There are no structures to predict.")
         self.check_species(structures)
@@ -338,7 +346,16 @@ class Potential:
         species = ", ".join(errors.chemical_symbol(z) for z in self.species)
         names = ", ".join(descriptor.name for descriptor in self.recipe.descriptors)
         columns = f"{self.report['columns']} columns" if "columns" in self.report else "no report"
-        return f"Potential({species}; {names}; cutoff {self.cutoff:g} A; {columns})"
+        reach = f"cutoff {self.cutoff:g} A" + (", a network beyond" if not self.is_local else "")
+        return f"Potential({species}; {names}; {reach}; {columns})"
+
+    def check_atom_virials(self) -> None:
+        """UserError if virials cannot be laid on atoms."""
+        if not self.is_local:
+            raise errors.UserError(
+                "Virials of atoms have no meaning with a network, whose energies and features are functions of whole structures: forces and "
+                "stresses of structures are what there is."
+            )
 
     def check_species(self, structures: Structures) -> None:
         if not isinstance(structures, Structures):

@@ -45,6 +45,9 @@ void PairGPMLP::settings(int n, char **words) {
     if (n % 2)
         error->all(FLERR, "pair_style gpmlp: an option lacks its value (pair_style gpmlp [threads N] [force_atoms N] [sigma_above X] "
                           "[novelty_above X])");
+    threads = 1; // of an earlier pair_style nothing stays
+    force_sigma.atoms = -1;
+    force_sigma.sigma_above = force_sigma.novelty_above = INFINITY;
     for (int k = 0; k < n; k += 2) {
         const std::string name = words[k];
         if (name == "sigma_above" || name == "novelty_above") {

@@ -31,6 +31,7 @@ ORDERED = {"energies": "spearman_of_structures", "forces": "spearman_of_atoms", 
 SCALES = {"energies": 1e3, "forces": 1e3, "stresses": 1 / units.GPA}
 WORST = 0.1  # share of atoms whose force error counts as large in the ranking of indicators
 DIMER_POINTS = 60
+FREE = 300.0  # A, where atoms are out of reach of each other
 COMPONENTS = {"energies": ("",), "forces": ("x", "y", "z"), "stresses": ("xx", "yy", "zz", "yz", "xz", "xy")}
 
 
@@ -384,7 +385,7 @@ def dimer_curves(potential: Potential) -> list[dict[str, Any]]:
             start = 0.6 * shortest.get(pair, 1.5)
             r = torch.linspace(start, potential.cutoff + 0.3, DIMER_POINTS, dtype=torch.float64)
             positions = torch.zeros(n, 2, 3, dtype=torch.float64)
-            positions[:, 1, 0] = torch.cat([r, r.new_tensor([2 * potential.reach + 1])])  # the last one: free atoms
+            positions[:, 1, 0] = torch.cat([r, r.new_tensor([FREE])])  # the last one: free atoms
             structures = Structures(
                 positions.flatten(0, 1),
                 torch.zeros(n, 3, 3, dtype=torch.float64),
