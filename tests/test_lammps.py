@@ -27,6 +27,7 @@ from systems import (
 
 from gpmlp.cli import main
 from gpmlp.core.errors import UserError
+from gpmlp.engines import lammps as engine
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.engines.lammps import build_plugin
 from gpmlp.io.ase_atoms import structures_from_ase
@@ -559,6 +560,18 @@ def test_what_lacks_for_the_plugin_is_named(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "made.so").exists()
     command = ["lammps", "build", "--lammps", str(tmp_path / "bare/lmp"), "-o", str(tmp_path / "made.so")]
     assert main.main(command) == 2 and "without the package PLUGIN" in " ".join(capsys.readouterr().err.split())
+
+
+def test_flags_about_the_processor_reach_the_fast_part_only(tmp_path, monkeypatch):
+    found, commands = lammps(), []
+    monkeypatch.setattr(engine, "_run", lambda command, found: commands.append(command) or "")
+    monkeypatch.setattr(engine.Installation, "run", lambda *_: subprocess.CompletedProcess([], 0, "", ""))
+    monkeypatch.setenv("CXXFLAGS", "-march=native -DMINE -I/mine")
+    engine._compile(found, tmp_path, tmp_path)
+    made = {Path(command[command.index("-c") + 1]).stem: command for command in commands if "-c" in command}
+    assert set(made) == {"plugin", "pair_gpmlp"}
+    assert all({"-DMINE", "-I/mine"} < set(command) for command in made.values())
+    assert "-march=native" in made["pair_gpmlp"] and not [f for f in made["plugin"] if f.startswith("-m")]
 
 
 def test_another_version_refuses_the_plugin(tmp_path):

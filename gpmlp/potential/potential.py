@@ -353,8 +353,8 @@ class Potential:
         """UserError if virials cannot be laid on atoms."""
         if not self.is_local:
             raise errors.UserError(
-                "Virials of atoms have no meaning with a network, whose energies and features are functions of whole structures: forces and "
-                "stresses of structures are what there is."
+                "Virials of atoms have no meaning with a network, whose energies and features are functions of whole structures: take "
+                "forces and stresses of structures."
             )
 
     def check_species(self, structures: Structures) -> None:
