@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import pydoc
 import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ase.build
 import ase.io
 import pytest
 import yaml
-from counting_oracle import LOG, answers
+from counting_oracle import FAILS, LOG, answers
 from lammps_runs import lammps, plugin
 
 from gpmlp.cli.main import main
@@ -19,8 +23,10 @@ from gpmlp.core.errors import UserError
 from gpmlp.io import archive, structure_files
 from gpmlp.learning import lammps_runs
 from gpmlp.learning.loop import learn
-from gpmlp.learning.recipe import LearnRecipe
+from gpmlp.learning.oracles.results import LockHolder
+from gpmlp.learning.recipe import LammpsRecipe, LearnRecipe
 from gpmlp.native import library
+from gpmlp.report.run.collect import run_recipe
 
 pytestmark = pytest.mark.skipif(library.compiled() is None, reason="gpmlp was built without a compiler")
 
@@ -159,3 +165,137 @@ def test_what_cannot_be(folder):
     shutil.copy(folder / "start.xyz", folder / "frame.xyz")
     with pytest.raises(UserError, match="halted at a frame that the model has learned: the limit at which in.same"):
         finish(folder, lammps={"input": "in.same"}, output="same")
+
+
+FAKE = """import json, os, sys
+import ase.io, numpy as np
+words, v = sys.argv[1:], {}
+for i, word in enumerate(words):
+    if word == "-var":
+        v[words[i + 1]] = words[i + 2]
+n = int(open(v["state"]).read()) if v["begun"] == "1" else 0
+open(v["next"], "w").write(str(n + 1))
+sys.stdout.buffer.write(b"\\xff")
+frames = 2 if os.path.exists("two") else 1
+if n < 3:
+    atoms = ase.io.read("start.xyz")
+    atoms.positions += np.random.default_rng(n).normal(size=atoms.positions.shape) * 0.1
+    ase.io.write(v["halted"], [atoms] * frames, format="extxyz")
+"""
+
+
+@pytest.fixture
+def fake(folder) -> Path:
+    """With a program in place of LAMMPS, which halts three times."""
+    (folder / "fake.py").write_text(FAKE)
+    (folder / "p.so").write_text("")
+    ase.io.write(folder / "start.xyz", ase.build.bulk("Cu", cubic=True))
+    return folder
+
+
+FAKED = {"lammps": {"input": "in.heat", "command": f"{sys.executable} fake.py", "plugin": "p.so"}}
+
+
+def faked(folder: Path, resume: bool = False, **more):
+    return finish(folder, resume, **(FAKED | more))
+
+
+@pytest.mark.parametrize("when", ["before it is done with", "while it is removed"])
+def test_a_kill_after_the_checkpoint(when, fake, tmp_path_factory, monkeypatch):
+    """Each frame is learned once, in the round that it has without a kill."""
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(fake, whole, dirs_exist_ok=True)
+    assert faked(whole).labels == 6
+    with monkeypatch.context() as patch:
+
+        def kill(place, *_, **__):
+            if "removed" in when:
+                for path in Path(place).iterdir():
+                    path.unlink()
+            raise KilledError
+
+        patch.setattr("shutil.rmtree" if "removed" in when else "gpmlp.learning.lammps_runs.LammpsRuns.done", kill)
+        with pytest.raises(KilledError):
+            faked(fake)
+    assert faked(fake, resume=True).stopped == "LAMMPS came to the end of in.heat"
+    assert (fake / "out/labels.xyz").read_bytes() == (whole / "out/labels.xyz").read_bytes()
+
+
+def test_the_page_of_a_folder(fake):
+    faked(fake, trigger={"novelty": 5})
+    recipe = run_recipe(fake / "out")
+    assert recipe.lammps and recipe.novelty_limit == 5
+
+
+def test_the_engine_does_not_change(fake):
+    faked(fake)
+    with pytest.raises(UserError, match="LAMMPS moves the atoms of the run there, and gpmlp would"):
+        list(learn(LearnRecipe.model_validate({k: v for k, v in RECIPE.items() if k != "lammps"}), fake, True))
+    path = fake / "out/recipe.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lammps": None}))
+    with pytest.raises(UserError, match="gpmlp moves the atoms of the run there, and LAMMPS would"):
+        faked(fake, resume=True)
+
+
+def test_a_frame_without_a_label_is_asked_for_again(fake, monkeypatch):
+    oracle = RECIPE["oracle"] | {"retries": 0}
+    faked(fake, oracle=oracle, stop={"labels_at_most": 3})
+    with monkeypatch.context() as patch:
+        patch.setenv(FAILS, "-1000")
+        with pytest.raises(UserError, match=r"no label for that frame(?s:.*)not converged(?s:.*)--resume"):
+            faked(fake, resume=True, oracle=oracle)
+    assert faked(fake, resume=True, oracle=oracle).labels == 6
+
+
+def test_a_script_that_writes_two_frames_is_run_again(fake):
+    (fake / "two").touch()
+    with pytest.raises(UserError, match="it wrote 2"):
+        faked(fake)
+    (fake / "two").unlink()
+    assert faked(fake, resume=True).labels == 6
+
+
+def test_lammps_left_behind_is_ended(fake):
+    faked(fake, stop={"labels_at_most": 3})
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as left:
+        attempt = fake / "out/lammps/attempt.old"
+        attempt.mkdir(parents=True)
+        (attempt / lammps_runs.PROCESS).write_text(LockHolder.of_process(left.pid).to_text())
+        faked(fake, resume=True)
+        assert left.wait(10) == -signal.SIGKILL and not attempt.exists()
+
+
+def test_plugins_are_of_a_version(fake, monkeypatch):
+    runs = lammps_runs.LammpsRuns(LammpsRecipe(input="in.heat"), fake, fake / "out")
+    first = runs.plugin()
+    assert first.exists() and runs.plugin() == first
+    runs.installation = replace(runs.installation, version="1 Jan 2030")
+    assert runs.plugin() != first
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"carve": {"above": 100}}, "carve is of gpmlp's own dynamics"),
+        ({"trigger": {"novelty": None}}, "LAMMPS would never halt"),
+        ({"lammps": {"input": "x", "command": 'lmp "x'}}, "is no command of a shell: No closing quotation"),
+        ({"lammps": {"input": "x", "command": "  "}}, "is empty"),
+        ({"model": {"inducing": {"functionals": "all"}}}, "inducing.functionals"),
+        ({"model": {"descriptor": {"name": "dscribe-soap"}}}, "leave out the descriptor dscribe-soap"),
+        ({"model": {"descriptor": {"name": "sevennet"}}}, "leave out the descriptor sevennet"),
+        ({"model": {"descriptor": {"beside": {"name": "sevennet"}}}}, "leave out descriptor.beside"),
+        ({"model": {"baseline": {"network": {"name": "sevennet"}}}}, "without baseline.network"),
+        ({"model": {"dtype": "float32"}}, "float64"),
+    ],
+)
+def test_what_lammps_cannot_take_is_told_at_once(more, said):
+    with pytest.raises(ValueError, match=said):
+        LearnRecipe.model_validate(RECIPE | more)
+
+
+def test_starts_with_moments_are_refused(fake):
+    atoms = ase.io.read(fake / "start.xyz")
+    atoms.set_initial_magnetic_moments([2.0] * len(atoms))
+    ase.io.write(fake / "start.xyz", atoms)
+    with pytest.raises(UserError, match="frame 0 has initial magnetic moments"):
+        faked(fake)

@@ -57,7 +57,11 @@ def learn_command(
             bar.show_report()
             page = report_run(folder, chosen)
     if over:
-        more = "more dynamics.steps, or another section `stop`, let it go on"
+        more = (
+            "another section `stop` lets it go on"
+            if chosen.lammps
+            else "more dynamics.steps, or another section `stop`, let it go on"
+        )
         console.print_message("finished", f"the run in {folder} had stopped already, and nothing was done; {more}")
     console.standard_output().print(progress.learning_table(last, folder, page))
     if last.stopped == loop.UNSTABLE:

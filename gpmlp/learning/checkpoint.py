@@ -288,7 +288,13 @@ def _read_recipe(path: Path) -> dict:
 
 
 def _check_same_run(before: dict, now: dict, folder: Path) -> None:
-    """What decides what a run is must not change on the way; when to stop, and how the oracle is run, may."""
+    """What decides what a run is must not change on the way; when to stop, and how the oracle and LAMMPS are run, may."""
+    engines = ["LAMMPS" if recipe.get("lammps") else "gpmlp" for recipe in (before, now)]
+    if engines[0] != engines[1]:
+        raise UserError(
+            f"{folder}: {engines[0]} moves the atoms of the run there, and {engines[1]} would with this recipe; go on with the recipe it "
+            "began with, or begin another run from its labels (bootstrap.given)."
+        )
     a, b = dict(_flat(before, "")), dict(_flat(now, ""))
     for name in sorted(a.keys() | b.keys()):
         if (

@@ -50,6 +50,16 @@ def read_starts(path: Path) -> list[Atoms]:
     return frames
 
 
+def refuse_electronic_start(starts: Sequence[Atoms], path: Path) -> None:
+    """Raises UserError: charges or magnetic moments by site, which frames of LAMMPS do not have."""
+    for i, atoms in enumerate(starts):
+        if atoms.get_initial_magnetic_moments().any() or atoms.get_initial_charges().any():
+            raise UserError(
+                f"{path}: frame {i} has initial magnetic moments or charges by site, which the frames that LAMMPS writes would not have; "
+                "remove them, and give moments by symbol (oracle.magnetic_moments) or in oracle.kwargs."
+            )
+
+
 def warn_of_electronic_start(starts: Sequence[Atoms], path: Path, by_symbol: Mapping[str, float]) -> None:
     """Say what of the starts' charges and magnetic moments reaches the oracle otherwise than one may think (DataWarning).
 

@@ -122,12 +122,18 @@ class LabelRequests:
                 self.labeller.submit(key, request.structure, check)
 
     def collect(
-        self, request: LabelRequest, reason: str, notes: Mapping[str, Note], potential: Potential | None = None
+        self,
+        request: LabelRequest,
+        reason: str,
+        notes: Mapping[str, Note],
+        potential: Potential | None = None,
+        needed: bool = False,
     ) -> LabelEntry | None:
         """The label of a structure, once it is in the file, of a surrogate as much as is trusted; None if it was refused.
 
         Args:
             potential: that judges how likely the label is; None while there is none.
+            needed: whether the run has to end where it is refused, and the structure is asked for again when it goes on.
 
         Raises:
             UserError: the oracle contradicted itself twice, or failed so often, or at all, that the run has to end; the disk is full.
@@ -154,7 +160,12 @@ class LabelRequests:
             refusal = answer
         self.refused = refusal.reason
         try:
-            self._refuse(refusal)
+            self._refuse(refusal, recorded=not needed)
+            if needed:
+                raise UserError(
+                    f"{reason}: the oracle gave no label for that frame, and without one the run cannot go on: {refusal.reason} (files in "
+                    f"{refusal.folder}). Correct the oracle and go on (--resume): it is asked again."
+                )
             in_a_row = self.labels.refused_in_a_row + len(self._contradictions)
             check_refusal(self.recipe, refusal, in_a_row, begun=len(self.labels) > 0)
         except UserError:
@@ -186,7 +197,7 @@ class LabelRequests:
             self._unchecked.append(key)
         return answer
 
-    def _refuse(self, refusal: LabelRefusal) -> None:
+    def _refuse(self, refusal: LabelRefusal, recorded: bool) -> None:
         """Write a refusal down, unless it is the oracle that is to blame, or the structure is asked for again when the run goes on."""
         if self.labels.refusal(refusal.key) is not None:
             return
@@ -206,7 +217,7 @@ class LabelRequests:
                 f"The oracle contradicts itself, so the run ends: {said}{since} Correct the oracle and go on (--resume): both structures "
                 "are asked for again. Where it is right and only rough, converge it better; oracle.check_every: 0 believes it blindly."
             )
-        if not refusal.contradiction and self.recipe.on_failure != "stop":
+        if recorded and not refusal.contradiction and self.recipe.on_failure != "stop":
             self.labels.refuse(refusal)
 
 

@@ -97,6 +97,8 @@ class _Run:
         self.starts = initial_structures.read_starts(base / recipe.start)
         moments = recipe.oracle.magnetic_moments
         initial_structures.warn_of_electronic_start(self.starts, base / recipe.start, moments)
+        if recipe.lammps:
+            initial_structures.refuse_electronic_start(self.starts, base / recipe.start)
         dynamics, starts = recipe.dynamics, self.starts
         self.lammps = LammpsRuns(recipe.lammps, base, self.folder) if recipe.lammps else None
         self.walkers = [
@@ -135,11 +137,16 @@ class _Run:
     def states(self) -> Iterator[LoopState]:
         """Go on from the last checkpoint, or begin."""
         self.files.truncate(self.progress)
-        if self.files.changed:  # there may be another reason to stop now
+        if (
+            self.files.changed and self.progress.stopped
+        ):  # there may be another reason to stop now, whatever ends this process
             self.progress = replace(self.progress, stopped="")
+            self._checkpoint()
         if self.progress.stopped:
             yield self._state("stopped")
             return
+        if self.lammps:
+            self.lammps.plugin()  # what is lacking for it is told before labels are asked for
         if not self.progress.first:
             yield from self._first_labels()
         else:
@@ -239,9 +246,8 @@ class _Run:
 
     def _lammps_round(self, lammps: LammpsRuns) -> Iterator[LoopState]:
         """Let LAMMPS go on until it halts, and learn the frame at which it did; without one it has come to its end."""
-        left, self.progress = lammps.waiting(), replace(self.progress, round=self.progress.round + 1)
+        frame = left = lammps.waiting()
         limited, sentence = judge.reached_limit(len(self.progress.labels), self._hours(), self.recipe.stop)
-        frame = left
         if frame is None and not limited:
             yield self._state("dynamics")
             with self.timer("dynamics"):
@@ -255,18 +261,15 @@ class _Run:
             if not limited:
                 lammps.done()
             return
-        frame = canonical_structure(frame)
-        request = self._request(frame, surrogate.most_uncertain_atom(self.potential, frame))
+        request = LabelRequest(canonical_structure(frame))
         key, self.reason = self.requests.key(request.structure), f"LAMMPS halted ({lammps.recipe.input})"
         if key not in self.progress.labels:
             yield self._state("labelling")
-            notes = {"walker": 0, "step": self.progress.round}
-            entry = self.requests.collect(request, self.reason, notes, self.potential)
-            if entry is None:
-                raise UserError(
-                    f"The oracle gave no label for the frame at which LAMMPS halted: {self.requests.refused}"
-                )
-            self.progress = replace(self.progress, learned=(*self.progress.learned, key))
+            notes = {"walker": 0, "step": self.progress.round + 1}
+            entry = self.requests.collect(request, self.reason, notes, self.potential, needed=True)
+            assert entry is not None
+            learned = (*self.progress.learned, key)
+            self.progress = replace(self.progress, learned=learned, round=self.progress.round + 1)
             yield self._state("learning")
             with self.timer("learning"):
                 self.model = self.model.with_label(entry)

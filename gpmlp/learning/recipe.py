@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gpmlp.learning.oracles.oracle import OracleRecipe
 from gpmlp.recipe import Count, Finite, NetworkRecipe, Positive, Recipe, RecipeSection, Seed
@@ -250,6 +251,16 @@ class StopRecipe(RecipeSection):
         return self.observable if isinstance(self.observable, tuple) else (self.observable,)
 
 
+def _command(text: str) -> str:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"`{text}` is no command of a shell: {error}") from error
+    if not words:
+        raise ValueError("is empty; leave it out for the LAMMPS there is")
+    return text
+
+
 class LammpsRecipe(RecipeSection):
     """Dynamics in LAMMPS, which moves the atoms as its input says and halts where the model is uncertain (learning/lammps_runs.py).
 
@@ -258,7 +269,7 @@ class LammpsRecipe(RecipeSection):
     """
 
     input: str
-    command: str | None = None
+    command: Annotated[str, AfterValidator(_command)] | None = None
     plugin: str | None = None
 
 
@@ -300,7 +311,7 @@ class LearnRecipe(RecipeSection):
         self._check_trigger()
         self._check_lammps()
         coverage, novelty = self.stop.coverage, self.trigger.novelty
-        given = "novelty" in self.trigger.model_fields_set
+        given = "novelty" in self.trigger.model_fields_set and not self.lammps
         if given and coverage and novelty is not None and novelty > coverage.far:
             raise ValueError(
                 f"trigger.novelty {novelty:g} is above stop.coverage.far {coverage.far:g}: what lies between would neither be "
@@ -314,20 +325,37 @@ class LearnRecipe(RecipeSection):
 
     @property
     def novelty_limit(self) -> float | None:
-        """`trigger.novelty`; not above `stop.coverage.far`, beyond which a frame never counts as covered."""
-        far = self.stop.coverage.far if self.stop.coverage else math.inf
+        """`trigger.novelty`; not above `stop.coverage.far`, where there is that, beyond which a frame never counts as covered."""
+        far = self.stop.coverage.far if self.stop.coverage and not self.lammps else math.inf
         return None if self.trigger.novelty is None else min(self.trigger.novelty, far)
 
     def _check_lammps(self) -> None:
         if self.lammps is None:
             return
         for section, taken in WITH_LAMMPS.items():
-            others = sorted(getattr(self, section).model_fields_set - taken)
+            chosen = getattr(self, section)
+            defaults = {name: field.default for name, field in type(chosen).model_fields.items() if name not in taken}
+            # not whether they are given: in the folder of a run all are
+            others = sorted(name for name, default in defaults.items() if getattr(chosen, name) != default)
             if others:
                 raise ValueError(
                     f"{section}.{others[0]} has no meaning where LAMMPS moves the atoms, which does as {self.lammps.input} says; leave it "
                     f"out (of `{section}` it takes {' and '.join(sorted(taken))})"
                 )
+        if self.trigger.novelty is None and self.trigger.local_energy is None:
+            raise ValueError(
+                "trigger: novelty and local_energy are both null, so that LAMMPS would never halt; give one of them"
+            )
+        if self.carve:
+            raise ValueError("carve is of gpmlp's own dynamics; frames of LAMMPS are labelled whole: leave out carve")
+        for d in self.model.descriptors:
+            if isinstance(d, NetworkRecipe) or d.name != "soap" or d.beside:
+                what = "descriptor.beside" if d.name == "soap" else f"the descriptor {d.name}"
+                raise ValueError(f"LAMMPS takes models with soap alone; leave out {what}")
+        if any(inducing.functionals for inducing in self.model.inducings):
+            raise ValueError("LAMMPS takes no standard deviations of models with inducing.functionals; leave it out")
+        if self.model.baseline.network or self.model.dtype != "float64":
+            raise ValueError("LAMMPS takes models in float64 without baseline.network")
 
     def _check_trigger(self) -> None:
         if self.trigger.force is None and self.trigger.local_energy is None and self.trigger.novelty is None:

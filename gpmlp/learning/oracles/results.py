@@ -118,7 +118,7 @@ def label_lock(
 
 @dataclass(frozen=True)
 class LockHolder:
-    """The process that holds the lock of a label.
+    """The process that holds the lock of a label, or makes an attempt of another kind.
 
     Attributes:
         began: ticks after boot at which it began, which tell it from a later process of the same number.
@@ -134,10 +134,14 @@ class LockHolder:
 
     @staticmethod
     def this_process() -> LockHolder:
-        values = _stat(os.getpid())
-        return LockHolder(
-            os.getpid(), int(values[19]) if values else -1, os.getppid(), socket.gethostname(), _machine()
-        )
+        return LockHolder.of_process(os.getpid())
+
+    @staticmethod
+    def of_process(pid: int) -> LockHolder:
+        """Of a process of this machine."""
+        values = _stat(pid)
+        parent, began = (int(values[1]), int(values[19])) if values else (os.getppid(), -1)
+        return LockHolder(pid, began, parent, socket.gethostname(), _machine())
 
     @staticmethod
     def from_text(text: str) -> LockHolder | None:
@@ -155,10 +159,15 @@ class LockHolder:
         return self.machine != "" and self.machine == _machine()
 
     @property
+    def alive(self) -> bool:
+        """Whether it is, without doubt, at work on this machine."""
+        values = _stat(self.pid) if self.here else []
+        return bool(values) and int(values[19]) == self.began
+
+    @property
     def orphaned(self) -> bool:
         """Whether it is, without doubt, a worker of this machine the run of which has ended."""
-        values = _stat(self.pid) if self.here else []
-        if not values or int(values[19]) != self.began or int(values[1]) == self.parent:
+        if not self.alive or _stat(self.pid)[1:2] in ([], [str(self.parent)]):
             return False
         with suppress(OSError):
             return WORKER in (Path("/proc") / str(self.pid) / "cmdline").read_bytes().split(b"\0")
