@@ -89,8 +89,8 @@ class Neighbors:
             largest, most = int(n.argmax()), int(n.max())
             raise UserError(
                 f"{structures.names[largest]}: has {most} atoms. Features of a network are functions of the vectors between all atoms of "
-                f"a structure, which take {COMPLETE_BYTES * most**2 / 1e9:.3g} GB here; at most {MOST_COMPLETE} atoms are taken. Take smaller "
-                "structures, or a model with local descriptors only."
+                f"a structure, which take {COMPLETE_BYTES * most**2 / 1e9:.3g} GB here; at most {MOST_COMPLETE} atoms are taken. Take "
+                "smaller structures, or a model with local descriptors only."
             )
         center, place = repeat_with_rank((n + axes - 1).repeat_interleave(n))
         owner = structures.structure_of_atom[center]
