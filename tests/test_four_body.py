@@ -10,6 +10,7 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
+from ase.build import bulk
 from systems import (
     CUTOFF,
     DESCRIPTORS,
@@ -233,6 +234,16 @@ def test_a_species_without_neighbours_in_the_data_has_no_four_body_part():
     x = learned(surroundings_of(lonely)).features
     assert torch.isfinite(x).all() and not x[-1, learned.spectrum.n_features :].any()
     assert x[0, learned.spectrum.n_features :].any()
+
+
+@pytest.mark.parametrize("l_max", [2, 3, 4])
+def test_invariants_that_are_zero_by_symmetry_are_not_rounding_made_large(l_max):
+    """Around an atom of a perfect cubic crystal the densities of l = 1, 2 and 3 vanish."""
+    crystals = ase_atoms.from_ase([bulk("Cu", cubic=True, a=a) for a in (3.5, 3.6, 3.7)])[0]
+    choices = DESCRIPTORS[CASE] | {"l_max": 4, "four_body": {"channels": 2, "l_max": l_max, "weight": 0.5}}
+    learned = learn_descriptor((29,), choices, crystals, 0)
+    of_four = learned(surroundings_of(crystals)).features[:, learned.spectrum.n_features :].norm(dim=1)
+    assert (of_four > 0.01).all() if l_max == 4 else (of_four < 1e-12).all()
 
 
 @pytest.mark.parametrize(

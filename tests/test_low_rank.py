@@ -252,3 +252,12 @@ def test_what_learns_label_by_label_is_exact_and_says_so(many):
     assert "mean stays exact" in online.report()["events"][0]
     silent = OnlineFit.begin(*many, Recipe.model_validate(CHOICES))
     assert silent.potential.recipe.mean == "exact" and "exact" not in silent.report()["events"][0]
+
+
+def test_directions_in_single_precision(many):
+    """Moments are summed in double precision: a ridge of 1e-10 does not survive single."""
+    potential, report = gpmlp.fit(*many, recipe(dtype="float32"))
+    assert report.low_rank is not None
+    torch.testing.assert_close(
+        potential(many[0]).forces, potential.to(mean="exact")(many[0]).forces, rtol=0, atol=0.05 * 0.05
+    )

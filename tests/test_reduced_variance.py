@@ -178,3 +178,13 @@ def test_ways_to_move(many):
         step = (moved.positions - factor * some.positions).square().mean().sqrt()
         assert float(step) == pytest.approx(shaken_by * 2.4, rel=0.2)
         torch.testing.assert_close(moved.cells, factor * some.cells)
+
+
+def test_no_more_columns_than_environments(fitted, many, monkeypatch):
+    monkeypatch.setattr(reduced_variance, "ENVIRONMENTS", (2, 1))
+    potential, few = fitted[0].to(local_variance="exact"), many[0].select([0])
+    found = with_reduced_variance(potential, few, many[0].select([1]))[1]
+    assert found is None or found["Cu"]["columns"] <= 2 + len(MOVED)
+    monkeypatch.setattr(reduced_variance, "COLUMNS", (4,))
+    there, numbers = with_reduced_variance(potential, few, many[0].select([1]))
+    assert numbers["Cu"]["columns"] == 4 and torch.isfinite(std(there, many[0])).all()

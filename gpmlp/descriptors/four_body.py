@@ -23,6 +23,7 @@ from gpmlp.descriptors.soap import Expansion, PowerSpectrum, degree_slices
 from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
 
 SAMPLE = 300  # environments of each species that constants are learned from
+ROUNDING = 1e-15  # of the cube of the density: invariants below are zero but for rounding
 ORTHONORMAL = 1e-6  # of products of channels in a file
 
 
@@ -251,8 +252,9 @@ def learn_four_body(spectrum: PowerSpectrum, parameters: dict, structures: Struc
     ones = channels.new_ones(len(spectrum.species))
     made = FourBodyInvariants(channels, ones, parameters["weight"])
     norms = made.invariants(made.channel_densities(density)).norm(dim=1)
+    norms = torch.where(norms > ROUNDING * density.flatten(1).norm(dim=1) ** 3, norms, 0.0)
     lengths = torch.zeros_like(ones).index_add(0, slots, norms) / slots.bincount(minlength=len(ones)).clamp_min(1)
-    # there may be no neighbours in any environment of a species
+    # all are zero without neighbours, and in some crystals by symmetry
     return replace(made, lengths=torch.where(lengths > 0, lengths, 1.0))
 
 

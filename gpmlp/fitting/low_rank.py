@@ -234,18 +234,19 @@ def _jacobian_moment(
     descriptor: Descriptor, view: StructureEnvironments, chosen: Tensor, generator: torch.Generator
 ) -> Tensor:
     """(features, features) mean over some environments of Σ JᵀJ over their neighbours, from so many of the rows, drawn at random."""
-    moment = torch.zeros(descriptor.n_features, descriptor.n_features).to(view.environments.features)
+    moment = torch.zeros(descriptor.n_features, descriptor.n_features).to(view.environments.features).double()
     share = ROWS * descriptor.n_features / max(1, 3 * len(view.surroundings.pairs_of(chosen)[1]))
     for some in chosen.split(CHUNK):
         rows = descriptor(view.surroundings.select(some)).jacobian().flatten(0, 1)
         drawn = (torch.rand(len(rows), generator=generator) < share).to(rows.device)
-        moment += rows[drawn].T @ rows[drawn] / min(1.0, share)
+        some_rows = rows[drawn].double()  # sums in single precision would be less exact than the ridge
+        moment += some_rows.T @ some_rows / min(1.0, share)
     return moment / len(chosen)
 
 
 def _whitening(x: Tensor, jacobians: Tensor, ridge: float = RIDGE) -> Tensor:
     """L with LLᵀ = √(tr A tr C) [A / tr A + C / tr C + LEVEL x̄x̄ᵀ], C the covariance of x: the scale makes species comparable."""
-    x, jacobians = x.double(), jacobians.double()
+    x = x.double()
     mean, covariance = x.mean(0), torch.cov(x.T)
     sizes = jacobians.trace(), covariance.trace().clamp_min(1e-12)
     moment = jacobians / sizes[0] + covariance / sizes[1] + LEVEL * torch.outer(mean, mean)

@@ -24,7 +24,7 @@ from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.potential import Potential
 
 # lengths times, and atoms moved by so much of the shortest distance (standard deviation): far from the data, but not absurd
-MOVED = ((0.9, 0.0), (0.8, 0.0), (1.25, 0.0), (1.0, 0.04), (1.0, 0.08), (1.0, 0.13))
+MOVED = ((0.9, 0.0), (0.8, 0.0), (0.7, 0.0), (1.25, 0.0), (1.0, 0.04), (1.0, 0.08), (1.0, 0.13))
 ENVIRONMENTS = 1200, 350  # of each species, about: as they are, and of each way to move them
 JUDGED = 500, 150  # the same of the structures on which they are compared
 COLUMNS = (64, 96, 128, 192, 256, 320)  # of a species that are tried
@@ -148,8 +148,8 @@ class _Posterior:
     ) -> tuple[ReducedVariance, dict[str, float]] | None:
         """Of as few columns as do, with numbers for the report; None where the exact form is as cheap."""
         n = len(self.signal)
-        sizes = [m for m in COLUMNS if m <= WORTH * n]
         x = [torch.cat(parts) for parts in zip(*fitted, strict=True)]
+        sizes = [m for m in COLUMNS if m <= min(WORTH * n, len(x[0]))]
         a = self.whitened(x)
         groups = [self.whitened(looks) for looks in judged]
         found = None
@@ -179,7 +179,7 @@ class _Posterior:
         columns = form.columns(self.lowers)
         weights = self.variances(a).clamp_min(TINY).rsqrt()
         q, r = torch.linalg.qr(a[:, columns] * weights[:, None])
-        u, s, v = torch.linalg.svd(r)
+        u, s, v = torch.linalg.svd(r, full_matrices=False)
         h = weights[:, None] * (q @ (u * (s / (s.square() + RIDGE * s[0] ** 2))) @ v)  # h_i(x) = (H φ)_i
         values, vectors = torch.linalg.eigh(h.T @ self.covariances_times(x, a, h))
         projected = vectors * values.clamp_min(0).sqrt()

@@ -321,7 +321,9 @@ def select_rows(
     generator = torch.Generator().manual_seed(seed)
     n = min(n, features.shape[0])
     if method == "greedy":
-        return greedy_selection(features, n, kernel)
+        # variances that are left are below the rounding of single precision
+        indices, scores = greedy_selection(features.double(), n, kernel)
+        return indices, scores.to(features)
     if method == "farthest":
         return farthest_points(features, n)
     if method == "cur":
