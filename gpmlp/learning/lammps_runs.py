@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -78,8 +77,6 @@ class LammpsRuns:
         Raises:
             UserError: LAMMPS ended with an error, which is told, or wrote no single frame.
         """
-        if self.ended.exists():
-            return None
         self._clear()
         plugin = self.plugin()
         attempt = Path(tempfile.mkdtemp(prefix="attempt.", dir=self.folder))
@@ -97,12 +94,12 @@ class LammpsRuns:
         """The next run goes on from where the last one ended."""
         if (self.ended / "state").exists():
             (self.ended / "state").replace(self.state)
-        if self.ended.exists():  # what is removed in part must not look as if LAMMPS had come to its end
-            shutil.rmtree(self.ended.rename(self.folder / f"attempt.{secrets.token_hex(4)}"), ignore_errors=True)
+        shutil.rmtree(self.ended, ignore_errors=True)
 
     def _clear(self) -> None:
-        """Remove attempts that do not count, after ending LAMMPS where one is still at work on them."""
-        for left in self.folder.glob("attempt.*"):
+        """Remove attempts that do not count, after ending LAMMPS where one is still at work on them; and what is left of the last
+        one that did: a folder without a frame does not tell whether LAMMPS had come to its end."""
+        for left in (*self.folder.glob("attempt.*"), *self.folder.glob(self.ended.name)):
             process = left / PROCESS
             holder = LockHolder.from_text(process.read_text()) if process.exists() else None
             if holder is not None and holder.alive:
