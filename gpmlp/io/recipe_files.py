@@ -221,6 +221,8 @@ def _explain(error: ValidationError, data: Any, model: type[BaseModel]) -> str:
         text = str(first["ctx"]["error"]).removesuffix(".")
         return f"`{dotted}` {text}." if text.startswith("must be ") else f"{dotted}: {text}." if dotted else f"{text}."
     same = [entry for other, _, entry in located if other == path]
+    # what is wrong with a list first: typing caches unions, so that `A | B` may be the `B | A` of another annotation
+    same.sort(key=lambda entry: entry["type"] not in ("too_long", "too_short"))
     required = " or ".join(dict.fromkeys(_required(entry) for entry in same))
     names = [name for entry in same if entry["type"] == "literal_error" for name in _words(entry["ctx"]["expected"])]
     hint = suggest_name(first["input"], names) if names and isinstance(first["input"], str) else ""
