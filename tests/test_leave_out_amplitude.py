@@ -32,7 +32,9 @@ def caught(silicon):
     )  # fmt: skip
     seen = []
     original = left_out.predict_left_out
-    left_out.predict_left_out = lambda *arguments: seen.append((arguments, original(*arguments))) or seen[-1][1]
+    left_out.predict_left_out = lambda *arguments, **named: (
+        seen.append((arguments, original(*arguments, **named))) or seen[-1][1]
+    )
     try:
         potential, _ = gpmlp.fit(*silicon, recipe)
     finally:

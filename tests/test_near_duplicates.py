@@ -197,8 +197,8 @@ def test_the_amplitude_leaves_out_what_is_near():
     for name, groups in (("known", find_groups), ("blind", lambda s, *_: IndependentGroups.of_one(len(s)))):
         seen: list[torch.Tensor] = []
 
-        def spy(*arguments, seen=seen):
-            found = original(*arguments)
+        def spy(*arguments, seen=seen, **named):
+            found = original(*arguments, **named)
             seen.append(found.targets.forces - found.prediction.forces)
             return found
 
