@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import runpy
 import struct
 import sys
@@ -96,7 +97,8 @@ class Golden:
         else:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             finite = not number or math.isfinite(value)
-            self.scalars[name] = float(value) if number and finite else str(value)
+            folder = tempfile.gettempdir() + r"/[^/ ]+/"  # of this run
+            self.scalars[name] = float(value) if number and finite else re.sub(folder, "", str(value))
 
     def tensor(self, name: str, values: torch.Tensor) -> None:
         """Keep a tensor of a model file: as it is, or where it is large its shape and its products with fixed vectors."""

@@ -37,7 +37,10 @@ def plugin() -> Path:
     made_of = (
         sorted(SOURCES.glob("src/*.hpp")) + sorted(SOURCES.glob("lammps/*")) + [SOURCES.parent / "engines/lammps.py"]
     )
-    sources = b"".join(path.read_bytes() for path in made_of) + importlib.metadata.version("lammps").encode()
+    sources = (
+        b"".join(path.read_bytes() for path in made_of)
+        + "".join(map(importlib.metadata.version, ("gpmlp", "lammps"))).encode()
+    )
     folder = Path(tempfile.gettempdir()) / f"gpmlp-plugin-{os.getuid()}-{hashlib.sha256(sources).hexdigest()[:16]}"
     made = folder / "gpmlp_plugin.so"
     try:
