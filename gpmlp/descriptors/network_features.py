@@ -164,9 +164,6 @@ class NetworkFeatures:
         """What other processes get: not the network, which they find by its name."""
         return {key: value for key, value in vars(self).items() if key != "scalars"}
 
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-
     @property
     def n_features(self) -> int:
         """D."""

@@ -237,9 +237,6 @@ class NetworkEnergies(Baseline):
         """What other processes get: not the network, which they find by its name."""
         return {key: value for key, value in vars(self).items() if key != "network"}
 
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-
     @property
     def cutoff(self) -> float:
         return self.network.cutoff
