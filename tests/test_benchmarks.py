@@ -247,3 +247,13 @@ def test_engines_take_turns(folder):
     assert found["ase"]["ratio"] == {"low": 1, "median": 1, "high": 1} and "8 atoms" in done.stdout
     assert all(0 < one["us"][0] <= one["us"][1] and 0 < one["ratio"]["median"] for one in found.values())
     assert all(name in done.stdout for name in ("fix_external", "openmm"))
+
+
+def test_costs_of_large_fits():
+    """Constants of a few columns and what is computed from them."""
+    command = [sys.executable, "tests/benchmarks/scale.py", "--times", "1", "--centres", str(COLUMNS), "--workers"]
+    done = subprocess.run([*command, "--seconds", "0.01"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "minutes: " in done.stdout and "core-hours for 1e5 steps" in done.stdout
+    constants = dict(line.split(": ") for line in done.stdout.splitlines() if ": " in line and line[0] != " ")
+    assert 0 < float(constants["rows, us an atom and column"]) < math.inf

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import common
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--columns", type=float, default=1e4)
     parser.add_argument("--nodes", type=int, default=100)
     parser.add_argument("--cores", type=int, default=18, help="of a node, a worker on each")
+    parser.add_argument("--seconds", type=float, default=1.0, help="processor time for each constant, at least")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
@@ -118,8 +120,8 @@ def _usage() -> tuple[float, float]:
     return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9
 
 
-def _cpu(work: Callable[[], object], least: float = 1.0) -> float:
-    """CPU seconds of a call: the least of several."""
+def _cpu(work: Callable[[], object], least: float) -> float:
+    """CPU seconds of a call: the least of several, `least` seconds of them."""
     work()
     best, spent = math.inf, 0.0
     while spent < least:
@@ -135,12 +137,13 @@ def measure_constants(options: argparse.Namespace) -> dict[str, float]:
 
     import gpmlp
     from gpmlp.fitting import passes, regression, workers
+    from gpmlp.fitting.inducing_sets import make_models
     from gpmlp.fitting.partitions import Partitions
-    from gpmlp.fitting.regression import make_models
     from gpmlp.gp.qr import RowFactor
     from gpmlp.recipe import Recipe
 
     torch.set_num_threads(1)
+    spent = partial(_cpu, least=options.seconds)
     structures, targets = copies(options.data, 1)
     part = list(range(0, len(structures), max(1, structures.n_atoms // ATOMS)))
     targets, structures = targets.select(structures, part), structures.select(part)
@@ -153,11 +156,11 @@ def measure_constants(options: argparse.Namespace) -> dict[str, float]:
     def candidates(k, choice):
         return passes.collect_candidates(cut, recipe, choice, every, none, workers.silent)[0]
 
-    models, _ = make_models(recipe, structures, candidates)
+    models, _ = make_models(recipe, structures, candidates, structures, targets)
     columns = sum(len(low) for low in regression.lowers_of(models))
     pieces = list(zip(*passes._chunked(cut.kept[0], every), strict=True))
     columns = sum(len(low) for low in regression.lowers_of(models))
-    rows = _cpu(lambda: [regression.labelled_rows(models, *piece) for piece in pieces])
+    rows = spent(lambda: [regression.labelled_rows(models, *piece) for piece in pieces])
     labels = sum(len(r) for piece in pieces for r in regression.labelled_rows(models, *piece).values())
     matrix = torch.randn(3 * QR_COLUMNS, QR_COLUMNS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     operations = (2 * 3 - 2 / 3) * QR_COLUMNS**3
@@ -166,10 +169,12 @@ def measure_constants(options: argparse.Namespace) -> dict[str, float]:
     found = {
         "rows, us an atom and column": 1e6 * rows / n / columns,
         "rows, an atom": labels / n,
-        "candidates for centres, us an atom": 1e6 * _cpu(lambda: make_models(recipe, structures, candidates)) / n,
-        "predictions, us an atom": 1e6 * _cpu(lambda: passes.predict(cut, potential)) / n,
-        "QR, 1e9 operations a second": 1e-9 * operations / _cpu(lambda: torch.linalg.qr(matrix, mode="r")),
-        "merging two factors, 1e-9 s a column cubed": 1e9 * _cpu(lambda: factor.merge(factor)) / QR_COLUMNS**3,
+        "candidates for centres, us an atom": 1e6
+        * spent(lambda: make_models(recipe, structures, candidates, structures, targets))
+        / n,
+        "predictions, us an atom": 1e6 * spent(lambda: passes.predict(cut, potential)) / n,
+        "QR, 1e9 operations a second": 1e-9 * operations / spent(lambda: torch.linalg.qr(matrix, mode="r")),
+        "merging two factors, 1e-9 s a column cubed": 1e9 * spent(lambda: factor.merge(factor)) / QR_COLUMNS**3,
     }
     for name, value in found.items():
         print(f"{name}: {value:.3g}")
