@@ -8,7 +8,7 @@
 #include <numeric>
 
 #include "abi.hpp"
-#include "power_spectrum.hpp"
+#include "block.hpp"
 #include "threads.hpp"
 
 namespace gpmlp {

@@ -6,11 +6,11 @@
 #include <memory>
 
 #include "baselines.hpp"
+#include "block.hpp"
 #include "calibration.hpp"
 #include "mean.hpp"
 #include "novelty.hpp"
 #include "pairs.hpp"
-#include "power_spectrum.hpp"
 #include "threads.hpp"
 #include "variance.hpp"
 
