@@ -21,7 +21,8 @@ from gpmlp.gp.evidence import SufficientStatistics
 from gpmlp.gp.functionals import TOLERANCE, FunctionalBlock, functional_maps, internal_directions
 from gpmlp.gp.kernels import PolynomialKernel
 from gpmlp.gp.prior import PriorCovariance
-from gpmlp.gp.variance import VarianceModel, VarianceRequest, _check_factor
+from gpmlp.gp.stored_factors import check_factor
+from gpmlp.gp.variance import VarianceModel, VarianceRequest
 
 CASES = [("soap gto", k) for k in KERNELS] + [("soap optimal", "polynomial 2"), ("dscribe-soap", "polynomial 6")]
 RELATIVE = {1: 0.7, 6: 1.3, 8: 0.8}
@@ -240,9 +241,9 @@ def test_a_first_structure_without_functionals():
     block = FunctionalBlock.make(descriptor("soap gto"), structures, maps, RELATIVE)
     assert block.starts == [0, 0, 3]
     lower = torch.linalg.cholesky(block.K_uu(kernel))
-    _check_factor(lower, kernel, block)
+    check_factor(lower, kernel, block)
     with pytest.raises(UserError, match="is that of others"):
-        _check_factor(1.1 * lower, kernel, block)
+        check_factor(1.1 * lower, kernel, block)
     none = block.select(torch.arange(0))
     assert none.K_uu(kernel).shape == (0, 0)
     assert none.centres(6).shape == (0, block.descriptor.n_features)

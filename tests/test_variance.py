@@ -24,7 +24,7 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import variance_checks
 from gpmlp.fitting.fit import fit
-from gpmlp.gp import variance
+from gpmlp.gp import stored_factors
 from gpmlp.io import archive, ase_atoms
 from gpmlp.potential import baselines
 from gpmlp.potential.potential import Potential
@@ -285,16 +285,16 @@ def test_a_large_factor_is_kept_in_single_precision(silicon, tmp_path, monkeypat
     """Variances are those of double precision within what is promised, and a file gives the same bits back."""
     potential, structures, _ = silicon
     some = structures.select(range(0, len(structures), 9))
-    assert variance.rounded_factor(potential.variances.factor) is potential.variances.factor  # of few columns
-    monkeypatch.setattr(variance, "DOUBLE_COLUMNS", 10)
-    factor = variance.rounded_factor(potential.variances.factor)
+    assert stored_factors.rounded_factor(potential.variances.factor) is potential.variances.factor  # of few columns
+    monkeypatch.setattr(stored_factors, "DOUBLE_COLUMNS", 10)
+    factor = stored_factors.rounded_factor(potential.variances.factor)
     assert not torch.equal(factor, potential.variances.factor) and torch.equal(factor.float().double(), factor)
     single = replace(potential, variances=replace(potential.variances, factor=factor))
     two, one = (p(some, variance="all", calibrated=False) for p in (potential, single))
     for name in FIELDS:
         a, b = (getattr(p, name).data for p in (one, two))
         a, b = (v.diagonal(dim1=1, dim2=2) if v.dim() > 1 else v for v in (a, b))
-        torch.testing.assert_close(a, b, rtol=2 * variance.SINGLE_ERROR, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=2 * stored_factors.SINGLE_ERROR, atol=1e-12, equal_nan=True)
         assert not torch.equal(a.nan_to_num(), b.nan_to_num())
     for p, path in ((potential, tmp_path / "double.gpmlp"), (single, tmp_path / "single.gpmlp")):
         archive.save(p, path)
@@ -307,7 +307,7 @@ def test_a_large_factor_is_kept_in_single_precision(silicon, tmp_path, monkeypat
 
 def test_a_factor_that_single_precision_would_spoil_stays_in_double(monkeypatch):
     """The error promised is the largest singular value of (R' - R) R⁻¹."""
-    monkeypatch.setattr(variance, "DOUBLE_COLUMNS", 10)
+    monkeypatch.setattr(stored_factors, "DOUBLE_COLUMNS", 10)
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn(300, 60, generator=generator, dtype=torch.float64)
     for size, kept in ((1e2, False), (1e7, True)):  # of columns that are nearly the same
@@ -315,12 +315,12 @@ def test_a_factor_that_single_precision_would_spoil_stays_in_double(monkeypatch)
         factor = torch.linalg.qr(torch.cat([near, torch.eye(60, dtype=torch.float64)])).R
         lost = (factor.float().double() - factor) @ torch.linalg.inv(factor)
         error = float(torch.linalg.matrix_norm(lost, 2))
-        assert (variance.rounded_factor(factor) is factor) == kept == (error > variance.SINGLE_ERROR), error
-        monkeypatch.setattr(variance, "SINGLE_ERROR", 1.01 * error)
-        assert variance.rounded_factor(factor) is not factor
-        monkeypatch.setattr(variance, "SINGLE_ERROR", 0.9 * error)
-        assert variance.rounded_factor(factor) is factor
-        monkeypatch.setattr(variance, "SINGLE_ERROR", 0.01)
+        assert (stored_factors.rounded_factor(factor) is factor) == kept == (error > stored_factors.SINGLE_ERROR), error
+        monkeypatch.setattr(stored_factors, "SINGLE_ERROR", 1.01 * error)
+        assert stored_factors.rounded_factor(factor) is not factor
+        monkeypatch.setattr(stored_factors, "SINGLE_ERROR", 0.9 * error)
+        assert stored_factors.rounded_factor(factor) is factor
+        monkeypatch.setattr(stored_factors, "SINGLE_ERROR", 0.01)
 
 
 def test_uncertainty_grows_away_from_the_data(silicon):

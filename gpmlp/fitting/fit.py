@@ -47,7 +47,7 @@ from gpmlp.gp.energy_scale import EnergyScale
 from gpmlp.gp.exact import ExactPosterior
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
-from gpmlp.gp.variance import rounded_factor
+from gpmlp.gp.stored_factors import rounded_factor
 from gpmlp.io.label_checks.stage import sort_findings
 from gpmlp.potential.baselines import Baseline
 from gpmlp.potential.evaluation import ErrorTable, error_table

@@ -23,6 +23,7 @@ from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import Profile, ZonalKernel
 from gpmlp.gp.local_variance import LocalVariance, ReducedVariance, check_leading, inducing_variance
 from gpmlp.gp.prior import PriorCovariance, near_together
+from gpmlp.gp.stored_factors import STORED, check_factor, pack_triangle, stored_triangle
 
 ByDescriptor = Sequence[StructureEnvironments]  # environments of the same structures, by each descriptor
 VARIANCES = ("atom_energies", "energies", "forces", "stresses")
@@ -33,11 +34,6 @@ FREE = (
 )
 ROUNDING = 1e-12  # of prior variances: less than that of their difference to what is explained is rounding
 KEPT = 1e-6  # of the misspecification, there
-STORED = 1e-4  # by which numbers of a file may disagree with one another, relative; centres may be in single precision
-DOUBLE_COLUMNS = 1500  # up to which the posterior factor is kept in double precision; its size grows with the square
-SINGLE_ERROR = 0.01  # of standard deviations that single precision may cost beyond
-POWER_STEPS, POWER_VECTORS = 12, 4  # of the iteration that estimates this error
-ROWS_CHECKED = 16  # of the prior covariance of a block, against its factor in a file
 FORCE_ATOMS = 512  # atoms whose force rows are in memory together
 
 
@@ -445,11 +441,11 @@ class VarianceModel:
             for entry in header["blocks"][k]:
                 i = len(lowers)
                 mine.append(_stored_block(entry, stored.part(f"{i}."), descriptors[k], features[k]))
-                lowers.append(_stored_triangle(stored, f"{i}.lower", mine[-1].n_columns))
-                _check_factor(lowers[-1], kernel, mine[-1])
+                lowers.append(stored_triangle(stored, f"{i}.lower", mine[-1].n_columns))
+                check_factor(lowers[-1], kernel, mine[-1])
             blocks.append(tuple(mine))
         columns = sum(len(lower) for lower in lowers)
-        signal, factor = stored.take("signal", (columns,)), _stored_triangle(stored, "factor", columns, single=True)
+        signal, factor = stored.take("signal", (columns,)), stored_triangle(stored, "factor", columns, single=True)
         stds = [
             torch.full((b.n_columns,), p.signal[z] / b.relative[z])
             for p, mine in zip(priors, blocks, strict=True)
@@ -471,7 +467,7 @@ class VarianceModel:
         reduced = {}
         for z, leading in (header.get("reduced") or {}).items():
             check_leading(leading, [b.n_columns for mine in blocks for b in mine if int(z) in b.central_species])
-            triangle = _stored_triangle(stored, f"reduced.{z}", sum(leading))
+            triangle = stored_triangle(stored, f"reduced.{z}", sum(leading))
             reduced[int(z)] = ReducedVariance(tuple(leading), triangle)
         return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), signal, factor.T, *about, reduced, exact)
 
@@ -526,75 +522,3 @@ def _above_rounding(differences: Tensor, prior: Tensor) -> Tensor:
     values, least = values.clamp_min(0), ROUNDING * prior.diagonal(dim1=1, dim2=2).mean(1)[:, None]
     values = torch.where(values > 0, values * (values / (values + least)), values)
     return (vectors * values[..., None, :]) @ vectors.mT
-
-
-def rounded_factor(factor: Tensor) -> Tensor:
-    """R rounded to single precision, if it has more than DOUBLE_COLUMNS columns and standard deviations keep to SINGLE_ERROR of themselves.
-
-    With R' = (I + E) R, R'⁻ᵀ a = (I + E)⁻ᵀ R⁻ᵀ a, so that they change by no more than the largest singular value of E, which a block power
-    iteration on E Eᵀ estimates.
-    """
-    if len(factor) <= DOUBLE_COLUMNS:
-        return factor
-    rounded = factor.float().to(factor)
-    lost = rounded - factor
-    vectors = torch.randn(len(factor), POWER_VECTORS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for _ in range(POWER_STEPS):
-        vectors = torch.linalg.qr(vectors.to(factor)).Q
-        vectors = lost @ torch.linalg.solve_triangular(
-            factor, torch.linalg.solve_triangular(factor.T, lost.T @ vectors, upper=False), upper=True
-        )
-    error = float(torch.linalg.matrix_norm(vectors, 2)) ** 0.5
-    return rounded if error < SINGLE_ERROR else factor
-
-
-def pack_triangle(lower: Tensor) -> Tensor:
-    """The entries of a lower triangular matrix, row by row."""
-    rows, columns = torch.tril_indices(*lower.shape, device=lower.device)
-    return lower[rows, columns]
-
-
-def _stored_triangle(stored: StoredTensors, name: str, size: int, single: bool = False) -> Tensor:
-    """A triangular factor of a model file, as pack_triangle made it; `single`: it may be in single precision."""
-    rounded = single and name in stored and stored[name].dtype == torch.float32
-    precision = torch.float32 if rounded else torch.float64
-    entries = stored.take(name, (size * (size + 1) // 2,), precision).double()
-    out = entries.new_zeros(size, size)
-    rows, columns = torch.tril_indices(size, size, device=entries.device)
-    out[rows, columns] = entries
-    if bool((out.diagonal() == 0).any()):
-        raise UserError(f"the tensor `{name}` is a singular triangle.")
-    return out
-
-
-def _check_factor(lower: Tensor, kernel: ZonalKernel, block: Block) -> None:
-    """Raise UserError unless L Lᵀ = K_uu, as far as its diagonal and some of its rows show; of functionals those of the first structure
-    with any."""
-    if not len(lower):
-        return
-    if isinstance(block, FunctionalBlock):
-        leading = next(start for start in block.starts if start)
-        first = block.select(torch.arange(leading, device=lower.device)).K_uu(kernel).to(lower)
-        there = lower[: len(first), : len(first)]
-        size = first.diagonal().clamp_min(0).sqrt()
-        if bool(
-            ((there @ there.T - first).abs() > STORED * (size[:, None] * size)).any() or (lower.diagonal() < 0).any()
-        ):
-            raise UserError("the factor of the prior covariance of inducing functionals is that of others.")
-        return
-    centre, direction = block.column_addresses
-    chosen = torch.linspace(0, len(lower) - 1, min(len(lower), ROWS_CHECKED), device=lower.device).round().long()
-    few = InducingBlock.from_addresses(
-        block.species,
-        block.features[centre[chosen]],
-        block.tangents[centre[chosen]],
-        torch.arange(len(chosen)),
-        direction[chosen],
-    )
-    rows = inducing.K_uu(kernel, few, block).to(lower)
-    of_value, of_slope, _ = kernel.profile(lower.new_ones(1))
-    sizes = torch.where(direction < 0, of_value, of_slope).to(lower)
-    scale = (sizes[chosen, None] * sizes).sqrt()
-    unequal = ((lower[chosen] @ lower.T - rows).abs() > STORED * scale).any()
-    if bool(unequal or (lower.diagonal() < 0).any() or (lower.square().sum(1) / sizes - 1).abs().max() > STORED):
-        raise UserError("the factor of the prior covariance of inducing variables is that of others.")

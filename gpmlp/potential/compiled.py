@@ -21,7 +21,8 @@ from gpmlp.descriptors.cpu import build_spectrum
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel
 from gpmlp.gp.local_variance import leading_first
-from gpmlp.gp.variance import VarianceModel, pack_triangle
+from gpmlp.gp.stored_factors import pack_triangle
+from gpmlp.gp.variance import VarianceModel
 from gpmlp.native import library
 from gpmlp.potential.baselines import ZBL, Baseline, IsolatedAtoms
 from gpmlp.potential.local_errors import LocalErrors
