@@ -118,7 +118,7 @@ template <class T> void Block<T>::channel_slopes(int species, int p, int last, S
     T *slopes = scratch.slopes.data(), *y = scratch.harmonics.data();
     scratch.radial_channels.resize(2 * f.q);
     V *value = scratch.radial_channels.data(), *slope = value + f.q;
-    radial_slopes(p, last, slopes), harmonics_with_gradients(p, y);
+    radial_slopes(p, last, slopes), harmonics_with_gradients(s.degrees, s.recurrence.data(), pairs.directions(p), y);
     for (int l = 1; l <= f.l_max; l++) {
         std::fill_n(value, 2 * f.q, V{});
         const T *channels = f.channels_of(l) + species * s.n_max * f.q_row, *radial = slopes + l * s.full * 2 * W;
