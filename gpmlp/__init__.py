@@ -28,6 +28,7 @@ _HOMES = {
     "Recipe": "gpmlp.recipe",
     "Structures": "gpmlp.core.structures",
     "Targets": "gpmlp.core.quantities",
+    "allow_calculator": "gpmlp.potential.calculator_energies",
     "check": "gpmlp.io.label_checks.stage",
     "evaluate": "gpmlp.potential.evaluation",
     "fit": "gpmlp.fitting.fit",

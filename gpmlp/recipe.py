@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 from collections.abc import Collection
@@ -86,6 +87,16 @@ def _word_or_number(value: Any) -> str:
     return "word" if isinstance(value, str) and not value.isdigit() else "number"
 
 
+def _plain(value: Any) -> Any:
+    """Refuse what no file can hold."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"must hold plain values (numbers, texts, lists, mappings): {error}") from error
+    return value
+
+
+PlainValues = Annotated[dict[str, Any], AfterValidator(_plain)]
 T = TypeVar("T")
 BySymbol = Annotated[dict[str, T], AfterValidator(_by_symbol)]
 WordOrCount = Annotated[
@@ -360,13 +371,23 @@ class ZBLRecipe(RecipeSection):
         return self
 
 
+class CalculatorRecipe(RecipeSection):
+    """An ASE calculator: a ready-made name, or 'module:Class'. reuse: whether one serves all structures, where making it takes long."""
+
+    name: str
+    kwargs: PlainValues = {}
+    reuse: bool = False
+
+
 class BaselineRecipe(RecipeSection):
     """Energy terms that are added, not learned. isolated_atoms: 'auto' (from frames with config_type=isolated_atom if there are any,
-    else least squares over compositions), 'least_squares', 'none', or energies in eV by chemical symbol. network: its energies."""
+    else least squares over compositions), 'least_squares', 'none', or energies in eV by chemical symbol. network, calculator: what they
+    say of whole structures."""
 
     isolated_atoms: Literal["auto", "least_squares", "none"] | BySymbol[Finite] = "auto"
     zbl: ZBLRecipe | Literal[False] = ZBLRecipe()
     network: NetworkName | Literal[False] = False
+    calculator: CalculatorRecipe | Literal[False] = False
 
 
 class VarianceRecipe(RecipeSection):

@@ -18,17 +18,18 @@ from ase.calculators.emt import EMT
 from pydantic import ValidationError
 
 import gpmlp
-from gpmlp.core.errors import UserError
-from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.learning.oracles import codes, single_point
-from gpmlp.learning.oracles.codes import (
+from gpmlp.core import calculators
+from gpmlp.core.calculators import (
     PSEUDO_DIRS,
     READY,
-    OracleError,
+    CalculatorError,
     build_calculator,
     electronic_kwargs,
     merge_kwargs,
 )
+from gpmlp.core.errors import UserError
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.learning.oracles import single_point
 from gpmlp.learning.oracles.oracle import CalculatorOracle, OracleRecipe, make_job
 
 SILICON = {
@@ -93,12 +94,12 @@ def test_documented_recipes():
         values = yaml.safe_load(block)["oracle"]
         recipe = OracleRecipe(**values)
         try:
-            codes.find_calculator(recipe.calculator)
-        except codes.OracleError as error:
+            calculators.find_calculator(recipe.calculator)
+        except calculators.CalculatorError as error:
             assert "pip install" in str(error), error  # what is not installed here says so
             continue
         if recipe.calculator == "quantum-espresso" and pseudo is not None:
-            codes.build_calculator(recipe.calculator, recipe.kwargs_of(2), Path("unused"))
+            calculators.build_calculator(recipe.calculator, recipe.kwargs_of(2), Path("unused"))
     keys = re.findall(r"^\| `(\w+)` \|", text.split("| key | default |")[1], re.MULTILINE)
     assert set(keys) == set(OracleRecipe.model_fields) - {"calculator", "kwargs"}
 
@@ -380,13 +381,13 @@ def test_what_ready_made_calculators_are_told_of_charge_and_moments(name):
     if entry.charge:
         assert electronic_kwargs(name, {entry.charge: -1}, charge) == {entry.charge: -1}
         with pytest.raises(
-            OracleError, match=f"kwargs.{entry.charge} is 2, but the initial charges of the atoms sum to -1"
+            CalculatorError, match=f"kwargs.{entry.charge} is 2, but the initial charges of the atoms sum to -1"
         ):
             electronic_kwargs(name, {entry.charge: 2}, charge)
     if entry.moments:
         electronic_kwargs(name, {}, STRUCTURE)
     else:
-        with pytest.raises(OracleError, match=f"{re.escape(name)} takes no magnetic moments of atoms"):
+        with pytest.raises(CalculatorError, match=f"{re.escape(name)} takes no magnetic moments of atoms"):
             electronic_kwargs(name, {}, STRUCTURE)
 
 

@@ -223,7 +223,7 @@ def format_rows(rows: Mapping[str, int]) -> str:
 
 
 def chosen_baselines(baselines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The terms that are not learned: energies of isolated atoms, between which distances ZBL fades out, a network."""
+    """The terms that are not learned: energies of isolated atoms, between which distances ZBL fades out, networks, calculators."""
     pairs = []
     for term in baselines:
         if term["name"] == "isolated_atoms":
@@ -237,6 +237,11 @@ def chosen_baselines(baselines: Sequence[Mapping[str, Any]]) -> list[tuple[str, 
             pairs.append(
                 ("baseline", f"energies of the network {checkpoint}, weights with the SHA-256 {term['sha256']}")
             )
+        elif term["name"] == "calculator":
+            versions = ", ".join(f"{package} {version}" for package, version in term["versions"].items())
+            kwargs = ", ".join(f"{key} = {value}" for key, value in term["kwargs"].items())
+            text = f"the calculator {term['calculator']}{f' ({versions})' if versions else ''}"
+            pairs.append(("baseline", f"{text}{f' with {kwargs}' if kwargs else ''}"))
         else:
             ranges = [
                 f"{chemical_symbol(a)}-{chemical_symbol(b)} {low:.2f} to {high:.2f} A"

@@ -26,15 +26,15 @@ def learn_command(
 ) -> None:
     """Run molecular dynamics on a model that learns while it runs, with labels of an ab initio code where it is uncertain."""
     from gpmlp.cli import console, progress
+    from gpmlp.core import calculators
     from gpmlp.core.errors import UserError
     from gpmlp.io.recipe_files import load_recipe_as
     from gpmlp.learning import loop
-    from gpmlp.learning.oracles import codes
     from gpmlp.learning.recipe import LearnRecipe
     from gpmlp.report.page import PAGE
     from gpmlp.report.run.page import report_run
 
-    codes.add_import_folder(recipe.parent)
+    calculators.add_import_folder(recipe.parent)
     chosen = load_recipe_as(LearnRecipe, recipe, settings or [])
     folder = recipe.parent / chosen.output
     if resume and not folder.exists():

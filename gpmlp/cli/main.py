@@ -105,9 +105,12 @@ def fit_command(
 ) -> None:
     """Fit a potential to energies, forces and stresses."""
     from gpmlp.cli import console
+    from gpmlp.core.calculators import add_import_folder
     from gpmlp.fitting.fit import fit
+    from gpmlp.fitting.prepare import outer_baselines
     from gpmlp.fitting.workers import open_executor, workers_of
     from gpmlp.io import archive, ase_atoms, provenance
+    from gpmlp.io.baseline_cache import compute_baselines
     from gpmlp.io.files import check_apart, check_target
     from gpmlp.io.label_names import parse_keys
     from gpmlp.io.recipe_files import load_recipe
@@ -121,6 +124,9 @@ def fit_command(
         load_recipe(recipe, [*(settings or []), *(["robust=true"] if robust else [])]),
         parse_keys(keys or ""),
     )
+    if recipe is not None and chosen.baseline.calculator:
+        add_import_folder(recipe.parent)
+    outer = outer_baselines(chosen)
     with open_executor(workers, dask) as executor:
         each = workers_of(executor).each if executor is not None else None  # by whom files are read
         with console.StageBars() as stages:
@@ -128,6 +134,9 @@ def fit_command(
             validation = ase_atoms.read(valid, labelled=True, keys=names) if valid is not None else None
         origin = provenance.file_provenance(training=files, validation=valid)
         with console.StageBars() as stages:
+            compute_baselines(outer, data.structures, files[0], stages)
+            if valid is not None and validation is not None:
+                compute_baselines(outer, validation[0], valid, stages)
             about = chosen, validation, stages, origin, data.findings
             potential, report = fit(data.structures, data.targets, *about, executor)
     console.print_findings(report.findings)
@@ -166,6 +175,7 @@ def evaluate_command(
     """Compare a potential with reference data: errors in all and by config_type, and how well error bars match them."""
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms, provenance
+    from gpmlp.io.baseline_cache import compute_baselines
     from gpmlp.io.files import atomic_write, check_apart, check_target
     from gpmlp.io.label_checks.stage import check_evaluated
     from gpmlp.io.label_names import parse_keys
@@ -185,6 +195,7 @@ def evaluate_command(
     findings = check_evaluated(structures, targets, read.findings)
     provenance.check_overlap(potential.provenance, potential.calibration.source, structures, files)
     with console.StageBars() as stages:
+        compute_baselines(potential.outer_baselines, structures, files[0], stages)
         result = evaluate(potential, structures, targets, stages, variance)
     if json_file is not None:
         with atomic_write(json_file, text=True) as file:
@@ -219,6 +230,7 @@ def report_command(
         raise UserError("`gpmlp report MODEL` needs DATA and --output; only the folder of a learning run goes without.")
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms, provenance
+    from gpmlp.io.baseline_cache import compute_baselines
     from gpmlp.io.files import check_apart, check_folder
     from gpmlp.io.label_checks.stage import check_evaluated
     from gpmlp.io.label_names import parse_keys
@@ -235,6 +247,7 @@ def report_command(
     targets = comparable_targets(potential, read.targets)
     overlap = provenance.check_overlap(potential.provenance, potential.calibration.source, structures, data)
     with console.StageBars() as stages:
+        compute_baselines(potential.outer_baselines, structures, data, stages)
         result = evaluate(potential, structures, targets, stages)
         stages("report", 0, 1, "figures")
         names = model.name, data.name, version

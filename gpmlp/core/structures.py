@@ -227,6 +227,18 @@ def electronic_bytes(structures: Structures, atoms: slice = slice(None)) -> byte
     return out
 
 
+def plain_structure(structures: Structures, i: int = 0) -> dict[str, Any]:
+    """A structure as plain numbers: positions, cell, periodic, species, and moments and charges of atoms that are not all zero."""
+    one = structures.select([i])
+    return {
+        "positions": one.positions.double().tolist(),
+        "cell": one.cells[0].double().tolist(),
+        "periodic": one.periodic[0].tolist(),
+        "species": one.species.tolist(),
+        **{name: value.tolist() for name, value in one.electronic_start().items() if bool(value.any())},
+    }
+
+
 def count_matches(fingerprints: Sequence[str], others: Sequence[str]) -> int:
     """How many of `fingerprints` are of a structure that is among `others`, to the rounding of files."""
     places: dict[str, list[np.ndarray]] = {}

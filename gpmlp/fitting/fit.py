@@ -49,7 +49,7 @@ from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.gp.stored_factors import rounded_factor
 from gpmlp.io.label_checks.stage import sort_findings
-from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.baseline import Baseline
 from gpmlp.potential.evaluation import ErrorTable, error_table
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe

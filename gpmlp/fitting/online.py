@@ -32,7 +32,7 @@ from gpmlp.gp import hyperparameters, inducing
 from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.gp.qr import DowndateError, PosteriorFactor, RowFactor
 from gpmlp.gp.variance import VarianceModel
-from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.baseline import Baseline
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty import mahalanobis

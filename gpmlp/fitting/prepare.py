@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +22,8 @@ from gpmlp.gp.hyperparameters import NOISE_FIELDS
 from gpmlp.io.label_checks import outliers, totals
 from gpmlp.io.label_checks import stage as label_checks
 from gpmlp.potential import baselines
-from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.baseline import Baseline
+from gpmlp.potential.calculator_energies import CalculatorEnergies
 from gpmlp.recipe import Recipe
 
 ISOLATED_NOISE = 1e-3  # eV
@@ -102,8 +105,9 @@ def set_up(
 def make_baselines(
     structures: Structures, targets: Targets, recipe: Recipe, summary: defaults.DataSummary
 ) -> tuple[Baseline, ...]:
-    """Isolated-atom energies (given, from frames, or by least squares) and ZBL repulsion below the shortest distances of the data."""
-    out: list[Baseline] = []
+    """Isolated-atom energies (given, from frames, or by least squares), ZBL repulsion below the shortest distances of the data, and what
+    the recipe names besides."""
+    out = outer_baselines(recipe)
     network, zbl = recipe.baseline.network, recipe.baseline.zbl
     if network:
         known = find_network(network.name, network.checkpoint, network.sha256)
@@ -118,13 +122,12 @@ def make_baselines(
         return tuple(out)
     if isinstance(choice, dict):
         energies = {errors.atomic_number(s): e for s, e in choice.items()}
-        if network:
-            energies = _less_atoms_of(out[0], energies)
+        energies = _less_atoms_of([term for term in out if not isinstance(term, baselines.ZBL)], energies)
         missing = [errors.chemical_symbol(z) for z in species if z not in energies]
         if missing:
             raise errors.UserError(f"baseline.isolated_atoms gives no energy for {', '.join(missing)}.")
     else:
-        remaining = targets.minus(baseline_sum(tuple(out), structures)) if out else targets
+        remaining = less_baselines(structures, targets, out) if out else targets
         from_frames = baselines.IsolatedAtoms.from_frames(structures, remaining) if choice == "auto" else {}
         if not set(from_frames) >= set(species):
             energies = baselines.IsolatedAtoms.least_squares(structures, remaining)
@@ -133,12 +136,18 @@ def make_baselines(
     return (*out, baselines.IsolatedAtoms(energies))
 
 
-def _less_atoms_of(network: Baseline, energies: dict[int, float]) -> dict[int, float]:
-    """Energies of isolated atoms less those of a network."""
+def outer_baselines(recipe: Recipe) -> list[Baseline]:
+    """What the recipe names that is asked of whole structures. Raises UserError: it is not to be had here."""
+    calculator = recipe.baseline.calculator
+    return [CalculatorEnergies.asked_for(calculator.name, calculator.kwargs, calculator.reuse)] if calculator else []
+
+
+def _less_atoms_of(base: Sequence[Baseline], energies: dict[int, float]) -> dict[int, float]:
+    """Energies of isolated atoms less those of other baselines."""
     n, species = len(energies), torch.tensor(list(energies))
     cells = torch.zeros(n, 3, 3, dtype=torch.float64)
     alone = Structures(cells[:, 0], cells, cells[:, 0].bool(), species, torch.arange(n))
-    own = network(alone).energies.tolist()
+    own = baseline_sum(base, alone).energies.tolist()
     return {z: e - mine for (z, e), mine in zip(energies.items(), own, strict=True)}
 
 
@@ -182,7 +191,7 @@ def subtract_baselines(structures: Structures, targets: Targets, base: Sequence[
 
     They lie far from all else and would inflate the common noise.
     """
-    remaining = targets.minus(baseline_sum(base, structures))
+    remaining = less_baselines(structures, targets, base)
     alone = torch.tensor([baselines.is_isolated_atom(label) for label in remaining.config_types]) & (
         structures.counts.cpu() == 1
     )
@@ -190,15 +199,27 @@ def subtract_baselines(structures: Structures, targets: Targets, base: Sequence[
     return replace(remaining, energies_noise=remaining.energies_noise.masked_fill(open_, ISOLATED_NOISE))
 
 
+def less_baselines(structures: Structures, targets: Targets, base: Sequence[Baseline]) -> Targets:
+    """Labels less the baselines. Raises UserError: a baseline gives no stress where there is a label of it."""
+    summed = baseline_sum(base, structures)
+    lacking = (summed.stresses.isnan() & ~targets.stresses.isnan()).flatten(1).any(1)
+    if lacking.any():
+        raise errors.UserError(
+            f"{structures.names[int(lacking.nonzero()[0, 0])]}: it has a stress, but the baseline gives none for such structures; set "
+            "use_stresses: false, or take another baseline."
+        )
+    return targets.minus(summed)
+
+
 def baseline_sum(base: Sequence[Baseline], structures: Structures) -> Prediction:
     """Energies, forces and stresses of all baselines together."""
     if not base:
         zero = baselines.IsolatedAtoms(dict.fromkeys(structures.distinct_species, 0.0))
         return zero(structures)
-    summed = base[0](structures)
-    for term in base[1:]:
-        summed = summed + term(structures)
-    return summed
+    for term in base:
+        if isinstance(term, CalculatorEnergies):
+            term.compute(structures)
+    return functools.reduce(operator.add, (term(structures) for term in base))
 
 
 def labels_noise(targets: Targets) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from gpmlp.core import errors
+from gpmlp.core import calculators, errors
 from gpmlp.core.errors import UserError
 from gpmlp.core.findings import Severity
 from gpmlp.potential.evaluation import ErrorTable
@@ -94,6 +94,19 @@ class _Network(_Section):
     @model_validator(mode="after")
     def _known(self) -> _Network:
         NetworkName.model_validate({"name": self.network, "checkpoint": self.checkpoint, "sha256": self.sha256})
+        return self
+
+
+class _Calculator(_Section):
+    name: Literal["calculator"]
+    calculator: str
+    kwargs: dict[str, Any]
+    versions: dict[str, str]
+    reuse: bool = False
+
+    @model_validator(mode="after")
+    def _known(self) -> _Calculator:
+        calculators.check_calculator_name(self.calculator)
         return self
 
 
@@ -351,7 +364,7 @@ class ModelHeader(_Section):
     species: Annotated[list[Species], Field(min_length=1), AfterValidator(_sorted)]
     recipe: Annotated[dict[str, Any], AfterValidator(_complete)]
     noise: dict[Kind, Deviation]
-    baselines: list[Annotated[_IsolatedAtoms | _ZBL | _Network, Field(discriminator="name")]]
+    baselines: list[Annotated[_IsolatedAtoms | _ZBL | _Network | _Calculator, Field(discriminator="name")]]
     provenance: _Provenance
     report: _Report
     calibration: _Calibration | None = None
@@ -364,10 +377,10 @@ class ModelHeader(_Section):
             if isinstance(baseline, _ZBL):
                 have = {(a, b) for a, b, *_ in baseline.pairs}
                 lacking = [f"Z = {a}, {b}" for a in self.species for b in self.species if a <= b and (a, b) not in have]
-            elif isinstance(baseline, _Network):
-                lacking = []
-            else:
+            elif isinstance(baseline, _IsolatedAtoms):
                 lacking = [f"Z = {z}" for z in self.species if str(z) not in baseline.energies]
+            else:
+                lacking = []
             if lacking:
                 raise ValueError(f"the baseline {baseline.name} lacks {lacking[0]}")
         return self

@@ -354,8 +354,11 @@ class LearnRecipe(RecipeSection):
                 raise ValueError(f"LAMMPS takes models with soap alone; leave out {what}")
         if any(inducing.functionals for inducing in self.model.inducings):
             raise ValueError("LAMMPS takes no standard deviations of models with inducing.functionals; leave it out")
-        if self.model.baseline.network or self.model.dtype != "float64":
-            raise ValueError("LAMMPS takes models in float64 without baseline.network")
+        for name in ("network", "calculator"):
+            if getattr(self.model.baseline, name):
+                raise ValueError(f"LAMMPS takes models without baseline.{name}")
+        if self.model.dtype != "float64":
+            raise ValueError("LAMMPS takes models in float64")
 
     def _check_trigger(self) -> None:
         if self.trigger.force is None and self.trigger.local_energy is None and self.trigger.novelty is None:

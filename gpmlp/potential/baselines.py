@@ -4,58 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gpmlp.core import errors, neighbors, units
+from gpmlp.core import errors, units
 from gpmlp.core.neighbors import Neighbors
-from gpmlp.core.quantities import Prediction, Targets, is_isolated_atom
+from gpmlp.core.quantities import Targets, is_isolated_atom
 from gpmlp.core.structures import Structures, chunk_ranges
 from gpmlp.descriptors.networks import InvariantNetwork, find_network
+from gpmlp.potential.baseline import Baseline, LocalBaseline
+from gpmlp.potential.calculator_energies import CalculatorEnergies
 
 NETWORK_ATOMS = 64  # of structures in one graph of a network, unless one has more
 RANK = 1e-9  # of the largest singular value of compositions: below, a direction is open
 LEAST_OPEN = 1.0  # eV, by which the energy of an element may be off where total energies are about zero
 
 
-class Baseline(Protocol):
-    """A term of the energy with its forces and stress.
-
-    Attributes:
-        whole_structures: whether `of_atoms` is to be asked of all atoms of a structure at once.
-    """
-
-    whole_structures: bool = False
-
-    @property
-    def cutoff(self) -> float:
-        """Range of the interaction, A."""
-        ...
-
-    def of_atoms(
-        self, structures: Structures, pairs: Neighbors, start: int, end: int
-    ) -> tuple[Tensor, Neighbors, Tensor]:
-        """Local energies (atoms,), eV, of the atoms start to end, the pairs within the cutoff, and dE/dr_ij of these (pairs, 3), eV/A.
-
-        Args:
-            pairs: neighbours of these atoms within `cutoff` or more.
-        """
-        ...
-
-    def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
-        """Of all atoms; `pairs`: neighbours within `cutoff` or more, if they are there already."""
-        if pairs is None:
-            pairs = neighbors.find_neighbors(structures, self.cutoff) if self.cutoff else Neighbors.empty(structures)
-        local, near, gradients = self.of_atoms(structures, pairs, 0, structures.n_atoms)
-        return neighbors.assemble_prediction(structures, near, near.vectors(structures), local, gradients)
-
-    def state(self) -> dict: ...
-
-
 @dataclass(frozen=True)
-class IsolatedAtoms(Baseline):
+class IsolatedAtoms(LocalBaseline):
     """E = Σ_i e(Z_i).
 
     Attributes:
@@ -147,7 +114,7 @@ _ZBL_EXPONENTS = (3.19980, 0.94229, 0.40290, 0.20162)
 
 
 @dataclass(frozen=True)
-class ZBL(Baseline):
+class ZBL(LocalBaseline):
     """E = 1/2 sum_ij S(r) Z_i Z_j k_e / r phi(r / a), a = 0.46850 A / (Z_i^0.23 + Z_j^0.23).
 
     S falls from 1 at `inner` to 0 at `outer` by the quintic smoothstep (C2), so that it vanishes beyond `outer`.
@@ -213,7 +180,7 @@ class ZBL(Baseline):
 
 
 @dataclass(frozen=True)
-class NetworkEnergies(Baseline):
+class NetworkEnergies(LocalBaseline):
     """The energy of a network (descriptors/networks.py), so that what is learned is the difference to it; derivatives by autograd.
 
     Attributes:
@@ -293,4 +260,6 @@ def baseline_from_state(state: dict) -> Baseline:
         made = NetworkEnergies(state["network"], state["checkpoint"], state["sha256"])
         made.network  # noqa: B018  is there, or says why not
         return made
+    if state["name"] == "calculator":
+        return CalculatorEnergies.from_state(state)
     raise errors.UserError(f"Unknown baseline '{state['name']}'.")

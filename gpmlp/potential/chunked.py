@@ -18,7 +18,7 @@ from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.core.neighbors import Neighbors, fits_compiled_loops
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
-from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.baseline import LocalBaseline
 from gpmlp.potential.compiled import CompiledMean
 from gpmlp.potential.force_samples import ForceSamples
 from gpmlp.potential.local_errors import NOTHING, LocalErrors
@@ -68,7 +68,7 @@ def predict_mean(
     structures: Structures,
     pairs_of: Callable[[int, int], Neighbors],
     errors: LocalErrors = NOTHING,
-    baselines: Sequence[Baseline] = (),
+    baselines: Sequence[LocalBaseline] = (),
     samples: ForceSamples | None = None,
     compiled: CompiledMean | None = None,
     atom_virials: bool = False,
@@ -108,7 +108,7 @@ class _Chunks:
     structures: Structures
     pairs_of: Callable[[int, int], Neighbors]
     errors: LocalErrors
-    baselines: Sequence[Baseline]
+    baselines: Sequence[LocalBaseline]
     samples: ForceSamples | None
 
     def predict(self, span: tuple[int, int]) -> ChunkPrediction:

@@ -24,7 +24,8 @@ from gpmlp.gp.local_variance import leading_first
 from gpmlp.gp.stored_factors import pack_triangle
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.native import library
-from gpmlp.potential.baselines import ZBL, Baseline, IsolatedAtoms
+from gpmlp.potential.baseline import Baseline
+from gpmlp.potential.baselines import ZBL, IsolatedAtoms
 from gpmlp.potential.local_errors import LocalErrors
 from gpmlp.potential.mean import CheaperMean, EnergyTerm, LowRankForm, MeanBlock, ProjectedCentres, QuadraticForm
 from gpmlp.uncertainty.calibration import Calibration

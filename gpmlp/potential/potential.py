@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -23,7 +25,7 @@ from gpmlp.gp import posterior
 from gpmlp.gp.kernels import make_kernel
 from gpmlp.gp.variance import FORMS, SAMPLED, VARIANCES, VarianceModel, VarianceRequest
 from gpmlp.potential import baselines, chunked, samples
-from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.baseline import Baseline, LocalBaseline
 from gpmlp.potential.compiled import CompiledMean, compile_mean
 from gpmlp.potential.force_samples import ForceSamples
 from gpmlp.potential.local_errors import LocalErrors
@@ -41,7 +43,7 @@ class Potential:
 
     Attributes:
         terms: one for each descriptor; their energies add up.
-        baselines: terms that were not learned.
+        baselines: terms that were not learned; those that are no LocalBaseline are asked of whole structures.
         species: atomic numbers it was trained on.
         recipe: the choices made, those left to the data filled in; learned noises are in `noise`, see also the baselines.
         noise: standard deviations of the likelihood, 'energies' eV/atom, 'forces' eV/A, 'stresses' eV/A^3.
@@ -74,14 +76,24 @@ class Potential:
 
     @property
     def is_local(self) -> bool:
-        """Whether the energy of an atom depends on its neighbours within a cutoff only, without any network."""
+        """Whether the energy of an atom depends on its neighbours within a cutoff only, without any network or other baseline beyond."""
         whole = any(term.descriptor.cutoff == math.inf for term in self.terms)
-        return not whole and not any(baseline.whole_structures for baseline in self.baselines)
+        return not whole and not self.outer_baselines and not any(b.whole_structures for b in self.local_baselines)
+
+    @cached_property
+    def local_baselines(self) -> tuple[LocalBaseline, ...]:
+        """Baselines that are computed atom by atom, with the terms."""
+        return tuple(b for b in self.baselines if isinstance(b, LocalBaseline))
+
+    @cached_property
+    def outer_baselines(self) -> tuple[Baseline, ...]:
+        """Baselines that are asked of whole structures."""
+        return tuple(b for b in self.baselines if not isinstance(b, LocalBaseline))
 
     @cached_property
     def reach(self) -> float:
         """Largest cutoff of descriptors that have one, and baselines, A: of the neighbours to look for."""
-        cutoffs = *(term.descriptor.cutoff for term in self.terms), *(term.cutoff for term in self.baselines)
+        cutoffs = *(term.descriptor.cutoff for term in self.terms), *(term.cutoff for term in self.local_baselines)
         return max(neighbors.CLOSEST, *(c for c in cutoffs if c < math.inf))
 
     @property
@@ -211,7 +223,7 @@ class Potential:
     @cached_property
     def compiled_mean(self) -> CompiledMean | None:
         """The mean in the compiled core; None where PyTorch computes it."""
-        return compile_mean(self.terms, self.baselines, self.species)
+        return compile_mean(self.terms, self.local_baselines, self.species)
 
     @cached_property
     def force_samples(self) -> ForceSamples:
@@ -237,7 +249,9 @@ class Potential:
                 near = None if pairs is None else pairs.of_structures(first, end).to(self.recipe.device)
                 here = request.within(first, chunk.n_atoms)
                 about = here, near, novelty, environments, atom_virials
-                parts.append(self._predict(self.to_own_device(chunk), *about))
+                moved = self.to_own_device(chunk)
+                outer = (baseline(moved) for baseline in self.outer_baselines)
+                parts.append(functools.reduce(operator.add, outer, self._predict(moved, *about)))
                 first = end
         return Prediction.concatenate(parts)
 
@@ -262,7 +276,7 @@ class Potential:
 
         wanted = LocalErrors(model if request.atom_energies else None, distances, request.form)
         mean = chunked.predict_mean(
-            self.terms, structures, pairs.of_centers, wanted, self.baselines,
+            self.terms, structures, pairs.of_centers, wanted, self.local_baselines,
             self.force_samples if request.sampled_forces else None, self.compiled_mean, atom_virials,
         )  # fmt: skip
         if not model or not request.correlated:
@@ -346,14 +360,15 @@ class Potential:
         species = ", ".join(errors.chemical_symbol(z) for z in self.species)
         names = ", ".join(descriptor.name for descriptor in self.recipe.descriptors)
         columns = f"{self.report['columns']} columns" if "columns" in self.report else "no report"
-        reach = f"cutoff {self.cutoff:g} A" + (", a network beyond" if not self.is_local else "")
+        what = "" if self.is_local else f", a {'baseline' if self.outer_baselines else 'network'} beyond"
+        reach = f"cutoff {self.cutoff:g} A{what}"
         return f"Potential({species}; {names}; {reach}; {columns})"
 
     def check_atom_virials(self) -> None:
         """UserError if virials cannot be laid on atoms."""
         if not self.is_local:
             raise errors.UserError(
-                "Virials of atoms have no meaning with a network, whose energies and features are functions of whole structures: take "
+                "Virials of atoms have no meaning with a network or a baseline whose energies are functions of whole structures: take "
                 "forces and stresses of structures."
             )
 

@@ -17,7 +17,7 @@ from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.gp import inducing
 from gpmlp.gp.covariances import Block, local_rows
 from gpmlp.gp.variance import VarianceModel
-from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.baseline import Baseline
 from gpmlp.potential.mean import EnergyTerm, MeanBlock
 from gpmlp.uncertainty.calibration import Calibration
 

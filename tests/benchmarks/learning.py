@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 
 import gpmlp
+from gpmlp.core import calculators
 from gpmlp.io.recipe_files import load_recipe_as
 from gpmlp.learning import loop, walker
-from gpmlp.learning.oracles import codes
 from gpmlp.learning.recipe import LearnRecipe
 
 TIMES = 10  # as many labels in the large rival
@@ -104,7 +104,7 @@ def oracle_run(case: Case, recipe: LearnRecipe, seed: int, frames: int, path: Pa
     timestep = dynamics.timestep_fs or walker.default_timestep_fs(atoms.numbers)
     one = walker.Walker.from_atoms(0, atoms, dynamics, seed)
     atoms = one.atoms.copy()
-    atoms.calc = codes.build_calculator(case.oracle["calculator"], case.oracle.get("kwargs", {}), path.parent)
+    atoms.calc = calculators.build_calculator(case.oracle["calculator"], case.oracle.get("kwargs", {}), path.parent)
     run = LangevinBAOAB(
         atoms, timestep * units.fs, temperature_K=dynamics.temperature(0),
         T_tau=dynamics.relaxation_fs * units.fs, rng=one.generator,
@@ -188,7 +188,7 @@ def missed(folder: Path, case: Case, steps: Sequence[Step]) -> dict[str, float]:
             limits[event["walker"]].append((event["step"], event["threshold"]))
         if event["event"] == "learned" and (event.get("foreseen") or {}).get("largest_error") is not None:
             needed.append(event["foreseen"]["largest_error"] > limits[event["walker"]][-1][1])
-    calculator = codes.build_calculator(case.oracle["calculator"], case.oracle.get("kwargs", {}), folder)
+    calculator = calculators.build_calculator(case.oracle["calculator"], case.oracle.get("kwargs", {}), folder)
     atoms, over = case.start.copy(), []
     atoms.set_constraint()
     atoms.calc = calculator

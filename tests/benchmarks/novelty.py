@@ -31,13 +31,13 @@ from common import ROOT, table
 
 import gpmlp
 from gpmlp import descriptors
+from gpmlp.core.calculators import build_calculator
 from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.errors import chemical_symbol
 from gpmlp.engines.md import LangevinBAOAB
 from gpmlp.fitting import prepare
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.io.ase_atoms import from_ase, structures_from_ase
-from gpmlp.learning.oracles.codes import build_calculator
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty.mahalanobis import Mahalanobis, fit_mahalanobis
 

@@ -14,14 +14,14 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
-from gpmlp.core import errors
+from gpmlp.core import calculators, errors
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
-from gpmlp.core.structures import Structures
+from gpmlp.core.structures import Structures, plain_structure
 from gpmlp.learning.labels import targets_of
-from gpmlp.learning.oracles import codes, results, worker
+from gpmlp.learning.oracles import results, worker
 from gpmlp.learning.oracles.single_point import FORCES, STRESS
-from gpmlp.recipe import Count, Positive, RecipeSection
+from gpmlp.recipe import Count, PlainValues, Positive, RecipeSection
 
 NOT_PHYSICS = ("command",)  # keyword arguments that say how a code is started, not what it computes
 
@@ -38,13 +38,13 @@ class OracleRecipe(RecipeSection):
     """Which code labels, how it is run, and what happens when it fails; docs/oracles.md explains the keys."""
 
     calculator: str
-    kwargs: dict[str, Any] = {}
+    kwargs: PlainValues = {}
     free_energy: bool | None = None
     stress: bool | None = None
     magnetic_moments: dict[str, float] = {}
     timeout_s: Positive | None = 86400.0
     retries: Annotated[int, Field(ge=0)] = 1
-    retry_kwargs: tuple[dict[str, Any], ...] = ()
+    retry_kwargs: tuple[PlainValues, ...] = ()
     on_failure: Literal["set aside", "stop"] = "set aside"
     at_most_failures: Annotated[int, Field(ge=0)] = 5
     workers: Count = 1
@@ -60,17 +60,8 @@ class OracleRecipe(RecipeSection):
     @field_validator("calculator")
     @classmethod
     def _named(cls, name: str) -> str:
-        codes.check_calculator_name(name)  # a recipe is read without importing what it names; `check` does that
+        calculators.check_calculator_name(name)  # a recipe is read without importing what it names; `check` does that
         return name
-
-    @field_validator("kwargs", "retry_kwargs")
-    @classmethod
-    def _plain(cls, value: Any) -> Any:
-        try:
-            json.dumps(value)
-        except TypeError as error:
-            raise ValueError(f"must hold plain values (numbers, texts, lists, mappings): {error}") from error
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> OracleRecipe:
@@ -94,11 +85,11 @@ class OracleRecipe(RecipeSection):
         """Keyword arguments of an attempt, counted from 1: later ones with retry_kwargs in turn, the last of them again."""
         if attempt == 1 or not self.retry_kwargs:
             return dict(self.kwargs)
-        return codes.merge_kwargs(self.kwargs, self.retry_kwargs[min(attempt - 2, len(self.retry_kwargs) - 1)])
+        return calculators.merge_kwargs(self.kwargs, self.retry_kwargs[min(attempt - 2, len(self.retry_kwargs) - 1)])
 
     def check(self) -> None:
         """Import the calculator and make it once. Raises UserError: that fails, or its program is not there."""
-        ready = codes.READY.get(self.calculator)
+        ready = calculators.READY.get(self.calculator)
         if ready and ready.program and self.executor in ("processes", "inline"):
             program = str(self.kwargs.get("command", ready.program)).split()[0]
             if shutil.which(program) is None:
@@ -108,8 +99,8 @@ class OracleRecipe(RecipeSection):
         with tempfile.TemporaryDirectory(prefix="gpmlp-oracle-") as folder:
             try:
                 for attempt in range(1, self.attempts + 1):
-                    codes.build_calculator(self.calculator, self.kwargs_of(attempt), Path(folder))
-            except codes.OracleError as error:
+                    calculators.build_calculator(self.calculator, self.kwargs_of(attempt), Path(folder))
+            except calculators.CalculatorError as error:
                 raise UserError(f"oracle: {str(error).removesuffix('.')}.") from error
 
 
@@ -165,13 +156,7 @@ def make_job(
         "attempt": attempt,
         "check": sorted(set(check)),
         "kwargs": recipe.kwargs_of(attempt),
-        "structure": {
-            "positions": structure.positions.double().tolist(),
-            "cell": structure.cells[0].double().tolist(),
-            "periodic": structure.periodic[0].tolist(),
-            "species": structure.species.tolist(),
-            **{name: value.tolist() for name, value in structure.electronic_start().items() if bool(value.any())},
-        },
+        "structure": plain_structure(structure),
         "threads": recipe.executor_options.get("threads", 1),
         "spool": str(Path(spool_folder).absolute()),
         "scratch": str(Path(scratch).absolute()),

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import PropertyNotImplementedError
 from ase.data import covalent_radii
 
-from gpmlp.core.units import VOIGT_INDEX
-from gpmlp.learning.oracles.codes import OracleError, build_calculator, electronic_kwargs
+from gpmlp.core.calculators import build_calculator, electronic_kwargs
+from gpmlp.core.single_point import NOT_CONVERGED, LabelError, ask_calculator, build_atoms, check_answer
 
 FORCES, STRESS = "forces", "stress"  # what a label's energy can be compared with
 STEP = 0.02  # A, the largest displacement along the forces when energies are compared with them
@@ -32,8 +31,6 @@ STRAIN_SLOPE, STRAIN_ROUGHNESS = (
 )  # as SLOPE and ROUGHNESS, but only a wrong sign or unit counts: with the cell plane waves change
 UNCHANGED = 1e-3  # eV/A
 BONDED = 1.3  # times the sum of covalent radii: atoms so near exert forces
-ASYMMETRY = 1e-2  # of the largest component of a stress; codes print more digits than that
-NOT_CONVERGED = "convergence NOT achieved"
 # what is said where energies and forces (stresses) differ by a factor, to 10 %
 UNITS = {
     -1.0: "of the opposite sign",
@@ -50,10 +47,6 @@ STRESS_UNITS = {
     1 / 1602.177: "in kbar",
 }
 ALIKE = 0.1
-
-
-class LabelError(ValueError):
-    """A label that came back but cannot be trusted."""
 
 
 class ContradictionError(LabelError):
@@ -75,18 +68,11 @@ def compute_label(job: Mapping[str, Any], directory: Path, earlier: Mapping[str,
         earlier: the label, where it is there already and only has to be checked.
 
     Raises:
-        OracleError: the oracle cannot label anything like this.
+        CalculatorError: the oracle cannot label anything like this.
         LabelError: what came back cannot be trusted.
         Exception: whatever the calculator raises.
     """
-    given, moments = job["structure"], job["magnetic_moments"]
-    atoms = Atoms(given["species"], positions=given["positions"], cell=given["cell"], pbc=given["periodic"])
-    if "charges" in given:
-        atoms.set_initial_charges(given["charges"])
-    if "magnetic_moments" in given:  # by site, which says more than by symbol
-        atoms.set_initial_magnetic_moments(given["magnetic_moments"])
-    elif moments:
-        atoms.set_initial_magnetic_moments([moments.get(symbol, 0.0) for symbol in atoms.get_chemical_symbols()])
+    atoms = build_atoms(job["structure"], job["magnetic_moments"])
     if earlier is None:
         answer, calls, checked = _answer(job, atoms, directory / "label"), 1, []
     else:
@@ -116,39 +102,10 @@ def _answer(job: Mapping[str, Any], atoms: Atoms, directory: Path) -> dict[str, 
     if callable(getattr(type(calculator), "label", None)):
         answer = _by_oracle(calculator, job)
     else:
-        answer = _by_calculator(calculator, job, atoms)
-        _check_converged(calculator, directory)
+        stress = job["stress"] if all(job["structure"]["periodic"]) else False
+        answer = ask_calculator(calculator, job["calculator"], atoms, directory, job["free_energy"], stress)
     _check(job, answer, len(atoms))
     return answer
-
-
-def _by_calculator(calculator: Any, job: Mapping[str, Any], atoms: Atoms) -> dict[str, Any]:
-    work, name = atoms.copy(), job["calculator"]
-    if name == "quantum-espresso":
-        _suit_espresso(calculator, work)
-    asked = work.copy()
-    work.calc = calculator
-    forces = work.get_forces(apply_constraint=False)
-    energy = free = work.get_potential_energy()
-    if job["free_energy"] is not False:
-        try:
-            free = work.get_potential_energy(force_consistent=True)
-        except (PropertyNotImplementedError, KeyError) as error:
-            if job["free_energy"]:
-                text = "gives no free energy, which free_energy: true asks for; leave it out to take the energy"
-                raise OracleError(f"{name} {text}") from error
-    stress = None
-    properties = getattr(calculator, "implemented_properties", ())
-    if job["stress"] is not False and all(job["structure"]["periodic"]) and (job["stress"] or "stress" in properties):
-        try:
-            stress = work.get_stress(voigt=True, apply_constraint=False)
-        except (PropertyNotImplementedError, NotImplementedError) as error:
-            if job["stress"]:
-                raise OracleError(f"{name} gives no stress, which stress: true asks for") from error
-    for what in ("numbers", "positions", "cell", "pbc"):
-        if not np.array_equal(np.asarray(getattr(work, what)), np.asarray(getattr(asked, what))):
-            raise LabelError(f"the calculator changed the {what} of the structure: what it says is of another one")
-    return {"energy": free, "extrapolated": energy, "forces": forces, "stress": stress}
 
 
 def _by_oracle(oracle: Any, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,14 +118,19 @@ def _by_oracle(oracle: Any, job: Mapping[str, Any]) -> dict[str, Any]:
     return {"energy": energy, "extrapolated": energy, "forces": targets.forces.numpy(), "stress": stress}
 
 
-def _suit_espresso(calculator: Any, atoms: Atoms) -> None:
-    """pw.x computes nothing but periodic cells, and stops in its middle where a pseudopotential is missing."""
-    if abs(atoms.cell.volume) < 1e-6:
-        raise OracleError("pw.x needs a cell in all three directions; put the molecule into a box")
-    missing = set(atoms.get_chemical_symbols()) - set(calculator.parameters["pseudopotentials"])
-    if missing:
-        raise OracleError(f"kwargs.pseudopotentials names no file for {', '.join(sorted(missing))}")
-    atoms.pbc = True
+def _check(job: Mapping[str, Any], answer: dict[str, Any], n: int) -> None:
+    """As check_answer, and no forces that no code means."""
+    check_answer(answer, n)
+    forces = answer["forces"]
+    if not job["check_forces"]:
+        return
+    sizes, most = np.linalg.norm(forces, axis=1), job["largest_force"]
+    if sizes.max() > most:
+        atom = int(sizes.argmax())
+        raise LabelError(f"the force on atom {atom} is {sizes.max():.3g} eV/A, more than largest_force {most:g}")
+    net, most = float(np.linalg.norm(forces.sum(axis=0))) / n, job["largest_net_force"]
+    if net > most:
+        raise LabelError(f"forces sum up to {net:.3g} eV/A per atom instead of 0, more than largest_net_force {most:g}")
 
 
 def failure_text(folder: Path) -> str:
@@ -181,66 +143,6 @@ def failure_text(folder: Path) -> str:
         for crash in sorted(folder.glob("*/CRASH")):
             text += " ".join(line for line in crash.read_text(errors="replace").split("\n") if "%%" not in line)
     return text
-
-
-def _check_converged(calculator: Any, directory: Path) -> None:
-    """Some codes answer although they did not converge."""
-    output = directory / "espresso.pwo"
-    text = output.read_text(errors="replace") if output.is_file() else ""
-    if getattr(calculator, "converged", None) is False or NOT_CONVERGED in text:
-        raise LabelError("self-consistency was not reached")
-
-
-# ------------------------------------------------------------ what is believed of it by itself
-
-
-def _check(job: Mapping[str, Any], answer: dict[str, Any], n: int) -> None:
-    """Real numbers of the right shapes, not NaN, and no forces that no code means; makes stress (3, 3) and exactly symmetric."""
-    for name in ("energy", "extrapolated"):
-        answer[name] = _real("energy", answer[name])
-        if answer[name].size != 1:
-            raise LabelError(f"the energy is an array of the shape {answer[name].shape}")
-        answer[name] = float(answer[name].reshape(()))
-    energy, forces = answer["energy"], _real("forces", answer["forces"])
-    if not np.isfinite(energy):
-        raise LabelError(f"the energy is {energy}")
-    if forces.shape != (n, 3):
-        raise LabelError(f"forces have the shape {forces.shape} for {n} atoms")
-    if not np.isfinite(forces).all():
-        raise LabelError(f"the force on atom {int((~np.isfinite(forces)).any(axis=1).argmax())} is NaN or infinite")
-    answer["forces"] = forces
-    if answer["stress"] is not None:
-        answer["stress"] = _symmetric(_real("stress", answer["stress"]))
-    if not job["check_forces"]:
-        return
-    sizes, most = np.linalg.norm(forces, axis=1), job["largest_force"]
-    if sizes.max() > most:
-        atom = int(sizes.argmax())
-        raise LabelError(f"the force on atom {atom} is {sizes.max():.3g} eV/A, more than largest_force {most:g}")
-    net, most = float(np.linalg.norm(forces.sum(axis=0))) / n, job["largest_net_force"]
-    if net > most:
-        raise LabelError(f"forces sum up to {net:.3g} eV/A per atom instead of 0, more than largest_net_force {most:g}")
-
-
-def _real(name: str, value: Any) -> np.ndarray:
-    """A copy in double precision; texts, complex numbers and objects are no labels, whatever float() makes of them."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiu":
-        got = type(value).__name__ if array.dtype.kind == "O" else array.dtype.name
-        raise LabelError(f"{name} must be real numbers; got {got}")
-    return np.array(array, dtype=float)
-
-
-def _symmetric(stress: np.ndarray) -> np.ndarray:
-    if stress.shape not in ((6,), (3, 3)):
-        raise LabelError(f"the stress has the shape {stress.shape}")
-    if not np.isfinite(stress).all():
-        raise LabelError("the stress is NaN or infinite")
-    if stress.shape == (6,):
-        return stress[np.array(VOIGT_INDEX)]
-    if np.abs(stress - stress.T).max() > ASYMMETRY * np.abs(stress).max():
-        raise LabelError("the stress is not symmetric")
-    return 0.5 * (stress + stress.T)
 
 
 # ------------------------------------------------------------ what is believed of it by asking again

@@ -19,10 +19,11 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+from gpmlp.core.calculators import CalculatorError, find_calculator
+from gpmlp.core.single_point import LabelError
 from gpmlp.learning.oracles import results
-from gpmlp.learning.oracles.codes import OracleError, find_calculator
 from gpmlp.learning.oracles.results import TICKS, LockWaiter, child_processes
-from gpmlp.learning.oracles.single_point import ContradictionError, LabelError, compute_label, failure_text
+from gpmlp.learning.oracles.single_point import ContradictionError, compute_label, failure_text
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 STOPPED = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGTERM, 128 + signal.SIGINT)
@@ -109,7 +110,7 @@ def _attempt(job: Mapping[str, Any], earlier: Mapping[str, Any] | None, ours: bo
         start = time.monotonic()
         with _redirected(folder, ours), _limited(job, folder, ours), _same_process():
             answer = compute_label(job, folder, earlier)
-    except OracleError as error:
+    except CalculatorError as error:
         return attempt_record(job, results.UNUSABLE, str(error))
     except _TimedOut:
         kill_children(booted)

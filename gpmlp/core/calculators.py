@@ -1,15 +1,18 @@
-"""Codes that can label: ASE calculators by a ready-made name or by an import path; no torch."""
+"""Calculators: those of ASE by a ready-made name or by an import path, and how they are made; no torch."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,8 @@ ANSWERS = ("calculate", "label")  # methods of a class, one of which an oracle h
 PSEUDO_DIRS = ("/usr/share/espresso/pseudo", "/usr/local/share/espresso/pseudo")
 
 
-class OracleError(ValueError):
-    """An oracle that cannot label anything as it is set up; the text says what is wrong and what to do."""
+class CalculatorError(ValueError):
+    """A calculator that cannot compute anything as it is set up; the text says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class CalculatorEntry:
         closed: whether it takes no keyword but those in its list of defaults, without saying so itself.
         charge: keyword of the total charge, where the code does not take it from the atoms; '' = it does, or knows no charge.
         moments: whether it begins with the atoms' magnetic moments.
+        package: that computes, whose version decides about results.
+        harmless: whether no keyword argument can start a program or write a file, so that a file may name it.
     """
 
     path: str
@@ -46,22 +51,32 @@ class CalculatorEntry:
     closed: bool = False
     charge: str = ""
     moments: bool = True
+    package: str = "ase"
+    harmless: bool = False
 
 
-HERE = "gpmlp.learning.oracles.codes"
+HERE = "gpmlp.core.calculators"
 READY = {
-    "emt": CalculatorEntry("ase.calculators.emt:EMT", "", closed=True),
-    "lennard-jones": CalculatorEntry("ase.calculators.lj:LennardJones", "", closed=True),
-    "stillinger-weber": CalculatorEntry(f"{HERE}:stillinger_weber", "pip install matscipy"),
-    "tblite": CalculatorEntry("tblite.ase:TBLite", "pip install tblite", {"method": "GFN2-xTB", "verbosity": 0}),
-    "pyscf": CalculatorEntry(f"{HERE}:PySCF", "pip install pyscf", charge="charge", moments=False),
+    "emt": CalculatorEntry("ase.calculators.emt:EMT", "", closed=True, harmless=True),
+    "lennard-jones": CalculatorEntry("ase.calculators.lj:LennardJones", "", closed=True, harmless=True),
+    "stillinger-weber": CalculatorEntry(
+        f"{HERE}:stillinger_weber", "pip install matscipy", package="matscipy", harmless=True
+    ),
+    "tblite": CalculatorEntry(
+        "tblite.ase:TBLite",
+        "pip install tblite",
+        {"method": "GFN2-xTB", "verbosity": 0},
+        package="tblite",
+        harmless=True,
+    ),
+    "pyscf": CalculatorEntry(f"{HERE}:PySCF", "pip install pyscf", charge="charge", moments=False, package="pyscf"),
     "quantum-espresso": CalculatorEntry(
         f"{HERE}:quantum_espresso",
         "apt install quantum-espresso quantum-espresso-data",
         program="pw.x",
         charge="tot_charge",
     ),
-    "gpaw": CalculatorEntry(f"{HERE}:gpaw", "conda install -c conda-forge gpaw", charge="charge"),
+    "gpaw": CalculatorEntry(f"{HERE}:gpaw", "conda install -c conda-forge gpaw", charge="charge", package="gpaw"),
     "dftb+": CalculatorEntry(
         "ase.calculators.dftb:Dftb",
         "conda install -c conda-forge dftbplus",
@@ -79,14 +94,14 @@ def find_calculator(name: str) -> Callable[..., Any]:
     """What makes the calculator called name.
 
     Raises:
-        OracleError: no such ready-made entry, module or class, or one that cannot answer; says what is near or how to install it.
+        CalculatorError: no such ready-made entry, module or class, or one that cannot answer; says what is near or how to install it.
     """
     if name in READY:
         return _imported(READY[name].path, READY[name].install)
     check_calculator_name(name)
     maker = _imported(name, "")
     if not inspect.isclass(maker) or not any(callable(getattr(maker, method, None)) for method in ANSWERS):
-        raise OracleError(
+        raise CalculatorError(
             f"'{name}' is no oracle: it has to be a class with `calculate`, as ASE calculators have, or with `label(structures)`; "
             "it was not called. Of a function that makes a calculator, write such a class (docs/oracles.md, Your own oracle)"
         )
@@ -94,15 +109,34 @@ def find_calculator(name: str) -> Callable[..., Any]:
 
 
 def check_calculator_name(name: str) -> None:
-    """Raise OracleError unless a name is a ready-made one or has the form of an import path; nothing is imported."""
+    """Raise CalculatorError unless a name is a ready-made one or has the form of an import path; nothing is imported."""
     if name in READY:
         return
     module, _, attribute = name.partition(":")
     if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise OracleError(
+        raise CalculatorError(
             f"there is no calculator '{name}'.{_suggestion(name, READY)} Any other goes by its import path, 'module:Class', "
             "e.g. ase.calculators.emt:EMT"
         )
+
+
+def package_versions(name: str) -> dict[str, str]:
+    """Version of what computes as the calculator `name`, by package, or the SHA-256 of its file where it belongs to none; nothing is
+    imported. What is not installed is left out."""
+    if name in READY:
+        packages = [READY[name].package]
+    else:
+        top = name.partition(":")[0].partition(".")[0]
+        packages = sorted(set(metadata.packages_distributions().get(top, ())))
+        if not packages:
+            spec = importlib.util.find_spec(top)
+            file = None if spec is None else spec.origin
+            return {} if file is None else {top: "sha256 " + hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}
+    out = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            out[package] = metadata.version(package)
+    return out
 
 
 def add_import_folder(folder: Path) -> None:
@@ -131,31 +165,31 @@ def _imported(path: str, install: str) -> Callable[..., Any]:
             hint = (
                 f"{error.__cause__}: it is installed, but another library stands in its way; pip install a newer torch"
             )
-        raise OracleError(f"'{path}' cannot be imported: {error}; {hint}") from error
+        raise CalculatorError(f"'{path}' cannot be imported: {error}; {hint}") from error
     except (Exception, SystemExit) as error:  # whatever the module does on import
-        raise OracleError(
+        raise CalculatorError(
             f"'{path}' cannot be imported: {type(error).__name__}: {error}; correct the module"
         ) from error
     maker = getattr(module, attribute, None)
     if not callable(maker):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise OracleError(
+        raise CalculatorError(
             f"module {module_name} has no class '{attribute}'.{_suggestion(attribute, names) if names else ''}"
         )
     return maker
 
 
 def build_calculator(name: str, kwargs: Mapping[str, Any], directory: Path) -> Any:
-    """A new calculator that works in directory. Raises OracleError: it cannot be made with these keyword arguments."""
+    """A new calculator that works in directory. Raises CalculatorError: it cannot be made with these keyword arguments."""
     maker = find_calculator(name)
     arguments = {**(READY[name].defaults if name in READY else {}), **kwargs}
     takes_folder = inspect.isfunction(maker) and maker.__module__ == HERE
     try:
         calculator = maker(directory, **arguments) if takes_folder else maker(**arguments)
-    except OracleError:
+    except CalculatorError:
         raise
     except Exception as error:
-        raise OracleError(
+        raise CalculatorError(
             f"{name} cannot be made with kwargs {', '.join(arguments) or '(none)'}: {type(error).__name__}: {error}."
             f"{_near_names(maker, arguments)}"
         ) from error
@@ -187,9 +221,9 @@ def _refuse_misspelt(name: str, maker: Callable[..., Any], arguments: Mapping[st
     for given in arguments:
         close = difflib.get_close_matches(given, names, n=1, cutoff=0.85)
         if given not in names and close:
-            raise OracleError(f"{name} knows no kwargs.{given}. Perhaps you meant '{close[0]}'")
+            raise CalculatorError(f"{name} knows no kwargs.{given}. Perhaps you meant '{close[0]}'")
         if given not in names and closed:
-            raise OracleError(f"{name} knows no kwargs.{given}; it takes {', '.join(names)}")
+            raise CalculatorError(f"{name} knows no kwargs.{given}; it takes {', '.join(names)}")
 
 
 def electronic_kwargs(name: str, kwargs: Mapping[str, Any], structure: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,20 +233,20 @@ def electronic_kwargs(name: str, kwargs: Mapping[str, Any], structure: Mapping[s
         structure: of a job, with `charges` and `magnetic_moments` if there are any.
 
     Raises:
-        OracleError: another charge is given, or the calculator would not see the magnetic moments.
+        CalculatorError: another charge is given, or the calculator would not see the magnetic moments.
     """
     entry, out = READY.get(name), dict(kwargs)
     if entry is None:
         return out
     if "magnetic_moments" in structure and not entry.moments:
-        raise OracleError(
+        raise CalculatorError(
             f"{name} takes no magnetic moments of atoms through ASE; remove initial_magmoms from the start, and give the spin in kwargs"
         )
     total = round(sum(structure.get("charges", ())), 6)
     if total and entry.charge:
         given = out.setdefault(entry.charge, int(total) if total == int(total) else total)
         if abs(given - total) > 1e-6:
-            raise OracleError(
+            raise CalculatorError(
                 f"kwargs.{entry.charge} is {given}, but the initial charges of the atoms sum to {total:g}; give one of them"
             )
     return out
@@ -233,10 +267,10 @@ def stillinger_weber(directory: Path, parameters: str = "Stillinger_Weber_PRB_31
         from matscipy.calculators.manybody import Manybody
         from matscipy.calculators.manybody.explicit_forms import stillinger_weber as forms
     except ImportError as error:
-        raise OracleError(f"stillinger-weber cannot be imported: {error}; pip install matscipy") from error
+        raise CalculatorError(f"stillinger-weber cannot be imported: {error}; pip install matscipy") from error
     if not hasattr(forms, parameters):
         names = [name for name in vars(forms) if name.startswith("Stillinger_Weber_")]
-        raise OracleError(
+        raise CalculatorError(
             f"matscipy has no Stillinger-Weber parameters '{parameters}'.{_suggestion(parameters, names)}"
         )
     return Manybody(**forms.StillingerWeber(getattr(forms, parameters)))
@@ -247,7 +281,7 @@ def gpaw(directory: Path, **kwargs: Any) -> Any:
     try:
         from gpaw import GPAW
     except ImportError as error:
-        raise OracleError(f"gpaw cannot be imported: {error}; {READY['gpaw'].install}") from error
+        raise CalculatorError(f"gpaw cannot be imported: {error}; {READY['gpaw'].install}") from error
     return GPAW(**{"txt": str(Path(directory) / "gpaw.txt"), **kwargs})
 
 
@@ -296,7 +330,7 @@ def quantum_espresso(
     for key, value in (input_data or {}).items():
         data |= dict(value) if isinstance(value, Mapping) else {key: value}
     if "ecutwfc" not in data:
-        raise OracleError("quantum-espresso needs kwargs.ecutwfc_Ry, the cutoff of plane waves (Ry), e.g. 30")
+        raise CalculatorError("quantum-espresso needs kwargs.ecutwfc_Ry, the cutoff of plane waves (Ry), e.g. 30")
     points = {"kspacing": kspacing} if kspacing is not None else {"kpts": kpts}
     return Espresso(
         profile=EspressoProfile(command=command, pseudo_dir=folder),
@@ -314,7 +348,7 @@ def _pseudo_dir(given: str | None) -> str:
     for folder in tried:
         if Path(folder).expanduser().is_dir():
             return str(Path(folder).expanduser().resolve())
-    raise OracleError(
+    raise CalculatorError(
         f"no folder of pseudopotentials at {' or '.join(tried)}; give kwargs.pseudo_dir, or apt install quantum-espresso-data"
     )
 
@@ -322,14 +356,14 @@ def _pseudo_dir(given: str | None) -> str:
 def _check_pseudopotentials(files: Mapping[str, str] | None, folder: str) -> None:
     if not files:
         listing = ", ".join(sorted(os.listdir(folder))[:8])
-        raise OracleError(
+        raise CalculatorError(
             f"quantum-espresso needs kwargs.pseudopotentials, a file for each element, e.g. {{Si: Si.pbe-rrkj.UPF}}; {folder} "
             f"holds {listing}, ..."
         )
     for symbol, name in files.items():
         if not (Path(folder) / name).is_file():
             near = [f for f in sorted(os.listdir(folder)) if f.split(".")[0].split("_")[0] == symbol]
-            raise OracleError(
+            raise CalculatorError(
                 f"there is no pseudopotential {name} in {folder}; for {symbol} it holds {', '.join(near) or 'none'}"
             )
 
