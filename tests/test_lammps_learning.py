@@ -285,6 +285,7 @@ def test_plugins_are_of_a_version(fake, monkeypatch):
         ({"model": {"descriptor": {"name": "sevennet"}}}, "leave out the descriptor sevennet"),
         ({"model": {"descriptor": {"beside": {"name": "sevennet"}}}}, "leave out descriptor.beside"),
         ({"model": {"baseline": {"network": {"name": "sevennet"}}}}, "without baseline.network"),
+        ({"model": {"baseline": {"calculator": {"name": "emt"}}}}, "without baseline.calculator"),
         ({"model": {"dtype": "float32"}}, "float64"),
     ],
 )

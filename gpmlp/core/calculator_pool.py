@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class PointCalculator:
         Raises:
             CalculatorError: there is no such calculator, or it cannot be made.
         """
-        with self._one:  # what calculators keep between calls is not made for several threads
+        # what calculators keep between calls is not made for several threads, and what they print is for nobody
+        with self._one, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             try:
                 return self._point(structure)
             except CalculatorError:

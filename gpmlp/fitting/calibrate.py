@@ -290,7 +290,9 @@ def _misspecification(
     sizes = {"force_eV_per_A": labels.square().mean().sqrt().item()}
     calibrated = calibrate_prediction(raw, structures, calibration).forces_variance
     if calibrated is not None:
-        sizes["misspecification_eV_per_A"] = calibrated.misspecification.sum(1).div(3).nanmedian().sqrt().item()
+        sizes["misspecification_eV_per_A"] = (
+            calibrated.misspecification.sum(1).div(3).nanmedian().clamp_min(0).sqrt().item()
+        )
     return sizes
 
 

@@ -65,7 +65,9 @@ def _compute(baseline: CalculatorEnergies, structures: Structures, parent: Path,
 
     def tell(done: int, total: int) -> None:
         if progress is not None:
-            progress("baseline", known + done, known + total, f"{known} of {known + total} from {parent.name}" * bool(known))
+            progress(
+                "baseline", known + done, known + total, f"{known} of {known + total} from {parent.name}" * bool(known)
+            )
 
     try:
         baseline.compute(structures, tell, keep)
@@ -114,4 +116,7 @@ def _points(path: Path, data: bytes) -> list[tuple[str, CalculatorPoint]]:
         names = json.loads(file.metadata()["structures"])
     forces = np.split(arrays["forces"], arrays["counts"].cumsum()[:-1])
     rows = zip(names, arrays["energies"].tolist(), forces, arrays["stresses"], strict=True)
-    return [(name, CalculatorPoint(energy, f, None if np.isnan(stress).any() else stress)) for name, energy, f, stress in rows]
+    return [
+        (name, CalculatorPoint(energy, f, None if np.isnan(stress).any() else stress))
+        for name, energy, f, stress in rows
+    ]

@@ -121,9 +121,8 @@ class CalculatorEnergies(Baseline):
         """Raise UserError where it may not be used or is not installed, and warn if it is another version than that of the fit."""
         listed = {name.strip() for name in os.environ.get(ALLOWED, "").split(",")}
         entry = calculators.READY.get(self.name)
-        harmless = entry is not None and entry.harmless
         asked = not PERMITTED.isdisjoint({(self.name, ANY), (self.name, self._arguments)})
-        if not (harmless or asked or self.name in listed):
+        if not (self.name in harmless_calculators() or asked or self.name in listed):
             raise errors.UserError(
                 f"this model needs the baseline calculator {self.title} with the keyword arguments {self._arguments}, and nothing that "
                 "a model file names is imported or run by itself. If you trust it, allow it: in the environment, "
