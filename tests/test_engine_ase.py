@@ -155,7 +155,7 @@ def test_changes_are_noticed(calculator, potential):
     frame.pbc = True
     del frame[0]
     assert frame.get_forces().shape == (3, 3)
-    frame.set_initial_charges([1.0, 0.0, 0.0])
+    frame.set_initial_magnetic_moments([1.0, 0.0, 0.0])
     assert calculator.check_state(frame) == []
 
 

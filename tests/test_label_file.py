@@ -24,6 +24,9 @@ from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning import labels as label_module
 from gpmlp.learning.labels import LabelEntry, LabelFile, LabelRefusal, canonical_structure, format_entry, key_of
 
+CHARGED_KEY = (
+    "k6ff90c1f5e86fd64971268c90d69f6f"  # with moments and initial charges, before structures had total charges
+)
 PLAIN_KEY = (
     "k7406d6c8db31d0cdc14b027b9782345"  # of structure() and oracle 'o1', before structures had moments and charges
 )
@@ -287,24 +290,29 @@ def test_moments_and_charges_are_part_of_a_label(tmp_path):
     magnet = replace(
         plain,
         magnetic_moments=torch.tensor([0.1, -0.7]).double(),
-        charges=torch.tensor([-1.0, 1 / 3], dtype=torch.float64),
+        initial_charges=torch.tensor([-1.0, 1 / 3], dtype=torch.float64),
+        charges=None,
     )
     other = replace(magnet, magnetic_moments=-magnet.magnetic_moments)
     tilted = replace(plain, magnetic_moments=torch.tensor([[0.1, 0, 1], [-1, 0, 0]]).double())
-    zero = replace(plain, magnetic_moments=torch.zeros(2), charges=-torch.zeros(2))
-    keys = {key_of(s, "o1") for s in (plain, magnet, other, tilted, replace(magnet, charges=None))}
-    assert len(keys) == 5 and key_of(zero, "o1") == PLAIN_KEY
+    zero = replace(plain, magnetic_moments=torch.zeros(2), initial_charges=-torch.zeros(2))
+    alone = replace(magnet, initial_charges=None, charges=None)
+    ion, other_ion = (replace(plain, charges=torch.tensor([q], dtype=torch.float64)) for q in (1.0, -1 / 3))
+    keys = {key_of(s, "o1") for s in (plain, magnet, other, tilted, alone, ion, other_ion)}
+    assert key_of(magnet, "o1") == CHARGED_KEY
+    assert len(keys) == 7 and key_of(zero, "o1") == PLAIN_KEY
     file = LabelFile(tmp_path / "labels.xyz")
-    for asked in (plain, magnet, other, tilted):
+    for asked in (plain, magnet, other, tilted, ion, other_ion):
         file.append(replace(entry(), structure=asked, key=key_of(asked, "o1")))
-    for asked, back in zip((plain, magnet, other, tilted), LabelFile(file.path), strict=True):
+    for asked, back in zip((plain, magnet, other, tilted, ion, other_ion), LabelFile(file.path), strict=True):
         assert key_of(back.structure, "o1") == key_of(asked, "o1") == back.key
-        for name in ("magnetic_moments", "charges"):
+        for name in ("magnetic_moments", "initial_charges", "charges"):
             was, now = getattr(asked, name), getattr(back.structure, name)
             assert (was is None) == (now is None) and (was is None or bits(was) == bits(now))
         assert key_of(canonical_structure(asked), "o1") == back.key
     read_again = gpmlp.read(file.path)[0]
-    assert read_again.charges.tolist() == [0, 0, -1, 1 / 3, -1, 1 / 3, 0, 0]
+    assert read_again.initial_charges.tolist() == [0, 0, -1, 1 / 3, -1, 1 / 3, *[0] * 6]
+    assert read_again.charges.tolist() == [0, 1 / 3 - 1, 1 / 3 - 1, 0, 1, -1 / 3]
 
 
 # ---------------------------------------------------------------- files that are not what was written

@@ -762,9 +762,9 @@ def test_an_antiferromagnetic_ion_is_labelled_as_one(tmp_path, monkeypatch):
 
 def test_what_the_starts_say_of_charge_and_spin_is_not_dropped_without_a_word(tmp_path):
     start = crystal()
-    start.info["charge"] = -1
+    start.info["multiplicity"] = 2
     folder = prepare(tmp_path / "a", start)
-    with pytest.warns(DataWarning, match=r"start.xyz: frame 0 says charge = -1, which does not reach the oracle"):
+    with pytest.warns(DataWarning, match=r"start.xyz: frame 0 says multiplicity = 2, which does not reach the oracle"):
         next(iter(learn(recipe(), folder)))
     start = crystal()
     start.set_initial_magnetic_moments([1.0] * 4)

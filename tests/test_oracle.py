@@ -368,20 +368,24 @@ def test_quantum_espresso_needs_a_box():
         CalculatorOracle(OracleRecipe(calculator="quantum-espresso", kwargs=SILICON)).label(water)
 
 
-STRUCTURE = {"charges": [-1.0, 0.0], "magnetic_moments": [1.0, -1.0]}
+STRUCTURE = {"initial_charges": [-1.0, 1.0], "magnetic_moments": [1.0, -1.0]}
 
 
 @pytest.mark.parametrize("name", READY)
 def test_what_ready_made_calculators_are_told_of_charge_and_moments(name):
     """Each gets the charge where it does not ask the atoms, and refuses moments that it would not see; nothing is dropped."""
     entry = READY[name]
-    charge = {"charges": [-0.5, -0.5]}
+    charge = {"charge": -1.0}
     assert electronic_kwargs(name, {"a": 1}, {}) == {"a": 1}
-    assert electronic_kwargs(name, {"a": 1}, charge) == {"a": 1} | ({entry.charge: -1} if entry.charge else {})
-    if entry.charge:
+    if not entry.charge:
+        assert electronic_kwargs(name, {"a": 1}, charge, needed=False) == {"a": 1}
+        with pytest.raises(CalculatorError, match=f"{name} knows no charge, and the structure has the total charge -1"):
+            electronic_kwargs(name, {"a": 1}, charge)
+    else:
+        assert electronic_kwargs(name, {"a": 1}, charge) == {"a": 1, entry.charge: -1}
         assert electronic_kwargs(name, {entry.charge: -1}, charge) == {entry.charge: -1}
         with pytest.raises(
-            CalculatorError, match=f"kwargs.{entry.charge} is 2, but the initial charges of the atoms sum to -1"
+            CalculatorError, match=f"kwargs.{entry.charge} is 2, but the structure has the total charge -1"
         ):
             electronic_kwargs(name, {entry.charge: 2}, charge)
     if entry.moments:

@@ -196,12 +196,15 @@ def test_moments_and_charges_stay_with_their_atoms():
     """Through selection, batches, devices and new positions; where a part has none they are zero, and moments along z beside vectors."""
     one, two = dimer(2.0), cluster()
     magnet = replace(
-        one, magnetic_moments=torch.tensor([2.0, -2.0]).double(), charges=torch.tensor([-1.0, 0.0]).double()
+        one,
+        magnetic_moments=torch.tensor([2.0, -2.0]).double(),
+        initial_charges=torch.tensor([-1.0, 0.0]).double(),
+        charges=None,
     )
     batch = Structures.concatenate([two, magnet])
-    assert batch.charges.tolist() == [0.0] * 5 + [-1.0, 0.0]
+    assert batch.initial_charges.tolist() == [0.0] * 5 + [-1.0, 0.0] and batch.charges.tolist() == [0.0, -1.0]
     again = batch.select([1]).with_positions(3 * one.positions).to(dtype=torch.float32)
-    assert again.magnetic_moments.tolist() == [2.0, -2.0] and again.charges.dtype == torch.float64
+    assert again.magnetic_moments.tolist() == [2.0, -2.0] and again.initial_charges.dtype == torch.float64
     moved = again.with_unchecked_positions(one.positions, one.cells)
     assert torch.equal(moved.magnetic_moments, magnet.magnetic_moments)
     tilted = replace(one, magnetic_moments=torch.tensor([[1.0, 0, 0], [0, 1, 0]]).double())
@@ -213,8 +216,14 @@ def test_moments_and_charges_stay_with_their_atoms():
     ]
     assert Structures.concatenate([one, two]).magnetic_moments is None
     for name, bad, said in (
-        ("charges", torch.zeros(3), "must have shape"),
-        ("charges", torch.zeros(2, 3), "must have shape"),
+        ("initial_charges", torch.zeros(3), "must have shape"),
+        ("initial_charges", torch.zeros(2, 3), "must have shape"),
+        (
+            "charges",
+            torch.zeros(2),
+            r"`charges` must have shape \(1\); got \(2,\). Charges of atoms are `initial_charges`",
+        ),
+        ("charges", torch.tensor([float("inf")]), "`charges` hold a NaN or infinite"),
         ("magnetic_moments", torch.tensor([1.0, float("nan")]), "hold a NaN"),
     ):
         with pytest.raises(UserError, match=said):
@@ -226,6 +235,7 @@ def test_fingerprints_tell_orders_of_spins_apart():
     one = dimer(2.0)
     plain = one.fingerprints()
     up, down = (replace(one, magnetic_moments=torch.tensor(m).double()) for m in ([2.0, 2.0], [2.0, -2.0]))
-    charged, zero = replace(one, charges=torch.tensor([0.0, 1.0])), replace(one, charges=torch.zeros(2))
-    assert len({f for s in (one, up, down, charged) for f in s.fingerprints()}) == 4
+    charged = replace(one, initial_charges=torch.tensor([0.0, 1.0]), charges=None)
+    ion, zero = replace(one, charges=torch.tensor([1.0])), replace(one, initial_charges=torch.zeros(2))
+    assert len({f for s in (one, up, down, charged, ion) for f in s.fingerprints()}) == 5
     assert zero.fingerprints() == plain == Structures.concatenate([up, one]).select([1]).fingerprints()

@@ -126,13 +126,14 @@ def _first_frame(start: Path, output: Path, energies: Path | None, resume: bool,
     """The frame that the dynamics begins from: of START, or the last of the trajectory that is resumed."""
     from gpmlp.engines.md import resume_trajectory
     from gpmlp.io.ase_atoms import read_frames
+    from gpmlp.io.charges import is_total_charge
 
     if itself:
         return resume_trajectory(output, energies, None)
     first = read_frames(start, -1)[0][0]
     if resume:
         return resume_trajectory(output, energies, first)
-    first.info = {key: first.info[key] for key in ("config_type",) if key in first.info}
+    first.info = {key: value for key, value in first.info.items() if key == "config_type" or is_total_charge(key)}
     return first
 
 

@@ -63,7 +63,7 @@ class PointCalculator:
                 return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
     def _point(self, structure: Mapping[str, Any]) -> Point:
-        kwargs = electronic_kwargs(self.name, self.kwargs, structure)
+        kwargs = electronic_kwargs(self.name, self.kwargs, structure, needed=False)
         key = json.dumps(kwargs, sort_keys=True)
         if key in self._kept:
             calculator, folder = self._kept[key]
@@ -74,7 +74,7 @@ class PointCalculator:
             raise CalculatorError(f"{self.name} has no `calculate`, as ASE calculators have")
         if self.reuse:
             self._kept[key] = calculator, folder
-        atoms = build_atoms(structure)
+        atoms = build_atoms(structure, calculator=self.name)
         stress = None if any(structure["periodic"]) and atoms.cell.rank == 3 else False
         try:
             answer = ask_calculator(calculator, self.name, atoms, Path(folder.name), stress=stress)

@@ -38,7 +38,7 @@ class CalculatorEntry:
         defaults: keyword arguments, before those of the recipe.
         program: that has to be there, '' if none.
         closed: whether it takes no keyword but those in its list of defaults, without saying so itself.
-        charge: keyword of the total charge, where the code does not take it from the atoms; '' = it does, or knows no charge.
+        charge: keyword of the total charge; '' = the code knows no charge.
         moments: whether it begins with the atoms' magnetic moments.
         package: that computes, whose version decides about results.
         harmless: whether no keyword argument can start a program or write a file, so that a file may name it.
@@ -66,6 +66,7 @@ READY = {
         "tblite.ase:TBLite",
         "pip install tblite",
         {"method": "GFN2-xTB", "verbosity": 0},
+        charge="charge",
         package="tblite",
         harmless=True,
     ),
@@ -226,14 +227,17 @@ def _refuse_misspelt(name: str, maker: Callable[..., Any], arguments: Mapping[st
             raise CalculatorError(f"{name} knows no kwargs.{given}; it takes {', '.join(names)}")
 
 
-def electronic_kwargs(name: str, kwargs: Mapping[str, Any], structure: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments with the total charge of a structure, where a ready-made calculator does not take it from the atoms.
+def electronic_kwargs(
+    name: str, kwargs: Mapping[str, Any], structure: Mapping[str, Any], needed: bool = True
+) -> dict[str, Any]:
+    """Keyword arguments with the total charge of a structure, where a ready-made calculator has a keyword for it.
 
     Args:
-        structure: of a job, with `charges` and `magnetic_moments` if there are any.
+        structure: of a job, with its `charge` and `magnetic_moments` if there are any.
+        needed: whether a ready-made calculator that knows no charge is refused where there is one.
 
     Raises:
-        CalculatorError: another charge is given, or the calculator would not see the magnetic moments.
+        CalculatorError: another charge is given, or the calculator would not see the charge or the magnetic moments.
     """
     entry, out = READY.get(name), dict(kwargs)
     if entry is None:
@@ -242,12 +246,14 @@ def electronic_kwargs(name: str, kwargs: Mapping[str, Any], structure: Mapping[s
         raise CalculatorError(
             f"{name} takes no magnetic moments of atoms through ASE; remove initial_magmoms from the start, and give the spin in kwargs"
         )
-    total = round(sum(structure.get("charges", ())), 6)
+    total = round(structure.get("charge", 0.0), 6)
+    if total and not entry.charge and needed:
+        raise CalculatorError(f"{name} knows no charge, and the structure has the total charge {total:g}")
     if total and entry.charge:
         given = out.setdefault(entry.charge, int(total) if total == int(total) else total)
         if abs(given - total) > 1e-6:
             raise CalculatorError(
-                f"kwargs.{entry.charge} is {given}, but the initial charges of the atoms sum to {total:g}; give one of them"
+                f"kwargs.{entry.charge} is {given}, but the structure has the total charge {total:g}; give one of them"
             )
     return out
 

@@ -10,7 +10,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 
-from gpmlp.core.calculators import CalculatorError
+from gpmlp.core.calculators import READY, CalculatorError
 from gpmlp.core.units import VOIGT_INDEX
 
 ASYMMETRY = 1e-2  # of the largest component of a stress; codes print more digits than that
@@ -21,17 +21,27 @@ class LabelError(ValueError):
     """A label that came back but cannot be trusted."""
 
 
-def build_atoms(structure: Mapping[str, Any], moments: Mapping[str, float] | None = None) -> Atoms:
-    """Atoms from plain numbers: positions, cell, periodic, species, and magnetic_moments and charges of atoms if there are any.
+def build_atoms(
+    structure: Mapping[str, Any], moments: Mapping[str, float] | None = None, calculator: str = ""
+) -> Atoms:
+    """Atoms from plain numbers: positions, cell, periodic, species, and magnetic_moments, initial_charges and charge if there are any.
+
+    The charge is in info, and the sum of the initial charges: even ones, where none are given, for a calculator that has to see it there.
 
     Args:
         moments: by chemical symbol, where the structure has none by site, which say more.
+        calculator: what it is called; a ready-made one has a keyword for the charge.
     """
     atoms = Atoms(
         structure["species"], positions=structure["positions"], cell=structure["cell"], pbc=structure["periodic"]
     )
-    if "charges" in structure:
-        atoms.set_initial_charges(structure["charges"])
+    total = structure.get("charge", 0.0)
+    if total:
+        atoms.info["charge"] = int(total) if total == int(total) else total
+    if "initial_charges" in structure:
+        atoms.set_initial_charges(structure["initial_charges"])
+    elif total and calculator not in READY:
+        atoms.set_initial_charges([total / len(atoms)] * len(atoms))
     if "magnetic_moments" in structure:
         atoms.set_initial_magnetic_moments(structure["magnetic_moments"])
     elif moments:

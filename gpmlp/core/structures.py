@@ -18,6 +18,7 @@ from gpmlp.core import errors
 
 CHUNK_ATOMS = 256  # atoms whose pair quantities are in memory together
 
+WHOLE = 0.01  # e, by which rounded charges of atoms may sum to other than a whole number
 FINGERPRINT_TOLERANCE = 1e-3  # A: files round by less, and frames of dynamics differ by more
 
 
@@ -34,7 +35,9 @@ class Structures:
         names: how error messages call each structure, e.g. "train.xyz frame 12".
         magnetic_moments: (atoms,) or (atoms, 3) from which an electronic structure code begins, Bohr magnetons; None = none. No
             descriptor sees them.
-        charges: (atoms,) the same, elementary charges; their sum is the charge of a structure.
+        initial_charges: (atoms,) the same, elementary charges.
+        charges: (structures,) total charge Q of each structure, elementary charges, in double precision. If not given it is the sum of
+            the initial charges (a whole number where it is one to WHOLE), and zero where there are none.
 
     Raises:
         UserError: wrong shape, not finite or beyond 1e9 A, flat cell, unsorted or out-of-range structure index.
@@ -47,7 +50,8 @@ class Structures:
     structure_of_atom: Tensor
     names: tuple[str, ...] = field(default=())
     magnetic_moments: Tensor | None = None
-    charges: Tensor | None = None
+    initial_charges: Tensor | None = None
+    charges: Tensor = None  # type: ignore[assignment]  # None is the sum of the initial charges
 
     def __post_init__(self) -> None:
         errors.check_shape("positions", self.positions, ("atoms", 3))
@@ -83,6 +87,15 @@ class Structures:
             errors.check_shape(name, value, (n_atoms, 3) if vectors else (n_atoms,))
             if not torch.isfinite(value).all():
                 raise errors.UserError(f"`{name}` hold a NaN or infinite number.")
+        self._set_charges()
+
+    def _set_charges(self) -> None:
+        """Take the total charges as they are given, or from the initial charges."""
+        charges = self._implied_charges if self.charges is None else self.charges
+        errors.check_shape("charges", charges, (len(self),), "Charges of atoms are `initial_charges`.")
+        if not torch.isfinite(charges).all():
+            raise errors.UserError("`charges` hold a NaN or infinite number.")
+        object.__setattr__(self, "charges", charges.to(dtype=_charge_dtype(charges.device)))
 
     def __len__(self) -> int:
         return self.cells.shape[0]
@@ -92,9 +105,27 @@ class Structures:
         return self.positions.shape[0]
 
     def electronic_start(self) -> dict[str, Any]:
-        """Magnetic moments and charges by name, those that are given."""
-        both = {"magnetic_moments": self.magnetic_moments, "charges": self.charges}
+        """Magnetic moments and initial charges of atoms by name, those that are given."""
+        both = {"magnetic_moments": self.magnetic_moments, "initial_charges": self.initial_charges}
         return {name: value for name, value in both.items() if value is not None}
+
+    @property
+    def _implied_charges(self) -> Tensor:
+        """(structures,) sums of the initial charges, zero where there are none."""
+        sums = torch.zeros(len(self), dtype=_charge_dtype(self.positions.device), device=self.positions.device)
+        if self.initial_charges is None:
+            return sums
+        sums.index_add_(0, self.structure_of_atom, self.initial_charges.to(sums))
+        whole = sums.round()
+        return torch.where((sums - whole).abs() < WHOLE, whole, sums) + 0.0  # no negative zeros
+
+    @cached_property
+    def stated_charges(self) -> dict[int, float]:
+        """Total charge of the structures, by index, where it is not what the initial charges say."""
+        if not bool(self.charges.any()) and self.initial_charges is None:
+            return {}
+        other = self.charges != self._implied_charges
+        return {s: float(self.charges[s]) for s in other.nonzero().flatten().tolist()}
 
     @cached_property
     def counts(self) -> Tensor:
@@ -130,7 +161,7 @@ class Structures:
         positions, offsets, out = self.positions.double().cpu().numpy(), self.offsets.tolist(), []
         for i, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
             digest = hashlib.sha256(species[first:last].astype("<i8").tobytes() + periodic[i].tobytes())
-            digest.update(electronic_bytes(self, slice(first, last)))
+            digest.update(electronic_bytes(self, i))
             lengths = np.concatenate([cells[i].ravel(), positions[first:last].ravel()])
             # frequencies that are no multiples of one another: no two coordinates count alike in all three
             weights = np.cos(np.outer(np.sqrt([2.0, 3.0, 5.0]), np.arange(1, len(lengths) + 1)))
@@ -158,7 +189,8 @@ class Structures:
         owner = repeat_with_rank(self.counts[indices])[0]
         names = tuple(self.names[i] for i in indices.tolist())
         here = self.positions[atoms], self.cells[indices], self.periodic[indices], self.species[atoms], owner, names
-        return Structures(*here, **{name: value[atoms] for name, value in self.electronic_start().items()})
+        more = {name: value[atoms] for name, value in self.electronic_start().items()}
+        return Structures(*here, **more, charges=self.charges[indices])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Structures:
         """The same structures on another device or in another floating-point type; UserError for a device not there."""
@@ -170,7 +202,8 @@ class Structures:
         cells = self.cells.to(device=device, dtype=dtype)
         periodic, species, owner = (x.to(device=device) for x in (self.periodic, self.species, self.structure_of_atom))
         more = {name: value.to(device=device) for name, value in self.electronic_start().items()}
-        return Structures(positions, cells, periodic, species, owner, self.names, **more)
+        charges = self.charges.to(device=device, dtype=_charge_dtype(positions.device))
+        return Structures(positions, cells, periodic, species, owner, self.names, **more, charges=charges)
 
     def with_positions(self, positions: Tensor, cells: Tensor | None = None) -> Structures:
         """The same atoms at other positions (and in other cells)."""
@@ -199,15 +232,21 @@ class Structures:
             torch.cat([p.species for p in parts]),
             torch.cat([p.structure_of_atom + s for p, s in zip(parts, shifts, strict=False)]),
             tuple(name for p in parts for name in p.names),
-            *(_join_electronic(parts, name) for name in ("magnetic_moments", "charges")),
+            magnetic_moments=_join_electronic(parts, "magnetic_moments"),
+            initial_charges=_join_electronic(parts, "initial_charges"),
+            charges=torch.cat([p.charges for p in parts]),
         )
+
+
+def _charge_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which has no double precision
 
 
 _FIELDS = tuple(f.name for f in fields(Structures))
 
 
 def _join_electronic(parts: Sequence[Structures], name: str) -> Tensor | None:
-    """Moments or charges of all parts, zero where a part has none; moments along z where others are vectors."""
+    """Moments or initial charges of all parts, zero where a part has none; moments along z where others are vectors."""
     given = [part.electronic_start().get(name) for part in parts]
     if all(value is None for value in given):
         return None
@@ -218,17 +257,19 @@ def _join_electronic(parts: Sequence[Structures], name: str) -> Tensor | None:
     return torch.cat(values)
 
 
-def electronic_bytes(structures: Structures, atoms: slice = slice(None)) -> bytes:
-    """Moments and charges of some atoms for a hash; nothing where they are zero, which is the same as none."""
-    out = b""
+def electronic_bytes(structures: Structures, s: int = 0) -> bytes:
+    """Moments and charges of structure s for a hash; nothing where they are zero, which is the same as none."""
+    out, names = b"", {"magnetic_moments": b"magnetic_moments", "initial_charges": b"charges"}  # as before totals
     for name, value in structures.electronic_start().items():
-        here = value[atoms].detach().cpu().double() + 0.0  # no negative zeros
-        out += name.encode() + here.numpy().astype("<f8").tobytes() if bool(here.any()) else b""
+        here = value[structures.offsets[s] : structures.offsets[s + 1]].detach().cpu().double() + 0.0  # no -0.0
+        out += names[name] + here.numpy().astype("<f8").tobytes() if bool(here.any()) else b""
+    if s in structures.stated_charges:
+        out += b"charge" + np.array(structures.stated_charges[s], dtype="<f8").tobytes()
     return out
 
 
 def plain_structure(structures: Structures, i: int = 0) -> dict[str, Any]:
-    """A structure as plain numbers: positions, cell, periodic, species, and moments and charges of atoms that are not all zero."""
+    """A structure as plain numbers: positions, cell, periodic, species; moments, initial charges and total charge if they are not zero."""
     one = structures.select([i])
     return {
         "positions": one.positions.double().tolist(),
@@ -236,6 +277,7 @@ def plain_structure(structures: Structures, i: int = 0) -> dict[str, Any]:
         "periodic": one.periodic[0].tolist(),
         "species": one.species.tolist(),
         **{name: value.tolist() for name, value in one.electronic_start().items() if bool(value.any())},
+        **({"charge": float(one.charges[0])} if bool(one.charges.any()) else {}),
     }
 
 

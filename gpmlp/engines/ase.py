@@ -15,10 +15,12 @@ from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.core.verlet_list import VerletList
 from gpmlp.io.ase_atoms import ELECTRONIC, calculator_results, structures_from_ase, uncertainty_results
+from gpmlp.io.charges import stated_charge
 from gpmlp.potential.potential import Potential
 
-# what the energy depends on; charges and magnetic moments set on the Atoms change nothing
-RELEVANT_CHANGES = ("positions", "numbers", "cell", "pbc")
+# what the energy depends on; magnetic moments set on the Atoms change nothing
+ARRAYS = ("positions", "numbers", "cell", "pbc")
+RELEVANT_CHANGES = (*ARRAYS, "initial_charges")
 
 
 class GPCalculator(Calculator):
@@ -75,12 +77,22 @@ class GPCalculator(Calculator):
         self.label_in_errors = name
 
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
-        """What has changed since the last calculation, of RELEVANT_CHANGES and to the last bit, which costs less than a tolerance."""
+        """What has changed since the last calculation, of RELEVANT_CHANGES and to the last bit, which costs less than a tolerance.
+
+        'initial_charges' stands for the total charge too, which info states and ASE does not compare.
+        """
         if self.atoms is None:
             return list(RELEVANT_CHANGES)
         before, now = ((a.positions, a.numbers, a.cell.array, a.pbc) for a in (self.atoms, atoms))
-        arrays = zip(RELEVANT_CHANGES, before, now, strict=True)
-        return [name for name, a, b in arrays if a.shape != b.shape or a.tobytes() != b.tobytes()]
+        arrays = zip(ARRAYS, before, now, strict=True)
+        changes = [name for name, a, b in arrays if a.shape != b.shape or a.tobytes() != b.tobytes()]
+        return changes if self._charges(self.atoms) == self._charges(atoms) else [*changes, "initial_charges"]
+
+    def _charges(self, atoms: Atoms) -> tuple[float | None, bytes]:
+        """The total charge that info states, and the initial charges."""
+        initial = atoms.arrays.get("initial_charges")
+        by_site = initial.tobytes() if initial is not None and initial.any() else b""
+        return stated_charge(atoms.info, self.label_in_errors), by_site
 
     def calculate(
         self,

@@ -27,6 +27,7 @@ from gpmlp.core import errors
 from gpmlp.core.errors import UserError
 from gpmlp.core.units import GPA
 from gpmlp.io.ase_atoms import read_frame, structures_from_ase
+from gpmlp.io.charges import set_charge, stated_charge
 from gpmlp.io.extxyz import FrameOffsets, scan_frames
 from gpmlp.io.files import check_target, cut_tail
 from gpmlp.io.structure_files import UNREADABLE
@@ -413,6 +414,8 @@ def resume_trajectory(
         raise UserError(
             f"{path}: is a run of {frame.symbols}, but the start is {start.symbols}; give the start which that run had."
         )
+    if start is not None:
+        _check_charge(frame, start, path)
     _restore_constraints(frame, start, path)
     table = Path(energies) if energies is not None and Path(energies).is_file() else None
     end = _end_of_table(table, int(frame.info["step"])) if table else 0
@@ -420,6 +423,17 @@ def resume_trajectory(
     if table:
         cut_tail(table, end)
     return frame
+
+
+def _check_charge(frame: Atoms, start: Atoms, path: Path) -> None:
+    """Raise UserError where the start states another total charge than a frame of the run; a frame that states none takes it."""
+    was, now = stated_charge(frame.info, str(path)), stated_charge(start.info, "the start")
+    if was is None and now is not None:
+        set_charge(frame, now)
+    elif now is not None and was != now:
+        raise UserError(
+            f"{path}: is a run with the total charge {was:g}, but the start has {now:g}; give the start which that run had."
+        )
 
 
 def _other_constraints(atoms: Atoms) -> list[str]:

@@ -23,12 +23,16 @@ from gpmlp.core.findings import Finding, Severity, warn_of
 from gpmlp.core.quantities import ISOLATED, Prediction, Targets, is_isolated_atom
 from gpmlp.core.structures import Structures
 from gpmlp.io import extxyz, label_names, labels, structure_files
+from gpmlp.io.charges import set_charge, total_charge
 from gpmlp.io.files import atomic_write
 from gpmlp.io.frames import Frame
 from gpmlp.io.structure_files import Each, Paths, Progress
 from gpmlp.io.zero_labels import without_false_zeros
 
-ELECTRONIC = {"magnetic_moments": "initial_magmoms", "charges": "initial_charges"}  # of Structures: ASE's arrays
+ELECTRONIC = {
+    "magnetic_moments": "initial_magmoms",
+    "initial_charges": "initial_charges",
+}  # of Structures: ASE's arrays
 Keys = Mapping[str, str | Sequence[str]]
 ALONE = 8.0  # A, from the images of a single atom that make it an isolated one,
 LONE = re.compile("^$|atom|isolated|single", re.IGNORECASE)  # and what its config_type may be then
@@ -131,7 +135,8 @@ def structures_from_ase(atoms: Iterable[Atoms], names: Sequence[str] | None = No
     Raises:
         UserError: no frames, a frame without atoms, an atom without an element, a cell that spans no volume.
     """
-    return _structures([Frame(a.numbers, a.positions, a.cell.array, a.pbc, arrays=a.arrays) for a in atoms], names)
+    frames = [Frame(a.numbers, a.positions, a.cell.array, a.pbc, a.info, a.arrays) for a in atoms]
+    return _structures(frames, names)
 
 
 def _structures(frames: Sequence[Frame], names: Sequence[str] | None) -> Structures:
@@ -146,15 +151,22 @@ def _structures(frames: Sequence[Frame], names: Sequence[str] | None) -> Structu
             symbol = chemical_symbol(int(frame.numbers[atom]))
             raise UserError(f"{name}: atom {atom} is '{symbol}', which is no element.")
     counts = [len(frame) for frame in frames]
-    return Structures(
+    structures = Structures(
         torch.as_tensor(np.concatenate([frame.positions for frame in frames]), dtype=torch.float64),
         torch.as_tensor(np.stack([frame.cell for frame in frames]), dtype=torch.float64),
         torch.as_tensor(np.stack([frame.pbc for frame in frames])),
         torch.as_tensor(np.concatenate([frame.numbers for frame in frames]), dtype=torch.long),
         torch.from_numpy(np.repeat(np.arange(len(frames)), counts)),
         names,
-        *(_electronic(frames, names, name) for name in ELECTRONIC.values()),
+        magnetic_moments=_electronic(frames, names, "initial_magmoms"),
+        initial_charges=_electronic(frames, names, "initial_charges"),
     )
+    stated = [total_charge(frame, name) for frame, name in zip(frames, names, strict=True)]
+    if not any(charge is not None for charge in stated):
+        return structures
+    implied = structures.charges.tolist()
+    charges = [total if charge is None else charge for charge, total in zip(stated, implied, strict=True)]
+    return replace(structures, charges=torch.tensor(charges, dtype=torch.float64))
 
 
 def _electronic(frames: Sequence[Frame], names: Sequence[str], key: str) -> torch.Tensor | None:
@@ -283,8 +295,10 @@ def to_ase(structures: Structures, values: Prediction | Targets | None = None) -
             cell=cpu.cells[s].double().numpy(),
             pbc=cpu.periodic[s].numpy(),
             magmoms=None if cpu.magnetic_moments is None else cpu.magnetic_moments[rows].double().numpy(),
-            charges=None if cpu.charges is None else cpu.charges[rows].double().numpy(),
+            charges=None if cpu.initial_charges is None else cpu.initial_charges[rows].double().numpy(),
         )
+        if s in cpu.stated_charges:
+            set_charge(frame, cpu.stated_charges[s])
         if isinstance(values, Targets) and values.config_types[s]:
             frame.info["config_type"] = values.config_types[s]
         if values is not None:

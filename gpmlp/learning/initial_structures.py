@@ -14,6 +14,7 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.units import BOLTZMANN
 from gpmlp.fitting import defaults
 from gpmlp.io.ase_atoms import read, read_frames, structures_from_ase
+from gpmlp.io.charges import charge_entries, stated_charge
 from gpmlp.io.label_checks.coincident import check_coincident
 from gpmlp.learning.labels import LabelEntry, LabelFile, canonical_structure, key_of
 from gpmlp.learning.recipe import FEWEST_LABELS, LearnRecipe
@@ -26,7 +27,7 @@ STIFFNESS = {True: 4.0, False: 25.0}
 LARGEST = 0.15  # A, of a standard deviation
 FEWER = 0.8  # displacements are made smaller by this until no atoms are too close
 TRIES = 20
-TOTALS = frozenset("charge total_charge spin multiplicity spin_multiplicity total_spin magmom".split())
+SPINS = frozenset("spin multiplicity spin_multiplicity total_spin magmom".split())
 FEWEST, MOST, ATOMS = 6, 20, 150  # structures to begin with, and atoms that they should hold together
 
 
@@ -51,8 +52,12 @@ def read_starts(path: Path) -> list[Atoms]:
 
 
 def refuse_electronic_start(starts: Sequence[Atoms], path: Path) -> None:
-    """Raises UserError: charges or magnetic moments by site, which frames of LAMMPS do not have."""
+    """Raises UserError: a total charge, or charges or magnetic moments by site, which frames of LAMMPS do not have."""
     for i, atoms in enumerate(starts):
+        if stated_charge(atoms.info, f"{path}: frame {i}"):
+            raise UserError(
+                f"{path}: frame {i} has a total charge, which the frames that LAMMPS writes would not have; give it in oracle.kwargs."
+            )
         if atoms.get_initial_magnetic_moments().any() or atoms.get_initial_charges().any():
             raise UserError(
                 f"{path}: frame {i} has initial magnetic moments or charges by site, which the frames that LAMMPS writes would not have; "
@@ -60,8 +65,17 @@ def refuse_electronic_start(starts: Sequence[Atoms], path: Path) -> None:
             )
 
 
+def refuse_charged_surrogates(starts: Sequence[Atoms], path: Path) -> None:
+    """Raises UserError: a total charge that is not that of its atoms' initial charges, of which nobody knows where it is."""
+    for i in structures_from_ase(starts, [f"{path}: frame {i}" for i in range(len(starts))]).stated_charges:
+        raise UserError(
+            f"{path}: frame {i} has a total charge, and a surrogate that `carve` cuts from it might hold any part of it; give the charges "
+            "of its atoms (column initial_charges), or leave carve out."
+        )
+
+
 def warn_of_electronic_start(starts: Sequence[Atoms], path: Path, by_symbol: Mapping[str, float]) -> None:
-    """Say what of the starts' charges and magnetic moments reaches the oracle otherwise than one may think (DataWarning).
+    """Say what of the starts' magnetic moments reaches the oracle otherwise than one may think (DataWarning).
 
     Args:
         by_symbol: `oracle.magnetic_moments`.
@@ -75,11 +89,11 @@ def warn_of_electronic_start(starts: Sequence[Atoms], path: Path, by_symbol: Map
             stacklevel=2,
         )
     for i, atoms in enumerate(starts):
-        totals = sorted(name for name in atoms.info if name.lower() in TOTALS)
-        if totals and not atoms.get_initial_charges().any() and not atoms.get_initial_magnetic_moments().any():
+        totals = sorted(name for name in atoms.info if name.lower() in SPINS)
+        if totals and not atoms.get_initial_magnetic_moments().any():
             warnings.warn(
                 f"{path}: frame {i} says {', '.join(f'{name} = {atoms.info[name]}' for name in totals)}, which does not reach the oracle: "
-                "give it as initial charges or magnetic moments of atoms (columns initial_charges, initial_magmoms), or in oracle.kwargs.",
+                "give it as magnetic moments of atoms (column initial_magmoms), or in oracle.kwargs.",
                 DataWarning,
                 stacklevel=2,
             )
@@ -122,6 +136,8 @@ def _cell_maker(starts: Sequence[Atoms], recipe: LearnRecipe) -> Callable[[Atoms
         if cut is None:
             return atoms
         part = atoms[cut.origin.numpy()]
+        for key in charge_entries(part.info):  # which was that of the whole
+            del part.info[key]
         part.set_cell(cut.structure.cells[0].numpy())
         part.positions = cut.structure.positions.numpy()
         return part

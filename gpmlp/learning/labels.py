@@ -24,13 +24,14 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures, electronic_bytes
 from gpmlp.io import extxyz, files
 from gpmlp.io.ase_atoms import ELECTRONIC, from_frames
+from gpmlp.io.charges import CHARGE
 from gpmlp.io.frames import Frame
 
 Note = int | float | str | bool
 NOTE_NAME = re.compile(r"[a-z][a-zA-Z0-9_]*")
 RESERVED = frozenset(
     "key oracle reason config_type energy free_energy stress forces pbc virial energy_noise stress_noise force_noise".split()
-    + "checksum dipole magmom magmoms charges positions".split()
+    + "checksum dipole magmom magmoms charge charges positions".split()
 )
 CHECKSUM = re.compile(rb" checksum=(s[0-9a-f]{31})$", re.MULTILINE)  # at the end of a frame's second line
 STARTS = re.compile(rb"^\s*\d+\s*\n[^\n]*Properties=species", re.MULTILINE)
@@ -97,8 +98,8 @@ class LabelRefusal:
 
 
 def key_of(structure: Structures, oracle: str = "") -> str:
-    """The name of a label: a hash of one structure (elements, positions, cell, periodicity, to the last bit, and magnetic moments and
-    charges where there are any) and of the oracle."""
+    """The name of a label: a hash of one structure (elements, positions, cell, periodicity, to the last bit, and magnetic moments,
+    initial charges and total charge where there are any) and of the oracle."""
     digest = hashlib.sha256(oracle.encode() + b"\0")
     for tensor, kind in (
         (structure.species, "<i8"),
@@ -141,6 +142,8 @@ def _comment(entry: LabelEntry, columns: str) -> Iterator[str]:
     if bool(structure.cells.any()):
         yield f'Lattice="{_numbers(structure.cells)}"'
     yield f"Properties={columns}"
+    for charge in structure.stated_charges.values():
+        yield f"{CHARGE}={charge!r}"
     energy = float(targets.energies[0])
     if energy == energy:
         yield f"energy={energy!r} free_energy={energy!r}"  # the force-consistent one under both names
@@ -393,6 +396,7 @@ def structure_of(job: Mapping[str, Any]) -> Structures:
         torch.tensor(job["species"]),
         torch.zeros(n, dtype=torch.long),
         **more,
+        charges=torch.tensor([job["charge"]], dtype=torch.float64) if "charge" in job else None,
     )
 
 

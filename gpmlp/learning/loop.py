@@ -99,6 +99,8 @@ class _Run:
         initial_structures.warn_of_electronic_start(self.starts, base / recipe.start, moments)
         if recipe.lammps:
             initial_structures.refuse_electronic_start(self.starts, base / recipe.start)
+        if recipe.carve:
+            initial_structures.refuse_charged_surrogates(self.starts, base / recipe.start)
         dynamics, starts = recipe.dynamics, self.starts
         self.lammps = LammpsRuns(recipe.lammps, base, self.folder) if recipe.lammps else None
         self.walkers = [

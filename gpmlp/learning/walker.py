@@ -26,6 +26,7 @@ from gpmlp.core.verlet_list import VerletList
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.engines.md import Bath, Integrator, draw_velocities, ensure_velocities
 from gpmlp.io.ase_atoms import ELECTRONIC, calculator_results, structures_from_ase
+from gpmlp.io.charges import CHARGE, set_charge, stated_charge
 from gpmlp.learning import exploration
 from gpmlp.learning.recipe import DynamicsRecipe
 from gpmlp.learning.triggers import SURE, StepContext, TriggerDecision, guard_decision
@@ -99,6 +100,8 @@ class Walker:
             "energy": self.energy,
             "pbc": self.atoms.pbc.tolist(),
         }
+        charge = stated_charge(self.atoms.info, f"walker {self.number}")
+        header |= {} if charge is None else {CHARGE: charge}
         tensors = {
             "numbers": torch.as_tensor(self.atoms.numbers.astype(np.int64)),
             "positions": torch.as_tensor(self.atoms.positions.copy()),
@@ -120,6 +123,8 @@ class Walker:
         for key in ELECTRONIC.values():
             if key in t:
                 atoms.set_array(key, t[key])
+        if CHARGE in header:
+            set_charge(atoms, header[CHARGE])
         if (t["masses"] != atoms.get_masses()).any():
             atoms.set_masses(t["masses"])
         atoms.set_constraint(FixAtoms(t["fixed"]) if len(t["fixed"]) else None)

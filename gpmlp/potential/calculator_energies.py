@@ -275,6 +275,6 @@ def structure_hashes(structures: Structures, indices: Iterable[int] | None = Non
         here = slice(offsets[i], offsets[i + 1])
         parts = species[here], positions[here] + 0.0, cells[i] + 0.0, periodic[i]
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts))
-        digest.update(electronic_bytes(structures, here))
+        digest.update(electronic_bytes(structures, i))
         out.append(digest.hexdigest())
     return out

@@ -72,7 +72,7 @@ def compute_label(job: Mapping[str, Any], directory: Path, earlier: Mapping[str,
         LabelError: what came back cannot be trusted.
         Exception: whatever the calculator raises.
     """
-    atoms = build_atoms(job["structure"], job["magnetic_moments"])
+    atoms = build_atoms(job["structure"], job["magnetic_moments"], job["calculator"])
     if earlier is None:
         answer, calls, checked = _answer(job, atoms, directory / "label"), 1, []
     else:
