@@ -389,6 +389,8 @@ def structure_of(job: Mapping[str, Any]) -> Structures:
     """The structure of an oracle's job."""
     n = len(job["species"])
     more: dict[str, Any] = {name: torch.tensor(job[name], dtype=torch.float64) for name in ELECTRONIC if name in job}
+    if "charge" in job:
+        more["charges"] = torch.tensor([job["charge"]], dtype=torch.float64)
     return Structures(
         torch.tensor(job["positions"], dtype=torch.float64).reshape(n, 3),
         torch.tensor(job["cell"], dtype=torch.float64)[None],
@@ -396,7 +398,6 @@ def structure_of(job: Mapping[str, Any]) -> Structures:
         torch.tensor(job["species"]),
         torch.zeros(n, dtype=torch.long),
         **more,
-        charges=torch.tensor([job["charge"]], dtype=torch.float64) if "charge" in job else None,
     )
 
 
