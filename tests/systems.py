@@ -153,8 +153,10 @@ def _baseline_cases() -> dict:
         "ZBL": lambda: baselines.ZBL(dict.fromkeys(pairs, 0.9), dict.fromkeys(pairs, CUTOFF - 0.5)),
     }
     # a baseline is what has a state() and can be called; one without a case here is a KeyError
-    known = [n for n, c in inspect.getmembers(baselines, inspect.isclass) if hasattr(c, "state") and n != "Baseline"]
-    return {name: made[name] for name in known if name != "NetworkEnergies"}  # that one is in TERMS
+    known = [n for n, c in inspect.getmembers(baselines, inspect.isclass) if hasattr(c, "state")]
+    known = [n for n in known if n not in ("Baseline", "LocalBaseline")]
+    others = ("NetworkEnergies", "CalculatorEnergies")  # the first is in TERMS, the second is code of others
+    return {name: made[name] for name in known if name not in others}
 
 
 BASELINES = _baseline_cases()
