@@ -34,6 +34,7 @@ _HOMES = {
     "fit": "gpmlp.fitting.fit",
     "learn": "gpmlp.learning.loop",
     "load": "gpmlp.io.archive",
+    "locality": "gpmlp.learning.locality",
     "read": "gpmlp.io.ase_atoms",
     "register_network": "gpmlp.descriptors.networks",
     "save": "gpmlp.io.archive",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ase.build
@@ -107,3 +108,13 @@ def train_file(small_atoms, tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "train.xyz"
     ase_atoms.write_frames(path, small_atoms)
     return path
+
+
+@pytest.fixture(scope="session")
+def ethanol():
+    """Structures and targets of 24 molecules, one of them without forces and one without an energy."""
+    structures, targets = gpmlp.read(Path(__file__).parents[1] / "data" / "ethanol" / "train.xyz", ":24")
+    forces, energies = targets.forces.clone(), targets.energies.clone()
+    forces[structures.structure_of_atom == 3] = torch.nan
+    energies[5] = torch.nan
+    return structures, replace(targets, forces=forces, energies=energies)

@@ -276,6 +276,14 @@ def test_interrupted(how, recipe, capsys, monkeypatch):
     assert closed and signal.getsignal(signal.SIGTERM) == before
 
 
+def test_the_page_of_a_run_whose_novelty_limit_follows_from_the_coverage(recipe, tmp_path):
+    """In its folder all keys are given, those that were left out too."""
+    changed(recipe, "at_least_steps: 0}", "at_least_steps: 0, coverage: {far: 1.5}}")
+    assert main.main(["learn", str(recipe), "--no-report"]) == 0
+    assert main.main(["report", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report" / "index.html").exists()
+
+
 def test_report_of_a_folder_needs_nothing_else(tmp_path, capsys):
     assert main.main(["report", str(tmp_path), "data.xyz"]) == 2
     assert "leave out DATA and --output" in words(capsys.readouterr().err)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from gpmlp.gp.exact import ExactProcess
 from gpmlp.gp.likelihood import Hyperparameters, StdPrior
 from gpmlp.recipe import Recipe
 
-DATA = Path(__file__).parents[1] / "data" / "ethanol"
 SMALL = {"descriptor": {"n_max": 4, "l_max": 3, "cutoff": 4.0}, "mean": "exact", "inducing": {"functionals": "all"}}
 NOISE = {"energies": 0.02, "forces": 0.3}
 
@@ -96,16 +94,7 @@ def test_labels_that_contradict_one_another_without_noise_are_refused():
 
 
 @pytest.fixture(scope="module")
-def data():
-    structures, targets = gpmlp.read(DATA / "train.xyz", ":24")
-    forces, energies = targets.forces.clone(), targets.energies.clone()
-    forces[structures.structure_of_atom == 3] = torch.nan
-    energies[5] = torch.nan
-    return structures, replace(targets, forces=forces, energies=energies)
-
-
-@pytest.fixture(scope="module")
-def both(data):
+def both(ethanol):
     """(fit by Cholesky, the same hyperparameters by QR), each with what it left out and what its variances were compared with."""
     fits, noise = [], {}
     original, seen = left_out.predict_left_out, []
@@ -118,7 +107,7 @@ def both(data):
         recipe = SMALL | {"variance": {"columns": columns}, **noise}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(left_out, "predict_left_out", spy)
-            potential, report = gpmlp.fit(*data, Recipe.model_validate(recipe))
+            potential, report = gpmlp.fit(*ethanol, Recipe.model_validate(recipe))
         fits.append((potential, report, *seen[-1]))
         signal = {k.removeprefix("0:"): v for k, v in report.signal.items()}
         noise = {
@@ -128,11 +117,11 @@ def both(data):
     return fits
 
 
-def test_the_mean_is_that_of_the_fit_by_qr(both, data):
+def test_the_mean_is_that_of_the_fit_by_qr(both, ethanol):
     (one, by_cholesky, *_), (two, by_qr, *_) = both
     assert by_cholesky.rank == by_qr.rank and by_cholesky.centres == by_qr.centres
     assert one.variances.n_columns == 150 and two.variances.n_columns == two.variances.of_fit == one.variances.of_fit
-    moved = data[0].with_positions(data[0].positions * 1.02)
+    moved = ethanol[0].with_positions(ethanol[0].positions * 1.02)
     a, b = (p(moved) for p in (one, two))
     # both have some 1e-16 of the covariances, over the smallest noise
     torch.testing.assert_close(a.energies, b.energies, rtol=0, atol=1e-7)
@@ -151,10 +140,10 @@ def test_errors_of_what_is_left_out_are_those_of_the_fit_by_qr(both):
     assert 0.02 < float(missed) < 0.5  # no residual of a fit that knows them, which is a tenth of that
 
 
-def test_variances_of_the_leading_functionals_are_compared_with_exact_ones(both, data):
+def test_variances_of_the_leading_functionals_are_compared_with_exact_ones(both, ethanol):
     potential, report, _, arguments = both[0]
     given = arguments[1][0].exact.process.condition(report.noise, float(arguments[2].signal[0]))
-    part, atoms = data[0].select([7]), torch.tensor([0, 4])
+    part, atoms = ethanol[0].select([7]), torch.tensor([0, 4])
     found = variance_checks._exact_covariances(arguments[1][0], given, part, atoms)
     of_all = replace(both[1][0], variances=replace(both[1][0].variances, noise={}))
     truth = of_all(part, "forces", calibrated=False, form="dtc").forces_covariance
@@ -167,9 +156,9 @@ def test_variances_of_the_leading_functionals_are_compared_with_exact_ones(both,
 
 
 @pytest.mark.parametrize("components", [1, 3])
-def test_force_labels_of_different_noises_in_one_structure_go_by_qr(data, components, monkeypatch):
+def test_force_labels_of_different_noises_in_one_structure_go_by_qr(ethanol, components, monkeypatch):
     """Those of one noise each do not: net forces have none of it."""
-    structures, targets = data[0].select(range(8)), data[1].select(data[0], range(8))
+    structures, targets = ethanol[0].select(range(8)), ethanol[1].select(ethanol[0], range(8))
     noise = torch.full_like(targets.forces_noise, torch.nan)
     noise[structures.structure_of_atom == 6, :components] = 0.1
     targets, seen = replace(targets, forces_noise=noise), []
@@ -181,10 +170,10 @@ def test_force_labels_of_different_noises_in_one_structure_go_by_qr(data, compon
     assert (seen[0] is None) == (components < 3)
 
 
-def test_noises_too_small_for_a_fit_are_refused(data):
+def test_noises_too_small_for_a_fit_are_refused(ethanol):
     """Of structures that are there twice, whose labels all but agree."""
-    structures = Structures.concatenate([data[0].select(range(8, 14))] * 2)
-    targets = data[1].select(data[0], [*range(8, 14)] * 2)
+    structures = Structures.concatenate([ethanol[0].select(range(8, 14))] * 2)
+    targets = ethanol[1].select(ethanol[0], [*range(8, 14)] * 2)
     recipe = SMALL | {"variance": {"columns": 60}, "noise": {"energy_per_atom": 1e-8, "force": 1e-8}}
     with pytest.raises(UserError, match="is not positive definite to rounding: give larger ones"):
         gpmlp.fit(structures, targets, Recipe.model_validate(recipe))

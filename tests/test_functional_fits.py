@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,22 +21,11 @@ from gpmlp.io import ase_atoms
 from gpmlp.io.recipe_files import validate_recipe
 from gpmlp.recipe import Recipe
 
-DATA = Path(__file__).parents[1] / "data" / "ethanol"
 SMALL = {"descriptor": {"n_max": 4, "l_max": 3, "cutoff": 4.0}, "mean": "exact"}
 
 
 @pytest.fixture(scope="module")
-def data():
-    """Molecules, one of them without forces and one without an energy."""
-    structures, targets = gpmlp.read(DATA / "train.xyz", ":24")
-    forces, energies = targets.forces.clone(), targets.energies.clone()
-    forces[structures.structure_of_atom == 3] = torch.nan
-    energies[5] = torch.nan
-    return structures, replace(targets, forces=forces, energies=energies)
-
-
-@pytest.fixture(scope="module")
-def fitted(data):
+def fitted(ethanol):
     """A fit with all functionals, and the arguments with which it asks for left-out predictions."""
     seen = []
     original = left_out.predict_left_out
@@ -48,15 +36,15 @@ def fitted(data):
 
     left_out.predict_left_out = spy
     try:
-        potential, report = gpmlp.fit(*data, Recipe.model_validate(SMALL | {"inducing": {"functionals": "all"}}))
+        potential, report = gpmlp.fit(*ethanol, Recipe.model_validate(SMALL | {"inducing": {"functionals": "all"}}))
     finally:
         left_out.predict_left_out = original
     return potential, report, seen[0]
 
 
-def test_all_functionals_of_the_data_are_inducing_variables(data, fitted):
+def test_all_functionals_of_the_data_are_inducing_variables(ethanol, fitted):
     potential, report, _ = fitted
-    structures, _ = data
+    structures, _ = ethanol
     (block,) = potential.variances.blocks[0]
     assert isinstance(block, FunctionalBlock) and len(block.structures) == len(structures)
     atoms = int(structures.counts.max())
@@ -91,10 +79,10 @@ def test_a_structure_left_out_is_left_out_with_its_functionals(fitted, i, near):
         assert float(got.inducing.mean()) > 0.1 * float(got.data.mean())  # of its own it would have none
 
 
-def test_rows_of_the_data_are_those_of_the_functionals(data, monkeypatch):
+def test_rows_of_the_data_are_those_of_the_functionals(ethanol, monkeypatch):
     """No kernel is needed for them: streamed from the environments they are the same, for labels with noises of their own too, and for
     components of forces and energies that are not there."""
-    structures, targets = data[0].select(range(8)), data[1].select(data[0], range(8))
+    structures, targets = ethanol[0].select(range(8)), ethanol[1].select(ethanol[0], range(8))
     noise, forces = torch.full_like(targets.forces_noise, torch.nan), targets.forces.clone()
     noise[structures.structure_of_atom == 2] = 0.1
     forces[structures.offsets[5] : structures.offsets[5] + 2] = torch.nan
@@ -118,54 +106,54 @@ def test_rows_of_the_data_are_those_of_the_functionals(data, monkeypatch):
         torch.testing.assert_close(found[kind], rows, rtol=0, atol=1e-9 * float(rows.abs().max()))
 
 
-def test_the_model_file_keeps_it(fitted, data, tmp_path):
+def test_the_model_file_keeps_it(fitted, ethanol, tmp_path):
     potential = fitted[0]
     gpmlp.save(potential, tmp_path / "model.gpmlp")
     again = gpmlp.load(tmp_path / "model.gpmlp")
-    part = data[0].select([0, 7])
+    part = ethanol[0].select([0, 7])
     a, b = (p(part, "all", novelty=True) for p in (potential, again))
     assert torch.equal(a.energies, b.energies) and torch.equal(a.forces, b.forces)
     for name in ("energies_variance", "forces_covariance", "atom_energies_variance"):
         torch.testing.assert_close(getattr(b, name).total, getattr(a, name).total, rtol=1e-6, atol=1e-12)
 
 
-def test_samples_scatter_by_what_the_data_leave(fitted, data):
+def test_samples_scatter_by_what_the_data_leave(fitted, ethanol):
     potential = fitted[0]
     samples = potential.sample(400, seed=1, calibrated=False)
-    part = data[0].select([12]).with_positions(data[0].select([12]).positions * 1.03)
+    part = ethanol[0].select([12]).with_positions(ethanol[0].select([12]).positions * 1.03)
     drawn, data_part = samples(part).forces, potential(part, "forces", calibrated=False).forces_variance.data
     spread = drawn.var(0)
     assert abs(float(spread.mean() / data_part.mean()) - 1) < 0.25
     assert float(potential(part, "sampled_forces").sampled_forces_covariance.data.diagonal(dim1=1, dim2=2).mean()) > 0
 
 
-def test_some_functionals_and_fewer_for_variances(data, tmp_path):
+def test_some_functionals_and_fewer_for_variances(ethanol, tmp_path):
     """As many structures as have that number; variances from the leading ones of these."""
     recipe = SMALL | {"inducing": {"functionals": 100}, "variance": {"columns": 60}, "calibration": False}
-    potential, report = gpmlp.fit(*data, Recipe.model_validate(recipe))
+    potential, report = gpmlp.fit(*ethanol, Recipe.model_validate(recipe))
     assert 100 <= report.columns < 123 and potential.variances.n_columns == 60 * report.rank // report.rank
     (block,) = potential.variances.blocks[0]
     assert len(block.structures) < 6
     gpmlp.save(potential, tmp_path / "model.gpmlp")
-    part = data[0].select([9])
+    part = ethanol[0].select([9])
     a, b = (p(part, "all") for p in (potential, gpmlp.load(tmp_path / "model.gpmlp")))
     torch.testing.assert_close(b.forces_covariance.total, a.forces_covariance.total, rtol=1e-6, atol=1e-12)
     samples = potential.sample(8, seed=0, calibrated=False)  # paths of what the subset misses, at the other centres
     assert float(samples(part).forces.std(0).mean()) > 0
-    errors = [potential(data[0]).forces - data[1].forces, data[1].forces]
+    errors = [potential(ethanol[0]).forces - ethanol[1].forces, ethanol[1].forces]
     assert errors[0].nan_to_num().abs().mean() < 0.5 * errors[1].nan_to_num().abs().mean()
 
 
-def test_dynamics_has_it(fitted, data):
+def test_dynamics_has_it(fitted, ethanol):
     """The calculator of ASE, whose mean is compiled, and the stepper on tables of neighbours with its variances."""
-    potential, atoms = fitted[0], ase_atoms.to_ase(data[0].select([8]))[0]
+    potential, atoms = fitted[0], ase_atoms.to_ase(ethanol[0].select([8]))[0]
     atoms.calc = GPCalculator(potential)
-    expected = potential(data[0].select([8]), "atom_energies", calibrated=False)
+    expected = potential(ethanol[0].select([8]), "atom_energies", calibrated=False)
     torch.testing.assert_close(torch.from_numpy(atoms.get_forces()), expected.forces, rtol=0, atol=1e-9)
     spread = expected.atom_energies_variance
     for z in potential.species:
-        mine = data[0].select([8]).species == z
-        x = potential.terms[0].environments(data[0].select([8])).environments.features[mine]
+        mine = ethanol[0].select([8]).species == z
+        x = potential.terms[0].environments(ethanol[0].select([8])).environments.features[mine]
         block = potential.variances.blocks[0][0]
         rows = covariances.local_rows(potential.terms[0].kernel, block, z, x)
         a, b = potential.variances.whiten(rows)
@@ -186,36 +174,36 @@ def test_what_cannot_be_is_refused(inducing, message):
         validate_recipe({"inducing": inducing})
 
 
-def test_an_online_model_says_that_it_has_centres(data):
+def test_an_online_model_says_that_it_has_centres(ethanol):
     with pytest.raises(UserError, match=r"leave out `inducing.functionals`"):
-        OnlineFit.begin(*data, Recipe.model_validate({"inducing": {"functionals": "all"}}))
+        OnlineFit.begin(*ethanol, Recipe.model_validate({"inducing": {"functionals": "all"}}))
 
 
-def test_two_descriptors_with_functionals_of_one(data):
+def test_two_descriptors_with_functionals_of_one(ethanol):
     recipe = SMALL | {
         "descriptor": [SMALL["descriptor"], {"n_max": 2, "l_max": 2, "cutoff": 3.0}],
         "inducing": [{"functionals": "all"}, {"n": 20, "gradients": 2}],
         "calibration": False,
     }
-    structures = Structures.concatenate([data[0].select(range(6))])
-    potential, report = gpmlp.fit(structures, data[1].select(data[0], range(6)), Recipe.model_validate(recipe))
+    structures = Structures.concatenate([ethanol[0].select(range(6))])
+    potential, report = gpmlp.fit(structures, ethanol[1].select(ethanol[0], range(6)), Recipe.model_validate(recipe))
     assert [type(b).__name__ for blocks in potential.variances.blocks for b in blocks] == [
         "FunctionalBlock",
         *3 * ["InducingBlock"],
     ]
     found = potential(structures, ("energies", "forces"))
-    assert float((found.forces - data[1].select(data[0], range(6)).forces).nan_to_num().abs().mean()) < 0.1
+    assert float((found.forces - ethanol[1].select(ethanol[0], range(6)).forces).nan_to_num().abs().mean()) < 0.1
     assert bool((found.forces_variance.total > 0).all())
 
 
-def test_what_is_left_out_keeps_a_variance_due_to_the_data(data):
+def test_what_is_left_out_keeps_a_variance_due_to_the_data(ethanol):
     """Where variances come from fewer functionals than the fit as well. Without it a component would count as one that symmetry forbids,
     and its error as scatter of the labels, which every error bar then has."""
     recipe = SMALL | {"inducing": {"functionals": "all"}, "variance": {"columns": 250}}
     seen, original = [], left_out.predict_left_out
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(left_out, "predict_left_out", lambda *a, **more: seen.append(original(*a, **more)) or seen[0])
-        potential, _ = gpmlp.fit(*data, Recipe.model_validate(recipe))
+        potential, _ = gpmlp.fit(*ethanol, Recipe.model_validate(recipe))
     assert potential.variances.n_columns < potential.variances.of_fit
     spread = seen[0].prediction.forces_variance.data
     known = spread[seen[0].targets.forces.isfinite()]
@@ -223,9 +211,9 @@ def test_what_is_left_out_keeps_a_variance_due_to_the_data(data):
     assert potential.calibration.kinds["forces"].forbidden == 0
 
 
-def test_noises_of_labels_are_those_of_the_recipe(data):
+def test_noises_of_labels_are_those_of_the_recipe(ethanol):
     """Also where each label has one of its own, and those of one structure differ: signals of species are learned from all of them."""
-    structures, targets = data
+    structures, targets = ethanol
     given = replace(
         targets,
         energies_noise=torch.full_like(targets.energies_noise, 0.002),
@@ -244,8 +232,8 @@ def test_noises_of_labels_are_those_of_the_recipe(data):
         torch.testing.assert_close(forces, found[0][1], rtol=0, atol=1e-3)  # the optimum is not known better
 
 
-def test_force_labels_that_are_all_partly_unknown_say_nothing_of_species(data):
-    structures, targets = data[0].select(range(8)), data[1].select(data[0], range(8))
+def test_force_labels_that_are_all_partly_unknown_say_nothing_of_species(ethanol):
+    structures, targets = ethanol[0].select(range(8)), ethanol[1].select(ethanol[0], range(8))
     forces = targets.forces.clone()
     forces[structures.offsets[:-1], 0] = torch.nan
     targets = replace(targets, forces=forces, energies=torch.full_like(targets.energies, torch.nan))
@@ -257,9 +245,9 @@ def test_force_labels_that_are_all_partly_unknown_say_nothing_of_species(data):
 
 
 @pytest.fixture(scope="module")
-def with_rare(data):
+def with_rare(ethanol):
     """Molecules, the last of which has a species that no other has."""
-    structures, targets = data[0].select(range(8, 14)), data[1].select(data[0], range(8, 14))
+    structures, targets = ethanol[0].select(range(8, 14)), ethanol[1].select(ethanol[0], range(8, 14))
     species = structures.species.clone()
     species[structures.offsets[4]] = 9
     return replace(structures, species=species), targets
@@ -284,8 +272,8 @@ def test_every_species_has_its_functionals(with_rare, functionals, variance, tmp
 
 
 @pytest.mark.parametrize(("functionals", "columns"), [("all", 60), ("all", None), (80, 60)])
-def test_single_precision(data, functionals, columns, tmp_path):
-    structures, targets = data[0].select(range(8)), data[1].select(data[0], range(8))
+def test_single_precision(ethanol, functionals, columns, tmp_path):
+    structures, targets = ethanol[0].select(range(8)), ethanol[1].select(ethanol[0], range(8))
     forces = []
     for dtype in ("float32", "float64"):
         about = {"dtype": dtype, "inducing": {"functionals": functionals}, "variance": {"columns": columns}}

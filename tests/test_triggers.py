@@ -348,6 +348,7 @@ def test_novelty_that_neither_asks_nor_counts_as_covered_is_refused():
         LearnRecipe.model_validate(recipe | {"trigger": {"novelty": 4.0}})
     strict = LearnRecipe.model_validate(recipe | {"stop": {"coverage": {"far": 1.5}}})
     assert default.novelty_limit == 3.0 and strict.novelty_limit == 1.5  # what is left out follows
+    assert LearnRecipe.model_validate(strict.model_dump(mode="json")) == strict  # as the folder of a run has it
     LearnRecipe.model_validate(recipe | {"trigger": {"novelty": 2.0}, "stop": {"coverage": {"far": 2.0}}})
     LearnRecipe.model_validate(recipe | {"trigger": {"novelty": 2.0}, "stop": {"coverage": False}})
     LearnRecipe.model_validate(recipe | {"trigger": {"novelty": None}})

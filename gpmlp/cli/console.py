@@ -20,6 +20,7 @@ from gpmlp.core.units import GPA
 
 if TYPE_CHECKING:
     from gpmlp.fitting.tune import TuningTrial
+    from gpmlp.learning.locality import Locality
     from gpmlp.potential.evaluation import ErrorTable, Evaluation
 
 PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
@@ -504,4 +505,24 @@ def trials_table(trials: Sequence[TuningTrial], meaning: str, shown: int = 5) ->
         name = str(t.number) if t.number else "0 start"
         value = "failed" if t.objective is None else f"{t.objective:.4f}"
         table.add_row(name, value, errors, f"{t.seconds:.0f}", *(literal(v) for v in t.settings.values()))
+    return table
+
+
+def locality_table(found: Locality) -> Table:
+    """Spread by radius, or noise and error by cutoff."""
+    table = Table(title="Locality of forces", title_justify="left", title_style="bold")
+    if not found.floors:
+        for heading in ("cutoff\nA", "noise\nmeV/A", "held-out RMSE\nmeV/A"):
+            table.add_column(heading, justify="right")
+        for one in found.fits:
+            table.add_row(f"{one.cutoff:.3g}", format_number(1e3 * one.noise), format_number(1e3 * one.rmse))
+        return table
+    symbols = list(dict.fromkeys(symbol for one in found.floors for symbol in one.species))
+    several = symbols if len(symbols) > 1 else []
+    for heading in ("beyond R\nA", "spread\nmeV/A", "±", *several, "labels"):
+        table.add_column(heading, justify="right")
+    for one in found.floors:
+        each = (format_number(1e3 * one.species[s]) if s in one.species else "-" for s in several)
+        numbers = format_number(1e3 * one.spread), format_number(1e3 * one.error, 2)
+        table.add_row(f"{one.radius:.3g}", *numbers, *each, str(one.labels))
     return table

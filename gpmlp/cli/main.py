@@ -22,6 +22,7 @@ from gpmlp.cli.check import Keys, check_command
 from gpmlp.cli.export import export_command
 from gpmlp.cli.lammps import app as lammps_app
 from gpmlp.cli.learn import INTERRUPTED, learn_command, report_folder
+from gpmlp.cli.locality import locality_command
 from gpmlp.cli.md import md_command
 from gpmlp.cli.tune import tune_command
 from gpmlp.core.errors import DataWarning, ProgressNotice, UserError, chemical_symbol, visible_text
@@ -149,6 +150,7 @@ def fit_command(
 
 
 app.command("check")(check_command)
+app.command("locality")(locality_command)
 app.command("tune")(tune_command)
 app.command("learn")(learn_command)
 app.command("md")(md_command)

@@ -39,9 +39,16 @@ def load_recipe(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     return recipe
 
 
-def load_recipe_as(model: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> T:
-    """Read a recipe of another kind in the same way."""
+def load_recipe_as(
+    model: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = (), section: str = ""
+) -> T:
+    """Read a recipe of another kind in the same way.
+
+    Args:
+        section: of a larger recipe, to be read alone where the file has it.
+    """
     data = _read(Path(path)) if path is not None else {}
+    data = data.get(section, data) if isinstance(data.get(section), dict) else data
     for override in overrides:
         _set(data, override)
     places = ([str(path)] if path is not None else []) + (["--set"] if overrides else [])

@@ -151,7 +151,7 @@ class RunFiles:
             raise UserError(f"{folder}: holds a run already; go on with it (--resume), or choose another output.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._files[TEXT_LOG] = _open_locked(folder / TEXT_LOG)
+            self._files[TEXT_LOG] = open_locked(folder / TEXT_LOG)
             for stale in folder.glob(".*.tmp"):  # what a kill left of atomic writing
                 stale.unlink()
             mine, path = recipe.model_dump(mode="json"), folder / "recipe.json"
@@ -250,8 +250,8 @@ class RunFiles:
             file.close()
 
 
-def _open_locked(path: Path) -> IO[bytes]:
-    """A file to append to, locked as long as this process lives."""
+def open_locked(path: Path) -> IO[bytes]:
+    """A file to append to, locked as long as it is open. Raises UserError: another process has it."""
     file = open(path, "ab", buffering=0)  # noqa: SIM115 - as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

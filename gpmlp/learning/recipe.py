@@ -311,8 +311,9 @@ class LearnRecipe(RecipeSection):
         self._check_trigger()
         self._check_lammps()
         coverage, novelty = self.stop.coverage, self.trigger.novelty
-        given = "novelty" in self.trigger.model_fields_set and not self.lammps
-        if given and coverage and novelty is not None and novelty > coverage.far:
+        # not whether it is given: in the folder of a run it is
+        chosen = novelty != TriggerRecipe().novelty and not self.lammps
+        if chosen and coverage and novelty is not None and novelty > coverage.far:
             raise ValueError(
                 f"trigger.novelty {novelty:g} is above stop.coverage.far {coverage.far:g}: what lies between would neither be "
                 "labelled nor count as covered, and the run never stop; lower the one or raise the other"

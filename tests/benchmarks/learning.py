@@ -6,12 +6,14 @@ Every case is one recipe (start, oracle, dynamics; all else as it is by default)
 forces of an independent trajectory of the oracle with the same protocol; rivals are fitted to as many frames of another such
 trajectory, drawn at random or evenly spaced, and to ten times as many. Missed: steps of the trajectory, drawn at random and whether looked
 at or not, at which the true error of some atom's force was above the limit that held; steps that were walked again after a label count as
-they were in the end. False: labels for which it was below.
+they were in the end. False: labels for which it was below. A second table has the same by the number of labels of the model, beside
+what the run foresaw. `--set stop.time_at_most_h=0.5` ends a run early; it is judged as far as it came.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import re
 import sys
@@ -178,31 +180,48 @@ def sampled(share: float, seed: int) -> Iterator[list[Step]]:
         walker.RecordingCalculator.calculate = calculate
 
 
-def missed(folder: Path, case: Case, steps: Sequence[Step]) -> dict[str, float]:
+def judged(folder: Path, case: Case, steps: Sequence[Step]) -> dict:
     """Share of the steps at which an error was above the limit that held then, and of labels asked for by the trigger that were not
-    needed; each with its number of cases."""
-    limits, needed = defaultdict(list), []
+    needed, each with its number of cases; and the steps by the number of labels that the model of their stride had: with the share above
+    the limit, the share that was foreseen, and the median of the largest force error over the limit."""
+    looks, limits, needed, labels = defaultdict(list), {}, [], 0
     for line in (folder / "log.jsonl").read_text().splitlines():
         event = json.loads(line)
-        if event["event"] == "look":
-            limits[event["walker"]].append((event["step"], event["threshold"]))
-        if event["event"] == "learned" and (event.get("foreseen") or {}).get("largest_error") is not None:
-            needed.append(event["foreseen"]["largest_error"] > limits[event["walker"]][-1][1])
-    calculator = calculators.build_calculator(case.oracle["calculator"], case.oracle.get("kwargs", {}), folder)
-    atoms, over = case.start.copy(), []
+        if event["event"] == "look" and (not event.get("asked") or event.get("withheld")):  # others are walked again
+            seen = event["step"], labels, event["threshold"], event.get("missed", float("nan"))
+            looks[event["walker"]] = [one for one in looks[event["walker"]] if one[0] < event["step"]] + [seen]
+        if event["event"] == "ask":
+            limits[event["walker"]] = event["force_limit"]
+        if event["event"] == "learned":
+            labels = event["labels"]
+            if (event.get("foreseen") or {}).get("largest_error") is not None:
+                needed.append(event["foreseen"]["largest_error"] > limits[event["walker"]])
+    atoms, groups = case.start.copy(), defaultdict(list)
     atoms.set_constraint()
-    atoms.calc = calculator
+    atoms.calc = calculators.build_calculator(case.oracle["calculator"], case.oracle.get("kwargs", {}), folder)
     for one in steps:
+        mine = looks[one.walker]
+        place = bisect.bisect_left(mine, one.step, key=lambda look: look[0])
+        if place == len(mine):  # of a stride that did not end
+            continue
         atoms.set_cell(one.cell)
         atoms.positions = one.positions
+        _, n, limit, foreseen = mine[place]
         error = np.linalg.norm(one.forces - atoms.get_forces(), axis=1).max()
-        over.append(
-            bool(error > next((limit for step, limit in reversed(limits[one.walker]) if step <= one.step), np.inf))
-        )
+        groups[n].append((float(error / limit), foreseen))
+    ratios = np.array([ratio for group in groups.values() for ratio, _ in group])
     return {
-        "frames": len(over), "missed": float(np.mean(over)) if over else float("nan"), "asks": len(needed),
+        "frames": len(ratios), "missed": float((ratios > 1).mean()) if len(ratios) else float("nan"), "asks": len(needed),
         "false": 1 - float(np.mean(needed)) if needed else float("nan"),
+        "by_labels": {n: _of_steps(np.array(group)) for n, group in sorted(groups.items())},
     }  # fmt: skip
+
+
+def _of_steps(group: np.ndarray) -> dict[str, float]:
+    """From (steps, 2): error over limit, and the share of its stride that was foreseen to be above it."""
+    ratio, foreseen = group.T
+    return {"frames": len(group), "missed": float((ratio > 1).mean()), "foreseen": float(np.nanmean(foreseen)),
+            "median_error_over_limit": float(np.median(ratio)), "largest_error_over_limit": float(ratio.max())}  # fmt: skip
 
 
 def run(name: str, seed: int, work: Path, options: argparse.Namespace) -> dict:
@@ -223,7 +242,7 @@ def run(name: str, seed: int, work: Path, options: argparse.Namespace) -> dict:
         "wall_s": wall, "columns": last.model.online.factor.columns, "limit": last.limits.force,
         "restarts": sum(m.restarts for m in last.progress.walkers),
     }  # fmt: skip
-    result |= missed(folder / f"run{seed}", case, steps)
+    result |= judged(folder / f"run{seed}", case, steps)
     if case.frames and options.rivals:
         test = gpmlp.read(oracle_run(case, recipe, 1000 + seed, TESTS, folder / f"test{seed}.xyz"))
         pool = gpmlp.read(oracle_run(case, recipe, 2000 + seed, case.frames, folder / f"pool{seed}.xyz"))
@@ -278,6 +297,17 @@ def row(name: str, seed: int, r: dict) -> list[str]:
     ]  # fmt: skip
 
 
+BY_LABELS = ["labels", "frames", "missed %", "foreseen %", "median error/limit", "largest"]
+
+
+def _by_labels(r: dict) -> list[list[str]]:
+    return [
+        [str(n), str(one["frames"]), f"{100 * one['missed']:.1f}", f"{100 * one['foreseen']:.1f}",
+         f"{one['median_error_over_limit']:.2f}", f"{one['largest_error_over_limit']:.2f}"]
+        for n, one in r["by_labels"].items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
@@ -292,6 +322,7 @@ def main() -> None:
         for seed in options.seeds:
             results[f"{name} {seed}"] = run(name, seed, options.work, options)
             print(common.table([row(name, seed, results[f"{name} {seed}"])], HEADER), flush=True)
+            print(common.table(_by_labels(results[f"{name} {seed}"]), BY_LABELS), flush=True)
             options.json.write_text(json.dumps(results, indent=2) + "\n")
     print(common.table([row(*key.rsplit(" ", 1), r) for key, r in results.items()], HEADER))
 

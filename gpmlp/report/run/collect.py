@@ -144,7 +144,7 @@ def collect_run(
         steps=tuple(int(frames.step[frames.walker == w].max(initial=0)) for w in range(recipe.dynamics.walkers)),
         wanted=recipe.dynamics.steps,
         probability=recipe.trigger.probability,
-        novelty_limit=recipe.trigger.novelty or nan,
+        novelty_limit=recipe.novelty_limit or nan,
         wanted_rate=plateau.labels_per_1000_steps if plateau else nan,
         wanted_frames=coverage.frames if coverage else nan,
         wanted_atoms=wanted_atoms(coverage, _quantile(recipe)) if coverage else nan,
