@@ -19,7 +19,8 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.emt import EMT
 
-sys.path[:0] = [str(common.ROOT), str(common.ROOT / "tests")]
+sys.path.insert(0, str(common.ROOT))
+sys.path.insert(0, str(common.ROOT / "tests"))
 
 import gpmlp
 from gpmlp.io.ase_atoms import from_ase, structures_from_ase
