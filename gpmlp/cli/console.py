@@ -521,8 +521,8 @@ def locality_table(found: Locality) -> Table:
     several = symbols if len(symbols) > 1 else []
     for heading in ("beyond R\nA", "spread\nmeV/A", "±", *several, "labels"):
         table.add_column(heading, justify="right")
-    for one in found.floors:
-        each = (format_number(1e3 * one.species[s]) if s in one.species else "-" for s in several)
-        numbers = format_number(1e3 * one.spread), format_number(1e3 * one.error, 2)
-        table.add_row(f"{one.radius:.3g}", *numbers, *each, str(one.labels))
+    for floor in found.floors:
+        each = (format_number(1e3 * floor.species[s]) if s in floor.species else "-" for s in several)
+        numbers = format_number(1e3 * floor.spread), format_number(1e3 * floor.error, 2)
+        table.add_row(f"{floor.radius:.3g}", *numbers, *each, str(floor.labels))
     return table

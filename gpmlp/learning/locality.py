@@ -7,7 +7,7 @@ Phys. Rev. B 95, 094203 (2017)). Without one, small fits say from which cutoff o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,9 +44,10 @@ NEGLIGIBLE = 0.3  # share of the force error (9 % of its square) up to which wha
 FLAT = 1.1  # noise of a small fit over the least, up to which a longer cutoff does not help
 LONGEST = 8.0  # A, that a cutoff may reasonably have
 RESOLVED = 1e-6  # eV/A; smaller spreads are rounding
-LEAST_ERROR = 0.05  # relative, of a spread
-# exponents of force constants up to which a law is called so; they are 3 between charges, and 8 where energies fall as r^-6
+TAIL = 3  # of the radii, the longest, that tell how force constants decay
+# exponents up to which that is called so; they are 3 between charges, and 8 where energies fall as r^-6
 COULOMB, DISPERSION = 5.5, 10.5
+DISTANT = 6.0  # A, to which radii have to reach for the latter: nearer, what falls exponentially is as steep
 
 
 @dataclass(frozen=True)
@@ -472,46 +473,33 @@ def _floor(spheres: Sequence[Sphere], radius: float, forces: np.ndarray) -> Loca
 
 
 def fit_decay(floors: Sequence[LocalityFloor], spheres: Sequence[Sphere]) -> DecayLaw:
-    """The decay of force constants Φ that floors agree with: spread² ∝ Σ Φ(r)² over the atoms that are redrawn, at their distances r.
+    """The decay of force constants Φ that the spreads beyond the longest radii agree with.
 
-    Φ = r^-n and Φ = exp(-r/λ) are fitted to the logarithms. An exponent up to COULOMB is called Coulomb; up to DISPERSION r^-6, unless the
-    exponential fits better.
+    spread² ∝ Σ Φ(r)² over the atoms that are redrawn, at their distances r: Φ = r^-n and Φ = exp(-r/λ) are fitted to the logarithms.
     """
-    resolved = [f for f in floors if f.spread > RESOLVED]
+    resolved = [f for f in floors if f.spread > RESOLVED][-TAIL:]
     if len(resolved) < 2:
         return DecayLaw("none")
     logs = np.log([f.spread for f in resolved])
-    weights = np.array([max(LEAST_ERROR, f.error / f.spread) for f in resolved]) ** -2.0
+    far = [sphere.distances[sphere.distances > resolved[0].radius] for sphere in spheres]
 
-    def misfit(profile: np.ndarray) -> float:
-        off = logs - profile
-        return float(weights @ (off - (weights @ off) / weights.sum()) ** 2)
-
-    def beyond(log_phi: list[np.ndarray]) -> np.ndarray:
-        """log of the spread at each radius, but for a factor."""
+    def misfit(log_phi: list[np.ndarray]) -> float:
         shift = max(float(values.max()) for values in log_phi)
         sums = [
-            sum(np.exp(2 * (v - shift))[s.distances > f.radius].sum() for v, s in zip(log_phi, spheres, strict=True))
+            sum(np.exp(2 * (v - shift))[r > f.radius].sum() for v, r in zip(log_phi, far, strict=True))
             for f in resolved
         ]
-        return 0.5 * np.log(np.maximum(sums, 1e-300)) + shift
+        return float((logs - 0.5 * np.log(np.maximum(sums, 1e-300))).var())
 
-    others = [np.maximum(s.distances, resolved[0].radius) for s in spheres]
-    power = minimize_scalar(
-        lambda n: misfit(beyond([-n * np.log(d) for d in others])), bounds=(0.5, 60), method="bounded"
-    )
-    decay = minimize_scalar(
-        lambda rate: misfit(beyond([-rate * d for d in others])), bounds=(0.02, 15), method="bounded"
-    )
-    exponent, length = float(power.x), 1 / float(decay.x)
-    kind = (
-        "Coulomb"
-        if exponent <= COULOMB
-        else "r^-6"
-        if exponent <= DISPERSION and power.fun <= decay.fun
-        else "exponential"
-    )
-    return DecayLaw(kind, exponent, length)
+    def best(log_phi: Callable[[float, np.ndarray], np.ndarray], bounds: tuple[float, float]) -> float:
+        return float(minimize_scalar(lambda v: misfit([log_phi(v, r) for r in far]), bounds=bounds, method="bounded").x)
+
+    exponent = best(lambda n, r: -n * np.log(r), (0.5, 60.0))
+    length = 1 / best(lambda rate, r: -rate * r, (0.02, 15.0))
+    if exponent <= COULOMB:
+        return DecayLaw("Coulomb", exponent, length)
+    dispersion = exponent <= DISPERSION and resolved[-1].radius >= DISTANT
+    return DecayLaw("r^-6" if dispersion else "exponential", exponent, length)
 
 
 # ------------------------------------------------------------ both
