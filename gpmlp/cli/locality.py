@@ -104,9 +104,9 @@ def _numbers(text: str | None) -> tuple[float, ...]:
 
 
 def _oracle_recipe(path: Path, settings: list[str]) -> OracleRecipe:
+    from gpmlp.core.calculators import add_import_folder
     from gpmlp.io.recipe_files import load_recipe_as
-    from gpmlp.learning.oracles import codes
     from gpmlp.learning.oracles.oracle import OracleRecipe
 
-    codes.add_import_folder(path.parent)
+    add_import_folder(path.parent)
     return load_recipe_as(OracleRecipe, path, settings, section="oracle")
