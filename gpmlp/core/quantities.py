@@ -35,6 +35,8 @@ class Targets:
         forces_noise: (atoms, 3) standard deviation, eV/A; NaN = the model's.
         stresses_noise: (structures,) standard deviation, eV/A^3; NaN = the model's.
         config_types: a label for each structure, '' where none was given.
+        charges: (atoms,) e, of a partition of the electrons (Mulliken, Hirshfeld, Bader, ...); of None all are NaN.
+        dipoles: (structures, 3) e A; of None all are NaN.
 
     Raises:
         UserError: shapes that do not belong together, infinite values, noise that is not positive.
@@ -47,6 +49,8 @@ class Targets:
     forces_noise: Tensor
     stresses_noise: Tensor
     config_types: tuple[str, ...]
+    charges: Tensor = None  # type: ignore[assignment]
+    dipoles: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         errors.check_shape("energies", self.energies, ("structures",))
@@ -56,6 +60,12 @@ class Targets:
         errors.check_shape("energies_noise", self.energies_noise, (n,))
         errors.check_shape("forces_noise", self.forces_noise, tuple(self.forces.shape))
         errors.check_shape("stresses_noise", self.stresses_noise, (n,))
+        for name, shape in (("charges", (self.forces.shape[0],)), ("dipoles", (n, 3))):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.energies.new_full(shape, float("nan")))
+            errors.check_shape(name, getattr(self, name), shape)
+            if torch.isinf(getattr(self, name)).any():
+                raise errors.UserError(f"`{name}` hold an infinite value; remove the structure or correct the label.")
         if len(self.config_types) != n:
             raise errors.UserError(f"`config_types` must hold {n} labels; got {len(self.config_types)}.")
         for kind in KINDS:
@@ -91,6 +101,8 @@ class Targets:
             self.forces_noise[atoms],
             self.stresses_noise[indices],
             tuple(self.config_types[i] for i in indices.tolist()),
+            self.charges[atoms],
+            self.dipoles[indices],
         )
 
     @staticmethod

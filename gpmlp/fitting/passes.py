@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -148,12 +149,5 @@ def _chunked(partition: Partition, chosen: Tensor) -> tuple[list[Structures], li
     """Chunks of PASS_ATOMS atoms of the chosen structures, and the targets of each."""
     structures, targets = partition.structures.select(chosen), partition.targets.select(partition.structures, chosen)
     parts = list(chunk_structures(structures, PASS_ATOMS))
-    out, first, atom = [], 0, 0
-    for part in parts:
-        here, atoms = slice(first, first + len(part)), slice(atom, atom + part.n_atoms)
-        values = {
-            name: value[atoms] if name.startswith("forces") else value[here] for name, value in vars(targets).items()
-        }
-        out.append(Targets(**values))
-        first, atom = here.stop, atoms.stop
-    return parts, out
+    ends = list(accumulate(map(len, parts), initial=0))
+    return parts, [targets.select(structures, range(*chunk)) for chunk in pairwise(ends)]

@@ -22,7 +22,7 @@ from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.findings import Finding, Severity, warn_of
 from gpmlp.core.quantities import ISOLATED, Prediction, Targets, is_isolated_atom
 from gpmlp.core.structures import Structures
-from gpmlp.io import extxyz, label_names, labels, structure_files
+from gpmlp.io import charge_labels, extxyz, label_names, labels, structure_files
 from gpmlp.io.charges import set_charge, total_charge
 from gpmlp.io.files import atomic_write
 from gpmlp.io.frames import Frame
@@ -223,10 +223,12 @@ def from_frames(
     names = structures.names
     table = label_names.LabelTable(frames, names)
     given = {kind: (name,) if isinstance(name, str) else tuple(name) for kind, name in (keys or {}).items()}
+    of_charges = charge_labels.choose_keys(table, path, given)
+    given = {kind: keys for kind, keys in given.items() if kind not in charge_labels.KINDS}
     chosen, findings = label_names.choose_keys(table, path, given)
     collected = [labels.labels_of(frame, name, chosen) for frame, name in zip(frames, names, strict=True)]
     findings += label_names.unread_weights(table, path, labels.READ_NAMES) + label_names.other_units(table, path)
-    findings += _grouped(collected, names)
+    findings += _grouped(collected, names) + list(of_charges.findings)
 
     def join(part: str, combine) -> torch.Tensor:
         return torch.as_tensor(combine([getattr(label, part) for label in collected]), dtype=torch.float64)
@@ -239,6 +241,8 @@ def from_frames(
         join("force_noise", np.concatenate),
         join("stress_noise", np.array),
         tuple(label.config_type for label in collected),
+        torch.as_tensor(of_charges.charges(frames), dtype=torch.float64),
+        torch.as_tensor(of_charges.dipoles(frames), dtype=torch.float64),
     )
     if not as_written:
         targets, lone = _mark_lone_atoms(structures, targets)
@@ -324,6 +328,9 @@ def calculator_results(values: Prediction | Targets, s: int, atoms: slice) -> di
         results["energies"] = numbers(values.atom_energies[atoms])
     if forces.size and not (math.isnan(forces.item(0)) and np.isnan(forces).all()):
         results["forces"] = forces
+    if isinstance(values, Targets):
+        of_charges = {"charges": numbers(values.charges[atoms]), "dipole": numbers(values.dipoles[s])}
+        results |= {name: value for name, value in of_charges.items() if not np.isnan(value).any()}
     if not any(map(math.isnan, (*xx, *yy, *zz))):
         sheared = (yy[2] + zz[1]) / 2, (xx[2] + zz[0]) / 2, (xx[1] + yy[0]) / 2
         results["stress"] = np.array([xx[0], yy[1], zz[2], *sheared])

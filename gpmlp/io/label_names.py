@@ -123,9 +123,10 @@ def parse_keys(text: str) -> dict[str, tuple[str, ...]]:
     keys: dict[str, tuple[str, ...]] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         kind, equals, names = part.partition("=")
-        if not equals or not names or kind not in (*KINDS, "virial"):
+        if not equals or not names or kind not in (*KINDS, "virial", "charges", "dipole"):
             raise UserError(
-                f"--keys must be as energy=REF_energy,forces=REF_forces,stress=REF_stress (or virial=..., or {NONE}); got '{part}'."
+                f"--keys must be as energy=REF_energy,forces=REF_forces,stress=REF_stress (or virial=..., charges=..., dipole=..., or "
+                f"{NONE}); got '{part}'."
             )
         keys[kind] = tuple(names.split("+"))
     return keys

@@ -126,6 +126,8 @@ def format_entry(entry: LabelEntry) -> bytes:
         columns, numbers = [*columns, "forces:R:3"], [*numbers, targets.forces]
     if not bool(targets.forces_noise.isnan().all()):
         columns, numbers = [*columns, "force_noise:R:3"], [*numbers, targets.forces_noise]
+    if not bool(targets.charges.isnan().all()):
+        columns, numbers = [*columns, "charges:R:1"], [*numbers, targets.charges[:, None]]
     for name, value in structure.electronic_start().items():
         if bool(value.any()):
             column = value if value.dim() == 2 else value[:, None]
@@ -149,6 +151,8 @@ def _comment(entry: LabelEntry, columns: str) -> Iterator[str]:
         yield f"energy={energy!r} free_energy={energy!r}"  # the force-consistent one under both names
     if not bool(targets.stresses.isnan().any()):
         yield f'stress="{_numbers(targets.stresses[0].T)}"'
+    if not bool(targets.dipoles.isnan().any()):
+        yield f'dipole="{_numbers(targets.dipoles)}"'
     for name, noise in (("energy_noise", targets.energies_noise), ("stress_noise", targets.stresses_noise)):
         if not bool(noise.isnan()):
             yield f"{name}={float(noise)!r}"

@@ -83,12 +83,13 @@ def _empty() -> NearPairs:
 
 
 def same_atoms(structures: Structures, usable: Tensor) -> Iterator[Tensor]:
-    """(members,) indices of the usable structures of two atoms or more with the same species in the same order and the same periodicity."""
+    """(members,) indices of the usable structures of two atoms or more with the same charge, periodicity and species, in this order."""
+    charges = structures.charges.cpu().numpy() + 0.0
     species, offsets = structures.species.cpu().numpy(), structures.offsets.tolist()
     periodic = structures.periodic.cpu().numpy().astype(np.uint8)
     groups: dict[bytes, list[int]] = {}
     for s in (usable & (structures.counts > 1)).nonzero().flatten().tolist():
-        key = periodic[s].tobytes() + species[offsets[s] : offsets[s + 1]].tobytes()
+        key = charges[s].tobytes() + periodic[s].tobytes() + species[offsets[s] : offsets[s + 1]].tobytes()
         groups.setdefault(key, []).append(s)
     return (torch.tensor(members) for members in groups.values() if len(members) > 1)
 

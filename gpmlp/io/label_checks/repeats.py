@@ -74,14 +74,16 @@ def rms_forces(structures: Structures, targets: Targets) -> Tensor:
 
 
 def same_composition(structures: Structures) -> Iterator[Tensor]:
-    """(members,) indices of structures with the same atoms, in any order, and the same periodicity; more than one each."""
+    """(members,) indices of structures with the same atoms, in any order, charge and periodicity; more than one each."""
+    charges = structures.charges.numpy() + 0.0
     order = np.lexsort((structures.species.numpy(), structures.structure_of_atom.numpy()))
     species, offsets = structures.species.numpy()[order], structures.offsets.tolist()
     periodic = structures.periodic.numpy().astype(np.uint8)
     groups: dict[bytes, list[int]] = {}
     for s, (first, last) in enumerate(itertools.pairwise(offsets)):
         if last > first:
-            groups.setdefault(periodic[s].tobytes() + species[first:last].tobytes(), []).append(s)
+            key = charges[s].tobytes() + periodic[s].tobytes() + species[first:last].tobytes()
+            groups.setdefault(key, []).append(s)
     return (torch.tensor(members) for members in groups.values() if len(members) > 1)
 
 
@@ -198,7 +200,9 @@ def _energy_findings(structures: Structures, energies: Tensor, pairs: Tensor, di
         "difference_eV": float(difference[worst]),
         "frames": float(count),
     }
-    advice = "Charge, spin, functional, k-points or convergence differ: keep the frames of one kind."
+    advice = (
+        "Charge (give it, as charge=1), spin, functional, k-points or convergence differ: keep the frames of one kind."
+    )
     return [
         Finding("same-structure-two-energies", severity, text, _names(structures, pairs[worst], pairs), numbers, advice)
     ]

@@ -8,6 +8,7 @@ from gpmlp.core.findings import SEVERITIES, Finding
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io.label_checks import stresses
+from gpmlp.io.label_checks.charges import check_charges
 from gpmlp.io.label_checks.coincident import check_coincident
 from gpmlp.io.label_checks.near_frames import find_near_pairs
 from gpmlp.io.label_checks.outliers import check_outliers
@@ -45,6 +46,7 @@ def check(structures: Structures, targets: Targets) -> tuple[Finding, ...]:
         *work,
         *strained,
         *check_totals(structures, targets),
+        *check_charges(structures, targets),
         *far,
     ]
     return sort_findings(findings)
