@@ -416,6 +416,25 @@ class NoveltyRecipe(RecipeSection):
     samples: Annotated[Count, Field(ge=10)] = 2000
 
 
+class LongRangeRecipe(RecipeSection):
+    """Electrostatics beyond the cutoff. charges: 'off'; 'local' or 'polarisable' ones (kappa: how stiff, by evidence where None);
+    'auto': tried where the data ask for them, kept where the evidence rises. labels: of charges and dipoles in the data."""
+
+    charges: Annotated[Literal["auto", "off", "local", "polarisable", False], AfterValidator(lambda v: v or "off")] = (
+        "auto"
+    )
+    kappa: Annotated[Positive, _within(0.01, 1e4)] | None = None
+    labels: Literal["ignore", "use", "only"] = "ignore"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LongRangeRecipe:
+        if self.kappa is not None and self.charges != "polarisable":
+            raise ValueError("kappa is the stiffness of polarisable charges: set charges: polarisable, or leave it out")
+        if self.labels != "ignore" and self.charges == "off":
+            raise ValueError(f"labels: {self.labels} needs charges, which are off")
+        return self
+
+
 class Recipe(RecipeSection):
     """All choices of a fit. signal: standard deviations of local energies by chemical symbol, eV, learned where left out; mean: how the
     posterior mean is evaluated where the kernel is quadratic; memory_GB: bound on the factors of the fit."""
@@ -437,6 +456,7 @@ class Recipe(RecipeSection):
     use_forces: bool = True
     use_stresses: bool = True
     robust: bool = False
+    long_range: LongRangeRecipe = LongRangeRecipe()
     memory_GB: Positive | None = None
     seed: Seed = 0
     device: Device = "cpu"
@@ -458,7 +478,7 @@ class Recipe(RecipeSection):
     @classmethod
     def from_header(cls, stored: dict[str, Any]) -> Recipe:
         """The recipe in the header of a model file, whose evidence may be one that is no longer offered: a model does not need it."""
-        return cls.model_validate({"mean": "exact"} | stored | {"evidence": "dtc"})
+        return cls.model_validate({"mean": "exact", "long_range": {"charges": "off"}} | stored | {"evidence": "dtc"})
 
     @property
     def descriptors(self) -> tuple[DescriptorRecipe | NetworkRecipe, ...]:

@@ -27,8 +27,6 @@ USED_BY = {
     "evaluations": "tests",
     "ExternalPotential": "users (docs/engines.md)",
     "open_lammps": "users (docs/engines.md)",
-    "electronegativity": "potential.charges, to come",
-    "energy_gradients": "potential.charges, to come",
     "register_network": "users (docs/pretrained.md)",
     "allow_calculator": "users (docs/long-range.md)",
 }

@@ -268,7 +268,7 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
         *([("label noise", f"{format_noise(scatter)} (net forces)")] if (scatter := report.get("label_noise")) else []),
         ("train RMSE", format_noise(rms)),
     ]
-    pairs += [*mean_ranks(report), *variance_columns(report), *local_variances(report)]
+    pairs += [*mean_ranks(report), *variance_columns(report), *local_variances(report), *told_of_charges(report)]
     if validation:
         from gpmlp.potential.evaluation import ErrorTable
 
@@ -299,6 +299,12 @@ def mean_ranks(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"{format_number(100 * change / noise)} % of their noise, {format_number(1e3 * told['largest_change_of_forces_eV_per_A'])} at most"
     )
     return [("low rank", text)]
+
+
+def told_of_charges(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Whether charges were tried, and what the evidence says of them."""
+    told = report.get("charges")
+    return [("long range", told["sentence"])] if told else []
 
 
 def local_variances(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -379,6 +385,7 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         ("data", ", ".join(files) or "not recorded"),
         *([("calibrated on", calibration_source(aside))] if aside else []),
         ("mean", means_of(header)),
+        *told_of_charges(header.get("report") or {}),
         ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
         ("units", content["units"]),
         *said_of_fit(header.get("report", {})),

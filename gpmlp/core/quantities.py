@@ -184,6 +184,8 @@ class Prediction:
         stresses_covariance: (structures, 6, 6) (eV/A^3)^2, in the order xx yy zz yz xz xy.
         novelty: (atoms,) Mahalanobis distance of each environment over the threshold of its species; above 1: outside the data.
         atom_virials: (atoms, 3, 3) eV, symmetric, summing to stress times volume: half of what a pair adds belongs to either atom.
+        charges: (atoms,) e, summing to the total charge of each structure; None of a model without charges, as what follows.
+        electrostatic: (structures,) eV, the part of `energies` that is of these charges.
     """
 
     energies: Tensor
@@ -197,6 +199,8 @@ class Prediction:
     stresses_covariance: Variance | None = None
     novelty: Tensor | None = None
     atom_virials: Tensor | None = None
+    charges: Tensor | None = None
+    electrostatic: Tensor | None = None
 
     @property
     def forces_variance(self) -> Variance | None:
@@ -246,7 +250,7 @@ class Prediction:
         indices = torch.as_tensor(indices, device=self.energies.device, dtype=torch.long)
         atoms = structures.atoms_of(indices).to(indices.device)
         per_atom = {"atom_energies", "forces", "atom_virials", "atom_energies_variance", "forces_covariance", "novelty"}
-        per_atom.add("sampled_forces_covariance")
+        per_atom |= {"sampled_forces_covariance", "charges"}
         return self._with(lambda name, v: _apply(lambda part: part[atoms if name in per_atom else indices], v))
 
     def _with(self, function: Callable[[str, Any], Any]) -> Prediction:

@@ -63,6 +63,10 @@ class GPModel(ModelInterface):
         super().__init__()
         if not isinstance(potential, Potential):
             raise UserError(f"GPModel needs a potential, e.g. of gpmlp.load('model.gpmlp'); got {potential!r}.")
+        if potential.charges is not None:
+            raise UserError(
+                "Models with charges are not offered in TorchSim yet: fit with `long_range: {charges: off}`, or use the model through ASE."
+            )
         potential.check_variance(uncertainty)
         self.uncertainty, self.novelty = uncertainty, novelty
         self._compute_stress = self._compute_forces = True

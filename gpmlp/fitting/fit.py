@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import parallel
-from gpmlp.core.errors import chemical_symbol
+from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting import (
     calibrate,
+    charge_fit,
     defaults,
     four_body_weight,
     inducing_sets,
@@ -38,7 +39,7 @@ from gpmlp.fitting.label_outliers import LabelOutliers
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.partitions import Partitions
 from gpmlp.fitting.passes import FeatureSample
-from gpmlp.fitting.regression import InducingModel, WhitenedData
+from gpmlp.fitting.regression import ChargeRows, InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
 from gpmlp.fitting.sparse_points import Candidates, CentreChoice
 from gpmlp.fitting.workers import Executor, Workers, within, workers_of
@@ -50,6 +51,7 @@ from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.gp.stored_factors import rounded_factor
 from gpmlp.io.label_checks.stage import sort_findings
 from gpmlp.potential.baseline import Baseline
+from gpmlp.potential.charges import ChargeModel
 from gpmlp.potential.evaluation import ErrorTable, error_table
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
@@ -127,12 +129,16 @@ def _fit_once(
     about = data.structures, data.targets, wanted, data.recipe.seed, data.groups
     fitted, held, judged = calibrate.calibration_split(*about)
     trained = _train(data, fitted, held, stages)
+    data, charges = _with_charges(data, trained.models, stages)
+    if data.charges is not None:
+        trained = _train(data, fitted, held, stages)
     models = trained.models
     learned = trained.learned.joined(*trained.held) if len(held) else trained.learned
+    columns = trained.every_charge_rows
     stages.begin("posterior")
     solved, given = regression.solve(models, learned)
     weights, origin = (solved if given is None else given).weights, dict(provenance or {})
-    potential = replace(_potential(data, trained, learned, solved, weights), provenance=origin)
+    potential = replace(_potential(data, trained, learned, solved, weights, columns), provenance=origin)
     again = passes.predict(data.partitions, potential)
     if potential.variances is not None:
         stages.begin("calibration")
@@ -152,6 +158,7 @@ def _fit_once(
         independent_groups=len(data.groups),
         held_out=potential.calibration.source.get("held_out_structures", 0),
         variance_subset=subset,
+        charges=charges,
         **cheaper,
         validation_errors=errors,
         stages=tuple(stages.done),
@@ -198,6 +205,7 @@ class _Data:
         findings: of reading and checking the labels.
         labels: those that can be right, and energies of failed calculations with a large noise.
         partitions: of the structures with what remains of their labels.
+        charges: whose electrostatics were subtracted as well; None where there are none.
     """
 
     recipe: Recipe
@@ -212,6 +220,7 @@ class _Data:
     findings: tuple[Finding, ...]
     labels: Targets
     partitions: Partitions
+    charges: ChargeModel | None = None
 
     @property
     def failed(self) -> Tensor:
@@ -246,14 +255,49 @@ class _Data:
         return _Data(*known, partitions)
 
 
+def _with_charges(
+    data: _Data, models: Sequence[InducingModel], stages: StageTimer
+) -> tuple[_Data, dict[str, Any] | None]:
+    """The data with electrostatics subtracted, where charges are asked for or the evidence asks for them; an entry of the FitReport."""
+    wanted = data.recipe.long_range.charges
+    if charge_fit.reason_to_try(data.structures, data.recipe) is None:
+        return data, None
+    if lacking := charge_fit.why_impossible(data.structures, models):
+        if wanted == "auto":
+            return data, None
+        raise UserError(f"`long_range.charges: {wanted}` is not possible: {lacking}.")
+    stages.begin("charges")
+    with parallel.one_core():
+        prepared = charge_fit.ChargeData(data.recipe, models, data.structures, data.remaining)
+        found = charge_fit.fit_charges(prepared, charge_fit.forms_of(data.recipe), stages.report)
+    if wanted == "auto" and found.gain <= charge_fit.WORTH:
+        return data, found.report(kept=False)
+    about = data.structures, data.targets, data.labels, data.recipe, data.baselines, found.model
+    base, remaining = prepare.subtract_charges(*about)
+    workers, columns = data.partitions.workers, most_columns(data.recipe, data.structures)
+    partitions = Partitions.of_data(data.structures, remaining, columns, workers)
+    data = replace(data, remaining=remaining, baselines=base, partitions=partitions, charges=found.model)
+    return data, found.report(kept=True)
+
+
 def _potential(
-    data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior, weights: Tensor
+    data: _Data,
+    trained: _Trained,
+    learned: WhitenedData,
+    solved: SparsePosterior,
+    weights: Tensor,
+    columns: ChargeRows | None,
 ) -> Potential:
-    """The potential of this posterior, not calibrated; weights of the mean."""
-    variances = None
+    """The potential of this posterior, not calibrated.
+
+    Args:
+        weights: of the mean; columns: of the charges.
+    """
+    variances, charges = None, data.charges
     if data.recipe.variance is not False:
         most = data.recipe.variance.at_most(len(learned.signal))
-        factor, subset = regression.variance_factor(trained.models, learned, solved, most)
+        factor, subset, of_charges = regression.variance_factor(trained.models, learned, solved, most, columns)
+        charges = charges and replace(charges, posterior=of_charges)
         constant = data.constant | regression.label_scatter(trained.parameters, learned.noise)
         variances = regression.variance_model(
             trained.models, learned.signal, rounded_factor(factor), constant, learned.label_noise, subset
@@ -267,6 +311,7 @@ def _potential(
         learned.noise,
         variances=variances,
         novelty=trained.novelty,
+        charges=charges,
     )
 
 
@@ -365,6 +410,7 @@ class _Trained:
     Attributes:
         environments: number of each species; held: whitened rows of the structures set aside and their number, by kind.
         novelty: of the structures fitted and those set aside.
+        charge_rows: columns of charges beside the rows of both.
     """
 
     models: list[InducingModel]
@@ -375,6 +421,12 @@ class _Trained:
     parameters: Hyperparameters
     result: evidence.EvidenceResult
     warnings: tuple[str, ...]
+    charge_rows: tuple[ChargeRows, ChargeRows] | None = None
+
+    @property
+    def every_charge_rows(self) -> ChargeRows | None:
+        """Of the structures fitted and those set aside."""
+        return self.charge_rows and self.charge_rows[0].joined(self.charge_rows[1])
 
 
 def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Trained:
@@ -401,19 +453,26 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     )
     models = [m.numbered(fitted) for m in models]
     stages.begin("covariances")
+    # the exact posterior takes charges as known
+    charges = data.charges if models[0].exact is None else None
     with ThreadPoolExecutor(1) as meanwhile:  # while others make rows
         idle = not data.partitions.workers.shares
         promised = meanwhile.submit(sample.fit) if idle and sample is not None else None
-        (whitened, counts), of_held = _whitened(data, models, fitted, held, stages)
+        (whitened, counts), of_held = _whitened(data, models, charges, fitted, held, stages)
     novelty = promised.result() if promised else sample.fit() if sample is not None else None
     models = [replace(m, own=None) for m in models]
     stages.begin("evidence")
     lowers = regression.lowers_of(models)
     with parallel.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
-        parameters, block_of_column, result = regression.learn_hyperparameters(recipe, models, whitened, counts, stages)
+        about = whitened if charges is None else _around_start(charges, whitened), counts, stages
+        parameters, block_of_column, result = regression.learn_hyperparameters(recipe, models, *about, charges=charges)
     if (every := models[0].exact) is not None:
         result = regression.learn_exactly(every, parameters, stages)
     signal = parameters.signal().to(block_of_column.device)[block_of_column]
+    charge_rows = None
+    if charges is not None:
+        signal, scale = signal[: sum(map(len, lowers))], signal[sum(map(len, lowers)) :]
+        charge_rows = ChargeRows.taken_from(whitened, scale), ChargeRows.taken_from(of_held[0], scale)
     left_out = regression.left_out_energies(data.remaining, data.groups, fitted)
     noise = regression.fit_noise(recipe, parameters, whitened, counts, signal, left_out)
     learned = WhitenedData(whitened, counts, noise, data.label_noise, signal)
@@ -421,19 +480,34 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     jitter = max(m.jitter for m in models)
     if jitter:
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
-    about = parameters, result, tuple(warnings)
-    return _Trained(models, environments, learned, of_held, novelty, *about)
+    return _Trained(models, environments, learned, of_held, novelty, parameters, result, tuple(warnings), charge_rows)
+
+
+def _around_start(charges: ChargeModel, whitened: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows whose labels are those of a model that is linear in charges around the present ones, with those of the start as prior mean."""
+    n, moved = charges.basis.n_columns, charges.parameters - charges.start
+    out = {}
+    for kind, rows in whitened.items():
+        y = rows[:, -1] + rows[:, -n - 1 : -1] @ moved
+        out[kind] = torch.cat([rows[:, :-1], y[:, None]], dim=1)
+    return out
 
 
 def _whitened(
-    data: _Data, models: list[InducingModel], fitted: Tensor, held: Tensor, stages: StageTimer
+    data: _Data,
+    models: list[InducingModel],
+    charges: ChargeModel | None,
+    fitted: Tensor,
+    held: Tensor,
+    stages: StageTimer,
 ) -> tuple[CountedRows, CountedRows]:
     """Whitened rows of the structures fitted, and of those set aside, and their number, by kind."""
-    own = regression.own_rows(models, data.structures.select(fitted), data.remaining.select(data.structures, fitted))
+    structures, remaining = data.structures.select(fitted), data.remaining.select(data.structures, fitted)
+    own = regression.own_rows(models, structures, remaining, charges)
     if own is not None and not len(held):
         return own, ({}, {})
     lowers, out = regression.lowers_of(models), []
-    for part in passes.make_factors(data.partitions, models, fitted, held, stages.report):
+    for part in passes.make_factors(data.partitions, models, charges, fitted, held, stages.report):
         counts = {kind: f.count for kind, f in part.items()}
         rows = {kind: inducing.whiten_rows(part.pop(kind).factor().double(), lowers) for kind in list(part)}
         out.append((rows, counts))
@@ -448,7 +522,7 @@ def _numbers(data: _Data, trained: _Trained, learned: WhitenedData, solved: Spar
         "noise": learned.noise,
         "noise_by_evidence": parameters.noise(),
         "label_noise": learned.label_noise,
-        **regression.block_numbers(models, parameters.signal()),
+        **regression.block_numbers(models, parameters.signal()[: len(regression.blocks_of(models))]),
         "environments": {chemical_symbol(z): n for z, n in sorted(trained.environments.items())},
         "shortest": data.shortest,
         "columns": sum(m.asked for m in models),

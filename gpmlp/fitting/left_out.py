@@ -33,6 +33,7 @@ from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.gp.variance import ByDescriptor, VarianceModel, VarianceRequest, WhitenedRows
 from gpmlp.potential import baselines
+from gpmlp.potential.charges import ChargePosterior
 from gpmlp.potential.potential import Potential
 from gpmlp.uncertainty import residuals
 from gpmlp.uncertainty.variance_weights import fit_variance_weights
@@ -219,7 +220,7 @@ class _Fitted:
         out, part = [], labelled.structures
         for model, columns in zip(self.models, unused, strict=True):
             k_fu = model.covariance_rows(part, environments, self.request.forces, self.request.stresses)
-            rows, mean = model.whitened(k_fu), None
+            rows, mean = self.whitened(model, part, k_fu), None
             if model is self.models[0]:
                 weights = self.weights.to(model.signal)
                 mean = CovarianceRows(*(getattr(k_fu, kind).to(weights) @ weights for kind in KINDS))
@@ -228,12 +229,21 @@ class _Fitted:
             out.append(_StandardLabels.make(rows, mean, part, labelled.remaining, self.noise))
         return out
 
+    def whitened(self, model: VarianceModel, structures: Structures, rows: CovarianceRows) -> WhitenedRows:
+        """Of the columns of a model and, where it is the potential's, of charges."""
+        charges, whitened = self.potential.charges, model.whitened(rows)
+        return (
+            whitened if charges is None or model is not self.models[-1] else charges.with_charges(structures, whitened)
+        )
+
     def unused(self, here: _Seen, beside: _Seen | None, k: int) -> list[_Unused]:
         """By each of the models, its columns at structure k and at those beside it."""
         seen = [here.features(k), *([beside.features()] if beside else [])]
         numbers = {here.labelled.numbers[k], *(beside.labelled.numbers if beside else ())}
         columns = [_columns_at(model, seen, self.functionals_of, numbers) for model in self.models]
-        return [_Unused.make(m, c, self.weights) for m, c in zip(self.models, columns, strict=True)]
+        charges = self.potential.charges
+        joint = [charges.posterior if charges and m is self.models[-1] else None for m in self.models]
+        return [_Unused.make(m, c, self.weights, p) for m, c, p in zip(self.models, columns, joint, strict=True)]
 
     def environments(self, labelled: _Labelled) -> _Seen:
         """Of the structures, by descriptor."""
@@ -291,11 +301,12 @@ class _Unused:
     mean: Tensor
 
     @staticmethod
-    def make(model: VarianceModel, columns: Tensor, weights: Tensor) -> _Unused:
-        """Those columns of a model whose mean has such weights."""
+    def make(model: VarianceModel, columns: Tensor, weights: Tensor, charges: ChargePosterior | None = None) -> _Unused:
+        """Those columns of a model whose mean has such weights; charges: whose posterior is joint with it."""
         unit = torch.zeros(len(columns), model.n_columns).to(model.signal)
         unit[torch.arange(len(columns)), columns] = 1.0
         a, b = model.whiten(unit)
+        b = b if charges is None else charges.extend(b)
         data, upper = torch.linalg.qr(b.T)
         # the weights of another model mean nothing here, and nobody asks for them
         own = weights[columns, None].to(upper) if len(weights) == model.n_columns else upper.new_zeros(len(columns), 1)

@@ -17,8 +17,9 @@ from gpmlp.fitting import regression
 from gpmlp.fitting.partitions import Partition, Partitions
 from gpmlp.fitting.regression import InducingModel
 from gpmlp.fitting.sparse_points import Candidates, CentreChoice
-from gpmlp.fitting.workers import Report
+from gpmlp.fitting.workers import Report, silent
 from gpmlp.gp.qr import RowFactor
+from gpmlp.potential.charges import ChargeModel
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty import mahalanobis
@@ -106,19 +107,29 @@ def _merge_both(
 
 
 def make_factors(
-    partitions: Partitions, models: Sequence[InducingModel], fitted: Tensor, held: Tensor, report: Report
+    partitions: Partitions,
+    models: Sequence[InducingModel],
+    charges: ChargeModel | None,
+    fitted: Tensor,
+    held: Tensor,
+    report: Report,
 ) -> tuple[Factors, Factors]:
-    """Triangular factors of the rows of the structures fitted, and of those set aside, by kind."""
+    """Triangular factors of the rows of the structures fitted, and of those set aside, by kind; columns of charges behind the others."""
     light = [replace(model, lowers=()) for model in models]
     work = _make_factors if len(partitions.bounds) == 1 else _make_triangles
-    return partitions.reduce(work, _merge_factors, light, chosen=(fitted, held), report=report)
+    return partitions.reduce(work, _merge_factors, light, charges, chosen=(fitted, held), report=report)
 
 
 def _make_factors(
-    report: Report, models: Sequence[InducingModel], partition: Partition, fitted: Tensor, held: Tensor
+    report: Report,
+    models: Sequence[InducingModel],
+    charges: ChargeModel | None,
+    partition: Partition,
+    fitted: Tensor,
+    held: Tensor,
 ) -> tuple[Factors, Factors]:
-    of_fitted = regression.stream_rows(models, *_chunked(partition, fitted), report)
-    return of_fitted, regression.stream_rows(models, *_chunked(partition, held), lambda done, total, note: None)
+    of_fitted = regression.stream_rows(models, *_chunked(partition, fitted), report, charges)
+    return of_fitted, regression.stream_rows(models, *_chunked(partition, held), silent, charges)
 
 
 def _make_triangles(report: Report, *about: Any) -> tuple[Factors, Factors]:

@@ -24,6 +24,7 @@ from gpmlp.io.label_checks import stage as label_checks
 from gpmlp.potential import baselines
 from gpmlp.potential.baseline import Baseline
 from gpmlp.potential.calculator_energies import CalculatorEnergies
+from gpmlp.potential.charges import ChargeModel
 from gpmlp.recipe import Recipe
 
 ISOLATED_NOISE = 1e-3  # eV
@@ -128,11 +129,7 @@ def make_baselines(
             raise errors.UserError(f"baseline.isolated_atoms gives no energy for {', '.join(missing)}.")
     else:
         remaining = less_baselines(structures, targets, out) if out else targets
-        from_frames = baselines.IsolatedAtoms.from_frames(structures, remaining) if choice == "auto" else {}
-        if not set(from_frames) >= set(species):
-            energies = baselines.IsolatedAtoms.least_squares(structures, remaining)
-            return (*out, baselines.IsolatedAtoms(energies, baselines.open_directions(structures, remaining)))
-        energies = from_frames
+        return (*out, *_isolated_atoms(structures, remaining, recipe))
     return (*out, baselines.IsolatedAtoms(energies))
 
 
@@ -142,8 +139,18 @@ def outer_baselines(recipe: Recipe) -> list[Baseline]:
     return [CalculatorEnergies.asked_for(calculator.name, calculator.kwargs, calculator.reuse)] if calculator else []
 
 
-def _less_atoms_of(base: Sequence[Baseline], energies: dict[int, float]) -> dict[int, float]:
-    """Energies of isolated atoms less those of other baselines."""
+def _isolated_atoms(structures: Structures, remaining: Targets, recipe: Recipe) -> tuple[Baseline, ...]:
+    """Energies of isolated atoms from frames, or by least squares, of labels less the other baselines."""
+    auto = recipe.baseline.isolated_atoms == "auto"
+    from_frames = baselines.IsolatedAtoms.from_frames(structures, remaining) if auto else {}
+    if set(from_frames) >= set(structures.distinct_species):
+        return (baselines.IsolatedAtoms(from_frames),)
+    energies = baselines.IsolatedAtoms.least_squares(structures, remaining)
+    return (baselines.IsolatedAtoms(energies, baselines.open_directions(structures, remaining)),)
+
+
+def _less_atoms_of(base: Sequence[Baseline | ChargeModel], energies: dict[int, float]) -> dict[int, float]:
+    """Energies of isolated atoms less those of other baselines, or of charges."""
     n, species = len(energies), torch.tensor(list(energies))
     cells = torch.zeros(n, 3, 3, dtype=torch.float64)
     alone = Structures(cells[:, 0], cells, cells[:, 0].bool(), species, torch.arange(n))
@@ -211,7 +218,36 @@ def less_baselines(structures: Structures, targets: Targets, base: Sequence[Base
     return targets.minus(summed)
 
 
-def baseline_sum(base: Sequence[Baseline], structures: Structures) -> Prediction:
+def subtract_charges(
+    structures: Structures,
+    trusted: Targets,
+    learned: Targets,
+    recipe: Recipe,
+    base: Sequence[Baseline],
+    charges: ChargeModel,
+) -> tuple[tuple[Baseline, ...], Targets]:
+    """Baselines and what remains of the labels beside charges: energies of isolated atoms are those that the charges leave.
+
+    Args:
+        trusted: labels that baselines come from; learned: those that the fit learns from; base: the baselines without charges.
+    """
+    electrostatic = charges(structures.to(dtype=torch.float64))
+    others = tuple(b for b in base if not isinstance(b, baselines.IsolatedAtoms))
+    if isinstance(recipe.baseline.isolated_atoms, dict):
+        given = next(b for b in base if isinstance(b, baselines.IsolatedAtoms))
+        atoms: tuple[Baseline, ...] = (baselines.IsolatedAtoms(_less_atoms_of([charges], given.energies)),)
+    elif recipe.baseline.isolated_atoms == "none":
+        atoms = ()
+    else:
+        remaining = trusted.minus(electrostatic)
+        atoms = _isolated_atoms(
+            structures, less_baselines(structures, remaining, others) if others else remaining, recipe
+        )
+    every = (*others, *atoms)
+    return every, subtract_baselines(structures, learned.minus(electrostatic), every)
+
+
+def baseline_sum(base: Sequence[Baseline | ChargeModel], structures: Structures) -> Prediction:
     """Energies, forces and stresses of all baselines together."""
     if not base:
         zero = baselines.IsolatedAtoms(dict.fromkeys(structures.distinct_species, 0.0))

@@ -27,11 +27,12 @@ from gpmlp.gp.exact import ExactPosterior, ExactProcess
 from gpmlp.gp.functionals import FunctionalBlock, internal_directions
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
-from gpmlp.gp.likelihood import Hyperparameters, Observations
+from gpmlp.gp.likelihood import Hyperparameters, Observations, StdPrior
 from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.gp.prior import PriorCovariance
 from gpmlp.gp.qr import RowFactor
 from gpmlp.gp.variance import VarianceModel
+from gpmlp.potential.charges import ChargeModel, ChargePosterior
 from gpmlp.potential.mean import EnergyTerm, MeanBlock
 from gpmlp.recipe import LearnedRecipe, Recipe
 
@@ -39,6 +40,8 @@ RESTART_COLUMNS, RESTARTS = 200, 3  # with so few, noises are learned from sever
 EVIDENCE_COLUMNS = 1200  # columns with which noises are learned first; the rest only refines them
 FEWEST_ENERGIES = 10  # that leaving one out can judge, or that say whether they agree with the forces
 ROW_BYTES = 64 << 20  # of rows that are there before they are folded in
+# e, of free charges as functions of the environment, and of their constants beside tabulated electronegativities
+CHARGE_SIGNALS = StdPrior(0.3, 1e-3, 1e2), StdPrior.fixed_at(1.0)
 
 
 # blocks of each model, Cholesky factors of all blocks and (columns,) δ of a sparse process with some of the columns
@@ -162,18 +165,19 @@ def stream_rows(
     parts: Sequence[Structures],
     targets: Sequence[Targets],
     report: Report,
+    charges: ChargeModel | None = None,
 ) -> dict[str, RowFactor]:
     """Make the rows of each chunk once and fold them into one triangular factor for each kind of observation.
 
     Threads share the chunks, as many at a time as have ROW_BYTES of rows; they are folded in, in their order, by whichever thread has
     the next one ready, while others go on.
     """
-    columns = sum(b.n_columns for m in models for b in m.blocks)
+    columns = sum(b.n_columns for m in models for b in m.blocks) + (charges.basis.n_columns if charges else 0)
     factors = {kind: RowFactor(columns, 2 * columns) for kind in (*KINDS, FIXED)}
     done = 0
 
     def rows_of(piece: tuple[Structures, Targets]) -> dict[str, Tensor]:
-        return labelled_rows(models, *piece)
+        return labelled_rows(models, *piece, charges=charges)
 
     def fold(new: dict[str, Tensor]) -> None:
         nonlocal done
@@ -200,7 +204,7 @@ def merge_factors(first: dict[str, RowFactor], later: dict[str, RowFactor]) -> d
 
 
 def own_rows(
-    models: Sequence[InducingModel], structures: Structures, targets: Targets
+    models: Sequence[InducingModel], structures: Structures, targets: Targets, charges: ChargeModel | None = None
 ) -> tuple[dict[str, Tensor], dict[str, int]] | None:
     """[K_ou L⁻ᵀ | y] of the labels and their number, by kind, without a kernel: None unless all functionals of the structures are inducing
     variables of every model."""
@@ -211,7 +215,8 @@ def own_rows(
     for i in range(len(structures)):
         part = structures.select([i])
         labels = likelihood.observed_labels(targets.select(structures, [i]), part.counts)
-        for kind, rows in rows_of_labels([o.of(i) for o in own], labels, part).items():
+        parts = [*(o.of(i) for o in own), *([charges.columns(part)] if charges else [])]
+        for kind, rows in rows_of_labels(parts, labels, part).items():
             out.setdefault(kind, []).append(rows)
     whitened = {kind: torch.cat(out.pop(kind)).double() for kind in (*KINDS, FIXED) if kind in out}
     return whitened, {kind: len(rows) for kind, rows in whitened.items()}
@@ -224,10 +229,12 @@ def labelled_rows(
     blocks: Sequence[tuple[Block, ...]] = (),
     environments: Sequence[StructureEnvironments] = (),
     by_species: Sequence[tuple[SpeciesEnvironments, ...]] = (),
+    charges: ChargeModel | None = None,
 ) -> dict[str, Tensor]:
     """Rows [K_ou | y] of the labels by kind, energies per atom; those with a noise of their own divided by it ('given').
 
     Args:
+        charges: whose columns follow those of the models.
         blocks: inducing variables for each model, if not all of its own.
         environments: of the structures, by descriptor; by_species: the same sorted by species, with what rows need. Each if there already.
     """
@@ -244,6 +251,8 @@ def labelled_rows(
         if environments:
             of_model.keep_jacobian()
         parts.append(covariances.covariance_rows(structures, of_model, *wanted))
+    if charges is not None:
+        parts.append(charges.columns(structures))
     functional = any(isinstance(b, FunctionalBlock) for m in models for b in m.blocks)
     return rows_of_labels(parts, labels, structures if functional else None)
 
@@ -298,12 +307,19 @@ def learn_hyperparameters(
     counts: dict[str, int],
     stages: StageTimer,
     restarts: int = RESTARTS,
+    charges: ChargeModel | None = None,
 ) -> tuple[Hyperparameters, Tensor, evidence.EvidenceResult]:
-    """Learn noises and signal variances: from several starts with few of the columns, then with some, then with all."""
+    """Learn noises and signal variances: from several starts with few of the columns, then with some, then with all.
+
+    Args:
+        charges: whose columns follow those of the models, with a signal for free charges, which comes last but one, and one for constants.
+    """
     widths = [b.n_columns for m in models for b in m.blocks]
+    widths += [charges.basis.n_weights, len(charges.basis.species)] if charges else []
     device = next(iter(whitened.values())).device
     block_of_column = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(device)
-    parameters = hyperparameters.make_hyperparameters(recipe, [k for k in KINDS if k in whitened], blocks_of(models))
+    kinds, more = [k for k in KINDS if k in whitened], CHARGE_SIGNALS if charges else ()
+    parameters = hyperparameters.make_hyperparameters(recipe, kinds, blocks_of(models), more)
 
     def tell(calls: int, value: float) -> None:
         noises = ", ".join(f"{k} {v:.2g}" for k, v in parameters.noise().items())
@@ -383,6 +399,33 @@ def left_out_energies(targets: Targets, groups: IndependentGroups, fitted: Tenso
     with_rows = fitted[common.cpu()[fitted]]
     among = groups.among(with_rows, len(targets))
     return LeftOutEnergies(among.near, tuple(targets.config_types[i] for i in with_rows[among.leaders].tolist()))
+
+
+@dataclass(frozen=True, eq=False)
+class ChargeRows:
+    """Columns of charges, linear around the parameters of the fit, beside whitened rows.
+
+    Attributes:
+        rows: by kind, (rows, columns); scale: (columns,) prior standard deviations of the parameters.
+    """
+
+    rows: dict[str, Tensor]
+    scale: Tensor
+
+    @staticmethod
+    def taken_from(whitened: dict[str, Tensor], scale: Tensor) -> ChargeRows:
+        """The last columns but the labels, taken off rows [A | C | y] in place."""
+        m, taken = len(scale), {}
+        for kind, rows in whitened.items():
+            taken[kind] = rows[:, -m - 1 : -1].clone()
+            whitened[kind] = torch.cat([rows[:, : -m - 1], rows[:, -1:]], dim=1)
+        return ChargeRows(taken, scale)
+
+    def joined(self, others: ChargeRows) -> ChargeRows:
+        """With those of more data, as WhitenedData.joined."""
+        kinds = [*self.rows, *(k for k in others.rows if k not in self.rows)]
+        together = {k: torch.cat([r.rows[k] for r in (self, others) if k in r.rows]) for k in kinds}
+        return ChargeRows(together, self.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -477,15 +520,25 @@ def variance_model(
 
 
 def variance_factor(
-    models: Sequence[InducingModel], learned: WhitenedData, solved: SparsePosterior, at_most: int
-) -> tuple[Tensor, VarianceSubset | None]:
+    models: Sequence[InducingModel],
+    learned: WhitenedData,
+    solved: SparsePosterior,
+    at_most: int,
+    charges: ChargeRows | None = None,
+) -> tuple[Tensor, VarianceSubset | None, ChargePosterior | None]:
     """The posterior factor for variances: that of all columns or, where these are more than `at_most`, of those of leading centres.
 
     A subset is a sparse process of its own with the same hyperparameters: its factors are columns of those of the fit.
+
+    Args:
+        charges: whose posterior is joint with that of the columns.
     """
     signal, lowers = learned.signal, lowers_of(models)
     if len(signal) <= at_most:
-        return solved.factor, None
+        if charges is None:
+            return solved.factor, None, None
+        factor, of_charges = _joint_factor(learned.whitened, learned, signal, lowers, charges)
+        return factor, None, of_charges
     chosen = [block.leading_columns(at_most / len(signal)) for m in models for block in m.blocks]
     starts = torch.tensor([0, *(len(lower) for lower in lowers)]).cumsum(0).tolist()
     columns = torch.cat([s + c for s, c in zip(starts, chosen, strict=False)])
@@ -496,7 +549,20 @@ def variance_factor(
     whitened = {kind: inducing.whiten_rows(rows, lowers) for kind, rows in whitened.items()}
     signal = signal[columns]
     subset = blocks, lowers, signal
-    return posterior.solve_posterior(whitened, learned.counts, learned.every_noise, signal, lowers).factor, subset
+    if charges is not None:
+        factor, of_charges = _joint_factor(whitened, learned, signal, lowers, charges)
+        return factor, subset, of_charges
+    return posterior.solve_posterior(whitened, learned.counts, learned.every_noise, signal, lowers).factor, subset, None
+
+
+def _joint_factor(
+    whitened: dict[str, Tensor], learned: WhitenedData, signal: Tensor, lowers: Sequence[Tensor], charges: ChargeRows
+) -> tuple[Tensor, ChargePosterior]:
+    """R of the columns alone and what that of charges behind them adds: [[R, R_c], [0, R_cc]] is the factor of both."""
+    rows = {k: torch.cat([r[:, :-1], charges.rows[k], r[:, -1:]], dim=1) for k, r in whitened.items()}
+    every = torch.cat([signal, charges.scale]), (*lowers, torch.eye(len(charges.scale)).to(signal))
+    factor, n = posterior.solve_posterior(rows, learned.counts, learned.every_noise, *every).factor, len(signal)
+    return factor[:n, :n], ChargePosterior(charges.scale, factor[:n, n:], factor[n:, n:])
 
 
 def _leading_columns(widths: Sequence[int], columns: int) -> Tensor:

@@ -34,6 +34,8 @@ class FitReport:
         local_variance: of variances of local energies from fewer columns, by species how many and how they compare with those of all
             (reduced_variance.with_reduced_variance); None where these are exact.
         low_rank: of a mean of low rank, its rank and what it changes (low_rank.with_low_rank); None where the mean is exact.
+        charges: of charges that were tried, whether they were kept, their form, what the evidence says of each, and a sentence
+            (charge_fit.FittedCharges.report); None where they were not tried.
         columns: inducing variables asked for; rank: those that are linearly independent.
         condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
         negative_log_evidence: of the posterior's columns, nats, priors of the hyperparameters included.
@@ -67,6 +69,7 @@ class FitReport:
     train_rmse: dict[str, float]
     validation_errors: ErrorTable | None
     stages: tuple[tuple[str, float, float], ...]
+    charges: dict[str, Any] | None = None
     findings: tuple[Finding, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -26,10 +26,12 @@ def check_species(recipe: Recipe, structures: Structures) -> None:
         )
 
 
-def make_hyperparameters(recipe: Recipe, kinds: Sequence[str], blocks: Blocks) -> Hyperparameters:
-    """Noises of these kinds and signals of these blocks, with their priors, at their starting values."""
+def make_hyperparameters(
+    recipe: Recipe, kinds: Sequence[str], blocks: Blocks, more: Sequence[StdPrior] = ()
+) -> Hyperparameters:
+    """Noises of these kinds and signals of these blocks, and of `more`, with their priors, at their starting values."""
     noise = {kind: _prior(getattr(recipe.noise, NOISE_FIELDS[kind]), NOISE_PRIORS[kind]) for kind in kinds}
-    return Hyperparameters(noise, [_prior(_signal(recipe, block), SIGNAL_PRIOR) for block in blocks])
+    return Hyperparameters(noise, [*(_prior(_signal(recipe, block), SIGNAL_PRIOR) for block in blocks), *more])
 
 
 def bound_warnings(

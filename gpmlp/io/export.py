@@ -40,6 +40,11 @@ def export_model(potential: Potential, path: str | os.PathLike[str], source: str
     """
     if potential.recipe.device != "cpu":
         potential = potential.to(device="cpu")
+    if potential.charges is not None:
+        raise UserError(
+            "This model cannot be exported: its charges act on each other at any distance, for which engines have no form yet. Fit it with "
+            "`long_range: {charges: off}`, or use it through ASE."
+        )
     if lacking := without_form(potential.terms, potential.baselines):
         raise UserError(
             f"This model cannot be exported: the compiled core has no form for {lacking}. Engines take models with the descriptor "

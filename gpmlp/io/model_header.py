@@ -19,7 +19,14 @@ from gpmlp.potential.evaluation import ErrorTable
 from gpmlp.recipe import LONGEST, DescriptorRecipe, NetworkName, NetworkRecipe, Recipe
 from gpmlp.uncertainty.calibration import EVERYTHING, LEVELS
 
-NUMBERS = ("noise", "baselines", "calibration", "variances", "novelty")  # parts in which every number is finite
+NUMBERS = (
+    "noise",
+    "baselines",
+    "calibration",
+    "variances",
+    "novelty",
+    "charges",
+)  # parts in which every number is finite
 LARGEST_LOG = 50.0  # of a factor on standard deviations
 Species = Annotated[int, Field(ge=1, le=len(errors.SYMBOLS) - 1)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
@@ -358,6 +365,18 @@ def _stage(stage: list[Any]) -> list[Any]:
     return stage
 
 
+class _Charges(_Section):
+    kappa: Annotated[float, Field(ge=1e-2, le=1e4)] | None
+    without_self: bool
+    species: Annotated[list[Species], Field(min_length=1), AfterValidator(_sorted)]
+
+    @model_validator(mode="after")
+    def _of_family(self) -> _Charges:
+        if self.kappa is None and self.without_self:
+            raise ValueError("local charges have no self energy to leave out")
+        return self
+
+
 class ModelHeader(_Section):
     """Header of Potential.state()."""
 
@@ -370,6 +389,7 @@ class ModelHeader(_Section):
     calibration: _Calibration | None = None
     variances: _Variances | None = None
     novelty: _Novelty | None = None
+    charges: _Charges | None = None
 
     @model_validator(mode="after")
     def _covers_species(self) -> ModelHeader:
@@ -383,6 +403,8 @@ class ModelHeader(_Section):
                 lacking = []
             if lacking:
                 raise ValueError(f"the baseline {baseline.name} lacks {lacking[0]}")
+        if self.charges is not None and self.charges.species != self.species:
+            raise ValueError("the charges are of other species than the model")
         return self
 
 

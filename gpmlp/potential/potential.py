@@ -26,6 +26,7 @@ from gpmlp.gp.kernels import make_kernel
 from gpmlp.gp.variance import FORMS, SAMPLED, VARIANCES, VarianceModel, VarianceRequest
 from gpmlp.potential import baselines, chunked, samples
 from gpmlp.potential.baseline import Baseline, LocalBaseline
+from gpmlp.potential.charges import ChargeModel
 from gpmlp.potential.compiled import CompiledMean, compile_mean
 from gpmlp.potential.force_samples import ForceSamples
 from gpmlp.potential.local_errors import LocalErrors
@@ -52,6 +53,7 @@ class Potential:
         variances: the posterior factor, for variances; None where only the mean was kept.
         calibration: what makes variances agree with errors on held-out data.
         novelty: Mahalanobis distances in the space of the first descriptor; None where none was kept.
+        charges: of atoms, whose electrostatic energy is added; None where the model is local.
     """
 
     terms: tuple[EnergyTerm, ...]
@@ -64,6 +66,7 @@ class Potential:
     variances: VarianceModel | None = None
     calibration: Calibration = field(default_factory=Calibration.identity)
     novelty: Mahalanobis | None = None
+    charges: ChargeModel | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and other processes get: the fields, without what was compiled of them here."""
@@ -76,9 +79,10 @@ class Potential:
 
     @property
     def is_local(self) -> bool:
-        """Whether the energy of an atom depends on its neighbours within a cutoff only, without any network or other baseline beyond."""
+        """Whether the energy of an atom depends on its neighbours within a cutoff only, without any network, charges or other baseline beyond."""
         whole = any(term.descriptor.cutoff == math.inf for term in self.terms)
-        return not whole and not self.outer_baselines and not any(b.whole_structures for b in self.local_baselines)
+        outer = self.outer_baselines or self.charges is not None
+        return not whole and not outer and not any(b.whole_structures for b in self.local_baselines)
 
     @cached_property
     def local_baselines(self) -> tuple[LocalBaseline, ...]:
@@ -279,10 +283,18 @@ class Potential:
             self.terms, structures, pairs.of_centers, wanted, self.local_baselines,
             self.force_samples if request.sampled_forces else None, self.compiled_mean, atom_virials,
         )  # fmt: skip
+        if self.charges is not None:
+            double = structures.to(dtype=torch.float64)
+            mean = mean + self.charges(double, pairs).map(lambda value: value.to(structures.positions))
         if not model or not request.correlated:
             return mean
         environments = environments or [term.environments(structures, pairs) for term in self.terms]
-        variances: dict[str, Any] = dict(model(structures, environments, request))
+        rows = None
+        if self.charges is not None:
+            rows = self.charges.with_charges(
+                structures, model.whitened(model.covariance_rows(structures, environments))
+            )
+        variances: dict[str, Any] = dict(model(structures, environments, request, rows))
         return replace(mean, **variances)
 
     def sample(self, k: int, seed: int, calibrated: bool = True) -> samples.PosteriorSamples:
@@ -305,7 +317,12 @@ class Potential:
         """
         self.check_species(structures)
         here = self.to_own_device(structures)
-        joint = self.variance_model().joint_covariance(here, [term.environments(here) for term in self.terms])
+        model, environments = self.variance_model(), [term.environments(here) for term in self.terms]
+        joint = model.joint_covariance(here, environments)
+        if self.charges is not None:
+            b = self.charges.with_charges(here, model.whitened(model.covariance_rows(here, environments))).b
+            of_charges = torch.cat([b.energies, b.forces, b.stresses])[:, model.n_columns :]
+            joint += of_charges @ of_charges.T
         deviations = self._energy_deviations(here).to(joint)
         joint[: len(here), : len(here)] += deviations @ deviations.T
         return joint.to(device=structures.positions.device)
@@ -360,12 +377,18 @@ class Potential:
         species = ", ".join(errors.chemical_symbol(z) for z in self.species)
         names = ", ".join(descriptor.name for descriptor in self.recipe.descriptors)
         columns = f"{self.report['columns']} columns" if "columns" in self.report else "no report"
-        what = "" if self.is_local else f", a {'baseline' if self.outer_baselines else 'network'} beyond"
+        what = "a baseline" if self.outer_baselines else "charges" if self.charges is not None else "a network"
+        what = "" if self.is_local else f", {what} beyond"
         reach = f"cutoff {self.cutoff:g} A{what}"
         return f"Potential({species}; {names}; {reach}; {columns})"
 
     def check_atom_virials(self) -> None:
         """UserError if virials cannot be laid on atoms."""
+        if self.charges is not None:
+            raise errors.UserError(
+                "Virials of atoms have no meaning with charges, which act on each other at any distance: take forces and stresses of "
+                "structures."
+            )
         if not self.is_local:
             raise errors.UserError(
                 "Virials of atoms have no meaning with a network or a baseline whose energies are functions of whole structures: take "
@@ -421,6 +444,9 @@ class Potential:
         if self.novelty is not None:
             header["novelty"], more = self.novelty.state()
             tensors |= {f"novelty.{name}": value for name, value in more.items()}
+        if self.charges is not None:
+            header["charges"], more = self.charges.state()
+            tensors |= {f"charges.{name}": value for name, value in more.items()}
         return header, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     @classmethod
@@ -459,6 +485,10 @@ class Potential:
             variances = VarianceModel.from_state(header["variances"], part, made_by, kernels, features, exact)
         if header.get("novelty") is not None:
             novelty = Mahalanobis.from_state(header["novelty"], stored.part("novelty."))
+        charges = None
+        if header.get("charges") is not None:
+            about = terms[0].descriptor, terms[0].kernel, 0 if variances is None else variances.n_columns
+            charges = ChargeModel.from_state(header["charges"], stored.part("charges."), *about)
         stored.check_all_taken()
         learned = header.get("calibration")
         return cls(
@@ -472,4 +502,5 @@ class Potential:
             variances,
             Calibration.identity() if learned is None else Calibration.from_dict(learned),
             novelty,
+            charges,
         )

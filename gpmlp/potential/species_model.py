@@ -200,6 +200,8 @@ class SpeciesModel:
 
 def why_unsupported(potential: Potential) -> str | None:
     """Why a potential has no species models; None if it has."""
+    if potential.charges is not None:
+        return "its charges act on each other at any distance"
     for term in potential.terms:
         if _soap_descriptor(term.descriptor)[0] is None:
             return f"its descriptor {type(term.descriptor).__name__} is not gpmlp's own SOAP"

@@ -1,0 +1,447 @@
+"""Charges that adapt to the environment and to each other: a second sparse Gaussian process, and the least energy at the total charge.
+
+With q⁰_i = c_Z + g(x_i), g a sparse process of the environment, and the Coulomb matrix A of Gaussian charges with their self terms S:
+
+    E = min over q, Σq = Q, of  ½ Σ J_i (q_i - q⁰_i)² + ½ qᵀ(A + S)q,   J_Z = κ η_Z.
+
+κ small is charge equilibration (Rappé, Goddard, J. Phys. Chem. 95, 3358 (1991)), with electronegativities -J q⁰ of the environment as in
+4G networks (Ko et al., Nat. Commun. 12, 398 (2021)). κ → ∞ is a branch of its own, `local`: q = q⁰ + (Q - Σq⁰)/n and E = ½ qᵀAq. As E is
+least in q, forces need no dq/dr. With H = A + S + J, h = H⁻¹1, s = 1ᵀh, P = H⁻¹ - hhᵀ/s:
+
+    q = P J q⁰ + h Q/s,   w = ∂E/∂q⁰ = J(q⁰ - q),   F = -wᵀ∂q⁰/∂r - ½ qᵀ(∂A/∂r)q.
+
+The parameters are a: whitened weights of g, then the constants c. With K = ∂q⁰/∂a, what a fit and variances need are
+
+    ∂q/∂a = P J K,   ∂w/∂a = J(K - ∂q/∂a),   ∂E/∂a = wᵀK,
+    ∂F/∂a = -[wᵀ∂K/∂r + (∂q⁰/∂r)ᵀ∂w/∂a + ((∂A/∂r)q)ᵀ∂q/∂a],
+
+and the same with strains. docs/notation.md has them by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpmlp.core import neighbors
+from gpmlp.core.coulomb import CoulombMatrix, electronegativity, hardness
+from gpmlp.core.environments import Descriptor, StructureEnvironments, strain_derivatives
+from gpmlp.core.errors import UserError
+from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.quantities import Prediction
+from gpmlp.core.stored_tensors import StoredTensors
+from gpmlp.core.structures import Structures
+from gpmlp.core.units import VOIGT
+from gpmlp.gp.covariances import CovarianceRows
+from gpmlp.gp.kernels import ZonalKernel
+from gpmlp.gp.variance import WhitenedRows
+from gpmlp.potential.mean import EnergyTerm, MeanBlock
+
+LOCAL = math.inf
+STORED = 1e-6  # by which the factor of a prior covariance in a file may differ from it
+
+
+@dataclass(frozen=True)
+class ChargeForm:
+    """Which of the family: κ (LOCAL: charges do not respond), and whether the local self energy ½ Σ S q⁰² is taken off, which the
+    short-range part can learn."""
+
+    kappa: float
+    without_self: bool = False
+
+    def __str__(self) -> str:
+        name = "local" if self.kappa == LOCAL else f"polarisable, kappa {self.kappa:g}"
+        return name + (", without the self energy of free charges" if self.without_self else "")
+
+
+@dataclass(frozen=True, eq=False)
+class ChargeBasis:
+    """The functions whose sum is q⁰: values of a kernel at centres by species, whitened, and a constant of each species.
+
+    Attributes:
+        centres: by species in rising order, (M, features) x_j; lowers: (M, M) L of their covariance, L Lᵀ = k(x_j, x_k).
+    """
+
+    descriptor: Descriptor
+    kernel: ZonalKernel
+    centres: dict[int, Tensor]
+    lowers: dict[int, Tensor]
+
+    @property
+    def species(self) -> tuple[int, ...]:
+        return tuple(self.centres)
+
+    @property
+    def n_weights(self) -> int:
+        """Columns of g, without the constants that follow."""
+        return sum(map(len, self.centres.values()))
+
+    @property
+    def n_columns(self) -> int:
+        return self.n_weights + len(self.centres)
+
+    def columns(self, z: int) -> slice:
+        """Those of g of a species."""
+        sizes = [len(x) for other, x in self.centres.items() if other < z]
+        return slice(sum(sizes), sum(sizes) + len(self.centres[z]))
+
+    def physical(self, composition: Mapping[int, float], total: float = 0.0) -> Tensor:
+        """(columns,) a of free charges (χ̄ - χ_Z)/η_Z: electronegativities of atoms, made equal at so many of each species together with
+        a total charge (Sanderson, Science 114, 670 (1951))."""
+        chi, eta = ({z: of(z) for z in self.species} for of in (electronegativity, hardness))
+        inverse = sum(n / eta[z] for z, n in composition.items())
+        mean = (sum(n * chi[z] / eta[z] for z, n in composition.items()) + total) / inverse
+        out = next(iter(self.centres.values())).new_zeros(self.n_columns, dtype=torch.float64)
+        out[self.n_weights :] = out.new_tensor([(mean - chi[z]) / eta[z] for z in self.species])
+        return out
+
+    def functions(self, structures: Structures, pairs: Neighbors | None = None) -> Iterator[ChargeFunctions]:
+        """Of each structure."""
+        every = StructureEnvironments.from_structures(self.descriptor, structures, pairs)
+        offsets = structures.offsets.tolist()
+        for s in range(len(structures)):
+            mine = torch.arange(offsets[s], offsets[s + 1], device=structures.species.device)
+            part = every.select(mine)
+            chosen = every.surroundings.pairs_of(mine)[1]
+            others = every.neighbors.neighbors[chosen] - offsets[s]
+            yield self._functions_of(structures.species[mine], part, others)
+
+    def _functions_of(self, species: Tensor, part, others: Tensor) -> ChargeFunctions:
+        n, owners, vectors = len(species), part.surroundings.centers, part.surroundings.vectors.double()
+        jacobian, features = part.jacobian().double(), part.features.double()
+        values = features.new_zeros(n, self.n_columns)
+        pieces = []
+        for k, (z, centres) in enumerate(self.centres.items()):
+            mine, here = species == z, self.columns(z)
+            values[mine, self.n_weights + k] = 1.0
+            if not mine.any():
+                continue
+            x, lower = centres.double(), self.lowers[z]
+            value, first, _ = self.kernel.profile(features @ x.T)
+            values[mine, here] = torch.linalg.solve_triangular(lower, value[mine].T, upper=False).T
+            of = mine[owners].nonzero()[:, 0]
+            slopes = (jacobian[of] @ x.T) * first[owners[of], None, :]
+            slopes = torch.linalg.solve_triangular(lower, slopes.flatten(0, 1).T, upper=False).T.reshape(slopes.shape)
+            pieces.append(_SpeciesSlopes(here, of, slopes.contiguous()))
+        return ChargeFunctions(values, owners, others, vectors, tuple(pieces))
+
+
+@dataclass(frozen=True, eq=False)
+class _SpeciesSlopes:
+    """Of the pairs with a centre of one species: slopes (pairs, 3, columns of the species) ∂K/∂r_ij."""
+
+    columns: slice
+    pairs: Tensor
+    slopes: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ChargeFunctions:
+    """K = ∂q⁰/∂a of the atoms of one structure, and its derivatives by pair vectors.
+
+    Attributes:
+        values: (n, columns) K. owners, others: (pairs,) i and j; vectors: (pairs, 3) r_ij, A.
+    """
+
+    values: Tensor
+    owners: Tensor
+    others: Tensor
+    vectors: Tensor
+    pieces: tuple[_SpeciesSlopes, ...]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def pair_gradients(self, a: Tensor) -> Tensor:
+        """(pairs, 3) ∂q⁰_i/∂r_ij."""
+        out = self.vectors.new_zeros(self.vectors.shape)
+        for piece in self.pieces:
+            out[piece.pairs] = piece.slopes @ a[piece.columns]
+        return out
+
+    def derivatives(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """∂q⁰/∂r (n, 3n) and ∂q⁰/∂ε (n, 6) from pair gradients: r_j moves with +, the centre itself with -."""
+        n = len(self)
+        flat = gradients.new_zeros(n * n, 3)
+        flat.index_add_(0, self.owners * n + self.others, gradients)
+        flat.index_add_(0, self.owners * n + self.owners, -gradients)
+        strained = strain_derivatives(gradients[:, :, None], self.owners, self.vectors, n)[..., 0]
+        return flat.view(n, 3 * n), strained
+
+    def weighted(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_i w_i ∂K_i/∂r (3n, columns) and Σ_i w_i ∂K_i/∂ε (6, columns)."""
+        n, m = self.values.shape
+        on_atoms, strained = w.new_zeros(n, 3, m), w.new_zeros(6, m)
+        for piece in self.pieces:
+            owners, vectors = self.owners[piece.pairs], self.vectors[piece.pairs]
+            pulled = piece.slopes * w[owners, None, None]
+            part = pulled.new_zeros(n, *pulled.shape[1:])
+            part.index_add_(0, self.others[piece.pairs], pulled).index_add_(0, owners, pulled, alpha=-1)
+            on_atoms[..., piece.columns] += part
+            along = torch.einsum("pa,pbm->abm", vectors, pulled)
+            strained[:, piece.columns] = torch.stack([0.5 * (along[a, b] + along[b, a]) for a, b in VOIGT])
+        return on_atoms.flatten(0, 1), strained
+
+
+@dataclass(frozen=True, eq=False)
+class Equilibrium:
+    """Charges of least energy.
+
+    Attributes:
+        charges: (n,) q, e. pull: (n,) w = ∂E/∂q⁰, eV/e. atom_energies: (n,) shares of E, eV.
+        projector: (n, n) P of polarisable charges.
+    """
+
+    charges: Tensor
+    pull: Tensor
+    atom_energies: Tensor
+    projector: Tensor | None
+
+
+def equilibrate(form: ChargeForm, coulomb: CoulombMatrix, free: Tensor, total: float) -> Equilibrium:
+    """The charges of one structure.
+
+    Args:
+        free: (n,) q⁰, e. total: Q, e.
+    """
+    n, s = len(coulomb), coulomb.self_terms
+    if form.kappa == LOCAL:
+        q = free + (total - free.sum()) / n
+        potential = coulomb.matrix @ q
+        return Equilibrium(q, potential - potential.mean(), 0.5 * q * potential, None)
+    j = form.kappa * s
+    h = coulomb.matrix + torch.diag(s + j)
+    if coulomb.area_factor:
+        # a slab's A is positive on neutral charges only; c 11ᵀ makes H so everywhere and changes no charges of a given sum
+        h = h + coulomb.matrix.abs().max()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    along = inverse.sum(1)
+    projector = inverse - along[:, None] * (along / along.sum())
+    q = projector @ (j * free) + along * (total / along.sum())
+    moved, off = q - free, s if form.without_self else torch.zeros_like(s)
+    energies = 0.5 * (j * moved.square() + q * (coulomb.matrix @ q + s * q) - off * free.square())
+    return Equilibrium(q, -j * moved - off * free, energies, projector)
+
+
+def _responses(form: ChargeForm, coulomb: CoulombMatrix, found: Equilibrium, k: Tensor) -> tuple[Tensor, Tensor]:
+    """∂q/∂a and ∂w/∂a (n, columns)."""
+    if found.projector is None:
+        dq = k - k.mean(0)
+        dw = coulomb.matrix @ dq
+        return dq, dw - dw.mean(0)
+    s = coulomb.self_terms[:, None]
+    j = form.kappa * s
+    dq = found.projector @ (j * k)
+    return dq, j * (k - dq) - (s * k if form.without_self else 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class ElectrostaticColumns:
+    """E, F, σ and q of one structure, and their derivatives by a.
+
+    Attributes:
+        values: of E (1, 1), F (3n, 1) and σ (6, 1; zero without volume). columns: of the same, (·, columns).
+        charges: (n,) q; of_charges: (n, columns) ∂q/∂a.
+    """
+
+    values: CovarianceRows
+    columns: CovarianceRows | None
+    charges: Tensor
+    of_charges: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class StructureCharges:
+    """What E_ES of one structure is made of, whatever a: to be evaluated many times.
+
+    Attributes:
+        per_volume: 1/V, 1/A³; 0 without volume. total: Q, e.
+    """
+
+    coulomb: CoulombMatrix
+    functions: ChargeFunctions
+    per_volume: float
+    total: float
+
+    @staticmethod
+    def of_structures(basis: ChargeBasis, structures: Structures) -> list[StructureCharges]:
+        """Of each structure."""
+        out, volumes = [], torch.nan_to_num(1 / structures.volumes).tolist()
+        for i, functions in enumerate(basis.functions(structures)):
+            coulomb = CoulombMatrix.of_structure(structures.select([i]))
+            out.append(StructureCharges(coulomb, functions, volumes[i], float(structures.charges[i])))
+        return out
+
+    def evaluate(self, form: ChargeForm, a: Tensor, columns: bool = True) -> ElectrostaticColumns:
+        """At parameters a (columns,); `columns`: whether their derivatives are wanted."""
+        functions, coulomb = self.functions, self.coulomb
+        found = equilibrate(form, coulomb, functions.values @ a, self.total)
+        q, w = found.charges, found.pull
+        free_r, free_strain = functions.derivatives(functions.pair_gradients(a))
+        # (∂A/∂r_j q)_i = q_j ∂A_ij/∂d for j ≠ i, and minus the sum of these for j = i
+        field = coulomb.gradients * q
+        moved = field.movedim(0, 2).clone()
+        moved.diagonal(dim1=0, dim2=1).sub_(field.sum(2))
+        coulomb_r = moved.flatten(1)
+        coulomb_strain = torch.einsum("vij,j->iv", coulomb.strains, q)
+        values = CovarianceRows(
+            found.atom_energies.sum().view(1, 1),
+            -(w @ free_r + 0.5 * q @ coulomb_r)[:, None],
+            self.per_volume * (w @ free_strain + 0.5 * q @ coulomb_strain)[:, None],
+        )
+        if not columns:
+            return ElectrostaticColumns(values, None, q, None)
+        dq, dw = _responses(form, coulomb, found, functions.values)
+        weighted_r, weighted_strain = functions.weighted(w)
+        rows = CovarianceRows(
+            (w @ functions.values)[None],
+            -(weighted_r + free_r.T @ dw + coulomb_r.T @ dq),
+            self.per_volume * (weighted_strain + free_strain.T @ dw + coulomb_strain.T @ dq),
+        )
+        return ElectrostaticColumns(values, rows, q, dq)
+
+
+@dataclass(frozen=True, eq=False)
+class ChargePosterior:
+    """The posterior of a joint with the weights of the short-range columns: with R the factor of these alone, that of both is
+    [[R, R_c], [0, R_cc]].
+
+    Attributes:
+        scale: (columns,) prior standard deviations of a; cross: (short-range columns, columns) R_c; factor: (columns, columns) R_cc.
+    """
+
+    scale: Tensor
+    cross: Tensor
+    factor: Tensor
+
+    def extend(self, b: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[R⁻ᵀa | R_cc⁻ᵀ(D c - R_cᵀ R⁻ᵀa)] from R⁻ᵀa (n, short-range columns) and the derivatives c (n, columns) by a, none if None."""
+        right = -(b @ self.cross) if rows is None else rows * self.scale - b @ self.cross
+        return torch.cat([b, torch.linalg.solve_triangular(self.factor.T, right.T, upper=False).T], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class ChargeModel:
+    """Charges and electrostatic energy of structures: a form, a basis and its parameters.
+
+    Attributes:
+        parameters: (columns,) a; start: (columns,) mean of their prior. posterior: of a; None where it counts as known.
+    """
+
+    form: ChargeForm
+    basis: ChargeBasis
+    parameters: Tensor
+    start: Tensor
+    posterior: ChargePosterior | None = None
+
+    @cached_property
+    def _free(self) -> EnergyTerm:
+        """g as a sum over centres, without the constants."""
+        blocks = {}
+        for z, x in self.basis.centres.items():
+            a = self.parameters[self.basis.columns(z), None]
+            weights = torch.linalg.solve_triangular(self.basis.lowers[z].T, a, upper=True)[:, 0]
+            blocks[z] = MeanBlock(x, weights.to(x), x[:0])
+        return EnergyTerm(self.basis.descriptor, self.basis.kernel, blocks)
+
+    def __call__(self, structures: Structures, pairs: Neighbors | None = None) -> Prediction:
+        """Electrostatic energies, forces, stresses, and charges, of structures.
+
+        Args:
+            pairs: neighbours within the cutoff or more, if they are there already.
+        """
+        view = self._free.environments(structures, pairs)
+        free, cotangents = self._free.local_energies(view.environments)
+        constants = self.parameters[self.basis.n_weights :]
+        for z, constant in zip(self.basis.species, constants.tolist(), strict=True):
+            free = torch.where(structures.species == z, free + constant, free)
+        parts, pull, offsets = [], torch.zeros_like(free), structures.offsets.tolist()
+        for i, (first, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+            coulomb = CoulombMatrix.of_structure(structures.select([i]))
+            found = equilibrate(self.form, coulomb, free[first:end].double(), float(structures.charges[i]))
+            parts.append((found.atom_energies, found.charges, *coulomb.energy_gradients(found.charges)))
+            pull[first:end] = found.pull
+        gradients = view.environments.pull_back(pull[:, None] * cotangents)
+        vectors, like = view.surroundings.vectors, structures.positions
+        energies, charges, on_atoms = (torch.cat(column).to(like) for column in list(zip(*parts, strict=True))[:3])
+        strained = torch.stack([part[3] for part in parts]).to(like)
+        forces = -on_atoms
+        neighbors.add_pair_gradients(structures, view.neighbors, vectors, gradients, forces, strained)
+        out = neighbors.prediction_from_sums(structures, energies, forces, strained)
+        return replace(out, charges=charges, electrostatic=out.energies)
+
+    def with_charges(self, structures: Structures, rows: WhitenedRows) -> WhitenedRows:
+        """Whitened rows of short-range columns with those of charges, in what the data leave open."""
+        if self.posterior is None:
+            return rows
+        columns, b = self.columns(structures), rows.b
+        pairs = ((getattr(b, kind), getattr(columns, kind)) for kind in ("energies", "forces", "stresses"))
+        return replace(rows, b=CovarianceRows(*(self.posterior.extend(x, c) for x, c in pairs)))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a model file holds of it: a JSON-able header and tensors; its descriptor and kernel are the first ones of the mean."""
+        header = {
+            "kappa": None if self.form.kappa == LOCAL else self.form.kappa,
+            "without_self": self.form.without_self,
+            "species": list(self.basis.species),
+        }
+        tensors = {"parameters": self.parameters, "start": self.start}
+        if self.posterior is not None:
+            tensors |= {f"posterior.{name}": value for name, value in vars(self.posterior).items()}
+        for z in self.basis.species:
+            tensors |= {f"Z{z}.centres": self.basis.centres[z], f"Z{z}.lower": self.basis.lowers[z]}
+        return header, tensors
+
+    @staticmethod
+    def from_state(
+        header: dict[str, Any], stored: StoredTensors, descriptor: Descriptor, kernel: ZonalKernel, short: int
+    ) -> ChargeModel:
+        """Restore what `state` gave.
+
+        Args:
+            short: short-range columns that variances have.
+
+        Raises:
+            UserError: tensors that do not fit each other and the descriptor, or are not those of the kernel.
+        """
+        form = ChargeForm(LOCAL if header["kappa"] is None else header["kappa"], header["without_self"])
+        centres, lowers = {}, {}
+        for z in header["species"]:
+            x = centres[z] = stored.take(f"Z{z}.centres", ("centres", descriptor.n_features))
+            lowers[z] = stored.take(f"Z{z}.lower", (len(x), len(x)))
+            hardness(z)
+            off = lowers[z] @ lowers[z].T - kernel.value(x @ x.T)
+            if bool(
+                (off.abs() > STORED).any() or (lowers[z].diagonal() <= 0).any() or (lowers[z] != lowers[z].tril()).any()
+            ):
+                raise UserError("the factor of the prior covariance of free charges is that of others.")
+        basis = ChargeBasis(descriptor, kernel, centres, lowers)
+        m, part, posterior = basis.n_columns, stored.part("posterior."), None
+        if len(part):
+            scale, cross = part.take("scale", (m,)), part.take("cross", (short, m))
+            posterior = ChargePosterior(scale, cross, part.take("factor", (m, m)))
+            upper = posterior.factor
+            if bool((scale <= 0).any() or (upper != upper.triu()).any() or (upper.diagonal().abs() < 1 - STORED).any()):
+                raise UserError("the posterior of free charges is smaller than that without any data, or none.")
+        return ChargeModel(form, basis, stored.take("parameters", (m,)), stored.take("start", (m,)), posterior)
+
+    def columns(self, structures: Structures) -> CovarianceRows:
+        """∂/∂a of energies, forces and stresses of structures, one after another."""
+        parts = [
+            one.evaluate(self.form, self.parameters).columns
+            for one in StructureCharges.of_structures(self.basis, structures)
+        ]
+        return stack_rows([part for part in parts if part is not None])
+
+
+def stack_rows(parts: Sequence[CovarianceRows]) -> CovarianceRows:
+    """Rows of several structures."""
+    return CovarianceRows(
+        *(torch.cat(rows) for rows in zip(*((p.energies, p.forces, p.stresses) for p in parts), strict=True))
+    )
