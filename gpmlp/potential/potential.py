@@ -79,7 +79,7 @@ class Potential:
 
     @property
     def is_local(self) -> bool:
-        """Whether the energy of an atom depends on its neighbours within a cutoff only, without any network, charges or other baseline beyond."""
+        """Whether the energy of an atom depends on its neighbours within a cutoff only, without a network, charges or another baseline."""
         whole = any(term.descriptor.cutoff == math.inf for term in self.terms)
         outer = self.outer_baselines or self.charges is not None
         return not whole and not outer and not any(b.whole_structures for b in self.local_baselines)
