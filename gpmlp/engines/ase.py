@@ -69,6 +69,8 @@ class GPCalculator(Calculator):
             )
         super().__init__()
         self.potential = potential
+        if getattr(potential, "charges", None) is not None:
+            self.implemented_properties = [*self.implemented_properties, "charges"]
         self.uncertainty = {True: "all", False: None}[uncertainty] if isinstance(uncertainty, bool) else uncertainty
         if self.uncertainty is not None:
             potential.check_variance(self.uncertainty)

@@ -326,6 +326,8 @@ def calculator_results(values: Prediction | Targets, s: int, atoms: slice) -> di
         results |= {"energy": energy, "free_energy": energy}
     if isinstance(values, Prediction):
         results["energies"] = numbers(values.atom_energies[atoms])
+        if values.charges is not None:
+            results["charges"] = numbers(values.charges[atoms])
     if forces.size and not (math.isnan(forces.item(0)) and np.isnan(forces).all()):
         results["forces"] = forces
     if isinstance(values, Targets):

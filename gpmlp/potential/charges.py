@@ -376,13 +376,27 @@ class ChargeModel:
         out = neighbors.prediction_from_sums(structures, energies, forces, strained)
         return replace(out, charges=charges, electrostatic=out.energies)
 
+    def joint_factor(self, factor: Tensor) -> Tensor:
+        """R of the short-range columns with those of charges behind them, if these have a posterior."""
+        if self.posterior is None:
+            return factor
+        below = torch.cat([torch.zeros_like(self.posterior.cross).T, self.posterior.factor], dim=1)
+        return torch.cat([torch.cat([factor, self.posterior.cross], dim=1), below])
+
+    def moved(self, deviations: Tensor) -> tuple[ChargeModel, ...]:
+        """Models whose parameters differ by so many prior standard deviations (columns, k), and have no posterior."""
+        if self.posterior is None:
+            return (replace(self, posterior=None),) * deviations.shape[1]
+        moved = self.parameters[:, None] + self.posterior.scale[:, None] * deviations
+        return tuple(replace(self, parameters=a, posterior=None) for a in moved.T)
+
     def with_charges(self, structures: Structures, rows: WhitenedRows) -> WhitenedRows:
         """Whitened rows of short-range columns with those of charges, in what the data leave open."""
         if self.posterior is None:
             return rows
         columns, b = self.columns(structures), rows.b
         pairs = ((getattr(b, kind), getattr(columns, kind)) for kind in ("energies", "forces", "stresses"))
-        return replace(rows, b=CovarianceRows(*(self.posterior.extend(x, c) for x, c in pairs)))
+        return replace(rows, b=CovarianceRows(*(self.posterior.extend(x, c[: len(x)]) for x, c in pairs)))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a model file holds of it: a JSON-able header and tensors; its descriptor and kernel are the first ones of the mean."""

@@ -305,10 +305,10 @@ class Potential:
         """k potentials as fitted to labels that scatter by their noise (samples.draw_samples), without fitting again."""
         return samples.draw_samples(self, k, seed, "label_noise", calibrated)
 
-    def as_sample(self, terms: tuple[EnergyTerm, ...], origin: dict) -> Potential:
+    def as_sample(self, terms: tuple[EnergyTerm, ...], charges: ChargeModel | None, origin: dict) -> Potential:
         """A potential with the weights of a sample, which has no variances; `origin`: how it was drawn, for the provenance."""
         provenance, recipe = self.provenance | {"sample": origin}, self.recipe.model_copy(update={"mean": "exact"})
-        return replace(self, terms=terms, recipe=recipe, variances=None, provenance=provenance)
+        return replace(self, terms=terms, charges=charges, recipe=recipe, variances=None, provenance=provenance)
 
     def covariance(self, structures: Structures) -> Tensor:
         """Posterior covariance (no noise, not calibrated) of all energies, forces and stresses of a few structures, each with each.

@@ -18,6 +18,7 @@ from gpmlp.gp import inducing
 from gpmlp.gp.covariances import Block, local_rows
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.baseline import Baseline
+from gpmlp.potential.charges import ChargeModel
 from gpmlp.potential.mean import EnergyTerm, MeanBlock
 from gpmlp.uncertainty.calibration import Calibration
 
@@ -36,13 +37,18 @@ class SampledPotential(Protocol):
     @property
     def calibration(self) -> Calibration: ...
 
+    @property
+    def charges(self) -> ChargeModel | None: ...
+
     def variance_model(self) -> VarianceModel: ...
 
     def check_species(self, structures: Structures) -> None: ...
 
     def to_own_device(self, structures: Structures) -> Structures: ...
 
-    def as_sample(self, terms: tuple[EnergyTerm, ...], origin: dict[str, Any]) -> SampledPotential: ...
+    def as_sample(
+        self, terms: tuple[EnergyTerm, ...], charges: ChargeModel | None, origin: dict[str, Any]
+    ) -> SampledPotential: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +60,14 @@ class PosteriorSamples(Sequence):
         terms: its terms, whose blocks hold the weights of all samples (k, M).
         origin: how they were drawn; with their index, what the provenance of each says under 'sample'.
         indices: of these samples in the draw.
+        charges: of each sample; empty where the potential has none.
     """
 
     mean: SampledPotential
     terms: tuple[EnergyTerm, ...]
     origin: dict[str, Any]
     indices: tuple[int, ...]
+    charges: tuple[ChargeModel, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -82,8 +90,9 @@ class PosteriorSamples(Sequence):
             for t in self.terms
         )
         if isinstance(index, slice):
-            return replace(self, terms=terms, indices=self.indices[index])
-        return self.mean.as_sample(terms, self.origin | {"index": self.indices[index]})
+            return replace(self, terms=terms, indices=self.indices[index], charges=self.charges[index])
+        charges = self.charges[index] if self.charges else None
+        return self.mean.as_sample(terms, charges, self.origin | {"index": self.indices[index]})
 
     def __iter__(self) -> Iterator[SampledPotential]:
         return (self[i] for i in range(len(self)))
@@ -98,6 +107,8 @@ class PosteriorSamples(Sequence):
         for chunk in chunk_structures(structures, CHUNK_ATOMS):
             moved = self.mean.to_own_device(chunk)
             shared = [baseline(moved).map(lambda v: v[None]) for baseline in self.mean.baselines]
+            if self.charges:
+                shared.append(_stacked([charges(moved.to(dtype=torch.float64)) for charges in self.charges]))
             parts.append(
                 functools.reduce(operator.add, [*shared, *(_predict_term(term, moved) for term in self.terms)])
             )
@@ -129,7 +140,10 @@ def draw_samples(
     model = potential.variance_model()
     generator = torch.Generator().manual_seed(seed)
     scale = potential.calibration.sample_scale if calibrated else None
-    deviations = (scale or 1.0) * model.signal[:, None] * _whitened_deviations(model, k, generator, how)
+    joint = model.factor if potential.charges is None else potential.charges.joint_factor(model.factor)
+    drawn_together = (scale or 1.0) * _whitened_deviations(joint, k, generator, how)
+    deviations = model.signal[:, None] * drawn_together[: model.n_columns]
+    charges = () if potential.charges is None else potential.charges.moved(drawn_together[model.n_columns :])
     start, i, terms = 0, 0, []
     for term, blocks in zip(potential.terms, model.blocks, strict=True):
         drawn: dict[int, MeanBlock] = {}
@@ -148,7 +162,7 @@ def draw_samples(
             drawn |= {z: _add_deviations(mean, block, z, weights, values.get(z)) for z, mean in means.items()}
         terms.append(EnergyTerm(term.descriptor, term.kernel, drawn))
     origin = {"how": how, "seed": seed, "of": k, "calibrated": scale is not None}
-    return PosteriorSamples(potential, tuple(terms), origin, tuple(range(k)))
+    return PosteriorSamples(potential, tuple(terms), origin, tuple(range(k)), charges)
 
 
 def draw_deviations(potential: SampledPotential, k: int, seed: int) -> list[dict[int, MeanBlock]]:
@@ -160,7 +174,7 @@ def draw_deviations(potential: SampledPotential, k: int, seed: int) -> list[dict
     model = replace(model, factor=model.factor.contiguous())
     generator = torch.Generator().manual_seed(seed)
     with parallel.one_core():
-        drawn = model.signal[:, None] * _whitened_deviations(model, k, generator, "posterior")
+        drawn = model.signal[:, None] * _whitened_deviations(model.factor, k, generator, "posterior")
         return _deviation_blocks(model, drawn)
 
 
@@ -180,12 +194,19 @@ def _deviation_blocks(model: VarianceModel, drawn: Tensor) -> list[dict[int, Mea
     return out
 
 
-def _whitened_deviations(model: VarianceModel, k: int, generator: torch.Generator, how: str) -> Tensor:
-    """(columns, k) draws of β - β̄."""
-    z = torch.randn(model.n_columns, k, generator=generator, dtype=torch.float64).to(model.factor)
+def _stacked(parts: Sequence[Prediction]) -> Prediction:
+    """Predictions of samples with a leading axis (samples)."""
+    fields = zip(*((p.energies, p.atom_energies, p.forces, p.stresses) for p in parts), strict=True)
+    energies, local, forces, stresses = map(torch.stack, fields)
+    return Prediction(energies, local, forces, stresses)
+
+
+def _whitened_deviations(factor: Tensor, k: int, generator: torch.Generator, how: str) -> Tensor:
+    """(columns, k) draws of β - β̄, from R (columns, columns)."""
+    z = torch.randn(len(factor), k, generator=generator, dtype=torch.float64).to(factor)
     if how == "posterior":
-        return torch.linalg.solve_triangular(model.factor, z, upper=True)
-    values, vectors = torch.linalg.eigh(model.factor.T @ model.factor)
+        return torch.linalg.solve_triangular(factor, z, upper=True)
+    values, vectors = torch.linalg.eigh(factor.T @ factor)
     return vectors @ ((values - 1).clamp_min(0).sqrt() / values)[:, None].mul(z)
 
 

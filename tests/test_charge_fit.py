@@ -1,0 +1,157 @@
+"""Fits with charges: ions beyond the cutoff that a short-range model cannot see, when charges are tried, files, samples and refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from systems import scattered, structure
+
+import gpmlp
+from gpmlp.core.coulomb import CoulombMatrix
+from gpmlp.core.errors import UserError
+from gpmlp.core.neighbors import assemble_prediction, find_neighbors
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.engines.ase import GPCalculator
+from gpmlp.fitting import charge_fit
+from gpmlp.io.export import export_model
+from gpmlp.recipe import Recipe
+
+CUTOFF = 4.0
+OPEN = torch.zeros(3, 3, dtype=torch.float64)
+SMALL = {
+    "descriptor": {"cutoff": CUTOFF, "n_max": 4, "l_max": 2},
+    "inducing": {"n": 24, "gradients": 3},
+    "variance": {"columns": "all"},
+    "mean": "exact",
+}
+
+
+def ions(n: int, seed: int, size: float, closest: float = 2.2) -> tuple[Structures, Targets]:
+    """Sodium and chlorine at random: Gaussian charges of +1 and -1 e, or -0.6 of chlorine in every other structure, and a pair term."""
+    parts, energies, forces = [], [], []
+    for i in range(n):
+        box = size * torch.eye(3, dtype=torch.float64)
+        one = structure(scattered(4, box, seed + i, closest), (11, 17, 11, 17), OPEN)
+        q = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+        coulomb = CoulombMatrix.of_structure(one)
+        pairs = find_neighbors(one, CUTOFF)
+        vectors = pairs.vectors(one)
+        r = vectors.norm(dim=1)
+        inside = (1 - (r / CUTOFF) ** 2) ** 3
+        value = 8 * torch.exp(-1.5 * (r - 1.6)) * inside
+        slope = -1.5 * value - 8 * torch.exp(-1.5 * (r - 1.6)) * 6 * r / CUTOFF**2 * (1 - (r / CUTOFF) ** 2) ** 2
+        local = torch.zeros(4, dtype=torch.float64).index_add(0, pairs.centers, 0.5 * value)
+        short = assemble_prediction(one, pairs, vectors, local, (0.5 * slope / r)[:, None] * vectors)
+        parts.append(one)
+        energies.append(short.energies + 0.5 * q @ coulomb.matrix @ q)
+        forces.append(short.forces - coulomb.energy_gradients(q)[0])
+    every = Structures.concatenate(parts)
+    return every, replace(Targets.unlabelled(every), energies=torch.cat(energies), forces=torch.cat(forces))
+
+
+def _recipe(**long_range) -> Recipe:
+    return Recipe.model_validate(SMALL | {"long_range": long_range})
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    structures, targets = ions(60, 0, 6.0)
+    return {name: gpmlp.fit(structures, targets, _recipe(charges=name)) for name in ("off", "auto")}
+
+
+def test_ions_beyond_the_cutoff_are_found_where_a_short_range_model_is_blind(fitted):
+    far, labels = ions(12, 500, 12.0, 4.5)
+    errors = {
+        name: gpmlp.evaluate(potential, far, labels, variances=False).overall for name, (potential, _) in fitted.items()
+    }
+    assert errors["off"].force_rmse_meV_per_A > 100
+    assert errors["auto"].force_rmse_meV_per_A < 0.1 * errors["off"].force_rmse_meV_per_A
+    potential, report = fitted["auto"]
+    assert (
+        report.charges is not None
+        and report.charges["kept"]
+        and report.charges["gain_nats_per_label"] > charge_fit.WORTH
+    )
+    found = potential(far)
+    assert torch.allclose(
+        found.charges.view(-1, 4).sum(1), torch.zeros(len(far), dtype=torch.float64), rtol=0, atol=1e-10
+    )
+    assert (found.charges[far.species == 11] > 0.5).all() and (found.charges[far.species == 17] < -0.5).all()
+
+
+def test_error_bars_of_far_structures_hold_the_uncertainty_of_charges(fitted):
+    far, labels = ions(12, 500, 12.0, 4.5)
+    potential, _ = fitted["auto"]
+    certain = replace(potential, charges=replace(potential.charges, posterior=None))
+    stds = []
+    for model in (potential, certain):
+        found = model(far, variance=("energies", "forces"), calibrated=False)
+        stds.append((found.energies_variance.data.sqrt(), found.forces_variance.data.sqrt()))
+    assert (stds[0][0] > stds[1][0]).all() and (stds[0][1] >= stds[1][1] - 1e-12).all()
+    # draws of whole potentials scatter by as much, as far as energies are linear in charges
+    samples = potential.sample(48, seed=1, calibrated=False)
+    deviations = samples(far).energies - potential(far).energies
+    ratio = deviations.square().mean(0).sqrt() / stds[0][0]
+    assert 0.7 < float(ratio.median()) < 1.4
+    one = samples[3]
+    assert torch.allclose(one(far).energies, samples(far).energies[3], rtol=0, atol=1e-8)
+
+
+def test_a_file_holds_the_charges(fitted, tmp_path):
+    potential, _ = fitted["auto"]
+    gpmlp.save(potential, tmp_path / "model.gpmlp")
+    again, (far, _) = gpmlp.load(tmp_path / "model.gpmlp"), ions(4, 900, 9.0)
+    wanted = {"variance": ("energies", "forces")}
+    before, after = potential(far, **wanted), again(far, **wanted)
+    for name in ("energies", "forces", "charges", "electrostatic"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name
+    assert torch.allclose(before.energies_variance.total, after.energies_variance.total, rtol=1e-9)
+
+
+def test_the_calculator_of_ase_gives_charges(fitted):
+    potential, _ = fitted["auto"]
+    far, _ = ions(1, 900, 9.0)
+    ase = pytest.importorskip("ase")
+    atoms = ase.Atoms(far.species.numpy(), far.positions.numpy())
+    atoms.calc = GPCalculator(potential)
+    assert atoms.get_potential_energy() == pytest.approx(float(potential(far).energies), abs=1e-10)
+    assert torch.allclose(torch.from_numpy(atoms.get_charges()), potential(far).charges, rtol=0, atol=1e-10)
+
+
+def test_engines_without_a_form_for_charges_refuse_them(fitted, tmp_path):
+    potential, _ = fitted["auto"]
+    with pytest.raises(UserError, match="charges act on each other at any distance"):
+        export_model(potential, tmp_path / "model.gpx")
+    with pytest.raises(UserError, match="have no meaning with charges"):
+        potential(ions(1, 900, 9.0)[0], atom_virials=True)
+
+
+def test_when_charges_are_tried():
+    """Different total charges, or two species and atoms beyond the cutoff; not where all is within it, nor of one element."""
+    near, _ = ions(6, 0, 2.2, 1.5)
+    wide, _ = ions(6, 0, 9.0)
+    recipe = _recipe(charges="auto")
+    assert charge_fit.reason_to_try(near, recipe) is None
+    assert charge_fit.reason_to_try(wide, recipe) is not None
+    assert charge_fit.reason_to_try(replace(wide, species=torch.full_like(wide.species, 11)), recipe) is None
+    charged = replace(near, charges=torch.tensor([0.0, 1.0, 0.0, 0.0, -1.0, 0.0], dtype=torch.float64))
+    assert charge_fit.reason_to_try(charged, recipe) is not None
+    assert charge_fit.reason_to_try(charged, _recipe(charges="off")) is None
+
+
+def test_charges_that_bring_nothing_are_left_out():
+    """Labels of a short-range pair term alone: `auto` tries charges, and the model is to the last bit that without them."""
+    structures, targets = ions(24, 40, 6.0)
+    electrostatic = []
+    for i in range(len(structures)):
+        one, q = structures.select([i]), torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+        matrix = CoulombMatrix.of_structure(one)
+        electrostatic.append((0.5 * q @ matrix.matrix @ q, -matrix.energy_gradients(q)[0]))
+    energies, forces = (torch.stack([e for e, _ in electrostatic]), torch.cat([f for _, f in electrostatic]))
+    targets = replace(targets, energies=targets.energies - energies, forces=targets.forces - forces)
+    (tried, report), (without, _) = (gpmlp.fit(structures, targets, _recipe(charges=name)) for name in ("auto", "off"))
+    assert report.charges is not None and not report.charges["kept"] and tried.charges is None
+    assert torch.equal(tried(structures).forces, without(structures).forces)
