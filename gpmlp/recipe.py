@@ -421,7 +421,7 @@ class LongRangeRecipe(RecipeSection):
     'auto': tried where the data ask for them, kept where the evidence rises. labels: of charges and dipoles in the data."""
 
     charges: Annotated[Literal["auto", "off", "local", "polarisable", False], AfterValidator(lambda v: v or "off")] = (
-        "auto"
+        "off"
     )
     kappa: Annotated[Positive, _within(0.01, 1e4)] | None = None
     labels: Literal["ignore", "use", "only"] = "ignore"
@@ -478,7 +478,7 @@ class Recipe(RecipeSection):
     @classmethod
     def from_header(cls, stored: dict[str, Any]) -> Recipe:
         """The recipe in the header of a model file, whose evidence may be one that is no longer offered: a model does not need it."""
-        return cls.model_validate({"mean": "exact", "long_range": {"charges": "off"}} | stored | {"evidence": "dtc"})
+        return cls.model_validate({"mean": "exact"} | stored | {"evidence": "dtc"})
 
     @property
     def descriptors(self) -> tuple[DescriptorRecipe | NetworkRecipe, ...]:

@@ -143,14 +143,17 @@ def test_when_charges_are_tried():
 
 
 def test_charges_that_bring_nothing_are_left_out():
-    """Labels of a short-range pair term alone: `auto` tries charges, and the model is to the last bit that without them."""
+    """Labels of a short-range pair term alone, with noise: `auto` tries charges, and the model is to the last bit that without them."""
     structures, targets = ions(24, 40, 6.0)
+    generator = torch.Generator().manual_seed(0)
     electrostatic = []
     for i in range(len(structures)):
         one, q = structures.select([i]), torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
         matrix = CoulombMatrix.of_structure(one)
         electrostatic.append((0.5 * q @ matrix.matrix @ q, -matrix.energy_gradients(q)[0]))
     energies, forces = (torch.stack([e for e, _ in electrostatic]), torch.cat([f for _, f in electrostatic]))
+    energies = energies + 0.04 * torch.randn(len(structures), generator=generator, dtype=torch.float64)
+    forces = forces + 0.2 * torch.randn(forces.shape, generator=generator, dtype=torch.float64)
     targets = replace(targets, energies=targets.energies - energies, forces=targets.forces - forces)
     (tried, report), (without, _) = (gpmlp.fit(structures, targets, _recipe(charges=name)) for name in ("auto", "off"))
     assert report.charges is not None and not report.charges["kept"] and tried.charges is None
