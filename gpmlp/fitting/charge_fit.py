@@ -40,7 +40,6 @@ ROWS = 12_000  # labels, about, from which charges are fitted: of structures at 
 SPREAD_BYTES = 512 << 20  # of the derivatives of their functions in memory
 FORMS = (ChargeForm(LOCAL), ChargeForm(10.0), ChargeForm(3.0), ChargeForm(1.0))  # each from where the one before ended
 COMPOSITION = 5.0  # eV, of the energy of an atom that charges may shift
-LABEL_NOISE = {"charges": StdPrior(2e-2, 1e-4, 1.0), "dipoles": StdPrior(5e-2, 1e-4, 5.0)}  # e; e A
 ITERATIONS, EVIDENCE_AT, EVALUATIONS = 30, (0, 3, 7), 12
 DAMPING, TRIES = 1e-3, 12
 ROUGH, FINE = (
@@ -57,20 +56,20 @@ class FittedCharges:
     """Charges as a fit leaves them.
 
     Attributes:
-        negative_log_evidence: of the columns of this fit, with charges and without; labels: how many.
+        negative_log_evidence: of the columns of this fit; alone: the same without charges; labels: how many.
         tried: the former by form, as text.
     """
 
     model: ChargeModel
     negative_log_evidence: float
-    without: float
+    alone: float
     labels: int
     tried: dict[str, float]
 
     @property
     def gain(self) -> float:
         """Rise of the evidence by charges, nats per label."""
-        return (self.without - self.negative_log_evidence) / self.labels
+        return (self.alone - self.negative_log_evidence) / self.labels
 
     def report(self, kept: bool) -> dict[str, Any]:
         """Numbers for the FitReport, and a sentence."""
@@ -85,16 +84,16 @@ class FittedCharges:
             "gain_nats_per_label": self.gain,
             "labels": self.labels,
             "negative_log_evidence": self.tried,
-            "negative_log_evidence_without": self.without,
+            "negative_log_evidence_without": self.alone,
             "sentence": verdict,
         }
 
 
 def reason_to_try(structures: Structures, recipe: Recipe) -> str | None:
     """Why charges are to be fitted: they are asked for, or the data ask for them; None if neither."""
-    wanted = recipe.long_range
-    if wanted.charges != "auto" or wanted.labels != "ignore":
-        return None if wanted.charges == "off" else "asked for"
+    wanted = recipe.long_range.charges
+    if wanted != "auto":
+        return None if wanted == "off" else "asked for"
     if len(structures.charges.unique()) > 1:
         return "the structures have different total charges"
     cutoff = recipe.descriptors[0].cutoff or torch.inf
@@ -275,11 +274,9 @@ class _Search:
             out[kind] = SufficientStatistics(gram, torch.cat([a.T @ y, c.T @ y]), float(y @ y), len(y))
         return out, _block_of_column(self.data, charges=True)
 
-    def learn(
-        self, statistics: dict[str, SufficientStatistics], blocks: Tensor, evaluations: int = EVALUATIONS
-    ) -> None:
+    def learn(self, statistics: dict[str, SufficientStatistics], blocks: Tensor) -> None:
         """Noises and signals by the evidence of the linear model."""
-        found = evidence.maximise_evidence(statistics, self.parameters, blocks, max_evaluations=evaluations)
+        found = evidence.maximise_evidence(statistics, self.parameters, blocks, max_evaluations=EVALUATIONS)
         self.value = found.negative_log_evidence
 
     def objective(self) -> _Objective:
@@ -392,7 +389,7 @@ def fit_charges(data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: R
     start = basis.physical(
         dict(zip(basis.species, composition.mean(0).tolist(), strict=True)), float(structures.charges.mean())
     )
-    parameters, without = _without(data)
+    parameters, alone = _without(data)
     found: dict[ChargeForm, _Search] = {}
 
     def search(form: ChargeForm, a: Tensor, former: Hyperparameters) -> _Search:
@@ -415,4 +412,4 @@ def fit_charges(data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: R
     best.run(report, FINE)
     tried = {str(form): search.value for form, search in found.items()}
     model = ChargeModel(best.form, basis, best.a, start)
-    return FittedCharges(model, best.value, without, data.n_labels, tried)
+    return FittedCharges(model, best.value, alone, data.n_labels, tried)

@@ -97,6 +97,8 @@ class OnlineFit:
             raise errors.UserError(
                 "An online model has centres as inducing variables, to which new ones can be added: leave out `inducing.functionals`."
             )
+        if asked.long_range.charges != "off":
+            raise errors.UserError("Charges are not learned label by label yet: leave out `long_range.charges`.")
         begun = _without_noises(asked, [prepare.prepare_data(structures, targets, asked, whole=False)])
         wanted = "mean" in asked.model_fields_set and asked.mean != "exact"
         return begun.refreshed("first data" + ("; the mean stays exact while labels come" if wanted else ""))
