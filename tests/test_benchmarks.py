@@ -257,3 +257,32 @@ def test_costs_of_large_fits():
     assert "minutes: " in done.stdout and "core-hours for 1e5 steps" in done.stdout
     constants = dict(line.split(": ") for line in done.stdout.splitlines() if ": " in line and line[0] != " ")
     assert 0 < float(constants["rows, us an atom and column"]) < math.inf
+
+
+def test_what_is_beyond_the_cutoff(benchmarks, tmp_path):
+    """Far structures are set aside and no structure is both fitted and tested; a tiny fit gives a line of the table."""
+    module = benchmarks("long_range")
+    folder = tmp_path / "charged_dimers"
+    folder.mkdir()
+    lines = []
+    for dimer in (0, 1):
+        for k in (3, 0, 2, 1, 4):
+            lines.append(
+                f'2\nProperties=species:S:1:pos:R:3:forces:R:3 dimer={dimer} distance={5 + k} energy={-k} pbc="F F F"\n'
+            )
+            lines.append(f"Na 0 0 0 0 0 {0.1 * k}\nCl 0 0 {5 + k} 0 0 {-0.1 * k}\n")
+    (folder / "train_short.xyz").write_text("".join(lines))
+    case = module.SETS["charged_dimers"](tmp_path)
+    far, near = (sorted((-data[1].energies).tolist()) for data in (case.tests["far"], case.train))
+    assert far == [2, 2, 3, 3, 4, 4] and near == [0, 0, 1, 1]
+    for name in ("ag3", "water", "nacl"):
+        case = module.SETS[name](tmp_path)
+        fitted = set(case.train[0].fingerprints())
+        assert all(fitted.isdisjoint(data[0].fingerprints()) for data in case.tests.values())
+    assert module.nested(["inducing.n=5", 'mean="exact"']) == {"inducing": {"n": 5}, "mean": "exact"}
+    small = {"inducing": {"n": 10}, "descriptor": {"n_max": 2, "l_max": 1}}
+    module.SETS["tiny"] = lambda _: module.Case(
+        module.part(case.train, range(12)), {"far": module.part(case.train, range(12, 20))}
+    )
+    (found,) = module.run("tiny", tmp_path, "off", small)
+    assert found["energy_rmse_meV"] > 0 and len(module.row(found)) == len(module.COLUMNS)
