@@ -6,6 +6,7 @@ import json
 import re
 import reprlib
 from collections.abc import Collection
+from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -28,6 +29,7 @@ LOCAL_VARIANCES = ("exact", "reduced")
 SEVENNET = ("7net-0", "7net-l3i5")  # checkpoints that come with the package
 SHORTEST, LONGEST = 0.5, 100.0  # A, that a cutoff can mean
 WIDTHS = 0.05, 10.0  # A, of atoms: integrals of narrower ones take grids that fit no memory
+R6_OFF = 2.0  # A, within which a dispersion tail goes to zero at its outer end
 NARROWEST = 0.1  # A, of a switch: across a narrower one forces jump
 
 
@@ -97,6 +99,13 @@ def _plain(value: Any) -> Any:
 
 
 PlainValues = Annotated[dict[str, Any], AfterValidator(_plain)]
+
+
+def _section_if_true(value: Any) -> Any:
+    """A section with its defaults where it is switched on."""
+    return {} if value is True else value
+
+
 T = TypeVar("T")
 BySymbol = Annotated[dict[str, T], AfterValidator(_by_symbol)]
 WordOrCount = Annotated[
@@ -200,7 +209,7 @@ class DescriptorRecipe(RecipeSection):
     cutoff_exponent: Annotated[float, Field(ge=2, le=10)] = 2.0
     central_weight: Annotated[float, Field(ge=0, le=1e4)] = 1.0
     shortest: Length | None = None
-    four_body: Annotated[FourBodyRecipe | Literal[False], BeforeValidator(lambda v: {} if v is True else v)] = False
+    four_body: Annotated[FourBodyRecipe | Literal[False], BeforeValidator(_section_if_true)] = False
     beside: NetworkRecipe | Literal[False] = False
 
     @model_validator(mode="after")
@@ -390,6 +399,66 @@ class BaselineRecipe(RecipeSection):
     calculator: CalculatorRecipe | Literal[False] = False
 
 
+def _by_pair(values: dict[str, Any]) -> dict[str, Any]:
+    for name in values:
+        for symbol in (pair := name.split("-")):
+            errors.atomic_number(symbol)
+        if len(pair) != 2:
+            raise ValueError(f"'{name}' is no pair of elements, as C-H")
+    return values
+
+
+class R6Recipe(RecipeSection):
+    """A tail -C6/r^6 between elements, switched on from `begin` to `full` and off at `outer` (A). c6: of free atoms, learned from the
+    labels, or in eV A^6 by pair ('C-H')."""
+
+    outer: Length = 25.0
+    begin: Length | None = None
+    full: Length | None = None
+    c6: (
+        Literal["free_atoms", "learned"]
+        | Annotated[dict[str, Annotated[float, Field(ge=0, le=1e6)]], AfterValidator(_by_pair)]
+    ) = "free_atoms"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> R6Recipe:
+        known = [value for value in (self.begin, self.full, self.outer - R6_OFF) if value is not None]
+        for low, high in pairwise(known):
+            if high - low < NARROWEST:
+                raise ValueError(
+                    f"begin, full and outer - {R6_OFF:g} A, where the tail begins to go to zero, must grow by {NARROWEST:g} A or more: "
+                    f"{low:g} A comes before {high:g} A"
+                )
+        return self
+
+
+class D3Recipe(RecipeSection):
+    """DFT-D3 with the parameters of a functional, as dftd3 calls it; atm: with the three-body term."""
+
+    functional: Annotated[str, Field(min_length=1, max_length=100)]
+    damping: Literal["bj", "zero", "bjm", "zerom", "op"] = "bj"
+    atm: bool = False
+
+
+class DispersionRecipe(RecipeSection):
+    """What is subtracted from the labels and added at prediction: one of both."""
+
+    r6: Annotated[R6Recipe | Literal[False], BeforeValidator(_section_if_true)] = False
+    d3: D3Recipe | Literal[False] = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DispersionRecipe:
+        if bool(self.r6) == bool(self.d3):
+            raise ValueError("give one of r6 and d3, or dispersion: false")
+        return self
+
+
+class LongRangeRecipe(RecipeSection):
+    """Interactions beyond the cutoff."""
+
+    dispersion: DispersionRecipe | Literal[False] = False
+
+
 class VarianceRecipe(RecipeSection):
     """Posterior for variances: of at most `columns` inducing variables, the most important ones, or of all. local: whether those of local
     energies, for dynamics, are of all of these or of as few as come near."""
@@ -444,6 +513,7 @@ class Recipe(RecipeSection):
     noise: NoiseRecipe = NoiseRecipe()
     signal: Signal | tuple[Signal, ...] = {}
     baseline: BaselineRecipe = BaselineRecipe()
+    long_range: LongRangeRecipe = LongRangeRecipe()
     evidence: Annotated[Literal["dtc"], BeforeValidator(_only_evidence)] = "dtc"  # a key of older recipes and runs
     variance: VarianceRecipe | Literal[False] = VarianceRecipe()
     calibration: CalibrationRecipe | Literal[False] = CalibrationRecipe()

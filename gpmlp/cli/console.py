@@ -224,7 +224,7 @@ def format_rows(rows: Mapping[str, int]) -> str:
 
 
 def chosen_baselines(baselines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The terms that are not learned: energies of isolated atoms, between which distances ZBL fades out, networks, calculators."""
+    """The terms that are not learned: isolated atoms, between which distances ZBL fades out, networks, calculators, dispersion."""
     pairs = []
     for term in baselines:
         if term["name"] == "isolated_atoms":
@@ -238,6 +238,13 @@ def chosen_baselines(baselines: Sequence[Mapping[str, Any]]) -> list[tuple[str, 
             pairs.append(
                 ("baseline", f"energies of the network {checkpoint}, weights with the SHA-256 {term['sha256']}")
             )
+        elif term["name"] == "r6":
+            c6 = ", ".join(f"{chemical_symbol(a)}-{chemical_symbol(b)} {value:.4g}" for a, b, value in term["pairs"])
+            text = f"tail -C6/r^6 with C6 {c6} eV A^6, whole from {term['full']:.3g} A, to {term['outer']:.3g} A"
+            pairs.append(("dispersion", text))
+        elif term["name"] == "d3":
+            text = f"D3 of {term['functional']}, damping {term['damping']}{', three-body term' * term['atm']}"
+            pairs.append(("dispersion", f"{text} (dftd3 {term['versions'].get('dftd3', '-')})"))
         elif term["name"] == "calculator":
             versions = ", ".join(f"{package} {version}" for package, version in term["versions"].items())
             kwargs = ", ".join(f"{key} = {value}" for key, value in term["kwargs"].items())

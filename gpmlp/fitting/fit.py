@@ -32,6 +32,7 @@ from gpmlp.fitting import (
     prepare,
     reduced_variance,
     regression,
+    tail_strength,
     variance_checks,
 )
 from gpmlp.fitting.cost import expected_cost, most_columns
@@ -97,6 +98,10 @@ def fit(
             atoms on top of each other.
     """
     recipe, stages = Recipe() if recipe is None else recipe, StageTimer(progress)
+    if recipe.long_range.dispersion:
+        stages.begin("dispersion")
+        recipe, said = tail_strength.settle_dispersion(structures, targets, recipe)
+        findings = [*findings, *said]
     about = recipe, validation, stages, provenance, workers_of(executor, recipe.device)
     potential, report, wrong = _fit_once(structures, targets, *about, findings)
     for _ in range(ROBUST_ROUNDS if recipe.robust else 0):

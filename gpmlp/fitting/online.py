@@ -99,6 +99,12 @@ class OnlineFit:
             )
         if asked.long_range.charges != "off":
             raise errors.UserError("Charges are not learned label by label yet: leave out `long_range.charges`.")
+        dispersion = asked.long_range.dispersion
+        if dispersion and dispersion.r6 and dispersion.r6.c6 == "learned":
+            raise errors.UserError(
+                "A model that learns label by label takes its C6 as they are: give long_range.dispersion.r6.c6 in numbers (a fit with `c6: "
+                "learned` says them), or leave it out for those of free atoms."
+            )
         begun = _without_noises(asked, [prepare.prepare_data(structures, targets, asked, whole=False)])
         wanted = "mean" in asked.model_fields_set and asked.mean != "exact"
         return begun.refreshed("first data" + ("; the mean stays exact while labels come" if wanted else ""))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gpmlp.core import errors
+from gpmlp.core import errors, free_atoms
 from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import KINDS, Prediction, Targets
 from gpmlp.core.structures import Structures
@@ -25,9 +25,11 @@ from gpmlp.potential import baselines
 from gpmlp.potential.baseline import Baseline
 from gpmlp.potential.calculator_energies import CalculatorEnergies
 from gpmlp.potential.charges import ChargeModel
-from gpmlp.recipe import Recipe
+from gpmlp.potential.dispersion import D3Dispersion, R6Tail
+from gpmlp.recipe import NARROWEST, R6_OFF, R6Recipe, Recipe
 
 ISOLATED_NOISE = 1e-3  # eV
+SWITCH = 0.7, 0.95  # of the cutoff, between which a dispersion tail is switched on
 
 
 def prepare_data(
@@ -109,6 +111,8 @@ def make_baselines(
     """Isolated-atom energies (given, from frames, or by least squares), ZBL repulsion below the shortest distances of the data, and what
     the recipe names besides."""
     out = outer_baselines(recipe)
+    if dispersion := dispersion_of(recipe, structures.distinct_species):
+        out.append(dispersion)
     network, zbl = recipe.baseline.network, recipe.baseline.zbl
     if network:
         known = find_network(network.name, network.checkpoint, network.sha256)
@@ -137,6 +141,44 @@ def outer_baselines(recipe: Recipe) -> list[Baseline]:
     """What the recipe names that is asked of whole structures. Raises UserError: it is not to be had here."""
     calculator = recipe.baseline.calculator
     return [CalculatorEnergies.asked_for(calculator.name, calculator.kwargs, calculator.reuse)] if calculator else []
+
+
+def dispersion_of(recipe: Recipe, species: Sequence[int]) -> Baseline | None:
+    """The dispersion that a resolved recipe asks for. Raises UserError: a coefficient or a distance is not given and not known."""
+    chosen = recipe.long_range.dispersion
+    if not chosen:
+        return None
+    if chosen.d3:
+        return D3Dispersion.asked_for(chosen.d3.functional, chosen.d3.damping, chosen.d3.atm)
+    assert chosen.r6
+    cutoffs = [d.cutoff for d in recipe.descriptors if d.cutoff is not None]
+    if not cutoffs and None in (chosen.r6.begin, chosen.r6.full):
+        raise errors.UserError(
+            "long_range.dispersion.r6 begins within the cutoff, and this descriptor has none: give `begin` and `full` (A)."
+        )
+    begin, full = (
+        given or share * max(cutoffs) for given, share in zip((chosen.r6.begin, chosen.r6.full), SWITCH, strict=True)
+    )
+    if not begin + NARROWEST <= full <= chosen.r6.outer - R6_OFF - NARROWEST:
+        raise errors.UserError(
+            f"long_range.dispersion.r6: the tail is switched on from begin {begin:.3g} to full {full:.3g} A and goes to zero from "
+            f"{chosen.r6.outer - R6_OFF:.3g} to outer {chosen.r6.outer:.3g} A, which must come one after the other."
+        )
+    symbols = [errors.chemical_symbol(z) for z in species]
+    pairs = [(a, b) for i, a in enumerate(symbols) for b in symbols[i:]]
+    return R6Tail(
+        {tuple(sorted(map(errors.atomic_number, p))): _c6(chosen.r6, *p) for p in pairs}, begin, full, chosen.r6.outer
+    )
+
+
+def _c6(chosen: R6Recipe, a: str, b: str) -> float:
+    """Of a pair of elements as it is given, or of free atoms."""
+    if not isinstance(chosen.c6, dict):
+        return free_atoms.pair_c6(a, b)
+    for name in (f"{a}-{b}", f"{b}-{a}"):
+        if name in chosen.c6:
+            return chosen.c6[name]
+    raise errors.UserError(f"long_range.dispersion.r6.c6 gives none of {a}-{b}; the data have this pair.")
 
 
 def _isolated_atoms(structures: Structures, remaining: Targets, recipe: Recipe) -> tuple[Baseline, ...]:

@@ -16,7 +16,7 @@ from gpmlp.core import calculators, errors
 from gpmlp.core.errors import UserError
 from gpmlp.core.findings import Severity
 from gpmlp.potential.evaluation import ErrorTable
-from gpmlp.recipe import LONGEST, DescriptorRecipe, NetworkName, NetworkRecipe, Recipe
+from gpmlp.recipe import LONGEST, D3Recipe, DescriptorRecipe, Length, NetworkName, NetworkRecipe, R6Recipe, Recipe
 from gpmlp.uncertainty.calibration import EVERYTHING, LEVELS
 
 NUMBERS = (
@@ -115,6 +115,39 @@ class _Calculator(_Section):
     def _known(self) -> _Calculator:
         calculators.check_calculator_name(self.calculator)
         return self
+
+
+class _R6(_Section):
+    name: Literal["r6"]
+    pairs: list[Annotated[list[Any], AfterValidator(lambda pair: _c6_pair(pair))]]
+    begin: Length
+    full: Length
+    outer: Length
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _R6:
+        R6Recipe(begin=self.begin, full=self.full, outer=self.outer)
+        return self
+
+
+class _D3(_Section):
+    name: Literal["d3"]
+    functional: str
+    damping: str
+    atm: bool
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _known(self) -> _D3:
+        D3Recipe.model_validate({"functional": self.functional, "damping": self.damping, "atm": self.atm})
+        return self
+
+
+def _c6_pair(pair: list[Any]) -> list[Any]:
+    numbers = len(pair) == 3 and all(type(z) is int for z in pair[:2]) and type(pair[2]) in (int, float)
+    if not numbers or not 1 <= pair[0] <= pair[1] < len(errors.SYMBOLS) or not 0 <= pair[2] <= 1e6:
+        raise ValueError(f"{pair} is no [Z, Z, C6] with Z <= Z and 0 <= C6 <= 1e6 eV A^6")
+    return pair
 
 
 def _zbl_pair(pair: list[Any]) -> list[Any]:
@@ -383,7 +416,7 @@ class ModelHeader(_Section):
     species: Annotated[list[Species], Field(min_length=1), AfterValidator(_sorted)]
     recipe: Annotated[dict[str, Any], AfterValidator(_complete)]
     noise: dict[Kind, Deviation]
-    baselines: list[Annotated[_IsolatedAtoms | _ZBL | _Network | _Calculator, Field(discriminator="name")]]
+    baselines: list[Annotated[_IsolatedAtoms | _ZBL | _Network | _Calculator | _R6 | _D3, Field(discriminator="name")]]
     provenance: _Provenance
     report: _Report
     calibration: _Calibration | None = None
@@ -394,7 +427,7 @@ class ModelHeader(_Section):
     @model_validator(mode="after")
     def _covers_species(self) -> ModelHeader:
         for baseline in self.baselines:
-            if isinstance(baseline, _ZBL):
+            if isinstance(baseline, (_ZBL, _R6)):
                 have = {(a, b) for a, b, *_ in baseline.pairs}
                 lacking = [f"Z = {a}, {b}" for a in self.species for b in self.species if a <= b and (a, b) not in have]
             elif isinstance(baseline, _IsolatedAtoms):

@@ -15,6 +15,7 @@ from gpmlp.core.structures import Structures, chunk_ranges
 from gpmlp.descriptors.networks import InvariantNetwork, find_network
 from gpmlp.potential.baseline import Baseline, LocalBaseline
 from gpmlp.potential.calculator_energies import CalculatorEnergies
+from gpmlp.potential.dispersion import D3Dispersion, R6Tail
 
 NETWORK_ATOMS = 64  # of structures in one graph of a network, unless one has more
 RANK = 1e-9  # of the largest singular value of compositions: below, a direction is open
@@ -260,6 +261,8 @@ def baseline_from_state(state: dict) -> Baseline:
         made = NetworkEnergies(state["network"], state["checkpoint"], state["sha256"])
         made.network  # noqa: B018  is there, or says why not
         return made
+    if state["name"] in ("r6", "d3"):
+        return (R6Tail if state["name"] == "r6" else D3Dispersion).from_state(state)
     if state["name"] == "calculator":
         return CalculatorEnergies.from_state(state)
     raise errors.UserError(f"Unknown baseline '{state['name']}'.")
