@@ -35,6 +35,7 @@ CONFINED = {
     "sphericart": {"descriptors"},
     "sevenn": {"descriptors"},
     "e3nn": {"descriptors"},
+    "dftd3": {"potential"},
     "triton": {"descriptors"},
     "vesin": {"core"},
     "safetensors": {"io"},

@@ -18,12 +18,13 @@ def pair_c6(first: str, second: str) -> float:
     Raises:
         UserError: the tables lack an element.
     """
+    table: dict[str, list[float]] = vdWDB_alphaC6  # type: ignore[assignment]
     for symbol in (first, second):
-        if symbol not in vdWDB_alphaC6:
+        if symbol not in table:
             raise UserError(
-                f"There is no free-atom C6 of {symbol}; the tables hold {', '.join(sorted(vdWDB_alphaC6))}. Give "
+                f"There is no free-atom C6 of {symbol}; the tables hold {', '.join(sorted(table))}. Give "
                 f"long_range.dispersion.r6.c6 for its pairs, as {{{symbol}-{symbol}: 50.0}} (eV A^6)."
             )
-    (polarizability, c6), (other, c6_other) = vdWDB_alphaC6[first], vdWDB_alphaC6[second]
+    (polarizability, c6), (other, c6_other) = table[first], table[second]
     mixed = 2 * c6 * c6_other / (other / polarizability * c6 + polarizability / other * c6_other)
     return mixed * Hartree * Bohr**6

@@ -164,10 +164,9 @@ def dispersion_of(recipe: Recipe, species: Sequence[int]) -> Baseline | None:
             f"long_range.dispersion.r6: the tail is switched on from begin {begin:.3g} to full {full:.3g} A and goes to zero from "
             f"{chosen.r6.outer - R6_OFF:.3g} to outer {chosen.r6.outer:.3g} A, which must come one after the other."
         )
-    symbols = [errors.chemical_symbol(z) for z in species]
-    pairs = [(a, b) for i, a in enumerate(symbols) for b in symbols[i:]]
+    pairs = [(a, b) for a in species for b in species if a <= b]
     return R6Tail(
-        {tuple(sorted(map(errors.atomic_number, p))): _c6(chosen.r6, *p) for p in pairs}, begin, full, chosen.r6.outer
+        {pair: _c6(chosen.r6, *map(errors.chemical_symbol, pair)) for pair in pairs}, begin, full, chosen.r6.outer
     )
 
 

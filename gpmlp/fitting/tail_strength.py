@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,8 +169,8 @@ def _evidence(
 ) -> TailEvidence:
     """Of a small fit to labels less tails of these strengths, whose noise and signal are learned by evidence."""
     known = [tail(structures) for tail in tails]
-    for prediction, strength in zip(known, strengths.tolist(), strict=True):
-        targets = targets.minus(prediction.map(lambda v, s=strength: s * v))
+    for prediction, strength in zip(known, strengths, strict=True):
+        targets = targets.minus(prediction.map(strength.mul))
     pilot = recipe.model_copy(
         update={
             "inducing": InducingRecipe(n=CENTRES),
@@ -210,7 +211,7 @@ def _faster(tail: R6Tail) -> list[R6Tail]:
 
 def _labelled(term: Prediction, labels: Targets) -> Targets:
     """What a term says, where there are labels."""
-    values = {}
+    values: dict[str, Any] = {}
     for name in ("energies", "forces", "stresses"):
         given = getattr(labels, name)
         values[name] = torch.where(given.isnan(), given, torch.nan_to_num(getattr(term, name)))

@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpmlp.core import cell_list, errors, neighbors
+from gpmlp.core import errors, neighbors
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures, chunk_structures
 from gpmlp.core.units import BOHR, HARTREE
 from gpmlp.potential.baseline import Baseline
 from gpmlp.recipe import R6_OFF
 
+# Bohr: those of dftd3, but to the end of which the energy goes to zero smoothly
+D3_REACH = {"disp2": 60.0, "disp3": 40.0, "cn": 40.0, "width2": 5.0, "width3": 5.0}
+VACUUM = 20.0  # Bohr, beyond the atoms along axes that are not periodic
 TOGETHER = 512  # atoms whose pairs are in memory together, unless a structure has more
 DAMPINGS = {
     "bj": "RationalDampingParam",
@@ -161,11 +164,17 @@ class D3Dispersion(Baseline):
         """Energy, forces and virial (stress times volume)."""
         atoms = slice(int(structures.offsets[i]), int(structures.offsets[i + 1]))
         positions = structures.positions[atoms].detach().cpu().double().numpy() / BOHR
-        cells, periodic = structures.cells[i : i + 1].detach().cpu().double(), structures.periodic[i : i + 1].cpu()
-        cell = cell_list.complete_cells(cells, periodic)[0].numpy() / BOHR
-        around = (cell, periodic[0].numpy()) if periodic.any() else ()
+        cell, periodic = (
+            structures.cells[i].detach().cpu().double().numpy() / BOHR,
+            structures.periodic[i].cpu().numpy(),
+        )
+        around: tuple[np.ndarray, ...] = ()
+        if periodic.any():
+            cell, positions = _with_vacuum(cell, periodic, positions)
+            around = cell, periodic
         try:
             model = _dftd3().DispersionModel(structures.species[atoms].cpu().numpy(), positions, *around)
+            model.set_realspace_cutoff(**D3_REACH)
             found = model.get_dispersion(self._parameters, grad=True)
         except RuntimeError as error:
             raise errors.UserError(f"{structures.names[i]}: dftd3 gives no dispersion: {error}.") from error
@@ -189,6 +198,19 @@ class D3Dispersion(Baseline):
             text = f"This model was fitted with dftd3 {made.versions.get('dftd3')}; here is {here}. Its dispersion may differ."
             warnings.warn(text, errors.DataWarning, stacklevel=2)
         return made
+
+
+def _with_vacuum(cell: np.ndarray, periodic: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A cell whose axes without periodicity are perpendicular to all others and longer than the atoms, which are moved inside: dftd3 takes
+    them into the cell along all axes."""
+    cell, positions = cell.copy(), positions.copy()
+    cell[~periodic] = 0.0
+    _, values, axes = np.linalg.svd(cell)
+    free = axes[int((values > 1e-9).sum()) :]
+    along = positions @ free.T
+    lowest, extent = along.min(0, initial=0.0), np.ptp(along, axis=0) if len(along) else np.zeros(len(free))
+    cell[~periodic] = free * (extent + VACUUM)[:, None]
+    return cell, positions + (0.5 * VACUUM - lowest) @ free
 
 
 def _dftd3() -> Any:
