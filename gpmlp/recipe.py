@@ -453,12 +453,6 @@ class DispersionRecipe(RecipeSection):
         return self
 
 
-class LongRangeRecipe(RecipeSection):
-    """Interactions beyond the cutoff."""
-
-    dispersion: DispersionRecipe | Literal[False] = False
-
-
 class VarianceRecipe(RecipeSection):
     """Posterior for variances: of at most `columns` inducing variables, the most important ones, or of all. local: whether those of local
     energies, for dynamics, are of all of these or of as few as come near."""
@@ -486,13 +480,14 @@ class NoveltyRecipe(RecipeSection):
 
 
 class LongRangeRecipe(RecipeSection):
-    """Electrostatics beyond the cutoff. charges: 'off'; 'local' or 'polarisable' ones (kappa: how stiff, by evidence where None);
-    'auto': tried where the data ask for them, kept where the evidence rises."""
+    """Interactions beyond the cutoff. charges: 'off'; 'local' or 'polarisable' ones (kappa: how stiff, by evidence where None); 'auto':
+    tried where the data ask for them, kept where the evidence rises. dispersion: subtracted from the labels, and added again."""
 
     charges: Annotated[Literal["auto", "off", "local", "polarisable", False], AfterValidator(lambda v: v or "off")] = (
         "off"
     )
     kappa: Annotated[Positive, _within(0.01, 1e4)] | None = None
+    dispersion: DispersionRecipe | Literal[False] = False
 
     @model_validator(mode="after")
     def _consistent(self) -> LongRangeRecipe:
@@ -513,7 +508,6 @@ class Recipe(RecipeSection):
     noise: NoiseRecipe = NoiseRecipe()
     signal: Signal | tuple[Signal, ...] = {}
     baseline: BaselineRecipe = BaselineRecipe()
-    long_range: LongRangeRecipe = LongRangeRecipe()
     evidence: Annotated[Literal["dtc"], BeforeValidator(_only_evidence)] = "dtc"  # a key of older recipes and runs
     variance: VarianceRecipe | Literal[False] = VarianceRecipe()
     calibration: CalibrationRecipe | Literal[False] = CalibrationRecipe()

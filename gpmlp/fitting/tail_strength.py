@@ -107,7 +107,7 @@ def settle_dispersion(structures: Structures, targets: Targets, recipe: Recipe) 
         learned = _learned_c6(*data, here, tail)
         c6 = {"-".join(map(chemical_symbol, pair)): value for pair, value in learned.items()}
         r6 = chosen.r6.model_copy(update={"c6": c6})
-        long_range = LongRangeRecipe(dispersion=chosen.model_copy(update={"r6": r6}))
+        long_range = recipe.long_range.model_copy(update={"dispersion": chosen.model_copy(update={"r6": r6})})
         return recipe.model_copy(update={"long_range": long_range}), _twice_by_name(recipe)
     if twice := _twice_by_name(recipe):
         return recipe, twice
