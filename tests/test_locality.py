@@ -240,15 +240,22 @@ def test_without_an_error_there_is_no_verdict():
 @pytest.mark.parametrize(
     ("noises", "cutoff", "verdict", "says"),
     [
-        ((80.0, 20.0, 10.0, 9.5), 5.0, "fine", "flat from 5 A on"),
+        ((80.0, 20.0, 10.0, 9.5), 5.0, "fine", "are flat from 5 A on (10 and 10 meV/A"),
         ((80.0, 20.0, 10.0, 9.5), 4.0, "longer cutoff", "take a longer cutoff than 4 A"),
-        ((80.0, 40.0, 20.0, 10.0), 5.0, "longer cutoff", "still falls at the longest cutoff, 6 A"),
+        ((80.0, 40.0, 20.0, 10.0), 5.0, "longer cutoff", "still fall at the longest cutoff, 6 A"),
     ],
 )
 def test_verdicts_from_small_fits(noises, cutoff, verdict, says):
     fits = tuple(CutoffFit(c, 1e-3 * n, 1e-3 * n) for c, n in zip((3.0, 4.0, 5.0, 6.0), noises, strict=True))
     found = Locality((), fits, DecayLaw("none"), cutoff, math.nan, "", math.inf, Redraws())
     assert found.verdict == verdict and says in found.sentence
+
+
+def test_noise_alone_is_not_enough():
+    """A fit that takes little for noise, and predicts badly, has too short a cutoff."""
+    fits = tuple(CutoffFit(c, n, e) for c, n, e in zip((3.6, 4.2, 5.0), (1.8, 1.6, 2.6), (8.3, 6.2, 5.7), strict=True))
+    found = Locality((), fits, DecayLaw("none"), 3.6, math.nan, "", math.inf, Redraws())
+    assert found.verdict == "longer cutoff" and "flat from 4.2 A" in found.sentence
 
 
 def test_a_model_is_judged_by_its_error(potential, small_set, tmp_path):

@@ -41,7 +41,7 @@ LEAST_ROOM = 2.0  # A, for any radius, unless they are given
 MARGIN = 1.0  # A, around the sphere, of atoms to redraw before it meets its own images
 CANDIDATES = 64  # atoms among which central ones with room are chosen
 NEGLIGIBLE = 0.3  # share of the force error (9 % of its square) up to which what is beyond the cutoff does not matter
-FLAT = 1.1  # noise of a small fit over the least, up to which a longer cutoff does not help
+FLAT = 1.2  # noise, or error, of a small fit over that with a longer cutoff, up to which that does not help
 LONGEST = 8.0  # A, that a cutoff may reasonably have
 RESOLVED = 1e-6  # eV/A; smaller spreads are rounding
 TAIL = 3  # of the radii, the longest, that tell how force constants decay
@@ -235,21 +235,22 @@ def _judge_floors(found: Locality) -> tuple[str, str]:
 
 
 def _judge_fits(fits: Sequence[CutoffFit], cutoff: float) -> tuple[str, str]:
-    least = min(f.noise for f in fits)
-    flat = next(f for f in fits if f.noise <= FLAT * least)
-    at = min(fits, key=lambda f: abs(f.cutoff - cutoff))
-    text = (
-        f"The noise of forces that small fits learn is flat from {flat.cutoff:.3g} A on ({1e3 * flat.noise:.3g} meV/A; "
-        f"{1e3 * at.noise:.3g} with {at.cutoff:.3g} A)"
+    flat = next(
+        f
+        for i, f in enumerate(fits)
+        if all(f.noise <= FLAT * g.noise and f.rmse <= FLAT * g.rmse for g in fits[i + 1 :])
     )
+    at = min(fits, key=lambda f: abs(f.cutoff - cutoff))
+    numbers = f"{1e3 * flat.noise:.3g} and {1e3 * flat.rmse:.3g} meV/A; with {at.cutoff:.3g} A {1e3 * at.noise:.3g} and {1e3 * at.rmse:.3g}"
+    what = "Noise of forces and error on held-out structures of small fits"
+    text = f"{what} are flat from {flat.cutoff:.3g} A on ({numbers})"
     if flat.cutoff <= cutoff:
         return "fine", f"{text}: the cutoff of {cutoff:.3g} A is fine as it is."
     if flat is not fits[-1]:
         return "longer cutoff", f"{text}: take a longer cutoff than {cutoff:.3g} A."
     return "longer cutoff", (
-        f"The noise of forces that small fits learn still falls at the longest cutoff, {flat.cutoff:.3g} A ({1e3 * flat.noise:.3g} meV/A; "
-        f"{1e3 * at.noise:.3g} with {at.cutoff:.3g} A): take a longer one. With an oracle (--oracle) it can be told whether charges or "
-        "dispersion are what is missing."
+        f"{what} still fall at the longest cutoff, {flat.cutoff:.3g} A ({numbers}): take a longer one. With an oracle (--oracle) it can be "
+        "told whether charges or dispersion are what is missing."
     )
 
 

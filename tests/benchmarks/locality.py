@@ -66,7 +66,10 @@ CASES = {
 def with_oracle(name: str, folder: Path) -> Locality:
     atoms, make, radii = CASES[name]
     return gpmlp.locality(
-        structures_from_ase([atoms()], [name]), oracle=make(), folder=folder / name, redraws=Redraws(radii)
+        structures_from_ase([atoms()], [name]),
+        oracle=make(),
+        folder=folder / name,
+        redraws=Redraws(radii, draws=6, centres=4),
     )
 
 
