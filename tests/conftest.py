@@ -56,6 +56,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def small_atoms() -> list[Atoms]:
     """16 labelled cells of 4 and 8 copper atoms."""

@@ -29,14 +29,6 @@ def potential():
     return gpmlp.fit(batch, targets, Recipe.model_validate(CHOICES))[0]
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def large():
     """One structure of 96 atoms: copies of a cell side by side."""
     one, n = crystal("triclinic", (6, 8, 1)), 4
@@ -87,6 +79,9 @@ def test_threads_and_variances_change_nothing(potential, monkeypatch, two_thread
         found = neighbors.find_neighbors(one, CUTOFF)
         closer = found.within(one, 2.0)
         made[-1] += found.centers, found.neighbors, found.shifts, closer.centers, closer.shifts, closer.vectors(one)
+        elsewhere = one.with_positions(1.001 * one.positions)
+        made[-1] += found.vectors(elsewhere), torch.tensor(found.closest(elsewhere))
+        assert found.closest(elsewhere) == pytest.approx(float(found.vectors(elsewhere).norm(dim=1).min()), rel=1e-15)
     for first, *others in zip(*made, strict=True):
         assert all(torch.equal(first, other) for other in others)
     plain = potential(one)

@@ -21,6 +21,8 @@ from gpmlp.core.errors import ProgressNotice, UserError
 from gpmlp.engines import md
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.io.ase_atoms import from_ase, read, read_frames, structures_from_ase
+from gpmlp.native import library
+from gpmlp.potential.potential import Potential
 
 
 @pytest.fixture
@@ -65,6 +67,50 @@ def test_a_skin_does_not_show(potential):
     assert searched[0] == 12 and searched[2] < 6
     with pytest.raises(UserError, match="`skin` must be zero or positive"):
         GPCalculator(potential, skin=-0.1)
+
+
+@pytest.mark.skipif(library.compiled() is None, reason="gpmlp was built without a compiler")
+def test_between_two_searches_the_core_alone_is_asked(potential, monkeypatch, two_threads):
+    """Results are those of the potential to the last bit, whatever has changed since the last call."""
+    asked, ask = [], Potential.__call__
+    monkeypatch.setattr(Potential, "__call__", lambda *args, **kwargs: asked.append(1) or ask(*args, **kwargs))
+    monkeypatch.setattr(neighbors, "PAIRS", 100)
+    frame, rng, calculator = copper(7, 2), np.random.default_rng(0), GPCalculator(potential)
+    frame.calc = calculator
+
+    def check(by) -> None:
+        wanted = ask(by, structures_from_ase([frame]))
+        np.testing.assert_array_equal(frame.get_forces(), wanted.forces)
+        np.testing.assert_array_equal(frame.get_stress(voigt=False), wanted.stresses[0])
+        np.testing.assert_array_equal(frame.get_potential_energies(), wanted.atom_energies)
+        assert torch.equal(calculator.prediction.energies, wanted.energies)
+
+    for k in range(14):
+        torch.set_num_threads(1 + k % 2)
+        frame.positions += 0.005 * rng.standard_normal(frame.positions.shape)
+        check(potential)
+    assert len(asked) < 5
+    assert calculator._verlet_list.searched < 4
+    assert torch.equal(
+        calculator.pairs.centers, neighbors.find_neighbors(calculator.structures, potential.reach).centers
+    )
+    other = potential.to(descriptors="float32")
+    for change in (
+        lambda: setattr(calculator, "potential", other),
+        lambda: frame.set_cell(1.01 * frame.cell),
+        lambda: None,
+    ):
+        change()
+        frame.positions[0] += 0.01
+        check(other)
+    calculator.uncertainty = "atom_energies"
+    frame.positions[0] += 0.01
+    frame.get_forces()
+    assert calculator.results["local_energy_std"].shape == (len(frame),)
+    calculator.uncertainty = None
+    frame.positions[1] = frame.positions[0] + 0.05
+    with pytest.raises(UserError, match="atoms 0 and 1 are"):
+        frame.get_forces()
 
 
 def test_a_calculation_is_held_in_full(potential):

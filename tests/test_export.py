@@ -193,7 +193,7 @@ def test_other_versions_are_named(exported, tmp_path):
         with pytest.raises(ValueError, match="was written by another version of gpmlp .*export the model again"):
             load(path)
     path.write_bytes(resealed(exported.replace(b"low_rank_form", b"low_rank_farm")))
-    with pytest.raises(ValueError, match="needs low_rank_farm, which this version of gpmlp has not"):
+    with pytest.raises(ValueError, match="needs low_rank_farm_f64, which this version of gpmlp has not"):
         load(path)
 
 

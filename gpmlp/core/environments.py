@@ -157,7 +157,8 @@ class SinglePrecisionDescriptor:
     """A descriptor that works in single precision, between pair vectors and features in double.
 
     Features are then those of neighbours moved by 1e-7 of their distance. Kernels and what is summed over centres stay double: weights
-    of thousands of eV cancel there, which single precision would not survive.
+    of thousands of eV cancel there, which single precision would not survive. Where they are summed beforehand, to a quadratic form,
+    the compiled core takes it in single precision, too.
     """
 
     descriptor: Descriptor

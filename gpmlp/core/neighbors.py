@@ -149,14 +149,17 @@ class Neighbors:
         if self._last is not None and self._last[0] is structures:
             return self._last[1]
         if fits_compiled_loops(structures.positions, structures.cells):
-            out = structures.positions.new_empty(len(self), 3)
-            library.call("pair_vectors", len(self), *self._columns(structures), out)
+            out, closest = structures.positions.new_empty(len(self), 3), torch.empty(1, dtype=torch.float64)
+            threads = min(parallel.available_threads(), 1 + len(self) // PAIRS)
+            library.call("pair_vectors", len(self), *self._columns(structures), out, closest, threads)
+            if not _differentiable(structures):
+                self._remember(structures, out, closest.item())
         else:
             cells = structures.cells[structures.structure_of_atom[self.centers]]
             shift = torch.einsum("pa,pab->pb", self.shifts.to(cells.dtype), cells)
             out = structures.positions[self.neighbors] + shift - structures.positions[self.centers]
-        if not _differentiable(structures):
-            self._remember(structures, out)
+            if not _differentiable(structures):
+                self._remember(structures, out)
         return out
 
     def species(self, structures: Structures) -> Tensor:
@@ -168,7 +171,9 @@ class Neighbors:
 
     def closest(self, structures: Structures) -> float:
         """The shortest distance of all (inf where there are none), A."""
-        return _shortest(self.vectors(structures).detach())[1] if len(self) else math.inf
+        vectors = self.vectors(structures).detach()
+        known = self._last is not None and self._last[0] is structures and self._closest > 0
+        return self._closest if known else _shortest(vectors)[1] if len(self) else math.inf
 
     def _columns(self, structures: Structures) -> tuple[Tensor, ...]:
         """Positions, cells, structure of each atom, and the pairs, for compiled loops."""

@@ -104,6 +104,13 @@ class VerletList:
                 neighbors.find_neighbors(structures, self.cutoff)  # which says what is wrong
             return self._pairs
 
+    @property
+    def moves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions in which was searched (atoms, 3), how far twice the way of an atom of each structure may be (structures,), A, and how
+        many calls there were since (structures,): for who finds out himself whether to search, and counts."""
+        assert self._reference is not None
+        return self._reference.positions, self._room, self._calls
+
     def _same_atoms(self, now: Structures, reference: ReferencePositions) -> bool:
         """Whether these are the atoms of the last call, in the same precision."""
         both = (now.positions, reference.positions), (now.cells, self._cells)

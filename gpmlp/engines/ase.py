@@ -16,6 +16,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.core.verlet_list import VerletList
 from gpmlp.io.ase_atoms import ELECTRONIC, calculator_results, structures_from_ase, uncertainty_results
 from gpmlp.io.charges import stated_charge
+from gpmlp.potential.compiled import MovingAtoms
 from gpmlp.potential.potential import Potential
 
 # what the energy depends on; magnetic moments set on the Atoms change nothing
@@ -76,6 +77,8 @@ class GPCalculator(Calculator):
             potential.check_variance(self.uncertainty)
         self.novelty = novelty
         self._verlet_list = VerletList(potential.reach, skin)
+        self._near: Neighbors | None = None
+        self._moving: MovingAtoms | None = None
         self.label_in_errors = name
 
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
@@ -107,14 +110,20 @@ class GPCalculator(Calculator):
         Raises:
             UserError: an element that the potential was not trained on, or atoms on top of each other.
         """
-        super().calculate(atoms, list(properties), list(system_changes))
-        self.structures = self._convert(self.atoms, system_changes)
-        self._candidates = self._verlet_list.candidates(self.structures)
+        self.atoms = self.atoms if atoms is None else atoms.copy()
+        self.structures, self._near = self._convert(self.atoms, system_changes), None
         self.prediction = self._predict()
         self.results = self._ase_results()
         if atoms is not None:  # trajectories of ASE keep info, but no results of these names
             doubts = uncertainty_results(self.prediction, 0, slice(0, len(atoms)))
             atoms.info.update({f"gpmlp_{key}": value for key, value in doubts.items()})
+
+    @property
+    def _candidates(self) -> Neighbors:
+        """Those and some beyond."""
+        if self._near is None:
+            self._near = self._verlet_list.candidates(self.structures)
+        return self._near
 
     @property
     def pairs(self) -> Neighbors:
@@ -126,11 +135,18 @@ class GPCalculator(Calculator):
         last = vars(self).pop("structures", None)  # those of other atoms, should this fail
         name, plain = self.label_in_errors, atoms.arrays.keys().isdisjoint(ELECTRONIC.values())
         if last and plain and list(changes) == ["positions"] and last.names == (name,) and not last.electronic_start():
-            return last.with_unchecked_positions(torch.tensor(atoms.positions, dtype=torch.float64), last.cells)
+            return last.with_unchecked_positions(torch.from_numpy(atoms.positions.astype(float)), last.cells)
         return structures_from_ase([atoms], [name])
 
     def _predict(self) -> Prediction:
-        return self.potential(self.structures, self.uncertainty, self.novelty, pairs=self._candidates)
+        mean = None if self.uncertainty or self.novelty else self.potential.compiled_mean
+        if mean and self._moving and self._moving.model is mean.model:
+            prediction = self._moving(self.structures)
+            if prediction is not None:
+                return prediction
+        prediction = self.potential(self.structures, self.uncertainty, self.novelty, pairs=self._candidates)
+        self._moving = mean.follow(self.structures, self._candidates, self._verlet_list.moves) if mean else None
+        return prediction
 
     def _ase_results(self) -> dict[str, Any]:
         every = slice(0, len(self.atoms))

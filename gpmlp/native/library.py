@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-ABI = 5  # of gpmlp_abi_version: raised with every change of SIGNATURES or of what an argument means
+ABI = 6  # of gpmlp_abi_version: raised with every change of SIGNATURES or of what an argument means
 VARIANTS = ("v3", "baseline")
 CHOICES = (*VARIANTS, "off")  # of the environment variable GPMLP_NATIVE
 # name without gpmlp_: tensors I of int64, S of int32, E of float32, D of float64, F of float32 or float64 (then there are NAME_f32 and
@@ -28,7 +28,7 @@ SIGNATURES: dict[str, str] = {
     "supports_v3": "",
     "free": "n",
     "sort_pairs": "nISnnIII",
-    "pair_vectors": "nFFIIIIF",
+    "pair_vectors": "nFFIIIIFDn",
     "shortest_vector": "nFD",
     "pairs_within": "nFFIIIIxIIIFDn",
     "displacements": "nIFFnF",
@@ -39,9 +39,10 @@ SIGNATURES: dict[str, str] = {
     "expand": "onnIIIFFn",
     "pull_back": "oFFn",
     "jacobian": "onnFn",
-    "quadratic_form": "nDD",
-    "low_rank_form": "nnDDD",
+    "quadratic_form": "nFF",
+    "low_rank_form": "nnFFF",
     "projected_mean": "nnxDDo",
+    "widened_mean": "no",
     "inducing_centres": "nnnnDDDD",
     "model": "nIDDDx",
     "add_term": "oonnO",
@@ -54,6 +55,7 @@ SIGNATURES: dict[str, str] = {
     "add_posterior": "onnnIIODDDDD",
     "evaluate": "onnIIIDDDDDDn",
     "predict": "onnnIIIIIDDDDDDDDDDn",
+    "predict_moved": "onnnIIIIIIDDDDDxDDDDDDnn",
     "force_sigma": "onnIIIIDnIDn",
     "load_model": "scn",
     "model_cutoff": "oD",

@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpmlp.core import neighbors, parallel, units
 from gpmlp.core.environments import Descriptor, SinglePrecisionDescriptor
@@ -82,6 +83,14 @@ class CompiledMean:
             energies, local, forces, stresses, atom_energies_variance=variance, novelty=novelty, atom_virials=virials
         )
 
+    def follow(self, structures: Structures, pairs: Neighbors, moves: tuple[Tensor, Tensor, Tensor]) -> MovingAtoms:
+        """The mean of these atoms as they move; pairs and `moves` of a Verlet list."""
+        by_pair = pairs.centers, pairs.neighbors, pairs.species(structures), pairs.shifts
+        given = structures.structure_of_atom, structures.species, *by_pair, structures.cells, structures.volumes
+        like = structures.positions
+        fixed = tuple(part.contiguous() for part in given)
+        return MovingAtoms(self.model, structures, fixed, moves, like.new_empty(len(pairs), 3))
+
     def hold(self, variances: VarianceModel | None, distances: Mahalanobis | None) -> None:
         """Tell the core of these, unless it has them: once, whichever thread is first."""
         with self._telling:
@@ -91,6 +100,37 @@ class CompiledMean:
             if distances is not None and distances is not self.distances:
                 build_novelty(self.model, distances, self.species, library.build)
                 self.distances = distances
+
+
+@dataclass(frozen=True, eq=False)
+class MovingAtoms:
+    """Predictions of the same atoms between two searches of their neighbours, by one call of the core with hardly any Python around.
+
+    Attributes:
+        structures: in the positions in which they were last searched, or later ones.
+        given: what does not change: by atom, by pair, cells and volumes; moves: VerletList.moves.
+    """
+
+    model: library.Handle
+    structures: Structures
+    given: tuple[Tensor, ...]
+    moves: tuple[Tensor, Tensor, Tensor]
+    _vectors: Tensor
+
+    def __call__(self, structures: Structures) -> Prediction | None:
+        """As of the potential, to the last bit; None where these are others, or pairs have to be searched or are too close."""
+        known, like, n, n_atoms = self.structures, structures.positions, len(structures), structures.n_atoms
+        same = structures.species is known.species and structures.cells is known.cells
+        if not (same and neighbors.fits_compiled_loops(like)):
+            return None
+        energies, local, forces, stresses = (like.new_empty(s) for s in ((n,), (n_atoms,), (n_atoms, 3), (n, 3, 3)))
+        threads = parallel.available_threads()
+        status = library.call(
+            "predict_moved", self.model, n, n_atoms, len(self._vectors), *self.given, *self.moves, neighbors.CLOSEST,
+            like.contiguous(), self._vectors, energies, local, forces, stresses,
+            threads, min(threads, 1 + len(self._vectors) // neighbors.PAIRS),
+        )  # fmt: skip
+        return None if status else Prediction(energies, local, forces, stresses)
 
 
 def compile_mean(
@@ -117,7 +157,7 @@ def build_mean(terms: Sequence[EnergyTerm], baselines: Sequence[Baseline], speci
         descriptor = _power_spectrum(term.descriptor)
         assert descriptor is not None
         spectrum = build_spectrum(descriptor, torch.float32 if single else torch.float64, build)
-        means = [_build_mean_of(term, z, build) if z in term.blocks else None for z in species]
+        means = [_build_mean_of(term, z, single, build) if z in term.blocks else None for z in species]
         build("add_term", model, spectrum, int(single), len(species), means)
     return model
 
@@ -160,14 +200,23 @@ def _kernel_parts(kernel: ZonalKernel) -> list[list[float]] | None:
     return None if None in parts else [[w * x, *rest] for w, part in weighted for x, *rest in part]
 
 
-def _build_mean_of(term: EnergyTerm, z: int, build: Any) -> Any:
-    """The mean of a central species."""
+def _build_mean_of(term: EnergyTerm, z: int, single: bool, build: Any) -> Any:
+    """The mean of a central species, in single precision where its features are and it is quadratic: weights of centres cancel."""
     form: MeanBlock | CheaperMean = term.cheaper_means.get(z) or term.blocks[z]
+    dtype = torch.float32 if single else torch.float64
     if isinstance(form, LowRankForm):
-        arrays = (t.contiguous() for t in (form.linear, form.vectors, form.values))
+        arrays = (t.to(dtype).contiguous() for t in (form.linear, form.vectors, form.values))
         return build("low_rank_form", *form.vectors.shape, *arrays)
     if isinstance(form, QuadraticForm):
-        return build("quadratic_form", len(form.linear), form.linear.contiguous(), form.hessian.contiguous())
+        return build(
+            "quadratic_form", len(form.linear), *(t.to(dtype).contiguous() for t in (form.linear, form.hessian))
+        )
+    double = _build_double(term, form, build)
+    return build("widened_mean", term.blocks[z].features.shape[1], double) if single else double
+
+
+def _build_double(term: EnergyTerm, form: MeanBlock | ProjectedCentres, build: Any) -> Any:
+    """A mean whose weights may cancel."""
     if isinstance(form, ProjectedCentres):
         arrays = (t.contiguous() for t in (form.linear, form.vectors))
         inner = _build_centres(form.centres, term.kernel, build)

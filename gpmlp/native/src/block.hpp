@@ -60,7 +60,7 @@ template <class T> class Block {
 
     // Adds ∂E/∂r of the pairs of the first n environments to their places in `out` (pairs, 3), from rows of features and
     // ∂E/∂(features).
-    template <class X> void pull_back(int n, const X *features, const X *cotangents, int row, Scratch &scratch, X *out) const {
+    template <class X, class G> void pull_back(int n, const X *features, const X *cotangents, int row, Scratch &scratch, G *out) const {
         const PowerSpectrum<T> &s = *spectrum;
         static thread_local Array<X> x, cotangent;
         scratch.on_products.resize(s.degrees * s.channels * s.g_row), scratch.on_density.resize(s.degrees * s.degrees * s.g_row);
@@ -142,7 +142,7 @@ template <class T> class Block {
     void channel_slopes(int species, int p, int last, Scratch &scratch) const;
 
     // Adds ∂E/∂r of the pairs with neighbours of one species, from ∂E/∂c in scratch.
-    template <class D, class X> void pull_back_to(D constant, int e, int species, Scratch &scratch, X *out) const {
+    template <class D, class G> void pull_back_to(D constant, int e, int species, Scratch &scratch, G *out) const {
         const int degrees = constant;
         const PowerSpectrum<T> &s = *spectrum;
         const int begin = pairs.starts[e * s.n_species + species], end = pairs.starts[e * s.n_species + species + 1];

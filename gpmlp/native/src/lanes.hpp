@@ -2,13 +2,16 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #define GPMLP_INLINE inline __attribute__((always_inline))
+#define GPMLP_INLINED __attribute__((always_inline)) // of lambdas
 
 namespace gpmlp {
 
@@ -97,6 +100,25 @@ template <class T> inline T dot(const T *a, const T *b, int n) {
     T rest = 0;
     for (; k < n; k++) rest += a[k] * b[k];
     return sum<T>((s[0] + s[1]) + (s[2] + s[3])) + rest;
+}
+
+// The same with sums in double precision.
+inline double wide_dot(const double *a, const double *b, int n) { return dot(a, b, n); }
+inline double wide_dot(const float *a, const float *b, int n) {
+    double sums[8] = {};
+    int k = 0;
+    for (; k + 8 <= n; k += 8)
+        for (int j = 0; j < 8; j++) sums[j] += double(a[k + j]) * double(b[k + j]);
+    for (; k < n; k++) sums[0] += double(a[k]) * double(b[k]);
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+// Features of one environment in double precision, of unit norm to its rounding.
+template <class T> inline void widen(int d, const T *from, double *to) {
+    std::copy_n(from, d, to);
+    if (std::is_same_v<T, double>) return;
+    const double inverse = 1 / std::max(1e-12, std::sqrt(dot(to, to, d)));
+    for (int k = 0; k < d; k++) to[k] *= inverse;
 }
 
 // A matrix of which element (i, k) is data[i * row + k * deep].

@@ -28,6 +28,7 @@ struct Wanted {
     double *variance = nullptr; // (environments, 2) eV², what the inducing set cannot represent (w = 1), what data leave
     double *sigma = nullptr;    // calibrated standard deviation of the local energy, eV
     double *novelty = nullptr;
+    double *sums = nullptr; // (environments, 9) of its pairs: ∂E/∂r (3), eV/A, and r (x) ∂E/∂r, symmetrised, eV, in Voigt's order (6)
 };
 
 // What a block of environments of one species is evaluated from and to.
@@ -64,38 +65,42 @@ struct Term {
 
 template <class T> class SpectrumTerm : public Term {
     const PowerSpectrum<T> &spectrum;
-    std::vector<const Mean *> means; // by place of the species in the model; null where the term holds nothing of it
+    std::vector<const Mean<T> *> means; // by place of the species in the model; null where the term holds nothing of it
 
     struct Scratch {
         Block<T> block;
         typename Block<T>::Scratch of_block;
-        Mean::Scratch of_mean;
+        MeanScratch of_mean;
         Clusters::Scratch of_clusters;
-        Array<T> narrow;
-        Array<double> x, slopes, energies;
+        Array<T> x, slopes;
+        Array<double> wide, energies;
     };
 
   public:
-    SpectrumTerm(const PowerSpectrum<T> &spectrum, std::vector<const Mean *> means) : spectrum(spectrum), means(std::move(means)) {}
+    SpectrumTerm(const PowerSpectrum<T> &spectrum, std::vector<const Mean<T> *> means) : spectrum(spectrum), means(std::move(means)) {}
 
     int features() const override { return spectrum.features; }
     double cutoff() const override { return spectrum.weights.cutoff; }
 
     bool add(const Run &run, std::size_t k, LocalVariance::Scratch &of_variance) const override {
         static thread_local Scratch s;
-        const int n = run.n, d = spectrum.features, row = PanelMatrix<double>::row_length(d);
+        const int n = run.n, d = spectrum.features, row = PanelMatrix<T>::row_length(d);
         s.x.resize(std::size_t(n) * row), s.slopes.resize(std::size_t(n) * row), s.energies.resize(n);
-        if (!expand(run, s, row)) return false;
-        const Mean *mean = means[run.slot];
+        if (!s.block.expand(spectrum, run.given, run.first_pairs, run.environments, n, spectrum.weights.cutoff, true, s.of_block,
+                            s.x.data(), row))
+            return false;
+        const Mean<T> *mean = means[run.slot];
         s.of_mean.kept.resize(n, run.variance && mean && mean->keeps_kernel() ? run.variance->shared_centres(k) : 0);
         if (mean) {
             (*mean)(n, s.x.data(), row, s.energies.data(), s.slopes.data(), s.of_mean);
             for (int i = 0; i < n; i++) run.to.energies[run.environments[i]] += s.energies[i];
             s.block.pull_back(n, s.x.data(), s.slopes.data(), row, s.of_block, run.to.gradients);
         }
-        if (run.variance) run.variance->take(k, n, s.x.data(), row, s.of_mean.kept, of_variance);
-        if (k == 0 && run.clusters) // the space of the first descriptor
-            (*run.clusters)(n, s.x.data(), row, s.of_clusters, [&](int i, double novelty) { run.novelty[i] = novelty; });
+        const bool far = k == 0 && run.clusters; // the space of the first descriptor
+        const int long_row = PanelMatrix<double>::row_length(d);
+        const double *x = run.variance || far ? wide(n, s, row, long_row) : nullptr;
+        if (run.variance) run.variance->take(k, n, x, long_row, s.of_mean.kept, of_variance);
+        if (far) (*run.clusters)(n, x, long_row, s.of_clusters, [&](int i, double novelty) { run.novelty[i] = novelty; });
         return true;
     }
 
@@ -114,7 +119,7 @@ template <class T> class SpectrumTerm : public Term {
             const T *x = &features[std::size_t(i) * d];
             jacobian.resize(std::size_t(around.first_pairs[e + 1] - first) * 3 * d);
             s.block.jacobian(i, x, first, s.of_block, jacobian.data(), sign);
-            widen(x, y);
+            widen(d, x, y);
             for (int q = s.block.pairs.starts[i * n_species]; q < s.block.pairs.starts[(i + 1) * n_species]; q++) {
                 const int64_t p = s.block.pairs.order[q];
                 const T *slope = &jacobian[std::size_t(p - first) * 3 * d];
@@ -126,28 +131,15 @@ template <class T> class SpectrumTerm : public Term {
     }
 
   private:
-    // Features in double precision, of unit norm to its rounding.
-    bool expand(const Run &run, Scratch &s, int row) const {
-        const double reach = spectrum.weights.cutoff;
+    // Rows of features in double precision.
+    const double *wide(int n, Scratch &s, int row, int long_row) const {
         if constexpr (std::is_same_v<T, double>) {
-            return s.block.expand(spectrum, run.given, run.first_pairs, run.environments, run.n, reach, true, s.of_block, s.x.data(), row);
+            return s.x.data();
         } else {
-            const int d = spectrum.features;
-            s.narrow.resize(std::size_t(run.n) * d);
-            if (!s.block.expand(spectrum, run.given, run.first_pairs, run.environments, run.n, reach, true, s.of_block, s.narrow.data(), d))
-                return false;
-            for (int i = 0; i < run.n; i++) widen(&s.narrow[std::size_t(i) * d], &s.x[std::size_t(i) * row]);
-            return true;
+            s.wide.resize(std::size_t(n) * long_row);
+            for (int i = 0; i < n; i++) widen(spectrum.features, &s.x[std::size_t(i) * row], &s.wide[std::size_t(i) * long_row]);
+            return s.wide.data();
         }
-    }
-
-    // Features of one environment in double precision, of unit norm to its rounding.
-    void widen(const T *from, double *x) const {
-        const int d = spectrum.features;
-        std::copy_n(from, d, x);
-        if (std::is_same_v<T, double>) return;
-        const double inverse = 1 / std::max(1e-12, std::sqrt(dot(x, x, d)));
-        for (int k = 0; k < d; k++) x[k] *= inverse;
     }
 };
 
@@ -186,19 +178,25 @@ class Model : public Object {
     // `to` has the local energies and what is known of their errors; pair gradients need not be in it. False if a species is unknown.
     bool predict(const Surroundings<double> &given, int64_t n_structures, const int64_t *structure, const int64_t *neighbors,
                  const double *volumes, double *energies, double *forces, double *stresses, Wanted to, int64_t threads) const {
-        const std::unique_ptr<double[]> made(to.gradients ? nullptr : new double[3 * given.n_pairs]);
+        const std::unique_ptr<double[]> made(to.gradients ? nullptr : new double[3 * given.n_pairs]), sums(new double[9 * given.n]);
         if (made) to.gradients = made.get();
+        to.sums = sums.get();
         if (!evaluate(given, to, threads)) return false;
         std::fill_n(energies, n_structures, 0.0);
-        std::fill_n(forces, 3 * given.n, 0.0);
         std::fill_n(stresses, 9 * n_structures, 0.0);
-        for (int64_t a = 0; a < given.n; a++) energies[structure[a]] += to.energies[a];
-        add_pair_gradients(given.n_pairs, structure, given.centers, neighbors, given.vectors, to.gradients, forces, stresses);
+        constexpr int VOIGT[6] = {0, 4, 8, 5, 2, 1};
+        for (int64_t a = 0; a < given.n; a++) {
+            const double *sums = to.sums + 9 * a;
+            energies[structure[a]] += to.energies[a];
+            for (int x = 0; x < 3; x++) forces[3 * a + x] = sums[x];
+            for (int v = 0; v < 6; v++) stresses[9 * structure[a] + VOIGT[v]] += sums[3 + v];
+        }
+        for (int64_t p = 0; p < given.n_pairs; p++)
+            for (int x = 0; x < 3; x++) forces[3 * neighbors[p] + x] -= to.gradients[3 * p + x];
         for (int64_t s = 0; s < n_structures; s++) {
             double *stress = stresses + 9 * s;
-            for (int x = 0; x < 3; x++)
-                for (int y = 0; y <= x; y++)
-                    stress[3 * x + y] = stress[3 * y + x] = 0.5 * (stress[3 * x + y] + stress[3 * y + x]) / volumes[s];
+            for (const int v : VOIGT) stress[v] /= volumes[s];
+            stress[3] = stress[1], stress[6] = stress[2], stress[7] = stress[5];
         }
         return true;
     }
@@ -232,6 +230,7 @@ class Model : public Object {
         for (int i = 0; i < run.n; i++) {
             add_baselines(run, run.environments[i]);
             if (run.to.novelty) run.to.novelty[run.environments[i]] = novelty[i];
+            if (run.to.sums) sum_pairs(run, run.environments[i]);
         }
         if (run.variance)
             run.variance->finish(run.n, of_variance, [&](int i, double inducing, double data) {
@@ -240,6 +239,18 @@ class Model : public Object {
                 if (run.to.sigma) run.to.sigma[e] = calibration.local_sigma(inducing, data, novelty[i]);
             });
         return true;
+    }
+
+    void sum_pairs(const Run &run, int64_t e) const {
+        double x = 0, y = 0, z = 0, xx = 0, yy = 0, zz = 0, yz = 0, xz = 0, xy = 0;
+        for (int64_t p = run.first_pairs[e]; p < run.first_pairs[e + 1]; p++) {
+            const double *r = run.given.vectors + 3 * p, *g = run.to.gradients + 3 * p;
+            x += g[0], y += g[1], z += g[2];
+            xx += r[0] * g[0], yy += r[1] * g[1], zz += r[2] * g[2];
+            yz += 0.5 * (r[1] * g[2] + r[2] * g[1]), xz += 0.5 * (r[0] * g[2] + r[2] * g[0]), xy += 0.5 * (r[0] * g[1] + r[1] * g[0]);
+        }
+        double *to = run.to.sums + 9 * e;
+        for (const double sum : {x, y, z, xx, yy, zz, yz, xz, xy}) *to++ = sum;
     }
 
     // Environments of each species together, in runs whose features stay in cache, as many for each thread.
@@ -298,16 +309,15 @@ GPMLP_API int64_t gpmlp_model(int64_t n, const int64_t *species, const double *i
 }
 
 // means: addresses by place of the species in the model, 0 where the term holds nothing of it; single: whether the
-// spectrum is in single precision.
+// spectrum, and what the means take, is in single precision.
 GPMLP_API int64_t gpmlp_add_term(int64_t model, int64_t spectrum, int64_t single, int64_t n, const int64_t *means) {
     return gpmlp::guarded([&] {
-        const auto of_species = gpmlp::objects<gpmlp::Mean>(n, means);
-        auto &terms = gpmlp::changed<gpmlp::Model>(model).terms;
-        if (single)
-            terms.push_back(std::make_unique<gpmlp::SpectrumTerm<float>>(gpmlp::object<gpmlp::PowerSpectrum<float>>(spectrum), of_species));
-        else
-            terms.push_back(
-                std::make_unique<gpmlp::SpectrumTerm<double>>(gpmlp::object<gpmlp::PowerSpectrum<double>>(spectrum), of_species));
+        const auto add = [&](auto zero) {
+            using T = decltype(zero);
+            gpmlp::changed<gpmlp::Model>(model).terms.push_back(std::make_unique<gpmlp::SpectrumTerm<T>>(
+                gpmlp::object<gpmlp::PowerSpectrum<T>>(spectrum), gpmlp::objects<gpmlp::Mean<T>>(n, means)));
+        };
+        single ? add(0.0f) : add(0.0);
         return 0;
     });
 }
@@ -365,6 +375,31 @@ GPMLP_API int64_t gpmlp_predict(int64_t model, int64_t n_structures, int64_t n, 
         const gpmlp::Surroundings<double> given{n, n_pairs, species, centers, neighbor_species, vectors};
         const gpmlp::Wanted to{local, gradients, variance, sigma, novelty};
         if (!of.knows(to)) return 2;
+        return of.predict(given, n_structures, structure, neighbors, volumes, energies, forces, stresses, to, threads) ? 0 : 1;
+    });
+}
+
+// The same of atoms that have moved since their pairs were searched, for shifts (pairs, 3) by the rows of cells (structures, 3, 3), with
+// the vectors (pairs, 3). Status 3, and nothing is predicted: in a structure an atom is half its room (structures,) or more from its
+// reference (atoms, 3), or two are closer than `least`, A; else the calls (structures,) are counted. pair_threads: for the vectors.
+GPMLP_API int64_t gpmlp_predict_moved(int64_t model, int64_t n_structures, int64_t n, int64_t n_pairs, const int64_t *structure,
+                                      const int64_t *species, const int64_t *centers, const int64_t *neighbors,
+                                      const int64_t *neighbor_species, const int64_t *shifts, const double *cells, const double *volumes,
+                                      const double *reference, const double *room, double *calls, double least, const double *positions,
+                                      double *vectors, double *energies, double *local, double *forces, double *stresses, int64_t threads,
+                                      int64_t pair_threads) {
+    return gpmlp::guarded([&] {
+        std::vector<double> moved(n_structures);
+        gpmlp::displacements(n, structure, positions, reference, n_structures, moved.data());
+        for (int64_t s = 0; s < n_structures; s++)
+            if (!(2 * moved[s] < room[s])) return 3;
+        double closest;
+        gpmlp::pair_vectors<double>(n_pairs, positions, cells, structure, {centers, neighbors, shifts}, vectors, &closest, pair_threads);
+        if (!(closest >= least)) return 3;
+        for (int64_t s = 0; s < n_structures; s++) calls[s]++;
+        const gpmlp::Surroundings<double> given{n, n_pairs, species, centers, neighbor_species, vectors};
+        const gpmlp::Wanted to{local, nullptr};
+        const auto &of = gpmlp::object<gpmlp::Model>(model);
         return of.predict(given, n_structures, structure, neighbors, volumes, energies, forces, stresses, to, threads) ? 0 : 1;
     });
 }

@@ -33,14 +33,6 @@ template <class T> inline void pair_vector(const T *from, const T *to, const int
 
 template <class T> inline T square(const T *r) { return r[0] * r[0] + r[1] * r[1] + r[2] * r[2]; }
 
-template <class T>
-void pair_vectors(int64_t n, const T *positions, const T *cells, const int64_t *structure, const int64_t *centers, const int64_t *neighbors,
-                  const int64_t *shifts, T *out) {
-    for (int64_t p = 0; p < n; p++) {
-        const int64_t i = centers[p];
-        pair_vector(positions + 3 * i, positions + 3 * neighbors[p], shifts + 3 * p, cells + 9 * structure[i], out + 3 * p);
-    }
-}
 
 // Place of the shortest vector; `length` is set to its length.
 template <class T> int64_t shortest_vector(int64_t n, const T *vectors, double *length) {
@@ -61,6 +53,21 @@ template <class T> int64_t shortest_vector(int64_t n, const T *vectors, double *
 struct PairList {
     const int64_t *centers, *neighbors, *shifts;
 };
+
+// Vectors of the pairs first to last, and the shortest distance of them, squared.
+template <class T>
+double vectors_of(int64_t first, int64_t last, const T *positions, const T *cells, const int64_t *structure, const PairList &pairs,
+                  T *out) {
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t p = first; p < last; p++) {
+        const int64_t i = pairs.centers[p], j = pairs.neighbors[p];
+        pair_vector(positions + 3 * i, positions + 3 * j, pairs.shifts + 3 * p, cells + 9 * structure[i], out + 3 * p);
+        const double here = square(out + 3 * p);
+        least = here < least ? here : least;
+    }
+    return least;
+}
+
 template <class T> struct NearPairs {
     int64_t *centers, *neighbors, *shifts;
     T *vectors;
@@ -127,6 +134,18 @@ void add_pair_gradients(int64_t n, const int64_t *structure, const int64_t *cent
 #pragma GCC pop_options
 #endif
 
+// Vectors of all pairs; `closest` is set to the shortest distance of all.
+template <class T>
+void pair_vectors(int64_t n, const T *positions, const T *cells, const int64_t *structure, const PairList &pairs, T *out, double *closest,
+                  int64_t threads) {
+    const int64_t shares = std::max<int64_t>(1, threads);
+    std::vector<double> least(shares);
+    Pool::share(shares, threads, [&](int64_t s) {
+        least[s] = vectors_of(n * s / shares, n * (s + 1) / shares, positions, cells, structure, pairs, out);
+    });
+    *closest = std::sqrt(*std::min_element(least.begin(), least.end()));
+}
+
 // The pairs closer than the cutoff, in their order, to `out`, which has room for all; `closest` is set to the shortest
 // distance of all. Returns how many they are.
 template <class T>
@@ -187,9 +206,12 @@ GPMLP_API int64_t gpmlp_sort_pairs(int64_t n, const int64_t *pairs, const int32_
 
 #define GPMLP_PAIRS(T, SUFFIX)                                                                                                             \
     GPMLP_API int64_t gpmlp_pair_vectors##SUFFIX(int64_t n, const T *positions, const T *cells, const int64_t *structure,                  \
-                                                 const int64_t *centers, const int64_t *neighbors, const int64_t *shifts, T *out) {        \
-        gpmlp::pair_vectors(n, positions, cells, structure, centers, neighbors, shifts, out);                                              \
-        return 0;                                                                                                                          \
+                                                 const int64_t *centers, const int64_t *neighbors, const int64_t *shifts, T *out,          \
+                                                 double *closest, int64_t threads) {                                                       \
+        return gpmlp::guarded([&] {                                                                                                        \
+            gpmlp::pair_vectors<T>(n, positions, cells, structure, {centers, neighbors, shifts}, out, closest, threads);                   \
+            return 0;                                                                                                                      \
+        });                                                                                                                                \
     }                                                                                                                                      \
     GPMLP_API int64_t gpmlp_shortest_vector##SUFFIX(int64_t n, const T *vectors, double *length) {                                         \
         return gpmlp::shortest_vector(n, vectors, length);                                                                                 \
