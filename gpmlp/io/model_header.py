@@ -352,6 +352,10 @@ class _LocalVariance(_Section):
     std_ratio_high_moved: NotNegative
 
 
+class _ChargesTold(_Section):
+    sentence: str
+
+
 class _Report(_Section):
     """Numbers of the fit that are shown; of a fit all of `OF_FIT`, of a model that learned label by label all of `LEARNED`."""
 
@@ -374,6 +378,7 @@ class _Report(_Section):
     variance_subset: _VarianceSubset | None = None
     local_variance: dict[str, _LocalVariance] | None = None
     low_rank: _LowRank | None = None
+    charges: _ChargesTold | None = None
     validation_errors: Annotated[dict[str, float | None], AfterValidator(_error_table)] | None = None
     shortest: dict[str, float] = {}
     evidence_trace: list[list[float]] = []
