@@ -20,6 +20,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting import (
     calibrate,
+    charge_checks,
     charge_fit,
     defaults,
     four_body_weight,
@@ -124,6 +125,8 @@ def _fit_once(
 ) -> tuple[Potential, FitReport, LabelOutliers]:
     """A fit to these labels, and the labels that it says are wrong."""
     stages.begin("data")
+    if recipe.long_range.charges == "off":
+        charge_checks.refuse_unequal_charges(structures)
     data = _Data.from_labels(structures, targets, recipe, findings, workers)
     cost = expected_cost(data.recipe, data.structures, data.targets)
     stages.report(1.0, 1.0, str(cost))
@@ -135,7 +138,9 @@ def _fit_once(
     fitted, held, judged = calibrate.calibration_split(*about)
     trained = _train(data, fitted, held, stages)
     data, charges = _with_charges(data, trained.models, stages)
-    if data.charges is not None:
+    if data.charges is None:
+        charge_checks.refuse_unequal_charges(data.structures)
+    else:
         trained = _train(data, fitted, held, stages)
     models = trained.models
     learned = trained.learned.joined(*trained.held) if len(held) else trained.learned
@@ -195,6 +200,9 @@ def _wrong_labels(
         *label_outliers.contradictions(*about, wrong, scale, data.findings),
         *label_outliers.noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
     ]
+    if again.charges is not None:
+        found += charge_checks.check_structures(data.structures, data.recipe.descriptors[0].cutoff or potential.cutoff)
+        found += charge_checks.check_fragments(data.structures, again.charges)
     return replace(wrong, energies=wrong.energies | data.failed), sort_findings(found)
 
 

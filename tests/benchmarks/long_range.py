@@ -111,6 +111,7 @@ SETS = {
     "ag3": own("ag3_train", near="ag3_test"),
     "water": own("water_train", far="water_far"),
     "nacl": own("nacl_train", far="nacl_far", large="nacl_large"),
+    "rocksalt": own("rocksalt_train", near="rocksalt_test"),
     "ethanol": control("ethanol", 2),
     "silicon": control("silicon", 3),
 }
