@@ -12,8 +12,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 import gpmlp
 from gpmlp.core.errors import UserError
-from gpmlp.fitting.charge_checks import check_fragments, check_structures, fragments
 from gpmlp.io.ase_atoms import from_ase, structures_from_ase
+from gpmlp.io.label_checks.charge_fits import check_fragments, check_structures, fragments
 from gpmlp.recipe import Recipe
 
 

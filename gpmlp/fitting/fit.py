@@ -20,7 +20,6 @@ from gpmlp.core.structures import Structures
 from gpmlp.descriptors import make_descriptor
 from gpmlp.fitting import (
     calibrate,
-    charge_checks,
     charge_fit,
     defaults,
     four_body_weight,
@@ -51,6 +50,7 @@ from gpmlp.gp.exact import ExactPosterior
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.gp.stored_factors import rounded_factor
+from gpmlp.io.label_checks import charge_fits
 from gpmlp.io.label_checks.stage import sort_findings
 from gpmlp.potential.baseline import Baseline
 from gpmlp.potential.charges import ChargeModel
@@ -126,7 +126,7 @@ def _fit_once(
     """A fit to these labels, and the labels that it says are wrong."""
     stages.begin("data")
     if recipe.long_range.charges == "off":
-        charge_checks.refuse_unequal_charges(structures)
+        charge_fits.refuse_unequal_charges(structures)
     data = _Data.from_labels(structures, targets, recipe, findings, workers)
     cost = expected_cost(data.recipe, data.structures, data.targets)
     stages.report(1.0, 1.0, str(cost))
@@ -139,7 +139,7 @@ def _fit_once(
     trained = _train(data, fitted, held, stages)
     data, charges = _with_charges(data, trained.models, stages)
     if data.charges is None:
-        charge_checks.refuse_unequal_charges(data.structures)
+        charge_fits.refuse_unequal_charges(data.structures)
     else:
         trained = _train(data, fitted, held, stages)
     models = trained.models
@@ -201,8 +201,8 @@ def _wrong_labels(
         *label_outliers.noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
     ]
     if again.charges is not None:
-        found += charge_checks.check_structures(data.structures, data.recipe.descriptors[0].cutoff or potential.cutoff)
-        found += charge_checks.check_fragments(data.structures, again.charges)
+        found += charge_fits.check_structures(data.structures, data.recipe.descriptors[0].cutoff or potential.cutoff)
+        found += charge_fits.check_fragments(data.structures, again.charges)
     return replace(wrong, energies=wrong.energies | data.failed), sort_findings(found)
 
 
