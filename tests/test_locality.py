@@ -213,7 +213,7 @@ def judged(
     [
         (DecayLaw("exponential", 12.0, 0.5), (0.016, 0.0022, 0.0005), "fine", "Fine as it is: atoms beyond the cutoff of 4.5 A"),
         (DecayLaw("exponential", 12.0, 0.5), (0.3, 0.04, 0.005), "longer cutoff", "a cutoff of 5.1 A would make that 30 %"),
-        (DecayLaw("none"), (0.3, 0.04, 0.0), "longer cutoff", "a cutoff of 4.5 A"),
+        (DecayLaw("none"), (0.3, 0.04, 0.0), "longer cutoff", "a cutoff of 5.5 A would"),
         (DecayLaw("Coulomb", 3.1), (0.07, 0.04, 0.03), "charges", "as between charges"),
         (DecayLaw("r^-6", 8.0), (0.07, 0.02, 0.01), "dispersion", "a cutoff of 4.9 A would make that"),
         (DecayLaw("Coulomb", 3.1), (0.01, 0.006, 0.004), "fine", "15 % of the force error (40 meV/A, a model)"),
@@ -222,6 +222,13 @@ def judged(
 def test_verdicts(law, spreads, verdict, says):
     found = judged(law, spreads)
     assert found.verdict == verdict and says in found.sentence
+
+
+def test_one_radius_tells_no_law():
+    found = dataclasses.replace(
+        judged(DecayLaw("none"), (0.3, 0.04, 0.0)), floors=(LocalityFloor(4.5, 0.04, 0.0, {}, 8),)
+    )
+    assert found.verdict == "longer cutoff" and "longer radii would say which" in found.sentence
 
 
 def test_between_and_beyond_radii():

@@ -83,6 +83,8 @@ def locality_command(
             "stopped", f"interrupted; labels are kept in {output}, go on with: {shlex.join(['gpmlp', *sys.argv[1:]])}"
         )
         raise SystemExit(INTERRUPTED) from None
+    if asked is None:
+        console.print_findings(read.findings)
     picture = locality_picture(found)
     output.mkdir(parents=True, exist_ok=True)
     with atomic_write(output / RESULT, text=True) as file:

@@ -42,6 +42,7 @@ MARGIN = 1.0  # A, around the sphere, of atoms to redraw before it meets its own
 CANDIDATES = 64  # atoms among which central ones with room are chosen
 NEGLIGIBLE = 0.3  # share of the force error (9 % of its square) up to which what is beyond the cutoff does not matter
 FLAT = 1.2  # noise, or error, of a small fit over that with a longer cutoff, up to which that does not help
+FORESEEN = 20  # structures, whose error bars say what the force error is where there are no labels
 LONGEST = 8.0  # A, that a cutoff may reasonably have
 RESOLVED = 1e-6  # eV/A; smaller spreads are rounding
 TAIL = 3  # of the radii, the longest, that tell how force constants decay
@@ -116,9 +117,9 @@ class DecayLaw:
         return (end / start) ** (1.5 - self.exponent)
 
     def reach(self, start: float, factor: float) -> float:
-        """Radius (A) beyond which the spread is that factor, below 1, times that beyond `start`."""
+        """Radius (A) beyond which the spread is that factor, below 1, times that beyond `start`; infinite where nothing tells."""
         if self.kind == "none":
-            return start
+            return math.inf
         if self.kind == "exponential":
             return start - self.length * math.log(factor)
         return start * factor ** (1 / (1.5 - self.exponent)) if self.exponent > 1.5 else math.inf
@@ -204,7 +205,8 @@ class Locality:
 def _judge_floors(found: Locality) -> tuple[str, str]:
     last = found.floors[-1]
     if found.law.kind == "none":
-        decay = "nothing that could be resolved is left beyond the longest radius"
+        left = "one radius does not tell what comes" if last.spread > RESOLVED else "nothing is left"
+        decay = f"{left} beyond {last.radius:g} A"
     elif found.law.kind == "exponential":
         decay = f"it falls exponentially, by a factor e every {found.law.length:.2g} A"
     else:
@@ -220,12 +222,13 @@ def _judge_floors(found: Locality) -> tuple[str, str]:
     )
     if floor <= NEGLIGIBLE * error:
         return "fine", f"Fine as it is: {text[0].lower()}{text[1:]}"
-    needed = found.law.reach(found.cutoff, NEGLIGIBLE * error / floor)
-    enough = next(
-        (f.radius for f in found.floors if f.radius > found.cutoff and f.spread <= NEGLIGIBLE * error), needed
+    enough = min(
+        found.law.reach(found.cutoff, NEGLIGIBLE * error / floor),
+        found.whole,
+        *(f.radius for f in found.floors if f.radius > found.cutoff and f.spread <= NEGLIGIBLE * error),
     )
-    enough = min(enough, needed, found.whole)
     cutoff = f"a cutoff of {enough:.1f} A would make that {100 * NEGLIGIBLE:.0f} %"
+    cutoff = cutoff if enough < math.inf else "longer radii would say which"
     if found.law.kind in ("exponential", "none") or found.whole <= LONGEST:
         return "longer cutoff", f"Take a longer cutoff: {cutoff}. {text}"
     advice = f"; {cutoff}" if enough <= LONGEST else ""
@@ -542,7 +545,7 @@ def locality(
     cutoff, error, error_of = math.nan, math.nan, ""
     if potential is not None:
         cutoff = potential.cutoff
-        error, error_of = _model_error(potential, structures, targets if labelled else None, progress)
+        error, error_of = _model_error(potential, structures, targets if labelled else None, chosen.seed, progress)
     elif labelled:
         assert targets is not None
         cutoff = default_cutoff(structures, targets, recipe)
@@ -563,7 +566,7 @@ def locality(
 
 
 def _model_error(
-    potential: Potential, structures: Structures, targets: Targets | None, progress: Progress
+    potential: Potential, structures: Structures, targets: Targets | None, seed: int, progress: Progress
 ) -> tuple[float, str]:
     """Rmse of force components (eV/A), by the labels or, without them, as the potential itself predicts it; and which it is."""
     if targets is not None:
@@ -574,6 +577,7 @@ def _model_error(
         raise UserError(
             "The data have no forces and the model no error bars to judge it by; give labelled data, or another model."
         )
-    variance = potential(structures, variance="forces").forces_variance
+    some = np.random.default_rng([seed, 3]).permutation(len(structures))[:FORESEEN].tolist()
+    variance = potential(structures.select(some), variance="forces").forces_variance
     assert variance is not None
     return float(variance.total.mean().sqrt()), "model, its own error bars"
