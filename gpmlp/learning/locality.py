@@ -48,7 +48,8 @@ RESOLVED = 1e-6  # eV/A; smaller spreads are rounding
 TAIL = 3  # of the radii, the longest, that tell how force constants decay
 # exponents up to which that is called so; they are 3 between charges, and 8 where energies fall as r^-6
 COULOMB, DISPERSION = 5.5, 10.5
-DISTANT = 6.0  # A, to which radii have to reach for the latter: nearer, what falls exponentially is as steep
+BONDED = 4.5  # A, to which radii have to reach for any: nearer are bonds and what they hold together
+DISTANT = 6.0  # A, the same for r^-6: nearer, what falls exponentially is as steep
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class DecayLaw:
     """How force constants fall off with distance.
 
     Attributes:
-        kind: 'Coulomb', 'r^-6', 'exponential', or 'none' where nothing is left that could fall off.
+        kind: 'Coulomb', 'r^-6', 'exponential', or 'none' where nothing is left that could fall off, or radii are too few or short to tell.
         exponent: n of r^-n; length: λ of exp(-r/λ), A: the best of each kind, NaN where there is nothing to fit.
     """
 
@@ -111,7 +112,7 @@ class DecayLaw:
     def ratio(self, start: float, end: float) -> float:
         """Spread beyond radius `end` over that beyond `start` (A) in bulk, where Σ r^-2n over all atoms beyond R falls as R^(3 - 2n)."""
         if self.kind == "none":
-            return 0.0
+            return 1.0
         if self.kind == "exponential":
             return math.exp((start - end) / self.length)
         return (end / start) ** (1.5 - self.exponent)
@@ -205,7 +206,11 @@ class Locality:
 def _judge_floors(found: Locality) -> tuple[str, str]:
     last = found.floors[-1]
     if found.law.kind == "none":
-        left = "one radius does not tell what comes" if last.spread > RESOLVED else "nothing is left"
+        left = (
+            "the radii are too few or too short to tell how that decays"
+            if last.spread > RESOLVED
+            else "nothing is left"
+        )
         decay = f"{left} beyond {last.radius:g} A"
     elif found.law.kind == "exponential":
         decay = f"it falls exponentially, by a factor e every {found.law.length:.2g} A"
@@ -501,7 +506,7 @@ def fit_decay(floors: Sequence[LocalityFloor], spheres: Sequence[Sphere]) -> Dec
     exponent = best(lambda n, r: -n * np.log(r), (0.5, 60.0))
     length = 1 / best(lambda rate, r: -rate * r, (0.02, 15.0))
     if exponent <= COULOMB:
-        return DecayLaw("Coulomb", exponent, length)
+        return DecayLaw("Coulomb" if resolved[-1].radius >= BONDED else "none", exponent, length)
     dispersion = exponent <= DISPERSION and resolved[-1].radius >= DISTANT
     return DecayLaw("r^-6" if dispersion else "exponential", exponent, length)
 
