@@ -278,7 +278,8 @@ class KernelRecipe(RecipeSection):
 
 class InducingRecipe(RecipeSection):
     """Inducing variables: n centres of each descriptor, each with its value and up to `gradients` directional derivatives; or functionals
-    of the data themselves (energies, internal forces, stresses), 'all' or those of as many structures at random as have that number."""
+    of the data themselves (energies, internal forces, stresses), 'all' or those of as many structures at random as have that number. With
+    all of them the centres are for variances."""
 
     method: Literal["greedy", "farthest", "cur", "random"] = "greedy"
     n: Count | None = None
@@ -288,7 +289,9 @@ class InducingRecipe(RecipeSection):
 
     @model_validator(mode="after")
     def _consistent(self) -> InducingRecipe:
-        if self.functionals and (others := {"n", "gradients", "shares", "method"} & self.model_fields_set):
+        if self.functionals not in (None, "all") and (
+            others := {"n", "gradients", "shares", "method"} & self.model_fields_set
+        ):
             given = next(
                 (name for name in sorted(others) if getattr(self, name) != InducingRecipe.model_fields[name].default),
                 "",

@@ -13,7 +13,6 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.fitting import left_out, regression
-from gpmlp.fitting.online import OnlineFit
 from gpmlp.gp import covariances, inducing
 from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.posterior import FIXED
@@ -26,7 +25,7 @@ SMALL = {"descriptor": {"n_max": 4, "l_max": 3, "cutoff": 4.0}, "mean": "exact"}
 
 @pytest.fixture(scope="module")
 def fitted(ethanol):
-    """A fit with all functionals, and the arguments with which it asks for left-out predictions."""
+    """A fit with all functionals, in variances too, and the arguments with which it asks for left-out predictions."""
     seen = []
     original = left_out.predict_left_out
 
@@ -36,7 +35,8 @@ def fitted(ethanol):
 
     left_out.predict_left_out = spy
     try:
-        potential, report = gpmlp.fit(*ethanol, Recipe.model_validate(SMALL | {"inducing": {"functionals": "all"}}))
+        recipe = SMALL | {"inducing": {"functionals": "all"}, "variance": {"columns": "all"}}
+        potential, report = gpmlp.fit(*ethanol, Recipe.model_validate(recipe))
     finally:
         left_out.predict_left_out = original
     return potential, report, seen[0]
@@ -163,7 +163,7 @@ def test_dynamics_has_it(fitted, ethanol):
 @pytest.mark.parametrize(
     ("inducing", "message"),
     [
-        ({"functionals": "all", "n": 5}, "`functionals` take the place of centres: leave `n` out"),
+        ({"functionals": 7, "n": 5}, "`functionals` take the place of centres: leave `n` out"),
         ({"functionals": 10, "gradients": 2}, "leave `gradients` out"),
         ({"functionals": 0}, "must be at least 1"),
         ({"functionals": "some"}, "must be 'all'"),
@@ -172,11 +172,6 @@ def test_dynamics_has_it(fitted, ethanol):
 def test_what_cannot_be_is_refused(inducing, message):
     with pytest.raises(UserError, match=message):
         validate_recipe({"inducing": inducing})
-
-
-def test_an_online_model_says_that_it_has_centres(ethanol):
-    with pytest.raises(UserError, match=r"leave out `inducing.functionals`"):
-        OnlineFit.begin(*ethanol, Recipe.model_validate({"inducing": {"functionals": "all"}}))
 
 
 def test_two_descriptors_with_functionals_of_one(ethanol):

@@ -155,8 +155,8 @@ def learning_table(state: LoopState, folder: Path, page: Path | None) -> Table:
 def _model_pairs(model: OnlineModel, force: float | None) -> tuple[tuple[str, str], ...]:
     return (
         ("force error, limit", f"{format_number(force)} eV/A" if force else "none"),
-        ("noise", format_noise(model.online.noise)),
-        ("inducing variables", str(model.online.factor.columns)),
+        ("noise", format_noise(model.online.noise_of_mean)),
+        ("inducing variables", str(model.online.rank)),
     )
 
 

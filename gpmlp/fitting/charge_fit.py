@@ -106,6 +106,8 @@ def why_impossible(structures: Structures, models: Sequence[InducingModel]) -> s
     """Why charges cannot be fitted to some data; None if they can."""
     if models[0].descriptor.cutoff == torch.inf:
         return "free charges need a local descriptor, which has to come first"
+    if models[0].exact:
+        return "all functionals leave no columns for charges; leave out `inducing.functionals`"
     if structures.positions.device.type != "cpu":
         return "charges are computed on the CPU; leave out `device`"
     if bool((structures.periodic.sum(1) == 1).any()):

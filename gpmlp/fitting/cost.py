@@ -25,11 +25,7 @@ ROW_PRODUCTS = 4.0  # operations per row and columns²: the factor of the rows
 EVIDENCE_PRODUCTS, POSTERIOR_PRODUCTS = 100.0, 40.0  # per columns³ that hyperparameters are learned with, and of all
 FEATURE_DIRECTIONS = 500  # that functionals of one species span, about
 PRODUCTS_PER_SLOPE = 60.0  # operations per functional, environment and direction: covariances of all pairs, each once
-EXACT_MATRICES, EXACT_ROWS, EXACT_PRODUCTS = (
-    1.2,
-    6.0,
-    4.0,
-)  # of n² doubles, n times columns of variances; per n³ (gp/exact.py)
+EXACT_MATRICES, EXACT_PRODUCTS = 1.2, 4.0  # of n² doubles; per n³ (gp/exact.py)
 LONG_S = 3600.0
 
 
@@ -87,9 +83,9 @@ def expected_cost(recipe: Recipe, structures: Structures, targets: Targets) -> F
     columns, rows = most_columns(recipe, structures), known[0] + known[1] + known[2] * 6 // 9
     few = recipe.variance.at_most(columns) if recipe.variance is not False else 0
     cost = cost_of(columns, rows, few)
-    every = [i.functionals for i in recipe.inducings] == ["all"]
-    if 0 < few < columns and every and inducing_sets.goes_exactly(recipe, structures, targets):
-        cost = _exact_cost(columns, few, cost_of(few, rows, few))
+    if inducing_sets.goes_exactly(recipe, structures, targets):
+        few = centre_columns(recipe.inducings[0], structures)
+        cost = _exact_cost(columns, cost_of(few, rows, few))
     numbers, atoms = functionals_of(structures), structures.counts
     for inducing, descriptor in zip(recipe.inducings, recipe.descriptors, strict=True):
         if not inducing.functionals:
@@ -105,9 +101,9 @@ def expected_cost(recipe: Recipe, structures: Structures, targets: Targets) -> F
     return cost
 
 
-def _exact_cost(n: int, columns: int, of_variances: FitCost) -> FitCost:
-    """Of n functionals by a Cholesky factorisation in place, with variances of the leading columns."""
-    memory = of_variances.memory_GB + 8e-9 * (EXACT_MATRICES * float(n) ** 2 + EXACT_ROWS * n * columns)
+def _exact_cost(n: int, of_variances: FitCost) -> FitCost:
+    """Of n functionals by a Cholesky factorisation in place, with variances of centres."""
+    memory = of_variances.memory_GB + 8e-9 * EXACT_MATRICES * float(n) ** 2
     seconds = of_variances.seconds + EXACT_PRODUCTS * float(n) ** 3 / operations_per_second()
     return replace(of_variances, columns=n, memory_GB=memory, seconds=seconds)
 
@@ -131,9 +127,14 @@ def most_columns(recipe: Recipe, structures: Structures) -> int:
         if inducing.functionals:
             columns += _wanted(inducing, functionals_of(structures))
             continue
-        wanted = sum(inducing.shares.values()) if isinstance(inducing.shares, dict) else inducing.n or 1
-        columns += min(wanted, structures.n_atoms) * (1 + (inducing.gradients or 0))
+        columns += centre_columns(inducing, structures)
     return columns
+
+
+def centre_columns(inducing: InducingRecipe, structures: Structures) -> int:
+    """Columns of centres and their gradients, at most."""
+    wanted = sum(inducing.shares.values()) if isinstance(inducing.shares, dict) else inducing.n or 1
+    return min(wanted, structures.n_atoms) * (1 + (inducing.gradients or 0))
 
 
 def cost_of(columns: int, rows: int, variance_columns: int = 0) -> FitCost:

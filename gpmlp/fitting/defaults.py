@@ -91,13 +91,14 @@ def resolve_recipe(recipe: Recipe, summary: DataSummary, n_species: int, growing
         growing: whether inducing points are added as labels come: `inducing.n` is then the most there may ever be, and these labels ask
             for as many as they do where it is open.
     """
-    budget = recipe.memory_GB or min(MEMORY_GB, 0.4 * physical_memory_GB())
+    budget = recipe.memory_GB or memory_budget_GB()
+    columns = variance_columns(recipe)
     return recipe.model_copy(
         update={
             "descriptor": tuple(_descriptor(d, summary, n_species) for d in recipe.descriptors),
             "kernel": tuple(_kernel(k, summary) for k in recipe.kernels),
             "inducing": tuple(
-                _inducing(_functionals_for(d, i, summary, growing), summary, budget, len(recipe.descriptors), growing)
+                _inducing(_functionals_for(d, i, summary, growing), summary, budget, len(recipe.descriptors), growing, columns)
                 for d, i in zip(recipe.descriptors, recipe.inducings, strict=True)
             ),
             "memory_GB": budget,
@@ -110,6 +111,17 @@ def resolve_recipe(recipe: Recipe, summary: DataSummary, n_species: int, growing
 def physical_memory_GB() -> float:
     """Memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def variance_columns(recipe: Recipe) -> int:
+    """Columns of variances, where centres are for these alone."""
+    given = recipe.variance.columns if recipe.variance is not False else None
+    return VARIANCE_COLUMNS if given in (None, "all") else int(given)
+
+
+def memory_budget_GB() -> float:
+    """Of it, what the factors of a fit may take where the recipe does not say."""
+    return min(MEMORY_GB, 0.4 * physical_memory_GB())
 
 
 def local_descriptor(recipe: Recipe, summary: DataSummary, n_species: int) -> DescriptorRecipe:
@@ -197,12 +209,15 @@ def _functionals_for(
 
 
 def _inducing(
-    i: InducingRecipe, summary: DataSummary, budget: float, n_descriptors: int, growing: bool
+    i: InducingRecipe, summary: DataSummary, budget: float, n_descriptors: int, growing: bool, for_variances: int
 ) -> InducingRecipe:
-    """As many columns as memory, data and time allow, shared by centres and their gradients; of functionals as many as asked for."""
-    if i.functionals:
+    """As many columns as memory, data and time allow, shared by centres and their gradients; of functionals as many as asked for. With all
+    functionals centres are for variances alone, which have at most so many columns."""
+    if i.functionals not in (None, "all"):
         return i
     columns = min(affordable_columns(budget), columns_for(summary.n_labels, summary.periodic))
+    if i.functionals:
+        columns = min(columns, for_variances)
     columns = max(columns, 50) // n_descriptors
     gradients, most = i.gradients, i.n
     if growing and not isinstance(i.shares, dict):

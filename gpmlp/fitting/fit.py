@@ -44,7 +44,7 @@ from gpmlp.fitting.regression import ChargeRows, InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
 from gpmlp.fitting.sparse_points import Candidates, CentreChoice
 from gpmlp.fitting.workers import Executor, Workers, within, workers_of
-from gpmlp.gp import evidence, hyperparameters, inducing
+from gpmlp.gp import evidence, hyperparameters, inducing, posterior
 from gpmlp.gp.energy_scale import EnergyScale
 from gpmlp.gp.exact import ExactPosterior
 from gpmlp.gp.likelihood import Hyperparameters
@@ -146,7 +146,7 @@ def _fit_once(
     learned = trained.learned.joined(*trained.held) if len(held) else trained.learned
     columns = trained.every_charge_rows
     stages.begin("posterior")
-    solved, given = regression.solve(models, learned)
+    solved, given = _solved(trained, learned)
     weights, origin = (solved if given is None else given).weights, dict(provenance or {})
     potential = replace(_potential(data, trained, learned, solved, weights, columns), provenance=origin)
     again = passes.predict(data.partitions, potential)
@@ -311,21 +311,31 @@ def _potential(
         most = data.recipe.variance.at_most(len(learned.signal))
         factor, subset, of_charges = regression.variance_factor(trained.models, learned, solved, most, columns)
         charges = charges and replace(charges, posterior=of_charges)
-        constant = data.constant | regression.label_scatter(trained.parameters, learned.noise)
+        constant = data.constant | regression.label_scatter(trained.parameters, trained.noise)
         variances = regression.variance_model(
             trained.models, learned.signal, rounded_factor(factor), constant, learned.label_noise, subset
         )
-        variances = replace(variances, of_fit=len(weights))
+        variances = replace(variances, of_fit=max(len(weights), len(learned.signal)))
     return Potential(
         regression.make_terms(trained.models, weights),
         data.baselines,
         data.structures.distinct_species,
         data.recipe,
-        learned.noise,
+        trained.noise,
         variances=variances,
         novelty=trained.novelty,
         charges=charges,
     )
+
+
+def _solved(trained: _Trained, learned: WhitenedData) -> tuple[SparsePosterior, ExactPosterior | None]:
+    """The posterior of the columns, and that of all functionals where the mean is exact, of which residuals and condition then are."""
+    about = learned.whitened, learned.counts, learned.every_noise, learned.signal
+    solved, every = posterior.solve_posterior(*about, regression.lowers_of(trained.models)), trained.models[0].exact
+    if every is None:
+        return solved, None
+    given = every.process.condition(trained.noise, float(trained.parameters.signal()[0]))
+    return replace(solved, rms=given.rms, condition=given.condition), given
 
 
 def _known_and_others(data: _Data, fitted: Tensor, judged: Tensor) -> tuple[Structures, Structures]:
@@ -401,7 +411,7 @@ def _calibrated(
     predicted = left_out.predict_left_out(potential, models, learned, solved, *about, given=given)
     if predicted is None or potential.variances is None:
         return potential
-    share = predicted.amplitude(learned.noise.get("forces", 0.0))
+    share = predicted.amplitude(potential.noise.get("forces", 0.0))
     calibration = Calibration.identity()
     if wanted and len(chosen) >= calibrate.FEWEST_LEFT_OUT:
         calibration = calibrate.left_out_calibration(predicted, calibrate.scatter_at_rest(data.targets, forces))
@@ -423,6 +433,7 @@ class _Trained:
     Attributes:
         environments: number of each species; held: whitened rows of the structures set aside and their number, by kind.
         novelty: of the structures fitted and those set aside.
+        parameters, noise: of the mean, as learned and as it weighs the labels; where that is exact, `learned` has others of variances.
         charge_rows: columns of charges beside the rows of both.
     """
 
@@ -432,6 +443,7 @@ class _Trained:
     held: tuple[dict[str, Tensor], dict[str, int]]
     novelty: Mahalanobis | None
     parameters: Hyperparameters
+    noise: dict[str, float]
     result: evidence.EvidenceResult
     warnings: tuple[str, ...]
     charge_rows: tuple[ChargeRows, ChargeRows] | None = None
@@ -479,8 +491,6 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     with parallel.one_core() if sum(map(len, lowers)) <= FEW_COLUMNS else nullcontext():
         about = whitened if charges is None else _around_start(charges, whitened), counts, stages
         parameters, block_of_column, result = regression.learn_hyperparameters(recipe, models, *about, charges=charges)
-    if (every := models[0].exact) is not None:
-        result = regression.learn_exactly(every, parameters, stages)
     signal = parameters.signal().to(block_of_column.device)[block_of_column]
     charge_rows = None
     if charges is not None:
@@ -488,12 +498,16 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
         charge_rows = ChargeRows.taken_from(whitened, scale), ChargeRows.taken_from(of_held[0], scale)
     left_out = regression.left_out_energies(data.remaining, data.groups, fitted)
     noise = regression.fit_noise(recipe, parameters, whitened, counts, signal, left_out)
-    learned = WhitenedData(whitened, counts, noise, data.label_noise, signal)
-    warnings = hyperparameters.bound_warnings(recipe, regression.blocks_of(models), result.at_bound, noise)
+    learned, blocks = WhitenedData(whitened, counts, noise, data.label_noise, signal), regression.blocks_of(models)
+    if (every := models[0].exact) is not None:
+        parameters, result = regression.learn_exactly(recipe, every, stages)
+        noise, blocks = parameters.noise(), [(0, None)]
+    warnings = hyperparameters.bound_warnings(recipe, blocks, result.at_bound, noise)
     jitter = max(m.jitter for m in models)
     if jitter:
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
-    return _Trained(models, environments, learned, of_held, novelty, parameters, result, tuple(warnings), charge_rows)
+    about = parameters, noise, result, tuple(warnings), charge_rows
+    return _Trained(models, environments, learned, of_held, novelty, *about)
 
 
 def _around_start(charges: ChargeModel, whitened: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -532,14 +546,14 @@ def _numbers(data: _Data, trained: _Trained, learned: WhitenedData, solved: Spar
     models, parameters, result = trained.models, trained.parameters, trained.result
     return {
         "rows": learned.counts,
-        "noise": learned.noise,
+        "noise": trained.noise,
         "noise_by_evidence": parameters.noise(),
         "label_noise": learned.label_noise,
         **regression.block_numbers(models, parameters.signal()[: len(regression.blocks_of(models))]),
         "environments": {chemical_symbol(z): n for z, n in sorted(trained.environments.items())},
         "shortest": data.shortest,
-        "columns": sum(m.asked for m in models),
-        "rank": sum(block.n_columns for m in models for block in m.of_mean.blocks),
+        "columns": sum(m.exact.block.n_columns if m.exact else m.asked for m in models),
+        "rank": sum(block.n_columns for m in models for block in m.of_mean),
         "condition": solved.condition,
         "jitter": max(m.jitter for m in models),
         "negative_log_evidence": result.negative_log_evidence,

@@ -162,7 +162,7 @@ def predict_left_out(
         # of a subset of the columns come the variances, the errors of all
         (own,) if errors else (every,) if own.n_columns == own.of_fit else (every, own),
         errors,
-        solved.weights,
+        solved.weights[:0] if errors else solved.weights,
         learned.noise,
         VarianceRequest(**wanted),
     )
@@ -200,7 +200,7 @@ class _Fitted:
         potential: with variances; models: that of the variances with all columns, and that of the potential, if it has fewer.
         functionals_of: for each descriptor, numbers of the structures whose functionals are inducing variables.
         errors: where the mean is exact, (1 + 3 atoms + 6,) errors of energy, forces and stress of each structure that is left out.
-        weights: of the mean; noise: by kind.
+        weights: of the mean, none where that is exact; noise: by kind.
     """
 
     potential: Potential
@@ -221,7 +221,7 @@ class _Fitted:
         for model, columns in zip(self.models, unused, strict=True):
             k_fu = model.covariance_rows(part, environments, self.request.forces, self.request.stresses)
             rows, mean = self.whitened(model, part, k_fu), None
-            if model is self.models[0]:
+            if model is self.models[0] and not self.errors:
                 weights = self.weights.to(model.signal)
                 mean = CovarianceRows(*(getattr(k_fu, kind).to(weights) @ weights for kind in KINDS))
             for k, gone in enumerate(columns):

@@ -1,4 +1,8 @@
-"""Online fit: labels and inducing points are added and removed by updates of the posterior factor, without a new fit."""
+"""Online fit: labels and inducing points are added and removed by updates of posterior factors, without a new fit.
+
+Where the mean is that of all functionals of the data (inducing.functionals), it has a factor of its own that labels border (gp/exact.py);
+inducing points are then for variances.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,9 @@ from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.fitting import (
     calibrate,
+    cost,
+    defaults,
+    exact_model,
     four_body_weight,
     inducing_sets,
     left_out,
@@ -29,6 +36,7 @@ from gpmlp.fitting.online_updates import LabelBatch, RowScales
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import hyperparameters, inducing
+from gpmlp.gp.exact import ExactPosterior
 from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.gp.qr import DowndateError, PosteriorFactor, RowFactor
 from gpmlp.gp.variance import VarianceModel
@@ -44,6 +52,11 @@ LARGEST_ERROR = 1e-9  # measured error of the factor at which it is computed aga
 WORSE = 10.0  # times that when it was computed: where rounding allows no better, there is no use in computing it again
 LEFT_OUT = 600  # atoms of structures that are left out in turn at a refresh
 EDGE = 1.25  # novelty beyond which standard deviations grow with it: nearer, errors are measured to be no larger than these
+MOST_FUNCTIONALS = (
+    12_000  # of a model that is updated: a label with 6000 takes less than a second, and time grows with the square
+)
+MATRICES = 3  # of as many rows and columns, at the peak of a refresh
+INSTEAD = "centres in place of all functionals"
 NOVELTY_GROWTH = 1.05  # of the structures, after which novelty is fitted again; before that it hardly changes
 
 
@@ -62,6 +75,7 @@ class OnlineFit:
         prequential: the latest predictions before conditioning on labels.
         subset: variances from a subset of the columns against those from all, at the last refresh (variance_checks.subset_error).
         events: refreshes, factors computed again, and why.
+        exact: the posterior of all functionals of the labels, which the mean is of; None where the mean is of the inducing points.
     """
 
     asked: Recipe
@@ -80,6 +94,7 @@ class OnlineFit:
     prequential: tuple[PrequentialPrediction, ...] = ()
     subset: dict[str, float] = field(default_factory=dict)
     events: tuple[str, ...] = ()
+    exact: ExactPosterior | None = None
 
     @staticmethod
     def begin(structures: Structures, targets: Targets, recipe: Recipe | None = None) -> OnlineFit:
@@ -93,9 +108,10 @@ class OnlineFit:
         asked = Recipe() if recipe is None else recipe
         if torch.device(asked.device).type != "cpu":
             raise errors.UserError(f"An online model is updated on the CPU; leave out `device: {asked.device}`.")
-        if any(i.functionals for i in asked.inducings):
+        if any(i.functionals not in (None, "auto", "all") for i in asked.inducings):
             raise errors.UserError(
-                "An online model has centres as inducing variables, to which new ones can be added: leave out `inducing.functionals`."
+                "An online model has centres as inducing variables, to which new ones can be added, or all functionals: leave out "
+                "`inducing.functionals`, or give `all`."
             )
         if asked.long_range.charges != "off":
             raise errors.UserError("Charges are not learned label by label yet: leave out `long_range.charges`.")
@@ -128,20 +144,33 @@ class OnlineFit:
         return self._scales.columns(regression.block_widths(self.models))
 
     @property
+    def noise_of_mean(self) -> dict[str, float]:
+        """By kind, in the fit that the mean is of."""
+        return self.exact.noise if self.exact else self.noise
+
+    @property
+    def rank(self) -> int:
+        """Inducing variables of the mean."""
+        return len(self.exact.alpha) if self.exact else self.factor.columns
+
+    @property
+    def _weights(self) -> Tensor:
+        """(columns,) of the inducing points."""
+        return inducing.unwhiten_weights(self.columns_signal * self.factor.mean, regression.lowers_of(self.models))
+
+    @property
     def _scales(self) -> RowScales:
         return RowScales(self.noise, self.signal)
 
     @cached_property
     def potential(self) -> Potential:
         """The potential of this fit."""
-        lowers = regression.lowers_of(self.models)
-        weights = inducing.unwhiten_weights(self.columns_signal * self.factor.mean, lowers)
         return Potential(
-            regression.make_terms(self.models, weights),
+            regression.make_terms(self.models, self.exact.weights if self.exact else self._weights),
             self.baselines,
             self.batches[0].structures.distinct_species,
             self.recipe,
-            self.noise,
+            self.noise_of_mean,
             report=self.report(),
             variances=self._variances(),
             calibration=self.calibration,
@@ -152,12 +181,14 @@ class OnlineFit:
         """Numbers of the fit as it stands, JSON-able."""
         return {
             "rows": self._counts(),
-            "noise": self.noise,
+            "noise": self.noise_of_mean,
             "label_noise": self.label_noise,
-            **regression.block_numbers(self.models, self.signal),
-            "columns": sum(len(b.vectors) for m in self.models for b in m.local_blocks),
-            "rank": self.factor.columns,
-            "condition": self.factor.condition,
+            **regression.block_numbers(
+                self.models, self.signal.new_tensor([self.exact.signal]) if self.exact else self.signal
+            ),
+            "columns": self.rank if self.exact else sum(len(b.vectors) for m in self.models for b in m.local_blocks),
+            "rank": self.rank,
+            "condition": self.exact.condition if self.exact else self.factor.condition,
             "variance_subset": self.subset,
             "drift": self.factor.drift,
             "updates": self.factor.changes,
@@ -216,14 +247,25 @@ class OnlineFit:
         remaining = prepare.subtract_baselines(structures, targets, self.baselines)
         room = online_updates.JACOBIAN_BYTES - sum(b.n_bytes for b in self.batches)
         batch = LabelBatch.from_labels(self.models, structures, targets, remaining, self._scales, room, environments)
-        new = replace(self, batches=(*self.batches, batch))
+        new = replace(self, batches=(*self.batches, batch))._with_functionals(batch)
         unknown = [kind for kind in batch.rows if kind != FIXED and kind not in self.noise]
         if unknown:
             return new.refreshed(f"first {' and '.join(unknown)}")
-        factor = self.factor
+        factor, every = self.factor, new.models[0].exact
         for rows in batch.rows.values():
             factor = factor.append_rows(rows)
-        return replace(new, factor=factor)
+        exact = self.exact.bordered(every.process) if self.exact and every else None
+        return replace(new, factor=factor, exact=exact)
+
+    def _with_functionals(self, batch: LabelBatch) -> OnlineFit:
+        """With those of the last labels among all functionals, where there are these and nothing stands in their way."""
+        if (every := self.models[0].exact) is None:
+            return self
+        if why := exact_model.why_not_exact(self.recipe, batch.structures, batch.remaining):
+            every, events = None, (*self.events, f"{self.n_labels} labels: {INSTEAD} ({why})")
+            return replace(self, models=(replace(self.models[0], exact=every),), exact=None, events=events)
+        grown = every.bordered(self.models[0].kernel, batch.structures, batch.remaining)
+        return replace(self, models=(replace(self.models[0], exact=grown),))
 
     def removed(self, index: int) -> OnlineFit:
         """Without the k labels of one batch: a downdate, O(k columns²); from the rows anew where that breaks down."""
@@ -231,13 +273,23 @@ class OnlineFit:
         left = tuple(b for b in self.batches if b is not batch)
         if not left:
             raise errors.UserError("The last labels of an online model cannot be removed; begin a new one.")
-        new, factor = replace(self, batches=left), self.factor
+        new, factor = replace(self, batches=left)._without_functionals(index), self.factor
         try:
             for rows in batch.rows.values():
                 factor = factor.remove_rows(rows)
         except DowndateError as why:
             return new._from_rows(f"labels could not be removed by a downdate ({why})")
         return replace(new, factor=factor)._checked()
+
+    def _without_functionals(self, index: int) -> OnlineFit:
+        """Without a batch in the exact process too, `batches` being those that are left: factorised anew, O(n³)."""
+        if self.exact is None or (every := self.models[0].exact) is None:
+            return self
+        before = sum(len(b.structures) for b in self.batches[:index])
+        after = len(every.of) - sum(len(b.structures) for b in self.batches[index:])
+        left = every.select([*range(before), *range(after, len(every.of))])
+        exact = left.process.condition(self.exact.noise, self.exact.signal)
+        return replace(self, models=(replace(self.models[0], exact=left),), exact=exact)
 
     def _check_species(self, structures: Structures) -> None:
         species = self.batches[0].structures.distinct_species
@@ -301,7 +353,7 @@ class OnlineFit:
         Prequential predictions stay, so that the calibration goes on. Takes as long as a fit.
         """
         new = _without_noises(self.asked, [(b.structures, b.targets) for b in self.batches])
-        return replace(new, prequential=self.prequential, events=self.events).refreshed(f"made anew, {why}")
+        return replace(new, prequential=self.prequential, events=(*self.events, *new.events)).refreshed(f"made anew, {why}")
 
     def refreshed(self, why: str) -> OnlineFit:
         """With noises and signals learned again from the rows, and calibration and novelty fitted again."""
@@ -313,11 +365,20 @@ class OnlineFit:
         noise = regression.fit_noise(self.recipe, parameters, whitened, counts, signal[block_of_column])
         scatter = force_label_noise(self.structures, self.targets)
         sizes, scales = regression.block_widths(self.models), RowScales(noise, signal)
+        exact, of_mean, models = None, parameters, self.models
+        if every := models[0].exact:
+            every = every.select(range(len(every.of))) if self.exact else every  # the square of that is still needed
+            of_mean, _ = regression.learn_exactly(self.recipe, every, StageTimer(None))
+            exact = every.process.condition(of_mean.noise(), float(of_mean.signal()[0]))
+            models = (replace(models[0], exact=every),)
         new = replace(
             self,
+            models=models,
+            exact=exact,
             batches=tuple(b.rescaled(self._scales, scales, sizes) for b in self.batches),
             noise=noise,
-            constant=prepare.labels_noise(self.targets) | regression.label_scatter(parameters, noise),
+            constant=prepare.labels_noise(self.targets)
+            | regression.label_scatter(of_mean, of_mean.noise() if exact else noise),
             label_noise={"forces": scatter} if scatter == scatter else {},
             signal=signal,
             novelty=self._novelty(),
@@ -330,8 +391,8 @@ class OnlineFit:
 
     def _compared(self) -> OnlineFit:
         """With `subset` measured anew."""
-        upper = self.factor.upper[:, :-1]
-        about = self.potential, self.models, self.columns_signal, upper, self.structures, self.recipe.seed
+        of_all = self.exact or self.factor.upper[:, :-1]
+        about = self.potential, self.models, self.columns_signal, of_all, self.structures, self.recipe.seed
         return replace(self, subset=variance_checks.subset_error(*about))
 
     def recalibrated(self) -> OnlineFit:
@@ -348,16 +409,17 @@ class OnlineFit:
         """With a calibration from structures left out in turn, where there are enough of them; it holds until the next refresh."""
         if self.recipe.calibration is False or self.recipe.variance is False or self.n_labels < calibrate.FEWEST_ONLINE:
             return self.recalibrated()
-        structures, targets, lowers = self.structures, self.targets, regression.lowers_of(self.models)
-        weights = inducing.unwhiten_weights(self.columns_signal * self.factor.mean, lowers)
-        solved = SparsePosterior(weights, self.factor.upper[:, :-1], {}, self.factor.condition)
+        structures, targets = self.structures, self.targets
+        solved = SparsePosterior(self._weights, self.factor.upper[:, :-1], {}, self.factor.condition)
         learned = WhitenedData({}, {}, self.noise, self.label_noise, self.columns_signal)
         chosen = left_out.choose_left_out(
             structures, targets, torch.zeros(0, dtype=torch.long), LEFT_OUT, self.recipe.seed
         )
         remaining = prepare.subtract_baselines(structures, targets, self.baselines)
         about = structures, targets, remaining
-        found = left_out.predict_left_out(self.potential, self.models, learned, solved, *about, chosen)
+        found = left_out.predict_left_out(
+            self.potential, self.models, learned, solved, *about, chosen, given=self.exact
+        )
         return self.recalibrated() if found is None else self._with_calibration(calibrate.left_out_calibration(found))
 
     def _with_calibration(self, calibration: Calibration) -> OnlineFit:
@@ -434,7 +496,8 @@ class OnlineFit:
         if self.factor.columns > most:
             factor, subset = online_updates.variance_factor(self.models, self.factor, self._scales, most)
         noises = self.constant, self.label_noise
-        return regression.variance_model(self.models, self.columns_signal, factor, *noises, subset)
+        variances = regression.variance_model(self.models, self.columns_signal, factor, *noises, subset)
+        return replace(variances, of_fit=max(variances.of_fit, self.rank))
 
 
 def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> OnlineFit:
@@ -445,7 +508,8 @@ def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) 
     structures = Structures.concatenate([s for s, _ in parts])
     targets = Targets.concatenate([t for _, t in parts])
     hyperparameters.check_species(asked, structures)
-    recipe, base, _ = prepare.set_up(structures, targets, asked.model_copy(update={"mean": "exact"}), growing=True)
+    wanted, why = _affordable(asked, structures, targets)
+    recipe, base, _ = prepare.set_up(structures, targets, wanted.model_copy(update={"mean": "exact"}), growing=True)
     recipe = four_body_weight.with_weights(recipe, structures, prepare.subtract_baselines(structures, targets, base))
     pieces = list(chunk_structures(structures, CHUNK_ATOMS))
     models, _ = inducing_sets.make_models(
@@ -453,7 +517,8 @@ def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) 
         structures,
         lambda k, choice: sparse_points.Candidates(choice).collect(pieces),
         structures,
-        targets,
+        prepare.subtract_baselines(structures, targets, base),
+        growing=True,
     )
     widths = regression.block_widths(models)
     unit, room = RowScales.unit(len(widths)), online_updates.JACOBIAN_BYTES
@@ -462,5 +527,20 @@ def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) 
         remaining = prepare.subtract_baselines(part, labels, base)
         batches.append(LabelBatch.from_labels(models, part, labels, remaining, unit, room))
         room -= batches[-1].n_bytes
-    about = asked, recipe, tuple(models), base, tuple(batches), PosteriorFactor.from_rows([], sum(widths))
-    return OnlineFit(*about, {}, {}, {}, unit.signal)
+    about = recipe, tuple(models), base, tuple(batches), PosteriorFactor.from_rows([], sum(widths))
+    events = (f"{len(structures)} labels: {INSTEAD} ({why})",) if why else ()
+    return OnlineFit(asked, *about, {}, {}, {}, unit.signal, events=events)
+
+
+def _affordable(asked: Recipe, structures: Structures, targets: Targets) -> tuple[Recipe, str]:
+    """The recipe without functionals where these cannot be had, and why."""
+    if asked.inducings[0].functionals is None:
+        return asked, ""
+    why, n = exact_model.why_not_exact(asked, structures, targets), int(cost.functionals_of(structures).sum())
+    needed, budget = 8e-9 * MATRICES * n**2, asked.memory_GB or defaults.memory_budget_GB()
+    if not why and n > MOST_FUNCTIONALS:
+        why = f"{n} of them, {MOST_FUNCTIONALS} at most"
+    if not why and needed > budget:
+        why = f"{n} of them would take {needed:.2g} of {budget:.2g} GB, memory_GB"
+    inducing = tuple(i.model_copy(update={"functionals": None}) for i in asked.inducings)
+    return (asked.model_copy(update={"inducing": inducing}) if why else asked), why

@@ -183,7 +183,8 @@ class BlockBorder:
 def missing_centres(
     asked: Recipe, recipe: Recipe, models: Sequence[InducingModel], k: int, labels: int, periodic: bool
 ) -> int:
-    """Number of centres of descriptor k that so many labels ask for beyond those there are, as far as a pass over them may cost.
+    """Number of centres of descriptor k that so many labels ask for beyond those there are, as far as a pass over them may cost; where they
+    are for variances alone no more than these are to have.
 
     Args:
         asked: the recipe as given; recipe: as it was filled in.
@@ -193,6 +194,7 @@ def missing_centres(
     columns = min(
         defaults.affordable_columns(recipe.memory_GB or defaults.MEMORY_GB), defaults.columns_for(labels, periodic)
     ) // len(models)
+    columns = min(columns, defaults.variance_columns(recipe)) if models[k].exact else columns
     wanted = min(most, columns // (1 + gradients)) - sum(len(b.features) for b in models[k].local_blocks)
     return max(0, min(wanted, max(1, PASS // (labels * (1 + gradients)))))
 

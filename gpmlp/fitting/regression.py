@@ -16,6 +16,7 @@ from gpmlp.core import errors, parallel
 from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import Structures
+from gpmlp.fitting.exact_model import ExactModel
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.report import StageTimer
 from gpmlp.fitting.workers import Report
@@ -23,7 +24,6 @@ from gpmlp.gp import covariances, energy_noise, evidence, exact, hyperparameters
 from gpmlp.gp.covariances import Block, CovarianceRows, SpeciesEnvironments
 from gpmlp.gp.energy_noise import LeftOutEnergies
 from gpmlp.gp.energy_scale import EnergyScale, energy_scale
-from gpmlp.gp.exact import ExactPosterior, ExactProcess
 from gpmlp.gp.functionals import FunctionalBlock, internal_directions
 from gpmlp.gp.inducing import InducingBlock
 from gpmlp.gp.kernels import ZonalKernel
@@ -46,34 +46,6 @@ CHARGE_SIGNALS = StdPrior(0.3, 1e-3, 1e2), StdPrior.fixed_at(1.0)
 
 # blocks of each model, Cholesky factors of all blocks and (columns,) δ of a sparse process with some of the columns
 VarianceSubset = tuple[tuple[tuple[Block, ...], ...], tuple[Tensor, ...], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class ExactModel:
-    """All functionals of the data and their labels.
-
-    Attributes:
-        of: index, among those fitted, of each structure of the block.
-    """
-
-    block: FunctionalBlock
-    process: ExactProcess
-    of: tuple[int, ...]
-
-    def left_out(self, posterior: ExactPosterior, numbers: Sequence[int], forces: Tensor) -> Tensor:
-        """(1 + 3 atoms + 6,) errors, label - mean, of energy, forces and stress of the first of some structures without all of them; zero
-        where there is no functional.
-
-        Args:
-            numbers: as `of` has them; forces: (3 atoms,) labels of the first, along rigid motions of which the mean is zero.
-        """
-        places = [self.of.index(i) for i in numbers]
-        columns = [c for p in places for c in range(*self.block.starts[p : p + 2])]
-        maps = self.block.maps[places[0]].double()
-        errors = maps.T @ posterior.left_out(columns)[0][: len(maps)]
-        forces = forces.to(maps)
-        errors[1:-6] += forces - maps[:, 1:-6].T @ (maps[:, 1:-6] @ forces)
-        return errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +73,8 @@ class InducingModel:
         asked: inducing variables before dependent ones were dropped.
         of: index, among those fitted, of each structure whose functionals are inducing variables.
         own: rows of the data where these and all inducing variables are functionals that have met; None otherwise.
-        exact: the process of all functionals, of which these are the leading ones; None where these are all, or it is not wanted.
+        exact: the process of all functionals, which the mean is of; None where it is not wanted. Variances then are of the blocks, which
+            are centres.
     """
 
     descriptor: Descriptor
@@ -120,9 +93,9 @@ class InducingModel:
         return replace(self, of=tuple(fitted[list(self.of)].tolist()), exact=exact)
 
     @property
-    def of_mean(self) -> InducingModel:
-        """That of the mean: of all functionals where it is exact."""
-        return replace(self, blocks=(self.exact.block,)) if self.exact else self
+    def of_mean(self) -> tuple[Block, ...]:
+        """Blocks of the mean: of all functionals where it is exact."""
+        return (self.exact.block,) if self.exact else self.blocks
 
     @property
     def local_blocks(self) -> tuple[InducingBlock, ...]:
@@ -152,7 +125,7 @@ def block_widths(models: Sequence[InducingModel]) -> list[int]:
 def block_numbers(models: Sequence[InducingModel], signal: Tensor) -> dict[str, dict[str, Any]]:
     """Signal and number of centres of each block, by 'descriptor:symbol', for a report; signal (blocks,) eV."""
     stds, centres = {}, {}
-    blocks = [(k, b) for k, m in enumerate(models) for b in m.of_mean.blocks]
+    blocks = [(k, b) for k, m in enumerate(models) for b in m.of_mean]
     for (k, block), std in zip(blocks, signal.tolist(), strict=True):
         for z in block.central_species:
             label = f"{k}:{errors.chemical_symbol(z)}"
@@ -346,8 +319,11 @@ def learn_hyperparameters(
     return parameters, block_of_column, result
 
 
-def learn_exactly(every: ExactModel, parameters: Hyperparameters, stages: StageTimer) -> evidence.EvidenceResult:
-    """Noises and the signal of the process of all functionals, from where those of the leading ones are."""
+def learn_exactly(
+    recipe: Recipe, every: ExactModel, stages: StageTimer
+) -> tuple[Hyperparameters, evidence.EvidenceResult]:
+    """Noises and the signal of the process of all functionals."""
+    parameters = every.begin(recipe)
 
     def tell(calls: int, value: float) -> None:
         noises = ", ".join(f"{k} {v:.2g}" for k, v in parameters.noise().items())
@@ -355,7 +331,7 @@ def learn_exactly(every: ExactModel, parameters: Hyperparameters, stages: StageT
             min(calls, 9), 10, f"all {every.block.n_columns} functionals: -log evidence {value:.0f}; {noises}"
         )
 
-    return exact.learn(every.process, parameters, progress=tell)
+    return parameters, exact.learn(every.process, parameters, progress=tell)
 
 
 def fit_noise(
@@ -460,28 +436,20 @@ class WhitenedData:
         return WhitenedData(together, total, self.noise, self.label_noise, self.signal)
 
 
-def solve(models: Sequence[InducingModel], learned: WhitenedData) -> tuple[SparsePosterior, ExactPosterior | None]:
-    """The posterior of the columns, and that of all functionals where the mean is exact, of which residuals and condition then are."""
-    about = learned.whitened, learned.counts, learned.every_noise, learned.signal
-    solved, every = posterior.solve_posterior(*about, lowers_of(models)), models[0].exact
-    if every is None:
-        return solved, None
-    given = every.process.condition(learned.noise, float(learned.signal[0]))
-    return replace(solved, rms=given.rms, condition=given.condition), given
-
-
 def make_terms(models: Sequence[InducingModel], weights: Tensor) -> tuple[EnergyTerm, ...]:
     """Energy terms of the mean: all directions of a centre collapse into one; weights (columns,), where it is exact those of all
-    functionals."""
+    functionals, to whose centres those of the variances are added: the first ones always are these."""
     terms, start = [], 0
-    for m in (model.of_mean for model in models):
+    for m in models:
         blocks = {}
-        for block in m.blocks:
+        for block in m.of_mean:
             part = weights[start : start + block.n_columns]
             start += block.n_columns
             for z in block.central_species:
                 centres = block.centres(z)
-                blocks[z] = MeanBlock(centres, *block.collapse(part.to(centres), z))
+                mean = MeanBlock(centres, *block.collapse(part.to(centres), z))
+                first = [b.features for b in m.local_blocks if b.species == z] if m.exact else []
+                blocks[z] = mean.after(torch.cat(first)) if first else mean
         terms.append(EnergyTerm(m.descriptor, m.kernel, blocks))
     return tuple(terms)
 

@@ -85,6 +85,28 @@ class FunctionalBlock:
         bases = {z: _directions(gram, tolerance).to(structures.positions) for z, gram in grams.items()}
         return replace(every, bases=bases)
 
+    @staticmethod
+    def with_all_directions(
+        descriptor: Descriptor, structures: Structures, maps: Sequence[Tensor], relative: dict[int, float]
+    ) -> FunctionalBlock:
+        """With the unit vectors as directions, so that later structures have all of theirs."""
+        unit = torch.eye(descriptor.n_features).to(structures.positions)
+        return FunctionalBlock(descriptor, structures, tuple(maps), relative, dict.fromkeys(relative, unit))
+
+    def joined(self, structures: Structures, maps: Sequence[Tensor]) -> FunctionalBlock:
+        """With functionals of other structures after these."""
+        new = replace(self, structures=structures, maps=tuple(maps))
+        joined = Structures.concatenate([self.structures, structures])
+        block = replace(self, structures=joined, maps=(*self.maps, *maps))
+        vars(block)["parts"] = [*self.parts, *new.parts]
+        return block
+
+    def of_structures(self, chosen: Sequence[int]) -> FunctionalBlock:
+        """Those of some of the structures."""
+        block = replace(self, structures=self.structures.select(chosen), maps=tuple(self.maps[i] for i in chosen))
+        vars(block)["parts"] = [self.parts[i] for i in chosen]
+        return block
+
     @property
     def central_species(self) -> tuple[int, ...]:
         return tuple(sorted(self.relative))
@@ -206,19 +228,23 @@ class FunctionalBlock:
         return mirrored(self.lower_K_uu(kernel))
 
     def lower_K_uu(
-        self, kernel: ZonalKernel, report: Callable[[float, float], None] = lambda done, total: None
+        self,
+        kernel: ZonalKernel,
+        report: Callable[[float, float], None] = lambda done, total: None,
+        first: int = 0,
     ) -> Tensor:
         """K_uu of which the lower half counts, made for structures of one shape together.
 
         Args:
             report: of the pairs of structures done.
+            first: the structure with which its rows begin.
         """
-        done = 0
-        out = self.structures.positions.new_zeros(self.n_columns, self.n_columns)
+        done, n, before = 0, len(self.maps), self.starts[first]
+        out = self.structures.positions.new_zeros(self.n_columns - before, self.n_columns)
 
         def rows_of(group: tuple[int, int]) -> int:
             first, last = group
-            here = out[self.starts[first] : self.starts[last]]
+            here = out[self.starts[first] - before : self.starts[last] - before]
             maps = torch.stack(self.maps[first:last])
             for z in self.parts[first].keys() & self.relative.keys():
                 mine = [part[z] for part in self.parts[first:last]]
@@ -234,24 +260,22 @@ class FunctionalBlock:
         def tell(pairs: int) -> None:
             nonlocal done
             done += pairs
-            report(done, len(self.maps) * (len(self.maps) + 1) // 2)
+            report(done, (n - first) * (n + first + 1) // 2)
 
-        parallel.map_pieces(rows_of, self._groups(), tell)
+        parallel.map_pieces(rows_of, self._groups(first), tell)
         return out
 
-    def _groups(self) -> list[tuple[int, int]]:
-        """Runs of structures of one composition with as many functionals each."""
+    def _groups(self, first: int) -> list[tuple[int, int]]:
+        """Runs of structures of one composition with as many functionals each, from one structure on."""
         shapes = [
             (len(m), sorted((z, len(p.features)) for z, p in part.items()))
             for m, part in zip(self.maps, self.parts, strict=True)
         ]
-        if not shapes:
-            return []
-        edges, counts = [0], self.structures.counts.tolist()
-        for i in range(1, len(shapes)):
+        edges, counts = [first], self.structures.counts.tolist()
+        for i in range(first + 1, len(shapes)):
             if shapes[i] != shapes[i - 1] or sum(counts[edges[-1] : i + 1]) > GROUP_ATOMS:
                 edges.append(i)
-        return list(pairwise([*edges, len(shapes)]))
+        return list(pairwise([*edges, len(shapes)])) if len(shapes) > first else []
 
     def leading_columns(self, share: float) -> Tensor:
         """Positions of that share of the columns, the most important ones."""

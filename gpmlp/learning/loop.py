@@ -438,7 +438,7 @@ class _Run:
         self._update_snapshots()
         online = self.model.online
         self.files.log_event(
-            "learned", reason=reason, labels=online.n_labels, columns=online.factor.columns, noise=online.noise,
+            "learned", reason=reason, labels=online.n_labels, columns=online.rank, noise=online.noise_of_mean,
             force_limit=self.limits.force, refreshed=self.model.since_refresh == 0, **more,
         )  # fmt: skip
         origin = {"learned": {"labels": online.n_labels, "oracle": self.recipe.oracle.calculator}}

@@ -49,6 +49,13 @@ class MeanBlock:
             raise UserError("the features of a centre have not length 1.")
         return MeanBlock(features, weights, stored.take("tangents", (rows, n_features), dtype))
 
+    def after(self, features: Tensor) -> MeanBlock:
+        """The same mean, in their precision, with centres before its own that have no weight."""
+        n, like = len(features), self.tangents.to(features)
+        weights = torch.cat([features.new_zeros(n), self.weights.to(features)])
+        tangents = torch.cat([like.new_zeros(n if len(like) else 0, like.shape[1]), like])
+        return MeanBlock(torch.cat([features, self.features.to(features)]), weights, tangents)
+
     def __call__(self, kernel: ZonalKernel, x: Tensor, profile: Profile | None = None) -> tuple[Tensor, Tensor]:
         """Return ε (environments,) and dε/dx (environments, features), in chunks.
 
