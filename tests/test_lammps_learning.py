@@ -280,7 +280,6 @@ def test_plugins_are_of_a_version(fake, monkeypatch):
         ({"trigger": {"novelty": None}}, "LAMMPS would never halt"),
         ({"lammps": {"input": "x", "command": 'lmp "x'}}, "is no command of a shell: No closing quotation"),
         ({"lammps": {"input": "x", "command": "  "}}, "is empty"),
-        ({"model": {"inducing": {"functionals": "all"}}}, "inducing.functionals"),
         ({"model": {"descriptor": {"name": "dscribe-soap"}}}, "leave out the descriptor dscribe-soap"),
         ({"model": {"descriptor": {"name": "sevennet"}}}, "leave out the descriptor sevennet"),
         ({"model": {"descriptor": {"beside": {"name": "sevennet"}}}}, "leave out descriptor.beside"),

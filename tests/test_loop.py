@@ -179,6 +179,25 @@ def test_interrupted_between_any_two_states(finished, tmp_path):
     assert sorted(answers(tmp_path / "answers")) == sorted(answers(folder / "answers"))
 
 
+def test_a_run_with_all_functionals_is_the_same_however_often_it_ends(tmp_path):
+    """Its model is the exact process of its labels, whose factor labels border."""
+    more = {"model": {"inducing": {"functionals": "all"}}, "trigger": {"force": 0.004}}
+    last = finish(recipe(**more), prepare(tmp_path / "whole"))
+    learned = events(tmp_path / "whole", "learned")
+    # energy, forces but their sum, and stress of four atoms
+    assert [e["columns"] for e in learned] == [16 * e["labels"] for e in learned] and len(learned) > 2
+    assert archive.load(tmp_path / "whole/out/model.gpmlp").variances.local_blocks is not None
+    folder = prepare(tmp_path / "ended")
+    for number in range(1, 60):
+        states = learn(recipe(**more), folder, resume=True)
+        state = list(itertools.islice(states, 11 * number % 31 + 5))[-1]
+        states.close()
+        if state.phase == "stopped":
+            break
+    assert state.stopped == last.stopped
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
 def test_a_finished_run_stays_as_it_is(tmp_path):
     short = recipe(dynamics={"steps": 10, "ramp_steps": 10})
     first = finish(short, prepare(tmp_path))

@@ -88,7 +88,9 @@ def test_after_many_labels_the_mean_is_that_of_a_fit_made_anew(data, model):
     fewer = model.removed(3).removed(0)
     assert fewer.n_labels == 11 and fewer.rank < model.rank
     assert difference(fewer.potential, refit(fewer), probes) < 1e-8
-    more = fewer.learned(*part(data, [21])).learned(*part(data, [22, 23])).refreshed("a test").learned(*part(data, [25]))
+    more = (
+        fewer.learned(*part(data, [21])).learned(*part(data, [22, 23])).refreshed("a test").learned(*part(data, [25]))
+    )
     assert difference(more.potential, refit(more), probes) < 1e-8
     assert difference(more.potential, model.potential, probes) > 1e-4
 
@@ -141,7 +143,10 @@ def test_variances_are_everywhere(model, tmp_path):
     assert potential.variances.local_blocks is not None
     export_model(potential, tmp_path / "model.kim")
     samples = potential.sample(300, seed=1, calibrated=False)(probe).forces.var(0)
-    assert abs(float(samples.mean() / potential(probe, "forces", calibrated=False).forces_variance.epistemic.mean()) - 1) < 0.4
+    assert (
+        abs(float(samples.mean() / potential(probe, "forces", calibrated=False).forces_variance.epistemic.mean()) - 1)
+        < 0.4
+    )
 
 
 def test_first_labels_of_a_kind(data):

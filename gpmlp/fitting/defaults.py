@@ -98,7 +98,9 @@ def resolve_recipe(recipe: Recipe, summary: DataSummary, n_species: int, growing
             "descriptor": tuple(_descriptor(d, summary, n_species) for d in recipe.descriptors),
             "kernel": tuple(_kernel(k, summary) for k in recipe.kernels),
             "inducing": tuple(
-                _inducing(_functionals_for(d, i, summary, growing), summary, budget, len(recipe.descriptors), growing, columns)
+                _inducing(
+                    _functionals_for(d, i, summary, growing), summary, budget, len(recipe.descriptors), growing, columns
+                )
                 for d, i in zip(recipe.descriptors, recipe.inducings, strict=True)
             ),
             "memory_GB": budget,

@@ -353,7 +353,9 @@ class OnlineFit:
         Prequential predictions stay, so that the calibration goes on. Takes as long as a fit.
         """
         new = _without_noises(self.asked, [(b.structures, b.targets) for b in self.batches])
-        return replace(new, prequential=self.prequential, events=(*self.events, *new.events)).refreshed(f"made anew, {why}")
+        return replace(new, prequential=self.prequential, events=(*self.events, *new.events)).refreshed(
+            f"made anew, {why}"
+        )
 
     def refreshed(self, why: str) -> OnlineFit:
         """With noises and signals learned again from the rows, and calibration and novelty fitted again."""

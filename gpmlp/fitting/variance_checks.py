@@ -49,7 +49,9 @@ def subset_error(
     if subset.n_columns == subset.of_fit and not isinstance(of_all, ExactPosterior):
         return numbers
     part, atoms = _draw_atoms(structures, seed)
-    form = "scaled" if isinstance(of_all, ExactPosterior) else "dtc"  # what centres miss is hardly any of what functionals do
+    form = (
+        "scaled" if isinstance(of_all, ExactPosterior) else "dtc"
+    )  # what centres miss is hardly any of what functionals do
 
     def covariances_of(model: VarianceModel) -> Tensor:
         predict = replace(potential, variances=model)

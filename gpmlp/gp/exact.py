@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,20 +68,19 @@ class ExactProcess:
             for kind in KINDS
             if kind in self.rows or kind in later.rows
         }
-        joined = (torch.cat([getattr(p, name) for p in (self, later)]) for name in ("diagonal", "values"))
-        others = (torch.cat([getattr(p, name) for p in (self, later)]) for name in ("scale", "given"))
-        return ExactProcess(self.square, *joined, rows, *others, borders=(*self.borders, covariance))
+        joined = {
+            name: torch.cat([getattr(self, name), getattr(later, name)])
+            for name in ("diagonal", "values", "scale", "given")
+        }
+        return replace(self, **joined, rows=rows, borders=(*self.borders, covariance))  # type: ignore[arg-type]
 
     def select(self, chosen: Tensor) -> ExactProcess:
         """Of some of the labels (sorted), with a square of their own."""
-        first, place = (
-            len(self.square),
-            torch.full((len(self.values),), -1).index_copy(0, chosen, torch.arange(len(chosen))),
-        )
+        place = torch.full((len(self.values),), -1).index_copy(0, chosen, torch.arange(len(chosen)))
+        start = len(self.square)
         square = self.square.new_empty(len(chosen), len(chosen))
-        mine = chosen[chosen < first]
+        mine = chosen[chosen < start]
         square[: len(mine), : len(mine)] = self.square[mine][:, mine]
-        start = first
         for border in self.borders:
             own = chosen[(chosen >= start) & (chosen < start + len(border))]
             before = chosen[chosen < start + len(border)]
@@ -90,9 +89,8 @@ class ExactProcess:
         square.diagonal().copy_(self.diagonal[chosen])
         there = {kind: place[rows][place[rows] >= 0] for kind, rows in self.rows.items()}
         rows = {kind: which for kind, which in there.items() if len(which)}
-        parts = (part[chosen] for part in (self.values, self.scale, self.given))
-        values, scale, given = parts
-        return ExactProcess(square, self.diagonal[chosen], values, rows, scale, given)
+        diagonal, values, scale, given = (part[chosen] for part in (self.diagonal, self.values, self.scale, self.given))
+        return ExactProcess(square, diagonal, values, rows, scale, given)
 
     def noise_variances(self, noise: dict[str, float]) -> Tensor:
         """(n,) diagonal of Σ for noises by kind."""

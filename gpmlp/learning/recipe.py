@@ -353,8 +353,6 @@ class LearnRecipe(RecipeSection):
             if isinstance(d, NetworkRecipe) or d.name != "soap" or d.beside:
                 what = "descriptor.beside" if d.name == "soap" else f"the descriptor {d.name}"
                 raise ValueError(f"LAMMPS takes models with soap alone; leave out {what}")
-        if any(inducing.functionals for inducing in self.model.inducings):
-            raise ValueError("LAMMPS takes no standard deviations of models with inducing.functionals; leave it out")
         for name in ("network", "calculator"):
             if getattr(self.model.baseline, name):
                 raise ValueError(f"LAMMPS takes models without baseline.{name}")

@@ -2,6 +2,9 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/updates.py [--columns 250 500 1000 2000] [--labels 20 50 100] [--at 1000] [--wall]
         [--json times.json]
+    OMP_NUM_THREADS=1 python tests/benchmarks/updates.py --functionals rmd17_ethanol/train.xyz [--labels 45 270]
+
+The second is of a model of all functionals (`inducing.functionals: all`) of that file: times of a label, after so many, and of its parts.
 
 First the time of an update against the number of columns M, with the slope of log time against log M by least squares: the factor alone
 with the rows of the structure more (appended) and less (removed), the whole of `Online.added` and `removed`. Then, at one M and after
@@ -161,6 +164,39 @@ def learning(
     return out
 
 
+def exactly(path: Path, counts: Sequence[int], repeats: int) -> list[dict[str, float]]:
+    """Times of a label of a model of all functionals, after so many others; noises are given, so that a beginning is short."""
+    noise, out = {"energy_per_atom": 2e-4, "force": 0.01}, []
+    asked = Recipe.model_validate({"inducing": {"functionals": "all"}, "noise": noise, "calibration": False})
+    for n in counts:
+        labels = gpmlp.read(path, f"1:{5 * n + 1}:5")
+        new = gpmlp.read(path, "3")
+        start = CLOCK()
+        online = OnlineFit.begin(*labels, asked)
+        begun, more = CLOCK() - start, online.added(*new)
+        (model,) = online.models
+        grown = model.exact.bordered(model.kernel, new[0], more.batches[-1].remaining)
+        found = {
+            "labels": n,
+            "functionals": online.rank,
+            "columns of variances": online.factor.columns,
+            "learned": least(repeats, lambda o=online: replace(o).learned(*new)),
+            "of it: foreseen": least(repeats, lambda o=online: o.potential(new[0], variance=("energies", "forces"))),
+            "of it: added": least(repeats, lambda o=online: o.added(*new)),
+            "of it: their covariances": least(
+                repeats, lambda m=model, b=more.batches[-1]: m.exact.bordered(m.kernel, new[0], b.remaining)
+            ),
+            "of it: the border": least(repeats, lambda o=online, g=grown: o.exact.bordered(g.process)),
+            "of it: extended": least(repeats, lambda o=more: o.extended(new[0])),
+            "the potential": least(repeats, lambda o=more: replace(o).potential),
+            "removed": least(1, lambda o=more: o.removed(-1)),
+            "begun": begun,
+        }
+        out.append(found)
+        print(found, file=sys.stderr)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--columns", type=int, nargs="+", default=[250, 500, 1000, 2000])
@@ -171,8 +207,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-refit", action="store_true")
     parser.add_argument("--wall", action="store_true", help="seconds that pass, not CPU seconds")
+    parser.add_argument("--functionals", type=Path, help="of a model of all functionals of these data instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.functionals:
+        done = exactly(options.functionals, options.labels, options.repeats)
+        print(common.table([[n, *(f"{d[n]:.3g}" for d in done)] for n in done[0]], ["", *map(str, options.labels)]))
+        return
     data = gpmlp.read(Path(common.ROOT) / "data/silicon/train.xyz", "1:")
     truth = gpmlp.fit(*data, Recipe.model_validate(TRUTH))[0]
     most = max(*options.labels, STEPS)
