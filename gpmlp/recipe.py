@@ -111,6 +111,9 @@ BySymbol = Annotated[dict[str, T], AfterValidator(_by_symbol)]
 WordOrCount = Annotated[
     Annotated[Count, Tag("number")] | Annotated[Literal["all"], Tag("word")], Discriminator(_word_or_number)
 ]
+Functionals = Annotated[
+    Annotated[Count, Tag("number")] | Annotated[Literal["all", "auto"], Tag("word")], Discriminator(_word_or_number)
+]
 
 
 class RecipeSection(BaseModel):
@@ -279,13 +282,13 @@ class KernelRecipe(RecipeSection):
 class InducingRecipe(RecipeSection):
     """Inducing variables: n centres of each descriptor, each with its value and up to `gradients` directional derivatives; or functionals
     of the data themselves (energies, internal forces, stresses), 'all' or those of as many structures at random as have that number. With
-    all of them the centres are for variances."""
+    all of them the centres are for variances. 'auto': all where they pay and can be had, else none."""
 
     method: Literal["greedy", "farthest", "cur", "random"] = "greedy"
     n: Count | None = None
     gradients: Annotated[int, Field(ge=0, le=300)] | None = None
     shares: Literal["species", "total"] | Annotated[BySymbol[Count], AfterValidator(_not_empty)] = "species"
-    functionals: WordOrCount | None = None
+    functionals: Annotated[Functionals | None, BeforeValidator(lambda v: None if v == "none" else v)] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> InducingRecipe:

@@ -12,7 +12,7 @@ import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.fitting import left_out, regression
+from gpmlp.fitting import left_out, prepare, regression
 from gpmlp.gp import covariances, inducing
 from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.posterior import FIXED
@@ -172,6 +172,32 @@ def test_dynamics_has_it(fitted, ethanol):
 def test_what_cannot_be_is_refused(inducing, message):
     with pytest.raises(UserError, match=message):
         validate_recipe({"inducing": inducing})
+
+
+def test_auto_is_all_of_molecules_where_they_can_be_had(ethanol):
+    """Of solids, with labels known in part, with error bars of all columns or without memory it is none, as if the key were left out."""
+    part, labels = ethanol[0].select(range(8, 14)), ethanol[1].select(ethanol[0], range(8, 14))
+    solid, known = gpmlp.read(DATA.parent / "silicon" / "train.xyz", "1:4")
+    forces = labels.forces.clone()
+    forces[0, 0] = torch.nan
+
+    def chosen(structures, targets, **changes):
+        recipe = Recipe.model_validate(SMALL | {"inducing": {"functionals": "auto"}} | changes)
+        return prepare.set_up(structures, targets, recipe)[0].inducings[0]
+
+    found = chosen(part, labels)
+    assert found.functionals == "all" and found.n and found.gradients is not None
+    for i in (
+        chosen(solid, known),
+        chosen(part, replace(labels, forces=forces)),
+        chosen(part, labels, variance={"columns": "all"}),
+        chosen(part, labels, memory_GB=1e-5),
+    ):
+        assert i.functionals is None
+    assert chosen(solid, known) == prepare.set_up(solid, known, Recipe.model_validate(SMALL))[0].inducings[0]
+    assert validate_recipe({"inducing": {"functionals": "none"}}) == validate_recipe(
+        {"inducing": {"functionals": None}}
+    )
 
 
 def test_two_descriptors_with_functionals_of_one(ethanol):

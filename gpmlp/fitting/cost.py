@@ -13,8 +13,8 @@ from gpmlp import descriptors
 from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.fitting import inducing_sets
-from gpmlp.fitting.defaults import VARIANCE_COLUMNS, physical_memory_GB
+from gpmlp.fitting import exact_model, inducing_sets
+from gpmlp.fitting.defaults import VARIANCE_COLUMNS, memory_budget_GB, physical_memory_GB
 from gpmlp.fitting.regression import EVIDENCE_COLUMNS
 from gpmlp.recipe import InducingRecipe, Recipe
 
@@ -99,6 +99,19 @@ def expected_cost(recipe: Recipe, structures: Structures, targets: Targets) -> F
         seconds = cost.seconds + products / operations_per_second()
         cost = replace(cost, memory_GB=cost.memory_GB + 8e-9 * numbers_kept, seconds=seconds, functionals=True)
     return cost
+
+
+def why_not_all(recipe: Recipe, structures: Structures, targets: Targets) -> str:
+    """What stands in the way of all functionals, by a resolved recipe that asks for them: empty where they go by a Cholesky factorisation
+    within `memory_GB` and an hour."""
+    if why := exact_model.why_not_exact(recipe, structures, targets):
+        return why
+    if not inducing_sets.goes_exactly(recipe, structures, targets):
+        return "variances are of all columns"
+    expected, budget = expected_cost(recipe, structures, targets), recipe.memory_GB or memory_budget_GB()
+    if expected.memory_GB > BASE_GB + budget:
+        return f"{expected.columns} of them take {expected.memory_GB:.3g} GB, where memory_GB is {budget:.3g}"
+    return f"a fit would take {expected.seconds / 60:.0f} min" if expected.seconds > LONG_S else ""
 
 
 def _exact_cost(n: int, of_variances: FitCost) -> FitCost:

@@ -535,7 +535,10 @@ def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) 
 
 
 def _affordable(asked: Recipe, structures: Structures, targets: Targets) -> tuple[Recipe, str]:
-    """The recipe without functionals where these cannot be had, and why."""
+    """The recipe without functionals where these cannot be had, and why; of solids without any where it leaves the choice open."""
+    if bool(structures.periodic.any(dim=1).double().mean() > 0.5):
+        asked = prepare.with_functionals(asked, None)
+    asked = prepare.with_functionals(asked, "all")
     if asked.inducings[0].functionals is None:
         return asked, ""
     why, n = exact_model.why_not_exact(asked, structures, targets), int(cost.functionals_of(structures).sum())

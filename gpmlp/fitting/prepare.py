@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import KINDS, Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors.networks import find_network
-from gpmlp.fitting import defaults
+from gpmlp.fitting import cost, defaults
 from gpmlp.gp import hyperparameters
 from gpmlp.gp.hyperparameters import NOISE_FIELDS
 from gpmlp.io.label_checks import outliers, totals
@@ -101,8 +101,20 @@ def set_up(
         growing: see defaults.resolve_recipe.
     """
     summary = defaults.summarise_data(structures, targets)
-    recipe = defaults.resolve_recipe(recipe, summary, len(structures.distinct_species), growing)
-    return recipe, make_baselines(structures, targets, recipe, summary), summary
+    every = with_functionals(recipe, "all")
+    full = defaults.resolve_recipe(every, summary, len(structures.distinct_species), growing)
+    if every is not recipe and (summary.periodic or cost.why_not_all(full, structures, targets)):
+        recipe = with_functionals(recipe, None)
+        full = defaults.resolve_recipe(recipe, summary, len(structures.distinct_species), growing)
+    return full, make_baselines(structures, targets, full, summary), summary
+
+
+def with_functionals(recipe: Recipe, chosen: Literal["all"] | None) -> Recipe:
+    """The recipe with these where it leaves the choice open."""
+    if all(i.functionals != "auto" for i in recipe.inducings):
+        return recipe
+    given = (i.model_copy(update={"functionals": chosen}) if i.functionals == "auto" else i for i in recipe.inducings)
+    return recipe.model_copy(update={"inducing": tuple(given)})
 
 
 def make_baselines(

@@ -169,7 +169,7 @@ def exactly(path: Path, counts: Sequence[int], repeats: int) -> list[dict[str, f
     noise, new, out = {"energy_per_atom": 2e-4, "force": 0.01}, gpmlp.read(path, "3"), []
     asked = Recipe.model_validate({"inducing": {"functionals": "all"}, "noise": noise, "calibration": False})
     for n in counts:
-        labels = gpmlp.read(path, f"1:{5 * n + 1}:5")
+        labels = gpmlp.read(path, f"1:{3 * n + 1}:3")
         start = CLOCK()
         online = OnlineFit.begin(*labels, asked)
         begun, more = CLOCK() - start, online.added(*new)
