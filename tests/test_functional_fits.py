@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_what_cannot_be_is_refused(inducing, message):
 def test_auto_is_all_of_molecules_where_they_can_be_had(ethanol):
     """Of solids, with labels known in part, with error bars of all columns or without memory it is none, as if the key were left out."""
     part, labels = ethanol[0].select(range(8, 14)), ethanol[1].select(ethanol[0], range(8, 14))
-    solid, known = gpmlp.read(DATA.parent / "silicon" / "train.xyz", "1:4")
+    solid, known = gpmlp.read(Path(__file__).parents[1] / "data/silicon/train.xyz", "1:4")
     forces = labels.forces.clone()
     forces[0, 0] = torch.nan
 
