@@ -506,8 +506,8 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
     jitter = max(m.jitter for m in models)
     if jitter:
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
-    about = parameters, noise, result, tuple(warnings), charge_rows
-    return _Trained(models, environments, learned, of_held, novelty, *about)
+    ended = parameters, noise, result, tuple(warnings), charge_rows
+    return _Trained(models, environments, learned, of_held, novelty, *ended)
 
 
 def _around_start(charges: ChargeModel, whitened: dict[str, Tensor]) -> dict[str, Tensor]:
