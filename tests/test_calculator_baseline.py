@@ -238,6 +238,13 @@ def test_charges_and_moments_reach_the_calculator(frames):
     term = CalculatorEnergies.asked_for("fake_calculators:Electronic", {})
     energies = term(structures_from_ase([atoms, other])).energies
     assert energies.tolist() == [12.0, 0.0]
+    potential = fitted(frames, {"calculator": {"name": "fake_calculators:Electronic"}}, use_stresses=False)
+    other.calc = GPCalculator(potential)
+    before = other.get_potential_energy()
+    other.set_initial_magnetic_moments([0, 2, 0, 0])
+    assert other.get_potential_energy() == pytest.approx(before + 2.0)
+    other.set_initial_charges([1, 0, 0, 0])
+    assert other.get_potential_energy() == pytest.approx(before + 12.0)
 
 
 def test_the_total_charge_of_a_code_that_wants_it_said():

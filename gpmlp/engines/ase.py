@@ -19,7 +19,7 @@ from gpmlp.io.charges import stated_charge
 from gpmlp.potential.compiled import MovingAtoms
 from gpmlp.potential.potential import Potential
 
-# what the energy depends on; magnetic moments set on the Atoms change nothing
+# what the energy depends on, of moments and charges with charges or a calculator as baseline
 ARRAYS = ("positions", "numbers", "cell", "pbc")
 RELEVANT_CHANGES = (*ARRAYS, "initial_charges")
 
@@ -84,19 +84,20 @@ class GPCalculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
         """What has changed since the last calculation, of RELEVANT_CHANGES and to the last bit, which costs less than a tolerance.
 
-        'initial_charges' stands for the total charge too, which info states and ASE does not compare.
+        'initial_charges' stands for magnetic moments and the total charge too, which info states and ASE does not compare.
         """
         if self.atoms is None:
             return list(RELEVANT_CHANGES)
         before, now = ((a.positions, a.numbers, a.cell.array, a.pbc) for a in (self.atoms, atoms))
         arrays = zip(ARRAYS, before, now, strict=True)
         changes = [name for name, a, b in arrays if a.shape != b.shape or a.tobytes() != b.tobytes()]
-        return changes if self._charges(self.atoms) == self._charges(atoms) else [*changes, "initial_charges"]
+        return changes if self._electrons(self.atoms) == self._electrons(atoms) else [*changes, "initial_charges"]
 
-    def _charges(self, atoms: Atoms) -> tuple[float | None, bytes]:
-        """The total charge that info states, and the initial charges."""
-        initial = atoms.arrays.get("initial_charges")
-        by_site = initial.tobytes() if initial is not None and initial.any() else b""
+    def _electrons(self, atoms: Atoms) -> tuple[float | None, list[bytes]]:
+        """The total charge that info states, the initial charges, and moments where there is a baseline that may begin with them."""
+        names = ELECTRONIC.values() if getattr(self.potential, "outer_baselines", ()) else ["initial_charges"]
+        initial = (atoms.arrays.get(name) for name in names)
+        by_site = [v.tobytes() if v is not None and v.any() else b"" for v in initial]
         return stated_charge(atoms.info, self.label_in_errors), by_site
 
     def calculate(
