@@ -20,6 +20,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.fitting import calibrate, tune
 from gpmlp.fitting.search_space import SearchParameter, default_space, parse_search, propose
 from gpmlp.io import archive, ase_atoms, files, recipe_files
+from gpmlp.recipe import InducingRecipe
 
 SILICON = Path(__file__).resolve().parents[1] / "data" / "silicon" / "train.xyz"
 START = {"descriptor": {"cutoff": 3.5, "n_max": 3, "l_max": 2}, "kernel": {"zeta": 2}}
@@ -406,3 +407,10 @@ def test_default_space_of_a_resolved_recipe_is_valid_everywhere():
         for value in (parameter.low, parameter.high):
             recipe_files.changed_recipe(full, {parameter.key: value})
         assert parameter.contains(recipe_files.value_at(full, parameter.key))
+
+
+def test_trials_with_functionals_have_so_many_of_them():
+    """In place of all, whose centres are for variances."""
+    every = InducingRecipe(functionals="all").model_copy(update={"n": 30, "gradients": 2})
+    limited = tune._limited(every, 400, 100)
+    assert limited == InducingRecipe.model_validate(limited.model_dump()) and limited.functionals == 400

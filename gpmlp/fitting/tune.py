@@ -421,7 +421,7 @@ def _resolved(recipe: Recipe, summary: defaults.DataSummary, species: Sequence[i
 def _limited(inducing: InducingRecipe, columns: int, most: int) -> InducingRecipe:
     """The same kind of inducing set with about so many columns, at most `most` centres."""
     if inducing.functionals:
-        return inducing.model_copy(update={"functionals": columns})
+        return inducing.model_copy(update={"functionals": columns, "n": None, "gradients": None})
     n = max(1, min(columns // (1 + (inducing.gradients or 0)), most))
     shares = inducing.shares
     if isinstance(shares, dict):
