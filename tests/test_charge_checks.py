@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 import gpmlp
 from gpmlp.core.errors import UserError
+from gpmlp.core.findings import FindingWarning
 from gpmlp.io.ase_atoms import from_ase, structures_from_ase
 from gpmlp.io.label_checks.charge_fits import check_fragments, check_structures, fragments
+from gpmlp.potential.charges import warn_of_total_charges
 from gpmlp.recipe import Recipe
 
 
@@ -64,3 +67,34 @@ def test_a_fit_without_charges_refuses_what_it_cannot_tell_apart():
         gpmlp.fit(structures, targets, Recipe.model_validate({"long_range": {"charges": "off"}}))
     same = replace(structures, charges=torch.ones(4))
     gpmlp.fit(same, targets, Recipe.model_validate({"inducing": {"n": 3}, "descriptor": {"n_max": 2, "l_max": 1}}))
+
+
+def test_a_total_charge_outside_the_training_is_said():
+    structures = replace(structures_from_ase([pair(2.5), pair(6.0)]), charges=torch.tensor([0.0, 2.0]))
+    with pytest.warns(
+        FindingWarning, match="frame 1: the total charge 2 e is outside those of the training, 0 to 1 e"
+    ) as said:
+        warn_of_total_charges(structures, [0.0, 1.0])
+    assert [w.message.finding.kind for w in said] == ["charge-outside-training"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_total_charges(structures, [0.0, 2.0])
+
+
+def test_a_fit_with_charges_says_what_it_found_and_warns_at_other_charges():
+    """Ions that are pulled apart: the report has the range of total charges, by which predictions are judged."""
+    frames = []
+    for k in range(14):
+        r = 2.3 + 0.5 * k
+        atoms = Atoms("NaCl", positions=[[0, 0, 0], [0, 0, r]])
+        slope = np.array([[0, 0, -14.4 / r**2], [0, 0, 14.4 / r**2]])
+        atoms.calc = SinglePointCalculator(atoms, energy=-14.4 / r, forces=-slope)
+        frames.append(atoms)
+    structures, targets = from_ase(frames)
+    recipe = {"long_range": {"charges": "polarisable", "kappa": 3}, "inducing": {"n": 6}, "calibration": False}
+    recipe["descriptor"] = {"n_max": 3, "l_max": 1, "cutoff": 4.0}
+    potential, report = gpmlp.fit(structures, targets, Recipe.model_validate(recipe))
+    assert report.charges["kept"] and report.charges["total_charges_e"] == [0, 0]
+    with pytest.warns(FindingWarning, match="the total charge 1 e is outside those of the training"):
+        ion = potential(replace(structures.select([5]), charges=torch.ones(1)))
+    assert float(ion.charges.sum()) == pytest.approx(1, abs=1e-9)

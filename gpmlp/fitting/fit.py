@@ -290,7 +290,8 @@ def _with_charges(
     workers, columns = data.partitions.workers, most_columns(data.recipe, data.structures)
     partitions = Partitions.of_data(data.structures, remaining, columns, workers)
     data = replace(data, remaining=remaining, baselines=base, partitions=partitions, charges=found.model)
-    return data, found.report(kept=True)
+    totals = data.structures.charges
+    return data, found.report(kept=True) | {"total_charges_e": [float(totals.min()), float(totals.max())]}
 
 
 def _potential(

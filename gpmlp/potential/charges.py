@@ -33,6 +33,7 @@ from gpmlp.core import neighbors
 from gpmlp.core.coulomb import CoulombMatrix, electronegativity, hardness
 from gpmlp.core.environments import Descriptor, StructureEnvironments, strain_derivatives
 from gpmlp.core.errors import UserError
+from gpmlp.core.findings import Finding, warn_of
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.stored_tensors import StoredTensors
@@ -458,4 +459,19 @@ def stack_rows(parts: Sequence[CovarianceRows]) -> CovarianceRows:
     """Rows of several structures."""
     return CovarianceRows(
         *(torch.cat(rows) for rows in zip(*((p.energies, p.forces, p.stresses) for p in parts), strict=True))
+    )
+
+
+def warn_of_total_charges(structures: Structures, known: Sequence[float]) -> None:
+    """Warn (FindingWarning) where total charges are beyond the smallest and largest of a training."""
+    charges = structures.charges.cpu()
+    outside = ((charges < min(known) - 1e-6) | (charges > max(known) + 1e-6)).nonzero().flatten().tolist()
+    if not outside:
+        return
+    charge = float(charges[outside[0]])
+    text = f"the total charge {charge:g} e is outside those of the training, {min(known):g} to {max(known):g} e."
+    advice = "Error bars are too small there; label some structures with this charge."
+    names = tuple(structures.names[i] for i in outside)
+    warn_of(
+        Finding("charge-outside-training", "warning", text, names, {"total_charge_e": charge}, advice), stacklevel=3
     )

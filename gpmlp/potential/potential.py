@@ -26,7 +26,7 @@ from gpmlp.gp.kernels import make_kernel
 from gpmlp.gp.variance import FORMS, SAMPLED, VARIANCES, VarianceModel, VarianceRequest
 from gpmlp.potential import baselines, chunked, samples
 from gpmlp.potential.baseline import Baseline, LocalBaseline
-from gpmlp.potential.charges import ChargeModel
+from gpmlp.potential.charges import ChargeModel, warn_of_total_charges
 from gpmlp.potential.compiled import CompiledMean, compile_mean
 from gpmlp.potential.force_samples import ForceSamples
 from gpmlp.potential.local_errors import LocalErrors
@@ -285,6 +285,9 @@ class Potential:
         )  # fmt: skip
         if self.charges is not None:
             double = structures.to(dtype=torch.float64)
+            known = (self.report.get("charges") or {}).get("total_charges_e")
+            if known:
+                warn_of_total_charges(double, known)
             mean = mean + self.charges(double, pairs).map(lambda value: value.to(structures.positions))
         if not model or not request.correlated:
             return mean
