@@ -141,9 +141,9 @@ def draw_samples(
     generator = torch.Generator().manual_seed(seed)
     scale = potential.calibration.sample_scale if calibrated else None
     joint = model.factor if potential.charges is None else potential.charges.joint_factor(model.factor)
-    drawn_together = (scale or 1.0) * _whitened_deviations(joint, k, generator, how)
-    deviations = model.signal[:, None] * drawn_together[: model.n_columns]
-    charges = () if potential.charges is None else potential.charges.moved(drawn_together[model.n_columns :])
+    whitened, of_charges = _whitened_deviations(joint, k, generator, how).tensor_split([model.n_columns])
+    deviations = (scale or 1.0) * model.signal[:, None] * whitened
+    charges = () if potential.charges is None else potential.charges.moved((scale or 1.0) * of_charges)
     start, i, terms = 0, 0, []
     for term, blocks in zip(potential.terms, model.blocks, strict=True):
         drawn: dict[int, MeanBlock] = {}
