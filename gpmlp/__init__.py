@@ -23,6 +23,8 @@ from types import ModuleType
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 _HOMES = {
+    "GPMinimizer": "gpmlp.learning.paths.minimizer",
+    "GPNEB": "gpmlp.learning.paths.band",
     "Potential": "gpmlp.potential.potential",
     "Prediction": "gpmlp.core.quantities",
     "Recipe": "gpmlp.recipe",

@@ -48,6 +48,14 @@ def ase_dynamics(printed: str, folder: Path) -> None:
     assert len(std) == 11 and std[0] == 0 < min(std[1:]) and max(std) < 2000  # symmetry allows no force at the start
 
 
+def reaction_barrier(printed: str, folder: Path) -> None:
+    """EMT's own barrier is 0.374 eV."""
+    (barrier,), (std,) = numbers(r"barrier: ([\d.]+) eV", printed), numbers(r"known to ([\d.e-]+) eV", printed)
+    (calls,) = numbers(r"after (\d+) calculations", printed)
+    assert "converged: True" in printed and abs(barrier - 0.374) < 0.01
+    assert 0 < std < 0.01 and calls <= 5
+
+
 def torchsim_dynamics(printed: str, folder: Path) -> None:
     """Warm crystals are some k_BT above the ground state, PBE's -107.0 eV/atom of the data."""
     energies, stds = numbers(r": (-[\d.]+) \+-", printed), numbers(r"\+- ([\d.]+) eV/atom", printed)

@@ -40,7 +40,7 @@ def learn_command(
     if resume and not folder.exists():
         console.print_message("new", f"{folder} does not exist: there is nothing to resume, a new run begins")
     page = None
-    with _terminated_as_interrupted(), progress.LearningBar(chosen) as bar:
+    with terminated_as_interrupted(), progress.LearningBar(chosen) as bar:
         try:
             with closing(loop.learn(chosen, recipe.parent, resume)) as states:
                 bar(last := next(states))
@@ -86,7 +86,7 @@ def report_folder(folder: Path, data: Path | None, output: Path | None) -> None:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> Iterator[None]:
     """Batch systems end a job by SIGTERM: treat it as Ctrl-C, so that everything is closed in order."""
 
     def interrupt(*_: object) -> None:

@@ -24,6 +24,7 @@ from gpmlp.cli.lammps import app as lammps_app
 from gpmlp.cli.learn import INTERRUPTED, learn_command, report_folder
 from gpmlp.cli.locality import locality_command
 from gpmlp.cli.md import md_command
+from gpmlp.cli.paths import neb_command, relax_command
 from gpmlp.cli.tune import tune_command
 from gpmlp.core.errors import DataWarning, ProgressNotice, UserError, chemical_symbol, visible_text
 
@@ -153,6 +154,8 @@ app.command("check")(check_command)
 app.command("locality")(locality_command)
 app.command("tune")(tune_command)
 app.command("learn")(learn_command)
+app.command("relax")(relax_command)
+app.command("neb")(neb_command)
 app.command("md")(md_command)
 app.command("export")(export_command)
 app.add_typer(lammps_app, name="lammps")

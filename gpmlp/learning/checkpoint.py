@@ -28,6 +28,7 @@ from gpmlp.learning.recipe import DynamicsRecipe, LearnRecipe
 from gpmlp.learning.stopping.history import History
 from gpmlp.learning.walker import WalkerSnapshot, atoms_with_results
 from gpmlp.learning.walker_state import NEVER, WalkerState
+from gpmlp.recipe import RecipeSection
 
 NAME = "checkpoint.gpmlp-run"
 TEXT_LOG, TIMES = "run.log", "times.jsonl"
@@ -41,6 +42,7 @@ HOW = (
 MAY_CHANGE = (
     "stop.",
     "thin",
+    "labels_at_most",
     "lammps.",
     "output",
     "dynamics.steps",
@@ -134,9 +136,9 @@ class RunFiles:
     What log and trajectory hold beyond the last checkpoint is cut off on resuming, because it will be written again.
     """
 
-    REPEATABLE = ("log.jsonl", "trajectory.xyz")
+    REPEATABLE: tuple[str, ...] = ("log.jsonl", "trajectory.xyz")
 
-    def __init__(self, folder: Path, recipe: LearnRecipe, resume: bool) -> None:
+    def __init__(self, folder: Path, recipe: RecipeSection, resume: bool) -> None:
         """Take a folder for a run.
 
         Raises:
@@ -281,7 +283,8 @@ def _read_recipe(path: Path) -> dict:
         raise UserError(f"{path}: is gone, so that nobody knows which recipe the run there had; {mend}")
     try:
         recipe = json.loads(path.read_text())
-        DynamicsRecipe.model_validate(recipe["dynamics"])
+        if "end" not in recipe and "force_eV_per_A" not in recipe:  # a path or a relaxation, which have no dynamics
+            DynamicsRecipe.model_validate(recipe["dynamics"])
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: is no recipe of a run any more ({' '.join(str(error).split())}); {mend}") from error
     return recipe
@@ -302,8 +305,10 @@ def _check_same_run(before: dict, now: dict, folder: Path) -> None:
         ):  # a newer key says what was always done
             raise UserError(
                 f"{folder}: the run there had {name} = {a.get(name)!r}, the recipe says {b.get(name)!r}; a run is resumed with "
-                "the recipe it began with (only `stop`, `thin`, dynamics.steps and how the oracle is run may change)."
+                "the recipe it began with (only when it stops, `thin`, dynamics.steps and how the oracle is run may change)."
             )
+    if "dynamics" not in now:
+        return
     ramps = [DynamicsRecipe.model_validate(recipe["dynamics"]).ramp for recipe in (before, now)]
     if ramps[0] != ramps[1]:
         raise UserError(

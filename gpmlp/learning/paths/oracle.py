@@ -1,0 +1,73 @@
+"""An OracleCalculator is the oracle of a path as a calculator of ASE: it counts its calls, and says of each failure where it happened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+
+from gpmlp.core.errors import UserError
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.learning.label_requests import LabelRequest, LabelRequests
+from gpmlp.learning.labels import canonical_structure
+
+
+class OracleCalculator(Calculator):
+    """Energy and forces of another calculator, which constraints of the atoms do not concern.
+
+    Attributes:
+        reason: what is being asked for: 'the start', 'image 3 of 8 (the top)'; in errors.
+        calls: how often it was asked.
+    """
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012 - as ASE declares it
+
+    def __init__(self, calculator: Any, reason: str = "the structure") -> None:
+        super().__init__()
+        self.inner, self.reason, self.calls = calculator, reason, 0
+
+    @staticmethod
+    def around(calculator: Any) -> OracleCalculator:
+        """The calculator as an oracle, unless it is one."""
+        return calculator if isinstance(calculator, OracleCalculator) else OracleCalculator(calculator)
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Raises UserError: the calculator failed, or its answer is not finite; says of what."""
+        super().calculate(atoms, list(properties), list(system_changes))
+        free = self.atoms.copy()
+        free.set_constraint()
+        self.calls += 1
+        energy, forces = self._label(free)
+        if not (np.isfinite(energy) and np.isfinite(forces).all()):
+            raise UserError(f"{self.reason}: the oracle gave an energy or forces that are not finite numbers.")
+        self.results = {"energy": float(energy), "free_energy": float(energy), "forces": np.array(forces)}
+
+    def _label(self, atoms: Atoms) -> tuple[float, np.ndarray]:
+        atoms.calc = self.inner
+        try:
+            return atoms.get_potential_energy(), atoms.get_forces()
+        except Exception as error:  # calculators fail in many ways
+            said = " ".join(str(error).split()) or "no message"
+            raise UserError(f"{self.reason}: the oracle failed: {type(error).__name__}: {said}") from error
+
+
+class RunOracle(OracleCalculator):
+    """The oracle of a run: what is in its label file is not computed again, and what is computed is there before it is used."""
+
+    def __init__(self, requests: LabelRequests) -> None:
+        super().__init__(None)
+        self.requests = requests
+
+    def _label(self, atoms: Atoms) -> tuple[float, np.ndarray]:
+        request = LabelRequest(canonical_structure(structures_from_ase([atoms], [self.reason])))
+        entry = self.requests.collect(request, self.reason, {}, needed=True)
+        assert entry is not None  # needed
+        return float(entry.targets.energies[0]), entry.targets.forces.numpy()

@@ -1,0 +1,230 @@
+"""Runs of `gpmlp relax` and `gpmlp neb`: labels in a folder, from which a run that was killed goes on without asking for any again.
+
+The course of a run follows from its recipe and its labels alone: one that is resumed goes the same way, and what is in the label file
+is not asked of the oracle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.constraints import FixAtoms
+
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import json_value
+from gpmlp.io import archive
+from gpmlp.io.ase_atoms import structures_from_ase, write_frames
+from gpmlp.io.files import atomic_write
+from gpmlp.io.label_checks.coincident import check_coincident
+from gpmlp.learning.checkpoint import ActivityTimer, RunFiles, RunProgress
+from gpmlp.learning.label_requests import LabelRequests
+from gpmlp.learning.paths import vibrations
+from gpmlp.learning.paths.band import GPNEB, BandLabel
+from gpmlp.learning.paths.band import Path as ReactionPath
+from gpmlp.learning.paths.minimizer import GPMinimizer
+from gpmlp.learning.paths.oracle import RunOracle
+from gpmlp.learning.paths.recipe import NebRecipe, RelaxRecipe
+from gpmlp.learning.paths.surface import Surface
+from gpmlp.learning.paths.vibrations import SaddleModes
+
+MODEL, LABELS = "model.gpmlp", "labels.xyz"
+
+
+class PathFiles(RunFiles):
+    """The files of a run: log.jsonl, which depends on recipe and labels alone and is written anew when a run is resumed, and the others."""
+
+    REPEATABLE = ("log.jsonl",)
+
+
+@dataclass(frozen=True)
+class RelaxStep:
+    """A label of a relaxation.
+
+    Attributes:
+        labels: so far; energy: eV; force: the largest on a free atom, eV/A; of the oracle.
+    """
+
+    labels: int
+    energy: float
+    force: float
+    converged: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PathOutcome:
+    """What a search came to.
+
+    Attributes:
+        numbers: of neb.json; modes: of the top of the path.
+    """
+
+    converged: bool
+    numbers: dict[str, Any]
+    path: ReactionPath
+    modes: SaddleModes
+
+
+def relax(recipe: RelaxRecipe, base: Path = Path("."), resume: bool = False) -> Generator[RelaxStep, None, None]:
+    """Relax a structure; OUTPUT/relax.json and relaxed.xyz hold what came of it.
+
+    Args:
+        base: folder that relative paths of the recipe start from.
+        resume: go on with the run in the output folder; without it there must be none.
+
+    Raises:
+        UserError: bad input, an oracle that cannot be used or failed, a disk that is full. The run can be resumed then.
+    """
+    atoms = read_structure(base / recipe.start, recipe.fixed)
+    folder = base / recipe.output
+    with _opened(recipe, folder, resume) as (oracle, files):
+        oracle.reason, atoms.calc = "the relaxation", oracle
+        minimizer = GPMinimizer(atoms, Surface(recipe.model), logfile=None)
+        converged = False
+        for converged in minimizer.irun(recipe.force_eV_per_A, recipe.labels_at_most - 1):
+            force = float(np.linalg.norm(atoms.get_forces(), axis=1).max())
+            step = RelaxStep(minimizer.nsteps + 1, atoms.get_potential_energy(), force, bool(converged))
+            files.log_event("label", **_with_units(asdict(step)))
+            yield step
+        write_frames(folder / "relaxed.xyz", atoms)
+        numbers = {
+            "energy_eV": atoms.get_potential_energy(),
+            "largest_force_eV_per_A": float(np.linalg.norm(atoms.get_forces(), axis=1).max()),
+            "oracle_calls": minimizer.nsteps + 1,
+            "converged": bool(converged),
+        }
+        _write_json(folder / "relax.json", numbers)
+
+
+def find_path(recipe: NebRecipe, base: Path = Path("."), resume: bool = False) -> Generator[BandLabel | PathOutcome, None, None]:
+    """Find a minimum-energy path; yields each label of it, and the outcome last.
+
+    OUTPUT/neb.json and path.xyz hold what came of it.
+
+    Args:
+        base, resume: see `relax`.
+
+    Raises:
+        UserError: see `relax`.
+    """
+    start, end = (read_structure(base / name, recipe.fixed) for name in (recipe.start, recipe.end))
+    folder = base / recipe.output
+    # bad end points are refused before anything is written
+    GPNEB(start, end, object(), recipe.images, recipe.relax_ends)
+    with _opened(recipe, folder, resume) as (oracle, files):
+        neb = GPNEB(start, end, oracle, recipe.images, recipe.relax_ends, Surface(recipe.model))
+        for label in neb.irun(recipe.force_eV_per_A, recipe.labels_at_most, recipe.energy_eV):
+            files.log_event("label", **_with_units(asdict(label)))
+            yield label
+        assert neb.path is not None
+        write_frames(folder / "path.xyz", _frames(neb.path))
+        archive.save(neb.surface.potential, folder / MODEL)
+        modes = vibrations.saddle_modes(neb.surface, neb.path.images[neb.path.top])
+        numbers = _path_numbers(neb, modes)
+        _write_json(folder / "neb.json", numbers)
+        yield PathOutcome(neb.converged, numbers, neb.path, modes)
+
+
+def _path_numbers(neb: GPNEB, modes: SaddleModes) -> dict[str, Any]:
+    path, last = neb.path, neb.labels[-1]
+    assert path is not None
+    return {
+        "barrier_eV": path.barrier,
+        "barrier_sigma_eV": path.sigma,
+        "reverse_barrier_eV": path.barrier - path.reaction_energy,
+        "reaction_energy_eV": path.reaction_energy,
+        "reaction_energy_sigma_eV": path.reaction_sigma,
+        "foreseen_barrier_eV": last.barrier,
+        "foreseen_barrier_sigma_eV": last.sigma,
+        "foreseen_error_eV": last.error,
+        "oracle_calls": len(neb.labels),
+        "oracle_calls_end_points": neb.oracle.calls - len(neb.labels),
+        "largest_force_at_top_eV_per_A": last.force,
+        "converged": neb.converged,
+        "top_image": path.top,
+        "energies_eV": path.energies,
+        "sigmas_eV": path.sigmas,
+        "distances_A": path.distances,
+        "imaginary_frequencies_per_cm": modes.imaginary,
+        "labels": [_with_units(asdict(label)) for label in neb.labels],
+    }
+
+
+def read_structure(path: Path, fixed: tuple[int, ...] = ()) -> Atoms:
+    """The one structure of a file, in any format that ASE reads, with the constraints that it holds and some more fixed atoms.
+
+    Raises:
+        UserError: the file cannot be read, holds no structure or several, atoms on top of each other, or not so many atoms.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file.")
+    try:
+        frames = list(ase.io.iread(path, index=":"))
+    except Exception as error:  # readers refuse in many ways
+        raise UserError(
+            f"{path}: cannot be read as a structure: {' '.join(str(error).split()) or type(error).__name__}."
+        ) from error
+    if len(frames) != 1 or not len(frames[0]):
+        what = f"{len(frames)} structures" if len(frames) != 1 else "a structure without atoms"
+        raise UserError(f"{path}: holds {what}; it must be one structure: write the one that is meant to a file.")
+    atoms = frames[0]
+    for finding in check_coincident(structures_from_ase([atoms], [str(path)])):
+        raise UserError(str(finding))
+    if fixed and max(fixed) >= len(atoms):
+        raise UserError(f"fixed: {path} has atoms 0 to {len(atoms) - 1}; there is no atom {max(fixed)}.")
+    atoms.calc = None
+    if fixed:
+        atoms.set_constraint([*atoms.constraints, FixAtoms(sorted(set(fixed)))])
+    return atoms
+
+
+@contextmanager
+def _opened(recipe: RelaxRecipe | NebRecipe, folder: Path, resume: bool) -> Iterator[tuple[RunOracle, PathFiles]]:
+    """The oracle and the files of a run, closed in the end; what a run wrote that failed before its first label is removed."""
+    recipe.oracle.check()  # before anything is written
+    files = PathFiles(folder, recipe, resume)
+    try:
+        with closing(files):
+            requests = LabelRequests(recipe.oracle, folder, files, ActivityTimer())
+            with closing(requests):
+                files.truncate(RunProgress())
+                yield RunOracle(requests), files
+    except UserError:
+        files.discard_unused()
+        raise
+
+
+def _frames(path: ReactionPath) -> list[Atoms]:
+    frames = []
+    for image, energy, sigma in zip(path.images, path.energies, path.sigmas, strict=True):
+        frame = image.copy()
+        frame.calc = image.calc
+        frame.info |= {"relative_energy_eV": float(energy), "relative_energy_std_eV": float(sigma)}
+        frames.append(frame)
+    return frames
+
+
+UNITS = {
+    "energy": "energy_eV",
+    "force": "largest_force_eV_per_A",
+    "barrier": "foreseen_barrier_eV",
+    "sigma": "foreseen_barrier_sigma_eV",
+    "largest_sigma": "largest_sigma_eV",
+    "error": "foreseen_error_eV",
+}
+
+
+def _with_units(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {UNITS.get(name, name): value for name, value in numbers.items()}
+
+
+def _write_json(path: Path, numbers: dict[str, Any]) -> None:
+    with atomic_write(path, text=True) as file:
+        file.write(json.dumps(json_value(numbers), indent=1) + "\n")

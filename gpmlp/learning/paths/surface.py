@@ -1,0 +1,108 @@
+"""A Surface is the potential energy surface near a few labelled structures: the exact Gaussian process of all their energies and forces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.engines.ase import GPCalculator
+from gpmlp.fitting.fit import fit
+from gpmlp.io.ase_atoms import from_ase, structures_from_ase
+from gpmlp.potential.potential import Potential
+from gpmlp.recipe import Recipe
+
+# all functionals of the labels, for the mean and for error bars, as there are few; nothing that a path does not need
+EXACT: dict[str, Any] = {
+    "inducing": {"functionals": "all"},
+    "variance": {"columns": "all", "local": "exact"},
+    "mean": "exact",
+    "calibration": False,
+    "novelty": False,
+}
+
+
+def surface_recipe(given: dict[str, Any] | None = None) -> Recipe:
+    """The model of a path: EXACT, with what is given in place of it."""
+    return Recipe.model_validate({**EXACT, **(given or {})})
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Of several structures: energies and their standard deviations (structures,) eV, forces (structures, atoms, 3) eV/A."""
+
+    energies: np.ndarray
+    sigmas: np.ndarray
+    forces: np.ndarray
+
+    @property
+    def difference_sigmas(self) -> np.ndarray:
+        """(structures,) eV, of energies less that of the first, which is labelled: its own error is next to nothing, and independent."""
+        sigmas = np.hypot(self.sigmas, self.sigmas[0])
+        sigmas[0] = 0.0
+        return sigmas
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """A value; labels are added by making a new one.
+
+    Standard deviations are the posterior's own: there are too few labels to calibrate them.
+
+    Attributes:
+        labels: structures with energy and forces of the oracle as results of their calculators.
+    """
+
+    recipe: Recipe
+    labels: tuple[Atoms, ...] = ()
+
+    def with_label(self, atoms: Atoms, energy: float, forces: np.ndarray) -> Surface:
+        """With one more labelled structure.
+
+        Args:
+            energy, forces: of the oracle, eV and (atoms, 3) eV/A, of all atoms, whether they are held or not.
+
+        Raises:
+            UserError: the label is not finite.
+        """
+        if not (np.isfinite(energy) and np.isfinite(forces).all()):
+            raise UserError("The oracle gave an energy or forces that are not finite numbers.")
+        label = atoms.copy()
+        label.set_constraint()
+        label.calc = SinglePointCalculator(label, energy=float(energy), forces=np.array(forces))
+        return replace(self, labels=(*self.labels, label))
+
+    @cached_property
+    def data(self) -> tuple[Structures, Targets]:
+        """All labels."""
+        return from_ase(self.labels, [f"label {i + 1}" for i in range(len(self.labels))])
+
+    @cached_property
+    def potential(self) -> Potential:
+        """The posterior mean, with variances."""
+        return fit(*self.data, self.recipe)[0]
+
+    def calculator(self) -> GPCalculator:
+        """The posterior mean for ASE."""
+        return GPCalculator(self.potential)
+
+    def predict(self, images: Sequence[Atoms]) -> Prediction:
+        """Energies with their standard deviations, and forces, of structures with equally many atoms."""
+        predicted = self.potential(structures_from_ase(images), variance="energies", form="dtc", calibrated=False)
+        assert predicted.energies_variance is not None
+        sigmas = predicted.energies_variance.epistemic.clamp_min(0).sqrt()
+        forces = predicted.forces.reshape(len(images), -1, 3)
+        return Prediction(*(x.detach().numpy() for x in (predicted.energies, sigmas, forces)))
+
+    def forces(self, images: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean energies (structures,) eV and forces (structures, atoms, 3) eV/A, without variances, which take longer."""
+        predicted = self.potential(structures_from_ase(images))
+        return predicted.energies.detach().numpy(), predicted.forces.detach().numpy().reshape(len(images), -1, 3)

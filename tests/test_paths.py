@@ -1,0 +1,310 @@
+"""Relaxations and paths on the posterior of few labels: against ASE on the oracle itself, killed and resumed, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import add_adsorbate, fcc100
+from ase.calculators.calculator import Calculator
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms, FixBondLengths
+from ase.mep import NEB
+from ase.optimize import BFGS
+from ase.vibrations import Vibrations
+
+import gpmlp
+from gpmlp.core.errors import UserError
+from gpmlp.learning.paths.oracle import OracleCalculator
+from gpmlp.learning.paths.surface import Surface, surface_recipe
+from gpmlp.learning.paths.vibrations import saddle_modes
+
+pytestmark = pytest.mark.filterwarnings("ignore:Skipping unhashable")
+
+
+def slab(site: str = "hollow", height: float = 1.7) -> Atoms:
+    """A gold atom on Al(100) whose lower layers are held."""
+    atoms = fcc100("Al", (2, 2, 2))
+    add_adsorbate(atoms, "Au", height, site)
+    atoms.center(axis=2, vacuum=4.0)
+    atoms.set_constraint(FixAtoms(mask=[atom.tag > 1 for atom in atoms]))
+    atoms.info.clear()
+    return atoms
+
+
+def hop() -> tuple[Atoms, Atoms]:
+    """End points that are at rest by the oracle."""
+    start = slab()
+    start.calc = EMT()
+    BFGS(start, logfile=None).run(fmax=0.005)
+    end = start.copy()
+    end[-1].x += end.cell[0, 0] / 2
+    end.calc = EMT()
+    BFGS(end, logfile=None).run(fmax=0.005)
+    return start, end
+
+
+@pytest.fixture(scope="module")
+def found() -> gpmlp.GPNEB:
+    start, end = hop()
+    neb = gpmlp.GPNEB(start, end, EMT(), images=3)
+    assert neb.run(fmax=0.05)
+    return neb
+
+
+def oracle_barrier(start: Atoms, end: Atoms) -> float:
+    """By ASE's own climbing band on the oracle."""
+    images = [start.copy() for _ in range(4)] + [end.copy()]
+    for image in images:
+        image.calc = EMT()
+    band = NEB(images, climb=True, method="improvedtangent")
+    band.interpolate("idpp")
+    assert BFGS(band, logfile=None).run(fmax=0.02, steps=300)
+    return max(image.get_potential_energy() for image in images) - images[0].get_potential_energy()
+
+
+def test_barrier_is_that_of_the_oracle(found):
+    """To 10 meV, with at most five calls on the path; the label at the top is what the model had foreseen."""
+    truth = oracle_barrier(*hop())
+    assert found.path.barrier == pytest.approx(truth, abs=0.01)
+    assert len(found.labels) <= 5
+    assert found.oracle.calls == len(found.labels) + 2  # and the end points, which were at rest
+    last = found.labels[-1]
+    assert last.force < 0.05 and abs(last.error) < 0.01 and last.reason == "the top"
+    assert abs(last.error) < 3 * last.sigma + 1e-3
+
+
+def test_error_bars_along_the_path_cover_the_oracle(found):
+    """Errors of energies of all images, none of which but the top need be labelled, are within 3 σ and a meV."""
+    errors = []
+    for image in found.path.images:
+        moved = image.copy()
+        moved.calc = EMT()
+        errors.append(moved.get_potential_energy())
+    errors = np.array(errors) - errors[0] - found.path.energies
+    assert (np.abs(errors) < 3 * found.path.sigmas + 1e-3).all()
+    assert found.path.sigmas[0] == 0 and found.path.sigmas[1:-1].max() > found.path.sigma
+
+
+def test_saddle_has_the_oracles_imaginary_mode(found, tmp_path):
+    """One, as the oracle's finite differences have it, to 20 %: the model knows that curvature from a few labels."""
+    top = found.path.images[found.path.top]
+    modes = saddle_modes(found.surface, top)
+    truth = top.copy()
+    truth.calc = EMT()
+    vibrations = Vibrations(truth, indices=range(4, len(top)), name=str(tmp_path / "vib"))
+    vibrations.run()
+    imaginary = vibrations.get_frequencies().imag
+    assert (imaginary > 10).sum() == len(modes.imaginary) == 1
+    assert modes.imaginary[0] == pytest.approx(imaginary.max(), rel=0.2)
+    minimum = saddle_modes(found.surface, found.path.images[0])
+    assert minimum.imaginary == []
+
+
+def test_slopes_are_those_of_the_energies(found):
+    """The curve of the figure: slopes by forces agree with differences of energies on either side of the top."""
+    path = found.path
+    chords = np.diff(path.energies) / np.diff(path.distances)
+    assert np.sign(path.slopes[1]) == 1 and np.sign(path.slopes[-2]) == -1
+    assert abs(path.slopes[path.top]) < 0.05
+    assert np.sign(chords[0]) == 1 and 0.3 < path.slopes[1] / chords[:2].mean() < 3
+
+
+def test_relaxation_needs_less_than_a_third_of_the_calls_of_bfgs():
+    counts, energies = [], []
+    for optimizer in (BFGS, gpmlp.GPMinimizer):
+        atoms = slab("bridge", 2.3)
+        atoms.rattle(0.1, seed=2)
+        atoms.calc = OracleCalculator(EMT())
+        with optimizer(atoms, logfile=None) as run:
+            assert run.run(fmax=0.02)
+        assert np.linalg.norm(atoms.get_forces(), axis=1).max() < 0.02
+        counts.append(atoms.calc.calls)
+        energies.append(atoms.get_potential_energy())
+    assert counts[1] < 0.6 * counts[0]
+    assert energies[1] < energies[0] + 0.002
+
+
+def test_surface_goes_through_its_labels():
+    """Energies and forces of labels come back; forces are slopes of the energies; standard deviations grow away from labels."""
+    surface = Surface(surface_recipe())
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        atoms = slab()
+        atoms.set_constraint()
+        atoms.positions += rng.normal(scale=0.05, size=atoms.positions.shape)
+        atoms.calc = EMT()
+        surface = surface.with_label(atoms, atoms.get_potential_energy(), atoms.get_forces())
+    predicted = surface.predict(surface.labels)
+    assert np.abs(predicted.energies - [a.get_potential_energy() for a in surface.labels]).max() < 2e-3
+    away = surface.labels[0].copy()
+    away.positions[-1] += [0.3, 0.2, 0.1]
+    forward, backward = away.copy(), away.copy()
+    forward.positions[-1, 0] += 1e-3
+    backward.positions[-1, 0] -= 1e-3
+    three = surface.predict([away, forward, backward])
+    assert three.forces[0, -1, 0] == pytest.approx((three.energies[2] - three.energies[1]) / 2e-3, abs=1e-4)
+    assert three.sigmas[0] > 3 * predicted.sigmas.max()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def changed(**how: object) -> tuple[Atoms, Atoms]:
+    start, end = slab(), slab()
+    end[-1].x += 2.8
+    for name, value in how.items():
+        setattr(end, name, value)
+    return start, end
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (lambda: (slab(), slab()), "are the same structure"),
+        (lambda: (slab(), slab()[:-1]), "the same atoms"),
+        (lambda: changed(numbers=slab().numbers[::-1]), "in another order"),
+        (lambda: changed(pbc=False), "is periodic along"),
+        (lambda: changed(cell=slab().cell * 1.01), "cells of start and end differ"),
+        (lambda: changed(constraints=[]), "other constraints"),
+        (lambda: [a for a in changed() if a.set_constraint(FixBondLengths([[0, 1]])) is None], "FixBondLengths"),
+        (lambda: [a for a in changed() if a.set_constraint(FixAtoms(range(9))) is None], "all 9 atoms are fixed"),
+    ],
+)
+def test_end_points_that_no_path_joins_are_refused(ends, said):
+    with pytest.raises(UserError, match=said):
+        gpmlp.GPNEB(*ends(), EMT())
+
+
+def test_too_few_images_and_no_calculator_are_refused():
+    with pytest.raises(UserError, match=r"3 images between its end points at least.*got 2"):
+        gpmlp.GPNEB(*changed(), EMT(), images=2)
+    with pytest.raises(UserError, match="no calculator"):
+        gpmlp.GPNEB(*changed())
+    with pytest.raises(UserError, match="have no calculator"):
+        gpmlp.GPMinimizer(slab())
+
+
+class FailsAt(Calculator):
+    """EMT that fails at one call."""
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012
+
+    def __init__(self, call: int, how: str) -> None:
+        super().__init__()
+        self.call, self.how, self.calls = call, how, 0
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+        super().calculate(atoms, list(properties), list(system_changes))
+        self.calls += 1
+        if self.calls == self.call and self.how == "raise":
+            raise RuntimeError("SCF diverged")
+        work = atoms.copy()
+        work.calc = EMT()
+        self.results = {"energy": work.get_potential_energy(), "forces": work.get_forces()}
+        if self.calls == self.call:
+            self.results["forces"][0, 0] = np.nan
+
+
+@pytest.mark.parametrize(("how", "said"), [("raise", "RuntimeError: SCF diverged"), ("nan", "not finite")])
+def test_failure_of_the_oracle_names_the_image(how, said):
+    start, end = hop()
+    with pytest.raises(UserError, match=rf"image 2 of 4 \(the middle of the first path\).*{said}"):
+        gpmlp.GPNEB(start, end, FailsAt(3, how), images=3).run()
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def gpmlp_command(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "gpmlp", *words], cwd=folder, capture_output=True, text=True)
+
+
+def written_hop(folder: Path) -> Path:
+    start, end = hop()
+    ase.io.write(folder / "start.xyz", start)
+    ase.io.write(folder / "end.xyz", end)
+    recipe = {"start": "start.xyz", "end": "end.xyz", "images": 3, "relax_ends": False}
+    (folder / "neb.yaml").write_text(json.dumps({**recipe, "oracle": {"calculator": "emt", "executor": "inline"}}))
+    return folder
+
+
+def test_neb_killed_and_resumed_asks_for_the_same_labels(tmp_path, found):
+    """kill -9 while labels come; the resumed run has the labels of one that was never killed, and its barrier is the class's."""
+    folders = [written_hop((tmp_path / name).mkdir() or tmp_path / name) for name in ("whole", "killed")]
+    whole = gpmlp_command(folders[0], "neb", "neb.yaml")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpmlp", "neb", "neb.yaml"], cwd=folders[1], stderr=subprocess.DEVNULL
+    )
+    labels = folders[1] / "path" / "labels.xyz"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (labels.exists() and labels.read_text().count("Properties") >= 3):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = labels.read_bytes()
+    again = gpmlp_command(folders[1], "neb", "neb.yaml")
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+    resumed = gpmlp_command(folders[1], "neb", "neb.yaml", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert labels.read_bytes() == (folders[0] / "path" / "labels.xyz").read_bytes()
+    assert labels.read_bytes().startswith(before) and len(before) < len(labels.read_bytes())
+    numbers = [json.loads((folder / "path" / "neb.json").read_text()) for folder in folders]
+    assert numbers[0] == numbers[1]
+    assert numbers[0]["converged"] is True and numbers[0]["oracle_calls"] == len(found.labels)
+    assert numbers[0]["barrier_eV"] == pytest.approx(found.path.barrier, abs=2e-3)
+    assert 0 < numbers[0]["barrier_sigma_eV"] < 0.01
+    assert numbers[0]["oracle_calls_end_points"] == 2
+    assert "barrier" in whole.stdout and "the top" in whole.stderr
+    assert (folders[0] / "path" / "path.png").read_bytes().startswith(b"\x89PNG")
+    assert len(ase.io.read(folders[0] / "path" / "path.xyz", ":")) == 5
+
+
+def test_relax_writes_what_the_oracle_says(tmp_path):
+    atoms = slab("bridge", 2.0)
+    ase.io.write(tmp_path / "start.xyz", atoms)
+    recipe = {"start": "start.xyz", "fixed": [4], "oracle": {"calculator": "emt", "executor": "inline"}}
+    (tmp_path / "relax.yaml").write_text(json.dumps(recipe))
+    few = gpmlp_command(tmp_path, "relax", "relax.yaml", "--set", "labels_at_most=2")
+    assert few.returncode == 2 and "not converged after 2 labels" in few.stderr
+    done = gpmlp_command(tmp_path, "relax", "relax.yaml", "--resume")
+    assert done.returncode == 0, done.stderr
+    numbers, relaxed = (
+        json.loads((tmp_path / "relaxed/relax.json").read_text()),
+        ase.io.read(tmp_path / "relaxed/relaxed.xyz"),
+    )
+    assert numbers["converged"] is True
+    held = [0, 1, 2, 3, 4]
+    assert np.abs(relaxed.positions[held] - atoms.positions[held]).max() < 1e-7
+    relaxed.calc = EMT()
+    assert numbers["energy_eV"] == pytest.approx(relaxed.get_potential_energy(), abs=1e-5)
+    assert np.linalg.norm(np.delete(relaxed.get_forces(apply_constraint=False), held, axis=0), axis=1).max() < 0.021
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"images": 2}, "images"),
+        ({"end": "start.xyz"}, "are the same structure"),
+        ({"end": "nowhere.xyz"}, "there is no such file"),
+        ({"fixed": [99]}, "there is no atom 99"),
+        ({"model": {"variance": False}}, "variance"),
+    ],
+)
+def test_bad_recipes_are_refused_before_anything_is_written(tmp_path, change, said):
+    folder = written_hop(tmp_path)
+    recipe = json.loads((folder / "neb.yaml").read_text())
+    (folder / "neb.yaml").write_text(json.dumps({**recipe, **change}))
+    refused = gpmlp_command(folder, "neb", "neb.yaml")
+    assert refused.returncode == 2 and said in refused.stderr and "Traceback" not in refused.stderr
+    assert not (folder / "path").exists()
