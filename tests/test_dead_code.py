@@ -16,7 +16,6 @@ USED_BY = {
     "PySCF": "recipes, by name",
     "Oracle": "the protocol that oracles of users follow",
     "CalculatorOracle": "users (docs/oracles.md)",
-    "from_ase": "users (docs/api.md)",
     "committee": "users (docs/uncertainty.md)",
     "structures_and_targets": "users, to fit to the labels of a run",
     "without": "users, to take inducing points out of an online model",

@@ -103,7 +103,9 @@ def relax(recipe: RelaxRecipe, base: Path = Path("."), resume: bool = False) -> 
         _write_json(folder / "relax.json", numbers)
 
 
-def find_path(recipe: NebRecipe, base: Path = Path("."), resume: bool = False) -> Generator[BandLabel | PathOutcome, None, None]:
+def find_path(
+    recipe: NebRecipe, base: Path = Path("."), resume: bool = False
+) -> Generator[BandLabel | PathOutcome, None, None]:
     """Find a minimum-energy path; yields each label of it, and the outcome last.
 
     OUTPUT/neb.json and path.xyz hold what came of it.
