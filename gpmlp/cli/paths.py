@@ -75,10 +75,10 @@ def neb_command(
 
 
 def _recipe(kind: type, recipe: Path, settings: list[str] | None) -> Any:
+    from gpmlp.core import calculators
     from gpmlp.io.recipe_files import load_recipe_as
-    from gpmlp.learning.oracles import codes
 
-    codes.add_import_folder(recipe.parent)
+    calculators.add_import_folder(recipe.parent)
     return load_recipe_as(kind, recipe, settings or [])
 
 
