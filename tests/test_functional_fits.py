@@ -96,7 +96,7 @@ def test_rows_of_the_data_are_those_of_the_functionals(ethanol, monkeypatch):
 
     monkeypatch.setattr(regression, "own_rows", spy)
     gpmlp.fit(structures, targets, Recipe.model_validate(SMALL | {"inducing": {"functionals": "all"}}))
-    models, part, labels, (found, counts) = seen[0]
+    models, part, labels, _, (found, counts) = seen[0]
     lowers = regression.lowers_of(models)
     expected = regression.labelled_rows(models, part, labels)
     assert found.keys() == expected.keys() == {"energies", "forces", FIXED}
