@@ -153,6 +153,12 @@ class RadialScaling(RecipeSection):
     exponent: Annotated[float, Field(ge=0, le=20)] | None = None
 
 
+class CompressionRecipe(RecipeSection):
+    """Principal channels of the density, species and radial functions together, for each l: so many in place of all."""
+
+    channels: Annotated[int, Field(ge=1, le=4096)] | None = None
+
+
 class FourBodyRecipe(RecipeSection):
     """Four-body invariants beside the power spectrum: of so many principal channels, up to a degree, with a weight."""
 
@@ -212,6 +218,7 @@ class DescriptorRecipe(RecipeSection):
     cutoff_exponent: Annotated[float, Field(ge=2, le=10)] = 2.0
     central_weight: Annotated[float, Field(ge=0, le=1e4)] = 1.0
     shortest: Length | None = None
+    compression: Annotated[CompressionRecipe | Literal[False], BeforeValidator(_section_if_true)] = False
     four_body: Annotated[FourBodyRecipe | Literal[False], BeforeValidator(_section_if_true)] = False
     beside: NetworkRecipe | Literal[False] = False
 
@@ -219,6 +226,8 @@ class DescriptorRecipe(RecipeSection):
     def _consistent(self) -> DescriptorRecipe:
         if self.four_body and self.name != "soap":
             raise ValueError(f"four_body needs the descriptor soap; {self.name} has no density to take channels from")
+        if self.compression and self.name != "soap":
+            raise ValueError(f"compression needs the descriptor soap; {self.name} has no density to compress")
         if self.four_body and self.l_max is not None and (self.four_body.l_max or 2) > self.l_max:
             raise ValueError(
                 f"four_body.l_max must be 2 or more, and not above the l_max of the descriptor, {self.l_max}"

@@ -115,7 +115,10 @@ def _descriptor_cases() -> dict[str, dict]:
             for basis in radial.BASES:
                 cases[f"soap {basis}"] = plain | {"name": name, "basis": basis}
             cases["soap poly"] = plain | {"name": name, "cutoff_function": "poly", "radial_scaling": False}
-            cases["four-body soap"] = plain | {"name": name, "four_body": {"channels": 3, "l_max": 3, "weight": 0.5}}
+            four_body = {"channels": 3, "l_max": 3, "weight": 0.5}
+            cases["four-body soap"] = plain | {"name": name, "four_body": four_body}
+            cases["compressed soap"] = plain | {"name": name, "compression": {"channels": 5}}
+            cases["compressed four-body soap"] = cases["compressed soap"] | {"four_body": four_body}
         else:
             cases[name] = plain | {"name": name}
     return cases

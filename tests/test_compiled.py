@@ -25,6 +25,7 @@ from gpmlp.core import neighbors
 from gpmlp.core.environments import SinglePrecisionDescriptor
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors.backends import FourBodySoap, SoapPowerSpectrum
+from gpmlp.descriptors.compression import sample_environments
 from gpmlp.descriptors.four_body import learn_four_body
 from gpmlp.descriptors.radial import NeighborWeights
 from gpmlp.native import library
@@ -93,16 +94,21 @@ def test_single_precision(name, kernel):
     exponent=st.sampled_from([0.0, 4.0, 2.5]),
     species=st.lists(st.sampled_from(SPECIES), min_size=1, max_size=25),
     channels=st.integers(0, 6),
+    kept=st.integers(0, 40),
     seed=st.integers(0, 99),
 )
-def test_any_environments(n_max, l_max, cutoff, zeta, function, exponent, species, channels, seed):
-    """Single atoms, without neighbours, among them; with four-body invariants of so many channels, if there are any."""
+def test_any_environments(n_max, l_max, cutoff, zeta, function, exponent, species, channels, kept, seed):
+    """Single atoms, without neighbours, among them; with four-body invariants of so many channels, and densities
+    compressed to so many, if there are any."""
     weights = NeighborWeights(cutoff, function, width=0.8, cutoff_exponent=2.5, exponent=exponent)
     made = SoapPowerSpectrum(tuple(sorted(SPECIES)), cutoff, n_max, l_max, 0.5, weights)
     structures = Structures.concatenate([cluster(tuple(species), seed), cluster(SPECIES[:1], seed + 1)])
+    sample = sample_environments(structures, made.species, cutoff, seed)
+    if kept:
+        made = made.compressed(min(kept, made.channels), sample)
     if channels and l_max > 1:
         asked = {"channels": min(channels, made.channels), "l_max": min(l_max, 5), "weight": 0.5}
-        made = FourBodySoap(made, learn_four_body(made, asked, structures, seed))
+        made = FourBodySoap(made, learn_four_body(made, asked, sample))
     compare([random_term(made, KERNELS[zeta])], structures)
 
 

@@ -19,7 +19,7 @@ from gpmlp.core.errors import DataWarning
 from gpmlp.descriptors import _triton, backends, gpu
 from gpmlp.descriptors.spherical_harmonics import BatchedHarmonics, harmonics_with_gradients
 
-SOAPS = [name for name in DESCRIPTORS if name.startswith("soap")]
+SOAPS = [name for name in DESCRIPTORS if name.startswith(("soap", "compressed soap"))]
 # sums of up to some hundred terms of order 1 in another order
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gpmlp.core import errors
 from gpmlp.core.environments import Descriptor
 from gpmlp.core.stored_tensors import StoredTensors
@@ -18,7 +20,7 @@ def make_descriptor(species: tuple[int, ...], parameters: dict, constants: Store
         species: atomic numbers that may occur, sorted.
         parameters: the resolved `descriptor` section of a recipe, as a dictionary.
         constants: what it learned from training environments, of a model file; without them, of a descriptor that has such, only the
-            part that learns nothing: the power spectrum of SOAP with four-body invariants or features of a network beside it.
+            part that learns nothing: of SOAP the power spectrum, not compressed, without four-body invariants or features of a network.
     """
     local, network = _parts(parameters)
     made = None if local is None else _make_local(species, local, constants)
@@ -48,7 +50,11 @@ def learn_descriptor(species: tuple[int, ...], parameters: dict, structures: Str
 def most_features(species: tuple[int, ...], parameters: dict) -> int:
     """Number of features of a descriptor, at most, before it has learned what it learns; arguments as in `make_descriptor`."""
     local, network = _parts(parameters)
-    return (1 if local is None else _make_local(species, local).n_features) + (network["components"] if network else 0)
+    mine = 0 if local is None else _make_local(species, local).n_features
+    if local is not None and local.get("compression"):
+        kept = local["compression"]["channels"]
+        mine = kept * (kept + 1) // 2 * (local["l_max"] + 1)
+    return max(1, mine) + (network["components"] if network else 0)
 
 
 def _parts(parameters: dict) -> tuple[dict | None, dict | None]:
@@ -88,7 +94,14 @@ def _make_local(species: tuple[int, ...], parameters: dict, constants: StoredTen
         shortest=parameters["shortest"],
         central_weight=parameters["central_weight"],
     )
-    if constants is None or not parameters.get("four_body"):
+    if constants is None:
+        return spectrum
+    if compression := parameters.get("compression"):
+        from gpmlp.descriptors.compression import Compression
+
+        sizes = spectrum.l_max + 1, spectrum.channels, compression["channels"]
+        spectrum = replace(spectrum, compression=Compression.from_stored(constants, *sizes))
+    if not parameters.get("four_body"):
         return spectrum
     from gpmlp.descriptors.backends import FourBodySoap
     from gpmlp.descriptors.four_body import FourBodyInvariants
@@ -97,11 +110,16 @@ def _make_local(species: tuple[int, ...], parameters: dict, constants: StoredTen
 
 
 def _learn_local(species: tuple[int, ...], parameters: dict, structures: Structures, seed: int) -> Descriptor:
-    made, four_body = _make_local(species, parameters), parameters.get("four_body")
-    if not four_body:
+    made = _make_local(species, parameters)
+    compression, four_body = parameters.get("compression"), parameters.get("four_body")
+    if not (compression or four_body):
         return made
     from gpmlp.descriptors.backends import FourBodySoap, SoapPowerSpectrum
+    from gpmlp.descriptors.compression import sample_environments
     from gpmlp.descriptors.four_body import learn_four_body
 
     assert isinstance(made, SoapPowerSpectrum), "DescriptorRecipe"
-    return FourBodySoap(made, learn_four_body(made, four_body, structures, seed))
+    sample = sample_environments(structures, species, made.cutoff, seed)
+    if compression:
+        made = made.compressed(compression["channels"], sample)
+    return FourBodySoap(made, learn_four_body(made, four_body, sample)) if four_body else made

@@ -45,8 +45,8 @@ class FourBodySoap(FourBodySpectrum):
 
 
 def fastest_backend(descriptor: SoapPowerSpectrum, like: Tensor) -> DenseBackend:
-    """The fastest backend that works for the device and type of a tensor: Triton's kernels on CUDA devices, if Triton is there and can
-    compile them, which is tried once; a DataWarning says if it cannot."""
+    """The fastest backend that works for the device and type of a tensor: Triton's kernels on CUDA devices, if the density is
+    not compressed, and Triton is there and can compile them, which is tried once; a DataWarning says if it cannot."""
     return _form(descriptor, like.device, like.dtype)
 
 
@@ -54,7 +54,7 @@ def fastest_backend(descriptor: SoapPowerSpectrum, like: Tensor) -> DenseBackend
 def _form(descriptor: SoapPowerSpectrum, device: torch.device, dtype: torch.dtype) -> DenseBackend:
     """Equal descriptors share one."""
     like = torch.zeros(0, dtype=dtype, device=device)
-    if _triton.can_use_triton(like):
+    if descriptor.compression is None and _triton.can_use_triton(like):
         kernels = _triton.TritonKernels.from_descriptor(descriptor, like)
         why = _triton.failure_reason(kernels, like)
         if why is None:

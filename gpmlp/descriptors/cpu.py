@@ -4,6 +4,7 @@ threads."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -85,7 +86,11 @@ def spectrum_of(descriptor: Spectrum) -> PowerSpectrum:
 
 def build_spectrum(descriptor: Spectrum, dtype: torch.dtype, build: Any) -> Any:
     """The core's form of a descriptor, by calls of `build`: library.build, or one that writes them down."""
-    made = build("spectrum", *_spectrum_arguments(spectrum_of(descriptor), dtype))
+    spectrum = spectrum_of(descriptor)
+    made = build("spectrum", *_spectrum_arguments(replace(spectrum, compression=None), dtype))
+    if spectrum.compression is not None:
+        channels = spectrum.compression.channels.to(dtype=dtype, device="cpu").contiguous()
+        build("compress", made, channels.shape[2], channels, spectrum.prefactors(channels))
     if isinstance(descriptor, FourBodySpectrum):
         build("add_four_body", made, *_four_body_arguments(descriptor.four_body, dtype))
     return made

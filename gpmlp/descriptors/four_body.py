@@ -14,17 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpmlp.core import neighbors
 from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.core.errors import UserError
 from gpmlp.core.stored_tensors import StoredTensors
-from gpmlp.core.structures import Structures
-from gpmlp.descriptors.soap import Expansion, PowerSpectrum, degree_slices
-from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
+from gpmlp.descriptors.compression import check_orthonormal, leading_eigenvectors
+from gpmlp.descriptors.soap import Expansion, PowerSpectrum
+from gpmlp.descriptors.spherical_harmonics import degree_slices, harmonics_with_gradients
 
-SAMPLE = 300  # environments of each species that constants are learned from
 ROUNDING = 1e-15  # of the cube of the density: invariants below are zero but for rounding
-ORTHONORMAL = 1e-6  # of products of channels in a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +95,7 @@ class FourBodyInvariants:
         l_max, q, n_species = parameters["l_max"], parameters["channels"], len(spectrum.species)
         channels = stored.take("channels", (l_max, spectrum.channels, q))
         lengths = stored.take("lengths", (n_species,))
-        products = channels.mT @ channels
-        if not bool(((products - torch.eye(q).to(products)).abs() < ORTHONORMAL).all()):
-            raise UserError("the channels of four-body invariants are not orthonormal.")
+        check_orthonormal("four-body invariants", channels)
         if not bool((lengths > 0).all()):
             raise UserError("a length of four-body invariants is not positive.")
         return FourBodyInvariants(channels, lengths, parameters["weight"])
@@ -202,7 +197,7 @@ class FourBodySpectrum:
     def constants(self) -> dict[str, Tensor]:
         """As in Descriptor."""
         made = self.four_body
-        return {"channels": made.channels, "lengths": made.lengths}
+        return self.spectrum.constants | {"channels": made.channels, "lengths": made.lengths}
 
     def __call__(self, surroundings: Surroundings) -> Environments:
         """Environments of all surroundings."""
@@ -239,16 +234,15 @@ class FourBodySpectrum:
         return Environments(surroundings, features, pull_back, jacobian)
 
 
-def learn_four_body(spectrum: PowerSpectrum, parameters: dict, structures: Structures, seed: int) -> FourBodyInvariants:
-    """With constants from at most SAMPLE environments of each species; `parameters`: the resolved section `four_body` of a recipe.
+def learn_four_body(spectrum: PowerSpectrum, parameters: dict, sample: Surroundings) -> FourBodyInvariants:
+    """With constants from a sample of environments of all species; `parameters`: the resolved section `four_body` of a recipe.
 
     Channels are principal components of the density, by l.
     """
     n_channels, l_max = parameters["channels"], parameters["l_max"]
-    surroundings = _sample(spectrum, structures, seed)
-    density, slots = spectrum.expand(surroundings).density, spectrum.species_slots(surroundings.species)
+    density, slots = spectrum.density(sample), spectrum.species_slots(sample.species)
     of_l = [density[:, :, m] for m in degree_slices(l_max)[1:]]
-    channels = torch.stack([_leading(torch.einsum("nkm,njm->kj", c, c), n_channels) for c in of_l])
+    channels = torch.stack([leading_eigenvectors(torch.einsum("nkm,njm->kj", c, c), n_channels) for c in of_l])
     ones = channels.new_ones(len(spectrum.species))
     made = FourBodyInvariants(channels, ones, parameters["weight"])
     norms = made.invariants(made.channel_densities(density)).norm(dim=1)
@@ -256,25 +250,3 @@ def learn_four_body(spectrum: PowerSpectrum, parameters: dict, structures: Struc
     lengths = torch.zeros_like(ones).index_add(0, slots, norms) / slots.bincount(minlength=len(ones)).clamp_min(1)
     # all are zero without neighbours, and in some crystals by symmetry
     return replace(made, lengths=torch.where(lengths > 0, lengths, 1.0))
-
-
-def _leading(moment: Tensor, n: int) -> Tensor:
-    """n eigenvectors of the largest eigenvalues as columns, each with its largest element positive."""
-    vectors = torch.linalg.eigh(moment)[1].flip(1)[:, :n]
-    return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-
-
-def _sample(spectrum: PowerSpectrum, structures: Structures, seed: int) -> Surroundings:
-    """At most SAMPLE environments of each species, of structures in random order."""
-    order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(len(structures), len(spectrum.species), dtype=torch.long)
-    owners, slots = structures.structure_of_atom.cpu(), spectrum.species_slots(structures.species).cpu()
-    counts.index_put_((owners, slots), torch.ones(1, dtype=torch.long), accumulate=True)
-    before = counts[order].cumsum(0) - counts[order]
-    wanted = ((before < SAMPLE) & (counts[order] > 0)).any(1)
-    some = structures.select(order[wanted]).to(dtype=torch.float64)
-    surroundings = Surroundings.from_structures(some, neighbors.find_neighbors(some, spectrum.cutoff))
-    shuffled = torch.randperm(len(surroundings), generator=torch.Generator().manual_seed(seed))
-    species = surroundings.species.cpu()[shuffled]
-    picks = [shuffled[(species == z).nonzero()[:SAMPLE, 0]] for z in spectrum.species]
-    return surroundings.select(torch.cat(picks).sort().values)

@@ -57,7 +57,7 @@ class DenseExpansion:
 
     Attributes:
         spectrum: (environments, features), not of unit norm.
-        density: (environments, channels, (l_max + 1)²).
+        density: (environments, product_channels, (l_max + 1)²), compressed where the descriptor's is.
         pairs: whatever the backend needs again of the neighbours.
     """
 
@@ -104,7 +104,7 @@ class BatchedProducts:
         density = torch.cat(parts, dim=2).unflatten(0, (n, slots))
         mine = center_slots[:, None] == torch.arange(slots, device=center_slots.device)
         density[..., 0] += mine[:, :, None] * self.tables.center
-        density = density.flatten(1, 2)
+        density = descriptor.compress(density.flatten(1, 2))
         spectrum = descriptor.power_spectrum(density, self.tables.pairs, self.tables.factors)
         return DenseExpansion(spectrum, density, (r, units, radial, d_radial, q, slopes, powers))
 
@@ -113,14 +113,15 @@ class BatchedProducts:
         r, units, radial, d_radial, q, slopes, powers = expansion.pairs
         n, slots, width = r.shape
         tables, blocks = self.tables, list(enumerate(self.tables.descriptor.degree_slices()))
-        on_density = tables.descriptor.pull_back_spectrum(expansion.density, on_spectrum, tables.pairs, tables.factors)
+        on_y = tables.descriptor.pull_back_spectrum(expansion.density, on_spectrum, tables.pairs, tables.factors)
+        on_density = tables.descriptor.pull_back_compressed(on_y)
         weights = on_density.unflatten(1, (slots, -1)).flatten(0, 1)
-        on_y, on_slope = (
+        on_harmonics, on_slope = (
             torch.cat([weights[:, :, m].mT @ part[:, :, self._n(l)].mT for l, m in blocks], dim=1).transpose(0, 1)
             for part in (radial, d_radial)
         )
         gradient = torch.stack(
-            [(on_y.flatten(1) * part).sum(0) for part in self.harmonics.gradients(q, slopes, powers)]
+            [(on_harmonics.flatten(1) * part).sum(0) for part in self.harmonics.gradients(q, slopes, powers)]
         )
         along = (on_slope.flatten(1) * self.harmonics.values(q, powers)).sum(0)
         # a function of the direction has no slope along it

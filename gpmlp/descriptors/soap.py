@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from gpmlp.core import errors
 from gpmlp.core.environments import Environments, Surroundings
 from gpmlp.descriptors import radial
+from gpmlp.descriptors.compression import Compression, principal_channels
 from gpmlp.descriptors.radial import NeighborWeights
-from gpmlp.descriptors.spherical_harmonics import harmonics_with_gradients
+from gpmlp.descriptors.spherical_harmonics import degree_slices, harmonics_with_gradients
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class PowerSpectrum:
         sigma_atom: width of the Gaussian density, A.
         basis: 'gto' or 'optimal' (descriptors/radial.py); shortest: A, distance from which the optimal basis counts.
         weights: the cutoff and radial scaling of neighbours.
+        compression: of the density, whose channels then take the place of a and n in products; None: products of all.
     """
 
     species: tuple[int, ...]
@@ -41,6 +44,7 @@ class PowerSpectrum:
     basis: str = "optimal"
     shortest: float = 0.0
     central_weight: float = 1.0
+    compression: Compression | None = None
 
     def __post_init__(self) -> None:
         errors.check_positive("cutoff", self.cutoff)
@@ -52,8 +56,13 @@ class PowerSpectrum:
         return len(self.species) * self.n_max
 
     @property
+    def product_channels(self) -> int:
+        """Number of channels that products are made of."""
+        return self.channels if self.compression is None else self.compression.kept
+
+    @property
     def n_features(self) -> int:
-        return self.channels * (self.channels + 1) // 2 * (self.l_max + 1)
+        return self.product_channels * (self.product_channels + 1) // 2 * (self.l_max + 1)
 
     @cached_property
     def radial_integrals(self) -> radial.RadialIntegrals:
@@ -64,7 +73,7 @@ class PowerSpectrum:
     @cached_property
     def channel_pairs(self) -> tuple[Tensor, Tensor]:
         """Channel indices (a, b) with a <= b of the unique products."""
-        a, b = torch.triu_indices(self.channels, self.channels)
+        a, b = torch.triu_indices(self.product_channels, self.product_channels)
         return a, b
 
     def prefactors(self, like: Tensor) -> Tensor:
@@ -111,7 +120,7 @@ class PowerSpectrum:
     @property
     def constants(self) -> dict[str, Tensor]:
         """As in Descriptor."""
-        return {}
+        return {} if self.compression is None else {"compression": self.compression.channels}
 
     def __call__(self, surroundings: Surroundings) -> Environments:
         """Environments of all surroundings."""
@@ -131,14 +140,31 @@ class PowerSpectrum:
     def expand(self, surroundings: Surroundings) -> Expansion:
         """Density and features in plain PyTorch."""
         pairs = PairTerms.from_surroundings(self, surroundings)
-        density = self._density(surroundings, pairs)
-        spectrum = self.power_spectrum(density, self.channel_pairs, self.prefactors(density))
+        density = self.density(surroundings, pairs)
+        y = self.compress(density)
+        spectrum = self.power_spectrum(y, self.channel_pairs, self.prefactors(y))
         # an atom alone and without central weight has features of zero, not NaN
         norm = spectrum.norm(dim=1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
-        return Expansion(pairs, density, spectrum / norm, norm)
+        return Expansion(pairs, density, y, spectrum / norm, norm)
 
-    def _density(self, surroundings: Surroundings, pairs: PairTerms) -> Tensor:
+    def compressed(self, channels: int, sample: Surroundings) -> Self:
+        """The same with a density compressed to so many channels of each l, the principal ones of a sample of environments."""
+        pairs = PairTerms.from_surroundings(self, sample)
+        slopes = pairs.slope_moments(len(self.species))
+        made = principal_channels(self.density(sample, pairs), slopes, channels)
+        return replace(self, compression=Compression(made))
+
+    def compress(self, density: Tensor) -> Tensor:
+        """Of a density, what products are made of."""
+        return density if self.compression is None else self.compression(density)
+
+    def pull_back_compressed(self, on_y: Tensor) -> Tensor:
+        """∂E/∂c from ∂E/∂y of what products are made of."""
+        return on_y if self.compression is None else self.compression.pull_back(on_y)
+
+    def density(self, surroundings: Surroundings, pairs: PairTerms | None = None) -> Tensor:
         """(environments, channels, (l_max+1)^2) expansion coefficients c_anlm = sum_{j of species a} w(r_j) I_nl(r_j) Y_lm(r_j)."""
+        pairs = pairs or PairTerms.from_surroundings(self, surroundings)
         n_env, n_species = len(surroundings), len(self.species)
         products = self._expand_l(pairs.radial) * pairs.harmonics[:, None, :]
         density = products.new_zeros(n_env * n_species, self.n_max, (self.l_max + 1) ** 2)
@@ -151,7 +177,7 @@ class PowerSpectrum:
 
     def power_spectrum(self, density: Tensor, pairs: tuple[Tensor, Tensor], factors: Tensor) -> Tensor:
         """p_{an,bn',l} = pi sqrt(8 / (2l+1)) sum_m c_anlm c_bn'lm (environments, features), off the diagonal times sqrt(2), of a density c
-        (environments, channels, (l_max + 1)²).
+        (environments, product_channels, (l_max + 1)²), compressed or not.
 
         Args:
             pairs, factors: `channel_pairs` and `prefactors` on the device of the density.
@@ -166,7 +192,8 @@ class PowerSpectrum:
         """∂E/∂c (environments, channels, (l_max + 1)²) from ∂E/∂p (environments, features)."""
         a, b = pairs
         scaled = (on_spectrum * factors).unflatten(-1, (-1, self.l_max + 1))
-        full = scaled.new_zeros(len(scaled), self.channels, self.channels, self.l_max + 1)
+        n_channels = density.shape[1]
+        full = scaled.new_zeros(len(scaled), n_channels, n_channels, self.l_max + 1)
         full[:, a, b] = scaled
         full = full + full.transpose(1, 2)
         return torch.cat([full[..., l] @ density[:, :, m] for l, m in enumerate(self.degree_slices())], dim=-1)
@@ -175,7 +202,8 @@ class PowerSpectrum:
         """∂E/∂c (environments, channels, (l_max + 1)²) from ∂E/∂x (environments, features) of one cotangent."""
         x = made.features
         on_spectrum = (cotangents - x * (x * cotangents).sum(-1, keepdim=True)) / made.norm
-        return self.pull_back_spectrum(made.density, on_spectrum, self.channel_pairs, self.prefactors(made.density))
+        on_y = self.pull_back_spectrum(made.compressed, on_spectrum, self.channel_pairs, self.prefactors(on_spectrum))
+        return self.pull_back_compressed(on_y)
 
     def pull_back_density(self, pairs: PairTerms, on_density: Tensor) -> Tensor:
         """Pair gradients (pairs, 3) from ∂E/∂c; nothing of size pairs x features."""
@@ -188,21 +216,16 @@ class PowerSpectrum:
 
     def jacobian(self, made: Expansion) -> Tensor:
         """d(features)/dr_ij. With A_bl = sum_m Y_lm c_blm and B_bl = sum_m dY_lm c_blm the derivative of the product (a, b) is
-        [R'_a A_b + R'_b A_a] r^ + R_a B_b + R_b B_a, where R_a is zero unless a is of the neighbour's species."""
-        pairs, density, features, norm = made.pairs, made.density, made.features, made.norm
-        n_pairs, centers = len(pairs.centers), pairs.centers
+        [R'_a A_b + R'_b A_a] r^ + R_a B_b + R_b B_a, where R_a is zero unless a is of the neighbour's species; of a compressed density
+        R_q is that of the neighbour's species on channel q."""
+        pairs, density, features, norm = made.pairs, made.compressed, made.features, made.norm
+        centers = pairs.centers
         at_center = density[centers]
         both = torch.cat([pairs.harmonics[:, None], pairs.d_harmonics], dim=1).transpose(1, 2)
         contracted = torch.stack([at_center[:, :, m] @ both[:, m] for m in self.degree_slices()], dim=-1)
         inner, gradient = contracted[:, :, 0], contracted[:, :, 1:].transpose(1, 2)
         # sum the radial slope into the gradient first: R' r^ A + R B, one product over channels and xyz
-        place = torch.arange(self.n_max, device=centers.device) + pairs.slots[:, None] * self.n_max
-
-        def all_channels(values: Tensor) -> Tensor:
-            full = values.new_zeros(n_pairs, self.channels, self.l_max + 1)
-            return full.scatter_(1, place[:, :, None].expand_as(values), values)
-
-        value, slope = all_channels(pairs.radial), all_channels(pairs.d_radial)
+        value, slope = self._all_channels(pairs.radial, pairs.slots), self._all_channels(pairs.d_radial, pairs.slots)
         a, b = self.channel_pairs
         factors = self.prefactors(density).unflatten(0, (-1, self.l_max + 1))
         value_a, value_b = value[:, a] * factors, value[:, b] * factors
@@ -216,6 +239,14 @@ class PowerSpectrum:
         shares = out @ unit[:, :, None]
         return out.addcmul_(shares, unit[:, None, :], value=-1).div_(norm[centers][:, :, None])
 
+    def _all_channels(self, radial: Tensor, slots: Tensor) -> Tensor:
+        """Radial functions of pairs (pairs, n_max, l_max + 1) as changes of all channels that products are made of."""
+        if self.compression is not None:
+            return self.compression.of_pairs(radial, slots)
+        place = torch.arange(self.n_max, device=slots.device) + slots[:, None] * self.n_max
+        full = radial.new_zeros(len(radial), self.channels, self.l_max + 1)
+        return full.scatter_(1, place[:, :, None].expand_as(radial), radial)
+
 
 @dataclass(frozen=True, eq=False)
 class PairTerms:
@@ -228,6 +259,18 @@ class PairTerms:
     d_radial: Tensor
     harmonics: Tensor
     d_harmonics: Tensor
+
+    def slope_moments(self, n_species: int) -> Tensor:
+        """(l_max + 1, species, n_max, n_max) Σ of ∂(w I_nl Y_lm)/∂r · ∂(w I_n'l Y_lm)/∂r over m and neighbours of each species: what is
+        along the pair, R'_n R'_n' Y², and across it, R_n R_n' |∇Y|²."""
+        out = []
+        for l, m in enumerate(degree_slices(self.radial.shape[2] - 1)):
+            value, slope = self.radial[:, :, l], self.d_radial[:, :, l]
+            across = self.d_harmonics[:, :, m].square().sum((1, 2)).sqrt()[:, None] * value
+            along = self.harmonics[:, m].square().sum(1).sqrt()[:, None] * slope
+            of_pairs = along[:, :, None] * along[:, None] + across[:, :, None] * across[:, None]
+            out.append(of_pairs.new_zeros(n_species, *of_pairs.shape[1:]).index_add(0, self.slots, of_pairs))
+        return torch.stack(out)
 
     @staticmethod
     def from_surroundings(descriptor: PowerSpectrum, surroundings: Surroundings) -> PairTerms:
@@ -252,15 +295,12 @@ class Expansion:
 
     Attributes:
         density: (environments, channels, (l_max + 1)²) c.
+        compressed: (environments, product_channels, (l_max + 1)²) what products are made of, c itself where nothing is compressed.
         features: (environments, features) p / |p|; norm: (environments, 1) |p|.
     """
 
     pairs: PairTerms
     density: Tensor
+    compressed: Tensor
     features: Tensor
     norm: Tensor
-
-
-def degree_slices(l_max: int) -> list[slice]:
-    """Of (l, m), by l."""
-    return [slice(l * l, (l + 1) ** 2) for l in range(l_max + 1)]

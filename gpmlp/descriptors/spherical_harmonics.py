@@ -16,6 +16,11 @@ def _calculator(l_max: int) -> sphericart.torch.SphericalHarmonics:
     return sphericart.torch.SphericalHarmonics(l_max)
 
 
+def degree_slices(l_max: int) -> list[slice]:
+    """Of (l, m), by l."""
+    return [slice(l * l, (l + 1) ** 2) for l in range(l_max + 1)]
+
+
 def harmonics_with_gradients(l_max: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return Y_lm (pairs, (l_max+1)^2) and dY_lm/dr (pairs, 3, (l_max+1)^2); m runs from -l to l within each l."""
     if not len(vectors):

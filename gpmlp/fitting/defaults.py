@@ -13,6 +13,7 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors.network_features import check_network
 from gpmlp.recipe import (
+    CompressionRecipe,
     DescriptorRecipe,
     FourBodyRecipe,
     InducingRecipe,
@@ -78,6 +79,7 @@ FEW_COLUMNS = 1000  # up to as many labels there is a column for each
 CHEAP_COLUMNS = 1500  # a fit with so many takes seconds: small sets of solids may have them too
 MOST_COLUMNS = 10_000  # beyond, a fit takes more than some twenty minutes on two cores
 MEMORY_GB = 10.0
+CHANNELS_PER_SPECIES = 3  # of a compressed density (docs/decisions/024-many-species.md)
 FOUR_BODY_DEGREE = 4  # docs/decisions/020-four-body.md
 MOST_FUNCTIONALS = 6000  # of a descriptor with features of a network, unless more are asked for
 NETWORK_WEIGHT = 0.1  # docs/decisions/022-pretrained-features.md
@@ -159,6 +161,10 @@ def _local(d: DescriptorRecipe, summary: DataSummary, n_species: int) -> Descrip
             "cutoff": cutoff,
             "n_max": n_max,
             "l_max": l_max,
+            "compression": d.compression
+            and CompressionRecipe(
+                channels=min(d.compression.channels or CHANNELS_PER_SPECIES * n_species, n_species * n_max)
+            ),
             "four_body": d.four_body and _four_body(d.four_body, l_max, n_species * n_max),
             "sigma_atom": d.sigma_atom or 0.4,
             "basis": d.basis or ("optimal" if n_species == 1 else "gto"),

@@ -17,7 +17,7 @@ from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
-from gpmlp.descriptors import make_descriptor
+from gpmlp.descriptors import learn_descriptor
 from gpmlp.fitting import (
     calibrate,
     charge_fit,
@@ -259,7 +259,8 @@ class _Data:
         noise = {"forces": max(shown)} if shown else {}
         species = structures.distinct_species
         local = defaults.local_descriptor(recipe, summary, len(species))
-        descriptor = make_descriptor(species, local.model_dump())
+        spectrum = local.model_copy(update={"four_body": False, "beside": False})
+        descriptor = learn_descriptor(species, spectrum.model_dump(), structures, recipe.seed)
         partitions = Partitions.of_data(structures, remaining, most_columns(recipe, structures), workers)
         groups = near_duplicates.find_groups(structures, descriptor, targets.config_types, recipe.seed, partitions)
         twins = groups.finding(structures)

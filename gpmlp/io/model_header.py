@@ -60,6 +60,8 @@ def _complete(recipe: dict[str, Any]) -> dict[str, Any]:
         missing += [name for name in ("sha256", "layers", "weight") if network and getattr(network, name) is None]
         if isinstance(descriptor, DescriptorRecipe) and descriptor.name == "soap" and descriptor.radial_scaling:
             missing += [name for name, value in descriptor.radial_scaling if value is None]
+        if isinstance(descriptor, DescriptorRecipe) and descriptor.compression:
+            missing += [name for name, value in descriptor.compression if value is None]
         if missing:
             raise ValueError(f"descriptor {k} lacks {missing[0]}")
     return recipe

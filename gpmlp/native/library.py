@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-ABI = 6  # of gpmlp_abi_version: raised with every change of SIGNATURES or of what an argument means
+ABI = 7  # of gpmlp_abi_version: raised with every change of SIGNATURES or of what an argument means
 VARIANTS = ("v3", "baseline")
 CHOICES = (*VARIANTS, "off")  # of the environment variable GPMLP_NATIVE
 # name without gpmlp_: tensors I of int64, S of int32, E of float32, D of float64, F of float32 or float64 (then there are NAME_f32 and
@@ -35,6 +35,7 @@ SIGNATURES: dict[str, str] = {
     "add_pair_gradients": "nIIIFFFF",
     "add_rows": "FnnnnFFnnIIIIFFFnFn",
     "spectrum": "IIFFFFxnxxxxx",
+    "compress": "onFF",
     "add_four_body": "oIIIIFFFF",
     "expand": "onnIIIFFn",
     "pull_back": "oFFn",

@@ -10,7 +10,7 @@
 
 namespace gpmlp {
 
-constexpr int64_t ABI = 6; // raised with every change of what functions or their arguments mean
+constexpr int64_t ABI = 7; // raised with every change of what functions or their arguments mean
 
 // Whatever a function hands out by its address, to be freed by gpmlp_free.
 struct Object {

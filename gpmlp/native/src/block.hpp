@@ -16,7 +16,8 @@ template <class T> class Block {
     static constexpr int W = WIDTH<T>;
     using V = Lanes<T>;
     const PowerSpectrum<T> *spectrum = nullptr;
-    Array<T> density;     // (environments, lm, c_row)
+    Array<T> density;     // (environments, lm, c_row), of a compressed one the last only, unless more is made of it
+    Array<T> compressed;  // (environments, lm, y_row), if it is
     Array<T> norms;       // of the spectra
     Array<T> lengths;     // of features, before they were divided by them: 1 of a spectrum alone
     Array<T> kept_radial; // (pairs, 2, size) w I_nl and slopes, where the block is small enough for the cache
@@ -27,8 +28,8 @@ template <class T> class Block {
 
     // Scratch of one thread, whatever block it works on.
     struct Scratch {
-        Array<T> radial, harmonics, products, on_products, on_density, slopes, mixed;
-        Array<T> value, slope, inner, factors, unit, row;
+        Array<T> radial, harmonics, products, on_products, on_channels, on_density, slopes, mixed;
+        Array<T> columns, value, slope, inner, factors, unit, row;
         Array<T> y_rows, on_y_rows, pair_products;
         std::vector<V, Aligned<V>> y, on_y, b, channel_pairs, radial_channels;
     };
@@ -41,7 +42,8 @@ template <class T> class Block {
         spectrum = &s, keeps_radial = keep_radial;
         if (!pairs.lay_out(s, given, first_pairs, environments, n, reach)) return false;
         if (keep_radial) kept_radial.resize(std::size_t(pairs.starts.back()) * 2 * s.size);
-        density.resize(n * s.density_size()), norms.resize(n);
+        density.resize((keeps_density() ? n : 1) * s.density_size()), norms.resize(n);
+        if (s.compression) compressed.resize(n * s.compressed_size());
         scratch.radial.resize(pairs.widest * s.size), scratch.harmonics.resize(s.degrees * s.degrees * round_up<T>(pairs.widest));
         scratch.products.resize(s.degrees * s.channels * s.g_row);
         with_degrees([&](auto degrees) {
@@ -63,9 +65,10 @@ template <class T> class Block {
     template <class X, class G> void pull_back(int n, const X *features, const X *cotangents, int row, Scratch &scratch, G *out) const {
         const PowerSpectrum<T> &s = *spectrum;
         static thread_local Array<X> x, cotangent;
-        scratch.on_products.resize(s.degrees * s.channels * s.g_row), scratch.on_density.resize(s.degrees * s.degrees * s.g_row);
+        scratch.on_products.resize(s.degrees * s.channels * s.g_row), scratch.on_density.resize(s.degrees * s.degrees * s.d_row);
+        scratch.on_channels.resize(s.degrees * s.degrees * s.g_row);
         scratch.row.resize(std::max<std::size_t>(scratch.row.size(), s.pair_features)), scratch.slopes.resize(s.size * 2 * W),
-            scratch.mixed.resize(s.degrees * s.degrees * std::max(2 * W, s.g_row));
+            scratch.mixed.resize(s.degrees * s.degrees * std::max(2 * W, s.d_row));
         x.resize(s.pair_features), cotangent.resize(s.features);
         with_degrees([&](auto degrees) {
             for (int e = 0; e < n; e++, features += row, cotangents += row) {
@@ -77,7 +80,7 @@ template <class T> class Block {
                     for (int k = 0; k < s.pair_features; k++) x[k] = features[k] * lengths[e];
                     to_density(degrees, e, x.data(), cotangent.data(), scratch);
                     const T *on_y = &scratch.on_y_rows[(e % W) * s.degrees * s.degrees * s.four_body->q_row];
-                    s.four_body->add_to_density(on_y, scratch.on_density.data(), scratch.mixed.data());
+                    s.four_body->channels.add_pull_back(on_y, scratch.on_density.data(), scratch.mixed.data());
                 }
                 for (int species = 0; species < s.n_species; species++) pull_back_to(degrees, e, species, scratch, out);
             }
@@ -89,13 +92,13 @@ template <class T> class Block {
     //
     // With A_bl = Σ_m Y_lm c_blm and B_bl = Σ_m ∂Y_lm c_blm the derivative of the product (a, b) is [R'_a A_b + R'_b
     // A_a] r^ + R_a B_b
-    // + R_b B_a, where R_a is zero unless a is of the neighbour's species.
+    // + R_b B_a, where R_a is zero unless a is of the neighbour's species, or of a compressed density that species on channel a.
     template <class Wanted> void jacobian(int e, const T *features, int64_t first, Scratch &scratch, T *out, Wanted wanted) const {
         const PowerSpectrum<T> &s = *spectrum;
         const int deep = round_up<T>(s.degrees), products = s.pair_features / s.degrees, width = s.pair_features + W;
         // by channel and l, filled up to whole lanes; channels of other species stay zero
         for (auto *part : {&scratch.value, &scratch.slope}) part->assign((s.channels + W) * deep, 0);
-        scratch.inner.resize(4 * s.c_row * deep),
+        scratch.columns.resize(2 * s.full * deep), scratch.inner.resize(4 * s.y_row * deep),
             scratch.harmonics.resize(std::max<std::size_t>(scratch.harmonics.size(), 4 * s.degrees * s.degrees * W));
         scratch.row.resize(3 * width);
         by_product(s.prefactors.data(), 1 / norms[e], products, deep, scratch.factors);
@@ -107,7 +110,10 @@ template <class T> class Block {
                 if ((p - begin) % W == 0)
                     harmonics_with_gradients(s.degrees, s.recurrence.data(), pairs.directions(p), scratch.harmonics.data());
                 if (!wanted(pairs.order[p])) continue;
-                radial_columns(p, deep, &scratch.value[channel], &scratch.slope[channel]);
+                if (s.compression)
+                    compressed_columns(species, p, deep, scratch);
+                else
+                    radial_columns(p, deep, &scratch.value[channel], &scratch.slope[channel]);
                 contract(e, deep, scratch.harmonics.data() + (p - begin) % W, scratch.inner.data());
                 T along[3];
                 multiply_slopes(species, p, deep, width, scratch, along);
@@ -117,6 +123,7 @@ template <class T> class Block {
                     for (int i = 0; i < s.pair_features; i++) to[k * s.features + i] = scratch.row[k * width + i] - features[i] * share;
                 }
             }
+            if (s.compression) continue;
             for (auto *part : {&scratch.value, &scratch.slope}) std::fill_n(part->begin() + channel, s.n_max * deep, T(0));
         }
         if (s.four_body) append_four_body_slopes(e, features, first, scratch, out, wanted);
@@ -131,6 +138,12 @@ template <class T> class Block {
         default: return work(spectrum->degrees);
         }
     }
+
+    bool keeps_density() const { return !spectrum->compression || spectrum->four_body; }
+    const T *density_of(int e) const { return &density[keeps_density() ? e * spectrum->density_size() : 0]; }
+
+    // What products are made of, (lm, y_row).
+    const T *channels_of(int e) const { return spectrum->compression ? &compressed[e * spectrum->compressed_size()] : density_of(e); }
 
     // Of four_body_block.hpp.
     void channel_densities(int e, int n, Scratch &scratch) const;
@@ -151,7 +164,7 @@ template <class T> class Block {
             radial_slopes(p, end - 1, slopes);
 #pragma GCC unroll 9
             for (int l = 0; l < degrees; l++) {
-                const Strided<T> on{&scratch.on_density[l * l * s.g_row + species * s.n_max], s.g_row, 1};
+                const Strided<T> on{&scratch.on_density[l * l * s.d_row + species * s.n_max], s.d_row, 1};
                 multiply(2 * l + 1, 2 * W, s.n_max, on, slopes + l * s.full * 2 * W, 2 * W, mixed + l * l * 2 * W, 2 * W);
             }
             V on[3];
@@ -181,7 +194,7 @@ template <class T> class Block {
         const int width = round_up<T>(pairs.widest);
         const int row = keeps_radial ? 2 * s.size : s.size;
         T *radial = keeps_radial ? &kept_radial[std::size_t(first) * row] : scratch.radial.data();
-        T *y = scratch.harmonics.data(), *c = &density[e * s.density_size()];
+        T *y = scratch.harmonics.data(), *c = &density[keeps_density() ? e * s.density_size() : 0];
         for (int p = 0; p < count; p++) {
             T *to = radial + p * row;
             const RadialFunctions<T> radial_of = radial_functions(first + p);
@@ -207,20 +220,21 @@ template <class T> class Block {
             }
         }
         for (int k = 0; k < s.n_max; k++) c[pairs.slots[e] * s.n_max + k] += s.center[k];
+        if (s.compression) s.compression->to_y(c, s.c_row, &compressed[e * s.compressed_size()]);
     }
 
     // p_ab,l = prefactor Σ_m c_lm,a c_lm,b of environment e; returns their norm.
     template <class D> T multiply_channels(D constant, int e, Scratch &scratch, T *p) const {
         const int degrees = constant;
         const PowerSpectrum<T> &s = *spectrum;
-        const T *c = &density[e * s.density_size()];
+        const T *c = channels_of(e);
         T *products = scratch.products.data();
 #pragma GCC unroll 9
         for (int l = 0; l < degrees; l++)
             for (int a = 0; a < s.channels; a += W) { // b from the lanes of a on
-                const T *at = c + l * l * s.c_row + a;
+                const T *at = c + l * l * s.y_row + a;
                 const int rows = std::min(W, s.channels - a);
-                multiply(rows, s.g_row - a, 2 * l + 1, Strided<T>{at, 1, s.c_row}, at, s.c_row,
+                multiply(rows, s.g_row - a, 2 * l + 1, Strided<T>{at, 1, s.y_row}, at, s.y_row,
                          products + (l * s.channels + a) * s.g_row + a, s.g_row);
             }
         const int channels = s.channels, g_row = s.g_row, of_degree = channels * g_row;
@@ -250,13 +264,15 @@ template <class T> class Block {
 #pragma GCC unroll 9
                 for (int l = 0; l < degrees; l++) ab[l * of_degree] = ba[l * of_degree] = from[l];
             }
-        const T *c = &density[e * s.density_size()];
+        const T *c = channels_of(e);
+        T *on_channels = (s.compression ? scratch.on_channels : scratch.on_density).data();
 #pragma GCC unroll 9
         for (int l = 0; l < degrees; l++) {
-            const Strided<T> of_l{c + l * l * s.c_row, s.c_row, 1};
-            multiply(2 * l + 1, s.g_row, s.channels, of_l, on_products + l * s.channels * s.g_row, s.g_row,
-                     &scratch.on_density[l * l * s.g_row], s.g_row);
+            const Strided<T> of_l{c + l * l * s.y_row, s.y_row, 1};
+            multiply(2 * l + 1, s.g_row, s.channels, of_l, on_products + l * s.channels * s.g_row, s.g_row, on_channels + l * l * s.g_row,
+                     s.g_row);
         }
+        if (s.compression) s.compression->pull_back(on_channels, scratch.on_density.data());
     }
 
     // out[l n, 2 pair lanes] = w I_nl and d(w I_nl)/dr of the pairs p and following, up to `last`.
@@ -293,22 +309,38 @@ template <class T> class Block {
             }
     }
 
+    // The same of the channels of a compressed density, Σ_n P_nq w I_nl, into scratch.value and scratch.slope.
+    void compressed_columns(int species, int pair, int deep, Scratch &scratch) const {
+        const PowerSpectrum<T> &s = *spectrum;
+        T *value = scratch.columns.data(), *slope = value + s.full * deep;
+        radial_columns(pair, deep, value, slope);
+        for (int l = 0; l < s.degrees; l++) {
+            const T *p = s.compression->of_degree(l) + species * s.n_max * s.y_row;
+            for (int q = 0; q < s.channels; q++) {
+                T v = 0, d = 0;
+                for (int n = 0; n < s.n_max; n++)
+                    v += p[n * s.y_row + q] * value[n * deep + l], d += p[n * s.y_row + q] * slope[n * deep + l];
+                scratch.value[q * deep + l] = v, scratch.slope[q * deep + l] = d;
+            }
+        }
+    }
+
     // out[k, channel, l] = Σ_m y[k, lm] c[lm, channel] of environment e, for Y and the three parts of its gradient, of
     // one lane of y.
     void contract(int e, int deep, const T *y, T *out) const {
         const PowerSpectrum<T> &s = *spectrum;
-        const T *c = &density[e * s.density_size()];
+        const T *c = channels_of(e);
         for (int k = 0; k < 4; k++, y += s.degrees * s.degrees * W)
             for (int l = 0; l < s.degrees; l += W)
-                for (int channel = 0; channel < s.c_row; channel += W) {
+                for (int channel = 0; channel < s.y_row; channel += W) {
                     V sums[W] = {};
                     for (int j = 0; j < W; j++) {
                         const int degree = std::min(l + j, s.l_max);
                         for (int lm = degree * degree; lm < (degree + 1) * (degree + 1); lm++)
-                            sums[j] += fill(y[lm * W]) * load(c + lm * s.c_row + channel);
+                            sums[j] += fill(y[lm * W]) * load(c + lm * s.y_row + channel);
                     }
                     transpose(sums);
-                    for (int j = 0; j < W; j++) store(out + (k * s.c_row + channel + j) * deep + l, sums[j]);
+                    for (int j = 0; j < W; j++) store(out + (k * s.y_row + channel + j) * deep + l, sums[j]);
                 }
     }
 
@@ -316,7 +348,7 @@ template <class T> class Block {
     // product reach into the next: the first ones, l = 0 and following, are computed last.
     void multiply_slopes(int species, int pair, int deep, int width, Scratch &scratch, T *along) const {
         const PowerSpectrum<T> &s = *spectrum;
-        const int n = s.n_max, each = s.c_row * deep;
+        const int n = s.n_max, each = s.y_row * deep;
         const V x = fill(pairs.x[pair]), y = fill(pairs.y[pair]), z = fill(pairs.z[pair]);
         V on_x = {}, on_y = {}, on_z = {};
         T *row = scratch.row.data();
@@ -327,7 +359,7 @@ template <class T> class Block {
                 const V ra = load(value + a * deep), da = load(slope + a * deep), ya = load(inner + a * deep);
                 const T *of_a = inner + a * deep + each;
                 const V xa = load(of_a), ua = load(of_a + each), za = load(of_a + 2 * each);
-                const bool mine = a / n == species;
+                const bool mine = s.compression || a / n == species;
                 for (int b = a; b < s.channels; b++, product++) {
                     V gx = {}, gy = {}, gz = {};
                     if (mine || b / n == species) {

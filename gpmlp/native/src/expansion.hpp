@@ -68,8 +68,8 @@ template <class T> class Expansion : public Object {
 
 } // namespace gpmlp
 
-// sizes: n_max, l_max, number of species, intervals, largest atomic number + 1. table (intervals, 6, l_max + 1, n_max). Arguments of
-// gpmlp_add_four_body: four_body.hpp.
+// sizes: n_max, l_max, number of species, intervals, largest atomic number + 1. table (intervals, 6, l_max + 1, n_max). channels
+// (l_max + 1, species x n, kept). Arguments of gpmlp_add_four_body: four_body.hpp.
 #define GPMLP_SPECTRUM(T, SUFFIX)                                                                                                          \
     GPMLP_API int64_t gpmlp_spectrum##SUFFIX(const int64_t *sizes, const int64_t *slots, const T *table, const T *prefactors,              \
                                              const T *center, const T *recurrence, double per_step, int64_t function, double cutoff,       \
@@ -79,12 +79,18 @@ template <class T> class Expansion : public Object {
             return gpmlp::address_of(new gpmlp::PowerSpectrum<T>(sizes, slots, table, prefactors, center, recurrence, per_step, weights)); \
         });                                                                                                                                \
     }                                                                                                                                      \
+    GPMLP_API int64_t gpmlp_compress##SUFFIX(int64_t spectrum, int64_t kept, const T *channels, const T *prefactors) {                     \
+        return gpmlp::guarded([&] {                                                                                                        \
+            gpmlp::changed<gpmlp::PowerSpectrum<T>>(spectrum).compress(int(kept), channels, prefactors);                                   \
+            return 0;                                                                                                                      \
+        });                                                                                                                                \
+    }                                                                                                                                      \
     GPMLP_API int64_t gpmlp_add_four_body##SUFFIX(int64_t spectrum, const int64_t *sizes, const int64_t *degrees, const int64_t *starts,   \
                                                   const int64_t *places, const T *values, const T *factors, const T *channels,             \
                                                   const T *scales) {                                                                       \
         return gpmlp::guarded([&] {                                                                                                        \
             auto &to = gpmlp::changed<gpmlp::PowerSpectrum<T>>(spectrum);                                                                  \
-            to.add(std::make_unique<gpmlp::FourBody<T>>(sizes, to.g_row, degrees, starts, places, values, factors, channels, scales));     \
+            to.add(std::make_unique<gpmlp::FourBody<T>>(sizes, to.d_row, degrees, starts, places, values, factors, channels, scales));     \
             return 0;                                                                                                                      \
         });                                                                                                                                \
     }                                                                                                                                      \

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "abi.hpp"
-#include "lanes.hpp"
+#include "density_channels.hpp"
 
 namespace gpmlp {
 
@@ -22,58 +22,29 @@ template <class T> class FourBody {
     };
     std::vector<Coupling> couplings;
     std::vector<Entry> entries;
-    Array<T> factors;       // (features,) √ of how many invariants are equal by symmetry
-    Array<T> to_channels;   // (l, density channels, q_row) P, l from 1 on
-    Array<T> from_channels; // (l, channels, g_row) the same, transposed
-    int density_channels, g_row;
+    Array<T> factors; // (features,) √ of how many invariants are equal by symmetry
 
   public:
     static constexpr int MOST = 2 * 8 + 1, MOST_CHANNELS = 12; // m of one degree, and channels: gpmlp/recipe.py
-    int l_max, q, q_row, size, features;   // degree; channels, and in whole lanes; (l_max + 1)² q; invariants
-    Array<T> scales;                       // of the part of four bodies in the features, by place of the central species
+    DensityChannels<T> channels;                               // P, of l from 1 on
+    int l_max, q, q_row, size, features;                       // degree; channels, and in whole lanes; (l_max + 1)² q; invariants
+    Array<T> scales; // of the part of four bodies in the features, by place of the central species
 
     // sizes: l_max, channels, channels of the density, species, couplings, entries. degrees (couplings, 3), starts
     // (couplings + 1,) entries of each, places (entries, 3) of m.
-    FourBody(const int64_t *sizes, int g_row, const int64_t *degrees, const int64_t *starts, const int64_t *places, const T *values,
+    FourBody(const int64_t *sizes, int d_row, const int64_t *degrees, const int64_t *starts, const int64_t *places, const T *values,
              const T *factors, const T *channels, const T *scales)
-        : density_channels(sizes[2]), g_row(g_row), l_max(sizes[0]), q(sizes[1]), q_row(round_up<T>(q)), features(0),
+        : channels(1, sizes[0], sizes[2], sizes[1], d_row, channels), l_max(sizes[0]), q(sizes[1]), q_row(round_up<T>(q)), features(0),
           scales(scales, scales + sizes[3]) {
         size = (l_max + 1) * (l_max + 1) * q;
         for (int64_t k = 0; k < sizes[4]; k++) {
-            couplings.push_back({{int(degrees[3 * k]), int(degrees[3 * k + 1]), int(degrees[3 * k + 2])}, int(starts[k]), int(starts[k + 1])});
+            couplings.push_back(
+                {{int(degrees[3 * k]), int(degrees[3 * k + 1]), int(degrees[3 * k + 2])}, int(starts[k]), int(starts[k + 1])});
             for_pairs(q, couplings.back(), [&](int, int, int from) { features += q - from; });
         }
         for (int64_t k = 0; k < sizes[5]; k++)
             entries.push_back({{int(places[3 * k]), int(places[3 * k + 1]), int(places[3 * k + 2])}, values[k]});
         this->factors.assign(factors, factors + features);
-        to_channels.assign(std::size_t(l_max) * density_channels * q_row, 0);
-        from_channels.assign(std::size_t(l_max) * q * g_row, 0);
-        for (int l = 0; l < l_max; l++)
-            for (int k = 0; k < density_channels; k++)
-                for (int c = 0; c < q; c++) {
-                    const T p = channels[(l * density_channels + k) * q + c];
-                    to_channels[(l * density_channels + k) * q_row + c] = from_channels[(l * q + c) * g_row + k] = p;
-                }
-    }
-
-    // P of a degree from 1 on, by channel of the density.
-    const T *channels_of(int l) const { return &to_channels[std::size_t(l - 1) * density_channels * q_row]; }
-
-    // y (lm, q_row) of a density (lm, c_row), of l from 1 on.
-    void to_y(const T *density, int c_row, T *y) const {
-        for (int l = 1; l <= l_max; l++)
-            multiply(2 * l + 1, q_row, density_channels, Strided<T>{density + l * l * c_row, c_row, 1}, channels_of(l), q_row,
-                     y + l * l * q_row, q_row);
-    }
-
-    // Adds ∂E/∂c (lm, g_row) from ∂E/∂y (lm, q_row); `scratch`: of 2 l_max + 1 rows.
-    void add_to_density(const T *on_y, T *on_density, T *scratch) const {
-        for (int l = 1; l <= l_max; l++) {
-            multiply(2 * l + 1, g_row, q, Strided<T>{on_y + l * l * q_row, q_row, 1}, &from_channels[std::size_t(l - 1) * q * g_row], g_row,
-                     scratch, g_row);
-            T *to = on_density + l * l * g_row;
-            for (int k = 0; k < (2 * l + 1) * g_row; k++) to[k] += scratch[k];
-        }
     }
 
     // b (features,) of y (lm, q); `pairs`: q² MOST numbers.

@@ -13,7 +13,7 @@ template <class T> void Block<T>::channel_densities(int e, int n, Scratch &scrat
     scratch.y.assign(f.size, V{});
     scratch.channel_pairs.resize(2 * f.q * f.q * FourBody<T>::MOST);
     for (int k = 0; k < n; k++) {
-        f.to_y(&density[(e + k) * s.density_size()], s.c_row, scratch.y_rows.data());
+        f.channels.to_y(density_of(e + k), s.c_row, scratch.y_rows.data());
         for (int lm = 1; lm < f.size / f.q; lm++)
             for (int c = 0; c < f.q; c++) scratch.y[lm * f.q + c][k] = scratch.y_rows[lm * f.q_row + c];
     }
@@ -121,7 +121,7 @@ template <class T> void Block<T>::channel_slopes(int species, int p, int last, S
     radial_slopes(p, last, slopes), harmonics_with_gradients(s.degrees, s.recurrence.data(), pairs.directions(p), y);
     for (int l = 1; l <= f.l_max; l++) {
         std::fill_n(value, 2 * f.q, V{});
-        const T *channels = f.channels_of(l) + species * s.n_max * f.q_row, *radial = slopes + l * s.full * 2 * W;
+        const T *channels = f.channels.of_degree(l) + species * s.n_max * f.q_row, *radial = slopes + l * s.full * 2 * W;
         for (int n = 0; n < s.n_max; n++, channels += f.q_row, radial += 2 * W) {
             const V r = load(radial), d = load(radial + W);
             for (int c = 0; c < f.q; c++) value[c] += channels[c] * r, slope[c] += channels[c] * d;
