@@ -13,16 +13,17 @@ from torch import Tensor
 
 from gpmlp import descriptors
 from gpmlp.core import neighbors, parallel
-from gpmlp.core.environments import Descriptor, Surroundings
+from gpmlp.core.environments import Descriptor, StructureEnvironments, Surroundings
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors import radial
 from gpmlp.gp.kernels import ExponentialKernel, PolynomialKernel, SumKernel, ZonalKernel, make_kernel
 from gpmlp.native import library
 from gpmlp.potential import baselines, chunked
+from gpmlp.potential.charges import ChargeBasis
 from gpmlp.potential.mean import EnergyTerm, LowRankForm, MeanBlock, ProjectedCentres
 from gpmlp.potential.potential import Potential
-from gpmlp.recipe import KernelRecipe, Recipe
+from gpmlp.recipe import DescriptorRecipe, KernelRecipe, Recipe
 
 CUTOFF = 3.6  # A: of every descriptor here, so that environments hold a handful of neighbours
 SPECIES = (1, 6, 8)
@@ -315,3 +316,25 @@ def force_sigma_by_core(model, structures: Structures, pairs, atoms: Sequence[in
     asked = len(chosen), chosen, out, parallel.available_threads()
     assert library.call("force_sigma", model, *sizes, *(t.contiguous() for t in parts), *asked) == 0
     return out
+
+
+def charge_basis(*structures: Structures, n: int = 4) -> ChargeBasis:
+    """Of hydrogen, oxygen, sodium and chlorine, with n centres at most of each from these structures."""
+    choices = DescriptorRecipe(
+        cutoff=3.8,
+        n_max=3,
+        l_max=2,
+        sigma_atom=0.5,
+        basis="optimal",
+        radial_scaling=False,
+        cutoff_width=3.0,
+        shortest=0.8,
+    )
+    made = descriptors.make_descriptor((1, 8, 11, 17), choices.model_dump())
+    kernel, centres, lowers = PolynomialKernel(2), {}, {}
+    features = [StructureEnvironments.from_structures(made, s).environments for s in structures]
+    for z in (1, 8, 11, 17):
+        x = torch.cat([e.features[e.species == z] for e in features])[:n]
+        centres[z] = x
+        lowers[z] = torch.linalg.cholesky(kernel.value(x @ x.T) + 1e-8 * torch.eye(len(x)))
+    return ChargeBasis(made, kernel, centres, lowers)

@@ -6,17 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from systems import scattered, structure
+from systems import charge_basis, scattered, structure
 from torch import Tensor
 
 from gpmlp.core.coulomb import CoulombMatrix
-from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import VOIGT
-from gpmlp.descriptors import make_descriptor
-from gpmlp.gp.kernels import PolynomialKernel
-from gpmlp.potential.charges import LOCAL, ChargeBasis, ChargeForm, ChargeModel, StructureCharges, stack_rows
-from gpmlp.recipe import DescriptorRecipe
+from gpmlp.potential.charges import LOCAL, ChargeForm, ChargeModel, StructureCharges, stack_rows
 
 SPECIES = (11, 17, 8, 1, 17)
 CELL = torch.tensor([[6.0, 0.0, 0.5], [1.0, 7.0, 0.0], [0.4, -0.3, 5.0]], dtype=torch.float64)
@@ -30,29 +26,8 @@ def _case(name: str, seed: int = 0, total: float = 0.3) -> Structures:
     return replace(one, charges=torch.tensor([total], dtype=torch.float64))
 
 
-def _basis(*structures: Structures, n: int = 4) -> ChargeBasis:
-    choices = DescriptorRecipe(
-        cutoff=3.8,
-        n_max=3,
-        l_max=2,
-        sigma_atom=0.5,
-        basis="optimal",
-        radial_scaling=False,
-        cutoff_width=3.0,
-        shortest=0.8,
-    )
-    descriptor = make_descriptor((1, 8, 11, 17), choices.model_dump())
-    kernel, centres, lowers = PolynomialKernel(2), {}, {}
-    features = [StructureEnvironments.from_structures(descriptor, s).environments for s in structures]
-    for z in (1, 8, 11, 17):
-        x = torch.cat([e.features[e.species == z] for e in features])[:n]
-        centres[z] = x
-        lowers[z] = torch.linalg.cholesky(kernel.value(x @ x.T) + 1e-8 * torch.eye(len(x)))
-    return ChargeBasis(descriptor, kernel, centres, lowers)
-
-
 def _model(form: ChargeForm, seed: int = 5) -> ChargeModel:
-    basis = _basis(*(_case("isolated", s) for s in (1, 2, 3)))
+    basis = charge_basis(*(_case("isolated", s) for s in (1, 2, 3)))
     start = basis.physical({11: 1, 17: 2, 8: 1, 1: 1})
     noise = torch.randn(basis.n_columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return ChargeModel(form, basis, start + 0.2 * noise, start)
@@ -163,7 +138,7 @@ def test_charges_of_least_energy_solve_the_equations_of_equilibrium():
 
 def test_physical_start_is_that_of_electronegativities():
     """Free charges of NaCl: sodium positive by as much as chlorine is negative; a total charge is shared by softness."""
-    basis = _basis(*(_case("isolated", s) for s in (1, 2, 3)))
+    basis = charge_basis(*(_case("isolated", s) for s in (1, 2, 3)))
     sodium, chlorine = (basis.physical({11: 4, 17: 4})[basis.n_weights :][k] for k in (2, 3))
     assert 0.2 < float(sodium) < 0.6 and float(sodium + chlorine) == pytest.approx(0.0, abs=1e-12)
     charged = basis.physical({11: 4, 17: 4}, total=1.0)[basis.n_weights :]

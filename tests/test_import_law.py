@@ -38,6 +38,7 @@ CONFINED = {
     "dftd3": {"potential"},
     "triton": {"descriptors"},
     "vesin": {"core"},
+    "torchpme": {"core"},
     "safetensors": {"io"},
     "pydantic": {"recipe", "io", "learning"},
     "sklearn": {"uncertainty"},

@@ -22,6 +22,7 @@ CONVERGED = 5.4  # erfc(x) and exp(-x²) beyond it are below 1e-12: where both s
 NARROWEST = 1.4  # A, smearing of Ewald's method at least: a smaller one only moves work to the reciprocal sum
 VACUUM = 4.5  # times the longest lattice vector of a slab, between its images: what Yeh and Berkowitz leave out is below 1e-11
 LAYER = 5.0  # A, in steps of which the thickness of a slab counts
+LARGEST = 3000  # atoms of a dense matrix: of more, with its derivatives, it would take many gigabytes
 
 # first ionisation energies (NIST Atomic Spectra Database) and electron affinities (CRC Handbook of Chemistry and Physics, 0 where no anion
 # is bound) of Z = 1, 2, ..., eV
@@ -107,14 +108,16 @@ class CoulombMatrix:
             hardnesses: η by atomic number, eV/e²; those of the table if None.
 
         Raises:
-            UserError: an element without a hardness, one periodic axis only, a cell without volume, atoms on top of each other.
+            UserError: an element without a hardness, one periodic axis only, a cell without volume, atoms on top of each other, more
+                than LARGEST atoms.
         """
-        if len(structure) != 1:
-            raise ValueError("a Coulomb matrix is of one structure")
-        eta = structure.positions.new_zeros(structure.n_atoms, dtype=torch.float64)
-        for z in structure.distinct_species:
-            eta[structure.species == z] = hardness(z) if hardnesses is None else hardnesses[z]
-        widths = COULOMB / (math.sqrt(math.pi) * eta)
+        if structure.n_atoms > LARGEST:
+            raise errors.UserError(
+                f"{structure.names[0]}: has {structure.n_atoms} atoms. With charges, structures of more than {LARGEST} have energies, "
+                "forces and stresses where two or three axes are periodic (a cluster: with vacuum around it), but no error bars, and "
+                "cannot be fitted to."
+            )
+        eta, widths = hardness_and_widths(structure, hardnesses)
         periodic = int(structure.periodic.sum())
         if periodic == 1:
             raise errors.UserError(
@@ -128,6 +131,10 @@ class CoulombMatrix:
 
     def __len__(self) -> int:
         return len(self.self_terms)
+
+    def potential(self, charges: Tensor) -> Tensor:
+        """(n,) A q, V, of charges (n,), e."""
+        return self.matrix @ charges
 
     @cached_property
     def _phases(self) -> tuple[Tensor, Tensor]:
@@ -193,7 +200,7 @@ class CoulombMatrix:
     @property
     def background(self) -> Tensor:
         """(n, n) the part of `constant` that is inversely proportional to the volume."""
-        return self.constant - torch.diag(self.constant.new_full((len(self),), _own(self.smearing)))
+        return self.constant - torch.diag(self.constant.new_full((len(self),), own_wave_term(self.smearing)))
 
     def energy_gradients(self, charges: Tensor) -> tuple[Tensor, Tensor]:
         """∂/∂r (n, 3), eV/A, and ∂/∂ε (3, 3), eV, of ½ qᵀAq at constant charges (n,), in O(pairs + n waves)."""
@@ -222,12 +229,22 @@ class CoulombMatrix:
         return on_atoms, 0.5 * (strained + strained.T)
 
 
-def _own(smearing: float) -> float:
+def hardness_and_widths(structure: Structures, hardnesses: Mapping[int, float] | None = None) -> tuple[Tensor, Tensor]:
+    """η, eV/e², and σ, A, of the atoms of one structure (n,); arguments and errors as CoulombMatrix.of_structure."""
+    if len(structure) != 1:
+        raise ValueError("a Coulomb sum is of one structure")
+    eta = structure.positions.new_zeros(structure.n_atoms, dtype=torch.float64)
+    for z in structure.distinct_species:
+        eta[structure.species == z] = hardness(z) if hardnesses is None else hardnesses[z]
+    return eta, COULOMB / (math.sqrt(math.pi) * eta)
+
+
+def own_wave_term(smearing: float) -> float:
     """What the sum in reciprocal space counts of an atom with itself, eV/e²."""
     return -COULOMB * math.sqrt(2 / math.pi) / smearing
 
 
-def _smeared(r: Tensor, width: Tensor | float) -> tuple[Tensor, Tensor]:
+def smeared(r: Tensor, width: Tensor | float) -> tuple[Tensor, Tensor]:
     """erf(r / (√2 γ)) / r and its derivative."""
     a = 1 / (math.sqrt(2) * width)
     value = torch.special.erf(a * r) / r
@@ -241,7 +258,7 @@ def _isolated(structure: Structures, eta: Tensor, widths: Tensor) -> CoulombMatr
     r = vectors.norm(dim=1)
     if len(r) and float(r.min()) < neighbors.CLOSEST - 1e-9:
         neighbors.find_neighbors(structure, neighbors.CLOSEST)  # which says what is wrong
-    value, slope = _smeared(r, (widths[i].square() + widths[j].square()).sqrt())
+    value, slope = smeared(r, (widths[i].square() + widths[j].square()).sqrt())
     none, nothing = like.new_zeros(0, 3), like.new_zeros(n, n)
     pairs = i, j, vectors, COULOMB * value, COULOMB * slope
     return CoulombMatrix(eta, *pairs, none, none[:, 0], 1.0, like, nothing, like.new_zeros(3), 0.0, 0.0)
@@ -258,14 +275,14 @@ def _periodic(structure: Structures, eta: Tensor, widths: Tensor) -> CoulombMatr
     pairs = neighbors.find_neighbors(structure, math.sqrt(2) * CONVERGED * smearing)
     vectors = pairs.vectors(structure)
     i, j, r = pairs.centers, pairs.neighbors, vectors.norm(dim=1)
-    narrow, wide = _smeared(r, (widths[i].square() + widths[j].square()).sqrt()), _smeared(r, smearing)
+    narrow, wide = smeared(r, (widths[i].square() + widths[j].square()).sqrt()), smeared(r, smearing)
     value, slope = (COULOMB * (a - b) for a, b in zip(narrow, wide, strict=True))
     waves = _half_space(structure.cells[0], math.sqrt(2) * CONVERGED / smearing)
     squares = waves.square().sum(1)
     weights = 2 * COULOMB * 4 * math.pi / volume * torch.exp(-0.5 * smearing**2 * squares) / squares
     spread = widths.square()[:, None] + widths.square()
     constant = -COULOMB * 2 * math.pi / volume * (smearing**2 - spread)
-    constant.diagonal().add_(_own(smearing))
+    constant.diagonal().add_(own_wave_term(smearing))
     like = structure.positions
     about = waves, weights, smearing, like, constant, like.new_zeros(3), 0.0, 0.0
     return CoulombMatrix(eta, i, j, vectors, value, slope, *about)
@@ -284,6 +301,16 @@ def _half_space(cell: Tensor, cutoff: float) -> Tensor:
 
 def _slab(structure: Structures, eta: Tensor, widths: Tensor) -> CoulombMatrix:
     """As periodic along its normal, with vacuum between images and their interaction taken off."""
+    whole, normal, factor, height = slab_box(structure, VACUUM)
+    inside = _periodic(whole, eta, widths)
+    # with this, the average over the area is -2π/area |d·n|, smeared by γ, whatever the height of the cell
+    constant = inside.constant - COULOMB * factor * (widths.square()[:, None] + widths.square())
+    return replace(inside, constant=constant, normal=normal, area_factor=factor, height=height)
+
+
+def slab_box(structure: Structures, vacuum: float) -> tuple[Structures, Tensor, float, float]:
+    """One slab in a cell that is periodic along its normal (3,) too, `vacuum` times its longest lattice vector between images; that
+    normal; 2π over the volume of the cell, 1/A³; its height, A."""
     cell, flat = structure.cells[0].clone(), structure.periodic[0]
     axis = int((~flat).nonzero()[0, 0])
     a, b = cell[flat]
@@ -296,14 +323,10 @@ def _slab(structure: Structures, eta: Tensor, widths: Tensor) -> CoulombMatrix:
     normal = normal / area
     heights = structure.positions @ normal
     thick = LAYER * math.ceil(float(heights.max() - heights.min()) / LAYER + 1e-9)
-    height = thick + VACUUM * float(torch.stack([a, b]).norm(dim=1).max())
-    height = max(height, thick + 2 * LAYER)
+    height = max(thick + vacuum * float(torch.stack([a, b]).norm(dim=1).max()), thick + 2 * LAYER)
     cell[axis] = height * normal
     whole = Structures(
         structure.positions, cell[None], torch.ones_like(structure.periodic), structure.species,
         structure.structure_of_atom, structure.names,
     )  # fmt: skip
-    inside, factor = _periodic(whole, eta, widths), 2 * math.pi / (area * height)
-    # with this, the average over the area is -2π/area |d·n|, smeared by γ, whatever the height of the cell
-    constant = inside.constant - COULOMB * factor * (widths.square()[:, None] + widths.square())
-    return replace(inside, constant=constant, normal=normal, area_factor=factor, height=height)
+    return whole, normal, 2 * math.pi / (area * height), height

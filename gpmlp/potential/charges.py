@@ -35,6 +35,7 @@ from gpmlp.core.environments import Descriptor, StructureEnvironments, strain_de
 from gpmlp.core.errors import UserError
 from gpmlp.core.findings import Finding, warn_of
 from gpmlp.core.neighbors import Neighbors
+from gpmlp.core.particle_mesh import ParticleMesh, coulomb_sum
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import Structures
@@ -45,6 +46,8 @@ from gpmlp.gp.variance import WhitenedRows
 from gpmlp.potential.mean import EnergyTerm, MeanBlock
 
 LOCAL = math.inf
+CONVERGED = 1e-7  # e, what charges found by iteration may be off by
+MOST_ITERATIONS = 300  # of these; a dozen or two are usual
 STORED = 1e-6  # by which the factor of a prior covariance in a file may differ from it
 
 
@@ -196,7 +199,7 @@ class Equilibrium:
 
     Attributes:
         charges: (n,) q, e. pull: (n,) w = ∂E/∂q⁰, eV/e. atom_energies: (n,) shares of E, eV.
-        projector: (n, n) P of polarisable charges.
+        projector: (n, n) P of polarisable charges, where there is a matrix of A.
     """
 
     charges: Tensor
@@ -205,8 +208,8 @@ class Equilibrium:
     projector: Tensor | None
 
 
-def equilibrate(form: ChargeForm, coulomb: CoulombMatrix, free: Tensor, total: float) -> Equilibrium:
-    """The charges of one structure.
+def equilibrate(form: ChargeForm, coulomb: CoulombMatrix | ParticleMesh, free: Tensor, total: float) -> Equilibrium:
+    """The charges of one structure: by Cholesky's factor of H, or to CONVERGED by iteration where A is no matrix.
 
     Args:
         free: (n,) q⁰, e. total: Q, e.
@@ -214,20 +217,55 @@ def equilibrate(form: ChargeForm, coulomb: CoulombMatrix, free: Tensor, total: f
     n, s = len(coulomb), coulomb.self_terms
     if form.kappa == LOCAL:
         q = free + (total - free.sum()) / n
-        potential = coulomb.matrix @ q
+        potential = coulomb.potential(q)
         return Equilibrium(q, potential - potential.mean(), 0.5 * q * potential, None)
     j = form.kappa * s
-    h = coulomb.matrix + torch.diag(s + j)
+    if isinstance(coulomb, ParticleMesh):
+        q, projector = _iterated(coulomb, s + j, j * free, total), None
+    else:
+        q, projector = _solved(coulomb, s + j, j * free, total)
+    moved, off = q - free, s if form.without_self else torch.zeros_like(s)
+    energies = 0.5 * (j * moved.square() + q * (coulomb.potential(q) + s * q) - off * free.square())
+    return Equilibrium(q, -j * moved - off * free, energies, projector)
+
+
+def _solved(coulomb: CoulombMatrix, diagonal: Tensor, pull: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """q of the least ½ qᵀ(A + D)q - bᵀq with a total charge, and P, for D and b (n,)."""
+    h = coulomb.matrix + torch.diag(diagonal)
     if coulomb.area_factor:
         # a slab's A is positive on neutral charges only; c 11ᵀ makes H so everywhere and changes no charges of a given sum
         h = h + coulomb.matrix.abs().max()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     along = inverse.sum(1)
     projector = inverse - along[:, None] * (along / along.sum())
-    q = projector @ (j * free) + along * (total / along.sum())
-    moved, off = q - free, s if form.without_self else torch.zeros_like(s)
-    energies = 0.5 * (j * moved.square() + q * (coulomb.matrix @ q + s * q) - off * free.square())
-    return Equilibrium(q, -j * moved - off * free, energies, projector)
+    return projector @ pull + along * (total / along.sum()), projector
+
+
+def _iterated(coulomb: ParticleMesh, diagonal: Tensor, pull: Tensor, total: float) -> Tensor:
+    """q as `_solved`, by conjugate gradients on charges of that sum, preconditioned by D (Gould, Hribar, Nocedal, SIAM J. Sci. Comput.
+    23, 1376 (2001), algorithm 2.1)."""
+    shares = (1 / diagonal) / (1 / diagonal).sum()
+
+    def neutral(residual: Tensor) -> Tensor:
+        moved = residual / diagonal
+        return moved - moved.sum() * shares
+
+    q = pull / diagonal
+    q = q + (total - q.sum()) * shares
+    residual = pull - diagonal * q - coulomb.potential(q)
+    step = move = neutral(residual)
+    for _ in range(MOST_ITERATIONS):
+        if float(step.abs().max()) < CONVERGED:
+            return q + (total - q.sum()) * shares
+        power, against = residual @ step, diagonal * move + coulomb.potential(move)
+        length = power / (move @ against)
+        q, residual = q + length * move, residual - length * against
+        step = neutral(residual)
+        move = step + (residual @ step / power) * move
+    raise UserError(
+        f"Charges of {len(q)} atoms did not converge to {CONVERGED:g} e in {MOST_ITERATIONS} iterations: look for atoms or a cell out of "
+        "the ordinary."
+    )
 
 
 def _responses(form: ChargeForm, coulomb: CoulombMatrix, found: Equilibrium, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -364,7 +402,7 @@ class ChargeModel:
             free = torch.where(structures.species == z, free + constant, free)
         parts, pull, offsets = [], torch.zeros_like(free), structures.offsets.tolist()
         for i, (first, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
-            coulomb = CoulombMatrix.of_structure(structures.select([i]))
+            coulomb = coulomb_sum(structures.select([i]))
             found = equilibrate(self.form, coulomb, free[first:end].double(), float(structures.charges[i]))
             parts.append((found.atom_energies, found.charges, *coulomb.energy_gradients(found.charges)))
             pull[first:end] = found.pull
