@@ -30,27 +30,49 @@ SMALL = {
 }
 
 
-def ions(n: int, seed: int, size: float, closest: float = 2.2) -> tuple[Structures, Targets]:
-    """Sodium and chlorine at random: Gaussian charges of +1 and -1 e, or -0.6 of chlorine in every other structure, and a pair term."""
-    parts, energies, forces = [], [], []
-    for i in range(n):
-        box = size * torch.eye(3, dtype=torch.float64)
-        one = structure(scattered(4, box, seed + i, closest), (11, 17, 11, 17), OPEN)
-        q = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-        coulomb = CoulombMatrix.of_structure(one)
-        pairs = find_neighbors(one, CUTOFF)
+def labelled(parts: list[Structures], charges: list[float]) -> tuple[Structures, Targets]:
+    """Structures with Gaussian charges and a pair term of short range: exact energies, forces and stresses."""
+    found, q = [], torch.tensor(charges, dtype=torch.float64)
+    for one in parts:
+        coulomb, pairs = CoulombMatrix.of_structure(one), find_neighbors(one, CUTOFF)
         vectors = pairs.vectors(one)
         r = vectors.norm(dim=1)
-        inside = (1 - (r / CUTOFF) ** 2) ** 3
-        value = 8 * torch.exp(-1.5 * (r - 1.6)) * inside
-        slope = -1.5 * value - 8 * torch.exp(-1.5 * (r - 1.6)) * 6 * r / CUTOFF**2 * (1 - (r / CUTOFF) ** 2) ** 2
-        local = torch.zeros(4, dtype=torch.float64).index_add(0, pairs.centers, 0.5 * value)
+        inside = 1 - (r / CUTOFF) ** 2
+        bare = 8 * torch.exp(-1.5 * (r - 1.6))
+        value, slope = bare * inside**3, -bare * (1.5 * inside**3 + 6 * r / CUTOFF**2 * inside**2)
+        local = torch.zeros(len(q), dtype=torch.float64).index_add(0, pairs.centers, 0.5 * value)
         short = assemble_prediction(one, pairs, vectors, local, (0.5 * slope / r)[:, None] * vectors)
-        parts.append(one)
-        energies.append(short.energies + 0.5 * q @ coulomb.matrix @ q)
-        forces.append(short.forces - coulomb.energy_gradients(q)[0])
+        on_atoms, strained = coulomb.energy_gradients(q)
+        stresses = short.stresses + strained / one.volumes[:, None, None]
+        found.append((short.energies + 0.5 * q @ coulomb.matrix @ q, short.forces - on_atoms, stresses))
+    energies, forces, stresses = (torch.cat(column) for column in zip(*found, strict=True))
     every = Structures.concatenate(parts)
-    return every, replace(Targets.unlabelled(every), energies=torch.cat(energies), forces=torch.cat(forces))
+    return every, replace(Targets.unlabelled(every), energies=energies, forces=forces, stresses=stresses)
+
+
+def ions(n: int, seed: int, size: float, closest: float = 2.2) -> tuple[Structures, Targets]:
+    """Two sodium and two chlorine ions at random in an open box."""
+    box = size * torch.eye(3, dtype=torch.float64)
+    species = (11, 17, 11, 17)
+    parts = [structure(scattered(4, box, seed + i, closest), species, OPEN) for i in range(n)]
+    return labelled(parts, [1.0, -1.0, 1.0, -1.0])
+
+
+ROCKSALT = [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
+
+
+def crystals(n: int, seed: int) -> tuple[Structures, Targets]:
+    """Rocksalt of some lengths, strained, with displaced ions."""
+    parts = []
+    for i in range(n):
+        generator = torch.Generator().manual_seed(seed + i)
+        length = 5.0 + 0.8 * torch.rand(1, generator=generator, dtype=torch.float64)
+        cell = length * torch.eye(3, dtype=torch.float64)
+        cell = cell + 0.2 * torch.randn(3, 3, generator=generator, dtype=torch.float64)
+        shaken = 0.15 * torch.randn(8, 3, generator=generator, dtype=torch.float64)
+        positions = 0.5 * torch.tensor(ROCKSALT, dtype=torch.float64) @ cell + shaken
+        parts.append(structure(positions, [11] * 4 + [17] * 4, cell, (True, True, True)))
+    return labelled(parts, [1.0] * 4 + [-1.0] * 4)
 
 
 def _recipe(**long_range) -> Recipe:
@@ -81,6 +103,19 @@ def test_ions_beyond_the_cutoff_are_found_where_a_short_range_model_is_blind(fit
         found.charges.view(-1, 4).sum(1), torch.zeros(len(far), dtype=torch.float64), rtol=0, atol=1e-10
     )
     assert (found.charges[far.species == 11] > 0.5).all() and (found.charges[far.species == 17] < -0.5).all()
+
+
+def test_charges_of_crystals_are_learned_from_energies_forces_and_stresses():
+    """Ions of one charge each: their charges come out, and errors of forces and stresses that nearby neighbours cannot explain go."""
+    data, (others, labels) = crystals(30, 0), crystals(8, 900)
+    (alone, _), (charged, report) = (gpmlp.fit(*data, _recipe(charges=name)) for name in ("off", "polarisable"))
+    before, after = (gpmlp.evaluate(p, others, labels, variances=False).overall for p in (alone, charged))
+    assert after.force_rmse_meV_per_A < 0.5 * before.force_rmse_meV_per_A
+    assert after.stress_rmse_GPa < 0.6 * before.stress_rmse_GPa
+    assert report.charges is not None and report.charges["form"].startswith("polarisable")
+    found = charged(others, variance="all")
+    assert torch.allclose(found.charges.abs(), torch.ones(64, dtype=torch.float64), rtol=0, atol=0.1)
+    assert (found.stresses_variance.data > 0).all() and (found.forces_variance.data > 0).all()
 
 
 def test_error_bars_of_far_structures_hold_the_uncertainty_of_charges(fitted):
@@ -161,3 +196,18 @@ def test_charges_that_bring_nothing_are_left_out():
     (tried, report), (without, _) = (gpmlp.fit(structures, targets, _recipe(charges=name)) for name in ("auto", "off"))
     assert report.charges is not None and not report.charges["kept"] and tried.charges is None
     assert torch.equal(tried(structures).forces, without(structures).forces)
+
+
+@pytest.mark.parametrize("labels", ["use", "only"])
+def test_labels_of_charges_are_learned_from_where_that_is_asked_for(labels):
+    """Charges that differ from those of the energies by a third: `only` follows them, `use` lies between, as noise allows."""
+    structures, targets = ions(16, 0, 6.0)
+    told = torch.tensor([0.7, -0.7, 0.7, -0.7], dtype=torch.float64).repeat(16)
+    dipoles = (told[:, None] * structures.positions).view(16, 4, 3).sum(1)
+    targets = replace(targets, charges=told, dipoles=dipoles)
+    potential, report = gpmlp.fit(structures, targets, _recipe(charges="local", labels=labels))
+    assert report.charges is not None and report.charges["labels"] == {"use": 16 * 13, "only": 0}[labels] + 16 * 7
+    if labels == "only":
+        assert torch.allclose(potential(structures).charges, told, rtol=0, atol=0.03)
+    with pytest.raises(UserError, match="there are none"):
+        gpmlp.fit(*ions(8, 0, 6.0), _recipe(charges="local", labels=labels))

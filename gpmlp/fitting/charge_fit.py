@@ -31,7 +31,15 @@ from gpmlp.gp import evidence, hyperparameters, inducing, likelihood
 from gpmlp.gp.covariances import CovarianceRows
 from gpmlp.gp.evidence import SufficientStatistics
 from gpmlp.gp.likelihood import Hyperparameters, Observations, StdPrior
-from gpmlp.potential.charges import LOCAL, ChargeBasis, ChargeForm, ChargeModel, StructureCharges, stack_rows
+from gpmlp.potential.charges import (
+    LOCAL,
+    ChargeBasis,
+    ChargeForm,
+    ChargeModel,
+    ElectrostaticColumns,
+    StructureCharges,
+    stack_rows,
+)
 from gpmlp.recipe import Recipe
 
 SHORT_COLUMNS = 600  # of the short-range model beside which charges are fitted
@@ -40,6 +48,7 @@ ROWS = 12_000  # labels, about, from which charges are fitted: of structures at 
 SPREAD_BYTES = 512 << 20  # of the derivatives of their functions in memory
 FORMS = (ChargeForm(LOCAL), ChargeForm(10.0), ChargeForm(3.0), ChargeForm(1.0))  # each from where the one before ended
 COMPOSITION = 5.0  # eV, of the energy of an atom that charges may shift
+LABEL_NOISE = {"charges": StdPrior(2e-2, 1e-4, 1.0), "dipoles": StdPrior(5e-2, 1e-4, 5.0)}  # e; e A
 ITERATIONS, EVIDENCE_AT, EVALUATIONS = 30, (0, 3, 7), 12
 DAMPING, TRIES = 1e-3, 12
 ROUGH, FINE = (
@@ -91,8 +100,8 @@ class FittedCharges:
 
 def reason_to_try(structures: Structures, recipe: Recipe) -> str | None:
     """Why charges are to be fitted: they are asked for, or the data ask for them; None if neither."""
-    wanted = recipe.long_range.charges
-    if wanted != "auto":
+    wanted, labels = recipe.long_range.charges, recipe.long_range.labels
+    if wanted != "auto" or labels != "ignore":
         return None if wanted == "off" else "asked for"
     if len(structures.charges.unique()) > 1:
         return "the structures have different total charges"
@@ -114,6 +123,16 @@ def why_impossible(structures: Structures, models: Sequence[InducingModel]) -> s
         return "structures with one periodic axis have no Coulomb sum"
     unknown = [z for z in structures.distinct_species if z > len(IONISATION)]
     return f"there is no hardness of {errors.chemical_symbol(unknown[0])}" if unknown else None
+
+
+def check_labels(recipe: Recipe, targets: Targets) -> None:
+    """UserError if labels of charges are to be learned from and there are none."""
+    labels = recipe.long_range.labels
+    if labels != "ignore" and bool(targets.charges.isnan().all()) and bool(targets.dipoles.isnan().all()):
+        raise errors.UserError(
+            f"`long_range.labels: {labels}` needs charges of atoms or dipoles in the data, and there are none; leave it out, or name them: "
+            "--keys charges=NAME."
+        )
 
 
 def _reaches_beyond(one: Structures, cutoff: float) -> bool:
@@ -139,18 +158,31 @@ class _Chunk:
     Attributes:
         rows: by kind, [A | composition | y], whitened.
         labels: observations that rows are of; internal: as in rows_of_labels.
+        charges: (atoms,) labels, e; dipoles: (structures, 3), e A; NaN where there are none, or they are not to be learned from.
     """
 
     structures: list[StructureCharges]
     rows: dict[str, Tensor]
     labels: dict[str, Observations]
     internal: Structures | None
+    charges: Tensor
+    dipoles: Tensor
 
     def electrostatic(self, form: ChargeForm, a: Tensor, columns: bool) -> dict[str, Tensor]:
         """By kind, rows [C | e] of E_ES at a, or e alone; of charges and dipoles too."""
         found = [one.evaluate(form, a, columns) for one in self.structures]
         parts = [stack_rows([f.columns for f in found if f.columns is not None])] if columns else []
-        return self.as_rows([*parts, stack_rows([f.values for f in found])])
+        return self.as_rows([*parts, stack_rows([f.values for f in found])]) | self._of_charges(found)
+
+    def _of_charges(self, found: Sequence[ElectrostaticColumns]) -> dict[str, Tensor]:
+        """Rows of the labels of charges and dipoles, Σ q r, which are linear in charges."""
+        charges = [
+            f.charges[:, None] if f.of_charges is None else torch.cat([f.of_charges, f.charges[:, None]], dim=1)
+            for f in found
+        ]
+        dipoles = [one.coulomb.positions.T @ rows for one, rows in zip(self.structures, charges, strict=True)]
+        known = ~self.charges.isnan(), ~self.dipoles.flatten().isnan()
+        return {"charges": torch.cat(charges)[known[0]], "dipoles": torch.cat(dipoles)[known[1]]}
 
     def as_rows(self, parts: Sequence[CovarianceRows]) -> dict[str, Tensor]:
         """Of the labels by kind, without these."""
@@ -170,7 +202,11 @@ class ChargeData:
         self.structures, self.targets = _some_structures(structures, targets, recipe.seed)
         self.basis = make_basis(self.models[0], self.structures)
         self.chunks = [self._chunk(part, labels) for part, labels in _chunks(self.structures, self.targets)]
-        kinds = [k for k in (*KINDS, regression.FIXED) if any(k in c.rows for c in self.chunks)]
+        kinds = [
+            k for k in (*KINDS, regression.FIXED, *LABEL_NOISE) if any(len(c.rows.get(k, ())) for c in self.chunks)
+        ]
+        if recipe.long_range.labels == "only":
+            kinds = [k for k in kinds if k in LABEL_NOISE]
         self.short = {k: torch.cat([c.rows[k] for c in self.chunks if k in c.rows]) for k in kinds}
         self.counts = {kind: len(rows) for kind, rows in self.short.items()}
         self.grams = {kind: SufficientStatistics.from_factor(rows, len(rows)) for kind, rows in self.short.items()}
@@ -184,16 +220,25 @@ class ChargeData:
         rows = {kind: inducing.whiten_rows(r.double(), regression.lowers_of(self.models)) for kind, r in rows.items()}
         labels = likelihood.observed_labels(targets, part.counts)
         functional = any(not m.local_blocks for m in self.models)
-        chunk = _Chunk(StructureCharges.of_structures(self.basis, part), {}, labels, part if functional else None)
+        neutral = (part.charges == 0) & ~part.periodic.any(1)  # others have no dipole but that of an origin and a cell
+        about = targets.charges.double(), targets.dipoles.double().masked_fill(~neutral[:, None], torch.nan)
+        if self.recipe.long_range.labels == "ignore":
+            about = torch.full_like(about[0], torch.nan), torch.full_like(about[1], torch.nan)
+        chunk = _Chunk(
+            StructureCharges.of_structures(self.basis, part), {}, labels, part if functional else None, *about
+        )
         counts = part.composition(self.structures.distinct_species).double()
         nothing = [
             counts.new_zeros(len(value), counts.shape[1])
             for value in (targets.forces.flatten(), part.volumes.repeat(6))
         ]
         composition = chunk.as_rows([CovarianceRows(counts, *nothing)])
-        return replace(
-            chunk, rows={k: torch.cat([r[:, :-1], composition[k], r[:, -1:]], dim=1) for k, r in rows.items()}
-        )
+        made = {k: torch.cat([r[:, :-1], composition[k], r[:, -1:]], dim=1) for k, r in rows.items()}
+        columns = sum(regression.block_widths(self.models)) + counts.shape[1]
+        for kind, values in zip(LABEL_NOISE, about, strict=True):  # of which no short-range column knows
+            known = values.flatten()[~values.flatten().isnan()]
+            made[kind] = torch.cat([known.new_zeros(len(known), columns), known[:, None]], dim=1)
+        return replace(chunk, rows=made)
 
     def electrostatic(self, form: ChargeForm, a: Tensor, columns: bool) -> dict[str, Tensor]:
         """By kind, rows [C | e] of all labels."""
@@ -371,8 +416,8 @@ def _block_of_column(data: ChargeData, charges: bool) -> Tensor:
 
 def _parameters(data: ChargeData) -> Hyperparameters:
     more = StdPrior.fixed_at(COMPOSITION), *regression.CHARGE_SIGNALS
-    kinds = [kind for kind in KINDS if kind in data.short]
-    return hyperparameters.make_hyperparameters(data.recipe, kinds, regression.blocks_of(data.models), more)
+    kinds, noises = [k for k in KINDS if k in data.short], {k: p for k, p in LABEL_NOISE.items() if k in data.short}
+    return hyperparameters.make_hyperparameters(data.recipe, kinds, regression.blocks_of(data.models), more, noises)
 
 
 def _without(data: ChargeData) -> tuple[Hyperparameters, float]:
@@ -402,8 +447,11 @@ def fit_charges(data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: R
         return found[form]
 
     a, best = start, None
-    for form in forms:
+    for form in dict.fromkeys((ChargeForm(LOCAL), *forms)):  # from local charges the others end in better optima
         last = search(form, a, parameters)
+        if form not in forms:
+            a, parameters = last.a, last.parameters
+            continue
         if best is not None and last.value > best.value:
             break
         a, parameters, best = last.a, last.parameters, last

@@ -274,6 +274,7 @@ def _with_charges(
 ) -> tuple[_Data, dict[str, Any] | None]:
     """The data with electrostatics subtracted, where charges are asked for or the evidence asks for them; an entry of the FitReport."""
     wanted = data.recipe.long_range.charges
+    charge_fit.check_labels(data.recipe, data.targets)
     if charge_fit.reason_to_try(data.structures, data.recipe) is None:
         return data, None
     if lacking := charge_fit.why_impossible(data.structures, models):

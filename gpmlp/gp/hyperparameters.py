@@ -27,11 +27,18 @@ def check_species(recipe: Recipe, structures: Structures) -> None:
 
 
 def make_hyperparameters(
-    recipe: Recipe, kinds: Sequence[str], blocks: Blocks, more: Sequence[StdPrior] = ()
+    recipe: Recipe,
+    kinds: Sequence[str],
+    blocks: Blocks,
+    more: Sequence[StdPrior] = (),
+    noises: Mapping[str, StdPrior] | None = None,
 ) -> Hyperparameters:
-    """Noises of these kinds and signals of these blocks, and of `more`, with their priors, at their starting values."""
+    """Noises of these kinds and signals of these blocks, with their priors, at their starting values; `noises` of other kinds, and `more`
+    signals, that no recipe knows."""
     noise = {kind: _prior(getattr(recipe.noise, NOISE_FIELDS[kind]), NOISE_PRIORS[kind]) for kind in kinds}
-    return Hyperparameters(noise, [*(_prior(_signal(recipe, block), SIGNAL_PRIOR) for block in blocks), *more])
+    return Hyperparameters(
+        noise | dict(noises or {}), [*(_prior(_signal(recipe, block), SIGNAL_PRIOR) for block in blocks), *more]
+    )
 
 
 def bound_warnings(
