@@ -198,16 +198,37 @@ def test_charges_that_bring_nothing_are_left_out():
     assert torch.equal(tried(structures).forces, without(structures).forces)
 
 
-@pytest.mark.parametrize("labels", ["use", "only"])
-def test_labels_of_charges_are_learned_from_where_that_is_asked_for(labels):
-    """Charges that differ from those of the energies by a third: `only` follows them, `use` lies between, as noise allows."""
+def test_charges_follow_labels_of_charges_and_dipoles_alone_where_that_is_asked_for():
+    """Half of the structures have dipoles, and one more has charges, of 0.7 where energies and forces say 1."""
     structures, targets = ions(16, 0, 6.0)
     told = torch.tensor([0.7, -0.7, 0.7, -0.7], dtype=torch.float64).repeat(16)
-    dipoles = (told[:, None] * structures.positions).view(16, 4, 3).sum(1)
-    targets = replace(targets, charges=told, dipoles=dipoles)
-    potential, report = gpmlp.fit(structures, targets, _recipe(charges="local", labels=labels))
-    assert report.charges is not None and report.charges["labels"] == {"use": 16 * 13, "only": 0}[labels] + 16 * 7
-    if labels == "only":
-        assert torch.allclose(potential(structures).charges, told, rtol=0, atol=0.03)
-    with pytest.raises(UserError, match="there are none"):
-        gpmlp.fit(*ions(8, 0, 6.0), _recipe(charges="local", labels=labels))
+    charges, dipoles = told.clone(), (told[:, None] * structures.positions).view(16, 4, 3).sum(1)
+    charges[4:], dipoles[:1], dipoles[9:] = torch.nan, torch.nan, torch.nan
+    some = replace(targets, charges=charges, dipoles=dipoles)
+    potential, report = gpmlp.fit(structures, some, _recipe(charges="local", labels="only"))
+    assert report.charges is not None and report.charges["labels"] == 4 + 8 * 3
+    assert torch.allclose(potential(structures).charges, told, rtol=0, atol=1e-3)
+
+
+def test_labels_of_charges_help_energies_and_forces_where_they_are_right():
+    """Few structures: their own charges as labels beside energies and forces make those of far structures better."""
+    (structures, targets), (far, labels) = ions(16, 0, 6.0), ions(12, 500, 12.0, 4.5)
+    targets = replace(targets, charges=torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).repeat(16))
+    errors, counts = [], []
+    for choice in ("ignore", "use"):
+        potential, report = gpmlp.fit(structures, targets, _recipe(charges="local", labels=choice))
+        errors.append(gpmlp.evaluate(potential, far, labels, variances=False).overall.force_rmse_meV_per_A)
+        counts.append(report.charges["labels"])
+    assert counts == [16 * 13, 16 * 17]
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_labels_of_charges_that_are_not_there_are_asked_for():
+    structures, targets = ions(8, 0, 6.0)
+    charged = replace(structures, charges=torch.ones(8, dtype=torch.float64))
+    dipoles = torch.ones(8, 3, dtype=torch.float64)
+    for s, t in ((structures, targets), (charged, replace(targets, dipoles=dipoles))):
+        with pytest.raises(UserError, match="dipoles of neutral isolated structures, in the data, and there are none"):
+            gpmlp.fit(s, t, _recipe(charges="local", labels="use"))
+    with pytest.raises(ValueError, match="no meaning where charges are off"):
+        _recipe(labels="use")

@@ -161,6 +161,13 @@ def test_what_is_left_out_is_the_default():
     assert parameters.signal().tolist() == pytest.approx([SIGNAL_PRIOR.median, 5])
 
 
+def test_signals_of_free_charges_at_a_bound():
+    """They follow those of the blocks, and no recipe knows them: charges that are constants are none to warn of."""
+    ended = [AtBound("signal", len(BLOCKS), side) for side in ("lower", "upper")]
+    (said,) = hyperparameters.bound_warnings(validate_recipe({}), BLOCKS, ended)
+    assert said.startswith("The signal of free charges ended at the upper bound")
+
+
 def test_each_descriptor_may_have_signals_of_its_own():
     given = {"descriptor": [{"cutoff": 3}, {"cutoff": 5}], "signal": [{"Si": 2}, {"Si": {"bounds": [3, 4]}}]}
     blocks = [(0, 6), (0, 14), (1, 6), (1, 14)]

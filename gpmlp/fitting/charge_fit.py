@@ -125,13 +125,26 @@ def why_impossible(structures: Structures, models: Sequence[InducingModel]) -> s
     return f"there is no hardness of {errors.chemical_symbol(unknown[0])}" if unknown else None
 
 
-def check_labels(recipe: Recipe, targets: Targets) -> None:
+def learned_charge_labels(recipe: Recipe, structures: Structures, targets: Targets) -> Targets:
+    """The targets with those labels of charges and dipoles alone that are learned from. Dipoles are those of neutral isolated
+    structures: others have none but that of an origin and a cell."""
+    used = recipe.long_range.labels != "ignore"
+    neutral = (structures.charges == 0) & ~structures.periodic.any(1)
+    charges, dipoles = targets.charges.double(), targets.dipoles.double()
+    return replace(
+        targets,
+        charges=charges if used else torch.full_like(charges, torch.nan),
+        dipoles=dipoles.masked_fill(~(used & neutral).to(dipoles.device)[:, None], torch.nan),
+    )
+
+
+def check_labels(recipe: Recipe, structures: Structures, targets: Targets) -> None:
     """UserError if labels of charges are to be learned from and there are none."""
-    labels = recipe.long_range.labels
-    if labels != "ignore" and bool(targets.charges.isnan().all()) and bool(targets.dipoles.isnan().all()):
+    labels, found = recipe.long_range.labels, learned_charge_labels(recipe, structures, targets)
+    if labels != "ignore" and bool(found.charges.isnan().all()) and bool(found.dipoles.isnan().all()):
         raise errors.UserError(
-            f"`long_range.labels: {labels}` needs charges of atoms or dipoles in the data, and there are none; leave it out, or name them: "
-            "--keys charges=NAME."
+            f"`long_range.labels: {labels}` needs charges of atoms, or dipoles of neutral isolated structures, in the data, and there are "
+            "none; leave it out, or name them: --keys charges=NAME."
         )
 
 
@@ -199,6 +212,12 @@ class ChargeData:
     ) -> None:
         """Args: targets: less the baselines."""
         self.recipe, self.models = recipe, _leading_models(models)
+        targets = learned_charge_labels(recipe, structures, targets)
+        if recipe.long_range.labels == "only":
+            charged = torch.zeros(len(structures), dtype=torch.bool)
+            charged[structures.structure_of_atom.cpu()[~targets.charges.cpu().isnan()]] = True
+            chosen = (charged | ~targets.dipoles.cpu().isnan().all(1)).nonzero()[:, 0]
+            structures, targets = structures.select(chosen), targets.select(structures, chosen)
         self.structures, self.targets = _some_structures(structures, targets, recipe.seed)
         self.basis = make_basis(self.models[0], self.structures)
         self.chunks = [self._chunk(part, labels) for part, labels in _chunks(self.structures, self.targets)]
@@ -220,10 +239,7 @@ class ChargeData:
         rows = {kind: inducing.whiten_rows(r.double(), regression.lowers_of(self.models)) for kind, r in rows.items()}
         labels = likelihood.observed_labels(targets, part.counts)
         functional = any(not m.local_blocks for m in self.models)
-        neutral = (part.charges == 0) & ~part.periodic.any(1)  # others have no dipole but that of an origin and a cell
-        about = targets.charges.double(), targets.dipoles.double().masked_fill(~neutral[:, None], torch.nan)
-        if self.recipe.long_range.labels == "ignore":
-            about = torch.full_like(about[0], torch.nan), torch.full_like(about[1], torch.nan)
+        about = targets.charges, targets.dipoles
         chunk = _Chunk(
             StructureCharges.of_structures(self.basis, part), {}, labels, part if functional else None, *about
         )
@@ -378,7 +394,7 @@ class _Search:
 
 @dataclass(frozen=True, eq=False)
 class _Objective:
-    """φ(a): the true one, of E_ES(a) itself."""
+    """φ(a) = ½ (y - e(a))ᵀ (A D² Aᵀ + Σ)⁻¹ (y - e(a)) + ½ |(a - a₀)/s|²: the true one, of E_ES(a) itself."""
 
     data: ChargeData
     noise: dict[str, float]

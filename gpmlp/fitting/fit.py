@@ -127,6 +127,7 @@ def _fit_once(
     stages.begin("data")
     if recipe.long_range.charges == "off":
         charge_fits.refuse_unequal_charges(structures)
+    charge_fit.check_labels(recipe, structures, targets)
     data = _Data.from_labels(structures, targets, recipe, findings, workers)
     cost = expected_cost(data.recipe, data.structures, data.targets)
     stages.report(1.0, 1.0, str(cost))
@@ -274,7 +275,6 @@ def _with_charges(
 ) -> tuple[_Data, dict[str, Any] | None]:
     """The data with electrostatics subtracted, where charges are asked for or the evidence asks for them; an entry of the FitReport."""
     wanted = data.recipe.long_range.charges
-    charge_fit.check_labels(data.recipe, data.targets)
     if charge_fit.reason_to_try(data.structures, data.recipe) is None:
         return data, None
     if lacking := charge_fit.why_impossible(data.structures, models):

@@ -51,6 +51,14 @@ def bound_warnings(
     """
     out = []
     for at in ended:
+        if at.name == "signal" and at.index >= len(
+            blocks
+        ):  # of free charges; at the lower bound they are constants, as they may be
+            if at.side == "upper":
+                out.append(
+                    "The signal of free charges ended at the upper bound of its range; the data may not determine charges."
+                )
+            continue
         if at.name == "signal":
             key, given, default = _signal_key(recipe, blocks[at.index]), _signal(recipe, blocks[at.index]), SIGNAL_PRIOR
         else:

@@ -209,7 +209,8 @@ class Equilibrium:
 
 
 def equilibrate(form: ChargeForm, coulomb: CoulombMatrix | ParticleMesh, free: Tensor, total: float) -> Equilibrium:
-    """The charges of one structure: by Cholesky's factor of H, or to CONVERGED by iteration where A is no matrix.
+    """The charges of one structure, q = P J q⁰ + h Q/s or q⁰ + (Q - Σq⁰)/n of local ones: by Cholesky's factor of H, or to CONVERGED by
+    iteration where A is no matrix.
 
     Args:
         free: (n,) q⁰, e. total: Q, e.
@@ -269,7 +270,7 @@ def _iterated(coulomb: ParticleMesh, diagonal: Tensor, pull: Tensor, total: floa
 
 
 def _responses(form: ChargeForm, coulomb: CoulombMatrix, found: Equilibrium, k: Tensor) -> tuple[Tensor, Tensor]:
-    """∂q/∂a and ∂w/∂a (n, columns)."""
+    """∂q/∂a = P J K and ∂w/∂a = J(K - ∂q/∂a) (n, columns)."""
     if found.projector is None:
         dq = k - k.mean(0)
         dw = coulomb.matrix @ dq
@@ -318,7 +319,7 @@ class StructureCharges:
         return out
 
     def evaluate(self, form: ChargeForm, a: Tensor, columns: bool = True) -> ElectrostaticColumns:
-        """At parameters a (columns,); `columns`: whether their derivatives are wanted."""
+        """At parameters a (columns,): E, F = -wᵀ∂q⁰/∂r - ½ qᵀ(∂A/∂r)q and σ; `columns`: whether their derivatives are wanted."""
         functions, coulomb = self.functions, self.coulomb
         found = equilibrate(form, coulomb, functions.values @ a, self.total)
         q, w = found.charges, found.pull
