@@ -140,7 +140,7 @@ class GPCalculator(Calculator):
         return structures_from_ase([atoms], [name])
 
     def _predict(self) -> Prediction:
-        mean = None if self.uncertainty or self.novelty else self.potential.compiled_mean
+        mean = None if self.uncertainty or self.novelty else self.potential.compiled_prediction
         if mean and self._moving and self._moving.model is mean.model:
             prediction = self._moving(self.structures)
             if prediction is not None:

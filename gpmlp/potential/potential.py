@@ -226,8 +226,13 @@ class Potential:
 
     @cached_property
     def compiled_mean(self) -> CompiledMean | None:
-        """The mean in the compiled core; None where PyTorch computes it."""
+        """The mean of terms and local baselines in the compiled core; None where PyTorch computes it."""
         return compile_mean(self.terms, self.local_baselines, self.species)
+
+    @property
+    def compiled_prediction(self) -> CompiledMean | None:
+        """That mean where it is all that is predicted: charges and baselines of whole structures come on top of it."""
+        return None if self.charges is not None or self.outer_baselines else self.compiled_mean
 
     @cached_property
     def force_samples(self) -> ForceSamples:
