@@ -43,9 +43,11 @@ def _charges(one: Structures) -> Tensor:
     return torch.tensor([ions[int(z)] for z in one.species], dtype=torch.float64) + 0.1 * noise
 
 
-@pytest.mark.parametrize("name", AXES)
+@pytest.mark.parametrize("name", [*AXES, "in vacuum"])
 def test_it_is_the_coulomb_matrix(name):
-    one = _crystal(3, AXES[name])
+    one = _crystal(3, AXES.get(name, (True,) * 3))
+    if name == "in vacuum":
+        one = structure(one.positions, one.species, 45 * torch.eye(3, dtype=torch.float64), (True,) * 3)
     q, mesh, matrix = _charges(one), ParticleMesh.of_structure(one), CoulombMatrix.of_structure(one)
     assert torch.allclose(mesh.potential(q), matrix.potential(q), rtol=0, atol=2e-6)
     energy = float(q @ matrix.potential(q))
@@ -55,6 +57,8 @@ def test_it_is_the_coulomb_matrix(name):
     assert float(expected.abs().max()) > 1
     assert torch.allclose(on_atoms, expected, rtol=0, atol=1e-5)
     assert torch.allclose(strained, of_strain, rtol=0, atol=1e-6 * float(of_strain.abs().max()))
+    spacings = mesh.cell.norm(dim=1) / (particle_mesh.SPACING * mesh.smearing)
+    assert float(spacings.prod()) < 1000 * one.n_atoms
 
 
 @pytest.mark.parametrize("name", ["periodic", "slab"])

@@ -24,6 +24,7 @@ from gpmlp.core.units import COULOMB
 DENSE = 1000  # atoms up to which a matrix is faster, or as fast
 CONVERGED = 4.2  # erfc(x) and exp(-x²) beyond it are below 3e-8: where the sum over pairs ends
 NARROWEST = 2.0  # A, smearing at least: about as many operations for pairs as for the mesh
+SPARSE = 0.8  # times the distance (volume of an atom)^⅓, smearing at least: so that points of the mesh are in proportion to atoms
 SPACING = 0.15  # of points of the mesh along each lattice vector, times the smearing
 NODES = 7  # along each axis, between which charges are interpolated: the most that torch-pme has
 VACUUM = 2.5  # times the longest lattice vector of a slab, between its images: what Yeh and Berkowitz leave out is below 2e-7
@@ -75,7 +76,8 @@ class ParticleMesh:
         normal, factor, height = whole.positions.new_zeros(3), 0.0, 0.0
         if not bool(whole.periodic.all()):
             whole, normal, factor, height = slab_box(whole, VACUUM)
-        smearing = max(math.sqrt(2) * float(widths.max()), NARROWEST)
+        apart = (float(torch.linalg.det(whole.cells[0]).abs()) / len(eta)) ** (1 / 3)
+        smearing = max(math.sqrt(2) * float(widths.max()), NARROWEST, SPARSE * apart)
         pairs = neighbors.find_neighbors(whole, math.sqrt(2) * CONVERGED * smearing)
         vectors = pairs.vectors(whole)
         i, j, r = pairs.centers, pairs.neighbors, vectors.norm(dim=1)
