@@ -180,6 +180,22 @@ def test_when_charges_are_tried():
     assert charge_fit.reason_to_try(charged, _recipe(charges="off")) is None
 
 
+def test_charges_know_a_species_of_one_structure_that_was_not_drawn(monkeypatch, tmp_path):
+    """Of many labels some are drawn: whichever structure holds the only potassium, the model has charges of it and can be read again."""
+    structures, targets = ions(12, 0, 6.0)
+    monkeypatch.setattr(charge_fit, "ROWS", 3 * 13)
+    drawn = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    for i in drawn.tolist():
+        species = structures.species.clone()
+        species[4 * i] = 19
+        some = charge_fit._some_structures(replace(structures, species=species), targets, 0)
+        assert some[0].distinct_species == (11, 17, 19)
+        assert torch.equal(some[1].energies, targets.energies[sorted({i, *drawn[:3].tolist()})])
+    potential, _ = gpmlp.fit(replace(structures, species=species), targets, _recipe(charges="polarisable", kappa=1.0))
+    gpmlp.save(potential, tmp_path / "m.gpmlp")
+    assert gpmlp.load(tmp_path / "m.gpmlp").charges.basis.species == (11, 17, 19)
+
+
 def test_charges_that_bring_nothing_are_left_out():
     """Labels of a short-range pair term alone, with noise: `auto` tries charges, and the model is to the last bit that without them."""
     structures, targets = ions(24, 40, 6.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from gpmlp.io.label_checks.near_frames import find_near_pairs
 from gpmlp.io.label_checks.repeats import check_repeats
 from gpmlp.io.label_names import parse_keys
 from gpmlp.learning.labels import LabelEntry, LabelFile, key_of
+from gpmlp.recipe import Recipe
 
 FIELDS = ("positions", "cells", "periodic", "species", "structure_of_atom", "names")
 
@@ -118,6 +121,8 @@ def test_one_composition_with_several_charges():
     (finding,) = unequal_charges(structures_from_ase([cation, ions(), ions(2.6, charge=-1), ions(2.7, charge=1)]))
     assert finding.severity == "error" and finding.frames == ("frame 1", "frame 2", "frame 3")
     assert "NaCl has several total charges (-1, 0, 1 e; 3 frames" in finding.message
+    for choice in re.search(r"long_range.charges \((\w+) or (\w+)\)", finding.advice).groups():
+        Recipe.model_validate({"long_range": {"charges": choice}})
 
 
 def test_charged_cells():

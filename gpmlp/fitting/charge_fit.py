@@ -292,11 +292,13 @@ def _leading_models(models: Sequence[InducingModel]) -> list[InducingModel]:
 
 
 def _some_structures(structures: Structures, targets: Targets, seed: int) -> tuple[Structures, Targets]:
-    """At random, of about ROWS labels together, and few enough to be in memory."""
+    """At random, of about ROWS labels together, and few enough to be in memory; besides, the first of each species."""
     order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed))
     counts = structures.counts.cpu()[order]
     labels, spread = (3 * counts + 1).cumsum(0), (counts * 60 * 3 * CENTRES * 8).cumsum(0)
-    chosen = order[: max(1, int(((labels <= ROWS) & (spread <= SPREAD_BYTES)).sum()))].sort().values
+    few = int(((labels <= ROWS) & (spread <= SPREAD_BYTES)).sum())
+    held = structures.composition(structures.distinct_species).cpu()[order] > 0
+    chosen = torch.cat([order[:few], order[held.long().argmax(0)]]).unique()
     return structures.select(chosen), targets.select(structures, chosen)
 
 

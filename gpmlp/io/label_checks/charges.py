@@ -61,7 +61,7 @@ def unequal_charges(structures: Structures, severity: Severity = "error") -> lis
         f"{formula} has several total charges ({values} e; {int(several.sum())} frames of such compositions): a model without charges "
         "sees the same atoms and predicts the same energy for all of them."
     )
-    advice = "Fit with long_range.charges (auto or on), or fit each charge by a model of its own."
+    advice = "Fit with long_range.charges (auto or polarisable), or fit each charge by a model of its own."
     numbers = {
         "frames": float(several.sum()),
         "smallest_e": float(low[group[first]]),
