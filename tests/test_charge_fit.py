@@ -223,6 +223,7 @@ def test_charges_follow_labels_of_charges_and_dipoles_alone_where_that_is_asked_
     some = replace(targets, charges=charges, dipoles=dipoles)
     potential, report = gpmlp.fit(structures, some, _recipe(charges="local", labels="only"))
     assert report.charges is not None and report.charges["labels"] == 4 + 8 * 3
+    assert report.charges["sentence"].endswith("nats per label of charges and dipoles")
     assert torch.allclose(potential(structures).charges, told, rtol=0, atol=1e-3)
 
 

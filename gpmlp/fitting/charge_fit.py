@@ -66,7 +66,7 @@ class FittedCharges:
 
     Attributes:
         negative_log_evidence: of the columns of this fit; alone: the same without charges; labels: how many.
-        tried: the former by form, as text.
+        tried: the former by form, as text. learned: `long_range.labels`, what these labels are.
     """
 
     model: ChargeModel
@@ -74,6 +74,7 @@ class FittedCharges:
     alone: float
     labels: int
     tried: dict[str, float]
+    learned: str = "ignore"
 
     @property
     def gain(self) -> float:
@@ -82,10 +83,13 @@ class FittedCharges:
 
     def report(self, kept: bool) -> dict[str, Any]:
         """Numbers for the FitReport, and a sentence."""
+        among = {"ignore": "", "use": ", charges and dipoles among them", "only": " of charges and dipoles"}[
+            self.learned
+        ]
         verdict = (
-            f"charges are {self.model.form}: the evidence rises by {self.gain:.2g} nats per label"
+            f"charges are {self.model.form}: the evidence rises by {self.gain:.2g} nats per label{among}"
             if kept
-            else f"charges were tried and left out: the evidence rises by {self.gain:.2g} nats per label, less than {WORTH}"
+            else f"charges were tried and left out: the evidence rises by {self.gain:.2g} nats per label{among}, less than {WORTH}"
         )
         return {
             "kept": kept,
@@ -480,4 +484,4 @@ def fit_charges(data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: R
     best.run(report, FINE)
     tried = {str(form): search.value for form, search in found.items()}
     model = ChargeModel(best.form, basis, best.a, start)
-    return FittedCharges(model, best.value, alone, data.n_labels, tried)
+    return FittedCharges(model, best.value, alone, data.n_labels, tried, data.recipe.long_range.labels)
