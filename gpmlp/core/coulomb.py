@@ -117,8 +117,8 @@ class CoulombMatrix:
         if structure.n_atoms > LARGEST:
             raise errors.UserError(
                 f"{structure.names[0]}: has {structure.n_atoms} atoms. With charges, structures of more than {LARGEST} have energies, "
-                "forces and stresses where two or three axes are periodic (a cluster: with vacuum around it), but no error bars, and "
-                "cannot be fitted to."
+                "forces and stresses where two or three axes are periodic (a cluster: with vacuum around it), but no error bars of these, "
+                "and cannot be fitted to."
             )
         eta, widths = hardness_and_widths(structure, hardnesses)
         periodic = int(structure.periodic.sum())

@@ -2,7 +2,7 @@
 
 The sum of CoulombMatrix, A q without A: pairs in real space, and the charges on a mesh for the sum in reciprocal space (Darden, York,
 Pedersen, J. Chem. Phys. 98, 10089 (1993)), by torch-pme (Loche et al., J. Chem. Phys. 162, 142501 (2025)). Energies agree with those of the
-matrix to 1e-7 of them and forces to 1e-5 eV/A.
+matrix to 3e-7 of them and forces to 1e-5 eV/A.
 """
 
 from __future__ import annotations
