@@ -1,4 +1,4 @@
-"""My DFT lacks dispersion: how do I add it, or any energy term that I know, to what is learned?
+"""How do I add an energy term that I know to what is learned? (D3 and -C6/r^6 are there: `long_range.dispersion`.)
 
 A term is a class; here D2 for PBE (Grimme, J. Comput. Chem. 27, 1787 (2006)) draws two molecules of ethanol together that are far apart.
 """
@@ -10,14 +10,14 @@ import torch
 
 import gpmlp
 from gpmlp.io.ase_atoms import read_frames, structures_from_ase
-from gpmlp.potential.baselines import Baseline
+from gpmlp.potential.baseline import LocalBaseline
 
 DATA = Path(__file__).resolve().parents[1] / "data/ethanol"
 C6 = 10.364 * torch.tensor([0, 0.14, 0, 0, 0, 0, 1.75, 0, 0.70]).double()  # by atomic number, J nm^6 / mol in eV A^6
 RADIUS = torch.tensor([0, 1.001, 0, 0, 0, 0, 1.452, 0, 1.342]).double()  # A
 
 
-class Dispersion(Baseline):
+class Dispersion(LocalBaseline):
     cutoff = 15.0  # A; a pair beyond has less than 2e-6 eV
 
     def of_atoms(self, structures, pairs, start, end):
@@ -28,6 +28,9 @@ class Dispersion(Baseline):
         halves = -0.5 * 0.75 * (C6[i] * C6[j]).sqrt() / r**6 * damping  # of each pair's energy to each of its atoms
         (gradients,) = torch.autograd.grad(halves.sum(), vectors)
         return halves.new_zeros(end - start).index_add(0, near.centers - start, halves.detach()), near, gradients
+
+    def state(self):
+        return {"name": "D2, of this script"}  # a file with it is not read back: add the term again after loading
 
 
 recipe = gpmlp.Recipe(descriptor={"cutoff": 4.0}, inducing={"n": 60})

@@ -133,8 +133,8 @@ def test_baselines_are_made_again_from_their_state():
     made = [IsolatedAtoms({1: -13.5, 6: -1029.25}), ZBL({(1, 6): 0.3, (6, 6): 0.5}, {(1, 6): 0.9, (6, 6): 1.3})]
     for term in made:
         assert baselines.baseline_from_state(term.state()) == term
-    with pytest.raises(UserError, match="Unknown baseline 'd3'"):
-        baselines.baseline_from_state({"name": "d3"})
+    with pytest.raises(UserError, match="Unknown baseline 'morse'"):
+        baselines.baseline_from_state({"name": "morse"})
 
 
 def test_predictions_add():

@@ -105,7 +105,7 @@ def test_scaling_and_threads(results):
 
 
 def test_ways_beside_the_usual_one(results):
-    """Standard deviations cost something whatever the size; all of them have two times and a ratio."""
+    """All of them have two times and a ratio."""
     for part, names in {
         "sigma": ["mean", "with std"],
         "float32": ["float64", "float32"],
@@ -115,7 +115,6 @@ def test_ways_beside_the_usual_one(results):
         assert list(found) == ["si, zeta 2", "ethanol_train, zeta 2"]
         for one in found.values():
             assert list(one["us"]) == names and 0 < one["ratio"][0] <= one["ratio"][1] <= one["ratio"][2]
-    assert all(one["ratio"][1] > 1 for one in results["sigma"]["of"].values())
     assert not results["reduced"]["of"]  # of models of so few columns
 
 

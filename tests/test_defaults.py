@@ -52,8 +52,9 @@ def test_nothing_is_left_open(name, structures):
     recipe = defaults.resolve_recipe(
         Recipe.model_validate(RECIPES[name]), _survey(structures), len(structures.distinct_species)
     )
-    # noises stay open until the evidence is maximised; inner and outer of ZBL belong to pairs of species; no functionals means centres
-    meant = ("noise", "baseline")
+    # noises stay open until the evidence is maximised; inner and outer of ZBL belong to pairs of species, kappa to polarisable charges;
+    # no functionals means centres
+    meant = ("noise", "baseline", "long_range")
     left = [c for c in open_choices(recipe) if not c.startswith(meant)]
     assert [c for c in left if not c.endswith("functionals")] == []
     for d, k, i in zip(recipe.descriptors, recipe.kernels, recipe.inducings, strict=True):
