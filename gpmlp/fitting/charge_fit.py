@@ -220,7 +220,9 @@ class ChargeData:
         if recipe.long_range.labels == "only":
             charged = torch.zeros(len(structures), dtype=torch.bool)
             charged[structures.structure_of_atom.cpu()[~targets.charges.cpu().isnan()]] = True
-            chosen = (charged | ~targets.dipoles.cpu().isnan().all(1)).nonzero()[:, 0]
+            labelled = (charged | ~targets.dipoles.cpu().isnan().all(1)).nonzero()[:, 0]
+            held = structures.composition(structures.distinct_species).cpu() > 0
+            chosen = torch.cat([labelled, held.long().argmax(0)]).unique()  # charges are of every species
             structures, targets = structures.select(chosen), targets.select(structures, chosen)
         self.structures, self.targets = _some_structures(structures, targets, recipe.seed)
         self.basis = make_basis(self.models[0], self.structures)
