@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import ase.build
 import ase.io
@@ -67,6 +69,96 @@ def test_a_skin_does_not_show(potential):
     assert searched[0] == 12 and searched[2] < 6
     with pytest.raises(UserError, match="`skin` must be zero or positive"):
         GPCalculator(potential, skin=-0.1)
+
+
+def strain_of(kind: str, size: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Presses along an axis, shears or changes the volume by a strain of this norm; with the direction in which it presses most."""
+    strain, axes, sign = np.zeros((3, 3)), rng.permutation(3), rng.choice([-1, 1])
+    if kind == "shear":
+        strain[axes[0], axes[1]] = sign * size
+    else:
+        pressed = axes[: 1 if kind == "uniaxial" else 3]
+        strain[pressed, pressed] = -size / np.sqrt(len(pressed))
+    return np.eye(3) + strain, np.linalg.eigh(strain + strain.T)[1][:, 0].round(12)
+
+
+@pytest.mark.parametrize("kind", ["uniaxial", "shear", "volume"])
+@pytest.mark.parametrize("seed", range(4))
+def test_cells_and_moves_use_up_the_same_skin(potential, kind, seed):
+    """Two atoms beyond cutoff and skin, across the cell; a strain that the skin bears and moves that it would bear in the same cell bring
+    them near: as searched each time, with and without periodicity across."""
+    rng = np.random.default_rng(seed)
+    kept, afresh = (GPCalculator(potential, skin=skin) for skin in (0.6, 0.0))
+
+    def check() -> None:
+        found = []
+        for calculator in (kept, afresh):
+            frame.calc = calculator
+            found.append(np.hstack([frame.get_potential_energy(), frame.get_forces().ravel(), frame.get_stress()]))
+        np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-9)
+
+    for _ in range(4):
+        gap, size = potential.reach + rng.uniform(0.6, 0.7), rng.uniform(0.4, 0.59) / (potential.reach + 0.6)
+        strain, direction = strain_of(kind, size, rng)
+        image = (direction / abs(direction).max()).round()
+        length = (gap + rng.uniform(2, 3)) / np.linalg.norm(image)
+        positions = [[0, 0, 0], image * length - direction * gap]
+        frame = Atoms("Cu2", positions=positions, cell=[length] * 3, pbc=(image != 0) | (rng.random(3) < 0.5))
+        for _ in range(4):  # a pace at which a skin lasts, and steps that the core makes alone
+            frame.positions += 1e-4 * rng.standard_normal((2, 3))
+            check()
+        searched, start = kept._verlet_list.searched, frame.copy()
+        frame.set_cell(frame.cell.array @ strain, scale_atoms=True)
+        check()
+        assert kept._verlet_list.searched == searched
+        carried = frame.positions.copy()
+        for way in (0.05, 0.1, 0.15, 0.2, 0.25, 0.28):
+            frame.positions = carried + way * np.outer([-1, 1], direction)
+            check()
+        frame.set_cell(start.cell)
+        frame.positions = start.positions
+        check()
+
+
+def test_a_prediction_that_was_stopped_leaves_no_old_pairs(potential, monkeypatch):
+    """Stopped after a search, which goes on from other positions than the pairs of before."""
+    frame = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, potential.reach + 0.65]])
+    frame.calc = GPCalculator(potential)
+    for _ in range(12):
+        frame.positions[0, 0] += 1e-3
+        frame.get_forces()
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    frame.positions[1, 2] -= 1.0
+    with monkeypatch.context() as patch:
+        patch.setattr(Potential, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            frame.get_forces()
+    frame.positions[1, 2] -= 0.01
+    wanted = potential(structures_from_ase([frame])).forces
+    assert wanted.abs().max() > 1e-6
+    np.testing.assert_allclose(frame.get_forces(), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda of: pickle.loads(pickle.dumps(of))], ids=["copy", "pickle"])
+def test_calculators_are_copied_at_work(potential, copied):
+    """Between two searches too: the copy and the original go on with atoms of their own."""
+    frame, rng = copper(7, 2), np.random.default_rng(0)
+    frame.calc = GPCalculator(potential)
+    for _ in range(4):
+        frame.positions += 0.002 * rng.standard_normal(frame.positions.shape)
+        frame.get_forces()
+    if library.compiled() is not None:
+        assert frame.calc._moving is not None
+    other = frame.copy()
+    other.calc = copied(frame.calc)
+    np.testing.assert_array_equal(other.calc.results["forces"], frame.calc.results["forces"])
+    for _ in range(3):
+        for one in (frame, other):
+            one.positions += 0.01 * rng.standard_normal(frame.positions.shape)
+            np.testing.assert_allclose(one.get_forces(), potential(structures_from_ase([one])).forces, atol=1e-12)
 
 
 @pytest.mark.skipif(library.compiled() is None, reason="gpmlp was built without a compiler")

@@ -104,11 +104,13 @@ class VerletList:
                 neighbors.find_neighbors(structures, self.cutoff)  # which says what is wrong
             return self._pairs
 
-    @property
-    def moves(self) -> tuple[Tensor, Tensor, Tensor]:
+    def moves(self, structures: Structures) -> tuple[Tensor, Tensor, Tensor] | None:
         """Positions in which was searched (atoms, 3), how far twice the way of an atom of each structure may be (structures,), A, and how
-        many calls there were since (structures,): for who finds out himself whether to search, and counts."""
+        many calls there were since (structures,): for who finds out himself whether to search, and counts, while cells stay as they are.
+        None where those of `structures`, of the last call, are not those of the search: their strain has used up a part of that way."""
         assert self._reference is not None
+        if not torch.equal(structures.cells, self._cells):
+            return None
         return self._reference.positions, self._room, self._calls
 
     def _same_atoms(self, now: Structures, reference: ReferencePositions) -> bool:

@@ -81,6 +81,10 @@ class GPCalculator(Calculator):
         self._moving: MovingAtoms | None = None
         self.label_in_errors = name
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is of this process and made again by the next calculations."""
+        return vars(self) | {"_moving": None}
+
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
         """What has changed since the last calculation, of RELEVANT_CHANGES and to the last bit, which costs less than a tolerance.
 
@@ -141,12 +145,16 @@ class GPCalculator(Calculator):
 
     def _predict(self) -> Prediction:
         mean = None if self.uncertainty or self.novelty else self.potential.compiled_prediction
-        if mean and self._moving and self._moving.model is mean.model:
-            prediction = self._moving(self.structures)
+        moving, self._moving = self._moving, None  # should this fail
+        if mean and moving and moving.model is mean.model:
+            prediction = moving(self.structures)
             if prediction is not None:
+                self._moving = moving
                 return prediction
         prediction = self.potential(self.structures, self.uncertainty, self.novelty, pairs=self._candidates)
-        self._moving = mean.follow(self.structures, self._candidates, self._verlet_list.moves) if mean else None
+        moves = self._verlet_list.moves(self.structures) if mean else None
+        if mean and moves:
+            self._moving = mean.follow(self.structures, self._candidates, moves)
         return prediction
 
     def _ase_results(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class CompiledMean:
         )
 
     def follow(self, structures: Structures, pairs: Neighbors, moves: tuple[Tensor, Tensor, Tensor]) -> MovingAtoms:
-        """The mean of these atoms as they move; pairs and `moves` of a Verlet list."""
+        """The mean of these atoms as they move in cells that stay; pairs and `moves` of a Verlet list."""
         by_pair = pairs.centers, pairs.neighbors, pairs.species(structures), pairs.shifts
         given = structures.structure_of_atom, structures.species, *by_pair, structures.cells, structures.volumes
         like = structures.positions
