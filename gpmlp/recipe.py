@@ -98,6 +98,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _without_nan(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse numbers with which no model file can be loaded again."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise ValueError("must not hold NaN or infinite numbers; leave them out, or write a large one") from error
+    return value
+
+
 PlainValues = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
@@ -399,7 +408,7 @@ class CalculatorRecipe(RecipeSection):
     """An ASE calculator: a ready-made name, or 'module:Class'. reuse: whether one serves all structures, where making it takes long."""
 
     name: str
-    kwargs: PlainValues = {}
+    kwargs: Annotated[PlainValues, AfterValidator(_without_nan)] = {}
     reuse: bool = False
 
 
@@ -415,11 +424,15 @@ class BaselineRecipe(RecipeSection):
 
 
 def _by_pair(values: dict[str, Any]) -> dict[str, Any]:
+    seen = set()
     for name in values:
         for symbol in (pair := name.split("-")):
             errors.atomic_number(symbol)
         if len(pair) != 2:
             raise ValueError(f"'{name}' is no pair of elements, as C-H")
+        if frozenset(pair) in seen:
+            raise ValueError(f"{name} is given twice")
+        seen.add(frozenset(pair))
     return values
 
 

@@ -15,7 +15,7 @@ if os.environ.get("FAKE_CALCULATORS_IMPORTED"):  # whoever imports this leaves a
 
 
 class Counting(Calculator):
-    """EMT without a stress of clusters that writes down each call in `log`, and prints."""
+    """EMT without a stress of clusters that writes down each call in the file `log`.txt, and prints."""
 
     implemented_properties = ["energy", "forces", "stress"]
 
@@ -26,7 +26,7 @@ class Counting(Calculator):
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
         super().calculate(atoms, properties, system_changes)
         print("something nobody wants to read")
-        with open(self.log, "a") as file:
+        with open(f"{self.log}.txt", "a") as file:
             file.write(f"{os.getpid()}\n")
         self.calls += 1
         self.answer()

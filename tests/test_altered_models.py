@@ -73,6 +73,17 @@ def put(*path: Any) -> Callable:
     return alter
 
 
+def with_r6(*changes: dict[str, Any]) -> Callable:
+    """Append a tail of copper for each of these changes of it."""
+
+    def alter(content: dict[str, Any], _: Tensors) -> None:
+        for change in changes:
+            tail = {"name": "r6", "pairs": [[29, 29, 60.0]], "begin": 2.0, "full": 3.0, "outer": 20.0}
+            content["header"]["baselines"].append(tail | change)
+
+    return alter
+
+
 def drop(*path: Any) -> Callable:
     *places, last = path
 
@@ -177,6 +188,13 @@ HEADERS: dict[str, Callable] = {
     # baselines
     "no baselines": drop("baselines"),
     "baseline unknown": put("baselines", [{"name": "d3"}]),
+    "ZBL listed twice": lambda content, _: content["header"]["baselines"].append(content["header"]["baselines"][0]),
+    "atoms listed twice": lambda content, _: content["header"]["baselines"].append(content["header"]["baselines"][1]),
+    "ZBL gives a pair twice": lambda content, _: content["header"]["baselines"][0]["pairs"].append(
+        content["header"]["baselines"][0]["pairs"][0]
+    ),
+    "r6 gives a pair twice": with_r6({"pairs": [[29, 29, 60.0], [29, 29, 1.0]]}),
+    "r6 listed twice": with_r6({}, {}),
     "baseline without a name": put("baselines", [{"energies": {"29": 0.0}}]),
     "isolated atom NaN": put(*ATOMS, "energies", {"29": NAN}),
     "isolated atom of another": put(*ATOMS, "energies", {"13": -1.0}),

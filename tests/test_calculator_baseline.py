@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import sys
@@ -24,7 +25,7 @@ from learning_runs import recipe as learn_recipe
 
 import gpmlp
 from gpmlp.cli.main import main
-from gpmlp.core import calculator_pool
+from gpmlp.core import calculator_pool, calculators
 from gpmlp.core.calculator_pool import PointCalculator, compute_points
 from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.structures import Structures, plain_structure
@@ -68,7 +69,8 @@ def log(tmp_path) -> Path:
 
 def calls(log: Path) -> list[int]:
     """Processes that were asked, one for each call."""
-    return [int(line) for line in log.read_text().split()] if log.exists() else []
+    file = log.with_suffix(".txt")
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
 
 
 def fake(name: str, log: Path, **kwargs) -> dict:
@@ -313,6 +315,79 @@ def test_a_folder_that_cannot_be_written_to(frames, tmp_path, log):
     assert len(COMPUTED) == 2
 
 
+LOCAL = """
+import json
+from ase.calculators.lj import LennardJones
+from {package}.base import EPSILON
+class Local(LennardJones):
+    def __init__(self, files=(), **kwargs):
+        depth = sum(json.load(open(file)) for file in files)
+        super().__init__(sigma=2.2, epsilon=EPSILON + depth, rc=6.0, **kwargs)
+"""
+
+
+def local_package(folder: Path, name: str, epsilon: float) -> str:
+    """A package of this folder alone, as a new process would find it; the name of its calculator."""
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / "__init__.py").touch()
+    (folder / name / "base.py").write_text(f"EPSILON = {epsilon!r}\n")
+    (folder / name / "pot.py").write_text(LOCAL.format(package=name))
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        del sys.modules[module]
+    importlib.invalidate_caches()
+    return f"{name}.pot:Local"
+
+
+@pytest.fixture
+def working_folder(tmp_path, monkeypatch) -> Path:
+    """As in a console script: Python does not look there by itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != ""])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return tmp_path
+
+
+def test_a_package_that_was_edited_is_computed_anew(frames, working_folder):
+    """Any of its files may decide about the numbers, not that of the class alone."""
+    structures, energies, hashes = structures_from_ase(frames[:2]), [], set()
+    for epsilon in (0.1, 0.3):
+        COMPUTED.clear()
+        term = CalculatorEnergies.asked_for(local_package(working_folder, "edited_potential", epsilon), {})
+        baseline_cache.compute_baselines([term], structures, working_folder / "x.xyz")
+        energies.append(term(structures).energies)
+        hashes.add(term.versions["edited_potential"])
+    assert len(hashes) == 2 and torch.allclose(energies[1], 3 * energies[0], rtol=1e-12)
+
+
+def test_files_among_keyword_arguments_are_part_of_the_settings(frames, working_folder):
+    name, file = local_package(working_folder, "reading_potential", 0.1), working_folder / "depth.json"
+    structures, energies = structures_from_ase(frames[:2]), []
+    for depth in ("0.1", "0.3"):
+        file.write_text(depth)
+        COMPUTED.clear()
+        term = CalculatorEnergies.asked_for(name, {"files": ["depth.json"]})
+        baseline_cache.compute_baselines([term], structures, working_folder / "x.xyz")
+        energies.append(term(structures).energies)
+    assert torch.allclose(energies[1], 2 * energies[0], rtol=1e-12)
+    state = term.state()
+    assert set(state["versions"]) == {"reading_potential", "depth.json"}
+    CalculatorEnergies.from_state(state)
+    file.write_text("0.5")
+    with pytest.warns(DataWarning, match="depth.json sha256 .*; here is .*depth.json sha256"):
+        CalculatorEnergies.from_state(state)
+    file.unlink()
+    with pytest.warns(DataWarning, match="here is .*, no depth.json"):
+        CalculatorEnergies.from_state(state)
+
+
+def test_a_class_inherits_from_sources_too(working_folder):
+    base = local_package(working_folder, "inherited_potential", 0.1).partition(":")[0]
+    (working_folder / "heir.py").write_text(f"from {base} import Local\nclass Heir(Local):\n    pass\n")
+    versions = CalculatorEnergies.asked_for("heir:Heir", {}).versions
+    assert set(versions) == {"heir", "inherited_potential"}
+    assert CalculatorEnergies.asked_for("ase.calculators.emt:EMT", {}).versions == {"ase": ase.__version__}
+
+
 # ---------------------------------------------------------------- model files
 
 
@@ -364,12 +439,73 @@ def test_programs_are_not_run_for_a_file_and_pure_potentials_are(frames, tmp_pat
     assert (gpmlp.load(path)(structures).forces - targets.forces).abs().max() < 1e-5
 
 
+def test_a_local_calculator_is_found_once_it_is_allowed(frames, working_folder, monkeypatch):
+    name = local_package(working_folder, "allowed_potential", 0.1)
+    path = saved(frames, {"name": name}, working_folder)
+    folder = str(working_folder.resolve())
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != folder])
+    local_package(working_folder, "allowed_potential", 0.1)
+    with pytest.raises(UserError, match="needs the baseline calculator allowed_potential.pot:Local"):
+        gpmlp.load(path)
+    assert folder not in sys.path and "allowed_potential" not in sys.modules
+    monkeypatch.setenv(calculator_energies.ALLOWED, name)
+    structures, targets = from_ase(frames[:2])
+    assert torch.isfinite(gpmlp.load(path)(structures).forces).all()
+    # elsewhere nobody is sent to a registry for it
+    local_package(working_folder, "allowed_potential", 0.1)
+    (working_folder / "elsewhere").mkdir()
+    monkeypatch.chdir(working_folder / "elsewhere")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != folder])
+    with pytest.raises(UserError, match="allowed_potential.*work in the folder where it is") as error:
+        gpmlp.load(path)
+    assert "pip" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["emt", "lennard-jones", "stillinger-weber", "tblite"])
+@pytest.mark.parametrize("keyword", sorted(calculators.FILE_KEYWORDS))
+def test_no_file_that_a_model_names_is_opened(name, keyword, tmp_path, monkeypatch):
+    """ASE's calculators read `parameters` and `restart` when they are made."""
+    named, opened = str(tmp_path / "secret"), []
+    Path(named).write_text("{}")
+    monkeypatch.setattr(
+        "builtins.open", lambda file, *a, real=open, **k: (opened.append(str(file)), real(file, *a, **k))[1]
+    )
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda self, real=Path.read_bytes: (opened.append(str(self)), real(self))[1]
+    )
+    package = calculators.READY[name].package
+    state = {"name": "calculator", "calculator": name, "kwargs": {keyword: named}, "versions": {package: "1"}}
+    if (name, keyword) == ("stillinger-weber", "parameters"):  # a name, which is looked up
+        pytest.importorskip("matscipy", reason="matscipy is not installed (pip install matscipy)")
+        with pytest.warns(DataWarning):
+            term = CalculatorEnergies.from_state(state)
+        with pytest.raises(UserError, match="matscipy has no Stillinger-Weber parameters"):
+            term(structures_from_ase([copper(0)]))
+    else:
+        with pytest.raises(UserError, match=f"the keyword argument {keyword}, by which it may read or write files"):
+            CalculatorEnergies.from_state(state)
+    assert named not in opened
+
+
+def test_closed_calculators_are_not_made_with_what_they_do_not_know(tmp_path):
+    file = tmp_path / "parameters.json"
+    file.write_text("not JSON")  # reading it would say so
+    with pytest.raises(UserError, match="emt knows no kwargs.parameters; it takes asap_cutoff"):
+        CalculatorEnergies.asked_for("emt", {"parameters": str(file)})(structures_from_ase([copper(0)]))
+
+
+@pytest.mark.parametrize("kwargs", [{"rc": float("inf")}, {"deep": {"er": [1.0, float("nan")]}}])
+def test_numbers_that_no_model_file_can_hold(kwargs):
+    with pytest.raises(ValueError, match="must not hold NaN or infinite numbers"):
+        Recipe.model_validate({"baseline": {"calculator": {"name": "lennard-jones", "kwargs": kwargs}}})
+
+
 def test_another_version_is_told(frames, tmp_path, monkeypatch):
     path = saved(frames, {"name": "emt"}, tmp_path)
-    monkeypatch.setattr(calculator_energies.calculators, "package_versions", lambda name: {"ase": "99.1"})
+    monkeypatch.setattr(calculator_energies.calculators, "package_versions", lambda *_: {"ase": "99.1"})
     with pytest.warns(DataWarning, match=r"fitted on the baseline calculator emt \(ase [\d.]+\); here is ase 99.1"):
         gpmlp.load(path)
-    monkeypatch.setattr(calculator_energies.calculators, "package_versions", lambda name: {})
+    monkeypatch.setattr(calculator_energies.calculators, "package_versions", lambda *_: {})
     with pytest.raises(UserError, match=r"needs the baseline calculator emt \(ase [\d.]+\), which is not installed"):
         gpmlp.load(path)
 

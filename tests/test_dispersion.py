@@ -417,6 +417,7 @@ def test_a_calculator_below_that_holds_dispersion_itself():
         ),
         ({"dispersion": {"r6": {"c6": {"Ar": 60.0}}}}, "'Ar' is no pair of elements"),
         ({"dispersion": {"r6": {"c6": {"Ar-Ax": 60.0}}}}, "Ax"),
+        ({"dispersion": {"r6": {"c6": {"C-H": 1.0, "Ar-Ar": 60.0, "H-C": 50.0}}}}, "H-C is given twice"),
         ({"dispersion": {"r6": {"c6": {"Ar-Ar": -1.0}}}}, "greater than or equal to 0"),
         ({"dispersion": {"d3": {"functional": "pbe", "damping": "none"}}}, "damping"),
         ({"dispersion": {"d3": {}}}, "functional"),

@@ -132,6 +132,19 @@ def test_a_law_is_read_from_sums_over_the_atoms_that_were_redrawn():
     assert locality.fit_decay(nothing, spheres).kind == "none"
 
 
+def test_radii_that_redraw_the_same_atoms_are_one_point():
+    """The spreads of a dimer are equal beyond all radii, and those of this trimer beyond two of three."""
+
+    def law(positions, spreads):
+        sphere = Sphere.around(structures_from_ase([Atoms(f"Cu{len(positions)}", positions)]), 0)
+        floors = [LocalityFloor(r, s, 0.0, {}, 8) for r, s in zip((2.0, 3.0, 4.0, 5.0), spreads, strict=True)]
+        return locality.fit_decay(floors, [sphere])
+
+    assert law([[0, 0, 0], [6.0, 0, 0]], (0.1, 0.1, 0.1, 0.1)).kind == "none"
+    assert law([[0, 0, 0], [2.5, 0, 0], [6.0, 0, 0]], (0.3, 1e-4, 1e-4, 1e-4)).kind == "exponential"
+    assert law([[0, 0, 0], [2.5, 0, 0], [6.0, 0, 0]], (1e-7, 0.1, 0.1, 0.1)).kind == "none"
+
+
 @pytest.mark.parametrize(
     "law",
     [DecayLaw("Coulomb", 3.0), DecayLaw("r^-6", 8.0), DecayLaw("exponential", 12.0, 0.5)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -10,7 +11,6 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,10 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.units import Bohr, Hartree
 
 ANSWERS = ("calculate", "label")  # methods of a class, one of which an oracle has
+# of ASE's calculators in general, and of tblite
+FILE_KEYWORDS = frozenset(
+    ("parameters", "restart", "ignore_bad_restart_file", "label", "directory", "atoms", "command", "xtb_config")
+)
 PSEUDO_DIRS = ("/usr/share/espresso/pseudo", "/usr/local/share/espresso/pseudo")
 
 
@@ -41,7 +45,8 @@ class CalculatorEntry:
         charge: keyword of the total charge; '' = the code knows no charge.
         moments: whether it begins with the atoms' magnetic moments.
         package: that computes, whose version decides about results.
-        harmless: whether no keyword argument can start a program or write a file, so that a file may name it.
+        harmless: whether no keyword argument but FILE_KEYWORDS can start a program, read or write a file, so that a model file may
+            name it.
     """
 
     path: str
@@ -60,7 +65,11 @@ READY = {
     "emt": CalculatorEntry("ase.calculators.emt:EMT", "", closed=True, harmless=True),
     "lennard-jones": CalculatorEntry("ase.calculators.lj:LennardJones", "", closed=True, harmless=True),
     "stillinger-weber": CalculatorEntry(
-        f"{HERE}:stillinger_weber", "pip install matscipy", package="matscipy", harmless=True
+        f"{HERE}:stillinger_weber",
+        "pip install matscipy",
+        {"parameters": "Stillinger_Weber_PRB_31_5262_Si"},
+        package="matscipy",
+        harmless=True,
     ),
     "tblite": CalculatorEntry(
         "tblite.ase:TBLite",
@@ -121,23 +130,78 @@ def check_calculator_name(name: str) -> None:
         )
 
 
-def package_versions(name: str) -> dict[str, str]:
-    """Version of what computes as the calculator `name`, by package, or the SHA-256 of its file where it belongs to none; nothing is
-    imported. What is not installed is left out."""
-    if name in READY:
-        packages = [READY[name].package]
-    else:
-        top = name.partition(":")[0].partition(".")[0]
-        packages = sorted(set(metadata.packages_distributions().get(top, ())))
+def package_versions(name: str, kwargs: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What decides about the numbers of the calculator `name`: the version of its package or, where its class or one that it inherits
+    from is of none that is installed, the SHA-256 of the module or of all .py files of the package; and that of each file whose path is
+    among kwargs. What is not installed is left out. A class that is not ready-made is imported.
+
+    Raises:
+        CalculatorError: there is no such class.
+    """
+    kwargs = {} if kwargs is None else kwargs
+    if name not in READY:
+        return _source_versions(name, find_calculator(name)) | _file_versions(kwargs)
+    opened = file_keywords(name, kwargs) if READY[name].harmless else kwargs.keys()
+    files = _file_versions({key: kwargs[key] for key in opened})
+    try:
+        return {READY[name].package: metadata.version(READY[name].package)} | files
+    except metadata.PackageNotFoundError:
+        return {}
+
+
+def file_keywords(name: str, kwargs: Mapping[str, Any]) -> list[str]:
+    """Those keyword arguments of a ready-made calculator by which it may read or write files."""
+    return sorted(kwargs.keys() & FILE_KEYWORDS - READY[name].defaults.keys())
+
+
+@functools.cache  # a class that is imported stays what it is when its file changes
+def _source_versions(name: str, maker: type) -> dict[str, str]:
+    installed, out = metadata.packages_distributions(), {}
+    named = (name.partition(":")[0], maker.__module__)
+    for module_name in (*named, *(base.__module__ for base in inspect.getmro(maker))):
+        module, top = sys.modules.get(module_name), module_name.partition(".")[0]
+        file = getattr(module, "__file__", None)
+        if file is None or top in sys.stdlib_module_names:
+            continue
+        # another of the same name, or an editable one, lies elsewhere
+        packages = [
+            package
+            for package in map(metadata.distribution, sorted(set(installed.get(top, ()))))
+            if Path(file).resolve().is_relative_to(Path(str(package.locate_file(""))).resolve())
+        ]
         if not packages:
-            spec = importlib.util.find_spec(top)
-            file = None if spec is None else spec.origin
-            return {} if file is None else {top: "sha256 " + hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}
-    out = {}
-    for package in packages:
-        with suppress(metadata.PackageNotFoundError):
-            out[package] = metadata.version(package)
+            out[top] = _digest(_source_files(top, Path(file)))
+        elif module_name in named:
+            out |= {package.metadata["Name"]: package.version for package in packages}
     return out
+
+
+def _source_files(top: str, file: Path) -> list[Path]:
+    """All .py files of the package that a module is in, or the file of the module."""
+    folders = getattr(sys.modules[top], "__path__", ())
+    return sorted(path for folder in folders for path in Path(folder).rglob("*.py")) or [file]
+
+
+def _file_versions(value: Any) -> dict[str, str]:
+    """SHA-256 of all files whose paths are among (nested) keyword arguments, `command` left out."""
+    if isinstance(value, str):
+        return {value: _digest([Path(value)])} if os.path.isfile(value) else {}
+    if isinstance(value, Mapping):
+        value = [entry for key, entry in value.items() if key != "command"]
+    return (
+        {k: v for entry in value for k, v in _file_versions(entry).items()} if isinstance(value, (list, tuple)) else {}
+    )
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    try:
+        for file in files:
+            content = file.read_bytes()
+            digest.update(content if len(files) == 1 else hashlib.sha256(content).digest() + str(file.name).encode())
+    except OSError as error:
+        raise CalculatorError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return "sha256 " + digest.hexdigest()[:16]
 
 
 def add_import_folder(folder: Path) -> None:
@@ -161,7 +225,7 @@ def _imported(path: str, install: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         missing = (getattr(error, "name", None) or module_name).partition(".")[0]
-        hint = install or f"pip install {missing}, or correct the name"
+        hint = install or f"install what holds {missing}, work in the folder where it is, or correct the name"
         if importlib.util.find_spec(module_name.partition(".")[0]) is not None and error.__cause__ is not None:
             hint = (
                 f"{error.__cause__}: it is installed, but another library stands in its way; pip install a newer torch"
@@ -184,6 +248,7 @@ def build_calculator(name: str, kwargs: Mapping[str, Any], directory: Path) -> A
     """A new calculator that works in directory. Raises CalculatorError: it cannot be made with these keyword arguments."""
     maker = find_calculator(name)
     arguments = {**(READY[name].defaults if name in READY else {}), **kwargs}
+    _refuse_misspelt(name, maker, arguments)
     takes_folder = inspect.isfunction(maker) and maker.__module__ == HERE
     try:
         calculator = maker(directory, **arguments) if takes_folder else maker(**arguments)
@@ -194,7 +259,6 @@ def build_calculator(name: str, kwargs: Mapping[str, Any], directory: Path) -> A
             f"{name} cannot be made with kwargs {', '.join(arguments) or '(none)'}: {type(error).__name__}: {error}."
             f"{_near_names(maker, arguments)}"
         ) from error
-    _refuse_misspelt(name, maker, arguments)
     if not takes_folder and hasattr(calculator, "directory"):
         calculator.directory = str(directory)
     return calculator
@@ -267,7 +331,7 @@ def merge_kwargs(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
     return both
 
 
-def stillinger_weber(directory: Path, parameters: str = "Stillinger_Weber_PRB_31_5262_Si") -> Any:
+def stillinger_weber(directory: Path, parameters: str) -> Any:
     """matscipy's Stillinger-Weber potential; parameters by the name that matscipy gives them."""
     try:
         from matscipy.calculators.manybody import Manybody

@@ -6,6 +6,7 @@ Nothing is built from it here but the recipe, whose own validation it is. Tensor
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
@@ -91,7 +92,10 @@ class _IsolatedAtoms(_Section):
 
 class _ZBL(_Section):
     name: Literal["zbl"]
-    pairs: list[Annotated[list[Any], AfterValidator(lambda pair: _zbl_pair(pair))]]
+    pairs: Annotated[
+        list[Annotated[list[Any], AfterValidator(lambda pair: _zbl_pair(pair))]],
+        AfterValidator(lambda pairs: _each_once(pairs)),
+    ]
 
 
 class _Network(_Section):
@@ -121,7 +125,10 @@ class _Calculator(_Section):
 
 class _R6(_Section):
     name: Literal["r6"]
-    pairs: list[Annotated[list[Any], AfterValidator(lambda pair: _c6_pair(pair))]]
+    pairs: Annotated[
+        list[Annotated[list[Any], AfterValidator(lambda pair: _c6_pair(pair))]],
+        AfterValidator(lambda pairs: _each_once(pairs)),
+    ]
     begin: Length
     full: Length
     outer: Length
@@ -143,6 +150,13 @@ class _D3(_Section):
     def _known(self) -> _D3:
         D3Recipe.model_validate({"functional": self.functional, "damping": self.damping, "atm": self.atm})
         return self
+
+
+def _each_once(pairs: list[list[Any]]) -> list[list[Any]]:
+    for (a, b), n in Counter((pair[0], pair[1]) for pair in pairs).items():
+        if n > 1:
+            raise ValueError(f"the pair Z = {a}, {b} is given twice")
+    return pairs
 
 
 def _c6_pair(pair: list[Any]) -> list[Any]:
@@ -433,6 +447,9 @@ class ModelHeader(_Section):
 
     @model_validator(mode="after")
     def _covers_species(self) -> ModelHeader:
+        for name, n in Counter(baseline.name for baseline in self.baselines).items():
+            if n > 1:
+                raise ValueError(f"the baseline {name} is listed twice")
         for baseline in self.baselines:
             if isinstance(baseline, (_ZBL, _R6)):
                 have = {(a, b) for a, b, *_ in baseline.pairs}

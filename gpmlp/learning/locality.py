@@ -485,8 +485,11 @@ def fit_decay(floors: Sequence[LocalityFloor], spheres: Sequence[Sphere]) -> Dec
     """The decay of force constants Φ that the spreads beyond the longest radii agree with.
 
     spread² ∝ Σ Φ(r)² over the atoms that are redrawn, at their distances r: Φ = r^-n and Φ = exp(-r/λ) are fitted to the logarithms.
+    Radii beyond which the same atoms lie are one point.
     """
-    resolved = [f for f in floors if f.spread > RESOLVED][-TAIL:]
+    # atoms that a longer radius redraws are among those of a shorter one, so that equal numbers are the same atoms
+    redrawn = {sum(int((s.distances > f.radius).sum()) for s in spheres): f for f in floors}
+    resolved = [f for f in redrawn.values() if f.spread > RESOLVED][-TAIL:]
     if len(resolved) < 2:
         return DecayLaw("none")
     logs = np.log([f.spread for f in resolved])

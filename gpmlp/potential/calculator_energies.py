@@ -76,7 +76,8 @@ def allow_calculator(name: str) -> str:
 
 
 def harmless_calculators() -> list[str]:
-    """Ready-made names that a model file may use without permission: they can neither start a program nor write a file."""
+    """Ready-made names that a model file may use without permission: they can neither start a program nor read or write a file, but by
+    the keyword arguments FILE_KEYWORDS, which need it."""
     return [name for name, entry in calculators.READY.items() if entry.harmless]
 
 
@@ -87,7 +88,7 @@ class CalculatorEnergies(Baseline):
     Attributes:
         name: ready-made ('tblite', 'emt', ...) or 'module:Class', as of oracles (core/calculators.py).
         kwargs: of the calculator.
-        versions: of the packages that compute, as they were when the labels were made.
+        versions: of the packages that compute, or hashes of sources and files (package_versions), as they were at the fit.
         reuse: whether one calculator serves one structure after another; else each has a new one.
     """
 
@@ -107,9 +108,9 @@ class CalculatorEnergies(Baseline):
         PERMITTED.add((name, made._arguments))
         try:
             calculators.find_calculator(name)
+            return CalculatorEnergies(name, dict(kwargs), calculators.package_versions(name, kwargs), reuse)
         except CalculatorError as error:
             raise made._unusable(error) from error
-        return CalculatorEnergies(name, dict(kwargs), calculators.package_versions(name), reuse)
 
     @property
     def title(self) -> str:
@@ -128,14 +129,29 @@ class CalculatorEnergies(Baseline):
                 "a model file names is imported or run by itself. If you trust it, allow it: in the environment, "
                 f"{ALLOWED}='{self.name}', or in Python, gpmlp.allow_calculator({self.name!r}), before the model is loaded."
             )
-        here = calculators.package_versions(self.name)
+        if (
+            entry
+            and not (asked or self.name in listed)
+            and (names := calculators.file_keywords(self.name, self.kwargs))
+        ):
+            raise errors.UserError(
+                f"this model gives the baseline calculator {self.name} the keyword argument {names[0]}, by which it may read or write "
+                f"files, and that is not done for a model file by itself. If you trust it, allow it: {ALLOWED}='{self.name}'."
+            )
+        try:
+            here = calculators.package_versions(self.name, self.kwargs)
+        except CalculatorError as error:
+            raise self._unusable(error) from error
         if not here and self.versions:
-            install = (entry.install if entry else "") or f"pip install {next(iter(self.versions))}"
+            install = (entry.install if entry else "") or "install it"
             raise errors.UserError(
                 f"this model needs the baseline calculator {self.title}, which is not installed; {install}."
             )
         if here != self.versions:
-            now = ", ".join(f"{package} {version}" for package, version in here.items())
+            now = ", ".join(
+                [f"{package} {version}" for package, version in here.items()]
+                + [f"no {package}" for package in self.versions if package not in here]
+            )
             warnings.warn(
                 f"This model was fitted on the baseline calculator {self.title}; here is {now}. If its energies differ, so do those of "
                 "the model: compare a structure of the training data, or install the version of the fit.",
@@ -198,7 +214,7 @@ class CalculatorEnergies(Baseline):
     def settings_hash(self) -> str:
         """Of all that decides about its numbers in this process."""
         arguments = {key: value for key, value in self.kwargs.items() if key != "command"}
-        physics = [self.name, arguments, self.reuse, calculators.package_versions(self.name)]
+        physics = [self.name, arguments, self.reuse, calculators.package_versions(self.name, arguments)]
         return hashlib.sha256(json.dumps(physics, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
