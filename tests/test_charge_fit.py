@@ -9,13 +9,14 @@ import torch
 from systems import scattered, structure
 
 import gpmlp
+from gpmlp.cli.main import main
 from gpmlp.core.coulomb import CoulombMatrix
 from gpmlp.core.errors import UserError
 from gpmlp.core.neighbors import assemble_prediction, find_neighbors
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.fitting import charge_fit
+from gpmlp.fitting import charge_fit, prepare
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.io.export import export_model
 from gpmlp.recipe import Recipe
@@ -178,6 +179,32 @@ def test_when_charges_are_tried():
     charged = replace(near, charges=torch.tensor([0.0, 1.0, 0.0, 0.0, -1.0, 0.0], dtype=torch.float64))
     assert charge_fit.reason_to_try(charged, recipe) is not None
     assert charge_fit.reason_to_try(charged, _recipe(charges="off")) is None
+
+
+def test_functionals_left_to_the_data_make_room_for_charges(tmp_path, capsys):
+    """`functionals: auto` is none where charges are asked for or have a reason to be tried; what `auto` does not try, a line says."""
+    (near, labels), (wide, far) = ions(6, 0, 2.2, 1.5), ions(6, 0, 9.0)
+
+    def recipe(functionals, **long_range) -> Recipe:
+        few = {"inducing": {"functionals": functionals}, "variance": False, "long_range": long_range}
+        return Recipe.model_validate(SMALL | few)
+
+    cases = [(near, labels, "off", "all"), (near, labels, "auto", "all"), (wide, far, "auto", None)]
+    cases += [(wide, far, "off", "all"), (near, labels, "polarisable", None), (near, labels, "local", None)]
+    for structures, targets, charges, wanted in cases:
+        found = prepare.set_up(structures, targets, recipe("auto", charges=charges))[0]
+        assert found.inducings[0].functionals == wanted, charges
+    potential, _ = gpmlp.fit(wide, far, recipe("auto", charges="polarisable", kappa=3.0))
+    assert potential.charges is not None
+    for structures, targets, words in ((near, labels, "fewer than a tenth"), (wide, far, "`inducing.functionals`")):
+        potential, report = gpmlp.fit(structures, targets, recipe("all", charges="auto"))
+        assert potential.charges is None and not report.charges["kept"]
+        assert report.charges["sentence"].startswith("charges were not tried: ") and words in report.charges["sentence"]
+    with pytest.raises(UserError, match=r"long_range.charges: local. is not possible: .*functionals"):
+        gpmlp.fit(wide, far, recipe("all", charges="local"))
+    gpmlp.save(potential, tmp_path / "m.gpmlp")
+    assert main(["info", str(tmp_path / "m.gpmlp")]) == 0
+    assert "charges were not tried" in " ".join(capsys.readouterr().out.split())
 
 
 def test_charges_know_a_species_of_one_structure_that_was_not_drawn(monkeypatch, tmp_path):

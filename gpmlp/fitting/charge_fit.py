@@ -58,6 +58,9 @@ ROUGH, FINE = (
 WORTH = 0.1  # nats per label, by which the evidence has to rise for charges that nobody asked for
 LARGE_SHARE = 0.1  # of the structures that have atoms beyond the cutoff, for charges to be tried
 LOOKED_AT = 200  # structures, at random, that this is judged by
+NO_REASON = (
+    "all structures have the same total charge, and fewer than a tenth have two elements and atoms beyond the cutoff"
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -275,12 +275,14 @@ def _with_charges(
 ) -> tuple[_Data, dict[str, Any] | None]:
     """The data with electrostatics subtracted, where charges are asked for or the evidence asks for them; an entry of the FitReport."""
     wanted = data.recipe.long_range.charges
-    if charge_fit.reason_to_try(data.structures, data.recipe) is None:
+    if wanted == "off":
         return data, None
-    if lacking := charge_fit.why_impossible(data.structures, models):
-        if wanted == "auto":
-            return data, None
+    reason = charge_fit.reason_to_try(data.structures, data.recipe)
+    lacking = charge_fit.why_impossible(data.structures, models) if reason else charge_fit.NO_REASON
+    if lacking and wanted != "auto":
         raise UserError(f"`long_range.charges: {wanted}` is not possible: {lacking}.")
+    if lacking:
+        return data, {"kept": False, "sentence": f"charges were not tried: {lacking}"}
     stages.begin("charges")
     with parallel.one_core():
         prepared = charge_fit.ChargeData(data.recipe, models, data.structures, data.remaining)

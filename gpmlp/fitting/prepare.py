@@ -16,7 +16,7 @@ from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import KINDS, Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors.networks import find_network
-from gpmlp.fitting import cost, defaults
+from gpmlp.fitting import charge_fit, cost, defaults
 from gpmlp.gp import hyperparameters
 from gpmlp.gp.hyperparameters import NOISE_FIELDS
 from gpmlp.io.label_checks import outliers, totals
@@ -103,7 +103,8 @@ def set_up(
     summary = defaults.summarise_data(structures, targets)
     every = with_functionals(recipe, "all")
     full = defaults.resolve_recipe(every, summary, len(structures.distinct_species), growing)
-    if every is not recipe and (summary.periodic or cost.why_not_all(full, structures, targets)):
+    charged = charge_fit.reason_to_try(structures, full)  # which functionals leave no columns for
+    if every is not recipe and (summary.periodic or charged or cost.why_not_all(full, structures, targets)):
         recipe = with_functionals(recipe, None)
         full = defaults.resolve_recipe(recipe, summary, len(structures.distinct_species), growing)
     return full, make_baselines(structures, targets, full, summary), summary

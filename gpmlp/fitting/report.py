@@ -35,7 +35,7 @@ class FitReport:
             (reduced_variance.with_reduced_variance); None where these are exact.
         low_rank: of a mean of low rank, its rank and what it changes (low_rank.with_low_rank); None where the mean is exact.
         charges: of charges that were tried, whether they were kept, their form, what the evidence says of each, and a sentence
-            (charge_fit.FittedCharges.report); None where they were not tried.
+            (charge_fit.FittedCharges.report); a sentence that says why where `auto` did not try them; None where they are off.
         columns: inducing variables asked for; rank: those that are linearly independent.
         condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
         negative_log_evidence: of the posterior's columns, nats, priors of the hyperparameters included.
