@@ -269,12 +269,15 @@ def test_labels_of_charges_help_energies_and_forces_where_they_are_right():
     assert errors[1] < 0.2 * errors[0]
 
 
-def test_labels_of_charges_that_are_not_there_are_asked_for():
+def test_labels_of_charges_that_are_not_there_or_of_another_total_are_refused():
     structures, targets = ions(8, 0, 6.0)
     charged = replace(structures, charges=torch.ones(8, dtype=torch.float64))
     dipoles = torch.ones(8, 3, dtype=torch.float64)
     for s, t in ((structures, targets), (charged, replace(targets, dipoles=dipoles))):
         with pytest.raises(UserError, match="dipoles of neutral isolated structures, in the data, and there are none"):
             gpmlp.fit(s, t, _recipe(charges="local", labels="use"))
+    charges = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64).repeat(8)
+    with pytest.raises(UserError, match="charges sum to 2.000 e where the total charge is 0 e"):
+        gpmlp.fit(structures, replace(targets, charges=charges), _recipe(charges="local", labels="only"))
     with pytest.raises(ValueError, match="no meaning where charges are off"):
         _recipe(labels="use")

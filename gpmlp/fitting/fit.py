@@ -128,6 +128,8 @@ def _fit_once(
     if recipe.long_range.charges == "off":
         charge_fits.refuse_unequal_charges(structures)
     charge_fit.check_labels(recipe, structures, targets)
+    if recipe.long_range.labels != "ignore":
+        charge_fits.refuse_other_sums(structures, targets)
     data = _Data.from_labels(structures, targets, recipe, findings, workers)
     cost = expected_cost(data.recipe, data.structures, data.targets)
     stages.report(1.0, 1.0, str(cost))

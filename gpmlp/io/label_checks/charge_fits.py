@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gpmlp.core.errors import UserError
 from gpmlp.core.findings import Finding
+from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.io.label_checks.charges import unequal_charges
+from gpmlp.io.label_checks.charges import other_sums, unequal_charges
 
 BONDED = 1.3  # times the sum of covalent radii
 APART = 4.0  # A, least gap between fragments
@@ -24,6 +25,12 @@ WHOLE = 0.2  # e, by which the charge of a fragment may differ from a whole numb
 def refuse_unequal_charges(structures: Structures) -> None:
     """Raise UserError where one composition has several total charges, of a model without charges."""
     for finding in unequal_charges(structures):
+        raise UserError(str(finding))
+
+
+def refuse_other_sums(structures: Structures, targets: Targets) -> None:
+    """Raise UserError where labels of charges that are to be learned from sum to another total charge."""
+    for finding in other_sums(structures, targets):
         raise UserError(str(finding))
 
 

@@ -16,10 +16,11 @@ SAME = 1e-6  # e
 
 def check_charges(structures: Structures, targets: Targets) -> list[Finding]:
     """Findings about total charges and the labels of charges; none where there are neither."""
-    return [*_other_sums(structures, targets), *unequal_charges(structures, "note"), *charged_cells(structures)]
+    return [*other_sums(structures, targets), *unequal_charges(structures, "note"), *charged_cells(structures)]
 
 
-def _other_sums(structures: Structures, targets: Targets) -> list[Finding]:
+def other_sums(structures: Structures, targets: Targets) -> list[Finding]:
+    """A finding where labels of charges sum to another total charge than that of the structure."""
     sums = torch.zeros(len(structures), dtype=torch.float64)
     sums.index_add_(0, structures.structure_of_atom, targets.charges.double())
     off = (sums - structures.charges.cpu()).abs()
