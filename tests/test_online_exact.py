@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import gpmlp
 from gpmlp.core.errors import UserError
@@ -143,10 +144,66 @@ def test_variances_are_everywhere(model, tmp_path):
     assert potential.variances.local_blocks is not None
     export_model(potential, tmp_path / "model.kim")
     samples = potential.sample(300, seed=1, calibrated=False)(probe).forces.var(0)
-    assert (
-        abs(float(samples.mean() / potential(probe, "forces", calibrated=False).forces_variance.epistemic.mean()) - 1)
-        < 0.4
-    )
+    spread = potential(probe, "forces", calibrated=False).forces_variance
+    assert abs(float(samples.mean() / (spread.inducing + spread.data).mean()) - 1) < 0.4
+
+
+def test_few_labels_have_variances_of_the_size_of_the_exact_ones(data):
+    """Not those of the signal that a sparse process learns from them, dozens of times larger."""
+    few, (others, labels) = part(data, range(6)), part(data, range(20, 37))
+
+    def found(potential: Potential) -> tuple[Tensor, Tensor]:
+        p = potential(others, ("energies", "forces"), calibrated=False)
+        stds = [v.epistemic.square().mean().pow(0.25) for v in (p.energies_variance, p.forces_variance)]
+        return torch.stack(stds), ((p.forces - labels.forces).square() / p.forces_variance.total).mean().sqrt()
+
+    online = OnlineFit.begin(*few, recipe(calibration=False))
+    exactly, _ = found(gpmlp.fit(*few, recipe(calibration=False, variance={"columns": "all"}))[0])
+    later = online.learned(*part(data, [6]))
+    for potential in (gpmlp.fit(*few, recipe(calibration=False))[0], online.potential, later.potential):
+        stds, z = found(potential)
+        assert ((stds / exactly > 0.3) & (stds / exactly < 4)).all() and 0.3 < float(z) < 3
+    assert later.amplitude == online.amplitude < 0.1
+
+
+def test_energies_alone_have_such_variances(data):
+    structures, targets = part(data, range(10))
+    alone = replace(targets, forces=torch.full_like(targets.forces, torch.nan))
+    online, probes = OnlineFit.begin(structures, alone, recipe(calibration=False)), part(data, range(20, 37))[0]
+    exactly = gpmlp.fit(structures, alone, recipe(calibration=False, variance={"columns": "all"}))[0]
+    a, b = (p(probes, "energies", calibrated=False).energies_variance.epistemic for p in (online.potential, exactly))
+    assert online.amplitude != 1 and 0.2 < float((a.mean() / b.mean()).sqrt()) < 5
+
+
+def test_what_was_foreseen_follows_the_amplitude(model):
+    """Calibrated, it is what it was, though variances are of another size."""
+    changed = model._with_amplitude(3 * model.amplitude)
+    for a, b in zip(model.prequential, changed.prequential, strict=True):
+        old, new = a.prediction.forces_variance, b.prediction.forces_variance
+        torch.testing.assert_close(new.inducing, 3 * old.inducing)
+        torch.testing.assert_close(new.data, old.data, rtol=0, atol=0)
+    probe = model.structures.select([2])
+    a, b = (x.potential(probe, "forces").forces_variance.total for x in (model, changed))
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
+def test_a_refresh_learns_relative_signals_again(data):
+    """Of all labels there are, up to as many functionals as they depend on; the square is of these, and comes back by none."""
+    first = OnlineFit.begin(*part(data, range(4)), recipe(calibration=False))
+    online = first
+    for i in range(4, 16):
+        online = online.added(*part(data, [i]))
+    old, fresh = online.models[0].exact, online.refreshed("a test")
+    new = fresh.models[0].exact
+    assert old.block.relative == first.models[0].exact.block.relative and new.first == 16
+    order = Targets.concatenate([b.remaining for b in online.batches]).select(online.structures, list(new.of))
+    relative, start = exact_model.first_evidence(online.recipe, 0, online.models[0].kernel, old.block, order)
+    assert new.block.relative == relative and new.start == start
+    assert max(abs(relative[z] / old.block.relative[z] - 1) for z in relative) > 0.1
+    assert difference(fresh.potential, refit(fresh), part(data, [30])[0]) < 1e-8
+    again = fresh.refreshed("once more").models[0].exact
+    assert again.block.relative == relative and torch.equal(again.block.maps[3], new.block.maps[3])
+    assert fresh.removed(2).refreshed("fewer").models[0].exact.first == 15
 
 
 def test_first_labels_of_a_kind(data):

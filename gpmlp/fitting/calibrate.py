@@ -348,6 +348,13 @@ class PrequentialPrediction:
     targets: Targets
     prediction: Prediction
 
+    def with_amplitude(self, ratio: float) -> PrequentialPrediction:
+        """As of variances whose part due to the inducing set is so many times as large."""
+        fields = ("energies_variance", "forces_covariance", "stresses_covariance")
+        parts = {name: v for name in fields if (v := getattr(self.prediction, name)) is not None}
+        larger: dict[str, Any] = {name: replace(v, inducing=ratio * v.inducing) for name, v in parts.items()}
+        return replace(self, prediction=replace(self.prediction, **larger))
+
 
 def latest_prequential(predictions: tuple[PrequentialPrediction, ...]) -> tuple[PrequentialPrediction, ...]:
     """The latest predictions, as many as a calibration needs."""

@@ -59,12 +59,14 @@ class ExactModel:
         of: index, among those fitted, of each structure of the block.
         start: noise by kind where learning of all hyperparameters begins: by evidence of the first functionals alone, as `relative` of the
             block is.
+        first: structures that these are of; 0 once some have gone.
     """
 
     block: FunctionalBlock
     process: ExactProcess
     of: tuple[int, ...]
     start: dict[str, float]
+    first: int
 
     @staticmethod
     def from_labels(
@@ -93,7 +95,8 @@ class ExactModel:
         block, note = block.of_species(relative), f"covariances of {block.n_columns} functionals"
         half = block.lower_K_uu(kernel, lambda done, total: report(done, total, note))
         process = functional_labels(structures, targets, block.maps).process(half)
-        return ExactModel(block if growing else block.to(like), process, tuple(order.tolist()), noise)
+        about = process, tuple(order.tolist()), noise, first_structures(block)
+        return ExactModel(block if growing else block.to(like), *about)
 
     def begin(self, recipe: Recipe) -> Hyperparameters:
         """Noises and the signal, a factor on `relative`, where learning begins."""
@@ -114,6 +117,21 @@ class ExactModel:
         numbers = range(first, first + len(structures))
         return replace(self, block=block, process=self.process.bordered(covariance, later), of=(*self.of, *numbers))
 
+    def relearned(self, recipe: Recipe, kernel: ZonalKernel, targets: Targets) -> ExactModel:
+        """With the signals of species, and noises to start from, by evidence of the first functionals as these are now, and covariances
+        anew; itself where they are those that it learned from, as they are once there are FIRST.
+
+        Args:
+            targets: labels of the structures less the baselines, in the order of the block.
+        """
+        if self.first == first_structures(self.block):
+            return self
+        structures = self.block.structures
+        relative, noise = first_evidence(recipe, 0, kernel, self.block, targets)
+        block = self.block.of_species(relative)
+        process = functional_labels(structures, targets, block.maps).process(block.lower_K_uu(kernel))
+        return ExactModel(block, process, self.of, noise, first_structures(block))
+
     def select(self, numbers: Sequence[int]) -> ExactModel:
         """Of some of the structures, which get the numbers in this (rising) order; its covariances are one square again."""
         place = {number: i for i, number in enumerate(numbers)}
@@ -121,11 +139,13 @@ class ExactModel:
         starts = self.block.starts
         columns = torch.cat([torch.arange(*starts[i : i + 2]) for i in stays])
         of = tuple(place[self.of[i]] for i in stays)
-        return replace(self, block=self.block.of_structures(stays), process=self.process.select(columns), of=of)
+        block, process = self.block.of_structures(stays), self.process.select(columns)
+        first = self.first if len(stays) == len(self.of) else 0
+        return replace(self, block=block, process=process, of=of, first=first)
 
-    def left_out(self, posterior: ExactPosterior, numbers: Sequence[int], forces: Tensor) -> Tensor:
-        """(1 + 3 atoms + 6,) errors, label - mean, of energy, forces and stress of the first of some structures without all of them; zero
-        where there is no functional.
+    def left_out(self, posterior: ExactPosterior, numbers: Sequence[int], forces: Tensor) -> tuple[Tensor, Tensor]:
+        """(1 + 3 atoms + 6,) errors, label - mean, of energy, forces and stress of the first of some structures without all of them, and
+        their variances, noise included; zero where there is no functional.
 
         Args:
             numbers: as `of` has them; forces: (3 atoms,) labels of the first, along rigid motions of which the mean is zero.
@@ -133,10 +153,11 @@ class ExactModel:
         places = [self.of.index(i) for i in numbers]
         columns = [c for p in places for c in range(*self.block.starts[p : p + 2])]
         maps = self.block.maps[places[0]].double()
-        errors = maps.T @ posterior.left_out(columns)[0][: len(maps)]
+        error, covariance = posterior.left_out(columns)
+        errors = maps.T @ error[: len(maps)]
         forces = forces.to(maps)
         errors[1:-6] += forces - maps[:, 1:-6].T @ (maps[:, 1:-6] @ forces)
-        return errors
+        return errors, (maps * (covariance[: len(maps), : len(maps)] @ maps)).sum(0)
 
 
 def why_not_exact(recipe: Recipe, structures: Structures, targets: Targets) -> str:
@@ -172,12 +193,16 @@ def random_order(structures: Structures, functionals: Tensor, seed: int) -> tupl
     return torch.cat([order[best], order[rest]]), len(best)
 
 
+def first_structures(block: FunctionalBlock) -> int:
+    """How many of its structures have FIRST functionals."""
+    return max(1, sum(start <= FIRST for start in block.starts[1:]))
+
+
 def first_evidence(
     recipe: Recipe, k: int, kernel: ZonalKernel, block: FunctionalBlock, targets: Targets
 ) -> tuple[dict[int, float], dict[str, float]]:
     """Signal of local energies of each species, eV, and noise by kind, by evidence of the functionals of the first structures alone."""
-    many = max(1, sum(start <= FIRST for start in block.starts[1:]))
-    few = block.select(torch.arange(block.starts[many]))
+    few = block.select(torch.arange(block.starts[first_structures(block)]))
     structures, maps = few.structures, few.maps
     labels = targets.select(block.structures, range(len(structures)))
     species = structures.distinct_species

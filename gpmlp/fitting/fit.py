@@ -418,7 +418,7 @@ def _calibrated(
     predicted = left_out.predict_left_out(potential, models, learned, solved, *about, given=given)
     if predicted is None or potential.variances is None:
         return potential
-    share = predicted.amplitude(potential.noise.get("forces", 0.0))
+    share = predicted.amplitude(potential.noise)
     calibration = Calibration.identity()
     if wanted and len(chosen) >= calibrate.FEWEST_LEFT_OUT:
         calibration = calibrate.left_out_calibration(predicted, calibrate.scatter_at_rest(data.targets, forces))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,37 +53,46 @@ class LeftOut:
 
     Attributes:
         prediction: as the potential gives it where there is no label; of covariances only the diagonal of the part due to the data.
+        expected: where the mean is exact, by kind the mean squares of the errors (of energies per atom) that its process expects, noise
+            included; otherwise empty.
     """
 
     structures: Structures
     targets: Targets
     prediction: Prediction
+    expected: dict[str, Tensor] = field(default_factory=dict)
 
     def select(self, indices: Sequence[int]) -> LeftOut:
         """Some of the structures."""
         parts = self.structures.select(indices), self.targets.select(self.structures, indices)
         return LeftOut(*parts, self.prediction.select(self.structures, indices))
 
-    def amplitude(self, noise: float) -> float:
+    def amplitude(self, noise: dict[str, float]) -> float:
         """The w under which forces are most likely: var = w [k_gg - k_gu K_uu⁻¹ k_ug] + data + noise².
 
         DTC's evidence chooses the signal variance at the inducing variables, for which it has data; what lies between them is noise
         to it, and mostly far smaller than this signal variance implies.
 
+        Where there are less than ENOUGH, the exact process says how large they are, if there is one; without forces, how large those of
+        energies are.
+
         Args:
-            noise: of forces in the fit, eV/A; those with a noise of their own do not count.
+            noise: in the fit, by kind, of energies per atom; labels with a noise of their own do not count.
 
         Returns:
-            w; 1 where there are less than ENOUGH forces.
+            w; 1 where neither is known.
         """
-        if self.prediction.forces_covariance is None:
+        kind = "forces" if self.prediction.forces_covariance is not None else "energies"
+        if kind not in noise or (kind == "energies" and not self.expected):
             return 1.0
-        errors, parts, _ = residuals.split_residuals("forces", self.structures, self.targets, self.prediction)
-        common = self.targets.forces_noise.flatten().isnan() & ~errors.isnan() & parts.isfinite().all(1)
-        if int(common.sum()) < ENOUGH:
-            return 1.0
+        errors, parts, _ = residuals.split_residuals(kind, self.structures, self.targets, self.prediction)
+        common = getattr(self.targets, f"{kind}_noise").flatten().isnan() & ~errors.isnan() & parts.isfinite().all(1)
+        if int(common.sum()) < ENOUGH or kind == "energies":
+            if not self.expected or not common.any():
+                return 1.0
+            errors = self.expected[kind].to(errors).sqrt()
         missed, opened, _ = parts[common].unbind(1)
-        return float(fit_variance_weights(errors[common], missed[:, None], opened + noise**2))
+        return float(fit_variance_weights(errors[common], missed[:, None], opened + noise[kind] ** 2))
 
 
 def choose_left_out(
@@ -148,9 +157,13 @@ def predict_left_out(
         return None
     beside = {i: _others_near(structures, i, near or {}) for i in chosen}
     errors: dict[int, Tensor] = {}
+    expected: dict[str, Tensor] = {}
     if given is not None and (exact := models[0].exact) is not None:
         labels = {i: remaining.forces[structures.structure_of_atom == i].flatten() for i in chosen}
-        errors = {i: exact.left_out(given, [i, *beside[i]], labels[i]) for i in chosen}
+        left = {i: exact.left_out(given, [i, *beside[i]], labels[i]) for i in chosen}
+        errors, squares = {i: error for i, (error, _) in left.items()}, [left[i][1] for i in chosen]
+        energies = torch.stack([each[0] for each in squares]) / structures.counts[chosen].to(squares[0]).square()
+        expected = {"energies": energies, "forces": torch.cat([each[1:-6] for each in squares])}
     workers = workers or Workers()
     wanted: dict[str, Any] = {kind: bool(getattr(remaining, kind).isfinite().any()) for kind in KINDS}
     own = potential.variance_model()
@@ -177,9 +190,8 @@ def predict_left_out(
     pieces = [parts] if workers.shares else [[part] for part in parts]
     kept = workers.keep(fitted)
     found = workers.map(_leave_out, [(kept, piece) for piece in pieces], report)
-    return LeftOut(
-        structures.select(chosen), targets.select(structures, chosen), Prediction.concatenate(sum(found, []))
-    )
+    about = structures.select(chosen), targets.select(structures, chosen), Prediction.concatenate(sum(found, []))
+    return LeftOut(*about, expected)
 
 
 @dataclass(frozen=True, eq=False)

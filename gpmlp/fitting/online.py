@@ -76,6 +76,7 @@ class OnlineFit:
         subset: variances from a subset of the columns against those from all, at the last refresh (variance_checks.subset_error).
         events: refreshes, factors computed again, and why.
         exact: the posterior of all functionals of the labels, which the mean is of; None where the mean is of the inducing points.
+        amplitude: of what these miss, in variances where the mean is exact: by structures left out at the last refresh.
     """
 
     asked: Recipe
@@ -95,6 +96,7 @@ class OnlineFit:
     subset: dict[str, float] = field(default_factory=dict)
     events: tuple[str, ...] = ()
     exact: ExactPosterior | None = None
+    amplitude: float = 1.0
 
     @staticmethod
     def begin(structures: Structures, targets: Targets, recipe: Recipe | None = None) -> OnlineFit:
@@ -353,12 +355,14 @@ class OnlineFit:
         Prequential predictions stay, so that the calibration goes on. Takes as long as a fit.
         """
         new = _without_noises(self.asked, [(b.structures, b.targets) for b in self.batches])
-        return replace(new, prequential=self.prequential, events=(*self.events, *new.events)).refreshed(
-            f"made anew, {why}"
-        )
+        foreseen, events = self._with_amplitude(1.0).prequential, (*self.events, *new.events)
+        return replace(new, prequential=foreseen, events=events).refreshed(f"made anew, {why}")
 
     def refreshed(self, why: str) -> OnlineFit:
-        """With noises and signals learned again from the rows, and calibration and novelty fitted again."""
+        """With noises and signals learned again from the rows, and calibration and novelty fitted again.
+
+        Of an exact mean too, as a fit learns them: relative signals of species as long as labels come that these depend on.
+        """
         whitened, counts = self._whitened(), self._counts()
         parameters, block_of_column, _ = regression.learn_hyperparameters(
             self.recipe, self.models, whitened, counts, StageTimer(None), restarts=0
@@ -369,7 +373,10 @@ class OnlineFit:
         sizes, scales = regression.block_widths(self.models), RowScales(noise, signal)
         exact, of_mean, models = None, parameters, self.models
         if every := models[0].exact:
-            every = every.select(range(len(every.of))) if self.exact else every  # the square of that is still needed
+            remaining = Targets.concatenate([b.remaining for b in self.batches]).select(self.structures, list(every.of))
+            every = every.relearned(self.recipe, models[0].kernel, remaining)
+            if self.exact and every is models[0].exact:  # the square of that is still needed
+                every = every.select(range(len(every.of)))
             of_mean, _ = regression.learn_exactly(self.recipe, every, StageTimer(None))
             exact = every.process.condition(of_mean.noise(), float(of_mean.signal()[0]))
             models = (replace(models[0], exact=every),)
@@ -389,7 +396,7 @@ class OnlineFit:
         rows = [
             online_updates.rescaled_rows(w, k, RowScales.unit(len(sizes)), scales, sizes) for k, w in whitened.items()
         ]
-        return new._from_rows(f"refreshed: {why}", rows)._compared()._calibrated()
+        return new._from_rows(f"refreshed: {why}", rows)._calibrated()._compared()
 
     def _compared(self) -> OnlineFit:
         """With `subset` measured anew."""
@@ -408,21 +415,36 @@ class OnlineFit:
         return self._with_calibration(calibrate.prequential_calibration(self.prequential))
 
     def _calibrated(self) -> OnlineFit:
-        """With a calibration from structures left out in turn, where there are enough of them; it holds until the next refresh."""
-        if self.recipe.calibration is False or self.recipe.variance is False or self.n_labels < calibrate.FEWEST_ONLINE:
+        """With a calibration from structures left out in turn, where there are enough of them; it holds until the next refresh. Where the
+        mean is exact, of any number with the amplitude of what inducing points miss."""
+        wanted = self.recipe.calibration is not False and self.n_labels >= calibrate.FEWEST_ONLINE
+        if self.recipe.variance is False or not (wanted or self.exact):
             return self.recalibrated()
-        structures, targets = self.structures, self.targets
-        solved = SparsePosterior(self._weights, self.factor.upper[:, :-1], {}, self.factor.condition)
-        learned = WhitenedData({}, {}, self.noise, self.label_noise, self.columns_signal)
+        plain = self._with_amplitude(1.0)
+        structures, targets = plain.structures, plain.targets
+        solved = SparsePosterior(plain._weights, plain.factor.upper[:, :-1], {}, plain.factor.condition)
+        learned = WhitenedData({}, {}, plain.noise, plain.label_noise, plain.columns_signal)
         chosen = left_out.choose_left_out(
-            structures, targets, torch.zeros(0, dtype=torch.long), LEFT_OUT, self.recipe.seed
+            structures, targets, torch.zeros(0, dtype=torch.long), LEFT_OUT, plain.recipe.seed
         )
-        remaining = prepare.subtract_baselines(structures, targets, self.baselines)
+        remaining = prepare.subtract_baselines(structures, targets, plain.baselines)
         about = structures, targets, remaining
         found = left_out.predict_left_out(
-            self.potential, self.models, learned, solved, *about, chosen, given=self.exact
+            plain.potential, plain.models, learned, solved, *about, chosen, given=plain.exact
         )
-        return self.recalibrated() if found is None else self._with_calibration(calibrate.left_out_calibration(found))
+        if found is None:
+            return plain.recalibrated()
+        new = plain._with_calibration(calibrate.left_out_calibration(found)) if wanted else plain
+        new = new._with_amplitude(found.amplitude(plain.noise_of_mean)) if plain.exact else new
+        return new if wanted else new.recalibrated()
+
+    def _with_amplitude(self, amplitude: float) -> OnlineFit:
+        """With another amplitude, in what was predicted as well; calibrated variances stay as they are."""
+        if (ratio := amplitude / self.amplitude) == 1.0:
+            return self
+        calibration = self.calibration.with_amplitude(ratio)
+        foreseen = tuple(one.with_amplitude(ratio) for one in self.prequential)
+        return replace(self, amplitude=amplitude, calibration=calibration, prequential=foreseen)
 
     def _with_calibration(self, calibration: Calibration) -> OnlineFit:
         edge = None if self.novelty is None else EDGE
@@ -499,7 +521,7 @@ class OnlineFit:
             factor, subset = online_updates.variance_factor(self.models, self.factor, self._scales, most)
         noises = self.constant, self.label_noise
         variances = regression.variance_model(self.models, self.columns_signal, factor, *noises, subset)
-        return replace(variances, of_fit=max(variances.of_fit, self.rank))
+        return replace(variances, of_fit=max(variances.of_fit, self.rank), amplitude=self.amplitude)
 
 
 def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> OnlineFit:
