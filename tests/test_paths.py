@@ -17,7 +17,7 @@ from ase import Atoms
 from ase.build import add_adsorbate, fcc100
 from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
-from ase.constraints import FixAtoms, FixBondLengths
+from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, FixedLine, FixedPlane
 from ase.mep import NEB
 from ase.optimize import BFGS
 from ase.vibrations import Vibrations
@@ -25,6 +25,7 @@ from ase.vibrations import Vibrations
 import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.learning.paths.oracle import OracleCalculator
+from gpmlp.learning.paths.recipe import RelaxRecipe
 from gpmlp.learning.paths.surface import Surface, surface_recipe
 from gpmlp.learning.paths.vibrations import saddle_modes
 
@@ -185,6 +186,76 @@ def test_end_points_that_no_path_joins_are_refused(ends, said):
         gpmlp.GPNEB(*ends(), EMT())
 
 
+@pytest.mark.parametrize(
+    ("constraint", "free", "held"),
+    [
+        (FixAtoms([0]), None, [0.4, 0, 0]),
+        (FixCartesian(0, [True, False, False]), [0, 0.4, 0.3], [0.4, 0, 0]),
+        (FixedLine(0, [0, 0, 1]), [0, 0, 0.4], [0.4, 0, 0.2]),
+        (FixedPlane(0, [0, 1, 0]), [0.3, 0, 0.2], [0.3, 0.4, 0]),
+    ],
+)
+def test_what_is_held_lies_elsewhere_in_the_end(constraint, free, held):
+    """Only along what is held, and after the periodic image is chosen; along what is free the atom may move."""
+    start, end = changed()
+    for atoms in (start, end):
+        atoms.set_constraint(constraint)
+    end.positions[0] += 2 * end.cell[1] - end.cell[0]
+    gpmlp.GPNEB(start, end, EMT())
+    if free is not None:
+        end.positions[0] += free
+        gpmlp.GPNEB(start, end, EMT())
+    end.positions[0] += held
+    with pytest.raises(UserError, match=r"Atom 0 is held but is 0\.400 A elsewhere in the end"):
+        gpmlp.GPNEB(start, end, EMT())
+
+
+def test_ends_of_other_charges_or_moments_are_refused():
+    start, end = changed(info={"total_charge": 1})
+    with pytest.raises(UserError, match=r"start has the total charge 0 e and the end 1 e"):
+        gpmlp.GPNEB(start, end, EMT())
+    start.set_initial_charges([1.0, *[0.0] * 8])  # the same in another way
+    gpmlp.GPNEB(start, end, EMT())
+    moments = np.ones(9)
+    start.set_initial_magnetic_moments(moments)
+    with pytest.raises(UserError, match="that of atom 0 is 1 in the start and 0 in the end"):
+        gpmlp.GPNEB(start, end, EMT())
+    end.set_initial_magnetic_moments(np.outer(moments, [0, 0, 1]))  # the same in another way
+    gpmlp.GPNEB(start, end, EMT())
+    end.set_initial_magnetic_moments(np.outer(moments, [0, 1, 0]))
+    with pytest.raises(UserError, match=r"is \(0, 0, 1\) in the start and \(0, 1, 0\) in the end"):
+        gpmlp.GPNEB(start, end, EMT())
+
+
+def test_keys_of_the_model_take_the_place_of_single_keys():
+    given = {
+        "inducing": {"n": 5},
+        "noise": {"force": 1e-3},
+        "variance": {"local": "reduced"},
+        "descriptor": {"cutoff": 4.0},
+    }
+    recipe = surface_recipe(given)
+    assert (recipe.inducing.n, recipe.inducing.functionals) == (5, "all")
+    assert (recipe.noise.force, recipe.noise.energy_per_atom) == (1e-3, 5e-5)
+    assert (recipe.variance.local, recipe.variance.columns) == ("reduced", "all")
+    assert (recipe.mean, recipe.calibration, recipe.descriptor.cutoff) == ("exact", False, 4.0)
+    assert (
+        RelaxRecipe.model_validate({"start": "a.xyz", "oracle": {"calculator": "emt"}, "model": given}).model == recipe
+    )
+    two = surface_recipe(
+        {"descriptor": [{"cutoff": 4.0}, {"cutoff": 5.0}], "inducing": [{"n": 5}, {"functionals": None}]}
+    )
+    assert [i.functionals for i in two.inducing] == ["all", None]
+
+
+def test_model_whose_cutoff_no_pair_is_within_is_refused_after_one_label():
+    atoms, oracle = slab("bridge", 2.3), OracleCalculator(EMT())
+    atoms.calc = oracle
+    with pytest.raises(UserError, match=r"No pair of atoms lies within the model's cutoff, 2 A"):
+        gpmlp.GPMinimizer(atoms, Surface(surface_recipe({"descriptor": {"cutoff": 2.0}})), logfile=None).run(0.02)
+    assert oracle.calls == 1
+
+
 def test_too_few_images_and_no_calculator_are_refused():
     with pytest.raises(UserError, match=r"3 images between its end points at least.*got 2"):
         gpmlp.GPNEB(*changed(), EMT(), images=2)
@@ -299,11 +370,18 @@ def test_relax_writes_what_the_oracle_says(tmp_path):
         ({"end": "nowhere.xyz"}, "there is no such file"),
         ({"fixed": [99]}, "there is no atom 99"),
         ({"model": {"variance": False}}, "variance"),
+        ({"end": "held.xyz"}, "Atom 0 is held but is 0.400 A elsewhere in the end"),
+        ({"end": "charged.xyz"}, "total charge 0 e and the end 1 e"),
     ],
 )
 def test_bad_recipes_are_refused_before_anything_is_written(tmp_path, change, said):
     folder = written_hop(tmp_path)
     recipe = json.loads((folder / "neb.yaml").read_text())
+    held, charged = (ase.io.read(folder / "end.xyz") for _ in range(2))
+    held.positions[0, 0] += 0.4
+    charged.info["charge"] = 1
+    ase.io.write(folder / "held.xyz", held)
+    ase.io.write(folder / "charged.xyz", charged)
     (folder / "neb.yaml").write_text(json.dumps({**recipe, **change}))
     refused = gpmlp_command(folder, "neb", "neb.yaml")
     assert refused.returncode == 2 and said in refused.stderr and "Traceback" not in refused.stderr

@@ -8,12 +8,16 @@ from ase.build import minimize_rotation_and_translation
 from ase.geometry import find_mic
 
 from gpmlp.core.errors import UserError
+from gpmlp.core.structures import Structures
 from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.io.charges import SAME as SAME_CHARGE
 from gpmlp.io.label_checks.coincident import check_coincident
 from gpmlp.learning.paths.constraints import check_constraints
 
 SAME = 0.05  # A; end points in which no atom is farther from its place in the other are one structure
 SAME_CELL = 1e-6  # A
+SAME_MOMENT = 1e-6  # Bohr magnetons
+HELD = 1e-3  # A; to which the places of atoms that are held agree: files round them
 
 
 def check_ends(start: Atoms, end: Atoms) -> None:
@@ -41,6 +45,30 @@ def check_ends(start: Atoms, end: Atoms) -> None:
         raise UserError("The cells of start and end differ: a path is found in one cell.")
     if [c.todict() for c in start.constraints] != [c.todict() for c in end.constraints]:
         raise UserError("Start and end have other constraints: give both the same ones.")
+    _check_electrons(structures_from_ase([start, end], ["the start", "the end"]))
+
+
+def _check_electrons(ends: Structures) -> None:
+    """One path is on one energy surface: of one total charge, with the same initial magnetic moments."""
+    first, last = ends.charges.tolist()
+    if abs(first - last) > SAME_CHARGE:
+        raise UserError(
+            f"The start has the total charge {first:g} e and the end {last:g} e: a path has one; correct it."
+        )
+    if ends.magnetic_moments is None:
+        return
+    of_start, of_end = ends.magnetic_moments.reshape(2, ends.n_atoms // 2, -1).numpy()
+    other = np.abs(of_start - of_end).max(axis=1) > SAME_MOMENT
+    if other.any():
+        i = int(other.argmax())
+        texts = [
+            "(" + ", ".join(f"{x:g}" for x in m[i]) + ")" if len(m[i]) > 1 else f"{m[i][0]:g}"
+            for m in (of_start, of_end)
+        ]
+        raise UserError(
+            f"Initial magnetic moments differ: that of atom {i} is {texts[0]} in the start and {texts[1]} in the end. Give both the "
+            "same ones; images begin with those of the start."
+        )
 
 
 def lay_on(start: Atoms, end: Atoms) -> Atoms:
@@ -48,7 +76,7 @@ def lay_on(start: Atoms, end: Atoms) -> Atoms:
     as near as may be.
 
     Raises:
-        UserError: both are then the same structure.
+        UserError: an atom that is held (or its components that are) lies elsewhere in the end; both are then the same structure.
     """
     laid = end.copy()
     if start.pbc.any():
@@ -56,6 +84,15 @@ def lay_on(start: Atoms, end: Atoms) -> Atoms:
     elif not start.constraints:
         minimize_rotation_and_translation(start, laid)
     laid.set_constraint(start.constraints)
+    allowed = start.copy()
+    allowed.set_positions(laid.positions)  # as far as the constraints let atoms move
+    away = np.linalg.norm(laid.positions - allowed.positions, axis=1)
+    if away.max() > HELD:
+        i = int(away.argmax())
+        raise UserError(
+            f"Atom {i} is held but is {away[i]:.3f} A elsewhere in the end, counting what is held only: give it the place that it has in "
+            "the start, or let it move."
+        )
     farthest = float(np.linalg.norm(laid.positions - start.positions, axis=1).max())
     if farthest < SAME:
         raise UserError(

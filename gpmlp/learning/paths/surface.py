@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,9 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from gpmlp.core.calculators import merge_kwargs
 from gpmlp.core.errors import UserError
+from gpmlp.core.neighbors import find_neighbors
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.engines.ase import GPCalculator
@@ -32,9 +34,19 @@ EXACT: dict[str, Any] = {
 }
 
 
-def surface_recipe(given: dict[str, Any] | None = None) -> Recipe:
-    """The model of a path: EXACT, with what is given in place of it."""
-    return Recipe.model_validate({**EXACT, **(given or {})})
+def exact_but(given: Mapping[str, Any]) -> dict[str, Any]:
+    """EXACT with each key that is given in place of its own, in sections too, also in those of several descriptors."""
+    merged = merge_kwargs(EXACT, given)
+    if isinstance(merged["inducing"], Sequence) and not isinstance(merged["inducing"], str):
+        merged["inducing"] = [
+            merge_kwargs(EXACT["inducing"], one) if isinstance(one, Mapping) else one for one in merged["inducing"]
+        ]
+    return merged
+
+
+def surface_recipe(given: Mapping[str, Any] | None = None) -> Recipe:
+    """The model of a path: EXACT, but for what is given."""
+    return Recipe.model_validate(exact_but(given or {}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +101,19 @@ class Surface:
 
     @cached_property
     def potential(self) -> Potential:
-        """The posterior mean, with variances."""
-        return fit(*self.data, self.recipe)[0]
+        """The posterior mean, with variances.
+
+        Raises:
+            UserError: what a fit refuses; no label has two atoms within the model's cutoff, so that all forces would be zero.
+        """
+        potential = fit(*self.data, self.recipe)[0]
+        cutoff = max(term.descriptor.cutoff for term in potential.terms)
+        if not len(find_neighbors(self.data[0], cutoff)):
+            raise UserError(
+                f"No pair of atoms lies within the model's cutoff, {cutoff:g} A: it cannot tell one structure from another. Give a longer "
+                "one (model: {descriptor: {cutoff: ...}})."
+            )
+        return potential
 
     def calculator(self) -> GPCalculator:
         """The posterior mean for ASE."""
