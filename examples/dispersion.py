@@ -1,4 +1,4 @@
-"""How do I add an energy term that I know to what is learned? (D3 and -C6/r^6 are there: `long_range.dispersion`.)
+"""How do I add any energy term that I know to what is learned?
 
 A term is a class; here D2 for PBE (Grimme, J. Comput. Chem. 27, 1787 (2006)) draws two molecules of ethanol together that are far apart.
 """
@@ -28,9 +28,6 @@ class Dispersion(LocalBaseline):
         halves = -0.5 * 0.75 * (C6[i] * C6[j]).sqrt() / r**6 * damping  # of each pair's energy to each of its atoms
         (gradients,) = torch.autograd.grad(halves.sum(), vectors)
         return halves.new_zeros(end - start).index_add(0, near.centers - start, halves.detach()), near, gradients
-
-    def state(self):
-        return {"name": "D2, of this script"}  # a file with it is not read back: add the term again after loading
 
 
 recipe = gpmlp.Recipe(descriptor={"cutoff": 4.0}, inducing={"n": 60})

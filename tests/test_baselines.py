@@ -13,7 +13,9 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import prepare
+from gpmlp.io import archive
 from gpmlp.potential import baselines
+from gpmlp.potential.baseline import LocalBaseline
 from gpmlp.potential.baselines import ZBL, IsolatedAtoms
 from gpmlp.recipe import Recipe
 
@@ -154,3 +156,15 @@ def test_isolated_atoms_of_some_species_are_no_zero():
     (finding,) = prepare.check_labels(frames, known, Recipe())
     assert "isolated_atom frames of C but none of O" in finding.message
     assert prepare.check_labels(frames, known, Recipe(baseline={"isolated_atoms": "least_squares"})) == []
+
+
+def test_a_term_of_a_script_is_not_saved_without_a_word(potential, tmp_path):
+    class Own(LocalBaseline):
+        cutoff = 0.0
+
+        def of_atoms(self, structures, pairs, start, end):
+            return structures.positions.new_zeros(end - start), pairs, structures.positions.new_zeros(len(pairs), 3)
+
+    with pytest.raises(UserError, match="Own is not of gpmlp and cannot be kept in a file"):
+        archive.save(replace(potential, baselines=(*potential.baselines, Own())), tmp_path / "own.gpmlp")
+    assert not list(tmp_path.iterdir())

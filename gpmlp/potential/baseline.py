@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from gpmlp.core import neighbors
+from gpmlp.core import errors, neighbors
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
@@ -19,9 +19,12 @@ class Baseline(ABC):
     def __call__(self, structures: Structures) -> Prediction:
         """Of all atoms."""
 
-    @abstractmethod
     def state(self) -> dict:
-        """What `baseline_from_state` makes it of again, JSON-able."""
+        """What `baseline_from_state` makes it of again, JSON-able. Raises UserError: a term that files do not know."""
+        raise errors.UserError(
+            f"The baseline {type(self).__name__} is not of gpmlp and cannot be kept in a file: save the model without it, and add it "
+            "again after loading."
+        )
 
 
 class LocalBaseline(Baseline):
