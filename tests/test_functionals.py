@@ -161,7 +161,7 @@ def both(request):
     """(dense process, sparse one with all functionals of the data) conditioned on the same labels."""
     made, kernel, structures = descriptor("soap gto", (6, 8), **SIZES), KERNELS[request.param], training_set()
     block = block_of(structures, made, SIGNAL)
-    columns, lower, jitter, _ = _independent(block.K_uu(kernel), block.n_columns)
+    columns, lower, jitter, _ = _independent(block.K_uu(kernel))
     block = block.select(columns)
     assert jitter == 0
     values = labels(structures)

@@ -210,7 +210,8 @@ def test_a_run_whose_oracle_goes_wrong_later(name, tmp_path):
     with pytest.raises(
         UserError, match="The oracle contradicts itself, so the run ends: .* may be wrong, too"
     ) as error:
-        finish(chosen := run_of(tmp_path, *["well"] * 8, name), prepare(tmp_path))
+        # no label is checked by chance, which the last digits of its structure decide
+        finish(chosen := run_of(tmp_path, *["well"] * 8, name, check_every=10**9), prepare(tmp_path))
     out = tmp_path / "out"
     assert len(right_labels(out / "labels.xyz")) >= 6 and all(right_labels(out / "labels.xyz"))
     before, last = (out / "labels.xyz").read_bytes(), len(right_labels(out / "labels.xyz"))

@@ -147,8 +147,11 @@ def learned_charge_labels(recipe: Recipe, structures: Structures, targets: Targe
 
 def check_labels(recipe: Recipe, structures: Structures, targets: Targets) -> None:
     """UserError if labels of charges are to be learned from and there are none."""
-    labels, found = recipe.long_range.labels, learned_charge_labels(recipe, structures, targets)
-    if labels != "ignore" and bool(found.charges.isnan().all()) and bool(found.dipoles.isnan().all()):
+    labels = recipe.long_range.labels
+    if labels == "ignore":
+        return
+    found = learned_charge_labels(recipe, structures, targets)
+    if bool(found.charges.isnan().all()) and bool(found.dipoles.isnan().all()):
         raise errors.UserError(
             f"`long_range.labels: {labels}` needs charges of atoms, or dipoles of neutral isolated structures, in the data, and there are "
             "none; leave it out, or name them: --keys charges=NAME."
