@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpmlp.cli.check import Keys
+from gpmlp.cli.learn import INTERRUPTED
 from gpmlp.core.errors import UserError
 
 if TYPE_CHECKING:
+    from gpmlp.learning.locality import Locality
     from gpmlp.learning.oracles.oracle import OracleRecipe
 
-INTERRUPTED = 130
 RESULT, FIGURE = "locality.json", "locality"
 
 
@@ -56,12 +57,11 @@ def locality_command(
     """
     from gpmlp.cli import console
     from gpmlp.io import archive, ase_atoms
-    from gpmlp.io.files import atomic_write, check_apart, check_folder
+    from gpmlp.io.files import check_apart, check_folder
     from gpmlp.io.label_names import parse_keys
     from gpmlp.io.recipe_files import load_recipe
     from gpmlp.io.structure_files import find_files
     from gpmlp.learning.locality import Redraws, locality
-    from gpmlp.report.locality import locality_picture
 
     if settings and oracle is None:
         raise UserError("--set is of the oracle; give one (--oracle RECIPE).")
@@ -85,6 +85,17 @@ def locality_command(
         raise SystemExit(INTERRUPTED) from None
     if asked is None:
         console.print_findings(read.findings)
+    _write(found, output)
+    console.standard_output().print(console.locality_table(found))
+    console.print_line(found.sentence)
+    console.print_line(f"wrote {output / RESULT}, {FIGURE}.svg, {FIGURE}.png")
+
+
+def _write(found: Locality, output: Path) -> None:
+    """Numbers and figure."""
+    from gpmlp.io.files import atomic_write
+    from gpmlp.report.locality import locality_picture
+
     picture = locality_picture(found)
     output.mkdir(parents=True, exist_ok=True)
     with atomic_write(output / RESULT, text=True) as file:
@@ -93,9 +104,6 @@ def locality_command(
     for suffix, content in (("svg", picture.svg), ("png", picture.png)):
         with atomic_write(output / f"{FIGURE}.{suffix}") as file:
             file.write(content)
-    console.standard_output().print(console.locality_table(found))
-    console.print_line(found.sentence)
-    console.print_line(f"wrote {output / RESULT}, {FIGURE}.svg, {FIGURE}.png")
 
 
 def _numbers(text: str | None) -> tuple[float, ...]:

@@ -125,11 +125,7 @@ def _fit_once(
 ) -> tuple[Potential, FitReport, LabelOutliers]:
     """A fit to these labels, and the labels that it says are wrong."""
     stages.begin("data")
-    if recipe.long_range.charges == "off":
-        charge_fits.refuse_unequal_charges(structures)
-    charge_fit.check_labels(recipe, structures, targets)
-    if recipe.long_range.labels != "ignore":
-        charge_fits.refuse_other_sums(structures, targets)
+    _check_charges(structures, targets, recipe)
     data = _Data.from_labels(structures, targets, recipe, findings, workers)
     cost = expected_cost(data.recipe, data.structures, data.targets)
     stages.report(1.0, 1.0, str(cost))
@@ -185,6 +181,15 @@ def _fit_once(
         **numbers,
     )
     return replace(potential, report=report.as_dict()), report, wrong
+
+
+def _check_charges(structures: Structures, targets: Targets, recipe: Recipe) -> None:
+    """UserError where total charges vary and charges are off, or labels of charges are to be learned from and are missing or wrong."""
+    if recipe.long_range.charges == "off":
+        charge_fits.refuse_unequal_charges(structures)
+    charge_fit.check_labels(recipe, structures, targets)
+    if recipe.long_range.labels != "ignore":
+        charge_fits.refuse_other_sums(structures, targets)
 
 
 def _wrong_labels(
