@@ -51,6 +51,7 @@ from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.gp.stored_factors import rounded_factor
 from gpmlp.io.label_checks import charge_fits
+from gpmlp.io.label_checks.charges import unequal_charges
 from gpmlp.io.label_checks.stage import sort_findings
 from gpmlp.potential.baseline import Baseline
 from gpmlp.potential.charges import ChargeModel
@@ -137,9 +138,7 @@ def _fit_once(
     fitted, held, judged = calibrate.calibration_split(*about)
     trained = _train(data, fitted, held, stages)
     data, charges = _with_charges(data, trained.models, stages)
-    if data.charges is None:
-        charge_fits.refuse_unequal_charges(data.structures)
-    else:
+    if data.charges is not None:
         trained = _train(data, fitted, held, stages)
     models = trained.models
     learned = trained.learned.joined(*trained.held) if len(held) else trained.learned
@@ -184,9 +183,7 @@ def _fit_once(
 
 
 def _check_charges(structures: Structures, targets: Targets, recipe: Recipe) -> None:
-    """UserError where total charges vary and charges are off, or labels of charges are to be learned from and are missing or wrong."""
-    if recipe.long_range.charges == "off":
-        charge_fits.refuse_unequal_charges(structures)
+    """UserError where labels of charges are to be learned from and are missing or wrong."""
     charge_fit.check_labels(recipe, structures, targets)
     if recipe.long_range.labels != "ignore":
         charge_fits.refuse_other_sums(structures, targets)
@@ -211,6 +208,8 @@ def _wrong_labels(
     if again.charges is not None:
         found += charge_fits.check_structures(data.structures, data.recipe.descriptors[0].cutoff or potential.cutoff)
         found += charge_fits.check_fragments(data.structures, again.charges)
+    else:
+        found += unequal_charges(data.structures)
     return replace(wrong, energies=wrong.energies | data.failed), sort_findings(found)
 
 

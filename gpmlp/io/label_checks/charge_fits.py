@@ -14,18 +14,12 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.io.label_checks.charges import other_sums, unequal_charges
+from gpmlp.io.label_checks.charges import other_sums
 
 BONDED = 1.3  # times the sum of covalent radii
 APART = 4.0  # A, least gap between fragments
 FARTHEST = 10  # structures with the largest gaps that are looked at
 WHOLE = 0.2  # e, by which the charge of a fragment may differ from a whole number
-
-
-def refuse_unequal_charges(structures: Structures) -> None:
-    """Raise UserError where one composition has several total charges, of a model without charges."""
-    for finding in unequal_charges(structures):
-        raise UserError(str(finding))
 
 
 def refuse_other_sums(structures: Structures, targets: Targets) -> None:

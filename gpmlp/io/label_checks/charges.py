@@ -39,7 +39,7 @@ def other_sums(structures: Structures, targets: Targets) -> list[Finding]:
     return [Finding("charges-sum-to-another-total", "error", text, _names(structures, worst, wrong), numbers, advice)]
 
 
-def unequal_charges(structures: Structures, severity: Severity = "error") -> list[Finding]:
+def unequal_charges(structures: Structures, severity: Severity = "warning") -> list[Finding]:
     """A finding where one composition has several total charges, which a model without charges cannot tell apart."""
     charges = structures.charges.cpu()
     if not len(charges) or bool((charges - charges[0]).abs().max() < SAME):
