@@ -27,8 +27,10 @@ from gpmlp.core.quantities import Targets
 from gpmlp.fitting.cutoff_fits import CutoffFit
 from gpmlp.io.ase_atoms import from_ase, structures_from_ase
 from gpmlp.learning import locality
-from gpmlp.learning.locality import DecayLaw, Locality, LocalityFloor, Redraws, Sphere
+from gpmlp.learning.force_decay import DecayLaw, fit_decay
+from gpmlp.learning.locality import Locality
 from gpmlp.learning.oracles.oracle import OracleRecipe
+from gpmlp.learning.redraws import MARGIN, LocalityFloor, Redraws, Sphere, draw_spheres
 from gpmlp.recipe import Recipe
 
 EMT_RECIPE = OracleRecipe(calculator="emt", executor="inline")
@@ -74,7 +76,7 @@ def test_spread_is_that_of_forces_on_atoms_whose_far_neighbours_are_redrawn(tmp_
     """Against plain loops over copies, with distances to all images."""
     atoms = copper()
     found = measured(atoms, EMT_RECIPE, tmp_path, radii=(3.5, 5.0), draws=3, centres=2)
-    spheres, radii = locality.draw_spheres(structures_from_ase([atoms]), Redraws((3.5, 5.0), centres=2))
+    spheres, radii = draw_spheres(structures_from_ase([atoms]), Redraws((3.5, 5.0), centres=2))
     images = [atoms.positions + np.array(s) @ atoms.cell.array for s in np.ndindex(3, 3, 3)]
     for floor, radius in zip(found.floors, (3.5, 5.0), strict=True):
         variances = []
@@ -101,7 +103,7 @@ def test_small_redraws_of_charges_are_linear_response(tmp_path):
     atoms = salt(8.0)
     chosen = {"radii": (4.0, 6.0), "displacement": 1e-3, "draws": 30, "centres": 2}
     found = measured(atoms, SALT, tmp_path, **chosen)
-    spheres, _ = locality.draw_spheres(structures_from_ase([atoms]), Redraws(**chosen))
+    spheres, _ = draw_spheres(structures_from_ase([atoms]), Redraws(**chosen))
     q = np.array([CHARGES[s] for s in atoms.symbols])
     for floor in found.floors:
         each = []
@@ -124,12 +126,12 @@ def test_a_law_is_read_from_sums_over_the_atoms_that_were_redrawn():
         return out
 
     for exponent, kind in ((3.0, "Coulomb"), (8.0, "r^-6")):
-        law = locality.fit_decay(floors(lambda r, n=exponent: r**-n), spheres)
+        law = fit_decay(floors(lambda r, n=exponent: r**-n), spheres)
         assert law.kind == kind and law.exponent == pytest.approx(exponent, abs=1e-3)
-    law = locality.fit_decay(floors(lambda r: 50 * np.exp(-r / 0.45)), spheres)
+    law = fit_decay(floors(lambda r: 50 * np.exp(-r / 0.45)), spheres)
     assert law.kind == "exponential" and law.length == pytest.approx(0.45, abs=1e-3)
     nothing = [dataclasses.replace(floor, spread=0.0) for floor in floors(lambda r: r)]
-    assert locality.fit_decay(nothing, spheres).kind == "none"
+    assert fit_decay(nothing, spheres).kind == "none"
 
 
 def test_radii_that_redraw_the_same_atoms_are_one_point():
@@ -138,7 +140,7 @@ def test_radii_that_redraw_the_same_atoms_are_one_point():
     def law(positions, spreads):
         sphere = Sphere.around(structures_from_ase([Atoms(f"Cu{len(positions)}", positions)]), 0)
         floors = [LocalityFloor(r, s, 0.0, {}, 8) for r, s in zip((2.0, 3.0, 4.0, 5.0), spreads, strict=True)]
-        return locality.fit_decay(floors, [sphere])
+        return fit_decay(floors, [sphere])
 
     assert law([[0, 0, 0], [6.0, 0, 0]], (0.1, 0.1, 0.1, 0.1)).kind == "none"
     assert law([[0, 0, 0], [2.5, 0, 0], [6.0, 0, 0]], (0.3, 1e-4, 1e-4, 1e-4)).kind == "exponential"
@@ -316,7 +318,7 @@ def test_a_slab_needs_room_along_its_periodic_axes_only():
     slab = ase.build.fcc111("Cu", (6, 6, 3), vacuum=4.0)
     sphere = Sphere.around(structures_from_ase([slab]), 40)
     height = slab.cell.lengths()[1] * math.sin(math.pi / 3)
-    assert sphere.room == pytest.approx(min(height / 2 - locality.MARGIN, sphere.distances.max()))
+    assert sphere.room == pytest.approx(min(height / 2 - MARGIN, sphere.distances.max()))
 
 
 def test_a_molecule_without_far_atoms_is_named(tmp_path):

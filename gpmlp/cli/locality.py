@@ -61,7 +61,8 @@ def locality_command(
     from gpmlp.io.label_names import parse_keys
     from gpmlp.io.recipe_files import load_recipe
     from gpmlp.io.structure_files import find_files
-    from gpmlp.learning.locality import Redraws, locality
+    from gpmlp.learning.locality import locality
+    from gpmlp.learning.redraws import Redraws
 
     if settings and oracle is None:
         raise UserError("--set is of the oracle; give one (--oracle RECIPE).")

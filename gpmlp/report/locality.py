@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpmlp.learning.locality import RESOLVED, Locality
+from gpmlp.learning.force_decay import RESOLVED
+from gpmlp.learning.locality import Locality
 from gpmlp.report.figures import Picture, draw_picture
 from gpmlp.report.style import ACCENT, GRID, INK, PALE, RING, SPECIES
 
