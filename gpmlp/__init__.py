@@ -32,6 +32,7 @@ _HOMES = {
     "Targets": "gpmlp.core.quantities",
     "allow_calculator": "gpmlp.potential.calculator_energies",
     "check": "gpmlp.io.label_checks.stage",
+    "compute_properties": "gpmlp.properties.compute",
     "evaluate": "gpmlp.potential.evaluation",
     "fit": "gpmlp.fitting.fit",
     "learn": "gpmlp.learning.loop",

@@ -1,0 +1,51 @@
+"""The registry: every calculation by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ase import Atoms
+
+from gpmlp.core.errors import UserError, check_choice
+from gpmlp.io.recipe_files import validate_as
+from gpmlp.properties.equation_of_state import EquationOfState
+from gpmlp.properties.plan import Calculation
+
+CALCULATIONS: dict[str, type[Calculation]] = {
+    kind.name: kind
+    for kind in (
+        EquationOfState,
+    )
+}  # fmt: skip
+
+
+def choose_calculations(
+    structures: Sequence[Atoms],
+    names: Sequence[str] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Calculation]:
+    """Calculations by name with their options; those that make sense for the structures where no names are given.
+
+    Args:
+        options: by name of a calculation, as {'elastic': {'strain': 0.01}}.
+
+    Raises:
+        UserError: an unknown name or option, a calculation that does not suit the structures, options of one that is not made.
+    """
+    options = options or {}
+    for name in (*(names or ()), *options):
+        check_choice("property", name, CALCULATIONS)
+    made = [validate_as(kind, dict(options.get(name, {})), name) for name, kind in CALCULATIONS.items()]
+    if names is None:
+        chosen = [each for each in made if (each.by_default or each.name in options) and not each.refusal(structures)]
+        if not chosen:
+            raise UserError("There is no property that suits these structures; name what is wanted (--only).")
+    else:
+        chosen = [each for each in made if each.name in names]
+        for each in chosen:
+            if why := each.refusal(structures):
+                raise UserError(f"{each.name}: {why}.")
+    if idle := [name for name in options if name not in {each.name for each in chosen}]:
+        raise UserError(f"--set {idle[0]}...: {idle[0]} is not computed; add it to --only.")
+    return chosen

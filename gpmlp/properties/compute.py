@@ -1,0 +1,323 @@
+"""The error bar of a property: a plan on the mean potential, and what its numbers are on every sample of the posterior."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from gpmlp.core.errors import UserError
+from gpmlp.core.structures import CHUNK_ATOMS, chunk_structures
+from gpmlp.core.units import VOIGT_INDEX
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.potential.potential import Potential
+from gpmlp.properties.calculations import choose_calculations
+from gpmlp.properties.plan import Calculation, Failed, Outputs, Plan, Point
+from gpmlp.properties.surface import (
+    LONGEST,
+    Progress,
+    Surface,
+    free_atoms,
+    inverse_hessian,
+    structure_names,
+)
+from gpmlp.properties.values import PropertyCurve, PropertyValue, spread, value_from_samples
+
+SAMPLES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class PropertyResults:
+    """What was computed.
+
+    Attributes:
+        values, curves: in the order of the calculations.
+        structures: all that they were computed from; info['name'] names each.
+        failures: what could not be computed, and how many samples have no value, with the reason.
+        samples: how many were drawn; 0 for a model without variances.
+        full: whether each sample had structures of its own.
+    """
+
+    values: tuple[PropertyValue, ...] = ()
+    curves: tuple[PropertyCurve, ...] = ()
+    structures: tuple[Atoms, ...] = ()
+    failures: tuple[str, ...] = ()
+    samples: int = 0
+    full: bool = False
+
+    def __getitem__(self, name: str) -> PropertyValue:
+        """The value of a name.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = {value.name: value for value in self.values}
+        if name not in found:
+            raise UserError(f"There is no property '{name}'; there are {', '.join(found) or 'none'}.")
+        return found[name]
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """A calculation of some structures: its plan on the mean, and where its structures are among all."""
+
+    calculation: Calculation
+    structures: tuple[Atoms, ...]
+    prefix: str
+    plan: Plan
+    first: int
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.first, self.first + len(self.plan.structures))
+
+
+@dataclass(frozen=True, eq=False)
+class _Response:
+    """How ions at rest on the mean answer forces: H⁺ (3n, 3n), and L = dF/dstrain (6, 3n) where the cell has a volume."""
+
+    compliance: np.ndarray
+    strain_forces: np.ndarray | None
+
+    def corrected(self, point: Point, atoms: Atoms) -> Point:
+        """The point of a sample after one Newton step of its ions: u = H⁺ F, E - F u / 2, stress - L u / V, no forces.
+
+        Raises:
+            Failed: the step is no small one.
+        """
+        free = free_atoms(atoms)
+        force = (point.forces * free[:, None]).ravel()
+        step = self.compliance @ force
+        if (far := float(np.abs(step).max(initial=0.0))) > LONGEST:
+            raise Failed(
+                f"ions of {structure_names([atoms])[0]} move by {far:.2f} A, farther than a Newton step reaches"
+            )
+        stress = point.stress
+        if self.strain_forces is not None:
+            change = self.strain_forces @ step / atoms.get_volume()
+            stress = stress - change[np.array(VOIGT_INDEX)]
+        return Point(point.energy - 0.5 * float(force @ step), np.where(free[:, None], 0.0, point.forces), stress)
+
+
+def compute_properties(
+    potential: Potential,
+    structures: Sequence[Atoms] | Atoms,
+    what: Sequence[str] | Sequence[Calculation] | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    full: bool = False,
+    progress: Progress | None = None,
+) -> PropertyResults:
+    """Properties of structures with error bars.
+
+    The structures of each calculation are made on the mean potential; all samples of the posterior are evaluated there in one batch, and
+    ions that were at rest on the mean take one Newton step with its force constants, which is right to first order in what a sample
+    differs by. With `full` each sample relaxes structures of its own, to check that.
+
+    Args:
+        structures: of ASE; info['name'] is what results call them (their formula if it is not there).
+        what: names of calculations (calculations.CALCULATIONS), or calculations with their options; None: all that suit the structures.
+        samples: of the posterior, from which standard deviations are; a model without variances has none.
+        progress: called with (stage, done, total, note).
+
+    Raises:
+        UserError: a species that the potential does not know, a calculation that does not suit the structures, none that succeeds.
+    """
+    given = named([structures] if isinstance(structures, Atoms) else structures)
+    potential.check_species(structures_from_ase(given, structure_names(given)))
+    chosen = _chosen(given, what)
+    surface, say = Surface(potential), progress or (lambda *_: None)
+    tasks, failures = _plan_all(surface, chosen, given, say)
+    if not tasks:
+        raise UserError(f"No property could be computed: {'; '.join(failures)}.")
+    there = [atoms for task in tasks for atoms in task.plan.structures]
+    mean = surface.points(there)
+    outputs: list[list[Outputs | Failed]] = [[] for _ in tasks]
+    drawn = potential.sample(samples, seed) if potential.variances is not None and samples else None
+    if drawn is not None and full:
+        for k, sample in enumerate(drawn):
+            say("samples", k, len(drawn), f"sample {k + 1} of {len(drawn)} relaxes its own structures")
+            for task, found in zip(tasks, outputs, strict=True):
+                found.append(_on_surface(Surface(sample), task.calculation, task.structures))
+        say("samples", len(drawn), len(drawn), "")
+    elif drawn is not None:
+        responses = _responses(surface, tasks, say)
+        for points in _sampled_points(drawn, there, say):
+            for task, answer, found in zip(tasks, responses, outputs, strict=True):
+                found.append(_corrected_outputs(task, answer, points[task.slice]))
+    novelty = surface.novelty(there)
+    results = PropertyResults((), (), tuple(there), tuple(failures), len(drawn or ()), full)
+    for task, found in zip(tasks, outputs, strict=True):
+        largest = None if novelty is None else float(novelty[task.slice].max())
+        results = _with_task(results, task, mean[task.slice], found, largest)
+    return results
+
+
+def exact_properties(
+    surface: Surface, structures: Sequence[Atoms] | Atoms, what: Sequence[str] | Sequence[Calculation] | None = None
+) -> dict[str, float | np.ndarray]:
+    """The same numbers on one surface, by name: the truth of an oracle (Surface.of_calculator), from relaxations of its own."""
+    given = named([structures] if isinstance(structures, Atoms) else structures)
+    found: dict[str, float | np.ndarray] = {}
+    for calculation, these, prefix in _applications(_chosen(given, what), given):
+        outputs = _on_surface(surface, calculation, these)
+        if isinstance(outputs, Failed):
+            raise UserError(f"{calculation.name}: {outputs}.")
+        found |= {prefix + name: value for name, value in outputs.items()}
+    return found
+
+
+def named(structures: Sequence[Atoms]) -> list[Atoms]:
+    """Copies whose info['name'] differ: a number is added to a name that comes again.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not structures:
+        raise UserError("There are no structures: give one or more.")
+    names = structure_names(structures)
+    times, out = Counter(names), []
+    numbers: Counter[str] = Counter()
+    for atoms, name in zip(structures, names, strict=True):
+        numbers[name] += 1
+        out.append(atoms.copy())
+        out[-1].info["name"] = f"{name}_{numbers[name]}" if times[name] > 1 else name
+    return out
+
+
+def _chosen(structures: list[Atoms], what: Sequence[Any] | None) -> list[Calculation]:
+    if what is None or all(isinstance(each, str) for each in what):
+        return choose_calculations(structures, what)
+    for each in what:
+        if why := each.refusal(structures):
+            raise UserError(f"{each.name}: {why}.")
+    return list(what)
+
+
+def _applications(
+    chosen: Sequence[Calculation], structures: Sequence[Atoms]
+) -> Iterator[tuple[Calculation, tuple[Atoms, ...], str]]:
+    """Each calculation with the structures of one plan, and what goes before the names of its outputs."""
+    for calculation in chosen:
+        if calculation.several or len(structures) == 1:
+            yield calculation, tuple(structures), ""
+        else:
+            yield from ((calculation, (atoms,), f"{atoms.info['name']}.") for atoms in structures)
+
+
+def _plan_all(
+    surface: Surface, chosen: Sequence[Calculation], structures: Sequence[Atoms], say: Progress
+) -> tuple[list[_Task], list[str]]:
+    """Plans on the mean, and why some cannot be made."""
+    tasks: list[_Task] = []
+    failures, first = [], 0
+    wanted = list(_applications(chosen, structures))
+    for k, (calculation, these, prefix) in enumerate(wanted):
+        say("structures", k, len(wanted), f"{prefix}{calculation.name}: relaxing on the mean potential")
+        try:
+            plan = calculation.plan(surface, these)
+            plan.evaluate(surface.points(plan.structures))
+        except Failed as why:
+            failures.append(f"{prefix}{calculation.name}: {why}")
+            continue
+        tasks.append(_Task(calculation, these, prefix, plan, first))
+        first += len(plan.structures)
+    say("structures", len(wanted), len(wanted), f"{first} structures")
+    return tasks, failures
+
+
+def _responses(surface: Surface, tasks: Sequence[_Task], say: Progress) -> list[dict[int, _Response]]:
+    """For each plan, the responses of the structures whose force constants serve."""
+    wanted = [sorted(set(task.plan.relaxed.values())) for task in tasks]
+    total, done, out = sum(map(len, wanted)), 0, []
+    for task, indices in zip(tasks, wanted, strict=True):
+        here = {}
+        for i in indices:
+            atoms = task.plan.structures[i]
+            say("force constants", done, total, structure_names([atoms])[0])
+            whole = atoms.cell.rank == 3 and atoms.pbc.any()
+            compliance = inverse_hessian(surface.hessian(atoms))
+            here[i] = _Response(compliance, surface.strain_forces(atoms) if whole else None)
+            done += 1
+        out.append(here)
+    if total:
+        say("force constants", total, total, "")
+    return out
+
+
+def _sampled_points(drawn: Any, structures: Sequence[Atoms], say: Progress) -> list[list[Point]]:
+    """Points of all structures, for each sample."""
+    points: list[list[Point]] = [[] for _ in range(len(drawn))]
+    whole = structures_from_ase(structures, structure_names(structures))
+    for part in chunk_structures(whole, CHUNK_ATOMS):
+        say("samples", len(points[0]), len(structures), f"{len(drawn)} samples of the potential")
+        predicted = drawn(part)
+        energies, forces, stresses = (
+            v.detach().cpu().numpy() for v in (predicted.energies, predicted.forces, predicted.stresses)
+        )
+        ends = np.cumsum(np.bincount(part.structure_of_atom.cpu().numpy(), minlength=len(part)))[:-1]
+        for k, mine in enumerate(points):
+            each = zip(energies[k].tolist(), np.split(forces[k], ends), np.nan_to_num(stresses[k]), strict=True)
+            mine.extend(Point(*values) for values in each)
+    say("samples", len(structures), len(structures), "")
+    return points
+
+
+def _corrected_outputs(task: _Task, responses: Mapping[int, _Response], points: Sequence[Point]) -> Outputs | Failed:
+    """Outputs of one sample, with the Newton step of the ions that are at rest on the mean."""
+    moved = list(points)
+    try:
+        for i, reference in task.plan.relaxed.items():
+            moved[i] = responses[reference].corrected(points[i], task.plan.structures[i])
+        return task.plan.evaluate(moved)
+    except Failed as why:
+        return why
+
+
+def _on_surface(surface: Surface, calculation: Calculation, structures: Sequence[Atoms]) -> Outputs | Failed:
+    """Outputs from structures that are made on this surface."""
+    try:
+        plan = calculation.plan(surface, structures)
+        return plan.evaluate(surface.points(plan.structures))
+    except Failed as why:
+        return why
+
+
+def _with_task(
+    results: PropertyResults,
+    task: _Task,
+    mean: Sequence[Point],
+    found: Sequence[Outputs | Failed],
+    novelty: float | None,
+) -> PropertyResults:
+    """The results with the values and curves of one task."""
+    plan, values, curves = task.plan, [], []
+    outputs = plan.evaluate(mean)
+    reasons = Counter(str(each) for each in found if isinstance(each, Failed))
+    failures = [
+        f"{task.prefix}{task.calculation.name}: {n} of {len(found)} samples: {why}" for why, n in reasons.items()
+    ]
+    names = tuple(structure_names(plan.structures))
+    for name, value in outputs.items():
+        nothing = np.full(np.shape(value), np.nan)
+        samples = np.array([nothing if isinstance(each, Failed) else each[name] for each in found])
+        full_name, unit, about = task.prefix + name, plan.units[name], plan.about.get(name, "")
+        if name in plan.curves:
+            axis, value = plan.curves[name], np.asarray(value, dtype=float)
+            sigma = spread(samples, value) if len(samples) else np.full_like(value, np.nan)
+            lost = sum(isinstance(each, Failed) for each in found)
+            numbers = axis.x, axis.label, axis.unit, value, sigma, unit, axis.ticks
+            curves.append(PropertyCurve(full_name, *numbers, len(found), lost, about))
+        else:
+            more: dict[str, Any] = {"novelty": novelty, "structures": names, "about": about}
+            values.append(value_from_samples(full_name, unit, float(value), samples, **more))
+    return replace(
+        results,
+        values=(*results.values, *values),
+        curves=(*results.curves, *curves),
+        failures=(*results.failures, *failures),
+    )

@@ -1,0 +1,94 @@
+"""A Calculation makes a Plan on one surface: the structures of a property, and the numbers that follow from any surface's values there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from ase import Atoms
+
+from gpmlp.recipe import RecipeSection
+
+if TYPE_CHECKING:
+    from gpmlp.properties.surface import Surface
+
+
+class Failed(Exception):  # noqa: N818 - an outcome, no error
+    """There is no such value on this surface: a relaxation that does not end, a saddle that is lost. Counted, never silent."""
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One structure on one surface: energy (eV), forces (n, 3) eV/A, stress (3, 3) eV/A^3, positive = tension, zero without volume."""
+
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class CurveAxis:
+    """What an output is drawn over: x (n,), what it is called, its unit, and marked places."""
+
+    x: np.ndarray
+    label: str
+    unit: str
+    ticks: tuple[tuple[float, str], ...] = ()
+
+
+Outputs = Mapping[str, "float | np.ndarray"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What has to be known of a surface for some properties, and how they follow.
+
+    Attributes:
+        structures: made (relaxed, displaced, strained) on the surface that was given; info['name'] of each names it.
+        evaluate: outputs by name from the Points of these structures on ONE surface. Raises Failed, or gives NaN, where this surface has
+            no such value. Called for the mean and each sample; it must not ask the surface.
+        units: of each output.
+        relaxed: index of a structure whose ions are at rest on the surface -> index of the structure whose Hessian serves for their Newton
+            step on another surface (itself, or the one without strain). Atoms under FixAtoms stay.
+        curves: outputs that are arrays, (n,) or (n, branches), and what they are drawn over.
+        about: one sentence on each output.
+    """
+
+    structures: tuple[Atoms, ...]
+    evaluate: Callable[[Sequence[Point]], Outputs]
+    units: Mapping[str, str]
+    relaxed: Mapping[int, int] = field(default_factory=dict)
+    curves: Mapping[str, CurveAxis] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
+
+
+class Calculation(RecipeSection):
+    """A property, or some that come together, with its options (frozen; set by --set NAME.OPTION=VALUE).
+
+    Class attributes:
+        name: in the registry (calculations.py), for --only.
+        several: whether one plan takes all structures that are given (phases, adsorption), not one plan each.
+        by_default: whether it is made without being asked for, where `refusal` does not speak against it.
+    """
+
+    name: ClassVar[str]
+    several: ClassVar[bool] = False
+    by_default: ClassVar[bool] = True
+
+    def refusal(self, structures: Sequence[Atoms]) -> str:
+        """Why it cannot be made of these structures ('a molecule has no elastic constants'); '' if it can."""
+        return ""
+
+    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+        """The plan on a surface.
+
+        Args:
+            structures: one, or all where `several`; info['name'] of each is its name.
+
+        Raises:
+            Failed: the surface has no such property.
+            UserError: options that do not suit the structures.
+        """
+        raise NotImplementedError

@@ -1,0 +1,193 @@
+"""A potential energy surface that calculations ask: many structures at once, relaxations, force constants; of any calculator too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from ase import Atoms
+from ase.constraints import FixAtoms
+from ase.filters import FrechetCellFilter
+from ase.optimize import BFGS
+
+from gpmlp.core.units import VOIGT, VOIGT_INDEX
+from gpmlp.engines.ase import GPCalculator
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.potential.potential import Potential
+from gpmlp.properties.plan import Failed, Point
+
+STEP = 0.01  # A, of central differences of forces
+STRAIN = 1e-3  # of central differences of forces with the cell
+STEPS = 500  # of a relaxation
+NEWTON_STEPS = 8
+LONGEST = 0.3  # A; a Newton step beyond that is no small correction
+SOFT = 0.01  # eV/A^2; a softer mode (a translation, a rotation) is left as it is
+AT_ONCE = 4000  # atoms in displaced structures
+
+Cell = Literal["fixed", "shape", "full"]
+
+
+class Surface:
+    """The potential energy surface of a potential, or of any calculator of ASE (of_calculator)."""
+
+    def __init__(self, potential: Potential) -> None:
+        self.potential = potential
+
+    @staticmethod
+    def of_calculator(calculator: Any) -> Surface:
+        """The surface of a calculator of ASE: the truth of a test, or what an oracle itself says."""
+        return _CalculatorSurface(calculator)
+
+    def calculator(self) -> Any:
+        """A calculator of ASE."""
+        return GPCalculator(self.potential)
+
+    def points(self, structures: Sequence[Atoms]) -> list[Point]:
+        """Energies, forces and stresses of structures of any sizes."""
+        if not structures:
+            return []
+        predicted = self.potential(structures_from_ase(structures, structure_names(structures)))
+        ends = np.cumsum([len(atoms) for atoms in structures])[:-1]
+        forces = np.split(predicted.forces.detach().cpu().numpy(), ends)
+        stresses = np.nan_to_num(predicted.stresses.detach().cpu().numpy())
+        return [
+            Point(float(e), f, s)
+            for e, f, s in zip(predicted.energies.detach().cpu().tolist(), forces, stresses, strict=True)
+        ]
+
+    def novelty(self, structures: Sequence[Atoms]) -> np.ndarray | None:
+        """(structures,) largest novelty of the atoms of each; None where the model has none."""
+        if getattr(self.potential, "novelty", None) is None or not structures:
+            return None
+        found = self.potential(structures_from_ase(structures, structure_names(structures)), None, True)
+        assert found.novelty is not None
+        ends = np.cumsum([len(atoms) for atoms in structures])[:-1]
+        return np.array([part.max() for part in np.split(found.novelty.detach().cpu().numpy(), ends)])
+
+    def relax(self, atoms: Atoms, cell: Cell = "fixed", fmax: float = 1e-3, steps: int = STEPS) -> Atoms:
+        """The structure at rest: ions (but for constraints), and with cell='shape' the cell at its volume, with 'full' the whole cell.
+
+        Args:
+            fmax: eV/A, largest force on an atom, and on the cell as ASE's FrechetCellFilter measures it.
+
+        Raises:
+            Failed: not at rest after `steps` steps.
+        """
+        moving = atoms.copy()
+        moving.calc = self.calculator()
+        target = moving if cell == "fixed" else FrechetCellFilter(moving, constant_volume=cell == "shape")
+        optimizer = BFGS(target, logfile=os.devnull)
+        if not optimizer.run(fmax=fmax, steps=steps):
+            raise Failed(f"{structure_names([atoms])[0]} is not at rest after {steps} steps of a relaxation")
+        moving.calc = None
+        return moving
+
+    def hessian(self, atoms: Atoms) -> np.ndarray:
+        """(3n, 3n) second derivatives of the energy, eV/A^2, by central differences; rows and columns of fixed atoms are zero."""
+        free = np.repeat(free_atoms(atoms), 3)
+        moved = []
+        for coordinate in np.flatnonzero(free):
+            for sign in (1, -1):
+                moved.append(atoms.copy())
+                moved[-1].positions[coordinate // 3, coordinate % 3] += sign * STEP
+        forces = np.array([point.forces.ravel() for point in self._in_parts(moved)]).reshape(-1, 2, 3 * len(atoms))
+        full = np.zeros((3 * len(atoms),) * 2)
+        full[free] = (forces[:, 1] - forces[:, 0]) / (2 * STEP)
+        full[:, ~free] = 0.0
+        return 0.5 * (full + full.T)
+
+    def strain_forces(self, atoms: Atoms) -> np.ndarray:
+        """(6, 3n) derivatives of forces with strain (Voigt, shears twice the tensor's), ions carried along, eV/A."""
+        strains = [sign * STRAIN * unit for unit in np.eye(6) for sign in (1, -1)]
+        found = [point.forces.ravel() for point in self._in_parts([strained(atoms, strain) for strain in strains])]
+        forces = np.array(found).reshape(6, 2, -1)
+        return (forces[:, 0] - forces[:, 1]) / (2 * STRAIN) * np.repeat(free_atoms(atoms), 3)
+
+    def relax_ions(self, structures: Sequence[Atoms], compliance: np.ndarray, fmax: float = 1e-4) -> list[Atoms]:
+        """Structures near one whose force constants are known, with their ions at rest; all at once, by Newton steps.
+
+        Args:
+            compliance: (3n, 3n) inverse_hessian of that structure.
+
+        Raises:
+            Failed: a step is too long, or the forces do not vanish; neither do they in ordinary relaxations.
+        """
+        moved = [atoms.copy() for atoms in structures]
+        for _ in range(NEWTON_STEPS):
+            forces = [point.forces * free_atoms(a)[:, None] for a, point in zip(moved, self.points(moved), strict=True)]
+            if max((np.abs(force).max() for force in forces), default=0.0) < fmax:
+                return moved
+            for atoms, force in zip(moved, forces, strict=True):
+                step = (compliance @ force.ravel()).reshape(-1, 3)
+                atoms.positions += step * min(1.0, LONGEST / max(float(np.abs(step).max()), 1e-300))
+        return [self.relax(atoms, fmax=10 * fmax) for atoms in moved]
+
+    def _in_parts(self, structures: Sequence[Atoms]) -> list[Point]:
+        """Points of many copies of one structure, some at a time."""
+        together = max(1, AT_ONCE // max(map(len, structures), default=1))
+        parts = (structures[i : i + together] for i in range(0, len(structures), together))
+        return [point for part in parts for point in self.points(part)]
+
+
+class _CalculatorSurface(Surface):
+    """That of a calculator, one structure after the other."""
+
+    def __init__(self, calculator: Any) -> None:
+        self._calculator = calculator
+
+    def calculator(self) -> Any:
+        return self._calculator
+
+    def points(self, structures: Sequence[Atoms]) -> list[Point]:
+        return [self._point(atoms) for atoms in structures]
+
+    def novelty(self, structures: Sequence[Atoms]) -> None:
+        return None
+
+    def _point(self, atoms: Atoms) -> Point:
+        asked = atoms.copy()
+        asked.calc = self._calculator
+        forces = asked.get_forces(apply_constraint=False)
+        stress = np.zeros((3, 3))
+        if asked.cell.rank == 3 and asked.pbc.any():
+            stress = asked.get_stress(voigt=True, apply_constraint=False)[np.array(VOIGT_INDEX)]
+        return Point(float(asked.get_potential_energy()), np.array(forces), stress)
+
+
+def inverse_hessian(hessian: np.ndarray) -> np.ndarray:
+    """Pseudo-inverse of force constants without their translations, rotations and other modes below SOFT, A^2/eV."""
+    values, vectors = np.linalg.eigh(hessian)
+    stiff = np.abs(values) > SOFT
+    return (vectors[:, stiff] / values[stiff]) @ vectors[:, stiff].T
+
+
+def strained(atoms: Atoms, strain: Sequence[float] | np.ndarray) -> Atoms:
+    """The structure under a small strain (6,) (Voigt, shears twice the tensor's components), ions carried along."""
+    matrix = np.asarray(strain, dtype=float)[np.array(VOIGT_INDEX)] * np.where(np.eye(3, dtype=bool), 1.0, 0.5)
+    moved = atoms.copy()
+    moved.set_cell(atoms.cell.array @ (np.eye(3) + matrix), scale_atoms=True)
+    return moved
+
+
+def voigt(tensor: np.ndarray) -> np.ndarray:
+    """(..., 6) components xx yy zz yz xz xy of symmetric (..., 3, 3)."""
+    return np.stack([tensor[..., i, j] for i, j in VOIGT], axis=-1)
+
+
+def free_atoms(atoms: Atoms) -> np.ndarray:
+    """(n,) which atoms no FixAtoms holds."""
+    free = np.ones(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixAtoms):
+            free[constraint.index] = False
+    return free
+
+
+def structure_names(structures: Sequence[Atoms]) -> list[str]:
+    """info['name'] of each, else its formula."""
+    return [str(atoms.info.get("name") or atoms.get_chemical_formula()) for atoms in structures]
+
+
+Progress = Callable[[str, float, float, str], None]
