@@ -16,9 +16,11 @@ from gpmlp.core.units import VOIGT_INDEX
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.potential import Potential
 from gpmlp.properties.calculations import choose_calculations
-from gpmlp.properties.plan import Calculation, Failed, Outputs, Plan, Point
+from gpmlp.properties.plan import Calculation, Outputs, Plan
 from gpmlp.properties.surface import (
     LONGEST,
+    Failed,
+    Point,
     Progress,
     Surface,
     free_atoms,

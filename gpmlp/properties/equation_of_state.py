@@ -12,8 +12,8 @@ from ase.eos import EquationOfState as ASEEquationOfState
 from pydantic import Field
 
 from gpmlp.core.units import GPA
-from gpmlp.properties.plan import Calculation, CurveAxis, Failed, Outputs, Plan, Point
-from gpmlp.properties.surface import Surface, structure_names
+from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
+from gpmlp.properties.surface import Failed, Point, Surface, structure_names
 
 FMAX = 5e-4  # eV/A
 DRAWN = 61  # volumes of the curve

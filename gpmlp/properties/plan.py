@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from ase import Atoms
 
+from gpmlp.properties.surface import Point, Surface
 from gpmlp.recipe import RecipeSection
-
-if TYPE_CHECKING:
-    from gpmlp.properties.surface import Surface
-
-
-class Failed(Exception):  # noqa: N818 - an outcome, no error
-    """There is no such value on this surface: a relaxation that does not end, a saddle that is lost. Counted, never silent."""
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """One structure on one surface: energy (eV), forces (n, 3) eV/A, stress (3, 3) eV/A^3, positive = tension, zero without volume."""
-
-    energy: float
-    forces: np.ndarray
-    stress: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,6 @@ from gpmlp.core.units import VOIGT, VOIGT_INDEX
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.potential import Potential
-from gpmlp.properties.plan import Failed, Point
 
 STEP = 0.01  # A, of central differences of forces
 STRAIN = 1e-3  # of central differences of forces with the cell
@@ -27,6 +27,19 @@ SOFT = 0.01  # eV/A^2; a softer mode (a translation, a rotation) is left as it i
 AT_ONCE = 4000  # atoms in displaced structures
 
 Cell = Literal["fixed", "shape", "full"]
+
+
+class Failed(Exception):  # noqa: N818 - an outcome, no error
+    """There is no such value on this surface: a relaxation that does not end, a saddle that is lost. Counted, never silent."""
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One structure on one surface: energy (eV), forces (n, 3) eV/A, stress (3, 3) eV/A^3, positive = tension, zero without volume."""
+
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray
 
 
 class Surface:
@@ -77,7 +90,7 @@ class Surface:
         """
         moving = atoms.copy()
         moving.calc = self.calculator()
-        target = moving if cell == "fixed" else FrechetCellFilter(moving, constant_volume=cell == "shape")
+        target: Any = moving if cell == "fixed" else FrechetCellFilter(moving, constant_volume=cell == "shape")
         optimizer = BFGS(target, logfile=os.devnull)
         if not optimizer.run(fmax=fmax, steps=steps):
             raise Failed(f"{structure_names([atoms])[0]} is not at rest after {steps} steps of a relaxation")
