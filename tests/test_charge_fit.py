@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from systems import scattered, structure
 import gpmlp
 from gpmlp.cli.main import main
 from gpmlp.core.coulomb import CoulombMatrix
-from gpmlp.core.errors import UserError
+from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.neighbors import assemble_prediction, find_neighbors
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
@@ -156,6 +157,26 @@ def test_the_calculator_of_ase_gives_charges(fitted):
     atoms.calc = GPCalculator(potential)
     assert atoms.get_potential_energy() == pytest.approx(float(potential(far).energies), abs=1e-10)
     assert torch.allclose(torch.from_numpy(atoms.get_charges()), potential(far).charges, rtol=0, atol=1e-10)
+
+
+def test_torchsim_gives_charges_of_its_own_totals(fitted):
+    pytest.importorskip("torch_sim", reason="torch-sim is not installed (pip install 'gpmlp[torchsim]')")
+    from gpmlp.engines.torchsim import GPModel
+
+    potential, _ = fitted["auto"]
+    far = replace(ions(2, 900, 9.0)[0], charges=torch.tensor([1.0, -1.0], dtype=torch.float64))
+    state = {"positions": far.positions, "cell": far.cells.mT, "system_idx": far.structure_of_atom, "pbc": False}
+    state |= {"atomic_numbers": far.species}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # totals beyond those of the training
+        of_state = GPModel(potential)(state | {"charge": far.charges})
+        of_model, right = GPModel(potential, total_charge=1.0)(state), potential(far)
+    assert torch.allclose(of_state["charges"], right.charges, rtol=0, atol=1e-10)
+    assert torch.allclose(of_state["forces"], right.forces, rtol=0, atol=1e-10)
+    sums = torch.zeros(2, dtype=torch.float64).index_add(0, far.structure_of_atom, of_model["charges"])
+    assert torch.allclose(sums, torch.ones(2, dtype=torch.float64))
+    with pytest.raises(UserError, match="charges act on each other"):
+        GPModel(potential, tables=True)
 
 
 def test_engines_without_a_form_for_charges_refuse_them(fitted, tmp_path):

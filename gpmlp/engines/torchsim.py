@@ -36,7 +36,8 @@ class GPModel(ModelInterface):
     as TorchSim has it; with `uncertainty` also calibrated standard deviations `energy_std` (systems,), `local_energy_std` (atoms,),
     `forces_std` (atoms, 3), `stress_std` (systems, 6, Voigt) and `force_std` (atoms,) of what was asked for (the last one, by
     'sampled_forces', is an estimate for the force vector that is cheap enough for every step), with `novelty` the Mahalanobis distances
-    `novelty` (atoms,). Stress is zero for systems without volume. Works in double precision unless the potential was fitted in single.
+    `novelty` (atoms,). Models with charges also return `charges` (atoms,) e. Stress is zero for systems without volume. Works in double
+    precision unless the potential was fitted in single.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class GPModel(ModelInterface):
         novelty: bool = False,
         skin: float = 0.6,
         tables: bool | None = None,
+        total_charge: float = 0.0,
     ) -> None:
         """Wrap a potential.
 
@@ -56,6 +58,7 @@ class GPModel(ModelInterface):
             tables: whether all systems are stepped together on tables of neighbours (potential.stepper.Stepper), with variances of local
                 energies and estimates of those of forces at most; if not given, where the potential is on a CUDA device and this can be
                 done.
+            total_charge: of each system (e), where the state has no `charge` (systems,) of its own; of models with charges.
 
         Raises:
             UserError: the argument is no potential, or one that cannot give these variances, or not on tables.
@@ -63,15 +66,11 @@ class GPModel(ModelInterface):
         super().__init__()
         if not isinstance(potential, Potential):
             raise UserError(f"GPModel needs a potential, e.g. of gpmlp.load('model.gpmlp'); got {potential!r}.")
-        if potential.charges is not None:
-            raise UserError(
-                "Models with charges are not offered in TorchSim yet: fit with `long_range: {charges: off}`, or use the model through ASE."
-            )
         potential.check_variance(uncertainty)
         self.uncertainty, self.novelty = uncertainty, novelty
         self._compute_stress = self._compute_forces = True
         self._memory_scales_with = "n_atoms_x_density"
-        self._reach, self._wish = skin, tables
+        self._reach, self._wish, self._total_charge = skin, tables, float(total_charge)
         self._use(potential)
 
     def _use(self, potential: Potential) -> None:
@@ -125,6 +124,8 @@ class GPModel(ModelInterface):
             "forces": prediction.forces,
             "stress": torch.where(periodic & prediction.stresses.isfinite(), prediction.stresses, 0.0),
         }
+        if prediction.charges is not None:
+            out["charges"] = prediction.charges
         for name, variance in {
             "energy_std": prediction.energies_variance,
             "local_energy_std": prediction.atom_energies_variance,
@@ -141,11 +142,12 @@ class GPModel(ModelInterface):
 
     def _structures(self, state: Any) -> Structures:
         """The systems of a state; atoms that are those of the last call keep their Structures, with new positions and cells."""
-        positions, cells, *atoms = _tensors(state)
+        positions, cells, *atoms = _tensors(state, self._total_charge)
         if self._last is None or not _same(self._last, positions, atoms):
-            system, periodic, species = (part.clone() for part in atoms)  # a state may be changed in place
+            system, periodic, species, charges = (part.clone() for part in atoms)  # a state may be changed in place
             names = tuple(f"system {s}" for s in range(len(cells)))
-            self._stepper, self._last = None, Structures(positions, cells, periodic, species, system, names)
+            last = Structures(positions, cells, periodic, species, system, names, charges=charges)
+            self._stepper, self._last = None, last
         return self._last.with_unchecked_positions(positions, cells)
 
     def _stepped(self, structures: Structures) -> Prediction:
@@ -157,9 +159,9 @@ class GPModel(ModelInterface):
         return prediction.map(lambda value: value.to(structures.positions))
 
 
-def _tensors(state: Any) -> tuple[Tensor, ...]:
-    """Positions, cells, system of each atom, periodicity and species of a state, whose cells have lattice vectors as columns and whose
-    periodicity is one for all systems. Positions and cells are laid out anew where they are views."""
+def _tensors(state: Any, total_charge: float) -> tuple[Tensor, ...]:
+    """Positions, cells, system of each atom, periodicity, species and total charges of a state, whose cells have lattice vectors as columns
+    and whose periodicity is one for all systems. Positions and cells are laid out anew where they are views."""
 
     def get(name: str, default: Any = None) -> Any:
         return state.get(name, default) if isinstance(state, dict) else getattr(state, name, default)
@@ -168,12 +170,15 @@ def _tensors(state: Any) -> tuple[Tensor, ...]:
     system = get("system_idx")
     system = torch.zeros(len(positions), dtype=torch.long, device=positions.device) if system is None else system.long()
     periodic = torch.as_tensor(get("pbc", True), device=positions.device).expand(3).expand(len(cell), 3)
-    return positions.contiguous(), cell.mT.contiguous(), system, periodic, get("atomic_numbers").long()
+    charge = get("charge")
+    charge = torch.as_tensor(total_charge if charge is None else charge, dtype=torch.float64, device=positions.device)
+    about = system, periodic, get("atomic_numbers").long(), charge.expand(len(cell))
+    return positions.contiguous(), cell.mT.contiguous(), *about
 
 
 def _same(last: Structures, positions: Tensor, atoms: Sequence[Tensor]) -> bool:
     """Whether atoms are those of before, with one synchronisation of the device."""
-    pairs = list(zip((last.structure_of_atom, last.periodic, last.species), atoms, strict=True))
+    pairs = list(zip((last.structure_of_atom, last.periodic, last.species, last.charges), atoms, strict=True))
     alike = positions.dtype == last.positions.dtype and positions.device == last.positions.device
     if not alike or any(a.shape != b.shape for a, b in pairs):
         return False
