@@ -177,6 +177,24 @@ def test_honest_error_bars_are_found_honest(scale, word, tmp_path, monkeypatch):
     assert answer.startswith(word)
 
 
+def test_reasons_are_told_once(tmp_path, monkeypatch):
+    """What bound, limit, atom and novelty already say has no words in the table; anything else has."""
+    assert collect.reason_notes("force error of atom 3 may reach 1.4 eV/A (limit 1.2)", "") == []
+    assert collect.reason_notes(
+        "halted: H-H distance 0.3 A; H atom 1 lies at 2 times the radius of the trust region", ""
+    ) == ["H-H distance 0.3 A"]
+    assert collect.reason_notes("first structure 3 of 17", "") == []
+    assert collect.reason_notes("explored: rare around atom 0", "cluster of 9 atoms") == [
+        "explored: rare around atom 0", "cluster of 9 atoms"
+    ]  # fmt: skip
+    monkeypatch.setattr("gpmlp.report.run.figures.draw_picture", only_paint)
+    reason = "force error of atom 3 may reach 1.4 eV/A (limit 1.2)"
+    same = tuple(dataclasses.replace(label, reason=reason, cause="force", atom=3) for label in labels())
+    page, record, _ = built(synthetic(labels=same), tmp_path)
+    assert reason not in page and page.count("a force error that might exceed the limit") == 2  # the answer, the list
+    assert {row["atom"] for row in record["labels"]} == {3} and {row["reason"] for row in record["labels"]} == {reason}
+
+
 def test_thinned_frames_hold_what_asked_and_the_extremes():
     seen = frames(20000)
     some = numbers.drawn_frames(synthetic(frames=seen))

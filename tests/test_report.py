@@ -338,12 +338,14 @@ def test_rank_correlations_say_of_what(whole):
 def test_training_data_are_no_test(whole, tmp_path, monkeypatch):
     monkeypatch.setattr("gpmlp.report.model.figures.draw_picture", only_paint)
     said = "These are the data the model was trained on"
-    _, record, _ = built(dataclasses.replace(synthetic(3), trained_on=True), tmp_path)
+    page, record, _ = built(dataclasses.replace(synthetic(3), trained_on=True), tmp_path)
     assert record["answers"]["How wrong is it?"].startswith(said)
     assert "Not to be judged here: the model was trained on these data" in " ".join(
         map(str, record["answers"].values())
     )
     assert said not in whole[0]
+    # nor does the head of the page judge them
+    assert "within 1.64 σ" in whole[0] and "within 1.64 σ" not in page and "data it was trained on" in page
     _, record, _ = built(dataclasses.replace(synthetic(3), held_out=2), tmp_path)
     assert record["answers"]["How wrong is it?"].startswith(
         "Of these structures 2 of 3 are among those that the error bars"
@@ -495,6 +497,21 @@ def test_calibrated_errors_are_found_calibrated():
     np.testing.assert_allclose(bins["rmse"], bins["std"], rtol=0.1)  # 2000 in each bin: relative error 1/sqrt(4000)
 
 
+@pytest.mark.parametrize(
+    ("shares", "verdict", "way"),
+    [
+        ((0.70, 0.92), "Yes", ""),
+        ((0.68, 0.80), "Roughly", "too small"),
+        ((0.40, 0.60), "No", "too small"),
+        ((0.95, 0.99), "On the cautious side", "too large"),
+        ((0.85, 0.75), "No", "too small for large errors, too large for small ones"),
+    ],
+)
+def test_both_intervals_are_judged(shares, verdict, way):
+    found = numbers.calibration_verdict(dict(zip(("coverage_68", "coverage_90"), shares, strict=True)))
+    assert found == (verdict, way)
+
+
 def test_sparsification_ends_between_nothing_and_the_oracle():
     curve = numbers.sparsification_numbers(normal_view())
     assert 0 < curve["share_of_oracle"] < 1
@@ -528,6 +545,10 @@ def test_flags_say_why():
     ratios = [row["error_over_std"] for row in listed["by_error_over_std"]]
     assert ratios == sorted(ratios, reverse=True)
     assert any("outside the trust region" in row["why"] for row in listed["by_std"])
+    for row in listed["by_std"]:
+        assert ("novel" in row["signs"]) == (row["novelty"] > 1)
+        assert ("overconfident" in row["signs"]) == (row["error_over_std"] > worst.OVERCONFIDENT)
+        assert row["cause_share"] == max(share[row["row"]] for share in data.shares.values())
     owners = [row["structure"] for row in listed["by_std"]]
     assert max(owners.count(name) for name in owners) <= worst.PER_STRUCTURE
 

@@ -120,6 +120,8 @@ def test_plateau_needs_all_three():
     fall = [sigma[0] * np.linspace(2, 1, 800)]
     assert plateau_criterion(fall, sigma, times, [], 8000).met is False
     assert plateau_criterion(sigma, fall, times, [], 8000).met is False
+    both = plateau_criterion(fall, fall, times, [], 8000)
+    assert both.sentence.count("it is still falling") == 1 and both.sentence.count("force uncertainty changes") == 2
     assert all_met([True, None]) is None
     assert all_met([None, False]) is False
     assert all_met([]) is True
@@ -279,11 +281,11 @@ def test_the_sentence_shows_why_it_is_met():
     found = coverage_criterion(novelties(novelty, species))
     share, low = found.numbers["Cu_inside"], found.numbers["Cu_inside_at_least"]
     assert found.met is True and 0.965 < share < 0.97 and low < 0.97
-    match = re.search(r"([\d.]+)% of Cu atoms inside, 90 % interval ([\d.]+)% to ([\d.]+)%", found.sentence)
+    match = re.search(r"([\d.]+)% of Cu inside, ([\d.]+)% to ([\d.]+)%", found.sentence)
     assert match and float(match[1]) == pytest.approx(100 * share, abs=6e-3)
     assert float(match[2]) == pytest.approx(100 * low, abs=6e-3) and float(match[3]) > 97
-    assert "(wanted: 90.00% or more for sure, 97.00% possible)" in found.sentence
-    assert "of atoms inside" in found.sentence and "(wanted: 97.00% or more for sure)" in found.sentence
+    assert "wanted: 90.00% or more for sure, 97.00% possible)" in found.sentence
+    assert "of atoms inside" in found.sentence and "wanted: 97.00% or more for sure)" in found.sentence
 
 
 def test_coverage_refuses_to_judge():
@@ -570,6 +572,12 @@ def test_ensemble():
         return history
 
     assert ensemble_criterion(judged_window(steps(300))).met is True
+    # seven degrees off, with an interval that holds the target: told with the interval, which says why that is met
+    near = ensemble_criterion(judged_window(steps(307)))
+    said = re.fullmatch(r"mean temperature (\S+) ± (\S+) K \(95 %; target 300\)", near.sentence)
+    assert near.met is True and said
+    assert float(said[1]) == pytest.approx(near.numbers["temperature"], abs=0.06)
+    assert float(said[2]) == pytest.approx(near.numbers["temperature_interval"], rel=0.06)
     assert ensemble_criterion(judged_window(steps(330, atoms={13: 1000}))).met is False
     assert (
         ensemble_criterion(judged_window(steps(267, atoms={6: 3, 1: 6}))).met is False

@@ -10,7 +10,7 @@ import torch
 from systems import cluster, crystal, dimer, everything, structure
 
 from gpmlp.core import units
-from gpmlp.core.errors import UserError
+from gpmlp.core.errors import UserError, hill_formula
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures, count_matches
 from gpmlp.potential.evaluation import error_table
@@ -59,6 +59,11 @@ def test_counts_offsets_volumes_and_compositions():
     assert BATCH.volumes.isnan().tolist() == [True, False, False, False, False, True, False, True]
     assert float(BATCH.volumes[2]) == pytest.approx(float(BATCH.volumes[3]))  # left-handed cells have positive volume
     assert float(crystal("cubic").volumes) == pytest.approx(3.9**3)
+
+
+def test_formulas_are_in_the_order_of_hill():
+    assert hill_formula({1: 6, 6: 2, 8: 1}) == "C2H6O" and hill_formula({1: 2, 8: 1, 6: 0}) == "H2O"
+    assert hill_formula({11: 4, 17: 4.0}) == "Cl4Na4" and hill_formula({13: 1}) == "Al"
 
 
 def test_select_and_concatenate_are_inverse():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -163,6 +163,13 @@ SYMBOLS = tuple(
 def chemical_symbol(atomic_number: int) -> str:
     """Chemical symbol of an atomic number."""
     return SYMBOLS[atomic_number] if 0 <= atomic_number < len(SYMBOLS) else f"Z{atomic_number}"
+
+
+def hill_formula(counts: Mapping[int, float]) -> str:
+    """Chemical formula of numbers of atoms by atomic number, in Hill's order: C, H, then by symbol; without C all by symbol."""
+    from ase.formula import Formula
+
+    return Formula.from_dict({chemical_symbol(z): int(n) for z, n in counts.items() if n}).format("hill")
 
 
 def atomic_number(symbol: str) -> int:

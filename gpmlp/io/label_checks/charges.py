@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpmlp.core.errors import chemical_symbol
+from gpmlp.core.errors import hill_formula
 from gpmlp.core.findings import Finding, Severity
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
@@ -52,11 +52,7 @@ def unequal_charges(structures: Structures, severity: Severity = "warning") -> l
     if not several.any():
         return []
     first = int(several.nonzero()[0])
-    formula = "".join(
-        f"{chemical_symbol(z)}{int(n) if n != 1 else ''}"
-        for z, n in zip(structures.distinct_species, composition[first].tolist(), strict=True)
-        if n
-    )
+    formula = hill_formula(dict(zip(structures.distinct_species, composition[first].tolist(), strict=True)))
     values = ", ".join(f"{q:g}" for q in charges[group == group[first]].unique().tolist())
     text = (
         f"{formula} has several total charges ({values} e; {int(several.sum())} frames of such compositions): a model without charges "

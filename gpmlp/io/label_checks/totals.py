@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from gpmlp.core.errors import chemical_symbol
+from gpmlp.core.errors import chemical_symbol, hill_formula
 from gpmlp.core.findings import Finding, Severity
 from gpmlp.core.quantities import Targets, is_isolated_atom
 from gpmlp.core.structures import Structures
@@ -137,9 +137,7 @@ def _undetermined(structures: Structures, targets: Targets) -> list[Finding]:
     rank = int(torch.linalg.matrix_rank(compositions))
     if rank == len(species):
         return []
-    formula = "".join(
-        f"{chemical_symbol(z)}{int(n)}" for z, n in zip(species, compositions[0].tolist(), strict=True) if n
-    )
+    formula = hill_formula(dict(zip(species, compositions[0].tolist(), strict=True)))
     which = (
         f"all have the composition {formula}"
         if len(compositions) == 1

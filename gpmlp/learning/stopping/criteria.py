@@ -84,7 +84,16 @@ def plateau_criterion(
     ]
     numbers = {f"{p.name}_{k}": v for p in parts for k, v in p.numbers.items()}
     met = all_met([p.met for p in parts])
-    return StopCriterion("plateau", met, "; ".join(p.sentence for p in parts if p.met is met), numbers)
+    return StopCriterion("plateau", met, _each_reason_once([p.sentence for p in parts if p.met is met]), numbers)
+
+
+def _each_reason_once(sentences: Sequence[str]) -> str:
+    """Sentences 'what: reason' in one; a reason that several share stands once, after all that it holds for."""
+    whats: dict[str, list[str]] = {}
+    for sentence in sentences:
+        what, _, reason = sentence.rpartition(": ")
+        whats.setdefault(reason, []).append(what)
+    return "; ".join(f"{', '.join(what)}: {reason}" if any(what) else reason for reason, what in whats.items())
 
 
 def _below(sigma_max: Sequence[np.ndarray]) -> StopCriterion:
@@ -121,7 +130,7 @@ def steady_criterion(
     numbers |= {"p": trend.p, "correlation_times": trend.n_effective}
     reach = max(abs(low), abs(high))
     if not trend.enough or math.isnan(reach):
-        sentence = f"{what}: {trend.n_effective:.0f} correlation times so far, {ENOUGH} are needed to see a trend"
+        sentence = f"{what} has {trend.n_effective:.0f} correlation times so far: {ENOUGH} are needed to see a trend"
         return StopCriterion(name, None, sentence, numbers)
     said = f"{what} changes by {middle:+.0%} over the window (95 % interval {low:+.0%} to {high:+.0%}, trend p = {trend.p:.2g})"
     if trend.p < recipe.significance and reach > NEGLIGIBLE * recipe.drift:
@@ -261,7 +270,7 @@ def coverage_criterion(
     low, high = wilson_bounds(share, frames)
     numbers = {"frames": share, "frames_at_least": low, "correlation_times": frames}
     numbers["novelty_max"] = float(max(v.max() for v in novelty))
-    said = f"{share:.2%} of frames inside, 90 % interval {low:.2%} to {high:.2%} (wanted: {recipe.frames:.2%} or more for sure)"
+    said = f"{share:.2%} of frames inside, {low:.2%} to {high:.2%} (90 % interval; wanted: {recipe.frames:.2%} or more for sure)"
     parts = (
         StopCriterion("frames", _bounded(low, high, recipe.frames), said),
         _atoms_inside(series, frames, quantile, recipe),
@@ -316,6 +325,7 @@ def _atoms_inside(series: NoveltySeries, frames: float, quantile: float, recipe:
     wanted = wanted_atoms(recipe, quantile)
     numbers: dict[str, float] = {}
     parts = []
+    surely = min(wanted, recipe.frames)  # of a species, not surely fewer than of all
     everything = {
         "atoms": (_sum(series.atoms.values()), _sum(series.outside.values())),
         **{
@@ -329,13 +339,20 @@ def _atoms_inside(series: NoveltySeries, frames: float, quantile: float, recipe:
         share = 1 - float(out.sum() / total.sum())
         low, high = wilson_bounds(share, _effective(total, out, frames))
         numbers |= {f"{name}_inside": share, f"{name}_inside_at_least": low}
-        surely = wanted if name == "atoms" else min(wanted, recipe.frames)  # of a species, not surely fewer than of all
-        met = False if high < wanted else True if low >= surely else None
-        rule = f"{surely:.2%} or more for sure" + ("" if name == "atoms" else f", {wanted:.2%} possible")
-        what = name if name == "atoms" else f"{name} atoms"
-        parts.append((met, f"{share:.2%} of {what} inside, 90 % interval {low:.2%} to {high:.2%} (wanted: {rule})"))
-    met = all_met([m for m, _ in parts])
-    return StopCriterion("atoms", met, "; ".join(text for m, text in parts if m is met), numbers)
+        met = False if high < wanted else True if low >= (wanted if name == "atoms" else surely) else None
+        rule = (
+            f"{wanted:.2%} or more for sure"
+            if name == "atoms"
+            else f"{surely:.2%} or more for sure, {wanted:.2%} possible"
+        )
+        parts.append((met, f"{share:.2%} of {name} inside, {low:.2%} to {high:.2%}", rule))
+    met = all_met([m for m, _, _ in parts])
+    rules: dict[str, list[str]] = {}
+    for m, said, rule in parts:
+        if m is met:
+            rules.setdefault(rule, []).append(said)
+    sentence = "; ".join(f"{', '.join(said)} (90 % intervals; wanted: {rule})" for rule, said in rules.items())
+    return StopCriterion("atoms", met, sentence, numbers)
 
 
 def _sum(of_species: Iterable[Sequence[np.ndarray]]) -> np.ndarray:

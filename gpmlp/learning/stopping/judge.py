@@ -25,7 +25,7 @@ from gpmlp.learning.stopping.criteria import (
     plateau_criterion,
 )
 from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.stopping.timeseries import series_mean
+from gpmlp.learning.stopping.timeseries import ENOUGH, series_mean
 
 __all__ = ("History", "Record", "StopRecipe", "StopVerdict", "judge")  # with what a judgement is made from
 # of the standard error of the mean: (tolerance, relative, unit); energy is in units of k_B T of the window
@@ -260,10 +260,16 @@ def ensemble_criterion(recent: JudgedWindow, recipe: StopRecipe = StopRecipe()) 
         off = abs(float(mean.value[0]))
         allowed = recipe.temperature * target if kind == "temperature" else PRESSURE
         numbers |= {kind: target + float(mean.value[0]), f"{kind}_target": target, f"{kind}_sem": mean.sem}
+        numbers |= {f"{kind}_interval": mean.half_width} if mean.enough else {}
         reach = max(allowed, mean.half_width) if mean.enough else allowed
+        interval = f" ± {mean.half_width:.2g} {unit} (95 %; target {target:.4g})"
+        if not mean.enough:
+            interval = (
+                f" {unit} (target {target:.4g}; {mean.n_effective:.0f} correlation times, {ENOUGH} give an interval)"
+            )
         # outside what is allowed, but with too few samples to say so: wait
         verdicts.append(True if off <= reach else False if mean.enough else None)
-        sentences.append(f"mean {kind} {numbers[kind]:.4g} {unit} (target {target:.4g})")
+        sentences.append(f"mean {kind} {numbers[kind]:.4g}{interval}")
     met = all_met(verdicts) if recent.frames else None
     return StopCriterion("ensemble", met, ", ".join(sentences) or NOTHING[recent.frames > 0], numbers)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from gpmlp.core.errors import chemical_symbol
@@ -15,6 +17,7 @@ KEYS = {
 }
 SMALLEST = 1e-5  # of the largest error, that an axis of errors begins at
 CURVE = np.linspace(0.02, 0.98, 49)  # expected coverages
+TOLERANCE = 0.06  # by which a coverage may differ before it is called off
 REMOVED = np.linspace(0, 0.95, 40)  # shares of the most uncertain components
 
 
@@ -102,6 +105,25 @@ def level_coverage(view: LabelledComponents) -> dict[str, float]:
     """Share of the errors inside the central Gaussian interval of each of LEVELS."""
     shares = scores.gaussian_coverage(view.scaled[view.scored], [p / 100 for p in LEVELS]).tolist()
     return {f"coverage_{p}": share for p, share in zip(LEVELS, shares, strict=True)}
+
+
+def calibration_verdict(shares: Mapping[str, float]) -> tuple[str, str]:
+    """Whether error bars are calibrated, in a word, and how they are off ('' = not), by shares of errors in two intervals.
+
+    Args:
+        shares: of `level_coverage`; judged are those in the 68 and the 90 % interval: off by less than TOLERANCE is 'Yes', by less than
+            twice that 'Roughly'.
+    """
+    gaps = [shares[f"coverage_{level}"] - level / 100 for level in (68, 90)]
+    off = max(map(abs, gaps))
+    if off < TOLERANCE:
+        return "Yes", ""
+    way = "too large" if min(gaps) > -TOLERANCE else "too small"
+    if way == "too small" and max(gaps) > TOLERANCE:
+        way = "too small for large errors, too large for small ones"
+    if way == "too large":
+        return "On the cautious side", way
+    return ("Roughly" if off < 2 * TOLERANCE else "No"), way
 
 
 def reliability_numbers(view: LabelledComponents) -> dict:

@@ -12,8 +12,8 @@ from gpmlp.core.findings import Finding
 from gpmlp.report.figures import PointLabels
 from gpmlp.report.model.data import LEVELS, NO_TYPE, ORDERED, SCALES, SINGULAR, UNITS, LabelledComponents, ReportData
 from gpmlp.report.model.figures import draw_figures, scatter_plots
-from gpmlp.report.model.numbers import KEYS, all_numbers, labelled_views, mean_value, trust_region
-from gpmlp.report.model.worst import PER_STRUCTURE, draw_environment, label_next, worst_environments
+from gpmlp.report.model.numbers import KEYS, all_numbers, calibration_verdict, labelled_views, mean_value, trust_region
+from gpmlp.report.model.worst import PER_STRUCTURE, SIGNS, draw_environment, label_next, worst_environments
 from gpmlp.report.page import Page, Section
 from gpmlp.report.style import (
     CAUSE_COLOURS,
@@ -43,16 +43,22 @@ SUBSET = (
     ("covariance_error_scaled", "relative error of force covariances, scaled"),
     ("std_spearman", "rank correlation of these std"),
 )
-SCORES = {
-    "n": "components",
-    "miscalibration_area": "miscalibration area",
-    "nll": "NLL, nats (errors in eV, Å)",
-    "crps": "CRPS",
-    "sharpness": "sharpness",
-    "ence": "ENCE",
-    "rms_z": "rms of error/σ",
-    "spearman_within_frame": "rank correlation within frames",
-    "n_symmetric": "fixed by symmetry",
+SCORES = {  # of error bars: name, and what it means
+    "n": ("components", "numbers compared: three for the force on an atom, one for an energy, six for a stress"),
+    "miscalibration_area": ("miscalibration area", "between observed and expected coverage, 0 to 0.5; 0 = calibrated"),
+    "nll": ("NLL", "negative log likelihood of an error, nats, errors in eV, eV/Å or eV/Å³; the lower the better"),
+    "crps": ("CRPS", "continuous ranked probability score: as a mean error, for a distribution; the lower the better"),
+    "sharpness": ("sharpness", "root mean square of σ"),
+    "ence": (
+        "ENCE",
+        "expected normalised calibration error: |rms error − rms σ| / rms σ, mean over groups of like σ; 0 = calibrated",
+    ),
+    "rms_z": ("rms of error/σ", "1 = calibrated, above 1: error bars too small"),
+    "spearman_within_frame": (
+        "rank correlation within frames",
+        "of σ and |error| of the atoms of one structure: 1 = same order",
+    ),
+    "n_symmetric": ("fixed by symmetry", "components that are zero for any potential, left out of the other scores"),
 }
 
 
@@ -107,7 +113,6 @@ def model_page(data: ReportData) -> Page:
             "keys": KEYS,
             "units": UNITS,
             "levels": LEVELS,
-            "cause_names": CAUSE_NAMES,
             "cause_colours": CAUSE_COLOURS,
             "other_colour": OTHER,
         },
@@ -142,6 +147,8 @@ def extrapolation_values(data: ReportData) -> dict[str, Any]:
     return {
         "data": data,
         "per_structure": PER_STRUCTURE,
+        "signs": SIGNS,
+        "cause_names": CAUSE_NAMES,
         "has_errors": has_errors,
         "novelty_by_species": (trust_region(data) or {}).get("by_species", {}),
         "draw_environment": draw_environment,
@@ -166,7 +173,8 @@ def _score_values(data: ReportData) -> dict[str, Any]:
                 value, unit = value * SCALES.get(kind, 1.0), UNITS.get(kind, "")
             cells.append((value, unit))
         rows.append({"kind": kind, "cells": cells})
-    return {"score_names": [SCORES.get(key, key.replace("_", " ")) for key in keys], "score_rows": rows}
+    words = [SCORES.get(key, (key.replace("_", " "), "")) for key in keys]
+    return {"score_names": [name for name, _ in words], "score_rows": rows, "score_words": words}
 
 
 def _group_rows(data: ReportData) -> list[tuple[str, str, list[float | None]]]:
@@ -314,12 +322,9 @@ def calibration_answer(data: ReportData, numbers: Numbers) -> str:
             "The page of a learning run judges by labels that were predicted before they were learned."
         )
     kind = judged[0]
-    curve, cover = numbers["reliability"][kind], numbers["coverage"]["gaussian"]
-    area = (data.scores.get(kind) or {}).get("miscalibration_area")
-    area = curve["area"] if area is None or area != area else area
-    verdict = "Yes" if area < 0.03 else "Roughly" if area < 0.08 else "No"
-    way = "overconfident" if curve["bias"] < 0 else "too cautious"
-    tail = "" if area < 0.03 else f", so error bars are {way}"
+    cover = numbers["coverage"]["gaussian"]
+    verdict, way = calibration_verdict(cover[kind])
+    tail = f", so error bars are {way}" if way else ""
     (what, order), *_ = numbers["rank_correlation"][kind].items()
     rank = ""
     if order == order:
@@ -438,9 +443,10 @@ def key_numbers(data: ReportData, labelled: Labelled, numbers: Numbers) -> list[
     for kind in ("forces", "energies"):
         if kind in labelled:
             mae = numbers["errors"]["overall"]["{}_mae_{}".format(*KEYS[kind])]
-            tiles.append((f"{format_number(mae)} {UNITS[kind]}", f"mean {SINGULAR[kind]} error"))
+            of = " of data it was trained on" if data.trained_on else ""
+            tiles.append((f"{format_number(mae)} {UNITS[kind]}", f"mean {SINGULAR[kind]} error{of}"))
     judged = next((k for k in MAIN_KINDS if k in numbers["reliability"]), None)
-    if judged:
+    if judged and not data.trained_on:
         share = numbers["coverage"]["gaussian"][judged]["coverage_90"]
         tiles.append((format_percent(share), f"of {SINGULAR[judged]} errors within 1.64 σ (90 % expected)"))
     if data.force_std is not None and np.isfinite(data.force_std).any():

@@ -17,6 +17,11 @@ from gpmlp.report.style import CAUSE_PHRASES, INK, RING, format_percent, lighten
 LISTED = 20
 PER_STRUCTURE = 3
 OVERCONFIDENT = 3.0  # standard deviations
+SIGNS = {  # warning signs of an environment, and what they mean
+    "new species": "of a species without training data",
+    "novel": "outside the trust region: unlike all training data",
+    "overconfident": f"the error is beyond {OVERCONFIDENT:g} σ",
+}
 SIZE = 104  # px
 MOST = 56  # atoms drawn, the nearest
 MOST_IMAGES = 7  # cells on each side
@@ -75,6 +80,8 @@ def _describe(
     """One row of the table."""
     owner, nan = int(data.structure[row]), float("nan")
     novelty = nan if data.novelty is None else float(data.novelty[row])
+    cause = max(shares, key=lambda name: np.nan_to_num(shares[name][row], nan=-1), default="")
+    share = float(shares[cause][row]) if cause else nan
     return {
         "row": row,
         "structure": data.names[owner],
@@ -86,11 +93,19 @@ def _describe(
         "error_over_std": float(scaled[row]),
         "novelty": novelty,
         "local_energy_std_meV": nan if data.local_energy_std is None else float(1e3 * data.local_energy_std[row]),
-        "why": _reasons(data, row, float(scaled[row]), novelty, shares),
+        "cause": cause,
+        "cause_share": share,
+        "signs": [sign for sign, holds in zip(SIGNS, _signs(novelty, float(scaled[row])), strict=True) if holds],
+        "why": _reasons(data, float(scaled[row]), novelty, cause, share),
     }
 
 
-def _reasons(data: ReportData, row: int, scaled: float, novelty: float, shares: dict[str, np.ndarray]) -> str:
+def _signs(novelty: float, scaled: float) -> tuple[bool, ...]:
+    """Whether each of SIGNS holds for an environment."""
+    return bool(np.isinf(novelty)), 1 < novelty < np.inf, scaled > OVERCONFIDENT
+
+
+def _reasons(data: ReportData, scaled: float, novelty: float, cause: str, share: float) -> str:
     """Why an environment is flagged, in words."""
     words = []
     if np.isinf(novelty):
@@ -99,12 +114,9 @@ def _reasons(data: ReportData, row: int, scaled: float, novelty: float, shares: 
         words.append(f"outside the trust region (novelty {novelty:.1f})")
     if scaled > OVERCONFIDENT:
         words.append(f"overconfident: error {scaled:.1f} σ")
-    if shares:
-        cause = max(shares, key=lambda name: np.nan_to_num(shares[name][row], nan=-1))
-        share = shares[cause][row]
-        if share > 0:
-            lead = "dominated by" if share > 0.5 else "largest cause:"
-            words.append(f"{lead} {CAUSE_PHRASES.get(cause, cause)} ({format_percent(share)} of the variance)")
+    if share > 0:
+        lead = "dominated by" if share > 0.5 else "largest cause:"
+        words.append(f"{lead} {CAUSE_PHRASES.get(cause, cause)} ({format_percent(share)} of the variance)")
     if scaled <= OVERCONFIDENT:
         words.insert(0, f"a large error bar, and an error of {scaled:.1f} σ")
     elif data.force_std is not None and np.isnan(scaled):
@@ -152,11 +164,11 @@ def _candidate(data: ReportData, index: int, typical: float, score: float, novel
     """One suggested structure with a one-line explanation."""
     rows = np.flatnonzero(np.asarray(data.structure) == index)
     std = np.nan_to_num(data.atom_std[rows])
-    words = []
+    words, atom, times = [], "", float("nan")
     if len(rows) and std.max() > 0:
         worst = rows[int(std.argmax())]
-        atom = f"{chemical_symbol(int(data.species[worst]))} {data.atom[worst]}"
-        words.append(f"σ at {atom} is {std.max() / typical:.1f} times that of a median structure")
+        atom, times = f"{chemical_symbol(int(data.species[worst]))} {data.atom[worst]}", float(std.max() / typical)
+        words.append(f"σ at {atom} is {times:.1f} times that of a median structure")
     outside = float("nan")
     if data.novelty is not None and len(rows):
         outside = float(np.mean(data.novelty[rows] > 1))
@@ -177,6 +189,8 @@ def _candidate(data: ReportData, index: int, typical: float, score: float, novel
         "n_atoms": int(data.n_atoms[index]),
         "largest_force_std_meV_per_A": float(1e3 * std.max()) if len(rows) else float("nan"),
         "largest_novelty": float(novelty),
+        "worst_atom": atom,
+        "times_median": times,
         "share_outside": outside,
         "removable_share": removable,
         "score": float(score),

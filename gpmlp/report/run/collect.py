@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gpmlp.core.errors import DataWarning, UserError, chemical_symbol
+from gpmlp.core.errors import DataWarning, UserError, hill_formula
 from gpmlp.core.quantities import Targets
 from gpmlp.io import archive, provenance
 from gpmlp.io.ase_atoms import iterate_frames, structures_from_ase
@@ -44,6 +45,12 @@ FILES = {
 # a line of run.log
 TEXT_TIMES = re.compile(r"^(\S+ \S+)  (?:labelled: key (\w+), seconds ([-+.\de]+), attempts (\d+))?", re.MULTILINE)
 HALTED = "halted: "
+BEFORE = ("first", "given", "explored")  # the dynamics
+PHRASES = {  # of the sentences of triggers, by cause
+    "force": "force error of atom",
+    "local energy": "local energy of atom",
+    "novelty": "radius of the trust region",
+}
 
 
 def run_recipe(folder: Path) -> LearnRecipe:
@@ -130,9 +137,9 @@ def collect_run(
     judged = judge_frames(events, recipe, len(entries), progress["hours"])
     frames, plateau, coverage = judged.frames, recipe.stop.plateau, recipe.stop.coverage
     times = read_times(folder, events)
-    nan = float("nan")
+    nan, first = float("nan"), next(iter(entries.values()))
     return RunData(
-        title=f"{_formula(entries)}, {_conditions(recipe)}",
+        title=f"{hill_formula(Counter(first.structure.species.tolist()))}, {_conditions(recipe)}",
         folder=folder.resolve().name,
         ended=judged.ended,
         stopped=judged.stopped,
@@ -161,11 +168,6 @@ def collect_run(
         model=dict(potential.report),
         oracle=(recipe.oracle.calculator, recipe.oracle.settings_hash),
     )
-
-
-def _formula(entries: dict[str, LabelEntry]) -> str:
-    species, counts = np.unique(next(iter(entries.values())).structure.species.numpy(), return_counts=True)
-    return "".join(f"{chemical_symbol(int(z))}{n if n > 1 else ''}" for z, n in zip(species, counts, strict=True))
 
 
 def _conditions(recipe: LearnRecipe) -> str:
@@ -261,6 +263,7 @@ def _labels(
                     step=at,
                     time_ps=float(entry.notes.get("time_fs", "nan")) / 1000 if entry else float("nan"),
                     temperature_K=temperatures.get((w, at), float("nan")),
+                    atom=next(iter(ask.get("atoms") or ()), -1),
                     total_step=total,
                     bound=severity * asked_limit,
                     limit=asked_limit,
@@ -290,18 +293,19 @@ def _surrogate(entry: LabelEntry | None) -> str:
 
 def label_cause(reason: str) -> str:
     """Why a label was asked for, in a word, from the sentence that the triggers gave: of runs whose log has no `cause`."""
-    for word in ("first", "given", "explored"):
+    for word in BEFORE:
         if reason.startswith(word):
             return word
-    phrases = {
-        "force": "force error of atom",
-        "local energy": "local energy of atom",
-        "novelty": "radius of the trust region",
-    }
-    causes = " and ".join(word for word, phrase in phrases.items() if phrase in reason)
+    causes = " and ".join(word for word, phrase in PHRASES.items() if phrase in reason)
     if not causes:
         return "guard"
     return causes + (", halted" if reason.startswith(HALTED) else "")
+
+
+def reason_notes(reason: str, surrogate: str) -> list[str]:
+    """What is to be said of a label beyond its cause, atom, bound, limit and novelty."""
+    parts = [part for part in reason.removeprefix(HALTED).split("; ") if not part.startswith(BEFORE[:2])]
+    return [p for p in (*parts, surrogate) if p and not any(phrase in p for phrase in PHRASES.values())]
 
 
 def _prequential(logged: dict[str, Any] | None) -> PrequentialError | None:

@@ -90,6 +90,7 @@ class LabelRecord:
         number: from 1, in the order they were learned; key: in the label file.
         cause: 'first', 'given', 'force', 'novelty', 'force and novelty', 'guard', ...; reason: in words.
         walker: -1 for none; total_step: steps of all walkers together until it was learned.
+        atom: for whose sake it was asked for, -1 = none or unknown.
         bound: of the force error where it was asked for, eV/A; limit: of the trigger then.
         species: (atoms,). columns: of the model after it. seconds: that it took the oracle.
         checks: further calls that compared its energy with its forces and stress.
@@ -114,6 +115,7 @@ class LabelRecord:
     prequential: PrequentialError | None = None
     surrogate: str = ""
     checks: int = 0
+    atom: int = -1
 
     @property
     def name(self) -> str:

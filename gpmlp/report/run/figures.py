@@ -110,6 +110,7 @@ def paint_labels(axes: Axes, data: RunData) -> None:
     for cause in dict.fromkeys(label.cause for label in data.asked):
         axes.plot([], [], "o", ms=4.5, color=REASON_COLOURS.get(cause, OTHER), label=cause)
     axes.set(xlabel=TIME, ylabel="labels asked for", xlim=(0, end), ylim=(0, None))
+    axes.locator_params(axis="y", integer=True)
     if data.asked:
         _legend(axes, 3)
 
@@ -126,12 +127,11 @@ def paint_causes(axes: Axes, counts: dict[str, int]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("labels")
+    axes.locator_params(axis="x", integer=True)
 
 
 def paint_bounds(axes: Axes, data: RunData) -> None:
     """Largest force error of each label beside the bound that was predicted."""
-    from matplotlib.ticker import MaxNLocator
-
     axes.grid(color=GRID, lw=0.7)
     finite = [(l, e) for l, e in data.predicted if np.isfinite(e.bound) and np.isfinite(e.largest_error)]
     number = np.array([label.number for label, _ in finite])
@@ -149,7 +149,7 @@ def paint_bounds(axes: Axes, data: RunData) -> None:
         axes.plot(number, limit, color=PALE, lw=1.0, ls="--", label="limit")
     axes.set(xlabel="label", ylabel="force error of the worst atom, eV/Å")
     axes.set_ylim(0, 1.06 * float(np.nanmax([bound.max(), error.max(), *limit])))
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.locator_params(axis="x", integer=True)
     _legend(axes)
 
 

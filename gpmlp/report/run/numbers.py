@@ -165,6 +165,7 @@ def label_rows(data: RunData) -> list[dict[str, Any]]:
             "seconds": label.seconds,
             "attempts": label.attempts,
             "surrogate": label.surrogate or None,
+            "atom": label.atom if label.atom >= 0 else None,
         }
         if (errors := label.prequential) is not None:
             row |= {

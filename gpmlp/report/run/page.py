@@ -19,19 +19,18 @@ from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.potential.evaluation import evaluate
 from gpmlp.potential.potential import Potential
 from gpmlp.report.model.data import LEVELS, collect_data
-from gpmlp.report.model.numbers import root_mean_square, trust_region
+from gpmlp.report.model.numbers import calibration_verdict, root_mean_square, trust_region
 from gpmlp.report.model.page import NOISE_UNITS, extrapolation_values, write_model_page
 from gpmlp.report.model.worst import worst_environments
 from gpmlp.report.page import PAGE, Page, Section
-from gpmlp.report.run.collect import collect_run, read_events, read_labels
+from gpmlp.report.run.collect import collect_run, read_events, read_labels, reason_notes
 from gpmlp.report.run.data import FINISHED, RunData
 from gpmlp.report.run.figures import draw_figures, scatter_plots
 from gpmlp.report.run.numbers import all_numbers
 from gpmlp.report.style import OTHER, REASON_COLOURS, format_duration, format_number, format_percent, join_words
 
 Numbers = dict[str, Any]
-EXPECTED = 68.27  # % within one standard deviation
-TOLERANCE = 0.06  # by which a coverage may differ before it is called off
+FEWEST_LABELS = 5  # from which error bars are judged
 ENDS = {
     "converged": "all criteria are met",
     "labels": "as many labels as allowed",
@@ -41,6 +40,17 @@ ENDS = {
     "": "interrupted, or still going on",
 }
 ACTIVITIES = {"dynamics": "dynamics on the model", "oracle": "waiting for the oracle", "learning": "learning labels"}
+CAUSES = {  # what a label was asked for
+    "first": "a model to begin the dynamics with",
+    "given": "a model to begin the dynamics with, from a file",
+    "force": "a force error that might exceed the limit",
+    "novelty": "an environment outside the trust region",
+    "force and novelty": "both force error and novelty",
+    "local energy": "an uncertain local energy",
+    "explored": "exploring on purpose",
+    "guard": "a guard of physics that fired",
+    "force, halted": "a force error so large that it went back",
+}
 MODEL = (
     ("rank", "inducing variables"),
     ("condition", "condition number"),
@@ -97,7 +107,12 @@ def run_page(data: RunData) -> Page:
         values: dict[str, Any] = {}
         if data.trajectory is not None:
             worst = worst_environments(data.trajectory)
-            numbers["blind"] = {"trust_region": trust_region(data.trajectory), "worst_environments": worst}
+            std = root_mean_square(1e3 * data.trajectory.atom_std)
+            numbers["blind"] = {
+                "force_std_rms_meV_per_A": std,
+                "trust_region": trust_region(data.trajectory),
+                "worst_environments": worst,
+            }
             values = extrapolation_values(data.trajectory) | {"worst_environments": worst}
     return Page(
         template="run.html",
@@ -126,6 +141,7 @@ def run_page(data: RunData) -> Page:
             "drawn": len(numbers["frames"]["step"]),
             "scores": numbers["honesty"],
             "label_groups": _label_groups(numbers["labels"]),
+            "cause_words": [(cause, _cause(cause, n)) for cause, n in numbers["label_causes"].items()],
             "model_rows": _model_rows(data.model),
             "versions": " · ".join(f"{name} {version}" for name, version in data.versions.items()),
             "levels": LEVELS,
@@ -191,19 +207,21 @@ def _label_groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             groups.append([row])
     keys = (
         *("walker", "step", "temperature_K", "predicted_bound_eV_per_A"),
-        *("largest_error_eV_per_A", "limit_eV_per_A", "novelty"),
+        *("largest_error_eV_per_A", "limit_eV_per_A", "novelty", "atom"),
     )
     table = []
     for first, *others in groups:
         last = others[-1] if others else first
-        why = f"{first['reason']} ({first['surrogate']})" if first["surrogate"] and not others else first["reason"]
+        notes = dict.fromkeys(
+            note for row in (first, *others) for note in reason_notes(row["reason"], row["surrogate"] or "")
+        )
         table.append(
             {
                 "rank": f"{first['number']}–{last['number']}" if others else first["number"],
                 "cause": first["cause"],
                 "cells": [None if others else first[key] for key in keys],
                 "beyond": not others and first["largest_error_eV_per_A"] > first["limit_eV_per_A"],
-                "why": why if first["reason"] == last["reason"] else f"{first['reason']} … {last['reason']}",
+                "note": "; ".join(notes),
             }
         )
     return table
@@ -248,7 +266,7 @@ def learning_answer(data: RunData, numbers: Numbers) -> str:
     if not asked:
         return f"From the {first} first labels alone: the dynamics asked for none in {data.total_steps:,} steps."
     counts = {k: v for k, v in numbers["label_causes"].items() if k not in ("first", "given")}
-    why = join_words([f"{n} for {_cause(cause)}" for cause, n in counts.items()])
+    why = join_words([f"{n} for {CAUSES.get(cause, cause)}" for cause, n in counts.items()])
     since = data.total_steps - max(label.total_step for label in asked)
     limits = [label.limit for label in data.labels if np.isfinite(label.limit)]
     moved = ""
@@ -268,16 +286,8 @@ def learning_answer(data: RunData, numbers: Numbers) -> str:
     )
 
 
-def _cause(cause: str) -> str:
-    return {
-        "force": "a force error that might exceed the limit",
-        "novelty": "an environment outside the trust region",
-        "force and novelty": "both force error and novelty",
-        "local energy": "an uncertain local energy",
-        "explored": "exploring on purpose",
-        "guard": "a guard of physics that fired",
-        "force, halted": "a force error so large that it went back",
-    }.get(cause, cause)
+def _cause(cause: str, n: int) -> str:
+    return f"{n} label{'s' * (n > 1)}, for {CAUSES.get(cause, cause)}"
 
 
 def prequential_answer(data: RunData, scores: Numbers) -> str:
@@ -285,23 +295,20 @@ def prequential_answer(data: RunData, scores: Numbers) -> str:
     if not scores:
         return "Unknown: no label was predicted before it was learned, or the log does not hold the predictions."
     shares = scores["coverage"]["all"]
-    share = shares["coverage_68"]
-    off, cautious = abs(share - EXPECTED / 100), share > EXPECTED / 100
-    verdict = "Yes" if off < TOLERANCE else "Roughly" if off < 2 * TOLERANCE else "No"
-    if off >= TOLERANCE and cautious:
-        verdict = "On the cautious side"
-    if scores["labels"] < 5:
+    verdict, off = calibration_verdict(shares)
+    if scores["labels"] < FEWEST_LABELS:
         verdict = "Hard to say from so few labels"
-    way = "" if off < TOLERANCE else f": error bars were too {'large' if cautious else 'small'}"
+    way = f": error bars were {off}" if off else ""
     bound = ""
     if n := scores["bounds"]:
+        expected = n * data.probability
         bound = (
-            f" The worst force error of a label went beyond its bound {scores['bounds_exceeded']} of {n} times; about "
-            f"{format_number(n * data.probability, 2)} were to be expected."
+            f" The worst force error of a label went beyond its bound {scores['bounds_exceeded']} of {n} times; to be expected "
+            f"{f'were about {expected:.0f}' if expected >= 1.5 else 'was one or less'}."
         )
     return (
         f"{verdict}: of the force errors of {scores['labels']} labels, predicted before they were learned, "
-        f"{format_percent(share)} lie within one standard deviation (68\u202f% expected) and "
+        f"{format_percent(shares['coverage_68'])} lie within one standard deviation (68\u202f% expected) and "
         f"{format_percent(shares['coverage_90'])} within the 90\u202f% interval{way}.{bound}"
     )
 
@@ -354,8 +361,7 @@ def trajectory_answer(data: RunData, numbers: Numbers | None) -> str:
     if region is None:
         return lead + "novelty was not computed, so atoms are ranked by their error bars alone."
     share = region["n_outside"] / max(region["n_atoms"], 1)
-    std = data.trajectory.atom_std
-    typical, largest = root_mean_square(1e3 * std), float(1e3 * np.nanmax(std))
+    typical, largest = numbers["force_std_rms_meV_per_A"], float(1e3 * np.nanmax(data.trajectory.atom_std))
     return (
         f"{lead}{region['n_outside']:,} of {region['n_atoms']:,} atoms ({format_percent(share)}) lie outside the trust region, where "
         f"about 1\u202f% is to be expected; the standard deviation of a force component is {format_number(typical)}\u00a0meV/Å, that "
@@ -376,11 +382,15 @@ def key_numbers(data: RunData, numbers: Numbers) -> list[tuple[str, str]]:
     """(number, what it is) for the head of the page."""
     costs, scores = numbers["costs"], numbers["honesty"]
     tiles = [("Converged" if data.ended == "converged" else "Not converged", ENDS[data.ended])]
+    if (blind := numbers.get("blind")) is not None:
+        std = format_number(blind["force_std_rms_meV_per_A"], 2)
+        tiles.append((f"± {std} meV/Å", "force error foreseen along the trajectory (one σ of a component)"))
     tiles.append((f"{len(data.labels)}", f"labels, {costs['labels_asked_by_dynamics']} asked for by the dynamics"))
     if costs["steps"]:
         tiles.append((f"{costs['steps']:,}", "steps of dynamics"))
         tiles.append((format_percent(costs["share_of_steps_without_oracle"]), "of the steps without the oracle"))
     if scores:
         share = format_percent(scores["coverage"]["all"]["coverage_90"])
-        tiles.append((share, "of force errors of new labels in their 90 % interval"))
+        few = "" if scores["labels"] >= FEWEST_LABELS else f" ({scores['labels']} labels: too few to judge)"
+        tiles.append((share, f"of force errors of new labels in their 90 % interval{few}"))
     return tiles

@@ -240,9 +240,16 @@
         all.forEach((plot) => plot.draw());
       });
     }
+  const tables = document.querySelectorAll(".wide");
+  const hint = () => tables.forEach((table) => {
+    const scrolls = table.scrollWidth > table.clientWidth + 1;
+    table.classList.toggle("scrolls", scrolls);
+    if (scrolls) table.tabIndex = 0; else table.removeAttribute("tabindex");
+  });
+  hint();
   let waiting = 0;
   new ResizeObserver(() => {
     cancelAnimationFrame(waiting);
-    waiting = requestAnimationFrame(() => all.forEach((plot) => plot.draw()));
+    waiting = requestAnimationFrame(() => { hint(); all.forEach((plot) => plot.draw()); });
   }).observe(document.querySelector("main"));
 })();
