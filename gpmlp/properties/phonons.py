@@ -1,0 +1,216 @@
+"""Phonons of a crystal: bands, density of states, and the free energy, entropy and heat capacity of its harmonic vibrations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+from ase import Atoms
+from pydantic import Field
+
+from gpmlp.properties.equation_of_state import not_a_crystal
+from gpmlp.properties.lattice_dynamics import (
+    DOS_POINTS,
+    IMAGINARY,
+    LatticeDynamics,
+    standard_cell,
+    supercell_repeats,
+)
+from gpmlp.properties.plan import Calculation, CurveAxis, Failed, Outputs, Plan, Point
+from gpmlp.properties.surface import Surface, structure_names
+
+FMAX = 5e-4  # eV/A
+STRETCH = 0.02  # of the volume, of the second one
+FARTHEST = 5.0  # times STRETCH; a sample at rest at a volume beyond that has other phonons than a line through two volumes says
+FEW_BRANCHES = 12  # whose frequencies are given one by one at every point of high symmetry
+CURVE_TEMPERATURES = np.linspace(0.0, 1000.0, 51)
+
+Temperature = Annotated[float, Field(ge=0, le=10000)]
+Repeats = Annotated[int, Field(ge=1, le=100)]
+
+
+class CrystalVibrations(Calculation):
+    """What all calculations on displaced supercells choose.
+
+    supercell: how often to repeat the conventional cell; None = so that no image of an atom is within twice the cutoff, with most_atoms
+    at most. displacement: A. temperatures: K, at which values are given.
+    """
+
+    supercell: tuple[Repeats, Repeats, Repeats] | None = None
+    most_atoms: Annotated[int, Field(ge=1)] = 250
+    displacement: Annotated[float, Field(gt=0, le=0.2)] = 0.01
+    temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (300.0,)
+
+    def refusal(self, structures: Sequence[Atoms]) -> str:
+        return not_a_crystal(structures)
+
+    def cell_at_rest(self, surface: Surface, start: Atoms) -> Atoms:
+        """The conventional cell at rest, with the symmetry that it has."""
+        cell = standard_cell(surface.relax(standard_cell(start), "full", FMAX))
+        cell.info["name"] = structure_names([start])[0]
+        return cell
+
+    def at_volume(self, surface: Surface, cell: Atoms, ratio: float) -> Atoms:
+        """The cell with another volume, its shape and ions at rest."""
+        scaled = cell.copy()
+        scaled.set_cell(cell.cell * ratio ** (1 / 3), scale_atoms=True)
+        scaled.info["name"] = f"{cell.info['name']} V={ratio:.3f}"
+        return scaled if ratio == 1 else surface.relax(scaled, "shape", FMAX)
+
+    def dynamics(self, surface: Surface, cell: Atoms) -> LatticeDynamics:
+        """Of a crystal at rest."""
+        reach = getattr(getattr(surface, "potential", None), "cutoff", None)
+        repeats = self.supercell or supercell_repeats(cell, reach, self.most_atoms)
+        return LatticeDynamics(cell, repeats, self.displacement)
+
+
+class Phonons(CrystalVibrations):
+    """Frequencies (THz, imaginary ones negative) of a crystal at rest, and its harmonic free energy, entropy and heat capacity.
+
+    On another surface the crystal is at rest at another volume: force constants are computed at two volumes, and taken where the
+    pressure vanishes. Without the field of polar modes (no non-analytic correction): longitudinal ones of polar crystals are too low
+    near Gamma. points: of each line of the bands, its ends included.
+    """
+
+    name: ClassVar[str] = "phonons"
+    points: Annotated[int, Field(ge=2, le=1000)] = 41
+
+    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+        (start,) = structures
+        cell = self.cell_at_rest(surface, start)
+        wide = self.at_volume(surface, cell, 1 + STRETCH)
+        dynamics = self.dynamics(surface, cell)
+        constants = dynamics.force_constants(forces_of(surface.points(dynamics.structures)))
+        lowest, highest = (float(pick(dynamics.mesh_frequencies(constants))) for pick in (np.min, np.max))
+        grid = np.linspace(1.1 * lowest if lowest < IMAGINARY else 0.0, 1.1 * highest, DOS_POINTS)
+        outputs = _Outputs(dynamics, dynamics.path(self.points), grid, self.temperatures)
+        n = len(dynamics.structures)
+
+        def evaluate(points: Sequence[Point]) -> Outputs:
+            here, there = forces_of(points[2 : 2 + n]), forces_of(points[2 + n :])
+            return outputs.of(dynamics.force_constants(here + _stretch(points[:2]) * (there - here)))
+
+        return Plan(
+            (cell, wide, *dynamics.structures, *dynamics.displaced(wide)), evaluate, outputs.units(), {0: 0, 1: 0},
+            outputs.axes(), _about(outputs, cell, lowest),
+        )  # fmt: skip
+
+
+def forces_of(points: Sequence[Point]) -> np.ndarray:
+    """(points, atoms, 3) eV/A."""
+    return np.array([point.forces for point in points])
+
+
+@dataclass(frozen=True, eq=False)
+class _Outputs:
+    """What is told of force constants.
+
+    Attributes:
+        path: q, distances and marks of LatticeDynamics.path; grid: of the density of states.
+    """
+
+    dynamics: LatticeDynamics
+    path: tuple[np.ndarray, np.ndarray, tuple[tuple[float, str], ...]]
+    grid: np.ndarray
+    temperatures: Sequence[float]
+
+    def special(self) -> dict[str, tuple[int, int]]:
+        """Name of a frequency -> its q-point on the path and its branch."""
+        _, distances, marks = self.path
+        branches, found = self.dynamics.n_branches, {}
+        for place, label in marks:
+            at = np.flatnonzero(np.isclose(distances, place))
+            for point, q in zip(label.split("|"), (at[0], at[-1]), strict=False):
+                every = range(3 if point == "GAMMA" else 0, branches)
+                few = every if branches <= FEW_BRANCHES or point == "GAMMA" else (0, branches - 1)
+                for branch in few:
+                    found.setdefault(f"frequency_{point}_{branch + 1}", (int(q), branch))
+        return found
+
+    def of(self, constants: np.ndarray) -> dict[str, float | np.ndarray]:
+        """Every output of force constants; NaN for what has no meaning with imaginary modes."""
+        bands = self.dynamics.frequencies(constants, self.path[0])
+        out: dict[str, float | np.ndarray] = {name: float(bands[at]) for name, at in self.special().items()}
+        out |= {"phonon_bands": bands, "phonon_dos": self.dynamics.density_of_states(constants, self.grid)}
+        every = [*self.temperatures, *CURVE_TEMPERATURES]
+        nothing = np.full(len(every), np.nan)
+        try:
+            found = self.dynamics.harmonic(constants, every)
+            free, entropy, capacity, zero = found.free_energy, found.entropy, found.heat_capacity, found.zero_point_energy
+        except Failed:
+            free = entropy = capacity = nothing
+            zero = float("nan")
+        k = len(self.temperatures)
+        for i, kelvin in enumerate(self.temperatures):
+            for name, values in zip(self._thermal(kelvin), (free, entropy, capacity), strict=True):
+                out[name] = float(values[i])
+        return out | {"zero_point_energy": zero, "vibrational_free_energy": free[k:], "heat_capacity": capacity[k:]}
+
+    @staticmethod
+    def _thermal(kelvin: float) -> list[str]:
+        return [f"{name}_{kelvin:g}K" for name in ("vibrational_free_energy", "entropy", "heat_capacity")]
+
+    def units(self) -> dict[str, str]:
+        """Of each output."""
+        units = dict.fromkeys(self.special(), "THz") | {"phonon_bands": "THz", "phonon_dos": "1/THz/atom"}
+        for kelvin in self.temperatures:
+            units |= dict(zip(self._thermal(kelvin), ("eV/atom", "kB/atom", "kB/atom"), strict=True))
+        return units | {
+            "zero_point_energy": "eV/atom",
+            "vibrational_free_energy": "eV/atom",
+            "heat_capacity": "kB/atom",
+        }
+
+    def axes(self) -> dict[str, CurveAxis]:
+        """Of each curve."""
+        _, distances, marks = self.path
+        ticks = tuple((place, "|".join(map(_written, label.split("|")))) for place, label in marks)
+        kelvin = CurveAxis(CURVE_TEMPERATURES, "temperature", "K")
+        return {
+            "phonon_bands": CurveAxis(distances, "wave vector", "1/A", ticks),
+            "phonon_dos": CurveAxis(self.grid, "frequency", "THz"),
+            "vibrational_free_energy": kelvin,
+            "heat_capacity": kelvin,
+        }
+
+
+def _stretch(points: Sequence[Point]) -> float:
+    """How far from the first volume towards the second the pressure vanishes, in steps of their distance."""
+    first, second = (float(np.trace(point.stress)) / 3 for point in points)
+    if not second > first:
+        raise Failed("the crystal becomes softer than nothing when it is stretched: its bulk modulus is negative")
+    found = -first / (second - first)
+    if abs(found) > FARTHEST:
+        raise Failed(f"its volume at rest is {100 * found * STRETCH:.0f} % from the mean's")
+    return found
+
+
+def _written(point: str) -> str:
+    """A point of high symmetry as figures show it."""
+    name, _, index = point.partition("_")
+    greek = {"GAMMA": "Γ", "SIGMA": "Σ", "DELTA": "Δ", "LAMBDA": "Λ"}.get(name, name)
+    return greek + index.translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+
+
+def _about(outputs: _Outputs, cell: Atoms, lowest: float) -> Mapping[str, str]:
+    """One sentence on each output."""
+    n = len(outputs.dynamics.structures[0])
+    polar = "; polar modes without their long-range field" if len(set(cell.numbers)) > 1 else ""
+    unstable = f"; imaginary modes down to {lowest:.2f} THz, drawn as negative" if lowest < IMAGINARY else ""
+    no_meaning = "; without meaning here, because modes are imaginary" if lowest < IMAGINARY else ""
+    about = {}
+    for name, (_, branch) in outputs.special().items():
+        about[name] = f"branch {branch + 1}, counted from below, at {_written(name.split('_', 1)[1].rsplit('_', 1)[0])}"
+    about |= {
+        "phonon_bands": f"from supercells of {n} atoms{polar}{unstable}",
+        "phonon_dos": f"density of states per atom, its integral is 3{polar}{unstable}",
+        "zero_point_energy": f"of harmonic vibrations{no_meaning}",
+        "vibrational_free_energy": f"Helmholtz free energy of harmonic vibrations at the volume at rest{no_meaning}",
+        "heat_capacity": f"at constant volume, from harmonic vibrations{no_meaning}",
+    }
+    for kelvin in outputs.temperatures:
+        for name, what in zip(outputs._thermal(kelvin), ("Helmholtz free energy", "entropy", "heat capacity at constant volume"), strict=True):
+            about[name] = f"{what} of harmonic vibrations at {kelvin:g} K{no_meaning}"
+    return about
