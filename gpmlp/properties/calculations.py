@@ -10,12 +10,16 @@ from ase import Atoms
 from gpmlp.core.errors import UserError, check_choice
 from gpmlp.io.recipe_files import validate_as
 from gpmlp.properties.equation_of_state import EquationOfState
+from gpmlp.properties.phonons import Phonons
 from gpmlp.properties.plan import Calculation
+from gpmlp.properties.quasi_harmonic import QuasiHarmonic
 
 CALCULATIONS: dict[str, type[Calculation]] = {
     kind.name: kind
     for kind in (
         EquationOfState,
+        Phonons,
+        QuasiHarmonic,
     )
 }  # fmt: skip
 

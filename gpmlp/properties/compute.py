@@ -16,7 +16,7 @@ from gpmlp.core.units import VOIGT_INDEX
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.potential import Potential
 from gpmlp.properties.calculations import choose_calculations
-from gpmlp.properties.plan import Calculation, Outputs, Plan
+from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
 from gpmlp.properties.surface import (
     LONGEST,
     Failed,
@@ -144,7 +144,7 @@ def compute_properties(
         for k, sample in enumerate(drawn):
             say("samples", k, len(drawn), f"sample {k + 1} of {len(drawn)} relaxes its own structures")
             for task, found in zip(tasks, outputs, strict=True):
-                found.append(_on_surface(Surface(sample), task.calculation, task.structures))
+                found.append(_on_surface(Surface(sample), task.calculation, task.structures, task.plan.curves))
         say("samples", len(drawn), len(drawn), "")
     elif drawn is not None:
         responses = _responses(surface, tasks, say)
@@ -280,13 +280,22 @@ def _corrected_outputs(task: _Task, responses: Mapping[int, _Response], points: 
         return why
 
 
-def _on_surface(surface: Surface, calculation: Calculation, structures: Sequence[Atoms]) -> Outputs | Failed:
-    """Outputs from structures that are made on this surface."""
+def _on_surface(
+    surface: Surface, calculation: Calculation, structures: Sequence[Atoms], axes: Mapping[str, CurveAxis] = {}
+) -> Outputs | Failed:
+    """Outputs from structures that are made on this surface; curves over the given axes, unless they go along marked places."""
     try:
         plan = calculation.plan(surface, structures)
-        return plan.evaluate(surface.points(plan.structures))
+        outputs = dict(plan.evaluate(surface.points(plan.structures)))
     except Failed as why:
         return why
+    for name, axis in axes.items():
+        own = plan.curves[name].x
+        if not axis.ticks and not np.array_equal(own, axis.x):
+            columns = np.asarray(outputs[name], dtype=float).reshape(len(own), -1).T
+            moved = np.stack([np.interp(axis.x, own, y, np.nan, np.nan) for y in columns], axis=-1)
+            outputs[name] = moved.reshape(len(axis.x), *np.shape(outputs[name])[1:])
+    return outputs
 
 
 def _with_task(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 
 from gpmlp.core.errors import UserError
-from gpmlp.properties.plan import Failed
+from gpmlp.properties.surface import Failed
 
 SYMMETRY = 1e-3  # A, within which a relaxed structure has a symmetry
 SAME = 1e-4  # A, the same of one made symmetric
@@ -146,6 +147,12 @@ def _phonopy(cell: Atoms, repeats: Sequence[int]) -> Any:
         return Phonopy(crystal, np.diag(repeats), "auto", symprec=SAME)
 
 
+def missing_library() -> str:
+    """What of the libraries is not installed, as a sentence; '' if all is there."""
+    missing = [name for name in ("phonopy", "seekpath", "spglib") if find_spec(name) is None]
+    return f"{' and '.join(missing)} is missing: pip install 'gpmlp[properties]'" if missing else ""
+
+
 def standard_cell(atoms: Atoms) -> Atoms:
     """The conventional cell of a crystal, made symmetric (spglib).
 
@@ -168,7 +175,7 @@ def standard_cell(atoms: Atoms) -> Atoms:
 
 
 def supercell_repeats(cell: Atoms, reach: float | None, most_atoms: int) -> tuple[int, int, int]:
-    """How often to repeat a cell so that no image of an atom is within twice the reach of a potential; fewer where atoms would be too many."""
+    """Repeats of a cell so that no image of an atom is within twice the reach of a potential; fewer where atoms would be too many."""
     heights = 1 / np.linalg.norm(np.linalg.inv(cell.cell.array), axis=0)
     repeats = np.ceil((2 * reach if reach else LENGTH) / heights - 1e-6).astype(int).clip(1)
     while repeats.prod() * len(cell) > most_atoms and repeats.max() > 1:

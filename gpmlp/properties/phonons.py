@@ -15,11 +15,12 @@ from gpmlp.properties.lattice_dynamics import (
     DOS_POINTS,
     IMAGINARY,
     LatticeDynamics,
+    missing_library,
     standard_cell,
     supercell_repeats,
 )
-from gpmlp.properties.plan import Calculation, CurveAxis, Failed, Outputs, Plan, Point
-from gpmlp.properties.surface import Surface, structure_names
+from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
+from gpmlp.properties.surface import Failed, Point, Surface, structure_names
 
 FMAX = 5e-4  # eV/A
 STRETCH = 0.02  # of the volume, of the second one
@@ -44,7 +45,7 @@ class CrystalVibrations(Calculation):
     temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (300.0,)
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
-        return not_a_crystal(structures)
+        return missing_library() or not_a_crystal(structures)
 
     def cell_at_rest(self, surface: Surface, start: Atoms) -> Atoms:
         """The conventional cell at rest, with the symmetry that it has."""
@@ -138,25 +139,31 @@ class _Outputs:
         nothing = np.full(len(every), np.nan)
         try:
             found = self.dynamics.harmonic(constants, every)
-            free, entropy, capacity, zero = found.free_energy, found.entropy, found.heat_capacity, found.zero_point_energy
+            free, entropy, capacity, zero = (
+                found.free_energy,
+                found.entropy,
+                found.heat_capacity,
+                found.zero_point_energy,
+            )
         except Failed:
             free = entropy = capacity = nothing
             zero = float("nan")
         k = len(self.temperatures)
         for i, kelvin in enumerate(self.temperatures):
-            for name, values in zip(self._thermal(kelvin), (free, entropy, capacity), strict=True):
+            for name, values in zip(self.thermal_names(kelvin), (free, entropy, capacity), strict=True):
                 out[name] = float(values[i])
         return out | {"zero_point_energy": zero, "vibrational_free_energy": free[k:], "heat_capacity": capacity[k:]}
 
     @staticmethod
-    def _thermal(kelvin: float) -> list[str]:
+    def thermal_names(kelvin: float) -> list[str]:
+        """Of the values at a temperature."""
         return [f"{name}_{kelvin:g}K" for name in ("vibrational_free_energy", "entropy", "heat_capacity")]
 
     def units(self) -> dict[str, str]:
         """Of each output."""
         units = dict.fromkeys(self.special(), "THz") | {"phonon_bands": "THz", "phonon_dos": "1/THz/atom"}
         for kelvin in self.temperatures:
-            units |= dict(zip(self._thermal(kelvin), ("eV/atom", "kB/atom", "kB/atom"), strict=True))
+            units |= dict(zip(self.thermal_names(kelvin), ("eV/atom", "kB/atom", "kB/atom"), strict=True))
         return units | {
             "zero_point_energy": "eV/atom",
             "vibrational_free_energy": "eV/atom",
@@ -210,7 +217,8 @@ def _about(outputs: _Outputs, cell: Atoms, lowest: float) -> Mapping[str, str]:
         "vibrational_free_energy": f"Helmholtz free energy of harmonic vibrations at the volume at rest{no_meaning}",
         "heat_capacity": f"at constant volume, from harmonic vibrations{no_meaning}",
     }
+    words = ("Helmholtz free energy", "entropy", "heat capacity at constant volume")
     for kelvin in outputs.temperatures:
-        for name, what in zip(outputs._thermal(kelvin), ("Helmholtz free energy", "entropy", "heat capacity at constant volume"), strict=True):
+        for name, what in zip(outputs.thermal_names(kelvin), words, strict=True):
             about[name] = f"{what} of harmonic vibrations at {kelvin:g} K{no_meaning}"
     return about

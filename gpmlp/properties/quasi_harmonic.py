@@ -13,8 +13,8 @@ from pydantic import Field
 from gpmlp.core.units import GPA
 from gpmlp.properties.lattice_dynamics import Harmonic
 from gpmlp.properties.phonons import CURVE_TEMPERATURES, CrystalVibrations, forces_of
-from gpmlp.properties.plan import CurveAxis, Failed, Outputs, Plan, Point
-from gpmlp.properties.surface import Surface
+from gpmlp.properties.plan import CurveAxis, Outputs, Plan
+from gpmlp.properties.surface import Failed, Point, Surface
 
 MICRO = 1e6
 UNITS = {
