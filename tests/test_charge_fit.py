@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 
@@ -20,7 +21,10 @@ from gpmlp.engines.ase import GPCalculator
 from gpmlp.fitting import charge_fit, prepare
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.io.export import export_model
+from gpmlp.potential.evaluation import evaluate
 from gpmlp.recipe import Recipe
+from gpmlp.report.model.data import collect_data
+from gpmlp.report.model.page import write_model_page
 
 CUTOFF = 4.0
 OPEN = torch.zeros(3, 3, dtype=torch.float64)
@@ -177,6 +181,24 @@ def test_torchsim_gives_charges_of_its_own_totals(fitted):
     assert torch.allclose(sums, torch.ones(2, dtype=torch.float64))
     with pytest.raises(UserError, match="charges act on each other"):
         GPModel(potential, tables=True)
+
+
+def test_the_report_shows_charges_and_their_part_of_the_energy(fitted, tmp_path):
+    far, labels = ions(6, 500, 12.0, 4.5)
+    for name in ("auto", "off"):
+        potential, _ = fitted[name]
+        evaluation = evaluate(potential, far, labels)
+        data = collect_data(potential, far, labels, evaluation, "model.gpmlp", "far.xyz", "0")
+        page = write_model_page(data, tmp_path / name).read_text()
+        assert ("Where are the charges?" in page) == (name == "auto")
+        record = json.loads((tmp_path / name / "report.json").read_text())
+        assert (record["charges"] is None) == (name == "off")
+    potential, _ = fitted["auto"]
+    right, record = potential(far), json.loads((tmp_path / "auto/report.json").read_text())["charges"]
+    for z, row in zip(far.distinct_species, record["by_species"].values(), strict=True):
+        assert row["mean_e"] == pytest.approx(float(right.charges[far.species == z].mean()), abs=1e-9)
+    of_charges = record["energies"]["of charges"]["mean_eV_per_atom"]
+    assert of_charges == pytest.approx(float((right.electrostatic / far.counts).mean()), abs=1e-9)
 
 
 def test_engines_without_a_form_for_charges_refuse_them(fitted, tmp_path):

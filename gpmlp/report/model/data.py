@@ -97,8 +97,10 @@ class ReportData:
             or eV/A^3 (the page converts them), all others without unit.
         rivals: indicator of large force errors -> {score: value}, or None.
         model: FitReport.as_dict() and recipe, evidence_trace, provenance, calibration; each may be missing.
+        charges, charge_reference: (atoms,) e, of a model with charges, and labels of them, NaN = none.
+        electrostatic: (structures,) eV, the part of energy_predicted that is of these charges.
         dimers: dicts of pair, r (A), energy (eV, less that of the free atoms), std, shortest (A; the shortest distance in the
-            training data).
+            training data) and, of a model with charges, electrostatic (eV, as the energy).
         citations: BibTeX entries.
         findings: about the labels of these structures; those of the fit are in `model`.
     """
@@ -136,6 +138,9 @@ class ReportData:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     group_scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     rivals: dict[str, dict[str, float]] | None = None
+    charges: np.ndarray | None = None
+    charge_reference: np.ndarray | None = None
+    electrostatic: np.ndarray | None = None
     model: dict[str, Any] = field(default_factory=dict)
     dimers: tuple[dict[str, Any], ...] = ()
     citations: tuple[str, ...] = ()
@@ -147,8 +152,8 @@ class ReportData:
         if len(self.config_type) != n:
             raise errors.UserError(f"`config_type` must hold {n} labels; got {len(self.config_type)}.")
         shapes = {
-            (n,): ("n_atoms", "energy_reference", "energy_predicted", "energy_std"),
-            (atoms,): ("species", "atom", "local_energy_std", "novelty"),
+            (n,): ("n_atoms", "energy_reference", "energy_predicted", "energy_std", "electrostatic"),
+            (atoms,): ("species", "atom", "local_energy_std", "novelty", "charges", "charge_reference"),
             (atoms, 3): ("force_reference", "force_predicted", "force_std", "positions"),
             (n, 3, 3): ("cells",),
             (n, 3): ("periodic",),
@@ -309,6 +314,9 @@ def _arrays(structures: Structures, targets: Targets, prediction: Prediction) ->
         "force_variance": _parts(forces),
         "local_energy_std": _std(prediction.atom_energies_variance),
         "novelty": None if prediction.novelty is None else _numpy(prediction.novelty),
+        "charges": None if prediction.charges is None else _numpy(prediction.charges),
+        "charge_reference": None if prediction.charges is None else _numpy(targets.charges),
+        "electrostatic": None if prediction.electrostatic is None else _numpy(prediction.electrostatic),
         "positions": _numpy(structures.positions),
         "cells": _numpy(structures.cells),
         "periodic": _numpy(structures.periodic),
@@ -371,7 +379,8 @@ def nearest_distance(potential: Potential, structures: Structures) -> Tensor:
 
 
 def dimer_curves(potential: Potential) -> list[dict[str, Any]]:
-    """Interaction energy of each pair of species against distance, with its standard deviation, from close repulsion to the cutoff.
+    """Interaction energy of each pair of species against distance, with its standard deviation, from close repulsion to the cutoff, of
+    a model with charges to twice the cutoff.
 
     The energy is that of the pair less that of the same two atoms out of each other's reach.
     """
@@ -383,7 +392,8 @@ def dimer_curves(potential: Potential) -> list[dict[str, Any]]:
                 continue
             pair = f"{errors.chemical_symbol(a)}-{errors.chemical_symbol(b)}"
             start = 0.6 * shortest.get(pair, 1.5)
-            r = torch.linspace(start, potential.cutoff + 0.3, DIMER_POINTS, dtype=torch.float64)
+            end = potential.cutoff + 0.3 if potential.charges is None else 2 * potential.cutoff
+            r = torch.linspace(start, end, DIMER_POINTS, dtype=torch.float64)
             positions = torch.zeros(n, 2, 3, dtype=torch.float64)
             positions[:, 1, 0] = torch.cat([r, r.new_tensor([FREE])])  # the last one: free atoms
             structures = Structures(
@@ -401,6 +411,8 @@ def dimer_curves(potential: Potential) -> list[dict[str, Any]]:
                 "energy": _numpy(prediction.energies[:-1] - prediction.energies[-1]),
                 "shortest": shortest.get(pair),
             }
+            if prediction.electrostatic is not None:
+                entry["electrostatic"] = _numpy(prediction.electrostatic[:-1] - prediction.electrostatic[-1])
             curves.append(entry | {"std": None if std is None else _numpy(std.epistemic[:-1].sqrt())})
     return curves
 

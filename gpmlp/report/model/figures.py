@@ -274,6 +274,26 @@ def paint_evidence(axes: Axes, trace: Sequence[Sequence[float]]) -> None:
     axes.legend(loc="upper right")
 
 
+def paint_charges(axes: Axes, groups: dict[str, np.ndarray], colours: Sequence[str]) -> None:
+    """Charges of elements: all of them thin, quartiles thick, median white, names above."""
+    axes.grid(axis="x", color=GRID, lw=0.7)
+    axes.axvline(0.0, color=PALE, lw=0.9, ls="--")
+    for k, (name, values) in enumerate(groups.items()):
+        low, p25, p50, p75, high = np.quantile(values, (0.0, 0.25, 0.5, 0.75, 1.0))
+        at = k + 0.16
+        axes.plot([low, high], [at, at], color=lighten(colours[k], 0.35), lw=1.4, solid_capstyle="butt")
+        axes.barh(at, p75 - p25, left=p25, height=0.4, color=lighten(colours[k], 0.15))
+        axes.plot([p50, p50], [at - 0.2, at + 0.2], color=INK, lw=1.4)
+        axes.text(
+            0.0, k - 0.12, f"{name} ({len(values):,})", va="bottom", fontsize=8, transform=axes.get_yaxis_transform()
+        )
+    axes.set_yticks([])
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.spines["left"].set_visible(False)
+    axes.margins(x=0.06)
+    axes.set_xlabel("charge, e")
+
+
 def paint_dimer(axes: Axes, curve: dict) -> None:
     """Interaction energy of two atoms with one and two standard deviations; distances without data shaded.
 
@@ -289,7 +309,10 @@ def paint_dimer(axes: Axes, curve: dict) -> None:
     for k, shade in ((2, 0.86), (1, 0.7)):
         band = np.clip(energy - k * std, low, high), np.clip(energy + k * std, low, high)
         axes.fill_between(r, *band, where=~hidden, color=lighten(ACCENT, shade), lw=0)
-    axes.plot(r, energy, color=ACCENT, lw=1.8)
+    axes.plot(r, energy, color=ACCENT, lw=1.8, label="all")
+    if curve.get("electrostatic") is not None:
+        axes.plot(r, np.asarray(curve["electrostatic"], dtype=float), color=INK, lw=1.1, ls=":", label="of charges")
+        axes.legend(fontsize=7.5, frameon=False)
     if hidden.any():
         words = f"no band where ±σ fills the panel (σ up to {format_number(float(std[hidden].max()))} eV)"
         axes.text(0.98, 0.03, words, color=PALE, fontsize=7.5, ha="right", transform=axes.transAxes)
@@ -349,6 +372,11 @@ def draw_figures(
         alt = f"Force variance by cause ({causes}), {by.replace('_', ' ')}"
         height = 1.15 + 0.29 * max(min(len(shares[by]), MOST_GROUPS), 2)
         figures[f"budget_{by}"] = draw_picture(paint_budget, alt, shares[by], data.causes, height=height)
+    if numbers["charges"] and data.charges is not None:
+        groups = {chemical_symbol(z): data.charges[data.species == z] for z in data.elements}
+        alt = "Charges of " + ", ".join(groups)
+        size = {"height": 0.65 + 0.42 * max(len(groups), 2), "width": SMALL}
+        figures["charges"] = draw_picture(paint_charges, alt, groups, [shades[name] for name in groups], **size)
     small = {"height": 2.9, "width": SMALL}
     if trace := [step for step in data.model.get("evidence_trace") or () if len(step) == 2]:
         alt = f"Negative log evidence over {len(trace)} evaluations"

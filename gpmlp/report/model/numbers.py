@@ -251,6 +251,32 @@ def energy_budget(data: ReportData) -> dict[str, float]:
     return {cause: mean_value((scale * values)[np.isfinite(values)]) for cause, values in data.energy_variance.items()}
 
 
+def charge_numbers(data: ReportData) -> dict | None:
+    """Charges by element, and the parts of the energy per atom that are of charges and of the rest; None of a model without charges."""
+    if data.charges is None or data.electrostatic is None or not len(data.charges):
+        return None
+    reference = np.full(len(data.charges), np.nan) if data.charge_reference is None else data.charge_reference
+    by_species = {}
+    for z in data.elements:
+        mine = data.species == z
+        q, error = data.charges[mine], (data.charges - reference)[mine]
+        by_species[chemical_symbol(z)] = {
+            "n": len(q),
+            "mean_e": float(q.mean()),
+            "std_e": float(q.std()),
+            "min_e": float(q.min()),
+            "max_e": float(q.max()),
+            "mae_e": mean_value(np.abs(error[np.isfinite(error)])),
+        }
+    rest = data.energy_predicted - data.electrostatic
+    parts = {"of charges": data.electrostatic / data.n_atoms, "of the rest": rest / data.n_atoms}
+    energies = {
+        name: {"mean_eV_per_atom": float(e.mean()), "std_meV_per_atom": 1e3 * float(e.std())}
+        for name, e in parts.items()
+    }
+    return {"by_species": by_species, "energies": energies}
+
+
 def all_numbers(data: ReportData, labelled: dict[str, LabelledComponents]) -> dict:
     """All of the above under the names that report.json has."""
     judged = with_std(labelled)
@@ -272,6 +298,7 @@ def all_numbers(data: ReportData, labelled: dict[str, LabelledComponents]) -> di
         "scores_by_config_type": data.group_scores,
         "rivals": data.rivals,
         "trust_region": trust_region(data),
+        "charges": charge_numbers(data),
         "variance_by_cause_meV2_per_A2": variance_budget(data),
         "energy_variance_by_cause_meV2_per_atom2": energy_budget(data),
     }

@@ -127,6 +127,7 @@ def _sections(data: ReportData, labelled: Labelled, numbers: Numbers) -> list[Se
         ("causes", "What causes the uncertainty?", "Why?"),
         ("labelling", "Which structures to label next?", "What to label next?"),
         ("labels", "Are the labels consistent?", "Are the data right?"),
+        ("charges", "Where are the charges?", "Where are the charges?"),
         ("fit", "How was the model fitted?", "How was the model made?"),
     )
     answers = (
@@ -136,9 +137,10 @@ def _sections(data: ReportData, labelled: Labelled, numbers: Numbers) -> list[Se
         cause_answer(numbers),
         labelling_answer(numbers["label_next"]),
         label_answer(data),
+        charge_answer(numbers["charges"]),
         fit_answer(data),
     )
-    return [Section(*title, answer) for title, answer in zip(titles, answers, strict=True)]
+    return [Section(*title, answer) for title, answer in zip(titles, answers, strict=True) if answer]
 
 
 def extrapolation_values(data: ReportData) -> dict[str, Any]:
@@ -417,6 +419,18 @@ def label_answer(data: ReportData) -> str:
     errors = sum(finding.severity == "error" for finding in findings)
     count = f"{len(findings)} finding{'s' * (len(findings) > 1)} in {data.data_name}, {errors} of them grave"
     return f"{count}. {findings[0]}"
+
+
+def charge_answer(charges: Numbers | None) -> str:
+    """Mean charges of the elements, and how much of the scatter of energies is of charges; '' of a model without."""
+    if charges is None:
+        return ""
+    means = [f"{row['mean_e']:+.2f}\u00a0e on {name}".replace("-", "−") for name, row in charges["by_species"].items()]
+    of_charges, rest = (row["std_meV_per_atom"] for row in charges["energies"].values())
+    return (
+        f"On average {join_words(means)}. From structure to structure the energy of these charges varies by "
+        f"{format_number(of_charges)}\u00a0meV/atom (standard deviation), that of the rest by {format_number(rest)}."
+    )
 
 
 def fit_answer(data: ReportData) -> str:
