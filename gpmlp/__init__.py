@@ -38,6 +38,7 @@ _HOMES = {
     "learn": "gpmlp.learning.loop",
     "load": "gpmlp.io.archive",
     "locality": "gpmlp.learning.locality",
+    "partition": "gpmlp.properties.partition",
     "read": "gpmlp.io.ase_atoms",
     "register_network": "gpmlp.descriptors.networks",
     "save": "gpmlp.io.archive",

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import ase.data
 import ase.geometry
 import numpy as np
 import torch
 from ase.neighborlist import primitive_neighbor_list
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from gpmlp.core import neighbors
 from gpmlp.core.environments import StructureEnvironments
+from gpmlp.core.molecules import bonded_units
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.learning.labels import canonical_structure
 from gpmlp.potential.potential import Potential
 
-BONDED = 1.2  # times the sum of covalent radii
-MOLECULE = 40  # atoms; bonded units of no more are cut out whole
 CLOSER = 0.95  # of the smallest distance in the frame, below which two atoms of a surrogate do not both stay
 PLANES = 1.2  # A, least distance of lattice planes: a cell of length a has no period shorter than that
 PERIOD = 6.0  # A beyond what is needed, within which a period of the frame is sought
@@ -156,7 +152,7 @@ class _Frame:
         distance = np.linalg.norm(places @ basis, axis=1)
         i, j = pairs.centers.numpy(), pairs.neighbors.numpy()
         r = pairs.vectors(frame).norm(dim=1).numpy()
-        unit = _units(species, i, j, r)
+        unit = bonded_units(species, i, j, r)
         nearest = np.lexsort([distance, unit])
         nearest = nearest[np.unique(unit[nearest], return_index=True)[1]][
             unit
@@ -173,16 +169,6 @@ class _Frame:
 
 def _wrapped(places: np.ndarray, periodic: np.ndarray) -> np.ndarray:
     return np.where(periodic, places - np.round(places), places)
-
-
-def _units(species: np.ndarray, i: np.ndarray, j: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """(atoms,) the number of the molecule of each atom; atoms of what is larger than a molecule stand alone."""
-    n, radii = len(species), ase.data.covalent_radii[species]
-    bonded = r < BONDED * (radii[i] + radii[j])
-    graph = coo_matrix((np.ones(int(bonded.sum())), (i[bonded], j[bonded])), shape=(n, n))
-    count, unit = connected_components(graph, directed=False)
-    large = np.bincount(unit)[unit] > MOLECULE
-    return np.unique(np.where(large, count + np.arange(n), unit), return_inverse=True)[1]
 
 
 def _cut(view: _Frame, radius: float, more: float) -> tuple[np.ndarray, np.ndarray, bool, bool] | None:
