@@ -49,10 +49,17 @@ def load_recipe_as(
     """
     data = _read(Path(path)) if path is not None else {}
     data = data.get(section, data) if isinstance(data.get(section), dict) else data
-    for override in overrides:
-        _set(data, override)
+    data = parse_settings(overrides, data)
     places = ([str(path)] if path is not None else []) + (["--set"] if overrides else [])
     return validate_as(model, data, " and ".join(places) or "recipe")
+
+
+def parse_settings(overrides: Sequence[str], data: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Nested dictionaries with KEY=VALUE put into them, as --set does."""
+    data = {} if data is None else data
+    for override in overrides:
+        _set(data, override)
+    return data
 
 
 def validate_recipe(data: dict[str, Any], where: str = "recipe") -> Recipe:

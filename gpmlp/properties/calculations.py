@@ -9,7 +9,10 @@ from ase import Atoms
 
 from gpmlp.core.errors import UserError, check_choice
 from gpmlp.io.recipe_files import validate_as
+from gpmlp.properties.elastic import ElasticConstants
 from gpmlp.properties.equation_of_state import EquationOfState
+from gpmlp.properties.lattice import LatticeConstants
+from gpmlp.properties.phases import PhaseEnergies
 from gpmlp.properties.phonons import Phonons
 from gpmlp.properties.plan import Calculation
 from gpmlp.properties.quasi_harmonic import QuasiHarmonic
@@ -18,6 +21,9 @@ CALCULATIONS: dict[str, type[Calculation]] = {
     kind.name: kind
     for kind in (
         EquationOfState,
+        LatticeConstants,
+        ElasticConstants,
+        PhaseEnergies,
         Phonons,
         QuasiHarmonic,
     )
@@ -40,6 +46,8 @@ def choose_calculations(
     options = options or {}
     for name in (*(names or ()), *options):
         check_choice("property", name, CALCULATIONS)
+    if bare := [name for name, given in options.items() if not isinstance(given, Mapping)]:
+        raise UserError(f"{bare[0]}: options have names; write {bare[0]}.OPTION=VALUE.")
     made = [validate_as(kind, dict(options.get(name, {})), name) for name, kind in CALCULATIONS.items()]
     if names is None:
         chosen = [each for each in made if (each.by_default or each.name in options) and not each.refusal(structures)]

@@ -243,7 +243,7 @@ def _responses(surface: Surface, tasks: Sequence[_Task], say: Progress) -> list[
             say("force constants", done, total, structure_names([atoms])[0])
             whole = atoms.cell.rank == 3 and atoms.pbc.any()
             compliance = inverse_hessian(surface.hessian(atoms))
-            here[i] = _Response(compliance, surface.strain_forces(atoms) if whole else None)
+            here[i] = _Response(compliance, surface.strain_response(atoms)[0] if whole else None)
             done += 1
         out.append(here)
     if total:

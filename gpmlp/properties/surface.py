@@ -111,12 +111,17 @@ class Surface:
         full[:, ~free] = 0.0
         return 0.5 * (full + full.T)
 
-    def strain_forces(self, atoms: Atoms) -> np.ndarray:
-        """(6, 3n) derivatives of forces with strain (Voigt, shears twice the tensor's), ions carried along, eV/A."""
+    def strain_response(self, atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
+        """(6, 3n) derivatives of forces (eV/A) and (6, 6) of stresses (eV/A^3) with strain, ions carried along, by central differences.
+
+        Strains and stresses are in Voigt's order, shears twice the tensor's components.
+        """
         strains = [sign * STRAIN * unit for unit in np.eye(6) for sign in (1, -1)]
-        found = [point.forces.ravel() for point in self._in_parts([strained(atoms, strain) for strain in strains])]
-        forces = np.array(found).reshape(6, 2, -1)
-        return (forces[:, 0] - forces[:, 1]) / (2 * STRAIN) * np.repeat(free_atoms(atoms), 3)
+        found = self._in_parts([strained(atoms, strain) for strain in strains])
+        free = np.repeat(free_atoms(atoms), 3)
+        forces = np.array([point.forces.ravel() * free for point in found]).reshape(6, 2, -1)
+        stresses = voigt(np.array([point.stress for point in found])).reshape(6, 2, 6)
+        return tuple((values[:, 0] - values[:, 1]) / (2 * STRAIN) for values in (forces, stresses))
 
     def relax_ions(self, structures: Sequence[Atoms], compliance: np.ndarray, fmax: float = 1e-4) -> list[Atoms]:
         """Structures near one whose force constants are known, with their ions at rest; all at once, by Newton steps.

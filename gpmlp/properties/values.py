@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from gpmlp.core.quantities import json_value
+
 MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 OUTLIER = 6.0  # standard deviations, by the MAD, that none of some hundred normal samples comes to
 INSIDE = 0.9  # of the interval that is given
@@ -46,7 +48,7 @@ class PropertyValue:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form; null for what is no finite number."""
-        return {key: _plain(value) for key, value in vars(self).items()}
+        return json_value(vars(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ class PropertyCurve:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form; null for what is no finite number."""
-        return {key: _plain(value) for key, value in vars(self).items()}
+        return json_value(vars(self))
 
 
 def value_from_samples(
@@ -113,14 +115,3 @@ def spread(samples: np.ndarray, value: np.ndarray | float) -> np.ndarray:
     rms = np.sqrt(np.nanmean(np.square(deviations), axis=0))
     robust = (k < len(samples)) | ((np.nanmax(deviations, axis=0) > OUTLIER * typical) & (typical > 0))
     return np.where(enough, np.where(robust, typical, rms), np.nan)
-
-
-def _plain(value: Any) -> Any:
-    """Lists and numbers, None for NaN."""
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,124 @@
+"""The command `gpmlp properties`: a model and structures in, properties with error bars out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gpmlp.core.errors import UserError
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from rich.table import Table
+
+    from gpmlp.properties.compute import PropertyResults
+    from gpmlp.properties.values import PropertyValue
+
+VALUES, CURVES, STRUCTURES = "properties.json", "curves.json", "structures.xyz"
+
+
+def properties_command(
+    model: Annotated[Path, typer.Argument(help="Model file written by `gpmlp fit`.")],
+    structures: Annotated[
+        list[Path], typer.Argument(help="Structures, each frame one: extended XYZ, or any format of ASE.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for numbers, structures and the page.")],
+    only: Annotated[
+        str | None, typer.Option("--only", help="What to compute: eos,elastic,...; if not given: all that suits.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="Of the posterior, from which error bars are.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the samples.")] = 0,
+    full: Annotated[
+        bool, typer.Option("--full", help="Relax the structures of each sample anew: a check of the error bars; slow.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME.OPTION=VALUE, e.g. elastic.strain=0.01; may be repeated.")
+    ] = None,
+) -> None:
+    """Compute properties of crystals and molecules, each with an error bar."""
+    from gpmlp.cli import console
+    from gpmlp.io import archive
+    from gpmlp.io.files import check_apart, check_folder
+    from gpmlp.io.recipe_files import parse_settings
+    from gpmlp.io.structure_files import find_files
+    from gpmlp.properties.calculations import choose_calculations
+    from gpmlp.properties.compute import compute_properties, named
+
+    check_folder(output)
+    files = find_files(structures)
+    sources = {"the model": model} | {f"the structures ({path})": path for path in files}
+    check_apart({f"{name} (--output)": output / name for name in (VALUES, CURVES, STRUCTURES)}, sources)
+    potential = archive.load(model)
+    given = named([atoms for path in files for atoms in _frames(path)])
+    names = [name.strip() for name in only.split(",") if name.strip()] if only is not None else None
+    calculations = choose_calculations(given, names, parse_settings(settings or []))
+    if potential.variances is None:
+        console.print_message("note", f"{model} has no variances: values have no error bars (fit with variance).")
+    with console.StageBars() as stages:
+        results = compute_properties(potential, given, calculations, samples, seed, full, stages)
+    for text in results.failures:
+        console.print_message("warning", text)
+    _write(results, output)
+    console.standard_output().print(properties_table(results))
+    console.print_line(f"wrote {VALUES}, {CURVES}, {STRUCTURES} in {output}")
+
+
+def _frames(path: Path) -> list[Atoms]:
+    """The structures of a file, named after it (and their number where there are several), without labels."""
+    from gpmlp.io.ase_atoms import read_frames
+    from gpmlp.io.charges import charge_entries
+
+    frames, numbers = read_frames(path)
+    if not frames:
+        raise UserError(f"{path}: holds no structures.")
+    for atoms, number in zip(frames, numbers, strict=True):
+        given = atoms.info.get("name")
+        name = str(given) if given else path.stem if len(frames) == 1 else f"{path.stem}_{number}"
+        atoms.calc, atoms.info = None, charge_entries(atoms.info) | {"name": name}
+    return frames
+
+
+def _write(results: PropertyResults, output: Path) -> None:
+    """Values, curves and structures, each file atomically."""
+    from gpmlp.io.ase_atoms import write_frames
+    from gpmlp.io.files import atomic_write
+
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in ((VALUES, results.values), (CURVES, results.curves)):
+        with atomic_write(output / name, text=True) as file:
+            json.dump([entry.as_dict() for entry in content], file, indent=2, allow_nan=False)
+            file.write("\n")
+    write_frames(output / STRUCTURES, list(results.structures))
+
+
+def properties_table(results: PropertyResults) -> Table:
+    """One row for each value; numbers to the second digit of their error bar."""
+    from rich.table import Table
+
+    from gpmlp.cli.console import literal
+
+    means = f"mean of the posterior, standard deviation of {results.samples} samples" if results.samples else "mean"
+    table = Table(title=f"Properties ({means})", title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for heading in ("value", "±", "90 %", "unit", "novelty"):
+        table.add_column(heading, justify="left" if heading == "unit" else "right", no_wrap=True)
+    for value in results.values:
+        table.add_row(*map(literal, _row(value)))
+    return table
+
+
+def _row(value: PropertyValue) -> tuple[str, ...]:
+    known = math.isfinite(value.sigma) and value.sigma > 0
+    decimals = max(0, 1 - math.floor(math.log10(value.sigma))) if known else 4
+
+    def said(number: float) -> str:
+        return f"{number:.{decimals}f}" if math.isfinite(number) else "-"
+
+    interval = f"{said(value.low_90)} … {said(value.high_90)}" if known else "-"
+    lost = f" ({value.failed} of {value.samples} failed)" if value.failed else ""
+    novelty = "-" if value.novelty is None else f"{value.novelty:.2f}"
+    return f"{value.name}{lost}", said(value.value), said(value.sigma), interval, value.unit, novelty
