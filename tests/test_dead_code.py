@@ -28,6 +28,8 @@ USED_BY = {
     "open_lammps": "users (docs/engines.md)",
     "register_network": "users (docs/pretrained.md)",
     "allow_calculator": "users (docs/long-range.md)",
+    "exact_properties": "users, for what an oracle itself says (docs/properties.md)",
+    "of_calculator": "users, for the same",
 }
 
 

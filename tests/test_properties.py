@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
+
+import ase.io
 import numpy as np
 import pytest
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.filters import FrechetCellFilter
+from ase.optimize import BFGS
+from ase.spacegroup import crystal
+from matscipy.calculators.manybody import Manybody
+from matscipy.calculators.manybody.explicit_forms.stillinger_weber import (
+    Stillinger_Weber_PRB_31_5262_Si,
+    StillingerWeber,
+)
 
 import gpmlp
+from gpmlp.cli import main
 from gpmlp.core.errors import UserError
+from gpmlp.core.units import VOIGT
 from gpmlp.io.ase_atoms import from_ase
 from gpmlp.potential.potential import Potential
-from gpmlp.properties.compute import exact_properties
+from gpmlp.properties import symmetry
+from gpmlp.properties.compute import _Response, exact_properties
 from gpmlp.properties.surface import Surface
 from gpmlp.properties.values import spread, value_from_samples
 
@@ -33,6 +47,26 @@ def labelled(crystal: Atoms, calculator, n: int, strain: float, rattle: float) -
     return out
 
 
+def stillinger_weber() -> Manybody:
+    return Manybody(**StillingerWeber(Stillinger_Weber_PRB_31_5262_Si))
+
+
+def alloy() -> Atoms:
+    """Triclinic."""
+    atoms = bulk("Cu", a=3.8) * (2, 2, 2)
+    atoms.symbols = "CuAuAgPdCuCuAgAu"
+    atoms.set_cell(atoms.cell @ np.array([[1, 0.02, 0], [0, 0.98, 0.01], [0.03, 0, 1]]), scale_atoms=True)
+    return atoms
+
+
+def corundum() -> Atoms:
+    """Al2O3, trigonal."""
+    return crystal(
+        ("Al", "O"), [(0, 0, 0.352), (0.306, 0, 0.25)], spacegroup=167, cellpar=[4.76, 4.76, 12.99, 90, 90, 120],
+        primitive_cell=True,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def copper() -> Potential:
     """Of few labels, so that there is something to be unsure of."""
@@ -40,16 +74,108 @@ def copper() -> Potential:
     return gpmlp.fit(*from_ase(labelled(bulk("Cu", cubic=True), EMT(), 24, 0.03, 0.1)), recipe)[0]
 
 
-@pytest.mark.parametrize("what", ["eos"])
-def test_fast_error_bars_are_those_of_relaxed_samples(copper, what):
+@pytest.fixture(scope="module")
+def silicon() -> Potential:
+    """Diamond, whose atoms move against each other when it is sheared."""
+    recipe = gpmlp.Recipe(descriptor={"cutoff": 4.5, "n_max": 5, "l_max": 4}, inducing={"n": 60})
+    return gpmlp.fit(*from_ase(labelled(bulk("Si", cubic=True), stillinger_weber(), 16, 0.02, 0.1)), recipe)[0]
+
+
+CUBIC = ["eos", "lattice", "elastic"]
+
+
+@pytest.mark.parametrize(
+    ("model", "crystals", "what"),
+    [
+        ("copper", [bulk("Cu")], CUBIC),
+        ("silicon", [bulk("Si")], CUBIC),
+        ("copper", [bulk("Cu", "hcp", a=2.55, c=4.15)], ["lattice", "elastic"]),
+        ("copper", [bulk("Cu"), bulk("Cu", "hcp", a=2.55, c=4.15)], ["phases"]),
+    ],
+    ids=["copper", "silicon", "hexagonal", "phases"],
+)
+def test_fast_error_bars_are_those_of_relaxed_samples(model, crystals, what, request):
     """Same samples, so what differs is the Newton step and the like: within a quarter, as the contract says."""
-    fast = gpmlp.compute_properties(copper, bulk("Cu"), [what], samples=12)
-    full = gpmlp.compute_properties(copper, bulk("Cu"), [what], samples=12, full=True)
+    potential = request.getfixturevalue(model)
+    fast = gpmlp.compute_properties(potential, crystals, what, samples=8)
+    full = gpmlp.compute_properties(potential, crystals, what, samples=8, full=True)
     assert not fast.failures and not full.failures
     for a, b in zip(fast.values, full.values, strict=True):
         assert a.value == b.value
-        assert a.sigma == pytest.approx(b.sigma, rel=0.25)
+        assert a.sigma == pytest.approx(b.sigma, rel=0.25), a.name
         assert a.sigma > 0
+
+
+def test_ions_that_stay_have_another_error_bar(silicon, monkeypatch):
+    """Without their Newton step the error bar of diamond's C44 is another one, and wrong."""
+    moved = gpmlp.compute_properties(silicon, bulk("Si"), ["elastic"], samples=8)["C44"]
+    monkeypatch.setattr(_Response, "corrected", lambda self, point, atoms: point)
+    stayed = gpmlp.compute_properties(silicon, bulk("Si"), ["elastic"], samples=8)["C44"]
+    assert stayed.value == moved.value
+    assert abs(stayed.sigma / moved.sigma - 1) > 0.05
+
+
+def brute_force_stiffness(crystal: Atoms, calculator, strain: float = 2e-3) -> np.ndarray:
+    """(6, 6) GPa from relaxations at all twelve strains by ASE alone."""
+    columns = []
+    for i, j in VOIGT:
+        stresses = []
+        for sign in (1, -1):
+            matrix = np.eye(3)
+            matrix[i, j] += sign * strain / (1 if i == j else 2)
+            matrix[j, i] = matrix[i, j]
+            atoms = crystal.copy()
+            atoms.set_cell(atoms.cell.array @ matrix, scale_atoms=True)
+            atoms.calc = calculator
+            BFGS(atoms, logfile=None).run(fmax=1e-5, steps=300)
+            stresses.append(atoms.get_stress())
+        columns.append((stresses[0] - stresses[1]) / (2 * strain) / units.GPa)
+    return np.array(columns).T
+
+
+def at_rest(crystal: Atoms, calculator) -> Atoms:
+    crystal.calc = calculator
+    BFGS(FrechetCellFilter(crystal), logfile=None).run(fmax=1e-5, steps=300)
+    crystal.calc = None
+    return crystal
+
+
+@pytest.mark.parametrize(
+    ("cell", "names"),
+    [
+        (bulk("Cu"), "C11 C12 C44"),
+        (bulk("Cu", "hcp", a=2.55, c=4.15), "C11 C12 C13 C33 C44"),
+        (bulk("Cu", cubic=True) * (2, 1, 1), "C11 C12 C13 C22 C23 C33 C44 C55 C66"),
+        (alloy(), " ".join(f"C{i}{j}" for i in range(1, 7) for j in range(i, 7))),
+    ],
+    ids=["cubic", "hexagonal", "orthorhombic", "triclinic"],
+)
+def test_elastic_constants_of_any_symmetry(cell, names):
+    """Against strains and relaxations by ASE alone, of the crystal in its standard orientation; EMT, 1 GPa or 2 %."""
+    if len(cell) == 8:  # an atom of another kind on one site of each plane
+        cell.symbols[0] = cell.symbols[2] = "Au"
+    surface = Surface.of_calculator(EMT())
+    found = exact_properties(surface, cell, ["elastic"])
+    assert " ".join(name for name in found if name[0] == "C") == names
+    rest = at_rest(cell.copy(), EMT())
+    rest = symmetry.turned(rest, symmetry.find_symmetry(rest).to_standard)
+    truth = brute_force_stiffness(rest, EMT())
+    for name in names.split():
+        assert found[name] == pytest.approx(truth[int(name[1]) - 1, int(name[2]) - 1], rel=0.02, abs=1.0), name
+
+
+def test_symmetry_leaves_as_many_elastic_constants_as_books_say():
+    """Nye, Physical Properties of Crystals, table 9."""
+    counts = {227: 3, 194: 5, 167: 6, 2: 21}
+    made = {227: bulk("Si"), 194: bulk("Zn"), 167: corundum(), 2: alloy()}
+    for group, cell in made.items():
+        found = symmetry.find_symmetry(cell)
+        basis = symmetry.invariant_stiffnesses(found.rotations)
+        assert found.space_group == group
+        assert len(basis) == len(symmetry.independent_components(basis)) == counts[group]
+    assert symmetry.independent_columns(
+        symmetry.invariant_stiffnesses(symmetry.find_symmetry(bulk("Si")).rotations)
+    ) == [0, 3]
 
 
 def test_values_are_near_those_of_the_oracle(copper):
@@ -88,3 +214,54 @@ def test_refusals(copper):
         gpmlp.compute_properties(copper, bulk("Cu"), ["eso"])
     with pytest.raises(UserError, match="no structures"):
         gpmlp.compute_properties(copper, [], ["eos"])
+
+
+def run(*arguments) -> int:
+    return main.main([str(argument) for argument in ("properties", *arguments)])
+
+
+def test_command(copper, tmp_path, capsys):
+    """Each frame is a structure; what is written is what Python gives."""
+    gpmlp.save(copper, tmp_path / "m.gpmlp")
+    ase.io.write(tmp_path / "cu.xyz", [bulk("Cu"), bulk("Cu", "hcp", a=2.55, c=4.15)])
+    ase.io.write(tmp_path / "box.xyz", Atoms("Cu2", [(0, 0, 0), (2.2, 0, 0)]))
+    out = tmp_path / "out"
+    files = tmp_path / "m.gpmlp", tmp_path / "cu.xyz"
+    assert run(*files, "-o", out, "--only", "lattice,phases", "--samples", "6", "--seed", "3") == 0
+    printed = capsys.readouterr().out
+    values = json.loads((out / "properties.json").read_text())
+    names = ["cu_0.lattice_constant_a", "cu_1.lattice_constant_a", "cu_1.lattice_constant_c", "cu_1.energy_above_cu_0"]
+    assert [value["name"] for value in values] == names and all(name in printed for name in names)
+    assert {"name", "value", "sigma", "low_90", "high_90", "unit", "parts", "novelty", "failed"} <= set(values[0])
+    crystals = ase.io.read(tmp_path / "cu.xyz", ":")
+    for i, atoms in enumerate(crystals):
+        atoms.info["name"] = f"cu_{i}"
+    again = gpmlp.compute_properties(copper, crystals, ["lattice", "phases"], samples=6, seed=3)
+    assert [value["sigma"] for value in values] == pytest.approx([value.sigma for value in again.values], rel=1e-6)
+    used = ase.io.read(out / "structures.xyz", ":")
+    assert {name for value in values for name in value["structures"]} == {atoms.info["name"] for atoms in used}
+    assert run(*files, "-o", out, "--only", "eos", "--set", "eos.volumes=5", "--samples", "4") == 0
+    curves = json.loads((out / "curves.json").read_text())
+    assert len(curves) == 2 and len(curves[0]["x"]) == len(curves[0]["sigma"]) and min(curves[0]["sigma"]) > 0
+    capsys.readouterr()
+    for arguments, said in (
+        ((tmp_path / "box.xyz", "--only", "elastic"), "box is no crystal"),
+        ((files[1], "--only", "elastic", "--set", "elastic.stran=1"), "Perhaps you meant 'strain'"),
+        ((files[1], "--only", "elastic", "--set", "eos.volumes=5"), "eos is not computed"),
+        ((files[1], "--only", "elastic", "--set", "elastic=5"), "options have names"),
+        ((files[1], "--only", "elastik"), "Perhaps you meant 'elastic'"),
+    ):
+        assert run(files[0], *arguments, "-o", tmp_path / "no") == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_model_without_variances_gives_values(tmp_path, capsys):
+    recipe = gpmlp.Recipe(descriptor={"cutoff": 4.5, "n_max": 4, "l_max": 2}, inducing={"n": 20}, variance=False)
+    potential = gpmlp.fit(*from_ase(labelled(bulk("Cu", cubic=True), EMT(), 8, 0.03, 0.1)), recipe)[0]
+    gpmlp.save(potential, tmp_path / "m.gpmlp")
+    bulk("Cu").write(tmp_path / "cu.xyz")
+    assert run(tmp_path / "m.gpmlp", tmp_path / "cu.xyz", "-o", tmp_path / "out", "--only", "eos") == 0
+    assert "no variances" in capsys.readouterr().err
+    values = json.loads((tmp_path / "out" / "properties.json").read_text())
+    assert all(value["sigma"] is None and value["value"] is not None and value["samples"] == 0 for value in values)

@@ -35,9 +35,9 @@ class ElasticConstants(Calculation):
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
-        first = symmetry.find_symmetry(start)
-        rest = surface.relax(symmetry.turned(start, first.to_standard), "full", FMAX)
-        rotations = symmetry.find_symmetry(rest).rotations
+        rest = surface.relax(start, "full", FMAX)
+        found = symmetry.find_symmetry(rest)
+        rest, rotations = symmetry.turned(rest, found.to_standard), found.standard_rotations
         tensors = _SymmetricTensors(rotations, self.strain)
         compliance = inverse_hessian(surface.hessian(rest))
         made = surface.relax_ions(tensors.strained(rest), compliance)

@@ -32,6 +32,11 @@ class CrystalSymmetry:
     to_standard: np.ndarray
     basis: np.ndarray
 
+    @property
+    def standard_rotations(self) -> np.ndarray:
+        """(g, 3, 3) of the crystal in its standard orientation."""
+        return self.to_standard @ self.rotations @ self.to_standard.T
+
 
 def find_symmetry(atoms: Atoms) -> CrystalSymmetry:
     """Space group, rotations and standard setting.
@@ -45,7 +50,10 @@ def find_symmetry(atoms: Atoms) -> CrystalSymmetry:
     if found is None:  # atoms nearer to each other than SYMPREC, which have no symmetry that could be meant
         return CrystalSymmetry(1, "P1", np.eye(3)[None], np.eye(3), np.eye(3))
     columns = cell.T
-    rotations = np.unique(np.round(columns @ found.rotations @ np.linalg.inv(columns), 9), axis=0)
+    u, _, v = np.linalg.svd(
+        columns @ found.rotations @ np.linalg.inv(columns)
+    )  # to the nearest rotations: cells are not exact
+    rotations = np.unique(np.round(u @ v, 9), axis=0)
     turned = np.eye(3) if found.number <= TRICLINIC else np.array(found.std_rotation_matrix)
     return CrystalSymmetry(
         int(found.number), str(found.international), rotations, turned, np.linalg.inv(found.transformation_matrix).T
