@@ -88,7 +88,8 @@ class LatticeDynamics:
         found = seekpath.get_path_orig_cell(self._phonopy.primitive.totuple(), symprec=SYMMETRY)
         reciprocal = 2 * np.pi * np.linalg.inv(self._phonopy.primitive.cell).T
         coordinates = found["point_coords"]
-        q, distance, marks, end = [], [], [], 0.0
+        q, distance, end = [], [], 0.0
+        marks: list[tuple[float, str]] = []
         for start, stop in found["path"]:
             line = np.linspace(coordinates[start], coordinates[stop], points)
             length = float(np.linalg.norm((line[-1] - line[0]) @ reciprocal))
@@ -118,7 +119,7 @@ class LatticeDynamics:
         found = self._phonopy.run_total_dos(freq_min=grid[0], freq_max=grid[-1], freq_pitch=grid[1] - grid[0])
         return np.array(found.dos)[: len(grid)] * 3 / self.n_branches
 
-    def harmonic(self, constants: np.ndarray, temperatures: Sequence[float]) -> Harmonic:
+    def harmonic(self, constants: np.ndarray, temperatures: Sequence[float] | np.ndarray) -> Harmonic:
         """Free energy of harmonic vibrations at constant volume.
 
         Raises:
@@ -161,7 +162,7 @@ def standard_cell(atoms: Atoms) -> Atoms:
     """
     import spglib
 
-    masses = {}
+    masses: dict[int, float] = {}
     for z, mass in zip(atoms.numbers, atoms.get_masses(), strict=True):
         if abs(masses.setdefault(z, mass) - mass) > 1e-6:
             raise UserError("Phonons need one mass for each element; here atoms of one element differ in mass.")
@@ -180,4 +181,5 @@ def supercell_repeats(cell: Atoms, reach: float | None, most_atoms: int) -> tupl
     repeats = np.ceil((2 * reach if reach else LENGTH) / heights - 1e-6).astype(int).clip(1)
     while repeats.prod() * len(cell) > most_atoms and repeats.max() > 1:
         repeats[np.argmax(np.where(repeats > 1, heights * repeats, 0))] -= 1
-    return tuple(int(n) for n in repeats)
+    a, b, c = (int(n) for n in repeats)
+    return a, b, c

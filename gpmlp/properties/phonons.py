@@ -120,7 +120,8 @@ class _Outputs:
     def special(self) -> dict[str, tuple[int, int]]:
         """Name of a frequency -> its q-point on the path and its branch."""
         _, distances, marks = self.path
-        branches, found = self.dynamics.n_branches, {}
+        branches = self.dynamics.n_branches
+        found: dict[str, tuple[int, int]] = {}
         for place, label in marks:
             at = np.flatnonzero(np.isclose(distances, place))
             for point, q in zip(label.split("|"), (at[0], at[-1]), strict=False):
