@@ -325,6 +325,7 @@ def _with_task(
             curves.append(PropertyCurve(full_name, *numbers, len(found), lost, about))
         else:
             more: dict[str, Any] = {"novelty": novelty, "structures": names, "about": about}
+            more["calculation"] = task.calculation.name
             values.append(value_from_samples(full_name, unit, float(value), samples, **more))
     return replace(
         results,

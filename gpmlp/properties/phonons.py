@@ -25,6 +25,7 @@ from gpmlp.properties.surface import Failed, Point, Surface, structure_names
 FMAX = 5e-4  # eV/A
 STRETCH = 0.02  # of the volume, of the second one
 FARTHEST = 5.0  # times STRETCH; a sample at rest at a volume beyond that has other phonons than a line through two volumes says
+DEGENERATE = 1e-6  # THz; symmetric force constants differ by less
 FEW_BRANCHES = 12  # whose frequencies are given one by one at every point of high symmetry
 CURVE_TEMPERATURES = np.linspace(0.0, 1000.0, 51)
 
@@ -86,7 +87,9 @@ class Phonons(CrystalVibrations):
         constants = dynamics.force_constants(forces_of(surface.points(dynamics.structures)))
         lowest, highest = (float(pick(dynamics.mesh_frequencies(constants))) for pick in (np.min, np.max))
         grid = np.linspace(1.1 * lowest if lowest < IMAGINARY else 0.0, 1.1 * highest, DOS_POINTS)
-        outputs = _Outputs(dynamics, dynamics.path(self.points), grid, self.temperatures)
+        path = dynamics.path(self.points)
+        special = special_frequencies(dynamics.frequencies(constants, path[0]), *path[1:])
+        outputs = _Outputs(dynamics, path, special, grid, self.temperatures)
         n = len(dynamics.structures)
 
         def evaluate(points: Sequence[Point]) -> Outputs:
@@ -104,37 +107,52 @@ def forces_of(points: Sequence[Point]) -> np.ndarray:
     return np.array([point.forces for point in points])
 
 
+def special_frequencies(
+    bands: np.ndarray, distances: np.ndarray, marks: Sequence[tuple[float, str]]
+) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Name of a frequency at a point of high symmetry -> its q-point on the path and its branches, of which degenerate ones are one.
+
+    Points that symmetry makes equal (U and K of an fcc crystal) are one, and acoustic modes at Gamma are left out.
+    """
+    branches = bands.shape[1]
+    found: dict[str, tuple[int, tuple[int, ...]]] = {}
+    rows: list[np.ndarray] = []
+    for place, label in marks:
+        at = np.flatnonzero(np.isclose(distances, place))
+        for point, q in zip(label.split("|"), (at[0], at[-1]), strict=False):
+            if any(np.allclose(bands[q], row, rtol=0, atol=DEGENERATE) for row in rows):
+                continue
+            rows.append(bands[q])
+            edges = np.flatnonzero(np.diff(bands[q]) > DEGENERATE) + 1
+            groups = [tuple(group.tolist()) for group in np.split(np.arange(branches), edges)]
+            if point == "GAMMA":
+                groups = [group for group in groups if group[0] > 2]
+            elif branches > FEW_BRANCHES:
+                groups = [groups[0], groups[-1]]
+            found |= {f"frequency_{point}_{group[0] + 1}": (int(q), group) for group in groups}
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class _Outputs:
     """What is told of force constants.
 
     Attributes:
-        path: q, distances and marks of LatticeDynamics.path; grid: of the density of states.
+        path: q, distances and marks of LatticeDynamics.path; special: its special_frequencies; grid: of the density of states.
     """
 
     dynamics: LatticeDynamics
     path: tuple[np.ndarray, np.ndarray, tuple[tuple[float, str], ...]]
+    special: Mapping[str, tuple[int, tuple[int, ...]]]
     grid: np.ndarray
     temperatures: Sequence[float]
-
-    def special(self) -> dict[str, tuple[int, int]]:
-        """Name of a frequency -> its q-point on the path and its branch."""
-        _, distances, marks = self.path
-        branches = self.dynamics.n_branches
-        found: dict[str, tuple[int, int]] = {}
-        for place, label in marks:
-            at = np.flatnonzero(np.isclose(distances, place))
-            for point, q in zip(label.split("|"), (at[0], at[-1]), strict=False):
-                every = range(3 if point == "GAMMA" else 0, branches)
-                few = every if branches <= FEW_BRANCHES or point == "GAMMA" else (0, branches - 1)
-                for branch in few:
-                    found.setdefault(f"frequency_{point}_{branch + 1}", (int(q), branch))
-        return found
 
     def of(self, constants: np.ndarray) -> dict[str, float | np.ndarray]:
         """Every output of force constants; NaN for what has no meaning with imaginary modes."""
         bands = self.dynamics.frequencies(constants, self.path[0])
-        out: dict[str, float | np.ndarray] = {name: float(bands[at]) for name, at in self.special().items()}
+        out: dict[str, float | np.ndarray] = {
+            name: float(bands[q, list(group)].mean()) for name, (q, group) in self.special.items()
+        }
         out |= {"phonon_bands": bands, "phonon_dos": self.dynamics.density_of_states(constants, self.grid)}
         every = [*self.temperatures, *CURVE_TEMPERATURES]
         nothing = np.full(len(every), np.nan)
@@ -162,7 +180,7 @@ class _Outputs:
 
     def units(self) -> dict[str, str]:
         """Of each output."""
-        units = dict.fromkeys(self.special(), "THz") | {"phonon_bands": "THz", "phonon_dos": "1/THz/atom"}
+        units = dict.fromkeys(self.special, "THz") | {"phonon_bands": "THz", "phonon_dos": "1/THz/atom"}
         for kelvin in self.temperatures:
             units |= dict(zip(self.thermal_names(kelvin), ("eV/atom", "kB/atom", "kB/atom"), strict=True))
         return units | {
@@ -209,8 +227,10 @@ def _about(outputs: _Outputs, cell: Atoms, lowest: float) -> Mapping[str, str]:
     unstable = f"; imaginary modes down to {lowest:.2f} THz, drawn as negative" if lowest < IMAGINARY else ""
     no_meaning = "; without meaning here, because modes are imaginary" if lowest < IMAGINARY else ""
     about = {}
-    for name, (_, branch) in outputs.special().items():
-        about[name] = f"branch {branch + 1}, counted from below, at {_written(name.split('_', 1)[1].rsplit('_', 1)[0])}"
+    for name, (_, group) in outputs.special.items():
+        point = _written(name.split("_", 1)[1].rsplit("_", 1)[0])
+        branches = f"branches {group[0] + 1} to {group[-1] + 1}" if len(group) > 1 else f"branch {group[0] + 1}"
+        about[name] = f"{branches} at {point}, counted from below"
     about |= {
         "phonon_bands": f"from supercells of {n} atoms{polar}{unstable}",
         "phonon_dos": f"density of states per atom, its integral is 3{polar}{unstable}",

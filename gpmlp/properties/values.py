@@ -31,6 +31,7 @@ class PropertyValue:
         samples, failed: how many were drawn, and how many of these have no value; sigma is from the median absolute deviation then.
         structures: names of the structures that it was computed from.
         about: one sentence on what was computed.
+        calculation: that it came from.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PropertyValue:
     failed: int = 0
     structures: tuple[str, ...] = ()
     about: str = ""
+    calculation: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form; null for what is no finite number."""

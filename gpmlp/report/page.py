@@ -19,7 +19,7 @@ from gpmlp.io.files import atomic_write
 from gpmlp.report.figures import Picture, PointLabels, Scatter, plot_payload
 from gpmlp.report.style import format_duration, format_number, format_percent, format_value
 
-PAGE, FORMER_PAGE = "index.html", "report.html"
+PAGE, FORMER_PAGE, RECORD = "index.html", "report.html", "report.json"
 FOOTER = "Made by gpmlp."
 
 
@@ -48,6 +48,8 @@ class Page:
         tiles: (number, what it is). record: what report.json holds besides title and answers.
         labels, whole: what points of the plots belong to, and what a point without an atom is called.
         values: what else the template needs, by name.
+        file: what the page is called in its folder.
+        numbers_in: the files with its numbers, in words; report.json is written with the page, others are there already.
     """
 
     template: str
@@ -62,9 +64,11 @@ class Page:
     labels: PointLabels
     whole: str
     values: Mapping[str, Any]
+    file: str = PAGE
+    numbers_in: str = RECORD
 
     def write(self, folder: Path) -> Path:
-        """Write index.html, report.json and figures/ into folder (created if missing); return the path of index.html.
+        """Write the page, report.json and figures/ into folder (created if missing); return the path of the page.
 
         A report.html, the former name of the page, is removed, so that no page of other numbers remains.
         """
@@ -74,14 +78,15 @@ class Page:
             for suffix in ("svg", "png"):
                 with atomic_write(folder / "figures" / f"{name}.{suffix}") as file:
                     file.write(getattr(picture, suffix))
-        with atomic_write(folder / "report.json") as file:
-            file.write(self.as_json().encode())
-        with atomic_write(folder / PAGE) as file:
+        if self.numbers_in == RECORD:
+            with atomic_write(folder / RECORD) as file:
+                file.write(self.as_json().encode())
+        with atomic_write(folder / self.file) as file:
             file.write(self.as_html().encode())
         former = folder / FORMER_PAGE
         if former.exists() and FOOTER.encode() in former.read_bytes():
             former.unlink()
-        return folder / PAGE
+        return folder / self.file
 
     def as_json(self) -> str:
         """Every number of the page; null where there is none."""

@@ -1,0 +1,1 @@
+"""The page about properties: values, curves, and where they cannot be trusted."""

@@ -1,0 +1,255 @@
+"""The page about properties of a potential: what they are, how sure they are, how they run, and what they were computed from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpmlp.properties.compute import PropertyResults
+from gpmlp.properties.values import PropertyCurve, PropertyValue
+from gpmlp.report.figures import PointLabels
+from gpmlp.report.page import Page, Section
+from gpmlp.report.properties.figures import curve_picture, cut_off, is_band_structure
+from gpmlp.report.properties.words import named_in_words, pretty_unit, to_its_error
+from gpmlp.report.style import format_number, format_percent, join_words
+
+FILE, NUMBERS = "properties.html", "properties.json and curves.json"
+FAR = 1.0  # novelty from which on a structure is unlike the training data
+PART_NAMES = {
+    "sampled": "what the data leave open",
+    "misfit": "what the model cannot represent",
+    "statistical": "noise of averages",
+}
+LONGEST_LIST = 400  # structures in the table
+
+
+def write_page(results: PropertyResults, folder: Path, model: str = "") -> Path:
+    """Write properties.html and figures/ into folder (created if missing); return the path of the page.
+
+    Args:
+        model: what the head calls the potential.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    return properties_page(results, model).write(folder)
+
+
+def properties_page(results: PropertyResults, model: str = "") -> Page:
+    """The page, its figures drawn."""
+    pictures = {_slug(curve.name): curve_picture(curve) for curve in results.curves if np.isfinite(curve.value).any()}
+    formulas = _formulas(results)
+    return Page(
+        template="properties.html",
+        kind="Properties",
+        title=f"Properties of {join_words(formulas)}",
+        about=[("Model", model)] * bool(model) + [("Samples of the posterior", str(results.samples))],
+        tiles=_tiles(results),
+        sections=_sections(results, bool(pictures)),
+        record={},
+        scatters={},
+        pictures=pictures,
+        labels=PointLabels((), (), np.zeros(0, int), np.zeros(0, int)),
+        whole="",
+        values={
+            "groups": _groups(results.values),
+            "captions": {_slug(curve.name): _caption(curve) for curve in results.curves},
+            "wide": [_slug(curve.name) for curve in results.curves if is_band_structure(curve)],
+            "failures": results.failures,
+            "any_failed": any(value.failed for value in results.values),
+            "parts": [name for name in PART_NAMES if any(name in value.parts for value in results.values)],
+            "part_names": PART_NAMES,
+            "structure_rows": _structure_rows(results),
+            "samples": results.samples,
+        },
+        file=FILE,
+        numbers_in=NUMBERS,
+    )
+
+
+def _sections(results: PropertyResults, curves: bool) -> list[Section]:
+    made = [Section("values", "What are the values, and how sure?", "", _values_answer(results))]
+    if curves:
+        made.append(Section("curves", "How do they run?", "", _curves_answer(results)))
+    made.append(Section("trust", "Can the error bars be trusted?", "", _trust_answer(results)))
+    made.append(Section("structures", "What were they computed from?", "", _structures_answer(results)))
+    return made
+
+
+def _tiles(results: PropertyResults) -> list[tuple[str, str]]:
+    tiles = [(str(len(results.values)), "properties")]
+    shares = _shares(results.values)
+    if shares:
+        tiles.append((format_percent(float(np.median(list(shares.values())))), "σ of a typical one, of its value"))
+    novelty = _novelty(results.values)
+    if novelty is not None:
+        tiles.append((format_number(novelty, 2), "largest novelty (1 = edge of the training data)"))
+    lost = sum(value.failed > 0 for value in results.values)
+    if lost:
+        tiles.append((str(lost), "properties that some samples do not have"))
+    return tiles
+
+
+def _values_answer(results: PropertyResults) -> str:
+    """The headline: how many, how sure, which is worst."""
+    n = len(results.values)
+    lead = f"{n} {'property' if n == 1 else 'properties'} of the mean of the posterior"
+    shares = _shares(results.values)
+    if not results.samples:
+        return f"{lead}, without error bars: the model has no variances, or no samples were asked for."
+    lead += f", with error bars from {results.samples} samples of it"
+    if not shares:
+        return f"{lead}."
+    worst = max(shares, key=lambda name: shares[name])
+    typical = format_percent(float(np.median(list(shares.values()))))
+    sentence = f"{lead}: the standard deviation is typically {typical} of the value"
+    if len(shares) > 1:
+        name = named_in_words(worst)
+        sentence += f", and largest for {name[:1].lower()}{name[1:]} ({format_percent(shares[worst])})"
+    return f"{sentence}."
+
+
+def _curves_answer(results: PropertyResults) -> str:
+    if not results.samples:
+        return "Lines are those of the mean; there are no error bars."
+    return "Lines are those of the mean, the shaded parts their intervals of 90\u202f%, place by place."
+
+
+def _trust_answer(results: PropertyResults) -> str:
+    """Novelty, failures and the route, in a few sentences."""
+    sentences = []
+    novelty = _novelty(results.values)
+    far = [value for value in results.values if value.novelty is not None and value.novelty > FAR]
+    if novelty is None:
+        sentences.append(
+            "The model has no novelty, so that it cannot tell which structures are unlike its training data."
+        )
+    elif far:
+        names = join_words(list(dict.fromkeys(_calculation(value) for value in far)))
+        sentences.append(
+            f"{len(far)} of {len(results.values)} come from structures unlike the training data "
+            f"(novelty up to {format_number(novelty, 2)}): {names}. Their error bars are extrapolated."
+        )
+    else:
+        sentences.append(f"All structures are like the training data (novelty at most {format_number(novelty, 2)}).")
+    lost = [value for value in results.values if value.failed]
+    if lost:
+        most = max(value.failed for value in lost)
+        sentences.append(
+            f"{len(lost)} of {len(results.values)} do not exist on some samples (up to {most} of {results.samples}); "
+            "their error bars are from the median deviation of the others."
+        )
+    elif results.samples:
+        sentences.append("Every sample has every property.")
+    if results.samples:
+        how = (
+            "Each sample relaxed structures of its own."
+            if results.full
+            else "Samples were evaluated at the structures of the mean, with one Newton step of ions at rest; --full relaxes each anew."
+        )
+        sentences.append(how)
+    return " ".join(sentences)
+
+
+def _structures_answer(results: PropertyResults) -> str:
+    n, atoms = len(results.structures), sum(map(len, results.structures))
+    return (
+        f"{n:,} structures with {atoms:,} atoms in all, made on the mean of the posterior; they are in structures.xyz."
+    )
+
+
+def _groups(values: Sequence[PropertyValue]) -> list[dict[str, Any]]:
+    """Rows of the table by calculation (and structure, where there are several)."""
+
+    def key(value: PropertyValue) -> tuple[str, str]:
+        return value.name.rpartition(".")[0], value.calculation
+
+    groups = []
+    for (structure, calculation), each in groupby(values, key):
+        title = named_in_words(calculation or "properties") + (f" of {structure}" if structure else "")
+        groups.append({"title": title, "rows": [_row(value) for value in each]})
+    return groups
+
+
+def _row(value: PropertyValue) -> dict[str, Any]:
+    known = value.sigma == value.sigma
+    bounds = [to_its_error(bound, value.sigma) for bound in (value.low_90, value.high_90)]
+    return {
+        "name": named_in_words(value.name.rpartition(".")[2]),
+        "value": to_its_error(value.value, value.sigma),
+        "sigma": to_its_error(value.sigma, value.sigma) if known else "–",
+        "interval": " … ".join(bounds) if known else "–",
+        "unit": pretty_unit(value.unit),
+        "novelty": value.novelty,
+        "far": value.novelty is not None and value.novelty > FAR,
+        "failed": f"{value.failed} of {value.samples}" if value.failed else "",
+        "parts": value.parts,
+        "sigma_of": value.sigma,
+        "about": _sentence(value.about),
+    }
+
+
+def _caption(curve: PropertyCurve) -> str:
+    """One sentence."""
+    about = curve.about or named_in_words(curve.name)
+    if curve.failed:
+        about += f"; {curve.failed} of {curve.samples} samples have none"
+    if not is_band_structure(curve) and cut_off(curve) is not None:
+        about += "; higher values are cut off"
+    return _sentence(about)
+
+
+def _structure_rows(results: PropertyResults) -> list[tuple[str, str, int, str]]:
+    """Name, formula, number of atoms, volume for each; equal ones once."""
+    rows = [
+        (
+            str(atoms.info.get("name", "")),
+            atoms.get_chemical_formula(),
+            len(atoms),
+            format_number(atoms.get_volume(), 4) if atoms.cell.rank == 3 else "–",
+        )
+        for atoms in results.structures
+    ]
+    return list(dict.fromkeys(rows))[:LONGEST_LIST]
+
+
+def _formulas(results: PropertyResults) -> list[str]:
+    """Reduced formulas, the most frequent first."""
+    return [
+        name
+        for name, _ in Counter(atoms.get_chemical_formula(empirical=True) for atoms in results.structures).most_common(
+            4
+        )
+    ]
+
+
+def _shares(values: Iterable[PropertyValue]) -> dict[str, float]:
+    """σ over |value|, of what is no small difference of larger things."""
+    return {
+        value.name: value.sigma / abs(value.value)
+        for value in values
+        if value.sigma == value.sigma and abs(value.value) > 2 * value.sigma
+    }
+
+
+def _novelty(values: Iterable[PropertyValue]) -> float | None:
+    found = [value.novelty for value in values if value.novelty is not None]
+    return max(found) if found else None
+
+
+def _calculation(value: PropertyValue) -> str:
+    return value.calculation.replace("_", " ") or named_in_words(value.name)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") or not text else ".")
+
+
+def _slug(name: str) -> str:
+    """A name of a file."""
+    return "".join(c if c.isalnum() or c in "_-" else "_" for c in name)
