@@ -229,8 +229,8 @@ def _about(outputs: _Outputs, cell: Atoms, lowest: float) -> Mapping[str, str]:
     about = {}
     for name, (_, group) in outputs.special.items():
         point = _written(name.split("_", 1)[1].rsplit("_", 1)[0])
-        branches = f"branches {group[0] + 1} to {group[-1] + 1}" if len(group) > 1 else f"branch {group[0] + 1}"
-        about[name] = f"{branches} at {point}, counted from below"
+        branches = f"branch {group[0] + 1}" if len(group) == 1 else f"branches {group[0] + 1} to {group[-1] + 1}"
+        about[name] = f"{branches} at {point}, from below"
     about |= {
         "phonon_bands": f"from supercells of {n} atoms{polar}{unstable}",
         "phonon_dos": f"density of states per atom, its integral is 3{polar}{unstable}",

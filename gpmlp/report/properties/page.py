@@ -61,7 +61,6 @@ def properties_page(results: PropertyResults, model: str = "") -> Page:
             "captions": {_slug(curve.name): _caption(curve) for curve in results.curves},
             "wide": [_slug(curve.name) for curve in results.curves if is_band_structure(curve)],
             "failures": results.failures,
-            "any_failed": any(value.failed for value in results.values),
             "parts": [name for name in PART_NAMES if any(name in value.parts for value in results.values)],
             "part_names": PART_NAMES,
             "structure_rows": _structure_rows(results),
@@ -109,8 +108,7 @@ def _values_answer(results: PropertyResults) -> str:
     typical = format_percent(float(np.median(list(shares.values()))))
     sentence = f"{lead}: the standard deviation is typically {typical} of the value"
     if len(shares) > 1:
-        name = named_in_words(worst)
-        sentence += f", and largest for {name[:1].lower()}{name[1:]} ({format_percent(shares[worst])})"
+        sentence += f", and largest for “{named_in_words(worst)}” ({format_percent(shares[worst])})"
     return f"{sentence}."
 
 
@@ -172,7 +170,8 @@ def _groups(values: Sequence[PropertyValue]) -> list[dict[str, Any]]:
     groups = []
     for (structure, calculation), each in groupby(values, key):
         title = named_in_words(calculation or "properties") + (f" of {structure}" if structure else "")
-        groups.append({"title": title, "rows": [_row(value) for value in each]})
+        rows = [_row(value) for value in each]
+        groups.append({"title": title, "rows": rows, "any_failed": any(row["failed"] for row in rows)})
     return groups
 
 
