@@ -10,7 +10,7 @@ import scipy.signal
 import scipy.stats
 
 from gpmlp.core.errors import UserError
-from gpmlp.learning.stopping.timeseries import (
+from gpmlp.uncertainty.timeseries import (
     blocking_error,
     correlation_time,
     equilibration_end,

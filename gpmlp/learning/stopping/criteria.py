@@ -15,7 +15,7 @@ import scipy.special
 
 from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.learning.recipe import CoverageRecipe, PlateauRecipe
-from gpmlp.learning.stopping.timeseries import (
+from gpmlp.uncertainty.timeseries import (
     ENOUGH,
     FEWEST,
     correlation_time,

@@ -25,7 +25,7 @@ from gpmlp.learning.stopping.criteria import (
     plateau_criterion,
 )
 from gpmlp.learning.stopping.history import History, Record
-from gpmlp.learning.stopping.timeseries import ENOUGH, series_mean
+from gpmlp.uncertainty.timeseries import ENOUGH, series_mean
 
 __all__ = ("History", "Record", "StopRecipe", "StopVerdict", "judge")  # with what a judgement is made from
 # of the standard error of the mean: (tolerance, relative, unit); energy is in units of k_B T of the window

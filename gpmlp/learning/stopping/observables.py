@@ -19,7 +19,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.recipe import ObservableRecipe
-from gpmlp.learning.stopping import timeseries
+from gpmlp.uncertainty import timeseries
 
 Value = float | np.ndarray
 

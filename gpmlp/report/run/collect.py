@@ -24,13 +24,14 @@ from gpmlp.io.recipe_files import validate_as
 from gpmlp.learning.checkpoint import NAME, TEXT_LOG, TIMES
 from gpmlp.learning.labels import LabelEntry, LabelFile
 from gpmlp.learning.recipe import CoverageRecipe, LearnRecipe, ObservableRecipe
-from gpmlp.learning.stopping import judge, timeseries
+from gpmlp.learning.stopping import judge
 from gpmlp.learning.stopping.criteria import frames_inside, wanted_atoms
 from gpmlp.learning.stopping.history import History, Record
 from gpmlp.potential.evaluation import evaluate
 from gpmlp.potential.potential import Potential
 from gpmlp.report.model.data import ReportData, collect_data
 from gpmlp.report.run.data import LabelRecord, ObservableCurve, PrequentialError, RunData, RunFrames
+from gpmlp.uncertainty import timeseries
 
 POINTS = 48  # of the curve of a running mean
 FEWEST = 8  # frames of its first point

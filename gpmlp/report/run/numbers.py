@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from gpmlp.learning.stopping.timeseries import poisson_upper, wilson_bounds
 from gpmlp.report.model import numbers
 from gpmlp.report.model.data import LabelledComponents
 from gpmlp.report.run.data import RunData
+from gpmlp.uncertainty.timeseries import poisson_upper, wilson_bounds
 
 MOST_FRAMES = 1800  # that are drawn and listed
 RATE_BINS = 12  # stretches in which labels are counted
