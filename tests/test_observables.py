@@ -13,6 +13,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from gpmlp.core.errors import UserError
+from gpmlp.core.radial_distribution import radial_distribution
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.recipe import ObservableRecipe
 from gpmlp.learning.stopping.observables import (
@@ -22,7 +23,6 @@ from gpmlp.learning.stopping.observables import (
     instantaneous_pressure,
     load_function,
     make_observer,
-    radial_distribution,
 )
 
 

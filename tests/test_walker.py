@@ -18,6 +18,7 @@ from ase.md.langevinbaoab import LangevinBAOAB
 from gpmlp.core import neighbors, units
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Prediction, Variance
+from gpmlp.engines import md
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.learning import walker
 from gpmlp.learning.recipe import DynamicsRecipe, GuardsRecipe
@@ -498,6 +499,6 @@ def test_a_cell_that_bursts_is_a_reason_to_halt(potential):
 
 
 def test_default_timestep():
-    assert [walker.default_timestep_fs(np.array(n)) for n in ([1, 8], [6, 79], [13])] == [0.5, 1.0, 2.0]
+    assert [md.default_timestep_fs(np.array(n)) for n in ([1, 8], [6, 79], [13])] == [0.5, 1.0, 2.0]
     with pytest.raises(UserError, match="no atoms"):
-        walker.default_timestep_fs(np.array([]))
+        md.default_timestep_fs(np.array([]))

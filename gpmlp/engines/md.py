@@ -286,6 +286,14 @@ def _start_of_run(atoms: Atoms) -> Atoms:
     return atoms
 
 
+def default_timestep_fs(numbers: np.ndarray) -> float:
+    """A time step for the lightest element: 0.5 fs with hydrogen, 1 fs up to neon, else 2 fs."""
+    if not len(numbers):
+        raise UserError("The start structure has no atoms.")
+    lightest = int(numbers.min())
+    return 0.5 if lightest == 1 else 1.0 if lightest <= 10 else 2.0
+
+
 def ensure_velocities(atoms: Atoms, temperature_K: float | None, generator: np.random.Generator) -> None:
     """Keep the velocities that the atoms have; draw them at the temperature, in place, if they have none.
 

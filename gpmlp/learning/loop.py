@@ -12,6 +12,7 @@ from typing import Any
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.structures import Structures
+from gpmlp.engines import md
 from gpmlp.io import archive
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning import exploration, initial_structures, model, surrogate, walker, walker_state
@@ -108,7 +109,7 @@ class _Run:
             for i in range(0 if self.lammps else dynamics.walkers)
         ]
         self.given = base / recipe.bootstrap.given if recipe.bootstrap.given else None
-        self.timestep_fs = dynamics.timestep_fs or walker.default_timestep_fs(min((a.numbers for a in starts), key=min))
+        self.timestep_fs = dynamics.timestep_fs or md.default_timestep_fs(min((a.numbers for a in starts), key=min))
         observer = observables.make_observer(recipe.stop.observables, starts)
         self.files = RunFiles(self.folder, recipe, resume)
         try:

@@ -420,14 +420,6 @@ def fixed_atoms(atoms: Atoms) -> np.ndarray:
     return fixed.nonzero()[0]
 
 
-def default_timestep_fs(numbers: np.ndarray) -> float:
-    """A time step for the lightest element: 0.5 fs with hydrogen, 1 fs up to neon, else 2 fs."""
-    if not len(numbers):
-        raise UserError("The start structure has no atoms.")
-    lightest = int(numbers.min())
-    return 0.5 if lightest == 1 else 1.0 if lightest <= 10 else 2.0
-
-
 # ------------------------------------------------------------ several walkers, whose predictions are batched
 
 

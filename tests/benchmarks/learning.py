@@ -38,6 +38,7 @@ import common
 
 import gpmlp
 from gpmlp.core import calculators
+from gpmlp.engines import md
 from gpmlp.io.recipe_files import load_recipe_as
 from gpmlp.learning import loop, walker
 from gpmlp.learning.recipe import LearnRecipe
@@ -103,7 +104,7 @@ def oracle_run(case: Case, recipe: LearnRecipe, seed: int, frames: int, path: Pa
     if path.exists():
         return path
     atoms, dynamics = case.start.copy(), recipe.dynamics
-    timestep = dynamics.timestep_fs or walker.default_timestep_fs(atoms.numbers)
+    timestep = dynamics.timestep_fs or md.default_timestep_fs(atoms.numbers)
     one = walker.Walker.from_atoms(0, atoms, dynamics, seed)
     atoms = one.atoms.copy()
     atoms.calc = calculators.build_calculator(case.oracle["calculator"], case.oracle.get("kwargs", {}), path.parent)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(common.ROOT))
 
 import gpmlp
 from gpmlp.core.verlet_list import VerletList
+from gpmlp.engines import md
 from gpmlp.engines.md import Integrator
 from gpmlp.learning import initial_structures, walker
 from gpmlp.learning.recipe import LearnRecipe
@@ -45,7 +46,7 @@ def measured(run: Path) -> dict[str, float]:
     recipe = LearnRecipe.model_validate(json.loads((run / "recipe.json").read_text()))
     potential, trigger, dynamics = gpmlp.load(run / "model.gpmlp"), recipe.trigger, recipe.dynamics
     start = initial_structures.read_starts(run.parent / recipe.start)[0]
-    timestep = dynamics.timestep_fs or walker.default_timestep_fs(start.numbers)
+    timestep = dynamics.timestep_fs or md.default_timestep_fs(start.numbers)
     # limits that nothing exceeds: every step is made, as in a run that has learned enough
     limits = trigger_limits(trigger, 1e3, len(start), {}, potential.calibration).times(1e3)
 
