@@ -42,6 +42,8 @@ _HOMES = {
     "read": "gpmlp.io.ase_atoms",
     "register_network": "gpmlp.descriptors.networks",
     "save": "gpmlp.io.archive",
+    "TransportSettings": "gpmlp.properties.transport",
+    "transport": "gpmlp.properties.transport",
 }
 
 __all__ = [*_HOMES]

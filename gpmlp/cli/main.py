@@ -27,6 +27,7 @@ from gpmlp.cli.md import md_command
 from gpmlp.cli.partition import partition_command
 from gpmlp.cli.paths import neb_command, relax_command
 from gpmlp.cli.properties import properties_command
+from gpmlp.cli.transport import transport_command
 from gpmlp.cli.tune import tune_command
 from gpmlp.core.errors import DataWarning, ProgressNotice, UserError, chemical_symbol, visible_text
 
@@ -161,6 +162,7 @@ app.command("neb")(neb_command)
 app.command("properties")(properties_command)
 app.command("md")(md_command)
 app.command("partition")(partition_command)
+app.command("transport")(transport_command)
 app.command("export")(export_command)
 app.add_typer(lammps_app, name="lammps")
 

@@ -258,7 +258,11 @@ class TransportRun:
         if self.settings.static:
             values, curves, notes = self.static.averages({"novelty": self.novelty, "structures": (self.name,)})
             results.values, results.curves = results.values + values, results.curves + curves
-            results.notes += notes
+            results.notes += (
+                notes
+                if values or curves
+                else ["There are too few frames yet for static averages: longer runs give them."]
+            )
             if not self.settings.dynamic:
                 needed.append((self.static.precision() / self.settings.precision) ** 2)
         results.needed = max(needed, default=math.nan)

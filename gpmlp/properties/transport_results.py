@@ -323,6 +323,12 @@ def _add_arrhenius(
         )
         return
     results.arrhenius[symbol] = line
+    points = [value for value in results.values if value.name.startswith(f"diffusion_coefficient_{symbol}_")]
+    d, sigma = (np.array([getattr(value, name) for value in points]) for name in ("value", "sigma"))
+    curve = PropertyCurve(
+        f"diffusion_coefficient_{symbol}", np.array(temperatures), "temperature", "K", d, sigma, "A^2/ps"
+    )
+    results.curves.append(curve)
     results.values += [replace(value, **about) for value in (line.activation_energy(), line.prefactor())]
     if line.misfit > DISAGREE:
         results.notes.append(
