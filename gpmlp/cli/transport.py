@@ -38,8 +38,12 @@ def transport_command(
     samples: Annotated[int, typer.Option("--samples", min=0, help="Of the posterior; 0: statistics alone.")] = 8,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Of each sample at each temperature.")] = 2,
     precision: Annotated[
-        float, typer.Option("--precision", help="Relative statistical error of D and viscosity to reach.")
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            "--precision",
+            help="Relative statistical error of D and viscosity to reach. If not given: 0.1, or half of what samples scatter.",
+        ),
+    ] = None,
     length_ps: Annotated[float, typer.Option("--length-ps", help="Longest trajectories.")] = 200.0,
     time_limit_s: Annotated[
         float | None, typer.Option("--time-limit-s", "--time-limit", help="Seconds of computing, at most.")

@@ -29,14 +29,16 @@ from gpmlp.potential.samples import PosteriorSamples
 from gpmlp.properties.dynamics import DynamicsSettings, MovingForces, Replicas
 from gpmlp.properties.static_averages import STATIC, StaticFrames
 from gpmlp.properties.transport_results import TransportResults, analyse_segments
+from gpmlp.properties.values import PropertyValue
 
 DYNAMIC = ("diffusion", "viscosity")
+WATCHED = ("diffusion_coefficient_", "viscosity_")  # values that are to be precise
 STATE = "state.npz"
 SAVE_S = 30.0  # seconds between two states on disk
 SEGMENTS = 2  # fewest that are judged
 STEPS = 10  # between two records
 STATIC_FS = 500.0  # between two frames for static averages
-MODEL_SHARE = 0.5  # of the model's part: noise below that hardly widens the interval
+PRECISION, MODEL_SHARE = 0.1, 0.5  # if no precision is given: relative, and of the model's part
 FREE = ("precision", "length_ps", "time_limit_s")  # settings that may change when a run goes on
 
 
@@ -48,8 +50,9 @@ class TransportSettings:
         temperatures_K: of the runs, in the cell of the start.
         what: any of 'diffusion', 'viscosity', 'energy', 'pressure', 'rdf'.
         samples, replicas: samples of the posterior, and trajectories of each and of the mean at each temperature.
-        precision: relative standard error of D and viscosity, statistics alone, at which the run is over; or, where that is more, half of
-            what the samples scatter. Without these: of the energy, in standard deviations of its fluctuations.
+        precision: relative standard error of D and viscosity, statistics alone, at which the run is over; None: 0.1 or, where that is more,
+            half of what the samples scatter, as longer runs hardly narrow the interval then. Without D and viscosity: of the energy, in
+            standard deviations of its fluctuations.
         length_ps: longest trajectories. time_limit_s: of computing; None: none.
         timestep_fs: None: 0.5 fs with hydrogen, 1 fs up to neon, else 2 fs.
         segment_ps: pieces in which trajectories are averaged; displacements are followed over half of one.
@@ -61,7 +64,7 @@ class TransportSettings:
     what: tuple[str, ...] = ("diffusion",)
     samples: int = 8
     replicas: int = 2
-    precision: float = 0.1
+    precision: float | None = None
     length_ps: float = 200.0
     time_limit_s: float | None = None
     timestep_fs: float | None = None
@@ -81,8 +84,10 @@ class TransportSettings:
         errors.check_integer("`samples`", self.samples, 0)
         if self.samples in (1, 2):
             raise UserError(f"`samples` must be 0 or at least 3: {self.samples} say nothing about their scatter.")
-        for name in ("precision", "length_ps", "segment_ps"):
+        for name in ("length_ps", "segment_ps"):
             errors.check_positive(name, getattr(self, name))
+        if self.precision is not None:
+            errors.check_positive("precision", self.precision)
         errors.check_positive("equilibrate_ps", self.equilibrate_ps, allow_zero=True)
         if self.time_limit_s is not None:
             errors.check_positive("time_limit_s", self.time_limit_s)
@@ -95,6 +100,17 @@ class TransportSettings:
             self.temperatures_K, self.replicas, timestep, STEPS, math.ceil(self.equilibrate_ps / record),
             max(8, round(self.segment_ps / record)), seed=self.seed,
         )  # fmt: skip
+
+    def noise(self, value: PropertyValue) -> float:
+        """The statistical error of a value at which it is known well enough."""
+        if self.precision is not None:
+            return self.precision * value.value
+        return max(PRECISION * value.value, MODEL_SHARE * value.parts.get("sampled", 0.0))
+
+    @property
+    def wish(self) -> str:
+        """What statistical errors are to be, in words."""
+        return f"{PRECISION:g}, or half of what samples scatter" if self.precision is None else f"{self.precision:g}"
 
     @property
     def dynamic(self) -> tuple[str, ...]:
@@ -249,12 +265,8 @@ class TransportRun:
         if len(self.replicas.sums) < SEGMENTS:
             return TransportResults(time_ps=self.replicas.time_ps)
         results = analyse_segments(self.replicas, self.settings.dynamic, self.novelty, self.name)
-        needed = [
-            (value.parts["statistical"] / max(self.settings.precision * value.value, MODEL_SHARE * value.parts.get("sampled", 0.0))) ** 2
-            if value.value > 0 else math.inf
-            for value in results.values
-            if value.name.startswith(("diffusion_coefficient_", "viscosity_")) and "_infinite_" not in value.name
-        ]  # fmt: skip
+        sought = (v for v in results.values if v.name.startswith(WATCHED) and "_infinite_" not in v.name)
+        needed = [(v.parts["statistical"] / self.settings.noise(v)) ** 2 if v.value > 0 else math.inf for v in sought]
         if self.settings.static:
             values, curves, notes = self.static.averages({"novelty": self.novelty, "structures": (self.name,)})
             results.values, results.curves = results.values + values, results.curves + curves
@@ -264,7 +276,7 @@ class TransportRun:
                 else ["There are too few frames yet for static averages: longer runs give them."]
             )
             if not self.settings.dynamic:
-                needed.append((self.static.precision() / self.settings.precision) ** 2)
+                needed.append((self.static.precision() / (self.settings.precision or PRECISION)) ** 2)
         results.needed = max(needed, default=math.nan)
         if self.samples is None:
             results.notes.append("There are no samples of a posterior: intervals hold the statistical part alone.")
@@ -273,7 +285,7 @@ class TransportRun:
     def _verdict(self, results: TransportResults, most: int) -> str:
         """Why the run is over; empty while it is not."""
         if len(self.replicas.sums) >= SEGMENTS and results.needed <= 1:
-            return f"statistical errors are as small as asked for ({self.settings.precision:g}), or half of what samples scatter"
+            return f"statistical errors are as small as asked for ({self.settings.wish})"
         if len(self.replicas.sums) >= most:
             return f"trajectories are {results.time_ps:g} ps long; {self._outlook(results)}"
         return ""
@@ -281,11 +293,11 @@ class TransportRun:
     def _outlook(self, results: TransportResults) -> str:
         """How long it would take."""
         if not math.isfinite(results.needed):
-            return f"a precision of {self.settings.precision:g} cannot be foreseen yet"
+            return f"when statistical errors will be {self.settings.wish} cannot be foreseen yet"
         if results.needed <= 1:
-            return f"statistical errors are within {self.settings.precision:g}"
+            return f"statistical errors are within {self.settings.wish}"
         length, seconds = results.needed * results.time_ps, (results.needed - 1) * self.spent_s
-        return f"a precision of {self.settings.precision:g} would take {length:.3g} ps in all, {format_duration(seconds)} more"
+        return f"statistical errors of {self.settings.wish} would take {length:.3g} ps in all, {format_duration(seconds)} more"
 
     def _left_s(self, results: TransportResults, most: int) -> float:
         """Seconds that the run may still take."""
