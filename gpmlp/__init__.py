@@ -42,7 +42,6 @@ _HOMES = {
     "read": "gpmlp.io.ase_atoms",
     "register_network": "gpmlp.descriptors.networks",
     "save": "gpmlp.io.archive",
-    "TransportSettings": "gpmlp.properties.transport",
     "transport": "gpmlp.properties.transport",
 }
 
