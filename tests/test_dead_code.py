@@ -27,6 +27,7 @@ USED_BY = {
     "ExternalPotential": "users (docs/engines.md)",
     "open_lammps": "users (docs/engines.md)",
     "register_network": "users (docs/pretrained.md)",
+    "diffusion_at": "users (docs/multiscale.md)",
     "allow_calculator": "users (docs/long-range.md)",
     "exact_properties": "users, for what an oracle itself says (docs/properties.md)",
     "of_calculator": "users, for the same",

@@ -13,7 +13,7 @@ members beyond that is the model's part (statistics.random_effects).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class MemberAverages:
     errors: np.ndarray
     correlation: np.ndarray
 
-    def effects(self, k: int, transform: Callable[[float], float] | None = None) -> RandomEffects:
+    def effects(self, k: int) -> RandomEffects:
         """Of the k-th temperature."""
         return random_effects(self.values[1:, k], self.errors[1:, k], self.values[0, k], self.errors[0, k])
 
