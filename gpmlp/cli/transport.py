@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from gpmlp.cli.console import StageBars
-    from gpmlp.properties.transport import TransportRun, TransportState
+    from gpmlp.properties.transport import TransportSettings, TransportState
     from gpmlp.properties.transport_results import TransportResults
     from gpmlp.properties.values import PropertyValue
 
@@ -64,7 +63,7 @@ def transport_command(
     from gpmlp.io import archive
     from gpmlp.io.ase_atoms import read_frames
     from gpmlp.io.files import check_apart, check_folder
-    from gpmlp.properties.transport import STATE, TransportRun, TransportSettings
+    from gpmlp.properties.transport import STATE, TransportSettings, transport
 
     settings = TransportSettings(
         _temperatures(temperatures), tuple(name.strip() for name in what.split(",") if name.strip()), samples, replicas,
@@ -78,17 +77,19 @@ def transport_command(
         console.print_message("note", f"{model} has no variances: intervals hold the statistical part alone.")
     with terminated_as_interrupted(), console.StageBars() as stages:
         try:
-            state = _follow(TransportRun(potential, atoms, settings, output, resume), stages)
+            results = transport(
+                potential, atoms, settings, output, resume, lambda state: _show(state, settings, stages)
+            )
         except KeyboardInterrupt:
             words = [word for word in sys.argv[1:] if word != "--resume"]
             again = shlex.join(["gpmlp", *words, "--resume"])
             console.print_message("stopped", f"interrupted; go on with: {again}")
             raise SystemExit(INTERRUPTED) from None
-    _write(state.results, output)
-    for text in state.results.notes:
+    _write(results, output)
+    for text in results.notes:
         console.print_message("note", text)
-    console.standard_output().print(transport_table(state.results))
-    console.print_line(f"{state.results.stopped}.")
+    console.standard_output().print(transport_table(results))
+    console.print_line(f"{results.stopped}.")
     console.print_line(f"wrote {VALUES}, {CURVES} in {output}")
 
 
@@ -99,21 +100,17 @@ def _temperatures(text: str) -> tuple[float, ...]:
         raise UserError(f"--temperatures-K {text}: must be numbers with commas between them, as 1200,1400.") from None
 
 
-def _follow(run: TransportRun, stages: StageBars) -> TransportState:
-    """Run to the end with a bar."""
+def _show(state: TransportState, settings: TransportSettings, stages: StageBars) -> None:
+    """Where the run is, on its bar."""
     from gpmlp.properties.transport import format_duration
 
-    kelvins = ", ".join(f"{t:g}" for t in run.settings.temperatures_K) + " K"
-    equilibration = max(run.settings.equilibrate_ps, 1e-9)
-    for state in run:
-        left = f", {format_duration(state.left_s)} left" if math.isfinite(state.left_s) else ""
-        if state.time_ps < 0:
-            stages("equilibration", equilibration + state.time_ps, equilibration, kelvins + left)
-            continue
-        share = run.replicas.records / max(1.0, run.replicas.records * (1 + state.left_s / max(run.spent_s, 1e-9)))
-        said = ", ".join(_short(value) for value in state.results.values if "infinite" not in value.name)
-        stages("dynamics", share, 1.0, f"{state.time_ps:.1f} ps at {kelvins}{left}{'; ' if said else ''}{said}")
-    return state
+    where = ", ".join(f"{t:g}" for t in settings.temperatures_K) + f" K, {format_duration(state.left_s)} left"
+    if state.time_ps < 0:
+        whole = max(settings.equilibrate_ps, -state.time_ps)
+        stages("equilibration", whole + state.time_ps, whole, where)
+        return
+    said = ", ".join(_short(value) for value in state.results.values if "infinite" not in value.name)
+    stages("dynamics", state.share, 1.0, f"{state.time_ps:.1f} ps at {where}{'; ' if said else ''}{said}")
 
 
 def _short(value: PropertyValue) -> str:

@@ -129,11 +129,12 @@ class TransportState:
 
     Attributes:
         results: of the segments that are over, as of the last one. time_ps: of each trajectory so far, negative in equilibration.
-        left_s: seconds that it may still take; NaN while that is unknown.
+        share: of the run that is over; left_s: seconds that it may still take.
     """
 
     results: TransportResults
     time_ps: float
+    share: float
     left_s: float
 
 
@@ -252,13 +253,15 @@ class TransportRun:
             if over or results.stopped or time.monotonic() - saved > SAVE_S:
                 self._save()
                 saved = time.monotonic()
-            yield TransportState(results, made * dynamics.record_fs / 1000, self._left_s(results, most))
+            left = self._left_s(results, most)
+            share = self.spent_s / max(self.spent_s + left, 1e-9)
+            yield TransportState(results, made * dynamics.record_fs / 1000, share, left)
         if len(replicas.sums) < SEGMENTS:
             least = dynamics.record_fs * dynamics.segment / 1000
             raise UserError(
                 f"Two segments of {least:g} ps are needed: {results.stopped}. Give it more time, or take shorter segments."
             )
-        yield TransportState(results, replicas.time_ps, 0.0)
+        yield TransportState(results, replicas.time_ps, 1.0, 0.0)
 
     def results(self) -> TransportResults:
         """What the segments that are over say."""
