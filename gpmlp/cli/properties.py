@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,11 +46,12 @@ def properties_command(
     from gpmlp.io.structure_files import find_files
     from gpmlp.properties.calculations import choose_calculations
     from gpmlp.properties.compute import compute_properties, named
+    from gpmlp.report.properties.page import FILE, write_page
 
     check_folder(output)
     files = find_files(structures)
     sources = {"the model": model} | {f"the structures ({path})": path for path in files}
-    check_apart({f"{name} (--output)": output / name for name in (VALUES, CURVES, STRUCTURES)}, sources)
+    check_apart({f"{name} (--output)": output / name for name in (VALUES, CURVES, STRUCTURES, FILE)}, sources)
     potential = archive.load(model)
     given = named([atoms for path in files for atoms in _frames(path)])
     names = [name.strip() for name in only.split(",") if name.strip()] if only is not None else None
@@ -63,8 +63,9 @@ def properties_command(
     for text in results.failures:
         console.print_message("warning", text)
     _write(results, output)
+    write_page(results, output, model.name)
     console.standard_output().print(properties_table(results))
-    console.print_line(f"wrote {VALUES}, {CURVES}, {STRUCTURES} in {output}")
+    console.print_line(f"wrote {FILE}, {VALUES}, {CURVES}, {STRUCTURES} in {output}")
 
 
 def _frames(path: Path) -> list[Atoms]:
@@ -100,6 +101,17 @@ def properties_table(results: PropertyResults) -> Table:
     from rich.table import Table
 
     from gpmlp.cli.console import literal
+    from gpmlp.report.properties.words import pretty_unit, to_its_error
+
+    def row(value: PropertyValue) -> tuple[str, ...]:
+        known = value.sigma > 0
+        low, middle, high, sigma = (
+            to_its_error(number, value.sigma) for number in (value.low_90, value.value, value.high_90, value.sigma)
+        )
+        lost = f" ({value.failed} of {value.samples} failed)" if value.failed else ""
+        novelty = "–" if value.novelty is None else f"{value.novelty:.2f}"
+        interval = f"{low} … {high}" if known else "–"
+        return f"{value.name}{lost}", middle, sigma if known else "–", interval, pretty_unit(value.unit), novelty
 
     means = f"mean of the posterior, standard deviation of {results.samples} samples" if results.samples else "mean"
     table = Table(title=f"Properties ({means})", title_justify="left", title_style="bold")
@@ -107,18 +119,5 @@ def properties_table(results: PropertyResults) -> Table:
     for heading in ("value", "±", "90 %", "unit", "novelty"):
         table.add_column(heading, justify="left" if heading == "unit" else "right", no_wrap=True)
     for value in results.values:
-        table.add_row(*map(literal, _row(value)))
+        table.add_row(*map(literal, row(value)))
     return table
-
-
-def _row(value: PropertyValue) -> tuple[str, ...]:
-    known = math.isfinite(value.sigma) and value.sigma > 0
-    decimals = max(0, 1 - math.floor(math.log10(value.sigma))) if known else 4
-
-    def said(number: float) -> str:
-        return f"{number:.{decimals}f}" if math.isfinite(number) else "-"
-
-    interval = f"{said(value.low_90)} … {said(value.high_90)}" if known else "-"
-    lost = f" ({value.failed} of {value.samples} failed)" if value.failed else ""
-    novelty = "-" if value.novelty is None else f"{value.novelty:.2f}"
-    return f"{value.name}{lost}", said(value.value), said(value.sigma), interval, value.unit, novelty

@@ -13,12 +13,14 @@ from ase import Atoms
 
 from gpmlp.core.errors import UserError
 from gpmlp.properties.surface import Failed
+from gpmlp.properties.symmetry import load_spglib
 
 SYMMETRY = 1e-3  # A, within which a relaxed structure has a symmetry
 SAME = 1e-4  # A, the same of one made symmetric
 LENGTH = 10.0  # A, of a supercell for a calculator whose range is not known
 MESH, DOS_MESH = 60.0, 40.0  # A; of free energies, and of densities of states, which tetrahedra interpolate
-IMAGINARY = -0.05  # THz; what lies above is rounding and interpolation near Gamma
+IMAGINARY = -0.05  # THz; what lies above is rounding
+UNSTABLE = 2e-3  # of the modes; fewer imaginary ones come of interpolating near Gamma from a small supercell
 KJ_MOL, J_K_MOL = 96.48533212331, 8.31446261815324  # of 1 eV; of 1 k_B / K
 DOS_POINTS = 161
 
@@ -113,6 +115,12 @@ class LatticeDynamics:
         self._phonopy.force_constants = constants
         return np.array(self._phonopy.run_mesh(mesh).frequencies)
 
+    def imaginary(self, constants: np.ndarray) -> tuple[float, float]:
+        """The lowest frequency (THz) on the mesh, and the share of imaginary modes; there is no free energy if it is above UNSTABLE."""
+        frequencies = self.mesh_frequencies(constants)
+        shares = (frequencies < IMAGINARY).mean(1)
+        return float(frequencies.min()), float(np.average(shares, weights=self._phonopy.mesh.weights))
+
     def density_of_states(self, constants: np.ndarray, grid: np.ndarray) -> np.ndarray:
         """States per THz and atom on an even grid (THz), by tetrahedra; its integral is 3."""
         self.mesh_frequencies(constants, DOS_MESH)
@@ -123,10 +131,10 @@ class LatticeDynamics:
         """Free energy of harmonic vibrations at constant volume.
 
         Raises:
-            Failed: modes are imaginary, so that it has no meaning.
+            Failed: so many modes are imaginary that it has no meaning.
         """
-        lowest = float(self.mesh_frequencies(constants).min())
-        if lowest < IMAGINARY:
+        lowest, share = self.imaginary(constants)
+        if share > UNSTABLE:
             raise Failed(f"imaginary modes, down to {lowest:.2f} THz")
         found = self._phonopy.run_thermal_properties(temperatures=temperatures, exclude_gamma_acoustic=True)
         n = self.n_branches / 3
@@ -160,12 +168,11 @@ def standard_cell(atoms: Atoms) -> Atoms:
     Raises:
         UserError: atoms of one element differ in mass, or spglib finds no cell.
     """
-    import spglib
-
     masses: dict[int, float] = {}
     for z, mass in zip(atoms.numbers, atoms.get_masses(), strict=True):
         if abs(masses.setdefault(z, mass) - mass) > 1e-6:
             raise UserError("Phonons need one mass for each element; here atoms of one element differ in mass.")
+    spglib = load_spglib()
     found = spglib.standardize_cell((atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=SYMMETRY)
     if found is None:
         raise UserError(f"{atoms.get_chemical_formula()}: spglib finds no unit cell; are atoms on top of each other?")

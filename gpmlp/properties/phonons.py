@@ -14,6 +14,7 @@ from gpmlp.properties.equation_of_state import not_a_crystal
 from gpmlp.properties.lattice_dynamics import (
     DOS_POINTS,
     IMAGINARY,
+    UNSTABLE,
     LatticeDynamics,
     missing_library,
     standard_cell,
@@ -85,8 +86,9 @@ class Phonons(CrystalVibrations):
         wide = self.at_volume(surface, cell, 1 + STRETCH)
         dynamics = self.dynamics(surface, cell)
         constants = dynamics.force_constants(forces_of(surface.points(dynamics.structures)))
-        lowest, highest = (float(pick(dynamics.mesh_frequencies(constants))) for pick in (np.min, np.max))
-        grid = np.linspace(1.1 * lowest if lowest < IMAGINARY else 0.0, 1.1 * highest, DOS_POINTS)
+        lowest, share = dynamics.imaginary(constants)
+        highest = dynamics.mesh_frequencies(constants).max()
+        grid = np.linspace(1.1 * lowest if share > UNSTABLE else 0.0, 1.1 * highest, DOS_POINTS)
         path = dynamics.path(self.points)
         special = special_frequencies(dynamics.frequencies(constants, path[0]), *path[1:])
         outputs = _Outputs(dynamics, path, special, grid, self.temperatures)
@@ -98,7 +100,7 @@ class Phonons(CrystalVibrations):
 
         return Plan(
             (cell, wide, *dynamics.structures, *dynamics.displaced(wide)), evaluate, outputs.units(), {0: 0, 1: 0},
-            outputs.axes(), _about(outputs, cell, lowest),
+            outputs.axes(), _about(outputs, cell, lowest, share),
         )  # fmt: skip
 
 
@@ -220,12 +222,13 @@ def _written(point: str) -> str:
     return greek + index.translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
-def _about(outputs: _Outputs, cell: Atoms, lowest: float) -> Mapping[str, str]:
+def _about(outputs: _Outputs, cell: Atoms, lowest: float, share: float) -> Mapping[str, str]:
     """One sentence on each output."""
     n = len(outputs.dynamics.structures[0])
     polar = "; polar modes without their long-range field" if len(set(cell.numbers)) > 1 else ""
-    unstable = f"; imaginary modes down to {lowest:.2f} THz, drawn as negative" if lowest < IMAGINARY else ""
-    no_meaning = "; without meaning here, because modes are imaginary" if lowest < IMAGINARY else ""
+    where = "" if share > UNSTABLE else f" in {100 * share:.2g} % of the zone, which a larger supercell may not have"
+    unstable = f"; imaginary modes down to {lowest:.2f} THz{where}, drawn as negative" if lowest < IMAGINARY else ""
+    no_meaning = "; without meaning here, because modes are imaginary" if share > UNSTABLE else ""
     about = {}
     for name, (_, group) in outputs.special.items():
         point = _written(name.split("_", 1)[1].rsplit("_", 1)[0])
