@@ -243,6 +243,8 @@ def test_command(copper, tmp_path, capsys):
     assert run(*files, "-o", out, "--only", "eos", "--set", "eos.volumes=5", "--samples", "4") == 0
     curves = json.loads((out / "curves.json").read_text())
     assert len(curves) == 2 and len(curves[0]["x"]) == len(curves[0]["sigma"]) and min(curves[0]["sigma"]) > 0
+    page = (out / "properties.html").read_text()
+    assert "Equation of state of cu_1" in page and (out / "figures" / "cu_1_equation_of_state.svg").exists()
     capsys.readouterr()
     for arguments, said in (
         ((tmp_path / "box.xyz", "--only", "elastic"), "box is no crystal"),
