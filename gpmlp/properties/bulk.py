@@ -1,0 +1,149 @@
+"""Bulk references of defects and surfaces: a crystal at rest, the lattice it has on another surface, and what others gain in that lattice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import spglib
+from ase import Atoms
+from ase.geometry import find_mic
+
+from gpmlp.core.units import VOIGT_INDEX
+from gpmlp.properties.plan import Failed, Point
+from gpmlp.properties.surface import Surface, inverse_hessian, strained, structure_names, voigt
+
+FMAX = 5e-4  # eV/A, of the crystal, whose energy counts many times
+STRAIN = 2e-3  # of finite differences of stress
+SYMMETRY = 1e-3  # A, within which a relaxed crystal has its symmetry
+NEAR = 0.05  # A, within which two sites are one
+
+
+@dataclass(frozen=True, eq=False)
+class Bulk:
+    """A crystal at rest on one surface (or a molecule, whose lattice has no say).
+
+    On another surface s, with the crystal's stress sigma_s in this lattice, its own lattice differs by the strain
+
+        eps_s = -S sigma_s,   and any structure there has   E(eps_s) = E_s + V (sigma_s' + sigma') : eps_s / 2
+
+    with its stresses sigma_s' there and sigma' here, as long as what is not bulk in it has about the same stress on both.
+
+    Attributes:
+        atoms: the conventional cell.
+        compliance: (6, 6) S, A^3/eV, of the crystal with its ions at rest, Voigt, shears twice the tensor's.
+    """
+
+    atoms: Atoms
+    compliance: np.ndarray
+
+    @staticmethod
+    def at_rest(surface: Surface, start: Atoms) -> Bulk:
+        """The crystal or molecule relaxed.
+
+        Raises:
+            Failed: it does not come to rest, or its lattice is not stable.
+        """
+        name = structure_names([start])[0]
+        if not is_crystal(start):
+            return Bulk(surface.relax(start), np.zeros((6, 6)))
+        atoms = conventional(surface.relax(conventional(start), "full", FMAX))
+        atoms.info["name"] = name
+        ions = inverse_hessian(surface.hessian(atoms))
+        strains = [sign * STRAIN * unit for unit in np.eye(6) for sign in (1, -1)]
+        moved = surface.relax_ions([strained(atoms, strain) for strain in strains], ions)
+        stress = voigt(np.array([point.stress for point in surface.points(moved)])).reshape(6, 2, 6)
+        stiffness = (stress[:, 0] - stress[:, 1]) / (2 * STRAIN)
+        values = np.linalg.eigvalsh((stiffness + stiffness.T) / 2)
+        if values[0] <= 0:
+            raise Failed(f"{name} is not stable: a strain lowers its energy")
+        return Bulk(atoms, np.linalg.inv((stiffness + stiffness.T) / 2))
+
+    def strain(self, point: Point) -> np.ndarray:
+        """(3, 3) strain to the lattice of the surface that this point of the crystal is on."""
+        components = -self.compliance @ voigt(point.stress)
+        return components[np.array(VOIGT_INDEX)] * np.where(np.eye(3, dtype=bool), 1.0, 0.5)
+
+    def energy_per_atom(self, point: Point) -> float:
+        """Energy of the crystal in the lattice of that surface, eV/atom."""
+        return InLattice(self.atoms, np.zeros((3, 3))).energy(point, self.strain(point)) / len(self.atoms)
+
+
+@dataclass(frozen=True, eq=False)
+class InLattice:
+    """A structure built in a crystal's lattice, with its stress (3, 3) on the surface that it was relaxed on."""
+
+    atoms: Atoms
+    stress: np.ndarray
+
+    @staticmethod
+    def of(surface: Surface, structures: Sequence[Atoms]) -> list[InLattice]:
+        points = surface.points(structures)
+        return [InLattice(atoms, point.stress) for atoms, point in zip(structures, points, strict=True)]
+
+    def energy(self, point: Point, strain: np.ndarray) -> float:
+        """Energy in the lattice that differs by a strain (3, 3), see Bulk."""
+        if not strain.any():
+            return point.energy
+        return point.energy + 0.5 * self.atoms.get_volume() * float(np.sum((point.stress + self.stress) * strain))
+
+
+def is_crystal(atoms: Atoms) -> bool:
+    return bool(atoms.pbc.all() and atoms.cell.rank == 3)
+
+
+def spglib_cell(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The crystal as spglib takes it."""
+    return atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers
+
+
+def conventional(atoms: Atoms) -> Atoms:
+    """The conventional cell in its standard orientation.
+
+    Raises:
+        Failed: spglib finds no symmetry, as where atoms lie on each other.
+    """
+    return _standard(atoms, primitive=False)
+
+
+def primitive(atoms: Atoms) -> Atoms:
+    """The primitive cell, in the orientation of the conventional one. Raises as `conventional`."""
+    return _standard(atoms, primitive=True)
+
+
+def _standard(atoms: Atoms, primitive: bool) -> Atoms:
+    try:
+        cell, positions, numbers = spglib.standardize_cell(spglib_cell(atoms), to_primitive=primitive, symprec=SYMMETRY)
+    except (TypeError, spglib.SpglibError) as error:
+        raise Failed(f"spglib finds no symmetry in {structure_names([atoms])[0]}") from error
+    return Atoms(numbers, cell=cell, scaled_positions=positions, pbc=True, info={"name": structure_names([atoms])[0]})
+
+
+def symmetry(atoms: Atoms) -> spglib.SpglibDataset:
+    """Space group, operations and equivalent atoms of a crystal. Raises as `conventional`."""
+    dataset = spglib.get_symmetry_dataset(spglib_cell(atoms), symprec=SYMMETRY)
+    if dataset is None:
+        raise Failed(f"spglib finds no symmetry in {structure_names([atoms])[0]}")
+    return dataset
+
+
+def crystal_system(number: int) -> str:
+    """By the number of a space group."""
+    ends = ((2, "triclinic"), (15, "monoclinic"), (74, "orthorhombic"), (142, "tetragonal"), (167, "trigonal"))
+    return next((name for last, name in ends if number <= last), "hexagonal" if number <= 194 else "cubic")
+
+
+def inequivalent_sites(atoms: Atoms, sites: np.ndarray) -> np.ndarray:
+    """Indices of scaled positions (n, 3) in a crystal that its symmetry does not turn into earlier ones."""
+    operations = symmetry(atoms)
+    kept: list[int] = []
+    images = np.empty((0, 3))
+    for index, site in enumerate(sites):
+        if len(images):
+            apart = (images - site) @ atoms.cell.array
+            if find_mic(apart, atoms.cell, True)[1].min() < NEAR:
+                continue
+        kept.append(index)
+        images = np.concatenate([images, operations.rotations @ site + operations.translations])
+    return np.array(kept, dtype=int)
