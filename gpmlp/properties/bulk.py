@@ -1,9 +1,10 @@
-"""Bulk references of defects and surfaces: a crystal at rest, the lattice it has on another surface, and what others gain in that lattice."""
+"""The bulk that defects and surfaces are measured against: a crystal at rest, and its lattice on another potential energy surface."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import spglib
@@ -11,8 +12,7 @@ from ase import Atoms
 from ase.geometry import find_mic
 
 from gpmlp.core.units import VOIGT_INDEX
-from gpmlp.properties.plan import Failed, Point
-from gpmlp.properties.surface import Surface, inverse_hessian, strained, structure_names, voigt
+from gpmlp.properties.surface import Failed, Point, Surface, inverse_hessian, strained, structure_names, voigt
 
 FMAX = 5e-4  # eV/A, of the crystal, whose energy counts many times
 STRAIN = 2e-3  # of finite differences of stress
@@ -93,7 +93,7 @@ def is_crystal(atoms: Atoms) -> bool:
     return bool(atoms.pbc.all() and atoms.cell.rank == 3)
 
 
-def spglib_cell(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def spglib_cell(atoms: Atoms) -> Any:
     """The crystal as spglib takes it."""
     return atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers
 
@@ -114,9 +114,12 @@ def primitive(atoms: Atoms) -> Atoms:
 
 def _standard(atoms: Atoms, primitive: bool) -> Atoms:
     try:
-        cell, positions, numbers = spglib.standardize_cell(spglib_cell(atoms), to_primitive=primitive, symprec=SYMMETRY)
-    except (TypeError, spglib.SpglibError) as error:
-        raise Failed(f"spglib finds no symmetry in {structure_names([atoms])[0]}") from error
+        found = spglib.standardize_cell(spglib_cell(atoms), to_primitive=primitive, symprec=SYMMETRY)
+    except spglib.SpglibError:
+        found = None
+    if found is None:
+        raise Failed(f"spglib finds no symmetry in {structure_names([atoms])[0]}")
+    cell, positions, numbers = found
     return Atoms(numbers, cell=cell, scaled_positions=positions, pbc=True, info={"name": structure_names([atoms])[0]})
 
 

@@ -9,13 +9,17 @@ from ase import Atoms
 
 from gpmlp.core.errors import UserError, check_choice
 from gpmlp.io.recipe_files import validate_as
+from gpmlp.properties.defects import Interstitials, Vacancies
 from gpmlp.properties.elastic import ElasticConstants
 from gpmlp.properties.equation_of_state import EquationOfState
 from gpmlp.properties.lattice import LatticeConstants
+from gpmlp.properties.molecules import Frequencies
 from gpmlp.properties.phases import PhaseEnergies
 from gpmlp.properties.phonons import Phonons
 from gpmlp.properties.plan import Calculation
 from gpmlp.properties.quasi_harmonic import QuasiHarmonic
+from gpmlp.properties.scans import Dimers, Torsions
+from gpmlp.properties.surfaces import AdsorptionEnergies, SurfaceEnergies
 
 CALCULATIONS: dict[str, type[Calculation]] = {
     kind.name: kind
@@ -26,6 +30,13 @@ CALCULATIONS: dict[str, type[Calculation]] = {
         PhaseEnergies,
         Phonons,
         QuasiHarmonic,
+        Vacancies,
+        Interstitials,
+        SurfaceEnergies,
+        AdsorptionEnergies,
+        Frequencies,
+        Torsions,
+        Dimers,
     )
 }  # fmt: skip
 

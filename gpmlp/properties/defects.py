@@ -15,8 +15,8 @@ from scipy.spatial import Voronoi, cKDTree
 
 from gpmlp.core.errors import check_choice
 from gpmlp.properties.bulk import Bulk, InLattice, crystal_system, inequivalent_sites, is_crystal, symmetry
-from gpmlp.properties.plan import Calculation, Failed, Outputs, Plan, Point
-from gpmlp.properties.surface import Surface, structure_names
+from gpmlp.properties.plan import Calculation, Outputs, Plan
+from gpmlp.properties.surface import Failed, Point, Surface, structure_names
 
 SMALLEST = 8.0  # A, of a supercell on a surface without a reach
 TOUCHING = 1.05  # distances to the nearest atom of a hole; who is nearer than that is its neighbour
@@ -75,7 +75,9 @@ class _PointDefects(Calculation):
         if not hosts:
             return f"{', '.join(structure_names(structures))}: no crystal (periodic in three directions) is among them"
         for host in hosts:
-            lacking = sorted(self._species(host) - (references.keys() | ({*host.numbers} if _is_element(host) else set())))
+            lacking = sorted(
+                self._species(host) - (references.keys() | ({*host.numbers} if _is_element(host) else set()))
+            )
             if lacking:
                 symbols = " and ".join(chemical_symbols[z] for z in lacking)
                 return (

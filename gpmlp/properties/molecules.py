@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from ase import Atoms, units
 from pydantic import Field
 
-from gpmlp.properties.plan import Calculation, Failed, Outputs, Plan, Point
-
-if TYPE_CHECKING:
-    from gpmlp.properties.surface import Surface
+from gpmlp.properties.plan import Calculation, Outputs, Plan
+from gpmlp.properties.surface import Failed, Point, Surface, structure_names
 
 # energy of a quantum, eV, of a mode whose curvature is 1 eV/A^2 per amu
 QUANTUM = units._hbar * 1e10 / np.sqrt(units._e * units._amu)
@@ -24,8 +22,9 @@ PUSH = 0.1  # A, by which
 class Frequencies(Calculation):
     """Harmonic frequencies of a molecule at a minimum, rising, in cm^-1, and its zero-point energy.
 
-    Structures are the minimum of the mean and displacements +-s along each of its modes q_i. On another surface, with forces g in mass-weighted
-    modes, H_ij from the odd and the cubic constants T_iik from the even part of the displaced forces, the minimum lies at u = H^-1 g_0 and
+    Structures are the minimum of the mean and displacements +-s along each of its modes q_i. On another surface, with forces g in
+    mass-weighted modes, H_ij from the odd and the cubic constants T_iik from the even part of the displaced forces, the minimum lies at
+    u = H^-1 g_0 and
 
         H_ii <- H_ii + sum_k T_iik u_k,    H_ij <- H_ij + T_iij u_i + T_jji u_j
 
@@ -37,18 +36,18 @@ class Frequencies(Calculation):
     step: float = Field(0.01, gt=0, le=0.2)  # A, length of a displacement of all atoms together
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
-        for atoms in structures:
+        for atoms, name in zip(structures, structure_names(structures), strict=True):
             if atoms.pbc.any():
-                return f"{atoms.info['name']} is periodic; frequencies are of isolated molecules (phonons of crystals)"
+                return f"{name} is periodic; frequencies are of isolated molecules (phonons of crystals)"
             if len(atoms) < 2:
-                return f"{atoms.info['name']} is a single atom, which has no vibration"
+                return f"{name} is a single atom, which has no vibration"
             if atoms.constraints:
-                return f"{atoms.info['name']} is under constraints, so that its vibrations are not those of the molecule"
+                return f"{name} is under constraints, so that its vibrations are not those of the molecule"
         return ""
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         atoms, modes = relax_to_minimum(surface, structures[0])
-        name = atoms.info["name"]
+        (name,) = structure_names([atoms])
         lengths = self.step / np.linalg.norm(modes.displacements, axis=1)
         made = [atoms]
         for k, (displacement, length) in enumerate(zip(modes.displacements, lengths, strict=True), 1):
@@ -78,7 +77,7 @@ class Frequencies(Calculation):
 
 @dataclass(frozen=True, eq=False)
 class Modes:
-    """Normal modes of a molecule: curvatures (m,) eV/(A^2 amu), rising; displacements (m, 3n) A per unit of the mass-weighted coordinate."""
+    """Normal modes: curvatures (m,) eV/(A^2 amu), rising; displacements (m, 3n), A for a unit of the mass-weighted coordinate."""
 
     curvatures: np.ndarray
     displacements: np.ndarray
@@ -108,16 +107,14 @@ def relax_to_minimum(surface: Surface, atoms: Atoms) -> tuple[Atoms, Modes]:
     Raises:
         Failed: no minimum was reached.
     """
-    name = atoms.info["name"]
     for _ in range(AGAIN):
         atoms = surface.relax(atoms)
         modes = normal_modes(surface, atoms)
         if modes.curvatures[0] > 0:
-            atoms.info["name"] = name
             return atoms, modes
         push = modes.displacements[0].reshape(-1, 3)
         atoms.positions += PUSH * push / np.linalg.norm(push)
-    raise Failed(f"{name} has no minimum here: {AGAIN} relaxations ended on saddles")
+    raise Failed(f"{structure_names([atoms])[0]} has no minimum here: {AGAIN} relaxations ended on saddles")
 
 
 def curvatures_at_minimum(forces: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -17,8 +17,8 @@ from scipy.interpolate import CubicSpline
 from scipy.sparse.csgraph import connected_components
 
 from gpmlp.properties.molecules import internal_directions
-from gpmlp.properties.plan import Calculation, CurveAxis, Failed, Outputs, Plan, Point
-from gpmlp.properties.surface import LONGEST, Surface, inverse_hessian, structure_names
+from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
+from gpmlp.properties.surface import LONGEST, Failed, Point, Surface, inverse_hessian, structure_names
 
 FREE = 1000.0  # A between atoms that do not feel each other
 CLOSE = 0.6  # of the shortest distance in the training data, or of a bond, is where a curve begins
@@ -66,7 +66,8 @@ class Dimers(Calculation):
                 out |= {f"dimer_{pair}_well_depth": depth, f"dimer_{pair}_bond_length": length}
             return out
 
-        units, about = {}, {}
+        units: dict[str, str] = {}
+        about: dict[str, str] = {}
         for pair in axes:
             units |= {f"dimer_{pair}": "eV", f"dimer_{pair}_well_depth": "eV", f"dimer_{pair}_bond_length": "A"}
             about[f"dimer_{pair}"] = "energy of two atoms alone, less that of the same far apart"
@@ -78,7 +79,9 @@ class Dimers(Calculation):
 
     def _axis(self, surface: Surface, a: int, b: int) -> CurveAxis:
         potential = getattr(surface, "potential", None)
-        shortest = getattr(potential, "report", {}).get("shortest", {}).get(f"{chemical_symbols[a]}-{chemical_symbols[b]}")
+        shortest = (
+            getattr(potential, "report", {}).get("shortest", {}).get(f"{chemical_symbols[a]}-{chemical_symbols[b]}")
+        )
         start = self.closest or CLOSE * (shortest or covalent_radii[a] + covalent_radii[b])
         end = self.farthest or (potential.reach + BEYOND if potential is not None else FAR)
         if end <= start:
@@ -150,11 +153,15 @@ class Torsions(Calculation):
         about: dict[str, str] = {}
         for scan, angles in zip(scans, maxima, strict=True):
             units |= dict.fromkeys((scan.name, *scan.barrier_names(angles)), "eV")
-            about[scan.name] = f"energy about the bond {scan.torsion.label}, {'rigid' if self.rigid else 'all else relaxed'}"
+            about[scan.name] = (
+                f"energy about the bond {scan.torsion.label}, {'rigid' if self.rigid else 'all else relaxed'}"
+            )
             words = (f"top of {about[scan.name]}, at {angle:.0f} degrees, above its lowest point" for angle in angles)
             about |= dict(zip(scan.barrier_names(angles), words, strict=True))
         axis = {scan.name: CurveAxis(scan.angles, "torsion angle", "degrees") for scan in scans}
-        return Plan(tuple(atoms for scan in scans for atoms in scan.structures), evaluate, units, curves=axis, about=about)
+        return Plan(
+            tuple(atoms for scan in scans for atoms in scan.structures), evaluate, units, curves=axis, about=about
+        )
 
 
 @dataclass(frozen=True)
@@ -180,12 +187,12 @@ def rotatable_bonds(atoms: Atoms) -> list[Torsion]:
             continue  # in a ring
         if np.sum(part == part[k]) > np.sum(part == part[j]):
             j, k = k, j  # noqa: PLW2901 - the smaller part turns
-        ends = [_substituent(atoms, bonded, *pair) for pair in ((j, k), (k, j))]
-        if None in ends:
+        before, after = _substituent(atoms, bonded, j, k), _substituent(atoms, bonded, k, j)
+        if before is None or after is None:
             continue
         turning = tuple(int(i) for i in np.flatnonzero(part == part[k]))
         label = "_".join(f"{atoms[int(i)].symbol}{i}" for i in (j, k))
-        found.append(Torsion((int(ends[0]), int(j), int(k), int(ends[1])), turning, label))
+        found.append(Torsion((before, int(j), int(k), after), turning, label))
     return found
 
 
@@ -234,14 +241,18 @@ class _Scan:
             force = points[k].forces.ravel()
             move = compliance @ force
             if (far := float(np.abs(move).max())) > LONGEST:
-                raise Failed(f"atoms move by {far:.2f} A at {self.angles[k]:.0f} degrees, farther than a Newton step reaches")
+                raise Failed(
+                    f"atoms move by {far:.2f} A at {self.angles[k]:.0f} degrees, farther than a Newton step reaches"
+                )
             energies[k] -= 0.5 * force @ move
         return energies
 
     def spline(self, points: Sequence[Point]) -> CubicSpline:
         """Energy against angle, periodic."""
         energies = self.energies(points)
-        return CubicSpline(np.append(self.angles, self.angles[0] + 360), np.append(energies, energies[0]), bc_type="periodic")
+        return CubicSpline(
+            np.append(self.angles, self.angles[0] + 360), np.append(energies, energies[0]), bc_type="periodic"
+        )
 
     def maxima(self, points: Sequence[Point]) -> list[float]:
         """Angles of the maxima of this surface, of different heights, the lowest first."""
@@ -258,7 +269,7 @@ class _Scan:
         return [f"{self.name}_barrier" + ("" if alone else f"_{k}") for k in range(1, len(angles) + 1)]
 
     def outputs(self, points: Sequence[Point], angles: Sequence[float]) -> dict[str, Any]:
-        """Curve and barriers above the lowest point; each barrier is the top nearest to where it was, NaN if there is none within a step."""
+        """Curve and barriers above the lowest point; each barrier is the top nearest to where it was, NaN if that has gone."""
         spline = self.spline(points)
         tops, valleys = _turning_points(spline)
         lowest = float(spline(valleys).min()) if len(valleys) else float(spline(self.angles).min())

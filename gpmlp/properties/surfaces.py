@@ -23,8 +23,8 @@ from gpmlp.properties.bulk import (
     symmetry,
 )
 from gpmlp.properties.equation_of_state import not_a_crystal
-from gpmlp.properties.plan import Calculation, Failed, Outputs, Plan, Point
-from gpmlp.properties.surface import Surface, structure_names
+from gpmlp.properties.plan import Calculation, Outputs, Plan
+from gpmlp.properties.surface import Failed, Point, Surface, structure_names
 
 J_PER_M2 = 16.02176634  # of 1 eV/A^2
 THINNEST = 10.0  # A, of a slab
@@ -76,7 +76,9 @@ class SurfaceEnergies(Calculation):
             output = f"surface_energy_{index}"
             slab = cut_slab(bulk.atoms, plane, thickness, reach + EMPTY)
             if slab is None:
-                about[output] = f"none: every cut of the composition of {name} along this plane has two different faces (is polar)"
+                about[output] = (
+                    f"none: every cut of the composition of {name} along this plane has two different faces (is polar)"
+                )
                 continue
             slab.atoms.info["name"] = f"{name} ({index}) slab"
             relaxed = surface.relax(slab.atoms)
@@ -153,7 +155,9 @@ def _primitive_indices(crystal: Atoms, cell: Atoms, plane: Index) -> np.ndarray:
     parts = 12 * np.linalg.solve(crystal.cell.array.T, cell.cell.array.T).T @ np.array(plane)
     whole = np.rint(parts).astype(int)
     if np.abs(parts - whole).max() > 0.01:
-        raise Failed(f"the primitive cell of {structure_names([crystal])[0]} does not lie in the lattice of the conventional one")
+        raise Failed(
+            f"the primitive cell of {structure_names([crystal])[0]} does not lie in the lattice of the conventional one"
+        )
     return whole // gcd(*(int(k) for k in whole))
 
 
@@ -182,8 +186,8 @@ class AdsorptionEnergies(Calculation):
     """Energy E(slab with adsorbate) - E(slab) - n E(molecule), over n: negative where it binds; all three relaxed in the cells given.
 
     Either the three are given, and known by their composition, or one structure in which tags tell adsorbate (0) from slab, as
-    ase.build.add_adsorbate leaves them. Atoms that are fixed stay so. relax: else the structures are taken as they are (those cut out of one
-    structure too).
+    ase.build.add_adsorbate leaves them. Atoms that are fixed stay so. relax: else the structures are taken as they are, also those that
+    are parts of one.
     """
 
     name: ClassVar[str] = "adsorption"
@@ -205,7 +209,8 @@ class AdsorptionEnergies(Calculation):
         places = {key: k for k, key in enumerate(made)}
         at_rest = tuple(surface.relax(atoms) if self.relax else atoms for atoms in made.values())
         names = {
-            (f"{structure_names(system[:1])[0]}." if len(systems) > 1 else "") + "adsorption_energy": system for system in systems
+            (f"{structure_names(system[:1])[0]}." if len(systems) > 1 else "") + "adsorption_energy": system
+            for system in systems
         }
 
         def evaluate(points: Sequence[Point]) -> Outputs:
