@@ -315,7 +315,7 @@ def _with_task(
     names = tuple(structure_names(plan.structures))
     for name, value in outputs.items():
         nothing = np.full(np.shape(value), np.nan)
-        samples = np.array([nothing if isinstance(each, Failed) else each[name] for each in found])
+        samples = np.array([nothing if isinstance(each, Failed) else each.get(name, nothing) for each in found])
         full_name, unit, about = task.prefix + name, plan.units[name], plan.about.get(name, "")
         if name in plan.curves:
             axis, value = plan.curves[name], np.asarray(value, dtype=float)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations_with_replacement
 from typing import Any, ClassVar
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixInternals
 from ase.data import chemical_symbols, covalent_radii
 from ase.geometry import get_dihedrals_derivatives
+from ase.optimize import BFGS
 from pydantic import Field
 from scipy.interpolate import CubicSpline
 from scipy.sparse.csgraph import connected_components
@@ -27,7 +31,9 @@ FAR = 6.0  # A, where there is no reach
 BOND = 1.2  # sums of covalent radii; atoms that are farther apart are not bonded
 STRAIGHT = 170.0  # degrees; a bond angle beyond that leaves a torsion without a meaning
 SAME = 2e-3  # eV; barriers that differ by less are one
-FMAX = 5e-3  # eV/A, of relaxations at a fixed torsion angle
+FMAX = 2e-3  # eV/A, of relaxations at a fixed torsion angle
+AT_REST = 2 * FMAX
+STEPS = 200  # of these
 SIDE = 1e-6  # degrees, of what counts as half a turn
 
 
@@ -105,9 +111,9 @@ class Torsions(Calculation):
     """Energy of a molecule against the angle of each bond that it can turn about, and the barriers of that.
 
     A bond joins atoms nearer than 1.2 sums of covalent radii; it can be turned about if it is in no ring, has other atoms on both ends and
-    these do not lie straight behind it. From a minimum the smaller end is turned in steps, either way, and all else is relaxed at each
-    angle. Barriers are the maxima of a periodic cubic spline above its lowest point. On another surface the structures take one Newton
-    step in the directions that leave the angle as it is.
+    these do not lie straight behind it. From a minimum the smaller end is turned in steps, and all else is relaxed at each angle.
+    Barriers are the maxima of a periodic cubic spline above its lowest point, the highest first. On another surface the structures
+    take one Newton step in the directions that leave the angle as it is.
 
     step: degrees; rigid: nothing is relaxed; bonds: pairs of atoms, counted from 0, instead of all.
     """
@@ -204,41 +210,48 @@ def _substituent(atoms: Atoms, bonded: np.ndarray, of: int, other: int) -> int |
 
 @dataclass(frozen=True, eq=False)
 class _Scan:
-    """Structures of one torsion, from -180 to 180 degrees off the minimum, and (but for a rigid one) their compliances at fixed angle."""
+    """Structures of one torsion, by their angles, and (but for a rigid one) the surface that they are at rest on."""
 
     name: str
     torsion: Torsion
     angles: np.ndarray
     structures: tuple[Atoms, ...]
-    compliances: tuple[np.ndarray, ...]
+    surface: Surface | None
 
     @staticmethod
     def on(surface: Surface, rest: Atoms, torsion: Torsion, step: float, rigid: bool) -> _Scan:
+        """The smaller end is turned rigidly from the minimum to each angle, all else relaxed from there."""
         begin = rest.get_dihedral(*torsion.atoms)
-        n = int(np.ceil(180 / step))
-        turns = np.linspace(-180, 180, 2 * n + 1)
-        made: dict[int, Atoms] = {n: rest.copy()}
-        for side in (1, -1):
-            for k in range(1, n + (side > 0)):  # -180 and 180 are one structure
-                before = made[n + side * (k - 1)]
-                made[n + side * k] = _turned(surface, before, torsion, begin + turns[n + side * k], rigid)
-        if not rigid:  # half a turn can be reached from both sides
-            other = _turned(surface, made[1], torsion, begin + 180, rigid)
-            made[2 * n] = min(made[2 * n], other, key=lambda atoms: surface.points([atoms])[0].energy)
-        structures = tuple(made[k] for k in range(1, 2 * n + 1))
-        angles = (begin + turns[1:] + 180) % 360 - 180
-        order = np.argsort(angles)
-        structures = tuple(structures[k] for k in order)
-        for k, atoms in zip(order, structures, strict=True):
-            atoms.info["name"] = f"{structure_names([rest])[0]} {torsion.label} {angles[k]:.0f} degrees"
-        compliances = () if rigid else tuple(_fixed_angle_compliance(surface, atoms, torsion) for atoms in structures)
-        return _Scan(f"torsion_{torsion.label}", torsion, angles[order], structures, compliances)
+        n = int(np.ceil(360 / step))
+        angles = np.sort((begin + 360 * np.arange(n) / n + 180) % 360 - 180)
+        made = []
+        for angle in angles:
+            made.append(rest.copy())
+            made[-1].info["name"] = f"{structure_names([rest])[0]} {torsion.label} {angle:.0f} degrees"
+            made[-1].set_dihedral(*torsion.atoms, angle, indices=torsion.turning)
+        if not rigid:
+            made = _relax_at_angles(surface, made, torsion, angles)
+        return _Scan(f"torsion_{torsion.label}", torsion, angles, tuple(made), None if rigid else surface)
+
+    @cached_property
+    def compliances(self) -> tuple[np.ndarray, ...]:
+        """(3n, 3n) of each structure, at fixed angle; of no use on the surface itself, so made when another one needs them."""
+        if self.surface is None:
+            return ()
+        out = []
+        for atoms in self.structures:
+            project = _angle_projection(atoms, self.torsion)
+            out.append(inverse_hessian(project @ self.surface.hessian(atoms) @ project))
+        return tuple(out)
 
     def energies(self, points: Sequence[Point]) -> np.ndarray:
         """Of the structures at rest on another surface at the same angle."""
         energies = np.array([point.energy for point in points])
-        for k, compliance in enumerate(self.compliances):
-            force = points[k].forces.ravel()
+        pairs = zip(self.structures, points, strict=True)
+        forces = [_angle_projection(atoms, self.torsion) @ point.forces.ravel() for atoms, point in pairs]
+        if np.abs(forces).max() < AT_REST:
+            return energies
+        for k, (force, compliance) in enumerate(zip(forces, self.compliances, strict=False)):
             move = compliance @ force
             if (far := float(np.abs(move).max())) > LONGEST:
                 raise Failed(
@@ -255,18 +268,17 @@ class _Scan:
         )
 
     def maxima(self, points: Sequence[Point]) -> list[float]:
-        """Angles of the maxima of this surface, of different heights, the lowest first."""
+        """Angles of the maxima of this surface, of different heights, the highest first."""
         spline = self.spline(points)
         tops, _ = _turning_points(spline)
         distinct: list[float] = []
-        for angle in sorted(tops, key=lambda a: float(spline(a))):
-            if not distinct or spline(angle) - spline(distinct[-1]) > SAME:
+        for angle in sorted(tops, key=lambda a: -float(spline(a))):
+            if not distinct or spline(distinct[-1]) - spline(angle) > SAME:
                 distinct.append(float(angle))
         return distinct
 
     def barrier_names(self, angles: Sequence[float]) -> list[str]:
-        alone = len(angles) == 1
-        return [f"{self.name}_barrier" + ("" if alone else f"_{k}") for k in range(1, len(angles) + 1)]
+        return [f"{self.name}_barrier" + (f"_{k}" if k > 1 else "") for k in range(1, len(angles) + 1)]
 
     def outputs(self, points: Sequence[Point], angles: Sequence[float]) -> dict[str, Any]:
         """Curve and barriers above the lowest point; each barrier is the top nearest to where it was, NaN if that has gone."""
@@ -289,20 +301,38 @@ def _turning_points(spline: CubicSpline) -> tuple[np.ndarray, np.ndarray]:
     return roots[bend < 0], roots[bend > 0]
 
 
-def _turned(surface: Surface, atoms: Atoms, torsion: Torsion, angle: float, rigid: bool) -> Atoms:
-    """The molecule with another torsion angle, all else at rest (or as it was)."""
-    moved = atoms.copy()
-    moved.set_dihedral(*torsion.atoms, angle, indices=torsion.turning)
-    if rigid:
-        return moved
-    moved.set_constraint(FixInternals(dihedrals_deg=[[angle % 360, list(torsion.atoms)]]))
-    moved = surface.relax(moved, fmax=FMAX)
-    moved.set_constraint()
+def _relax_at_angles(
+    surface: Surface, structures: Sequence[Atoms], torsion: Torsion, angles: np.ndarray
+) -> list[Atoms]:
+    """All else at rest at given angles: ASE's optimizers side by side, so that each step of all of them is one batch.
+
+    Raises:
+        Failed: one is not at rest after STEPS steps.
+    """
+    moved = [atoms.copy() for atoms in structures]
+    for atoms, angle in zip(moved, angles, strict=True):
+        atoms.set_constraint(FixInternals(dihedrals_deg=[[angle % 360, list(torsion.atoms)]]))
+    optimizers = [BFGS(atoms, logfile=os.devnull) for atoms in moved]
+    moving = list(range(len(moved)))
+    for _ in range(STEPS):
+        points = surface.points([moved[k] for k in moving])
+        for k, point in zip(moving, points, strict=True):
+            moved[k].calc = SinglePointCalculator(moved[k], energy=point.energy, forces=point.forces)
+        moving = [k for k in moving if np.linalg.norm(moved[k].get_forces(), axis=1).max() > FMAX]
+        if not moving:
+            break
+        for k in moving:
+            optimizers[k].step()
+    if moving:
+        raise Failed(f"{moved[moving[0]].info['name']} is not at rest after {STEPS} steps at fixed angle")
+    for atoms in moved:
+        atoms.calc = None
+        atoms.set_constraint()
     return moved
 
 
-def _fixed_angle_compliance(surface: Surface, atoms: Atoms, torsion: Torsion) -> np.ndarray:
-    """(3n, 3n) pseudo-inverse of the force constants in directions that leave the torsion angle, and the molecule as a whole."""
+def _angle_projection(atoms: Atoms, torsion: Torsion) -> np.ndarray:
+    """(3n, 3n) onto directions that leave the torsion angle, and the molecule as a whole."""
     vectors = np.diff(atoms.positions[list(torsion.atoms)], axis=0)[:, None]
     turn = np.zeros((len(atoms), 3))
     turn[list(torsion.atoms)] = get_dihedrals_derivatives(*vectors)[0]
@@ -310,6 +340,4 @@ def _fixed_angle_compliance(surface: Surface, atoms: Atoms, torsion: Torsion) ->
     equal = atoms.copy()
     equal.set_masses(np.ones(len(atoms)))
     inside = internal_directions(equal)
-    project = inside @ inside.T
-    project -= np.outer(unit, unit)  # an angle does not change when the molecule moves or turns
-    return inverse_hessian(project @ surface.hessian(atoms) @ project)
+    return inside @ inside.T - np.outer(unit, unit)  # an angle does not change when the molecule moves or turns
