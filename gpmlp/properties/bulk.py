@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import spglib
 from ase import Atoms
 from ase.geometry import find_mic
 
 from gpmlp.core.units import VOIGT_INDEX
+from gpmlp.properties.lattice_dynamics import SYMMETRY, standard_cell
 from gpmlp.properties.surface import Failed, Point, Surface, inverse_hessian, strained, structure_names, voigt
 
 FMAX = 5e-4  # eV/A, of the crystal, whose energy counts many times
 STRAIN = 2e-3  # of finite differences of stress
-SYMMETRY = 1e-3  # A, within which a relaxed crystal has its symmetry
 NEAR = 0.05  # A, within which two sites are one
 
 
@@ -45,11 +44,9 @@ class Bulk:
         Raises:
             Failed: it does not come to rest, or its lattice is not stable.
         """
-        name = structure_names([start])[0]
         if not is_crystal(start):
             return Bulk(surface.relax(start), np.zeros((6, 6)))
         atoms = conventional(surface.relax(conventional(start), "full", FMAX))
-        atoms.info["name"] = name
         ions = inverse_hessian(surface.hessian(atoms))
         strains = [sign * STRAIN * unit for unit in np.eye(6) for sign in (1, -1)]
         moved = surface.relax_ions([strained(atoms, strain) for strain in strains], ions)
@@ -57,7 +54,7 @@ class Bulk:
         stiffness = (stress[:, 0] - stress[:, 1]) / (2 * STRAIN)
         values = np.linalg.eigvalsh((stiffness + stiffness.T) / 2)
         if values[0] <= 0:
-            raise Failed(f"{name} is not stable: a strain lowers its energy")
+            raise Failed(f"{structure_names([start])[0]} is not stable: a strain lowers its energy")
         return Bulk(atoms, np.linalg.inv((stiffness + stiffness.T) / 2))
 
     def strain(self, point: Point) -> np.ndarray:
@@ -93,42 +90,38 @@ def is_crystal(atoms: Atoms) -> bool:
     return bool(atoms.pbc.all() and atoms.cell.rank == 3)
 
 
-def spglib_cell(atoms: Atoms) -> Any:
-    """The crystal as spglib takes it."""
-    return atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers
-
-
 def conventional(atoms: Atoms) -> Atoms:
-    """The conventional cell in its standard orientation.
+    """The conventional cell in its standard orientation. Raises as standard_cell."""
+    bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True, info={"name": structure_names([atoms])[0]})
+    return standard_cell(bare)  # masses have no say here
+
+
+def primitive(crystal: Atoms) -> Atoms:
+    """The primitive cell of a conventional one, in its orientation."""
+    import spglib
+
+    found = spglib.standardize_cell(_for_spglib(crystal), to_primitive=True, symprec=SYMMETRY)
+    assert found is not None  # as there is a conventional cell
+    cell, positions, numbers = found
+    return Atoms(numbers, cell=cell, scaled_positions=positions, pbc=True, info=dict(crystal.info))
+
+
+def symmetry(atoms: Atoms) -> Any:
+    """spglib's dataset: space group, operations and equivalent atoms.
 
     Raises:
-        Failed: spglib finds no symmetry, as where atoms lie on each other.
+        Failed: there is none.
     """
-    return _standard(atoms, primitive=False)
+    import spglib
 
-
-def primitive(atoms: Atoms) -> Atoms:
-    """The primitive cell, in the orientation of the conventional one. Raises as `conventional`."""
-    return _standard(atoms, primitive=True)
-
-
-def _standard(atoms: Atoms, primitive: bool) -> Atoms:
-    try:
-        found = spglib.standardize_cell(spglib_cell(atoms), to_primitive=primitive, symprec=SYMMETRY)
-    except spglib.SpglibError:
-        found = None
-    if found is None:
-        raise Failed(f"spglib finds no symmetry in {structure_names([atoms])[0]}")
-    cell, positions, numbers = found
-    return Atoms(numbers, cell=cell, scaled_positions=positions, pbc=True, info={"name": structure_names([atoms])[0]})
-
-
-def symmetry(atoms: Atoms) -> spglib.SpglibDataset:
-    """Space group, operations and equivalent atoms of a crystal. Raises as `conventional`."""
-    dataset = spglib.get_symmetry_dataset(spglib_cell(atoms), symprec=SYMMETRY)
+    dataset = spglib.get_symmetry_dataset(_for_spglib(atoms), symprec=SYMMETRY)
     if dataset is None:
         raise Failed(f"spglib finds no symmetry in {structure_names([atoms])[0]}")
     return dataset
+
+
+def _for_spglib(atoms: Atoms) -> Any:
+    return atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers
 
 
 def crystal_system(number: int) -> str:

@@ -15,10 +15,10 @@ from scipy.spatial import Voronoi, cKDTree
 
 from gpmlp.core.errors import check_choice
 from gpmlp.properties.bulk import Bulk, InLattice, crystal_system, inequivalent_sites, is_crystal, symmetry
+from gpmlp.properties.lattice_dynamics import missing_library, supercell_repeats
 from gpmlp.properties.plan import Calculation, Outputs, Plan
 from gpmlp.properties.surface import Failed, Point, Surface, structure_names
 
-SMALLEST = 8.0  # A, of a supercell on a surface without a reach
 TOUCHING = 1.05  # distances to the nearest atom of a hole; who is nearer than that is its neighbour
 APART = 0.8  # of the distance of nearest neighbours, between the two atoms of a dumbbell before it is relaxed
 RIGHT = 0.3  # cosine below which two directions count as at right angles
@@ -63,6 +63,7 @@ class _PointDefects(Calculation):
     several: ClassVar[bool] = True
 
     supercell: float | None = Field(None, gt=0)
+    most_atoms: int = Field(250, ge=1)
     species: tuple[str, ...] | None = None
     rattle: float = Field(0.0, ge=0, le=0.2)
 
@@ -71,6 +72,8 @@ class _PointDefects(Calculation):
         raise NotImplementedError
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
+        if why := missing_library():
+            return why
         hosts, references = _hosts_and_references(structures)
         if not hosts:
             return f"{', '.join(structure_names(structures))}: no crystal (periodic in three directions) is among them"
@@ -132,16 +135,15 @@ class _PointDefects(Calculation):
         return Plan(tuple(made), evaluate, dict.fromkeys(about, "eV"), {k: k for k in range(len(made))}, about=about)
 
     def _supercell(self, surface: Surface, crystal: Atoms) -> Atoms:
-        reach = getattr(getattr(surface, "potential", None), "reach", SMALLEST / 2)
-        heights = 1 / np.linalg.norm(crystal.cell.reciprocal(), axis=1)
-        return crystal.repeat(np.ceil((self.supercell or 2 * reach) / heights - EDGE).astype(int))
+        reach = self.supercell / 2 if self.supercell else getattr(getattr(surface, "potential", None), "reach", None)
+        return crystal.repeat(supercell_repeats(crystal, reach, self.most_atoms))
 
 
 class Vacancies(_PointDefects):
     """Formation energies of vacancies, one for each site that symmetry does not relate to another.
 
-    supercell: A, distance from a defect to its image, else twice the model's reach; species: of the atoms taken out, else all; rattle: A,
-    random displacements before the relaxation, which lets a vacancy leave its symmetry.
+    supercell: A, distance from a defect to its image, else twice the model's reach, with most_atoms at most; species: of the atoms taken
+    out, else all; rattle: A, random displacements before the relaxation, which lets a vacancy leave its symmetry.
     """
 
     name: ClassVar[str] = "vacancy"
@@ -161,8 +163,8 @@ class Interstitials(_PointDefects):
     """Formation energies of interstitial atoms: in the largest holes of a crystal, and as dumbbells that share a site.
 
     Holes are the corners of Voronoi's cells; a dumbbell takes the place of an atom of its own species, along directions of low index.
-    supercell, species, rattle as of vacancies; kinds: which are made; holes: how many of those that symmetry does not relate, the largest
-    first; sites: scaled positions in the conventional cell, instead of holes and dumbbells.
+    supercell, most_atoms, species, rattle as of vacancies; kinds: which are made; holes: how many of those that symmetry does not relate,
+    the largest first; sites: scaled positions in the conventional cell, instead of holes and dumbbells.
     """
 
     name: ClassVar[str] = "interstitial"

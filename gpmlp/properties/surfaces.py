@@ -14,15 +14,9 @@ from ase.build.general_surface import build
 from ase.geometry import find_mic
 from pydantic import Field
 
-from gpmlp.properties.bulk import (
-    SYMMETRY,
-    Bulk,
-    InLattice,
-    crystal_system,
-    primitive,
-    symmetry,
-)
+from gpmlp.properties.bulk import Bulk, InLattice, crystal_system, primitive, symmetry
 from gpmlp.properties.equation_of_state import not_a_crystal
+from gpmlp.properties.lattice_dynamics import SYMMETRY, missing_library
 from gpmlp.properties.plan import Calculation, Outputs, Plan
 from gpmlp.properties.surface import Failed, Point, Surface, structure_names
 
@@ -59,7 +53,7 @@ class SurfaceEnergies(Calculation):
     def refusal(self, structures: Sequence[Atoms]) -> str:
         if any(not any(plane) for plane in self.planes or ()):
             return "the Miller indices 0 0 0 are no plane"
-        return not_a_crystal(structures)
+        return missing_library() or not_a_crystal(structures)
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
@@ -196,7 +190,7 @@ class AdsorptionEnergies(Calculation):
     relax: bool = True
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
-        if not _adsorbed(structures):
+        if not adsorption_systems(structures):
             return (
                 "an adsorption energy needs a slab with an adsorbate, the slab and the molecule, or one structure whose tags are 0 for the "
                 "adsorbate and greater for the slab"
@@ -204,7 +198,7 @@ class AdsorptionEnergies(Calculation):
         return ""
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
-        systems = _adsorbed(structures)
+        systems = adsorption_systems(structures)
         made: dict[int, Atoms] = {id(atoms): atoms for system in systems for atoms in system}
         places = {key: k for k, key in enumerate(made)}
         at_rest = tuple(surface.relax(atoms) if self.relax else atoms for atoms in made.values())
@@ -229,7 +223,7 @@ class AdsorptionEnergies(Calculation):
         return Plan(at_rest, evaluate, dict.fromkeys(names, "eV"), relaxed, about=about)
 
 
-def _adsorbed(structures: Sequence[Atoms]) -> list[tuple[Atoms, Atoms, Atoms]]:
+def adsorption_systems(structures: Sequence[Atoms]) -> list[tuple[Atoms, Atoms, Atoms]]:
     """(slab with adsorbate, slab, molecule), each once."""
     found = [_split_by_tags(atoms) for atoms in structures if 0 < np.sum(atoms.get_tags() == 0) < len(atoms)]
     parts = [(atoms, Counter(atoms.numbers.tolist())) for atoms in structures]
