@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixInternals
 from ase.data import chemical_symbols, covalent_radii
 from ase.geometry import get_dihedrals_derivatives
 from ase.optimize import BFGS
@@ -221,9 +220,8 @@ class _Scan:
     @staticmethod
     def on(surface: Surface, rest: Atoms, torsion: Torsion, step: float, rigid: bool) -> _Scan:
         """The smaller end is turned rigidly from the minimum to each angle, all else relaxed from there."""
-        begin = rest.get_dihedral(*torsion.atoms)
         n = int(np.ceil(360 / step))
-        angles = np.sort((begin + 360 * np.arange(n) / n + 180) % 360 - 180)
+        angles = -180 + 360 * np.arange(n) / n
         made = []
         for angle in angles:
             made.append(rest.copy())
@@ -310,25 +308,23 @@ def _relax_at_angles(
         Failed: one is not at rest after STEPS steps.
     """
     moved = [atoms.copy() for atoms in structures]
-    for atoms, angle in zip(moved, angles, strict=True):
-        atoms.set_constraint(FixInternals(dihedrals_deg=[[angle % 360, list(torsion.atoms)]]))
     optimizers = [BFGS(atoms, logfile=os.devnull) for atoms in moved]
     moving = list(range(len(moved)))
     for _ in range(STEPS):
         points = surface.points([moved[k] for k in moving])
+        pushed = []
         for k, point in zip(moving, points, strict=True):
-            moved[k].calc = SinglePointCalculator(moved[k], energy=point.energy, forces=point.forces)
-        moving = [k for k in moving if np.linalg.norm(moved[k].get_forces(), axis=1).max() > FMAX]
-        if not moving:
-            break
-        for k in moving:
-            optimizers[k].step()
-    if moving:
-        raise Failed(f"{moved[moving[0]].info['name']} is not at rest after {STEPS} steps at fixed angle")
-    for atoms in moved:
-        atoms.calc = None
-        atoms.set_constraint()
-    return moved
+            force = _angle_projection(moved[k], torsion) @ point.forces.ravel()
+            if np.abs(force).max() > FMAX:
+                moved[k].calc = SinglePointCalculator(moved[k], energy=point.energy, forces=force.reshape(-1, 3))
+                optimizers[k].step()
+                moved[k].calc = None
+                moved[k].set_dihedral(*torsion.atoms, angles[k], indices=torsion.turning)
+                pushed.append(k)
+        if not pushed:
+            return moved
+        moving = pushed
+    raise Failed(f"{moved[moving[0]].info['name']} is not at rest after {STEPS} steps at fixed angle")
 
 
 def _angle_projection(atoms: Atoms, torsion: Torsion) -> np.ndarray:
