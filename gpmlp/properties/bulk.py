@@ -11,11 +11,10 @@ from ase import Atoms
 from ase.geometry import find_mic
 
 from gpmlp.core.units import VOIGT_INDEX
+from gpmlp.properties.equation_of_state import FMAX
 from gpmlp.properties.lattice_dynamics import SYMMETRY, standard_cell
-from gpmlp.properties.surface import Failed, Point, Surface, inverse_hessian, strained, structure_names, voigt
+from gpmlp.properties.surface import Failed, Point, Surface, inverse_hessian, structure_names, voigt
 
-FMAX = 5e-4  # eV/A, of the crystal, whose energy counts many times
-STRAIN = 2e-3  # of finite differences of stress
 NEAR = 0.05  # A, within which two sites are one
 
 
@@ -47,11 +46,8 @@ class Bulk:
         if not is_crystal(start):
             return Bulk(surface.relax(start), np.zeros((6, 6)))
         atoms = conventional(surface.relax(conventional(start), "full", FMAX))
-        ions = inverse_hessian(surface.hessian(atoms))
-        strains = [sign * STRAIN * unit for unit in np.eye(6) for sign in (1, -1)]
-        moved = surface.relax_ions([strained(atoms, strain) for strain in strains], ions)
-        stress = voigt(np.array([point.stress for point in surface.points(moved)])).reshape(6, 2, 6)
-        stiffness = (stress[:, 0] - stress[:, 1]) / (2 * STRAIN)
+        answer, clamped = surface.strain_response(atoms)
+        stiffness = clamped - answer @ inverse_hessian(surface.hessian(atoms)) @ answer.T / atoms.get_volume()
         values = np.linalg.eigvalsh((stiffness + stiffness.T) / 2)
         if values[0] <= 0:
             raise Failed(f"{structure_names([start])[0]} is not stable: a strain lowers its energy")
