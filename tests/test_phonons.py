@@ -178,6 +178,20 @@ def test_unstable_crystals_have_no_free_energy():
         exact_properties(surface, bulk("Cu", "bcc", a=2.9), [QuasiHarmonic(supercell=(3, 3, 3))])
 
 
+def test_a_calculator_is_asked_once_for_each_structure():
+    """Planning needs force constants, and so does the result; an oracle is dear."""
+    asked = []
+
+    class Counting(Pressed):
+        def calculate(self, atoms=None, properties=("energy",), system_changes=tuple(all_changes)) -> None:
+            if len(atoms) > 4:
+                asked.append(atoms.positions.tobytes() + atoms.cell.array.tobytes())
+            super().calculate(atoms, properties, system_changes)
+
+    exact_properties(Surface.of_calculator(Counting(0.0)), bulk("Cu"), [Phonons(**SMALL)])
+    assert len(asked) == len(set(asked)) == 4  # two volumes, with and without a displacement
+
+
 def test_polar_crystals_are_said_to_lack_their_field():
     surface = Surface.of_calculator(EMT())
     alloy = bulk("Cu", cubic=True)

@@ -232,7 +232,7 @@ def _about(outputs: _Outputs, cell: Atoms, lowest: float, share: float) -> Mappi
     about = {}
     for name, (_, group) in outputs.special.items():
         point = _written(name.split("_", 1)[1].rsplit("_", 1)[0])
-        branches = f"branch {group[0] + 1}" if len(group) == 1 else f"branches {group[0] + 1} to {group[-1] + 1}"
+        branches = f"branch {group[0] + 1}" if len(group) == 1 else f"branches {group[0] + 1}–{group[-1] + 1}"
         about[name] = f"{branches} at {point}, from below"
     about |= {
         "phonon_bands": f"from supercells of {n} atoms{polar}{unstable}",

@@ -154,12 +154,18 @@ class _CalculatorSurface(Surface):
 
     def __init__(self, calculator: Any) -> None:
         self._calculator = calculator
+        self._known: dict[bytes, Point] = {}
 
     def calculator(self) -> Any:
         return self._calculator
 
     def points(self, structures: Sequence[Atoms]) -> list[Point]:
-        return [self._point(atoms) for atoms in structures]
+        """What was asked before is not asked again: calculators may be dear."""
+        for atoms in structures:
+            key = _state(atoms)
+            if key not in self._known:
+                self._known[key] = self._point(atoms)
+        return [self._known[_state(atoms)] for atoms in structures]
 
     def novelty(self, structures: Sequence[Atoms]) -> None:
         return None
@@ -172,6 +178,12 @@ class _CalculatorSurface(Surface):
         if asked.cell.rank == 3 and asked.pbc.any():
             stress = asked.get_stress(voigt=True, apply_constraint=False)[np.array(VOIGT_INDEX)]
         return Point(float(asked.get_potential_energy()), np.array(forces), stress)
+
+
+def _state(atoms: Atoms) -> bytes:
+    """What a Point depends on."""
+    arrays = atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, atoms.get_initial_charges()
+    return b"".join(np.ascontiguousarray(each).tobytes() for each in (*arrays, atoms.get_initial_magnetic_moments()))
 
 
 def inverse_hessian(hessian: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 REACH = 1.645  # standard deviations of a 90 % interval
 STEEPEST = 8.0  # times the range of three quarters of a curve; what lies above is cut off
-WIDE = 7.4  # inches, of bands with many points
+WIDE = 6.2  # inches, of bands with many points
 
 
 def curve_picture(curve: PropertyCurve) -> Picture:
@@ -55,6 +55,8 @@ def _paint_curve(axes: Axes, curve: PropertyCurve) -> None:
     if limit is not None:
         low = float(np.nanmin(curve.value))
         axes.set_ylim(low - 0.05 * (limit - low), limit)
+    elif curve.unit.startswith("1/") and np.nanmin(curve.value) >= 0:  # a density, whose interval may reach below
+        axes.set_ylim(0, None)
     axes.set(
         xlabel=_with_unit(curve.x_label, curve.x_unit),
         ylabel=_with_unit("", curve.unit),

@@ -246,7 +246,9 @@ def _calculation(value: PropertyValue) -> str:
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") or not text else ".")
+    """With a capital, unless it begins with a symbol, and a full stop."""
+    symbol = len(text.partition(" ")[0]) == 1
+    return (text if symbol else text[:1].upper() + text[1:]) + ("" if text.endswith(".") or not text else ".")
 
 
 def _slug(name: str) -> str:

@@ -9,7 +9,11 @@ WORDS = {
     "eos": "Equation of state",
     "phonon_dos": "Phonon density of states",
     "gruneisen_parameter": "Grüneisen parameter",
+    "elastic": "Elastic constants",
+    "lattice": "Lattice constants",
+    "quasi_harmonic": "Quasi-harmonic approximation",
 }
+PEOPLE = re.compile(r"\b(voigt|reuss|hill|young|poisson)\b")
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -18,6 +22,7 @@ def named_in_words(name: str) -> str:
     structure, _, name = name.rpartition(".")
     stem, at, kelvin = name.rpartition("_") if re.search(r"_[0-9.]+K$", name) else (name, "", "")
     words = WORDS.get(stem, stem.replace("_", " ")).replace("GAMMA", "Γ") + (f", {kelvin[:-1]} K" if at else "")
+    words = PEOPLE.sub(lambda found: found[0].capitalize(), words)
     return words[:1].upper() + words[1:] + (f" ({structure})" if structure else "")
 
 
