@@ -19,7 +19,6 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.fitting import charge_fit, prepare
-from gpmlp.fitting.online import OnlineFit
 from gpmlp.io.export import export_model
 from gpmlp.potential.evaluation import evaluate
 from gpmlp.recipe import Recipe
@@ -205,8 +204,6 @@ def test_engines_without_a_form_for_charges_refuse_them(fitted, tmp_path):
     potential, _ = fitted["auto"]
     with pytest.raises(UserError, match="charges act on each other at any distance"):
         export_model(potential, tmp_path / "model.gpx")
-    with pytest.raises(UserError, match="not learned label by label"):
-        OnlineFit.begin(*ions(3, 900, 6.0), _recipe(charges="local"))
     with pytest.raises(UserError, match="have no meaning with charges"):
         potential(ions(1, 900, 9.0)[0], atom_virials=True)
 

@@ -13,7 +13,7 @@ import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
-from gpmlp.fitting import exact_model, online, regression
+from gpmlp.fitting import exact_model, prepare, regression
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.io.export import export_model
 from gpmlp.potential.potential import Potential
@@ -227,7 +227,7 @@ def test_what_cannot_be_among_all_functionals_goes_back_to_centres(data, model, 
     assert fewer.n_labels == 21 and bool(fewer.potential(structures).forces.isfinite().all())
     anew = fewer.rebuilt("a test")
     assert anew.exact is None and any("known in part" in e for e in anew.events)
-    monkeypatch.setattr(online, "MOST_FUNCTIONALS", 300)
+    monkeypatch.setattr(prepare, "MOST_FUNCTIONALS", 300)
     anew = model.rebuilt("a test")
     assert anew.exact is None and any("300 at most" in e for e in anew.events)
     monkeypatch.undo()

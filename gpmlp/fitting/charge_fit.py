@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpmlp.core import errors
+from gpmlp.core import errors, parallel
 from gpmlp.core.coulomb import IONISATION
 from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
@@ -68,11 +68,13 @@ class FittedCharges:
     """Charges as a fit leaves them.
 
     Attributes:
+        scale: (columns,) prior standard deviations of its parameters, by the evidence.
         negative_log_evidence: of the columns of this fit; alone: the same without charges; labels: how many.
         tried: the former by form, as text. learned: `long_range.labels`, what these labels are.
     """
 
     model: ChargeModel
+    scale: Tensor
     negative_log_evidence: float
     alone: float
     labels: int
@@ -458,6 +460,39 @@ def _without(data: ChargeData) -> tuple[Hyperparameters, float]:
     return parameters, found.negative_log_evidence
 
 
+def tried_charges(
+    recipe: Recipe,
+    structures: Structures,
+    remaining: Targets,
+    models: Sequence[InducingModel],
+    report: Report = silent,
+) -> tuple[FittedCharges | None, dict[str, Any] | None]:
+    """Charges where they are asked for or the evidence asks for them, else None; and what the FitReport has of that.
+
+    Args:
+        remaining: labels less the baselines.
+
+    Raises:
+        UserError: they are asked for and cannot be fitted.
+    """
+    wanted = recipe.long_range.charges
+    if wanted == "off":
+        return None, None
+    reason = reason_to_try(structures, recipe)
+    lacking = why_impossible(structures, models) if reason else NO_REASON
+    if lacking and wanted != "auto":
+        raise errors.UserError(f"`long_range.charges: {wanted}` is not possible: {lacking}.")
+    if lacking:
+        return None, {"kept": False, "sentence": f"charges were not tried: {lacking}"}
+    report(0, ITERATIONS, "charges")
+    with parallel.one_core():
+        found = fit_charges(ChargeData(recipe, models, structures, remaining), forms_of(recipe), report)
+    if wanted == "auto" and found.gain <= WORTH:
+        return None, found.report(kept=False)
+    totals = structures.charges
+    return found, found.report(kept=True) | {"total_charges_e": [float(totals.min()), float(totals.max())]}
+
+
 def fit_charges(data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: Report = silent) -> FittedCharges:
     """The charges of the form that the evidence prefers: each form from where the one before ended, as long as the evidence rises, the
     first one from tabulated electronegativities."""
@@ -492,4 +527,4 @@ def fit_charges(data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: R
     best.run(report, FINE)
     tried = {str(form): search.value for form, search in found.items()}
     model = ChargeModel(best.form, basis, best.a, start)
-    return FittedCharges(model, best.value, alone, data.n_labels, tried, data.recipe.long_range.labels)
+    return FittedCharges(model, best.scale, best.value, alone, data.n_labels, tried, data.recipe.long_range.labels)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpmlp.core import parallel
-from gpmlp.core.errors import UserError, chemical_symbol
+from gpmlp.core.errors import chemical_symbol
 from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
@@ -280,28 +280,17 @@ def _with_charges(
     data: _Data, models: Sequence[InducingModel], stages: StageTimer
 ) -> tuple[_Data, dict[str, Any] | None]:
     """The data with electrostatics subtracted, where charges are asked for or the evidence asks for them; an entry of the FitReport."""
-    wanted = data.recipe.long_range.charges
-    if wanted == "off":
+    if data.recipe.long_range.charges == "off":
         return data, None
-    reason = charge_fit.reason_to_try(data.structures, data.recipe)
-    lacking = charge_fit.why_impossible(data.structures, models) if reason else charge_fit.NO_REASON
-    if lacking and wanted != "auto":
-        raise UserError(f"`long_range.charges: {wanted}` is not possible: {lacking}.")
-    if lacking:
-        return data, {"kept": False, "sentence": f"charges were not tried: {lacking}"}
     stages.begin("charges")
-    with parallel.one_core():
-        prepared = charge_fit.ChargeData(data.recipe, models, data.structures, data.remaining)
-        found = charge_fit.fit_charges(prepared, charge_fit.forms_of(data.recipe), stages.report)
-    if wanted == "auto" and found.gain <= charge_fit.WORTH:
-        return data, found.report(kept=False)
+    found, record = charge_fit.tried_charges(data.recipe, data.structures, data.remaining, models, stages.report)
+    if found is None:
+        return data, record
     about = data.structures, data.targets, data.labels, data.recipe, data.baselines, found.model
     base, remaining = prepare.subtract_charges(*about)
     workers, columns = data.partitions.workers, most_columns(data.recipe, data.structures)
     partitions = Partitions.of_data(data.structures, remaining, columns, workers)
-    data = replace(data, remaining=remaining, baselines=base, partitions=partitions, charges=found.model)
-    totals = data.structures.charges
-    return data, found.report(kept=True) | {"total_charges_e": [float(totals.min()), float(totals.max())]}
+    return replace(data, remaining=remaining, baselines=base, partitions=partitions, charges=found.model), record
 
 
 def _potential(

@@ -6,7 +6,7 @@ inducing points are then for variances.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -19,8 +19,7 @@ from gpmlp.core.quantities import KINDS, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.fitting import (
     calibrate,
-    cost,
-    defaults,
+    charge_fit,
     exact_model,
     four_body_weight,
     inducing_sets,
@@ -32,8 +31,9 @@ from gpmlp.fitting import (
     variance_checks,
 )
 from gpmlp.fitting.calibrate import PrequentialPrediction
+from gpmlp.fitting.online_charges import OnlineCharges, noise_scaled
 from gpmlp.fitting.online_updates import LabelBatch, RowScales
-from gpmlp.fitting.regression import InducingModel, WhitenedData
+from gpmlp.fitting.regression import InducingModel, VarianceSubset, WhitenedData
 from gpmlp.fitting.report import StageTimer
 from gpmlp.gp import hyperparameters, inducing
 from gpmlp.gp.exact import ExactPosterior
@@ -41,6 +41,7 @@ from gpmlp.gp.posterior import FIXED, SparsePosterior
 from gpmlp.gp.qr import DowndateError, PosteriorFactor, RowFactor
 from gpmlp.gp.variance import VarianceModel
 from gpmlp.potential.baseline import Baseline
+from gpmlp.potential.charges import ChargeModel
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 from gpmlp.uncertainty import mahalanobis
@@ -52,10 +53,6 @@ LARGEST_ERROR = 1e-9  # measured error of the factor at which it is computed aga
 WORSE = 10.0  # times that when it was computed: where rounding allows no better, there is no use in computing it again
 LEFT_OUT = 600  # atoms of structures that are left out in turn at a refresh
 EDGE = 1.25  # novelty beyond which standard deviations grow with it: nearer, errors are measured to be no larger than these
-MOST_FUNCTIONALS = (
-    12_000  # of a model that is updated: a label with 6000 takes less than a second, and time grows with the square
-)
-MATRICES = 3  # of as many rows and columns, at the peak of a refresh
 INSTEAD = "centres in place of all functionals"
 NOVELTY_GROWTH = 1.05  # of the structures, after which novelty is fitted again; before that it hardly changes
 
@@ -77,6 +74,8 @@ class OnlineFit:
         events: refreshes, factors computed again, and why.
         exact: the posterior of all functionals of the labels, which the mean is of; None where the mean is of the inducing points.
         amplitude: of what these miss, in variances where the mean is exact: by structures left out at the last refresh.
+        charges: as they were fitted last, when the fit began or was made anew; None where there are none.
+        charge_record: what the report has of charges that were tried and left out.
     """
 
     asked: Recipe
@@ -97,6 +96,8 @@ class OnlineFit:
     events: tuple[str, ...] = ()
     exact: ExactPosterior | None = None
     amplitude: float = 1.0
+    charges: OnlineCharges | None = None
+    charge_record: dict | None = None
 
     @staticmethod
     def begin(structures: Structures, targets: Targets, recipe: Recipe | None = None) -> OnlineFit:
@@ -115,8 +116,6 @@ class OnlineFit:
                 "An online model has centres as inducing variables, to which new ones can be added, or all functionals: leave out "
                 "`inducing.functionals`, or give `all`."
             )
-        if asked.long_range.charges != "off":
-            raise errors.UserError("Charges are not learned label by label yet: leave out `long_range.charges`.")
         dispersion = asked.long_range.dispersion
         if dispersion and dispersion.r6 and dispersion.r6.c6 == "learned":
             raise errors.UserError(
@@ -177,6 +176,7 @@ class OnlineFit:
             variances=self._variances(),
             calibration=self.calibration,
             novelty=self.novelty,
+            charges=self._charges(),
         )
 
     def report(self) -> dict:
@@ -195,7 +195,11 @@ class OnlineFit:
             "drift": self.factor.drift,
             "updates": self.factor.changes,
             "events": list(self.events),
-        }
+        } | ({"charges": self.charges.report(self.structures)} if self.charges else self._without_charges)
+
+    @property
+    def _without_charges(self) -> dict:
+        return {"charges": self.charge_record} if self.charge_record else {}
 
     # ---------------------------------------------------------------- data
 
@@ -246,9 +250,11 @@ class OnlineFit:
         """
         self._check_species(structures)
         structures, targets = prepare.prepare_data(structures, targets, self.recipe, whole=False)
-        remaining = prepare.subtract_baselines(structures, targets, self.baselines)
+        remaining = self._remaining(structures, targets)
         room = online_updates.JACOBIAN_BYTES - sum(b.n_bytes for b in self.batches)
         batch = LabelBatch.from_labels(self.models, structures, targets, remaining, self._scales, room, environments)
+        if self.charges:
+            batch = replace(batch, charges=self.charges.rows(structures, remaining))
         new = replace(self, batches=(*self.batches, batch))._with_functionals(batch)
         unknown = [kind for kind in batch.rows if kind != FIXED and kind not in self.noise]
         if unknown:
@@ -258,6 +264,11 @@ class OnlineFit:
             factor = factor.append_rows(rows)
         exact = self.exact.bordered(every.process) if self.exact and every else None
         return replace(new, factor=factor, exact=exact)
+
+    def _remaining(self, structures: Structures, targets: Targets) -> Targets:
+        """Labels less the charges and the baselines."""
+        targets = self.charges.subtract(structures, targets) if self.charges else targets
+        return prepare.subtract_baselines(structures, targets, self.baselines)
 
     def _with_functionals(self, batch: LabelBatch) -> OnlineFit:
         """With those of the last labels among all functionals, where there are these and nothing stands in their way."""
@@ -427,7 +438,7 @@ class OnlineFit:
         chosen = left_out.choose_left_out(
             structures, targets, torch.zeros(0, dtype=torch.long), LEFT_OUT, plain.recipe.seed
         )
-        remaining = prepare.subtract_baselines(structures, targets, plain.baselines)
+        remaining = plain._remaining(structures, targets)
         about = structures, targets, remaining
         found = left_out.predict_left_out(
             plain.potential, plain.models, learned, solved, *about, chosen, given=plain.exact
@@ -513,12 +524,29 @@ class OnlineFit:
             return replace(self, factor=factor)
         return self._from_rows(f"rounding of {factor.changes} updates had grown to {factor.drift:.1e}")
 
+    def _charges(self) -> ChargeModel | None:
+        """Charges, with a posterior where there are variances."""
+        if self.charges is None or self.recipe.variance is False:
+            return self.charges.model if self.charges else None
+        factor, _, rotate = self._variance_columns()
+        rows = []
+        for batch in self.batches:
+            kinds = list(batch.rows)
+            of_charges = noise_scaled(batch.charges, self.noise, kinds)
+            rows += [(rotate(batch.rows[k])[:, :-1], c) for k, c in zip(kinds, of_charges, strict=True)]
+        return self.charges.with_posterior(factor, rows)
+
+    def _variance_columns(self) -> tuple[Tensor, VarianceSubset | None, Callable[[Tensor], Tensor]]:
+        """R of the columns of variances, these where they are a subset, and what makes their rows from those of all."""
+        most = self.recipe.variance.at_most(self.factor.columns) if self.recipe.variance else 0
+        if self.factor.columns <= most:
+            return self.factor.upper[:, :-1], None, lambda rows: rows
+        return online_updates.variance_factor(self.models, self.factor, self._scales, most)
+
     def _variances(self) -> VarianceModel | None:
         if self.recipe.variance is False:
             return None
-        factor, subset, most = self.factor.upper[:, :-1], None, self.recipe.variance.at_most(self.factor.columns)
-        if self.factor.columns > most:
-            factor, subset = online_updates.variance_factor(self.models, self.factor, self._scales, most)
+        factor, subset, _ = self._variance_columns()
         noises = self.constant, self.label_noise
         variances = regression.variance_model(self.models, self.columns_signal, factor, *noises, subset)
         return replace(variances, of_fit=max(variances.of_fit, self.rank), amplitude=self.amplitude)
@@ -532,42 +560,33 @@ def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) 
     structures = Structures.concatenate([s for s, _ in parts])
     targets = Targets.concatenate([t for _, t in parts])
     hyperparameters.check_species(asked, structures)
-    wanted, why = _affordable(asked, structures, targets)
+    wanted, why = prepare.affordable_functionals(asked, structures, targets)
     recipe, base, _ = prepare.set_up(structures, targets, wanted.model_copy(update={"mean": "exact"}), growing=True)
     recipe = four_body_weight.with_weights(recipe, structures, prepare.subtract_baselines(structures, targets, base))
-    pieces = list(chunk_structures(structures, CHUNK_ATOMS))
+    pieces, remaining = (
+        list(chunk_structures(structures, CHUNK_ATOMS)),
+        prepare.subtract_baselines(structures, targets, base),
+    )
     models, _ = inducing_sets.make_models(
         recipe,
         structures,
         lambda k, choice: sparse_points.Candidates(choice).collect(pieces),
         structures,
-        prepare.subtract_baselines(structures, targets, base),
+        remaining,
         growing=True,
     )
+    found, record = charge_fit.tried_charges(recipe, structures, remaining, models)
+    charges = OnlineCharges.from_fit(found) if found else None
+    if found:
+        base, _ = prepare.subtract_charges(structures, targets, targets, recipe, base, found.model)
     widths = regression.block_widths(models)
     unit, room = RowScales.unit(len(widths)), online_updates.JACOBIAN_BYTES
     batches: list[LabelBatch] = []
     for part, labels in parts:
-        remaining = prepare.subtract_baselines(part, labels, base)
-        batches.append(LabelBatch.from_labels(models, part, labels, remaining, unit, room))
+        left = prepare.subtract_baselines(part, charges.subtract(part, labels) if charges else labels, base)
+        batch = LabelBatch.from_labels(models, part, labels, left, unit, room)
+        batches.append(replace(batch, charges=charges.rows(part, left)) if charges else batch)
         room -= batches[-1].n_bytes
     about = recipe, tuple(models), base, tuple(batches), PosteriorFactor.from_rows([], sum(widths))
     events = (f"{len(structures)} labels: {INSTEAD} ({why})",) if why else ()
-    return OnlineFit(asked, *about, {}, {}, {}, unit.signal, events=events)
-
-
-def _affordable(asked: Recipe, structures: Structures, targets: Targets) -> tuple[Recipe, str]:
-    """The recipe without functionals where these cannot be had, and why; of solids without any where it leaves the choice open."""
-    if bool(structures.periodic.any(dim=1).double().mean() > 0.5):
-        asked = prepare.with_functionals(asked, None)
-    asked = prepare.with_functionals(asked, "all")
-    if asked.inducings[0].functionals is None:
-        return asked, ""
-    why, n = exact_model.why_not_exact(asked, structures, targets), int(cost.functionals_of(structures).sum())
-    needed, budget = 8e-9 * MATRICES * n**2, asked.memory_GB or defaults.memory_budget_GB()
-    if not why and n > MOST_FUNCTIONALS:
-        why = f"{n} of them, {MOST_FUNCTIONALS} at most"
-    if not why and needed > budget:
-        why = f"{n} of them would take {needed:.2g} of {budget:.2g} GB, memory_GB"
-    inducing = tuple(i.model_copy(update={"functionals": None}) for i in asked.inducings)
-    return (asked.model_copy(update={"inducing": inducing}) if why else asked), why
+    return OnlineFit(asked, *about, {}, {}, {}, unit.signal, events=events, charges=charges, charge_record=record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class LabelBatch:
         rows: by kind, [A D | y] / σ as the posterior has them; 'given' were divided by their own noise.
         features: (atoms, features) of the first descriptor; surrounded: (atoms,) bool, those that have neighbours in it.
         environments: by descriptor, for rows of other inducing variables; empty where they would take too much memory.
+        charges: by kind, derivatives by the parameters of charges (online_charges.OnlineCharges.rows); empty where there are none.
     """
 
     structures: Structures
@@ -67,6 +68,7 @@ class LabelBatch:
     features: Tensor
     surrounded: Tensor
     environments: tuple[tuple[SpeciesEnvironments, ...], ...]
+    charges: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def from_labels(
@@ -344,8 +346,8 @@ def _rotated(rows: Tensor, rotations: Sequence[Tensor | None], sizes: Sequence[i
 
 def variance_factor(
     models: Sequence[InducingModel], factor: PosteriorFactor, scales: RowScales, at_most: int
-) -> tuple[Tensor, VarianceSubset]:
-    """The posterior factor of a sparse process with about `at_most` columns, for variances, and these columns.
+) -> tuple[Tensor, VarianceSubset, Callable[[Tensor], Tensor]]:
+    """The posterior factor of a sparse process with about `at_most` columns, for variances, these columns, and what makes their rows.
 
     All centres with fewer gradients, as new ones count most; of centres that are too many by themselves, evenly many of old and new.
     """
@@ -365,5 +367,9 @@ def variance_factor(
             rotations.append(rotation)
         blocks.append(tuple(part))
     sizes = block_widths(models)
-    upper = factor.rotate_columns(lambda rows: _rotated(rows, rotations, sizes)).upper[:, :-1]
-    return upper, (tuple(blocks), tuple(lowers), scales.columns([len(lower) for lower in lowers]))
+
+    def rotate(rows: Tensor) -> Tensor:
+        return _rotated(rows, rotations, sizes)
+
+    subset = tuple(blocks), tuple(lowers), scales.columns([len(lower) for lower in lowers])
+    return factor.rotate_columns(rotate).upper[:, :-1], subset, rotate

@@ -16,7 +16,7 @@ from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import KINDS, Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors.networks import find_network
-from gpmlp.fitting import charge_fit, cost, defaults
+from gpmlp.fitting import charge_fit, cost, defaults, exact_model
 from gpmlp.gp import hyperparameters
 from gpmlp.gp.hyperparameters import NOISE_FIELDS
 from gpmlp.io.label_checks import outliers, totals
@@ -29,6 +29,10 @@ from gpmlp.potential.dispersion import D3Dispersion, R6Tail
 from gpmlp.recipe import NARROWEST, R6_OFF, R6Recipe, Recipe
 
 ISOLATED_NOISE = 1e-3  # eV
+MOST_FUNCTIONALS = (
+    12_000  # of a model that is updated: a label with 6000 takes less than a second, and time grows with the square
+)
+ONLINE_MATRICES = 3  # of as many rows and columns, at the peak of a refresh
 SWITCH = 0.7, 0.95  # of the cutoff, between which a dispersion tail is switched on
 
 
@@ -116,6 +120,24 @@ def with_functionals(recipe: Recipe, chosen: Literal["all"] | None) -> Recipe:
         return recipe
     given = (i.model_copy(update={"functionals": chosen}) if i.functionals == "auto" else i for i in recipe.inducings)
     return recipe.model_copy(update={"inducing": tuple(given)})
+
+
+def affordable_functionals(asked: Recipe, structures: Structures, targets: Targets) -> tuple[Recipe, str]:
+    """The recipe without functionals where these cannot be had, and why; of solids without any where it leaves the choice open."""
+    solids = bool(structures.periodic.any(dim=1).double().mean() > 0.5)
+    if solids or asked.long_range.charges != "off":  # all functionals leave no columns for charges
+        asked = with_functionals(asked, None)
+    asked = with_functionals(asked, "all")
+    if asked.inducings[0].functionals is None:
+        return asked, ""
+    why, n = exact_model.why_not_exact(asked, structures, targets), int(cost.functionals_of(structures).sum())
+    needed, budget = 8e-9 * ONLINE_MATRICES * n**2, asked.memory_GB or defaults.memory_budget_GB()
+    if not why and n > MOST_FUNCTIONALS:
+        why = f"{n} of them, {MOST_FUNCTIONALS} at most"
+    if not why and needed > budget:
+        why = f"{n} of them would take {needed:.2g} of {budget:.2g} GB, memory_GB"
+    inducing = tuple(i.model_copy(update={"functionals": None}) for i in asked.inducings)
+    return (asked.model_copy(update={"inducing": inducing}) if why else asked), why
 
 
 def make_baselines(

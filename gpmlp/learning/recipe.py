@@ -356,6 +356,8 @@ class LearnRecipe(RecipeSection):
         for name in ("network", "calculator"):
             if getattr(self.model.baseline, name):
                 raise ValueError(f"LAMMPS takes models without baseline.{name}")
+        if self.model.long_range.charges != "off":
+            raise ValueError("LAMMPS takes models without long_range.charges")
         if self.model.long_range.dispersion:
             raise ValueError("LAMMPS takes models without long_range.dispersion")
         if self.model.dtype != "float64":
