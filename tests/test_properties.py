@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
@@ -27,7 +29,10 @@ from gpmlp.core.units import VOIGT
 from gpmlp.io.ase_atoms import from_ase
 from gpmlp.potential.potential import Potential
 from gpmlp.properties import symmetry
-from gpmlp.properties.compute import _Response, exact_properties
+from gpmlp.properties.compute import IonResponse, exact_properties, named, plan_all
+from gpmlp.properties.equation_of_state import EquationOfState
+from gpmlp.properties.labelling import _noise, _whitened_rows, choose_labels
+from gpmlp.properties.phases import PhaseEnergies
 from gpmlp.properties.surface import Surface
 from gpmlp.properties.values import spread, value_from_samples
 
@@ -109,7 +114,7 @@ def test_fast_error_bars_are_those_of_relaxed_samples(model, crystals, what, req
 def test_ions_that_stay_have_another_error_bar(silicon, monkeypatch):
     """Without their Newton step the error bar of diamond's C44 is another one, and wrong."""
     moved = gpmlp.compute_properties(silicon, bulk("Si"), ["elastic"], samples=8)["C44"]
-    monkeypatch.setattr(_Response, "corrected", lambda self, point, atoms: point)
+    monkeypatch.setattr(IonResponse, "corrected", lambda self, point, atoms: point)
     stayed = gpmlp.compute_properties(silicon, bulk("Si"), ["elastic"], samples=8)["C44"]
     assert stayed.value == moved.value
     assert abs(stayed.sigma / moved.sigma - 1) > 0.05
@@ -256,6 +261,49 @@ def test_command(copper, tmp_path, capsys):
         assert run(files[0], *arguments, "-o", tmp_path / "no") == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_what_to_label(silicon, tmp_path, capsys):
+    """One after the other is as all at once: a dense Gaussian conditioned on the labels of all that was chosen."""
+    crystals = named([bulk("Si"), bulk("Si", cubic=True)])
+    chosen_from = [bulk("Si", a=5.2), bulk("Si", a=5.6), bulk("Si", a=5.9)]
+    what = [PhaseEnergies(relax=False), EquationOfState()]
+    results = gpmlp.compute_properties(silicon, crystals, what, samples=8)
+    wanted = ["Si2.bulk_modulus", "Si8.energy_above_Si2"]
+    chosen = choose_labels(silicon, crystals, what, results, wanted[:1], 3, chosen_from)
+    found = [choice.sigmas[wanted[0]] for choice in chosen]
+    assert results[wanted[0]].sigma > found[0] > found[1] > found[2] > 0
+    # dense, with a functional from the fit of the curve to energies of one displaced volume after the other
+    surface, task = Surface(silicon), plan_all(Surface(silicon), what[1:], crystals[:1], lambda *_: None)[0][0]
+    points = surface.points(task.plan.structures)
+    row = 0.0
+    for i, atoms in enumerate(task.plan.structures):
+        moduli = []
+        for sign in (1, -1):
+            moved = [replace(p, energy=p.energy + sign * 1e-3 * (j == i)) for j, p in enumerate(points)]
+            moduli.append(task.plan.evaluate(moved)["bulk_modulus"])
+        row = row + (moduli[0] - moduli[1]) / 2e-3 * _whitened_rows(silicon, atoms)[0]
+    labels = torch.cat([_whitened_rows(silicon, c.atoms) / _noise(silicon, c.atoms)[:, None] for c in chosen])
+    cross = labels @ row
+    inner = torch.eye(len(labels)).double() + labels @ labels.T
+    left = 1 - float(cross @ torch.linalg.solve(inner, cross)) / float(row @ row)
+    assert found[-1] == pytest.approx(results[wanted[0]].sigma * left**0.5, rel=1e-3)
+    # energies of what is the same crystal cannot differ, and there is nothing to sharpen
+    assert results[wanted[1]].value == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(UserError, match="only .* structures that could be labelled"):
+        choose_labels(silicon, crystals, what, results, wanted[:1], 1000)
+    with pytest.raises(UserError, match="no property 'C12'"):
+        choose_labels(silicon, crystals, what, results, ["C12"], 1)
+    gpmlp.save(silicon, tmp_path / "m.gpmlp")
+    bulk("Si").write(tmp_path / "si.xyz")
+    files = tmp_path / "m.gpmlp", tmp_path / "si.xyz", "-o", tmp_path / "out", "--only", "elastic", "--samples", 8
+    assert run(*files, "--label", 2, "--sharpen", "C44") == 0
+    assert "What to label" in capsys.readouterr().out
+    written = ase.io.read(tmp_path / "out" / "label_next.xyz", ":")
+    values = {v["name"]: v["sigma"] for v in json.loads((tmp_path / "out" / "properties.json").read_text())}
+    assert len(written) == 2 and written[1].info["sigma_C44"] < written[0].info["sigma_C44"] < values["C44"]
+    assert run(*files, "--sharpen", "C44") == 2
+    assert "--label" in capsys.readouterr().err
 
 
 def test_a_model_without_variances_gives_values(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,9 +16,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from gpmlp.properties.compute import PropertyResults
+    from gpmlp.properties.labelling import LabelChoice
     from gpmlp.properties.values import PropertyValue
 
-VALUES, CURVES, STRUCTURES = "properties.json", "curves.json", "structures.xyz"
+VALUES, CURVES, STRUCTURES, NEXT = "properties.json", "curves.json", "structures.xyz", "label_next.xyz"
+
+MOST_COLUMNS = 5
 
 
 def properties_command(
@@ -37,8 +41,18 @@ def properties_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME.OPTION=VALUE, e.g. elastic.strain=0.01; may be repeated.")
     ] = None,
+    label: Annotated[
+        int,
+        typer.Option("--label", min=0, help="How many structures to write whose labels sharpen the properties most."),
+    ] = 0,
+    sharpen: Annotated[
+        str | None, typer.Option("--sharpen", help="Which of them: C11,C44; if not given: all. With --label.")
+    ] = None,
+    pool: Annotated[
+        Path | None, typer.Option("--pool", help="Further structures that could be labelled. With --label.")
+    ] = None,
 ) -> None:
-    """Compute properties of crystals and molecules, each with an error bar."""
+    """Compute properties of crystals and molecules, each with an error bar; say what to label to make it smaller."""
     from gpmlp.cli import console
     from gpmlp.io import archive
     from gpmlp.io.files import check_apart, check_folder
@@ -46,26 +60,40 @@ def properties_command(
     from gpmlp.io.structure_files import find_files
     from gpmlp.properties.calculations import choose_calculations
     from gpmlp.properties.compute import compute_properties, named
+    from gpmlp.properties.labelling import choose_labels
     from gpmlp.report.properties.page import FILE, write_page
 
     check_folder(output)
+    if not label and (sharpen is not None or pool is not None):
+        raise UserError("--sharpen and --pool are about what to label; say how many (--label).")
     files = find_files(structures)
     sources = {"the model": model} | {f"the structures ({path})": path for path in files}
-    check_apart({f"{name} (--output)": output / name for name in (VALUES, CURVES, STRUCTURES, FILE)}, sources)
+    check_apart({f"{name} (--output)": output / name for name in (VALUES, CURVES, STRUCTURES, FILE, NEXT)}, sources)
     potential = archive.load(model)
+    candidates = _frames(pool) if pool is not None else []
     given = named([atoms for path in files for atoms in _frames(path)])
-    names = [name.strip() for name in only.split(",") if name.strip()] if only is not None else None
-    calculations = choose_calculations(given, names, parse_settings(settings or []))
+    calculations = choose_calculations(given, _words(only), parse_settings(settings or []))
     if potential.variances is None:
         console.print_message("note", f"{model} has no variances: values have no error bars (fit with variance).")
     with console.StageBars() as stages:
         results = compute_properties(potential, given, calculations, samples, seed, full, stages)
+        wanted = _words(sharpen) or [value.name for value in results.values if value.sigma > 0]
+        about = potential, given, calculations, results, wanted, label, candidates, stages
+        chosen = choose_labels(*about) if label else []
     for text in results.failures:
         console.print_message("warning", text)
     _write(results, output)
     write_page(results, output, model.name)
     console.standard_output().print(properties_table(results))
-    console.print_line(f"wrote {FILE}, {VALUES}, {CURVES}, {STRUCTURES} in {output}")
+    if chosen:
+        _write_next(chosen, output)
+        console.standard_output().print(labels_table(chosen, wanted, results))
+    written = [FILE, VALUES, CURVES, STRUCTURES, *([NEXT] if chosen else [])]
+    console.print_line(f"wrote {', '.join(written)} in {output}")
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _frames(path: Path) -> list[Atoms]:
@@ -94,6 +122,35 @@ def _write(results: PropertyResults, output: Path) -> None:
             json.dump([entry.as_dict() for entry in content], file, indent=2, allow_nan=False)
             file.write("\n")
     write_frames(output / STRUCTURES, list(results.structures))
+
+
+def _write_next(chosen: Sequence[LabelChoice], output: Path) -> None:
+    """The structures to label, best first, each with the standard deviations that are foreseen once it is labelled."""
+    from gpmlp.io.ase_atoms import write_frames
+
+    frames = []
+    for choice in chosen:
+        frames.append(choice.atoms.copy())
+        frames[-1].info |= {f"sigma_{name}": value for name, value in choice.sigmas.items()}
+    write_frames(output / NEXT, frames)
+
+
+def labels_table(chosen: Sequence[LabelChoice], wanted: Sequence[str], results: PropertyResults) -> Table:
+    """Error bars as they are and as foreseen after each label."""
+    from rich.table import Table
+
+    from gpmlp.cli.console import literal
+
+    shown = wanted[:MOST_COLUMNS]
+    more = f" (and of {len(wanted) - len(shown)} more)" if len(wanted) > len(shown) else ""
+    table = Table(title=f"What to label: error bars foreseen{more}", title_justify="left", title_style="bold")
+    table.add_column("", overflow="fold")
+    for name in shown:
+        table.add_column(f"{literal(name)}\n{literal(results[name].unit)}", justify="right")
+    table.add_row("now", *(f"{results[name].sigma:.2g}" for name in shown))
+    for choice in chosen:
+        table.add_row(literal(str(choice.atoms.info["name"])), *(f"{choice.sigmas[name]:.2g}" for name in shown))
+    return table
 
 
 def properties_table(results: PropertyResults) -> Table:

@@ -64,7 +64,7 @@ class PropertyResults:
 
 
 @dataclass(frozen=True, eq=False)
-class _Task:
+class PlannedCalculation:
     """A calculation of some structures: its plan on the mean, and where its structures are among all."""
 
     calculation: Calculation
@@ -79,7 +79,7 @@ class _Task:
 
 
 @dataclass(frozen=True, eq=False)
-class _Response:
+class IonResponse:
     """How ions at rest on the mean answer forces: H⁺ (3n, 3n), and L = dF/dstrain (6, 3n) where the cell has a volume."""
 
     compliance: np.ndarray
@@ -133,7 +133,7 @@ def compute_properties(
     potential.check_species(structures_from_ase(given, structure_names(given)))
     chosen = _chosen(given, what)
     surface, say = Surface(potential), progress or (lambda *_: None)
-    tasks, failures = _plan_all(surface, chosen, given, say)
+    tasks, failures = plan_all(surface, chosen, given, say)
     if not tasks:
         raise UserError(f"No property could be computed: {'; '.join(failures)}.")
     there = [atoms for task in tasks for atoms in task.plan.structures]
@@ -147,10 +147,10 @@ def compute_properties(
                 found.append(_on_surface(Surface(sample), task.calculation, task.structures, task.plan.curves))
         say("samples", len(drawn), len(drawn), "")
     elif drawn is not None:
-        responses = _responses(surface, tasks, say)
+        responses = ion_responses(surface, tasks, say)
         for points in _sampled_points(drawn, there, say):
             for task, answer, found in zip(tasks, responses, outputs, strict=True):
-                found.append(_corrected_outputs(task, answer, points[task.slice]))
+                found.append(corrected_outputs(task, answer, points[task.slice]))
     novelty = surface.novelty(there)
     results = PropertyResults((), (), tuple(there), tuple(failures), len(drawn or ()), full)
     for task, found in zip(tasks, outputs, strict=True):
@@ -211,11 +211,11 @@ def _applications(
             yield from ((calculation, (atoms,), f"{atoms.info['name']}.") for atoms in structures)
 
 
-def _plan_all(
+def plan_all(
     surface: Surface, chosen: Sequence[Calculation], structures: Sequence[Atoms], say: Progress
-) -> tuple[list[_Task], list[str]]:
+) -> tuple[list[PlannedCalculation], list[str]]:
     """Plans on the mean, and why some cannot be made."""
-    tasks: list[_Task] = []
+    tasks: list[PlannedCalculation] = []
     failures, first = [], 0
     wanted = list(_applications(chosen, structures))
     for k, (calculation, these, prefix) in enumerate(wanted):
@@ -226,13 +226,13 @@ def _plan_all(
         except Failed as why:
             failures.append(f"{prefix}{calculation.name}: {why}")
             continue
-        tasks.append(_Task(calculation, these, prefix, plan, first))
+        tasks.append(PlannedCalculation(calculation, these, prefix, plan, first))
         first += len(plan.structures)
     say("structures", len(wanted), len(wanted), f"{first} structures")
     return tasks, failures
 
 
-def _responses(surface: Surface, tasks: Sequence[_Task], say: Progress) -> list[dict[int, _Response]]:
+def ion_responses(surface: Surface, tasks: Sequence[PlannedCalculation], say: Progress) -> list[dict[int, IonResponse]]:
     """For each plan, the responses of the structures whose force constants serve."""
     wanted = [sorted(set(task.plan.relaxed.values())) for task in tasks]
     total, done, out = sum(map(len, wanted)), 0, []
@@ -243,7 +243,7 @@ def _responses(surface: Surface, tasks: Sequence[_Task], say: Progress) -> list[
             say("force constants", done, total, structure_names([atoms])[0])
             whole = atoms.cell.rank == 3 and atoms.pbc.any()
             compliance = inverse_hessian(surface.hessian(atoms))
-            here[i] = _Response(compliance, surface.strain_response(atoms)[0] if whole else None)
+            here[i] = IonResponse(compliance, surface.strain_response(atoms)[0] if whole else None)
             done += 1
         out.append(here)
     if total:
@@ -269,7 +269,9 @@ def _sampled_points(drawn: Any, structures: Sequence[Atoms], say: Progress) -> l
     return points
 
 
-def _corrected_outputs(task: _Task, responses: Mapping[int, _Response], points: Sequence[Point]) -> Outputs | Failed:
+def corrected_outputs(
+    task: PlannedCalculation, responses: Mapping[int, IonResponse], points: Sequence[Point]
+) -> Outputs | Failed:
     """Outputs of one sample, with the Newton step of the ions that are at rest on the mean."""
     moved = list(points)
     try:
@@ -300,7 +302,7 @@ def _on_surface(
 
 def _with_task(
     results: PropertyResults,
-    task: _Task,
+    task: PlannedCalculation,
     mean: Sequence[Point],
     found: Sequence[Outputs | Failed],
     novelty: float | None,
