@@ -74,22 +74,25 @@ def properties_command(
     given = named([atoms for path in files for atoms in _frames(path)])
     calculations = choose_calculations(given, _words(only), parse_settings(settings or []))
     if potential.variances is None:
+        if label:
+            raise UserError(f"{model} has no variances, from which follows what to label (fit with variance).")
         console.print_message("note", f"{model} has no variances: values have no error bars (fit with variance).")
     with console.StageBars() as stages:
         results = compute_properties(potential, given, calculations, samples, seed, full, stages)
-        wanted = _words(sharpen) or [value.name for value in results.values if value.sigma > 0]
-        about = potential, given, calculations, results, wanted, label, candidates, stages
-        chosen = choose_labels(*about) if label else []
     for text in results.failures:
         console.print_message("warning", text)
     _write(results, output)
     write_page(results, output, model.name)
     console.standard_output().print(properties_table(results))
-    if chosen:
+    console.print_line(f"wrote {FILE}, {VALUES}, {CURVES}, {STRUCTURES} in {output}")
+    if label:
+        wanted = _words(sharpen) or [value.name for value in results.values if value.sigma > 0]
+        with console.StageBars() as stages:
+            about = potential, given, calculations, results, wanted, label, candidates, stages
+            chosen = choose_labels(*about)
         _write_next(chosen, output)
         console.standard_output().print(labels_table(chosen, wanted, results))
-    written = [FILE, VALUES, CURVES, STRUCTURES, *([NEXT] if chosen else [])]
-    console.print_line(f"wrote {', '.join(written)} in {output}")
+        console.print_line(f"wrote {output / NEXT}")
 
 
 def _words(text: str | None) -> list[str] | None:
