@@ -114,7 +114,8 @@ class Torsions(Calculation):
     Barriers are the maxima of a periodic cubic spline above its lowest point, the highest first. On another surface the structures
     take one Newton step in the directions that leave the angle as it is.
 
-    step: degrees; rigid: nothing is relaxed; bonds: pairs of atoms, counted from 0, instead of all.
+    step: degrees; rigid: nothing is relaxed; bonds: pairs of atoms, counted from 0, instead of all; most_atoms: larger molecules are
+    refused.
     """
 
     name: ClassVar[str] = "torsions"
@@ -122,11 +123,14 @@ class Torsions(Calculation):
     step: float = Field(15.0, ge=1, le=30)
     rigid: bool = False
     bonds: tuple[tuple[int, int], ...] | None = None
+    most_atoms: int = Field(30, ge=4)
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
         for atoms, name in zip(structures, structure_names(structures), strict=True):
             if atoms.pbc.any():
                 return f"{name} is periodic; torsions are scanned in isolated molecules"
+            if len(atoms) > self.most_atoms:
+                return f"{name} has {len(atoms)} atoms, more than torsions.most_atoms={self.most_atoms}, so that a scan takes long"
             possible = rotatable_bonds(atoms)
             if not possible:
                 return f"{name} has no bond that it can turn about"
