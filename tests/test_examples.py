@@ -97,6 +97,17 @@ def bulk_modulus(printed: str, folder: Path) -> None:
     assert value == pytest.approx(88.6, abs=3 * std)
 
 
+def liquid_diffusion(printed: str, folder: Path) -> None:
+    """First principles have about 2 A^2/ps in liquid silicon at 1800 K (Stich, Car, Parrinello, Phys. Rev. Lett. 63, 2240 (1989))."""
+    found = re.findall(r"diffusion_coefficient_Si_(\d+)K: ([\d.]+) A\^2/ps, 90 % in ([\d.]+) to ([\d.]+)", printed)
+    d = {int(temperature): float(value) for temperature, value, _, _ in found}
+    assert sorted(d) == [1800, 2000, 2200, 2600] and 1 < d[1800] < 3.5
+    assert 0.8 * d[1800] < d[2000] < 1.2 * d[2200]
+    assert all(float(low) < float(value) < float(high) for _, value, low, high in found)
+    (energy,) = numbers(r"activation_energy_Si: (-?[\d.]+) eV", printed)
+    assert -0.2 < energy < 0.8
+
+
 def dispersion(printed: str, folder: Path) -> None:
     """-0.75 sum C6 / r^6 of all pairs of atoms, where molecules are so far apart that nothing else is left."""
     from gpmlp.io.ase_atoms import read_frames
