@@ -63,14 +63,16 @@ def transport_command(
     from gpmlp.io import archive
     from gpmlp.io.ase_atoms import read_frames
     from gpmlp.io.files import check_apart, check_folder
+    from gpmlp.properties.compute import PropertyResults, named
     from gpmlp.properties.transport import STATE, TransportSettings, transport
+    from gpmlp.report.properties.page import FILE, write_page
 
     settings = TransportSettings(
         _temperatures(temperatures), tuple(name.strip() for name in what.split(",") if name.strip()), samples, replicas,
         precision, length_ps, time_limit_s, timestep_fs, segment_ps, equilibrate_ps, seed,
     )  # fmt: skip
     check_folder(output)
-    targets = {f"{name} (--output)": output / name for name in (VALUES, CURVES, STATE)}
+    targets = {f"{name} (--output)": output / name for name in (VALUES, CURVES, STATE, FILE)}
     check_apart(targets, {"the model": model, "the start": start})
     potential, atoms = archive.load(model), read_frames(start, -1)[0][0]
     if samples and potential.variances is None:
@@ -86,11 +88,15 @@ def transport_command(
             console.print_message("stopped", f"interrupted; go on with: {again}")
             raise SystemExit(INTERRUPTED) from None
     _write(results, output)
+    shown = PropertyResults(
+        tuple(results.values), tuple(results.curves), tuple(named([atoms])), tuple(results.notes), samples
+    )
+    write_page(shown, output, model.name, f"{VALUES} and {CURVES}")
     for text in results.notes:
         console.print_message("note", text)
     console.standard_output().print(transport_table(results))
     console.print_line(f"{results.stopped}.")
-    console.print_line(f"wrote {VALUES}, {CURVES} in {output}")
+    console.print_line(f"wrote {FILE}, {VALUES}, {CURVES} in {output}")
 
 
 def _temperatures(text: str) -> tuple[float, ...]:

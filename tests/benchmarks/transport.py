@@ -1,11 +1,11 @@
-"""Does the 90 % interval of an activation energy hold the truth? Liquid copper by EMT, ten seeds, each with labels, fit and runs of its own.
+"""Does the 90 % interval of an activation energy hold the truth? Liquid copper by EMT; each of ten seeds has labels, a fit and runs.
 
     python tests/benchmarks/transport.py truth --out FOLDER          # long dynamics of EMT itself, in the same cell
     python tests/benchmarks/transport.py seeds --out FOLDER          # goes on where it was, seed by seed
     python tests/benchmarks/transport.py table --out FOLDER
 
-Each seed melts copper anew, labels frames of its own liquid, fits, and runs `gpmlp.transport`. All is sized for two busy cores: short trajectories,
-few samples, little data, so that both the statistical part and the model's are there to be judged.
+Each seed melts copper anew, labels frames of its own liquid, fits, and runs `gpmlp.transport`. All is sized for two busy cores: short
+trajectories, few samples, little data, so that both the statistical part and the model's are there to be judged.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import ase.build
 import numpy as np
 import torch
 from ase import Atoms, units
-from ase.calculators.emt import beta as BETA
-from ase.calculators.emt import parameters
+from ase.calculators.emt import beta, parameters
 from ase.calculators.singlepoint import SinglePointCalculator
 
 import gpmlp
@@ -52,13 +51,13 @@ class CopperEMT:
         e0, s0, v0, eta2, kappa, lam, _ = parameters[atoms.get_chemical_symbols()[0]]
         self.e0, self.s0, self.v0 = e0, s0 * units.Bohr, v0
         self.eta2, self.kappa, self.lam = eta2 / units.Bohr, kappa / units.Bohr, lam / units.Bohr
-        nearest = BETA * max(p[1] for p in parameters.values()) * units.Bohr
+        nearest = beta * max(p[1] for p in parameters.values()) * units.Bohr
         self.rc = nearest * 0.5 * (math.sqrt(3) + 2)
         self.slope = math.log(1e4 - 1) / (2 * nearest - self.rc)
-        r = BETA * self.s0 * np.sqrt([1.0, 2.0, 3.0])
+        r = beta * self.s0 * np.sqrt([1.0, 2.0, 3.0])
         shells = np.array([12, 6, 24]) / (1 + np.exp(self.slope * (r - self.rc))) / 12
-        self.gamma1 = shells @ np.exp(-self.eta2 * (r - BETA * self.s0))
-        self.gamma2 = shells @ np.exp(-self.kappa / BETA * (r - BETA * self.s0))
+        self.gamma1 = shells @ np.exp(-self.eta2 * (r - beta * self.s0))
+        self.gamma2 = shells @ np.exp(-self.kappa / beta * (r - beta * self.s0))
         self.structures = structures_from_ase([atoms] * copies)
         self.list, self.n = VerletList(self.rc + 0.5, 0.8), len(atoms)
 
@@ -73,16 +72,16 @@ class CopperEMT:
         total = positions.shape[0] * self.n
         w = 1 / (1 + np.exp(self.slope * (r - self.rc)))
         falling = self.slope * (w - 1)  # w'/w
-        first = np.exp(-self.eta2 * (r - BETA * self.s0)) * w
-        second = np.exp(-self.kappa * (r / BETA - self.s0)) * w
+        first = np.exp(-self.eta2 * (r - beta * self.s0)) * w
+        second = np.exp(-self.kappa * (r / beta - self.s0)) * w
         sigma1 = np.bincount(i, first, total)
-        s = -np.log(sigma1 / (12 * self.gamma1)) / (BETA * self.eta2)
+        s = -np.log(sigma1 / (12 * self.gamma1)) / (beta * self.eta2)
         damped, repelled = np.exp(-self.lam * s), 6 * self.v0 * np.exp(-self.kappa * s)
         pair = -0.5 * self.v0 / self.gamma2 * second
         local = self.e0 * (1 + self.lam * s) * damped + repelled - self.e0 + np.bincount(i, pair, total)
         slopes = -self.e0 * self.lam**2 * s * damped - self.kappa * repelled  # dE/ds
-        by_density = slopes / (-BETA * self.eta2 * sigma1)
-        along = by_density[i] * first * (falling - self.eta2) + pair * (falling - self.kappa / BETA)  # dE_i/dr_ij
+        by_density = slopes / (-beta * self.eta2 * sigma1)
+        along = by_density[i] * first * (falling - self.eta2) + pair * (falling - self.kappa / beta)  # dE_i/dr_ij
         gradient = (along / r)[:, None] * d
         forces = np.stack([np.bincount(i, g, total) - np.bincount(j, g, total) for g in gradient.T], axis=1)
         copy = i // self.n

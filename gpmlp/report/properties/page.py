@@ -28,19 +28,19 @@ PART_NAMES = {
 LONGEST_LIST = 400  # structures in the table
 
 
-def write_page(results: PropertyResults, folder: Path, model: str = "") -> Path:
+def write_page(results: PropertyResults, folder: Path, model: str = "", numbers: str = NUMBERS) -> Path:
     """Write properties.html and figures/ into folder (created if missing); return the path of the page.
 
     Args:
-        model: what the head calls the potential.
+        model: what the head calls the potential. numbers: files that hold them.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    return properties_page(results, model).write(folder)
+    return properties_page(results, model, numbers).write(folder)
 
 
-def properties_page(results: PropertyResults, model: str = "") -> Page:
+def properties_page(results: PropertyResults, model: str = "", numbers: str = NUMBERS) -> Page:
     """The page, its figures drawn."""
     pictures = {_slug(curve.name): curve_picture(curve) for curve in results.curves if np.isfinite(curve.value).any()}
     formulas = _formulas(results)
@@ -67,7 +67,7 @@ def properties_page(results: PropertyResults, model: str = "") -> Page:
             "samples": results.samples,
         },
         file=FILE,
-        numbers_in=NUMBERS,
+        numbers_in=numbers,
     )
 
 
