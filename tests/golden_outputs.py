@@ -177,7 +177,7 @@ def everything(golden: Golden, name: str, potential: Any, structures: Any, few: 
     golden.prediction(f"{name}/mean", potential(some))
     golden.prediction(f"{name}/local", potential(some, variance="atom_energies", novelty=True))
     golden.prediction(f"{name}/one atom", potential(some, variance="forces", atoms=[1]))
-    golden.array(f"{name}/covariance", potential.covariance(structures.select([0])).diagonal())
+    golden.array(f"{name}/covariance", potential.covariance(structures.select([0]), calibrated=False).diagonal())
     for how in ("sample", "committee"):
         golden.prediction(f"{name}/{how}", getattr(potential, how)(3, seed=5)(structures.select([0])))
     golden.prediction(f"{name}/sample 1", potential.sample(2, seed=6, calibrated=False)[1](structures.select([0])))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpmlp.core.environments import StructureEnvironments, strain_derivatives
 from gpmlp.core.padded_neighbors import padded_places
+from gpmlp.core.quantities import KINDS
 from gpmlp.core.structures import Structures
 from gpmlp.gp.covariances import ENVIRONMENTS
 from gpmlp.gp.kernels import ZonalKernel
@@ -17,7 +19,7 @@ from gpmlp.gp.kernels import ZonalKernel
 CHUNK_ATOMS = 128  # whose force covariances are made together
 KEPT_ATOMS = 16  # the same where Jacobians need not be made: what stays in cache
 CHUNK_ROWS = 512  # environments of one structure that meet all others at a time
-CHUNK_JOINT = 4  # environments whose Jacobian rows meet those of all others at a time
+JOINT_BYTES = 1 << 26  # of the slopes of environments that meet all others together
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,36 +126,60 @@ class PriorCovariance:
         weight = scale[:, :, None] * scale[:, None, :] * (species[:, :, None] == species[:, None, :])
         return x.unflatten(0, (n, width)), v.unflatten(0, (n, width)), weight
 
-    def joint(self, structures: Structures, environments: StructureEnvironments) -> Tensor:
-        """Covariances of all energies (structures), forces (3 atoms) and stresses (6 structures, Voigt), each with each.
+    def joint(
+        self,
+        structures: Structures,
+        environments: StructureEnvironments,
+        kinds: Sequence[str] = KINDS,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Covariances of all energies, forces and stresses of a few structures, or of sums of them, each with each.
 
-        Rows and columns in that order; stresses of structures without volume are zero. Holds the full square: for small batches.
+        Each is g = Σ_e c_e ε(x_e) + v_e.∇ε(x_e) over environments e, so that
+
+            cov(g, g') = Σ_ee' δ_e δ_e' [f c_e c'_e' + f' (c_e v'_e'.x_e + c'_e' v_e.x_e' + v_e.v'_e') + f'' (v_e.x_e')(v'_e'.x_e)]
+
+        over those of equal species.
+
+        Args:
+            kinds: of KINDS, which are wanted.
+            weights: (sums, entries) of sums of entries; each entry for itself if None.
+
+        Returns:
+            (entries, entries): energies (structures), force components (3 atoms), stress components (6 structures, Voigt; zero where
+            there is no volume), of `kinds`; or (sums, sums).
         """
-        environments.keep_jacobian()
-        n, atoms = len(structures), structures.n_atoms
-        size = n + 3 * atoms + 6 * n
-        like = structures.positions
-        out = like.new_zeros(size + 3, size + 3)  # a bin more for empty neighbour slots
+        entries = KindEntries.of(structures, kinds)
+        if entries.derivatives:
+            environments.keep_jacobian()
+        size = entries.n if weights is None else len(weights)
+        out = structures.positions.new_zeros(size, size)
         for z in structures.distinct_species:
             members = (structures.species == z).nonzero()[:, 0]
-            product = [_functionals(structures, environments, part) for part in members.split(ENVIRONMENTS)]
-            x = torch.cat([m[0] for m in product])
-            width = max(m[1].shape[1] for m in product)
-            rows = torch.cat([torch.nn.functional.pad(m[1], (0, 0, 0, width - m[1].shape[1])) for m in product])
-            places = torch.cat([torch.nn.functional.pad(m[2], (0, width - m[2].shape[1]), value=size) for m in product])
-            owner = structures.structure_of_atom[members]
-            for part in torch.arange(len(members), device=like.device).split(CHUNK_JOINT):
-                value, first, second = self.kernel.profile(x[part] @ x.T)
-                to_values = torch.einsum("ird,jd->irj", rows[part], x)
-                from_values = torch.einsum("id,jrd->ijr", x[part], rows)
-                block = torch.einsum("ird,jqd->irjq", rows[part], rows) * first[:, None, :, None]
-                block += (second[:, None, :] * to_values)[..., None] * from_values[:, None]
-                scale = self.signal[z] ** 2
-                _add_block(out, places[part].flatten(), places.flatten(), scale * block.flatten(2).flatten(0, 1))
-                _add_block(out, owner[part], owner, scale * value)
-                _add_block(out, places[part].flatten(), owner, scale * (to_values * first[:, None]).flatten(0, 1))
-                _add_block(out, owner[part], places.flatten(), scale * (from_values * first[..., None]).flatten(1))
-        return out[:size, :size]
+            together = max(1, min(ENVIRONMENTS, JOINT_BYTES // (8 * size * environments.descriptor.n_features)))
+            parts = [entries.part(structures, environments, m, weights) for m in members.split(together)]
+            for one in parts:
+                out += self.signal[z] ** 2 * self._with_all(one, parts, size)
+        return out
+
+    def _with_all(self, one: _LinearPart, parts: Sequence[_LinearPart], size: int) -> Tensor:
+        """(size, size) what some environments add to the joint covariance with all of their species, unit signal variance."""
+        out = one.features.new_zeros(size, size)
+        slopes = one.features.new_zeros(size, *one.slopes.shape[1:])  # Σ_e' f' v'_e'
+        for other in parts:
+            value, first, second = self.kernel.profile(one.features @ other.features.T)
+            if not other.slopes.shape[2]:
+                _add_block(out, one, other, one.values @ (value @ other.values.T))
+                continue
+            to_other = one.slopes @ other.features.T  # v_e.x_e', (sums, e, e')
+            to_one = (other.slopes @ one.features.T).transpose(1, 2)
+            values = other.values[:, None]
+            block = one.values @ (values * value + to_one * first).sum(2).T
+            block += to_other.flatten(1) @ (values * first + to_one * second).flatten(1).T
+            _add_block(out, one, other, block)
+            slopes[other.sums] += first @ other.slopes
+        out[one.sums] += one.slopes.flatten(1) @ slopes.flatten(1).T
+        return out
 
     def _scales(self, species: Tensor, like: Tensor) -> Tensor:
         """δ of each environment."""
@@ -217,7 +243,70 @@ def _position_derivatives(environments: StructureEnvironments, local: Tensor, ke
     return features, gradients
 
 
-def _functionals(
+class _LinearPart(NamedTuple):
+    """What some environments of one species add to sums of energies, forces and stresses.
+
+    Attributes:
+        features: (environments, features).
+        sums: which of the sums they add to, each once; values: (sums, environments) c_e; slopes: (sums, environments, features) v_e,
+            none (sums, environments, 0) where nothing is differentiated.
+    """
+
+    features: Tensor
+    sums: Tensor
+    values: Tensor
+    slopes: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class KindEntries:
+    """Energies, force components and stress components (Voigt) of structures, of some kinds, in this order.
+
+    Attributes:
+        place: of each entry of all kinds and one more, that of empty slots, among those wanted; their number where it is not.
+        n: how many are wanted. derivatives: whether forces or stresses are among them.
+    """
+
+    place: Tensor
+    n: int
+    derivatives: bool
+
+    @staticmethod
+    def of(structures: Structures, kinds: Sequence[str]) -> KindEntries:
+        """Of structures."""
+        sizes = dict(zip(KINDS, (len(structures), 3 * structures.n_atoms, 6 * len(structures)), strict=True))
+        wanted = torch.cat([torch.full((n,), kind in kinds) for kind, n in sizes.items()] + [torch.zeros(1) > 0])
+        n = int(wanted.sum())
+        place = torch.full((len(wanted),), n)
+        place[wanted] = torch.arange(n)
+        return KindEntries(place.to(structures.species.device), n, set(kinds) != {"energies"})
+
+    def part(
+        self, structures: Structures, environments: StructureEnvironments, centers: Tensor, weights: Tensor | None
+    ) -> _LinearPart:
+        """Of some environments; weights as in PriorCovariance.joint."""
+        owner = self.place[structures.structure_of_atom[centers]]
+        if self.derivatives:
+            x, rows, places = _derivative_rows(structures, environments, centers)
+            places = self.place[places]
+        else:
+            x = environments.environments.features[centers]
+            rows, places = x.new_zeros(len(x), 0, 0), owner.new_zeros(len(x), 0)
+        each = torch.arange(len(x), device=x.device)
+        if weights is not None:
+            padded = torch.cat([weights.to(x), x.new_zeros(len(weights), 1)], dim=1)
+            slopes = torch.einsum("ger,erd->ged", padded[:, places], rows)
+            return _LinearPart(x, torch.arange(len(weights), device=x.device), padded[:, owner], slopes)
+        sums, index = torch.cat([owner[:, None], places], dim=1).unique(return_inverse=True)
+        values = x.new_zeros(len(sums), len(x))
+        values[index[:, 0], each] = 1.0
+        slopes = x.new_zeros(len(sums) * len(x), rows.shape[2])
+        slopes.index_add_(0, (index[:, 1:] * len(x) + each[:, None]).flatten(), rows.flatten(0, 1))
+        kept = sums < self.n
+        return _LinearPart(x, sums[kept], values[kept], slopes.view(len(sums), len(x), -1)[kept])
+
+
+def _derivative_rows(
     structures: Structures, environments: StructureEnvironments, centers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of environments; rows of derivatives; and the entry of the joint covariance that each row adds to.
@@ -244,13 +333,12 @@ def _functionals(
     atom[local, place % n_slots] = environments.neighbors.neighbors[pairs]
     atom[:, n_slots] = centers
     xyz = torch.arange(3, device=atom.device)
-    empty = n + 3 * atoms + 6 * n + xyz
+    empty = n + 3 * atoms + 6 * n
     forces = torch.where(atom[..., None] >= 0, n + 3 * atom[..., None] + xyz, empty).flatten(1)
     virial = n + 3 * atoms + 6 * owner[:, None] + torch.arange(6, device=atom.device)
     return part.features, rows, torch.cat([forces, virial], dim=1)
 
 
-def _add_block(out: Tensor, rows: Tensor, columns: Tensor, block: Tensor) -> None:
-    """Add a block to scattered rows and columns, repeated ones summed."""
-    narrow = block.new_zeros(block.shape[0], out.shape[1]).index_add_(1, columns, block)
-    out.index_add_(0, rows, narrow)
+def _add_block(out: Tensor, one: _LinearPart, other: _LinearPart, block: Tensor) -> None:
+    """Add the covariances of the sums of two parts."""
+    out[one.sums[:, None], other.sums] += block

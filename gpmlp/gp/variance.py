@@ -13,7 +13,7 @@ from torch import Tensor
 from gpmlp.core import parallel
 from gpmlp.core.environments import Descriptor, Environments, StructureEnvironments
 from gpmlp.core.errors import UserError
-from gpmlp.core.quantities import Variance
+from gpmlp.core.quantities import KINDS, Variance
 from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import Structures
 from gpmlp.gp import covariances, inducing
@@ -296,15 +296,21 @@ class VarianceModel:
             part[unknown] = math.nan
         return Variance(unexplained, data, misfit, noise)
 
-    def joint_covariance(self, structures: Structures, environments: ByDescriptor) -> Tensor:
-        """Posterior covariance (without noise) of all energies, force components and stress components, each with each.
+    def unexplained(
+        self,
+        structures: Structures,
+        environments: ByDescriptor,
+        a: Tensor,
+        kinds: Sequence[str] = KINDS,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """w [k_gg' - k_gu K_uu⁻¹ k_ug'] of energies, forces and stresses, each with each, or of sums of them.
 
-        Rows and columns: energies (structures), forces (3 atoms), stresses (6 structures, Voigt; zero where there is no volume).
+        Args:
+            a: their whitened rows. kinds, weights, rows and columns of the result: as in PriorCovariance.joint.
         """
-        rows = self.covariance_rows(structures, environments)
-        a, b = self.whiten(torch.cat([rows.energies, rows.forces, rows.stresses]))
-        k_gg = _total([p.joint(structures, v) for p, v in zip(self.priors, environments, strict=True)])
-        return self.amplitude * (k_gg - a @ a.T) + b @ b.T
+        k_gg = _total([p.joint(structures, v, kinds, weights) for p, v in zip(self.priors, environments, strict=True)])
+        return self.amplitude * (k_gg - a @ a.T)
 
     def atom_energies(
         self, environments: Sequence[Environments], form: str = "scaled", profiles: Sequence[dict[int, Profile]] = ()

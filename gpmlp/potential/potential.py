@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from torch import Tensor
 from gpmlp.core import errors, neighbors, parallel
 from gpmlp.core.environments import SinglePrecisionDescriptor, StructureEnvironments
 from gpmlp.core.neighbors import Neighbors
-from gpmlp.core.quantities import Prediction
+from gpmlp.core.quantities import KINDS, Prediction
 from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.descriptors import make_descriptor
@@ -25,6 +25,7 @@ from gpmlp.gp import posterior
 from gpmlp.gp.kernels import make_kernel
 from gpmlp.gp.variance import FORMS, SAMPLED, VARIANCES, VarianceModel, VarianceRequest
 from gpmlp.potential import baselines, chunked, samples
+from gpmlp.potential import covariance as covariances
 from gpmlp.potential.baseline import Baseline, LocalBaseline
 from gpmlp.potential.charges import ChargeModel, warn_of_total_charges
 from gpmlp.potential.compiled import CompiledMean, compile_mean
@@ -170,10 +171,10 @@ class Potential:
         variance = prediction.energies_variance
         if variance is None:
             return prediction
-        left_open = self._energy_deviations(structures).square().sum(1).to(variance.data)
+        left_open = self.energy_deviations(structures).square().sum(1).to(variance.data)
         return replace(prediction, energies_variance=replace(variance, data=variance.data + left_open))
 
-    def _energy_deviations(self, structures: Structures) -> Tensor:
+    def energy_deviations(self, structures: Structures) -> Tensor:
         """(structures, directions) how far energies move along what the compositions of the training data leave open, eV."""
         isolated = [b for b in self.baselines if isinstance(b, baselines.IsolatedAtoms)]
         none = structures.positions.new_zeros(len(structures), 0)
@@ -318,22 +319,36 @@ class Potential:
         provenance, recipe = self.provenance | {"sample": origin}, self.recipe.model_copy(update={"mean": "exact"})
         return replace(self, terms=terms, charges=charges, recipe=recipe, variances=None, provenance=provenance)
 
-    def covariance(self, structures: Structures) -> Tensor:
-        """Posterior covariance (no noise, not calibrated) of all energies, forces and stresses of a few structures, each with each.
+    def covariance(self, structures: Structures, calibrated: bool = True, kinds: Sequence[str] = KINDS) -> Tensor:
+        """Posterior covariance (no noise) of energies, forces and stresses of a few structures, each with each.
 
-        Rows and columns: energies (structures) eV, forces (3 atoms) eV/A, stresses (6 structures, Voigt; zero without volume) eV/A^3.
+        Rows and columns: energies (structures) eV, forces (3 atoms) eV/A, stresses (6 structures, Voigt; zero without volume) eV/A^3, of
+        these the `kinds` that are asked for.
+
+        Args:
+            calibrated: the covariance from which calibrated samples are drawn (`sample`), or the posterior's own, with what the
+                inducing set misses. Where nothing was learned (calibration.sample_scale) both are the latter.
+            kinds: some of 'energies', 'forces', 'stresses'; what is not asked for costs nothing.
+
+        Raises:
+            UserError: as `__call__`; an unknown kind.
         """
-        self.check_species(structures)
-        here = self.to_own_device(structures)
-        model, environments = self.variance_model(), [term.environments(here) for term in self.terms]
-        joint = model.joint_covariance(here, environments)
-        if self.charges is not None:
-            b = self.charges.with_charges(here, model.whitened(model.covariance_rows(here, environments))).b
-            of_charges = torch.cat([b.energies, b.forces, b.stresses])[:, model.n_columns :]
-            joint += of_charges @ of_charges.T
-        deviations = self._energy_deviations(here).to(joint)
-        joint[: len(here), : len(here)] += deviations @ deviations.T
-        return joint.to(device=structures.positions.device)
+        return covariances.covariance(self, structures, calibrated, kinds)
+
+    def functional(
+        self, structures: Structures, weights: Mapping[str, Tensor], calibrated: bool = True
+    ) -> covariances.Functional:
+        """Value and covariance of linear functionals Σ of weights times energies, forces and stresses: of an energy difference, say.
+
+        Args:
+            weights: by kind, for one functional: 'energies' (structures,), 'forces' (atoms, 3), 'stresses' (structures, 3, 3); for several
+                with one axis more in front. Kinds that are absent do not count, and cost nothing.
+            calibrated: as of `covariance`.
+
+        Raises:
+            UserError: as `__call__`; weights of another shape, or of an unknown kind.
+        """
+        return covariances.functional(self, structures, weights, calibrated)
 
     def to(
         self,
