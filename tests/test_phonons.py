@@ -66,9 +66,8 @@ def by_hand(hessian: np.ndarray, masses: np.ndarray) -> np.ndarray:
 
 
 def every_branch(found: dict, point: str, first: int = 1, last: int = 3) -> list[float]:
-    """Frequencies at a point, degenerate ones as often as they come."""
-    names = [f"frequency_{point}_{i}" for i in range(first, last + 1)]
-    return [next(found[name] for name in reversed(names[: i + 1]) if name in found) for i in range(len(names))]
+    """Frequencies at a point."""
+    return [found[f"frequency_{point}_{i}"] for i in range(first, last + 1)]
 
 
 def test_frequencies_are_those_of_ase(copper, tmp_path):
@@ -146,22 +145,25 @@ def test_bands_end_where_their_marks_say(copper):
     for label in "XL":
         row = bands[np.flatnonzero(np.isclose(axis.x, at[label]))[0]]
         assert row == pytest.approx(every_branch(copper, label), abs=1e-6)
+    told = [name for name in plan.units if name.startswith("frequency")]
+    assert told == [f"frequency_{end}" for end in ("X_1", "X_3", "U_1", "U_2", "U_3", "L_1", "L_3", "W_1", "W_2")]
+    assert plan.about["frequency_X_1"].startswith("branches 1–2 at X")
     reciprocal = 2 * np.pi / AT_REST
     assert at["X"] == pytest.approx(reciprocal, rel=1e-3)  # |Γ X| = 2 pi / a
 
 
 def test_another_surface_is_taken_at_its_own_volume():
-    """Points of a crystal under 3 GPa at the structures of one without: as if it had been relaxed there, shift by a line to 5 %."""
+    """Points of a crystal under 1 GPa at the structures of one without: as if it had been relaxed there, to second order of 0.7 %."""
     calculation = Phonons(**SMALL)
     plan = calculation.plan(Surface.of_calculator(EMT()), [bulk("Cu")])
-    pressed = Surface.of_calculator(Pressed(3 * units.GPa))
+    pressed = Surface.of_calculator(Pressed(1 * units.GPa))
     fast = plan.evaluate(pressed.points(plan.structures))
     full = exact_properties(pressed, bulk("Cu"), [calculation])
     free = plan.evaluate(Surface.of_calculator(EMT()).points(plan.structures))
     for name in ("frequency_X_1", "frequency_L_3", "vibrational_free_energy_300K"):
         shift = full[name] - free[name]
-        assert abs(shift) > 1e-3
-        assert fast[name] - free[name] == pytest.approx(shift, rel=0.1)
+        assert abs(shift) > 5e-4
+        assert fast[name] - free[name] == pytest.approx(shift, rel=0.07)
 
 
 def test_unstable_crystals_have_no_free_energy():

@@ -315,7 +315,8 @@ def _with_task(
         f"{task.prefix}{task.calculation.name}: {n} of {len(found)} samples: {why}" for why, n in reasons.items()
     ]
     names = tuple(structure_names(plan.structures))
-    for name, value in outputs.items():
+    for name in plan.units:
+        value = outputs[name]
         nothing = np.full(np.shape(value), np.nan)
         samples = np.array([nothing if isinstance(each, Failed) else each.get(name, nothing) for each in found])
         full_name, unit, about = task.prefix + name, plan.units[name], plan.about.get(name, "")

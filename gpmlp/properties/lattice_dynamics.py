@@ -46,16 +46,22 @@ class LatticeDynamics:
     """
 
     def __init__(self, cell: Atoms, repeats: Sequence[int], displacement: float) -> None:
-        self.cell, self.repeats = cell, tuple(repeats)
+        self._cell = cell
         self._phonopy = _phonopy(cell, repeats)
         self._phonopy.generate_displacements(distance=displacement)
         self.structures = self.displaced(cell)
 
     def displaced(self, cell: Atoms) -> tuple[Atoms, ...]:
-        """The same supercells, with the same displacements, of the crystal at another volume."""
-        whole = self._phonopy.supercell if cell is self.cell else _phonopy(cell, self.repeats).supercell
+        """The same supercells, with the same displacements, of the crystal at another volume, shape or with its ions elsewhere."""
+        whole = self._phonopy.supercell
+        deformation = np.linalg.solve(self._cell.cell.array, cell.cell.array)
+        shifts = cell.positions - self._cell.positions @ deformation
+        atom_of = [whole.u2u_map[site] for site in whole.s2u_map]
+        positions = whole.positions @ deformation + shifts[atom_of]
         name = str(cell.info.get("name") or cell.get_chemical_formula())
-        first = Atoms(whole.numbers, whole.positions, cell=whole.cell, pbc=True, info={"name": f"{name} supercell"})
+        first = Atoms(
+            whole.numbers, positions, cell=whole.cell @ deformation, pbc=True, info={"name": f"{name} supercell"}
+        )
         made = [first]
         for i, moved in enumerate(self._phonopy.dataset["first_atoms"], 1):
             made.append(first.copy())

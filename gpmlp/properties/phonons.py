@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -21,11 +22,20 @@ from gpmlp.properties.lattice_dynamics import (
     supercell_repeats,
 )
 from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
-from gpmlp.properties.surface import Failed, Point, Surface, structure_names
+from gpmlp.properties.surface import (
+    LONGEST,
+    Failed,
+    Point,
+    Surface,
+    inverse_hessian,
+    strained,
+    structure_names,
+    voigt,
+)
 
 FMAX = 5e-4  # eV/A
-STRETCH = 0.02  # of the volume, of the second one
-FARTHEST = 5.0  # times STRETCH; a sample at rest at a volume beyond that has other phonons than a line through two volumes says
+STRETCH = 0.01  # of the volume, of the second one
+LARGEST_STRAIN = 0.1
 DEGENERATE = 1e-6  # THz; symmetric force constants differ by less
 FEW_BRANCHES = 12  # whose frequencies are given one by one at every point of high symmetry
 CURVE_TEMPERATURES = np.linspace(0.0, 1000.0, 51)
@@ -72,9 +82,10 @@ class CrystalVibrations(Calculation):
 class Phonons(CrystalVibrations):
     """Frequencies (THz, imaginary ones negative) of a crystal at rest, and its harmonic free energy, entropy and heat capacity.
 
-    On another surface the crystal is at rest at another volume: force constants are computed at two volumes, and taken where the
-    pressure vanishes. Without the field of polar modes (no non-analytic correction): longitudinal ones of polar crystals are too low
-    near Gamma. points: of each line of the bands, its ends included.
+    Another surface's crystal is at rest elsewhere. Its forces on displaced supercells are computed at two volumes and taken on the line
+    between them, where its pressure vanishes; to them is added by what this surface's differ between there and where the other's crystal
+    is at rest with all its strains and ions (Reaction). Without the field of polar modes (no non-analytic correction): longitudinal ones
+    of polar crystals are too low near Gamma. points: of each line of the bands, its ends included.
     """
 
     name: ClassVar[str] = "phonons"
@@ -83,25 +94,88 @@ class Phonons(CrystalVibrations):
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         cell = self.cell_at_rest(surface, start)
-        wide = self.at_volume(surface, cell, 1 + STRETCH)
         dynamics = self.dynamics(surface, cell)
-        constants = dynamics.force_constants(forces_of(surface.points(dynamics.structures)))
+        mean = forces_of(surface.points(dynamics.structures))
+        constants = dynamics.force_constants(mean)
         lowest, share = dynamics.imaginary(constants)
         highest = dynamics.mesh_frequencies(constants).max()
         grid = np.linspace(1.1 * lowest if share > UNSTABLE else 0.0, 1.1 * highest, DOS_POINTS)
         path = dynamics.path(self.points)
         special = special_frequencies(dynamics.frequencies(constants, path[0]), *path[1:])
         outputs = _Outputs(dynamics, path, special, grid, self.temperatures)
-        n = len(dynamics.structures)
+        wide = self.at_volume(surface, cell, 1 + STRETCH)
+        displaced = dynamics.displaced(wide)
+        reaction = cache(lambda: Reaction(surface, cell))
+        mean_wide = cache(lambda: forces_of(surface.points(displaced)))
+        n = len(displaced)
 
         def evaluate(points: Sequence[Point]) -> Outputs:
-            here, there = forces_of(points[2 : 2 + n]), forces_of(points[2 + n :])
-            return outputs.of(dynamics.force_constants(here + _stretch(points[:2]) * (there - here)))
+            forces, there = forces_of(points[2 : 2 + n]), forces_of(points[2 + n :])
+            if not at_rest(points[0], cell):
+                moved, steps = reaction().rest(points[0]), reaction().stretch(points[0], points[1])
+                ratio = (1 + STRETCH * steps) * cell.get_volume() / moved.get_volume()
+                moved.set_cell(moved.cell * ratio ** (1 / 3), scale_atoms=True)
+                on_line = mean + steps * (mean_wide() - mean)
+                forces = (
+                    forces + steps * (there - forces) + forces_of(surface.points(dynamics.displaced(moved))) - on_line
+                )
+            return outputs.of(dynamics.force_constants(forces))
 
-        return Plan(
-            (cell, wide, *dynamics.structures, *dynamics.displaced(wide)), evaluate, outputs.units(), {0: 0, 1: 0},
-            outputs.axes(), _about(outputs, cell, lowest, share),
-        )  # fmt: skip
+        made = (cell, wide, *dynamics.structures, *displaced)
+        return Plan(made, evaluate, outputs.units(), curves=outputs.axes(), about=_about(outputs, cell, lowest, share))
+
+
+class Reaction:
+    """How a crystal at rest on one surface gives way to forces and stresses: to first order its structure at rest on another surface.
+
+    With H = -dF/dr, L = dF/dε and C = dσ/dε of clamped ions, zero forces F + Lᵀε - H u = 0 and zero stress σ + C ε - L u / V = 0 give
+    u = H⁺(F + Lᵀε) and (C - L H⁺Lᵀ / V) ε = L H⁺F / V - σ.
+    """
+
+    def __init__(self, surface: Surface, cell: Atoms) -> None:
+        self._cell = cell
+        self._answer, clamped = surface.strain_response(cell)
+        self._compliance = inverse_hessian(surface.hessian(cell))
+        self._stiffness = clamped - self._answer @ self._compliance @ self._answer.T / cell.get_volume()
+
+    def rest(self, point: Point) -> Atoms:
+        """The crystal where it is at rest with these forces and stresses more.
+
+        Raises:
+            Failed: it is unstable, or farther away than a first order reaches.
+        """
+        force = point.forces.ravel()
+        if np.linalg.eigvalsh(self._stiffness + self._stiffness.T).min() <= 0:
+            raise Failed("the crystal is unstable against strains")
+        strain = -np.linalg.solve(self._stiffness, self._tension(point))
+        step = (self._compliance @ (force + self._answer.T @ strain)).reshape(-1, 3)
+        if np.abs(strain).max() > LARGEST_STRAIN or np.abs(step).max() > LONGEST:
+            raise Failed(
+                f"it is at rest {100 * np.abs(strain).max():.0f} % of strain away, ions {np.abs(step).max():.2f} A"
+            )
+        moved = strained(self._cell, strain)
+        moved.positions += step
+        return moved
+
+    def stretch(self, first: Point, second: Point) -> float:
+        """How far from the first volume towards the second, STRETCH larger, the pressure vanishes, in steps of their distance.
+
+        Raises:
+            Failed: the bulk modulus is negative.
+        """
+        near, far = (float(self._tension(point)[:3].mean()) for point in (first, second))
+        if far <= near:
+            raise Failed("the bulk modulus is negative")
+        return -near / (far - near)
+
+    def _tension(self, point: Point) -> np.ndarray:
+        """(6,) stress after the ions have come to rest."""
+        return voigt(point.stress) - self._answer @ self._compliance @ point.forces.ravel() / self._cell.get_volume()
+
+
+def at_rest(point: Point, cell: Atoms) -> bool:
+    """Whether a relaxation would have ended here."""
+    return max(np.abs(point.forces).max(), np.abs(point.stress).max() * cell.get_volume() / len(cell)) < 2 * FMAX
 
 
 def forces_of(points: Sequence[Point]) -> np.ndarray:
@@ -149,11 +223,17 @@ class _Outputs:
     grid: np.ndarray
     temperatures: Sequence[float]
 
+    def special_points(self) -> dict[str, int]:
+        """Name of a point of high symmetry -> its q-point on the path."""
+        return {name.removeprefix("frequency_").rpartition("_")[0]: q for name, (q, _) in self.special.items()}
+
     def of(self, constants: np.ndarray) -> dict[str, float | np.ndarray]:
-        """Every output of force constants; NaN for what has no meaning with imaginary modes."""
+        """Every output of force constants, all branches at special points; NaN for what has no meaning with imaginary modes."""
         bands = self.dynamics.frequencies(constants, self.path[0])
         out: dict[str, float | np.ndarray] = {
-            name: float(bands[q, list(group)].mean()) for name, (q, group) in self.special.items()
+            f"frequency_{point}_{k + 1}": float(bands[q, k])
+            for point, q in self.special_points().items()
+            for k in range(bands.shape[1])
         }
         out |= {"phonon_bands": bands, "phonon_dos": self.dynamics.density_of_states(constants, self.grid)}
         every = [*self.temperatures, *CURVE_TEMPERATURES]
@@ -202,17 +282,6 @@ class _Outputs:
             "vibrational_free_energy": kelvin,
             "heat_capacity": kelvin,
         }
-
-
-def _stretch(points: Sequence[Point]) -> float:
-    """How far from the first volume towards the second the pressure vanishes, in steps of their distance."""
-    first, second = (float(np.trace(point.stress)) / 3 for point in points)
-    if not second > first:
-        raise Failed("the crystal becomes softer than nothing when it is stretched: its bulk modulus is negative")
-    found = -first / (second - first)
-    if abs(found) > FARTHEST:
-        raise Failed(f"its volume at rest is {100 * found * STRETCH:.0f} % from the mean's")
-    return found
 
 
 def _written(point: str) -> str:

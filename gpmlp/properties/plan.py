@@ -33,8 +33,9 @@ class Plan:
     Attributes:
         structures: made (relaxed, displaced, strained) on the surface that was given; info['name'] of each names it.
         evaluate: outputs by name from the Points of these structures on ONE surface. Raises Failed, or gives NaN, where this surface has
-            no such value. Called for the mean and each sample; it must not ask the surface.
-        units: of each output.
+            no such value. Called for the mean and each sample; of the surface of the plan it may ask how that answers to
+            a sample's forces, nothing else.
+        units: of each output that is told, in this order; others serve surfaces whose own plan tells others.
         relaxed: index of a structure whose ions are at rest on the surface -> index of the structure whose Hessian serves for their Newton
             step on another surface (itself, or the one without strain). Atoms under FixAtoms stay.
         curves: outputs that are arrays, (n,) or (n, branches), and what they are drawn over.
