@@ -184,6 +184,7 @@ def test_adsorption_as_by_hand():
     energies = [energy(EMT_SURFACE.relax(atoms)) for atoms in (both, slab, gold)]
     by_hand = {"adsorption_energy": pytest.approx(energies[0] - energies[1] - energies[2], abs=1e-5)}
     assert exact_properties(EMT_SURFACE, both, [AdsorptionEnergies()]) == by_hand  # by its tags
+    assert exact_properties(EMT_SURFACE, [gold, both, slab], [AdsorptionEnergies()]) == by_hand  # not twice
     plain = both.copy()
     plain.set_tags(None)
     assert exact_properties(EMT_SURFACE, [gold, plain, slab], [AdsorptionEnergies()]) == by_hand
@@ -221,6 +222,7 @@ def test_fast_error_bars_are_those_of_relaxed_samples(model, what):
     [
         (Vacancies(), [bulk("NaCl", "rocksalt", a=5.6)], "what an atom of Na and Cl costs in .* give a structure of the element too"),
         (Vacancies(species=("Cl",)), [bulk("NaCl", "rocksalt", a=5.6)], "what an atom of Cl costs"),
+        (Vacancies(species=("Al",)), [bulk("Cu")], "there is no Al in Cu to take out"),
         (Vacancies(), [molecule("H2O")], "no crystal"),
         (Interstitials(species=("C",)), [bulk("Fe")], "what an atom of C costs"),
         (Vacancies(species=("Xx",)), [bulk("Fe")], "Unknown vacancy.species 'Xx'"),

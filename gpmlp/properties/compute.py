@@ -94,10 +94,8 @@ class IonResponse:
         free = free_atoms(atoms)
         force = (point.forces * free[:, None]).ravel()
         step = self.compliance @ force
-        if (far := float(np.abs(step).max(initial=0.0))) > LONGEST:
-            raise Failed(
-                f"ions of {structure_names([atoms])[0]} move by {far:.2f} A, farther than a Newton step reaches"
-            )
+        if np.abs(step).max(initial=0.0) > LONGEST:
+            raise Failed(f"ions of {structure_names([atoms])[0]} move farther than a Newton step reaches ({LONGEST} A)")
         stress = point.stress
         if self.strain_forces is not None:
             change = self.strain_forces @ step / atoms.get_volume()

@@ -63,7 +63,7 @@ class _PointDefects(Calculation):
     several: ClassVar[bool] = True
 
     supercell: float | None = Field(None, gt=0)
-    most_atoms: int = Field(250, ge=1)
+    most_atoms: int = Field(250, ge=8)
     species: tuple[str, ...] | None = None
     rattle: float = Field(0.0, ge=0, le=0.2)
 
@@ -78,6 +78,8 @@ class _PointDefects(Calculation):
         if not hosts:
             return f"{', '.join(structure_names(structures))}: no crystal (periodic in three directions) is among them"
         for host in hosts:
+            if why := self.unsuited(host):
+                return why
             lacking = sorted(
                 self._species(host) - (references.keys() | ({*host.numbers} if _is_element(host) else set()))
             )
@@ -87,6 +89,10 @@ class _PointDefects(Calculation):
                     f"what an atom of {symbols} costs in {structure_names([host])[0]} is not said: give a structure of the element too "
                     "(gpmlp properties MODEL COMPOUND.xyz ELEMENT.xyz...)"
                 )
+        return ""
+
+    def unsuited(self, host: Atoms) -> str:
+        """Why the species that are asked for do not suit a crystal; '' if they do."""
         return ""
 
     def _species(self, host: Atoms) -> set[int]:
@@ -147,6 +153,10 @@ class Vacancies(_PointDefects):
     """
 
     name: ClassVar[str] = "vacancy"
+
+    def unsuited(self, host: Atoms) -> str:
+        absent = [chemical_symbols[z] for z in sorted(self._species(host) - {*host.numbers})]
+        return f"there is no {' and no '.join(absent)} in {structure_names([host])[0]} to take out" if absent else ""
 
     def starts(self, crystal: Atoms, supercell: Atoms, species: set[int]) -> Iterator[_Start]:
         sites = [int(k) for k in np.unique(symmetry(crystal).equivalent_atoms) if crystal.numbers[k] in species]

@@ -255,9 +255,9 @@ class _Scan:
             return energies
         for k, (force, compliance) in enumerate(zip(forces, self.compliances, strict=False)):
             move = compliance @ force
-            if (far := float(np.abs(move).max())) > LONGEST:
+            if np.abs(move).max() > LONGEST:
                 raise Failed(
-                    f"atoms move by {far:.2f} A at {self.angles[k]:.0f} degrees, farther than a Newton step reaches"
+                    f"at fixed {self.torsion.label} atoms move farther than a Newton step reaches ({LONGEST} A)"
                 )
             energies[k] -= 0.5 * force @ move
         return energies

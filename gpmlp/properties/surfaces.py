@@ -225,7 +225,7 @@ class AdsorptionEnergies(Calculation):
 
 def adsorption_systems(structures: Sequence[Atoms]) -> list[tuple[Atoms, Atoms, Atoms]]:
     """(slab with adsorbate, slab, molecule), each once."""
-    found = [_split_by_tags(atoms) for atoms in structures if 0 < np.sum(atoms.get_tags() == 0) < len(atoms)]
+    found: list[tuple[Atoms, Atoms, Atoms]] = []
     parts = [(atoms, Counter(atoms.numbers.tolist())) for atoms in structures]
     for (a, count_a), (b, count_b) in combinations(sorted(parts, key=lambda part: -len(part[0])), 2):
         rest = count_a - count_b
@@ -235,7 +235,11 @@ def adsorption_systems(structures: Sequence[Atoms]) -> list[tuple[Atoms, Atoms, 
             times = rest.total() // len(c)
             if c is not b and times and Counter({z: times * n for z, n in count_c.items()}) == rest:
                 found.append((a, b, c))
-    return found
+    whole = {id(system[0]) for system in found}
+    tagged = [
+        atoms for atoms in structures if 0 < np.sum(atoms.get_tags() == 0) < len(atoms) and id(atoms) not in whole
+    ]
+    return found + [_split_by_tags(atoms) for atoms in tagged]
 
 
 def _split_by_tags(atoms: Atoms) -> tuple[Atoms, Atoms, Atoms]:
