@@ -235,6 +235,8 @@ def test_random_effects_without_scatter_and_of_the_mean_alone():
     assert alone.high_90 == pytest.approx(2.0 + 1.6449 * 0.1, abs=1e-4)
     lost = random_effects(np.array([1.0, np.nan, 3.0, 2.0]), np.full(4, 0.1))
     assert (lost.samples, lost.failed) == (4, 1) and lost.value == pytest.approx(2.0, abs=0.05)
+    few = random_effects(np.array([1.0, np.nan, np.nan]), np.full(3, 0.1), 2.0, 0.1).as_value("x", "", least=0.0)
+    assert few.value == 2.0 and few.as_dict()["low_90"] is None and few.as_dict()["parts"]["sampled"] is None
     with pytest.raises(UserError, match="three are needed"):
         random_effects(np.array([1.0, np.nan]), np.full(2, 0.1))
 
@@ -296,7 +298,7 @@ def test_correction_for_periodic_images():
         "diffusion_coefficient_O_298K", 0.2, "A^2/ps", 0.01, 0.18, 0.22, {"statistical": 0.01}
     )
     eta = gpmlp.properties.values.PropertyValue("viscosity_298K", 0.85, "mPa s", 0.085, 0.7, 1.0)
-    found = transport_results._without_images(d, eta, 298.0, 20.0**3)
+    found = transport_results.add_image_correction(d, eta, 298.0, 20.0**3)
     by_hand = 2.837297 * 1.380649e-23 * 298 / (6 * math.pi * 0.85e-3 * 20e-10) * 1e8  # m²/s in A²/ps
     assert found.value - 0.2 == pytest.approx(by_hand, rel=1e-4)
     assert found.sigma == pytest.approx(math.hypot(0.01, 0.1 * by_hand), rel=1e-3)

@@ -11,6 +11,7 @@ the trajectory of another.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ class RandomEffects:
         """As a property, in units in which one of these is `scale`; no bound of the interval is below `least`."""
         parts = {"sampled": scale * self.sampled} if self.samples else {}
         parts |= {"statistical": scale * self.statistical}
-        low, high = max(least, scale * self.low_90), max(least, scale * self.high_90)
+        low, high = (float(np.maximum(least, scale * bound)) for bound in (self.low_90, self.high_90))
         about |= {"samples": self.samples, "failed": self.failed}
         return PropertyValue(name, scale * self.value, unit, scale * self.sigma, low, high, parts, **about)
 
@@ -59,10 +60,11 @@ class RandomEffects:
 def random_effects(
     samples: np.ndarray, errors: np.ndarray, mean: float = np.nan, mean_error: float = np.nan
 ) -> RandomEffects:
-    """What noisy values of samples of a posterior, and of its mean, say of the value that the true potential has.
+    """What noisy values of samples, y_s = μ + b_s + e_s, and of the mean, μ + e_0, say of the value that the true potential has.
 
     The truth is one more draw: its distribution is the mixture of N(μ̂(τ), var μ̂(τ) + τ²) over p(τ | y), which for few samples has the
-    heavy tails of Student's, and with much noise does not take the scatter for zero. Where there are no samples it is of the mean alone.
+    heavy tails of Student's, and with much noise does not take the scatter for zero. Without samples it is of the mean alone; where fewer
+    than three of them have a value, the scatter, and so sigma, is unknown (NaN).
 
     Args:
         samples: (k,) value of each sample, NaN where it has none; errors: (k,) standard error of each.
@@ -77,8 +79,8 @@ def random_effects(
     y, e = y[there], e[there]
     if not (centre or len(y) > 2):
         raise UserError(f"{len(y)} of {len(there)} samples have a value; three are needed. Take more, or longer runs.")
-    if len(y) < 3:  # of which nothing can be said
-        return _normal(float(mean), 0.0, float(mean_error), counts)
+    if len(y) < 3:
+        return _normal(float(mean), math.nan if counts[0] else 0.0, float(mean_error), counts)
     observed = np.append(y, mean) if centre else y
     noise = np.append(e, mean_error) if centre else e
     scatters = np.append(np.ones(len(y)), 0.0) if centre else np.ones(len(y))
@@ -165,7 +167,7 @@ class Reweighted:
 def reweighted_averages(
     observable: np.ndarray, differences: np.ndarray, temperature_K: float, least: float = EFFECTIVE
 ) -> Reweighted:
-    """Canonical averages over samples of a posterior from frames of the canonical ensemble of the mean.
+    """Canonical averages over samples of a posterior, ⟨A⟩_s = ⟨A e^(−βΔ)⟩/⟨e^(−βΔ)⟩, from frames of the canonical ensemble of the mean.
 
     Where fewer than a share `least` of the frames count, the average is ⟨A⟩ − β cov(A, Δ), the first term of its expansion in βΔ.
 

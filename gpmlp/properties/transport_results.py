@@ -6,7 +6,7 @@ members beyond that is the model's part (statistics.random_effects).
 
 | on paper | here |
 |---|---|
-| D_L = D_∞ − ξ kT/(6π η L), ξ = 2.837297: Yeh, Hummer, J. Phys. Chem. B 108, 15873 (2004), eq. 12 | `_without_images` |
+| D_L = D_∞ − ξ kT/(6π η L), ξ = 2.837297: Yeh, Hummer, J. Phys. Chem. B 108, 15873 (2004), eq. 12 | `add_image_correction` |
 | ln D = ln D₀ − E_a/kT, by weighted least squares for each member | `Arrhenius` |
 """
 
@@ -97,7 +97,7 @@ class Arrhenius:
 
     @staticmethod
     def from_members(symbol: str, temperatures_K: Sequence[float], averages: MemberAverages) -> Arrhenius | None:
-        """The fit; None where some D is not known well enough to take its logarithm."""
+        """Fit ln D = ln D₀ − E_a/kT; None where some D is not known well enough to take its logarithm."""
         typical = np.nanmean(averages.values, axis=0)
         error = np.nanmean(averages.errors, axis=0) / typical
         if not ((error > 0) & (error < ROUGHEST)).all():
@@ -185,7 +185,9 @@ class SegmentAnalysis:
         self.lags = replicas.lags_fs
         self.sums = {name: np.stack([s[name] for s in replicas.sums]) for name in replicas.sums[0]}
         self.late = self.lags >= FIRST * self.lags[-1]
+        left = len(replicas.members) - 1 - len(replicas.failures)
         self.failed = f"{len(replicas.failures)} samples failed: {next(iter(replicas.failures.values()), '')}"
+        self.failed += "; of fewer than three, what they scatter is unknown" if left < 3 else ""
 
     def slopes(self, curves: np.ndarray, part: np.ndarray | None = None) -> np.ndarray:
         """Least-squares slope of curves (..., lags) over the late lags, or a part of them, per fs."""
@@ -194,7 +196,7 @@ class SegmentAnalysis:
         return curves[..., chosen] @ t / (t @ t)
 
     def diffusion(self) -> dict[str, MemberAverages]:
-        """D of each species, A²/fs."""
+        """D = MSD'/6 of each species, A²/fs."""
         return self._by_species(self.slopes(self.sums["msd"]) / 6)
 
     def diffusion_of_velocities(self) -> dict[str, MemberAverages]:
@@ -218,7 +220,7 @@ class SegmentAnalysis:
         return out
 
     def viscosity(self) -> MemberAverages:
-        """η, mPa s."""
+        """η = ⟨ΔG²⟩'/(2 V kT), mPa s."""
         thermal = BOLTZMANN * self.settings.copies_K
         slopes = self.slopes(self.sums["helfand"]) / (2 * self.replicas.volume * thermal)
         return average_members(slopes * MPA_S, self.settings.replicas)
@@ -281,7 +283,7 @@ def _add_diffusion(
             )
             results.values.append(value)
             if viscosities and viscosities[k].value > 0:
-                results.values.append(_without_images(value, viscosities[k], t, replicas.volume))
+                results.values.append(add_image_correction(value, viscosities[k], t, replicas.volume))
             other = by_velocities[symbol].effects(k)
             if abs(other.value - effects.value) > DISAGREE * math.hypot(other.statistical, effects.statistical):
                 velocities, slope = PER_PS * other.value, PER_PS * effects.value
@@ -336,8 +338,10 @@ def _add_arrhenius(
         )
 
 
-def _without_images(d: PropertyValue, viscosity: PropertyValue, temperature_K: float, volume: float) -> PropertyValue:
-    """D of an infinite fluid, from D in a periodic cell and the viscosity."""
+def add_image_correction(
+    d: PropertyValue, viscosity: PropertyValue, temperature_K: float, volume: float
+) -> PropertyValue:
+    """D_∞ = D_L + ξ kT/(6π η L) of an infinite fluid, from D in a periodic cell and the viscosity, L the cube root of the volume."""
     shift = PER_PS * IMAGES * BOLTZMANN * temperature_K / (6 * math.pi * (viscosity.value / MPA_S) * volume ** (1 / 3))
     error = shift * viscosity.sigma / viscosity.value
     value = d.value + shift

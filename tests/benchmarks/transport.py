@@ -41,7 +41,7 @@ RECIPE = {
     "kernel": {"zeta": 2},
     "inducing": {"n": 60, "gradients": 1},
 }
-FRAMES, SEEDS = 6, 10
+FRAMES, SAMPLES, LENGTH_PS, SEEDS = 6, 5, 6.0, 10
 
 
 class CopperEMT:
@@ -97,12 +97,12 @@ def melted(seed: int) -> Replicas:
     atoms = ase.build.bulk("Cu", cubic=True, a=LATTICE) * (3, 3, 3)
     hot = DynamicsSettings((MELT_K,), 1, 3.0, 10, 100, 200, seed=1000 + seed)
     liquid = Replicas(atoms, [CopperEMT(atoms, 1)], hot)
-    for _ in range(100):
+    for _ in range(60):
         liquid.advance()
     atoms.positions = liquid.positions[0, 0]
-    settings = DynamicsSettings(TEMPERATURES, 1, TIMESTEP_FS, 10, 60, 200, seed=2000 + seed)
+    settings = DynamicsSettings(TEMPERATURES, 1, TIMESTEP_FS, 10, 40, 200, seed=2000 + seed)
     colder = Replicas(atoms, [CopperEMT(atoms, len(TEMPERATURES))], settings)
-    for _ in range(60):
+    for _ in range(40):
         colder.advance()
     return colder
 
@@ -157,14 +157,14 @@ def run_seed(seed: int, folder: Path, frames: int, samples: int, length_ps: floa
     cell = ase.build.bulk("Cu", cubic=True, a=LATTICE).cell.array * 3
     labelled = []
     while len(labelled) < frames:
-        for _ in range(20):
+        for _ in range(8):
             liquids.advance()
         labelled.append(frame(liquids, len(labelled) % len(TEMPERATURES), cell))
     potential, report = gpmlp.fit(*from_ase(labelled), gpmlp.Recipe(**RECIPE))
     fitted = time.process_time()
     settings = TransportSettings(
         TEMPERATURES, samples=samples, replicas=1, precision=1e-3, length_ps=length_ps, timestep_fs=TIMESTEP_FS,
-        segment_ps=SEGMENT_PS, equilibrate_ps=1.0, seed=seed,
+        segment_ps=SEGMENT_PS, equilibrate_ps=0.5, seed=seed,
     )  # fmt: skip
     results = transport(potential, labelled[1], settings)
     values = list(results.values)
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--frames", type=int, default=FRAMES)
-    parser.add_argument("--samples", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
     arguments = parser.parse_args()
     folder = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def main() -> None:
         for seed in range(arguments.seeds):
             path = folder / f"seed_{seed:02d}.json"
             if not path.exists():
-                found = run_seed(seed, folder, arguments.frames, arguments.samples, arguments.length_ps or 8.0)
+                found = run_seed(seed, folder, arguments.frames, arguments.samples, arguments.length_ps or LENGTH_PS)
                 path.write_text(json.dumps(found, indent=2))
                 print(f"seed {seed}: {found['seconds']} s", flush=True)
     if arguments.what == "table" or arguments.what == "seeds":
