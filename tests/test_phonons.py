@@ -28,7 +28,7 @@ from gpmlp.properties.lattice_dynamics import (
 )
 from gpmlp.properties.phonons import Phonons, forces_of
 from gpmlp.properties.quasi_harmonic import QuasiHarmonic, states_of
-from gpmlp.properties.surface import Surface
+from gpmlp.properties.surface import Failed, Surface
 
 THZ = np.sqrt(units._e / units._amu) * 1e10 / (2 * np.pi) * 1e-12  # of sqrt(eV / (A^2 u))
 AT_REST = 3.5898  # A, of EMT's copper
@@ -214,6 +214,14 @@ def test_supercells():
     assert supercell_repeats(long, 6.0, 1000) == (6, 3, 1)
     skew = Atoms("Cu", cell=[[4.0, 0, 0], [3.9, 1.0, 0], [0, 0, 4.0]], pbc=True)
     assert supercell_repeats(skew, 2.0, 1000)[1] == 4  # heights, not lengths
+
+
+def test_crystals_without_symmetry_say_what_they_cost():
+    glass = bulk("Cu", cubic=True)
+    glass.rattle(0.2, rng=np.random.default_rng(0))
+    calculation = Phonons(supercell=(1, 1, 1), most_displaced=9)
+    with pytest.raises(Failed, match=r"takes \d\d supercells of 4 atoms, more than 9; --set phonons.most_displaced="):
+        calculation.dynamics(Surface.of_calculator(EMT()), standard_cell(glass))
 
 
 def test_refusals():

@@ -48,11 +48,13 @@ class CrystalVibrations(Calculation):
     """What all calculations on displaced supercells choose.
 
     supercell: how often to repeat the conventional cell; None = so that no image of an atom is within twice the cutoff, with most_atoms
-    at most. displacement: A. temperatures: K, at which values are given.
+    at most. most_displaced: supercells with displaced atoms; of a crystal that takes more nothing is computed. displacement: A.
+    temperatures: K, at which values are given.
     """
 
     supercell: tuple[Repeats, Repeats, Repeats] | None = None
     most_atoms: Annotated[int, Field(ge=1)] = 250
+    most_displaced: Annotated[int, Field(ge=1)] = 150
     displacement: Annotated[float, Field(gt=0, le=0.2)] = 0.01
     temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (300.0,)
 
@@ -73,10 +75,20 @@ class CrystalVibrations(Calculation):
         return scaled if ratio == 1 else surface.relax(scaled, "shape", FMAX)
 
     def dynamics(self, surface: Surface, cell: Atoms) -> LatticeDynamics:
-        """Of a crystal at rest."""
+        """Of a crystal at rest.
+
+        Raises:
+            Failed: it has so little symmetry that more than `most_displaced` supercells are needed.
+        """
         reach = getattr(getattr(surface, "potential", None), "cutoff", None)
         repeats = self.supercell or supercell_repeats(cell, reach, self.most_atoms)
-        return LatticeDynamics(cell, repeats, self.displacement)
+        dynamics = LatticeDynamics(cell, repeats, self.displacement)
+        n = len(dynamics.structures) - 1
+        if n > self.most_displaced:
+            atoms = len(dynamics.structures[0])
+            how = f"--set {self.name}.most_displaced={n} lets it"
+            raise Failed(f"it takes {n} supercells of {atoms} atoms, more than {self.most_displaced}; {how}")
+        return dynamics
 
 
 class Phonons(CrystalVibrations):
