@@ -91,7 +91,9 @@ def transport_command(
     shown = PropertyResults(
         tuple(results.values), tuple(results.curves), tuple(named([atoms])), tuple(results.notes), samples
     )
-    write_page(shown, output, model.name, f"{VALUES} and {CURVES}")
+    how = "Each sample of the posterior ran molecular dynamics of its own." if samples else None
+    origin = f"from which the dynamics began ({start.name})"
+    write_page(shown, output, model.name, f"{VALUES} and {CURVES}", how, origin)
     for text in results.notes:
         console.print_message("note", text)
     console.standard_output().print(transport_table(results))

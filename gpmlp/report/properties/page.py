@@ -28,19 +28,34 @@ PART_NAMES = {
 LONGEST_LIST = 400  # structures in the table
 
 
-def write_page(results: PropertyResults, folder: Path, model: str = "", numbers: str = NUMBERS) -> Path:
+STATIC = "Samples were evaluated at the structures of the mean, with one Newton step of ions at rest; --full relaxes each anew."
+RELAXED = "Each sample relaxed structures of its own."
+MADE = "made on the mean of the posterior; they are in structures.xyz"
+
+
+def write_page(
+    results: PropertyResults,
+    folder: Path,
+    model: str = "",
+    numbers: str = NUMBERS,
+    route: str | None = None,
+    origin: str = MADE,
+) -> Path:
     """Write properties.html and figures/ into folder (created if missing); return the path of the page.
 
     Args:
         model: what the head calls the potential. numbers: files that hold them.
+        route: a sentence on how samples came to their values; None: as compute_properties does.
+        origin: where the structures come from and are, in words that follow on their number.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    return properties_page(results, model, numbers).write(folder)
+    route = route or (RELAXED if results.full else STATIC)
+    return properties_page(results, model, numbers, route, origin).write(folder)
 
 
-def properties_page(results: PropertyResults, model: str = "", numbers: str = NUMBERS) -> Page:
+def properties_page(results: PropertyResults, model: str, numbers: str, route: str, origin: str) -> Page:
     """The page, its figures drawn."""
     pictures = {_slug(curve.name): curve_picture(curve) for curve in results.curves if np.isfinite(curve.value).any()}
     formulas = _formulas(results)
@@ -50,7 +65,7 @@ def properties_page(results: PropertyResults, model: str = "", numbers: str = NU
         title=f"Properties of {join_words(formulas)}",
         about=[("Model", model)] * bool(model) + [("Samples of the posterior", str(results.samples))],
         tiles=_tiles(results),
-        sections=_sections(results, bool(pictures)),
+        sections=_sections(results, bool(pictures), route, origin),
         record={},
         scatters={},
         pictures=pictures,
@@ -71,12 +86,12 @@ def properties_page(results: PropertyResults, model: str = "", numbers: str = NU
     )
 
 
-def _sections(results: PropertyResults, curves: bool) -> list[Section]:
+def _sections(results: PropertyResults, curves: bool, route: str, origin: str) -> list[Section]:
     made = [Section("values", "What are the values, and how sure?", "", _values_answer(results))]
     if curves:
         made.append(Section("curves", "How do they run?", "", _curves_answer(results)))
-    made.append(Section("trust", "Can the error bars be trusted?", "", _trust_answer(results)))
-    made.append(Section("structures", "What were they computed from?", "", _structures_answer(results)))
+    made.append(Section("trust", "Can the error bars be trusted?", "", _trust_answer(results, route)))
+    made.append(Section("structures", "What were they computed from?", "", _structures_answer(results, origin)))
     return made
 
 
@@ -118,7 +133,7 @@ def _curves_answer(results: PropertyResults) -> str:
     return "Lines are those of the mean, the shaded parts their intervals of 90\u202f%, place by place."
 
 
-def _trust_answer(results: PropertyResults) -> str:
+def _trust_answer(results: PropertyResults, route: str) -> str:
     """Novelty, failures and the route, in a few sentences."""
     sentences = []
     novelty = _novelty(results.values)
@@ -145,20 +160,14 @@ def _trust_answer(results: PropertyResults) -> str:
     elif results.samples:
         sentences.append("Every sample has every property.")
     if results.samples:
-        how = (
-            "Each sample relaxed structures of its own."
-            if results.full
-            else "Samples were evaluated at the structures of the mean, with one Newton step of ions at rest; --full relaxes each anew."
-        )
-        sentences.append(how)
+        sentences.append(route)
     return " ".join(sentences)
 
 
-def _structures_answer(results: PropertyResults) -> str:
+def _structures_answer(results: PropertyResults, origin: str) -> str:
     n, atoms = len(results.structures), sum(map(len, results.structures))
-    return (
-        f"{n:,} structures with {atoms:,} atoms in all, made on the mean of the posterior; they are in structures.xyz."
-    )
+    counted = f"One structure with {atoms:,} atoms" if n == 1 else f"{n:,} structures with {atoms:,} atoms in all"
+    return f"{counted}, {origin}."
 
 
 def _groups(values: Sequence[PropertyValue]) -> list[dict[str, Any]]:
