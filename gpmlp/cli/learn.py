@@ -59,7 +59,7 @@ def learn_command(
     if over:
         more = (
             "another section `stop` lets it go on"
-            if chosen.lammps
+            if chosen.lammps or chosen.target
             else "more dynamics.steps, or another section `stop`, let it go on"
         )
         console.print_message("finished", f"the run in {folder} had stopped already, and nothing was done; {more}")

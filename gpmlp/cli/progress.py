@@ -49,7 +49,7 @@ class LearningBar(TransientBar):
             transient=True,
             expand=self.wide,
         )
-        total = None if recipe.lammps else recipe.dynamics.steps * recipe.dynamics.walkers
+        total = None if recipe.lammps or recipe.target else recipe.dynamics.steps * recipe.dynamics.walkers
         blank: dict[str, Any] = dict.fromkeys(fields, "")
         self.task = self.bar.add_task("start", total=total, note="", **blank)
 

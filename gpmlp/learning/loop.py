@@ -24,6 +24,7 @@ from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.stopping import judge, observables
 from gpmlp.learning.stopping.judge import StopVerdict
+from gpmlp.learning.target import PropertyTarget, limited
 from gpmlp.learning.triggers import StepContext, TriggerDecision, TriggerLimits, trigger_decision, trigger_limits
 from gpmlp.learning.walker import Walker, WalkerSnapshot
 from gpmlp.learning.walker_state import HALTED, WalkerState
@@ -104,9 +105,11 @@ class _Run:
             initial_structures.refuse_charged_surrogates(self.starts, base / recipe.start)
         dynamics, starts = recipe.dynamics, self.starts
         self.lammps = LammpsRuns(recipe.lammps, base, self.folder) if recipe.lammps else None
+        chosen = recipe.target
+        self.target = PropertyTarget.from_recipe(chosen, base, recipe.start, recipe.seed) if chosen else None
         self.walkers = [
             Walker.from_atoms(i, starts[i % len(starts)], dynamics, recipe.seed)
-            for i in range(0 if self.lammps else dynamics.walkers)
+            for i in range(0 if self.lammps or self.target else dynamics.walkers)
         ]
         self.given = base / recipe.bootstrap.given if recipe.bootstrap.given else None
         self.timestep_fs = dynamics.timestep_fs or md.default_timestep_fs(min((a.numbers for a in starts), key=min))
@@ -156,6 +159,8 @@ class _Run:
             yield from self._restore_model()
         while not self.progress.stopped and self.lammps:
             yield from self._lammps_round(self.lammps)
+        while not self.progress.stopped and self.target:
+            yield from self._target_round(self.target)
         while not self.progress.stopped:
             yield from self._round()
             self._judge()
@@ -283,6 +288,42 @@ class _Run:
                 f"LAMMPS halted at a frame that the model has learned: the limit at which {lammps.recipe.input} halts is too low for it."
             )
         lammps.done()
+
+    def _target_round(self, target: PropertyTarget) -> Iterator[LoopState]:
+        """Judge the property, and learn the label that sharpens it most."""
+        with self.timer("properties"):
+            verdict, results = target.judge(self.potential)
+        reached = judge.reached_limit(len(self.progress.labels), self._hours(), self.recipe.stop)
+        verdict = self.verdict = limited(verdict, *reached)
+        self.files.log_event("judged", **verdict.to_json())
+        chosen = None
+        if not verdict.stop:
+            with self.timer("properties"):
+                chosen = target.next_label(self.potential, results, self._is_done)
+        if chosen is None:
+            why = verdict.sentence if verdict.stop else f"the best structures are labelled; {verdict.sentence}"
+            ended = "converged" if verdict.converged else verdict.limit or "steps"
+            self.progress = replace(self.progress, stopped=why)
+            self.files.log_event("stopped", reason=why, ended=ended)
+        else:
+            structure, self.reason = chosen
+            yield self._state("labelling")
+            entry = self.requests.collect(
+                LabelRequest(structure), self.reason, {"walker": -1, "step": self.progress.round + 1}, self.potential
+            )
+            self.progress = replace(self.progress, round=self.progress.round + 1)
+            if entry is not None:
+                self.progress = replace(self.progress, learned=(*self.progress.learned, entry.key))
+                yield self._state("learning")
+                with self.timer("learning"):
+                    self.model = self.model.with_label(entry)
+                self._model_changed(self.reason, key=entry.key)
+        self._checkpoint()
+
+    def _is_done(self, structure: Structures) -> bool:
+        """Whether a structure is learned, or was refused by the oracle."""
+        key = self.requests.key(structure)
+        return key in self.progress.labels or self.requests.labels.refusal(key) is not None
 
     def _advanced(self, i: int, predict: walker.PredictFunction | None = None) -> WalkerSnapshot:
         """Where a walker is after a stride, or where it stopped in it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -273,6 +273,19 @@ class LammpsRecipe(RecipeSection):
     plugin: str | None = None
 
 
+class TargetRecipe(RecipeSection):
+    """A property that ends the run once it is as sure as is wanted; labels are chosen for it, without dynamics (learning/target.py).
+
+    property: calculation and value, as elastic.C11; sigma: the standard deviation to reach, in its unit; structure: file with that which
+    has the property (None: the start); options: of the calculation.
+    """
+
+    property: str
+    sigma: Positive
+    structure: str | None = None
+    options: dict[str, Any] = {}
+
+
 # what a run with dynamics in LAMMPS takes of these sections
 WITH_LAMMPS = {
     "dynamics": {"temperature_K"},
@@ -296,6 +309,7 @@ class LearnRecipe(RecipeSection):
     refresh: RefreshRecipe = RefreshRecipe()
     carve: SurrogateRecipe | None = None
     lammps: LammpsRecipe | None = None
+    target: TargetRecipe | None = None
     seed: Seed = 0
     output: str = "learned"
     thin: Count = 100
@@ -308,6 +322,8 @@ class LearnRecipe(RecipeSection):
             raise ValueError(
                 "carve cuts an environment of a cutoff, and features of a network depend on all atoms; leave out carve, or the network"
             )
+        if self.target and (self.lammps or self.carve):
+            raise ValueError("target chooses the structures to label itself: leave out lammps and carve")
         self._check_trigger()
         self._check_lammps()
         coverage, novelty = self.stop.coverage, self.trigger.novelty

@@ -60,8 +60,8 @@ MODEL = (
 
 
 def report_run(folder: Path, recipe: LearnRecipe) -> Path:
-    """Write FOLDER/report: the page about a run, finished or not, and in model/ the uncertainty report on its labels; of a run with
-    dynamics in LAMMPS, whose frames are LAMMPS's, the latter alone.
+    """Write FOLDER/report: the page about a run, finished or not, and in model/ the uncertainty report on its labels; of a run
+    without dynamics of its own (LAMMPS moves the atoms, or labels are chosen for a target), the latter alone.
 
     Raises:
         UserError: there is no run in the folder, or it has not learned anything yet.
@@ -73,7 +73,7 @@ def report_run(folder: Path, recipe: LearnRecipe) -> Path:
     if not any(e["event"] == "learned" for e in events):
         raise UserError(f"{folder}: the run there has not learned anything yet; go on with it (gpmlp learn --resume).")
     potential = archive.load(folder / "model.gpmlp")
-    if recipe.lammps is not None:
+    if recipe.lammps is not None or recipe.target is not None:
         return _report_labels(folder / "report" / "model", entries, potential)
     data = collect_run(folder, recipe, events, entries, refused, potential)
     if potential.variances is not None:
