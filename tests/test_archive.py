@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 
+import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.io import archive
+from gpmlp.io.ase_atoms import from_ase
 from gpmlp.io.files import atomic_write, check_target
 
 
@@ -41,6 +45,20 @@ def saved(tmp_path, double):
     path = tmp_path / "m.gpmlp"
     archive.save(double, path)
     return path
+
+
+def test_labels_without_net_forces(tmp_path):
+    """Pairs of atoms of an exact potential: the labels show no noise at all, and the file can be read."""
+    frames = []
+    for k in range(8):
+        atoms = Atoms("H2", [(0, 0, 0), (0.7 + 0.05 * k, 0, 0)])
+        force = np.array([(0.1 * k - 0.3, 0, 0)])
+        atoms.calc = SinglePointCalculator(atoms, energy=0.01 * k * k, forces=np.concatenate([force, -force]))
+        frames.append(atoms)
+    potential = gpmlp.fit(*from_ase(frames))[0]
+    assert potential.variances.label_noise["forces"] == 0
+    gpmlp.save(potential, tmp_path / "m.gpmlp")
+    assert gpmlp.load(tmp_path / "m.gpmlp").variances.label_noise == potential.variances.label_noise
 
 
 def test_round_trip(saved, double):

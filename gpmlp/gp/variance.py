@@ -465,7 +465,7 @@ class VarianceModel:
         if columns and float(factor.diagonal().abs().min()) < 1 - STORED:
             raise UserError("the posterior factor is smaller than that without any data.")
         about = dict(header["noise"]), dict(header["label_noise"]), header["of_fit"], header.get("amplitude", 1.0)
-        positive = [*about[0].values(), *about[1].values(), *(s for p in priors for s in p.signal.values())]
+        positive = [*about[0].values(), *(s for p in priors for s in p.signal.values())]
         if min(positive, default=1.0) <= 0 or bool((signal <= 0).any()) or about[3] < 0 or about[2] < columns:
             raise UserError(
                 "the posterior factor has a standard deviation that is not positive, or more columns than the fit."

@@ -266,7 +266,7 @@ class _Variances(_Section):
     blocks: list[list[_Block | _Functionals]]
     signal: list[dict[Element, Deviation]]
     noise: dict[Kind, Deviation]
-    label_noise: dict[Kind, Deviation]
+    label_noise: dict[Kind, NotNegative]
     of_fit: Count
     amplitude: NotNegative = 1.0
     reduced: dict[Element, list[Count]] = {}

@@ -24,7 +24,7 @@ from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.stopping import judge, observables
 from gpmlp.learning.stopping.judge import StopVerdict
-from gpmlp.learning.target import PropertyTarget, limited
+from gpmlp.learning.target import PropertyTarget, limited, nearly_same
 from gpmlp.learning.triggers import StepContext, TriggerDecision, TriggerLimits, trigger_decision, trigger_limits
 from gpmlp.learning.walker import Walker, WalkerSnapshot
 from gpmlp.learning.walker_state import HALTED, WalkerState
@@ -196,7 +196,7 @@ class _Run:
         first = {entry.key: entry for entry in entries}
         initial_structures.check_enough(len(first), len(structures), self.requests.labels)
         with self.timer("learning"):
-            self.model = OnlineModel.from_labels(list(first.values()), self.recipe.model, self.recipe.refresh)
+            self.model = OnlineModel.from_labels(list(first.values()), self.recipe.model, self.recipe.refresh_as_used)
         self.progress = replace(self.progress, first=tuple(first))
         yield from self._explore()
         self.progress = replace(self.progress, walkers=tuple(WalkerState(w, w) for w in self.walkers))
@@ -228,7 +228,7 @@ class _Run:
         """Learn all labels of the checkpoint again, in the same order: the model is then the same, bit by bit."""
         first, others = self.progress.first, self.progress.learned
         entries = [self.requests.entry(key) for key in first]
-        self.model = OnlineModel.from_labels(entries, self.recipe.model, self.recipe.refresh)
+        self.model = OnlineModel.from_labels(entries, self.recipe.model, self.recipe.refresh_as_used)
         for state in self.progress.walkers:
             if state.sent:
                 self.requests.submit(self._request_of(state))
@@ -321,9 +321,10 @@ class _Run:
         self._checkpoint()
 
     def _is_done(self, structure: Structures) -> bool:
-        """Whether a structure is learned, or was refused by the oracle."""
-        key = self.requests.key(structure)
-        return key in self.progress.labels or self.requests.labels.refusal(key) is not None
+        """Whether a structure, or one as good as the same, is learned, or was refused by the oracle."""
+        if self.requests.labels.refusal(self.requests.key(structure)) is not None:
+            return True
+        return any(nearly_same(structure, self.requests.entry(key).structure) for key in self.progress.labels)
 
     def _advanced(self, i: int, predict: walker.PredictFunction | None = None) -> WalkerSnapshot:
         """Where a walker is after a stride, or where it stopped in it."""

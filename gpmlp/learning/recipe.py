@@ -346,6 +346,12 @@ class LearnRecipe(RecipeSection):
         far = self.stop.coverage.far if self.stop.coverage and not self.lammps else math.inf
         return None if self.trigger.novelty is None else min(self.trigger.novelty, far)
 
+    @property
+    def refresh_as_used(self) -> RefreshRecipe:
+        """`refresh`; after each label of a run with a target, which is judged by how sure the model is, unless it says otherwise."""
+        once = self.target is not None and self.refresh.labels is None
+        return self.refresh.model_copy(update={"labels": 1}) if once else self.refresh
+
     def _check_lammps(self) -> None:
         if self.lammps is None:
             return

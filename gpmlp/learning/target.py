@@ -22,7 +22,8 @@ from gpmlp.properties.compute import PropertyResults, compute_properties, named
 from gpmlp.properties.labelling import choose_labels
 from gpmlp.properties.plan import Calculation
 
-CHOICES = 4  # structures that are looked at for one that is not labelled yet
+CHOICES = 6  # structures that are looked at for one that is not labelled yet
+SAME = 0.01  # A; structures that differ by less in all positions and lattice vectors have one label
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,13 @@ class PropertyTarget:
                 sigma = f"{self.name} to ± {choice.sigmas[self.name]:.2g} foreseen"
                 return structure, f"{choice.atoms.info['name']}: {sigma}"
         return None
+
+
+def nearly_same(a: Structures, b: Structures) -> bool:
+    """Whether two structures, atoms in the same order, differ by less than SAME."""
+    if a.species.tolist() != b.species.tolist():
+        return False
+    return all(float((x - y).abs().max()) < SAME for x, y in ((a.cells, b.cells), (a.positions, b.positions)))
 
 
 def limited(verdict: StopVerdict, limit: str, phrase: str) -> StopVerdict:
