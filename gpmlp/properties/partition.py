@@ -11,17 +11,21 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.geometry import complete_cell
 
 from gpmlp.core import errors
 from gpmlp.core.errors import UserError
 from gpmlp.core.molecules import bonded_units
 from gpmlp.core.neighbors import Neighbors, find_neighbors
 from gpmlp.core.structures import Structures
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.io.charges import stated_charge
 from gpmlp.potential.potential import Potential
 
 REST, CORE, BUFFER = 0, 1, 2  # hybrid_mark of QUIP
 WORDS = np.array(["MM", "QM", "buffer"])  # `region` of ase.calculators.qmmm.ForceQMMM
 LONGEST_BOND = 3.5  # A; up to which bonds are looked for
+VACUUM = 8.0  # A, between a cluster and its images
 FRACTION = 0.1  # of the atoms, unless something else is asked for
 
 
@@ -77,12 +81,14 @@ class Partition:
         marks: (atoms,) CORE, BUFFER or REST.
         force_sigma: (atoms,) calibrated standard deviation of the force vector, eV/A.
         buffer: A, its width.
+        units: (atoms,) the molecule that an atom is in the buffer with.
     """
 
     name: str
     marks: np.ndarray
     force_sigma: np.ndarray
     buffer: float
+    units: np.ndarray
 
     @property
     def core(self) -> np.ndarray:
@@ -125,6 +131,29 @@ class Partition:
             marked.set_array(name, value)
         return marked
 
+    def cluster(self, atoms: Atoms) -> tuple[Atoms, np.ndarray]:
+        """Core and buffer, as the atoms stand now, cut out of the structure, and which atoms of the cluster are of the core.
+
+        Along a periodic axis with a gap wider than the buffer the cluster is free, in a cell that leaves VACUUM around it; along others it
+        is periodic as the structure is.
+
+        Raises:
+            UserError: the structure has a total charge, of which nobody knows how much is in the cluster.
+        """
+        charge = stated_charge(atoms.info, self.name)
+        if charge:
+            raise UserError(
+                f"{self.name}: has a total charge of {charge:g} e, and how much of it is in the cluster is not known."
+            )
+        core = self.marks == CORE
+        taken = core | _around(structures_from_ase([atoms], [self.name]), core, self.units, self.buffer)
+        cluster = atoms[taken]
+        cluster.info, cluster.calc = {}, None
+        cluster.set_constraint()
+        for axis in np.flatnonzero(atoms.pbc):
+            _cut_free(cluster, int(axis), self.buffer)
+        return cluster, core[taken]
+
 
 def partition(potential: Potential, structure: Structures, rule: RegionRule | None = None) -> Partition:
     """Core, buffer and rest of one structure.
@@ -148,7 +177,7 @@ def partition(potential: Potential, structure: Structures, rule: RegionRule | No
     core = _core(variance, units, wanted, rule.sigma)
     width = potential.cutoff if rule.buffer is None else rule.buffer
     marks = np.where(core, CORE, np.where(_around(structure, core, units, width), BUFFER, REST))
-    return Partition(name, marks, np.sqrt(variance), width)
+    return Partition(name, marks, np.sqrt(variance), width, units)
 
 
 def _units(structure: Structures) -> np.ndarray:
@@ -175,3 +204,22 @@ def _around(structure: Structures, core: np.ndarray, units: np.ndarray, width: f
     pairs = find_neighbors(structure, width) if width > 0 else Neighbors.empty(structure)
     near = pairs.neighbors.cpu().numpy()[core[pairs.centers.cpu().numpy()]]
     return np.isin(units, units[near])
+
+
+def _cut_free(cluster: Atoms, axis: int, buffer: float) -> None:
+    """Open the cell of a cluster along an axis at its widest gap, if that is wider than the buffer."""
+    basis = complete_cell(cluster.cell.array)
+    height = 1 / np.linalg.norm(np.linalg.inv(basis)[:, axis])
+    places = (cluster.positions @ np.linalg.inv(basis))[:, axis] % 1.0
+    order = np.sort(places)
+    gaps = np.diff(order, append=order[0] + 1.0)
+    widest = int(gaps.argmax())
+    if gaps[widest] * height <= buffer:
+        return
+    begin = order[(widest + 1) % len(order)]
+    moved = (places - begin) % 1.0
+    cluster.positions += (moved - (cluster.positions @ np.linalg.inv(basis))[:, axis])[:, None] * basis[axis]
+    cluster.pbc[axis] = False
+    cell = cluster.cell.array.copy()
+    cell[axis] *= min(1.0, 1.0 - gaps[widest] + VACUUM / height)
+    cluster.set_cell(cell)

@@ -1,0 +1,182 @@
+"""A calculator of ASE with the oracle's forces in the core of a partition and the potential's elsewhere, and one energy that they derive from.
+
+Mixed forces (ase.calculators.qmmm.ForceQMMM) are no derivative of any energy, so that dynamics heats up or cools down. Here their difference is
+learned: E = E_potential + ΔE, where ΔE is a Gaussian process of few labels of the oracle, on clusters carved out of the structure:
+
+    F_oracle(cluster) - F_potential  on atoms of the core,    0 ± σ_i  on all others,
+
+with σ_i the calibrated standard deviation of the potential's force on atom i. Between two labels energy is conserved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+
+from gpmlp.core import errors
+from gpmlp.core.calculators import merge_kwargs
+from gpmlp.core.errors import UserError
+from gpmlp.core.quantities import Targets
+from gpmlp.core.structures import Structures
+from gpmlp.engines.ase import GPCalculator
+from gpmlp.fitting.fit import fit
+from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.potential.potential import Potential
+from gpmlp.properties.partition import Partition
+from gpmlp.recipe import Recipe
+
+# labels of one code hardly scatter; a few meV/A are the cluster's edge, and from so few the evidence may take all of them for noise
+DIFFERENCE: dict[str, Any] = {
+    "inducing": {"n": 100, "gradients": 3},
+    "noise": {"force": 0.01},
+    "baseline": {"isolated_atoms": "none", "zbl": False},
+    "calibration": False,
+    "novelty": False,
+}
+SUREST = 1e-3  # eV/A, of a component; no potential is taken to be better
+
+
+class PartitionedCalculator(Calculator):
+    """Energy, forces and stress of a potential, corrected in the core of a partition by an oracle.
+
+        region = gpmlp.partition(potential, structure)
+        atoms.calc = gpmlp.PartitionedCalculator(potential, EMT(), region, tolerance=0.1)
+
+    The oracle is asked at the first structure, and wherever the standard deviation of ΔE's force on an atom of the core exceeds the
+    tolerance; each label moves the energy. With `tolerance` None it is not asked, and energy is conserved. The core is that of the
+    partition; who is in the buffer is found anew for each label. `results` hold `force_std` (atoms,) eV/A of ΔE, unless it is None.
+
+    Attributes:
+        tolerance: eV/A of the force vector, or None; may be set between steps.
+        labels: structures and forces that ΔE is learned from.
+        difference: ΔE as a potential; None before the first label.
+    """
+
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012 - as ASE declares it
+
+    def __init__(
+        self,
+        potential: Potential,
+        oracle: Any,
+        partition: Partition,
+        tolerance: float | None = 0.1,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take a potential, a calculator of ASE, and the partition of the structure that it is for.
+
+        Args:
+            recipe: of ΔE, each key in place of that of DIFFERENCE.
+
+        Raises:
+            UserError: a partition without a core, a tolerance that is not positive, a key that no recipe has.
+        """
+        if not len(partition.core):
+            raise UserError(f"{partition.name}: no atom is in the region, so that there is nothing to ask the oracle for.")
+        if tolerance is not None:
+            errors.check_positive("tolerance", tolerance)
+        super().__init__()
+        self.potential, self.oracle, self.partition, self.tolerance = potential, oracle, partition, tolerance
+        self.recipe = Recipe.model_validate(merge_kwargs(DIFFERENCE, recipe or {}))
+        self.labels: list[tuple[Structures, Targets]] = []
+        self.difference: Potential | None = None
+        self._squares: list[float] = []  # of errors in units of their standard deviations, of labels that ΔE had not seen
+        self._model = GPCalculator(potential)
+        self._corrections: dict[bool, GPCalculator] = {}  # of ΔE, with standard deviations and without
+
+    def learn(self, frames: Atoms | Sequence[Atoms]) -> None:
+        """Label structures by the oracle, and learn ΔE from all labels so far.
+
+        Raises:
+            UserError: other atoms than those of the partition, a total charge that is not zero, or the oracle failed.
+        """
+        for atoms in [frames] if isinstance(frames, Atoms) else frames:
+            structure, forces = self._label(atoms)
+            if self.difference is not None:
+                self._squares.append(self._surprise(structure, forces))
+            self.labels.append((structure, forces))
+        structures, targets = zip(*self.labels, strict=True)
+        self.difference, _ = fit(Structures.concatenate(structures), Targets.concatenate(targets), self.recipe)
+        self._corrections = {
+            False: GPCalculator(self.difference),
+            True: GPCalculator(self.difference, uncertainty="sampled_forces"),
+        }
+        self.results = {}
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Label first where ΔE is not sure enough.
+
+        Raises:
+            UserError: see `learn`.
+        """
+        super().calculate(atoms, list(properties), list(system_changes))
+        here = self.atoms.copy()
+        self._check(here)
+        asked = self.tolerance is not None
+        if asked and (self.difference is None or self._doubt(here) > self.tolerance):
+            self.learn(here)
+        parts = [self._results(self._model, here)]
+        if self.difference is not None:
+            parts.append(self._results(self._corrections[asked], here))
+        names = [name for name in self.implemented_properties if name in parts[0]]
+        self.results = {name: sum(part[name] for part in parts) for name in names}
+        if "force_std" in parts[-1]:
+            self.results["force_std"] = self._scale * parts[-1]["force_std"]
+
+    @property
+    def _scale(self) -> float:
+        """By which standard deviations of ΔE were too small so far; 1 if they were not."""
+        return float(max(1.0, np.sqrt(np.mean(self._squares)))) if self._squares else 1.0
+
+    def _doubt(self, atoms: Atoms) -> float:
+        """Largest standard deviation of the force of ΔE on an atom of the core, eV/A."""
+        return self._scale * float(self._results(self._corrections[True], atoms)["force_std"][self.partition.core].max())
+
+    @staticmethod
+    def _results(calculator: Any, atoms: Atoms) -> dict[str, Any]:
+        calculator.get_property("forces", atoms)
+        return calculator.results
+
+    def _label(self, atoms: Atoms) -> tuple[Structures, Targets]:
+        """The structure, and the difference of forces on its atoms."""
+        self._check(atoms)
+        cluster, core = self.partition.cluster(atoms)
+        cluster.calc = self.oracle
+        try:
+            forces = np.array(cluster.get_forces())[core]
+        except Exception as error:  # calculators fail in many ways
+            said = " ".join(str(error).split()) or "no message"
+            raise UserError(f"{self.partition.name}: the oracle failed: {type(error).__name__}: {said}") from error
+        if not np.isfinite(forces).all():
+            raise UserError(f"{self.partition.name}: the oracle gave forces that are not finite numbers.")
+        structure = structures_from_ase([atoms], [f"{self.partition.name}, label {len(self.labels) + 1}"])
+        inside = torch.from_numpy(self.partition.core)
+        difference = torch.zeros_like(structure.positions)
+        difference[inside] = torch.from_numpy(forces) - self.potential(structure).forces[inside]
+        noise = torch.from_numpy(self.partition.force_sigma / np.sqrt(3)).clamp_min(SUREST)
+        noise[inside] = torch.nan
+        about = {"forces": difference, "forces_noise": noise[:, None].repeat(1, 3)}
+        return structure, replace(Targets.unlabelled(structure), **about)
+
+    def _surprise(self, structure: Structures, label: Targets) -> float:
+        """Squared error of ΔE on the core over the variance that it foresaw."""
+        assert self.difference is not None
+        foreseen, core = self.difference(structure, "sampled_forces"), self.partition.core
+        assert foreseen.sampled_forces_covariance is not None
+        variance = foreseen.sampled_forces_covariance.diagonal().total[core].sum()
+        return float((foreseen.forces - label.forces)[core].square().sum() / variance)
+
+    def _check(self, atoms: Atoms) -> None:
+        n = len(self.partition.marks)
+        if len(atoms) != n:
+            raise UserError(f"{self.partition.name}: the partition is of {n} atoms, the structure has {len(atoms)}.")
