@@ -12,6 +12,7 @@ from gpmlp.io.recipe_files import validate_as
 from gpmlp.properties.defects import Interstitials, Vacancies
 from gpmlp.properties.elastic import ElasticConstants
 from gpmlp.properties.equation_of_state import EquationOfState
+from gpmlp.properties.hop import Hop
 from gpmlp.properties.lattice import LatticeConstants
 from gpmlp.properties.molecules import Frequencies
 from gpmlp.properties.phases import PhaseEnergies
@@ -37,6 +38,7 @@ CALCULATIONS: dict[str, type[Calculation]] = {
         Frequencies,
         Torsions,
         Dimers,
+        Hop,
     )
 }  # fmt: skip
 

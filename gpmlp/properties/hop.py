@@ -1,0 +1,149 @@
+"""The rate of a hop from one place to another, and what it diffuses, at any temperature: transition state theory with harmonic modes.
+
+G. H. Vineyard, J. Phys. Chem. Solids 3, 121 (1957), eq. 24:  Γ = Π ν_i (minimum) / Π' ν_j (saddle) exp(-ΔE / kT), and for equivalent hops
+that do not remember each other  D = n d² Γ / (2 dimensions), d the distance of the place that is hopped to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.geometry import find_mic
+from ase.mep import NEB
+from ase.optimize import FIRE
+from pydantic import Field
+
+from gpmlp.properties.plan import Calculation, Outputs, Plan
+from gpmlp.properties.surface import SOFT, STEP, Failed, Point, Surface, free_atoms, inverse_hessian, structure_names
+
+FMAX = 1e-3  # eV/A, at minimum and saddle
+CLIMBED = 0.05  # eV/A, to which a band climbs, if it does; Newton's steps find the saddle from there
+BAND_STEPS, NEWTON_STEPS = 300, 10
+FARTHEST = 0.1  # A, of one of Newton's steps
+THZ = 1e-12 * units.second  # one over ASE's unit of time, in THz
+PER_METRE = 1e-10
+
+
+class Hop(Calculation):
+    """Barrier, attempt frequency, rate and diffusion coefficient of a hop between two given structures.
+
+    temperature_K: of rate and diffusion coefficient; equivalent: hops of the same kind that lead away from a place (12 for a vacancy in an
+    fcc crystal); dimensions: in which they lead; images: between the end points, of the band that finds the saddle.
+    """
+
+    name: ClassVar[str] = "hop"
+    several: ClassVar[bool] = True
+    by_default: ClassVar[bool] = False
+    temperature_K: Annotated[float, Field(gt=0)] = 300.0
+    equivalent: Annotated[int, Field(ge=1)] = 1
+    dimensions: Annotated[int, Field(ge=1, le=3)] = 3
+    images: Annotated[int, Field(ge=3)] = 5
+
+    def refusal(self, structures: Sequence[Atoms]) -> str:
+        if len(structures) != 2:
+            return f"it needs two structures, the place before the hop and the one after it; got {len(structures)}"
+        start, end = structures
+        if len(start) != len(end) or (start.numbers != end.numbers).any():
+            return "start and end must have the same atoms in the same order"
+        if not start.pbc.any() and free_atoms(start).all():
+            return "an isolated molecule turns as well as it vibrates; take a periodic structure, or one with fixed atoms"
+        return ""
+
+    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+        start, end = (surface.relax(atoms, fmax=FMAX) for atoms in structures)
+        end.positions = start.positions + find_mic(end.positions - start.positions, start.cell, start.pbc)[0]
+        distance = float(np.linalg.norm(end.positions - start.positions, axis=1).max())
+        saddle = self._saddle(surface, start, end)
+        name = structure_names(structures[:1])[0]
+        start.info["name"], saddle.info["name"] = f"{name} before the hop", f"{name} saddle"
+        made = [start, saddle, *_displaced(start), *_displaced(saddle)]
+        half = 2 + (len(made) - 2) // 2
+
+        def evaluate(points: Sequence[Point]) -> Outputs:
+            barrier = points[1].energy - points[0].energy
+            below, at_top = (_log_modes(a, p, n) for a, p, n in ((start, points[2:half], 0), (saddle, points[half:], 1)))
+            return self._outputs(barrier, below - at_top, distance)
+
+        unit = {"hop_barrier": "eV", "log10_attempt_frequency": "log10(THz)", "log10_hop_rate": "log10(1/s)"}
+        about = {
+            "hop_barrier": "energy of the saddle less that of the place before the hop",
+            "log10_attempt_frequency": "by all harmonic modes of both (Vineyard)",
+            "log10_hop_rate": f"of one hop at {self.temperature_K:g} K",
+            "log10_diffusion_coefficient": f"of {self.equivalent} equivalent hops of {distance:.3f} A at {self.temperature_K:g} K",
+        }
+        unit |= {"log10_diffusion_coefficient": "log10(m^2/s)"}
+        return Plan(tuple(made), evaluate, unit, {0: 0, 1: 1}, {}, about)
+
+    def _outputs(self, barrier: float, log_frequency: float, distance: float) -> Outputs:
+        """log_frequency: natural, of the attempt frequency in ASE's unit."""
+        attempts = (log_frequency + np.log(THZ)) / np.log(10)
+        rate = attempts + 12 - barrier / (units.kB * self.temperature_K) / np.log(10)
+        area = self.equivalent * (distance * PER_METRE) ** 2 / (2 * self.dimensions)
+        return {
+            "hop_barrier": barrier,
+            "log10_attempt_frequency": attempts,
+            "log10_hop_rate": rate,
+            "log10_diffusion_coefficient": rate + float(np.log10(area)),
+        }
+
+    def _saddle(self, surface: Surface, start: Atoms, end: Atoms) -> Atoms:
+        """The stationary point between two minima: a climbing band, then Newton's steps."""
+        images = [start.copy() for _ in range(self.images + 1)] + [end.copy()]
+        band = _Band(surface, images)
+        band.interpolate("idpp", apply_constraint=True)
+        FIRE(band, logfile=None).run(fmax=CLIMBED, steps=BAND_STEPS)
+        top = images[1 + int(np.argmax([image.get_potential_energy() for image in images[1:-1]]))]
+        top.calc = None
+        for _ in range(NEWTON_STEPS):
+            force = surface.points([top])[0].forces * free_atoms(top)[:, None]
+            if np.linalg.norm(force, axis=1).max() < FMAX:
+                return top
+            step = (inverse_hessian(surface.hessian(top)) @ force.ravel()).reshape(-1, 3)
+            top.positions += step * min(1.0, FARTHEST / float(np.abs(step).max()))
+        raise Failed("there is no saddle near the top of the path")
+
+
+class _Band(NEB):
+    """A climbing elastic band whose images are asked for at once."""
+
+    def __init__(self, surface: Surface, images: list[Atoms]) -> None:
+        super().__init__(images, climb=True, method="improvedtangent")
+        self._surface = surface
+
+    def get_forces(self) -> np.ndarray:
+        for image, point in zip(self.images, self._surface.points(self.images), strict=True):
+            image.calc = SinglePointCalculator(image, energy=point.energy, forces=point.forces)
+        return super().get_forces()
+
+
+def _displaced(atoms: Atoms) -> list[Atoms]:
+    """Each free coordinate moved forth and back, as central differences of forces need it."""
+    moved = []
+    for i in np.flatnonzero(free_atoms(atoms)):
+        for axis in range(3):
+            for sign in (1, -1):
+                moved.append(atoms.copy())
+                moved[-1].positions[i, axis] += sign * STEP
+    return moved
+
+
+def _log_modes(atoms: Atoms, points: Sequence[Point], unstable: int) -> float:
+    """Sum of ln ν of the real modes, ν in ASE's unit; translations, where nothing is fixed, are left out.
+
+    Raises:
+        Failed: there are more or fewer unstable modes.
+    """
+    free = free_atoms(atoms)
+    forces = np.array([point.forces[free].ravel() for point in points]).reshape(-1, 2, 3 * int(free.sum()))
+    hessian = (forces[:, 1] - forces[:, 0]) / (2 * STEP)
+    masses = np.repeat(atoms.get_masses()[free], 3)
+    values = np.linalg.eigvalsh(0.5 * (hessian + hessian.T) / np.sqrt(masses[:, None] * masses))
+    if free.all():
+        values = np.delete(values, np.argsort(np.abs(values))[:3])
+    if (n := int((values < 0).sum())) != unstable or (np.abs(values) < SOFT / masses.max()).any():
+        raise Failed(f"{structure_names([atoms])[0]} has {n} unstable modes, not {unstable}")
+    return float(0.5 * np.log(values[unstable:]).sum() - (len(values) - unstable) * np.log(2 * np.pi))

@@ -1,0 +1,137 @@
+"""Hops: rate and diffusion coefficient by Vineyard's formula, against phonons of ASE and by hand, and error bars that cover the oracle's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import add_adsorbate, bulk, fcc100, molecule
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+from ase.vibrations import Vibrations
+
+import gpmlp
+from gpmlp.core.errors import UserError
+from gpmlp.io.ase_atoms import from_ase
+from gpmlp.properties.compute import compute_properties, exact_properties
+from gpmlp.properties.hop import Hop
+from gpmlp.properties.surface import Surface
+
+HOP = Hop(temperature_K=900, equivalent=12)
+
+
+def vacancy() -> tuple[Atoms, Atoms]:
+    """Copper with a vacancy, before and after one of its neighbours has hopped into it."""
+    crystal = bulk("Cu", cubic=True) * (2, 2, 2)
+    neighbour = int(np.argsort(crystal.get_distances(0, range(32), mic=True))[1])
+    start, end = crystal.copy(), crystal.copy()
+    end.positions[neighbour] += crystal.get_distance(neighbour, 0, mic=True, vector=True)
+    for atoms in (start, end):
+        del atoms[0]
+    return start, end
+
+
+@pytest.fixture(scope="module")
+def truth() -> dict[str, float]:
+    return exact_properties(Surface.of_calculator(EMT()), vacancy(), [HOP])
+
+
+def adatom() -> tuple[Atoms, Atoms]:
+    """Gold on Al(100), whose layers are held."""
+    start = fcc100("Al", (2, 2, 2))
+    add_adsorbate(start, "Au", 1.7, "hollow")
+    start.center(axis=2, vacuum=5.0)
+    start.set_constraint(FixAtoms(mask=[atom.tag > 0 for atom in start]))
+    end = start.copy()
+    end.positions[-1, 0] += end.cell[0, 0] / 2
+    return start, end
+
+
+def test_vineyard_by_vibrations_of_ase(tmp_path):
+    """One free atom on a rigid surface: the saddle is the bridge; frequencies by ASE."""
+    start, end = adatom()
+    found = exact_properties(Surface.of_calculator(EMT()), [start, end], [Hop(temperature_K=500, equivalent=4, dimensions=2)])
+    energies, modes = [], []
+    for i, share in enumerate((0.0, 0.5)):
+        atoms = start.copy()
+        atoms.positions[-1] += share * (end.positions[-1] - start.positions[-1])
+        atoms.calc = EMT()
+        heights = atoms.positions[-1, 2] + np.linspace(-0.6, 0.8, 1401)
+        along = []
+        for z in heights:  # by symmetry nothing else moves
+            atoms.positions[-1, 2] = z
+            along.append(atoms.get_potential_energy())
+        atoms.positions[-1, 2] = heights[int(np.argmin(along))]
+        energies.append(min(along))
+        vibrations = Vibrations(atoms, indices=[len(atoms) - 1], name=str(tmp_path / f"vib{i}"))
+        vibrations.run()
+        modes.append(vibrations.get_frequencies())  # cm^-1
+    real = [np.sort(f.real[np.abs(f.imag) < 1e-6]) for f in modes]
+    assert len(real[0]) == 3 and len(real[1]) == 2
+    attempts = real[0].prod() / real[1].prod() * 2.99792458e10  # Hz
+    rate = attempts * np.exp(-(energies[1] - energies[0]) / (units.kB * 500))
+    assert found["hop_barrier"] == pytest.approx(energies[1] - energies[0], abs=1e-4)
+    assert found["log10_attempt_frequency"] == pytest.approx(np.log10(attempts / 1e12), abs=5e-3)
+    assert found["log10_hop_rate"] == pytest.approx(np.log10(rate), abs=5e-3)
+    distance = start.cell[0, 0] / 2
+    assert 10 ** found["log10_diffusion_coefficient"] == pytest.approx(4 * (distance * 1e-10) ** 2 / 4 * rate, rel=2e-2)
+
+
+def test_diffusion_of_a_vacancy(truth):
+    """D = a^2 times the rate of one hop, as 12 hops of a/sqrt 2 in three dimensions; attempts of some THz; Arrhenius."""
+    a = bulk("Cu", cubic=True).cell[0, 0] * 1e-10
+    rate = 10 ** truth["log10_hop_rate"]
+    assert 10 ** truth["log10_diffusion_coefficient"] == pytest.approx(a**2 * rate, rel=1e-3)
+    assert 0.5 < truth["hop_barrier"] < 1.0 and 0 < truth["log10_attempt_frequency"] < 1.5
+    attempts = 10 ** truth["log10_attempt_frequency"] * 1e12
+    assert rate == pytest.approx(attempts * np.exp(-truth["hop_barrier"] / (units.kB * 900)), rel=1e-9)
+
+
+def labels(seed: int, n: int = 16) -> list[Atoms]:
+    """Of the oracle, at random about the minimum and along the straight way."""
+    rng, (start, end) = np.random.default_rng(seed), vacancy()
+    frames = []
+    for i in range(n):
+        atoms = start.copy()
+        atoms.positions += (0.0, 0.25, 0.5, 0.0)[i % 4] * (end.positions - start.positions)
+        atoms.positions += rng.normal(0, rng.uniform(0.03, 0.07), atoms.positions.shape)
+        point = atoms.copy()
+        point.calc = EMT()
+        atoms.calc = SinglePointCalculator(atoms, energy=point.get_potential_energy(), forces=point.get_forces())
+        frames.append(atoms)
+    return frames
+
+
+RECIPE = {"descriptor": {"cutoff": 5.0, "n_max": 6, "l_max": 4}, "inducing": {"n": 60, "gradients": 2}}
+
+
+@pytest.fixture(scope="module")
+def fitted() -> list[gpmlp.Potential]:
+    """Of the labels of four seeds."""
+    return [gpmlp.fit(*from_ase(labels(seed)), gpmlp.Recipe.model_validate(RECIPE))[0] for seed in range(4)]
+
+
+def test_intervals_cover_the_oracle(truth, fitted):
+    """From sixteen labels to a diffusion coefficient at 900 K, over seeds: as many intervals of 90 % hold the oracle's own value as
+    should, and they are no wider than they need to be."""
+    found = [compute_properties(potential, vacancy(), [HOP], samples=16) for potential in fitted]
+    for name in ("hop_barrier", "log10_attempt_frequency", "log10_diffusion_coefficient"):
+        values = [results[name] for results in found]
+        z = np.array([(value.value - truth[name]) / value.sigma for value in values])
+        assert sum(value.low_90 <= truth[name] <= value.high_90 for value in values) >= 3, (name, z)
+        assert np.sqrt(np.mean(z**2)) > 0.1 and np.abs(z).max() < 4, (name, z)
+    assert all(0.01 < results["log10_diffusion_coefficient"].sigma < 0.3 for results in found)
+
+
+def test_what_cannot_hop_is_refused(truth):
+    surface, (start, end) = Surface.of_calculator(EMT()), vacancy()
+    for structures, said in (
+        ([start], "needs two structures"),
+        ([start, end[:-1]], "same atoms in the same order"),
+        ([molecule("N2"), molecule("N2")], "isolated molecule turns"),
+    ):
+        with pytest.raises(UserError, match=said):
+            exact_properties(surface, structures, [HOP])
+    with pytest.raises(UserError, match="no path|one place|no saddle|unstable"):
+        exact_properties(surface, [start, start.copy()], [HOP])
