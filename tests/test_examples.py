@@ -106,6 +106,25 @@ def liquid_diffusion(printed: str, folder: Path) -> None:
     assert all(float(low) < float(value) < float(high) for _, value, low, high in found)
     (energy,) = numbers(r"activation_energy_Si: (-?[\d.]+) eV", printed)
     assert -0.2 < energy < 0.8
+def vacancy_diffusion(printed: str, folder: Path) -> None:
+    """EMT's own numbers lie within the intervals, which are narrow enough to be of use."""
+    found = re.findall(r"(\w+): ([-\d.]+), 90 % within ([-\d.]+) to ([-\d.]+) .*own ([-\d.]+)", printed)
+    assert [name for name, *_ in found] == ["hop_barrier", "log10_attempt_frequency", "log10_diffusion_coefficient"]
+    barrier, _, diffusion = ([float(x) for x in numbers] for _, *numbers in found)
+    assert barrier[3] == pytest.approx(0.761, abs=2e-3)  # by ASE's band on EMT, in a cell of 31 atoms
+    for value, low, high, own in (barrier, diffusion):
+        assert low < value < high and low - 0.5 * (high - low) < own < high + 0.5 * (high - low)
+    assert diffusion[2] - diffusion[1] < 0.7
+
+
+def quantum_region(printed: str, folder: Path) -> None:
+    """A fifth of the atoms holds what the potential does not know; with ΔE learned dynamics conserves energy."""
+    (core, n, share), (labels, change) = (
+        [float(x) for x in re.search(pattern, printed).groups()]
+        for pattern in (r"(\d+) of (\d+) atoms hold ([\d.]+) %", r"(\d+) labels; .* ([-+][\d.]+) meV/atom")
+    )
+    assert (core, n) == (10, 49) and 95 < share <= 100
+    assert 4 <= labels < 40 and abs(change) < 1
 
 
 def dispersion(printed: str, folder: Path) -> None:

@@ -20,6 +20,7 @@ from pydantic import Field
 from gpmlp.properties.plan import Calculation, Outputs, Plan
 from gpmlp.properties.surface import SOFT, STEP, Failed, Point, Surface, free_atoms, inverse_hessian, structure_names
 
+SAME = 0.1  # A, between places that are one
 FMAX = 1e-3  # eV/A, at minimum and saddle
 CLIMBED = 0.05  # eV/A, to which a band climbs, if it does; Newton's steps find the saddle from there
 BAND_STEPS, NEWTON_STEPS = 300, 10
@@ -50,7 +51,9 @@ class Hop(Calculation):
         if len(start) != len(end) or (start.numbers != end.numbers).any():
             return "start and end must have the same atoms in the same order"
         if not start.pbc.any() and free_atoms(start).all():
-            return "an isolated molecule turns as well as it vibrates; take a periodic structure, or one with fixed atoms"
+            return (
+                "an isolated molecule turns as well as it vibrates; take a periodic structure, or one with fixed atoms"
+            )
         return ""
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
@@ -59,13 +62,19 @@ class Hop(Calculation):
         distance = float(np.linalg.norm(end.positions - start.positions, axis=1).max())
         saddle = self._saddle(surface, start, end)
         name = structure_names(structures[:1])[0]
+        if distance < SAME:
+            raise Failed(
+                f"{name} and where it hops to relax to one place: no atom is farther than {distance:.3f} A from its own"
+            )
         start.info["name"], saddle.info["name"] = f"{name} before the hop", f"{name} saddle"
         made = [start, saddle, *_displaced(start), *_displaced(saddle)]
         half = 2 + (len(made) - 2) // 2
 
         def evaluate(points: Sequence[Point]) -> Outputs:
             barrier = points[1].energy - points[0].energy
-            below, at_top = (_log_modes(a, p, n) for a, p, n in ((start, points[2:half], 0), (saddle, points[half:], 1)))
+            below, at_top = (
+                _log_modes(a, p, n) for a, p, n in ((start, points[2:half], 0), (saddle, points[half:], 1))
+            )
             return self._outputs(barrier, below - at_top, distance)
 
         unit = {"hop_barrier": "eV", "log10_attempt_frequency": "log10(THz)", "log10_hop_rate": "log10(1/s)"}

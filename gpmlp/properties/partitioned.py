@@ -1,7 +1,7 @@
-"""A calculator of ASE with the oracle's forces in the core of a partition and the potential's elsewhere, and one energy that they derive from.
+"""A calculator of ASE with the oracle's forces in the core of a partition and the potential's elsewhere, all from one energy.
 
-Mixed forces (ase.calculators.qmmm.ForceQMMM) are no derivative of any energy, so that dynamics heats up or cools down. Here their difference is
-learned: E = E_potential + ΔE, where ΔE is a Gaussian process of few labels of the oracle, on clusters carved out of the structure:
+Mixed forces (ase.calculators.qmmm.ForceQMMM) derive from no energy, so that dynamics heats up or cools down. Here the difference is learned:
+E = E_potential + ΔE, where ΔE is a Gaussian process of few labels of the oracle, on clusters carved out of the structure:
 
     F_oracle(cluster) - F_potential  on atoms of the core,    0 ± σ_i  on all others,
 
@@ -79,7 +79,9 @@ class PartitionedCalculator(Calculator):
             UserError: a partition without a core, a tolerance that is not positive, a key that no recipe has.
         """
         if not len(partition.core):
-            raise UserError(f"{partition.name}: no atom is in the region, so that there is nothing to ask the oracle for.")
+            raise UserError(
+                f"{partition.name}: no atom is in the region, so that there is nothing to ask the oracle for."
+            )
         if tolerance is not None:
             errors.check_positive("tolerance", tolerance)
         super().__init__()
@@ -174,7 +176,7 @@ class PartitionedCalculator(Calculator):
         difference[inside] = torch.from_numpy(forces) - self.potential(structure).forces[inside]
         noise = torch.from_numpy(self.partition.force_sigma / np.sqrt(3)).clamp_min(SUREST)
         noise[inside] = torch.nan
-        about = {"forces": difference, "forces_noise": noise[:, None].repeat(1, 3)}
+        about: dict[str, Any] = {"forces": difference, "forces_noise": noise[:, None].repeat(1, 3)}
         return structure, replace(Targets.unlabelled(structure), **about)
 
     def _check(self, atoms: Atoms) -> None:
