@@ -35,7 +35,5 @@ hop = Hop(temperature_K=900, equivalent=12)
 found = gpmlp.compute_properties(potential, [start, end], [hop], samples=16)
 own = exact_properties(Surface.of_calculator(EMT()), [start, end], [hop])
 for name in ("hop_barrier", "log10_attempt_frequency", "log10_diffusion_coefficient"):
-    value = found[name]
-    print(
-        f"{name}: {value.value:.3f}, 90 % within {value.low_90:.3f} to {value.high_90:.3f} {value.unit}; EMT's own {own[name]:.3f}"
-    )
+    it = found[name]
+    print(f"{name}: {it.value:.3f}, 90 % within {it.low_90:.3f} to {it.high_90:.3f} {it.unit}; EMT {own[name]:.3f}")

@@ -108,7 +108,7 @@ def liquid_diffusion(printed: str, folder: Path) -> None:
     assert -0.2 < energy < 0.8
 def vacancy_diffusion(printed: str, folder: Path) -> None:
     """EMT's own numbers lie within the intervals, which are narrow enough to be of use."""
-    found = re.findall(r"(\w+): ([-\d.]+), 90 % within ([-\d.]+) to ([-\d.]+) .*own ([-\d.]+)", printed)
+    found = re.findall(r"(\w+): ([-\d.]+), 90 % within ([-\d.]+) to ([-\d.]+) .*EMT ([-\d.]+)", printed)
     assert [name for name, *_ in found] == ["hop_barrier", "log10_attempt_frequency", "log10_diffusion_coefficient"]
     barrier, _, diffusion = ([float(x) for x in numbers] for _, *numbers in found)
     assert barrier[3] == pytest.approx(0.761, abs=2e-3)  # by ASE's band on EMT, in a cell of 31 atoms

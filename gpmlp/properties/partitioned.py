@@ -1,7 +1,7 @@
 """A calculator of ASE with the oracle's forces in the core of a partition and the potential's elsewhere, all from one energy.
 
-Mixed forces (ase.calculators.qmmm.ForceQMMM) derive from no energy, so that dynamics heats up or cools down. Here the difference is learned:
-E = E_potential + ΔE, where ΔE is a Gaussian process of few labels of the oracle, on clusters carved out of the structure:
+Mixed forces (ase.calculators.qmmm.ForceQMMM) derive from no energy, so that dynamics heats up or cools down. Here the difference is
+learned: E = E_potential + ΔE, where ΔE is a Gaussian process of few labels of the oracle, on clusters carved out of the structure:
 
     F_oracle(cluster) - F_potential  on atoms of the core,    0 ± σ_i  on all others,
 
@@ -39,7 +39,7 @@ DIFFERENCE: dict[str, Any] = {
     "calibration": False,
     "novelty": False,
 }
-# by which standard deviations of so few labels are too small: 2.2 to 3.2 for one to five labels of an interstitial (test_partitioned)
+# by which standard deviations from so few labels are taken to be too small, before later ones say by how much they are
 DOUBT = 3.0
 SUREST = 1e-3  # eV/A, of a component; no potential is taken to be better
 
