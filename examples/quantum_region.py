@@ -27,12 +27,14 @@ atoms.positions[-1] = atoms.positions[0] + [1.3, 1.3, 1.0]
 region = gpmlp.partition(potential, structures_from_ase([atoms]), RegionRule(fraction=0.2, buffer=5.0))
 print(f"{len(region.core)} of {len(atoms)} atoms hold {100 * region.share:.1f} % of the squared error that is foreseen")
 
-atoms.calc = gpmlp.PartitionedCalculator(potential, EMT(), region, 1.0, recipe)  # asks EMT where it is not sure
+atoms.calc = gpmlp.PartitionedCalculator(potential, EMT(), region, 0.6, recipe)  # asks EMT where it is not sure
 FIRE(atoms, logfile=None).run(fmax=0.1, steps=60)
-atoms.calc.tolerance = None  # from here on it does not ask, and energy is conserved
 atoms.rattle(0.08, seed=1)
+dynamics = VelocityVerlet(atoms, 3 * units.fs)
+dynamics.run(100)
+atoms.calc.tolerance = None  # from here on it does not ask, and energy is conserved
 before = atoms.get_total_energy()
-VelocityVerlet(atoms, 3 * units.fs).run(200)
+dynamics.run(200)
 change = 1e3 * (atoms.get_total_energy() - before) / len(atoms)
 temperature = atoms.get_temperature()
 print(f"{len(atoms.calc.labels)} labels; then {temperature:.0f} K, where energy changed by {change:+.3f} meV/atom")
