@@ -29,6 +29,7 @@ USED_BY = {
     "register_network": "users (docs/pretrained.md)",
     "diffusion_at": "users (docs/multiscale.md)",
     "allow_calculator": "users (docs/long-range.md)",
+    "PartitionedCalculator": "users (docs/multiscale.md)",
     "exact_properties": "users, for what an oracle itself says (docs/properties.md)",
     "of_calculator": "users, for the same",
 }
