@@ -15,10 +15,10 @@ import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import from_ase
 from gpmlp.potential.potential import Potential
-from gpmlp.properties.bulk import Bulk, conventional
+from gpmlp.properties.bulk import Bulk, InLattice, conventional
 from gpmlp.properties.compute import exact_properties
 from gpmlp.properties.defects import Interstitials, Vacancies, largest_holes
-from gpmlp.properties.surface import Failed, Surface, strained
+from gpmlp.properties.surface import Failed, Point, Surface, strained
 from gpmlp.properties.surfaces import J_PER_M2, AdsorptionEnergies, SurfaceEnergies, adsorption_systems, cut_slab
 
 pytest.importorskip("spglib")
@@ -173,6 +173,40 @@ def test_lattice_of_another_surface():
     np.testing.assert_allclose(solid.strain(point), wanted * np.eye(3), rtol=0.03, atol=1e-6)
     assert solid.energy_per_atom(point) == pytest.approx(other.points([there.atoms])[0].energy / 4, abs=2e-6)
     assert point.energy / 4 - solid.energy_per_atom(point) > 2e-5  # which is what the lattice gains
+
+
+def test_slab_in_the_lattice_of_another_surface():
+    """As relaxed there in that lattice; the stress of the slab itself is on both about the same, and large."""
+    one = Surface.of_calculator(LennardJones(sigma=2.3, epsilon=0.4, rc=7.0, smooth=True))
+    other = Surface.of_calculator(LennardJones(sigma=2.31, epsilon=0.4, rc=7.0, smooth=True))
+    solid = Bulk.at_rest(one, bulk("Ar", "fcc", a=3.7))
+    slab = one.relax(cut_slab(solid.atoms, (1, 1, 1), 8.0, 8.0).atoms)
+    strain = solid.strain(other.points([solid.atoms])[0])
+    here, there = other.relax(slab), slab.copy()
+    there.set_cell(slab.cell @ (np.eye(3) + strain), scale_atoms=True)
+    points = other.points([here, other.relax(there)])
+    found = InLattice.of(one, [slab])[0].energy(points[0], strain)
+    gain = points[1].energy - points[0].energy
+    assert abs(found - points[0].energy) > 0.01
+    assert found - points[0].energy == pytest.approx(gain, rel=0.05)
+
+
+def test_a_strain_across_planes():
+    """Hexagonal copper whose lattice becomes longer along c alone: areas of prism planes grow, that of the basal plane does not."""
+    crystal = bulk("Cu", "hcp", a=2.54, c=4.15)
+    plan = SurfaceEnergies(planes=((0, 0, 1), (1, 0, 0))).plan(EMT_SURFACE, [crystal])
+    points = EMT_SURFACE.points(plan.structures)
+    solid = Bulk.at_rest(EMT_SURFACE, crystal)
+    longer = np.diag([0, 0, 0.01])
+    stress = -np.linalg.inv(solid.compliance)[:, 2] * 0.01
+    stress = points[0].stress + np.array([[stress[i] for i in row] for row in ((0, 5, 4), (5, 1, 3), (4, 3, 2))])
+    moved = [Point(points[0].energy, points[0].forces, stress), *points[1:]]
+    found = plan.evaluate(moved)
+    e = (points[0].energy + 0.5 * solid.atoms.get_volume() * np.sum(stress * longer)) / len(solid.atoms)
+    for name, slab, point, along_c in zip(found, plan.structures[1:], points[1:], (2, 1), strict=True):
+        area = np.linalg.norm(np.cross(*slab.cell[:2])) * (1.0 if along_c == 2 else 1.01)
+        whole = point.energy + slab.get_volume() * point.stress[along_c, along_c] * 0.01
+        assert found[name] == pytest.approx(J_PER_M2 * (whole - len(slab) * e) / (2 * area), rel=1e-3)
 
 
 def test_adsorption_as_by_hand():

@@ -137,6 +137,17 @@ def test_torsion_is_that_of_constrained_relaxations(xtb):
     assert rigid["torsion_O0_O1_barrier"] > found["torsion_O0_O1_barrier"] + 0.01
 
 
+def test_torsion_on_another_surface(xtb):
+    """From the structures of GFN2-xTB the curve of GFN1-xTB, which is another one: within 0.4 meV, 1.1 without the Newton step."""
+    one, other = Surface.of_calculator(xtb), Surface.of_calculator(type(xtb)(method="GFN1-xTB", verbosity=0))
+    plan = Torsions(step=30).plan(one, [molecule("H2O2")])
+    found = plan.evaluate(other.points(plan.structures))
+    wanted = exact_properties(other, molecule("H2O2"), [Torsions(step=30)])
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, atol=4e-4)
+        assert np.abs(plan.evaluate(one.points(plan.structures))[name] - value).max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("name", "bonds"),
     [
