@@ -4,7 +4,7 @@ the trajectory of another.
 | on paper | here |
 |---|---|
 | y_s = μ + b_s + e_s, b_s ~ N(0, τ²), e_s ~ N(0, ε_s²), of the mean potential y_0 = μ + e_0 | `random_effects` |
-| p(τ | y) ∝ Π N(y_s; μ, τ² + ε_s²), μ integrated out, τ uniform: Gelman, Bayesian Anal. 1, 515 (2006) | `_log_likelihood` |
+| p(τ | y) ∝ Π N(y_s; μ, τ² + ε_s²), μ integrated out, τ uniform: Gelman, Bayesian Anal. 1, 515 (2006) | `_posterior` |
 | τ̂² = max(0, ⟨(y_s − ȳ)²⟩ − ⟨ε²⟩): DerSimonian, Laird, Control. Clin. Trials 7, 177 (1986) | `RandomEffects.sampled` |
 | ⟨A⟩_s = ⟨A e^{−βΔ}⟩ / ⟨e^{−βΔ}⟩, Δ = E_s − E_0; n_eff = (Σw)²/Σw² | `reweighted_averages` |
 """
@@ -84,27 +84,21 @@ def random_effects(
     observed = np.append(y, mean) if centre else y
     noise = np.append(e, mean_error) if centre else e
     scatters = np.append(np.ones(len(y)), 0.0) if centre else np.ones(len(y))
-    tau = np.sqrt(max(0.0, y.var(ddof=1) - (e**2).mean()))
-    weights = _weights(tau, noise, scatters)[0]
-    sampled, statistical = (
-        tau * np.sqrt(1 + (weights * scatters) @ weights),
-        np.sqrt((weights * noise) @ (weights * noise)),
-    )
-    unit = float(np.sqrt(y.var(ddof=1) + (e**2).mean()))
+    tau = math.sqrt(max(0.0, y.var(ddof=1) - (e**2).mean()))
+    (weights,) = _posterior(np.array([tau]), observed, noise, scatters)[0]
+    sampled, statistical = tau * math.sqrt(1 + (weights * scatters) @ weights), float(np.linalg.norm(weights * noise))
+    unit = math.sqrt(y.var(ddof=1) + (e**2).mean())
     if unit <= 1e-12 * max(1e-300, float(np.abs(y).max())):
-        return _normal(float(weights @ observed), 0.0, float(statistical), counts)
+        return _normal(float(weights @ observed), 0.0, statistical, counts)
     grid = (np.arange(GRID) + 0.5) / GRID
-    taus = unit * grid / (1 - grid)
-    log, centres, widths = np.array([_log_likelihood(t, observed, noise, scatters) for t in taus]).T
+    _, log, centres, widths = _posterior(unit * grid / (1 - grid), observed, noise, scatters)
     p = np.exp(log - log.max()) / (1 - grid) ** 2  # dτ/d(grid)
     p /= p.sum()
     low, low_68, high_68, high = (
         _quantile(q, p, centres, widths)
         for q in ((1 - INSIDE) / 2, (1 - SIGMAS) / 2, (1 + SIGMAS) / 2, (1 + INSIDE) / 2)
     )
-    return RandomEffects(
-        float(p @ centres), (high_68 - low_68) / 2, low, high, float(sampled), float(statistical), *counts
-    )
+    return RandomEffects(float(p @ centres), (high_68 - low_68) / 2, low, high, sampled, statistical, *counts)
 
 
 def _normal(value: float, sampled: float, statistical: float, counts: tuple[int, int]) -> RandomEffects:
@@ -114,22 +108,20 @@ def _normal(value: float, sampled: float, statistical: float, counts: tuple[int,
     return RandomEffects(value, sigma, value - reach, value + reach, sampled, statistical, *counts)
 
 
-def _weights(tau: float, noise: np.ndarray, scatters: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights of the values in μ̂, and var μ̂: inverse variances; values without any error share all weight."""
-    variance = (tau * scatters) ** 2 + noise**2
-    variance = np.maximum(variance, 1e-12 * max(float(variance.max()), 1e-300))
-    return (1 / variance) / (1 / variance).sum(), float(1 / (1 / variance).sum())
-
-
-def _log_likelihood(
-    tau: float, observed: np.ndarray, noise: np.ndarray, scatters: np.ndarray
-) -> tuple[float, float, float]:
-    """(log p(y | τ), μ̂(τ), standard deviation of the truth about it)."""
-    weights, variance = _weights(tau, noise, scatters)
-    centre = float(weights @ observed)
-    precisions = weights / variance
-    log = 0.5 * np.log(precisions).sum() + 0.5 * np.log(variance) - 0.5 * precisions @ (observed - centre) ** 2
-    return float(log), centre, float(np.sqrt(variance + tau**2))
+def _posterior(
+    tau: np.ndarray, observed: np.ndarray, noise: np.ndarray, scatters: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For each τ: weights of the values in μ̂, their inverse variances; log p(y | τ), μ̂, and the standard deviation of the truth."""
+    variance = (tau[:, None] * scatters) ** 2 + noise**2
+    # values without any error share all weight
+    variance = np.maximum(variance, 1e-12 * np.maximum(variance.max(1, keepdims=True), 1e-300))
+    precisions = 1 / variance
+    total = precisions.sum(1)
+    weights = precisions / total[:, None]
+    centres = weights @ observed
+    misfit = (precisions * (observed - centres[:, None]) ** 2).sum(1)
+    log = 0.5 * (np.log(precisions).sum(1) - np.log(total) - misfit)
+    return weights, log, centres, np.sqrt(1 / total + tau**2)
 
 
 def _quantile(q: float, p: np.ndarray, centres: np.ndarray, widths: np.ndarray) -> float:
