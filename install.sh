@@ -26,7 +26,8 @@ if [ "$packages" != "$(cat "$VENV/packages.sha256" 2>/dev/null)" ]; then
     "$VENV/bin/python" -m pip install $quiet --disable-pip-version-check --requirement requirements.txt
     echo "$packages" >"$VENV/packages.sha256"
 fi
-sources="$(digest gpmlp setup.py setup.cfg) $(command -v ${CXX:-g++ c++ clang++} || true)" # a compiler may have come since
+compiler=$(for name in ${CXX:-g++ c++ clang++}; do command -v "$name" 2>/dev/null && break; done || true) # one may have come since
+sources="$(digest gpmlp setup.py setup.cfg) $compiler"
 if [ ! -e "$VENV/bin/gpmlp" ] || [ "$sources" != "$(cat "$VENV/sources.sha256" 2>/dev/null)" ]; then
     echo "building gpmlp"
     rm -rf build "$VENV/sources.sha256" # what setuptools left of an older version would be installed again

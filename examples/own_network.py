@@ -33,7 +33,7 @@ class TwoLayers(torch.nn.Module):
 
 gpmlp.register_network("two layers", TwoLayers())
 beside = [{"name": "soap"}, {"name": "network", "checkpoint": "two layers", "weight": 0.1}]
-train, test = gpmlp.read(DATA / "train.xyz", "::8"), gpmlp.read(DATA / "test.xyz", "::4")
+train, test = gpmlp.read(DATA / "train.xyz", "::12"), gpmlp.read(DATA / "test.xyz", "::4")
 for name, descriptor in {"SOAP": {"name": "soap"}, "SOAP and network": beside}.items():
     recipe = gpmlp.Recipe(descriptor=descriptor, inducing={"functionals": "all"}, variance=False)
     potential, _ = gpmlp.fit(*train, recipe)

@@ -307,6 +307,11 @@ def evaluate_by_core(model, given: Surroundings, errors: bool = False) -> list[T
     return made
 
 
+def surroundings_of(structures: Structures, cutoff: float = CUTOFF) -> Surroundings:
+    """Every atom's neighbours."""
+    return Surroundings.from_structures(structures, neighbors.find_neighbors(structures, cutoff))
+
+
 def force_sigma_by_core(model, structures: Structures, pairs, atoms: Sequence[int]) -> Tensor:
     """Standard deviations of force components of these atoms (atoms, 3), from environments of all."""
     given = Surroundings.from_structures(structures, pairs)

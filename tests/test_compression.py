@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import oracles
@@ -11,33 +10,21 @@ import torch
 from systems import (
     CUTOFF,
     DESCRIPTORS,
-    KERNELS,
     SPECIES,
     cluster,
     descriptor,
     everything,
-    random_term,
     structure,
-    targets_of,
+    surroundings_of,
 )
 
-import gpmlp
-from gpmlp.core import neighbors
-from gpmlp.core.environments import Surroundings
 from gpmlp.core.errors import UserError
-from gpmlp.core.quantities import Targets
 from gpmlp.core.stored_tensors import StoredTensors
 from gpmlp.core.structures import Structures
 from gpmlp.descriptors import learn_descriptor, make_descriptor, most_features
 from gpmlp.descriptors.backends import SoapPowerSpectrum
-from gpmlp.engines.ase import GPCalculator
 from gpmlp.fitting import defaults
-from gpmlp.fitting.fit import fit
-from gpmlp.fitting.online import OnlineFit
-from gpmlp.io import archive, ase_atoms
-from gpmlp.io.model_header import check_header
-from gpmlp.potential.potential import Potential
-from gpmlp.recipe import CompressionRecipe, DescriptorRecipe, Recipe
+from gpmlp.recipe import CompressionRecipe, DescriptorRecipe
 
 CASE = "compressed soap"
 KEPT = DESCRIPTORS[CASE]["compression"]["channels"]
@@ -46,10 +33,6 @@ KEPT = DESCRIPTORS[CASE]["compression"]["channels"]
 @pytest.fixture(scope="module")
 def made() -> SoapPowerSpectrum:
     return descriptor(CASE)
-
-
-def surroundings_of(structures: Structures, cutoff: float = CUTOFF) -> Surroundings:
-    return Surroundings.from_structures(structures, neighbors.find_neighbors(structures, cutoff))
 
 
 @pytest.mark.parametrize("by_core", [True, False])
@@ -180,65 +163,6 @@ def test_features_fewer_than_the_full_spectrum_has(made):
 def test_constants_that_do_not_fit_are_refused(made, change, message):
     with pytest.raises(UserError, match=message):
         make_descriptor(SPECIES, DESCRIPTORS[CASE], StoredTensors({"compression": change(made.compression.channels)}))
-
-
-# fits -----------------------------------------------------------------------------------------------------------------------
-
-TRUTH = random_term(descriptor("soap gto"), KERNELS["polynomial 2"])
-SOAP = {"cutoff": CUTOFF, "n_max": 3, "l_max": 3, "compression": {"channels": 6}}
-SMALL = {"descriptor": SOAP, "kernel": {"zeta": 2}, "inducing": {"n": 15, "gradients": 4}}
-
-
-def labelled(seeds) -> tuple[Structures, Targets]:
-    some = Structures.concatenate([cluster((6, 8, 1, 6), k, 2.8) for k in seeds])
-    return some, targets_of(some, TRUTH(some))
-
-
-@pytest.fixture(scope="module")
-def potential() -> Potential:
-    return fit(*labelled(range(40)), Recipe.model_validate(SMALL))[0]
-
-
-def test_a_fit_predicts_errors_and_forces_that_are_derivatives(potential):
-    new, truth = labelled(range(100, 112))
-    found = potential(new, variance="all", novelty=True)
-    assert potential.terms[0].descriptor.compression.kept == 6
-    assert torch.isfinite(found.forces_variance.total).all() and torch.isfinite(found.novelty).all()
-    # medians: a pair closer than any of the data is repelled by ZBL
-    errors = (found.forces - truth.forces).abs().median()
-    assert 0.25 < errors / found.forces_variance.total.sqrt().median() < 1.5
-    step = torch.zeros_like(new.positions)
-    step[5, 1] = 1e-4
-    there, back = (potential(replace(new, positions=new.positions + s)).energies[1] for s in (step, -step))
-    torch.testing.assert_close(found.forces[5, 1], -(there - back) / 2e-4, rtol=1e-6, atol=1e-7)
-    atoms = ase_atoms.to_ase(new.select([0]))[0]
-    atoms.calc = GPCalculator(potential)
-    expected = potential(new.select([0])).forces
-    torch.testing.assert_close(torch.from_numpy(atoms.get_forces()), expected, atol=1e-12, rtol=0)
-
-
-def test_a_model_file_keeps_the_channels(potential, tmp_path):
-    path, (new, _) = tmp_path / "model.gpmlp", labelled([200])
-    archive.save(potential, path)
-    again = gpmlp.load(path)
-    assert torch.equal(again(new).forces, potential(new).forces)
-    single = potential.to(descriptors="float32")
-    torch.testing.assert_close(single(new).forces, potential(new).forces, atol=1e-4, rtol=1e-4)
-    header, tensors = potential.state()
-    with pytest.raises(UserError, match=r"term0.descriptor.compression"):
-        Potential.from_state(header, {n: t for n, t in tensors.items() if n != "term0.descriptor.compression"})
-    header["recipe"]["descriptor"][0]["compression"] = {"channels": None}
-    with pytest.raises(UserError, match="lacks channels"):
-        check_header(json.loads(json.dumps(header)))
-
-
-def test_channels_stay_as_labels_come():
-    online = OnlineFit.begin(*labelled(range(10)), Recipe.model_validate(SMALL))
-    before = online.models[0].descriptor
-    grown = online.added(*labelled(range(10, 14))).refreshed("")
-    assert grown.models[0].descriptor is before
-    new, truth = labelled([300])
-    assert (grown.potential(new).forces - truth.forces).abs().median() < truth.forces.abs().median()
 
 
 # recipe ---------------------------------------------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ from systems import (
     force_sigma_by_core,
     random_term,
     structure,
+    surroundings_of,
     targets_of,
 )
 
 import gpmlp
 from gpmlp.core import neighbors
-from gpmlp.core.environments import Surroundings
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.stored_tensors import StoredTensors
@@ -34,10 +34,8 @@ from gpmlp.core.structures import Structures
 from gpmlp.descriptors import learn_descriptor, make_descriptor
 from gpmlp.descriptors.backends import FourBodySoap
 from gpmlp.descriptors.four_body import couplings
-from gpmlp.engines.ase import GPCalculator
 from gpmlp.fitting import defaults, four_body_weight, prepare
 from gpmlp.fitting.fit import fit
-from gpmlp.fitting.online import OnlineFit
 from gpmlp.io import archive, ase_atoms
 from gpmlp.native import library
 from gpmlp.potential.compiled import build_calibration, build_novelty, build_variances, compile_mean
@@ -51,10 +49,6 @@ SOME = Structures.concatenate([cluster((1, 6, 8, z), 60 + k) for k, z in enumera
 @pytest.fixture(scope="module")
 def made() -> FourBodySoap:
     return descriptor(CASE)
-
-
-def surroundings_of(structures: Structures, cutoff: float = CUTOFF) -> Surroundings:
-    return Surroundings.from_structures(structures, neighbors.find_neighbors(structures, cutoff))
 
 
 def of_environments(structures: Structures) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -278,20 +272,6 @@ def potential() -> Potential:
     return fit(*labelled(range(40)), Recipe.model_validate(SMALL))[0]
 
 
-def test_a_fit_with_them_predicts_errors_and_forces_that_are_derivatives(potential):
-    new, truth = labelled(range(100, 112))
-    found = potential(new, variance="all", novelty=True)
-    assert isinstance(potential.terms[0].descriptor, FourBodySoap)
-    assert torch.isfinite(found.forces_variance.total).all() and torch.isfinite(found.novelty).all()
-    errors = (found.forces - truth.forces).square().mean().sqrt()
-    sigma = found.forces_variance.total.mean().sqrt()
-    assert 0.4 < errors / sigma < 2.5
-    step = torch.zeros_like(new.positions)
-    step[5, 1] = 1e-4
-    there, back = (potential(replace(new, positions=new.positions + s)).energies[1] for s in (step, -step))
-    torch.testing.assert_close(found.forces[5, 1], -(there - back) / 2e-4, rtol=1e-6, atol=1e-7)
-
-
 def test_they_lower_the_evidence_of_an_energy_that_has_them():
     data = labelled(range(40))
     with_, without = (
@@ -299,20 +279,6 @@ def test_they_lower_the_evidence_of_an_energy_that_has_them():
         for value in (FOUR_BODY["four_body"], False)
     )
     assert with_.negative_log_evidence < without.negative_log_evidence - 10
-
-
-def test_a_model_file_keeps_the_constants(potential, tmp_path):
-    path = tmp_path / "model.gpmlp"
-    archive.save(potential, path)
-    again, (new, _) = gpmlp.load(path), labelled([200])
-    for name, value in potential.terms[0].descriptor.constants.items():
-        assert torch.equal(again.terms[0].descriptor.constants[name], value)
-    assert torch.equal(again(new).forces, potential(new).forces)
-    single = potential.to(descriptors="float32")
-    torch.testing.assert_close(single(new).forces, potential(new).forces, atol=1e-4, rtol=1e-4)
-    header, tensors = potential.state()
-    with pytest.raises(UserError, match=r"term0.descriptor.channels"):
-        Potential.from_state(header, {name: t for name, t in tensors.items() if name != "term0.descriptor.channels"})
 
 
 def test_functionals_of_the_data_have_them_too(potential, tmp_path):
@@ -324,22 +290,6 @@ def test_functionals_of_the_data_have_them_too(potential, tmp_path):
     torch.testing.assert_close(again.forces_variance.total, found.forces_variance.total, rtol=1e-10, atol=0)
     # a pair closer than any of the data is repelled by ZBL
     assert (found.forces - truth.forces).abs().median() < 0.5 * truth.forces.abs().median()
-
-
-def test_constants_stay_as_labels_come(potential):
-    online = OnlineFit.begin(*labelled(range(10)), Recipe.model_validate(SMALL))
-    before = online.models[0].descriptor
-    grown = online.added(*labelled(range(10, 14))).refreshed("")
-    assert grown.models[0].descriptor is before
-    new, truth = labelled([300])
-    assert (grown.potential(new).forces - truth.forces).abs().mean() < 2 * truth.forces.abs().mean()
-
-
-def test_the_calculator_of_ase(potential):
-    new, _ = labelled([400])
-    atoms = ase_atoms.to_ase(new)[0]
-    atoms.calc = GPCalculator(potential)
-    torch.testing.assert_close(torch.from_numpy(atoms.get_forces()), potential(new).forces, atol=1e-12, rtol=0)
 
 
 @pytest.mark.skipif(library.compiled() is None, reason="gpmlp was built without a compiler")

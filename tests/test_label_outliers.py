@@ -38,6 +38,12 @@ def data():
     return *crystals(40, 0), *crystals(15, 1)
 
 
+@pytest.fixture(scope="module")
+def plain(data):
+    """(Potential, FitReport) of right labels."""
+    return gpmlp.fit(*data[:2], Recipe(**SMALL))
+
+
 def errors(potential, structures, targets) -> tuple[float, float]:
     """Root mean squares, meV/atom and eV/A."""
     prediction = potential(structures)
@@ -47,9 +53,8 @@ def errors(potential, structures, targets) -> tuple[float, float]:
     )
 
 
-def test_right_labels_are_left_alone(data):
+def test_right_labels_are_left_alone(data, plain):
     structures, targets, *_ = data
-    plain = gpmlp.fit(structures, targets, Recipe(**SMALL))
     robust = gpmlp.fit(structures, targets, Recipe(**SMALL, robust=True))
     for potential, report in (plain, robust):
         assert not [f for f in report.findings if f.kind.startswith("label-outlier")]
@@ -58,9 +63,9 @@ def test_right_labels_are_left_alone(data):
 
 
 @pytest.mark.parametrize("kind", ["energy", "force", "failed"])
-def test_wrong_labels_are_named_and_robust_fits_go_without_them(data, kind):
+def test_wrong_labels_are_named_and_robust_fits_go_without_them(data, plain, kind):
     structures, targets, test, true = data
-    right = errors(gpmlp.fit(structures, targets, Recipe(**SMALL))[0], test, true)
+    right = errors(plain[0], test, true)
     energies, forces = targets.energies.clone(), targets.forces.clone()
     if kind == "energy":
         energies[18] += 4 * 0.6

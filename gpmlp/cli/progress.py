@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from gpmlp.learning.model import OnlineModel
 from gpmlp.learning.recipe import LearnRecipe
 from gpmlp.learning.triggers import force_error_bound
 from gpmlp.learning.walker import WalkerSnapshot
+from gpmlp.report.page import RECORD
 
 BAR, SHORT_BAR = 12, 6
 WIDE = 100  # columns of a terminal on which there is room for more than numbers
@@ -146,6 +148,7 @@ def learning_table(state: LoopState, folder: Path, page: Path | None) -> Table:
         ("labels", f"{state.labels}: {len(progress.first)} to begin with, {asked} asked for{cut}{aside}"),
         *([("steps", f"{steps} of {len(progress.walkers)} walkers{rare}")] if progress.walkers else []),
         *(_model_pairs(model, force) if model else ()),
+        *(_foreseen_pairs(page) if page else ()),
         ("model", str(folder / "model.gpmlp")),
         ("labels, trajectory, log", f"labels.xyz, trajectory.xyz, run.log, log.jsonl in {folder}"),
     ]
@@ -158,6 +161,13 @@ def _model_pairs(model: OnlineModel, force: float | None) -> tuple[tuple[str, st
         ("noise", format_noise(model.online.noise_of_mean)),
         ("inducing variables", str(model.online.rank)),
     )
+
+
+def _foreseen_pairs(page: Path) -> list[tuple[str, str]]:
+    """What the page says of the errors to be expected along the trajectory."""
+    record = json.loads(page.with_name(RECORD).read_text(encoding="utf-8"))
+    std = (record.get("blind") or {}).get("force_std_rms_meV_per_A")
+    return [("force error, foreseen", f"± {std:.3g} meV/A, of a component along the trajectory")] if std else []
 
 
 def _why(state: LoopState) -> str:

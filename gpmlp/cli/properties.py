@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from gpmlp.properties.compute import PropertyResults
     from gpmlp.properties.labelling import LabelChoice
+    from gpmlp.properties.plan import Calculation
     from gpmlp.properties.values import PropertyValue
 
 VALUES, CURVES, STRUCTURES, NEXT = "properties.json", "curves.json", "structures.xyz", "label_next.xyz"
@@ -38,6 +39,10 @@ def properties_command(
     full: Annotated[
         bool, typer.Option("--full", help="Relax the structures of each sample anew: a check of the error bars; slow.")
     ] = False,
+    oracle: Annotated[
+        Path | None,
+        typer.Option("--oracle", help="YAML: section `oracle` of a learning recipe, or such a recipe: its own values."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME.OPTION=VALUE, e.g. elastic.strain=0.01; may be repeated.")
     ] = None,
@@ -52,7 +57,10 @@ def properties_command(
         Path | None, typer.Option("--pool", help="Further structures that could be labelled. With --label.")
     ] = None,
 ) -> None:
-    """Compute properties of crystals and molecules, each with an error bar; say what to label to make it smaller."""
+    """Compute properties of crystals and molecules, each with an error bar; say what to label to make it smaller.
+
+    With --oracle beside those of the code that made the labels, which relaxes structures of its own and may take long.
+    """
     from gpmlp.cli import console
     from gpmlp.io import archive
     from gpmlp.io.files import check_apart, check_folder
@@ -81,9 +89,10 @@ def properties_command(
         results = compute_properties(potential, given, calculations, samples, seed, full, stages)
     for text in results.failures:
         console.print_message("warning", text)
-    _write(results, output)
+    truth = _oracle_values(oracle, given, calculations) if oracle is not None else {}
+    _write(results, output, truth)
     write_page(results, output, model.name)
-    console.standard_output().print(properties_table(results))
+    console.standard_output().print(properties_table(results, truth))
     console.print_line(f"wrote {FILE}, {VALUES}, {CURVES}, {STRUCTURES} in {output}")
     if label:
         wanted = _words(sharpen) or [value.name for value in results.values if value.sigma > 0]
@@ -114,15 +123,46 @@ def _frames(path: Path) -> list[Atoms]:
     return frames
 
 
-def _write(results: PropertyResults, output: Path) -> None:
-    """Values, curves and structures, each file atomically."""
+def _oracle_values(path: Path, structures: list[Atoms], calculations: list[Calculation]) -> dict[str, float]:
+    """By name, what the code of a learning recipe itself gives; a calculation that fails on it is warned of."""
+    import tempfile
+
+    import numpy as np
+
+    from gpmlp.cli import console
+    from gpmlp.core.calculators import build_calculator
+    from gpmlp.io.recipe_files import load_recipe_as
+    from gpmlp.learning.oracles.oracle import OracleRecipe
+    from gpmlp.properties.compute import exact_properties
+    from gpmlp.properties.surface import Surface
+
+    recipe = load_recipe_as(OracleRecipe, path, [], section="oracle")
+    recipe.check()
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="gpmlp-oracle-") as folder:
+        surface = Surface.of_calculator(build_calculator(recipe.calculator, recipe.kwargs, Path(folder)))
+        for calculation in calculations:
+            try:
+                values = exact_properties(surface, structures, [calculation])
+            except UserError as error:
+                console.print_message("warning", f"{recipe.calculator} itself: {error}")
+                continue
+            found |= {
+                name: float(value) for name, value in values.items() if np.ndim(value) == 0 and np.isfinite(value)
+            }
+    return found
+
+
+def _write(results: PropertyResults, output: Path, truth: dict[str, float]) -> None:
+    """Values (with the oracle's), curves and structures, each file atomically."""
     from gpmlp.io.ase_atoms import write_frames
     from gpmlp.io.files import atomic_write
 
     output.mkdir(parents=True, exist_ok=True)
-    for name, content in ((VALUES, results.values), (CURVES, results.curves)):
+    values = [value.as_dict() | ({"oracle": truth.get(value.name)} if truth else {}) for value in results.values]
+    for name, content in ((VALUES, values), (CURVES, [curve.as_dict() for curve in results.curves])):
         with atomic_write(output / name, text=True) as file:
-            json.dump([entry.as_dict() for entry in content], file, indent=2, allow_nan=False)
+            json.dump(content, file, indent=2, allow_nan=False)
             file.write("\n")
     write_frames(output / STRUCTURES, list(results.structures))
 
@@ -156,8 +196,8 @@ def labels_table(chosen: Sequence[LabelChoice], wanted: Sequence[str], results: 
     return table
 
 
-def properties_table(results: PropertyResults) -> Table:
-    """One row for each value; numbers to the second digit of their error bar."""
+def properties_table(results: PropertyResults, truth: Mapping[str, float] | None = None) -> Table:
+    """One row for each value; numbers to the second digit of their error bar; `truth`: by name, those of the oracle."""
     from rich.table import Table
 
     from gpmlp.cli.console import literal
@@ -171,12 +211,21 @@ def properties_table(results: PropertyResults) -> Table:
         lost = f" ({value.failed} of {value.samples} failed)" if value.failed else ""
         novelty = "–" if value.novelty is None else f"{value.novelty:.2f}"
         interval = f"{low} … {high}" if known else "–"
-        return f"{value.name}{lost}", middle, sigma if known else "–", interval, pretty_unit(value.unit), novelty
+        exact = [to_its_error(truth[value.name], value.sigma) if value.name in truth else "–"] if truth else []
+        return (
+            f"{value.name}{lost}",
+            middle,
+            sigma if known else "–",
+            interval,
+            *exact,
+            pretty_unit(value.unit),
+            novelty,
+        )
 
     means = f"mean of the posterior, standard deviation of {results.samples} samples" if results.samples else "mean"
     table = Table(title=f"Properties ({means})", title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
-    for heading in ("value", "±", "90 %", "unit", "novelty"):
+    for heading in ("value", "±", "90 %", *(["oracle"] if truth else []), "unit", "novelty"):
         table.add_column(heading, justify="left" if heading == "unit" else "right", no_wrap=True)
     for value in results.values:
         table.add_row(*map(literal, row(value)))
