@@ -263,6 +263,23 @@ def test_command(copper, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
+def test_the_oracle_beside(copper, tmp_path, capsys):
+    """Its own lattice constants, from its own relaxation, in the table and the file; what it cannot do is warned of."""
+    gpmlp.save(copper, tmp_path / "m.gpmlp")
+    ase.io.write(tmp_path / "cu.xyz", bulk("Cu"))
+    (tmp_path / "learn.yaml").write_text("start: cu.xyz\noracle: {calculator: emt}\ndynamics: {temperature_K: 300}\n")
+    files, out = (tmp_path / "m.gpmlp", tmp_path / "cu.xyz"), tmp_path / "out"
+    options = ("-o", out, "--only", "lattice", "--samples", "4", "--oracle", tmp_path / "learn.yaml")
+    assert run(*files, *options) == 0
+    (value,) = json.loads((out / "properties.json").read_text())
+    truth = exact_properties(Surface.of_calculator(EMT()), bulk("Cu"), ["lattice"])["lattice_constant_a"]
+    assert value["oracle"] == pytest.approx(truth, rel=1e-6) and value["oracle"] != value["value"]
+    assert "oracle" in capsys.readouterr().out
+    (tmp_path / "learn.yaml").write_text("calculator: emtt\n")
+    assert run(*files, *options) == 2
+    assert "Perhaps you meant 'emt'" in capsys.readouterr().err
+
+
 def test_what_to_label(silicon, tmp_path, capsys):
     """One after the other is as all at once: a dense Gaussian conditioned on the labels of all that was chosen."""
     crystals = named([bulk("Si"), bulk("Si", cubic=True)])
