@@ -101,6 +101,9 @@ def test_parts_that_are_missing(tmp_path):
     text = text_of(write_page(PropertyResults((bare,), (), results().structures), tmp_path).read_text())
     assert "without error bars" in text and "How do they run?" not in text
     assert "no novelty" in text and "nan" not in text.lower()
+    lost = value("barrier", "eV", 1.0, 0.1, "torsions", lost=32)
+    text = text_of(write_page(PropertyResults((lost,), (), results().structures, samples=32), tmp_path).read_text())
+    assert "1 of 1 exist on hardly any sample" in text and "Every sample has" not in text
 
 
 def test_words():

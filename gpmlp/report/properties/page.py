@@ -150,14 +150,17 @@ def _trust_answer(results: PropertyResults, route: str) -> str:
         )
     else:
         sentences.append(f"All structures are like the training data (novelty at most {format_number(novelty, 2)}).")
-    lost = [value for value in results.values if value.failed]
+    without = [value for value in results.values if value.samples - value.failed < 2]
+    lost = [value for value in results.values if value.failed and value not in without]
     if lost:
         most = max(value.failed for value in lost)
         sentences.append(
             f"{len(lost)} of {len(results.values)} do not exist on some samples (up to {most} of {results.samples}); "
             "their error bars are from the median deviation of the others."
         )
-    elif results.samples:
+    if without and results.samples:
+        sentences.append(f"{len(without)} of {len(results.values)} exist on hardly any sample, and have no error bar.")
+    if results.samples and not lost and not without:
         sentences.append("Every sample has every property.")
     if results.samples:
         sentences.append(route)
