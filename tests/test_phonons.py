@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from ase import Atoms, units
@@ -28,7 +30,7 @@ from gpmlp.properties.lattice_dynamics import (
 )
 from gpmlp.properties.phonons import Phonons, forces_of
 from gpmlp.properties.quasi_harmonic import QuasiHarmonic, states_of
-from gpmlp.properties.surface import Failed, Surface
+from gpmlp.properties.surface import Failed, Surface, strained
 
 THZ = np.sqrt(units._e / units._amu) * 1e10 / (2 * np.pi) * 1e-12  # of sqrt(eV / (A^2 u))
 AT_REST = 3.5898  # A, of EMT's copper
@@ -101,9 +103,13 @@ def test_sum_rules_and_symmetry():
     dynamics = LatticeDynamics(cell, (2, 2, 2), 0.01)
     assert len(dynamics.structures) == 2  # one displacement is enough in fcc
     forces = forces_of(surface.points(dynamics.structures))
-    constants = dynamics.force_constants(forces + 0.01)  # what acts on the undisplaced crystal is subtracted
-    assert np.abs(constants - dynamics.force_constants(forces)).max() < 1e-9
-    assert np.abs(constants.sum(1)).max() < 1e-9
+    rng = np.random.default_rng(0)
+    constants = dynamics.force_constants(forces + 0.1 * rng.normal(size=forces.shape[1:]))
+    assert np.abs(constants - dynamics.force_constants(forces)).max() < 1e-9  # what acts on the undisplaced crystal
+    noisy = dynamics.force_constants(forces + 1e-3 * rng.normal(size=forces.shape))
+    assert np.abs(noisy - constants).max() > 1e-3
+    for each in (constants, noisy):
+        assert np.abs(each.sum(1)).max() < 1e-9
     gamma = dynamics.frequencies(constants, np.zeros((1, 3)))[0]
     assert np.abs(gamma).max() < 1e-4
     mesh = dynamics.mesh_frequencies(constants)
@@ -133,6 +139,41 @@ def test_thermal_properties(copper):
     by_sum = (quanta / 2 + units.kB * 300 * np.log1p(-np.exp(-quanta / (units.kB * 300)))).sum(1).mean()
     assert copper["vibrational_free_energy_300K"] == pytest.approx(by_sum, abs=2e-4)
     assert copper["zero_point_energy"] == pytest.approx((quanta / 2).sum(1).mean(), abs=2e-5)
+
+
+def test_quantities_of_several_species_are_per_atom():
+    """Four atoms of two masses: modes of the cell alone, whose zero-point energy is half their sum, and law of Dulong and Petit."""
+    surface = Surface.of_calculator(EMT())
+    alloy = bulk("Cu", cubic=True)
+    alloy.symbols[0] = "Au"
+    cell = surface.relax(standard_cell(alloy), "full", 5e-4)
+    dynamics = LatticeDynamics(cell, (2, 2, 2), 0.01)
+    assert dynamics.n_branches == 12
+    constants = dynamics.force_constants(forces_of(surface.points(dynamics.structures)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # phonopy warns of acoustic modes at Gamma in the sums
+        found = dynamics.harmonic(constants, [3000.0])
+    assert found.heat_capacity[0] == pytest.approx(3, abs=0.01) and found.free_energy.shape == (1,)
+    places = (np.stack(np.meshgrid(*[np.arange(6)] * 3, indexing="ij"), -1).reshape(-1, 3) + 0.5) / 6
+    quanta = dynamics.frequencies(constants, places) * 1e12 * units._hplanck / units._e
+    assert found.zero_point_energy == pytest.approx((quanta / 2).sum(1).mean() / 4, rel=1e-3)
+    grid = np.linspace(0, 8, 161)
+    assert np.trapezoid(dynamics.density_of_states(constants, grid), grid) == pytest.approx(3, rel=0.01)
+
+
+def test_supercells_of_moved_crystals():
+    """Strained, and with ions elsewhere: as many times the energy of the cell as it has copies; displacements as they were."""
+    surface = Surface.of_calculator(EMT())
+    cell = standard_cell(bulk("Cu", "hcp", a=2.56, c=4.2))
+    dynamics = LatticeDynamics(cell, (3, 3, 2), 0.01)
+    moved = strained(cell, [0.02, -0.01, 0.01, 0.03, 0.0, 0.02])
+    moved.positions[1] += (0.1, -0.05, 0.2)
+    whole, displaced = dynamics.displaced(moved)[:2]
+    energies = [point.energy for point in surface.points([moved, whole])]
+    assert energies[1] == pytest.approx(18 * energies[0], abs=1e-6)
+    step = displaced.positions - whole.positions
+    assert step == pytest.approx(dynamics.structures[1].positions - dynamics.structures[0].positions)
+    assert np.linalg.norm(step, axis=1).max() == pytest.approx(0.01)
 
 
 def test_bands_end_where_their_marks_say(copper):
