@@ -128,6 +128,9 @@ def test_surface_energies_as_by_hand(at_rest):
 def test_slabs_have_the_composition_and_no_dipole():
     salt = conventional(bulk("NaCl", "rocksalt", a=5.64))
     assert cut_slab(salt, (1, 1, 1), 10.0, 10.0) is None  # polar
+    unequal = cut_slab(salt, (1, 1, 1), 10.0, 10.0, unequal_faces=True)
+    order = np.argsort(unequal.atoms.positions[:, 2])
+    assert not unequal.symmetric and set(unequal.atoms.numbers[order[[0, -1]]]) == {11, 17}
     for plane, layers in (((1, 0, 0), 2.82), ((1, 1, 0), 5.64 / 8**0.5)):
         slab = cut_slab(salt, plane, 10.0, 10.0)
         atoms = slab.atoms
@@ -142,6 +145,20 @@ def test_slabs_have_the_composition_and_no_dipole():
     zinc_blende = conventional(bulk("GaAs", "zincblende", a=5.65))
     assert cut_slab(zinc_blende, (1, 1, 0), 10.0, 10.0).symmetric
     assert cut_slab(zinc_blende, (1, 1, 1), 10.0, 10.0) is None
+
+
+def test_a_plane_without_a_slab_is_told():
+    alloy = Atoms(
+        "AuCu3", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]], cell=[3.75] * 3, pbc=True
+    )
+    plan = SurfaceEnergies(planes=((1, 0, 0), (1, 1, 1)), thickness=6.0).plan(EMT_SURFACE, [alloy])
+    assert set(plan.units) == {"surface_energy_111"} and "two different faces" in plan.missing["surface_energy_100"]
+    found = exact_properties(
+        EMT_SURFACE, alloy, [SurfaceEnergies(planes=((1, 0, 0),), thickness=6.0, unequal_faces=True)]
+    )
+    assert 0.5 < found["surface_energy_100"] < 2.0
+    with pytest.raises(UserError, match="two different faces"):
+        exact_properties(EMT_SURFACE, alloy, [SurfaceEnergies(planes=((1, 0, 0),), thickness=6.0)])
 
 
 def test_rotation_of_a_slab_is_that_of_its_lattice():

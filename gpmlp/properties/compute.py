@@ -224,6 +224,7 @@ def plan_all(
         except Failed as why:
             failures.append(f"{prefix}{calculation.name}: {why}")
             continue
+        failures += [f"{prefix}{name}: {why}" for name, why in plan.missing.items()]
         tasks.append(PlannedCalculation(calculation, these, prefix, plan, first))
         first += len(plan.structures)
     say("structures", len(wanted), len(wanted), f"{first} structures")

@@ -110,6 +110,7 @@ class _PointDefects(Calculation):
         made = [solid.atoms for solid in solids]
         defects: list[_Defect] = []
         about: dict[str, str] = {}
+        missing: dict[str, str] = {}
         for host in hosts:
             prefix = f"{structure_names([host])[0]}." if len(hosts) > 1 else ""
             crystal = solids[places[id(host)]].atoms
@@ -120,7 +121,7 @@ class _PointDefects(Calculation):
                 try:
                     atoms = surface.relax(start.atoms)
                 except Failed as why:
-                    about[name] = f"formation energy of {words}: {why}"
+                    missing[name] = str(why)
                     continue
                 own = _is_element(host) and start.z == host.numbers[0]
                 price = places[id(host if own else references[start.z])]
@@ -131,14 +132,17 @@ class _PointDefects(Calculation):
 
         def evaluate(points: Sequence[Point]) -> Outputs:
             energies = [solid.energy_per_atom(point) for solid, point in zip(solids, points, strict=False)]
-            out = dict.fromkeys(about, float("nan"))
+            out: dict[str, float] = {}
             for d in defects:
                 energy = d.lattice.energy(points[d.index], solids[d.host].strain(points[d.host]))
                 bulk = (len(d.lattice.atoms) - d.change) * energies[d.host]
                 out[d.name] = energy - bulk - d.change * energies[d.reference]
             return out
 
-        return Plan(tuple(made), evaluate, dict.fromkeys(about, "eV"), {k: k for k in range(len(made))}, about=about)
+        if not defects:
+            raise Failed("; ".join(f"{name}: {why}" for name, why in missing.items()))
+        at_rest = {k: k for k in range(len(made))}
+        return Plan(tuple(made), evaluate, dict.fromkeys(about, "eV"), at_rest, about=about, missing=missing)
 
     def _supercell(self, surface: Surface, crystal: Atoms) -> Atoms:
         reach = self.supercell / 2 if self.supercell else getattr(getattr(surface, "potential", None), "reach", None)

@@ -42,13 +42,15 @@ class SurfaceEnergies(Calculation):
     compound both faces must be equal by symmetry, else the slab is polar or its two terminations differ; of all cuts the widest that has
     such a slab is taken, and a plane without one has no value. In an element the value is the mean of both faces.
 
-    planes: Miller indices in the conventional cell, else those of low index; thickness: A, at least, else twice the model's reach.
+    planes: Miller indices in the conventional cell, else those of low index; thickness: A, at least, else twice the model's reach;
+    unequal_faces: where no cut has equal faces the widest is taken, for the mean of both (of alloys, which are not polar).
     """
 
     name: ClassVar[str] = "surface"
 
     planes: tuple[Index, ...] | None = None
     thickness: float | None = Field(None, gt=0)
+    unequal_faces: bool = False
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
         if any(not any(plane) for plane in self.planes or ()):
@@ -64,14 +66,16 @@ class SurfaceEnergies(Calculation):
         planes = self.planes or PLANES.get(crystal_system(symmetry(bulk.atoms).number), OTHER_PLANES)
         slabs: dict[str, tuple[Slab, InLattice]] = {}
         about: dict[str, str] = {}
+        missing: dict[str, str] = {}
         made = [bulk.atoms]
         for plane in planes:
             index = "".join(f"m{-i}" if i < 0 else str(i) for i in plane)
             output = f"surface_energy_{index}"
-            slab = cut_slab(bulk.atoms, plane, thickness, reach + EMPTY)
+            slab = cut_slab(bulk.atoms, plane, thickness, reach + EMPTY, self.unequal_faces)
             if slab is None:
-                about[output] = (
-                    f"none: every cut of the composition of {name} along this plane has two different faces (is polar)"
+                missing[output] = (
+                    f"every cut of the composition of {name} along this plane has two different faces, as polar ones have; "
+                    "the mean of both is given with surface.unequal_faces=true"
                 )
                 continue
             slab.atoms.info["name"] = f"{name} ({index}) slab"
@@ -81,11 +85,11 @@ class SurfaceEnergies(Calculation):
             faces = "both faces equal" if slab.symmetric else "mean of two faces"
             about[output] = f"relaxed, not reconstructed, {len(relaxed)} atoms in {slab.layers} layers, {faces}"
         if not slabs:
-            raise Failed("; ".join(f"{output} {why}" for output, why in about.items()))
+            raise Failed("; ".join(f"{output}: {why}" for output, why in missing.items()))
 
         def evaluate(points: Sequence[Point]) -> Outputs:
             strain, energy = bulk.strain(points[0]), bulk.energy_per_atom(points[0])
-            out = dict.fromkeys(about, float("nan"))
+            out: dict[str, float] = {}
             for (output, (slab, lattice)), point in zip(slabs.items(), points[1:], strict=True):
                 turned = slab.rotation @ strain @ slab.rotation.T
                 area = slab.area * (1 + turned[0, 0] + turned[1, 1])
@@ -93,7 +97,8 @@ class SurfaceEnergies(Calculation):
                 out[output] = J_PER_M2 * excess / (2 * area)
             return out
 
-        return Plan(tuple(made), evaluate, dict.fromkeys(about, "J/m^2"), {k: k for k in range(len(made))}, about=about)
+        at_rest = {k: k for k in range(len(made))}
+        return Plan(tuple(made), evaluate, dict.fromkeys(about, "J/m^2"), at_rest, about=about, missing=missing)
 
 
 class Slab:
@@ -113,7 +118,7 @@ class Slab:
         self.symmetric = bool((symmetry(atoms).rotations[:, 2, 2] < 0).any())
 
 
-def cut_slab(crystal: Atoms, plane: Index, thickness: float, vacuum: float) -> Slab | None:
+def cut_slab(crystal: Atoms, plane: Index, thickness: float, vacuum: float, unequal_faces: bool = False) -> Slab | None:
     """A slab along a lattice plane, cut in the widest gap between layers that SurfaceEnergies allows; None if there is none.
 
     Args:
@@ -129,6 +134,7 @@ def cut_slab(crystal: Atoms, plane: Index, thickness: float, vacuum: float) -> S
     rotation = np.stack([a1 / np.linalg.norm(a1), np.cross(normal, a1 / np.linalg.norm(a1)), normal])
     spacing = cell.get_volume() / np.linalg.norm(np.cross(a1, a2))
     least = int(np.ceil(thickness / spacing - SYMMETRY))
+    widest = None
     element = len(set(cell.numbers)) == 1
     for height in _cuts(cell, miller, spacing):
         shifted = cell.copy()
@@ -141,7 +147,8 @@ def cut_slab(crystal: Atoms, plane: Index, thickness: float, vacuum: float) -> S
             slab = Slab(atoms, rotation, layers)
             if element or slab.symmetric:
                 return slab
-    return None
+            widest = widest or slab
+    return widest if unequal_faces else None
 
 
 def _primitive_indices(crystal: Atoms, cell: Atoms, plane: Index) -> np.ndarray:
