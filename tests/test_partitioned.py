@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,6 +188,17 @@ def test_without_labels_it_is_the_model(copper, region):
     atoms.calc = GPCalculator(copper)
     assert energy == atoms.get_potential_energy()
     assert (forces == atoms.get_forces()).all()
+
+
+def test_the_page_does_what_it_says(copper):
+    """The block of docs/multiscale.md, with the names that it takes as given."""
+    page = (Path(__file__).resolve().parents[1] / "docs/multiscale.md").read_text(encoding="utf-8")
+    (block,) = (
+        b for b in re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S) if "PartitionedCalculator" in b
+    )
+    oracle, atoms = Counting(), crowded(2)
+    exec(block, {"gpmlp": gpmlp, "potential": copper, "oracle": oracle, "atoms": atoms})
+    assert oracle.calls and len(atoms.calc.labels) == 2 and atoms.calc.tolerance is None
 
 
 # --- the cluster

@@ -106,7 +106,8 @@ class PartitionedCalculator(Calculator):
                 self._squares.append(float(errors_of_core.square().sum() / self._variance(structure).sum()))
             self.labels.append((structure, label))
         structures, targets = zip(*self.labels, strict=True)
-        self.difference, _ = fit(Structures.concatenate(structures), Targets.concatenate(targets), self.recipe)
+        data = Structures.concatenate(structures)
+        self.difference, _ = fit(data, Targets.concatenate(targets), _with_as_many(self.recipe, data.n_atoms))
         self._correction = GPCalculator(self.difference)
         self.results = {}
 
@@ -183,3 +184,11 @@ class PartitionedCalculator(Calculator):
         n = len(self.partition.marks)
         if len(atoms) != n:
             raise UserError(f"{self.partition.name}: the partition is of {n} atoms, the structure has {len(atoms)}.")
+
+
+def _with_as_many(recipe: Recipe, environments: int) -> Recipe:
+    """The recipe with no more inducing points than there are environments: the first labels may have few."""
+    inducing = recipe.inducing
+    if isinstance(inducing, tuple) or (inducing.n or 0) <= environments:
+        return recipe
+    return recipe.model_copy(update={"inducing": inducing.model_copy(update={"n": environments})})
