@@ -106,6 +106,15 @@ def test_parts_that_are_missing(tmp_path):
     assert "1 of 1 exist on hardly any sample" in text and "Every sample has" not in text
 
 
+def test_the_oracles_own_values(tmp_path):
+    made = results()
+    truth = {"Si.bulk_modulus": 98.1, "energy_difference": 0.05, "Ge.bulk_modulus": 73.0}
+    page = write_page(made, tmp_path, truth=truth).read_text()
+    assert "Of 3 values the oracle's own lies inside the 90 % interval for 2" in text_of(page).replace("&#39;", "'")
+    assert "<b>0.0500</b>" in page and ">98.1<" in page  # in bold where it is outside
+    assert "oracle" not in text_of(write_page(made, tmp_path).read_text())
+
+
 def test_words():
     assert named_in_words("Si.bulk_modulus") == "Bulk modulus (Si)"
     assert named_in_words("frequency_GAMMA_4") == "Frequency Γ 4"

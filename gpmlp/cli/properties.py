@@ -91,7 +91,7 @@ def properties_command(
         console.print_message("warning", text)
     truth = _oracle_values(oracle, given, calculations) if oracle is not None else {}
     _write(results, output, truth)
-    write_page(results, output, model.name)
+    write_page(results, output, model.name, truth=truth)
     console.standard_output().print(properties_table(results, truth))
     console.print_line(f"wrote {FILE}, {VALUES}, {CURVES}, {STRUCTURES} in {output}")
     if label:

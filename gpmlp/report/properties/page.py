@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def write_page(
     numbers: str = NUMBERS,
     route: str | None = None,
     origin: str = MADE,
+    truth: Mapping[str, float] = {},
 ) -> Path:
     """Write properties.html and figures/ into folder (created if missing); return the path of the page.
 
@@ -47,15 +48,18 @@ def write_page(
         model: what the head calls the potential. numbers: files that hold them.
         route: a sentence on how samples came to their values; None: as compute_properties does.
         origin: where the structures come from and are, in words that follow on their number.
+        truth: values of the oracle, by name.
 
     Raises:
         UserError: matplotlib is not installed.
     """
     route = route or (RELAXED if results.full else STATIC)
-    return properties_page(results, model, numbers, route, origin).write(folder)
+    return properties_page(results, model, numbers, route, origin, truth).write(folder)
 
 
-def properties_page(results: PropertyResults, model: str, numbers: str, route: str, origin: str) -> Page:
+def properties_page(
+    results: PropertyResults, model: str, numbers: str, route: str, origin: str, truth: Mapping[str, float]
+) -> Page:
     """The page, its figures drawn."""
     pictures = {_slug(curve.name): curve_picture(curve) for curve in results.curves if np.isfinite(curve.value).any()}
     formulas = _formulas(results)
@@ -65,14 +69,15 @@ def properties_page(results: PropertyResults, model: str, numbers: str, route: s
         title=f"Properties of {join_words(formulas)}",
         about=[("Model", model)] * bool(model) + [("Samples of the posterior", str(results.samples))],
         tiles=_tiles(results),
-        sections=_sections(results, bool(pictures), route, origin),
+        sections=_sections(results, bool(pictures), f"{oracle_answer(results.values, truth)}{route}", origin),
         record={},
         scatters={},
         pictures=pictures,
         labels=PointLabels((), (), np.zeros(0, int), np.zeros(0, int)),
         whole="",
         values={
-            "groups": _groups(results.values),
+            "groups": _groups(results.values, truth),
+            "any_truth": bool(truth),
             "captions": {_slug(curve.name): _caption(curve) for curve in results.curves},
             "wide": [_slug(curve.name) for curve in results.curves if is_band_structure(curve)],
             "failures": results.failures,
@@ -167,13 +172,26 @@ def _trust_answer(results: PropertyResults, route: str) -> str:
     return " ".join(sentences)
 
 
+def oracle_answer(values: Iterable[PropertyValue], truth: Mapping[str, float]) -> str:
+    """How many of the oracle's values lie in the intervals, and rms of error/σ; '' where there are none to compare."""
+    known = [value for value in values if value.sigma > 0 and np.isfinite(truth.get(value.name, float("nan")))]
+    if not known:
+        return ""
+    z = [(value.value - truth[value.name]) / value.sigma for value in known]
+    inside = sum(value.low_90 <= truth[value.name] <= value.high_90 for value in known)
+    return (
+        f"Of {len(known)} values the oracle's own lies inside the 90\u202f% interval for {inside}; errors are "
+        f"{format_number(float(np.sqrt(np.mean(np.square(z)))), 2)} σ (rms; 1 is calibrated). "
+    )
+
+
 def _structures_answer(results: PropertyResults, origin: str) -> str:
     n, atoms = len(results.structures), sum(map(len, results.structures))
     counted = f"One structure with {atoms:,} atoms" if n == 1 else f"{n:,} structures with {atoms:,} atoms in all"
     return f"{counted}, {origin}."
 
 
-def _groups(values: Sequence[PropertyValue]) -> list[dict[str, Any]]:
+def _groups(values: Sequence[PropertyValue], truth: Mapping[str, float]) -> list[dict[str, Any]]:
     """Rows of the table by calculation (and structure, where there are several)."""
 
     def key(value: PropertyValue) -> tuple[str, str]:
@@ -182,12 +200,12 @@ def _groups(values: Sequence[PropertyValue]) -> list[dict[str, Any]]:
     groups = []
     for (structure, calculation), each in groupby(values, key):
         title = named_in_words(calculation or "properties") + (f" of {structure}" if structure else "")
-        rows = [_row(value) for value in each]
+        rows = [_row(value, truth.get(value.name, float("nan"))) for value in each]
         groups.append({"title": title, "rows": rows, "any_failed": any(row["failed"] for row in rows)})
     return groups
 
 
-def _row(value: PropertyValue) -> dict[str, Any]:
+def _row(value: PropertyValue, truth: float) -> dict[str, Any]:
     known = value.sigma == value.sigma
     bounds = [to_its_error(bound, value.sigma) for bound in (value.low_90, value.high_90)]
     return {
@@ -195,6 +213,8 @@ def _row(value: PropertyValue) -> dict[str, Any]:
         "value": to_its_error(value.value, value.sigma),
         "sigma": to_its_error(value.sigma, value.sigma) if known else "–",
         "interval": " … ".join(bounds) if known else "–",
+        "truth": to_its_error(truth, value.sigma),
+        "missed": not value.low_90 <= truth <= value.high_90 if known and truth == truth else False,
         "unit": pretty_unit(value.unit),
         "novelty": value.novelty,
         "far": value.novelty is not None and value.novelty > FAR,
