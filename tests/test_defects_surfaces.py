@@ -262,6 +262,7 @@ def test_fast_error_bars_are_those_of_relaxed_samples(model, what):
     fast = gpmlp.compute_properties(model, bulk("Cu"), [what], samples=8)
     full = gpmlp.compute_properties(model, bulk("Cu"), [what], samples=8, full=True)
     truth = exact_properties(EMT_SURFACE, bulk("Cu"), [what])
+    assert all(len(value.structures) == 2 for value in fast.values)  # the bulk and its own
     assert not fast.failures and not full.failures
     for a, b in zip(fast.values, full.values, strict=True):
         assert a.sigma == pytest.approx(b.sigma, rel=0.05) and a.sigma > 0

@@ -191,6 +191,7 @@ def test_dimer_is_the_pair_potential():
 
 def test_dimers_of_a_potential(peroxide):
     found = gpmlp.compute_properties(peroxide, molecule("H2O2"), ["dimers"], samples=4)
+    assert all(name.startswith("H_O ") for name in found["dimer_H_O_bond_length"].structures)
     assert [curve.name for curve in found.curves] == ["dimer_H_H", "dimer_H_O", "dimer_O_O"]
     for curve in found.curves:
         assert curve.x[-1] == pytest.approx(peroxide.reach + 0.3) and (curve.sigma[:-10] > 0).all()

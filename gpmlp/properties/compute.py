@@ -152,7 +152,7 @@ def compute_properties(
     novelty = surface.novelty(there)
     results = PropertyResults((), (), tuple(there), tuple(failures), len(drawn or ()), full)
     for task, found in zip(tasks, outputs, strict=True):
-        largest = None if novelty is None else float(novelty[task.slice].max())
+        largest = None if novelty is None else novelty[task.slice]
         results = _with_task(results, task, mean[task.slice], found, largest)
     return results
 
@@ -304,9 +304,13 @@ def _with_task(
     task: PlannedCalculation,
     mean: Sequence[Point],
     found: Sequence[Outputs | Failed],
-    novelty: float | None,
+    novelty: np.ndarray | None,
 ) -> PropertyResults:
-    """The results with the values and curves of one task."""
+    """The results with the values and curves of one task.
+
+    Args:
+        novelty: of each of its structures.
+    """
     plan, values, curves = task.plan, [], []
     outputs = plan.evaluate(mean)
     reasons = Counter(str(each) for each in found if isinstance(each, Failed))
@@ -326,8 +330,10 @@ def _with_task(
             numbers = axis.x, axis.label, axis.unit, value, sigma, unit, axis.ticks
             curves.append(PropertyCurve(full_name, *numbers, len(found), lost, about))
         else:
-            more: dict[str, Any] = {"novelty": novelty, "structures": names, "about": about}
-            more["calculation"] = task.calculation.name
+            sources = list(plan.sources.get(name, range(len(names))))
+            more: dict[str, Any] = {"about": about, "calculation": task.calculation.name}
+            more["structures"] = tuple(names[i] for i in sources)
+            more["novelty"] = None if novelty is None else float(novelty[sources].max())
             values.append(value_from_samples(full_name, unit, float(value), samples, **more))
     return replace(
         results,

@@ -142,7 +142,9 @@ class _PointDefects(Calculation):
         if not defects:
             raise Failed("; ".join(f"{name}: {why}" for name, why in missing.items()))
         at_rest = {k: k for k in range(len(made))}
-        return Plan(tuple(made), evaluate, dict.fromkeys(about, "eV"), at_rest, about=about, missing=missing)
+        sources = {d.name: sorted({d.host, d.reference, d.index}) for d in defects}
+        units = dict.fromkeys(about, "eV")
+        return Plan(tuple(made), evaluate, units, at_rest, about=about, sources=sources, missing=missing)
 
     def _supercell(self, surface: Surface, crystal: Atoms) -> Atoms:
         reach = self.supercell / 2 if self.supercell else getattr(getattr(surface, "potential", None), "reach", None)

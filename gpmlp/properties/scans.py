@@ -73,14 +73,16 @@ class Dimers(Calculation):
 
         units: dict[str, str] = {}
         about: dict[str, str] = {}
-        for pair in axes:
+        sources: dict[str, Sequence[int]] = {}
+        for k, pair in enumerate(axes):
+            mine = range(k * (self.points + 1), (k + 1) * (self.points + 1))
+            sources |= {f"dimer_{pair}_well_depth": mine, f"dimer_{pair}_bond_length": mine}
             units |= {f"dimer_{pair}": "eV", f"dimer_{pair}_well_depth": "eV", f"dimer_{pair}_bond_length": "A"}
             about[f"dimer_{pair}"] = "energy of two atoms alone, less that of the same far apart"
             about[f"dimer_{pair}_well_depth"] = "how far the lowest energy of the curve lies below free atoms"
             about[f"dimer_{pair}_bond_length"] = "distance at which it lies there"
-        return Plan(
-            tuple(made), evaluate, units, curves={f"dimer_{pair}": axis for pair, axis in axes.items()}, about=about
-        )
+        curves = {f"dimer_{pair}": axis for pair, axis in axes.items()}
+        return Plan(tuple(made), evaluate, units, curves=curves, about=about, sources=sources)
 
     def _axis(self, surface: Surface, a: int, b: int) -> CurveAxis:
         potential = getattr(surface, "potential", None)
@@ -160,6 +162,8 @@ class Torsions(Calculation):
 
         units: dict[str, str] = {}
         about: dict[str, str] = {}
+        sources: dict[str, Sequence[int]] = {}
+        placed: list[Atoms] = []
         for scan, angles in zip(scans, maxima, strict=True):
             units |= dict.fromkeys((scan.name, *scan.barrier_names(angles)), "eV")
             about[scan.name] = (
@@ -167,10 +171,11 @@ class Torsions(Calculation):
             )
             words = (f"top of {about[scan.name]}, at {angle:.0f} degrees, above its lowest point" for angle in angles)
             about |= dict(zip(scan.barrier_names(angles), words, strict=True))
+            first = len(placed)
+            placed += scan.structures
+            sources |= dict.fromkeys(scan.barrier_names(angles), range(first, len(placed)))
         axis = {scan.name: CurveAxis(scan.angles, "torsion angle", "degrees") for scan in scans}
-        return Plan(
-            tuple(atoms for scan in scans for atoms in scan.structures), evaluate, units, curves=axis, about=about
-        )
+        return Plan(tuple(placed), evaluate, units, curves=axis, about=about, sources=sources)
 
 
 @dataclass(frozen=True)

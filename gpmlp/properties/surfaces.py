@@ -98,7 +98,9 @@ class SurfaceEnergies(Calculation):
             return out
 
         at_rest = {k: k for k in range(len(made))}
-        return Plan(tuple(made), evaluate, dict.fromkeys(about, "J/m^2"), at_rest, about=about, missing=missing)
+        sources = {output: (0, k) for k, output in enumerate(slabs, 1)}
+        units = dict.fromkeys(about, "J/m^2")
+        return Plan(tuple(made), evaluate, units, at_rest, about=about, sources=sources, missing=missing)
 
 
 class Slab:
@@ -227,7 +229,8 @@ class AdsorptionEnergies(Calculation):
             name: f"of {structure_names([molecule])[0]} on {structure_names([slab])[0]}, {'relaxed' if self.relax else 'as given'}"
             for name, (_, slab, molecule) in names.items()
         }
-        return Plan(at_rest, evaluate, dict.fromkeys(names, "eV"), relaxed, about=about)
+        sources = {name: [places[id(atoms)] for atoms in system] for name, system in names.items()}
+        return Plan(at_rest, evaluate, dict.fromkeys(names, "eV"), relaxed, about=about, sources=sources)
 
 
 def adsorption_systems(structures: Sequence[Atoms]) -> list[tuple[Atoms, Atoms, Atoms]]:
