@@ -18,7 +18,6 @@ USED_BY = {
     "CalculatorOracle": "users (docs/oracles.md)",
     "committee": "users (docs/uncertainty.md)",
     "structures_and_targets": "users, to fit to the labels of a run",
-    "without": "users, to take inducing points out of an online model",
     "diffusion_of": "users, of a whole trajectory",
     "student": "users of versions before 0.2",
     "_energies": "report.model.data, by kind",
@@ -30,8 +29,6 @@ USED_BY = {
     "diffusion_at": "users (docs/multiscale.md)",
     "allow_calculator": "users (docs/long-range.md)",
     "PartitionedCalculator": "users (docs/multiscale.md)",
-    "exact_properties": "users, for what an oracle itself says (docs/properties.md)",
-    "of_calculator": "users, for the same",
 }
 
 
