@@ -207,6 +207,7 @@ def test_dimers_of_a_potential(peroxide):
         (Frequencies(), Atoms("N"), "N is a single atom"),
         (Frequencies(), Atoms("N2", [[0, 0, 0], [0, 0, 1]], constraint=FixAtoms([0])), "under constraints"),
         (Torsions(), bulk("Cu"), "Cu is periodic; torsions are scanned in isolated molecules"),
+        (Torsions(), Atoms(molecule("H2O2"), constraint=FixAtoms([0])), "under constraints"),
         (Torsions(), molecule("H2O"), "H2O has no bond that it can turn about"),
         (Torsions(most_atoms=8), molecule("CH3CH2OH"), "has 9 atoms, more than torsions.most_atoms=8"),
         (Torsions(bonds=((2, 3),)), molecule("CH3CH2OH"), "cannot turn about the bond 2-3; it can about 1-0, 1-2"),

@@ -131,6 +131,8 @@ class Torsions(Calculation):
         for atoms, name in zip(structures, structure_names(structures), strict=True):
             if atoms.pbc.any():
                 return f"{name} is periodic; torsions are scanned in isolated molecules"
+            if atoms.constraints:
+                return f"{name} is under constraints, so that its torsions are not those of the molecule"
             if len(atoms) > self.most_atoms:
                 return f"{name} has {len(atoms)} atoms, more than torsions.most_atoms={self.most_atoms}, so that a scan takes long"
             possible = rotatable_bonds(atoms)
