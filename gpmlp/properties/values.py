@@ -25,8 +25,8 @@ class PropertyValue:
         value: of the mean potential (the median of the samples where the mean has none).
         sigma: standard deviation of all parts together.
         low_90, high_90: interval of 90 %, Student's with as many degrees of freedom as samples gave a value.
-        parts: standard deviations of which sigma consists, in quadrature: 'sampled' (what the data leave open), 'misfit' (what the model
-            cannot represent), 'statistical' (of averages over time or noise of other kinds); what there is none of is left out.
+        parts: standard deviations of which sigma consists, in quadrature: 'sampled' (what the data leave open, in the size of the errors
+            that the calibration of the model has seen), 'statistical' (of averages over time); what there is none of is left out.
         novelty: largest of the structures that it was computed from; None where the model has none.
         samples, failed: how many were drawn, and how many of these have no value; sigma is from the median absolute deviation then.
         structures: names of the structures that it was computed from.
