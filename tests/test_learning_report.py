@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_report import Balanced, only_paint
 
-from gpmlp.cli import main
+from gpmlp.cli import main, progress
 from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning import loop, triggers
@@ -282,6 +282,13 @@ def run(tmp_path_factory):
     return base / "out", recipe, list(loop.learn(recipe, base))[-1]
 
 
+def collect_std(folder, potential) -> np.ndarray:
+    """(atoms,) root mean squares over components of the σ of forces on the frames of a trajectory, eV/A."""
+    frames = ase.io.read(folder / "trajectory.xyz", ":")
+    variance = potential(structures_from_ase(frames), variance="forces").forces_variance.total
+    return variance.mean(dim=1).sqrt().numpy()
+
+
 def test_the_page_of_a_real_run(run, tmp_path, monkeypatch):
     folder, recipe, last = run
     monkeypatch.setattr("gpmlp.report.run.figures.draw_picture", only_paint)
@@ -302,6 +309,12 @@ def test_the_page_of_a_real_run(run, tmp_path, monkeypatch):
     assert record["window"]["frames"] == ensemble["numbers"]["frames"]
     assert "learned from" in page.read_text("utf-8")
     assert collect.run_recipe(folder) == recipe
+    # the error that is foreseen stands in the head of the page and in the table of the command
+    std = record["blind"]["force_std_rms_meV_per_A"]
+    assert std == pytest.approx(1e3 * np.sqrt(np.mean(collect_std(folder, last.model.potential) ** 2)), rel=1e-6)
+    assert "force error foreseen along the trajectory" in page.read_text("utf-8")
+    names, values = (list(column.cells) for column in progress.learning_table(last, folder, page).columns)
+    assert f"± {std:.3g} meV/A" in str(values[names.index("force error, foreseen")])
 
 
 def test_what_was_foretold_is_what_the_model_before_says(run):
