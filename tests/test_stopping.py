@@ -285,6 +285,8 @@ def test_the_sentence_shows_why_it_is_met():
     assert match and float(match[1]) == pytest.approx(100 * share, abs=6e-3)
     assert float(match[2]) == pytest.approx(100 * low, abs=6e-3) and float(match[3]) > 97
     assert "wanted: 90.00% or more for sure, 97.00% possible)" in found.sentence
+    # the page shows parts between semicolons on lines of their own
+    assert all(part.count("(") == part.count(")") for part in found.sentence.split("; "))
     assert "of atoms inside" in found.sentence and "wanted: 97.00% or more for sure)" in found.sentence
 
 
@@ -574,8 +576,8 @@ def test_ensemble():
     assert ensemble_criterion(judged_window(steps(300))).met is True
     # seven degrees off, with an interval that holds the target: told with the interval, which says why that is met
     near = ensemble_criterion(judged_window(steps(307)))
-    said = re.fullmatch(r"mean temperature (\S+) ± (\S+) K \(95 %; target 300\)", near.sentence)
-    assert near.met is True and said
+    said = re.fullmatch(r"mean temperature (\S+) ± (\S+) K \(95 %, target 300\)", near.sentence)
+    assert near.met is True and said and "; " not in near.sentence  # which parts criteria on the page
     assert float(said[1]) == pytest.approx(near.numbers["temperature"], abs=0.06)
     assert float(said[2]) == pytest.approx(near.numbers["temperature_interval"], rel=0.06)
     assert ensemble_criterion(judged_window(steps(330, atoms={13: 1000}))).met is False

@@ -270,7 +270,7 @@ def coverage_criterion(
     low, high = wilson_bounds(share, frames)
     numbers = {"frames": share, "frames_at_least": low, "correlation_times": frames}
     numbers["novelty_max"] = float(max(v.max() for v in novelty))
-    said = f"{share:.2%} of frames inside, {low:.2%} to {high:.2%} (90 % interval; wanted: {recipe.frames:.2%} or more for sure)"
+    said = f"{share:.2%} of frames inside, {low:.2%} to {high:.2%} (90 % interval, wanted: {recipe.frames:.2%} or more for sure)"
     parts = (
         StopCriterion("frames", _bounded(low, high, recipe.frames), said),
         _atoms_inside(series, frames, quantile, recipe),
@@ -351,7 +351,7 @@ def _atoms_inside(series: NoveltySeries, frames: float, quantile: float, recipe:
     for m, said, rule in parts:
         if m is met:
             rules.setdefault(rule, []).append(said)
-    sentence = "; ".join(f"{', '.join(said)} (90 % intervals; wanted: {rule})" for rule, said in rules.items())
+    sentence = "; ".join(f"{', '.join(said)} (90 % intervals, wanted: {rule})" for rule, said in rules.items())
     return StopCriterion("atoms", met, sentence, numbers)
 
 

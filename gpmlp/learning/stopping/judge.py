@@ -262,10 +262,10 @@ def ensemble_criterion(recent: JudgedWindow, recipe: StopRecipe = StopRecipe()) 
         numbers |= {kind: target + float(mean.value[0]), f"{kind}_target": target, f"{kind}_sem": mean.sem}
         numbers |= {f"{kind}_interval": mean.half_width} if mean.enough else {}
         reach = max(allowed, mean.half_width) if mean.enough else allowed
-        interval = f" ± {mean.half_width:.2g} {unit} (95 %; target {target:.4g})"
+        interval = f" ± {mean.half_width:.2g} {unit} (95 %, target {target:.4g})"
         if not mean.enough:
             interval = (
-                f" {unit} (target {target:.4g}; {mean.n_effective:.0f} correlation times, {ENOUGH} give an interval)"
+                f" {unit} (target {target:.4g}, {mean.n_effective:.0f} correlation times, {ENOUGH} give an interval)"
             )
         # outside what is allowed, but with too few samples to say so: wait
         verdicts.append(True if off <= reach else False if mean.enough else None)
