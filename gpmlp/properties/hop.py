@@ -32,6 +32,8 @@ PER_METRE = 1e-10
 class Hop(Calculation):
     """Barrier, attempt frequency, rate and diffusion coefficient of a hop between two given structures.
 
+    Γ = Π ν(minimum) / Π' ν(saddle) exp(-ΔE / kT),  D = n d² Γ / (2 dimensions).
+
     temperature_K: of rate and diffusion coefficient; equivalent: hops of the same kind that lead away from a place (12 for a vacancy in an
     fcc crystal); dimensions: in which they lead; images: between the end points, of the band that finds the saddle.
     """

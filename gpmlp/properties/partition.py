@@ -97,7 +97,7 @@ class Partition:
 
     @property
     def share(self) -> float:
-        """Of the squared force error that is foreseen, what the core holds."""
+        """Of the squared force error that is foreseen, what the core holds: Σ_core σᵢ² / Σ σᵢ²."""
         squares = self.force_sigma**2
         return float(squares[self.core].sum() / squares.sum()) if squares.any() else 0.0
 
