@@ -26,6 +26,7 @@ _HOMES = {
     "GPMinimizer": "gpmlp.learning.paths.minimizer",
     "GPNEB": "gpmlp.learning.paths.band",
     "PartitionedCalculator": "gpmlp.properties.partitioned",
+    "GPSaddle": "gpmlp.learning.paths.saddle",
     "Potential": "gpmlp.potential.potential",
     "Prediction": "gpmlp.core.quantities",
     "Recipe": "gpmlp.recipe",

@@ -25,7 +25,7 @@ from gpmlp.cli.learn import INTERRUPTED, learn_command, report_folder
 from gpmlp.cli.locality import locality_command
 from gpmlp.cli.md import md_command
 from gpmlp.cli.partition import partition_command
-from gpmlp.cli.paths import neb_command, relax_command
+from gpmlp.cli.paths import neb_command, relax_command, saddle_command
 from gpmlp.cli.properties import properties_command
 from gpmlp.cli.transport import transport_command
 from gpmlp.cli.tune import tune_command
@@ -159,6 +159,7 @@ app.command("tune")(tune_command)
 app.command("learn")(learn_command)
 app.command("relax")(relax_command)
 app.command("neb")(neb_command)
+app.command("saddle")(saddle_command)
 app.command("properties")(properties_command)
 app.command("md")(md_command)
 app.command("partition")(partition_command)

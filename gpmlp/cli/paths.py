@@ -1,4 +1,4 @@
-"""The commands `gpmlp relax` and `gpmlp neb`: a recipe in, a run on the posterior of few labels, its progress and what came of it out."""
+"""The commands `gpmlp relax`, `gpmlp neb` and `gpmlp saddle`: a recipe in, a run on few labels, its progress and what came of it out."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from gpmlp.cli.learn import INTERRUPTED, terminated_as_interrupted
 
 if TYPE_CHECKING:
     from gpmlp.learning.paths.band import BandLabel
-    from gpmlp.learning.paths.run import PathOutcome, RelaxStep
+    from gpmlp.learning.paths.run import PathOutcome, RelaxStep, SaddleOutcome
+    from gpmlp.learning.paths.saddle import SaddleLabel
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
+MORE = "Raise labels_at_most and go on (--resume)"
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; may be repeated.")]
 
 
@@ -74,6 +76,35 @@ def neb_command(
     _check_converged(outcome.converged, len(labels), folder)
 
 
+def saddle_command(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe with start and oracle; see docs/reactions.md.")],
+    resume: Resume = False,
+    settings: Settings = None,
+) -> None:
+    """Find a saddle near a minimum, without an end point, its barrier with an error bar and the minima that it joins."""
+    from gpmlp.cli import console
+    from gpmlp.learning.paths import run
+    from gpmlp.learning.paths.recipe import SaddleRecipe
+
+    chosen = _recipe(SaddleRecipe, recipe, settings)
+    folder = recipe.parent / chosen.output
+    outcome: SaddleOutcome | None = None
+    labels: list[SaddleLabel] = []
+    with _interruptible("saddle", recipe, settings), closing(run.find_saddle(chosen, recipe.parent, resume)) as states:
+        for state in states:
+            if isinstance(state, run.SaddleOutcome):
+                outcome = state
+            else:
+                labels.append(state)
+                _line(state.number, _searched(state))
+    assert outcome is not None
+    console.standard_output().print(console.pairs_table("Saddle", _saddle_pairs(outcome.numbers, folder)))
+    advice = (
+        "Another direction or seed, in a new folder, may lead to one" if len(labels) < chosen.labels_at_most else MORE
+    )
+    _check_converged(outcome.converged, len(labels), folder, advice)
+
+
 def _recipe(kind: type, recipe: Path, settings: list[str] | None) -> Any:
     from gpmlp.core import calculators
     from gpmlp.io.recipe_files import load_recipe_as
@@ -93,17 +124,38 @@ def _labelled(label: BandLabel) -> str:
     )
 
 
-def _outcome_pairs(numbers: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
-    imaginary = numbers["imaginary_frequencies_per_cm"]
-    said = ", ".join(f"{f:.0f}" for f in imaginary) or "none"
-    order = (
-        "" if len(imaginary) == 1 else "; a saddle has one: the top is none, or the model is not sure of its curvature"
+def _searched(label: SaddleLabel) -> str:
+    return (
+        f"{label.reason}: {label.barrier:.3f} ± {label.sigma:.2g} eV above the start foreseen, off by {1000 * abs(label.error):.0f} meV, "
+        f"lowest curvature {label.curvature:.2f} eV/A^2, largest force {label.force:.3f} eV/A"
     )
+
+
+def _frequencies(imaginary: list[float]) -> tuple[str, str]:
+    said = ", ".join(f"{f:.0f}" for f in imaginary) or "none"
+    order = "; a saddle has one: this is none, or the model is not sure of its curvature"
+    return ("imaginary frequencies", f"{said} cm^-1 (by the model){'' if len(imaginary) == 1 else order}")
+
+
+def _saddle_pairs(numbers: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+    sides = ", ".join(f"{e:.3f} eV" for e in numbers["energies_of_sides_eV"])
+    joins = {True: "", False: "; neither is the start: the barrier is not that of one step from it", None: "not sought"}
+    return [
+        ("barrier", f"{numbers['barrier_eV']:.3f} ± {numbers['barrier_sigma_eV']:.2g} eV"),
+        ("minima on its sides", f"{sides}{joins[numbers['joins_start']]}"),
+        _frequencies(numbers["imaginary_frequencies_per_cm"]),
+        ("oracle calls", f"{numbers['oracle_calls']}, and {numbers['oracle_calls_relaxations']} for relaxations"),
+        ("structures", str(folder / "saddle.xyz")),
+        ("numbers, labels, model", f"saddle.json, labels.xyz, model.gpmlp in {folder}"),
+    ]
+
+
+def _outcome_pairs(numbers: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     return [
         ("barrier", f"{numbers['barrier_eV']:.3f} ± {numbers['barrier_sigma_eV']:.2g} eV"),
         ("reverse barrier", f"{numbers['reverse_barrier_eV']:.3f} eV"),
         ("energy of reaction", f"{numbers['reaction_energy_eV']:.3f} ± {numbers['reaction_energy_sigma_eV']:.2g} eV"),
-        ("imaginary frequencies", f"{said} cm^-1 (by the model){order}"),
+        _frequencies(numbers["imaginary_frequencies_per_cm"]),
         ("oracle calls", f"{numbers['oracle_calls']}, and {numbers['oracle_calls_end_points']} for the end points"),
         ("path", f"path.xyz, path.png in {folder}"),
         ("numbers, labels, model", f"neb.json, labels.xyz, model.gpmlp in {folder}"),
@@ -116,13 +168,11 @@ def _line(number: int, text: str) -> None:
     standard_error().print(f"[dim]label {number}:[/] {literal(text)}", soft_wrap=True)
 
 
-def _check_converged(converged: bool, labels: int, folder: Path) -> None:
+def _check_converged(converged: bool, labels: int, folder: Path, advice: str = MORE) -> None:
     from gpmlp.core.errors import UserError
 
     if not converged:
-        raise UserError(
-            f"{folder}: not converged after {labels} labels; what there is so far is written. Raise labels_at_most and go on (--resume)."
-        )
+        raise UserError(f"{folder}: not converged after {labels} labels; what there is so far is written. {advice}.")
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from gpmlp.learning.paths.oracle import OracleCalculator
 from gpmlp.learning.paths.surface import Prediction, Surface, surface_recipe
 
 FEWEST_IMAGES = 3
-SURE = 0.05  # eV; an image with a smaller standard deviation is not labelled for its own sake
-TRUST = 0.15  # eV; of the most uncertain image, at which the relaxation of the band is broken off for a label
+SURE = 0.1  # eV; an image with a smaller standard deviation is not labelled for its own sake
+TRUST = 0.3  # eV; of the most uncertain image, at which the relaxation of the band is broken off for a label
 FARTHEST = 0.3  # A that an atom of an image may move before the next label
 EVERY = 5  # steps, of the relaxation, between two looks at standard deviations
 SHARPER = 0.7  # of the limit of forces, to which the band is relaxed

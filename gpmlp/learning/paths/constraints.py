@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 from ase import Atoms
 from ase.constraints import FixAtoms, FixCartesian, FixedLine, FixedPlane
 
 from gpmlp.core.errors import UserError
 
 SUPPORTED = (FixAtoms, FixCartesian, FixedLine, FixedPlane)
+DEGENERATE = 1e-8  # rotation about the axis of a linear molecule; share of a rigid motion that constraints forbid
 
 
 def check_constraints(atoms: Atoms, what: str) -> None:
@@ -25,3 +27,31 @@ def check_constraints(atoms: Atoms, what: str) -> None:
     fixed = {int(i) for c in atoms.constraints if isinstance(c, FixAtoms) for i in c.index}
     if len(fixed) == len(atoms):
         raise UserError(f"{what}: all {len(atoms)} atoms are fixed, so that nothing can move; fix fewer.")
+
+
+def allowed_motions(atoms: Atoms) -> np.ndarray:
+    """(3 atoms, 3 atoms), the projection on displacements that constraints allow."""
+    allowed = np.eye(3 * len(atoms))
+    for motion in allowed:
+        for constraint in atoms.constraints:
+            constraint.adjust_forces(atoms, motion.reshape(-1, 3))
+    return 0.5 * (allowed + allowed.T)
+
+
+def rigid_motions(atoms: Atoms) -> np.ndarray:
+    """(3 atoms, k), orthonormal displacements of all atoms as one that constraints allow: translations and, if isolated, rotations."""
+    allowed, whole = allowed_motions(atoms), [np.tile(axis, len(atoms)) for axis in np.eye(3)]
+    if not atoms.pbc.any():
+        centred = atoms.positions - atoms.positions.mean(axis=0)
+        whole += [np.cross(axis, centred).ravel() for axis in np.eye(3)]
+    left, sizes, _ = np.linalg.svd(np.array(whole).T, full_matrices=False)
+    rigid = left[:, sizes > DEGENERATE * sizes[0]]
+    held, combinations = np.linalg.eigh(rigid.T @ rigid - rigid.T @ allowed @ rigid)
+    return rigid @ combinations[:, held < DEGENERATE]
+
+
+def free_motions(atoms: Atoms) -> np.ndarray:
+    """(3 atoms, k) orthonormal displacements that constraints allow and that move the atoms against each other or what is held."""
+    rigid = rigid_motions(atoms)
+    shares, motions = np.linalg.eigh(allowed_motions(atoms) - rigid @ rigid.T)
+    return motions[:, shares > 0.5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,16 +70,20 @@ class GPMinimizer(Optimizer):
         own = self.surface.labels[self._others :]
         work, lowest = self.atoms.copy(), min(own, key=lambda label: label.get_potential_energy())
         work.positions = lowest.positions
-        work.calc = self.surface.calculator()
         assert self.fmax is not None
-        relaxation = BFGS(work, logfile=None, maxstep=LONGEST_STEP)
-        for _ in relaxation.irun(fmax=SHARPER * self.fmax, steps=STEPS):
-            if _moved(work, lowest) > TRUST:
-                break
+        descend(work, self.surface, self.fmax, lambda: _moved(work, lowest) > TRUST)
         if min(_moved(work, label) for label in self.surface.labels) < MOVED:
             work.positions, forces = self.atoms.positions, self.atoms.get_forces()
             work.set_positions(work.positions + PLAIN_STEP * forces / max(1.0, np.abs(forces).max()))
         self.atoms.set_positions(work.positions)
+
+
+def descend(atoms: Atoms, surface: Surface, fmax: float, far: Callable[[], bool]) -> None:
+    """Relax atoms on the posterior mean until no force is above SHARPER x fmax or they are too far."""
+    atoms.calc = surface.calculator()
+    for _ in BFGS(atoms, logfile=None, maxstep=LONGEST_STEP).irun(fmax=SHARPER * fmax, steps=STEPS):
+        if far():
+            break
 
 
 def _moved(atoms: Atoms, before: Atoms) -> float:

@@ -1,8 +1,8 @@
-"""Recipes of runs that relax a structure or find the path of a reaction."""
+"""Recipes of runs that relax a structure, find the path of a reaction or a saddle."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -13,7 +13,7 @@ from gpmlp.recipe import Count, Positive, Recipe, RecipeSection
 
 
 class _PathRecipe(RecipeSection):
-    """What both have: the structure, the oracle, atoms that are held, and the model.
+    """What all have: the structure, the oracle, atoms that are held, and the model.
 
     fixed: indices of atoms that do not move, counted from 0, besides those that the file holds. model: as in a fit; keys that are not
     given are those of the exact process of all labels (surface.EXACT).
@@ -59,3 +59,23 @@ class NebRecipe(_PathRecipe):
     force_eV_per_A: Positive = 0.05
     energy_eV: Positive = 0.01
     output: str = "path"
+
+
+class SaddleRecipe(_PathRecipe):
+    """A saddle near the minimum start, without an end point.
+
+    direction: where the search begins to climb: 'random' around a random atom, the model's 'softest' mode, the most 'uncertain' of some
+    random ones, or vectors of atoms by their index. seed: of what is random. relax_start: whether a start with forces above the limit is
+    relaxed. sides: whether the minima on both sides are sought. It ends when the oracle's forces are below force_eV_per_A, its energy was
+    foreseen to energy_eV and the model has one negative mode there, or with labels_at_most labels of the search, or a label that is more
+    than highest_eV above the start; labels of relaxations come to these.
+    """
+
+    direction: Literal["random", "softest", "uncertain"] | dict[int, tuple[float, float, float]] = "random"
+    seed: Annotated[int, Field(ge=0)] = 0
+    relax_start: bool = True
+    sides: bool = True
+    force_eV_per_A: Positive = 0.05
+    energy_eV: Positive = 0.01
+    highest_eV: Positive = 5.0
+    output: str = "saddle"

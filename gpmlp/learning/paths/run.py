@@ -1,4 +1,4 @@
-"""Runs of `gpmlp relax` and `gpmlp neb`: labels in a folder, from which a run that was killed goes on without asking for any again.
+"""Runs of `gpmlp relax`, `gpmlp neb` and `gpmlp saddle`: labels in a folder, from which a killed one goes on and asks for none again.
 
 The course of a run follows from its recipe and its labels alone: one that is resumed goes the same way, and what is in the label file
 is not asked of the oracle.
@@ -31,7 +31,8 @@ from gpmlp.learning.paths.band import GPNEB, BandLabel
 from gpmlp.learning.paths.band import Path as ReactionPath
 from gpmlp.learning.paths.minimizer import GPMinimizer
 from gpmlp.learning.paths.oracle import RunOracle
-from gpmlp.learning.paths.recipe import NebRecipe, RelaxRecipe
+from gpmlp.learning.paths.recipe import NebRecipe, RelaxRecipe, SaddleRecipe
+from gpmlp.learning.paths.saddle import GPSaddle, Saddle, SaddleLabel
 from gpmlp.learning.paths.surface import Surface
 from gpmlp.learning.paths.vibrations import SaddleModes
 
@@ -69,6 +70,20 @@ class PathOutcome:
     converged: bool
     numbers: dict[str, Any]
     path: ReactionPath
+    modes: SaddleModes
+
+
+@dataclass(frozen=True, eq=False)
+class SaddleOutcome:
+    """What a search without an end point came to.
+
+    Attributes:
+        numbers: of saddle.json; modes: of the saddle.
+    """
+
+    converged: bool
+    numbers: dict[str, Any]
+    saddle: Saddle
     modes: SaddleModes
 
 
@@ -159,6 +174,78 @@ def _path_numbers(neb: GPNEB, modes: SaddleModes) -> dict[str, Any]:
     }
 
 
+def find_saddle(
+    recipe: SaddleRecipe, base: Path = Path("."), resume: bool = False
+) -> Generator[SaddleLabel | SaddleOutcome, None, None]:
+    """Find a saddle near a minimum; yields each label of the search, and the outcome last.
+
+    OUTPUT/saddle.json and saddle.xyz hold what came of it.
+
+    Args:
+        base, resume: see `relax`.
+
+    Raises:
+        UserError: see `relax`.
+    """
+    start, folder = read_structure(base / recipe.start, recipe.fixed), base / recipe.output
+
+    def search_with(oracle: Any) -> GPSaddle:
+        about = recipe.direction, recipe.seed, recipe.relax_start, recipe.sides
+        return GPSaddle(start, oracle, *about, Surface(recipe.model))
+
+    search_with(object())  # a bad direction is refused before anything is written
+    with _opened(recipe, folder, resume) as (oracle, files):
+        search = search_with(oracle)
+        limits = recipe.force_eV_per_A, recipe.labels_at_most, recipe.energy_eV, recipe.highest_eV
+        for label in search.irun(*limits):
+            files.log_event("label", **_with_units(asdict(label)))
+            yield label
+        assert search.saddle is not None
+        write_frames(folder / "saddle.xyz", _saddle_frames(search.saddle))
+        archive.save(search.surface.potential, folder / MODEL)
+        modes = vibrations.saddle_modes(search.surface, search.saddle.atoms)
+        numbers = _saddle_numbers(search, modes)
+        _write_json(folder / "saddle.json", numbers)
+        yield SaddleOutcome(search.converged, numbers, search.saddle, modes)
+
+
+def _saddle_numbers(search: GPSaddle, modes: SaddleModes) -> dict[str, Any]:
+    saddle, last = search.saddle, search.labels[-1]
+    assert saddle is not None
+    sides = [side.get_potential_energy() - saddle.start.get_potential_energy() for side in saddle.sides]
+    return {
+        "barrier_eV": saddle.barrier,
+        "barrier_sigma_eV": saddle.sigma,
+        "foreseen_barrier_eV": last.barrier,
+        "foreseen_barrier_sigma_eV": last.sigma,
+        "foreseen_error_eV": last.error,
+        "oracle_calls": len(search.labels),
+        "oracle_calls_relaxations": search.oracle.calls - len(search.labels),
+        "largest_force_eV_per_A": last.force,
+        "converged": search.converged,
+        "curvature_eV_per_A2": saddle.curvature,
+        "imaginary_frequencies_per_cm": modes.imaginary,
+        "joins_start": saddle.joins_start,
+        "energies_of_sides_eV": sides,
+        "labels": [_with_units(asdict(label)) for label in search.labels],
+    }
+
+
+def _saddle_frames(saddle: Saddle) -> list[Atoms]:
+    """The start, the saddle with its mode, and the sides, with the oracle's energies less the start's."""
+    frames = []
+    sides = [(f"side {i + 1}", side) for i, side in enumerate(saddle.sides)]
+    for what, atoms in [("start", saddle.start), ("saddle", saddle.atoms), *sides]:
+        frame = atoms.copy()
+        frame.calc = atoms.calc
+        relative = atoms.get_potential_energy() - saddle.start.get_potential_energy()
+        frame.info |= {"what": what, "relative_energy_eV": relative}
+        if what == "saddle":
+            frame.set_array("mode", saddle.mode)
+        frames.append(frame)
+    return frames
+
+
 def read_structure(path: Path, fixed: tuple[int, ...] = ()) -> Atoms:
     """The one structure of a file, in any format that ASE reads, with the constraints that it holds and some more fixed atoms.
 
@@ -188,7 +275,9 @@ def read_structure(path: Path, fixed: tuple[int, ...] = ()) -> Atoms:
 
 
 @contextmanager
-def _opened(recipe: RelaxRecipe | NebRecipe, folder: Path, resume: bool) -> Iterator[tuple[RunOracle, PathFiles]]:
+def _opened(
+    recipe: RelaxRecipe | NebRecipe | SaddleRecipe, folder: Path, resume: bool
+) -> Iterator[tuple[RunOracle, PathFiles]]:
     """The oracle and the files of a run, closed in the end; what a run wrote that failed before its first label is removed."""
     recipe.oracle.check()  # before anything is written
     files = PathFiles(folder, recipe, resume)
@@ -220,6 +309,7 @@ UNITS = {
     "sigma": "foreseen_barrier_sigma_eV",
     "largest_sigma": "largest_sigma_eV",
     "error": "foreseen_error_eV",
+    "curvature": "lowest_curvature_eV_per_A2",
 }
 
 

@@ -12,15 +12,16 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from gpmlp.core.calculators import merge_kwargs
-from gpmlp.core.errors import UserError
+from gpmlp.core.errors import UserError, chemical_symbol
 from gpmlp.core.neighbors import find_neighbors
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.fitting.fit import fit
+from gpmlp.gp.likelihood import SIGNAL_PRIOR
 from gpmlp.io.ase_atoms import from_ase, structures_from_ase
 from gpmlp.potential.potential import Potential
-from gpmlp.recipe import Recipe
+from gpmlp.recipe import LearnedRecipe, Recipe
 
 # all functionals of the labels, for the mean and for error bars, as there are few; nothing that a path does not need. Noises are given:
 # labels of one code hardly scatter, and from so few the evidence may take all energies for noise
@@ -32,6 +33,12 @@ EXACT: dict[str, Any] = {
     "calibration": False,
     "novelty": False,
 }
+
+# eV, of a local energy. Labels of structures at rest have no forces, from which the evidence takes all energies for nearly constant
+LEAST_SIGNAL = 1.0
+PRIOR_LABELS, PRIOR_SCORE = 4, 2.0  # of `scale`, found with tests/benchmarks/paths.py
+FEWEST = 2  # labels, from which energies of others are foreseen
+SMALLEST = 5e-4  # eV; errors are compared with no less
 
 
 def exact_but(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,14 +76,23 @@ class Prediction:
 class Surface:
     """A value; labels are added by making a new one.
 
-    Standard deviations are the posterior's own: there are too few labels to calibrate them.
+    Standard deviations are the posterior's times `scale`, which errors of energies as they were foreseen set: the posterior assumes that
+    structures elsewhere vary as much as those that are labelled, which are few and at rest at first.
 
     Attributes:
         labels: structures with energy and forces of the oracle as results of their calculators.
+        scores: of the labels that were foreseen, errors of their energies in the posterior's standard deviations.
     """
 
     recipe: Recipe
     labels: tuple[Atoms, ...] = ()
+    scores: tuple[float, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """Of standard deviations: the mean of its square under an inverse gamma prior of PRIOR_LABELS labels with errors of PRIOR_SCORE."""
+        weight = PRIOR_LABELS + len(self.scores)
+        return float(np.sqrt((PRIOR_LABELS * PRIOR_SCORE**2 + np.square(self.scores).sum()) / weight))
 
     def with_label(self, atoms: Atoms, energy: float, forces: np.ndarray) -> Surface:
         """With one more labelled structure.
@@ -92,7 +108,12 @@ class Surface:
         label = atoms.copy()
         label.set_constraint()
         label.calc = SinglePointCalculator(label, energy=float(energy), forces=np.array(forces))
-        return replace(self, labels=(*self.labels, label))
+        scores = self.scores
+        if len(self.labels) >= FEWEST:
+            foreseen = self.predict([label])
+            error, sigma = float(foreseen.energies[0]) - energy, float(foreseen.sigmas[0]) / self.scale
+            scores = (*scores, error / max(sigma, SMALLEST))
+        return replace(self, labels=(*self.labels, label), scores=scores)
 
     @cached_property
     def data(self) -> tuple[Structures, Targets]:
@@ -106,7 +127,7 @@ class Surface:
         Raises:
             UserError: what a fit refuses; no label has two atoms within the model's cutoff, so that all forces would be zero.
         """
-        potential = fit(*self.data, self.recipe)[0]
+        potential = fit(*self.data, self._bounded())[0]
         cutoff = max(term.descriptor.cutoff for term in potential.terms)
         if not len(find_neighbors(self.data[0], cutoff)):
             raise UserError(
@@ -114,6 +135,15 @@ class Surface:
                 "one (model: {descriptor: {cutoff: ...}})."
             )
         return potential
+
+    def _bounded(self) -> Recipe:
+        """The recipe, with LEAST_SIGNAL as the lower bound of each signal that it leaves open."""
+        species = [chemical_symbol(z) for z in self.data[0].distinct_species]
+        open_one: float | LearnedRecipe = LearnedRecipe(bounds=(LEAST_SIGNAL, SIGNAL_PRIOR.high))
+        signals = tuple(dict.fromkeys(species, open_one) | given for given in self.recipe.signals)
+        return self.recipe.model_copy(
+            update={"signal": signals if isinstance(self.recipe.signal, tuple) else signals[0]}
+        )
 
     def calculator(self) -> GPCalculator:
         """The posterior mean for ASE."""
@@ -123,7 +153,7 @@ class Surface:
         """Energies with their standard deviations, and forces, of structures with equally many atoms."""
         predicted = self.potential(structures_from_ase(images), variance="energies", form="dtc", calibrated=False)
         assert predicted.energies_variance is not None
-        sigmas = predicted.energies_variance.epistemic.clamp_min(0).sqrt()
+        sigmas = self.scale * predicted.energies_variance.epistemic.clamp_min(0).sqrt()
         forces = predicted.forces.reshape(len(images), -1, 3)
         return Prediction(*(x.detach().numpy() for x in (predicted.energies, sigmas, forces)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,31 +10,32 @@ from ase import Atoms
 from ase.constraints import FixAtoms
 from ase.vibrations.data import VibrationsData
 
+from gpmlp.learning.paths.constraints import allowed_motions, rigid_motions
 from gpmlp.learning.paths.surface import Surface
 
 STEP = 0.01  # A, of central differences of forces
-SOFT = 10.0  # cm^-1; a mode below that is a translation, or as good as flat
-SOFT_FREE = 50.0  # of isolated atoms without constraints, which can turn
+SOFT = 10.0  # cm^-1; a mode below that is as good as flat
 AT_ONCE = 60  # displaced structures
 
 
 @dataclass(frozen=True, eq=False)
 class SaddleModes:
-    """Harmonic frequencies, rising, (modes,) cm^-1; imaginary ones are negative. soft: what counts as none, cm^-1."""
+    """Harmonic frequencies, rising, (modes,) cm^-1; imaginary ones are negative."""
 
     frequencies: np.ndarray
-    soft: float
 
     @property
     def imaginary(self) -> list[float]:
-        """Imaginary frequencies beyond `soft`, as positive numbers, cm^-1."""
-        return [-float(f) for f in self.frequencies if f < -self.soft]
+        """Imaginary frequencies beyond SOFT, as positive numbers, cm^-1."""
+        return [-float(f) for f in self.frequencies if f < -SOFT]
 
 
-def saddle_modes(surface: Surface, atoms: Atoms) -> SaddleModes:
-    """Frequencies of the free atoms from central differences of the mean's forces."""
-    fixed = {int(i) for c in atoms.constraints if isinstance(c, FixAtoms) for i in c.index}
-    free = [i for i in range(len(atoms)) if i not in fixed]
+def hessian(surface: Surface, atoms: Atoms, free: Sequence[int]) -> np.ndarray:
+    """(3 free, 3 free) eV/A^2, symmetric, from central differences of the mean's forces.
+
+    Args:
+        free: indices of the atoms that are moved.
+    """
     displaced = []
     for i in free:
         for axis in range(3):
@@ -43,8 +45,18 @@ def saddle_modes(surface: Surface, atoms: Atoms) -> SaddleModes:
                 displaced.append(moved)
     pieces = [displaced[first : first + AT_ONCE] for first in range(0, len(displaced), AT_ONCE)]
     forces = np.concatenate([surface.forces(piece)[1] for piece in pieces])[:, free].reshape(-1, 2, 3 * len(free))
-    hessian = (forces[:, 0] - forces[:, 1]) / (2 * STEP)
-    data = VibrationsData.from_2d(atoms, 0.5 * (hessian + hessian.T), indices=free)
-    frequencies = data.get_frequencies()
-    turns = not atoms.pbc.any() and not atoms.constraints
-    return SaddleModes(np.sort(frequencies.real - frequencies.imag), SOFT_FREE if turns else SOFT)
+    matrix = (forces[:, 0] - forces[:, 1]) / (2 * STEP)
+    return 0.5 * (matrix + matrix.T)
+
+
+def saddle_modes(surface: Surface, atoms: Atoms) -> SaddleModes:
+    """Frequencies within what constraints allow, without translations and rotations of the whole."""
+    fixed = {int(i) for c in atoms.constraints if isinstance(c, FixAtoms) for i in c.index}
+    free = [i for i in range(len(atoms)) if i not in fixed]
+    rows = (3 * np.array(free)[:, None] + np.arange(3)).ravel()
+    roots = np.sqrt(np.repeat(atoms.get_masses(), 3))
+    rigid = np.linalg.qr(roots[:, None] * rigid_motions(atoms))[0]
+    inner = ((allowed_motions(atoms) - rigid @ rigid.T) / roots[:, None] * roots)[np.ix_(rows, rows)]
+    matrix = inner.T @ hessian(surface, atoms, free) @ inner
+    frequencies = VibrationsData.from_2d(atoms, matrix, indices=free).get_frequencies()
+    return SaddleModes(np.sort(frequencies.real - frequencies.imag))
