@@ -14,7 +14,7 @@ from gpmlp.cli.learn import INTERRUPTED, terminated_as_interrupted
 
 if TYPE_CHECKING:
     from gpmlp.learning.paths.band import BandLabel
-    from gpmlp.learning.paths.run import PathOutcome, RelaxStep, SaddleOutcome
+    from gpmlp.learning.paths.run import PathOutcome, RelaxOutcome, RelaxStep, SaddleOutcome
     from gpmlp.learning.paths.saddle import SaddleLabel
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
@@ -31,21 +31,31 @@ def relax_command(
     from gpmlp.cli import console
     from gpmlp.learning.paths import run
     from gpmlp.learning.paths.recipe import RelaxRecipe
+    from gpmlp.report.path.page import relaxation_page
 
     chosen = _recipe(RelaxRecipe, recipe, settings)
     folder = recipe.parent / chosen.output
-    with _interruptible("relax", recipe, settings), closing(run.relax(chosen, recipe.parent, resume)) as steps:
-        for step in steps:
-            _line(step.labels, _relaxed(step))
+    outcome: RelaxOutcome | None = None
+    labels: list[RelaxStep] = []
+    with _interruptible("relax", recipe, settings), closing(run.relax(chosen, recipe.parent, resume)) as states:
+        for state in states:
+            if isinstance(state, run.RelaxOutcome):
+                outcome = state
+            else:
+                labels.append(state)
+                _line(state.labels, _relaxed(state))
+    assert outcome is not None
+    page = relaxation_page(outcome, labels, chosen.model_dump(mode="json")).write(folder)
     pairs = [
-        ("energy", f"{step.energy:.4f} eV"),
-        ("largest force", f"{step.force:.4f} eV/A"),
-        ("oracle calls", str(step.labels)),
+        ("energy", f"{labels[-1].energy:.4f} eV"),
+        ("largest force", f"{labels[-1].force:.4f} eV/A"),
+        ("oracle calls", str(len(labels))),
         ("structure", str(folder / "relaxed.xyz")),
+        ("page", str(page)),
         ("numbers, labels", f"relax.json, labels.xyz in {folder}"),
     ]
     console.standard_output().print(console.pairs_table("Relaxation", pairs))
-    _check_converged(step.converged, step.labels, folder)
+    _check_converged(outcome.converged, len(labels), folder)
 
 
 def neb_command(
@@ -55,9 +65,10 @@ def neb_command(
 ) -> None:
     """Find the minimum-energy path of a reaction and its barrier with few calculations, and an error bar for it."""
     from gpmlp.cli import console
+    from gpmlp.io.files import atomic_write
     from gpmlp.learning.paths import run
     from gpmlp.learning.paths.recipe import NebRecipe
-    from gpmlp.report.path import draw_path
+    from gpmlp.report.path.page import path_page
 
     chosen = _recipe(NebRecipe, recipe, settings)
     folder = recipe.parent / chosen.output
@@ -71,8 +82,12 @@ def neb_command(
                 labels.append(state)
                 _line(state.number, _labelled(state))
     assert outcome is not None
-    draw_path(outcome.path, labels, folder / "path.png")
-    console.standard_output().print(console.pairs_table("Path", _outcome_pairs(outcome.numbers, folder)))
+    page = path_page(outcome, labels, chosen.model_dump(mode="json"))
+    with atomic_write(folder / "path.png") as file:
+        file.write(page.pictures["course"].png)
+    console.standard_output().print(
+        console.pairs_table("Path", _outcome_pairs(outcome.numbers, folder, page.write(folder)))
+    )
     _check_converged(outcome.converged, len(labels), folder)
 
 
@@ -85,6 +100,7 @@ def saddle_command(
     from gpmlp.cli import console
     from gpmlp.learning.paths import run
     from gpmlp.learning.paths.recipe import SaddleRecipe
+    from gpmlp.report.path.page import saddle_page
 
     chosen = _recipe(SaddleRecipe, recipe, settings)
     folder = recipe.parent / chosen.output
@@ -98,7 +114,8 @@ def saddle_command(
                 labels.append(state)
                 _line(state.number, _searched(state))
     assert outcome is not None
-    console.standard_output().print(console.pairs_table("Saddle", _saddle_pairs(outcome.numbers, folder)))
+    page = saddle_page(outcome, labels, chosen.model_dump(mode="json")).write(folder)
+    console.standard_output().print(console.pairs_table("Saddle", _saddle_pairs(outcome.numbers, folder, page)))
     advice = (
         "Another direction or seed, in a new folder, may lead to one" if len(labels) < chosen.labels_at_most else MORE
     )
@@ -137,7 +154,7 @@ def _frequencies(imaginary: list[float]) -> tuple[str, str]:
     return ("imaginary frequencies", f"{said} cm^-1 (by the model){'' if len(imaginary) == 1 else order}")
 
 
-def _saddle_pairs(numbers: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+def _saddle_pairs(numbers: dict[str, Any], folder: Path, page: Path) -> list[tuple[str, str]]:
     sides = ", ".join(f"{e:.3f} eV" for e in numbers["energies_of_sides_eV"])
     joins = {True: "", False: "; neither is the start: the barrier is not that of one step from it", None: "not sought"}
     return [
@@ -146,11 +163,12 @@ def _saddle_pairs(numbers: dict[str, Any], folder: Path) -> list[tuple[str, str]
         _frequencies(numbers["imaginary_frequencies_per_cm"]),
         ("oracle calls", f"{numbers['oracle_calls']}, and {numbers['oracle_calls_relaxations']} for relaxations"),
         ("structures", str(folder / "saddle.xyz")),
+        ("page", str(page)),
         ("numbers, labels, model", f"saddle.json, labels.xyz, model.gpmlp in {folder}"),
     ]
 
 
-def _outcome_pairs(numbers: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+def _outcome_pairs(numbers: dict[str, Any], folder: Path, page: Path) -> list[tuple[str, str]]:
     return [
         ("barrier", f"{numbers['barrier_eV']:.3f} ± {numbers['barrier_sigma_eV']:.2g} eV"),
         ("reverse barrier", f"{numbers['reverse_barrier_eV']:.3f} eV"),
@@ -158,6 +176,7 @@ def _outcome_pairs(numbers: dict[str, Any], folder: Path) -> list[tuple[str, str
         _frequencies(numbers["imaginary_frequencies_per_cm"]),
         ("oracle calls", f"{numbers['oracle_calls']}, and {numbers['oracle_calls_end_points']} for the end points"),
         ("path", f"path.xyz, path.png in {folder}"),
+        ("page", str(page)),
         ("numbers, labels, model", f"neb.json, labels.xyz, model.gpmlp in {folder}"),
     ]
 

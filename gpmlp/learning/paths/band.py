@@ -44,7 +44,7 @@ class BandLabel:
     Attributes:
         number: of the label, from 1, end points and their relaxations included.
         image: which, from 0 (the start); reason: why that one.
-        barrier, sigma: as foreseen before the label, eV; largest_sigma: of all images.
+        barrier, sigma: as foreseen before the label, eV; largest_sigma: of all images; image_sigma: of this one.
         error: foreseen energy of the image less the oracle's, eV; force: the oracle's largest on a free atom, eV/A.
         converged: whether the search ends with it.
     """
@@ -55,6 +55,7 @@ class BandLabel:
     barrier: float
     sigma: float
     largest_sigma: float
+    image_sigma: float
     error: float
     force: float
     converged: bool
@@ -267,6 +268,7 @@ class GPNEB:
             barrier=float(before.energies[top] - before.energies[0]),
             sigma=float(before.difference_sigmas[top]),
             largest_sigma=float(before.sigmas.max()),
+            image_sigma=float(before.sigmas[i]),
             error=error,
             force=force,
             converged=done,

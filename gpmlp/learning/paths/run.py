@@ -60,6 +60,20 @@ class RelaxStep:
 
 
 @dataclass(frozen=True, eq=False)
+class RelaxOutcome:
+    """What a relaxation came to.
+
+    Attributes:
+        numbers: of relax.json; start, atoms: before and after, the latter with the oracle's results.
+    """
+
+    converged: bool
+    numbers: dict[str, Any]
+    start: Atoms
+    atoms: Atoms
+
+
+@dataclass(frozen=True, eq=False)
 class PathOutcome:
     """What a search came to.
 
@@ -87,8 +101,10 @@ class SaddleOutcome:
     modes: SaddleModes
 
 
-def relax(recipe: RelaxRecipe, base: Path = Path("."), resume: bool = False) -> Generator[RelaxStep, None, None]:
-    """Relax a structure; OUTPUT/relax.json and relaxed.xyz hold what came of it.
+def relax(
+    recipe: RelaxRecipe, base: Path = Path("."), resume: bool = False
+) -> Generator[RelaxStep | RelaxOutcome, None, None]:
+    """Relax a structure; yields each label, and the outcome last. OUTPUT/relax.json and relaxed.xyz hold what came of it.
 
     Args:
         base: folder that relative paths of the recipe start from.
@@ -97,7 +113,8 @@ def relax(recipe: RelaxRecipe, base: Path = Path("."), resume: bool = False) -> 
     Raises:
         UserError: bad input, an oracle that cannot be used or failed, a disk that is full. The run can be resumed then.
     """
-    atoms = read_structure(base / recipe.start, recipe.fixed)
+    start = read_structure(base / recipe.start, recipe.fixed)
+    atoms = start.copy()
     folder = base / recipe.output
     with _opened(recipe, folder, resume) as (oracle, files):
         oracle.reason, atoms.calc = "the relaxation", oracle
@@ -116,6 +133,7 @@ def relax(recipe: RelaxRecipe, base: Path = Path("."), resume: bool = False) -> 
             "converged": bool(converged),
         }
         _write_json(folder / "relax.json", numbers)
+        yield RelaxOutcome(bool(converged), numbers, start, atoms)
 
 
 def find_path(
@@ -308,6 +326,7 @@ UNITS = {
     "barrier": "foreseen_barrier_eV",
     "sigma": "foreseen_barrier_sigma_eV",
     "largest_sigma": "largest_sigma_eV",
+    "image_sigma": "image_sigma_eV",
     "error": "foreseen_error_eV",
     "curvature": "lowest_curvature_eV_per_A2",
 }

@@ -10,9 +10,10 @@ import numpy as np
 from markupsafe import Markup
 
 from gpmlp.core.errors import chemical_symbol
+from gpmlp.report.drawing import TURN, draw_atoms
 from gpmlp.report.model.data import NO_TYPE, ReportData
 from gpmlp.report.model.numbers import finite_median
-from gpmlp.report.style import CAUSE_PHRASES, INK, RING, format_percent, lighten, species_colours
+from gpmlp.report.style import CAUSE_PHRASES, format_percent, species_colours
 
 LISTED = 20
 PER_STRUCTURE = 3
@@ -22,22 +23,8 @@ SIGNS = {  # warning signs of an environment, and what they mean
     "novel": "outside the trust region: unlike all training data",
     "overconfident": f"the error is beyond {OVERCONFIDENT:g} σ",
 }
-SIZE = 104  # px
 MOST = 56  # atoms drawn, the nearest
 MOST_IMAGES = 7  # cells on each side
-BOND = 1.2  # times the sum of covalent radii
-# viewed from a little above and to the side, so that rows of a crystal do not hide one another
-TURN = np.array([[0.82, 0.0, -0.57], [-0.21, 0.93, -0.30], [0.53, 0.37, 0.76]])
-# pm, by atomic number: Cordero et al., Dalton Trans. 2832 (2008)
-RADII = tuple(
-    int(r)
-    for r in (
-        "20 31 28 128 96 84 76 71 66 57 58 166 141 121 111 107 105 102 106 203 176 170 160 153 139 139 132 126 124 132 122 122 "
-        "120 119 120 120 116 220 195 190 175 164 154 147 146 142 139 145 144 142 139 139 138 139 140 244 215 207 204 203 201 "
-        "199 198 198 196 194 192 192 189 190 187 187 175 170 162 151 144 141 136 136 132 145 146 148 140 150 150 260 221 215 "
-        "206 200 196 190 187 180 169"
-    ).split()
-)
 
 
 def error_std_ratio(data: ReportData) -> np.ndarray:
@@ -201,11 +188,6 @@ def _candidate(data: ReportData, index: int, typical: float, score: float, novel
 # ---------------------------------------------------------------- drawings
 
 
-def covalent_radius(z: int) -> float:
-    """Covalent radius, A."""
-    return RADII[z] / 100 if 0 < z < len(RADII) else 1.5
-
-
 def neighbour_vectors(data: ReportData, row: int) -> tuple[np.ndarray, np.ndarray]:
     """(k, 3) vectors from an atom to those within the cutoff, itself first, and their species; periodic images included."""
     owner = int(data.structure[row])
@@ -248,41 +230,6 @@ def draw_environment(data: ReportData, row: int) -> Markup:
     vectors, species = neighbour_vectors(data, row)
     if not len(vectors):
         return Markup("")
-    colours = species_colours(data.elements)
-    view = vectors @ TURN.T
-    scale = 0.45 * SIZE / data.cutoff
-    places = np.round(SIZE / 2 + scale * view[:, :2] * [1, -1], 1)
-    depth = 0.5 - 0.5 * view[:, 2] / data.cutoff  # 0 = near, 1 = far
-    parts = [(view[k, 2], _atom(places[k], species[k], depth[k], scale, colours, k == 0)) for k in range(len(view))]
-    parts += _bonds(vectors, species, places, view, depth)
-    drawn = "".join(text for _, text in sorted(parts, key=lambda part: part[0]))
-    drawn += f'<circle cx="{places[0, 0]}" cy="{places[0, 1]}" r="9" fill="none" stroke="{RING}" stroke-width="2.2"/>'
-    name = chemical_symbol(int(data.species[row]))
-    label = f"{name} atom with {len(vectors) - 1} neighbours within {data.cutoff:.1f} Å"
-    ring = f'<circle cx="{SIZE / 2:.0f}" cy="{SIZE / 2:.0f}" r="{scale * data.cutoff:.1f}" class="cut"/>'
-    # numbers, colours and symbols of elements: nothing here comes from a file as text
-    return Markup(f'<svg class="hood" viewBox="0 0 {SIZE} {SIZE}" role="img" aria-label="{label}">{ring}{drawn}</svg>')
-
-
-def _atom(place: np.ndarray, z: int, depth: float, scale: float, colours: dict[int, str], centre: bool) -> str:
-    size = max(2.0, 0.55 * covalent_radius(int(z)) * scale * (1.15 - 0.3 * depth))
-    fill = lighten(colours[int(z)], 0.0 if centre else 0.72 * depth)
-    edge = lighten(INK, 0.0 if centre else 0.25 + 0.6 * depth)
-    # what hides the centre is transparent
-    veil = ' opacity=".5"' if depth < 0.5 and not centre and np.hypot(*(place - SIZE / 2)) < size + 7 else ""
-    return f'<circle cx="{place[0]}" cy="{place[1]}" r="{size:.1f}" fill="{fill}" stroke="{edge}" stroke-width=".7"{veil}/>'
-
-
-def _bonds(
-    vectors: np.ndarray, species: np.ndarray, places: np.ndarray, view: np.ndarray, depth: np.ndarray
-) -> list[tuple[float, str]]:
-    """(depth, line) of the pairs that are near enough to be bonded."""
-    radii = np.array([covalent_radius(int(z)) for z in species])
-    distance = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
-    first, second = np.nonzero(np.triu(distance < BOND * (radii[:, None] + radii[None]), 1))
-    lines = []
-    for a, b in zip(first[:160], second[:160], strict=True):
-        shade = lighten(INK, 0.35 + 0.55 * float(depth[a] + depth[b]) / 2)
-        line = f'x1="{places[a, 0]}" y1="{places[a, 1]}" x2="{places[b, 0]}" y2="{places[b, 1]}"'
-        lines.append((float(min(view[a, 2], view[b, 2])) - 1e-6, f'<line {line} stroke="{shade}"/>'))
-    return lines
+    name, cutoff = chemical_symbol(int(data.species[row])), data.cutoff
+    label = f"{name} atom with {len(vectors) - 1} neighbours within {cutoff:.1f} Å"
+    return draw_atoms(vectors, species, vectors @ TURN.T, cutoff, species_colours(data.elements), label, ringed=0)

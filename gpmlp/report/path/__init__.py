@@ -1,0 +1,1 @@
+"""The page about a reaction path, a saddle or a relaxation, and its figures."""
