@@ -621,3 +621,19 @@ def test_bad_recipes_of_searches_are_refused_before_anything_is_written(tmp_path
     refused = gpmlp_command(folder, "saddle", "saddle.yaml")
     assert refused.returncode == 2 and said in refused.stderr and "Traceback" not in refused.stderr
     assert not (folder / "saddle").exists()
+
+
+def test_forces_that_symmetry_forbids_do_not_count():
+    """Two symmetric structures, and the same as a file rounds them: one prediction between them, one error bar, one evidence."""
+    found = []
+    for digits in (15, 8):
+        surface = Surface(surface_recipe())
+        for atoms in hop():
+            atoms.set_constraint()
+            atoms.positions = np.round(atoms.positions, digits)
+            surface = surface.with_label(atoms, atoms.get_potential_energy(), atoms.get_forces())
+        between = slab()
+        between[-1].x += 1.4
+        predicted = surface.predict([between])
+        found.append([predicted.energies[0], predicted.sigmas[0], surface.potential.report["negative_log_evidence"]])
+    assert np.abs(np.diff(found, axis=0)).max() < 1e-3

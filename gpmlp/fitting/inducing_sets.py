@@ -24,6 +24,8 @@ from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.kernels import ZonalKernel, make_kernel
 from gpmlp.recipe import Recipe
 
+ROUNDING = 1e-7  # of the largest standard deviation of a functional; one of less is rounding
+
 
 def make_models(
     recipe: Recipe,
@@ -136,7 +138,8 @@ def _independent(half: Tensor, tolerance: float = inducing.RANK_TOLERANCE) -> tu
     """
     square = functionals.mirrored(half)
     scale = square.diagonal().clamp_min(0).sqrt()
-    unit = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    # where symmetry forbids a force, its covariances are rounding
+    unit = torch.where(scale > ROUNDING * scale.max(), 1 / scale, torch.zeros_like(scale))
     square.mul_(unit).mul_(unit[:, None])
     columns, lower, jitter = inducing.independent_factor(square, tolerance)
     others = torch.ones(len(half), dtype=torch.bool).index_fill(0, columns.cpu(), jitter > 0).nonzero()[:, 0]

@@ -32,7 +32,7 @@ from gpmlp.learning.paths.band import Path as ReactionPath
 from gpmlp.learning.paths.minimizer import GPMinimizer
 from gpmlp.learning.paths.oracle import RunOracle
 from gpmlp.learning.paths.recipe import NebRecipe, RelaxRecipe, SaddleRecipe
-from gpmlp.learning.paths.saddle import GPSaddle, Saddle, SaddleLabel
+from gpmlp.learning.paths.saddle import BESIDE, GPSaddle, Saddle, SaddleLabel
 from gpmlp.learning.paths.surface import Surface
 from gpmlp.learning.paths.vibrations import SaddleModes
 
@@ -228,8 +228,9 @@ def find_saddle(
 
 
 def _saddle_numbers(search: GPSaddle, modes: SaddleModes) -> dict[str, Any]:
-    saddle, last = search.saddle, search.labels[-1]
+    saddle = search.saddle
     assert saddle is not None
+    last = [label for label in search.labels if label.reason != BESIDE][-1]
     sides = [side.get_potential_energy() - saddle.start.get_potential_energy() for side in saddle.sides]
     return {
         "barrier_eV": saddle.barrier,

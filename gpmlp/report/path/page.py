@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ MOST = 56  # atoms of a drawing, the nearest to what moves
 FARTHEST = 6.0  # A from what moves, in a periodic structure
 ARROW = 1.2  # A, the longest
 LEAST_SIGMA = 5e-4  # eV; errors are compared with no less
+SETTINGS = Section("recipe", "Which settings were used?", "", "Those of the recipe, and defaults.")
 FILES = {"neb": "path.html", "saddle": "saddle.html", "relax": "relaxed.html"}
 RINGED = "Ringed: the atom that moves most. In periodic structures the atoms around it are drawn."
 PATH_WORDS = {
@@ -38,6 +40,28 @@ SADDLE_WORDS = {
 RELAX_WORDS = {"caption": "Energies and forces of the oracle, label by label.", "drawn": RINGED}
 
 
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """What the pages of a path and of a saddle share.
+
+    Attributes:
+        answer: to how high the barrier is; structures: name, energy and drawing of each.
+        errors, sigmas: (labels,) eV, of energies as they were foreseen; places: (labels,) words, where and why.
+        more_calls: of relaxations; course: the figure; words: caption, and what drawings show.
+    """
+
+    answer: str
+    structures: Sequence[tuple[str, str, Markup]]
+    modes: SaddleModes
+    labels: Sequence[BandLabel] | Sequence[SaddleLabel]
+    places: Sequence[str]
+    errors: np.ndarray
+    sigmas: np.ndarray
+    more_calls: int
+    course: Picture
+    words: Mapping[str, str]
+
+
 def path_page(outcome: PathOutcome, labels: Sequence[BandLabel], recipe: Mapping[str, Any]) -> Page:
     """Of `gpmlp neb`. Raises UserError: matplotlib is not installed."""
     path, numbers = outcome.path, outcome.numbers
@@ -46,110 +70,106 @@ def path_page(outcome: PathOutcome, labels: Sequence[BandLabel], recipe: Mapping
     structures = [
         (name, f"{path.energies[i]:+.3f} eV", draw_structure(path.images[i], moved, name)) for i, name in drawn
     ]
-    errors, sigmas = np.array([label.error for label in labels]), np.array([label.image_sigma for label in labels])
-    rows = [_row(x, f"image {x.image}: {x.reason}", x.image_sigma) for x in labels]
     answer = (
-        f"{numbers['barrier_eV']:.3f} ± {numbers['barrier_sigma_eV']:.2g} eV, and {numbers['reverse_barrier_eV']:.3f} eV from the other end; the "
-        f"reaction takes {numbers['reaction_energy_eV']:+.3f} ± {numbers['reaction_energy_sigma_eV']:.2g} eV."
+        f"{path.barrier:.3f} ± {path.sigma:.2g} eV, and {numbers['reverse_barrier_eV']:.3f} eV from the other end; the reaction takes "
+        f"{path.reaction_energy:+.3f} ± {path.reaction_sigma:.2g} eV.{_ended(outcome.converged, labels[-1].force, 'top')}"
     )
-    return _page(
-        "Reaction path", "neb", path.images[0], answer + _ended(outcome.converged, labels[-1].force, "top"), numbers["oracle_calls_end_points"],
-        structures, outcome.modes, rows, {"course": path_picture(path, labels), "foreseen": foreseen_picture(labels, errors, sigmas)},
-        (errors, sigmas), recipe, numbers, PATH_WORDS,
-    )  # fmt: skip
+    places = [f"image {label.image}: {label.reason}" for label in labels]
+    errors, sigmas = (np.array([getattr(x, name) for x in labels]) for name in ("error", "image_sigma"))
+    calls, course = numbers["oracle_calls_end_points"], path_picture(path, labels)
+    search = _Search(answer, structures, outcome.modes, labels, places, errors, sigmas, calls, course, PATH_WORDS)
+    return _search_page("Reaction path", "neb", path.images[0], search, numbers, recipe)
 
 
 def saddle_page(outcome: SaddleOutcome, labels: Sequence[SaddleLabel], recipe: Mapping[str, Any]) -> Page:
     """Of `gpmlp saddle`. Raises UserError: matplotlib is not installed."""
     saddle, numbers = outcome.saddle, outcome.numbers
-    start = saddle.start.get_potential_energy()
-    sides = [(f"side {i + 1}", side, side.get_potential_energy() - start) for i, side in enumerate(saddle.sides)]
-    structures = [
-        (name, f"{energy:+.3f} eV", draw_structure(atoms, saddle.mode, name, saddle.mode if name == "saddle" else None))
-        for name, atoms, energy in [("start", saddle.start, 0.0), ("saddle", saddle.atoms, saddle.barrier), *sides]
+    start, mode = saddle.start.get_potential_energy(), saddle.mode
+    sides = [
+        (f"side {i + 1}", side, side.get_potential_energy() - start)
+        for i, side in enumerate(saddle.sides)
+        if side is not saddle.start
     ]
-    errors, sigmas = np.array([label.error for label in labels]), np.array([label.sigma for label in labels])
-    rows = [_row(x, x.reason, x.sigma) for x in labels]
+    shown = [("start", saddle.start, 0.0), ("saddle", saddle.atoms, saddle.barrier), *sides]
+    structures = [
+        (name, f"{energy:+.3f} eV", draw_structure(atoms, mode, name, mode if name == "saddle" else None))
+        for name, atoms, energy in shown
+    ]
     joins = {
         True: " The start lies on one side: this is the barrier of one step from it.",
         False: " Neither side is the start: this is not the barrier of one step from it.",
         None: "",
     }[saddle.joins_start]
-    answer = f"{saddle.barrier:.3f} ± {saddle.sigma:.2g} eV above the start.{joins}"
-    return _page(
-        "Saddle", "saddle", saddle.start, answer + _ended(outcome.converged, labels[-1].force, "saddle"), numbers["oracle_calls_relaxations"],
-        structures, outcome.modes, rows, {"course": saddle_picture(saddle), "foreseen": foreseen_picture(labels, errors, sigmas)},
-        (errors, sigmas), recipe, numbers, SADDLE_WORDS,
-    )  # fmt: skip
+    ended = _ended(outcome.converged, numbers["largest_force_eV_per_A"], "saddle")
+    answer = f"{saddle.barrier:.3f} ± {saddle.sigma:.2g} eV above the start.{joins}{ended}"
+    errors, sigmas = (np.array([getattr(x, name) for x in labels]) for name in ("error", "sigma"))
+    calls, places = numbers["oracle_calls_relaxations"], [label.reason for label in labels]
+    course = saddle_picture(saddle)
+    search = _Search(answer, structures, outcome.modes, labels, places, errors, sigmas, calls, course, SADDLE_WORDS)
+    return _search_page("Saddle", "saddle", saddle.start, search, numbers, recipe)
 
 
 def relaxation_page(outcome: RelaxOutcome, steps: Sequence[RelaxStep], recipe: Mapping[str, Any]) -> Page:
     """Of `gpmlp relax`. Raises UserError: matplotlib is not installed."""
-    moved = outcome.atoms.positions - outcome.start.positions
-    structures = [
-        ("start", "", draw_structure(outcome.start, moved, "start")),
-        ("relaxed", "", draw_structure(outcome.atoms, moved, "relaxed")),
-    ]
-    fallen = steps[0].energy - steps[-1].energy
-    away = float(np.linalg.norm(moved, axis=1).max())
+    start, atoms, last = outcome.start, outcome.atoms, steps[-1]
+    moved = atoms.positions - start.positions
+    structures = [(name, "", draw_structure(x, moved, name)) for name, x in (("start", start), ("relaxed", atoms))]
     ended = "" if outcome.converged else " It did not come to rest: go on with more labels."
     answer = (
-        f"{fallen:.3f} eV below where it began, with no atom farther than {away:.2f} Å from there; the largest force is "
-        f"{steps[-1].force:.3f} eV/Å.{ended}"
+        f"{steps[0].energy - last.energy:.3f} eV below where it began, no atom farther than {np.linalg.norm(moved, axis=1).max():.2f} Å "
+        f"from there; the largest force is {last.force:.3f} eV/Å.{ended}"
     )
+    learned = f"{len(steps)} structures, each where the model of those before it came to rest, or had moved 0.3 Å."
     sections = [
         Section("course", "Where did it come to rest?", "", answer),
-        Section(
-            "steps",
-            "What was labelled?",
-            "",
-            f"{len(steps)} structures, each where the model of those before it came to rest, or had moved 0.3 Å.",
-        ),
-        Section("recipe", "Which settings were used?", "", "Those of the recipe, and defaults."),
+        Section("steps", "What was labelled?", "", learned),
+        SETTINGS,
     ]
     tiles = [
-        (f"{outcome.numbers['energy_eV']:.4f} eV", "energy"),
+        (f"{last.energy:.4f} eV", "energy"),
         (str(len(steps)), "oracle calls"),
-        (f"{steps[-1].force:.3f} eV/Å", "largest force"),
+        (f"{last.force:.3f} eV/Å", "largest force"),
     ]
-    return _made(
-        "Relaxation",
-        "relax",
-        outcome.start,
-        tiles,
-        sections,
-        {"course": relaxation_picture(steps)},
-        {"structures": structures, "steps": steps, "recipe": recipe, **RELAX_WORDS},
-    )
+    values = {"structures": structures, "steps": steps, "recipe": recipe, **RELAX_WORDS}
+    return _page("Relaxation", "relax", start, tiles, sections, {"course": relaxation_picture(steps)}, values)
 
 
-def _page(
-    kind: str, name: str, start: Atoms, answer: str, more_calls: int, structures: Sequence[tuple[str, str, Markup]], modes: SaddleModes,
-    rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, Picture], foreseen: tuple[np.ndarray, np.ndarray], recipe: Mapping[str, Any],
-    numbers: Mapping[str, Any], words: Mapping[str, str],
-) -> Page:  # fmt: skip
-    """What the pages of paths and saddles share."""
+def _search_page(
+    kind: str, name: str, start: Atoms, search: _Search, numbers: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> Page:
+    errors, sigmas, calls = search.errors, search.sigmas, search.more_calls
     sections = [
-        Section("course", "How high is the barrier?", "", answer),
-        Section("modes", "Is the top a saddle?", "", modes_answer(modes)),
-        Section("labels", "What was labelled, and was it foreseen?", "", foreseen_answer(*foreseen, more_calls)),
-        Section("recipe", "Which settings were used?", "", "Those of the recipe, and defaults."),
+        Section("course", "How high is the barrier?", "", search.answer),
+        Section("modes", "Is the top a saddle?", "", modes_answer(search.modes)),
+        Section("labels", "What was labelled, and was it foreseen?", "", foreseen_answer(errors, sigmas, calls)),
+        SETTINGS,
     ]
     tiles = [
         (f"{numbers['barrier_eV']:.3f} eV", "barrier"),
         (f"± {numbers['barrier_sigma_eV']:.2g} eV", "its standard deviation"),
         (str(numbers["oracle_calls"]), "oracle calls of the search"),
-        (str(more_calls), "of relaxations"),
+        (str(calls), "of relaxations"),
     ]
-    frequencies = [(format_number(abs(f)), "i" if f < 0 else "") for f in modes.frequencies if abs(f) > SOFT]
-    values = {"structures": structures, "rows": rows, "frequencies": frequencies, "recipe": recipe, **words}
-    return _made(kind, name, start, tiles, sections, pictures, values)
+    found = zip(search.labels, search.places, errors, sigmas, strict=True)
+    rows = [
+        {"label": label, "where": place, "error": 1000 * error, "z": error / max(sigma, LEAST_SIGMA)}
+        for label, place, error, sigma in found
+    ]
+    frequencies = [(format_number(abs(f)), f < 0) for f in search.modes.frequencies if abs(f) > SOFT]
+    pictures = {"course": search.course, "foreseen": foreseen_picture(search.labels, errors, sigmas)}
+    values = {"structures": search.structures, "rows": rows, "frequencies": frequencies, "recipe": recipe}
+    return _page(kind, name, start, tiles, sections, pictures, {**values, **search.words})
 
 
-def _made(
-    kind: str, name: str, start: Atoms, tiles: Sequence[tuple[str, str]], sections: Sequence[Section], pictures: Mapping[str, Picture],
+def _page(
+    kind: str,
+    name: str,
+    start: Atoms,
+    tiles: Sequence[tuple[str, str]],
+    sections: Sequence[Section],
+    pictures: Mapping[str, Picture],
     values: Mapping[str, Any],
-) -> Page:  # fmt: skip
+) -> Page:
     return Page(
         template="path.html",
         kind=kind,
@@ -166,20 +186,6 @@ def _made(
         file=FILES[name],
         numbers_in=f"{name}.json",
     )
-
-
-def _row(label: BandLabel | SaddleLabel, where: str, sigma: float) -> dict[str, Any]:
-    """One row of the table of labels, meV."""
-    z = label.error / max(sigma, LEAST_SIGMA)
-    return {
-        "number": label.number,
-        "where": where,
-        "barrier": label.barrier,
-        "sigma": label.sigma,
-        "error": 1000 * label.error,
-        "z": z,
-        "force": label.force,
-    }
 
 
 def _ended(converged: bool, force: float, what: str) -> str:
@@ -224,7 +230,9 @@ def draw_structure(atoms: Atoms, moved: np.ndarray, name: str, motion: np.ndarra
         vectors, shown = atoms.positions - atoms.positions.mean(axis=0), np.arange(len(atoms))
         turn = np.linalg.svd(vectors, full_matrices=True)[2]
     vectors, numbers = vectors[shown], atoms.numbers[shown]
-    view, reach = vectors @ turn.T, 0.8 + float(np.linalg.norm(vectors, axis=1).max())
+    view = vectors @ turn.T
+    view -= 0.5 * (view.min(axis=0) + view.max(axis=0))
+    reach = 0.8 + float(np.linalg.norm(view, axis=1).max())
     arrows = None
     if motion is not None:
         arrows = ARROW * motion[shown] @ turn.T / np.linalg.norm(motion, axis=1).max()
