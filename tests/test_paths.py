@@ -9,53 +9,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import ase.io
 import numpy as np
 import pytest
-import yaml
 from ase import Atoms
-from ase.build import add_adsorbate, bulk, fcc100, molecule
 from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, FixedLine, FixedPlane
-from ase.mep import NEB
 from ase.optimize import BFGS
 from ase.vibrations import Vibrations
+from reaction_systems import gpmlp_command, hop, oracle_barrier, slab
 
 import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.learning.paths.constraints import free_motions
 from gpmlp.learning.paths.oracle import OracleCalculator
 from gpmlp.learning.paths.recipe import RelaxRecipe
+from gpmlp.learning.paths.run import PathOutcome, path_numbers
 from gpmlp.learning.paths.surface import PRIOR_LABELS, PRIOR_SCORE, Surface, surface_recipe
-from gpmlp.learning.paths.vibrations import saddle_modes
+from gpmlp.learning.paths.vibrations import SaddleModes, saddle_modes
+from gpmlp.report.path.page import foreseen_answer, modes_answer, path_page
 
 pytestmark = pytest.mark.filterwarnings("ignore:Skipping unhashable")
-
-
-def slab(site: str = "hollow", height: float = 1.7) -> Atoms:
-    """A gold atom on Al(100) whose lower layers are held."""
-    atoms = fcc100("Al", (2, 2, 2))
-    add_adsorbate(atoms, "Au", height, site)
-    atoms.center(axis=2, vacuum=4.0)
-    atoms.set_constraint(FixAtoms(mask=[atom.tag > 1 for atom in atoms]))
-    atoms.info.clear()
-    return atoms
-
-
-def hop() -> tuple[Atoms, Atoms]:
-    """End points that are at rest by the oracle."""
-    start = slab()
-    start.calc = EMT()
-    BFGS(start, logfile=None).run(fmax=0.005)
-    end = start.copy()
-    end[-1].x += end.cell[0, 0] / 2
-    end.calc = EMT()
-    BFGS(end, logfile=None).run(fmax=0.005)
-    return start, end
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +40,6 @@ def found() -> gpmlp.GPNEB:
     neb = gpmlp.GPNEB(start, end, EMT(), images=3)
     assert neb.run(fmax=0.05)
     return neb
-
-
-def oracle_barrier(start: Atoms, end: Atoms) -> float:
-    """By ASE's own climbing band on the oracle."""
-    images = [start.copy() for _ in range(4)] + [end.copy()]
-    for image in images:
-        image.calc = EMT()
-    band = NEB(images, climb=True, method="improvedtangent")
-    band.interpolate("idpp")
-    assert BFGS(band, logfile=None).run(fmax=0.02, steps=300)
-    return max(image.get_potential_energy() for image in images) - images[0].get_potential_energy()
 
 
 def test_barrier_is_that_of_the_oracle(found):
@@ -159,6 +124,45 @@ def test_surface_goes_through_its_labels():
     three = surface.predict([away, forward, backward])
     assert three.forces[0, -1, 0] == pytest.approx((three.energies[2] - three.energies[1]) / 2e-3, abs=1e-4)
     assert three.sigmas[0] > 3 * predicted.sigmas.max()
+
+
+def test_scale_of_standard_deviations_follows_errors():
+    """By hand from the scores, and standard deviations are the posterior's times it."""
+    surface = Surface(surface_recipe())
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        atoms = slab()
+        atoms.set_constraint()
+        atoms.positions += rng.normal(scale=0.05, size=atoms.positions.shape)
+        atoms.calc = EMT()
+        before = surface
+        surface = surface.with_label(atoms, atoms.get_potential_energy(), atoms.get_forces())
+    assert len(surface.scores) == 2 and Surface(surface_recipe()).scale == PRIOR_SCORE
+    foreseen = before.predict([atoms])
+    score = (foreseen.energies[0] - atoms.get_potential_energy()) / foreseen.sigmas[0] * before.scale
+    assert surface.scores[-1] == pytest.approx(score, rel=1e-6)
+    squares = PRIOR_LABELS * PRIOR_SCORE**2 + sum(x**2 for x in surface.scores)
+    assert surface.scale == pytest.approx((squares / (PRIOR_LABELS + 2)) ** 0.5)
+    bare = surface.potential(structures_from_ase([slab()]), variance="energies", form="dtc", calibrated=False)
+    assert surface.predict([slab()]).sigmas[0] == pytest.approx(
+        surface.scale * float(bare.energies_variance.epistemic.sqrt())
+    )
+
+
+def test_forces_that_symmetry_forbids_do_not_count():
+    """Two symmetric structures, and the same as a file rounds them: one prediction between them, one error bar, one evidence."""
+    found = []
+    for digits in (15, 8):
+        surface = Surface(surface_recipe())
+        for atoms in hop():
+            atoms.set_constraint()
+            atoms.positions = np.round(atoms.positions, digits)
+            surface = surface.with_label(atoms, atoms.get_potential_energy(), atoms.get_forces())
+        between = slab()
+        between[-1].x += 1.4
+        predicted = surface.predict([between])
+        found.append([predicted.energies[0], predicted.sigmas[0], surface.potential.report["negative_log_evidence"]])
+    assert np.abs(np.diff(found, axis=0)).max() < 1e-3
 
 
 # ---------------------------------------------------------------- what is refused
@@ -300,10 +304,6 @@ def test_failure_of_the_oracle_names_the_image(how, said):
 # ---------------------------------------------------------------- the commands
 
 
-def gpmlp_command(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "gpmlp", *words], cwd=folder, capture_output=True, text=True)
-
-
 def written_hop(folder: Path) -> Path:
     start, end = hop()
     ase.io.write(folder / "start.xyz", start)
@@ -392,248 +392,23 @@ def test_bad_recipes_are_refused_before_anything_is_written(tmp_path, change, sa
     assert not (folder / "path").exists()
 
 
-# ---------------------------------------------------------------- saddles without an end point
+def test_page_says_what_the_numbers_say(tmp_path, found):
+    """Barrier, frequency, labels and reasons are on it; all drawings are there; nothing is loaded from elsewhere."""
+    modes = saddle_modes(found.surface, found.path.images[found.path.top])
+    numbers = path_numbers(found, modes)
+    page = path_page(PathOutcome(True, numbers, found.path, modes), found.labels, {"images": 3})
+    text = page.write(tmp_path).read_text()
+    assert (tmp_path / "path.html").exists() and (tmp_path / "figures/course.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{numbers['barrier_eV']:.3f} eV" in text and "Yes: one imaginary frequency" in text
+    assert text.count('<span class="rank">') == len(found.labels) and all(x.reason in text for x in found.labels)
+    assert text.count('<svg class="hood"') == 3 and "http" not in text.replace("http://www.w3.org", "")
 
 
-@pytest.fixture(scope="module")
-def climbed() -> gpmlp.GPSaddle:
-    start, _ = hop()
-    search = gpmlp.GPSaddle(start, EMT(), direction={8: [1.0, 0.1, 0.0]})
-    assert search.run(fmax=0.05)
-    return search
-
-
-def test_saddle_without_an_end_is_that_of_the_path(climbed, found):
-    """The same barrier as along the path, to 10 meV; the oracle's forces vanish there; the sides are the start and the next hollow."""
-    start, end = hop()
-    saddle = climbed.saddle
-    assert saddle.barrier == pytest.approx(oracle_barrier(start, end), abs=0.01)
-    assert saddle.barrier == pytest.approx(found.path.barrier, abs=0.01)
-    assert saddle.barrier == pytest.approx(
-        saddle.atoms.get_potential_energy() - start.get_potential_energy(), abs=0.002
+def test_page_says_where_a_top_is_no_saddle():
+    assert modes_answer(SaddleModes(np.array([-5.0, 30.0]))).startswith("No: the model has no imaginary frequency")
+    assert modes_answer(SaddleModes(np.array([-90.0, -30.0, 20.0]))).startswith("Not of first order: 2 imaginary")
+    said = foreseen_answer(np.array([0.03, -0.001]), np.array([0.01, 0.001]), 4)
+    assert (
+        said.startswith("2 structures, besides 4 of relaxations. Of their energies 1 lay within 2 σ")
+        and "1 meV" in said
     )
-    there = saddle.atoms.copy()
-    there.calc = EMT()
-    assert np.linalg.norm(there.get_forces(), axis=1).max() < 0.05
-    assert saddle.curvature < 0 and np.linalg.norm(saddle.mode) == pytest.approx(1)
-    assert abs(saddle.mode[8, 0]) > 0.8 and (saddle.mode[:4] == 0).all()
-    apart = sorted(np.abs(side.positions - start.positions).max() for side in saddle.sides)
-    assert saddle.joins_start and apart[0] < 0.1
-    assert apart[1] == pytest.approx(start.cell[0, 0] / 2, abs=0.1)
-    assert len(climbed.labels) <= 8
-    assert climbed.oracle.calls == len(climbed.surface.labels)
-
-
-def test_saddle_has_one_negative_mode_by_the_oracle(climbed, tmp_path):
-    """The oracle's own finite differences agree with the frequency of the model to 20 %."""
-    truth = climbed.saddle.atoms.copy()
-    truth.calc = EMT()
-    vibrations = Vibrations(truth, indices=range(4, len(truth)), name=str(tmp_path / "vib"))
-    vibrations.run()
-    imaginary = vibrations.get_frequencies().imag
-    modes = saddle_modes(climbed.surface, climbed.saddle.atoms)
-    assert (imaginary > 10).sum() == len(modes.imaginary) == 1
-    assert modes.imaginary[0] == pytest.approx(imaginary.max(), rel=0.2)
-
-
-@pytest.mark.parametrize("direction", ["random", "softest", "uncertain"])
-def test_directions_of_words_follow_their_seed(direction):
-    """Bit for bit; another seed leads elsewhere; what is held stays."""
-    ends = []
-    for seed in (3, 3, 6):
-        search = gpmlp.GPSaddle(hop()[0], EMT(), direction, seed=seed, sides=False)
-        assert not search.run(fmax=0.05, steps=2)
-        ends.append(search.saddle.atoms.positions)
-    assert (ends[0] == ends[1]).all() and np.abs(ends[0] - ends[2]).max() > 0.05
-    assert np.abs(ends[0][:4] - slab().positions[:4]).max() < 1e-12
-
-
-def test_search_that_climbs_too_high_is_given_up():
-    search = gpmlp.GPSaddle(hop()[0], EMT(), {8: [0.0, 0.0, -1.0]})
-    assert not search.run(highest=0.3)
-    last = search.labels[-1]
-    assert last.barrier - last.error > 0.3 and all(x.barrier - x.error <= 0.3 for x in search.labels[:-1])
-
-
-def test_motions_leave_out_what_is_held_and_the_whole():
-    """Counted: 3 N - 6 of a molecule, 3 N - 5 of a linear one, 3 N - 3 of a crystal, 3 free atoms' with held ones; rigid motions vanish."""
-    water, carbon_dioxide = molecule("H2O"), molecule("CO2")
-    crystal = bulk("Cu", cubic=True)
-    assert [free_motions(a).shape[1] for a in (water, carbon_dioxide, crystal, slab())] == [3, 4, 9, 15]
-    turned = np.cross([0.3, -0.2, 0.9], water.positions - water.positions.mean(axis=0)).ravel()
-    assert np.abs(free_motions(water).T @ turned).max() < 1e-12
-    assert np.abs(free_motions(water).T @ np.tile([1.0, 2.0, 3.0], 3)).max() < 1e-12
-    water.set_constraint([FixAtoms([0]), FixedLine(1, [0, 1, 1]), FixedPlane(2, [1, 0, 0])])
-    motions = free_motions(water)
-    assert motions.shape == (9, 3) and np.abs(motions[:3]).max() < 1e-12 and np.abs(motions[6]).max() < 1e-12
-    assert np.abs(motions[3]).max() < 1e-12 and np.abs(motions[4] - motions[5]).max() < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("direction", "said"),
-    [
-        ("sideways", "there is no 'sideways'"),
-        ({99: [1, 0, 0]}, "there is no atom 99"),
-        ({0: [1, 0, 0]}, "nothing moves that way"),
-        ({8: [0, 0, 0]}, "nothing moves that way"),
-        ({8: [np.nan, 0, 0]}, "nothing moves that way"),
-        (np.ones((2, 3)), r"must have shape \(9, 3\)"),
-    ],
-)
-def test_directions_that_lead_nowhere_are_refused(direction, said):
-    with pytest.raises(UserError, match=said):
-        gpmlp.GPSaddle(slab(), EMT(), direction)
-
-
-def test_saddle_of_a_free_cluster():
-    """Cu5, whose rotations are left out: one negative mode by the oracle too, and the barrier is that of the oracle's energies."""
-    places = [[0, 0, 0], [2.3, 0, 0], [1.15, 2.0, 0], [1.15, 0.67, 1.8], [1.15, 0.67, -1.8]]
-    start = Atoms("Cu5", places, calculator=EMT())
-    BFGS(start, logfile=None).run(fmax=0.01)
-    search = gpmlp.GPSaddle(start, EMT(), seed=1)
-    assert search.run(fmax=0.05)
-    saddle = search.saddle
-    truth = saddle.atoms.get_potential_energy() - saddle.start.get_potential_energy()
-    assert saddle.barrier == pytest.approx(truth, abs=0.002) and truth > 0.05
-    modes = saddle_modes(search.surface, saddle.atoms)
-    oracle = SimpleNamespace(forces=emt_forces)
-    assert len(modes.imaginary) == len(saddle_modes(oracle, saddle.atoms).imaginary) == 1
-    assert (np.abs(modes.frequencies) < 1e-3).sum() == 6
-    assert len(saddle.sides) == 2 and all(
-        side.get_potential_energy() < saddle.atoms.get_potential_energy() for side in saddle.sides
-    )
-
-
-def emt_forces(images: list[Atoms]) -> tuple[None, np.ndarray]:
-    """As Surface.forces, of the oracle."""
-    out = []
-    for image in images:
-        image = image.copy()
-        image.calc = EMT()
-        out.append(image.get_forces())
-    return None, np.array(out)
-
-
-def test_frequencies_are_those_of_ase(tmp_path):
-    """Ethanol by EMT: the same as ASE's own, whose translations and rotations alone differ: here they vanish."""
-    atoms = molecule("CH3CH2OH")
-    atoms.calc = EMT()
-    BFGS(atoms, logfile=None).run(fmax=0.001)
-    vibrations = Vibrations(atoms, name=str(tmp_path / "vib"))
-    vibrations.run()
-    truth = vibrations.get_frequencies()
-    truth = np.sort(truth.real - truth.imag)
-    mine = saddle_modes(SimpleNamespace(forces=emt_forces), atoms).frequencies
-    assert (np.abs(mine) < 1e-3).sum() == 6
-    assert np.abs(mine - truth)[np.abs(truth) > 50].max() < 0.5
-
-
-def test_scale_of_standard_deviations_follows_errors():
-    """By hand from the scores, and standard deviations are the posterior's times it."""
-    surface = Surface(surface_recipe())
-    rng = np.random.default_rng(1)
-    for _ in range(4):
-        atoms = slab()
-        atoms.set_constraint()
-        atoms.positions += rng.normal(scale=0.05, size=atoms.positions.shape)
-        atoms.calc = EMT()
-        before = surface
-        surface = surface.with_label(atoms, atoms.get_potential_energy(), atoms.get_forces())
-    assert len(surface.scores) == 2 and Surface(surface_recipe()).scale == PRIOR_SCORE
-    foreseen = before.predict([atoms])
-    score = (foreseen.energies[0] - atoms.get_potential_energy()) / foreseen.sigmas[0] * before.scale
-    assert surface.scores[-1] == pytest.approx(score, rel=1e-6)
-    squares = PRIOR_LABELS * PRIOR_SCORE**2 + sum(x**2 for x in surface.scores)
-    assert surface.scale == pytest.approx((squares / (PRIOR_LABELS + 2)) ** 0.5)
-    bare = surface.potential(structures_from_ase([slab()]), variance="energies", form="dtc", calibrated=False)
-    assert surface.predict([slab()]).sigmas[0] == pytest.approx(
-        surface.scale * float(bare.energies_variance.epistemic.sqrt())
-    )
-
-
-def written_search(folder: Path) -> Path:
-    start, _ = hop()
-    ase.io.write(folder / "start.xyz", start)
-    recipe = {
-        "start": "start.xyz",
-        "direction": {8: [1.0, 0.1, 0.0]},
-        "oracle": {"calculator": "emt", "executor": "inline"},
-    }
-    (folder / "saddle.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
-
-
-def test_saddle_killed_and_resumed_asks_for_the_same_labels(tmp_path, climbed):
-    """kill -9 while labels come; then --resume: labels and numbers of a run that was never killed, which are the class's."""
-    folders = [written_search((tmp_path / name).mkdir() or tmp_path / name) for name in ("whole", "killed")]
-    whole = gpmlp_command(folders[0], "saddle", "saddle.yaml")
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gpmlp", "saddle", "saddle.yaml"], cwd=folders[1], stderr=subprocess.DEVNULL
-    )
-    labels = folders[1] / "saddle" / "labels.xyz"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (labels.exists() and labels.read_text().count("Properties") >= 3):
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    before = labels.read_bytes()
-    resumed = gpmlp_command(folders[1], "saddle", "saddle.yaml", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert labels.read_bytes() == (folders[0] / "saddle" / "labels.xyz").read_bytes()
-    assert labels.read_bytes().startswith(before) and len(before) < len(labels.read_bytes())
-    numbers = [json.loads((folder / "saddle" / "saddle.json").read_text()) for folder in folders]
-    assert numbers[0] == numbers[1]
-    assert numbers[0]["converged"] is True and numbers[0]["joins_start"] is True
-    assert numbers[0]["barrier_eV"] == pytest.approx(climbed.saddle.barrier, abs=2e-3)
-    assert numbers[0]["oracle_calls"] == len(climbed.labels)
-    assert numbers[0]["oracle_calls_relaxations"] == len(climbed.surface.labels) - len(climbed.labels)
-    assert len(numbers[0]["imaginary_frequencies_per_cm"]) == 1 and 0 < numbers[0]["barrier_sigma_eV"] < 0.01
-    frames = ase.io.read(folders[0] / "saddle" / "saddle.xyz", ":")
-    assert [frame.info["what"] for frame in frames] == ["start", "saddle", "side 1", "side 2"]
-    assert "barrier" in whole.stdout and "following the mode" in whole.stderr
-
-
-def test_saddle_that_is_not_reached_says_so_and_goes_on(tmp_path):
-    folder = written_search(tmp_path)
-    few = gpmlp_command(folder, "saddle", "saddle.yaml", "--set", "labels_at_most=2")
-    assert few.returncode == 2 and "not converged after 2 labels" in few.stderr
-    assert json.loads((folder / "saddle/saddle.json").read_text())["converged"] is False
-    other = gpmlp_command(folder, "saddle", "saddle.yaml", "--resume", "--set", "seed=5")
-    assert other.returncode == 2 and "seed" in other.stderr
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"direction": "sideways"}, "direction"),
-        ({"direction": {99: [1, 0, 0]}}, "there is no atom 99"),
-        ({"direction": {0: [1, 0, 0]}}, "nothing moves that way"),
-        ({"seed": -1}, "seed"),
-        ({"fixed": [4, 5, 6, 7, 8]}, "all 9 atoms are fixed"),
-        ({"end": "end.xyz"}, "end"),
-    ],
-)
-def test_bad_recipes_of_searches_are_refused_before_anything_is_written(tmp_path, change, said):
-    folder = written_search(tmp_path)
-    recipe = yaml.safe_load((folder / "saddle.yaml").read_text())
-    (folder / "saddle.yaml").write_text(yaml.safe_dump({**recipe, **change}))
-    refused = gpmlp_command(folder, "saddle", "saddle.yaml")
-    assert refused.returncode == 2 and said in refused.stderr and "Traceback" not in refused.stderr
-    assert not (folder / "saddle").exists()
-
-
-def test_forces_that_symmetry_forbids_do_not_count():
-    """Two symmetric structures, and the same as a file rounds them: one prediction between them, one error bar, one evidence."""
-    found = []
-    for digits in (15, 8):
-        surface = Surface(surface_recipe())
-        for atoms in hop():
-            atoms.set_constraint()
-            atoms.positions = np.round(atoms.positions, digits)
-            surface = surface.with_label(atoms, atoms.get_potential_energy(), atoms.get_forces())
-        between = slab()
-        between[-1].x += 1.4
-        predicted = surface.predict([between])
-        found.append([predicted.energies[0], predicted.sigmas[0], surface.potential.report["negative_log_evidence"]])
-    assert np.abs(np.diff(found, axis=0)).max() < 1e-3

@@ -162,12 +162,13 @@ def find_path(
         write_frames(folder / "path.xyz", _frames(neb.path))
         archive.save(neb.surface.potential, folder / MODEL)
         modes = vibrations.saddle_modes(neb.surface, neb.path.images[neb.path.top])
-        numbers = _path_numbers(neb, modes)
+        numbers = path_numbers(neb, modes)
         _write_json(folder / "neb.json", numbers)
         yield PathOutcome(neb.converged, numbers, neb.path, modes)
 
 
-def _path_numbers(neb: GPNEB, modes: SaddleModes) -> dict[str, Any]:
+def path_numbers(neb: GPNEB, modes: SaddleModes) -> dict[str, Any]:
+    """What neb.json holds."""
     path, last = neb.path, neb.labels[-1]
     assert path is not None
     return {
@@ -222,12 +223,13 @@ def find_saddle(
         write_frames(folder / "saddle.xyz", _saddle_frames(search.saddle))
         archive.save(search.surface.potential, folder / MODEL)
         modes = vibrations.saddle_modes(search.surface, search.saddle.atoms)
-        numbers = _saddle_numbers(search, modes)
+        numbers = saddle_numbers(search, modes)
         _write_json(folder / "saddle.json", numbers)
         yield SaddleOutcome(search.converged, numbers, search.saddle, modes)
 
 
-def _saddle_numbers(search: GPSaddle, modes: SaddleModes) -> dict[str, Any]:
+def saddle_numbers(search: GPSaddle, modes: SaddleModes) -> dict[str, Any]:
+    """What saddle.json holds."""
     saddle = search.saddle
     assert saddle is not None
     last = [label for label in search.labels if label.reason != BESIDE][-1]

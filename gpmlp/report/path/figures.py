@@ -118,7 +118,7 @@ def _paint_foreseen(axes: Axes, numbers: np.ndarray, errors: np.ndarray, sigmas:
     reach = max(1.0, 1000 * np.abs(errors).max(), 2000 * sigmas.max())
     axes.set_yscale("symlog", linthresh=1.0)
     axes.set(ylim=(-1.5 * reach, 1.5 * reach), xlabel="label", ylabel="energy / meV")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes)
     axes.legend()
 
 
@@ -143,5 +143,12 @@ def _paint_relaxation(axes: Axes, steps: Sequence[RelaxStep]) -> None:
     axes.plot(numbers, forces, "s--", color=RING, label="largest force / eV/Å")
     axes.set_yscale("log")
     axes.set(xlabel="label")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes)
     axes.legend()
+
+
+def _whole_numbers(axes: Axes) -> None:
+    """Ticks along x at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

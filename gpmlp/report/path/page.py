@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -18,9 +18,6 @@ from gpmlp.report.figures import Picture, PointLabels
 from gpmlp.report.page import Page, Section
 from gpmlp.report.path.figures import foreseen_picture, path_picture, relaxation_picture, saddle_picture
 from gpmlp.report.style import format_number, join_words, species_colours
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 MOST = 56  # atoms of a drawing, the nearest to what moves
 FARTHEST = 6.0  # A from what moves, in a periodic structure
@@ -135,7 +132,7 @@ def relaxation_page(outcome: RelaxOutcome, steps: Sequence[RelaxStep], recipe: M
 
 
 def _search_page(
-    kind: str, name: str, start: Atoms, search: _Search, numbers: Mapping[str, Any], recipe: Mapping[str, Any]
+    kind: str, name: str, start: Any, search: _Search, numbers: Mapping[str, Any], recipe: Mapping[str, Any]
 ) -> Page:
     errors, sigmas, calls = search.errors, search.sigmas, search.more_calls
     sections = [
@@ -164,7 +161,7 @@ def _search_page(
 def _page(
     kind: str,
     name: str,
-    start: Atoms,
+    start: Any,
     tiles: Sequence[tuple[str, str]],
     sections: Sequence[Section],
     pictures: Mapping[str, Picture],
@@ -214,11 +211,11 @@ def foreseen_answer(errors: np.ndarray, sigmas: np.ndarray, more_calls: int) -> 
     )
 
 
-def draw_structure(atoms: Atoms, moved: np.ndarray, name: str, motion: np.ndarray | None = None) -> Markup:
+def draw_structure(atoms: Any, moved: np.ndarray, name: str, motion: np.ndarray | None = None) -> Markup:
     """Inline SVG of a molecule in its own plane, or of the atoms of a periodic structure around the one that moves most.
 
     Args:
-        moved: (atoms, 3), in which that atom moves most; motion: drawn as arrows.
+        atoms: of ASE; moved: (atoms, 3), in which that atom moves most; motion: drawn as arrows.
     """
     far = int(np.linalg.norm(moved, axis=1).argmax())
     if atoms.pbc.any():

@@ -1,0 +1,51 @@
+"""A hop of gold on aluminium by EMT, what ASE says of it, and the command, for tests of reactions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from ase import Atoms
+from ase.build import add_adsorbate, fcc100
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
+from ase.mep import NEB
+from ase.optimize import BFGS
+
+
+def slab(site: str = "hollow", height: float = 1.7) -> Atoms:
+    """A gold atom on Al(100) whose lower layers are held."""
+    atoms = fcc100("Al", (2, 2, 2))
+    add_adsorbate(atoms, "Au", height, site)
+    atoms.center(axis=2, vacuum=4.0)
+    atoms.set_constraint(FixAtoms(mask=[atom.tag > 1 for atom in atoms]))
+    atoms.info.clear()
+    return atoms
+
+
+def hop() -> tuple[Atoms, Atoms]:
+    """End points that are at rest by the oracle."""
+    start = slab()
+    start.calc = EMT()
+    BFGS(start, logfile=None).run(fmax=0.005)
+    end = start.copy()
+    end[-1].x += end.cell[0, 0] / 2
+    end.calc = EMT()
+    BFGS(end, logfile=None).run(fmax=0.005)
+    return start, end
+
+
+def oracle_barrier(start: Atoms, end: Atoms) -> float:
+    """By ASE's own climbing band on the oracle."""
+    images = [start.copy() for _ in range(4)] + [end.copy()]
+    for image in images:
+        image.calc = EMT()
+    band = NEB(images, climb=True, method="improvedtangent")
+    band.interpolate("idpp")
+    assert BFGS(band, logfile=None).run(fmax=0.02, steps=300)
+    return max(image.get_potential_energy() for image in images) - images[0].get_potential_energy()
+
+
+def gpmlp_command(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "gpmlp", *words], cwd=folder, capture_output=True, text=True)
