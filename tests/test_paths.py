@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -364,6 +365,55 @@ def test_relax_writes_what_the_oracle_says(tmp_path):
     relaxed.calc = EMT()
     assert numbers["energy_eV"] == pytest.approx(relaxed.get_potential_energy(), abs=1e-5)
     assert np.linalg.norm(np.delete(relaxed.get_forces(apply_constraint=False), held, axis=0), axis=1).max() < 0.021
+
+
+def test_second_reaction_needs_fewer_calls(tmp_path, found):
+    """The way back, and the same hop along y, with the labels of the first: in Python, and by label files, whose labels are no calls."""
+    start, end = hop()
+    back = gpmlp.GPNEB(end, start, EMT(), images=3, surface=found.surface)
+    assert back.run(fmax=0.05) and len(back.labels) < len(found.labels)
+    assert back.path.barrier == pytest.approx(found.path.barrier, abs=0.005)
+    assert back.labels[-1].number == len(back.surface.labels) - len(found.surface.labels)
+    first = written_hop(tmp_path)
+    done = gpmlp_command(first, "neb", "neb.yaml")
+    assert done.returncode == 0, done.stderr
+    turned = ase.io.read(first / "start.xyz")
+    turned[-1].y += start.cell[0, 0] / 2
+    ase.io.write(first / "aside.xyz", turned)
+    changes = {"end": "aside.xyz", "labels": ["path/labels.xyz"], "output": "aside"}
+    recipe = json.loads((first / "neb.yaml").read_text())
+    (first / "aside.yaml").write_text(json.dumps({**recipe, **changes}))
+    again = gpmlp_command(first, "neb", "aside.yaml")
+    assert again.returncode == 0, again.stderr
+    before, after = (json.loads((first / folder / "neb.json").read_text()) for folder in ("path", "aside"))
+    assert after["oracle_calls"] < before["oracle_calls"]
+    assert after["oracle_calls_end_points"] == 1  # the start is known
+    assert after["barrier_eV"] == pytest.approx(before["barrier_eV"], abs=0.005)
+    assert (first / "aside/taken/1.xyz").read_bytes() == (first / "path/labels.xyz").read_bytes()
+
+
+def test_labels_of_another_oracle_or_charge_are_refused(tmp_path):
+    folder = written_hop(tmp_path)
+    recipe = json.loads((folder / "neb.yaml").read_text())
+    assert gpmlp_command(folder, "neb", "neb.yaml", "--set", "labels_at_most=1").returncode == 2
+    labels = (folder / "path/labels.xyz").read_text()
+    charged = ase.io.read(folder / "start.xyz")
+    charged.info["charge"] = 1
+    ase.io.write(folder / "charged.xyz", charged)
+    (folder / "altered.xyz").write_text(labels.replace("energy=3", "energy=4", 1))
+    shutil.copyfile(folder / "start.xyz", folder / "bare.xyz")
+    for change, said in (
+        ({"labels": ["nowhere.xyz"]}, "there is no such file"),
+        ({"labels": ["altered.xyz"]}, "was altered"),
+        ({"labels": ["bare.xyz"]}, "no run wrote it"),
+        ({"oracle": recipe["oracle"] | {"kwargs": {"asap_cutoff": True}}}, "of another oracle"),
+        ({"start": "charged.xyz"}, "two energy surfaces"),
+    ):
+        given = {"start": "start.xyz", "oracle": recipe["oracle"], "labels": ["path/labels.xyz"], **change}
+        (folder / "relax.yaml").write_text(json.dumps(given))
+        refused = gpmlp_command(folder, "relax", "relax.yaml")
+        assert refused.returncode == 2 and said in refused.stderr, refused.stderr
+        assert not (folder / "relaxed").exists()
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,7 @@ class GPNEB:
         self.n_images, self.relax_ends = images, relax_ends
         self.images: list[Atoms] = []
         self.surface = Surface(surface_recipe()) if surface is None else surface
+        self._given_labels = len(self.surface.labels)
         self.labels: list[BandLabel] = []
         self.path: Path | None = None
         self.converged = False
@@ -262,7 +263,7 @@ class GPNEB:
         force = float(np.linalg.norm(image.get_forces(), axis=1).max())
         done = rested and i == top and force < fmax and abs(error) < foreseen
         return BandLabel(
-            number=len(self.surface.labels),
+            number=len(self.surface.labels) - self._given_labels,
             image=i,
             reason=reason,
             barrier=float(before.energies[top] - before.energies[0]),

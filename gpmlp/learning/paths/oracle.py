@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.label_requests import LabelRequest, LabelRequests
-from gpmlp.learning.labels import canonical_structure
+from gpmlp.learning.labels import LabelEntry, canonical_structure
 
 
 class OracleCalculator(Calculator):
@@ -60,14 +60,23 @@ class OracleCalculator(Calculator):
 
 
 class RunOracle(OracleCalculator):
-    """The oracle of a run: what is in its label file is not computed again, and what is computed is there before it is used."""
+    """The oracle of a run: what is in its label file, or in those of others, is not computed again, and what is computed is there before
+    it is used.
 
-    def __init__(self, requests: LabelRequests) -> None:
+    Attributes:
+        shared: labels of other runs by key; they are no calls.
+    """
+
+    def __init__(self, requests: LabelRequests, shared: Mapping[str, LabelEntry]) -> None:
         super().__init__(None)
-        self.requests = requests
+        self.requests, self.shared = requests, shared
 
     def _label(self, atoms: Atoms) -> tuple[float, np.ndarray]:
         request = LabelRequest(canonical_structure(structures_from_ase([atoms], [self.reason])))
-        entry = self.requests.collect(request, self.reason, {}, needed=True)
+        entry = self.shared.get(self.requests.key(request.structure))
+        if entry is not None:
+            self.calls -= 1
+        else:
+            entry = self.requests.collect(request, self.reason, {}, needed=True)
         assert entry is not None  # needed
         return float(entry.targets.energies[0]), entry.targets.forces.numpy()

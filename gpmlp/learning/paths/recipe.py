@@ -15,13 +15,15 @@ from gpmlp.recipe import Count, Positive, Recipe, RecipeSection
 class _PathRecipe(RecipeSection):
     """What all have: the structure, the oracle, atoms that are held, and the model.
 
-    fixed: indices of atoms that do not move, counted from 0, besides those that the file holds. model: as in a fit; keys that are not
-    given are those of the exact process of all labels (surface.EXACT).
+    labels: label files of other runs of the same oracle, which the model begins with. fixed: indices of atoms that do not move, counted
+    from 0, besides those that the file holds. model: as in a fit; keys that are not given are those of the exact process of all labels
+    (surface.EXACT).
     """
 
     start: str
     oracle: OracleRecipe
     fixed: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    labels: tuple[str, ...] = ()
     labels_at_most: Count = 60
     model: Recipe = surface_recipe()
 

@@ -7,8 +7,9 @@ is not asked of the oracle.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from gpmlp.learning.paths.minimizer import GPMinimizer
 from gpmlp.learning.paths.oracle import RunOracle
 from gpmlp.learning.paths.recipe import NebRecipe, RelaxRecipe, SaddleRecipe
 from gpmlp.learning.paths.saddle import BESIDE, GPSaddle, Saddle, SaddleLabel
+from gpmlp.learning.paths.shared_labels import FOLDER, SharedLabels
 from gpmlp.learning.paths.surface import Surface
 from gpmlp.learning.paths.vibrations import SaddleModes
 
@@ -43,6 +45,14 @@ class PathFiles(RunFiles):
     """The files of a run: log.jsonl, which depends on recipe and labels alone and is written anew when a run is resumed, and the others."""
 
     REPEATABLE = ("log.jsonl",)
+
+    def discard_unused(self) -> None:
+        """See RunFiles; the copies of labels of other runs as well."""
+        super().discard_unused()
+        if not (self.folder / "recipe.json").exists():
+            shutil.rmtree(self.folder / FOLDER, ignore_errors=True)
+            with suppress(OSError):
+                self.folder.rmdir()
 
 
 @dataclass(frozen=True)
@@ -116,9 +126,9 @@ def relax(
     start = read_structure(base / recipe.start, recipe.fixed)
     atoms = start.copy()
     folder = base / recipe.output
-    with _opened(recipe, folder, resume) as (oracle, files):
+    with _opened(recipe, base, resume, start) as (oracle, files, surface):
         oracle.reason, atoms.calc = "the relaxation", oracle
-        minimizer = GPMinimizer(atoms, Surface(recipe.model), logfile=None)
+        minimizer = GPMinimizer(atoms, surface, logfile=None)
         converged = False
         for converged in minimizer.irun(recipe.force_eV_per_A, recipe.labels_at_most - 1):
             force = float(np.linalg.norm(atoms.get_forces(), axis=1).max())
@@ -153,8 +163,8 @@ def find_path(
     folder = base / recipe.output
     # bad end points are refused before anything is written
     GPNEB(start, end, object(), recipe.images, recipe.relax_ends)
-    with _opened(recipe, folder, resume) as (oracle, files):
-        neb = GPNEB(start, end, oracle, recipe.images, recipe.relax_ends, Surface(recipe.model))
+    with _opened(recipe, base, resume, start) as (oracle, files, surface):
+        neb = GPNEB(start, end, oracle, recipe.images, recipe.relax_ends, surface)
         for label in neb.irun(recipe.force_eV_per_A, recipe.labels_at_most, recipe.energy_eV):
             files.log_event("label", **_with_units(asdict(label)))
             yield label
@@ -208,13 +218,10 @@ def find_saddle(
     """
     start, folder = read_structure(base / recipe.start, recipe.fixed), base / recipe.output
 
-    def search_with(oracle: Any) -> GPSaddle:
-        about = recipe.direction, recipe.seed, recipe.relax_start, recipe.sides
-        return GPSaddle(start, oracle, *about, Surface(recipe.model))
-
-    search_with(object())  # a bad direction is refused before anything is written
-    with _opened(recipe, folder, resume) as (oracle, files):
-        search = search_with(oracle)
+    about = recipe.direction, recipe.seed, recipe.relax_start, recipe.sides
+    GPSaddle(start, object(), *about)  # a bad direction is refused before anything is written
+    with _opened(recipe, base, resume, start) as (oracle, files, surface):
+        search = GPSaddle(start, oracle, *about, surface)
         limits = recipe.force_eV_per_A, recipe.labels_at_most, recipe.energy_eV, recipe.highest_eV
         for label in search.irun(*limits):
             files.log_event("label", **_with_units(asdict(label)))
@@ -297,17 +304,21 @@ def read_structure(path: Path, fixed: tuple[int, ...] = ()) -> Atoms:
 
 @contextmanager
 def _opened(
-    recipe: RelaxRecipe | NebRecipe | SaddleRecipe, folder: Path, resume: bool
-) -> Iterator[tuple[RunOracle, PathFiles]]:
-    """The oracle and the files of a run, closed in the end; what a run wrote that failed before its first label is removed."""
+    recipe: RelaxRecipe | NebRecipe | SaddleRecipe, base: Path, resume: bool, start: Atoms
+) -> Iterator[tuple[RunOracle, PathFiles, Surface]]:
+    """The oracle, the files of a run, closed in the end, and the surface that it begins with; what a run wrote that failed before its
+    first label is removed."""
     recipe.oracle.check()  # before anything is written
+    folder, others = base / recipe.output, [base / name for name in recipe.labels]
+    shared = SharedLabels.read(others, folder, recipe.oracle.settings_hash, start)
     files = PathFiles(folder, recipe, resume)
     try:
         with closing(files):
+            shared.keep(folder)
             requests = LabelRequests(recipe.oracle, folder, files, ActivityTimer())
             with closing(requests):
                 files.truncate(RunProgress())
-                yield RunOracle(requests), files
+                yield RunOracle(requests, shared.entries), files, Surface(recipe.model, shared.atoms())
     except UserError:
         files.discard_unused()
         raise

@@ -146,6 +146,7 @@ class GPSaddle:
         elif direction not in DIRECTIONS:
             raise UserError(f"direction: there is no {direction!r}; give {', '.join(DIRECTIONS)}, or vectors of atoms.")
         self.surface = Surface(surface_recipe()) if surface is None else surface
+        self._given_labels = len(self.surface.labels)
         self.atoms, self._begun = self.start.copy(), False
         self._rests = False
         self._doubtful: np.ndarray | None = None  # mode of whose curvature the model is not sure
@@ -296,7 +297,7 @@ class GPSaddle:
             self._rests, self._checked = force < fmax and abs(error) < foreseen, []
         curvatures, vectors = self._curvatures(self.atoms, free_motions(self.atoms))
         return SaddleLabel(
-            number=len(self.surface.labels),
+            number=len(self.surface.labels) - self._given_labels,
             reason=reason,
             curvature=float(curvatures[0]),
             barrier=float(before.energies[1] - before.energies[0]),
