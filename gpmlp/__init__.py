@@ -25,8 +25,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 _HOMES = {
     "GPMinimizer": "gpmlp.learning.paths.minimizer",
     "GPNEB": "gpmlp.learning.paths.band",
-    "PartitionedCalculator": "gpmlp.properties.partitioned",
     "GPSaddle": "gpmlp.learning.paths.saddle",
+    "PartitionedCalculator": "gpmlp.properties.partitioned",
     "Potential": "gpmlp.potential.potential",
     "Prediction": "gpmlp.core.quantities",
     "Recipe": "gpmlp.recipe",
