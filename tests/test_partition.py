@@ -243,6 +243,21 @@ def test_command_takes_every_frame(command):
     assert "run.xyz frame 1" in printed
 
 
+def test_command_says_when_a_region_is_larger(command):
+    """A particle of 32 atoms is a molecule by its covalent radii."""
+    particle = bulk("Cu", cubic=True) * (2, 2, 2)
+    particle.pbc = False
+    particle.append("Cu")
+    particle.positions[-1] = 30.0
+    ase.io.write("particle.xyz", particle)
+    status, _, errors = command("particle.xyz", "-o", "out.xyz")
+    assert status == 0 and "1 of 1 regions are larger than was asked for" in " ".join(errors.split())
+    assert (ase.io.read("out.xyz").arrays["qm_region"] == 1).sum() == 32
+    status, _, errors = command("particle.xyz", "-o", "out.xyz", "--cut-molecules")
+    assert status == 0 and "larger" not in errors
+    assert (ase.io.read("out.xyz").arrays["qm_region"] == 1).sum() == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

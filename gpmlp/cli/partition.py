@@ -64,6 +64,13 @@ def partition_command(
         with atomic_write(json_file, text=True) as file:
             json.dump([one.as_dict() for one in found], file, indent=2, allow_nan=False)
             file.write("\n")
+    larger = sum(rule.exceeded(one) for one in found)
+    if larger:
+        console.print_message(
+            "note",
+            f"{larger} of {len(found)} regions are larger than was asked for, as molecules (what covalent radii bond) are in as a whole; "
+            "--cut-molecules takes atoms one by one.",
+        )
     console.standard_output().print(_table(found))
     console.print_line(f"wrote {output}{f', {json_file}' if json_file is not None else ''}")
 

@@ -71,6 +71,10 @@ class RegionRule:
             raise UserError(f"{name}: a region of {self.atoms} atoms is asked for, but there are {n_atoms}.")
         return self.atoms
 
+    def exceeded(self, made: Partition) -> bool:
+        """Whether the core is larger than was asked for, as the last molecule is whole."""
+        return self.sigma is None and len(made.core) > self.size(len(made.marks), made.name)
+
 
 @dataclass(frozen=True, eq=False)
 class Partition:
