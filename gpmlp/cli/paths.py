@@ -49,7 +49,7 @@ def relax_command(
     pairs = [
         ("energy", f"{labels[-1].energy:.4f} eV"),
         ("largest force", f"{labels[-1].force:.4f} eV/A"),
-        ("oracle calls", str(len(labels))),
+        ("oracle calls", str(outcome.numbers["oracle_calls"])),
         ("structure", str(folder / "relaxed.xyz")),
         ("page", str(page)),
         ("numbers, labels", f"relax.json, labels.xyz in {folder}"),

@@ -129,18 +129,20 @@ def relax(
     with _opened(recipe, base, resume, start) as (oracle, files, surface):
         oracle.reason, atoms.calc = "the relaxation", oracle
         minimizer = GPMinimizer(atoms, surface, logfile=None)
-        converged = False
+        converged, labels = False, []
         for converged in minimizer.irun(recipe.force_eV_per_A, recipe.labels_at_most - 1):
             force = float(np.linalg.norm(atoms.get_forces(), axis=1).max())
             step = RelaxStep(minimizer.nsteps + 1, atoms.get_potential_energy(), force, bool(converged))
-            files.log_event("label", **_with_units(asdict(step)))
+            labels.append(_with_units(asdict(step)))
+            files.log_event("label", **labels[-1])
             yield step
         write_frames(folder / "relaxed.xyz", atoms)
         numbers = {
             "energy_eV": atoms.get_potential_energy(),
             "largest_force_eV_per_A": float(np.linalg.norm(atoms.get_forces(), axis=1).max()),
-            "oracle_calls": minimizer.nsteps + 1,
+            "oracle_calls": oracle.calls,
             "converged": bool(converged),
+            "labels": labels,
         }
         _write_json(folder / "relax.json", numbers)
         yield RelaxOutcome(bool(converged), numbers, start, atoms)
@@ -199,6 +201,7 @@ def path_numbers(neb: GPNEB, modes: SaddleModes) -> dict[str, Any]:
         "sigmas_eV": path.sigmas,
         "distances_A": path.distances,
         "imaginary_frequencies_per_cm": modes.imaginary,
+        "frequencies_per_cm": modes.frequencies,
         "labels": [_with_units(asdict(label)) for label in neb.labels],
     }
 
@@ -253,6 +256,7 @@ def saddle_numbers(search: GPSaddle, modes: SaddleModes) -> dict[str, Any]:
         "converged": search.converged,
         "curvature_eV_per_A2": saddle.curvature,
         "imaginary_frequencies_per_cm": modes.imaginary,
+        "frequencies_per_cm": modes.frequencies,
         "joins_start": saddle.joins_start,
         "energies_of_sides_eV": sides,
         "labels": [_with_units(asdict(label)) for label in search.labels],

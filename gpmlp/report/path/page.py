@@ -65,11 +65,11 @@ def path_page(outcome: PathOutcome, labels: Sequence[BandLabel], recipe: Mapping
     drawn = [(0, "start"), (path.top, "top"), (len(path.images) - 1, "end")]
     moved = path.images[-1].positions - path.images[0].positions
     structures = [
-        (name, f"{path.energies[i]:+.3f} eV", draw_structure(path.images[i], moved, name)) for i, name in drawn
+        (name, f"{_signed(path.energies[i])} eV", draw_structure(path.images[i], moved, name)) for i, name in drawn
     ]
     answer = (
         f"{path.barrier:.3f} ± {path.sigma:.2g} eV, and {numbers['reverse_barrier_eV']:.3f} eV from the other end; the reaction takes "
-        f"{path.reaction_energy:+.3f} ± {path.reaction_sigma:.2g} eV.{_ended(outcome.converged, labels[-1].force, 'top')}"
+        f"{_signed(path.reaction_energy)} ± {path.reaction_sigma:.2g} eV.{_ended(outcome.converged, labels[-1].force, 'top')}"
     )
     places = [f"image {label.image}: {label.reason}" for label in labels]
     errors, sigmas = (np.array([getattr(x, name) for x in labels]) for name in ("error", "image_sigma"))
@@ -89,7 +89,7 @@ def saddle_page(outcome: SaddleOutcome, labels: Sequence[SaddleLabel], recipe: M
     ]
     shown = [("start", saddle.start, 0.0), ("saddle", saddle.atoms, saddle.barrier), *sides]
     structures = [
-        (name, f"{energy:+.3f} eV", draw_structure(atoms, mode, name, mode if name == "saddle" else None))
+        (name, f"{_signed(energy)} eV", draw_structure(atoms, mode, name, mode if name == "saddle" else None))
         for name, atoms, energy in shown
     ]
     joins = {
@@ -124,7 +124,7 @@ def relaxation_page(outcome: RelaxOutcome, steps: Sequence[RelaxStep], recipe: M
     ]
     tiles = [
         (f"{last.energy:.4f} eV", "energy"),
-        (str(len(steps)), "oracle calls"),
+        (str(outcome.numbers["oracle_calls"]), "oracle calls"),
         (f"{last.force:.3f} eV/Å", "largest force"),
     ]
     values = {"structures": structures, "steps": steps, "recipe": recipe, **RELAX_WORDS}
@@ -183,6 +183,11 @@ def _page(
         file=FILES[name],
         numbers_in=f"{name}.json",
     )
+
+
+def _signed(energy: float) -> str:
+    """With its sign, to a meV; never −0."""
+    return f"{round(energy, 3) + 0.0:+.3f}".replace("-", "−")
 
 
 def _ended(converged: bool, force: float, what: str) -> str:
