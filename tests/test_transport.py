@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import ase.io
 import numpy as np
@@ -356,11 +357,14 @@ def test_static_averages_of_samples_are_those_of_runs_of_their_own(potential: Po
 
 
 def test_more_precision_is_foreseen_to_take_longer(potential: Potential):
-    loose, tight = (
-        gpmlp.transport(potential, bulk("Cu", cubic=True), settings_of(what=("viscosity",), precision=p))
-        for p in (0.5, 0.25)
-    )
-    assert tight.needed >= loose.needed
+    """Errors fall with the square root of the length: half of the error takes four times as long."""
+    run = TransportRun(potential, bulk("Cu", cubic=True), settings_of(what=("viscosity",), precision=0.01), None, False)
+    *_, state = run
+    loose = state.results.needed
+    run.settings = replace(run.settings, precision=0.005)
+    tight = run.results()
+    assert 1 < loose < math.inf and tight.needed == pytest.approx(4 * loose)
+    assert f"{4 * loose * 0.3:.3g} ps in all" in run._outlook(tight)
 
 
 def model_and_start(potential: Potential, folder) -> list[str]:
@@ -430,6 +434,16 @@ def test_the_time_limit_ends_it(potential: Potential):
         gpmlp.transport(potential, bulk("Cu", cubic=True), settings_of(time_limit_s=1e-3, segment_ps=10.0))
 
 
+def test_the_time_limit_counts_from_where_a_run_is_resumed(potential: Potential, tmp_path):
+    """It goes on although the tries before took longer than the limit of this one."""
+    atoms = bulk("Cu", cubic=True)
+    before = TransportRun(potential, atoms, settings_of(), tmp_path, resume=False)
+    before.spent_s = 1e4
+    before._save()
+    *_, state = TransportRun(potential, atoms, settings_of(length_ps=0.2, time_limit_s=100.0), tmp_path, resume=True)
+    assert "0.2 ps long" in state.results.stopped
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -442,6 +456,8 @@ def test_the_time_limit_ends_it(potential: Potential):
         ({"temperatures_K": (-5.0,)}, "temperatures"),
         ({"precision": 0.0}, "precision"),
         ({"replicas": 0}, "replicas"),
+        ({"timestep_fs": 0.0}, "timestep_fs"),
+        ({"timestep_fs": -1.0}, "timestep_fs"),
     ],
 )
 def test_settings_that_are_refused(potential: Potential, changes, message):

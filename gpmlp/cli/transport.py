@@ -45,7 +45,8 @@ def transport_command(
     ] = None,
     length_ps: Annotated[float, typer.Option("--length-ps", help="Longest trajectories.")] = 200.0,
     time_limit_s: Annotated[
-        float | None, typer.Option("--time-limit-s", "--time-limit", help="Seconds of computing, at most.")
+        float | None,
+        typer.Option("--time-limit-s", "--time-limit", help="Seconds of computing, at most, of this call."),
     ] = None,
     timestep_fs: Annotated[
         float | None,

@@ -53,7 +53,7 @@ class TransportSettings:
         precision: relative standard error of D and viscosity, statistics alone, at which the run is over; None: 0.1 or, where that is more,
             half of what the samples scatter, as longer runs hardly narrow the interval then. Without D and viscosity: of the energy, in
             standard deviations of its fluctuations.
-        length_ps: longest trajectories. time_limit_s: of computing; None: none.
+        length_ps: longest trajectories. time_limit_s: of computing, from the start or from where the run is resumed; None: none.
         timestep_fs: None: 0.5 fs with hydrogen, 1 fs up to neon, else 2 fs.
         segment_ps: pieces in which trajectories are averaged; displacements are followed over half of one.
         equilibrate_ps: time that does not count, with Langevin's thermostat.
@@ -86,15 +86,14 @@ class TransportSettings:
             raise UserError(f"`samples` must be 0 or at least 3: {self.samples} say nothing about their scatter.")
         for name in ("length_ps", "segment_ps"):
             errors.check_positive(name, getattr(self, name))
-        if self.precision is not None:
-            errors.check_positive("precision", self.precision)
+        for name in ("precision", "time_limit_s", "timestep_fs"):
+            if getattr(self, name) is not None:
+                errors.check_positive(name, getattr(self, name))
         errors.check_positive("equilibrate_ps", self.equilibrate_ps, allow_zero=True)
-        if self.time_limit_s is not None:
-            errors.check_positive("time_limit_s", self.time_limit_s)
 
     def dynamics(self, numbers: np.ndarray) -> DynamicsSettings:
         """Steps and records for atoms of these numbers."""
-        timestep = self.timestep_fs or default_timestep_fs(numbers)
+        timestep = default_timestep_fs(numbers) if self.timestep_fs is None else self.timestep_fs
         record = timestep * STEPS / 1000
         return DynamicsSettings(
             self.temperatures_K, self.replicas, timestep, STEPS, math.ceil(self.equilibrate_ps / record),
@@ -186,7 +185,7 @@ class TransportRun:
         self.replicas = Replicas(atoms, [MovingForces(p, atoms, len(dynamics.copies_K)) for p in moving], dynamics)
         self.static = StaticFrames(settings.static, self.replicas, self.samples)
         self.novelty: float | None = None
-        self.spent_s = 0.0
+        self.spent_s = self.earlier_s = 0.0  # in all, and before this run was resumed
         self.about = json.dumps(_fingerprint(potential, atoms, settings, dynamics), sort_keys=True)
         self._begin(resume)
 
@@ -218,7 +217,7 @@ class TransportRun:
             )
         self.replicas.restore(state)
         self.static.restore(state)
-        self.spent_s = float(state["spent_s"])
+        self.spent_s = self.earlier_s = float(state["spent_s"])
         novelty = float(state["novelty"])
         self.novelty = None if math.isnan(novelty) else novelty
 
@@ -248,7 +247,7 @@ class TransportRun:
             if over:
                 results = self.results()
                 results.stopped = self._verdict(results, most)
-            if settings.time_limit_s is not None and self.spent_s > settings.time_limit_s and not results.stopped:
+            if self._time_left_s() < 0 and not results.stopped:
                 results.stopped = f"the time limit is reached; {self._outlook(results)}"
             if over or results.stopped or time.monotonic() - saved > SAVE_S:
                 self._save()
@@ -314,8 +313,12 @@ class TransportRun:
                 longest, dynamics.equilibrate + math.ceil(max(SEGMENTS * dynamics.segment, results.needed * made))
             )
         left = self.spent_s * max(0.0, wanted / max(1, replicas.records) - 1)
+        return min(left, max(0.0, self._time_left_s()))
+
+    def _time_left_s(self) -> float:
+        """Of the time limit, which counts from where the run was resumed."""
         limit = self.settings.time_limit_s
-        return left if limit is None else min(left, max(0.0, limit - self.spent_s))
+        return math.inf if limit is None else limit - (self.spent_s - self.earlier_s)
 
     def _look(self) -> None:
         """Take frames of the mean's trajectories: the largest novelty, and for static averages what all samples say of them."""
