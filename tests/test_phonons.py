@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from gpmlp.properties.lattice_dynamics import (
     LatticeDynamics,
     standard_cell,
     supercell_repeats,
+    too_short,
 )
 from gpmlp.properties.phonons import Phonons, forces_of
 from gpmlp.properties.quasi_harmonic import QuasiHarmonic, states_of
@@ -255,6 +257,28 @@ def test_supercells():
     assert supercell_repeats(long, 6.0, 1000) == (6, 3, 1)
     skew = Atoms("Cu", cell=[[4.0, 0, 0], [3.9, 1.0, 0], [0, 0, 4.0]], pbc=True)
     assert supercell_repeats(skew, 2.0, 1000)[1] == 4  # heights, not lengths
+
+
+def test_supercells_are_twice_the_reach_across_or_are_said_not_to_be():
+    cell = standard_cell(bulk("Cu", a=3.6))
+    surface = Surface(SimpleNamespace(cutoff=3.0, reach=5.0))  # of a baseline that reaches farther than the descriptor
+    assert len(Phonons().dynamics(surface, cell).structures[0]) == 27 * 4
+    for options, option in (({"most_atoms": 50}, "most_atoms"), ({"supercell": (3, 2, 3)}, "supercell")):
+        phonons = Phonons(**options)
+        said = phonons.too_short(surface, phonons.dynamics(surface, cell))
+        assert said.startswith(
+            "; the supercell is 7.2 A across, less than twice the model's reach of 5.0 A (phonons." + option
+        )
+    assert Phonons().too_short(surface, Phonons().dynamics(surface, cell)) == ""
+    assert too_short(cell, None, "") == ""
+
+
+def test_the_pages_of_phonons_say_that_a_supercell_is_too_short():
+    class Reaching(type(Surface.of_calculator(EMT()))):
+        reach = 6.0
+
+    plan = Phonons(**SMALL).plan(Reaching(EMT()), [bulk("Cu")])
+    assert all("less than twice the model's reach of 6.0 A" in words for words in plan.about.values())
 
 
 def test_crystals_without_symmetry_say_what_they_cost():

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms, units
-from ase.build import bulk, molecule
+from ase.build import bulk, fcc111, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixCartesian
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 from ase.spacegroup import crystal
@@ -33,7 +34,7 @@ from gpmlp.properties.compute import IonResponse, exact_properties, named, plan_
 from gpmlp.properties.equation_of_state import EquationOfState
 from gpmlp.properties.labelling import _noise, _whitened_rows, choose_labels
 from gpmlp.properties.phases import PhaseEnergies
-from gpmlp.properties.surface import Surface
+from gpmlp.properties.surface import Failed, Surface, check_stable
 from gpmlp.properties.values import spread, value_from_samples
 
 
@@ -219,6 +220,46 @@ def test_refusals(copper):
         gpmlp.compute_properties(copper, bulk("Cu"), ["eso"])
     with pytest.raises(UserError, match="no structures"):
         gpmlp.compute_properties(copper, [], ["eos"])
+
+
+CRYSTALS_ONLY = ["eos", "lattice", "elastic", "phonons", "quasi_harmonic", "vacancy", "interstitial", "surface"]
+
+
+@pytest.mark.parametrize("what", CRYSTALS_ONLY)
+def test_constraints_and_slabs_are_refused_for_crystals(copper, what):
+    held = bulk("Cu", cubic=True)
+    held.set_constraint(FixCartesian([0], [True, True, False]))
+    with pytest.raises(UserError, match=f"^{what}: Cu4 has constraints, which a crystal's .* cannot have: remove them"):
+        gpmlp.compute_properties(copper, held, [what])
+    slab = fcc111("Cu", (1, 1, 3), vacuum=5.0)
+    slab.pbc = True
+    boxed = Atoms("Cu2", [(0, 0, 0), (2.2, 0, 0)], cell=[12.0] * 3, pbc=True)
+    sheared = slab.copy()
+    sheared.cell[2] += 2 * sheared.cell[0]
+    for atoms, kind in ((slab, "a slab or a layer"), (sheared, "a slab or a layer"), (boxed, "a molecule in a box")):
+        with pytest.raises(
+            UserError, match=rf"no crystal: its cell has a gap of 1\d\.\d A without atoms, as that of {kind}"
+        ):
+            gpmlp.compute_properties(copper, atoms, [what])
+    with pytest.raises(UserError, match="no property that suits .* eos: Cu4 has constraints"):
+        gpmlp.compute_properties(copper, held)
+
+
+def test_a_gap_beyond_the_reach_of_the_model_holds_no_cell(copper):
+    slab = fcc111("Cu", (1, 1, 3), vacuum=3.0)
+    slab.pbc = True
+    with pytest.raises(
+        UserError, match=r"gap of 6\.0 A without atoms, across which the model does not reach \(4\.5 A\)"
+    ):
+        gpmlp.compute_properties(copper, slab, ["elastic"])
+
+
+@pytest.mark.parametrize("what", ["lattice", "elastic"])
+def test_a_crystal_that_gives_way_has_no_elastic_tensor(what):
+    with pytest.raises(UserError, match="not stable: an eigenvalue of its elastic tensor is -"):
+        exact_properties(Surface.of_calculator(EMT()), bulk("Cu", "sc", a=2.4), [what])
+    with pytest.raises(Failed, match="not stable"):
+        check_stable(np.diag([1, 1, 1, 1, 1, 1e-7]), "it")  # rounding
 
 
 def run(*arguments) -> int:

@@ -11,9 +11,9 @@ from ase import Atoms
 from ase.geometry import find_mic
 
 from gpmlp.core.units import VOIGT_INDEX
-from gpmlp.properties.equation_of_state import FMAX
+from gpmlp.properties.equation_of_state import FMAX, not_a_crystal
 from gpmlp.properties.lattice_dynamics import SYMMETRY, standard_cell
-from gpmlp.properties.surface import Failed, Point, Surface, inverse_hessian, structure_names, voigt
+from gpmlp.properties.surface import Failed, Point, Surface, check_stable, inverse_hessian, structure_names, voigt
 
 NEAR = 0.05  # A, within which two sites are one
 
@@ -48,9 +48,7 @@ class Bulk:
         atoms = conventional(surface.relax(conventional(start), "full", FMAX))
         answer, clamped = surface.strain_response(atoms)
         stiffness = clamped - answer @ inverse_hessian(surface.hessian(atoms)) @ answer.T / atoms.get_volume()
-        values = np.linalg.eigvalsh((stiffness + stiffness.T) / 2)
-        if values[0] <= 0:
-            raise Failed(f"{structure_names([start])[0]} is not stable: a strain lowers its energy")
+        check_stable(stiffness, structure_names([start])[0])
         return Bulk(atoms, np.linalg.inv((stiffness + stiffness.T) / 2))
 
     def strain(self, point: Point) -> np.ndarray:
@@ -83,7 +81,7 @@ class InLattice:
 
 
 def is_crystal(atoms: Atoms) -> bool:
-    return bool(atoms.pbc.all() and atoms.cell.rank == 3)
+    return not not_a_crystal([atoms])
 
 
 def conventional(atoms: Atoms) -> Atoms:

@@ -65,7 +65,8 @@ def choose_calculations(
     if names is None:
         chosen = [each for each in made if (each.by_default or each.name in options) and not each.refusal(structures)]
         if not chosen:
-            raise UserError("There is no property that suits these structures; name what is wanted (--only).")
+            why = next(f"{each.name}: {each.refusal(structures)}" for each in made if each.by_default)
+            raise UserError(f"There is no property that suits these structures; name what is wanted (--only). {why}.")
     else:
         chosen = [each for each in made if each.name in names]
         for each in chosen:

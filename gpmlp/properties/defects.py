@@ -15,7 +15,8 @@ from scipy.spatial import Voronoi, cKDTree
 
 from gpmlp.core.errors import check_choice
 from gpmlp.properties.bulk import Bulk, InLattice, crystal_system, inequivalent_sites, is_crystal, symmetry
-from gpmlp.properties.lattice_dynamics import missing_library, supercell_repeats
+from gpmlp.properties.equation_of_state import no_crystal_at_rest, not_a_crystal
+from gpmlp.properties.lattice_dynamics import missing_library, supercell_repeats, too_short
 from gpmlp.properties.plan import Calculation, Outputs, Plan
 from gpmlp.properties.surface import Failed, Point, Surface, structure_names
 
@@ -76,7 +77,9 @@ class _PointDefects(Calculation):
             return why
         hosts, references = _hosts_and_references(structures)
         if not hosts:
-            return f"{', '.join(structure_names(structures))}: no crystal (periodic in three directions) is among them"
+            return f"no crystal is among the structures: {not_a_crystal(structures)}"
+        if why := no_crystal_at_rest([atoms for atoms in structures if is_crystal(atoms)], "defects"):
+            return why
         for host in hosts:
             if why := self.unsuited(host):
                 return why
@@ -114,7 +117,9 @@ class _PointDefects(Calculation):
         for host in hosts:
             prefix = f"{structure_names([host])[0]}." if len(hosts) > 1 else ""
             crystal = solids[places[id(host)]].atoms
-            for start in self.starts(crystal, self._supercell(surface, crystal), self._species(host)):
+            supercell = self._supercell(surface, crystal)
+            short = too_short(supercell, surface.reach, f"{self.name}.most_atoms")
+            for start in self.starts(crystal, supercell, self._species(host)):
                 name, words = prefix + start.name, f"{start.words} in {len(start.atoms) - start.change} atoms"
                 start.atoms.info["name"] = f"{structure_names([host])[0]} {start.words}"
                 start.atoms.rattle(self.rattle, seed=0)
@@ -128,7 +133,7 @@ class _PointDefects(Calculation):
                 lattice = InLattice.of(surface, [atoms])[0]
                 defects.append(_Defect(name, len(made), lattice, places[id(host)], price, start.change))
                 made.append(atoms)
-                about[name] = f"formation energy of {words}, ions relaxed in the lattice of the bulk"
+                about[name] = f"formation energy of {words}, ions relaxed in the lattice of the bulk{short}"
 
         def evaluate(points: Sequence[Point]) -> Outputs:
             energies = [solid.energy_per_atom(point) for solid, point in zip(solids, points, strict=False)]
@@ -147,7 +152,7 @@ class _PointDefects(Calculation):
         return Plan(tuple(made), evaluate, units, at_rest, about=about, sources=sources, missing=missing)
 
     def _supercell(self, surface: Surface, crystal: Atoms) -> Atoms:
-        reach = self.supercell / 2 if self.supercell else getattr(getattr(surface, "potential", None), "reach", None)
+        reach = self.supercell / 2 if self.supercell else surface.reach
         return crystal.repeat(supercell_repeats(crystal, reach, self.most_atoms))
 
 

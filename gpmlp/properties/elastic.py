@@ -11,9 +11,9 @@ from pydantic import Field
 
 from gpmlp.core.units import GPA
 from gpmlp.properties import symmetry
-from gpmlp.properties.equation_of_state import FMAX, not_a_crystal
+from gpmlp.properties.equation_of_state import FMAX, no_crystal_at_rest
 from gpmlp.properties.plan import Calculation, Outputs, Plan
-from gpmlp.properties.surface import Failed, Point, Surface, inverse_hessian, strained, structure_names, voigt
+from gpmlp.properties.surface import Point, Surface, check_stable, inverse_hessian, strained, structure_names, voigt
 
 SHIFT = 0.005  # strain of the cells between which the change of elastic constants with the cell is taken
 
@@ -31,7 +31,7 @@ class ElasticConstants(Calculation):
     strain: Annotated[float, Field(gt=0, le=0.05)] = 0.005
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
-        return not_a_crystal(structures)
+        return no_crystal_at_rest(structures, "elastic constants")
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
@@ -90,12 +90,11 @@ class _SymmetricTensors:
     def outputs(self, rest: Point, points: Sequence[Point], modes: np.ndarray, changes: np.ndarray) -> Outputs:
         """Constants and moduli at the cell where this surface has no stress, to first order in that of the given cell."""
         stiffness = self.fit(points)
-        try:
-            cell = -np.linalg.solve(stiffness, voigt(rest.stress))
-            stiffness = stiffness + np.einsum("m,mij->ij", modes @ cell, changes)
-            compliance = np.linalg.inv(stiffness)
-        except np.linalg.LinAlgError as error:
-            raise Failed("the elastic tensor is singular") from error
+        check_stable(stiffness, "the crystal")
+        cell = -np.linalg.solve(stiffness, voigt(rest.stress))
+        stiffness = stiffness + np.einsum("m,mij->ij", modes @ cell, changes)
+        check_stable(stiffness, "the crystal")
+        compliance = np.linalg.inv(stiffness)
         constants = {f"C{i + 1}{j + 1}": float(stiffness[i, j] / GPA) for i, j in self.components}
         return constants | powder_moduli(stiffness / GPA, compliance * GPA)
 

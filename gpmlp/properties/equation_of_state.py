@@ -13,18 +13,34 @@ from pydantic import Field
 
 from gpmlp.core.units import GPA
 from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
-from gpmlp.properties.surface import Failed, Point, Surface, structure_names
+from gpmlp.properties.surface import Failed, Point, Surface, empty_gaps, structure_names
 
 FMAX = 5e-4  # eV/A
+WIDEST_GAP = 8.0  # A, between atoms of a crystal, along a normal of its cell
 DRAWN = 61  # volumes of the curve
 
 
 def not_a_crystal(structures: Sequence[Atoms]) -> str:
-    """Why a property of crystals cannot be had of structures; '' if it can."""
+    """Why structures are no crystals; '' if all are."""
     for atoms, name in zip(structures, structure_names(structures), strict=True):
         if not (atoms.pbc.all() and atoms.cell.rank == 3):
             return f"{name} is no crystal: it is not periodic in three directions"
+        if (gaps := empty_gaps(atoms)).max() > WIDEST_GAP:
+            what = ("a slab or a layer", "a chain", "a molecule in a box")[int((gaps > WIDEST_GAP).sum()) - 1]
+            return f"{name} is no crystal: its cell has a gap of {gaps.max():.1f} A without atoms, as that of {what}"
     return ""
+
+
+def no_crystal_at_rest(structures: Sequence[Atoms], what: str) -> str:
+    """Why a property of crystals at rest cannot be had of structures; '' if it can.
+
+    Args:
+        what: of a crystal, in the plural ('elastic constants').
+    """
+    for atoms, name in zip(structures, structure_names(structures), strict=True):
+        if atoms.constraints:
+            return f"{name} has constraints, which a crystal's {what} cannot have: remove them"
+    return not_a_crystal(structures)
 
 
 class EquationOfState(Calculation):
@@ -40,7 +56,7 @@ class EquationOfState(Calculation):
     form: Literal["birchmurnaghan", "vinet", "murnaghan", "birch", "pouriertarantola"] = "birchmurnaghan"
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
-        return not_a_crystal(structures)
+        return no_crystal_at_rest(structures, "volumes")
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures

@@ -9,9 +9,9 @@ import numpy as np
 from ase import Atoms
 from ase.cell import Cell
 
-from gpmlp.properties.equation_of_state import FMAX, not_a_crystal
+from gpmlp.properties.equation_of_state import FMAX, no_crystal_at_rest
 from gpmlp.properties.plan import Calculation, Outputs, Plan
-from gpmlp.properties.surface import Failed, Point, Surface, inverse_hessian, strained, structure_names, voigt
+from gpmlp.properties.surface import Point, Surface, check_stable, inverse_hessian, strained, structure_names, voigt
 from gpmlp.properties.symmetry import find_symmetry
 
 CONSTANTS = ("a", "b", "c", "alpha", "beta", "gamma")
@@ -28,7 +28,7 @@ class LatticeConstants(Calculation):
     name: ClassVar[str] = "lattice"
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
-        return not_a_crystal(structures)
+        return no_crystal_at_rest(structures, "lattice constants")
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
@@ -38,13 +38,11 @@ class LatticeConstants(Calculation):
         answer, clamped = surface.strain_response(rest)
         softened = answer @ inverse_hessian(surface.hessian(rest)) @ answer.T / rest.get_volume()
         stiffness = clamped - softened
+        check_stable(stiffness, structure_names([start])[0])
         free = next(names.split() for last, names in SYSTEMS if found.space_group <= last)
 
         def evaluate(points: Sequence[Point]) -> Outputs:
-            try:
-                strain = -np.linalg.solve(stiffness, voigt(points[0].stress))
-            except np.linalg.LinAlgError as error:
-                raise Failed("the elastic tensor is singular") from error
+            strain = -np.linalg.solve(stiffness, voigt(points[0].stress))
             cell = Cell(found.basis @ strained(rest, strain).cell.array).cellpar()
             return {_called(name): float(cell[CONSTANTS.index(name)]) for name in free}
 

@@ -190,9 +190,22 @@ def standard_cell(atoms: Atoms) -> Atoms:
 
 def supercell_repeats(cell: Atoms, reach: float | None, most_atoms: int) -> tuple[int, int, int]:
     """Repeats of a cell so that no image of an atom is within twice the reach of a potential; fewer where atoms would be too many."""
-    heights = 1 / np.linalg.norm(np.linalg.inv(cell.cell.array), axis=0)
+    heights = _heights(cell)
     repeats = np.ceil((2 * reach if reach else LENGTH) / heights - 1e-6).astype(int).clip(1)
     while repeats.prod() * len(cell) > most_atoms and repeats.max() > 1:
         repeats[np.argmax(np.where(repeats > 1, heights * repeats, 0))] -= 1
     a, b, c = (int(n) for n in repeats)
     return a, b, c
+
+
+def too_short(supercell: Atoms, reach: float | None, option: str) -> str:
+    """A clause that tells of a supercell within which an atom sees what an image of a displaced one does too; '' if none has to."""
+    across = float(_heights(supercell).min())
+    if reach is None or across >= 2 * reach - 1e-6:
+        return ""
+    return f"; the supercell is {across:.1f} A across, less than twice the model's reach of {reach:.1f} A ({option} limits it)"
+
+
+def _heights(cell: Atoms) -> np.ndarray:
+    """(3,) A, between opposite faces."""
+    return np.asarray(1 / np.linalg.norm(np.linalg.inv(cell.cell.array), axis=0))

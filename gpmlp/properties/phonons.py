@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 from pydantic import Field
 
-from gpmlp.properties.equation_of_state import not_a_crystal
+from gpmlp.properties.equation_of_state import no_crystal_at_rest
 from gpmlp.properties.lattice_dynamics import (
     DOS_POINTS,
     IMAGINARY,
@@ -20,6 +20,7 @@ from gpmlp.properties.lattice_dynamics import (
     missing_library,
     standard_cell,
     supercell_repeats,
+    too_short,
 )
 from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
 from gpmlp.properties.surface import (
@@ -47,8 +48,8 @@ Repeats = Annotated[int, Field(ge=1, le=100)]
 class CrystalVibrations(Calculation):
     """What all calculations on displaced supercells choose.
 
-    supercell: how often to repeat the conventional cell; None = so that no image of an atom is within twice the cutoff, with most_atoms
-    at most. most_displaced: supercells with displaced atoms; of a crystal that takes more nothing is computed. displacement: A.
+    supercell: how often to repeat the conventional cell; None = so that no image of an atom is within twice the model's reach, with
+    most_atoms at most. most_displaced: supercells with displaced atoms; of a crystal that takes more nothing is computed. displacement: A.
     temperatures: K, at which values are given.
     """
 
@@ -59,7 +60,7 @@ class CrystalVibrations(Calculation):
     temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (300.0,)
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
-        return missing_library() or not_a_crystal(structures)
+        return missing_library() or no_crystal_at_rest(structures, "vibrations")
 
     def cell_at_rest(self, surface: Surface, start: Atoms) -> Atoms:
         """The conventional cell at rest, with the symmetry that it has."""
@@ -80,8 +81,7 @@ class CrystalVibrations(Calculation):
         Raises:
             Failed: it has so little symmetry that more than `most_displaced` supercells are needed.
         """
-        reach = getattr(getattr(surface, "potential", None), "cutoff", None)
-        repeats = self.supercell or supercell_repeats(cell, reach, self.most_atoms)
+        repeats = self.supercell or supercell_repeats(cell, surface.reach, self.most_atoms)
         dynamics = LatticeDynamics(cell, repeats, self.displacement)
         n = len(dynamics.structures) - 1
         if n > self.most_displaced:
@@ -89,6 +89,11 @@ class CrystalVibrations(Calculation):
             how = f"--set {self.name}.most_displaced={n} lets it"
             raise Failed(f"it takes {n} supercells of {atoms} atoms, more than {self.most_displaced}; {how}")
         return dynamics
+
+    def too_short(self, surface: Surface, dynamics: LatticeDynamics) -> str:
+        """See lattice_dynamics.too_short."""
+        option = f"{self.name}.{'supercell' if self.supercell else 'most_atoms'}"
+        return too_short(dynamics.structures[0], surface.reach, option)
 
 
 class Phonons(CrystalVibrations):
@@ -134,7 +139,9 @@ class Phonons(CrystalVibrations):
             return outputs.of(dynamics.force_constants(forces))
 
         made = (cell, wide, *dynamics.structures, *displaced)
-        return Plan(made, evaluate, outputs.units(), curves=outputs.axes(), about=_about(outputs, cell, lowest, share))
+        short = self.too_short(surface, dynamics)
+        about = {name: words + short for name, words in _about(outputs, cell, lowest, share).items()}
+        return Plan(made, evaluate, outputs.units(), curves=outputs.axes(), about=about)
 
 
 class Reaction:

@@ -69,6 +69,7 @@ class QuasiHarmonic(CrystalVibrations):
             }
             return values | {name: states[name][k:] for name in UNITS}
 
+        short = self.too_short(surface, dynamics)
         names = {f"{name}_{kelvin:g}K": (name, f" at {kelvin:g} K") for kelvin in self.temperatures for name in UNITS}
         names |= {name: (name, "") for name in UNITS}
         return Plan(
@@ -76,7 +77,7 @@ class QuasiHarmonic(CrystalVibrations):
             {each: UNITS[name] for each, (name, _) in names.items()},
             {i: i for i in range(n)},
             dict.fromkeys(UNITS, CurveAxis(CURVE_TEMPERATURES, "temperature", "K")),
-            {each: f"{ABOUT[name]}{at}, quasi-harmonic" for each, (name, at) in names.items()},
+            {each: f"{ABOUT[name]}{at}, quasi-harmonic{short}" for each, (name, at) in names.items()},
         )  # fmt: skip
 
 

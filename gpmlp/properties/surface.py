@@ -13,7 +13,7 @@ from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 
-from gpmlp.core.units import VOIGT, VOIGT_INDEX
+from gpmlp.core.units import GPA, VOIGT, VOIGT_INDEX
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.potential import Potential
@@ -24,6 +24,7 @@ STEPS = 500  # of a relaxation
 NEWTON_STEPS = 8
 LONGEST = 0.3  # A; a Newton step beyond that is no small correction
 SOFT = 0.01  # eV/A^2; a softer mode (a translation, a rotation) is left as it is
+SLACK = 1e-5  # of the largest eigenvalue of an elastic tensor; what is softer is as good as loose
 AT_ONCE = 4000  # atoms in displaced structures
 
 Cell = Literal["fixed", "shape", "full"]
@@ -52,6 +53,11 @@ class Surface:
     def of_calculator(calculator: Any) -> Surface:
         """The surface of a calculator of ASE: the truth of a test, or what an oracle itself says."""
         return _CalculatorSurface(calculator)
+
+    @property
+    def reach(self) -> float | None:
+        """A, beyond which atoms do not see each other; None where it is not known."""
+        return self.potential.reach
 
     def calculator(self) -> Any:
         """A calculator of ASE."""
@@ -86,8 +92,13 @@ class Surface:
             fmax: eV/A, largest force on an atom, and on the cell as ASE's FrechetCellFilter measures it.
 
         Raises:
-            Failed: not at rest after `steps` steps.
+            Failed: not at rest after `steps` steps, or the whole cell cannot be: it has a gap that the potential does not reach across.
         """
+        if cell == "full" and self.reach is not None and (gap := empty_gaps(atoms).max()) > self.reach:
+            raise Failed(
+                f"{structure_names([atoms])[0]} has a gap of {gap:.1f} A without atoms, across which the model does not reach "
+                f"({self.reach:.1f} A), so that nothing holds its cell"
+            )
         moving = atoms.copy()
         moving.calc = self.calculator()
         target: Any = moving if cell == "fixed" else FrechetCellFilter(moving, constant_volume=cell == "shape")
@@ -156,6 +167,10 @@ class _CalculatorSurface(Surface):
         self._calculator = calculator
         self._known: dict[bytes, Point] = {}
 
+    @property
+    def reach(self) -> None:
+        return None
+
     def calculator(self) -> Any:
         return self._calculator
 
@@ -193,6 +208,13 @@ def inverse_hessian(hessian: np.ndarray) -> np.ndarray:
     return (vectors[:, stiff] / values[stiff]) @ vectors[:, stiff].T
 
 
+def check_stable(stiffness: np.ndarray, name: str) -> None:
+    """Raises Failed: an elastic tensor (6, 6) of a crystal that some strain costs no energy, or wins it."""
+    values = np.linalg.eigvalsh((stiffness + stiffness.T) / 2)
+    if values[0] <= SLACK * values[-1]:
+        raise Failed(f"{name} is not stable: an eigenvalue of its elastic tensor is {values[0] / GPA:.2g} GPa")
+
+
 def strained(atoms: Atoms, strain: Sequence[float] | np.ndarray) -> Atoms:
     """The structure under a small strain (6,) (Voigt, shears twice the tensor's components), ions carried along."""
     matrix = np.asarray(strain, dtype=float)[np.array(VOIGT_INDEX)] * np.where(np.eye(3, dtype=bool), 1.0, 0.5)
@@ -213,6 +235,13 @@ def free_atoms(atoms: Atoms) -> np.ndarray:
         if isinstance(constraint, FixAtoms):
             free[constraint.index] = False
     return free
+
+
+def empty_gaps(atoms: Atoms) -> np.ndarray:
+    """(3,) the widest layer without atoms between the planes of each pair of cell vectors, A."""
+    places = np.sort(atoms.cell.scaled_positions(atoms.positions) % 1.0, axis=0)
+    shares = np.diff(np.concatenate([places, places[:1] + 1]), axis=0).max(0)
+    return np.asarray(shares / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0))
 
 
 def structure_names(structures: Sequence[Atoms]) -> list[str]:

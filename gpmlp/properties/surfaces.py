@@ -15,7 +15,7 @@ from ase.geometry import find_mic
 from pydantic import Field
 
 from gpmlp.properties.bulk import Bulk, InLattice, crystal_system, primitive, symmetry
-from gpmlp.properties.equation_of_state import not_a_crystal
+from gpmlp.properties.equation_of_state import no_crystal_at_rest
 from gpmlp.properties.lattice_dynamics import SYMMETRY, missing_library
 from gpmlp.properties.plan import Calculation, Outputs, Plan
 from gpmlp.properties.surface import Failed, Point, Surface, structure_names
@@ -55,13 +55,13 @@ class SurfaceEnergies(Calculation):
     def refusal(self, structures: Sequence[Atoms]) -> str:
         if any(not any(plane) for plane in self.planes or ()):
             return "the Miller indices 0 0 0 are no plane"
-        return missing_library() or not_a_crystal(structures)
+        return missing_library() or no_crystal_at_rest(structures, "surfaces")
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         bulk = Bulk.at_rest(surface, start)
         name = structure_names([start])[0]
-        reach = getattr(getattr(surface, "potential", None), "reach", UNKNOWN_REACH)
+        reach = surface.reach or UNKNOWN_REACH
         thickness = self.thickness or max(2 * reach, THINNEST)
         planes = self.planes or PLANES.get(crystal_system(symmetry(bulk.atoms).number), OTHER_PLANES)
         slabs: dict[str, tuple[Slab, InLattice]] = {}
