@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import ClassVar
 
 import ase.io
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from ase import Atoms, units
 from ase.build import bulk, fcc111, molecule
+from ase.calculators.calculator import all_changes
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixCartesian
@@ -22,6 +24,7 @@ from matscipy.calculators.manybody.explicit_forms.stillinger_weber import (
     Stillinger_Weber_PRB_31_5262_Si,
     StillingerWeber,
 )
+from scipy import stats
 
 import gpmlp
 from gpmlp.cli import main
@@ -30,10 +33,20 @@ from gpmlp.core.units import VOIGT
 from gpmlp.io.ase_atoms import from_ase
 from gpmlp.potential.potential import Potential
 from gpmlp.properties import symmetry
-from gpmlp.properties.compute import IonResponse, exact_properties, named, plan_all
+from gpmlp.properties.calculations import choose_calculations
+from gpmlp.properties.compute import (
+    IonResponse,
+    PropertyResults,
+    applications,
+    exact_properties,
+    left_out,
+    named,
+    plan_all,
+)
 from gpmlp.properties.equation_of_state import EquationOfState
-from gpmlp.properties.labelling import _noise, _whitened_rows, choose_labels
+from gpmlp.properties.labelling import _noise, _whitened_rows, choose_labels, sharpened_names
 from gpmlp.properties.phases import PhaseEnergies
+from gpmlp.properties.plan import Calculation, CurveAxis, Plan
 from gpmlp.properties.surface import Failed, Surface, check_stable
 from gpmlp.properties.values import spread, value_from_samples
 
@@ -262,6 +275,94 @@ def test_a_crystal_that_gives_way_has_no_elastic_tensor(what):
         check_stable(np.diag([1, 1, 1, 1, 1, 1e-7]), "it")  # rounding
 
 
+def test_names_differ_and_stay():
+    """A number makes no name that another structure has; named again they are the same."""
+    given = [bulk("Cu") for _ in range(4)]
+    for atoms, name in zip(given, ("Cu", "Cu", "Cu_1", "Au"), strict=True):
+        atoms.info["name"] = name
+    names = [atoms.info["name"] for atoms in named(given)]
+    assert len(set(names)) == 4 and names[2:] == ["Cu_1", "Au"]
+    assert [atoms.info["name"] for atoms in named(named(given))] == names
+
+
+def test_few_samples_that_remain_are_less_sure():
+    """A median deviation is as sure as the rms of .37 of the samples; of too few there is no error bar."""
+    samples = np.random.default_rng(2).normal(0.0, 1.0, 32)
+    whole = value_from_samples("x", "eV", 0.0, samples)
+    assert whole.high_90 / whole.sigma == pytest.approx(stats.t.ppf(0.95, 32))
+    lost = value_from_samples("x", "eV", 0.0, [*samples[:20], *[np.nan] * 12])
+    assert lost.high_90 / lost.sigma == pytest.approx(stats.t.ppf(0.95, 0.37 * 20))
+    for n, k in ((32, 15), (8, 4)):
+        few = value_from_samples("x", "eV", 0.0, [*samples[:k], *[np.nan] * (n - k)])
+        assert np.isnan(few.sigma) and np.isnan(few.high_90) and few.failed == n - k
+    assert np.isfinite(value_from_samples("x", "eV", 0.0, samples[:3]).sigma)
+    scales = 1.4826 * np.median(np.abs(np.random.default_rng(3).normal(size=(4000, 400))), axis=1)
+    assert 1 / (2 * 400 * scales.var()) == pytest.approx(0.37, abs=0.03)
+
+
+class Wandering(Calculation):
+    """A curve whose marked places are other ones on every third surface, another length on every third."""
+
+    name: ClassVar[str] = "wandering"
+    asked: ClassVar[list[int]] = []
+
+    def plan(self, surface: Surface, structures) -> Plan:
+        turn = len(self.asked) % 3
+        self.asked.append(turn)
+        x = np.linspace(0, 1, 6 if turn == 2 else 5)
+        axis = CurveAxis(x, "q", "1/A", ((0.0, "G"), (1.0, "M" if turn == 1 else "X")))
+        name = "bands" if turn < 2 or len(self.asked) % 2 else "other"
+
+        def evaluate(points):
+            return {name: points[0].energy * np.ones((len(x), 3)), "energy": points[0].energy}
+
+        return Plan(tuple(structures), evaluate, {name: "THz", "energy": "eV"}, curves={name: axis})
+
+
+def test_a_sample_of_another_symmetry_has_no_such_curve(copper):
+    Wandering.asked.clear()
+    found = gpmlp.compute_properties(copper, bulk("Cu"), [Wandering()], samples=12, full=True)
+    (curve,) = found.curves
+    assert curve.failed == 8 and curve.samples == 12
+    assert np.isnan(curve.sigma).all()  # a third of the samples says too little
+    assert any("8 of 12 samples have another symmetry" in text for text in found.failures)
+    assert found["energy"].failed == 0 and found["energy"].sigma > 0
+
+
+def test_a_crystal_and_a_molecule_together(copper):
+    """Each calculation is of what it suits, and says what it leaves out."""
+    dimer = Atoms("Cu2", [(0, 0, 0), (2.2, 0, 0)], info={"name": "pair"})
+    found = gpmlp.compute_properties(copper, [bulk("Cu"), dimer], ["lattice", "frequencies"], samples=4)
+    names = {value.name.partition(".")[0]: value.calculation for value in found.values}
+    assert names == {"Cu": "lattice", "pair": "frequencies"}
+    assert any(text.startswith("pair.lattice is left out: pair is no crystal") for text in found.failures)
+    assert any(text.startswith("Cu.frequencies is left out: Cu is periodic") for text in found.failures)
+    chosen = [each.name for each in choose_calculations(named([bulk("Cu"), dimer]))]
+    assert {"eos", "lattice", "elastic", "frequencies"} <= set(chosen)
+    with pytest.raises(UserError, match="torsions: Cu is periodic"):
+        choose_calculations(named([bulk("Cu"), dimer]), ["lattice", "torsions"])
+    truth = exact_properties(Surface.of_calculator(EMT()), [bulk("Cu"), dimer], ["lattice"])
+    assert list(truth) == ["Cu.lattice_constant_a"]
+
+
+def test_only_some_of_the_structures_suit_what_is_named():
+    """A compound with its elements: the equation of state of the crystals, the vacancies of them all."""
+    oxide, metal, gas = bulk("MgO", "rocksalt", a=4.2), bulk("Mg"), molecule("O2")
+    chosen = choose_calculations(named([oxide, metal, gas]), ["eos", "vacancy"])
+    made = [(each.name, prefix, len(these)) for each, these, prefix in applications(chosen, named([oxide, metal, gas]))]
+    assert made == [("eos", "MgO.", 1), ("eos", "Mg2.", 1), ("vacancy", "", 3)]
+    assert left_out(chosen, named([oxide, metal, gas]))[0].startswith("O2.eos is left out: O2 is no crystal")
+
+
+def test_labels_are_not_chosen_for_phonons(copper):
+    made = (value_from_samples("frequency_X_1", "THz", 1.0, [0.9, 1.2, 1.1], calculation="phonons"),)
+    made += (value_from_samples("C11", "GPa", 1.0, [0.9, 1.2, 1.1], calculation="elastic"),)
+    what = choose_calculations([bulk("Cu")], ["phonons", "elastic"])
+    with pytest.raises(UserError, match="cannot be chosen for values of phonons.* they can for C11"):
+        choose_labels(copper, [bulk("Cu")], what, PropertyResults(made), ["frequency_X_1"], 1)
+    assert sharpened_names(what, PropertyResults(made)) == ["C11"]
+
+
 def run(*arguments) -> int:
     return main.main([str(argument) for argument in ("properties", *arguments)])
 
@@ -319,6 +420,52 @@ def test_the_oracle_beside(copper, tmp_path, capsys):
     (tmp_path / "learn.yaml").write_text("calculator: emtt\n")
     assert run(*files, *options) == 2
     assert "Perhaps you meant 'emt'" in capsys.readouterr().err
+
+
+class Fragile(EMT):
+    """Fails on cells that are larger than some volume."""
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        if atoms.get_volume() > 13:
+            raise RuntimeError("no convergence")
+        super().calculate(atoms, properties, system_changes)
+
+
+def test_an_oracle_that_fails_loses_its_own_values_only(copper, tmp_path, capsys, monkeypatch):
+    gpmlp.save(copper, tmp_path / "m.gpmlp")
+    ase.io.write(tmp_path / "cu.xyz", bulk("Cu"))
+    ase.io.write(tmp_path / "wide.xyz", bulk("Cu", a=3.9))
+    (tmp_path / "learn.yaml").write_text("calculator: emt\n")
+    monkeypatch.setattr("gpmlp.core.calculators.build_calculator", lambda *_: Fragile())
+    files, out = [tmp_path / name for name in ("m.gpmlp", "cu.xyz", "wide.xyz")], tmp_path / "out"
+    options = ("-o", out, "--only", "lattice", "--samples", "4", "--oracle", tmp_path / "learn.yaml")
+    assert run(*files, *options) == 0
+    values = {value["name"]: value for value in json.loads((out / "properties.json").read_text())}
+    assert values["cu.lattice_constant_a"]["oracle"] and values["wide.lattice_constant_a"]["oracle"] is None
+    said = " ".join(capsys.readouterr().err.split())
+    assert "wide.lattice: wide: the calculator failed (RuntimeError: no convergence)" in said
+    assert "emt itself gives no wide.lattice_constant_a" in said
+
+
+def test_what_an_earlier_run_left_is_removed(copper, tmp_path, capsys):
+    """Its figures and its structures to label, and nothing else; a pool is checked before anything is computed."""
+    gpmlp.save(copper, tmp_path / "m.gpmlp")
+    ase.io.write(tmp_path / "cu.xyz", bulk("Cu"))
+    out = tmp_path / "out"
+    files = tmp_path / "m.gpmlp", tmp_path / "cu.xyz", "-o", out, "--samples", "4", "--only"
+    assert run(*files, "eos", "--set", "eos.volumes=5", "--label", "1") == 0
+    assert (out / "label_next.xyz").exists() and (out / "figures" / "equation_of_state.svg").exists()
+    (out / "figures" / "mine.svg").write_text("x")
+    assert run(*files, "lattice") == 0
+    assert not (out / "label_next.xyz").exists()
+    assert [path.name for path in (out / "figures").iterdir()] == ["mine.svg"]
+    ase.io.write(tmp_path / "pool.xyz", [bulk("Cu"), bulk("Au")])
+    capsys.readouterr()
+    before = (out / "properties.json").stat().st_mtime_ns
+    assert run(*files, "lattice", "--label", "1", "--pool", tmp_path / "pool.xyz") == 2
+    said = "".join(capsys.readouterr().err.split())
+    assert "pool.xyz,frame1:thepotentialwasnottrainedonAu" in said
+    assert (out / "properties.json").stat().st_mtime_ns == before
 
 
 def test_what_to_label(silicon, tmp_path, capsys):

@@ -33,7 +33,7 @@ def results() -> PropertyResults:
     energies = 1e4 * np.exp(-30 * x) - np.exp(-((x - 0.4) ** 2) / 0.01)
     values = (
         value("Si.bulk_modulus", "GPa", 97.3, 2.2, "eos"),
-        value("Si.volume_per_atom", "A^3/atom", 20.1234, 0.031, "eos", parts={"sampled": 0.03, "misfit": 0.008}),
+        value("Si.volume_per_atom", "A^3/atom", 20.1234, 0.031, "eos", parts={"sampled": 0.03, "statistical": 0.008}),
         value("Ge.bulk_modulus", "GPa", 72.0, 4.0, "eos", novelty=2.3),
         value("Si.vibrational_free_energy_300K", "eV/atom", -0.0123, 0.0011, "phonons", 3),
         value("energy_difference", "eV/atom", 0.02, 0.001, "phases", about="<b>Ge</b> & Si"),
@@ -89,7 +89,7 @@ def test_doubts_are_said(page):
     assert "1 of 5 come from structures unlike the training data (novelty up to 2.3): eos" in text
     assert "3 of 32" in text and "imaginary &lt;modes&gt;" in page
     assert "&lt;b&gt;Ge&lt;/b&gt; &amp; Si" in page
-    assert "what the model cannot represent" in text  # a part that one value has
+    assert "noise of averages" in text  # a part that one value has
     assert "higher values are cut off" in text
     assert "Properties of Si and Ge" in text
 

@@ -51,6 +51,8 @@ class PropertyTarget:
             raise UserError(f"target.property: {recipe.property} must name a calculation and a value, as elastic.C11.")
         options = {kind: recipe.options} if recipe.options else {}
         (calculation,) = choose_calculations(structures, [kind], options)
+        if not calculation.to_sharpen:
+            raise UserError(f"target.property: labels cannot be chosen for values of {kind}.")
         if len(structures) > 1 and not calculation.several:
             raise UserError(
                 f"target: {kind} is of one structure, and there are {len(structures)}; name a file with one."

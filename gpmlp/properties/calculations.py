@@ -48,13 +48,13 @@ def choose_calculations(
     names: Sequence[str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Calculation]:
-    """Calculations by name with their options; those that make sense for the structures where no names are given.
+    """Calculations by name with their options; those that make sense for some of the structures where no names are given.
 
     Args:
         options: by name of a calculation, as {'elastic': {'strain': 0.01}}.
 
     Raises:
-        UserError: an unknown name or option, a calculation that does not suit the structures, options of one that is not made.
+        UserError: an unknown name or option, a calculation that suits no structure, options of one that is not made.
     """
     options = options or {}
     for name in (*(names or ()), *options):
@@ -63,15 +63,26 @@ def choose_calculations(
         raise UserError(f"{bare[0]}: options have names; write {bare[0]}.OPTION=VALUE.")
     made = [validate_as(kind, dict(options.get(name, {})), name) for name, kind in CALCULATIONS.items()]
     if names is None:
-        chosen = [each for each in made if (each.by_default or each.name in options) and not each.refusal(structures)]
+        chosen = [
+            each for each in made if (each.by_default or each.name in options) and not all(each.refusals(structures))
+        ]
         if not chosen:
             why = next(f"{each.name}: {each.refusal(structures)}" for each in made if each.by_default)
             raise UserError(f"There is no property that suits these structures; name what is wanted (--only). {why}.")
     else:
         chosen = [each for each in made if each.name in names]
-        for each in chosen:
-            if why := each.refusal(structures):
-                raise UserError(f"{each.name}: {why}.")
+        check_suited(chosen, structures)
     if idle := [name for name in options if name not in {each.name for each in chosen}]:
         raise UserError(f"--set {idle[0]}...: {idle[0]} is not computed; add it to --only.")
     return chosen
+
+
+def check_suited(chosen: Sequence[Calculation], structures: Sequence[Atoms]) -> None:
+    """Each suits some of the structures.
+
+    Raises:
+        UserError: one does not.
+    """
+    for each in chosen:
+        if all(reasons := each.refusals(structures)):
+            raise UserError(f"{each.name}: {reasons[0]}.")

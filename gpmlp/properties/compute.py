@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from gpmlp.core.structures import CHUNK_ATOMS, chunk_structures
 from gpmlp.core.units import VOIGT_INDEX
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.potential import Potential
-from gpmlp.properties.calculations import choose_calculations
+from gpmlp.properties.calculations import check_suited, choose_calculations
 from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
 from gpmlp.properties.surface import (
     LONGEST,
@@ -27,7 +28,7 @@ from gpmlp.properties.surface import (
     inverse_hessian,
     structure_names,
 )
-from gpmlp.properties.values import PropertyCurve, PropertyValue, spread, value_from_samples
+from gpmlp.properties.values import FEWEST, PropertyCurve, PropertyValue, has_spread, spread, value_from_samples
 
 SAMPLES = 32
 
@@ -39,7 +40,7 @@ class PropertyResults:
     Attributes:
         values, curves: in the order of the calculations.
         structures: all that they were computed from; info['name'] names each.
-        failures: what could not be computed, and how many samples have no value, with the reason.
+        failures: what could not be computed, what a calculation does not suit, and how many samples have no value, with the reason.
         samples: how many were drawn; 0 for a model without variances.
         full: whether each sample had structures of its own.
     """
@@ -125,13 +126,14 @@ def compute_properties(
         progress: called with (stage, done, total, note).
 
     Raises:
-        UserError: a species that the potential does not know, a calculation that does not suit the structures, none that succeeds.
+        UserError: a species that the potential does not know, a calculation that suits no structure, none that succeeds.
     """
     given = named([structures] if isinstance(structures, Atoms) else structures)
     potential.check_species(structures_from_ase(given, structure_names(given)))
     chosen = _chosen(given, what)
     surface, say = Surface(potential), progress or (lambda *_: None)
     tasks, failures = plan_all(surface, chosen, given, say)
+    failures = [*left_out(chosen, given), *failures]
     if not tasks:
         raise UserError(f"No property could be computed: {'; '.join(failures)}.")
     there = [atoms for task in tasks for atoms in task.plan.structures]
@@ -163,7 +165,7 @@ def exact_properties(
     """The same numbers on one surface, by name: the truth of an oracle (Surface.of_calculator), from relaxations of its own."""
     given = named([structures] if isinstance(structures, Atoms) else structures)
     found: dict[str, float | np.ndarray] = {}
-    for calculation, these, prefix in _applications(_chosen(given, what), given):
+    for calculation, these, prefix in applications(_chosen(given, what), given):
         outputs = _on_surface(surface, calculation, these)
         if isinstance(outputs, Failed):
             raise UserError(f"{calculation.name}: {outputs}.")
@@ -172,7 +174,7 @@ def exact_properties(
 
 
 def named(structures: Sequence[Atoms]) -> list[Atoms]:
-    """Copies whose info['name'] differ: a number is added to a name that comes again.
+    """Copies whose info['name'] differ: a number is added to a name that comes again, one that makes no other structure's name.
 
     Raises:
         UserError: there are none.
@@ -180,33 +182,42 @@ def named(structures: Sequence[Atoms]) -> list[Atoms]:
     if not structures:
         raise UserError("There are no structures: give one or more.")
     names = structure_names(structures)
-    times, out = Counter(names), []
-    numbers: Counter[str] = Counter()
+    times, taken, out = Counter(names), set(names), []
     for atoms, name in zip(structures, names, strict=True):
-        numbers[name] += 1
+        numbered = (f"{name}_{k}" for k in count(1))
         out.append(atoms.copy())
-        out[-1].info["name"] = f"{name}_{numbers[name]}" if times[name] > 1 else name
+        out[-1].info["name"] = name if times[name] == 1 else next(new for new in numbered if new not in taken)
+        taken.add(out[-1].info["name"])
     return out
 
 
 def _chosen(structures: list[Atoms], what: Sequence[Any] | None) -> list[Calculation]:
     if what is None or all(isinstance(each, str) for each in what):
         return choose_calculations(structures, what)
-    for each in what:
-        if why := each.refusal(structures):
-            raise UserError(f"{each.name}: {why}.")
+    check_suited(what, structures)
     return list(what)
 
 
-def _applications(
+def applications(
     chosen: Sequence[Calculation], structures: Sequence[Atoms]
 ) -> Iterator[tuple[Calculation, tuple[Atoms, ...], str]]:
-    """Each calculation with the structures of one plan, and what goes before the names of its outputs."""
+    """Each calculation with the structures of one plan, which it suits, and what goes before the names of its outputs."""
     for calculation in chosen:
         if calculation.several or len(structures) == 1:
             yield calculation, tuple(structures), ""
         else:
-            yield from ((calculation, (atoms,), f"{atoms.info['name']}.") for atoms in structures)
+            reasons = calculation.refusals(structures)
+            suited = [atoms for atoms, why in zip(structures, reasons, strict=True) if not why]
+            yield from ((calculation, (atoms,), f"{atoms.info['name']}.") for atoms in suited)
+
+
+def left_out(chosen: Sequence[Calculation], structures: Sequence[Atoms]) -> list[str]:
+    """Which structures a calculation does not suit, and why."""
+    found = []
+    for calculation in chosen:
+        reasons = zip(structure_names(structures), calculation.refusals(structures), strict=True)
+        found += [f"{name}.{calculation.name} is left out: {why}" for name, why in reasons if why]
+    return found
 
 
 def plan_all(
@@ -215,7 +226,7 @@ def plan_all(
     """Plans on the mean, and why some cannot be made."""
     tasks: list[PlannedCalculation] = []
     failures, first = [], 0
-    wanted = list(_applications(chosen, structures))
+    wanted = list(applications(chosen, structures))
     for k, (calculation, these, prefix) in enumerate(wanted):
         say("structures", k, len(wanted), f"{prefix}{calculation.name}: relaxing on the mean potential")
         try:
@@ -291,12 +302,19 @@ def _on_surface(
     except Failed as why:
         return why
     for name, axis in axes.items():
+        if name not in plan.curves or _labels(axis) != _labels(plan.curves[name]):
+            outputs.pop(name, None)  # another symmetry has another path
+            continue
         own = plan.curves[name].x
         if not axis.ticks and not np.array_equal(own, axis.x):
             columns = np.asarray(outputs[name], dtype=float).reshape(len(own), -1).T
             moved = np.stack([np.interp(axis.x, own, y, np.nan, np.nan) for y in columns], axis=-1)
             outputs[name] = moved.reshape(len(axis.x), *np.shape(outputs[name])[1:])
     return outputs
+
+
+def _labels(axis: CurveAxis) -> list[str]:
+    return [label for _, label in axis.ticks]
 
 
 def _with_task(
@@ -321,20 +339,32 @@ def _with_task(
     for name in plan.units:
         value = outputs[name]
         nothing = np.full(np.shape(value), np.nan)
-        samples = np.array([nothing if isinstance(each, Failed) else each.get(name, nothing) for each in found])
+        told: list[Outputs] = [{} if isinstance(each, Failed) or name not in each else each for each in found]
+        told = [each if each and np.shape(each[name]) == nothing.shape else {} for each in told]
+        samples = np.array([each.get(name, nothing) for each in told], dtype=float)
         full_name, unit, about = task.prefix + name, plan.units[name], plan.about.get(name, "")
         if name in plan.curves:
             axis, value = plan.curves[name], np.asarray(value, dtype=float)
             sigma = spread(samples, value) if len(samples) else np.full_like(value, np.nan)
-            lost = sum(isinstance(each, Failed) for each in found)
+            lost = sum(name not in each for each in told)
             numbers = axis.x, axis.label, axis.unit, value, sigma, unit, axis.ticks
             curves.append(PropertyCurve(full_name, *numbers, len(found), lost, about))
+            if other := lost - sum(reasons.values()):
+                failures.append(
+                    f"{full_name}: {other} of {len(found)} samples have another symmetry, and so another curve"
+                )
         else:
             sources = list(plan.sources.get(name, range(len(names))))
             more: dict[str, Any] = {"about": about, "calculation": task.calculation.name}
             more["structures"] = tuple(names[i] for i in sources)
             more["novelty"] = None if novelty is None else float(novelty[sources].max())
             values.append(value_from_samples(full_name, unit, float(value), samples, **more))
+    if unsure := [
+        value.name for value in values if len(found) and not has_spread(len(found) - value.failed, len(found))
+    ]:
+        failures.append(
+            f"{', '.join(unsure)}: no error bar, as fewer than {FEWEST} or than half of the samples have a value"
+        )
     return replace(
         results,
         values=(*results.values, *values),

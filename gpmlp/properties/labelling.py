@@ -58,10 +58,17 @@ def choose_labels(
         wanted: names of values. number: of labels. pool: candidates besides the structures that the properties are computed from.
 
     Raises:
-        UserError: a name without a value; a model without variances; fewer candidates than labels.
+        UserError: a name without a value, or of phonons; a model without variances; fewer candidates than labels.
     """
     if potential.variances is None:
         raise UserError("What to label follows from variances, and this model has none (fit with variance).")
+    calculations = [each for each in calculations if each.to_sharpen]
+    possible = sharpened_names(calculations, results)
+    if lacking := [name for name in wanted if results[name].name not in possible]:
+        raise UserError(
+            f"{lacking[0]}: labels cannot be chosen for values of {results[lacking[0]].calculation}, nor for those without error bars; "
+            f"they can for {', '.join(possible) or 'none of these'}."
+        )
     sigmas = {name: results[name].sigma for name in wanted}
     parts = {name: results[name].parts for name in wanted}
     surface, say = Surface(potential), progress or (lambda *_: None)
@@ -84,6 +91,12 @@ def choose_labels(
         }
         left.append(LabelChoice(candidates[index], foreseen))
     return left
+
+
+def sharpened_names(calculations: Sequence[Calculation], results: PropertyResults) -> list[str]:
+    """Values for which labels can be chosen."""
+    kinds = {each.name for each in calculations if each.to_sharpen}
+    return [value.name for value in results.values if value.calculation in kinds and value.sigma > 0]
 
 
 def _amplified(task: PlannedCalculation) -> list[Atoms]:

@@ -53,6 +53,7 @@ class CrystalVibrations(Calculation):
     temperatures: K, at which values are given.
     """
 
+    to_sharpen: ClassVar[bool] = False  # bands and meshes for each force of each supercell would not end
     supercell: tuple[Repeats, Repeats, Repeats] | None = None
     most_atoms: Annotated[int, Field(ge=1)] = 250
     most_displaced: Annotated[int, Field(ge=1)] = 150

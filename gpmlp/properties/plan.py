@@ -61,15 +61,23 @@ class Calculation(RecipeSection):
         name: in the registry (calculations.py), for --only.
         several: whether one plan takes all structures that are given (phases, adsorption), not one plan each.
         by_default: whether it is made without being asked for, where `refusal` does not speak against it.
+        to_sharpen: whether labels can be chosen for its values, which takes two evaluations of it for each force.
     """
 
     name: ClassVar[str]
     several: ClassVar[bool] = False
     by_default: ClassVar[bool] = True
+    to_sharpen: ClassVar[bool] = True
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
         """Why it cannot be made of these structures ('a molecule has no elastic constants'); '' if it can."""
         return ""
+
+    def refusals(self, structures: Sequence[Atoms]) -> list[str]:
+        """Of each structure, why no plan takes it; '' where one does."""
+        if self.several:
+            return [self.refusal(structures)] * len(structures)
+        return [self.refusal([atoms]) for atoms in structures]
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         """The plan on a surface.

@@ -13,6 +13,7 @@ from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 
+from gpmlp.core.errors import UserError
 from gpmlp.core.units import GPA, VOIGT, VOIGT_INDEX
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.io.ase_atoms import structures_from_ase
@@ -164,7 +165,7 @@ class _CalculatorSurface(Surface):
     """That of a calculator, one structure after the other."""
 
     def __init__(self, calculator: Any) -> None:
-        self._calculator = calculator
+        self._calculator = _Named(calculator)
         self._known: dict[bytes, Point] = {}
 
     @property
@@ -193,6 +194,32 @@ class _CalculatorSurface(Surface):
         if asked.cell.rank == 3 and asked.pbc.any():
             stress = asked.get_stress(voigt=True, apply_constraint=False)[np.array(VOIGT_INDEX)]
         return Point(float(asked.get_potential_energy()), np.array(forces), stress)
+
+
+class _Named:
+    """A calculator of ASE whose failures are UserErrors that name the structure."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":  # asked when it is copied
+            raise AttributeError(name)
+        found = getattr(self.inner, name)
+        if not callable(found):
+            return found
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return found(*args, **kwargs)
+            except (UserError, NotImplementedError):
+                raise
+            except Exception as error:
+                atoms = next((each for each in (*args, *kwargs.values()) if isinstance(each, Atoms)), None)
+                where = f"{structure_names([atoms])[0]}: " if atoms is not None else ""
+                raise UserError(f"{where}the calculator failed ({type(error).__name__}: {error})") from error
+
+        return asked
 
 
 def _state(atoms: Atoms) -> bytes:

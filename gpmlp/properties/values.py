@@ -13,6 +13,8 @@ from gpmlp.core.quantities import json_value
 
 MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 OUTLIER = 6.0  # standard deviations, by the MAD, that none of some hundred normal samples comes to
+EFFICIENCY = 0.37  # of the MAD: its variance is that of the rms of so many of the samples (normal ones; Huber, Robust Statistics, 5.1)
+FEWEST = 5  # samples whose median says something, where others failed
 INSIDE = 0.9  # of the interval that is given
 
 
@@ -24,11 +26,13 @@ class PropertyValue:
         name: snake case, without the unit; with the structure's name and a point before it where there are several structures.
         value: of the mean potential (the median of the samples where the mean has none).
         sigma: standard deviation of all parts together.
-        low_90, high_90: interval of 90 %, Student's with as many degrees of freedom as samples gave a value.
+        low_90, high_90: interval of 90 %, Student's with as many degrees of freedom as samples gave a value, .37 of these where sigma is
+            from the median absolute deviation.
         parts: standard deviations of which sigma consists, in quadrature: 'sampled' (what the data leave open, in the size of the errors
             that the calibration of the model has seen), 'statistical' (of averages over time); what there is none of is left out.
         novelty: largest of the structures that it was computed from; None where the model has none.
-        samples, failed: how many were drawn, and how many of these have no value; sigma is from the median absolute deviation then.
+        samples, failed: how many were drawn, and how many of these have no value; sigma is from the median absolute deviation then, and
+            NaN where fewer than five or than half are left.
         structures: names of the structures that it was computed from.
         about: one sentence on what was computed.
         calculation: that it came from.
@@ -96,24 +100,36 @@ def value_from_samples(
     there = samples[np.isfinite(samples)]
     failed = len(samples) - len(there)
     value = float(mean) if np.isfinite(mean) or not len(there) else float(np.median(there))
-    sampled = float(spread(samples[:, None], value)[0]) if len(samples) else float("nan")
+    sampled, freedom = float("nan"), 1.0
+    if len(samples):
+        sampled, freedom = (float(each[0]) for each in _spread_and_freedom(samples[:, None], value))
     parts = {"sampled": sampled} if len(samples) else {}
     parts |= {"statistical": float(statistical)} if statistical else {}
     parts = about.pop("parts", parts)
     sigma = float(np.sqrt(np.sum(np.square(list(parts.values()))))) if parts else float("nan")
-    reach = sigma * float(stats.t.ppf(0.5 + INSIDE / 2, max(len(there), 1)))
+    reach = sigma * float(stats.t.ppf(0.5 + INSIDE / 2, max(freedom, 1.0)))
     return PropertyValue(
         name, value, unit, sigma, value - reach, value + reach, parts, samples=len(samples), failed=failed, **about
     )
 
 
+def has_spread(k: Any, n: int) -> Any:
+    """Whether k values of n samples say how far they spread (k may be an array)."""
+    return (k >= 2) & ((k == n) | ((k >= FEWEST) & (2 * k >= n)))
+
+
 def spread(samples: np.ndarray, value: np.ndarray | float) -> np.ndarray:
-    """Standard deviation of samples (k, ...) about a value (...); NaN where fewer than two samples have one."""
+    """Standard deviation of samples (k, ...) about a value (...); NaN where too few of them have one."""
+    return _spread_and_freedom(samples, value)[0]
+
+
+def _spread_and_freedom(samples: np.ndarray, value: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """The standard deviation, and of how many samples the rms would be as sure."""
     deviations = np.abs(samples - value)
     k = np.isfinite(deviations).sum(0)
-    enough = k >= 2
+    enough = has_spread(k, len(samples))
     deviations = np.where(enough, deviations, 0.0)
     typical = MAD * np.nanmedian(deviations, axis=0)
     rms = np.sqrt(np.nanmean(np.square(deviations), axis=0))
     robust = (k < len(samples)) | ((np.nanmax(deviations, axis=0) > OUTLIER * typical) & (typical > 0))
-    return np.where(enough, np.where(robust, typical, rms), np.nan)
+    return np.where(enough, np.where(robust, typical, rms), np.nan), np.where(robust, EFFICIENCY * k, k)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpmlp.properties.compute import PropertyResults
-from gpmlp.properties.values import PropertyCurve, PropertyValue
+from gpmlp.properties.values import PropertyCurve, PropertyValue, has_spread
 from gpmlp.report.figures import PointLabels
 from gpmlp.report.page import Page, Section
 from gpmlp.report.properties.figures import curve_picture, cut_off, is_band_structure
@@ -22,7 +22,6 @@ FILE, NUMBERS = "properties.html", "properties.json and curves.json"
 FAR = 1.0  # novelty from which on a structure is unlike the training data
 PART_NAMES = {
     "sampled": "what the data leave open",
-    "misfit": "what the model cannot represent",
     "statistical": "noise of averages",
 }
 LONGEST_LIST = 400  # structures in the table
@@ -61,7 +60,7 @@ def properties_page(
     results: PropertyResults, model: str, numbers: str, route: str, origin: str, truth: Mapping[str, float]
 ) -> Page:
     """The page, its figures drawn."""
-    pictures = {_slug(curve.name): curve_picture(curve) for curve in results.curves if np.isfinite(curve.value).any()}
+    pictures = {slug(curve.name): curve_picture(curve) for curve in results.curves if np.isfinite(curve.value).any()}
     formulas = _formulas(results)
     return Page(
         template="properties.html",
@@ -78,8 +77,8 @@ def properties_page(
         values={
             "groups": _groups(results.values, truth),
             "any_truth": bool(truth),
-            "captions": {_slug(curve.name): _caption(curve) for curve in results.curves},
-            "wide": [_slug(curve.name) for curve in results.curves if is_band_structure(curve)],
+            "captions": {slug(curve.name): _caption(curve) for curve in results.curves},
+            "wide": [slug(curve.name) for curve in results.curves if is_band_structure(curve)],
             "failures": results.failures,
             "parts": [name for name in PART_NAMES if any(name in value.parts for value in results.values)],
             "part_names": PART_NAMES,
@@ -155,7 +154,7 @@ def _trust_answer(results: PropertyResults, route: str) -> str:
         )
     else:
         sentences.append(f"All structures are like the training data (novelty at most {format_number(novelty, 2)}).")
-    without = [value for value in results.values if value.samples - value.failed < 2]
+    without = [value for value in results.values if not has_spread(value.samples - value.failed, value.samples)]
     lost = [value for value in results.values if value.failed and value not in without]
     if lost:
         most = max(value.failed for value in lost)
@@ -164,7 +163,9 @@ def _trust_answer(results: PropertyResults, route: str) -> str:
             "their error bars are from the median deviation of the others."
         )
     if without and results.samples:
-        sentences.append(f"{len(without)} of {len(results.values)} exist on hardly any sample, and have no error bar.")
+        sentences.append(
+            f"{len(without)} of {len(results.values)} exist on hardly any sample (fewer than 5, or than half), and have no error bar."
+        )
     if results.samples and not lost and not without:
         sentences.append("Every sample has every property.")
     if results.samples:
@@ -283,6 +284,6 @@ def _sentence(text: str) -> str:
     return (text if symbol else text[:1].upper() + text[1:]) + ("" if text.endswith(".") or not text else ".")
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """A name of a file."""
     return "".join(c if c.isalnum() or c in "_-" else "_" for c in name)
