@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import ase.io
@@ -520,3 +521,14 @@ def test_a_model_without_variances_gives_values(tmp_path, capsys):
     assert "no variances" in capsys.readouterr().err
     values = json.loads((tmp_path / "out" / "properties.json").read_text())
     assert all(value["sigma"] is None and value["value"] is not None and value["samples"] == 0 for value in values)
+
+
+@pytest.mark.parametrize("lacking", ["energies", "forces", "stresses"])
+def test_kinds_without_noise_tell_nothing(lacking):
+    """Models that were fitted without energies, forces or stresses: labels of that kind do not count, the others do."""
+    noise = {"energies": 1e-3, "forces": 1e-2, "stresses": 1e-4}
+    del noise[lacking]
+    each = _noise(SimpleNamespace(noise=noise), Atoms("H2"))
+    kinds = {"energies": each[:1], "forces": each[1:7], "stresses": each[7:]}
+    expected = {"energies": 2e-3, "forces": 1e-2, "stresses": 1e-4} | {lacking: np.inf}
+    assert all((kinds[kind] == expected[kind]).all() for kind in expected)

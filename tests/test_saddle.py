@@ -17,6 +17,7 @@ import pytest
 import yaml
 from ase import Atoms
 from ase.build import bulk, molecule
+from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixedLine, FixedPlane
 from ase.optimize import BFGS
@@ -246,3 +247,26 @@ def test_page_says_what_the_numbers_say(tmp_path, climbed):
     assert f"{numbers['barrier_eV']:.3f} eV" in text and "Yes: one imaginary frequency" in text
     assert text.count('<span class="rank">') == len(climbed.labels) and all(x.reason in text for x in climbed.labels)
     assert text.count('<svg class="hood"') == 3 and "The start lies on one side" in text
+
+
+class Wave(Calculator):
+    """A wave along x for atom 1 of a dimer."""
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012 - as ASE declares it
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+        super().calculate(atoms, properties, system_changes)
+        x = self.atoms.positions[1, 0] - 3.0
+        forces = np.zeros((2, 3))
+        forces[1, 0] = -0.3 * np.pi * np.sin(np.pi * x)
+        forces[0] = -forces[1]
+        self.results = {"energy": 0.3 * (1 - np.cos(np.pi * x)), "forces": forces}
+
+
+def test_one_degree_of_freedom():
+    """A single curvature: there is no second one that could be negative."""
+    start = Atoms("H2", [[0, 0, 0], [3.0, 0, 0]], constraint=[FixAtoms([0]), FixedLine(1, [1, 0, 0])])
+    search = gpmlp.GPSaddle(start, Wave(), direction={1: [-1, 0, 0]}, sides=False)
+    assert search.run(fmax=0.05)
+    assert search.saddle.barrier == pytest.approx(0.6, abs=0.02)
+    assert search.saddle.atoms.positions[1, 0] == pytest.approx(2.0, abs=0.05)

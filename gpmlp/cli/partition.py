@@ -21,7 +21,7 @@ def partition_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, extended XYZ.")],
     fraction: Annotated[
         float | None,
-        typer.Option("--fraction", help="Share of the atoms that the region is to have; if nothing is given .1."),
+        typer.Option("--fraction", help="Share of the atoms that the region is to have; if nothing is given 0.1."),
     ] = None,
     atoms: Annotated[int | None, typer.Option("--atoms", help="Number of atoms that the region is to have.")] = None,
     sigma: Annotated[

@@ -157,9 +157,11 @@ def _whitened_rows(potential: Potential, atoms: Atoms) -> Tensor:
 
 
 def _noise(potential: Potential, atoms: Atoms) -> Tensor:
-    """(1 + 3n + 6,) standard deviations of the labels of a structure, as the fit has learned them."""
-    n, noise = len(atoms), potential.noise
-    each = [n * noise["energies"], *[noise["forces"]] * (3 * n), *[noise["stresses"]] * 6]
+    """(1 + 3n + 6,) standard deviations of the labels of a structure, as the fit has learned them; a kind that it had none of tells
+    nothing."""
+    n = len(atoms)
+    energy, force, stress = (potential.noise.get(kind, np.inf) for kind in ("energies", "forces", "stresses"))
+    each = [n * energy, *[force] * (3 * n), *[stress] * 6]
     return torch.tensor(each, dtype=torch.float64)
 
 

@@ -239,7 +239,7 @@ class GPSaddle:
             followed = self._followed(curvatures, vectors)
             rests = np.linalg.norm(self._along(forces).reshape(-1, 3), axis=1).max() < SHARPER * fmax
             others = np.delete(curvatures, followed or 0)
-            if rests and followed is not None and (self._moved(before) > 0 or others[0] >= -NEGATIVE):
+            if rests and followed is not None and (self._moved(before) > 0 or (others >= -NEGATIVE).all()):
                 return ARRIVED
             step = self._push(forces) if followed is None else _newton(forces, curvatures, vectors, followed)
             if rests and followed is not None:  # a saddle of higher order, and it is known to be one
@@ -321,7 +321,7 @@ class GPSaddle:
         if curvatures[0] >= -NEGATIVE:  # a minimum; a saddle lies on the way back
             self.direction = self._along((self.start.positions - self.atoms.positions).ravel())
             self.direction /= np.linalg.norm(self.direction)
-        return curvatures[0] < -NEGATIVE <= curvatures[1]
+        return bool(curvatures[0] < -NEGATIVE and (curvatures[1:] >= -NEGATIVE).all())
 
     @staticmethod
     def _beside(atoms: Atoms, mode: np.ndarray) -> Atoms:
