@@ -26,7 +26,13 @@ from gpmlp.properties import transport_results
 from gpmlp.properties.dynamics import DynamicsSettings, MovingForces, Replicas
 from gpmlp.properties.statistics import random_effects, reweighted_averages
 from gpmlp.properties.transport import TransportRun, TransportSettings
-from gpmlp.properties.transport_results import Arrhenius, MemberAverages, SegmentAnalysis, analyse_segments
+from gpmlp.properties.transport_results import (
+    Arrhenius,
+    MemberAverages,
+    SegmentAnalysis,
+    analyse_segments,
+    average_members,
+)
 
 SPRING = 2.0  # eV/A^2
 
@@ -242,6 +248,19 @@ def test_random_effects_without_scatter_and_of_the_mean_alone():
         random_effects(np.array([1.0, np.nan]), np.full(2, 0.1))
 
 
+@pytest.mark.parametrize(("segments", "replicas"), [(2, 1), (2, 2), (3, 4)])
+def test_the_interval_of_the_mean_alone_holds_nine_of_ten(segments, replicas):
+    """Few segments say little of their own scatter: Student's distribution, not the normal one."""
+    rng, runs = np.random.default_rng(8), 2000
+    inside = within_sigma = 0
+    for _ in range(runs):
+        found = average_members(5 + rng.standard_normal((segments, 1, replicas)), replicas).effects(0)
+        inside += found.low_90 <= 5 <= found.high_90
+        within_sigma += abs(found.value - 5) <= found.sigma
+    assert inside / runs == pytest.approx(0.9, abs=0.02)
+    assert within_sigma / runs == pytest.approx(0.683, abs=0.03)
+
+
 def test_reweighting_is_exact_for_oscillators():
     """⟨x²⟩ = kT/k of another spring constant, from coordinates of the first; the cumulant's is that to first order in the change."""
     t, rng = 300.0, np.random.default_rng(4)
@@ -269,7 +288,7 @@ def test_arrhenius_line_gives_back_what_it_was_made_of():
     kelvins = np.array([1200.0, 1400.0, 1600.0])
     energies = np.array([0.4, 0.38, 0.41, 0.43, 0.39, 0.40])
     values = 60e-3 * np.exp(-energies[:, None] / (BOLTZMANN * kelvins))
-    line = Arrhenius.from_members("Cu", kelvins, MemberAverages(values, 1e-5 * values, np.ones(3)))
+    line = Arrhenius.from_members("Cu", kelvins, MemberAverages(values, 1e-5 * values, np.ones(3), np.full(3, np.inf)))
     np.testing.assert_allclose(line.energies, energies, atol=1e-6)
     found = line.activation_energy()
     assert found.value == pytest.approx(0.4, abs=0.01) and found.parts["sampled"] == pytest.approx(0.02, abs=0.005)
@@ -277,7 +296,7 @@ def test_arrhenius_line_gives_back_what_it_was_made_of():
     colder = line.diffusion_at(900.0)
     assert colder.value == pytest.approx(60 * math.exp(-0.4 / (BOLTZMANN * 900)), rel=0.1)
     assert colder.sigma / colder.value > line.diffusion_at(1400.0).sigma / line.diffusion_at(1400.0).value
-    rough = MemberAverages(values, 0.5 * values, np.ones(3))
+    rough = MemberAverages(values, 0.5 * values, np.ones(3), np.full(3, np.inf))
     assert Arrhenius.from_members("Cu", kelvins, rough) is None
 
 
@@ -286,7 +305,7 @@ def test_error_of_an_arrhenius_energy_is_that_of_repeated_data():
     d = np.broadcast_to(0.06 * np.exp(-0.4 / (BOLTZMANN * kelvins)), (400, 3))
     noise = 0.1 * d
     line = Arrhenius.from_members(
-        "Cu", kelvins, MemberAverages(d + noise * rng.standard_normal(d.shape), noise, np.ones(3))
+        "Cu", kelvins, MemberAverages(d + noise * rng.standard_normal(d.shape), noise, np.ones(3), np.full(3, np.inf))
     )
     assert np.std(line.energies) == pytest.approx(line.errors[0], rel=0.12)
     assert np.std(line.logarithms) == pytest.approx(line.errors[1], rel=0.12)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 import scipy.special
+import scipy.stats
 
 from gpmlp.core.errors import UserError
 from gpmlp.core.units import BOLTZMANN
@@ -58,17 +59,22 @@ class RandomEffects:
 
 
 def random_effects(
-    samples: np.ndarray, errors: np.ndarray, mean: float = np.nan, mean_error: float = np.nan
+    samples: np.ndarray,
+    errors: np.ndarray,
+    mean: float = np.nan,
+    mean_error: float = np.nan,
+    freedom: float = math.inf,
 ) -> RandomEffects:
     """What noisy values of samples, y_s = μ + b_s + e_s, and of the mean, μ + e_0, say of the value that the true potential has.
 
     The truth is one more draw: its distribution is the mixture of N(μ̂(τ), var μ̂(τ) + τ²) over p(τ | y), which for few samples has the
-    heavy tails of Student's, and with much noise does not take the scatter for zero. Without samples it is of the mean alone; where fewer
-    than three of them have a value, the scatter, and so sigma, is unknown (NaN).
+    heavy tails of Student's, and with much noise does not take the scatter for zero. Without samples it is of the mean alone, Student's; where
+    fewer than three of them have a value, the scatter, and so sigma, is unknown (NaN).
 
     Args:
         samples: (k,) value of each sample, NaN where it has none; errors: (k,) standard error of each.
         mean: of the mean potential, with its standard error; NaN where there is none.
+        freedom: degrees of freedom of the errors, which are estimates themselves.
 
     Raises:
         UserError: neither the mean nor three samples have a value.
@@ -80,7 +86,7 @@ def random_effects(
     if not (centre or len(y) > 2):
         raise UserError(f"{len(y)} of {len(there)} samples have a value; three are needed. Take more, or longer runs.")
     if len(y) < 3:
-        return _normal(float(mean), math.nan if counts[0] else 0.0, float(mean_error), counts)
+        return _without_scatter(float(mean), math.nan if counts[0] else 0.0, float(mean_error), freedom, counts)
     observed = np.append(y, mean) if centre else y
     noise = np.append(e, mean_error) if centre else e
     scatters = np.append(np.ones(len(y)), 0.0) if centre else np.ones(len(y))
@@ -89,7 +95,7 @@ def random_effects(
     sampled, statistical = tau * math.sqrt(1 + (weights * scatters) @ weights), float(np.linalg.norm(weights * noise))
     unit = math.sqrt(y.var(ddof=1) + (e**2).mean())
     if unit <= 1e-12 * max(1e-300, float(np.abs(y).max())):
-        return _normal(float(weights @ observed), 0.0, statistical, counts)
+        return _without_scatter(float(weights @ observed), 0.0, statistical, freedom, counts)
     grid = (np.arange(GRID) + 0.5) / GRID
     _, log, centres, widths = _posterior(unit * grid / (1 - grid), observed, noise, scatters)
     p = np.exp(log - log.max()) / (1 - grid) ** 2  # dτ/d(grid)
@@ -101,10 +107,12 @@ def random_effects(
     return RandomEffects(float(p @ centres), (high_68 - low_68) / 2, low, high, sampled, statistical, *counts)
 
 
-def _normal(value: float, sampled: float, statistical: float, counts: tuple[int, int]) -> RandomEffects:
-    """Without a scatter that could be unknown."""
-    sigma = float(np.hypot(sampled, statistical))
-    reach = float(scipy.special.ndtri((1 + INSIDE) / 2)) * sigma
+def _without_scatter(
+    value: float, sampled: float, statistical: float, freedom: float, counts: tuple[int, int]
+) -> RandomEffects:
+    """Student's distribution alone, of a scatter that is none, or unknown (NaN)."""
+    error = float(np.hypot(sampled, statistical))
+    sigma, reach = (error * float(scipy.stats.t.ppf((1 + inside) / 2, freedom)) for inside in (SIGMAS, INSIDE))
     return RandomEffects(value, sigma, value - reach, value + reach, sampled, statistical, *counts)
 
 

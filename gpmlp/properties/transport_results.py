@@ -40,16 +40,19 @@ class MemberAverages:
 
     Attributes:
         values, errors: (members, temperatures), NaN for members that failed.
-        correlation: of successive segments, >= 1, by temperature.
+        correlation: of successive segments, >= 1, by temperature; freedom: degrees of freedom of the errors, by temperature.
     """
 
     values: np.ndarray
     errors: np.ndarray
     correlation: np.ndarray
+    freedom: np.ndarray
 
     def effects(self, k: int) -> RandomEffects:
         """Of the k-th temperature."""
-        return random_effects(self.values[1:, k], self.errors[1:, k], self.values[0, k], self.errors[0, k])
+        return random_effects(
+            self.values[1:, k], self.errors[1:, k], self.values[0, k], self.errors[0, k], self.freedom[k]
+        )
 
 
 def average_members(segments: np.ndarray, replicas: int) -> MemberAverages:
@@ -61,19 +64,20 @@ def average_members(segments: np.ndarray, replicas: int) -> MemberAverages:
     n, members, copies = segments.shape
     by_temperature = segments.reshape(n, members, copies // replicas, replicas)
     values = by_temperature.mean((0, 3))
-    errors, correlation = np.full_like(values, np.nan), np.ones(values.shape[1])
+    errors, correlation, freedom = np.full_like(values, np.nan), np.ones(values.shape[1]), np.zeros(values.shape[1])
     for k in range(values.shape[1]):
         there = np.isfinite(values[:, k])
         rest = by_temperature[:, there, k] - values[there, k][:, None]
-        freedom = there.sum() * (n * replicas - 1)
-        if not freedom:
+        count = there.sum() * (n * replicas - 1)
+        if not count:
             continue
         if n > 3:
             trajectories = rest.reshape(n, -1).T
             correlation[k] = max(1.0, correlation_time([t[:, None] for t in trajectories], int(there.sum()))[0])
-        variance = (rest**2).sum() / freedom
+        variance = (rest**2).sum() / count
+        freedom[k] = count / correlation[k]
         errors[there, k] = math.sqrt(variance * correlation[k] / (n * replicas))
-    return MemberAverages(values, errors, correlation)
+    return MemberAverages(values, errors, correlation, freedom)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +87,7 @@ class Arrhenius:
     Attributes:
         symbol: of the species. temperatures_K: to which it was fitted.
         middle: 1/kT at which `logarithms` are, 1/eV; energies: (members,) E_a, eV; logarithms: (members,) ln(D ps/A²).
-        errors: (2,) standard errors of both, independent of each other.
+        errors: (2,) standard errors of both, independent of each other; freedom: degrees of freedom of these, the fewest of a temperature.
         misfit: of the line, in standard errors (NaN of two temperatures).
     """
 
@@ -93,6 +97,7 @@ class Arrhenius:
     energies: np.ndarray
     logarithms: np.ndarray
     errors: np.ndarray
+    freedom: float
     misfit: float
 
     @staticmethod
@@ -115,12 +120,14 @@ class Arrhenius:
         errors = np.array([1 / math.sqrt(total * moment), 1 / math.sqrt(total)])
         common = np.nanmean(rest, axis=0) / (error / math.sqrt(max(1, np.isfinite(energies).sum())))
         misfit = math.sqrt((common**2).sum() / (len(x) - 2)) if len(x) > 2 else math.nan
-        return Arrhenius(symbol, tuple(temperatures_K), middle, energies, at_middle, errors, misfit)
+        return Arrhenius(
+            symbol, tuple(temperatures_K), middle, energies, at_middle, errors, float(averages.freedom.min()), misfit
+        )
 
     def activation_energy(self) -> PropertyValue:
         """E_a, eV."""
         noise = np.full(len(self.energies), self.errors[0])
-        effects = random_effects(self.energies[1:], noise[1:], self.energies[0], noise[0])
+        effects = random_effects(self.energies[1:], noise[1:], self.energies[0], noise[0], self.freedom)
         kelvins = f"{min(self.temperatures_K):g} and {max(self.temperatures_K):g} K"
         about = f"slope of ln D of {self.symbol} against -1/kT between {kelvins}, at constant volume"
         return effects.as_value(f"activation_energy_{self.symbol}", "eV", about=about)
@@ -142,7 +149,7 @@ class Arrhenius:
     def _exponential(self, x: float, name: str, about: str) -> PropertyValue:
         values = self.logarithms - self.energies * (x - self.middle)
         noise = np.full(len(values), math.hypot(self.errors[1], self.errors[0] * (x - self.middle)))
-        log = random_effects(values[1:], noise[1:], values[0], noise[0])
+        log = random_effects(values[1:], noise[1:], values[0], noise[0], self.freedom)
         value = math.exp(log.value)
         effects = replace(
             log, value=value, sigma=value * log.sigma, low_90=math.exp(log.low_90), high_90=math.exp(log.high_90),
