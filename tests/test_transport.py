@@ -128,6 +128,44 @@ def test_viscosity_of_a_known_memory():
     assert abs(found.value - exact) < 3 * found.statistical < 0.3 * exact
 
 
+def random_walks(
+    cell: tuple[float, float, float] = (20.0, 20.0, 20.0), segments: int = 10, members: int = 4, replicas: int = 4,
+    fluid: bool = True, relaxes: bool = True,
+) -> Replicas:  # fmt: skip
+    """Replicas of a gas whose positions and Helfand moments are random walks; or of a solid, or of stress that does not relax."""
+    atoms, rng = gas(), np.random.default_rng(7)
+    atoms.set_cell(cell)
+    settings = DynamicsSettings((300.0,), replicas=replicas, segment=80)
+    out = Replicas(atoms, [springs(atoms.positions)] * members, settings)
+    shape = out.velocities.shape
+    for _ in range(segments):
+        steps = 0.3 * rng.standard_normal((81, *shape))
+        x = np.cumsum(steps, axis=0) if fluid else steps
+        stress = rng.standard_normal((81 if relaxes else 1, *shape[:2], 5))
+        g = np.cumsum(np.broadcast_to(stress, (81, *shape[:2], 5)), axis=0)
+        v = np.diff(x, axis=0, append=x[-1:]) / settings.record_fs
+        out.frames = {"x": list(x), "v": list(v), "g": list(g), "scalars": [np.zeros((3, *shape[:2]))] * 81}
+        out.sums.append(out._segment_sums())
+    return out
+
+
+def test_periodic_images_are_corrected_in_a_cubic_cell_of_a_fluid_alone():
+    """Else D of an infinite fluid is left out, and a note says why."""
+    name = "diffusion_coefficient_infinite_Ar_300K"
+    for replicas, reason in (
+        (random_walks(), ""),
+        (random_walks((20.0, 20.0, 21.5)), ""),
+        (random_walks((20.0, 20.0, 24.0)), "heights of 20, 20, 24 A"),
+        (random_walks(fluid=False), "as in a solid"),
+        (random_walks(relaxes=False), "not lines yet within the lags"),
+    ):
+        results = analyse_segments(replicas, ["diffusion", "viscosity"], None, "gas")
+        assert (name in {value.name for value in results.values}) == (not reason)
+        said = [note for note in results.notes if "is not corrected for periodic images" in note]
+        assert len(said) == bool(reason) and all(reason in note for note in said)
+        assert any("viscosity at 300 K has not converged" in note for note in results.doubts) == ("lags" in reason)
+
+
 def test_harmonic_crystal_does_not_diffuse():
     """D = 0 within the error, and energy and temperature as equipartition has them."""
     atoms, n = gas(40), 40
@@ -322,6 +360,10 @@ def test_correction_for_periodic_images():
     by_hand = 2.837297 * 1.380649e-23 * 298 / (6 * math.pi * 0.85e-3 * 20e-10) * 1e8  # m²/s in A²/ps
     assert found.value - 0.2 == pytest.approx(by_hand, rel=1e-4)
     assert found.sigma == pytest.approx(math.hypot(0.01, 0.1 * by_hand), rel=1e-3)
+    assert found.high_90 - found.value == pytest.approx(math.hypot(0.02, 0.15 / 0.85 * by_hand), rel=1e-3)
+    for error, reason in ((0.1, ""), (0.5, "the viscosity is not known to 35 % yet")):
+        known = replace(eta, parts={"statistical": error})
+        assert transport_results._no_correction([d], known, 0.0, np.full(3, 20.0)) == reason
 
 
 # ------------------------------------------------------------ runs
@@ -344,7 +386,9 @@ def settings_of(**changes) -> TransportSettings:
 def test_a_run_on_a_crystal(potential: Potential, tmp_path):
     results = gpmlp.transport(potential, bulk("Cu", cubic=True), settings_of(what=("diffusion", "viscosity")), tmp_path)
     names = {value.name for value in results.values}
-    assert {"diffusion_coefficient_Cu_300K", "diffusion_coefficient_infinite_Cu_400K", "viscosity_300K"} <= names
+    assert {"diffusion_coefficient_Cu_300K", "viscosity_300K"} <= names
+    assert not any("infinite" in name for name in names)
+    assert sum("is not corrected for periodic images" in note for note in results.notes) == 2
     for value in results.values:
         assert value.samples == 3 and value.structures == ("Cu4",) and value.low_90 <= value.value <= value.high_90
         assert set(value.parts) == {"sampled", "statistical"}
@@ -384,6 +428,31 @@ def test_more_precision_is_foreseen_to_take_longer(potential: Potential):
     tight = run.results()
     assert 1 < loose < math.inf and tight.needed == pytest.approx(4 * loose)
     assert f"{4 * loose * 0.3:.3g} ps in all" in run._outlook(tight)
+
+
+def test_a_run_is_not_over_while_its_error_is_hardly_known(potential: Potential):
+    """However small it looks: of three segments of one trajectory it has two degrees of freedom of the five that are asked for."""
+    chosen = settings_of(samples=0, replicas=1, temperatures_K=(300.0,), precision=10.0)
+    run = TransportRun(potential, bulk("Cu", cubic=True), chosen, None, False)
+    run.replicas = random_walks(segments=3, members=1, replicas=1)
+    few = run.results()
+    assert few.freedom == 2 and few.needed == pytest.approx(5 / 2) and run._verdict(few, 100) == ""
+    run.replicas = random_walks(segments=12, members=1, replicas=1)
+    many = run.results()
+    assert many.freedom > 5 and "as small as asked for" in run._verdict(many, 100)
+
+
+def test_a_run_is_not_over_while_a_slope_is_in_doubt(potential: Potential):
+    """Small errors of a displacement that is no line yet are no reason to stop, but the longest trajectories are."""
+    chosen = settings_of(temperatures_K=(300.0,), what=("viscosity",), precision=0.5)
+    run = TransportRun(potential, bulk("Cu", cubic=True), chosen, None, False)
+    for relaxes in (True, False):
+        run.replicas = random_walks(relaxes=relaxes)
+        results = run.results()
+        assert results.needed < 1 and bool(results.doubts) != relaxes
+        assert ("as small as asked for" in run._verdict(results, 100)) == relaxes
+    assert run._verdict(results, 100) == "" and "segments are too short" in run._verdict(results, 10)
+    assert set(results.doubts) <= set(results.notes)
 
 
 def model_and_start(potential: Potential, folder) -> list[str]:

@@ -129,6 +129,7 @@ class Replicas:
         self.numbers = atoms.numbers.copy()
         self.species = [int(z) for z in dict.fromkeys(sorted(atoms.numbers))]
         self.volume, self.n = float(atoms.get_volume()), len(atoms)
+        self.heights = 1 / np.linalg.norm(atoms.cell.reciprocal().array, axis=1)  # of the cell, A
         shape = len(self.members), len(settings.copies_K), self.n, 3
         self.positions = np.broadcast_to(atoms.positions, shape).copy()
         self.velocities = np.zeros(shape)

@@ -13,7 +13,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.core.units import BOLTZMANN, GPA
 from gpmlp.potential.samples import PosteriorSamples
 from gpmlp.properties.dynamics import Replicas
-from gpmlp.properties.statistics import EFFECTIVE, Reweighted, reweighted_averages
+from gpmlp.properties.statistics import EFFECTIVE, FREEDOM, Reweighted, reweighted_averages
 from gpmlp.properties.values import PropertyCurve, PropertyValue, spread, value_from_samples
 from gpmlp.uncertainty.timeseries import series_mean
 
@@ -68,6 +68,8 @@ class StaticFrames:
         means = [
             series_mean(self._series(self.energies, 0, k)) for k in range(len(self.replicas.settings.temperatures_K))
         ]
+        if min(mean.freedom for mean in means) < FREEDOM:
+            return math.inf
         return max(mean.sem / mean.spread if mean.spread else 0.0 for mean in means)
 
     def averages(self, about: Mapping[str, object]) -> tuple[list[PropertyValue], list[PropertyCurve], list[str]]:

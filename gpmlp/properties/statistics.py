@@ -26,6 +26,7 @@ from gpmlp.properties.values import INSIDE, PropertyValue
 
 GRID = 400  # values of τ
 SIGMAS = float(scipy.special.ndtr(1.0) - scipy.special.ndtr(-1.0))  # share inside one standard deviation
+FREEDOM = 5  # fewest degrees of freedom of an error that is known well enough to end a run
 EFFECTIVE = 0.1  # least share of frames that must count in a reweighted average
 
 
@@ -68,8 +69,8 @@ def random_effects(
     """What noisy values of samples, y_s = μ + b_s + e_s, and of the mean, μ + e_0, say of the value that the true potential has.
 
     The truth is one more draw: its distribution is the mixture of N(μ̂(τ), var μ̂(τ) + τ²) over p(τ | y), which for few samples has the
-    heavy tails of Student's, and with much noise does not take the scatter for zero. Without samples it is of the mean alone, Student's; where
-    fewer than three of them have a value, the scatter, and so sigma, is unknown (NaN).
+    heavy tails of Student's, and with much noise does not take the scatter for zero. Without samples it is
+    Student's, of the mean alone; where fewer than three of them have a value, the scatter, and so sigma, is unknown (NaN).
 
     Args:
         samples: (k,) value of each sample, NaN where it has none; errors: (k,) standard error of each.

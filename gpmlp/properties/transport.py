@@ -28,6 +28,7 @@ from gpmlp.potential.potential import Potential
 from gpmlp.potential.samples import PosteriorSamples
 from gpmlp.properties.dynamics import DynamicsSettings, MovingForces, Replicas
 from gpmlp.properties.static_averages import STATIC, StaticFrames
+from gpmlp.properties.statistics import FREEDOM
 from gpmlp.properties.transport_results import TransportResults, analyse_segments
 from gpmlp.properties.values import PropertyValue
 
@@ -269,6 +270,8 @@ class TransportRun:
         results = analyse_segments(self.replicas, self.settings.dynamic, self.novelty, self.name)
         sought = (v for v in results.values if v.name.startswith(WATCHED) and "_infinite_" not in v.name)
         needed = [(v.parts["statistical"] / self.settings.noise(v)) ** 2 if v.value > 0 else math.inf for v in sought]
+        if needed:
+            needed.append(FREEDOM / results.freedom if results.freedom else math.inf)
         if self.settings.static:
             values, curves, notes = self.static.averages({"novelty": self.novelty, "structures": (self.name,)})
             results.values, results.curves = results.values + values, results.curves + curves
@@ -286,7 +289,7 @@ class TransportRun:
 
     def _verdict(self, results: TransportResults, most: int) -> str:
         """Why the run is over; empty while it is not."""
-        if len(self.replicas.sums) >= SEGMENTS and results.needed <= 1:
+        if len(self.replicas.sums) >= SEGMENTS and results.needed <= 1 and not results.doubts:
             return f"statistical errors are as small as asked for ({self.settings.wish})"
         if len(self.replicas.sums) >= most:
             return f"trajectories are {results.time_ps:g} ps long; {self._outlook(results)}"
@@ -297,7 +300,8 @@ class TransportRun:
         if not math.isfinite(results.needed):
             return f"when statistical errors will be {self.settings.wish} cannot be foreseen yet"
         if results.needed <= 1:
-            return f"statistical errors are within {self.settings.wish}"
+            but = ", but segments are too short: see the notes" if results.doubts else ""
+            return f"statistical errors are within {self.settings.wish}{but}"
         length, seconds = results.needed * results.time_ps, (results.needed - 1) * self.spent_s
         return f"statistical errors of {self.settings.wish} would take {length:.3g} ps in all, {format_duration(seconds)} more"
 
@@ -307,7 +311,7 @@ class TransportRun:
         dynamics = replicas.settings
         longest = dynamics.equilibrate + most * dynamics.segment
         wanted = longest
-        if math.isfinite(results.needed):
+        if math.isfinite(results.needed) and not results.doubts:
             made = max(SEGMENTS, len(replicas.sums)) * dynamics.segment
             wanted = min(
                 longest, dynamics.equilibrate + math.ceil(max(SEGMENTS * dynamics.segment, results.needed * made))

@@ -31,7 +31,9 @@ MPA_S = 1e-3 / GPA  # 1 eV fs/A^3 in mPa s
 PER_PS = 1e3  # A^2/fs in A^2/ps
 IMAGES = 2.837297  # of a cubic lattice
 ROUGHEST = 0.35  # relative error of a member's D up to which its logarithm is taken
+UNCORRECTED = "of D in the periodic cell, without correction for its images"
 DISAGREE = 3.0  # standard errors
+CUBIC = 1.1  # largest ratio of heights of a cell that is taken for a cube
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,13 +131,15 @@ class Arrhenius:
         noise = np.full(len(self.energies), self.errors[0])
         effects = random_effects(self.energies[1:], noise[1:], self.energies[0], noise[0], self.freedom)
         kelvins = f"{min(self.temperatures_K):g} and {max(self.temperatures_K):g} K"
-        about = f"slope of ln D of {self.symbol} against -1/kT between {kelvins}, at constant volume"
+        about = f"slope of ln D of {self.symbol} against -1/kT between {kelvins}, at constant volume, {UNCORRECTED}"
         return effects.as_value(f"activation_energy_{self.symbol}", "eV", about=about)
 
     def prefactor(self) -> PropertyValue:
         """D₀, A²/ps."""
         return self._exponential(
-            0.0, f"diffusion_prefactor_{self.symbol}", "D at infinite temperature, of the Arrhenius line"
+            0.0,
+            f"diffusion_prefactor_{self.symbol}",
+            f"D at infinite temperature, of the Arrhenius line, {UNCORRECTED}",
         )
 
     def diffusion_at(self, temperature_K: float) -> PropertyValue:
@@ -143,7 +147,9 @@ class Arrhenius:
         check_positive("temperature_K", temperature_K)
         name = f"diffusion_coefficient_{self.symbol}_{temperature_K:g}K"
         return self._exponential(
-            1 / (BOLTZMANN * temperature_K), name, "of the Arrhenius line, not of a run at this temperature"
+            1 / (BOLTZMANN * temperature_K),
+            name,
+            f"of the Arrhenius line, not of a run at this temperature, {UNCORRECTED}",
         )
 
     def _exponential(self, x: float, name: str, about: str) -> PropertyValue:
@@ -166,6 +172,8 @@ class TransportResults:
         values, curves: with error bars. arrhenius: by symbol, where it could be fitted. notes: sentences on what to know of them.
         time_ps: length of each trajectory. stopped: why the run is over; empty while it goes on.
         needed: by how much longer it has to run to be as precise as was asked for; 1 = it is; NaN = not known yet.
+        freedom: degrees of freedom of statistical errors, the fewest. doubts: those of the notes that longer runs may settle: that a slope
+            is not one of a line, or disagrees with what velocities say.
     """
 
     values: list[PropertyValue] = field(default_factory=list)
@@ -175,6 +183,8 @@ class TransportResults:
     time_ps: float = 0.0
     stopped: str = ""
     needed: float = math.nan
+    freedom: float = math.inf
+    doubts: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> PropertyValue:
         """The value of this name."""
@@ -213,18 +223,27 @@ class SegmentAnalysis:
         integral = np.cumsum((vacf[..., 1:] + vacf[..., :-1]) / 2 * step, axis=-1) / 3
         return self._by_species(integral[..., self.late[1:]].mean(-1))
 
-    def linearity(self) -> dict[str, float]:
-        """(slope over the later half of the late lags − over the earlier half) / standard error, the worst temperature of each species."""
-        number = np.flatnonzero(self.late)
-        early, later = (np.isin(np.arange(len(self.lags)), half) for half in np.array_split(number, 2))
-        change = self._by_species(self.slopes(self.sums["msd"], later) - self.slopes(self.sums["msd"], early))
-        out = {}
-        for symbol, averages in change.items():
-            effects = [averages.values[:, k] for k in range(averages.values.shape[1])]
-            noise = [averages.errors[:, k] / math.sqrt(np.isfinite(v).sum()) for k, v in enumerate(effects)]
-            ratios = [float(np.nanmean(v) / np.nanmean(e)) for v, e in zip(effects, noise, strict=True)]
-            out[symbol] = max(ratios, key=abs)
-        return out
+    def linearity(self) -> dict[str, np.ndarray]:
+        """(temperatures,) of the mean-square displacement of each species: `_change` of its slope."""
+        by_species = self._by_species(self._bend(self.sums["msd"]))
+        return {symbol: self._change(averages) for symbol, averages in by_species.items()}
+
+    def viscosity_linearity(self) -> np.ndarray:
+        """(temperatures,) of the mean-square displacement of Helfand's moments: `_change` of its slope."""
+        return self._change(average_members(self._bend(self.sums["helfand"]), self.settings.replicas))
+
+    def _bend(self, curves: np.ndarray) -> np.ndarray:
+        """Slope of curves (..., lags) over the later half of the late lags − over the earlier half."""
+        early, later = (
+            np.isin(np.arange(len(self.lags)), half) for half in np.array_split(np.flatnonzero(self.late), 2)
+        )
+        return self.slopes(curves, later) - self.slopes(curves, early)
+
+    @staticmethod
+    def _change(bends: MemberAverages) -> np.ndarray:
+        """Mean over members / standard error."""
+        errors = np.nanmean(bends.errors, axis=0) / np.sqrt(np.isfinite(bends.values).sum(0))
+        return np.nan_to_num(np.nanmean(bends.values, axis=0) / np.where(errors > 0, errors, np.nan))
 
     def viscosity(self) -> MemberAverages:
         """η = ⟨ΔG²⟩'/(2 V kT), mPa s."""
@@ -261,8 +280,14 @@ def analyse_segments(replicas: Replicas, what: Sequence[str], novelty: float | N
     temperatures = replicas.settings.temperatures_K
     viscosities: list[PropertyValue] = []
     if "viscosity" in what:
-        averages = analysis.viscosity()
+        averages, linearity = analysis.viscosity(), analysis.viscosity_linearity()
+        results.freedom = averages.freedom.min()
         for k, t in enumerate(temperatures):
+            if abs(linearity[k]) > DISAGREE:
+                results.doubts.append(
+                    f"The viscosity at {t:g} K has not converged within the lags ({linearity[k]:+.1f} standard errors between the slopes "
+                    "of the later and earlier half of Helfand's moments): take longer segments."
+                )
             said = f"from fluctuations of the stress (Green-Kubo) over {replicas.time_ps:.3g} ps of each trajectory"
             viscosities.append(
                 averages.effects(k).as_value(f"viscosity_{t:g}K", "mPa s", least=0.0, about=said, **about)
@@ -270,6 +295,7 @@ def analyse_segments(replicas: Replicas, what: Sequence[str], novelty: float | N
     if "diffusion" in what:
         _add_diffusion(results, analysis, viscosities, about)
     results.values += viscosities
+    results.notes += results.doubts
     if replicas.failures:
         results.notes.append(analysis.failed)
     return results
@@ -279,22 +305,21 @@ def _add_diffusion(
     results: TransportResults, analysis: SegmentAnalysis, viscosities: list[PropertyValue], about: dict
 ) -> None:
     """D of each species and temperature, their Arrhenius line, and whether they can be trusted."""
-    replicas, temperatures = analysis.replicas, analysis.settings.temperatures_K
+    temperatures = analysis.settings.temperatures_K
     by_velocities, linearity = analysis.diffusion_of_velocities(), analysis.linearity()
     said = f"slope of the mean-square displacement from {FIRST * analysis.lags[-1] / 1000:.3g} to {analysis.lags[-1] / 1000:.3g} ps"
     for s, (symbol, averages) in enumerate(analysis.diffusion().items()):
+        results.freedom = min(results.freedom, averages.freedom.min())
         for k, t in enumerate(temperatures):
             effects = averages.effects(k)
             value = effects.as_value(
                 f"diffusion_coefficient_{symbol}_{t:g}K", "A^2/ps", PER_PS, 0.0, about=said, **about
             )
             results.values.append(value)
-            if viscosities and viscosities[k].value > 0:
-                results.values.append(add_image_correction(value, viscosities[k], t, replicas.volume))
             other = by_velocities[symbol].effects(k)
             if abs(other.value - effects.value) > DISAGREE * math.hypot(other.statistical, effects.statistical):
                 velocities, slope = PER_PS * other.value, PER_PS * effects.value
-                results.notes.append(
+                results.doubts.append(
                     f"D of {symbol} at {t:g} K is {slope:.3g} A^2/ps by displacements and {velocities:.3g} by velocities: motion is not "
                     "diffusive yet within these lags, or records are too far apart; take longer segments."
                 )
@@ -306,18 +331,50 @@ def _add_diffusion(
                 results.curves.append(
                     PropertyCurve(f"{label}_{symbol}_{t:g}K", analysis.lags, "time", "fs", value_of, sigma, unit)
                 )
-        if abs(linearity[symbol]) > DISAGREE:
-            results.notes.append(
-                f"The mean-square displacement of {symbol} is not a line yet within the lags ({linearity[symbol]:+.1f} standard errors "
+        bend = max(linearity[symbol], key=abs)
+        if abs(bend) > DISAGREE:
+            results.doubts.append(
+                f"The mean-square displacement of {symbol} is not a line yet within the lags ({bend:+.1f} standard errors "
                 "between the slopes of its later and earlier half): take longer segments."
             )
         _add_arrhenius(results, symbol, temperatures, averages, about)
     if viscosities:
+        _add_infinite(results, analysis, viscosities)
         return
     results.notes.append(
         "D is that of a periodic cell, smaller than in a large system by 2.84 kT/(6 pi viscosity L) in a fluid; with viscosity among what "
-        "is asked for it is corrected (Yeh, Hummer)."
+        "is asked for it is corrected (Yeh, Hummer) in cells that are nearly cubes."
     )
+
+
+def _add_infinite(results: TransportResults, analysis: SegmentAnalysis, viscosities: list[PropertyValue]) -> None:
+    """D without periodic images at the temperatures at which the correction holds; of the others, why it does not."""
+    found = results.values.copy()
+    bends = np.abs([*analysis.linearity().values(), analysis.viscosity_linearity()]).max(0)
+    for t, viscosity, bend in zip(analysis.settings.temperatures_K, viscosities, bends, strict=True):
+        here = [v for v in found if v.name.startswith("diffusion_coefficient_") and v.name.endswith(f"_{t:g}K")]
+        reason = _no_correction(here, viscosity, float(bend), analysis.replicas.heights)
+        if reason:
+            results.notes.append(f"D at {t:g} K is not corrected for periodic images: {reason}.")
+            continue
+        results.values += [add_image_correction(d, viscosity, t, analysis.replicas.volume) for d in here]
+
+
+def _no_correction(
+    diffusion: Sequence[PropertyValue], viscosity: PropertyValue, bend: float, heights: np.ndarray
+) -> str:
+    """Why the correction of a cubic cell of a fluid does not hold; empty where it does."""
+    if heights.max() > CUBIC * heights.min():
+        sides = ", ".join(f"{height:.3g}" for height in heights)
+        return f"it is that of a cubic cell, and this one has heights of {sides} A"
+    for d in diffusion:
+        if d.value <= DISAGREE * d.parts["statistical"] or not d.low_90 > 0:
+            return f"it is that of a fluid, and {d.name} is not above zero beyond its error, as in a solid"
+    if bend > DISAGREE:
+        return "displacements, or the moments of the viscosity, are not lines yet within the lags"
+    if not 0 < viscosity.parts["statistical"] < ROUGHEST * viscosity.value:
+        return f"the viscosity is not known to {100 * ROUGHEST:.0f} % yet"
+    return ""
 
 
 def _add_arrhenius(
@@ -348,13 +405,11 @@ def _add_arrhenius(
 def add_image_correction(
     d: PropertyValue, viscosity: PropertyValue, temperature_K: float, volume: float
 ) -> PropertyValue:
-    """D_∞ = D_L + ξ kT/(6π η L) of an infinite fluid, from D in a periodic cell and the viscosity, L the cube root of the volume."""
+    """D_∞ = D_L + ξ kT/(6π η L) of an infinite fluid, from D in a cubic cell and the viscosity, L the cube root of the volume."""
     shift = PER_PS * IMAGES * BOLTZMANN * temperature_K / (6 * math.pi * (viscosity.value / MPA_S) * volume ** (1 / 3))
-    error = shift * viscosity.sigma / viscosity.value
+    error, reach = (shift * e / viscosity.value for e in (viscosity.sigma, viscosity.high_90 - viscosity.value))
     value = d.value + shift
-    low, high = (
-        math.copysign(math.hypot(bound - d.value, 1.645 * error), bound - d.value) for bound in (d.low_90, d.high_90)
-    )
+    low, high = (math.copysign(math.hypot(bound - d.value, reach), bound - d.value) for bound in (d.low_90, d.high_90))
     parts = dict(d.parts) | {"statistical": math.hypot(d.parts["statistical"], error)}
     return replace(
         d, name=d.name.replace("coefficient", "coefficient_infinite"), value=value, sigma=math.hypot(d.sigma, error),
