@@ -515,6 +515,46 @@ def test_a_run_that_is_over_goes_on_when_more_is_asked_for(potential: Potential,
     assert "no state of a run" in capsys.readouterr().err
 
 
+def test_a_run_interrupted_at_once_goes_on(potential: Potential, tmp_path):
+    atoms = bulk("Cu", cubic=True)
+    whole = gpmlp.transport(potential, atoms, settings_of(), tmp_path / "whole")
+
+    def interrupt(state):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gpmlp.transport(potential, atoms, settings_of(), tmp_path, progress=interrupt)
+    assert (tmp_path / "state.npz").exists()
+    assert gpmlp.transport(potential, atoms, settings_of(), tmp_path, resume=True).values == whole.values
+    # killed before there was any state
+    assert gpmlp.transport(potential, atoms, settings_of(), tmp_path / "new", resume=True).values == whole.values
+
+
+def test_one_process_at_a_time_has_the_folder(potential: Potential, tmp_path):
+    run = TransportRun(potential, bulk("Cu", cubic=True), settings_of(), tmp_path, resume=False)
+    for resume in (False, True):
+        with pytest.raises(UserError, match="another process is at work"):
+            gpmlp.transport(potential, bulk("Cu", cubic=True), settings_of(), tmp_path, resume=resume)
+    run.close()
+
+
+def test_it_goes_on_with_the_same_model_and_masses_alone(potential: Potential, tmp_path):
+    atoms = bulk("Cu", cubic=True)
+    TransportRun(potential, atoms, settings_of(), tmp_path, resume=False).close()
+    heavy = atoms.copy()
+    heavy.set_masses([65.0] * 4)
+    with pytest.raises(UserError, match="another start"):
+        TransportRun(potential, heavy, settings_of(), tmp_path, resume=True)
+    ion = atoms.copy()
+    ion.info["charge"] = 1.0
+    with pytest.raises(UserError, match="another start"):
+        TransportRun(potential, ion, settings_of(), tmp_path, resume=True)
+    shifted = replace(potential, baselines=())
+    with pytest.raises(UserError, match="another model"):
+        TransportRun(shifted, atoms, settings_of(), tmp_path, resume=True)
+    TransportRun(replace(potential, report={"read": 1}), atoms, settings_of(), tmp_path, resume=True).close()
+
+
 def test_the_time_limit_ends_it(potential: Potential):
     results = gpmlp.transport(potential, bulk("Cu", cubic=True), settings_of(time_limit_s=1.0, length_ps=1e6))
     assert "time limit" in results.stopped
@@ -528,6 +568,7 @@ def test_the_time_limit_counts_from_where_a_run_is_resumed(potential: Potential,
     before = TransportRun(potential, atoms, settings_of(), tmp_path, resume=False)
     before.spent_s = 1e4
     before._save()
+    before.close()
     *_, state = TransportRun(potential, atoms, settings_of(length_ps=0.2, time_limit_s=100.0), tmp_path, resume=True)
     assert "0.2 ps long" in state.results.stopped
 

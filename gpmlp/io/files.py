@@ -1,7 +1,9 @@
-"""Files that survive an interruption: atomic writing, append-only journals whose torn tail is cut off."""
+"""Files that survive an interruption: atomic writing, append-only journals whose torn tail is cut off, locks of folders."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import secrets
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from gpmlp.core.errors import UserError
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks says
 
 
 def check_target(path: str | os.PathLike[str], stays: str = "") -> None:
@@ -77,6 +81,21 @@ def check_apart(
                     f"{path}: is to be written as {role}, but is {other} too; give {role} a name of its own."
                 )
         paths[role] = Path(path)
+
+
+def open_locked(path: Path) -> IO[bytes]:
+    """A file to append to, locked as long as it is open. Raises UserError: another process has it."""
+    file = open(path, "ab", buffering=0)  # noqa: SIM115 - as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(f"{path.parent}: another process is at work on this run; wait for it, or end it.") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:  # a file system without locks
+            file.close()
+            raise
+    return file
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -22,8 +21,7 @@ from torch import Tensor
 from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import json_value
 from gpmlp.io import archive
-from gpmlp.io.files import atomic_write, check_folder
-from gpmlp.learning.oracles import results
+from gpmlp.io.files import atomic_write, check_folder, open_locked
 from gpmlp.learning.recipe import DynamicsRecipe, LearnRecipe
 from gpmlp.learning.stopping.history import History
 from gpmlp.learning.walker import WalkerSnapshot, atoms_with_results
@@ -250,21 +248,6 @@ class RunFiles:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-
-
-def open_locked(path: Path) -> IO[bytes]:
-    """A file to append to, locked as long as it is open. Raises UserError: another process has it."""
-    file = open(path, "ab", buffering=0)  # noqa: SIM115 - as long as the run
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(f"{path.parent}: another process is at work on this run; wait for it, or end it.") from error
-    except OSError as error:
-        if error.errno not in results.NO_LOCKS:  # a file system without locks
-            file.close()
-            raise
-    return file
 
 
 @contextmanager

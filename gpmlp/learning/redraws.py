@@ -18,8 +18,7 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.fitting.report import Progress
 from gpmlp.io.ase_atoms import structures_from_ase, to_ase
-from gpmlp.io.files import check_folder
-from gpmlp.learning.checkpoint import open_locked
+from gpmlp.io.files import check_folder, open_locked
 from gpmlp.learning.labels import LabelEntry, LabelFile, LabelRefusal, canonical_structure, key_of
 from gpmlp.learning.oracles.labeller import Labeller, check_refusal
 from gpmlp.learning.oracles.oracle import OracleRecipe

@@ -11,9 +11,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from ase import Atoms
@@ -23,7 +24,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.engines.md import default_timestep_fs
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.io.files import atomic_write, check_folder
+from gpmlp.io.files import atomic_write, check_folder, open_locked
 from gpmlp.potential.potential import Potential
 from gpmlp.potential.samples import PosteriorSamples
 from gpmlp.properties.dynamics import DynamicsSettings, MovingForces, Replicas
@@ -34,12 +35,13 @@ from gpmlp.properties.values import PropertyValue
 
 DYNAMIC = ("diffusion", "viscosity")
 WATCHED = ("diffusion_coefficient_", "viscosity_")  # values that are to be precise
-STATE = "state.npz"
+STATE, LOCK = "state.npz", "run.lock"
 SAVE_S = 30.0  # seconds between two states on disk
 SEGMENTS = 2  # fewest that are judged
 STEPS = 10  # between two records
 STATIC_FS = 500.0  # between two frames for static averages
 PRECISION, MODEL_SHARE = 0.1, 0.5  # if no precision is given: relative, and of the model's part
+SAID = ("provenance", "report")  # of a model, which they do not change
 FREE = ("precision", "length_ps", "time_limit_s")  # settings that may change when a run goes on
 
 
@@ -151,17 +153,17 @@ def transport(
     Args:
         atoms: the start, e.g. a liquid: it is equilibrated for a short while only, in its own cell.
         folder: where the state of the run is kept, so that it can be resumed; None: nowhere.
-        resume: whether to go on with the run in the folder.
+        resume: whether to go on with the run in the folder, if there is one.
 
     Raises:
-        UserError: a start that is not periodic in all directions or has constraints; a species that is unknown; a folder with another run;
-            a mean potential that blows up.
+        UserError: a start that is not periodic in all directions or has constraints; a species that is unknown; a folder with another run,
+            or at which another process is at work; a mean potential that blows up.
     """
-    run = TransportRun(potential, atoms, settings, folder, resume)
     state = None
-    for state in run:
-        if progress is not None:
-            progress(state)
+    with closing(TransportRun(potential, atoms, settings, folder, resume)) as run:
+        for state in run:
+            if progress is not None:
+                progress(state)
     assert state is not None
     return state.results
 
@@ -187,24 +189,37 @@ class TransportRun:
         self.static = StaticFrames(settings.static, self.replicas, self.samples)
         self.novelty: float | None = None
         self.spent_s = self.earlier_s = 0.0  # in all, and before this run was resumed
-        self.about = json.dumps(_fingerprint(potential, atoms, settings, dynamics), sort_keys=True)
-        self._begin(resume)
+        self.about = json.dumps(_fingerprint(potential, atoms, self.structures, settings, dynamics), sort_keys=True)
+        self.lock: IO[bytes] | None = None
+        try:
+            self._begin(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self.lock is not None:
+            self.lock.close()
 
     def _begin(self, resume: bool) -> None:
-        """Look for the state of an earlier run, and take it up."""
+        """Take the folder, and up the state of an earlier run; a new one is on disk before it moves."""
         if self.folder is None:
             return
         check_folder(self.folder)
         path = self.folder / STATE
-        if not resume:
-            if path.exists():
-                raise UserError(
-                    f"{path}: there is a run in this folder. Go on with it by --resume, or give another folder."
-                )
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            return
+            self.lock = open_locked(self.folder / LOCK)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written to: {error.strerror or error}.") from error
         if not path.exists():
-            raise UserError(f"{path}: there is no run to resume; leave --resume out.")
+            self._save()
+            return
+        if not resume:
+            raise UserError(
+                f"{path}: there is a run in this folder. Go on with it by --resume, or give another folder."
+            )
         try:
             with np.load(path, allow_pickle=False) as file:
                 state = dict(file)
@@ -350,17 +365,24 @@ def _check_start(atoms: Atoms) -> None:
 
 
 def _fingerprint(
-    potential: Potential, atoms: Atoms, settings: TransportSettings, dynamics: DynamicsSettings
+    potential: Potential, atoms: Atoms, structures: Structures, settings: TransportSettings, dynamics: DynamicsSettings
 ) -> dict[str, Any]:
     """What a run that goes on must have in common with how it began."""
-    weights, start = hashlib.sha256(), hashlib.sha256()
-    for term in potential.terms:
-        for z, block in term.blocks.items():
-            weights.update(str(z).encode() + block.weights.detach().cpu().numpy().tobytes())
-    for part in (atoms.positions, atoms.cell.array, atoms.numbers):
+    header, tensors = potential.state()
+    parts = {name: value for name, value in header.items() if name not in SAID}
+    model, start = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()), hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        model.update(name.encode() + value.numpy().tobytes())
+    for part in (
+        atoms.positions,
+        atoms.cell.array,
+        atoms.numbers,
+        atoms.get_masses(),
+        structures.charges.cpu().numpy(),
+    ):
         start.update(np.ascontiguousarray(part).tobytes())
     chosen = {name: value for name, value in asdict(settings).items() if name not in FREE}
-    resolved = asdict(dynamics) | chosen | {"model": weights.hexdigest()[:16], "start": start.hexdigest()[:16]}
+    resolved = asdict(dynamics) | chosen | {"model": model.hexdigest()[:16], "start": start.hexdigest()[:16]}
     return json.loads(json.dumps(resolved))
 
 

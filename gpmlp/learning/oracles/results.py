@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -16,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gpmlp.io.files import NO_LOCKS
+
 LABEL, FAILED = "label", "failed"  # these end an attempt and are written
 UNUSABLE, INTERRUPTED, DISK = "unusable", "interrupted", "disk"  # these say nothing of the structure and are not
 POLL_S = 0.05
@@ -23,7 +24,6 @@ GRACE = 5.0  # s in which an orphan must have computed something, it or a proces
 CHECK_S = 1.0  # between two checks of that
 TICKS = os.sysconf("SC_CLK_TCK")
 WORKER = b"gpmlp.learning.oracles.worker"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def record_path(folder: str | os.PathLike[str], key: str, attempt: int) -> Path:
