@@ -9,13 +9,14 @@ from ase.build import add_adsorbate, bulk, fcc100, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
+from ase.optimize import BFGS
 from ase.vibrations import Vibrations
 
 import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import from_ase
 from gpmlp.properties.compute import compute_properties, exact_properties
-from gpmlp.properties.hop import Hop
+from gpmlp.properties.hop import Hop, _jump
 from gpmlp.properties.surface import Surface
 
 HOP = Hop(temperature_K=900, equivalent=12)
@@ -90,6 +91,47 @@ def test_diffusion_of_a_vacancy(truth):
     assert 0.5 < truth["hop_barrier"] < 1.0 and 0 < truth["log10_attempt_frequency"] < 1.5
     attempts = 10 ** truth["log10_attempt_frequency"] * 1e12
     assert rate == pytest.approx(attempts * np.exp(-truth["hop_barrier"] / (units.kB * 900)), rel=1e-9)
+
+
+@pytest.mark.parametrize("relaxed", [False, True], ids=["ideal", "relaxed"])
+def test_jump_is_from_site_to_site(relaxed):
+    """That of a vacancy is a lattice vector, though its neighbours lie nearer; a drift of all ideal places is none of it."""
+    crystal = bulk("Cu", cubic=True) * (3, 3, 3)
+    there = int(np.argsort(crystal.get_distances(0, range(len(crystal)), mic=True))[1])
+    vector = crystal.get_distance(there, 0, mic=True, vector=True)
+    start, end = crystal.copy(), crystal.copy()
+    end.positions[there] += vector
+    ends = [start, end]
+    for atoms in ends:
+        del atoms[0]
+        if relaxed:
+            atoms.calc = EMT()
+            assert BFGS(atoms, logfile=None).run(fmax=2e-3)
+    jump, farthest = _jump(*ends)
+    if relaxed:
+        assert farthest < np.linalg.norm(vector) - 0.02
+    else:
+        end.positions += [0.2, 0.1, 0.0]
+    assert _jump(*ends)[0] == pytest.approx(np.linalg.norm(vector), abs=2e-3) == jump
+    assert not HOP.refusal(ends)
+
+
+def test_jump_that_is_not_clear_has_to_be_given():
+    """Two atoms pass a hop on; with the distance given D has it."""
+    start = bulk("Cu", cubic=True) * (2, 2, 2)
+    end = start.copy()
+    end.positions[:2] += [1.2, 0, 0]
+    assert "hop.jump_A" in HOP.refusal([start, end])
+    given = Hop(jump_A=2.5, equivalent=6)
+    assert not given.refusal([start, end])
+    end.set_cell(1.01 * end.cell)
+    assert "same cell" in given.refusal([start, end])
+    ends = adatom()
+    found = [
+        exact_properties(Surface.of_calculator(EMT()), ends, [Hop(jump_A=jump)])["log10_diffusion_coefficient"]
+        for jump in (None, ends[0].cell[0, 0])
+    ]
+    assert found[1] - found[0] == pytest.approx(np.log10(4), abs=1e-6)
 
 
 def labels(seed: int, n: int = 16) -> list[Atoms]:

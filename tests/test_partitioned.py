@@ -207,7 +207,7 @@ def test_the_page_does_what_it_says(copper):
 def marked(atoms: Atoms, core: list[int], buffer: float) -> Partition:
     marks = np.zeros(len(atoms), dtype=int)
     marks[core] = 1
-    return Partition("slab", marks, np.ones(len(atoms)), buffer, np.arange(len(atoms)))
+    return Partition("slab", marks, np.ones(len(atoms)), buffer, np.arange(len(atoms)), atoms)
 
 
 @pytest.mark.parametrize("at", [0, 13, 62])
@@ -275,6 +275,30 @@ def test_what_cannot_be_is_refused(copper, region):
     assert not broken.labels
 
 
+def test_other_structures_are_refused(copper, region):
+    """Marks are by index: other elements, periodicity or order are seen, whatever the number of atoms; motion and strain are none."""
+    calculator = gpmlp.PartitionedCalculator(copper, EMT(), region, None, DIFFERENCE)
+    other, slab, mixed = crowded(), crowded(), crowded()
+    other.symbols[4] = "Ag"
+    slab.pbc = [True, True, False]
+    near = int(np.argmax(crowded().get_distances(region.core[0], range(len(other)), mic=True)))
+    mixed.positions[[region.core[0], near]] = mixed.positions[[near, region.core[0]]]
+    for atoms, said in (
+        (other, "atom 4 is Cu in the partition and Ag in the structure"),
+        (slab, "periodic along"),
+        (mixed, f"atom {region.core[0]} of the region is .* another order"),
+    ):
+        with pytest.raises(UserError, match=said):
+            calculator.get_property("energy", atoms)
+    moving = crowded()
+    for _ in range(3):  # farther than at once, and across the cell
+        moving.positions += [1.5, 0, 0]
+        moving.wrap()
+        calculator.get_property("energy", moving)
+    moving.set_cell(1.1 * moving.cell, scale_atoms=True)
+    calculator.get_property("energy", moving)
+
+
 def test_molecules_are_carved_whole():
     """Those of the partition, in the buffer too."""
     atoms = Atoms(cell=[40, 40, 40], pbc=True)
@@ -283,6 +307,6 @@ def test_molecules_are_carved_whole():
         one.translate([3.0 * i, 20, 20])
         atoms += one
     units_of = np.repeat(np.arange(6), 3)
-    part = Partition("row", np.repeat([1, 0, 0, 0, 0, 0], 3), np.ones(18), 3.1, units_of)
+    part = Partition("row", np.repeat([1, 0, 0, 0, 0, 0], 3), np.ones(18), 3.1, units_of, atoms)
     cluster, core = part.cluster(atoms)
     assert len(cluster) == 6 and core.sum() == 3 and not cluster.pbc.any()

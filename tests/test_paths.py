@@ -27,7 +27,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.paths.oracle import OracleCalculator
 from gpmlp.learning.paths.recipe import RelaxRecipe
-from gpmlp.learning.paths.run import PathOutcome, path_numbers
+from gpmlp.learning.paths.run import PathOutcome, _frames, path_numbers
 from gpmlp.learning.paths.surface import PRIOR_LABELS, PRIOR_SCORE, Surface, surface_recipe
 from gpmlp.learning.paths.vibrations import SaddleModes, saddle_modes
 from gpmlp.report.path.page import foreseen_answer, modes_answer, path_page
@@ -52,6 +52,21 @@ def test_barrier_is_that_of_the_oracle(found):
     last = found.labels[-1]
     assert last.force < 0.05 and abs(last.error) < 0.01 and last.reason == "the top"
     assert abs(last.error) < 3 * last.sigma + 1e-3
+
+
+def test_barrier_is_the_difference_of_the_labels(found):
+    """The top of a path that converged stays where it was labelled, and path.xyz says what neb.json says."""
+    truth = []
+    for i in (0, found.path.top, -1):
+        image = found.path.images[i].copy()
+        image.calc = EMT()
+        truth.append(image.get_potential_energy())
+        assert found.path.images[i].get_potential_energy() == pytest.approx(truth[-1], abs=1e-9)
+    assert found.path.barrier == pytest.approx(truth[1] - truth[0], abs=1e-9)
+    assert found.path.reaction_energy == pytest.approx(truth[2] - truth[0], abs=1e-9)
+    for frame in _frames(found.path):
+        relative = frame.get_potential_energy() - found.path.images[0].get_potential_energy()
+        assert frame.info["relative_energy_eV"] == pytest.approx(relative, abs=1e-9)
 
 
 def test_error_bars_along_the_path_cover_the_oracle(found):

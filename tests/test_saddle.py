@@ -27,7 +27,7 @@ from reaction_systems import gpmlp_command, hop, oracle_barrier, slab
 import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.learning.paths.constraints import free_motions
-from gpmlp.learning.paths.run import SaddleOutcome, saddle_numbers
+from gpmlp.learning.paths.run import SaddleOutcome, _saddle_frames, saddle_numbers
 from gpmlp.learning.paths.vibrations import saddle_modes
 from gpmlp.report.path.page import saddle_page
 
@@ -60,6 +60,19 @@ def test_saddle_without_an_end_is_that_of_the_path(climbed):
     assert apart[1] == pytest.approx(start.cell[0, 0] / 2, abs=0.1)
     assert len(climbed.labels) <= 8
     assert climbed.oracle.calls == len(climbed.surface.labels)
+
+
+def test_barrier_is_the_difference_of_the_labels(climbed):
+    """Whatever the posterior makes of them: that of the numbers and of the frames are one."""
+    numbers = saddle_numbers(climbed, saddle_modes(climbed.surface, climbed.saddle.atoms))
+    start, saddle = _saddle_frames(climbed.saddle)[:2]
+    assert numbers["barrier_eV"] == saddle.info["relative_energy_eV"]
+    for atoms in (start, saddle):
+        there = atoms.copy()
+        there.calc = EMT()
+        assert atoms.get_potential_energy() == pytest.approx(there.get_potential_energy(), abs=1e-9)
+    noise = climbed.surface.potential.noise["energies"] * len(start)
+    assert 0 < numbers["barrier_sigma_eV"] <= 2**0.5 * noise
 
 
 def test_saddle_has_one_negative_mode_by_the_oracle(climbed, tmp_path):

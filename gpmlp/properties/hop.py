@@ -1,7 +1,8 @@
 """The rate of a hop from one place to another, and what it diffuses, at any temperature: transition state theory with harmonic modes.
 
 G. H. Vineyard, J. Phys. Chem. Solids 3, 121 (1957), eq. 24:  Γ = Π ν_i (minimum) / Π' ν_j (saddle) exp(-ΔE / kT), and for equivalent hops
-that do not remember each other  D = n d² Γ / (2 dimensions), d the distance of the place that is hopped to.
+that do not remember each other  D = n d² Γ / (2 dimensions), d from site to site. A single atom moves less far than that where it relaxes
+towards a vacancy, and less still where several pass it on; the sum of all displacements is d, as what relaxes about both sites cancels.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from gpmlp.properties.plan import Calculation, Outputs, Plan
 from gpmlp.properties.surface import SOFT, STEP, Failed, Point, Surface, free_atoms, inverse_hessian, structure_names
 
 SAME = 0.1  # A, between places that are one
+SAME_CELL = 1e-6  # A
+RIGID = 1e-3  # A, within which displacements are one drift
+UNCLEAR = 0.3  # A, between the displacement of the farthest atom and that of all
 FMAX = 1e-3  # eV/A, at minimum and saddle
 CLIMBED = 0.05  # eV/A, to which a band climbs, if it does; Newton's steps find the saddle from there
 BAND_STEPS, NEWTON_STEPS = 300, 10
@@ -35,7 +39,8 @@ class Hop(Calculation):
     Γ = Π ν(minimum) / Π' ν(saddle) exp(-ΔE / kT),  D = n d² Γ / (2 dimensions).
 
     temperature_K: of rate and diffusion coefficient; equivalent: hops of the same kind that lead away from a place (12 for a vacancy in an
-    fcc crystal); dimensions: in which they lead; images: between the end points, of the band that finds the saddle.
+    fcc crystal); dimensions: in which they lead; images: between the end points, of the band that finds the saddle; jump_A: from site to
+    site, by default the length of the sum of all displacements between the structures as they are given.
     """
 
     name: ClassVar[str] = "hop"
@@ -45,6 +50,7 @@ class Hop(Calculation):
     equivalent: Annotated[int, Field(ge=1)] = 1
     dimensions: Annotated[int, Field(ge=1, le=3)] = 3
     images: Annotated[int, Field(ge=3)] = 5
+    jump_A: Annotated[float, Field(gt=0)] | None = None
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
         if len(structures) != 2:
@@ -52,21 +58,32 @@ class Hop(Calculation):
         start, end = structures
         if len(start) != len(end) or (start.numbers != end.numbers).any():
             return "start and end must have the same atoms in the same order"
+        if (start.pbc != end.pbc).any() or np.abs(start.cell.array - end.cell.array)[start.pbc].max(
+            initial=0.0
+        ) > SAME_CELL:
+            return "start and end must have the same cell"
         if not start.pbc.any() and free_atoms(start).all():
             return (
                 "an isolated molecule turns as well as it vibrates; take a periodic structure, or one with fixed atoms"
+            )
+        jump, farthest = _jump(start, end)
+        if self.jump_A is None and free_atoms(start).all() and abs(jump - farthest) > UNCLEAR:
+            return (
+                f"the farthest atom moves by {farthest:.3f} A and all together by {jump:.3f} A, which is a drift of "
+                "the whole, or a hop that several atoms pass on: give the distance from site to site (hop.jump_A)"
             )
         return ""
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         start, end = (surface.relax(atoms, fmax=FMAX) for atoms in structures)
         end.positions = start.positions + find_mic(end.positions - start.positions, start.cell, start.pbc)[0]
-        distance = float(np.linalg.norm(end.positions - start.positions, axis=1).max())
+        farthest = float(np.linalg.norm(end.positions - start.positions, axis=1).max())
+        jump = self.jump_A or _jump(*structures)[0]
         saddle = self._saddle(surface, start, end)
         name = structure_names(structures[:1])[0]
-        if distance < SAME:
+        if farthest < SAME:
             raise Failed(
-                f"{name} and where it hops to relax to one place: no atom is farther than {distance:.3f} A from its own"
+                f"{name} and where it hops to relax to one place: no atom is farther than {farthest:.3f} A from its own"
             )
         start.info["name"], saddle.info["name"] = f"{name} before the hop", f"{name} saddle"
         made = [start, saddle, *_displaced(start), *_displaced(saddle)]
@@ -77,23 +94,26 @@ class Hop(Calculation):
             below, at_top = (
                 _log_modes(a, p, n) for a, p, n in ((start, points[2:half], 0), (saddle, points[half:], 1))
             )
-            return self._outputs(barrier, below - at_top, distance)
+            return self._outputs(barrier, below - at_top, jump)
 
         unit = {"hop_barrier": "eV", "log10_attempt_frequency": "log10(THz)", "log10_hop_rate": "log10(1/s)"}
         about = {
             "hop_barrier": "energy of the saddle less that of the place before the hop",
             "log10_attempt_frequency": "by all harmonic modes of both (Vineyard)",
             "log10_hop_rate": f"of one hop at {self.temperature_K:g} K",
-            "log10_diffusion_coefficient": f"of {self.equivalent} equivalent hops of {distance:.3f} A at {self.temperature_K:g} K",
+            "log10_diffusion_coefficient": (
+                f"of {self.equivalent} equivalent hops of {jump:.4f} A at {self.temperature_K:g} K, "
+                f"{'the sum of all displacements' if self.jump_A is None else 'a distance that was given'}"
+            ),
         }
         unit |= {"log10_diffusion_coefficient": "log10(m^2/s)"}
         return Plan(tuple(made), evaluate, unit, {0: 0, 1: 1}, {}, about)
 
-    def _outputs(self, barrier: float, log_frequency: float, distance: float) -> Outputs:
+    def _outputs(self, barrier: float, log_frequency: float, jump: float) -> Outputs:
         """log_frequency: natural, of the attempt frequency in ASE's unit."""
         attempts = (log_frequency + np.log(THZ)) / np.log(10)
         rate = attempts + 12 - barrier / (units.kB * self.temperature_K) / np.log(10)
-        area = self.equivalent * (distance * PER_METRE) ** 2 / (2 * self.dimensions)
+        area = self.equivalent * (jump * PER_METRE) ** 2 / (2 * self.dimensions)
         return {
             "hop_barrier": barrier,
             "log10_attempt_frequency": attempts,
@@ -129,6 +149,17 @@ class _Band(NEB):
         for image, point in zip(self.images, self._surface.points(self.images), strict=True):
             image.calc = SinglePointCalculator(image, energy=point.energy, forces=point.forces)
         return super().get_forces()
+
+
+def _jump(start: Atoms, end: Atoms) -> tuple[float, float]:
+    """A, length of the sum of all displacements and of the largest; less those that atoms which are held have in the mean, or, where none
+    are, those that most atoms share."""
+    moves = find_mic(end.positions - start.positions, start.cell, start.pbc)[0]
+    held = ~free_atoms(start)
+    drift = moves[held].mean(axis=0) if held.any() else np.median(moves, axis=0)
+    if held.any() or np.mean(np.linalg.norm(moves - drift, axis=1) < RIGID) > 0.5:
+        moves = moves - drift
+    return float(np.linalg.norm(moves[~held].sum(axis=0))), float(np.linalg.norm(moves, axis=1).max())
 
 
 def _displaced(atoms: Atoms) -> list[Atoms]:

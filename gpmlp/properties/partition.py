@@ -18,7 +18,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.molecules import bonded_units
 from gpmlp.core.neighbors import Neighbors, find_neighbors
 from gpmlp.core.structures import Structures
-from gpmlp.io.ase_atoms import structures_from_ase
+from gpmlp.io.ase_atoms import structures_from_ase, to_ase
 from gpmlp.io.charges import stated_charge
 from gpmlp.potential.potential import Potential
 
@@ -86,6 +86,7 @@ class Partition:
         force_sigma: (atoms,) calibrated standard deviation of the force vector, eV/A.
         buffer: A, its width.
         units: (atoms,) the molecule that an atom is in the buffer with.
+        atoms: the structure, without results.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Partition:
     force_sigma: np.ndarray
     buffer: float
     units: np.ndarray
+    atoms: Atoms
 
     @property
     def core(self) -> np.ndarray:
@@ -181,7 +183,7 @@ def partition(potential: Potential, structure: Structures, rule: RegionRule | No
     core = _core(variance, units, wanted, rule.sigma)
     width = potential.cutoff if rule.buffer is None else rule.buffer
     marks = np.where(core, CORE, np.where(_around(structure, core, units, width), BUFFER, REST))
-    return Partition(name, marks, np.sqrt(variance), width, units)
+    return Partition(name, marks, np.sqrt(variance), width, units, to_ase(structure)[0])
 
 
 def _units(structure: Structures) -> np.ndarray:

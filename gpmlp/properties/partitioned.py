@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.geometry import find_mic
 
 from gpmlp.core import errors
 from gpmlp.core.calculators import merge_kwargs
@@ -41,6 +42,7 @@ DIFFERENCE: dict[str, Any] = {
 }
 # by which standard deviations from so few labels are taken to be too small, before later ones say by how much they are
 DOUBT = 3.0
+FARTHEST = 0.5  # of the cutoff, that an atom of the core may move from one structure to the next
 SUREST = 1e-3  # eV/A, of a component; no potential is taken to be better
 
 
@@ -91,13 +93,15 @@ class PartitionedCalculator(Calculator):
         self.difference: Potential | None = None
         self._model = GPCalculator(potential)
         self._correction: GPCalculator | None = None
+        self._last = partition.atoms  # the structure before
         self._squares = [DOUBT**2]  # of errors in units of their standard deviations, of labels that ΔE had not seen
 
     def learn(self, frames: Atoms | Sequence[Atoms]) -> None:
         """Label structures by the oracle, and learn ΔE from all labels so far.
 
         Raises:
-            UserError: other atoms than those of the partition, a total charge that is not zero, or the oracle failed.
+            UserError: other atoms than those of the partition, or in another order, as far as elements and places say; a total
+                charge that is not zero, or the oracle failed.
         """
         for atoms in [frames] if isinstance(frames, Atoms) else frames:
             structure, label = self._label(atoms)
@@ -181,9 +185,37 @@ class PartitionedCalculator(Calculator):
         return structure, replace(Targets.unlabelled(structure), **about)
 
     def _check(self, atoms: Atoms) -> None:
-        n = len(self.partition.marks)
-        if len(atoms) != n:
-            raise UserError(f"{self.partition.name}: the partition is of {n} atoms, the structure has {len(atoms)}.")
+        """Marks are by index: raise UserError unless the atoms are those of the partition, in its order."""
+        whole, name = self.partition.atoms, self.partition.name
+        if len(atoms) != len(whole):
+            raise UserError(f"{name}: the partition is of {len(whole)} atoms, the structure has {len(atoms)}.")
+        if (other := np.flatnonzero(atoms.numbers != whole.numbers)).size:
+            i = int(other[0])
+            raise UserError(
+                f"{name}: atom {i} is {whole.symbols[i]} in the partition and {atoms.symbols[i]} in the structure: give the atoms in the "
+                "order of the partition, or make it anew."
+            )
+        if (atoms.pbc != whole.pbc).any():
+            raise UserError(
+                f"{name}: the partition is of a structure that is periodic along {whole.pbc.tolist()}, this one is along "
+                f"{atoms.pbc.tolist()}: make it anew."
+            )
+        core, farthest = self.partition.core, FARTHEST * self.potential.cutoff
+        moved = min((_moves(place, atoms)[core] for place in (whole, self._last)), key=np.max)
+        if moved.max() > farthest:
+            i = int(moved.argmax())
+            raise UserError(
+                f"{name}: atom {core[i]} of the region is {moved[i]:.2f} A from where it was in the partition and in the structure before, "
+                f"more than {farthest:g} A: are atoms in another order, or is this another structure? Make the partition anew."
+            )
+        self._last = atoms.copy()
+
+
+def _moves(before: Atoms, atoms: Atoms) -> np.ndarray:
+    """(atoms,) A, how far each has moved, apart from what a change of a periodic cell takes it along."""
+    before = before.copy()
+    before.set_cell(atoms.cell, scale_atoms=bool(atoms.pbc.all()))
+    return np.linalg.norm(find_mic(atoms.positions - before.positions, atoms.cell, atoms.pbc)[0], axis=1)
 
 
 def _with_as_many(recipe: Recipe, environments: int) -> Recipe:

@@ -66,7 +66,8 @@ class Path:
     """A minimum-energy path as the model has it after the last label.
 
     Attributes:
-        images: with energy and forces of the posterior mean as results of their calculators.
+        images: with energy and forces as results of their calculators: the oracle's where an image is labelled, as the end points are, and
+            where a search that converged has its top; else of the posterior mean.
         energies: (images,) eV, less that of the start; sigmas: (images,) eV, of these differences; distances: (images,) A along the path.
         top: the highest image.
         barrier, sigma: energy of the top less that of the start, eV, and its standard deviation.
@@ -209,7 +210,8 @@ class GPNEB:
             self.labels.append(label)
             self.converged = label.converged
             if self.converged or len(self.labels) >= steps:
-                self._relax_band(fmax)
+                if not self.converged:  # else the top stays where it was labelled
+                    self._relax_band(fmax)
                 self.path = self._path()
             yield label
 
@@ -282,7 +284,7 @@ class GPNEB:
         return energy
 
     def _path(self) -> Path:
-        predicted = self._predict()
+        predicted = self.surface.known(self.images)
         images = [image.copy() for image in self.images]
         _attach(images, predicted.energies, predicted.forces)
         steps = [np.linalg.norm(b.positions - a.positions) for a, b in zip(images[:-1], images[1:], strict=True)]

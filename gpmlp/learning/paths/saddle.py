@@ -75,7 +75,8 @@ class Saddle:
     Attributes:
         start, atoms: the minimum and the saddle, with energy and forces of the oracle.
         sides: minima on either side, with the oracle's results; empty where they were not asked for.
-        barrier, sigma: energy above the start by the posterior, eV, and its standard deviation.
+        barrier, sigma: energy above the start, the difference of their labels, eV, and the standard deviation that the noise of labels
+            leaves it.
         mode: (atoms, 3) the one that goes down, of length 1; curvature: along it, eV/A^2.
     """
 
@@ -357,10 +358,11 @@ class GPSaddle:
 
     def _result(self, fmax: float) -> Saddle:
         atoms = self.atoms.copy()
-        label = min(self.surface.labels, key=lambda label: np.abs(label.positions - atoms.positions).max())
+        label = self.surface.label_of(atoms)
+        assert label is not None  # a search ends where it was labelled
         atoms.calc = label.calc
         curvatures, vectors = self._curvatures(atoms, free_motions(atoms))
-        energies = self.surface.predict([self.start, atoms])
+        energies = self.surface.known([self.start, atoms])
         mode = vectors[:, 0].reshape(-1, 3)
         sides = self._sides(atoms, mode, fmax) if self.with_sides and self.converged else ()
         barrier = float(energies.energies[1] - energies.energies[0])
