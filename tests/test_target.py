@@ -11,14 +11,17 @@ from ase.build import bulk
 from learning_runs import finish
 
 import gpmlp
+from gpmlp.cli.progress import learning_table
 from gpmlp.core.calculators import stillinger_weber
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import from_ase
 from gpmlp.learning.loop import learn
 from gpmlp.learning.recipe import LearnRecipe
+from gpmlp.learning.target import PropertyTarget
 from gpmlp.properties.compute import exact_properties
 from gpmlp.properties.surface import Surface
 from gpmlp.recipe import Recipe
+from gpmlp.report.run.page import report_run
 
 pytest.importorskip("matscipy", reason="matscipy is not installed (pip install matscipy)")
 MODEL = {"descriptor": {"cutoff": 4.5, "n_max": 5, "l_max": 3}, "inducing": {"functionals": "all"}}
@@ -104,6 +107,8 @@ def test_a_limit_ends_it(folder):
         ({"property": "elastik.C11"}, "Perhaps you meant 'elastic'"),
         ({"property": "elastic.C11", "options": {"stran": 1}}, "Perhaps you meant 'strain'"),
         ({"property": "elastic.C11", "structure": "none.xyz"}, "none.xyz"),
+        ({"property": "elastic.C12x"}, "elastic has no value 'C12x'"),
+        ({"property": "eos.bulk_moduls"}, "eos has no value 'bulk_moduls'"),
     ],
 )
 def test_refusals_before_anything_is_labelled(folder, target, said):
@@ -113,5 +118,30 @@ def test_refusals_before_anything_is_labelled(folder, target, said):
 
 
 def test_a_value_that_is_not_there(folder):
-    with pytest.raises(UserError, match="no property 'C12x'; there are C11"):
-        finish(recipe(target={"property": "elastic.C12x", "sigma": 1.0}), folder)
+    with pytest.raises(UserError, match="no property 'C16'; there are C11"):
+        finish(recipe(target={"property": "elastic.C16", "sigma": 1.0}), folder)
+    # mended, it goes on from the labels there are
+    last = finish(recipe(target={"property": "elastic.C44", "sigma": 1e3}), folder, resume=True)
+    assert last.verdict.converged and last.labels == 5 and last.calls == 0
+    table = learning_table(last, folder / "out", None, target=True)
+    names, values = (list(column.cells) for column in table.columns)
+    said = dict(zip(map(str, names), map(str, values), strict=True))
+    assert said["why it stopped"] == "the target is reached" and "force error, limit" not in said
+    assert "90 % interval" in said["target elastic.C44"] and "trajectory" not in " ".join((*said, *said.values()))
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [{"trigger": {"force": 0.1}}, {"dynamics": {"temperature_K": 300, "steps": 9}}, {"stop": {"plateau": False}}],
+)
+def test_what_does_nothing_is_refused(idle):
+    with pytest.raises(ValueError, match="has no meaning where labels are chosen for a target"):
+        recipe(**idle)
+
+
+def test_the_best_structures_are_labelled(folder, monkeypatch):
+    monkeypatch.setattr(PropertyTarget, "next_label", lambda *_: None)
+    last = finish(recipe(target=SURE), folder)
+    end = json.loads((folder / "out" / "log.jsonl").read_text().splitlines()[-1])
+    assert end["ended"] == "labelled" and "the best structures are labelled" in last.stopped
+    assert report_run(folder / "out", recipe(target=SURE)).exists()

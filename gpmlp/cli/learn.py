@@ -63,7 +63,7 @@ def learn_command(
             else "more dynamics.steps, or another section `stop`, let it go on"
         )
         console.print_message("finished", f"the run in {folder} had stopped already, and nothing was done; {more}")
-    console.standard_output().print(progress.learning_table(last, folder, page))
+    console.standard_output().print(progress.learning_table(last, folder, page, chosen.target is not None))
     if last.stopped == loop.UNSTABLE:
         raise UserError(
             f"{folder}: the run ended early: {last.stopped}. Try a shorter dynamics.timestep_fs, a lower temperature or another start."

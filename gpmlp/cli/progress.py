@@ -129,11 +129,12 @@ def _note(state: LoopState) -> str:
     return state.reason
 
 
-def learning_table(state: LoopState, folder: Path, page: Path | None) -> Table:
+def learning_table(state: LoopState, folder: Path, page: Path | None, target: bool = False) -> Table:
     """Outcome of a run.
 
     Args:
         page: about it, if one was written.
+        target: whether a property was its target, so that there was no dynamics.
     """
     model, progress = state.model, state.progress
     steps = sum(walker.walker.step for walker in progress.walkers)
@@ -142,22 +143,24 @@ def learning_table(state: LoopState, folder: Path, page: Path | None) -> Table:
     cut = f", {state.surrogates} of surrogates cut out of larger frames" if state.surrogates else ""
     rare = f", one label in {steps / asked:.0f}" if asked else ""
     force = state.limits.force if state.limits else None
+    limit = [] if target else [("force error, limit", f"{format_number(force)} eV/A" if force else "none")]
+    files = ["labels", "log"] if target else ["labels", "trajectory", "log"]
+    names = [f"{name}.xyz" for name in files[:-1]]
     pairs = [
-        ("why it stopped", _why(state)),
+        ("why it stopped", _why(state, target)),
         *((c.name, f"{MARKS[c.met]}: {c.sentence}") for c in (state.verdict.criteria if state.verdict else ())),
         ("labels", f"{state.labels}: {len(progress.first)} to begin with, {asked} asked for{cut}{aside}"),
         *([("steps", f"{steps} of {len(progress.walkers)} walkers{rare}")] if progress.walkers else []),
-        *(_model_pairs(model, force) if model else ()),
+        *((*limit, *_model_pairs(model)) if model else ()),
         *(_foreseen_pairs(page) if page else ()),
         ("model", str(folder / "model.gpmlp")),
-        ("labels, trajectory, log", f"labels.xyz, trajectory.xyz, run.log, log.jsonl in {folder}"),
+        (", ".join(files), f"{', '.join(names)}, run.log, log.jsonl in {folder}"),
     ]
     return pairs_table("Learning run", [*pairs, ("report", str(page))] if page is not None else pairs)
 
 
-def _model_pairs(model: OnlineModel, force: float | None) -> tuple[tuple[str, str], ...]:
+def _model_pairs(model: OnlineModel) -> tuple[tuple[str, str], ...]:
     return (
-        ("force error, limit", f"{format_number(force)} eV/A" if force else "none"),
         ("noise", format_noise(model.online.noise_of_mean)),
         ("inducing variables", str(model.online.rank)),
     )
@@ -170,12 +173,12 @@ def _foreseen_pairs(page: Path) -> list[tuple[str, str]]:
     return [("force error, foreseen", f"± {std:.3g} meV/A, of a component along the trajectory")] if std else []
 
 
-def _why(state: LoopState) -> str:
+def _why(state: LoopState, target: bool) -> str:
     """The reason, without what the criteria say themselves."""
     if state.verdict is None:
         return state.stopped
     if state.verdict.converged:
-        return "converged: all criteria are met"
+        return "the target is reached" if target else "converged: all criteria are met"
     if state.verdict.limit:
         return state.stopped.split(";")[0]
     return state.stopped.removesuffix(state.verdict.sentence).rstrip("; ") + "; it is not converged"

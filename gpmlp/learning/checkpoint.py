@@ -43,6 +43,8 @@ MAY_CHANGE = (
     "labels_at_most",
     "lammps.",
     "output",
+    "target.property",
+    "target.sigma",
     "dynamics.steps",
     "dynamics.ramp_steps",
     *(f"oracle.{name}" for name in HOW),
@@ -288,7 +290,8 @@ def _check_same_run(before: dict, now: dict, folder: Path) -> None:
         ):  # a newer key says what was always done
             raise UserError(
                 f"{folder}: the run there had {name} = {a.get(name)!r}, the recipe says {b.get(name)!r}; a run is resumed with "
-                "the recipe it began with (only when it stops, `thin`, dynamics.steps and how the oracle is run may change)."
+                "the recipe it began with (only when it stops, the property of a target and its sigma, `thin`, dynamics.steps and how the "
+                "oracle is run may change)."
             )
     if "dynamics" not in now:
         return

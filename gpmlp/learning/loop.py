@@ -302,7 +302,7 @@ class _Run:
                 chosen = target.next_label(self.potential, results, self._is_done)
         if chosen is None:
             why = verdict.sentence if verdict.stop else f"the best structures are labelled; {verdict.sentence}"
-            ended = "converged" if verdict.converged else verdict.limit or "steps"
+            ended = "converged" if verdict.converged else verdict.limit or "labelled"
             self.progress = replace(self.progress, stopped=why)
             self.files.log_event("stopped", reason=why, ended=ended)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -294,6 +295,14 @@ WITH_LAMMPS = {
     "explore": {"directed", "radius_A"},
 }
 
+# what a run with a target, which has no dynamics, takes of these sections; the temperature displaces the first structures
+WITH_TARGET = {
+    "dynamics": {"temperature_K"},
+    "trigger": {"guards"},
+    "stop": {"labels_at_most", "time_at_most_h"},
+    "explore": {"directed", "radius_A"},
+}
+
 
 class LearnRecipe(RecipeSection):
     """A learning run; only start, oracle and dynamics have to be given."""
@@ -324,6 +333,8 @@ class LearnRecipe(RecipeSection):
             )
         if self.target and (self.lammps or self.carve):
             raise ValueError("target chooses the structures to label itself: leave out lammps and carve")
+        if self.target:
+            self._refuse_idle(WITH_TARGET, "where labels are chosen for a target, without dynamics")
         self._check_trigger()
         self._check_lammps()
         coverage, novelty = self.stop.coverage, self.trigger.novelty
@@ -352,19 +363,23 @@ class LearnRecipe(RecipeSection):
         once = self.target is not None and self.refresh.labels is None
         return self.refresh.model_copy(update={"labels": 1}) if once else self.refresh
 
-    def _check_lammps(self) -> None:
-        if self.lammps is None:
-            return
-        for section, taken in WITH_LAMMPS.items():
+    def _refuse_idle(self, sections: Mapping[str, set[str]], where: str) -> None:
+        """Raise ValueError if something is chosen that such a run does not take."""
+        for section, taken in sections.items():
             chosen = getattr(self, section)
             defaults = {name: field.default for name, field in type(chosen).model_fields.items() if name not in taken}
             # not whether they are given: in the folder of a run all are
             others = sorted(name for name, default in defaults.items() if getattr(chosen, name) != default)
             if others:
                 raise ValueError(
-                    f"{section}.{others[0]} has no meaning where LAMMPS moves the atoms, which does as {self.lammps.input} says; leave it "
+                    f"{section}.{others[0]} has no meaning {where}; leave it "
                     f"out (of `{section}` it takes {' and '.join(sorted(taken))})"
                 )
+
+    def _check_lammps(self) -> None:
+        if self.lammps is None:
+            return
+        self._refuse_idle(WITH_LAMMPS, f"where LAMMPS moves the atoms, which does as {self.lammps.input} says")
         if self.trigger.novelty is None and self.trigger.local_energy is None:
             raise ValueError(
                 "trigger: novelty and local_energy are both null, so that LAMMPS would never halt; give one of them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ class PropertyTarget:
             base: folder that its paths start from; start: the structures that are taken where it names none.
 
         Raises:
-            UserError: an unknown property or option; structures that it does not suit.
+            UserError: an unknown property, value of one or option; structures that it does not suit.
         """
         structures = named(read_starts(base / (recipe.structure or start)))
         kind, _, name = recipe.property.partition(".")
@@ -53,6 +54,10 @@ class PropertyTarget:
         (calculation,) = choose_calculations(structures, [kind], options)
         if not calculation.to_sharpen:
             raise UserError(f"target.property: labels cannot be chosen for values of {kind}.")
+        if calculation.outputs and not re.fullmatch(calculation.outputs, name):
+            raise UserError(
+                f"target.property: {kind} has no value '{name}'; its names are of the form {calculation.outputs}."
+            )
         if len(structures) > 1 and not calculation.several:
             raise UserError(
                 f"target: {kind} is of one structure, and there are {len(structures)}; name a file with one."

@@ -164,6 +164,7 @@ class Vacancies(_PointDefects):
     """
 
     name: ClassVar[str] = "vacancy"
+    outputs: ClassVar[str] = r"vacancy_formation_energy(_.+)?"
 
     def unsuited(self, host: Atoms) -> str:
         absent = [chemical_symbols[z] for z in sorted(self._species(host) - {*host.numbers})]

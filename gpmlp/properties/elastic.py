@@ -28,6 +28,9 @@ class ElasticConstants(Calculation):
     """
 
     name: ClassVar[str] = "elastic"
+    outputs: ClassVar[str] = (
+        r"C[1-6][1-6]|(bulk|shear)_modulus_(voigt|reuss|hill)|young_modulus_hill|poisson_ratio_hill"
+    )
     strain: Annotated[float, Field(gt=0, le=0.05)] = 0.005
 
     def refusal(self, structures: Sequence[Atoms]) -> str:

@@ -51,6 +51,7 @@ class EquationOfState(Calculation):
     """
 
     name: ClassVar[str] = "eos"
+    outputs: ClassVar[str] = r"energy_per_atom|volume_per_atom|bulk_modulus|bulk_modulus_derivative"
     volumes: Annotated[int, Field(ge=5)] = 9
     span: Annotated[float, Field(gt=0, le=0.3)] = 0.06
     form: Literal["birchmurnaghan", "vinet", "murnaghan", "birch", "pouriertarantola"] = "birchmurnaghan"

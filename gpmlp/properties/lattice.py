@@ -26,6 +26,7 @@ class LatticeConstants(Calculation):
     """
 
     name: ClassVar[str] = "lattice"
+    outputs: ClassVar[str] = r"lattice_constant_[abc]|cell_angle_(alpha|beta|gamma)"
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
         return no_crystal_at_rest(structures, "lattice constants")
