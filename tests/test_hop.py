@@ -8,7 +8,7 @@ from ase import Atoms, units
 from ase.build import add_adsorbate, bulk, fcc100, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixCartesian, FixedLine, FixedPlane
 from ase.optimize import BFGS
 from ase.vibrations import Vibrations
 
@@ -16,8 +16,8 @@ import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import from_ase
 from gpmlp.properties.compute import compute_properties, exact_properties
-from gpmlp.properties.hop import Hop, _jump
-from gpmlp.properties.surface import Surface
+from gpmlp.properties.hop import Hop, _jump, _log_modes
+from gpmlp.properties.surface import Surface, displaced
 
 HOP = Hop(temperature_K=900, equivalent=12)
 
@@ -81,6 +81,30 @@ def test_vineyard_by_vibrations_of_ase(tmp_path):
     assert found["log10_hop_rate"] == pytest.approx(np.log10(rate), abs=5e-3)
     distance = start.cell[0, 0] / 2
     assert 10 ** found["log10_diffusion_coefficient"] == pytest.approx(4 * (distance * 1e-10) ** 2 / 4 * rate, rel=2e-2)
+
+
+def test_modes_are_those_that_constraints_allow():
+    """An adatom that is held along y has two modes; free ones are the roots of those of the whole matrix."""
+    (start, _), surface = adatom(), Surface.of_calculator(EMT())
+    start = surface.relax(start)
+    whole = _log_modes(start, surface.points(displaced(start)), 0)
+    parts = []
+    for normal in ([1, 0, 0], [0, 1, 0], [0, 0, 1]):
+        start.set_constraint([start.constraints[0], FixedLine(8, normal)])
+        parts.append(_log_modes(start, surface.points(displaced(start)), 0))
+    assert whole == pytest.approx(sum(parts), abs=1e-6)  # by symmetry the modes are along the axes
+    start.set_constraint([start.constraints[0], FixedPlane(8, [0, 1, 0])])
+    assert _log_modes(start, surface.points(displaced(start)), 0) == pytest.approx(parts[0] + parts[2], abs=1e-6)
+
+
+def test_only_motions_of_the_whole_are_left_out():
+    """All atoms are held along z: of the translations two are left, which are no modes."""
+    surface, crystal = Surface.of_calculator(EMT()), bulk("Cu", cubic=True)
+    crystal = surface.relax(crystal)
+    whole = _log_modes(crystal, surface.points(displaced(crystal)), 0)
+    crystal.set_constraint(FixCartesian(range(4), [False, False, True]))
+    # the modes of the cell are along its axes
+    assert _log_modes(crystal, surface.points(displaced(crystal)), 0) == pytest.approx(2 / 3 * whole, abs=1e-6)
 
 
 def test_diffusion_of_a_vacancy(truth):
@@ -172,11 +196,13 @@ def test_intervals_cover_the_oracle(truth, fitted):
 
 
 def test_what_cannot_hop_is_refused(truth):
-    surface, (start, end) = Surface.of_calculator(EMT()), vacancy()
+    surface, (start, end), pinned = Surface.of_calculator(EMT()), vacancy(), molecule("N2")
+    pinned.set_constraint(FixAtoms([0]))
     for structures, said in (
         ([start], "needs two structures"),
         ([start, end[:-1]], "same atoms in the same order"),
         ([molecule("N2"), molecule("N2")], "isolated molecule turns"),
+        ([pinned, pinned.copy()], "isolated molecule turns"),  # about the atom that is held
     ):
         with pytest.raises(UserError, match=said):
             exact_properties(surface, structures, [HOP])

@@ -16,7 +16,7 @@ from ase.build import bulk, fcc111, molecule
 from ase.calculators.calculator import all_changes
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixCartesian
+from ase.constraints import FixAtoms, FixBondLength, FixCartesian, FixedLine, FixedPlane
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 from ase.spacegroup import crystal
@@ -44,11 +44,12 @@ from gpmlp.properties.compute import (
     named,
     plan_all,
 )
+from gpmlp.properties.constraints import allowed_motions
 from gpmlp.properties.equation_of_state import EquationOfState
 from gpmlp.properties.labelling import _noise, _whitened_rows, choose_labels, sharpened_names
 from gpmlp.properties.phases import PhaseEnergies
 from gpmlp.properties.plan import Calculation, CurveAxis, Plan
-from gpmlp.properties.surface import Failed, Surface, check_stable
+from gpmlp.properties.surface import Failed, Surface, check_stable, inverse_hessian
 from gpmlp.properties.values import spread, value_from_samples
 
 
@@ -234,6 +235,47 @@ def test_refusals(copper):
         gpmlp.compute_properties(copper, bulk("Cu"), ["eso"])
     with pytest.raises(UserError, match="no structures"):
         gpmlp.compute_properties(copper, [], ["eos"])
+
+
+def held_copper() -> Atoms:
+    """Atoms away from their sites: one held along x, one in an oblique plane, one on a line."""
+    atoms = bulk("Cu", cubic=True)
+    atoms.positions[:3] += [[0.12, 0, 0], [0, 0.1, 0.1], [0.06, 0.0, 0.06]]
+    atoms.set_constraint([FixCartesian([0], [True, False, False]), FixedPlane(1, [0, 1, 1]), FixedLine(2, [1, 1, 0])])
+    return atoms
+
+
+def test_force_constants_and_newton_steps_go_where_constraints_let_them(copper):
+    surface, held = Surface(copper), held_copper()
+    free = held.copy()
+    free.set_constraint()
+    allowed = allowed_motions(held)
+    assert surface.hessian(held) == pytest.approx(allowed @ surface.hessian(free) @ allowed, abs=0.02)
+    rest = surface.relax(held, fmax=1e-4)
+    (point,) = surface.points([rest])
+    response = IonResponse(inverse_hessian(surface.hessian(rest)), None)
+    assert np.abs(point.forces).max() > 0.1  # what constraints take up
+    assert response.corrected(point, rest).energy == pytest.approx(point.energy, abs=1e-7)
+    assert response.corrected(point, rest).forces == pytest.approx(point.forces, abs=1e-3)
+    (moved,) = surface.relax_ions([held], response.compliance)
+    assert surface.points([moved])[0].energy == pytest.approx(point.energy, abs=1e-6)
+    nothing = held.copy()
+    nothing.set_constraint(FixAtoms(range(4)))
+    assert not surface.hessian(nothing).any()
+
+
+def test_fast_error_bars_under_constraints_are_those_of_relaxed_samples(copper):
+    two = [bulk("Cu", cubic=True), held_copper()]
+    fast, full = (gpmlp.compute_properties(copper, two, ["phases"], samples=6, full=full) for full in (False, True))
+    assert not fast.failures and not full.failures
+    assert fast.values[0].sigma == pytest.approx(full.values[0].sigma, rel=0.25) and fast.values[0].sigma > 0
+
+
+def test_a_constraint_that_no_sample_can_hold_is_refused(copper):
+    bound = bulk("Cu", cubic=True)
+    bound.set_constraint(FixBondLength(0, 1))
+    with pytest.raises(UserError, match="Cu4: the constraint FixBondLengths? cannot be held here, only FixAtoms"):
+        gpmlp.compute_properties(copper, [bulk("Cu"), bound], ["phases"])
 
 
 CRYSTALS_ONLY = ["eos", "lattice", "elastic", "phonons", "quasi_harmonic", "vacancy", "interstitial", "surface"]

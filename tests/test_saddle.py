@@ -26,9 +26,9 @@ from reaction_systems import gpmlp_command, hop, oracle_barrier, slab
 
 import gpmlp
 from gpmlp.core.errors import UserError
-from gpmlp.learning.paths.constraints import free_motions
 from gpmlp.learning.paths.run import SaddleOutcome, _saddle_frames, saddle_numbers
 from gpmlp.learning.paths.vibrations import saddle_modes
+from gpmlp.properties.constraints import free_motions
 from gpmlp.report.path.page import saddle_page
 
 pytestmark = pytest.mark.filterwarnings("ignore:Skipping unhashable")

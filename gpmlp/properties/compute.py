@@ -17,6 +17,7 @@ from gpmlp.core.units import VOIGT_INDEX
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.potential import Potential
 from gpmlp.properties.calculations import check_suited, choose_calculations
+from gpmlp.properties.constraints import allowed_forces, check_supported
 from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
 from gpmlp.properties.surface import (
     LONGEST,
@@ -24,7 +25,6 @@ from gpmlp.properties.surface import (
     Point,
     Progress,
     Surface,
-    free_atoms,
     inverse_hessian,
     structure_names,
 )
@@ -92,8 +92,7 @@ class IonResponse:
         Raises:
             Failed: the step is no small one.
         """
-        free = free_atoms(atoms)
-        force = (point.forces * free[:, None]).ravel()
+        force = allowed_forces(atoms, point.forces).ravel()
         step = self.compliance @ force
         if np.abs(step).max(initial=0.0) > LONGEST:
             raise Failed(f"ions of {structure_names([atoms])[0]} move farther than a Newton step reaches ({LONGEST} A)")
@@ -101,7 +100,7 @@ class IonResponse:
         if self.strain_forces is not None:
             change = self.strain_forces @ step / atoms.get_volume()
             stress = stress - change[np.array(VOIGT_INDEX)]
-        return Point(point.energy - 0.5 * float(force @ step), np.where(free[:, None], 0.0, point.forces), stress)
+        return Point(point.energy - 0.5 * float(force @ step), point.forces - force.reshape(-1, 3), stress)
 
 
 def compute_properties(
@@ -177,11 +176,13 @@ def named(structures: Sequence[Atoms]) -> list[Atoms]:
     """Copies whose info['name'] differ: a number is added to a name that comes again, one that makes no other structure's name.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or one has constraints that no sample can hold.
     """
     if not structures:
         raise UserError("There are no structures: give one or more.")
     names = structure_names(structures)
+    for atoms, name in zip(structures, names, strict=True):
+        check_supported(atoms, name)
     times, taken, out = Counter(names), set(names), []
     for atoms, name in zip(structures, names, strict=True):
         numbered = (f"{name}_{k}" for k in count(1))

@@ -18,8 +18,18 @@ from ase.mep import NEB
 from ase.optimize import FIRE
 from pydantic import Field
 
+from gpmlp.properties.constraints import allowed_directions, allowed_forces, allowed_of_atoms, rigid_motions
 from gpmlp.properties.plan import Calculation, Outputs, Plan
-from gpmlp.properties.surface import SOFT, STEP, Failed, Point, Surface, free_atoms, inverse_hessian, structure_names
+from gpmlp.properties.surface import (
+    SOFT,
+    Failed,
+    Point,
+    Surface,
+    displaced,
+    hessian_within,
+    inverse_hessian,
+    structure_names,
+)
 
 SAME = 0.1  # A, between places that are one
 SAME_CELL = 1e-6  # A
@@ -62,12 +72,12 @@ class Hop(Calculation):
             initial=0.0
         ) > SAME_CELL:
             return "start and end must have the same cell"
-        if not start.pbc.any() and free_atoms(start).all():
+        if not start.pbc.any() and rigid_motions(start).size:
             return (
                 "an isolated molecule turns as well as it vibrates; take a periodic structure, or one with fixed atoms"
             )
         jump, farthest = _jump(start, end)
-        if self.jump_A is None and free_atoms(start).all() and abs(jump - farthest) > UNCLEAR:
+        if self.jump_A is None and allowed_of_atoms(start).any(axis=(1, 2)).all() and abs(jump - farthest) > UNCLEAR:
             return (
                 f"the farthest atom moves by {farthest:.3f} A and all together by {jump:.3f} A, which is a drift of "
                 "the whole, or a hop that several atoms pass on: give the distance from site to site (hop.jump_A)"
@@ -86,7 +96,7 @@ class Hop(Calculation):
                 f"{name} and where it hops to relax to one place: no atom is farther than {farthest:.3f} A from its own"
             )
         start.info["name"], saddle.info["name"] = f"{name} before the hop", f"{name} saddle"
-        made = [start, saddle, *_displaced(start), *_displaced(saddle)]
+        made = [start, saddle, *displaced(start), *displaced(saddle)]
         half = 2 + (len(made) - 2) // 2
 
         def evaluate(points: Sequence[Point]) -> Outputs:
@@ -130,7 +140,7 @@ class Hop(Calculation):
         top = images[1 + int(np.argmax([image.get_potential_energy() for image in images[1:-1]]))]
         top.calc = None
         for _ in range(NEWTON_STEPS):
-            force = surface.points([top])[0].forces * free_atoms(top)[:, None]
+            force = allowed_forces(top, surface.points([top])[0].forces)
             if np.linalg.norm(force, axis=1).max() < FMAX:
                 return top
             step = (inverse_hessian(surface.hessian(top)) @ force.ravel()).reshape(-1, 3)
@@ -155,37 +165,22 @@ def _jump(start: Atoms, end: Atoms) -> tuple[float, float]:
     """A, length of the sum of all displacements and of the largest; less those that atoms which are held have in the mean, or, where none
     are, those that most atoms share."""
     moves = find_mic(end.positions - start.positions, start.cell, start.pbc)[0]
-    held = ~free_atoms(start)
+    held = ~allowed_of_atoms(start).any(axis=(1, 2))
     drift = moves[held].mean(axis=0) if held.any() else np.median(moves, axis=0)
     if held.any() or np.mean(np.linalg.norm(moves - drift, axis=1) < RIGID) > 0.5:
         moves = moves - drift
     return float(np.linalg.norm(moves[~held].sum(axis=0))), float(np.linalg.norm(moves, axis=1).max())
 
 
-def _displaced(atoms: Atoms) -> list[Atoms]:
-    """Each free coordinate moved forth and back, as central differences of forces need it."""
-    moved = []
-    for i in np.flatnonzero(free_atoms(atoms)):
-        for axis in range(3):
-            for sign in (1, -1):
-                moved.append(atoms.copy())
-                moved[-1].positions[i, axis] += sign * STEP
-    return moved
-
-
 def _log_modes(atoms: Atoms, points: Sequence[Point], unstable: int) -> float:
-    """Sum of ln ν of the real modes, ν in ASE's unit; translations, where nothing is fixed, are left out.
+    """Sum of ln ν of the real modes, ν in ASE's unit; those of the whole that constraints allow are left out.
 
     Raises:
         Failed: there are more or fewer unstable modes.
     """
-    free = free_atoms(atoms)
-    forces = np.array([point.forces[free].ravel() for point in points]).reshape(-1, 2, 3 * int(free.sum()))
-    hessian = (forces[:, 1] - forces[:, 0]) / (2 * STEP)
-    masses = np.repeat(atoms.get_masses()[free], 3)
-    values = np.linalg.eigvalsh(0.5 * (hessian + hessian.T) / np.sqrt(masses[:, None] * masses))
-    if free.all():
-        values = np.delete(values, np.argsort(np.abs(values))[:3])
+    masses = atoms.get_masses()[allowed_directions(atoms)[0]]
+    values = np.linalg.eigvalsh(hessian_within(atoms, points) / np.sqrt(masses[:, None] * masses))
+    values = np.delete(values, np.argsort(np.abs(values))[: rigid_motions(atoms).shape[1]])
     if (n := int((values < 0).sum())) != unstable or (np.abs(values) < SOFT / masses.max()).any():
         raise Failed(f"{structure_names([atoms])[0]} has {n} unstable modes, not {unstable}")
     return float(0.5 * np.log(values[unstable:]).sum() - (len(values) - unstable) * np.log(2 * np.pi))

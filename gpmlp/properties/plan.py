@@ -37,7 +37,7 @@ class Plan:
             a sample's forces, nothing else.
         units: of each output that is told, in this order; others serve surfaces whose own plan tells others.
         relaxed: index of a structure whose ions are at rest on the surface -> index of the structure whose Hessian serves for their Newton
-            step on another surface (itself, or the one without strain). Atoms under FixAtoms stay.
+            step on another surface (itself, or the one without strain). What constraints hold stays.
         curves: outputs that are arrays, (n,) or (n, branches), and what they are drawn over.
         about: one sentence on each output.
         sources: indices of the structures that an output is from; all, if it is not there.

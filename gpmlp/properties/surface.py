@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
-from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 
@@ -18,6 +17,7 @@ from gpmlp.core.units import GPA, VOIGT, VOIGT_INDEX
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.potential import Potential
+from gpmlp.properties.constraints import allowed_directions, allowed_forces
 
 STEP = 0.01  # A, of central differences of forces
 STRAIN = 1e-3  # of central differences of forces with the cell
@@ -110,18 +110,9 @@ class Surface:
         return moving
 
     def hessian(self, atoms: Atoms) -> np.ndarray:
-        """(3n, 3n) second derivatives of the energy, eV/A^2, by central differences; rows and columns of fixed atoms are zero."""
-        free = np.repeat(free_atoms(atoms), 3)
-        moved = []
-        for coordinate in np.flatnonzero(free):
-            for sign in (1, -1):
-                moved.append(atoms.copy())
-                moved[-1].positions[coordinate // 3, coordinate % 3] += sign * STEP
-        forces = np.array([point.forces.ravel() for point in self._in_parts(moved)]).reshape(-1, 2, 3 * len(atoms))
-        full = np.zeros((3 * len(atoms),) * 2)
-        full[free] = (forces[:, 1] - forces[:, 0]) / (2 * STEP)
-        full[:, ~free] = 0.0
-        return 0.5 * (full + full.T)
+        """(3n, 3n) second derivatives of the energy, eV/A^2, by central differences, of motions that constraints allow."""
+        basis, points = allowed_basis(atoms), self._in_parts(displaced(atoms))
+        return basis.T @ hessian_within(atoms, points) @ basis
 
     def strain_response(self, atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
         """(6, 3n) derivatives of forces (eV/A) and (6, 6) of stresses (eV/A^3) with strain, ions carried along, by central differences.
@@ -130,8 +121,7 @@ class Surface:
         """
         strains = [sign * STRAIN * unit for unit in np.eye(6) for sign in (1, -1)]
         found = self._in_parts([strained(atoms, strain) for strain in strains])
-        free = np.repeat(free_atoms(atoms), 3)
-        forces = np.array([point.forces.ravel() * free for point in found]).reshape(6, 2, -1)
+        forces = np.array([allowed_forces(atoms, point.forces) for point in found]).reshape(6, 2, -1)
         stresses = voigt(np.array([point.stress for point in found])).reshape(6, 2, 6)
         return tuple((values[:, 0] - values[:, 1]) / (2 * STRAIN) for values in (forces, stresses))
 
@@ -146,7 +136,7 @@ class Surface:
         """
         moved = [atoms.copy() for atoms in structures]
         for _ in range(NEWTON_STEPS):
-            forces = [point.forces * free_atoms(a)[:, None] for a, point in zip(moved, self.points(moved), strict=True)]
+            forces = [allowed_forces(a, point.forces) for a, point in zip(moved, self.points(moved), strict=True)]
             if max((np.abs(force).max() for force in forces), default=0.0) < fmax:
                 return moved
             for atoms, force in zip(moved, forces, strict=True):
@@ -255,13 +245,29 @@ def voigt(tensor: np.ndarray) -> np.ndarray:
     return np.stack([tensor[..., i, j] for i, j in VOIGT], axis=-1)
 
 
-def free_atoms(atoms: Atoms) -> np.ndarray:
-    """(n,) which atoms no FixAtoms holds."""
-    free = np.ones(len(atoms), dtype=bool)
-    for constraint in atoms.constraints:
-        if isinstance(constraint, FixAtoms):
-            free[constraint.index] = False
-    return free
+def displaced(atoms: Atoms) -> list[Atoms]:
+    """The structure moved by STEP forth and back along each of constraints.allowed_directions."""
+    moved = []
+    for index, direction in zip(*allowed_directions(atoms), strict=True):
+        for sign in (1, -1):
+            moved.append(atoms.copy())
+            moved[-1].positions[index] += sign * STEP * direction
+    return moved
+
+
+def allowed_basis(atoms: Atoms) -> np.ndarray:
+    """(k, 3n) constraints.allowed_directions as displacements of all atoms."""
+    index, directions = allowed_directions(atoms)
+    basis = np.zeros((len(index), len(atoms), 3))
+    basis[np.arange(len(index)), index] = directions
+    return basis.reshape(len(index), 3 * len(atoms))
+
+
+def hessian_within(atoms: Atoms, points: Sequence[Point]) -> np.ndarray:
+    """(k, k) second derivatives of the energy along constraints.allowed_directions, eV/A^2, from points of `displaced`."""
+    forces = np.array([point.forces.ravel() for point in points]).reshape(-1, 2, 3 * len(atoms))
+    within = ((forces[:, 1] - forces[:, 0]) / (2 * STEP)) @ allowed_basis(atoms).T
+    return 0.5 * (within + within.T)
 
 
 def empty_gaps(atoms: Atoms) -> np.ndarray:

@@ -12,7 +12,7 @@ from gpmlp.core.structures import Structures
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.io.charges import SAME as SAME_CHARGE
 from gpmlp.io.label_checks.coincident import check_coincident
-from gpmlp.learning.paths.constraints import check_constraints
+from gpmlp.properties.constraints import check_constraints
 
 SAME = 0.05  # A; end points in which no atom is farther from its place in the other are one structure
 SAME_CELL = 1e-6  # A

@@ -11,8 +11,8 @@ from ase.optimize import BFGS
 from ase.optimize.optimize import Optimizer
 
 from gpmlp.core.errors import UserError
-from gpmlp.learning.paths.constraints import check_constraints
 from gpmlp.learning.paths.surface import Surface, surface_recipe
+from gpmlp.properties.constraints import check_constraints
 
 TRUST = 0.3  # A that an atom may move away from the lowest label in one step
 LONGEST_STEP = 0.1  # A, of the relaxation on the posterior

@@ -19,11 +19,11 @@ from ase.build import minimize_rotation_and_translation
 from ase.geometry import find_mic
 
 from gpmlp.core.errors import UserError
-from gpmlp.learning.paths.constraints import check_constraints, free_motions
 from gpmlp.learning.paths.minimizer import GPMinimizer, descend
 from gpmlp.learning.paths.oracle import OracleCalculator
 from gpmlp.learning.paths.surface import Surface, surface_recipe
 from gpmlp.learning.paths.vibrations import hessian
+from gpmlp.properties.constraints import check_constraints, free_motions
 
 LONGEST_STEP = 0.1  # A, of an atom on the posterior
 FARTHEST = 0.2  # A that an atom may move before the next label; twice that where the model is sure

@@ -10,8 +10,8 @@ from ase import Atoms
 from ase.constraints import FixAtoms
 from ase.vibrations.data import VibrationsData
 
-from gpmlp.learning.paths.constraints import allowed_motions, rigid_motions
 from gpmlp.learning.paths.surface import Surface
+from gpmlp.properties.constraints import allowed_motions, rigid_motions
 
 STEP = 0.01  # A, of central differences of forces
 SOFT = 10.0  # cm^-1; a mode below that is as good as flat

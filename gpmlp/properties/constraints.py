@@ -1,8 +1,9 @@
-"""Constraints that relaxations and paths on a posterior can hold: those of single atoms, by which forces are only projected."""
+"""Constraints that relaxations, paths and samples of a posterior can hold: those of single atoms, by which forces are only projected."""
 
 from __future__ import annotations
 
 import numpy as np
+import scipy.linalg
 from ase import Atoms
 from ase.constraints import FixAtoms, FixCartesian, FixedLine, FixedPlane
 
@@ -13,7 +14,15 @@ DEGENERATE = 1e-8  # rotation about the axis of a linear molecule; share of a ri
 
 
 def check_constraints(atoms: Atoms, what: str) -> None:
-    """Raises UserError: a constraint other than SUPPORTED, or none of the atoms can move.
+    """Raises UserError: as check_supported, or none of the atoms can move."""
+    check_supported(atoms, what)
+    fixed = {int(i) for c in atoms.constraints if isinstance(c, FixAtoms) for i in c.index}
+    if len(fixed) == len(atoms):
+        raise UserError(f"{what}: all {len(atoms)} atoms are fixed, so that nothing can move; fix fewer.")
+
+
+def check_supported(atoms: Atoms, what: str) -> None:
+    """Raises UserError: a constraint other than SUPPORTED.
 
     Args:
         what: how messages call the atoms.
@@ -24,18 +33,33 @@ def check_constraints(atoms: Atoms, what: str) -> None:
             raise UserError(
                 f"{what}: the constraint {type(constraint).__name__} cannot be held here, only {names}; remove it."
             )
-    fixed = {int(i) for c in atoms.constraints if isinstance(c, FixAtoms) for i in c.index}
-    if len(fixed) == len(atoms):
-        raise UserError(f"{what}: all {len(atoms)} atoms are fixed, so that nothing can move; fix fewer.")
+
+
+def allowed_of_atoms(atoms: Atoms) -> np.ndarray:
+    """(atoms, 3, 3), for each atom the projection on displacements that constraints allow."""
+    allowed = np.zeros((3, len(atoms), 3))
+    for axis, motion in enumerate(allowed):
+        motion[:, axis] = 1.0
+        for constraint in atoms.constraints:
+            constraint.adjust_forces(atoms, motion)
+    return 0.5 * (allowed.transpose(1, 0, 2) + allowed.transpose(1, 2, 0))
 
 
 def allowed_motions(atoms: Atoms) -> np.ndarray:
     """(3 atoms, 3 atoms), the projection on displacements that constraints allow."""
-    allowed = np.eye(3 * len(atoms))
-    for motion in allowed:
-        for constraint in atoms.constraints:
-            constraint.adjust_forces(atoms, motion.reshape(-1, 3))
-    return 0.5 * (allowed + allowed.T)
+    return np.asarray(scipy.linalg.block_diag(*allowed_of_atoms(atoms)))
+
+
+def allowed_directions(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
+    """Atoms (k,) and unit vectors (k, 3) of the displacements of single atoms, at right angles, that span all that constraints allow."""
+    shares, axes = np.linalg.eigh(allowed_of_atoms(atoms))
+    index, axis = np.nonzero(shares > 0.5)
+    return index, axes[index, :, axis]
+
+
+def allowed_forces(atoms: Atoms, forces: np.ndarray) -> np.ndarray:
+    """(atoms, 3), the part of forces that constraints do not take up."""
+    return np.einsum("aij,aj->ai", allowed_of_atoms(atoms), forces)
 
 
 def rigid_motions(atoms: Atoms) -> np.ndarray:
