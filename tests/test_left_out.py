@@ -71,6 +71,35 @@ def test_left_out_is_not_learned(caught, i, near):
     assert torch.allclose(found.prediction.stresses_variance.data, truth.stresses_variance.data, rtol=1e-5, atol=1e-14)
 
 
+def test_influence_is_how_far_the_fit_moves(caught):
+    """By a structure none of whose environments is an inducing point, so that the reference has the same columns."""
+    structures, model = caught[4], caught[0].variances
+    same = (len(without_columns_of(caught[1], structures, [i])[1]) == len(model.signal) for i in range(len(structures)))
+    i = next(i for i, kept in enumerate(same) if kept and structures.counts[i] > 1)
+    influence = left_out.predict_left_out(*caught[:7], [i]).influence
+    others = structures.select([j for j in range(8) if j != i])
+    rows = model.whitened(model.covariance_rows(others, [t.environments(others) for t in caught[0].terms])).b
+    moved = fitted_without(caught, [i])(others).energies - caught[0](others).energies
+    torch.testing.assert_close(moved, -(rows.energies @ influence.shifts[0]), rtol=1e-5, atol=1e-9)
+    assert moved.abs().max() > 1e-4 and set(influence.kind.tolist()) == {0, 1, 2}
+
+
+def test_functional_scale_is_that_of_errors():
+    """Of probes whose variance is half the posterior's, half that of shifts: errors three times as large ask for a scale so much larger."""
+    generator = torch.Generator().manual_seed(0)
+    n, columns = 200, 400
+    shifts = torch.eye(n, columns, dtype=torch.float64)
+    rows = torch.zeros(n, columns, dtype=torch.float64)
+    rows[torch.arange(n), (torch.arange(n) + 1) % n] = ((n - 1) / n) ** 0.5
+    noise = torch.randn(n, generator=generator, dtype=torch.float64)
+    about = torch.ones(n, dtype=torch.float64), torch.arange(n), torch.arange(n) % 3
+    scale = {
+        s: calibrate.functional_scale(left_out.Influence(shifts, rows, s * 2**0.5 * noise, *about)) for s in (3.0, 0.5)
+    }
+    assert scale[3.0] == pytest.approx(3.0 * calibrate.BEYOND, rel=0.15)
+    assert scale[0.5] == pytest.approx(scale[3.0] / 6)
+
+
 def test_scales_are_judged_on_structures_that_they_were_not_learned_from(caught):
     found = left_out.predict_left_out(*caught[:8])
     n, sizes = len(found.structures), calibrate.cross_fitted_size(found)

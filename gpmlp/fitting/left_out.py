@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,37 @@ PART_ATOMS = 128  # of structures whose rows are made together
 SAME = 2e-6  # |x - x'|² of an environment and a centre that is this environment
 EVERY = slice(None), slice(None), slice(None)
 ENOUGH = 100  # forces from which the amplitude is learned
+PROBES = 6  # labels of each kind of a structure by which its influence is judged
+
+
+class Influence(NamedTuple):
+    """What leaving labels of structures out of a fit does to it, all columns kept, in whitened columns b = R⁻ᵀ D L⁻¹ k_u.
+
+    The mean of a functional with the row b changes by -b.s, with s = Bᵀ (I - B Bᵀ)⁻¹ r of the structure's rows B and residuals r of the
+    fit, over the noise.
+
+    Attributes:
+        shifts: (structures, columns) s.
+        rows: (probes, columns) some of the rows (I - B Bᵀ)⁻¹ B of the structures, whose products with a shift are what the mean without
+            the structure, too, changes by.
+        errors, variances: (probes,) of the mean and the posterior without the structure, over the noise.
+        owner: (probes,) number of the structure among `shifts`; kind: (probes,) of the label, place in KINDS.
+    """
+
+    shifts: Tensor
+    rows: Tensor
+    errors: Tensor
+    variances: Tensor
+    owner: Tensor
+    kind: Tensor
+
+    @staticmethod
+    def concatenate(parts: Sequence[Influence]) -> Influence:
+        """Of all structures."""
+        first = torch.tensor([0, *(len(p.shifts) for p in parts)]).cumsum(0).tolist()
+        owners = torch.cat([p.owner + n for p, n in zip(parts, first[:-1], strict=True)])
+        joined = Influence(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        return joined._replace(owner=owners)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +86,14 @@ class LeftOut:
         prediction: as the potential gives it where there is no label; of covariances only the diagonal of the part due to the data.
         expected: where the mean is exact, by kind the mean squares of the errors (of energies per atom) that its process expects, noise
             included; otherwise empty.
+        influence: of leaving each of them out.
     """
 
     structures: Structures
     targets: Targets
     prediction: Prediction
     expected: dict[str, Tensor] = field(default_factory=dict)
+    influence: Influence | None = None
 
     def select(self, indices: Sequence[int]) -> LeftOut:
         """Some of the structures."""
@@ -190,8 +223,9 @@ def predict_left_out(
     pieces = [parts] if workers.shares else [[part] for part in parts]
     kept = workers.keep(fitted)
     found = workers.map(_leave_out, [(kept, piece) for piece in pieces], report)
-    about = structures.select(chosen), targets.select(structures, chosen), Prediction.concatenate(sum(found, []))
-    return LeftOut(*about, expected)
+    predicted, influence = zip(*sum(found, []), strict=True)
+    about = structures.select(chosen), targets.select(structures, chosen), Prediction.concatenate(predicted)
+    return LeftOut(*about, expected, Influence.concatenate(influence))
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,18 +262,21 @@ class _Fitted:
         self, labelled: _Labelled, environments: ByDescriptor, unused: Sequence[Sequence[_Unused]]
     ) -> list[_StandardLabels]:
         """The labels over their noise, by each of the models, without the `unused` columns: each structure without its own, or all
-        without the same ones."""
-        out, part = [], labelled.structures
+        without the same ones; and last with all columns, by the mean and what variances have."""
+        out, part, whole, residual = [], labelled.structures, None, None
         for model, columns in zip(self.models, unused, strict=True):
             k_fu = model.covariance_rows(part, environments, self.request.forces, self.request.stresses)
             rows, mean = self.whitened(model, part, k_fu), None
             if model is self.models[0] and not self.errors:
                 weights = self.weights.to(model.signal)
                 mean = CovarianceRows(*(getattr(k_fu, kind).to(weights) @ weights for kind in KINDS))
+                residual = CovarianceRows(*(getattr(mean, kind).clone() for kind in KINDS))
+            whole = replace(rows, b=CovarianceRows(*(getattr(rows.b, kind).clone() for kind in KINDS)))
             for k, gone in enumerate(columns):
                 gone.leave(rows, mean, _rows_of(part, k) if len(columns) == len(part) else EVERY)
             out.append(_StandardLabels.make(rows, mean, part, labelled.remaining, self.noise))
-        return out
+        assert whole is not None, "there is a model"
+        return [*out, _StandardLabels.make(whole, residual, part, labelled.remaining, self.noise)]
 
     def whitened(self, model: VarianceModel, structures: Structures, rows: CovarianceRows) -> WhitenedRows:
         """Of the columns of a model and, where it is the potential's, of charges."""
@@ -263,31 +300,34 @@ class _Fitted:
             labelled, [StructureEnvironments.from_structures(d, labelled.structures) for d in self.descriptors]
         )
 
-    def leave_out(self, part: tuple[_Labelled, list[_Labelled | None]]) -> Prediction:
+    def leave_out(self, part: tuple[_Labelled, list[_Labelled | None]]) -> tuple[Prediction, Influence]:
         """Predictions of structures, each without its labels and those of the others beside it, and without inducing variables at
-        these."""
+        these, and what that does to the fit."""
         labelled, near = part
         here, seen = labelled.structures, self.environments(labelled)
         beside = [self.environments(others) if others else None for others in near]
         unused = [self.unused(seen, other, k) for k, other in enumerate(beside)]
         labels = self.standard(labelled, seen.by_descriptor, list(zip(*unused, strict=True)))
         error, variance = self.weights.new_full((2, 7 * len(here) + 3 * here.n_atoms), torch.nan)
+        influence = []
         for k, other in enumerate(beside):
             more: Sequence[_StandardLabels | None] = [None] * len(labels)
             if other:
                 more = self.standard(other.labelled, other.by_descriptor, [[columns] for columns in unused[k]])
-            found = [a.left_out(k, b) for a, b in zip(labels, more, strict=True)]
-            place = found[0][0]
-            error[place], variance[place] = found[0][1], found[-1][2]
+            *found, whole = (a.left_out(k, b) for a, b in zip(labels, more, strict=True))
+            place, sigma, known = found[0].place, found[0].sigma, whole.errors
+            error[place], variance[place] = sigma * found[0].errors[: len(place)], sigma**2 * found[-1].variances
             if self.errors:
                 at = torch.cat([torch.arange(len(error))[rows] for rows in _places_of(here, k)])
                 error[at] = self.errors[labelled.numbers[k]].where(~error[at].isnan(), torch.nan)
+                known = torch.cat([error[place].to(sigma) / sigma, torch.zeros_like(known[len(place) :])])
+            influence.append(whole.influence(known, _kinds_of(place, here), labelled.numbers[k]))
         atoms = [here.offsets[k] + _some_atoms(here.select([k]), i) for k, i in enumerate(labelled.numbers)]
         asked, environments = replace(self.request, atoms=torch.cat(atoms)), seen.by_descriptor
-        spread: dict[str, Any] = dict(self.potential.variance_model()(here, environments, asked, labels[-1].rows))
+        spread: dict[str, Any] = dict(self.potential.variance_model()(here, environments, asked, labels[-2].rows))
         novelty = self.potential.novelty is not None
         raw = replace(self.potential(here, novelty=novelty, environments=environments), **spread)
-        return _replaced(raw, labelled.targets, error, variance)
+        return _replaced(raw, labelled.targets, error, variance), Influence.concatenate(influence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,13 +414,13 @@ def _columns_at(
     return torch.cat(out) if out else torch.zeros(0, dtype=torch.long)
 
 
-def _leave_out(report: Report, fitted: _Fitted, parts: Sequence[tuple]) -> list[Prediction]:
-    found: list[Prediction] = []
+def _leave_out(report: Report, fitted: _Fitted, parts: Sequence[tuple]) -> list[tuple[Prediction, Influence]]:
+    found: list[tuple[Prediction, Influence]] = []
     total = sum(len(labelled.structures) for labelled, _ in parts)
 
-    def take(one: Prediction) -> None:
+    def take(one: tuple[Prediction, Influence]) -> None:
         found.append(one)
-        done = sum(len(p.energies) for p in found)
+        done = sum(len(p.energies) for p, _ in found)
         report(done, total, f"{done} of {total} structures left out in turn")
 
     parallel.map_pieces(fitted.leave_out, parts, take)
@@ -459,25 +499,55 @@ class _StandardLabels:
             start += len(owner)
         return _StandardLabels(rows, *(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
-    def left_out(self, structure: int, others: _StandardLabels | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`place`, errors (label - prediction) and variances of the labels of a structure, without these and the `others`."""
+    def left_out(self, structure: int, others: _StandardLabels | None) -> _Without:
+        """The labels of a structure without these and the `others`."""
         mine = self.owner == structure
         parts = [(self.left[mine], self.residuals[mine]), *([(others.left, others.residuals)] if others else [])]
-        error, variance = leave_one_out(*(torch.cat(part) for part in zip(*parts, strict=True)))
-        sigma = self.sigma[mine]
-        return self.place[mine], sigma * error[: len(sigma)], sigma**2 * variance[: len(sigma)]
+        left, residuals = (torch.cat(part) for part in zip(*parts, strict=True))
+        values, vectors = torch.linalg.eigh(left @ left.T)
+        values = values.clamp(0, 1 - 1e-12)  # labels in the data leave less than their noise
+        # (I - C)⁻¹ r and [(I - C)⁻¹ C]_ii
+        errors = vectors @ ((vectors.T @ residuals.to(left)) / (1 - values))
+        variances = vectors.square() @ (values / (1 - values))
+        n = int(mine.sum())
+        return _Without(self.place[mine], self.sigma[mine], errors, variances[:n], left, values, vectors)
 
 
-def leave_one_out(left: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) errors (I - C)⁻¹ r and posterior variances [(I - C)⁻¹ C]_ii of a fit to the other data, of labels with unit noise.
+@dataclass(frozen=True, eq=False)
+class _Without:
+    """Labels of a structure, and others near it, by the fit to the other data, over their noise.
 
-    Args:
-        left: (n, columns) whose products are C; residuals: (n,) r of the fit with these labels.
+    Attributes:
+        place, sigma: as of _StandardLabels, of the structure; errors: (labels,) (I - C)⁻¹ r, of all; variances: of the structure.
+        left: (labels, columns) whose products are C; values, vectors: of C.
     """
-    values, vectors = torch.linalg.eigh(left @ left.T)
-    values = values.clamp(0, 1 - 1e-12)  # labels in the data leave less than their noise
-    error = vectors @ ((vectors.T @ residuals.to(left)) / (1 - values))
-    return error, vectors.square() @ (values / (1 - values))
+
+    place: Tensor
+    sigma: Tensor
+    errors: Tensor
+    variances: Tensor
+    left: Tensor
+    values: Tensor
+    vectors: Tensor
+
+    def influence(self, errors: Tensor, kind: Tensor, seed: int) -> Influence:
+        """Of leaving the structure out, with its energy, PROBES of its force components at random and of its stress as probes.
+
+        Args:
+            errors: of the mean, over the noise, as that has all columns; kind: (labels,) of each label, place in KINDS.
+        """
+        shift = errors.to(self.left) @ self.left
+        order = torch.randperm(len(kind), generator=torch.Generator().manual_seed(seed))
+        chosen = torch.cat([order[kind.cpu()[order] == k][:PROBES] for k in range(len(KINDS))]).to(kind.device)
+        rows = (self.vectors[chosen] / (1 - self.values)) @ (self.vectors.T @ self.left)
+        about = errors[chosen].to(rows), self.variances[chosen], torch.zeros_like(chosen), kind[chosen]
+        return Influence(shift[None], rows, *about)
+
+
+def _kinds_of(place: Tensor, structures: Structures) -> Tensor:
+    """Place in KINDS of entries among energies, force components and stress components of structures."""
+    ends = torch.tensor([len(structures), len(structures) + 3 * structures.n_atoms], device=place.device)
+    return torch.bucketize(place, ends, right=True)
 
 
 def _replaced(raw: Prediction, known: Targets, error: Tensor, variance: Tensor) -> Prediction:

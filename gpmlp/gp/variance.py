@@ -106,6 +106,8 @@ class VarianceModel:
             between them may be of another size (fitting/left_out.py).
         reduced: by species, nearly the variances of local energies from fewer columns, where a fit was asked for them; exact: whether
             they are left aside.
+        shifts: (structures, columns) by which leaving a structure out moves the fit, b.s for a row b (fitting/left_out.Influence), as large
+            as calibrated samples need them; of columns and those of charges behind them. None where they are not known.
     """
 
     priors: tuple[PriorCovariance, ...]
@@ -119,6 +121,7 @@ class VarianceModel:
     amplitude: float = 1.0
     reduced: dict[int, ReducedVariance] = field(default_factory=dict)
     exact: bool = True
+    shifts: Tensor | None = None
 
     @property
     def n_columns(self) -> int:
@@ -423,6 +426,9 @@ class VarianceModel:
         for i, (block, lower) in enumerate(zip(every, self.lowers, strict=True)):
             tensors |= {f"{i}.{name}": t for name, t in (block.stored() | {"lower": pack_triangle(lower)}).items()}
         tensors |= {f"reduced.{z}": pack_triangle(form.triangle) for z, form in self.reduced.items()}
+        if self.shifts is not None:
+            header["shifts"] = self.shifts.shape[1]
+            tensors["shifts"] = self.shifts
         return header, tensors
 
     @staticmethod
@@ -475,7 +481,13 @@ class VarianceModel:
             check_leading(leading, [b.n_columns for mine in blocks for b in mine if int(z) in b.central_species])
             triangle = stored_triangle(stored, f"reduced.{z}", sum(leading))
             reduced[int(z)] = ReducedVariance(tuple(leading), triangle)
-        return VarianceModel(tuple(priors), tuple(blocks), tuple(lowers), signal, factor.T, *about, reduced, exact)
+        width = header.get("shifts")  # of columns, and of those of charges
+        if width is not None and width < columns:
+            raise UserError(f"{width} columns of shifts, and {columns} of the posterior factor.")
+        shifts = None if width is None else stored.take("shifts", ("structures", width))
+        return VarianceModel(
+            tuple(priors), tuple(blocks), tuple(lowers), signal, factor.T, *about, reduced, exact, shifts
+        )
 
 
 def _block_header(block: Block) -> dict:

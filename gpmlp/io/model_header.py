@@ -244,6 +244,7 @@ class _Calibration(_Section):
     source: _Source
     typical_novelty: Deviation | None = None
     spread: NotNegative | None = None
+    posterior_scale: NotNegative | None = None
     unsampled: NotNegative | None = None
 
     @model_validator(mode="after")
@@ -269,6 +270,7 @@ class _Variances(_Section):
     label_noise: dict[Kind, NotNegative]
     of_fit: Count
     amplitude: NotNegative = 1.0
+    shifts: Count | None = None
     reduced: dict[Element, list[Count]] = {}
 
     @model_validator(mode="after")

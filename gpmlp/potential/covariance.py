@@ -13,7 +13,7 @@ from gpmlp.core import errors, units
 from gpmlp.core.quantities import KINDS, Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.gp.covariances import CovarianceRows
-from gpmlp.potential.samples import SampledPotential
+from gpmlp.potential.samples import SampledPotential, sample_spread
 
 
 class CorrelatedPotential(SampledPotential, Protocol):
@@ -111,11 +111,14 @@ def covariance(
         values = torch.cat([getattr(part, kind) for kind in kinds])
         return values if weights is None else weights.to(values) @ values
 
-    b, scale = of(rows.b), potential.calibration.sample_scale if calibrated else None
+    b, (scale, shifts) = of(rows.b), sample_spread(potential) if calibrated else (None, None)
     if scale is None:
         joint = model.unexplained(here, environments, of(rows.a), kinds, weights) + b @ b.T
     else:
         joint = scale**2 * b @ b.T
+    if shifts is not None:
+        shifted = b @ shifts.T
+        joint += shifted @ shifted.T
     if "energies" in kinds:
         deviations = potential.energy_deviations(here).to(joint)
         deviations = deviations if weights is None else weights[:, : len(here)].to(joint) @ deviations

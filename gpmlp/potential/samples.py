@@ -139,11 +139,15 @@ def draw_samples(
     k, seed = errors.check_integer("number of samples `k`", k, 1), errors.check_integer("`seed`", seed, 0)
     model = potential.variance_model()
     generator = torch.Generator().manual_seed(seed)
-    scale = potential.calibration.sample_scale if calibrated else None
+    scale, shifts = sample_spread(potential, how) if calibrated else (None, None)
     joint = model.factor if potential.charges is None else potential.charges.joint_factor(model.factor)
-    whitened, of_charges = _whitened_deviations(joint, k, generator, how).tensor_split([model.n_columns])
-    deviations = (scale or 1.0) * model.signal[:, None] * whitened
-    charges = () if potential.charges is None else potential.charges.moved((scale or 1.0) * of_charges)
+    moves = (scale or 1.0) * _whitened_deviations(joint, k, generator, how)
+    if shifts is not None:
+        xi = torch.randn(len(shifts), k, generator=generator, dtype=torch.float64).to(shifts)
+        moves += torch.linalg.solve_triangular(joint, shifts.T @ xi, upper=True)
+    whitened, of_charges = moves.tensor_split([model.n_columns])
+    deviations = model.signal[:, None] * whitened
+    charges = () if potential.charges is None else potential.charges.moved(of_charges)
     start, i, terms = 0, 0, []
     for term, blocks in zip(potential.terms, model.blocks, strict=True):
         drawn: dict[int, MeanBlock] = {}
@@ -163,6 +167,15 @@ def draw_samples(
         terms.append(EnergyTerm(term.descriptor, term.kernel, drawn))
     origin = {"how": how, "seed": seed, "of": k, "calibrated": scale is not None}
     return PosteriorSamples(potential, tuple(terms), origin, tuple(range(k)), charges)
+
+
+def sample_spread(potential: SampledPotential, how: str = "posterior") -> tuple[float | None, Tensor | None]:
+    """Factor on the posterior in calibrated samples, and the shifts of left-out structures that come on top (VarianceModel.shifts); None
+    where nothing was learned, or there are none."""
+    calibration, shifts = potential.calibration, potential.variance_model().shifts
+    if how != "posterior" or shifts is None or calibration.posterior_scale is None:
+        return calibration.sample_scale, None
+    return calibration.posterior_scale, shifts
 
 
 def draw_deviations(potential: SampledPotential, k: int, seed: int) -> list[dict[int, MeanBlock]]:

@@ -249,6 +249,8 @@ class Calibration:
             it; None = they do not.
         sample_scale: factor on the deviations of posterior samples from the mean, with which those of forces have the rms of the held-out
             errors (Imbalzano et al., J. Chem. Phys. 154, 074102 (2021), rescale committees likewise); None = not learned.
+        posterior_scale: factor on the posterior in samples that also have the shifts of structures left out (VarianceModel.shifts); None =
+            there are none, and samples have `sample_scale`.
         unsampled: factor on what samples show of the variance of forces, the part due to the data, for the part due to the inducing set,
             which they do not show.
     """
@@ -258,6 +260,7 @@ class Calibration:
     typical_novelty: float | None = None
     sample_scale: float | None = None
     unsampled: float = 1.0
+    posterior_scale: float | None = None
 
     @staticmethod
     def identity() -> Calibration:
@@ -331,6 +334,8 @@ class Calibration:
         """Plain data for JSON; from_dict restores it exactly."""
         kinds = {kind: json_value(asdict(calibration)) for kind, calibration in self.kinds.items()}
         numbers = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale, "unsampled": self.unsampled}
+        if self.posterior_scale is not None:
+            numbers["posterior_scale"] = self.posterior_scale
         return {"levels": list(LEVELS), "kinds": kinds, "source": self.source} | numbers
 
     @staticmethod
@@ -344,7 +349,7 @@ class Calibration:
             forces = kinds["forces"]
             data = forces.scale**2 * (forces.weights[1] if forces.weights else 1.0)
             unsampled = max(1.0, spread**2 / data) if spread else 1.0
-        return Calibration(kinds, plain["source"], typical, spread, unsampled)
+        return Calibration(kinds, plain["source"], typical, spread, unsampled, plain.get("posterior_scale"))
 
 
 def _edges(std: Tensor) -> tuple[float, ...]:
