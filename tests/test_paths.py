@@ -26,8 +26,8 @@ import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.learning.paths.oracle import OracleCalculator
-from gpmlp.learning.paths.recipe import RelaxRecipe
-from gpmlp.learning.paths.run import PathOutcome, _frames, path_numbers
+from gpmlp.learning.paths.recipe import NebRecipe, RelaxRecipe
+from gpmlp.learning.paths.run import PathOutcome, _frames, find_path, path_numbers
 from gpmlp.learning.paths.surface import PRIOR_LABELS, PRIOR_SCORE, Surface, surface_recipe
 from gpmlp.learning.paths.vibrations import SaddleModes, saddle_modes
 from gpmlp.report.path.page import foreseen_answer, modes_answer, path_page
@@ -405,6 +405,19 @@ def test_second_reaction_needs_fewer_calls(tmp_path, found):
     assert after["oracle_calls_end_points"] == 1  # the start is known
     assert after["barrier_eV"] == pytest.approx(before["barrier_eV"], abs=0.005)
     assert (first / "aside/taken/1.xyz").read_bytes() == (first / "path/labels.xyz").read_bytes()
+
+
+def test_shared_labels_of_the_path_are_no_calls_and_no_minus(tmp_path):
+    """All labels of a path are there already: it is found again without a call."""
+    folder = written_hop(tmp_path)
+    recipe = json.loads((folder / "neb.yaml").read_text())
+    recipes = [NebRecipe.model_validate(recipe | x) for x in ({}, {"labels": ["path/labels.xyz"], "output": "again"})]
+    first, again = ([*find_path(one, folder)][-1].numbers for one in recipes)
+    assert first["oracle_calls"] == len(first["labels"]) and first["oracle_calls_end_points"] == 2
+    made = again["oracle_calls"]
+    assert again["oracle_calls_end_points"] == 0 and 0 <= made <= len(again["labels"])
+    new = folder / "again/labels.xyz"
+    assert made == (len(ase.io.read(new, ":")) if new.exists() else 0)
 
 
 def test_labels_of_another_oracle_or_charge_are_refused(tmp_path):

@@ -26,7 +26,8 @@ from reaction_systems import gpmlp_command, hop, oracle_barrier, slab
 
 import gpmlp
 from gpmlp.core.errors import UserError
-from gpmlp.learning.paths.run import SaddleOutcome, _saddle_frames, saddle_numbers
+from gpmlp.learning.paths.recipe import SaddleRecipe
+from gpmlp.learning.paths.run import SaddleOutcome, _saddle_frames, find_saddle, saddle_numbers
 from gpmlp.learning.paths.vibrations import saddle_modes
 from gpmlp.properties.constraints import free_motions
 from gpmlp.report.path.page import saddle_page
@@ -229,6 +230,36 @@ def test_saddle_that_is_not_reached_says_so_and_goes_on(tmp_path):
     assert json.loads((folder / "saddle/saddle.json").read_text())["converged"] is False
     other = gpmlp_command(folder, "saddle", "saddle.yaml", "--resume", "--set", "seed=5")
     assert other.returncode == 2 and "seed" in other.stderr
+
+
+def test_search_that_went_too_high_names_the_limit_and_goes_on_with_a_higher_one(tmp_path):
+    """No barrier of what is no saddle; the same folder goes on once the limit is raised, with the labels that are there."""
+    folder = written_search(tmp_path)
+    low = gpmlp_command(folder, "saddle", "saddle.yaml", "--set", "highest_eV=0.1")
+    assert low.returncode == 2 and "highest_eV, 0.1 eV" in low.stderr
+    assert "barrier" not in low.stdout and "no saddle" in low.stdout
+    assert "higher than highest_eV" in (folder / "saddle/saddle.html").read_text()
+    numbers = json.loads((folder / "saddle/saddle.json").read_text())
+    assert numbers["highest_eV_met"] is True and numbers["barrier_eV"] is None and numbers["barrier_sigma_eV"] is None
+    assert numbers["energy_above_start_eV"] > 0.05
+    before = (folder / "saddle/labels.xyz").read_bytes()
+    more = gpmlp_command(folder, "saddle", "saddle.yaml", "--resume")
+    assert more.returncode == 0, more.stderr
+    assert (folder / "saddle/labels.xyz").read_bytes().startswith(before) and "barrier" in more.stdout
+
+
+def test_labels_of_other_runs_are_no_calls(tmp_path, climbed):
+    """The same search with the labels of the first asks for none of them; a start that is not relaxed is one call."""
+    folder = written_search(tmp_path)
+    recipe = yaml.safe_load((folder / "saddle.yaml").read_text()) | {"sides": False, "relax_start": False}
+    about = [
+        SaddleRecipe.model_validate(recipe | more) for more in ({}, {"labels": ["saddle/labels.xyz"], "output": "b"})
+    ]
+    first, second = ([*find_saddle(one, folder)][-1].numbers for one in about)
+    assert first["oracle_calls"] == len(first["labels"]) and first["oracle_calls_relaxations"] == 1
+    assert second["oracle_calls_relaxations"] == 0 and 0 <= second["oracle_calls"] <= len(second["labels"])
+    made = len(ase.io.read(folder / "saddle/labels.xyz", ":"))
+    assert made == first["oracle_calls"] + 1
 
 
 @pytest.mark.parametrize(

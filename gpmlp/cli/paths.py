@@ -116,9 +116,12 @@ def saddle_command(
     assert outcome is not None
     page = saddle_page(outcome, labels, chosen.model_dump(mode="json")).write(folder)
     console.standard_output().print(console.pairs_table("Saddle", _saddle_pairs(outcome.numbers, folder, page)))
-    advice = (
-        "Another direction or seed, in a new folder, may lead to one" if len(labels) < chosen.labels_at_most else MORE
-    )
+    advice = MORE
+    if outcome.numbers["highest_eV_met"]:
+        advice = (
+            f"The last label lies more than highest_eV, {chosen.highest_eV:g} eV, above the start: raise that and go on (--resume), or try "
+            "another direction or seed in a new folder"
+        )
     _check_converged(outcome.converged, len(labels), folder, advice)
 
 
@@ -157,8 +160,10 @@ def _frequencies(imaginary: list[float]) -> tuple[str, str]:
 def _saddle_pairs(numbers: dict[str, Any], folder: Path, page: Path) -> list[tuple[str, str]]:
     sides = ", ".join(f"{e:.3f} eV" for e in numbers["energies_of_sides_eV"])
     joins = {True: "", False: "; neither is the start: the barrier is not that of one step from it", None: "not sought"}
+    height = "barrier" if numbers["converged"] else "last place, no saddle"
+    above = f"{numbers['energy_above_start_eV']:.3f} ± {numbers['energy_above_start_sigma_eV']:.2g} eV"
     return [
-        ("barrier", f"{numbers['barrier_eV']:.3f} ± {numbers['barrier_sigma_eV']:.2g} eV"),
+        (height, above if numbers["converged"] else f"{above} above the start"),
         ("minima on its sides", f"{sides}{joins[numbers['joins_start']]}"),
         _frequencies(numbers["imaginary_frequencies_per_cm"]),
         ("oracle calls", f"{numbers['oracle_calls']}, and {numbers['oracle_calls_relaxations']} for relaxations"),

@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "stop.",
     "thin",
     "labels_at_most",
+    "highest_eV",
     "lammps.",
     "output",
     "target.property",

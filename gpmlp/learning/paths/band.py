@@ -19,7 +19,7 @@ from ase.optimize import FIRE
 
 from gpmlp.core.errors import UserError
 from gpmlp.learning.paths.ends import check_ends, lay_on
-from gpmlp.learning.paths.minimizer import GPMinimizer
+from gpmlp.learning.paths.minimizer import relaxed_surface
 from gpmlp.learning.paths.oracle import OracleCalculator
 from gpmlp.learning.paths.surface import Prediction, Surface, surface_recipe
 
@@ -32,7 +32,6 @@ SHARPER = 0.7  # of the limit of forces, to which the band is relaxed
 STEPS = 250  # of the relaxation of the band at most
 LONGEST_STEP = 0.1  # A
 SPRING = 0.1  # eV/A^2
-MOST_RELAXATION = 100  # labels of the relaxation of an end point
 FEW_STEPS = 5  # a relaxation that was broken off before has not shown that the band rests
 TOP, UNSURE, MIDDLE = "the top", "the most uncertain", "the middle of the first path"
 
@@ -139,7 +138,7 @@ class GPNEB:
     Attributes:
         images: of the band, the end points with it.
         surface: labels so far, and their posterior.
-        labels: those on the path, in order, and what was foreseen of each.
+        labels: those on the path, in order, and what was foreseen of each; calls: of the oracle for them.
         path: after the last label; None before there is one.
         converged: whether the oracle's forces at the top are below fmax and its energy was foreseen.
     """
@@ -183,6 +182,7 @@ class GPNEB:
         self._given_labels = len(self.surface.labels)
         self.labels: list[BandLabel] = []
         self.path: Path | None = None
+        self.calls = 0
         self.converged = False
 
     def run(self, fmax: float = 0.05, steps: int = 60, foreseen: float = 0.01) -> bool:
@@ -222,11 +222,9 @@ class GPNEB:
         for atoms, what in zip(self.ends, ("The start", "The end"), strict=True):
             atoms.calc, self.oracle.reason = self.oracle, what
             if self.relax_ends:
-                relaxation = GPMinimizer(atoms, self.surface, logfile=None)
-                if not relaxation.run(fmax, MOST_RELAXATION):
-                    raise UserError(f"{what} is not at rest after {MOST_RELAXATION} labels: relax it first.")
-                self.surface = relaxation.surface
-            self._learn(atoms)
+                self.surface = relaxed_surface(atoms, self.surface, fmax, what)
+            else:
+                self.surface = self.surface.with_oracle(atoms)
         start, end = self.ends
         images = [start.copy() for _ in range(self.n_images + 1)] + [lay_on(start, end)]
         NEB(images, method="improvedtangent").interpolate("idpp", mic=False, apply_constraint=True)
@@ -261,7 +259,10 @@ class GPNEB:
         before, image = self._predict(), self.images[i].copy()
         top = 1 + int(before.energies[1:-1].argmax())
         image.calc, self.oracle.reason = self.oracle, f"image {i} of {self.n_images + 1} ({reason})"
-        error = float(before.energies[i]) - self._learn(image)
+        calls = self.oracle.calls
+        self.surface = self.surface.with_oracle(image)
+        self.calls += self.oracle.calls - calls
+        error = float(before.energies[i]) - self.surface.labels[-1].get_potential_energy()
         force = float(np.linalg.norm(image.get_forces(), axis=1).max())
         done = rested and i == top and force < fmax and abs(error) < foreseen
         return BandLabel(
@@ -276,12 +277,6 @@ class GPNEB:
             force=force,
             converged=done,
         )
-
-    def _learn(self, atoms: Atoms) -> float:
-        """Add the oracle's label of a structure; its energy."""
-        energy = atoms.get_potential_energy(apply_constraint=False)
-        self.surface = self.surface.with_label(atoms, energy, atoms.get_forces(apply_constraint=False))
-        return energy
 
     def _path(self) -> Path:
         predicted = self.surface.known(self.images)

@@ -19,6 +19,7 @@ LONGEST_STEP = 0.1  # A, of the relaxation on the posterior
 SHARPER = 0.3  # of fmax, to which the posterior is relaxed
 STEPS = 100  # of that relaxation at most
 MOVED = 1e-5  # A; a label no farther from another teaches nothing: then a step along the forces is made
+MOST_LABELS = 100  # of the relaxation of an end point
 PLAIN_STEP = 0.01  # A per eV/A, of such a step: it descends wherever there is less than 200 eV/A^2
 
 
@@ -65,8 +66,7 @@ class GPMinimizer(Optimizer):
         Raises:
             UserError: the calculator's energy or forces are not finite.
         """
-        energy = self.atoms.get_potential_energy(apply_constraint=False)
-        self.surface = self.surface.with_label(self.atoms, energy, self.atoms.get_forces(apply_constraint=False))
+        self.surface = self.surface.with_oracle(self.atoms)
         own = self.surface.labels[self._others :]
         work, lowest = self.atoms.copy(), min(own, key=lambda label: label.get_potential_energy())
         work.positions = lowest.positions
@@ -76,6 +76,18 @@ class GPMinimizer(Optimizer):
             work.positions, forces = self.atoms.positions, self.atoms.get_forces()
             work.set_positions(work.positions + PLAIN_STEP * forces / max(1.0, np.abs(forces).max()))
         self.atoms.set_positions(work.positions)
+
+
+def relaxed_surface(atoms: Atoms, surface: Surface, fmax: float, what: str) -> Surface:
+    """Relax atoms that have a calculator; the surface with all their labels, of which the last is of the atoms at rest.
+
+    Raises:
+        UserError: `what` is not at rest after MOST_LABELS labels.
+    """
+    relaxation = GPMinimizer(atoms, surface, logfile=None)
+    if not relaxation.run(fmax, MOST_LABELS):
+        raise UserError(f"{what} is not at rest after {MOST_LABELS} labels: relax it first.")
+    return relaxation.surface.with_oracle(atoms)
 
 
 def descend(atoms: Atoms, surface: Surface, fmax: float, far: Callable[[], bool]) -> None:

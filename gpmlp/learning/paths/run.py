@@ -192,8 +192,8 @@ def path_numbers(neb: GPNEB, modes: SaddleModes) -> dict[str, Any]:
         "foreseen_barrier_eV": last.barrier,
         "foreseen_barrier_sigma_eV": last.sigma,
         "foreseen_error_eV": last.error,
-        "oracle_calls": len(neb.labels),
-        "oracle_calls_end_points": neb.oracle.calls - len(neb.labels),
+        "oracle_calls": neb.calls,
+        "oracle_calls_end_points": neb.oracle.calls - neb.calls,
         "largest_force_at_top_eV_per_A": last.force,
         "converged": neb.converged,
         "top_image": path.top,
@@ -239,21 +239,24 @@ def find_saddle(
 
 
 def saddle_numbers(search: GPSaddle, modes: SaddleModes) -> dict[str, Any]:
-    """What saddle.json holds."""
+    """What saddle.json holds; where no saddle was found there is no barrier."""
     saddle = search.saddle
     assert saddle is not None
     last = [label for label in search.labels if label.reason != BESIDE][-1]
     sides = [side.get_potential_energy() - saddle.start.get_potential_energy() for side in saddle.sides]
     return {
-        "barrier_eV": saddle.barrier,
-        "barrier_sigma_eV": saddle.sigma,
+        "barrier_eV": saddle.barrier if search.converged else None,
+        "barrier_sigma_eV": saddle.sigma if search.converged else None,
+        "energy_above_start_eV": saddle.barrier,
+        "energy_above_start_sigma_eV": saddle.sigma,
         "foreseen_barrier_eV": last.barrier,
         "foreseen_barrier_sigma_eV": last.sigma,
         "foreseen_error_eV": last.error,
-        "oracle_calls": len(search.labels),
-        "oracle_calls_relaxations": search.oracle.calls - len(search.labels),
+        "oracle_calls": search.calls,
+        "oracle_calls_relaxations": search.oracle.calls - search.calls,
         "largest_force_eV_per_A": last.force,
         "converged": search.converged,
+        "highest_eV_met": search.too_high and not search.converged,
         "curvature_eV_per_A2": saddle.curvature,
         "imaginary_frequencies_per_cm": modes.imaginary,
         "frequencies_per_cm": modes.frequencies,

@@ -19,7 +19,7 @@ from ase.build import minimize_rotation_and_translation
 from ase.geometry import find_mic
 
 from gpmlp.core.errors import UserError
-from gpmlp.learning.paths.minimizer import GPMinimizer, descend
+from gpmlp.learning.paths.minimizer import descend, relaxed_surface
 from gpmlp.learning.paths.oracle import OracleCalculator
 from gpmlp.learning.paths.surface import Surface, surface_recipe
 from gpmlp.learning.paths.vibrations import hessian
@@ -35,7 +35,6 @@ SOFTEST = 0.2  # eV/A^2; softer modes are taken for that stiff by Newton's step
 ALIKE = 0.3  # overlap with the direction of a mode that takes over from it
 SAME_MODE = 0.7  # overlap of modes, of which one label beside the saddle is enough
 SURE = 2.0  # standard deviations from zero of a curvature that the model is sure of
-MOST_RELAXATION = 100  # labels of a relaxation
 REACH = 2.0  # A, of a random direction around its atom
 CANDIDATES = 32  # random directions, of which the most uncertain one is taken
 DOWNHILL = 0.1  # eV/A along a direction, which is then turned round
@@ -105,9 +104,11 @@ class GPSaddle:
 
     Attributes:
         atoms: where the search is.
-        surface: labels so far, and their posterior; labels: those of the search, and what was foreseen of each.
+        surface: labels so far, and their posterior; labels: those of the search, and what was foreseen of each; calls: of the
+            oracle for them.
         saddle: after the last label; None before there is one.
         converged: whether the oracle's forces are below fmax, its energy was foreseen, and the posterior has one negative mode there.
+        too_high: whether the last label is higher above the start than the search may go.
     """
 
     def __init__(
@@ -154,6 +155,8 @@ class GPSaddle:
         self._checked: list[np.ndarray] = []
         self.labels: list[SaddleLabel] = []
         self.saddle: Saddle | None = None
+        self.calls = 0
+        self.too_high = False
         self.converged = False
 
     def run(self, fmax: float = 0.05, steps: int = 60, foreseen: float = 0.01, highest: float = 5.0) -> bool:
@@ -188,7 +191,8 @@ class GPSaddle:
             yield label
 
     def _too_high(self, highest: float) -> bool:
-        return bool(self.labels) and self.labels[-1].barrier - self.labels[-1].error > highest
+        self.too_high = bool(self.labels) and self.labels[-1].barrier - self.labels[-1].error > highest
+        return self.too_high
 
     # ---------------------------------------------------------------- the course of a search
 
@@ -197,7 +201,8 @@ class GPSaddle:
         if self.relax_start:
             self.start = self._relaxed(self.start, fmax)
         else:
-            self._learn(self.start)
+            self.surface = self.surface.with_oracle(self.start)
+            self.start = self._last()
         self.atoms = self.start.copy()
         self._motions = free_motions(self.atoms)
         moves = np.abs(self._motions).reshape(len(self.atoms), -1).max(axis=1) > 0
@@ -290,7 +295,10 @@ class GPSaddle:
         before = self.surface.predict([self.start, place])
         here = place.copy()
         here.calc, self.oracle.reason = self.oracle, reason
-        error = float(before.energies[1]) - self._learn(here)
+        calls = self.oracle.calls
+        self.surface = self.surface.with_oracle(here)
+        self.calls += self.oracle.calls - calls
+        error = float(before.energies[1]) - self.surface.labels[-1].get_potential_energy()
         force = float(np.linalg.norm(here.get_forces(), axis=1).max())
         if self._doubtful is not None:
             self._checked.append(self._doubtful)
@@ -330,23 +338,12 @@ class GPSaddle:
         place.positions += APART * _longest_one(mode)
         return place
 
-    def _learn(self, atoms: Atoms) -> float:
-        """Add the oracle's label of a structure; its energy."""
-        energy = atoms.get_potential_energy(apply_constraint=False)
-        self.surface = self.surface.with_label(atoms, energy, atoms.get_forces(apply_constraint=False))
-        return energy
-
     # ---------------------------------------------------------------- what it comes to
 
     def _relaxed(self, atoms: Atoms, fmax: float) -> Atoms:
         """The minimum that the oracle has below some atoms, learned."""
-        what = self.oracle.reason
         atoms.calc = self.oracle
-        relaxation = GPMinimizer(atoms, self.surface, logfile=None)
-        if not relaxation.run(fmax, MOST_RELAXATION):
-            raise UserError(f"{what} is not at rest after {MOST_RELAXATION} labels: relax it first.")
-        self.surface = relaxation.surface
-        self._learn(atoms)
+        self.surface = relaxed_surface(atoms, self.surface, fmax, self.oracle.reason)
         return self._last()
 
     def _last(self) -> Atoms:

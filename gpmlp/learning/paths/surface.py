@@ -116,6 +116,11 @@ class Surface:
             scores = (*scores, error / max(sigma, SMALLEST))
         return replace(self, labels=(*self.labels, label), scores=scores)
 
+    def with_oracle(self, atoms: Atoms) -> Surface:
+        """With the label that the calculator of the atoms gives. Raises UserError: see `with_label`."""
+        energy = atoms.get_potential_energy(apply_constraint=False)
+        return self.with_label(atoms, energy, atoms.get_forces(apply_constraint=False))
+
     @cached_property
     def data(self) -> tuple[Structures, Targets]:
         """All labels."""

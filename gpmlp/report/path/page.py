@@ -98,7 +98,8 @@ def saddle_page(outcome: SaddleOutcome, labels: Sequence[SaddleLabel], recipe: M
         None: "",
     }[saddle.joins_start]
     ended = _ended(outcome.converged, numbers["largest_force_eV_per_A"], "saddle")
-    answer = f"{saddle.barrier:.3f} ± {saddle.sigma:.2g} eV above the start.{joins}{ended}"
+    limit = f" It went higher than highest_eV, {recipe['highest_eV']:g} eV." if numbers["highest_eV_met"] else ""
+    answer = f"{saddle.barrier:.3f} ± {saddle.sigma:.2g} eV above the start.{joins}{ended}{limit}"
     errors, sigmas = (np.array([getattr(x, name) for x in labels]) for name in ("error", "sigma"))
     calls, places = numbers["oracle_calls_relaxations"], [label.reason for label in labels]
     course = saddle_picture(saddle)
@@ -135,6 +136,7 @@ def _search_page(
     kind: str, name: str, start: Any, search: _Search, numbers: Mapping[str, Any], recipe: Mapping[str, Any]
 ) -> Page:
     errors, sigmas, calls = search.errors, search.sigmas, search.more_calls
+    height = "energy_above_start" if numbers["barrier_eV"] is None else "barrier"
     sections = [
         Section("course", "How high is the barrier?", "", search.answer),
         Section("modes", "Is the top a saddle?", "", modes_answer(search.modes)),
@@ -142,8 +144,8 @@ def _search_page(
         SETTINGS,
     ]
     tiles = [
-        (f"{numbers['barrier_eV']:.3f} eV", "barrier"),
-        (f"± {numbers['barrier_sigma_eV']:.2g} eV", "its standard deviation"),
+        (f"{numbers[f'{height}_eV']:.3f} eV", height.replace("_", " ")),
+        (f"± {numbers[f'{height}_sigma_eV']:.2g} eV", "its standard deviation"),
         (str(numbers["oracle_calls"]), "oracle calls of the search"),
         (str(calls), "of relaxations"),
     ]
