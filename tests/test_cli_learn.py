@@ -150,7 +150,7 @@ WRONG = {
     ),
     "a pair that is not there": (
         ("every_frames: 2", "every_frames: 2, observable: {name: rdf, pair: O-H}"),
-        "observable 'rdf': start 0 has no pair O-H",
+        "radial distribution (rdf): start 0 has no pair O-H",
     ),
     "too few labels to begin with": (
         ("every_frames: 2", "every_frames: 2, labels_at_most: 1"),
@@ -201,10 +201,10 @@ def test_pressure_of_what_has_none(recipe, capsys):
     atoms = ase.build.bulk("Al", cubic=True)
     atoms.pbc = False
     ase.io.write(recipe.parent / "start.xyz", atoms)
-    for name in ("pressure", "rdf"):
+    for name, said in {"pressure": "observable 'pressure'", "rdf": "radial distribution (rdf)"}.items():
         more = f"stop.observable={{name: {name}}}"
         assert main.main(["learn", str(recipe), "--set", more]) == 2
-        assert f"observable '{name}'" in words(capsys.readouterr().err)
+        assert said in words(capsys.readouterr().err)
         assert not (recipe.parent / "out").exists()
 
 
