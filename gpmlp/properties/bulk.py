@@ -14,6 +14,7 @@ from gpmlp.core.units import VOIGT_INDEX
 from gpmlp.properties.equation_of_state import FMAX, not_a_crystal
 from gpmlp.properties.lattice_dynamics import SYMMETRY, standard_cell
 from gpmlp.properties.surface import Failed, Point, Surface, check_stable, inverse_hessian, structure_names, voigt
+from gpmlp.properties.symmetry import load_spglib
 
 NEAR = 0.05  # A, within which two sites are one
 
@@ -92,9 +93,7 @@ def conventional(atoms: Atoms) -> Atoms:
 
 def primitive(crystal: Atoms) -> Atoms:
     """The primitive cell of a conventional one, in its orientation."""
-    import spglib
-
-    found = spglib.standardize_cell(_for_spglib(crystal), to_primitive=True, symprec=SYMMETRY)
+    found = load_spglib().standardize_cell(_for_spglib(crystal), to_primitive=True, symprec=SYMMETRY)
     assert found is not None  # as there is a conventional cell
     cell, positions, numbers = found
     return Atoms(numbers, cell=cell, scaled_positions=positions, pbc=True, info=dict(crystal.info))
@@ -106,9 +105,7 @@ def symmetry(atoms: Atoms) -> Any:
     Raises:
         Failed: there is none.
     """
-    import spglib
-
-    dataset = spglib.get_symmetry_dataset(_for_spglib(atoms), symprec=SYMMETRY)
+    dataset = load_spglib().get_symmetry_dataset(_for_spglib(atoms), symprec=SYMMETRY)
     if dataset is None:
         raise Failed(f"spglib finds no symmetry in {structure_names([atoms])[0]}")
     return dataset
