@@ -165,7 +165,11 @@ def _phonopy(cell: Atoms, repeats: Sequence[int]) -> Any:
 def missing_library() -> str:
     """What of the libraries is not installed, as a sentence; '' if all is there."""
     missing = [name for name in ("phonopy", "seekpath", "spglib") if find_spec(name) is None]
-    return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: pip install 'gpmlp[properties]'" if missing else ""
+    return (
+        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: pip install 'gpmlp[properties]'"
+        if missing
+        else ""
+    )
 
 
 def standard_cell(atoms: Atoms) -> Atoms:
