@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.mep import NEB
 from ase.optimize import BFGS
+
+from gpmlp.cli import main
 
 
 def slab(site: str = "hollow", height: float = 1.7) -> Atoms:
@@ -48,4 +52,15 @@ def oracle_barrier(start: Atoms, end: Atoms) -> float:
 
 
 def gpmlp_command(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "gpmlp", *words], cwd=folder, capture_output=True, text=True)
+    """`gpmlp WORDS` in a folder, in this process, whose lines are counted; modules of the folder are forgotten afterwards."""
+    out, err, before, path = io.StringIO(), io.StringIO(), set(sys.modules), list(sys.path)
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            sys.path.insert(0, str(folder))
+            code = main.main(list(words))
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(folder)):
+                del sys.modules[name]
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
