@@ -15,7 +15,7 @@ from gpmlp.properties.labelling import choose_labels
 
 DATA = Path(__file__).resolve().parents[1] / "data/silicon"
 
-potential, _ = gpmlp.fit(*gpmlp.read(DATA / "train.xyz", "::2"), gpmlp.Recipe(inducing={"n": 100, "gradients": 3}))
+potential, _ = gpmlp.fit(*gpmlp.read(DATA / "train.xyz", "::2"), gpmlp.Recipe(inducing={"n": 200, "gradients": 3}))
 
 crystals = named([bulk("Si", a=5.47)])
 calculations = choose_calculations(crystals, ["eos", "elastic"])

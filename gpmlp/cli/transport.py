@@ -14,6 +14,7 @@ from gpmlp.cli.learn import INTERRUPTED, terminated_as_interrupted
 from gpmlp.core.errors import UserError
 
 if TYPE_CHECKING:
+    from ase import Atoms
     from rich.table import Table
 
     from gpmlp.cli.console import StageBars
@@ -64,9 +65,8 @@ def transport_command(
     from gpmlp.io import archive
     from gpmlp.io.ase_atoms import read_frames
     from gpmlp.io.files import check_apart, check_folder
-    from gpmlp.properties.compute import PropertyResults, named
     from gpmlp.properties.transport import STATE, TransportSettings, transport
-    from gpmlp.report.properties.page import FILE, write_page
+    from gpmlp.report.properties.page import FILE
 
     settings = TransportSettings(
         _temperatures(temperatures), tuple(name.strip() for name in what.split(",") if name.strip()), samples, replicas,
@@ -89,12 +89,21 @@ def transport_command(
             console.print_message("stopped", f"interrupted; go on with: {again}")
             raise SystemExit(INTERRUPTED) from None
     _write(results, output)
+    _present(results, atoms, samples, output, model.name, start.name)
+
+
+def _present(results: TransportResults, atoms: Atoms, samples: int, output: Path, model: str, start: str) -> None:
+    """The page, and what is printed."""
+    from gpmlp.cli import console
+    from gpmlp.properties.compute import PropertyResults, named
+    from gpmlp.report.properties.page import FILE, write_page
+
     shown = PropertyResults(
         tuple(results.values), tuple(results.curves), tuple(named([atoms])), tuple(results.notes), samples
     )
     how = "Each sample of the posterior ran molecular dynamics of its own." if samples else None
-    origin = f"from which the dynamics began ({start.name})"
-    write_page(shown, output, model.name, f"{VALUES} and {CURVES}", how, origin)
+    origin = f"from which the dynamics began ({start})"
+    write_page(shown, output, model, f"{VALUES} and {CURVES}", how, origin)
     for text in results.notes:
         console.print_message("note", text)
     console.standard_output().print(transport_table(results))
