@@ -109,6 +109,11 @@ def test_a_limit_ends_it(folder):
         ({"property": "elastic.C11", "structure": "none.xyz"}, "none.xyz"),
         ({"property": "elastic.C12x"}, "elastic has no value 'C12x'"),
         ({"property": "eos.bulk_moduls"}, "eos has no value 'bulk_moduls'"),
+        (
+            {"property": "surface.surface_energy_1000"},
+            r"no value 'surface_energy_1000' here; there are surface_energy_\[01",
+        ),
+        ({"property": "eos.equation_of_state"}, "eos has no value 'equation_of_state'"),
     ],
 )
 def test_refusals_before_anything_is_labelled(folder, target, said):
@@ -137,6 +142,12 @@ def test_a_value_that_is_not_there(folder):
 def test_what_does_nothing_is_refused(idle):
     with pytest.raises(ValueError, match="has no meaning where labels are chosen for a target"):
         recipe(**idle)
+
+
+def test_a_run_without_a_trajectory_thins_none():
+    with pytest.raises(ValueError, match="thin is of the trajectory"):
+        recipe(thin=10)
+    assert recipe(thin=100).target  # as the folder of a run says
 
 
 def test_the_best_structures_are_labelled(folder, monkeypatch):

@@ -335,6 +335,8 @@ class LearnRecipe(RecipeSection):
             raise ValueError("target chooses the structures to label itself: leave out lammps and carve")
         if self.target:
             self._refuse_idle(WITH_TARGET, "where labels are chosen for a target, without dynamics")
+            if self.thin != type(self).model_fields["thin"].default:
+                raise ValueError("thin is of the trajectory, and a run with a target has none; leave it out")
         self._check_trigger()
         self._check_lammps()
         coverage, novelty = self.stop.coverage, self.trigger.novelty

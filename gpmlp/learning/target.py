@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ase import Atoms
@@ -54,14 +54,13 @@ class PropertyTarget:
         (calculation,) = choose_calculations(structures, [kind], options)
         if not calculation.to_sharpen:
             raise UserError(f"target.property: labels cannot be chosen for values of {kind}.")
-        if calculation.outputs and not re.fullmatch(calculation.outputs, name):
-            raise UserError(
-                f"target.property: {kind} has no value '{name}'; its names are of the form {calculation.outputs}."
-            )
         if len(structures) > 1 and not calculation.several:
             raise UserError(
                 f"target: {kind} is of one structure, and there are {len(structures)}; name a file with one."
             )
+        names = calculation.value_names(structures)
+        if not any(fnmatchcase(name, pattern) for pattern in names):
+            raise UserError(f"target.property: {kind} has no value '{name}' here; there are {', '.join(names)}.")
         return PropertyTarget(recipe, tuple(structures), calculation, seed)
 
     @property

@@ -114,8 +114,7 @@ class _PointDefects(Calculation):
         defects: list[_Defect] = []
         about: dict[str, str] = {}
         missing: dict[str, str] = {}
-        for host in hosts:
-            prefix = f"{structure_names([host])[0]}." if len(hosts) > 1 else ""
+        for host, prefix in _prefixes(hosts):
             crystal = solids[places[id(host)]].atoms
             supercell = self._supercell(surface, crystal)
             short = too_short(supercell, surface.reach, f"{self.name}.most_atoms")
@@ -151,6 +150,14 @@ class _PointDefects(Calculation):
         units = dict.fromkeys(about, "eV")
         return Plan(tuple(made), evaluate, units, at_rest, about=about, sources=sources, missing=missing)
 
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        hosts, _ = _hosts_and_references(structures)
+        return [prefix + name for host, prefix in _prefixes(hosts) for name in self.names_in(host)]
+
+    def names_in(self, host: Atoms) -> list[str]:
+        """Patterns of the names of the defects in one crystal."""
+        raise NotImplementedError
+
     def _supercell(self, surface: Surface, crystal: Atoms) -> Atoms:
         reach = self.supercell / 2 if self.supercell else surface.reach
         return crystal.repeat(supercell_repeats(crystal, reach, self.most_atoms))
@@ -164,11 +171,15 @@ class Vacancies(_PointDefects):
     """
 
     name: ClassVar[str] = "vacancy"
-    outputs: ClassVar[str] = r"vacancy_formation_energy(_.+)?"
 
     def unsuited(self, host: Atoms) -> str:
         absent = [chemical_symbols[z] for z in sorted(self._species(host) - {*host.numbers})]
         return f"there is no {' and no '.join(absent)} in {structure_names([host])[0]} to take out" if absent else ""
+
+    def names_in(self, host: Atoms) -> list[str]:
+        symbols = [chemical_symbols[z] for z in sorted(self._species(host))]
+        single = ["vacancy_formation_energy"] if len(symbols) == 1 else []
+        return single + _numbered([f"vacancy_formation_energy_{symbol}" for symbol in symbols], "")
 
     def starts(self, crystal: Atoms, supercell: Atoms, species: set[int]) -> Iterator[_Start]:
         sites = [int(k) for k in np.unique(symmetry(crystal).equivalent_atoms) if crystal.numbers[k] in species]
@@ -196,10 +207,22 @@ class Interstitials(_PointDefects):
     holes: int = Field(3, ge=1, le=20)
     sites: tuple[tuple[float, float, float], ...] | None = None
 
+    def names_in(self, host: Atoms) -> list[str]:
+        found: list[str] = []
+        species = self._species(host)
+        for z in sorted(species):
+            labels = ["tetrahedral", "octahedral", "[0-9]*_neighbours"] if "hole" in self.kinds else []
+            if "dumbbell" in self.kinds and z in host.numbers:
+                labels.append("dumbbell_[01][01][01]")
+            middle = _species_label(z, species, host)
+            labels = labels if self.sites is None else ["site"]
+            found += _numbered([f"interstitial_formation_energy{middle}_{label}" for label in labels], "_")
+        return found
+
     def starts(self, crystal: Atoms, supercell: Atoms, species: set[int]) -> Iterator[_Start]:
         for z in sorted(species):
             symbol = chemical_symbols[z]
-            middle = f"_{symbol}" if len(species) > 1 or not _is_element(crystal) else ""
+            middle = _species_label(z, species, crystal)
             places = self._placed(crystal, z)
             labels = [label for label, _, _ in places]
             for k, (label, replaced, positions) in enumerate(places):
@@ -265,6 +288,22 @@ def _nearest_neighbour(crystal: Atoms) -> float:
 
 def _is_element(atoms: Atoms) -> bool:
     return len(set(atoms.numbers)) == 1
+
+
+def _species_label(z: int, species: set[int], crystal: Atoms) -> str:
+    """What a name says of the species of an interstitial atom: nothing where there is one choice."""
+    return f"_{chemical_symbols[z]}" if len(species) > 1 or not _is_element(crystal) else ""
+
+
+def _numbered(names: Sequence[str], separator: str) -> list[str]:
+    """Patterns of names that come with a number where there are several of one."""
+    return [each for name in names for each in (name, f"{name}{separator}[0-9]*")]
+
+
+def _prefixes(hosts: Sequence[Atoms]) -> list[tuple[Atoms, str]]:
+    """Each crystal, and what goes before the names of its defects."""
+    names = structure_names(hosts)
+    return [(host, f"{name}." if len(hosts) > 1 else "") for host, name in zip(hosts, names, strict=True)]
 
 
 def _hosts_and_references(structures: Sequence[Atoms]) -> tuple[list[Atoms], Mapping[int, Atoms]]:

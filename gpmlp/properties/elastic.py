@@ -16,6 +16,9 @@ from gpmlp.properties.plan import Calculation, Outputs, Plan
 from gpmlp.properties.surface import Point, Surface, check_stable, inverse_hessian, strained, structure_names, voigt
 
 SHIFT = 0.005  # strain of the cells between which the change of elastic constants with the cell is taken
+# of the powder, and their units
+MODULI = {f"{kind}_modulus_{mean}": "GPa" for kind in ("bulk", "shear") for mean in ("voigt", "reuss", "hill")}
+MODULI |= {"young_modulus_hill": "GPa", "poisson_ratio_hill": ""}
 
 
 class ElasticConstants(Calculation):
@@ -28,13 +31,13 @@ class ElasticConstants(Calculation):
     """
 
     name: ClassVar[str] = "elastic"
-    outputs: ClassVar[str] = (
-        r"C[1-6][1-6]|(bulk|shear)_modulus_(voigt|reuss|hill)|young_modulus_hill|poisson_ratio_hill"
-    )
     strain: Annotated[float, Field(gt=0, le=0.05)] = 0.005
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
         return no_crystal_at_rest(structures, "elastic constants")
+
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        return ["C[1-6][1-6]", *MODULI]
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
@@ -102,9 +105,7 @@ class _SymmetricTensors:
         return constants | powder_moduli(stiffness / GPA, compliance * GPA)
 
     def units(self) -> dict[str, str]:
-        names = [f"C{i + 1}{j + 1}" for i, j in self.components]
-        moduli = [f"{kind}_modulus_{mean}" for kind in ("bulk", "shear") for mean in ("voigt", "reuss", "hill")]
-        return dict.fromkeys([*names, *moduli, "young_modulus_hill"], "GPa") | {"poisson_ratio_hill": ""}
+        return dict.fromkeys([f"C{i + 1}{j + 1}" for i, j in self.components], "GPa") | MODULI
 
     def about(self) -> dict[str, str]:
         """One sentence on each output."""

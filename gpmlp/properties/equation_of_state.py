@@ -51,13 +51,15 @@ class EquationOfState(Calculation):
     """
 
     name: ClassVar[str] = "eos"
-    outputs: ClassVar[str] = r"energy_per_atom|volume_per_atom|bulk_modulus|bulk_modulus_derivative"
     volumes: Annotated[int, Field(ge=5)] = 9
     span: Annotated[float, Field(gt=0, le=0.3)] = 0.06
     form: Literal["birchmurnaghan", "vinet", "murnaghan", "birch", "pouriertarantola"] = "birchmurnaghan"
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
         return no_crystal_at_rest(structures, "volumes")
+
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        return ["energy_per_atom", "volume_per_atom", "bulk_modulus", "bulk_modulus_derivative"]
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures

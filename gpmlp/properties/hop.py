@@ -41,6 +41,12 @@ BAND_STEPS, NEWTON_STEPS = 300, 10
 FARTHEST = 0.1  # A, of one of Newton's steps
 THZ = 1e-12 * units.second  # one over ASE's unit of time, in THz
 PER_METRE = 1e-10
+UNITS = {
+    "hop_barrier": "eV",
+    "log10_attempt_frequency": "log10(THz)",
+    "log10_hop_rate": "log10(1/s)",
+    "log10_diffusion_coefficient": "log10(m^2/s)",
+}
 
 
 class Hop(Calculation):
@@ -84,6 +90,9 @@ class Hop(Calculation):
             )
         return ""
 
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        return list(UNITS)
+
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         start, end = (surface.relax(atoms, fmax=FMAX) for atoms in structures)
         end.positions = start.positions + find_mic(end.positions - start.positions, start.cell, start.pbc)[0]
@@ -106,7 +115,6 @@ class Hop(Calculation):
             )
             return self._outputs(barrier, below - at_top, jump)
 
-        unit = {"hop_barrier": "eV", "log10_attempt_frequency": "log10(THz)", "log10_hop_rate": "log10(1/s)"}
         about = {
             "hop_barrier": "energy of the saddle less that of the place before the hop",
             "log10_attempt_frequency": "by all harmonic modes of both (Vineyard)",
@@ -116,8 +124,7 @@ class Hop(Calculation):
                 f"{'the sum of all displacements' if self.jump_A is None else 'a distance that was given'}"
             ),
         }
-        unit |= {"log10_diffusion_coefficient": "log10(m^2/s)"}
-        return Plan(tuple(made), evaluate, unit, {0: 0, 1: 1}, {}, about)
+        return Plan(tuple(made), evaluate, UNITS, {0: 0, 1: 1}, {}, about)
 
     def _outputs(self, barrier: float, log_frequency: float, jump: float) -> Outputs:
         """log_frequency: natural, of the attempt frequency in ASE's unit."""

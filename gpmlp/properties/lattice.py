@@ -26,10 +26,12 @@ class LatticeConstants(Calculation):
     """
 
     name: ClassVar[str] = "lattice"
-    outputs: ClassVar[str] = r"lattice_constant_[abc]|cell_angle_(alpha|beta|gamma)"
 
     def refusal(self, structures: Sequence[Atoms]) -> str:
         return no_crystal_at_rest(structures, "lattice constants")
+
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        return [_called(name) for name in CONSTANTS]
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures

@@ -45,6 +45,9 @@ class Frequencies(Calculation):
                 return f"{name} is under constraints, so that its vibrations are not those of the molecule"
         return ""
 
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        return [*_names(internal_directions(structures[0]).shape[1]), "zero_point_energy"]
+
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         atoms, modes = relax_to_minimum(surface, structures[0])
         (name,) = structure_names([atoms])
@@ -56,7 +59,7 @@ class Frequencies(Calculation):
                 moved.positions += sign * length * displacement.reshape(-1, 3)
                 moved.info["name"] = f"{name} {'+-'[sign < 0]} mode {k}"
                 made.append(moved)
-        names = [f"frequency_{k}" for k in range(1, len(lengths) + 1)]
+        names = _names(len(lengths))
 
         def evaluate(points: Sequence[Point]) -> Outputs:
             forces = np.stack([p.forces.ravel() for p in points]) @ modes.displacements.T
@@ -73,6 +76,10 @@ class Frequencies(Calculation):
             about={n: f"harmonic frequency {k} of {len(names)}" for k, n in enumerate(names, 1)}
             | {"zero_point_energy": "half the sum of the harmonic quanta"},
         )
+
+
+def _names(modes: int) -> list[str]:
+    return [f"frequency_{k}" for k in range(1, modes + 1)]
 
 
 @dataclass(frozen=True, eq=False)

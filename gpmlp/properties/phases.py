@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from glob import escape
 from typing import ClassVar
 
 from ase import Atoms
@@ -33,6 +34,10 @@ class PhaseEnergies(Calculation):
                 )
         return ""
 
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        first, *others = map(escape, structure_names(structures))
+        return [_called(name, first) for name in others]
+
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         names = structure_names(structures)
         made = tuple(
@@ -41,7 +46,7 @@ class PhaseEnergies(Calculation):
         )
         for atoms, name in zip(made, names, strict=True):
             atoms.info["name"] = f"{name} at rest" if self.relax else name
-        called = [f"{name}.energy_above_{names[0]}" for name in names[1:]]
+        called = [_called(name, names[0]) for name in names[1:]]
 
         def evaluate(points: Sequence[Point]) -> Outputs:
             first, *others = (point.energy / len(atoms) for point, atoms in zip(points, made, strict=True))
@@ -52,3 +57,7 @@ class PhaseEnergies(Calculation):
             {i: i for i in range(len(made))} if self.relax else {},
             about=dict.fromkeys(called, "difference of energies per atom"),
         )  # fmt: skip
+
+
+def _called(name: str, reference: str) -> str:
+    return f"{name}.energy_above_{reference}"

@@ -109,6 +109,10 @@ class Phonons(CrystalVibrations):
     name: ClassVar[str] = "phonons"
     points: Annotated[int, Field(ge=2, le=1000)] = 41
 
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        at_temperatures = [name for kelvin in self.temperatures for name in _Outputs.thermal_names(kelvin)]
+        return ["frequency_*_[0-9]*", "zero_point_energy", *at_temperatures]
+
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         cell = self.cell_at_rest(surface, start)

@@ -60,13 +60,11 @@ class Calculation(RecipeSection):
     Class attributes:
         name: in the registry (calculations.py), for --only.
         several: whether one plan takes all structures that are given (phases, adsorption), not one plan each.
-        outputs: a regular expression that the names of all its values match; '' where they depend on structures too much.
         by_default: whether it is made without being asked for, where `refusal` does not speak against it.
         to_sharpen: whether labels can be chosen for its values, which takes two evaluations of it for each force.
     """
 
     name: ClassVar[str]
-    outputs: ClassVar[str] = ""
     several: ClassVar[bool] = False
     by_default: ClassVar[bool] = True
     to_sharpen: ClassVar[bool] = True
@@ -80,6 +78,14 @@ class Calculation(RecipeSection):
         if self.several:
             return [self.refusal(structures)] * len(structures)
         return [self.refusal([atoms]) for atoms in structures]
+
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        """Patterns (fnmatch) of the names of the values of one plan, known before there is a surface.
+
+        Args:
+            structures: as of `plan`.
+        """
+        raise NotImplementedError
 
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         """The plan on a surface.

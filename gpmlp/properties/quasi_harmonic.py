@@ -47,6 +47,9 @@ class QuasiHarmonic(CrystalVibrations):
     smallest: Annotated[float, Field(gt=0.7, lt=1)] = 0.97
     largest: Annotated[float, Field(gt=1, lt=1.3)] = 1.08
 
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        return [f"{name}_{kelvin:g}K" for kelvin in self.temperatures for name in UNITS]
+
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         cell = self.cell_at_rest(surface, start)
@@ -62,11 +65,8 @@ class QuasiHarmonic(CrystalVibrations):
             forces = forces_of(points[n:]).reshape(n, each, -1, 3)
             found = [dynamics.harmonic(dynamics.force_constants(each), every) for each in forces]
             states = states_of(volumes, static, found, every)
-            values = {
-                f"{name}_{kelvin:g}K": float(states[name][i])
-                for i, kelvin in enumerate(self.temperatures)
-                for name in UNITS
-            }
+            at_temperatures = (float(states[name][i]) for i in range(k) for name in UNITS)
+            values = dict(zip(self.value_names(structures), at_temperatures, strict=True))
             return values | {name: states[name][k:] for name in UNITS}
 
         short = self.too_short(surface, dynamics)

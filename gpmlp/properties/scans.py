@@ -51,11 +51,14 @@ class Dimers(Calculation):
     farthest: float | None = Field(None, gt=0)
     points: int = Field(60, ge=8, le=1000)
 
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        pairs = (f"dimer_{chemical_symbols[a]}_{chemical_symbols[b]}" for a, b in _pairs(structures))
+        return [f"{pair}_{what}" for pair in pairs for what in ("well_depth", "bond_length")]
+
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
-        species = sorted({int(z) for atoms in structures for z in atoms.numbers})
         made: list[Atoms] = []
         axes: dict[str, CurveAxis] = {}
-        for a, b in combinations_with_replacement(species, 2):
+        for a, b in _pairs(structures):
             pair = f"{chemical_symbols[a]}_{chemical_symbols[b]}"
             axes[pair] = self._axis(surface, a, b)
             for r in (*axes[pair].x, FREE):
@@ -95,6 +98,12 @@ class Dimers(Calculation):
             raise Failed(f"a scan of distances from {start:.2f} to {end:.2f} A: give closest and farthest")
         ticks = ((float(shortest), "data from here"),) if shortest else ()
         return CurveAxis(np.linspace(start, end, self.points), "distance", "A", ticks)
+
+
+def _pairs(structures: Sequence[Atoms]) -> list[tuple[int, int]]:
+    """Of the species of all structures."""
+    species = sorted({int(z) for atoms in structures for z in atoms.numbers})
+    return list(combinations_with_replacement(species, 2))
 
 
 def _lowest(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -145,10 +154,18 @@ class Torsions(Calculation):
                     return f"{name} cannot turn about the bond {bond[0]}-{bond[1]}; it can about {there} (atoms from 0)"
         return ""
 
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        barriers = [f"{torsion.name}_barrier" for torsion in self._torsions(structures[0])]
+        return [each for name in barriers for each in (name, f"{name}_[2-9]")]
+
+    def _torsions(self, atoms: Atoms) -> list[Torsion]:
+        """Those that are scanned."""
+        wanted = None if self.bonds is None else [set(bond) for bond in self.bonds]
+        return [t for t in rotatable_bonds(atoms) if wanted is None or {t.atoms[1], t.atoms[2]} in wanted]
+
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
-        wanted = None if self.bonds is None else [set(bond) for bond in self.bonds]
-        torsions = [t for t in rotatable_bonds(start) if wanted is None or {t.atoms[1], t.atoms[2]} in wanted]
+        torsions = self._torsions(start)
         rest = surface.relax(start.copy())
         scans = [_Scan.on(surface, rest, torsion, self.step, self.rigid) for torsion in torsions]
         maxima = [scan.maxima(surface.points(scan.structures)) for scan in scans]
@@ -188,6 +205,11 @@ class Torsion:
     turning: tuple[int, ...]
     label: str
 
+    @property
+    def name(self) -> str:
+        """Of its curve."""
+        return f"torsion_{self.label}"
+
 
 def rotatable_bonds(atoms: Atoms) -> list[Torsion]:
     """The bonds of a molecule that it can turn about, by covalent radii; the smaller part turns."""
@@ -222,11 +244,14 @@ def _substituent(atoms: Atoms, bonded: np.ndarray, of: int, other: int) -> int |
 class _Scan:
     """Structures of one torsion, by their angles, and (but for a rigid one) the surface that they are at rest on."""
 
-    name: str
     torsion: Torsion
     angles: np.ndarray
     structures: tuple[Atoms, ...]
     surface: Surface | None
+
+    @property
+    def name(self) -> str:
+        return self.torsion.name
 
     @staticmethod
     def on(surface: Surface, rest: Atoms, torsion: Torsion, step: float, rigid: bool) -> _Scan:
@@ -240,7 +265,7 @@ class _Scan:
             made[-1].set_dihedral(*torsion.atoms, angle, indices=torsion.turning)
         if not rigid:
             made = _relax_at_angles(surface, made, torsion, angles)
-        return _Scan(f"torsion_{torsion.label}", torsion, angles, tuple(made), None if rigid else surface)
+        return _Scan(torsion, angles, tuple(made), None if rigid else surface)
 
     @cached_property
     def compliances(self) -> tuple[np.ndarray, ...]:

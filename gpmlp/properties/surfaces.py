@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from glob import escape
 from itertools import combinations, product
 from math import gcd
 from typing import ClassVar
@@ -57,6 +58,9 @@ class SurfaceEnergies(Calculation):
             return "the Miller indices 0 0 0 are no plane"
         return missing_library() or no_crystal_at_rest(structures, "surfaces")
 
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        return ["surface_energy_[01][01][01]"] if self.planes is None else list(map(_called, self.planes))
+
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         bulk = Bulk.at_rest(surface, start)
@@ -69,8 +73,7 @@ class SurfaceEnergies(Calculation):
         missing: dict[str, str] = {}
         made = [bulk.atoms]
         for plane in planes:
-            index = "".join(f"m{-i}" if i < 0 else str(i) for i in plane)
-            output = f"surface_energy_{index}"
+            output = _called(plane)
             slab = cut_slab(bulk.atoms, plane, thickness, reach + EMPTY, self.unequal_faces)
             if slab is None:
                 missing[output] = (
@@ -78,7 +81,7 @@ class SurfaceEnergies(Calculation):
                     "the mean of both is given with surface.unequal_faces=true"
                 )
                 continue
-            slab.atoms.info["name"] = f"{name} ({index}) slab"
+            slab.atoms.info["name"] = f"{name} ({_index(plane)}) slab"
             relaxed = surface.relax(slab.atoms)
             slabs[output] = slab, InLattice.of(surface, [relaxed])[0]
             made.append(relaxed)
@@ -101,6 +104,14 @@ class SurfaceEnergies(Calculation):
         sources = {output: (0, k) for k, output in enumerate(slabs, 1)}
         units = dict.fromkeys(about, "J/m^2")
         return Plan(tuple(made), evaluate, units, at_rest, about=about, sources=sources, missing=missing)
+
+
+def _index(plane: Index) -> str:
+    return "".join(f"m{-i}" if i < 0 else str(i) for i in plane)
+
+
+def _called(plane: Index) -> str:
+    return f"surface_energy_{_index(plane)}"
 
 
 class Slab:
@@ -206,15 +217,14 @@ class AdsorptionEnergies(Calculation):
             )
         return ""
 
+    def value_names(self, structures: Sequence[Atoms]) -> list[str]:
+        return list(map(escape, _named_systems(structures)))
+
     def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
-        systems = adsorption_systems(structures)
-        made: dict[int, Atoms] = {id(atoms): atoms for system in systems for atoms in system}
+        names = _named_systems(structures)
+        made: dict[int, Atoms] = {id(atoms): atoms for system in names.values() for atoms in system}
         places = {key: k for k, key in enumerate(made)}
         at_rest = tuple(surface.relax(atoms) if self.relax else atoms for atoms in made.values())
-        names = {
-            (f"{structure_names(system[:1])[0]}." if len(systems) > 1 else "") + "adsorption_energy": system
-            for system in systems
-        }
 
         def evaluate(points: Sequence[Point]) -> Outputs:
             out = {}
@@ -231,6 +241,14 @@ class AdsorptionEnergies(Calculation):
         }
         sources = {name: [places[id(atoms)] for atoms in system] for name, system in names.items()}
         return Plan(at_rest, evaluate, dict.fromkeys(names, "eV"), relaxed, about=about, sources=sources)
+
+
+def _named_systems(structures: Sequence[Atoms]) -> dict[str, tuple[Atoms, Atoms, Atoms]]:
+    """adsorption_systems by the names of their values."""
+    systems = adsorption_systems(structures)
+    if len(systems) == 1:
+        return {"adsorption_energy": systems[0]}
+    return {f"{structure_names(system[:1])[0]}.adsorption_energy": system for system in systems}
 
 
 def adsorption_systems(structures: Sequence[Atoms]) -> list[tuple[Atoms, Atoms, Atoms]]:
