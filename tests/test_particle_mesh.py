@@ -16,7 +16,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.particle_mesh import ParticleMesh, coulomb_sum
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import COULOMB, VOIGT
-from gpmlp.potential.charges import LOCAL, ChargeForm, ChargeModel, StructureCharges
+from gpmlp.potential.charges import LOCAL, ChargeForm, ChargeModel, EqualStructures
 
 torchpme = pytest.importorskip("torchpme")
 
@@ -139,7 +139,7 @@ def test_which_structures_have_a_mesh(monkeypatch):
     with pytest.raises(UserError, match="has 64 atoms.*vacuum around it.*no error bars"):
         coulomb_sum(_crystal(2, (False,) * 3))
     with pytest.raises(UserError, match="has 64 atoms"):
-        StructureCharges.of_structures(_model(ChargeForm(1.0)).basis, _crystal(2))
+        EqualStructures.of_structures(_model(ChargeForm(1.0)).basis, _crystal(2))
 
 
 def test_without_torch_pme_it_says_what_to_install(monkeypatch):

@@ -154,6 +154,11 @@ class CoulombMatrix:
         return out
 
     @property
+    def shift(self) -> Tensor:
+        """() c of A + c 11ᵀ, which is positive on all charges and changes none of a given sum: a slab's A is so on neutral ones only."""
+        return self.matrix.abs().max() if self.area_factor else self.constant.new_zeros(())
+
+    @property
     def _heights(self) -> Tensor:
         """(n, n) of d along the normal."""
         z = self.positions @ self.normal

@@ -11,6 +11,8 @@ the leading ones of the short-range model and the composition, whose energies of
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,19 +39,20 @@ from gpmlp.potential.charges import (
     ChargeForm,
     ChargeModel,
     ElectrostaticColumns,
-    StructureCharges,
+    EqualStructures,
     stack_rows,
 )
 from gpmlp.recipe import Recipe
 
-SHORT_COLUMNS = 600  # of the short-range model beside which charges are fitted
+SHORT_COLUMNS = 600  # of the short-range model beside which charges are fitted,
+SEARCH_COLUMNS = 300  # while their form is searched for
 CENTRES = 60  # of q⁰, of each species
 ROWS = 12_000  # labels, about, from which charges are fitted: of structures at random where there are more
 SPREAD_BYTES = 512 << 20  # of the derivatives of their functions in memory
 FORMS = (ChargeForm(LOCAL), ChargeForm(10.0), ChargeForm(3.0), ChargeForm(1.0))  # each from where the one before ended
 COMPOSITION = 5.0  # eV, of the energy of an atom that charges may shift
 LABEL_NOISE = {"charges": StdPrior(2e-2, 1e-4, 1.0), "dipoles": StdPrior(5e-2, 1e-4, 5.0)}  # e; e A
-ITERATIONS, EVIDENCE_AT, EVALUATIONS = 30, (0, 3, 7), 12
+ITERATIONS, EVIDENCE_AT, EVALUATIONS = 30, (2, 6), 12
 DAMPING, TRIES = 1e-3, 12
 ROUGH, FINE = (
     1e-3,
@@ -70,7 +73,7 @@ class FittedCharges:
     Attributes:
         scale: (columns,) prior standard deviations of its parameters, by the evidence.
         negative_log_evidence: of the columns of this fit; alone: the same without charges; labels: how many.
-        tried: the former by form, as text. learned: `long_range.labels`, what these labels are.
+        tried: the former by form, as text, of the fewer columns of the search. learned: `long_range.labels`, what these labels are.
     """
 
     model: ChargeModel
@@ -186,7 +189,7 @@ class _Chunk:
         charges: (atoms,) labels, e; dipoles: (structures, 3), e A; NaN where there are none, or they are not to be learned from.
     """
 
-    structures: list[StructureCharges]
+    structures: list[EqualStructures]
     rows: dict[str, Tensor]
     labels: dict[str, Observations]
     internal: Structures | None
@@ -205,7 +208,10 @@ class _Chunk:
             f.charges[:, None] if f.of_charges is None else torch.cat([f.of_charges, f.charges[:, None]], dim=1)
             for f in found
         ]
-        dipoles = [one.coulomb.positions.T @ rows for one, rows in zip(self.structures, charges, strict=True)]
+        dipoles = [
+            (one.coulomb.positions.mT @ rows.view(*one.coulomb.self_terms.shape, -1)).flatten(0, 1)
+            for one, rows in zip(self.structures, charges, strict=True)
+        ]
         known = ~self.charges.isnan(), ~self.dipoles.flatten().isnan()
         return {"charges": torch.cat(charges)[known[0]], "dipoles": torch.cat(dipoles)[known[1]]}
 
@@ -243,6 +249,20 @@ class ChargeData:
         self.short = {k: torch.cat([c.rows[k] for c in self.chunks if k in c.rows]) for k in kinds}
         self.counts = {kind: len(rows) for kind, rows in self.short.items()}
         self.grams = {kind: SufficientStatistics.from_factor(rows, len(rows)) for kind, rows in self.short.items()}
+        # of the columns of `short`
+        self.widths = [*regression.block_widths(self.models), len(self.structures.distinct_species)]
+
+    def leading(self, columns: int) -> ChargeData:
+        """The same with about so many of the short-range columns, the most important ones."""
+        if columns >= sum(self.widths[:-1]):
+            return self
+        out, starts = copy.copy(self), [0, *itertools.accumulate(self.widths)]
+        share = columns / starts[-2]
+        out.widths = [*(max(1, int(share * w)) for w in self.widths[:-1]), self.widths[-1]]
+        kept = [torch.arange(s, s + w) for s, w in zip(starts, [*out.widths, 1], strict=True)]  # and the labels
+        out.short = {kind: rows[:, torch.cat(kept)] for kind, rows in self.short.items()}
+        out.grams = {kind: SufficientStatistics.from_factor(rows, len(rows)) for kind, rows in out.short.items()}
+        return out
 
     @property
     def n_labels(self) -> int:
@@ -255,7 +275,7 @@ class ChargeData:
         functional = any(not m.local_blocks for m in self.models)
         about = targets.charges, targets.dipoles
         chunk = _Chunk(
-            StructureCharges.of_structures(self.basis, part), {}, labels, part if functional else None, *about
+            EqualStructures.of_structures(self.basis, part), {}, labels, part if functional else None, *about
         )
         counts = part.composition(self.structures.distinct_species).double()
         nothing = [
@@ -306,13 +326,15 @@ def _leading_models(models: Sequence[InducingModel]) -> list[InducingModel]:
 
 
 def _some_structures(structures: Structures, targets: Targets, seed: int) -> tuple[Structures, Targets]:
-    """At random, of about ROWS labels together, and few enough to be in memory; besides, the first of each species."""
+    """At random, of about ROWS labels together, and few enough to be in memory; besides, the first of each species. Those of as many atoms
+    follow each other."""
     order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed))
     counts = structures.counts.cpu()[order]
     labels, spread = (3 * counts + 1).cumsum(0), (counts * 60 * 3 * CENTRES * 8).cumsum(0)
     few = int(((labels <= ROWS) & (spread <= SPREAD_BYTES)).sum())
     held = structures.composition(structures.distinct_species).cpu()[order] > 0
     chosen = torch.cat([order[:few], order[held.long().argmax(0)]]).unique()
+    chosen = chosen[structures.counts.cpu()[chosen].argsort(stable=True)]
     return structures.select(chosen), targets.select(structures, chosen)
 
 
@@ -441,8 +463,7 @@ class _Objective:
 
 def _block_of_column(data: ChargeData, charges: bool) -> Tensor:
     """Which signal each column has: those of the short-range blocks, of the composition, of g, of its constants."""
-    widths = [*regression.block_widths(data.models), len(data.structures.distinct_species)]
-    widths += [data.basis.n_weights, len(data.basis.species)] if charges else []
+    widths = [*data.widths, *([data.basis.n_weights, len(data.basis.species)] if charges else [])]
     return torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
 
 
@@ -502,13 +523,14 @@ def fit_charges(data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: R
         dict(zip(basis.species, composition.mean(0).tolist(), strict=True)), float(structures.charges.mean())
     )
     parameters, alone = _without(data)
+    few = data.leading(SEARCH_COLUMNS)
     found: dict[ChargeForm, _Search] = {}
 
     def search(form: ChargeForm, a: Tensor, former: Hyperparameters) -> _Search:
         fresh = _parameters(data)
         for name in (*fresh.kinds, "signal"):
             fresh.set(name, former.log_std(name).detach())
-        found[form] = _Search(data, form, a, fresh, start).run(report)
+        found[form] = _Search(few, form, a, fresh, start).run(report)
         return found[form]
 
     a, best = start, None
@@ -524,7 +546,7 @@ def fit_charges(data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: R
     if best.form.kappa != LOCAL:  # what is local the short-range part can learn
         other = search(replace(best.form, without_self=True), best.a, best.parameters)
         best = min(best, other, key=lambda one: one.value)
-    best.run(report, FINE)
+    best = _Search(data, best.form, best.a, best.parameters, start).run(report, FINE)
     tried = {str(form): search.value for form, search in found.items()}
     model = ChargeModel(best.form, basis, best.a, start)
     return FittedCharges(model, best.scale, best.value, alone, data.n_labels, tried, data.recipe.long_range.labels)

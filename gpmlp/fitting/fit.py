@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,10 +136,11 @@ def _fit_once(
         wanted = False  # leaving a structure out leaves its functionals out as well: none need be set aside
     about = data.structures, data.targets, wanted, data.recipe.seed, data.groups
     fitted, held, judged = calibrate.calibration_split(*about)
-    trained = _train(data, fitted, held, stages)
-    data, charges = _with_charges(data, trained.models, stages)
+    chosen = _choose_inducing(data, fitted, held, stages)
+    data, charges = _with_charges(data, chosen.models, stages)
     if data.charges is not None:
-        trained = _train(data, fitted, held, stages)
+        chosen = _choose_inducing(data, fitted, held, stages)
+    trained = _train(data, chosen, fitted, held, stages)
     models = trained.models
     learned = trained.learned.joined(*trained.held) if len(held) else trained.learned
     columns = trained.every_charge_rows
@@ -461,8 +462,16 @@ class _Trained:
         return self.charge_rows and self.charge_rows[0].joined(self.charge_rows[1])
 
 
-def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Trained:
-    """Choose inducing variables, stream the rows, learn noises and signals; all from the fitted structures alone."""
+class _Chosen(NamedTuple):
+    """Inducing variables; the number of environments of each species; a sample of these for the novelty."""
+
+    models: list[InducingModel]
+    environments: dict[int, int]
+    sample: FeatureSample | None
+
+
+def _choose_inducing(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Chosen:
+    """Inducing variables, from the fitted structures alone."""
     recipe, structures = data.recipe, data.structures
     stages.begin("inducing points")
     sample: FeatureSample | None = None
@@ -483,7 +492,12 @@ def _train(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Tr
         data.remaining.select(structures, fitted),
         stages.report,
     )
-    models = [m.numbered(fitted) for m in models]
+    return _Chosen([m.numbered(fitted) for m in models], environments, sample)
+
+
+def _train(data: _Data, chosen: _Chosen, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Trained:
+    """Stream the rows, learn noises and signals, from the fitted structures alone."""
+    recipe, (models, environments, sample) = data.recipe, chosen
     stages.begin("covariances")
     # the exact posterior takes charges as known
     charges = data.charges if models[0].exact is None else None

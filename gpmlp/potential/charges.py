@@ -21,9 +21,10 @@ and the same with strains. docs/notation.md has them by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -31,15 +32,14 @@ from torch import Tensor
 
 from gpmlp.core import neighbors
 from gpmlp.core.coulomb import CoulombMatrix, electronegativity, hardness
-from gpmlp.core.environments import Descriptor, StructureEnvironments, strain_derivatives
+from gpmlp.core.environments import Descriptor, Environments, StructureEnvironments, strain_derivatives
 from gpmlp.core.errors import UserError
 from gpmlp.core.findings import Finding, warn_of
 from gpmlp.core.neighbors import Neighbors
 from gpmlp.core.particle_mesh import ParticleMesh, coulomb_sum
 from gpmlp.core.quantities import Prediction
 from gpmlp.core.stored_tensors import StoredTensors
-from gpmlp.core.structures import Structures
-from gpmlp.core.units import VOIGT
+from gpmlp.core.structures import CHUNK_ATOMS, Structures
 from gpmlp.gp.covariances import CovarianceRows
 from gpmlp.gp.kernels import ZonalKernel
 from gpmlp.gp.variance import WhitenedRows
@@ -47,6 +47,7 @@ from gpmlp.potential.mean import EnergyTerm, MeanBlock
 
 LOCAL = math.inf
 CONVERGED = 1e-7  # e, what charges found by iteration may be off by
+JACOBIANS = 32  # of so many atoms are in memory together
 MOST_ITERATIONS = 300  # of these; a dozen or two are usual
 STORED = 1e-6  # by which the factor of a prior covariance in a file may differ from it
 
@@ -105,35 +106,32 @@ class ChargeBasis:
         out[self.n_weights :] = out.new_tensor([(mean - chi[z]) / eta[z] for z in self.species])
         return out
 
-    def functions(self, structures: Structures, pairs: Neighbors | None = None) -> Iterator[ChargeFunctions]:
-        """Of each structure."""
-        every = StructureEnvironments.from_structures(self.descriptor, structures, pairs)
-        offsets = structures.offsets.tolist()
-        for s in range(len(structures)):
-            mine = torch.arange(offsets[s], offsets[s + 1], device=structures.species.device)
-            part = every.select(mine)
-            chosen = every.surroundings.pairs_of(mine)[1]
-            others = every.neighbors.neighbors[chosen] - offsets[s]
-            yield self._functions_of(structures.species[mine], part, others)
-
-    def _functions_of(self, species: Tensor, part, others: Tensor) -> ChargeFunctions:
-        n, owners, vectors = len(species), part.surroundings.centers, part.surroundings.vectors.double()
-        jacobian, features = part.jacobian().double(), part.features.double()
-        values = features.new_zeros(n, self.n_columns)
+    def functions(self, structures: Structures) -> ChargeFunctions:
+        """Of structures of the same number of atoms."""
+        every = StructureEnvironments.from_structures(self.descriptor, structures)
+        values = structures.positions.new_zeros(structures.n_atoms, self.n_columns, dtype=torch.float64)
         pieces = []
-        for k, (z, centres) in enumerate(self.centres.items()):
-            mine, here = species == z, self.columns(z)
+        for k, z in enumerate(self.centres):
+            mine, here = (structures.species == z).nonzero()[:, 0], self.columns(z)
             values[mine, self.n_weights + k] = 1.0
-            if not mine.any():
+            if not len(mine):
                 continue
-            x, lower = centres.double(), self.lowers[z]
-            value, first, _ = self.kernel.profile(features @ x.T)
-            values[mine, here] = torch.linalg.solve_triangular(lower, value[mine].T, upper=False).T
-            of = mine[owners].nonzero()[:, 0]
-            slopes = (jacobian[of] @ x.T) * first[owners[of], None, :]
-            slopes = torch.linalg.solve_triangular(lower, slopes.flatten(0, 1).T, upper=False).T.reshape(slopes.shape)
-            pieces.append(_SpeciesSlopes(here, of, slopes.contiguous()))
-        return ChargeFunctions(values, owners, others, vectors, tuple(pieces))
+            parts = [self._at(every.select(some), z) for some in mine.split(JACOBIANS)]
+            of_value, slopes = (torch.cat(column) for column in zip(*parts, strict=True))
+            values[mine, here] = of_value
+            pieces.append(_SpeciesSlopes(here, every.surroundings.pairs_of(mine)[1], slopes))
+        owners, vectors = every.surroundings.centers, every.surroundings.vectors.double()
+        return ChargeFunctions(len(structures), values, owners, every.neighbors.neighbors, vectors, tuple(pieces))
+
+    def _at(self, part: Environments, z: int) -> tuple[Tensor, Tensor]:
+        """Functions (environments, columns of the species) and their slopes (pairs, 3, columns of the species)."""
+        x, lower = self.centres[z].double(), self.lowers[z]
+        value, first, _ = self.kernel.profile(part.features.double() @ x.T)
+        slopes = (part.jacobian().double() @ x.T) * first[part.surroundings.centers, None, :]
+        value, flat = (
+            torch.linalg.solve_triangular(lower, rows.T, upper=False).T for rows in (value, slopes.flatten(0, 1))
+        )
+        return value, flat.reshape(slopes.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,20 +145,18 @@ class _SpeciesSlopes:
 
 @dataclass(frozen=True, eq=False)
 class ChargeFunctions:
-    """K = ∂q⁰/∂a of the atoms of one structure, and its derivatives by pair vectors.
+    """K = ∂q⁰/∂a of the atoms of some structures of n atoms each, and its derivatives by pair vectors.
 
     Attributes:
-        values: (n, columns) K. owners, others: (pairs,) i and j; vectors: (pairs, 3) r_ij, A.
+        structures: how many. values: (atoms, columns) K. owners, others: (pairs,) i and j; vectors: (pairs, 3) r_ij, A.
     """
 
+    structures: int
     values: Tensor
     owners: Tensor
     others: Tensor
     vectors: Tensor
     pieces: tuple[_SpeciesSlopes, ...]
-
-    def __len__(self) -> int:
-        return len(self.values)
 
     def pair_gradients(self, a: Tensor) -> Tensor:
         """(pairs, 3) ∂q⁰_i/∂r_ij."""
@@ -170,32 +166,64 @@ class ChargeFunctions:
         return out
 
     def derivatives(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """∂q⁰/∂r (n, 3n) and ∂q⁰/∂ε (n, 6) from pair gradients: r_j moves with +, the centre itself with -."""
-        n = len(self)
-        flat = gradients.new_zeros(n * n, 3)
-        flat.index_add_(0, self.owners * n + self.others, gradients)
-        flat.index_add_(0, self.owners * n + self.owners, -gradients)
-        strained = strain_derivatives(gradients[:, :, None], self.owners, self.vectors, n)[..., 0]
-        return flat.view(n, 3 * n), strained
+        """∂q⁰/∂r (structures, n, 3n) and ∂q⁰/∂ε (structures, n, 6) from pair gradients: r_j moves with +, the centre itself with -."""
+        atoms, shape = len(self.values), (self.structures, len(self.values) // self.structures, -1)
+        n = shape[1]
+        flat = gradients.new_zeros(atoms * n, 3)
+        flat.index_add_(0, self.owners * n + self.others % n, gradients)
+        flat.index_add_(0, self.owners * n + self.owners % n, -gradients)
+        strained = strain_derivatives(gradients[:, :, None], self.owners, self.vectors, atoms)
+        return flat.view(shape), strained.view(shape)
 
-    def weighted(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ_i w_i ∂K_i/∂r (3n, columns) and Σ_i w_i ∂K_i/∂ε (6, columns)."""
-        n, m = self.values.shape
-        on_atoms, strained = w.new_zeros(n, 3, m), w.new_zeros(6, m)
+    def weighted(self, w: Tensor, strains: bool) -> tuple[Tensor, Tensor]:
+        """Σ_i w_i ∂K_i/∂r (structures, 3n, columns) and, if wanted, Σ_i w_i ∂K_i/∂ε (structures, 6, columns), else zero."""
+        atoms, m = self.values.shape
+        on_atoms, strained = w.new_zeros(atoms, 3, m), w.new_zeros(self.structures, 6, m)
         for piece in self.pieces:
-            owners, vectors = self.owners[piece.pairs], self.vectors[piece.pairs]
+            owners, others = self.owners[piece.pairs], self.others[piece.pairs]
             pulled = piece.slopes * w[owners, None, None]
-            part = pulled.new_zeros(n, *pulled.shape[1:])
-            part.index_add_(0, self.others[piece.pairs], pulled).index_add_(0, owners, pulled, alpha=-1)
-            on_atoms[..., piece.columns] += part
-            along = torch.einsum("pa,pbm->abm", vectors, pulled)
-            strained[:, piece.columns] = torch.stack([0.5 * (along[a, b] + along[b, a]) for a, b in VOIGT])
-        return on_atoms.flatten(0, 1), strained
+            part = pulled.new_zeros(atoms, *pulled.shape[1:])
+            on_atoms[..., piece.columns] = part.index_add_(0, others, pulled).index_add_(0, owners, pulled, alpha=-1)
+            if strains:
+                structure = owners // (atoms // self.structures)
+                vectors = self.vectors[piece.pairs]
+                strained[..., piece.columns] = strain_derivatives(pulled, structure, vectors, self.structures)
+        return on_atoms.view(self.structures, -1, m), strained
+
+
+@dataclass(frozen=True, eq=False)
+class CoulombMatrices:
+    """Those of some structures of n atoms each (core/coulomb.CoulombMatrix), one after another.
+
+    Attributes:
+        self_terms: (structures, n); matrix: (structures, n, n); gradients: (structures, 3, n, n); strains: (structures, 6, n, n), None
+            where no structure has a volume; shift: (structures,); positions: (structures, n, 3), A.
+    """
+
+    self_terms: Tensor
+    matrix: Tensor
+    gradients: Tensor
+    strains: Tensor | None
+    shift: Tensor
+    positions: Tensor
+
+    @staticmethod
+    def of_structures(structures: Structures) -> CoulombMatrices:
+        """Of structures of the same number of atoms."""
+        every = [CoulombMatrix.of_structure(structures.select([i])) for i in range(len(structures))]
+        fields = zip(*((c.self_terms, c.matrix, c.gradients, c.shift, c.positions) for c in every), strict=True)
+        terms, matrix, gradients, shift, positions = (torch.stack(field) for field in fields)
+        strains = torch.stack([c.strains for c in every]) if bool(structures.periodic.any()) else None
+        return CoulombMatrices(terms, matrix, gradients, strains, shift, positions)
+
+    def potential(self, charges: Tensor) -> Tensor:
+        """(structures, n) A q, V, of charges (structures, n), e."""
+        return (self.matrix @ charges[..., None])[..., 0]
 
 
 @dataclass(frozen=True, eq=False)
 class Equilibrium:
-    """Charges of least energy.
+    """Charges of least energy, of one structure or, with a first dimension, of some.
 
     Attributes:
         charges: (n,) q, e. pull: (n,) w = ∂E/∂q⁰, eV/e. atom_energies: (n,) shares of E, eV.
@@ -208,21 +236,23 @@ class Equilibrium:
     projector: Tensor | None
 
 
-def equilibrate(form: ChargeForm, coulomb: CoulombMatrix | ParticleMesh, free: Tensor, total: float) -> Equilibrium:
-    """The charges of one structure, q = P J q⁰ + h Q/s or q⁰ + (Q - Σq⁰)/n of local ones: by Cholesky's factor of H, or to CONVERGED by
-    iteration where A is no matrix.
+def equilibrate(
+    form: ChargeForm, coulomb: CoulombMatrix | CoulombMatrices | ParticleMesh, free: Tensor, total: Tensor
+) -> Equilibrium:
+    """The charges of one structure, q = P J q⁰ + h Q/s or q⁰ + (Q - Σq⁰)/n of local ones, or of some with as many atoms: by Cholesky's
+    factor of H, or to CONVERGED by iteration where A is no matrix.
 
     Args:
-        free: (n,) q⁰, e. total: Q, e.
+        free: (n,) q⁰, e. total: () Q, e. Both with a first dimension if of several structures.
     """
-    n, s = len(coulomb), coulomb.self_terms
+    s = coulomb.self_terms
     if form.kappa == LOCAL:
-        q = free + (total - free.sum()) / n
+        q = free + ((total - free.sum(-1)) / free.shape[-1])[..., None]
         potential = coulomb.potential(q)
-        return Equilibrium(q, potential - potential.mean(), 0.5 * q * potential, None)
+        return Equilibrium(q, potential - potential.mean(-1, keepdim=True), 0.5 * q * potential, None)
     j = form.kappa * s
     if isinstance(coulomb, ParticleMesh):
-        q, projector = _iterated(coulomb, s + j, j * free, total), None
+        q, projector = _iterated(coulomb, s + j, j * free, float(total)), None
     else:
         q, projector = _solved(coulomb, s + j, j * free, total)
     moved, off = q - free, s if form.without_self else torch.zeros_like(s)
@@ -230,16 +260,16 @@ def equilibrate(form: ChargeForm, coulomb: CoulombMatrix | ParticleMesh, free: T
     return Equilibrium(q, -j * moved - off * free, energies, projector)
 
 
-def _solved(coulomb: CoulombMatrix, diagonal: Tensor, pull: Tensor, total: float) -> tuple[Tensor, Tensor]:
+def _solved(
+    coulomb: CoulombMatrix | CoulombMatrices, diagonal: Tensor, pull: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor]:
     """q of the least ½ qᵀ(A + D)q - bᵀq with a total charge, and P, for D and b (n,)."""
-    h = coulomb.matrix + torch.diag(diagonal)
-    if coulomb.area_factor:
-        # a slab's A is positive on neutral charges only; c 11ᵀ makes H so everywhere and changes no charges of a given sum
-        h = h + coulomb.matrix.abs().max()
+    h = coulomb.matrix + torch.diag_embed(diagonal) + coulomb.shift[..., None, None]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    along = inverse.sum(1)
-    projector = inverse - along[:, None] * (along / along.sum())
-    return projector @ pull + along * (total / along.sum()), projector
+    along = inverse.sum(-1)
+    shares = along / along.sum(-1, keepdim=True)
+    projector = inverse - along[..., None] * shares[..., None, :]
+    return (projector @ pull[..., None])[..., 0] + shares * total[..., None], projector
 
 
 def _iterated(coulomb: ParticleMesh, diagonal: Tensor, pull: Tensor, total: float) -> Tensor:
@@ -269,13 +299,13 @@ def _iterated(coulomb: ParticleMesh, diagonal: Tensor, pull: Tensor, total: floa
     )
 
 
-def _responses(form: ChargeForm, coulomb: CoulombMatrix, found: Equilibrium, k: Tensor) -> tuple[Tensor, Tensor]:
-    """∂q/∂a = P J K and ∂w/∂a = J(K - ∂q/∂a) (n, columns)."""
+def _responses(form: ChargeForm, coulomb: CoulombMatrices, found: Equilibrium, k: Tensor) -> tuple[Tensor, Tensor]:
+    """∂q/∂a = P J K and ∂w/∂a = J(K - ∂q/∂a) (structures, n, columns)."""
     if found.projector is None:
-        dq = k - k.mean(0)
+        dq = k - k.mean(1, keepdim=True)
         dw = coulomb.matrix @ dq
-        return dq, dw - dw.mean(0)
-    s = coulomb.self_terms[:, None]
+        return dq, dw - dw.mean(1, keepdim=True)
+    s = coulomb.self_terms[..., None]
     j = form.kappa * s
     dq = found.projector @ (j * k)
     return dq, j * (k - dq) - (s * k if form.without_self else 0.0)
@@ -283,11 +313,11 @@ def _responses(form: ChargeForm, coulomb: CoulombMatrix, found: Equilibrium, k: 
 
 @dataclass(frozen=True, eq=False)
 class ElectrostaticColumns:
-    """E, F, σ and q of one structure, and their derivatives by a.
+    """E, F, σ and q of structures, and their derivatives by a.
 
     Attributes:
-        values: of E (1, 1), F (3n, 1) and σ (6, 1; zero without volume). columns: of the same, (·, columns).
-        charges: (n,) q; of_charges: (n, columns) ∂q/∂a.
+        values: of E (structures, 1), F (3 atoms, 1) and σ (6 structures, 1; zero without volume). columns: of the same, (·, columns).
+        charges: (atoms,) q; of_charges: (atoms, columns) ∂q/∂a.
     """
 
     values: CovarianceRows
@@ -297,54 +327,73 @@ class ElectrostaticColumns:
 
 
 @dataclass(frozen=True, eq=False)
-class StructureCharges:
-    """What E_ES of one structure is made of, whatever a: to be evaluated many times.
+class EqualStructures:
+    """What E_ES of some structures of n atoms each is made of, whatever a: to be evaluated many times, all at once.
 
     Attributes:
-        per_volume: 1/V, 1/A³; 0 without volume. total: Q, e.
+        per_volume: (structures, 1, 1) 1/V, 1/A³; 0 without volume. totals: (structures,) Q, e.
     """
 
-    coulomb: CoulombMatrix
+    coulomb: CoulombMatrices
     functions: ChargeFunctions
-    per_volume: float
-    total: float
+    per_volume: Tensor
+    totals: Tensor
 
     @staticmethod
-    def of_structures(basis: ChargeBasis, structures: Structures) -> list[StructureCharges]:
-        """Of each structure."""
-        out, volumes = [], torch.nan_to_num(1 / structures.volumes).tolist()
-        for i, functions in enumerate(basis.functions(structures)):
-            coulomb = CoulombMatrix.of_structure(structures.select([i]))
-            out.append(StructureCharges(coulomb, functions, volumes[i], float(structures.charges[i])))
-        return out
+    def of_structures(basis: ChargeBasis, structures: Structures) -> list[EqualStructures]:
+        """Of consecutive structures that have as many atoms, about CHUNK_ATOMS together."""
+        counts, first, out = structures.counts.tolist(), 0, []
+        for n, run in groupby(counts):
+            end = first + len(list(run))
+            each = max(1, CHUNK_ATOMS // n)
+            out += [structures.select(range(k, min(k + each, end))) for k in range(first, end, each)]
+            first = end
+        return [EqualStructures._make(basis, part) for part in out]
+
+    @staticmethod
+    def _make(basis: ChargeBasis, structures: Structures) -> EqualStructures:
+        matrices = CoulombMatrices.of_structures(structures)
+        per_volume = torch.nan_to_num(1 / structures.volumes.to(matrices.matrix))[:, None, None]
+        totals = structures.charges.to(matrices.matrix)
+        return EqualStructures(matrices, basis.functions(structures), per_volume, totals)
 
     def evaluate(self, form: ChargeForm, a: Tensor, columns: bool = True) -> ElectrostaticColumns:
         """At parameters a (columns,): E, F = -wᵀ∂q⁰/∂r - ½ qᵀ(∂A/∂r)q and σ; `columns`: whether their derivatives are wanted."""
-        functions, coulomb = self.functions, self.coulomb
-        found = equilibrate(form, coulomb, functions.values @ a, self.total)
+        functions, coulomb, k = self.functions, self.coulomb, self.functions.values
+        shape = coulomb.self_terms.shape
+        found = equilibrate(form, coulomb, (k @ a).view(shape), self.totals)
         q, w = found.charges, found.pull
         free_r, free_strain = functions.derivatives(functions.pair_gradients(a))
         # (∂A/∂r_j q)_i = q_j ∂A_ij/∂d for j ≠ i, and minus the sum of these for j = i
-        field = coulomb.gradients * q
-        moved = field.movedim(0, 2).clone()
-        moved.diagonal(dim1=0, dim2=1).sub_(field.sum(2))
-        coulomb_r = moved.flatten(1)
-        coulomb_strain = torch.einsum("vij,j->iv", coulomb.strains, q)
+        field = coulomb.gradients * q[:, None, None, :]
+        moved = field.permute(0, 2, 3, 1).contiguous()
+        moved.diagonal(dim1=1, dim2=2).sub_(field.sum(3))
+        coulomb_r = moved.flatten(2)
+        coulomb_strain = None
+        if coulomb.strains is not None:
+            coulomb_strain = (coulomb.strains @ q[:, None, :, None])[..., 0].mT
         values = CovarianceRows(
-            found.atom_energies.sum().view(1, 1),
-            -(w @ free_r + 0.5 * q @ coulomb_r)[:, None],
-            self.per_volume * (w @ free_strain + 0.5 * q @ coulomb_strain)[:, None],
+            found.atom_energies.sum(1, keepdim=True),
+            -_along(w, free_r, 0.5 * q, coulomb_r).reshape(-1, 1),
+            (self.per_volume * _along(w, free_strain, 0.5 * q, coulomb_strain)).reshape(-1, 1),
         )
         if not columns:
-            return ElectrostaticColumns(values, None, q, None)
-        dq, dw = _responses(form, coulomb, found, functions.values)
-        weighted_r, weighted_strain = functions.weighted(w)
-        rows = CovarianceRows(
-            (w @ functions.values)[None],
-            -(weighted_r + free_r.T @ dw + coulomb_r.T @ dq),
-            self.per_volume * (weighted_strain + free_strain.T @ dw + coulomb_strain.T @ dq),
-        )
-        return ElectrostaticColumns(values, rows, q, dq)
+            return ElectrostaticColumns(values, None, q.flatten(), None)
+        k = k.view(*shape, -1)
+        dq, dw = _responses(form, coulomb, found, k)
+        weighted_r, weighted_strain = functions.weighted(w.flatten(), coulomb_strain is not None)
+        forces = -(weighted_r + _along(dw.mT, free_r, dq.mT, coulomb_r).mT)
+        if coulomb_strain is not None:
+            weighted_strain += _along(dw.mT, free_strain, dq.mT, coulomb_strain).mT
+        stresses = self.per_volume * weighted_strain
+        rows = CovarianceRows((w[:, None] @ k)[:, 0], forces.flatten(0, 1), stresses.flatten(0, 1))
+        return ElectrostaticColumns(values, rows, q.flatten(), dq.flatten(0, 1))
+
+
+def _along(w: Tensor, of_free: Tensor, q: Tensor, of_coulomb: Tensor | None) -> Tensor:
+    """w.∂q⁰ + q.(∂A q) of each structure, (structures, n, ·) both, for w and q (structures, n) or (structures, columns, n)."""
+    w, q = (x[:, None] if x.dim() == 2 else x for x in (w, q))
+    return w @ of_free if of_coulomb is None else w @ of_free + q @ of_coulomb
 
 
 @dataclass(frozen=True, eq=False)
@@ -404,7 +453,7 @@ class ChargeModel:
         parts, pull, offsets = [], torch.zeros_like(free), structures.offsets.tolist()
         for i, (first, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
             coulomb = coulomb_sum(structures.select([i]))
-            found = equilibrate(self.form, coulomb, free[first:end].double(), float(structures.charges[i]))
+            found = equilibrate(self.form, coulomb, free[first:end].double(), structures.charges[i].double())
             parts.append((found.atom_energies, found.charges, *coulomb.energy_gradients(found.charges)))
             pull[first:end] = found.pull
         gradients = view.environments.pull_back(pull[:, None] * cotangents)
@@ -489,7 +538,7 @@ class ChargeModel:
         """∂/∂a of energies, forces and stresses of structures, one after another."""
         parts = [
             one.evaluate(self.form, self.parameters).columns
-            for one in StructureCharges.of_structures(self.basis, structures)
+            for one in EqualStructures.of_structures(self.basis, structures)
         ]
         return stack_rows([part for part in parts if part is not None])
 

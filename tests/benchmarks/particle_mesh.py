@@ -46,7 +46,7 @@ def _measured(one: Structures, kind: type) -> tuple[float, int, list[torch.Tenso
     free = (free.mean() - free) / 4
     start = time.process_time()
     made = kind.of_structure(one)
-    found = equilibrate(ChargeForm(1.0), made, free, 0.7)
+    found = equilibrate(ChargeForm(1.0), made, free, torch.tensor(0.7))
     on_atoms, strained = made.energy_gradients(found.charges)
     taken = time.process_time() - start
     kind.potential = potential
