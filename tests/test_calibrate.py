@@ -226,3 +226,41 @@ def test_what_symmetry_makes_zero_teaches_nothing():
 
     assert learned(3 * n) == learned(0)
     assert learned(0).weights[2] > 0.1  # without the zeros the constant part counts
+
+
+@pytest.mark.parametrize("n", [25, 400])
+def test_sizes_of_energies_follow_the_exact_process_too(n):
+    """Errors of energies of few structures happen to be half as large as it expects, those of their many forces are 1.5 times as large."""
+    structures, targets = many(["a"] * n, atoms=3)
+    generator = torch.Generator().manual_seed(1)
+    errors = {"energies": torch.randn(n, generator=generator).double() * 3 * 1e-3}
+    errors["forces"] = torch.randn(3 * n, 3, generator=generator).double() * 0.15
+    targets = replace(targets, energies=0 * errors["energies"], forces=0 * errors["forces"])
+    squares = {kind: error.square().mean() for kind, error in errors.items()}
+
+    def variance(like: torch.Tensor, size: float) -> Variance:
+        parts = (torch.rand(len(like), generator=generator).double() + 0.5 for _ in range(2))
+        shape = (-1,) if like.dim() == 1 else (-1, 1, 1)
+        unit = torch.ones(()) if like.dim() == 1 else torch.eye(3)
+        inducing, data = (size * part.reshape(shape) * unit.double() for part in parts)
+        return Variance(inducing, data, 0 * data, 0.1 * size * torch.ones_like(data) * unit.double())
+
+    prediction = Prediction(
+        errors["energies"],
+        errors["forces"].new_zeros(3 * n),
+        errors["forces"],
+        errors["forces"].new_full((n, 3, 3), torch.nan),
+        energies_variance=variance(errors["energies"], 1e-5),
+        forces_covariance=variance(errors["forces"], 0.02),
+    )
+    expected = {
+        "energies": squares["energies"].expand(n) / 9 * 4,
+        "forces": squares["forces"].expand(9 * n) / 1.5**2,
+    }
+    left = calibrate.LeftOut(structures, targets, prediction, expected)
+    factor = calibrate.size_by_process(left)
+    assert factor == pytest.approx(3 ** (100 / (100 + n)))
+    assert calibrate.size_by_process(replace(left, expected={})) == 1.0
+    found, without = (calibrate.left_out_calibration(one).kinds for one in (left, replace(left, expected={})))
+    assert found["energies"].scale == pytest.approx(factor * without["energies"].scale)
+    assert found["forces"].scale == pytest.approx(without["forces"].scale)

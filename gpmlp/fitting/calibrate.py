@@ -39,6 +39,7 @@ FEWEST_ONLINE = 10  # structures of an online model that are left out in turn; o
 LEFT_OUT = "left out of the training set in turn, several of each config_type; learned from otherwise"
 HOW = "predicted before they were learned from, in the order in which they came (prequential)"
 
+PROCESS = 100.0  # structures, as many as which the exact process counts where it says how large errors of energies are
 FOLDS = 8  # in which standard deviations are judged that were calibrated on the others
 LARGEST_FACTOR = 1.5  # on standard deviations that follows from it
 CENTRAL = 0.683  # of normal errors, within one standard deviation
@@ -130,7 +131,7 @@ def left_out_calibration(left_out: LeftOut, at_rest: float | None = None) -> Cal
 
     Errors within a structure depend on each other, so n structures count as n errors; the variance of so many is uncertain itself, and
     a new error is distributed as Student's t: larger by √(n / (n - 2)). What else is learned from them (weights, local scale, groups)
-    follows their errors too; the factor is that of `cross_fitted_size` where it is more.
+    follows their errors too; the factor is that of `cross_fitted_size` where it is more. Energies have `size_by_process` besides.
 
     Args:
         at_rest: scatter of force labels where symmetry forbids a force, if known better than from these structures (scatter_at_rest).
@@ -144,7 +145,31 @@ def left_out_calibration(left_out: LeftOut, at_rest: float | None = None) -> Cal
     }
     if kinds["forces"].n and at_rest is not None:
         kinds["forces"] = replace(kinds["forces"], forbidden=at_rest)
+    if kinds["energies"].n:
+        kinds["energies"] = kinds["energies"].scale_by(size_by_process(left_out))
     return replace(learned, kinds=kinds)
+
+
+def size_by_process(left_out: LeftOut) -> float:
+    """Factor on standard deviations of energies by which their size follows the exact process, too, where the mean is that.
+
+    Each structure has one energy and many forces, and a few of the errors of energies are many times as large as others: from 50 of them
+    their root mean square was known to a third (decision 019). The process knows how errors of energies compare with those of forces: its
+    expectation, times the ratio by which errors of forces differ from theirs, counts as much as PROCESS structures.
+    """
+    if not left_out.expected:
+        return 1.0
+    sizes = {}
+    for kind, expected in left_out.expected.items():
+        errors, *_ = split_residuals(kind, left_out.structures, left_out.targets, left_out.prediction)
+        known = ~errors.isnan() & (expected.to(errors) > 0)
+        if not known.any():
+            return 1.0
+        sizes[kind] = int(known.sum()), float(errors[known].square().mean() / expected.to(errors)[known].mean())
+    (n, of_energies), (_, of_forces) = sizes["energies"], sizes["forces"]
+    if min(of_energies, of_forces) <= 0:
+        return 1.0
+    return (of_forces / of_energies) ** (0.5 * PROCESS / (PROCESS + n))
 
 
 def cross_fitted_size(left_out: LeftOut) -> dict[str, float]:
