@@ -269,3 +269,15 @@ def test_numbers_of_fortran_and_a_mark_of_byte_order(tmp_path):
         UserError, match="frame 0 of it cannot be read: could not convert string to float: '-2.5Q-1' .line 3"
     ):
         read(tmp_path / "c.xyz")
+
+
+def test_text_of_another_encoding_and_leading_blank_lines(tmp_path):
+    """Said in a sentence, whatever the file is called and however it is compressed."""
+    text = io.StringIO()
+    ase.io.write(text, rich()[:2], format="extxyz")
+    (tmp_path / "a.xyz").write_bytes(text.getvalue().encode("utf-16"))
+    (tmp_path / "b.dat").write_bytes(gzip.compress(b"\n\n" + text.getvalue().encode()))
+    with pytest.raises(UserError, match="UTF-16; save it as UTF-8"):
+        read_file(tmp_path / "a.xyz")
+    with pytest.raises(UserError, match="line 1 is blank; a number of atoms must stand there"):
+        read_file(tmp_path / "b.dat")

@@ -394,6 +394,14 @@ def test_weights_are_named_with_their_counts(written):
     assert findings[1].frames == ("a.xyz frame 0",) and findings[1].numbers["zeros"] == 1
 
 
+def test_noises_that_are_read_are_named(written):
+    atoms = frames(energy="energy", forces="forces")
+    for frame in atoms[:2]:
+        frame.info["energy_sigma"] = 0.1
+    (note,) = kinds(read_labelled(written(atoms)))["weights-read"]
+    assert note.severity == "note" and "`energy_sigma` of 2 frames is read" in note.message
+
+
 def test_masked_forces(written):
     atoms = frames(1, energy="energy", forces="forces")
     atoms[0].set_array("force_mask", np.array([True, False, False, True]))

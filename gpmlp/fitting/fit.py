@@ -22,6 +22,7 @@ from gpmlp.fitting import (
     calibrate,
     charge_fit,
     defaults,
+    energy_zeros,
     four_body_weight,
     inducing_sets,
     label_outliers,
@@ -206,6 +207,9 @@ def _wrong_labels(
         *label_outliers.contradictions(*about, wrong, scale, data.findings),
         *label_outliers.noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
     ]
+    if not {"energies-against-forces", energy_zeros.KIND} & {finding.kind for finding in found}:
+        used = ~(wrong.energies | data.failed)
+        found += energy_zeros.find_two_zeros(*about, used, numbers["train_rmse"].get("forces", 0.0))
     if again.charges is not None:
         found += charge_fits.check_structures(data.structures, data.recipe.descriptors[0].cutoff or potential.cutoff)
         found += charge_fits.check_fragments(data.structures, again.charges)

@@ -227,7 +227,7 @@ def from_frames(
     given = {kind: keys for kind, keys in given.items() if kind not in charge_labels.KINDS}
     chosen, findings = label_names.choose_keys(table, path, given)
     collected = [labels.labels_of(frame, name, chosen) for frame, name in zip(frames, names, strict=True)]
-    findings += label_names.unread_weights(table, path, labels.READ_NAMES) + label_names.other_units(table, path)
+    findings += label_names.weights(table, path, labels.READ_NAMES) + label_names.other_units(table, path)
     findings += _grouped(collected, names) + list(of_charges.findings)
 
     def join(part: str, combine) -> torch.Tensor:

@@ -149,7 +149,7 @@ def is_xyz(path: Path) -> bool:
     if suffixes and suffixes[-1] in SUFFIXES:
         return True
     with open_decompressed(path) as file:
-        head = file.read(HEAD).decode("utf-8-sig", "replace").split("\n")
+        head = file.read(HEAD).decode("utf-8-sig", "replace").lstrip().split("\n")
     if len(head) < 3 or not head[0].strip().isdecimal():
         return False
     words = head[2].split()
@@ -190,6 +190,8 @@ def _scan(file: IO[bytes], size: int | None, closed: bool) -> FrameOffsets:
         if not count:
             return result(_rest(file, number, len(starts)) if line else "")
         if not count.isdigit() or len(count) > MOST_DIGITS:
+            if count.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return result("it is text in UTF-16; save it as UTF-8")
             got = count[:40].decode("utf-8", "replace")
             where = f" (frame {len(starts)} should begin there)" if starts else ""
             return result(f"line {number}: a number of atoms must stand there; got '{got}'{where}")

@@ -474,12 +474,16 @@ def _may_be(kind: str, key: str, value: Any, n_atoms: int) -> bool:
     return array.dtype.kind == "f" and array.shape == (() if kind == "energy" else (n_atoms, 3))
 
 
-def unread_weights(table: LabelTable, path: str, read: Collection[str]) -> list[Finding]:
-    """Weights and standard deviations of labels that are there but have no meaning here, with their counts."""
+def weights(table: LabelTable, path: str, read: Collection[str]) -> list[Finding]:
+    """Weights and standard deviations of labels, those that are read and those without a meaning here, with their counts."""
     findings = []
     for (place, key), members in table.holders.items():
         name = key.lower()
-        if name in read or name.startswith("gpmlp") or place == "results":
+        if name.startswith("gpmlp") or place == "results":
+            continue
+        if name in read:
+            text = f"{path}: `{key}` of {len(members)} frames is read (standard deviations of labels, or which of them count)."
+            findings.append(Finding("weights-read", "note", text, (), {"frames": float(len(members))}))
             continue
         if not (_NOISE_WORDS.search(name) and _LABEL_WORDS.search(name)):
             continue

@@ -75,6 +75,7 @@ def check_outliers(structures: Structures, targets: Targets) -> list[Finding]:
     """Findings about single energies and forces that are far from all others."""
     return [
         *_energy_outliers(structures, targets),
+        *_exact_zeros(structures, targets),
         *_force_outliers(structures, targets),
         *_force_size(structures, targets),
     ]
@@ -109,6 +110,21 @@ def _energy_outliers(structures: Structures, targets: Targets) -> list[Finding]:
         names = tuple(structures.names[i] for i in index.tolist())
         out.append(Finding("energy-outlier", severity, text, names, numbers, advice))
     return out
+
+
+def _exact_zeros(structures: Structures, targets: Targets) -> list[Finding]:
+    """Energies of exactly zero in several frames under forces, where other frames have others; failed ones are said apart."""
+    zero = (targets.energies.cpu() == 0) & (_largest_force(structures, targets) > 0)
+    others = ~targets.energies.cpu().isnan() & ~zero & ~isolated_frames(structures, targets)
+    index = (zero & ~failed_energies(structures, targets)).nonzero().flatten().tolist()
+    if len(index) < 2 or not others.any():
+        return []
+    text = f"the energy of {len(index)} frames is exactly 0 eV while forces act, and that of {int(others.sum())} frames is not."
+    numbers = {"frames": float(len(index))}
+    advice = "Probably these were not computed: compute them again, or remove their energies."
+    return [
+        Finding("energies-exactly-zero", "warning", text, tuple(structures.names[i] for i in index), numbers, advice)
+    ]
 
 
 def _largest_force(structures: Structures, targets: Targets) -> Tensor:

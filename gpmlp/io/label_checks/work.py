@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,11 @@ BETTER = 0.6  # a slope that is believed leaves at most this of what the slope 1
 STRANGE, BEST = 10.0, 3  # times the scatter of all pairs: a frame whose 3 best pairs all deviate so far is wrong
 SMALLEST_DEVIATION = 0.02  # eV/atom
 CAUCHY, ITERATIONS = 2.0, 30
+STEADY, BEYOND = 5.0, 2.5  # times the standard error of its median, and the expected error of a pair: an offset
+ZERO_ADVICE = (
+    "Compute all frames with one code and one setting, or shift these energies; until then these frames can have an energy noise of "
+    "their own (noise.config_types)."
+)
 ADVICE = "Correct the file (energies in eV, forces in eV/A, F = -dE/dr), or leave one kind out (use_energies or use_forces: false)."
 
 
@@ -166,6 +172,12 @@ def check_work(structures: Structures, targets: Targets, pairs: NearPairs) -> li
     out, judged = [], False
     for source, k in numbers.items():
         part = pairs.select(of_frame[pairs.first] == k)
+        zeros = _two_zeros(structures, targets.config_types, part)
+        out += zeros
+        if zeros:  # these would upset the slope
+            part = part.select(
+                torch.tensor([targets.config_types[a] == targets.config_types[b] for a, b in _ends(part)])
+            )
         fit = fit_work(part)
         if fit is None:
             continue
@@ -175,7 +187,11 @@ def check_work(structures: Structures, targets: Targets, pairs: NearPairs) -> li
         else:
             out += _contradiction(structures, part, fit, f" of {source}" if len(numbers) > 1 else "")
     if labelled and not judged and len(structures) > 1:
-        text = f"energies could not be compared with forces: no two frames are near enough ({len(pairs)} pairs, {FEWEST_PAIRS} are needed)."
+        telling = int((pairs.force_work.abs() > INFORMATIVE * expected_error(pairs)).sum())
+        text = (
+            f"energies could not be compared with forces: no two frames are so near and moved so far along forces that they tell "
+            f"({telling} pairs do, {FEWEST_PAIRS} are needed)."
+        )
         out.append(Finding("energies-against-forces-no-verdict", "note", text))
     return out
 
@@ -283,6 +299,44 @@ def _strange_frames(structures: Structures, pairs: NearPairs, fit: WorkFit) -> l
         advice = "Compute this frame again, or remove it."
         out.append(
             Finding("energy-against-near-frames", "error", text, (structures.names[s],), {"deviation_eV": off}, advice)
+        )
+    return out
+
+
+def _ends(pairs: NearPairs) -> list[tuple[int, int]]:
+    return list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+
+
+def _two_zeros(structures: Structures, config_types: Sequence[str], pairs: NearPairs) -> list[Finding]:
+    """Config_types whose energies are off those of another by the same amount per atom, in pairs of near frames of both."""
+    numbers = {name: k for k, name in enumerate(dict.fromkeys(config_types))}
+    of_frame = torch.tensor([numbers[name] for name in config_types], dtype=torch.long)
+    first, second = of_frame[pairs.first], of_frame[pairs.second]
+    turned = torch.where(first < second, 1.0, -1.0) / pairs.atoms
+    deviation = turned * (pairs.energy - pairs.force_work - pairs.stress_work)
+    error = expected_error(pairs) / pairs.atoms
+    out = []
+    for (a, i), (b, j) in itertools.combinations(numbers.items(), 2):
+        between = (torch.minimum(first, second) == i) & (torch.maximum(first, second) == j)
+        if int(between.sum()) < FEWEST_PAIRS:
+            continue
+        off = deviation[between].median()
+        scatter = 1.4826 * (deviation[between] - off).abs().median()
+        ends = torch.cat([pairs.first[between], pairs.second[between]]).unique()
+        independent = int(
+            torch.bincount(of_frame[ends]).gather(0, torch.tensor([i, j])).min()
+        )  # frames of the one or the other
+        least = STEADY * scatter / independent**0.5, BEYOND * error[between].median()
+        if independent < FEWEST_PAIRS or off.abs() < max(SMALLEST_DEVIATION, *map(float, least)):
+            continue
+        text = (
+            f"the energies of {b or 'frames without a config_type'} are {float(off):+.3g} eV/atom off what forces lead to from near frames "
+            f"of {a or 'those without one'}, and scatter by {float(scatter):.2g} ({int(between.sum())} pairs): probably they have two "
+            "zeros (code, functional, pseudopotential, settings)."
+        )
+        frames = example_frames(structures, pairs.select(between))
+        out.append(
+            Finding("energies-of-two-zeros", "error", text, frames, {"offset_eV_per_atom": float(off)}, ZERO_ADVICE)
         )
     return out
 
