@@ -13,6 +13,7 @@ import gpmlp
 from gpmlp.core.quantities import KINDS
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import calibrate, left_out
+from gpmlp.fitting.influence import Influence
 from gpmlp.recipe import Recipe
 
 DATA = Path(__file__).parents[1] / "data" / "silicon"
@@ -71,6 +72,17 @@ def test_left_out_is_not_learned(caught, i, near):
     assert torch.allclose(found.prediction.stresses_variance.data, truth.stresses_variance.data, rtol=1e-5, atol=1e-14)
 
 
+def test_structures_left_out_together_know_none_of_their_labels(caught):
+    structures, block = caught[4], [4, 5, 6]
+    found = left_out.predict_left_out(*caught[:7], [9], together=block).together
+    truth = fitted_without(caught, block)(structures.select(block), KINDS, calibrated=False)
+    assert torch.equal(found.targets.forces, caught[5].select(structures, block).forces)
+    for kind, size in (("energies", 1e-7), ("forces", 1e-7), ("stresses", 1e-9)):
+        torch.testing.assert_close(getattr(found.prediction, kind), getattr(truth, kind), rtol=1e-6, atol=size)
+    assert torch.allclose(found.prediction.energies_variance.data, truth.energies_variance.data, rtol=1e-6)
+    assert torch.allclose(found.prediction.forces_variance.data, truth.forces_variance.data, rtol=1e-5, atol=1e-12)
+
+
 def test_influence_is_how_far_the_fit_moves(caught):
     """By a structure none of whose environments is an inducing point, so that the reference has the same columns."""
     structures, model = caught[4], caught[0].variances
@@ -93,9 +105,7 @@ def test_functional_scale_is_that_of_errors():
     rows[torch.arange(n), (torch.arange(n) + 1) % n] = ((n - 1) / n) ** 0.5
     noise = torch.randn(n, generator=generator, dtype=torch.float64)
     about = torch.ones(n, dtype=torch.float64), torch.arange(n), torch.arange(n) % 3
-    scale = {
-        s: calibrate.functional_scale(left_out.Influence(shifts, rows, s * 2**0.5 * noise, *about)) for s in (3.0, 0.5)
-    }
+    scale = {s: calibrate.functional_scale(Influence(shifts, rows, s * 2**0.5 * noise, *about)) for s in (3.0, 0.5)}
     assert scale[3.0] == pytest.approx(3.0 * calibrate.BEYOND, rel=0.15)
     assert scale[0.5] == pytest.approx(scale[3.0] / 6)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gpmlp.core.quantities import KINDS, Prediction, Targets
 from gpmlp.core.structures import Structures
-from gpmlp.fitting.left_out import Influence, LeftOut
+from gpmlp.fitting.influence import Influence
+from gpmlp.fitting.left_out import LeftOut
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.potential import baselines
 from gpmlp.recipe import CalibrationRecipe
@@ -31,6 +32,7 @@ from gpmlp.uncertainty.residuals import (
     structure_of_error,
     zero_by_symmetry,
 )
+from gpmlp.uncertainty.separation import SeparationScale, largest_gaps
 from gpmlp.uncertainty.variance_weights import fit_variance_weights
 
 FEWEST_PREQUENTIAL = 8  # latest structures, at least, whose predictions count,
@@ -147,7 +149,11 @@ def left_out_calibration(left_out: LeftOut, at_rest: float | None = None) -> Cal
         kinds["forces"] = replace(kinds["forces"], forbidden=at_rest)
     if kinds["energies"].n:
         kinds["energies"] = kinds["energies"].scale_by(size_by_process(left_out))
-    return replace(learned, kinds=kinds)
+    calibration, together = replace(learned, kinds=kinds), left_out.together
+    if together is None:
+        return calibration
+    squares = {kind: found for kind, found in _squares(together, calibration).items() if len(found)}
+    return replace(calibration, apart=SeparationScale.fit(largest_gaps(together.structures), squares))
 
 
 def size_by_process(left_out: LeftOut) -> float:
@@ -182,16 +188,23 @@ def cross_fitted_size(left_out: LeftOut) -> dict[str, float]:
             left_out.select(sorted({*order} - {*order[k::FOLDS]})),
         )
         learned = learn_calibration(others.prediction, others.structures, others.targets, LEFT_OUT)
-        types = judged.targets.config_types
-        predicted = calibrate_prediction(judged.prediction, judged.structures, learned, types)
-        for kind, one in learned.kinds.items():
-            if not one.n or getattr(predicted, VARIANCE_FIELDS[kind]) is None:
-                continue
-            errors, parts, _ = split_residuals(kind, judged.structures, judged.targets, predicted)
-            usable = ~errors.isnan() & parts.isfinite().all(1)
-            usable &= ~zero_by_symmetry(kind, judged.targets, predicted, parts)
-            squares.setdefault(kind, []).append((errors.square() / parts.sum(1))[usable])
+        for kind, found in _squares(judged, learned).items():
+            squares.setdefault(kind, []).append(found)
     return {kind: float(torch.cat(found).mean().sqrt()) for kind, found in squares.items()}
+
+
+def _squares(left_out: LeftOut, learned: Calibration) -> dict[str, Tensor]:
+    """By kind, (error/σ)² with calibrated σ, of components that symmetry does not forbid."""
+    structures, targets, out = left_out.structures, left_out.targets, dict[str, Tensor]()
+    predicted = calibrate_prediction(left_out.prediction, structures, learned, targets.config_types)
+    for kind, one in learned.kinds.items():
+        if not one.n or getattr(predicted, VARIANCE_FIELDS[kind]) is None:
+            continue
+        errors, parts, _ = split_residuals(kind, structures, targets, predicted)
+        usable = ~errors.isnan() & parts.isfinite().all(1)
+        usable &= ~zero_by_symmetry(kind, targets, predicted, parts)
+        out[kind] = (errors.square() / parts.sum(1))[usable]
+    return out
 
 
 def functional_scale(influence: Influence) -> float:

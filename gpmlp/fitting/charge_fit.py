@@ -52,7 +52,7 @@ SPREAD_BYTES = 512 << 20  # of the derivatives of their functions in memory
 FORMS = (ChargeForm(LOCAL), ChargeForm(10.0), ChargeForm(3.0), ChargeForm(1.0))  # each from where the one before ended
 COMPOSITION = 5.0  # eV, of the energy of an atom that charges may shift
 LABEL_NOISE = {"charges": StdPrior(2e-2, 1e-4, 1.0), "dipoles": StdPrior(5e-2, 1e-4, 5.0)}  # e; e A
-ITERATIONS, EVIDENCE_AT, EVALUATIONS = 30, (2, 6), 12
+ITERATIONS, EVIDENCE_AT, EVALUATIONS = 30, (0, 3, 7), 12
 DAMPING, TRIES = 1e-3, 12
 ROUGH, FINE = (
     1e-3,

@@ -59,6 +59,7 @@ from gpmlp.potential.charges import ChargeModel
 from gpmlp.potential.evaluation import ErrorTable, error_table
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
+from gpmlp.uncertainty import separation
 from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 from gpmlp.uncertainty.residuals import force_label_noise
@@ -413,7 +414,8 @@ def _calibrated(
     chosen = left_out.choose_left_out(data.structures, data.targets, aside, atoms, seed, groups.leaders)
     near = dict(zip(groups.leaders.tolist(), groups.near, strict=True))
     about = data.structures, data.targets, data.remaining, chosen, near, data.partitions.workers, stages.report
-    predicted = left_out.predict_left_out(potential, models, learned, solved, *about, given=given)
+    apart = separation.farthest_apart(data.structures) if wanted and potential.charges is not None else []
+    predicted = left_out.predict_left_out(potential, models, learned, solved, *about, given=given, together=apart)
     if predicted is None or potential.variances is None:
         return potential
     share = predicted.amplitude(potential.noise)

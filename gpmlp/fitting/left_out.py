@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
+from gpmlp.fitting.influence import Influence
 from gpmlp.fitting.regression import InducingModel, WhitenedData
 from gpmlp.fitting.workers import Report, Workers, silent
 from gpmlp.gp import likelihood
@@ -48,36 +49,6 @@ ENOUGH = 100  # forces from which the amplitude is learned
 PROBES = 6  # labels of each kind of a structure by which its influence is judged
 
 
-class Influence(NamedTuple):
-    """What leaving labels of structures out of a fit does to it, all columns kept, in whitened columns b = R⁻ᵀ D L⁻¹ k_u.
-
-    The mean of a functional with the row b changes by -b.s, with s = Bᵀ (I - B Bᵀ)⁻¹ r of the structure's rows B and residuals r of the
-    fit, over the noise.
-
-    Attributes:
-        shifts: (structures, columns) s.
-        rows: (probes, columns) some of the rows (I - B Bᵀ)⁻¹ B of the structures, whose products with a shift are what the mean without
-            the structure, too, changes by.
-        errors, variances: (probes,) of the mean and the posterior without the structure, over the noise.
-        owner: (probes,) number of the structure among `shifts`; kind: (probes,) of the label, place in KINDS.
-    """
-
-    shifts: Tensor
-    rows: Tensor
-    errors: Tensor
-    variances: Tensor
-    owner: Tensor
-    kind: Tensor
-
-    @staticmethod
-    def concatenate(parts: Sequence[Influence]) -> Influence:
-        """Of all structures."""
-        first = torch.tensor([0, *(len(p.shifts) for p in parts)]).cumsum(0).tolist()
-        owners = torch.cat([p.owner + n for p, n in zip(parts, first[:-1], strict=True)])
-        joined = Influence(*(torch.cat(values) for values in zip(*parts, strict=True)))
-        return joined._replace(owner=owners)
-
-
 @dataclass(frozen=True, eq=False)
 class LeftOut:
     """Structures with their labels, and uncalibrated predictions of them that know none of these labels.
@@ -87,6 +58,7 @@ class LeftOut:
         expected: where the mean is exact, by kind the mean squares of the errors (of energies per atom) that its process expects, noise
             included; otherwise empty.
         influence: of leaving each of them out.
+        together: other structures, of which none knows the labels of any other.
     """
 
     structures: Structures
@@ -94,6 +66,7 @@ class LeftOut:
     prediction: Prediction
     expected: dict[str, Tensor] = field(default_factory=dict)
     influence: Influence | None = None
+    together: LeftOut | None = None
 
     def select(self, indices: Sequence[int]) -> LeftOut:
         """Some of the structures."""
@@ -176,6 +149,7 @@ def predict_left_out(
     workers: Workers | None = None,
     report: Report = silent,
     given: ExactPosterior | None = None,
+    together: Sequence[int] = (),
 ) -> LeftOut | None:
     """Predict some of the structures without their labels; None if there are none that can be left out.
 
@@ -184,7 +158,7 @@ def predict_left_out(
         targets, remaining: labels of `structures`, and the same less the baselines.
         near: for some structures, others whose labels are left out with theirs (near-duplicates).
         workers: who does it; this process if not given. report: of the structures done.
-        given: where the mean is exact.
+        given: where the mean is exact. together: structures to leave out all at once as well.
     """
     if not chosen:
         return None
@@ -225,7 +199,9 @@ def predict_left_out(
     found = workers.map(_leave_out, [(kept, piece) for piece in pieces], report)
     predicted, influence = zip(*sum(found, []), strict=True)
     about = structures.select(chosen), targets.select(structures, chosen), Prediction.concatenate(predicted)
-    return LeftOut(*about, expected, Influence.concatenate(influence))
+    block = select(together) if together else None
+    apart = LeftOut(block.structures, block.targets, fitted.leave_out_together(block)) if block else None
+    return LeftOut(*about, expected, Influence.concatenate(influence), apart)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,6 +265,10 @@ class _Fitted:
         """By each of the models, its columns at structure k and at those beside it."""
         seen = [here.features(k), *([beside.features()] if beside else [])]
         numbers = {here.labelled.numbers[k], *(beside.labelled.numbers if beside else ())}
+        return self._unused(seen, numbers)
+
+    def _unused(self, seen: list[list[tuple[Tensor, Tensor]]], numbers: set[int]) -> list[_Unused]:
+        """By each of the models, its columns at structures of these features and numbers."""
         columns = [_columns_at(model, seen, self.functionals_of, numbers) for model in self.models]
         charges = self.potential.charges
         joint = [charges.posterior if charges and m is self.models[-1] else None for m in self.models]
@@ -322,12 +302,28 @@ class _Fitted:
                 error[at] = self.errors[labelled.numbers[k]].where(~error[at].isnan(), torch.nan)
                 known = torch.cat([error[place].to(sigma) / sigma, torch.zeros_like(known[len(place) :])])
             influence.append(whole.influence(known, _kinds_of(place, here), labelled.numbers[k]))
+        return self._predicted(seen, labels[-2].rows, error, variance), Influence.concatenate(influence)
+
+    def leave_out_together(self, labelled: _Labelled) -> Prediction:
+        """Predictions of structures without the labels of any of them and without inducing variables at any of them."""
+        seen, here = self.environments(labelled), labelled.structures
+        unused = self._unused([seen.features()], set(labelled.numbers))
+        labels = self.standard(labelled, seen.by_descriptor, [[columns] for columns in unused])
+        error, variance = self.weights.new_full((2, 7 * len(here) + 3 * here.n_atoms), torch.nan)
+        of_mean, of_variance = (labels[k].left_out(slice(None), None) for k in (0, -2))
+        error[of_mean.place] = of_mean.sigma * of_mean.errors
+        variance[of_mean.place] = of_mean.sigma**2 * of_variance.variances
+        return self._predicted(seen, labels[-2].rows, error, variance)
+
+    def _predicted(self, seen: _Seen, rows: WhitenedRows, error: Tensor, variance: Tensor) -> Prediction:
+        """As the potential predicts them, with these errors and variances due to the data."""
+        labelled, here, environments = seen.labelled, seen.labelled.structures, seen.by_descriptor
         atoms = [here.offsets[k] + _some_atoms(here.select([k]), i) for k, i in enumerate(labelled.numbers)]
-        asked, environments = replace(self.request, atoms=torch.cat(atoms)), seen.by_descriptor
-        spread: dict[str, Any] = dict(self.potential.variance_model()(here, environments, asked, labels[-2].rows))
+        asked = replace(self.request, atoms=torch.cat(atoms))
+        spread: dict[str, Any] = dict(self.potential.variance_model()(here, environments, asked, rows))
         novelty = self.potential.novelty is not None
         raw = replace(self.potential(here, novelty=novelty, environments=environments), **spread)
-        return _replaced(raw, labelled.targets, error, variance), Influence.concatenate(influence)
+        return _replaced(raw, labelled.targets, error, variance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -499,9 +495,11 @@ class _StandardLabels:
             start += len(owner)
         return _StandardLabels(rows, *(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
-    def left_out(self, structure: int, others: _StandardLabels | None) -> _Without:
-        """The labels of a structure without these and the `others`."""
-        mine = self.owner == structure
+    def left_out(self, structure: int | slice, others: _StandardLabels | None) -> _Without:
+        """The labels of a structure, or of all, without these and the `others`."""
+        mine = (
+            torch.ones_like(self.owner, dtype=torch.bool) if isinstance(structure, slice) else self.owner == structure
+        )
         parts = [(self.left[mine], self.residuals[mine]), *([(others.left, others.residuals)] if others else [])]
         left, residuals = (torch.cat(part) for part in zip(*parts, strict=True))
         values, vectors = torch.linalg.eigh(left @ left.T)

@@ -106,7 +106,7 @@ class VarianceModel:
             between them may be of another size (fitting/left_out.py).
         reduced: by species, nearly the variances of local energies from fewer columns, where a fit was asked for them; exact: whether
             they are left aside.
-        shifts: (structures, columns) by which leaving a structure out moves the fit, b.s for a row b (fitting/left_out.Influence), as large
+        shifts: (structures, columns) by which leaving a structure out moves the fit, b.s for a row b (fitting/influence.py), as large
             as calibrated samples need them; of columns and those of charges behind them. None where they are not known.
     """
 

@@ -22,6 +22,7 @@ from gpmlp.core.quantities import KINDS, Prediction, Variance, json_value
 from gpmlp.core.structures import Structures
 from gpmlp.uncertainty.local_scale import GroupFactors, LocalScale
 from gpmlp.uncertainty.scores import SMALLEST, gaussian_multiplier, known_errors, smallest_std
+from gpmlp.uncertainty.separation import SeparationScale
 
 # local energies have no labels; of the forces, which are their slopes, there are most
 CALIBRATED_AS = {
@@ -251,6 +252,7 @@ class Calibration:
             errors (Imbalzano et al., J. Chem. Phys. 154, 074102 (2021), rescale committees likewise); None = not learned.
         posterior_scale: factor on the posterior in samples that also have the shifts of structures left out (VarianceModel.shifts); None =
             there are none, and samples have `sample_scale`.
+        apart: factors of structures whose parts are farther apart than nearly all that were learned from; None = not known.
         unsampled: factor on what samples show of the variance of forces, the part due to the data, for the part due to the inducing set,
             which they do not show.
     """
@@ -261,6 +263,7 @@ class Calibration:
     sample_scale: float | None = None
     unsampled: float = 1.0
     posterior_scale: float | None = None
+    apart: SeparationScale | None = None
 
     @staticmethod
     def identity() -> Calibration:
@@ -333,9 +336,15 @@ class Calibration:
     def as_dict(self) -> dict:
         """Plain data for JSON; from_dict restores it exactly."""
         kinds = {kind: json_value(asdict(calibration)) for kind, calibration in self.kinds.items()}
-        numbers = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale, "unsampled": self.unsampled}
+        numbers: dict[str, Any] = {
+            "typical_novelty": self.typical_novelty,
+            "spread": self.sample_scale,
+            "unsampled": self.unsampled,
+        }
         if self.posterior_scale is not None:
             numbers["posterior_scale"] = self.posterior_scale
+        if self.apart is not None:
+            numbers["apart"] = asdict(self.apart)
         return {"levels": list(LEVELS), "kinds": kinds, "source": self.source} | numbers
 
     @staticmethod
@@ -349,7 +358,8 @@ class Calibration:
             forces = kinds["forces"]
             data = forces.scale**2 * (forces.weights[1] if forces.weights else 1.0)
             unsampled = max(1.0, spread**2 / data) if spread else 1.0
-        return Calibration(kinds, plain["source"], typical, spread, unsampled, plain.get("posterior_scale"))
+        apart = SeparationScale(**plain["apart"]) if plain.get("apart") else None
+        return Calibration(kinds, plain["source"], typical, spread, unsampled, plain.get("posterior_scale"), apart)
 
 
 def _edges(std: Tensor) -> tuple[float, ...]:
@@ -522,6 +532,9 @@ def calibrate_prediction(
                 variance.data
             )
             factor = factor * (group[structures.structure_of_atom] if name in PER_ATOM else group)
+        if calibration.apart is not None:
+            apart = calibration.apart.factor(kind, structures).to(variance.data)
+            factor = factor * (apart[structures.structure_of_atom] if name in PER_ATOM else apart)
         changed[name] = calibrate_variance(variance, learned, factor)
     return replace(prediction, **changed)
 
