@@ -20,6 +20,7 @@ from gpmlp.core import free_atoms
 from gpmlp.core.errors import DataWarning, UserError
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
+from gpmlp.engines.kim import export_kim
 from gpmlp.fitting import tail_strength
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.fitting.tail_strength import TailEvidence
@@ -290,8 +291,13 @@ def test_saved_and_shown(with_tail, tmp_path, capsys):
 def test_engines_that_have_no_tail(with_tail, tmp_path):
     potential = with_tail[0]
     assert not potential.is_local
-    with pytest.raises(UserError, match="cannot be exported: .* the baseline R6Tail"):
-        export.export_model(potential, tmp_path / "x.gpk")
+    with pytest.raises(UserError, match="dispersion tail, which the model driver for KIM does not compute"):
+        export_kim(potential, tmp_path / "argon")
+    d3 = replace(
+        potential, baselines=(*potential.local_baselines, D3Dispersion("pbe"))
+    )  # needs no package to be refused
+    with pytest.raises(UserError, match="cannot be exported: .* the baseline D3Dispersion.*take models with.*r6"):
+        export.export_model(d3, tmp_path / "x.gpk")
     with pytest.raises(UserError, match="its baseline R6Tail has no form"):
         Stepper(potential, argon(1).select([0]))
 

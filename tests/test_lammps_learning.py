@@ -285,7 +285,7 @@ def test_plugins_are_of_a_version(fake, monkeypatch):
         ({"model": {"descriptor": {"beside": {"name": "sevennet"}}}}, "leave out descriptor.beside"),
         ({"model": {"baseline": {"network": {"name": "sevennet"}}}}, "without baseline.network"),
         ({"model": {"baseline": {"calculator": {"name": "emt"}}}}, "without baseline.calculator"),
-        ({"model": {"long_range": {"dispersion": {"r6": {}}}}}, "without long_range.dispersion"),
+        ({"model": {"long_range": {"dispersion": {"d3": {"functional": "pbe"}}}}}, "without long_range.dispersion.d3"),
         ({"model": {"dtype": "float32"}}, "float64"),
     ],
 )

@@ -62,3 +62,7 @@ def export_command(
         return
     export_model(potential, output, provenance.file_hash(model))
     console.print_line(f"wrote {output}")
+    if potential.outer_baselines and potential.variances is not None:
+        console.print_line(
+            "sigma is that of what was learned: it holds no uncertainty of the C6 of the dispersion tail"
+        )

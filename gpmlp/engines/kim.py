@@ -15,6 +15,7 @@ from gpmlp.io.export import export_model
 from gpmlp.io.files import atomic_write, check_folder
 from gpmlp.io.provenance import version_of
 from gpmlp.native import library
+from gpmlp.potential.dispersion import R6Tail
 from gpmlp.potential.potential import Potential
 
 SOURCES = Path(library.__file__).parent
@@ -32,7 +33,7 @@ def export_kim(potential: Potential, folder: str | os.PathLike[str], source: str
         The command that compiles and installs both for this user.
 
     Raises:
-        UserError: see export_model; a name that KIM does not take.
+        UserError: see export_model; a name that KIM does not take; a dispersion tail.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -40,6 +41,11 @@ def export_kim(potential: Potential, folder: str | os.PathLike[str], source: str
     if not (name.isidentifier() and name.isascii()) or name == DRIVER:
         raise UserError(
             f"{folder}: KIM names the model as this folder: letters, digits and _ only, a letter first, and not {DRIVER}."
+        )
+    if any(isinstance(baseline, R6Tail) for baseline in potential.baselines):
+        raise UserError(
+            "This model has a dispersion tail, which the model driver for KIM does not compute: use pair_style gpmlp in LAMMPS (gpmlp "
+            "export --to lammps), or ASE."
         )
     model, driver = folder / name, folder / DRIVER
     for made in (model, driver):

@@ -20,7 +20,15 @@ from gpmlp.core.errors import DataWarning, UserError, chemical_symbol
 from gpmlp.io.files import atomic_write
 from gpmlp.io.provenance import version_of
 from gpmlp.native.library import ABI, NOT_ARRAYS, SIGNATURES, precision_of
-from gpmlp.potential.compiled import build_calibration, build_mean, build_novelty, build_variances, without_form
+from gpmlp.potential.compiled import (
+    build_calibration,
+    build_mean,
+    build_novelty,
+    build_tail,
+    build_variances,
+    without_form,
+)
+from gpmlp.potential.dispersion import R6Tail
 from gpmlp.potential.potential import Potential
 
 FORMAT = 1
@@ -45,10 +53,14 @@ def export_model(potential: Potential, path: str | os.PathLike[str], source: str
             "This model cannot be exported: its charges act on each other at any distance, for which engines have no form yet. Fit it with "
             "`long_range: {charges: off}`, or use it through ASE."
         )
-    if lacking := without_form(potential.terms, potential.baselines):
+    tails = [b for b in potential.baselines if isinstance(b, R6Tail)]
+    others = [b for b in potential.baselines if not isinstance(b, R6Tail)]
+    lacking = without_form(potential.terms, others) or ("several dispersion tails" if len(tails) > 1 else "")
+    if lacking:
         raise UserError(
             f"This model cannot be exported: the compiled core has no form for {lacking}. Engines take models with the descriptor "
-            "soap, kernels of whole zeta, exponential ones and sums of these, isolated atoms and ZBL."
+            "soap, kernels of whole zeta, exponential ones and sums of these, isolated atoms, ZBL and dispersion of "
+            "`long_range: {dispersion: {r6: ...}}`. Fit it without what is named, or use it through ASE."
         )
     variances = potential.variances
     if variances is not None and variances.local_blocks is None:
@@ -71,7 +83,9 @@ def export_model(potential: Potential, path: str | os.PathLike[str], source: str
     with atomic_write(path) as file:
         record = _Record(file)
         record.write(line.encode().ljust(-(-(len(line) + 1) // WORD) * WORD - 1) + b"\n")
-        model = build_mean(potential.terms, potential.baselines, potential.species, record)
+        model = build_mean(potential.terms, others, potential.species, record)
+        for tail in tails:
+            build_tail(model, tail, potential.species, record)
         if variances is not None:
             build_variances(model, variances, potential.species, record, forces=True)
             build_calibration(model, potential.calibration, variances, record)

@@ -397,8 +397,8 @@ class LearnRecipe(RecipeSection):
                 raise ValueError(f"LAMMPS takes models without baseline.{name}")
         if self.model.long_range.charges != "off":
             raise ValueError("LAMMPS takes models without long_range.charges")
-        if self.model.long_range.dispersion:
-            raise ValueError("LAMMPS takes models without long_range.dispersion")
+        if self.model.long_range.dispersion and self.model.long_range.dispersion.d3:
+            raise ValueError("LAMMPS takes models without long_range.dispersion.d3; r6 it takes")
         if self.model.dtype != "float64":
             raise ValueError("LAMMPS takes models in float64")
 

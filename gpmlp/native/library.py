@@ -47,6 +47,7 @@ SIGNATURES: dict[str, str] = {
     "inducing_centres": "nnnnDDDD",
     "model": "nIDDDx",
     "add_term": "oonnO",
+    "add_tail": "onDxxxx",
     "inducing_columns": "nnnnnDDIID",
     "local_variance": "xnOInnDDDEEE",
     "clusters": "nnnxDDDDD",

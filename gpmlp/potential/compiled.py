@@ -27,8 +27,10 @@ from gpmlp.gp.variance import VarianceModel
 from gpmlp.native import library
 from gpmlp.potential.baseline import Baseline
 from gpmlp.potential.baselines import ZBL, IsolatedAtoms
+from gpmlp.potential.dispersion import R6Tail
 from gpmlp.potential.local_errors import LocalErrors
 from gpmlp.potential.mean import CheaperMean, EnergyTerm, LowRankForm, MeanBlock, ProjectedCentres, QuadraticForm
+from gpmlp.recipe import R6_OFF
 from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
@@ -160,6 +162,12 @@ def build_mean(terms: Sequence[EnergyTerm], baselines: Sequence[Baseline], speci
         means = [_build_mean_of(term, z, single, build) if z in term.blocks else None for z in species]
         build("add_term", model, spectrum, int(single), len(species), means)
     return model
+
+
+def build_tail(model: Any, tail: R6Tail, species: Sequence[int], build: Any) -> None:
+    """Give it a dispersion tail, which engines add to what environments give."""
+    switches = tail.begin, tail.full, tail.outer - R6_OFF, tail.outer
+    build("add_tail", model, len(species), tail.coefficients(species), *switches)
 
 
 def _power_spectrum(descriptor: Descriptor) -> SoapPowerSpectrum | FourBodySoap | None:

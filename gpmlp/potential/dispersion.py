@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -67,15 +67,20 @@ class R6Tail(Baseline):
     def _by_pair(self, structures: Structures, like: Tensor) -> Tensor:
         """(Z, Z) C₆."""
         present = structures.distinct_species
-        lacking = [(a, b) for a in present for b in present if a <= b and (a, b) not in self.c6]
-        if lacking:
-            pair = "-".join(map(errors.chemical_symbol, lacking[0]))
-            raise errors.UserError(f"The dispersion tail of this model has no C6 of {pair}.")
         table = like.new_zeros(max(present, default=0) + 1, max(present, default=0) + 1)
-        for (a, b), value in self.c6.items():
-            if b < len(table):
-                table[a, b] = table[b, a] = value
+        at = torch.tensor(present, device=like.device)
+        table[at[:, None], at] = self.coefficients(present).to(like)
         return table
+
+    def coefficients(self, species: Sequence[int]) -> Tensor:
+        """(species, species) C₆, eV A^6. Raises UserError: that of a pair is not known."""
+        pairs = [(min(a, b), max(a, b)) for a in species for b in species]
+        for pair in pairs:
+            if pair not in self.c6:
+                raise errors.UserError(
+                    f"The dispersion tail of this model has no C6 of {'-'.join(map(errors.chemical_symbol, pair))}."
+                )
+        return torch.tensor([self.c6[pair] for pair in pairs], dtype=torch.float64).reshape(len(species), -1)
 
     def of_pair(self, r: Tensor, c6: Tensor | float) -> tuple[Tensor, Tensor]:
         """Energy of a pair and its derivative with respect to r, elementwise."""

@@ -1,9 +1,10 @@
 """LAMMPS with pair_style gpmlp: rattled diamond at constant energy, in turn with ASE's calculator, and on several processes.
 
-python tests/benchmarks/lammps.py --work ../benchmark [--cells 8] [--columns 1000] [--steps 20] [--rounds 5]
+python tests/benchmarks/speed_lammps.py --work ../benchmark [--cells 8] [--columns 1000] [--steps 20] [--rounds 5]
 
 Prints microseconds an atom and step (least of the rounds), and how many times as long as others of the same round (median), for zeta 2:
-the ASE calculator, LAMMPS on one process, with standard deviations of local energies and novelty at each step, and on two processes.
+the ASE calculator, LAMMPS on one process, with standard deviations of local energies and novelty every ten steps, at each step, and at each
+step from fewer columns, with a dispersion tail to 25 A, and on two processes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -29,31 +31,48 @@ from ase.md.verlet import VelocityVerlet
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.engines.lammps import build_plugin, find_lammps
 from gpmlp.io.export import export_model
+from gpmlp.potential.dispersion import R6Tail
+from gpmlp.potential.potential import Potential
 
 INPUT = """plugin load {folder}/gpmlp_plugin.so
 units metal
 read_data {folder}/data
 velocity all create 600 1
 pair_style gpmlp
-pair_coeff * * {folder}/model Si
+pair_coeff * * {folder}/{model} Si
 timestep 0.001
 fix 1 all nve
 {errors}
 run 2
 run {steps}
 """
-ERRORS = "fix errors all pair 1 gpmlp sigma 1 novelty 1"
+ERRORS = "fix errors all pair {} gpmlp sigma 1 novelty 1"
+TAIL = R6Tail({(14, 14): 182.0}, begin=3.5, full=4.75, outer=25.0)  # eV A^6, about that of free atoms
 
 
-def lammps(folder: Path, steps: int, errors: str, ranks: int) -> float:
-    """Seconds of a step."""
-    found, script = find_lammps(), folder / f"in.{ranks}"
-    script.write_text(INPUT.format(folder=folder, steps=steps, errors=errors))
+def lammps(folder: Path, steps: int, every: int, model: str, ranks: int) -> float:
+    """Seconds of a step; errors every so many steps, 0 for never."""
+    found, script, errors = find_lammps(), folder / f"in.{ranks}", ERRORS.format(every) if every else ""
+    script.write_text(INPUT.format(folder=folder, steps=steps, errors=errors, model=model))
     launcher = next(p / "bin/mpiexec" for p in found.executable.parents if (p / "bin/mpiexec").is_file())
     command = [launcher, "-n", str(ranks), found.executable, "-in", script, "-log", "none"]
     environment = os.environ | found.environment | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
     return float(re.findall(r"Loop time of (\S+)", done.stdout)[-1]) / steps
+
+
+def export(potential: Potential, folder: Path) -> dict[str, tuple[int, str, int]]:
+    """What is run of the models that are written to the folder: errors every so many steps, model, processes."""
+    export_model(potential, folder / "model")
+    cases = {"LAMMPS": (0, "model", 1)}
+    if potential.variances is not None and potential.novelty is not None:
+        for every in (10, 1):
+            cases[f"LAMMPS, sigma and novelty every {every}"] = (every, "model", 1)
+        if potential.variances.reduced:
+            export_model(potential.to(local_variance="reduced"), folder / "reduced")
+            cases["LAMMPS, the same every 1, sigma from fewer columns"] = (1, "reduced", 1)
+    export_model(replace(potential, baselines=(*potential.baselines, TAIL)), folder / "tail")
+    return cases | {"LAMMPS, dispersion tail": (0, "tail", 1), "LAMMPS, 2 processes": (0, "model", 2)}
 
 
 def main() -> None:
@@ -68,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_plugin(output=folder / "gpmlp_plugin.so")
-        export_model(potential, folder / "model")
+        cases = export(potential, folder)
         ase.io.write(folder / "data", atoms, format="lammps-data", masses=True)
         atoms.calc = GPCalculator(potential)
         dynamics = VelocityVerlet(atoms, units.fs)
@@ -80,10 +99,8 @@ def main() -> None:
             return (time.perf_counter() - begun) / options.steps
 
         runs: dict[str, Callable[[], float]] = {"ASE calculator": in_ase}
-        cases = {"LAMMPS": ("", 1), "LAMMPS, sigma and novelty": (ERRORS, 1), "LAMMPS, 2 processes": ("", 2)}
-        for label, (errors, ranks) in cases.items():
-            if not errors or (potential.variances is not None and potential.novelty is not None):
-                runs[label] = lambda errors=errors, ranks=ranks: lammps(folder, options.steps, errors, ranks)
+        for label, case in cases.items():
+            runs[label] = lambda case=case: lammps(folder, options.steps, *case)
         seconds = [{label: run() for label, run in runs.items()} for _ in range(options.rounds)]
     scale, rows = 1e6 / len(atoms), []
     for label in runs:

@@ -177,6 +177,7 @@ void create(KIM::ModelDriverCreate *const driver, KIM::LengthUnit length, KIM::E
     buffer->length = 1 / units_per(length, energy, 1, 0), buffer->energy = 1 / units_per(length, energy, 0, 1);
     const gpmlp::Words words = gpmlp::read_words(*folder + "/" + *name);
     buffer->model = gpmlp::model_of(words);
+    if (buffer->model->tail) gpmlp::refuse("has a dispersion tail, which this driver does not compute: use LAMMPS with pair_style gpmlp");
     buffer->cutoff = buffer->model->cutoff() / buffer->length;
     const std::string writer = gpmlp::head_entry(words, "gpmlp"), built = GPMLP_VERSION;
     const std::string told = "gpmlp: " + *name + " was exported by gpmlp " + writer + " from the model file with sha256 " +

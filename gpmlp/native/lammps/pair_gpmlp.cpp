@@ -149,6 +149,9 @@ void PairGPMLP::init_style() {
         error->warning(FLERR, "pair_style gpmlp does not see the pairs that neigh_modify exclude leaves out: energies and forces of "
                               "atoms near them are not those of the model");
     neighbor->add_request(this, NeighConst::REQ_FULL);
+    if (!model->tail) return;
+    reach_to(model->tail->reach(), "the dispersion tail");
+    no_virial_fdotr_compute = force->pair->no_virial_fdotr_compute = 1; // forces of the tail on ghost atoms are left to their owners
 }
 
 double PairGPMLP::init_one(int i, int j) {
@@ -218,6 +221,7 @@ void PairGPMLP::compute(int eflag, int vflag) {
         for (int c = 0; c < 3; c++) f[i][c] += g[c], f[j][c] -= g[c];
         if (tally) tally_pair(i, j, r, g);
     }
+    if (model->tail) add_tail();
     if (vflag_fdotr) virial_fdotr_compute();
     if (sigma.asked) spread(sigma);
     if (novelty.asked) spread(novelty);
@@ -226,6 +230,35 @@ void PairGPMLP::compute(int eflag, int vflag) {
     for (Asked *found : {static_cast<Asked *>(&sigma), static_cast<Asked *>(&novelty), static_cast<Asked *>(&force_sigma)}) {
         if (found->asked) found->step = evaluated;
         found->asked = 0;
+    }
+}
+
+// Of our atoms, half of each of their pairs; the other half is that of the other atom, or of whom its image is.
+void PairGPMLP::add_tail() {
+    check_ghosts(model->tail->reach(), "the dispersion tail");
+    const double *const *x = atom->x;
+    std::vector<int> atoms;
+    std::vector<int64_t> places;
+    std::vector<double> points;
+    int64_t ours = 0;
+    for (int i = 0; i < atom->nlocal + atom->nghost; i++) {
+        if (const int64_t z = species_of_type[atom->type[i]])
+            atoms.push_back(i), places.push_back(model->place_of(z)), points.insert(points.end(), x[i], x[i] + 3);
+        if (i + 1 == atom->nlocal) ours = atoms.size();
+    }
+    const auto sums = (*model->tail)(ours, atoms.size(), points.data(), places.data(), threads);
+    for (std::size_t k = 0; k < sums.size(); k++) {
+        const auto &of = sums[k];
+        const int i = atoms[k];
+        if (eflag_global) eng_vdwl += of[0];
+        if (eflag_atom) eatom[i] += of[0];
+        for (int c = 0; c < 3; c++) atom->f[i][c] += of[1 + c];
+        for (int v = 0; v < 6; v++) { // in LAMMPS's order
+            if (vflag_global) virial[v] -= of[4 + v];
+            if (vflag_atom) vatom[i][v] -= of[4 + v];
+            if (cvflag_atom) cvatom[i][v] -= of[4 + v];
+            if (cvflag_atom && v > 2) cvatom[i][v + 3] -= of[4 + v];
+        }
     }
 }
 
@@ -267,7 +300,7 @@ void *PairGPMLP::extract_peratom(const char *name, int &columns) {
     if (!std::strcmp(name, "force_sigma")) {
         columns = 3;
         check_read(force_sigma);
-        reach_twice_as_far();
+        check_force_sigma();
         if (force_sigma.rows.size() < std::size_t(atom->nmax)) force_sigma.resize(atom->nmax);
         return force_sigma.rows.data();
     }
@@ -298,14 +331,26 @@ void PairGPMLP::ForceErrors::resize(std::size_t n) {
     for (std::size_t k = 0; k < n; k++) rows[k] = &values[3 * k];
 }
 
+// Let ghost atoms be there to this distance.
+void PairGPMLP::reach_to(double distance, const std::string &what) {
+    if (comm->mode != Comm::SINGLE) error->all(FLERR, "pair_style gpmlp: " + what + " needs comm_modify mode single");
+    comm->cutghostuser = std::max(comm->cutghostuser, distance + neighbor->skin);
+}
+
+void PairGPMLP::check_ghosts(double distance, const std::string &what) const {
+    const std::string cutoff = std::to_string(distance + neighbor->skin);
+    if (comm->get_comm_cutoff() < distance + neighbor->skin)
+        error->all(FLERR, "pair_style gpmlp: ghost atoms do not reach as far as " + what + " needs: give fix pair behind neighbor and "
+                          "comm_modify, or comm_modify cutoff " + cutoff);
+}
+
 // Environments that contain an atom reach twice as far as the model, and ghost atoms have to.
-void PairGPMLP::reach_twice_as_far() {
+void PairGPMLP::check_force_sigma() {
     if (!model || !model->posterior)
         error->all(FLERR, "pair_style gpmlp: the model knows no force_sigma (give pair_coeff before fix pair; it may have been fitted with "
                           "variance: false, or exported by another version)");
     if (std::isfinite(force_sigma.novelty_above)) errors("novelty");
-    if (comm->mode != Comm::SINGLE) error->all(FLERR, "pair_style gpmlp: force_sigma needs comm_modify mode single");
-    comm->cutghostuser = std::max(comm->cutghostuser, 2 * cutoff + neighbor->skin);
+    reach_to(2 * cutoff, "force_sigma");
 }
 
 // The least sigma of the `force_atoms` atoms of all processes that have the largest.
@@ -335,10 +380,7 @@ std::vector<int> PairGPMLP::flagged() const {
 // Of each of these atoms the environments around it, those of ghosts among them: the image of an atom counts as an atom, whose
 // environment is the same.
 void PairGPMLP::find_force_errors() {
-    if (comm->get_comm_cutoff() < 2 * cutoff + neighbor->skin)
-        error->all(FLERR, "pair_style gpmlp: ghost atoms do not reach as far as force_sigma needs: give fix pair behind neighbor and "
-                          "comm_modify, or comm_modify cutoff " +
-                              std::to_string(2 * cutoff + neighbor->skin));
+    check_ghosts(2 * cutoff, "force_sigma");
     force_sigma.resize(atom->nmax);
     const double *const *x = atom->x;
     const int *type = atom->type, all = atom->nlocal + atom->nghost;

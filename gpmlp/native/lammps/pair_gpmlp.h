@@ -81,7 +81,10 @@ class PairGPMLP : public Pair {
     double sigma_of_flagged() const;
     std::vector<int> flagged() const;
     void find_force_errors();
-    void reach_twice_as_far();
+    void check_force_sigma();
+    void reach_to(double distance, const std::string &what);
+    void check_ghosts(double distance, const std::string &what) const;
+    void add_tail();
     void tally_pair(int i, int j, const double *r, const double *g);
 };
 

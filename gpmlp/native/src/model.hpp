@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 
 #include "baselines.hpp"
 #include "block.hpp"
@@ -11,6 +12,7 @@
 #include "mean.hpp"
 #include "novelty.hpp"
 #include "pairs.hpp"
+#include "tail.hpp"
 #include "threads.hpp"
 #include "variance.hpp"
 
@@ -155,6 +157,7 @@ class Model : public Object {
     std::vector<const Clusters *> clusters;       // the same; null where training data hold nothing of the species
     std::shared_ptr<const Object> posterior;      // of force_variance.hpp, if it has one
     Calibration calibration;
+    std::optional<Tail> tail; // which is no part of what environments give: engines add it
 
     Model(std::vector<int64_t> of_species, Baselines baselines) : baselines(std::move(baselines)), species(std::move(of_species)) {
         std::fill_n(places, LARGEST_Z + 1, -1);
@@ -318,6 +321,14 @@ GPMLP_API int64_t gpmlp_add_term(int64_t model, int64_t spectrum, int64_t single
                 gpmlp::object<gpmlp::PowerSpectrum<T>>(spectrum), gpmlp::objects<gpmlp::Mean<T>>(n, means)));
         };
         single ? add(0.0f) : add(0.0);
+        return 0;
+    });
+}
+
+// c6 (species, species) eV A^6; begin, full, fall, outer: A, as in Tail.
+GPMLP_API int64_t gpmlp_add_tail(int64_t model, int64_t n, const double *c6, double begin, double full, double fall, double outer) {
+    return gpmlp::guarded([&] {
+        gpmlp::changed<gpmlp::Model>(model).tail.emplace(n, c6, begin, full, fall, outer);
         return 0;
     });
 }

@@ -138,7 +138,7 @@ inline const std::map<std::string, Replay> &replayed_functions() {
         GPMLP_REPLAY(spectrum_f64),     GPMLP_REPLAY(spectrum_f32),  GPMLP_REPLAY(compress_f64), GPMLP_REPLAY(compress_f32), GPMLP_REPLAY(add_four_body_f64), GPMLP_REPLAY(add_four_body_f32), GPMLP_REPLAY(quadratic_form_f64), GPMLP_REPLAY(quadratic_form_f32), GPMLP_REPLAY(low_rank_form_f64), GPMLP_REPLAY(low_rank_form_f32),
         GPMLP_REPLAY(inducing_centres), GPMLP_REPLAY(model),         GPMLP_REPLAY(add_term),       GPMLP_REPLAY(inducing_columns),
         GPMLP_REPLAY(projected_mean), GPMLP_REPLAY(widened_mean), GPMLP_REPLAY(local_variance),   GPMLP_REPLAY(clusters),      GPMLP_REPLAY(add_variances),  GPMLP_REPLAY(add_novelty),
-        GPMLP_REPLAY(calibrate),        GPMLP_REPLAY(add_posterior),
+        GPMLP_REPLAY(calibrate),        GPMLP_REPLAY(add_posterior), GPMLP_REPLAY(add_tail),
     };
 #undef GPMLP_REPLAY
     return functions;
