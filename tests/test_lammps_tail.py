@@ -166,7 +166,7 @@ def test_ghost_atoms_that_do_not_reach_far_enough(organic, tmp_path):
     atoms = organic_atoms(*STRUCTURES["slab"])
     script = start(atoms, with_tail(organic, tail(25.0)), tmp_path)
     compare(static(script + "comm_modify cutoff 7\n", tmp_path), atoms, with_tail(organic, tail(25.0)))  # is mended
-    said = refusal(script + "comm_modify mode multi\nrun 0\n", tmp_path)
+    said = refusal(script + "neighbor 2.0 multi\ncomm_modify mode multi\nrun 0\n", tmp_path)
     assert "the dispersion tail needs comm_modify mode single" in said
 
 
