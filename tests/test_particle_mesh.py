@@ -16,7 +16,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.particle_mesh import ParticleMesh, coulomb_sum
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import COULOMB, VOIGT
-from gpmlp.potential.charges import LOCAL, ChargeForm, ChargeModel, EqualStructures
+from gpmlp.potential.charges import LOCAL, ChargeForm, ChargeModel, EqualStructures, equilibrate
 
 torchpme = pytest.importorskip("torchpme")
 
@@ -128,6 +128,20 @@ def test_a_model_says_of_a_mesh_what_it_says_of_a_matrix(name, form, monkeypatch
     assert torch.allclose(found.forces, expected.forces, rtol=0, atol=1e-5)
     assert torch.allclose(found.stresses, expected.stresses, rtol=0, atol=1e-8)
     assert len(products) == 1 if form.kappa == LOCAL else 5 < len(products) <= 32
+
+
+@pytest.mark.parametrize("axes, cells", [((True,) * 3, 5), ((True, True, False), 3)], ids=["crystal", "slab"])
+def test_charges_take_few_iterations_and_are_those_of_least_energy(axes, cells, monkeypatch):
+    """Without the longest waves in the preconditioner it takes twice as many."""
+    one = _crystal(cells, axes)
+    free = _charges(one)
+    products, potential = [], ParticleMesh.potential
+    monkeypatch.setattr(ParticleMesh, "potential", lambda self, q: products.append(0) or potential(self, q))
+    found = equilibrate(ChargeForm(1.0), ParticleMesh.of_structure(one), free, one.charges[0])
+    assert len(products) - 2 <= 14
+    expected = equilibrate(ChargeForm(1.0), CoulombMatrix.of_structure(one), free, one.charges[0])
+    assert torch.allclose(found.charges, expected.charges, rtol=0, atol=1e-6)
+    assert float(found.charges.sum()) == pytest.approx(0.7, abs=1e-10)
 
 
 def test_which_structures_have_a_mesh(monkeypatch):

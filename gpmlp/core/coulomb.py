@@ -285,7 +285,7 @@ def _periodic(structure: Structures, eta: Tensor, widths: Tensor) -> CoulombMatr
     i, j, r = pairs.centers, pairs.neighbors, vectors.norm(dim=1)
     narrow, wide = smeared(r, (widths[i].square() + widths[j].square()).sqrt()), smeared(r, smearing)
     value, slope = (COULOMB * (a - b) for a, b in zip(narrow, wide, strict=True))
-    waves = _half_space(structure.cells[0], math.sqrt(2) * CONVERGED / smearing)
+    waves = half_space(structure.cells[0], math.sqrt(2) * CONVERGED / smearing)
     squares = waves.square().sum(1)
     weights = 2 * COULOMB * 4 * math.pi / volume * torch.exp(-0.5 * smearing**2 * squares) / squares
     spread = widths.square()[:, None] + widths.square()
@@ -296,7 +296,7 @@ def _periodic(structure: Structures, eta: Tensor, widths: Tensor) -> CoulombMatr
     return CoulombMatrix(eta, i, j, vectors, value, slope, *about)
 
 
-def _half_space(cell: Tensor, cutoff: float) -> Tensor:
+def half_space(cell: Tensor, cutoff: float) -> Tensor:
     """(waves, 3) reciprocal lattice vectors up to a length, one of each pair ±k, without zero."""
     reciprocal = 2 * math.pi * torch.linalg.inv(cell).T
     most = (cutoff * cell.norm(dim=1) / (2 * math.pi)).floor().int().tolist()

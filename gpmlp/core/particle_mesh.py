@@ -17,7 +17,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from gpmlp.core import errors, neighbors
-from gpmlp.core.coulomb import CoulombMatrix, hardness_and_widths, own_wave_term, slab_box, smeared
+from gpmlp.core.coulomb import CoulombMatrix, half_space, hardness_and_widths, own_wave_term, slab_box, smeared
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import COULOMB
 
@@ -27,6 +27,7 @@ NARROWEST = 2.0  # A, smearing at least: about as many operations for pairs as f
 SPARSE = 0.8  # times the distance (volume of an atom)^⅓, smearing at least: so that points of the mesh are in proportion to atoms
 SPACING = 0.15  # of points of the mesh along each lattice vector, times the smearing
 NODES = 7  # along each axis, between which charges are interpolated: the most that torch-pme has
+LONGEST = 150  # waves of the sum in reciprocal space, about, that precondition a solution
 VACUUM = 2.5  # times the longest lattice vector of a slab, between its images: what Yeh and Berkowitz leave out is below 2e-7
 
 
@@ -96,6 +97,14 @@ class ParticleMesh:
     @cached_property
     def _here(self) -> _Mesh:
         return _Mesh(self.positions, self.cell, self.smearing)
+
+    def longest_waves(self) -> Tensor:
+        """(n, 2 waves) U, whose U Uᵀ are the terms of A with the longest waves: nearly those along which A is largest."""
+        waves = half_space(self.cell, (12 * math.pi**2 * LONGEST / self._volume) ** (1 / 3))
+        squares = waves.square().sum(1)
+        weights = 8 * math.pi * COULOMB / self._volume * torch.exp(-0.5 * self.smearing**2 * squares) / squares
+        phase = self.positions @ waves.T
+        return torch.cat([phase.cos(), phase.sin()], dim=1) * weights.sqrt().repeat(2)
 
     def potential(self, charges: Tensor) -> Tensor:
         """(n,) A q, V, of charges (n,), e."""

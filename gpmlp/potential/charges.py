@@ -273,15 +273,24 @@ def _solved(
 
 
 def _iterated(coulomb: ParticleMesh, diagonal: Tensor, pull: Tensor, total: float) -> Tensor:
-    """q as `_solved`, by conjugate gradients on charges of that sum, preconditioned by D (Gould, Hribar, Nocedal, SIAM J. Sci. Comput.
-    23, 1376 (2001), algorithm 2.1)."""
-    shares = (1 / diagonal) / (1 / diagonal).sum()
+    """q as `_solved`, by conjugate gradients on charges of that sum (Gould, Hribar, Nocedal, SIAM J. Sci. Comput. 23, 1376 (2001),
+    algorithm 2.1), preconditioned by D + U Uᵀ, U the longest waves of A, whose inverse is Woodbury's."""
+    waves = coulomb.longest_waves()
+    over = waves / diagonal[:, None]
+    inner = torch.linalg.cholesky(torch.eye(waves.shape[1]).to(over) + waves.T @ over)
+
+    def preconditioned(residual: Tensor) -> Tensor:
+        along = torch.cholesky_solve((over.T @ residual)[:, None], inner)[:, 0]
+        return residual / diagonal - over @ along
+
+    shares = preconditioned(torch.ones_like(diagonal))
+    shares = shares / shares.sum()
 
     def neutral(residual: Tensor) -> Tensor:
-        moved = residual / diagonal
+        moved = preconditioned(residual)
         return moved - moved.sum() * shares
 
-    q = pull / diagonal
+    q = preconditioned(pull)
     q = q + (total - q.sum()) * shares
     residual = pull - diagonal * q - coulomb.potential(q)
     step = move = neutral(residual)
