@@ -37,7 +37,9 @@ from gpmlp.fitting import (
     variance_checks,
 )
 from gpmlp.fitting.cost import expected_cost, most_columns
+from gpmlp.fitting.kept_rows import KeptRows, affordable
 from gpmlp.fitting.label_outliers import LabelOutliers
+from gpmlp.fitting.left_out import Turns
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.partitions import Partitions
 from gpmlp.fitting.passes import FeatureSample
@@ -138,11 +140,14 @@ def _fit_once(
         wanted = False  # leaving a structure out leaves its functionals out as well: none need be set aside
     about = data.structures, data.targets, wanted, data.recipe.seed, data.groups
     fitted, held, judged = calibrate.calibration_split(*about)
+    by_errors = data.recipe.calibration
+    atoms = 0 if data.recipe.variance is False else LEFT_OUT * by_errors.atoms if by_errors else AMPLITUDE_ATOMS
+    turns = Turns.of_groups(data.structures, data.targets, judged, atoms, data.recipe.seed, data.groups)
     chosen = _choose_inducing(data, fitted, held, stages)
     data, charges = _with_charges(data, chosen.models, stages)
     if data.charges is not None:
         chosen = _choose_inducing(data, fitted, held, stages)
-    trained = _train(data, chosen, fitted, held, stages)
+    trained = _train(data, chosen, fitted, held, turns, stages)
     models = trained.models
     learned = trained.learned.joined(*trained.held) if len(held) else trained.learned
     columns = trained.every_charge_rows
@@ -153,7 +158,9 @@ def _fit_once(
     again = passes.predict(data.partitions, potential)
     if potential.variances is not None:
         stages.begin("calibration")
-        potential = _calibrated(data, potential, models, learned, solved, given, judged, again.forces, stages)
+        potential = _calibrated(
+            data, potential, models, learned, solved, given, turns, trained.rows, again.forces, stages
+        )
     compared = data.structures.select(judged if len(judged) else fitted)
     of_all = learned.signal, solved.factor if given is None else given
     subset = variance_checks.subset_error(potential, models, *of_all, compared, data.recipe.seed)
@@ -398,24 +405,21 @@ def _calibrated(
     learned: WhitenedData,
     solved: SparsePosterior,
     given: ExactPosterior | None,
-    aside: Tensor,
+    turns: Turns,
+    rows: KeptRows,
     forces: Tensor,
     stages: StageTimer,
 ) -> Potential:
     """With the amplitude of what inducing variables miss, and calibrated if that is wanted.
 
-    Both come from structures left out in turn with what is near them, those set aside (`aside`) before others.
-
     Args:
-        given: where the mean is exact. forces: of all structures, by the fit.
+        given: where the mean is exact. rows: of some of those left out. forces: of all structures, by the fit.
     """
-    wanted, groups, seed = data.recipe.calibration, data.groups, data.recipe.seed
-    atoms = LEFT_OUT * wanted.atoms if wanted else AMPLITUDE_ATOMS
-    chosen = left_out.choose_left_out(data.structures, data.targets, aside, atoms, seed, groups.leaders)
-    near = dict(zip(groups.leaders.tolist(), groups.near, strict=True))
-    about = data.structures, data.targets, data.remaining, chosen, near, data.partitions.workers, stages.report
+    wanted, groups, chosen = data.recipe.calibration, data.groups, turns.chosen
+    about = data.structures, data.targets, data.remaining, chosen, turns.near, data.partitions.workers, stages.report
     apart = separation.farthest_apart(data.structures) if wanted and potential.charges is not None else []
-    predicted = left_out.predict_left_out(potential, models, learned, solved, *about, given=given, together=apart)
+    more: dict[str, Any] = {"given": given, "together": apart, "rows": rows}
+    predicted = left_out.predict_left_out(potential, models, learned, solved, *about, **more)
     if predicted is None or potential.variances is None:
         return potential
     share = predicted.amplitude(potential.noise)
@@ -448,7 +452,7 @@ class _Trained:
         environments: number of each species; held: whitened rows of the structures set aside and their number, by kind.
         novelty: of the structures fitted and those set aside.
         parameters, noise: of the mean, as learned and as it weighs the labels; where that is exact, `learned` has others of variances.
-        charge_rows: columns of charges beside the rows of both.
+        charge_rows: columns of charges beside the rows of both. rows: K_fu of some of those that are to be left out.
     """
 
     models: list[InducingModel]
@@ -461,6 +465,7 @@ class _Trained:
     result: evidence.EvidenceResult
     warnings: tuple[str, ...]
     charge_rows: tuple[ChargeRows, ChargeRows] | None = None
+    rows: KeptRows = KeptRows()
 
     @property
     def every_charge_rows(self) -> ChargeRows | None:
@@ -501,7 +506,7 @@ def _choose_inducing(data: _Data, fitted: Tensor, held: Tensor, stages: StageTim
     return _Chosen([m.numbered(fitted) for m in models], environments, sample)
 
 
-def _train(data: _Data, chosen: _Chosen, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Trained:
+def _train(data: _Data, chosen: _Chosen, fitted: Tensor, held: Tensor, turns: Turns, stages: StageTimer) -> _Trained:
     """Stream the rows, learn noises and signals, from the fitted structures alone."""
     recipe, (models, environments, sample) = data.recipe, chosen
     stages.begin("covariances")
@@ -510,7 +515,7 @@ def _train(data: _Data, chosen: _Chosen, fitted: Tensor, held: Tensor, stages: S
     with ThreadPoolExecutor(1) as meanwhile:  # while others make rows
         idle = not data.partitions.workers.shares
         promised = meanwhile.submit(sample.fit) if idle and sample is not None else None
-        (whitened, counts), of_held = _whitened(data, models, charges, fitted, held, stages)
+        (whitened, counts), of_held, rows = _whitened(data, models, charges, fitted, held, turns.every, stages)
     novelty = promised.result() if promised else sample.fit() if sample is not None else None
     models = [replace(m, own=None) for m in models]
     stages.begin("evidence")
@@ -534,7 +539,7 @@ def _train(data: _Data, chosen: _Chosen, fitted: Tensor, held: Tensor, stages: S
     if jitter:
         warnings.append(f"A jitter of {jitter:.0e} was added to the covariance of the inducing variables.")
     ended = parameters, noise, result, tuple(warnings), charge_rows
-    return _Trained(models, environments, learned, of_held, novelty, *ended)
+    return _Trained(models, environments, learned, of_held, novelty, *ended, rows)
 
 
 def _around_start(charges: ChargeModel, whitened: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -553,19 +558,22 @@ def _whitened(
     charges: ChargeModel | None,
     fitted: Tensor,
     held: Tensor,
+    kept: list[int],
     stages: StageTimer,
-) -> tuple[CountedRows, CountedRows]:
-    """Whitened rows of the structures fitted, and of those set aside, and their number, by kind."""
+) -> tuple[CountedRows, CountedRows, KeptRows]:
+    """Whitened rows of the structures fitted, and of those set aside, and their number, by kind; and K_fu of some."""
     structures, remaining = data.structures.select(fitted), data.remaining.select(data.structures, fitted)
     own = regression.own_rows(models, structures, remaining, charges)
     if own is not None and not len(held):
-        return own, ({}, {})
+        return own, ({}, {}), KeptRows()
     lowers, out = regression.lowers_of(models), []
-    for part in passes.make_factors(data.partitions, models, charges, fitted, held, stages.report):
+    chosen = fitted, held, affordable(data.structures, kept, sum(map(len, lowers)))
+    *factors, rows_kept = passes.make_factors(data.partitions, models, charges, *chosen, stages.report)
+    for part in factors:
         counts = {kind: f.count for kind, f in part.items()}
         rows = {kind: inducing.whiten_rows(part.pop(kind).factor().double(), lowers) for kind in list(part)}
         out.append((rows, counts))
-    return out[0], out[1]
+    return out[0], out[1], rows_kept
 
 
 def _numbers(data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior) -> dict[str, Any]:

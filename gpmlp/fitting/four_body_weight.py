@@ -62,7 +62,7 @@ def _negative_log_evidence(recipe: Recipe, structures: Structures, remaining: Ta
     models, _ = inducing_sets.make_models(
         recipe, structures, lambda k, choice: collect(choice)[0], structures, remaining
     )
-    factors, _ = passes.make_factors(partitions, models, None, all_, none, silent)
+    factors, *_ = passes.make_factors(partitions, models, None, all_, none, none, silent)
     lowers = regression.lowers_of(models)
     whitened = {kind: inducing.whiten_rows(f.factor().double(), lowers) for kind, f in factors.items()}
     counts = {kind: f.count for kind, f in factors.items()}

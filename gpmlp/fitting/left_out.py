@@ -11,10 +11,9 @@ Hyperparameters stay.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +24,11 @@ from gpmlp.core.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
 from gpmlp.fitting.influence import Influence
+from gpmlp.fitting.kept_rows import KeptRows
+from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.fitting.regression import InducingModel, WhitenedData
+from gpmlp.fitting.standard_labels import StandardLabels
 from gpmlp.fitting.workers import Report, Workers, silent
-from gpmlp.gp import likelihood
 from gpmlp.gp.covariances import CovarianceRows
 from gpmlp.gp.exact import ExactPosterior
 from gpmlp.gp.functionals import FunctionalBlock
@@ -46,7 +47,6 @@ PART_ATOMS = 128  # of structures whose rows are made together
 SAME = 2e-6  # |x - x'|² of an environment and a centre that is this environment
 EVERY = slice(None), slice(None), slice(None)
 ENOUGH = 100  # forces from which the amplitude is learned
-PROBES = 6  # labels of each kind of a structure by which its influence is judged
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +101,23 @@ class LeftOut:
         return float(fit_variance_weights(errors[common], missed[:, None], opened + noise[kind] ** 2))
 
 
+class Turns(NamedTuple):
+    """Structures that are left out in turn, those near each of them, and all that are left out, the most important ones first."""
+
+    chosen: list[int]
+    near: dict[int, Tensor]
+    every: list[int]
+
+    @staticmethod
+    def of_groups(
+        structures: Structures, targets: Targets, held: Tensor, atoms: int, seed: int, groups: IndependentGroups
+    ) -> Turns:
+        """As `choose_left_out`, of the leaders of groups of near-duplicates; none of no atoms."""
+        chosen = choose_left_out(structures, targets, held, atoms, seed, groups.leaders) if atoms else []
+        near = dict(zip(groups.leaders.tolist(), groups.near, strict=True))
+        return Turns(chosen, near, [*chosen, *(j for i in chosen for j in _others_near(structures, i, near))])
+
+
 def choose_left_out(
     structures: Structures, targets: Targets, held: Tensor, atoms: int, seed: int, among: Tensor | None = None
 ) -> list[int]:
@@ -150,6 +167,7 @@ def predict_left_out(
     report: Report = silent,
     given: ExactPosterior | None = None,
     together: Sequence[int] = (),
+    rows: KeptRows | None = None,
 ) -> LeftOut | None:
     """Predict some of the structures without their labels; None if there are none that can be left out.
 
@@ -158,11 +176,11 @@ def predict_left_out(
         targets, remaining: labels of `structures`, and the same less the baselines.
         near: for some structures, others whose labels are left out with theirs (near-duplicates).
         workers: who does it; this process if not given. report: of the structures done.
-        given: where the mean is exact. together: structures to leave out all at once as well.
+        given: where the mean is exact. together: structures to leave out all at once as well. rows: of some structures, if they are there.
     """
     if not chosen:
         return None
-    beside = {i: _others_near(structures, i, near or {}) for i in chosen}
+    beside, rows = {i: _others_near(structures, i, near or {}) for i in chosen}, rows or KeptRows()
     errors: dict[int, Tensor] = {}
     expected: dict[str, Tensor] = {}
     if given is not None and (exact := models[0].exact) is not None:
@@ -188,15 +206,15 @@ def predict_left_out(
     )
 
     def select(indices: Sequence[int]) -> _Labelled:
-        part = structures.select(indices)
-        return _Labelled(part, targets.select(structures, indices), remaining.select(structures, indices), indices)
+        labels = targets.select(structures, indices), remaining.select(structures, indices)
+        return _Labelled(structures.select(indices), *labels, indices, rows.among(indices))
 
     parts = [
         (select(part), [select(beside[i]) if beside[i] else None for i in part]) for part in _parts(structures, chosen)
     ]
     pieces = [parts] if workers.shares else [[part] for part in parts]
-    kept = workers.keep(fitted)
-    found = workers.map(_leave_out, [(kept, piece) for piece in pieces], report)
+    shared = workers.keep(fitted)
+    found = workers.map(_leave_out, [(shared, piece) for piece in pieces], report)
     predicted, influence = zip(*sum(found, []), strict=True)
     about = structures.select(chosen), targets.select(structures, chosen), Prediction.concatenate(predicted)
     block = select(together) if together else None
@@ -206,12 +224,13 @@ def predict_left_out(
 
 @dataclass(frozen=True, eq=False)
 class _Labelled:
-    """Some structures, their labels, the same less the baselines, and their numbers among all."""
+    """Some structures, their labels, the same less the baselines, their numbers among all, and rows of some of them."""
 
     structures: Structures
     targets: Targets
     remaining: Targets
     numbers: Sequence[int]
+    rows: KeptRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,12 +255,14 @@ class _Fitted:
 
     def standard(
         self, labelled: _Labelled, environments: ByDescriptor, unused: Sequence[Sequence[_Unused]]
-    ) -> list[_StandardLabels]:
+    ) -> list[StandardLabels]:
         """The labels over their noise, by each of the models, without the `unused` columns: each structure without its own, or all
         without the same ones; and last with all columns, by the mean and what variances have."""
         out, part, whole, residual = [], labelled.structures, None, None
         for model, columns in zip(self.models, unused, strict=True):
-            k_fu = model.covariance_rows(part, environments, self.request.forces, self.request.stresses)
+            wanted = self.request.forces, self.request.stresses
+            k_fu = labelled.rows.of(part, labelled.numbers, model.n_columns, *wanted)
+            k_fu = k_fu or model.covariance_rows(part, environments, *wanted)
             rows, mean = self.whitened(model, part, k_fu), None
             if model is self.models[0] and not self.errors:
                 weights = self.weights.to(model.signal)
@@ -250,9 +271,9 @@ class _Fitted:
             whole = replace(rows, b=CovarianceRows(*(getattr(rows.b, kind).clone() for kind in KINDS)))
             for k, gone in enumerate(columns):
                 gone.leave(rows, mean, _rows_of(part, k) if len(columns) == len(part) else EVERY)
-            out.append(_StandardLabels.make(rows, mean, part, labelled.remaining, self.noise))
+            out.append(StandardLabels.make(rows, mean, part, labelled.remaining, self.noise))
         assert whole is not None, "there is a model"
-        return [*out, _StandardLabels.make(whole, residual, part, labelled.remaining, self.noise)]
+        return [*out, StandardLabels.make(whole, residual, part, labelled.remaining, self.noise)]
 
     def whitened(self, model: VarianceModel, structures: Structures, rows: CovarianceRows) -> WhitenedRows:
         """Of the columns of a model and, where it is the potential's, of charges."""
@@ -291,7 +312,7 @@ class _Fitted:
         error, variance = self.weights.new_full((2, 7 * len(here) + 3 * here.n_atoms), torch.nan)
         influence = []
         for k, other in enumerate(beside):
-            more: Sequence[_StandardLabels | None] = [None] * len(labels)
+            more: Sequence[StandardLabels | None] = [None] * len(labels)
             if other:
                 more = self.standard(other.labelled, other.by_descriptor, [[columns] for columns in unused[k]])
             *found, whole = (a.left_out(k, b) for a, b in zip(labels, more, strict=True))
@@ -452,94 +473,6 @@ def _some_atoms(structures: Structures, seed: int) -> Tensor:
         rank[species == z] = torch.arange(int((species == z).sum()))
     chosen = order[rank.argsort(stable=True)[:FORCE_ATOMS]].sort().values
     return chosen.to(structures.species.device)
-
-
-@dataclass(frozen=True, eq=False)
-class _StandardLabels:
-    """Labels of some structures over their noise σ.
-
-    Attributes:
-        rows: of these structures.
-        left: (labels, columns) whose products are the posterior covariances Σ^-½ C Σ^-½; residuals: (labels,) of the fit, over σ.
-        sigma: (labels,) σ of energies (totals), forces and stresses.
-        owner: (labels,) structure; place: (labels,) among energies, force components and stress components of all structures.
-    """
-
-    rows: WhitenedRows
-    left: Tensor
-    residuals: Tensor
-    sigma: Tensor
-    owner: Tensor
-    place: Tensor
-
-    @staticmethod
-    def make(
-        rows: WhitenedRows,
-        mean: CovarianceRows | None,
-        structures: Structures,
-        targets: Targets,
-        noise: dict[str, float],
-    ) -> _StandardLabels:
-        """From `rows` of the structures, labels less baselines, and the mean at these rows (no residuals if None)."""
-        labels = likelihood.observed_labels(targets, structures.counts)
-        of_atom, each = structures.structure_of_atom, torch.arange(len(structures), device=structures.species.device)
-        owners = {"energies": each, "forces": of_atom.repeat_interleave(3), "stresses": each.repeat_interleave(6)}
-        parts, start = [], 0
-        for kind, owner in owners.items():
-            label = labels[kind]
-            sigma = label.noise.nan_to_num(nan=noise.get(kind, math.nan)) / label.scale
-            total, b = label.values / label.scale, getattr(rows.b, kind)
-            fitted = total if mean is None else getattr(mean, kind)[label.rows].to(total)
-            left = b[label.rows] / sigma[:, None] if len(label.rows) else b[:0]
-            parts.append((left, (total - fitted) / sigma, sigma, owner[label.rows], start + label.rows))
-            start += len(owner)
-        return _StandardLabels(rows, *(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-    def left_out(self, structure: int | slice, others: _StandardLabels | None) -> _Without:
-        """The labels of a structure, or of all, without these and the `others`."""
-        mine = (
-            torch.ones_like(self.owner, dtype=torch.bool) if isinstance(structure, slice) else self.owner == structure
-        )
-        parts = [(self.left[mine], self.residuals[mine]), *([(others.left, others.residuals)] if others else [])]
-        left, residuals = (torch.cat(part) for part in zip(*parts, strict=True))
-        values, vectors = torch.linalg.eigh(left @ left.T)
-        values = values.clamp(0, 1 - 1e-12)  # labels in the data leave less than their noise
-        # (I - C)⁻¹ r and [(I - C)⁻¹ C]_ii
-        errors = vectors @ ((vectors.T @ residuals.to(left)) / (1 - values))
-        variances = vectors.square() @ (values / (1 - values))
-        n = int(mine.sum())
-        return _Without(self.place[mine], self.sigma[mine], errors, variances[:n], left, values, vectors)
-
-
-@dataclass(frozen=True, eq=False)
-class _Without:
-    """Labels of a structure, and others near it, by the fit to the other data, over their noise.
-
-    Attributes:
-        place, sigma: as of _StandardLabels, of the structure; errors: (labels,) (I - C)⁻¹ r, of all; variances: of the structure.
-        left: (labels, columns) whose products are C; values, vectors: of C.
-    """
-
-    place: Tensor
-    sigma: Tensor
-    errors: Tensor
-    variances: Tensor
-    left: Tensor
-    values: Tensor
-    vectors: Tensor
-
-    def influence(self, errors: Tensor, kind: Tensor, seed: int) -> Influence:
-        """Of leaving the structure out, with its energy, PROBES of its force components at random and of its stress as probes.
-
-        Args:
-            errors: of the mean, over the noise, as that has all columns; kind: (labels,) of each label, place in KINDS.
-        """
-        shift = errors.to(self.left) @ self.left
-        order = torch.randperm(len(kind), generator=torch.Generator().manual_seed(seed))
-        chosen = torch.cat([order[kind.cpu()[order] == k][:PROBES] for k in range(len(KINDS))]).to(kind.device)
-        rows = (self.vectors[chosen] / (1 - self.values)) @ (self.vectors.T @ self.left)
-        about = errors[chosen].to(rows), self.variances[chosen], torch.zeros_like(chosen), kind[chosen]
-        return Influence(shift[None], rows, *about)
 
 
 def _kinds_of(place: Tensor, structures: Structures) -> Tensor:

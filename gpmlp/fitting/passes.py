@@ -14,10 +14,12 @@ from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
 from gpmlp.fitting import regression
+from gpmlp.fitting.kept_rows import KeptRows, rows_of_each
 from gpmlp.fitting.partitions import Partition, Partitions
 from gpmlp.fitting.regression import InducingModel
 from gpmlp.fitting.sparse_points import Candidates, CentreChoice
 from gpmlp.fitting.workers import Report, silent
+from gpmlp.gp.covariances import CovarianceRows
 from gpmlp.gp.qr import RowFactor
 from gpmlp.potential.charges import ChargeModel
 from gpmlp.potential.potential import Potential
@@ -112,12 +114,17 @@ def make_factors(
     charges: ChargeModel | None,
     fitted: Tensor,
     held: Tensor,
+    kept: Tensor,
     report: Report,
-) -> tuple[Factors, Factors]:
-    """Triangular factors of the rows of the structures fitted, and of those set aside, by kind; columns of charges behind the others."""
+) -> tuple[Factors, Factors, KeptRows]:
+    """Triangular factors of the rows of the structures fitted, and of those set aside, by kind; columns of charges behind the others.
+
+    Args:
+        kept: numbers of the structures whose rows are kept.
+    """
     light = [replace(model, lowers=()) for model in models]
     work = _make_factors if len(partitions.bounds) == 1 else _make_triangles
-    return partitions.reduce(work, _merge_factors, light, charges, chosen=(fitted, held), report=report)
+    return partitions.reduce(work, _merge_factors, light, charges, chosen=(fitted, held, kept), report=report)
 
 
 def _make_factors(
@@ -127,12 +134,24 @@ def _make_factors(
     partition: Partition,
     fitted: Tensor,
     held: Tensor,
-) -> tuple[Factors, Factors]:
-    of_fitted = regression.stream_rows(models, *_chunked(partition, fitted), report, charges)
-    return of_fitted, regression.stream_rows(models, *_chunked(partition, held), silent, charges)
+    kept: Tensor,
+) -> tuple[Factors, Factors, KeptRows]:
+    rows: dict[int, CovarianceRows] = {}
+    wanted, made = set(kept.tolist()), []
+    for chosen, told in ((fitted, report), (held, silent)):
+        parts, targets = _chunked(partition, chosen)
+        numbers = chosen.split([len(part) for part in parts])
+
+        def keep(k: int, of_chunk: Sequence[CovarianceRows], parts: list = parts, numbers: tuple = numbers) -> None:
+            if not wanted.isdisjoint(here := numbers[k].tolist()):
+                each = zip(here, rows_of_each(parts[k], of_chunk), strict=True)
+                rows.update({partition.first + i: row for i, row in each if i in wanted})
+
+        made.append(regression.stream_rows(models, parts, targets, told, charges, keep))
+    return made[0], made[1], KeptRows(rows)
 
 
-def _make_triangles(report: Report, *about: Any) -> tuple[Factors, Factors]:
+def _make_triangles(report: Report, *about: Any) -> tuple[Factors, Factors, KeptRows]:
     """The same with nothing left to be folded in, which is a third of what waits to be merged and is sent."""
     found = _make_factors(report, *about)
     with parallel.one_core():  # the last digits depend on it
@@ -141,8 +160,15 @@ def _make_triangles(report: Report, *about: Any) -> tuple[Factors, Factors]:
     return found
 
 
-def _merge_factors(first: tuple[Factors, Factors], later: tuple[Factors, Factors]) -> tuple[Factors, Factors]:
-    return regression.merge_factors(first[0], later[0]), regression.merge_factors(first[1], later[1])
+def _merge_factors(
+    first: tuple[Factors, Factors, KeptRows], later: tuple[Factors, Factors, KeptRows]
+) -> tuple[Factors, Factors, KeptRows]:
+    (fitted, held, rows), (fitted_later, held_later, rows_later) = first, later
+    return (
+        regression.merge_factors(fitted, fitted_later),
+        regression.merge_factors(held, held_later),
+        rows.joined(rows_later),
+    )
 
 
 def predict(partitions: Partitions, potential: Potential) -> Prediction:

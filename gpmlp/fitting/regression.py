@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -139,18 +139,22 @@ def stream_rows(
     targets: Sequence[Targets],
     report: Report,
     charges: ChargeModel | None = None,
+    observe: Callable[[int, Sequence[CovarianceRows]], object] | None = None,
 ) -> dict[str, RowFactor]:
     """Make the rows of each chunk once and fold them into one triangular factor for each kind of observation.
 
     Threads share the chunks, as many at a time as have ROW_BYTES of rows; they are folded in, in their order, by whichever thread has
     the next one ready, while others go on.
+
+    Args:
+        observe: called by each thread with the number of a chunk and its K_fu by each model.
     """
     columns = sum(b.n_columns for m in models for b in m.blocks) + (charges.basis.n_columns if charges else 0)
     factors = {kind: RowFactor(columns, 2 * columns) for kind in (*KINDS, FIXED)}
     done = 0
 
-    def rows_of(piece: tuple[Structures, Targets]) -> dict[str, Tensor]:
-        return labelled_rows(models, *piece, charges=charges)
+    def rows_of(k: int) -> dict[str, Tensor]:
+        return labelled_rows(models, parts[k], targets[k], charges=charges, observe=observe and partial(observe, k))
 
     def fold(new: dict[str, Tensor]) -> None:
         nonlocal done
@@ -159,12 +163,11 @@ def stream_rows(
         done += 1
         report(done, len(parts), f"{sum(f.count for f in factors.values())} rows x {columns} columns")
 
-    pieces = list(zip(parts, targets, strict=True))
     largest = max((3 * part.n_atoms + 7 * len(part) for part in parts), default=1) * columns * 8
     on_cpu = all(part.positions.device.type == "cpu" for part in parts)
     together = max(1, ROW_BYTES // largest) if on_cpu else 1
-    for start in range(0, len(pieces), together):
-        parallel.map_pieces(rows_of, pieces[start : start + together], fold)
+    for start in range(0, len(parts), together):
+        parallel.map_pieces(rows_of, range(len(parts))[start : start + together], fold)
     return {kind: f for kind, f in factors.items() if f.count}
 
 
@@ -203,6 +206,7 @@ def labelled_rows(
     environments: Sequence[StructureEnvironments] = (),
     by_species: Sequence[tuple[SpeciesEnvironments, ...]] = (),
     charges: ChargeModel | None = None,
+    observe: Callable[[Sequence[CovarianceRows]], object] | None = None,
 ) -> dict[str, Tensor]:
     """Rows [K_ou | y] of the labels by kind, energies per atom; those with a noise of their own divided by it ('given').
 
@@ -210,6 +214,7 @@ def labelled_rows(
         charges: whose columns follow those of the models.
         blocks: inducing variables for each model, if not all of its own.
         environments: of the structures, by descriptor; by_species: the same sorted by species, with what rows need. Each if there already.
+        observe: called with K_fu by each model.
     """
     labels = likelihood.observed_labels(targets, structures.counts)
     forces, stresses = len(labels["forces"].rows) > 0, len(labels["stresses"].rows) > 0
@@ -224,6 +229,8 @@ def labelled_rows(
         if environments:
             of_model.keep_jacobian()
         parts.append(covariances.covariance_rows(structures, of_model, *wanted))
+    if observe is not None:
+        observe(parts)
     if charges is not None:
         parts.append(charges.columns(structures))
     functional = any(isinstance(b, FunctionalBlock) for m in models for b in m.blocks)

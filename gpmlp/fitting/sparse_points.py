@@ -43,7 +43,7 @@ class CentreChoice:
 
     def select(self, features: Tensor, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
         """As select_rows."""
-        return select_rows(self.method, features, wanted, lambda s: self.kernel.profile(s)[0], seed)
+        return select_rows(self.method, features, wanted, self.kernel.value, seed)
 
 
 @dataclass
@@ -343,7 +343,7 @@ def greedy_selection(
     """
     pool = features.shape[0]
     variance = torch.ones(pool, dtype=features.dtype, device=features.device)
-    factor = features.new_zeros(pool, n)
+    factor = features.new_zeros(n, pool)  # Lᵀ: few long rows are multiplied twice as fast as many short ones
     chosen: list[int] = []
     scores: list[float] = []
     while len(chosen) < n and variance.max() > tolerance:
@@ -351,16 +351,17 @@ def greedy_selection(
         top = variance.topk(min(size + 1, pool))
         candidates, outside = top.indices[:size], float(top.values[-1]) if pool > size else 0.0
         k = len(chosen)
-        past = factor[candidates, :k]
-        block = kernel(features[candidates] @ features[candidates].T) - past @ past.T
+        past = factor[:k, candidates]
+        block = kernel(features[candidates] @ features[candidates].T) - past.T @ past
         taken = _pivots(block, variance[candidates], n - k, max(slack * outside, tolerance))
         picks = candidates[taken]
-        # L_k for the new columns: (K - L L^T)[:, picks] = new @ chol^T
-        residual = kernel(features @ features[picks].T) - factor[:, :k] @ factor[picks, :k].T
+        # L_k for the new columns: (K - L Lᵀ)[picks] = chol @ new
+        residual = kernel(features[picks] @ features.T)
+        residual.addmm_(factor[:k, picks].T, factor[:k], alpha=-1)
         corner = torch.linalg.cholesky(block[taken][:, taken] + tolerance * 1e-4 * torch.eye(len(taken)).to(block))
-        new = torch.linalg.solve_triangular(corner, residual.T, upper=False).T
-        factor[:, k : k + len(taken)] = new
-        variance = (variance - new.square().sum(1)).clamp_min(0)
+        new = torch.linalg.solve_triangular(corner, residual, upper=False)
+        factor[k : k + len(taken)] = new
+        variance = (variance - new.square().sum(0)).clamp_min(0)
         variance[picks] = 0
         chosen.extend(picks.tolist())
         scores.extend(corner.diagonal().square().tolist())

@@ -60,7 +60,9 @@ class PolynomialKernel(ZonalKernel):
         return first * s, first * z, lowest * (z * (z - 1))
 
     def value(self, s: Tensor) -> Tensor:
-        return s * s if self.zeta == 2 else super().value(s)
+        if self.zeta <= 2:
+            return s * s if self.zeta == 2 else s
+        return s ** (self.zeta - 2) * s * s
 
     @property
     def quadratic(self) -> tuple[float, float] | None:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpmlp.uncertainty.minimise import minimise
+
 SLOPE = 0.3  # prior standard deviation of a slope: the posterior has the right shape until errors show otherwise
 BETWEEN = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0)  # standard deviations of log factors between groups that are compared
 USUAL = 0.3, 0.5  # median of that a priori, and the spread of its logarithm
@@ -116,8 +118,6 @@ def log_factors(
     Returns:
         b (k,), the standard deviation of each (Laplace), and the log evidence but for a constant (0 where λ is).
     """
-    from scipy.optimize import minimize
-
     z2, x, w = (v.double().cpu().numpy() for v in (squares, columns, weights))
 
     def objective(b: np.ndarray) -> tuple[float, np.ndarray]:
@@ -125,12 +125,15 @@ def log_factors(
         q = z2 * np.exp(-2 * g)
         return float(w @ (g + q / 2) + 0.5 * precision @ b**2), x.T @ (w * (1 - q)) + precision * b
 
-    best = minimize(objective, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 500})
-    q = z2 * np.exp(-2 * np.clip(x @ best.x, -30, 30))
-    hessian = x.T @ ((2 * w * q)[:, None] * x) + np.diag(precision)
+    def curvature(b: np.ndarray) -> np.ndarray:
+        q = z2 * np.exp(-2 * np.clip(x @ b, -30, 30))
+        return x.T @ ((2 * w * q)[:, None] * x) + np.diag(precision)
+
+    best, value = minimise(objective, curvature, np.zeros(x.shape[1]))
+    hessian = curvature(best)
     inverse = np.linalg.pinv(hessian, hermitian=True)
-    evidence = -best.fun - 0.5 * np.linalg.slogdet(hessian)[1] + 0.5 * np.log(precision[precision > 0]).sum()
-    return best.x, np.sqrt(inverse.diagonal().clip(0)), float(evidence)
+    evidence = -value - 0.5 * np.linalg.slogdet(hessian)[1] + 0.5 * np.log(precision[precision > 0]).sum()
+    return best, np.sqrt(inverse.diagonal().clip(0)), float(evidence)
 
 
 @dataclass(frozen=True)
