@@ -5,4 +5,5 @@ set -eu
 cd "$(dirname "$0")"
 . ./install.sh
 set -f # the options may hold patterns
+export OMP_NUM_THREADS=1 # a process for each core: threads of theirs would wait for one another
 exec "$VENV/bin/python" -P ${COVERAGE:-} -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"

@@ -12,7 +12,7 @@ import gpmlp
 from gpmlp.io.ase_atoms import from_ase
 from gpmlp.properties.compute import exact_properties
 from gpmlp.properties.hop import Hop
-from gpmlp.properties.surface import Surface
+from gpmlp.properties.surface import EnergySurface
 
 crystal = bulk("Cu", cubic=True) * (2, 2, 2)
 neighbour = int(np.argsort(crystal.get_distances(0, range(32), mic=True))[1])
@@ -33,7 +33,7 @@ potential, _ = gpmlp.fit(*from_ase(labels), gpmlp.Recipe.model_validate(recipe))
 
 hop = Hop(temperature_K=900, equivalent=12)
 found = gpmlp.compute_properties(potential, [start, end], [hop], samples=16)
-own = exact_properties(Surface.of_calculator(EMT()), [start, end], [hop])
+own = exact_properties(EnergySurface.of_calculator(EMT()), [start, end], [hop])
 for name in ("hop_barrier", "log10_attempt_frequency", "log10_diffusion_coefficient"):
     it = found[name]
     print(f"{name}: {it.value:.3f}, 90 % within {it.low_90:.3f} to {it.high_90:.3f} {it.unit}; EMT {own[name]:.3f}")

@@ -11,6 +11,7 @@ import ase.io
 import numpy as np
 from ase import Atoms
 
+from gpmlp.learning.labels import LabelFile
 from gpmlp.learning.loop import LoopState, learn
 from gpmlp.learning.recipe import LearnRecipe
 
@@ -92,3 +93,8 @@ def events(folder: Path, name: str | None = None) -> list[dict]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / "out" / name).read_bytes() for name in FILES}
+
+
+def tape(folder: Path) -> LabelFile:
+    """The labels of a run in a folder."""
+    return LabelFile(folder / "out" / "labels.xyz")

@@ -18,11 +18,11 @@ from gpmlp.potential.potential import Potential
 from gpmlp.properties.bulk import Bulk, InLattice, conventional
 from gpmlp.properties.compute import exact_properties
 from gpmlp.properties.defects import Interstitials, Vacancies, largest_holes
-from gpmlp.properties.surface import Failed, Point, Surface, strained
+from gpmlp.properties.surface import EnergySurface, Failed, Point, strained
 from gpmlp.properties.surfaces import J_PER_M2, AdsorptionEnergies, SurfaceEnergies, adsorption_systems, cut_slab
 
 pytest.importorskip("spglib")
-EMT_SURFACE = Surface.of_calculator(EMT())
+EMT_SURFACE = EnergySurface.of_calculator(EMT())
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +181,8 @@ def test_rotation_of_a_slab_is_that_of_its_lattice():
 
 def test_lattice_of_another_surface():
     """From stresses in the lattice of one Lennard-Jones potential: lattice and energy of a shallower, wider one, to second order."""
-    one = Surface.of_calculator(LennardJones(sigma=2.3, epsilon=0.4, rc=7.0, smooth=True))
-    other = Surface.of_calculator(LennardJones(sigma=2.304, epsilon=0.39, rc=7.0, smooth=True))
+    one = EnergySurface.of_calculator(LennardJones(sigma=2.3, epsilon=0.4, rc=7.0, smooth=True))
+    other = EnergySurface.of_calculator(LennardJones(sigma=2.304, epsilon=0.39, rc=7.0, smooth=True))
     solid = Bulk.at_rest(one, bulk("Ar", "fcc", a=3.7))
     there = Bulk.at_rest(other, bulk("Ar", "fcc", a=3.7))
     (point,) = other.points([solid.atoms])
@@ -194,8 +194,8 @@ def test_lattice_of_another_surface():
 
 def test_slab_in_the_lattice_of_another_surface():
     """As relaxed there in that lattice; the stress of the slab itself is on both about the same, and large."""
-    one = Surface.of_calculator(LennardJones(sigma=2.3, epsilon=0.4, rc=7.0, smooth=True))
-    other = Surface.of_calculator(LennardJones(sigma=2.31, epsilon=0.4, rc=7.0, smooth=True))
+    one = EnergySurface.of_calculator(LennardJones(sigma=2.3, epsilon=0.4, rc=7.0, smooth=True))
+    other = EnergySurface.of_calculator(LennardJones(sigma=2.31, epsilon=0.4, rc=7.0, smooth=True))
     solid = Bulk.at_rest(one, bulk("Ar", "fcc", a=3.7))
     slab = one.relax(cut_slab(solid.atoms, (1, 1, 1), 8.0, 8.0).atoms)
     strain = solid.strain(other.points([solid.atoms])[0])

@@ -95,24 +95,14 @@ def test_where_it_cannot_be(potential):
 
 def test_the_benchmark_runs_where_there_is_no_device(tmp_path):
     """All of it at a tiny size on the CPU: rows of every kind, numbers that agree with the potential's own."""
-    options = [
-        "--device",
-        "cpu",
-        "--atoms",
-        "8",
-        "--columns",
-        "12",
-        "--work",
-        tmp_path,
-        "--json",
-        tmp_path / "gpu.json",
-    ]
+    options = ["--device", "cpu", "--atoms", "8", "--zeta", "2", "--columns", "12", "--work", tmp_path]
+    options += ["--json", tmp_path / "gpu.json"]
     command = [sys.executable, "-m", "tests.benchmarks.gpu", *map(str, options)]
     run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["left out"] == []
-    assert [len(found[kind]) for kind in ("differences", "steps", "batches")] == [4, 8, 3] and found["forms"]
+    assert [len(found[kind]) for kind in ("differences", "steps", "batches")] == [2, 4, 3] and found["forms"]
     for row in found["differences"]:
         limit = 1e-6 if row["descriptors"] == "float64" else 0.1
         assert row["forces meV/A"] < limit and row["energy meV/atom"] < limit and row["local std, relative"] < limit

@@ -17,7 +17,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.io.ase_atoms import from_ase
 from gpmlp.properties.compute import compute_properties, exact_properties
 from gpmlp.properties.hop import Hop, _jump, _log_modes
-from gpmlp.properties.surface import Surface, displaced
+from gpmlp.properties.surface import EnergySurface, displaced
 
 HOP = Hop(temperature_K=900, equivalent=12)
 
@@ -37,7 +37,7 @@ def vacancy() -> tuple[Atoms, Atoms]:
 
 @pytest.fixture(scope="module")
 def truth() -> dict[str, float]:
-    return exact_properties(Surface.of_calculator(EMT()), vacancy(), [HOP])
+    return exact_properties(EnergySurface.of_calculator(EMT()), vacancy(), [HOP])
 
 
 def adatom() -> tuple[Atoms, Atoms]:
@@ -55,7 +55,7 @@ def test_vineyard_by_vibrations_of_ase(tmp_path):
     """One free atom on a rigid surface: the saddle is the bridge; frequencies by ASE."""
     start, end = adatom()
     found = exact_properties(
-        Surface.of_calculator(EMT()), [start, end], [Hop(temperature_K=500, equivalent=4, dimensions=2)]
+        EnergySurface.of_calculator(EMT()), [start, end], [Hop(temperature_K=500, equivalent=4, dimensions=2)]
     )
     energies, modes = [], []
     for i, share in enumerate((0.0, 0.5)):
@@ -85,7 +85,7 @@ def test_vineyard_by_vibrations_of_ase(tmp_path):
 
 def test_modes_are_those_that_constraints_allow():
     """An adatom that is held along y has two modes; free ones are the roots of those of the whole matrix."""
-    (start, _), surface = adatom(), Surface.of_calculator(EMT())
+    (start, _), surface = adatom(), EnergySurface.of_calculator(EMT())
     start = surface.relax(start)
     whole = _log_modes(start, surface.points(displaced(start)), 0)
     parts = []
@@ -99,7 +99,7 @@ def test_modes_are_those_that_constraints_allow():
 
 def test_only_motions_of_the_whole_are_left_out():
     """All atoms are held along z: of the translations two are left, which are no modes."""
-    surface, crystal = Surface.of_calculator(EMT()), bulk("Cu", cubic=True)
+    surface, crystal = EnergySurface.of_calculator(EMT()), bulk("Cu", cubic=True)
     crystal = surface.relax(crystal)
     whole = _log_modes(crystal, surface.points(displaced(crystal)), 0)
     crystal.set_constraint(FixCartesian(range(4), [False, False, True]))
@@ -152,7 +152,7 @@ def test_jump_that_is_not_clear_has_to_be_given():
     assert "same cell" in given.refusal([start, end])
     ends = adatom()
     found = [
-        exact_properties(Surface.of_calculator(EMT()), ends, [Hop(jump_A=jump)])["log10_diffusion_coefficient"]
+        exact_properties(EnergySurface.of_calculator(EMT()), ends, [Hop(jump_A=jump)])["log10_diffusion_coefficient"]
         for jump in (None, ends[0].cell[0, 0])
     ]
     assert found[1] - found[0] == pytest.approx(np.log10(4), abs=1e-6)
@@ -196,7 +196,7 @@ def test_intervals_cover_the_oracle(truth, fitted):
 
 
 def test_what_cannot_hop_is_refused(truth):
-    surface, (start, end), pinned = Surface.of_calculator(EMT()), vacancy(), molecule("N2")
+    surface, (start, end), pinned = EnergySurface.of_calculator(EMT()), vacancy(), molecule("N2")
     pinned.set_constraint(FixAtoms([0]))
     for structures, said in (
         ([start], "needs two structures"),

@@ -11,7 +11,8 @@ import ase.build
 import ase.io
 import numpy as np
 import pytest
-from test_report import Balanced, only_paint
+from report_data import Balanced
+from test_report import only_paint
 
 from gpmlp.cli import main, progress
 from gpmlp.core.errors import DataWarning, UserError

@@ -16,6 +16,7 @@ from gpmlp.recipe import Recipe
 from gpmlp.uncertainty import residuals as residuals_module
 
 DATA = Path(__file__).parents[1] / "data" / "silicon"
+SMALL = {"descriptor": {"n_max": 5, "l_max": 3, "cutoff": 4.5}}
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,9 @@ def silicon():
 def caught(silicon):
     """The arguments with which a fit leaves structures out, what it gets, and the potential that it gives."""
     recipe = Recipe.model_validate(
-        {"descriptor": {"n_max": 5, "l_max": 3, "cutoff": 4.5}, "inducing": {"n": 60, "gradients": 1},
-         "calibration": False, "novelty": False, "variance": {"columns": 400}}
-    )  # fmt: skip
+        SMALL
+        | {"inducing": {"n": 60, "gradients": 1}, "calibration": False, "novelty": False, "variance": {"columns": 400}}
+    )
     seen = []
     original = left_out.predict_left_out
     left_out.predict_left_out = lambda *arguments, **named: (
@@ -115,16 +116,16 @@ def test_what_evidence_alone_says_of_errors(silicon):
 def test_without_energies_they_are_not_judged(silicon):
     """Forces leave the zero of energy open: that is said, and energies are not scored against it."""
     structures, targets = silicon
-    potential, report = gpmlp.fit(structures, targets, Recipe(use_energies=False, inducing={"n": 30}), silicon)
+    potential, report = gpmlp.fit(structures, targets, Recipe(use_energies=False, inducing={"n": 30}, **SMALL), silicon)
     assert not potential.has_energy_zero and any("zero of predicted energies" in w for w in report.warnings)
     assert report.validation_errors.energy_mae_meV_per_atom != report.validation_errors.energy_mae_meV_per_atom
     found = evaluate(potential, structures, targets).as_dict()
     assert found["energy_mae_meV_per_atom"] is None and found["force_mae_meV_per_A"] > 0
-    whole, _ = gpmlp.fit(structures, targets, Recipe(inducing={"n": 30}))
+    whole, _ = gpmlp.fit(structures, targets, Recipe(inducing={"n": 30}, **SMALL))
     assert whole.has_energy_zero and evaluate(whole, structures, targets).as_dict()["energy_mae_meV_per_atom"] > 0
 
 
 def test_few_forces_leave_it_alone(silicon):
     structures, targets = silicon
-    potential, _ = gpmlp.fit(structures, targets, Recipe(use_forces=False, use_stresses=False))
+    potential, _ = gpmlp.fit(structures, targets, Recipe(use_forces=False, use_stresses=False, **SMALL))
     assert potential.variances.amplitude == 1.0

@@ -22,7 +22,7 @@ from gpmlp.potential.potential import Potential
 from gpmlp.properties.compute import exact_properties
 from gpmlp.properties.molecules import Frequencies, relax_to_minimum
 from gpmlp.properties.scans import Dimers, Torsions, rotatable_bonds
-from gpmlp.properties.surface import Failed, Surface
+from gpmlp.properties.surface import EnergySurface, Failed
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,9 @@ def peroxide(xtb) -> Potential:
     return gpmlp.fit(*from_ase(frames), recipe)[0]
 
 
-def morse(r0: float = 1.1, epsilon: float = 9.0) -> Surface:
+def morse(r0: float = 1.1, epsilon: float = 9.0) -> EnergySurface:
     """Of two atoms; V'' = 2 epsilon (rho0 / r0)^2 at the minimum."""
-    return Surface.of_calculator(MorsePotential(epsilon=epsilon, r0=r0, rho0=3.0, rcut1=2.0, rcut2=3.0))
+    return EnergySurface.of_calculator(MorsePotential(epsilon=epsilon, r0=r0, rho0=3.0, rcut1=2.0, rcut2=3.0))
 
 
 def wave_number(curvature: float, reduced_mass: float) -> float:
@@ -62,8 +62,8 @@ def wave_number(curvature: float, reduced_mass: float) -> float:
 
 @pytest.mark.parametrize("name", ["CH3OH", "CO2"])  # bent, linear
 def test_frequencies_are_those_of_ase(xtb, tmp_path, name):
-    found = exact_properties(Surface.of_calculator(xtb), molecule(name), ["frequencies"])
-    atoms = Surface.of_calculator(xtb).relax(molecule(name))
+    found = exact_properties(EnergySurface.of_calculator(xtb), molecule(name), ["frequencies"])
+    atoms = EnergySurface.of_calculator(xtb).relax(molecule(name))
     atoms.calc = xtb
     vibrations = Vibrations(atoms, name=str(tmp_path / "vib"))
     vibrations.run()
@@ -92,7 +92,7 @@ def test_frequency_is_that_of_another_surface_at_its_own_minimum():
 def test_minimum_is_reached_from_a_saddle(xtb):
     """Planar ammonia, which forces alone leave planar."""
     flat = Atoms("NH3", [[0, 0, 0], [1, 0, 0], [-0.5, 0.75**0.5, 0], [-0.5, -(0.75**0.5), 0]])
-    surface = Surface.of_calculator(xtb)
+    surface = EnergySurface.of_calculator(xtb)
     atoms, modes = relax_to_minimum(surface, flat)
     assert len(modes.curvatures) == 6 and modes.curvatures[0] > 0
     assert surface.points([atoms])[0].energy < surface.points([surface.relax(flat)])[0].energy - 0.05
@@ -109,7 +109,7 @@ def test_fast_error_bars_are_those_of_relaxed_samples(peroxide, xtb, what):
     """Of values and curves. Far within the quarter of the contract, as the molecule is stiff but for its torsion."""
     fast = gpmlp.compute_properties(peroxide, molecule("H2O2"), [what], samples=6)
     full = gpmlp.compute_properties(peroxide, molecule("H2O2"), [what], samples=6, full=True)
-    truth = exact_properties(Surface.of_calculator(xtb), molecule("H2O2"), [what])
+    truth = exact_properties(EnergySurface.of_calculator(xtb), molecule("H2O2"), [what])
     assert not fast.failures and not full.failures and fast.values
     for a, b in zip((*fast.values, *fast.curves), (*full.values, *full.curves), strict=True):
         np.testing.assert_allclose(a.sigma, b.sigma, rtol=0.05, atol=1e-9)
@@ -118,7 +118,7 @@ def test_fast_error_bars_are_those_of_relaxed_samples(peroxide, xtb, what):
 
 def test_torsion_is_that_of_constrained_relaxations(xtb):
     """At 60 degrees: ASE's FixInternals; the barrier: the cis form, a stationary point by symmetry."""
-    surface = Surface.of_calculator(xtb)
+    surface = EnergySurface.of_calculator(xtb)
     found = exact_properties(surface, molecule("H2O2"), [Torsions(step=30)])
     rest = surface.relax(molecule("H2O2"))
     turned = rest.copy()
@@ -139,7 +139,10 @@ def test_torsion_is_that_of_constrained_relaxations(xtb):
 
 def test_torsion_on_another_surface(xtb):
     """From the structures of GFN2-xTB the curve of GFN1-xTB, which is another one: within 0.4 meV, 1.1 without the Newton step."""
-    one, other = Surface.of_calculator(xtb), Surface.of_calculator(type(xtb)(method="GFN1-xTB", verbosity=0))
+    one, other = (
+        EnergySurface.of_calculator(xtb),
+        EnergySurface.of_calculator(type(xtb)(method="GFN1-xTB", verbosity=0)),
+    )
     plan = Torsions(step=30).plan(one, [molecule("H2O2")])
     found = plan.evaluate(other.points(plan.structures))
     wanted = exact_properties(other, molecule("H2O2"), [Torsions(step=30)])
@@ -215,4 +218,4 @@ def test_dimers_of_a_potential(peroxide):
 )
 def test_refusals(what, atoms, match):
     with pytest.raises(UserError, match=match):
-        exact_properties(Surface.of_calculator(EMT()), atoms, [what])
+        exact_properties(EnergySurface.of_calculator(EMT()), atoms, [what])

@@ -49,7 +49,7 @@ from gpmlp.properties.equation_of_state import EquationOfState
 from gpmlp.properties.labelling import _noise, _whitened_rows, choose_labels, sharpened_names
 from gpmlp.properties.phases import PhaseEnergies
 from gpmlp.properties.plan import Calculation, CurveAxis, Plan
-from gpmlp.properties.surface import Failed, Surface, check_stable, inverse_hessian
+from gpmlp.properties.surface import EnergySurface, Failed, check_stable, inverse_hessian
 from gpmlp.properties.values import spread, value_from_samples
 
 
@@ -102,6 +102,7 @@ def silicon() -> Potential:
     return gpmlp.fit(*from_ase(labelled(bulk("Si", cubic=True), stillinger_weber(), 16, 0.02, 0.1)), recipe)[0]
 
 
+SAMPLES = 5  # of fast and full error bars, which are from the same ones
 CUBIC = ["eos", "lattice", "elastic"]
 
 
@@ -118,8 +119,8 @@ CUBIC = ["eos", "lattice", "elastic"]
 def test_fast_error_bars_are_those_of_relaxed_samples(model, crystals, what, request):
     """Same samples, so what differs is the Newton step and the like: within a quarter, as the contract says."""
     potential = request.getfixturevalue(model)
-    fast = gpmlp.compute_properties(potential, crystals, what, samples=8)
-    full = gpmlp.compute_properties(potential, crystals, what, samples=8, full=True)
+    fast = gpmlp.compute_properties(potential, crystals, what, samples=SAMPLES)
+    full = gpmlp.compute_properties(potential, crystals, what, samples=SAMPLES, full=True)
     assert not fast.failures and not full.failures
     for a, b in zip(fast.values, full.values, strict=True):
         assert a.value == b.value
@@ -175,7 +176,7 @@ def test_elastic_constants_of_any_symmetry(cell, names):
     """Against strains and relaxations by ASE alone, of the crystal in its standard orientation; EMT, 1 GPa or 2 %."""
     if len(cell) == 8:  # an atom of another kind on one site of each plane
         cell.symbols[0] = cell.symbols[2] = "Au"
-    surface = Surface.of_calculator(EMT())
+    surface = EnergySurface.of_calculator(EMT())
     found = exact_properties(surface, cell, ["elastic"])
     assert " ".join(name for name in found if name[0] == "C") == names
     rest = at_rest(cell.copy(), EMT())
@@ -202,7 +203,7 @@ def test_symmetry_leaves_as_many_elastic_constants_as_books_say():
 def test_values_are_near_those_of_the_oracle(copper):
     """EMT's copper by the same code on the oracle itself; within five standard deviations, as the fit is small."""
     found = gpmlp.compute_properties(copper, bulk("Cu"), ["eos"])
-    truth = exact_properties(Surface.of_calculator(EMT()), bulk("Cu"), ["eos"])
+    truth = exact_properties(EnergySurface.of_calculator(EMT()), bulk("Cu"), ["eos"])
     for value in found.values:
         assert abs(value.value - truth[value.name]) < 5 * value.sigma
         assert value.low_90 < value.value < value.high_90
@@ -246,7 +247,7 @@ def held_copper() -> Atoms:
 
 
 def test_force_constants_and_newton_steps_go_where_constraints_let_them(copper):
-    surface, held = Surface(copper), held_copper()
+    surface, held = EnergySurface(copper), held_copper()
     free = held.copy()
     free.set_constraint()
     allowed = allowed_motions(held)
@@ -266,7 +267,9 @@ def test_force_constants_and_newton_steps_go_where_constraints_let_them(copper):
 
 def test_fast_error_bars_under_constraints_are_those_of_relaxed_samples(copper):
     two = [bulk("Cu", cubic=True), held_copper()]
-    fast, full = (gpmlp.compute_properties(copper, two, ["phases"], samples=6, full=full) for full in (False, True))
+    fast, full = (
+        gpmlp.compute_properties(copper, two, ["phases"], samples=SAMPLES, full=full) for full in (False, True)
+    )
     assert not fast.failures and not full.failures
     assert fast.values[0].sigma == pytest.approx(full.values[0].sigma, rel=0.25) and fast.values[0].sigma > 0
 
@@ -313,7 +316,7 @@ def test_a_gap_beyond_the_reach_of_the_model_holds_no_cell(copper):
 @pytest.mark.parametrize("what", ["lattice", "elastic"])
 def test_a_crystal_that_gives_way_has_no_elastic_tensor(what):
     with pytest.raises(UserError, match="not stable: an eigenvalue of its elastic tensor is -"):
-        exact_properties(Surface.of_calculator(EMT()), bulk("Cu", "sc", a=2.4), [what])
+        exact_properties(EnergySurface.of_calculator(EMT()), bulk("Cu", "sc", a=2.4), [what])
     with pytest.raises(Failed, match="not stable"):
         check_stable(np.diag([1, 1, 1, 1, 1, 1e-7]), "it")  # rounding
 
@@ -349,7 +352,7 @@ class Wandering(Calculation):
     name: ClassVar[str] = "wandering"
     asked: ClassVar[list[int]] = []
 
-    def plan(self, surface: Surface, structures) -> Plan:
+    def plan(self, surface: EnergySurface, structures) -> Plan:
         turn = len(self.asked) % 3
         self.asked.append(turn)
         x = np.linspace(0, 1, 6 if turn == 2 else 5)
@@ -384,7 +387,7 @@ def test_a_crystal_and_a_molecule_together(copper):
     assert {"eos", "lattice", "elastic", "frequencies"} <= set(chosen)
     with pytest.raises(UserError, match="torsions: Cu is periodic"):
         choose_calculations(named([bulk("Cu"), dimer]), ["lattice", "torsions"])
-    truth = exact_properties(Surface.of_calculator(EMT()), [bulk("Cu"), dimer], ["lattice"])
+    truth = exact_properties(EnergySurface.of_calculator(EMT()), [bulk("Cu"), dimer], ["lattice"])
     assert list(truth) == ["Cu.lattice_constant_a"]
 
 
@@ -457,7 +460,7 @@ def test_the_oracle_beside(copper, tmp_path, capsys):
     options = ("-o", out, "--only", "lattice", "--samples", "4", "--oracle", tmp_path / "learn.yaml")
     assert run(*files, *options) == 0
     (value,) = json.loads((out / "properties.json").read_text())
-    truth = exact_properties(Surface.of_calculator(EMT()), bulk("Cu"), ["lattice"])["lattice_constant_a"]
+    truth = exact_properties(EnergySurface.of_calculator(EMT()), bulk("Cu"), ["lattice"])["lattice_constant_a"]
     assert value["oracle"] == pytest.approx(truth, rel=1e-6) and value["oracle"] != value["value"]
     assert "oracle" in capsys.readouterr().out
     (tmp_path / "learn.yaml").write_text("calculator: emtt\n")
@@ -516,13 +519,16 @@ def test_what_to_label(silicon, tmp_path, capsys):
     crystals = named([bulk("Si"), bulk("Si", cubic=True)])
     chosen_from = [bulk("Si", a=5.2), bulk("Si", a=5.6), bulk("Si", a=5.9)]
     what = [PhaseEnergies(relax=False), EquationOfState()]
-    results = gpmlp.compute_properties(silicon, crystals, what, samples=8)
+    results = gpmlp.compute_properties(silicon, crystals, what, samples=SAMPLES)
     wanted = ["Si2.bulk_modulus", "Si8.energy_above_Si2"]
     chosen = choose_labels(silicon, crystals, what, results, wanted[:1], 3, chosen_from)
     found = [choice.sigmas[wanted[0]] for choice in chosen]
     assert results[wanted[0]].sigma > found[0] > found[1] > found[2] > 0
     # dense, with a functional from the fit of the curve to energies of one displaced volume after the other
-    surface, task = Surface(silicon), plan_all(Surface(silicon), what[1:], crystals[:1], lambda *_: None)[0][0]
+    surface, task = (
+        EnergySurface(silicon),
+        plan_all(EnergySurface(silicon), what[1:], crystals[:1], lambda *_: None)[0][0],
+    )
     points = surface.points(task.plan.structures)
     row = 0.0
     for i, atoms in enumerate(task.plan.structures):

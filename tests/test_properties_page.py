@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ase.build import bulk
-from test_report import parse
+from report_data import parse
 
 from gpmlp.properties.compute import PropertyResults
 from gpmlp.properties.values import PropertyCurve, value_from_samples

@@ -235,7 +235,7 @@ def test_saddle_that_is_not_reached_says_so_and_goes_on(tmp_path):
 def test_search_that_went_too_high_names_the_limit_and_goes_on_with_a_higher_one(tmp_path):
     """No barrier of what is no saddle; the same folder goes on once the limit is raised, with the labels that are there."""
     folder = written_search(tmp_path)
-    low = gpmlp_command(folder, "saddle", "saddle.yaml", "--set", "highest_eV=0.1")
+    low = gpmlp_command(folder, "saddle", "saddle.yaml", "--set", "highest_eV=0.1", "--set", "sides=false")
     assert low.returncode == 2 and "highest_eV, 0.1 eV" in low.stderr
     assert "barrier" not in low.stdout and "no saddle" in low.stdout
     assert "higher than highest_eV" in (folder / "saddle/saddle.html").read_text()
@@ -243,7 +243,7 @@ def test_search_that_went_too_high_names_the_limit_and_goes_on_with_a_higher_one
     assert numbers["highest_eV_met"] is True and numbers["barrier_eV"] is None and numbers["barrier_sigma_eV"] is None
     assert numbers["energy_above_start_eV"] > 0.05
     before = (folder / "saddle/labels.xyz").read_bytes()
-    more = gpmlp_command(folder, "saddle", "saddle.yaml", "--resume")
+    more = gpmlp_command(folder, "saddle", "saddle.yaml", "--resume", "--set", "sides=false")
     assert more.returncode == 0, more.stderr
     assert (folder / "saddle/labels.xyz").read_bytes().startswith(before) and "barrier" in more.stdout
 

@@ -137,9 +137,9 @@ def test_evidence(silicon, problem):
 def test_failed_trials_are_recorded_and_the_search_goes_on(problem):
     """A cutoff below the width over which the density is cut off is refused by the recipe."""
     start = recipe_files.changed_recipe(problem.start, {"descriptor.cutoff_width": 2.0})
-    some = replace(problem, start=start, search=(SearchParameter("descriptor.cutoff", choices=(1.5, 3.4, 3.6)),))
+    some = replace(problem, start=start, search=(SearchParameter("descriptor.cutoff", choices=(1.5, 3.4)),))
     trials = list(tune.run_trials(some))
-    assert len(trials) == 4  # the start and every choice: then there is nothing left to try
+    assert len(trials) == 3  # the start and every choice: then there is nothing left to try
     failed = [t for t in trials if t.objective is None]
     assert [t.parameters["descriptor.cutoff"] for t in failed] == [1.5]
     assert "cutoff_width 2.0 A is larger than the cutoff 1.5 A" in failed[0].failure
@@ -170,10 +170,10 @@ def test_budget(problem, five):
     assert timeless(alone) == timeless(five[:1])  # the start recipe always
     typical = alone[0].seconds
     started = time.perf_counter()
-    some = list(tune.run_trials(problem, budget_s=4 * typical))
+    some = list(tune.run_trials(problem, budget_s=2 * typical))
     assert len(some) < 30
     # between two looks at the clock lies at most one chunk of a fit: far less than a trial, but machines are busy
-    assert time.perf_counter() - started < 4 * typical + 2
+    assert time.perf_counter() - started < 2 * typical + 2
     assert not list(tune.run_trials(problem, [replace(t, seconds=100.0) for t in five], budget_s=500))
 
 

@@ -13,7 +13,7 @@ from ase.calculators.morse import MorsePotential
 
 from gpmlp.properties.calculations import CALCULATIONS
 from gpmlp.properties.compute import named
-from gpmlp.properties.surface import Surface
+from gpmlp.properties.surface import EnergySurface
 
 for library in ("phonopy", "seekpath", "spglib"):
     pytest.importorskip(library, reason=f"{library} is not installed (pip install 'gpmlp[properties]')")
@@ -74,7 +74,9 @@ def test_names_are_foretold(case):
     given, options, wrong = CASES[case]
     structures = named([given] if isinstance(given, Atoms) else given)
     calculation = CALCULATIONS[case.split()[0]].model_validate(options)
-    surface = Surface.of_calculator(MorsePotential(r0=1.1, rcut1=4.0, rcut2=4.5) if case.startswith("freq") else EMT())
+    surface = EnergySurface.of_calculator(
+        MorsePotential(r0=1.1, rcut1=4.0, rcut2=4.5) if case.startswith("freq") else EMT()
+    )
     plan = calculation.plan(surface, structures if calculation.several else structures[:1])
     patterns = calculation.value_names(structures)
     names = plan.units.keys() - plan.curves.keys()

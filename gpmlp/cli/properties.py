@@ -195,11 +195,11 @@ def _oracle_values(
     from gpmlp.cli import console
     from gpmlp.core.calculators import build_calculator
     from gpmlp.properties.compute import applications, exact_properties
-    from gpmlp.properties.surface import Surface
+    from gpmlp.properties.surface import EnergySurface
 
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="gpmlp-oracle-") as folder:
-        surface = Surface.of_calculator(build_calculator(recipe.calculator, recipe.kwargs, Path(folder)))
+        surface = EnergySurface.of_calculator(build_calculator(recipe.calculator, recipe.kwargs, Path(folder)))
         for calculation, these, prefix in applications(calculations, structures):
             try:
                 values = exact_properties(surface, these, [calculation])

@@ -12,9 +12,9 @@ from ase.geometry import find_mic
 
 from gpmlp.core.units import VOIGT_INDEX
 from gpmlp.properties.equation_of_state import FMAX, not_a_crystal
-from gpmlp.properties.lattice_dynamics import SYMMETRY, standard_cell
-from gpmlp.properties.surface import Failed, Point, Surface, check_stable, inverse_hessian, structure_names, voigt
-from gpmlp.properties.symmetry import load_spglib
+from gpmlp.properties.lattice_dynamics import standard_cell
+from gpmlp.properties.surface import EnergySurface, Failed, Point, check_stable, structure_names, voigt
+from gpmlp.properties.symmetry import SYMPREC, load_spglib
 
 NEAR = 0.05  # A, within which two sites are one
 
@@ -38,7 +38,7 @@ class Bulk:
     compliance: np.ndarray
 
     @staticmethod
-    def at_rest(surface: Surface, start: Atoms) -> Bulk:
+    def at_rest(surface: EnergySurface, start: Atoms) -> Bulk:
         """The crystal or molecule relaxed.
 
         Raises:
@@ -47,10 +47,9 @@ class Bulk:
         if not is_crystal(start):
             return Bulk(surface.relax(start), np.zeros((6, 6)))
         atoms = conventional(surface.relax(conventional(start), "full", FMAX))
-        answer, clamped = surface.strain_response(atoms)
-        stiffness = clamped - answer @ inverse_hessian(surface.hessian(atoms)) @ answer.T / atoms.get_volume()
+        stiffness = surface.elastic_response(atoms).stiffness
         check_stable(stiffness, structure_names([start])[0])
-        return Bulk(atoms, np.linalg.inv((stiffness + stiffness.T) / 2))
+        return Bulk(atoms, np.linalg.inv(stiffness))
 
     def strain(self, point: Point) -> np.ndarray:
         """(3, 3) strain to the lattice of the surface that this point of the crystal is on."""
@@ -70,7 +69,7 @@ class InLattice:
     stress: np.ndarray
 
     @staticmethod
-    def of(surface: Surface, structures: Sequence[Atoms]) -> list[InLattice]:
+    def of(surface: EnergySurface, structures: Sequence[Atoms]) -> list[InLattice]:
         points = surface.points(structures)
         return [InLattice(atoms, point.stress) for atoms, point in zip(structures, points, strict=True)]
 
@@ -93,7 +92,7 @@ def conventional(atoms: Atoms) -> Atoms:
 
 def primitive(crystal: Atoms) -> Atoms:
     """The primitive cell of a conventional one, in its orientation."""
-    found = load_spglib().standardize_cell(_for_spglib(crystal), to_primitive=True, symprec=SYMMETRY)
+    found = load_spglib().standardize_cell(_for_spglib(crystal), to_primitive=True, symprec=SYMPREC)
     assert found is not None  # as there is a conventional cell
     cell, positions, numbers = found
     return Atoms(numbers, cell=cell, scaled_positions=positions, pbc=True, info=dict(crystal.info))
@@ -105,7 +104,7 @@ def symmetry(atoms: Atoms) -> Any:
     Raises:
         Failed: there is none.
     """
-    dataset = load_spglib().get_symmetry_dataset(_for_spglib(atoms), symprec=SYMMETRY)
+    dataset = load_spglib().get_symmetry_dataset(_for_spglib(atoms), symprec=SYMPREC)
     if dataset is None:
         raise Failed(f"spglib finds no symmetry in {structure_names([atoms])[0]}")
     return dataset

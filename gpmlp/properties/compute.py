@@ -21,10 +21,10 @@ from gpmlp.properties.constraints import allowed_forces, check_supported
 from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
 from gpmlp.properties.surface import (
     LONGEST,
+    EnergySurface,
     Failed,
     Point,
     Progress,
-    Surface,
     inverse_hessian,
     structure_names,
 )
@@ -130,7 +130,7 @@ def compute_properties(
     given = named([structures] if isinstance(structures, Atoms) else structures)
     potential.check_species(structures_from_ase(given, structure_names(given)))
     chosen = _chosen(given, what)
-    surface, say = Surface(potential), progress or (lambda *_: None)
+    surface, say = EnergySurface(potential), progress or (lambda *_: None)
     tasks, failures = plan_all(surface, chosen, given, say)
     failures = [*left_out(chosen, given), *failures]
     if not tasks:
@@ -143,7 +143,7 @@ def compute_properties(
         for k, sample in enumerate(drawn):
             say("samples", k, len(drawn), f"sample {k + 1} of {len(drawn)} relaxes its own structures")
             for task, found in zip(tasks, outputs, strict=True):
-                found.append(_on_surface(Surface(sample), task.calculation, task.structures, task.plan.curves))
+                found.append(_on_surface(EnergySurface(sample), task.calculation, task.structures, task.plan.curves))
         say("samples", len(drawn), len(drawn), "")
     elif drawn is not None:
         responses = ion_responses(surface, tasks, say)
@@ -159,9 +159,11 @@ def compute_properties(
 
 
 def exact_properties(
-    surface: Surface, structures: Sequence[Atoms] | Atoms, what: Sequence[str] | Sequence[Calculation] | None = None
+    surface: EnergySurface,
+    structures: Sequence[Atoms] | Atoms,
+    what: Sequence[str] | Sequence[Calculation] | None = None,
 ) -> dict[str, float | np.ndarray]:
-    """The same numbers on one surface, by name: the truth of an oracle (Surface.of_calculator), from relaxations of its own."""
+    """The same numbers on one surface, by name: the truth of an oracle (EnergySurface.of_calculator), from relaxations of its own."""
     given = named([structures] if isinstance(structures, Atoms) else structures)
     found: dict[str, float | np.ndarray] = {}
     for calculation, these, prefix in applications(_chosen(given, what), given):
@@ -222,7 +224,7 @@ def left_out(chosen: Sequence[Calculation], structures: Sequence[Atoms]) -> list
 
 
 def plan_all(
-    surface: Surface, chosen: Sequence[Calculation], structures: Sequence[Atoms], say: Progress
+    surface: EnergySurface, chosen: Sequence[Calculation], structures: Sequence[Atoms], say: Progress
 ) -> tuple[list[PlannedCalculation], list[str]]:
     """Plans on the mean, and why some cannot be made."""
     tasks: list[PlannedCalculation] = []
@@ -243,7 +245,9 @@ def plan_all(
     return tasks, failures
 
 
-def ion_responses(surface: Surface, tasks: Sequence[PlannedCalculation], say: Progress) -> list[dict[int, IonResponse]]:
+def ion_responses(
+    surface: EnergySurface, tasks: Sequence[PlannedCalculation], say: Progress
+) -> list[dict[int, IonResponse]]:
     """For each plan, the responses of the structures whose force constants serve."""
     wanted = [sorted(set(task.plan.relaxed.values())) for task in tasks]
     total, done, out = sum(map(len, wanted)), 0, []
@@ -294,7 +298,7 @@ def corrected_outputs(
 
 
 def _on_surface(
-    surface: Surface, calculation: Calculation, structures: Sequence[Atoms], axes: Mapping[str, CurveAxis] = {}
+    surface: EnergySurface, calculation: Calculation, structures: Sequence[Atoms], axes: Mapping[str, CurveAxis] = {}
 ) -> Outputs | Failed:
     """Outputs from structures that are made on this surface; curves over the given axes, unless they go along marked places."""
     try:

@@ -18,7 +18,7 @@ from gpmlp.properties.bulk import Bulk, InLattice, crystal_system, inequivalent_
 from gpmlp.properties.equation_of_state import no_crystal_at_rest, not_a_crystal
 from gpmlp.properties.lattice_dynamics import missing_library, supercell_repeats, too_short
 from gpmlp.properties.plan import Calculation, Outputs, Plan
-from gpmlp.properties.surface import Failed, Point, Surface, structure_names
+from gpmlp.properties.surface import EnergySurface, Failed, Point, structure_names
 
 TOUCHING = 1.05  # distances to the nearest atom of a hole; who is nearer than that is its neighbour
 APART = 0.8  # of the distance of nearest neighbours, between the two atoms of a dumbbell before it is relaxed
@@ -104,7 +104,7 @@ class _PointDefects(Calculation):
             check_choice(f"{self.name}.species", symbol, atomic_numbers)
         return {int(z) for z in host.numbers} if self.species is None else {atomic_numbers[s] for s in self.species}
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         hosts, references = _hosts_and_references(structures)
         needed = [*hosts, *(references[z] for host in hosts if not _is_element(host) for z in self._species(host))]
         needed += [references[z] for host in hosts for z in self._species(host) - {*host.numbers}]
@@ -158,7 +158,7 @@ class _PointDefects(Calculation):
         """Patterns of the names of the defects in one crystal."""
         raise NotImplementedError
 
-    def _supercell(self, surface: Surface, crystal: Atoms) -> Atoms:
+    def _supercell(self, surface: EnergySurface, crystal: Atoms) -> Atoms:
         reach = self.supercell / 2 if self.supercell else surface.reach
         return crystal.repeat(supercell_repeats(crystal, reach, self.most_atoms))
 

@@ -13,7 +13,15 @@ from gpmlp.core.units import GPA
 from gpmlp.properties import symmetry
 from gpmlp.properties.equation_of_state import FMAX, no_crystal_at_rest
 from gpmlp.properties.plan import Calculation, Outputs, Plan
-from gpmlp.properties.surface import Point, Surface, check_stable, inverse_hessian, strained, structure_names, voigt
+from gpmlp.properties.surface import (
+    EnergySurface,
+    Point,
+    check_stable,
+    inverse_hessian,
+    strained,
+    structure_names,
+    voigt,
+)
 
 SHIFT = 0.005  # strain of the cells between which the change of elastic constants with the cell is taken
 # of the powder, and their units
@@ -39,7 +47,7 @@ class ElasticConstants(Calculation):
     def value_names(self, structures: Sequence[Atoms]) -> list[str]:
         return ["C[1-6][1-6]", *MODULI]
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         rest = surface.relax(start, "full", FMAX)
         found = symmetry.find_symmetry(rest)
@@ -60,7 +68,7 @@ class ElasticConstants(Calculation):
         )
 
     def _change(
-        self, surface: Surface, rest: Atoms, mode: np.ndarray, compliance: np.ndarray, tensors: _SymmetricTensors
+        self, surface: EnergySurface, rest: Atoms, mode: np.ndarray, compliance: np.ndarray, tensors: _SymmetricTensors
     ) -> np.ndarray:
         """(6, 6) derivative of C with a strain of the cell."""
         cells = surface.relax_ions([strained(rest, sign * SHIFT * mode) for sign in (1, -1)], compliance)

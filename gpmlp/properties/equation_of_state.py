@@ -13,7 +13,7 @@ from pydantic import Field
 
 from gpmlp.core.units import GPA
 from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
-from gpmlp.properties.surface import Failed, Point, Surface, empty_gaps, structure_names
+from gpmlp.properties.surface import EnergySurface, Failed, Point, empty_gaps, structure_names
 
 FMAX = 5e-4  # eV/A
 WIDEST_GAP = 8.0  # A, between atoms of a crystal, along a normal of its cell
@@ -61,7 +61,7 @@ class EquationOfState(Calculation):
     def value_names(self, structures: Sequence[Atoms]) -> list[str]:
         return ["energy_per_atom", "volume_per_atom", "bulk_modulus", "bulk_modulus_derivative"]
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         rest = surface.relax(start, "full", FMAX)
         n, v0 = len(rest), rest.get_volume()

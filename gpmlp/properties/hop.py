@@ -22,9 +22,9 @@ from gpmlp.properties.constraints import allowed_directions, allowed_forces, all
 from gpmlp.properties.plan import Calculation, Outputs, Plan
 from gpmlp.properties.surface import (
     SOFT,
+    EnergySurface,
     Failed,
     Point,
-    Surface,
     displaced,
     hessian_within,
     inverse_hessian,
@@ -93,7 +93,7 @@ class Hop(Calculation):
     def value_names(self, structures: Sequence[Atoms]) -> list[str]:
         return list(UNITS)
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         start, end = (surface.relax(atoms, fmax=FMAX) for atoms in structures)
         end.positions = start.positions + find_mic(end.positions - start.positions, start.cell, start.pbc)[0]
         farthest = float(np.linalg.norm(end.positions - start.positions, axis=1).max())
@@ -138,7 +138,7 @@ class Hop(Calculation):
             "log10_diffusion_coefficient": rate + float(np.log10(area)),
         }
 
-    def _saddle(self, surface: Surface, start: Atoms, end: Atoms) -> Atoms:
+    def _saddle(self, surface: EnergySurface, start: Atoms, end: Atoms) -> Atoms:
         """The stationary point between two minima: a climbing band, then Newton's steps."""
         images = [start.copy() for _ in range(self.images + 1)] + [end.copy()]
         band = _Band(surface, images)
@@ -158,7 +158,7 @@ class Hop(Calculation):
 class _Band(NEB):
     """A climbing elastic band whose images are asked for at once."""
 
-    def __init__(self, surface: Surface, images: list[Atoms]) -> None:
+    def __init__(self, surface: EnergySurface, images: list[Atoms]) -> None:
         super().__init__(images, climb=True, method="improvedtangent")
         self._surface = surface
 
@@ -186,7 +186,9 @@ def _log_modes(atoms: Atoms, points: Sequence[Point], unstable: int) -> float:
         Failed: there are more or fewer unstable modes.
     """
     masses = atoms.get_masses()[allowed_directions(atoms)[0]]
-    values = np.linalg.eigvalsh(hessian_within(atoms, points) / np.sqrt(masses[:, None] * masses))
+    values = np.linalg.eigvalsh(
+        hessian_within(atoms, [point.forces for point in points]) / np.sqrt(masses[:, None] * masses)
+    )
     values = np.delete(values, np.argsort(np.abs(values))[: rigid_motions(atoms).shape[1]])
     if (n := int((values < 0).sum())) != unstable or (np.abs(values) < SOFT / masses.max()).any():
         raise Failed(f"{structure_names([atoms])[0]} has {n} unstable modes, not {unstable}")

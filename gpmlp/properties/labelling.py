@@ -16,7 +16,7 @@ from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.potential import Potential
 from gpmlp.properties.compute import PlannedCalculation, PropertyResults, corrected_outputs, ion_responses, plan_all
 from gpmlp.properties.plan import Calculation
-from gpmlp.properties.surface import Failed, Point, Progress, Surface, structure_names
+from gpmlp.properties.surface import EnergySurface, Failed, Point, Progress, structure_names
 
 STEPS = {"energy": 1e-3, "forces": 1e-3, "stress": 1e-5}  # eV, eV/A, eV/A^3: of the derivatives of properties
 AMPLIFIED = 0.02  # strain to which smaller ones are made larger
@@ -71,7 +71,7 @@ def choose_labels(
         )
     sigmas = {name: results[name].sigma for name in wanted}
     parts = {name: results[name].parts for name in wanted}
-    surface, say = Surface(potential), progress or (lambda *_: None)
+    surface, say = EnergySurface(potential), progress or (lambda *_: None)
     tasks, _ = plan_all(surface, calculations, structures, say)
     answers = ion_responses(surface, tasks, say)
     functionals: dict[str, Tensor] = {}
@@ -167,7 +167,7 @@ def _noise(potential: Potential, atoms: Atoms) -> Tensor:
 
 def _functional_rows(
     potential: Potential,
-    surface: Surface,
+    surface: EnergySurface,
     task: PlannedCalculation,
     responses: Mapping,
     names: Sequence[str],

@@ -11,7 +11,7 @@ from ase.cell import Cell
 
 from gpmlp.properties.equation_of_state import FMAX, no_crystal_at_rest
 from gpmlp.properties.plan import Calculation, Outputs, Plan
-from gpmlp.properties.surface import Point, Surface, check_stable, inverse_hessian, strained, structure_names, voigt
+from gpmlp.properties.surface import EnergySurface, Point, check_stable, strained, structure_names, voigt
 from gpmlp.properties.symmetry import find_symmetry
 
 CONSTANTS = ("a", "b", "c", "alpha", "beta", "gamma")
@@ -33,14 +33,12 @@ class LatticeConstants(Calculation):
     def value_names(self, structures: Sequence[Atoms]) -> list[str]:
         return [_called(name) for name in CONSTANTS]
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         rest = surface.relax(start, "full", FMAX)
         rest.info["name"] = f"{structure_names([start])[0]} at rest"
         found = find_symmetry(rest)
-        answer, clamped = surface.strain_response(rest)
-        softened = answer @ inverse_hessian(surface.hessian(rest)) @ answer.T / rest.get_volume()
-        stiffness = clamped - softened
+        stiffness = surface.elastic_response(rest).stiffness
         check_stable(stiffness, structure_names([start])[0])
         free = next(names.split() for last, names in SYSTEMS if found.space_group <= last)
 

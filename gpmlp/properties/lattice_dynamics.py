@@ -13,9 +13,8 @@ from ase import Atoms
 
 from gpmlp.core.errors import UserError
 from gpmlp.properties.surface import Failed
-from gpmlp.properties.symmetry import load_spglib
+from gpmlp.properties.symmetry import SYMPREC, load_spglib
 
-SYMMETRY = 1e-3  # A, within which a relaxed structure has a symmetry
 SAME = 1e-4  # A, the same of one made symmetric
 LENGTH = 10.0  # A, of a supercell for a calculator whose range is not known
 MESH, DOS_MESH = 60.0, 40.0  # A; of free energies, and of densities of states, which tetrahedra interpolate
@@ -93,7 +92,7 @@ class LatticeDynamics:
         """
         import seekpath
 
-        found = seekpath.get_path_orig_cell(self._phonopy.primitive.totuple(), symprec=SYMMETRY)
+        found = seekpath.get_path_orig_cell(self._phonopy.primitive.totuple(), symprec=SYMPREC)
         reciprocal = 2 * np.pi * np.linalg.inv(self._phonopy.primitive.cell).T
         coordinates = found["point_coords"]
         q, distance, end = [], [], 0.0
@@ -183,7 +182,7 @@ def standard_cell(atoms: Atoms) -> Atoms:
         if abs(masses.setdefault(z, mass) - mass) > 1e-6:
             raise UserError("Phonons need one mass for each element; here atoms of one element differ in mass.")
     spglib = load_spglib()
-    found = spglib.standardize_cell((atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=SYMMETRY)
+    found = spglib.standardize_cell((atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers), symprec=SYMPREC)
     if found is None:
         raise UserError(f"{atoms.get_chemical_formula()}: spglib finds no unit cell; are atoms on top of each other?")
     lattice, places, numbers = found

@@ -11,7 +11,7 @@ from ase import Atoms, units
 from pydantic import Field
 
 from gpmlp.properties.plan import Calculation, Outputs, Plan
-from gpmlp.properties.surface import Failed, Point, Surface, structure_names
+from gpmlp.properties.surface import EnergySurface, Failed, Point, structure_names
 
 # energy of a quantum, eV, of a mode whose curvature is 1 eV/A^2 per amu
 QUANTUM = units._hbar * 1e10 / np.sqrt(units._e * units._amu)
@@ -48,7 +48,7 @@ class Frequencies(Calculation):
     def value_names(self, structures: Sequence[Atoms]) -> list[str]:
         return [*_names(internal_directions(structures[0]).shape[1]), "zero_point_energy"]
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         atoms, modes = relax_to_minimum(surface, structures[0])
         (name,) = structure_names([atoms])
         lengths = self.step / np.linalg.norm(modes.displacements, axis=1)
@@ -90,7 +90,7 @@ class Modes:
     displacements: np.ndarray
 
 
-def normal_modes(surface: Surface, atoms: Atoms) -> Modes:
+def normal_modes(surface: EnergySurface, atoms: Atoms) -> Modes:
     """The 3n - 6 normal modes (3n - 5 of a linear molecule), translations and rotations projected out."""
     root_mass = np.repeat(np.sqrt(atoms.get_masses()), 3)
     basis = internal_directions(atoms)
@@ -108,7 +108,7 @@ def internal_directions(atoms: Atoms) -> np.ndarray:
     return left[:, np.sum(sizes > 1e-3 * sizes[0]) :]
 
 
-def relax_to_minimum(surface: Surface, atoms: Atoms) -> tuple[Atoms, Modes]:
+def relax_to_minimum(surface: EnergySurface, atoms: Atoms) -> tuple[Atoms, Modes]:
     """The molecule at a minimum, pushed off saddles that symmetry holds it on, and its modes there.
 
     Raises:

@@ -10,7 +10,7 @@ from ase import Atoms
 
 from gpmlp.properties.equation_of_state import FMAX, not_a_crystal
 from gpmlp.properties.plan import Calculation, Outputs, Plan
-from gpmlp.properties.surface import Point, Surface, structure_names
+from gpmlp.properties.surface import EnergySurface, Point, structure_names
 
 
 class PhaseEnergies(Calculation):
@@ -38,7 +38,7 @@ class PhaseEnergies(Calculation):
         first, *others = map(escape, structure_names(structures))
         return [_called(name, first) for name in others]
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         names = structure_names(structures)
         made = tuple(
             surface.relax(atoms, "fixed" if not_a_crystal([atoms]) else "full", FMAX) if self.relax else atoms.copy()

@@ -25,10 +25,9 @@ from gpmlp.properties.lattice_dynamics import (
 from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
 from gpmlp.properties.surface import (
     LONGEST,
+    EnergySurface,
     Failed,
     Point,
-    Surface,
-    inverse_hessian,
     strained,
     structure_names,
     voigt,
@@ -63,20 +62,20 @@ class CrystalVibrations(Calculation):
     def refusal(self, structures: Sequence[Atoms]) -> str:
         return missing_library() or no_crystal_at_rest(structures, "vibrations")
 
-    def cell_at_rest(self, surface: Surface, start: Atoms) -> Atoms:
+    def cell_at_rest(self, surface: EnergySurface, start: Atoms) -> Atoms:
         """The conventional cell at rest, with the symmetry that it has."""
         cell = standard_cell(surface.relax(standard_cell(start), "full", FMAX))
         cell.info["name"] = structure_names([start])[0]
         return cell
 
-    def at_volume(self, surface: Surface, cell: Atoms, ratio: float) -> Atoms:
+    def at_volume(self, surface: EnergySurface, cell: Atoms, ratio: float) -> Atoms:
         """The cell with another volume, its shape and ions at rest."""
         scaled = cell.copy()
         scaled.set_cell(cell.cell * ratio ** (1 / 3), scale_atoms=True)
         scaled.info["name"] = f"{cell.info['name']} V={ratio:.3f}"
         return scaled if ratio == 1 else surface.relax(scaled, "shape", FMAX)
 
-    def dynamics(self, surface: Surface, cell: Atoms) -> LatticeDynamics:
+    def dynamics(self, surface: EnergySurface, cell: Atoms) -> LatticeDynamics:
         """Of a crystal at rest.
 
         Raises:
@@ -91,7 +90,7 @@ class CrystalVibrations(Calculation):
             raise Failed(f"it takes {n} supercells of {atoms} atoms, more than {self.most_displaced}; {how}")
         return dynamics
 
-    def too_short(self, surface: Surface, dynamics: LatticeDynamics) -> str:
+    def too_short(self, surface: EnergySurface, dynamics: LatticeDynamics) -> str:
         """See lattice_dynamics.too_short."""
         option = f"{self.name}.{'supercell' if self.supercell else 'most_atoms'}"
         return too_short(dynamics.structures[0], surface.reach, option)
@@ -113,7 +112,7 @@ class Phonons(CrystalVibrations):
         at_temperatures = [name for kelvin in self.temperatures for name in _Outputs.thermal_names(kelvin)]
         return ["frequency_*_[0-9]*", "zero_point_energy", *at_temperatures]
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         cell = self.cell_at_rest(surface, start)
         dynamics = self.dynamics(surface, cell)
@@ -156,11 +155,8 @@ class Reaction:
     u = H⁺(F + Lᵀε) and (C - L H⁺Lᵀ / V) ε = L H⁺F / V - σ.
     """
 
-    def __init__(self, surface: Surface, cell: Atoms) -> None:
-        self._cell = cell
-        self._answer, clamped = surface.strain_response(cell)
-        self._compliance = inverse_hessian(surface.hessian(cell))
-        self._stiffness = clamped - self._answer @ self._compliance @ self._answer.T / cell.get_volume()
+    def __init__(self, surface: EnergySurface, cell: Atoms) -> None:
+        self._cell, self._response = cell, surface.elastic_response(cell)
 
     def rest(self, point: Point) -> Atoms:
         """The crystal where it is at rest with these forces and stresses more.
@@ -169,10 +165,11 @@ class Reaction:
             Failed: it is unstable, or farther away than a first order reaches.
         """
         force = point.forces.ravel()
-        if np.linalg.eigvalsh(self._stiffness + self._stiffness.T).min() <= 0:
+        stiffness, compliance = self._response.stiffness, self._response.compliance
+        if np.linalg.eigvalsh(stiffness).min() <= 0:
             raise Failed("the crystal is unstable against strains")
-        strain = -np.linalg.solve(self._stiffness, self._tension(point))
-        step = (self._compliance @ (force + self._answer.T @ strain)).reshape(-1, 3)
+        strain = -np.linalg.solve(stiffness, self._tension(point))
+        step = (compliance @ (force + self._response.strain_forces.T @ strain)).reshape(-1, 3)
         if np.abs(strain).max() > LARGEST_STRAIN or np.abs(step).max() > LONGEST:
             raise Failed(
                 f"it is at rest {100 * np.abs(strain).max():.0f} % of strain away, ions {np.abs(step).max():.2f} A"
@@ -194,7 +191,8 @@ class Reaction:
 
     def _tension(self, point: Point) -> np.ndarray:
         """(6,) stress after the ions have come to rest."""
-        return voigt(point.stress) - self._answer @ self._compliance @ point.forces.ravel() / self._cell.get_volume()
+        move = self._response.compliance @ point.forces.ravel()
+        return voigt(point.stress) - self._response.strain_forces @ move / self._cell.get_volume()
 
 
 def at_rest(point: Point, cell: Atoms) -> bool:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from ase import Atoms
 
-from gpmlp.properties.surface import Point, Surface
+from gpmlp.properties.surface import EnergySurface, Point
 from gpmlp.recipe import RecipeSection
 
 
@@ -87,7 +87,7 @@ class Calculation(RecipeSection):
         """
         raise NotImplementedError
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         """The plan on a surface.
 
         Args:

@@ -14,7 +14,7 @@ from gpmlp.core.units import GPA
 from gpmlp.properties.lattice_dynamics import Harmonic
 from gpmlp.properties.phonons import CURVE_TEMPERATURES, CrystalVibrations, forces_of
 from gpmlp.properties.plan import CurveAxis, Outputs, Plan
-from gpmlp.properties.surface import Failed, Point, Surface
+from gpmlp.properties.surface import EnergySurface, Failed, Point
 
 MICRO = 1e6
 UNITS = {
@@ -50,7 +50,7 @@ class QuasiHarmonic(CrystalVibrations):
     def value_names(self, structures: Sequence[Atoms]) -> list[str]:
         return [f"{name}_{kelvin:g}K" for kelvin in self.temperatures for name in UNITS]
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         cell = self.cell_at_rest(surface, start)
         dynamics = self.dynamics(surface, cell)

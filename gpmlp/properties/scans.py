@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 
 from gpmlp.properties.molecules import internal_directions
 from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
-from gpmlp.properties.surface import LONGEST, Failed, Point, Surface, inverse_hessian, structure_names
+from gpmlp.properties.surface import LONGEST, EnergySurface, Failed, Point, inverse_hessian, structure_names
 
 FREE = 1000.0  # A between atoms that do not feel each other
 CLOSE = 0.6  # of the shortest distance in the training data, or of a bond, is where a curve begins
@@ -55,7 +55,7 @@ class Dimers(Calculation):
         pairs = (f"dimer_{chemical_symbols[a]}_{chemical_symbols[b]}" for a, b in _pairs(structures))
         return [f"{pair}_{what}" for pair in pairs for what in ("well_depth", "bond_length")]
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         made: list[Atoms] = []
         axes: dict[str, CurveAxis] = {}
         for a, b in _pairs(structures):
@@ -87,7 +87,7 @@ class Dimers(Calculation):
         curves = {f"dimer_{pair}": axis for pair, axis in axes.items()}
         return Plan(tuple(made), evaluate, units, curves=curves, about=about, sources=sources)
 
-    def _axis(self, surface: Surface, a: int, b: int) -> CurveAxis:
+    def _axis(self, surface: EnergySurface, a: int, b: int) -> CurveAxis:
         potential = getattr(surface, "potential", None)
         shortest = (
             getattr(potential, "report", {}).get("shortest", {}).get(f"{chemical_symbols[a]}-{chemical_symbols[b]}")
@@ -163,7 +163,7 @@ class Torsions(Calculation):
         wanted = None if self.bonds is None else [set(bond) for bond in self.bonds]
         return [t for t in rotatable_bonds(atoms) if wanted is None or {t.atoms[1], t.atoms[2]} in wanted]
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         torsions = self._torsions(start)
         rest = surface.relax(start.copy())
@@ -247,14 +247,14 @@ class _Scan:
     torsion: Torsion
     angles: np.ndarray
     structures: tuple[Atoms, ...]
-    surface: Surface | None
+    surface: EnergySurface | None
 
     @property
     def name(self) -> str:
         return self.torsion.name
 
     @staticmethod
-    def on(surface: Surface, rest: Atoms, torsion: Torsion, step: float, rigid: bool) -> _Scan:
+    def on(surface: EnergySurface, rest: Atoms, torsion: Torsion, step: float, rigid: bool) -> _Scan:
         """The smaller end is turned rigidly from the minimum to each angle, all else relaxed from there."""
         n = int(np.ceil(360 / step))
         angles = -180 + 360 * np.arange(n) / n
@@ -336,7 +336,7 @@ def _turning_points(spline: CubicSpline) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _relax_at_angles(
-    surface: Surface, structures: Sequence[Atoms], torsion: Torsion, angles: np.ndarray
+    surface: EnergySurface, structures: Sequence[Atoms], torsion: Torsion, angles: np.ndarray
 ) -> list[Atoms]:
     """All else at rest at given angles: ASE's optimizers side by side, so that each step of all of them is one batch.
 

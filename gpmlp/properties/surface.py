@@ -44,14 +44,29 @@ class Point:
     stress: np.ndarray
 
 
-class Surface:
+@dataclass(frozen=True, eq=False)
+class ElasticResponse:
+    """How a crystal at rest gives way, to first order; strains and stresses in Voigt's order, shears twice the tensor's components.
+
+    Attributes:
+        strain_forces: (6, 3n) L = dF/dε, ions carried along, eV/A.
+        compliance: (3n, 3n) H⁺, inverse_hessian.
+        stiffness: (6, 6) elastic tensor with relaxed ions, C - L H⁺Lᵀ / V, eV/A^3.
+    """
+
+    strain_forces: np.ndarray
+    compliance: np.ndarray
+    stiffness: np.ndarray
+
+
+class EnergySurface:
     """The potential energy surface of a potential, or of any calculator of ASE (of_calculator)."""
 
     def __init__(self, potential: Potential) -> None:
         self.potential = potential
 
     @staticmethod
-    def of_calculator(calculator: Any) -> Surface:
+    def of_calculator(calculator: Any) -> EnergySurface:
         """The surface of a calculator of ASE: the truth of a test, or what an oracle itself says."""
         return _CalculatorSurface(calculator)
 
@@ -111,8 +126,14 @@ class Surface:
 
     def hessian(self, atoms: Atoms) -> np.ndarray:
         """(3n, 3n) second derivatives of the energy, eV/A^2, by central differences, of motions that constraints allow."""
-        basis, points = allowed_basis(atoms), self._in_parts(displaced(atoms))
-        return basis.T @ hessian_within(atoms, points) @ basis
+        return hessian_of_all(atoms, [point.forces for point in self._in_parts(displaced(atoms))])
+
+    def elastic_response(self, atoms: Atoms) -> ElasticResponse:
+        """Of a crystal at rest."""
+        strain_forces, clamped = self.strain_response(atoms)
+        compliance = inverse_hessian(self.hessian(atoms))
+        stiffness = clamped - strain_forces @ compliance @ strain_forces.T / atoms.get_volume()
+        return ElasticResponse(strain_forces, compliance, 0.5 * (stiffness + stiffness.T))
 
     def strain_response(self, atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
         """(6, 3n) derivatives of forces (eV/A) and (6, 6) of stresses (eV/A^3) with strain, ions carried along, by central differences.
@@ -151,7 +172,7 @@ class Surface:
         return [point for part in parts for point in self.points(part)]
 
 
-class _CalculatorSurface(Surface):
+class _CalculatorSurface(EnergySurface):
     """That of a calculator, one structure after the other."""
 
     def __init__(self, calculator: Any) -> None:
@@ -263,11 +284,17 @@ def allowed_basis(atoms: Atoms) -> np.ndarray:
     return basis.reshape(len(index), 3 * len(atoms))
 
 
-def hessian_within(atoms: Atoms, points: Sequence[Point]) -> np.ndarray:
-    """(k, k) second derivatives of the energy along constraints.allowed_directions, eV/A^2, from points of `displaced`."""
-    forces = np.array([point.forces.ravel() for point in points]).reshape(-1, 2, 3 * len(atoms))
-    within = ((forces[:, 1] - forces[:, 0]) / (2 * STEP)) @ allowed_basis(atoms).T
+def hessian_within(atoms: Atoms, forces: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    """(k, k) second derivatives of the energy along constraints.allowed_directions, eV/A^2, from forces on `displaced`."""
+    pairs = np.reshape(forces, (-1, 2, 3 * len(atoms)))
+    within = ((pairs[:, 1] - pairs[:, 0]) / (2 * STEP)) @ allowed_basis(atoms).T
     return 0.5 * (within + within.T)
+
+
+def hessian_of_all(atoms: Atoms, forces: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    """(3n, 3n) hessian_within of displacements of all atoms; zero for those that constraints forbid."""
+    basis = allowed_basis(atoms)
+    return basis.T @ hessian_within(atoms, forces) @ basis
 
 
 def empty_gaps(atoms: Atoms) -> np.ndarray:

@@ -17,9 +17,9 @@ from pydantic import Field
 
 from gpmlp.properties.bulk import Bulk, InLattice, crystal_system, primitive, symmetry
 from gpmlp.properties.equation_of_state import no_crystal_at_rest
-from gpmlp.properties.lattice_dynamics import SYMMETRY, missing_library
+from gpmlp.properties.lattice_dynamics import missing_library
 from gpmlp.properties.plan import Calculation, Outputs, Plan
-from gpmlp.properties.surface import Failed, Point, Surface, structure_names
+from gpmlp.properties.surface import EnergySurface, Failed, Point, structure_names
 
 J_PER_M2 = 16.02176634  # of 1 eV/A^2
 THINNEST = 10.0  # A, of a slab
@@ -61,7 +61,7 @@ class SurfaceEnergies(Calculation):
     def value_names(self, structures: Sequence[Atoms]) -> list[str]:
         return ["surface_energy_[01][01][01]"] if self.planes is None else list(map(_called, self.planes))
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         (start,) = structures
         bulk = Bulk.at_rest(surface, start)
         name = structure_names([start])[0]
@@ -146,7 +146,7 @@ def cut_slab(crystal: Atoms, plane: Index, thickness: float, vacuum: float, uneq
     normal = np.cross(a1, a2) / np.linalg.norm(np.cross(a1, a2))
     rotation = np.stack([a1 / np.linalg.norm(a1), np.cross(normal, a1 / np.linalg.norm(a1)), normal])
     spacing = cell.get_volume() / np.linalg.norm(np.cross(a1, a2))
-    least = int(np.ceil(thickness / spacing - SYMMETRY))
+    least = int(np.ceil(thickness / spacing - 1e-3))
     widest = None
     element = len(set(cell.numbers)) == 1
     for height in _cuts(cell, miller, spacing):
@@ -220,7 +220,7 @@ class AdsorptionEnergies(Calculation):
     def value_names(self, structures: Sequence[Atoms]) -> list[str]:
         return list(map(escape, _named_systems(structures)))
 
-    def plan(self, surface: Surface, structures: Sequence[Atoms]) -> Plan:
+    def plan(self, surface: EnergySurface, structures: Sequence[Atoms]) -> Plan:
         names = _named_systems(structures)
         made: dict[int, Atoms] = {id(atoms): atoms for system in names.values() for atoms in system}
         places = {key: k for k, key in enumerate(made)}

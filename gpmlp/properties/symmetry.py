@@ -11,7 +11,7 @@ from ase import Atoms
 from gpmlp.core.errors import UserError
 from gpmlp.core.units import VOIGT
 
-SYMPREC = 0.01  # A
+SYMPREC = 1e-3  # A, within which a relaxed structure has a symmetry
 TRICLINIC = 2  # the last space group that says nothing about directions
 
 

@@ -26,7 +26,7 @@ import gpmlp
 from gpmlp.io.ase_atoms import from_ase
 from gpmlp.properties.compute import exact_properties
 from gpmlp.properties.hop import Hop
-from gpmlp.properties.surface import Surface
+from gpmlp.properties.surface import EnergySurface
 
 METALS = ("Cu", "Ag", "Ni", "Al", "Pt")
 RECIPE = {"descriptor": {"cutoff": 5.0, "n_max": 6, "l_max": 4}, "inducing": {"n": 60, "gradients": 2}}
@@ -96,7 +96,7 @@ def main() -> None:
     hop, lines = Hop(temperature_K=given.temperature_K, equivalent=12), []
     for metal in given.metals or METALS:
         ends = vacancy(metal)
-        truth = exact_properties(Surface.of_calculator(EMT()), ends, [hop])
+        truth = exact_properties(EnergySurface.of_calculator(EMT()), ends, [hop])
         for seed in range(given.seeds):
             lines.append(measure(metal, seed, ends, truth, hop))
             print(json.dumps(lines[-1]), flush=True)

@@ -12,8 +12,8 @@ from ase.vibrations.data import VibrationsData
 
 from gpmlp.learning.paths.surface import Surface
 from gpmlp.properties.constraints import allowed_motions, rigid_motions
+from gpmlp.properties.surface import displaced, hessian_of_all
 
-STEP = 0.01  # A, of central differences of forces
 SOFT = 10.0  # cm^-1; a mode below that is as good as flat
 AT_ONCE = 60  # displaced structures
 
@@ -31,22 +31,18 @@ class SaddleModes:
 
 
 def hessian(surface: Surface, atoms: Atoms, free: Sequence[int]) -> np.ndarray:
-    """(3 free, 3 free) eV/A^2, symmetric, from central differences of the mean's forces.
+    """(3 free, 3 free) second derivatives of the mean, eV/A^2, of motions that constraints allow.
 
     Args:
         free: indices of the atoms that are moved.
     """
-    displaced = []
-    for i in free:
-        for axis in range(3):
-            for sign in (-1, 1):
-                moved = atoms.copy()
-                moved.positions[i, axis] += sign * STEP
-                displaced.append(moved)
-    pieces = [displaced[first : first + AT_ONCE] for first in range(0, len(displaced), AT_ONCE)]
-    forces = np.concatenate([surface.forces(piece)[1] for piece in pieces])[:, free].reshape(-1, 2, 3 * len(free))
-    matrix = (forces[:, 0] - forces[:, 1]) / (2 * STEP)
-    return 0.5 * (matrix + matrix.T)
+    held = atoms.copy()
+    held.set_constraint([*atoms.constraints, FixAtoms(np.setdiff1d(np.arange(len(atoms)), free))])
+    moved = displaced(held)
+    pieces = [moved[first : first + AT_ONCE] for first in range(0, len(moved), AT_ONCE)]
+    rows = (3 * np.array(free)[:, None] + np.arange(3)).ravel()
+    forces = np.concatenate([surface.forces(piece)[1] for piece in pieces])
+    return hessian_of_all(held, forces)[np.ix_(rows, rows)]
 
 
 def saddle_modes(surface: Surface, atoms: Atoms) -> SaddleModes:
