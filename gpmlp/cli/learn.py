@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -41,16 +41,12 @@ def learn_command(
         console.print_message("new", f"{folder} does not exist: there is nothing to resume, a new run begins")
     page = None
     with terminated_as_interrupted(), progress.LearningBar(chosen) as bar:
-        try:
-            with closing(loop.learn(chosen, recipe.parent, resume)) as states:
-                bar(last := next(states))
-                over = last.phase == "stopped"  # before this began
-                for last in states:
-                    bar(last)
-        except KeyboardInterrupt:
-            again = shlex.join(["gpmlp", "learn", str(recipe), *(f"--set={s}" for s in settings or []), "--resume"])
-            console.print_message("stopped", f"interrupted; go on with: {again}")
-            raise SystemExit(INTERRUPTED) from None
+        words = ["learn", str(recipe), *(f"--set={s}" for s in settings or []), "--resume"]
+        with resumable(words), closing(loop.learn(chosen, recipe.parent, resume)) as states:
+            bar(last := next(states))
+            over = last.phase == "stopped"  # before this began
+            for last in states:
+                bar(last)
         if report and over and (folder / "report" / PAGE).exists():
             page = folder / "report" / PAGE
         elif report:
@@ -83,6 +79,18 @@ def report_folder(folder: Path, data: Path | None, output: Path | None) -> None:
         )
     page = report_run(folder, run_recipe(folder))
     console.print_line(f"wrote {page}")
+
+
+@contextmanager
+def resumable(words: Sequence[str], kept: str = "") -> Iterator[None]:
+    """Where it is interrupted, say what is kept and which command goes on (gpmlp WORDS...), and end with INTERRUPTED."""
+    from gpmlp.cli import console
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print_message("stopped", f"interrupted; {kept}go on with: {shlex.join(['gpmlp', *words])}")
+        raise SystemExit(INTERRUPTED) from None
 
 
 @contextmanager

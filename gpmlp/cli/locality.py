@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gpmlp.cli.check import Keys
-from gpmlp.cli.learn import INTERRUPTED
+from gpmlp.cli.learn import resumable
 from gpmlp.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,27 +73,18 @@ def locality_command(
     potential = archive.load(model) if model is not None else None
     files = find_files(data)
     check_apart({"the labels of the oracle": output / "labels.xyz"}, {f"the data ({path})": path for path in files})
-    try:
-        with console.StageBars() as stages:
-            read = ase_atoms.read_labelled(files, keys=parse_keys(keys or ""), progress=stages)
-            found = locality(read.structures, read.targets, asked, potential, output, chosen, fitted, stages)
-    except KeyboardInterrupt:
-        if asked is None:
-            raise
-        console.print_message(
-            "stopped", f"interrupted; labels are kept in {output}, go on with: {shlex.join(['gpmlp', *sys.argv[1:]])}"
-        )
-        raise SystemExit(INTERRUPTED) from None
+    going_on = nullcontext() if asked is None else resumable(sys.argv[1:], f"labels are kept in {output}, ")
+    with going_on, console.StageBars() as stages:
+        read = ase_atoms.read_labelled(files, keys=parse_keys(keys or ""), progress=stages)
+        found = locality(read.structures, read.targets, asked, potential, output, chosen, fitted, stages)
     if asked is None:
         console.print_findings(read.findings)
-    _write(found, output)
-    console.standard_output().print(console.locality_table(found))
-    console.print_line(found.sentence)
-    console.print_line(f"wrote {output / RESULT}, {FIGURE}.svg, {FIGURE}.png")
+    _present(found, output)
 
 
-def _write(found: Locality, output: Path) -> None:
-    """Numbers and figure."""
+def _present(found: Locality, output: Path) -> None:
+    """Numbers and figure, and what is printed."""
+    from gpmlp.cli import console
     from gpmlp.io.files import atomic_write
     from gpmlp.report.locality import locality_picture
 
@@ -105,6 +96,9 @@ def _write(found: Locality, output: Path) -> None:
     for suffix, content in (("svg", picture.svg), ("png", picture.png)):
         with atomic_write(output / f"{FIGURE}.{suffix}") as file:
             file.write(content)
+    console.standard_output().print(console.locality_table(found))
+    console.print_line(found.sentence)
+    console.print_line(f"wrote {output / RESULT}, {FIGURE}.svg, {FIGURE}.png")
 
 
 def _numbers(text: str | None) -> tuple[float, ...]:

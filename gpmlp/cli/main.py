@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,9 @@ from gpmlp.cli.properties import properties_command
 from gpmlp.cli.transport import transport_command
 from gpmlp.cli.tune import tune_command
 from gpmlp.core.errors import DataWarning, ProgressNotice, UserError, chemical_symbol, visible_text
+
+if TYPE_CHECKING:
+    from gpmlp.fitting.report import FitReport
 
 # typer carries its own copy of click or uses the installed one, according to its version: take the class from the family tree
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -122,35 +125,38 @@ def fit_command(
     from gpmlp.io.structure_files import find_files
 
     check_target(output, "the model")
-    files = find_files(train)
+    files, parsed = find_files(train), parse_keys(keys or "")
     sources = _by_role("the training data", files) | {"the validation data": valid, "the recipe": recipe}
     check_apart({"the model (--output)": output}, sources)
-    chosen, names = (
-        load_recipe(recipe, [*(settings or []), *(["robust=true"] if robust else [])]),
-        parse_keys(keys or ""),
-    )
+    chosen = load_recipe(recipe, [*(settings or []), *(["robust=true"] if robust else [])])
     if recipe is not None and chosen.baseline.calculator:
         add_import_folder(recipe.parent)
     outer = outer_baselines(chosen)
     with open_executor(workers, dask) as executor:
         each = workers_of(executor).each if executor is not None else None  # by whom files are read
         with console.StageBars() as stages:
-            data = ase_atoms.read_labelled(files, keys=names, progress=stages, each=each)
-            validation = ase_atoms.read(valid, labelled=True, keys=names) if valid is not None else None
-        origin = provenance.file_provenance(training=files, validation=valid)
+            data = ase_atoms.read_labelled(files, keys=parsed, progress=stages, each=each)
+            validation = ase_atoms.read(valid, labelled=True, keys=parsed) if valid is not None else None
         with console.StageBars() as stages:
             compute_baselines(outer, data.structures, files[0], stages)
             if valid is not None and validation is not None:
                 compute_baselines(outer, validation[0], valid, stages)
+            origin = provenance.file_provenance(training=files, validation=valid)
             about = chosen, validation, stages, origin, data.findings
             potential, report = fit(data.structures, data.targets, *about, executor)
+    _warn_of_fit(report)
+    archive.save(potential, output)
+    console.standard_output().print(console.fit_summary(report.as_dict()))
+    console.print_line(f"wrote {output}")
+
+
+def _warn_of_fit(report: FitReport) -> None:
+    """Its findings, and the warnings that are none."""
+    from gpmlp.cli import console
+
     console.print_findings(report.findings)
     for text in report.warnings[sum(finding.severity != "note" for finding in report.findings) :]:
         warnings.warn(text, DataWarning, stacklevel=1)
-    archive.save(potential, output)
-    out = console.standard_output()
-    out.print(console.fit_summary(report.as_dict()))
-    console.print_line(f"wrote {output}")
 
 
 app.command("check")(check_command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gpmlp.cli.learn import INTERRUPTED, terminated_as_interrupted
+from gpmlp.cli.learn import resumable, terminated_as_interrupted
 
 if TYPE_CHECKING:
     from gpmlp.learning.paths.band import BandLabel
@@ -202,12 +201,8 @@ def _check_converged(converged: bool, labels: int, folder: Path, advice: str = M
 @contextmanager
 def _interruptible(command: str, recipe: Path, settings: list[str] | None) -> Iterator[None]:
     """Say how to go on when a run is interrupted."""
-    from gpmlp.cli import console
-
-    with terminated_as_interrupted():
-        try:
-            yield
-        except KeyboardInterrupt:
-            again = shlex.join(["gpmlp", command, str(recipe), *(f"--set={s}" for s in settings or []), "--resume"])
-            console.print_message("stopped", f"interrupted; go on with: {again}")
-            raise SystemExit(INTERRUPTED) from None
+    with (
+        terminated_as_interrupted(),
+        resumable([command, str(recipe), *(f"--set={s}" for s in settings or []), "--resume"]),
+    ):
+        yield

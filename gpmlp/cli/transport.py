@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpmlp.cli.learn import INTERRUPTED, terminated_as_interrupted
+from gpmlp.cli.learn import resumable, terminated_as_interrupted
 from gpmlp.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,16 +77,9 @@ def transport_command(
     potential, atoms = archive.load(model), read_frames(start, -1)[0][0]
     if samples and potential.variances is None:
         console.print_message("note", f"{model} has no variances: intervals hold the statistical part alone.")
-    with terminated_as_interrupted(), console.StageBars() as stages:
-        try:
-            results = transport(
-                potential, atoms, settings, output, resume, lambda state: _show(state, settings, stages)
-            )
-        except KeyboardInterrupt:
-            words = [word for word in sys.argv[1:] if word != "--resume"]
-            again = shlex.join(["gpmlp", *words, "--resume"])
-            console.print_message("stopped", f"interrupted; go on with: {again}")
-            raise SystemExit(INTERRUPTED) from None
+    words = [*(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
+    with terminated_as_interrupted(), resumable(words), console.StageBars() as stages:
+        results = transport(potential, atoms, settings, output, resume, lambda state: _show(state, settings, stages))
     _write(results, output)
     _present(results, atoms, samples, output, model.name, start.name)
 
