@@ -194,7 +194,7 @@ def test_static_averages_of_samples_are_those_of_runs_of_their_own(potential: Po
     grounds = samples(gpmlp.io.ase_atoms.structures_from_ase([atoms])).energies[:, 0].numpy() / 4
     expected = math.sqrt(((grounds - ground) ** 2).mean())
     assert value.parts["sampled"] == pytest.approx(expected, rel=0.3)
-    rdf = next(c for c in state.results.curves if c.name == "radial_distribution_200K")
+    rdf = next(c for c in state.results.curves if c.name == "radial_distribution_Cu_Cu_200K")
     assert rdf.value[rdf.x < 2.0].max() == 0 and rdf.x[rdf.value.argmax()] == pytest.approx(2.55, abs=0.1)
 
 

@@ -15,6 +15,7 @@ from gpmlp.properties.equation_of_state import EquationOfState
 from gpmlp.properties.hop import Hop
 from gpmlp.properties.lattice import LatticeConstants
 from gpmlp.properties.molecules import Frequencies
+from gpmlp.properties.motion import MeanSquareDisplacements, RadialDistributions
 from gpmlp.properties.phases import PhaseEnergies
 from gpmlp.properties.phonons import Phonons
 from gpmlp.properties.plan import Calculation
@@ -39,6 +40,8 @@ CALCULATIONS: dict[str, type[Calculation]] = {
         Torsions,
         Dimers,
         Hop,
+        RadialDistributions,
+        MeanSquareDisplacements,
     )
 }  # fmt: skip
 

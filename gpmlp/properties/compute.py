@@ -16,8 +16,10 @@ from gpmlp.core.structures import CHUNK_ATOMS, chunk_structures
 from gpmlp.core.units import VOIGT_INDEX
 from gpmlp.io.ase_atoms import structures_from_ase
 from gpmlp.potential.potential import Potential
+from gpmlp.potential.samples import PosteriorSamples
 from gpmlp.properties.calculations import check_suited, choose_calculations
 from gpmlp.properties.constraints import allowed_forces, check_supported
+from gpmlp.properties.motion import Motion
 from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
 from gpmlp.properties.surface import (
     LONGEST,
@@ -28,6 +30,7 @@ from gpmlp.properties.surface import (
     inverse_hessian,
     structure_names,
 )
+from gpmlp.properties.transport_results import TransportResults
 from gpmlp.properties.values import FEWEST, PropertyCurve, PropertyValue, has_spread, spread, value_from_samples
 
 SAMPLES = 32
@@ -130,32 +133,64 @@ def compute_properties(
     given = named([structures] if isinstance(structures, Atoms) else structures)
     potential.check_species(structures_from_ase(given, structure_names(given)))
     chosen = _chosen(given, what)
+    still = [each for each in chosen if not isinstance(each, Motion)]
     surface, say = EnergySurface(potential), progress or (lambda *_: None)
-    tasks, failures = plan_all(surface, chosen, given, say)
+    tasks, failures = plan_all(surface, still, given, say)
     failures = [*left_out(chosen, given), *failures]
-    if not tasks:
+    if not tasks and len(still) == len(chosen):
         raise UserError(f"No property could be computed: {'; '.join(failures)}.")
     there = [atoms for task in tasks for atoms in task.plan.structures]
     mean = surface.points(there)
-    outputs: list[list[Outputs | Failed]] = [[] for _ in tasks]
     drawn = potential.sample(samples, seed) if potential.variances is not None and samples else None
-    if drawn is not None and full:
-        for k, sample in enumerate(drawn):
-            say("samples", k, len(drawn), f"sample {k + 1} of {len(drawn)} relaxes its own structures")
-            for task, found in zip(tasks, outputs, strict=True):
-                found.append(_on_surface(EnergySurface(sample), task.calculation, task.structures, task.plan.curves))
-        say("samples", len(drawn), len(drawn), "")
-    elif drawn is not None:
-        responses = ion_responses(surface, tasks, say)
-        for points in _sampled_points(drawn, there, say):
-            for task, answer, found in zip(tasks, responses, outputs, strict=True):
-                found.append(corrected_outputs(task, answer, points[task.slice]))
+    outputs = _sampled_outputs(surface, tasks, there, drawn, full, say)
     novelty = surface.novelty(there)
     results = PropertyResults((), (), tuple(there), tuple(failures), len(drawn or ()), full)
     for task, found in zip(tasks, outputs, strict=True):
         largest = None if novelty is None else novelty[task.slice]
         results = _with_task(results, task, mean[task.slice], found, largest)
+    for calculation in chosen:
+        if isinstance(calculation, Motion):
+            for _, (atoms,), prefix in applications([calculation], given):
+                start = calculation.start(atoms)
+                results = _with_motion(results, calculation.run(potential, start, samples, seed, say), start, prefix)
     return results
+
+
+def _sampled_outputs(
+    surface: EnergySurface,
+    tasks: Sequence[PlannedCalculation],
+    structures: Sequence[Atoms],
+    drawn: PosteriorSamples | None,
+    full: bool,
+    say: Progress,
+) -> list[list[Outputs | Failed]]:
+    """For each task, its outputs on each sample: at the structures of all tasks together, or with `full` at those of the sample's own."""
+    outputs: list[list[Outputs | Failed]] = [[] for _ in tasks]
+    if drawn is None or not tasks:
+        return outputs
+    if full:
+        for k, sample in enumerate(drawn):
+            say("samples", k, len(drawn), f"sample {k + 1} of {len(drawn)} relaxes its own structures")
+            for task, found in zip(tasks, outputs, strict=True):
+                found.append(_on_surface(EnergySurface(sample), task.calculation, task.structures, task.plan.curves))
+        say("samples", len(drawn), len(drawn), "")
+        return outputs
+    responses = ion_responses(surface, tasks, say)
+    for points in _sampled_points(drawn, structures, say):
+        for task, answer, found in zip(tasks, responses, outputs, strict=True):
+            found.append(corrected_outputs(task, answer, points[task.slice]))
+    return outputs
+
+
+def _with_motion(results: PropertyResults, moved: TransportResults, start: Atoms, prefix: str) -> PropertyResults:
+    """The results with averages over dynamics of one structure."""
+    return replace(
+        results,
+        values=(*results.values, *(replace(value, name=prefix + value.name) for value in moved.values)),
+        curves=(*results.curves, *(replace(curve, name=prefix + curve.name) for curve in moved.curves)),
+        structures=(*results.structures, start),
+        failures=(*results.failures, *(f"{start.info['name']}: {note}" for note in moved.notes)),
+    )
 
 
 def exact_properties(
@@ -266,7 +301,7 @@ def ion_responses(
     return out
 
 
-def _sampled_points(drawn: Any, structures: Sequence[Atoms], say: Progress) -> list[list[Point]]:
+def _sampled_points(drawn: PosteriorSamples, structures: Sequence[Atoms], say: Progress) -> list[list[Point]]:
     """Points of all structures, for each sample."""
     points: list[list[Point]] = [[] for _ in range(len(drawn))]
     whole = structures_from_ase(structures, structure_names(structures))

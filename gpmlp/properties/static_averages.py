@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
 
 import numpy as np
 
-from gpmlp.core.radial_distribution import radial_distribution
+from gpmlp.core.errors import chemical_symbol
+from gpmlp.core.radial_distribution import radial_distributions
 from gpmlp.core.structures import Structures
 from gpmlp.core.units import BOLTZMANN, GPA
 from gpmlp.potential.samples import PosteriorSamples
@@ -27,7 +29,8 @@ class StaticFrames:
     """What the mean and its samples say of frames of the mean's trajectories.
 
     Attributes:
-        energies: of each frame (1 + samples, copies) eV/atom, the mean's first; pressures: the same, GPa; rdf: (copies, BINS), where asked.
+        energies: of each frame (1 + samples, copies) eV/atom, the mean's first; pressures: the same, GPa.
+        rdf: where asked, of each frame (copies, pairs, BINS); pairs: of species, whose radial distributions these are.
     """
 
     def __init__(self, what: Sequence[str], replicas: Replicas, samples: PosteriorSamples | None) -> None:
@@ -35,6 +38,7 @@ class StaticFrames:
         self.energies: list[np.ndarray] = []
         self.pressures: list[np.ndarray] = []
         self.rdf: list[np.ndarray] = []
+        self.pairs = list(combinations_with_replacement(replicas.species, 2))
 
     def add(self, here: Structures) -> None:
         """Take the frames where the mean's copies are now."""
@@ -49,8 +53,7 @@ class StaticFrames:
         self.energies.append(energies / replicas.n)
         self.pressures.append((thermal - np.trace(stresses, axis1=-2, axis2=-1) / 3) / GPA)
         if "rdf" in self.what:
-            single = (here.select([k]) for k in range(len(here)))
-            self.rdf.append(np.stack([radial_distribution(one, CUTOFF, BINS)[1] for one in single]))
+            self.rdf.append(radial_distributions(here, self.pairs, CUTOFF, BINS)[1].swapaxes(0, 1))
 
     def state(self) -> dict[str, np.ndarray]:
         frames = {"energies": self.energies, "pressures": self.pressures, "rdf": self.rdf}
@@ -98,16 +101,17 @@ class StaticFrames:
                     )
                 )
             if "rdf" in self.what:
-                curves.append(self._rdf(k, temperature, differences))
+                curves += [self._rdf(k, p, temperature, differences) for p in range(len(self.pairs))]
             if len(differences):
                 notes += self._caution(
                     reweighted_averages(np.zeros((differences.shape[1], 1)), differences, temperature), temperature
                 )
         return values, curves, notes
 
-    def _rdf(self, k: int, temperature_K: float, differences: np.ndarray) -> PropertyCurve:
+    def _rdf(self, k: int, p: int, temperature_K: float, differences: np.ndarray) -> PropertyCurve:
+        """Of the k-th temperature and the p-th pair."""
         replicas = self.replicas.settings.replicas
-        mine = np.array(self.rdf)[:, k * replicas : (k + 1) * replicas]
+        mine = np.array(self.rdf)[:, k * replicas : (k + 1) * replicas, p]
         frames = mine.swapaxes(0, 1).reshape(-1, BINS)
         value = frames.mean(0)
         noise = frames.std(0, ddof=1) / math.sqrt(max(2.0, series_mean(self._series(self.energies, 0, k)).n_effective))
@@ -115,8 +119,8 @@ class StaticFrames:
         if len(differences):
             sampled = spread(reweighted_averages(frames, differences, temperature_K).values, value)
         r = (np.arange(BINS) + 0.5) * CUTOFF / BINS
-        name, said = f"radial_distribution_{temperature_K:g}K", "all pairs alike; samples by reweighting"
-        counts = len(differences)
+        symbols, counts = [chemical_symbol(z) for z in self.pairs[p]], len(differences)
+        name, said = f"radial_distribution_{'_'.join(symbols)}_{temperature_K:g}K", "samples by reweighting"
         return PropertyCurve(name, r, "distance", "A", value, np.hypot(sampled, noise), "", samples=counts, about=said)
 
     def _series(self, frames: list[np.ndarray], members: int | slice, k: int) -> list[np.ndarray]:
