@@ -110,6 +110,23 @@ def test_ions_beyond_the_cutoff_are_found_where_a_short_range_model_is_blind(fit
     assert (found.charges[far.species == 11] > 0.5).all() and (found.charges[far.species == 17] < -0.5).all()
 
 
+def test_a_start_a_tenth_of_a_charge_away_ends_at_the_same_charges(fitted, monkeypatch):
+    original, begun = charge_fit.fit_charges, []
+
+    def scattered(data, *about):
+        start = charge_fit.physical_start(data)
+        noise = torch.randn(len(start), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        begun.append(start + 0.1 * noise)
+        return original(data, *about, begin=begun[0])
+
+    monkeypatch.setattr(charge_fit, "fit_charges", scattered)
+    potential, report = gpmlp.fit(*ions(60, 0, 6.0), _recipe(charges="auto"))
+    (before, first), (far, _) = fitted["auto"], ions(12, 500, 12.0, 4.5)
+    assert len(begun) == 1 and report.charges["form"] == first.charges["form"]
+    assert report.negative_log_evidence == pytest.approx(first.negative_log_evidence, abs=10)
+    assert torch.allclose(potential(far).energies, before(far).energies, rtol=0, atol=1e-3)
+
+
 def test_charges_of_crystals_are_learned_from_energies_forces_and_stresses():
     """Ions of one charge each: their charges come out, and errors of forces and stresses that nearby neighbours cannot explain go."""
     data, (others, labels) = crystals(18, 0), crystals(8, 900)

@@ -514,14 +514,22 @@ def tried_charges(
     return found, found.report(kept=True) | {"total_charges_e": [float(totals.min()), float(totals.max())]}
 
 
-def fit_charges(data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: Report = silent) -> FittedCharges:
-    """The charges of the form that the evidence prefers: each form from where the one before ended, as long as the evidence rises, the
-    first one from tabulated electronegativities."""
-    structures, basis = data.structures, data.basis
-    composition = structures.composition(basis.species).double()
-    start = basis.physical(
-        dict(zip(basis.species, composition.mean(0).tolist(), strict=True)), float(structures.charges.mean())
-    )
+def physical_start(data: ChargeData) -> Tensor:
+    """(columns,) a of tabulated electronegativities, at the mean composition and total charge: the mean of the prior."""
+    species, structures = data.basis.species, data.structures
+    composition = structures.composition(species).double().mean(0).tolist()
+    return data.basis.physical(dict(zip(species, composition, strict=True)), float(structures.charges.mean()))
+
+
+def fit_charges(
+    data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: Report = silent, begin: Tensor | None = None
+) -> FittedCharges:
+    """The charges of the form that the evidence prefers: each form from where the one before ended, as long as the evidence rises.
+
+    Args:
+        begin: (columns,) a with which the first form begins; `physical_start` if None.
+    """
+    start = physical_start(data)
     parameters, alone = _without(data)
     few = data.leading(SEARCH_COLUMNS)
     found: dict[ChargeForm, _Search] = {}
@@ -533,7 +541,7 @@ def fit_charges(data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: R
         found[form] = _Search(few, form, a, fresh, start).run(report)
         return found[form]
 
-    a, best = start, None
+    a, best = start if begin is None else begin, None
     for form in dict.fromkeys((ChargeForm(LOCAL), *forms)):  # from local charges the others end in better optima
         last = search(form, a, parameters)
         if form not in forms:
@@ -548,5 +556,5 @@ def fit_charges(data: ChargeData, forms: Sequence[ChargeForm] = FORMS, report: R
         best = min(best, other, key=lambda one: one.value)
     best = _Search(data, best.form, best.a, best.parameters, start).run(report, FINE)
     tried = {str(form): search.value for form, search in found.items()}
-    model = ChargeModel(best.form, basis, best.a, start)
+    model = ChargeModel(best.form, data.basis, best.a, start)
     return FittedCharges(model, best.scale, best.value, alone, data.n_labels, tried, data.recipe.long_range.labels)

@@ -1,10 +1,12 @@
 """What charges gain beyond the cutoff: fits without and with them, of the same structures by the same recipe, tested near and far.
 
-    python tests/benchmarks/long_range.py [--data DATA] [--sets ag3 water nacl] [--only off] [--set inducing.n=200]
+    python tests/benchmarks/long_range.py [--data DATA] [--sets ag3 water nacl] [--only off] [--set inducing.n=200] [--starts 2]
 
 Sets of this project are in data/long_range; DATA holds the folders charged_dimers (train_short.xyz) and mixed_charge_dimers
 (train.xyz), of which the LONGEST separations of each dimer are set aside unless the folder has them as far.xyz. ethanol and silicon,
-of data/, are controls: charges should gain nothing. Energies are rmse of a structure in meV, forces rmse and MAE in meV/A; `F rank` is
+of data/, copper (EMT, made here) and aspirin of DATA (rmd17_aspirin) are controls: charges should gain nothing. `--starts` repeats each
+fit with charges from starts that differ by 0.1 e at random: `nats` is its negative log evidence, `E moved` how far tested energies move.
+Energies are rmse of a structure in meV, forces rmse and MAE in meV/A; `F rank` is
 Spearman's correlation between standard deviations and errors of forces.
 """
 
@@ -14,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +25,8 @@ import torch
 import gpmlp
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
+from gpmlp.fitting import charge_fit
+from gpmlp.io.ase_atoms import from_ase
 from gpmlp.potential.evaluation import evaluate
 from gpmlp.recipe import Recipe
 
@@ -39,6 +44,8 @@ COLUMNS = [
     "F in 90 %",
     "F rank",
     "nats/label",
+    "nats",
+    "E moved",
     "fit CPU s",
 ]
 INTERVALS = ("energy_coverage_90", "force_coverage_90", "force_spearman")
@@ -105,6 +112,31 @@ def control(folder: str, every: int) -> Callable[[Path], Case]:
     )
 
 
+def aspirin(folder: Path) -> Case:
+    """A molecule whose atoms are farther apart than the cutoff."""
+    return Case(
+        read(folder / "rmd17_aspirin" / "train.xyz", 10), {"test": read(folder / "rmd17_aspirin" / "test.xyz", 10)}
+    )
+
+
+def copper(_: Path) -> Case:
+    """Rattled and strained cells by EMT, whose forces are local."""
+    from ase.build import bulk
+    from ase.calculators.emt import EMT
+
+    frames = []
+    for k in range(40):
+        atoms = bulk("Cu", cubic=True) * (2, 2, 2)
+        strain = 0.02 * torch.randn(3, 3, generator=torch.Generator().manual_seed(k), dtype=torch.float64).numpy()
+        atoms.set_cell(atoms.cell.array @ (strain + strain.T) / 2 + atoms.cell.array, scale_atoms=True)
+        atoms.rattle(0.1, seed=k)
+        atoms.calc = EMT()
+        atoms.get_potential_energy(), atoms.get_stress()
+        frames.append(atoms)
+    data = from_ase(frames)
+    return Case(part(data, range(30)), {"test": part(data, range(30, 40))})
+
+
 SETS = {
     "mixed_charge_dimers": dimers("mixed_charge_dimers", "train.xyz"),
     "charged_dimers": dimers("charged_dimers", "train_short.xyz"),
@@ -114,8 +146,11 @@ SETS = {
     "rocksalt": own("rocksalt_train", near="rocksalt_test"),
     "ethanol": control("ethanol", 2),
     "silicon": control("silicon", 3),
+    "aspirin": aspirin,
+    "copper": copper,
 }
-SHARED = ("mixed_charge_dimers", "charged_dimers")
+SHARED = ("mixed_charge_dimers", "charged_dimers", "aspirin")
+SCATTER = 0.1  # e, of a start
 
 
 def part(data: Labelled, indices) -> Labelled:
@@ -135,7 +170,24 @@ def scores(potential: gpmlp.Potential, data: Labelled) -> dict[str, float]:
     }
 
 
-def run(name: str, data: Path, choice: str, settings: dict) -> list[dict]:
+@contextmanager
+def scattered_start(seed: int) -> Iterator[None]:
+    """Fits of charges begin SCATTER from the physical start, if there is a seed."""
+    original = charge_fit.fit_charges
+
+    def scattered(data, *about):
+        start = charge_fit.physical_start(data)
+        noise = torch.randn(len(start), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return original(data, *about, begin=start + SCATTER * noise)
+
+    charge_fit.fit_charges = scattered if seed else original
+    try:
+        yield
+    finally:
+        charge_fit.fit_charges = original
+
+
+def run(name: str, data: Path, choice: str, settings: dict, seed: int = 0) -> list[dict]:
     """A fit of one set, and its tests."""
     case = SETS[name](data)
     recipe = Recipe.model_validate(settings | ({} if choice == "off" else {"long_range": {"charges": choice}}))
@@ -143,10 +195,15 @@ def run(name: str, data: Path, choice: str, settings: dict) -> list[dict]:
     structures, targets = case.train
     if choice == "off":  # which refuses what it cannot tell apart
         structures = replace(structures, charges=torch.zeros(len(structures)))
-    potential, report = gpmlp.fit(structures, targets, recipe)
+    with scattered_start(seed):
+        potential, report = gpmlp.fit(structures, targets, recipe)
     about = {"set": name, "choice": choice, "fit_cpu_s": time.process_time() - began}
     about |= {"structures": len(case.train[0]), "charges": getattr(report, "charges", None)}
-    return [about | {"test": test, "tested": len(d[0])} | scores(potential, d) for test, d in case.tests.items()]
+    about |= {"start": seed, "nats": report.negative_log_evidence}
+    return [
+        about | {"test": test, "tested": len(d[0]), "energies": potential(d[0]).energies} | scores(potential, d)
+        for test, d in case.tests.items()
+    ]
 
 
 def row(found: dict) -> list[str]:
@@ -161,6 +218,8 @@ def row(found: dict) -> list[str]:
         *(f"{found[key]:.1f}" for key in ("energy_rmse_meV", "force_rmse_meV_per_A", "force_mae_meV_per_A")),
         *("-" if found[key] is None else f"{found[key]:.2f}" for key in INTERVALS),
         "-" if gain is None else f"{gain:.2f}",
+        f"{found['nats']:.0f}",
+        "-" if found["moved_meV"] is None else f"{found['moved_meV']:.1f}",
         f"{found['fit_cpu_s']:.0f}",
     ]
 
@@ -184,6 +243,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, help="default: all that are there")
     parser.add_argument("--only", nargs="+", default=["off", "auto"], help="choices of long_range.charges")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe; repeat")
+    parser.add_argument("--starts", type=int, default=1, help="fits with charges of each set")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -194,8 +254,14 @@ def main() -> None:
     found: list[dict] = []
     for name in names:
         for choice in options.only:
-            found += (new := run(name, options.data or OWN, choice, nested(options.set)))
-            print("\n".join("| " + " | ".join(row(entry)) + " |" for entry in new), flush=True)
+            first: list[torch.Tensor] = []
+            for seed in range(options.starts if choice != "off" else 1):
+                found += (new := run(name, options.data or OWN, choice, nested(options.set), seed))
+                energies = [entry.pop("energies") for entry in new]
+                first = first or energies
+                for entry, here, there in zip(new, energies, first, strict=True):
+                    entry["moved_meV"] = 1e3 * float((here - there).abs().max()) if seed else None
+                print("\n".join("| " + " | ".join(row(entry)) + " |" for entry in new), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=2, default=str) + "\n")
 
