@@ -284,6 +284,8 @@ def test_saved_and_shown(with_tail, tmp_path, capsys):
     assert main(["info", str(tmp_path / "tail.gpmlp")]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "tail -C6/r^6 with C6 Ar-Ar 64 eV A^6, whole from 4.37 A, to 25 A" in text
+    assert main(["export", str(tmp_path / "tail.gpmlp"), "--to", "lammps", "-o", str(tmp_path / "tail.lammps")]) == 0
+    assert "holds no uncertainty of the C6" in " ".join(capsys.readouterr().out.split())
     header = archive.read_header(tmp_path / "tail.gpmlp")["header"]
     assert header["recipe"]["long_range"]["dispersion"]["r6"]["c6"] == {"Ar-Ar": 64.0}
 
