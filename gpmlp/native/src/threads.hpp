@@ -2,7 +2,9 @@
 // on their number.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -12,6 +14,8 @@
 #include <unistd.h>
 
 namespace gpmlp {
+
+constexpr int SPIN = 50; // microseconds
 
 class Pool {
   public:
@@ -43,15 +47,21 @@ class Pool {
         return *pool;
     }
 
+    // Threads that wake up when no block is left are not waited for.
     void run(int64_t blocks, int64_t threads, Function function, void *work) {
         {
             std::lock_guard<std::mutex> lock(guard);
             while (static_cast<int64_t>(workers.size()) + 1 < threads) workers.emplace_back([this, id = workers.size()] { serve(id); });
             job = {function, work, blocks, threads - 1};
-            next = 0, error = nullptr, active = threads - 1, round++;
+            next = 0, error = nullptr, open = true, round++;
         }
         wake.notify_all();
         take_blocks();
+        {
+            std::lock_guard<std::mutex> lock(guard);
+            open = false;
+        }
+        spin([this] { return active == 0; });
         std::unique_lock<std::mutex> lock(guard);
         done.wait(lock, [this] { return active == 0; });
         if (error) std::rethrow_exception(error);
@@ -63,12 +73,22 @@ class Pool {
         for (;;) {
             wake.wait(lock, [&] { return round != last; });
             last = round;
-            if (static_cast<int64_t>(id) >= job.helpers) continue;
+            if (!open || static_cast<int64_t>(id) >= job.helpers) continue;
+            active++;
             lock.unlock();
             take_blocks();
             lock.lock();
             if (--active == 0) done.notify_one();
+            lock.unlock();
+            spin([&] { return round != last; }); // one call shares work several times
+            lock.lock();
         }
+    }
+
+    // Wait for what comes soon: falling asleep and waking up take as long.
+    template <class Ready> static void spin(Ready &&ready) {
+        const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(SPIN);
+        while (!ready() && std::chrono::steady_clock::now() < until) {}
     }
 
     void take_blocks() {
@@ -93,8 +113,9 @@ class Pool {
     std::vector<std::thread> workers; // never joined: they wait until the process ends
     std::atomic<int64_t> next{0};
     std::exception_ptr error;
-    int64_t active = 0;
-    uint64_t round = 0;
+    bool open = false; // whether blocks may be left
+    std::atomic<int64_t> active{0};
+    std::atomic<uint64_t> round{0};
     Job job{};
 };
 
